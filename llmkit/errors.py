@@ -1,0 +1,28 @@
+"""The errors that llmkit raises on purpose, each with the exit code that the command line gives it.
+
+Anything else that escapes is our bug: a traceback and exit code 1.
+"""
+
+
+class LlmkitError(Exception):
+    """Base of the errors that are reported in one line."""
+
+    exit_code = 1
+
+
+class UserError(LlmkitError, ValueError):
+    """The user's mistake. The message is one line: the place, what was expected, what was found, what to do."""
+
+    exit_code = 2
+
+
+class GateError(LlmkitError):
+    """A gate that the user asked for (`--fail-under`, `--fail-over`) was not met."""
+
+    exit_code = 3
+
+
+class Interrupted(LlmkitError):
+    """SIGINT or SIGTERM arrived and the work was saved first; the message says how to go on."""
+
+    exit_code = 130
