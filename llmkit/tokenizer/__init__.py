@@ -1,0 +1,1 @@
+"""Tokenizers: training byte-level BPE, encoding and decoding text."""

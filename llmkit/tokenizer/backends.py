@@ -1,0 +1,163 @@
+"""The libraries that can encode text with a tokenizer.json, fastest first, and the proof that one is right.
+
+`tokenizers` defines what is right. gigatoken and fastokens are optional and many times faster
+(benchmarks/tokens.py prints how much); each is trusted only after it has given the ids of `tokenizers` on
+hostile strings and on the heads of the documents at hand. tokie was left out: its ids were wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+# One core encodes a whole corpus of this size before the import of awkward (0.3 s, needed by gigatoken's own
+# threads) would pay for itself.
+GIGATOKEN_THREADS_FROM_BYTES = 128 << 20
+PROOF_DOCUMENTS, PROOF_CHARACTERS = 64, 4096
+
+# fmt: off
+HOSTILE = (
+    "", " ", "   ", "a", "\n", "\r\n\r\n \t x", "  \n\n x \n", "a" * 3000, "0" * 70, " " * 130,
+    "tab\tnbsp\u00a0wide\u3000line\u2028next\u0085.",
+    "don't I'LL we'Ve they'RE x'd 'S K\u212a '\u017f \u017f's",
+    "3.14159 1,000,000 \uff11\uff12\uff13 \u0663\u0664 \u2167 \u00bd",
+    "\ufdfa" * 20, "x\u0301\u0302\u0303" * 9,
+    "e\u0301 \u1e9b\u0323 \ufb01 A\u030a \u212b \u01c6 \u01c5 \u0130i \u00df \u1e9e",
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea \U0001f44d\U0001f3fd \ufe0f",
+    "日本語のテキスト。한국어 ไทย العربية עברית हिन्दी", "\u202eright-to-left\u202c", "!!!???...\n\n\n...",
+    "\x00\x01\x1b[0m\x7f\ufeff\ufffd\ufdd0\ue000\U0010ffff", "http://a.b/c?d=e&f#g", "snake_case camelCase",
+    "if (a<b&&c>d) { return x[i]->y; } // ~!@#$%^&*", "\u2581already\u2581there", "<0x41><0xFF>",
+    "\u2026\u201cquoted\u201d\u2014dash\u2013\u2019s ALLCAPS",
+)
+# fmt: on
+
+
+class Backend(Protocol):
+    """Encodes raw text: special tokens that stand in the text are plain text, nothing is added around it."""
+
+    name: str
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The token ids of all texts end to end (uint32) and the number of ids of each (int64)."""
+        ...
+
+
+class TokenizersBackend:
+    """Hugging Face tokenizers: always there, the reference."""
+
+    name = "tokenizers"
+
+    def __init__(self, tokenizer_json: bytes) -> None:
+        from tokenizers import Tokenizer
+
+        self.tokenizer = Tokenizer.from_buffer(tokenizer_json)
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.tokenizer.encode_special_tokens = True  # a literal <|im_start|> in a text is encoded as text
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return _joined([np.array(encoding.ids, np.uint32) for encoding in encodings])
+
+
+class FastokensBackend:
+    """fastokens: uses all cores by itself (RAYON_NUM_THREADS limits it)."""
+
+    name = "fastokens"
+
+    def __init__(self, tokenizer_json: bytes) -> None:
+        import fastokens
+
+        self.tokenizer = fastokens.Tokenizer.from_json_str(tokenizer_json.decode())
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        ids, offsets = self.tokenizer.encode_batch_flat(list(texts), split_special_tokens=True)
+        return np.frombuffer(ids, np.uint32), np.diff(np.frombuffer(offsets, np.uint64).astype(np.int64))
+
+
+class GigatokenBackend:
+    """gigatoken: one thread at first, its own threads once the corpus is large."""
+
+    name = "gigatoken"
+
+    def __init__(self, tokenizer_json: bytes) -> None:
+        import gigatoken
+
+        self.tokenizer = gigatoken.Tokenizer.from_json(without_specials(tokenizer_json))
+        self.seen_bytes = 0
+        self.many_cores = (os.cpu_count() or 1) > 2
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        if self.many_cores and self.seen_bytes > GIGATOKEN_THREADS_FROM_BYTES:
+            layout: Any = self.tokenizer.encode_batch(
+                list(texts)
+            ).layout  # awkward's list of variable lengths
+            offsets = np.asarray(layout.offsets.data)
+            ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
+            return ids, np.diff(offsets).astype(np.int64)
+        self.seen_bytes += sum(map(len, texts))
+        return _joined([self.tokenizer.encode(text) for text in texts])
+
+
+FASTEST_FIRST: tuple[Callable[[bytes], Backend], ...] = (GigatokenBackend, FastokensBackend)
+NAMES = ("gigatoken", "fastokens", "tokenizers")
+
+
+def _joined(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.array([len(part) for part in parts], np.int64)
+    return (np.concatenate(parts) if parts else np.empty(0, np.uint32)).astype(np.uint32, copy=False), lengths
+
+
+def without_specials(tokenizer_json: bytes) -> bytes:
+    """The tokenizer.json without special added tokens and post-processor, for libraries without a switch."""
+    spec: dict[str, Any] = json.loads(tokenizer_json)
+    spec["added_tokens"] = [token for token in spec.get("added_tokens") or [] if not token["special"]]
+    spec["post_processor"] = spec["truncation"] = spec["padding"] = None
+    return json.dumps(spec).encode()
+
+
+def proof_texts(documents: Sequence[str], added_tokens: Sequence[str]) -> list[str]:
+    """What a backend must encode as `tokenizers` does: hostile strings, the tokenizer's own added tokens in
+    several neighbourhoods, the heads of the first documents."""
+    templates = ("{0}", "a{0}b", " {0} {0}\n")
+    neighbourhoods = [template.format(token) for token in added_tokens for template in templates]
+    heads = [document[:PROOF_CHARACTERS] for document in documents[:PROOF_DOCUMENTS]]
+    return [*HOSTILE, *neighbourhoods, *heads]
+
+
+def same_ids(backend: Backend, reference: Backend, texts: Sequence[str]) -> bool:
+    """Whether both give the same ids, text for text."""
+    expected_ids, expected_lengths = reference.encode_batch(texts)
+    ids, lengths = backend.encode_batch(texts)
+    return np.array_equal(lengths, expected_lengths) and np.array_equal(ids, expected_ids)
+
+
+def fastest_proven(
+    tokenizer_json: bytes, reference: Backend, texts: Sequence[str], only: str | None = None
+) -> tuple[Backend, dict[str, str]]:
+    """The fastest backend that is installed, takes this tokenizer, and proves the reference's ids on `texts`.
+
+    Returns it with the reason why each faster one was passed over. `only` names the one backend to consider
+    beside the reference.
+    """
+    passed_over: dict[str, str] = {}
+    for make in FASTEST_FIRST:
+        name = make.name  # type: ignore[attr-defined]
+        if only is not None and only != name:
+            continue
+        try:
+            backend = make(tokenizer_json)
+            if same_ids(backend, reference, texts):
+                return backend, passed_over
+            passed_over[name] = "its ids differ from those of tokenizers"
+        except ImportError:
+            passed_over[name] = "not installed"
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic in a Rust library is no Exception
+            passed_over[name] = str(error).strip().split("\n")[0]
+    return reference, passed_over

@@ -1,0 +1,295 @@
+"""A tokenizer.json put to use: text to token ids and back.
+
+    tokenizer = load_tokenizer("tok/")
+    ids, lengths = tokenizer.encode_batch(["Hello", "a literal <|im_start|> stays text"])
+    tokenizer.decode(ids)
+
+Raw text never becomes a special token: only code that names one in `tokenizer.specials` can place it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmkit.errors import UserError
+from llmkit.tokenizer.backends import Backend, TokenizersBackend, fastest_proven, proof_texts
+
+END_OF_TEXT = "<|endoftext|>"
+END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # where no tokenizer_config.json names one
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+class Tokenizer:
+    """One tokenizer.json with the rules of the tokenizer_config.json beside it.
+
+    path             the tokenizer.json
+    vocab_size       one more than the largest id, specials included
+    specials         text of each special token -> id
+    bos_id, add_bos  the beginning-of-sequence token, and whether a prompt starts with it
+    eos_id           what the config names as the end of a text or turn
+    end_of_text_id   the end of a document
+    chat_template    Jinja text, or None
+    sha256           of the bytes of tokenizer.json
+    """
+
+    def __init__(self, path: Path, data: bytes, config: dict[str, Any], chat_template: str | None) -> None:
+        try:
+            spec = json.loads(data)
+            self._reference = TokenizersBackend(data)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise UserError(
+                f"{path}: not a tokenizer.json that tokenizers can read: {str(error)[:200]}"
+            ) from None
+        self.path, self.config, self.chat_template = path, config, chat_template
+        self.sha256 = hashlib.sha256(data).hexdigest()
+        self._data, self._backend, self.passed_over = data, None, dict[str, str]()
+        self._decoder: dict[str, Any] = spec.get("decoder") or {}
+        added = spec.get("added_tokens") or []
+        self._added: dict[str, int] = {token["content"]: token["id"] for token in added}
+        vocab = spec["model"]["vocab"]
+        last = len(vocab) - 1 if isinstance(vocab, list) else max(vocab.values(), default=-1)
+        self.vocab_size: int = 1 + max(last, *self._added.values(), -1)
+        self.specials = {token["content"]: token["id"] for token in added if token["special"]}
+        self.bos_id, self.add_bos = self._beginning(_template_bos(spec.get("post_processor")))
+        self.eos_id = self._configured("eos_token")
+        named = next((self.specials[name] for name in END_NAMES if name in self.specials), None)
+        self.end_of_text_id = self.specials.get(END_OF_TEXT, named if self.eos_id is None else self.eos_id)
+
+    def _beginning(self, template_bos: int | None) -> tuple[int | None, bool]:
+        """bos_id and add_bos: what the config says, else what the tokenizer.json itself puts in front."""
+        bos, wanted = self._configured("bos_token"), self.config.get("add_bos_token")
+        if wanted is None:
+            wanted = template_bos is not None
+        if bos is None and wanted:
+            bos = template_bos
+        return bos, bool(wanted) and bos is not None
+
+    def _configured(self, key: str) -> int | None:
+        token = self.config.get(key)
+        text = token.get("content") if isinstance(token, dict) else token
+        return None if text is None else self._reference.tokenizer.token_to_id(text)
+
+    # ---- text to ids
+
+    @property
+    def backend(self) -> str:
+        """The library that encodes batches: `tokenizers` until a batch has let a faster one prove its ids."""
+        return (self._backend or self._reference).name
+
+    def choose_backend(self, documents: Sequence[str], only: str | None = None) -> str:
+        """Choose the fastest backend that proves the ids of `tokenizers` on hostile strings and the heads of
+        these documents; `passed_over` then says why each faster one was not taken."""
+        texts = proof_texts(documents, list(self._added)[:64])
+        self._backend, self.passed_over = fastest_proven(self._data, self._reference, texts, only)
+        return self.backend
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of one text, with nothing added. Special tokens written in the text are plain text."""
+        return self._reference.tokenizer.encode(check_text(text), add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all texts end to end (uint32) and the number of ids of each (int64).
+
+        The first call chooses the backend by `choose_backend(texts)`.
+        """
+        if self._backend is None:
+            for text in texts:
+                check_text(text)
+            self.choose_backend(texts)
+        backend: Backend = self._backend or self._reference
+        return backend.encode_batch(texts)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of a text to continue: with the beginning token where the config asks for one."""
+        return self.with_bos(self.encode(text))
+
+    def with_bos(self, ids: Sequence[int]) -> list[int]:
+        """`ids` with the beginning token in front, where the config asks for one; never twice."""
+        if not self.add_bos or self.bos_id is None or (len(ids) and ids[0] == self.bos_id):
+            return list(ids)
+        return [self.bos_id, *ids]
+
+    def document_bounds(self) -> tuple[int, int]:
+        """The id that starts every document in training and the id that its last token must predict.
+
+        For our own tokenizers both are `<|endoftext|>`. Raises UserError when there is no such token.
+        """
+        end = self.end_of_text_id
+        start = self.bos_id if self.add_bos else end
+        if end is None or start is None:
+            raise UserError(
+                f"{self.path}: no end-of-text token: expected {END_OF_TEXT} among the special tokens "
+                f"or 'eos_token' in tokenizer_config.json, found {list(self.specials)[:8]}"
+            )
+        return start, end
+
+    # ---- ids to text
+
+    @cached_property
+    def token_bytes(self) -> list[bytes] | None:
+        """The bytes that each id stands for, or None where the decoder is not a concatenation of bytes."""
+        decoders = self._decoder.get("decoders", [self._decoder])
+        kinds = {decoder.get("type") for decoder in decoders}
+        if kinds == {"ByteLevel"}:
+            piece_bytes = _byte_level_piece
+        elif kinds <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"} and kinds:
+            piece_bytes = _byte_fallback_piece
+        else:
+            return None
+        table = [b""] * self.vocab_size
+        for index in range(self.vocab_size):
+            piece = self._reference.tokenizer.id_to_token(index)
+            table[index] = b"" if piece is None else piece_bytes(piece)
+        return table
+
+    @cached_property
+    def _strips_first_space(self) -> bool:
+        steps = self._decoder.get("decoders", [self._decoder])
+        strips = any(step.get("type") == "Strip" and step.get("start") for step in steps)
+        return strips or any(
+            step.get("type") == "Metaspace" and step.get("prepend_scheme") != "never" for step in steps
+        )
+
+    def decode(self, ids: Iterable[int], skip_specials: bool = False) -> str:
+        """The text of some ids; bytes that are not UTF-8 become U+FFFD, ids without a token nothing."""
+        stream = self.stream(skip_specials=skip_specials)
+        return stream.push(ids) + stream.finish()
+
+    def stream(self, after: Sequence[int] = (), skip_specials: bool = False) -> DecodeStream:
+        """An incremental decoder of ids that follow the ids `after` (a prompt)."""
+        return DecodeStream(self, after, skip_specials)
+
+    def copy_to(self, folder: Path) -> None:
+        """Copy the tokenizer's files into a run folder."""
+        for name in FILES:
+            source = self.path.with_name(name) if name != "tokenizer.json" else self.path
+            if source.is_file() and source.resolve() != (folder / name).resolve():
+                shutil.copyfile(source, folder / name)
+
+
+class DecodeStream:
+    """Gives out text as soon as its bytes are whole: a character may be spread over several tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, after: Sequence[int], skip_specials: bool) -> None:
+        self._tokenizer, self._table = tokenizer, tokenizer.token_bytes
+        self._skipped = frozenset(tokenizer.specials.values()) if skip_specials else frozenset[int]()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._ids, self._given = list(after), ""
+        self._at_start = True
+        if self._table is None:
+            self._given = tokenizer._reference.tokenizer.decode(self._ids, skip_special_tokens=skip_specials)
+        else:
+            self.push(after)
+            self._utf8.decode(b"", final=True)
+
+    def push(self, ids: Iterable[int]) -> str:
+        """Take more ids; return the text that is now complete (possibly none)."""
+        if self._table is None:
+            return self._push_whole(ids)
+        table, size = self._table, len(self._table)
+        data = b"".join(table[i] for i in ids if 0 <= i < size and i not in self._skipped)
+        return self._trimmed(self._utf8.decode(data))
+
+    def finish(self) -> str:
+        """The rest: U+FFFD for bytes that never became a character."""
+        return "" if self._table is None else self._trimmed(self._utf8.decode(b"", final=True))
+
+    def _trimmed(self, text: str) -> str:
+        if text and self._at_start:
+            self._at_start = False
+            return text[1:] if self._tokenizer._strips_first_space and text[0] == " " else text
+        return text
+
+    def _push_whole(self, ids: Iterable[int]) -> str:
+        # Decoders that are no concatenation (WordPiece and the like): decode all and give out what is new.
+        self._ids += ids
+        text = self._tokenizer._reference.tokenizer.decode(self._ids, skip_special_tokens=bool(self._skipped))
+        new = text[len(self._given) :]
+        self._given = text
+        return new
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load a tokenizer.json, or the folder that holds it, with the tokenizer_config.json beside it.
+
+    Raises UserError when there is none, or when tokenizers cannot read it.
+    """
+    path = Path(path)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        beside = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else "nothing there"
+        raise UserError(f"{file}: expected a tokenizer.json, found {beside}; `llmkit train-bpe` makes one")
+    config = {
+        **_read_json(file.with_name("special_tokens_map.json")),
+        **_read_json(file.with_name("tokenizer_config.json")),
+    }
+    template = config.get("chat_template")
+    if isinstance(template, list):  # named templates
+        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+    jinja = file.with_name("chat_template.jinja")
+    if jinja.is_file():
+        template = jinja.read_text(encoding="utf-8")
+    return Tokenizer(file, file.read_bytes(), config, template)
+
+
+def check_text(text: str) -> str:
+    """Return `text`; raise UserError when it is no valid Unicode (a lone surrogate)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = f"U+{ord(text[error.start]):04X}"
+        raise UserError(
+            f"text is not valid Unicode: lone surrogate {code} at character {error.start}"
+        ) from None
+    return text
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _template_bos(post_processor: dict[str, Any] | None) -> int | None:
+    """The id of the special token that the tokenizer.json itself puts in front of a text, if it does."""
+    for step in (post_processor or {}).get("processors", [post_processor or {}]):
+        first = step["single"][0] if step.get("type") == "TemplateProcessing" and step["single"] else {}
+        if "SpecialToken" in first:
+            return step["special_tokens"][first["SpecialToken"]["id"]]["ids"][0]
+    return None
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's alphabet: each byte as one printable character (openai/gpt-2, encoder.py, bytes_to_unicode)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE = _byte_of_character()
+
+
+def _byte_level_piece(piece: str) -> bytes:
+    values = [_BYTE.get(character) for character in piece]
+    return piece.encode() if None in values else bytes(values)  # type: ignore[arg-type]
+
+
+def _byte_fallback_piece(piece: str) -> bytes:
+    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace("▁", " ").encode()
