@@ -1,0 +1,255 @@
+"""Attention on CPU: torch's flash kernel in float32, batched products over blocks of queries in bfloat16.
+
+All masks are one mechanism: the query at position q sees the keys from `lo[q]` to q, where lo is the start of its
+document, or q - window + 1 where that is later. Blocks of queries skip the keys before their smallest `lo`.
+
+B batch, H query heads, K key-value heads, G = H / K, T queries, S keys, D head size.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+QUERY_BLOCK = 128  # of 64, 128 and 256 the fastest at 256 to 1024 tokens
+LONGEST_DENSE_MASK = 1024  # tokens; beyond it no T x T mask is ever built
+
+
+class Packing:
+    """Where the documents of a packed batch begin: computed once a batch, used by every layer.
+
+    doc_ids (B, T): equal neighbours belong to one document. `starts` (B, T) holds the position at which the
+    document of each position begins. Building it reads the ids on the host once.
+    """
+
+    def __init__(self, doc_ids: Tensor):
+        batch, length = doc_ids.shape
+        self.doc_ids = doc_ids
+        position = torch.arange(length, device=doc_ids.device)
+        begins = torch.ones_like(doc_ids, dtype=torch.bool)
+        begins[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
+        self.starts = torch.where(begins, position, 0).cummax(1).values
+        self.is_single = not bool(begins[:, 1:].any())
+        self._begins = begins
+        self._blocks: dict = {}
+
+    @property
+    def segments(self) -> list[list[int]]:
+        """Positions at which documents begin, for each row."""
+        return [row.nonzero().flatten().tolist() for row in self._begins]
+
+    def blocks(self, dtype: torch.dtype, window: int | None = None) -> list["_Block"]:
+        if (dtype, window) not in self._blocks:
+            length = self.starts.shape[1]
+            self._blocks[dtype, window] = _query_blocks(length, dtype, self.starts, window)
+        return self._blocks[dtype, window]
+
+
+class _Block:
+    """Queries [q0, q1) against keys [k0, q1); `bias` (B or 1, 1, q1-q0, q1-m0) is added to scores of keys >= m0."""
+
+    __slots__ = ("bias", "k0", "m0", "q0", "q1")
+
+    def __init__(self, q0, q1, k0, m0, bias):
+        self.q0, self.q1, self.k0, self.m0, self.bias = q0, q1, k0, m0, bias
+
+
+def _query_blocks(length: int, dtype: torch.dtype, starts: Tensor | None, window: int | None) -> list[_Block]:
+    blocks = []
+    for q0 in range(0, length, QUERY_BLOCK):
+        q1 = min(q0 + QUERY_BLOCK, length)
+        query = torch.arange(q0, q1).unsqueeze(1)
+        lo = torch.zeros(1, q1 - q0, 1, dtype=torch.long) if starts is None else starts[:, q0:q1].unsqueeze(-1)
+        if window is not None:
+            lo = torch.maximum(lo, query - window + 1)
+        k0, highest = int(lo.min()), int(lo.max())
+        m0 = k0 if highest > k0 else q0
+        key = torch.arange(m0, q1)
+        seen = (key <= query) & (key >= lo)
+        bias = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -math.inf).unsqueeze(1)
+        blocks.append(_Block(q0, q1, k0, m0, bias))
+    return blocks
+
+
+_causal_blocks: dict = {}
+
+
+def _blocks_without_documents(length: int, dtype: torch.dtype, window: int | None) -> list[_Block]:
+    key = (length, dtype, window)
+    if key not in _causal_blocks:
+        if len(_causal_blocks) > 64:
+            _causal_blocks.clear()
+        _causal_blocks[key] = _query_blocks(length, dtype, None, window)
+    return _causal_blocks[key]
+
+
+def _grouped(x_BHTD: Tensor, block: _Block, kv_heads: int) -> Tensor:
+    """Queries of a block with the heads that share keys side by side: (B*K, G*q, D)."""
+    batch, heads, _, size = x_BHTD.shape
+    part = x_BHTD[:, :, block.q0 : block.q1]
+    return part.reshape(batch * kv_heads, heads // kv_heads * (block.q1 - block.q0), size)
+
+
+def _probabilities(query: Tensor, key_XDS: Tensor, block: _Block, scale: float, batch: int, kv_heads: int):
+    scores = torch.baddbmm(query.new_empty(()), query, key_XDS, beta=0, alpha=scale)
+    by_query = scores.view(batch, kv_heads, -1, block.q1 - block.q0, scores.shape[-1])
+    by_query[..., block.m0 - block.k0 :].add_(block.bias.unsqueeze(1))
+    return torch.softmax(scores, -1)
+
+
+class _BlockAttention(torch.autograd.Function):
+    """Causal attention as batched matrix products over blocks of queries, in the dtype of its inputs.
+
+    torch's CPU flash kernel runs bfloat16 at float32 speed or below; oneDNN's batched products run it at 4x.
+    The probabilities of a block are kept for backward: 2 * H * T bytes a token, as much as the feed-forward layer
+    keeps at T = 512. Longer inputs compute them again.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, scale, blocks, keep):
+        batch, kv_heads, length, size = key.shape
+        key_XSD = key.reshape(batch * kv_heads, length, size)
+        value_XSD = value.reshape(batch * kv_heads, length, size)
+        out = torch.empty(
+            batch, length, query.shape[1], size, dtype=query.dtype, device=query.device
+        ).transpose(1, 2)
+        kept = []
+        for block in blocks:
+            q = _grouped(query, block, kv_heads)
+            p = _probabilities(q, key_XSD[:, block.k0 : block.q1].mT, block, scale, batch, kv_heads)
+            o = torch.bmm(p, value_XSD[:, block.k0 : block.q1])
+            out[:, :, block.q0 : block.q1] = o.view(batch, -1, block.q1 - block.q0, size)
+            if keep:
+                kept.append(p)
+        ctx.save_for_backward(query, key_XSD, value_XSD, out, *kept)
+        ctx.scale, ctx.blocks, ctx.kv_heads = scale, blocks, kv_heads
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        query, key_XSD, value_XSD, out, *kept = ctx.saved_tensors
+        batch, heads, length, size = query.shape
+        grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+        grad_key, grad_value = torch.zeros_like(key_XSD), torch.zeros_like(value_XSD)
+        for i, block in enumerate(ctx.blocks):
+            keys = slice(block.k0, block.q1)
+            q, do = (_grouped(x, block, ctx.kv_heads) for x in (query, grad))
+            k, v = key_XSD[:, keys], value_XSD[:, keys]
+            p = kept[i] if kept else _probabilities(q, k.mT, block, ctx.scale, batch, ctx.kv_heads)
+            grad_value[:, keys].baddbmm_(p.mT, do)
+            dp = torch.bmm(do, v.mT)
+            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).mul_(ctx.scale)
+            dq = torch.bmm(ds, k)
+            grad_query[:, :, block.q0 : block.q1] = dq.view(batch, heads, block.q1 - block.q0, size)
+            grad_key[:, keys].baddbmm_(ds.mT, q)
+        shape = (batch, ctx.kv_heads, length, size)
+        return grad_query, grad_key.view(shape), grad_value.view(shape), None, None, None
+
+
+LONGEST_KEPT = 512  # tokens up to which probabilities are kept for backward
+
+
+def _block_attention(query, key, value, scale, packing: Packing | None, window) -> Tensor:
+    length = query.shape[2]
+    if packing is None or packing.is_single:
+        blocks = _blocks_without_documents(length, query.dtype, window)
+    else:
+        blocks = packing.blocks(query.dtype, window)
+    return _BlockAttention.apply(query, key, value, scale, blocks, length <= LONGEST_KEPT)
+
+
+def attention_mask(queries: int, keys: int, doc_ids: Tensor | None, window: int | None, device=None) -> Tensor:
+    """Boolean mask, true where a key is seen: (T, S), or (B, 1, T, S) with documents. Queries are the last keys."""
+    key = torch.arange(keys, device=device)
+    query = key[keys - queries :].unsqueeze(1)
+    seen = key <= query
+    if window is not None:
+        seen = seen & (key > query - window)
+    if doc_ids is not None:
+        same = doc_ids[:, keys - queries :].unsqueeze(2) == doc_ids.unsqueeze(1)
+        seen = (seen & same).unsqueeze(1)
+    return seen
+
+
+def _attention_by_segments(query, key, value, scale, packing: Packing, window) -> Tensor:
+    """Each document by itself: exact, and no mask of more than one document."""
+    length = query.shape[2]
+    rows = []
+    for row, begins in enumerate(packing.segments):
+        parts = [
+            scaled_dot_product_attention(
+                *(x[row : row + 1, :, start:end] for x in (query, key, value)),
+                is_causal=True, scale=scale, enable_gqa=True, window=window,
+            )
+            for start, end in zip(begins, [*begins[1:], length], strict=True)
+        ]
+        rows.append(torch.cat(parts, 2))
+    return torch.cat(rows)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    doc_ids: "Tensor | Packing | None" = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+) -> Tensor:
+    """Attention with torch's names and order, and packed documents and sliding windows besides.
+
+    query (B, H, T, D), key and value (B, K, S, D) -> (B, H, T, D). With `doc_ids` (B, T), or a `Packing` of them, a
+    query sees its own document only; with `window` only the last `window` positions, itself among them. Both need
+    `is_causal` and T = S. What is not implemented raises NotImplementedError by name.
+    """
+    if softcap is not None:
+        raise NotImplementedError("scaled_dot_product_attention: softcap is not implemented")
+    if return_lse:
+        raise NotImplementedError("scaled_dot_product_attention: return_lse is not implemented")
+    length, keys = query.shape[2], key.shape[2]
+    if doc_ids is None and window is None and not (is_causal and _blocks_pay(query, keys)):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if not is_causal or length != keys:
+        raise ValueError("doc_ids and window need is_causal=True and as many queries as keys")
+    for name, value_of in (("attn_mask", attn_mask is not None), ("dropout_p", dropout_p)):
+        if value_of:
+            raise NotImplementedError(f"scaled_dot_product_attention: {name} with doc_ids or window or is_causal")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if window is not None and window >= length:
+        window = None
+    if torch.compiler.is_compiling() or query.device.type != "cpu":
+        ids = doc_ids.doc_ids if isinstance(doc_ids, Packing) else doc_ids
+        mask = attention_mask(length, keys, ids, window, query.device)
+        return F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=enable_gqa)
+    packing = Packing(doc_ids) if isinstance(doc_ids, Tensor) else doc_ids
+    if packing is not None and packing.is_single:
+        packing = None
+    if _blocks_pay(query, keys):
+        return _block_attention(query, key, value, scale, packing, window)
+    if packing is None and window is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, enable_gqa=enable_gqa
+        )
+    if length > LONGEST_DENSE_MASK and packing is not None:
+        return _attention_by_segments(query, key, value, scale, packing, window)
+    mask = attention_mask(length, keys, None if packing is None else packing.doc_ids, window)
+    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=enable_gqa)
+
+
+def _blocks_pay(query: Tensor, keys: int) -> bool:
+    """Whether this is the case that `_BlockAttention` is for: bfloat16 training on CPU with queries = keys."""
+    return (
+        query.dtype == torch.bfloat16
+        and query.device.type == "cpu"
+        and query.shape[2] == keys > 1
+        and not torch.compiler.is_compiling()
+    )

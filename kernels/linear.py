@@ -1,0 +1,73 @@
+"""Matrix products on CPU: oneDNN for float32, where torch's own choice (MKL) loses half the machine or more.
+
+MKL picks AVX2 code on AMD processors. oneDNN's AVX-512 code does 2.1-2.5x its rate there in all three products of
+a linear layer (docs/experiments.md, "CPU hot path"), with the same float32 accumulation. In bfloat16 torch already
+calls oneDNN, so nothing changes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def _find_onednn():
+    if not torch.backends.mkldnn.is_available():
+        return None
+    try:
+        op = torch.ops.mkldnn._linear_pointwise.default
+        a, b = torch.randn(3, 4), torch.randn(5, 4)
+        return op if torch.allclose(op(a, b, None, "none", [], ""), a @ b.t(), atol=1e-5) else None
+    except (AttributeError, RuntimeError):
+        return None
+
+
+_onednn_linear = _find_onednn()
+
+
+def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
+    """`a_MK @ b_NK.T`, without autograd."""
+    if a.dtype == torch.float32 and a.device.type == "cpu" and _onednn_linear is not None and a.numel():
+        return _onednn_linear(a, b, None, "none", [], "")
+    return a @ b.t()
+
+
+def matmul_nn(a: Tensor, b: Tensor) -> Tensor:
+    """`a_MK @ b_KN`, without autograd."""
+    return matmul_nt(a, b.t()) if a.dtype == torch.float32 else a @ b
+
+
+def matmul_tn(a: Tensor, b: Tensor) -> Tensor:
+    """`a_KM.T @ b_KN`, without autograd: the weight gradient's product."""
+    return matmul_nt(a.t(), b.t()) if a.dtype == torch.float32 else a.t() @ b
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        x_NK = x.reshape(-1, x.shape[-1])
+        ctx.save_for_backward(x_NK, weight)
+        return matmul_nt(x_NK, weight).view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x_NK, weight = ctx.saved_tensors
+        grad_NM = grad.reshape(-1, grad.shape[-1])
+        need_x, need_weight = ctx.needs_input_grad
+        grad_x = matmul_nn(grad_NM, weight).view(*grad.shape[:-1], weight.shape[1]) if need_x else None
+        return grad_x, matmul_tn(grad_NM, x_NK) if need_weight else None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias`, as `torch.nn.functional.linear`: x (..., in), weight (out, in) -> (..., out)."""
+    if (
+        x.dtype != torch.float32
+        or x.device.type != "cpu"
+        or _onednn_linear is None
+        or torch.compiler.is_compiling()
+        or not x.numel()
+    ):
+        return F.linear(x, weight, bias)
+    y = _Linear.apply(x, weight)
+    return y if bias is None else y + bias

@@ -1,0 +1,275 @@
+"""What a model is made of, in the names of a Hugging Face `config.json`.
+
+Knows nothing of files or tensors: `from_hf` takes the parsed dictionary, `to_hf` returns one.
+"""
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from llmkit.errors import UserError
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+# What each family takes for granted when its config.json is silent (transformers' own defaults).
+_DEFAULT_ROPE_THETA = 10000.0
+_DEFAULT_WINDOW = 4096
+_DEFAULT_HEAD_DIM = {"qwen3": 128}
+_DEFAULT_KEY_VALUE_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Stretched rotary frequencies: "linear" divides all by `factor`, "llama3" only those of long wavelengths."""
+
+    rope_type: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder of the Llama and Qwen family. The defaults are those of a model trained from scratch.
+
+    The last four fields exist while we train and fold away on export (`Transformer.export_state_dict`):
+    `normalize_embedding` feeds the first layer RMSNorm(E[token]); `residual_scales` learns one factor for each
+    branch that joins the residual stream; `norm_gains=False` trains without the gains of the hidden norms (saved
+    as ones); `qk_gain` multiplies the normed queries (saved in q_norm).
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False  # on the query, key and value projections
+    attention_out_bias: bool = False
+    qk_norm: bool = True
+    layer_windows: tuple[int | None, ...] | None = None  # sliding window of each layer; None is none at all
+    model_type: str = "qwen3"
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    normalize_embedding: bool = False
+    residual_scales: bool = False
+    norm_gains: bool = True
+    qk_gain: float = 1.0
+
+    def __post_init__(self):
+        if self.model_type not in MODEL_TYPES:
+            raise UserError(f"model_type: expected one of {', '.join(MODEL_TYPES)}, found {self.model_type!r}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"num_attention_heads: expected a multiple of num_key_value_heads={self.num_key_value_heads}, "
+                f"found {self.num_attention_heads}"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"head_dim: expected an even number, found {self.head_dim}")
+        if self.qk_norm != (self.model_type == "qwen3"):
+            raise UserError(f"qk_norm: {self.model_type} has {'none' if self.qk_norm else 'it always'}")
+        if self.qk_gain != 1.0 and not self.qk_norm:
+            raise UserError("qk_gain: needs qk_norm")
+        if self.layer_windows is not None and len(self.layer_windows) != self.num_hidden_layers:
+            raise UserError(
+                f"layer_windows: expected {self.num_hidden_layers} entries, found {len(self.layer_windows)}"
+            )
+
+    @property
+    def parameter_count(self) -> int:
+        """Parameters of the saved model."""
+        query, key = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        layer = self.hidden_size * (2 * query + 2 * key + 3 * self.intermediate_size + 2)
+        layer += self.attention_bias * (query + 2 * key) + self.attention_out_bias * self.hidden_size
+        layer += 2 * self.head_dim * self.qk_norm
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_on_disk else 2)
+        return self.num_hidden_layers * layer + embeddings + self.hidden_size
+
+    @property
+    def tied_on_disk(self) -> bool:
+        """Whether the saved model shares its embedding: a normalised one can only be saved beside the head's."""
+        return self.tie_word_embeddings and not self.normalize_embedding
+
+    def flops_per_token(self, context: int) -> float:
+        """Training FLOPs (forward and backward) a token: 6 a matrix weight, 12 H D T for causal-free attention."""
+        query, key = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        layer = self.hidden_size * (2 * query + 2 * key + 3 * self.intermediate_size)
+        weights = self.num_hidden_layers * layer + self.vocab_size * self.hidden_size
+        return 6 * weights + 12 * self.num_hidden_layers * query * context / 2
+
+    def folded(self) -> "ModelConfig":
+        """The configuration of the exported model, with nothing left that stock code does not know."""
+        return replace(
+            self,
+            tie_word_embeddings=self.tied_on_disk,
+            normalize_embedding=False,
+            residual_scales=False,
+            norm_gains=True,
+            qk_gain=1.0,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, for the trainer's own state; `ModelConfig.from_dict` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
+        values = dict(values)
+        if values.get("rope_scaling"):
+            values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+        for name in ("layer_windows", "eos_token_id"):
+            if isinstance(values.get(name), list):
+                values[name] = tuple(values[name])
+        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        if unknown:
+            raise UserError(f"model configuration: unknown fields {unknown}")
+        return cls(**values)
+
+    def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
+        """The `config.json` of the exported model, as transformers writes it, readable by releases 4 and 5."""
+        config = self.folded()
+        out: dict[str, Any] = {
+            "architectures": [ARCHITECTURES[config.model_type]],
+            "model_type": config.model_type,
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "num_hidden_layers": config.num_hidden_layers,
+            "num_attention_heads": config.num_attention_heads,
+            "num_key_value_heads": config.num_key_value_heads,
+            "head_dim": config.head_dim,
+            "hidden_act": "silu",
+            "max_position_embeddings": config.max_position_embeddings,
+            "rms_norm_eps": config.rms_norm_eps,
+            "rope_theta": config.rope_theta,
+            "rope_scaling": _rope_scaling_to_hf(config.rope_scaling),
+            "tie_word_embeddings": config.tie_word_embeddings,
+            "attention_dropout": 0.0,
+            "initializer_range": 0.02,
+            "use_cache": True,
+            "bos_token_id": config.bos_token_id,
+            "eos_token_id": list(config.eos_token_id)
+            if isinstance(config.eos_token_id, tuple)
+            else config.eos_token_id,
+            "torch_dtype": dtype,
+        }
+        if config.model_type in ("llama", "qwen3"):
+            out["attention_bias"] = config.attention_bias
+        return out | self._windows_to_hf()
+
+    def _windows_to_hf(self) -> dict[str, Any]:
+        windows = self.layer_windows or (None,) * self.num_hidden_layers
+        width = next((window for window in windows if window is not None), None)
+        if self.model_type == "llama":
+            return {}
+        if self.model_type == "mistral":
+            return {"sliding_window": width}
+        return {
+            "use_sliding_window": width is not None,
+            "sliding_window": width,
+            "max_window_layers": self.num_hidden_layers,
+            "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
+        }
+
+    @classmethod
+    def from_hf(cls, values: dict[str, Any], where: str = "config.json") -> "ModelConfig":
+        """From a parsed `config.json`; `where` names it in errors. Refuses what the model would not reproduce."""
+        model_type = values.get("model_type")
+        if model_type not in MODEL_TYPES:
+            raise UserError(
+                f"{where}: expected model_type to be one of {', '.join(MODEL_TYPES)}, found {model_type!r}"
+            )
+        missing = [name for name in _REQUIRED if not isinstance(values.get(name), int)]
+        if missing:
+            raise UserError(f"{where}: expected integers for {', '.join(missing)}")
+        if values.get("hidden_act", "silu") not in ("silu", "swish"):
+            raise UserError(f"{where}: expected hidden_act 'silu', found {values['hidden_act']!r}")
+        if values.get("mlp_bias"):
+            raise UserError(f"{where}: mlp_bias is not supported")
+        theta, scaling = _rope_from_hf(values, where)
+        heads = values["num_attention_heads"]
+        bias = bool(values.get("attention_bias", False)) and model_type in ("llama", "qwen3")
+        eos = values.get("eos_token_id")
+        try:
+            return cls(
+                **{name: values[name] for name in _REQUIRED},
+                num_key_value_heads=values.get("num_key_value_heads") or _DEFAULT_KEY_VALUE_HEADS.get(model_type, heads),
+                head_dim=values.get("head_dim")
+                or _DEFAULT_HEAD_DIM.get(model_type, values["hidden_size"] // heads),
+                max_position_embeddings=values.get("max_position_embeddings") or 2048,
+                rope_theta=theta,
+                rope_scaling=scaling,
+                rms_norm_eps=values.get("rms_norm_eps", 1e-6),
+                tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
+                attention_bias=bias or model_type == "qwen2",
+                attention_out_bias=bias,
+                qk_norm=model_type == "qwen3",
+                layer_windows=_windows_from_hf(values, model_type),
+                model_type=model_type,
+                bos_token_id=values.get("bos_token_id"),
+                eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
+            )
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+
+
+_REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+
+
+def _rope_from_hf(values: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
+    """Base and scaling from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
+    parameters = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    theta = parameters.get("rope_theta") or values.get("rope_theta") or _DEFAULT_ROPE_THETA
+    rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
+    if rope_type == "default":
+        return float(theta), None
+    if rope_type == "linear":
+        return float(theta), RopeScaling("linear", float(parameters["factor"]))
+    if rope_type != "llama3":
+        raise UserError(f"{where}: expected rope scaling default, linear or llama3, found {rope_type!r}")
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    missing = [name for name in names if name not in parameters]
+    if missing:
+        raise UserError(f"{where}: rope scaling llama3 needs {', '.join(missing)}")
+    return float(theta), RopeScaling("llama3", **{name: parameters[name] for name in names})
+
+
+def _rope_scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    if scaling.rope_type == "linear":
+        return {"rope_type": "linear", "factor": scaling.factor}
+    return asdict(scaling)
+
+
+def _windows_from_hf(values: dict[str, Any], model_type: str) -> tuple[int | None, ...] | None:
+    layers = values["num_hidden_layers"]
+    if model_type == "llama":
+        return None
+    window = values.get("sliding_window", _DEFAULT_WINDOW)
+    if model_type == "mistral":
+        return None if window is None else (window,) * layers
+    if not values.get("use_sliding_window", False) or window is None:
+        return None
+    kinds = values.get("layer_types")
+    if kinds is None:
+        first = values.get("max_window_layers", 28)
+        kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)

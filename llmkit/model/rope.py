@@ -1,0 +1,41 @@
+"""Rotary position tables: the cosine and sine of every position, computed once for a length."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from llmkit.model.config import RopeScaling
+
+
+def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
+    """Radians per position of each of the head_dim / 2 pairs, float64. Scaling as transformers defines it."""
+    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    if scaling is None:
+        return frequencies
+    if scaling.rope_type == "linear":
+        return frequencies / scaling.factor
+    # llama3: long wavelengths are stretched, short ones kept, and those between interpolated.
+    wavelengths = 2 * math.pi / frequencies
+    turns = scaling.original_max_position_embeddings / wavelengths
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0.0, 1.0)
+    return frequencies * kept + frequencies / scaling.factor * (1 - kept)
+
+
+class RotaryTable:
+    """Cosines and sines of positions 0 ... length - 1, grown on demand and kept in each dtype asked for."""
+
+    def __init__(self, head_dim: int, theta: float, scaling: RopeScaling | None = None):
+        self._frequencies = rotary_frequencies(head_dim, theta, scaling)
+        self._tables: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(cos, sin), each (length, head_dim / 2)."""
+        key = (dtype, device)
+        if key not in self._tables or self._tables[key][0].shape[0] < length:
+            rows = 256 * math.ceil(length / 256)
+            angles = torch.arange(rows, dtype=torch.float64).unsqueeze(1) * self._frequencies
+            self._tables[key] = tuple(x.to(device=device, dtype=dtype) for x in (angles.cos(), angles.sin()))
+        cos, sin = self._tables[key]
+        return cos[:length], sin[:length]

@@ -1,0 +1,254 @@
+"""The decoder that every stage trains and samples: the Llama and Qwen family in one file.
+
+Token ids come in, hidden states go out; `logits` and `loss` finish them. RMSNorm, rotary positions, grouped queries,
+SwiGLU, optional per-head norm of queries and keys, optional projection biases, tied or untied embeddings. The model
+computes in the dtype of its parameters; who keeps float32 masters of them is the trainer's business.
+
+Query, key and value projections are one matrix, so are gate and up: one product each. `export_state_dict` takes them
+apart into a stock Hugging Face model's tensors.
+
+B batch, T tokens, H query heads, K key-value heads, D head size, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmkit.kernels import (
+    Packing,
+    linear,
+    linear_cross_entropy,
+    norm_rotary,
+    rms_norm,
+    scaled_dot_product_attention,
+    swiglu,
+)
+from llmkit.kernels.attention import attention_mask
+from llmkit.model.cache import KVCache
+from llmkit.model.config import ModelConfig
+from llmkit.model.rope import RotaryTable
+
+
+def _parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape))
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, each normed before and added to the residual stream after."""
+
+    def __init__(self, config: ModelConfig, index: int):
+        super().__init__()
+        self.config, self.index = config, index
+        query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        hidden, intermediate = config.hidden_size, config.intermediate_size
+        gain = (lambda size: _parameter(size)) if config.norm_gains else (lambda size: None)
+        self.window = config.layer_windows[index] if config.layer_windows else None
+        self.input_norm = gain(hidden)
+        self.qkv = _parameter(query + 2 * key, hidden)
+        self.qkv_bias = _parameter(query + 2 * key) if config.attention_bias else None
+        self.q_norm = gain(config.head_dim) if config.qk_norm else None
+        self.k_norm = gain(config.head_dim) if config.qk_norm else None
+        self.out = _parameter(hidden, query)
+        self.out_bias = _parameter(hidden) if config.attention_out_bias else None
+        self.mlp_norm = gain(hidden)
+        self.gate_up = _parameter(2 * intermediate, hidden)
+        self.down = _parameter(hidden, intermediate)
+        self.residual_scale = _parameter(2) if config.residual_scales else None
+
+    def forward(self, x_BTC: Tensor, cos: Tensor, sin: Tensor, doc_ids, cache: KVCache | None) -> Tensor:
+        eps = self.config.rms_norm_eps
+        out, down = self.out, self.down
+        if self.residual_scale is not None:  # a product of the weight's size costs less than one of the batch's
+            out, down = out * self.residual_scale[0], down * self.residual_scale[1]
+        attended = self._attend(rms_norm(x_BTC, self.input_norm, eps), cos, sin, doc_ids, cache)
+        x_BTC = x_BTC + linear(attended, out, self.out_bias)
+        hidden = rms_norm(x_BTC, self.mlp_norm, eps)
+        return x_BTC + linear(swiglu(linear(hidden, self.gate_up)), down)
+
+    def _attend(self, x_BTC: Tensor, cos: Tensor, sin: Tensor, doc_ids, cache: KVCache | None) -> Tensor:
+        config = self.config
+        batch, length, _ = x_BTC.shape
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        qkv = linear(x_BTC, self.qkv, self.qkv_bias).view(batch, length, heads + 2 * kv_heads, config.head_dim)
+        query, key, value = qkv.split((heads, kv_heads, kv_heads), 2)
+        eps = config.rms_norm_eps if config.qk_norm else None
+        query_BHTD = norm_rotary(query, cos, sin, self.q_norm, eps)
+        key_BKTD = norm_rotary(key, cos, sin, self.k_norm, eps)
+        value_BKTD = value.transpose(1, 2)
+        scale = config.qk_gain * config.head_dim**-0.5
+        if cache is None:
+            attended_BHTD = scaled_dot_product_attention(
+                query_BHTD, key_BKTD, value_BKTD, is_causal=True, scale=scale, enable_gqa=heads != kv_heads,
+                doc_ids=doc_ids, window=self.window,
+            )  # fmt: skip
+        else:
+            key_BKSD, value_BKSD = cache.write(self.index, key_BKTD, value_BKTD)
+            attended_BHTD = _attend_cached(query_BHTD, key_BKSD, value_BKSD, scale, self.window, cache)
+        return attended_BHTD.transpose(1, 2).reshape(batch, length, heads * config.head_dim)
+
+
+def _attend_cached(query_BHTD, key_BKSD, value_BKSD, scale, window, cache: KVCache) -> Tensor:
+    """Attention of T new tokens to all that the cache holds of their rows, themselves included."""
+    new, held = query_BHTD.shape[2], key_BKSD.shape[2]
+    gqa = query_BHTD.shape[1] != key_BKSD.shape[1]
+    even = cache.common_length is not None
+    if even and window is None and (new == 1 or new == held):
+        return scaled_dot_product_attention(
+            query_BHTD, key_BKSD, value_BKSD, is_causal=new > 1, scale=scale, enable_gqa=gqa
+        )
+    if even:
+        mask = attention_mask(new, held, None, window, query_BHTD.device)
+    else:
+        position = torch.arange(held, device=query_BHTD.device)
+        last = cache.lengths.view(-1, 1, 1, 1) + torch.arange(new, device=query_BHTD.device).view(1, 1, -1, 1)
+        mask = position <= last
+        if window is not None:
+            mask &= position > last - window
+    return scaled_dot_product_attention(query_BHTD, key_BKSD, value_BKSD, mask, scale=scale, enable_gqa=gqa)
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model.
+
+    >>> config = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+    ...                      num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+    >>> model = Transformer(config, seed=0)
+    >>> model.logits(model(torch.tensor([[1, 2, 3]]))).shape
+    torch.Size([1, 3, 64])
+    """
+
+    def __init__(self, config: ModelConfig, *, seed: int | None = None):
+        """With a seed the parameters are initialised for training; without one they are left unset."""
+        super().__init__()
+        self.config = config
+        self.embed_tokens = _parameter(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = _parameter(config.hidden_size) if config.norm_gains else None
+        self.lm_head = None if config.tie_word_embeddings else _parameter(config.vocab_size, config.hidden_size)
+        self._rotary = RotaryTable(config.head_dim, config.rope_theta, config.rope_scaling)
+        self.checkpoint_layers = False  # recompute each layer in backward: less memory, a third more time
+        if seed is not None:
+            self.initialize(seed)
+
+    def initialize(self, seed: int) -> None:
+        """Set every parameter from one generator, for Muon on matrices and AdamW on the rest.
+
+        What writes to the residual stream starts at zero, so that every layer starts as the identity (Muon's
+        first steps have the same size whatever it starts from). Other matrices are uniform with variance
+        1 / fan-in. The head starts small: the first loss is log(V), whatever the embedding's scale.
+        """
+        generator = torch.Generator().manual_seed(seed)
+
+        def uniform(parameter: Tensor, deviation: float) -> None:
+            bound = math.sqrt(3.0) * deviation
+            fresh = torch.rand(parameter.shape, generator=generator).mul_(2 * bound).sub_(bound)
+            parameter.data.copy_(fresh)
+
+        def normal(parameter: Tensor, deviation: float) -> None:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator).mul_(deviation))
+
+        hidden = self.config.hidden_size
+        if self.lm_head is None:
+            # One matrix is both: small enough for the head; the first norm restores the embedding's scale.
+            normal(self.embed_tokens, 0.02)
+        else:
+            normal(self.embed_tokens, 1.0)
+            normal(self.lm_head, 0.001)
+        for layer in self.layers:
+            uniform(layer.qkv, hidden**-0.5)
+            uniform(layer.gate_up, hidden**-0.5)
+            for zero in (layer.out, layer.down, layer.qkv_bias, layer.out_bias):
+                if zero is not None:
+                    zero.data.zero_()
+            for one in (layer.input_norm, layer.mlp_norm, layer.q_norm, layer.k_norm, layer.residual_scale):
+                if one is not None:
+                    one.data.fill_(1.0)
+        if self.norm is not None:
+            self.norm.data.fill_(1.0)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, hidden), the embedding where they are tied."""
+        return self.embed_tokens if self.lm_head is None else self.lm_head
+
+    def matrices(self) -> Iterator[tuple[str, nn.Parameter, tuple[int, ...]]]:
+        """The matrices for Muon: (name, parameter, rows of each of the matrices that it stacks)."""
+        config = self.config
+        query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        for i, layer in enumerate(self.layers):
+            yield f"layers.{i}.qkv", layer.qkv, (query, key, key)
+            yield f"layers.{i}.out", layer.out, (config.hidden_size,)
+            yield f"layers.{i}.gate_up", layer.gate_up, (config.intermediate_size,) * 2
+            yield f"layers.{i}.down", layer.down, (config.hidden_size,)
+
+    def forward(
+        self,
+        token_ids_BT: Tensor,
+        *,
+        doc_ids: Tensor | Packing | None = None,
+        position_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Hidden states (B, T, hidden), normed, ready for the head.
+
+        `doc_ids` (B, T): equal neighbours are one document, and attention stays within it. `position_ids` (T,) or
+        (B, T) default to 0 ... T - 1, going on where the cache ends; they need not restart at documents, for
+        rotary attention depends on differences alone. With a cache, new tokens follow those it holds.
+        """
+        batch, length = token_ids_BT.shape
+        x_BTC = F.embedding(token_ids_BT, self.embed_tokens)
+        if self.config.normalize_embedding:
+            x_BTC = rms_norm(x_BTC, None, self.config.rms_norm_eps)
+        if doc_ids is not None and not isinstance(doc_ids, Packing) and not torch.compiler.is_compiling():
+            doc_ids = Packing(doc_ids)
+        if cache is not None:
+            if doc_ids is not None:
+                raise ValueError("a cache holds one document a row: expected doc_ids=None")
+            cache.reserve(len(cache) + length)
+        cos, sin = self._cos_sin(x_BTC, position_ids, cache)
+        for layer in self.layers:
+            if self.checkpoint_layers and self.training and torch.is_grad_enabled():
+                x_BTC = torch.utils.checkpoint.checkpoint(
+                    layer, x_BTC, cos, sin, doc_ids, cache, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x_BTC = layer(x_BTC, cos, sin, doc_ids, cache)
+        if cache is not None:
+            cache.advance(length)
+        return rms_norm(x_BTC, self.norm, self.config.rms_norm_eps)
+
+    def _cos_sin(self, x_BTC: Tensor, position_ids: Tensor | None, cache: KVCache | None) -> tuple[Tensor, Tensor]:
+        length, dtype, device = x_BTC.shape[1], x_BTC.dtype, x_BTC.device
+        if position_ids is None and cache is not None:
+            if cache.common_length is None:
+                position_ids = cache.lengths.unsqueeze(1) + torch.arange(length, device=device)
+            else:
+                end = cache.common_length + length
+                return tuple(table[end - length :] for table in self._rotary(end, dtype, device))
+        if position_ids is None:
+            return self._rotary(length, dtype, device)
+        cos, sin = self._rotary(int(position_ids.max()) + 1, dtype, device)
+        return cos[position_ids], sin[position_ids]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., hidden) -> (..., V)."""
+        return linear(hidden, self.head_weight)
+
+    def loss(
+        self,
+        token_ids_BT: Tensor,
+        targets_BT: Tensor,
+        doc_ids: Tensor | Packing | None = None,
+        *,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        chunk_tokens: int | str = "auto",
+    ) -> Tensor:
+        """Cross-entropy of the targets, which the caller has shifted: targets[b, t] follows token_ids[b, t]."""
+        return linear_cross_entropy(
+            self(token_ids_BT, doc_ids=doc_ids), self.head_weight, targets_BT,
+            reduction=reduction, ignore_index=ignore_index, chunk_tokens=chunk_tokens,
+        )  # fmt: skip
