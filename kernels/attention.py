@@ -217,7 +217,9 @@ def scaled_dot_product_attention(
         raise NotImplementedError("scaled_dot_product_attention: return_lse is not implemented")
     length, keys = query.shape[2], key.shape[2]
     if doc_ids is None and window is None and not (is_causal and _blocks_pay(query, keys)):
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     if not is_causal or length != keys:
         raise ValueError("doc_ids and window need is_causal=True and as many queries as keys")
     for name, value_of in (("attn_mask", attn_mask is not None), ("dropout_p", dropout_p)):
