@@ -7,16 +7,17 @@ imported when it is run or its help is asked for; `--help` imports no torch (0.3
 
 from __future__ import annotations
 
-import errno
 import importlib
 import inspect
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, is_dataclass
-from typing import Annotated, Any, Optional, get_type_hints
+from dataclasses import Field, asdict, is_dataclass
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -38,40 +39,82 @@ Example:
   llmkit pretrain docs.jsonl.gz --tokenizer tok/ --time-budget 10m -o base/
   llmkit sample base/ -p "It was a dark and" -n 3
 """
+PIPE_CLOSED = 141
+
+
+# ---- every ending
 
 
 def run_command_line(arguments: list[str]) -> int:
     """Run one subcommand and return the exit code; every ending is handled here and nowhere else."""
+    _let_sigterm_clean_up()
     try:
-        app = build_app(next((word for word in arguments if not word.startswith("-")), None))
-        code = typer.main.get_command(app).main(args=arguments, prog_name="llmkit", standalone_mode=False)
-        sys.stdout.flush()
-        return code if isinstance(code, int) else 0
+        job = _parse(arguments)
+        if isinstance(job, int):
+            return job
+        summary = job()
+        if is_dataclass(summary) and not isinstance(summary, type):
+            print(json.dumps({key: value for key, value in asdict(summary).items() if value is not None}))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return 0
     except BrokenPipeError:
-        # Python would complain again when it flushes stdout at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except (KeyboardInterrupt, typer.Abort):
+        _abandon_stdout()
+        return PIPE_CLOSED
+    except KeyboardInterrupt:
         return _fail("interrupted", Interrupted.exit_code)
     except LlmkitError as error:
         return _fail(str(error), error.exit_code)
-    except typer.Exit as stop:
-        return stop.exit_code
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _fail(
-                f"{error.filename or 'output'}: the disk is full; nothing was written there",
-                UserError.exit_code,
-            )
-        if error.filename is not None:
-            return _fail(f"{error.filename}: {(error.strerror or str(error)).lower()}", UserError.exit_code)
-        return _bug()
+    except MemoryError:
+        return _fail("not enough memory for this input on this machine", UserError.exit_code)
     except Exception as error:
-        if hasattr(error, "format_message"):  # typer's own click: a wrong flag or argument
-            return _fail(f"{error.format_message()} Try --help.", UserError.exit_code)  # type: ignore[attr-defined]
-        if "No space left on device" in str(error):  # safetensors and torch wrap the OSError in their own
-            return _fail("output: the disk is full; nothing was written there", UserError.exit_code)
-        return _bug()
+        from llmkit.stream import is_full_disk
+
+        if is_full_disk(error):
+            _abandon_stdout()
+            place = getattr(error, "filename", None) or "output"
+            return _fail(f"{place}: no space left there", UserError.exit_code)
+        if isinstance(error, OSError) and error.filename is not None:
+            return _fail(f"{error.filename}: {str(error.strerror).lower()}", UserError.exit_code)
+        traceback.print_exc()
+        print(f"llmkit {__version__}: a bug in llmkit; please report the lines above", file=sys.stderr)
+        return 1
+
+
+def _parse(arguments: list[str]) -> Callable[[], Any] | int:
+    """What the arguments ask for: the work, still to be done, or an exit code when typer has said it all.
+
+    The work is not done inside typer, which takes an EOFError for an interrupt and a broken pipe for exit 1.
+    """
+    wanted = next((word for word in arguments if not word.startswith("-")), None)
+    command = typer.main.get_command(build_app(wanted))
+    try:
+        return command.main(args=arguments, prog_name="llmkit", standalone_mode=False) or 0
+    except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # while it printed the help
+            raise stop.__context__ from None
+        return stop.code if isinstance(stop.code, int) else 1
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        message = error.format_message()  # type: ignore[attr-defined]  # typer's own click: a wrong flag
+        raise UserError(f"{message[:1].lower()}{message[1:].rstrip('.')}; see --help") from None
+
+
+def _let_sigterm_clean_up() -> None:
+    """SIGTERM ends the work as Ctrl-C does, so that no half-written output stays; training saves first."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, interrupt)
+
+
+def _abandon_stdout() -> None:
+    """Python would complain again when it flushes stdout at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _fail(message: str, code: int) -> int:
@@ -79,37 +122,41 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _bug() -> int:
-    traceback.print_exc()
-    print(
-        f"llmkit {__version__}: this is a bug in llmkit, please report it with the lines above",
-        file=sys.stderr,
-    )
-    return 1
+# ---- flags from config classes
 
 
 def build_app(wanted: str | None) -> typer.Typer:
-    """The typer application; only the subcommand `wanted` is imported, the others are named with their help."""
-    on_terminal = sys.stdout.isatty()
+    """The typer application; only the subcommand `wanted` is imported, the others are names with their help.
+
+    A shell that asks for completions gets them all.
+    """
     app = typer.Typer(
         help=OVERVIEW,
-        add_completion=True,
-        rich_markup_mode="rich" if on_terminal else None,
+        epilog="Next: llmkit train-bpe --help",
+        rich_markup_mode="rich" if _on_terminal() else None,
         pretty_exceptions_enable=False,
-        no_args_is_help=False,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     )
     app.callback(invoke_without_command=True)(_top)
     for name, (module, config_name, line) in COMMANDS.items():
-        if name == wanted:
-            config_class = getattr(importlib.import_module(module), config_name)
-            run = importlib.import_module(module).run
-            text = f"{line}\n\n\b\n{inspect.cleandoc(config_class.examples)}"
-            following = f"Next: {config_class.following}" if config_class.following else None
-            app.command(name, help=text, short_help=line, epilog=following)(_command(config_class, run))
-        else:
+        if name != wanted and "_LLMKIT_COMPLETE" not in os.environ:
             app.command(name, short_help=line)(_top)
+            continue
+        config_class = getattr(importlib.import_module(module), config_name)
+        text = _literal(f"{line}\n\n\b\n{inspect.cleandoc(config_class.examples)}")
+        following = _literal(f"Next: {config_class.following}") if config_class.following else None
+        command = _command(config_class, importlib.import_module(module).run)
+        app.command(name, help=text, short_help=line, epilog=following)(command)
     return app
+
+
+def _on_terminal() -> bool:
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
+def _literal(text: str) -> str:
+    """Help text as it stands: on a terminal rich would take `[words]` for its markup."""
+    return text.replace("[", "\\[") if _on_terminal() else text
 
 
 def _top(
@@ -118,76 +165,86 @@ def _top(
 ) -> None:
     if version:
         print(f"llmkit {__version__}")
-    elif context.invoked_subcommand is None:
+        raise typer.Exit(0)
+    if context.invoked_subcommand is None:
         print(context.get_help(), file=sys.stderr)
-        raise typer.Exit(2)
+        raise typer.Exit(UserError.exit_code)
 
 
-def _command(config_class: type, run: Callable[[Any], Any]) -> Callable[..., None]:
+def _command(config_class: type, run: Callable[[Any], Any]) -> Callable[..., Any]:
     """A function whose signature typer turns into flags, made from the fields of a config class."""
-    parameters = [
-        inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
-    ]
-    hints = get_type_hints(config_class)
-    for item in option_fields(config_class):
-        details = option_of(item)
-        base, _, many = value_type(hints[item.name])
-        annotation: Any = bool if base is bool else list[str] if many else str
-        if details.positional:
-            info = typer.Argument(help=details.help, metavar=details.metavar, show_default=False)
-        else:
-            spellings = [flag_of(item)] + ([details.short] if details.short else [])
-            default = item.default if item.default not in (None, False, ()) else False
-            shown = (
-                ", ".join(default)
-                if isinstance(default, tuple)
-                else str(default)
-                if default is not False
-                else False
-            )
-            choices = "|".join(details.choices) if details.choices else None
-            kind = details.unit or {int: "integer", float: "number"}.get(base, "text")
-            metavar = None if base is bool else details.metavar or choices or kind.upper()
-            info = typer.Option(
-                *spellings,
-                help=details.help,
-                metavar=metavar,
-                show_default=shown,
-                rich_help_panel=details.group,
-            )
-        parameters.append(
-            inspect.Parameter(
-                item.name,
-                inspect.Parameter.POSITIONAL_OR_KEYWORD,
-                default=None,
-                annotation=Annotated[Optional[annotation], info],  # noqa: UP045 (typer reads it at run time)
-            )
-        )
-    file_info = typer.Option("--config", help="Options from a TOML file; flags win.", metavar="FILE.toml")
-    parameters.append(
-        inspect.Parameter(
-            "config_file",
-            inspect.Parameter.POSITIONAL_OR_KEYWORD,
-            default=None,
-            annotation=Annotated[Optional[str], file_info],  # noqa: UP045
-        )
-    )
 
-    def command(context: typer.Context, config_file: str | None = None, **flags: Any) -> None:
+    # `--no-force` wins over a file's `force = true`, and would only be noise in the help
+    off = {f"not_{item.name}": item for item in option_fields(config_class) if item.default is False}
+
+    def command(context: typer.Context, config_file: str | None = None, **flags: Any) -> Callable[[], Any]:
+        for negative, item in off.items():
+            flags[item.name] = False if flags.pop(negative) else flags[item.name]
         config = resolve(config_class, flags, config_file)
         if _waits_for_a_terminal(config):
             print(context.get_help(), file=sys.stderr)
-            raise typer.Exit(2)
-        summary = run(config)
-        if is_dataclass(summary) and not isinstance(summary, type):
-            print(json.dumps({key: value for key, value in asdict(summary).items() if value is not None}))
+            raise typer.Exit(UserError.exit_code)
+        return lambda: run(config)
 
+    hints = get_type_hints(config_class)
+    annotations = {item.name: _annotation(item, hints[item.name]) for item in option_fields(config_class)}
+    for negative, item in off.items():
+        annotations[negative] = Annotated[bool | None, typer.Option(_negative(item), hidden=True)]
+    annotations["config_file"] = Annotated[
+        str | None,
+        typer.Option(
+            "--config",
+            help="Options from a TOML file; flags win.",
+            metavar="FILE.toml",
+            rich_help_panel="Common",
+        ),
+    ]
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter("context", kind, annotation=typer.Context)]
+    parameters += [
+        inspect.Parameter(name, kind, default=None, annotation=value) for name, value in annotations.items()
+    ]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
 
 
+def _annotation(item: Field, hint: Any) -> Any:
+    """One option as typer wants it. Its value stays text, which `resolve` converts and checks."""
+    details = option_of(item)
+    base, _, many = value_type(hint)
+    kind: Any = bool if base is bool else list[str] if many else str
+    if details.positional:
+        metavar = (details.metavar or item.name.upper()).removesuffix("...")  # typer adds the dots
+        info = typer.Argument(help=_literal(details.help), metavar=metavar, show_default=False)
+        return Annotated[kind | None, info]
+    flag = flag_of(item)
+    if base is bool and item.default:
+        flag = f"{flag}/{_negative(item)}"
+    shown: Any = ", ".join(item.default) if isinstance(item.default, tuple) else item.default
+    words = details.choices
+    unit = details.unit or {int: "integer", float: "number"}.get(base, "text")
+    text = details.help
+    if base is not bool and (shown or shown == 0):
+        text += f" (default {shown})"
+    info = typer.Option(
+        *([flag, details.short] if details.short else [flag]),
+        help=_literal(text),
+        metavar="" if base is bool else details.metavar or "|".join(words or ()) or unit.upper(),
+        show_default=False,
+        rich_help_panel=details.group,
+        autocompletion=(lambda incomplete: [word for word in words if word.startswith(incomplete)])
+        if words
+        else None,
+    )
+    return Annotated[kind | None, info]
+
+
+def _negative(item: Field) -> str:
+    return "--no-" + flag_of(item).removeprefix("--")
+
+
 def _waits_for_a_terminal(config: Any) -> bool:
     """Whether the stage would read stdin although a person, not a pipe, is at the other end."""
     reads = getattr(config, "reads_stdin", None)
-    return bool(reads is not None and reads() and sys.stdin.isatty())
+    return bool(reads is not None and reads() and sys.stdin is not None and sys.stdin.isatty())

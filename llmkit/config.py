@@ -7,16 +7,21 @@
 
     config = resolve(PretrainConfig, {"depth": "4"}, config_file=None)
 
-Values come from a flag, else the TOML file, else the default; `None` means off or automatic. This module knows
-neither typer nor any stage.
+Values come from a flag, else the TOML file, else the default; `None` means off or automatic. This module
+knows neither typer nor any stage.
 """
 
 from __future__ import annotations
 
+import math
 import re
+import sys
 import types
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from decimal import Decimal
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -24,22 +29,15 @@ from llmkit.errors import UserError
 
 Unit = Literal["count", "bytes", "duration"]
 
-_COUNT = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
-_BYTES = {
-    "": 1,
-    "b": 1,
-    "k": 1e3,
-    "kb": 1e3,
-    "m": 1e6,
-    "mb": 1e6,
-    "g": 1e9,
-    "gb": 1e9,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
+_SCALES: dict[str, dict[str, int]] = {
+    "count": {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12},
+    "bytes": {
+        **{letter: 1000**power for power, letter in enumerate(("", "k", "m", "g", "t"))},
+        **{letter + "b": 1000**power for power, letter in enumerate(("", "k", "m", "g", "t"))},
+        **{letter + "ib": 1024**power for power, letter in enumerate(("k", "m", "g", "t"), 1)},
+    },
+    "duration": {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400},
 }
-_DURATION = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
-_SCALES: dict[str, dict[str, float]] = {"count": _COUNT, "bytes": _BYTES, "duration": _DURATION}
 _EXAMPLES = {"count": "20000, 20k or 1.5M", "bytes": "1000000, 100MB or 2GiB", "duration": "90s, 10m or 2h"}
 
 
@@ -77,12 +75,14 @@ class CommonConfig:
     examples: ClassVar[str] = ""
     following: ClassVar[str] = ""
 
-    out: str | None = option(None, "Where the result goes.", flag="--out", short="-o", metavar="PATH")
-    seed: int = option(0, "Seed of everything random.", at_least=0)
-    limit: int | None = option(None, "Read at most this many input records.", unit="count", at_least=1)
-    force: bool = option(False, "Replace an existing output.")
-    dry_run: bool = option(False, "Say what would be done, and stop.")
-    quiet: bool = option(False, "No progress on stderr.")
+    out: str | None = option(None, "Where the result goes.", short="-o", group="Common", metavar="PATH")
+    seed: int = option(0, "Seed of everything random.", group="Common", at_least=0)
+    limit: int | None = option(
+        None, "Read at most this many records.", group="Common", unit="count", at_least=1
+    )
+    force: bool = option(False, "Replace an existing output.", group="Common")
+    dry_run: bool = option(False, "Say what would be done, and stop.", group="Common")
+    quiet: bool = option(False, "No progress on stderr.", group="Common")
 
 
 def option_of(item: Field) -> Option:
@@ -91,8 +91,9 @@ def option_of(item: Field) -> Option:
 
 
 def option_fields(config_class: type) -> list[Field]:
-    """The fields of a config class that are options, in the order of their declaration."""
-    return [item for item in fields(config_class) if "option" in item.metadata]
+    """The fields of a config class that are options, as declared; those of CommonConfig come last."""
+    found = [item for item in fields(config_class) if "option" in item.metadata]
+    return sorted(found, key=lambda item: option_of(item).group == "Common")
 
 
 def flag_of(item: Field) -> str:
@@ -103,19 +104,20 @@ def flag_of(item: Field) -> str:
     return details.flag or "--" + item.name.replace("_", "-")
 
 
-def parse_quantity(text: str | int | float, unit: Unit) -> float:
-    """Read a number with a unit: `parse_quantity("10m", "duration") == 600`.
+def parse_quantity(text: str | int | float, unit: Unit) -> int | float:
+    """Read a number with a unit; a whole result is an int, free of rounding errors.
+
+    >>> parse_quantity("10m", "duration"), parse_quantity("1.15M", "count"), parse_quantity("2GiB", "bytes")
+    (600, 1150000, 2147483648)
 
     Raises ValueError with what was expected.
     """
-    if isinstance(text, (int, float)) and not isinstance(text, bool):
-        return float(text)
-    found = re.fullmatch(
-        r"\s*([0-9][0-9_]*\.?[0-9]*(?:e[+-]?[0-9]+)?|\.[0-9]+)\s*([a-z]*)\s*", str(text).lower()
-    )
+    pattern = r"([0-9][0-9_]*(?:\.[0-9]*)?(?:e[+-]?[0-9]{1,2})?|\.[0-9]+)\s*([a-z]*)"
+    found = re.fullmatch(pattern, str(text).lower().strip())
     if not found or found[2] not in _SCALES[unit]:
         raise ValueError(f"expected a {unit} such as {_EXAMPLES[unit]}")
-    return float(found[1].replace("_", "")) * _SCALES[unit][found[2]]
+    exact = Decimal(found[1].replace("_", "")) * _SCALES[unit][found[2]]
+    return int(exact) if exact == exact.to_integral_value() else float(exact)
 
 
 def value_type(annotation: Any) -> tuple[type, bool, bool]:
@@ -131,38 +133,42 @@ def value_type(annotation: Any) -> tuple[type, bool, bool]:
 
 def _convert(value: Any, base: type, details: Option) -> Any:
     """One value, from a flag or from TOML, as `base`; raises ValueError with what was expected."""
-    if details.unit is not None:
-        quantity = parse_quantity(value, details.unit)
-        if base is int and quantity != int(quantity):
-            raise ValueError("expected a whole number")
-        return base(quantity)
     if base is bool:
         if isinstance(value, bool):
             return value
         raise ValueError("expected true or false")
-    if base is int or base is float:
-        if isinstance(value, bool):
-            raise ValueError("expected a number")
-        try:
-            number = float(value)
-            if base is float:
-                return number
-            if number != int(number):
-                raise ValueError
-            return int(value) if isinstance(value, (int, str)) else int(number)
-        except (TypeError, ValueError, OverflowError):
-            raise ValueError("expected a whole number" if base is int else "expected a number") from None
-    if not isinstance(value, (str, Path)):
-        raise ValueError("expected text")
-    return str(value)
+    if base is str:
+        if isinstance(value, (str, Path)) and _is_utf8(str(value)):
+            return str(value)
+        raise ValueError("expected text in UTF-8")
+    expected = "expected a whole number" if base is int else "expected a number"
+    number = parse_quantity(value, details.unit) if details.unit else value
+    if isinstance(number, bool) or not isinstance(number, (int, float, str)):
+        raise ValueError(expected)
+    if base is int and not isinstance(number, float):
+        with suppress(ValueError):
+            return int(number)  # exact at any size
+    try:
+        number = float(number)
+    except (ValueError, OverflowError):
+        raise ValueError(expected) from None
+    if not math.isfinite(number) or (base is int and not number.is_integer()):
+        raise ValueError(expected)
+    return base(number)
+
+
+def _is_utf8(text: str) -> bool:
+    """False for what Python makes of bytes on the command line that are not UTF-8; no JSON could hold it."""
+    try:
+        return bool(text.encode()) or not text
+    except UnicodeEncodeError:
+        return False
 
 
 def _check_range(value: Any, details: Option) -> None:
     if details.choices is not None and value not in details.choices:
         raise ValueError(f"expected one of {', '.join(details.choices)}")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if value != value:
-            raise ValueError("expected a number")
         if details.at_least is not None and value < details.at_least:
             raise ValueError(f"expected at least {details.at_least:g}")
         if details.at_most is not None and value > details.at_most:
@@ -172,10 +178,10 @@ def _check_range(value: Any, details: Option) -> None:
 
 
 def _read_toml(path: str) -> dict[str, Any]:
-    try:
+    if sys.version_info >= (3, 11):
         import tomllib
-    except ModuleNotFoundError:  # Python 3.10
-        import tomli as tomllib
+    else:
+        import tomli as tomllib  # pyright: ignore[reportMissingImports]
     try:
         with open(path, "rb") as handle:
             return tomllib.load(handle)
@@ -188,40 +194,54 @@ def _read_toml(path: str) -> dict[str, Any]:
 def resolve(config_class: type, flags: Mapping[str, Any], config_file: str | None = None) -> Any:
     """Build a config from flags (field name to text or None), a TOML file and the defaults, in that order.
 
-    Raises UserError that names the flag, or the file and key, with what was expected and found.
+    A flag that is None or empty was not given. `"none"`, in a flag or in the file, stands for None where the
+    option may be None. Raises UserError that names the flag, or the file and key, with what was expected and
+    found; TypeError for a flag that the config class does not have.
     """
     known = {item.name: item for item in option_fields(config_class)}
-    from_file: dict[str, Any] = {}
-    if config_file is not None:
-        for key, value in _read_toml(config_file).items():
-            name = key.replace("-", "_")
-            if name not in known:
-                raise UserError(f"{config_file}: unknown key '{key}'; known are {', '.join(sorted(known))}")
-            from_file[name] = value
+    if strange := set(flags) - set(known):
+        raise TypeError(f"{config_class.__name__} has no option {', '.join(sorted(strange))}")
+    from_file = _known_keys(config_file, known) if config_file is not None else {}
     hints = get_type_hints(config_class)
     values: dict[str, Any] = {}
     for name, item in known.items():
         given, place = flags.get(name), flag_of(item)
         if given is None or given == [] or given == ():
-            if name not in from_file:
+            if name in from_file:
+                given, place = from_file[name], f"{config_file}: {name}"
+            elif item.default is MISSING:
+                raise UserError(f"{place} is required")
+            else:
                 continue
-            given, place = from_file[name], f"{config_file}: {name}"
-        base, _, many = value_type(hints[name])
-        details = option_of(item)
-        parts = list(given) if many and isinstance(given, (list, tuple)) else [given]
+        base, optional, many = value_type(hints[name])
+        if optional and given in ("none", ["none"], ("none",)):
+            values[name] = None
+            continue
         converted = []
-        for part in parts:
+        for part in given if many and isinstance(given, (list, tuple)) else [given]:
             try:
-                value = _convert(part, base, details)
-                _check_range(value, details)
+                value = _convert(part, base, option_of(item))
+                _check_range(value, option_of(item))
             except ValueError as error:
                 raise UserError(f"{place}: {error}, found {part!r}") from None
             converted.append(value)
         values[name] = tuple(converted) if many else converted[0]
-    for name, item in known.items():
-        if name not in values and item.default is MISSING:
-            raise UserError(f"{flag_of(item)} is required")
     return config_class(**values)
+
+
+def _known_keys(config_file: str, known: Mapping[str, Field]) -> dict[str, Any]:
+    """The keys of a TOML file as field names; dashes and underscores are the same."""
+    found: dict[str, Any] = {}
+    for key, value in _read_toml(config_file).items():
+        name = key.replace("-", "_")
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(sorted(known))}"
+            raise UserError(f"{config_file}: unknown key '{key}'; {hint}")
+        if name in found:
+            raise UserError(f"{config_file}: '{key}' is given twice")
+        found[name] = value
+    return found
 
 
 def as_options(config: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ class LlmkitError(Exception):
 
 
 class UserError(LlmkitError, ValueError):
-    """The user's mistake. The message is one line: the place, what was expected, what was found, what to do."""
+    """The user's mistake. The message is one line: the place, what was expected and found, what to do."""
 
     exit_code = 2
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
+from typing import Any
 
 PLAIN_SECONDS = 10.0  # between two plain lines
+BAR_SECONDS = 0.1  # between two updates of the bar: an update costs as much as tokenizing a small document
 
 
 def say(message: str, quiet: bool = False) -> None:
@@ -16,66 +17,81 @@ def say(message: str, quiet: bool = False) -> None:
 
 
 class Progress:
-    """Counts work done. Use as a context manager and call `advance`."""
+    """Counts work done and shows it.
+
+    with Progress("encode", total=size, unit="B") as progress:
+        progress.advance(4096, source="web")
+    """
 
     def __init__(
         self, description: str, total: float | None = None, unit: str = "", quiet: bool = False
     ) -> None:
         self.description, self.total, self.unit, self.quiet = description, total, unit, quiet
-        self.done, self.fields, self.started = 0.0, "", time.monotonic()
-        self._said = self.started
-        self._bar = None
+        self.done, self.fields = 0.0, {}
+        self.started = self._shown = time.monotonic()
+        self._bar: Any = None
 
     def __enter__(self) -> Progress:
         if not self.quiet and sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, TaskProgressColumn, TimeRemainingColumn
             from rich.progress import Progress as RichProgress
 
-            columns = [
+            sized = [BarColumn(), TaskProgressColumn(), TimeRemainingColumn()] if self.total else []
+            # rich would send what is printed on stdout to stderr, the bar's place: the data of a pipe
+            self._bar = RichProgress(
                 "{task.description}",
-                BarColumn(),
-                "{task.percentage:>3.0f}%",
-                TextColumn("{task.fields[rate]}"),
-            ]
-            columns += [TextColumn("{task.fields[note]}"), TimeRemainingColumn()]
-            self._bar = RichProgress(*columns, console=Console(stderr=True), transient=True)
-            self._task = self._bar.add_task(self.description, total=self.total, rate="", note="")
+                *sized,
+                "{task.fields[note]}",
+                console=Console(stderr=True),
+                transient=True,
+                redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),
+            )
+            self._task = self._bar.add_task(self.description, total=self.total, note="")
             self._bar.start()
         return self
 
-    def advance(self, amount: float = 1.0, **fields: str | float | int) -> None:
+    def advance(self, amount: float = 1.0, **fields: str | float) -> None:
         """Add `amount` to the work done; `fields` (such as loss=2.31) are shown beside the rate."""
         self.done += amount
-        if self.quiet:
-            return
-        if fields:
-            self.fields = " ".join(
-                f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in fields.items()
-            )
+        self.fields = fields or self.fields
         now = time.monotonic()
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, rate=self.rate(now), note=self.fields)
-        elif now - self._said >= PLAIN_SECONDS:
-            self._said = now
-            self._plain(now)
+        if not self.quiet and now - self._shown >= (BAR_SECONDS if self._bar else PLAIN_SECONDS):
+            self._shown = now
+            self._show(now)
+
+    def _show(self, now: float) -> None:
+        values = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.fields.items()]
+        note = " ".join([self.rate(now), *values] if self.unit else values)
+        if self._bar:
+            self._bar.update(self._task, completed=self.done, note=note)
+        elif self.total:
+            left = (now - self.started) * max(self.total - self.done, 0) / max(self.done, 1e-9)
+            say(f"{self.description} {self.done / self.total:.0%} {note}, {duration(left)} left")
+        else:
+            say(f"{self.description} {note}")
 
     def rate(self, now: float) -> str:
-        per_second = self.done / max(now - self.started, 1e-9)
-        for scale, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-            if per_second >= scale:
-                return f"{per_second / scale:.1f}{letter} {self.unit}/s"
-        return f"{per_second:.1f} {self.unit}/s"
+        """The mean rate since the start, such as `1.2M tok/s`."""
+        return f"{quantity(self.done / max(now - self.started, 1e-9))} {self.unit}/s"
 
-    def _plain(self, now: float) -> None:
-        share, left = "", ""
-        if self.total:
-            share = f" {100 * self.done / self.total:.0f}%"
-            left = (
-                f", {(now - self.started) * max(self.total - self.done, 0) / max(self.done, 1e-9):.0f} s left"
-            )
-        say(f"{self.description}{share} {self.rate(now)}{' ' + self.fields if self.fields else ''}{left}")
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._bar is not None:
+    def __exit__(self, *exception: object) -> None:
+        if self._bar:
             self._bar.stop()
+
+
+def quantity(number: float) -> str:
+    """A number in at most three digits and a letter: `quantity(1234567) == "1.23M"`."""
+    for scale, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= scale * 0.9995:
+            return f"{number / scale:.3g}{letter}"
+    return f"{number:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """A time to be read: `duration(3725) == "1h02m"`."""
+    seconds = round(seconds)
+    if seconds < 100:
+        return f"{seconds}s"
+    minutes, seconds = divmod(seconds, 60)
+    return f"{minutes}m{seconds:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"

@@ -2,7 +2,7 @@
 
 - document `{"text", "id"?, "url"?, "source"?, ...}`: read by train-bpe and pretrain
 - prompt `{"prompt", ...}`: read by sample
-- completion `{"prompt", "completion", "token_ids", "finish_reason", "seed", ...input keys}`: written by sample
+- completion `{"prompt", "completion", "token_ids", "finish_reason", "seed", ...input}`: written by sample
 
 Each check raises UserError that names file, line, the field expected and what was found.
 """
@@ -33,12 +33,14 @@ def _text_field(row: Row, name: str, what: str) -> str:
         raise UserError(f"{row.where}: expected field '{name}' ({what}), found {sorted(row.value)}")
     value = row.value[name]
     if not isinstance(value, str):
-        raise UserError(f"{row.where}: expected '{name}' to be a string, found {_kind(value)}")
+        raise UserError(f"{row.where}: expected '{name}' to be a string, found {kind_of(value)}")
     return value
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a JSON value is, for messages: "a list", "null"."""
     names = {
+        str: "a string",
         type(None): "null",
         bool: "a boolean",
         int: "a number",
@@ -53,7 +55,9 @@ def check_document(row: Row) -> None:
     """A document has `text`, a string; `source`, where given, is a string."""
     _text_field(row, "text", "a document")
     if not isinstance(row.value.get("source", ""), str):
-        raise UserError(f"{row.where}: expected 'source' to be a string, found {_kind(row.value['source'])}")
+        raise UserError(
+            f"{row.where}: expected 'source' to be a string, found {kind_of(row.value['source'])}"
+        )
 
 
 def check_prompt(row: Row) -> None:

@@ -10,7 +10,6 @@ write_model_card(folder)
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import shlex
@@ -24,7 +23,7 @@ from typing import Any
 import orjson
 
 from llmkit.errors import UserError
-from llmkit.stream import atomic_file
+from llmkit.stream import JSON_LINE, PARTIAL, atomic_file
 
 MANIFEST_VERSION = 1
 PACKAGES = ("llmkit", "torch", "triton", "numpy", "tokenizers", "safetensors")
@@ -40,11 +39,11 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 
 
 def describe_inputs(paths: Iterable[str]) -> list[dict[str, Any]]:
-    """Path, size in bytes and SHA-256 of each input file; stdin is named without a hash."""
+    """Path, size in bytes and SHA-256 of each input file; stdin and pipes are named without a hash."""
     return [
-        {"path": path}
-        if path == "-"
-        else {"path": path, "bytes": os.path.getsize(path), "sha256": file_sha256(path)}
+        {"path": path, "bytes": os.path.getsize(path), "sha256": file_sha256(path)}
+        if os.path.isfile(path)
+        else {"path": path}
         for path in paths
     ]
 
@@ -55,7 +54,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_bytes())
+        return orjson.loads(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}; remove the file to go on without it") from error
 
@@ -88,9 +87,8 @@ def write_manifest(
         "parents": [{"path": path, "manifest": read_manifest(path)} for path in parents],
         "results": dict(results or {}),
     }
-    with atomic_file(folder / "manifest.json", "w") as handle:
-        json.dump(manifest, handle, indent=2, ensure_ascii=False)
-        handle.write("\n")
+    with atomic_file(folder / "manifest.json") as handle:  # NaN becomes null, as JSON wants it
+        handle.write(orjson.dumps(manifest, option=orjson.OPT_INDENT_2 | JSON_LINE))
     return manifest
 
 
@@ -99,10 +97,13 @@ class MetricsLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.handle = open(path, "ab", buffering=0)  # noqa: SIM115
+        self.handle = open(path, "a+b", buffering=0)  # noqa: SIM115
+        self.handle.seek(0)
+        written = self.handle.read()
+        self.handle.truncate(written.rfind(b"\n") + 1)  # a row that a kill cut in two
 
     def write(self, row: Mapping[str, Any]) -> None:
-        self.handle.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY))
+        self.handle.write(orjson.dumps(row, option=JSON_LINE))
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -116,7 +117,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")[:-1]
-    return [orjson.loads(line) for line in lines if line.strip()]
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(orjson.loads(line))
+        except orjson.JSONDecodeError as error:
+            raise UserError(f"{path}:{number}: not JSON: {error}; mend or remove the line") from None
+    return rows
 
 
 def trim_metrics(path: Path, step: int) -> None:
@@ -124,90 +131,75 @@ def trim_metrics(path: Path, step: int) -> None:
     kept = [row for row in read_metrics(path) if row.get("step", 0) <= step]
     with atomic_file(path) as handle:
         for row in kept:
-            handle.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+            handle.write(orjson.dumps(row, option=JSON_LINE))
 
 
 def write_loss_curve(folder: Path) -> None:
     """Draw `loss.svg` from `metrics.jsonl`: training loss, and validation loss where it was measured."""
     rows = read_metrics(folder / "metrics.jsonl")
-    curves = {
-        "training": [(row["step"], row["loss"]) for row in rows if "loss" in row],
-        "validation": [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row],
-    }
+    curves = {"training": _curve(rows, "loss"), "validation": _curve(rows, "val_loss")}
     with atomic_file(folder / "loss.svg", "w") as handle:
         handle.write(_svg({name: points for name, points in curves.items() if points}))
 
 
+def _curve(rows: Iterable[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(step, value) where the value is a finite number; JSON holds NaN and infinity as null."""
+    return [
+        (row["step"], row[key]) for row in rows if "step" in row and isinstance(row.get(key), (int, float))
+    ]
+
+
 def _svg(curves: Mapping[str, list[tuple[float, float]]], width: int = 720, height: int = 360) -> str:
     colours = {"training": "#3b6fb6", "validation": "#d1495b"}
-    left, right, top, bottom = 56, 12, 12, 36
+    left, right, top, bottom = 56, 16, 12, 40
     points = [point for line in curves.values() for point in line] or [(0, 0)]
-    steps, losses = [p[0] for p in points], sorted(p[1] for p in points)
-    low, high = (
-        losses[0],
-        losses[min(len(losses) - 1, int(0.98 * len(losses)))],
-    )  # the first steps would flatten the rest
+    losses = sorted(loss for _, loss in points)
+    low, high = losses[0], losses[int(0.98 * (len(losses) - 1))]  # the first steps would flatten the rest
     high = high if high > low else low + 1
-    last = max(steps) or 1
+    last = max(step for step, _ in points) or 1
 
-    def place(point: tuple[float, float]) -> str:
-        x = left + point[0] / last * (width - left - right)
-        y = top + (1 - (min(point[1], high) - low) / (high - low)) * (height - top - bottom)
-        return f"{x:.1f},{y:.1f}"
+    def place(step: float, loss: float) -> tuple[float, float]:
+        x = left + step / last * (width - left - right)
+        y = top + (1 - (min(loss, high) - low) / (high - low)) * (height - top - bottom)
+        return round(x, 1), round(y, 1)
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        'font-family="sans-serif" font-size="12">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
     ]
-    for part in range(5):
-        loss, step = low + part / 4 * (high - low), part / 4 * last
-        y, x = place((0, loss)).split(",")[1], place((step, low)).split(",")[0]
+    for quarter in range(5):
+        step, loss = quarter / 4 * last, low + quarter / 4 * (high - low)
+        x, y = place(step, loss)
         parts.append(f'<line x1="{left}" x2="{width - right}" y1="{y}" y2="{y}" stroke="#ddd"/>')
         parts.append(f'<text x="{left - 6}" y="{y}" dy="4" text-anchor="end">{loss:.2f}</text>')
-        parts.append(f'<text x="{x}" y="{height - 18}" text-anchor="middle">{step:,.0f}</text>')
+        parts.append(f'<text x="{x}" y="{height - 22}" text-anchor="middle">{step:,.0f}</text>')
     for number, (name, line) in enumerate(curves.items()):
-        thin = line[:: max(1, len(line) // 1000)]
-        parts.append(
-            f'<polyline fill="none" stroke="{colours[name]}" stroke-width="1.5" points="{" ".join(map(place, thin))}"/>'
-        )
-        parts.append(f'<text x="{width - 90}" y="{24 + 16 * number}" fill="{colours[name]}">{name}</text>')
-    parts.append(f'<text x="{width / 2}" y="{height - 4}" text-anchor="middle">step</text></svg>')
+        thin = [*line[:: max(1, len(line) // 1000)], line[-1]]
+        path = " ".join(f"{x},{y}" for x, y in (place(*point) for point in thin))
+        mark = f'fill="none" stroke="{colours[name]}" stroke-width="1.5" points="{path}"'
+        parts.append(f"<polyline {mark}/>")
+        parts.append(f'<text x="{width - 90}" y="{28 + 16 * number}" fill="{colours[name]}">{name}</text>')
+    parts.append(f'<text x="{width / 2}" y="{height - 6}" text-anchor="middle">step</text></svg>')
     return "\n".join(parts) + "\n"
 
 
 def write_model_card(folder: Path) -> None:
     """Write `README.md` from the manifest: what the model is, how it was made, how to run it."""
     manifest = read_manifest(folder) or {}
-    results = manifest.get("results", {})
-    rows = "\n".join(
-        f"| {key} | {value} |" for key, value in results.items() if not isinstance(value, (dict, list))
-    )
-    ancestry, line = manifest, []
-    while ancestry:
-        line.append(f"1. `{ancestry.get('command', '?')}`")
-        ancestry = next((p["manifest"] for p in ancestry.get("parents", []) if p.get("manifest")), None)
-    name = folder.name.removesuffix(".partial")
-    inputs = "\n".join(f"- `{i['path']}` {i.get('sha256', '')[:12]}" for i in manifest.get("inputs", []))
-    card = f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [llmkit]
----
-# {name}
+    name = folder.name.removesuffix(PARTIAL)
+    results = {k: v for k, v in manifest.get("results", {}).items() if not isinstance(v, (dict, list))}
+    table = [f"| {key} | {value} |" for key, value in results.items()]
+    commands = [f"1. `{command}`" for command in reversed(_ancestry(manifest))]
+    inputs = [f"- `{item['path']}` {item.get('sha256', '')[:12]}" for item in manifest.get("inputs", [])]
+    sections = [
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [llmkit]\n---\n# " + name,
+        f"Made by `llmkit {manifest.get('stage', '?')}` on {manifest.get('created', '?')[:10]}.",
+        "\n".join(["| | |", "|---|---|", *table]) if table else "",
+        "\n".join(["## How it was made", *commands]),
+        "\n".join(["Inputs of the last step:", *inputs]) if inputs else "",
+        f"""## Use
 
-Made by `llmkit {manifest.get("stage", "?")}` on {manifest.get("created", "?")[:10]}.
-
-| | |
-|---|---|
-{rows}
-
-## How it was made (last step first)
-{chr(10).join(line)}
-
-Inputs:
-{inputs}
-
-## Use
     llmkit sample {name}/ -p "Once upon a time"
 
 or with transformers:
@@ -216,7 +208,16 @@ or with transformers:
     tokenizer = AutoTokenizer.from_pretrained("{name}")
     model = AutoModelForCausalLM.from_pretrained("{name}")
 
-A small model trained on its inputs alone: it simulates documents, and what it says may be wrong.
-"""
+A small model trained on its inputs alone: it continues documents, and what it says may be wrong.
+""",
+    ]
     with atomic_file(folder / "README.md", "w") as handle:
-        handle.write(card)
+        handle.write("\n\n".join(section for section in sections if section))
+
+
+def _ancestry(manifest: Mapping[str, Any]) -> list[str]:
+    """The commands that led to a manifest, its own first, each once."""
+    commands = [manifest.get("command", "?")]
+    for parent in manifest.get("parents", []):
+        commands += [line for line in _ancestry(parent["manifest"] or {}) if line not in commands]
+    return [line for line in commands if line != "?"]

@@ -1,85 +1,123 @@
-"""Records in and out: JSONL from plain, gzip, zstd and stdin; output that appears whole or not at all; progress.
+"""Records in and out: JSONL from plain, gzip, zstd and stdin; output that appears whole or not at all.
 
-with open_output("kept.jsonl") as write:
-    for row in read_jsonl(["docs.jsonl.gz", "-"]):
-        write(row.value)
+    with open_output("kept.jsonl") as write:
+        for row in read_jsonl(["docs.jsonl.gz", "-"]):
+            write(row.value)
+
+Every input is opened once and read forward, so that a pipe or a shell's `<(command)` will do for a file.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import gzip
 import io
 import os
 import shutil
+import stat
 import sys
+import weakref
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
-import jsonlines
 import orjson
 
 from llmkit.errors import UserError
-from llmkit.records import Row, check_document
+from llmkit.records import Row, check_document, kind_of
 
 GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+JSON_LINE = orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
 PARTIAL = ".partial"
+BLOCK = 1 << 20
+OURS = ("manifest.json", "tokenizer.json")  # one of them stands in every folder that a stage writes
+_stdins_taken: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 # ---- reading
 
 
 @contextmanager
-def open_input(path: str) -> Iterator[IO[bytes]]:
+def open_input(path: str) -> Iterator[io.BufferedReader]:
     """Open a file, or stdin for `-`, as bytes; gzip and zstd are recognised by their first bytes.
 
-    Raises UserError when the file cannot be opened, and turns a damaged or cut archive into one.
+    Raises UserError when it cannot be opened, when stdin is asked for a second time, and when the reading
+    meets a damaged or cut archive.
     """
     name = "stdin" if path == "-" else path
     try:
-        raw = sys.stdin.buffer if path == "-" else open(path, "rb", buffering=1 << 20)  # noqa: SIM115
+        with ExitStack() as stack:
+            raw: Any = (
+                _take_stdin() if path == "-" else stack.enter_context(open(path, "rb", buffering=BLOCK))
+            )
+            yield _decompressed(raw, name)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{name}: damaged or cut gzip data: {str(error).lower()}") from error
     except OSError as error:
-        raise UserError(f"{name}: cannot read: {error.strerror}") from error
-    try:
-        with nullcontext(raw) if path == "-" else raw:
-            magic = raw.peek(4)[:4] if hasattr(raw, "peek") else b""
-            try:
-                yield _decompressed(raw, magic)
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise UserError(f"{name}: damaged or cut gzip data: {error}") from error
-            except Exception as error:
-                if type(error).__name__ == "ZstdError":
-                    raise UserError(f"{name}: damaged or cut zstd data: {error}") from error
-                raise
-    except IsADirectoryError as error:
-        raise UserError(f"{name}: expected a file, found a folder") from error
+        if error.filename != path:
+            raise
+        found = "found a folder" if error.errno == errno.EISDIR else str(error.strerror).lower()
+        raise UserError(f"{name}: expected a file that can be read: {found}") from error
 
 
-def _decompressed(raw: Any, magic: bytes) -> IO[bytes]:
+def _take_stdin() -> io.BufferedReader:
+    if sys.stdin is None:
+        raise UserError("stdin: closed; name a file instead of '-'")
+    if sys.stdin in _stdins_taken:
+        raise UserError("stdin: '-' can be read only once; save one of the inputs to a file")
+    _stdins_taken.add(sys.stdin)
+    raw: Any = sys.stdin.buffer
+    return raw if hasattr(raw, "peek") else io.BufferedReader(raw)
+
+
+def _decompressed(raw: io.BufferedReader, name: str) -> io.BufferedReader:
+    magic = raw.peek(4)[:4]
     if magic.startswith(GZIP_MAGIC):
-        return io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 20)  # type: ignore[arg-type]
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw), BLOCK)  # type: ignore[arg-type]
     if magic == ZSTD_MAGIC:
-        import zstandard
-
-        return io.BufferedReader(
-            zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True), 1 << 20
-        )  # type: ignore[arg-type]
+        return io.BufferedReader(_ZstdFrames(raw, name), BLOCK)
     return raw
 
 
-class _NumberedLines:
-    """Iterates lines and remembers the number of the last one, for error messages."""
+class _ZstdFrames(io.RawIOBase):
+    """The bytes of zstd frames, one after another; a cut frame is an error.
 
-    def __init__(self, handle: IO[bytes]) -> None:
-        self.handle, self.number = handle, 0
+    zstandard's own stream_reader takes a cut file for a whole one and ends early without a word (0.25).
+    """
 
-    def __iter__(self) -> Iterator[bytes]:
-        for line in self.handle:
-            self.number += 1
-            yield line
+    def __init__(self, raw: IO[bytes], name: str) -> None:
+        import zstandard
+
+        self._zstandard, self._raw, self._name = zstandard, raw, name
+        self._frame: Any = None  # the frame being read; None between two
+        self._input, self._output = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._output:
+            self._input = self._input or self._raw.read(1 << 16)
+            if not self._input:
+                if self._frame is None:
+                    return 0
+                raise UserError(f"{self._name}: damaged or cut zstd data: it ends inside a frame")
+            self._frame = self._frame or self._zstandard.ZstdDecompressor().decompressobj()
+            try:
+                self._output = memoryview(self._frame.decompress(self._input))
+            except self._zstandard.ZstdError as error:
+                raise UserError(f"{self._name}: damaged or cut zstd data: {error}") from error
+            self._input = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame = None
+        count = min(len(buffer), len(self._output))
+        buffer[:count], self._output = self._output[:count], self._output[count:]
+        return count
 
 
 def read_jsonl(paths: Sequence[str], limit: int | None = None) -> Iterator[Row]:
@@ -88,119 +126,147 @@ def read_jsonl(paths: Sequence[str], limit: int | None = None) -> Iterator[Row]:
     Raises UserError naming file and line for a line that is not a JSON object, is not UTF-8, or holds a lone
     surrogate.
     """
-    remaining = limit
-    for path in paths:
-        name = "stdin" if path == "-" else path
+
+    def rows(path: str) -> Iterator[Row]:
         with open_input(path) as handle:
-            lines = _NumberedLines(handle)
-            reader = jsonlines.Reader(lines, loads=orjson.loads)  # type: ignore[arg-type]
-            while remaining is None or remaining > 0:
-                try:
-                    value = reader.read(type=dict, skip_empty=True)
-                except EOFError as error:
-                    if "Compressed" in str(error):  # gzip's own, not the end of the lines
-                        raise
-                    break
-                except jsonlines.InvalidLineError as error:
-                    reason = str(error).split(" (line ")[0].split("\n")[0]
-                    raise UserError(
-                        f"{name}:{lines.number}: expected one JSON object a line: {reason}; mend or remove the line"
-                    ) from None
-                yield Row(value, name, lines.number)
-                if remaining is not None:
-                    remaining -= 1
-        if remaining == 0:
-            return
+            yield from _json_rows(handle, path)
+
+    yield from islice(chain.from_iterable(map(rows, paths)), limit)
 
 
 def read_documents(paths: Sequence[str], limit: int | None = None) -> Iterator[Row]:
-    """Yield documents `{"text", ...}` from JSONL, or from plain text: a `.txt` file is one document.
+    """Yield documents `{"text", ...}` from JSONL, or from plain text: a file of plain text is one document.
 
-    Stdin and files of other names are JSONL when their first character is `{`. Raises UserError for a record
-    whose `text` is missing or not a string, and for text that is not UTF-8.
+    `.jsonl`, `.json` and `.ndjson` are JSONL, `.txt` and `.md` are text; stdin and files of other names are
+    JSONL when their first character is `{`. Raises UserError for a record whose `text` is missing or not a
+    string, and for text that is not UTF-8.
     """
-    remaining = limit
-    for path in paths:
-        if remaining is not None and remaining <= 0:
-            return
-        rows = (
-            _read_plain_text(path)
-            if not _is_jsonl(path)
-            else _checked_documents(read_jsonl([path], remaining))
-        )
-        for row in rows:
-            yield row
-            if remaining is not None:
-                remaining -= 1
+
+    def rows(path: str) -> Iterator[Row]:
+        with open_input(path) as handle:
+            yield from (_json_documents if _is_jsonl(handle, path) else _plain_document)(handle, path)
+
+    yield from islice(chain.from_iterable(map(rows, paths)), limit)
 
 
-def _checked_documents(rows: Iterator[Row]) -> Iterator[Row]:
-    for row in rows:
+def _json_rows(handle: IO[bytes], path: str) -> Iterator[Row]:
+    name = "stdin" if path == "-" else path
+    for number, line in enumerate(handle, 1):
+        if number == 1:
+            line = line.removeprefix(BYTE_ORDER_MARK)
+        if line.isspace() or not line:
+            continue
+        try:
+            value = orjson.loads(line)
+        except orjson.JSONDecodeError as error:
+            found = "not UTF-8" if "UTF-8" in str(error) else str(error).split(": line ")[0]
+        else:
+            if isinstance(value, dict):
+                yield Row(value, name, number)
+                continue
+            found = f"found {kind_of(value)}"
+        raise UserError(f"{name}:{number}: expected one JSON object a line: {found}; mend or remove the line")
+
+
+def _json_documents(handle: IO[bytes], path: str) -> Iterator[Row]:
+    for row in _json_rows(handle, path):
         check_document(row)
         yield row
 
 
-def _is_jsonl(path: str) -> bool:
+def _plain_document(handle: IO[bytes], path: str) -> Iterator[Row]:
+    name = "stdin" if path == "-" else path
+    try:
+        text = handle.read().removeprefix(BYTE_ORDER_MARK).decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{name}:{line}: not UTF-8 at byte {error.start}; convert the file first") from None
+    if text:
+        yield Row({"text": text, "source": Path(name).name}, name, 1)
+
+
+def _is_jsonl(handle: io.BufferedReader, path: str) -> bool:
     name = path.removesuffix(".gz").removesuffix(".zst")
     if name.endswith((".jsonl", ".json", ".ndjson")):
         return True
     if name.endswith((".txt", ".md")):
         return False
-    if path == "-":
-        head = sys.stdin.buffer.peek(1 << 12)  # type: ignore[attr-defined]
-        if head.startswith((GZIP_MAGIC, ZSTD_MAGIC)):
-            return True
-    else:
-        with open_input(path) as handle:
-            head = handle.read(1 << 12)
-    return head.lstrip()[:1] in (b"{", b"")
-
-
-def _read_plain_text(path: str) -> Iterator[Row]:
-    name = "stdin" if path == "-" else path
-    with open_input(path) as handle:
-        data = handle.read()
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{name}:{line}: not UTF-8 at byte {error.start}; convert the file first") from None
-    if text:
-        yield Row({"text": text, "source": Path(name).name}, name, 1)
+    return handle.peek(1).removeprefix(BYTE_ORDER_MARK).lstrip()[:1] in (b"{", b"")
 
 
 # ---- writing
 
 
 def check_output(path: str, force: bool, resume: bool = False) -> None:
-    """Raise UserError when `path` exists and neither `--force` nor `--resume` says what to do with it."""
-    if path != "-" and not force and not resume and os.path.exists(path):
-        raise UserError(f"{path}: exists already; --force replaces it, or choose another --out")
+    """Raise UserError when `path` cannot become the output: call it before the work, not after.
+
+    It exists and neither `--force` nor `--resume` says what to do with it; or `--force` would delete a folder
+    that no stage has written; or its parent folder is missing.
+    """
+    if path == "-" or _is_special(path):
+        return
+    if os.path.exists(path) and not resume:
+        if not force:
+            raise UserError(f"{path}: exists already; --force replaces it, or choose another --out")
+        if (
+            os.path.isdir(path)
+            and os.listdir(path)
+            and not any(os.path.exists(f"{path}/{name}") for name in OURS)
+        ):
+            raise UserError(
+                f"{path}: not a folder that llmkit wrote, so --force leaves it alone; choose another --out"
+            )
     parent = os.path.dirname(os.path.abspath(path))
-    if path != "-" and not os.path.isdir(parent):
+    if not os.path.isdir(parent):
         raise UserError(f"{path}: the folder {parent} does not exist; create it first")
 
 
+def _is_special(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a pipe or a device, to be written in place: /dev/null, >(command)."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
 @contextmanager
-def open_output(path: str, force: bool = False) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Yield a function that writes one record. A file appears when all is written; `-` is stdout."""
+def open_output(path: str, force: bool = False) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Yield a function that writes one record. A file appears when all is written; `-` is stdout, at once."""
     check_output(path, force)
-    target = nullcontext(sys.stdout.buffer) if path == "-" else atomic_file(path)
-    with target as handle, jsonlines.Writer(handle, dumps=orjson.dumps) as writer:  # type: ignore[arg-type]
-        yield writer.write
-        handle.flush()
+    if path == "-" and sys.stdout is None:
+        raise UserError("stdout: closed; name a file instead of '-'")
+    with nullcontext(sys.stdout.buffer) if path == "-" else atomic_file(path) as handle:
+
+        def write(record: Mapping[str, Any]) -> None:
+            handle.write(orjson.dumps(record, option=JSON_LINE))
+            if path == "-":
+                handle.flush()  # the reader of a pipe sees each record as it comes
+
+        yield write
 
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open `path` + ".partial" for writing and rename it to `path` at the end; remove it on an error."""
-    partial = os.fspath(path) + PARTIAL
+    """Open `path` + ".partial" for writing and rename it to `path` at the end; remove it on an error.
+
+    A link is followed; a device or pipe is written in place; text is UTF-8.
+    """
+    encoding = None if "b" in mode else "utf-8"
+    if _is_special(path):
+        with _full_disk_is_named(path), open(path, mode, encoding=encoding) as handle:
+            yield handle
+        return
+    if os.path.isdir(path):
+        raise UserError(f"{os.fspath(path)}: expected a file, found a folder; choose another --out")
+    final = os.path.realpath(path)
+    partial = final + PARTIAL
     try:
-        with open(partial, mode) as handle:
+        with _full_disk_is_named(path), open(partial, mode, encoding=encoding) as handle:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
-        os.replace(partial, path)
+        os.replace(partial, final)
     except BaseException:
         with suppress(OSError):
             os.unlink(partial)
@@ -209,30 +275,54 @@ def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str], force: bool = False) -> Iterator[Path]:
-    """Yield an empty folder `path` + ".partial" that takes the place of `path` at the end, or goes on an error."""
-    check_output(os.fspath(path), force)
-    partial = Path(os.fspath(path).rstrip("/") + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    """Yield an empty folder `path` + ".partial"; at the end it replaces `path`, on an error it is removed."""
+    if not force:
+        check_output(os.fspath(path), force)
+    final = Path(os.path.realpath(path))
+    if final.exists() and not final.is_dir():
+        raise UserError(f"{os.fspath(path)}: expected a folder, found a file; choose another --out")
+    partial = final.with_name(final.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
     try:
-        yield partial
-        replace_folder(partial, Path(path))
+        with _full_disk_is_named(path):
+            partial.mkdir()
+            yield partial
+        replace_folder(partial, final)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
+@contextmanager
+def _full_disk_is_named(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn "no space left" into a UserError naming the output; safetensors wraps the OSError in its own."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or not is_full_disk(error):
+            raise
+        raise UserError(
+            f"{os.fspath(path)}: no space left there for the output; nothing was changed"
+        ) from error
+
+
+def is_full_disk(error: Exception) -> bool:
+    """Whether a write failed for want of space, of quota, or at a limit on the size of files."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return getattr(error, "errno", None) in codes or any(os.strerror(code) in str(error) for code in codes)
+
+
 def replace_folder(new: Path, old: Path) -> None:
     """Put the folder `new` in the place of `old` (which may exist), so that `old` is always whole.
 
-    Linux exchanges the two names in one step (renameat2 with RENAME_EXCHANGE); elsewhere there is a moment in
+    Linux and macOS exchange the two names in one step; on a file system that cannot, there is a moment in
     which the former folder stands under `old` + ".former".
     """
     if not old.exists():
         os.rename(new, old)
         return
     if not _exchange(new, old):
-        former = Path(str(old).rstrip("/") + ".former")
+        former = old.with_name(old.name + ".former")
         shutil.rmtree(former, ignore_errors=True)
         os.rename(old, former)
         os.rename(new, old)
@@ -241,9 +331,11 @@ def replace_folder(new: Path, old: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    at_cwd, rename_exchange = -100, 2
-    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
-    return (
-        renameat2 is not None
-        and renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), rename_exchange) == 0
-    )
+    at_cwd, swap = -100, 2  # AT_FDCWD; RENAME_EXCHANGE and RENAME_SWAP
+    names = os.fsencode(first), os.fsencode(second)
+    libc = ctypes.CDLL(None) if os.name == "posix" else None
+    if hasattr(libc, "renameat2"):  # Linux with glibc or a recent musl
+        return libc.renameat2(at_cwd, names[0], at_cwd, names[1], swap) == 0
+    if hasattr(libc, "renamex_np"):  # macOS
+        return libc.renamex_np(*names, swap) == 0
+    return False
