@@ -76,10 +76,11 @@ class ShardWriter:
         lengths:    number of ids of each
         text_bytes: bytes of UTF-8 text of each
         """
-        # np.insert at the beginnings: one `start` in front of each document
-        begins = np.cumsum(lengths) - lengths
-        part = np.insert(ids, begins, self.info.start).astype(DTYPES[self.info.dtype_name])
-        lengths = lengths + 1
+        lengths = np.asarray(lengths, np.int64) + 1
+        part = np.full(lengths.sum(), self.info.start, DTYPES[self.info.dtype_name])
+        is_text = np.ones(len(part), bool)
+        is_text[np.cumsum(lengths) - lengths] = False
+        part[is_text] = ids
         while len(lengths):
             if self._held >= self.tokens_per_shard:
                 self._write(last=False)

@@ -1,0 +1,325 @@
+"""Text to ids and back: special tokens stay out of raw text, every backend gives the ids of tokenizers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as HFTokenizer
+
+from llmkit.errors import UserError
+from llmkit.tokenizer import backends
+from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
+
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEXTS = [
+    "The cat sat on the mat. The dog didn't.",
+    "Once upon a time there was a cat and a dog.",
+    "12 + 30 = 42\n",
+]
+text_of_any_kind = st.text(st.characters(codec="utf-8"), max_size=60) | st.lists(
+    st.sampled_from([*SPECIALS, "<s>", "▁", " ", "\n", "é", "👍", "\u0301", "the cat", "'s", "7"]),
+    max_size=12,
+).map("".join)
+
+
+def byte_level() -> HFTokenizer:
+    tokenizer = HFTokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(QWEN2), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXTS * 5, trainer)
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIALS])
+    return tokenizer
+
+
+def llama_like() -> HFTokenizer:
+    """SentencePiece as Llama 2 has it: bytes for what is unknown, a space in front, <s> by the template."""
+    byte_pieces = [f"<0x{byte:02X}>" for byte in range(256)]
+    pieces = ["<unk>", "<s>", "</s>", *byte_pieces, "▁", *"abcdehnot", "▁a", "th", "he", "▁t"]
+    merges = [("▁", "a"), ("t", "h"), ("h", "e"), ("▁", "t")]
+    vocab = {piece: k for k, piece in enumerate(pieces)}
+    tokenizer = HFTokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in pieces[:3]])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+def saved(folder: Path, tokenizer: HFTokenizer, config: dict | None) -> Tokenizer:
+    tokenizer.save(str(folder / "tokenizer.json"))
+    if config is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory) -> Tokenizer:
+    config = {"bos_token": None, "eos_token": "<|endoftext|>", "chat_template": "{{ messages }}"}
+    return saved(tmp_path_factory.mktemp("ours"), byte_level(), config)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Tokenizer:
+    config = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "add_bos_token": True}
+    return saved(tmp_path_factory.mktemp("llama"), llama_like(), config)
+
+
+@pytest.fixture(scope="module", params=["ours", "llama"])
+def either(request) -> Tokenizer:
+    return request.getfixturevalue(request.param)
+
+
+# ---- text to ids
+
+
+@settings(max_examples=150, deadline=None)
+@given(texts=st.lists(text_of_any_kind, max_size=5))
+def test_raw_text_gives_no_special_token_and_comes_back(either, texts):
+    ids, lengths = either.encode_batch(texts)
+    assert ids.dtype == np.uint32 and lengths.dtype == np.int64
+    assert not set(ids.tolist()) & set(either.specials.values())
+    parts = np.split(ids, np.cumsum(lengths)[:-1]) if texts else []
+    for text, part in zip(texts, parts, strict=True):
+        assert part.tolist() == either.encode(text)
+        # SentencePiece writes a space as U+2581 and cannot tell the two apart
+        assert either.decode(part) == (text.replace("▁", " ") if either.add_bos else text)
+
+
+def test_a_literal_special_token_is_encoded_as_its_characters(ours):
+    assert ours.specials["<|im_start|>"] not in ours.encode("a <|im_start|>user")
+    assert ours.decode(ours.encode("a <|im_start|>user")) == "a <|im_start|>user"
+    assert len(ours.encode("<|im_start|>")) > 5
+
+
+@pytest.mark.parametrize("name", ["gigatoken", "fastokens"])
+@settings(max_examples=100, deadline=None)
+@given(texts=st.lists(text_of_any_kind, min_size=1, max_size=5))
+def test_each_backend_gives_the_ids_of_tokenizers(ours, name, texts):
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")
+    make = {"gigatoken": backends.GigatokenBackend, "fastokens": backends.FastokensBackend}[name]
+    backend = _cached_backend(make, ours)
+    assert backends.same_ids(backend, ours._reference, texts)
+
+
+_BACKENDS: dict[type, backends.Backend] = {}
+
+
+def _cached_backend(make, tokenizer: Tokenizer) -> backends.Backend:
+    if make not in _BACKENDS:
+        _BACKENDS[make] = make(tokenizer.path.read_bytes())
+    return _BACKENDS[make]
+
+
+def test_gigatokens_own_threads_give_the_same_ids(ours, monkeypatch):
+    pytest.importorskip("gigatoken")
+    monkeypatch.setattr(backends, "GIGATOKEN_THREADS_FROM_BYTES", -1)
+    backend = backends.GigatokenBackend(ours.path.read_bytes())
+    backend.many_cores = True
+    assert backends.same_ids(backend, ours._reference, backends.proof_texts(TEXTS * 20, SPECIALS))
+    assert "awkward" in __import__("sys").modules
+
+
+class Wrong:
+    """A backend as tokie was: quick, and wrong on one text in many."""
+
+    name = "wrong"
+
+    def __init__(self, tokenizer_json: bytes) -> None:
+        self.right = backends.TokenizersBackend(tokenizer_json)
+
+    def encode_batch(self, texts):
+        ids, lengths = self.right.encode_batch(texts)
+        return np.where(ids == ids.max(initial=0), 0, ids), lengths
+
+
+class Panics(Wrong):
+    name = "panics"
+
+    def __init__(self, tokenizer_json: bytes) -> None:
+        raise type("PanicException", (BaseException,), {})("pattern not supported\nat src/lib.rs:1")
+
+
+class Absent(Wrong):
+    name = "absent"
+
+    def __init__(self, tokenizer_json: bytes) -> None:
+        raise ImportError
+
+
+def test_a_backend_that_is_wrong_absent_or_refuses_is_passed_over(ours, monkeypatch):
+    monkeypatch.setattr(backends, "FASTEST_FIRST", (Wrong, Panics, Absent))
+    tokenizer = load_tokenizer(ours.path)
+    ids, _ = tokenizer.encode_batch(["the cat", "sat"])
+    assert tokenizer.backend == "tokenizers"
+    assert tokenizer.passed_over == {
+        "wrong": "its ids differ from those of tokenizers",
+        "panics": "pattern not supported",
+        "absent": "not installed",
+    }
+    assert ids.tolist() == [*ours.encode("the cat"), *ours.encode("sat")]
+
+
+def test_a_lone_surrogate_is_the_users_mistake(ours):
+    with pytest.raises(UserError, match=r"lone surrogate U\+D800 at character 2"):
+        ours.encode("ab\ud800")
+    with pytest.raises(UserError, match="lone surrogate"):
+        load_tokenizer(ours.path).encode_batch(["ab", "\udfff"])
+
+
+# ---- ids to text
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_decoding_any_ids_is_decoding_by_tokenizers(ours, data):
+    ids = data.draw(st.lists(st.integers(0, ours.vocab_size - 1), max_size=30))
+    assert ours.decode(ids) == ours._reference.tokenizer.decode(ids, skip_special_tokens=False)
+    assert ours.decode(ids, skip_specials=True) == ours._reference.tokenizer.decode(ids)
+
+
+@settings(max_examples=100, deadline=None)
+@given(texts=st.lists(text_of_any_kind, max_size=4), ids=st.lists(st.integers(0, 300), max_size=20))
+def test_a_stream_says_the_same_as_decoding_at_once(either, texts, ids):
+    tokens = [token for text in texts for token in [*either.encode(text), *either.specials.values()]] + ids
+    stream = either.stream()
+    assert "".join(stream.push([token]) for token in tokens) + stream.finish() == either.decode(tokens)
+
+
+def test_a_stream_holds_back_a_character_until_it_is_whole(ours):
+    ids = ours.encode("👍")
+    assert len(ids) == 4
+    stream = ours.stream()
+    assert [stream.push([token]) for token in ids] == ["", "", "", "👍"]
+    stream.push(ids[:2])
+    assert stream.finish() == "\ufffd"
+
+
+def test_a_stream_after_a_prompt_keeps_the_space_between(llama):
+    prompt, more = llama.encode_prompt("a then"), llama.encode("the")
+    assert llama.decode(more) == "the"
+    assert llama.stream(after=prompt).push(more) == " the"
+
+
+def test_ids_without_a_token_decode_to_nothing(ours):
+    # a model's vocabulary is padded to a multiple of 64
+    assert ours.decode([*ours.encode("cat"), ours.vocab_size + 5]) == "cat"
+
+
+# ---- rules of the folder
+
+
+def test_vocabulary_and_specials(ours):
+    text_ids = ours.vocab_size - 3
+    assert text_ids == byte_level().get_vocab_size() - 3 > 256
+    assert ours.specials == {name: text_ids + k for k, name in enumerate(SPECIALS)}
+    assert ours.end_of_text_id == ours.eos_id == text_ids
+    assert ours.document_bounds() == (text_ids, text_ids)
+    assert ours.chat_template == "{{ messages }}"
+    assert len(ours.sha256) == 64
+
+
+def test_the_beginning_token_is_set_once(llama):
+    assert (llama.bos_id, llama.eos_id, llama.add_bos) == (1, 2, True)
+    ids = llama.encode("a")
+    assert 1 not in ids
+    assert llama.encode_prompt("a") == [1, *ids]
+    assert llama.with_bos(llama.with_bos(ids)) == [1, *ids]
+    assert llama.encode_prompt("<s>a").count(1) == 1
+    assert llama.document_bounds() == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("config", "bos"),
+    [
+        (None, 1),  # the tokenizer.json's own post-processor sets it
+        ({"bos_token": "<s>"}, 1),
+        ({"bos_token": "<s>", "add_bos_token": True}, 1),
+        ({"bos_token": "<s>", "add_bos_token": False}, None),
+        ({"add_bos_token": False}, None),
+    ],
+)
+def test_the_config_decides_about_the_beginning_token(tmp_path, config, bos):
+    tokenizer = saved(tmp_path, llama_like(), config)
+    assert tokenizer.encode_prompt("a")[0] == (bos if bos is not None else tokenizer.encode("a")[0])
+    assert tokenizer.end_of_text_id == 2
+
+
+def test_a_tokenizer_without_an_end_cannot_pretrain(tmp_path):
+    tokenizer = byte_level()
+    spec = json.loads(tokenizer.to_str())
+    spec["added_tokens"] = []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(UserError, match=r"no end-of-text token: expected <\|endoftext\|>"):
+        load_tokenizer(tmp_path).document_bounds()
+
+
+def test_non_special_added_tokens_are_part_of_the_text(tmp_path):
+    # GPT-NeoX has runs of spaces as added tokens
+    tokenizer = byte_level()
+    tokenizer.add_tokens([AddedToken("    ", normalized=False)])
+    loaded = saved(tmp_path, tokenizer, None)
+    ids, _ = loaded.encode_batch(["a    b <|endoftext|>"])
+    assert loaded.vocab_size - 1 in ids and loaded.end_of_text_id not in ids
+    assert "    " not in loaded.specials
+
+
+def test_files_travel_with_a_run(ours, tmp_path):
+    ours.copy_to(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert (again.sha256, again.chat_template, again.eos_id) == (ours.sha256, ours.chat_template, ours.eos_id)
+    again.copy_to(tmp_path)  # onto itself
+
+
+def test_what_is_no_tokenizer_is_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match=r"tokenizer\.json: expected a tokenizer\.json, found \[\]"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="nothing there"):
+        load_tokenizer(tmp_path / "nowhere.json")
+    for content in ("", "{}", "[1]", '{"model": {"type": "BPE", "vocab": 3}}'):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(
+            UserError, match=r"tokenizer\.json: not a tokenizer\.json that tokenizers can read"
+        ):
+            load_tokenizer(tmp_path)
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: not JSON"):
+        load_tokenizer(tmp_path)
+
+
+def test_story_llama(shared_data):
+    tokenizer = load_tokenizer(shared_data / "ckpt" / "story-llama")
+    expected = json.loads((shared_data / "ckpt" / "story-llama.greedy-expected.json").read_text())
+    assert tokenizer.encode_prompt(expected["prompt"]) == expected["greedy_ids"][:6]
+    assert tokenizer.decode(expected["greedy_ids"]) == expected["text"]
+    assert tokenizer.encode_prompt("<|start_story|>Once").count(1) == 1
+    assert tokenizer.document_bounds() == (1, 2)
+
+
+@pytest.mark.parametrize("name", ["gpt-neox-20b", "minimind"])
+def test_foreign_tokenizers_are_encoded_by_a_fast_backend(shared_data, name):
+    tokenizer = load_tokenizer(shared_data / "tokenizers" / f"{name}.tokenizer.json")
+    texts = [*backends.HOSTILE, "<|endoftext|> plain <|padding|>"]
+    ids, lengths = tokenizer.encode_batch(texts)
+    assert not set(ids.tolist()) & set(tokenizer.specials.values())
+    assert lengths.tolist() == [len(tokenizer.encode(text)) for text in texts]
