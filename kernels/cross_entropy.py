@@ -1,8 +1,8 @@
 """Linear layer and cross-entropy as one step: from hidden states to loss and gradients, chunk by chunk.
 
 The logits of a whole batch are the largest tensor of training (4,096 tokens x 32,768 words: 512 MB in float32,
-three times over in the usual formulation). Here the forward pass computes one chunk of them, turns it into the
-chunk's loss and gradients, and drops it. N tokens, D hidden, V vocabulary.
+three times over in the usual formulation). Here the forward pass computes one chunk of them in one reused buffer,
+turns it into the chunk's loss and gradients, and goes on. N tokens, D hidden, V vocabulary.
 """
 
 import torch
@@ -12,8 +12,13 @@ from torch.autograd.function import once_differentiable
 
 from llmkit.kernels.linear import matmul_nn, matmul_nt, matmul_tn
 
-CHUNK_BYTES = 64 * 2**20  # float32 logits held at once
-LEAST_CHUNK_TOKENS = 1024
+# A chunk's logits should stay in cache on CPU; fewer tokens than 256 and adding up the weight gradient dominates.
+CPU_CHUNK_BYTES = 4 * 2**20
+CPU_LEAST_TOKENS = 256
+CHUNK_BYTES = 512 * 2**20
+LEAST_TOKENS = 4096
+# Below this probability -log(p) is taken again from the logits, for p itself is near the end of its range.
+LEAST_PROBABILITY = 1e-30
 
 
 def linear_cross_entropy_reference(
@@ -33,85 +38,108 @@ def linear_cross_entropy_reference(
     return loss / (target != ignore_index).sum().clamp(min=1) if reduction == "mean" else loss
 
 
-def _chunk_tokens(chunk_tokens: int | str, vocab_size: int) -> int:
-    if chunk_tokens == "auto":
-        return max(LEAST_CHUNK_TOKENS, CHUNK_BYTES // (4 * vocab_size))
-    return int(chunk_tokens)
+def _chunk_tokens(chunk_tokens: int | str, weight: Tensor) -> int:
+    if chunk_tokens != "auto":
+        return int(chunk_tokens)
+    row = weight.shape[0] * weight.element_size()
+    if weight.device.type == "cpu":
+        return max(CPU_LEAST_TOKENS, CPU_CHUNK_BYTES // row)
+    return max(LEAST_TOKENS, CHUNK_BYTES // row)
 
 
-def _losses_and_probabilities(logits: Tensor, target: Tensor, ignored: Tensor, in_place: bool):
-    """Per-token losses (float32) and softmax of logits; an ignored token's loss is zero."""
-    log_probabilities = torch.log_softmax(logits, -1)
-    losses = log_probabilities.gather(1, target.unsqueeze(1)).squeeze(1).neg_().masked_fill_(ignored, 0.0)
-    return losses, log_probabilities.exp_() if in_place else None
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _losses(input: Tensor, weight: Tensor, target: Tensor, chunk_tokens: int) -> Tensor:
+    """Loss of each token from float32 log-softmax, no gradients."""
+    dtype = _accumulation_dtype(input.dtype)
+    losses = torch.empty(input.shape[0], dtype=dtype, device=input.device)
+    for start in range(0, input.shape[0], chunk_tokens):
+        rows = slice(start, start + chunk_tokens)
+        log_probabilities = torch.log_softmax(matmul_nt(input[rows], weight).to(dtype), -1)
+        losses[rows] = log_probabilities.gather(1, target[rows].unsqueeze(1)).squeeze(1).neg_()
+    return losses
+
+
+def _losses_and_gradients(input, weight, target, row_scale, chunk_tokens, need_input, need_weight):
+    """Losses (N,), their gradient to input (N, D) in its dtype and to weight (V, D) in the accumulation dtype.
+
+    The softmax is torch's, float32 inside and rounded once to the input's dtype, in which the products run; its
+    exponential is several times faster than `exp` by itself. The loss is -log of the target's probability.
+    """
+    dtype = _accumulation_dtype(input.dtype)
+    tokens = input.shape[0]
+    losses = torch.empty(tokens, dtype=dtype, device=input.device)
+    grad_input = torch.empty_like(input) if need_input else None
+    grad_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
+    probabilities = input.new_empty((min(chunk_tokens, tokens), weight.shape[0]))
+    every_row = torch.arange(min(chunk_tokens, tokens), device=input.device)
+    for start in range(0, tokens, chunk_tokens):
+        rows = slice(start, min(start + chunk_tokens, tokens))
+        target_N, row = target[rows], every_row[: rows.stop - rows.start]
+        logits_NV = matmul_nt(input[rows], weight)
+        grad_NV = torch.ops.aten._softmax.out(logits_NV, 1, False, out=probabilities[: logits_NV.shape[0]])
+        probability = grad_NV[row, target_N]
+        losses[rows] = probability.to(dtype).log_().neg_()
+        grad_NV[row, target_N] = probability - 1
+        if row_scale is not None:
+            grad_NV.mul_(row_scale[rows].unsqueeze(1).to(grad_NV.dtype))
+        if grad_input is not None:
+            grad_input[rows] = matmul_nn(grad_NV, weight)
+        if grad_weight is not None:
+            grad_weight += matmul_tn(grad_NV, input[rows])
+    unlikely = losses > -torch.tensor(LEAST_PROBABILITY).log()
+    if input.device.type == "cpu" and not torch.compiler.is_compiling():
+        if unlikely.any():
+            losses[unlikely] = _losses(input[unlikely], weight, target[unlikely], chunk_tokens)
+    return losses, grad_input, grad_weight
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, weight, target, reduction, ignore_index, chunk_tokens):
+    def forward(ctx, input, weight, target, reduction, counted, chunk_tokens):
+        """`counted` (N,) is 1 for tokens that count and 0 for others, or None where all do."""
         need_input, need_weight = ctx.needs_input_grad[:2]
-        need = need_input or need_weight
-        accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
-        ignored = target == ignore_index
-        safe_target = target.masked_fill(ignored, 0)
-        scale = None
-        if reduction == "mean":
-            scale = (~ignored).sum().clamp_(min=1).to(accumulate).reciprocal_()
-        losses = torch.empty(input.shape[0], dtype=accumulate, device=input.device)
-        # reduction "none" meets its upstream gradient only in backward, so it computes its gradients there.
-        now = need and reduction != "none"
-        grad_input = torch.empty_like(input) if now and need_input else None
-        grad_weight = torch.zeros_like(weight, dtype=accumulate) if now and need_weight else None
-        for start in range(0, input.shape[0], chunk_tokens):
-            rows = slice(start, start + chunk_tokens)
-            _chunk(input, weight, safe_target, ignored, rows, losses, scale, grad_input, grad_weight)
+        ctx.reduction, ctx.chunk_tokens = reduction, chunk_tokens
+        grad_input = grad_weight = None
+        if reduction == "none" or not (need_input or need_weight):
+            # The upstream gradients of reduction "none" come only with backward, which computes the rest then.
+            losses = _losses(input, weight, target, chunk_tokens)
+        else:
+            losses, grad_input, grad_weight = _losses_and_gradients(
+                input, weight, target, counted, chunk_tokens, need_input, need_weight
+            )
+        if counted is not None:
+            losses *= counted
         if reduction == "none":
-            ctx.save_for_backward(input, weight, safe_target, ignored)
-            ctx.chunk_tokens = chunk_tokens
+            ctx.save_for_backward(input, weight, target, counted)
             return losses
-        ctx.save_for_backward(grad_input, None if grad_weight is None else grad_weight.to(weight.dtype))
-        ctx.chunk_tokens = None
-        total = losses.sum()
-        return total if scale is None else total * scale
+        tokens = losses.shape[0] if counted is None else counted.sum()
+        scale = 1.0 / torch.as_tensor(tokens, dtype=losses.dtype, device=losses.device).clamp(min=1)
+        scale = scale if reduction == "mean" else torch.ones_like(scale)
+        ctx.save_for_backward(grad_input, grad_weight, scale)
+        ctx.weight_dtype = weight.dtype
+        return losses.sum() * scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        if ctx.chunk_tokens is None:
-            grad_input, grad_weight = ctx.saved_tensors
-            return (
-                None if grad_input is None else grad_input * grad.to(grad_input.dtype),
-                None if grad_weight is None else grad_weight * grad.to(grad_weight.dtype),
-                *[None] * 4,
-            )
-        input, weight, target, ignored = ctx.saved_tensors
-        need_input, need_weight = ctx.needs_input_grad[:2]
-        grad_input = torch.empty_like(input) if need_input else None
-        grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if need_weight else None
-        losses = torch.empty_like(grad)
-        for start in range(0, input.shape[0], ctx.chunk_tokens):
-            rows = slice(start, start + ctx.chunk_tokens)
-            scale = grad[rows].unsqueeze(1)
-            _chunk(input, weight, target, ignored, rows, losses, scale, grad_input, grad_weight)
-        return grad_input, None if grad_weight is None else grad_weight.to(weight.dtype), *[None] * 4
-
-
-def _chunk(input, weight, target, ignored, rows, losses, scale, grad_input, grad_weight) -> None:
-    """Losses of one chunk of tokens into `losses`, and its gradients into or onto the two others."""
-    input_ND, target_N = input[rows], target[rows]
-    need = grad_input is not None or grad_weight is not None
-    logits_NV = matmul_nt(input_ND, weight).to(losses.dtype)
-    losses[rows], grad_NV = _losses_and_probabilities(logits_NV, target_N, ignored[rows], need)
-    if not need:
-        return
-    grad_NV.scatter_add_(1, target_N.unsqueeze(1), torch.full_like(losses[rows], -1.0).unsqueeze(1))
-    row_scale = (~ignored[rows]).to(grad_NV.dtype).unsqueeze(1)
-    grad_NV.mul_(row_scale if scale is None else row_scale * scale)
-    grad_NV = grad_NV.to(input.dtype)
-    if grad_input is not None:
-        grad_input[rows] = matmul_nn(grad_NV, weight)
-    if grad_weight is not None:
-        grad_weight += matmul_tn(grad_NV, input_ND)
+        if ctx.reduction != "none":
+            grad_input, grad_weight, scale = ctx.saved_tensors
+            scale = scale * grad
+            if grad_input is not None:
+                grad_input = grad_input * scale.to(grad_input.dtype)
+            if grad_weight is not None:
+                grad_weight = (grad_weight * scale).to(ctx.weight_dtype)
+            return grad_input, grad_weight, None, None, None, None
+        input, weight, target, counted = ctx.saved_tensors
+        grad = grad if counted is None else grad * counted
+        _, grad_input, grad_weight = _losses_and_gradients(
+            input, weight, target, grad, ctx.chunk_tokens, *ctx.needs_input_grad[:2]
+        )
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_input, grad_weight, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -131,9 +159,10 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of `input @ linear_weight.T` against `target`, never holding more than a chunk of logits.
 
-    input (..., D), linear_weight (V, D), target (...) int64. The loss is float32 whatever the inputs are: a scalar
-    for "mean" (over tokens that are not ignored) and "sum", the shape of `target` for "none". Where every token is
-    ignored the loss is 0 and the gradients are zero. `chunk_tokens` is the number of tokens a chunk.
+    input (..., D), linear_weight (V, D), target (...) int64. The loss is float32 whatever the inputs are (float64
+    for float64): a scalar for "mean" (over tokens that are not ignored) and "sum", the shape of `target` for
+    "none". Where every token is ignored the loss is 0 and the gradients are zero. `chunk_tokens` is the number of
+    tokens a chunk. The options that raise NotImplementedError are torch-like names reserved for later.
     """
     for name, value, off in (
         ("linear_bias", linear_bias, None),
@@ -143,11 +172,22 @@ def linear_cross_entropy(
         ("softcap", softcap, None),
         ("return_lse", return_lse, False),
     ):
-        if value is not off and value != off:
+        if value is not None and (isinstance(value, Tensor) or value != off):
             raise NotImplementedError(f"linear_cross_entropy: {name} is not implemented")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"linear_cross_entropy: expected reduction mean, sum or none, found {reduction!r}")
-    rows = input.reshape(-1, input.shape[-1])
-    chunk = _chunk_tokens(chunk_tokens, linear_weight.shape[0])
-    loss = _LinearCrossEntropy.apply(rows, linear_weight, target.reshape(-1), reduction, ignore_index, chunk)
+    rows, flat_target = input.reshape(-1, input.shape[-1]), target.reshape(-1)
+    chunk = _chunk_tokens(chunk_tokens, linear_weight)
+    counted = flat_target != ignore_index
+    on_host = input.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_host and bool(counted.all()):
+        loss = _LinearCrossEntropy.apply(rows, linear_weight, flat_target, reduction, None, chunk)
+    elif on_host and reduction != "none":  # ignored tokens cost nothing: leave them out
+        kept = counted.nonzero().squeeze(1)
+        rows, flat_target = rows.index_select(0, kept), flat_target[kept]
+        loss = _LinearCrossEntropy.apply(rows, linear_weight, flat_target, reduction, None, chunk)
+    else:
+        safe_target = flat_target.masked_fill(~counted, 0)
+        counted = counted.to(_accumulation_dtype(input.dtype))
+        loss = _LinearCrossEntropy.apply(rows, linear_weight, safe_target, reduction, counted, chunk)
     return loss.view(target.shape) if reduction == "none" else loss
