@@ -1,0 +1,61 @@
+# Needs Python >= 3.10 and make, nothing else. `make help` lists what there is.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow check clean
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+BUDGET ?= 60s
+
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+setup: $(VENV)/.ready ## Make .venv with llmkit in it, reusing an installed torch
+
+demo: $(VENV)/.ready ## Text to tokenizer to model to sample, in under 3 minutes on 2 cores
+	mkdir -p demo
+	$(BIN)/python examples/make_demo_text.py --stories 2000 --seed 1 > demo/docs.jsonl
+	$(BIN)/python examples/make_demo_text.py --stories 50 --seed 2 > demo/val.jsonl
+	$(BIN)/llmkit train-bpe demo/docs.jsonl --vocab-size 512 -o demo/tok/ --force
+	$(BIN)/llmkit pretrain demo/docs.jsonl --tokenizer demo/tok/ --val demo/val.jsonl \
+	  --time-budget $(BUDGET) -o demo/base/ --force
+	$(BIN)/llmkit sample demo/base/ -p "Once upon a time" -n 3 --max-tokens 120 --seed 7
+
+test: $(VENV)/.ready-test ## Run the tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.ready-test ## Run the long tests too
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.ready-check ## Format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+clean: ## Remove what make has made
+	rm -rf $(VENV) demo build *.egg-info .ruff_cache .hypothesis
+
+# torch comes first and by its exact name: as somebody's dependency it may bring gigabytes that nobody asked for
+$(VENV)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "llmkit needs Python 3.10 or later: make PYTHON=...")'
+	@echo "setting up $(VENV) (once)"
+	@shared=$$($(PYTHON) -c 'import torch' 2>/dev/null && echo --system-site-packages || true); \
+	  $(PYTHON) -m venv $$shared $(VENV) || \
+	  { echo "make: no virtual environment: install your system's python3-venv" >&2; exit 1; }
+	@$(BIN)/python -c 'import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)' \
+	  2>/dev/null || $(PIP) $(TORCH)
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.ready-test: $(VENV)/.ready
+	@$(PIP) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.ready-check: $(VENV)/.ready-test
+	@$(PIP) --editable '.[test,check]'
+	@touch $@
