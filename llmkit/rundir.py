@@ -13,6 +13,7 @@ import hashlib
 import os
 import platform
 import shlex
+import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -221,3 +222,30 @@ def _ancestry(manifest: Mapping[str, Any]) -> list[str]:
     for parent in manifest.get("parents", []):
         commands += [line for line in _ancestry(parent["manifest"] or {}) if line not in commands]
     return [line for line in commands if line != "?"]
+
+
+# ---- a run in the making
+
+
+def begin_run(out: Path, *, resume: bool, force: bool) -> Path:
+    """The folder in which a run is made: `out` + ".partial", empty, or as an earlier run left it for `resume`.
+
+    Raises UserError when `out` stands already and neither --resume nor --force was given, when an unfinished run
+    is there and neither was given, and when there is nothing to resume.
+    """
+    work = out.with_name(out.name + PARTIAL)
+    if resume:
+        if not work.is_dir():
+            raise UserError(f"{work}: nothing to resume; start without --resume")
+        return work
+    check_output(str(out), force)
+    if work.exists() and not force:
+        raise UserError(f"{work}: an unfinished run; --resume goes on with it, --force starts again")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    return work
+
+
+def finish_run(work: Path, out: Path) -> None:
+    """Put the finished folder in its place, whole."""
+    replace_folder(work, out)

@@ -1,0 +1,45 @@
+"""Next-token loss on packed rows, and bits per byte of held-out text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmkit.data.batches import IGNORED, EvaluationBatches
+from llmkit.model.transformer import Transformer
+
+
+def next_token_loss(model: Any, rows: tuple[Any, ...]) -> tuple[Tensor, int]:
+    """Summed cross-entropy in nats (fp32 scalar) of packed rows `(token_ids, targets, doc_ids)`, each numpy [B, T],
+    and the number of its targets."""
+    token_ids, targets, doc_ids = rows
+    device = next(model.parameters()).device
+    packed = bool(doc_ids[:, -1].any())  # one document a row needs no mask
+    loss = model.loss(
+        torch.from_numpy(token_ids).to(device),
+        torch.from_numpy(targets).to(device),
+        torch.from_numpy(doc_ids).to(device) if packed else None,
+        reduction="sum",
+    )
+    return loss, int((targets != IGNORED).sum())
+
+
+@torch.no_grad()
+def held_out_loss(model: Transformer, batches: EvaluationBatches | Iterable) -> dict[str, float]:
+    """`val_loss` (nats a token) and `val_bits_per_byte` (of UTF-8 text) over a whole validation set.
+
+    Bits per byte does not depend on the tokenizer: the summed loss in bits over the bytes of the text, where
+    each token is predicted once, from its own document and at most the context before it.
+    """
+    model.eval()
+    total, count = 0.0, 0
+    for batch in batches:
+        loss, targets = next_token_loss(model, batch)
+        total, count = total + float(loss), count + targets
+    model.train()
+    text_bytes = batches.bytes  # type: ignore[union-attr]
+    return {"val_loss": total / max(1, count), "val_bits_per_byte": total / math.log(2) / max(1, text_bytes)}

@@ -1,0 +1,282 @@
+"""What a pretraining run will be: shape, horizon and hyperparameters, derived from what the user fixed.
+
+plan = make_plan(Wishes(depth=4, tokens=10_000_000), vocab_size=8192, corpus_tokens=20_000_000, ...)
+print(plan_table(plan))
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from llmkit.engine import scaling
+from llmkit.engine.scaling import Recipe
+from llmkit.errors import UserError
+from llmkit.model.config import ModelConfig
+
+MICRO_BATCH_TOKENS = {"cpu": 8192, "cuda": 65536, "mps": 16384}
+SEARCH_SHARE = 0.03  # of a time budget may go into measuring the machine
+Speed = Callable[[ModelConfig, Recipe, int, int], float]  # (model, recipe, rows, sequence_length) -> tokens/s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """What the user fixed; None is ours to derive. The fields are options of `pretrain`."""
+
+    depth: int | None = None
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    sequence_length: int | None = None
+    tie_word_embeddings: bool = False
+    tokens: int | None = None
+    flops: float | None = None
+    time_budget: float | None = None
+    max_steps: int | None = None
+    epochs: float | None = None
+    batch_tokens: int | None = None
+    micro_batch_size: int | None = None
+    learning_rate: float | None = None
+    embedding_learning_rate: float | None = None
+    head_learning_rate: float | None = None
+    weight_decay: float | None = None
+    warmup_steps: int | None = None
+    decay_fraction: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that training needs to know. `seconds` is the deadline of a time budget, for training alone."""
+
+    model: ModelConfig
+    recipe: Recipe
+    sequence_length: int
+    batch_rows: int
+    micro_batch_rows: int
+    total_steps: int
+    seconds: float | None
+    warmup_steps: int
+    decay_fraction: float
+    corpus_tokens: int
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.batch_rows * self.sequence_length
+
+    @property
+    def tokens(self) -> int:
+        return self.total_steps * self.batch_tokens
+
+    @property
+    def flops(self) -> float:
+        return self.tokens * self.model.flops_per_token(self.sequence_length)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Plan:
+        model, recipe = ModelConfig.from_dict(values["model"]), Recipe(**values["recipe"])
+        return cls(**{**values, "model": model, "recipe": recipe, "reasons": tuple(values["reasons"])})
+
+
+def make_plan(
+    wishes: Wishes,
+    *,
+    vocab_size: int,
+    corpus_tokens: int,
+    device: str,
+    speed: Speed,
+    seconds_used: Callable[[], float] = lambda: 0.0,
+    closing_tokens: int = 0,
+    special_ids: tuple[int | None, int | None] = (None, None),
+) -> Plan:
+    """Derive a plan.
+
+    speed: measures tokens/s of a shape; called only for a time budget
+    seconds_used: seconds since the command started
+    closing_tokens: validation tokens to be scored at the end, inside the budget
+    special_ids: begin and end token of the model's configuration
+
+    Raises UserError for contradicting wishes, or a budget too short to train in.
+    """
+    horizons = ("tokens", "flops", "time_budget", "max_steps", "epochs")
+    given = [name for name in horizons if getattr(wishes, name) is not None]
+    if len(given) > 1:
+        flags = " and ".join("--" + name.replace("_", "-") for name in given)
+        raise UserError(f"{flags}: give one horizon, not {len(given)}")
+
+    def shape(depth: int) -> ModelConfig:
+        return _shape(wishes, depth, vocab_size, special_ids)
+
+    if wishes.time_budget is not None:
+        return _plan_for_time(wishes, shape, corpus_tokens, device, speed, seconds_used, closing_tokens)
+    depth, reasons = wishes.depth, []
+    if depth is None and wishes.flops is not None:
+        depth = _best_depth(shape, lambda model: wishes.flops / model.flops_per_token(model.max_position_embeddings))  # type: ignore[operator]
+        reasons.append(f"depth {depth} promises the lowest loss for {wishes.flops:.2g} FLOPs")
+    elif depth is None and wishes.tokens is not None:
+        sizes = range(1, 65)
+        depth = min(sizes, key=lambda d: abs(_ideal_tokens(shape(d)) - wishes.tokens))  # type: ignore[operator]
+        reasons.append(f"depth {depth} has about {scaling.TOKENS_PER_PARAMETER} tokens a parameter")
+    elif depth is None:
+        depth = 4
+        reasons.append("depth 4 is the default")
+    model = shape(depth)
+    tokens: float = _ideal_tokens(model)
+    if wishes.tokens is not None:
+        tokens = wishes.tokens
+    elif wishes.flops is not None:
+        tokens = wishes.flops / model.flops_per_token(model.max_position_embeddings)
+    elif wishes.epochs is not None:
+        tokens = wishes.epochs * corpus_tokens
+    elif wishes.max_steps is not None:
+        tokens = _tokens_of_steps(wishes, model, wishes.max_steps)
+    else:
+        reasons.append(f"{scaling.TOKENS_PER_PARAMETER} tokens a parameter are the default horizon")
+    return _finish(wishes, model, tokens, None, corpus_tokens, device, tuple(reasons))
+
+
+def _ideal_tokens(model: ModelConfig) -> float:
+    return scaling.TOKENS_PER_PARAMETER * scaling.active_parameters(model)
+
+
+def _shape(wishes: Wishes, depth: int, vocab_size: int, special_ids: tuple[int | None, int | None]) -> ModelConfig:
+    sequence_length = wishes.sequence_length or scaling.sequence_length_for_depth(depth)
+    base = scaling.shape_for_depth(depth, vocab_size, sequence_length)
+    hidden = wishes.hidden_size or base.hidden_size
+    heads = wishes.num_attention_heads or max(1, hidden // base.head_dim)
+    if hidden % heads:
+        raise UserError(f"--hidden-size {hidden}: not a multiple of {heads} attention heads; choose another")
+    return replace(
+        base,
+        hidden_size=hidden,
+        intermediate_size=wishes.intermediate_size or scaling.round_up(8 * hidden / 3, 64),
+        num_attention_heads=heads,
+        num_key_value_heads=wishes.num_key_value_heads or heads,
+        head_dim=hidden // heads,
+        tie_word_embeddings=wishes.tie_word_embeddings,
+        bos_token_id=special_ids[0],
+        eos_token_id=special_ids[1],
+    )
+
+
+def _best_depth(shape: Callable[[int], ModelConfig], tokens_of: Callable[[ModelConfig], float]) -> int:
+    losses = {
+        d: scaling.predicted_loss(scaling.active_parameters(m), tokens_of(m)) for d in range(1, 65) for m in [shape(d)]
+    }
+    return min(losses, key=losses.__getitem__)
+
+
+def _tokens_of_steps(wishes: Wishes, model: ModelConfig, steps: int) -> float:
+    """Tokens of a number of steps, where the batch itself depends on the tokens: a fixed point."""
+    tokens = float(_ideal_tokens(model))
+    for _ in range(50):
+        batch = (
+            wishes.batch_tokens or scaling.recipe(tokens, model.hidden_size, model.max_position_embeddings).batch_tokens
+        )
+        tokens = steps * batch
+    return tokens
+
+
+def _plan_for_time(
+    wishes: Wishes,
+    shape: Callable[[int], ModelConfig],
+    corpus_tokens: int,
+    device: str,
+    speed: Speed,
+    seconds_used: Callable[[], float],
+    closing_tokens: int,
+) -> Plan:
+    """Measure candidates on this machine and take the one whose tokens in the time promise the lowest loss."""
+    budget = float(wishes.time_budget or 0)
+    started = time.monotonic()
+    best: tuple[float, ModelConfig, float, float] | None = None
+    reasons = []
+    for depth in [wishes.depth] if wishes.depth is not None else range(1, 33):
+        model = shape(depth)
+        draft = _finish(wishes, model, _ideal_tokens(model), None, corpus_tokens, device, ())
+        rate = speed(model, draft.recipe, min(draft.batch_rows, draft.micro_batch_rows), draft.sequence_length)
+        # scoring is forward only: a third of the work; and some seconds for saving
+        seconds = budget - seconds_used() - closing_tokens / (2.5 * rate) - 1.0 - 0.005 * budget
+        tokens = max(0.0, seconds) * rate
+        loss = scaling.predicted_loss(scaling.active_parameters(model), max(tokens, 1.0))
+        reasons.append(f"depth {depth}: {rate:,.0f} tokens/s, {tokens / 1e6:.1f}M tokens, predicted loss {loss:.3f}")
+        if best is None or loss < best[0]:
+            best = (loss, model, tokens, seconds)
+        elif wishes.depth is None:
+            break  # deeper ones are slower still
+        if time.monotonic() - started > SEARCH_SHARE * budget:
+            break
+    assert best is not None
+    _, model, tokens, seconds = best
+    if seconds <= 0:
+        raise UserError(
+            f"--time-budget {budget:g}s: over before training begins; give more time or less validation text"
+        )
+    seconds -= time.monotonic() - started if wishes.depth is None else 0
+    reasons.append(f"depth {model.num_hidden_layers} promises the lowest loss in {budget:g} s")
+    return _finish(wishes, model, tokens, max(1.0, seconds), corpus_tokens, device, tuple(reasons))
+
+
+def _finish(
+    wishes: Wishes,
+    model: ModelConfig,
+    tokens: float,
+    seconds: float | None,
+    corpus_tokens: int,
+    device: str,
+    reasons: tuple[str, ...],
+) -> Plan:
+    length = model.max_position_embeddings
+    derived = scaling.recipe(tokens, model.hidden_size, length, wishes.batch_tokens)
+    rows = max(1, round(derived.batch_tokens / length))
+    steps = wishes.max_steps or max(1, round(tokens / (rows * length)))
+    chosen = {
+        "matrix_learning_rate": wishes.learning_rate,
+        "embedding_learning_rate": wishes.embedding_learning_rate,
+        "head_learning_rate": wishes.head_learning_rate,
+        "weight_decay": wishes.weight_decay,
+    }
+    micro = wishes.micro_batch_size or max(1, MICRO_BATCH_TOKENS[device] // length)
+    return Plan(
+        model=model,
+        recipe=replace(derived, **{name: value for name, value in chosen.items() if value is not None}),
+        sequence_length=length,
+        batch_rows=rows,
+        micro_batch_rows=min(rows, micro),
+        total_steps=steps,
+        seconds=seconds,
+        warmup_steps=wishes.warmup_steps if wishes.warmup_steps is not None else min(50, steps // 10),
+        decay_fraction=0.6 if wishes.decay_fraction is None else wishes.decay_fraction,
+        corpus_tokens=corpus_tokens,
+        reasons=reasons,
+    )
+
+
+def plan_table(plan: Plan) -> str:
+    """The derived values, a line each, with the reasons."""
+    model, recipe = plan.model, plan.recipe
+    steps = f"{plan.total_steps:,}" + (" expected" if plan.seconds is not None else "")
+    rows = [
+        ("layers x width", f"{model.num_hidden_layers} x {model.hidden_size}"),
+        ("heads", f"{model.num_attention_heads} of {model.head_dim}, {model.num_key_value_heads} for keys"),
+        ("SwiGLU width", f"{model.intermediate_size}"),
+        ("vocabulary", f"{model.vocab_size:,}"),
+        ("parameters", f"{model.parameter_count:,} ({scaling.active_parameters(model):,} active)"),
+        ("context", f"{plan.sequence_length} tokens"),
+        ("batch", f"{plan.batch_tokens:,} tokens ({plan.batch_rows} rows, {plan.micro_batch_rows} at a time)"),
+        ("steps", f"{steps}, warm-up {plan.warmup_steps}, last {plan.decay_fraction:.0%} decaying"),
+        ("tokens", f"{plan.tokens:,} ({plan.tokens / plan.corpus_tokens:.2f} epochs of {plan.corpus_tokens:,})"),
+        ("FLOPs", f"{plan.flops:.3g}"),
+        ("learning rates", f"matrices {recipe.matrix_learning_rate:.3g}, embedding {recipe.embedding_learning_rate:.3g}, "
+         f"head {recipe.head_learning_rate:.3g}"),
+        ("weight decay", f"{recipe.weight_decay:g}"),
+        ("memory", f"about {scaling.training_bytes(model, plan.micro_batch_rows * plan.sequence_length) / 1e9:.2f} GB"),
+    ]  # fmt: skip
+    lines = [f"  {name:<15} {value}" for name, value in rows] + [f"  {reason}" for reason in plan.reasons]
+    return "the plan:\n" + "\n".join(lines)

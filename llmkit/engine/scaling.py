@@ -1,0 +1,99 @@
+"""From one dial, `--depth`, to everything else: shape, tokens, batch, learning rates; and which depth a budget buys.
+
+Every rule is here, so that what `pretrain` prints can be traced. Numbers marked [x] come from docs/experiments.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from llmkit.model.config import ModelConfig
+
+# Predicted loss in nats a token-equivalent byte block: E + A / N^alpha + B / D^beta, with N the parameters that
+# multiply activations (blocks and output head) and D the tokens. Exponents: Hoffmann et al. 2022
+# (arXiv 2203.15556), approach 3. Only differences matter here: the law chooses among depths.
+IRREDUCIBLE, PARAMETER_COEFFICIENT, TOKEN_COEFFICIENT = 1.69, 406.4, 410.7
+PARAMETER_EXPONENT, TOKEN_EXPONENT = 0.34, 0.28
+TOKENS_PER_PARAMETER = 20
+ANCHOR_TOKENS, ANCHOR_BATCH = 20e6, 8192  # the horizon and batch at which the rates were tuned [x]
+
+
+def shape_for_depth(depth: int, vocab_size: int, sequence_length: int, head_dim: int = 64) -> ModelConfig:
+    """The model of a depth: width 64 x depth, heads of 64, a SwiGLU of 8/3 the width.
+
+    Raises UserError through ModelConfig for a depth below 1.
+    """
+    hidden_size = 64 * depth
+    return ModelConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=round_up(8 * hidden_size / 3, 64),
+        num_hidden_layers=depth,
+        num_attention_heads=hidden_size // head_dim,
+        num_key_value_heads=hidden_size // head_dim,
+        head_dim=head_dim,
+        max_position_embeddings=sequence_length,
+        tie_word_embeddings=False,
+        qk_norm=True,
+    )
+
+
+def round_up(value: float, multiple: int) -> int:
+    """The smallest multiple at or above a value: `round_up(171, 64) == 192`."""
+    return math.ceil(value / multiple) * multiple
+
+
+def active_parameters(config: ModelConfig) -> int:
+    """Parameters that multiply an activation each token: the blocks and the output head."""
+    return round(config.flops_per_token(context=0) / 6)
+
+
+def predicted_loss(active_parameters: float, tokens: float) -> float:
+    """The loss that the scaling law expects, for comparing candidates."""
+    return (
+        IRREDUCIBLE
+        + PARAMETER_COEFFICIENT / active_parameters**PARAMETER_EXPONENT
+        + TOKEN_COEFFICIENT / tokens**TOKEN_EXPONENT
+    )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Hyperparameters that follow from the horizon."""
+
+    batch_tokens: int
+    matrix_learning_rate: float
+    embedding_learning_rate: float
+    head_learning_rate: float
+    gain_learning_rate: float
+    weight_decay: float
+
+
+def recipe(tokens: float, hidden_size: int, sequence_length: int, batch_tokens: int | None = None) -> Recipe:
+    """Batch ~ tokens^0.383 (nanochat, after Power Lines, arXiv 2505.13738), rates ~ sqrt(batch), anchors [x]."""
+    if batch_tokens is None:
+        batch_tokens = round(ANCHOR_BATCH * (tokens / ANCHOR_TOKENS) ** 0.383)
+    batch_tokens = max(1, round(batch_tokens / sequence_length)) * sequence_length
+    boost = math.sqrt(batch_tokens / ANCHOR_BATCH)
+    width = (hidden_size / 256) ** -0.5
+    return Recipe(
+        batch_tokens=batch_tokens,
+        matrix_learning_rate=0.02 * boost,
+        embedding_learning_rate=0.2 * boost * width,
+        head_learning_rate=0.004 * boost * width,
+        gain_learning_rate=0.01 * boost,
+        weight_decay=0.0,
+    )
+
+
+def sequence_length_for_depth(depth: int) -> int:
+    """Context by depth: short ones learn more a second while a model is small [x]."""
+    return 256 if depth <= 4 else 512 if depth <= 8 else 1024 if depth <= 12 else 2048
+
+
+def training_bytes(config: ModelConfig, micro_batch_tokens: int) -> float:
+    """About the memory of training: 16 bytes a parameter (working copy, gradient, master, moments) and, for each
+    token of a micro-batch, the activations that the backward pass needs, 2 bytes each."""
+    layer = 10 * config.hidden_size + 4 * config.intermediate_size
+    return 16.0 * config.parameter_count + 2.0 * micro_batch_tokens * config.num_hidden_layers * layer

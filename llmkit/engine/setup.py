@@ -1,0 +1,77 @@
+"""Model, optimizer, device and precision put together, the same way for every training stage."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+
+import torch
+
+from llmkit.engine.optimizer import GroupSettings, Optimizer
+from llmkit.engine.scaling import Recipe
+from llmkit.errors import UserError
+from llmkit.model.transformer import Transformer
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the first GPU, else the CPU. Raises UserError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU found here; use --device cpu")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: not available here; use --device cpu")
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the hardware multiplies it (GPUs, CPUs with AVX512-BF16 or AMX), else float32."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if device.type == "cpu":
+        return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _cpu_has_bfloat16() -> bool:
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+
+
+def build_optimizer(model: Transformer, recipe: Recipe) -> Optimizer:
+    """Muon for the blocks' matrices, AdamW for embedding, head, gains and biases."""
+    matrices = {name: blocks for name, _, blocks in model.matrices()}
+    groups = []
+    for name, parameter in model.named_parameters():
+        if name in matrices:
+            settings = GroupSettings("muon", recipe.matrix_learning_rate, recipe.weight_decay, blocks=matrices[name])
+        elif name == "embed_tokens":
+            rate = recipe.head_learning_rate if model.lm_head is None else recipe.embedding_learning_rate
+            settings = GroupSettings("adamw", rate)
+        elif name == "lm_head":
+            settings = GroupSettings("adamw", recipe.head_learning_rate)
+        else:
+            settings = GroupSettings("adamw", recipe.gain_learning_rate)
+        groups.append((name, parameter, settings))
+    return Optimizer(groups)
+
+
+LONG_RUN_FLOPS = 1e16  # on a CPU, torch.compile costs 20-50 s and a C++ compiler: worth it for hours
+
+
+def compiled(function: Callable, choice: str, device: torch.device, flops: float) -> Callable:
+    """`function` through torch.compile where `choice` is on, or auto on a GPU or for a long run on a CPU."""
+    long_run = device.type == "cuda" or (flops > LONG_RUN_FLOPS and shutil.which("c++") is not None)
+    if choice == "off" or (choice == "auto" and not long_run):
+        return function
+    return torch.compile(function, dynamic=False)
+
+
+def float32_copy(model: Transformer, optimizer: Optimizer) -> Transformer:
+    """The model with the optimizer's fp32 masters for parameters, on the CPU: what is saved."""
+    copy = Transformer(model.config)
+    masters = optimizer.masters()
+    with torch.no_grad():
+        for name, parameter in copy.named_parameters():
+            parameter.copy_(masters[name])
+    return copy.eval()

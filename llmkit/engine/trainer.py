@@ -1,0 +1,298 @@
+"""The training loop under pretrain, sft, train-reward and rl: batches in, an updated model and metrics out.
+
+It knows a model, an optimizer, batches from a step on and a folder for its state. It does not know what a document
+or a conversation is, nor what the loss means: `loss(model, rows)` returns a sum and the number of its targets.
+
+    trainer = Trainer(model, optimizer, schedule, batches=from_step, loss=next_token_loss, folder=work, settings=...)
+    trainer.resume()
+    trainer.fit(total_steps=1000, evaluate=bits_per_byte)
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmkit.engine.checkpoint import Checkpoints
+from llmkit.engine.optimizer import Optimizer
+from llmkit.engine.schedule import Pace, Schedule
+from llmkit.errors import Interrupted, UserError
+from llmkit.progress import Progress, say
+from llmkit.rundir import MetricsLog, trim_metrics
+
+# A batch is a tuple of arrays whose first dimension is rows; the trainer cuts it into micro-batches along that.
+Batch = tuple[Any, ...]
+# The summed loss of some rows, and over how many targets it was summed
+Loss = Callable[[nn.Module, Any], tuple[Tensor, int]]
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """Numbers of the loop. Steps and seconds of None mean never."""
+
+    micro_batch_rows: int
+    max_grad_norm: float | None = 1.0
+    momentum: float = 0.95
+    momentum_warmup_steps: int = 300
+    log_every: int = 1
+    eval_every: int | None = None
+    save_every: int | None = None
+    sample_every: int | None = None
+    save_seconds: float | None = 600.0
+    spike_nats: float = 1.5
+    spike_patience: int = 20
+    quiet: bool = False
+
+
+class Trainer:
+    """See the module. Raises UserError when the loss is not a number or stays far above its average, after a
+    checkpoint; raises Interrupted after a checkpoint when SIGINT or SIGTERM arrives."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        schedule: Schedule,
+        *,
+        batches: Callable[[int], Iterator[Batch]],
+        loss: Loss,
+        folder: Path,
+        settings: TrainerSettings,
+        describe: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.schedule = model, optimizer, schedule
+        self.batches, self.loss, self.folder, self.settings = batches, loss, folder, settings
+        self.checkpoints = Checkpoints(folder / "state")
+        self.describe = dict(describe or {})  # what must be equal for a resume to make sense
+        self.step, self.tokens, self.elapsed = 0, 0, 0.0
+        self.micro_batch_rows = settings.micro_batch_rows
+        self.pace = Pace(0.0)
+        self.average_loss, self.high_steps = math.nan, 0
+        self.scores: dict[str, float] = {}  # of the last evaluation
+        self.saved_step, self.saved_at = -1, time.monotonic()
+
+    # ---- one step
+
+    def train_step(self, batch: Batch) -> dict[str, float]:
+        """Forward, backward and update on one batch; returns its metrics."""
+        total, targets = self._backward(batch)
+        loss, norm = total / max(1, targets), float(self.optimizer.gradient_norm(max(1, targets)))
+        self._guard(loss, norm)
+        factor = self.schedule.factor(self.step, self.pace.progress)
+        limit = self.settings.max_grad_norm
+        clip = 1.0 if limit is None or norm <= limit else limit / norm
+        ramp = min(1.0, self.step / max(1, self.settings.momentum_warmup_steps))
+        momentum = self.settings.momentum - 0.1 * (1 - ramp)
+        self.optimizer.step(factor, momentum, clip / max(1, targets))
+        self.step += 1
+        self.tokens += batch[0].size
+        self.pace.advance()
+        return {"loss": loss, "grad_norm": norm, "lr_factor": factor}
+
+    def _backward(self, batch: Batch) -> tuple[float, int]:
+        """Summed loss and targets, gradients accumulated; halves the micro-batch when memory runs out."""
+        rows = len(batch[0])
+        while True:
+            try:
+                totals, targets = [], 0
+                for start in range(0, rows, self.micro_batch_rows):
+                    part = tuple(array[start : start + self.micro_batch_rows] for array in batch)
+                    loss, count = self.loss(self.model, part)
+                    loss.backward()
+                    self.optimizer.accumulate()
+                    totals.append(loss.detach())
+                    targets += count
+                return float(torch.stack(totals).sum()), targets
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                self.optimizer.discard()
+                if self.micro_batch_rows == 1:
+                    raise UserError(
+                        "memory runs out with one sequence at a time; lower --sequence-length or --depth, "
+                        "or use --activation-checkpointing"
+                    ) from error
+                self.micro_batch_rows = max(1, min(self.micro_batch_rows, rows) // 2)
+                say(f"memory ran out; micro-batch is now {self.micro_batch_rows} sequences", self.settings.quiet)
+
+    def _guard(self, loss: float, norm: float) -> None:
+        """Stop before the update that would spoil the weights."""
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._stop(f"the loss is {loss:.3g} and the gradient norm {norm:.3g} at step {self.step}")
+        high = self.average_loss + self.settings.spike_nats
+        self.high_steps = self.high_steps + 1 if loss > high else 0
+        if self.high_steps >= self.settings.spike_patience:
+            self._stop(
+                f"the loss has stayed {loss - self.average_loss:.2f} nats above its average of "
+                f"{self.average_loss:.2f} for {self.high_steps} steps, at step {self.step}"
+            )
+        if math.isnan(self.average_loss):
+            self.average_loss = loss
+        elif self.high_steps == 0:
+            self.average_loss += 0.05 * (loss - self.average_loss)
+
+    def _stop(self, reason: str) -> None:
+        self.optimizer.discard()
+        self.save(wait=True)
+        place = self.checkpoints.folder
+        raise UserError(f"{reason}; saved in {place}; resume with a lower --learning-rate, or look at the data")
+
+    # ---- many steps
+
+    def fit(
+        self,
+        *,
+        total_steps: int | None = None,
+        seconds: float | None = None,
+        evaluate: Callable[[], Mapping[str, float]] | None = None,
+        sample: Callable[[], str] | None = None,
+        flops_per_token: float | None = None,
+        peak_flops: float | None = None,
+    ) -> dict[str, float]:
+        """Train to `total_steps`, or until `seconds` of this run have passed, and return the last metrics.
+
+        With `seconds`, the learning rate's decay is re-planned against the clock (not bit-for-bit repeatable).
+        """
+        if self.pace.per_step == 0:
+            self.pace.per_step = 1 / (total_steps or 1000)
+        started, before, first_step = time.monotonic(), self.elapsed, self.step
+        log = MetricsLog(self.folder / "metrics.jsonl")
+        since, since_tokens, last = started, self.tokens, {}
+        batches = self.batches(self.step)
+        with log, interruptible() as interrupted, Progress("training", 1.0, quiet=self.settings.quiet) as bar:
+            bar.advance(self.pace.progress)
+            while not (self.pace.finished if seconds is not None else self.step >= (total_steps or 0)):
+                progress = self.pace.progress
+                last = self.train_step(next(batches))
+                now = time.monotonic()
+                self.elapsed = before + now - started
+                if self.step % self.settings.log_every == 0:
+                    rate = (self.tokens - since_tokens) / max(now - since, 1e-9)
+                    since, since_tokens = now, self.tokens
+                    last |= {"step": self.step, "tokens": self.tokens, "seconds": round(self.elapsed, 3)}
+                    last["tokens_per_second"] = round(rate, 1)
+                    if flops_per_token and peak_flops:
+                        last["mfu"] = round(rate * flops_per_token / peak_flops, 4)
+                    log.write(last)
+                bar.advance(self.pace.progress - progress, step=self.step, loss=last["loss"])
+                if seconds is not None and self.step % 10 == 0:
+                    self.pace.replan(seconds - self.elapsed, (now - started) / max(1, self.step - first_step))
+                self._between_steps(interrupted, evaluate, sample, log)
+            self.save()
+            if evaluate is not None:
+                self._evaluate(evaluate, log)
+        self.checkpoints.wait()
+        return last
+
+    def _between_steps(
+        self,
+        interrupted: Callable[[], bool],
+        evaluate: Callable[[], Mapping[str, float]] | None,
+        sample: Callable[[], str] | None,
+        log: MetricsLog,
+    ) -> None:
+        settings = self.settings
+        if interrupted():
+            self.save(wait=True)
+            raise Interrupted(
+                f"stopped after step {self.step}; saved in {self.checkpoints.folder}; go on with --resume"
+            )
+
+        def due(every: int | None) -> bool:
+            return every is not None and self.step % every == 0
+
+        evaluates = evaluate is not None and due(settings.eval_every)
+        late = settings.save_seconds is not None and time.monotonic() - self.saved_at > settings.save_seconds
+        # a run that dies in its evaluation must not lose its training: save first (nanochat #446)
+        if evaluates or late or due(settings.save_every):
+            self.save(wait=False)
+        if evaluates and evaluate is not None:
+            self._evaluate(evaluate, log)
+        if sample is not None and due(settings.sample_every):
+            text = sample()
+            log.write({"step": self.step, "sample": text})
+            say(f"step {self.step} sample: {text!r}", settings.quiet)
+
+    def _evaluate(self, evaluate: Callable[[], Mapping[str, float]], log: MetricsLog) -> None:
+        self.scores = dict(evaluate())
+        log.write({"step": self.step, "tokens": self.tokens, **self.scores})
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in self.scores.items())
+        say(f"step {self.step}: {figures}", self.settings.quiet)
+
+    # ---- state
+
+    def save(self, wait: bool = False) -> None:
+        """Write a checkpoint of the state after the last whole step, unless it stands already."""
+        if self.saved_step != self.step:
+            state = {
+                "tokens": self.tokens,
+                "elapsed": self.elapsed,
+                "progress": self.pace.progress,
+                "per_step": self.pace.per_step,
+                "average_loss": None if math.isnan(self.average_loss) else self.average_loss,
+                "high_steps": self.high_steps,
+                "run": self.describe,
+            }
+            self.checkpoints.save(self.step, self.optimizer.state_dict(), state)
+            self.saved_step, self.saved_at = self.step, time.monotonic()
+        if wait:
+            self.checkpoints.wait()
+
+    def resume(self) -> bool:
+        """Load the newest checkpoint, if any. Raises UserError when it belongs to another run."""
+        found = self.checkpoints.load()
+        if found is None:
+            return False
+        tensors, state = found
+        for key, value in self.describe.items():
+            if state["run"].get(key) != value:
+                raise UserError(
+                    f"{self.checkpoints.folder}: made with {key} = {state['run'].get(key)}, now {value}; "
+                    "resume with the same options, or start again with --force"
+                )
+        try:
+            self.optimizer.load_state_dict(tensors)
+        except (KeyError, RuntimeError) as error:
+            raise UserError(f"{self.checkpoints.folder}: a checkpoint of another model ({error})") from error
+        self.step, self.tokens, self.elapsed = state["step"], state["tokens"], state["elapsed"]
+        self.pace = Pace(state["per_step"], state["progress"])
+        self.average_loss = math.nan if state["average_loss"] is None else state["average_loss"]
+        self.high_steps, self.saved_step = state["high_steps"], self.step
+        trim_metrics(self.folder / "metrics.jsonl", self.step)
+        return True
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return "can't allocate memory" in str(error) or "out of memory" in str(error)
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Yield a function that tells whether SIGINT or SIGTERM has arrived; a second one acts at once."""
+    arrived: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        arrived.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    try:
+        former = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: the caller's signals are not ours
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(arrived)
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

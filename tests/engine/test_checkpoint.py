@@ -1,0 +1,54 @@
+"""Checkpoints survive kills and full disks, and say so when they are damaged."""
+
+import pytest
+import torch
+
+from llmkit.engine.checkpoint import STATE, TENSORS, Checkpoints
+from llmkit.errors import UserError
+
+
+def test_newest_is_loaded_and_older_ones_go(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "state", keep=2)
+    for step in (10, 20, 30):
+        checkpoints.save(step, {"weight": torch.full((2,), float(step))}, {"tokens": step * 8})
+    checkpoints.wait()
+    tensors, state = checkpoints.load()
+    assert checkpoints.steps() == [20, 30]
+    assert tensors["weight"].tolist() == [30.0, 30.0]
+    assert state["step"] == 30 and state["tokens"] == 240
+
+
+def test_what_is_saved_is_the_state_when_save_was_called(tmp_path):
+    checkpoints, weight = Checkpoints(tmp_path), torch.zeros(1000)
+    checkpoints.save(1, {"weight": weight}, {})
+    weight.add_(1)
+    checkpoints.wait()
+    assert checkpoints.load()[0]["weight"].sum() == 0
+
+
+def test_a_half_written_checkpoint_is_not_seen(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(5, {"weight": torch.ones(1)}, {}, wait=True)
+    half = tmp_path / "step-00000006.partial"
+    half.mkdir()
+    (half / TENSORS).write_bytes(b"half")
+    assert checkpoints.steps() == [5]
+    assert checkpoints.load()[1]["step"] == 5
+
+
+@pytest.mark.parametrize("name", [TENSORS, STATE])
+def test_damage_is_named(tmp_path, name):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(5, {"weight": torch.ones(100)}, {}, wait=True)
+    place = tmp_path / "step-00000005" / name
+    place.write_bytes(place.read_bytes()[:-7])
+    with pytest.raises(UserError, match="step-00000005: damaged checkpoint"):
+        checkpoints.load()
+
+
+def test_an_error_of_the_background_write_reaches_the_caller(tmp_path):
+    (tmp_path / "state").write_text("a file where the folder should be")
+    checkpoints = Checkpoints(tmp_path / "state")
+    checkpoints.save(1, {"weight": torch.ones(1)}, {})
+    with pytest.raises(OSError):
+        checkpoints.wait()
