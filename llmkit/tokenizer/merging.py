@@ -1,0 +1,323 @@
+"""Byte pair merges from weighted pieces of text: those of Hugging Face's BpeTrainer, in batches of numpy.
+
+Input are the unique pieces of a corpus with their counts. Output are the merges in order, the same as from
+`tokenizers.trainers.BpeTrainer` with the 256 bytes as its alphabet, except that counts are int64 (there they are int32
+and overflow silently from 2 billion on).
+
+One merge at a time would be 50 numpy calls for a handful of positions. But neighbours in the queue rarely touch. So a
+*batch* of the queue's first pairs is merged at once, on trial, and cut back to the longest prefix that must come out
+the same one by one. `round` is a pair's place in the batch. The prefix ends
+
+1. before a pair whose occurrences overlap those of an earlier one ("a b c" for (a, b) and (b, c)): its count fell;
+2. before a pair that ranks below a pair which came into being in an earlier round;
+3. before and after a pair of one id with itself: in "a a a" its own occurrences overlap.
+
+At 100 MB of English and a vocabulary of 32,768 a batch holds 36 merges on average, 90 and more from the middle on.
+
+Two merged occurrences may stand side by side. Then their rounds decide what stood there at the time, and which pairs
+came and went within the batch: see `_replace`.
+
+A token is made by one pair only. All places of a string evolve alike as long as no merge crosses its border, and where
+one did the string is no token: so when (l, r) is merged, l r is what stands at every place that can still become this
+token. Hence a merged pair never comes back, a pair with a new token is new itself, and every pair is filed once, with
+all its occurrences. The trainer's heap has provisions for all of these; from single bytes they are never used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmkit.tokenizer.queue import Ints, PairQueue, rank_order
+
+GAP = -1  # the symbol between two pieces
+NO_PAIR = -1
+NEVER = np.int64(2**62)  # a round after all others; int64 so that int32 rounds are widened beside it
+SMALLEST_BATCH, LARGEST_BATCH = 8, 1024
+
+
+@dataclass(frozen=True)
+class Merges:
+    """`tokens[i]` are the bytes of id i, the 256 single bytes first; merge j makes the token of id 256 + j."""
+
+    tokens: list[bytes]
+    pairs: list[tuple[int, int]]
+
+
+def byte_alphabet() -> list[tuple[str, int]]:
+    """The (character, byte) pairs of byte-level BPE, by character: the order of Hugging Face's ids.
+
+    Printable bytes stand for themselves, the others for U+0100 and up (GPT-2's bytes_to_unicode).
+
+    >>> byte_alphabet()[0], byte_alphabet()[-1]
+    (('!', 33), ('Ń', 173))
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [(chr(byte), byte) for byte in printable] + [(chr(0x100 + i), byte) for i, byte in enumerate(others)]
+
+
+def train_merges(
+    pieces: list[bytes],
+    counts: Ints,
+    vocab_size: int,
+    min_frequency: int = 0,
+    on_progress: Callable[[int], object] | None = None,
+) -> Merges:
+    """Merge the most frequent pair, again and again, until there are `vocab_size` tokens, the 256 bytes included.
+
+    pieces: unique and not empty; counts: how often each occurs. Ends early when no pair occurs `min_frequency` times
+    (or once). on_progress gets the number of merges made since the last call.
+
+    >>> train_merges([b"low", b"lower"], np.array([5, 2]), vocab_size=258).tokens[256:]
+    [b'lo', b'low']
+    """
+    trainer = _Trainer(pieces, counts, vocab_size, min_frequency)
+    while done := trainer.step():
+        if on_progress:
+            on_progress(done)
+    return Merges(trainer.tokens, trainer.pairs)
+
+
+class _Occurrences(NamedTuple):
+    """Places where pairs of the batch stand."""
+
+    position: Ints
+    second: Ints  # where the pair's right token begins
+    after: Ints  # where the pair ends
+    round: Ints
+
+    def where(self, mask: NDArray[np.bool_]) -> _Occurrences:
+        return _Occurrences(*(column[mask] for column in self))
+
+
+class _Falls(NamedTuple):
+    """Pairs from before the batch that lose an occurrence of this weight in this round."""
+
+    pair: Ints
+    weight: Ints
+    round: Ints
+
+
+class _Changes(NamedTuple):
+    """Pairs with a token of the batch that gain (weight > 0) or lose (< 0) an occurrence in this round, by key."""
+
+    key: Ints
+    weight: Ints
+    round: Ints
+    position: Ints
+    until: Ints  # the round that takes a gained occurrence away again
+
+
+class _Trainer:
+    """The text, as one array with a gap before and after each piece, and the queue of the pairs in it.
+
+    A token stands at its first and at its last position (`symbol`), so what stands beside an occurrence is one look-up
+    away. `pair_at` names the pair that begins at a token's first position, so a count that falls needs no search.
+    """
+
+    def __init__(self, pieces: list[bytes], counts: Ints, vocab_size: int, min_frequency: int) -> None:
+        alphabet = [byte for _, byte in byte_alphabet()]
+        self.tokens = [bytes([byte]) for byte in alphabet]
+        self.pairs: list[tuple[int, int]] = []
+        self.vocab_size, self.least_count = vocab_size, max(1, min_frequency)
+        self.batch = SMALLEST_BATCH
+        self.token_length = np.ones(max(vocab_size, 256) + 1, np.int64)
+        self.token_length[GAP] = 0
+
+        lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
+        gaps = np.concatenate([[0], np.cumsum(lengths + 1)])
+        inside = np.ones(gaps[-1] + 1, bool)
+        inside[gaps] = False
+        id_of_byte = np.empty(256, np.int32)
+        id_of_byte[alphabet] = np.arange(256, dtype=np.int32)
+        self.symbol = np.full(len(inside), GAP, np.int32)
+        self.symbol[inside] = id_of_byte[np.frombuffer(b"".join(pieces), np.uint8)]
+        narrow = counts.max(initial=0) < 2**31
+        self.weight = np.zeros(len(inside), np.int32 if narrow else np.int64)
+        self.weight[1:] = np.repeat(counts, lengths + 1)
+
+        self.queue = PairQueue(np.int32 if len(inside) < 2**31 else np.int64)
+        self.pair_at = np.full(len(inside), NO_PAIR, np.int32)
+        self._file_pairs_of_bytes()
+        self.round_of_pair = np.full(self.queue.size + 1, NO_PAIR, np.int32)  # scratch; the last is for NO_PAIR
+
+    def _file_pairs_of_bytes(self) -> None:
+        left, right = self.symbol[:-1], self.symbol[1:]
+        position = np.flatnonzero((left != GAP) & (right != GAP))
+        both = (left[position] * 256 + right[position]).astype(np.uint16)
+        order = np.argsort(both, kind="stable")  # a radix sort at 16 bits
+        position, both = position[order], both[order].astype(np.int64)
+        start = _group_starts(both)
+        lengths = np.diff(start, append=len(both))
+        keys = both[start] // 256 << 32 | both[start] % 256
+        ids = self.queue.file(keys, _sums(self.weight[position], start), lengths, position)
+        self.pair_at[position] = np.repeat(ids, lengths)
+
+    def step(self) -> int:
+        """Merge the next batch; return how many merges it was, 0 at the end."""
+        room = self.vocab_size - len(self.tokens)
+        top = self.queue.top(min(self.batch, room), self.least_count) if room > 0 else ()
+        if len(top) == 0:
+            return 0
+        keys = self.queue.key[top]
+        pairs = np.stack([keys >> 32, keys & 0xFFFFFFFF], axis=1)
+        same = np.flatnonzero(pairs[:, 0] == pairs[:, 1])
+        if len(same):
+            top, pairs = top[: max(1, same[0])], pairs[: max(1, same[0])]
+        done = self._merge(top, pairs)
+        # Twice what was certain this time: the batch grows where pairs rarely touch, and little work is in vain.
+        self.batch = min(LARGEST_BATCH, max(SMALLEST_BATCH, 2 * done))
+        return done
+
+    def _merge(self, top: Ints, pairs: Ints) -> int:
+        """Merge as many of the top pairs (ids: pairs[:, 0], pairs[:, 1]) as are certain, at least one."""
+        base = len(self.tokens)
+        found = self._find(top, pairs)
+        if pairs[0, 0] == pairs[0, 1]:
+            found = found.where(_every_other(found, self.token_length[pairs[0, 0]]))
+        else:
+            found, top = self._without_overlaps(found, top)
+        self.token_length[base : base + len(top)] = self.token_length[pairs[: len(top)]].sum(axis=1)
+        falls, changes = self._replace(found, pairs, base, len(top))
+        start = _group_starts(changes.key)
+        created_in = np.maximum(changes.key >> 32, changes.key & 0xFFFFFFFF) - base
+        created = _sums(np.where(changes.round == created_in, changes.weight, 0), start)
+        kept = self._before_outranked(top, created, changes.key[start], created_in[start])
+        if kept < len(top):
+            undone = found.where(found.round >= kept)
+            self.symbol[undone.position] = pairs[undone.round, 0]
+            self.symbol[undone.after - 1] = pairs[undone.round, 1]
+            found = found.where(found.round < kept)
+            falls = _Falls(*(column[falls.round < kept] for column in falls))
+            changes = _Changes(*(column[changes.round < kept] for column in changes))
+            start = _group_starts(changes.key)
+
+        made = pairs[:kept].tolist()
+        self.tokens += [self.tokens[left] + self.tokens[right] for left, right in made]
+        self.pairs += map(tuple, made)
+        np.subtract.at(self.queue.count, falls.pair, falls.weight)
+        self.queue.count[top[:kept]] = 0
+        self.pair_at[found.position] = NO_PAIR
+        self.pair_at[found.second] = NO_PAIR
+        self._file(changes, start, kept)
+        return kept
+
+    def _find(self, top: Ints, pairs: Ints) -> _Occurrences:
+        """Where the pairs stand now, by round, then by position as noted."""
+        places = self.queue.places(top)
+        round_ = np.repeat(np.arange(len(top)), [len(positions) for positions in places])
+        position = np.concatenate(places).astype(np.int64)
+        there = self.pair_at[position] == top[round_]
+        position, round_ = position[there], round_[there]
+        lengths = self.token_length[pairs]
+        second = position + lengths[round_, 0]
+        return _Occurrences(position, second, second + lengths[round_, 1], round_)
+
+    def _without_overlaps(self, found: _Occurrences, top: Ints) -> tuple[_Occurrences, Ints]:
+        """The longest prefix of the batch in which no occurrence overlaps another."""
+        if self.queue.size >= len(self.round_of_pair):
+            self.round_of_pair = np.full(self.queue.size * 3 // 2, NO_PAIR, np.int32)
+        self.round_of_pair[top] = np.arange(len(top))
+        other = self.round_of_pair[self.pair_at[found.second]]
+        self.round_of_pair[top] = NO_PAIR
+        hit = np.flatnonzero(other != NO_PAIR)
+        if len(hit) == 0:
+            return found, top
+        size = int(np.maximum(other[hit], found.round[hit]).min())
+        return found.where(found.round < size), top[:size]
+
+    def _replace(self, found: _Occurrences, pairs: Ints, base: int, size: int) -> tuple[_Falls, _Changes]:
+        """Write the batch's tokens (ids from `base`) into the text; return what this does to the counts.
+
+        Merging (a, b) to x in "l a b r" takes away (l, a) and (b, r) and brings (l, x) and (x, r). Beside another
+        occurrence, l stands for what was there in this round: the batch's token if that was made in an earlier round
+        (or in the same one: a round goes from left to right), else the part that it will swallow, and then (l, x) is
+        gone again in that round. (l, a) was there before the batch only if l was.
+        """
+        position, second, after, round_ = found
+        new = base + round_
+        weight = self.weight[position].astype(np.int64)
+        left_before, right_before = self.symbol[position - 1], self.symbol[after]
+        left_pair, right_pair = self.pair_at[position - self.token_length[left_before]], self.pair_at[second]
+        self.symbol[position] = new
+        self.symbol[after - 1] = new
+        left_after, right_after = self.symbol[position - 1], self.symbol[after]
+        left_made = np.where(left_after >= base, left_after - base, NEVER)
+        right_made = np.where(right_after >= base, right_after - base, NEVER)
+        left_is_new, right_is_new = left_made <= round_, right_made < round_
+        left = np.where(left_is_new, left_after, left_before).astype(np.int64)
+        right = np.where(right_is_new, right_after, right_before).astype(np.int64)
+
+        i = np.flatnonzero((left_before != GAP) & ~left_is_new)
+        j = np.flatnonzero((right_before != GAP) & ~right_is_new)
+        falls = _Falls(*map(np.concatenate, zip(
+            (left_pair[i], weight[i], round_[i]),
+            (right_pair[j], weight[j], round_[j]),
+            strict=True,
+        )))  # fmt: skip
+
+        i, j = np.flatnonzero(left_before != GAP), np.flatnonzero(right_before != GAP)
+        left_until = np.where(left_is_new, NEVER, left_made)
+        right_until = np.where(right_is_new, NEVER, right_made)
+        begins = position[i] - self.token_length[left[i]]
+        p, q = np.flatnonzero(left_is_new), np.flatnonzero(right_is_new)
+        a, b = pairs[round_[p], 0], pairs[round_[q], 1]
+        changes = _Changes(*map(np.concatenate, zip(
+            (left[i] << 32 | new[i], weight[i], round_[i], begins, left_until[i]),
+            (new[j] << 32 | right[j], weight[j], round_[j], position[j], right_until[j]),
+            (left[p] << 32 | a, -weight[p], round_[p], position[p], round_[p]),
+            (b << 32 | right[q], -weight[q], round_[q], position[q], round_[q]),
+            strict=True,
+        )))  # fmt: skip
+        order = np.argsort(changes.key)
+        return falls, _Changes(*(column[order] for column in changes))
+
+    def _before_outranked(self, top: Ints, created: Ints, keys: Ints, created_in: Ints) -> int:
+        """How many rounds pass before a pair that counts `created` from round `created_in` on has its turn."""
+        counts = self.queue.count[top]
+        rival = np.flatnonzero(created >= counts[-1])
+        if len(rival) == 0:
+            return len(top)
+        order = rank_order(
+            np.concatenate([counts, created[rival]]), np.concatenate([self.queue.key[top], keys[rival]])
+        )
+        before = np.empty(len(order), np.int64)
+        before[order] = np.cumsum(order < len(top))
+        turn = np.maximum(before[len(top) :], created_in[rival] + 1)
+        return min(len(top), int(turn.min()))
+
+    def _file(self, changes: _Changes, start: Ints, kept: int) -> None:
+        """File the pairs that the batch made, and name them in the text."""
+        gain = changes.weight > 0
+        ids = self.queue.file(
+            changes.key[start], _sums(changes.weight, start), _sums(gain, start), changes.position[gain]
+        )
+        stays = gain & (changes.until >= kept)
+        pair = np.repeat(ids, np.diff(start, append=len(changes.key)))
+        self.pair_at[changes.position[stays]] = pair[stays]
+
+
+def _every_other(found: _Occurrences, step: int) -> NDArray[np.bool_]:
+    """Of the occurrences of one pair (a, a) in "a a a a": the first, the third and so on, as merging goes rightwards."""
+    order = np.argsort(found.position)
+    position = found.position[order]
+    run = np.flatnonzero(np.diff(position, prepend=-1 - step) != step)
+    place = np.arange(len(position)) - np.repeat(run, np.diff(run, append=len(position)))
+    mask = np.empty(len(position), bool)
+    mask[order] = place % 2 == 0
+    return mask
+
+
+def _group_starts(ordered: Ints) -> Ints:
+    """Where each run of equal values begins."""
+    return np.flatnonzero(np.diff(ordered, prepend=ordered[:1] - 1))
+
+
+def _sums(values: NDArray, start: Ints) -> Ints:
+    """Sums of the groups that begin at `start`."""
+    return np.add.reduceat(values, start, dtype=np.int64) if len(start) else np.empty(0, np.int64)
