@@ -71,9 +71,7 @@ class Batches:
         """Rows start:stop of a step: the share of one process or one micro-batch."""
         first_row = step * self.batch_size + start
         end = self.shards.info.end
-        return _pack(
-            self.shards, self.shards.tokens, self._order, first_row, stop - start, self.sequence_length, end
-        )
+        return _pack(self.shards, self.shards.tokens, self._order, first_row, stop - start, self.sequence_length, end)
 
     def epoch(self, step: int) -> float:
         """How many times the corpus has been gone through before this step."""
@@ -140,9 +138,7 @@ class EvaluationBatches:
         if not 0 <= index < len(self):
             raise IndexError(index)
         first_row = index * self.batch_size
-        return _pack(
-            self.shards, self.tokens, self._order, first_row, self.batch_size, self.sequence_length, IGNORED
-        )
+        return _pack(self.shards, self.tokens, self._order, first_row, self.batch_size, self.sequence_length, IGNORED)
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[index] for index in range(len(self)))

@@ -169,9 +169,7 @@ class Shard:
             head = handle.read(8)
             length = int.from_bytes(head, "little")
             if len(head) < 8 or length > size - 8:
-                raise UserError(
-                    f"{path}: truncated or no safetensors file: {size} bytes; make the shards anew"
-                )
+                raise UserError(f"{path}: truncated or no safetensors file: {size} bytes; make the shards anew")
             try:
                 header = json.loads(handle.read(length))
                 self.metadata: dict[str, str] = header.pop("__metadata__", {})
@@ -183,14 +181,10 @@ class Shard:
                 raise UserError(f"{path}: expected a token shard of format {FORMAT}, found {found}")
             expected = 8 + length + max(stops)
             if size != expected:
-                raise UserError(
-                    f"{path}: truncated: expected {expected} bytes, found {size}; make the shards anew"
-                )
+                raise UserError(f"{path}: truncated: expected {expected} bytes, found {size}; make the shards anew")
             data = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
         self.tokens, self.doc_ends, self.doc_bytes = (
-            np.frombuffer(
-                data, DTYPES[entry["dtype"]], entry["shape"][0], 8 + length + entry["data_offsets"][0]
-            )
+            np.frombuffer(data, DTYPES[entry["dtype"]], entry["shape"][0], 8 + length + entry["data_offsets"][0])
             for entry in (header["tokens"], header["doc_ends"], header["doc_bytes"])
         )
         if (self.doc_ends[-1] if len(self.doc_ends) else 0) != len(self.tokens):

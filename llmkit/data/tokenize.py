@@ -88,25 +88,27 @@ def _ready_shards(path: str, info: ShardInfo) -> TokenShards:
     return shards
 
 
-def _write_shards(
-    paths: Sequence[str], encoder: Encoder, writer: ShardWriter, limit: int | None, quiet: bool
-) -> None:
+def _write_shards(paths: Sequence[str], encoder: Encoder, writer: ShardWriter, limit: int | None, quiet: bool) -> None:
     """Read, encode and write: groups of documents are encoded in a thread while the next group is read."""
-    waiting: list[tuple[Future[tuple[np.ndarray, np.ndarray]], np.ndarray]] = []
+    waiting: list[Future[tuple[np.ndarray, np.ndarray, np.ndarray]]] = []
     with Progress("tokenize", unit="B", quiet=quiet) as progress, ThreadPoolExecutor(1) as pool:
         for texts in chain(_groups(paths, limit), [None]):
             if texts is not None:
-                text_bytes = np.array([len(text.encode()) for text in texts], np.int64)
-                waiting.append((pool.submit(encoder.encode_batch, texts), text_bytes))
+                waiting.append(pool.submit(_encode, encoder, texts))
             while waiting and (len(waiting) > 2 or texts is None):
-                encoded, text_bytes = waiting.pop(0)
-                writer.add(*encoded.result(), text_bytes)
+                ids, lengths, text_bytes = waiting.pop(0).result()
+                writer.add(ids, lengths, text_bytes)
                 progress.advance(int(text_bytes.sum()), tokens=writer.tokens, backend=encoder.backend)
     if not writer.documents:
-        raise UserError(
-            f"{' '.join(paths)}: no document with text; expected JSONL with 'text', or plain text"
-        )
+        raise UserError(f"{' '.join(paths)}: no document with text; expected JSONL with 'text', or plain text")
     writer.finish()
+
+
+def _encode(encoder: Encoder, texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """ids, lengths and bytes of UTF-8 of some texts."""
+    ids, lengths = encoder.encode_batch(texts)
+    # After the encoding, for which CPython has made and kept the UTF-8 of each text: 10 times cheaper
+    return ids, lengths, np.array([len(text.encode()) for text in texts], np.int64)
 
 
 def _groups(paths: Sequence[str], limit: int | None) -> Iterator[list[str]]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-import json
 import shutil
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 
 from llmkit.errors import UserError
 from llmkit.tokenizer.backends import Backend, TokenizersBackend, fastest_proven, proof_texts
@@ -43,12 +43,10 @@ class Tokenizer:
 
     def __init__(self, path: Path, data: bytes, config: dict[str, Any], chat_template: str | None) -> None:
         try:
-            spec = json.loads(data)
+            spec = orjson.loads(data)
             self._reference = TokenizersBackend(data)
         except Exception as error:  # tokenizers raises bare Exception
-            raise UserError(
-                f"{path}: not a tokenizer.json that tokenizers can read: {str(error)[:200]}"
-            ) from None
+            raise UserError(f"{path}: not a tokenizer.json that tokenizers can read: {str(error)[:200]}") from None
         self.path, self.config, self.chat_template = path, config, chat_template
         self.sha256 = hashlib.sha256(data).hexdigest()
         self._data, self._backend, self.passed_over = data, None, dict[str, str]()
@@ -247,9 +245,7 @@ def check_text(text: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         code = f"U+{ord(text[error.start]):04X}"
-        raise UserError(
-            f"text is not valid Unicode: lone surrogate {code} at character {error.start}"
-        ) from None
+        raise UserError(f"text is not valid Unicode: lone surrogate {code} at character {error.start}") from None
     return text
 
 
@@ -257,7 +253,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_bytes())
+        value = orjson.loads(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from None
     if not isinstance(value, dict):
