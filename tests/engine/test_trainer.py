@@ -1,0 +1,171 @@
+"""The loop: micro-batches, memory back-off, guards, interruption, and resumption bit for bit."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from llmkit.engine.optimizer import GroupSettings, Optimizer
+from llmkit.engine.schedule import Schedule
+from llmkit.engine.trainer import Trainer, TrainerSettings
+from llmkit.errors import Interrupted, UserError
+
+
+class Toy(nn.Module):
+    """Learns y = x @ weight from rows of 4 numbers; can pretend to run out of memory."""
+
+    def __init__(self, most_rows: int | None = None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.most_rows = most_rows
+
+    def forward(self, x):
+        if self.most_rows is not None and len(x) > self.most_rows:
+            raise torch.OutOfMemoryError("out of memory")
+        return x @ self.weight
+
+
+def batches(step, poison_at=None):
+    while True:
+        x = np.random.default_rng(step).standard_normal((8, 4)).astype(np.float32)
+        yield (x * np.inf if step == poison_at else x), 2 * x
+        step += 1
+
+
+def die_at(step, source):
+    for number, batch in enumerate(source):
+        yield batch if number != step else 1 / 0
+
+
+def squared_error(model, rows):
+    x, y = (torch.from_numpy(part) for part in rows)
+    return (model(x) - y).square().sum(), x.numel()
+
+
+def make(folder, model=None, *, rows=8, source=batches, describe=None, **settings):
+    model = model or Toy()
+    optimizer = Optimizer([("weight", model.weight, GroupSettings("adamw", 0.05))])
+    folder.mkdir(exist_ok=True)
+    return Trainer(
+        model,
+        optimizer,
+        Schedule(warmup_steps=2, decay_fraction=0.5),
+        batches=source,
+        loss=squared_error,
+        folder=folder,
+        settings=TrainerSettings(micro_batch_rows=rows, quiet=True, **settings),
+        describe=describe,
+    )
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_it_learns_and_writes_metrics(tmp_path):
+    make(tmp_path).fit(total_steps=60)
+    rows = metrics(tmp_path)
+    assert [row["step"] for row in rows] == list(range(1, 61))
+    assert rows[-1]["loss"] < 0.2 * rows[0]["loss"]
+    assert rows[-1]["tokens"] == 60 * 32
+
+
+def test_micro_batches_give_the_step_of_the_whole_batch(tmp_path):
+    whole, parts = make(tmp_path / "a", rows=8), make(tmp_path / "b", rows=3)
+    whole.fit(total_steps=5)
+    parts.fit(total_steps=5)
+    torch.testing.assert_close(whole.model.weight, parts.model.weight, rtol=1e-5, atol=1e-6)
+
+
+def test_memory_back_off_halves_the_micro_batch_and_loses_nothing(tmp_path):
+    plain, tight = make(tmp_path / "a"), make(tmp_path / "b", Toy(most_rows=3))
+    plain.fit(total_steps=5)
+    tight.fit(total_steps=5)
+    assert tight.micro_batch_rows == 2
+    torch.testing.assert_close(plain.model.weight, tight.model.weight, rtol=1e-5, atol=1e-6)
+
+
+def test_memory_for_not_one_row_is_a_clear_error(tmp_path):
+    with pytest.raises(UserError, match="memory runs out with one sequence at a time"):
+        make(tmp_path, Toy(most_rows=0)).fit(total_steps=1)
+
+
+def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path):
+    whole = make(tmp_path / "whole")
+    whole.fit(total_steps=20)
+    killed = make(tmp_path / "cut", source=lambda step: die_at(12, batches(step)), save_every=7)
+    with pytest.raises(ZeroDivisionError):
+        killed.fit(total_steps=20)
+    killed.checkpoints.wait()
+    resumed = make(tmp_path / "cut")
+    assert resumed.resume() and resumed.step == 7
+    resumed.fit(total_steps=20)
+    assert torch.equal(whole.model.weight, resumed.model.weight)
+    pairs = zip(metrics(tmp_path / "whole"), metrics(tmp_path / "cut"), strict=True)
+    assert all(a["step"] == b["step"] and a["loss"] == b["loss"] for a, b in pairs)
+
+
+def test_a_signal_saves_first(tmp_path):
+    def source(step):
+        for batch in batches(step):
+            if step == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            step += 1
+            yield batch
+
+    trainer = make(tmp_path, source=source)
+    with pytest.raises(Interrupted, match="stopped after step 6; saved in .*state; go on with --resume"):
+        trainer.fit(total_steps=100)
+    resumed = make(tmp_path)
+    assert resumed.resume() and resumed.step == 6
+    assert torch.equal(resumed.model.weight, trainer.model.weight)
+
+
+def test_a_loss_that_is_no_number_stops_before_the_update(tmp_path):
+    trainer = make(tmp_path, source=lambda step: batches(step, poison_at=4))
+    with pytest.raises(UserError, match=r"the loss is (inf|nan) .* at step 4; saved in .*; resume with a lower"):
+        trainer.fit(total_steps=10)
+    assert torch.isfinite(trainer.model.weight).all()
+    assert make(tmp_path).resume()
+
+
+def test_a_lasting_spike_stops_and_a_short_one_does_not(tmp_path):
+    def spikes(first, count):
+        def source(step):
+            for x, y in batches(step):
+                yield (x, y + 100 * (first <= step < first + count))
+                step += 1
+
+        return source
+
+    make(tmp_path / "short", source=spikes(10, 3), spike_patience=5).fit(total_steps=30)
+    with pytest.raises(UserError, match="nats above its average"):
+        make(tmp_path / "long", source=spikes(10, 20), spike_patience=5).fit(total_steps=30)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    make(tmp_path, describe={"tokenizer": "abc"}).fit(total_steps=2)
+    with pytest.raises(UserError, match="made with tokenizer = abc, now xyz"):
+        make(tmp_path, describe={"tokenizer": "xyz"}).resume()
+
+
+def test_it_saves_before_it_evaluates(tmp_path):
+    def evaluate():
+        raise MemoryError("evaluation ran out of memory")
+
+    with pytest.raises(MemoryError):
+        make(tmp_path, eval_every=3).fit(total_steps=9, evaluate=evaluate)
+    resumed = make(tmp_path)
+    assert resumed.resume() and resumed.step == 3
+
+
+def test_a_time_budget_ends_with_the_rate_at_its_end(tmp_path):
+    trainer = make(tmp_path)
+    last = trainer.fit(seconds=1.0)
+    assert trainer.pace.finished
+    assert last["lr_factor"] < 0.2
