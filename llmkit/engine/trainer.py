@@ -187,7 +187,7 @@ class Trainer:
                 if seconds is not None and self.step % 10 == 0:
                     self.pace.replan(seconds - self.elapsed, (now - started) / max(1, self.step - first_step))
                 self._between_steps(interrupted, evaluate, sample, log)
-            self.save()
+            self.save(wait=True)
             if evaluate is not None:
                 self._evaluate(evaluate, log)
         self.checkpoints.wait()
@@ -214,7 +214,7 @@ class Trainer:
         late = settings.save_seconds is not None and time.monotonic() - self.saved_at > settings.save_seconds
         # a run that dies in its evaluation must not lose its training: save first (nanochat #446)
         if evaluates or late or due(settings.save_every):
-            self.save(wait=False)
+            self.save(wait=evaluates)
         if evaluates and evaluate is not None:
             self._evaluate(evaluate, log)
         if sample is not None and due(settings.sample_every):
