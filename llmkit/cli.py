@@ -201,9 +201,7 @@ def _command(config_class: type, run: Callable[[Any], Any]) -> Callable[..., Any
     ]
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter("context", kind, annotation=typer.Context)]
-    parameters += [
-        inspect.Parameter(name, kind, default=None, annotation=value) for name, value in annotations.items()
-    ]
+    parameters += [inspect.Parameter(name, kind, default=None, annotation=value) for name, value in annotations.items()]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
@@ -233,9 +231,7 @@ def _annotation(item: Field, hint: Any) -> Any:
         metavar="" if base is bool else details.metavar or "|".join(words or ()) or unit.upper(),
         show_default=False,
         rich_help_panel=details.group,
-        autocompletion=(lambda incomplete: [word for word in words if word.startswith(incomplete)])
-        if words
-        else None,
+        autocompletion=(lambda incomplete: [word for word in words if word.startswith(incomplete)]) if words else None,
     )
     return Annotated[kind | None, info]
 

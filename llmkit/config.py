@@ -77,9 +77,7 @@ class CommonConfig:
 
     out: str | None = option(None, "Where the result goes.", short="-o", group="Common", metavar="PATH")
     seed: int = option(0, "Seed of everything random.", group="Common", at_least=0)
-    limit: int | None = option(
-        None, "Read at most this many records.", group="Common", unit="count", at_least=1
-    )
+    limit: int | None = option(None, "Read at most this many records.", group="Common", unit="count", at_least=1)
     force: bool = option(False, "Replace an existing output.", group="Common")
     dry_run: bool = option(False, "Say what would be done, and stop.", group="Common")
     quiet: bool = option(False, "No progress on stderr.", group="Common")
@@ -186,7 +184,7 @@ def _read_toml(path: str) -> dict[str, Any]:
         with open(path, "rb") as handle:
             return tomllib.load(handle)
     except OSError as error:
-        raise UserError(f"{path}: cannot read the config file: {error.strerror}") from error
+        raise UserError(f"{path}: cannot read the config file: {str(error.strerror).lower()}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not TOML: {error}") from error
 
@@ -246,6 +244,4 @@ def _known_keys(config_file: str, known: Mapping[str, Field]) -> dict[str, Any]:
 
 def as_options(config: Any) -> dict[str, Any]:
     """The resolved options as plain JSON values, for the manifest and `--dry-run`."""
-    return {
-        name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()
-    }
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}

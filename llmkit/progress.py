@@ -23,9 +23,7 @@ class Progress:
         progress.advance(4096, source="web")
     """
 
-    def __init__(
-        self, description: str, total: float | None = None, unit: str = "", quiet: bool = False
-    ) -> None:
+    def __init__(self, description: str, total: float | None = None, unit: str = "", quiet: bool = False) -> None:
         self.description, self.total, self.unit, self.quiet = description, total, unit, quiet
         self.done, self.fields = 0.0, {}
         self.started = self._shown = time.monotonic()

@@ -55,9 +55,7 @@ def check_document(row: Row) -> None:
     """A document has `text`, a string; `source`, where given, is a string."""
     _text_field(row, "text", "a document")
     if not isinstance(row.value.get("source", ""), str):
-        raise UserError(
-            f"{row.where}: expected 'source' to be a string, found {kind_of(row.value['source'])}"
-        )
+        raise UserError(f"{row.where}: expected 'source' to be a string, found {kind_of(row.value['source'])}")
 
 
 def check_prompt(row: Row) -> None:

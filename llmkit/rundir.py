@@ -24,7 +24,7 @@ from typing import Any
 import orjson
 
 from llmkit.errors import UserError
-from llmkit.stream import JSON_LINE, PARTIAL, atomic_file
+from llmkit.stream import JSON_LINE, PARTIAL, atomic_file, check_output, replace_folder
 
 MANIFEST_VERSION = 1
 PACKAGES = ("llmkit", "torch", "triton", "numpy", "tokenizers", "safetensors")
@@ -145,9 +145,7 @@ def write_loss_curve(folder: Path) -> None:
 
 def _curve(rows: Iterable[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
     """(step, value) where the value is a finite number; JSON holds NaN and infinity as null."""
-    return [
-        (row["step"], row[key]) for row in rows if "step" in row and isinstance(row.get(key), (int, float))
-    ]
+    return [(row["step"], row[key]) for row in rows if "step" in row and isinstance(row.get(key), (int, float))]
 
 
 def _svg(curves: Mapping[str, list[tuple[float, float]]], width: int = 720, height: int = 360) -> str:

@@ -17,7 +17,6 @@ import os
 import shutil
 import stat
 import sys
-import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -36,7 +35,7 @@ JSON_LINE = orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
 PARTIAL = ".partial"
 BLOCK = 1 << 20
 OURS = ("manifest.json", "tokenizer.json")  # one of them stands in every folder that a stage writes
-_stdins_taken: weakref.WeakSet[Any] = weakref.WeakSet()
+_stdin_taken: Any = None
 
 
 # ---- reading
@@ -52,9 +51,7 @@ def open_input(path: str) -> Iterator[io.BufferedReader]:
     name = "stdin" if path == "-" else path
     try:
         with ExitStack() as stack:
-            raw: Any = (
-                _take_stdin() if path == "-" else stack.enter_context(open(path, "rb", buffering=BLOCK))
-            )
+            raw: Any = _take_stdin() if path == "-" else stack.enter_context(open(path, "rb", buffering=BLOCK))
             yield _decompressed(raw, name)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{name}: damaged or cut gzip data: {str(error).lower()}") from error
@@ -66,11 +63,12 @@ def open_input(path: str) -> Iterator[io.BufferedReader]:
 
 
 def _take_stdin() -> io.BufferedReader:
+    global _stdin_taken
     if sys.stdin is None:
         raise UserError("stdin: closed; name a file instead of '-'")
-    if sys.stdin in _stdins_taken:
+    if sys.stdin is _stdin_taken:
         raise UserError("stdin: '-' can be read only once; save one of the inputs to a file")
-    _stdins_taken.add(sys.stdin)
+    _stdin_taken = sys.stdin
     raw: Any = sys.stdin.buffer
     return raw if hasattr(raw, "peek") else io.BufferedReader(raw)
 
@@ -208,14 +206,8 @@ def check_output(path: str, force: bool, resume: bool = False) -> None:
     if os.path.exists(path) and not resume:
         if not force:
             raise UserError(f"{path}: exists already; --force replaces it, or choose another --out")
-        if (
-            os.path.isdir(path)
-            and os.listdir(path)
-            and not any(os.path.exists(f"{path}/{name}") for name in OURS)
-        ):
-            raise UserError(
-                f"{path}: not a folder that llmkit wrote, so --force leaves it alone; choose another --out"
-            )
+        if os.path.isdir(path) and os.listdir(path) and not any(os.path.exists(f"{path}/{name}") for name in OURS):
+            raise UserError(f"{path}: not a folder that llmkit wrote, so --force leaves it alone; choose another --out")
     parent = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(parent):
         raise UserError(f"{path}: the folder {parent} does not exist; create it first")
@@ -301,9 +293,7 @@ def _full_disk_is_named(path: str | os.PathLike[str]) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, UserError) or not is_full_disk(error):
             raise
-        raise UserError(
-            f"{os.fspath(path)}: no space left there for the output; nothing was changed"
-        ) from error
+        raise UserError(f"{os.fspath(path)}: no space left there for the output; nothing was changed") from error
 
 
 def is_full_disk(error: Exception) -> bool:

@@ -1,0 +1,47 @@
+"""What the tests share: the shared data folder, where there is one, and the command line as a user runs it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+# two threads, before torch is imported: a tiny model on many is slower, and slower still beside other processes
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The project's shared data folder; its tests carry the mark `shared`."""
+    folder = Path(os.environ.get("LLMKIT_SHARED_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("no shared data: set LLMKIT_SHARED_DATA to its folder")
+    return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "shared_data" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.shared)
+
+
+@pytest.fixture(scope="session")
+def llmkit() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command line in a process of its own: `llmkit("sample", "base/", stdin="...")`.
+
+    stdin is empty unless it is given; keywords beyond it are those of subprocess.run.
+    """
+
+    def run(*arguments: str | Path, stdin: str = "", **details) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "llmkit", *map(str, arguments)]
+        details = {"timeout": 300, **details}
+        return subprocess.run(command, input=stdin, capture_output=True, text=True, **details)
+
+    return run

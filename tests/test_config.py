@@ -1,0 +1,259 @@
+"""Options: from flags, TOML and defaults to checked values, and back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import FrozenInstanceError, dataclass, field
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmkit.config import (
+    CommonConfig,
+    argument,
+    as_options,
+    flag_of,
+    option,
+    option_fields,
+    parse_quantity,
+    resolve,
+)
+from llmkit.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(CommonConfig):
+    inputs: tuple[str, ...] = argument("Documents.", metavar="INPUT...")
+    vocab_size: int = option(1000, "Size.", unit="count", at_least=256, at_most=10**7)
+    budget: float | None = option(None, "Time.", unit="duration", above=0)
+    memory: int = option(10**9, "Memory.", unit="bytes")
+    rate: float = option(0.1, "Rate.", above=0, at_most=1)
+    clip: float | None = option(1.0, "Clip.", above=0)
+    layers: int | None = option(None, "Layers.", at_least=1)
+    stop: tuple[str, ...] = option((), "Stop strings.")
+    sizes: tuple[int, ...] = option((), "Sizes.", at_least=1)
+    dtype: str = option("auto", "Precision.", choices=("auto", "float32"))
+    name: str | None = option(None, "Name.", flag="--called", short="-c")
+    tie: bool = option(True, "Tie.")
+
+
+def fails(flags: dict[str, object], toml: Path | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        resolve(Config, flags, str(toml) if toml else None)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "c.toml"
+    path.write_text(text)
+    return path
+
+
+# ---- units
+
+
+@pytest.mark.parametrize(
+    ("text", "unit", "value"),
+    [
+        ("2k", "count", 2000),
+        ("10M", "count", 10_000_000),
+        ("1.15M", "count", 1_150_000),  # 1.15 * 1e6 is 1149999.9999999998
+        ("1e9", "count", 10**9),
+        ("1_000", "count", 1000),
+        ("3B", "count", 3 * 10**9),
+        (20000, "count", 20000),
+        (1e22, "count", 10**22),
+        ("9007199254740993", "count", 2**53 + 1),
+        ("100MB", "bytes", 10**8),
+        ("2GiB", "bytes", 2**31),
+        ("64 kib", "bytes", 65536),
+        ("512", "bytes", 512),
+        ("90s", "duration", 90),
+        ("10m", "duration", 600),
+        ("1h", "duration", 3600),
+        ("1.5h", "duration", 5400),
+        ("2d", "duration", 172800),
+        (".5m", "duration", 30),
+        ("0.25s", "duration", 0.25),
+    ],
+)
+def test_a_quantity_is_exact(text: str | float, unit, value: float) -> None:
+    assert parse_quantity(text, unit) == value
+    assert isinstance(parse_quantity(text, unit), type(value))
+
+
+@pytest.mark.parametrize(
+    ("text", "unit"),
+    [("10x", "count"), ("", "count"), ("k", "count"), ("-5", "count"), ("1h", "bytes"), ("10MB", "duration"),
+     ("1 0", "count"), ("1e999", "count"), (float("nan"), "count"), (float("inf"), "count"), (True, "count"),
+     ("0x10", "bytes"), ("1,000", "count")],
+)  # fmt: skip
+def test_what_is_no_quantity_is_refused_with_an_example(text: str | float, unit) -> None:
+    with pytest.raises(ValueError, match=rf"expected a {unit} such as"):
+        parse_quantity(text, unit)
+
+
+@given(st.integers(0, 10**15), st.sampled_from([("", 1), ("k", 10**3), ("M", 10**6), ("T", 10**12)]))
+def test_whole_numbers_survive_every_unit(number: int, scale: tuple[str, int]) -> None:
+    assert parse_quantity(f"{number}{scale[0]}", "count") == number * scale[1]
+
+
+# ---- where values come from
+
+
+def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path) -> None:
+    toml = write(tmp_path, 'vocab-size = "3k"\nlayers = 2\nforce = true\ntie = false\nstop = ["a", "b"]\n')
+    config = resolve(Config, {"layers": "7", "force": False, "stop": []}, str(toml))
+    assert (config.vocab_size, config.layers, config.force, config.tie) == (3000, 7, False, False)
+    assert (config.stop, config.rate) == (("a", "b"), 0.1)
+    assert resolve(Config, {"stop": ["z"]}, str(toml)).stop == ("z",)
+
+
+def test_none_can_be_said_where_it_has_a_meaning(tmp_path: Path) -> None:
+    assert resolve(Config, {}).clip == 1.0
+    assert resolve(Config, {"clip": "none"}).clip is None
+    assert resolve(Config, {}, str(write(tmp_path, 'clip = "none"'))).clip is None
+    assert resolve(Config, {"layers": "none"}, str(write(tmp_path, "layers = 3"))).layers is None
+    assert "--rate: expected a number, found 'none'" in fails({"rate": "none"})
+
+
+def test_flags_are_text_and_become_typed_values() -> None:
+    flags = {"inputs": ["a", "-"], "rate": "5e-1", "sizes": ["1", "20"], "seed": "3", "budget": "2m", "name": "x"}
+    config = resolve(Config, {**flags, "dtype": None})
+    assert (config.inputs, config.rate, config.sizes) == (("a", "-"), 0.5, (1, 20))
+    assert (config.seed, config.budget, config.name, config.dtype) == (3, 120.0, "x", "auto")
+    assert isinstance(config.budget, float)
+    with pytest.raises(FrozenInstanceError):
+        config.seed = 4
+
+
+def test_one_value_in_the_file_does_for_a_list(tmp_path: Path) -> None:
+    assert resolve(Config, {}, str(write(tmp_path, 'stop = "x"'))).stop == ("x",)
+
+
+def test_an_option_without_default_is_required() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Needs(CommonConfig):
+        size: int = field(metadata=option(0, "Size.").metadata)
+
+    Needs.__annotations__["size"] = int
+    with pytest.raises(UserError, match="--size is required"):
+        resolve(Needs, {})
+
+
+def test_a_flag_that_the_class_does_not_have_is_a_programming_error() -> None:
+    with pytest.raises(TypeError, match="no option dpeth"):
+        resolve(Config, {"dpeth": "4"})
+
+
+def test_the_common_options_come_last() -> None:
+    names = [item.name for item in option_fields(Config)]
+    assert names[0] == "inputs"
+    assert names[-6:] == ["out", "seed", "limit", "force", "dry_run", "quiet"]
+    assert [flag_of(item) for item in option_fields(Config)][:2] == ["INPUT...", "--vocab-size"]
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"vocab_size": "255"}, "--vocab-size: expected at least 256, found '255'"),
+        ({"vocab_size": "1T"}, "--vocab-size: expected at most 1e+07, found '1T'"),
+        ({"vocab_size": "300.5"}, "--vocab-size: expected a whole number, found '300.5'"),
+        ({"vocab_size": "big"}, "--vocab-size: expected a count such as 20000, 20k or 1.5M, found 'big'"),
+        ({"rate": "0"}, "--rate: expected more than 0, found '0'"),
+        ({"rate": "nan"}, "--rate: expected a number, found 'nan'"),
+        ({"rate": "inf"}, "--rate: expected a number, found 'inf'"),
+        ({"seed": "1.5"}, "--seed: expected a whole number, found '1.5'"),
+        ({"seed": ""}, "--seed: expected a whole number, found ''"),
+        ({"seed": "-1"}, "--seed: expected at least 0, found '-1'"),
+        ({"seed": "1e400"}, "--seed: expected a whole number, found '1e400'"),
+        ({"dtype": "float16"}, "--dtype: expected one of auto, float32, found 'float16'"),
+        ({"sizes": ["3", "0"]}, "--sizes: expected at least 1, found '0'"),
+        ({"budget": "soon"}, "--budget: expected a duration such as 90s, 10m or 2h, found 'soon'"),
+        ({"name": "\udcff"}, "--called: expected text in UTF-8, found '\\udcff'"),
+    ],
+)
+def test_a_wrong_flag_is_named_with_what_was_expected(flags: dict[str, object], message: str) -> None:
+    assert fails(flags) == message
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("vocab_sise = 3", "unknown key 'vocab_sise'; did you mean 'vocab_size'?"),
+        ("zzz = 3", "unknown key 'zzz'; known are budget"),
+        ("[model]\nlayers = 3", "unknown key 'model'"),
+        ("vocab-size = 300\nvocab_size = 300", "'vocab_size' is given twice"),
+        ("seed = true", "seed: expected a whole number, found True"),
+        ('seed = "x"', "seed: expected a whole number, found 'x'"),
+        ("seed = [1]", "seed: expected a whole number, found [1]"),
+        ("rate = inf", "rate: expected a number, found inf"),
+        ("vocab_size = inf", "vocab_size: expected a count such as"),
+        ("vocab_size = true", "vocab_size: expected a count such as"),
+        ('force = "yes"', "force: expected true or false, found 'yes'"),
+        ("force = 1", "force: expected true or false, found 1"),
+        ("out = 5", "out: expected text in UTF-8, found 5"),
+        ("stop = [1]", "stop: expected text in UTF-8, found 1"),
+        ("name = 2026-01-01", "name: expected text in UTF-8, found datetime.date"),
+        ("a = ", "not TOML"),
+    ],
+)
+def test_a_wrong_line_in_the_file_is_named(tmp_path: Path, line: str, message: str) -> None:
+    toml = write(tmp_path, line)
+    found = fails({}, toml)
+    assert found.startswith(f"{toml}: ")
+    assert message in found
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    assert (
+        fails({}, tmp_path / "no.toml") == f"{tmp_path}/no.toml: cannot read the config file: no such file or directory"
+    )
+    assert "is a directory" in fails({}, tmp_path)
+    (tmp_path / "latin.toml").write_bytes(b'out = "\xe9"')
+    assert "not TOML" in fails({}, tmp_path / "latin.toml")
+
+
+@given(st.one_of(st.text(), st.integers(), st.floats(), st.booleans(), st.lists(st.text()), st.dates()))
+def test_no_value_makes_anything_but_a_config_or_a_one_line_error(value: object) -> None:
+    for name in ("vocab_size", "rate", "seed", "layers", "stop", "sizes", "dtype", "name", "tie", "budget"):
+        try:
+            assert isinstance(resolve(Config, {name: value}), Config)
+        except UserError as error:
+            assert "expected" in str(error)
+
+
+# ---- back
+
+
+@given(
+    st.builds(
+        Config,
+        seed=st.integers(0),
+        vocab_size=st.integers(256, 10**7),
+        budget=st.none() | st.floats(1e-3, 1e9),
+        rate=st.floats(0, 1, exclude_min=True),
+        clip=st.none() | st.floats(1e-9, 1e9),
+        layers=st.none() | st.integers(1, 10**6),
+        stop=st.lists(st.text(st.characters(blacklist_categories=("Cs",)))).map(tuple),
+        sizes=st.lists(st.integers(1)).map(tuple),
+        tie=st.booleans(),
+        force=st.booleans(),
+    )
+)
+def test_the_options_of_a_manifest_make_the_same_config_again(tmp_path_factory, config: Config) -> None:
+    options = json.loads(json.dumps(as_options(config)))
+    toml = tmp_path_factory.mktemp("toml") / "again.toml"
+    # TOML's strings escape as JSON's do, but for \x7f
+    lines = [
+        f"{name} = {json.dumps('none' if value is None else value, ensure_ascii=False)}".replace("\x7f", "\\u007f")
+        for name, value in options.items()
+    ]
+    toml.write_text("\n".join(lines))
+    assert resolve(Config, {}, str(toml)) == config

@@ -1,0 +1,146 @@
+"""Imports only point down, nothing heavy is imported at start, and files stay short."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FLOORS = {
+    5: {"cli", "__main__"},
+    4: {"stages"},
+    3: {"engine"},
+    2: {"model", "tokenizer", "data", "crawl", "tools"},
+    1: {"kernels"},
+    0: {"errors", "records", "config", "stream", "progress", "rundir"},
+}
+FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
+HEAVY = {"torch", "numpy", "triton", "transformers", "tokenizers", "safetensors"}
+TOO_LONG: set[str] = set()  # files that may have more than 400 lines: none
+
+
+def modules() -> dict[str, str]:
+    """Module name to source, of everything that is installed."""
+    found = {}
+    for folder, package in ((ROOT / "llmkit", "llmkit"), (ROOT / "kernels", "llmkit.kernels")):
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            name = ".".join([package, *parts]).removesuffix(".__init__")
+            found[name] = path.read_text()
+    return found
+
+
+def imported(name: str, node: ast.AST) -> list[str]:
+    """The full names of the modules that one import statement in module `name` asks for."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    if node.level:
+        base = ".".join(name.split(".")[: -node.level] + ([node.module] if node.module else []))
+    else:
+        base = node.module or ""
+    return [f"{base}.{alias.name}" for alias in node.names]  # `from llmkit import model` asks for llmkit.model
+
+
+def at_start(tree: ast.Module) -> list[ast.AST]:
+    """The import statements that run when the module is imported: not those in functions or for type checkers."""
+    found: list[ast.AST] = []
+    waiting: list[ast.AST] = list(tree.body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            waiting.extend(node.orelse)
+            continue
+        found.append(node)
+        waiting.extend(ast.iter_child_nodes(node))
+    return found
+
+
+def room_of(name: str) -> str | None:
+    parts = name.split(".")
+    return parts[1] if parts[0] == "llmkit" and len(parts) > 1 and parts[1] in FLOOR_OF else None
+
+
+def violations(sources: dict[str, str]) -> list[str]:
+    """What in these modules (name to source) breaks the rules of the house."""
+    wrong = []
+    for name, source in sources.items():
+        tree, room = ast.parse(source), room_of(name)
+        if room is None:
+            if name != "llmkit":
+                wrong.append(f"{name}: stands on no floor")
+            continue
+        floor = FLOOR_OF[room]
+        for target in {target for node in ast.walk(tree) for target in imported(name, node)}:
+            other = room_of(target)
+            if target.split(".")[0] == "click":
+                wrong.append(f"{name}: imports click, which typer carries itself")
+            if other is None:
+                continue
+            siblings = floor == 2 and FLOOR_OF[other] == 2 and other != room
+            siblings |= floor == 4 and other == "stages" and target.split(".")[:3] != name.split(".")
+            if FLOOR_OF[other] > floor or siblings:
+                wrong.append(f"{name} (floor {floor}) imports {target} (floor {FLOOR_OF[other]})")
+        if floor in (0, 4, 5):
+            heavy = {target.split(".")[0] for node in at_start(tree) for target in imported(name, node)} & HEAVY
+            wrong += [f"{name}: imports {package} at start" for package in sorted(heavy)]
+        if floor >= 4:  # those rooms import torch
+            rooms = {room_of(target) for node in at_start(tree) for target in imported(name, node)}
+            wrong += [
+                f"{name}: imports llmkit.{other} at start" for other in rooms if FLOOR_OF.get(other or "") in (1, 2, 3)
+            ]
+    return sorted(wrong)
+
+
+def test_the_house_keeps_its_floors() -> None:
+    assert violations(modules()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("llmkit.stream", "from llmkit.engine import trainer"),
+        ("llmkit.stream", "def f():\n    import llmkit.cli"),
+        ("llmkit.model.rope", "from llmkit.tokenizer.encoding import Encoder"),
+        ("llmkit.model.rope", "from ..data import shards"),
+        ("llmkit.kernels.attention", "from llmkit import model"),
+        ("llmkit.stages.sample", "def run(config):\n    from llmkit.stages.pretrain import run"),
+        ("llmkit.stages.sample", "def run(config):\n    from llmkit.stages import pretrain"),
+        ("llmkit.stages.sample", "import torch"),
+        ("llmkit.stages.sample", "class Config:\n    from numpy import array"),
+        ("llmkit.stages.sample", "try:\n    import safetensors.torch\nexcept ImportError:\n    pass"),
+        ("llmkit.stages.sample", "from llmkit.engine.generation import generate"),
+        ("llmkit.rundir", "import numpy as np"),
+        ("llmkit.cli", "import click"),
+        ("llmkit.cli", "def f():\n    from click.core import Context"),
+        ("llmkit.utils", "import os"),
+    ],
+)
+def test_a_planted_violation_is_caught(name: str, source: str) -> None:
+    assert len(violations({name: source})) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("llmkit.stages.sample", "def run(config):\n    import torch\n    from llmkit.engine import generation"),
+        ("llmkit.stages.sample", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"),
+        ("llmkit.stages.sample", "from llmkit.config import option\nfrom llmkit.stream import read_jsonl"),
+        ("llmkit.model.rope", "import torch\nfrom llmkit.kernels import dispatch\nfrom llmkit.model.config import X"),
+        ("llmkit.engine.trainer", "from llmkit.model import transformer\nfrom llmkit.engine.schedule import Pace"),
+        ("llmkit.rundir", "from llmkit.stream import atomic_file"),
+        ("llmkit.cli", "from llmkit import __version__"),
+    ],
+)
+def test_what_is_allowed_is_not_reported(name: str, source: str) -> None:
+    assert violations({name: source}) == []
+
+
+def test_files_stay_under_400_lines() -> None:
+    long = {name for name, source in modules().items() if source.count("\n") >= 400}
+    assert long == TOO_LONG

@@ -1,0 +1,87 @@
+"""`--help` answers at once: it imports nothing heavy, leads with an example and ends with the next command."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+
+import pytest
+
+from llmkit.cli import COMMANDS
+from llmkit.config import Option, option_fields, option_of, resolve, value_type
+
+HEAVY = ("torch", "numpy", "triton", "transformers", "tokenizers", "safetensors")
+LIST_MODULES = f"""
+import sys
+from llmkit.cli import run_command_line
+code = run_command_line(sys.argv[1:])
+print(*(name for name in {HEAVY} if name in sys.modules), file=sys.stderr)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("arguments", [[], *([name] for name in COMMANDS)], ids=lambda a: " ".join(a) or "llmkit")
+@pytest.mark.parametrize("columns", ["40", "80", "200"])
+def test_help_imports_nothing_heavy_and_guides(arguments: list[str], columns: str) -> None:
+    command = [sys.executable, "-c", LIST_MODULES, *arguments, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": columns})
+    assert (done.returncode, done.stderr.strip()) == (0, "")
+    assert "\x1b" not in done.stdout and "╭" not in done.stdout  # plain off a terminal
+    usage, example, options = (done.stdout.index(word) for word in ("Usage:", "Example", "Options:"))
+    assert usage < example < options
+    last = done.stdout.split("\n\n")[-1].strip()
+    assert last.startswith("Next: llmkit ")
+
+
+def test_help_on_a_terminal_is_drawn_by_rich_and_shows_brackets() -> None:
+    shown = on_terminal(sys.executable, "-m", "llmkit", "--help")
+    assert "╭─" in shown and "train-bpe" in shown
+
+
+def on_terminal(*command: str) -> str:
+    """What a command prints on a terminal, without colours."""
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower)
+    os.close(follower)
+    output = b""
+    while True:
+        try:
+            block = os.read(leader, 4096)
+        except OSError:  # Linux's word for the end
+            break
+        if not block:
+            break
+        output += block
+    process.wait()
+    os.close(leader)
+    return re.sub(r"\x1b\[[0-9;]*m", "", output.decode())
+
+
+def configs() -> list[tuple[str, type]]:
+    found = []
+    for name, (module, config_name, _) in COMMANDS.items():
+        found.append((name, getattr(__import__(module, fromlist=[config_name]), config_name)))
+    return found
+
+
+def test_an_option_means_the_same_in_every_command() -> None:
+    from typing import get_type_hints
+
+    kinds: dict[str, set[tuple[object, ...]]] = {}
+    for _, config_class in configs():
+        for item in option_fields(config_class):
+            details: Option = option_of(item)
+            if not details.positional:
+                kind = value_type(get_type_hints(config_class)[item.name])[0], details.unit, details.choices
+                kinds.setdefault(item.name, set()).add(kind)
+    assert {name: kind for name, kind in kinds.items() if len(kind) > 1} == {}
+
+
+def test_the_defaults_of_every_command_are_values_that_it_accepts() -> None:
+    for _, config_class in configs():
+        defaults = {item.name: item.default for item in option_fields(config_class)}
+        given = {name: value for name, value in defaults.items() if value is not None and value != ()}
+        assert resolve(config_class, given) == config_class()
