@@ -174,7 +174,7 @@ def _svg(curves: Mapping[str, list[tuple[float, float]]], width: int = 720, heig
         parts.append(f'<text x="{left - 6}" y="{y}" dy="4" text-anchor="end">{loss:.2f}</text>')
         parts.append(f'<text x="{x}" y="{height - 22}" text-anchor="middle">{step:,.0f}</text>')
     for number, (name, line) in enumerate(curves.items()):
-        thin = [*line[:: max(1, len(line) // 1000)], line[-1]]
+        thin = [*line[:-1][:: max(1, len(line) // 1000)], line[-1]]
         path = " ".join(f"{x},{y}" for x, y in (place(*point) for point in thin))
         mark = f'fill="none" stroke="{colours[name]}" stroke-width="1.5" points="{path}"'
         parts.append(f"<polyline {mark}/>")

@@ -1,0 +1,100 @@
+"""Progress: lines off a terminal, a bar on one, and never a byte on stdout."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+
+from llmkit import progress
+from llmkit.progress import Progress, duration, quantity, say
+
+
+class Clock:
+    """A clock that the test moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(progress.time, "monotonic", lambda: self.now)
+
+
+def test_lines_come_every_so_often_with_rate_and_time_left(monkeypatch, capsys) -> None:
+    clock = Clock(monkeypatch)
+    with Progress("encode", total=4_000_000, unit="B") as bar:
+        for _ in range(300):
+            clock.now += 0.1
+            bar.advance(10_000, loss=2.34567, source="web")
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert 2 <= len(lines) <= 3
+    assert lines[1] == "llmkit: encode 50% 100k B/s loss 2.346 source web, 20s left"
+
+
+def test_without_a_total_there_is_no_time_left(monkeypatch, capsys) -> None:
+    clock = Clock(monkeypatch)
+    with Progress("count", unit="docs") as bar:
+        clock.now += 11
+        bar.advance(22)
+        bar.advance(22)
+    assert capsys.readouterr().err == "llmkit: count 2 docs/s\n"
+
+
+def test_quiet_says_nothing(monkeypatch, capsys) -> None:
+    clock = Clock(monkeypatch)
+    with Progress("count", quiet=True) as bar:
+        clock.now += 100
+        bar.advance()
+    say("hello", quiet=True)
+    assert capsys.readouterr() == ("", "")
+    say("hello")
+    assert capsys.readouterr() == ("", "llmkit: hello\n")
+
+
+BAR = """
+import sys, time
+from llmkit.progress import Progress, say
+with Progress("encode", total=3, unit="docs") as bar:
+    for number in range(3):
+        print("data", number)
+        say("a word")
+        bar.advance(1, loss=1.5)
+        time.sleep(0.11)
+"""
+
+
+def test_a_bar_on_the_terminal_leaves_the_data_on_stdout_alone() -> None:
+    leader, follower = pty.openpty()
+    with subprocess.Popen([sys.executable, "-c", BAR], stdout=subprocess.PIPE, stderr=follower) as process:
+        os.close(follower)
+        assert process.stdout is not None
+        shown = b""
+        while True:
+            try:
+                block = os.read(leader, 4096)
+            except OSError:
+                break
+            if not block:
+                break
+            shown += block
+        assert process.stdout.read() == b"data 0\ndata 1\ndata 2\n"
+    os.close(leader)
+    assert process.returncode == 0
+    assert b"encode" in shown and b"llmkit: a word" in shown and b"loss 1.5" in shown
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0"), (999, "999"), (999.6, "1k"), (1234567, "1.23M"), (2.5e9, "2.5G"), (0.012, "0.012")]
+)
+def test_quantities_are_short(number: float, text: str) -> None:
+    assert quantity(number) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0s"), (99, "99s"), (100, "1m40s"), (3599.6, "1h00m"), (3725, "1h02m")]
+)
+def test_durations_are_short(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

@@ -1,0 +1,176 @@
+"""The files beside a model: manifest with ancestry, metrics, loss curve, model card."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmkit.errors import UserError
+from llmkit.rundir import (
+    MetricsLog,
+    describe_inputs,
+    read_manifest,
+    read_metrics,
+    trim_metrics,
+    write_loss_curve,
+    write_manifest,
+    write_model_card,
+)
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def make(folder: Path, stage: str, *parents: Path, command: str | None = None, **details) -> dict:
+    folder.mkdir()
+    import sys
+
+    old, sys.argv = sys.argv, ["llmkit", *(command or f"{stage} in.jsonl").split()]
+    try:
+        return write_manifest(folder, stage, {"seed": 1}, parents=[str(p) for p in parents], **details)
+    finally:
+        sys.argv = old
+
+
+# ---- manifest
+
+
+def test_a_manifest_tells_how_the_folder_was_made(tmp_path: Path) -> None:
+    data = tmp_path / "d.jsonl"
+    data.write_bytes(b'{"text":"x"}\n')
+    os.mkfifo(tmp_path / "pipe")
+    inputs = describe_inputs([str(data), "-", str(tmp_path / "pipe")])
+    results = {"loss": np.float32(1.5), "worst": math.nan, "steps": 7}
+    make(tmp_path / "m", "pretrain", inputs=inputs, results=results, command="pretrain 'a b' -o m/")
+    manifest = json.loads((tmp_path / "m" / "manifest.json").read_text())
+    assert manifest == read_manifest(tmp_path / "m")
+    assert manifest["stage"] == "pretrain" and manifest["options"] == {"seed": 1}
+    assert manifest["command"].startswith("llmkit pretrain ")
+    assert manifest["inputs"] == [
+        {"path": str(data), "bytes": 13, "sha256": hashlib.sha256(data.read_bytes()).hexdigest()},
+        {"path": "-"},
+        {"path": str(tmp_path / "pipe")},
+    ]
+    assert manifest["results"] == {"loss": 1.5, "worst": None, "steps": 7}
+    assert {"python", "llmkit", "torch", "numpy"} <= set(manifest["versions"])
+
+
+def test_the_ancestry_goes_back_to_the_first_generation(tmp_path: Path) -> None:
+    make(tmp_path / "tok", "train-bpe")
+    make(tmp_path / "base", "pretrain", tmp_path / "tok")
+    (tmp_path / "foreign").mkdir()
+    make(tmp_path / "chat", "sft", tmp_path / "base", tmp_path / "tok", tmp_path / "foreign")
+    chat = read_manifest(tmp_path / "chat") or {}
+    base, tok, foreign = chat["parents"]
+    assert foreign == {"path": str(tmp_path / "foreign"), "manifest": None}
+    assert base["manifest"]["parents"][0]["manifest"] == tok["manifest"] == read_manifest(tmp_path / "tok")
+
+    write_model_card(tmp_path / "chat")
+    card = (tmp_path / "chat" / "README.md").read_text()
+    places = [card.index(f"`llmkit {stage} in.jsonl`") for stage in ("train-bpe", "pretrain", "sft")]
+    assert places == sorted(places)
+    assert card.count("`llmkit train-bpe") == 1
+
+
+def test_a_folder_without_a_manifest_or_with_a_broken_one(tmp_path: Path) -> None:
+    assert read_manifest(tmp_path) is None
+    (tmp_path / "manifest.json").write_text('{"stage": ')
+    with pytest.raises(UserError, match=r"manifest\.json: not JSON: .*; remove the file"):
+        read_manifest(tmp_path)
+
+
+def test_a_model_card_names_the_folder_and_its_results(tmp_path: Path) -> None:
+    make(
+        tmp_path / "base.partial", "pretrain", results={"val_bits_per_byte": 1.7, "curve": [1]}, inputs=[{"path": "-"}]
+    )
+    write_model_card(tmp_path / "base.partial")
+    card = (tmp_path / "base.partial" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "| val_bits_per_byte | 1.7 |" in card and "curve" not in card
+    assert "# base\n" in card and ".partial" not in card and 'from_pretrained("base")' in card
+
+
+# ---- metrics
+
+
+def test_metrics_are_on_disk_at_once_and_survive_a_kill(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path) as log:
+        log.write({"step": 1, "loss": np.float32(2.5)})
+        assert read_metrics(path) == [{"step": 1, "loss": 2.5}]
+    path.write_bytes(path.read_bytes() + b'{"step": 2, "lo')
+    assert read_metrics(path) == [{"step": 1, "loss": 2.5}]
+    with MetricsLog(path) as log:
+        log.write({"step": 2, "loss": math.inf})
+    assert path.read_text() == '{"step":1,"loss":2.5}\n{"step":2,"loss":null}\n'
+
+
+def test_rows_after_the_step_that_is_resumed_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path) as log:
+        for step in range(1, 6):
+            log.write({"step": step, "loss": 1.0})
+        log.write({"note": "no step"})
+    trim_metrics(path, 3)
+    assert [row.get("step") for row in read_metrics(path)] == [1, 2, 3, None]
+
+
+def test_missing_metrics_are_none_and_broken_ones_are_named(tmp_path: Path) -> None:
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+    (tmp_path / "metrics.jsonl").write_text('{"step":1}\nnonsense\n{"step":3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: not JSON"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+# ---- loss curve
+
+
+def draw(folder: Path, rows: list[dict]) -> ElementTree.Element:
+    with MetricsLog(folder / "metrics.jsonl") as log:
+        for row in rows:
+            log.write(row)
+    write_loss_curve(folder)
+    return ElementTree.parse(folder / "loss.svg").getroot()
+
+
+def points(svg: ElementTree.Element) -> list[list[tuple[float, float]]]:
+    return [
+        [(float(x), float(y)) for x, y in (pair.split(",") for pair in line.attrib["points"].split())]
+        for line in svg.iter(f"{SVG}polyline")
+    ]
+
+
+def test_the_curve_shows_training_and_validation(tmp_path: Path) -> None:
+    rows: list[dict] = [{"step": step, "loss": 8 / step} for step in range(1, 3001)]
+    rows += [{"step": step, "val_loss": 9 / step} for step in range(500, 3001, 500)]
+    svg = draw(tmp_path, rows)
+    training, validation = points(svg)
+    assert 1000 <= len(training) <= 1501 and len(validation) == 6
+    assert all(0 <= x <= 720 and 0 <= y <= 360 for x, y in training + validation)
+    assert training[0][1] < training[-1][1]  # falls: y grows downwards
+    texts = [text.text for text in svg.iter(f"{SVG}text")]
+    assert {"training", "validation", "step", "3,000"} <= set(texts)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [{"step": 1, "loss": math.nan}],
+        [{"step": 1, "loss": 2.0}],
+        [{"step": 0, "loss": 2.0}, {"step": 0, "val_loss": 2.0}],
+        [{"step": 1, "loss": 2.0}, {"step": 2, "loss": math.inf}, {"step": 3, "loss": 1.0}, {"sample": "x"}],
+    ],
+    ids=["none", "nan", "one", "step-0", "inf"],
+)
+def test_a_curve_of_little_or_strange_data_is_still_a_picture(tmp_path: Path, rows: list[dict]) -> None:
+    svg = draw(tmp_path, rows)
+    assert "nan" not in ElementTree.tostring(svg, "unicode")
+    finite = [row for row in rows if math.isfinite(row.get("loss", math.nan))]
+    assert [len(line) for line in points(svg)][:1] == ([len(finite)] if finite else [])
