@@ -109,13 +109,14 @@ class EvaluationBatches:
     """The batches of a validation set, in its own order, each token of text predicted exactly once.
 
     The sum of the losses (in nats) over all batches / ln 2 / `bytes` is bits per byte of text: the `end` of a
-    document is no text and is not predicted here, nor is the padding that fills the last batch.
+    document is no text and is not predicted here, nor is the padding that fills the last row. The last batch
+    has only the rows that it needs.
 
     max_tokens: evaluate the first whole documents that hold so many tokens (at least one document)
     bytes:      UTF-8 bytes of the text of those documents
     targets:    number of tokens predicted
 
-    `len(batches)`, `batches[k]`, and iteration give Batch; processes take batches[rank::world] by index.
+    `len(batches)`, `batches[k]` and iteration are over Batch; process r of w takes the k with k % w == r.
     """
 
     def __init__(
@@ -138,7 +139,8 @@ class EvaluationBatches:
         if not 0 <= index < len(self):
             raise IndexError(index)
         first_row = index * self.batch_size
-        return _pack(self.shards, self.tokens, self._order, first_row, self.batch_size, self.sequence_length, IGNORED)
+        rows = min(self.batch_size, -(-self.tokens // self.sequence_length) - first_row)
+        return _pack(self.shards, self.tokens, self._order, first_row, rows, self.sequence_length, IGNORED)
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[index] for index in range(len(self)))

@@ -48,14 +48,17 @@ def tokenize_documents(
     *,
     limit: int | None = None,
     name: str = "tokens",
+    resume: bool = False,
     quiet: bool = False,
 ) -> TokenShards:
     """The token shards of some documents, from the cache where it has them.
 
-    paths: files of documents as `read_documents` takes them, or one folder of ready token shards
-    cache: folder for the shards, made when absent; a corpus lies in `name`-HASH below it, one that came
-    cache: folder for the shards, made when absent; a corpus lies in `name`-HASH below it, one that came
-           through a pipe in `name`-stream (encoded anew each time; `TokenShards` opens what is left)
+    paths:  files of documents as `read_documents` takes them, or one folder of ready token shards
+    cache:  folder for the shards, made when absent; a corpus lies in `name`-HASH below it, one that came
+            through a pipe in `name`-stream
+    limit:  the number of documents to take
+    resume: what came through a pipe was read by the run that is resumed: take the shards that it left; without
+            this a pipe is read and encoded anew each time
 
     In a job of several processes let one call this, and the others after it. A killed call leaves nothing
     that a later one would take for whole. Raises UserError naming file and line of a bad record, for
@@ -68,10 +71,14 @@ def tokenize_documents(
     cache.mkdir(parents=True, exist_ok=True)
     if all(Path(path).is_file() for path in paths):
         folder = cache / f"{name}-{_cache_key(paths, info, limit, cache)}"
-        with suppress(UserError):  # absent, or damaged since
-            return TokenShards(folder)
+        keep = True
     else:  # stdin, a pipe, or a file that is not there: read_documents says so
-        folder = cache / f"{name}-stream"
+        folder, keep = cache / f"{name}-stream", resume
+    if keep:
+        with suppress(UserError):  # absent, or damaged since
+            shards = TokenShards(folder)
+            if shards.info == info:
+                return shards
     shutil.rmtree(folder, ignore_errors=True)
     with atomic_folder(folder) as partial:
         _write_shards(paths, encoder, ShardWriter(partial, info), limit, quiet)
@@ -91,14 +98,14 @@ def _ready_shards(path: str, info: ShardInfo) -> TokenShards:
 def _write_shards(paths: Sequence[str], encoder: Encoder, writer: ShardWriter, limit: int | None, quiet: bool) -> None:
     """Read, encode and write: groups of documents are encoded in a thread while the next group is read."""
     waiting: list[Future[tuple[np.ndarray, np.ndarray, np.ndarray]]] = []
-    with Progress("tokenize", unit="B", quiet=quiet) as progress, ThreadPoolExecutor(1) as pool:
+    with Progress("tokenize", unit="MB", quiet=quiet) as progress, ThreadPoolExecutor(1) as pool:
         for texts in chain(_groups(paths, limit), [None]):
             if texts is not None:
                 waiting.append(pool.submit(_encode, encoder, texts))
             while waiting and (len(waiting) > 2 or texts is None):
                 ids, lengths, text_bytes = waiting.pop(0).result()
                 writer.add(ids, lengths, text_bytes)
-                progress.advance(int(text_bytes.sum()), tokens=writer.tokens, backend=encoder.backend)
+                progress.advance(float(text_bytes.sum()) / 1e6, tokens=writer.tokens, backend=encoder.backend)
     if not writer.documents:
         raise UserError(f"{' '.join(paths)}: no document with text; expected JSONL with 'text', or plain text")
     writer.finish()

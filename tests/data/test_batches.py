@@ -25,9 +25,7 @@ def corpus(folder: Path, lengths: list[int], end: int = END) -> TokenShards:
     return TokenShards(folder)
 
 
-lengths_of_documents = st.lists(st.integers(1, 30), min_size=1, max_size=12).filter(
-    lambda lengths: sum(lengths) > 8
-)
+lengths_of_documents = st.lists(st.integers(1, 30), min_size=1, max_size=12).filter(lambda lengths: sum(lengths) > 8)
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 5))  # sequence_length, batch_size
 
 
@@ -133,9 +131,7 @@ def test_prefetch_may_be_left_early(tmp_path):
 def test_types_are_those_that_torch_takes(tmp_path):
     batch = Batches(corpus(tmp_path, [30, 7]), 8, 2).batch(0)
     assert [array.dtype for array in batch] == [np.int64, np.int64, np.int32]
-    assert all(
-        array.shape == (2, 8) and array.flags.c_contiguous and array.flags.writeable for array in batch
-    )
+    assert all(array.shape == (2, 8) and array.flags.c_contiguous and array.flags.writeable for array in batch)
 
 
 def test_a_corpus_shorter_than_one_context_is_the_users_mistake(tmp_path):
@@ -166,6 +162,12 @@ def test_evaluation_predicts_each_token_of_text_once(tmp_path_factory, lengths, 
         assert target == IGNORED or token in (START, target - 1)
     rows = doc_ids.reshape(-1, shape[0])
     assert (rows[:, 0] == 0).all() and (np.diff(rows, axis=1) >= 0).all()
+
+
+def test_the_last_evaluation_batch_has_no_empty_rows(tmp_path):
+    batches = EvaluationBatches(corpus(tmp_path, [16]), 4, 3)  # 17 tokens with the start: 5 rows
+    assert [batch.token_ids_BT.shape for batch in batches] == [(3, 4), (2, 4)]
+    assert batches[1].targets_BT.tolist() == [[22, 23, 24, 25], [IGNORED] * 4]
 
 
 def test_evaluation_batches_by_index_are_those_of_iteration(tmp_path):

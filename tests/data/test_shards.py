@@ -16,9 +16,7 @@ from llmkit.errors import UserError
 SHA = "ab" * 32
 
 
-def write(
-    folder: Path, documents: list[list[int]], vocab_size: int = 1000, sha: str = SHA, **options
-) -> TokenShards:
+def write(folder: Path, documents: list[list[int]], vocab_size: int = 1000, sha: str = SHA, **options) -> TokenShards:
     folder.mkdir(exist_ok=True)
     info = ShardInfo(tokenizer_sha256=sha, vocab_size=vocab_size, start=7, end=9)
     writer = ShardWriter(folder, info, **options)
@@ -35,9 +33,7 @@ def write(
     documents=st.lists(st.lists(st.integers(10, 99_999), min_size=1, max_size=20), min_size=1, max_size=20),
     tokens_per_shard=st.integers(1, 60),
 )
-def test_documents_come_back_in_order_however_they_fall_into_shards(
-    tmp_path_factory, documents, tokens_per_shard
-):
+def test_documents_come_back_in_order_however_they_fall_into_shards(tmp_path_factory, documents, tokens_per_shard):
     folder = tmp_path_factory.mktemp("shards")
     shards = write(folder, documents, vocab_size=100_000, tokens_per_shard=tokens_per_shard)
     assert [list(shards[k]) for k in range(len(shards))] == [[7, *document] for document in documents]
@@ -82,9 +78,7 @@ def test_foreign_files_are_refused_by_name(tmp_path):
     from safetensors.numpy import save_file
 
     save_file({"weight": np.zeros(4)}, tmp_path / "shard-00000.safetensors")
-    with pytest.raises(
-        UserError, match=r"expected a token shard of format llmkit-tokens-1, found \['weight'\]"
-    ):
+    with pytest.raises(UserError, match=r"expected a token shard of format llmkit-tokens-1, found \['weight'\]"):
         TokenShards(tmp_path)
     (tmp_path / "shard-00000.safetensors").write_bytes((30).to_bytes(8, "little") + b"not JSON" * 20)
     with pytest.raises(UserError, match="no safetensors header"):
