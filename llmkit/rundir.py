@@ -150,7 +150,7 @@ def _curve(rows: Iterable[Mapping[str, Any]], key: str) -> list[tuple[float, flo
 
 def _svg(curves: Mapping[str, list[tuple[float, float]]], width: int = 720, height: int = 360) -> str:
     colours = {"training": "#3b6fb6", "validation": "#d1495b"}
-    left, right, top, bottom = 56, 16, 12, 40
+    left, right, top, bottom = 56, 28, 12, 40
     points = [point for line in curves.values() for point in line] or [(0, 0)]
     losses = sorted(loss for _, loss in points)
     low, high = losses[0], losses[int(0.98 * (len(losses) - 1))]  # the first steps would flatten the rest

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import pty
+import re
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 # two threads, before torch is imported: a tiny model on many is slower, and slower still beside other processes
@@ -43,5 +48,28 @@ def llmkit() -> Callable[..., subprocess.CompletedProcess[str]]:
         command = [sys.executable, "-m", "llmkit", *map(str, arguments)]
         details = {"timeout": 300, **details}
         return subprocess.run(command, input=stdin, capture_output=True, text=True, **details)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def on_terminal() -> Callable[..., str]:
+    """Run a command on a terminal of its own, at which nobody types; what it shows there, without colours."""
+
+    def run(*command: str) -> str:
+        leader, follower = pty.openpty()
+        with subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower) as process:
+            os.close(follower)
+            impatient = threading.Timer(120, process.kill)  # it waits for input
+            impatient.start()
+            shown = b""
+            with suppress(OSError):  # Linux's word for the end
+                while block := os.read(leader, 4096):
+                    shown += block
+            process.wait()
+            impatient.cancel()
+        os.close(leader)
+        assert process.returncode != -signal.SIGKILL, f"waited for input, having shown {shown!r}"
+        return re.sub(r"\x1b\[[0-9;]*m", "", shown.decode())
 
     return run

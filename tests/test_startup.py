@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import pty
-import re
 import subprocess
 import sys
 
@@ -36,28 +34,9 @@ def test_help_imports_nothing_heavy_and_guides(arguments: list[str], columns: st
     assert last.startswith("Next: llmkit ")
 
 
-def test_help_on_a_terminal_is_drawn_by_rich_and_shows_brackets() -> None:
+def test_help_on_a_terminal_is_drawn_by_rich(on_terminal) -> None:
     shown = on_terminal(sys.executable, "-m", "llmkit", "--help")
     assert "╭─" in shown and "train-bpe" in shown
-
-
-def on_terminal(*command: str) -> str:
-    """What a command prints on a terminal, without colours."""
-    leader, follower = pty.openpty()
-    process = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower)
-    os.close(follower)
-    output = b""
-    while True:
-        try:
-            block = os.read(leader, 4096)
-        except OSError:  # Linux's word for the end
-            break
-        if not block:
-            break
-        output += block
-    process.wait()
-    os.close(leader)
-    return re.sub(r"\x1b\[[0-9;]*m", "", output.decode())
 
 
 def configs() -> list[tuple[str, type]]:

@@ -1,0 +1,288 @@
+"""The command line's contract, as a user meets it: streams, exit codes, mistakes, options from three places.
+
+`toy` is a stage made for these tests (toy.py); what holds for every stage is tried on the real ones, too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmkit import __version__
+from llmkit.cli import COMMANDS
+
+TOY = [sys.executable, str(Path(__file__).with_name("toy.py")), "toy"]
+RECORD = '{"a":1}\n'
+
+
+def toy(*arguments: str | Path, stdin: str | None = RECORD, **details) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*TOY, *map(str, arguments)], input=stdin, capture_output=True, text=True, timeout=60, **details
+    )
+
+
+def shell(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """A line of bash in which `toy` is the command."""
+    script = f"set -o pipefail; toy() {{ '{TOY[0]}' '{TOY[1]}' toy \"$@\"; }}; {script}"
+    return subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True, timeout=60)
+
+
+def mistake(done: subprocess.CompletedProcess[str], code: int = 2) -> str:
+    """The message of a command that failed as it should: one line on stderr, nothing on stdout."""
+    assert (done.returncode, done.stdout) == (code, ""), done.stderr
+    assert re.fullmatch(r"llmkit: error: [^\n]+\n", done.stderr), done.stderr
+    return done.stderr.removeprefix("llmkit: error: ").rstrip("\n")
+
+
+def summary(done: subprocess.CompletedProcess[str]) -> dict:
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\n") == 1
+    return json.loads(done.stdout)
+
+
+# ---- what goes where
+
+
+def test_a_stage_that_writes_a_file_prints_one_line_with_its_path(tmp_path: Path) -> None:
+    found = summary(toy("-", "-o", tmp_path / "out.jsonl"))
+    assert (found["path"], found["records"]) == (str(tmp_path / "out.jsonl"), 1)
+    assert "nothing" not in found
+    assert (tmp_path / "out.jsonl").read_text() == RECORD
+
+
+@pytest.mark.parametrize("arguments", [[], ["-"], ["-", "-o", "-"]])
+def test_dashes_are_stdin_and_stdout(arguments: list[str]) -> None:
+    done = toy(*arguments)
+    assert (done.returncode, done.stdout, done.stderr) == (0, RECORD, "")
+
+
+def test_pipes_and_process_substitution_work(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text(RECORD * 3)
+    done = shell("toy d.jsonl | toy - | toy <(cat d.jsonl) - -o >(cat >&2) --quiet", tmp_path)
+    assert done.stderr == RECORD * 6, done
+    assert json.loads(done.stdout)["records"] == 6
+
+
+def test_the_version_and_help_go_to_stdout(llmkit) -> None:
+    assert llmkit("--version").stdout == f"llmkit {__version__}\n"
+    assert llmkit("--version").returncode == llmkit("--help").returncode == llmkit("-h").returncode == 0
+
+
+def test_no_arguments_give_the_help_on_stderr_and_exit_2(llmkit) -> None:
+    done = llmkit()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Usage: llmkit" in done.stderr
+
+
+def test_help_shows_brackets_as_they_are_off_and_on_a_terminal(on_terminal) -> None:
+    for shown in (toy("--help").stdout, on_terminal(*TOY, "--help")):
+        for words in ("llmkit toy [more]", "Records [JSONL]", "[how it ends]", "Next: llmkit toy out.jsonl [again]"):
+            assert words in shown
+        assert "--no-tie" in shown and "--no-force" not in shown
+
+
+# ---- endings
+
+
+def test_the_exit_codes(tmp_path: Path) -> None:
+    assert mistake(toy("-", "--act", "gate"), 3) == "accuracy 0.2 is under 0.5"
+    assert "not enough memory" in mistake(toy("-", "--act", "memory"))
+    for act, words in (("bug", "RuntimeError: oops"), ("eof", "EOFError: not an interrupt")):
+        done = toy("-", "--act", act)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert words in done.stderr and "a bug in llmkit; please report" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "script", ["yes '{\"a\":1}' | head -100000 | toy - | head -1", "yes '{\"a\":1}' | toy | head -1"]
+)
+def test_a_reader_that_goes_away_ends_it_in_silence(tmp_path: Path, script: str) -> None:
+    done = shell(f"{script}; echo ${{PIPESTATUS[@]: -2:1}}", tmp_path)
+    assert (done.stdout, done.stderr) == (RECORD + "141\n", "")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"]])
+def test_a_reader_of_the_help_that_goes_away_does_so_in_silence(arguments: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-m", "llmkit", *arguments], stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_cleans_up_and_exits_130(tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "out.jsonl").write_text("old")
+    (tmp_path / "in.jsonl").write_text(RECORD)
+    command = [*TOY, "in.jsonl", "-o", "out.jsonl", "--force", "--act", "wait"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None and process.stderr.readline() == "ready\n"
+        assert (tmp_path / "out.jsonl.partial").exists()
+        process.send_signal(number)
+        out, error = process.communicate(timeout=30)
+    assert (process.returncode, out, error) == (130, "", "llmkit: error: interrupted\n")
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.jsonl"]
+    assert (tmp_path / "out.jsonl").read_text() == "old"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    assert mistake(toy("-", "-o", "/dev/full")) == "/dev/full: no space left there for the output; nothing was changed"
+    assert mistake(shell(f"echo '{RECORD.strip()}' | toy > /dev/full", tmp_path)) == "output: no space left there"
+
+
+def test_closed_streams_are_one_line(tmp_path: Path) -> None:
+    assert "stdin: closed" in mistake(shell("toy - <&-", tmp_path))
+    assert "stdout: closed" in mistake(shell("echo | toy - >&-", tmp_path))
+    (tmp_path / "d.jsonl").write_text(RECORD)
+    assert shell("toy d.jsonl -o out.jsonl >&-", tmp_path).returncode == 0
+
+
+def test_a_person_at_the_terminal_gets_the_help_instead_of_waiting(on_terminal) -> None:
+    shown = on_terminal(*TOY, "-")
+    assert "Usage: llmkit toy" in shown
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--sise", "3"], ["no such option: --sise", "--size", "--help"]),
+        (["--size"], ["--size", "argument"]),
+        (["--size", "many"], ["--size: expected a count such as 20000, 20k or 1.5M, found 'many'"]),
+        (["--size", "2"], ["--size: expected at least 10, found '2'"]),
+        (["--size", "2M"], ["--size: expected at most 1e+06, found '2M'"]),
+        (["--seed", "-1"], ["--seed: expected at least 0, found '-1'"]),
+        (["--limit", "0"], ["--limit: expected at least 1"]),
+        (["--act", "dance"], ["--act: expected one of copy, folder, ", "found 'dance'"]),
+        (["--force=yes"], ["--force", "does not take a value"]),
+        (["no such.jsonl"], ["no such.jsonl: expected a file that can be read: no such file"]),
+        (["."], [".: expected a file that can be read: found a folder"]),
+        (["-", "-"], ["stdin: '-' can be read only once"]),
+        (["-", "-o", "no/such/folder/x"], ["no/such/folder/x: the folder ", "does not exist"]),
+        (["-", "-o", ".", "--force"], [".: not a folder that llmkit wrote"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_says_what_to_do(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    message = mistake(toy(*arguments, cwd=tmp_path, stdin=""))
+    for word in words:
+        assert word in message
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_an_unknown_command_is_named_with_a_guess(llmkit) -> None:
+    message = mistake(llmkit("pretrian", "docs.jsonl"))
+    assert "pretrian" in message and "pretrain" in message
+
+
+def test_bad_records_are_named_and_nothing_is_written(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text(RECORD * 2 + "not json\n")
+    message = mistake(toy("d.jsonl", "-o", "out.jsonl", cwd=tmp_path))
+    assert message.startswith("d.jsonl:3: expected one JSON object a line")
+    assert os.listdir(tmp_path) == ["d.jsonl"]
+
+
+def test_an_existing_output_needs_force(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_text("old")
+    assert mistake(toy("-", "-o", out)) == f"{out}: exists already; --force replaces it, or choose another --out"
+    assert out.read_text() == "old"
+    assert summary(toy("-", "-o", out, "--force"))["records"] == 1
+    assert summary(toy("-o", tmp_path / "f", "--act", "folder"))["records"] == 0
+    assert "exists already" in mistake(toy("-o", tmp_path / "f", "--act", "folder"))
+    assert summary(toy("-o", tmp_path / "f", "--act", "folder", "--force"))["records"] == 0
+    assert sorted(os.listdir(tmp_path)) == ["f", "out.jsonl"]
+
+
+def test_a_dry_run_writes_nothing_but_finds_mistakes(tmp_path: Path) -> None:
+    done = toy("-", "-o", "out.jsonl", "--dry-run", cwd=tmp_path)
+    assert (done.returncode, os.listdir(tmp_path)) == (0, [])
+    (tmp_path / "out.jsonl").write_text("old")
+    assert "exists already" in mistake(toy("-", "-o", "out.jsonl", "--dry-run", cwd=tmp_path))
+
+
+# ---- options from flags, a file and defaults
+
+
+def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path) -> None:
+    toml, out = tmp_path / "c.toml", tmp_path / "out"
+    toml.write_text(f'size = "2k"\nstop = ["x", "y"]\nquiet = true\ntie = false\nout = "{out}"\nforce = true\n')
+    found = summary(toy("-", "--config", toml))
+    assert {name: found[name] for name in ("path", "size", "stop", "quiet", "tie", "rate")} == {
+        "path": str(out), "size": 2000, "stop": ["x", "y"], "quiet": True, "tie": False, "rate": 0.5,
+    }  # fmt: skip
+    flags = ["--size", "30k", "--stop", "z", "--no-quiet", "--tie", "--rate", "none"]
+    found = summary(toy("-", "--config", toml, *flags))
+    assert (found["size"], found["stop"], found["quiet"], found["tie"]) == (30_000, ["z"], False, True)
+    assert "rate" not in found
+    assert "exists already" in mistake(toy("-", "--config", toml, "--no-force"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("sise = 3", "unknown key 'sise'; did you mean 'size'?"),
+        ('size = "many"', "size: expected a count"),
+        ("quiet = 1", "quiet: expected true or false, found 1"),
+        ("seed = [3]", "seed: expected a whole number"),
+        ("= 3", "not TOML"),
+        (None, "cannot read the config file: no such file or directory"),
+    ],
+)
+def test_a_mistake_in_the_file_is_named(tmp_path: Path, text: str | None, words: str) -> None:
+    if text is not None:
+        (tmp_path / "c.toml").write_text(text)
+    message = mistake(toy("-", "--config", tmp_path / "c.toml"))
+    assert message.startswith(f"{tmp_path}/c.toml: ")
+    assert words in message
+
+
+# ---- completion
+
+
+def test_a_shell_completes_commands_options_and_choices() -> None:
+    def complete(line: str) -> list[str]:
+        words = line.split(" ")
+        env = {"_LLMKIT_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
+        done = subprocess.run(TOY[:2], capture_output=True, text=True, timeout=60, env={**os.environ, **env})
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout.split()
+
+    assert complete("llmkit to") == ["toy"]
+    assert complete("llmkit toy --si") == ["--size"]
+    assert complete("llmkit toy --act me") == ["memory"]
+
+
+# ---- every real subcommand
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--no-such-option"], "no such option: --no-such-option"),
+        (["--seed", "x"], "--seed: expected a whole number, found 'x'"),
+        (["--config", "missing.toml"], "missing.toml: cannot read the config file"),
+        (["--config", "unknown.toml"], "unknown.toml: unknown key 'no_such_option'"),
+        (["no such file", "-o", "out"], "no such file"),
+    ],
+)
+def test_every_command_names_the_mistake(llmkit, tmp_path: Path, name: str, arguments: list[str], words: str) -> None:
+    (tmp_path / "unknown.toml").write_text("no_such_option = 1")
+    assert words in mistake(llmkit(name, *arguments, cwd=tmp_path))
+    assert os.listdir(tmp_path) == ["unknown.toml"]
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "sample"])
+def test_every_command_that_reads_documents_gives_help_at_a_terminal(on_terminal, name: str) -> None:
+    assert f"Usage: llmkit {name}" in on_terminal(sys.executable, "-m", "llmkit", name)
