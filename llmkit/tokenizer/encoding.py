@@ -21,7 +21,7 @@ import numpy as np
 import orjson
 
 from llmkit.errors import UserError
-from llmkit.tokenizer.backends import Backend, TokenizersBackend, fastest_proven, proof_texts
+from llmkit.tokenizer.backends import TokenizersBackend, fastest_proven, proof_texts
 
 END_OF_TEXT = "<|endoftext|>"
 END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # where no tokenizer_config.json names one
@@ -97,14 +97,16 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of all texts end to end (uint32) and the number of ids of each (int64).
 
-        The first call chooses the backend by `choose_backend(texts)`.
+        The first call chooses the backend by `choose_backend(texts)`. Raises UserError for a lone surrogate.
         """
-        if self._backend is None:
+        try:
+            if self._backend is None:
+                self.choose_backend(texts)
+            return (self._backend or self._reference).encode_batch(texts)
+        except (UnicodeEncodeError, TypeError):  # what the libraries say to a lone surrogate
             for text in texts:
                 check_text(text)
-            self.choose_backend(texts)
-        backend: Backend = self._backend or self._reference
-        return backend.encode_batch(texts)
+            raise
 
     def encode_prompt(self, text: str) -> list[int]:
         """The ids of a text to continue: with the beginning token where the config asks for one."""

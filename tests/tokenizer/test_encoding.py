@@ -182,6 +182,11 @@ def test_a_backend_that_is_wrong_absent_or_refuses_is_passed_over(ours, monkeypa
 def test_a_lone_surrogate_is_the_users_mistake(ours):
     with pytest.raises(UserError, match=r"lone surrogate U\+D800 at character 2"):
         ours.encode("ab\ud800")
+    for only in backends.NAMES:
+        tokenizer = load_tokenizer(ours.path)
+        tokenizer.choose_backend([], only=only)
+        with pytest.raises(UserError, match="lone surrogate"):
+            tokenizer.encode_batch(["ab", "\udfff"])
     with pytest.raises(UserError, match="lone surrogate"):
         load_tokenizer(ours.path).encode_batch(["ab", "\udfff"])
 
@@ -297,9 +302,7 @@ def test_what_is_no_tokenizer_is_refused_by_name(tmp_path):
         load_tokenizer(tmp_path / "nowhere.json")
     for content in ("", "{}", "[1]", '{"model": {"type": "BPE", "vocab": 3}}'):
         (tmp_path / "tokenizer.json").write_text(content)
-        with pytest.raises(
-            UserError, match=r"tokenizer\.json: not a tokenizer\.json that tokenizers can read"
-        ):
+        with pytest.raises(UserError, match=r"tokenizer\.json: not a tokenizer\.json that tokenizers can read"):
             load_tokenizer(tmp_path)
     byte_level().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text("{")
