@@ -3,21 +3,25 @@
 Imported as `llmkit.kernels`. Nothing here knows of models, tokenizers or training.
 """
 
-from llmkit.kernels.attention import Packing, scaled_dot_product_attention
+from llmkit.kernels.allocator import keep_freed_memory
+from llmkit.kernels.attention import Packing, attention_mask, scaled_dot_product_attention
 from llmkit.kernels.cross_entropy import linear_cross_entropy
 from llmkit.kernels.dispatch import BACKENDS, backend
 from llmkit.kernels.linear import linear
-from llmkit.kernels.rowwise import norm_rotary, rms_norm, rotary, swiglu
+from llmkit.kernels.projections import qkv_rotary, swiglu_mlp
+from llmkit.kernels.rowwise import rms_norm, swiglu
 
 __all__ = [
     "BACKENDS",
     "Packing",
+    "attention_mask",
     "backend",
+    "keep_freed_memory",
     "linear",
     "linear_cross_entropy",
-    "norm_rotary",
+    "qkv_rotary",
     "rms_norm",
-    "rotary",
     "scaled_dot_product_attention",
     "swiglu",
+    "swiglu_mlp",
 ]

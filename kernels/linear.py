@@ -39,7 +39,12 @@ def matmul_nn(a: Tensor, b: Tensor) -> Tensor:
 
 def matmul_tn(a: Tensor, b: Tensor) -> Tensor:
     """`a_KM.T @ b_KN`, without autograd: the weight gradient's product."""
-    return matmul_nt(a.t(), b.t()) if a.dtype == torch.float32 else a.t() @ b
+    if a.dtype != torch.float32:
+        return a.t() @ b
+    # oneDNN's first operand is copied when it is transposed: let that be the narrower one.
+    if a.shape[1] <= b.shape[1]:
+        return matmul_nt(a.t(), b.t())
+    return matmul_nt(b.t(), a.t()).t().contiguous()
 
 
 class _Linear(torch.autograd.Function):

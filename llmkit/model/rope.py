@@ -24,18 +24,20 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None 
 
 
 class RotaryTable:
-    """Cosines and sines of positions 0 ... length - 1, grown on demand and kept in each dtype asked for."""
+    """Cosines and sines of positions 0 ... length - 1, grown on demand and kept on each device asked for.
+
+    Float32 whatever the model computes in: bfloat16 positions would be off by whole radians at a few hundred.
+    """
 
     def __init__(self, head_dim: int, theta: float, scaling: RopeScaling | None = None):
         self._frequencies = rotary_frequencies(head_dim, theta, scaling)
-        self._tables: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+        self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
-    def __call__(self, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each (length, head_dim / 2)."""
-        key = (dtype, device)
-        if key not in self._tables or self._tables[key][0].shape[0] < length:
+    def __call__(self, length: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(length, head_dim / 2, 2): cosine and sine side by side."""
+        key = (device, torch.float64 if dtype == torch.float64 else torch.float32)
+        if key not in self._tables or self._tables[key].shape[0] < length:
             rows = 256 * math.ceil(length / 256)
             angles = torch.arange(rows, dtype=torch.float64).unsqueeze(1) * self._frequencies
-            self._tables[key] = tuple(x.to(device=device, dtype=dtype) for x in (angles.cos(), angles.sin()))
-        cos, sin = self._tables[key]
-        return cos[:length], sin[:length]
+            self._tables[key] = torch.stack((angles.cos(), angles.sin()), -1).to(*key)
+        return self._tables[key][:length]

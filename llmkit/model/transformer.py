@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from llmkit.kernels import (
     Packing,
+    attention_mask,
     linear,
     linear_cross_entropy,
-    norm_rotary,
+    qkv_rotary,
     rms_norm,
     scaled_dot_product_attention,
-    swiglu,
+    swiglu_mlp,
 )
-from llmkit.kernels.attention import attention_mask
 from llmkit.model.cache import KVCache
 from llmkit.model.config import ModelConfig
 from llmkit.model.rope import RotaryTable
@@ -58,26 +58,23 @@ class Layer(nn.Module):
         self.down = _parameter(hidden, intermediate)
         self.residual_scale = _parameter(2) if config.residual_scales else None
 
-    def forward(self, x_BTC: Tensor, cos: Tensor, sin: Tensor, doc_ids, cache: KVCache | None) -> Tensor:
+    def forward(self, x_BTC: Tensor, cos_sin: Tensor, doc_ids, cache: KVCache | None) -> Tensor:
         eps = self.config.rms_norm_eps
         out, down = self.out, self.down
         if self.residual_scale is not None:  # a product of the weight's size costs less than one of the batch's
             out, down = out * self.residual_scale[0], down * self.residual_scale[1]
-        attended = self._attend(rms_norm(x_BTC, self.input_norm, eps), cos, sin, doc_ids, cache)
+        attended = self._attend(rms_norm(x_BTC, self.input_norm, eps), cos_sin, doc_ids, cache)
         x_BTC = x_BTC + linear(attended, out, self.out_bias)
-        hidden = rms_norm(x_BTC, self.mlp_norm, eps)
-        return x_BTC + linear(swiglu(linear(hidden, self.gate_up)), down)
+        return x_BTC + swiglu_mlp(rms_norm(x_BTC, self.mlp_norm, eps), self.gate_up, down)
 
-    def _attend(self, x_BTC: Tensor, cos: Tensor, sin: Tensor, doc_ids, cache: KVCache | None) -> Tensor:
+    def _attend(self, x_BTC: Tensor, cos_sin: Tensor, doc_ids, cache: KVCache | None) -> Tensor:
         config = self.config
         batch, length, _ = x_BTC.shape
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        qkv = linear(x_BTC, self.qkv, self.qkv_bias).view(batch, length, heads + 2 * kv_heads, config.head_dim)
-        query, key, value = qkv.split((heads, kv_heads, kv_heads), 2)
-        eps = config.rms_norm_eps if config.qk_norm else None
-        query_BHTD = norm_rotary(query, cos, sin, self.q_norm, eps)
-        key_BKTD = norm_rotary(key, cos, sin, self.k_norm, eps)
-        value_BKTD = value.transpose(1, 2)
+        query_BHTD, key_BKTD, value_BKTD = qkv_rotary(
+            x_BTC, self.qkv, cos_sin, heads=heads, kv_heads=kv_heads, bias=self.qkv_bias,
+            q_gain=self.q_norm, k_gain=self.k_norm, eps=config.rms_norm_eps if config.qk_norm else None,
+        )  # fmt: skip
         scale = config.qk_gain * config.head_dim**-0.5
         if cache is None:
             attended_BHTD = scaled_dot_product_attention(
@@ -208,30 +205,29 @@ class Transformer(nn.Module):
             if doc_ids is not None:
                 raise ValueError("a cache holds one document a row: expected doc_ids=None")
             cache.reserve(len(cache) + length)
-        cos, sin = self._cos_sin(x_BTC, position_ids, cache)
+        cos_sin = self._cos_sin(x_BTC, position_ids, cache)
         for layer in self.layers:
             if self.checkpoint_layers and self.training and torch.is_grad_enabled():
                 x_BTC = torch.utils.checkpoint.checkpoint(
-                    layer, x_BTC, cos, sin, doc_ids, cache, use_reentrant=False, preserve_rng_state=False
+                    layer, x_BTC, cos_sin, doc_ids, cache, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                x_BTC = layer(x_BTC, cos, sin, doc_ids, cache)
+                x_BTC = layer(x_BTC, cos_sin, doc_ids, cache)
         if cache is not None:
             cache.advance(length)
         return rms_norm(x_BTC, self.norm, self.config.rms_norm_eps)
 
-    def _cos_sin(self, x_BTC: Tensor, position_ids: Tensor | None, cache: KVCache | None) -> tuple[Tensor, Tensor]:
-        length, dtype, device = x_BTC.shape[1], x_BTC.dtype, x_BTC.device
+    def _cos_sin(self, x_BTC: Tensor, position_ids: Tensor | None, cache: KVCache | None) -> Tensor:
+        length, device, dtype = x_BTC.shape[1], x_BTC.device, x_BTC.dtype
+        start = 0
         if position_ids is None and cache is not None:
             if cache.common_length is None:
                 position_ids = cache.lengths.unsqueeze(1) + torch.arange(length, device=device)
             else:
-                end = cache.common_length + length
-                return tuple(table[end - length :] for table in self._rotary(end, dtype, device))
+                start = cache.common_length
         if position_ids is None:
-            return self._rotary(length, dtype, device)
-        cos, sin = self._rotary(int(position_ids.max()) + 1, dtype, device)
-        return cos[position_ids], sin[position_ids]
+            return self._rotary(start + length, device, dtype)[start:]
+        return self._rotary(int(position_ids.max()) + 1, device, dtype)[position_ids]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., hidden) -> (..., V)."""
