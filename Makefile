@@ -58,4 +58,6 @@ $(VENV)/.ready-test: $(VENV)/.ready
 
 $(VENV)/.ready-check: $(VENV)/.ready-test
 	@$(PIP) --editable '.[test,check]'
+	@# where pyright finds llmkit.kernels
+	@mkdir -p $(VENV)/typings/llmkit && ln -sfn ../../../kernels $(VENV)/typings/llmkit/kernels
 	@touch $@
