@@ -28,6 +28,7 @@ import numpy as np
 from llmkit.data.shards import TokenShards
 from llmkit.errors import UserError
 
+_64_BITS = (1 << 64) - 1
 IGNORED = -100  # the target where nothing is predicted, as in torch's cross_entropy
 
 # Documents in the order of an epoch, and where each ends in it
@@ -49,7 +50,7 @@ class Batches:
     batch_size:      rows in a step, B, over all processes
     seed:            draws the order of the documents
 
-    A step is found by binary search: step 1,000,000 costs what step 0 costs. Memory: 16 bytes a document for
+    A row is found by binary search: step 1,000,000 costs what step 0 costs. Memory: 16 bytes a document for
     each of the last two epochs asked for. Raises UserError when the corpus is shorter than one row.
     """
 
@@ -69,9 +70,25 @@ class Batches:
 
     def rows(self, step: int, start: int, stop: int) -> Batch:
         """Rows start:stop of a step: the share of one process or one micro-batch."""
-        first_row = step * self.batch_size + start
+        shape = stop - start, self.sequence_length
+        batch = Batch(np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, np.int32))
+        for row in range(stop - start):
+            one = self._row(self.place(step * self.batch_size + start + row))
+            for whole, part in zip(batch, one, strict=True):
+                whole[row] = part[0]
+        return batch
+
+    def place(self, index: int) -> int:
+        """Where the row that is dealt out as number `index` stands in the stream, in rows."""
+        tokens, length = self.shards.tokens, self.sequence_length
+        epoch = index * length // tokens
+        first = -(-epoch * tokens // length)  # the first row that begins in the epoch
+        count = -(-(epoch + 1) * tokens // length) - first
+        return first + permuted(index - first, count, self.seed, epoch)
+
+    def _row(self, place: int) -> Batch:
         end = self.shards.info.end
-        return _pack(self.shards, self.shards.tokens, self._order, first_row, stop - start, self.sequence_length, end)
+        return _pack(self.shards, self.shards.tokens, self._order, place, 1, self.sequence_length, end)
 
     def epoch(self, step: int) -> float:
         """How many times the corpus has been gone through before this step."""
@@ -199,6 +216,33 @@ def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
     drawn = _splitmix64(np.array([seed & 0xFFFFFFFFFFFFFFFF], np.uint64)) + np.uint64(epoch)
     keys = _splitmix64(np.arange(count, dtype=np.uint64) + _splitmix64(drawn))
     return np.argsort(keys)
+
+
+def permuted(index: int, count: int, seed: int, epoch: int) -> int:
+    """Where `index` of 0 ... count - 1 goes in a permutation drawn by (seed, epoch), without holding it.
+
+    A Feistel network of 6 rounds over the next power of 4, walked until it falls into the range: Black and
+    Rogaway 2002, "Ciphers with arbitrary finite domains".
+    """
+    half = max(1, ((count - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    drawn = _mixed(epoch + _mixed(seed))
+    while True:
+        left, right = index >> half, index & mask
+        for turn in range(6):
+            key = _mixed(right + (turn << 40) + drawn)
+            left, right = right, left ^ (key & mask)
+        index = (left << half) | right
+        if index < count:
+            return index
+
+
+def _mixed(number: int) -> int:
+    """`_splitmix64` of one number, in Python's integers: 10 times faster than an array of one."""
+    mixed = (number + 0x9E3779B97F4A7C15) & _64_BITS
+    mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 & _64_BITS
+    mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB & _64_BITS
+    return mixed ^ (mixed >> 31)
 
 
 def _splitmix64(numbers: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmkit.data.batches import IGNORED, Batches, EvaluationBatches, shuffled
+from llmkit.data.batches import IGNORED, Batches, EvaluationBatches, permuted, shuffled
 from llmkit.data.shards import ShardInfo, ShardWriter, TokenShards
 from llmkit.errors import UserError
 
@@ -47,9 +47,12 @@ def test_every_token_is_an_input_once_and_predicted_once_an_epoch(tmp_path_facto
     sequence_length, batch_size = shape
     batches = Batches(shards, sequence_length, batch_size, seed)
     epochs = 3
-    steps = -(-epochs * shards.tokens // (sequence_length * batch_size)) + 1
-    parts = [batches.batch(step) for step in range(steps)]
-    inputs, targets, doc_ids = (np.concatenate([part[k].reshape(-1) for part in parts]) for k in range(3))
+    count = -(-epochs * shards.tokens // sequence_length)  # rows that begin in these epochs
+    parts = [batches.batch(step) for step in range(-(-count // batch_size))]
+    places = [batches.place(index) for index in range(count)]
+    assert sorted(places) == list(range(count))
+    dealt = [np.concatenate([part[k] for part in parts])[:count] for k in range(3)]
+    inputs, targets, doc_ids = (arrays[np.argsort(places)].reshape(-1) for arrays in dealt)
 
     text = sorted(range(10, 10 + sum(lengths)))
     orders = []
@@ -91,6 +94,18 @@ def test_another_process_and_a_resumed_run_see_the_same_batch(tmp_path):
     for step in (12, 1_000_000):
         again = Batches(TokenShards(tmp_path), 8, 4, seed=5).batch(step)
         assert all(np.array_equal(a, b) for a, b in zip(first.batch(step), again, strict=True))
+
+
+@settings(max_examples=60, deadline=None)
+@given(count=st.integers(1, 300), seed=st.integers(0, 2**40), epoch=st.integers(0, 9))
+def test_a_drawn_permutation_is_one(count, seed, epoch):
+    assert sorted(permuted(index, count, seed, epoch) for index in range(count)) == list(range(count))
+
+
+def test_rows_of_a_step_come_from_all_over_the_corpus(tmp_path):
+    batches = Batches(corpus(tmp_path, [64] * 64), 8, 16, seed=1)
+    spread = [np.ptp([batches.place(16 * step + row) for row in range(16)]) for step in range(20)]
+    assert min(spread) > 0.6 * 520  # rows in the epoch; side by side it would be 15
 
 
 def test_seed_and_epoch_change_the_order(tmp_path):
