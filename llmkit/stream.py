@@ -142,7 +142,7 @@ def read_documents(paths: Sequence[str], limit: int | None = None) -> Iterator[R
 
     def rows(path: str) -> Iterator[Row]:
         with open_input(path) as handle:
-            yield from (_json_documents if _is_jsonl(handle, path) else _plain_document)(handle, path)
+            yield from (json_documents if is_jsonl(handle, path) else _plain_document)(handle, path)
 
     yield from islice(chain.from_iterable(map(rows, paths)), limit)
 
@@ -166,7 +166,8 @@ def _json_rows(handle: IO[bytes], path: str) -> Iterator[Row]:
         raise UserError(f"{name}:{number}: expected one JSON object a line: {found}; mend or remove the line")
 
 
-def _json_documents(handle: IO[bytes], path: str) -> Iterator[Row]:
+def json_documents(handle: IO[bytes], path: str) -> Iterator[Row]:
+    """The documents of an open JSONL file, checked; `path` is named in errors."""
     for row in _json_rows(handle, path):
         check_document(row)
         yield row
@@ -183,7 +184,8 @@ def _plain_document(handle: IO[bytes], path: str) -> Iterator[Row]:
         yield Row({"text": text, "source": Path(name).name}, name, 1)
 
 
-def _is_jsonl(handle: io.BufferedReader, path: str) -> bool:
+def is_jsonl(handle: io.BufferedReader, path: str) -> bool:
+    """Whether an open file is JSONL, by its name or, where that says nothing, by its first character."""
     name = path.removesuffix(".gz").removesuffix(".zst")
     if name.endswith((".jsonl", ".json", ".ndjson")):
         return True
