@@ -10,7 +10,7 @@ from llmkit.model.config import RopeScaling
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
     """Radians per position of each of the head_dim / 2 pairs, float64. Scaling as transformers defines it."""
-    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
     if scaling is None:
         return frequencies
     if scaling.rope_type == "linear":
@@ -38,6 +38,6 @@ class RotaryTable:
         key = (device, torch.float64 if dtype == torch.float64 else torch.float32)
         if key not in self._tables or self._tables[key].shape[0] < length:
             rows = 256 * math.ceil(length / 256)
-            angles = torch.arange(rows, dtype=torch.float64).unsqueeze(1) * self._frequencies
+            angles = torch.arange(rows, dtype=torch.float64, device="cpu").unsqueeze(1) * self._frequencies
             self._tables[key] = torch.stack((angles.cos(), angles.sin()), -1).to(*key)
         return self._tables[key][:length]

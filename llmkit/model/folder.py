@@ -1,0 +1,236 @@
+"""Model folders in Hugging Face's form: load ours and foreign ones, save ours for stock transformers.
+
+A folder is refused by name and reason where the model would not be the one that was saved: another family, a tensor
+missing, unknown or of another shape, a cut file, a pickle.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmkit.errors import UserError
+from llmkit.model.config import ModelConfig
+from llmkit.model.transformer import Transformer
+from llmkit.model.weights import EMBEDDING, HEAD, export_state_dict, import_state_dict, stock_shapes
+from llmkit.stream import atomic_file
+
+WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+# Buffers that old checkpoints carry and nobody reads.
+_IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
+    """The configuration of a model folder."""
+    path = Path(folder) / CONFIG
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: expected a model folder, found {'a file' if path.parent.exists() else 'nothing'}")
+    values = _read_json(path)
+    if values.get("quantization_config"):
+        raise UserError(f"{path}: a quantized checkpoint is not supported; load the original")
+    return ModelConfig.from_hf(values, str(path))
+
+
+def load_model(
+    folder: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Transformer:
+    """Load a `llama`, `mistral`, `qwen2` or `qwen3` folder, of one safetensors file or several with an index."""
+    folder = Path(folder)
+    config = load_config(folder)
+    tensors = _Tensors(folder)
+    _check(tensors, config)
+    with torch.device("meta"):
+        model = Transformer(config)
+    model = model.to(dtype).to_empty(device=device)
+    import_state_dict(model, tensors.read)
+    return model.eval()
+
+
+def save_model(
+    model: Transformer,
+    folder: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: int = 5 * 10**9,
+) -> None:
+    """Write config.json, generation_config.json and, last, the weights; each appears whole or not at all.
+
+    A model trained from scratch becomes a stock `Qwen3ForCausalLM`; a loaded one keeps its family. Above
+    `max_shard_size` bytes the weights are split into several files and an index, which then is written last.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = model.config
+    _write_json(folder / CONFIG, config.to_hf(str(dtype).removeprefix("torch.")))
+    tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    _write_json(folder / "generation_config.json", {k: v for k, v in tokens.items() if v is not None})
+    shards = _shards(export_state_dict(model, dtype), max_shard_size)
+    if len(shards) == 1:
+        _write_tensors(folder / WEIGHTS, shards[0])
+        stale = [folder / INDEX, *folder.glob("model-*-of-*.safetensors")]
+    else:
+        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        for name, shard in zip(names, shards, strict=True):
+            _write_tensors(folder / name, shard)
+        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        stale = [folder / WEIGHTS, *set(folder.glob("model-*-of-*.safetensors")).difference(folder / n for n in names)]
+    for path in stale:  # of an earlier save in the other form; a loader must not find both
+        path.unlink(missing_ok=True)
+
+
+def _shards(tensors: dict[str, Tensor], max_shard_size: int) -> list[dict[str, Tensor]]:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if size and size + tensor.nbytes > max_shard_size:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    return shards
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    with atomic_file(path, "w") as handle:
+        json.dump(values, handle, indent=2)
+        handle.write("\n")
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    with atomic_file(path) as handle:
+        save_file(tensors, handle.name, metadata={"format": "pt"})
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; expected a model folder with {path.name}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: expected JSON, found {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return values
+
+
+class _Tensors:
+    """The tensors of a folder by name, wherever they lie; only headers are read before `read`."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._open_files: dict[Path, Any] = {}
+        self.where: dict[str, Path] = {}
+        self.stored_as: dict[str, str] = {}  # for a tensor that is asked for by another name than its own
+        if (folder / WEIGHTS).exists():
+            self._open(folder / WEIGHTS)
+        elif (folder / INDEX).exists():
+            weight_map = _read_json(folder / INDEX).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise UserError(f"{folder / INDEX}: expected field 'weight_map'")
+            for name in sorted(set(weight_map.values())):
+                if Path(name).name != name:
+                    raise UserError(f"{folder / INDEX}: expected a file of this folder, found {name!r}")
+                if not (folder / name).exists():
+                    raise UserError(f"{folder / name}: not found; {INDEX} names it")
+                self._open(folder / name)
+            for name, file in weight_map.items():
+                if self.where.get(name) != folder / file:
+                    raise UserError(f"{folder / file}: expected tensor {name}, which {INDEX} promises, found none")
+        else:
+            raise UserError(_no_weights(folder))
+
+    def _open(self, path: Path) -> None:
+        try:
+            file = safe_open(path, framework="pt")
+            names = list(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: damaged or cut safetensors file: {error}") from None
+        self._open_files[path] = file
+        for name in names:
+            if name in self.where:
+                raise UserError(f"{path}: tensor {name} is in {self.where[name].name} as well")
+            self.where[name] = path
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def stored_dtype(self, name: str) -> str:
+        return self._slice(name).get_dtype()
+
+    def _slice(self, name: str) -> Any:
+        return self._open_files[self.where[name]].get_slice(self.stored_as.get(name, name))
+
+    def read(self, name: str) -> Tensor:
+        return self._open_files[self.where[name]].get_tensor(self.stored_as.get(name, name))
+
+
+def _no_weights(folder: Path) -> str:
+    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    if not pickles:
+        return f"{folder}: expected {WEIGHTS} or {INDEX}, found neither"
+    convert = (
+        f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({str(folder)!r})"
+        ".save_pretrained('NEW_FOLDER')"
+    )
+    return (
+        f"{folder / pickles[0]}: a pickle can run code, so it is not read; "
+        f'convert it where you trust it: python -c "{convert}"'
+    )
+
+
+def _check(tensors: _Tensors, config: ModelConfig) -> None:
+    """Every expected tensor there with its shape, and no other; a tied embedding under either of its names."""
+    shapes = stock_shapes(config)
+    if config.tie_word_embeddings:
+        _find_tied_embedding(tensors, shapes[EMBEDDING])
+    missing = [name for name in shapes if name not in tensors.where]
+    if missing:
+        raise UserError(f"{tensors.folder}: missing tensor {_first(missing)}")
+    extra = [name for name in tensors.where if name not in shapes and not name.endswith(_IGNORED_SUFFIXES)]
+    if extra:
+        raise UserError(
+            f"{tensors.where[extra[0]]}: unexpected tensor {_first(extra)} for model_type {config.model_type}"
+        )
+    for name, shape in shapes.items():
+        _check_shape(tensors, name, shape)
+
+
+def _find_tied_embedding(tensors: _Tensors, shape: tuple[int, ...]) -> None:
+    """Let the one matrix of a tied model be found as the embedding, whichever of its names the file uses."""
+    if HEAD not in tensors.where:
+        return
+    if EMBEDDING in tensors.where:
+        _check_shape(tensors, EMBEDDING, shape)
+        _check_shape(tensors, HEAD, shape)
+        if not torch.equal(tensors.read(EMBEDDING), tensors.read(HEAD)):
+            raise UserError(
+                f"{tensors.where[HEAD]}: {EMBEDDING} and {HEAD} differ, but {CONFIG} has tie_word_embeddings true"
+            )
+    else:
+        tensors.where[EMBEDDING], tensors.stored_as[EMBEDDING] = tensors.where[HEAD], HEAD
+    del tensors.where[HEAD]
+
+
+def _check_shape(tensors: _Tensors, name: str, expected: tuple[int, ...]) -> None:
+    where, found = tensors.where[name], tensors.shape(name)
+    if found != expected:
+        raise UserError(f"{where}: tensor {name}: expected shape {list(expected)}, found {list(found)}")
+    if tensors.stored_dtype(name) not in _FLOATS:
+        raise UserError(
+            f"{where}: tensor {name}: expected dtype {', '.join(_FLOATS)}, found {tensors.stored_dtype(name)}"
+        )
+
+
+def _first(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"
