@@ -42,10 +42,14 @@ SMALLEST_BATCH, LARGEST_BATCH = 8, 1024
 
 @dataclass(frozen=True)
 class Merges:
-    """`tokens[i]` are the bytes of id i, the 256 single bytes first; merge j makes the token of id 256 + j."""
+    """`tokens[i]` are the bytes of id i, the 256 single bytes first; merge j makes the token of id 256 + j.
+
+    counts[i] is how often token i stands in the text once all merges are made: its use in the encoded corpus.
+    """
 
     tokens: list[bytes]
     pairs: list[tuple[int, int]]
+    counts: Ints
 
 
 def byte_alphabet() -> list[tuple[str, int]]:
@@ -80,7 +84,7 @@ def train_merges(
     while done := trainer.step():
         if on_progress:
             on_progress(done)
-    return Merges(trainer.tokens, trainer.pairs)
+    return Merges(trainer.tokens, trainer.pairs, trainer.token_count[: len(trainer.tokens)])
 
 
 class _Occurrences(NamedTuple):
@@ -141,6 +145,10 @@ class _Trainer:
         self.weight = np.zeros(len(inside), np.int32 if narrow else np.int64)
         self.weight[1:] = np.repeat(counts, lengths + 1)
 
+        self.token_count = np.zeros(len(self.token_length), np.int64)  # below 2**53, bincount's floats are exact
+        by_id = np.bincount(self.symbol + 1, self.weight, minlength=257)
+        self.token_count[:256] = by_id[1:]
+
         self.queue = PairQueue(np.int32 if len(inside) < 2**31 else np.int64)
         self.pair_at = np.full(len(inside), NO_PAIR, np.int32)
         self._file_pairs_of_bytes()
@@ -200,6 +208,9 @@ class _Trainer:
         made = pairs[:kept].tolist()
         self.tokens += [self.tokens[left] + self.tokens[right] for left, right in made]
         self.pairs += map(tuple, made)
+        times = np.bincount(found.round, self.weight[found.position], minlength=kept).astype(np.int64)
+        self.token_count[base : base + kept] = times
+        np.subtract.at(self.token_count, pairs[:kept], times[:, None])
         np.subtract.at(self.queue.count, falls.pair, falls.weight)
         self.queue.count[top[:kept]] = 0
         self.pair_at[found.position] = NO_PAIR
