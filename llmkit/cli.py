@@ -104,8 +104,13 @@ def _parse(arguments: list[str]) -> Callable[[], Any] | int:
 def _let_sigterm_clean_up() -> None:
     """SIGTERM ends the work as Ctrl-C does, so that no half-written output stays; training saves first."""
 
+    process = os.getpid()
+
     def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
+        if os.getpid() == process:
+            raise KeyboardInterrupt
+        signal.signal(number, signal.SIG_DFL)  # a worker forked from us, ended by its pool: no traceback
+        os.kill(os.getpid(), number)
 
     in_main = threading.current_thread() is threading.main_thread()
     if in_main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:

@@ -132,6 +132,11 @@ def test_a_signal_cleans_up_and_exits_130(tmp_path: Path, number: signal.Signals
     assert (tmp_path / "out.jsonl").read_text() == "old"
 
 
+def test_worker_processes_are_ended_in_silence() -> None:
+    done = toy("-", "--act", "fork")
+    assert (done.returncode, done.stdout, done.stderr) == (0, RECORD, "")
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     assert mistake(toy("-", "-o", "/dev/full")) == "/dev/full: no space left there for the output; nothing was changed"

@@ -30,7 +30,7 @@ class ToyConfig(CommonConfig):
 
     inputs: tuple[str, ...] = argument("Records [JSONL].", metavar="INPUT...")
     act: str = option(
-        "copy", "What to do [how it ends].", choices=("copy", "folder", "gate", "bug", "eof", "memory", "wait")
+        "copy", "What to do [how it ends].", choices=("copy", "folder", "gate", "bug", "eof", "memory", "wait", "fork")
     )
     size: int = option(1000, "A size.", group="Model", unit="count", at_least=10, at_most=10**6)
     rate: float | None = option(0.5, "A rate.", group="Model", above=0)
@@ -70,6 +70,11 @@ def run(config: ToyConfig) -> Summary | None:
         raise EOFError("not an interrupt")
     if config.act == "memory":
         raise MemoryError
+    if config.act == "fork":
+        from multiprocessing import get_context
+
+        with get_context("fork").Pool(2) as pool:  # its end sends SIGTERM to the workers
+            pool.map(time.sleep, [0.1, 0.1])
     count = 0
     if config.act == "folder":
         with atomic_folder(out, config.force) as folder:
