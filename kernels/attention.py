@@ -216,15 +216,16 @@ def scaled_dot_product_attention(
     if return_lse:
         raise NotImplementedError("scaled_dot_product_attention: return_lse is not implemented")
     length, keys = query.shape[2], key.shape[2]
-    if doc_ids is None and window is None and not (is_causal and _blocks_pay(query, keys)):
+    arbitrary = attn_mask is not None or dropout_p > 0
+    if doc_ids is None and window is None and (arbitrary or not (is_causal and _blocks_pay(query, keys))):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+    if arbitrary:
+        name = "dropout_p" if attn_mask is None else "attn_mask"
+        raise NotImplementedError(f"scaled_dot_product_attention: {name} with doc_ids or window is not implemented")
     if not is_causal or length != keys:
         raise ValueError("doc_ids and window need is_causal=True and as many queries as keys")
-    for name, value_of in (("attn_mask", attn_mask is not None), ("dropout_p", dropout_p)):
-        if value_of:
-            raise NotImplementedError(f"scaled_dot_product_attention: {name} with doc_ids or window or is_causal")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if window is not None and window >= length:
         window = None

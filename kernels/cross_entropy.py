@@ -81,7 +81,7 @@ def _losses_and_gradients(input, weight, target, row_scale, chunk_tokens, need_i
         logits_NV = matmul_nt(input[rows], weight)
         grad_NV = torch.ops.aten._softmax.out(logits_NV, 1, False, out=probabilities[: logits_NV.shape[0]])
         probability = grad_NV[row, target_N]
-        losses[rows] = probability.to(dtype).log_().neg_()
+        losses[rows] = -probability.to(dtype).log()
         grad_NV[row, target_N] = probability - 1
         if row_scale is not None:
             grad_NV.mul_(row_scale[rows].unsqueeze(1).to(grad_NV.dtype))
