@@ -71,7 +71,7 @@ class PieceCounter:
         at = np.frombuffer(part.translate(self._at), np.uint8)
         cut = (before[:-1] & at[1:]) != 0
         letters = np.frombuffer(part, np.uint8)
-        if np.count_nonzero(letters[:: 64] >= 0x80) * 64 > len(part) // 8:
+        if np.count_nonzero(letters[::64] >= 0x80) * 64 > len(part) // 8:
             # Not English: cut before spaces after other scripts, too. Two-byte letters from U+00C0 on (C3..DF) and
             # three-byte ones under E0 and from E4 on contain no white space.
             space = np.flatnonzero(letters[3:] == 0x20) + 3

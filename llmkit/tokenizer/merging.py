@@ -187,7 +187,7 @@ class _Trainer:
         base = len(self.tokens)
         found = self._find(top, pairs)
         if pairs[0, 0] == pairs[0, 1]:
-            found = found.where(_every_other(found, self.token_length[pairs[0, 0]]))
+            found = found.where(_every_other(found, int(self.token_length[pairs[0, 0]])))
         else:
             found, top = self._without_overlaps(found, top)
         self.token_length[base : base + len(top)] = self.token_length[pairs[: len(top)]].sum(axis=1)
@@ -294,9 +294,7 @@ class _Trainer:
         rival = np.flatnonzero(created >= counts[-1])
         if len(rival) == 0:
             return len(top)
-        order = rank_order(
-            np.concatenate([counts, created[rival]]), np.concatenate([self.queue.key[top], keys[rival]])
-        )
+        order = rank_order(np.concatenate([counts, created[rival]]), np.concatenate([self.queue.key[top], keys[rival]]))
         before = np.empty(len(order), np.int64)
         before[order] = np.cumsum(order < len(top))
         turn = np.maximum(before[len(top) :], created_in[rival] + 1)
@@ -314,7 +312,7 @@ class _Trainer:
 
 
 def _every_other(found: _Occurrences, step: int) -> NDArray[np.bool_]:
-    """Of the occurrences of one pair (a, a) in "a a a a": the first, the third and so on, as merging goes rightwards."""
+    """Of the occurrences of one pair (a, a) in "a a a a": the first, the third and so on, as one merges rightwards."""
     order = np.argsort(found.position)
     position = found.position[order]
     run = np.flatnonzero(np.diff(position, prepend=-1 - step) != step)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-Ints = NDArray[np.int64]
+Ints = NDArray[np.signedinteger]
 
 # Pairs in the front after the threshold was lowered. At a vocabulary of 32k and 100 MB, 1,024 and 16,384 are slower.
 FRONT = 4096

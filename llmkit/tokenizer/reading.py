@@ -79,8 +79,10 @@ class Corpus:
     def _note(self, text: str, size: int, source: str) -> None:
         self.bytes += size
         self.bytes_of_source[source] = self.bytes_of_source.get(source, 0) + size
+        if source not in self._sampled and len(self._sampled) * SAMPLE_OF_SOURCE >= SAMPLE:
+            return
         taken = self._sampled.get(source, 0)
-        if taken < SAMPLE_OF_SOURCE and len(self._sampled) * SAMPLE_OF_SOURCE <= SAMPLE:
+        if taken < SAMPLE_OF_SOURCE:
             head = text[:SAMPLE_OF_DOCUMENT]
             self.sample.setdefault(source, []).append(head)
             self._sampled[source] = taken + len(head.encode())
@@ -103,7 +105,9 @@ def plain_text(handle: io.BufferedReader, name: str, pattern: Pattern) -> Iterat
             text = part.decode()
         except UnicodeDecodeError as error:
             line = lines + part.count(b"\n", 0, error.start)
-            raise UserError(f"{name}:{line}: not UTF-8 at byte {offset + error.start}; convert the file first") from None
+            raise UserError(
+                f"{name}:{line}: not UTF-8 at byte {offset + error.start}; convert the file first"
+            ) from None
         if text:
             yield text
         if not data:

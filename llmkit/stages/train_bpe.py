@@ -1,0 +1,150 @@
+"""`llmkit train-bpe`: text becomes a byte-level BPE tokenizer that Hugging Face libraries load."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from llmkit.config import CommonConfig, argument, as_options, option
+from llmkit.errors import UserError
+from llmkit.progress import Progress, quantity, say
+from llmkit.rundir import describe_inputs, write_manifest
+from llmkit.stream import atomic_folder, check_output
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainBpeConfig(CommonConfig):
+    """Options of `llmkit train-bpe`."""
+
+    examples: ClassVar[str] = """
+        Examples:
+          llmkit train-bpe docs.jsonl --vocab-size 8192 -o tok/
+          zcat docs.jsonl.gz | llmkit train-bpe - -o tok/
+          llmkit train-bpe docs.jsonl.zst --pattern llama3 --compare gpt2/tokenizer.json -o tok/
+    """
+    following: ClassVar[str] = "llmkit pretrain docs.jsonl --tokenizer tok/ --time-budget 10m -o base/"
+
+    inputs: tuple[str, ...] = argument("Documents: JSONL with `text`, plain text, or - for stdin.", metavar="INPUT...")
+    vocab_size: int = option(
+        32768, "Tokens, special ones included; made a multiple of 64.", unit="count", at_most=2**24
+    )
+    pattern: str = option("qwen2", "How text is cut into pieces.", metavar="qwen2|llama3|gpt2|o200k|REGEX")
+    min_frequency: int = option(0, "Merge no pair that occurs less often.", at_least=0)
+    limit_bytes: int | None = option(None, "Read at most this much text.", unit="bytes", at_least=1)
+    compare: tuple[str, ...] = option((), "Tokenizer to report beside ours; repeatable.", metavar="PATH")
+
+    def reads_stdin(self) -> bool:
+        """Whether stdin is the input."""
+        return not self.inputs or "-" in self.inputs
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the command line prints."""
+
+    path: str
+    vocab_size: int
+    merges: int
+    documents: int
+    bytes: int
+    bytes_per_token: float
+    seconds: float
+
+
+def run(config: TrainBpeConfig) -> Summary | None:
+    """Load, count, merge, save, summarise. Raises UserError for the user's mistakes, before anything is written."""
+    from llmkit.tokenizer import folder, report
+    from llmkit.tokenizer.merging import train_merges
+    from llmkit.tokenizer.patterns import find_pattern
+    from llmkit.tokenizer.processes import available_cores, count_pieces
+    from llmkit.tokenizer.reading import Corpus
+
+    # load
+    started = time.monotonic()
+    out, inputs, size = _checked(config, folder.SMALLEST_VOCABULARY, folder.MULTIPLE)
+    pattern = find_pattern(config.pattern)
+    others = {path: report.load_other(path) for path in config.compare}
+    corpus = Corpus(inputs, pattern, config.limit, config.limit_bytes)
+    wanted = size - len(folder.SPECIALS)
+    if config.dry_run:
+        say(f"vocabulary {size}: 256 bytes, {wanted - 256} merges, {len(folder.SPECIALS)} special tokens", config.quiet)
+        say(f"pattern {pattern.name}: {pattern.regex}", config.quiet)
+        say(f"from {' '.join(inputs)} on {available_cores()} cores to {out}", config.quiet)
+        return None
+
+    # count
+    total = _bytes_of(inputs, config.limit_bytes)
+    with Progress("count", total=total, unit="B", quiet=config.quiet) as progress:
+        pieces, counts = count_pieces(corpus.blocks(), pattern, on_progress=progress.advance)
+    if not pieces:
+        raise UserError(f"{' '.join(inputs)}: no text to train on; expected JSONL with 'text', or plain text")
+
+    # merge
+    with Progress("merge", total=wanted - 256, unit="merges", quiet=config.quiet) as progress:
+        merges = train_merges(pieces, counts, wanted, config.min_frequency, progress.advance)
+    reserved = len(folder.reserved_tokens(len(merges.pairs)))
+    vocab_size = folder.SMALLEST_VOCABULARY + len(merges.pairs) + reserved
+    if len(merges.tokens) < wanted:
+        say(
+            f"only {len(merges.pairs)} merges of {wanted - 256}: no other pair occurs "
+            f"{max(config.min_frequency, 1)} times; the vocabulary is {vocab_size}",
+            config.quiet,
+        )
+
+    # save
+    results = {
+        "vocab_size": vocab_size,
+        "merges": len(merges.pairs),
+        "documents": corpus.documents,
+        "bytes": corpus.bytes,
+        "bytes_per_token": round(corpus.bytes / int(merges.counts.sum()), 4),
+    }
+    with atomic_folder(out, config.force) as partial:
+        text = folder.tokenizer_json(merges, pattern)
+        folder.write_tokenizer(partial, text)
+        sample = report.choose_sample(corpus.sample, corpus.bytes_of_source)
+        found = report.make_report(text, merges, reserved, sample, others)
+        content = json.dumps({"pattern": pattern.regex, **results, **found}, indent=2, ensure_ascii=False)
+        (partial / "report.json").write_text(content + "\n", encoding="utf-8")
+        write_manifest(partial, "train-bpe", as_options(config), inputs=describe_inputs(inputs), results=results)
+
+    # summarise
+    for path, other in found["compared"].items():
+        ratio = found["sample"]["bytes_per_token"] / other["bytes_per_token"]
+        say(f"{ratio:.3f} x the bytes per token of {path} ({other['vocab_size']} tokens)", config.quiet)
+    seconds = round(time.monotonic() - started, 2)
+    say(f"{results['bytes_per_token']} bytes per token over {quantity(corpus.bytes)}B of text", config.quiet)
+    return Summary(path=str(out), **results, seconds=seconds)
+
+
+def _checked(config: TrainBpeConfig, smallest: int, multiple: int) -> tuple[str, list[str], int]:
+    """The output, the inputs and the vocabulary size, as they will be used."""
+    if config.out is None:
+        raise UserError("--out is required: the folder for the tokenizer, such as -o tok/")
+    out = config.out.rstrip("/") or "/"
+    if out == "-":
+        raise UserError("--out: expected a folder, such as -o tok/, found -")
+    if not config.dry_run:
+        check_output(out, config.force)
+    if config.vocab_size < smallest:
+        raise UserError(
+            f"--vocab-size: expected at least {smallest} (256 bytes and {smallest - 256} special tokens), "
+            f"found {config.vocab_size}"
+        )
+    size = -(-config.vocab_size // multiple) * multiple
+    if size != config.vocab_size:
+        say(f"--vocab-size {config.vocab_size} becomes {size}, a multiple of {multiple}", config.quiet)
+    return out, list(config.inputs) or ["-"], size
+
+
+def _bytes_of(inputs: list[str], limit_bytes: int | None) -> int | None:
+    """The size of the inputs, where it says how far the counting has come: not for pipes and compressed files."""
+    sizes = [
+        Path(path).stat().st_size for path in inputs if Path(path).is_file() and not path.endswith((".gz", ".zst"))
+    ]
+    if len(sizes) < len(inputs):
+        return limit_bytes
+    return min(sum(sizes), limit_bytes or sum(sizes))
