@@ -250,7 +250,8 @@ class Trainer:
     def resume(self) -> bool:
         """Load the newest checkpoint, if any. Raises UserError when it belongs to another run."""
         found = self.checkpoints.load()
-        if found is None:
+        if found is None:  # killed before the first one: begin again
+            trim_metrics(self.folder / "metrics.jsonl", 0)
             return False
         tensors, state = found
         for key, value in self.describe.items():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import shutil
+import tempfile
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -104,7 +107,6 @@ def run(config: PretrainConfig) -> Summary | None:
     from llmkit.data.tokenize import tokenize_documents
     from llmkit.engine import setup, speed
     from llmkit.engine.evaluation import held_out_loss, next_token_loss
-    from llmkit.engine.generation import continue_text
     from llmkit.engine.planning import Plan, Wishes, make_plan, plan_table
     from llmkit.engine.schedule import Schedule
     from llmkit.engine.trainer import Trainer, TrainerSettings
@@ -118,10 +120,15 @@ def run(config: PretrainConfig) -> Summary | None:
         return _finished(out)
     tokenizer = load_tokenizer(config.tokenizer or "")
     cache = Path(config.token_cache) if config.token_cache else out.with_name(out.name + ".tokens")
-    shards = tokenize_documents(inputs, tokenizer, cache, limit=config.limit, quiet=config.quiet)
+    if config.dry_run:
+        cache = Path(tempfile.mkdtemp(prefix="llmkit-"))
+        atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    shards = tokenize_documents(inputs, tokenizer, cache, limit=config.limit, resume=config.resume, quiet=config.quiet)
     val_shards = None
     if config.val:
-        val_shards = tokenize_documents(list(config.val), tokenizer, cache, name="val", quiet=config.quiet)
+        val_shards = tokenize_documents(
+            list(config.val), tokenizer, cache, name="val", resume=config.resume, quiet=config.quiet
+        )
 
     # build
     device = setup.choose_device(config.device)
@@ -145,6 +152,10 @@ def run(config: PretrainConfig) -> Summary | None:
         )
     say(plan_table(plan), config.quiet)
     if work is None or plan_file is None:
+        rate = speed.tokens_per_second(
+            plan.model, plan.recipe, plan.micro_batch_rows, plan.sequence_length, device, dtype
+        )
+        say(f"at {rate:,.0f} tokens/s here, about {plan.tokens / rate:,.0f} s of training", config.quiet)
         return None
     plan_file.parent.mkdir(exist_ok=True)
     _write_json(plan_file, plan.to_json())
@@ -181,7 +192,9 @@ def run(config: PretrainConfig) -> Summary | None:
         total_steps=plan.total_steps,
         seconds=plan.seconds,
         evaluate=evaluate,
-        sample=lambda: continue_text(model, tokenizer, config.prompt, max_tokens=40, seed=config.seed),
+        sample=lambda: __import__("llmkit.engine.generation").engine.generation.continue_text(
+            model, tokenizer, config.prompt, max_tokens=40, seed=config.seed
+        ),
         flops_per_token=plan.model.flops_per_token(plan.sequence_length),
         peak_flops=speed.peak_flops(device, dtype),
     )

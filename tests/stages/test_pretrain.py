@@ -1,0 +1,236 @@
+"""`llmkit pretrain` as a user runs it: a model that transformers loads, kills and resumptions, and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+WORDS = "the old ship sailed past a green island while small birds sang over warm grey stones and deep blue water".split()
+SIZES = ["--depth", "1", "--hidden-size", "64", "--sequence-length", "32", "--batch-tokens", "256", "--dtype", "float32"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """A folder with docs.jsonl, val.jsonl and a tokenizer of 320 tokens in tok/."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    folder = tmp_path_factory.mktemp("corpus")
+    generator = random.Random(0)
+    for name, count in (("docs", 120), ("val", 10)):
+        texts = [" ".join(generator.choices(WORDS, k=generator.randint(5, 60))) + "." for _ in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=319, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 9, trainer)
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    (folder / "tok").mkdir()
+    tokenizer.save(str(folder / "tok" / "tokenizer.json"))
+    special = {"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>", "add_bos_token": True}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
+    (folder / "tok" / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def arguments(corpus: Path, out: Path, *more: str) -> list[str]:
+    return ["pretrain", f"{corpus}/docs.jsonl", "--tokenizer", f"{corpus}/tok", "-o", str(out), *SIZES, *more]
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+
+
+@pytest.fixture(scope="module")
+def base(corpus, llmkit, tmp_path_factory) -> Path:
+    """A model after 40 steps, in one go."""
+    out = tmp_path_factory.mktemp("runs") / "base"
+    done = llmkit(*arguments(corpus, out, "--max-steps", "40", "--val", f"{corpus}/val.jsonl"))
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["path"] == str(out) and summary["steps"] == 40 and summary["tokens"] == 40 * 256
+    return out
+
+
+def test_it_learns(base):
+    curve = losses(base)
+    assert len(curve) == 40
+    assert curve[-1] < 0.75 * curve[0]
+
+
+def test_the_folder_is_what_it_should_be(base, corpus):
+    names = {path.name for path in base.iterdir()}
+    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert names >= {"generation_config.json", "manifest.json", "metrics.jsonl", "loss.svg", "README.md", "state"}
+    manifest = json.loads((base / "manifest.json").read_text())
+    assert manifest["results"]["val_bits_per_byte"] > 0
+    assert manifest["inputs"][0]["path"] == f"{corpus}/docs.jsonl" and len(manifest["inputs"][0]["sha256"]) == 64
+    assert not list(base.rglob("*.pt")) and not list(base.rglob("*.bin"))  # no pickle anywhere
+
+
+def test_transformers_loads_it_and_scores_as_we_do(base, corpus):
+    import math
+
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    assert type(model).__name__ == "Qwen3ForCausalLM"
+    total, size = 0.0, 0
+    for line in (corpus / "val.jsonl").read_text().splitlines():
+        text = json.loads(line)["text"]
+        ids = [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
+        if len(ids) > 32:  # longer ones are cut into rows by us
+            return
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, :-1]
+        total += torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum").item()
+        size += len(text.encode())
+    scored = json.loads((base / "manifest.json").read_text())["results"]["val_bits_per_byte"]
+    assert total / math.log(2) / size == pytest.approx(scored, abs=1e-3)
+
+
+def test_a_run_killed_at_any_moment_and_resumed_equals_one_that_was_not(base, corpus, llmkit, tmp_path):
+    """Three kills -9, with another number of worker threads after each."""
+    out, generator = tmp_path / "base", random.Random(1)
+    more = ["--max-steps", "40", "--val", f"{corpus}/val.jsonl", "--save-every", "3"]
+    command = [sys.executable, "-m", "llmkit", *arguments(corpus, out, *more)]
+    state = tmp_path / "base.partial" / "state"
+    for workers in (0, 1, 3):
+        resume = ["--resume"] if state.exists() else []
+        before = {path.name for path in state.glob("step-*")}
+        process = subprocess.Popen([*command, "--workers", str(workers), *resume], stderr=subprocess.DEVNULL)
+        while process.poll() is None and {path.name for path in state.glob("step-*")} <= before:
+            time.sleep(0.001)
+        time.sleep(generator.random() * 0.1)
+        process.kill()
+        process.wait()
+    assert not out.exists(), "each kill came too late: the test shows nothing"
+    done = llmkit(*arguments(corpus, out, *more, "--resume"))
+    assert done.returncode == 0, done.stderr
+    assert weights(out) == weights(base)
+    assert losses(out) == losses(base)
+
+
+def test_sigterm_saves_and_exits_130(corpus, llmkit, tmp_path):
+    out = tmp_path / "base"
+    command = [sys.executable, "-m", "llmkit", *arguments(corpus, out, "--max-steps", "100000")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "base.partial" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size > 1000):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "saved in" in error and "--resume" in error.splitlines()[-1] and "Traceback" not in error
+    assert list((tmp_path / "base.partial" / "state").glob("step-*"))
+    assert not out.exists()
+
+
+def test_resuming_a_finished_run_is_no_work_and_no_mistake(base, corpus, llmkit):
+    before = weights(base)
+    done = llmkit(*arguments(corpus, base, "--max-steps", "40", "--val", f"{corpus}/val.jsonl", "--resume"))
+    assert done.returncode == 0 and json.loads(done.stdout)["steps"] == 40
+    assert weights(base) == before
+
+
+def test_an_existing_output_stays_without_force(base, corpus, llmkit):
+    done = llmkit(*arguments(corpus, base, "--max-steps", "1"))
+    assert done.returncode == 2
+    assert f"llmkit: error: {base}: exists already" in done.stderr
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(corpus, llmkit, tmp_path):
+    done = llmkit(*arguments(corpus, tmp_path / "base", "--tokens", "10k", "--dry-run"))
+    assert done.returncode == 0 and done.stdout == ""
+    assert "1 x 64" in done.stderr and "parameters" in done.stderr and "FLOPs" in done.stderr and "memory" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_time_budget_chooses_for_itself_and_keeps_to_it(corpus, llmkit, tmp_path):
+    command = ["pretrain", f"{corpus}/docs.jsonl", "--tokenizer", f"{corpus}/tok", "-o", str(tmp_path / "base")]
+    done = llmkit(*command, "--time-budget", "8s", "--sequence-length", "32")
+    assert done.returncode == 0, done.stderr
+    assert "promises the lowest loss in 8 s" in done.stderr
+    assert json.loads(done.stdout)["steps"] > 5
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--tokens", "1k", "--max-steps", "3"], "--tokens and --max-steps: give one horizon, not 2"),
+        (["--hidden-size", "100", "--num-attention-heads", "3"], "--hidden-size 100: not a multiple of 3"),
+        (["--sequence-length", "100000"], "fewer than one context of 100,000"),
+        (["--learning-rate", "0"], "--learning-rate: expected more than 0"),
+        (["--resume"], "nothing to resume"),
+        (["--tokenizer", "nowhere/"], "nowhere"),
+    ],
+)
+def test_a_users_mistake_is_one_line(corpus, llmkit, tmp_path, change, message):
+    done = llmkit(*arguments(corpus, tmp_path / "base", *change))
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1] and done.stderr.splitlines()[-1].startswith("llmkit: error: ")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "base").exists()
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "no document"),
+        (b'{"text": "a"}\n{"text": "b"}\nnot json\n', ":3: "),
+        (b'{"text": "a"}\n{"body": "b"}\n', ":2: expected field 'text'"),
+        (b'{"text": 5}\n', ":1: expected 'text' to be a string"),
+        (b'{"text": "\xff"}\n', ":1: "),
+        (b'{"text": "\\ud800"}\n', ":1: "),
+    ],
+)
+def test_a_bad_record_is_named_and_leaves_nothing(corpus, llmkit, tmp_path, content, message):
+    (tmp_path / "docs.jsonl").write_bytes(content)
+    command = ["pretrain", str(tmp_path / "docs.jsonl"), "--tokenizer", f"{corpus}/tok", "-o", str(tmp_path / "base")]
+    done = llmkit(*command, *SIZES)
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("llmkit: error: ") and "docs.jsonl" in last and message in last
+    assert {p.name for p in tmp_path.rglob("*.safetensors")} == set() and not (tmp_path / "base").exists()
+
+
+def test_a_resume_with_other_options_is_refused(corpus, llmkit, tmp_path):
+    out = tmp_path / "base"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llmkit", *arguments(corpus, out, "--max-steps", "100000", "--save-every", "2")],
+        stderr=subprocess.DEVNULL,
+    )
+    while process.poll() is None and not list((tmp_path / "base.partial").glob("state/step-*")):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    done = llmkit(*arguments(corpus, out, "--max-steps", "100000", "--learning-rate", "0.5", "--resume"))
+    assert done.returncode == 2
+    assert "--learning-rate was None and is now 0.5; resume with the same options" in done.stderr
+
+
+def test_stdin_documents_and_the_token_cache(corpus, llmkit, tmp_path):
+    text = (corpus / "docs.jsonl").read_text()
+    command = ["pretrain", "-", "--tokenizer", f"{corpus}/tok", "-o", str(tmp_path / "base"), *SIZES, "--max-steps", "2"]
+    done = llmkit(*command, stdin=text)
+    assert done.returncode == 0, done.stderr
+    again = llmkit(*arguments(corpus, tmp_path / "two", "--max-steps", "2", "--token-cache", str(tmp_path / "cache")))
+    stamp = os.stat(next((tmp_path / "cache").glob("tokens-*/shard-00000.safetensors"))).st_mtime_ns
+    third = llmkit(*arguments(corpus, tmp_path / "three", "--max-steps", "2", "--token-cache", str(tmp_path / "cache")))
+    assert again.returncode == third.returncode == 0
+    assert os.stat(next((tmp_path / "cache").glob("tokens-*/shard-00000.safetensors"))).st_mtime_ns == stamp
+    assert weights(tmp_path / "two") == weights(tmp_path / "three") == weights(tmp_path / "base")
