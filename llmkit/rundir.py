@@ -13,7 +13,6 @@ import hashlib
 import os
 import platform
 import shlex
-import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -23,7 +22,7 @@ from typing import Any
 import orjson
 
 from llmkit.errors import UserError
-from llmkit.stream import JSON_LINE, PARTIAL, atomic_file, check_output, replace_folder
+from llmkit.stream import JSON_LINE, PARTIAL, atomic_file, check_is_folder, check_output, remove, replace_folder
 
 MANIFEST_VERSION = 1
 PACKAGES = ("llmkit", "torch", "triton", "numpy", "tokenizers", "safetensors")
@@ -232,15 +231,16 @@ def begin_run(out: Path, *, resume: bool, force: bool) -> Path:
     Raises UserError when `out` stands already and neither --resume nor --force was given, when an unfinished run
     is there and neither was given, and when there is nothing to resume.
     """
-    work = out.with_name(out.name + PARTIAL)
+    work = Path(f"{out}{PARTIAL}")
     if resume:
         if not work.is_dir():
             raise UserError(f"{work}: nothing to resume; start without --resume")
         return work
     check_output(str(out), force)
+    check_is_folder(out, str(out))
     if work.exists() and not force:
         raise UserError(f"{work}: an unfinished run; --resume goes on with it, --force starts again")
-    shutil.rmtree(work, ignore_errors=True)
+    remove(work)
     work.mkdir()
     return work
 

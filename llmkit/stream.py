@@ -205,6 +205,8 @@ def check_output(path: str, force: bool, resume: bool = False) -> None:
     """
     if path == "-" or _is_special(path):
         return
+    if os.path.basename(os.path.normpath(path)) in ("", ".", ".."):
+        raise UserError(f"{path}: the result needs a name of its own; choose another --out")
     if os.path.exists(path) and not resume:
         if not force:
             raise UserError(f"{path}: exists already; --force replaces it, or choose another --out")
@@ -213,6 +215,12 @@ def check_output(path: str, force: bool, resume: bool = False) -> None:
     parent = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(parent):
         raise UserError(f"{path}: the folder {parent} does not exist; create it first")
+
+
+def check_is_folder(path: Path, name: str) -> None:
+    """Raise UserError when a folder is to stand where a file stands, which --force does not allow either."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{name}: expected a folder, found a file; choose another --out")
 
 
 def _is_special(path: str | os.PathLike[str]) -> bool:
@@ -273,17 +281,16 @@ def atomic_folder(path: str | os.PathLike[str], force: bool = False) -> Iterator
     if not force:
         check_output(os.fspath(path), force)
     final = Path(os.path.realpath(path))
-    if final.exists() and not final.is_dir():
-        raise UserError(f"{os.fspath(path)}: expected a folder, found a file; choose another --out")
+    check_is_folder(final, os.fspath(path))
     partial = final.with_name(final.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
+    remove(partial)  # left by a run that was killed
     try:
         with _full_disk_is_named(path):
             partial.mkdir()
             yield partial
         replace_folder(partial, final)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
         raise
 
 
@@ -315,11 +322,20 @@ def replace_folder(new: Path, old: Path) -> None:
         return
     if not _exchange(new, old):
         former = old.with_name(old.name + ".former")
-        shutil.rmtree(former, ignore_errors=True)
+        remove(former)
         os.rename(old, former)
         os.rename(new, old)
         new = former
-    shutil.rmtree(new, ignore_errors=True)
+    remove(new)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _exchange(first: Path, second: Path) -> bool:

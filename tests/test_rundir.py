@@ -15,7 +15,9 @@ import pytest
 from llmkit.errors import UserError
 from llmkit.rundir import (
     MetricsLog,
+    begin_run,
     describe_inputs,
+    finish_run,
     read_manifest,
     read_metrics,
     trim_metrics,
@@ -174,3 +176,31 @@ def test_a_curve_of_little_or_strange_data_is_still_a_picture(tmp_path: Path, ro
     assert "nan" not in ElementTree.tostring(svg, "unicode")
     finite = [row for row in rows if math.isfinite(row.get("loss", math.nan))]
     assert [len(line) for line in points(svg)][:1] == ([len(finite)] if finite else [])
+
+
+# ---- a run in the making
+
+
+def test_a_run_is_made_beside_its_place_and_can_be_resumed(tmp_path: Path) -> None:
+    out = tmp_path / "base"
+    with pytest.raises(UserError, match="nothing to resume"):
+        begin_run(out, resume=True, force=False)
+    work = begin_run(out, resume=False, force=False)
+    (work / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="an unfinished run; --resume goes on with it"):
+        begin_run(out, resume=False, force=False)
+    assert begin_run(out, resume=True, force=False) == work
+    assert (work / "manifest.json").exists() and not out.exists()
+    finish_run(work, out)
+    assert os.listdir(tmp_path) == ["base"]
+    with pytest.raises(UserError, match="exists already"):
+        begin_run(out, resume=False, force=False)
+    assert os.listdir(begin_run(out, resume=False, force=True)) == []
+    assert os.listdir(out) == ["manifest.json"]  # until the new one is finished
+
+
+def test_a_run_does_not_take_the_place_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(UserError, match="expected a folder, found a file"):
+        begin_run(tmp_path / "notes", resume=False, force=True)
+    assert (tmp_path / "notes").read_text() == "mine"

@@ -290,9 +290,12 @@ def test_a_device_or_pipe_is_written_in_place(tmp_path: Path) -> None:
 def test_the_leftover_of_a_killed_run_is_cleared(tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "old shard").write_text("half")
-    with atomic_folder(tmp_path / "out") as folder:
-        (folder / "new").write_text("")
-    assert os.listdir(tmp_path / "out") == ["new"]
+    (tmp_path / "two.partial").write_text("half")
+    for name in ("out", "two"):
+        with atomic_folder(tmp_path / name) as folder:
+            (folder / "new").write_text("")
+        assert os.listdir(tmp_path / name) == ["new"]
+    assert sorted(os.listdir(tmp_path)) == ["out", "two"]
 
 
 def test_without_an_exchange_of_names_the_folder_is_still_replaced(tmp_path: Path, monkeypatch) -> None:
