@@ -41,17 +41,19 @@ class Corpus:
         size = 0
         for text, source in self._texts():
             data = text.encode()
-            if self.limit_bytes is not None and self.bytes + len(data) > self.limit_bytes:
-                data = data[: self.limit_bytes - self.bytes].decode(errors="ignore").encode()  # no half characters
+            last = self.limit_bytes is not None and self.bytes + len(data) >= self.limit_bytes
+            if last:
+                text = data[: (self.limit_bytes or 0) - self.bytes].decode(errors="ignore")  # no half characters
+                data = text.encode()
             self._note(text, len(data), source)
             parts += (data, END)
             size += len(data)
-            if size >= BLOCK:
+            if size >= BLOCK or last:
                 yield b"".join(parts)
                 parts.clear()
                 size = 0
-            if self.limit_bytes is not None and self.bytes >= self.limit_bytes:
-                break
+            if last:
+                return
         if size:
             yield b"".join(parts)
 

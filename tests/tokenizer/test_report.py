@@ -1,0 +1,73 @@
+"""The report counts what the tokenizer really does, within its bound."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from llmkit.errors import UserError
+from llmkit.tokenizer.folder import tokenizer_json
+from llmkit.tokenizer.merging import train_merges
+from llmkit.tokenizer.patterns import PATTERNS
+from llmkit.tokenizer.report import MEASURED_BYTES, choose_sample, load_other, make_report
+
+MERGES = train_merges([b"abc", b"ab", b" cd"], np.array([5, 2, 3]), 260)
+TOKENIZER = tokenizer_json(MERGES, PATTERNS["qwen2"])
+
+
+def test_bytes_per_token_by_source_and_beside_itself(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(TOKENIZER)
+    sample = {"web": ["abc abc", "ab"], "books": ["é <|im_start|>"]}
+    found = make_report(TOKENIZER, MERGES, 7, sample, {"it": load_other(str(tmp_path))})
+    assert [MERGES.tokens[i] for i in range(256, 260)] == [b"ab", b"abc", b"cd", b" cd"]
+    ours = found["sample"]
+    assert ours["bytes"] == 7 + 2 + 15
+    assert ours["bytes_per_token_by_source"] == {"web": 9 / 4, "books": 1.0}  # abc, " " abc, ab
+    assert ours["bytes_per_token"] == round(24 / 19, 4)
+    assert found["round_trip"] == {"texts": 3, "lost": 0, "first_lost": []}
+    assert found["compared"]["it"]["bytes_per_token"] == ours["bytes_per_token"]
+    assert found["compared"]["it"]["vocab_size"] == Tokenizer.from_str(TOKENIZER).get_vocab_size()
+    assert found["unused_tokens"]["count"] == 1 and found["unused_tokens"]["first"] == ["cd"]
+    assert found["longest_tokens"][0] == {"token": "abc", "bytes": 3, "count": 5}
+    json.dumps(found)
+
+
+def test_a_sample_is_even_over_the_sources_and_within_its_bound() -> None:
+    texts = {"big": ["x" * 3_000_000], "small": ["y" * 100], "middle": ["é" * 200_000] * 5}
+    sample = choose_sample(texts, {source: sum(map(len, texts[source])) for source in texts})
+    sizes = {source: sum(len(text.encode()) for text in texts) for source, texts in sample.items()}
+    assert sizes["small"] == 100 and abs(sizes["big"] - sizes["middle"]) < 400_000
+    assert MEASURED_BYTES - 4 <= sum(sizes.values()) <= MEASURED_BYTES
+    many = {f"source {i}": [f"text {i}"] for i in range(200)}
+    sample = choose_sample(many, {source: i for i, source in enumerate(many)})
+    assert len(sample) == 51 and sum(map(len, sample.values())) == 200
+
+
+def test_other_tokenizers_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    (tmp_path / "broken.json").write_text("{}")
+    (tmp_path / "gpt2.encoder.json").write_text("{}")
+    for name, message in (
+        ("absent.json", "no such"),
+        ("broken.json", "not a tokenizer"),
+        ("gpt2.encoder.json", "merges"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_other(str(tmp_path / name))
+
+
+def test_known_tokenizers_are_read(shared_data: Path) -> None:
+    folder = shared_data / "tokenizers"
+    text = ["The quick brown fox jumps over the lazy dog. <|endoftext|>"]
+    neox, gpt2 = load_other(str(folder / "gpt-neox-20b.tokenizer.json")), load_other(str(folder / "gpt2.encoder.json"))
+    assert neox.vocab_size == 50277 and gpt2.vocab_size == 50257
+    assert list(gpt2.count(text)) == [10 + 7]  # " <", "|", "endo", "ft", "ext", "|", ">": text, not a special token
+
+
+def test_sentencepiece_models_are_read_where_the_package_is_there(shared_data: Path) -> None:
+    pytest.importorskip("sentencepiece")
+    llama = load_other(str(shared_data / "tokenizers" / "llama2.tokenizer.model"))
+    assert llama.vocab_size == 32000 and list(llama.count(["Hello world"])) == [2]
