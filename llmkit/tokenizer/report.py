@@ -12,7 +12,8 @@ from llmkit.errors import UserError
 from llmkit.tokenizer.backends import TokenizersBackend
 from llmkit.tokenizer.merging import Merges
 
-MEASURED_BYTES = 1 << 20  # half a CPU second a tokenizer; training takes 4 for 100 MB
+# Half a CPU second a tokenizer, where training takes 4 for 100 MB. Of less than 32 MB a 32nd part, 64 KB at least.
+MEASURED_BYTES, MEASURED_SHARE, LEAST_MEASURED = 1 << 20, 1 / 32, 64 << 10
 LISTED_SOURCES = 50
 OTHERS = "(other sources)"
 
@@ -50,12 +51,13 @@ def make_report(
 
 
 def choose_sample(texts_of_source: Mapping[str, list[str]], bytes_of_source: Mapping[str, int]) -> Sample:
-    """At most MEASURED_BYTES of text, as even over the sources as they allow; small sources are put together."""
+    """At most MEASURED_BYTES of text, as even over the sources as they allow; the smallest ones are put together."""
     by_size = sorted(texts_of_source, key=lambda source: -bytes_of_source[source])
     sample: Sample = {source: texts_of_source[source] for source in by_size[:LISTED_SOURCES]}
     if len(by_size) > LISTED_SOURCES:
         sample[OTHERS] = [text for source in by_size[LISTED_SOURCES:] for text in texts_of_source[source][:1]]
-    left, chosen = MEASURED_BYTES, {}
+    left = min(MEASURED_BYTES, max(LEAST_MEASURED, int(MEASURED_SHARE * sum(bytes_of_source.values()))))
+    chosen: Sample = {}
     available = {source: sum(map(_size, texts)) for source, texts in sample.items()}
     for i, source in enumerate(sorted(sample, key=available.__getitem__)):
         chosen[source] = _first(sample[source], left // (len(sample) - i))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from llmkit.errors import UserError
 from llmkit.tokenizer.folder import tokenizer_json
 from llmkit.tokenizer.merging import train_merges
 from llmkit.tokenizer.patterns import PATTERNS
-from llmkit.tokenizer.report import MEASURED_BYTES, choose_sample, load_other, make_report
+from llmkit.tokenizer.report import LEAST_MEASURED, MEASURED_BYTES, choose_sample, load_other, make_report
 
 MERGES = train_merges([b"abc", b"ab", b" cd"], np.array([5, 2, 3]), 260)
 TOKENIZER = tokenizer_json(MERGES, PATTERNS["qwen2"])
@@ -38,7 +39,9 @@ def test_bytes_per_token_by_source_and_beside_itself(tmp_path: Path) -> None:
 
 def test_a_sample_is_even_over_the_sources_and_within_its_bound() -> None:
     texts = {"big": ["x" * 3_000_000], "small": ["y" * 100], "middle": ["é" * 200_000] * 5}
-    sample = choose_sample(texts, {source: sum(map(len, texts[source])) for source in texts})
+    of_little = choose_sample(texts, dict.fromkeys(texts, 100_000))
+    assert sum(len(text.encode()) for text in chain.from_iterable(of_little.values())) <= LEAST_MEASURED
+    sample = choose_sample(texts, dict.fromkeys(texts, 100_000_000))
     sizes = {source: sum(len(text.encode()) for text in texts) for source, texts in sample.items()}
     assert sizes["small"] == 100 and abs(sizes["big"] - sizes["middle"]) < 400_000
     assert MEASURED_BYTES - 4 <= sum(sizes.values()) <= MEASURED_BYTES
