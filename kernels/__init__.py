@@ -9,11 +9,12 @@ from llmkit.kernels.cross_entropy import linear_cross_entropy
 from llmkit.kernels.dispatch import BACKENDS, backend
 from llmkit.kernels.linear import linear
 from llmkit.kernels.projections import qkv_rotary, swiglu_mlp
-from llmkit.kernels.rowwise import rms_norm, swiglu
+from llmkit.kernels.rowwise import add_rms_norm, rms_norm, swiglu
 
 __all__ = [
     "BACKENDS",
     "Packing",
+    "add_rms_norm",
     "attention_mask",
     "backend",
     "keep_freed_memory",

@@ -25,7 +25,7 @@ class Packing:
     """
 
     def __init__(self, doc_ids: Tensor):
-        batch, length = doc_ids.shape
+        length = doc_ids.shape[1]
         self.doc_ids = doc_ids
         position = torch.arange(length, device=doc_ids.device)
         begins = torch.ones_like(doc_ids, dtype=torch.bool)
@@ -112,9 +112,7 @@ class _BlockAttention(torch.autograd.Function):
         batch, kv_heads, length, size = key.shape
         key_XSD = key.reshape(batch * kv_heads, length, size)
         value_XSD = value.reshape(batch * kv_heads, length, size)
-        out = torch.empty(
-            batch, length, query.shape[1], size, dtype=query.dtype, device=query.device
-        ).transpose(1, 2)
+        out = torch.empty(batch, length, query.shape[1], size, dtype=query.dtype, device=query.device).transpose(1, 2)
         kept = []
         for block in blocks:
             q = _grouped(query, block, kv_heads)
@@ -123,14 +121,14 @@ class _BlockAttention(torch.autograd.Function):
             out[:, :, block.q0 : block.q1] = o.view(batch, -1, block.q1 - block.q0, size)
             if keep:
                 kept.append(p)
-        ctx.save_for_backward(query, key_XSD, value_XSD, out, *kept)
+        ctx.save_for_backward(query, key_XSD, value_XSD, *kept)
         ctx.scale, ctx.blocks, ctx.kv_heads = scale, blocks, kv_heads
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        query, key_XSD, value_XSD, out, *kept = ctx.saved_tensors
+        query, key_XSD, value_XSD, *kept = ctx.saved_tensors
         batch, heads, length, size = query.shape
         grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
         grad_key, grad_value = torch.zeros_like(key_XSD), torch.zeros_like(value_XSD)
@@ -182,7 +180,10 @@ def _attention_by_segments(query, key, value, scale, packing: Packing, window) -
         parts = [
             scaled_dot_product_attention(
                 *(x[row : row + 1, :, start:end] for x in (query, key, value)),
-                is_causal=True, scale=scale, enable_gqa=True, window=window,
+                is_causal=True,
+                scale=scale,
+                enable_gqa=True,
+                window=window,
             )
             for start, end in zip(begins, [*begins[1:], length], strict=True)
         ]
@@ -239,9 +240,7 @@ def scaled_dot_product_attention(
     if _blocks_pay(query, keys):
         return _block_attention(query, key, value, scale, packing, window)
     if packing is None and window is None:
-        return F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, enable_gqa=enable_gqa
-        )
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=enable_gqa)
     if length > LONGEST_DENSE_MASK and packing is not None:
         return _attention_by_segments(query, key, value, scale, packing, window)
     mask = attention_mask(length, keys, None if packing is None else packing.doc_ids, window)

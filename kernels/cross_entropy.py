@@ -5,12 +5,14 @@ three times over in the usual formulation). Here the forward pass computes one c
 turns it into the chunk's loss and gradients, and goes on. N tokens, D hidden, V vocabulary.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
+from llmkit.kernels.linear import matmul_nn, matmul_nt, matmul_tn
+from llmkit.kernels.rowwise import by_hand
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from llmkit.kernels.linear import matmul_nn, matmul_nt, matmul_tn
 
 # A chunk's logits should stay in cache on CPU; fewer tokens than 256 and adding up the weight gradient dominates.
 CPU_CHUNK_BYTES = 4 * 2**20
@@ -42,7 +44,7 @@ def _chunk_tokens(chunk_tokens: int | str, weight: Tensor) -> int:
     if chunk_tokens != "auto":
         return int(chunk_tokens)
     row = weight.shape[0] * weight.element_size()
-    if weight.device.type == "cpu":
+    if by_hand(weight):
         return max(CPU_LEAST_TOKENS, CPU_CHUNK_BYTES // row)
     return max(LEAST_TOKENS, CHUNK_BYTES // row)
 
@@ -63,34 +65,41 @@ def _losses(input: Tensor, weight: Tensor, target: Tensor, chunk_tokens: int) ->
 
 
 def _losses_and_gradients(input, weight, target, row_scale, chunk_tokens, need_input, need_weight):
-    """Losses (N,), their gradient to input (N, D) in its dtype and to weight (V, D) in the accumulation dtype.
-
-    The softmax is torch's, float32 inside and rounded once to the input's dtype, in which the products run; its
-    exponential is several times faster than `exp` by itself. The loss is -log of the target's probability.
-    """
+    """Losses (N,), their gradient to input (N, D) in its dtype and to weight (V, D) in the accumulation dtype."""
     dtype = _accumulation_dtype(input.dtype)
     tokens = input.shape[0]
     losses = torch.empty(tokens, dtype=dtype, device=input.device)
     grad_input = torch.empty_like(input) if need_input else None
     grad_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
-    probabilities = input.new_empty((min(chunk_tokens, tokens), weight.shape[0]))
     every_row = torch.arange(min(chunk_tokens, tokens), device=input.device)
+    on_cpu = by_hand(input)
+    probabilities = input.new_empty((min(chunk_tokens, tokens), weight.shape[0])) if on_cpu else None
     for start in range(0, tokens, chunk_tokens):
         rows = slice(start, min(start + chunk_tokens, tokens))
         target_N, row = target[rows], every_row[: rows.stop - rows.start]
         logits_NV = matmul_nt(input[rows], weight)
-        grad_NV = torch.ops.aten._softmax.out(logits_NV, 1, False, out=probabilities[: logits_NV.shape[0]])
-        probability = grad_NV[row, target_N]
-        losses[rows] = -probability.to(dtype).log()
-        grad_NV[row, target_N] = probability - 1
+        if probabilities is not None:
+            # torch's softmax has an exponential several times faster than `exp` by itself on CPU. It computes in
+            # float32 and rounds once to the dtype of the products; the loss is -log of the target's probability.
+            out = probabilities[: logits_NV.shape[0]]
+            grad_NV = torch.ops.aten._softmax.out(logits_NV, 1, False, out=out)
+            probability = grad_NV[row, target_N]
+            losses[rows] = -probability.to(dtype).log()
+            grad_NV[row, target_N] = probability - 1
+        else:
+            log_probabilities = torch.log_softmax(logits_NV.to(dtype), -1)
+            losses[rows] = -log_probabilities[row, target_N]
+            grad_NV = log_probabilities.exp()
+            grad_NV[row, target_N] -= 1
+            grad_NV = grad_NV.to(input.dtype)
         if row_scale is not None:
             grad_NV.mul_(row_scale[rows].unsqueeze(1).to(grad_NV.dtype))
         if grad_input is not None:
             grad_input[rows] = matmul_nn(grad_NV, weight)
         if grad_weight is not None:
             grad_weight += matmul_tn(grad_NV, input[rows])
-    unlikely = losses > -torch.tensor(LEAST_PROBABILITY).log()
-    if input.device.type == "cpu" and not torch.compiler.is_compiling():
+    if on_cpu:
+        unlikely = losses > -math.log(LEAST_PROBABILITY)
         if unlikely.any():
             losses[unlikely] = _losses(input[unlikely], weight, target[unlikely], chunk_tokens)
     return losses, grad_input, grad_weight
@@ -179,7 +188,7 @@ def linear_cross_entropy(
     rows, flat_target = input.reshape(-1, input.shape[-1]), target.reshape(-1)
     chunk = _chunk_tokens(chunk_tokens, linear_weight)
     counted = flat_target != ignore_index
-    on_host = input.device.type == "cpu" and not torch.compiler.is_compiling()
+    on_host = by_hand(input)
     if on_host and bool(counted.all()):
         loss = _LinearCrossEntropy.apply(rows, linear_weight, flat_target, reduction, None, chunk)
     elif on_host and reduction != "none":  # ignored tokens cost nothing: leave them out

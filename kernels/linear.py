@@ -22,24 +22,37 @@ def _find_onednn():
         return None
 
 
-_onednn_linear = _find_onednn()
+_onednn = _find_onednn()
+
+
+def _onednn_linear(a: Tensor, b: Tensor) -> Tensor:
+    assert _onednn is not None
+    return _onednn(a, b, None, "none", [], "")
+
+
+def _by_onednn(a: Tensor) -> bool:
+    return (
+        a.dtype == torch.float32
+        and a.device.type == "cpu"
+        and _onednn is not None
+        and not torch.compiler.is_compiling()
+        and a.numel() > 0
+    )
 
 
 def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
     """`a_MK @ b_NK.T`, without autograd."""
-    if a.dtype == torch.float32 and a.device.type == "cpu" and _onednn_linear is not None and a.numel():
-        return _onednn_linear(a, b, None, "none", [], "")
-    return a @ b.t()
+    return _onednn_linear(a, b) if _by_onednn(a) else a @ b.t()
 
 
 def matmul_nn(a: Tensor, b: Tensor) -> Tensor:
     """`a_MK @ b_KN`, without autograd."""
-    return matmul_nt(a, b.t()) if a.dtype == torch.float32 else a @ b
+    return _onednn_linear(a, b.t()) if _by_onednn(a) else a @ b
 
 
 def matmul_tn(a: Tensor, b: Tensor) -> Tensor:
     """`a_KM.T @ b_KN`, without autograd: the weight gradient's product."""
-    if a.dtype != torch.float32:
+    if not _by_onednn(a):
         return a.t() @ b
     # oneDNN's first operand is copied when it is transposed: let that be the narrower one.
     if a.shape[1] <= b.shape[1]:
@@ -66,13 +79,7 @@ class _Linear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias`, as `torch.nn.functional.linear`: x (..., in), weight (out, in) -> (..., out)."""
-    if (
-        x.dtype != torch.float32
-        or x.device.type != "cpu"
-        or _onednn_linear is None
-        or torch.compiler.is_compiling()
-        or not x.numel()
-    ):
+    if not _by_onednn(x):
         return F.linear(x, weight, bias)
     y = _Linear.apply(x, weight)
     return y if bias is None else y + bias

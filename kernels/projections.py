@@ -10,11 +10,10 @@ B batch, T tokens, C hidden, H query heads, K key-value heads, D head size, F in
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.autograd.function import once_differentiable
-
 from llmkit.kernels.linear import linear, matmul_nn, matmul_nt, matmul_tn
 from llmkit.kernels.rowwise import by_hand, inverse_rms, rms_norm_reference, rotary_reference, rotate_, swiglu
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class _QKVRotary(torch.autograd.Function):

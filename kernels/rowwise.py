@@ -49,27 +49,49 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        normed, rstd, weight = ctx.saved_tensors
-        grad_weight = None
-        if weight is not None:
-            if ctx.needs_input_grad[1]:
-                grad_weight = (grad * normed).flatten(0, -2).sum(0)
-            grad = grad * weight
-        if not ctx.needs_input_grad[0]:
-            return None, grad_weight, None
-        mean = _row_dot(grad, normed).div_(grad.shape[-1])
-        return torch.addcmul(grad, normed, mean, value=-1).mul_(rstd), grad_weight, None
+        return *_rms_norm_gradients(ctx, grad, ctx.needs_input_grad[1]), None
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None = None):
-    """RMSNorm over the last dimension; with `residual`, of their sum: returns (normed, x + residual).
+def _rms_norm_gradients(ctx, grad: Tensor, need_weight: bool) -> tuple[Tensor, Tensor | None]:
+    normed, rstd, weight = ctx.saved_tensors
+    grad_weight = None
+    if weight is not None:
+        if need_weight:
+            grad_weight = (grad * normed).flatten(0, -2).sum(0)
+        grad = grad * weight
+    mean = _row_dot(grad, normed).div_(grad.shape[-1])
+    return torch.addcmul(grad, normed, mean, value=-1).mul_(rstd), grad_weight
 
-    x (..., hidden), weight (hidden,) or None for no gain. The mean square is summed in float32.
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps):
+        total = x + residual
+        normed = _RMSNorm.forward(ctx, total, weight, eps)
+        return normed, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, grad_total):
+        grad, grad_weight = _rms_norm_gradients(ctx, grad, ctx.needs_input_grad[2])
+        grad += grad_total
+        return grad, grad, grad_weight, None
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm over the last dimension: x (..., hidden), weight (hidden,) or None for no gain.
+
+    The mean square is summed in float32.
     """
-    if residual is not None:
-        x = x + residual
-    y = _RMSNorm.apply(x, weight, eps) if by_hand(x) else rms_norm_reference(x, weight, eps)
-    return y if residual is None else (y, x)
+    return _RMSNorm.apply(x, weight, eps) if by_hand(x) else rms_norm_reference(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """RMSNorm of a sum, and the sum: (rms_norm(x + residual), x + residual)."""
+    if by_hand(x):
+        return _AddRMSNorm.apply(x, residual, weight, eps)
+    total = x + residual
+    return rms_norm_reference(total, weight, eps), total
 
 
 # Rotary embedding: Su et al. 2021, arXiv:2104.09864. Pairs lie side by side (2i, 2i + 1), so that a pair is one

@@ -48,7 +48,7 @@ class KVCache:
 
     def set_lengths(self, lengths: Tensor | list[int]) -> None:
         """Declare how many tokens of each row count; the rest will be overwritten."""
-        self.lengths = torch.as_tensor(lengths, dtype=torch.long, device=self.lengths.device)
+        self.lengths = torch.as_tensor(lengths, dtype=torch.long, device=self.keys_LBKSD.device)
         first, last = int(self.lengths.min()), int(self.lengths.max())
         self._even = first if first == last else None
 

@@ -187,9 +187,7 @@ class ModelConfig:
         """From a parsed `config.json`; `where` names it in errors. Refuses what the model would not reproduce."""
         model_type = values.get("model_type")
         if model_type not in MODEL_TYPES:
-            raise UserError(
-                f"{where}: expected model_type to be one of {', '.join(MODEL_TYPES)}, found {model_type!r}"
-            )
+            raise UserError(f"{where}: expected model_type to be one of {', '.join(MODEL_TYPES)}, found {model_type!r}")
         missing = [name for name in _REQUIRED if not isinstance(values.get(name), int)]
         if missing:
             raise UserError(f"{where}: expected integers for {', '.join(missing)}")
@@ -199,14 +197,16 @@ class ModelConfig:
             raise UserError(f"{where}: mlp_bias is not supported")
         theta, scaling = _rope_from_hf(values, where)
         heads = values["num_attention_heads"]
+        kv_heads = values.get("num_key_value_heads") or _DEFAULT_KEY_VALUE_HEADS.get(model_type) or heads
         bias = bool(values.get("attention_bias", False)) and model_type in ("llama", "qwen3")
         eos = values.get("eos_token_id")
         try:
             return cls(
                 **{name: values[name] for name in _REQUIRED},
-                num_key_value_heads=values.get("num_key_value_heads") or _DEFAULT_KEY_VALUE_HEADS.get(model_type, heads),
-                head_dim=values.get("head_dim")
-                or _DEFAULT_HEAD_DIM.get(model_type, values["hidden_size"] // heads),
+                num_key_value_heads=values.get("num_key_value_heads")
+                or _DEFAULT_KEY_VALUE_HEADS.get(model_type)
+                or heads,
+                head_dim=values.get("head_dim") or _DEFAULT_HEAD_DIM.get(model_type) or values["hidden_size"] // heads,
                 max_position_embeddings=values.get("max_position_embeddings") or 2048,
                 rope_theta=theta,
                 rope_scaling=scaling,

@@ -11,14 +11,17 @@ B batch, T tokens, H query heads, K key-value heads, D head size, V vocabulary.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from llmkit.kernels import (
     Packing,
+    add_rms_norm,
     attention_mask,
     linear,
     linear_cross_entropy,
@@ -64,8 +67,8 @@ class Layer(nn.Module):
         if self.residual_scale is not None:  # a product of the weight's size costs less than one of the batch's
             out, down = out * self.residual_scale[0], down * self.residual_scale[1]
         attended = self._attend(rms_norm(x_BTC, self.input_norm, eps), cos_sin, doc_ids, cache)
-        x_BTC = x_BTC + linear(attended, out, self.out_bias)
-        return x_BTC + swiglu_mlp(rms_norm(x_BTC, self.mlp_norm, eps), self.gate_up, down)
+        normed, x_BTC = add_rms_norm(linear(attended, out, self.out_bias), x_BTC, self.mlp_norm, eps)
+        return x_BTC + swiglu_mlp(normed, self.gate_up, down)
 
     def _attend(self, x_BTC: Tensor, cos_sin: Tensor, doc_ids, cache: KVCache | None) -> Tensor:
         config = self.config
@@ -122,7 +125,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = _parameter(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = cast("Sequence[Layer]", layers)  # what iterating a ModuleList gives, for the type checker
         self.norm = _parameter(config.hidden_size) if config.norm_gains else None
         self.lm_head = None if config.tie_word_embeddings else _parameter(config.vocab_size, config.hidden_size)
         self._rotary = RotaryTable(config.head_dim, config.rope_theta, config.rope_scaling)
@@ -195,7 +199,7 @@ class Transformer(nn.Module):
         (B, T) default to 0 ... T - 1, going on where the cache ends; they need not restart at documents, for
         rotary attention depends on differences alone. With a cache, new tokens follow those it holds.
         """
-        batch, length = token_ids_BT.shape
+        length = token_ids_BT.shape[1]
         x_BTC = F.embedding(token_ids_BT, self.embed_tokens)
         if self.config.normalize_embedding:
             x_BTC = rms_norm(x_BTC, None, self.config.rms_norm_eps)
@@ -208,9 +212,7 @@ class Transformer(nn.Module):
         cos_sin = self._cos_sin(x_BTC, position_ids, cache)
         for layer in self.layers:
             if self.checkpoint_layers and self.training and torch.is_grad_enabled():
-                x_BTC = torch.utils.checkpoint.checkpoint(
-                    layer, x_BTC, cos_sin, doc_ids, cache, use_reentrant=False, preserve_rng_state=False
-                )
+                x_BTC = checkpoint(layer, x_BTC, cos_sin, doc_ids, cache, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_BTC = layer(x_BTC, cos_sin, doc_ids, cache)
         if cache is not None:

@@ -1,0 +1,125 @@
+"""Attention against plain float64 softmax, values and gradients: documents, windows, grouped heads, odd lengths."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from llmkit.kernels import Packing, attention, attention_mask, scaled_dot_product_attention
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
+
+
+def naive(query, key, value, mask, scale):
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = (query @ key.mT * scale).masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1) @ value
+
+
+def relative_error(found, expected):
+    return ((found.double() - expected).norm() / expected.norm().clamp(min=1e-6)).item()
+
+
+def check(dtype, length, heads, kv_heads, size, doc_ids, window, batch=2, scale=None):
+    generator = torch.Generator().manual_seed(length)
+    shapes = [(batch, heads, length, size)] + [(batch, kv_heads, length, size)] * 2
+    # rounded to the dtype first: the error measured is the kernel's own
+    given_ = [torch.randn(s, generator=generator).to(dtype) for s in shapes]
+    upstream = torch.randn(shapes[0], generator=generator).to(dtype)
+    exact = [x.double().clone().requires_grad_() for x in given_]
+    mask = attention_mask(length, length, doc_ids, window)
+    expected = naive(*exact, mask, scale or size**-0.5)
+    expected.backward(upstream.double())
+    ours = [x.clone().requires_grad_() for x in given_]
+    found = scaled_dot_product_attention(
+        *ours, is_causal=True, enable_gqa=True, doc_ids=doc_ids, window=window, scale=scale
+    )
+    found.backward(upstream)
+    assert found.shape == expected.shape and found.dtype == dtype
+    assert relative_error(found, expected) < TOLERANCE[dtype]
+    for mine, theirs in zip(ours, exact, strict=True):
+        assert mine.grad.shape == theirs.grad.shape
+        # where a query sees one key alone its true gradient is zero, and rounding is measured against the inputs
+        scale_of_it = max(theirs.grad.norm().item(), 0.2 * theirs.grad.numel() ** 0.5)
+        assert (mine.grad.double() - theirs.grad).norm() < TOLERANCE[dtype] * scale_of_it
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 2, 63, 128, 129, 300, 700])
+@pytest.mark.parametrize("window", [None, 1, 48, 1000])
+def test_packed_documents_match_naive_attention(dtype, length, window):
+    generator = torch.Generator().manual_seed(0)
+    doc_ids = (torch.rand(2, length, generator=generator) < 0.05).cumsum(1)
+    check(dtype, length, 4, 2, 16, doc_ids, window)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [(1, 1), (4, 4), (8, 1), (4, 2)])
+def test_grouped_heads_match_naive_attention(dtype, heads):
+    check(dtype, 130, *heads, 32, None, None, scale=0.3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    length=st.integers(1, 200),
+    starts=st.sets(st.integers(1, 199), max_size=8),
+    window=st.one_of(st.none(), st.integers(1, 220)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_any_split_into_documents_matches_naive_attention(length, starts, window, dtype):
+    begins = torch.zeros(1, length, dtype=torch.long)
+    for start in starts:
+        if start < length:
+            begins[0, start] = 1
+    check(dtype, length, 2, 1, 8, begins.cumsum(1), window, batch=1)
+
+
+def test_long_packed_rows_match_naive_attention_and_build_no_square_mask(monkeypatch):
+    monkeypatch.setattr(attention, "LONGEST_DENSE_MASK", 64)
+    asked = []
+    original = attention.attention_mask
+    monkeypatch.setattr(attention, "attention_mask", lambda *a, **k: asked.append(a) or original(*a, **k))
+    doc_ids = (torch.arange(300) // 70).expand(2, 300)
+    check(torch.float32, 300, 2, 2, 8, doc_ids, None)
+    assert not asked
+
+
+def test_probabilities_computed_again_in_backward_give_the_same_gradients(monkeypatch):
+    monkeypatch.setattr(attention, "LONGEST_KEPT", 16)
+    check(torch.bfloat16, 200, 4, 2, 16, (torch.arange(200) // 90).expand(2, 200), None)
+
+
+def test_a_document_cannot_see_another():
+    doc_ids = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    query, key, value = (torch.randn(1, 1, 6, 8) for _ in range(3))
+    packed = scaled_dot_product_attention(query, key, value, is_causal=True, doc_ids=doc_ids)
+    alone = scaled_dot_product_attention(*(x[:, :, 3:] for x in (query, key, value)), is_causal=True)
+    assert torch.allclose(packed[:, :, 3:], alone, atol=1e-6)
+
+
+def test_the_same_id_again_after_another_is_a_new_document_for_packing():
+    packing = Packing(torch.tensor([[7, 7, 2, 2, 7]]))
+    assert packing.starts.tolist() == [[0, 0, 2, 2, 4]]
+    assert packing.segments == [[0, 2, 4]]
+    assert not packing.is_single and Packing(torch.zeros(3, 4)).is_single
+
+
+def test_what_is_not_supported_is_refused_by_name():
+    x = torch.randn(1, 1, 4, 8)
+    with pytest.raises(NotImplementedError, match="softcap"):
+        scaled_dot_product_attention(x, x, x, softcap=30.0)
+    with pytest.raises(NotImplementedError, match="return_lse"):
+        scaled_dot_product_attention(x, x, x, return_lse=True)
+    with pytest.raises(NotImplementedError, match="dropout_p"):
+        scaled_dot_product_attention(x, x, x, dropout_p=0.1, is_causal=True, window=2)
+    with pytest.raises(ValueError, match="is_causal"):
+        scaled_dot_product_attention(x, x, x, doc_ids=torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masks_and_dropout_of_torch_still_work(dtype):
+    x = torch.randn(1, 2, 4, 8, dtype=dtype)
+    mask = torch.tensor([[True, False, True, False]] * 4)
+    expected = torch.nn.functional.scaled_dot_product_attention(x, x, x, mask)
+    assert torch.equal(scaled_dot_product_attention(x, x, x, mask), expected)
+    assert scaled_dot_product_attention(x, x, x, dropout_p=0.5, is_causal=True).shape == x.shape

@@ -1,0 +1,106 @@
+"""Norm, projections with rotation, feed-forward and linear layers against their plain formulas in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from llmkit.kernels import add_rms_norm, linear, qkv_rotary, rms_norm, swiglu, swiglu_mlp
+from llmkit.kernels.projections import qkv_rotary_reference
+from llmkit.kernels.rowwise import rms_norm_reference
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
+DTYPES = list(TOLERANCE)
+
+
+def values_and_gradients(function, inputs, dtype, seed=5):
+    inputs = [None if x is None else x.detach().to(dtype).clone().requires_grad_() for x in inputs]
+    outputs = function(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(seed)
+    upstream = [torch.randn(o.shape, generator=generator).bfloat16().to(dtype) for o in outputs]
+    torch.autograd.backward(outputs, upstream)
+    return [*outputs, *(x.grad for x in inputs if x is not None)]
+
+
+def check(ours, reference, inputs, dtype):
+    inputs = [None if x is None else x.to(dtype) for x in inputs]
+    for found, expected in zip(
+        values_and_gradients(ours, inputs, dtype), values_and_gradients(reference, inputs, torch.float64), strict=True
+    ):
+        assert found.dtype == dtype and found.shape == expected.shape
+        assert (found.double() - expected).norm() < TOLERANCE[dtype] * expected.norm()
+
+
+def normal(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape) + sum(shape)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gain", [True, False])
+def test_rms_norm(dtype, gain):
+    inputs = [normal(3, 7, 40), normal(40) if gain else None]
+    check(lambda x, w: rms_norm(x, w, 1e-6), lambda x, w: rms_norm_reference(x, w, 1e-6), inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gain", [True, False])
+def test_add_rms_norm(dtype, gain):
+    inputs = [normal(3, 7, 40), normal(3, 7, 40).flip(0), normal(40) if gain else None]
+
+    def reference(x, residual, weight):
+        return rms_norm_reference(x + residual, weight, 1e-6), x + residual
+
+    check(lambda x, r, w: add_rms_norm(x, r, w, 1e-6), reference, inputs, dtype)
+
+
+def test_rms_norm_of_zeros_is_zero():
+    x = torch.zeros(2, 8, requires_grad=True)
+    rms_norm(x, None, 1e-6).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("norm", ["none", "plain", "gains"])
+@pytest.mark.parametrize("rows_differ", [True, False])
+def test_qkv_rotary(dtype, bias, norm, rows_differ):
+    batch, length, hidden, heads, kv_heads, size = 2, 7, 32, 4, 2, 8
+    angles = normal(batch, length, size // 2) if rows_differ else normal(length, size // 2)
+    table = torch.stack((angles.double().cos(), angles.double().sin()), -1)
+    table = table if dtype == torch.float64 else table.float()
+    rows = (heads + 2 * kv_heads) * size
+    gains = [normal(size) if norm == "gains" else None] * 2
+    inputs = [normal(batch, length, hidden), normal(rows, hidden), normal(rows) if bias else None, *gains]
+    eps = None if norm == "none" else 1e-5
+
+    def ours(x, w, b, q_gain, k_gain):
+        return qkv_rotary(x, w, table, heads=heads, kv_heads=kv_heads, bias=b, q_gain=q_gain, k_gain=k_gain, eps=eps)
+
+    def reference(x, w, b, q_gain, k_gain):
+        return qkv_rotary_reference(x, w, table.double(), heads, kv_heads, b, q_gain, k_gain, eps)
+
+    check(ours, reference, inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu_mlp(dtype):
+    inputs = [normal(3, 5, 32), normal(48, 32), normal(32, 24)]
+    check(swiglu_mlp, lambda x, g, d: F.linear(swiglu(F.linear(x, g)), d), inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 5, 32, 8), (3, 5, 8, 32), (1, 1, 16, 16)])
+def test_linear(dtype, shape):
+    batch, length, wide, narrow = shape
+    check(linear, F.linear, [normal(batch, length, wide), normal(narrow, wide)], dtype)
+    check(linear, F.linear, [normal(batch, length, wide), normal(narrow, wide), normal(narrow)], dtype)
+
+
+def test_frozen_weights_get_no_gradient():
+    x = normal(2, 3, 16).requires_grad_()
+    gate_up, down = normal(24, 16), normal(16, 12)
+    swiglu_mlp(linear(x, normal(16, 16)), gate_up, down).sum().backward()
+    assert x.grad is not None and gate_up.grad is None and down.grad is None
+
+
+def test_empty_batches_pass():
+    assert linear(torch.empty(0, 8), normal(4, 8)).shape == (0, 4)

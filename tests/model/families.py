@@ -1,0 +1,49 @@
+"""Tiny random models of every family, saved by transformers: the folders that the model tests load."""
+
+from pathlib import Path
+
+import torch
+import transformers
+
+SMALL = dict(
+    vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+LLAMA3_ROPE = dict(
+    rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)  # fmt: skip
+FAMILIES = {
+    "llama": ("Llama", {}),
+    "llama-tied": ("Llama", {"tie_word_embeddings": True}),
+    "llama-biases-and-scaled-rope": ("Llama", {"attention_bias": True, "rope_parameters": LLAMA3_ROPE}),
+    "llama-linear-rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3-biases": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
+    "mistral-window": ("Mistral", {"sliding_window": 8, "head_dim": 24}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+}
+
+
+def make(name: str):
+    """A model with every parameter random, norm gains and biases too, so that none of them can be forgotten."""
+    cls, options = FAMILIES[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, cls + "Config")(**SMALL, **options)
+    model = getattr(transformers, cls + "ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def save(name: str, folder: Path):
+    model = make(name)
+    model.save_pretrained(folder)
+    return model
+
+
+def tokens(batch: int = 2, length: int = 40) -> torch.Tensor:
+    return torch.randint(0, SMALL["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,279 @@
+"""Folders in and out: the same logits as transformers for every family, and a refusal by name for what is broken."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from families import FAMILIES, save, tokens
+from safetensors.torch import load_file, save_file
+
+from llmkit.errors import UserError
+from llmkit.model.config import ModelConfig
+from llmkit.model.folder import load_config, load_model, save_model
+from llmkit.model.transformer import Transformer
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save("llama", tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_logits_are_those_of_transformers_loaded_and_saved_again(name, tmp_path):
+    theirs = save(name, tmp_path / "theirs")
+    expected = theirs(tokens()).logits
+    ours = load_model(tmp_path / "theirs")
+    assert (ours.logits(ours(tokens())) - expected).abs().max() < 1e-4
+    save_model(ours, tmp_path / "ours")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert type(again) is type(theirs)
+    assert (again(tokens()).logits - expected).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_sharded_folders_load_and_save(tmp_path):
+    theirs = save("qwen3", tmp_path / "one")
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="40KB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 2
+    ours = load_model(tmp_path / "theirs")
+    assert (ours.logits(ours(tokens())) - theirs(tokens()).logits).abs().max() < 1e-4
+    save_model(ours, tmp_path / "ours", max_shard_size=40_000)
+    assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 2
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert (again(tokens()).logits - theirs(tokens()).logits).abs().max() < 1e-4
+
+
+def test_saving_in_the_other_form_leaves_one_form_only(tmp_path):
+    save("qwen3", tmp_path / "model")
+    ours = load_model(tmp_path / "model")
+    save_model(ours, tmp_path / "model", max_shard_size=40_000)
+    assert not (tmp_path / "model" / "model.safetensors").exists()
+    load_model(tmp_path / "model")
+    save_model(ours, tmp_path / "model")
+    assert [path.name for path in (tmp_path / "model").glob("*.safetensors*")] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("stored", ["lm_head.weight", "model.embed_tokens.weight"])
+@torch.no_grad()
+def test_a_tied_checkpoint_may_store_either_name(tmp_path, stored):
+    theirs = save("llama-tied", tmp_path)
+
+    def keep_one(tensors):
+        matrix = tensors.pop("model.embed_tokens.weight", None)
+        tensors[stored] = tensors.pop("lm_head.weight", matrix) if matrix is None else matrix
+
+    edit_tensors(tmp_path, keep_one)
+    ours = load_model(tmp_path)
+    assert (ours.logits(ours(tokens())) - theirs(tokens()).logits).abs().max() < 1e-4
+
+
+def test_a_tied_checkpoint_with_two_different_matrices_is_refused(tmp_path):
+    save("llama-tied", tmp_path)
+    edit_tensors(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
+    with pytest.raises(UserError, match=r"lm_head.weight differ, but config.json has tie_word_embeddings true"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.norm.weight"), r"missing tensor model\.norm\.weight$"),
+        (lambda t: t.update({"model.extra": torch.ones(1)}), r"unexpected tensor model\.extra for model_type llama"),
+        (
+            lambda t: t.update({"model.layers.1.mlp.up_proj.weight": torch.ones(80, 47)}),
+            r"model\.layers\.1\.mlp\.up_proj\.weight: expected shape \[80, 48\], found \[80, 47\]",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(48, dtype=torch.int8)}),
+            r"model\.norm\.weight: expected dtype .*, found I8",
+        ),
+    ],
+)
+def test_a_folder_with_a_wrong_tensor_is_refused_by_name(folder, change, message):
+    edit_tensors(folder, change)
+    with pytest.raises(UserError, match=message) as raised:
+        load_model(folder)
+    assert "\n" not in str(raised.value) and str(folder) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "expected model_type to be one of llama, mistral, qwen2, qwen3, found 'gpt2'"),
+        ({"hidden_act": "gelu"}, "expected hidden_act 'silu', found 'gelu'"),
+        ({"mlp_bias": True}, "mlp_bias is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope scaling .*, found 'yarn'"),
+        ({"quantization_config": {"bits": 4}}, "quantized"),
+        ({"num_key_value_heads": 3}, "expected a multiple of num_key_value_heads=3, found 4"),
+        ({"hidden_size": None}, "expected integers for hidden_size"),
+    ],
+)
+def test_a_configuration_of_another_model_is_refused(folder, change, message):
+    edit_config(folder, **change)
+    with pytest.raises(UserError, match=message) as raised:
+        load_model(folder)
+    assert str(folder / "config.json") in str(raised.value)
+
+
+def test_broken_files_are_named(folder, tmp_path):
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    for cut in (len(whole) - 100, 50, 0):
+        weights.write_bytes(whole[:cut])
+        with pytest.raises(UserError, match=r"model\.safetensors: damaged or cut safetensors file"):
+            load_model(folder)
+    weights.unlink()
+    with pytest.raises(UserError, match=r"expected model\.safetensors or model\.safetensors\.index\.json"):
+        load_model(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin: a pickle can run code.*save_pretrained"):
+        load_model(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json: expected JSON"):
+        load_config(folder)
+    with pytest.raises(UserError, match="expected a model folder, found nothing"):
+        load_config(tmp_path / "nowhere")
+
+
+def test_a_missing_shard_and_an_index_that_lies_are_named(tmp_path):
+    theirs = save("qwen3", tmp_path / "one")
+    folder = tmp_path / "many"
+    theirs.save_pretrained(folder, max_shard_size="40KB")
+    index_path = folder / "model.safetensors.index.json"
+    index = json.loads(index_path.read_text())
+    first = sorted(set(index["weight_map"].values()))[0]
+    index_path.write_text(json.dumps({"weight_map": index["weight_map"] | {"model.ghost": first}}))
+    with pytest.raises(UserError, match=r"expected tensor model\.ghost, which .*index\.json promises"):
+        load_model(folder)
+    index_path.write_text(json.dumps({"weight_map": index["weight_map"] | {"model.ghost": "../one/model.safetensors"}}))
+    with pytest.raises(UserError, match="expected a file of this folder"):
+        load_model(folder)
+    index_path.write_text(json.dumps(index))
+    (folder / first).unlink()
+    with pytest.raises(UserError, match=f"{first}: not found"):
+        load_model(folder)
+
+
+def small(**options):
+    return ModelConfig(
+        vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, **options,
+    )  # fmt: skip
+
+
+EXTRAS = dict(normalize_embedding=True, residual_scales=True, norm_gains=False, qk_gain=1.3)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("extras", [{}, EXTRAS, EXTRAS | {"norm_gains": True}])
+@torch.no_grad()
+def test_what_we_train_becomes_a_stock_qwen3_with_the_same_logits(tmp_path, tied, extras):
+    model = Transformer(small(tie_word_embeddings=tied, **extras), seed=0)
+    for name, parameter in model.named_parameters():
+        scale = 0.5 if name == "embed_tokens" else 0.1
+        parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * scale)
+    expected = model.logits(model(tokens()))
+    save_model(model, tmp_path)
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(stock).__name__ == "Qwen3ForCausalLM"
+    assert stock.generation_config.eos_token_id == 2
+    assert (stock(tokens()).logits - expected).abs().max() < 1e-5
+    loaded = load_model(tmp_path)
+    assert (loaded.logits(loaded(tokens())) - expected).abs().max() < 1e-5
+    assert sum(p.numel() for p in loaded.parameters()) == model.config.parameter_count
+
+
+def test_bfloat16_folders(tmp_path):
+    model = Transformer(small(), seed=0)
+    save_model(model, tmp_path, dtype=torch.bfloat16)
+    assert load_file(tmp_path / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+    assert load_model(tmp_path).embed_tokens.dtype == torch.float32
+    assert load_model(tmp_path, dtype=torch.bfloat16).layers[0].qkv.dtype == torch.bfloat16
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_a_save_that_is_killed_leaves_the_old_model_whole(tmp_path):
+    save_model(Transformer(small(), seed=0), tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    code = f"""
+import os, safetensors.torch
+from llmkit.model import folder
+original = folder.save_file
+def save_half(tensors, path, metadata):
+    original(tensors, path, metadata=metadata)
+    os.truncate(path, os.path.getsize(path) // 2)
+    os.kill(os.getpid(), 9)
+folder.save_file = save_half
+folder.save_model(folder.load_model({str(tmp_path)!r}), {str(tmp_path)!r})
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    load_model(tmp_path)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_reported_and_leaves_the_old_model_whole(tmp_path, monkeypatch):
+    import errno
+
+    from llmkit.model import folder
+
+    save_model(Transformer(small(), seed=0), tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(folder, "save_file", full)
+    with pytest.raises(UserError, match=r"model\.safetensors: no space left"):
+        save_model(Transformer(small(), seed=1), tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_old_buffers_are_ignored(folder):
+    edit_tensors(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}))
+    load_model(folder)
+
+
+def test_the_story_model_reproduces_its_expected_ids(shared_data, tmp_path):
+    from llmkit.model.cache import KVCache
+
+    expected = json.loads((shared_data / "ckpt" / "story-llama.greedy-expected.json").read_text())["greedy_ids"]
+    model = load_model(shared_data / "ckpt" / "story-llama")
+    prompt = 5
+    while True:  # the shortest prompt from which greedy decoding gives the rest
+        ids = torch.tensor([expected])
+        with torch.no_grad():
+            greedy = model.logits(model(ids))[0].argmax(-1).tolist()
+        if greedy[prompt - 1 : -1] == expected[prompt:]:
+            break
+        prompt += 1
+        assert prompt < 12, "the model does not continue as expected"
+    for cache in (None, KVCache(model.config, 1)):
+        ids = expected[:prompt]
+        new = ids
+        while len(ids) < len(expected):
+            with torch.no_grad():
+                hidden = model(torch.tensor([ids if cache is None else new]), cache=cache)
+            new = [model.logits(hidden[0, -1]).argmax().item()]
+            ids = ids + new
+        assert ids == expected
+    shutil.copytree(shared_data / "ckpt" / "story-llama", tmp_path / "copy")

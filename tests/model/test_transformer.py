@@ -1,0 +1,220 @@
+"""The model itself: documents, cache, gradients, initialisation, checkpointing, compilation."""
+
+import pytest
+import torch
+from families import FAMILIES, make, save, tokens
+from llmkit.kernels import linear_cross_entropy
+
+from llmkit.errors import UserError
+from llmkit.model.cache import KVCache
+from llmkit.model.config import ModelConfig, RopeScaling
+from llmkit.model.transformer import Transformer
+
+
+def small(**options):
+    options = dict(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8,
+    ) | options  # fmt: skip
+    return ModelConfig(**options)
+
+
+def shaken(config, dtype=torch.float32):
+    """A model in which no parameter is zero or one."""
+    model = Transformer(config, seed=0)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_loss_and_gradients_are_those_of_transformers(name, tmp_path):
+    from llmkit.model.folder import load_model
+    from llmkit.model.weights import export_state_dict
+
+    theirs = save(name, tmp_path)
+    ours = load_model(tmp_path).train()
+    ids = tokens()
+    loss = ours.loss(ids[:, :-1], ids[:, 1:])
+    expected = theirs(ids, labels=ids).loss
+    assert abs(loss - expected) < 1e-5
+    loss.backward()
+    expected.backward()
+    # a gradient goes through the same rearrangement as its parameter, for nothing but rows are moved
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.copy_(parameter.grad)
+    gradients = export_state_dict(ours)
+    for parameter_name, parameter in theirs.named_parameters():
+        error = (gradients[parameter_name] - parameter.grad).norm() / parameter.grad.norm()
+        assert error < 1e-4 or parameter.grad.norm() < 1e-5, parameter_name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_documents_give_the_loss_and_gradients_of_separate_ones(dtype):
+    lengths = [5, 17, 1, 41]
+    model = shaken(small(), dtype)
+    ids = torch.randint(0, 97, (1, sum(lengths)), generator=torch.Generator().manual_seed(0))
+    targets = ids.roll(-1, 1)
+    doc_ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).unsqueeze(0)
+    packed = model.loss(ids, targets, doc_ids, reduction="sum")
+    packed.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    parts = zip(ids.split(lengths, 1), targets.split(lengths, 1), strict=True)
+    alone = sum(model.loss(part, target, reduction="sum") for part, target in parts)
+    alone.backward()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert abs(packed - alone) < tolerance * alone
+    for name, parameter in model.named_parameters():
+        assert (gradients[name] - parameter.grad).norm() < 2 * tolerance * parameter.grad.norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-window", "qwen3", "mistral-window"])
+@torch.no_grad()
+def test_decoding_with_a_cache_gives_the_same_hidden_states(name, tmp_path):
+    from llmkit.model.folder import load_model
+
+    save(name, tmp_path)
+    model, ids = load_model(tmp_path), tokens(3, 40)
+    whole = model(ids)
+    cache = KVCache(model.config, 3, capacity=8)
+    pieces = [ids[:, :7], *ids[:, 7:20].split(1, 1), ids[:, 20:33], ids[:, 33:]]
+    in_pieces = torch.cat([model(piece, cache=cache) for piece in pieces], 1)
+    assert (in_pieces - whole).abs().max() < 1e-4
+    assert len(cache) == 40 and cache.lengths.tolist() == [40] * 3
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mistral-window"])
+@torch.no_grad()
+def test_rows_at_different_positions_decode_as_if_alone(name, tmp_path):
+    from llmkit.model.folder import load_model
+
+    save(name, tmp_path)
+    model, ids = load_model(tmp_path), tokens(3, 30)
+    lengths = [4, 11, 7]
+    cache = KVCache(model.config, 3, capacity=4)
+    model(ids[:, :11], cache=cache)  # right-padded: what lies beyond a row's length is padding
+    cache.set_lengths(lengths)
+    steps = [torch.stack([ids[row, n + step] for row, n in enumerate(lengths)]) for step in range(15)]
+    decoded = torch.cat([model(step.unsqueeze(1), cache=cache) for step in steps], 1)
+    for row, length in enumerate(lengths):
+        alone = model(ids[row : row + 1, : length + 15])[0, length:]
+        assert (decoded[row] - alone).abs().max() < 1e-4
+    chosen = cache.select([2, 2, 0])
+    assert chosen.lengths.tolist() == [22, 22, 19]
+    next_one = model(ids[[2, 2, 0], 22:23], cache=chosen)
+    assert torch.allclose(next_one[0], next_one[1], atol=1e-5)
+
+
+def test_a_cache_and_documents_exclude_each_other():
+    model = Transformer(small(), seed=0)
+    with pytest.raises(ValueError, match="doc_ids"):
+        model(torch.zeros(1, 2, dtype=torch.long), doc_ids=torch.zeros(1, 2), cache=KVCache(model.config, 1))
+
+
+def test_positions_may_restart_at_documents_or_not():
+    model, ids = shaken(small()), tokens(1, 12)
+    doc_ids = torch.tensor([[0] * 5 + [1] * 7])
+    restarted = torch.tensor([[*range(5), *range(7)]])
+    through = model(ids, doc_ids=doc_ids)
+    assert (model(ids, doc_ids=doc_ids, position_ids=restarted) - through).abs().max() < 1e-5
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    model, ids = shaken(small(residual_scales=True)).train(), tokens(2, 20)
+    model.loss(ids, ids.roll(-1, 1)).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.checkpoint_layers = True
+    model.loss(ids, ids.roll(-1, 1)).backward()
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter.grad, expected[name], atol=1e-7), name
+
+
+def test_initialisation_depends_on_the_seed_alone():
+    first, again, other = (Transformer(small(), seed=seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["embed_tokens"], other["embed_tokens"])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_first_loss_is_that_of_guessing(tied):
+    model, ids = Transformer(small(tie_word_embeddings=tied), seed=0), tokens()
+    loss = model.loss(ids[:, :-1], ids[:, 1:]).item()
+    assert abs(loss - torch.tensor(97.0).log().item()) < 0.1
+
+
+@pytest.mark.parametrize(("tied", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_a_tiny_model_learns_a_batch_by_heart(tied, dtype):
+    extras = dict(normalize_embedding=True, residual_scales=True, norm_gains=False)
+    model, ids = Transformer(small(tie_word_embeddings=tied, **extras), seed=0).to(dtype), tokens(4, 16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = model.loss(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.5
+
+
+def test_matrices_name_every_stacked_projection():
+    model = Transformer(small(), seed=0)
+    parameters = dict(model.named_parameters())
+    for name, parameter, rows in model.matrices():
+        assert parameters[name] is parameter and sum(rows) == parameter.shape[0]
+    named = {name for name, _, _ in model.matrices()}
+    assert {n for n, p in parameters.items() if p.ndim == 2} - named == {"embed_tokens", "lm_head"}
+
+
+def test_the_loss_is_that_of_its_logits():
+    model, ids = shaken(small()), tokens()
+    logits = model.logits(model(ids))
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.roll(-1, 1).flatten())
+    assert abs(model.loss(ids, ids.roll(-1, 1)) - expected) < 1e-6
+    assert torch.equal(linear_cross_entropy(model(ids), model.head_weight, ids), model.loss(ids, ids))
+
+
+@pytest.mark.slow
+def test_the_training_loss_compiles_into_one_graph():
+    model, ids = shaken(small()), tokens(2, 24)
+    doc_ids = torch.tensor([[0] * 10 + [1] * 14, [0] * 24])
+    for documents in (None, doc_ids):
+        expected = model.loss(ids, ids.roll(-1, 1), documents)
+        compiled = torch.compile(model.loss, fullgraph=True)
+        found = compiled(ids, ids.roll(-1, 1), documents)
+        found.backward()
+        assert abs(found - expected) < 1e-5
+
+
+def test_configurations_survive_the_trip_through_a_dictionary():
+    config = small(rope_scaling=RopeScaling("linear", 2.0), layer_windows=(None, 8), eos_token_id=(1, 2), qk_gain=1.2)
+    assert ModelConfig.from_dict(config.to_dict()) == config
+    import json
+
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(UserError, match="unknown fields"):
+        ModelConfig.from_dict(config.to_dict() | {"dropout": 0.1})
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_configurations_survive_the_trip_through_hugging_face(name):
+    config = ModelConfig.from_hf(make(name).config.to_dict())
+    assert ModelConfig.from_hf(config.to_hf()) == config
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_key_value_heads": 3}, "num_attention_heads"),
+        ({"head_dim": 7}, "head_dim"),
+        ({"qk_norm": False}, "qk_norm"),
+        ({"model_type": "gpt2"}, "model_type"),
+        ({"layer_windows": (4,)}, "layer_windows"),
+    ],
+)
+def test_impossible_configurations_are_refused_by_name(options, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        small(**options)
