@@ -26,6 +26,7 @@ PENDING = 1 << 19  # counts of a slice that wait to be added up
 
 Words = NDArray[np.uint64]
 Ints = NDArray[np.int64]
+Counts = tuple[Words, Words, Ints, dict[bytes, int], dict[bytes, int]]  # see PieceCounter.counts
 _MASK = np.array([(1 << 8 * i) - 1 for i in range(9)], np.uint64)  # the first i bytes of a little-endian integer
 _LETTER, _NOT_SPACE, _AFTER_END, _ANY = 1, 2, 4, 8
 
@@ -120,16 +121,23 @@ class PieceCounter:
         self._long.clear()
         self._long_bytes = 0
 
-    def state(self) -> tuple[Words, Words, Ints, dict[bytes, int], dict[bytes, int]]:
+    @property
+    def rows(self) -> int:
+        """How many counts are held."""
+        pending = sum(len(count) for _, _, count in self._pending)
+        return len(self._count) + pending + len(self._long) + len(self.pieces)
+
+    def counts(self) -> Counts:
         """All counts, to be added to another counter's by `merge`."""
         self._add_pending()
         return self._head, self._tail, self._count, dict(self._long), dict(self.pieces)
 
-    def merge(self, state: tuple[Words, Words, Ints, dict[bytes, int], dict[bytes, int]]) -> None:
-        self._pending.append(state[:3])
+    def merge(self, counts: Counts) -> None:
+        """Add the counts of another counter of the same pattern."""
+        self._pending.append(counts[:3])
         self._add_pending()
-        self._long.update(state[3])
-        self.pieces.update(state[4])
+        self._long.update(counts[3])
+        self.pieces.update(counts[4])
 
     def result(self) -> tuple[list[bytes], Ints]:
         """The different pieces, and how often each occurs. The counter is empty afterwards."""

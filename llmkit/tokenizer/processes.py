@@ -18,10 +18,11 @@ from contextlib import suppress
 from queue import SimpleQueue
 from typing import IO
 
-from llmkit.tokenizer.counting import Ints, PieceCounter
+from llmkit.tokenizer.counting import Counts, Ints, PieceCounter
 from llmkit.tokenizer.patterns import Pattern
 
 ALONE_BYTES = 12 << 20  # counted within this process: children take 0.2 s to start
+HANDED_OVER = 2_000_000  # counts of a child that are handed to the parent, so that many cores need little more memory
 _CHILD = """
 import pickle, sys
 sys.path[:], pattern = pickle.load(sys.stdin.buffer)
@@ -55,40 +56,43 @@ def count_pieces(
         if on_progress:
             on_progress(len(block))
         if counted >= ALONE_BYTES and processes > 1:
-            for state in _count_in_children(blocks, pattern, processes, on_progress):
-                counter.merge(state)
+            _count_in_children(blocks, counter, processes, on_progress)
     return counter.result()
 
 
-def _count_in_children(blocks: Iterable[bytes], pattern: Pattern, processes: int, on_progress):
-    children = [_Child(pattern) for _ in range(processes)]
+def _count_in_children(
+    blocks: Iterable[bytes], counter: PieceCounter, processes: int, on_progress: Callable[[int], object] | None
+) -> None:
+    children = [_Child(counter.pattern) for _ in range(processes)]
     idle: SimpleQueue[_Child] = SimpleQueue()
     for child in children:
         idle.put(child)
 
-    def count(block: bytes) -> int:
+    def count(block: bytes) -> tuple[int, Counts | None]:
         child = idle.get()
         try:
-            child.count(block)
+            return len(block), child.count(block)
         finally:
             idle.put(child)
-        return len(block)
 
-    def report(done: Future[int]) -> None:
-        size = done.result()
+    def take(done: Future[tuple[int, Counts | None]]) -> None:
+        size, counts = done.result()
+        if counts is not None:
+            counter.merge(counts)
         if on_progress:
             on_progress(size)
 
-    waiting: deque[Future[int]] = deque()
+    waiting: deque[Future[tuple[int, Counts | None]]] = deque()
     try:
         with ThreadPoolExecutor(processes) as pool:
             for block in blocks:
                 waiting.append(pool.submit(count, block))
                 while len(waiting) > processes or (waiting and waiting[0].done()):
-                    report(waiting.popleft())
+                    take(waiting.popleft())
             while waiting:
-                report(waiting.popleft())
-            yield from pool.map(_Child.state, children)
+                take(waiting.popleft())
+            for counts in pool.map(_Child.finish, children):
+                counter.merge(counts)
     finally:
         for child in children:
             child.stop()
@@ -105,22 +109,26 @@ class _Child:
         self.from_: IO[bytes] = self.process.stdout
         pickle.dump((sys.path, pattern), self.to)
 
-    def count(self, block: bytes) -> None:
-        """Have a block counted; returns when it is."""
-        try:
+    def count(self, block: bytes) -> Counts | None:
+        """Have a block counted; returns when it is, with the counts so far where the child hands them over."""
+        with suppress(BrokenPipeError):
             self.to.write(len(block).to_bytes(8, "little"))
             self.to.write(block)
             self.to.flush()
-        except BrokenPipeError:
-            pass
-        if not self.from_.read(1):
-            raise RuntimeError(f"a process that counts pieces ended with code {self.process.wait()}")
+        return self._answer()
 
-    def state(self):
-        """All that it counted; it ends."""
-        self.to.write(bytes(8))
-        self.to.flush()
-        return pickle.load(self.from_)
+    def finish(self) -> Counts:
+        """All that it has counted and not handed over; it ends."""
+        with suppress(BrokenPipeError):
+            self.to.write(bytes(8))
+            self.to.flush()
+        return self._answer()
+
+    def _answer(self):
+        try:
+            return pickle.load(self.from_)
+        except EOFError:
+            raise RuntimeError(f"a process that counts pieces ended with code {self.process.wait()}") from None
 
     def stop(self) -> None:
         self.process.kill()
@@ -131,17 +139,26 @@ class _Child:
 
 
 def count_in_child(pattern: Pattern) -> None:
-    """What a child does: count blocks from stdin until an empty one, then write the counts to stdout."""
+    """What a child does: count blocks from stdin until an empty one, and answer each on stdout."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too; its parent ends it
+    try:
+        _answer_blocks(pattern, sys.stdin.buffer, sys.stdout.buffer)
+    except BrokenPipeError:  # the parent is gone
+        os._exit(1)  # without another try to write what is left in the buffer
+
+
+def _answer_blocks(pattern: Pattern, source: IO[bytes], sink: IO[bytes]) -> None:
     counter = PieceCounter(pattern)
-    source, sink = sys.stdin.buffer, sys.stdout.buffer
-    while size := int.from_bytes(source.read(8), "little"):
+    while (header := source.read(8)) != bytes(8):
+        size = int.from_bytes(header, "little")
         block = source.read(size)
-        if len(block) < size:  # the parent is gone
+        if not header or len(block) < size:  # the parent is gone
             return
         counter.add(block)
-        del block
-        sink.write(b".")
+        counts = None
+        if counter.rows > HANDED_OVER:
+            counts, counter = counter.counts(), PieceCounter(pattern)
+        pickle.dump(counts, sink, protocol=5)
         sink.flush()
-    pickle.dump(counter.state(), sink, protocol=5)
+    pickle.dump(counter.counts(), sink, protocol=5)
     sink.flush()

@@ -75,13 +75,17 @@ def test_slices_and_early_cutting_change_nothing(texts: list[str], name: str, si
         assert counted(texts, pattern) == hf_pieces(texts, pattern.regex)
 
 
+@pytest.mark.parametrize("handed_over", ["2_000_000", "5"])
 @pytest.mark.parametrize("name", ["qwen2", GAPS])
-def test_several_processes_count_the_same(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_several_processes_count_the_same(monkeypatch: pytest.MonkeyPatch, name: str, handed_over: str) -> None:
     pattern = find_pattern(name)
     texts = [f"{word} number {i}, \u65e5\u672c {'long' * 9}\n" for i in range(40) for word in ("One", "zw\u00f6lf")]
     blocks = [b"".join(text.encode() + END for text in texts[i : i + 8]) for i in range(0, 80, 8)]
     alone = processes.count_pieces(blocks, pattern, processes=1)
     monkeypatch.setattr(processes, "ALONE_BYTES", 1)
+    start = "from llmkit.tokenizer.processes import count_in_child"
+    patched = f"from llmkit.tokenizer import processes; processes.HANDED_OVER = {handed_over}; {start}"
+    monkeypatch.setattr(processes, "_CHILD", processes._CHILD.replace(start, patched))
     seen: list[int] = []
     shared = processes.count_pieces(iter(blocks), pattern, processes=3, on_progress=seen.append)
     assert dict(zip(*alone, strict=True)) == dict(zip(*shared, strict=True)) == hf_pieces(texts, pattern.regex)
