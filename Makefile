@@ -10,7 +10,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet
-BUDGET ?= 60s
+BUDGET ?= 45s
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -23,7 +23,7 @@ demo: $(VENV)/.ready ## Text to tokenizer to model to sample, in under 3 minutes
 	$(BIN)/python examples/make_demo_text.py --stories 50 --seed 2 > demo/val.jsonl
 	$(BIN)/llmkit train-bpe demo/docs.jsonl --vocab-size 512 -o demo/tok/ --force
 	$(BIN)/llmkit pretrain demo/docs.jsonl --tokenizer demo/tok/ --val demo/val.jsonl \
-	  --time-budget $(BUDGET) -o demo/base/ --force
+	  --depth 2 --time-budget $(BUDGET) -o demo/base/ --force
 	$(BIN)/llmkit sample demo/base/ -p "Once upon a time" -n 3 --max-tokens 120 --seed 7
 
 test: $(VENV)/.ready-test ## Run the tests
