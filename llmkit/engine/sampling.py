@@ -1,0 +1,145 @@
+"""From logits to the next token: temperature, truncation, and a random number that nothing else can disturb.
+
+The random number of a token is a pure function of (seed, request, sample, position), by a counter-based generator:
+no state is carried from one draw to the next, so batch size, order and neighbours cannot change a text. One uniform
+number picks a token by the inverse of the cumulative distribution, over tokens in the order of their ids.
+
+B rows, V vocabulary, k most likely tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+GREEDY_BELOW = 1e-5  # a temperature under which float32 logits overflow or all but the best vanish
+HEAD_TOKENS = 256  # most likely tokens looked at first for top-p: sorting 32,000 costs 20 times as much
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which distribution is drawn from: temperature, then top-k, top-p of what is left, and min-p.
+
+    temperature  divides the logits; 0 always takes the most likely token
+    top_k        keep the k most likely tokens
+    top_p        keep the fewest tokens whose probabilities add up to at least this (Holtzman et al. 2019,
+                 arXiv:1904.09751)
+    min_p        keep tokens at least this times as likely as the likeliest (Nguyen et al. 2024, arXiv:2407.01082)
+
+    Tokens that tie with the last one kept are kept, too: so the result does not depend on a sort's order.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+
+def choose_tokens(logits_BV: Tensor, uniforms_B: np.ndarray, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """The next token of each row (B,), and whether the row's logits were sound (B,): finite, that is.
+
+    `uniforms_B`: float64 in [0, 1), one number a row.
+    """
+    logits_BV = logits_BV.float()
+    if sampling.temperature < GREEDY_BELOW:
+        best = logits_BV.max(-1)
+        return best.indices, best.values.isfinite()
+    probabilities_BV = truncate(torch.softmax(logits_BV / sampling.temperature, -1), sampling)
+    cumulative_BV = probabilities_BV.cumsum(-1, dtype=_double(logits_BV.device))
+    total_B1 = cumulative_BV[:, -1:]
+    target_B1 = torch.as_tensor(uniforms_B, dtype=total_B1.dtype).to(total_B1.device).unsqueeze(-1) * total_B1
+    # Rounding may lift the product to the total itself, beyond every token.
+    target_B1 = target_B1.minimum(total_B1.nextafter(torch.zeros_like(total_B1)))
+    chosen_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True)
+    return chosen_B1.squeeze(-1), total_B1.squeeze(-1).isfinite()
+
+
+def truncate(probabilities_BV: Tensor, sampling: Sampling) -> Tensor:
+    """Probabilities with zeros where top-k, top-p or min-p cut; what is left is not scaled up.
+
+    Every rule comes down to the smallest probability that a row keeps, and the strictest one holds.
+    """
+    size = probabilities_BV.shape[-1]
+    top_k = min(sampling.top_k or size, size)
+    top_p = 1.0 if sampling.top_p is None else sampling.top_p
+    cutoff_B1: Tensor | None = None
+    if top_p < 1.0:
+        cutoff_B1 = _nucleus_cutoff(probabilities_BV, top_k, top_p)
+    elif top_k < size:
+        cutoff_B1 = probabilities_BV.topk(top_k).values[:, -1:]
+    if sampling.min_p:
+        least_B1 = probabilities_BV.amax(-1, keepdim=True) * sampling.min_p
+        cutoff_B1 = least_B1 if cutoff_B1 is None else torch.maximum(cutoff_B1, least_B1)
+    return probabilities_BV if cutoff_B1 is None else probabilities_BV.masked_fill(probabilities_BV < cutoff_B1, 0.0)
+
+
+def _nucleus_cutoff(probabilities_BV: Tensor, top_k: int, top_p: float) -> Tensor:
+    """The smallest probability (B, 1) inside the nucleus of the `top_k` most likely tokens.
+
+    The running sum over the likeliest tokens is the same however many follow, so a row's cutoff does not depend
+    on whether its neighbours need the full sort.
+    """
+    size, double = probabilities_BV.shape[-1], _double(probabilities_BV.device)
+    best_Bk = probabilities_BV.topk(top_k if top_k < size else min(HEAD_TOKENS, size)).values
+    running_Bk = best_Bk.cumsum(-1, dtype=double)
+    if top_k < size:
+        needed_B1 = running_Bk[:, -1:] * top_p
+    else:
+        needed_B1 = probabilities_BV.sum(-1, keepdim=True, dtype=double) * top_p
+        if bool((running_Bk[:, -1:] < needed_B1).any()):
+            best_Bk = probabilities_BV.sort(-1, descending=True).values
+            running_Bk = best_Bk.cumsum(-1, dtype=double)
+    last_B1 = torch.searchsorted(running_Bk, needed_B1).clamp_(max=best_Bk.shape[-1] - 1)
+    return best_Bk.gather(-1, last_B1)
+
+
+def _double(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+
+
+# ---- random numbers: Philox4x32-10 (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3")
+
+_WORD, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
+_MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_KEY_STEPS = 0x9E3779B9, 0xBB67AE85
+_SEED_DOMAIN = 0xFFFFFFFF  # where a draw has the sample's number; no sample has this one
+
+
+def philox(counter: tuple[np.ndarray | int, ...], key: int) -> list[np.ndarray]:
+    """Four random 32-bit words (as uint64) for each counter of four such words, under a key of 64 bits."""
+    a, b, c, d = (np.asarray(word, np.uint64) for word in np.broadcast_arrays(*counter))
+    low, high = key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF
+    for _ in range(10):
+        first, second = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
+        a, b, c, d = (
+            (second >> _SHIFT) ^ b ^ np.uint64(low),
+            second & _WORD,
+            (first >> _SHIFT) ^ d ^ np.uint64(high),
+            first & _WORD,
+        )
+        low, high = (low + _KEY_STEPS[0]) & 0xFFFFFFFF, (high + _KEY_STEPS[1]) & 0xFFFFFFFF
+    return [a, b, c, d]
+
+
+def uniforms(seed: int, request: int, sample: int, start: int, count: int) -> np.ndarray:
+    """The random numbers in [0, 1), float64, of positions `start` ... `start + count - 1` of one sample.
+
+    seed and request are taken modulo 2^64; positions and samples stay below 2^32 - 1.
+    """
+    positions = np.arange(start, start + count, dtype=np.uint64)
+    words = philox((positions, sample, request & 0xFFFFFFFF, request >> 32 & 0xFFFFFFFF), seed & (2**64 - 1))
+    return ((words[0] >> np.uint64(5)) * 67108864.0 + (words[1] >> np.uint64(6))) / 9007199254740992.0
+
+
+def seed_of_repeat(seed: int, repeat: int) -> int:
+    """The seed of the `repeat`-th further request that equals an earlier one; the first keeps its own.
+
+    Below 2^53, so that every JSON reader keeps it exactly.
+    """
+    if repeat == 0:
+        return seed
+    words = philox((repeat & 0xFFFFFFFF, _SEED_DOMAIN, repeat >> 32, 0), seed & (2**64 - 1))
+    return int(words[0]) >> 11 << 32 | int(words[1])
