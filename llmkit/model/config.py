@@ -203,9 +203,7 @@ class ModelConfig:
         try:
             return cls(
                 **{name: values[name] for name in _REQUIRED},
-                num_key_value_heads=values.get("num_key_value_heads")
-                or _DEFAULT_KEY_VALUE_HEADS.get(model_type)
-                or heads,
+                num_key_value_heads=kv_heads,
                 head_dim=values.get("head_dim") or _DEFAULT_HEAD_DIM.get(model_type) or values["hidden_size"] // heads,
                 max_position_embeddings=values.get("max_position_embeddings") or 2048,
                 rope_theta=theta,
