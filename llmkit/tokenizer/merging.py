@@ -38,6 +38,7 @@ GAP = -1  # the symbol between two pieces
 NO_PAIR = -1
 NEVER = np.int64(2**62)  # a round after all others; int64 so that int32 rounds are widened beside it
 SMALLEST_BATCH, LARGEST_BATCH = 8, 1024
+LARGEST_WORK = 1 << 18  # places in the text that a batch looks at, unless its first pair has more
 
 
 @dataclass(frozen=True)
@@ -156,15 +157,17 @@ class _Trainer:
 
     def _file_pairs_of_bytes(self) -> None:
         left, right = self.symbol[:-1], self.symbol[1:]
-        position = np.flatnonzero((left != GAP) & (right != GAP))
+        position = np.flatnonzero((left != GAP) & (right != GAP)).astype(self.queue.positions.dtype)
         both = (left[position] * 256 + right[position]).astype(np.uint16)
         order = np.argsort(both, kind="stable")  # a radix sort at 16 bits
-        position, both = position[order], both[order].astype(np.int64)
+        position, both = position[order], both[order]
+        del order
         start = _group_starts(both)
         lengths = np.diff(start, append=len(both))
-        keys = both[start] // 256 << 32 | both[start] % 256
-        ids = self.queue.file(keys, _sums(self.weight[position], start), lengths, position)
-        self.pair_at[position] = np.repeat(ids, lengths)
+        first = both[start].astype(np.int64)
+        counts = _sums(self.weight[position], start)
+        ids = self.queue.file(first // 256 << 32 | first % 256, counts, lengths, position)
+        self.pair_at[position] = np.repeat(ids.astype(np.int32), lengths)
 
     def step(self) -> int:
         """Merge the next batch; return how many merges it was, 0 at the end."""
@@ -172,6 +175,8 @@ class _Trainer:
         top = self.queue.top(min(self.batch, room), self.least_count) if room > 0 else ()
         if len(top) == 0:
             return 0
+        work = np.cumsum(self.queue.stop[top] - self.queue.start[top])
+        top = top[: max(1, int(np.searchsorted(work, LARGEST_WORK)))]
         keys = self.queue.key[top]
         pairs = np.stack([keys >> 32, keys & 0xFFFFFFFF], axis=1)
         same = np.flatnonzero(pairs[:, 0] == pairs[:, 1])
@@ -324,7 +329,7 @@ def _every_other(found: _Occurrences, step: int) -> NDArray[np.bool_]:
 
 def _group_starts(ordered: Ints) -> Ints:
     """Where each run of equal values begins."""
-    return np.flatnonzero(np.diff(ordered, prepend=ordered[:1] - 1))
+    return np.flatnonzero(np.concatenate([np.ones(min(1, len(ordered)), bool), ordered[1:] != ordered[:-1]]))
 
 
 def _sums(values: NDArray, start: Ints) -> Ints:
