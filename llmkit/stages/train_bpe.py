@@ -10,9 +10,11 @@ from typing import ClassVar
 
 from llmkit.config import CommonConfig, argument, as_options, option
 from llmkit.errors import UserError
-from llmkit.progress import Progress, quantity, say
+from llmkit.progress import Progress, duration, quantity, say
 from llmkit.rundir import describe_inputs, write_manifest
-from llmkit.stream import atomic_folder, check_output
+from llmkit.stream import atomic_folder, check_output, open_input
+
+BYTES_PER_SECOND = 30e6  # of English at a vocabulary of 32k, on two cores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,16 +71,22 @@ def run(config: TrainBpeConfig) -> Summary | None:
     others = {path: report.load_other(path) for path in config.compare}
     corpus = Corpus(inputs, pattern, config.limit, config.limit_bytes)
     wanted = size - len(folder.SPECIALS)
+    total = _megabytes_of(inputs, config.limit_bytes)
     if config.dry_run:
         say(f"vocabulary {size}: 256 bytes, {wanted - 256} merges, {len(folder.SPECIALS)} special tokens", config.quiet)
         say(f"pattern {pattern.name}: {pattern.regex}", config.quiet)
-        say(f"from {' '.join(inputs)} on {available_cores()} cores to {out}", config.quiet)
+        for path in inputs:
+            if path != "-":
+                with open_input(path):
+                    pass
+        time_needed = f", about {duration(1 + total * 1e6 / BYTES_PER_SECOND)}" if total else ""
+        say(f"from {' '.join(inputs)} on {available_cores()} cores to {out}{time_needed}", config.quiet)
         return None
 
     # count
-    total = _bytes_of(inputs, config.limit_bytes)
-    with Progress("count", total=total, unit="B", quiet=config.quiet) as progress:
-        pieces, counts = count_pieces(corpus.blocks(), pattern, on_progress=progress.advance)
+    with Progress("count", total=total, unit="MB", quiet=config.quiet) as progress:
+        advance = lambda size: progress.advance(size / 1e6)  # noqa: E731
+        pieces, counts = count_pieces(corpus.blocks(), pattern, on_progress=advance)
     if not pieces:
         raise UserError(f"{' '.join(inputs)}: no text to train on; expected JSONL with 'text', or plain text")
 
@@ -89,8 +97,8 @@ def run(config: TrainBpeConfig) -> Summary | None:
     vocab_size = folder.SMALLEST_VOCABULARY + len(merges.pairs) + reserved
     if len(merges.tokens) < wanted:
         say(
-            f"only {len(merges.pairs)} merges of {wanted - 256}: no other pair occurs "
-            f"{max(config.min_frequency, 1)} times; the vocabulary is {vocab_size}",
+            f"only {len(merges.pairs)} merges of {wanted - 256}: no other pair occurs"
+            f"{f' {config.min_frequency} times' if config.min_frequency > 1 else ''}; the vocabulary is {vocab_size}",
             config.quiet,
         )
 
@@ -140,11 +148,10 @@ def _checked(config: TrainBpeConfig, smallest: int, multiple: int) -> tuple[str,
     return out, list(config.inputs) or ["-"], size
 
 
-def _bytes_of(inputs: list[str], limit_bytes: int | None) -> int | None:
-    """The size of the inputs, where it says how far the counting has come: not for pipes and compressed files."""
-    sizes = [
-        Path(path).stat().st_size for path in inputs if Path(path).is_file() and not path.endswith((".gz", ".zst"))
-    ]
-    if len(sizes) < len(inputs):
-        return limit_bytes
-    return min(sum(sizes), limit_bytes or sum(sizes))
+def _megabytes_of(inputs: list[str], limit_bytes: int | None) -> float | None:
+    """How much text there is at most; None for pipes and compressed files, which do not say."""
+    files = [Path(path) for path in inputs if Path(path).is_file() and not path.endswith((".gz", ".zst"))]
+    if len(files) < len(inputs):
+        return limit_bytes / 1e6 if limit_bytes else None
+    size = sum(file.stat().st_size for file in files)
+    return min(size, limit_bytes or size) / 1e6

@@ -327,7 +327,7 @@ def _every_other(found: _Occurrences, step: int) -> NDArray[np.bool_]:
     return mask
 
 
-def _group_starts(ordered: Ints) -> Ints:
+def _group_starts(ordered: NDArray) -> Ints:
     """Where each run of equal values begins."""
     return np.flatnonzero(np.concatenate([np.ones(min(1, len(ordered)), bool), ordered[1:] != ordered[:-1]]))
 

@@ -175,6 +175,8 @@ def test_dry_run_writes_nothing(llmkit, corpus: Path, tmp_path: Path) -> None:
     done = llmkit("train-bpe", corpus, "--vocab-size", "8k", "--pattern", "gpt2", "-o", tmp_path / "tok", "--dry-run")
     assert (done.returncode, done.stdout) == (0, "")
     assert "8000" in done.stderr and "merges" in done.stderr and r"\p{L}+" in done.stderr
+    done = llmkit("train-bpe", tmp_path / "absent.jsonl", "-o", tmp_path / "tok", "--dry-run")
+    assert done.returncode == 2 and "absent.jsonl: expected a file that can be read" in done.stderr
     assert not any(tmp_path.iterdir())
 
 
