@@ -7,8 +7,8 @@ left into as many slots as there are samples.
 The step is the model's own mathematics (a test compares the two) with fewer, larger operations and packed weights.
 In float32 on a CPU a row's logits are the same bits whatever rows stand beside it:
 
-- packed products give a row the same bits at any number of rows (kernels/packed.py); where weights cannot be packed,
-  rows are filled up to a multiple of 8, for which MKL does;
+- packed products give a row the same bits among any number of rows but one (kernels/packed.py), so a single row gets
+  an idle neighbour; where weights cannot be packed, rows are filled up to a multiple of 8, as MKL wants it;
 - attention is a batched product over (row, head), not torch's flash kernel: that one has a scratch buffer per
   thread, whose alignment changes MKL's last bit, so that a row depends on the thread it falls to (2 threads,
   4 heads of 64: rows 0 and 16 of equal content differ by an ulp);
@@ -32,7 +32,7 @@ from llmkit.model.rope import RotaryTable
 from llmkit.model.transformer import Transformer
 
 BLOCK = 256  # positions whose values are summed at once
-MKL_ROWS = 8
+PACKED_ROWS, MKL_ROWS = 2, 8  # the fewest rows, or their multiple, at which a row's bits do not depend on the number
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,6 @@ class Decoder:
     def __init__(self, model: Transformer, slots: int) -> None:
         self.model, self.config = model, model.config
         self.device, self.dtype = model.embed_tokens.device, model.embed_tokens.dtype
-        packs = can_pack(self.dtype, self.device.type)
-        self._row_multiple = MKL_ROWS if self.device.type == "cpu" and not packs else 1
         self._layers = [_Layer(layer) for layer in model.layers]
         self._head = packed_linear(model.head_weight)
         self._rotary = RotaryTable(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
@@ -88,8 +86,13 @@ class Decoder:
         self._values = torch.empty_like(self._keys)
         self._viewed: tuple[int, int] | None = None
 
-    def _rows(self, rows: int) -> int:
-        return -(-rows // self._row_multiple) * self._row_multiple
+    def _rows(self, used: int) -> int:
+        """The rows to compute for `used` slots: some more in float32 on a CPU, so that no row sees the number."""
+        if self.dtype != torch.float32 or self.device.type != "cpu":
+            return used
+        if can_pack(self.dtype, self.device.type):
+            return max(used, PACKED_ROWS)
+        return -(-used // MKL_ROWS) * MKL_ROWS
 
     @torch.no_grad()
     def prefill(self, token_ids: list[int]) -> Prefix:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from llmkit import kernels
 from llmkit.engine import scaling
 from llmkit.engine.scaling import Recipe
 from llmkit.errors import UserError
@@ -61,6 +62,7 @@ class Plan:
     warmup_steps: int
     decay_fraction: float
     corpus_tokens: int
+    kernels: str
     reasons: tuple[str, ...] = ()
 
     @property
@@ -254,29 +256,32 @@ def _finish(
         warmup_steps=wishes.warmup_steps if wishes.warmup_steps is not None else min(50, steps // 10),
         decay_fraction=0.6 if wishes.decay_fraction is None else wishes.decay_fraction,
         corpus_tokens=corpus_tokens,
+        kernels=kernels.backend(),
         reasons=reasons,
     )
 
 
 def plan_table(plan: Plan) -> str:
     """The derived values, a line each, with the reasons."""
-    model, recipe = plan.model, plan.recipe
-    steps = f"{plan.total_steps:,}" + (" expected" if plan.seconds is not None else "")
-    rows = [
-        ("layers x width", f"{model.num_hidden_layers} x {model.hidden_size}"),
-        ("heads", f"{model.num_attention_heads} of {model.head_dim}, {model.num_key_value_heads} for keys"),
-        ("SwiGLU width", f"{model.intermediate_size}"),
-        ("vocabulary", f"{model.vocab_size:,}"),
-        ("parameters", f"{model.parameter_count:,} ({scaling.active_parameters(model):,} active)"),
-        ("context", f"{plan.sequence_length} tokens"),
-        ("batch", f"{plan.batch_tokens:,} tokens ({plan.batch_rows} rows, {plan.micro_batch_rows} at a time)"),
-        ("steps", f"{steps}, warm-up {plan.warmup_steps}, last {plan.decay_fraction:.0%} decaying"),
-        ("tokens", f"{plan.tokens:,} ({plan.tokens / plan.corpus_tokens:.2f} epochs of {plan.corpus_tokens:,})"),
-        ("FLOPs", f"{plan.flops:.3g}"),
-        ("learning rates", f"matrices {recipe.matrix_learning_rate:.3g}, embedding {recipe.embedding_learning_rate:.3g}, "
-         f"head {recipe.head_learning_rate:.3g}"),
-        ("weight decay", f"{recipe.weight_decay:g}"),
-        ("memory", f"about {scaling.training_bytes(model, plan.micro_batch_rows * plan.sequence_length) / 1e9:.2f} GB"),
-    ]  # fmt: skip
-    lines = [f"  {name:<15} {value}" for name, value in rows] + [f"  {reason}" for reason in plan.reasons]
+    model, recipe, tokens = plan.model, plan.recipe, plan.tokens
+    expected = " expected" if plan.seconds is not None else ""
+    memory = scaling.training_bytes(model, plan.micro_batch_rows * plan.sequence_length) / 1e9
+    rates = recipe.matrix_learning_rate, recipe.embedding_learning_rate, recipe.head_learning_rate
+    rows = {
+        "layers x width": f"{model.num_hidden_layers} x {model.hidden_size}",
+        "heads": f"{model.num_attention_heads} of {model.head_dim}, {model.num_key_value_heads} for keys",
+        "SwiGLU width": f"{model.intermediate_size}",
+        "vocabulary": f"{model.vocab_size:,}",
+        "parameters": f"{model.parameter_count:,} ({scaling.active_parameters(model):,} active)",
+        "context": f"{plan.sequence_length} tokens",
+        "batch": f"{plan.batch_tokens:,} tokens ({plan.batch_rows} rows, {plan.micro_batch_rows} at a time)",
+        "steps": f"{plan.total_steps:,}{expected}, {plan.warmup_steps} warm-up, last {plan.decay_fraction:.0%} decay",
+        "tokens": f"{tokens:,} ({tokens / plan.corpus_tokens:.2f} epochs of {plan.corpus_tokens:,})",
+        "FLOPs": f"{plan.flops:.3g}",
+        "learning rates": "matrices {:.3g}, embedding {:.3g}, head {:.3g}".format(*rates),
+        "weight decay": f"{recipe.weight_decay:g}",
+        "memory": f"about {memory:.2f} GB",
+        "kernels": plan.kernels,
+    }
+    lines = [f"  {name:<15} {value}" for name, value in rows.items()] + [f"  {reason}" for reason in plan.reasons]
     return "the plan:\n" + "\n".join(lines)

@@ -107,6 +107,7 @@ def run(config: PretrainConfig) -> Summary | None:
     from llmkit.data.tokenize import tokenize_documents
     from llmkit.engine import setup, speed
     from llmkit.engine.evaluation import held_out_loss, next_token_loss
+    from llmkit.engine.generation import continue_text
     from llmkit.engine.planning import Plan, Wishes, make_plan, plan_table
     from llmkit.engine.schedule import Schedule
     from llmkit.engine.trainer import Trainer, TrainerSettings
@@ -192,9 +193,7 @@ def run(config: PretrainConfig) -> Summary | None:
         total_steps=plan.total_steps,
         seconds=plan.seconds,
         evaluate=evaluate,
-        sample=lambda: __import__("llmkit.engine.generation").engine.generation.continue_text(
-            model, tokenizer, config.prompt, max_tokens=40, seed=config.seed
-        ),
+        sample=lambda: continue_text(model, tokenizer, config.prompt, max_tokens=40, seed=config.seed),
         flops_per_token=plan.model.flops_per_token(plan.sequence_length),
         peak_flops=speed.peak_flops(device, dtype),
     )

@@ -1,0 +1,64 @@
+"""The README cannot lie: the commands under "Try it" are run, and what it names exists."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def commands(heading: str) -> list[str]:
+    section = README.split(f"## {heading}\n")[1].split("\n## ")[0]
+    return re.findall(r"^    (.+)$", section, re.MULTILINE)
+
+
+def test_the_commands_of_try_it_work(tmp_path):
+    shell = [line for line in commands("Try it") if not re.match(r"from |model", line)]
+    assert len(shell) == 6
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    for line in shell:
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", line],
+            cwd=tmp_path,
+            env={**os.environ, "PATH": path},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+    assert '"id": 7' in done.stdout and '"completion"' in done.stdout
+    assert (tmp_path / "base" / "model.safetensors").exists()
+
+
+def test_every_subcommand_has_its_section():
+    from llmkit.cli import COMMANDS
+
+    for name in COMMANDS:
+        assert f"### {name}: " in README
+
+
+def test_every_make_target_exists():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"^    make ([a-z-]+)", README, re.MULTILINE)
+    assert targets
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_every_option_it_names_exists():
+    """Each `--flag` of the README is an option of some subcommand, or of a command that is not ours."""
+    from llmkit.config import flag_of, option_fields
+    from llmkit.stages.pretrain import PretrainConfig
+    from llmkit.stages.sample import SampleConfig
+    from llmkit.stages.train_bpe import TrainBpeConfig
+
+    known = {"--config", "--help", "--stories"}
+    for config in (TrainBpeConfig, PretrainConfig, SampleConfig):
+        known |= {flag_of(item) for item in option_fields(config)}
+    assert set(re.findall(r"(--[a-z][a-z-]+)", README)) <= known
