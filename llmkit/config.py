@@ -207,8 +207,6 @@ def resolve(config_class: type, flags: Mapping[str, Any], config_file: str | Non
         if given is None or given == [] or given == ():
             if name in from_file:
                 given, place = from_file[name], f"{config_file}: {name}"
-            elif item.default is MISSING:
-                raise UserError(f"{place} is required")
             else:
                 continue
         base, optional, many = value_type(hints[name])
@@ -224,6 +222,9 @@ def resolve(config_class: type, flags: Mapping[str, Any], config_file: str | Non
                 raise UserError(f"{place}: {error}, found {part!r}") from None
             converted.append(value)
         values[name] = tuple(converted) if many else converted[0]
+    for name, item in known.items():
+        if name not in values and item.default is MISSING:
+            raise UserError(f"{flag_of(item)} is required; see --help")
     return config_class(**values)
 
 

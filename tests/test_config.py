@@ -140,7 +140,7 @@ def test_an_option_without_default_is_required() -> None:
         size: int = field(metadata=option(0, "Size.").metadata)
 
     Needs.__annotations__["size"] = int
-    with pytest.raises(UserError, match="--size is required"):
+    with pytest.raises(UserError, match="--size is required; see --help"):
         resolve(Needs, {})
 
 

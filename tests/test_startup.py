@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import MISSING
 
 import pytest
 
@@ -62,5 +63,6 @@ def test_an_option_means_the_same_in_every_command() -> None:
 def test_the_defaults_of_every_command_are_values_that_it_accepts() -> None:
     for _, config_class in configs():
         defaults = {item.name: item.default for item in option_fields(config_class)}
+        required = {name: "x" for name, value in defaults.items() if value is MISSING}
         given = {name: value for name, value in defaults.items() if value is not None and value != ()}
-        assert resolve(config_class, given) == config_class()
+        assert resolve(config_class, given | required) == config_class(**required)
