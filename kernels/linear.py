@@ -51,13 +51,17 @@ def matmul_nn(a: Tensor, b: Tensor) -> Tensor:
 
 
 def matmul_tn(a: Tensor, b: Tensor) -> Tensor:
-    """`a_KM.T @ b_KN`, without autograd: the weight gradient's product."""
-    if not _by_onednn(a):
-        return a.t() @ b
-    # oneDNN's first operand is copied when it is transposed: let that be the narrower one.
-    if a.shape[1] <= b.shape[1]:
-        return matmul_nt(a.t(), b.t())
-    return matmul_nt(b.t(), a.t()).t().contiguous()
+    """`a_KM.T @ b_KN`, without autograd: the weight gradient's product.
+
+    A transposed first operand is copied; over many rows the narrower one had better be it (1.05-1.2x).
+    """
+    if a.shape[1] > b.shape[1] and a.device.type == "cpu" and (a.dtype == torch.float32 or a.shape[0] >= 2048):
+        return _matmul_tn(b, a).t().contiguous()
+    return _matmul_tn(a, b)
+
+
+def _matmul_tn(a: Tensor, b: Tensor) -> Tensor:
+    return _onednn_linear(a.t(), b.t()) if _by_onednn(a) else a.t() @ b
 
 
 class _Linear(torch.autograd.Function):

@@ -1,8 +1,8 @@
 """Matrix products with weights that stay the same from call to call: packed once, as oneDNN wants to read them.
 
 Decoding multiplies few rows by the same weights thousands of times. Measured against oneDNN on plain weights, one
-thread, float32, 768 x 256 to 2304 x 768: 2.0x at 2 rows, 1.5x at 16; and what one row gives is then the same bits
-beside any number of other rows, which neither oneDNN on plain weights (1 row against more) nor MKL keeps.
+thread, float32, 768 x 256 to 2304 x 768: 2.0x at 2 rows, 1.5x at 16. Two rows cost what one costs, and from two on
+a row's result is the same bits beside any number of others (a single row is split along K above 1,024).
 """
 
 from collections.abc import Callable
