@@ -24,7 +24,7 @@ from llmkit.engine.decoding import Decoder, Prefix
 from llmkit.engine.sampling import Sampling, choose_tokens, uniforms
 from llmkit.errors import UserError
 from llmkit.model.transformer import Transformer
-from llmkit.tokenizer.encoding import Tokenizer
+from llmkit.tokenizer.encoding import DecodeStream, Tokenizer
 
 OPEN_REQUESTS = 16  # times the slots: how far reading may run ahead of a completion that is not done
 DRAWS = 128  # random numbers made at a time
@@ -103,6 +103,9 @@ def _overlap(text: str, stop: str) -> int:
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
 
 
+_Open = dict[int, list[Completion | None]]  # by request: its samples, None for those that are not done
+
+
 @dataclass
 class _Running:
     """One sample on its way."""
@@ -111,7 +114,7 @@ class _Running:
     sample: int
     request: Request
     max_tokens: int
-    decoding: object
+    decoding: DecodeStream
     stops: StopMatcher
     token_ids: list[int] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
@@ -119,7 +122,7 @@ class _Running:
 
     @property
     def position(self) -> int:
-        """Where the last token chosen stands."""
+        """Where the last token chosen stands; its slot holds all before it."""
         return len(self.request.prompt_ids) + len(self.token_ids) - 1
 
     def next_uniform(self) -> float:
@@ -165,10 +168,9 @@ class Generator:
         Raises UserError for a prompt that leaves no room in the context, and for logits that are no numbers.
         """
         running: list[_Running] = []  # slot i holds running[i]
-        done: dict[int, list[Completion | None]] = {}
-        given = 0
+        done: _Open = {}
+        given, more = 0, True
         fresh = self._begin(requests, done)
-        more = True
         while True:
             while more and len(running) < self._slots and len(done) < OPEN_REQUESTS * self._slots:
                 entry = next(fresh, None)
@@ -181,14 +183,14 @@ class Generator:
                     self._decoder.load(len(running), prefix)
                     running.append(sequence)
             while given in done and None not in done[given]:
-                yield done.pop(given)  # type: ignore[misc]
+                yield [completion for completion in done.pop(given) if completion is not None]
                 given += 1
             if running:
                 self._step(running, done)
             elif not more:
                 return
 
-    def _begin(self, requests: Iterable[Request], done: dict) -> Iterator[tuple[_Running, Prefix]]:
+    def _begin(self, requests: Iterable[Request], done: _Open) -> Iterator[tuple[_Running, Prefix]]:
         """Every sample of every request with its prefilled prompt; the prompt is computed when first asked for."""
         for index, request in enumerate(requests):
             length = len(request.prompt_ids)
@@ -206,7 +208,7 @@ class Generator:
                 decoding = self._tokenizer.stream(request.prompt_ids, skip_specials=True)
                 yield _Running(index, sample, request, limit, decoding, StopMatcher(self._stop)), prefix
 
-    def _step(self, running: list[_Running], done: dict) -> None:
+    def _step(self, running: list[_Running], done: _Open) -> None:
         """One token for each running sequence; the last slot moves into one that ends."""
         logits = self._decoder.step([s.token_ids[-1] for s in running], [s.position for s in running])
         self.steps += 1
@@ -215,7 +217,6 @@ class Generator:
             if self._take(running[slot], tokens[slot], done):
                 last = running.pop()
                 if slot < len(running):
-                    # the last one's newest token is not in its slot yet: the next step writes it
                     self._decoder.move(len(running), slot, last.position)
                     running[slot] = last
 
@@ -231,14 +232,14 @@ class Generator:
         self.tokens += len(sequences)
         return chosen.tolist()
 
-    def _take(self, sequence: _Running, token: int, done: dict) -> bool:
+    def _take(self, sequence: _Running, token: int, done: _Open) -> bool:
         """Append a token; True when the sequence has ended with it."""
         sequence.token_ids.append(token)
         ended = token in self._end_ids
-        text = "" if ended else sequence.stops.push(sequence.decoding.push([token]))  # type: ignore[attr-defined]
+        text = "" if ended else sequence.stops.push(sequence.decoding.push([token]))
         full = len(sequence.token_ids) >= sequence.max_tokens
         if (ended or full) and not sequence.stops.stopped:
-            text += sequence.stops.push(sequence.decoding.finish())  # type: ignore[attr-defined]
+            text += sequence.stops.push(sequence.decoding.finish())
             text += sequence.stops.finish()
         if text:
             sequence.texts.append(text)

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from llmkit.kernels.linear import matmul_nn, matmul_nt
+
 # Each row (a, b, c) is one odd polynomial a x + b x^3 + c x^5 of the singular values: the paper's optimal composition
 # for values in [1e-3, 1]. The argument is divided by 1.01, so that rounding in bfloat16 cannot push a value past the
 # interval, where the polynomials diverge (the paper's section 4.4).
@@ -39,11 +41,24 @@ def orthogonalise(update_KMN: Tensor, steps: int = 5) -> Tensor:
     tall = update_KMN.size(-2) > update_KMN.size(-1)
     x_KMN = update_KMN.mT if tall else update_KMN
     x_KMN = x_KMN / (x_KMN.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
-    for a, b, c in POLAR_EXPRESS[:steps]:
-        gram_KMM = x_KMN @ x_KMN.mT
-        polynomial_KMM = torch.baddbmm(gram_KMM, gram_KMM, gram_KMM, beta=b, alpha=c)
-        x_KMN = torch.baddbmm(x_KMN, polynomial_KMM, x_KMN, beta=a)
+    if x_KMN.dtype == torch.float32 and x_KMN.device.type == "cpu" and x_KMN.numel():
+        x_KMN = torch.stack([_polar_factor(x_MN, steps) for x_MN in x_KMN])
+    else:
+        for a, b, c in POLAR_EXPRESS[:steps]:
+            gram_KMM = x_KMN @ x_KMN.mT
+            polynomial_KMM = torch.baddbmm(gram_KMM, gram_KMM, gram_KMM, beta=b, alpha=c)
+            x_KMN = torch.baddbmm(x_KMN, polynomial_KMM, x_KMN, beta=a)
     return x_KMN.mT if tall else x_KMN
+
+
+def _polar_factor(x_MN: Tensor, steps: int) -> Tensor:
+    """The same for one float32 matrix on a CPU, by oneDNN: torch's batched products take MKL, at half the rate on AMD
+    (all matrices of a 17M model: 0.52 s for 1.16)."""
+    for a, b, c in POLAR_EXPRESS[:steps]:
+        gram_MM = matmul_nt(x_MN, x_MN)
+        polynomial_MM = matmul_nt(gram_MM, gram_MM).mul_(c).add_(gram_MM, alpha=b)  # a Gram matrix is symmetric
+        x_MN = matmul_nn(polynomial_MM, x_MN).add_(x_MN, alpha=a)
+    return x_MN
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,4 @@
-"""How far a run is, and what learning rate that means.
-
-Progress runs from 0 to 1. A run of a known number of steps moves by 1/steps each step; a run with a time budget
-moves as fast as the clock demands, so that the rate reaches its end when the time does.
-"""
+"""The learning rate over a run: a factor as a function of the step and of the progress, which runs from 0 to 1."""
 
 from __future__ import annotations
 
@@ -28,26 +24,3 @@ class Schedule:
         if self.decay_fraction <= 0 or left >= self.decay_fraction:
             return warmup
         return warmup * (self.final_factor + (1 - self.final_factor) * left / self.decay_fraction)
-
-
-@dataclass
-class Pace:
-    """Progress per step: fixed by a number of steps, or re-planned against a deadline.
-
-    `replan` is called now and then with the seconds left and the seconds a step takes; what it sets goes into the
-    checkpoint, so that a resumed run goes on at the same pace.
-    """
-
-    per_step: float
-    progress: float = 0.0
-
-    @property
-    def finished(self) -> bool:
-        return self.progress >= 1.0 - 1e-9
-
-    def advance(self) -> None:
-        self.progress += self.per_step
-
-    def replan(self, seconds_left: float, seconds_per_step: float) -> None:
-        steps_left = max(1.0, seconds_left / seconds_per_step)
-        self.per_step = (1.0 - self.progress) / steps_left

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from llmkit.engine.checkpoint import Checkpoints
 from llmkit.engine.optimizer import Optimizer
-from llmkit.engine.schedule import Pace, Schedule
+from llmkit.engine.schedule import Schedule
 from llmkit.errors import Interrupted, UserError
 from llmkit.progress import Progress, say
 from llmkit.rundir import MetricsLog, trim_metrics
@@ -75,19 +75,18 @@ class Trainer:
         self.describe = dict(describe or {})  # what must be equal for a resume to make sense
         self.step, self.tokens, self.elapsed = 0, 0, 0.0
         self.micro_batch_rows = settings.micro_batch_rows
-        self.pace = Pace(0.0)
         self.average_loss, self.high_steps = math.nan, 0
         self.scores: dict[str, float] = {}  # of the last evaluation
         self.saved_step, self.saved_at = -1, time.monotonic()
 
     # ---- one step
 
-    def train_step(self, batch: Batch) -> dict[str, float]:
-        """Forward, backward and update on one batch; returns its metrics."""
+    def train_step(self, batch: Batch, progress: float) -> dict[str, float]:
+        """Forward, backward and update on one batch at a progress in [0, 1]; returns the step's metrics."""
         total, targets = self._backward(batch)
         loss, norm = total / max(1, targets), float(self.optimizer.gradient_norm(max(1, targets)))
         self._guard(loss, norm)
-        factor = self.schedule.factor(self.step, self.pace.progress)
+        factor = self.schedule.factor(self.step, progress)
         limit = self.settings.max_grad_norm
         clip = 1.0 if limit is None or norm <= limit else limit / norm
         ramp = min(1.0, self.step / max(1, self.settings.momentum_warmup_steps))
@@ -95,7 +94,6 @@ class Trainer:
         self.optimizer.step(factor, momentum, clip / max(1, targets))
         self.step += 1
         self.tokens += batch[0].size
-        self.pace.advance()
         return {"loss": loss, "grad_norm": norm, "lr_factor": factor}
 
     def _backward(self, batch: Batch) -> tuple[float, int]:
@@ -160,19 +158,21 @@ class Trainer:
     ) -> dict[str, float]:
         """Train to `total_steps`, or until `seconds` of this run have passed, and return the last metrics.
 
-        With `seconds`, the learning rate's decay is re-planned against the clock (not bit-for-bit repeatable).
+        With `seconds`, the clock is the progress that the learning rate follows: a machine that slows down half-way
+        still ends in time with the rate at its end, but no two runs are equal.
         """
-        if self.pace.per_step == 0:
-            self.pace.per_step = 1 / (total_steps or 1000)
-        started, before, first_step = time.monotonic(), self.elapsed, self.step
+
+        def progress() -> float:
+            return self.elapsed / seconds if seconds is not None else self.step / (total_steps or 1)
+
+        started, before = time.monotonic(), self.elapsed
         log = MetricsLog(self.folder / "metrics.jsonl")
         since, since_tokens, last = started, self.tokens, {}
         batches = self.batches(self.step)
         with log, interruptible() as interrupted, Progress("training", 1.0, quiet=self.settings.quiet) as bar:
-            bar.advance(self.pace.progress)
-            while not (self.pace.finished if seconds is not None else self.step >= (total_steps or 0)):
-                progress = self.pace.progress
-                last = self.train_step(next(batches))
+            bar.advance(progress())
+            while (reached := progress()) < 1:
+                last = self.train_step(next(batches), reached)
                 now = time.monotonic()
                 self.elapsed = before + now - started
                 if self.step % self.settings.log_every == 0:
@@ -183,9 +183,7 @@ class Trainer:
                     if flops_per_token and peak_flops:
                         last["mfu"] = round(rate * flops_per_token / peak_flops, 4)
                     log.write(last)
-                bar.advance(self.pace.progress - progress, step=self.step, loss=last["loss"])
-                if seconds is not None and self.step % 10 == 0:
-                    self.pace.replan(seconds - self.elapsed, (now - started) / max(1, self.step - first_step))
+                bar.advance(progress() - reached, step=self.step, loss=last["loss"])
                 self._between_steps(interrupted, evaluate, sample, log)
             self.save(wait=True)
             if evaluate is not None:
@@ -236,8 +234,6 @@ class Trainer:
             state = {
                 "tokens": self.tokens,
                 "elapsed": self.elapsed,
-                "progress": self.pace.progress,
-                "per_step": self.pace.per_step,
                 "average_loss": None if math.isnan(self.average_loss) else self.average_loss,
                 "high_steps": self.high_steps,
                 "run": self.describe,
@@ -265,7 +261,6 @@ class Trainer:
         except (KeyError, RuntimeError) as error:
             raise UserError(f"{self.checkpoints.folder}: a checkpoint of another model ({error})") from error
         self.step, self.tokens, self.elapsed = state["step"], state["tokens"], state["elapsed"]
-        self.pace = Pace(state["per_step"], state["progress"])
         self.average_loss = math.nan if state["average_loss"] is None else state["average_loss"]
         self.high_steps, self.saved_step = state["high_steps"], self.step
         trim_metrics(self.folder / "metrics.jsonl", self.step)

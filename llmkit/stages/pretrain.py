@@ -25,6 +25,7 @@ from llmkit.rundir import (
 )
 from llmkit.stream import PARTIAL, atomic_file
 
+NO_LAST_STEP = 1 << 62  # under a time budget nobody knows it
 STARTED = time.monotonic()  # a time budget covers the start-up, too
 
 
@@ -169,7 +170,7 @@ def run(config: PretrainConfig) -> Summary | None:
         model,
         optimizer,
         Schedule(plan.warmup_steps, plan.decay_fraction),
-        batches=lambda step: batches.prefetch(step, plan.total_steps * 10, workers=config.workers),
+        batches=lambda step: batches.prefetch(step, NO_LAST_STEP, workers=config.workers),
         loss=setup.compiled(next_token_loss, config.compile, device, plan.flops),
         folder=work,
         settings=TrainerSettings(
