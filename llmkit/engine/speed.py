@@ -11,6 +11,7 @@ import torch
 from llmkit.engine.evaluation import next_token_loss
 from llmkit.engine.scaling import Recipe
 from llmkit.engine.setup import build_optimizer
+from llmkit.kernels import keep_freed_memory
 from llmkit.model.config import ModelConfig
 from llmkit.model.transformer import Transformer
 
@@ -44,6 +45,7 @@ def tokens_per_second(
     config: ModelConfig, recipe: Recipe, rows: int, sequence_length: int, device: torch.device, dtype: torch.dtype
 ) -> float:
     """Training speed of a model of this shape: the best of 2 steps on random tokens, the update included."""
+    keep_freed_memory()  # as the trainer does
     model = Transformer(config, seed=0).to(device=device, dtype=dtype)
     optimizer = build_optimizer(model, recipe)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (rows, sequence_length))

@@ -26,6 +26,7 @@ from llmkit.engine.checkpoint import Checkpoints
 from llmkit.engine.optimizer import Optimizer
 from llmkit.engine.schedule import Schedule
 from llmkit.errors import Interrupted, UserError
+from llmkit.kernels import keep_freed_memory
 from llmkit.progress import Progress, say
 from llmkit.rundir import MetricsLog, trim_metrics
 
@@ -69,6 +70,7 @@ class Trainer:
         settings: TrainerSettings,
         describe: Mapping[str, Any] | None = None,
     ) -> None:
+        keep_freed_memory()
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self.batches, self.loss, self.folder, self.settings = batches, loss, folder, settings
         self.checkpoints = Checkpoints(folder / "state")
