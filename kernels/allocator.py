@@ -1,7 +1,7 @@
 """Keep freed memory in the process: training frees and takes the same tensors every step.
 
 glibc hands a large block back to the kernel when it is freed, and the next step pays a page fault for each of its
-4 KiB pages again: 100,000 faults a step at 8,192 tokens x 256 hidden, a fifth of the step's time.
+4 KiB pages again: 240,000 faults and a seventh of the time of a step of 16,384 tokens x 320 hidden, 4 layers.
 """
 
 import ctypes
