@@ -119,7 +119,7 @@ def make_plan(
         return _plan_for_time(wishes, shape, corpus_tokens, device, speed, seconds_used, closing_tokens)
     depth, reasons = wishes.depth, []
     if depth is None and wishes.flops is not None:
-        depth = _best_depth(shape, lambda model: wishes.flops / model.flops_per_token(model.max_position_embeddings))  # type: ignore[operator]
+        depth = _depth_for_flops(shape, wishes.flops, corpus_tokens)
         reasons.append(f"depth {depth} promises the lowest loss for {wishes.flops:.2g} FLOPs")
     elif depth is None and wishes.tokens is not None:
         sizes = range(1, 65)
@@ -167,11 +167,13 @@ def _shape(wishes: Wishes, depth: int, vocab_size: int, special_ids: tuple[int |
     )
 
 
-def _best_depth(shape: Callable[[int], ModelConfig], tokens_of: Callable[[ModelConfig], float]) -> int:
-    losses = {
-        d: scaling.predicted_loss(scaling.active_parameters(m), tokens_of(m)) for d in range(1, 65) for m in [shape(d)]
-    }
-    return min(losses, key=losses.__getitem__)
+def _depth_for_flops(shape: Callable[[int], ModelConfig], flops: float, corpus_tokens: int) -> int:
+    def loss(depth: int) -> float:
+        model = shape(depth)
+        tokens = flops / model.flops_per_token(model.max_position_embeddings)
+        return scaling.predicted_loss(scaling.active_parameters(model), tokens, corpus_tokens)
+
+    return min(range(1, 65), key=loss)
 
 
 def _tokens_of_steps(wishes: Wishes, model: ModelConfig, steps: int) -> float:
@@ -206,8 +208,9 @@ def _plan_for_time(
         # scoring is forward only: a third of the work; and some seconds for saving
         seconds = budget - seconds_used() - closing_tokens / (2.5 * rate) - 1.0 - 0.005 * budget
         tokens = max(0.0, seconds) * rate
-        loss = scaling.predicted_loss(scaling.active_parameters(model), max(tokens, 1.0))
-        reasons.append(f"depth {depth}: {rate:,.0f} tokens/s, {tokens / 1e6:.1f}M tokens, predicted loss {loss:.3f}")
+        loss = scaling.predicted_loss(scaling.active_parameters(model), tokens, corpus_tokens)
+        figures = f"{rate:,.0f} tokens/s, {tokens / 1e6:.1f}M tokens"
+        reasons.append(f"depth {depth}: {figures}, {loss:.3f} bits per byte expected")
         if best is None or loss < best[0]:
             best = (loss, model, tokens, seconds)
         elif wishes.depth is None:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 from llmkit.model.config import ModelConfig
 
-# Predicted loss in nats a token-equivalent byte block: E + A / N^alpha + B / D^beta, with N the parameters that
-# multiply activations (blocks and output head) and D the tokens. Exponents: Hoffmann et al. 2022
-# (arXiv 2203.15556), approach 3. Only differences matter here: the law chooses among depths.
-IRREDUCIBLE, PARAMETER_COEFFICIENT, TOKEN_COEFFICIENT = 1.69, 406.4, 410.7
+# Bits per byte expected of N active parameters after D tokens: E + A / N^alpha + B / D^beta. The exponents are those of
+# Hoffmann et al. 2022 (arXiv 2203.15556, approach 3); the rest is fitted to our runs of 2M parameters on 4M to 15M
+# tokens of English (docs/experiments.md, "The scaling law"). Only differences matter: the law chooses among depths.
+IRREDUCIBLE, PARAMETER_COEFFICIENT, TOKEN_COEFFICIENT = 0.88, 43.0, 38.0
 PARAMETER_EXPONENT, TOKEN_EXPONENT = 0.34, 0.28
+REPEATS_WORTH = 15.4  # epochs, see predicted_loss
 TOKENS_PER_PARAMETER = 20
 ANCHOR_TOKENS, ANCHOR_BATCH = 20e6, 8192  # the horizon and batch at which the rates were tuned [x]
 
@@ -49,12 +50,18 @@ def active_parameters(config: ModelConfig) -> int:
     return round(config.flops_per_token(context=0) / 6)
 
 
-def predicted_loss(active_parameters: float, tokens: float) -> float:
-    """The loss that the scaling law expects, for comparing candidates."""
+def predicted_loss(active_parameters: float, tokens: float, corpus_tokens: float) -> float:
+    """The bits per byte that the scaling law expects, for comparing candidates.
+
+    Tokens seen again count less, and after some 15 epochs hardly at all: Muennighoff et al. 2023 (arXiv 2305.16264,
+    equation 5).
+    """
+    repeats = max(0.0, tokens / corpus_tokens - 1)
+    worth = min(tokens, corpus_tokens) + corpus_tokens * REPEATS_WORTH * (1 - math.exp(-repeats / REPEATS_WORTH))
     return (
         IRREDUCIBLE
         + PARAMETER_COEFFICIENT / active_parameters**PARAMETER_EXPONENT
-        + TOKEN_COEFFICIENT / tokens**TOKEN_EXPONENT
+        + TOKEN_COEFFICIENT / max(1.0, worth) ** TOKEN_EXPONENT
     )
 
 

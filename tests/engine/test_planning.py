@@ -93,6 +93,14 @@ def test_a_plan_survives_the_file_of_a_checkpoint():
     assert Plan.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 
+def test_a_small_corpus_seen_over_and_over_asks_for_a_smaller_model():
+    large = scaling.predicted_loss(2e6, 100e6, corpus_tokens=1e9)
+    small = scaling.predicted_loss(2e6, 100e6, corpus_tokens=1e6)
+    assert large == scaling.predicted_loss(2e6, 100e6, corpus_tokens=100e6)  # seen once is seen once
+    assert small > large
+    assert small == pytest.approx(scaling.predicted_loss(2e6, 1000e6, corpus_tokens=1e6), abs=1e-2)
+
+
 def test_contradicting_horizons_are_refused():
     with pytest.raises(UserError, match="--tokens and --flops: give one horizon, not 2"):
         plan(tokens=5, flops=7.0)
