@@ -244,12 +244,12 @@ def scaled_dot_product_attention(
     packing = Packing(doc_ids) if isinstance(doc_ids, Tensor) else doc_ids
     if packing is not None and packing.is_single:
         packing = None
+    if packing is not None and length > LONGEST_DENSE_MASK:
+        return _attention_by_segments(query, key, value, scale, packing, window)
     if _blocks_pay(query, keys):
         return _block_attention(query, key, value, scale, packing, window)
     if packing is None and window is None:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=enable_gqa)
-    if length > LONGEST_DENSE_MASK and packing is not None:
-        return _attention_by_segments(query, key, value, scale, packing, window)
     mask = attention_mask(length, keys, None if packing is None else packing.doc_ids, window)
     return F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=enable_gqa)
 

@@ -74,13 +74,14 @@ def test_any_split_into_documents_matches_naive_attention(length, starts, window
     check(dtype, length, 2, 1, 8, begins.cumsum(1), window, batch=1)
 
 
-def test_long_packed_rows_match_naive_attention_and_build_no_square_mask(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_packed_rows_match_naive_attention_and_build_no_square_mask(monkeypatch, dtype):
     monkeypatch.setattr(attention, "LONGEST_DENSE_MASK", 64)
     asked = []
     original = attention.attention_mask
     monkeypatch.setattr(attention, "attention_mask", lambda *a, **k: asked.append(a) or original(*a, **k))
     doc_ids = (torch.arange(300) // 70).expand(2, 300)
-    check(torch.float32, 300, 2, 2, 8, doc_ids, None)
+    check(dtype, 300, 2, 2, 8, doc_ids, None)
     assert not asked
 
 
