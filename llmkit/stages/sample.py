@@ -1,0 +1,299 @@
+"""`llmkit sample`: text from a model, from one prompt or from a stream of them."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, ClassVar
+
+from llmkit.config import CommonConfig, argument, as_options, option
+from llmkit.errors import UserError
+from llmkit.progress import Progress, quantity, say
+from llmkit.records import Row, check_prompt
+from llmkit.stream import BYTE_ORDER_MARK, atomic_file, check_output, open_input, open_output, read_jsonl
+
+if TYPE_CHECKING:
+    from llmkit.engine.generation import Completion, Generator, Request
+    from llmkit.model.config import ModelConfig
+
+STARTED = time.monotonic()
+# Below this many weights a second thread has less to do than to wait for: 4 layers of 256 with a vocabulary of
+# 8,192 (5M) take 1.4 ms a token on one thread, 1.5 ms on two, and 50 ms on two that others keep busy.
+ONE_THREAD_PARAMETERS = 20_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(CommonConfig):
+    """Options of `llmkit sample`."""
+
+    examples: ClassVar[str] = """
+        Examples:
+          llmkit sample base/ -p "It was a dark and" -n 3 --max-tokens 60 --seed 7
+          echo "Once upon a time" | llmkit sample base/ --temperature 0
+          llmkit sample base/ --jsonl < prompts.jsonl > completions.jsonl
+          llmkit sample base/ prompts.jsonl.gz --jsonl --stop "Question:" -o completions.jsonl
+
+        One prompt: -p, or all of stdin as plain text, less a final newline; an empty one starts from the
+        model's beginning token. Out comes the continuation; several are headed ==> 1/3 <==.
+        --jsonl: {"prompt", ...} in, the same with completion, token_ids, finish_reason and seed out, in the
+        order of the input; -n 3 makes three lines of one, with `sample` 0 to 2. A record's own seed is used.
+        The same prompt and seed give the same text, alone or among others, at any --batch-size (exactly so in
+        float32 on a CPU); a prompt that occurs again gets a seed of its own, which the output names.
+    """
+    following: ClassVar[str] = "llmkit sample base/ --jsonl < prompts.jsonl | jq -r .completion"
+
+    model: str = argument("Model folder: from llmkit, or a Hugging Face one.", metavar="MODEL", default=MISSING)
+    inputs: tuple[str, ...] = argument("With --jsonl: files of prompts, or - for stdin.", metavar="INPUT...")
+    prompt: str | None = option(None, "Text to continue.", short="-p")
+    jsonl: bool = option(False, "Prompts and completions are JSONL records.")
+    device: str = option("auto", "Where to compute.", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = option("auto", "Precision; auto: bfloat16 on GPUs.", choices=("auto", "float32", "bfloat16"))
+    batch_size: int = option(16, "Sequences decoded at a time.", at_least=1, at_most=4096)
+
+    samples: int = option(1, "Continuations of each prompt.", short="-n", group="Text", at_least=1, at_most=10**6)
+    max_tokens: int | None = option(
+        256, "Tokens of a continuation; none: up to the model's context.", group="Text", unit="count", at_least=1
+    )
+    stop: tuple[str, ...] = option((), "End before this text; repeatable.", group="Text", metavar="TEXT")
+    temperature: float = option(
+        0.8, "Divides the logits; 0 takes the likeliest token.", group="Text", at_least=0, at_most=100
+    )
+    top_k: int | None = option(None, "Only the k likeliest tokens.", group="Text", at_least=1)
+    top_p: float | None = option(None, "Only the likeliest tokens up to this sum.", group="Text", above=0, at_most=1)
+    min_p: float | None = option(
+        None, "Only tokens this times as likely as the likeliest.", group="Text", at_least=0, at_most=1
+    )
+
+    def reads_stdin(self) -> bool:
+        """Whether stdin is the input."""
+        return self.prompt is None and (not self.inputs or "-" in self.inputs)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the command line prints when the text went to a file."""
+
+    path: str
+    prompts: int
+    completions: int
+    tokens: int
+    seconds: float
+
+
+def run(config: SampleConfig) -> Summary | None:
+    """Load, build, generate, summarise. Raises UserError for the user's mistakes."""
+    out = config.out or "-"
+    _check_options(config, out)
+
+    # load
+    import torch
+
+    from llmkit.engine import setup
+    from llmkit.engine.generation import Generator, prompt_ids
+    from llmkit.engine.sampling import Sampling
+    from llmkit.model.folder import load_config, load_model
+    from llmkit.tokenizer.encoding import load_tokenizer
+
+    device = setup.choose_device(config.device)
+    dtype = setup.choose_dtype(config.dtype, device)
+    if config.dtype == "auto" and device.type == "cpu":
+        dtype = torch.float32  # bfloat16 gives up the promise of equal text at any batch size: never unasked
+    model_config = load_config(config.model)
+    tokenizer = load_tokenizer(config.model)
+    if tokenizer.vocab_size > model_config.vocab_size:
+        raise UserError(
+            f"{tokenizer.path}: the tokenizer has {tokenizer.vocab_size} tokens and the model "
+            f"{model_config.vocab_size}; put the tokenizer beside it that the model was trained with"
+        )
+    if config.dry_run:
+        for line in _plan(config, model_config, str(dtype).removeprefix("torch."), str(device)):
+            say(line, config.quiet)
+        return None
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1 if model_config.parameter_count < ONE_THREAD_PARAMETERS else torch.get_num_threads())
+
+    # build
+    generator = Generator(
+        load_model(config.model, dtype=dtype, device=device),
+        tokenizer,
+        Sampling(config.temperature, config.top_k, config.top_p, config.min_p),
+        slots=config.batch_size if config.jsonl else min(config.batch_size, config.samples),
+        stop=config.stop,
+        name=config.model,
+    )
+
+    # generate
+    prompts = _Prompts(config, lambda text: prompt_ids(tokenizer, text))
+    loaded = time.monotonic()
+    with torch.inference_mode():
+        if config.jsonl:
+            _write_records(generator, prompts, config, out)
+        else:
+            _write_text(generator, prompts, config, out)
+
+    # summarise
+    seconds = time.monotonic() - loaded
+    rate = quantity(generator.tokens / max(seconds, 1e-9))
+    say(f"{generator.tokens} tokens at {rate} tok/s, after {loaded - STARTED:.1f} s of loading", config.quiet)
+    if out == "-":
+        return None
+    return Summary(out, prompts.count, prompts.count * config.samples, generator.tokens, round(seconds, 3))
+
+
+def _check_options(config: SampleConfig, out: str) -> None:
+    if config.inputs and not config.jsonl:
+        raise UserError(f"{config.inputs[0]}: an input file needs --jsonl; give one prompt by -p or on stdin")
+    if config.inputs and config.prompt is not None:
+        raise UserError(f"-p and {config.inputs[0]}: expected one or the other, found both")
+    if "" in config.stop:
+        raise UserError("--stop: expected text, found nothing")
+    if config.seed >= 2**63:
+        raise UserError(f"--seed: expected less than 2^63, found {config.seed}")
+    if not Path(config.model).is_dir():
+        found = "a file" if Path(config.model).exists() else "nothing"
+        raise UserError(f"{config.model}: expected a model folder, found {found}")
+    check_output(out, config.force)
+
+
+def _plan(config: SampleConfig, model: ModelConfig, dtype: str, device: str) -> Iterator[str]:
+    """What `--dry-run` says."""
+    size = 2 if dtype == "bfloat16" else 4
+    slots = config.batch_size if config.jsonl else min(config.batch_size, config.samples)
+    a_token = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * size
+    context = model.max_position_embeddings
+    yield (
+        f"{config.model}: {model.model_type}, {quantity(model.parameter_count)} parameters, context {context}, "
+        f"{dtype} on {device}"
+    )
+    yield (
+        f"memory: {quantity(model.parameter_count * size)}B of weights, as much again packed for the CPU, and up to "
+        f"{quantity(slots * context * a_token)}B of keys and values for {slots} sequences"
+    )
+    source = "--prompt" if config.prompt is not None else " ".join(config.inputs) or "stdin"
+    yield f"{'JSONL' if config.jsonl else 'one prompt'} from {source} to {config.out or 'stdout'}"
+    kept = ("samples", "max_tokens", "stop", "temperature", "top_k", "top_p", "min_p", "seed", "batch_size", "limit")
+    yield ", ".join(f"{name} {value}" for name, value in as_options(config).items() if name in kept)
+
+
+# ---- prompts
+
+
+class _Prompts:
+    """The requests of a run, made as they are asked for; `take` gives back the record that one came from."""
+
+    def __init__(self, config: SampleConfig, encode: Callable[[str], list[int]]) -> None:
+        self._config, self._encode = config, encode
+        self._rows: dict[int, tuple[Row, int]] = {}
+        self._seen: Counter[int] = Counter()
+        self.count = 0
+
+    def __iter__(self) -> Iterator[Request]:
+        from llmkit.engine.generation import Request
+        from llmkit.engine.sampling import seed_of_repeat
+
+        config = self._config
+        for row in self._records():
+            where = row.where if row.line else row.path
+            try:
+                ids = self._encode(row.value["prompt"])
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+            # A request's number comes from its tokens, not from its line: other lines do not change its text.
+            number = int.from_bytes(blake2b(",".join(map(str, ids)).encode(), digest_size=8).digest(), "little")
+            seed = row.value.get("seed") if config.jsonl else None
+            if seed is None:
+                seed = seed_of_repeat(config.seed, self._seen[number])
+                self._seen[number] += 1
+            elif isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+                raise UserError(f"{where}: expected 'seed' to be a whole number from 0, found {seed!r}")
+            self._rows[self.count] = row, seed
+            self.count += 1
+            yield Request(ids, config.samples, config.max_tokens, seed, number, where)
+
+    def take(self, index: int) -> tuple[Row, int]:
+        """The record of a request and its seed, once."""
+        return self._rows.pop(index)
+
+    def _records(self) -> Iterable[Row]:
+        config = self._config
+        if config.prompt is not None:
+            yield Row({"prompt": config.prompt}, "--prompt", 0)
+        elif config.jsonl:
+            for row in read_jsonl(config.inputs or ["-"], config.limit):
+                check_prompt(row)
+                yield row
+        else:
+            yield Row({"prompt": _read_stdin()}, "stdin", 0)
+
+
+def _read_stdin() -> str:
+    with open_input("-") as handle:
+        data = handle.read().removeprefix(BYTE_ORDER_MARK)
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"stdin:{line}: not UTF-8 at byte {error.start}; convert the text first") from None
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+# ---- completions
+
+
+def _write_records(generator: Generator, prompts: _Prompts, config: SampleConfig, out: str) -> None:
+    with (
+        open_output(out, config.force) as write,
+        Progress("sample", unit="tok", quiet=config.quiet) as progress,
+    ):
+        for index, samples in enumerate(generator.complete(prompts)):
+            row, seed = prompts.take(index)
+            for number, completion in enumerate(samples):
+                write(_record(row, completion, seed, number if config.samples > 1 else None))
+                progress.advance(len(completion.token_ids), prompts=index + 1)
+
+
+def _record(row: Row, completion: Completion, seed: int, sample: int | None) -> dict[str, Any]:
+    made = {
+        "completion": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "seed": seed,
+    }
+    return {**row.value, **made} if sample is None else {**row.value, **made, "sample": sample}
+
+
+def _write_text(generator: Generator, prompts: _Prompts, config: SampleConfig, out: str) -> None:
+    with _open_text(out) as handle:
+
+        def write(text: str) -> None:
+            handle.write(text.encode())
+            handle.flush()
+
+        streams = out == "-" and config.samples == 1 and sys.stdout.isatty()
+        if streams:
+            generator.on_text = lambda request, sample, text: write(text)
+        (samples,) = generator.complete(prompts)
+        if streams:
+            write("\n")
+            return
+        for number, completion in enumerate(samples, 1):
+            heading = f"==> {number}/{len(samples)} <==\n" if len(samples) > 1 else ""
+            write(f"{'' if number == 1 or not heading else chr(10)}{heading}{completion.text}\n")
+
+
+@contextmanager
+def _open_text(out: str) -> Iterator[IO[bytes]]:
+    if out != "-":
+        with atomic_file(out) as handle:
+            yield handle
+    elif sys.stdout is None:
+        raise UserError("stdout: closed; name a file by -o")
+    else:
+        yield sys.stdout.buffer

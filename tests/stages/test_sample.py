@@ -1,0 +1,303 @@
+"""`llmkit sample` as a user runs it: text out of prompts, JSONL in and out, and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import END, make_model, save_folder
+
+from llmkit.config import resolve
+from llmkit.errors import UserError
+from llmkit.stages.sample import SampleConfig, run
+
+PROMPTS = ["It was a dark", "and stormy night;", "", "the rain fell", "ü", "It was a dark", "in torrents, except", "at"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return save_folder(tmp_path_factory.mktemp("models") / "base", make_model(context=128, spread=1.5))
+
+
+@pytest.fixture
+def prompts(tmp_path) -> Path:
+    return write_lines(tmp_path / "prompts.jsonl", [{"id": i, "prompt": text} for i, text in enumerate(PROMPTS)])
+
+
+def write_lines(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def sample(folder: Path, out: Path, **options):
+    """Run in this process, into a file that may exist; its text."""
+    summary = run(
+        resolve(SampleConfig, {"model": str(folder), "out": str(out), "force": True, "quiet": True, **options})
+    )
+    assert summary is not None and summary.path == str(out) and summary.tokens > 0
+    return out.read_text()
+
+
+def sample_jsonl(folder: Path, out: Path, prompts: Path, **options) -> list[dict]:
+    sample(folder, out, inputs=[str(prompts)], jsonl=True, max_tokens="20", **options)
+    return read_lines(out)
+
+
+# ---- text
+
+
+def test_a_prompt_is_continued(folder, llmkit):
+    done = llmkit("sample", folder, "-p", "It was", "--max-tokens", "12", "--seed", "3")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("\n") and 2 <= len(done.stdout) <= 13 and not done.stdout.startswith("It was")
+    assert "tok/s" in done.stderr and len(done.stderr.splitlines()) == 1
+    piped = llmkit("sample", folder, "--max-tokens", "12", "--seed", "3", "--quiet", stdin="It was\n")
+    assert (piped.stdout, piped.stderr, piped.returncode) == (done.stdout, "", 0)
+
+
+def test_several_samples_are_told_apart(folder, tmp_path):
+    text = sample(folder, tmp_path / "out.txt", prompt="It was", samples="3", max_tokens="12")
+    assert [text.count(f"==> {number}/3 <==\n") for number in (1, 2, 3)] == [1, 1, 1]
+    first = sample(folder, tmp_path / "one.txt", prompt="It was", max_tokens="12")
+    assert text.startswith("==> 1/3 <==\n" + first)
+
+
+def test_on_a_terminal_the_text_is_that_of_a_pipe(folder, on_terminal, llmkit):
+    words = ["sample", str(folder), "-p", "It was", "--max-tokens", "30", "--top-k", "20", "--quiet"]
+    shown = on_terminal(sys.executable, "-m", "llmkit", *words)
+    piped = llmkit(*words)
+    assert piped.stdout.strip() and shown.replace("\r\n", "\n").split() == piped.stdout.split()
+
+
+def test_transformers_is_not_imported(folder):
+    code = "import sys; from llmkit.cli import run_command_line as r; r(sys.argv[1:]); print('transformers' in sys.modules)"
+    command = [sys.executable, "-c", code, "sample", str(folder), "-p", "a", "--max-tokens", "1", "--quiet"]
+    assert subprocess.run(command, capture_output=True, text=True).stdout.endswith("False\n")
+
+
+def test_a_dry_run_says_what_would_be_done(folder, llmkit):
+    done = llmkit("sample", folder, "-p", "a", "--top-k", "5", "--dry-run")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "parameters" in done.stderr and "top_k 5" in done.stderr and "float32 on c" in done.stderr
+
+
+def test_temperature_zero_and_stop_strings_and_limits_are_heard(folder, tmp_path):
+    out = tmp_path / "out.txt"
+    greedy = sample(folder, out, prompt="It was", temperature="0", max_tokens="40").rstrip("\n")
+    assert greedy == sample(folder, out, prompt="It was", temperature="0", max_tokens="40", seed="9").rstrip("\n")
+    assert sample(folder, out, prompt="It was", max_tokens="40", seed="9", top_k="1").rstrip("\n") == greedy
+    stop = next(part for part in (greedy[i : i + 2] for i in range(2, 20)) if "\ufffd" not in part)
+    cut = sample(folder, out, prompt="It was", temperature="0", max_tokens="40", stop=["not in it", stop])
+    assert cut == greedy[: greedy.index(stop)] + "\n"
+
+
+def test_a_foreign_folder_is_continued_as_it_was_trained(shared_data, tmp_path):
+    out = tmp_path / "out.jsonl"
+    story = shared_data / "ckpt" / "story-llama"
+    sample(story, out, prompt="Once upon a time", temperature="0", max_tokens="20", jsonl=True)
+    (record,) = read_lines(out)
+    assert record["completion"].startswith(", a little girl named Lily lived in a small house")
+    expected = json.loads(story.with_name("story-llama.greedy-expected.json").read_text())["greedy_ids"]
+    assert record["token_ids"] == expected[6:26]
+
+
+# ---- JSONL
+
+
+def test_records_come_back_in_order_with_what_was_made(folder, prompts, tmp_path, llmkit):
+    done = llmkit("sample", folder, "--jsonl", "--max-tokens", "20", "--quiet", stdin=prompts.read_text())
+    assert (done.returncode, done.stderr) == (0, "")
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(record["id"], record["prompt"]) for record in records] == list(enumerate(PROMPTS))
+    for record in records:
+        assert list(record) == ["id", "prompt", "completion", "token_ids", "finish_reason", "seed"]
+        assert (record["finish_reason"] == "stop") == (record["token_ids"][-1] == END)
+        assert record["finish_reason"] == "stop" or len(record["token_ids"]) == 20
+    assert records == sample_jsonl(folder, tmp_path / "out.jsonl", prompts)
+
+
+def test_a_text_is_the_same_at_any_batch_size_in_any_order_and_alone(folder, tmp_path):
+    words = " ".join(PROMPTS).split()
+    texts = sorted({" ".join(random.Random(n).choices(words, k=n % 7)) for n in range(40)})
+    whole = write_lines(tmp_path / "all.jsonl", [{"prompt": text} for text in texts])
+    together = {record["prompt"]: record for record in sample_jsonl(folder, tmp_path / "out.jsonl", whole)}
+    assert len({record["completion"] for record in together.values()}) > 0.9 * len(texts)
+    for size in ("1", "3", "64"):
+        random.Random(size).shuffle(texts)
+        shuffled = write_lines(tmp_path / "some.jsonl", [{"prompt": text} for text in texts])
+        records = sample_jsonl(folder, tmp_path / "out.jsonl", shuffled, batch_size=size)
+        assert [record["prompt"] for record in records] == texts
+        assert {record["prompt"]: record for record in records} == together
+    for text in texts[:5]:
+        alone = sample(folder, tmp_path / "out.txt", prompt=text, max_tokens="20")
+        assert alone == together[text]["completion"] + "\n"
+
+
+def test_the_seed_of_a_record_makes_its_text_again(folder, prompts, tmp_path):
+    records = sample_jsonl(folder, tmp_path / "out.jsonl", prompts, seed="11")
+    first, again = records[0], records[5]  # the same prompt twice
+    assert first["prompt"] == again["prompt"] and first["completion"] != again["completion"]
+    assert first["seed"] == 11 and again["seed"] != 11
+    alone = sample(folder, tmp_path / "out.txt", prompt=again["prompt"], seed=str(again["seed"]), max_tokens="20")
+    assert alone == again["completion"] + "\n"
+    # fed back, a record makes itself, whatever --seed says
+    back = write_lines(tmp_path / "back.jsonl", records[::-1])
+    assert sample_jsonl(folder, tmp_path / "out.jsonl", back, seed="12") == records[::-1]
+
+
+def test_samples_of_a_record_follow_one_another(folder, prompts, tmp_path):
+    records = sample_jsonl(folder, tmp_path / "out.jsonl", prompts, samples="3", limit="4")
+    assert [(record["id"], record["sample"]) for record in records] == [(i, j) for i in range(4) for j in range(3)]
+    single = sample_jsonl(folder, tmp_path / "out.jsonl", prompts, limit="4")
+    assert [record["completion"] for record in records[::3]] == [record["completion"] for record in single]
+    assert len({record["completion"] for record in records}) > 8
+
+
+def test_records_stream(folder):
+    """The first results come while the input is still open, and closing the output ends it all in silence."""
+    command = [
+        sys.executable,
+        "-m",
+        "llmkit",
+        "sample",
+        str(folder),
+        "--jsonl",
+        "--max-tokens",
+        "3",
+        "--batch-size",
+        "2",
+    ]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, **pipes, text=True) as process:
+        assert process.stdin and process.stdout and process.stderr
+        for number in range(100):
+            process.stdin.write(json.dumps({"prompt": "a", "id": number}) + "\n")
+        process.stdin.flush()
+        assert json.loads(process.stdout.readline())["id"] == 0
+        process.stdout.close()
+        try:
+            for number in range(100000):
+                process.stdin.write(json.dumps({"prompt": "a", "id": number}) + "\n")
+            process.stdin.close()
+        except BrokenPipeError:
+            pass
+        assert process.wait(60) == 141
+        assert process.stderr.read() == ""
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"bad.jsonl:2: expected one JSON object"),
+        ("[1]", r"bad.jsonl:2: expected one JSON object a line: found a list"),
+        ('{"text": "a"}', r"bad.jsonl:2: expected field 'prompt' .*found \['text'\]"),
+        ('{"prompt": 3}', r"bad.jsonl:2: expected 'prompt' to be a string, found a number"),
+        ('{"prompt": null}', r"bad.jsonl:2: expected 'prompt' to be a string, found null"),
+        ('{"prompt": "\\ud800"}', r"bad.jsonl:2: "),
+        ('{"prompt": "a", "seed": "x"}', r"bad.jsonl:2: expected 'seed' to be a whole number"),
+        ('{"prompt": "a", "seed": -1}', r"bad.jsonl:2: expected 'seed' to be a whole number"),
+        (json.dumps({"prompt": "a" * 200}), r"bad.jsonl:2: the prompt is 201 tokens long and .* 128.*; shorten"),
+    ],
+)
+def test_a_bad_record_is_named_and_nothing_is_left(folder, tmp_path, line, message):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a"}\n' + line + "\n")
+    with pytest.raises(UserError, match=message):
+        sample_jsonl(folder, tmp_path / "out.jsonl", bad)
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+def test_an_empty_file_of_prompts_gives_no_completions(folder, tmp_path):
+    empty, out = tmp_path / "empty.jsonl", tmp_path / "out.jsonl"
+    empty.write_text("")
+    summary = run(resolve(SampleConfig, {"model": str(folder), "inputs": [str(empty)], "jsonl": True, "out": str(out)}))
+    assert summary is not None and summary.prompts == 0 and out.read_text() == ""
+
+
+def spoiled(folder: Path, target: Path, how: str) -> Path:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, target)
+    if how == "no tokenizer":
+        (target / "tokenizer.json").unlink()
+    if how == "no config":
+        (target / "config.json").unlink()
+    if how == "cut weights":
+        os.truncate(target / "model.safetensors", 5000)
+    if how == "nan":
+        tensors = load_file(target / "model.safetensors")
+        tensors["model.norm.weight"][0] = torch.nan
+        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    if how == "tokenizer too large":
+        from tiny import save_tokenizer
+
+        save_tokenizer(target, *[f"<|{n}|>" for n in range(9)])
+    return target
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("no tokenizer", r"spoiled/tokenizer.json: expected a tokenizer.json"),
+        ("no config", r"spoiled/config.json: not found"),
+        ("cut weights", r"spoiled/model.safetensors: damaged or cut"),
+        ("nan", r"spoiled: its logits are not finite numbers.*NaN"),
+        ("tokenizer too large", r"spoiled/tokenizer.json: the tokenizer has 266 tokens and the model 257"),
+    ],
+)
+def test_a_bad_model_folder_is_named(folder, tmp_path, how, message):
+    with pytest.raises(UserError, match=message):
+        sample(spoiled(folder, tmp_path / "spoiled", how), tmp_path / "out.txt", prompt="a")
+    assert not (tmp_path / "out.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "nowhere"}, "nowhere: expected a model folder, found nothing"),
+        ({"model": __file__}, "expected a model folder, found a file"),
+        ({"inputs": ["a.jsonl"]}, "a.jsonl: an input file needs --jsonl"),
+        ({"inputs": ["a.jsonl"], "jsonl": True, "prompt": "a"}, "expected one or the other"),
+        ({"inputs": ["nowhere.jsonl"], "jsonl": True}, "nowhere.jsonl: expected a file"),
+        ({"prompt": "a", "temperature": "-1"}, "--temperature: expected at least 0"),
+        ({"prompt": "a", "top_p": "0"}, "--top-p: expected more than 0"),
+        ({"prompt": "a", "stop": [""]}, "--stop: expected text"),
+        ({"prompt": "a", "seed": str(2**63)}, "--seed: expected less than"),
+        ({"prompt": "a", "device": "cuda"}, "--device cuda: no GPU"),
+        ({"prompt": "a", "out": "nowhere/out.txt"}, "nowhere/out.txt: the folder .* does not exist"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(folder, options, message):
+    if options.get("device") == "cuda" and __import__("torch").cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UserError, match=message):
+        run(resolve(SampleConfig, {"model": str(folder), "quiet": True, **options}))
+
+
+def test_text_that_is_not_utf8_is_refused(folder):
+    command = [sys.executable, "-m", "llmkit", "sample", str(folder)]
+    done = subprocess.run(command, input=b"one\ntwo \xff", capture_output=True)
+    assert done.returncode == 2 and b"stdin:2: not UTF-8 at byte 8" in done.stderr and not done.stdout
+
+
+def test_an_existing_output_is_kept(folder, tmp_path, llmkit):
+    out = tmp_path / "out.txt"
+    out.write_text("mine")
+    done = llmkit("sample", folder, "-p", "a", "-o", out)
+    assert done.returncode == 2 and "--force" in done.stderr and out.read_text() == "mine"
+    done = llmkit("sample", folder, "-p", "a", "-o", out, "--force", "--max-tokens", "3")
+    assert done.returncode == 0 and json.loads(done.stdout)["completions"] == 1 and out.read_text() != "mine"

@@ -1,0 +1,63 @@
+"""A model folder as small as one can be: random weights and one token for each byte, for tests of generation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+VOCABULARY = 257  # 256 bytes and <|endoftext|>
+END = 256
+
+
+def save_tokenizer(folder: Path, *more_specials: str) -> None:
+    """A byte-level tokenizer without merges: id 256 is <|endoftext|>, which begins and ends every text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>", *more_specials])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(special))
+
+
+def make_model(*, context: int = 512, seed: int = 0, spread: float = 1.0, **sizes):
+    """A Transformer with every parameter random, gains too; a large `spread` makes its distribution sharp."""
+    import torch
+
+    from llmkit.model.config import ModelConfig
+    from llmkit.model.transformer import Transformer
+
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": VOCABULARY,
+        "bos_token_id": END,
+        "eos_token_id": END,
+        **sizes,
+    }
+    model = Transformer(ModelConfig(max_position_embeddings=context, **shape))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            fan_in = parameter.shape[-1]
+            if parameter.ndim > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread * fan_in**-0.5)
+            else:
+                parameter.copy_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def save_folder(folder: Path, model=None) -> Path:
+    """A whole run folder; returns it."""
+    from llmkit.model.folder import save_model
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(folder)
+    save_model(model or make_model(), folder)
+    return folder
