@@ -24,6 +24,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
+import jsonlines
 import orjson
 
 from llmkit.errors import UserError
@@ -233,19 +234,19 @@ def _is_special(path: str | os.PathLike[str]) -> bool:
 
 
 @contextmanager
-def open_output(path: str, force: bool = False) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+def open_output(path: str, force: bool = False) -> Iterator[Callable[[Mapping[str, Any]], object]]:
     """Yield a function that writes one record. A file appears when all is written; `-` is stdout, at once."""
     check_output(path, force)
     if path == "-" and sys.stdout is None:
         raise UserError("stdout: closed; name a file instead of '-'")
-    with nullcontext(sys.stdout.buffer) if path == "-" else atomic_file(path) as handle:
+    target = nullcontext(sys.stdout.buffer) if path == "-" else atomic_file(path)
+    # flushed, so that the reader of a pipe sees each record as it comes
+    with target as handle, jsonlines.Writer(handle, dumps=_dumps, flush=path == "-") as writer:  # type: ignore
+        yield writer.write
 
-        def write(record: Mapping[str, Any]) -> None:
-            handle.write(orjson.dumps(record, option=JSON_LINE))
-            if path == "-":
-                handle.flush()  # the reader of a pipe sees each record as it comes
 
-        yield write
+def _dumps(record: Mapping[str, Any]) -> bytes:
+    return orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 @contextmanager

@@ -142,7 +142,7 @@ class _Stack:
     def _adamw(self, gradient: Tensor, rate: float, count: int) -> None:
         settings = self.settings
         first, second = self.state["momentum"], self.state["second_moment"]
-        torch._fused_adamw_(
+        torch._fused_adamw_(  # type: ignore[reportPrivateImportUsage]
             [self.master],
             [gradient],
             [first],
@@ -194,7 +194,9 @@ class Optimizer:
 
     def gradient_norm(self, divisor: float = 1.0) -> Tensor:
         """The 2-norm of all accumulated gradients over `divisor`, as an fp32 scalar."""
-        norms = torch._foreach_norm([stack.gradient for stack in self.stacks if stack.gradient is not None])
+        norms = torch._foreach_norm(  # type: ignore[reportPrivateImportUsage]
+            [stack.gradient for stack in self.stacks if stack.gradient is not None]
+        )
         return torch.stack(norms).norm() / divisor
 
     @torch.no_grad()

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from llmkit import kernels
 from llmkit.engine import scaling
 from llmkit.engine.scaling import Recipe
 from llmkit.errors import UserError
+from llmkit.kernels import backend
 from llmkit.model.config import ModelConfig
 
 MICRO_BATCH_TOKENS = {"cpu": 8192, "cuda": 65536, "mps": 16384}
@@ -206,7 +206,7 @@ def _plan_for_time(
         draft = _finish(wishes, model, _ideal_tokens(model), None, corpus_tokens, device, ())
         rate = speed(model, draft.recipe, min(draft.batch_rows, draft.micro_batch_rows), draft.sequence_length)
         # scoring is forward only: a third of the work; and some seconds for saving
-        seconds = budget - seconds_used() - closing_tokens / (2.5 * rate) - 1.0 - 0.005 * budget
+        seconds = budget - seconds_used() - closing_tokens / (2.5 * rate) - 1.0 - 0.01 * budget
         tokens = max(0.0, seconds) * rate
         loss = scaling.predicted_loss(scaling.active_parameters(model), tokens, corpus_tokens)
         figures = f"{rate:,.0f} tokens/s, {tokens / 1e6:.1f}M tokens"
@@ -259,7 +259,7 @@ def _finish(
         warmup_steps=wishes.warmup_steps if wishes.warmup_steps is not None else min(50, steps // 10),
         decay_fraction=0.6 if wishes.decay_fraction is None else wishes.decay_fraction,
         corpus_tokens=corpus_tokens,
-        kernels=kernels.backend(),
+        kernels=backend(),
         reasons=reasons,
     )
 

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import time
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +24,7 @@ from llmkit.rundir import (
     write_manifest,
     write_model_card,
 )
-from llmkit.stream import PARTIAL, atomic_file
+from llmkit.stream import PARTIAL, atomic_file, check_output
 
 NO_LAST_STEP = 1 << 62  # under a time budget nobody knows it
 STARTED = time.monotonic()  # a time budget covers the start-up, too
@@ -147,7 +148,7 @@ def run(config: PretrainConfig) -> Summary | None:
             vocab_size=tokenizer.vocab_size,
             corpus_tokens=shards.tokens,
             device=device.type,
-            speed=lambda *shape: speed.tokens_per_second(*shape, device, dtype),
+            speed=partial(speed.tokens_per_second, device=device, dtype=dtype),
             seconds_used=lambda: time.monotonic() - STARTED,
             closing_tokens=val_shards.tokens if val_shards else 0,
             special_ids=tokenizer.document_bounds(),
@@ -231,6 +232,8 @@ def _checked_paths(config: PretrainConfig) -> tuple[Path, list[str]]:
         raise UserError("--out is required: the folder for the model, such as -o base/")
     if config.tokenizer is None:
         raise UserError("--tokenizer is required: a folder from llmkit train-bpe, such as --tokenizer tok/")
+    if not config.dry_run:
+        check_output(config.out, config.force, config.resume)
     return Path(config.out.rstrip("/") or "/"), list(config.inputs) or ["-"]
 
 

@@ -278,10 +278,9 @@ def test_a_character_cut_by_the_limit_is_told(speller):
 def test_stops_do_not_depend_on_where_the_pieces_end(text, stops, cuts):
     ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
     first = min(ends, default=None)
-    if first is None:
-        expected = text
-    else:  # of those that end there, the longest
-        expected = text[: first - max(len(stop) for stop in stops if text[:first].endswith(stop))]
+    if first is not None:  # cut before the longest of those that end there
+        first -= max(len(stop) for stop in stops if text[:first].endswith(stop))
+    expected = text[:first]
     borders = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
     matcher, given_out = StopMatcher(stops), ""
     for start, end in itertools.pairwise(borders):

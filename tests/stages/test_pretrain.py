@@ -13,8 +13,20 @@ from pathlib import Path
 
 import pytest
 
-WORDS = "the old ship sailed past a green island while small birds sang over warm grey stones and deep blue water".split()
-SIZES = ["--depth", "1", "--hidden-size", "64", "--sequence-length", "32", "--batch-tokens", "256", "--dtype", "float32"]
+WORDS = "the old ship sailed past a green island while small birds sang over warm grey stones and deep blue water"
+WORDS = WORDS.split(" ")
+SIZES = [
+    "--depth",
+    "1",
+    "--hidden-size",
+    "64",
+    "--sequence-length",
+    "32",
+    "--batch-tokens",
+    "256",
+    "--dtype",
+    "float32",
+]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +63,9 @@ def weights(folder: Path) -> bytes:
 
 
 def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+    return [
+        json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines() if '"loss"' in line
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +170,9 @@ def test_an_existing_output_stays_without_force(base, corpus, llmkit):
 def test_dry_run_prints_the_plan_and_writes_nothing(corpus, llmkit, tmp_path):
     done = llmkit(*arguments(corpus, tmp_path / "base", "--tokens", "10k", "--dry-run"))
     assert done.returncode == 0 and done.stdout == ""
-    assert "1 x 64" in done.stderr and "parameters" in done.stderr and "FLOPs" in done.stderr and "memory" in done.stderr
+    assert (
+        "1 x 64" in done.stderr and "parameters" in done.stderr and "FLOPs" in done.stderr and "memory" in done.stderr
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -225,7 +241,17 @@ def test_a_resume_with_other_options_is_refused(corpus, llmkit, tmp_path):
 
 def test_stdin_documents_and_the_token_cache(corpus, llmkit, tmp_path):
     text = (corpus / "docs.jsonl").read_text()
-    command = ["pretrain", "-", "--tokenizer", f"{corpus}/tok", "-o", str(tmp_path / "base"), *SIZES, "--max-steps", "2"]
+    command = [
+        "pretrain",
+        "-",
+        "--tokenizer",
+        f"{corpus}/tok",
+        "-o",
+        str(tmp_path / "base"),
+        *SIZES,
+        "--max-steps",
+        "2",
+    ]
     done = llmkit(*command, stdin=text)
     assert done.returncode == 0, done.stderr
     again = llmkit(*arguments(corpus, tmp_path / "two", "--max-steps", "2", "--token-cache", str(tmp_path / "cache")))

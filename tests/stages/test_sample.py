@@ -80,7 +80,8 @@ def test_on_a_terminal_the_text_is_that_of_a_pipe(folder, on_terminal, llmkit):
 
 
 def test_transformers_is_not_imported(folder):
-    code = "import sys; from llmkit.cli import run_command_line as r; r(sys.argv[1:]); print('transformers' in sys.modules)"
+    code = "import sys; from llmkit.cli import run_command_line as run; run(sys.argv[1:])"
+    code += "; print('transformers' in sys.modules)"
     command = [sys.executable, "-c", code, "sample", str(folder), "-p", "a", "--max-tokens", "1", "--quiet"]
     assert subprocess.run(command, capture_output=True, text=True).stdout.endswith("False\n")
 
