@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections import Counter
@@ -116,23 +115,21 @@ def run(config: SampleConfig) -> Summary | None:
         for line in _plan(config, model_config, str(dtype).removeprefix("torch."), str(device)):
             say(line, config.quiet)
         return None
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1 if model_config.parameter_count < ONE_THREAD_PARAMETERS else torch.get_num_threads())
+    small = device.type == "cpu" and model_config.parameter_count < ONE_THREAD_PARAMETERS
+    with torch.inference_mode(), _one_thread(small):
+        # build
+        generator = Generator(
+            load_model(config.model, dtype=dtype, device=device),
+            tokenizer,
+            Sampling(config.temperature, config.top_k, config.top_p, config.min_p),
+            slots=_slots(config),
+            stop=config.stop,
+            name=config.model,
+        )
+        prompts = _Prompts(config, lambda text: prompt_ids(tokenizer, text))
+        loaded = time.monotonic()
 
-    # build
-    generator = Generator(
-        load_model(config.model, dtype=dtype, device=device),
-        tokenizer,
-        Sampling(config.temperature, config.top_k, config.top_p, config.min_p),
-        slots=config.batch_size if config.jsonl else min(config.batch_size, config.samples),
-        stop=config.stop,
-        name=config.model,
-    )
-
-    # generate
-    prompts = _Prompts(config, lambda text: prompt_ids(tokenizer, text))
-    loaded = time.monotonic()
-    with torch.inference_mode():
+        # generate
         if config.jsonl:
             _write_records(generator, prompts, config, out)
         else:
@@ -162,10 +159,27 @@ def _check_options(config: SampleConfig, out: str) -> None:
     check_output(out, config.force)
 
 
+def _slots(config: SampleConfig) -> int:
+    one_prompt = config.prompt is not None or not config.jsonl
+    return min(config.batch_size, config.samples) if one_prompt else config.batch_size
+
+
+@contextmanager
+def _one_thread(wanted: bool) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if wanted else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _plan(config: SampleConfig, model: ModelConfig, dtype: str, device: str) -> Iterator[str]:
     """What `--dry-run` says."""
     size = 2 if dtype == "bfloat16" else 4
-    slots = config.batch_size if config.jsonl else min(config.batch_size, config.samples)
+    slots = _slots(config)
     a_token = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * size
     context = model.max_position_embeddings
     yield (

@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -164,7 +165,7 @@ def test_samples_of_a_record_follow_one_another(folder, prompts, tmp_path):
     assert len({record["completion"] for record in records}) > 8
 
 
-def test_records_stream(folder):
+def test_records_stream_and_a_closed_pipe_ends_it_all(folder):
     """The first results come while the input is still open, and closing the output ends it all in silence."""
     command = [
         sys.executable,
@@ -186,12 +187,11 @@ def test_records_stream(folder):
         process.stdin.flush()
         assert json.loads(process.stdout.readline())["id"] == 0
         process.stdout.close()
-        try:
+        with suppress(BrokenPipeError):
             for number in range(100000):
                 process.stdin.write(json.dumps({"prompt": "a", "id": number}) + "\n")
+        with suppress(BrokenPipeError):
             process.stdin.close()
-        except BrokenPipeError:
-            pass
         assert process.wait(60) == 141
         assert process.stderr.read() == ""
 
