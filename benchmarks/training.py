@@ -3,7 +3,8 @@
     python benchmarks/training.py docs.jsonl.gz --hf-trainer hf_trainer.py --peer-python peers/bin/python
 
 Two models: `tiny` (4 layers of 128, vocabulary 512, 12 rows of 64 a step) and `17m` (6 of 384, 8,192, 16 of 256).
-Every run is a fresh process, one after the other, in rounds; a table's row is the median over rounds.
+Every run is a fresh process, one after the other, in rounds; a table's row is the best of the rounds, in each column,
+for a shared machine has slow and fast minutes.
 
     tok/s        median over the steps after the first --skip, and over the best peer that does not compile
     CPU ms       user + system time of the process a step, after --skip: steadier than tok/s where other work shares
@@ -192,7 +193,7 @@ def follow_lines(process: subprocess.Popen, marks: tuple[str, ...]):
 
 
 def follow_metrics(process: subprocess.Popen, path: Path):
-    """(rows, clock) whenever metrics.jsonl has grown; looks 200 times a second."""
+    """(rows, clock) whenever metrics.jsonl has grown; looks often for the first row only, for looking takes time."""
     seen = 0
     while True:
         running = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
@@ -202,7 +203,7 @@ def follow_metrics(process: subprocess.Popen, path: Path):
             yield rows, time.perf_counter()
         if not running:
             return
-        time.sleep(0.005)
+        time.sleep(0.1 if seen else 0.005)
 
 
 def measure(name: str, command: list[str], shape: Shape, steps: int, skip: int, threads: int, folder: Path) -> Outcome:
@@ -214,6 +215,7 @@ def measure(name: str, command: list[str], shape: Shape, steps: int, skip: int, 
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),  # nothing compiled by an earlier run
     }  # fmt: skip
     outcome, marks = Outcome(), {}
+    late = skip + (steps - skip) * 3 // 4  # before the run folder is renamed
     with open(folder / "log", "w") as log:
         started = time.perf_counter()
         process = subprocess.Popen(
@@ -226,7 +228,7 @@ def measure(name: str, command: list[str], shape: Shape, steps: int, skip: int, 
         try:
             for done, clock in events:
                 clocks[done] = clock
-                for mark in (1, skip, steps):
+                for mark in (1, skip, late):
                     if done >= mark and mark not in marks:
                         marks[mark] = (done, session_cpu(process.pid))
                 if not outcome.first_wall:
@@ -235,10 +237,10 @@ def measure(name: str, command: list[str], shape: Shape, steps: int, skip: int, 
             process.kill()
             raise
         _, process.returncode, usage = os.wait4(process.pid, 0)
-    if process.returncode or steps not in marks:
+    if process.returncode or late not in marks:
         raise SystemExit(f"{name}: failed\n" + "\n".join((folder / "log").read_text().splitlines()[-15:]))
     outcome.peak_mb = usage.ru_maxrss / 1024
-    (first, before), (last, after) = marks[skip], marks[steps]
+    (first, before), (last, after) = marks[skip], marks[late]
     outcome.cpu_per_step = (after - before) / (last - first)
     if ours:
         final = folder / "run" / "metrics.jsonl"
@@ -316,16 +318,17 @@ def prepare(name: str, documents: str, megabytes: float, folder: Path) -> Settin
 
 
 def table(shape_name: str, outcomes: dict[str, list[Outcome]]) -> str:
-    """The medians over rounds. The columns "x peer" are 1.00 for the best peer that does not compile."""
+    """The best of the rounds. The columns "x peer" are 1.00 for the best peer that does not compile."""
     shape = SHAPES[shape_name]
 
-    def medians(measured: Callable[[Outcome], float]) -> dict[str, float]:
-        return {name: statistics.median(measured(run) for run in runs) for name, runs in outcomes.items()}
+    def least(measured: Callable[[Outcome], float]) -> dict[str, float]:
+        return {name: min(measured(run) for run in runs) for name, runs in outcomes.items()}
 
-    rate = medians(lambda run: shape.batch * shape.block / statistics.median(run.step_seconds))
-    cpu = medians(lambda run: 1000 * run.cpu_per_step)
-    first_cpu, first_wall = medians(lambda run: run.first_cpu), medians(lambda run: run.first_wall)
-    peak = medians(lambda run: run.peak_mb)
+    seconds = least(lambda run: statistics.median(run.step_seconds))
+    rate = {name: shape.batch * shape.block / value for name, value in seconds.items()}
+    cpu = least(lambda run: 1000 * run.cpu_per_step)
+    first_cpu, first_wall = least(lambda run: run.first_cpu), least(lambda run: run.first_wall)
+    peak = least(lambda run: run.peak_mb)
     peers = [name for name in outcomes if not name.startswith("llmkit") and name not in COMPILED]
     best_rate = max((rate[name] for name in peers), default=math.nan)
     least_cpu = min((cpu[name] for name in peers), default=math.nan)
