@@ -68,6 +68,7 @@ def tokenize_documents(
     info = ShardInfo(tokenizer_sha256=encoder.sha256, vocab_size=encoder.vocab_size, start=start, end=end)
     if len(paths) == 1 and is_shard_folder(paths[0]):
         return _ready_shards(paths[0], info)
+    made = not cache.exists()
     cache.mkdir(parents=True, exist_ok=True)
     if all(Path(path).is_file() for path in paths):
         folder = cache / f"{name}-{_cache_key(paths, info, limit, cache)}"
@@ -80,8 +81,13 @@ def tokenize_documents(
             if shards.info == info:
                 return shards
     shutil.rmtree(folder, ignore_errors=True)
-    with atomic_folder(folder) as partial:
-        _write_shards(paths, encoder, ShardWriter(partial, info), limit, quiet)
+    try:
+        with atomic_folder(folder) as partial:
+            _write_shards(paths, encoder, ShardWriter(partial, info), limit, quiet)
+    except UserError:
+        if made:  # a mistake leaves nothing behind
+            shutil.rmtree(cache, ignore_errors=True)
+        raise
     return TokenShards(folder)
 
 

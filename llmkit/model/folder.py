@@ -109,7 +109,9 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     with atomic_file(path) as handle:
+        mode = os.fstat(handle.fileno()).st_mode & 0o777
         save_file(tensors, handle.name, metadata={"format": "pt"})
+        os.chmod(handle.name, mode)  # safetensors makes its file for the owner alone
 
 
 def _read_json(path: Path) -> dict[str, Any]:

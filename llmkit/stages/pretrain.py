@@ -104,6 +104,7 @@ class Summary:
 
 def run(config: PretrainConfig) -> Summary | None:
     """Load, build, train, save, summarise. Raises UserError for the user's mistakes, Interrupted after a signal."""
+    out, inputs = _checked_paths(config)  # before the seconds that torch takes to import
 
     from llmkit.data.batches import Batches, EvaluationBatches
     from llmkit.data.tokenize import tokenize_documents
@@ -118,7 +119,6 @@ def run(config: PretrainConfig) -> Summary | None:
     from llmkit.tokenizer.encoding import load_tokenizer
 
     # load
-    out, inputs = _checked_paths(config)
     if config.resume and out.is_dir() and not Path(str(out) + PARTIAL).exists():
         return _finished(out)
     tokenizer = load_tokenizer(config.tokenizer or "")
@@ -136,9 +136,9 @@ def run(config: PretrainConfig) -> Summary | None:
     # build
     device = setup.choose_device(config.device)
     dtype = setup.choose_dtype(config.dtype, device)
-    work = None if config.dry_run else begin_run(out, resume=config.resume, force=config.force)
-    plan_file = work / "state" / "plan.json" if work else None
-    if plan_file is not None and plan_file.exists():
+    work = Path(str(out) + PARTIAL)
+    plan_file = work / "state" / "plan.json"
+    if config.resume and plan_file.exists():
         plan = Plan.from_json(json.loads(plan_file.read_text()))
         _check_same_options(config, json.loads(plan_file.with_name("options.json").read_text()))
     else:
@@ -153,20 +153,21 @@ def run(config: PretrainConfig) -> Summary | None:
             closing_tokens=val_shards.tokens if val_shards else 0,
             special_ids=tokenizer.document_bounds(),
         )
+    batches = Batches(shards, plan.sequence_length, plan.batch_rows, config.seed)
     say(plan_table(plan), config.quiet)
-    if work is None or plan_file is None:
+    if config.dry_run:
         rate = speed.tokens_per_second(
             plan.model, plan.recipe, plan.micro_batch_rows, plan.sequence_length, device, dtype
         )
         say(f"at {rate:,.0f} tokens/s here, about {plan.tokens / rate:,.0f} s of training", config.quiet)
         return None
+    begin_run(out, resume=config.resume, force=config.force)  # not before: a plan may be refused
     plan_file.parent.mkdir(exist_ok=True)
     _write_json(plan_file, plan.to_json())
     _write_json(plan_file.with_name("options.json"), _identity(config))
     model = Transformer(plan.model, seed=config.seed).to(device=device, dtype=dtype)
     model.checkpoint_layers = config.activation_checkpointing
     optimizer = setup.build_optimizer(model, plan.recipe)
-    batches = Batches(shards, plan.sequence_length, plan.batch_rows, config.seed)
     trainer = Trainer(
         model,
         optimizer,
@@ -234,7 +235,12 @@ def _checked_paths(config: PretrainConfig) -> tuple[Path, list[str]]:
         raise UserError("--tokenizer is required: a folder from llmkit train-bpe, such as --tokenizer tok/")
     if not config.dry_run:
         check_output(config.out, config.force, config.resume)
-    return Path(config.out.rstrip("/") or "/"), list(config.inputs) or ["-"]
+    out = Path(config.out.rstrip("/") or "/")
+    if config.resume and not out.is_dir() and not Path(str(out) + PARTIAL).is_dir():
+        raise UserError(f"{out}{PARTIAL}: nothing to resume; start without --resume")
+    if not Path(config.tokenizer).exists():
+        raise UserError(f"--tokenizer: expected a folder from llmkit train-bpe, found no {config.tokenizer}")
+    return out, list(config.inputs) or ["-"]
 
 
 # What may differ between a run and its resumption without changing what it computes

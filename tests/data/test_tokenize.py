@@ -154,7 +154,7 @@ def test_a_bad_record_is_named_and_leaves_nothing(tmp_path, content, complaint):
     with pytest.raises(UserError, match=complaint) as caught:
         tokenize_documents([str(path)], Bytes(), tmp_path / "cache", quiet=True)
     assert "\n" not in str(caught.value)
-    assert [entry.name for entry in (tmp_path / "cache").iterdir()] == ["inputs.json"]
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
@@ -207,4 +207,4 @@ def test_a_full_disk_is_the_users_mistake_and_leaves_nothing(jsonl, tmp_path):
     run = [sys.executable, "-c", code, str(jsonl), str(tmp_path / "cache")]
     done = subprocess.run(run, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
     assert "no space left" in done.stdout
-    assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]
+    assert not (tmp_path / "cache").exists()

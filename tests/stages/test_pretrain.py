@@ -62,6 +62,12 @@ def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def losses(folder: Path) -> list[float]:
     return [
         json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines() if '"loss"' in line
@@ -92,6 +98,7 @@ def test_the_folder_is_what_it_should_be(base, corpus):
     manifest = json.loads((base / "manifest.json").read_text())
     assert manifest["results"]["val_bits_per_byte"] > 0
     assert manifest["inputs"][0]["path"] == f"{corpus}/docs.jsonl" and len(manifest["inputs"][0]["sha256"]) == 64
+    assert {path.stat().st_mode & 0o777 for path in base.iterdir() if path.is_file()} == {0o666 & ~_umask()}
     assert not list(base.rglob("*.pt")) and not list(base.rglob("*.bin"))  # no pickle anywhere
 
 
@@ -200,7 +207,7 @@ def test_a_users_mistake_is_one_line(corpus, llmkit, tmp_path, change, message):
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1] and done.stderr.splitlines()[-1].startswith("llmkit: error: ")
     assert "Traceback" not in done.stderr
-    assert not (tmp_path / "base").exists()
+    assert not (tmp_path / "base").exists() and not (tmp_path / "base.partial").exists()
 
 
 @pytest.mark.parametrize(
@@ -221,7 +228,7 @@ def test_a_bad_record_is_named_and_leaves_nothing(corpus, llmkit, tmp_path, cont
     assert done.returncode == 2
     last = done.stderr.splitlines()[-1]
     assert last.startswith("llmkit: error: ") and "docs.jsonl" in last and message in last
-    assert {p.name for p in tmp_path.rglob("*.safetensors")} == set() and not (tmp_path / "base").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["docs.jsonl"]
 
 
 def test_a_resume_with_other_options_is_refused(corpus, llmkit, tmp_path):
