@@ -144,7 +144,7 @@ class Trainer:
         self.optimizer.discard()
         self.save(wait=True)
         place = self.checkpoints.folder
-        raise UserError(f"{reason}; saved in {place}; resume with a lower --learning-rate, or look at the data")
+        raise UserError(f"{reason}; saved in {place}; start again with a lower --learning-rate, or look at the data")
 
     # ---- many steps
 

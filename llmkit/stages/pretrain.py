@@ -183,6 +183,7 @@ def run(config: PretrainConfig) -> Summary | None:
             sample_every=config.sample_every,
             quiet=config.quiet,
         ),
+        describe={"tokenizer": tokenizer.sha256, "tokens of the documents": shards.tokens},
     )
     if config.resume and trainer.resume():
         say(f"resuming after step {trainer.step}", config.quiet)
