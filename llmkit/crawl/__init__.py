@@ -1,0 +1,1 @@
+"""What a web page is: reading archives, main text, language, filters, duplicates, personal data."""

@@ -1,0 +1,56 @@
+"""What reading hands on: pages, records that are no pages, and the spans in which an input is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(slots=True)
+class Page:
+    """One record that may become a document.
+
+    `offset` is the byte at which the record starts in its file: for `.gz`, of its gzip member in the
+    compressed file, or in the unpacked bytes where the whole file is one gzip stream or stdin. It is the line
+    number for JSONL, and 0 for an HTML file. Exactly one of `html` and `text` is not None.
+    """
+
+    path: str
+    offset: int
+    url: str | None
+    html: bytes | str | None  # bytes: the character set is not yet decided
+    content_type: str | None  # the HTTP header, with the charset if it names one
+    text: str | None  # ready text: WET, JSONL `text`
+    record: dict[str, Any]  # what passes through: JSONL keys but `html` and `text`; "id" and "date" of a WARC record
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A record that is no page, or bytes that are no record: counted by reason."""
+
+    path: str
+    offset: int
+    reason: str
+    url: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A piece of one input, of a size that never depends on the number of workers; cheap to pickle.
+
+    The span owns the records that start at `start` or after and before `stop`. `exact` says that a record is
+    known to start at `start`; otherwise the first one at or after it is looked for. What cannot be sought
+    travels in `payload`, and then `start` is where its first byte stood in the unpacked input (for JSONL, the
+    number of its first line). `files` names the files of a span of loose files.
+    """
+
+    path: str
+    index: int  # over all inputs, from 0
+    kind: str  # a key of llmkit.crawl.reading.READERS
+    start: int = 0
+    stop: int = 0
+    exact: bool = False
+    payload: bytes | None = None
+    files: tuple[str, ...] = ()
+    limit: int | None = None  # at most so many pages are wanted of it
+    max_page_bytes: int = 50_000_000
