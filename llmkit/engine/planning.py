@@ -259,7 +259,7 @@ def _finish(
         warmup_steps=wishes.warmup_steps if wishes.warmup_steps is not None else min(50, steps // 10),
         decay_fraction=0.6 if wishes.decay_fraction is None else wishes.decay_fraction,
         corpus_tokens=corpus_tokens,
-        kernels=backend(),
+        kernels=backend(device),
         reasons=reasons,
     )
 
