@@ -50,6 +50,15 @@ def repair_bfloat16() -> None:
 
     for name in ("binary_op", "unary_op", "ternary_op", "create_dot"):
         setattr(InterpreterBuilder, name, repaired(getattr(InterpreterBuilder, name)))
+
+    cast = InterpreterBuilder.cast_impl
+
+    def cast_as_a_gpu_does(self, source, dtype):  # the interpreter's own cast drops the lower bits
+        if dtype.scalar == tl.bfloat16 and source.dtype.scalar == tl.float32:
+            return narrowed(source.data)
+        return cast(self, widened(source), dtype)
+
+    InterpreterBuilder.cast_impl = cast_as_a_gpu_does
     InterpreterBuilder.repaired = True
 
 
