@@ -1,0 +1,113 @@
+"""What an unfinished run leaves on disk, so that --resume need not do it again: one file for each finished span."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from llmkit.crawl.parts import Part, read_parts, write_part
+from llmkit.errors import UserError
+from llmkit.stream import atomic_file, remove
+
+SUFFIX = ".partial-state"
+
+
+class State:
+    """The folder `OUT.partial-state/`: `run.json`, which says what is being made of what, and `span-NNNNNN`.
+
+    A span's file appears whole or not at all. The folder is made when the first span is saved.
+    """
+
+    def __init__(self, out: str, run: Mapping[str, Any]) -> None:
+        self.folder = Path(f"{out}{SUFFIX}")
+        self.run = orjson.loads(orjson.dumps(run))  # as JSON will give it back
+
+    def begin(self, resume: bool, force: bool) -> int:
+        """Check what is there; the number of spans that need no work.
+
+        Raises UserError when there is an unfinished run and neither resume nor force, when there is none to
+        resume, or when it was made from another input or with other options.
+        """
+        if resume:
+            self._check_same_run()
+            return len(list(self.folder.glob("span-*[0-9]")))
+        if self.folder.exists() and not force:
+            raise UserError(f"{self.folder}: an unfinished run; --resume goes on with it, --force starts again")
+        remove(self.folder)
+        return 0
+
+    def _check_same_run(self) -> None:
+        path = self.folder / "run.json"
+        try:
+            before = orjson.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise UserError(f"{self.folder}: nothing to resume; start without --resume") from None
+        except ValueError:
+            raise UserError(f"{path}: not JSON; start again with --force") from None
+        for key in {**before, **self.run}:
+            if before.get(key) != self.run.get(key):
+                where = _difference(key, before.get(key), self.run.get(key))
+                raise UserError(f"{self.folder}: the unfinished run had {where}; start again with --force")
+
+    def has(self, span: Any) -> bool:
+        """Whether the span's file is there. Raises UserError when it was made of other bytes."""
+        path = self._path(span)
+        if not path.exists():
+            return False
+        with open(path, "rb") as handle:
+            if handle.read(32) != _digest(span):
+                name = "stdin" if span.path == "-" else span.path
+                raise UserError(f"{name}: not what the unfinished run has read; start again with --force")
+        return True
+
+    def load(self, span: Any) -> Iterator[Part]:
+        """The parts of a span that needs no work."""
+        with open(self._path(span), "rb") as handle:
+            handle.seek(32)
+            yield from read_parts(handle)
+
+    def saving(self, span: Any, parts: Iterable[Part]) -> Iterator[Part]:
+        """Pass the parts of a span through, keeping them; the file appears after the last."""
+        if not self.folder.exists():
+            self.folder.mkdir()
+            with atomic_file(self.folder / "run.json") as handle:
+                handle.write(orjson.dumps(self.run, option=orjson.OPT_INDENT_2))
+        with atomic_file(self._path(span)) as handle:
+            handle.write(_digest(span))
+            for part in parts:
+                write_part(handle, part)
+                yield part
+
+    def remove(self) -> None:
+        """The run is finished, and its output in place."""
+        remove(self.folder)
+
+    def _path(self, span: Any) -> Path:
+        return self.folder / f"span-{span.index:06d}"
+
+
+def _digest(span: Any) -> bytes:
+    """What tells a span of a pipe from another; of a file, path, size and time are in run.json."""
+    return hashlib.sha256(span.payload or b"").digest()
+
+
+def _difference(key: str, before: Any, now: Any) -> str:
+    """The first place where two JSON values differ, as "recipe.c4.min_lines 5, this one has 3"."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in {**before, **now}:
+            if before.get(name) != now.get(name):
+                return _difference(f"{key}.{name}", before.get(name), now.get(name))
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for number, (old, new) in enumerate(zip(before, now, strict=True)):
+            if old != new:
+                return _difference(f"{key}[{number}]", old, new)
+    return f"{key} {_short(before)}, this one has {_short(now)}"
+
+
+def _short(value: Any) -> str:
+    text = orjson.dumps(value).decode()
+    return text if len(text) <= 60 else text[:57] + "..."
