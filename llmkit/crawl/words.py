@@ -1,0 +1,140 @@
+"""Lines, paragraphs, words and sentences of a text, by regular expression, each split once and shared.
+
+Words follow the convention of the Gopher rules' known implementations: a run of letters and digits is a word,
+with what joins it inside (don't, 3.5, U.S), and a run of other visible characters is a symbol, a word of its own.
+In scripts written without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each letter is a word.
+"""
+
+# ruff: noqa: RUF001 -- the marks of other scripts look like ours
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import defaultdict
+from functools import cached_property
+from itertools import chain, count
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def _combining_marks() -> str:
+    """The combining marks as ranges of a character class; `\\w` leaves them out and so cuts Hindi words apart."""
+    marks = {code for code in range(0x300, 0x10000) if unicodedata.category(chr(code))[0] == "M"}
+    starts = sorted(code for code in marks if code - 1 not in marks)
+    ends = sorted(code for code in marks if code + 1 not in marks)
+    return "".join(f"\\u{start:04x}-\\u{end:04x}" for start, end in zip(starts, ends, strict=True))
+
+
+MARKS = _combining_marks()
+UNSPACED = (
+    "\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff"  # Thai and Lao, Burmese, Khmer, kana
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese characters
+)
+_SPECIAL = re.compile(f"[{MARKS}{UNSPACED}]")
+_WORD = re.compile(r"\w+(?:['’.,]\w+)*|[^\w\s]+")  # 1.6 times as fast as the next, for texts that need no more
+_LETTER = rf"[^\W{UNSPACED}]"
+_ANY_WORD = re.compile(
+    rf"{_LETTER}(?:{_LETTER}|[{MARKS}\u200c\u200d]|['’.,](?={_LETTER}))*|[{UNSPACED}][{MARKS}]*|[^\w\s{MARKS}]+"
+)
+
+
+class _Pieces(dict[str, tuple[str, ...]]):
+    """The words of each stretch without space, remembered: 19 of 20 have come before, which is 3 times as fast."""
+
+    def __missing__(self, stretch: str) -> tuple[str, ...]:
+        pattern = _ANY_WORD if not stretch.isascii() and _SPECIAL.search(stretch) else _WORD
+        words = tuple(pattern.findall(stretch))
+        if len(self) >= 1 << 16:
+            self.clear()
+        if len(stretch) <= 32:
+            self[stretch] = words
+        return words
+
+
+_pieces = _Pieces()
+
+TERMINAL = ".?!…‼⁇⁈⁉‽。！？．｡﹒﹖﹗।॥؟۔։።፧។៕༎꓿᙮᠃᠉"  # the marks that end a sentence, as FineWeb has them and more
+CLOSING = "\"'”’»›)]}」』）】"  # what may stand behind them
+_NO_SPACE_FOLLOWS = "。！？｡।॥"
+# It never fails halfway, so that a million full stops cost no more than a million letters.
+_SENTENCE_END = re.compile(rf"[{re.escape(TERMINAL)}]+[{re.escape(CLOSING)}]*(\s?)")
+_ABBREVIATIONS = set("Mr Mrs Ms Dr Prof St Jr Sr vs etc No Inc Ltd Co Fig e.g i.e".split())  # noqa: SIM905
+
+
+def count_sentences(line: str) -> int:
+    """Sentences in one line, at least 1 for a line that is not blank.
+
+    >>> count_sentences('Mr. Hill paid 3.50. "Thanks!" he said. Then')
+    4
+    """
+    line = line.strip()
+    sentences, last = int(bool(line)), len(line)
+    for end in _SENTENCE_END.finditer(line):
+        start, stop = end.span()
+        if stop == last or not (end[1] or line[start] in _NO_SPACE_FOLLOWS):
+            continue
+        before = line[max(0, start - 6) : start].rpartition(" ")[2]
+        abbreviated = line[start] == "." and (before in _ABBREVIATIONS or (len(before) == 1 and before.isalpha()))
+        sentences += not abbreviated
+    return sentences
+
+
+class Split:
+    """A text with its parts, each found when first asked for."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    @cached_property
+    def lines(self) -> list[str]:
+        """The lines that are not blank, without the space around them."""
+        return [line for line in map(str.strip, self.text.split("\n")) if line]
+
+    @cached_property
+    def paragraphs(self) -> list[str]:
+        """What blank lines part."""
+        return [part for part in map(str.strip, re.split(r"\n\s*\n", self.text)) if part]
+
+    @cached_property
+    def words(self) -> list[str]:
+        """The words, symbols among them, in order."""
+        return list(chain.from_iterable(map(_pieces.__getitem__, self.text.split())))
+
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """The number of each word in the vocabulary: int64, (words,)."""
+        import numpy as np
+
+        numbers: defaultdict[str, int] = defaultdict(count().__next__)
+        ids = np.fromiter(map(numbers.__getitem__, self.words), np.int64, len(self.words))
+        self._vocabulary = list(numbers)
+        return ids
+
+    @property
+    def vocabulary(self) -> list[str]:
+        """The distinct words, in the order of first appearance."""
+        _ = self.ids
+        return self._vocabulary
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """How often each word of the vocabulary occurs: int64, (vocabulary,)."""
+        import numpy as np
+
+        return np.bincount(self.ids, minlength=len(self.vocabulary))
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """The characters of each word of the vocabulary: int64, (vocabulary,)."""
+        import numpy as np
+
+        return np.fromiter(map(len, self.vocabulary), np.int64, len(self.vocabulary))
+
+
+def repeated(parts: list[str]) -> tuple[int, int]:
+    """How many of the parts stood before, and how many characters these have."""
+    unique = set(parts)
+    return len(parts) - len(unique), sum(map(len, parts)) - sum(map(len, unique))
