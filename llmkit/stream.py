@@ -49,11 +49,18 @@ def open_input(path: str) -> Iterator[io.BufferedReader]:
     Raises UserError when it cannot be opened, when stdin is asked for a second time, and when the reading
     meets a damaged or cut archive.
     """
+    with open_packed(path) as raw:
+        yield unpacked(raw, "stdin" if path == "-" else path)
+
+
+@contextmanager
+def open_packed(path: str) -> Iterator[io.BufferedReader]:
+    """Open a file, or stdin for `-`, as the bytes that it holds; errors are those of `open_input`."""
     name = "stdin" if path == "-" else path
     try:
         with ExitStack() as stack:
             raw: Any = _take_stdin() if path == "-" else stack.enter_context(open(path, "rb", buffering=BLOCK))
-            yield _decompressed(raw, name)
+            yield raw
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{name}: damaged or cut gzip data: {str(error).lower()}") from error
     except OSError as error:
@@ -74,7 +81,8 @@ def _take_stdin() -> io.BufferedReader:
     return raw if hasattr(raw, "peek") else io.BufferedReader(raw)
 
 
-def _decompressed(raw: io.BufferedReader, name: str) -> io.BufferedReader:
+def unpacked(raw: io.BufferedReader, name: str) -> io.BufferedReader:
+    """The bytes of an open gzip or zstd archive, or of any other file as they are; `name` is for errors."""
     magic = raw.peek(4)[:4]
     if magic.startswith(GZIP_MAGIC):
         return io.BufferedReader(gzip.GzipFile(fileobj=raw), BLOCK)  # type: ignore[arg-type]
@@ -151,20 +159,26 @@ def read_documents(paths: Sequence[str], limit: int | None = None) -> Iterator[R
 def _json_rows(handle: IO[bytes], path: str) -> Iterator[Row]:
     name = "stdin" if path == "-" else path
     for number, line in enumerate(handle, 1):
-        if number == 1:
-            line = line.removeprefix(BYTE_ORDER_MARK)
-        if line.isspace() or not line:
-            continue
-        try:
-            value = orjson.loads(line)
-        except orjson.JSONDecodeError as error:
-            found = "not UTF-8" if "UTF-8" in str(error) else str(error).split(": line ")[0]
-        else:
-            if isinstance(value, dict):
-                yield Row(value, name, number)
-                continue
-            found = f"found {kind_of(value)}"
-        raise UserError(f"{name}:{number}: expected one JSON object a line: {found}; mend or remove the line")
+        row = json_row(line, name, number)
+        if row is not None:
+            yield row
+
+
+def json_row(line: bytes, name: str, number: int) -> Row | None:
+    """The object on one line of JSONL, None for a blank line; errors are those of `read_jsonl`."""
+    if number == 1:
+        line = line.removeprefix(BYTE_ORDER_MARK)
+    if line.isspace() or not line:
+        return None
+    try:
+        value = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        found = "not UTF-8" if "UTF-8" in str(error) else str(error).split(": line ")[0]
+    else:
+        if isinstance(value, dict):
+            return Row(value, name, number)
+        found = f"found {kind_of(value)}"
+    raise UserError(f"{name}:{number}: expected one JSON object a line: {found}; mend or remove the line")
 
 
 def json_documents(handle: IO[bytes], path: str) -> Iterator[Row]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+MAX_PAGE_BYTES = 50_000_000
+
 
 @dataclass(slots=True)
 class Page:
     """One record that may become a document.
 
     `offset` is the byte at which the record starts in its file: for `.gz`, of its gzip member in the
-    compressed file, or in the unpacked bytes where the whole file is one gzip stream or stdin. It is the line
+    compressed file, or in the unpacked bytes where the whole file is one compressed stream. It is the line
     number for JSONL, and 0 for an HTML file. Exactly one of `html` and `text` is not None.
     """
 
@@ -38,19 +40,18 @@ class Skipped:
 class Span:
     """A piece of one input, of a size that never depends on the number of workers; cheap to pickle.
 
-    The span owns the records that start at `start` or after and before `stop`. `exact` says that a record is
-    known to start at `start`; otherwise the first one at or after it is looked for. What cannot be sought
-    travels in `payload`, and then `start` is where its first byte stood in the unpacked input (for JSONL, the
-    number of its first line). `files` names the files of a span of loose files.
+    A span of a file that can be sought owns the records that start at byte `start` or after and before `stop`.
+    What cannot be sought travels along in `frames`: (offset, the bytes of a record), or (offset, reason) where
+    the bytes were passed over. A span of HTML files names them in `files`.
     """
 
     path: str
     index: int  # over all inputs, from 0
-    kind: str  # a key of llmkit.crawl.reading.READERS
+    kind: str  # warc, warc.gz, arc, arc.gz, jsonl, html
     start: int = 0
     stop: int = 0
-    exact: bool = False
-    payload: bytes | None = None
+    exact: bool = False  # a record is known to start at `start`; otherwise the first one after it is looked for
+    frames: tuple[tuple[int, bytes | str], ...] | None = None
     files: tuple[str, ...] = ()
     limit: int | None = None  # at most so many pages are wanted of it
-    max_page_bytes: int = 50_000_000
+    max_page_bytes: int = MAX_PAGE_BYTES
