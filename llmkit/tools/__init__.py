@@ -1,0 +1,1 @@
+"""Tools that a model may use while it writes: a calculator, a search index, a Python sandbox."""

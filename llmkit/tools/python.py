@@ -1,0 +1,172 @@
+"""Python for models: a program of theirs runs in a sandbox, and what it printed comes back.
+
+    run_python("print(2 ** 10)").output  ->  "1024\\n"
+
+The sandbox is llmkit/tools/jail.py: namespaces, a root of its own, Landlock, seccomp and limits, set up by the child
+process itself before the code runs. Linux 5.13 or later on x86_64 or aarch64; where anything of it is missing
+nothing is run, unless the user says `--sandbox none`.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from llmkit.errors import UserError
+
+LONGEST_PROGRAM = 1 << 18  # bytes
+OUTPUT_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a program may use. Its files count against the memory of the machine, twice `file_bytes` at most."""
+
+    wall_seconds: float = 10.0
+    cpu_seconds: int = 5
+    memory_bytes: int = 512 << 20
+    file_bytes: int = 16 << 20
+    output_bytes: int = OUTPUT_BYTES
+
+
+@dataclass(frozen=True)
+class PythonResult:
+    """What became of a program.
+
+    output   what it wrote on stdout and stderr, in its order, `output_bytes` at most
+    ended    "done", "error" (an exception or a non-zero exit), "timeout" (of the clock or of
+             the processor), "output" (it wrote too much) or "killed"
+    """
+
+    output: str
+    ended: str
+
+
+def check_sandbox() -> None:
+    """Raise UserError where the sandbox cannot be closed, with what is missing. Tried once a process."""
+    missing = _missing()
+    if missing:
+        raise UserError(
+            f"the Python sandbox cannot be closed on this machine: {missing}; --sandbox none runs without one"
+        )
+
+
+@lru_cache(1)
+def _missing() -> str | None:
+    if sys.platform != "linux":
+        return f"it needs Linux, found {sys.platform}"
+    try:
+        run_python("pass")
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def run_python(code: str, limits: Limits | None = None, *, sandbox: bool = True) -> PythonResult:
+    """Run a program and wait for its end. Whatever it does, nothing of it is left when this returns.
+
+    Raises UserError when the sandbox cannot be closed: the program has not been run then. Without `sandbox` it runs
+    as a plain child process in an empty folder, with the limits of time and output alone.
+    """
+    limits = limits or Limits()
+    data = code.encode("utf-8", "replace")
+    if len(data) > LONGEST_PROGRAM:
+        return PythonResult(f"the program is longer than {LONGEST_PROGRAM} bytes", "error")
+    if not sandbox:
+        with TemporaryDirectory(prefix="llmkit-") as folder:
+            return _run(_command(-1, limits), data, limits, folder, ())
+    status, theirs = os.pipe()
+    try:
+        result = _run(_command(theirs, limits), data, limits, "/", (theirs,))
+    finally:
+        os.close(theirs)
+        refusal = os.read(status, 500).decode("utf-8", "replace")
+        os.close(status)
+    if refusal:
+        raise UserError(refusal)
+    return result
+
+
+def _command(status: int, limits: Limits) -> list[str]:
+    jail = str(Path(__file__).with_name("jail.py"))
+    numbers = (status, limits.memory_bytes, limits.cpu_seconds, limits.file_bytes)
+    return [sys.executable, "-I", "-S", "-B", "-X", "utf8", jail, *map(str, numbers)]
+
+
+def _run(command: list[str], data: bytes, limits: Limits, folder: str, descriptors: tuple[int, ...]) -> PythonResult:
+    """Start a command, feed it `data`, read what it writes up to the limits, and end its whole group."""
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=folder,
+        env={},
+        pass_fds=descriptors,
+        start_new_session=True,
+    ) as child:
+        try:
+            output, ended = _exchange(child, data, limits)
+        finally:
+            _end_group(child)
+    if ended == "done" and child.returncode:
+        out_of_time = child.returncode == 128 + signal.SIGXCPU
+        ended = "timeout" if out_of_time else "killed" if child.returncode > 128 or child.returncode < 0 else "error"
+    return PythonResult(output.decode("utf-8", "replace"), ended)
+
+
+def _exchange(child: subprocess.Popen[bytes], data: bytes, limits: Limits) -> tuple[bytes, str]:
+    assert child.stdin is not None and child.stdout is not None
+    deadline = time.monotonic() + limits.wall_seconds
+    output, written = bytearray(), 0
+    with selectors.DefaultSelector() as selector:
+        os.set_blocking(child.stdin.fileno(), False)
+        selector.register(child.stdin, selectors.EVENT_WRITE)
+        selector.register(child.stdout, selectors.EVENT_READ)
+        while True:
+            events = selector.select(max(0.0, deadline - time.monotonic()))
+            if not events:
+                return bytes(output), "timeout"
+            for key, _ in events:
+                if key.fileobj is child.stdin:
+                    try:
+                        written += os.write(child.stdin.fileno(), data[written : written + (1 << 16)])
+                    except BlockingIOError:
+                        continue
+                    except BrokenPipeError:
+                        written = len(data)
+                    if written == len(data):
+                        selector.unregister(child.stdin)
+                        child.stdin.close()
+                    continue
+                part = os.read(child.stdout.fileno(), 1 << 16)
+                if not part:
+                    return bytes(output), _wait(child, deadline)
+                output += part
+                if len(output) > limits.output_bytes:
+                    return bytes(output[: limits.output_bytes]), "output"
+
+
+def _wait(child: subprocess.Popen[bytes], deadline: float) -> str:
+    """A program may close its output and go on."""
+    try:
+        child.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return "timeout"
+    return "done"
+
+
+def _end_group(child: subprocess.Popen[bytes]) -> None:
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        child.kill()
+    child.wait()
