@@ -197,7 +197,7 @@ def _float_function(function: Callable[..., float]) -> Callable[..., Number]:
 
 
 # name: (function, fewest and most arguments)
-FUNCTIONS: dict[str, tuple[Callable[..., Number], int, int]] = {
+FUNCTIONS: dict[str, tuple[Callable[..., Any], int, int]] = {
     "sqrt": (_square_root, 1, 1),
     "abs": (abs, 1, 1),
     "min": (min, 1, 100),
