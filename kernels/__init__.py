@@ -6,6 +6,7 @@ Imported as `llmkit.kernels`. Nothing here knows of models, tokenizers or traini
 from llmkit.kernels.allocator import keep_freed_memory
 from llmkit.kernels.attention import Packing, attention_mask, scaled_dot_product_attention
 from llmkit.kernels.cross_entropy import linear_cross_entropy
+from llmkit.kernels.decode import attention_decode
 from llmkit.kernels.dispatch import BACKENDS, backend
 from llmkit.kernels.linear import linear
 from llmkit.kernels.projections import qkv_rotary, swiglu_mlp
@@ -15,6 +16,7 @@ __all__ = [
     "BACKENDS",
     "Packing",
     "add_rms_norm",
+    "attention_decode",
     "attention_mask",
     "backend",
     "keep_freed_memory",

@@ -1,4 +1,7 @@
-"""Attention on CPU: torch's flash kernel in float32, batched products over blocks of queries in bfloat16.
+"""Attention: one name whatever the machine, its eager reference, and the CPU's own path.
+
+On a GPU the Triton kernels of kernels/triton/ compute it; on CPU torch's flash kernel in float32, and batched
+products over blocks of queries in bfloat16.
 
 All masks are one mechanism: the query at position q sees the keys from `lo[q]` to q, where lo is the start of its
 document, or q - window + 1 where that is later. Blocks of queries skip the keys before their smallest `lo`.
@@ -7,9 +10,12 @@ B batch, H query heads, K key-value heads, G = H / K, T queries, S keys, D head 
 """
 
 import math
+from contextlib import nullcontext
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
+from llmkit.kernels import fused_attention
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -23,24 +29,32 @@ class Packing:
     """Where the documents of a packed batch begin: computed once a batch, used by every layer.
 
     doc_ids (B, T): equal neighbours belong to one document. `starts` (B, T) holds the position at which the
-    document of each position begins. Building it reads the ids on the host once.
+    document of each position begins.
     """
 
     def __init__(self, doc_ids: Tensor):
-        length = doc_ids.shape[1]
         self.doc_ids = doc_ids
-        position = torch.arange(length, device=doc_ids.device)
-        begins = torch.ones_like(doc_ids, dtype=torch.bool)
-        begins[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
-        self.starts = torch.where(begins, position, 0).cummax(1).values
-        self.is_single = not bool(begins[:, 1:].any())
-        self._begins = begins
+        self.starts = fused_attention.document_starts(doc_ids)
         self._blocks: dict = {}
+        self._bounds: dict = {}
 
-    @property
+    @cached_property
+    def is_single(self) -> bool:
+        """Whether no row has a second document; read on the host."""
+        return not bool(self.starts.any())
+
+    @cached_property
     def segments(self) -> list[list[int]]:
-        """Positions at which documents begin, for each row."""
-        return [row.nonzero().flatten().tolist() for row in self._begins]
+        """Positions at which documents begin, for each row; read on the host."""
+        position = torch.arange(self.starts.shape[1], device=self.starts.device)
+        return [row.nonzero().flatten().tolist() for row in self.starts == position]
+
+    def bounds(self, window: int | None = None) -> tuple[Tensor, Tensor]:
+        """First key that each query sees, and last query that sees each key: int32 (B, T)."""
+        if window not in self._bounds:
+            length, device = self.starts.shape[1], self.starts.device
+            self._bounds[window] = fused_attention.bounds(self.starts, window, length, device)
+        return self._bounds[window]
 
     def blocks(self, dtype: torch.dtype, window: int | None = None) -> list["_Block"]:
         if (dtype, window) not in self._blocks:
@@ -198,6 +212,62 @@ def _attention_by_segments(query, key, value, scale, packing: Packing, window) -
     return torch.cat(rows)
 
 
+def attention_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output (B, H, T, D) and log of the sum of exponentials (B, H, T), step by step: the truth for the tests.
+
+    `mask` is true where a key is seen and broadcasts to (B, H, T, S). Scores and softmax are taken in float32, or
+    in float64 where the inputs are; all T x S scores are held.
+    """
+    group = query.shape[1] // key.shape[1]
+    if group > 1:
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scores_BHTS = query.to(dtype) @ key.to(dtype).mT * scale
+    if softcap is not None:
+        scores_BHTS = softcap * torch.tanh(scores_BHTS / softcap)
+    if mask is not None:
+        scores_BHTS = scores_BHTS.masked_fill(~mask, -math.inf)
+    lse = torch.logsumexp(scores_BHTS, -1)
+    return (torch.exp(scores_BHTS - lse.unsqueeze(-1)) @ value.to(dtype)).to(query.dtype), lse
+
+
+def _torch_attention(query, key, value, mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """torch's own, but cuDNN's with no mask: its gradients are NaN there in torch 2.11 (pytorch #196678)."""
+    within = nullcontext()
+    if mask is not None and query.is_cuda:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        within = sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+    with within:
+        return F.scaled_dot_product_attention(
+            query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+
+
+def _fused_attention(query, key, value, is_causal, scale, doc_ids, window, softcap) -> tuple[Tensor, Tensor]:
+    """Output and log of the sum of exponentials from the Triton kernels."""
+    lo = hi = None
+    if isinstance(doc_ids, Packing):
+        lo, hi = doc_ids.bounds(window)
+    elif doc_ids is not None:
+        starts = fused_attention.document_starts(doc_ids)
+        lo, hi = fused_attention.bounds(starts, window, query.shape[2], query.device)
+    elif window is not None and torch.compiler.is_compiling():
+        lo, hi = fused_attention.bounds(None, window, query.shape[2], query.device)
+    elif window is not None:
+        lo, hi = fused_attention.window_bounds(window, query.shape[2], query.device)
+    out, lse = fused_attention.attention(query, key, value, lo, hi, scale, is_causal, softcap or 0.0)
+    return out, lse * math.log(2)
+
+
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -212,35 +282,61 @@ def scaled_dot_product_attention(
     window: int | None = None,
     softcap: float | None = None,
     return_lse: bool = False,
-) -> Tensor:
-    """Attention with torch's names and order, and packed documents and sliding windows besides.
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention with torch's names and order, and packed documents, sliding windows and capped scores besides.
 
     query (B, H, T, D), key and value (B, K, S, D) -> (B, H, T, D). With `doc_ids` (B, T), or a `Packing` of them, a
     query sees its own document only; with `window` only the last `window` positions, itself among them. Both need
-    `is_causal` and T = S. What is not implemented raises NotImplementedError by name.
+    `is_causal` and T = S. With `softcap` a score s becomes softcap * tanh(s / softcap). With `return_lse` the log of
+    each query's sum of exponentials (B, H, T), differentiable, in float32 or float64, comes second.
+
+    `attn_mask` and `dropout_p` are torch's own business; with one of the four additions they raise
+    NotImplementedError by name. On CPU `softcap` and `return_lse` hold all T x S scores.
     """
-    if softcap is not None:
-        raise NotImplementedError("scaled_dot_product_attention: softcap is not implemented")
-    if return_lse:
-        raise NotImplementedError("scaled_dot_product_attention: return_lse is not implemented")
     length, keys = query.shape[2], key.shape[2]
-    arbitrary = attn_mask is not None or dropout_p > 0
-    if doc_ids is None and window is None and (arbitrary or not (is_causal and _blocks_pay(query, keys))):
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    if arbitrary:
-        name = "dropout_p" if attn_mask is None else "attn_mask"
-        raise NotImplementedError(f"scaled_dot_product_attention: {name} with doc_ids or window is not implemented")
-    if not is_causal or length != keys:
+    own = {"doc_ids": doc_ids is not None, "window": window is not None}
+    own |= {"softcap": softcap is not None, "return_lse": return_lse}
+    added = " and ".join(name for name, given in own.items() if given)
+    if attn_mask is not None or dropout_p > 0:
+        if added:
+            name = "dropout_p" if attn_mask is None else "attn_mask"
+            raise NotImplementedError(f"scaled_dot_product_attention: {name} with {added} is not implemented")
+        return _torch_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if (doc_ids is not None or window is not None) and not (is_causal and length == keys):
         raise ValueError("doc_ids and window need is_causal=True and as many queries as keys")
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if window is not None and window < 1:
+        raise ValueError(f"window: expected at least 1, found {window}")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap: expected a positive number, found {softcap}")
+    if query.shape[1] != key.shape[1] and not enable_gqa:
+        raise ValueError(f"{query.shape[1]} query and {key.shape[1]} key heads need enable_gqa=True")
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
     if window is not None and window >= length:
         window = None
+    if fused_attention.can_run(query, key, value, factor) and (length == keys or not is_causal):
+        out, lse = _fused_attention(query, key, value, is_causal, factor, doc_ids, window, softcap)
+        return (out, lse) if return_lse else out
+    if softcap is not None or return_lse:
+        ids = doc_ids.doc_ids if isinstance(doc_ids, Packing) else doc_ids
+        mask = None
+        if is_causal and length == keys:
+            mask = attention_mask(length, keys, ids, window, query.device)
+        elif is_causal:
+            mask = torch.ones(length, keys, dtype=torch.bool, device=query.device).tril()
+        out, lse = attention_reference(query, key, value, scale=factor, mask=mask, softcap=softcap)
+        return (out, lse) if return_lse else out
+    return _attention_by_torch(query, key, value, is_causal, factor, enable_gqa, doc_ids, window)
+
+
+def _attention_by_torch(query, key, value, is_causal, scale, enable_gqa, doc_ids, window) -> Tensor:
+    """Without Triton: whatever is fastest there."""
+    length, keys = query.shape[2], key.shape[2]
+    if doc_ids is None and window is None and not (is_causal and _blocks_pay(query, keys)):
+        return _torch_attention(query, key, value, None, 0.0, is_causal, scale, enable_gqa)
     if torch.compiler.is_compiling() or query.device.type != "cpu":
         ids = doc_ids.doc_ids if isinstance(doc_ids, Packing) else doc_ids
         mask = attention_mask(length, keys, ids, window, query.device)
-        return F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=enable_gqa)
+        return _torch_attention(query, key, value, mask, scale=scale, enable_gqa=enable_gqa)
     packing = Packing(doc_ids) if isinstance(doc_ids, Tensor) else doc_ids
     if packing is not None and packing.is_single:
         packing = None
@@ -249,9 +345,9 @@ def scaled_dot_product_attention(
     if _blocks_pay(query, keys):
         return _block_attention(query, key, value, scale, packing, window)
     if packing is None and window is None:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=enable_gqa)
+        return _torch_attention(query, key, value, None, 0.0, True, scale, enable_gqa)
     mask = attention_mask(length, keys, None if packing is None else packing.doc_ids, window)
-    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=enable_gqa)
+    return _torch_attention(query, key, value, mask, scale=scale, enable_gqa=enable_gqa)
 
 
 def _blocks_pay(query: Tensor, keys: int) -> bool:

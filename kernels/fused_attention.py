@@ -1,0 +1,157 @@
+"""Fused attention as operators of torch: what `torch.compile`, autograd and the dispatcher see of the Triton kernels.
+
+`llmkit::attention` with its backward `llmkit::attention_backward`, and `llmkit::attention_decode`. Triton is imported
+when one of them runs.
+
+B batch, H query heads, K key-value heads, T queries, S keys, D head size.
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+from llmkit.kernels.dispatch import backend, triton_module
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LARGEST_HEAD = 256
+LOG2_E = math.log2(math.e)
+
+
+def can_run(query: Tensor, key: Tensor, value: Tensor, scale: float) -> bool:
+    """Whether the Triton kernels are to compute this attention here."""
+    return (
+        backend(query.device.type) in ("triton", "interpret")
+        and query.dim() == key.dim() == value.dim() == 4
+        and query.dtype in DTYPES
+        and query.dtype == key.dtype == value.dtype
+        and key.shape == value.shape
+        and query.shape[0] == key.shape[0]
+        and query.shape[-1] == key.shape[-1] <= LARGEST_HEAD
+        and query.shape[1] % key.shape[1] == 0
+        and 0 not in query.shape
+        and 0 not in key.shape
+        and scale > 0
+    )
+
+
+def document_starts(doc_ids: Tensor) -> Tensor:
+    """Position at which the document of each position begins: (B, T) -> (B, T). Equal neighbours are one document."""
+    position = torch.arange(doc_ids.shape[1], device=doc_ids.device)
+    changes = doc_ids[:, 1:] != doc_ids[:, :-1]
+    begins = torch.nn.functional.pad(changes, (1, 0), value=True)
+    return torch.where(begins, position, 0).cummax(1).values
+
+
+def bounds(starts: Tensor | None, window: int | None, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """First key that each query sees, and last query that sees each key: int32 (B or 1, T), neither ever decreasing."""
+    position = torch.arange(length, device=device)
+    lo = torch.zeros_like(position).unsqueeze(0) if starts is None else starts
+    if window is not None:
+        lo = torch.maximum(lo, position - (window - 1))
+    hi = torch.searchsorted(lo.contiguous(), position.expand(lo.shape).contiguous(), right=True) - 1
+    return lo.int(), hi.int()
+
+
+@lru_cache(maxsize=64)
+def window_bounds(window: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`bounds` of one document: the same for every layer and step."""
+    return bounds(None, window, length, device)
+
+
+def _rows_contiguous(*tensors: Tensor) -> list[Tensor]:
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
+def empty_as_used(batch: int, heads: int, length: int, size: int, like: Tensor) -> Tensor:
+    """(B, H, T, D) that lies in memory as (B, T, H, D), as the projection that follows reads it."""
+    return like.new_empty(batch, length, heads, size).transpose(1, 2)
+
+
+@torch.library.custom_op("llmkit::attention", mutates_args=())
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lo: Tensor | None,
+    hi: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """Output (B, H, T, D), in memory (B, T, H, D), and log2 of the sum of 2^scores (B, H, T) in float32.
+
+    `lo` and `hi` are those of `bounds`, with `is_causal`; softcap 0 is none.
+    """
+    query, key, value = _rows_contiguous(query, key, value)
+    return triton_module("attention").forward(query, key, value, lo, scale, is_causal, softcap)
+
+
+@attention.register_fake
+def _(query, key, value, lo, hi, scale, is_causal, softcap):
+    batch, heads, length, size = query.shape
+    lse = query.new_empty((batch, heads, length), dtype=torch.float32)
+    return empty_as_used(batch, heads, length, size, query), lse
+
+
+@torch.library.custom_op("llmkit::attention_backward", mutates_args=())
+def attention_backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lo: Tensor | None,
+    hi: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value; `grad_lse` is that of the natural logarithm."""
+    grad, query, key, value, out = _rows_contiguous(grad, query, key, value, out)
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    arguments = grad, grad_lse, query, key, value, out, lse.contiguous(), lo, hi, scale, is_causal, softcap
+    return triton_module("attention_backward").backward(*arguments)
+
+
+@attention_backward.register_fake
+def _(grad, grad_lse, query, key, value, out, lse, lo, hi, scale, is_causal, softcap):
+    shapes = (query.shape, key.shape, key.shape)
+    grad_query, grad_key, grad_value = (empty_as_used(*shape, query) for shape in shapes)
+    return grad_query, grad_key, grad_value
+
+
+def _save(ctx, inputs, output):
+    query, key, value, lo, hi, *ctx.options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, key, value, *output, lo, hi)
+
+
+def _backward(ctx, grad, grad_lse):
+    query, key, value, out, lse, lo, hi = ctx.saved_tensors
+    if grad is None:
+        grad = torch.zeros_like(out)
+    # from the gradient of log2(sum) to that of log(sum)
+    grad_lse = None if grad_lse is None else grad_lse * LOG2_E
+    gradients = attention_backward(grad, grad_lse, query, key, value, out, lse, lo, hi, *ctx.options)
+    return *gradients, None, None, None, None, None
+
+
+attention.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("llmkit::attention_decode", mutates_args=())
+def attention_decode(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, scale: float, window: int, softcap: float
+) -> Tensor:
+    """Output (B, H, T, D), in memory (B, T, H, D); window 0 and softcap 0 are none. No backward."""
+    query, key_cache, value_cache = _rows_contiguous(query, key_cache, value_cache)
+    return triton_module("decode").decode(query, key_cache, value_cache, lengths, scale, window, softcap)
+
+
+@attention_decode.register_fake
+def _(query, key_cache, value_cache, lengths, scale, window, softcap):
+    batch, heads, length, size = query.shape
+    return empty_as_used(batch, heads, length, size, query)

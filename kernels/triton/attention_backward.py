@@ -1,0 +1,246 @@
+"""Backward of attention: one kernel for the gradient of queries, one for those of keys and values. No atomics.
+
+The words are those of kernels/triton/attention.py; `delta` is sum(output * its gradient) of each query.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from llmkit.kernels.fused_attention import empty_as_used
+from llmkit.kernels.triton.attention import (
+    base2_scores,
+    batch_stride,
+    key_ranges,
+    load_tile,
+    seen_keys,
+    shared_arguments,
+    store_tile,
+    three_strides,
+)
+from llmkit.kernels.triton.launch import launch
+from llmkit.kernels.triton.tiles import tiles
+from torch import Tensor
+
+
+@triton.jit
+def _add_grad_query(grad_q, q, grad, lse, delta, query, lo, k_base, v_base, stride_k, stride_v, start, end, keys, size,
+                    score_scale, cap, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+                    CAUSAL: tl.constexpr, HAS_LO: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+                    MASKED: tl.constexpr):  # fmt: skip
+    column = tl.arange(0, BLOCK_N)
+    k_base += tl.cast(start, tl.int64) * stride_k
+    v_base += tl.cast(start, tl.int64) * stride_v
+    for n0 in tl.range(start, end, BLOCK_N):
+        k = load_tile(k_base, column, stride_k, keys - n0, size, BLOCK_D, EVEN_D, MASKED)
+        v = load_tile(v_base, column, stride_v, keys - n0, size, BLOCK_D, EVEN_D, MASKED)
+        products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        scores, turned = base2_scores(products, score_scale, cap, SOFTCAP)
+        p = tl.exp2(scores - lse[:, None])
+        if MASKED:
+            p = tl.where(seen_keys(query, n0 + column, lo, keys, CAUSAL, HAS_LO), p, 0.0)
+        grad_p = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        grad_s = p * (grad_p - delta[:, None])
+        if SOFTCAP:
+            grad_s = grad_s * (1.0 - turned * turned)
+        grad_q = tl.dot(grad_s.to(k.dtype), k, grad_q, input_precision=PRECISION)
+        k_base += BLOCK_N * stride_k
+        v_base += BLOCK_N * stride_v
+    return grad_q
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "heads"])
+def attention_grad_query(
+    q_ptr, k_ptr, v_ptr, o_ptr, grad_ptr, lse_ptr, grad_lse_ptr, delta_ptr, grad_q_ptr, lo_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt, stride_dqb, stride_dqh, stride_dqt, stride_lo,
+    heads, queries, keys, size, scale, score_scale, cap, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, CAUSAL: tl.constexpr, HAS_LO: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M queries of one head. Writes their gradient, and `delta` (B, H, T) for the other kernel.
+
+    With p = exp(s - lse), dL/ds = p (dL/dp - delta), delta being the sum of output times its gradient; a gradient of
+    lse itself is taken off it. Keys outside [lo, q] are not read.
+    """
+    blocks = tl.cdiv(queries, BLOCK_M)
+    m0 = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
+    row = tl.program_id(0) // blocks
+    b, h = tl.cast(row // heads, tl.int64), tl.cast(row % heads, tl.int64)
+    first = tl.cast(m0, tl.int64)
+    local = tl.arange(0, BLOCK_M)
+    query, left = m0 + local, queries - m0
+    k_base = k_ptr + b * stride_kb + h // GROUP * stride_kh
+    v_base = v_ptr + b * stride_vb + h // GROUP * stride_vh
+    q_base = q_ptr + b * stride_qb + h * stride_qh + first * stride_qt
+    o_base = o_ptr + b * stride_ob + h * stride_oh + first * stride_ot
+    grad_base = grad_ptr + b * stride_gb + h * stride_gh + first * stride_gt
+    q = load_tile(q_base, local, stride_qt, left, size, BLOCK_D, EVEN_D, True)
+    o = load_tile(o_base, local, stride_ot, left, size, BLOCK_D, EVEN_D, True)
+    grad = load_tile(grad_base, local, stride_gt, left, size, BLOCK_D, EVEN_D, True)
+    at = tl.cast(row, tl.int64) * queries + query
+    lse = tl.load(lse_ptr + at, mask=query < queries, other=0.0)
+    delta = tl.sum(o.to(tl.float32) * grad.to(tl.float32), 1)
+    if HAS_GRAD_LSE:
+        delta -= tl.load(grad_lse_ptr + at, mask=query < queries, other=0.0)
+    tl.store(delta_ptr + at, delta, mask=query < queries)
+    lo = query
+    if HAS_LO:
+        lo_ptr += b * stride_lo
+        lo = tl.load(lo_ptr + query, mask=query < queries, other=0)
+    begin, every, some, end = key_ranges(lo_ptr, m0, queries, keys, BLOCK_M, BLOCK_N, CAUSAL, HAS_LO)
+    grad_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if HAS_LO:
+        grad_q = _add_grad_query(
+            grad_q, q, grad, lse, delta, query, lo, k_base, v_base, stride_ks, stride_vs, begin, every, keys, size,
+            score_scale, cap, BLOCK_N, BLOCK_D, EVEN_D, CAUSAL, HAS_LO, SOFTCAP, PRECISION, True,
+        )  # fmt: skip
+    grad_q = _add_grad_query(
+        grad_q, q, grad, lse, delta, query, lo, k_base, v_base, stride_ks, stride_vs, every, some, keys, size,
+        score_scale, cap, BLOCK_N, BLOCK_D, EVEN_D, CAUSAL, HAS_LO, SOFTCAP, PRECISION, False,
+    )  # fmt: skip
+    grad_q = _add_grad_query(
+        grad_q, q, grad, lse, delta, query, lo, k_base, v_base, stride_ks, stride_vs, some, end, keys, size,
+        score_scale, cap, BLOCK_N, BLOCK_D, EVEN_D, CAUSAL, HAS_LO, SOFTCAP, PRECISION, True,
+    )  # fmt: skip
+    grad_q_base = grad_q_ptr + b * stride_dqb + h * stride_dqh + first * stride_dqt
+    store_tile(grad_q_base, grad_q * scale, local, stride_dqt, left, size, BLOCK_D)
+
+
+@triton.jit
+def _query_ranges(hi_ptr, n0, queries, keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
+                  HAS_LO: tl.constexpr):  # fmt: skip
+    """For the keys from n0: where queries begin, from where and up to where they see all of them, where they end."""
+    whole, end = queries // BLOCK_M * BLOCK_M, queries
+    if CAUSAL:
+        last = tl.minimum(n0 + BLOCK_N, keys) - 1
+        if HAS_LO:
+            whole = (tl.load(hi_ptr + n0) + 1) // BLOCK_M * BLOCK_M
+            end = tl.load(hi_ptr + last) + 1
+        every = tl.minimum((last + BLOCK_M - 1) // BLOCK_M * BLOCK_M, end)
+        return n0 // BLOCK_M * BLOCK_M, every, tl.maximum(every, whole), end
+    else:
+        return 0, 0, whole, end
+
+
+@triton.jit
+def _add_grad_key_value(grad_k, grad_v, k, v, key, hi, q_base, grad_base, lse_ptr, delta_ptr, stride_q, stride_g,
+                        start, end, queries, size, score_scale, cap, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+                        EVEN_D: tl.constexpr, CAUSAL: tl.constexpr, HAS_LO: tl.constexpr, SOFTCAP: tl.constexpr,
+                        PRECISION: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """All is transposed, keys by queries: then p and dL/ds are left factors, which tensor cores read from registers."""
+    local = tl.arange(0, BLOCK_M)
+    q_base += tl.cast(start, tl.int64) * stride_q
+    grad_base += tl.cast(start, tl.int64) * stride_g
+    for m0 in tl.range(start, end, BLOCK_M):
+        query = m0 + local
+        q = load_tile(q_base, local, stride_q, queries - m0, size, BLOCK_D, EVEN_D, MASKED)
+        grad = load_tile(grad_base, local, stride_g, queries - m0, size, BLOCK_D, EVEN_D, MASKED)
+        # Beyond the last query p = 2^0 times a gradient of 0.
+        if MASKED:
+            lse = tl.load(lse_ptr + query, mask=query < queries, other=0.0)
+            delta = tl.load(delta_ptr + query, mask=query < queries, other=0.0)
+        else:
+            lse = tl.load(lse_ptr + query)
+            delta = tl.load(delta_ptr + query)
+        products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        scores, turned = base2_scores(products, score_scale, cap, SOFTCAP)
+        p = tl.exp2(scores - lse[None, :])
+        if MASKED and CAUSAL:
+            seen = key[:, None] <= query[None, :]
+            if HAS_LO:
+                seen = seen & (query[None, :] <= hi[:, None])
+            p = tl.where(seen, p, 0.0)
+        grad_v = tl.dot(p.to(grad.dtype), grad, grad_v, input_precision=PRECISION)
+        grad_p = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+        grad_s = p * (grad_p - delta[None, :])
+        if SOFTCAP:
+            grad_s = grad_s * (1.0 - turned * turned)
+        grad_k = tl.dot(grad_s.to(q.dtype), q, grad_k, input_precision=PRECISION)
+        q_base += BLOCK_M * stride_q
+        grad_base += BLOCK_M * stride_g
+    return grad_k, grad_v
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "heads"])
+def attention_grad_key_value(
+    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, grad_k_ptr, grad_v_ptr, hi_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_gb, stride_gh, stride_gt, stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs, stride_hi,
+    heads, queries, keys, size, scale, score_scale, cap, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, CAUSAL: tl.constexpr, HAS_LO: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_N keys of one key-value head, and the queries of all heads of its group. No atomics."""
+    blocks = tl.cdiv(keys, BLOCK_N)
+    n0 = tl.program_id(0) % blocks * BLOCK_N
+    row = tl.program_id(0) // blocks
+    kv_heads = heads // GROUP
+    b, h = tl.cast(row // kv_heads, tl.int64), tl.cast(row % kv_heads, tl.int64)
+    first = tl.cast(n0, tl.int64)
+    local = tl.arange(0, BLOCK_N)
+    key, left = n0 + local, keys - n0
+    k_base = k_ptr + b * stride_kb + h * stride_kh + first * stride_ks
+    v_base = v_ptr + b * stride_vb + h * stride_vh + first * stride_vs
+    k = load_tile(k_base, local, stride_ks, left, size, BLOCK_D, EVEN_D, True)
+    v = load_tile(v_base, local, stride_vs, left, size, BLOCK_D, EVEN_D, True)
+    hi = key
+    if HAS_LO:
+        hi_ptr += b * stride_hi
+        hi = tl.load(hi_ptr + key, mask=key < keys, other=-1)
+    begin, every, whole, end = _query_ranges(hi_ptr, n0, queries, keys, BLOCK_M, BLOCK_N, CAUSAL, HAS_LO)
+    grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    grad_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for g in range(GROUP):
+        head = h * GROUP + g
+        q_base = q_ptr + b * stride_qb + head * stride_qh
+        grad_base = grad_ptr + b * stride_gb + head * stride_gh
+        lse_base = lse_ptr + (b * heads + head) * queries
+        delta_base = delta_ptr + (b * heads + head) * queries
+        if CAUSAL:
+            grad_k, grad_v = _add_grad_key_value(
+                grad_k, grad_v, k, v, key, hi, q_base, grad_base, lse_base, delta_base, stride_qt, stride_gt, begin,
+                every, queries, size, score_scale, cap, BLOCK_M, BLOCK_D, EVEN_D, CAUSAL, HAS_LO, SOFTCAP, PRECISION,
+                True,
+            )  # fmt: skip
+        grad_k, grad_v = _add_grad_key_value(
+            grad_k, grad_v, k, v, key, hi, q_base, grad_base, lse_base, delta_base, stride_qt, stride_gt, every,
+            whole, queries, size, score_scale, cap, BLOCK_M, BLOCK_D, EVEN_D, CAUSAL, HAS_LO, SOFTCAP, PRECISION,
+            False,
+        )  # fmt: skip
+        grad_k, grad_v = _add_grad_key_value(
+            grad_k, grad_v, k, v, key, hi, q_base, grad_base, lse_base, delta_base, stride_qt, stride_gt, whole,
+            end, queries, size, score_scale, cap, BLOCK_M, BLOCK_D, EVEN_D, CAUSAL, HAS_LO, SOFTCAP, PRECISION,
+            True,
+        )  # fmt: skip
+    grad_k_base = grad_k_ptr + b * stride_dkb + h * stride_dkh + first * stride_dks
+    grad_v_base = grad_v_ptr + b * stride_dvb + h * stride_dvh + first * stride_dvs
+    store_tile(grad_k_base, grad_k * scale, local, stride_dks, left, size, BLOCK_D)
+    store_tile(grad_v_base, grad_v, local, stride_dvs, left, size, BLOCK_D)
+
+
+def backward(
+    grad: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    lo: Tensor | None, hi: Tensor | None, scale: float, is_causal: bool, softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of query, key and value; grad_lse (B, H, T) is that of `lse` in natural units, if any."""
+    batch, heads, queries, size = query.shape
+    kv_heads, keys = key.shape[1:3]
+    grad_query = empty_as_used(batch, heads, queries, size, query)
+    grad_key, grad_value = (empty_as_used(batch, kv_heads, keys, size, query) for _ in range(2))
+    delta = torch.empty_like(lse)
+    scales, constants = shared_arguments(query, key, scale, is_causal, softcap, lo is not None)
+    chosen = tiles("attention_grad_query", size, query.dtype)
+    grid = (triton.cdiv(queries, chosen.block_m) * heads * batch,)
+    launch(
+        attention_grad_query, grid, query, key, value, out, grad, lse, grad_lse, delta, grad_query, lo,
+        *three_strides(query, key, value, out, grad, grad_query), batch_stride(lo), heads, queries, keys, size,
+        scale, *scales, HAS_GRAD_LSE=grad_lse is not None, **constants, **chosen.options(),
+    )  # fmt: skip
+    chosen = tiles("attention_grad_key_value", size, query.dtype)
+    grid = (triton.cdiv(keys, chosen.block_n) * kv_heads * batch,)
+    launch(
+        attention_grad_key_value, grid, query, key, value, grad, lse, delta, grad_key, grad_value, hi,
+        *three_strides(query, key, value, grad, grad_key, grad_value), batch_stride(hi), heads, queries, keys, size,
+        scale, *scales, **constants, **chosen.options(),
+    )  # fmt: skip
+    return grad_query, grad_key, grad_value
