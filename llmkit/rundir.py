@@ -66,12 +66,17 @@ def write_manifest(
     inputs: Sequence[Mapping[str, Any]] = (),
     parents: Sequence[str] = (),
     results: Mapping[str, Any] | None = None,
+    name: str = "manifest.json",
+    packages: Sequence[str] = PACKAGES,
 ) -> dict[str, Any]:
-    """Write `manifest.json`: how the folder was made, by what, from what, back to the first ancestor."""
+    """Write `manifest.json`: how the folder was made, by what, from what, back to the first ancestor.
+
+    name: of the manifest of a single file, which stands beside it; packages: those whose versions matter.
+    """
     from importlib.metadata import PackageNotFoundError, version  # 11 ms that no --help need pay
 
     versions = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in packages:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
@@ -88,7 +93,7 @@ def write_manifest(
         "parents": [{"path": path, "manifest": read_manifest(path)} for path in parents],
         "results": dict(results or {}),
     }
-    with atomic_file(folder / "manifest.json") as handle:  # NaN becomes null, as JSON wants it
+    with atomic_file(folder / name) as handle:  # NaN becomes null, as JSON wants it
         handle.write(orjson.dumps(manifest, option=orjson.OPT_INDENT_2 | JSON_LINE))
     return manifest
 

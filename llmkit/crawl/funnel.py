@@ -63,7 +63,10 @@ class Funnel:
             return
         widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
         for row in [header, *rows]:
-            cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+            cells = [
+                row[0].ljust(widths[0]),
+                *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+            ]
             print("  ".join(cells).rstrip(), file=to)
         to.flush()
 
@@ -71,8 +74,18 @@ class Funnel:
 def _table_rows(step: Mapping[str, Any]) -> list[tuple[str, ...]]:
     dropped = sum(step["dropped"].values())
     share = lambda count: f"{count / step['in']:.1%}" if step["in"] else ""  # noqa: E731
-    first = (step["step"], f"{step['in']:,}", f"{step['kept']:,}", f"{dropped:,}", share(dropped), f"{step['seconds']:.2f}")
-    return [first, *((f"  {reason}", "", "", f"{count:,}", share(count), "") for reason, count in step["dropped"].items())]
+    first = (
+        step["step"],
+        f"{step['in']:,}",
+        f"{step['kept']:,}",
+        f"{dropped:,}",
+        share(dropped),
+        f"{step['seconds']:.2f}",
+    )
+    return [
+        first,
+        *((f"  {reason}", "", "", f"{count:,}", share(count), "") for reason, count in step["dropped"].items()),
+    ]
 
 
 def _show_rich(header: Sequence[str], rows: Sequence[tuple[str, ...]], to: TextIO) -> None:

@@ -90,9 +90,27 @@ class State:
         return self.folder / f"span-{span.index:06d}"
 
 
+def files_of(paths: Iterable[str]) -> list[Path]:
+    """The files named, and those in the folders named."""
+    files: list[Path] = []
+    for path in map(Path, paths):
+        files += sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return files
+
+
+def identities(paths: Iterable[str]) -> list[dict[str, Any]]:
+    """What tells whether these are the files that were read before: path, size and time of change."""
+    found = []
+    for path in files_of(paths):
+        status = path.stat() if path.is_file() else None
+        known = {"bytes": status.st_size, "modified": status.st_mtime_ns} if status else {}
+        found.append({"path": str(path), **known})
+    return found
+
+
 def _digest(span: Any) -> bytes:
     """What tells a span of a pipe from another; of a file, path, size and time are in run.json."""
-    return hashlib.sha256(span.payload or b"").digest()
+    return hashlib.sha256(span.payload).digest()
 
 
 def _difference(key: str, before: Any, now: Any) -> str:

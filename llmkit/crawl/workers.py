@@ -26,9 +26,9 @@ AHEAD = 2  # spans in flight for each process, so that a slow span does not leav
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 _CHILD = """
 import pickle, sys
-sys.path[:], make = pickle.load(sys.stdin.buffer)
+sys.path[:] = pickle.load(sys.stdin.buffer)
 from llmkit.crawl.workers import serve
-serve(make)
+serve(pickle.load(sys.stdin.buffer))
 """
 
 
@@ -150,13 +150,12 @@ class _Child:
     def __init__(self, make: Callable[[], Work]) -> None:
         command = [sys.executable, "-c", _CHILD]
         environment = {**os.environ, **ONE_THREAD}
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
-        )
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         assert self.process.stdin and self.process.stdout
         self.to: IO[bytes] = self.process.stdin
         self.from_: IO[bytes] = self.process.stdout
-        pickle.dump((sys.path, make), self.to)
+        pickle.dump(sys.path, self.to)
+        pickle.dump(make, self.to)
 
     def work(self, span: Any) -> Iterator[bytes]:
         """The packed parts of a span."""

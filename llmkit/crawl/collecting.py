@@ -1,0 +1,171 @@
+"""Where the parts come together, in the order of the input: duplicates, the funnel, and the files that are written."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import orjson
+
+from llmkit.crawl.funnel import READ, Funnel
+from llmkit.crawl.page import Span
+from llmkit.crawl.parts import Outcome, Part
+from llmkit.crawl.pipeline import DUPLICATES
+from llmkit.crawl.recipe import Recipe
+from llmkit.crawl.state import State
+from llmkit.crawl.workers import Work, in_order
+from llmkit.stream import JSON_LINE
+
+Write = Callable[[bytes], object]
+
+
+class Collector:
+    """Takes parts in order, drops what repeats an earlier document, and writes each line where it belongs."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        document: Write,
+        reject: Write | None = None,
+        scores: Write | None = None,
+        spill: Path | None = None,
+        limit: int | None = None,
+        records: int | None = None,
+    ) -> None:
+        """`limit`: take so many pages; `records`: so many records, those that are no pages among them."""
+        self.funnel = Funnel([READ, *recipe.steps])
+        self.read, self.pages, self.limit, self.records = 0, 0, limit, records
+        self._document, self._reject, self._scores = document, reject, scores
+        self._names = Names(spill)
+        self._duplicates: Any = None
+        if any(step in recipe.steps for step in DUPLICATES):
+            from llmkit.crawl.duplicates import Duplicates
+
+            self._duplicates = Duplicates(spill)
+
+    @property
+    def full(self) -> bool:
+        """Whether as many pages or records were taken as are wanted."""
+        if self.records is not None and self.funnel.records >= self.records:
+            return True
+        return self.limit is not None and self.pages >= self.limit
+
+    def add(self, part: Part) -> None:
+        """Take the next part."""
+        started = perf_counter()
+        repeats = iter(self._duplicates.add(part.signatures) if part.signatures is not None else ())
+        self.funnel.spend(part.seconds)
+        if part.signatures is not None:
+            self.funnel.spend({self._last_duplicates: perf_counter() - started})
+        for outcome in part.outcomes:
+            if self.full:
+                return
+            if outcome.step is None:
+                self._keep(outcome, next(repeats, None))
+            else:
+                self._drop(outcome.step, outcome.reason, outcome.line)
+            if self._scores:
+                self._scores(outcome.scores)
+            self.pages += outcome.step != READ
+        self.read += part.read
+
+    def __enter__(self) -> Collector:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._names.close()
+
+    def finish(self) -> None:
+        """All parts were taken: check that nothing was lost on the way."""
+        records = self.funnel.records
+        assert self.full or records == self.read, f"{self.read} records were read, {records} are accounted for"
+
+    def _keep(self, outcome: Outcome, repeat: Any) -> None:
+        if repeat is None or (step := f"{repeat.kind}_duplicates") not in self.funnel.dropped:
+            self.funnel.count(None, None)
+            self._document(outcome.line)
+        else:
+            told = self._repeats(outcome, repeat, step) if self._reject else b""
+            self._drop(step, "repeats", told)
+        if self._duplicates is not None:
+            self._names.add(outcome.line)
+
+    def _drop(self, step: str, reason: str | None, line: bytes) -> None:
+        self.funnel.count(step, reason)
+        if self._reject:
+            self._reject(line)
+
+    def _repeats(self, outcome: Outcome, repeat: Any, step: str) -> bytes:
+        """What --rejects tells of a document that repeats an earlier one."""
+        found = orjson.loads(outcome.line)
+        told = {key: found[key] for key in ("id", "url", "source") if key in found}
+        told |= {"offset": outcome.offset, "step": step, "reason": "repeats"}
+        told |= {"score": round(repeat.similarity, 4), "repeats": self._names[repeat.index], "text": found["text"]}
+        return orjson.dumps(told, option=JSON_LINE)
+
+
+def collect(
+    spans: Iterable[Span],
+    make: Callable[[], Work],
+    workers: int,
+    collector: Collector,
+    state: State | None = None,
+    on_progress: Callable[[int], object] = lambda amount: None,
+) -> None:
+    """Have the spans worked on and their parts collected in order.
+
+    state: keeps finished spans and gives back those of an earlier run. on_progress gets the bytes of each span.
+    """
+    done = state.has if state else lambda span: False
+    for span, parts in in_order(spans, make, workers, done):
+        if state:
+            parts = state.load(span) if done(span) else state.saving(span, parts)
+        for part in parts:
+            collector.add(part)
+            on_progress(0)
+            if collector.full:
+                return
+        on_progress(size_of(span))
+    collector.finish()
+
+
+def size_of(span: Span) -> int:
+    """The bytes of input in a span."""
+    return sum(len(data) for _, data in span.frames) if span.frames is not None else span.stop - span.start
+
+
+class Names:
+    """The ids of documents by number, to name the one that another repeats; on disk where there is a spill folder.
+
+    In memory a WARC-Record-ID takes 57 bytes.
+    """
+
+    def __init__(self, spill: Path | None) -> None:
+        self._ends = array("Q", [0])
+        self._bytes = bytearray()
+        self._file = open(spill / "ids", "w+b") if spill else None  # noqa: SIM115
+
+    def add(self, line: bytes) -> None:
+        """The id of the next document, given its line."""
+        name = orjson.dumps(orjson.loads(line)["id"])
+        self._ends.append(self._ends[-1] + len(name))
+        if self._file:
+            self._file.write(name)
+        else:
+            self._bytes += name
+
+    def __getitem__(self, number: int) -> Any:
+        start, end = self._ends[number], self._ends[number + 1]
+        if self._file is None:
+            return orjson.loads(self._bytes[start:end])
+        self._file.flush()
+        return orjson.loads(os.pread(self._file.fileno(), end - start, start))
+
+    def close(self) -> None:
+        """Give the file back."""
+        if self._file:
+            self._file.close()

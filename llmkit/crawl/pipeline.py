@@ -1,0 +1,107 @@
+"""One process's side of the work: the records of a span go through the steps of the recipe, one by one.
+
+    for part in Pipeline(Recipe()).parts(span):
+        ...
+
+Everything here is a function of the record and the recipe alone, so that it does not matter which process does it.
+What depends on other records (duplicates) is done where the parts come together, in `llmkit.crawl.collecting`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from time import perf_counter
+from typing import Any
+
+import orjson
+
+from llmkit.crawl.funnel import READ
+from llmkit.crawl.page import Skipped, Span
+from llmkit.crawl.parts import Outcome, Part
+from llmkit.crawl.recipe import Recipe
+from llmkit.crawl.scores import KIND, read_scores, scores_of
+from llmkit.crawl.steps import Journey, Steps, source_of
+from llmkit.crawl.urls import UrlFilter
+from llmkit.stream import JSON_LINE
+
+PART_RECORDS = 64  # in one part; the first are smaller, for a first document at once
+DUPLICATES = ("exact_duplicates", "near_duplicates")
+
+
+class Pipeline:
+    """What is done with a span: read its records, follow each through the steps, pack what comes out."""
+
+    def __init__(
+        self, recipe: Recipe, url_filter: UrlFilter | None = None, rejects: bool = False, scores: bool = False
+    ) -> None:
+        self.steps, self.rejects, self.scores = Steps(recipe, url_filter), rejects, scores
+        self.duplicates = [step for step in DUPLICATES if step in recipe.steps]
+        self.tell_language = "language" in recipe.steps
+
+    def parts(self, span: Span) -> Iterator[Part]:
+        """The outcomes of a span's records, in order, a few at a time."""
+        records = records_of(span)
+        size, part = 1, Part(0, [])
+        texts: list[str] = []
+        while (record := self._next(records, part.seconds)) is not None:
+            part.read += 1
+            part.outcomes.append(self._outcome(record, part.seconds))
+            if part.outcomes[-1].step is None:
+                texts.append(record.text or "")  # type: ignore[union-attr]
+            if part.read == size:
+                yield self._signed(part, texts)
+                size, part, texts = min(2 * size, PART_RECORDS), Part(0, []), []
+        yield self._signed(part, texts)
+
+    def _next(self, records: Iterator[Journey | Skipped], seconds: dict[str, float]) -> Journey | Skipped | None:
+        started = perf_counter()
+        record = next(records, None)
+        seconds[READ] = seconds.get(READ, 0.0) + perf_counter() - started
+        return record
+
+    def _signed(self, part: Part, texts: list[str]) -> Part:
+        if self.duplicates and texts:
+            from llmkit.crawl.duplicates import signatures
+
+            started = perf_counter()
+            part.signatures = signatures(texts)
+            part.seconds[self.duplicates[-1]] = perf_counter() - started
+        return part
+
+    def _outcome(self, record: Journey | Skipped, seconds: dict[str, float]) -> Outcome:
+        """What becomes of one record."""
+        if isinstance(record, Skipped):
+            step, reason, offset, told = READ, record.reason, record.offset, _told_of(record)
+        else:
+            if record.step is None:
+                self.steps.follow(record, seconds, self.scores)
+            step, reason, offset = record.step, record.reason, record.page.offset
+            told = record.document(self.tell_language) if step is None else record.reject()
+        line = _line(told) if step is None or self.rejects else b""
+        return Outcome(step, reason, offset, line, _line(scores_of(record)) if self.scores else b"")
+
+
+def _told_of(record: Skipped) -> dict[str, Any]:
+    """What --rejects tells of a record that is no page."""
+    told = {"url": record.url} if record.url is not None else {}
+    return told | {"source": source_of(record.path), "offset": record.offset, "step": READ, "reason": record.reason}
+
+
+def records_of(span: Span) -> Iterator[Journey | Skipped]:
+    """The records of a span, at the start of their journey."""
+    if span.kind == KIND:
+        yield from read_scores(span)
+        return
+    from llmkit.crawl.reading import read_span
+
+    for record in read_span(span):
+        yield record if isinstance(record, Skipped) else Journey(record, record.text)
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(record, option=JSON_LINE)
+    except TypeError:  # half of a surrogate pair, which no UTF-8 can hold
+        text = json.dumps(record, ensure_ascii=False)
+        return text.encode("utf-8", "replace") + b"\n"

@@ -1,0 +1,219 @@
+"""The recipe: which steps a page goes through, and every threshold of each, from and to TOML.
+
+    recipe = read_recipe("recipe.toml")          # what the file does not say stays at the default
+    print(recipe_toml(recipe))
+
+A table of the file is a step, its keys are the fields of that step's dataclass; `"none"` stands for None, which
+switches a rule off. An unknown table or key is refused by name.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import re
+import sys
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from difflib import get_close_matches
+from typing import Any, get_type_hints
+
+from llmkit.config import value_type
+from llmkit.crawl.c4 import C4
+from llmkit.crawl.fineweb import FineWebQuality
+from llmkit.crawl.gopher import GopherQuality, GopherRepetition
+from llmkit.crawl.urls import UrlRules
+from llmkit.errors import UserError
+from llmkit.records import kind_of
+
+STEPS = (
+    "url",
+    "extract",
+    "language",
+    "gopher_repetition",
+    "gopher_quality",
+    "c4",
+    "fineweb",
+    "pii",
+    "exact_duplicates",
+    "near_duplicates",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Url(UrlRules):
+    """Which addresses are dropped."""
+
+    blocklists: tuple[str, ...] = ()  # hosts files, lists of domains or URLs, UT1 folders
+
+
+@dataclass(frozen=True, slots=True)
+class Extract:
+    """What finds the main text of an HTML page."""
+
+    extractor: str = "model"  # model, fast or trafilatura
+    favour: str = "balance"  # balance, precision (extract less) or recall (extract more)
+
+
+@dataclass(frozen=True, slots=True)
+class Language:
+    """Which languages stay."""
+
+    languages: tuple[str, ...] = ("en",)  # ISO 639 codes as lid.176 gives them; none: all stay
+    min_score: float | None = 0.65  # of lid.176 on the first 4,000 characters
+
+
+@dataclass(frozen=True, slots=True)
+class PersonalData:
+    """What is done with e-mail addresses, phone, card and other numbers."""
+
+    mode: str = "redact"  # redact: placeholders in their place; drop: the page goes
+
+
+CHOICES = {
+    ("extract", "extractor"): ("model", "fast", "trafilatura"),
+    ("extract", "favour"): ("balance", "precision", "recall"),
+    ("pii", "mode"): ("redact", "drop"),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every choice that decides what comes out. The order of the fields is that of the steps."""
+
+    steps: tuple[str, ...] = STEPS
+    url: Url = field(default_factory=Url)
+    extract: Extract = field(default_factory=Extract)
+    language: Language = field(default_factory=Language)
+    gopher_repetition: GopherRepetition = field(default_factory=GopherRepetition)
+    gopher_quality: GopherQuality = field(default_factory=GopherQuality)
+    c4: C4 = field(default_factory=C4)
+    fineweb: FineWebQuality = field(default_factory=FineWebQuality)
+    pii: PersonalData = field(default_factory=PersonalData)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", tuple(step for step in STEPS if step in check_steps(self.steps, "steps")))
+
+    def changed(self, table: str, **values: Any) -> Recipe:
+        """The recipe with some values of one table replaced."""
+        return replace(self, **{table: replace(getattr(self, table), **values)})
+
+
+def check_steps(names: tuple[str, ...], place: str) -> tuple[str, ...]:
+    """The names, each of a step; raises UserError with the nearest name otherwise."""
+    for name in names:
+        if name not in STEPS:
+            raise UserError(f"{place}: unknown step '{name}'; {_nearest(name, STEPS)}")
+    return names
+
+
+def as_json(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain JSON values, for the manifest and to compare two."""
+    return json.loads(json.dumps(asdict(recipe)))
+
+
+# ---- from TOML
+
+
+def read_recipe(path: str) -> Recipe:
+    """The recipe of a TOML file over the defaults. Raises UserError naming file, table and key."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib  # pyright: ignore[reportMissingImports]
+    try:
+        with open(path, "rb") as handle:
+            content = tomllib.load(handle)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the recipe: {str(error.strerror).lower()}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not TOML: {error}") from error
+    return _with_values(Recipe(), content, path)
+
+
+def _with_values(target: Any, content: dict[str, Any], place: str) -> Any:
+    """A dataclass with the values of a TOML table in place of its own."""
+    names = [item.name for item in fields(target)]
+    hints = get_type_hints(type(target))
+    values = {}
+    for key, value in content.items():
+        if key not in names:
+            raise UserError(f"{place}: unknown key '{key}'; {_nearest(key, names)}")
+        where, own = f"{place}: {key}", getattr(target, key)
+        if is_dataclass(own):
+            if not isinstance(value, dict):
+                raise UserError(f"{where}: expected a table [{key}], found {kind_of(value)}")
+            values[key] = _with_values(own, value, f"{place}: [{key}]")
+        else:
+            values[key] = _value(value, hints[key], where)
+            _check_choice(type(target), key, values[key], where)
+    return replace(target, **values)
+
+
+def _value(value: Any, hint: Any, where: str) -> Any:
+    base, optional, many = value_type(hint)
+    if optional and value == "none":
+        return None
+    if many:
+        if not isinstance(value, list) or not all(isinstance(part, base) for part in value):
+            raise UserError(f"{where}: expected a list of strings, found {value!r}")
+        return tuple(value)
+    if base is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    wrong = not isinstance(value, base) or (base is not bool and isinstance(value, bool))
+    if wrong or (base is float and not math.isfinite(value)):
+        expected = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}[base]
+        raise UserError(f"{where}: expected {expected + ' or none' * optional}, found {value!r}")
+    return value
+
+
+def _check_choice(owner: type, key: str, value: Any, where: str) -> None:
+    for (table, name), choices in CHOICES.items():
+        owns = get_type_hints(Recipe)[table] is owner
+        if owns and name == key and value not in choices:
+            raise UserError(f"{where}: expected one of {', '.join(choices)}, found {value!r}")
+
+
+def _nearest(name: str, known: Any) -> str:
+    near = get_close_matches(name, known, 1)
+    return f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}"
+
+
+# ---- to TOML
+
+
+def recipe_toml(recipe: Recipe) -> str:
+    """The recipe as TOML, each value with what its field's comment says of it."""
+    lines = [
+        '# a recipe of llmkit crawl-filter: a table for each step; "none" switches a threshold off',
+        f"steps = {_toml(recipe.steps)}",
+    ]
+    for item in fields(recipe):
+        table = getattr(recipe, item.name)
+        if not is_dataclass(table):
+            continue
+        lines += ["", f"[{item.name}]  # {(type(table).__doc__ or '').splitlines()[0]}"]
+        comments = _comments(type(table))
+        for name in fields(table):
+            comment = f"  # {comments[name.name]}" if name.name in comments else ""
+            lines.append(f"{name.name} = {_toml(getattr(table, name.name))}{comment}")
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if value is None:
+        return '"none"'
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, str):  # a JSON string is a TOML one but for the delete character
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return json.dumps(value)
+
+
+def _comments(table: type) -> dict[str, str]:
+    """What stands behind each field in the source: the one place where a threshold is explained."""
+    try:
+        source = "".join(inspect.getsource(kind) for kind in table.__mro__ if is_dataclass(kind))
+    except OSError:  # no source beside the byte code
+        return {}
+    return {found[1]: found[2] for found in re.finditer(r"^ {4}(\w+): [^#\n]*# (.+)$", source, re.MULTILINE)}

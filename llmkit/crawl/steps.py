@@ -1,0 +1,209 @@
+"""The steps that look at one page alone, each a method from a page's journey to a reason for dropping it, or None."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from llmkit.crawl.c4 import c4
+from llmkit.crawl.fineweb import measure_fineweb
+from llmkit.crawl.gopher import measure_quality, measure_repetition
+from llmkit.crawl.page import Page
+from llmkit.crawl.recipe import Recipe
+from llmkit.crawl.urls import UrlFilter
+from llmkit.crawl.verdict import judge
+from llmkit.crawl.words import Split
+
+
+@dataclass(slots=True)
+class Journey:
+    """One page on its way through the steps, with what is known of it so far."""
+
+    page: Page
+    text: str | None = None
+    title: str | None = None
+    language: str | None = None
+    language_score: float | None = None
+    step: str | None = None  # the one that dropped it
+    reason: str | None = None
+    score: float | None = None  # the measure that broke a threshold
+    extracted: str | None = None  # the text before the filters, where scores are kept
+    measures: dict[str, dict[str, float]] = field(default_factory=dict)  # by step
+    split: Split | None = None
+
+    def words(self) -> Split:
+        """The text with its words, split once for all filters until a step changes the text."""
+        if self.split is None or self.split.text is not self.text:
+            self.split = Split(self.text or "")
+        return self.split
+
+    @property
+    def identity(self) -> Any:
+        """The record's own id, or its place."""
+        page = self.page
+        return page.record.get("id", f"{page.path}:{page.offset}" if page.offset else page.path)
+
+    def document(self, tell_language: bool = True) -> dict[str, Any]:
+        """The record of a kept page: ours first, then what passes through."""
+        told = {"text": self.text, "id": self.identity, "url": self.page.url, "source": source_of(self.page.path)}
+        own = self.page.record
+        if tell_language:
+            told |= {"language": self.language, "language_score": self.language_score}
+            own = {key: value for key, value in own.items() if key not in told or key in ("id", "url", "source")}
+        told["title"] = self.title
+        return {key: value for key, value in told.items() if value is not None} | own
+
+    def reject(self) -> dict[str, Any]:
+        """The record of a dropped page, with its text where it came so far."""
+        found = self.document()
+        told = {key: found[key] for key in ("id", "url", "source") if key in found}
+        told |= {"offset": self.page.offset, "step": self.step, "reason": self.reason, "score": self.score}
+        told |= {"language": self.language, "language_score": self.language_score, "text": self.text}
+        return {key: value for key, value in told.items() if value is not None}
+
+
+def source_of(path: str) -> str:
+    """The name of an input, as documents give it."""
+    return "stdin" if path == "-" else Path(path).name
+
+
+class Steps:
+    """The steps of a recipe; what they need is loaded when it is first used."""
+
+    def __init__(self, recipe: Recipe, url_filter: UrlFilter | None = None) -> None:
+        """url_filter: the blocklists of the recipe, where they are loaded already."""
+        self.recipe, self.url_filter = recipe, url_filter
+        known: dict[str, Callable[[Journey], str | None]] = {
+            "url": self.url,
+            "extract": self.extract,
+            "language": self.language,
+            "gopher_repetition": self.gopher_repetition,
+            "gopher_quality": self.gopher_quality,
+            "c4": self.c4,
+            "fineweb": self.fineweb,
+            "pii": self.pii,
+        }
+        self.in_order = [(name, known[name]) for name in recipe.steps if name in known]
+
+    def follow(self, journey: Journey, seconds: dict[str, float], keep_scores: bool = False) -> None:
+        """Take a page through the steps until one drops it; `seconds` of each step are added up.
+
+        keep_scores measures the page for all filters, whether or not a step has dropped it.
+        """
+        for name, step in self.in_order:
+            if keep_scores and journey.extracted is None and name not in ("url", "extract"):
+                self.measure(journey)
+            started = perf_counter()
+            journey.reason = step(journey)
+            seconds[name] = seconds.get(name, 0.0) + perf_counter() - started
+            if journey.reason:
+                journey.step = name
+                return
+        if journey.text is None:
+            journey.step, journey.reason = "extract", "not_asked_for"  # HTML, and --skip extract
+        elif keep_scores and journey.extracted is None:
+            self.measure(journey)
+
+    def measure(self, journey: Journey) -> None:
+        """Measure an extracted page for every filter, each on the text that the recipe would give it."""
+        journey.extracted = journey.text
+        self._identify(journey)
+        self._measured(journey, "gopher_repetition", lambda: measure_repetition(journey.words()))
+        self._measured(journey, "gopher_quality", lambda: measure_quality(journey.words(), journey.language or ""))
+        verdict = c4(journey.words(), self.recipe.c4)
+        journey.measures["c4"] = dict(verdict.measures)
+        split = Split(verdict.text) if "c4" in self.recipe.steps else journey.words()
+        length = self.recipe.fineweb.short_line_length
+        self._measured(journey, "fineweb", lambda: measure_fineweb(split, length))
+
+    # ---- the steps
+
+    def url(self, journey: Journey) -> str | None:
+        """Blocklists and rules for the address."""
+        if self.url_filter is None:
+            self.url_filter = UrlFilter.load(self.recipe.url.blocklists, self.recipe.url)
+        return self.url_filter.reason(journey.page.url)
+
+    def extract(self, journey: Journey) -> str | None:
+        """The main text of an HTML page; text that came as text stays."""
+        page = journey.page
+        if page.html is None:
+            return None
+        found = self._extractor.extract(page.html, page.content_type, page.url)
+        journey.text, journey.title = found.text, found.title
+        page.html = None  # the biggest part of a page, and done with
+        return found.reason
+
+    @cached_property
+    def _extractor(self) -> Any:
+        from llmkit.crawl.extract import Extractor
+
+        return Extractor(self.recipe.extract.extractor, self.recipe.extract.threshold)
+
+    def language(self, journey: Journey) -> str | None:
+        """Only pages that are surely in one of the languages."""
+        wanted = self.recipe.language
+        self._identify(journey)
+        assert journey.language_score is not None
+        journey.score = journey.language_score
+        if wanted.languages and journey.language not in wanted.languages:
+            return "other_language"
+        if wanted.min_score is not None and journey.language_score < wanted.min_score:
+            return "min_score"
+        journey.score = None
+        return None
+
+    def gopher_repetition(self, journey: Journey) -> str | None:
+        """Too much of the page repeats."""
+        return self._judged(journey, "gopher_repetition", lambda: measure_repetition(journey.words()))
+
+    def gopher_quality(self, journey: Journey) -> str | None:
+        """It does not look like prose in its language."""
+        self._identify(journey)
+        return self._judged(journey, "gopher_quality", lambda: measure_quality(journey.words(), journey.language or ""))
+
+    def c4(self, journey: Journey) -> str | None:
+        """Lines that are no sentences are taken out; too little is left, or a sign of no prose."""
+        verdict = c4(journey.words(), self.recipe.c4)
+        journey.score = verdict.score
+        if verdict.text != journey.text:
+            journey.text = verdict.text
+        return verdict.reason
+
+    def fineweb(self, journey: Journey) -> str | None:
+        """Its lines are those of a list, a menu or a copy."""
+        length = self.recipe.fineweb.short_line_length
+        return self._judged(journey, "fineweb", lambda: measure_fineweb(journey.words(), length))
+
+    def pii(self, journey: Journey) -> str | None:
+        """Personal data is replaced, or its page dropped."""
+        from llmkit.crawl.personal_data import redact
+
+        text, counts = redact(journey.text or "")
+        if self.recipe.pii.mode == "drop":
+            journey.score = sum(counts.values()) or None
+            return next((kind for kind, count in counts.items() if count), None)
+        journey.text = text
+        return None
+
+    # ---- measured once
+
+    def _identify(self, journey: Journey) -> None:
+        if journey.language is None:
+            from llmkit.crawl.language import identify
+
+            language, score = identify(journey.text or "")
+            journey.language, journey.language_score = language, round(float(score), 4)
+
+    def _measured(self, journey: Journey, name: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        if name not in journey.measures:
+            journey.measures[name] = measure()
+        return journey.measures[name]
+
+    def _judged(self, journey: Journey, name: str, measure: Callable[[], dict[str, float]]) -> str | None:
+        reason, journey.score = judge(self._measured(journey, name, measure), getattr(self.recipe, name))
+        return reason
