@@ -80,7 +80,9 @@ def triton_module(name: str) -> ModuleType:
 def _choose_mode(interpret: bool) -> None:
     if interpret and "triton" not in sys.modules:
         os.environ["TRITON_INTERPRET"] = "1"
-    interpreting = os.environ.get("TRITON_INTERPRET", "0") not in ("0", "")
-    if interpret != interpreting:
-        # e.g. torch.compile has imported it to compile
+    if interpret != (os.environ.get("TRITON_INTERPRET", "0") not in ("0", "")):
         raise UserError("LLMKIT_KERNELS: triton is loaded in another mode already; start a process for each")
+
+
+if os.environ.get("LLMKIT_KERNELS") == "interpret":
+    _choose_mode(True)  # now: torch imports triton as well, with the first optimizer

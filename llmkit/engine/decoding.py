@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmkit.kernels import attention_decode, backend
 from llmkit.kernels.packed import can_pack, packed_linear
 from llmkit.model.cache import KVCache
 from llmkit.model.rope import RotaryTable
@@ -80,6 +81,7 @@ class Decoder:
         self._head = packed_linear(model.head_weight)
         self._rotary = RotaryTable(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         self._scale = self.config.qk_gain * self.config.head_dim**-0.5
+        self._fused = backend(self.device.type) != "torch"
         self._slots = self._rows(slots)
         shape = self.config.num_hidden_layers, self._slots, self.config.num_key_value_heads, 0, self.config.head_dim
         self._keys = torch.empty(shape, dtype=self.dtype, device=self.device)
@@ -140,11 +142,13 @@ class Decoder:
         size, rotated = config.head_dim, heads + kv_heads
         turn_B1D = self._turns[position_B].unsqueeze(1)
         write_at = (position_B.unsqueeze(1) + self._first_RK).view(-1)
-        masks = {window: self._mask(position_B, seen, window) for window in {layer.window for layer in self._layers}}
+        windows = set() if self._fused else {layer.window for layer in self._layers}
+        masks = {window: self._mask(position_B, seen, window) for window in windows}
+        length_B = position_B + 1
         x_BC = F.embedding(token_B, self.model.embed_tokens)
         if config.normalize_embedding:
             x_BC = self._norm(x_BC, None)
-        for layer, (keys, values, key_XDS, value_blocks) in zip(self._layers, self._views, strict=True):
+        for i, (layer, (keys, values, key_XDS, value_blocks)) in enumerate(zip(self._layers, self._views, strict=True)):
             qkv_BJD = layer.qkv(self._norm(x_BC, layer.input_norm)).view(rows, -1, size)
             qk_BJD = qkv_BJD[:, :rotated]
             if config.qk_norm:
@@ -156,10 +160,15 @@ class Decoder:
             qk_BJD = qk_BJD.to(self.dtype)
             keys.index_copy_(0, write_at, qk_BJD[:, heads:].reshape(-1, size))
             values.index_copy_(0, write_at, qkv_BJD[:, rotated:].reshape(-1, size))
-            query_XGD = qk_BJD[:, :heads].reshape(rows * kv_heads, -1, size)
-            scores_XGS = torch.baddbmm(masks[layer.window], query_XGD, key_XDS, alpha=self._scale)
-            attended_XGD = _weighted_sum(torch.softmax(scores_XGS, -1), value_blocks)
-            x_BC = x_BC.add_(layer.out(attended_XGD.view(rows, -1)))
+            if self._fused:
+                held = self._keys[i, :rows], self._values[i, :rows]
+                query_BH1D = qk_BJD[:, :heads].unsqueeze(2)
+                attended = attention_decode(query_BH1D, *held, length_B, scale=self._scale, window=layer.window)
+            else:
+                query_XGD = qk_BJD[:, :heads].reshape(rows * kv_heads, -1, size)
+                scores_XGS = torch.baddbmm(masks[layer.window], query_XGD, key_XDS, alpha=self._scale)
+                attended = _weighted_sum(torch.softmax(scores_XGS, -1), value_blocks)
+            x_BC = x_BC.add_(layer.out(attended.reshape(rows, -1)))
             gate, up = layer.gate_up(self._norm(x_BC, layer.mlp_norm)).chunk(2, -1)
             x_BC = x_BC.add_(layer.down(F.silu(gate).mul_(up)))
         return self._head(self._norm(x_BC, self.model.norm))[:used]

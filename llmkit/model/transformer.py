@@ -22,7 +22,9 @@ from torch.utils.checkpoint import checkpoint
 from llmkit.kernels import (
     Packing,
     add_rms_norm,
+    attention_decode,
     attention_mask,
+    backend,
     linear,
     linear_cross_entropy,
     qkv_rotary,
@@ -95,6 +97,9 @@ def _attend_cached(query_BHTD, key_BKSD, value_BKSD, scale, window, cache: KVCac
     new, held = query_BHTD.shape[2], key_BKSD.shape[2]
     gqa = query_BHTD.shape[1] != key_BKSD.shape[1]
     even = cache.common_length is not None
+    if backend(query_BHTD.device.type) != "torch" and not (even and new == held):
+        lengths = cache.lengths + new
+        return attention_decode(query_BHTD, key_BKSD, value_BKSD, lengths, scale=scale, window=window)
     if even and window is None and (new == 1 or new == held):
         return scaled_dot_product_attention(
             query_BHTD, key_BKSD, value_BKSD, is_causal=new > 1, scale=scale, enable_gqa=gqa
