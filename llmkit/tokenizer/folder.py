@@ -26,24 +26,7 @@ SPECIALS = (
 MULTIPLE = 64
 SMALLEST_VOCABULARY = 256 + len(SPECIALS)
 
-# `generation` marks what the assistant says, for transformers' return_assistant_tokens_mask.
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{%- if message['content'] is string -%}
-{%- set text = message['content'] -%}
-{%- else -%}
-{%- set text = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join -%}
-{%- endif -%}
-{{- '<|im_start|>' + message['role'] + '<|im_sep|>' -}}
-{%- if message['role'] == 'assistant' -%}
-{%- generation -%}{{- text + '<|im_end|>' -}}{%- endgeneration -%}
-{%- else -%}
-{{- text + '<|im_end|>' -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|im_start|>assistant<|im_sep|>' -}}
-{%- endif -%}"""
+CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8").strip()
 
 
 def reserved_tokens(learned: int) -> list[str]:

@@ -1,0 +1,143 @@
+"""Conversations to token ids and back: `<|im_start|>role<|im_sep|>text<|im_end|>` for each turn, nothing between.
+
+What the assistant writes to a tool stands in the tool's tokens, what comes back in `<|result_start|>...<|result_end|>`,
+in the same turn. Text never becomes a special token, whatever it spells; transformers' `apply_chat_template` on the
+folder's template gives the same ids for text that spells none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmkit.conversations import RESULT, TOOLS, Conversation, Message
+from llmkit.errors import UserError
+from llmkit.tokenizer.encoding import Tokenizer
+from llmkit.tokenizer.folder import CHAT_TEMPLATE, SPECIALS
+
+LOSSES = ("assistant", "last", "all")
+ENCODED_AT_ONCE = 4096  # texts
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A conversation in tokens.
+
+    token_ids   (T,) int32
+    trained     (T,) bool: which tokens are targets of the loss
+    turn_ends   positions at which a turn has just ended, T the last of them
+    """
+
+    token_ids: np.ndarray
+    trained: np.ndarray
+    turn_ends: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+class ChatFormat:
+    """The chat format of a tokenizer that has its special tokens.
+
+    end_id   the token that ends a turn
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        missing = [name for name in SPECIALS if name not in tokenizer.specials]
+        if missing:
+            raise UserError(
+                f"{tokenizer.path}: expected the special tokens of conversations, found no {missing[0]}; "
+                "fine-tune the model with llmkit sft, which adds them"
+            )
+        self._tokenizer, self._id = tokenizer, tokenizer.specials
+        self.end_id = self._id["<|im_end|>"]
+        self._headers = {
+            role: [self._id["<|im_start|>"], *tokenizer.encode(role), self._id["<|im_sep|>"]]
+            for role in ("system", "user", "assistant")
+        }
+
+    def encode(self, messages: Sequence[Message], *, loss: str = "assistant", prompt: bool = False) -> Encoded:
+        """The ids of some messages; with `prompt`, what comes before the assistant's answer to them.
+
+        `loss` says what is trained on: all that the assistant says and does ("assistant"), its last turn only
+        ("last"), or every token ("all"). An assistant's tool results and turns of weight 0 never are, but by "all".
+        """
+        (encoded,) = self.encode_many([Conversation(tuple(messages))], loss=loss)
+        if not prompt:
+            return encoded
+        header = np.array(self._headers["assistant"], np.int32)
+        ids = np.concatenate([encoded.token_ids, header])
+        return Encoded(ids, np.concatenate([encoded.trained, np.zeros(len(header), bool)]), encoded.turn_ends)
+
+    def encode_many(self, conversations: Iterable[Conversation], *, loss: str = "assistant") -> list[Encoded]:
+        """The ids of many conversations, their texts encoded together by the fastest backend.
+
+        A record of plain text becomes a document: its beginning token, its text and its end, all of it trained on.
+        """
+        if loss not in LOSSES:
+            raise ValueError(f"loss: expected one of {LOSSES}, found {loss!r}")
+        held = list(conversations)
+        texts = [text for conversation in held for text in _texts(conversation)]
+        pieces = iter(self._encode_texts(texts))
+        return [self._assemble(conversation, pieces, loss) for conversation in held]
+
+    def _encode_texts(self, texts: list[str]) -> list[np.ndarray]:
+        if len(texts) < 32:  # a batch proves its backend first
+            return [np.array(self._tokenizer.encode(text), np.int32) for text in texts]
+        pieces: list[np.ndarray] = []
+        for start in range(0, len(texts), ENCODED_AT_ONCE):
+            ids, lengths = self._tokenizer.encode_batch(texts[start : start + ENCODED_AT_ONCE])
+            pieces += np.split(ids.astype(np.int32), np.cumsum(lengths)[:-1])
+        return pieces
+
+    def _assemble(self, conversation: Conversation, pieces, loss: str) -> Encoded:
+        runs: list[tuple[Sequence[int] | np.ndarray, bool]] = []
+        ends: list[int] = []
+        length = 0
+
+        def put(ids: Sequence[int] | np.ndarray, trained: bool) -> None:
+            nonlocal length
+            runs.append((ids, trained or loss == "all"))
+            length += len(ids)
+
+        if conversation.document is not None:
+            start, end = self._tokenizer.document_bounds()
+            put([start], False)
+            put(next(pieces), True)
+            put([end], True)
+            ends.append(length)
+        last = max((i for i, one in enumerate(conversation.messages) if one.role == "assistant"), default=-1)
+        for index, message in enumerate(conversation.messages):
+            counts = message.role == "assistant" and message.weight > 0 and (loss != "last" or index == last)
+            put(self._headers[message.role], False)
+            for part in message.parts:
+                ids = next(pieces)
+                if part.kind == "text":
+                    put(ids, counts)
+                else:
+                    put([self._id[f"<|{part.kind}_start|>"]], counts and part.kind != RESULT)
+                    put(ids, counts and part.kind != RESULT)
+                    put([self._id[f"<|{part.kind}_end|>"]], counts and part.kind != RESULT)
+            put([self.end_id], counts)
+            ends.append(length)
+        token_ids = np.concatenate([np.asarray(ids, np.int32) for ids, _ in runs])
+        trained = np.repeat([flag for _, flag in runs], [len(ids) for ids, _ in runs])
+        return Encoded(token_ids, trained, tuple(ends))
+
+    def tool_tokens(self) -> dict[str, tuple[int, int]]:
+        """The start and end ids of each tool's call, and of `result`."""
+        return {kind: (self._id[f"<|{kind}_start|>"], self._id[f"<|{kind}_end|>"]) for kind in (*TOOLS, RESULT)}
+
+
+def _texts(conversation: Conversation) -> list[str]:
+    if conversation.document is not None:
+        return [conversation.document]
+    return [part.text for message in conversation.messages for part in message.parts]
+
+
+def has_chat_format(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer's folder holds conversations in this format: its template is ours, or there is none."""
+    has_tokens = all(name in tokenizer.specials for name in SPECIALS)
+    return has_tokens and tokenizer.chat_template in (None, CHAT_TEMPLATE)
