@@ -102,20 +102,7 @@ class Batches:
         The batches are the same for every number of workers; 0 makes each when it is asked for.
         """
         stop = self.batch_size if stop is None else stop
-        if workers == 0:
-            for step in range(first_step, last_step):
-                yield self.rows(step, start, stop)
-            return
-        with ThreadPoolExecutor(workers, thread_name_prefix="batches") as pool:
-            ahead: list[Future[Batch]] = []
-            try:
-                for step in range(first_step, last_step):
-                    while len(ahead) <= 2 * workers and step + len(ahead) < last_step:
-                        ahead.append(pool.submit(self.rows, step + len(ahead), start, stop))
-                    yield ahead.pop(0).result()
-            finally:
-                for future in ahead:
-                    future.cancel()
+        return prefetched(lambda step: self.rows(step, start, stop), first_step, last_step, workers)
 
     def _draw_order(self, epoch: int) -> Order:
         order = shuffled(self.shards.documents, self.seed, epoch)
@@ -164,6 +151,23 @@ class EvaluationBatches:
 
     def _order(self, epoch: int) -> Order | None:
         return self._documents if epoch == 0 else None
+
+
+def prefetched(make: Callable[[int], Batch], first_step: int, last_step: int, workers: int) -> Iterator[Batch]:
+    """`make(step)` of steps first_step ... last_step - 1, in order, made ahead of time by threads (0: by none)."""
+    if workers == 0:
+        yield from map(make, range(first_step, last_step))
+        return
+    with ThreadPoolExecutor(workers, thread_name_prefix="batches") as pool:
+        ahead: list[Future[Batch]] = []
+        try:
+            for step in range(first_step, last_step):
+                while len(ahead) <= 2 * workers and step + len(ahead) < last_step:
+                    ahead.append(pool.submit(make, step + len(ahead)))
+                yield ahead.pop(0).result()
+        finally:
+            for future in ahead:
+                future.cancel()
 
 
 def _pack(

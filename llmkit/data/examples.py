@@ -1,0 +1,120 @@
+"""Encoded conversations of one source, held in memory, each short enough for a row of training.
+
+5 bytes a token: a million conversations of 300 tokens take 1.5 GB. What does not fit a row is truncated at the end of a
+turn, dropped, split between turns or refused, and what nothing would be learnt from is left out; both are counted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from llmkit.errors import UserError
+
+ON_LONG = ("truncate", "drop", "split", "error")
+
+
+class Encoded(Protocol):
+    """A conversation in tokens: int32 (T,), bool (T,), and the positions at which a turn has just ended."""
+
+    token_ids: np.ndarray
+    trained: np.ndarray
+    turn_ends: tuple[int, ...]
+
+
+@dataclass
+class Examples:
+    """The examples of one source.
+
+    name      of the source, in reports
+    lengths   (N,) int64, in tokens
+    counts    what was done to which number of conversations: "truncated", "dropped: too long", "nothing trained" ...
+    """
+
+    name: str
+    lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    counts: Counter[str] = field(default_factory=Counter)
+    _token_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    _trained: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    _ends: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and their targets' mask."""
+        end = int(self._ends[index])
+        span = slice(end - int(self.lengths[index]), end)
+        return self._token_ids[span], self._trained[span]
+
+    @property
+    def inputs(self) -> int:
+        """Tokens that are inputs: all but the last of each example, which nothing follows."""
+        return int(self.lengths.sum()) - len(self.lengths)
+
+    @property
+    def targets(self) -> int:
+        """Tokens that are learnt."""
+        return int(self._trained.sum())
+
+    @classmethod
+    def gather(
+        cls, name: str, encoded: Iterable[tuple[str, Encoded]], longest: int, on_long: str = "truncate"
+    ) -> Examples:
+        """Hold (place, conversation) pairs as examples of at most `longest` tokens.
+
+        Raises UserError for a conversation that is too long under "error", and where nothing at all is trained on.
+        """
+        examples, ids, trained = cls(name), [], []
+        for where, one in encoded:
+            examples.counts["read"] += 1
+            for begin, end in _spans(one, longest, on_long, where, examples.counts):
+                if not one.trained[begin + 1 : end].any():  # the first token of an example is never a target
+                    examples.counts["nothing trained"] += 1
+                    continue
+                ids.append(one.token_ids[begin:end])
+                trained.append(one.trained[begin:end])
+        if not ids:
+            read = examples.counts["read"]
+            reasons = ", ".join(f"{key} {count}" for key, count in examples.counts.items() if key != "read")
+            raise UserError(f"{name}: nothing to train on in {read} conversations ({reasons or 'it is empty'})")
+        examples.lengths = np.array([len(part) for part in ids], np.int64)
+        examples._token_ids, examples._trained = np.concatenate(ids), np.concatenate(trained)
+        examples._ends = np.cumsum(examples.lengths)
+        return examples
+
+
+def _spans(one: Encoded, longest: int, on_long: str, where: str, counts: Counter[str]) -> list[tuple[int, int]]:
+    """What is kept of a conversation, as spans of its tokens that begin and end between turns."""
+    length = len(one.token_ids)
+    if length <= longest:
+        return [(0, length)]
+    if on_long == "error":
+        raise UserError(
+            f"{where}: {length} tokens are more than the context of {longest}; "
+            "shorten it, lengthen --sequence-length, or choose --on-long truncate, drop or split"
+        )
+    if on_long == "drop":
+        counts["dropped: too long"] += 1
+        return []
+    spans, begin = [], 0
+    while begin < length and (on_long == "split" or not spans):
+        end = max((end for end in one.turn_ends if begin < end <= begin + longest), default=None)
+        if end is None:  # one turn longer than a row
+            if on_long == "split" and spans:
+                begin = min(end for end in one.turn_ends if end > begin)
+                counts["dropped: one turn too long"] += 1
+                continue
+            end = begin + longest
+            counts["cut within a turn"] += 1
+            spans.append((begin, end))
+            begin = min((turn for turn in one.turn_ends if turn >= end), default=length)
+            continue
+        spans.append((begin, end))
+        begin = end
+    counts["truncated" if on_long == "truncate" else "split"] += 1
+    return spans
