@@ -48,9 +48,7 @@ def load_model(
     config = load_config(folder)
     tensors = _Tensors(folder)
     _check(tensors, config)
-    with torch.device("meta"):
-        model = Transformer(config)
-    model = model.to(dtype).to_empty(device=device)
+    model = Transformer(config, dtype=dtype, device=device)
     import_state_dict(model, tensors.read)
     return model.eval()
 

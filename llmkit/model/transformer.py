@@ -11,7 +11,8 @@ B batch, T tokens, H query heads, K key-value heads, D head size, V vocabulary.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -37,31 +38,31 @@ from llmkit.model.config import ModelConfig
 from llmkit.model.rope import RotaryTable
 
 
-def _parameter(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape))
+def _parameter(*shape: int, dtype: torch.dtype | None, device: torch.device | str | None) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
 
 
 class Layer(nn.Module):
     """Attention and feed-forward, each normed before and added to the residual stream after."""
 
-    def __init__(self, config: ModelConfig, index: int):
+    def __init__(self, config: ModelConfig, index: int, new: Callable[..., nn.Parameter]):
         super().__init__()
         self.config, self.index = config, index
         query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         hidden, intermediate = config.hidden_size, config.intermediate_size
-        gain = (lambda size: _parameter(size)) if config.norm_gains else (lambda size: None)
+        gain = new if config.norm_gains else (lambda size: None)
         self.window = config.layer_windows[index] if config.layer_windows else None
         self.input_norm = gain(hidden)
-        self.qkv = _parameter(query + 2 * key, hidden)
-        self.qkv_bias = _parameter(query + 2 * key) if config.attention_bias else None
+        self.qkv = new(query + 2 * key, hidden)
+        self.qkv_bias = new(query + 2 * key) if config.attention_bias else None
         self.q_norm = gain(config.head_dim) if config.qk_norm else None
         self.k_norm = gain(config.head_dim) if config.qk_norm else None
-        self.out = _parameter(hidden, query)
-        self.out_bias = _parameter(hidden) if config.attention_out_bias else None
+        self.out = new(hidden, query)
+        self.out_bias = new(hidden) if config.attention_out_bias else None
         self.mlp_norm = gain(hidden)
-        self.gate_up = _parameter(2 * intermediate, hidden)
-        self.down = _parameter(hidden, intermediate)
-        self.residual_scale = _parameter(2) if config.residual_scales else None
+        self.gate_up = new(2 * intermediate, hidden)
+        self.down = new(hidden, intermediate)
+        self.residual_scale = new(2) if config.residual_scales else None
 
     def forward(self, x_BTC: Tensor, cos_sin: Tensor, doc_ids, cache: KVCache | None) -> Tensor:
         eps = self.config.rms_norm_eps
@@ -125,15 +126,23 @@ class Transformer(nn.Module):
     torch.Size([1, 3, 64])
     """
 
-    def __init__(self, config: ModelConfig, *, seed: int | None = None):
-        """With a seed the parameters are initialised for training; without one they are left unset."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        seed: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ):
+        """With a seed the parameters are initialised for training; without one they are left unset, at no cost."""
         super().__init__()
         self.config = config
-        self.embed_tokens = _parameter(config.vocab_size, config.hidden_size)
-        layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        new = partial(_parameter, dtype=dtype, device=device)
+        self.embed_tokens = new(config.vocab_size, config.hidden_size)
+        layers = nn.ModuleList(Layer(config, i, new) for i in range(config.num_hidden_layers))
         self.layers = cast("Sequence[Layer]", layers)  # what iterating a ModuleList gives, for the type checker
-        self.norm = _parameter(config.hidden_size) if config.norm_gains else None
-        self.lm_head = None if config.tie_word_embeddings else _parameter(config.vocab_size, config.hidden_size)
+        self.norm = new(config.hidden_size) if config.norm_gains else None
+        self.lm_head = None if config.tie_word_embeddings else new(config.vocab_size, config.hidden_size)
         self._rotary = RotaryTable(config.head_dim, config.rope_theta, config.rope_scaling)
         self.checkpoint_layers = False  # recompute each layer in backward: less memory, a third more time
         if seed is not None:
