@@ -17,14 +17,14 @@ from llmkit.crawl.words import Split, repeated
 if TYPE_CHECKING:
     import numpy as np
 
-TOP_N_GRAMS = (2, 3, 4)
-DUPLICATE_N_GRAMS = (5, 6, 7, 8, 9, 10)
+TOP_N_GRAMS = range(2, 5)
+DUPLICATE_N_GRAMS = range(5, 11)
 BULLETS = ("•", "-", "‣", "◦", "●", "▪", "■", "*", "–", "·")
 ELLIPSES = ("...", "…")
 
 # The eight of the paper for English; for others the words of like rank and office. A language that is not here
 # has no such rule: the English words would drop every page of it.
-STOP_WORDS = {
+_STOP_WORDS = {
     "en": "the be to of and that have with",
     "de": "der die und in den von zu das mit sich ist nicht",
     "fr": "de la le et les des en un du une est que",
@@ -56,7 +56,7 @@ STOP_WORDS = {
     "he": "של את על לא הוא עם זה כי גם או היא אל",
     "hi": "के का की है में से को और पर ने यह भी",
 }
-STOP_WORDS = {language: frozenset(words.split()) for language, words in STOP_WORDS.items()}
+STOP_WORDS = {language: frozenset(words.split()) for language, words in _STOP_WORDS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,8 @@ def _n_gram_characters(split: Split) -> tuple[dict[int, int], dict[int, int]]:
     ids, size = split.ids, max(1, len(split.vocabulary))
     ends = np.concatenate(([0], np.cumsum(split.lengths[ids])))  # where each word ends, with no space between
     starts, names = np.arange(len(ids)), ids  # of the n-grams that may occur twice: the first word, a number for each
-    top, duplicate = dict.fromkeys(TOP_N_GRAMS, 0), dict.fromkeys(DUPLICATE_N_GRAMS, 0)
+    top = dict.fromkeys(TOP_N_GRAMS, 0)
+    duplicate = dict.fromkeys(DUPLICATE_N_GRAMS, 0)
     for n in range(2, DUPLICATE_N_GRAMS[-1] + 1):
         inside = starts + n <= len(ids)
         starts, names = starts[inside], names[inside]

@@ -69,5 +69,6 @@ def _ask_cld2(text: str) -> tuple[str, float]:
         _, _, found = pycld2.detect(text, isPlainText=True, bestEffort=True)
     except pycld2.error:
         return "und", 0.0
-    code, percent = _CLD2_CODES.get(found[0][1], found[0][1]), found[0][2]
+    code, percent = str(found[0][1]), float(found[0][2])
+    code = _CLD2_CODES.get(code, code)
     return ("und", 0.0) if code == "un" or code.startswith("xx") else (code, percent / 100)

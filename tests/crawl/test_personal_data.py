@@ -55,9 +55,8 @@ def test_a_clean_text_comes_back_as_it_is() -> None:
 
 @pytest.mark.parametrize("row", ROWS, ids=range(len(ROWS)))
 def test_what_was_redacted_is_not_found_again(row: dict) -> None:
-    once, counts = redact(row["text"])
+    once, _ = redact(row["text"])
     assert redact(once) == (once, {})
-    assert bool(counts) == bool(row["found"])
 
 
 @given(st.text(alphabet="0123456789 +-.()@:aADE8/\n", max_size=80))
