@@ -44,7 +44,7 @@ def stock_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _pairs_apart(rows: Tensor, head_dim: int) -> Tensor:
+def pairs_apart(rows: Tensor, head_dim: int) -> Tensor:
     """Rows (H * D, ...) from neighbouring pairs to Hugging Face's order."""
     return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).reshape(rows.shape)
 
@@ -77,8 +77,8 @@ def export_state_dict(model: Transformer, dtype: torch.dtype | None = None) -> d
         for part, stacked in (("weight", layer.qkv), ("bias", layer.qkv_bias)):
             if stacked is not None:
                 q, k, v = full(stacked, 0).split((query, key, key))
-                out[f"{attention}q_proj.{part}"] = _pairs_apart(q, config.head_dim)
-                out[f"{attention}k_proj.{part}"] = _pairs_apart(k, config.head_dim)
+                out[f"{attention}q_proj.{part}"] = pairs_apart(q, config.head_dim)
+                out[f"{attention}k_proj.{part}"] = pairs_apart(k, config.head_dim)
                 out[f"{attention}v_proj.{part}"] = v
         scales = full(layer.residual_scale, 2)
         out[attention + "o_proj.weight"] = full(layer.out, 0) * scales[0]
@@ -86,8 +86,8 @@ def export_state_dict(model: Transformer, dtype: torch.dtype | None = None) -> d
             out[attention + "o_proj.bias"] = full(layer.out_bias, 0)
         if config.qk_norm:
             q_norm = full(layer.q_norm, config.head_dim) * config.qk_gain
-            out[attention + "q_norm.weight"] = _pairs_apart(q_norm, config.head_dim)
-            out[attention + "k_norm.weight"] = _pairs_apart(full(layer.k_norm, config.head_dim), config.head_dim)
+            out[attention + "q_norm.weight"] = pairs_apart(q_norm, config.head_dim)
+            out[attention + "k_norm.weight"] = pairs_apart(full(layer.k_norm, config.head_dim), config.head_dim)
         out[name + "post_attention_layernorm.weight"] = full(layer.mlp_norm, config.hidden_size)
         gate, up = full(layer.gate_up, 0).chunk(2)
         out[name + "mlp.gate_proj.weight"], out[name + "mlp.up_proj.weight"] = gate, up

@@ -1,0 +1,151 @@
+"""Low-rank adapters: W + alpha / rank * B A in place of W, for any of a layer's projections.
+
+    adapter = LoraAdapter(model, rank=16, alpha=32, targets=("q", "v"), seed=0)
+    train(adapter.parameters())
+    adapter.merge()
+
+The sum is made once a forward pass, for a whole matrix: rank times fewer products than the batch's, and the layer runs
+the kernels that it always runs. What is saved is the optimizer's state and the masters, not the gradient of W, which
+lives for a moment in each layer. Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1: A is drawn, B is zero.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from llmkit.errors import UserError
+from llmkit.model.config import ModelConfig
+from llmkit.model.transformer import Transformer
+from llmkit.model.weights import pairs_apart
+from llmkit.files import atomic_file
+
+# parameter of a layer: (name of a target, its module in a Hugging Face model) of each of the matrices that it stacks
+STACKED = {
+    "qkv": (("q", "self_attn.q_proj"), ("k", "self_attn.k_proj"), ("v", "self_attn.v_proj")),
+    "out": (("o", "self_attn.o_proj"),),
+    "gate_up": (("gate", "mlp.gate_proj"), ("up", "mlp.up_proj")),
+    "down": (("down", "mlp.down_proj"),),
+}
+TARGETS = tuple(name for parts in STACKED.values() for name, _ in parts)
+MODULES = dict(part for parts in STACKED.values() for part in parts)
+
+
+class _LowRankSum(nn.Module):
+    """What a stacked parameter becomes: itself plus a product for each adapted matrix of it."""
+
+    def __init__(self, weight: Tensor, rows: dict[str, int], adapted: Sequence[str], rank: int, scale: float, draw):
+        super().__init__()
+        self.rows, self.scale = rows, scale
+        options = {"dtype": weight.dtype, "device": weight.device}
+        bound = 1 / math.sqrt(weight.shape[1])
+        self.down = nn.ParameterDict({name: draw((rank, weight.shape[1]), bound).to(**options) for name in adapted})
+        self.up = nn.ParameterDict({name: torch.zeros(rows[name], rank, **options) for name in adapted})
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if list(self.down) == list(self.rows):
+            change = [self.up[name] @ self.down[name] for name in self.rows]
+            return torch.add(weight, torch.cat(change) if len(change) > 1 else change[0], alpha=self.scale)
+        parts = weight.split(list(self.rows.values()))
+        return torch.cat(
+            [
+                torch.add(part, self.up[name] @ self.down[name], alpha=self.scale) if name in self.down else part
+                for name, part in zip(self.rows, parts, strict=True)
+            ]
+        )
+
+
+class LoraAdapter:
+    """Adapters on a model, whose own parameters are frozen.
+
+    rank, alpha  of every adapter
+    targets      among TARGETS: the projections that get one, in every layer
+    """
+
+    def __init__(self, model: Transformer, rank: int, alpha: float, targets: Sequence[str] = TARGETS, seed: int = 0):
+        unknown = [name for name in targets if name not in TARGETS]
+        if unknown or not targets:
+            raise UserError(
+                f"--lora-targets: expected some of {','.join(TARGETS)}, found {','.join(unknown) or 'none'}"
+            )
+        self.model, self.rank, self.alpha, self.targets = model, rank, alpha, tuple(targets)
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(shape: tuple[int, int], bound: float) -> Tensor:
+            return torch.rand(shape, generator=generator).mul_(2 * bound).sub_(bound)
+
+        model.requires_grad_(False)
+        rows = _rows(model.config)
+        for layer in model.layers:
+            for stacked, parts in STACKED.items():
+                adapted = [name for name, _ in parts if name in targets]
+                if adapted:
+                    weight = getattr(layer, stacked)
+                    sizes = {name: rows[name] for name, _ in parts}
+                    low_rank = _LowRankSum(weight, sizes, adapted, rank, alpha / rank, draw)
+                    parametrize.register_parametrization(layer, stacked, low_rank, unsafe=True)
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, parameter) of every A, (rank, in), and B, (out, rank): `layers.0.q.down` and `layers.0.q.up`."""
+        for index, layer in enumerate(self.model.layers):
+            for stacked in STACKED:
+                if not parametrize.is_parametrized(layer, stacked):
+                    continue
+                low_rank = layer.parametrizations[stacked][0]  # type: ignore[index]
+                for name in low_rank.down:
+                    yield f"layers.{index}.{name}.down", low_rank.down[name]
+                    yield f"layers.{index}.{name}.up", low_rank.up[name]
+
+    @torch.no_grad()
+    def load(self, values: dict[str, Tensor]) -> None:
+        """Set the adapters by the names of `parameters`."""
+        for name, parameter in self.parameters():
+            parameter.copy_(values[name])
+
+    def merge(self) -> Transformer:
+        """Make the sums the weights of a plain model, and return it."""
+        for layer in self.model.layers:
+            for stacked in STACKED:
+                if parametrize.is_parametrized(layer, stacked):
+                    parametrize.remove_parametrizations(layer, stacked, leave_parametrized=True)
+        return self.model.requires_grad_(True)
+
+    def save(self, folder: Path, base: str) -> None:
+        """Write adapter_config.json and adapter_model.safetensors as PEFT reads them, beside the path of the base."""
+        tensors = {}
+        for name, parameter in self.parameters():
+            _, index, target, side = name.split(".")
+            value = parameter.detach().to("cpu", torch.float32)
+            if side == "up" and target in ("q", "k"):
+                value = pairs_apart(value, self.model.config.head_dim)
+            letter = "A" if side == "down" else "B"
+            tensors[f"base_model.model.model.layers.{index}.{MODULES[target]}.lora_{letter}.weight"] = (
+                value.contiguous()
+            )
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base,
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "target_modules": [MODULES[name].split(".")[1] for name in self.targets],
+        }
+        folder.mkdir(exist_ok=True)
+        with atomic_file(folder / "adapter_config.json", "w") as handle:
+            json.dump(config, handle, indent=2)
+        save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def _rows(config: ModelConfig) -> dict[str, int]:
+    query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    wide = config.intermediate_size
+    return dict(zip(TARGETS, (query, key, key, config.hidden_size, wide, wide, config.hidden_size), strict=True))

@@ -1,0 +1,109 @@
+"""Low-rank adapters: nothing changes at first, training changes them alone, and merged they are the same model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llmkit.errors import UserError
+from llmkit.model.config import ModelConfig
+from llmkit.model.folder import load_model, save_model
+from llmkit.model.lora import TARGETS, LoraAdapter
+from llmkit.model.transformer import Transformer
+
+CONFIG = ModelConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
+)  # fmt: skip
+TOKENS = torch.arange(1, 21).view(1, 20)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model as it is loaded: its output projections are not zero as those of a new one are."""
+    torch.manual_seed(0)
+    model = Transformer(CONFIG, seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    save_model(model, tmp_path / "base")
+    return tmp_path / "base"
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.logits(model(TOKENS))
+
+
+def trained(folder, targets, dtype=torch.float32):
+    adapter = LoraAdapter(load_model(folder, dtype=dtype).train(), rank=4, alpha=8, targets=targets, seed=3)
+    optimizer = torch.optim.SGD([parameter for _, parameter in adapter.parameters()], lr=0.5)
+    for _ in range(3):
+        adapter.model.loss(TOKENS[:, :-1], TOKENS[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return adapter
+
+
+def test_nothing_changes_at_first(folder):
+    before = logits(load_model(folder))
+    adapter = LoraAdapter(load_model(folder), rank=4, alpha=8)
+    torch.testing.assert_close(logits(adapter.model), before, rtol=0, atol=0)
+    count = sum(parameter.numel() for _, parameter in adapter.parameters())
+    sides = (32 + 32) + 2 * (32 + 16) + (32 + 32) + 2 * (32 + 48) + (48 + 32)  # q, k and v, o, gate and up, down
+    assert count == 4 * 2 * sides
+
+
+@pytest.mark.parametrize("targets", [TARGETS, ("q", "v"), ("k", "up"), ("down",)])
+def test_merged_it_is_the_model_that_was_trained(folder, targets):
+    adapter = trained(folder, targets)
+    before, base = logits(adapter.model), logits(load_model(folder))
+    assert (before - base).abs().max() > 1e-3
+    merged = adapter.merge()
+    torch.testing.assert_close(logits(merged), before)
+    names, expected = (sorted(name for name, _ in one.named_parameters()) for one in (merged, load_model(folder)))
+    assert names == expected
+    save_model(merged, folder.parent / "merged")
+    torch.testing.assert_close(logits(load_model(folder.parent / "merged")), before)
+
+
+def test_only_adapters_are_trained(folder):
+    adapter = trained(folder, ("q", "gate"))
+    base = dict(load_model(folder).named_parameters())
+    for name, parameter in adapter.model.named_parameters():
+        plain = name.replace("parametrizations.", "").replace(".original", "")
+        if plain in base:
+            assert torch.equal(parameter, base[plain]) and parameter.grad is None
+
+
+def test_values_can_be_set_again(folder):
+    adapter = trained(folder, ("q", "down"))
+    values = {name: parameter.detach().clone() for name, parameter in adapter.parameters()}
+    again = LoraAdapter(load_model(folder), rank=4, alpha=8, targets=("q", "down"), seed=99)
+    again.load(values)
+    torch.testing.assert_close(logits(again.merge()), logits(adapter.model))
+
+
+def test_saved_as_peft_reads_it(folder, tmp_path):
+    """W + alpha / r * B A on the tensors of the base's own folder, by the names of PEFT, gives the merged folder."""
+    adapter = trained(folder, TARGETS)
+    adapter.save(tmp_path / "adapter", str(folder))
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and set(config["target_modules"]) >= {"q_proj", "down_proj"}
+    save_model(adapter.merge(), tmp_path / "merged")
+    base, merged = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "merged"))
+    tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    scale = config["lora_alpha"] / config["r"]
+    names = {name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] for name in tensors}
+    assert len(names) == 14
+    for name in names:
+        a, b = (tensors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+        torch.testing.assert_close(base[f"{name}.weight"] + scale * b @ a, merged[f"{name}.weight"])
+
+
+def test_unknown_target(folder):
+    with pytest.raises(UserError, match=r"--lora-targets: expected some of q,k,v,o,gate,up,down, found query"):
+        LoraAdapter(load_model(folder), 4, 8, ("q", "query"))
