@@ -7,16 +7,20 @@ folder's template gives the same ids for text that spells none.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from llmkit.conversations import RESULT, TOOLS, Conversation, Message
 from llmkit.errors import UserError
-from llmkit.tokenizer.encoding import Tokenizer
-from llmkit.tokenizer.folder import CHAT_TEMPLATE, SPECIALS
+from llmkit.stream import atomic_file
+from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
+from llmkit.tokenizer.folder import CHAT_TEMPLATE, END_OF_TEXT, SPECIALS
 
+CHAT_SPECIALS = tuple(name for name in SPECIALS if name != END_OF_TEXT)
 LOSSES = ("assistant", "last", "all")
 ENCODED_AT_ONCE = 4096  # texts
 
@@ -45,7 +49,7 @@ class ChatFormat:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        missing = [name for name in SPECIALS if name not in tokenizer.specials]
+        missing = [name for name in CHAT_SPECIALS if name not in tokenizer.specials]
         if missing:
             raise UserError(
                 f"{tokenizer.path}: expected the special tokens of conversations, found no {missing[0]}; "
@@ -137,7 +141,28 @@ def _texts(conversation: Conversation) -> list[str]:
     return [part.text for message in conversation.messages for part in message.parts]
 
 
-def has_chat_format(tokenizer: Tokenizer) -> bool:
-    """Whether the tokenizer's folder holds conversations in this format: its template is ours, or there is none."""
-    has_tokens = all(name in tokenizer.specials for name in SPECIALS)
-    return has_tokens and tokenizer.chat_template in (None, CHAT_TEMPLATE)
+def write_chat_tokenizer(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
+    """Write a tokenizer into `folder` with the special tokens and the template of conversations, and load it.
+
+    Tokens that it lacks come after all that it has. Raises UserError for a folder whose own template is another one:
+    a model that was tuned to speak otherwise would have to unlearn it.
+    """
+    if tokenizer.chat_template not in (None, CHAT_TEMPLATE):
+        raise UserError(
+            f"{tokenizer.path.parent}: this model has a chat template of its own, and llmkit trains on "
+            "<|im_start|>role<|im_sep|>text<|im_end|>; start from the base model, or remove its template"
+        )
+    tokenizer.copy_to(folder)
+    spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    added = spec.setdefault("added_tokens", [])
+    missing = [name for name in CHAT_SPECIALS if name not in tokenizer.specials]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added += [
+        {"id": tokenizer.vocab_size + i, "content": name, **flags, "special": True} for i, name in enumerate(missing)
+    ]
+    config = {**tokenizer.config, "chat_template": CHAT_TEMPLATE}
+    config.pop("added_tokens_decoder", None)  # what transformers 4 wrote of the tokens in tokenizer.json
+    for name, content in (("tokenizer.json", spec), ("tokenizer_config.json", config)):
+        with atomic_file(folder / name, "w") as handle:
+            json.dump(content, handle, indent=2, ensure_ascii=False)
+    return load_tokenizer(folder)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from llmkit.conversations import Conversation, Message, Part, as_record, message, read_conversation
 from llmkit.errors import UserError
 from llmkit.records import Row
-from llmkit.tokenizer.chat import ChatFormat
+from llmkit.tokenizer.chat import CHAT_SPECIALS, ChatFormat, write_chat_tokenizer
 from llmkit.tokenizer.encoding import load_tokenizer
 from llmkit.tokenizer.folder import SPECIALS
 
@@ -131,3 +131,36 @@ def test_a_tokenizer_without_the_tokens_is_refused(folder, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(UserError, match=r"found no <\|im_sep\|>; fine-tune"):
         ChatFormat(load_tokenizer(tmp_path))
+
+
+# ---- a tokenizer that lacks them
+
+
+@pytest.mark.shared
+def test_a_foreign_base_gets_the_tokens_and_the_template(shared_data, tmp_path):
+    from transformers import AutoTokenizer
+
+    base = load_tokenizer(shared_data / "ckpt" / "story-llama")
+    grown = write_chat_tokenizer(base, tmp_path)
+    assert grown.vocab_size == base.vocab_size + len(CHAT_SPECIALS)
+    assert grown.encode("Once upon a time") == base.encode("Once upon a time")
+    messages = [message("user", "Tell me."), message("assistant", "Once upon a time")]
+    ours = ChatFormat(grown).encode(messages, prompt=True)
+    theirs = rendered(AutoTokenizer.from_pretrained(tmp_path), as_record(messages), add_generation_prompt=True)
+    assert ours.token_ids[ours.trained].tolist()[-1] == grown.specials["<|im_end|>"]
+    assert [i for i in theirs["input_ids"] if i in grown.specials.values()] == [
+        i for i in ours.token_ids.tolist() if i in grown.specials.values()
+    ]
+
+
+def test_a_tokenizer_that_has_them_is_kept(folder, tmp_path):
+    write_chat_tokenizer(load_tokenizer(folder), tmp_path)
+    assert json.loads((tmp_path / "tokenizer.json").read_text()) == json.loads((folder / "tokenizer.json").read_text())
+
+
+def test_a_model_that_speaks_another_template_is_refused(folder, tmp_path):
+    load_tokenizer(folder).copy_to(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": "{{ messages }}"}))
+    with pytest.raises(UserError, match="a chat template of its own"):
+        write_chat_tokenizer(load_tokenizer(tmp_path), tmp_path / "new")
