@@ -9,6 +9,7 @@ from llmkit.kernels.cross_entropy import linear_cross_entropy
 from llmkit.kernels.decode import attention_decode
 from llmkit.kernels.dispatch import BACKENDS, backend
 from llmkit.kernels.linear import linear
+from llmkit.kernels.logprobs import linear_logprobs
 from llmkit.kernels.projections import qkv_rotary, swiglu_mlp
 from llmkit.kernels.rowwise import add_rms_norm, rms_norm, swiglu
 
@@ -22,6 +23,7 @@ __all__ = [
     "keep_freed_memory",
     "linear",
     "linear_cross_entropy",
+    "linear_logprobs",
     "qkv_rotary",
     "rms_norm",
     "scaled_dot_product_attention",

@@ -1,27 +1,22 @@
 """Linear layer and cross-entropy as one step: from hidden states to loss and gradients, chunk by chunk.
 
-The logits of a whole batch are the largest tensor of training (4,096 tokens x 32,768 words: 512 MB in float32,
-three times over in the usual formulation). Here the forward pass computes one chunk of them in one reused buffer,
-turns it into the chunk's loss and gradients, and goes on. N tokens, D hidden, V vocabulary.
+An operator of torch on every machine, `llmkit::linear_cross_entropy`, so that a compiled graph sees neither the loop
+over chunks nor its number. The gradients of a mean or a sum are computed beside the loss, from the same logits; those
+of reduction "none" come with backward, which computes the logits again. N tokens, D hidden, V vocabulary.
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
-from llmkit.kernels.linear import matmul_nn, matmul_nt, matmul_tn
+from llmkit.kernels.logit_chunks import (
+    Objective,
+    accumulation_dtype,
+    auto_chunk_tokens,
+    rows_and_gradients,
+    uses_triton,
+)
 from llmkit.kernels.rowwise import by_hand
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-# On CPU a chunk's logits should stay in cache, and its tokens be enough that adding up the weight gradient is cheap:
-# at 8,192 tokens x 256 hidden, 2,048 or 4,096 tokens a chunk are 1.2x as fast as 256.
-CPU_CHUNK_BYTES = 32 * 2**20
-CPU_LEAST_TOKENS = 1024
-CHUNK_BYTES = 512 * 2**20
-LEAST_TOKENS = 4096
-# Below this probability -log(p) is taken again from the logits, for p itself is near the end of its range.
-LEAST_PROBABILITY = 1e-30
 
 
 def linear_cross_entropy_reference(
@@ -29,127 +24,200 @@ def linear_cross_entropy_reference(
     linear_weight: Tensor,
     target: Tensor,
     *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
     reduction: str = "mean",
     ignore_index: int = -100,
-) -> Tensor:
-    """The same by torch's own functions, with all logits held: the truth for the tests."""
-    logits = F.linear(input, linear_weight)
-    logits = logits.float() if logits.dtype != torch.float64 else logits
-    loss = F.cross_entropy(
-        logits, target, reduction="sum" if reduction == "mean" else reduction, ignore_index=ignore_index
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Loss and lse by torch's own functions, with all logits held: the truth for the tests. input is (N, D)."""
+    logits = F.linear(input, linear_weight, linear_bias)
+    logits = logits.to(accumulation_dtype(logits.dtype))
+    weight = None if weight is None else weight.to(logits.dtype)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    losses = F.cross_entropy(
+        logits, target, weight, reduction="none", ignore_index=ignore_index, label_smoothing=label_smoothing
     )
-    return loss / (target != ignore_index).sum().clamp(min=1) if reduction == "mean" else loss
+    counted = target != ignore_index
+    lse = torch.logsumexp(logits, -1) * counted
+    shares = counted.to(logits.dtype) if weight is None else weight[target * counted] * counted
+    losses = losses + z_loss * shares * lse.square()
+    if reduction == "none":
+        return losses, lse
+    total = shares.sum()
+    return losses.sum() / (torch.where(total > 0, total, 1) if reduction == "mean" else 1), lse
 
 
-def _chunk_tokens(chunk_tokens: int | str, weight: Tensor) -> int:
-    if chunk_tokens != "auto":
-        return int(chunk_tokens)
-    row = weight.shape[0] * weight.element_size()
-    if by_hand(weight):
-        return max(CPU_LEAST_TOKENS, CPU_CHUNK_BYTES // row)
-    return max(LEAST_TOKENS, CHUNK_BYTES // row)
+def _compute(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    target: Tensor,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    chunk_tokens: int,
+    return_lse: bool,
+    need_input: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, lse, gradients of input (N, D), weight (V, D) and bias (V,), and what those remain to be multiplied by.
+
+    What was not asked for is empty. softcap 0 is none.
+    """
+    objective = Objective(ignore_index, label_smoothing, z_loss, softcap, with_lse=return_lse)
+    dtype = accumulation_dtype(input.dtype)
+    scale = upstream = None
+    if reduction == "mean":
+        scale = _mean_scale(target, weight, ignore_index, dtype)
+        # A kernel divides before it rounds, as torch does. float16 ends at 6e-8, an ordinary gradient of a mean: there
+        # the division waits until the upstream gradient, a loss scale perhaps, is known; in eager it costs a pass.
+        upstream = scale if uses_triton(input) and input.dtype != torch.float16 else None
+    rows, gradients = rows_and_gradients(
+        input, linear_weight, linear_bias, target, weight, objective, chunk_tokens, upstream=upstream,
+        need=(False,) * 3 if reduction == "none" else (need_input, need_weight, need_bias),
+    )  # fmt: skip
+    loss = rows.loss
+    if reduction != "none":
+        loss = loss.sum() if scale is None else loss.sum() * scale
+    if scale is None or upstream is not None:
+        scale = loss.new_ones(())
+    nothing = input.new_empty
+    return (
+        loss,
+        nothing(0, dtype=dtype) if rows.lse is None else rows.lse,
+        nothing(0) if gradients.input is None else gradients.input,
+        nothing(0, dtype=dtype) if gradients.weight is None else gradients.weight,
+        nothing(0, dtype=dtype) if gradients.bias is None else gradients.bias,
+        scale,
+    )
 
 
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+_loss_and_gradients = torch.library.custom_op("llmkit::linear_cross_entropy", _compute, mutates_args=())
 
 
-def _losses(input: Tensor, weight: Tensor, target: Tensor, chunk_tokens: int) -> Tensor:
-    """Loss of each token from float32 log-softmax, no gradients."""
-    dtype = _accumulation_dtype(input.dtype)
-    losses = torch.empty(input.shape[0], dtype=dtype, device=input.device)
-    for start in range(0, input.shape[0], chunk_tokens):
-        rows = slice(start, start + chunk_tokens)
-        log_probabilities = torch.log_softmax(matmul_nt(input[rows], weight).to(dtype), -1)
-        losses[rows] = log_probabilities.gather(1, target[rows].unsqueeze(1)).squeeze(1).neg_()
-    return losses
+def _mean_scale(target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
+    """1 over the number of targets that count, at least one, or over the sum of their class weights."""
+    counted = target != ignore_index
+    if weight is None:
+        return counted.sum().to(dtype).clamp_(min=1).reciprocal_()
+    total = (weight.to(dtype)[target.masked_fill(~counted, 0).long()] * counted).sum()
+    return torch.where(total > 0, 1 / total, 0.0)
 
 
-def _losses_and_gradients(input, weight, target, row_scale, chunk_tokens, need_input, need_weight):
-    """Losses (N,), their gradient to input (N, D) in its dtype and to weight (V, D) in the accumulation dtype."""
-    dtype = _accumulation_dtype(input.dtype)
-    tokens = input.shape[0]
-    losses = torch.empty(tokens, dtype=dtype, device=input.device)
-    grad_input = torch.empty_like(input) if need_input else None
-    grad_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
-    every_row = torch.arange(min(chunk_tokens, tokens), device=input.device)
-    on_cpu = by_hand(input)
-    probabilities = input.new_empty((min(chunk_tokens, tokens), weight.shape[0])) if on_cpu else None
-    for start in range(0, tokens, chunk_tokens):
-        rows = slice(start, min(start + chunk_tokens, tokens))
-        target_N, row = target[rows], every_row[: rows.stop - rows.start]
-        logits_NV = matmul_nt(input[rows], weight)
-        if probabilities is not None:
-            # torch's softmax has an exponential several times faster than `exp` by itself on CPU. It computes in
-            # float32 and rounds once to the dtype of the products; the loss is -log of the target's probability.
-            out = probabilities[: logits_NV.shape[0]]
-            grad_NV = torch.ops.aten._softmax.out(logits_NV, 1, False, out=out)
-            probability = grad_NV[row, target_N]
-            losses[rows] = -probability.to(dtype).log()
-            grad_NV[row, target_N] = probability - 1
-        else:
-            log_probabilities = torch.log_softmax(logits_NV.to(dtype), -1)
-            losses[rows] = -log_probabilities[row, target_N]
-            grad_NV = log_probabilities.exp()
-            grad_NV[row, target_N] -= 1
-            grad_NV = grad_NV.to(input.dtype)
-        if row_scale is not None:
-            grad_NV.mul_(row_scale[rows].unsqueeze(1).to(grad_NV.dtype))
-        if grad_input is not None:
-            grad_input[rows] = matmul_nn(grad_NV, weight)
-        if grad_weight is not None:
-            grad_weight += matmul_tn(grad_NV, input[rows])
-    if on_cpu:
-        unlikely = losses > -math.log(LEAST_PROBABILITY)
-        if unlikely.any():
-            losses[unlikely] = _losses(input[unlikely], weight, target[unlikely], chunk_tokens)
-    return losses, grad_input, grad_weight
+@_loss_and_gradients.register_fake
+def _(
+    input, linear_weight, linear_bias, weight, target, reduction, ignore_index, label_smoothing, z_loss, softcap,
+    chunk_tokens, return_lse, need_input, need_weight, need_bias,
+):  # fmt: skip
+    dtype = accumulation_dtype(input.dtype)
+    now, vocab = reduction != "none", linear_weight.shape[0]
+    return (
+        input.new_empty((() if now else target.shape), dtype=dtype),
+        input.new_empty(target.shape if return_lse else (0,), dtype=dtype),
+        input.new_empty(input.shape if now and need_input else (0,)),
+        input.new_empty(linear_weight.shape if now and need_weight else (0,), dtype=dtype),
+        input.new_empty((vocab,) if now and need_bias else (0,), dtype=dtype),
+        input.new_empty((), dtype=dtype),
+    )
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+@torch.library.custom_op("llmkit::linear_cross_entropy_backward", mutates_args=())
+def _gradients_of_each(
+    grad: Tensor,
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    chunk_tokens: int,
+    need_input: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of reduction "none", given that of each loss (N,), in the dtypes of input, weight and bias."""
+    _, gradients = rows_and_gradients(
+        input, linear_weight, linear_bias, target, weight,
+        Objective(ignore_index, label_smoothing, z_loss, softcap), chunk_tokens,
+        upstream=grad, need=(need_input, need_weight, need_bias),
+    )  # fmt: skip
+    found = gradients.input, gradients.weight, gradients.bias
+    return tuple(input.new_empty(0) if x is None else x.to(input.dtype) for x in found)  # type: ignore[return-value]
+
+
+@_gradients_of_each.register_fake
+def _(
+    grad, input, linear_weight, linear_bias, weight, target, ignore_index, label_smoothing, z_loss, softcap,
+    chunk_tokens, need_input, need_weight, need_bias,
+):  # fmt: skip
+    shapes = input.shape, linear_weight.shape, linear_weight.shape[:1]
+    needs = need_input, need_weight, need_bias
+    return tuple(input.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True))
+
+
+def _scaled(x: Tensor, factor: Tensor, like: Tensor) -> Tensor:
+    """x * factor in the wider of their dtypes, rounded once to the dtype of `like`; on a GPU in one pass."""
+    return torch.mul(x, factor.reshape(1), out=torch.empty_like(x, dtype=like.dtype))
+
+
+_scaled_in_a_graph = torch.library.custom_op("llmkit::scaled", _scaled, mutates_args=())
+
+
+@_scaled_in_a_graph.register_fake
+def _(x, factor, like):
+    return torch.empty_like(x, dtype=like.dtype)
+
+
+def _save(ctx, inputs, output):
+    input, linear_weight, linear_bias, weight, target, ctx.reduction, *ctx.options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    if ctx.reduction == "none":
+        ctx.save_for_backward(input, linear_weight, linear_bias, weight, target)
+    else:
+        # of these two backward wants the dtype alone, and they live as long anyway
+        ctx.save_for_backward(linear_weight, linear_bias, *output[2:])
+
+
+def _backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 15
+    *options, _, need_input, need_weight, need_bias = ctx.options
+    needs = need_input, need_weight, need_bias
+    if ctx.reduction == "none":
+        found = _gradients_of_each(grad, *ctx.saved_tensors, *options, *needs)
+    else:
+        linear_weight, linear_bias, grad_input, grad_weight, grad_bias, scale = ctx.saved_tensors
+        known = (grad_input, grad_input), (grad_weight, linear_weight), (grad_bias, linear_bias)
+        factor, scaled = grad * scale, _scaled if by_hand(grad) else _scaled_in_a_graph
+        found = tuple(scaled(x, factor, like) if need else None for (x, like), need in zip(known, needs, strict=True))
+    return *(x if need else None for x, need in zip(found, needs, strict=True)), *(None,) * 12
+
+
+_loss_and_gradients.register_autograd(_backward, setup_context=_save)
+
+
+class _Eagerly(torch.autograd.Function):
+    """The operator without torch's dispatcher, whose 0.2 ms are a seventh of 256 tokens' loss on CPU."""
+
     @staticmethod
-    def forward(ctx, input, weight, target, reduction, counted, chunk_tokens):
-        """`counted` (N,) is 1 for tokens that count and 0 for others, or None where all do."""
-        need_input, need_weight = ctx.needs_input_grad[:2]
-        ctx.reduction, ctx.chunk_tokens = reduction, chunk_tokens
-        grad_input = grad_weight = None
-        if reduction == "none" or not (need_input or need_weight):
-            # The upstream gradients of reduction "none" come only with backward, which computes the rest then.
-            losses = _losses(input, weight, target, chunk_tokens)
-        else:
-            losses, grad_input, grad_weight = _losses_and_gradients(
-                input, weight, target, counted, chunk_tokens, need_input, need_weight
-            )
-        if counted is not None:
-            losses *= counted
-        if reduction == "none":
-            ctx.save_for_backward(input, weight, target, counted)
-            return losses
-        tokens = losses.shape[0] if counted is None else counted.sum()
-        scale = 1.0 / torch.as_tensor(tokens, dtype=losses.dtype, device=losses.device).clamp(min=1)
-        scale = scale if reduction == "mean" else torch.ones_like(scale)
-        ctx.save_for_backward(grad_input, grad_weight, scale)
-        ctx.weight_dtype = weight.dtype
-        return losses.sum() * scale
+    def forward(ctx, *inputs):
+        output = _compute(*inputs)
+        _save(ctx, inputs, output)
+        return output
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        if ctx.reduction != "none":
-            grad_input, grad_weight, scale = ctx.saved_tensors
-            scale = scale * grad
-            if grad_input is not None:
-                grad_input = grad_input * scale.to(grad_input.dtype)
-            if grad_weight is not None:
-                grad_weight = (grad_weight * scale).to(ctx.weight_dtype)
-            return grad_input, grad_weight, None, None, None, None
-        input, weight, target, counted = ctx.saved_tensors
-        grad = grad if counted is None else grad * counted
-        _, grad_input, grad_weight = _losses_and_gradients(
-            input, weight, target, grad, ctx.chunk_tokens, *ctx.needs_input_grad[:2]
-        )
-        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-        return grad_input, grad_weight, None, None, None, None
+    backward = staticmethod(once_differentiable(_backward))
 
 
 def linear_cross_entropy(
@@ -166,38 +234,37 @@ def linear_cross_entropy(
     softcap: float | None = None,
     chunk_tokens: int | str = "auto",
     return_lse: bool = False,
-) -> Tensor:
-    """Cross-entropy of `input @ linear_weight.T` against `target`, never holding more than a chunk of logits.
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Cross-entropy of `input @ linear_weight.T + linear_bias` against `target`, holding one chunk of logits at most.
 
-    input (..., D), linear_weight (V, D), target (...) int64. The loss is float32 whatever the inputs are (float64
-    for float64): a scalar for "mean" (over tokens that are not ignored) and "sum", the shape of `target` for
-    "none". Where every token is ignored the loss is 0 and the gradients are zero. `chunk_tokens` is the number of
-    tokens a chunk. The options that raise NotImplementedError are torch-like names reserved for later.
+    input (..., D), linear_weight (V, D), linear_bias (V,), target (...) of integers. The loss is float32 whatever the
+    inputs are (float64 for float64): a scalar for "mean" and "sum", the shape of `target` for "none".
+
+    Meanings are those of torch's `cross_entropy`: `weight` (V,) are class weights, of the target for the likelihood
+    and of each class for `label_smoothing`; a mean divides by the sum of the targets' weights, which is the number of
+    tokens not ignored where there are none. With `softcap` a logit z becomes softcap * tanh(z / softcap). `z_loss`
+    adds z_loss * weight[target] * lse^2 to each token's loss, lse being the logsumexp of its logits (PaLM,
+    arXiv:2204.02311). Where every token is ignored the loss is 0, and the gradients are zeros, not NaN as in torch.
+
+    With `return_lse` the result is (loss, lse), lse of the shape of `target`, 0 where ignored, without a gradient.
+    `chunk_tokens` is the number of tokens a chunk; at least 4,096 on a GPU, or adding up the gradient of the weight
+    dominates. `weight` gets no gradient. A target outside [0, V) that is not ignored raises IndexError on CPU and
+    makes the loss NaN on a GPU, which is never waited for. Hidden states of ignored tokens must be finite there.
     """
-    for name, value, off in (
-        ("linear_bias", linear_bias, None),
-        ("weight", weight, None),
-        ("label_smoothing", label_smoothing, 0.0),
-        ("z_loss", z_loss, 0.0),
-        ("softcap", softcap, None),
-        ("return_lse", return_lse, False),
-    ):
-        if value is not None and (isinstance(value, Tensor) or value != off):
-            raise NotImplementedError(f"linear_cross_entropy: {name} is not implemented")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"linear_cross_entropy: expected reduction mean, sum or none, found {reduction!r}")
-    rows, flat_target = input.reshape(-1, input.shape[-1]), target.reshape(-1)
-    chunk = _chunk_tokens(chunk_tokens, linear_weight)
-    counted = flat_target != ignore_index
-    on_host = by_hand(input)
-    if on_host and bool(counted.all()):
-        loss = _LinearCrossEntropy.apply(rows, linear_weight, flat_target, reduction, None, chunk)
-    elif on_host and reduction != "none":  # ignored tokens cost nothing: leave them out
-        kept = counted.nonzero().squeeze(1)
-        rows, flat_target = rows.index_select(0, kept), flat_target[kept]
-        loss = _LinearCrossEntropy.apply(rows, linear_weight, flat_target, reduction, None, chunk)
-    else:
-        safe_target = flat_target.masked_fill(~counted, 0)
-        counted = counted.to(_accumulation_dtype(input.dtype))
-        loss = _LinearCrossEntropy.apply(rows, linear_weight, safe_target, reduction, counted, chunk)
-    return loss.view(target.shape) if reduction == "none" else loss
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"linear_cross_entropy: expected label_smoothing from 0 to 1, found {label_smoothing}")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"linear_cross_entropy: expected a positive softcap, found {softcap}")
+    grad = torch.is_grad_enabled()
+    need_bias = grad and linear_bias is not None and linear_bias.requires_grad
+    chunk = auto_chunk_tokens(linear_weight) if chunk_tokens == "auto" else int(chunk_tokens)
+    compute = _Eagerly.apply if by_hand(input) else _loss_and_gradients
+    loss, lse, *_ = compute(
+        input.reshape(-1, input.shape[-1]), linear_weight, linear_bias, weight, target.reshape(-1), reduction,
+        ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0), chunk, return_lse,
+        grad and input.requires_grad, grad and linear_weight.requires_grad, need_bias,
+    )  # fmt: skip
+    loss = loss.view(target.shape) if reduction == "none" else loss
+    return (loss, lse.view(target.shape)) if return_lse else loss

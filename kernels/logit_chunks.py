@@ -1,0 +1,314 @@
+"""Logits a chunk at a time: what a loss or log-probabilities need of them, and the gradients behind them.
+
+The logits of a whole batch are the largest tensor of training (4,096 tokens x 32,768 words: 512 MB in float32,
+three times over in the usual formulation). Here one chunk of them is computed in a reused buffer, turned in place
+into its rows' losses and the gradient of the logits, multiplied on into the gradients of hidden states and weight,
+and forgotten. The turning is eager torch or the Triton kernel of kernels/triton/cross_entropy.py; the products are
+those of oneDNN or cuBLAS either way. N tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from llmkit.kernels.dispatch import backend, triton_module
+from llmkit.kernels.linear import matmul_nn, matmul_nt, matmul_tn
+from torch import Tensor
+
+# On CPU a chunk's logits should stay in cache, and its tokens be enough that adding up the weight gradient is cheap:
+# at 8,192 tokens x 256 hidden, 2,048 or 4,096 tokens a chunk are 1.2x as fast as 256.
+CPU_CHUNK_BYTES = 32 * 2**20
+CPU_LEAST_TOKENS = 1024
+CHUNK_BYTES = 512 * 2**20
+LEAST_TOKENS = 4096
+# Below this probability -log(p) is taken again from the logits, for p itself is near the end of its range.
+LEAST_PROBABILITY = 1e-30
+ROW_ALIGNMENT = 64  # numbers; a vocabulary of 50257 would leave no row but the first at a 16-byte boundary
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is asked of a row of logits z with the target y; p = softmax(z), lse = logsumexp(z), w class weights.
+
+    z is first capped, c * tanh(z / c), then divided by the temperature. The loss is
+    (1 - e) w[y] (lse - z[y]) + e / V * sum_k w[k] (lse - z[k]) + z_loss * w[y] * lse^2, e being the label smoothing.
+    """
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float = 0.0  # 0 is none
+    temperature: float = 1.0
+    with_lse: bool = False
+    with_entropy: bool = False
+
+
+class Rows(NamedTuple):
+    """Per token, in float32 or float64: 0 where the target is ignored; lse and entropy where they were asked for."""
+
+    loss: Tensor
+    lse: Tensor | None
+    entropy: Tensor | None
+
+
+@dataclass
+class Gradients:
+    """Of the losses' sum weighted by `upstream`: to input (N, D) in its dtype, to the others in float32 or float64."""
+
+    input: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def uses_triton(input: Tensor) -> bool:
+    return input.dtype in TRITON_DTYPES and backend(input.device.type) in ("triton", "interpret")
+
+
+def auto_chunk_tokens(weight: Tensor) -> int:
+    row = weight.shape[0] * weight.element_size()
+    if weight.device.type == "cpu":
+        return max(CPU_LEAST_TOKENS, CPU_CHUNK_BYTES // row)
+    return max(LEAST_TOKENS, CHUNK_BYTES // row // 512 * 512)
+
+
+def rows_and_gradients(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    objective: Objective,
+    chunk_tokens: int,
+    *,
+    upstream: Tensor | None = None,
+    grad_entropy: Tensor | None = None,
+    need: tuple[bool, bool, bool] = (False, False, False),
+) -> tuple[Rows, Gradients]:
+    """Rows of every token, and the gradients to input, weight and bias that `need` names. No autograd.
+
+    input (N, D), weight (V, D), bias (V,), target (N,). `upstream`, (N,) or a scalar on the device, is the gradient
+    of each loss, 1 if None; `grad_entropy` (N,) is that of each entropy. Raises IndexError for a target outside
+    [0, V) on CPU; on a GPU, where nothing is read back, the loss of such a token is NaN.
+    """
+    chunks = _Chunks(input, weight, bias, class_weight, objective, min(chunk_tokens, max(1, input.shape[0])))
+    if upstream is not None:
+        upstream = upstream.to(accumulation_dtype(input.dtype)).expand(input.shape[0])
+    if chunks.on_host:
+        return _counted_tokens_only(chunks, input, target, upstream, grad_entropy, need)
+    return chunks.run(input, target, upstream, grad_entropy, need)
+
+
+def _counted_tokens_only(chunks: _Chunks, input, target, upstream, grad_entropy, need) -> tuple[Rows, Gradients]:
+    """Where looking costs nothing, ignored tokens are left out, and their rows of the results are zeros."""
+    target = target.long()
+    counted = target != chunks.objective.ignore_index
+    everything = bool(counted.all())
+    kept = None if everything else counted.nonzero().squeeze(1)
+    found = target if kept is None else target.index_select(0, kept)
+    if found.numel():
+        low, high = (int(x) for x in torch.aminmax(found))
+        if low < 0 or high >= chunks.weight.shape[0]:
+            raise IndexError(
+                f"target {low if low < 0 else high} is out of bounds with {chunks.weight.shape[0]} classes"
+            )
+    if kept is None:
+        return chunks.run(input, target, upstream, grad_entropy, need)
+
+    def select(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.index_select(0, kept)
+
+    def spread(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.new_zeros(target.shape + x.shape[1:]).index_copy_(0, kept, x)
+
+    rows, gradients = chunks.run(select(input), found, select(upstream), select(grad_entropy), need)
+    gradients.input = spread(gradients.input)
+    return Rows(*map(spread, rows)), gradients  # type: ignore[arg-type]
+
+
+class _Chunks:
+    """The loop over chunks, and the one buffer of logits."""
+
+    def __init__(self, input: Tensor, weight: Tensor, bias, class_weight, objective: Objective, chunk_tokens: int):
+        self.weight, self.bias, self.objective, self.chunk_tokens = weight, bias, objective, chunk_tokens
+        self.dtype = accumulation_dtype(input.dtype)
+        self.class_weight = None if class_weight is None else class_weight.to(self.dtype).contiguous()
+        self.fused = uses_triton(input)
+        self.on_host = input.device.type == "cpu" and not self.fused
+        self.plain = (  # the probabilities alone tell it; those of float16 end at 6e-8
+            self.on_host
+            and class_weight is None
+            and input.dtype != torch.float16
+            and objective == Objective(objective.ignore_index, temperature=objective.temperature)
+        )
+        self._buffer: Tensor | None = None
+
+    def run(self, input, target, upstream, grad_entropy, need) -> tuple[Rows, Gradients]:
+        tokens, asked = input.shape[0], (True, self.objective.with_lse, self.objective.with_entropy)
+        rows = Rows(*(input.new_empty(tokens, dtype=self.dtype) if each else None for each in asked))  # type: ignore
+        gradients = Gradients(torch.empty_like(input, memory_format=torch.contiguous_format) if need[0] else None)
+        turn = self._turn_plainly if self.plain and any(need) else self._turn
+        for start in range(0, tokens, self.chunk_tokens):
+            part = slice(start, min(start + self.chunk_tokens, tokens))
+            given = (None if x is None else x[part] for x in (upstream, grad_entropy))
+            found, grad_NV = turn(self._logits(input[part]), target[part], *given, any(need))
+            for whole, piece in zip(rows, found, strict=True):
+                if whole is not None:
+                    whole[part] = piece
+            if grad_NV is not None:
+                self._add_gradients(gradients, part, grad_NV, input[part], need)
+        if self.plain and any(need):
+            self._repair(rows.loss, input, target)
+        if tokens == 0:
+            gradients.weight = self.weight.new_zeros(self.weight.shape, dtype=self.dtype) if need[1] else None
+            gradients.bias = self.weight.new_zeros(self.weight.shape[0], dtype=self.dtype) if need[2] else None
+        return rows, gradients
+
+    def _logits(self, input: Tensor) -> Tensor:
+        if not self.fused:
+            logits_NV = matmul_nt(input, self.weight)
+            return logits_NV if self.bias is None else logits_NV.add_(self.bias)
+        vocab = self.weight.shape[0]
+        if self._buffer is None:
+            width = -(-vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT
+            self._buffer = input.new_empty(self.chunk_tokens, width)
+        out = self._buffer[: input.shape[0], :vocab]
+        if self.bias is None:
+            return torch.mm(input, self.weight.t(), out=out)
+        return torch.addmm(self.bias, input, self.weight.t(), out=out)
+
+    def _turn(self, logits_NV, target, upstream, grad_entropy, need_gradient) -> tuple[Rows, Tensor | None]:
+        arguments = logits_NV, target, self.class_weight, self.objective, upstream, grad_entropy, need_gradient
+        if self.fused:
+            rows = Rows(*triton_module("cross_entropy").turn(*arguments))
+            return rows, logits_NV if need_gradient else None
+        return turn_reference(*arguments)
+
+    def _turn_plainly(self, logits_NV, target, upstream, grad_entropy, need_gradient) -> tuple[Rows, Tensor]:
+        """torch's softmax has an exponential several times faster than `exp` by itself on CPU.
+
+        It computes in float32 and rounds once to the dtype of the products; the loss is -log of the target's
+        probability. lse is not computed.
+        """
+        if self.objective.temperature != 1.0:
+            logits_NV.div_(self.objective.temperature)
+            upstream = logits_NV.new_ones(target.shape, dtype=self.dtype) if upstream is None else upstream
+            upstream = upstream / self.objective.temperature
+        if self._buffer is None:
+            self._buffer = logits_NV.new_empty(self.chunk_tokens, logits_NV.shape[1])
+        grad_NV = torch.ops.aten._softmax.out(logits_NV, 1, False, out=self._buffer[: logits_NV.shape[0]])
+        row = torch.arange(target.shape[0])
+        probability = grad_NV[row, target]
+        grad_NV[row, target] = probability - 1
+        if upstream is not None:
+            grad_NV.mul_(upstream.unsqueeze(1).to(grad_NV.dtype))
+        return Rows(-probability.to(self.dtype).log(), None, None), grad_NV
+
+    def _repair(self, losses: Tensor, input: Tensor, target: Tensor) -> None:
+        unlikely = losses > -math.log(LEAST_PROBABILITY)
+        if unlikely.any():
+            losses[unlikely] = self.run(input[unlikely], target[unlikely], None, None, (False,) * 3)[0].loss
+
+    def _add_gradients(self, gradients: Gradients, part: slice, grad_NV: Tensor, input: Tensor, need) -> None:
+        if need[0]:
+            assert gradients.input is not None
+            if self.on_host:
+                gradients.input[part] = matmul_nn(grad_NV, self.weight)
+            else:
+                torch.mm(grad_NV, self.weight, out=gradients.input[part])
+        if need[1]:
+            gradients.weight = self._sum_of_products(gradients.weight, grad_NV, input)
+        if need[2]:
+            bias = grad_NV.sum(0, dtype=self.dtype)
+            gradients.bias = bias if gradients.bias is None else gradients.bias.add_(bias)
+
+    def _sum_of_products(self, total: Tensor | None, grad_NV: Tensor, input: Tensor) -> Tensor:
+        """`total` + grad_NV.T @ input in the accumulation dtype; total may be overwritten, None is zero."""
+        if grad_NV.is_cuda and _adds_in_float32(grad_NV.dtype):
+            beta = 0 if total is None else 1
+            total = torch.empty_like(self.weight, dtype=self.dtype) if total is None else total
+            add = torch.ops.aten.addmm.dtype_out
+            return add(total, grad_NV.t(), input, torch.float32, beta=beta, out=total)
+        product = matmul_tn(grad_NV, input) if self.on_host else grad_NV.t() @ input
+        return product.to(self.dtype) if total is None else total.add_(product)
+
+
+@cache
+def _adds_in_float32(dtype: torch.dtype) -> bool:
+    """Whether cuBLAS adds a product of this dtype onto a float32 matrix here: torch 2.11 lets it, ROCm does not.
+
+    Without it each chunk's part of the weight gradient is rounded to the dtype before it is added.
+    """
+    if dtype == torch.float32:
+        return False  # the same either way
+    a, total = torch.ones(16, 16, dtype=dtype, device="cuda"), torch.ones(16, 16, device="cuda")
+    try:
+        torch.ops.aten.addmm.dtype_out(total, a, a, torch.float32, out=total)
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+    return bool((total == 17).all())
+
+
+def turn_reference(
+    logits_NV: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    objective: Objective,
+    upstream: Tensor | None,
+    grad_entropy: Tensor | None,
+    need_gradient: bool,
+) -> tuple[Rows, Tensor | None]:
+    """Rows of a chunk of logits and the gradient of the logits, step by step in float32 or float64."""
+    dtype = accumulation_dtype(logits_NV.dtype)
+    z_NV, capped = logits_NV.to(dtype), None
+    if objective.softcap:
+        capped = torch.tanh(z_NV / objective.softcap)
+        z_NV = capped * objective.softcap
+    if objective.temperature != 1.0:
+        z_NV = z_NV / objective.temperature
+    lse = torch.logsumexp(z_NV, -1)
+    log_p = torch.log_softmax(z_NV, -1)
+    ignored = target == objective.ignore_index
+    y = target.masked_fill(ignored, 0).long().unsqueeze(1)
+    weight_y = torch.ones_like(lse) if class_weight is None else class_weight[y.squeeze(1)]
+    kept, spread = 1.0 - objective.label_smoothing, None
+    losses = -kept * weight_y * log_p.gather(1, y).squeeze(1)
+    attention = kept * weight_y  # what a row's lse is multiplied by
+    if objective.label_smoothing:
+        spread = torch.ones_like(z_NV[0]) if class_weight is None else class_weight
+        spread = spread * (objective.label_smoothing / z_NV.shape[1])
+        losses = losses - log_p @ spread
+        attention = attention + spread.sum()
+    if objective.z_loss:
+        losses = losses + objective.z_loss * weight_y * lse.square()
+        attention = attention + 2 * objective.z_loss * weight_y * lse
+    p_NV = log_p.exp() if need_gradient or objective.with_entropy else None
+    entropy = torch.special.entr(p_NV).sum(-1) if p_NV is not None and objective.with_entropy else None
+    gradient = None
+    if need_gradient:
+        assert p_NV is not None
+        gradient = p_NV * attention.unsqueeze(1)
+        if spread is not None:
+            gradient -= spread
+        gradient.scatter_add_(1, y, (-kept * weight_y).unsqueeze(1))
+        if upstream is not None:
+            gradient *= upstream.unsqueeze(1)
+        if grad_entropy is not None:
+            assert entropy is not None
+            gradient += grad_entropy.unsqueeze(1) * (torch.special.entr(p_NV) - p_NV * entropy.unsqueeze(1))
+        if objective.temperature != 1.0:
+            gradient /= objective.temperature
+        if capped is not None:
+            gradient *= 1 - capped.square()
+        gradient = gradient.masked_fill_(ignored.unsqueeze(1), 0.0).to(logits_NV.dtype)
+    asked = losses, lse if objective.with_lse else None, entropy
+    rows = (None if x is None else x.masked_fill(ignored, 0.0) for x in asked)
+    return Rows(*rows), gradient  # type: ignore[arg-type]

@@ -1,0 +1,152 @@
+"""Log-probabilities of given tokens from hidden states, and the entropy of the distributions they come from.
+
+For reinforcement learning and evaluation. On a GPU the forward holds no logits at all: tiles of them live in
+registers (Cut Cross-Entropy, Wijmans et al. 2024, arXiv:2411.09009). Backward, and either on CPU, goes chunk by
+chunk. N tokens, D hidden, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from llmkit.kernels.dispatch import triton_module
+from llmkit.kernels.logit_chunks import (
+    Objective,
+    accumulation_dtype,
+    auto_chunk_tokens,
+    rows_and_gradients,
+    uses_triton,
+)
+from torch import Tensor
+
+
+def linear_logprobs_reference(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies with all logits held, differentiable: the truth for the tests."""
+    logits = F.linear(input, linear_weight)
+    logits = logits.to(accumulation_dtype(logits.dtype))
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    log_p = torch.log_softmax(logits / temperature, -1)
+    counted = target != ignore_index
+    picked = log_p.gather(-1, (target * counted).unsqueeze(-1)).squeeze(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    return picked.masked_fill(~counted, 0.0), entropy.masked_fill(~counted, 0.0)
+
+
+@torch.library.custom_op("llmkit::linear_logprobs", mutates_args=())
+def _logprobs(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    chunk_tokens: int,
+    return_entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (N,) and entropies (N,), the latter empty unless asked for. softcap 0 is none."""
+    objective = Objective(ignore_index, softcap=softcap, temperature=temperature, with_entropy=return_entropy)
+    if uses_triton(input):
+        picked, entropy = triton_module("logprobs").logprobs(input, linear_weight, target, objective)
+    else:
+        rows, _ = rows_and_gradients(input, linear_weight, None, target, None, objective, chunk_tokens)
+        picked, entropy = rows.loss.neg_(), rows.entropy
+    return picked, picked.new_empty(0) if entropy is None else entropy
+
+
+@_logprobs.register_fake
+def _(input, linear_weight, target, temperature, softcap, ignore_index, chunk_tokens, return_entropy):
+    picked = input.new_empty(target.shape, dtype=accumulation_dtype(input.dtype))
+    return picked, torch.empty_like(picked) if return_entropy else picked.new_empty(0)
+
+
+@torch.library.custom_op("llmkit::linear_logprobs_backward", mutates_args=())
+def _logprobs_backward(
+    grad: Tensor | None,
+    grad_entropy: Tensor | None,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    chunk_tokens: int,
+    need_input: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of input and weight in their dtypes, empty where not needed."""
+    with_entropy = grad_entropy is not None
+    objective = Objective(ignore_index, softcap=softcap, temperature=temperature, with_entropy=with_entropy)
+    dtype = accumulation_dtype(input.dtype)
+    upstream = input.new_zeros(target.shape, dtype=dtype) if grad is None else -grad.to(dtype)
+    _, gradients = rows_and_gradients(
+        input, linear_weight, None, target, None, objective, chunk_tokens,
+        upstream=upstream, grad_entropy=grad_entropy, need=(need_input, need_weight, False),
+    )  # fmt: skip
+    found = gradients.input, gradients.weight
+    return tuple(input.new_empty(0) if x is None else x.to(input.dtype) for x in found)  # type: ignore[return-value]
+
+
+@_logprobs_backward.register_fake
+def _(
+    grad, grad_entropy, input, linear_weight, target, temperature, softcap, ignore_index, chunk_tokens, need_input,
+    need_weight,
+):  # fmt: skip
+    pairs = (input.shape, need_input), (linear_weight.shape, need_weight)
+    return tuple(input.new_empty(shape if need else (0,)) for shape, need in pairs)
+
+
+def _save(ctx, inputs, output):
+    input, linear_weight, target, *options, ctx.return_entropy = inputs
+    ctx.options = options
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(input, linear_weight, target)
+
+
+def _backward(ctx, grad, grad_entropy):
+    need = ctx.needs_input_grad[:2]
+    if not ctx.return_entropy:
+        grad_entropy = None
+    if grad is None and grad_entropy is None:
+        return (None,) * 8
+    found = _logprobs_backward(grad, grad_entropy, *ctx.saved_tensors, *ctx.options, *need)
+    return *(x if each else None for x, each in zip(found, need, strict=True)), *(None,) * 6
+
+
+_logprobs.register_autograd(_backward, setup_context=_save)
+
+
+def linear_logprobs(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probability of each target under softmax(`input @ linear_weight.T` / temperature).
+
+    input (..., D), linear_weight (V, D), target (...) of integers -> float32 of the shape of `target` (float64 for
+    float64). With `softcap` a logit z becomes softcap * tanh(z / softcap) before it is divided by the temperature.
+    With `return_entropy` the entropies of the whole distributions, in nats, come second. Both are differentiable in
+    input and linear_weight, once. Ignored positions give 0.0 and no gradient. A target outside [0, V) that is not
+    ignored raises IndexError on CPU and gives NaN on a GPU.
+    """
+    if temperature <= 0:
+        raise ValueError(f"linear_logprobs: expected a positive temperature, found {temperature}")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"linear_logprobs: expected a positive softcap, found {softcap}")
+    picked, entropy = _logprobs(
+        input.reshape(-1, input.shape[-1]), linear_weight, target.reshape(-1), float(temperature),
+        float(softcap or 0.0), ignore_index, auto_chunk_tokens(linear_weight), return_entropy,
+    )  # fmt: skip
+    picked = picked.view(target.shape)
+    return (picked, entropy.view(target.shape)) if return_entropy else picked
