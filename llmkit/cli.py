@@ -68,7 +68,7 @@ def run_command_line(arguments: list[str]) -> int:
     except MemoryError:
         return _fail("not enough memory for this input on this machine", UserError.exit_code)
     except Exception as error:
-        from llmkit.stream import is_full_disk
+        from llmkit.files import is_full_disk
 
         if is_full_disk(error):
             _abandon_stdout()

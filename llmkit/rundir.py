@@ -22,7 +22,17 @@ from typing import Any
 import orjson
 
 from llmkit.errors import UserError
-from llmkit.stream import JSON_LINE, PARTIAL, atomic_file, check_is_folder, check_output, remove, replace_folder
+from llmkit.files import (
+    JSON_LINE,
+    PARTIAL,
+    atomic_file,
+    check_is_folder,
+    check_output,
+    read_json,
+    remove,
+    replace_folder,
+    write_json,
+)
 
 MANIFEST_VERSION = 1
 PACKAGES = ("llmkit", "torch", "triton", "numpy", "tokenizers", "safetensors")
@@ -50,12 +60,7 @@ def describe_inputs(paths: Iterable[str]) -> list[dict[str, Any]]:
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The manifest of a folder, or None where a folder of foreign origin has none."""
     path = Path(folder) / "manifest.json"
-    if not path.exists():
-        return None
-    try:
-        return orjson.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}; remove the file to go on without it") from error
+    return read_json(path) if path.exists() else None
 
 
 def write_manifest(
@@ -93,8 +98,7 @@ def write_manifest(
         "parents": [{"path": path, "manifest": read_manifest(path)} for path in parents],
         "results": dict(results or {}),
     }
-    with atomic_file(folder / name) as handle:  # NaN becomes null, as JSON wants it
-        handle.write(orjson.dumps(manifest, option=orjson.OPT_INDENT_2 | JSON_LINE))
+    write_json(folder / name, manifest)
     return manifest
 
 

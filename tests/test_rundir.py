@@ -83,7 +83,7 @@ def test_the_ancestry_goes_back_to_the_first_generation(tmp_path: Path) -> None:
 def test_a_folder_without_a_manifest_or_with_a_broken_one(tmp_path: Path) -> None:
     assert read_manifest(tmp_path) is None
     (tmp_path / "manifest.json").write_text('{"stage": ')
-    with pytest.raises(UserError, match=r"manifest\.json: not JSON: .*; remove the file"):
+    with pytest.raises(UserError, match=r"manifest\.json: not JSON, at line 1: .*; mend or replace the file"):
         read_manifest(tmp_path)
 
 

@@ -14,7 +14,8 @@ from typing import ClassVar
 from llmkit import cli
 from llmkit.config import CommonConfig, argument, option
 from llmkit.errors import GateError
-from llmkit.stream import atomic_folder, check_output, open_output, read_jsonl
+from llmkit.files import atomic_folder, check_output
+from llmkit.stream import open_output, read_jsonl
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from llmkit.crawl.pipeline import DUPLICATES
 from llmkit.crawl.recipe import Recipe
 from llmkit.crawl.state import State
 from llmkit.crawl.workers import Work, in_order
-from llmkit.stream import JSON_LINE
+from llmkit.files import JSON_LINE
 
 Write = Callable[[bytes], object]
 

@@ -23,7 +23,7 @@ from llmkit.crawl.recipe import Recipe
 from llmkit.crawl.scores import KIND, read_scores, scores_of
 from llmkit.crawl.steps import Journey, Steps, source_of
 from llmkit.crawl.urls import UrlFilter
-from llmkit.stream import JSON_LINE
+from llmkit.files import JSON_LINE
 
 PART_RECORDS = 64  # in one part; the first are smaller, for a first document at once
 DUPLICATES = ("exact_duplicates", "near_duplicates")

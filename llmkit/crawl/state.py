@@ -11,7 +11,7 @@ import orjson
 
 from llmkit.crawl.parts import Part, read_parts, write_part
 from llmkit.errors import UserError
-from llmkit.stream import atomic_file, remove
+from llmkit.files import atomic_file, remove
 
 SUFFIX = ".partial-state"
 

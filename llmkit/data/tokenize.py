@@ -22,8 +22,9 @@ import numpy as np
 
 from llmkit.data.shards import FORMAT, ShardInfo, ShardWriter, TokenShards, is_shard_folder
 from llmkit.errors import UserError
+from llmkit.files import atomic_file, atomic_folder
 from llmkit.progress import Progress
-from llmkit.stream import atomic_file, atomic_folder, read_documents
+from llmkit.stream import names_of, read_documents
 
 GROUP_CHARACTERS = 4 << 20  # documents encoded together: enough for all cores, little to hold
 HASHES = "inputs.json"
@@ -113,7 +114,9 @@ def _write_shards(paths: Sequence[str], encoder: Encoder, writer: ShardWriter, l
                 writer.add(ids, lengths, text_bytes)
                 progress.advance(float(text_bytes.sum()) / 1e6, tokens=writer.tokens, backend=encoder.backend)
     if not writer.documents:
-        raise UserError(f"{' '.join(paths)}: no document with text; expected JSONL with 'text', or plain text")
+        raise UserError(
+            f"{names_of(paths)}: no document with text; expected JSONL with 'text', or plain text"
+        )
     writer.finish()
 
 

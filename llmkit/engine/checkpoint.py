@@ -1,13 +1,12 @@
 """Training state on disk: everything that a resumed run needs to go on bit for bit, and no pickle.
 
-`state/step-00000120/` holds `tensors.safetensors` (masters, moments) and `state.json` (step, progress, plan).
+`state/step-00000120/` holds `tensors.safetensors` (masters, moments) and `state.json` (step, tokens, loss, seconds).
 A checkpoint is written beside its place and renamed; the former one goes when the new one stands, so that a kill
 at any moment leaves a whole one. Writing happens in a thread, on a copy.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import threading
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from llmkit.errors import UserError
-from llmkit.stream import PARTIAL, atomic_folder
+from llmkit.files import PARTIAL, atomic_folder, read_json, write_json
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 
@@ -65,7 +64,7 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_folder(self.folder / f"step-{step:08d}", force=True) as partial:
                 save_file(tensors, partial / TENSORS)
-                (partial / STATE).write_text(json.dumps({**state, "step": step}, indent=1) + "\n")
+                write_json(partial / STATE, {**state, "step": step})
             for old in self.steps()[: -self.keep]:
                 shutil.rmtree(self.folder / f"step-{old:08d}", ignore_errors=True)
         except BaseException as error:
@@ -83,6 +82,6 @@ class Checkpoints:
             return None
         place = self.folder / f"step-{self.steps()[-1]:08d}"
         try:
-            return load_file(place / TENSORS), json.loads((place / STATE).read_text())
+            return load_file(place / TENSORS), read_json(place / STATE)
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{place}: damaged checkpoint ({error}); remove it and resume from an older one") from error

@@ -4,7 +4,6 @@ A folder is refused by name and reason where the model would not be the one that
 missing, unknown or of another shape, a cut file, a pickle.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmkit.errors import UserError
+from llmkit.files import atomic_file, read_json, write_json
 from llmkit.model.config import ModelConfig
 from llmkit.model.transformer import Transformer
 from llmkit.model.weights import EMBEDDING, HEAD, export_state_dict, import_state_dict, stock_shapes
-from llmkit.stream import atomic_file
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 # Buffers that old checkpoints carry and nobody reads.
@@ -31,7 +30,10 @@ def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
     path = Path(folder) / CONFIG
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: expected a model folder, found {'a file' if path.parent.exists() else 'nothing'}")
-    values = _read_json(path)
+    try:
+        values = read_json(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; expected a model folder with {CONFIG}") from None
     if values.get("quantization_config"):
         raise UserError(f"{path}: a quantized checkpoint is not supported; load the original")
     return ModelConfig.from_hf(values, str(path))
@@ -68,9 +70,9 @@ def save_model(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = model.config
-    _write_json(folder / CONFIG, config.to_hf(str(dtype).removeprefix("torch.")))
+    write_json(folder / CONFIG, config.to_hf(str(dtype).removeprefix("torch.")))
     tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    _write_json(folder / "generation_config.json", {k: v for k, v in tokens.items() if v is not None})
+    write_json(folder / "generation_config.json", {k: v for k, v in tokens.items() if v is not None})
     shards = _shards(export_state_dict(model, dtype), max_shard_size)
     if len(shards) == 1:
         _write_tensors(folder / WEIGHTS, shards[0])
@@ -81,7 +83,7 @@ def save_model(
             _write_tensors(folder / name, shard)
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         stale = [folder / WEIGHTS, *set(folder.glob("model-*-of-*.safetensors")).difference(folder / n for n in names)]
     for path in stale:  # of an earlier save in the other form; a loader must not find both
         path.unlink(missing_ok=True)
@@ -99,29 +101,11 @@ def _shards(tensors: dict[str, Tensor], max_shard_size: int) -> list[dict[str, T
     return shards
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    with atomic_file(path, "w") as handle:
-        json.dump(values, handle, indent=2)
-        handle.write("\n")
-
-
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     with atomic_file(path) as handle:
         mode = os.fstat(handle.fileno()).st_mode & 0o777
         save_file(tensors, handle.name, metadata={"format": "pt"})
         os.chmod(handle.name, mode)  # safetensors makes its file for the owner alone
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found; expected a model folder with {path.name}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: expected JSON, found {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    return values
 
 
 class _Tensors:
@@ -135,7 +119,7 @@ class _Tensors:
         if (folder / WEIGHTS).exists():
             self._open(folder / WEIGHTS)
         elif (folder / INDEX).exists():
-            weight_map = _read_json(folder / INDEX).get("weight_map")
+            weight_map = read_json(folder / INDEX).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise UserError(f"{folder / INDEX}: expected field 'weight_map'")
             for name in sorted(set(weight_map.values())):

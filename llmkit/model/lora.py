@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from llmkit.errors import UserError
+from llmkit.files import atomic_file
 from llmkit.model.config import ModelConfig
 from llmkit.model.transformer import Transformer
 from llmkit.model.weights import pairs_apart
-from llmkit.files import atomic_file
 
 # parameter of a layer: (name of a target, its module in a Hugging Face model) of each of the matrices that it stacks
 STACKED = {

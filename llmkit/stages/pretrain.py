@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from llmkit.config import CommonConfig, argument, as_options, option
 from llmkit.errors import UserError
+from llmkit.files import PARTIAL, atomic_file, check_output
 from llmkit.progress import say
 from llmkit.rundir import (
     begin_run,
@@ -24,7 +25,6 @@ from llmkit.rundir import (
     write_manifest,
     write_model_card,
 )
-from llmkit.stream import PARTIAL, atomic_file, check_output
 
 NO_LAST_STEP = 1 << 62  # under a time budget nobody knows it
 STARTED = time.monotonic()  # a time budget covers the start-up, too

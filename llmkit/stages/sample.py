@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from dataclasses import MISSING, dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmkit.config import CommonConfig, argument, as_options, option
 from llmkit.errors import UserError
+from llmkit.files import check_output
 from llmkit.progress import Progress, quantity, say
 from llmkit.records import Row, check_prompt
-from llmkit.stream import BYTE_ORDER_MARK, atomic_file, check_output, open_input, open_output, read_jsonl
+from llmkit.stream import names_of, open_bytes, open_input, open_output, read_jsonl, read_text
 
 if TYPE_CHECKING:
     from llmkit.engine.generation import Completion, Generator, Request
@@ -136,6 +137,8 @@ def run(config: SampleConfig) -> Summary | None:
             _write_text(generator, prompts, config, out)
 
     # summarise
+    if not prompts.count:
+        say(f"{names_of(config.inputs or ['-'])}: no prompts, so no completions", config.quiet)
     seconds = time.monotonic() - loaded
     rate = quantity(generator.tokens / max(seconds, 1e-9))
     say(f"{generator.tokens} tokens at {rate} tok/s, after {loaded - STARTED:.1f} s of loading", config.quiet)
@@ -244,18 +247,9 @@ class _Prompts:
                 check_prompt(row)
                 yield row
         else:
-            yield Row({"prompt": _read_stdin()}, "stdin", 0)
-
-
-def _read_stdin() -> str:
-    with open_input("-") as handle:
-        data = handle.read().removeprefix(BYTE_ORDER_MARK)
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"stdin:{line}: not UTF-8 at byte {error.start}; convert the text first") from None
-    return text.removesuffix("\n").removesuffix("\r")
+            with open_input("-") as handle:
+                text = read_text(handle, "-")
+            yield Row({"prompt": text.removesuffix("\n").removesuffix("\r")}, "stdin", 0)
 
 
 # ---- completions
@@ -284,7 +278,7 @@ def _record(row: Row, completion: Completion, seed: int, sample: int | None) -> 
 
 
 def _write_text(generator: Generator, prompts: _Prompts, config: SampleConfig, out: str) -> None:
-    with _open_text(out) as handle:
+    with open_bytes(out) as handle:
 
         def write(text: str) -> None:
             handle.write(text.encode())
@@ -300,14 +294,3 @@ def _write_text(generator: Generator, prompts: _Prompts, config: SampleConfig, o
         for number, completion in enumerate(samples, 1):
             heading = f"==> {number}/{len(samples)} <==\n" if len(samples) > 1 else ""
             write(f"{'' if number == 1 or not heading else chr(10)}{heading}{completion.text}\n")
-
-
-@contextmanager
-def _open_text(out: str) -> Iterator[IO[bytes]]:
-    if out != "-":
-        with atomic_file(out) as handle:
-            yield handle
-    elif sys.stdout is None:
-        raise UserError("stdout: closed; name a file by -o")
-    else:
-        yield sys.stdout.buffer

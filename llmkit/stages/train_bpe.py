@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,10 @@ from typing import ClassVar
 
 from llmkit.config import CommonConfig, argument, as_options, option
 from llmkit.errors import UserError
+from llmkit.files import atomic_folder, check_output, output_folder, write_json
 from llmkit.progress import Progress, duration, quantity, say
 from llmkit.rundir import describe_inputs, write_manifest
-from llmkit.stream import atomic_folder, check_output, open_input
+from llmkit.stream import check_inputs, names_of
 
 BYTES_PER_SECOND = 30e6  # of English at a vocabulary of 32k, on two cores
 
@@ -75,10 +75,6 @@ def run(config: TrainBpeConfig) -> Summary | None:
     if config.dry_run:
         say(f"vocabulary {size}: 256 bytes, {wanted - 256} merges, {len(folder.SPECIALS)} special tokens", config.quiet)
         say(f"pattern {pattern.name}: {pattern.regex}", config.quiet)
-        for path in inputs:
-            if path != "-":
-                with open_input(path):
-                    pass
         time_needed = f", about {duration(1 + total * 1e6 / BYTES_PER_SECOND)}" if total else ""
         say(f"from {' '.join(inputs)} on {available_cores()} cores to {out}{time_needed}", config.quiet)
         return None
@@ -88,7 +84,7 @@ def run(config: TrainBpeConfig) -> Summary | None:
         advance = lambda size: progress.advance(size / 1e6)  # noqa: E731
         pieces, counts = count_pieces(corpus.blocks(), pattern, on_progress=advance)
     if not pieces:
-        raise UserError(f"{' '.join(inputs)}: no text to train on; expected JSONL with 'text', or plain text")
+        raise UserError(f"{names_of(inputs)}: no text to train on; expected JSONL with 'text', or plain text")
 
     # merge
     with Progress("merge", total=wanted - 256, unit="merges", quiet=config.quiet) as progress:
@@ -115,8 +111,7 @@ def run(config: TrainBpeConfig) -> Summary | None:
         folder.write_tokenizer(partial, text)
         sample = report.choose_sample(corpus.sample, corpus.bytes_of_source)
         found = report.make_report(text, merges, reserved, sample, others)
-        content = json.dumps({"pattern": pattern.regex, **results, **found}, indent=2, ensure_ascii=False)
-        (partial / "report.json").write_text(content + "\n", encoding="utf-8")
+        write_json(partial / "report.json", {"pattern": pattern.regex, **results, **found})
         write_manifest(partial, "train-bpe", as_options(config), inputs=describe_inputs(inputs), results=results)
 
     # summarise
@@ -128,15 +123,11 @@ def run(config: TrainBpeConfig) -> Summary | None:
     return Summary(path=str(out), **results, seconds=seconds)
 
 
-def _checked(config: TrainBpeConfig, smallest: int, multiple: int) -> tuple[str, list[str], int]:
+def _checked(config: TrainBpeConfig, smallest: int, multiple: int) -> tuple[Path, list[str], int]:
     """The output, the inputs and the vocabulary size, as they will be used."""
-    if config.out is None:
-        raise UserError("--out is required: the folder for the tokenizer, such as -o tok/")
-    out = config.out.rstrip("/") or "/"
-    if out == "-":
-        raise UserError("--out: expected a folder, such as -o tok/, found -")
+    out = output_folder(config.out, example="tok/")
     if not config.dry_run:
-        check_output(out, config.force)
+        check_output(str(out), config.force)
     if config.vocab_size < smallest:
         raise UserError(
             f"--vocab-size: expected at least {smallest} (256 bytes and {smallest - 256} special tokens), "
@@ -145,7 +136,9 @@ def _checked(config: TrainBpeConfig, smallest: int, multiple: int) -> tuple[str,
     size = -(-config.vocab_size // multiple) * multiple
     if size != config.vocab_size:
         say(f"--vocab-size {config.vocab_size} becomes {size}, a multiple of {multiple}", config.quiet)
-    return out, list(config.inputs) or ["-"], size
+    inputs = list(config.inputs) or ["-"]
+    check_inputs(inputs)
+    return out, inputs, size
 
 
 def _megabytes_of(inputs: list[str], limit_bytes: int | None) -> float | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import os
 import shutil
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -21,6 +22,7 @@ import numpy as np
 import orjson
 
 from llmkit.errors import UserError
+from llmkit.files import read_json
 from llmkit.tokenizer.backends import TokenizersBackend, fastest_proven, proof_texts
 
 END_OF_TEXT = "<|endoftext|>"
@@ -226,12 +228,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        beside = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else "nothing there"
-        raise UserError(f"{file}: expected a tokenizer.json, found {beside}; `llmkit train-bpe` makes one")
-    config = {
-        **_read_json(file.with_name("special_tokens_map.json")),
-        **_read_json(file.with_name("tokenizer_config.json")),
-    }
+        there = ", ".join(sorted(os.listdir(path))[:8]) if path.is_dir() else ""
+        raise UserError(f"{path}: expected a folder with tokenizer.json, found {there or 'nothing'}")
+    config: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if file.with_name(name).is_file():
+            config |= read_json(file.with_name(name))
     template = config.get("chat_template")
     if isinstance(template, list):  # named templates
         template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
@@ -249,18 +251,6 @@ def check_text(text: str) -> str:
         code = f"U+{ord(text[error.start]):04X}"
         raise UserError(f"text is not valid Unicode: lone surrogate {code} at character {error.start}") from None
     return text
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = orjson.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 def _template_bos(post_processor: dict[str, Any] | None) -> int | None:

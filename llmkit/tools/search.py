@@ -21,7 +21,8 @@ from pathlib import Path
 from threading import Lock
 
 from llmkit.errors import UserError
-from llmkit.stream import PARTIAL, read_documents
+from llmkit.files import PARTIAL
+from llmkit.stream import read_documents
 
 SUFFIX = ".fts5"
 FORMAT = 1  # of the index file

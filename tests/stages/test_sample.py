@@ -253,7 +253,7 @@ def spoiled(folder: Path, target: Path, how: str) -> Path:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("no tokenizer", r"spoiled/tokenizer.json: expected a tokenizer.json"),
+        ("no tokenizer", r"spoiled: expected a folder with tokenizer.json, found config.json"),
         ("no config", r"spoiled/config.json: not found"),
         ("cut weights", r"spoiled/model.safetensors: damaged or cut"),
         ("nan", r"spoiled: its logits are not finite numbers.*NaN"),

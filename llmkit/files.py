@@ -1,0 +1,203 @@
+"""Files and folders that appear whole or not at all, and the checks that a place is fit for one.
+
+    check_output("model/", force=False)  # before the work
+    with atomic_folder("model/") as folder:
+        write_json(folder / "config.json", {"hidden_size": 64})
+
+What is written stands beside its place, under its name + ".partial", until it is renamed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import orjson
+
+from llmkit.errors import UserError
+from llmkit.records import kind_of
+
+JSON_LINE = orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
+PARTIAL = ".partial"
+OURS = ("manifest.json", "tokenizer.json")  # one of them stands in every folder that a stage writes
+
+
+# ---- is the place fit for an output?
+
+
+def check_output(path: str, force: bool, resume: bool = False) -> None:
+    """Raise UserError when `path` cannot become the output: call it before the work, not after.
+
+    It exists and neither `--force` nor `--resume` says what to do with it; or `--force` would delete a folder
+    that no stage has written; or its parent folder is missing.
+    """
+    if path == "-" or _is_special(path):
+        return
+    if os.path.basename(os.path.normpath(path)) in ("", ".", ".."):
+        raise UserError(f"{path}: the result needs a name of its own; choose another --out")
+    if os.path.exists(path) and not resume:
+        if not force:
+            raise UserError(f"{path}: exists already; --force replaces it, or choose another --out")
+        if os.path.isdir(path) and os.listdir(path) and not any(os.path.exists(f"{path}/{name}") for name in OURS):
+            raise UserError(f"{path}: not a folder that llmkit wrote, so --force leaves it alone; choose another --out")
+    parent = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(parent):
+        raise UserError(f"{path}: the folder {parent} does not exist; create it first")
+
+
+def output_folder(out: str | None, example: str) -> Path:
+    """The --out of a stage that writes a folder; `example` is one. Raises UserError where it is none or `-`."""
+    if out is None:
+        raise UserError(f"--out is required: the folder for the result, such as -o {example}")
+    if out == "-":
+        raise UserError(f"--out: expected a folder, such as -o {example}, found -")
+    return Path(out.rstrip("/") or "/")
+
+
+def check_is_folder(path: Path, name: str) -> None:
+    """Raise UserError when a folder is to stand where a file stands, which --force does not allow either."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{name}: expected a folder, found a file; choose another --out")
+
+
+def _is_special(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a pipe or a device, to be written in place: /dev/null, >(command)."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+# ---- a file, a folder
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open `path` + ".partial" for writing and rename it to `path` at the end; remove it on an error.
+
+    A link is followed; a device or pipe is written in place; text is UTF-8.
+    """
+    encoding = None if "b" in mode else "utf-8"
+    if _is_special(path):
+        with _errors_name(path, path), open(path, mode, encoding=encoding) as handle:
+            yield handle
+        return
+    if os.path.isdir(path):
+        raise UserError(f"{os.fspath(path)}: expected a file, found a folder; choose another --out")
+    final = os.path.realpath(path)
+    partial = final + PARTIAL
+    try:
+        with _errors_name(path, partial), open(partial, mode, encoding=encoding) as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(partial, final)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(partial)
+        raise
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str], force: bool = False) -> Iterator[Path]:
+    """Yield an empty folder `path` + ".partial"; at the end it replaces `path`, on an error it is removed."""
+    if not force:
+        check_output(os.fspath(path), force)
+    final = Path(os.path.realpath(path))
+    check_is_folder(final, os.fspath(path))
+    partial = final.with_name(final.name + PARTIAL)
+    remove(partial)  # left by a run that was killed
+    try:
+        with _errors_name(path, partial):
+            partial.mkdir()
+            yield partial
+        replace_folder(partial, final)
+    except BaseException:
+        remove(partial)
+        raise
+
+
+@contextmanager
+def _errors_name(path: str | os.PathLike[str], partial: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors of writing `partial` name the output `path`; safetensors wraps the OSError of a full disk in its own."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, UserError) and is_full_disk(error):
+            raise UserError(f"{os.fspath(path)}: no space left there for the output; nothing was changed") from error
+        if isinstance(error, OSError) and error.filename in (partial, os.fspath(partial)):
+            reason = str(error.strerror).lower()
+            raise UserError(f"{os.fspath(path)}: cannot be written: {reason}; choose another --out") from error
+        raise
+
+
+def is_full_disk(error: Exception) -> bool:
+    """Whether a write failed for want of space, of quota, or at a limit on the size of files."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return getattr(error, "errno", None) in codes or any(os.strerror(code) in str(error) for code in codes)
+
+
+def replace_folder(new: Path, old: Path) -> None:
+    """Put the folder `new` in the place of `old` (which may exist), so that `old` is always whole.
+
+    Linux and macOS exchange the two names in one step; on a file system that cannot, there is a moment in
+    which the former folder stands under `old` + ".former".
+    """
+    if not old.exists():
+        os.rename(new, old)
+        return
+    if not _exchange(new, old):
+        former = old.with_name(old.name + ".former")
+        remove(former)
+        os.rename(old, former)
+        os.rename(new, old)
+        new = former
+    remove(new)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    at_cwd, swap = -100, 2  # AT_FDCWD; RENAME_EXCHANGE and RENAME_SWAP
+    names = os.fsencode(first), os.fsencode(second)
+    libc = ctypes.CDLL(None) if os.name == "posix" else None
+    if hasattr(libc, "renameat2"):  # Linux with glibc or a recent musl
+        return libc.renameat2(at_cwd, names[0], at_cwd, names[1], swap) == 0
+    if hasattr(libc, "renamex_np"):  # macOS
+        return libc.renamex_np(*names, swap) == 0
+    return False
+
+
+# ---- a file of one JSON value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object that is a file's content. Raises UserError for any other content, OSError as `open` does."""
+    try:
+        value = orjson.loads(path.read_bytes())
+    except orjson.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON, at line {error.lineno}: {error.msg}; mend or replace the file") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {kind_of(value)}")
+    return value
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Make a JSON value the content of a file, whole or not at all; NaN becomes null, as JSON wants it."""
+    with atomic_file(path) as handle:
+        handle.write(orjson.dumps(value, option=orjson.OPT_INDENT_2 | JSON_LINE))
