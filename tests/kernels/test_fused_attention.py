@@ -1,0 +1,334 @@
+"""The Triton kernels of attention, in the interpreter, against float64: values, gradients and every kind of mask."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from llmkit.kernels import Packing, attention_mask, fused_attention, scaled_dot_product_attention
+from llmkit.kernels.attention import attention_reference
+
+pytestmark = pytest.mark.usefixtures("interpreted")
+HALF = [torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The interpreter's arrays are small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def example(length, heads=(2, 1), size=32, *, keys=None, batch=1, dtype=torch.float32, seed=0):
+    """Query, key, value and the gradient of the output; rounded first, so that errors are the kernels' own."""
+    generator = torch.Generator().manual_seed(seed + length)
+    shapes = [(batch, heads[0], length, size)] + [(batch, heads[1], keys or length, size)] * 2
+    made = [torch.randn(s, generator=generator).to(dtype) for s in (*shapes, shapes[0])]
+    return made[:3], made[3]
+
+
+def values_and_gradients(function, inputs, grad, grad_lse=None):
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = function(*inputs)
+    outputs = out if isinstance(out, tuple) else (out,)
+    torch.autograd.backward(outputs, (grad.to(out[0].dtype), grad_lse)[: len(outputs)])
+    return [*(x.detach() for x in outputs), *(x.grad for x in inputs)]
+
+
+def exact(inputs, grad, grad_lse=None, *, is_causal=True, doc_ids=None, window=None, softcap=None, scale=None):
+    length, keys, size = inputs[0].shape[2], inputs[1].shape[2], inputs[0].shape[-1]
+    doc_ids = doc_ids.doc_ids if isinstance(doc_ids, Packing) else doc_ids
+    mask = attention_mask(length, keys, doc_ids, window) if is_causal else None
+
+    def reference(*x):
+        out, lse = attention_reference(*x, scale=scale or size**-0.5, mask=mask, softcap=softcap)
+        return out if grad_lse is None else (out, lse)
+
+    return values_and_gradients(reference, [x.double() for x in inputs], grad, grad_lse)
+
+
+def errors(found, expected):
+    """Of outputs and gradients, relative to their norms.
+
+    Where every query sees one key alone, queries and keys have no gradient: what rounding leaves there is measured
+    against the gradient of the values, the last one.
+    """
+    least = expected[-1].norm().item()
+    return [(x.double() - y).norm().item() / max(y.norm().item(), least) for x, y in zip(found, expected, strict=True)]
+
+
+def check(length, heads=(2, 1), size=32, *, keys=None, batch=1, dtype=torch.float32, seed=0, **options):
+    inputs, grad = example(length, heads, size, keys=keys, batch=batch, dtype=dtype, seed=seed)
+    options = {"is_causal": True, **options}
+    expected = exact(inputs, grad, **options)
+    found = values_and_gradients(
+        lambda *x: scaled_dot_product_attention(*x, enable_gqa=True, **options), inputs, grad
+    )  # fmt: skip
+    assert [x.shape for x in found] == [x.shape for x in expected]
+    assert all(x.dtype == dtype for x in found)
+    bound = {torch.float32: 1e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}[dtype]
+    assert max(errors(found, expected)) < bound
+    return inputs, grad, found, expected
+
+
+def documents(length, size, batch=1):
+    return (torch.arange(length) // size).expand(batch, length)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 100, 127, 129, 256])
+def test_any_length(length):
+    check(length)
+
+
+@pytest.mark.parametrize("size", [8, 24, 32, 64, 96, 128, 256])
+def test_any_head_size(size):
+    check(70, (1, 1), size)
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (4, 2), (4, 1), (8, 1)])
+def test_grouped_queries(heads):
+    check(65, heads, batch=2)
+
+
+@pytest.mark.parametrize("window", [1, 48, 1000])
+@pytest.mark.parametrize("document", [None, 50])
+def test_windows_and_documents(window, document):
+    check(129, (1, 1), window=window, doc_ids=None if document is None else documents(129, document))
+
+
+@pytest.mark.parametrize("document", [1, 2, 64, 100])
+def test_documents_of_one_length(document):
+    check(130, (1, 1), doc_ids=documents(130, document))
+
+
+def test_rows_with_documents_of_their_own():
+    ids = torch.zeros(3, 100, dtype=torch.long)
+    ids[0, 10:], ids[1, 99:], ids[2, 64:] = 1, 1, 1
+    check(100, batch=3, doc_ids=ids)
+    check(100, batch=3, doc_ids=Packing(ids), window=30)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(
+    ("length", "heads", "size", "options"),
+    [
+        (129, (2, 1), 64, {}),
+        (100, (2, 2), 32, {"doc_ids": documents(100, 30)}),
+        (127, (2, 1), 128, {"window": 48}),
+    ],
+)
+def test_half_precision_is_as_exact_as_torch(dtype, length, heads, size, options):
+    inputs, grad, found, expected = check(length, heads, size, batch=2, dtype=dtype, **options)
+    mask = attention_mask(length, length, options.get("doc_ids"), options.get("window"))
+    torchs = values_and_gradients(
+        lambda *x: F.scaled_dot_product_attention(*x, mask, enable_gqa=True), inputs, grad
+    )  # fmt: skip
+    ours, theirs = errors(found, expected), errors(torchs, expected)
+    # one may be above by the chance of rounding, all together not
+    assert sum(ours) <= sum(theirs)
+    assert all(mine <= 1.05 * other for mine, other in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("keys", [1, 64, 130])
+def test_without_a_mask_the_numbers_of_queries_and_keys_may_differ(keys):
+    check(70, keys=keys, is_causal=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [0.7, 30.0])
+def test_capped_scores(softcap, dtype):
+    check(70, dtype=dtype, softcap=softcap, scale=1.0, window=50)
+
+
+def test_the_logarithm_of_the_sum_and_its_gradient():
+    inputs, grad = example(100)
+    grad_lse = torch.randn(1, 2, 100)
+    expected = exact(inputs, grad, grad_lse, window=40, softcap=5.0)
+    found = values_and_gradients(
+        lambda *x: scaled_dot_product_attention(
+            *x, is_causal=True, enable_gqa=True, window=40, softcap=5.0, return_lse=True
+        ),
+        inputs, grad, grad_lse,
+    )  # fmt: skip
+    assert found[1].dtype == torch.float32
+    assert max(errors(found, expected)) < 1e-6
+
+
+def test_tensors_lie_in_memory_as_they_like():
+    (query, key, value), grad = example(70, (2, 2))
+    expected = exact((query, key, value), grad)
+    strided = torch.stack([query, key, value], 2)  # heads and the three side by side, as a projection leaves them
+    as_rows = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in strided.unbind(2)]
+    columns = [x.mT.contiguous().mT for x in (query, key, value)]
+    for inputs in (strided.unbind(2), as_rows, columns):
+        found = values_and_gradients(lambda *x: scaled_dot_product_attention(*x, is_causal=True), inputs, grad)
+        assert max(errors(found, expected)) < 1e-6
+    leaf = query.clone().requires_grad_()
+    scaled_dot_product_attention(leaf, key, value, is_causal=True).sum().backward()  # a gradient of strides zero
+    of_ones = exact((query, key, value), torch.ones_like(grad))[1]
+    assert (leaf.grad - of_ones).norm() < 1e-6 * of_ones.norm()
+
+
+def test_every_element_of_the_outputs_is_written():
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all() and torch.zeros(1).new_empty(3).isnan().all()
+        check(70, (2, 1), 24, doc_ids=documents(70, 20))
+        check(65, keys=33, is_causal=False)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def test_blocks_of_other_documents_are_not_read():
+    """Not a number times a weight of zero would be not a number."""
+    inputs, grad = example(200, (1, 1))
+    for x in (*inputs, grad):
+        x[:, :, :64] = torch.nan
+    ids = (torch.arange(200) >= 64).long().unsqueeze(0)
+    for options, clean in (({"doc_ids": ids}, 64), ({"window": 33}, 128)):
+        results = values_and_gradients(
+            lambda *x, options=options: scaled_dot_product_attention(*x, is_causal=True, **options), inputs, grad
+        )
+        assert all(x[:, :, clean:].isfinite().all() for x in results)
+
+
+@pytest.mark.parametrize("shift", [-3e4, 3e4])
+def test_rows_of_very_negative_and_very_large_scores(shift):
+    (query, key, value), grad = example(70, (1, 1))
+    query[..., -1], key[..., -1] = 1.0, shift  # the same for all keys of a row: the weights do not change
+    query[:, :, 5, :] = 0.0
+    query[:, :, 5, -1] = 1e3
+    expected = exact((query, key, value), grad, scale=1.0)
+    found = values_and_gradients(
+        lambda *x: scaled_dot_product_attention(*x, is_causal=True, scale=1.0), (query, key, value), grad
+    )  # fmt: skip
+    # scores of this size are known to 3e4 * 2^-24 in float32
+    assert (found[0] - expected[0]).norm() < 5e-3 * expected[0].norm()
+    assert all(x.isfinite().all() for x in found)
+
+
+def test_what_the_kernels_do_not_know_goes_to_torch():
+    (query, key, value), _ = example(20, (2, 2))
+    mask = torch.rand(20, 20) < 0.7
+    mask[:, 0] = True
+    assert torch.equal(
+        scaled_dot_product_attention(query, key, value, mask), F.scaled_dot_product_attention(query, key, value, mask)
+    )
+    wide = [x.double() for x in (query, key, value)]
+    expected = F.scaled_dot_product_attention(*wide, is_causal=True)
+    torch.testing.assert_close(scaled_dot_product_attention(*wide, is_causal=True), expected)
+    short = scaled_dot_product_attention(query[:, :, :5], key, value, is_causal=True)
+    assert torch.equal(short, F.scaled_dot_product_attention(query[:, :, :5], key, value, is_causal=True))
+
+
+MASKS = st.fixed_dictionaries(
+    {
+        "starts": st.sets(st.integers(1, 139), max_size=6),
+        "window": st.one_of(st.none(), st.integers(1, 150)),
+        "softcap": st.sampled_from([None, None, 3.0]),
+        "scale": st.sampled_from([None, 0.3]),
+    }
+)
+
+
+def check_any(length, heads, size, dtype, masks):
+    begins = torch.tensor([[int(i in masks["starts"]) for i in range(length)]])
+    options = {name: value for name, value in masks.items() if name != "starts"}
+    check(length, heads, size, dtype=dtype, doc_ids=begins.cumsum(1), **options)
+
+
+shapes = {
+    "length": st.integers(1, 140),
+    "heads": st.sampled_from([(1, 1), (2, 1), (3, 3)]),
+    "size": st.sampled_from([5, 16, 32]),
+    "dtype": st.sampled_from([torch.float32, *HALF]),
+    "masks": MASKS,
+}
+quiet = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+
+
+@settings(max_examples=12, **quiet)
+@given(**shapes)
+def test_any_shape_and_mask(length, heads, size, dtype, masks):
+    check_any(length, heads, size, dtype, masks)
+
+
+@pytest.mark.slow
+@settings(max_examples=150, **quiet)
+@given(**shapes)
+def test_many_shapes_and_masks(length, heads, size, dtype, masks):
+    check_any(length, heads, size, dtype, masks)
+
+
+def shipped_blocks():
+    from llmkit.kernels.triton import tiles
+
+    tables = [*tiles._ATTENTION.values(), {"float32": tiles._FLOAT32.values()}]
+    return sorted({row[:2] for table in tables for rows in table.values() for row in rows})
+
+
+@pytest.mark.slow
+def test_every_shipped_size_of_block(monkeypatch):
+    from llmkit.kernels.triton import attention, attention_backward, tiles
+
+    for block_m, block_n in shipped_blocks():
+        for module in (attention, attention_backward):
+            monkeypatch.setattr(module, "tiles", lambda *_, m=block_m, n=block_n: tiles.Tiles(m, n, 4, 1))
+        check(150, (1, 1))
+        check(150, (1, 1), doc_ids=documents(150, 40), window=33)
+        check(70, (1, 1), keys=150, is_causal=False)
+
+
+class TestAsOperators:
+    def inputs(self):
+        (query, key, value), _ = example(20, size=16)
+        return [x.requires_grad_() for x in (query, key, value)]
+
+    def test_torch_accepts_them(self):
+        bounds = fused_attention.bounds(torch.zeros(1, 20, dtype=torch.long), 5, 20, torch.device("cpu"))
+        inputs = self.inputs()
+        torch.library.opcheck(fused_attention.attention, (*inputs, *bounds, 0.25, True, 0.0))
+        torch.library.opcheck(fused_attention.attention, (*inputs, None, None, 0.25, False, 3.0))
+        held = [x.detach() for x in inputs]
+        out, lse = fused_attention.attention(*held, None, None, 0.25, True, 0.0)
+        backward = (out, lse, *held, out, lse, None, None, 0.25, True, 0.0)
+        torch.library.opcheck(fused_attention.attention_backward, backward)
+
+    @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+    def test_compiled_it_is_the_same_and_another_length_is_no_other_graph(self, backend):
+        targets = []
+        torch._dynamo.reset()
+        inner = torch._dynamo.lookup_backend(backend)
+
+        def noting(graph, inputs):
+            targets.extend(str(node.target) for node in graph.graph.nodes)
+            return inner(graph, inputs)
+
+        def function(query, key, value, ids):
+            return scaled_dot_product_attention(
+                query, key, value, is_causal=True, enable_gqa=True, doc_ids=ids, window=9
+            )
+
+        compiled = torch.compile(function, backend=noting, fullgraph=True, dynamic=True)
+        for length in (20, 33, 70):
+            inputs, grad = example(length, size=16)
+            ids = documents(length, 7)
+            eager = values_and_gradients(lambda *x, ids=ids: function(*x, ids), inputs, grad)
+            with torch.compiler.set_stance("default" if length == 20 else "fail_on_recompile"):
+                ours = values_and_gradients(lambda *x, ids=ids: compiled(*x, ids), inputs, grad)
+            assert all(map(torch.equal, ours, eager))
+        assert any("llmkit" in name for name in targets), targets
+
+
+@pytest.mark.parametrize("options", [{"softcap": 2.0, "return_lse": True}, {"window": 3, "softcap": 4.0}, {}])
+def test_the_reference_has_the_gradients_of_its_values(monkeypatch, options):
+    monkeypatch.setenv("LLMKIT_KERNELS", "torch")
+    inputs = [x.double().requires_grad_() for x in example(7, size=4)[0]]
+    assert torch.autograd.gradcheck(
+        lambda *x: scaled_dot_product_attention(*x, is_causal=True, enable_gqa=True, **options), inputs
+    )
