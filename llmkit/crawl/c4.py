@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 from llmkit.crawl.verdict import Verdict
-from llmkit.crawl.words import Split, count_sentences
+from llmkit.crawl.words import Split, count_sentences, split_words
 
 CITATION = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]")
 POLICIES = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
@@ -37,16 +37,17 @@ class C4:
 def c4(split: Split, rules: C4) -> Verdict:
     """The text without the lines that go, or the reason why the page is dropped.
 
-    The measures count the lines removed by each rule (`javascript_lines`, ...) and the `sentences` left.
+    The measures count the lines removed by each rule (`javascript_lines`, ...), and the `sentences` and `words` left.
     """
     page = split.text.lower()
     suspects = tuple(phrase for phrase in PHRASES if phrase in page)  # few pages have any: spares looking line by line
     kept: list[str] = []
     measures: dict[str, float] = {}
-    sentences = 0
+    sentences = lost = 0
     for line in map(str.strip, split.text.split("\n")):
         if rules.remove_citations and "[" in line:
-            line = CITATION.sub("", line).strip()
+            whole, line = line, CITATION.sub("", line).strip()
+            lost += len(split_words(whole)) - len(split_words(line))
         rule = _rule(line, rules) or (_phrase_rule(line.lower(), rules) if suspects else None)
         if rule == "lorem_ipsum":
             return Verdict(rule, None, split.text, measures)
@@ -54,10 +55,11 @@ def c4(split: Split, rules: C4) -> Verdict:
             return Verdict("curly_bracket", None, split.text, measures)
         if rule:
             measures[rule] = measures.get(rule, 0) + 1
+            lost += len(split_words(line)) if line else 0
             continue
         sentences += count_sentences(line)
         kept.append(line)
-    measures["sentences"] = sentences
+    measures |= {"sentences": sentences, "words": split.word_count - lost}
     short = rules.min_sentences is not None and sentences < rules.min_sentences
     text = "\n".join(kept).strip()
     return Verdict("min_sentences" if short else None, sentences if short else None, text, measures)

@@ -33,7 +33,7 @@ def measure_fineweb(split: Split, short_line_length: int = 30) -> dict[str, floa
         "terminal_line_fraction": terminal / count,
         "short_line_fraction": sum(len(line) <= short_line_length for line in lines) / count,
         "duplicate_line_character_fraction": repeated(lines)[1] / characters,
-        "newline_to_word_ratio": split.text.count("\n") / max(1, len(split.words)),
+        "newline_to_word_ratio": split.text.count("\n") / max(1, split.word_count),
     }
 
 

@@ -127,11 +127,13 @@ def _n_gram_characters(split: Split) -> tuple[dict[int, int], dict[int, int]]:
     ids, size = split.ids, max(1, len(split.vocabulary))
     ends = np.concatenate(([0], np.cumsum(split.lengths[ids])))  # where each word ends, with no space between
     starts, names = np.arange(len(ids)), ids  # of the n-grams that may occur twice: the first word, a number for each
-    top = dict.fromkeys(TOP_N_GRAMS, 0)
+    top = {n: _first(ends, n) for n in TOP_N_GRAMS}
     duplicate = dict.fromkeys(DUPLICATE_N_GRAMS, 0)
     for n in range(2, DUPLICATE_N_GRAMS[-1] + 1):
         inside = starts + n <= len(ids)
         starts, names = starts[inside], names[inside]
+        if not len(starts):  # by n = 8 on half of all pages
+            break
         names, first, counts = _group(names * size + ids[starts + n - 1])
         if n in top:
             top[n] = _top(starts, first, counts, ends, n)

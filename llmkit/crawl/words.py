@@ -48,6 +48,12 @@ _SENTENCE_END = re.compile(rf"[{re.escape(TERMINAL)}]+[{re.escape(CLOSING)}]*(\s
 _ABBREVIATIONS = set("Mr Mrs Ms Dr Prof St Jr Sr vs etc No Inc Ltd Co Fig e.g i.e".split())  # noqa: SIM905
 
 
+def split_words(text: str) -> list[str]:
+    """The words of a text, symbols among them; none reaches over a space or the end of a line."""
+    pattern = _ANY_WORD if not text.isascii() and _SPECIAL.search(text) else _WORD
+    return pattern.findall(text)
+
+
 def count_sentences(line: str) -> int:
     """Sentences in one line, at least 1 for a line that is not blank.
 
@@ -69,8 +75,11 @@ def count_sentences(line: str) -> int:
 class Split:
     """A text with its parts, each found when first asked for."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, word_count: int | None = None) -> None:
+        """word_count: how many words the text has, where that is known; finding out takes 0.05 ms a kilobyte."""
         self.text = text
+        if word_count is not None:
+            self.word_count = word_count
 
     @cached_property
     def lines(self) -> list[str]:
@@ -85,8 +94,12 @@ class Split:
     @cached_property
     def words(self) -> list[str]:
         """The words, symbols among them, in order."""
-        pattern = _ANY_WORD if not self.text.isascii() and _SPECIAL.search(self.text) else _WORD
-        return pattern.findall(self.text)
+        return split_words(self.text)
+
+    @cached_property
+    def word_count(self) -> int:
+        """How many words there are, symbols among them."""
+        return len(self.words)
 
     @cached_property
     def ids(self) -> np.ndarray:

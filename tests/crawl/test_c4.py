@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llmkit.crawl.c4 import C4, c4
 from llmkit.crawl.verdict import Verdict
@@ -19,7 +21,7 @@ def clean(text: str, **rules) -> Verdict:
 
 def test_a_page_of_five_sentences_stays_as_it_is() -> None:
     found = clean(FIVE)
-    assert (found.reason, found.text, found.measures) == (None, FIVE, {"sentences": 5})
+    assert (found.reason, found.text, found.measures) == (None, FIVE, {"sentences": 5, "words": 21})
 
 
 @pytest.mark.parametrize(
@@ -36,7 +38,7 @@ def test_a_page_of_five_sentences_stays_as_it_is() -> None:
 def test_lines_that_go(line: str, rule: str, counted: str) -> None:
     found = clean(f"{FIVE}\n{line}\nAnd then the rain began.")
     assert found.text == f"{FIVE}\nAnd then the rain began."
-    assert found.measures == {counted: 1, "sentences": 6}
+    assert found.measures == {counted: 1, "sentences": 6, "words": 27}
     off = False if rule.startswith("remove") else None
     assert clean(f"{FIVE}\n{line}\nAnd then the rain began.", **{rule: off}).text.split("\n")[3] == line
 
@@ -71,6 +73,16 @@ def test_too_few_sentences_are_counted_after_the_lines_are_gone() -> None:
     assert (found.reason, found.score) == ("min_sentences", 4)
     assert clean("", min_sentences=None).reason is None
     assert clean("").reason == "min_sentences"
+
+
+@given(
+    st.lists(
+        st.sampled_from([*FIVE.split("\n"), "no end", "A line[1][2] of[edit] notes.", "[3]", "x", "JavaScript is on."])
+    )
+)
+def test_the_words_left_are_those_of_the_text_left(lines: list[str]) -> None:
+    found = clean("\n".join(lines))
+    assert found.measures["words"] == Split(found.text).word_count
 
 
 @pytest.mark.parametrize("unit", ["[", "[1", "{", ".", "a ", "javascript\n", "x" * 1001 + " ", "lorem "])

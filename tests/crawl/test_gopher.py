@@ -82,7 +82,7 @@ def test_the_defaults_are_those_of_the_paper() -> None:
          "max_top_2_gram_character_fraction"),
         (prose(6).replace(".", ". The same nine words stand behind all of them:"),
          "max_top_4_gram_character_fraction"),
-        (prose(5).replace(".\n", ". These fifteen or sixteen same words are found again behind another line.\n", 2)
+        (prose(4).replace(".\n", ". These fifteen or sixteen repeated expressions stand together behind lines.\n", 2)
          .replace("\n", " "),
          "max_duplicate_5_gram_character_fraction"),
     ],
