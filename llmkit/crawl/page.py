@@ -55,3 +55,8 @@ class Span:
     files: tuple[str, ...] = ()
     limit: int | None = None  # at most so many pages are wanted of it
     max_page_bytes: int = MAX_PAGE_BYTES
+
+    @property
+    def payload(self) -> bytes:
+        """What travels along, as bytes: it tells the span of a pipe from another."""
+        return b"".join(data if isinstance(data, bytes) else data.encode() for _, data in self.frames or ())

@@ -1,0 +1,291 @@
+"""Where the records of WARC and ARC files begin and end, in whole, cut and damaged files.
+
+    frames = Frames(Window(handle), "warc.gz")
+    for offset, data in frames:    # data: the bytes of one record and perhaps blank ones, or why there are none
+        ...
+
+A record that cannot be read, and bytes that are no record, become one frame with a reason: `truncated` (the file
+ends inside of it), `damaged`, `too_large` or `garbage`; reading goes on at the next record. The libraries for WARC
+do not do this: FastWARC 2.0 takes a record cut at the end of its file for a whole one, and ends for good at garbage.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+from llmkit.crawl.page import MAX_PAGE_BYTES
+from llmkit.stream import GZIP_MAGIC
+
+try:
+    from isal import isal_zlib as inflating  # unpacks twice as fast as zlib
+except ImportError:  # no wheels for this machine
+    inflating = zlib
+
+GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile, getattr(inflating, "error", zlib.error))
+Frame = tuple[int, bytes | str]
+Bytes = bytes | bytearray
+
+BLOCK = 1 << 18
+STEP = 1 << 16  # of compressed bytes unpacked at once: at most 68 MB come out
+MAX_HEADER = 1 << 16
+OVERLAP = 1 << 13  # the start of a record that lies across two blocks; the longest header line of an ARC file
+FOREVER = 1 << 62
+
+GZIP_START = re.compile(rb"\x1f\x8b\x08[\x00-\x1f]")
+BLANK_LINE = re.compile(rb"\n\r?\n")
+WARC_START = re.compile(rb"WARC/\d\.\d+\r?\n(?=[A-Za-z-]+:)")
+_WARC_LENGTH = re.compile(rb"(?im)^content-length:[ \t]*(\d{1,18})[ \t]*\r?$")
+_WARC_TYPE = re.compile(rb"(?im)^warc-type:")
+# URL, address, date, type, length; a URL may hold spaces
+ARC_START = re.compile(rb"[a-z][a-z0-9+.-]*:[^\n]* [0-9a-f.:]+ \d{8,14} [^ \n]+ (\d{1,18})\r?$", re.MULTILINE)
+_ARC_LINE = re.compile(rb"(?<=\n)" + ARC_START.pattern, re.MULTILINE)  # not from the midst of a line
+
+
+class Window(io.RawIOBase):
+    """The bytes of a stream from `position` on: looked at before they are passed over. Not seekable."""
+
+    def __init__(self, handle: Any, position: int = 0) -> None:
+        self.position, self.cut = position, False  # cut: the compressed stream ended early or is damaged
+        self._handle, self._ahead, self._ended = handle, bytearray(), False
+        self._read = getattr(handle, "read1", handle.read)
+
+    def look(self, size: int) -> bytearray:
+        """The bytes ahead, at least `size` of them unless the stream ends before; good until the next call."""
+        while len(self._ahead) < size and not self._ended:
+            try:
+                block = self._read(BLOCK)
+            except GZIP_ERRORS:
+                block, self.cut = b"", True
+            self._ahead += block
+            self._ended = not block
+        return self._ahead
+
+    def take(self, size: int) -> bytes:
+        """Pass over `size` bytes (fewer where the stream ends) and return them."""
+        taken = bytes(memoryview(self.look(size))[:size])
+        self.skip(len(taken))
+        return taken
+
+    def skip(self, size: int) -> int:
+        """Pass over `size` bytes without keeping them; the number there were."""
+        left = size
+        while left and self.look(1):
+            count = min(left, len(self._ahead))
+            del self._ahead[:count]
+            left -= count
+        self.position += size - left
+        return size - left
+
+    def skip_over(self, what: bytes) -> None:
+        """Pass over all bytes ahead that are among `what`."""
+        while ahead := self.look(1):
+            count = len(ahead) - len(ahead.lstrip(what))
+            self.skip(count)
+            if self._ahead:
+                return
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.take(min(len(buffer), len(self.look(1))))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def find(window: Window, stop: int, start: re.Pattern[bytes], is_start: Callable[[Window], bool]) -> bool:
+    """Move the window to the first record at its position or after, if it begins before `stop`."""
+    while window.position < stop and window.look(1):
+        ahead = window.look(BLOCK)
+        match = start.search(ahead)
+        count = len(ahead) - (OVERLAP if len(ahead) >= BLOCK else 0)
+        if match is None or match.start() > count:
+            window.skip(count)
+            continue
+        window.skip(match.start())
+        if window.position < stop and is_start(window):
+            return True
+        if window.position < stop:
+            window.skip(1)
+    return False
+
+
+def header_of(ahead: Bytes, arc: bool) -> tuple[int, int] | None:
+    """The bytes of the header with which a record begins and of its block; None where no record begins."""
+    if arc:
+        match = ARC_START.match(ahead, 0, OVERLAP)
+        return (match.end() + 1, int(match[1])) if match else None
+    if not WARC_START.match(ahead):
+        return None
+    end = BLANK_LINE.search(ahead, 0, MAX_HEADER)
+    length = _WARC_LENGTH.search(ahead, 0, end.end()) if end else None
+    return (end.end(), int(length[1])) if end and length else None
+
+
+def is_record(window: Window, arc: bool) -> bool:
+    """Whether a record starts here, by its whole header: a page may quote the first line of one."""
+    ahead = window.look(MAX_HEADER)
+    header = header_of(ahead, arc)
+    return header is not None and (arc or bool(_WARC_TYPE.search(ahead, 0, header[0])))
+
+
+def beginning(window: Window) -> bytes:
+    """The first bytes ahead, a kilobyte or more where there is so much, unpacked where they begin a gzip member."""
+    ahead = bytes(window.look(4096)[:STEP])
+    if not ahead.startswith(GZIP_MAGIC):
+        return ahead
+    unpacked, inflater = b"", inflating.decompressobj(31)
+    with suppress(*GZIP_ERRORS):
+        for begin in range(0, len(ahead), 512):
+            unpacked += inflater.decompress(ahead[begin : begin + 512])
+            if inflater.eof or len(unpacked) > OVERLAP:
+                break
+    return unpacked
+
+
+def is_member(window: Window, arc: bool) -> bool:
+    """Whether a gzip member starts here that begins with a record."""
+    return bool((ARC_START if arc else WARC_START).match(beginning(window)))
+
+
+class Frames:
+    """The records of a file or of a span of it, in order: those that start before `stop`.
+
+    kind: "warc" or "arc", with ".gz" where each record is a gzip member of its own. With `exact`, a record starts at
+    the window's position, or nothing does; otherwise the first one after it is looked for.
+    began, ended: the offset of the first record, None where there is none before `stop`; the offset of the first
+    record that is not of the span, None where bytes that are no record lie across its end.
+    """
+
+    def __init__(
+        self, window: Window, kind: str, exact: bool = True, stop: int = FOREVER, max_bytes: int = MAX_PAGE_BYTES
+    ) -> None:
+        self.window, self.stop, self.max_bytes = window, stop, max_bytes
+        self.arc, self.packed = kind.startswith("arc"), kind.endswith(".gz")
+        self.began: int | None = None
+        self.ended: int | None = None
+        self._exact, self._lost = exact, False
+
+    def __iter__(self) -> Iterator[Frame]:
+        window, data = self.window, None
+        if not self._exact and not self._find():
+            return
+        self.began = window.position if window.position < self.stop else None
+        while not self._lost:
+            window.skip_over(b"\0" if self.packed else b"\r\n")
+            if window.position >= self.stop or not window.look(1):
+                break
+            offset = window.position
+            for data in self._member() if self.packed else self._record():
+                yield offset, data
+        if window.cut and data != "truncated":
+            yield window.position, "truncated"
+        self.ended = None if self._lost else window.position
+
+    def _record(self) -> Iterator[bytes | str]:
+        """The record that starts here."""
+        window = self.window
+        head = window.look(MAX_HEADER)
+        header = header_of(head, self.arc)
+        if header is None:
+            cut = len(head) < MAX_HEADER and head.startswith(b"WARC/") and not BLANK_LINE.search(head)
+            yield "truncated" if cut else "garbage"
+            self._resume()
+            return
+        size = sum(header)
+        if header[1] > self.max_bytes:
+            yield "too_large" if window.skip(size) == size else "truncated"
+            return
+        ahead = window.look(size + 16)
+        if len(ahead) < size:
+            yield "truncated"
+            self._resume()
+            return
+        following = ahead[size : size + 16].lstrip(b"\r\n")
+        if not self.arc and following and not following.startswith(b"WARC/"):
+            swallowed = WARC_START.search(ahead, header[0], size)
+            if swallowed:  # the length is wrong, and the record would run into the next
+                yield "damaged"
+                window.skip(swallowed.start())
+                return
+        yield window.take(size)
+
+    def _member(self) -> Iterator[bytes | str]:
+        """The records of the gzip member that starts here, as a rule one."""
+        window = self.window
+        magic = bytes(window.look(4)[:4])
+        if not GZIP_START.match(magic):
+            yield "truncated" if GZIP_MAGIC.startswith(magic[:2]) and len(magic) < 4 else "garbage"
+            self._resume()
+            return
+        data = self._unpack()
+        if isinstance(data, str):
+            yield data
+            if data != "too_large":
+                self._resume()
+            return
+        header = header_of(data, self.arc)
+        size = sum(header) if header else 0
+        if header and header[1] <= self.max_bytes and size <= len(data) and not data[size:].strip(b"\r\n"):
+            yield data  # as all others would be read too, three copies later
+            return
+        for _, record in Frames(Window(io.BytesIO(data)), "arc" if self.arc else "warc", max_bytes=self.max_bytes):
+            yield record
+
+    def _unpack(self) -> bytes | str:
+        """The bytes of the gzip member that starts here, the window then being behind it; or why there are none."""
+        window, inflater = self.window, inflating.decompressobj(31)
+        parts, size, at = [], 0, 0
+        most = self.max_bytes + 2 * MAX_HEADER
+        while not inflater.eof:
+            step = window.look(at + STEP)[at : at + STEP]
+            if not step:
+                return "truncated"
+            try:
+                part = inflater.decompress(step)
+            except GZIP_ERRORS:
+                return "damaged"
+            at += len(step) - len(inflater.unused_data)
+            size += len(part)
+            parts.append(part)
+            if size > most:  # on to its end, keeping nothing
+                parts.clear()
+                window.skip(at)
+                at = 0
+        window.skip(at)
+        return b"".join(parts) if size <= most else "too_large"
+
+    def _find(self) -> bool:
+        if self.packed:
+            return find(self.window, self.stop, GZIP_START, lambda window: is_member(window, self.arc))
+        start = _ARC_LINE if self.arc else WARC_START
+        return find(self.window, self.stop, start, lambda window: is_record(window, self.arc))
+
+    def _resume(self) -> None:
+        """Look for the next record, past a byte that starts none."""
+        self.window.skip(1)
+        self._lost = not self._find() and bool(self.window.look(1))
+
+
+def is_one_stream(window: Window, arc: bool, max_bytes: int = MAX_PAGE_BYTES) -> bool:
+    """Whether the gzip member ahead holds more than its first record, so that records cannot be sought."""
+    inflater, unpacked, at = inflating.decompressobj(31), bytearray(), 0
+    while not inflater.eof and len(unpacked) <= max_bytes:
+        step = window.look(at + STEP)[at : at + STEP]
+        try:
+            unpacked += inflater.decompress(step)
+        except GZIP_ERRORS:
+            return False
+        at += len(step)
+        header = header_of(unpacked, arc)
+        if header and unpacked[sum(header) :].strip(b"\r\n"):
+            return True
+        if not step or (header is None and len(unpacked) >= MAX_HEADER):
+            return False
+    return False
