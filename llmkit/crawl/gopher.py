@@ -119,26 +119,27 @@ def gopher_repetition(split: Split, thresholds: GopherRepetition) -> Verdict:
 def _n_gram_characters(split: Split) -> tuple[dict[int, int], dict[int, int]]:
     """For each n, the characters of the most frequent n-gram and those of n-grams that stood before.
 
-    An n-gram that occurs twice begins with an (n-1)-gram that does: each n looks only at the starts that n-1
-    left, with numbers for the n-grams that are exact, no hashes. Of 1,700 words a few dozen are left at n = 5.
+    An n-gram that occurs twice begins and ends with (n-1)-grams that do: each n looks only at the pairs of neighbours
+    that n-1 left, with numbers for the n-grams that are exact, no hashes. Of 1,300 words 20 are left at n = 6.
     """
     import numpy as np
 
-    ids, size = split.ids, max(1, len(split.vocabulary))
+    ids = split.ids
     ends = np.concatenate(([0], np.cumsum(split.lengths[ids])))  # where each word ends, with no space between
-    starts, names = np.arange(len(ids)), ids  # of the n-grams that may occur twice: the first word, a number for each
     top = {n: _first(ends, n) for n in TOP_N_GRAMS}
     duplicate = dict.fromkeys(DUPLICATE_N_GRAMS, 0)
+    starts = (split.counts[ids] > 1).nonzero()[0]  # of the n-grams that occur twice: the first word,
+    names = ids[starts]  # and a number for each
     for n in range(2, DUPLICATE_N_GRAMS[-1] + 1):
-        inside = starts + n <= len(ids)
-        starts, names = starts[inside], names[inside]
-        if not len(starts):  # by n = 8 on half of all pages
-            break
-        names, first, counts = _group(names * size + ids[starts + n - 1])
+        pairs = (starts[1:] == starts[:-1] + 1).nonzero()[0]
+        names, first, counts = _group(names[pairs] * len(ids) + names[pairs + 1])
+        starts = starts[pairs]
         if n in top:
             top[n] = _top(starts, first, counts, ends, n)
         again = counts[names] > 1
         starts, names = starts[again], names[again]
+        if not len(starts):  # by n = 8 on half of all pages
+            break
         if n in duplicate:
             duplicate[n] = _duplicate(starts.tolist(), names.tolist(), ends, n)
     return top, duplicate

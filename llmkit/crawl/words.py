@@ -37,7 +37,7 @@ _SPECIAL = re.compile(f"[{MARKS}{UNSPACED}]")
 _WORD = re.compile(r"\w+(?:['’.,]\w+)*|[^\w\s]+")  # 1.6 times as fast as the next, for texts that need no more
 _LETTER = rf"[^\W{UNSPACED}]"
 _ANY_WORD = re.compile(
-    rf"{_LETTER}(?:{_LETTER}|[{MARKS}\u200c\u200d]|['’.,](?={_LETTER}))*|[{UNSPACED}][{MARKS}]*|[^\w\s{MARKS}]+"
+    rf"{_LETTER}(?:{_LETTER}|[{MARKS}\u200c\u200d]|['’.,](?={_LETTER}))*|[{UNSPACED}][{MARKS}]*|[^\w\s]+"
 )
 
 TERMINAL = ".?!…‼⁇⁈⁉‽。！？．｡﹒﹖﹗।॥؟۔։።፧។៕༎꓿᙮᠃᠉"  # the marks that end a sentence, as FineWeb has them and more
@@ -67,7 +67,9 @@ def count_sentences(line: str) -> int:
         if stop == last or not (end[1] or line[start] in _NO_SPACE_FOLLOWS):
             continue
         before = line[max(0, start - 6) : start].rpartition(" ")[2]
-        abbreviated = line[start] == "." and (before in _ABBREVIATIONS or (len(before) == 1 and before.isalpha()))
+        abbreviated = line[start] == "." != line[start + 1] and (
+            before in _ABBREVIATIONS or (len(before) == 1 and before.isalpha())
+        )
         sentences += not abbreviated
     return sentences
 

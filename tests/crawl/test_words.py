@@ -60,7 +60,10 @@ def test_nothing_visible_is_lost_and_both_patterns_agree(text: str) -> None:
         ('"Stop!" he said. "Why?" (She left.) Then nothing...', 5),
         ("今日は。明日は？", 2),
         ("यह एक है। वह दो है।", 2),
+        ("What?! No... Yes!!!", 3),
+        ("「行く。」と言った。。", 2),
         ("." * 1_000_000, 1),
+        ("." + ")" * 1_000_000, 1),
         ('!"' * 500_000, 1),
     ],
 )
