@@ -65,8 +65,8 @@ def base2_scores(products, score_scale, cap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def key_ranges(lo_ptr, m0, queries, keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
-                HAS_LO: tl.constexpr):  # fmt: skip
-    """For the queries from m0: where keys begin, where they are seen by all, where no more by all, where they end."""
+               HAS_LO: tl.constexpr):  # fmt: skip
+    """For the queries from m0: where keys begin, from where and up to where all see them, where keys end."""
     if CAUSAL:
         end = tl.minimum(m0 + BLOCK_M, queries)
         some = (m0 + 1) // BLOCK_N * BLOCK_N
@@ -74,11 +74,17 @@ def key_ranges(lo_ptr, m0, queries, keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.con
         if HAS_LO:
             begin = tl.load(lo_ptr + m0) // BLOCK_N * BLOCK_N
             highest = tl.load(lo_ptr + end - 1)
-            every = tl.minimum((highest + BLOCK_N - 1) // BLOCK_N * BLOCK_N, some)
+            every = tl.minimum(tl.cdiv(highest, BLOCK_N) * BLOCK_N, some)
             every = tl.maximum(every, begin)
         return begin, every, tl.maximum(some, every), end
     else:
         return 0, 0, keys // BLOCK_N * BLOCK_N, keys
+
+
+@triton.jit
+def block_start(i, first, firsts, second, BLOCK: tl.constexpr):
+    """Where the i-th block begins, of `firsts` from `first` on and others from `second` on."""
+    return tl.where(i < firsts, first + i * BLOCK, second + (i - firsts) * BLOCK)
 
 
 @triton.jit
@@ -93,16 +99,17 @@ def seen_keys(query, key, lo, keys, CAUSAL: tl.constexpr, HAS_LO: tl.constexpr):
 
 
 @triton.jit
-def _attend(total, weight, highest, q, query, lo, k_base, v_base, stride_k, stride_v, start, end, keys, size,
-            score_scale, cap, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+def _attend(total, weight, highest, q, query, lo, k_base, v_base, stride_k, stride_v, first, firsts, second,
+            blocks, keys, size, score_scale, cap, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
             CAUSAL: tl.constexpr, HAS_LO: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
             MASKED: tl.constexpr):  # fmt: skip
-    """Add the keys start ... end to the running weighted sum of values."""
+    """Add `blocks` blocks of keys, `firsts` from `first` on and the others from `second` on, to the weighted sum."""
     column = tl.arange(0, BLOCK_N)
-    k_base += tl.cast(start, tl.int64) * stride_k
-    v_base += tl.cast(start, tl.int64) * stride_v
-    for n0 in tl.range(start, end, BLOCK_N):
-        k = load_tile(k_base, column, stride_k, keys - n0, size, BLOCK_D, EVEN_D, MASKED)
+    for i in tl.range(0, blocks):
+        n0 = block_start(i, first, firsts, second, BLOCK_N)
+        k_block = k_base + tl.cast(n0, tl.int64) * stride_k
+        v_block = v_base + tl.cast(n0, tl.int64) * stride_v
+        k = load_tile(k_block, column, stride_k, keys - n0, size, BLOCK_D, EVEN_D, MASKED)
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if SOFTCAP:
             scores, _ = base2_scores(products, score_scale, cap, SOFTCAP)
@@ -121,11 +128,9 @@ def _attend(total, weight, highest, q, query, lo, k_base, v_base, stride_k, stri
             p = tl.exp2(products * score_scale - anchor[:, None])
         decay = tl.exp2(highest - anchor)
         weight = weight * decay + tl.sum(p, 1)
-        v = load_tile(v_base, column, stride_v, keys - n0, size, BLOCK_D, EVEN_D, MASKED)
+        v = load_tile(v_block, column, stride_v, keys - n0, size, BLOCK_D, EVEN_D, MASKED)
         total = tl.dot(p.to(v.dtype), v, total * decay[:, None], input_precision=PRECISION)
         highest = now
-        k_base += BLOCK_N * stride_k
-        v_base += BLOCK_N * stride_v
     return total, weight, highest
 
 
@@ -156,18 +161,16 @@ def attention_forward(
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     weight = tl.zeros([BLOCK_M], tl.float32)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    if HAS_LO:
-        total, weight, highest = _attend(
-            total, weight, highest, q, query, lo, k_base, v_base, stride_ks, stride_vs, begin, every, keys, size,
-            score_scale, cap, BLOCK_N, BLOCK_D, EVEN_D, CAUSAL, HAS_LO, SOFTCAP, PRECISION, True,
-        )  # fmt: skip
+    firsts = (every - begin) // BLOCK_N
     total, weight, highest = _attend(
-        total, weight, highest, q, query, lo, k_base, v_base, stride_ks, stride_vs, every, some, keys, size,
-        score_scale, cap, BLOCK_N, BLOCK_D, EVEN_D, CAUSAL, HAS_LO, SOFTCAP, PRECISION, False,
+        total, weight, highest, q, query, lo, k_base, v_base, stride_ks, stride_vs, begin, firsts, some,
+        firsts + tl.cdiv(end - some, BLOCK_N), keys, size, score_scale, cap, BLOCK_N, BLOCK_D, EVEN_D, CAUSAL,
+        HAS_LO, SOFTCAP, PRECISION, True,
     )  # fmt: skip
     total, weight, highest = _attend(
-        total, weight, highest, q, query, lo, k_base, v_base, stride_ks, stride_vs, some, end, keys, size,
-        score_scale, cap, BLOCK_N, BLOCK_D, EVEN_D, CAUSAL, HAS_LO, SOFTCAP, PRECISION, True,
+        total, weight, highest, q, query, lo, k_base, v_base, stride_ks, stride_vs, every, 0, every,
+        (some - every) // BLOCK_N, keys, size, score_scale, cap, BLOCK_N, BLOCK_D, EVEN_D, CAUSAL,
+        HAS_LO, SOFTCAP, PRECISION, False,
     )  # fmt: skip
     o_base = o_ptr + b * stride_ob + h * stride_oh + tl.cast(m0, tl.int64) * stride_ot
     store_tile(o_base, total / weight[:, None], local, stride_ot, queries - m0, size, BLOCK_D)

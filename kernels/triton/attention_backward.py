@@ -10,6 +10,7 @@ from llmkit.kernels.fused_attention import empty_as_used
 from llmkit.kernels.triton.attention import (
     base2_scores,
     batch_stride,
+    block_start,
     key_ranges,
     load_tile,
     seen_keys,
@@ -23,28 +24,27 @@ from torch import Tensor
 
 
 @triton.jit
-def _add_grad_query(grad_q, q, grad, lse, delta, query, lo, k_base, v_base, stride_k, stride_v, start, end, keys, size,
-                    score_scale, cap, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
-                    CAUSAL: tl.constexpr, HAS_LO: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-                    MASKED: tl.constexpr):  # fmt: skip
+def _add_grad_query(grad_q, q, grad, lse, delta, query, lo, k_base, v_base, stride_k, stride_v, first, firsts, second,
+                    blocks, keys, size, score_scale, cap, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+                    EVEN_D: tl.constexpr, CAUSAL: tl.constexpr, HAS_LO: tl.constexpr, SOFTCAP: tl.constexpr,
+                    PRECISION: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     column = tl.arange(0, BLOCK_N)
-    k_base += tl.cast(start, tl.int64) * stride_k
-    v_base += tl.cast(start, tl.int64) * stride_v
-    for n0 in tl.range(start, end, BLOCK_N):
-        k = load_tile(k_base, column, stride_k, keys - n0, size, BLOCK_D, EVEN_D, MASKED)
-        v = load_tile(v_base, column, stride_v, keys - n0, size, BLOCK_D, EVEN_D, MASKED)
+    for i in tl.range(0, blocks):
+        n0 = block_start(i, first, firsts, second, BLOCK_N)
+        k_block = k_base + tl.cast(n0, tl.int64) * stride_k
+        v_block = v_base + tl.cast(n0, tl.int64) * stride_v
+        k = load_tile(k_block, column, stride_k, keys - n0, size, BLOCK_D, EVEN_D, MASKED)
+        v = load_tile(v_block, column, stride_v, keys - n0, size, BLOCK_D, EVEN_D, MASKED)
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         scores, turned = base2_scores(products, score_scale, cap, SOFTCAP)
         p = tl.exp2(scores - lse[:, None])
         if MASKED:
             p = tl.where(seen_keys(query, n0 + column, lo, keys, CAUSAL, HAS_LO), p, 0.0)
+        if SOFTCAP:
+            p *= 1.0 - turned * turned
         grad_p = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         grad_s = p * (grad_p - delta[:, None])
-        if SOFTCAP:
-            grad_s = grad_s * (1.0 - turned * turned)
         grad_q = tl.dot(grad_s.to(k.dtype), k, grad_q, input_precision=PRECISION)
-        k_base += BLOCK_N * stride_k
-        v_base += BLOCK_N * stride_v
     return grad_q
 
 
@@ -89,18 +89,16 @@ def attention_grad_query(
         lo = tl.load(lo_ptr + query, mask=query < queries, other=0)
     begin, every, some, end = key_ranges(lo_ptr, m0, queries, keys, BLOCK_M, BLOCK_N, CAUSAL, HAS_LO)
     grad_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if HAS_LO:
-        grad_q = _add_grad_query(
-            grad_q, q, grad, lse, delta, query, lo, k_base, v_base, stride_ks, stride_vs, begin, every, keys, size,
-            score_scale, cap, BLOCK_N, BLOCK_D, EVEN_D, CAUSAL, HAS_LO, SOFTCAP, PRECISION, True,
-        )  # fmt: skip
+    firsts = (every - begin) // BLOCK_N
     grad_q = _add_grad_query(
-        grad_q, q, grad, lse, delta, query, lo, k_base, v_base, stride_ks, stride_vs, every, some, keys, size,
-        score_scale, cap, BLOCK_N, BLOCK_D, EVEN_D, CAUSAL, HAS_LO, SOFTCAP, PRECISION, False,
+        grad_q, q, grad, lse, delta, query, lo, k_base, v_base, stride_ks, stride_vs, begin, firsts, some,
+        firsts + tl.cdiv(end - some, BLOCK_N), keys, size, score_scale, cap, BLOCK_N, BLOCK_D, EVEN_D, CAUSAL,
+        HAS_LO, SOFTCAP, PRECISION, True,
     )  # fmt: skip
     grad_q = _add_grad_query(
-        grad_q, q, grad, lse, delta, query, lo, k_base, v_base, stride_ks, stride_vs, some, end, keys, size,
-        score_scale, cap, BLOCK_N, BLOCK_D, EVEN_D, CAUSAL, HAS_LO, SOFTCAP, PRECISION, True,
+        grad_q, q, grad, lse, delta, query, lo, k_base, v_base, stride_ks, stride_vs, every, 0, every,
+        (some - every) // BLOCK_N, keys, size, score_scale, cap, BLOCK_N, BLOCK_D, EVEN_D, CAUSAL,
+        HAS_LO, SOFTCAP, PRECISION, False,
     )  # fmt: skip
     grad_q_base = grad_q_ptr + b * stride_dqb + h * stride_dqh + first * stride_dqt
     store_tile(grad_q_base, grad_q * scale, local, stride_dqt, left, size, BLOCK_D)
@@ -123,25 +121,31 @@ def _query_ranges(hi_ptr, n0, queries, keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.
 
 
 @triton.jit
-def _add_grad_key_value(grad_k, grad_v, k, v, key, hi, q_base, grad_base, lse_ptr, delta_ptr, stride_q, stride_g,
-                        start, end, queries, size, score_scale, cap, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-                        EVEN_D: tl.constexpr, CAUSAL: tl.constexpr, HAS_LO: tl.constexpr, SOFTCAP: tl.constexpr,
-                        PRECISION: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """All is transposed, keys by queries: then p and dL/ds are left factors, which tensor cores read from registers."""
+def _add_grad_key_value(grad_k, grad_v, k, v, key, hi, q_base, grad_base, lse_base, delta_base, stride_qh, stride_qt,
+                        stride_gh, stride_gt, first, firsts, second, blocks, queries, size, score_scale, cap,
+                        GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+                        CAUSAL: tl.constexpr, HAS_LO: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+                        MASKED: tl.constexpr):  # fmt: skip
+    """Of `blocks` blocks of queries of each head of the group, which one loop runs through.
+
+    All is transposed, keys by queries: then p and dL/ds are left factors, which tensor cores read from registers.
+    """
     local = tl.arange(0, BLOCK_M)
-    q_base += tl.cast(start, tl.int64) * stride_q
-    grad_base += tl.cast(start, tl.int64) * stride_g
-    for m0 in tl.range(start, end, BLOCK_M):
+    for i in tl.range(0, GROUP * blocks):
+        g = tl.cast(i // blocks, tl.int64)
+        m0 = block_start(i % blocks, first, firsts, second, BLOCK_M)
         query = m0 + local
-        q = load_tile(q_base, local, stride_q, queries - m0, size, BLOCK_D, EVEN_D, MASKED)
-        grad = load_tile(grad_base, local, stride_g, queries - m0, size, BLOCK_D, EVEN_D, MASKED)
+        q_block = q_base + g * stride_qh + tl.cast(m0, tl.int64) * stride_qt
+        grad_block = grad_base + g * stride_gh + tl.cast(m0, tl.int64) * stride_gt
+        q = load_tile(q_block, local, stride_qt, queries - m0, size, BLOCK_D, EVEN_D, MASKED)
+        grad = load_tile(grad_block, local, stride_gt, queries - m0, size, BLOCK_D, EVEN_D, MASKED)
         # Beyond the last query p = 2^0 times a gradient of 0.
         if MASKED:
-            lse = tl.load(lse_ptr + query, mask=query < queries, other=0.0)
-            delta = tl.load(delta_ptr + query, mask=query < queries, other=0.0)
+            lse = tl.load(lse_base + g * queries + query, mask=query < queries, other=0.0)
+            delta = tl.load(delta_base + g * queries + query, mask=query < queries, other=0.0)
         else:
-            lse = tl.load(lse_ptr + query)
-            delta = tl.load(delta_ptr + query)
+            lse = tl.load(lse_base + g * queries + query)
+            delta = tl.load(delta_base + g * queries + query)
         products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         scores, turned = base2_scores(products, score_scale, cap, SOFTCAP)
         p = tl.exp2(scores - lse[None, :])
@@ -151,13 +155,11 @@ def _add_grad_key_value(grad_k, grad_v, k, v, key, hi, q_base, grad_base, lse_pt
                 seen = seen & (query[None, :] <= hi[:, None])
             p = tl.where(seen, p, 0.0)
         grad_v = tl.dot(p.to(grad.dtype), grad, grad_v, input_precision=PRECISION)
+        if SOFTCAP:
+            p *= 1.0 - turned * turned
         grad_p = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
         grad_s = p * (grad_p - delta[None, :])
-        if SOFTCAP:
-            grad_s = grad_s * (1.0 - turned * turned)
         grad_k = tl.dot(grad_s.to(q.dtype), q, grad_k, input_precision=PRECISION)
-        q_base += BLOCK_M * stride_q
-        grad_base += BLOCK_M * stride_g
     return grad_k, grad_v
 
 
@@ -190,28 +192,21 @@ def attention_grad_key_value(
     begin, every, whole, end = _query_ranges(hi_ptr, n0, queries, keys, BLOCK_M, BLOCK_N, CAUSAL, HAS_LO)
     grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for g in range(GROUP):
-        head = h * GROUP + g
-        q_base = q_ptr + b * stride_qb + head * stride_qh
-        grad_base = grad_ptr + b * stride_gb + head * stride_gh
-        lse_base = lse_ptr + (b * heads + head) * queries
-        delta_base = delta_ptr + (b * heads + head) * queries
-        if CAUSAL:
-            grad_k, grad_v = _add_grad_key_value(
-                grad_k, grad_v, k, v, key, hi, q_base, grad_base, lse_base, delta_base, stride_qt, stride_gt, begin,
-                every, queries, size, score_scale, cap, BLOCK_M, BLOCK_D, EVEN_D, CAUSAL, HAS_LO, SOFTCAP, PRECISION,
-                True,
-            )  # fmt: skip
-        grad_k, grad_v = _add_grad_key_value(
-            grad_k, grad_v, k, v, key, hi, q_base, grad_base, lse_base, delta_base, stride_qt, stride_gt, every,
-            whole, queries, size, score_scale, cap, BLOCK_M, BLOCK_D, EVEN_D, CAUSAL, HAS_LO, SOFTCAP, PRECISION,
-            False,
-        )  # fmt: skip
-        grad_k, grad_v = _add_grad_key_value(
-            grad_k, grad_v, k, v, key, hi, q_base, grad_base, lse_base, delta_base, stride_qt, stride_gt, whole,
-            end, queries, size, score_scale, cap, BLOCK_M, BLOCK_D, EVEN_D, CAUSAL, HAS_LO, SOFTCAP, PRECISION,
-            True,
-        )  # fmt: skip
+    q_base = q_ptr + b * stride_qb + h * GROUP * stride_qh
+    grad_base = grad_ptr + b * stride_gb + h * GROUP * stride_gh
+    lse_base = lse_ptr + (b * heads + h * GROUP) * queries
+    delta_base = delta_ptr + (b * heads + h * GROUP) * queries
+    firsts = tl.cdiv(every - begin, BLOCK_M)
+    grad_k, grad_v = _add_grad_key_value(
+        grad_k, grad_v, k, v, key, hi, q_base, grad_base, lse_base, delta_base, stride_qh, stride_qt, stride_gh,
+        stride_gt, begin, firsts, whole, firsts + tl.cdiv(end - whole, BLOCK_M), queries, size, score_scale, cap,
+        GROUP, BLOCK_M, BLOCK_D, EVEN_D, CAUSAL, HAS_LO, SOFTCAP, PRECISION, True,
+    )  # fmt: skip
+    grad_k, grad_v = _add_grad_key_value(
+        grad_k, grad_v, k, v, key, hi, q_base, grad_base, lse_base, delta_base, stride_qh, stride_qt, stride_gh,
+        stride_gt, every, 0, every, tl.cdiv(whole - every, BLOCK_M), queries, size, score_scale, cap,
+        GROUP, BLOCK_M, BLOCK_D, EVEN_D, CAUSAL, HAS_LO, SOFTCAP, PRECISION, False,
+    )  # fmt: skip
     grad_k_base = grad_k_ptr + b * stride_dkb + h * stride_dkh + first * stride_dks
     grad_v_base = grad_v_ptr + b * stride_dvb + h * stride_dvh + first * stride_dvs
     store_tile(grad_k_base, grad_k * scale, local, stride_dks, left, size, BLOCK_D)

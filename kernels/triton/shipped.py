@@ -1,0 +1,60 @@
+"""The attention that is shipped, as cases to compile with no GPU at hand: by head size, dtype and kind.
+
+>>> with compiling_for("sm_90") as kernels:             # doctest: +SKIP
+...     ATTENTION["attention packed 128 bfloat16"]()    # `kernels` now holds the three kernels, compiled
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from llmkit.kernels.triton import attention, attention_backward, decode
+from llmkit.kernels.triton.tiles import SIZES
+
+LENGTH = 1024  # of the examples: lengths are not compiled in, divisibility by 16 of strides is
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# What is compiled in besides head size and dtype: grouped queries, bounds (documents or windows), capped scores.
+KINDS = {
+    "causal": {},
+    "packed": {"packed": True},
+    "packed grouped": {"packed": True, "group": 8},
+    "packed capped": {"packed": True, "softcap": 50.0},
+    "full": {"is_causal": False},
+}
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launch_attention(
+    size: int, dtype: torch.dtype, *, packed: bool = False, group: int = 1, softcap: float = 0.0, is_causal: bool = True
+) -> None:
+    """Start forward and backward on tensors without memory, within `compiling_for`."""
+    query = _empty(2, 8 * group, LENGTH, size, dtype=dtype)
+    key = _empty(2, 8, LENGTH, size, dtype=dtype)
+    bounds = _empty(2, LENGTH, dtype=torch.int32) if packed else None
+    options = size**-0.5, is_causal, softcap
+    out, lse = attention.forward(query, key, key, bounds, *options)
+    attention_backward.backward(out, None, query, key, key, out, lse, bounds, bounds, *options)
+
+
+def launch_decode(size: int, dtype: torch.dtype, *, new: int = 1, group: int = 8, window: int = 0) -> None:
+    """The same for attention to a cache."""
+    query = _empty(2, 8 * group, new, size, dtype=dtype)
+    key = _empty(2, 8, LENGTH, size, dtype=dtype)
+    decode.decode(query, key, key, _empty(2, dtype=torch.int64), size**-0.5, window, 0.0)
+
+
+def _named(what: str, function: Callable[..., None], **details) -> dict[str, Callable[[], None]]:
+    return {
+        f"{what} {size} {str(dtype).removeprefix('torch.')}": partial(function, size, dtype, **details)
+        for size in SIZES
+        for dtype in DTYPES
+    }
+
+
+ATTENTION: dict[str, Callable[[], None]] = {}
+for _kind, _details in KINDS.items():
+    ATTENTION |= _named(f"attention {_kind}", launch_attention, **_details)
+ATTENTION |= _named("decode", launch_decode) | _named("decode windowed", launch_decode, window=512, new=4)
