@@ -53,7 +53,7 @@ class Window(io.RawIOBase):
     def __init__(self, handle: Any, position: int = 0) -> None:
         self.position, self.cut = position, False  # cut: the compressed stream ended early or is damaged
         self._handle, self._ahead, self._ended = handle, bytearray(), False
-        self._read = getattr(handle, "read1", handle.read)
+        self._read = handle.read1 if hasattr(handle, "read1") else handle.read
 
     def look(self, size: int) -> bytearray:
         """The bytes ahead, at least `size` of them unless the stream ends before; good until the next call."""
@@ -84,10 +84,10 @@ class Window(io.RawIOBase):
 
     def skip_over(self, what: bytes) -> None:
         """Pass over all bytes ahead that are among `what`."""
-        while ahead := self.look(1):
-            count = len(ahead) - len(ahead.lstrip(what))
+        while head := self.look(1)[:4096]:
+            count = len(head) - len(head.lstrip(what))
             self.skip(count)
-            if self._ahead:
+            if count < len(head):
                 return
 
     def readable(self) -> bool:
@@ -97,6 +97,37 @@ class Window(io.RawIOBase):
         data = self.take(min(len(buffer), len(self.look(1))))
         buffer[: len(data)] = data
         return len(data)
+
+
+class GzipStream:
+    """The unpacked bytes of gzip members that follow one another.
+
+    It gives all that can be had before it raises EOFError at a cut; Python's GzipFile loses the last 256 KB.
+    """
+
+    def __init__(self, window: Window) -> None:
+        self._window = window
+        self._inflater: Any = None
+
+    def read1(self, size: int) -> bytes:
+        """Some of the bytes, none at the end; `size` is not heeded."""
+        while self._inflater or self._next_member():
+            step = bytes(self._window.look(1)[:4096])  # of one with an error inside, all is lost
+            if not step:
+                raise EOFError
+            data = self._inflater.decompress(step)
+            self._window.skip(len(step) - len(self._inflater.unused_data))
+            if self._inflater.eof:
+                self._inflater = None
+            if data:
+                return data
+        return b""
+
+    def _next_member(self) -> bool:
+        self._window.skip_over(b"\0")
+        if self._window.look(1):
+            self._inflater = inflating.decompressobj(31)
+        return self._inflater is not None
 
 
 def find(window: Window, stop: int, start: re.Pattern[bytes], is_start: Callable[[Window], bool]) -> bool:
@@ -194,21 +225,20 @@ class Frames:
         head = window.look(MAX_HEADER)
         header = header_of(head, self.arc)
         if header is None:
-            cut = len(head) < MAX_HEADER and head.startswith(b"WARC/") and not BLANK_LINE.search(head)
-            yield "truncated" if cut else "garbage"
+            begun = b"\n" not in head if self.arc else head[:5] == b"WARC/"[: len(head)] and not BLANK_LINE.search(head)
+            yield "truncated" if begun and len(head) < MAX_HEADER else "garbage"
             self._resume()
             return
         size = sum(header)
         if header[1] > self.max_bytes:
             yield "too_large" if window.skip(size) == size else "truncated"
             return
-        ahead = window.look(size + 16)
+        ahead = window.look(size + 1)
         if len(ahead) < size:
             yield "truncated"
             self._resume()
             return
-        following = ahead[size : size + 16].lstrip(b"\r\n")
-        if not self.arc and following and not following.startswith(b"WARC/"):
+        if not self.arc and ahead[size : size + 1].strip(b"\r\n"):  # no end of line, as there is behind every block
             swallowed = WARC_START.search(ahead, header[0], size)
             if swallowed:  # the length is wrong, and the record would run into the next
                 yield "damaged"

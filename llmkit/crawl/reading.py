@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 
-from llmkit.crawl.framing import ARC_START, WARC_START, Frame, Frames, Window, beginning, is_one_stream
+from llmkit.crawl.framing import ARC_START, WARC_START, Frame, Frames, GzipStream, Window, beginning, is_one_stream
 from llmkit.crawl.page import MAX_PAGE_BYTES, Page, Skipped, Span
 from llmkit.crawl.warc import looks_like_html, page_of
 from llmkit.errors import UserError
@@ -105,20 +105,28 @@ class _Cutter:
             window = Window(handle)
             if zstd := window.look(4).startswith(ZSTD_MAGIC):
                 window = Window(unpacked(_buffered(window), name))
-            head = beginning(window)
+            head, packed = beginning(window), window.look(2).startswith(GZIP_MAGIC)
             kind = _kind_of(name, head)
-            packed = window.look(2).startswith(GZIP_MAGIC)
             if packed and kind in ("warc", "arc") and not is_one_stream(window, kind == "arc", self.max_bytes):
                 kind += ".gz"
-                frames = iter(Frames(window, kind, max_bytes=self.max_bytes))
-            else:
-                frames = _unpacked_frames(unpacked(_buffered(window), name), kind, self.max_bytes)
+            frames = self._frames(window, kind, packed, name)
             first = _first_record(frames, name, kind, head)
             can_seek = path != "-" and stat.S_ISREG(os.stat(path).st_mode)
             if can_seek and (kind.endswith(".gz") or (kind == "warc" and not packed and not zstd)):
                 yield from self._by_offset(path, kind)
             else:
                 yield from self._batches(path, kind, chain(first, frames))
+
+    def _frames(self, window: Window, kind: str, packed: bool, name: str) -> Iterator[Frame]:
+        if kind == "jsonl":
+            return _lines(unpacked(_buffered(window), name), self.max_bytes)
+        if packed and not kind.endswith(".gz"):
+            window = Window(GzipStream(window))
+        return (
+            _single_page(window, self.max_bytes)
+            if kind == "html"
+            else iter(Frames(window, kind, max_bytes=self.max_bytes))
+        )
 
     def _by_offset(self, path: str, kind: str) -> Iterator[Span]:
         size = os.path.getsize(path)
@@ -182,14 +190,6 @@ def _first_record(frames: Iterator[Frame], name: str, kind: str, head: bytes) ->
     raise UserError(f"{name}: no {what}: {found}; mend or leave out the file")
 
 
-def _unpacked_frames(source: io.BufferedReader, kind: str, max_bytes: int) -> Iterator[Frame]:
-    if kind == "jsonl":
-        return _lines(source, max_bytes)
-    if kind == "html":
-        return _single_page(source, max_bytes)
-    return iter(Frames(Window(source), kind, max_bytes=max_bytes))
-
-
 def _lines(source: io.BufferedReader, max_bytes: int) -> Iterator[Frame]:
     """The lines of a file that are not blank, by number."""
     number = 0
@@ -203,9 +203,8 @@ def _lines(source: io.BufferedReader, max_bytes: int) -> Iterator[Frame]:
             yield number, line
 
 
-def _single_page(source: io.BufferedReader, max_bytes: int) -> Iterator[Frame]:
+def _single_page(window: Window, max_bytes: int) -> Iterator[Frame]:
     """The whole file as one page."""
-    window = Window(source)
     page = bytes(window.look(max_bytes + 1))
     if page.strip() or window.cut:
         yield 0, "truncated" if window.cut else page if len(page) <= max_bytes else "too_large"

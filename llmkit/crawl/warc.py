@@ -207,9 +207,12 @@ def _inflated(body: bytes, format: int, most: int) -> bytes:
 def _unpacked_brotli(body: bytes, most: int) -> bytes:
     import brotli
 
+    unpacker, parts, size = brotli.Decompressor(), [], 0
     with suppress(brotli.error):
-        return brotli.Decompressor().process(body, output_buffer_limit=most)
-    return b""
+        parts.append(unpacker.process(body, output_buffer_limit=most))
+        while parts[-1] and not unpacker.is_finished() and (size := size + len(parts[-1])) < most:
+            parts.append(unpacker.process(b"", output_buffer_limit=most))  # of a cut body it gives 32 kB at a time
+    return b"".join(parts)
 
 
 def _unpacked_zstd(body: bytes, most: int) -> bytes:
