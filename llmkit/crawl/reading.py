@@ -118,15 +118,14 @@ class _Cutter:
                 yield from self._batches(path, kind, chain(first, frames))
 
     def _frames(self, window: Window, kind: str, packed: bool, name: str) -> Iterator[Frame]:
+        """The records of an open file; where `kind` ends in .gz, of one gzip member each."""
         if kind == "jsonl":
             return _lines(unpacked(_buffered(window), name), self.max_bytes)
         if packed and not kind.endswith(".gz"):
             window = Window(GzipStream(window))
-        return (
-            _single_page(window, self.max_bytes)
-            if kind == "html"
-            else iter(Frames(window, kind, max_bytes=self.max_bytes))
-        )
+        if kind == "html":
+            return _single_page(window, self.max_bytes)
+        return iter(Frames(window, kind, max_bytes=self.max_bytes))
 
     def _by_offset(self, path: str, kind: str) -> Iterator[Span]:
         size = os.path.getsize(path)
@@ -286,7 +285,7 @@ def _page_in(path: str, max_bytes: int) -> Page | Skipped:
             head = handle.read(4096)
             if not path.lower().endswith(HTML_NAMES) and not looks_like_html(head):
                 return Skipped(path, 0, "not_html")
-            html = head + handle.read(max_bytes + 1 - len(head))
+            html = head + handle.read(max(0, max_bytes + 1 - len(head)))
     except OSError:
         return Skipped(path, 0, "unreadable")
     if len(html) > max_bytes:
