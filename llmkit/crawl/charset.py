@@ -1,0 +1,108 @@
+"""The character set of an HTML page, found as browsers find it."""
+
+from __future__ import annotations
+
+import codecs
+import re
+
+_BOMS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
+_SNIFFED_BYTES = 1024  # how far browsers look for <meta charset>
+_META = re.compile(rb"<meta\b[^>]*?\bcharset\s*=\s*[\"']?\s*([^\s\"'/>;]+)", re.IGNORECASE)
+_XML = re.compile(rb"^\s*<\?xml\b[^>]*?\bencoding\s*=\s*[\"']([^\"'>]+)", re.IGNORECASE)
+_HEADER = re.compile(r"\bcharset\s*=\s*[\"']?\s*([^\s\"';,]+)", re.IGNORECASE)
+_COMMENT = re.compile(rb"<!--.*?-->", re.DOTALL)
+
+# https://encoding.spec.whatwg.org/#names-and-labels: browsers read the first as the second, a superset of it
+_READ_AS = {
+    "ascii": "cp1252",
+    "iso8859-1": "cp1252",
+    "iso8859-9": "cp1254",
+    "iso8859-11": "cp874",
+    "tis-620": "cp874",
+    "gb2312": "gb18030",
+    "gbk": "gb18030",
+    "shift_jis": "cp932",
+    "euc_kr": "cp949",
+    "big5": "big5hkscs",
+}
+# labels that Python does not know
+_OTHER_LABELS = {
+    "windows-31j": "cp932",
+    "windows-874": "cp874",
+    "windows-949": "cp949",
+    "iso-8859-8-i": "iso8859-8",
+    "koi8-ru": "koi8-u",
+    "x-x-big5": "big5",
+    "unicode-1-1-utf-8": "utf-8",
+}
+_KNOWN_CODECS = (
+    "utf-8 utf-16-le utf-16-be cp866 cp874 cp932 cp949 gb18030 big5hkscs euc_jp iso2022_jp koi8-r koi8-u mac-roman "
+    "mac-cyrillic cp1250 cp1251 cp1252 cp1253 cp1254 cp1255 cp1256 cp1257 cp1258 iso8859-2 iso8859-3 iso8859-4 "
+    "iso8859-5 iso8859-6 iso8859-7 iso8859-8 iso8859-10 iso8859-13 iso8859-14 iso8859-15 iso8859-16"
+)
+_KNOWN = frozenset(_KNOWN_CODECS.split())
+
+
+def codec_of(label: str) -> str | None:
+    """The Python codec that reads what browsers read under a label; None for a label that they do not know."""
+    label = label.strip().lower()
+    label = _OTHER_LABELS.get(label, label)
+    for name in (label, label.removeprefix("x-")):
+        try:
+            codec = codecs.lookup(name).name
+        except (LookupError, ValueError):  # ValueError: a NUL in the label
+            continue
+        codec = "utf-16-le" if codec == "utf-16" else _READ_AS.get(codec, codec)
+        return codec if codec in _KNOWN else None
+    return None
+
+
+def declared_codec(html: bytes, content_type: str | None) -> str | None:
+    """The codec that the byte order mark, the HTTP header or the page's first 1,024 bytes name, in this order."""
+    for mark, codec in _BOMS:
+        if html.startswith(mark):
+            return codec
+    named = _HEADER.search(content_type or "")
+    if named and (codec := codec_of(named[1])):
+        return codec
+    start = _COMMENT.sub(b"", html[:_SNIFFED_BYTES])
+    for pattern in (_META, _XML):
+        inside = pattern.search(start)
+        if inside and (codec := codec_of(inside[1].decode("latin-1"))):
+            return "utf-8" if codec.startswith("utf-16") else codec  # one that was read as ASCII is not UTF-16
+    return None
+
+
+def decode_html(html: bytes | str, content_type: str | None = None) -> str:
+    """Decode a page as browsers do: what is declared, else UTF-8 if it is valid, else a guess; never raises.
+
+    Bytes that the character set does not know become U+FFFD, as do lone surrogates of a `str`.
+    """
+    if isinstance(html, str):
+        return html.encode("utf-8", "replace").decode("utf-8")
+    codec = declared_codec(html, content_type)
+    if codec is None:
+        try:
+            return html.decode("utf-8")
+        except UnicodeDecodeError:
+            codec = _guess(html)
+    return html.decode(codec, "replace").removeprefix("\ufeff")
+
+
+def utf8_html(html: bytes | str, content_type: str | None = None) -> bytes:
+    """The page of `decode_html` in UTF-8, without recoding what is UTF-8 already."""
+    if isinstance(html, bytes) and declared_codec(html, content_type) in ("utf-8", None):
+        try:
+            html.decode("utf-8")
+        except UnicodeDecodeError:
+            pass
+        else:
+            return html.removeprefix(codecs.BOM_UTF8)
+    return decode_html(html, content_type).encode("utf-8")
+
+
+def _guess(html: bytes) -> str:
+    from resiliparse.parse.encoding import detect_encoding
+
+    codec = codec_of(detect_encoding(html) or "")
+    return codec if codec and codec != "utf-8" else "cp1252"  # it is not valid UTF-8
