@@ -123,7 +123,7 @@ def _read_html(page: Page, content_type: str, body: bytes) -> str | None:
     kind = _media_type(content_type)
     if kind not in HTML_TYPES and not (kind in UNSURE_TYPES and looks_like_html(body)):
         return "not_html"
-    if not body.strip():
+    if not body or body.isspace():
         return "empty"
     page.html, page.content_type = body, content_type or None
     return None
