@@ -22,6 +22,7 @@ from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from decimal import Decimal
 from difflib import get_close_matches
+from inspect import get_annotations
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -56,6 +57,7 @@ class Option:
     at_most: float | None = None
     above: float | None = None
     positional: bool = False
+    free: bool = False  # may differ between a run and its resumption, for it does not change what is computed
 
 
 def option(default: Any, help: str, **details: Any) -> Any:
@@ -75,12 +77,30 @@ class CommonConfig:
     examples: ClassVar[str] = ""
     following: ClassVar[str] = ""
 
-    out: str | None = option(None, "Where the result goes.", short="-o", group="Common", metavar="PATH")
+    out: str | None = option(None, "Where the result goes.", short="-o", group="Common", metavar="PATH", free=True)
     seed: int = option(0, "Seed of everything random.", group="Common", at_least=0)
     limit: int | None = option(None, "Read at most this many records.", group="Common", unit="count", at_least=1)
-    force: bool = option(False, "Replace an existing output.", group="Common")
-    dry_run: bool = option(False, "Say what would be done, and stop.", group="Common")
-    quiet: bool = option(False, "No progress on stderr.", group="Common")
+    force: bool = option(False, "Replace an existing output.", group="Common", free=True)
+    dry_run: bool = option(False, "Say what would be done, and stop.", group="Common", free=True)
+    quiet: bool = option(False, "No progress on stderr.", group="Common", free=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(CommonConfig):
+    """Options that are spelled the same in every stage that trains (engine/setup.py uses them)."""
+
+    device: str = option("auto", "Where to compute.", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = option("auto", "Working precision; masters are float32.", choices=("auto", "float32", "bfloat16"))
+    resume: bool = option(False, "Go on from the last checkpoint of this --out.", free=True)
+
+    max_grad_norm: float | None = option(1.0, "Clip gradients to this norm.", group="Training", above=0)
+    activation_checkpointing: bool = option(False, "Less memory, a third more time.", group="Training")
+    compile: str = option("auto", "torch.compile; auto: on GPUs.", group="Training", choices=("auto", "on", "off"))
+    workers: int = option(1, "Threads that prepare batches.", group="Training", at_least=0, free=True)
+
+    eval_every: int | None = option(None, "Steps between validations.", group="Log", at_least=1, free=True)
+    save_every: int | None = option(None, "Steps between checkpoints [10 minutes].", group="Log", at_least=1, free=True)
+    sample_every: int | None = option(None, "Steps between samples.", group="Log", at_least=1, free=True)
 
 
 def option_of(item: Field) -> Option:
@@ -89,9 +109,10 @@ def option_of(item: Field) -> Option:
 
 
 def option_fields(config_class: type) -> list[Field]:
-    """The fields of a config class that are options, as declared; those of CommonConfig come last."""
+    """The fields of a config class that are options: its own as declared, then those of each class above it."""
+    above = {name: place for place, cls in enumerate(config_class.__mro__) for name in get_annotations(cls)}
     found = [item for item in fields(config_class) if "option" in item.metadata]
-    return sorted(found, key=lambda item: option_of(item).group == "Common")
+    return sorted(found, key=lambda item: above[item.name])
 
 
 def flag_of(item: Field) -> str:
@@ -241,6 +262,12 @@ def _known_keys(config_file: str, known: Mapping[str, Field]) -> dict[str, Any]:
             raise UserError(f"{config_file}: '{key}' is given twice")
         found[name] = value
     return found
+
+
+def lasting_options(config: Any) -> dict[str, Any]:
+    """The options, by flag, that a run and its resumption have in common: those that decide what is computed."""
+    values = as_options(config)
+    return {flag_of(item): values[item.name] for item in option_fields(type(config)) if not option_of(item).free}
 
 
 def as_options(config: Any) -> dict[str, Any]:

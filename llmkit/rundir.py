@@ -1,10 +1,7 @@
-"""What stands beside a model in a run folder: manifest with ancestry, metrics, loss curve, model card.
+"""A run folder, from the check of --out to its place, and what stands in it beside the model.
 
-write_manifest(folder, "pretrain", options, inputs=[...], parents=["tok/"], results={...})
-with MetricsLog(folder / "metrics.jsonl") as log:
-    log.write({"step": 1, "loss": 4.2})
-write_loss_curve(folder)
-write_model_card(folder)
+That is the manifest with its ancestry, the metrics, the loss curve and the model card. `RunFolder` is what a stage
+that trains uses; the functions serve other outputs, too.
 """
 
 from __future__ import annotations
@@ -28,6 +25,7 @@ from llmkit.files import (
     atomic_file,
     check_is_folder,
     check_output,
+    output_folder,
     read_json,
     remove,
     replace_folder,
@@ -35,6 +33,7 @@ from llmkit.files import (
 )
 
 MANIFEST_VERSION = 1
+NOTES = "state/run.json"  # in a run folder: what a resumption asks for
 PACKAGES = ("llmkit", "torch", "triton", "numpy", "tokenizers", "safetensors")
 
 
@@ -234,26 +233,87 @@ def _ancestry(manifest: Mapping[str, Any]) -> list[str]:
 # ---- a run in the making
 
 
-def begin_run(out: Path, *, resume: bool, force: bool) -> Path:
-    """The folder in which a run is made: `out` + ".partial", empty, or as an earlier run left it for `resume`.
+class RunFolder:
+    """The folder of a training run: it is made as `out` + ".partial" and takes its place, whole, at the end.
 
-    Raises UserError when `out` stands already and neither --resume nor --force was given, when an unfinished run
-    is there and neither was given, and when there is nothing to resume.
+        run = RunFolder(config.out, "base/", resume=config.resume, force=config.force)  # is --out fit for it?
+        if run.is_finished:
+            return Summary(path=str(run.out), **run.results("pretrain"))
+        notes = run.notes(identity) or {"plan": make_plan()}  # those of the run that is resumed
+        run.begin(identity, notes)
+        ...  # the trainer works in run.work
+        run.document("pretrain", options, inputs=inputs, parents=[tokenizer], results=results)
+        ...  # the model is saved in run.work
+        run.finish()
+
+    identity: what a run and its resumption must have in common, by the name that the user knows it by: flags
+    (`lasting_options`), and what was in the files that they name. JSON values.
     """
-    work = Path(f"{out}{PARTIAL}")
-    if resume:
-        if not work.is_dir():
-            raise UserError(f"{work}: nothing to resume; start without --resume")
-        return work
-    check_output(str(out), force)
-    check_is_folder(out, str(out))
-    if work.exists() and not force:
-        raise UserError(f"{work}: an unfinished run; --resume goes on with it, --force starts again")
-    remove(work)
-    work.mkdir()
-    return work
 
+    def __init__(self, out: str | None, example: str, *, resume: bool, force: bool, dry_run: bool = False) -> None:
+        """Raises UserError when --out is missing, when something stands there or a run is unfinished and neither
+        --resume nor --force was given, and when there is nothing to resume. A dry run may stand anywhere."""
+        self.out, self.resume = output_folder(out, example), resume
+        self.work = Path(f"{self.out}{PARTIAL}")
+        if dry_run:
+            return
+        check_output(str(self.out), force, resume)
+        check_is_folder(self.out, str(self.out))
+        if resume and not self.work.is_dir() and not self.out.is_dir():
+            raise UserError(f"{self.work}: nothing to resume; start without --resume")
+        if self.work.exists() and not (resume or force):
+            raise UserError(f"{self.work}: an unfinished run; --resume goes on with it, --force starts again")
 
-def finish_run(work: Path, out: Path) -> None:
-    """Put the finished folder in its place, whole."""
-    replace_folder(work, out)
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run to be resumed is done: that is no work, and no mistake."""
+        return self.resume and self.out.is_dir() and not self.work.is_dir()
+
+    def results(self, stage: str) -> dict[str, Any]:
+        """The results of the finished run. Raises UserError when the folder comes from elsewhere."""
+        manifest = read_manifest(self.out) or {}
+        if manifest.get("stage") != stage:
+            raise UserError(f"{self.out}: not a finished {stage} run; choose another --out, or replace it with --force")
+        return manifest["results"]
+
+    def notes(self, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What `begin` noted for the run that is resumed; None for a new run.
+
+        Raises UserError naming the first part of the identity that is not what it was.
+        """
+        if not self.resume or not (self.work / NOTES).exists():
+            return None
+        noted = read_json(self.work / NOTES)
+        for name, value in identity.items():
+            if noted["identity"].get(name) != value:
+                raise UserError(
+                    f"{name} was {noted['identity'].get(name)} and is now {value}; "
+                    "resume with the same options and inputs, or start again with --force"
+                )
+        return noted["notes"]
+
+    def begin(self, identity: Mapping[str, Any], notes: Mapping[str, Any] | None = None) -> None:
+        """Make `work`, empty, or as it is for a resumed run, and note what a resumption will ask for."""
+        if not self.resume:
+            remove(self.work)
+        (self.work / NOTES).parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.work / NOTES, {"identity": identity, "notes": notes})
+
+    def document(
+        self,
+        stage: str,
+        options: Mapping[str, Any],
+        *,
+        inputs: Sequence[str],
+        parents: Sequence[str],
+        results: Mapping[str, Any],
+    ) -> None:
+        """Write all that stands beside the model: manifest, loss curve, model card."""
+        described = describe_inputs(inputs)
+        write_manifest(self.work, stage, options, inputs=described, parents=parents, results=results)
+        write_loss_curve(self.work)
+        write_model_card(self.work)
+
+    def finish(self) -> None:
+        """Put the finished folder in its place, whole."""
+        replace_folder(self.work, self.out)

@@ -15,9 +15,8 @@ import pytest
 from llmkit.errors import UserError
 from llmkit.rundir import (
     MetricsLog,
-    begin_run,
+    RunFolder,
     describe_inputs,
-    finish_run,
     read_manifest,
     read_metrics,
     trim_metrics,
@@ -181,26 +180,65 @@ def test_a_curve_of_little_or_strange_data_is_still_a_picture(tmp_path: Path, ro
 # ---- a run in the making
 
 
+def folder_of(out: Path, resume: bool = False, force: bool = False, dry_run: bool = False) -> RunFolder:
+    return RunFolder(str(out), "base/", resume=resume, force=force, dry_run=dry_run)
+
+
 def test_a_run_is_made_beside_its_place_and_can_be_resumed(tmp_path: Path) -> None:
     out = tmp_path / "base"
     with pytest.raises(UserError, match="nothing to resume"):
-        begin_run(out, resume=True, force=False)
-    work = begin_run(out, resume=False, force=False)
-    (work / "manifest.json").write_text("{}")
-    with pytest.raises(UserError, match="an unfinished run; --resume goes on with it"):
-        begin_run(out, resume=False, force=False)
-    assert begin_run(out, resume=True, force=False) == work
-    assert (work / "manifest.json").exists() and not out.exists()
-    finish_run(work, out)
+        folder_of(out, resume=True)
+    run = folder_of(out)
+    run.begin({})
+    (run.work / "metrics.jsonl").write_text('{"step":1,"loss":2.0}\n')
+    with pytest.raises(UserError, match=r"base\.partial: an unfinished run; --resume goes on with it"):
+        folder_of(out)
+    folder_of(out, dry_run=True)
+    resumed = folder_of(out, resume=True)
+    assert not resumed.is_finished
+    resumed.begin({})
+    assert (run.work / "metrics.jsonl").exists() and not out.exists()
+    resumed.document("pretrain", {}, inputs=[], parents=[], results={"steps": 1})
+    resumed.finish()
     assert os.listdir(tmp_path) == ["base"]
+    assert set(os.listdir(out)) == {"README.md", "loss.svg", "manifest.json", "metrics.jsonl", "state"}
     with pytest.raises(UserError, match="exists already"):
-        begin_run(out, resume=False, force=False)
-    assert os.listdir(begin_run(out, resume=False, force=True)) == []
-    assert os.listdir(out) == ["manifest.json"]  # until the new one is finished
+        folder_of(out)
+    again = folder_of(out, force=True)
+    again.begin({})
+    assert os.listdir(again.work) == ["state"]
+    assert (out / "manifest.json").exists()  # until the new one is finished
+
+
+def test_a_finished_run_has_results_and_another_folder_has_not(tmp_path: Path) -> None:
+    run = folder_of(tmp_path / "base")
+    run.begin({})
+    run.document("pretrain", {}, inputs=[], parents=[], results={"steps": 7})
+    run.finish()
+    finished = folder_of(tmp_path / "base", resume=True)
+    assert finished.is_finished and finished.results("pretrain") == {"steps": 7}
+    with pytest.raises(UserError, match="not a finished sft run"):
+        finished.results("sft")
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match="not a finished pretrain run"):
+        folder_of(tmp_path / "mine", resume=True).results("pretrain")
+
+
+def test_a_resumption_finds_the_notes_and_must_be_the_same_run(tmp_path: Path) -> None:
+    out, identity = tmp_path / "base", {"--depth": 4, "INPUT...": ["a", "b"], "--flops": 1e-7, "the tokenizer": "abc"}
+    assert folder_of(out).notes(identity) is None
+    folder_of(out).begin(identity, {"plan": [0.1, None]})
+    assert folder_of(out, resume=True).notes(identity) == {"plan": [0.1, None]}
+    with pytest.raises(UserError, match="--depth was 4 and is now 5; resume with the same options"):
+        folder_of(out, resume=True).notes({**identity, "--depth": 5})
+    with pytest.raises(UserError, match="the tokenizer was abc and is now xyz"):
+        folder_of(out, resume=True).notes({**identity, "the tokenizer": "xyz"})
+    assert folder_of(out, force=True).notes({"--depth": 5}) is None
 
 
 def test_a_run_does_not_take_the_place_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("mine")
-    with pytest.raises(UserError, match="expected a folder, found a file"):
-        begin_run(tmp_path / "notes", resume=False, force=True)
+    for details in ({"force": True}, {"resume": True}):
+        with pytest.raises(UserError, match="expected a folder, found a file"):
+            folder_of(tmp_path / "notes", **details)
     assert (tmp_path / "notes").read_text() == "mine"

@@ -164,7 +164,8 @@ class Optimizer:
 
         optimizer = Optimizer(named_parameters_with_settings)
         loss.backward(); optimizer.accumulate()      # once a micro-batch
-        norm = optimizer.step(factor=0.5, max_norm=1.0)
+        norm = optimizer.gradient_norm(targets)      # of the mean
+        optimizer.step(factor=0.5, scale=1 / targets)
 
     Raises ValueError for a muon group whose parameters are not matrices.
     """

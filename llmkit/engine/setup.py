@@ -1,16 +1,21 @@
-"""Model, optimizer, device and precision put together, the same way for every training stage."""
+"""Device, precision, optimizer and trainer put together, the same way for every stage that trains."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
+from llmkit.config import TrainingConfig
 from llmkit.engine.optimizer import GroupSettings, Optimizer
 from llmkit.engine.scaling import Recipe
+from llmkit.engine.schedule import Schedule
+from llmkit.engine.trainer import Batch, Loss, Trainer, TrainerSettings
 from llmkit.errors import UserError
 from llmkit.model.transformer import Transformer
+from llmkit.progress import say
 
 
 def choose_device(name: str) -> torch.device:
@@ -65,6 +70,44 @@ def compiled(function: Callable, choice: str, device: torch.device, flops: float
     if choice == "off" or (choice == "auto" and not long_run):
         return function
     return torch.compile(function, dynamic=False)
+
+
+def build_trainer(
+    model: Transformer,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    *,
+    batches: Callable[[int], Iterator[Batch]],
+    loss: Loss,
+    micro_batch_rows: int,
+    flops: float,
+    folder: Path,
+    options: TrainingConfig,
+) -> Trainer:
+    """The trainer of a stage, as its options want it; with --resume, gone on from its last checkpoint.
+
+    model and optimizer are on their device and in their dtype; flops: of the whole training, about.
+    """
+    model.checkpoint_layers = options.activation_checkpointing
+    trainer = Trainer(
+        model,
+        optimizer,
+        schedule,
+        batches=batches,
+        loss=compiled(loss, options.compile, model.embed_tokens.device, flops),
+        folder=folder,
+        settings=TrainerSettings(
+            micro_batch_rows=micro_batch_rows,
+            max_grad_norm=options.max_grad_norm,
+            eval_every=options.eval_every,
+            save_every=options.save_every,
+            sample_every=options.sample_every,
+            quiet=options.quiet,
+        ),
+    )
+    if options.resume and trainer.resume():
+        say(f"resuming after step {trainer.step}", options.quiet)
+    return trainer
 
 
 def float32_copy(model: Transformer, optimizer: Optimizer) -> Transformer:

@@ -68,16 +68,15 @@ class Trainer:
         loss: Loss,
         folder: Path,
         settings: TrainerSettings,
-        describe: Mapping[str, Any] | None = None,
     ) -> None:
         keep_freed_memory()
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self.batches, self.loss, self.folder, self.settings = batches, loss, folder, settings
         self.checkpoints = Checkpoints(folder / "state")
-        self.describe = dict(describe or {})  # what must be equal for a resume to make sense
         self.step, self.tokens, self.elapsed = 0, 0, 0.0
         self.micro_batch_rows = settings.micro_batch_rows
-        self.average_loss, self.high_steps = math.nan, 0
+        self.last_loss = self.average_loss = math.nan
+        self.high_steps = 0
         self.scores: dict[str, float] = {}  # of the last evaluation
         self.saved_step, self.saved_at = -1, time.monotonic()
 
@@ -96,6 +95,7 @@ class Trainer:
         self.optimizer.step(factor, momentum, clip / max(1, targets))
         self.step += 1
         self.tokens += batch[0].size
+        self.last_loss = loss
         return {"loss": loss, "grad_norm": norm, "lr_factor": factor}
 
     def _backward(self, batch: Batch) -> tuple[float, int]:
@@ -228,6 +228,11 @@ class Trainer:
         figures = ", ".join(f"{name} {value:.4f}" for name, value in self.scores.items())
         say(f"step {self.step}: {figures}", self.settings.quiet)
 
+    def results(self) -> dict[str, float]:
+        """What the summary of a stage tells of the training: steps, tokens, last loss, last scores."""
+        figures = {"loss": self.last_loss, **self.scores}
+        return {"steps": self.step, "tokens": self.tokens, **{k: round(v, 4) for k, v in figures.items()}}
+
     # ---- state
 
     def save(self, wait: bool = False) -> None:
@@ -236,9 +241,9 @@ class Trainer:
             state = {
                 "tokens": self.tokens,
                 "elapsed": self.elapsed,
-                "average_loss": None if math.isnan(self.average_loss) else self.average_loss,
+                "last_loss": self.last_loss,
+                "average_loss": self.average_loss,
                 "high_steps": self.high_steps,
-                "run": self.describe,
             }
             self.checkpoints.save(self.step, self.optimizer.state_dict(), state)
             self.saved_step, self.saved_at = self.step, time.monotonic()
@@ -246,24 +251,21 @@ class Trainer:
             self.checkpoints.wait()
 
     def resume(self) -> bool:
-        """Load the newest checkpoint, if any. Raises UserError when it belongs to another run."""
+        """Load the newest checkpoint, if any. Raises UserError when it is of another model."""
         found = self.checkpoints.load()
         if found is None:  # killed before the first one: begin again
             trim_metrics(self.folder / "metrics.jsonl", 0)
             return False
         tensors, state = found
-        for key, value in self.describe.items():
-            if state["run"].get(key) != value:
-                raise UserError(
-                    f"{self.checkpoints.folder}: made with {key} = {state['run'].get(key)}, now {value}; "
-                    "resume with the same options, or start again with --force"
-                )
         try:
             self.optimizer.load_state_dict(tensors)
         except (KeyError, RuntimeError) as error:
             raise UserError(f"{self.checkpoints.folder}: a checkpoint of another model ({error})") from error
         self.step, self.tokens, self.elapsed = state["step"], state["tokens"], state["elapsed"]
-        self.average_loss = math.nan if state["average_loss"] is None else state["average_loss"]
+        # JSON has no NaN, the average of no step
+        self.last_loss, self.average_loss = (
+            math.nan if state[name] is None else state[name] for name in ("last_loss", "average_loss")
+        )
         self.high_steps, self.saved_step = state["high_steps"], self.step
         trim_metrics(self.folder / "metrics.jsonl", self.step)
         return True

@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 import atexit
-import json
 import shutil
 import tempfile
 import time
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from llmkit.config import CommonConfig, argument, as_options, option
+from llmkit.config import TrainingConfig, argument, as_options, lasting_options, option
 from llmkit.errors import UserError
-from llmkit.files import PARTIAL, atomic_file, check_output
 from llmkit.progress import say
-from llmkit.rundir import (
-    begin_run,
-    describe_inputs,
-    finish_run,
-    read_manifest,
-    write_loss_curve,
-    write_manifest,
-    write_model_card,
-)
+from llmkit.rundir import RunFolder
+from llmkit.stream import check_inputs
+
+if TYPE_CHECKING:
+    import torch
+
+    from llmkit.data.shards import TokenShards
+    from llmkit.engine.planning import Plan
+    from llmkit.tokenizer.encoding import Tokenizer
 
 NO_LAST_STEP = 1 << 62  # under a time budget nobody knows it
 STARTED = time.monotonic()  # a time budget covers the start-up, too
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(CommonConfig):
+class PretrainConfig(TrainingConfig):
     """Options of `llmkit pretrain`."""
 
     examples: ClassVar[str] = """
@@ -46,10 +44,7 @@ class PretrainConfig(CommonConfig):
     inputs: tuple[str, ...] = argument("Documents: JSONL with `text`, plain text, or - for stdin.", metavar="INPUT...")
     tokenizer: str | None = option(None, "Tokenizer folder, from train-bpe.", metavar="FOLDER")
     val: tuple[str, ...] = option((), "Held-out documents, scored in bits per byte.", metavar="FILE")
-    token_cache: str | None = option(None, "Where token shards are kept [beside --out].", metavar="FOLDER")
-    device: str = option("auto", "Where to compute.", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = option("auto", "Working precision; masters are float32.", choices=("auto", "float32", "bfloat16"))
-    resume: bool = option(False, "Go on from the last checkpoint of this --out.")
+    token_cache: str | None = option(None, "Where token shards are kept [beside --out].", metavar="FOLDER", free=True)
 
     depth: int | None = option(None, "Layers; width and the rest follow.", group="Model", at_least=1)
     hidden_size: int | None = option(None, "Width [64 x depth].", group="Model", at_least=32)
@@ -73,15 +68,8 @@ class PretrainConfig(CommonConfig):
     weight_decay: float | None = option(None, "Of the matrices.", group="Training", at_least=0)
     warmup_steps: int | None = option(None, "Steps to the full rate.", group="Training", at_least=0)
     decay_fraction: float = option(0.6, "Last part, with falling rate.", group="Training", at_least=0, at_most=1)
-    max_grad_norm: float | None = option(1.0, "Clip gradients to this norm.", group="Training", above=0)
-    activation_checkpointing: bool = option(False, "Less memory, a third more time.", group="Training")
-    compile: str = option("auto", "torch.compile; auto: on GPUs.", group="Training", choices=("auto", "on", "off"))
-    workers: int = option(1, "Threads that prepare batches.", group="Training", at_least=0)
 
-    eval_every: int | None = option(None, "Steps between validations.", group="Log", at_least=1)
-    save_every: int | None = option(None, "Steps between checkpoints [10 minutes].", group="Log", at_least=1)
-    sample_every: int | None = option(None, "Steps between samples.", group="Log", at_least=1)
-    prompt: str = option("The", "Prompt of the samples.", group="Log")
+    prompt: str = option("The", "Prompt of the samples.", group="Log", free=True)
 
     def reads_stdin(self) -> bool:
         """Whether stdin is the input."""
@@ -104,183 +92,123 @@ class Summary:
 
 def run(config: PretrainConfig) -> Summary | None:
     """Load, build, train, save, summarise. Raises UserError for the user's mistakes, Interrupted after a signal."""
-    out, inputs = _checked_paths(config)  # before the seconds that torch takes to import
+    # first what can be refused without the seconds that torch takes to import
+    place = RunFolder(config.out, "base/", resume=config.resume, force=config.force, dry_run=config.dry_run)
+    if place.is_finished:
+        return Summary(path=str(place.out), **place.results("pretrain"))
+    inputs = _checked_inputs(config)
 
     from llmkit.data.batches import Batches, EvaluationBatches
-    from llmkit.data.tokenize import tokenize_documents
     from llmkit.engine import setup, speed
     from llmkit.engine.evaluation import held_out_loss, next_token_loss
     from llmkit.engine.generation import continue_text
-    from llmkit.engine.planning import Plan, Wishes, make_plan, plan_table
+    from llmkit.engine.planning import Plan, plan_table
     from llmkit.engine.schedule import Schedule
-    from llmkit.engine.trainer import Trainer, TrainerSettings
     from llmkit.model.folder import save_model
     from llmkit.model.transformer import Transformer
     from llmkit.tokenizer.encoding import load_tokenizer
 
     # load
-    if config.resume and out.is_dir() and not Path(str(out) + PARTIAL).exists():
-        return _finished(out)
-    tokenizer = load_tokenizer(config.tokenizer or "")
-    cache = Path(config.token_cache) if config.token_cache else out.with_name(out.name + ".tokens")
-    if config.dry_run:
-        cache = Path(tempfile.mkdtemp(prefix="llmkit-"))
-        atexit.register(shutil.rmtree, cache, ignore_errors=True)
-    shards = tokenize_documents(inputs, tokenizer, cache, limit=config.limit, resume=config.resume, quiet=config.quiet)
-    val_shards = None
-    if config.val:
-        val_shards = tokenize_documents(
-            list(config.val), tokenizer, cache, name="val", resume=config.resume, quiet=config.quiet
-        )
-
-    # build
     device = setup.choose_device(config.device)
     dtype = setup.choose_dtype(config.dtype, device)
-    work = Path(str(out) + PARTIAL)
-    plan_file = work / "state" / "plan.json"
-    if config.resume and plan_file.exists():
-        plan = Plan.from_json(json.loads(plan_file.read_text()))
-        _check_same_options(config, json.loads(plan_file.with_name("options.json").read_text()))
-    else:
-        wishes = Wishes(**{item.name: getattr(config, item.name) for item in fields(Wishes)})
-        plan = make_plan(
-            wishes,
-            vocab_size=tokenizer.vocab_size,
-            corpus_tokens=shards.tokens,
-            device=device.type,
-            speed=partial(speed.tokens_per_second, device=device, dtype=dtype),
-            seconds_used=lambda: time.monotonic() - STARTED,
-            closing_tokens=val_shards.tokens if val_shards else 0,
-            special_ids=tokenizer.document_bounds(),
-        )
+    tokenizer = load_tokenizer(str(config.tokenizer))
+    shards, val_shards = _token_shards(config, inputs, tokenizer, place.out)
+
+    # build
+    identity = lasting_options(config) | {"the tokenizer": tokenizer.sha256, "the number of tokens": shards.tokens}
+    notes = place.notes(identity)
+    plan = Plan.from_json(notes["plan"]) if notes else _plan(config, tokenizer, shards, val_shards, device, dtype)
     batches = Batches(shards, plan.sequence_length, plan.batch_rows, config.seed)
     say(plan_table(plan), config.quiet)
     if config.dry_run:
-        rate = speed.tokens_per_second(
-            plan.model, plan.recipe, plan.micro_batch_rows, plan.sequence_length, device, dtype
-        )
+        shape = plan.model, plan.recipe, plan.micro_batch_rows, plan.sequence_length
+        rate = speed.tokens_per_second(*shape, device, dtype)
         say(f"at {rate:,.0f} tokens/s here, about {plan.tokens / rate:,.0f} s of training", config.quiet)
         return None
-    begin_run(out, resume=config.resume, force=config.force)  # not before: a plan may be refused
-    plan_file.parent.mkdir(exist_ok=True)
-    _write_json(plan_file, plan.to_json())
-    _write_json(plan_file.with_name("options.json"), _identity(config))
+    place.begin(identity, {"plan": plan.to_json()})  # not before: a plan may be refused
     model = Transformer(plan.model, seed=config.seed).to(device=device, dtype=dtype)
-    model.checkpoint_layers = config.activation_checkpointing
     optimizer = setup.build_optimizer(model, plan.recipe)
-    trainer = Trainer(
+    trainer = setup.build_trainer(
         model,
         optimizer,
         Schedule(plan.warmup_steps, plan.decay_fraction),
         batches=lambda step: batches.prefetch(step, NO_LAST_STEP, workers=config.workers),
-        loss=setup.compiled(next_token_loss, config.compile, device, plan.flops),
-        folder=work,
-        settings=TrainerSettings(
-            micro_batch_rows=plan.micro_batch_rows,
-            max_grad_norm=config.max_grad_norm,
-            eval_every=config.eval_every,
-            save_every=config.save_every,
-            sample_every=config.sample_every,
-            quiet=config.quiet,
-        ),
-        describe={"tokenizer": tokenizer.sha256, "tokens of the documents": shards.tokens},
+        loss=next_token_loss,
+        micro_batch_rows=plan.micro_batch_rows,
+        flops=plan.flops,
+        folder=place.work,
+        options=config,
     )
-    if config.resume and trainer.resume():
-        say(f"resuming after step {trainer.step}", config.quiet)
 
     # train
-    evaluate = None
-    if val_shards is not None:
-        val_batches = EvaluationBatches(val_shards, plan.sequence_length, max(1, plan.micro_batch_rows))
-        evaluate = lambda: held_out_loss(model, val_batches)  # noqa: E731
-    last = trainer.fit(
+    held_out = EvaluationBatches(val_shards, plan.sequence_length, plan.micro_batch_rows) if val_shards else None
+    trainer.fit(
         total_steps=plan.total_steps,
         seconds=plan.seconds,
-        evaluate=evaluate,
+        evaluate=partial(held_out_loss, model, held_out) if held_out else None,
         sample=lambda: continue_text(model, tokenizer, config.prompt, max_tokens=40, seed=config.seed),
         flops_per_token=plan.model.flops_per_token(plan.sequence_length),
         peak_flops=speed.peak_flops(device, dtype),
     )
 
     # save
-    results = {
-        "steps": trainer.step,
-        "tokens": trainer.tokens,
-        "parameters": plan.model.parameter_count,
-        "loss": round(last.get("loss", trainer.average_loss), 4),
-        **{name: round(value, 4) for name, value in trainer.scores.items()},
-        "seconds": round(time.monotonic() - STARTED, 1),
-    }
-    tokenizer.copy_to(work)
-    write_manifest(
-        work,
-        "pretrain",
-        as_options(config) | {"plan": plan.to_json()},
-        inputs=describe_inputs(inputs),
-        parents=[str(config.tokenizer)],
-        results=results,
-    )
-    write_loss_curve(work)
-    write_model_card(work)
-    save_model(setup.float32_copy(model, optimizer), work)
-    finish_run(work, out)
+    seconds = round(time.monotonic() - STARTED, 1)
+    results = trainer.results() | {"parameters": plan.model.parameter_count, "seconds": seconds}
+    options = as_options(config) | {"plan": plan.to_json()}
+    tokenizer.copy_to(place.work)
+    place.document("pretrain", options, inputs=inputs, parents=[str(config.tokenizer)], results=results)
+    save_model(setup.float32_copy(model, optimizer), place.work)
+    place.finish()
 
     # summarise
-    return Summary(path=str(out), **results)
+    return Summary(path=str(place.out), **results)
 
 
-def _checked_paths(config: PretrainConfig) -> tuple[Path, list[str]]:
-    if config.out is None:
-        raise UserError("--out is required: the folder for the model, such as -o base/")
+def _checked_inputs(config: PretrainConfig) -> list[str]:
+    """The documents. Raises UserError for files that are not there, also those of the other options."""
     if config.tokenizer is None:
         raise UserError("--tokenizer is required: a folder from llmkit train-bpe, such as --tokenizer tok/")
-    if not config.dry_run:
-        check_output(config.out, config.force, config.resume)
-    out = Path(config.out.rstrip("/") or "/")
-    if config.resume and not out.is_dir() and not Path(str(out) + PARTIAL).is_dir():
-        raise UserError(f"{out}{PARTIAL}: nothing to resume; start without --resume")
     if not Path(config.tokenizer).exists():
         raise UserError(f"--tokenizer: expected a folder from llmkit train-bpe, found no {config.tokenizer}")
-    return out, list(config.inputs) or ["-"]
+    inputs = list(config.inputs) or ["-"]
+    check_inputs([path for path in (*inputs, *config.val) if not Path(path).is_dir()])  # a folder may be of shards
+    return inputs
 
 
-# What may differ between a run and its resumption without changing what it computes
-FREE = (
-    "resume",
-    "force",
-    "quiet",
-    "workers",
-    "out",
-    "token_cache",
-    "eval_every",
-    "save_every",
-    "sample_every",
-    "prompt",
-)
+def _token_shards(
+    config: PretrainConfig, inputs: list[str], tokenizer: Tokenizer, out: Path
+) -> tuple[TokenShards, TokenShards | None]:
+    """The tokens of the documents and of the held-out ones; a dry run leaves none behind."""
+    from llmkit.data.tokenize import tokenize_documents
+
+    cache = Path(config.token_cache) if config.token_cache else out.with_name(out.name + ".tokens")
+    if config.dry_run:
+        cache = Path(tempfile.mkdtemp(prefix="llmkit-"))
+        atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    tokenize = partial(tokenize_documents, encoder=tokenizer, cache=cache, resume=config.resume, quiet=config.quiet)
+    shards = tokenize(inputs, limit=config.limit)
+    return shards, tokenize(config.val, name="val") if config.val else None
 
 
-def _identity(config: PretrainConfig) -> dict[str, Any]:
-    return {name: value for name, value in as_options(config).items() if name not in FREE}
+def _plan(
+    config: PretrainConfig,
+    tokenizer: Tokenizer,
+    shards: TokenShards,
+    val_shards: TokenShards | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Plan:
+    """What the options leave open, decided; under a time budget by measuring this machine."""
+    from llmkit.engine import speed
+    from llmkit.engine.planning import Wishes, make_plan
 
-
-def _check_same_options(config: PretrainConfig, before: dict[str, Any]) -> None:
-    for name, value in _identity(config).items():
-        if before.get(name) != value:
-            raise UserError(
-                f"--{name.replace('_', '-')} was {before.get(name)} and is now {value}; "
-                "resume with the same options, or start again with --force"
-            )
-
-
-def _finished(out: Path) -> Summary:
-    """The summary of a run that is done: resuming it is no work, and no mistake."""
-    results = (read_manifest(out) or {}).get("results", {})
-    known = {item.name for item in fields(Summary)} - {"path"}
-    if not known - {"val_bits_per_byte", "val_loss"} <= set(results):
-        raise UserError(f"{out}: not a finished pretrain run; choose another --out, or replace it with --force")
-    return Summary(path=str(out), **{name: value for name, value in results.items() if name in known})
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with atomic_file(path, "w") as handle:
-        json.dump(value, handle, indent=1)
+    return make_plan(
+        Wishes(**{item.name: getattr(config, item.name) for item in fields(Wishes)}),
+        vocab_size=tokenizer.vocab_size,
+        corpus_tokens=shards.tokens,
+        device=device.type,
+        speed=partial(speed.tokens_per_second, device=device, dtype=dtype),
+        seconds_used=lambda: time.monotonic() - STARTED,
+        closing_tokens=val_shards.tokens if val_shards else 0,
+        special_ids=tokenizer.document_bounds(),
+    )

@@ -48,7 +48,7 @@ def squared_error(model, rows):
     return (model(x) - y).square().sum(), x.numel()
 
 
-def make(folder, model=None, *, rows=8, source=batches, describe=None, **settings):
+def make(folder, model=None, *, rows=8, source=batches, **settings):
     model = model or Toy()
     optimizer = Optimizer([("weight", model.weight, GroupSettings("adamw", 0.05))])
     folder.mkdir(exist_ok=True)
@@ -60,7 +60,6 @@ def make(folder, model=None, *, rows=8, source=batches, describe=None, **setting
         loss=squared_error,
         folder=folder,
         settings=TrainerSettings(micro_batch_rows=rows, quiet=True, **settings),
-        describe=describe,
     )
 
 
@@ -149,10 +148,22 @@ def test_a_lasting_spike_stops_and_a_short_one_does_not(tmp_path):
         make(tmp_path / "long", source=spikes(10, 20), spike_patience=5).fit(total_steps=30)
 
 
-def test_a_checkpoint_of_another_run_is_refused(tmp_path):
-    make(tmp_path, describe={"tokenizer": "abc"}).fit(total_steps=2)
-    with pytest.raises(UserError, match="made with tokenizer = abc, now xyz"):
-        make(tmp_path, describe={"tokenizer": "xyz"}).resume()
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    make(tmp_path).fit(total_steps=2)
+    other = Toy()
+    other.weight = nn.Parameter(torch.zeros(3, 3))
+    with pytest.raises(UserError, match="a checkpoint of another model"):
+        make(tmp_path, other).resume()
+
+
+def test_a_run_resumed_at_its_end_has_the_results_of_the_whole(tmp_path):
+    whole = make(tmp_path)
+    whole.fit(total_steps=3, evaluate=lambda: {"val_loss": 0.123456})
+    again = make(tmp_path)
+    again.resume()
+    again.fit(total_steps=3, evaluate=lambda: {"val_loss": 0.123456})
+    assert again.results() == whole.results()
+    assert whole.results() == {"steps": 3, "tokens": 96, "loss": round(whole.last_loss, 4), "val_loss": 0.1235}
 
 
 def test_it_saves_before_it_evaluates(tmp_path):
