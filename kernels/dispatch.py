@@ -72,7 +72,10 @@ def triton_module(name: str) -> ModuleType:
     """
     module = sys.modules.get(f"llmkit.kernels.triton.{name}")
     if module is None:
-        _choose_mode(os.environ.get("LLMKIT_KERNELS") == "interpret")
+        interpret = os.environ.get("LLMKIT_KERNELS") == "interpret"
+        _choose_mode(interpret)
+        if interpret:
+            importlib.import_module("llmkit.kernels.triton.interpreter").repair_bfloat16()
         module = importlib.import_module(f"llmkit.kernels.triton.{name}")
     return module
 

@@ -1,8 +1,4 @@
-"""Kernel tests run in Triton's interpreter where they ask for it: the whole session has one mode of Triton.
-
-The interpreter holds bfloat16 as 16-bit integers and computes on those: a product of two bfloat16 numbers is garbage
-in Triton 3.6 and 3.9. A GPU does it right, so the interpreter is repaired here and the kernels are left alone.
-"""
+"""Kernel tests run in Triton's interpreter where they ask for it: the whole session has one mode of Triton."""
 
 from __future__ import annotations
 
@@ -16,56 +12,9 @@ import pytest
 os.environ["TRITON_INTERPRET"] = "1"
 
 
-def repair_bfloat16() -> None:
-    """Let the interpreter compute on bfloat16 as a GPU does: in float32, rounded once at the end."""
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    if getattr(InterpreterBuilder, "repaired", False):
-        return
-
-    def widened(handle):
-        if handle.dtype.scalar != tl.bfloat16 or handle.data.dtype != np.uint16:
-            return handle
-        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    def narrowed(data):
-        bits = np.ascontiguousarray(data, dtype=np.float32).view(np.uint32)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # to the nearest, ties to even
-        rounded = np.where(np.isnan(data), 0x7FC0, rounded)
-        return TensorHandle(rounded.astype(np.uint16), tl.bfloat16)
-
-    def repaired(original):
-        def compute(self, *operands):
-            handles = [x for x in operands if isinstance(x, TensorHandle)]
-            if not any(x.dtype.scalar == tl.bfloat16 for x in handles):
-                return original(self, *operands)
-            result = original(self, *(widened(x) if isinstance(x, TensorHandle) else x for x in operands))
-            # the last handle has the result's type: the other factor, or what a product is added to
-            is_bfloat16 = handles[-1].dtype.scalar == tl.bfloat16 and result.dtype.scalar == tl.float32
-            return narrowed(result.data) if is_bfloat16 else result
-
-        return compute
-
-    for name in ("binary_op", "unary_op", "ternary_op", "create_dot"):
-        setattr(InterpreterBuilder, name, repaired(getattr(InterpreterBuilder, name)))
-
-    cast = InterpreterBuilder.cast_impl
-
-    def cast_as_a_gpu_does(self, source, dtype):  # the interpreter's own cast drops the lower bits
-        if dtype.scalar == tl.bfloat16 and source.dtype.scalar == tl.float32:
-            return narrowed(source.data)
-        return cast(self, widened(source), dtype)
-
-    InterpreterBuilder.cast_impl = cast_as_a_gpu_does
-    InterpreterBuilder.repaired = True
-
-
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton kernels, run by the interpreter on CPU tensors."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     monkeypatch.setenv("LLMKIT_KERNELS", "interpret")
-    repair_bfloat16()
