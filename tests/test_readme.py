@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -53,12 +54,10 @@ def test_every_make_target_exists():
 
 def test_every_option_it_names_exists():
     """Each `--flag` of the README is an option of some subcommand, or of a command that is not ours."""
+    from llmkit.cli import COMMANDS
     from llmkit.config import flag_of, option_fields
-    from llmkit.stages.pretrain import PretrainConfig
-    from llmkit.stages.sample import SampleConfig
-    from llmkit.stages.train_bpe import TrainBpeConfig
 
     known = {"--config", "--help", "--stories"}
-    for config in (TrainBpeConfig, PretrainConfig, SampleConfig):
-        known |= {flag_of(item) for item in option_fields(config)}
+    for module, config_name, _ in COMMANDS.values():
+        known |= {flag_of(item) for item in option_fields(getattr(import_module(module), config_name))}
     assert set(re.findall(r"(--[a-z][a-z-]+)", README)) <= known

@@ -96,7 +96,7 @@ def write_warc(path: Path, records: Iterable[Record], gzip: bool = True) -> Path
         writer.write_record(writer.create_warcinfo_record(path.name, {"software": "tests"}))
         for number, record in enumerate(records):
             fixed = {
-                "WARC-Record-ID": record.id or f"<urn:uuid:{path.stem}-{number}>",
+                "WARC-Record-ID": record.id or f"<urn:uuid:{path.name.split('.')[0]}-{number}>",
                 "WARC-Date": "2026-01-01T00:00:00Z",
             }
             body = record.body.encode() if isinstance(record.body, str) else record.body

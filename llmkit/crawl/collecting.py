@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -15,6 +15,7 @@ from llmkit.crawl.funnel import READ, Funnel
 from llmkit.crawl.page import Span
 from llmkit.crawl.parts import Outcome, Part
 from llmkit.crawl.pipeline import DUPLICATES
+from llmkit.crawl.reading import Seam
 from llmkit.crawl.recipe import Recipe
 from llmkit.crawl.state import State
 from llmkit.crawl.workers import Work, in_order
@@ -42,7 +43,9 @@ class Collector:
         self._document, self._reject, self._scores = document, reject, scores
         self._names = Names(spill)
         self._duplicates: Any = None
-        if any(step in recipe.steps for step in DUPLICATES):
+        self._last_step = recipe.steps[-1] if recipe.steps else READ
+        asked = [step for step in DUPLICATES if step in recipe.steps]
+        if asked:
             from llmkit.crawl.duplicates import Duplicates
 
             self._duplicates = Duplicates(spill)
@@ -60,7 +63,7 @@ class Collector:
         repeats = iter(self._duplicates.add(part.signatures) if part.signatures is not None else ())
         self.funnel.spend(part.seconds)
         if part.signatures is not None:
-            self.funnel.spend({self._last_duplicates: perf_counter() - started})
+            self.funnel.spend({self._last_step: perf_counter() - started})
         for outcome in part.outcomes:
             if self.full:
                 return
@@ -121,16 +124,36 @@ def collect(
     state: keeps finished spans and gives back those of an earlier run. on_progress gets the bytes of each span.
     """
     done = state.has if state else lambda span: False
+    seam = Seam()
     for span, parts in in_order(spans, make, workers, done):
-        if state:
-            parts = state.load(span) if done(span) else state.saving(span, parts)
+        if done(span):
+            parts = state.load(span) if state else parts
+        else:
+            parts = _standing(seam, span, parts, make)
+            parts = state.saving(span, parts) if state else parts
+        began, ended = None, None
         for part in parts:
             collector.add(part)
             on_progress(0)
             if collector.full:
                 return
+            began, ended = part.began, part.ended
+        seam.passed(span, began, ended)
         on_progress(size_of(span))
     collector.finish()
+
+
+def _standing(seam: Seam, span: Span, parts: Iterator[Part], make: Callable[[], Work]) -> Iterator[Part]:
+    """The parts of a span, read again from the right place where it did not begin at the end of the one before."""
+    first = next(parts)
+    again = seam.check(span, first.began)
+    if again is None:
+        yield first
+        yield from parts
+        return
+    for _ in parts:
+        pass
+    yield from make().parts(again)
 
 
 def size_of(span: Span) -> int:

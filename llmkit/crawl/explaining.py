@@ -11,7 +11,7 @@ import orjson
 
 from llmkit.crawl.collecting import Collector, collect
 from llmkit.crawl.page import Skipped, Span
-from llmkit.crawl.pipeline import DUPLICATES, Pipeline, records_of
+from llmkit.crawl.pipeline import DUPLICATES, Pipeline, all_records
 from llmkit.crawl.recipe import Recipe
 from llmkit.crawl.steps import Journey, Steps
 
@@ -35,23 +35,20 @@ def explain(
     """
     steps = make().steps
     asked = [step for step in DUPLICATES if step in recipe.steps]
-    number = -1
-    for position, span in enumerate(spans()):
-        for record in records_of(span):
-            number += 1
-            if isinstance(record, Skipped):
-                if record.url == wanted:
-                    yield _explained_skip(record)
-                continue
-            if wanted not in (record.page.url, record.identity):
-                continue
-            told = _followed(record, steps)
-            if told["kept"] and asked:
-                if again:
-                    _add_duplicates(told, islice(spans(), position + 1), recipe, make, number, workers)
-                else:
-                    told["steps"] += [{"step": step, "verdict": "not looked for: read once"} for step in asked]
-            yield told
+    for number, (span, record) in enumerate(all_records(spans())):
+        if isinstance(record, Skipped):
+            if record.url == wanted:
+                yield _explained_skip(record)
+            continue
+        if wanted not in (record.page.url, record.identity):
+            continue
+        told = _followed(record, steps)
+        if told["kept"] and asked:
+            if again:
+                _add_duplicates(told, islice(spans(), span + 1), recipe, make, number, workers)
+            else:
+                told["steps"] += [{"step": step, "verdict": "not looked for: read once"} for step in asked]
+        yield told
 
 
 def _explained_skip(record: Skipped) -> dict[str, Any]:

@@ -23,12 +23,18 @@ class Outcome:
 
 @dataclass(slots=True)
 class Part:
-    """Some outcomes in the order of their records, with the signatures (n, ...) of the n kept ones."""
+    """Some outcomes in the order of their records, with the signatures (n, ...) of the n kept ones.
+
+    began and ended are those of the span's reader (`llmkit.crawl.reading.SpanReader`) when the part was made: the
+    first part knows where the span's first record stood, the last where the next span's should.
+    """
 
     read: int  # records taken from the input, counted where they are read: the check on nothing being lost
     outcomes: list[Outcome]
     signatures: np.ndarray | None = None
     seconds: dict[str, float] = field(default_factory=dict)  # by step
+    began: int | None = None
+    ended: int | None = None
 
     def pack(self) -> bytes:
         """The part as bytes: the size of a JSON header, the header, then its lines and signatures as they are.
@@ -43,6 +49,7 @@ class Part:
             "outcomes": [(o.step, o.reason, o.offset, len(o.line), len(o.scores)) for o in self.outcomes],
             "signatures": None if signatures is None else (signatures.dtype.descr, signatures.shape),
             "seconds": self.seconds,
+            "bounds": (self.began, self.ended),
         }
         head = orjson.dumps(header)
         body = [piece for outcome in self.outcomes for piece in (outcome.line, outcome.scores)]
@@ -65,7 +72,7 @@ class Part:
             names, shape = header["signatures"]
             dtype = np.dtype([tuple(name) for name in names]) if names[0][0] else np.dtype(names[0][1])
             signatures = np.frombuffer(packed, dtype, offset=at).reshape(shape)
-        return cls(header["read"], outcomes, signatures, header["seconds"])
+        return cls(header["read"], outcomes, signatures, header["seconds"], *header["bounds"])
 
 
 def write_part(handle: IO[bytes], part: Part) -> None:

@@ -10,14 +10,14 @@ What depends on other records (duplicates) is done where the parts come together
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from time import perf_counter
 from typing import Any
 
 import orjson
 
 from llmkit.crawl.funnel import READ
-from llmkit.crawl.page import Skipped, Span
+from llmkit.crawl.page import Page, Skipped, Span
 from llmkit.crawl.parts import Outcome, Part
 from llmkit.crawl.recipe import Recipe
 from llmkit.crawl.scores import KIND, read_scores, scores_of
@@ -25,7 +25,8 @@ from llmkit.crawl.steps import Journey, Steps, source_of
 from llmkit.crawl.urls import UrlFilter
 from llmkit.files import JSON_LINE
 
-PART_RECORDS = 64  # in one part; the first are smaller, for a first document at once
+PART_RECORDS = 64  # in one part
+FIRST_RECORDS = 1  # in the first, doubled from part to part, for a first document at once
 DUPLICATES = ("exact_duplicates", "near_duplicates")
 
 
@@ -41,8 +42,8 @@ class Pipeline:
 
     def parts(self, span: Span) -> Iterator[Part]:
         """The outcomes of a span's records, in order, a few at a time."""
-        records = records_of(span)
-        size, part = 1, Part(0, [])
+        records = Records(span)
+        size, part = FIRST_RECORDS, Part(0, [])
         texts: list[str] = []
         while (record := self._next(records, part.seconds)) is not None:
             part.read += 1
@@ -50,17 +51,18 @@ class Pipeline:
             if part.outcomes[-1].step is None:
                 texts.append(record.text or "")  # type: ignore[union-attr]
             if part.read == size:
-                yield self._signed(part, texts)
+                yield self._finished(part, texts, records)
                 size, part, texts = min(2 * size, PART_RECORDS), Part(0, []), []
-        yield self._signed(part, texts)
+        yield self._finished(part, texts, records)
 
-    def _next(self, records: Iterator[Journey | Skipped], seconds: dict[str, float]) -> Journey | Skipped | None:
+    def _next(self, records: Records, seconds: dict[str, float]) -> Journey | Skipped | None:
         started = perf_counter()
         record = next(records, None)
         seconds[READ] = seconds.get(READ, 0.0) + perf_counter() - started
         return record
 
-    def _signed(self, part: Part, texts: list[str]) -> Part:
+    def _finished(self, part: Part, texts: list[str], records: Records) -> Part:
+        part.began, part.ended = records.began, records.ended
         if self.duplicates and texts:
             from llmkit.crawl.duplicates import signatures
 
@@ -88,15 +90,40 @@ def _told_of(record: Skipped) -> dict[str, Any]:
     return told | {"source": source_of(record.path), "offset": record.offset, "step": READ, "reason": record.reason}
 
 
-def records_of(span: Span) -> Iterator[Journey | Skipped]:
-    """The records of a span, at the start of their journey."""
-    if span.kind == KIND:
-        yield from read_scores(span)
-        return
-    from llmkit.crawl.reading import read_span
+class Records:
+    """The records of a span at the start of their journey; `began` and `ended` are those of the reader."""
 
-    for record in read_span(span):
-        yield record if isinstance(record, Skipped) else Journey(record, record.text)
+    def __init__(self, span: Span) -> None:
+        from llmkit.crawl.reading import read_span
+
+        self._source: Any = read_scores(span) if span.kind == KIND else read_span(span)
+
+    began = property(lambda self: getattr(self._source, "began", None))
+    ended = property(lambda self: getattr(self._source, "ended", None))
+
+    def __iter__(self) -> Records:
+        return self
+
+    def __next__(self) -> Journey | Skipped:
+        record = next(self._source)
+        return Journey(record, record.text) if isinstance(record, Page) else record
+
+
+def all_records(spans: Iterable[Span]) -> Iterator[tuple[int, Journey | Skipped]]:
+    """The records of all spans with their spans' numbers, read in this process."""
+    from llmkit.crawl.reading import Seam
+
+    seam = Seam()
+    for span in spans:
+        records = Records(span)
+        first = next(records, None)
+        if again := seam.check(span, records.began):
+            records = Records(again)
+            first = next(records, None)
+        if first is not None:
+            yield span.index, first
+        yield from ((span.index, record) for record in records)
+        seam.passed(span, records.began, records.ended)
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

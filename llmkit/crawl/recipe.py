@@ -53,6 +53,7 @@ class Extract:
 
     extractor: str = "model"  # model, fast or trafilatura
     favour: str = "balance"  # balance, precision (extract less) or recall (extract more)
+    threshold: float | None = None  # the model keeps blocks of this probability, whatever is favoured
 
 
 @dataclass(frozen=True, slots=True)

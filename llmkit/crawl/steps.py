@@ -11,6 +11,7 @@ from typing import Any
 
 from llmkit.crawl.c4 import c4
 from llmkit.crawl.fineweb import measure_fineweb
+from llmkit.crawl.funnel import READ
 from llmkit.crawl.gopher import measure_quality, measure_repetition
 from llmkit.crawl.page import Page
 from llmkit.crawl.recipe import Recipe
@@ -94,6 +95,9 @@ class Steps:
 
         keep_scores measures the page for all filters, whether or not a step has dropped it.
         """
+        if journey.text is None and "extract" not in self.recipe.steps:
+            journey.step, journey.reason = READ, "html_not_extracted"
+            return
         for name, step in self.in_order:
             if keep_scores and journey.extracted is None and name not in ("url", "extract"):
                 self.measure(journey)
@@ -103,9 +107,7 @@ class Steps:
             if journey.reason:
                 journey.step = name
                 return
-        if journey.text is None:
-            journey.step, journey.reason = "extract", "not_asked_for"  # HTML, and --skip extract
-        elif keep_scores and journey.extracted is None:
+        if keep_scores and journey.extracted is None:
             self.measure(journey)
 
     def measure(self, journey: Journey) -> None:
@@ -142,7 +144,8 @@ class Steps:
     def _extractor(self) -> Any:
         from llmkit.crawl.extract import Extractor
 
-        return Extractor(self.recipe.extract.extractor, self.recipe.extract.threshold)
+        wanted = self.recipe.extract
+        return Extractor(wanted.extractor, wanted.threshold, wanted.favour)
 
     def language(self, journey: Journey) -> str | None:
         """Only pages that are surely in one of the languages."""

@@ -40,7 +40,7 @@ def test_prose_stays():
     [
         ("Der alte Mann ging langsam durch den Wald und dachte an seine Kindheit.", "language", "other_language"),
         (" ".join(SENTENCES[:2]), "gopher_quality", "min_words"),
-        ("\n".join([prose(2)[0]] * 8), "gopher_repetition", "max_duplicate_paragraph_fraction"),
+        ("\n".join([prose(2)[0]] * 8), "gopher_repetition", "max_duplicate_line_fraction"),
         (GOOD + "\nLorem ipsum dolor sit amet, said the printer.", "c4", "lorem_ipsum"),
     ],
 )

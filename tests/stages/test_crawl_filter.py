@@ -70,7 +70,7 @@ def test_each_page_comes_to_its_end(filtered):
 def test_a_document_has_what_the_later_stages_read(filtered):
     first, _, third = read(filtered / "docs.jsonl")
     assert "\n".join(prose(1)[:2]).split("\n")[0] in first["text"] and "Imprint" not in first["text"]
-    assert first["id"] == "<urn:uuid:mixed-0>" and first["source"] == "mixed.warc.gz"
+    assert first["id"] == "urn:uuid:mixed-0" and first["source"] == "mixed.warc.gz"
     assert first["url"] == "https://pages.example/kept/1" and first["title"] == "On small things"
     assert first["language"] == "en" and first["language_score"] > 0.65
     assert "jane.roe" not in third["text"]  # personal data
@@ -79,7 +79,7 @@ def test_a_document_has_what_the_later_stages_read(filtered):
 def test_a_duplicate_names_the_document_that_it_repeats(filtered):
     repeats = [reject for reject in read(filtered / "rejects.jsonl") if "repeats" in reject]
     assert [reject["step"] for reject in repeats] == ["exact_duplicates", "near_duplicates"]
-    assert {reject["repeats"] for reject in repeats} == {"<urn:uuid:mixed-0>"}
+    assert {reject["repeats"] for reject in repeats} == {"urn:uuid:mixed-0"}
     assert repeats[0]["score"] == 1 and 0.8 < repeats[1]["score"] < 1
 
 
@@ -219,11 +219,12 @@ def test_documents_go_round_again_unchanged(filtered, llmkit):
     lines = lines.replace('"id":', '"mark":{"deep":[1,null]},"id":')
     done = llmkit("crawl-filter", stdin=lines)
     assert done.returncode == 0, done.stderr
-    assert sorted_keys(done.stdout) == sorted_keys(lines)
+    assert without_score(done.stdout) == without_score(lines)
 
 
-def sorted_keys(lines: str) -> list[str]:
-    return [json.dumps(json.loads(line), sort_keys=True) for line in lines.splitlines()]
+def without_score(lines: str) -> list[dict]:
+    """The score may change: the language of a page is told before c4 takes lines out."""
+    return [{**json.loads(line), "language_score": None} for line in lines.splitlines()]
 
 
 def test_html_files_and_folders_of_them(llmkit, tmp_path):
@@ -249,7 +250,7 @@ def test_warc_and_jsonl_together_are_one_input(crawl, filtered, llmkit, tmp_path
     documents, rejects = read(tmp_path / "docs.jsonl"), read(tmp_path / "rejects.jsonl")
     assert documents[:-1] == read(filtered / "docs.jsonl")
     assert documents[-1]["source"] == "books" and documents[-1]["id"] == f"{tmp_path}/more.jsonl.gz:2"
-    assert (rejects[-1]["step"], rejects[-1]["repeats"]) == ("exact_duplicates", "<urn:uuid:mixed-0>")
+    assert (rejects[-1]["step"], rejects[-1]["repeats"]) == ("exact_duplicates", "urn:uuid:mixed-0")
 
 
 def test_limit_counts_pages(crawl, many, llmkit):
@@ -303,7 +304,7 @@ def test_steps_can_be_chosen(crawl, llmkit):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[c5]\n", "unknown key 'c5'; did you mean 'c4'?"),
+        ("[gopher_qualty]\n", "unknown key 'gopher_qualty'; did you mean 'gopher_quality'?"),
         ("[c4]\nmin_sentence = 3\n", "[c4]: unknown key 'min_sentence'; did you mean 'min_sentences'?"),
         ("[c4]\nmin_sentences = 'few'\n", "[c4]: min_sentences: expected a whole number or none, found 'few'"),
         ("[c4]\nremove_citations = 1\n", "expected true or false, found 1"),
@@ -388,7 +389,7 @@ def test_explain_tells_what_became_of_a_page(crawl, filtered, llmkit):
     assert [row["step"] for row in told["steps"]][-2:] == ["gopher_quality", "c4"]
     assert told["steps"][-2]["measures"]["words"] > 50 and "dropped by c4: lorem_ipsum" in table
     told, _ = explained(llmkit, crawl, "https://pages.example/near_duplicates/1")
-    assert (told["step"], told["repeats"]) == ("near_duplicates", "<urn:uuid:mixed-0>")
+    assert (told["step"], told["repeats"]) == ("near_duplicates", "urn:uuid:mixed-0")
     told, _ = explained(llmkit, crawl, "https://pages.example/read/pdf")
     assert told["step"] == "read" and told["reason"]
     for reject in read(filtered / "rejects.jsonl"):
