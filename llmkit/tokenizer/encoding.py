@@ -23,9 +23,10 @@ import orjson
 
 from llmkit.errors import UserError
 from llmkit.files import read_json
+from llmkit.tokenizer.alphabet import byte_alphabet
 from llmkit.tokenizer.backends import TokenizersBackend, fastest_proven, proof_texts
 
-END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT = "<|endoftext|>"  # of our own tokenizers: begins every document and ends it
 END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # where no tokenizer_config.json names one
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
@@ -262,14 +263,7 @@ def _template_bos(post_processor: dict[str, Any] | None) -> int | None:
     return None
 
 
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's alphabet: each byte as one printable character (openai/gpt-2, encoder.py, bytes_to_unicode)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-_BYTE = _byte_of_character()
+_BYTE = dict(byte_alphabet())
 
 
 def _byte_level_piece(piece: str) -> bytes:

@@ -12,10 +12,11 @@ import json
 from pathlib import Path
 
 from llmkit.errors import UserError
-from llmkit.tokenizer.merging import Merges, byte_alphabet
+from llmkit.tokenizer.alphabet import byte_alphabet
+from llmkit.tokenizer.encoding import END_OF_TEXT
+from llmkit.tokenizer.merging import Merges
 from llmkit.tokenizer.patterns import Pattern
 
-END_OF_TEXT = "<|endoftext|>"  # begins every document
 SPECIALS = (
     END_OF_TEXT,
     "<|im_start|>",
