@@ -45,7 +45,7 @@ class Wishes:
     head_learning_rate: float | None = None
     weight_decay: float | None = None
     warmup_steps: int | None = None
-    decay_fraction: float | None = None
+    decay_fraction: float = 0.6
 
 
 @dataclass(frozen=True)
@@ -117,30 +117,36 @@ def make_plan(
 
     if wishes.time_budget is not None:
         return _plan_for_time(wishes, shape, corpus_tokens, device, speed, seconds_used, closing_tokens)
-    depth, reasons = wishes.depth, []
-    if depth is None and wishes.flops is not None:
-        depth = _depth_for_flops(shape, wishes.flops, corpus_tokens)
-        reasons.append(f"depth {depth} promises the lowest loss for {wishes.flops:.2g} FLOPs")
-    elif depth is None and wishes.tokens is not None:
-        sizes = range(1, 65)
-        depth = min(sizes, key=lambda d: abs(_ideal_tokens(shape(d)) - wishes.tokens))  # type: ignore[operator]
-        reasons.append(f"depth {depth} has about {scaling.TOKENS_PER_PARAMETER} tokens a parameter")
-    elif depth is None:
-        depth = 4
-        reasons.append("depth 4 is the default")
+    depth, why_depth = _depth(wishes, shape, corpus_tokens)
     model = shape(depth)
-    tokens: float = _ideal_tokens(model)
+    tokens, why_tokens = _horizon(wishes, model, corpus_tokens)
+    return _filled(wishes, model, tokens, None, corpus_tokens, device, (*why_depth, *why_tokens))
+
+
+def _depth(wishes: Wishes, shape: Callable[[int], ModelConfig], corpus_tokens: int) -> tuple[int, list[str]]:
+    """The depth, and why where it was not given."""
+    if wishes.depth is not None:
+        return wishes.depth, []
+    if wishes.flops is not None:
+        depth = _depth_for_flops(shape, wishes.flops, corpus_tokens)
+        return depth, [f"depth {depth} promises the lowest loss for {wishes.flops:.2g} FLOPs"]
+    if (tokens := wishes.tokens) is not None:
+        depth = min(range(1, 65), key=lambda d: abs(_ideal_tokens(shape(d)) - tokens))
+        return depth, [f"depth {depth} has about {scaling.TOKENS_PER_PARAMETER} tokens a parameter"]
+    return 4, ["depth 4 is the default"]
+
+
+def _horizon(wishes: Wishes, model: ModelConfig, corpus_tokens: int) -> tuple[float, list[str]]:
+    """The tokens to train on, and why where no horizon was given."""
     if wishes.tokens is not None:
-        tokens = wishes.tokens
-    elif wishes.flops is not None:
-        tokens = wishes.flops / model.flops_per_token(model.max_position_embeddings)
-    elif wishes.epochs is not None:
-        tokens = wishes.epochs * corpus_tokens
-    elif wishes.max_steps is not None:
-        tokens = _tokens_of_steps(wishes, model, wishes.max_steps)
-    else:
-        reasons.append(f"{scaling.TOKENS_PER_PARAMETER} tokens a parameter are the default horizon")
-    return _finish(wishes, model, tokens, None, corpus_tokens, device, tuple(reasons))
+        return wishes.tokens, []
+    if wishes.flops is not None:
+        return wishes.flops / model.flops_per_token(model.max_position_embeddings), []
+    if wishes.epochs is not None:
+        return wishes.epochs * corpus_tokens, []
+    if wishes.max_steps is not None:
+        return _tokens_of_steps(wishes, model, wishes.max_steps), []
+    return _ideal_tokens(model), [f"{scaling.TOKENS_PER_PARAMETER} tokens a parameter are the default horizon"]
 
 
 def _ideal_tokens(model: ModelConfig) -> float:
@@ -203,7 +209,7 @@ def _plan_for_time(
     reasons = []
     for depth in [wishes.depth] if wishes.depth is not None else range(1, 33):
         model = shape(depth)
-        draft = _finish(wishes, model, _ideal_tokens(model), None, corpus_tokens, device, ())
+        draft = _filled(wishes, model, _ideal_tokens(model), None, corpus_tokens, device, ())
         rate = speed(model, draft.recipe, min(draft.batch_rows, draft.micro_batch_rows), draft.sequence_length)
         # scoring is forward only: a third of the work; and some seconds for saving
         seconds = budget - seconds_used() - closing_tokens / (2.5 * rate) - 1.0 - 0.01 * budget
@@ -225,10 +231,10 @@ def _plan_for_time(
         )
     seconds -= time.monotonic() - started if wishes.depth is None else 0
     reasons.append(f"depth {model.num_hidden_layers} promises the lowest loss in {budget:g} s")
-    return _finish(wishes, model, tokens, max(1.0, seconds), corpus_tokens, device, tuple(reasons))
+    return _filled(wishes, model, tokens, max(1.0, seconds), corpus_tokens, device, tuple(reasons))
 
 
-def _finish(
+def _filled(
     wishes: Wishes,
     model: ModelConfig,
     tokens: float,
@@ -237,6 +243,7 @@ def _finish(
     device: str,
     reasons: tuple[str, ...],
 ) -> Plan:
+    """The plan for a model and a number of tokens: batch, rates and schedule follow, unless they were fixed."""
     length = model.max_position_embeddings
     derived = scaling.recipe(tokens, model.hidden_size, length, wishes.batch_tokens)
     rows = max(1, round(derived.batch_tokens / length))
@@ -257,7 +264,7 @@ def _finish(
         total_steps=steps,
         seconds=seconds,
         warmup_steps=wishes.warmup_steps if wishes.warmup_steps is not None else min(50, steps // 10),
-        decay_fraction=0.6 if wishes.decay_fraction is None else wishes.decay_fraction,
+        decay_fraction=wishes.decay_fraction,
         corpus_tokens=corpus_tokens,
         kernels=backend(device),
         reasons=reasons,
