@@ -128,6 +128,8 @@ def _checked(config: TrainBpeConfig, smallest: int, multiple: int) -> tuple[Path
     out = output_folder(config.out, example="tok/")
     if not config.dry_run:
         check_output(str(out), config.force)
+    inputs = list(config.inputs) or ["-"]
+    check_inputs(inputs)
     if config.vocab_size < smallest:
         raise UserError(
             f"--vocab-size: expected at least {smallest} (256 bytes and {smallest - 256} special tokens), "
@@ -136,8 +138,6 @@ def _checked(config: TrainBpeConfig, smallest: int, multiple: int) -> tuple[Path
     size = -(-config.vocab_size // multiple) * multiple
     if size != config.vocab_size:
         say(f"--vocab-size {config.vocab_size} becomes {size}, a multiple of {multiple}", config.quiet)
-    inputs = list(config.inputs) or ["-"]
-    check_inputs(inputs)
     return out, inputs, size
 
 

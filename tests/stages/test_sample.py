@@ -289,6 +289,12 @@ def test_options_that_cannot_be_meant_are_refused(folder, options, message):
         run(resolve(SampleConfig, {"model": str(folder), "quiet": True, **options}))
 
 
+def test_no_prompts_make_no_completions_and_it_is_said(folder, llmkit):
+    done = llmkit("sample", folder, "--jsonl")
+    assert (done.returncode, done.stdout) == (0, "") and "stdin: no prompts, so no completions" in done.stderr
+    assert "no prompts" not in llmkit("sample", folder, "--jsonl", "--quiet").stderr
+
+
 def test_text_that_is_not_utf8_is_refused(folder):
     command = [sys.executable, "-m", "llmkit", "sample", str(folder)]
     done = subprocess.run(command, input=b"one\ntwo \xff", capture_output=True)

@@ -147,6 +147,14 @@ def test_bad_documents_are_refused_in_one_line(llmkit, tmp_path: Path, content: 
     assert [path.name for path in tmp_path.iterdir()] == ["docs.jsonl"]
 
 
+def test_an_empty_stdin_is_called_stdin(llmkit, tmp_path: Path) -> None:
+    done = llmkit("train-bpe", "-", "-o", tmp_path / "tok", stdin="")
+    assert (done.returncode, done.stderr.splitlines()[-1].split(";")[0]) == (
+        2,
+        "llmkit: error: stdin: no text to train on",
+    )
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
