@@ -128,13 +128,16 @@ def block_labels(blocks: list[list[str]], truth: list[str]) -> np.ndarray:
 
 
 def path_tokens(tree: BlockTree) -> list[Counter[str]]:
-    """Per block the tokens of its element and all above it but the body, each at most three times."""
-    of_kind = [key_tokens(key) for key in tree.keys]
+    """Per block the tokens of its element and all above it but the body; equal paths share one Counter."""
+    of_kind = [Counter(key_tokens(key)) for key in tree.keys]
     bags: list[Counter[str]] = [Counter()]
-    for number, (kind, parent) in enumerate(zip(tree.elements.key, tree.elements.parent, strict=True)):
-        if number:
-            bags.append(bags[parent] + Counter(of_kind[kind]))
-    return [Counter({token: min(times, 3) for token, times in bags[leaf].items()}) for leaf in tree.blocks.leaf]
+    known: dict[tuple[int, int], Counter[str]] = {}
+    for kind, parent in zip(tree.elements.key[1:], tree.elements.parent[1:], strict=True):
+        path = (id(bags[parent]), kind)
+        if path not in known:
+            known[path] = bags[parent] + of_kind[kind]
+        bags.append(known[path])
+    return [bags[leaf] for leaf in tree.blocks.leaf]
 
 
 # ---- fitting
@@ -148,16 +151,16 @@ def split_domains(samples: Sequence[Sample], parts: int, seed: int) -> np.ndarra
 
 
 def fit_name_weights(samples: Sequence[Sample]) -> dict[str, float]:
-    """Logistic weights of the tokens that at least 8 domains have."""
+    """Logistic weights of the tokens that at least 8 domains have; of one token a path counts three at most."""
     from scipy.sparse import csr_matrix
     from sklearn.linear_model import LogisticRegression
 
     domains = defaultdict(set)
     for sample in samples:
-        for token in set().union(*sample.tokens):
+        for token in set().union(*{id(bag): bag for bag in sample.tokens}.values()):
             domains[token].add(sample.domain)
     column = {token: at for at, token in enumerate(sorted(t for t, d in domains.items() if len(d) >= 8))}
-    bags = [{column[token]: n for token, n in bag.items() if token in column} for s in samples for bag in s.tokens]
+    bags = [{column[t]: min(n, 3) for t, n in bag.items() if t in column} for s in samples for bag in s.tokens]
     ends = np.cumsum([0, *map(len, bags)])
     columns = np.fromiter((at for bag in bags for at in bag), np.int32, ends[-1])
     counts = np.fromiter((n for bag in bags for n in bag.values()), np.float64, ends[-1])

@@ -18,6 +18,7 @@ from selectolax.lexbor import LexborHTMLParser, LexborNode
 MAX_BYTES = 16_000_000  # Common Crawl cuts pages at 5 MiB
 MAX_NODES = 500_000
 MAX_DEPTH = 1_000  # the parser's work grows with the square of the depth: 100,000 nested <div> take it 20 s
+_MANY_TAGS = 20_000  # nested, so many take it 0.6 s
 
 # what holds no running text; <noscript> stays, as Discourse puts whole threads into it
 _DROPPED = "script,style,svg,template,iframe,object,canvas,select,datalist,textarea,audio,video,head,link"
@@ -100,12 +101,13 @@ def check_size(html: bytes) -> None:
     tag_count = html.count(b"<")
     if tag_count > MAX_NODES:
         raise PageLimitError("too_many_nodes")
-    if tag_count > MAX_DEPTH and _climb(html) > MAX_DEPTH and _nesting(html) > MAX_DEPTH:
+    suspected = tag_count > _MANY_TAGS or (tag_count > MAX_DEPTH and _climb(html) > MAX_DEPTH)
+    if suspected and _nesting(html) > MAX_DEPTH:
         raise PageLimitError("too_deep")
 
 
 def _climb(html: bytes) -> int:
-    """How far the count of "<x" less "</" ever climbs: never below `_nesting`, at a tenth of its time."""
+    """How far the count of "<x" less "</" climbs: at least `_nesting` unless end tags lack a start; 10 times faster."""
     data = np.frombuffer(html + b" ", np.uint8)
     following = data[np.flatnonzero(data[:-1] == ord("<")) + 1]
     letters = ((following | 32) >= ord("a")) & ((following | 32) <= ord("z"))

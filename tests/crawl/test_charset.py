@@ -26,9 +26,9 @@ def page(text: str, label: str, encoding: str) -> bytes:
         ("gb2312", "gb18030", "這是中文的句子"),  # traditional characters, which GB 2312 does not have
         ("big5", "big5hkscs", "這是中文的句子"),
         ("ks_c_5601-1987", "cp949", "이것은 한국어 문장입니다 똠"),
-        ("iso-8859-1", "cp1252", "“Quoted” – it costs 5 €"),  # read as windows-1252
+        ("iso-8859-1", "cp1252", "“Quoted” — it costs 5 €"),  # read as windows-1252
         ("latin1", "cp1252", "café"),
-        ("iso-8859-9", "cp1254", "İstanbul’da ışık"),
+        ("iso-8859-9", "cp1254", "İstanbul'da güneş"),
         ("tis-620", "cp874", "นี่คือประโยคภาษาไทย"),
         ("utf-8", "utf-8", "naïve 日本"),
     ],
