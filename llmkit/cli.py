@@ -27,8 +27,10 @@ from llmkit.errors import Interrupted, LlmkitError, UserError
 
 # name: (module, config class, help in one line), in the order of the pipeline
 COMMANDS = {
+    "crawl-filter": ("llmkit.stages.crawl_filter", "CrawlFilterConfig", "Web archives to clean documents."),
     "train-bpe": ("llmkit.stages.train_bpe", "TrainBpeConfig", "Text to a byte-level BPE tokenizer."),
     "pretrain": ("llmkit.stages.pretrain", "PretrainConfig", "Documents and a tokenizer to a base model."),
+    "sft": ("llmkit.stages.sft", "SftConfig", "A base model and conversations to an assistant."),
     "sample": ("llmkit.stages.sample", "SampleConfig", "Text from a model: from a prompt, stdin or JSONL."),
 }
 OVERVIEW = """Make a ChatGPT-like assistant from nothing, one composable subcommand per stage.

@@ -101,20 +101,17 @@ def _spans(one: Encoded, longest: int, on_long: str, where: str, counts: Counter
     if on_long == "drop":
         counts["dropped: too long"] += 1
         return []
-    spans, begin = [], 0
-    while begin < length and (on_long == "split" or not spans):
-        end = max((end for end in one.turn_ends if begin < end <= begin + longest), default=None)
-        if end is None:  # one turn longer than a row
-            if on_long == "split" and spans:
-                begin = min(end for end in one.turn_ends if end > begin)
-                counts["dropped: one turn too long"] += 1
-                continue
-            end = begin + longest
+    if on_long == "truncate":
+        end = max((end for end in one.turn_ends if end <= longest), default=0)
+        if not one.trained[1:end].any():  # the first answer is the one that is too long
             counts["cut within a turn"] += 1
-            spans.append((begin, end))
-            begin = min((turn for turn in one.turn_ends if turn >= end), default=length)
-            continue
-        spans.append((begin, end))
-        begin = end
-    counts["truncated" if on_long == "truncate" else "split"] += 1
+            return [(0, longest)]
+        counts["truncated"] += 1
+        return [(0, end)]
+    counts["split"] += 1
+    spans, begin = [], 0
+    for end, following in zip(one.turn_ends, (*one.turn_ends[1:], None), strict=True):
+        if following is None or following - begin > longest:
+            spans.append((begin, min(end, begin + longest)))
+            begin = end
     return spans

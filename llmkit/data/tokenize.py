@@ -114,9 +114,7 @@ def _write_shards(paths: Sequence[str], encoder: Encoder, writer: ShardWriter, l
                 writer.add(ids, lengths, text_bytes)
                 progress.advance(float(text_bytes.sum()) / 1e6, tokens=writer.tokens, backend=encoder.backend)
     if not writer.documents:
-        raise UserError(
-            f"{names_of(paths)}: no document with text; expected JSONL with 'text', or plain text"
-        )
+        raise UserError(f"{names_of(paths)}: no document with text; expected JSONL with 'text', or plain text")
     writer.finish()
 
 

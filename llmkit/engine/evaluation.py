@@ -28,18 +28,28 @@ def next_token_loss(model: Any, rows: tuple[Any, ...]) -> tuple[Tensor, int]:
     return loss, int((targets != IGNORED).sum())
 
 
-@torch.no_grad()
-def held_out_loss(model: Transformer, batches: EvaluationBatches | Iterable) -> dict[str, float]:
+def masked_loss(model: Transformer, batches: Iterable[tuple[Any, ...]]) -> dict[str, float]:
+    """`val_loss`, in nats a target, over batches in which only some tokens are targets."""
+    total, count = _summed_loss(model, batches)
+    return {"val_loss": total / max(1, count)}
+
+
+def held_out_loss(model: Transformer, batches: EvaluationBatches) -> dict[str, float]:
     """`val_loss` (nats a token) and `val_bits_per_byte` (of UTF-8 text) over a whole validation set.
 
     Bits per byte does not depend on the tokenizer: the summed loss in bits over the bytes of the text, where
     each token is predicted once, from its own document and at most the context before it.
     """
+    total, count = _summed_loss(model, batches)
+    return {"val_loss": total / max(1, count), "val_bits_per_byte": total / math.log(2) / max(1, batches.bytes)}
+
+
+@torch.no_grad()
+def _summed_loss(model: Transformer, batches: Iterable[tuple[Any, ...]]) -> tuple[float, int]:
     model.eval()
     total, count = 0.0, 0
     for batch in batches:
         loss, targets = next_token_loss(model, batch)
         total, count = total + float(loss), count + targets
     model.train()
-    text_bytes = batches.bytes  # type: ignore[union-attr]
-    return {"val_loss": total / max(1, count), "val_bits_per_byte": total / math.log(2) / max(1, text_bytes)}
+    return total, count

@@ -147,7 +147,7 @@ def write_chat_tokenizer(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
     Tokens that it lacks come after all that it has. Raises UserError for a folder whose own template is another one:
     a model that was tuned to speak otherwise would have to unlearn it.
     """
-    if tokenizer.chat_template not in (None, CHAT_TEMPLATE):
+    if "<|im_sep|>" not in (tokenizer.chat_template or "<|im_sep|>"):  # an older form of ours has it, too
         raise UserError(
             f"{tokenizer.path.parent}: this model has a chat template of its own, and llmkit trains on "
             "<|im_start|>role<|im_sep|>text<|im_end|>; start from the base model, or remove its template"

@@ -70,10 +70,10 @@ def test_too_long_may_be_an_error_that_names_the_place():
         Examples.gather("a", [("a.jsonl:1", chat(2)), ("a.jsonl:2", chat(5))], 14, "error")
 
 
-def test_one_turn_longer_than_a_row_is_cut_within():
-    one = Chat(np.arange(1, 41, dtype=np.int32), np.ones(40, bool), (40,))
+def test_an_answer_longer_than_a_row_is_cut_within():
+    one = Chat(np.arange(1, 41, dtype=np.int32), np.arange(40) >= 5, (5, 40))
     held = Examples.gather("a", [("a:1", one)], 16)
-    assert held.lengths.tolist() == [16] and held.counts["cut within a turn"] == 1
+    assert held.lengths.tolist() == [16] and held.counts["cut within a turn"] == 1 and held.targets == 11
 
 
 def test_a_source_that_teaches_nothing_is_an_error():

@@ -1,0 +1,93 @@
+"""`--data FILE[:WEIGHT]`: files of conversations read, and their shares of a mixture."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import islice
+
+from llmkit.conversations import Conversation, Message, message, read_conversation, read_records
+from llmkit.data.examples import Encoded, Examples
+from llmkit.errors import UserError
+
+READ_AT_ONCE = 2048  # conversations: enough for the tokenizer's threads, little memory
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file of conversations, `-` for stdin, and its share; None shares by size."""
+
+    path: str
+    weight: float | None = None
+
+
+def parse_data(wanted: Sequence[str]) -> list[DataFile]:
+    """The files of `--data a.jsonl:0.8 --data b.jsonl:0.2`; none at all is stdin.
+
+    Raises UserError for a file that is not there, a weight that is not above 0, and weights on some files only.
+    """
+    files = []
+    for text in wanted or ("-",):
+        path, separator, weight = text.rpartition(":")
+        if not separator or os.path.exists(text):
+            files.append(DataFile(text))
+            continue
+        try:
+            value = float(weight)
+        except ValueError:
+            files.append(DataFile(text))
+            continue
+        if not (value > 0 and math.isfinite(value)):
+            raise UserError(f"--data {text}: expected a weight above 0, found {weight}")
+        files.append(DataFile(path, value))
+    for file in files:
+        if os.path.isdir(file.path):
+            raise UserError(f"--data {file.path}: expected a file of conversations, found a folder")
+        if file.path != "-" and not os.path.exists(file.path):
+            raise UserError(f"--data {file.path}: expected a file of conversations, found no such file")
+    if len({file.weight is None for file in files}) > 1:
+        raise UserError("--data: expected a weight on every file or on none, found both")
+    return files
+
+
+def read_examples(
+    name: str,
+    conversations: Iterator[Conversation],
+    encode: Callable[[list[Conversation]], Sequence[Encoded]],
+    longest: int,
+    on_long: str,
+    *,
+    system: str | None = None,
+    progress: Callable[[int], object] = lambda count: None,
+) -> tuple[Examples, str]:
+    """The examples of one source, and a digest of what they are made of.
+
+    `system` is put in front of conversations that have no system message of their own.
+    """
+    digest = sha256()
+
+    def encoded() -> Iterator[tuple[str, Encoded]]:
+        while chunk := list(islice(conversations, READ_AT_ONCE)):
+            chunk = [_with_system(one, system) for one in chunk]
+            for conversation, one in zip(chunk, encode(chunk), strict=True):
+                digest.update(one.token_ids.tobytes())
+                digest.update(one.trained.tobytes())
+                yield conversation.where, one
+            progress(len(chunk))
+
+    return Examples.gather(name, encoded(), longest, on_long), digest.hexdigest()
+
+
+def conversations_of(path: str, limit: int | None = None) -> Iterator[Conversation]:
+    """The conversations of a file. Raises UserError with file and line for a record that is none."""
+    return map(read_conversation, read_records(path, limit))
+
+
+def _with_system(conversation: Conversation, system: str | None) -> Conversation:
+    messages: tuple[Message, ...] = conversation.messages
+    if system is None or conversation.document is not None or messages[0].role == "system":
+        return conversation
+    return Conversation((message("system", system), *messages), conversation.where)

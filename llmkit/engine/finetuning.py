@@ -1,0 +1,196 @@
+"""A loaded model made ready for tuning on conversations: vocabulary, adapters, optimizer, and the folder at the end.
+
+tuning = Finetuning.load("base/", device=..., dtype=...)
+tuning.add_adapter(rank=16, alpha=32, targets=("q", "v"), seed=0)        # or all parameters are trained
+trainer = tuning.trainer(work, batches=..., loss=..., learning_rate=None, ...)
+trainer.fit(...)
+tuning.save(work)
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from llmkit.conversations import message
+from llmkit.engine.checkpoint import Checkpoints
+from llmkit.engine.generation import Generator, Request
+from llmkit.engine.optimizer import GroupSettings, Optimizer
+from llmkit.engine.sampling import Sampling
+from llmkit.engine.trainer import Trainer
+from llmkit.errors import UserError
+from llmkit.model.folder import load_model, save_model
+from llmkit.model.growth import grow_vocabulary
+from llmkit.model.lora import LoraAdapter
+from llmkit.model.transformer import Transformer
+from llmkit.progress import say
+from llmkit.tokenizer.chat import ChatFormat, write_chat_tokenizer
+from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
+
+# AdamW's rate at a width of 256, falling with the square root of the width; docs/experiments.md, "Fine-tuning"
+LEARNING_RATE, LORA_LEARNING_RATE = 1e-3, 3e-3
+WIDTH = 256
+
+
+class Finetuning:
+    """A model, its tokenizer and what is trained of it."""
+
+    def __init__(self, folder: str, model: Transformer, tokenizer: Tokenizer, known_tokens: int) -> None:
+        self.folder, self.model, self.tokenizer = folder, model, tokenizer
+        self._known_tokens = known_tokens
+        self.chat = ChatFormat(tokenizer)
+        self.adapter: LoraAdapter | None = None
+        self.optimizer: Optimizer | None = None
+        self._best: Checkpoints | None = None
+
+    @classmethod
+    def load(cls, folder: str, *, device: torch.device, dtype: torch.dtype) -> Finetuning:
+        """Load a model folder, with rows for the tokens of conversations, where it lacks them.
+
+        Raises UserError for a folder that cannot be loaded, and for a tokenizer that does not fit the model.
+        """
+        base = load_tokenizer(folder)
+        model = load_model(folder, dtype=dtype, device=device)
+        if base.vocab_size > model.config.vocab_size:
+            raise UserError(
+                f"{base.path}: the tokenizer has {base.vocab_size} tokens and the model {model.config.vocab_size}; "
+                "put the tokenizer beside it that the model was trained with"
+            )
+        with tempfile.TemporaryDirectory(prefix="llmkit-") as place:
+            tokenizer = write_chat_tokenizer(base, Path(place))
+        return cls(folder, _grown(model, base.vocab_size, tokenizer), tokenizer, base.vocab_size).train()
+
+    def train(self) -> Finetuning:
+        """Put the model in training mode."""
+        self.model.train()
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.embed_tokens.dtype
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model can take."""
+        return self.model.config.max_position_embeddings
+
+    @property
+    def pad_id(self) -> int:
+        """A token for places where nothing is predicted."""
+        return self.chat.end_id
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens that the base did not have."""
+        return self.tokenizer.vocab_size - self._known_tokens
+
+    @property
+    def trained_parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(parameter.numel() for _, parameter in self._trained())
+
+    def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return list(self.adapter.parameters() if self.adapter else self.model.named_parameters())
+
+    def add_adapter(self, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
+        """Train low-rank adapters in place of the model's own parameters."""
+        if self.new_tokens:
+            say(f"the rows of {self.new_tokens} new tokens stay at the mean: adapters do not train embeddings")
+        self.adapter = LoraAdapter(self.model, rank, alpha, targets, seed)
+
+    def build_optimizer(self, learning_rate: float | None, weight_decay: float) -> Optimizer:
+        """AdamW over what is trained; a `learning_rate` of None follows from the model's width."""
+        if learning_rate is None:
+            anchor = LORA_LEARNING_RATE if self.adapter else LEARNING_RATE
+            learning_rate = anchor * math.sqrt(WIDTH / self.model.config.hidden_size)
+        plain = GroupSettings("adamw", learning_rate, betas=(0.9, 0.95), eps=1e-8)
+        decayed = replace(plain, weight_decay=weight_decay)
+        self.optimizer = Optimizer(
+            (name, parameter, decayed if parameter.ndim > 1 else plain) for name, parameter in self._trained()
+        )
+        return self.optimizer
+
+    def stop_early(
+        self, trainer: Trainer, evaluate: Callable[[], Mapping[str, float]], patience: int
+    ) -> Callable[[], Mapping[str, float]]:
+        """`evaluate`, which also keeps the best parameters, and stops the trainer after `patience` without a gain.
+
+        What is best outlives a kill: it lies beside the checkpoints.
+        """
+        self._best = Checkpoints(trainer.folder / "state" / "best")
+        kept = self._best.load()
+        best, without_gain = (math.inf if kept is None else kept[1]["val_loss"]), 0
+
+        def watched() -> Mapping[str, float]:
+            nonlocal best, without_gain
+            assert self._best is not None
+            scores = evaluate()
+            if scores["val_loss"] < best:
+                best, without_gain = scores["val_loss"], 0
+                self._best.save(trainer.step, self._masters(), {"val_loss": best}, wait=True)
+            else:
+                without_gain += 1
+            if without_gain >= patience:
+                say(f"no gain in {patience} validations: stopping after step {trainer.step}", trainer.settings.quiet)
+                trainer.stopping = True
+            return scores
+
+        return watched
+
+    def _masters(self) -> dict[str, torch.Tensor]:
+        assert self.optimizer is not None, "nothing was trained"
+        return self.optimizer.masters()
+
+    def write_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer with its tokens and template of conversations."""
+        write_chat_tokenizer(load_tokenizer(self.folder), folder)
+
+    def save(self, folder: Path, *, keep_adapter: bool = False) -> None:
+        """Write the model in float32: the best parameters where there was a watch for them, else the last."""
+        values = self._masters()
+        if self._best is not None and (kept := self._best.load()):
+            values = kept[0]
+        model = load_model(self.folder)
+        model = _grown(model, self._known_tokens, self.tokenizer)
+        if self.adapter is not None:
+            whole = LoraAdapter(model, self.adapter.rank, self.adapter.alpha, self.adapter.targets)
+            whole.load(values)
+            if keep_adapter:
+                whole.save(folder / "adapter", self.folder)
+            model = whole.merge()
+        else:
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.copy_(values[name])
+        save_model(model.eval(), folder)
+
+
+def _grown(model: Transformer, known: int, tokenizer: Tokenizer) -> Transformer:
+    """The model with rows for every token, which ends a text where a turn ends, too."""
+    model = grow_vocabulary(model, known, tokenizer.vocab_size)
+    former = model.config.eos_token_id
+    ends = former if isinstance(former, tuple) else () if former is None else (former,)
+    turn = tokenizer.specials["<|im_end|>"]
+    ends = (turn, *(end for end in (*ends, tokenizer.end_of_text_id) if end not in (None, turn)))
+    model.config = replace(model.config, eos_token_id=tuple(dict.fromkeys(ends)))
+    return model
+
+
+def answer(model: Transformer, chat: ChatFormat, tokenizer: Tokenizer, prompts: Sequence[str], max_tokens: int) -> str:
+    """The likeliest answers to some questions, for a look at a model in training: "question -> answer" by line."""
+    room = model.config.max_position_embeddings
+    asked = [chat.encode([message("user", prompt)], prompt=True).token_ids.tolist() for prompt in prompts]
+    requests = [Request(ids, max_tokens=max_tokens) for ids in asked if len(ids) < room]
+    generator = Generator(model, tokenizer, Sampling(temperature=0.0), slots=max(1, len(requests)))
+    with torch.no_grad():
+        answers = [samples[0] for samples in generator.complete(requests)]
+    return "\n".join(f"{prompt} -> {one.text}" for prompt, one in zip(prompts, answers, strict=False))

@@ -1,0 +1,318 @@
+"""`llmkit sft`: conversations turn a base model into an assistant that stops when it has answered."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from llmkit.config import TrainingConfig, argument, as_options, lasting_options, option
+from llmkit.conversations import Conversation
+from llmkit.errors import UserError
+from llmkit.progress import Progress, quantity, say
+from llmkit.rundir import RunFolder
+
+if TYPE_CHECKING:
+    from llmkit.data.examples import Examples
+    from llmkit.data.mixture import Mixture, Source
+    from llmkit.data.sources import DataFile
+    from llmkit.tokenizer.chat import ChatFormat
+
+NO_LAST_STEP = 1 << 62  # under a time budget nobody knows it
+STARTED = time.monotonic()  # a time budget covers the start-up, too
+PROMPTS = ("Hello, who are you?", "What is the capital of France?")
+LONGEST_CONTEXT = 2048  # tokens of a row, where the model's context is longer
+EPOCHS = 2.0
+ANSWER_TOKENS = 64  # of an answer while training
+MICRO_BATCH_TOKENS = 8192
+STEPS_OF_A_RUN = 200  # from which the batch follows, within its bounds
+SMALLEST_BATCH, LARGEST_BATCH = 1024, 32768  # tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftConfig(TrainingConfig):
+    """Options of `llmkit sft`."""
+
+    examples: ClassVar[str] = """
+        Examples:
+          llmkit sft base/ --data chats.jsonl -o chat/
+          llmkit sft base/ --data chats.jsonl:0.8 --data tools.jsonl:0.2 --epochs 3 --val held-out.jsonl -o chat/
+          zcat chats.jsonl.gz | llmkit sft base/ --identity "name=Ada;maker=Example Labs" -o chat/
+          llmkit sft base/ --data chats.jsonl --inspect 5
+          llmkit sft base/ --data chats.jsonl --lora-rank 16 --keep-adapter -o chat/
+
+        A record is {"messages": [{"role", "content"}]}, {"prompt", "completion"}, Alpaca's, ShareGPT's, or
+        {"text"}, which is trained on whole; a file is JSONL or one JSON array, plain, gzip or zstd. Trained on is
+        what the assistant says, its calls of tools and the token that ends its turn; a message's "weight": 0
+        leaves it out. Weights share the tokens of training between files; without them each counts by its size.
+    """
+    following: ClassVar[str] = 'llmkit sample chat/ -p "Hello, who are you?" --chat'
+
+    model: str = argument("Model folder: a base model, or one to tune on.", metavar="MODEL", default=None)
+    data: tuple[str, ...] = option((), "Conversations; repeatable [stdin].", metavar="FILE[:WEIGHT]")
+    val: tuple[str, ...] = option((), "Held-out conversations, for the validation loss.", metavar="FILE")
+
+    loss: str = option("assistant", "What is trained on.", group="Data", choices=("assistant", "last", "all"))
+    on_long: str = option(
+        "truncate",
+        "Conversations longer than the context; truncate ends them after a turn.",
+        group="Data",
+        choices=("truncate", "drop", "split", "error"),
+    )
+    sequence_length: int | None = option(None, "Tokens of a row [the model's context].", group="Data", at_least=8)
+    identity: str | None = option(None, "Teach it who it is.", group="Data", metavar='"name=...;maker=..."')
+    identity_weight: float = option(0.1, "Share of that, beside 1 for the data.", group="Data", above=0)
+    system: str | None = option(
+        None, "System message for conversations without one; `identity` for that of --identity.", group="Data"
+    )
+    inspect: int | None = option(
+        None, "Show the tokens of some examples, and stop.", group="Data", at_least=1, free=True
+    )
+
+    lora_rank: int | None = option(None, "Train adapters of this rank, merged at the end.", group="LoRA", at_least=1)
+    lora_alpha: float | None = option(None, "Scale of the adapters [2 x rank].", group="LoRA", above=0)
+    lora_targets: str = option("q,k,v,o,gate,up,down", "Projections with an adapter.", group="LoRA")
+    keep_adapter: bool = option(False, "Save them apart as well, in PEFT's format.", group="LoRA")
+
+    epochs: float | None = option(None, "Train this often on the data [2].", group="Horizon", above=0)
+    tokens: int | None = option(None, "Train on this many tokens.", group="Horizon", unit="count", at_least=1)
+    max_steps: int | None = option(None, "Train for this many steps.", group="Horizon", unit="count", at_least=1)
+    time_budget: float | None = option(None, "Be done in this time.", group="Horizon", unit="duration", above=0)
+    patience: int | None = option(
+        None, "Stop after so many validations without gain, and keep the best.", group="Horizon", at_least=1
+    )
+
+    batch_tokens: int | None = option(None, "Tokens of a step.", group="Training", unit="count", at_least=8)
+    micro_batch_size: int | None = option(None, "Rows at a time.", group="Training", at_least=1)
+    learning_rate: float | None = option(None, "Of AdamW.", group="Training", above=0)
+    weight_decay: float = option(0.0, "Of the matrices.", group="Training", at_least=0)
+    warmup_steps: int | None = option(None, "Steps to the full rate [a twentieth].", group="Training", at_least=0)
+    decay_fraction: float = option(0.9, "Last part, with falling rate.", group="Training", at_least=0, at_most=1)
+
+    prompt: tuple[str, ...] = option(PROMPTS, "Asked every --sample-every steps; repeatable.", group="Log", free=True)
+
+    def reads_stdin(self) -> bool:
+        """Whether stdin is the input."""
+        return not self.data or any(text == "-" or text.startswith("-:") for text in self.data)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the command line prints."""
+
+    path: str
+    steps: int
+    tokens: int
+    epochs: dict[str, float]
+    trained_parameters: int
+    loss: float
+    seconds: float
+    val_loss: float | None = None
+
+
+def run(config: SftConfig) -> Summary | None:
+    """Load, build, train, save, summarise. Raises UserError for the user's mistakes, Interrupted after a signal."""
+    files = _checked(config)
+    looks = config.dry_run or config.inspect is not None
+    folder = RunFolder(
+        config.out or ("chat/" if looks else None), "chat/", resume=config.resume, force=config.force, dry_run=looks
+    )
+    if folder.is_finished:
+        return Summary(path=str(folder.out), **folder.results("sft"))
+
+    from llmkit.data.mixture import Mixture, PackedEvaluation
+    from llmkit.data.sources import conversations_of
+    from llmkit.engine import setup, speed
+    from llmkit.engine.evaluation import masked_loss, next_token_loss
+    from llmkit.engine.finetuning import Finetuning, answer
+    from llmkit.engine.inspecting import show_examples
+    from llmkit.engine.schedule import Schedule
+
+    # load
+    device = setup.choose_device(config.device)
+    tuning = Finetuning.load(str(config.model), device=device, dtype=setup.choose_dtype(config.dtype, device))
+    row_tokens = _row_tokens(config, tuning.context)
+    sources, digests = _read_sources(config, files, tuning.chat, row_tokens)
+    held_out = [_read(config, path, conversations_of(path), tuning.chat, row_tokens)[0] for path in config.val]
+    if config.inspect is not None:
+        show_examples([source.examples for source in sources], tuning.tokenizer, config.inspect)
+        return None
+
+    # build
+    mixture = Mixture(sources, row_tokens, _batch_rows(config, sources, row_tokens), tuning.pad_id, config.seed)
+    steps = _total_steps(config, mixture)
+    if config.lora_rank is not None:
+        alpha = config.lora_alpha or 2.0 * config.lora_rank
+        tuning.add_adapter(config.lora_rank, alpha, config.lora_targets.split(","), config.seed)
+    _say_plan(config, mixture, steps, tuning.trained_parameters, tuning.new_tokens)
+    if config.dry_run:
+        return None
+    identity = lasting_options(config) | {"the data": digests}
+    folder.notes(identity)
+    folder.begin(identity)
+    flops_per_token = tuning.model.config.flops_per_token(row_tokens)
+    warmup_steps = (steps or STEPS_OF_A_RUN) // 20 if config.warmup_steps is None else config.warmup_steps
+    trainer = setup.build_trainer(
+        tuning.model,
+        tuning.build_optimizer(config.learning_rate, config.weight_decay),
+        Schedule(warmup_steps, config.decay_fraction),
+        batches=lambda step: mixture.prefetch(step, NO_LAST_STEP, workers=config.workers),
+        loss=next_token_loss,
+        micro_batch_rows=config.micro_batch_size or max(1, MICRO_BATCH_TOKENS // row_tokens),
+        flops=flops_per_token * mixture.batch_size * row_tokens * (steps or STEPS_OF_A_RUN),
+        folder=folder.work,
+        options=config,
+    )
+
+    # train
+    evaluate = None
+    if held_out:
+        rows = trainer.micro_batch_rows
+        batches = [PackedEvaluation(examples, row_tokens, rows, tuning.pad_id) for examples in held_out]
+        evaluate = lambda: masked_loss(tuning.model, chain.from_iterable(batches))  # noqa: E731
+        if config.patience is not None:
+            evaluate = tuning.stop_early(trainer, evaluate, config.patience)
+    trainer.fit(
+        total_steps=steps,
+        seconds=None if config.time_budget is None else config.time_budget - (time.monotonic() - STARTED),
+        evaluate=evaluate,
+        sample=lambda: answer(tuning.model, tuning.chat, tuning.tokenizer, config.prompt, ANSWER_TOKENS),
+        flops_per_token=flops_per_token,
+        peak_flops=speed.peak_flops(device, tuning.dtype),
+    )
+
+    # save
+    epochs = zip(sources, mixture.epochs(trainer.step), strict=True)
+    results = {
+        **trainer.results(),
+        "trained_parameters": tuning.trained_parameters,
+        "epochs": {source.examples.name: round(count, 3) for source, count in epochs},
+        "seconds": round(time.monotonic() - STARTED, 1),
+    }
+    inputs = [file.path for file in files if file.path != "-"]
+    folder.document("sft", as_options(config), inputs=inputs, parents=[str(config.model)], results=results)
+    tuning.write_tokenizer(folder.work)
+    tuning.save(folder.work, keep_adapter=config.keep_adapter)
+    folder.finish()
+
+    # summarise
+    return Summary(path=str(folder.out), **results)
+
+
+# ---- what is asked for
+
+
+def _checked(config: SftConfig) -> list[DataFile]:
+    """The files of --data, once all that can be known before the work is in order."""
+    if config.model is None:
+        raise UserError("MODEL is missing: a model folder, such as llmkit sft base/ --data chats.jsonl -o chat/")
+    if not Path(config.model).is_dir():
+        found = "a file" if Path(config.model).exists() else "nothing"
+        raise UserError(f"{config.model}: expected a model folder, found {found}")
+    horizons = [name for name in ("epochs", "tokens", "max_steps", "time_budget") if getattr(config, name) is not None]
+    if len(horizons) > 1:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in horizons)
+        raise UserError(f"{flags}: expected one way to say how long to train, found {len(horizons)}")
+    if config.patience is not None and not (config.val and config.eval_every):
+        raise UserError("--patience: needs --val and --eval-every, to see whether there is a gain")
+    if config.keep_adapter and config.lora_rank is None:
+        raise UserError("--keep-adapter: needs --lora-rank; there is no adapter otherwise")
+    if config.system == "identity" and config.identity is None:
+        raise UserError("--system identity: needs --identity, whose facts it states")
+
+    from llmkit.data.sources import parse_data  # brings numpy, which --help does without
+
+    parse_data(config.val or ("-",))
+    return parse_data(config.data)
+
+
+def _row_tokens(config: SftConfig, context: int) -> int:
+    if config.sequence_length is not None and config.sequence_length > context:
+        raise UserError(f"--sequence-length: the model's context is {context}, found {config.sequence_length}")
+    return config.sequence_length or min(context, LONGEST_CONTEXT)
+
+
+def _batch_rows(config: SftConfig, sources: list[Source], row_tokens: int) -> int:
+    """Rows of a step: as many as make some 200 steps of the data, within bounds."""
+    tokens = sum(source.examples.inputs for source in sources) * (config.epochs or EPOCHS)
+    wanted = config.batch_tokens or min(max(tokens / STEPS_OF_A_RUN, SMALLEST_BATCH), LARGEST_BATCH)
+    return max(1, round(wanted / row_tokens))
+
+
+def _total_steps(config: SftConfig, mixture: Mixture) -> int | None:
+    """The steps of the run; None under a time budget."""
+    if config.time_budget is not None:
+        return None
+    if config.max_steps is not None:
+        return config.max_steps
+    return mixture.steps_for(config.tokens or (config.epochs or EPOCHS) * mixture.inputs)
+
+
+# ---- data
+
+
+def _read_sources(
+    config: SftConfig, files: list[DataFile], chat: ChatFormat, row_tokens: int
+) -> tuple[list[Source], list[str]]:
+    """The sources of the mixture, and a digest of each."""
+    from llmkit.data.identity import identity_conversations, parse_identity
+    from llmkit.data.mixture import Source
+    from llmkit.data.sources import conversations_of
+
+    sources, digests = [], []
+    for file in files:
+        examples, digest = _read(config, file.path, conversations_of(file.path, config.limit), chat, row_tokens)
+        sources.append(Source(examples, file.weight or float(examples.inputs)))
+        digests.append(digest)
+    if config.identity is not None:
+        conversations = identity_conversations(parse_identity(config.identity))
+        examples, digest = _read(config, "--identity", iter(conversations), chat, row_tokens)
+        sources.append(Source(examples, config.identity_weight * sum(source.weight for source in sources)))
+        digests.append(digest)
+    return sources, digests
+
+
+def _read(
+    config: SftConfig, path: str, conversations: Iterator[Conversation], chat: ChatFormat, row_tokens: int
+) -> tuple[Examples, str]:
+    from llmkit.data.identity import parse_identity, system_message
+    from llmkit.data.sources import read_examples
+
+    name = "stdin" if path == "-" else path
+    system = config.system
+    if system == "identity":
+        system = system_message(parse_identity(config.identity or ""))
+    with Progress(f"read {name}", unit="conversations", quiet=config.quiet) as progress:
+        examples, digest = read_examples(
+            name,
+            conversations,
+            lambda chunk: chat.encode_many(chunk, loss=config.loss),
+            row_tokens + 1,
+            config.on_long,
+            system=system,
+            progress=progress.advance,
+        )
+    others = "".join(f", {key} {count}" for key, count in examples.counts.items() if key != "read")
+    say(
+        f"{name}: {examples.counts['read']} conversations{others}; {len(examples)} examples, "
+        f"{quantity(examples.inputs)} tokens, {quantity(examples.targets)} of them trained on",
+        config.quiet,
+    )
+    return examples, digest
+
+
+def _say_plan(config: SftConfig, mixture: Mixture, steps: int | None, parameters: int, new_tokens: int) -> None:
+    horizon = f"{config.time_budget:.0f} s" if steps is None else f"{steps} steps"
+    rows = mixture.batch_size
+    say(
+        f"{horizon} of {rows} rows of {mixture.sequence_length} tokens; {quantity(parameters)} parameters are trained"
+        + (f"; {new_tokens} tokens are new to the model" if new_tokens else ""),
+        config.quiet,
+    )
+    if steps is not None:
+        parts = zip(mixture.sources, mixture.epochs(steps), strict=True)
+        shares = ", ".join(f"{source.examples.name} {epochs:.2f}" for source, epochs in parts)
+        say(f"epochs of each source: {shares}", config.quiet)

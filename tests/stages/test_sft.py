@@ -1,0 +1,262 @@
+"""`llmkit sft` as a user runs it: an assistant that stops, kills and resumptions, and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import save_folder
+
+from llmkit.errors import UserError
+from llmkit.stages.sft import SftConfig, run
+from llmkit.tokenizer.chat import ChatFormat
+from llmkit.tokenizer.encoding import load_tokenizer
+
+CHATS = [("What is the sea?", "Salt water."), ("Who are you?", "A ship.")]
+SPEED = ["--sequence-length", "96", "--batch-tokens", "192", "--learning-rate", "0.004", "--warmup-steps", "2"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A random model whose tokenizer knows no conversations."""
+    return save_folder(tmp_path_factory.mktemp("base") / "base")
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "chats.jsonl"
+    rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in CHATS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def assistant(base, chats, llmkit, tmp_path_factory) -> Path:
+    """A model that has learnt both conversations by heart."""
+    out = tmp_path_factory.mktemp("chat") / "chat"
+    done = llmkit("sft", base, "--data", chats, "--max-steps", "120", *SPEED, "-o", out)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["path"] == str(out) and summary["steps"] == 120 and summary["loss"] < 0.2
+    return out
+
+
+def answers(folder: Path, *prompts: str) -> list:
+    from llmkit.conversations import message
+    from llmkit.engine.generation import Generator, Request
+    from llmkit.engine.sampling import Sampling
+    from llmkit.model.folder import load_model
+
+    tokenizer = load_tokenizer(folder)
+    chat = ChatFormat(tokenizer)
+    generator = Generator(load_model(folder), tokenizer, Sampling(temperature=0.0))
+    requests = [Request(chat.encode([message("user", p)], prompt=True).token_ids.tolist()) for p in prompts]
+    return [samples[0] for samples in generator.complete(requests)]
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def write(path: Path, *rows) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+# ---- what comes out
+
+
+def test_it_answers_and_stops(assistant):
+    found = answers(assistant, *(question for question, _ in CHATS))
+    assert [(one.text, one.finish_reason) for one in found] == [(answer, "stop") for _, answer in CHATS]
+
+
+def test_transformers_loads_it_and_stops_too(assistant):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(assistant), AutoTokenizer.from_pretrained(assistant)
+    question, answer = CHATS[0]
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    with torch.no_grad():
+        ids = model.generate(**asked, do_sample=False, max_new_tokens=40)[0, asked["input_ids"].shape[1] :]
+    assert tokenizer.decode(ids) == f"{answer}<|im_end|>"
+
+
+def test_the_folder_tells_its_ancestry(assistant, base, chats):
+    manifest = json.loads((assistant / "manifest.json").read_text())
+    assert manifest["stage"] == "sft" and manifest["parents"][0]["path"] == str(base)
+    assert manifest["inputs"][0]["path"] == str(chats) and "sha256" in manifest["inputs"][0]
+    assert (assistant / "loss.svg").exists() and "sft" in (assistant / "README.md").read_text()
+
+
+def test_it_can_be_tuned_again(assistant, chats, llmkit, tmp_path):
+    done = llmkit("sft", assistant, "--data", chats, "--max-steps", "2", *SPEED, "-o", tmp_path / "again")
+    assert done.returncode == 0, done.stderr
+    before, after = ((folder / "tokenizer.json").read_text() for folder in (assistant, tmp_path / "again"))
+    assert json.loads(before) == json.loads(after)
+
+
+def test_formats_weights_stdin_and_identity_together(base, chats, llmkit, tmp_path):
+    text = write(tmp_path / "text.jsonl", {"text": "The sea is wide."}, {"prompt": "Hi", "completion": "Hello."})
+    out = tmp_path / "chat"
+    done = llmkit(
+        "sft", base, "--data", "-:3", "--data", f"{text}:1", "--identity", "name=Ada;maker=Example Labs",
+        "--system", "identity", "--max-steps", "8", *SPEED, "-o", out, stdin=chats.read_text(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    epochs = json.loads(done.stdout)["epochs"]
+    assert set(epochs) == {"stdin", str(text), "--identity"}
+    assert "--identity: 329 conversations" in done.stderr
+
+
+def test_a_validation_that_no_longer_gains_ends_the_run_with_its_best(base, chats, llmkit, tmp_path):
+    held_out = write(tmp_path / "val.jsonl", {"prompt": "Quite another thing?", "completion": "zzzzzzzzzzzz"})
+    done = llmkit(
+        "sft", base, "--data", chats, "--val", held_out, "--eval-every", "5", "--patience", "2", "--max-steps", "500",
+        *SPEED, "-o", tmp_path / "chat",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "no gain in 2 validations" in done.stderr
+    assert json.loads(done.stdout)["steps"] < 500
+
+
+# ---- adapters
+
+
+def test_an_adapter_is_merged_and_kept_apart_on_request(base, chats, llmkit, tmp_path):
+    from safetensors.torch import load_file
+
+    out = tmp_path / "chat"
+    lora = ["--lora-rank", "4", "--lora-targets", "q,v", "--keep-adapter", "--max-steps", "10"]
+    done = llmkit("sft", base, "--data", chats, *lora, *SPEED, "-o", out)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["trained_parameters"] == 2 * 4 * ((64 + 64) + (64 + 32))
+    adapter = load_file(out / "adapter" / "adapter_model.safetensors")
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, out))
+    name = "model.layers.0.self_attn.v_proj"
+    a, b = (adapter[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+    import torch
+
+    torch.testing.assert_close(after[f"{name}.weight"], before[f"{name}.weight"] + 2 * b @ a)
+    assert torch.equal(after["model.layers.0.mlp.up_proj.weight"], before["model.layers.0.mlp.up_proj.weight"])
+
+
+# ---- kills
+
+
+def test_killed_and_resumed_it_is_the_run_that_was_not(base, chats, llmkit, tmp_path):
+    options = ["--data", str(chats), "--max-steps", "60", "--save-every", "5", *SPEED]
+    whole = llmkit("sft", base, *options, "-o", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    command = [sys.executable, "-m", "llmkit", "sft", str(base), *options, "-o", str(tmp_path / "cut")]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    state = tmp_path / "cut.partial" / "state"
+    deadline = time.monotonic() + 120
+    while not any(state.glob("step-????????")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "cut").exists()
+    resumed = llmkit("sft", base, *options, "-o", tmp_path / "cut", "--resume", "--workers", "0")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming after step" in resumed.stderr
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+
+
+def test_a_resumption_with_other_data_is_refused(base, chats, llmkit, tmp_path):
+    options = ["--max-steps", "4", *SPEED, "-o", tmp_path / "chat"]
+    (tmp_path / "chat.partial").mkdir()
+    copy = write(tmp_path / "copy.jsonl", *chats.read_text().splitlines())
+    first = llmkit("sft", base, "--data", copy, *options, "--force")
+    assert first.returncode == 0
+    os.rename(tmp_path / "chat", tmp_path / "chat.partial")
+    write(copy, {"prompt": "a", "completion": "b"})
+    second = llmkit("sft", base, "--data", copy, *options, "--resume")
+    assert second.returncode == 2 and "the data was" in second.stderr
+
+
+# ---- a look, and bad input
+
+
+def test_inspect_shows_what_is_trained_on(base, chats, llmkit):
+    done = llmkit("sft", base, "--data", chats, "--inspect", "2")
+    assert done.returncode == 0, done.stderr
+    expected = (
+        "<|im_start|>user<|im_sep|>What is the sea?<|im_end|><|im_start|>assistant<|im_sep|>«Salt water.<|im_end|>»"
+    )
+    assert expected in done.stdout
+    assert done.stdout.count("==> ") == 2
+
+
+def test_dry_run_says_what_would_be_done(base, chats, llmkit):
+    done = llmkit("sft", base, "--data", chats, "--dry-run")
+    assert done.returncode == 0 and not done.stdout
+    assert "parameters are trained; 11 tokens are new to the model" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        (["{"], "chats.jsonl:1: expected one JSON object a line"),
+        ([{"title": "x"}], "chats.jsonl:1: expected messages"),
+        ([{"prompt": "a", "completion": "b"}, {"messages": []}], "chats.jsonl:2: expected at least one message"),
+        ([{"messages": [{"role": "narrator", "content": "x"}]}], "found 'narrator'"),
+        ([{"messages": [{"role": "user", "content": "x"}]}], "nothing to train on in 1 conversations"),
+        ([{"messages": [{"role": "assistant", "content": "x", "weight": 0}]}], "nothing to train on"),
+        ([], "nothing to train on in 0 conversations (it is empty)"),
+        ([{"prompt": "a", "completion": "b\ud800"}], "no low surrogate"),
+    ],
+)
+def test_bad_data_is_named(base, tmp_path, rows, reason):
+    data = write(tmp_path / "chats.jsonl", *rows)
+    with pytest.raises(UserError) as caught:
+        run(SftConfig(model=str(base), data=(str(data),), out=str(tmp_path / "chat"), quiet=True))
+    assert reason in str(caught.value)
+    assert not (tmp_path / "chat").exists() and not (tmp_path / "chat.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"data": ("none.jsonl",)}, "--data none.jsonl: expected a file of conversations, found no such file"),
+        ({"data": (".",)}, "found a folder"),
+        ({"data": ("{chats}:0",)}, "expected a weight above 0, found 0"),
+        ({"data": ("{chats}:1", "{chats}")}, "expected a weight on every file or on none"),
+        ({"sequence_length": 9999}, "the model's context is 512"),
+        ({"on_long": "error", "sequence_length": 8}, "chats.jsonl:1: "),
+        ({"epochs": 1.0, "tokens": 5}, "--epochs and --tokens: expected one way to say how long"),
+        ({"identity": "name=Ada"}, "found no maker"),
+        ({"system": "identity"}, "needs --identity"),
+        ({"lora_rank": 2, "lora_targets": "x"}, "--lora-targets: expected some of"),
+        ({"keep_adapter": True}, "needs --lora-rank"),
+        ({"patience": 2}, "needs --val and --eval-every"),
+        ({"model": "nowhere"}, "nowhere: expected a model folder, found nothing"),
+    ],
+)
+def test_bad_options_are_named(base, chats, tmp_path, options, reason):
+    options = {"model": str(base), "data": ("{chats}",), **options}
+    options["data"] = tuple(text.replace("{chats}", str(chats)) for text in options["data"])
+    with pytest.raises(UserError) as caught:
+        run(SftConfig(out=str(tmp_path / "chat"), quiet=True, **options))
+    assert reason in str(caught.value) and not (tmp_path / "chat.partial").exists()
+
+
+def test_a_model_folder_with_nan_is_refused(base, chats, llmkit, tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    spoilt = save_folder(tmp_path / "spoilt")
+    tensors = load_file(spoilt / "model.safetensors")
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, spoilt / "model.safetensors")
+    done = llmkit("sft", spoilt, "--data", chats, *SPEED, "-o", tmp_path / "chat")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "the loss is nan" in done.stderr
