@@ -4,9 +4,9 @@
     python examples/make_tool_chats.py --arithmetic 2000 --seed 1 > sums.jsonl
     python examples/make_tool_chats.py --arithmetic 200 --seed 2 --problems > held-out.jsonl
 
-A worked solution in GSM8K's form marks what is calculated, `48/2 = <<48/2=24>>24`: each mark becomes a call of `calc` and
-its result, and the number that follows is written from it. `--arithmetic N` writes N problems of two or three numbers.
-With `--no-tool` the same conversations are written without calls; with `--problems` only {"prompt", "answer"}.
+A worked solution in GSM8K's form marks what is calculated, `48/2 = <<48/2=24>>24`: each mark becomes a call of `calc`
+and its result, and the number that follows is written from it. `--arithmetic N` writes N problems of two or three
+numbers. With `--no-tool` the same conversations are written without calls; with `--problems` only {"prompt", "answer"}.
 """
 
 from __future__ import annotations
