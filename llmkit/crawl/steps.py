@@ -145,7 +145,7 @@ class Steps:
         from llmkit.crawl.extract import Extractor
 
         wanted = self.recipe.extract
-        return Extractor(wanted.extractor, wanted.threshold, wanted.favour)
+        return Extractor(wanted.extractor, wanted.favour, wanted.threshold)
 
     def language(self, journey: Journey) -> str | None:
         """Only pages that are surely in one of the languages."""
