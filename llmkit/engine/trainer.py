@@ -228,7 +228,7 @@ class Trainer:
         figures = ", ".join(f"{name} {value:.4f}" for name, value in self.scores.items())
         say(f"step {self.step}: {figures}", self.settings.quiet)
 
-    def results(self) -> dict[str, float]:
+    def results(self) -> dict[str, Any]:
         """What the summary of a stage tells of the training: steps, tokens, last loss, last scores."""
         figures = {"loss": self.last_loss, **self.scores}
         return {"steps": self.step, "tokens": self.tokens, **{k: round(v, 4) for k, v in figures.items()}}
