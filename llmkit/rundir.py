@@ -236,15 +236,15 @@ def _ancestry(manifest: Mapping[str, Any]) -> list[str]:
 class RunFolder:
     """The folder of a training run: it is made as `out` + ".partial" and takes its place, whole, at the end.
 
-        run = RunFolder(config.out, "base/", resume=config.resume, force=config.force)  # is --out fit for it?
-        if run.is_finished:
-            return Summary(path=str(run.out), **run.results("pretrain"))
-        notes = run.notes(identity) or {"plan": make_plan()}  # those of the run that is resumed
-        run.begin(identity, notes)
-        ...  # the trainer works in run.work
-        run.document("pretrain", options, inputs=inputs, parents=[tokenizer], results=results)
-        ...  # the model is saved in run.work
-        run.finish()
+        folder = RunFolder(config.out, "base/", resume=config.resume, force=config.force)  # is --out fit for it?
+        if folder.is_finished:
+            return Summary(path=str(folder.out), **folder.results("pretrain"))
+        notes = folder.notes(identity) or {"plan": make_plan()}  # those of the run that is resumed
+        folder.begin(identity, notes)
+        ...  # the trainer works in folder.work
+        folder.document("pretrain", options, inputs=inputs, parents=[tokenizer], results=results)
+        ...  # the model is saved in folder.work
+        folder.finish()
 
     identity: what a run and its resumption must have in common, by the name that the user knows it by: flags
     (`lasting_options`), and what was in the files that they name. JSON values.

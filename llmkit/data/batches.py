@@ -18,6 +18,7 @@ there. Nothing depends on the number of processes, micro-batches or workers: a p
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
@@ -95,9 +96,11 @@ class Batches:
         return step * self.batch_size * self.sequence_length / self.shards.tokens
 
     def prefetch(
-        self, first_step: int, last_step: int, start: int = 0, stop: int | None = None, workers: int = 1
+        self, first_step: int, last_step: int | None, start: int = 0, stop: int | None = None, workers: int = 1
     ) -> Iterator[Batch]:
         """`rows(step, start, stop)` of steps first_step ... last_step - 1, made ahead of time by threads.
+
+        None for the last step, which nobody knows under a time budget, goes on without an end.
 
         The batches are the same for every number of workers; 0 makes each when it is asked for.
         """
@@ -153,8 +156,9 @@ class EvaluationBatches:
         return self._documents if epoch == 0 else None
 
 
-def prefetched(make: Callable[[int], Batch], first_step: int, last_step: int, workers: int) -> Iterator[Batch]:
+def prefetched(make: Callable[[int], Batch], first_step: int, last_step: int | None, workers: int) -> Iterator[Batch]:
     """`make(step)` of steps first_step ... last_step - 1, in order, made ahead of time by threads (0: by none)."""
+    last_step = sys.maxsize if last_step is None else last_step
     if workers == 0:
         yield from map(make, range(first_step, last_step))
         return

@@ -81,7 +81,7 @@ class Mixture:
             [[self.sources[s].examples[i] for s, i in row] for row in planned], self.sequence_length, self._pad
         )
 
-    def prefetch(self, first_step: int, last_step: int, workers: int = 1) -> Iterator[Batch]:
+    def prefetch(self, first_step: int, last_step: int | None, workers: int = 1) -> Iterator[Batch]:
         """The batches of steps first_step ... last_step - 1, made ahead of time by threads; equal for any number."""
         return prefetched(self.batch, first_step, last_step, workers)
 

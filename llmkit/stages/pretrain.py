@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from llmkit.engine.planning import Plan
     from llmkit.tokenizer.encoding import Tokenizer
 
-NO_LAST_STEP = 1 << 62  # under a time budget nobody knows it
 STARTED = time.monotonic()  # a time budget covers the start-up, too
 
 
@@ -93,9 +92,9 @@ class Summary:
 def run(config: PretrainConfig) -> Summary | None:
     """Load, build, train, save, summarise. Raises UserError for the user's mistakes, Interrupted after a signal."""
     # first what can be refused without the seconds that torch takes to import
-    place = RunFolder(config.out, "base/", resume=config.resume, force=config.force, dry_run=config.dry_run)
-    if place.is_finished:
-        return Summary(path=str(place.out), **place.results("pretrain"))
+    folder = RunFolder(config.out, "base/", resume=config.resume, force=config.force, dry_run=config.dry_run)
+    if folder.is_finished:
+        return Summary(path=str(folder.out), **folder.results("pretrain"))
     inputs = _checked_inputs(config)
 
     from llmkit.data.batches import Batches, EvaluationBatches
@@ -112,11 +111,11 @@ def run(config: PretrainConfig) -> Summary | None:
     device = setup.choose_device(config.device)
     dtype = setup.choose_dtype(config.dtype, device)
     tokenizer = load_tokenizer(str(config.tokenizer))
-    shards, val_shards = _token_shards(config, inputs, tokenizer, place.out)
+    shards, val_shards = _token_shards(config, inputs, tokenizer, folder.out)
 
     # build
     identity = lasting_options(config) | {"the tokenizer": tokenizer.sha256, "the number of tokens": shards.tokens}
-    notes = place.notes(identity)
+    notes = folder.notes(identity)
     plan = Plan.from_json(notes["plan"]) if notes else _plan(config, tokenizer, shards, val_shards, device, dtype)
     batches = Batches(shards, plan.sequence_length, plan.batch_rows, config.seed)
     say(plan_table(plan), config.quiet)
@@ -125,18 +124,18 @@ def run(config: PretrainConfig) -> Summary | None:
         rate = speed.tokens_per_second(*shape, device, dtype)
         say(f"at {rate:,.0f} tokens/s here, about {plan.tokens / rate:,.0f} s of training", config.quiet)
         return None
-    place.begin(identity, {"plan": plan.to_json()})  # not before: a plan may be refused
+    folder.begin(identity, {"plan": plan.to_json()})  # not before: a plan may be refused
     model = Transformer(plan.model, seed=config.seed).to(device=device, dtype=dtype)
     optimizer = setup.build_optimizer(model, plan.recipe)
     trainer = setup.build_trainer(
         model,
         optimizer,
         Schedule(plan.warmup_steps, plan.decay_fraction),
-        batches=lambda step: batches.prefetch(step, NO_LAST_STEP, workers=config.workers),
+        batches=lambda step: batches.prefetch(step, None, workers=config.workers),
         loss=next_token_loss,
         micro_batch_rows=plan.micro_batch_rows,
         flops=plan.flops,
-        folder=place.work,
+        folder=folder.work,
         options=config,
     )
 
@@ -155,13 +154,13 @@ def run(config: PretrainConfig) -> Summary | None:
     seconds = round(time.monotonic() - STARTED, 1)
     results = trainer.results() | {"parameters": plan.model.parameter_count, "seconds": seconds}
     options = as_options(config) | {"plan": plan.to_json()}
-    tokenizer.copy_to(place.work)
-    place.document("pretrain", options, inputs=inputs, parents=[str(config.tokenizer)], results=results)
-    save_model(setup.float32_copy(model, optimizer), place.work)
-    place.finish()
+    tokenizer.copy_to(folder.work)
+    folder.document("pretrain", options, inputs=inputs, parents=[str(config.tokenizer)], results=results)
+    save_model(setup.float32_copy(model, optimizer), folder.work)
+    folder.finish()
 
     # summarise
-    return Summary(path=str(place.out), **results)
+    return Summary(path=str(folder.out), **results)
 
 
 def _checked_inputs(config: PretrainConfig) -> list[str]:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from llmkit.data.sources import DataFile
     from llmkit.tokenizer.chat import ChatFormat
 
-NO_LAST_STEP = 1 << 62  # under a time budget nobody knows it
 STARTED = time.monotonic()  # a time budget covers the start-up, too
 PROMPTS = ("Hello, who are you?", "What is the capital of France?")
 LONGEST_CONTEXT = 2048  # tokens of a row, where the model's context is longer
@@ -159,7 +158,7 @@ def run(config: SftConfig) -> Summary | None:
         tuning.model,
         tuning.build_optimizer(config.learning_rate, config.weight_decay),
         Schedule(warmup_steps, config.decay_fraction),
-        batches=lambda step: mixture.prefetch(step, NO_LAST_STEP, workers=config.workers),
+        batches=lambda step: mixture.prefetch(step, None, workers=config.workers),
         loss=next_token_loss,
         micro_batch_rows=config.micro_batch_size or max(1, MICRO_BATCH_TOKENS // row_tokens),
         flops=flops_per_token * mixture.batch_size * row_tokens * (steps or STEPS_OF_A_RUN),
