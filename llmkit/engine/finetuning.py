@@ -33,7 +33,7 @@ from llmkit.tokenizer.chat import ChatFormat, write_chat_tokenizer
 from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
 
 # AdamW's rate at a width of 256, falling with the square root of the width; docs/experiments.md, "Fine-tuning"
-LEARNING_RATE, LORA_LEARNING_RATE = 1e-3, 3e-3
+LEARNING_RATE, LORA_LEARNING_RATE = 2e-3, 3e-3
 WIDTH = 256
 
 
