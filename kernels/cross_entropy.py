@@ -74,21 +74,23 @@ def _compute(
     """
     objective = Objective(ignore_index, label_smoothing, z_loss, softcap, with_lse=return_lse)
     dtype = accumulation_dtype(input.dtype)
-    scale = upstream = None
+    scale = upstream = later = None
     if reduction == "mean":
         scale = _mean_scale(target, weight, ignore_index, dtype)
-        # A kernel divides before it rounds, as torch does. float16 ends at 6e-8, an ordinary gradient of a mean: there
-        # the division waits until the upstream gradient, a loss scale perhaps, is known; in eager it costs a pass.
-        upstream = scale if uses_triton(input) and input.dtype != torch.float16 else None
+        if uses_triton(input):
+            # A kernel divides before it rounds, as torch does. But float16 ends at 6e-8, an ordinary gradient of a
+            # mean: the power of two waits until the upstream gradient, a loss scale perhaps, is known.
+            upstream, exponent = torch.frexp(scale)
+            later = torch.ldexp(torch.ones_like(scale), exponent)
+        else:
+            later = scale  # in eager to divide at once costs a pass over the logits
     rows, gradients = rows_and_gradients(
         input, linear_weight, linear_bias, target, weight, objective, chunk_tokens, upstream=upstream,
-        need=(False,) * 3 if reduction == "none" else (need_input, need_weight, need_bias),
+        need=(False, False, False) if reduction == "none" else (need_input, need_weight, need_bias),
     )  # fmt: skip
     loss = rows.loss
     if reduction != "none":
         loss = loss.sum() if scale is None else loss.sum() * scale
-    if scale is None or upstream is not None:
-        scale = loss.new_ones(())
     nothing = input.new_empty
     return (
         loss,
@@ -96,7 +98,7 @@ def _compute(
         nothing(0) if gradients.input is None else gradients.input,
         nothing(0, dtype=dtype) if gradients.weight is None else gradients.weight,
         nothing(0, dtype=dtype) if gradients.bias is None else gradients.bias,
-        scale,
+        loss.new_ones(()) if later is None else later.clone(),
     )
 
 
@@ -217,7 +219,10 @@ class _Eagerly(torch.autograd.Function):
         _save(ctx, inputs, output)
         return output
 
-    backward = staticmethod(once_differentiable(_backward))
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        return _backward(ctx, *grads)
 
 
 def linear_cross_entropy(

@@ -158,10 +158,10 @@ class _Chunks:
         turn = self._turn_plainly if self.plain and any(need) else self._turn
         for start in range(0, tokens, self.chunk_tokens):
             part = slice(start, min(start + self.chunk_tokens, tokens))
-            given = (None if x is None else x[part] for x in (upstream, grad_entropy))
-            found, grad_NV = turn(self._logits(input[part]), target[part], *given, any(need))
+            above, above_entropy = (None if x is None else x[part] for x in (upstream, grad_entropy))
+            found, grad_NV = turn(self._logits(input[part]), target[part], above, above_entropy, any(need))
             for whole, piece in zip(rows, found, strict=True):
-                if whole is not None:
+                if whole is not None and piece is not None:
                     whole[part] = piece
             if grad_NV is not None:
                 self._add_gradients(gradients, part, grad_NV, input[part], need)
@@ -177,13 +177,16 @@ class _Chunks:
             logits_NV = matmul_nt(input, self.weight)
             return logits_NV if self.bias is None else logits_NV.add_(self.bias)
         vocab = self.weight.shape[0]
-        if self._buffer is None:
-            width = -(-vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT
-            self._buffer = input.new_empty(self.chunk_tokens, width)
-        out = self._buffer[: input.shape[0], :vocab]
+        out = self._space(input, -(-vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT)[:, :vocab]
         if self.bias is None:
             return torch.mm(input, self.weight.t(), out=out)
         return torch.addmm(self.bias, input, self.weight.t(), out=out)
+
+    def _space(self, like: Tensor, width: int) -> Tensor:
+        """As many rows as `like` has, of the one buffer."""
+        if self._buffer is None:
+            self._buffer = like.new_empty(self.chunk_tokens, width)
+        return self._buffer[: like.shape[0]]
 
     def _turn(self, logits_NV, target, upstream, grad_entropy, need_gradient) -> tuple[Rows, Tensor | None]:
         arguments = logits_NV, target, self.class_weight, self.objective, upstream, grad_entropy, need_gradient
@@ -202,9 +205,7 @@ class _Chunks:
             logits_NV.div_(self.objective.temperature)
             upstream = logits_NV.new_ones(target.shape, dtype=self.dtype) if upstream is None else upstream
             upstream = upstream / self.objective.temperature
-        if self._buffer is None:
-            self._buffer = logits_NV.new_empty(self.chunk_tokens, logits_NV.shape[1])
-        grad_NV = torch.ops.aten._softmax.out(logits_NV, 1, False, out=self._buffer[: logits_NV.shape[0]])
+        grad_NV = torch.ops.aten._softmax.out(logits_NV, 1, False, out=self._space(logits_NV, logits_NV.shape[1]))
         row = torch.arange(target.shape[0])
         probability = grad_NV[row, target]
         grad_NV[row, target] = probability - 1
@@ -237,6 +238,8 @@ class _Chunks:
             total = torch.empty_like(self.weight, dtype=self.dtype) if total is None else total
             add = torch.ops.aten.addmm.dtype_out
             return add(total, grad_NV.t(), input, torch.float32, beta=beta, out=total)
+        if self.fused and grad_NV.device.type == "cpu":  # interpreted: what cuBLAS does
+            grad_NV, input = grad_NV.to(self.dtype), input.to(self.dtype)
         product = matmul_tn(grad_NV, input) if self.on_host else grad_NV.t() @ input
         return product.to(self.dtype) if total is None else total.add_(product)
 

@@ -52,7 +52,7 @@ def _logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities (N,) and entropies (N,), the latter empty unless asked for. softcap 0 is none."""
     objective = Objective(ignore_index, softcap=softcap, temperature=temperature, with_entropy=return_entropy)
-    if uses_triton(input):
+    if uses_triton(input) and input.shape[1] % 16 == 0:  # else rows begin at no 16-byte boundary
         picked, entropy = triton_module("logprobs").logprobs(input, linear_weight, target, objective)
     else:
         rows, _ = rows_and_gradients(input, linear_weight, None, target, None, objective, chunk_tokens)

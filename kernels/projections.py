@@ -11,7 +11,7 @@ B batch, T tokens, C hidden, H query heads, K key-value heads, D head size, F in
 import torch
 import torch.nn.functional as F
 from llmkit.kernels.linear import linear, matmul_nn, matmul_nt, matmul_tn
-from llmkit.kernels.rowwise import by_hand, inverse_rms, rms_norm_reference, rotary_reference, rotate_, swiglu
+from llmkit.kernels.rowwise import by_hand, inverse_rms, rms_norm_reference, rotary, rotate_, swiglu
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -123,7 +123,7 @@ def qkv_rotary_reference(x_BTC, weight, cos_sin, heads, kv_heads, bias, q_gain, 
     query, key, value = qkv.split((heads, kv_heads, kv_heads), 2)
     if eps is not None:
         query, key = rms_norm_reference(query, q_gain, eps), rms_norm_reference(key, k_gain, eps)
-    query, key = rotary_reference(query, cos_sin), rotary_reference(key, cos_sin)
+    query, key = rotary(query, cos_sin), rotary(key, cos_sin)
     return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
 

@@ -2,13 +2,15 @@
 
 On CPU each is one autograd node with its backward written by hand: fewer passes over memory and fewer nodes than
 torch's composition of the same steps. Everywhere else, and under `torch.compile`, the plain formula runs and the
-compiler fuses it. The plain formulas (`..._reference`) are what the tests compare with.
+compiler fuses it, but for the steps that kernels/fused_rowwise.py lists for Triton. The plain formulas
+(`..._reference`) are what the tests compare with.
 
 B batch, T tokens, H heads, D head size, F intermediate size.
 """
 
 import torch
 import torch.nn.functional as F
+from llmkit.kernels import fused_rowwise
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -83,11 +85,15 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
     The mean square is summed in float32.
     """
+    if fused_rowwise.is_used("rms_norm", x):
+        return fused_rowwise.rms_norm(x, weight, eps)
     return _RMSNorm.apply(x, weight, eps) if by_hand(x) else rms_norm_reference(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """RMSNorm of a sum, and the sum: (rms_norm(x + residual), x + residual)."""
+    if fused_rowwise.is_used("add_rms_norm", x):
+        return fused_rowwise.add_rms_norm(x, residual, weight, eps)
     if by_hand(x):
         return _AddRMSNorm.apply(x, residual, weight, eps)
     total = x + residual
@@ -106,6 +112,13 @@ def rotary_reference(x_BTHD: Tensor, cos_sin: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
 
 
+def rotary(x_BTHD: Tensor, cos_sin: Tensor) -> Tensor:
+    """`rotary_reference`, by the fastest means here."""
+    if fused_rowwise.is_used("rotary", x_BTHD):
+        return fused_rowwise.rotary(x_BTHD, cos_sin)
+    return rotary_reference(x_BTHD, cos_sin)
+
+
 def rotate_(x_BTHD: Tensor, cos_sin: Tensor, *, back: bool = False) -> Tensor:
     """The same in place, on float32 or float64; `back` turns the other way. No autograd."""
     turn = torch.view_as_complex(cos_sin).unsqueeze(-2)
@@ -118,5 +131,9 @@ def rotate_(x_BTHD: Tensor, cos_sin: Tensor, *, back: bool = False) -> Tensor:
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of one fused projection: (..., 2F), gate first, to (..., F)."""
+    return fused_rowwise.swiglu(gate_up) if fused_rowwise.is_used("swiglu", gate_up) else swiglu_reference(gate_up)
+
+
+def swiglu_reference(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up

@@ -1,0 +1,110 @@
+"""Log-probabilities straight from hidden states: a product whose tiles are reduced before they are written.
+
+Cut Cross-Entropy (Wijmans et al. 2024, arXiv:2411.09009), but each program takes several tiles of the vocabulary for
+its tokens and writes what they add up to, and the parts are added in a fixed order: no lock, and a row's result is
+the same bits beside any other rows. N tokens, D hidden, V vocabulary.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from llmkit.kernels.logit_chunks import Objective
+from llmkit.kernels.triton.cross_entropy import add_to_softmax, adjust
+from llmkit.kernels.triton.launch import launch
+from llmkit.kernels.triton.tiles import product_tiles
+from torch import Tensor
+
+GROUP = 16  # blocks of tokens that pass over the vocabulary together, so that their hidden states stay in cache
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def linear_logsumexp(
+    x_ptr, w_ptr, target_ptr, highest_ptr, total_ptr, moment_ptr, picked_ptr, stride_x, stride_w, tokens, vocab,
+    hidden, cap, inverse_cap, inverse_temperature, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr, EVEN_D: tl.constexpr, SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_N tokens and SPLIT blocks of the vocabulary.
+
+    Writes its words' maximum, sum and moment (splits, N) of `add_to_softmax`, and the logits of targets among them.
+    """
+    blocks = tl.cdiv(tokens, BLOCK_N)
+    splits = tl.cdiv(vocab, BLOCK_V * SPLIT)
+    group = tl.program_id(0) // (GROUP * splits) * GROUP
+    place = tl.program_id(0) % (GROUP * splits)
+    group_size = tl.minimum(blocks - group, GROUP)
+    n0 = (group + place % group_size) * BLOCK_N
+    split = place // group_size
+    local_n, local_v, local_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_D)
+    # rows beyond the last are read as the last: no mask on the tiles
+    x_base = x_ptr + tl.cast(n0, tl.int64) * stride_x
+    x_base += tl.minimum(local_n, tokens - 1 - n0)[:, None] * stride_x + local_d[None, :]
+    highest = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    moment = tl.zeros([BLOCK_N], tl.float32)
+    start = split * SPLIT * BLOCK_V
+    for v0 in tl.range(start, tl.minimum(start + SPLIT * BLOCK_V, vocab), BLOCK_V):
+        w_base = w_ptr + tl.cast(v0, tl.int64) * stride_w
+        w_base += tl.minimum(local_v, vocab - 1 - v0)[:, None] * stride_w + local_d[None, :]
+        z = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+        for d0 in tl.range(0, hidden, BLOCK_D):
+            if EVEN_D:
+                x, w = tl.load(x_base + d0), tl.load(w_base + d0)
+            else:
+                mask = local_d[None, :] < hidden - d0
+                x, w = tl.load(x_base + d0, mask=mask, other=0.0), tl.load(w_base + d0, mask=mask, other=0.0)
+            z = tl.dot(x, tl.trans(w), z, input_precision=PRECISION)
+        z = adjust(z, cap, inverse_cap, inverse_temperature, SOFTCAP)
+        column = v0 + local_v
+        row = n0 + local_n
+        # read again for every block: held over the products, it would push two registers to memory
+        target = tl.load(target_ptr + row, mask=row < tokens, other=-1)
+        hit = column[None, :] == target[:, None]
+        found = (row < tokens) & (target >= v0) & (target < tl.minimum(v0 + BLOCK_V, vocab))
+        tl.store(picked_ptr + row, tl.sum(tl.where(hit, z, 0.0), 1), mask=found)
+        z = tl.where(column[None, :] < vocab, z, float("-inf"))
+        highest, total, moment = add_to_softmax(z, highest, total, moment, ENTROPY)
+    row = n0 + local_n
+    part = split.to(tl.int64) * tokens + row
+    tl.store(highest_ptr + part, highest, mask=row < tokens)
+    tl.store(total_ptr + part, total, mask=row < tokens)
+    if ENTROPY:
+        tl.store(moment_ptr + part, moment, mask=row < tokens)
+
+
+def logprobs(
+    input: Tensor, linear_weight: Tensor, target: Tensor, objective: Objective
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities (N,) of the targets, and entropies (N,) with `objective.with_entropy`, in float32."""
+    tokens, hidden = input.shape
+    vocab = linear_weight.shape[0]
+    picked = input.new_full((tokens,), float("nan"), dtype=torch.float32)  # stays so where no word is the target
+    if tokens == 0:
+        return picked, picked.new_empty(0) if objective.with_entropy else None
+    input, linear_weight = (x if x.stride(1) == 1 else x.contiguous() for x in (input, linear_weight))
+    chosen = product_tiles(input.dtype)
+    splits = triton.cdiv(vocab, chosen.block_v * chosen.split)
+    highest, total = picked.new_empty(splits, tokens), picked.new_empty(splits, tokens)
+    moment = picked.new_empty(splits, tokens) if objective.with_entropy else None
+    cap = objective.softcap
+    launch(
+        linear_logsumexp, (triton.cdiv(tokens, chosen.block_n) * splits,), input, linear_weight, target.contiguous(),
+        highest, total, moment, picked, input.stride(0), linear_weight.stride(0), tokens, vocab, hidden, cap,
+        1.0 / cap if cap else 0.0, 1.0 / objective.temperature, GROUP=GROUP, EVEN_D=hidden % chosen.block_d == 0,
+        SOFTCAP=cap > 0, ENTROPY=objective.with_entropy, PRECISION="ieee", **chosen.options(),
+    )  # fmt: skip
+    return _merge(highest, total, moment, picked, target == objective.ignore_index)
+
+
+def _merge(highest, total, moment, picked, ignored) -> tuple[Tensor, Tensor | None]:
+    top = highest.amax(0)
+    lowered = (highest - top).nan_to_num(nan=-torch.inf, neginf=-torch.inf)  # -inf + inf: no word of a finite logit
+    share = torch.exp(lowered)
+    weight = (share * total).sum(0)
+    log_weight = weight.log()
+    entropy = None
+    if moment is not None:
+        moments = share * (moment + total * lowered)
+        entropy = log_weight - moments.nan_to_num(nan=0.0).sum(0) / weight
+        entropy = entropy.masked_fill(ignored, 0.0)
+    return (picked - top - log_weight).masked_fill(ignored, 0.0), entropy
