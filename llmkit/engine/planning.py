@@ -211,7 +211,7 @@ def _plan_for_time(
         model = shape(depth)
         draft = _filled(wishes, model, _ideal_tokens(model), None, corpus_tokens, device, ())
         rate = speed(model, draft.recipe, min(draft.batch_rows, draft.micro_batch_rows), draft.sequence_length)
-        # scoring is forward only: at 2.5 times the rate, a run of 10 minutes was 5 s late [x]; and some seconds for saving
+        # scoring is forward only (counted at 2.5 times the rate, ten minutes were 5 s late [x]), and saving takes some
         seconds = budget - seconds_used() - closing_tokens / (2.0 * rate) - 1.0 - 0.01 * budget
         tokens = max(0.0, seconds) * rate
         loss = scaling.predicted_loss(scaling.active_parameters(model), tokens, corpus_tokens)
