@@ -18,6 +18,7 @@ import json
 import re
 import sys
 import time
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ from llmkit.errors import UserError
 from llmkit.stream import read_jsonl
 
 WORD = re.compile(r"\w+")
-TREES = {"iterations": 150, "depth": 6, "learning_rate": 0.15, "rsm": 0.3, "subsample": 0.5, "l2_leaf_reg": 5}
+TREES = {"iterations": 100, "depth": 6, "learning_rate": 0.2, "rsm": 0.3, "subsample": 0.5, "l2_leaf_reg": 5}
 TREES |= {"loss_function": "CrossEntropy", "bootstrap_type": "Bernoulli", "boosting_type": "Plain", "border_count": 64}
 
 
@@ -129,10 +130,10 @@ def block_labels(blocks: list[list[str]], truth: list[str]) -> np.ndarray:
 
 def path_tokens(tree: BlockTree) -> list[Counter[str]]:
     """Per block the tokens of its element and all above it but the body; equal paths share one Counter."""
-    of_kind = [Counter(key_tokens(key)) for key in tree.keys]
+    of_kind = [Counter(key_tokens(key)) for key in tree.elements.keys]
     bags: list[Counter[str]] = [Counter()]
     known: dict[tuple[int, int], Counter[str]] = {}
-    for kind, parent in zip(tree.elements.key[1:], tree.elements.parent[1:], strict=True):
+    for kind, parent in zip(tree.elements.kind[1:].tolist(), tree.elements.parent[1:].tolist(), strict=True):
         path = (id(bags[parent]), kind)
         if path not in known:
             known[path] = bags[parent] + of_kind[kind]
@@ -153,6 +154,7 @@ def split_domains(samples: Sequence[Sample], parts: int, seed: int) -> np.ndarra
 def fit_name_weights(samples: Sequence[Sample]) -> dict[str, float]:
     """Logistic weights of the tokens that at least 8 domains have; of one token a path counts three at most."""
     from scipy.sparse import csr_matrix
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     domains = defaultdict(set)
@@ -167,7 +169,10 @@ def fit_name_weights(samples: Sequence[Sample]) -> dict[str, float]:
     matrix = csr_matrix((counts, columns, ends), (len(bags), len(column)))
     labels = np.concatenate([sample.labels for sample in samples]) > 0.5
     weight = np.concatenate([np.sqrt(s.words) / np.sqrt(s.words).sum() for s in samples])
-    model = LogisticRegression(C=0.01, max_iter=60, tol=1e-3).fit(matrix, labels, weight * len(weight) / weight.sum())
+    model = LogisticRegression(C=0.01, max_iter=60, tol=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # more steps change little
+        model.fit(matrix, labels, weight * len(weight) / weight.sum())
     return {token: round(float(model.coef_[0, at]), 3) for token, at in column.items()}
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from array import array
 from collections.abc import Iterable
 from functools import cache
 
@@ -25,7 +24,9 @@ _WORD_OF_NAME = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[^\W\d_A-Za-z]+")
 
 
 def name_words(name: str) -> list[str]:
-    """The words of a class or an id, digits dropped: `postBody-12` is post, body."""
+    """The words of a class or an id: `postBody-list_item` is post, body, list, item."""
+    if name.islower():  # most are; splitting them so takes a fifth of the pattern's time
+        return name.replace("_", "-").split("-")
     return [word.lower() for word in _WORD_OF_NAME.findall(name)]
 
 
@@ -44,10 +45,9 @@ class NameWeights(dict[str, float]):
     def __missing__(self, name: str) -> float:
         if len(self) >= _CACHED_NAMES:
             self.clear()
-        weights = self.word_weights
-        self[name] = weight = (
-            weights.get(name, 0.0) if name[0] == "<" else sum(weights.get(word, 0.0) for word in name_words(name))
-        )
+        known = self.word_weights
+        words = (name,) if name[0] == "<" else name_words(name)
+        self[name] = weight = sum([known[word] for word in words if word in known])
         return weight
 
     def of(self, key: ElementKey) -> float:
@@ -95,7 +95,7 @@ class _Sums:
 class _Text:
     """Counts of each block's text, float64 (blocks,), from one pass over the joined text."""
 
-    def __init__(self, texts: list[str], link_chars: array[int]) -> None:
+    def __init__(self, texts: list[str], link_chars: np.ndarray) -> None:
         codes = np.frombuffer("\n".join([*texts, ""]).encode("utf-32-le", "replace"), np.uint32)
         lengths = np.fromiter(map(len, texts), np.int64, len(texts))
         starts = np.concatenate([[0], np.cumsum(lengths + 1)[:-1]])
@@ -118,7 +118,7 @@ class _Text:
         self.words = np.maximum(count(word_starts) + count(classes == _WIDE) / 2, 1)
         self.chars = np.maximum(lengths, 1).astype(np.float64)
         self.ends_in_stop = classes[starts + lengths - 1] == _STOP
-        self.link_chars = np.minimum(_array(link_chars).astype(np.float64), self.chars)
+        self.link_chars = np.minimum(link_chars.astype(np.float64), self.chars)
         self.link_share = self.link_chars / self.chars
         self.prose = np.where((self.words >= 12) & (self.link_share < 0.4), self.words, 0.0)
 
@@ -143,9 +143,9 @@ def _of_text(tree: BlockTree, text: _Text) -> dict[str, np.ndarray | float]:
     return {
         "words": np.log1p(words),
         "link_share": text.link_share,
-        "links": np.log1p(_array(blocks.links)),
-        "pieces": np.log1p(_array(blocks.pieces)),
-        "breaks": np.log1p(_array(blocks.breaks)),
+        "links": np.log1p(blocks.links),
+        "pieces": np.log1p(blocks.pieces),
+        "breaks": np.log1p(blocks.breaks),
         "chars_per_word": chars / words,
         "upper_share": text.upper / text.letters,
         "stops": np.log1p(text.stops),
@@ -189,36 +189,31 @@ def _of_place(text: _Text) -> dict[str, np.ndarray | float]:
 
 def _of_tree(tree: BlockTree, text: _Text, weights: NameWeights) -> dict[str, np.ndarray | float]:
     elements = tree.elements
-    parent, kind, depth = _array(elements.parent), _array(elements.key), _array(elements.depth)
-    first, end = _array(elements.first_block), _array(elements.end_block)
-    leaf = _array(tree.blocks.leaf)
-    holder, tags = _array(elements.holder)[leaf], _array(elements.tags)[leaf]
-    own = np.array([weights.of(key) for key in tree.keys])[kind]
-    path = _path_sums(parent, own, int(depth.max()))
+    parent, kind, depth = elements.parent, elements.kind, elements.depth
+    first, end = elements.first_block, elements.end_block
+    leaf = tree.blocks.leaf
+    holder, tags = elements.holder[leaf], elements.tags[leaf]
+    own = np.array([weights.of(key) for key in elements.keys])[kind]
+    path = _path_sums(parent, own)
     columns: dict[str, np.ndarray | float] = {f"in_{tag}": (tags & bit) > 0 for tag, bit in TAG_BITS.items()}
     columns["path_weight"], columns["leaf_weight"], columns["holder_weight"] = path[leaf], own[leaf], own[holder]
     columns["depth"] = depth[holder]
     columns.update(_of_ancestors(holder, _wider(parent, end - first), first, end, path, text))
     columns.update(_of_main(first, end, depth, depth[holder], text))
-    makes = kind[holder].astype(np.int64) * len(tree.keys) + kind[leaf]
+    makes = kind[holder].astype(np.int64) * len(elements.keys) + kind[leaf]
     columns.update(_of_kin("kin", makes, text))
-    columns.update(_of_kin("near_kin", makes * len(tree.keys) + kind[parent[holder]], text))
+    columns.update(_of_kin("near_kin", makes * len(elements.keys) + kind[parent[holder]], text))
     columns.update(_of_headings(tags, text))
     return columns
 
 
-def _array(values: array[int]) -> np.ndarray:
-    return np.frombuffer(values, np.int32)
-
-
-def _path_sums(parent: np.ndarray, values: np.ndarray, depth: int) -> np.ndarray:
-    """Sum each element's value and those above it but the body's, in log2(depth) steps that double the way covered."""
+def _path_sums(parent: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Sum each element's value and those above it but the body's, in log2(depth) steps that double the way."""
     sums = values.copy()
     sums[0] = 0.0
-    while depth > 0:
-        sums = sums + sums[parent]
+    while parent.any():
+        sums += sums[parent]
         parent = parent[parent]
-        depth >>= 1
     return sums
 
 

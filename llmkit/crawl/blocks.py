@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -53,44 +53,38 @@ class ElementKey(NamedTuple):
     names: str = ""  # the attributes class, id, role and itemprop
 
 
-def _integers() -> array[int]:
-    return array("i")  # numpy takes it over without a copy, which for lists cost a tenth of the page's time
-
-
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Elements:
-    """The elements of a page in document order, the body first; it is its own `parent`."""
+    """The elements of a page in document order, the body first: int32 arrays of their number, but for `keys`."""
 
-    parent: array[int] = field(default_factory=_integers)
-    depth: array[int] = field(default_factory=_integers)
-    key: array[int] = field(default_factory=_integers)  # into `BlockTree.keys`
-    tags: array[int] = field(default_factory=_integers)  # TAG_BITS of the element and all above it
-    holder: array[int] = field(
-        default_factory=_integers
-    )  # the nearest element laid out as a block; itself if it is one
-    first_block: array[int] = field(default_factory=_integers)
-    end_block: array[int] = field(default_factory=_integers)  # the blocks within are range(first_block, end_block)
+    keys: list[ElementKey]  # the kinds of elements
+    kind: np.ndarray  # into `keys`
+    parent: np.ndarray  # the body's is 0
+    depth: np.ndarray  # of the body 0
+    tags: np.ndarray  # TAG_BITS of the element and all above it
+    holder: np.ndarray  # the nearest element laid out as a block; itself if it is one
+    first_block: np.ndarray
+    end_block: np.ndarray  # the blocks within are range(first_block, end_block)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Blocks:
-    """The blocks of a page in document order."""
+    """The blocks of a page in document order: int32 arrays of their number, but for `text`."""
 
-    text: list[str] = field(default_factory=list)
-    leaf: array[int] = field(default_factory=_integers)  # the element that holds the block's first letter
-    link_chars: array[int] = field(default_factory=_integers)
-    links: array[int] = field(default_factory=_integers)
-    pieces: array[int] = field(default_factory=_integers)  # text nodes
-    breaks: array[int] = field(default_factory=_integers)  # <br> within
+    text: list[str]
+    leaf: np.ndarray  # the element that holds the block's first letter
+    link_chars: np.ndarray
+    links: np.ndarray
+    pieces: np.ndarray  # text nodes
+    breaks: np.ndarray  # <br> within
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class BlockTree:
-    """A page's blocks and elements, the distinct `keys` of its elements, and its title."""
+    """A page's blocks, its elements and its title."""
 
     blocks: Blocks
     elements: Elements
-    keys: list[ElementKey]
     title: str | None
 
 
@@ -143,120 +137,137 @@ def cut_blocks(html: bytes) -> BlockTree:
     title = " ".join(title_node.text().split()) if title_node is not None else ""
     for node in tree.css(_DROPPED):
         node.decompose()
-    blocks, elements, keys = Blocks(), Elements(), []
+    walk = _Walk()
     if tree.body is not None:  # a <frameset> has none
-        keys = _walk(tree.body, blocks, elements)
-    return BlockTree(blocks, elements, keys, title or None)
+        walk.run(tree.body)
+    return BlockTree(walk.blocks(), walk.elements(), title or None)
 
 
-def _walk(body: LexborNode, blocks: Blocks, elements: Elements) -> list[ElementKey]:
-    """Fill `blocks` and `elements` in one pass over the nodes; return the kinds of elements.
+class _Walk:
+    """One pass over the nodes under the body. It notes no more than it must; numpy works out the rest."""
 
-    Pages have 2,000 nodes and this loop is two thirds of their time, so it is one function: split into methods it took
-    twice as long.
-    """
-    parents, depths, kinds, holders = elements.parent, elements.depth, elements.key, elements.holder
-    marks, firsts, ends = elements.tags, elements.first_block, elements.end_block
-    texts = blocks.text
-    kind_of: dict[object, int] = {}
-    keys: list[ElementKey] = []
-    stack: list[int] = []  # numbers of the open elements
-    addresses: list[int] = []  # where they lie in memory, which is what tells them apart
-    parts: list[str] = []  # of the block being read
-    leaf = link = pre = -1  # the element of its first letter; the open <a href>; the open <pre>
-    link_chars = links = pieces = breaks = 0
+    def __init__(self) -> None:
+        self.keys: list[ElementKey] = []
+        self.bits: list[int] = []  # of each kind
+        self.kinds, self.parents, self.firsts, self.ends = (array("i") for _ in range(4))
+        self.inlines: list[bool] = []
+        self.texts: list[str] = []
+        self.counts = array("i")  # leaf, link_chars, links, pieces and breaks of each block
 
-    def flush() -> None:
-        """End the block being read."""
-        nonlocal leaf, link_chars, links, pieces, breaks
-        if leaf >= 0:
-            text = "".join(parts)
-            texts.append(_preformatted(text) if pre >= 0 else _flowing(text))
-            blocks.leaf.append(leaf)
-            blocks.link_chars.append(link_chars)
-            blocks.links.append(links)
-            blocks.pieces.append(pieces)
-            blocks.breaks.append(breaks)
-            leaf = -1
-            link_chars = links = pieces = breaks = 0
-        parts.clear()
+    def run(self, body: LexborNode) -> None:
+        """Walk; in one function, since a page has 2,000 nodes and methods for their kinds took half as long again."""
+        kinds, parents, firsts, ends, inlines = self.kinds, self.parents, self.firsts, self.ends, self.inlines
+        texts = self.texts
+        kind_of: dict[object, int] = {}
+        open_elements: list[int] = []
+        addresses: list[int] = []  # where they lie in memory, which is what tells them apart
+        parts: list[str] = []  # of the block being read
+        leaf = link = pre = -1  # the element of its first letter; the open <a href>; the open <pre>
+        link_chars = links = pieces = breaks = 0
 
-    for node in body.traverse(include_text=True):
-        tag = node.tag
-        is_text = tag == "-text"
-        if is_text:
-            text = node.text_content
-            if not text or text.isspace():
-                if text and leaf >= 0:
-                    parts.append(text)
-                continue
-        elif tag is None or tag == "-comment":
-            continue
-        if stack:
-            above = node.parent.mem_id  # every node under the body has one
-            while addresses[-1] != above:
-                addresses.pop()
-                closed = stack.pop()
-                if parts and holders[closed] == closed:
-                    flush()
-                ends[closed] = len(texts)
-                if closed == link:
-                    link = -1
-                elif closed == pre:
-                    pre = -1
-        if is_text:
-            if leaf < 0:
-                leaf = stack[-1]
-            parts.append(text)
-            pieces += 1
-            if link >= 0:
-                link_chars += len(text.strip())
-        elif tag == "br":
+        def end_block() -> None:
+            nonlocal leaf, link_chars, links, pieces, breaks
             if leaf >= 0:
-                if breaks and _ends_in_break(parts):
-                    flush()  # two in a row part paragraphs on pages that know no <p>
-                else:
-                    parts.append(_BREAK)
-                    breaks += 1
-        else:
-            number = len(parents)
+                texts.append(_preformatted(parts) if pre >= 0 else _flowing(parts, breaks))
+                self.counts.extend((leaf, link_chars, links, pieces, breaks))
+                leaf = -1
+                link_chars = links = pieces = breaks = 0
+            parts.clear()
+
+        for node in body.traverse(include_text=True):
+            tag = node.tag
+            if tag == "-text":
+                text = node.text_content
+                if not text or text.isspace():
+                    if text and leaf >= 0:
+                        parts.append(text)
+                    continue
+            elif tag is None or tag == "-comment":
+                continue
+            if open_elements:
+                above = node.parent.mem_id  # every node under the body has one
+                while addresses[-1] != above:
+                    addresses.pop()
+                    closed = open_elements.pop()
+                    if parts and not inlines[closed]:
+                        end_block()
+                    ends[closed] = len(texts)
+                    if closed == link:
+                        link = -1
+                    elif closed == pre:
+                        pre = -1
+            if tag == "-text":
+                if leaf < 0:
+                    leaf = open_elements[-1]
+                parts.append(text)
+                pieces += 1
+                if link >= 0:
+                    link_chars += len(text.strip())
+                continue
+            if tag == "br":
+                if leaf >= 0:
+                    if breaks and _ends_in_break(parts):
+                        end_block()  # two in a row part paragraphs on pages that know no <p>
+                    else:
+                        parts.append(_BREAK)
+                        breaks += 1
+                continue
             inline = tag in _INLINE
             if parts and not inline:
-                flush()
-            parent = stack[-1] if stack else 0
+                end_block()
             kind: object = tag
-            mark = TAG_BITS.get(tag, 0)
             attributes = node.attributes
             if attributes:
                 get = attributes.get
-                kind = (tag, get("class"), get("id"), get("role"), get("itemprop"))
-                if ("style" in attributes or "hidden" in attributes or "aria-hidden" in attributes) and _is_hidden(
-                    attributes
-                ):
-                    mark |= TAG_BITS["(hidden)"]
-                if link < 0 and tag == "a" and "href" in attributes:
-                    link = number
+                kind = (tag, get("class"), get("id"), get("role"), get("itemprop"), _is_hidden(attributes))
+                if tag == "a" and link < 0 and "href" in attributes:
+                    link = len(parents)
                     links += 1
-            if pre < 0 and tag == "pre":
-                pre = number
-            kind_number = kind_of.get(kind)
-            if kind_number is None:
-                kind_number = kind_of[kind] = len(keys)
-                keys.append(ElementKey(tag, " ".join(filter(None, kind[1:])) if attributes else ""))
-            kinds.append(kind_number)
-            parents.append(parent)
-            marks.append(mark | marks[parent] if stack else mark)
-            depths.append(len(stack))
-            holders.append(holders[parent] if inline else number)
+            if tag == "pre" and pre < 0:
+                pre = len(parents)
+            number = kind_of.get(kind)
+            if number is None:
+                number = kind_of[kind] = self._new_kind(tag, kind)
+            kinds.append(number)
+            parents.append(open_elements[-1] if open_elements else 0)
+            open_elements.append(len(inlines))
+            inlines.append(inline)
             firsts.append(len(texts))
             ends.append(0)
-            stack.append(number)
             addresses.append(node.mem_id)
-    if parts:
-        flush()
-    for number in stack:
-        ends[number] = len(texts)
-    return keys
+        if parts:
+            end_block()
+        for number in open_elements:
+            ends[number] = len(texts)
+
+    def _new_kind(self, tag: str, kind: object) -> int:
+        names, bits = "", TAG_BITS.get(tag, 0)
+        if isinstance(kind, tuple):
+            *values, hidden = kind[1:]
+            names = " ".join(filter(None, values))
+            bits |= TAG_BITS["(hidden)"] if hidden else 0
+        self.keys.append(ElementKey(tag, names))
+        self.bits.append(bits)
+        return len(self.bits) - 1
+
+    def blocks(self) -> Blocks:
+        return Blocks(self.texts, *np.frombuffer(self.counts, np.int32).reshape(-1, 5).T.copy())
+
+    def elements(self) -> Elements:
+        """Follow the parents of all elements at once, in steps that double the way: log2(depth) of them."""
+        kind, parent = np.frombuffer(self.kinds, np.int32), np.frombuffer(self.parents, np.int32)
+        tags = np.array(self.bits, np.int32)[kind]
+        numbers = np.arange(len(kind), dtype=np.int32)
+        holder = np.where(np.array(self.inlines, bool), parent, numbers)
+        depth = (numbers > 0).astype(np.int32)
+        above = parent
+        while above.any():
+            tags |= tags[above]
+            depth += depth[above]
+            holder = holder[holder]
+            above = above[above]
+        first, end = np.frombuffer(self.firsts, np.int32), np.frombuffer(self.ends, np.int32)
+        return Elements(self.keys, kind, parent, depth, tags, holder, first, end)
 
 
 _BREAK = "\v"  # <br>; `split` takes it for a space
@@ -272,16 +283,17 @@ def _ends_in_break(parts: list[str]) -> bool:
 
 
 def _is_hidden(attributes: dict[str, str | None]) -> bool:
-    style = (attributes.get("style") or "").replace(" ", "")
-    return "hidden" in attributes or attributes.get("aria-hidden") == "true" or "display:none" in style
+    if "style" in attributes and "display:none" in (attributes["style"] or "").replace(" ", ""):
+        return True
+    return "hidden" in attributes or ("aria-hidden" in attributes and attributes["aria-hidden"] == "true")
 
 
-def _flowing(text: str) -> str:
-    if _BREAK not in text:
-        return " ".join(text.split())
-    return "\n".join(line for part in text.split(_BREAK) if (line := " ".join(part.split())))
+def _flowing(parts: list[str], breaks: int) -> str:
+    if not breaks:
+        return " ".join("".join(parts).split())
+    return "\n".join(line for part in "".join(parts).split(_BREAK) if (line := " ".join(part.split())))
 
 
-def _preformatted(text: str) -> str:
-    lines = [line.rstrip() for line in text.replace(_BREAK, "\n").expandtabs().splitlines()]
+def _preformatted(parts: list[str]) -> str:
+    lines = [line.rstrip() for line in "".join(parts).replace(_BREAK, "\n").expandtabs().splitlines()]
     return "\n".join(lines).strip("\n")

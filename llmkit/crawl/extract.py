@@ -86,17 +86,19 @@ class Extractor:
 
 def text_of(tree: BlockTree, keep: np.ndarray) -> str:
     """The kept blocks' text in document order: a line each, the cells of a table's row on one line."""
-    elements, texts = tree.elements, tree.blocks.text
+    kept = np.flatnonzero(keep)
+    holders = tree.elements.holder[tree.blocks.leaf[kept]]
+    in_row = tree.elements.tags[holders] & TAG_BITS["tr"] > 0
+    rows = np.where(in_row, tree.elements.parent[holders], -1).tolist()
+    keys, kinds = tree.elements.keys, tree.elements.kind[holders].tolist()
     parts: list[str] = []
     last_row = -1
-    for number in np.flatnonzero(keep).tolist():
-        leaf = tree.blocks.leaf[number]
-        row = -1
-        if elements.tags[leaf] & TAG_BITS["tr"] and tree.keys[elements.key[elements.holder[leaf]]].tag in ("td", "th"):
-            row = elements.parent[elements.holder[leaf]]
+    for number, kind, row in zip(kept.tolist(), kinds, rows, strict=True):
+        if row >= 0 and keys[kind].tag not in ("td", "th"):
+            row = -1
         if parts:
             parts.append(" | " if row >= 0 and row == last_row else "\n")
-        parts.append(texts[number])
+        parts.append(tree.blocks.text[number])
         last_row = row
     return "".join(parts)
 

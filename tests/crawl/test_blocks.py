@@ -44,7 +44,7 @@ def test_a_block_knows_its_elements() -> None:
     assert nav & TAG_BITS["nav"] and not paragraph & TAG_BITS["nav"]
     assert paragraph & TAG_BITS["article"] and paragraph & TAG_BITS["p"]
     assert list(tree.blocks.link_chars) == [4, 0]
-    assert ElementKey("article", "post Body") in tree.keys
+    assert ElementKey("article", "post Body") in tree.elements.keys
     body = 0
     assert (tree.elements.first_block[body], tree.elements.end_block[body]) == (0, 2)
 
@@ -56,6 +56,7 @@ def test_hidden_elements_are_marked() -> None:
 
 def test_words_of_names() -> None:
     assert name_words("postBody-12_XMLView") == ["post", "body", "xml", "view"]
+    assert name_words("post-body__item") == ["post", "body", "", "item"]
     assert key_tokens(ElementKey("p", "postBody nav")) == ["<p", "post", "body", "nav"]
     weights = NameWeights({"<p": 1.0, "post": 0.5, "nav": -2.0})
     assert weights.of(ElementKey("p", "postBody nav")) == -0.5
