@@ -282,7 +282,7 @@ def scaled_dot_product_attention(
     window: int | None = None,
     softcap: float | None = None,
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     """Attention with torch's names and order, and packed documents, sliding windows and capped scores besides.
 
     query (B, H, T, D), key and value (B, K, S, D) -> (B, H, T, D). With `doc_ids` (B, T), or a `Packing` of them, a
@@ -294,10 +294,9 @@ def scaled_dot_product_attention(
     NotImplementedError by name. On CPU `softcap` and `return_lse` hold all T x S scores.
     """
     length, keys = query.shape[2], key.shape[2]
-    own = {"doc_ids": doc_ids is not None, "window": window is not None}
-    own |= {"softcap": softcap is not None, "return_lse": return_lse}
-    added = " and ".join(name for name, given in own.items() if given)
     if attn_mask is not None or dropout_p > 0:
+        given = {"doc_ids": doc_ids, "window": window, "softcap": softcap, "return_lse": return_lse or None}
+        added = " and ".join(name for name, value in given.items() if value is not None)
         if added:
             name = "dropout_p" if attn_mask is None else "attn_mask"
             raise NotImplementedError(f"scaled_dot_product_attention: {name} with {added} is not implemented")
@@ -315,7 +314,7 @@ def scaled_dot_product_attention(
         window = None
     if fused_attention.can_run(query, key, value, factor) and (length == keys or not is_causal):
         out, lse = _fused_attention(query, key, value, is_causal, factor, doc_ids, window, softcap)
-        return (out, lse) if return_lse else out
+        return (out, lse) if return_lse else out  # type: ignore[return-value]  # a pair only where asked for
     if softcap is not None or return_lse:
         ids = doc_ids.doc_ids if isinstance(doc_ids, Packing) else doc_ids
         mask = None
@@ -324,7 +323,7 @@ def scaled_dot_product_attention(
         elif is_causal:
             mask = torch.ones(length, keys, dtype=torch.bool, device=query.device).tril()
         out, lse = attention_reference(query, key, value, scale=factor, mask=mask, softcap=softcap)
-        return (out, lse) if return_lse else out
+        return (out, lse) if return_lse else out  # type: ignore[return-value]  # a pair only where asked for
     return _attention_by_torch(query, key, value, is_causal, factor, enable_gqa, doc_ids, window)
 
 

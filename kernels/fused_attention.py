@@ -7,6 +7,7 @@ B batch, H query heads, K key-value heads, T queries, S keys, D head size.
 """
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -63,8 +64,9 @@ def _rows_contiguous(*tensors: Tensor) -> list[Tensor]:
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
-def empty_as_used(batch: int, heads: int, length: int, size: int, like: Tensor) -> Tensor:
+def empty_as_used(shape: Sequence[int], like: Tensor) -> Tensor:
     """(B, H, T, D) that lies in memory as (B, T, H, D), as the projection that follows reads it."""
+    batch, heads, length, size = shape
     return like.new_empty(batch, length, heads, size).transpose(1, 2)
 
 
@@ -89,9 +91,7 @@ def attention(
 
 @attention.register_fake
 def _(query, key, value, lo, hi, scale, is_causal, softcap):
-    batch, heads, length, size = query.shape
-    lse = query.new_empty((batch, heads, length), dtype=torch.float32)
-    return empty_as_used(batch, heads, length, size, query), lse
+    return empty_as_used(query.shape, query), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("llmkit::attention_backward", mutates_args=())
@@ -118,9 +118,7 @@ def attention_backward(
 
 @attention_backward.register_fake
 def _(grad, grad_lse, query, key, value, out, lse, lo, hi, scale, is_causal, softcap):
-    shapes = (query.shape, key.shape, key.shape)
-    grad_query, grad_key, grad_value = (empty_as_used(*shape, query) for shape in shapes)
-    return grad_query, grad_key, grad_value
+    return empty_as_used(query.shape, query), empty_as_used(key.shape, query), empty_as_used(key.shape, query)
 
 
 def _save(ctx, inputs, output):
@@ -153,5 +151,4 @@ def attention_decode(
 
 @attention_decode.register_fake
 def _(query, key_cache, value_cache, lengths, scale, window, softcap):
-    batch, heads, length, size = query.shape
-    return empty_as_used(batch, heads, length, size, query)
+    return empty_as_used(query.shape, query)

@@ -213,7 +213,7 @@ def forward(
     """
     batch, heads, queries, size = query.shape
     keys = key.shape[2]
-    out = empty_as_used(batch, heads, queries, size, query)
+    out = empty_as_used(query.shape, query)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
     scales, constants = shared_arguments(query, key, scale, is_causal, softcap, lo is not None)
     chosen = tiles("attention_forward", size, query.dtype)

@@ -220,8 +220,8 @@ def backward(
     """Gradients of query, key and value; grad_lse (B, H, T) is that of `lse` in natural units, if any."""
     batch, heads, queries, size = query.shape
     kv_heads, keys = key.shape[1:3]
-    grad_query = empty_as_used(batch, heads, queries, size, query)
-    grad_key, grad_value = (empty_as_used(batch, kv_heads, keys, size, query) for _ in range(2))
+    grad_query = empty_as_used(query.shape, query)
+    grad_key, grad_value = (empty_as_used(key.shape, query) for _ in range(2))
     delta = torch.empty_like(lse)
     scales, constants = shared_arguments(query, key, scale, is_causal, softcap, lo is not None)
     chosen = tiles("attention_grad_query", size, query.dtype)

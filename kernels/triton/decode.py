@@ -136,7 +136,7 @@ def decode(
     kv_heads, capacity = key_cache.shape[1:3]
     group = heads // kv_heads
     padded = max(16, triton.next_power_of_2(size))
-    out = empty_as_used(batch, heads, new, size, query)
+    out = empty_as_used(query.shape, query)
     chosen = decode_tiles(size, query.dtype)
     splits = max(1, triton.cdiv(capacity, chosen.split_keys))
     block_r = min(64, max(16, triton.next_power_of_2(new * group)))

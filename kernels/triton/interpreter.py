@@ -42,10 +42,10 @@ def repair_bfloat16() -> None:
 
     cast = InterpreterBuilder.cast_impl
 
-    def cast_as_a_gpu_does(self, source, dtype):  # the interpreter's own cast drops the lower bits
-        if dtype.scalar == tl.bfloat16 and source.dtype.scalar == tl.float32:
-            return narrowed(source.data)
-        return cast(self, widened(source), dtype)
+    def cast_as_a_gpu_does(self, src, dst_type):  # the interpreter's own cast drops the lower bits
+        if dst_type.scalar == tl.bfloat16 and src.dtype.scalar == tl.float32:
+            return narrowed(src.data)
+        return cast(self, widened(src), dst_type)
 
     InterpreterBuilder.cast_impl = cast_as_a_gpu_does
     InterpreterBuilder.repaired = True  # type: ignore[attr-defined]

@@ -144,7 +144,7 @@ class Decoder:
         write_at = (position_B.unsqueeze(1) + self._first_RK).view(-1)
         windows = set() if self._fused else {layer.window for layer in self._layers}
         masks = {window: self._mask(position_B, seen, window) for window in windows}
-        length_B = position_B + 1
+        length_B = position_B + 1 if self._fused else position_B
         x_BC = F.embedding(token_B, self.model.embed_tokens)
         if config.normalize_embedding:
             x_BC = self._norm(x_BC, None)
