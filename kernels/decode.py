@@ -29,12 +29,12 @@ def attention_decode(
         raise ValueError(f"lengths: expected {query.shape[0]} of them, found shape {tuple(lengths.shape)}")
     if (window is not None and window < 1) or (softcap is not None and softcap <= 0):
         raise ValueError(f"window and softcap: expected positive numbers, found {window} and {softcap}")
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if fused_attention.can_run(query, key_cache, value_cache, scale):
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    if fused_attention.can_run(query, key_cache, value_cache, factor):
         return fused_attention.attention_decode(
-            query, key_cache, value_cache, lengths, scale, window or 0, softcap or 0.0
+            query, key_cache, value_cache, lengths, factor, window or 0, softcap or 0.0
         )
-    return attention_decode_reference(query, key_cache, value_cache, lengths, scale, window, softcap)
+    return attention_decode_reference(query, key_cache, value_cache, lengths, factor, window, softcap)
 
 
 def attention_decode_reference(
