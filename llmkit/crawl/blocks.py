@@ -164,6 +164,7 @@ class _Walk:
         parts: list[str] = []  # of the block being read
         leaf = link = pre = -1  # the element of its first letter; the open <a href>; the open <pre>
         link_chars = links = pieces = breaks = 0
+        text = ""
 
         def end_block() -> None:
             nonlocal leaf, link_chars, links, pieces, breaks
@@ -177,15 +178,15 @@ class _Walk:
         for node in body.traverse(include_text=True):
             tag = node.tag
             if tag == "-text":
-                text = node.text_content
-                if not text or text.isspace():
-                    if text and leaf >= 0:
+                text = node.text_content or ""
+                if text.isspace() or not text:
+                    if leaf >= 0:
                         parts.append(text)
                     continue
             elif tag is None or tag == "-comment":
                 continue
             if open_elements:
-                above = node.parent.mem_id  # every node under the body has one
+                above = node.parent.mem_id  # pyright: ignore[reportOptionalMemberAccess]  # all but the body have one
                 while addresses[-1] != above:
                     addresses.pop()
                     closed = open_elements.pop()

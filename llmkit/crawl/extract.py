@@ -123,7 +123,7 @@ def _title_of(tree: LexborHTMLParser) -> str | None:
 
 def _trafilatura() -> Callable[..., str | None]:
     try:
-        from trafilatura import extract
+        from trafilatura import extract  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError(
             "--extractor trafilatura: it is not installed; pip install 'llmkit[trafilatura]', or use --extractor model"
