@@ -42,13 +42,13 @@ class Collector:
         self.read, self.pages, self.limit, self.records = 0, 0, limit, records
         self._document, self._reject, self._scores = document, reject, scores
         self._names = Names(spill)
-        self._duplicates: Any = None
+        self.duplicates: Any = None  # what says what repeats what: has add() of `Duplicates`
         self._last_step = recipe.steps[-1] if recipe.steps else READ
         asked = [step for step in DUPLICATES if step in recipe.steps]
         if asked:
             from llmkit.crawl.duplicates import Duplicates
 
-            self._duplicates = Duplicates(spill)
+            self.duplicates = Duplicates(spill)
 
     @property
     def full(self) -> bool:
@@ -60,7 +60,7 @@ class Collector:
     def add(self, part: Part) -> None:
         """Take the next part."""
         started = perf_counter()
-        repeats = iter(self._duplicates.add(part.signatures) if part.signatures is not None else ())
+        repeats = iter(self.duplicates.add(part.signatures) if part.signatures is not None else ())
         self.funnel.spend(part.seconds)
         if part.signatures is not None:
             self.funnel.spend({self._last_step: perf_counter() - started})
@@ -94,7 +94,7 @@ class Collector:
         else:
             told = self._repeats(outcome, repeat, step) if self._reject else b""
             self._drop(step, "repeats", told)
-        if self._duplicates is not None:
+        if self.duplicates is not None:
             self._names.add(outcome.line)
 
     def _drop(self, step: str, reason: str | None, line: bytes) -> None:

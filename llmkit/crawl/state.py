@@ -55,7 +55,7 @@ class State:
 
     def has(self, span: Any) -> bool:
         """Whether the span's file is there. Raises UserError when it was made of other bytes."""
-        path = self._path(span)
+        path = self.path(span)
         if not path.exists():
             return False
         with open(path, "rb") as handle:
@@ -66,28 +66,38 @@ class State:
 
     def load(self, span: Any) -> Iterator[Part]:
         """The parts of a span that needs no work."""
-        with open(self._path(span), "rb") as handle:
+        with open(self.path(span), "rb") as handle:
             handle.seek(32)
             yield from read_parts(handle)
 
     def saving(self, span: Any, parts: Iterable[Part]) -> Iterator[Part]:
         """Pass the parts of a span through, keeping them; the file appears after the last."""
+        self.start()
+        yield from write_span(self.path(span), span, parts)
+
+    def start(self) -> None:
+        """Make the folder, where it is not there."""
         if not self.folder.exists():
             self.folder.mkdir()
             with atomic_file(self.folder / "run.json") as handle:
                 handle.write(orjson.dumps(self.run, option=orjson.OPT_INDENT_2))
-        with atomic_file(self._path(span)) as handle:
-            handle.write(_digest(span))
-            for part in parts:
-                write_part(handle, part)
-                yield part
 
     def remove(self) -> None:
         """The run is finished, and its output in place."""
         remove(self.folder)
 
-    def _path(self, span: Any) -> Path:
+    def path(self, span: Any) -> Path:
+        """The span's file."""
         return self.folder / f"span-{span.index:06d}"
+
+
+def write_span(path: Path, span: Any, parts: Iterable[Part]) -> Iterator[Part]:
+    """Pass the parts of a span through, writing them to its file, which appears after the last."""
+    with atomic_file(path) as handle:
+        handle.write(_digest(span))
+        for part in parts:
+            write_part(handle, part)
+            yield part
 
 
 def files_of(paths: Iterable[str]) -> list[Path]:

@@ -79,6 +79,7 @@ class CrawlFilterConfig(CommonConfig):
         None, "Read such a file in place of INPUT, to try other thresholds.", group="Reports", metavar="FILE"
     )
     workers: int | None = option(None, "Processes; all cores otherwise.", group="Running", at_least=1)
+    engine: str = option("local", "What runs them.", group="Running", choices=("local", "ray"))
     spill: str | None = option(None, "Folder on disk for what duplicates need.", group="Running", metavar="FOLDER")
     resume: bool = option(False, "Go on with an unfinished run.", group="Running")
 
@@ -142,6 +143,12 @@ def run(config: CrawlFilterConfig) -> Summary | None:
         ):
             if scores:
                 scores(scores_header(recipe))
+            if config.engine == "ray":
+                from llmkit.crawl.on_ray import work_on_ray
+
+                assert state, "checked with the options"
+                collector.duplicates = work_on_ray(spans, make, state, recipe, config.workers, config.limit)
+                spans = _spans(config, recipe, inputs)  # all finished now
             collect(spans, make, workers, collector, state, partial(_advance, progress, collector))
 
         # save
@@ -208,6 +215,10 @@ def _checked(config: CrawlFilterConfig) -> tuple[list[str], str]:
     out = config.out or "-"
     if config.scores and (config.inputs or config.write_scores):
         raise UserError("--scores: stands in place of INPUT, and cannot be had with --write-scores; leave one out")
+    if config.engine == "ray" and (out == "-" or (os.path.exists(out) and not os.path.isfile(out))):
+        raise UserError("--engine ray: expected an --out on storage that all machines share")
+    if config.engine == "ray" and config.reads_stdin():
+        raise UserError("--engine ray: expected files that all machines share, found stdin")
     if config.resume and out == "-":
         raise UserError("--resume: needs the --out of the unfinished run")
     written = [path for path in (out, config.rejects, config.write_scores) if path]

@@ -1,0 +1,235 @@
+"""The work of crawl-filter as Ray tasks: every span, and every range of the keys that duplicates are found by.
+
+    repeats = work_on_ray(spans, make, state, recipe, workers=None)
+
+leaves the state folder, which must lie on storage that all machines share under one path, with a finished file for
+every span, as an interrupted local run does; what is merged of it is therefore the same, byte for byte. Duplicates:
+
+- a span's task hands back the signatures of its documents, and the driver writes them to `signatures`, in order;
+- `band_firsts` of each column and range of keys is a task, which reads `signatures` and writes `firsts-COLUMN-RANGE`;
+- `join` of these is done by the driver: 256 + 8 x 17 bytes a document on the shared storage, about 40 in memory, and
+  200 for each repeat.
+
+A task whose process dies is done again by Ray, three times at most.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llmkit.crawl.duplicates import Repeat, band_firsts, join, keys
+from llmkit.crawl.funnel import READ
+from llmkit.crawl.page import Span
+from llmkit.crawl.parts import Part
+from llmkit.crawl.reading import Seam
+from llmkit.crawl.recipe import Recipe
+from llmkit.crawl.state import State, write_span
+from llmkit.crawl.workers import AHEAD, Work, WorkerDied, available_cores, place
+from llmkit.errors import UserError
+
+RETRIES = 3
+CHUNK = 1 << 16  # signatures read at once
+RANGE_DOCUMENTS = 1 << 24  # keys sorted at once by a task, in 700 MB
+
+
+class Worked(NamedTuple):
+    """What a span's task hands back; the rest is in its file."""
+
+    began: int | None
+    ended: int | None
+    pages: int
+    signatures: np.ndarray | None  # of the documents left, in order
+    mistake: str | None = None  # a user's, to be raised again in the driver
+
+
+class KnownRepeats:
+    """Stands in for `Duplicates` where it is known already what every document repeats."""
+
+    def __init__(self, repeats: Iterable[Repeat | None]) -> None:
+        self._repeats = iter(repeats)
+
+    def add(self, signatures: np.ndarray) -> list[Repeat | None]:
+        """What each of the next documents repeats."""
+        return [next(self._repeats) for _ in signatures]
+
+
+def work_on_ray(
+    spans: Iterable[Span],
+    make: Callable[[], Work],
+    state: State,
+    recipe: Recipe,
+    workers: int | None = None,
+    limit: int | None = None,
+) -> KnownRepeats:
+    """Have every span worked on that the state has no file of; then find the duplicates of all.
+
+    With a `limit` only as many of the first spans as have so many pages.
+
+    `RAY_ADDRESS` names the cluster; without it Ray is started on this machine alone, with `workers` processes (all
+    cores unless told). On a cluster `workers` is the number of tasks that run at once, the cluster's cores unless told.
+    Raises UserError where Ray is not installed, and what the work raises.
+    """
+    ray = _import_ray()
+    state.start()
+    with _cluster(ray, workers) as count:
+        file = state.folder / "signatures"
+        dtype, pages = None, 0
+        with open(file, "wb") as handle:
+            for worked in _in_order(ray, spans, make, state, count):
+                if worked.signatures is not None:
+                    handle.write(worked.signatures.tobytes())
+                    dtype = worked.signatures.dtype
+                pages += worked.pages
+                if limit is not None and pages >= limit:
+                    break
+        return KnownRepeats([] if dtype is None else _find_repeats(ray, file, dtype, recipe))
+
+
+def _import_ray() -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise UserError(
+            "--engine ray: Ray is not installed; pip install 'llmkit[ray]', or leave --engine out"
+        ) from None
+    return ray
+
+
+@contextmanager
+def _cluster(ray: Any, workers: int | None) -> Iterator[int]:
+    """Ray running: yields how many tasks are to run at once."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no calls home
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if not os.environ.get("RAY_ADDRESS"):
+        options |= {"address": "local", "num_cpus": workers or available_cores(), "include_dashboard": False}
+    terminate = signal.getsignal(signal.SIGTERM)
+    ray.init(**options)
+    with suppress(ValueError):  # not the main thread, in which Ray has set no handler
+        signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    finally:
+        ray.shutdown()
+
+
+# ---- spans
+
+
+def _in_order(ray: Any, spans: Iterable[Span], make: Callable[[], Work], state: State, count: int) -> Iterator[Worked]:
+    """What came of each span, in order, when its file is in place."""
+    task = ray.remote(num_cpus=1, max_retries=RETRIES)(_work_on)
+    made = [ray.put(pickle.dumps(make))]  # in a list, or Ray would hand its content to every task
+    submit = lambda span: task.remote(span, made, str(_unchecked(state, span)), os.getcwd())  # noqa: E731
+    seam, waiting = Seam(), deque[tuple[Span, Any]]()
+
+    def next_one() -> Worked:
+        span, reference = waiting.popleft()
+        if reference is None:
+            worked = _worked(state.load(span))
+        else:
+            worked = _got(ray, span, reference)
+            if again := seam.check(span, worked.began):
+                worked = _got(ray, span, submit(again))
+            os.replace(_unchecked(state, span), state.path(span))
+        seam.passed(span, worked.began, worked.ended)
+        return worked
+
+    for span in spans:
+        waiting.append((span, None if state.has(span) else submit(span)))
+        if len(waiting) >= AHEAD * count:
+            yield next_one()
+    while waiting:
+        yield next_one()
+
+
+def _unchecked(state: State, span: Span) -> Path:
+    """Where a task leaves a span's parts: they count when it is known that the span began at the right place."""
+    return state.path(span).with_suffix(".unchecked")
+
+
+def _got(ray: Any, span: Span, reference: Any) -> Worked:
+    try:
+        worked = ray.get(reference)
+    except ray.exceptions.WorkerCrashedError:
+        raise WorkerDied(f"{place(span)}: the process that worked on this was ended {RETRIES + 1} times") from None
+    except ray.exceptions.OutOfMemoryError:
+        raise WorkerDied(f"{place(span)}: not enough memory for this; fewer --workers need less") from None
+    if worked.mistake is not None:
+        raise UserError(worked.mistake)
+    return worked
+
+
+_works: dict[Any, Work] = {}
+
+
+def _work_on(span: Span, made: list[Any], file: str, folder: str) -> Worked:
+    """The task: work on a span, leave its parts in the file."""
+    import ray
+
+    os.chdir(folder)  # the driver's: paths are relative to it
+    try:
+        if made[0] not in _works:
+            _works[made[0]] = pickle.loads(ray.get(made[0]))()
+        return _worked(write_span(Path(file), span, _works[made[0]].parts(span)))
+    except UserError as error:
+        return Worked(None, None, 0, None, str(error))
+
+
+def _worked(parts: Iterable[Part]) -> Worked:
+    found, part, pages = [], None, 0
+    for part in parts:
+        pages += sum(outcome.step != READ for outcome in part.outcomes)
+        if part.signatures is not None:
+            found.append(part.signatures)
+    assert part, "a span has a part at least"
+    return Worked(part.began, part.ended, pages, np.concatenate(found) if found else None)
+
+
+# ---- duplicates
+
+
+def _find_repeats(ray: Any, file: Path, dtype: np.dtype, recipe: Recipe) -> list[Repeat | None]:
+    """What each document repeats, from the file of all signatures."""
+    signatures = np.memmap(file, dtype, "r")
+    documents, columns = len(signatures), keys(signatures[:1]).shape[1]
+    ranges = -(-documents // RANGE_DOCUMENTS)
+    task = ray.remote(num_cpus=1, max_retries=RETRIES)(write_firsts)
+    jobs = [(column, part) for column in range(columns) for part in range(ranges)]
+    waiting = [task.remote(str(file.absolute()), dtype.descr, column, part, ranges) for column, part in jobs]
+    firsts = np.memmap(file.with_name("firsts"), np.int64, "w+", shape=(documents, columns))
+    for start in range(0, documents, CHUNK):
+        firsts[start : start + CHUNK] = np.arange(start, min(start + CHUNK, documents))[:, None]
+    for (column, _), reference in zip(jobs, waiting, strict=True):
+        pairs = np.load(ray.get(reference))
+        firsts[pairs[0], column] = pairs[1]
+    exact, near = (f"{kind}_duplicates" in recipe.steps for kind in ("exact", "near"))
+    return join(firsts, signatures, recipe.near_duplicates.min_similarity, exact, near)
+
+
+def write_firsts(file: str, fields: list[Any], column: int, part: int, parts: int) -> str:
+    """The task: the file of (2, n) numbers of documents and of the first with the same key, where that is another.
+
+    part: of the range of keys, cut into as many as `parts`.
+    """
+    signatures = np.memmap(file, np.dtype([tuple(field) for field in fields]), "r")
+    rows, found = [], []
+    for start in range(0, len(signatures), CHUNK):
+        column_keys = keys(signatures[start : start + CHUNK])[:, column]
+        chosen = np.flatnonzero((column_keys >> np.uint64(32)) * np.uint64(parts) >> np.uint64(32) == part)
+        rows.append(chosen + start)
+        found.append(column_keys[chosen])
+    numbers = np.concatenate(rows)
+    firsts = numbers[band_firsts(np.concatenate(found))]
+    repeated = firsts != numbers
+    out = Path(file).with_name(f"firsts-{column}-{part}.npy")
+    np.save(out, np.stack([numbers[repeated], firsts[repeated]]))
+    return str(out)
