@@ -139,7 +139,7 @@ def mixed_pages() -> list[Record]:
         Record(f"{site}/language/german", html("Am See", [" ".join(GERMAN[:4]), " ".join(GERMAN[4:])])),
         Record(f"{site}/exact_duplicates/1", html("On small things", first)),
         Record(f"{site}/near_duplicates/1", html("On small things", edited)),
-        Record(f"{site}/gopher_quality/short", html("Short", ["The ferry left a little before seven. We were on it."])),
+        Record(f"{site}/gopher_quality/short", html("Short", [" ".join(SENTENCES[:2])])),
         Record(f"{site}/gopher_repetition/same", html("Again", [prose(3)[0]] * 9)),
         Record(f"{site}/read/pdf", b"%PDF-1.4 nothing to see", content_type="application/pdf"),
         Record(f"{site}/read/gone", html("Gone", prose(4)), status="404 Not Found"),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from time import perf_counter
+from time import thread_time
 from typing import Any
 
 import orjson
@@ -48,7 +49,8 @@ class Collector:
         if asked:
             from llmkit.crawl.duplicates import Duplicates
 
-            self.duplicates = Duplicates(spill)
+            exact, near = (step in asked for step in DUPLICATES)
+            self.duplicates = Duplicates(spill, recipe.near_duplicates.min_similarity, exact, near)
 
     @property
     def full(self) -> bool:
@@ -59,11 +61,11 @@ class Collector:
 
     def add(self, part: Part) -> None:
         """Take the next part."""
-        started = perf_counter()
+        started = thread_time()
         repeats = iter(self.duplicates.add(part.signatures) if part.signatures is not None else ())
         self.funnel.spend(part.seconds)
         if part.signatures is not None:
-            self.funnel.spend({self._last_step: perf_counter() - started})
+            self.funnel.spend({self._last_step: thread_time() - started})
         for outcome in part.outcomes:
             if self.full:
                 return
@@ -88,10 +90,11 @@ class Collector:
         assert self.full or records == self.read, f"{self.read} records were read, {records} are accounted for"
 
     def _keep(self, outcome: Outcome, repeat: Any) -> None:
-        if repeat is None or (step := f"{repeat.kind}_duplicates") not in self.funnel.dropped:
+        if repeat is None:
             self.funnel.count(None, None)
             self._document(outcome.line)
         else:
+            step = f"{repeat.kind}_duplicates"
             told = self._repeats(outcome, repeat, step) if self._reject else b""
             self._drop(step, "repeats", told)
         if self.duplicates is not None:
@@ -121,7 +124,7 @@ def collect(
 ) -> None:
     """Have the spans worked on and their parts collected in order.
 
-    state: keeps finished spans and gives back those of an earlier run. on_progress gets the bytes of each span.
+    state: keeps finished spans and gives back those of an earlier run. on_progress gets the bytes done, part by part.
     """
     done = state.has if state else lambda span: False
     seam = Seam()
@@ -131,15 +134,17 @@ def collect(
         else:
             parts = _standing(seam, span, parts, make)
             parts = state.saving(span, parts) if state else parts
-        began, ended = None, None
+        began, ended, position = None, None, span.start
         for part in parts:
             collector.add(part)
-            on_progress(0)
             if collector.full:
                 return
             began, ended = part.began, part.ended
+            reached = part.outcomes[-1].offset if part.outcomes and span.frames is None else position
+            on_progress(max(0, reached - position))
+            position = max(position, reached)
         seam.passed(span, began, ended)
-        on_progress(size_of(span))
+        on_progress(max(0, size_of(span) - (position - span.start)))
     collector.finish()
 
 
@@ -158,6 +163,8 @@ def _standing(seam: Seam, span: Span, parts: Iterator[Part], make: Callable[[], 
 
 def size_of(span: Span) -> int:
     """The bytes of input in a span."""
+    if span.files:
+        return sum(os.path.getsize(path) for path in span.files if os.path.isfile(path))
     return sum(len(data) for _, data in span.frames) if span.frames is not None else span.stop - span.start
 
 
@@ -170,7 +177,7 @@ class Names:
     def __init__(self, spill: Path | None) -> None:
         self._ends = array("Q", [0])
         self._bytes = bytearray()
-        self._file = open(spill / "ids", "w+b") if spill else None  # noqa: SIM115
+        self._file = tempfile.TemporaryFile(dir=spill) if spill else None  # noqa: SIM115
 
     def add(self, line: bytes) -> None:
         """The id of the next document, given its line."""

@@ -38,7 +38,7 @@ class Funnel:
             self.dropped[step][reason] += 1
 
     def spend(self, seconds: Mapping[str, float]) -> None:
-        """Add the seconds that steps took, summed over processes."""
+        """Add the seconds of the processor that steps took, summed over processes."""
         for step, amount in seconds.items():
             self.seconds[step] += amount
 

@@ -32,7 +32,7 @@ class Part:
     read: int  # records taken from the input, counted where they are read: the check on nothing being lost
     outcomes: list[Outcome]
     signatures: np.ndarray | None = None
-    seconds: dict[str, float] = field(default_factory=dict)  # by step
+    seconds: dict[str, float] = field(default_factory=dict)  # of the processor, by step
     began: int | None = None
     ended: int | None = None
 

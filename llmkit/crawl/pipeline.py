@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from time import perf_counter
+from time import thread_time
 from typing import Any
 
 import orjson
@@ -38,6 +38,7 @@ class Pipeline:
     ) -> None:
         self.steps, self.rejects, self.scores = Steps(recipe, url_filter), rejects, scores
         self.duplicates = [step for step in DUPLICATES if step in recipe.steps]
+        self.near = recipe.near_duplicates
         self.tell_language = "language" in recipe.steps
 
     def parts(self, span: Span) -> Iterator[Part]:
@@ -56,9 +57,9 @@ class Pipeline:
         yield self._finished(part, texts, records)
 
     def _next(self, records: Records, seconds: dict[str, float]) -> Journey | Skipped | None:
-        started = perf_counter()
+        started = thread_time()
         record = next(records, None)
-        seconds[READ] = seconds.get(READ, 0.0) + perf_counter() - started
+        seconds[READ] = seconds.get(READ, 0.0) + thread_time() - started
         return record
 
     def _finished(self, part: Part, texts: list[str], records: Records) -> Part:
@@ -66,9 +67,9 @@ class Pipeline:
         if self.duplicates and texts:
             from llmkit.crawl.duplicates import signatures
 
-            started = perf_counter()
-            part.signatures = signatures(texts)
-            part.seconds[self.duplicates[-1]] = perf_counter() - started
+            started = thread_time()
+            part.signatures = signatures(texts, self.near.bands, self.near.rows)
+            part.seconds[self.duplicates[-1]] = thread_time() - started
         return part
 
     def _outcome(self, record: Journey | Skipped, seconds: dict[str, float]) -> Outcome:

@@ -71,6 +71,21 @@ class PersonalData:
     mode: str = "redact"  # redact: placeholders in their place; drop: the page goes
 
 
+@dataclass(frozen=True, slots=True)
+class NearDuplicates:
+    """How much alike two texts must be for the later one to be dropped."""
+
+    min_similarity: float = 0.7  # of the sets of 5-grams of words (Jaccard), as the MinHashes estimate it
+    bands: int = 14  # texts are compared that agree in all MinHashes of one band
+    rows: int = 8  # MinHashes in a band
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.bands < 255 and 1 <= self.rows <= 64):
+            raise UserError(
+                f"[near_duplicates]: expected 1 to 254 bands of 1 to 64 rows, found {self.bands} of {self.rows}"
+            )
+
+
 CHOICES = {
     ("extract", "extractor"): ("model", "fast", "trafilatura"),
     ("extract", "favour"): ("balance", "precision", "recall"),
@@ -91,6 +106,7 @@ class Recipe:
     c4: C4 = field(default_factory=C4)
     fineweb: FineWebQuality = field(default_factory=FineWebQuality)
     pii: PersonalData = field(default_factory=PersonalData)
+    near_duplicates: NearDuplicates = field(default_factory=NearDuplicates)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", tuple(step for step in STEPS if step in check_steps(self.steps, "steps")))

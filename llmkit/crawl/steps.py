@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from time import perf_counter
+from time import thread_time
 from typing import Any
 
 from llmkit.crawl.c4 import c4
@@ -101,9 +101,9 @@ class Steps:
         for name, step in self.in_order:
             if keep_scores and journey.extracted is None and name not in ("url", "extract"):
                 self.measure(journey)
-            started = perf_counter()
+            started = thread_time()
             journey.reason = step(journey)
-            seconds[name] = seconds.get(name, 0.0) + perf_counter() - started
+            seconds[name] = seconds.get(name, 0.0) + thread_time() - started
             if journey.reason:
                 journey.step = name
                 return
