@@ -5,10 +5,12 @@
 leaves the state folder, which must lie on storage that all machines share under one path, with a finished file for
 every span, as an interrupted local run does; what is merged of it is therefore the same, byte for byte. Duplicates:
 
-- a span's task hands back the signatures of its documents, and the driver writes them to `signatures`, in order;
-- `band_firsts` of each column and range of keys is a task, which reads `signatures` and writes `firsts-COLUMN-RANGE`;
-- `join` of these is done by the driver: 256 + 8 x 17 bytes a document on the shared storage, about 40 in memory, and
-  200 for each repeat.
+- a span's task hands back the signatures of its documents; the driver writes them to `signatures`, in order, and each
+  column of their keys to `keys-COLUMN`;
+- `band_firsts` of a column and a range of its keys is a task: it reads `keys-COLUMN`, writes `firsts-COLUMN-PART.npy`;
+- `join` of these is done by the driver.
+
+A document takes 256 bytes of signature, 17 keys and 17 numbers of 8 bytes on the shared storage, 528 in all.
 
 A task whose process dies is done again by Ray, three times at most.
 """
@@ -20,9 +22,9 @@ import pickle
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -37,8 +39,8 @@ from llmkit.crawl.workers import AHEAD, Work, WorkerDied, available_cores, place
 from llmkit.errors import UserError
 
 RETRIES = 3
-CHUNK = 1 << 16  # signatures read at once
-RANGE_DOCUMENTS = 1 << 24  # keys sorted at once by a task, in 700 MB
+CHUNK = 1 << 16  # keys read at once
+RANGE_KEYS = 1 << 25  # sorted at once by a task, in 3 GB
 
 
 class Worked(NamedTuple):
@@ -81,17 +83,15 @@ def work_on_ray(
     ray = _import_ray()
     state.start()
     with _cluster(ray, workers) as count:
-        file = state.folder / "signatures"
-        dtype, pages = None, 0
-        with open(file, "wb") as handle:
+        pages = 0
+        with _SignatureFiles(state.folder) as files:
             for worked in _in_order(ray, spans, make, state, count):
                 if worked.signatures is not None:
-                    handle.write(worked.signatures.tobytes())
-                    dtype = worked.signatures.dtype
+                    files.write(worked.signatures)
                 pages += worked.pages
                 if limit is not None and pages >= limit:
                     break
-        return KnownRepeats([] if dtype is None else _find_repeats(ray, file, dtype, recipe))
+        return KnownRepeats(_find_repeats(ray, files, recipe) if files.documents else [])
 
 
 def _import_ray() -> Any:
@@ -197,39 +197,67 @@ def _worked(parts: Iterable[Part]) -> Worked:
 # ---- duplicates
 
 
-def _find_repeats(ray: Any, file: Path, dtype: np.dtype, recipe: Recipe) -> list[Repeat | None]:
-    """What each document repeats, from the file of all signatures."""
-    signatures = np.memmap(file, dtype, "r")
-    documents, columns = len(signatures), keys(signatures[:1]).shape[1]
-    ranges = -(-documents // RANGE_DOCUMENTS)
+class _SignatureFiles:
+    """`signatures`, with those of all documents in order, and `keys-COLUMN` with a column of their keys."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.documents, self.columns = folder.absolute(), 0, 0
+        self.dtype = np.dtype(np.uint8)
+        self._files = ExitStack()
+        self._handles: list[IO[bytes]] = []
+
+    def write(self, signatures: np.ndarray) -> None:
+        """Add those of the next documents (n,)."""
+        found = keys(signatures)
+        if not self._handles:
+            self.dtype, self.columns = signatures.dtype, found.shape[1]
+            names = ["signatures", *(f"keys-{column}" for column in range(self.columns))]
+            self._handles = [self._files.enter_context((self.folder / name).open("wb")) for name in names]
+        self._handles[0].write(signatures.tobytes())
+        for handle, column in zip(self._handles[1:], found.T, strict=True):
+            handle.write(column.tobytes())
+        self.documents += len(signatures)
+
+    def __enter__(self) -> _SignatureFiles:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._files.close()
+
+
+def _find_repeats(ray: Any, files: _SignatureFiles, recipe: Recipe) -> list[Repeat | None]:
+    """What each document repeats."""
+    folder, documents = files.folder, files.documents
+    parts = -(-documents // RANGE_KEYS)
     task = ray.remote(num_cpus=1, max_retries=RETRIES)(write_firsts)
-    jobs = [(column, part) for column in range(columns) for part in range(ranges)]
-    waiting = [task.remote(str(file.absolute()), dtype.descr, column, part, ranges) for column, part in jobs]
-    firsts = np.memmap(file.with_name("firsts"), np.int64, "w+", shape=(documents, columns))
+    jobs = [(column, part) for column in range(files.columns) for part in range(parts)]
+    waiting = [task.remote(str(folder), column, part, parts) for column, part in jobs]
+    firsts = np.memmap(folder / "firsts", np.int64, "w+", shape=(documents, files.columns))
     for start in range(0, documents, CHUNK):
         firsts[start : start + CHUNK] = np.arange(start, min(start + CHUNK, documents))[:, None]
     for (column, _), reference in zip(jobs, waiting, strict=True):
-        pairs = np.load(ray.get(reference))
-        firsts[pairs[0], column] = pairs[1]
+        numbers = np.load(ray.get(reference))
+        firsts[numbers[0], column] = numbers[1]
     exact, near = (f"{kind}_duplicates" in recipe.steps for kind in ("exact", "near"))
+    signatures = np.memmap(folder / "signatures", files.dtype, "r")
     return join(firsts, signatures, recipe.near_duplicates.min_similarity, exact, near)
 
 
-def write_firsts(file: str, fields: list[Any], column: int, part: int, parts: int) -> str:
-    """The task: the file of (2, n) numbers of documents and of the first with the same key, where that is another.
+def write_firsts(folder: str, column: int, part: int, parts: int) -> str:
+    """The task: a file of (2, n) numbers of documents, and of the first with the same key, where that is another.
 
-    part: of the range of keys, cut into as many as `parts`.
+    part: of the keys by their upper 32 bits, whose range is cut into as many as `parts`.
     """
-    signatures = np.memmap(file, np.dtype([tuple(field) for field in fields]), "r")
+    column_keys = np.memmap(Path(folder, f"keys-{column}"), np.uint64, "r")
     rows, found = [], []
-    for start in range(0, len(signatures), CHUNK):
-        column_keys = keys(signatures[start : start + CHUNK])[:, column]
-        chosen = np.flatnonzero((column_keys >> np.uint64(32)) * np.uint64(parts) >> np.uint64(32) == part)
+    for start in range(0, len(column_keys), CHUNK):
+        chunk = column_keys[start : start + CHUNK]
+        chosen = np.flatnonzero((chunk >> np.uint64(32)) * np.uint64(parts) >> np.uint64(32) == part)
         rows.append(chosen + start)
-        found.append(column_keys[chosen])
+        found.append(chunk[chosen])
     numbers = np.concatenate(rows)
     firsts = numbers[band_firsts(np.concatenate(found))]
     repeated = firsts != numbers
-    out = Path(file).with_name(f"firsts-{column}-{part}.npy")
+    out = Path(folder, f"firsts-{column}-{part}.npy")
     np.save(out, np.stack([numbers[repeated], firsts[repeated]]))
     return str(out)

@@ -116,12 +116,11 @@ def test_ranges_of_keys_find_what_the_online_index_finds(tmp_path, ranges):
 
     texts = [" ".join(prose(number % 40)) + " again" * (number % 3) for number in range(150)]
     found = signatures(texts)
-    columns = keys(found).shape[1]
-    found.tofile(tmp_path / "signatures")
-    firsts = np.repeat(np.arange(len(found))[:, None], columns, 1)
-    for column in range(columns):
+    firsts = np.repeat(np.arange(len(found))[:, None], keys(found).shape[1], 1)
+    for column, column_keys in enumerate(keys(found).T):
+        column_keys.tofile(tmp_path / f"keys-{column}")
         for part in range(ranges):
-            file = write_firsts(str(tmp_path / "signatures"), found.dtype.descr, column, part, ranges)
+            file = write_firsts(str(tmp_path), column, part, ranges)
             rows, first = np.load(file)
             firsts[rows, column] = first
     expected = Duplicates().add(found)
