@@ -38,7 +38,10 @@ PACKED_ROWS, MKL_ROWS = 2, 8  # the fewest rows, or their multiple, at which a r
 
 @dataclass(frozen=True)
 class Prefix:
-    """What a prompt left behind: keys and values (L, K, T, D) and the logits of the token that follows (1, V)."""
+    """What T tokens left behind: keys and values (L, K, T, D) and the logits of the token that follows.
+
+    The logits are (1, V), or (0, V) where nobody has computed them.
+    """
 
     keys_LKTD: Tensor
     values_LKTD: Tensor
@@ -96,12 +99,31 @@ class Decoder:
             return max(used, PACKED_ROWS)
         return -(-used // MKL_ROWS) * MKL_ROWS
 
-    @torch.no_grad()
     def prefill(self, token_ids: list[int]) -> Prefix:
         """Run a prompt through the model by itself: what it leaves depends on nothing else."""
-        cache = KVCache(self.config, 1, dtype=self.dtype, device=self.device, capacity=len(token_ids))
+        return self._run(
+            KVCache(self.config, 1, dtype=self.dtype, device=self.device, capacity=len(token_ids)), token_ids
+        )
+
+    @torch.no_grad()
+    def extend(self, prefix: Prefix, token_ids: list[int]) -> Prefix:
+        """Run more tokens through the model, by themselves again."""
+        held = len(prefix)
+        cache = KVCache(self.config, 1, dtype=self.dtype, device=self.device, capacity=held + len(token_ids))
+        cache.keys_LBKSD[:, 0, :, :held] = prefix.keys_LKTD
+        cache.values_LBKSD[:, 0, :, :held] = prefix.values_LKTD
+        cache.set_lengths([held])
+        return self._run(cache, token_ids)
+
+    @torch.no_grad()
+    def _run(self, cache: KVCache, token_ids: list[int]) -> Prefix:
         hidden = self.model(torch.tensor([token_ids], device=self.device), cache=cache)
         return Prefix(cache.keys_LBKSD[:, 0], cache.values_LBKSD[:, 0], self._head(hidden[:, -1]))
+
+    def hold(self, slot: int, length: int) -> Prefix:
+        """A copy of the first `length` positions of a slot, to go on from later."""
+        keys, values = (held[:, slot, :, :length].clone() for held in (self._keys, self._values))
+        return Prefix(keys, values, keys.new_empty((0, self.config.vocab_size)))
 
     @torch.no_grad()
     def load(self, slot: int, prefix: Prefix) -> None:

@@ -9,25 +9,34 @@ prompt is prefilled once for all its samples. Random numbers come from (seed, re
 row's logits do not depend on its neighbours (engine/decoding.py), so in float32 on a CPU a completion is the same
 at any number of slots, in any order, in any company.
 
+A sequence that has called a tool leaves its slot with its keys and values. The tool runs in a thread while others go
+on; its result is prefilled behind the call, and the sequence takes the next free slot.
+
 Tokens in, tokens out: `token_ids` are what the model saw and chose; text is only ever made from them.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from llmkit.engine.decoding import Decoder, Prefix
 from llmkit.engine.sampling import Sampling, choose_tokens, uniforms
+from llmkit.engine.stopping import StopMatcher
+from llmkit.engine.tool_calls import CallQueue, OpenCall, ToolUse
 from llmkit.errors import UserError
 from llmkit.model.transformer import Transformer
 from llmkit.tokenizer.encoding import DecodeStream, Tokenizer
+from llmkit.tools.toolbox import ToolResult
 
 OPEN_REQUESTS = 16  # times the slots: how far reading may run ahead of a completion that is not done
 DRAWS = 128  # random numbers made at a time
+KEPT_PROMPTS = 4  # whose keys and values wait for an equal prompt
 
 
 @dataclass(frozen=True)
@@ -53,57 +62,35 @@ class Request:
 class Completion:
     """One continuation.
 
-    text           what the tokens say, up to a stop string; special tokens say nothing
-    token_ids      all tokens chosen, the end token and those of a stop string among them
-    finish_reason  "stop" after an end token or stop string, "length" after `max_tokens` or the context's end
+    text                what the tokens say, up to a stop string; special tokens, calls of tools and their results
+                        say nothing
+    token_ids           all tokens, the end token, those of a stop string, calls and results among them
+    finish_reason       "stop" after an end token or stop string, "length" after `max_tokens` or the context's end,
+                        "tool_limit" after a call too many
+    logprobs            of each token, natural: under softmax(logits / temperature), at temperature 0
+                        softmax(logits), over the model's whole vocabulary; 0 where not sampled
+    truncated_logprobs  under the distribution drawn from, after top-k, top-p and min-p; 0 where not sampled
+    sampled             whether the model chose the token; False for results of tools
+    tool_calls          {"tool", "input", "result"} of each call, with "failed": true where the result is an error
     """
 
     text: str
     token_ids: list[int]
     finish_reason: str
-
-
-class StopMatcher:
-    """Finds stop strings in text that comes in pieces, and gives out no text that could still become one.
-
-    The stop string that is complete first wins, so the result does not depend on where the pieces end.
-
-    >>> matcher = StopMatcher(["\\n\\n", "END"])
-    >>> matcher.push("one\\n"), matcher.push("two E"), matcher.push("N"), matcher.push("D three"), matcher.stopped
-    ('one', '\\ntwo ', '', '', True)
-    """
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = [stop for stop in stops if stop]
-        self._held = ""
-        self.stopped = False
-
-    def push(self, text: str) -> str:
-        """Take more text; return what is certain to be in front of any stop string."""
-        if not self._stops or self.stopped:
-            return "" if self.stopped else text
-        text = self._held + text
-        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)[1]]
-        hold = max(_overlap(text, stop) for stop in self._stops)
-        self._held = text[len(text) - hold :]
-        return text[: len(text) - hold]
-
-    def finish(self) -> str:
-        """What was held back, when no more text comes."""
-        held, self._held = self._held, ""
-        return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that is a beginning of `stop`, short of all of it."""
-    longest = min(len(stop) - 1, len(text))
-    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
+    logprobs: list[float]
+    truncated_logprobs: list[float]
+    sampled: list[bool]
+    tool_calls: list[dict[str, Any]]
 
 
 _Open = dict[int, list[Completion | None]]  # by request: its samples, None for those that are not done
+CALL = "call"  # where else a finish reason stands: the sequence waits for a tool
+
+
+class _Token(NamedTuple):
+    id: int
+    logprob: float
+    truncated_logprob: float
 
 
 @dataclass
@@ -113,25 +100,51 @@ class _Running:
     index: int  # of the request
     sample: int
     request: Request
-    max_tokens: int
+    max_tokens: int  # of its own
+    room: int  # for all that follows the prompt
     decoding: DecodeStream
     stops: StopMatcher
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    truncated_logprobs: list[float] = field(default_factory=list)
+    sampled: list[bool] = field(default_factory=list)
+    own: int = 0  # tokens sampled
     texts: list[str] = field(default_factory=list)
-    _draws: np.ndarray | None = None
+    call: OpenCall | None = None
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    _draws: tuple[int, np.ndarray] | None = None
 
     @property
     def position(self) -> int:
-        """Where the last token chosen stands; its slot holds all before it."""
+        """Where the last token stands; its slot holds all before it."""
         return len(self.request.prompt_ids) + len(self.token_ids) - 1
+
+    @property
+    def full(self) -> bool:
+        """Whether no token may follow."""
+        return self.own >= self.max_tokens or len(self.token_ids) >= self.room
+
+    def append(self, token: _Token, sampled: bool = True) -> None:
+        self.token_ids.append(token.id)
+        self.logprobs.append(token.logprob)
+        self.truncated_logprobs.append(token.truncated_logprob)
+        self.sampled.append(sampled)
+        self.own += sampled
 
     def next_uniform(self) -> float:
         """The random number of the token to come."""
-        at = len(self.token_ids)
-        if self._draws is None or at % DRAWS == 0:
+        block, at = divmod(len(self.token_ids), DRAWS)
+        if self._draws is None or self._draws[0] != block:
             request = self.request
-            self._draws = uniforms(request.seed, request.number, self.sample, at // DRAWS * DRAWS, DRAWS)
-        return self._draws[at % DRAWS]
+            self._draws = block, uniforms(request.seed, request.number, self.sample, block * DRAWS, DRAWS)
+        return self._draws[1][at]
+
+    def completion(self, reason: str) -> Completion:
+        made = self.logprobs, self.truncated_logprobs, self.sampled, self.tool_calls
+        return Completion("".join(self.texts), self.token_ids, reason, *made)
+
+
+_Held = tuple[_Running, Prefix]
 
 
 class Generator:
@@ -141,6 +154,7 @@ class Generator:
     stop     strings that end a completion and are left out of it
     end_ids  tokens that end a completion; None takes those that the model and the tokenizer name
     name     of the model, in errors
+    tools    what it may call
     """
 
     def __init__(
@@ -153,13 +167,17 @@ class Generator:
         stop: Sequence[str] = (),
         end_ids: Iterable[int] | None = None,
         name: str = "the model",
+        tools: ToolUse | None = None,
     ) -> None:
         self._decoder = Decoder(model, slots)
         self._tokenizer, self._sampling, self._slots, self._stop, self._name = tokenizer, sampling, slots, stop, name
         self._end_ids = frozenset(end_tokens(model, tokenizer) if end_ids is None else end_ids)
         self._context = model.config.max_position_embeddings
+        self._tools = tools
+        self._prompts: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()  # the last ones
         self.tokens = 0  # chosen so far
         self.steps = 0  # of the decoder
+        self.rows = 0  # sequences in all of them
         self.on_text: Callable[[int, int, str], None] | None = None  # (request, sample, text) as text is decided
 
     def complete(self, requests: Iterable[Request]) -> Iterator[list[Completion]]:
@@ -171,24 +189,30 @@ class Generator:
         done: _Open = {}
         given, more = 0, True
         fresh = self._begin(requests, done)
-        while True:
-            while more and len(running) < self._slots and len(done) < OPEN_REQUESTS * self._slots:
-                entry = next(fresh, None)
-                if entry is None:
-                    more = False
-                    break
-                sequence, prefix = entry
-                (token,) = self._choose(prefix.logits_1V, [sequence])
-                if not self._take(sequence, token, done):
-                    self._decoder.load(len(running), prefix)
-                    running.append(sequence)
-            while given in done and None not in done[given]:
-                yield [completion for completion in done.pop(given) if completion is not None]
-                given += 1
-            if running:
-                self._step(running, done)
-            elif not more:
-                return
+        calls = CallQueue[_Held](self._tools, self._slots)
+        answered: deque[tuple[_Held, ToolResult]] = deque()
+        try:
+            while True:
+                answered.extend(calls.answered(at_least_one=not running and not answered and not more))
+                while len(running) < self._slots:
+                    if answered:
+                        entry = self._resume(*answered.popleft(), done)
+                    elif more and len(done) < OPEN_REQUESTS * self._slots and len(calls) < self._slots:
+                        entry = next(fresh, None)
+                        more = entry is not None
+                    else:
+                        break
+                    if entry is not None:
+                        self._enter(*entry, running, done, calls)
+                while given in done and None not in done[given]:
+                    yield [completion for completion in done.pop(given) if completion is not None]
+                    given += 1
+                if running:
+                    self._step(running, done, calls)
+                elif not more and not calls and not answered:
+                    return
+        finally:
+            calls.close()
 
     def _begin(self, requests: Iterable[Request], done: _Open) -> Iterator[tuple[_Running, Prefix]]:
         """Every sample of every request with its prefilled prompt; the prompt is computed when first asked for."""
@@ -201,56 +225,127 @@ class Generator:
                     f"{request.where}: the prompt is {length} tokens long and the model's context is "
                     f"{self._context}, a new token included; shorten the prompt"
                 )
-            limit = min(request.max_tokens or self._context, self._context - length)
+            room = self._context - length
+            limit = min(request.max_tokens or room, room)
             done[index] = [None] * request.samples
-            prefix = self._decoder.prefill(list(request.prompt_ids))
+            prefix = self._prefill(tuple(request.prompt_ids))
             for sample in range(request.samples):
                 decoding = self._tokenizer.stream(request.prompt_ids, skip_specials=True)
-                yield _Running(index, sample, request, limit, decoding, StopMatcher(self._stop)), prefix
+                yield _Running(index, sample, request, limit, room, decoding, StopMatcher(self._stop)), prefix
 
-    def _step(self, running: list[_Running], done: _Open) -> None:
-        """One token for each running sequence; the last slot moves into one that ends."""
+    def _prefill(self, prompt: tuple[int, ...]) -> Prefix:
+        """What a prompt leaves; equal prompts that follow closely share it."""
+        prefix = self._prompts.pop(prompt, None) or self._decoder.prefill(list(prompt))
+        self._prompts[prompt] = prefix
+        if len(self._prompts) > KEPT_PROMPTS:
+            self._prompts.popitem(last=False)
+        return prefix
+
+    def _enter(
+        self, sequence: _Running, prefix: Prefix, running: list[_Running], done: _Open, calls: CallQueue
+    ) -> None:
+        """Choose a sequence's next token, and give it a slot if it goes on."""
+        (token,) = self._choose(prefix.logits_1V, [sequence])
+        reason = self._take(sequence, token)
+        if reason is None:
+            self._decoder.load(len(running), prefix)
+            running.append(sequence)
+        else:
+            self._leave(sequence, reason, prefix, done, calls)
+
+    def _step(self, running: list[_Running], done: _Open, calls: CallQueue) -> None:
+        """One token for each running sequence; the last slot moves into one that is left."""
         logits = self._decoder.step([s.token_ids[-1] for s in running], [s.position for s in running])
         self.steps += 1
+        self.rows += len(running)
         tokens = self._choose(logits, running)
         for slot in range(len(running) - 1, -1, -1):
-            if self._take(running[slot], tokens[slot], done):
+            sequence = running[slot]
+            reason = self._take(sequence, tokens[slot])
+            if reason is not None:
+                held = self._decoder.hold(slot, sequence.position) if reason == CALL else None
+                self._leave(sequence, reason, held, done, calls)
                 last = running.pop()
                 if slot < len(running):
                     self._decoder.move(len(running), slot, last.position)
                     running[slot] = last
 
-    def _choose(self, logits_BV: torch.Tensor, sequences: list[_Running]) -> list[int]:
+    def _choose(self, logits_BV: torch.Tensor, sequences: list[_Running]) -> list[_Token]:
         # A model may have more rows than its tokenizer has tokens, to be a multiple of 64: nobody trained them.
         draws = np.array([sequence.next_uniform() for sequence in sequences])
-        chosen, sound = choose_tokens(logits_BV[:, : self._tokenizer.vocab_size], draws, self._sampling)
-        if not all(sound.tolist()):
+        choice = choose_tokens(logits_BV, draws, self._sampling, self._tokenizer.vocab_size)
+        if not all(choice.sound.tolist()):
             raise UserError(
                 f"{self._name}: its logits are not finite numbers; are there NaN among its weights? Train it again, "
                 "or use an earlier checkpoint"
             )
         self.tokens += len(sequences)
-        return chosen.tolist()
+        columns = choice.tokens.tolist(), choice.logprobs.tolist(), choice.truncated_logprobs.tolist()
+        return [_Token(*row) for row in zip(*columns, strict=True)]
 
-    def _take(self, sequence: _Running, token: int, done: _Open) -> bool:
-        """Append a token; True when the sequence has ended with it."""
-        sequence.token_ids.append(token)
-        ended = token in self._end_ids
-        text = "" if ended else sequence.stops.push(sequence.decoding.push([token]))
-        full = len(sequence.token_ids) >= sequence.max_tokens
-        if (ended or full) and not sequence.stops.stopped:
-            text += sequence.stops.push(sequence.decoding.finish())
-            text += sequence.stops.finish()
+    def _take(self, sequence: _Running, token: _Token) -> str | None:
+        """Append a token; why the sequence ends with it, or `CALL`, or None where it goes on."""
+        sequence.append(token)
+        ended, tools, open_call = token.id in self._end_ids, self._tools, sequence.call
+        if ended:
+            text = ""
+        elif tools is not None and token.id in tools.starts:
+            sequence.call = OpenCall(tools.starts[token.id], [])
+            text = sequence.stops.push(sequence.decoding.finish())
+        elif tools is not None and open_call is not None:
+            if token.id == tools.ends[open_call.tool]:
+                if len(sequence.tool_calls) >= tools.max_calls:
+                    return self._last_text(sequence, "tool_limit")
+                return self._last_text(sequence, "length") if sequence.full else CALL
+            open_call.token_ids.append(token.id)
+            text = ""
+        else:
+            text = sequence.stops.push(sequence.decoding.push([token.id]))
+        self._give(sequence, text)
+        if sequence.stops.stopped:
+            return "stop"
+        if ended or sequence.full:
+            return self._last_text(sequence, "stop" if ended else "length")
+        return None
+
+    def _last_text(self, sequence: _Running, reason: str) -> str:
+        """Give out what was held back at the end; a stop string in it is the reason of the end."""
+        text = sequence.stops.push(sequence.decoding.finish())
+        self._give(sequence, text + sequence.stops.finish())
+        return "stop" if sequence.stops.stopped else reason
+
+    def _give(self, sequence: _Running, text: str) -> None:
         if text:
             sequence.texts.append(text)
             if self.on_text is not None:
                 self.on_text(sequence.index, sequence.sample, text)
-        stopped = ended or sequence.stops.stopped
-        if stopped or full:
-            reason = "stop" if stopped else "length"
-            completion = Completion("".join(sequence.texts), sequence.token_ids, reason)
-            done[sequence.index][sequence.sample] = completion
-        return stopped or full
+
+    def _leave(
+        self, sequence: _Running, reason: str, held: Prefix | None, done: _Open, calls: CallQueue[_Held]
+    ) -> None:
+        """A sequence is done, or waits for a tool with its keys and values."""
+        if reason != CALL:
+            done[sequence.index][sequence.sample] = sequence.completion(reason)
+            return
+        assert self._tools is not None and sequence.call is not None and held is not None
+        text = self._tools.input_of(sequence.call)
+        sequence.tool_calls.append({"tool": sequence.call.tool, "input": text})
+        calls.submit(sequence.call.tool, text, (sequence, held))
+        sequence.call = None
+
+    def _resume(self, waiting: _Held, result: ToolResult, done: _Open) -> _Held | None:
+        """Prefill a tool's result behind the call; None where it leaves no room for a token more."""
+        sequence, held = waiting
+        assert self._tools is not None
+        sequence.tool_calls[-1] |= {"result": result.text, **({"failed": True} if result.failed else {})}
+        ids = self._tools.result_ids(result, sequence.room - len(sequence.token_ids) - 1)
+        if not ids:
+            done[sequence.index][sequence.sample] = sequence.completion(self._last_text(sequence, "length"))
+            return None
+        prefix = self._decoder.extend(held, [sequence.token_ids[-1], *ids])
+        for token in ids:
+            sequence.append(_Token(token, 0.0, 0.0), sampled=False)
+        return sequence, prefix
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:

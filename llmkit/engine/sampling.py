@@ -10,6 +10,7 @@ B rows, V vocabulary, k most likely tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,23 +39,48 @@ class Sampling:
     min_p: float | None = None
 
 
-def choose_tokens(logits_BV: Tensor, uniforms_B: np.ndarray, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """The next token of each row (B,), and whether the row's logits were sound (B,): finite, that is.
+class Choice(NamedTuple):
+    """The next token of each row, all (B,).
+
+    tokens              int64
+    logprobs            float32, natural logarithms under softmax(logits / temperature) over all that the model
+                        knows; under softmax(logits) at temperature 0
+    truncated_logprobs  float32, under what truncation left, scaled up to 1: the distribution that was drawn from
+    sound               whether the row's logits were finite
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+    truncated_logprobs: Tensor
+    sound: Tensor
+
+
+def choose_tokens(
+    logits_BV: Tensor, uniforms_B: np.ndarray, sampling: Sampling, vocab_size: int | None = None
+) -> Choice:
+    """The next token of each row, among the first `vocab_size` of the vocabulary.
 
     `uniforms_B`: float64 in [0, 1), one number a row.
     """
     logits_BV = logits_BV.float()
     if sampling.temperature < GREEDY_BELOW:
-        best = logits_BV.max(-1)
-        return best.indices, best.values.isfinite()
-    probabilities_BV = truncate(torch.softmax(logits_BV / sampling.temperature, -1), sampling)
+        best = logits_BV[:, :vocab_size].max(-1)
+        # log_softmax takes each row by itself, logsumexp splits a single row among threads
+        logprobs_B = torch.log_softmax(logits_BV, -1).gather(-1, best.indices.unsqueeze(-1)).squeeze(-1)
+        return Choice(best.indices, logprobs_B, torch.zeros_like(logprobs_B), best.values.isfinite())
+    all_BV = torch.softmax(logits_BV / sampling.temperature, -1)
+    probabilities_BV = truncate(all_BV[:, :vocab_size], sampling)
     cumulative_BV = probabilities_BV.cumsum(-1, dtype=_double(logits_BV.device))
     total_B1 = cumulative_BV[:, -1:]
     target_B1 = torch.as_tensor(uniforms_B, dtype=total_B1.dtype).to(total_B1.device).unsqueeze(-1) * total_B1
     # Rounding may lift the product to the total itself, beyond every token.
     target_B1 = target_B1.minimum(total_B1.nextafter(torch.zeros_like(total_B1)))
     chosen_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True)
-    return chosen_B1.squeeze(-1), total_B1.squeeze(-1).isfinite()
+    sound_B = total_B1.squeeze(-1).isfinite()
+    chosen_B1 = chosen_B1.clamp_(max=probabilities_BV.shape[-1] - 1)  # NaN is beyond them all
+    logprobs_B1 = all_BV.gather(-1, chosen_B1).log()
+    truncated_B1 = logprobs_B1 - total_B1.log().float()
+    return Choice(chosen_B1.squeeze(-1), logprobs_B1.squeeze(-1), truncated_B1.squeeze(-1).clamp_(max=0.0), sound_B)
 
 
 def truncate(probabilities_BV: Tensor, sampling: Sampling) -> Tensor:

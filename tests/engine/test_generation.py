@@ -8,12 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import END, make_model, save_tokenizer
+from tiny import END, certain, make_model, save_tokenizer
 
 from llmkit.engine import decoding, generation
 from llmkit.engine.decoding import Decoder
-from llmkit.engine.generation import Generator, Request, StopMatcher, continue_text, end_tokens, prompt_ids
+from llmkit.engine.generation import Generator, Request, continue_text, end_tokens, prompt_ids
 from llmkit.engine.sampling import Sampling
+from llmkit.engine.stopping import StopMatcher
 from llmkit.errors import UserError
 from llmkit.tokenizer.encoding import load_tokenizer
 
@@ -151,6 +152,22 @@ def test_a_text_is_the_same_across_blocks_of_positions_and_of_draws(tokenizer):
         )
 
 
+def test_log_probabilities_are_those_of_the_whole_forward(model, tokenizer):
+    sampling = Sampling(0.7, top_k=20)
+    for request in list(requests_of(tokenizer, 6)):
+        (completion, *_) = next(Generator(model, tokenizer, sampling, slots=3).complete([request]))
+        ids = [*request.prompt_ids, *completion.token_ids]
+        with torch.no_grad():
+            logits = model.logits(model(torch.tensor([ids[:-1]])))[0, len(request.prompt_ids) - 1 :]
+        whole = torch.log_softmax(logits / 0.7, -1)
+        made = torch.tensor(completion.token_ids)
+        rows = torch.arange(len(made))
+        assert (torch.tensor(completion.logprobs) - whole[rows, made]).abs().max() < 1e-4
+        kept = whole.topk(20).values.logsumexp(-1)
+        assert (torch.tensor(completion.truncated_logprobs) - (whole[rows, made] - kept)).abs().max() < 1e-4
+        assert completion.sampled == [True] * len(made)
+
+
 def test_seed_number_and_sample_each_change_the_text(model, tokenizer):
     ids = prompt_ids(tokenizer, "It was")
     requests = [Request(ids, 2, 40, seed, number) for seed in (0, 1) for number in (0, 1)]
@@ -159,11 +176,12 @@ def test_seed_number_and_sample_each_change_the_text(model, tokenizer):
     assert len(set(texts)) == 8
 
 
-def test_a_prompt_is_prefilled_once_for_all_its_samples(model, tokenizer, monkeypatch):
+def test_a_prompt_is_prefilled_once(model, tokenizer, monkeypatch):
     calls = []
     monkeypatch.setattr(Decoder, "prefill", lambda self, ids, real=Decoder.prefill: calls.append(1) or real(self, ids))
-    complete(model, tokenizer, [Request([END, 5], 9, 4, number=n) for n in range(3)], slots=2)
-    assert len(calls) == 3
+    requests = [Request([END, n], 9, 4, number=n) for n in (1, 2, 1, 1)]  # and for an equal prompt that follows closely
+    complete(model, tokenizer, requests, slots=2)
+    assert len(calls) == 2
 
 
 def test_results_come_in_order_and_reading_does_not_run_ahead(model, tokenizer, monkeypatch):
@@ -218,19 +236,6 @@ def test_story_llama_says_what_is_expected_of_it(shared_data):
 
 
 # ---- where a text ends
-
-
-def certain(model, *chain):
-    """Make the model say the tokens of `chain`, one after the other, whatever the prompt."""
-    hidden = model.config.hidden_size
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-        model.norm.fill_(1.0)
-        for i, (token, following) in enumerate(itertools.pairwise(chain)):
-            model.embed_tokens[token, i % hidden] = 1.0
-            model.lm_head[following, i % hidden] = 10.0
-    return model
 
 
 @pytest.fixture

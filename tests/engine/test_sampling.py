@@ -49,7 +49,7 @@ def test_repeats_get_seeds_of_their_own_that_json_keeps():
 
 def frequencies(logits, sampling, draws=20000):
     rows = torch.tensor(logits).expand(draws, -1)
-    chosen, sound = choose_tokens(rows, uniforms(0, 0, 0, 0, draws), sampling)
+    chosen, _, _, sound = choose_tokens(rows, uniforms(0, 0, 0, 0, draws), sampling)
     assert sound.all()
     return np.bincount(chosen.numpy(), minlength=len(logits)) / draws
 
@@ -71,14 +71,29 @@ def test_what_is_cut_never_comes():
 def test_temperature_zero_takes_the_first_of_the_likeliest():
     logits = torch.tensor([[0.0, 5.0, 5.0], [1.0, 0.0, -1.0]])
     for temperature in (0.0, 1e-30):
-        chosen, sound = choose_tokens(logits, np.array([0.99, 0.99]), Sampling(temperature))
+        chosen, _, _, sound = choose_tokens(logits, np.array([0.99, 0.99]), Sampling(temperature))
         assert chosen.tolist() == [1, 0] and sound.all()
 
 
 def test_the_ends_of_the_interval_choose_tokens_that_may_come():
     logits = torch.tensor([[-float("inf"), 0.0, 0.1, -float("inf")]] * 2)
-    chosen, _ = choose_tokens(logits, np.array([0.0, 1 - 2**-53]), Sampling(1.0))
+    chosen, *_ = choose_tokens(logits, np.array([0.0, 1 - 2**-53]), Sampling(1.0))
     assert chosen.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(0.7), Sampling(0.7, 3), Sampling(1.3, 4, 0.8, 0.01), Sampling(0.0)], ids=str
+)
+def test_log_probabilities_are_those_before_and_after_truncation(sampling):
+    logits = torch.randn(50, 12, generator=torch.Generator().manual_seed(0)) * 2
+    chosen = choose_tokens(logits, uniforms(0, 0, 0, 0, 50), sampling, vocab_size=9)
+    rows = torch.arange(50)
+    whole = torch.softmax(logits.double() / (sampling.temperature or 1), -1)
+    assert torch.allclose(chosen.logprobs.double(), whole[rows, chosen.tokens].log(), atol=1e-5)
+    kept = truncate(whole[:, :9].float(), sampling).double()
+    expected = (kept / kept.sum(-1, keepdim=True))[rows, chosen.tokens].log() if sampling.temperature else 0.0 * rows
+    assert torch.allclose(chosen.truncated_logprobs.double(), expected.double(), atol=1e-5)
+    assert (chosen.truncated_logprobs >= chosen.logprobs).all() and chosen.tokens.max() < 9
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -86,7 +101,7 @@ def test_the_ends_of_the_interval_choose_tokens_that_may_come():
 def test_logits_that_are_no_numbers_are_told_by_row(temperature, bad):
     logits = torch.zeros(3, 8)
     logits[1, 3] = bad
-    _, sound = choose_tokens(logits, np.full(3, 0.5), Sampling(temperature, top_k=4))
+    *_, sound = choose_tokens(logits, np.full(3, 0.5), Sampling(temperature, top_k=4))
     assert sound.tolist() == [True, False, True]
 
 

@@ -1,0 +1,89 @@
+"""Tool calls in what a model writes: found token by token, answered in threads while other sequences go on.
+
+The text of a result is encoded as text: whatever it spells, it holds no special token but the two around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Generic, NamedTuple, TypeVar
+
+from llmkit.conversations import RESULT
+from llmkit.tokenizer.chat import ChatFormat
+from llmkit.tokenizer.encoding import Tokenizer
+from llmkit.tools.toolbox import Toolbox, ToolResult
+
+THREADS = 8  # at most; a tool is mostly waited for
+Waiting = TypeVar("Waiting")
+
+
+class OpenCall(NamedTuple):
+    """A call being written: the tool and the tokens so far, without the start token."""
+
+    tool: str
+    token_ids: list[int]
+
+
+class ToolUse:
+    """The tools of a generator, and their tokens.
+
+    starts         start token -> tool, of the tools that there are
+    ends           tool -> end token
+    max_calls      of one completion; the next call ends it
+    result_tokens  a result is cut to this many
+    """
+
+    def __init__(self, toolbox: Toolbox, tokenizer: Tokenizer, max_calls: int = 8, result_tokens: int = 512) -> None:
+        tokens = ChatFormat(tokenizer).tool_tokens()
+        self.starts = {tokens[tool][0]: tool for tool in toolbox.names}
+        self.ends = {tool: tokens[tool][1] for tool in toolbox.names}
+        self.max_calls, self._result_tokens = max_calls, result_tokens
+        self._toolbox, self._tokenizer, self._bounds = toolbox, tokenizer, tokens[RESULT]
+
+    def input_of(self, call: OpenCall) -> str:
+        """What the model wrote to the tool."""
+        return self._tokenizer.decode(call.token_ids, skip_specials=True)
+
+    def run(self, tool: str, text: str) -> ToolResult:
+        """The tool's answer."""
+        return self._toolbox.run(tool, text)
+
+    def result_ids(self, result: ToolResult, room: int) -> list[int]:
+        """A result between its tokens, at most `room` ids in all; none where not even the two tokens fit."""
+        if room < 2:
+            return []
+        text = result.text.encode("utf-8", "replace").decode()  # a lone surrogate, which JSON may spell, becomes ?
+        ids = self._tokenizer.encode(text)[: min(self._result_tokens, room - 2)]
+        return [self._bounds[0], *ids, self._bounds[1]]
+
+
+class CallQueue(Generic[Waiting]):
+    """Calls under way, each with whatever waits for its answer."""
+
+    def __init__(self, use: ToolUse | None, threads: int) -> None:
+        self._use, self._threads = use, min(threads, THREADS)
+        self._pool: ThreadPoolExecutor | None = None
+        self._waiting: dict[Future[ToolResult], Waiting] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def submit(self, tool: str, text: str, waiting: Waiting) -> None:
+        """Let a tool begin."""
+        assert self._use is not None
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="tool")
+        self._waiting[self._pool.submit(self._use.run, tool, text)] = waiting
+
+    def answered(self, at_least_one: bool) -> Iterator[tuple[Waiting, ToolResult]]:
+        """Those whose answers have come; with `at_least_one`, wait for the first."""
+        if at_least_one and self._waiting:
+            wait(self._waiting, return_when=FIRST_COMPLETED)
+        for future in [future for future in self._waiting if future.done()]:
+            yield self._waiting.pop(future), future.result()
+
+    def close(self) -> None:
+        """Begin no call any more; those under way end by their own limits."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
