@@ -79,6 +79,7 @@ class Trainer:
         self.high_steps = 0
         self.scores: dict[str, float] = {}  # of the last evaluation
         self.saved_step, self.saved_at = -1, time.monotonic()
+        self.stopping = False  # set by an evaluation that has seen enough
 
     # ---- one step
 
@@ -173,7 +174,7 @@ class Trainer:
         batches = self.batches(self.step)
         with log, interruptible() as interrupted, Progress("training", 1.0, quiet=self.settings.quiet) as bar:
             bar.advance(progress())
-            while (reached := progress()) < 1:
+            while not self.stopping and (reached := progress()) < 1:
                 last = self.train_step(next(batches), reached)
                 now = time.monotonic()
                 self.elapsed = before + now - started
