@@ -9,13 +9,16 @@ A conversation that outgrows the context loses its oldest turns, never the syste
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from llmkit.conversations import Message, as_record, message
 from llmkit.engine.generation import Generator, Request
 from llmkit.errors import UserError
 from llmkit.files import atomic_file
+from llmkit.stream import open_input
 from llmkit.tokenizer.chat import ChatFormat
 
 LEAST_ANSWER = 32  # tokens of the context that stay free for an answer
@@ -132,6 +135,27 @@ def talk(chat: Chat, lines: Iterator[str], write: Callable[[str], object], say: 
         except UserError as error:
             say(f"error: {error}")
         write("\n")
+
+
+def typed_lines() -> Iterator[str]:
+    """The lines of stdin: typed after a prompt and editable on a terminal, where Ctrl-C takes one back."""
+    if not sys.stdin.isatty():
+        with open_input("-") as handle:
+            for number, line in enumerate(handle, 1):
+                try:
+                    yield line.decode().rstrip("\r\n")
+                except UnicodeDecodeError:
+                    raise UserError(f"stdin:{number}: expected UTF-8; convert the text first") from None
+        return
+    with suppress(ImportError):
+        import readline  # noqa: F401  # gives `input` its history and editing
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print()
 
 
 def _obey(chat: Chat, text: str, say: Callable[[str], object]) -> bool:
