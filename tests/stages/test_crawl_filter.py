@@ -502,3 +502,22 @@ def test_odd_archives_are_accounted_for(shared_data, llmkit, tmp_path, name):
     done = llmkit("crawl-filter", path, "-o", tmp_path / "d.jsonl", "--rejects", tmp_path / "r.jsonl")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["records"] == len(read(tmp_path / "d.jsonl")) + len(read(tmp_path / "r.jsonl")) > 0
+
+
+def test_an_archive_within_a_page_is_no_archive(llmkit, tmp_path):
+    """The second span is cut where a page holds a record of its own; it is read again from its true beginning."""
+    inner = write_warc(
+        tmp_path / "inner.warc", [Record("https://inner.example/", html("Inner", prose(80)))], gzip=False
+    )
+    page = html("Outer", prose(1), f"<!-- {'x' * (4 << 20)} -->").encode() + inner.read_bytes()
+    pages = [Record("https://outer.example/1", page), Record("https://outer.example/2", html("Last", prose(2)))]
+    path = write_warc(tmp_path / "outer.warc", pages, gzip=False)
+    inner_at = path.read_bytes().index(b"https://inner.example/")
+    assert inner_at > 4 << 20 > path.read_bytes().index(b"https://outer.example/1")  # in the second span
+    for workers in ("1", "2"):
+        done = llmkit(
+            "crawl-filter", path, "--workers", workers, "-o", tmp_path / "docs.jsonl", "--force", "--only", "extract"
+        )
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["records"] == 3
+        assert [doc["url"] for doc in read(tmp_path / "docs.jsonl")] == [page.url for page in pages]
