@@ -112,7 +112,13 @@ def _cluster(ray: Any, workers: int | None) -> Iterator[int]:
     if not os.environ.get("RAY_ADDRESS"):
         options |= {"address": "local", "num_cpus": workers or available_cores(), "include_dashboard": False}
     terminate = signal.getsignal(signal.SIGTERM)
-    ray.init(**options)
+    try:
+        ray.init(**options)
+    except ConnectionError as error:
+        address = os.environ.get("RAY_ADDRESS")
+        raise UserError(
+            f"RAY_ADDRESS={address}: no Ray cluster answers, or not with this token; see docs/crawl-on-ray.md"
+        ) from error
     with suppress(ValueError):  # not the main thread, in which Ray has set no handler
         signal.signal(signal.SIGTERM, terminate)
     try:
