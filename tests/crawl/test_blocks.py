@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -101,11 +102,22 @@ def test_markup_in_scripts_is_not_deep() -> None:
     assert texts("<script>" + "a='<div>';" * 5000 + "</script><p>text") == ["text"]
 
 
+@pytest.mark.parametrize("piece", [b"<!--", b'<p title="', b"<script>", b"<style", b"<div <", b"<p '>\"", b"&", b"</"])
+def test_markup_without_end_takes_no_longer_than_other(piece: bytes) -> None:
+    start = time.process_time()
+    with suppress(PageLimitError):
+        cut_blocks(piece * 100_000)
+    assert time.process_time() - start < 5
+
+
 def test_big_pages() -> None:
     with pytest.raises(PageLimitError, match="too_large"):
         cut_blocks(b"x" * (MAX_BYTES + 1))
     with pytest.raises(PageLimitError, match="too_many_nodes"):
         cut_blocks(b"<p>x" * (MAX_NODES + 1))
+    with pytest.raises(PageLimitError, match="too_many_nodes"):
+        cut_blocks(b'<p title=">" ' + b" ".join(b"a%d" % n for n in range(40_000)) + b">x")
+    assert texts('<img src="data:' + "a b " * 50_000 + '"><p>x' + " y" * 50_000)[0][:5] == "x y y"
     assert [len(text) for text in texts("x" * 1_000_000)] == [1_000_000]
 
 
