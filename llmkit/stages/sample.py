@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, dataclass
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import orjson
+
 from llmkit.config import CommonConfig, argument, as_options, option
+from llmkit.conversations import Message, read_conversation
 from llmkit.errors import UserError
-from llmkit.files import check_output
+from llmkit.files import PARTIAL, check_output
 from llmkit.progress import Progress, quantity, say
 from llmkit.records import Row, check_prompt
-from llmkit.stream import names_of, open_bytes, open_input, open_output, read_jsonl, read_text
+from llmkit.stream import json_row, names_of, open_bytes, open_input, open_output, read_jsonl, read_text
 
 if TYPE_CHECKING:
     from llmkit.engine.generation import Completion, Generator, Request
     from llmkit.model.config import ModelConfig
 
+ASKED = ("prompt", "messages", "seed")  # what a record of --resume must have in common with its input
 STARTED = time.monotonic()
 # Below this many weights a second thread has less to do than to wait for: 4 layers of 256 with a vocabulary of
 # 8,192 (5M) take 1.4 ms a token on one thread, 1.5 ms on two, and 50 ms on two that others keep busy.
@@ -42,8 +48,10 @@ class SampleConfig(CommonConfig):
 
         One prompt: -p, or all of stdin as plain text, less a final newline; an empty one starts from the
         model's beginning token. Out comes the continuation; several are headed ==> 1/3 <==.
-        --jsonl: {"prompt", ...} in, the same with completion, token_ids, finish_reason and seed out, in the
-        order of the input; -n 3 makes three lines of one, with `sample` 0 to 2. A record's own seed is used.
+        --jsonl: {"prompt", ...} in, or {"messages": [...]} for the assistant to answer; the same with completion,
+        token_ids, finish_reason and seed out, in the order of the input; -n 3 makes three lines of one, with
+        `sample` 0 to 2. A record's own seed is used. --resume keeps what is whole in OUT.partial, of a run that
+        was killed, and makes the rest. --tools: what the model writes to a tool is run, and the result read by it.
         The same prompt and seed give the same text, alone or among others, at any --batch-size (exactly so in
         float32 on a CPU); a prompt that occurs again gets a seed of its own, which the output names.
     """
@@ -56,6 +64,16 @@ class SampleConfig(CommonConfig):
     device: str = option("auto", "Where to compute.", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = option("auto", "Precision; auto: bfloat16 on GPUs.", choices=("auto", "float32", "bfloat16"))
     batch_size: int = option(16, "Sequences decoded at a time.", at_least=1, at_most=4096)
+
+    resume: bool = option(False, "With --jsonl: go on with what a killed run left of --out.")
+    logprobs: bool = option(False, "With --jsonl: log-probabilities of the tokens, before and after truncation.")
+
+    tools: tuple[str, ...] = option(
+        (), "What the model may call: calc, python, search:DOCS.jsonl or search:URL.", group="Tools", metavar="TOOL,..."
+    )
+    max_tool_calls: int = option(8, "Calls in a completion.", group="Tools", at_least=0)
+    tool_timeout: float = option(10.0, "Seconds of a call.", group="Tools", above=0)
+    sandbox: str = option("auto", "Of python; none: unprotected.", group="Tools", choices=("auto", "none"))
 
     samples: int = option(1, "Continuations of each prompt.", short="-n", group="Text", at_least=1, at_most=10**6)
     max_tokens: int | None = option(
@@ -98,8 +116,11 @@ def run(config: SampleConfig) -> Summary | None:
     from llmkit.engine import setup
     from llmkit.engine.generation import Generator, prompt_ids
     from llmkit.engine.sampling import Sampling
+    from llmkit.engine.tool_calls import ToolUse
     from llmkit.model.folder import load_config, load_model
+    from llmkit.tokenizer.chat import ChatFormat
     from llmkit.tokenizer.encoding import load_tokenizer
+    from llmkit.tools.toolbox import Toolbox
 
     device = setup.choose_device(config.device)
     dtype = setup.choose_dtype(config.dtype, device)
@@ -117,8 +138,12 @@ def run(config: SampleConfig) -> Summary | None:
             say(line, config.quiet)
         return None
     small = device.type == "cpu" and model_config.parameter_count < ONE_THREAD_PARAMETERS
-    with torch.inference_mode(), _one_thread(small):
+    with torch.inference_mode(), _one_thread(small), ExitStack() as stack:
         # build
+        tools = None
+        if config.tools:
+            toolbox = Toolbox.parse(config.tools, sandbox=config.sandbox, timeout=config.tool_timeout)
+            tools = ToolUse(stack.enter_context(toolbox), tokenizer, config.max_tool_calls)
         generator = Generator(
             load_model(config.model, dtype=dtype, device=device),
             tokenizer,
@@ -126,8 +151,13 @@ def run(config: SampleConfig) -> Summary | None:
             slots=_slots(config),
             stop=config.stop,
             name=config.model,
+            tools=tools,
         )
-        prompts = _Prompts(config, lambda text: prompt_ids(tokenizer, text))
+
+        def encode_messages(messages: Sequence[Message]) -> list[int]:
+            return ChatFormat(tokenizer).encode(messages, prompt=True).token_ids.tolist()
+
+        prompts = _Prompts(config, lambda text: prompt_ids(tokenizer, text), encode_messages)
         loaded = time.monotonic()
 
         # generate
@@ -137,7 +167,9 @@ def run(config: SampleConfig) -> Summary | None:
             _write_text(generator, prompts, config, out)
 
     # summarise
-    if not prompts.count:
+    if prompts.passed:
+        say(f"{out}: kept the completions of {prompts.passed} prompts", config.quiet)
+    elif not prompts.count:
         say(f"{names_of(config.inputs or ['-'])}: no prompts, so no completions", config.quiet)
     seconds = time.monotonic() - loaded
     rate = quantity(generator.tokens / max(seconds, 1e-9))
@@ -159,6 +191,10 @@ def _check_options(config: SampleConfig, out: str) -> None:
     if not Path(config.model).is_dir():
         found = "a file" if Path(config.model).exists() else "nothing"
         raise UserError(f"{config.model}: expected a model folder, found {found}")
+    if config.resume and (not config.jsonl or out == "-"):
+        raise UserError("--resume: expected --jsonl and --out, whose unfinished file is gone on with")
+    if config.logprobs and not config.jsonl:
+        raise UserError("--logprobs: expected --jsonl beside it")
     check_output(out, config.force)
 
 
@@ -205,11 +241,18 @@ def _plan(config: SampleConfig, model: ModelConfig, dtype: str, device: str) -> 
 class _Prompts:
     """The requests of a run, made as they are asked for; `take` gives back the record that one came from."""
 
-    def __init__(self, config: SampleConfig, encode: Callable[[str], list[int]]) -> None:
-        self._config, self._encode = config, encode
+    def __init__(
+        self,
+        config: SampleConfig,
+        encode: Callable[[str], list[int]],
+        encode_messages: Callable[[Sequence[Message]], list[int]],
+    ) -> None:
+        self._config, self._encode, self._encode_messages = config, encode, encode_messages
+        self.kept: Iterator[dict[str, Any]] = iter(())  # what is made already, the first record of each prompt
         self._rows: dict[int, tuple[Row, int]] = {}
         self._seen: Counter[int] = Counter()
         self.count = 0
+        self.passed = 0  # those kept
 
     def __iter__(self) -> Iterator[Request]:
         from llmkit.engine.generation import Request
@@ -219,9 +262,10 @@ class _Prompts:
         for row in self._records():
             where = row.where if row.line else row.path
             try:
-                ids = self._encode(row.value["prompt"])
+                ids = self._ids(row)
             except UserError as error:
-                raise UserError(f"{where}: {error}") from None
+                text = str(error)
+                raise UserError(text if text.startswith(where) else f"{where}: {text}") from None
             # A request's number comes from its tokens, not from its line: other lines do not change its text.
             number = int.from_bytes(blake2b(",".join(map(str, ids)).encode(), digest_size=8).digest(), "little")
             seed = row.value.get("seed") if config.jsonl else None
@@ -230,9 +274,27 @@ class _Prompts:
                 self._seen[number] += 1
             elif isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
                 raise UserError(f"{where}: expected 'seed' to be a whole number from 0, found {seed!r}")
+            kept = next(self.kept, None)
+            if kept is not None:
+                if any(kept.get(name) != value for name, value in {**row.value, "seed": seed}.items() if name in ASKED):
+                    raise UserError(
+                        f"{where}: {config.out}{PARTIAL} was made of another prompt or --seed; leave out --resume"
+                    )
+                self.passed += 1
+                continue
             self._rows[self.count] = row, seed
             self.count += 1
             yield Request(ids, config.samples, config.max_tokens, seed, number, where)
+
+    def _ids(self, row: Row) -> list[int]:
+        if "prompt" in row.value:
+            return self._encode(row.value["prompt"])
+        messages = read_conversation(row).messages
+        if messages[-1].role != "user":
+            raise UserError(
+                f"{row.where}: expected messages that end with the user's, found the {messages[-1].role}'s last"
+            )
+        return self._encode_messages(messages)
 
     def take(self, index: int) -> tuple[Row, int]:
         """The record of a request and its seed, once."""
@@ -244,7 +306,8 @@ class _Prompts:
             yield Row({"prompt": config.prompt}, "--prompt", 0)
         elif config.jsonl:
             for row in read_jsonl(config.inputs or ["-"], config.limit):
-                check_prompt(row)
+                if "prompt" in row.value or "messages" not in row.value:
+                    check_prompt(row)
                 yield row
         else:
             with open_input("-") as handle:
@@ -257,23 +320,46 @@ class _Prompts:
 
 def _write_records(generator: Generator, prompts: _Prompts, config: SampleConfig, out: str) -> None:
     with (
-        open_output(out, config.force) as write,
+        _resumed_output(out, prompts, config.samples) if config.resume else open_output(out, config.force) as write,
         Progress("sample", unit="tok", quiet=config.quiet) as progress,
     ):
         for index, samples in enumerate(generator.complete(prompts)):
             row, seed = prompts.take(index)
             for number, completion in enumerate(samples):
-                write(_record(row, completion, seed, number if config.samples > 1 else None))
+                write(_record(row, completion, seed, number if config.samples > 1 else None, config))
                 progress.advance(len(completion.token_ids), prompts=index + 1)
 
 
-def _record(row: Row, completion: Completion, seed: int, sample: int | None) -> dict[str, Any]:
-    made = {
-        "completion": completion.text,
-        "token_ids": completion.token_ids,
-        "finish_reason": completion.finish_reason,
-        "seed": seed,
-    }
+@contextmanager
+def _resumed_output(out: str, prompts: _Prompts, samples: int) -> Iterator[Callable[[dict[str, Any]], object]]:
+    """Go on with the unfinished file of `out`: its whole prompts are kept, and kept again if this run ends early."""
+    partial = Path(out + PARTIAL)
+    partial.touch()
+    with partial.open("r+b") as handle, partial.open("rb") as former:
+        ends = [0]
+        for number, line in enumerate(former, 1):
+            if not line.endswith(b"\n"):
+                break
+            if number % samples == 0:
+                ends.append(former.tell())
+        former.seek(0)
+        handle.truncate(ends[-1])
+        handle.seek(ends[-1])
+        firsts = islice(former, 0, (len(ends) - 1) * samples, samples)
+        prompts.kept = (row.value for line in firsts if (row := json_row(line, str(partial), 2)) is not None)
+        yield lambda record: handle.write(orjson.dumps(record) + b"\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(partial, out)
+
+
+def _record(row: Row, completion: Completion, seed: int, sample: int | None, config: SampleConfig) -> dict[str, Any]:
+    made: dict[str, Any] = {"completion": completion.text, "token_ids": completion.token_ids}
+    if config.logprobs:
+        made |= {"logprobs": completion.logprobs, "truncated_logprobs": completion.truncated_logprobs}
+    if config.tools:
+        made |= {"sampled": completion.sampled, "tool_calls": completion.tool_calls}
+    made |= {"finish_reason": completion.finish_reason, "seed": seed}
     return {**row.value, **made} if sample is None else {**row.value, **made, "sample": sample}
 
 

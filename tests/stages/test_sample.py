@@ -196,6 +196,110 @@ def test_records_stream_and_a_closed_pipe_ends_it_all(folder):
         assert process.stderr.read() == ""
 
 
+def test_log_probabilities_are_given_when_asked_for(folder, prompts, tmp_path):
+    for record in sample_jsonl(folder, tmp_path / "out.jsonl", prompts, logprobs=True, top_k="5"):
+        assert len(record["logprobs"]) == len(record["truncated_logprobs"]) == len(record["token_ids"])
+        assert all(a <= b <= 0 for a, b in zip(record["logprobs"], record["truncated_logprobs"], strict=True))
+
+
+@pytest.fixture(scope="module")
+def assistant(tmp_path_factory) -> Path:
+    """A model that answers whatever ends in `<|im_sep|>` by calling the calculator, and ends after its result."""
+    from tiny import certain, save_tokenizer
+
+    from llmkit.model.folder import save_model
+    from llmkit.tokenizer.chat import CHAT_SPECIALS
+    from llmkit.tokenizer.encoding import load_tokenizer
+
+    path = tmp_path_factory.mktemp("models") / "chat"
+    path.mkdir()
+    save_tokenizer(path, *CHAT_SPECIALS)
+    tokenizer = load_tokenizer(path)
+    names = ("<|im_sep|>", "<|calc_start|>", "<|calc_end|>", "<|result_end|>")
+    header, start, end, result_end = (tokenizer.specials[name] for name in names)
+    chain = [header, *tokenizer.encode("it"), start, *tokenizer.encode("6*7"), end, result_end, END]
+    save_model(certain(make_model(vocab_size=257 + len(CHAT_SPECIALS)), *chain), path)
+    return path
+
+
+def test_conversations_are_answered_with_tools(assistant, tmp_path):
+    said = [{"role": "system", "content": "Count."}, {"role": "user", "content": "6 times 7? <|im_sep|>"}]
+    given = write_lines(tmp_path / "chats.jsonl", [{"id": 1, "messages": said}])
+    (record,) = sample_jsonl(assistant, tmp_path / "out.jsonl", given, tools=["calc"], temperature="0")
+    assert (record["id"], record["messages"], record["completion"]) == (1, said, "it")
+    assert record["tool_calls"] == [{"tool": "calc", "input": "6*7", "result": "42"}]
+    assert record["sampled"].count(False) == 4 and record["finish_reason"] == "stop"
+    (record,) = sample_jsonl(
+        assistant, tmp_path / "out.jsonl", given, tools=["calc"], temperature="0", max_tool_calls="0"
+    )
+    assert record["finish_reason"] == "tool_limit"
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "chats.jsonl:1: expected at least one message"),
+        ([{"role": "judge", "content": "a"}], "chats.jsonl:1: expected a role .*'judge'"),
+        ([{"role": "user", "content": 3}], "chats.jsonl:1: expected 'content' to be a string"),
+        (
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+            "chats.jsonl:1: .* the assistant's last",
+        ),
+    ],
+)
+def test_a_bad_conversation_is_named(assistant, tmp_path, messages, message):
+    given = write_lines(tmp_path / "chats.jsonl", [{"messages": messages}])
+    with pytest.raises(UserError, match=message):
+        sample_jsonl(assistant, tmp_path / "out.jsonl", given)
+
+
+def test_a_base_model_has_no_conversations_and_no_tools(folder, tmp_path):
+    given = write_lines(tmp_path / "chats.jsonl", [{"messages": [{"role": "user", "content": "a"}]}])
+    for options in ({"inputs": [str(given)], "jsonl": True}, {"prompt": "a", "tools": ["calc"]}):
+        with pytest.raises(UserError, match=r"tokenizer.json: expected the special tokens of conv.*llmkit sft"):
+            sample(folder, tmp_path / "out.jsonl", **options)
+
+
+def test_a_killed_run_is_resumed_to_the_same_bytes(folder, tmp_path):
+    import signal
+    import time
+
+    given = write_lines(tmp_path / "prompts.jsonl", [{"prompt": PROMPTS[n % 8], "id": n} for n in range(160)])
+    out, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    partial = tmp_path / "out.jsonl.partial"
+    options = ["--max-tokens", "6", "-n", "2", "--seed", "5", "--quiet"]
+    command = [sys.executable, "-m", "llmkit", "sample", str(folder), str(given), "--jsonl", *options, "-o", str(out)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        while not (partial.exists() and partial.stat().st_size > 8000) and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert not out.exists()
+    with partial.open("ab") as handle:
+        handle.write(b'{"prompt": "cut in two')
+    kept = partial.read_bytes()
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert 0 < made["prompts"] < 160 and not partial.exists()
+    assert out.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1][:15000])
+    subprocess.run([*command[:-1], str(whole)], check=True, capture_output=True)
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_a_run_of_other_prompts_is_not_resumed(folder, prompts, tmp_path):
+    out = tmp_path / "out.jsonl"
+    records = sample_jsonl(folder, out, prompts)
+    out.rename(tmp_path / "out.jsonl.partial")
+    for other in ({"seed": "3"}, {"inputs": [str(write_lines(tmp_path / "other.jsonl", [{"prompt": "x"}]))]}):
+        with pytest.raises(UserError, match=r"prompts?.jsonl:1|other.jsonl:1"):
+            sample(
+                folder, out, **{"inputs": [str(prompts)], "jsonl": True, "max_tokens": "20", "resume": True, **other}
+            )
+    run(resolve(SampleConfig, {"model": str(folder), "inputs": [str(prompts)], "jsonl": True, "max_tokens": "20",
+                               "out": str(out), "resume": True, "quiet": True}))  # fmt: skip
+    assert read_lines(out) == records
+
+
 # ---- bad input
 
 
