@@ -165,7 +165,7 @@ def test_a_run_that_was_killed_goes_on(crawl, many, llmkit, tmp_path):
     assert not state.exists() and not list(tmp_path.glob("*.partial"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interrupted_run_leaves_what_it_has_done_and_no_half_output(crawl, many, llmkit, tmp_path, number):
     arguments = [crawl / "many.warc.gz", "-o", tmp_path / "docs.jsonl", "--rejects", tmp_path / "rejects.jsonl"]
     state = tmp_path / "docs.jsonl.partial-state"
@@ -331,8 +331,8 @@ def test_a_bad_recipe_is_refused_in_one_line(crawl, llmkit, tmp_path, content, m
     "flags",
     [
         [],
-        ["--min-language-score", "0.99"],
-        ["--language", "de"],
+        pytest.param(["--min-language-score", "0.99"], marks=pytest.mark.slow),
+        pytest.param(["--language", "de"], marks=pytest.mark.slow),
         ["--skip", "c4"],
         ["--skip", "near_duplicates,gopher_repetition", "--pii", "off"],
         ["--recipe", "loose.toml"],
