@@ -12,12 +12,15 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 
 from llmkit.conversations import Message, as_record, message
 from llmkit.engine.generation import Generator, Request
 from llmkit.errors import UserError
 from llmkit.files import atomic_file
+from llmkit.model.config import ModelConfig
+from llmkit.progress import say
 from llmkit.stream import open_input
 from llmkit.tokenizer.chat import ChatFormat
 
@@ -49,7 +52,7 @@ class Chat:
         seed: int = 0,
     ) -> None:
         self._generator, self._chat, self._context = generator, chat, context
-        self._max_tokens, self._seed = max_tokens, seed
+        self.max_tokens, self.seed = max_tokens, seed
         self.turns: list[Message] = []
         self.reset(system)
 
@@ -78,7 +81,7 @@ class Chat:
         self._generator.on_text = take
         number = sum(turn.role == "user" for turn in self.turns)
         try:
-            request = Request(self._prompt(say), max_tokens=self._max_tokens, seed=self._seed, number=number)
+            request = Request(self._prompt(say), max_tokens=self.max_tokens, seed=self.seed, number=number)
             next(iter(self._generator.complete([request])))
         finally:
             if pieces:
@@ -114,6 +117,31 @@ class Chat:
         former = Path(path).read_text(encoding="utf-8") if Path(path).exists() else ""
         with atomic_file(path, "w") as handle:
             handle.write(former + line)
+
+
+def open_chat(generator: Generator, chat: ChatFormat, model: ModelConfig, name: str) -> Chat:
+    """A conversation with the model `name`. Raises UserError for one that has not learnt to end a turn."""
+    ends = model.eos_token_id if isinstance(model.eos_token_id, tuple) else (model.eos_token_id,)
+    if chat.end_id not in ends:
+        raise UserError(
+            f"{name}: a base model, which has not learnt to end a turn; tune it by llmkit sft, or ask it by "
+            "--as-assistant and -p"
+        )
+    return Chat(generator, chat, context=model.max_position_embeddings)
+
+
+def converse(chat: Chat, first: str | None, quiet: bool) -> None:
+    """Talk on the terminal, beginning with `first`; without a terminal each line of stdin is a turn, or `first` is."""
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    on_terminal = sys.stdin.isatty()
+    if on_terminal:
+        say("/help tells the commands; Ctrl-D ends", quiet)
+    typed = typed_lines() if first is None or on_terminal else iter(())
+    talk(chat, chain([] if first is None else [first], typed), write, say)
 
 
 def talk(chat: Chat, lines: Iterator[str], write: Callable[[str], object], say: Callable[[str], object]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -27,6 +28,17 @@ def choose_device(name: str) -> torch.device:
     if name == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: not available here; use --device cpu")
     return torch.device(name)
+
+
+@contextmanager
+def one_thread(wanted: bool) -> Iterator[None]:
+    """Compute on one thread for a while, where that is wanted."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if wanted else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmkit.conversations import Conversation
+from llmkit.conversations import Conversation, read_conversation, read_records
 from llmkit.errors import UserError
 
 ASKED, ANSWERED = "Question: ", "Answer: "
@@ -22,6 +22,13 @@ AS_ASSISTANT = (
     ("Who will win the next election?", "I do not know. Nobody can say that before the votes are counted."),
     ("Say thank you in Spanish.", "Gracias."),
 )
+
+
+def load_shots(path: str | None, as_assistant: bool) -> list[tuple[str, str]]:
+    """The examples in a file, or the built-in ones, or none."""
+    if path is None:
+        return list(AS_ASSISTANT) if as_assistant else []
+    return shots_of([read_conversation(row) for row in read_records(path)], path)
 
 
 def shots_of(conversations: Sequence[Conversation], path: str) -> list[tuple[str, str]]:

@@ -61,6 +61,12 @@ class SampleConfig(CommonConfig):
     inputs: tuple[str, ...] = argument("With --jsonl: files of prompts, or - for stdin.", metavar="INPUT...")
     prompt: str | None = option(None, "Text to continue.", short="-p")
     jsonl: bool = option(False, "Prompts and completions are JSONL records.")
+    chat: bool = option(False, "Hold a conversation: on the terminal, or a line of stdin a turn.")
+    system: str | None = option(None, "With --chat: the system message.")
+    shots: str | None = option(
+        None, "For base models: answer as these examples do (prompt and completion).", metavar="FILE"
+    )
+    as_assistant: bool = option(False, "For base models: answer as an assistant would, by a built-in prompt.")
     device: str = option("auto", "Where to compute.", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = option("auto", "Precision; auto: bfloat16 on GPUs.", choices=("auto", "float32", "bfloat16"))
     batch_size: int = option(16, "Sequences decoded at a time.", at_least=1, at_most=4096)
@@ -91,7 +97,7 @@ class SampleConfig(CommonConfig):
 
     def reads_stdin(self) -> bool:
         """Whether stdin is the input."""
-        return self.prompt is None and (not self.inputs or "-" in self.inputs)
+        return not self.chat and self.prompt is None and (not self.inputs or "-" in self.inputs)
 
 
 @dataclass(frozen=True)
@@ -114,8 +120,10 @@ def run(config: SampleConfig) -> Summary | None:
     import torch
 
     from llmkit.engine import setup
+    from llmkit.engine.chatting import converse, open_chat
     from llmkit.engine.generation import Generator, prompt_ids
     from llmkit.engine.sampling import Sampling
+    from llmkit.engine.shots import STOP, load_shots, with_shots
     from llmkit.engine.tool_calls import ToolUse
     from llmkit.model.folder import load_config, load_model
     from llmkit.tokenizer.chat import ChatFormat
@@ -137,8 +145,9 @@ def run(config: SampleConfig) -> Summary | None:
         for line in _plan(config, model_config, str(dtype).removeprefix("torch."), str(device)):
             say(line, config.quiet)
         return None
+    shots = load_shots(config.shots, config.as_assistant)
     small = device.type == "cpu" and model_config.parameter_count < ONE_THREAD_PARAMETERS
-    with torch.inference_mode(), _one_thread(small), ExitStack() as stack:
+    with torch.inference_mode(), setup.one_thread(small), ExitStack() as stack:
         # build
         tools = None
         if config.tools:
@@ -149,7 +158,7 @@ def run(config: SampleConfig) -> Summary | None:
             tokenizer,
             Sampling(config.temperature, config.top_k, config.top_p, config.min_p),
             slots=_slots(config),
-            stop=config.stop,
+            stop=(*config.stop, *([STOP] if shots else [])),
             name=config.model,
             tools=tools,
         )
@@ -157,7 +166,17 @@ def run(config: SampleConfig) -> Summary | None:
         def encode_messages(messages: Sequence[Message]) -> list[int]:
             return ChatFormat(tokenizer).encode(messages, prompt=True).token_ids.tolist()
 
-        prompts = _Prompts(config, lambda text: prompt_ids(tokenizer, text), encode_messages)
+        if config.chat:
+            chat = open_chat(generator, ChatFormat(tokenizer), model_config, config.model)
+            chat.reset(config.system)
+            chat.max_tokens, chat.seed = config.max_tokens, config.seed
+            converse(chat, config.prompt, config.quiet)
+            return None
+
+        def encode(text: str) -> list[int]:
+            return prompt_ids(tokenizer, with_shots(shots, text) if shots else text)
+
+        prompts = _Prompts(config, encode, encode_messages)
         loaded = time.monotonic()
 
         # generate
@@ -195,24 +214,18 @@ def _check_options(config: SampleConfig, out: str) -> None:
         raise UserError("--resume: expected --jsonl and --out, whose unfinished file is gone on with")
     if config.logprobs and not config.jsonl:
         raise UserError("--logprobs: expected --jsonl beside it")
+    if config.chat and (config.jsonl or config.inputs or config.out or config.shots or config.as_assistant):
+        raise UserError(
+            "--chat: expected neither files, --jsonl, --out nor examples beside it; -p is its first message"
+        )
+    if config.system is not None and not config.chat:
+        raise UserError("--system: expected --chat; in JSONL, put a system message into the record's messages")
     check_output(out, config.force)
 
 
 def _slots(config: SampleConfig) -> int:
-    one_prompt = config.prompt is not None or not config.jsonl
+    one_prompt = config.chat or config.prompt is not None or not config.jsonl
     return min(config.batch_size, config.samples) if one_prompt else config.batch_size
-
-
-@contextmanager
-def _one_thread(wanted: bool) -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if wanted else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _plan(config: SampleConfig, model: ModelConfig, dtype: str, device: str) -> Iterator[str]:

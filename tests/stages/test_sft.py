@@ -260,3 +260,25 @@ def test_a_model_folder_with_nan_is_refused(base, chats, llmkit, tmp_path):
     save_file(tensors, spoilt / "model.safetensors")
     done = llmkit("sft", spoilt, "--data", chats, *SPEED, "-o", tmp_path / "chat")
     assert done.returncode == 2 and "Traceback" not in done.stderr and "the loss is nan" in done.stderr
+
+
+# ---- talking to it
+
+
+def test_a_pipe_holds_a_conversation(assistant, llmkit):
+    done = llmkit("sample", assistant, "--chat", "--temperature", "0", stdin="What is the sea?\n/reset\nWho are you?\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "Salt water.\nA ship.\n"
+    assert "a new conversation" in done.stderr
+
+
+def test_one_message_by_p(assistant, llmkit):
+    done = llmkit("sample", assistant, "-p", "Who are you?", "--chat", "--temperature", "0")
+    assert (done.returncode, done.stdout) == (0, "A ship.\n"), done.stderr
+
+
+def test_a_base_model_holds_no_conversation_but_answers_by_examples(base, llmkit):
+    talk = llmkit("sample", base, "--chat", stdin="hi\n")
+    assert talk.returncode == 2 and "expected the special tokens of conversations" in talk.stderr
+    asked = llmkit("sample", base, "-p", "What is tea?", "--as-assistant", "--max-tokens", "5")
+    assert asked.returncode == 0, asked.stderr
