@@ -206,9 +206,8 @@ def show_memory(found: dict, options: argparse.Namespace, spill: bool) -> None:
     print(f"{name:<21} {found['rate']:10,.0f} documents/s of CPU, {options.documents:,} {batches}")
     peak, base = ({key: size / 1e6 for key, size in found[of].items()} for of in ("peak", "base"))
     at_all, no_file = f"{peak['VmRSS']:,.0f} MB", f"{peak['RssAnon']:,.0f} MB of it no file"
-    print(
-        f"  peak memory         {at_all:>10} ({base['VmRSS']:,.0f} MB at the start), {no_file}; {found['repeats']:,} repeats"
-    )
+    start, repeats = f"{base['VmRSS']:,.0f} MB at the start", f"{found['repeats']:,} repeats"
+    print(f"  peak memory         {at_all:>10} ({start}), {no_file}; {repeats}")
 
 
 if __name__ == "__main__":

@@ -21,9 +21,14 @@ ON_LONG = ("truncate", "drop", "split", "error")
 class Encoded(Protocol):
     """A conversation in tokens: int32 (T,), bool (T,), and the positions at which a turn has just ended."""
 
-    token_ids: np.ndarray
-    trained: np.ndarray
-    turn_ends: tuple[int, ...]
+    @property
+    def token_ids(self) -> np.ndarray: ...
+
+    @property
+    def trained(self) -> np.ndarray: ...
+
+    @property
+    def turn_ends(self) -> tuple[int, ...]: ...
 
 
 @dataclass

@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import save_file
@@ -98,7 +99,7 @@ class LoraAdapter:
             for stacked in STACKED:
                 if not parametrize.is_parametrized(layer, stacked):
                     continue
-                low_rank = layer.parametrizations[stacked][0]  # type: ignore[index]
+                low_rank = cast("_LowRankSum", layer.parametrizations[stacked][0])  # type: ignore[index]
                 for name in low_rank.down:
                     yield f"layers.{index}.{name}.down", low_rank.down[name]
                     yield f"layers.{index}.{name}.up", low_rank.up[name]
