@@ -238,5 +238,5 @@ def test_pages_of_many_languages(shared_data: Path) -> None:
                 unwanted += 1
                 leaked += " ".join(string.split()) in text
     assert pages > 200 and empty < 0.03 * pages
-    assert kept / wanted > 0.8
-    assert leaked / unwanted < 0.25
+    assert kept / wanted > 0.93  # .967
+    assert leaked / unwanted < 0.22  # .167; resiliparse leaks .320
