@@ -15,6 +15,7 @@ from llmkit.kernels.triton.tiles import product_tiles
 from torch import Tensor
 
 GROUP = 16  # blocks of tokens that pass over the vocabulary together, so that their hidden states stay in cache
+MERGED = 64  # tokens a program of `merge_splits`
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -72,39 +73,63 @@ def linear_logsumexp(
         tl.store(moment_ptr + part, moment, mask=row < tokens)
 
 
+@triton.jit(do_not_specialize=["tokens", "splits", "ignore_index"])
+def merge_splits(
+    highest_ptr, total_ptr, moment_ptr, picked_ptr, target_ptr, logprob_ptr, entropy_ptr, tokens, splits,
+    ignore_index, BLOCK_N: tl.constexpr, ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_N tokens, whose parts are added one after the other."""
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = row < tokens
+    highest = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    moment = tl.zeros([BLOCK_N], tl.float32)
+    for split in tl.range(0, splits):
+        part = tl.cast(split, tl.int64) * tokens + row
+        its_highest = tl.load(highest_ptr + part, mask=inside, other=float("-inf"))
+        its_total = tl.load(total_ptr + part, mask=inside, other=0.0)
+        now = tl.maximum(highest, its_highest)
+        anchor = tl.where(now == float("-inf"), 0.0, now)
+        decay, its_decay = tl.exp(highest - anchor), tl.exp(its_highest - anchor)
+        if ENTROPY:
+            its_moment = tl.load(moment_ptr + part, mask=inside, other=0.0)
+            lowered = tl.where(total > 0, highest - anchor, 0.0)
+            its_lowered = tl.where(its_total > 0, its_highest - anchor, 0.0)
+            moment = decay * (moment + total * lowered) + its_decay * (its_moment + its_total * its_lowered)
+        total = total * decay + its_total * its_decay
+        highest = now
+    counted = tl.load(target_ptr + row, mask=inside, other=0) != ignore_index
+    picked = tl.load(picked_ptr + row, mask=inside, other=0.0)
+    log_total = tl.log(total)
+    tl.store(logprob_ptr + row, tl.where(counted, picked - highest - log_total, 0.0), mask=inside)
+    if ENTROPY:
+        tl.store(entropy_ptr + row, tl.where(counted, log_total - moment / total, 0.0), mask=inside)
+
+
 def logprobs(
     input: Tensor, linear_weight: Tensor, target: Tensor, objective: Objective
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities (N,) of the targets, and entropies (N,) with `objective.with_entropy`, in float32."""
     tokens, hidden = input.shape
     vocab = linear_weight.shape[0]
-    picked = input.new_full((tokens,), float("nan"), dtype=torch.float32)  # stays so where no word is the target
-    if tokens == 0:
-        return picked, picked.new_empty(0) if objective.with_entropy else None
     input, linear_weight = (x if x.stride(1) == 1 else x.contiguous() for x in (input, linear_weight))
+    target = target.contiguous()
     chosen = product_tiles(input.dtype)
     splits = triton.cdiv(vocab, chosen.block_v * chosen.split)
-    highest, total = picked.new_empty(splits, tokens), picked.new_empty(splits, tokens)
-    moment = picked.new_empty(splits, tokens) if objective.with_entropy else None
+    highest, total = input.new_empty(2, splits, tokens, dtype=torch.float32)
+    moment = torch.empty_like(highest) if objective.with_entropy else None
+    picked = highest.new_full((tokens,), float("nan"))  # stays so where no word is the target
     cap = objective.softcap
     launch(
-        linear_logsumexp, (triton.cdiv(tokens, chosen.block_n) * splits,), input, linear_weight, target.contiguous(),
-        highest, total, moment, picked, input.stride(0), linear_weight.stride(0), tokens, vocab, hidden, cap,
+        linear_logsumexp, (triton.cdiv(tokens, chosen.block_n) * splits,), input, linear_weight, target, highest,
+        total, moment, picked, input.stride(0), linear_weight.stride(0), tokens, vocab, hidden, cap,
         1.0 / cap if cap else 0.0, 1.0 / objective.temperature, GROUP=GROUP, EVEN_D=hidden % chosen.block_d == 0,
         SOFTCAP=cap > 0, ENTROPY=objective.with_entropy, PRECISION="ieee", **chosen.options(),
     )  # fmt: skip
-    return _merge(highest, total, moment, picked, target == objective.ignore_index)
-
-
-def _merge(highest, total, moment, picked, ignored) -> tuple[Tensor, Tensor | None]:
-    top = highest.amax(0)
-    lowered = (highest - top).nan_to_num(nan=-torch.inf, neginf=-torch.inf)  # -inf + inf: no word of a finite logit
-    share = torch.exp(lowered)
-    weight = (share * total).sum(0)
-    log_weight = weight.log()
-    entropy = None
-    if moment is not None:
-        moments = share * (moment + total * lowered)
-        entropy = log_weight - moments.nan_to_num(nan=0.0).sum(0) / weight
-        entropy = entropy.masked_fill(ignored, 0.0)
-    return (picked - top - log_weight).masked_fill(ignored, 0.0), entropy
+    logprob = torch.empty_like(picked)
+    entropy = torch.empty_like(picked) if objective.with_entropy else None
+    launch(
+        merge_splits, (triton.cdiv(tokens, MERGED),), highest, total, moment, picked, target, logprob, entropy,
+        tokens, splits, objective.ignore_index, BLOCK_N=MERGED, ENTROPY=objective.with_entropy, num_warps=2,
+    )  # fmt: skip
+    return logprob, entropy

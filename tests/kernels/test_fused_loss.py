@@ -1,0 +1,333 @@
+"""The Triton kernels of losses and log-probabilities, in the interpreter, against float64: values and gradients."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from llmkit.kernels import linear_cross_entropy, linear_logprobs
+from llmkit.kernels.cross_entropy import linear_cross_entropy_reference
+from llmkit.kernels.dispatch import triton_module
+from llmkit.kernels.logprobs import linear_logprobs_reference
+
+pytestmark = [
+    pytest.mark.usefixtures("interpreted"),
+    # numpy's word for what the padding of a buffer holds, and for exp(-inf)
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+EVERY_OPTION = {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 3.0, "weighted": True, "biased": True}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The interpreter's arrays are small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def example(tokens, vocab, hidden=32, dtype=torch.float32, ignored=0.3, biased=False, seed=0):
+    """Input, weight and maybe bias, and the target; rounded first, so that errors are the kernels' own."""
+    generator = torch.Generator().manual_seed(seed + tokens + vocab)
+    shapes = [(tokens, hidden), (vocab, hidden)] + [(vocab,)] * biased
+    scales = 1.0, 2 * hidden**-0.5, 1.0  # logits of about 2
+    made = [(torch.randn(s, generator=generator) * k).to(dtype) for s, k in zip(shapes, scales, strict=False)]
+    target = torch.randint(0, vocab, (tokens,), generator=generator)
+    target[torch.rand(tokens, generator=generator) < ignored] = -100
+    return made, target
+
+
+def values_and_gradients(function, inputs, upstream=None):
+    """Outputs, then gradients of the inputs, for an upstream gradient of each output that takes one."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = function(*inputs)
+    outputs = out if isinstance(out, tuple) else (out,)
+    leaves = [x for x in outputs if x.requires_grad]
+    if upstream is None:
+        upstream = [torch.ones_like(x) for x in leaves]
+    torch.autograd.backward(leaves, [u.to(x.dtype) for u, x in zip(upstream, leaves, strict=True)])
+    return [*(x.detach() for x in outputs), *(x.grad for x in inputs)]
+
+
+def errors(found, expected):
+    return [((x.double() - y.double()).norm() / y.double().norm().clamp(min=1e-30)).item()
+            for x, y in zip(found, expected, strict=True)]  # fmt: skip
+
+
+def assert_as_good_as_torch(ours, torchs, exact):
+    for mine, theirs, wanted in zip(ours, torchs, exact, strict=True):
+        assert mine.shape == wanted.shape and mine.isfinite().all()
+        if not wanted.any():
+            assert not mine.any()
+            continue
+        (error,), (its_error,) = errors([mine], [wanted]), errors([theirs], [wanted])
+        # both make the same roundings, but not the same sums
+        assert error <= 1.02 * its_error + 1e-6, (error, its_error)
+
+
+def check_loss(tokens, vocab, dtype=torch.float32, *, hidden=32, ignored=0.3, reduction="mean", chunk_tokens=64,
+               biased=False, weighted=False, **options):  # fmt: skip
+    inputs, target = example(tokens, vocab, hidden, dtype, ignored, biased)
+    generator = torch.Generator().manual_seed(1)
+    class_weight = torch.rand(vocab, generator=generator) + 0.1 if weighted else None
+    upstream = [torch.randn(tokens, generator=generator)] if reduction == "none" else None
+
+    def ours(x, w, b=None):
+        return linear_cross_entropy(
+            x, w, target, linear_bias=b, weight=class_weight, reduction=reduction, chunk_tokens=chunk_tokens,
+            return_lse=True, **options,
+        )  # fmt: skip
+
+    def reference(x, w, b=None):
+        loss, lse = linear_cross_entropy_reference(
+            x, w, target, linear_bias=b, weight=class_weight, reduction=reduction, **options
+        )
+        return loss, lse.detach()
+
+    found = values_and_gradients(ours, inputs, upstream)
+    assert found[0].dtype == torch.float32 and all(x.dtype == dtype for x in found[2:])
+    expected = values_and_gradients(reference, [x.double() for x in inputs], upstream)
+    assert_as_good_as_torch(found, values_and_gradients(reference, inputs, upstream), expected)
+
+
+def check_logprobs(tokens, vocab, dtype=torch.float32, *, hidden=32, ignored=0.3, entropy=True, **options):
+    inputs, target = example(tokens, vocab, hidden, dtype, ignored)
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(tokens, generator=generator) for _ in range(1 + entropy)]
+
+    def reference(*x):
+        return linear_logprobs_reference(*x, target, **options)[: 1 + entropy]
+
+    found = values_and_gradients(
+        lambda *x: linear_logprobs(*x, target, return_entropy=entropy, **options), inputs, upstream
+    )
+    assert found[0].dtype == torch.float32 and all(x.dtype == dtype for x in found[1 + entropy :])
+    expected = values_and_gradients(reference, [x.double() for x in inputs], upstream)
+    assert_as_good_as_torch(found, values_and_gradients(reference, inputs, upstream), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [123, 507, 2048])
+def test_loss_and_gradients_of_any_vocabulary(dtype, vocab):
+    check_loss(65, vocab, dtype)
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 128])
+@pytest.mark.parametrize("ignored", [0.0, 0.5, 1.0])
+def test_loss_and_gradients_of_any_number_of_tokens(tokens, ignored):
+    check_loss(tokens, 123, ignored=ignored)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2}, EVERY_OPTION], ids=["plain", "smoothed", "every"])
+def test_loss_and_gradients_of_any_option(dtype, reduction, options):
+    check_loss(100, 123, dtype, reduction=reduction, **options)
+
+
+@pytest.mark.parametrize("option", [{"z_loss": 0.1}, {"softcap": 2.0}, {"weighted": True}, {"biased": True}])
+def test_loss_and_gradients_of_one_option(option):
+    check_loss(33, 200, reduction="none", **option)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [123, 507, 2048])
+def test_logprobs_and_gradients_of_any_vocabulary(dtype, vocab):
+    check_logprobs(65, vocab, dtype)
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 128])
+@pytest.mark.parametrize("ignored", [0.0, 0.5, 1.0])
+def test_logprobs_and_gradients_of_any_number_of_tokens(tokens, ignored):
+    check_logprobs(tokens, 123, ignored=ignored, entropy=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [48, 72, 160])
+@pytest.mark.parametrize("options", [{"temperature": 0.6}, {"temperature": 1.7, "softcap": 2.0}])
+def test_logprobs_and_gradients_of_any_option(dtype, hidden, options):
+    check_logprobs(40, 300, dtype, hidden=hidden, **options)
+
+
+def test_every_number_of_the_results_is_written():
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all() and torch.zeros(1).new_empty(3).isnan().all()
+        check_loss(70, 123, reduction="none", **EVERY_OPTION)
+        check_loss(70, 123, ignored=1.0)
+        check_logprobs(70, 523)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def test_inputs_may_lie_in_memory_as_they_like():
+    (x, w), target = example(50, 123)
+    strange = [x.t().contiguous().t(), torch.stack((w, w), 1)[:, 0], torch.stack((target, target), 1)[:, 1]]
+    assert not any(t.is_contiguous() for t in strange)
+
+    def both(x, w, target):
+        losses = linear_cross_entropy(x, w, target, reduction="none")
+        logprobs, entropy = linear_logprobs(x, w, target, return_entropy=True)
+        # their upstream gradients are expanded scalars
+        return values_and_gradients(lambda *_: losses.sum() + 2 * logprobs.sum() - entropy.sum(), [])
+
+    plain, odd = [[t.clone().requires_grad_() for t in (x, w)], target], [strange[:2], strange[2]]
+    odd[0] = [t.detach().requires_grad_() for t in odd[0]]
+    for inputs, labels in (plain, odd):
+        both(*inputs, labels)
+    for mine, theirs in zip(odd[0], plain[0], strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_common_offset_of_thousands_changes_no_loss(dtype):
+    inputs, target = example(40, 123, dtype=dtype, biased=True)
+    for bias in (-3e4, 3e4, -torch.inf):
+        shifted = inputs[2] * 0
+        shifted[slice(None) if abs(bias) < torch.inf else slice(0, 70)] = bias
+        target[target < 70] = -100 if bias == -torch.inf else 5
+
+        def ours(x, w, shifted=shifted):
+            return linear_cross_entropy(x, w, target, linear_bias=shifted, reduction="none", return_lse=True)
+
+        def reference(x, w, shifted=shifted):
+            loss, lse = linear_cross_entropy_reference(x, w, target, linear_bias=shifted.to(x.dtype), reduction="none")
+            return loss, lse.detach()
+
+        found = values_and_gradients(ours, inputs[:2])
+        theirs = values_and_gradients(reference, inputs[:2])
+        exact = values_and_gradients(reference, [x.double() for x in inputs[:2]])
+        for mine, limit in zip(errors(found, exact), errors(theirs, exact), strict=True):
+            assert mine <= 1.02 * limit + 1e-6
+
+
+def test_a_sure_prediction_has_an_exact_small_loss():
+    weight = torch.eye(16)
+    x = torch.eye(16)[:5] * 15
+    expected, _ = linear_cross_entropy_reference(x.double(), weight.double(), torch.arange(5), reduction="none")
+    found = linear_cross_entropy(x, weight, torch.arange(5), reduction="none")
+    assert expected.max() < 1e-5
+    torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=0)  # 1 + 5e-6 has 6 bits of the 5e-6
+    torch.testing.assert_close(-linear_logprobs(x, weight, torch.arange(5)), found, rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("wrong", [-1, 123, 10**9])
+def test_a_target_that_is_no_word_is_not_a_number(wrong):
+    (x, w), target = example(20, 123, ignored=0.0)
+    target[3] = wrong
+    assert linear_cross_entropy(x, w, target).isnan()
+    assert linear_cross_entropy(x, w, target, reduction="none").isnan().nonzero().tolist() == [[3]]
+    assert linear_logprobs(x, w, target).isnan().nonzero().tolist() == [[3]]
+
+
+def test_a_row_has_the_same_bits_beside_any_others():
+    (x, w), target = example(100, 600, hidden=80, ignored=0.0)
+    together, entropy = linear_logprobs(x, w, target, return_entropy=True)
+    for rows in (slice(0, 1), slice(0, 40), slice(64, 100)):  # numpy's product depends on the place in a tile
+        alone = linear_logprobs(x[rows], w, target[rows], return_entropy=True)
+        assert torch.equal(alone[0], together[rows]) and torch.equal(alone[1], entropy[rows])
+
+
+def test_float16_gradients_of_a_mean_survive_a_loss_scale():
+    (x, w), target = example(256, 50, hidden=16, dtype=torch.float16, ignored=0.0)
+    w *= 1e-3
+
+    def gradient(x, function, scale):
+        x = x.detach().requires_grad_()
+        (function(x) * scale).backward()
+        return x.grad.double() / scale
+
+    function = lambda x: linear_cross_entropy(x, w.to(x.dtype), target)  # noqa: E731
+    exact = gradient(x.double(), lambda x: linear_cross_entropy_reference(x, w.double(), target)[0], 1.0)
+    assert errors([gradient(x, function, 65536.0)], [exact])[0] < 2e-3
+    assert errors([gradient(x, function, 1.0)], [exact])[0] > 2e-3  # which is why there are loss scales
+
+
+def test_the_kernels_are_what_ran(monkeypatch):
+    started = []
+    for name in ("cross_entropy", "logprobs"):
+        module = triton_module(name)
+        original = module.launch
+        monkeypatch.setattr(
+            module, "launch", lambda k, *a, original=original, **d: started.append(k.__name__) or original(k, *a, **d)
+        )
+    (x, w), target = example(20, 50)
+    linear_cross_entropy(x, w, target)
+    linear_logprobs(x, w, target)
+    assert started == ["cross_entropy", "linear_logsumexp", "merge_splits"]
+    linear_cross_entropy(x.double(), w.double(), target)
+    assert len(started) == 3
+
+
+def test_no_more_than_a_chunk_of_logits_is_ever_held(monkeypatch):
+    (x, w), target = example(100, 123)
+    held = []
+    original = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, **d: held.append(d["out"].shape) or original(a, b, **d))
+    values_and_gradients(lambda *i: linear_cross_entropy(*i, target, chunk_tokens=32), (x, w))
+    assert [tuple(s) for s in held] == [(rows, width) for rows in (32, 32, 32, 4) for width in (123, 32)]
+    held.clear()
+    with torch.no_grad():
+        linear_logprobs(x, w, target)
+    assert not held
+
+
+problems = {
+    "tokens": st.integers(1, 70),
+    "vocab": st.integers(1, 300),
+    "dtype": st.sampled_from(DTYPES),
+    "ignored": st.sampled_from([0.0, 0.3, 1.0]),
+}
+losses = {
+    "reduction": st.sampled_from(["mean", "sum", "none"]),
+    "chunk_tokens": st.integers(1, 80),
+    "label_smoothing": st.sampled_from([0.0, 0.1, 1.0]),
+    "z_loss": st.sampled_from([0.0, 0.1]),
+    "softcap": st.sampled_from([None, 1.0, 30.0]),
+    "weighted": st.booleans(),
+    "biased": st.booleans(),
+}
+logprobs = {"temperature": st.floats(0.2, 3.0), "softcap": st.sampled_from([None, 2.0]), "entropy": st.booleans()}
+quiet = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+
+
+@settings(max_examples=15, **quiet)
+@given(**problems, **losses)
+def test_any_loss(chunk_tokens, **problem):
+    check_loss(chunk_tokens=max(chunk_tokens, 10), hidden=16, **problem)
+
+
+@settings(max_examples=15, **quiet)
+@given(**problems, **logprobs)
+def test_any_logprobs(**problem):
+    check_logprobs(hidden=16, **problem)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, **quiet)
+@given(**problems, **losses)
+def test_any_loss_at_length(**problem):
+    check_loss(hidden=16, **problem)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, **quiet)
+@given(**problems, **logprobs)
+def test_any_logprobs_at_length(**problem):
+    check_logprobs(hidden=16, **problem)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [123, 507, 2048])
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 128, 257])
+@pytest.mark.parametrize("ignored", [0.0, 0.5, 1.0])
+def test_every_shape(dtype, vocab, tokens, ignored):
+    for reduction in ("mean", "none"):
+        check_loss(tokens, vocab, dtype, ignored=ignored, reduction=reduction)
+        check_loss(tokens, vocab, dtype, ignored=ignored, reduction=reduction, **EVERY_OPTION)
+    check_logprobs(tokens, vocab, dtype, ignored=ignored, temperature=0.8)

@@ -1,0 +1,111 @@
+"""Losses and log-probabilities as operators of torch: what autograd, tracing and the compiler rely on."""
+
+import pytest
+import torch
+from llmkit.kernels import cross_entropy, linear_cross_entropy, linear_logprobs
+from llmkit.kernels import logprobs as logprobs_module
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.fixture(params=["torch", "interpret"])
+def kernels(request, monkeypatch):
+    if request.param == "interpret":
+        request.getfixturevalue("interpreted")
+    monkeypatch.setenv("LLMKIT_KERNELS", request.param)
+
+
+def example(tokens=20, vocab=37, hidden=16, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(tokens)
+    shapes = (tokens, hidden), (vocab, hidden), (vocab,)
+    made = [torch.randn(s, generator=generator, dtype=dtype) * 0.5 for s in shapes]
+    target = torch.randint(0, vocab, (tokens,), generator=generator)
+    target[1::4] = -100
+    return [x.requires_grad_() for x in made], target
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_torch_accepts_the_loss(kernels, reduction):
+    (x, w, b), target = example()
+    class_weight = torch.rand(37)
+    options = -100, 0.1, 0.01, 3.0, 8
+    torch.library.opcheck(
+        cross_entropy._loss_and_gradients, (x, w, b, class_weight, target, reduction, *options, True, True, True, True)
+    )
+    torch.library.opcheck(
+        cross_entropy._loss_and_gradients,
+        (x, w.detach(), None, None, target, reduction, -100, 0.0, 0.0, 0.0, 8, False, True, False, False),
+    )
+    held = [t.detach() for t in (x, w, b)]
+    grad = torch.randn(20)
+    torch.library.opcheck(
+        cross_entropy._gradients_of_each, (grad, *held, class_weight, target, *options, True, True, False)
+    )
+    torch.library.opcheck(cross_entropy._scaled_in_a_graph, (held[0], torch.tensor(2.0), held[0].half()))
+
+
+@pytest.mark.parametrize("entropy", [True, False])
+def test_torch_accepts_the_logprobs(kernels, entropy):
+    (x, w, _), target = example()
+    options = 0.8, 3.0, -100, 8
+    torch.library.opcheck(logprobs_module._logprobs, (x, w, target, *options, entropy))
+    grads = torch.randn(20), torch.randn(20) if entropy else None
+    torch.library.opcheck(
+        logprobs_module._logprobs_backward, (*grads, x.detach(), w.detach(), target, *options, True, True)
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_gradients_of_the_loss_are_those_of_its_values(reduction):
+    (x, w, b), target = example(5, 7, 3, torch.float64)
+    every = {"weight": torch.rand(7).double(), "label_smoothing": 0.1, "z_loss": 0.1, "softcap": 2.0}
+    for options in ({}, every):
+        torch.autograd.gradcheck(
+            lambda x, w, b, o=options: linear_cross_entropy(
+                x, w, target, linear_bias=b, reduction=reduction, chunk_tokens=3, **o
+            ),
+            (x, w, b),
+        )
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "softcap": 2.0}])
+def test_the_gradients_of_the_logprobs_are_those_of_their_values(options):
+    (x, w, _), target = example(5, 7, 3, torch.float64)
+    torch.autograd.gradcheck(lambda x, w: linear_logprobs(x, w, target, return_entropy=True, **options), (x, w))
+
+
+def loss(x, w, b, target):
+    return linear_cross_entropy(x, w, target, linear_bias=b, label_smoothing=0.1, chunk_tokens=8)
+
+
+def losses(x, w, b, target):
+    values, lse = linear_cross_entropy(x, w, target, linear_bias=b, reduction="none", return_lse=True, chunk_tokens=8)
+    return values.square().sum() + lse.sum().detach()
+
+
+def logprobs(x, w, b, target):
+    values, entropy = linear_logprobs(x, w, target, temperature=0.9, return_entropy=True)
+    return values.sum() + 0.1 * entropy.sum() + 0 * b.sum()
+
+
+@pytest.mark.parametrize("function", [loss, losses, logprobs])
+def test_compiled_it_is_the_same_and_another_length_is_no_other_graph(kernels, function):
+    torch._dynamo.reset()
+    operators = []
+    inner = torch._dynamo.lookup_backend("aot_eager")
+
+    def noting(graph, inputs):
+        operators.extend(str(node.target) for node in graph.graph.nodes)
+        return inner(graph, inputs)
+
+    compiled = torch.compile(function, backend=noting, fullgraph=True, dynamic=True)
+    for tokens in (20, 33, 70):
+        results = []
+        for step in (function, compiled):
+            inputs, target = example(tokens)
+            with torch.compiler.set_stance("default" if tokens == 20 else "fail_on_recompile"):
+                value = step(*inputs, target)
+                value.backward()
+            results.append([value.detach(), *(x.grad for x in inputs)])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert any("llmkit" in name for name in operators), operators
