@@ -105,12 +105,11 @@ def _buckets(keys: np.ndarray, count: int) -> np.ndarray:
 def _merging(large: Pairs, small: Pairs) -> Iterator[Pairs]:
     """Two runs as one, in pieces, so that the memory for it is bounded."""
     read_through([*large, *small])
-    starts = np.arange(0, len(large.keys), CHUNK)
-    opposite = np.searchsorted(small.keys, large.keys[starts])
-    opposite[0] = 0
-    stops, opposite_stops = np.append(starts[1:], len(large.keys)), np.append(opposite[1:], len(small.keys))
-    for a, b, c, d in zip(starts, stops, opposite, opposite_stops, strict=True):
-        keys = np.concatenate([large.keys[a:b], small.keys[c:d]])
+    at = 0
+    for start in range(0, len(large.keys), CHUNK):
+        stop, before = start + CHUNK, at
+        at = int(np.searchsorted(small.keys, large.keys[stop])) if stop < len(large.keys) else len(small.keys)
+        keys = np.concatenate([large.keys[start:stop], small.keys[before:at]])
         order = np.argsort(keys, kind="stable")  # merges what is sorted: 4 times as fast as numpy's default
-        yield Pairs(keys[order], np.concatenate([large.documents[a:b], small.documents[c:d]])[order])
+        yield Pairs(keys[order], np.concatenate([large.documents[start:stop], small.documents[before:at]])[order])
         release([*large, *small])
