@@ -24,8 +24,8 @@ RATIO = 4  # a run is merged into the one before it where that has fewer than 4 
 IN_FILE = 1 << 18  # keys from which a run is worth a file
 CHUNK = 1 << 18  # keys merged at once
 BUCKET = 4  # keys between two entries of a run's table, on average; the fullest bucket of millions has 20
-LOOKED_UP = 1 << 13  # keys at once
-TOUCHED = 1 << 13  # keys looked up between two calls of `release`: at most 32 MiB of pages a run
+LOOKED_UP = 1 << 11  # keys at once
+TOUCHED = 1 << 11  # keys looked up between two calls of `release`; the system maps 64 KiB around each that is read
 
 
 class Pairs(NamedTuple):

@@ -10,8 +10,8 @@ similarity (Broder, "On the resemblance and containment of documents", 1997). 16
 similarity s shares a band with probability 1 - (1 - s^7)^16, which is .99 at .82. Of each minimum 8 bits are kept
 to estimate the similarity (Li and König, "b-Bit Minwise Hashing", 2010), where 32 would take 4 times the disk.
 
-Of 16 bands of 7 and not FineWeb's 14 of 8: with 2% of its words edited a document keeps a similarity of .82, of which
-14 of 8 find .966 at best; both have 112 permutations.
+16 bands of 7 and not FineWeb's 14 of 8: with 2% of its words replaced a document keeps a similarity of .82, and of such
+pairs 14 of 8 find .957, 16 of 7 .989 [measured on 3,000]; both have 112 permutations.
 """
 
 from __future__ import annotations

@@ -76,8 +76,9 @@ class NearDuplicates:
     """How much alike two texts must be for the later one to be dropped."""
 
     min_similarity: float = 0.7  # of the sets of 5-grams of words (Jaccard), as the MinHashes estimate it
-    bands: int = 14  # texts are compared that agree in all MinHashes of one band
-    rows: int = 8  # MinHashes in a band
+    # FineWeb's 14 of 8 find .957 of pairs with 2% of the words replaced, these .989; both have 112 MinHashes
+    bands: int = 16  # texts are compared that agree in all MinHashes of one band
+    rows: int = 7  # MinHashes in a band
 
     def __post_init__(self) -> None:
         if not (1 <= self.bands < 255 and 1 <= self.rows <= 64):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 BLOCK = 1 << 16  # rows that are in memory before they go to a file: 8 MiB of 128 bytes
-TOUCHED = 1 << 13  # rows read between two calls of `release`: at most 32 MiB of pages
+TOUCHED = 1 << 10  # rows read between two calls of `release`; the system maps 64 KiB around each, at most 64 MiB
 
 
 class ArrayWriter:
