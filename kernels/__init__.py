@@ -5,6 +5,7 @@ Imported as `llmkit.kernels`. Nothing here knows of models, tokenizers or traini
 
 from llmkit.kernels.allocator import keep_freed_memory
 from llmkit.kernels.attention import Packing, attention_mask, scaled_dot_product_attention
+from llmkit.kernels.branching import Branching
 from llmkit.kernels.cross_entropy import linear_cross_entropy
 from llmkit.kernels.decode import attention_decode
 from llmkit.kernels.dispatch import BACKENDS, backend
@@ -15,6 +16,7 @@ from llmkit.kernels.rowwise import add_rms_norm, rms_norm, swiglu
 
 __all__ = [
     "BACKENDS",
+    "Branching",
     "Packing",
     "add_rms_norm",
     "attention_decode",

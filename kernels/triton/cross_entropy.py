@@ -26,6 +26,13 @@ def adjust(z, cap, inverse_cap, inverse_temperature, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def _tanh_slope(x):
+    """1 - tanh(x)^2 as s (2 - s), s = 1 - tanh|x|: of 1 - t * t a large x leaves few digits."""
+    s = 2.0 / (1.0 + tl.exp2(2.8853900817779268 * tl.abs(x)))
+    return s * (2.0 - s)
+
+
+@triton.jit
 def add_to_softmax(z, highest, total, moment, ENTROPY: tl.constexpr):
     """Add a block of logits z (R, V) to rows' running maximum, sum of e = exp(z - maximum), and sum of e * log e."""
     now = tl.maximum(highest, tl.max(z, 1))
@@ -44,7 +51,7 @@ def add_to_softmax(z, highest, total, moment, ENTROPY: tl.constexpr):
 def cross_entropy(
     logits_ptr, target_ptr, class_weight_ptr, upstream_ptr, grad_entropy_ptr, loss_ptr, lse_ptr, entropy_ptr,
     width, stride_upstream, stride_grad_entropy, tokens, vocab, ignore_index, kept, spread, z_loss, cap, inverse_cap,
-    inverse_temperature, uncap, ROWS: tl.constexpr, BLOCK_V: tl.constexpr, SMOOTHED: tl.constexpr,
+    inverse_temperature, ROWS: tl.constexpr, BLOCK_V: tl.constexpr, SMOOTHED: tl.constexpr,
     SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS tokens. `kept` is 1 - e and `spread` e / V of the label smoothing e."""
@@ -86,10 +93,10 @@ def cross_entropy(
     log_total = tl.log(total)
     lse = highest + log_total
     loss = kept * weight * (highest - picked + log_total) + z_loss * weight * lse * lse
-    factor = kept * weight + 2.0 * z_loss * weight * lse
+    pull = 2.0 * z_loss * weight * lse
     if SMOOTHED:
         loss += spread * (weights * (highest - first + log_total) - differences)
-        factor += spread * weights
+        pull += spread * weights
     entropy = log_total - moment / total
     tl.store(loss_ptr + row, tl.where(counted, loss, 0.0), mask=inside)
     if lse_ptr is not None:
@@ -110,24 +117,24 @@ def cross_entropy(
             column = v0 + local
             mask = inside[:, None] & (column[None, :] < width)
             pointer = base[:, None] + column[None, :]
-            z = tl.load(pointer, mask=mask, other=0.0)
-            z = adjust(z, cap, inverse_cap, inverse_temperature, SOFTCAP)
+            logit = tl.load(pointer, mask=mask, other=0.0)
+            z = adjust(logit, cap, inverse_cap, inverse_temperature, SOFTCAP)
             shifted = z - highest[:, None]
             p = tl.exp(shifted) * inverse_total[:, None]
-            gradient = p * factor[:, None]
+            # p - 1 first: of a sure row nothing else is left, and p * (1 + pull) - 1 would round that away
+            hit = tl.where(column[None, :] == target[:, None], 1.0, 0.0)
+            gradient = (p - hit) * (kept * weight)[:, None] + p * pull[:, None]
             if SMOOTHED:
                 share = tl.full([BLOCK_V], 1.0, tl.float32)
                 if class_weight_ptr is not None:
                     share = tl.load(class_weight_ptr + column, mask=column < vocab, other=0.0)
                 gradient -= spread * share[None, :]
-            gradient -= tl.where(column[None, :] == target[:, None], (kept * weight)[:, None], 0.0)
             gradient *= scale[:, None]
             if grad_entropy_ptr is not None:
                 surprise = tl.where(p > 0, p * (shifted - log_total[:, None] + entropy[:, None]), 0.0)
                 gradient -= entropy_scale[:, None] * surprise
             if SOFTCAP:
-                turned = z * uncap
-                gradient *= 1.0 - turned * turned
+                gradient *= _tanh_slope(logit.to(tl.float32) * inverse_cap)
             gradient = tl.where(counted[:, None], gradient, 0.0)
             tl.store(pointer, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
 
@@ -159,8 +166,8 @@ def turn(
         grad_entropy, *rows, width, 0 if upstream is None else upstream.stride(0),
         0 if grad_entropy is None else grad_entropy.stride(0), tokens, vocab, objective.ignore_index,
         1.0 - smoothing, smoothing / vocab, objective.z_loss, cap, 1.0 / cap if cap else 0.0,
-        1.0 / objective.temperature, objective.temperature / cap if cap else 0.0, ROWS=chosen.rows,
-        BLOCK_V=chosen.block, SMOOTHED=smoothing > 0, SOFTCAP=cap > 0, ENTROPY=objective.with_entropy,
-        GRADIENT=need_gradient, num_warps=chosen.num_warps,
+        1.0 / objective.temperature, ROWS=chosen.rows, BLOCK_V=chosen.block,
+        SMOOTHED=smoothing > 0, SOFTCAP=cap > 0, ENTROPY=objective.with_entropy, GRADIENT=need_gradient,
+        num_warps=chosen.num_warps,
     )  # fmt: skip
     return tuple(rows)  # type: ignore[return-value]

@@ -50,25 +50,31 @@ def values_and_gradients(function, inputs, upstream=None):
     return [*(x.detach() for x in outputs), *(x.grad for x in inputs)]
 
 
-def errors(found, expected):
-    return [((x.double() - y.double()).norm() / y.double().norm().clamp(min=1e-30)).item()
-            for x, y in zip(found, expected, strict=True)]  # fmt: skip
+def errors(found, expected, values=0):
+    """Relative to the norm. The first `values` are in nats: below one nat float32 rounds the sum of e^z, which is 1."""
+    least = [x.numel() ** 0.5 if i < values else 1e-30 for i, x in enumerate(expected)]
+    return [((x.double() - y.double()).norm() / max(y.double().norm(), floor)).item()
+            for x, y, floor in zip(found, expected, least, strict=True)]  # fmt: skip
 
 
-def assert_as_good_as_torch(ours, torchs, exact):
-    for mine, theirs, wanted in zip(ours, torchs, exact, strict=True):
+def assert_as_good_as_torch(ours, torchs, exact, values):
+    """Returns the ratios of our errors to torch's.
+
+    Both make the same roundings to 16 bits, but not the same sums before them. A tie that falls to the other side moves
+    one example's error by up to a tenth, and the mean over examples by nothing, which a test below holds it to.
+    """
+    for mine, wanted in zip(ours, exact, strict=True):
         assert mine.shape == wanted.shape and mine.isfinite().all()
-        if not wanted.any():
-            assert not mine.any()
-            continue
-        (error,), (its_error,) = errors([mine], [wanted]), errors([theirs], [wanted])
-        # both make the same roundings, but not the same sums
-        assert error <= 1.02 * its_error + 1e-6, (error, its_error)
+        assert wanted.any() or not mine.any()
+    pairs = list(zip(errors(ours, exact, values), errors(torchs, exact, values), strict=True))
+    factor = 1.02 if ours[-1].dtype == torch.float32 else 1.15
+    assert all(error <= factor * its_error + 1e-6 for error, its_error in pairs), pairs
+    return [error / max(its_error, 1e-30) for error, its_error in pairs]
 
 
 def check_loss(tokens, vocab, dtype=torch.float32, *, hidden=32, ignored=0.3, reduction="mean", chunk_tokens=64,
-               biased=False, weighted=False, **options):  # fmt: skip
-    inputs, target = example(tokens, vocab, hidden, dtype, ignored, biased)
+               biased=False, weighted=False, seed=0, **options):  # fmt: skip
+    inputs, target = example(tokens, vocab, hidden, dtype, ignored, biased, seed)
     generator = torch.Generator().manual_seed(1)
     class_weight = torch.rand(vocab, generator=generator) + 0.1 if weighted else None
     upstream = [torch.randn(tokens, generator=generator)] if reduction == "none" else None
@@ -88,7 +94,7 @@ def check_loss(tokens, vocab, dtype=torch.float32, *, hidden=32, ignored=0.3, re
     found = values_and_gradients(ours, inputs, upstream)
     assert found[0].dtype == torch.float32 and all(x.dtype == dtype for x in found[2:])
     expected = values_and_gradients(reference, [x.double() for x in inputs], upstream)
-    assert_as_good_as_torch(found, values_and_gradients(reference, inputs, upstream), expected)
+    return assert_as_good_as_torch(found, values_and_gradients(reference, inputs, upstream), expected, 2)
 
 
 def check_logprobs(tokens, vocab, dtype=torch.float32, *, hidden=32, ignored=0.3, entropy=True, **options):
@@ -104,7 +110,7 @@ def check_logprobs(tokens, vocab, dtype=torch.float32, *, hidden=32, ignored=0.3
     )
     assert found[0].dtype == torch.float32 and all(x.dtype == dtype for x in found[1 + entropy :])
     expected = values_and_gradients(reference, [x.double() for x in inputs], upstream)
-    assert_as_good_as_torch(found, values_and_gradients(reference, inputs, upstream), expected)
+    assert_as_good_as_torch(found, values_and_gradients(reference, inputs, upstream), expected, 1 + entropy)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -124,6 +130,12 @@ def test_loss_and_gradients_of_any_number_of_tokens(tokens, ignored):
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2}, EVERY_OPTION], ids=["plain", "smoothed", "every"])
 def test_loss_and_gradients_of_any_option(dtype, reduction, options):
     check_loss(100, 123, dtype, reduction=reduction, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_over_many_examples_16_bits_cost_no_more_than_they_cost_torch(dtype):
+    ratios = [check_loss(24, 60, dtype, seed=1000 * n, **EVERY_OPTION)[2:] for n in range(16)]
+    assert torch.tensor(ratios).log().mean(0).exp().max() < 1.005
 
 
 @pytest.mark.parametrize("option", [{"z_loss": 0.1}, {"softcap": 2.0}, {"weighted": True}, {"biased": True}])
@@ -203,6 +215,15 @@ def test_a_common_offset_of_thousands_changes_no_loss(dtype):
         exact = values_and_gradients(reference, [x.double() for x in inputs[:2]])
         for mine, limit in zip(errors(found, exact), errors(theirs, exact), strict=True):
             assert mine <= 1.02 * limit + 1e-6
+
+
+def test_the_slope_of_a_capped_logit_keeps_its_digits_where_the_cap_is_reached():
+    logits = torch.linspace(-9, 9, 64)[:, None].requires_grad_()
+    exact = logits.detach().double().requires_grad_()
+    one, target = torch.ones(1, 1), torch.zeros(1, dtype=torch.long)
+    (-linear_cross_entropy(one, logits, target, softcap=1.0)).backward()
+    linear_logprobs_reference(one.double(), exact, target, softcap=1.0)[0].backward()
+    assert ((logits.grad - exact.grad) / exact.grad).abs().max() < 2e-6  # of torch's in float32 0.96
 
 
 def test_a_sure_prediction_has_an_exact_small_loss():
