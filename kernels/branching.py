@@ -30,7 +30,7 @@ class Branching:
         return same & own & (place <= place.unsqueeze(1))
 
     def mask(self, window: int | None = None) -> Tensor:
-        """Boolean (B, 1, T, T), true where a key is seen; with `window`, only the last so many positions of a branch."""
+        """Boolean (B, 1, T, T), true where a key is seen; `window` leaves the last so many positions of a branch."""
         if window not in self._masks:
             seen = self._seen
             if window is not None:

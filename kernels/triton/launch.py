@@ -27,6 +27,11 @@ def interpreting() -> bool:
     return bool(knobs.runtime.interpret)
 
 
+def compiling() -> bool:
+    """Whether this is within `compiling_for`."""
+    return _compiling is not None
+
+
 def target() -> str:
     """Whose table of tile sizes applies: a name of TARGETS, the nearest one for other GPUs, or "interpreter"."""
     if _compiling is not None:

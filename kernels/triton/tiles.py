@@ -2,13 +2,27 @@
 
 Chosen by compiling: of tiles without spilled registers in backward and within the GPU's shared memory, wide ones.
 Exceptions: float32, and the keys' gradient at head size 256 on sm_90, whose tile of 32 keys is too small for Hopper's
-warp-group products (64 keys spill 184 bytes). What a GPU's clock says may replace them.
+warp-group products (64 keys spill 184 bytes).
+
+What a GPU's clock says replaces them: `tuned.json` beside this file, or the file that LLMKIT_TILES names, holds for
+the name of a GPU what benchmarks/gpu/kernels.py has found fastest there.
 """
 
-from dataclasses import asdict, dataclass
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import TypeVar
 
 import torch
-from llmkit.kernels.triton.launch import target
+from llmkit.kernels.triton.launch import compiling, interpreting, target
+
+from llmkit.errors import UserError
+
+TUNED = Path(__file__).with_name("tuned.json")
 
 
 @dataclass(frozen=True)
@@ -34,6 +48,90 @@ class DecodeTiles:
     block_n: int
     num_warps: int
     num_stages: int
+
+
+@dataclass(frozen=True)
+class RowTiles:
+    """`rows` whole rows a program, `block` numbers of each at a time."""
+
+    rows: int
+    block: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class ProductTiles:
+    """`block_n` tokens by `split` times `block_v` words a program, `block_d` of the hidden size at a time."""
+
+    block_n: int
+    block_v: int
+    block_d: int
+    split: int
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, int]:
+        """Under the names that kernels and Triton give them."""
+        return {n if n.startswith("num_") else n.upper(): value for n, value in asdict(self).items()}
+
+
+AnyTiles = TypeVar("AnyTiles", Tiles, DecodeTiles, RowTiles, ProductTiles)
+_tried: dict[str, Tiles | DecodeTiles | RowTiles | ProductTiles] = {}
+
+
+def gpu_name() -> str:
+    """Of this process's GPU, the name that tuned tiles are kept under; "interpreter" without one."""
+    return "interpreter" if interpreting() else torch.cuda.get_device_name()
+
+
+@cache
+def _tuned(path: str, gpu: str) -> dict[str, dict[str, int]]:
+    """Tiles by kernel and what else they depend on. Raises UserError for a file that holds something else."""
+    try:
+        kept = json.loads(Path(path).read_text()).get(gpu, {}).get("tiles", {})
+        return {str(name): {str(k): int(v) for k, v in one.items()} for name, one in kept.items()}
+    except FileNotFoundError:
+        if path == str(TUNED):
+            return {}
+        raise UserError(f"LLMKIT_TILES: no file {path}; unset it, or run benchmarks/gpu/kernels.py") from None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: expected tiles by GPU and kernel, found {error}; run benchmarks/gpu/kernels.py"
+        ) from None
+
+
+def _chosen(name: str, usual: AnyTiles) -> AnyTiles:
+    """The tiles on trial, else the tuned ones, else `usual`. Compiling ahead of time knows the tables alone."""
+    if name in _tried:
+        return _tried[name]  # type: ignore[return-value]
+    if compiling():
+        return usual
+    path = os.environ.get("LLMKIT_TILES") or str(TUNED)
+    tuned = _tuned(path, gpu_name()).get(name)
+    if tuned is None:
+        return usual
+    if set(tuned) != (expected := {field.name for field in fields(usual)}):
+        raise UserError(f"{path}: {name}: expected {sorted(expected)}, found {sorted(tuned)}; run the benchmark again")
+    return type(usual)(**tuned)
+
+
+@contextmanager
+def trying(name: str, tiles: Tiles | DecodeTiles | RowTiles | ProductTiles) -> Iterator[None]:
+    """Within it the kernel `name` ("attention_forward 128 bfloat16") takes these tiles."""
+    _tried[name] = tiles
+    try:
+        yield
+    finally:
+        del _tried[name]
+
+
+def forget_tuned() -> None:
+    """Read the file again where it is needed next."""
+    _tuned.cache_clear()
+
+
+def _words(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 SIZES = (32, 64, 96, 128, 256)  # head sizes that the tables are for; others take the next larger one's
@@ -68,32 +166,31 @@ _FLOAT32 = {32: (32, 32, 4, 1), 64: (32, 32, 8, 1), 96: (32, 32, 8, 1), 128: (32
 _INTERPRETER = (64, 32, 4, 1), (32, 64, 4, 1)
 
 
+def _size_index(size: int) -> int:
+    return next(i for i, table_size in enumerate(SIZES) if size <= table_size)
+
+
 def tiles(kernel: str, size: int, dtype: torch.dtype) -> Tiles:
     """For one of the three kernels of attention, by its name."""
+    index = _size_index(size)
     if target() == "interpreter":
-        return Tiles(*_INTERPRETER[kernel == "attention_grad_key_value"])
-    index = next(i for i, table_size in enumerate(SIZES) if size <= table_size)
-    if dtype == torch.float32:
-        return Tiles(*_FLOAT32[SIZES[index]])
-    return Tiles(*_ATTENTION[target()][kernel][index])
+        usual = _INTERPRETER[kernel == "attention_grad_key_value"]
+    elif dtype == torch.float32:
+        usual = _FLOAT32[SIZES[index]]
+    else:
+        usual = _ATTENTION[target()][kernel][index]
+    return _chosen(f"{kernel} {SIZES[index]} {_words(dtype)}", Tiles(*usual))
 
 
 def decode_tiles(size: int, dtype: torch.dtype) -> DecodeTiles:
     """A split must not depend on the batch: a row's sums are added in the same order beside any others."""
     if target() == "interpreter":
-        return DecodeTiles(128, 32, 4, 1)
-    if dtype == torch.float32 or size > 128:
-        return DecodeTiles(256, 32, 4, 1 if dtype == torch.float32 else 2)
-    return DecodeTiles(256, 64, 4, 2 if target() != "sm_90" else 3)
-
-
-@dataclass(frozen=True)
-class RowTiles:
-    """`rows` whole rows a program, `block` numbers of each at a time."""
-
-    rows: int
-    block: int
-    num_warps: int
+        usual = DecodeTiles(128, 32, 4, 1)
+    elif dtype == torch.float32 or size > 128:
+        usual = DecodeTiles(256, 32, 4, 1 if dtype == torch.float32 else 2)
+    else:
+        usual = DecodeTiles(256, 64, 4, 2 if target() != "sm_90" else 3)
+    return _chosen(f"attention_decode {SIZES[_size_index(size)]} {_words(dtype)}", usual)
 
 
 def row_tiles(kernel: str, width: int) -> RowTiles:
@@ -103,27 +200,13 @@ def row_tiles(kernel: str, width: int) -> RowTiles:
     """
     whole = 1 << max(6, (width - 1).bit_length())
     if kernel.startswith("rms_norm"):
-        return RowTiles(16 if target() == "interpreter" else max(1, 4096 // whole), whole, 8)
-    if target() == "interpreter":
-        return RowTiles(16, min(whole, 1024), 4)
-    block = min(whole, 4096)
-    return RowTiles(4096 // block, block, 8)
-
-
-@dataclass(frozen=True)
-class ProductTiles:
-    """`block_n` tokens by `split` times `block_v` words a program, `block_d` of the hidden size at a time."""
-
-    block_n: int
-    block_v: int
-    block_d: int
-    split: int
-    num_warps: int
-    num_stages: int
-
-    def options(self) -> dict[str, int]:
-        """Under the names that kernels and Triton give them."""
-        return {n if n.startswith("num_") else n.upper(): value for n, value in asdict(self).items()}
+        usual = RowTiles(16 if target() == "interpreter" else max(1, 4096 // whole), whole, 8)
+    elif target() == "interpreter":
+        usual = RowTiles(16, min(whole, 1024), 4)
+    else:
+        block = min(whole, 4096)
+        usual = RowTiles(4096 // block, block, 8)
+    return _chosen(f"{kernel} {whole}", usual)
 
 
 # A tile of 128 by 128 asks 9 TB/s of the cache at 600 TFLOP/s, one of 128 by 256 three quarters of it; on sm_90 it
@@ -138,7 +221,9 @@ _PRODUCT = {
 def product_tiles(dtype: torch.dtype) -> ProductTiles:
     """For `linear_logsumexp`. `split` must not depend on the number of tokens, nor a row's bits on its neighbours."""
     if target() == "interpreter":
-        return ProductTiles(64, 256, 64, 2, 4, 1)
-    if dtype == torch.float32:
-        return ProductTiles(64, 64, 16, 4, 8, 1)
-    return ProductTiles(*_PRODUCT[target()])
+        usual = ProductTiles(64, 256, 64, 2, 4, 1)
+    elif dtype == torch.float32:
+        usual = ProductTiles(64, 64, 16, 4, 8, 1)
+    else:
+        usual = ProductTiles(*_PRODUCT[target()])
+    return _chosen(f"linear_logsumexp {_words(dtype)}", usual)
