@@ -106,8 +106,9 @@ def text_of(tree: BlockTree, keep: np.ndarray) -> str:
 def _by_resiliparse(page: bytes, url: str | None) -> tuple[str, str | None]:
     """resiliparse's main text, or the page without its navigation where that is less than 30% of it."""
     from resiliparse.extract.html2text import extract_plain_text
+    from resiliparse.parse.html import HTMLTree
 
-    text = extract_plain_text(page.decode("utf-8", "replace"), main_content=True, alt_texts=False)
+    text = extract_plain_text(HTMLTree.parse_from_bytes(page, "utf-8"), main_content=True, alt_texts=False)
     tree = LexborHTMLParser(page)
     title = _title_of(tree)
     for node in tree.css(_BOILERPLATE):

@@ -175,6 +175,8 @@ class Steps:
         journey.score = verdict.score
         if verdict.text != journey.text:
             journey.text = verdict.text
+            if not verdict.reason:  # else it was not counted to the end
+                journey.split = Split(verdict.text, int(verdict.measures["words"]))
         return verdict.reason
 
     def fineweb(self, journey: Journey) -> str | None:
