@@ -4,8 +4,9 @@ A slot holds the keys and values of one sequence. Sequences are at positions of 
 use, so that a step computes no idle row. `prefill` runs a prompt through the model once, and `load` copies what it
 left into as many slots as there are samples.
 
-The step is the model's own mathematics (a test compares the two) with fewer, larger operations and packed weights.
-In float32 on a CPU a row's logits are the same bits whatever rows stand beside it:
+The mathematics is the model's own (a test compares the two) with fewer, larger operations and weights packed as
+`engine/products.py` and `kernels/packed.py` have it, for prompts and for steps: the model itself may go. In float32
+on a CPU, and with int8 weights, a row's logits are the same bits whatever rows stand beside it:
 
 - packed products give a row the same bits among any number of rows but one (kernels/packed.py), so a single row gets
   an idle neighbour; where weights cannot be packed, rows are filled up to a multiple of 8, as MKL wants it;
@@ -20,18 +21,21 @@ L layers, R slots, B rows in use, H query heads, K key-value heads, G = H / K, S
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmkit.kernels import attention_decode, backend
+from llmkit.engine.products import Weights, narrow_linear
+from llmkit.kernels import attention_decode, backend, scaled_dot_product_attention
 from llmkit.kernels.packed import can_pack, packed_linear
-from llmkit.model.cache import KVCache
 from llmkit.model.rope import RotaryTable
 from llmkit.model.transformer import Transformer
 
+_Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, queries, keys, values of the new tokens)
 BLOCK = 256  # positions whose values are summed at once
 PACKED_ROWS, MKL_ROWS = 2, 8  # the fewest rows, or their multiple, at which a row's bits do not depend on the number
 
@@ -52,48 +56,58 @@ class Prefix:
 
 
 class _Layer:
-    """One layer's weights, as the step wants them."""
+    """One layer's weights, as the decoder wants them."""
 
-    def __init__(self, layer) -> None:
+    def __init__(self, layer, weights: Weights) -> None:
         config = layer.config
         out, down = layer.out.detach(), layer.down.detach()
         if layer.residual_scale is not None:
             out, down = out * layer.residual_scale[0], down * layer.residual_scale[1]
         self.input_norm, self.mlp_norm, self.window = layer.input_norm, layer.mlp_norm, layer.window
-        self.qkv = packed_linear(layer.qkv, layer.qkv_bias)
-        self.out = packed_linear(out, layer.out_bias)
-        self.gate_up, self.down = packed_linear(layer.gate_up), packed_linear(down)
+        self.qkv = _product(layer.qkv, layer.qkv_bias, weights)
+        self.out = _product(out, layer.out_bias, weights)
+        self.gate_up, self.down = _product(layer.gate_up, None, weights), _product(down, None, weights)
         self.head_gains: Tensor | None = None  # (H + K, D)
         if layer.q_norm is not None:
             heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
             self.head_gains = torch.cat([layer.q_norm.expand(heads, -1), layer.k_norm.expand(kv_heads, -1)])
 
 
+def _product(weight: Tensor, bias: Tensor | None, weights: Weights) -> Callable[[Tensor], Tensor]:
+    narrow = None if weights == "dense" else narrow_linear(weight, bias, weights)
+    return narrow or packed_linear(weight, bias)
+
+
 class Decoder:
     """The slots of one model.
 
-    `slots` sequences at most. The weights are copied where they are packed: build a new decoder when the model
-    has been trained on.
+    `slots` sequences at most; `weights` says how matrices are held, and what is not "dense" wants a float32 model on
+    a CPU. The weights are copied where they are packed: build a new decoder when the model has been trained on.
     """
 
     @torch.no_grad()
-    def __init__(self, model: Transformer, slots: int) -> None:
-        self.model, self.config = model, model.config
-        self.device, self.dtype = model.embed_tokens.device, model.embed_tokens.dtype
-        self._layers = [_Layer(layer) for layer in model.layers]
-        self._head = packed_linear(model.head_weight)
+    def __init__(self, model: Transformer, slots: int, weights: Weights = "dense") -> None:
+        self.config, self._embedding, self._final_norm = model.config, model.embed_tokens.detach(), model.norm
+        self.device, self.dtype, self._weights = self._embedding.device, self._embedding.dtype, weights
+        self._layers = [_Layer(layer, weights) for layer in model.layers]
+        self._head = _product(model.head_weight, None, weights)
         self._rotary = RotaryTable(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         self._scale = self.config.qk_gain * self.config.head_dim**-0.5
+        self._eps = torch.tensor(self.config.rms_norm_eps, device=self.device)
         self._fused = backend(self.device.type) != "torch"
         self._slots = self._rows(slots)
         shape = self.config.num_hidden_layers, self._slots, self.config.num_key_value_heads, 0, self.config.head_dim
         self._keys = torch.empty(shape, dtype=self.dtype, device=self.device)
         self._values = torch.empty_like(self._keys)
         self._viewed: tuple[int, int] | None = None
+        matrices = [matrix for layer in model.layers for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+        width = {"dense": self.dtype.itemsize, "half": 2, "int8": 1}[weights]
+        self.weight_bytes = width * sum(matrix.numel() for matrix in (*matrices, model.head_weight))
+        self.bytes_read, self.seconds = 0, 0.0  # in all steps: of weights, keys and values; on a CPU
 
     def _rows(self, used: int) -> int:
         """The rows to compute for `used` slots: some more in float32 on a CPU, so that no row sees the number."""
-        if self.dtype != torch.float32 or self.device.type != "cpu":
+        if self.dtype != torch.float32 or self.device.type != "cpu" or self._weights != "dense":
             return used
         if can_pack(self.dtype, self.device.type):
             return max(used, PACKED_ROWS)
@@ -101,24 +115,48 @@ class Decoder:
 
     def prefill(self, token_ids: list[int]) -> Prefix:
         """Run a prompt through the model by itself: what it leaves depends on nothing else."""
-        return self._run(
-            KVCache(self.config, 1, dtype=self.dtype, device=self.device, capacity=len(token_ids)), token_ids
-        )
+        return self.extend(self._nothing(), token_ids)
 
-    @torch.no_grad()
     def extend(self, prefix: Prefix, token_ids: list[int]) -> Prefix:
         """Run more tokens through the model, by themselves again."""
-        held = len(prefix)
-        cache = KVCache(self.config, 1, dtype=self.dtype, device=self.device, capacity=held + len(token_ids))
-        cache.keys_LBKSD[:, 0, :, :held] = prefix.keys_LKTD
-        cache.values_LBKSD[:, 0, :, :held] = prefix.values_LKTD
-        cache.set_lengths([held])
-        return self._run(cache, token_ids)
+        hidden_TC, keys, values = self._run(prefix, token_ids)
+        return Prefix(keys, values, self._head(hidden_TC[-1:]))
+
+    def logits(self, token_ids: list[int]) -> Tensor:
+        """The logits (T, V) behind each of T tokens."""
+        return self._head(self._run(self._nothing(), token_ids)[0])
+
+    def _nothing(self) -> Prefix:
+        shape = self.config.num_hidden_layers, self.config.num_key_value_heads, 0, self.config.head_dim
+        empty = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return Prefix(empty, empty, empty)
 
     @torch.no_grad()
-    def _run(self, cache: KVCache, token_ids: list[int]) -> Prefix:
-        hidden = self.model(torch.tensor([token_ids], device=self.device), cache=cache)
-        return Prefix(cache.keys_LBKSD[:, 0], cache.values_LBKSD[:, 0], self._head(hidden[:, -1]))
+    def _run(self, prefix: Prefix, token_ids: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """The hidden states (T, hidden) of tokens behind a prefix, and the keys and values of both."""
+        held, new, config = len(prefix), len(token_ids), self.config
+        shape = config.num_hidden_layers, config.num_key_value_heads, held + new, config.head_dim
+        keys, values = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        keys[:, :, :held], values[:, :, :held] = prefix.keys_LKTD, prefix.values_LKTD
+        length_1 = torch.tensor([held + new], device=self.device)
+        gqa = config.num_attention_heads != config.num_key_value_heads
+
+        def attend(i: int, query_TJD: Tensor, key_TKD: Tensor, value_TKD: Tensor) -> Tensor:
+            keys[i, :, held:], values[i, :, held:] = key_TKD.transpose(0, 1), value_TKD.transpose(0, 1)
+            query_1HTD = query_TJD.transpose(0, 1).unsqueeze(0)
+            seen, details = (
+                (keys[i : i + 1], values[i : i + 1]),
+                {"scale": self._scale, "window": self._layers[i].window},
+            )
+            if held:
+                out_1HTD = attention_decode(query_1HTD, *seen, length_1, **details)
+            else:
+                out_1HTD = scaled_dot_product_attention(query_1HTD, *seen, is_causal=True, enable_gqa=gqa, **details)
+            return out_1HTD[0].transpose(0, 1)
+
+        turns = torch.view_as_complex(self._rotary(held + new, self.device))
+        hidden_TC = self._forward(torch.tensor(token_ids, device=self.device), turns[held:].unsqueeze(1), attend)
+        return hidden_TC, keys, values
 
     def hold(self, slot: int, length: int) -> Prefix:
         """A copy of the first `length` positions of a slot, to go on from later."""
@@ -154,49 +192,67 @@ class Decoder:
     @torch.no_grad()
     def step(self, tokens: list[int], positions: list[int]) -> Tensor:
         """Feed slot i the token `tokens[i]`, which stands at `positions[i]`; the logits (B, V) of what follows."""
-        used, rows = len(tokens), self._rows(len(tokens))
+        started, used, rows = time.perf_counter(), len(tokens), self._rows(len(tokens))
         filler = [0] * (rows - used)
         seen = _rounded(max(positions) + 1)
         self._reserve(seen)
         self._view(rows, seen)
         token_B, position_B = torch.tensor([tokens + filler, positions + filler], device=self.device)
-        config, heads, kv_heads = self.config, self.config.num_attention_heads, self.config.num_key_value_heads
-        size, rotated = config.head_dim, heads + kv_heads
-        turn_B1D = self._turns[position_B].unsqueeze(1)
+        kv_heads, size = self.config.num_key_value_heads, self.config.head_dim
         write_at = (position_B.unsqueeze(1) + self._first_RK).view(-1)
         windows = set() if self._fused else {layer.window for layer in self._layers}
         masks = {window: self._mask(position_B, seen, window) for window in windows}
         length_B = position_B + 1 if self._fused else position_B
-        x_BC = F.embedding(token_B, self.model.embed_tokens)
-        if config.normalize_embedding:
-            x_BC = self._norm(x_BC, None)
-        for i, (layer, (keys, values, key_XDS, value_blocks)) in enumerate(zip(self._layers, self._views, strict=True)):
-            qkv_BJD = layer.qkv(self._norm(x_BC, layer.input_norm)).view(rows, -1, size)
-            qk_BJD = qkv_BJD[:, :rotated]
-            if config.qk_norm:
-                qk_BJD = F.rms_norm(qk_BJD, (size,), None, config.rms_norm_eps)
-                if layer.head_gains is not None:
-                    qk_BJD = qk_BJD * layer.head_gains
-            qk_BJD = qk_BJD.float().contiguous()
-            torch.view_as_complex(qk_BJD.view(rows, rotated, -1, 2)).mul_(turn_B1D)
-            qk_BJD = qk_BJD.to(self.dtype)
-            keys.index_copy_(0, write_at, qk_BJD[:, heads:].reshape(-1, size))
-            values.index_copy_(0, write_at, qkv_BJD[:, rotated:].reshape(-1, size))
+
+        def attend(i: int, query_BHD: Tensor, key_BKD: Tensor, value_BKD: Tensor) -> Tensor:
+            keys, values, key_XDS, value_blocks = self._views[i]
+            keys.index_copy_(0, write_at, key_BKD.reshape(-1, size))
+            values.index_copy_(0, write_at, value_BKD.reshape(-1, size))
+            window = self._layers[i].window
             if self._fused:
                 held = self._keys[i, :rows], self._values[i, :rows]
-                query_BH1D = qk_BJD[:, :heads].unsqueeze(2)
-                attended = attention_decode(query_BH1D, *held, length_B, scale=self._scale, window=layer.window)
-            else:
-                query_XGD = qk_BJD[:, :heads].reshape(rows * kv_heads, -1, size)
-                scores_XGS = torch.baddbmm(masks[layer.window], query_XGD, key_XDS, alpha=self._scale)
-                attended = _weighted_sum(torch.softmax(scores_XGS, -1), value_blocks)
-            x_BC = x_BC.add_(layer.out(attended.reshape(rows, -1)))
-            gate, up = layer.gate_up(self._norm(x_BC, layer.mlp_norm)).chunk(2, -1)
-            x_BC = x_BC.add_(layer.down(F.silu(gate).mul_(up)))
-        return self._head(self._norm(x_BC, self.model.norm))[:used]
+                return attention_decode(query_BHD.unsqueeze(2), *held, length_B, scale=self._scale, window=window)
+            query_XGD = query_BHD.reshape(rows * kv_heads, -1, size)
+            scores_XGS = torch.baddbmm(masks[window], query_XGD, key_XDS, alpha=self._scale)
+            return _weighted_sum(torch.softmax(scores_XGS, -1), value_blocks)
 
-    def _norm(self, x_BC: Tensor, gain: Tensor | None) -> Tensor:
-        return F.rms_norm(x_BC, x_BC.shape[-1:], gain, self.config.rms_norm_eps)
+        logits_BV = self._head(self._forward(token_B, self._turns[position_B].unsqueeze(1), attend))[:used]
+        a_position = 2 * len(self._layers) * kv_heads * size * self.dtype.itemsize
+        self.bytes_read += self.weight_bytes + rows * seen * a_position
+        self.seconds += time.perf_counter() - started
+        return logits_BV
+
+    def _forward(self, token_N: Tensor, turn_N1D: Tensor, attend: _Attend) -> Tensor:
+        """The hidden states (N, hidden) of N tokens, turned by `turn_N1D`, who see what `attend` lets them see."""
+        config, heads = self.config, self.config.num_attention_heads
+        rotated, rows, size = heads + config.num_key_value_heads, len(token_N), config.head_dim
+        x_NC = F.embedding(token_N, self._embedding)
+        if config.normalize_embedding:
+            x_NC = self._norm(x_NC, None)
+        for i, layer in enumerate(self._layers):
+            qkv_NJD = layer.qkv(self._norm(x_NC, layer.input_norm)).view(rows, -1, size)
+            qk_NJD = qkv_NJD[:, :rotated]
+            if config.qk_norm:
+                qk_NJD = self._norm(qk_NJD, None)
+                if layer.head_gains is not None:
+                    qk_NJD = qk_NJD * layer.head_gains
+            qk_NJD = qk_NJD.float().contiguous()
+            torch.view_as_complex(qk_NJD.view(rows, rotated, -1, 2)).mul_(turn_N1D)
+            qk_NJD = qk_NJD.to(self.dtype)
+            attended = attend(i, qk_NJD[:, :heads], qk_NJD[:, heads:], qkv_NJD[:, rotated:])
+            x_NC = x_NC.add_(layer.out(attended.reshape(rows, -1)))
+            gate, up = layer.gate_up(self._norm(x_NC, layer.mlp_norm)).chunk(2, -1)
+            x_NC = x_NC.add_(layer.down(F.silu(gate).mul_(up)))
+        return self._norm(x_NC, self._final_norm)
+
+    def _norm(self, x_NC: Tensor, gain: Tensor | None) -> Tensor:
+        """RMSNorm. On a CPU torch's own is 8 operations, 59 us for a row of 384; these are 5, and 17 us."""
+        if self.device.type != "cpu":
+            return F.rms_norm(x_NC, x_NC.shape[-1:], gain, self.config.rms_norm_eps)
+        length_N1 = torch.linalg.vector_norm(x_NC, 2, -1, keepdim=True, dtype=torch.float32)
+        y_NC = x_NC * torch.addcmul(self._eps, length_N1, length_N1, value=1 / x_NC.shape[-1]).rsqrt_()
+        y_NC = y_NC.to(self.dtype)
+        return y_NC if gain is None else y_NC.mul_(gain)
 
     def _mask(self, position_B: Tensor, seen: int, window: int | None) -> Tensor:
         """What is added to the scores: (B * K, 1, S), minus infinity where a key is not to be seen."""

@@ -20,12 +20,14 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from llmkit.engine.decoding import Decoder, Prefix
+from llmkit.engine.products import Weights
 from llmkit.engine.sampling import Sampling, choose_tokens, uniforms
 from llmkit.engine.stopping import StopMatcher
 from llmkit.engine.tool_calls import CallQueue, OpenCall, ToolUse
@@ -155,6 +157,7 @@ class Generator:
     end_ids  tokens that end a completion; None takes those that the model and the tokenizer name
     name     of the model, in errors
     tools    what it may call
+    weights  how the decoder holds matrices (engine/products.py)
     """
 
     def __init__(
@@ -168,9 +171,10 @@ class Generator:
         end_ids: Iterable[int] | None = None,
         name: str = "the model",
         tools: ToolUse | None = None,
+        weights: Weights = "dense",
     ) -> None:
-        self._decoder = Decoder(model, slots)
-        self._tokenizer, self._sampling, self._slots, self._stop, self._name = tokenizer, sampling, slots, stop, name
+        self.decoder = Decoder(model, slots, weights)
+        self._tokenizer, self._sampling, self.slots, self._stop, self._name = tokenizer, sampling, slots, stop, name
         self._end_ids = frozenset(end_tokens(model, tokenizer) if end_ids is None else end_ids)
         self._context = model.config.max_position_embeddings
         self._tools = tools
@@ -181,32 +185,37 @@ class Generator:
         self.on_text: Callable[[int, int, str], None] | None = None  # (request, sample, text) as text is decided
 
     def complete(self, requests: Iterable[Request]) -> Iterator[list[Completion]]:
-        """The samples of each request, in the order of the requests, which are read as slots become free.
+        """The samples of each request, in the order of the requests, as `complete_each` makes them."""
+        return (samples for _, samples in self.complete_each(requests))
+
+    def complete_each(
+        self, requests: Iterable[Request], ordered: bool = True
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """(number, samples) of each request, which are read as slots become free; in their order, or as they end.
 
         Raises UserError for a prompt that leaves no room in the context, and for logits that are no numbers.
         """
         running: list[_Running] = []  # slot i holds running[i]
         done: _Open = {}
-        given, more = 0, True
+        more = True
         fresh = self._begin(requests, done)
-        calls = CallQueue[_Held](self._tools, self._slots)
+        calls = CallQueue[_Held](self._tools, self.slots)
         answered: deque[tuple[_Held, ToolResult]] = deque()
         try:
             while True:
                 answered.extend(calls.answered(at_least_one=not running and not answered and not more))
-                while len(running) < self._slots:
+                while len(running) < self.slots:
                     if answered:
                         entry = self._resume(*answered.popleft(), done)
-                    elif more and len(done) < OPEN_REQUESTS * self._slots and len(calls) < self._slots:
+                    elif more and len(done) < OPEN_REQUESTS * self.slots and len(calls) < self.slots:
                         entry = next(fresh, None)
                         more = entry is not None
                     else:
                         break
                     if entry is not None:
                         self._enter(*entry, running, done, calls)
-                while given in done and None not in done[given]:
-                    yield [completion for completion in done.pop(given) if completion is not None]
-                    given += 1
+                for index in _finished(done, ordered):
+                    yield index, [completion for completion in done.pop(index) if completion is not None]
                 if running:
                     self._step(running, done, calls)
                 elif not more and not calls and not answered:
@@ -235,7 +244,7 @@ class Generator:
 
     def _prefill(self, prompt: tuple[int, ...]) -> Prefix:
         """What a prompt leaves; equal prompts that follow closely share it."""
-        prefix = self._prompts.pop(prompt, None) or self._decoder.prefill(list(prompt))
+        prefix = self._prompts.pop(prompt, None) or self.decoder.prefill(list(prompt))
         self._prompts[prompt] = prefix
         if len(self._prompts) > KEPT_PROMPTS:
             self._prompts.popitem(last=False)
@@ -248,14 +257,14 @@ class Generator:
         (token,) = self._choose(prefix.logits_1V, [sequence])
         reason = self._take(sequence, token)
         if reason is None:
-            self._decoder.load(len(running), prefix)
+            self.decoder.load(len(running), prefix)
             running.append(sequence)
         else:
             self._leave(sequence, reason, prefix, done, calls)
 
     def _step(self, running: list[_Running], done: _Open, calls: CallQueue) -> None:
         """One token for each running sequence; the last slot moves into one that is left."""
-        logits = self._decoder.step([s.token_ids[-1] for s in running], [s.position for s in running])
+        logits = self.decoder.step([s.token_ids[-1] for s in running], [s.position for s in running])
         self.steps += 1
         self.rows += len(running)
         tokens = self._choose(logits, running)
@@ -263,11 +272,11 @@ class Generator:
             sequence = running[slot]
             reason = self._take(sequence, tokens[slot])
             if reason is not None:
-                held = self._decoder.hold(slot, sequence.position) if reason == CALL else None
+                held = self.decoder.hold(slot, sequence.position) if reason == CALL else None
                 self._leave(sequence, reason, held, done, calls)
                 last = running.pop()
                 if slot < len(running):
-                    self._decoder.move(len(running), slot, last.position)
+                    self.decoder.move(len(running), slot, last.position)
                     running[slot] = last
 
     def _choose(self, logits_BV: torch.Tensor, sequences: list[_Running]) -> list[_Token]:
@@ -342,10 +351,19 @@ class Generator:
         if not ids:
             done[sequence.index][sequence.sample] = sequence.completion(self._last_text(sequence, "length"))
             return None
-        prefix = self._decoder.extend(held, [sequence.token_ids[-1], *ids])
+        prefix = self.decoder.extend(held, [sequence.token_ids[-1], *ids])
         for token in ids:
             sequence.append(_Token(token, 0.0, 0.0), sampled=False)
         return sequence, prefix
+
+
+def _finished(done: _Open, ordered: bool) -> list[int]:
+    """The requests whose samples are all there; if `ordered`, those that none before them keeps waiting."""
+
+    def whole(index: int) -> bool:
+        return None not in done[index]
+
+    return list(takewhile(whole, done) if ordered else filter(whole, done))
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:

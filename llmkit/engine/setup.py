@@ -4,55 +4,19 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from llmkit.config import TrainingConfig
+from llmkit.engine.devices import choose_device as choose_device
+from llmkit.engine.devices import choose_dtype as choose_dtype
 from llmkit.engine.optimizer import GroupSettings, Optimizer
 from llmkit.engine.scaling import Recipe
 from llmkit.engine.schedule import Schedule
 from llmkit.engine.trainer import Batch, Loss, Trainer, TrainerSettings
-from llmkit.errors import UserError
 from llmkit.model.transformer import Transformer
 from llmkit.progress import say
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is the first GPU, else the CPU. Raises UserError for a device that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no GPU found here; use --device cpu")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: not available here; use --device cpu")
-    return torch.device(name)
-
-
-@contextmanager
-def one_thread(wanted: bool) -> Iterator[None]:
-    """Compute on one thread for a while, where that is wanted."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if wanted else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the hardware multiplies it (GPUs, CPUs with AVX512-BF16 or AMX), else float32."""
-    if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    if device.type == "cpu":
-        return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def _cpu_has_bfloat16() -> bool:
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
 
 
 def build_optimizer(model: Transformer, recipe: Recipe) -> Optimizer:

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import MISSING, dataclass
-from hashlib import blake2b
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
-
-import orjson
+from typing import TYPE_CHECKING, ClassVar
 
 from llmkit.config import CommonConfig, argument, as_options, option
-from llmkit.conversations import Message, read_conversation
+from llmkit.conversations import Message
 from llmkit.errors import UserError
 from llmkit.files import PARTIAL, check_output
 from llmkit.progress import Progress, quantity, say
 from llmkit.records import Row, check_prompt
-from llmkit.stream import json_row, names_of, open_bytes, open_input, open_output, read_jsonl, read_text
+from llmkit.stream import names_of, open_bytes, open_input, open_output, read_jsonl, read_text
 
 if TYPE_CHECKING:
-    from llmkit.engine.generation import Completion, Generator, Request
+    from llmkit.engine.devices import Precision
+    from llmkit.engine.generation import Generator
+    from llmkit.engine.prompts import Prompts
     from llmkit.model.config import ModelConfig
 
-ASKED = ("prompt", "messages", "seed")  # what a record of --resume must have in common with its input
 STARTED = time.monotonic()
 # Below this many weights a second thread has less to do than to wait for: 4 layers of 256 with a vocabulary of
 # 8,192 (5M) take 1.4 ms a token on one thread, 1.5 ms on two, and 50 ms on two that others keep busy.
@@ -53,7 +48,7 @@ class SampleConfig(CommonConfig):
         `sample` 0 to 2. A record's own seed is used. --resume keeps what is whole in OUT.partial, of a run that
         was killed, and makes the rest. --tools: what the model writes to a tool is run, and the result read by it.
         The same prompt and seed give the same text, alone or among others, at any --batch-size (exactly so in
-        float32 on a CPU); a prompt that occurs again gets a seed of its own, which the output names.
+        float32 and int8 on a CPU); a prompt that occurs again gets a seed of its own, which the output names.
     """
     following: ClassVar[str] = "llmkit sample base/ --jsonl < prompts.jsonl | jq -r .completion"
 
@@ -68,9 +63,14 @@ class SampleConfig(CommonConfig):
     )
     as_assistant: bool = option(False, "For base models: answer as an assistant would, by a built-in prompt.")
     device: str = option("auto", "Where to compute.", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = option("auto", "Precision; auto: bfloat16 on GPUs.", choices=("auto", "float32", "bfloat16"))
+    dtype: str = option(
+        "auto",
+        "Precision; auto: bfloat16 on GPUs, else float32; int8: on CPUs.",
+        choices=("auto", "float32", "bfloat16", "int8"),
+    )
     batch_size: int = option(16, "Sequences decoded at a time.", at_least=1, at_most=4096)
 
+    unordered: bool = option(False, "With --jsonl: records come as they are done.")
     resume: bool = option(False, "With --jsonl: go on with what a killed run left of --out.")
     logprobs: bool = option(False, "With --jsonl: log-probabilities of the tokens, before and after truncation.")
 
@@ -115,13 +115,18 @@ def run(config: SampleConfig) -> Summary | None:
     """Load, build, generate, summarise. Raises UserError for the user's mistakes."""
     out = config.out or "-"
     _check_options(config, out)
+    if config.resume and Path(out).exists() and not Path(out + PARTIAL).exists():
+        say(f"{out}: finished, so there is nothing to do; without --resume, --force makes it again", config.quiet)
+        return Summary(out, 0, 0, 0, 0.0)
 
     # load
     import torch
 
-    from llmkit.engine import setup
     from llmkit.engine.chatting import converse, open_chat
+    from llmkit.engine.devices import choose_device, choose_precision, one_thread
     from llmkit.engine.generation import Generator, prompt_ids
+    from llmkit.engine.prompts import Prompts
+    from llmkit.engine.rates import describe
     from llmkit.engine.sampling import Sampling
     from llmkit.engine.shots import STOP, load_shots, with_shots
     from llmkit.engine.tool_calls import ToolUse
@@ -130,10 +135,8 @@ def run(config: SampleConfig) -> Summary | None:
     from llmkit.tokenizer.encoding import load_tokenizer
     from llmkit.tools.toolbox import Toolbox
 
-    device = setup.choose_device(config.device)
-    dtype = setup.choose_dtype(config.dtype, device)
-    if config.dtype == "auto" and device.type == "cpu":
-        dtype = torch.float32  # bfloat16 gives up the promise of equal text at any batch size: never unasked
+    device = choose_device(config.device)
+    precision = choose_precision(config.dtype, device)
     model_config = load_config(config.model)
     tokenizer = load_tokenizer(config.model)
     if tokenizer.vocab_size > model_config.vocab_size:
@@ -142,25 +145,26 @@ def run(config: SampleConfig) -> Summary | None:
             f"{model_config.vocab_size}; put the tokenizer beside it that the model was trained with"
         )
     if config.dry_run:
-        for line in _plan(config, model_config, str(dtype).removeprefix("torch."), str(device)):
+        for line in _plan(config, model_config, precision, str(device)):
             say(line, config.quiet)
         return None
     shots = load_shots(config.shots, config.as_assistant)
     small = device.type == "cpu" and model_config.parameter_count < ONE_THREAD_PARAMETERS
-    with torch.inference_mode(), setup.one_thread(small), ExitStack() as stack:
+    with torch.inference_mode(), one_thread(small), ExitStack() as stack:
         # build
         tools = None
         if config.tools:
             toolbox = Toolbox.parse(config.tools, sandbox=config.sandbox, timeout=config.tool_timeout)
             tools = ToolUse(stack.enter_context(toolbox), tokenizer, config.max_tool_calls)
         generator = Generator(
-            load_model(config.model, dtype=dtype, device=device),
+            load_model(config.model, dtype=precision.dtype, device=device),
             tokenizer,
             Sampling(config.temperature, config.top_k, config.top_p, config.min_p),
             slots=_slots(config),
             stop=(*config.stop, *([STOP] if shots else [])),
             name=config.model,
             tools=tools,
+            weights=precision.weights,
         )
 
         def encode_messages(messages: Sequence[Message]) -> list[int]:
@@ -176,7 +180,15 @@ def run(config: SampleConfig) -> Summary | None:
         def encode(text: str) -> list[int]:
             return prompt_ids(tokenizer, with_shots(shots, text) if shots else text)
 
-        prompts = _Prompts(config, encode, encode_messages)
+        prompts = Prompts(
+            _rows(config),
+            encode,
+            encode_messages,
+            samples=config.samples,
+            max_tokens=config.max_tokens,
+            seed=config.seed,
+            own_seeds=config.jsonl,
+        )
         loaded = time.monotonic()
 
         # generate
@@ -191,8 +203,8 @@ def run(config: SampleConfig) -> Summary | None:
     elif not prompts.count:
         say(f"{names_of(config.inputs or ['-'])}: no prompts, so no completions", config.quiet)
     seconds = time.monotonic() - loaded
-    rate = quantity(generator.tokens / max(seconds, 1e-9))
-    say(f"{generator.tokens} tokens at {rate} tok/s, after {loaded - STARTED:.1f} s of loading", config.quiet)
+    if not config.quiet:
+        say(f"{describe(generator, seconds)}, after {loaded - STARTED:.1f} s of loading")
     if out == "-":
         return None
     return Summary(out, prompts.count, prompts.count * config.samples, generator.tokens, round(seconds, 3))
@@ -220,7 +232,9 @@ def _check_options(config: SampleConfig, out: str) -> None:
         )
     if config.system is not None and not config.chat:
         raise UserError("--system: expected --chat; in JSONL, put a system message into the record's messages")
-    check_output(out, config.force)
+    if config.unordered and not config.jsonl:
+        raise UserError("--unordered: expected --jsonl beside it")
+    check_output(out, config.force, config.resume)
 
 
 def _slots(config: SampleConfig) -> int:
@@ -228,18 +242,20 @@ def _slots(config: SampleConfig) -> int:
     return min(config.batch_size, config.samples) if one_prompt else config.batch_size
 
 
-def _plan(config: SampleConfig, model: ModelConfig, dtype: str, device: str) -> Iterator[str]:
+def _plan(config: SampleConfig, model: ModelConfig, precision: Precision, device: str) -> Iterator[str]:
     """What `--dry-run` says."""
-    size = 2 if dtype == "bfloat16" else 4
+    size = precision.dtype.itemsize
+    packed = {"dense": size, "half": 2, "int8": 1}[precision.weights]
     slots = _slots(config)
     a_token = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * size
-    context = model.max_position_embeddings
+    context, count = model.max_position_embeddings, model.parameter_count
     yield (
-        f"{config.model}: {model.model_type}, {quantity(model.parameter_count)} parameters, context {context}, "
-        f"{dtype} on {device}"
+        f"{config.model}: {model.model_type}, {quantity(count)} parameters, context {context}, "
+        f"{precision.name} on {device}"
     )
+    loading = f", {quantity(count * size)}B more while loading" if device == "cpu" else ""
     yield (
-        f"memory: {quantity(model.parameter_count * size)}B of weights, as much again packed for the CPU, and up to "
+        f"memory: {quantity(count * packed)}B of weights{loading}, and up to "
         f"{quantity(slots * context * a_token)}B of keys and values for {slots} sequences"
     )
     source = "--prompt" if config.prompt is not None else " ".join(config.inputs) or "stdin"
@@ -248,135 +264,38 @@ def _plan(config: SampleConfig, model: ModelConfig, dtype: str, device: str) -> 
     yield ", ".join(f"{name} {value}" for name, value in as_options(config).items() if name in kept)
 
 
-# ---- prompts
+def _rows(config: SampleConfig) -> Iterator[Row]:
+    """The records of the input; one without a line where it is --prompt or plain text."""
+    if config.prompt is not None:
+        yield Row({"prompt": config.prompt}, "--prompt", 0)
+    elif config.jsonl:
+        for row in read_jsonl(config.inputs or ["-"], config.limit):
+            if "prompt" in row.value or "messages" not in row.value:
+                check_prompt(row)
+            yield row
+    else:
+        with open_input("-") as handle:
+            text = read_text(handle, "-")
+        yield Row({"prompt": text.removesuffix("\n").removesuffix("\r")}, "stdin", 0)
 
 
-class _Prompts:
-    """The requests of a run, made as they are asked for; `take` gives back the record that one came from."""
+def _write_records(generator: Generator, prompts: Prompts, config: SampleConfig, out: str) -> None:
+    from llmkit.engine.prompts import completion_record, resumed_output
 
-    def __init__(
-        self,
-        config: SampleConfig,
-        encode: Callable[[str], list[int]],
-        encode_messages: Callable[[Sequence[Message]], list[int]],
-    ) -> None:
-        self._config, self._encode, self._encode_messages = config, encode, encode_messages
-        self.kept: Iterator[dict[str, Any]] = iter(())  # what is made already, the first record of each prompt
-        self._rows: dict[int, tuple[Row, int]] = {}
-        self._seen: Counter[int] = Counter()
-        self.count = 0
-        self.passed = 0  # those kept
-
-    def __iter__(self) -> Iterator[Request]:
-        from llmkit.engine.generation import Request
-        from llmkit.engine.sampling import seed_of_repeat
-
-        config = self._config
-        for row in self._records():
-            where = row.where if row.line else row.path
-            try:
-                ids = self._ids(row)
-            except UserError as error:
-                text = str(error)
-                raise UserError(text if text.startswith(where) else f"{where}: {text}") from None
-            # A request's number comes from its tokens, not from its line: other lines do not change its text.
-            number = int.from_bytes(blake2b(",".join(map(str, ids)).encode(), digest_size=8).digest(), "little")
-            seed = row.value.get("seed") if config.jsonl else None
-            if seed is None:
-                seed = seed_of_repeat(config.seed, self._seen[number])
-                self._seen[number] += 1
-            elif isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-                raise UserError(f"{where}: expected 'seed' to be a whole number from 0, found {seed!r}")
-            kept = next(self.kept, None)
-            if kept is not None:
-                if any(kept.get(name) != value for name, value in {**row.value, "seed": seed}.items() if name in ASKED):
-                    raise UserError(
-                        f"{where}: {config.out}{PARTIAL} was made of another prompt or --seed; leave out --resume"
-                    )
-                self.passed += 1
-                continue
-            self._rows[self.count] = row, seed
-            self.count += 1
-            yield Request(ids, config.samples, config.max_tokens, seed, number, where)
-
-    def _ids(self, row: Row) -> list[int]:
-        if "prompt" in row.value:
-            return self._encode(row.value["prompt"])
-        messages = read_conversation(row).messages
-        if messages[-1].role != "user":
-            raise UserError(
-                f"{row.where}: expected messages that end with the user's, found the {messages[-1].role}'s last"
-            )
-        return self._encode_messages(messages)
-
-    def take(self, index: int) -> tuple[Row, int]:
-        """The record of a request and its seed, once."""
-        return self._rows.pop(index)
-
-    def _records(self) -> Iterable[Row]:
-        config = self._config
-        if config.prompt is not None:
-            yield Row({"prompt": config.prompt}, "--prompt", 0)
-        elif config.jsonl:
-            for row in read_jsonl(config.inputs or ["-"], config.limit):
-                if "prompt" in row.value or "messages" not in row.value:
-                    check_prompt(row)
-                yield row
-        else:
-            with open_input("-") as handle:
-                text = read_text(handle, "-")
-            yield Row({"prompt": text.removesuffix("\n").removesuffix("\r")}, "stdin", 0)
-
-
-# ---- completions
-
-
-def _write_records(generator: Generator, prompts: _Prompts, config: SampleConfig, out: str) -> None:
+    ordered, several, details = not config.unordered, config.samples > 1, (config.logprobs, bool(config.tools))
+    resumed = resumed_output(out, prompts, config.samples, ordered) if config.resume else None
     with (
-        _resumed_output(out, prompts, config.samples) if config.resume else open_output(out, config.force) as write,
+        resumed or open_output(out, config.force) as write,
         Progress("sample", unit="tok", quiet=config.quiet) as progress,
     ):
-        for index, samples in enumerate(generator.complete(prompts)):
+        for done, (index, samples) in enumerate(generator.complete_each(prompts, ordered), 1):
             row, seed = prompts.take(index)
             for number, completion in enumerate(samples):
-                write(_record(row, completion, seed, number if config.samples > 1 else None, config))
-                progress.advance(len(completion.token_ids), prompts=index + 1)
+                write(completion_record(row, completion, seed, number if several else None, *details))
+                progress.advance(len(completion.token_ids), prompts=done)
 
 
-@contextmanager
-def _resumed_output(out: str, prompts: _Prompts, samples: int) -> Iterator[Callable[[dict[str, Any]], object]]:
-    """Go on with the unfinished file of `out`: its whole prompts are kept, and kept again if this run ends early."""
-    partial = Path(out + PARTIAL)
-    partial.touch()
-    with partial.open("r+b") as handle, partial.open("rb") as former:
-        ends = [0]
-        for number, line in enumerate(former, 1):
-            if not line.endswith(b"\n"):
-                break
-            if number % samples == 0:
-                ends.append(former.tell())
-        former.seek(0)
-        handle.truncate(ends[-1])
-        handle.seek(ends[-1])
-        firsts = islice(former, 0, (len(ends) - 1) * samples, samples)
-        prompts.kept = (row.value for line in firsts if (row := json_row(line, str(partial), 2)) is not None)
-        yield lambda record: handle.write(orjson.dumps(record) + b"\n")
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(partial, out)
-
-
-def _record(row: Row, completion: Completion, seed: int, sample: int | None, config: SampleConfig) -> dict[str, Any]:
-    made: dict[str, Any] = {"completion": completion.text, "token_ids": completion.token_ids}
-    if config.logprobs:
-        made |= {"logprobs": completion.logprobs, "truncated_logprobs": completion.truncated_logprobs}
-    if config.tools:
-        made |= {"sampled": completion.sampled, "tool_calls": completion.tool_calls}
-    made |= {"finish_reason": completion.finish_reason, "seed": seed}
-    return {**row.value, **made} if sample is None else {**row.value, **made, "sample": sample}
-
-
-def _write_text(generator: Generator, prompts: _Prompts, config: SampleConfig, out: str) -> None:
+def _write_text(generator: Generator, prompts: Prompts, config: SampleConfig, out: str) -> None:
     with open_bytes(out) as handle:
 
         def write(text: str) -> None:

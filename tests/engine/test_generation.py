@@ -67,12 +67,20 @@ def complete(model, tokenizer, requests, sampling=None, **details):
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.5)])
-def test_decoding_gives_the_logits_of_the_whole_forward(shape, dtype, tolerance):
+@pytest.mark.parametrize(
+    ("dtype", "weights", "tolerance"),
+    [
+        (torch.float32, "dense", 1e-4),
+        (torch.bfloat16, "dense", 0.5),
+        (torch.float32, "half", 0.02),
+        (torch.float32, "int8", 0.5),
+    ],
+)
+def test_decoding_gives_the_logits_of_the_whole_forward(shape, dtype, weights, tolerance):
     model = make_model(**shape).to(dtype)
     lengths, steps = [1, 40, 61, 250], 14  # across the steps of 64 and of a whole block
     texts = [[random.Random(n).randrange(257) for _ in range(n + steps)] for n in lengths]
-    decoder = Decoder(model, len(lengths))
+    decoder = Decoder(model, len(lengths), weights)
     for slot, (text, length) in enumerate(zip(texts, lengths, strict=True)):
         decoder.load(slot, decoder.prefill(text[:length]))
     for step in range(steps):
@@ -85,13 +93,15 @@ def test_decoding_gives_the_logits_of_the_whole_forward(shape, dtype, tolerance)
 
 
 @pytest.mark.parametrize(
-    ("shape", "packs", "threads"),
+    ("shape", "packs", "threads", "weights"),
     [
-        *((shape, packs, 1) for shape in SHAPES.values() for packs in (True, False)),
-        (SHAPES["one head each, no norm"], True, 2),
+        *((shape, packs, 1, "dense") for shape in SHAPES.values() for packs in (True, False)),
+        (SHAPES["one head each, no norm"], True, 2, "dense"),
+        *((shape, True, 1, "int8") for shape in SHAPES.values()),
+        ({"num_key_value_heads": 1}, True, 2, "int8"),
     ],
 )
-def test_a_rows_logits_do_not_depend_on_its_neighbours(shape, packs, threads, monkeypatch):
+def test_a_rows_logits_do_not_depend_on_its_neighbours(shape, packs, threads, weights, monkeypatch):
     torch.set_num_threads(threads)
     if not packs:
         monkeypatch.setattr("llmkit.kernels.packed.can_pack", lambda dtype, device: False)
@@ -101,7 +111,7 @@ def test_a_rows_logits_do_not_depend_on_its_neighbours(shape, packs, threads, mo
     texts = [[random.Random(n).randrange(257) for _ in range(n + steps)] for n in lengths]
 
     def logits(order):
-        decoder = Decoder(model, len(order))
+        decoder = Decoder(model, len(order), weights)
         for slot, i in enumerate(order):
             decoder.load(slot, decoder.prefill(texts[i][: lengths[i]]))
         given = []
@@ -199,6 +209,15 @@ def test_results_come_in_order_and_reading_does_not_run_ahead(model, tokenizer, 
     first = next(results)
     assert len(first[0].token_ids) == 200 and len(read) == 8
     assert [len(samples[0].token_ids) for samples in results] == [2] * 59
+
+
+def test_results_come_as_they_are_done_where_order_does_not_matter(model, tokenizer):
+    requests = [Request([END, number], max_tokens=60 if number == 0 else 3, number=number) for number in range(12)]
+    made = list(Generator(model, tokenizer, Sampling(1.0), slots=2, end_ids=()).complete_each(requests, ordered=False))
+    assert [index for index, _ in made] == [*range(1, 12), 0]
+    ordered = list(Generator(model, tokenizer, Sampling(1.0), slots=2, end_ids=()).complete(requests))
+    assert sorted(index for index, _ in made) == list(range(12))
+    assert all(samples == ordered[index] for index, samples in made)
 
 
 def test_slots_are_filled_again_at_once(model, tokenizer):

@@ -286,6 +286,56 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(folder, tmp_path):
     assert out.read_bytes() == whole.read_bytes()
 
 
+def test_an_unordered_run_is_resumed_to_the_same_records(folder, tmp_path):
+    given = write_lines(tmp_path / "prompts.jsonl", [{"prompt": PROMPTS[n % 8], "id": n} for n in range(24)])
+    out, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    options = {"samples": "2", "seed": "5", "batch_size": "3"}
+    whole = sample_jsonl(folder, out, given, **options)
+    unordered = sample_jsonl(folder, out, given, unordered=True, **options)
+    assert sorted(unordered, key=lambda record: (record["id"], record["sample"])) == whole
+    lines = [json.dumps(record).encode() + b"\n" for n in range(23, -1, -1) for record in whole[2 * n : 2 * n + 2]]
+    out.unlink()
+    partial.write_bytes(b"".join(lines[:21]) + b'{"prompt": "cut')  # ten prompts, and half of another
+    resumed = sample_jsonl(folder, out, given, unordered=True, resume=True, **options)
+    assert resumed[:20] == [json.loads(line) for line in lines[:20]] and not partial.exists()
+    assert sorted(resumed, key=lambda record: (record["id"], record["sample"])) == whole
+    out.rename(partial)
+    with pytest.raises(UserError, match=r"prompts.jsonl:\d+: .* by --unordered"):
+        sample_jsonl(folder, out, given, resume=True, **options)
+    fewer = write_lines(tmp_path / "fewer.jsonl", [{"prompt": text} for text in PROMPTS[:3]])
+    with pytest.raises(UserError, match=r"partial: holds completions of prompts that the input does not have"):
+        sample_jsonl(folder, out, fewer, unordered=True, resume=True, **options)
+
+
+def test_a_finished_run_has_nothing_to_resume(folder, prompts, tmp_path, llmkit):
+    out = tmp_path / "out.jsonl"
+    words = ["sample", folder, prompts, "--jsonl", "--max-tokens", "3", "-o", out, "--resume"]
+    assert llmkit(*words, "--quiet").returncode == 0
+    made = out.read_bytes()
+    again = llmkit(*words)
+    assert again.returncode == 0 and "nothing to do" in again.stderr and out.read_bytes() == made
+    assert json.loads(again.stdout)["tokens"] == 0
+
+
+def test_narrow_weights_make_text_too(folder, prompts, tmp_path):
+    from llmkit.engine.products import can_narrow
+
+    plain = sample_jsonl(folder, tmp_path / "out.jsonl", prompts, temperature="0", logprobs=True)
+    texts = {}
+    for dtype in ("bfloat16", *(["int8"] if can_narrow() else [])):
+        texts[dtype] = sample_jsonl(
+            folder, tmp_path / "out.jsonl", prompts, temperature="0", dtype=dtype, logprobs=True
+        )
+        same = sum(a["token_ids"][0] == b["token_ids"][0] for a, b in zip(plain, texts[dtype], strict=True))
+        assert same > len(PROMPTS) // 2 and texts[dtype] != plain
+    if "int8" in texts:
+        for size in ("1", "5"):
+            alike = sample_jsonl(
+                folder, tmp_path / "out.jsonl", prompts, temperature="0", dtype="int8", batch_size=size
+            )
+            assert alike == texts["int8"]
+
+
 def test_a_run_of_other_prompts_is_not_resumed(folder, prompts, tmp_path):
     out = tmp_path / "out.jsonl"
     records = sample_jsonl(folder, out, prompts)
@@ -382,6 +432,7 @@ def test_a_bad_model_folder_is_named(folder, tmp_path, how, message):
         ({"prompt": "a", "top_p": "0"}, "--top-p: expected more than 0"),
         ({"prompt": "a", "stop": [""]}, "--stop: expected text"),
         ({"prompt": "a", "seed": str(2**63)}, "--seed: expected less than"),
+        ({"prompt": "a", "unordered": True}, "--unordered: expected --jsonl"),
         ({"prompt": "a", "device": "cuda"}, "--device cuda: no GPU"),
         ({"prompt": "a", "out": "nowhere/out.txt"}, "nowhere/out.txt: the folder .* does not exist"),
     ],

@@ -1,0 +1,92 @@
+"""Where to compute, how precisely, and on how many threads."""
+
+from __future__ import annotations
+
+import os
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from llmkit.engine.products import Weights, can_narrow
+from llmkit.errors import UserError
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the first GPU, else the CPU. Raises UserError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU found here; use --device cpu")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: not available here; use --device cpu")
+    return torch.device(name)
+
+
+@contextmanager
+def one_thread(wanted: bool) -> Iterator[None]:
+    """Compute on one thread for a while, where that is wanted."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if wanted else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the hardware multiplies it (GPUs, CPUs with AVX512-BF16 or AMX), else float32."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if device.type == "cpu":
+        return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+class Precision(NamedTuple):
+    """dtype: of the parameters and of what is computed from them; weights: how the decoder holds matrices."""
+
+    dtype: torch.dtype
+    weights: Weights
+
+    @property
+    def name(self) -> str:
+        """For people: "float32", "bfloat16", "half precision", "int8"."""
+        return {"dense": str(self.dtype).removeprefix("torch."), "half": "half precision"}.get(self.weights, "int8")
+
+
+def choose_precision(name: str, device: torch.device) -> Precision:
+    """What --dtype means for sampling. `auto` on a CPU is float32: narrower is faster, but only float32 and int8 give
+    a text its bits whatever is sampled beside it, and int8 costs quality; a resumed run must go on as it began.
+
+    bfloat16 on a CPU that cannot multiply it is half precision (engine/products.py), where that is to be had.
+    """
+    if name == "int8":
+        if device.type != "cpu" or not can_narrow():
+            raise UserError("--dtype int8: expected an x86 CPU; use bfloat16")
+        return Precision(torch.float32, "int8")
+    if device.type == "cpu":
+        if name == "bfloat16" and not _cpu_has_bfloat16() and can_narrow():
+            return Precision(torch.float32, "half")
+        return Precision(torch.bfloat16 if name == "bfloat16" else torch.float32, "dense")
+    return Precision(choose_dtype(name, device), "dense")
+
+
+def _cpu_has_bfloat16() -> bool:
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+
+
+def check_memory(wanted: float, device: torch.device) -> None:
+    """Raise UserError where training would take `wanted` bytes and the device cannot have them."""
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    else:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if wanted > there:
+        raise UserError(
+            f"training takes about {wanted / 1e9:,.0f} GB of memory, and {device} has {there / 1e9:,.0f}; "
+            "lower --depth, --sequence-length or --micro-batch-size"
+        )

@@ -1,0 +1,179 @@
+"""From the records of a run to requests, and from completions to records; a killed run's records are taken over.
+
+A request's number comes from its tokens, not from its place: other records do not change its text. What makes a
+record again is its prompt or messages and its seed; by these a resumed run finds what has been made already.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from llmkit.conversations import Message, read_conversation
+from llmkit.engine.generation import Completion, Request
+from llmkit.engine.sampling import seed_of_repeat
+from llmkit.errors import UserError
+from llmkit.files import PARTIAL
+from llmkit.records import Row
+from llmkit.stream import json_row
+
+ASKED = ("prompt", "messages", "seed")  # what a record that is kept has in common with its input
+
+
+class Prompts:
+    """The requests of a run, made as they are asked for; `take` gives back the record that one came from.
+
+    rows        with `prompt` or `messages`; their own `seed` is used where `own_seeds` says so
+    encode      what a prompt's text becomes, and what a conversation becomes
+    samples, max_tokens, seed  of each request
+    """
+
+    def __init__(
+        self,
+        rows: Iterable[Row],
+        encode: Callable[[str], list[int]],
+        encode_messages: Callable[[Sequence[Message]], list[int]],
+        *,
+        samples: int,
+        max_tokens: int | None,
+        seed: int,
+        own_seeds: bool,
+    ) -> None:
+        self._given, self._encode, self._encode_messages = rows, encode, encode_messages
+        self._samples, self._max_tokens, self._seed, self._own_seeds = samples, max_tokens, seed, own_seeds
+        self.kept: _Kept | None = None  # what is made already
+        self._rows: dict[int, tuple[Row, int]] = {}
+        self._seen: Counter[int] = Counter()
+        self.count = 0
+        self.passed = 0  # those kept
+
+    def __iter__(self) -> Iterator[Request]:
+        for row in self._given:
+            where = row.where if row.line else row.path
+            try:
+                ids = self._ids(row)
+            except UserError as error:
+                text = str(error)
+                raise UserError(text if text.startswith(where) else f"{where}: {text}") from None
+            number = int.from_bytes(blake2b(",".join(map(str, ids)).encode(), digest_size=8).digest(), "little")
+            seed = self._seed_of(row, number, where)
+            if self.kept is not None and self.kept.has({**row.value, "seed": seed}, where):
+                self.passed += 1
+                continue
+            self._rows[self.count] = row, seed
+            self.count += 1
+            yield Request(ids, self._samples, self._max_tokens, seed, number, where)
+        if self.kept is not None:
+            self.kept.check_all_found()
+
+    def _seed_of(self, row: Row, number: int, where: str) -> int:
+        seed = row.value.get("seed") if self._own_seeds else None
+        if seed is None:
+            seed = seed_of_repeat(self._seed, self._seen[number])
+            self._seen[number] += 1
+        elif isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise UserError(f"{where}: expected 'seed' to be a whole number from 0, found {seed!r}")
+        return seed
+
+    def _ids(self, row: Row) -> list[int]:
+        if "prompt" in row.value:
+            return self._encode(row.value["prompt"])
+        messages = read_conversation(row).messages
+        if messages[-1].role != "user":
+            raise UserError(
+                f"{row.where}: expected messages that end with the user's, found the {messages[-1].role}'s last"
+            )
+        return self._encode_messages(messages)
+
+    def take(self, index: int) -> tuple[Row, int]:
+        """The record of a request and its seed, once."""
+        return self._rows.pop(index)
+
+
+def completion_record(
+    row: Row, completion: Completion, seed: int, sample: int | None, logprobs: bool, tools: bool
+) -> dict[str, Any]:
+    """The record of one completion: what its prompt's record holds, and what was made."""
+    made: dict[str, Any] = {"completion": completion.text, "token_ids": completion.token_ids}
+    if logprobs:
+        made |= {"logprobs": completion.logprobs, "truncated_logprobs": completion.truncated_logprobs}
+    if tools:
+        made |= {"sampled": completion.sampled, "tool_calls": completion.tool_calls}
+    made |= {"finish_reason": completion.finish_reason, "seed": seed}
+    return {**row.value, **made} if sample is None else {**row.value, **made, "sample": sample}
+
+
+# ---- going on with what a killed run left
+
+
+class _Kept:
+    """What an unfinished file holds: `has` tells whether a record is among it, in the order of the file or in any."""
+
+    def __init__(self, records: Iterator[dict[str, Any]], partial: Path, ordered: bool) -> None:
+        self._partial = partial
+        self._next = records if ordered else iter(())
+        self._left = Counter() if ordered else Counter(map(_identity, records))  # 16 bytes a prompt, and the table's
+
+    def has(self, asked: dict[str, Any], where: str) -> bool:
+        """Whether a record has been made; `asked` names its seed. Raises UserError where another one stands."""
+        kept = next(self._next, None)
+        if kept is not None:
+            if _identity(kept) != _identity(asked):
+                raise UserError(
+                    f"{where}: {self._partial} was made of another prompt or --seed, or by --unordered; "
+                    "leave out --resume to begin again"
+                )
+            return True
+        identity = _identity(asked)
+        if not self._left[identity]:
+            return False
+        self._left[identity] -= 1
+        return True
+
+    def check_all_found(self) -> None:
+        """Raises UserError where the file holds what was not asked for."""
+        more = self._left.total() + (next(self._next, None) is not None)
+        if more:
+            raise UserError(
+                f"{self._partial}: holds completions of prompts that the input does not have; "
+                "leave out --resume to begin again"
+            )
+
+
+def _identity(record: dict[str, Any]) -> bytes:
+    asked = {name: record[name] for name in ASKED if name in record}
+    return blake2b(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS), digest_size=16).digest()
+
+
+@contextmanager
+def resumed_output(
+    out: str, prompts: Prompts, samples: int, ordered: bool
+) -> Iterator[Callable[[dict[str, Any]], object]]:
+    """Go on with the unfinished file of `out`: its whole prompts are kept, and kept again if this run ends early."""
+    partial = Path(out + PARTIAL)
+    partial.touch()
+    with partial.open("r+b") as handle, partial.open("rb") as former:
+        ends = [0]
+        for number, line in enumerate(former, 1):
+            if not line.endswith(b"\n"):
+                break
+            if number % samples == 0:
+                ends.append(former.tell())
+        former.seek(0)
+        handle.truncate(ends[-1])
+        handle.seek(ends[-1])
+        firsts = islice(former, 0, (len(ends) - 1) * samples, samples)
+        records = (row.value for line in firsts if (row := json_row(line, str(partial), 2)) is not None)
+        prompts.kept = _Kept(records, partial, ordered)
+        yield lambda record: handle.write(orjson.dumps(record) + b"\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(partial, out)
