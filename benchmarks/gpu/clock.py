@@ -1,0 +1,68 @@
+"""Milliseconds, peak megabytes and the ceilings of one machine: a GPU's own events, or the clock in a smoke run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+FLUSHED_BYTES = 256 * 2**20  # more than any GPU's cache: each run begins with a cold one
+SECONDS_A_TIMING = 0.3
+
+
+class Clock:
+    def __init__(self, device: str):
+        self.device, self.on_gpu = device, device == "cuda"
+        self._flush = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=device) if self.on_gpu else None
+
+    def milliseconds(self, run: Callable[[], object]) -> float:
+        """Median of at least 5 runs after a few that do not count; in a smoke run of 1."""
+        if not self.on_gpu:
+            started = time.perf_counter()
+            run()
+            return 1e3 * (time.perf_counter() - started)
+        for _ in range(3):
+            run()
+        torch.cuda.synchronize()
+        repeats = max(5, min(50, int(1e3 * SECONDS_A_TIMING / max(self._once(run), 1e-3))))
+        return statistics.median(self._once(run) for _ in range(repeats))
+
+    def _once(self, run: Callable[[], object]) -> float:
+        assert self._flush is not None
+        self._flush.zero_()
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        run()
+        after.record()
+        after.synchronize()
+        return before.elapsed_time(after)
+
+    def peak_megabytes(self, run: Callable[[], object]) -> float | None:
+        """What a run allocates at most beyond what is there before it; None off a GPU."""
+        if not self.on_gpu:
+            return None
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+    def ceilings(self) -> dict[str, float]:
+        """TFLOP/s of a large bfloat16 product and TB/s of a copy, read and write counted: what shares are of."""
+        size, copied = (8192, 2**31) if self.on_gpu else (128, 2**20)
+        left = torch.randn(size, size, device=self.device).to(torch.bfloat16)
+        source = torch.empty(copied, dtype=torch.int8, device=self.device)
+        target = torch.empty_like(source)
+        return {
+            "TFLOP/s": 2 * size**3 / self.milliseconds(lambda: left @ left) / 1e9,
+            "TB/s": 2 * copied / self.milliseconds(lambda: target.copy_(source)) / 1e9,
+        }
+
+    def free(self) -> None:
+        """Memory, and torch's compiled code: of one function it keeps 8 compilations and is eager from then on."""
+        if self.on_gpu:
+            torch._dynamo.reset()
+            torch.cuda.empty_cache()

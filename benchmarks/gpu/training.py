@@ -1,0 +1,154 @@
+"""Whole training steps on a GPU, kernels on and off: tokens a second, share of the peak (MFU), peak memory.
+
+    python benchmarks/gpu/training.py                  # 124M and 1.5B parameters, bf16; each run a process of its own
+    python benchmarks/gpu/training.py --model 124M --kernels triton
+    python benchmarks/gpu/training.py --smoke          # a tiny model on a CPU, the kernels in the interpreter
+
+The step is that of `llmkit pretrain`: its model, loss, optimizer (Muon and AdamW) and trainer, compiled as it compiles
+them, on random tokens, one document a row. "triton" and "torch" are values of LLMKIT_KERNELS. MFU counts 6 FLOPs a
+weight of a matrix and token, and causal attention's at half of the square (nanochat counts the whole), against the
+GPU's dense bf16 peak by its data sheet; "of product" is against a large product's rate in the same process. Written to
+--out as training.json and training.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+# Data sheets, dense bf16, TFLOP/s
+PEAKS = {"H200": 989.5, "H100": 989.5, "A100": 312.0, "MI300X": 1307.4}
+# layers, hidden, intermediate, heads, vocabulary, tokens a row, rows at once, micro-batches a step
+MODELS = {
+    "124M": (12, 768, 2048, 12, 50304, 1024, 64, 8),
+    "1.5B": (48, 1600, 4288, 25, 50304, 1024, 16, 4),
+    "smoke": (1, 32, 64, 2, 96, 32, 1, 2),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="a tiny model on a CPU; times nothing")
+    parser.add_argument("--model", nargs="*", choices=["124M", "1.5B"], default=["124M", "1.5B"])
+    parser.add_argument("--kernels", nargs="*", choices=["triton", "torch"], default=["triton", "torch"])
+    parser.add_argument("--steps", type=int, default=10, help="steps that are timed, after 3 that are not [10]")
+    parser.add_argument("--seconds", type=float, default=280, help="end a run after so long [280]")
+    parser.add_argument("-o", "--out", type=Path, default=Path("build/gpu"), help="folder of the results [build/gpu]")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        print(json.dumps(work(options.worker[0], options.worker[1], options.steps)))
+        return 0
+    if not options.smoke:
+        import torch
+
+        if not torch.cuda.is_available():
+            print("training.py: no GPU here; --smoke runs it on a CPU", file=sys.stderr)
+            return 2
+    models = ["smoke"] if options.smoke else options.model
+    kernels = ["interpret", "torch"] if options.smoke else options.kernels
+    steps = 1 if options.smoke else options.steps
+    rows = [run(model, kernel, steps, options.seconds) for model in models for kernel in kernels]
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "training.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (options.out / "training.md").write_text(markdown(rows, options.smoke) + "\n")
+    print(markdown(rows, options.smoke))
+    return 1 if any("note" in row for row in rows) else 0
+
+
+def run(model: str, kernels: str, steps: int, seconds: float) -> dict:
+    """One model and one choice of kernels, in a process of its own, for Triton has one mode in a process."""
+    command = [sys.executable, __file__, "--worker", model, kernels, "--steps", str(steps)]
+    row = {"model": model, "kernels": kernels}
+    try:
+        done = subprocess.run(
+            command, env={**os.environ, "LLMKIT_KERNELS": kernels}, stdout=subprocess.PIPE, text=True, timeout=seconds
+        )
+    except subprocess.TimeoutExpired:
+        return row | {"note": f"not done in {seconds:.0f} s"}
+    if done.returncode:
+        return row | {"note": f"failed with exit code {done.returncode}"}
+    return row | json.loads(done.stdout.splitlines()[-1])
+
+
+def work(name: str, kernels: str, steps: int) -> dict:
+    import numpy as np
+    import torch
+    from llmkit.kernels import backend
+
+    from llmkit.engine import setup
+    from llmkit.engine.evaluation import next_token_loss
+    from llmkit.engine.scaling import recipe
+    from llmkit.engine.schedule import Schedule
+    from llmkit.engine.speed import peak_flops, synchronize
+    from llmkit.engine.trainer import Trainer, TrainerSettings
+    from llmkit.model.config import ModelConfig
+    from llmkit.model.transformer import Transformer
+
+    layers, hidden, intermediate, heads, words, length, micro_rows, micro_batches = MODELS[name]
+    device = torch.device("cpu" if name == "smoke" else "cuda")
+    assert backend(device.type) == kernels
+    config = ModelConfig(
+        vocab_size=words, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads, head_dim=hidden // heads,
+        max_position_embeddings=length, tie_word_embeddings=True,
+    )  # fmt: skip
+    rows = micro_rows * micro_batches
+    dtype = torch.float32 if name == "smoke" else torch.bfloat16
+    model = Transformer(config, seed=0).to(device=device, dtype=dtype)
+    optimizer = setup.build_optimizer(model, recipe(1e9, hidden, length, rows * length))
+    numbers = np.random.default_rng(0)
+    tokens = numbers.integers(0, words, (rows, length))
+    documents = np.zeros((rows, length), np.int32)
+    loss = setup.compiled(next_token_loss, "off" if name == "smoke" else "on", device, 0.0)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model, optimizer, Schedule(0, 0.2), batches=lambda step: iter(()), loss=loss, folder=Path(folder),
+            settings=TrainerSettings(micro_batch_rows=micro_rows, quiet=True),
+        )  # fmt: skip
+        seconds, losses = [], []
+        for step in range(steps + (0 if name == "smoke" else 3)):
+            started = time.perf_counter()
+            losses.append(trainer.train_step((tokens, np.roll(tokens, -1, 1), documents), step / (steps + 3))["loss"])
+            synchronize(device)
+            seconds.append(time.perf_counter() - started)
+    rate = rows * length / statistics.median(seconds[-steps:])
+    found = {"loss": losses[-1], "step_s": statistics.median(seconds[-steps:]), "tokens_per_second": rate,
+             "parameters": sum(p.numel() for p in model.parameters()),
+             "micro_batch_rows": trainer.micro_batch_rows}  # fmt: skip
+    if name != "smoke":
+        gpu = torch.cuda.get_device_name()
+        flops = rate * config.flops_per_token(context=length)
+        peak = next((peak for key, peak in PEAKS.items() if key in gpu), None)
+        found |= {"gpu": gpu, "torch": torch.__version__, "peak_mb": torch.cuda.max_memory_allocated() / 2**20,
+                  "mfu": None if peak is None else flops / peak / 1e12,
+                  "of_product": flops / peak_flops(device, dtype)}  # fmt: skip
+    return found
+
+
+def markdown(rows: list[dict], smoke: bool) -> str:
+    def cell(row: dict, key: str, form: str) -> str:
+        return "" if row.get(key) is None else format(row[key], form)
+
+    lines = [
+        *(["**A smoke run: a tiny model on a CPU. Nothing was timed.**", ""] if smoke else []),
+        "| model | kernels | parameters | loss | s a step | tokens/s | MFU | of product | peak MB | note |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        forms = {"parameters": ",d", "loss": ".4f", "step_s": ".3f", "tokens_per_second": ",.0f", "mfu": ".1%",
+                 "of_product": ".1%", "peak_mb": ",.0f"}  # fmt: skip
+        cells = [cell(row, key, form) for key, form in forms.items()]
+        lines.append("| " + " | ".join([row["model"], row["kernels"], *cells, row.get("note", "")]) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Tile sizes by the clock: each kernel's short list on one case of its size, the fastest kept under the GPU's name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import DTYPE, OURS, Case, Makers, as_list
+from clock import Clock
+from llmkit.kernels.dispatch import triton_module
+from shapes import Shapes
+
+
+def tune(makers: Makers, shapes: Shapes, candidates: dict[str, Any], clock: Clock, path: Path, late: Callable) -> dict:
+    """Try the candidates, write the fastest of each kernel to `path`, and return milliseconds of all by kernel.
+
+    A candidate that does not compile, or asks more than the GPU has, is "failed". `late()` ends the trials early.
+    """
+    tiles, times = triton_module("tiles"), {}
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    for name, usual, listed, run in _trials(tiles, makers, shapes, candidates):
+        if late():
+            break
+        times[name] = {}
+        for tried in dict.fromkeys((usual, *listed)):
+            with tiles.trying(name, tried):
+                try:
+                    run()
+                    times[name][tried] = clock.milliseconds(run)
+                except Exception as error:  # a compiler's or a driver's: this candidate is none
+                    times[name][tried] = f"failed: {type(error).__name__}"
+        clock.free()
+    best = {
+        name: asdict(min(timed, key=timed.__getitem__))
+        for name, found in times.items()
+        if (timed := {tried: ms for tried, ms in found.items() if isinstance(ms, float)})
+    }
+    gpu = kept.setdefault(tiles.gpu_name(), {"tiles": {}})
+    gpu["tiles"] |= best
+    gpu |= {"triton": __import__("triton").__version__, "torch": torch.__version__}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+    tiles.forget_tuned()
+    return {name: {str(tried): ms for tried, ms in found.items()} for name, found in times.items()}
+
+
+def _trials(tiles, makers: Makers, shapes: Shapes, candidates: dict[str, Any]) -> Iterator[tuple]:
+    """(name of the tiles, usual ones, others, what to run)."""
+    word = str(DTYPE).removeprefix("torch.")
+    for size in {shape.size: shape for shape in shapes.attention}:
+        case = makers.attention(next(shape for shape in shapes.attention if shape.size == size), "causal")
+        for kernel in ("attention_forward", "attention_grad_query", "attention_grad_key_value"):
+            listed = [tiles.Tiles(*numbers) for numbers in candidates[kernel].get(size, ())]
+            run = _forward(case) if kernel == "attention_forward" else _both(case)
+            yield f"{kernel} {_table_size(tiles, size)} {word}", tiles.tiles(kernel, size, DTYPE), listed, run
+    shape = shapes.decode[-1]
+    listed = [tiles.DecodeTiles(*numbers) for numbers in candidates["attention_decode"]]
+    name = f"attention_decode {_table_size(tiles, shape.size)} {word}"
+    yield name, tiles.decode_tiles(shape.size, DTYPE), listed, _forward(makers.decode(shape))
+    listed = [tiles.ProductTiles(*numbers) for numbers in candidates["linear_logsumexp"]]
+    run = _forward(makers.logprobs(shapes.loss[0]))
+    yield f"linear_logsumexp {word}", tiles.product_tiles(DTYPE), listed, run
+    listed = [tiles.RowTiles(*numbers) for numbers in candidates["cross_entropy"]]
+    for words in sorted({shape.words for shape in shapes.loss}):
+        shape = next(shape for shape in shapes.loss if shape.words == words)
+        whole = 1 << max(6, (-(-words // 64) * 64 - 1).bit_length())
+        yield f"cross_entropy {whole}", tiles.row_tiles("cross_entropy", whole), listed, _both(makers.loss(shape))
+
+
+def _table_size(tiles, size: int) -> int:
+    return next(each for each in tiles.SIZES if size <= each)
+
+
+def _forward(case: Case) -> Callable[[], object]:
+    def run():
+        with torch.no_grad():
+            return case.contenders[OURS](*case.inputs)
+
+    return run
+
+
+def _both(case: Case) -> Callable[[], object]:
+    return lambda: torch.autograd.grad(as_list(case.contenders[OURS](*case.inputs)), case.inputs, case.upstream)
