@@ -44,12 +44,13 @@ class BlockModel:
         return 1 / (1 + np.exp(-np.concatenate(scores)))
 
     def _scores(self, rows_FN: np.ndarray) -> np.ndarray:
-        leaf_TN = np.zeros((len(self.features), rows_FN.shape[1]), np.intp)
+        # of a page of 250 blocks uint16 stays in the cache: .2 ms, with intp 1.7
+        leaf_TN = np.zeros((len(self.features), rows_FN.shape[1]), np.uint16)
         for level in range(self.features.shape[1]):
-            above_TN = rows_FN[self.features[:, level]] > self.borders[:, level, None]
-            leaf_TN |= above_TN.astype(np.intp) << level
-        leaf_TN += np.arange(len(self.features))[:, None] * self.leaves.shape[1]
-        return self.leaves.ravel()[leaf_TN].sum(axis=0, dtype=np.float64) + self.bias
+            above_TN = rows_FN.take(self.features[:, level], axis=0) > self.borders[:, level, None]
+            leaf_TN |= above_TN.astype(np.uint16) << np.uint16(level)
+        first_T1 = np.arange(len(self.features))[:, None] * self.leaves.shape[1]
+        return self.leaves.ravel().take(leaf_TN + first_T1).sum(axis=0, dtype=np.float64) + self.bias
 
     def save(self, path: Path) -> None:
         """Write the model as one safetensors file."""

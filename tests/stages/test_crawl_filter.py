@@ -421,9 +421,11 @@ def monsters() -> dict[str, bytes]:
     return {
         "one line": html("Line", [" ".join(prose(11))]).replace("\n", "").encode(),
         "deep": (before + "<div>" * 100_000 + "deep" + "</div>" * 100_000 + after).encode(),
-        "mojibake": bytes(range(256)) * 400,
+        "bytes": bytes(range(256)) * 400,
+        "mojibake": html("Straße", ["Die Fähre überquert täglich den Fluß."] * 9).encode().decode("cp1252").encode(),
         "wrong charset": html("Wrong", prose(12)).encode("utf-16"),
         "big": (before + "<p>" + "word " * 2_000_000 + "</p>" + after).encode(),
+        "fifty megabytes": (before + "<p>" + "word " * 10_000_000 + "</p>" + after).encode(),
         "empty": b"",
         "nul": article.replace("ferry", "fer\0ry").encode(),
         "surrogates": (before + "<p>&#xD800;&#xDFFF; half a pair</p>" + after).encode(),
@@ -443,6 +445,10 @@ def test_no_page_stops_the_run(llmkit, tmp_path):
     assert documents[-1]["url"] == "https://monsters.example/last"
     assert len(documents) + len(rejects) == len(pages) + 2
     assert all(reject["reason"] for reject in rejects)
+    assert [reject["reason"] for reject in rejects if reject.get("url", "").endswith("/deep")] == ["too_deep"]
+    huge = [reject for reject in rejects if reject["reason"] == "too_large"]
+    assert [(reject["step"], reject["source"]) for reject in huge] == [("read", "monsters.warc.gz")]
+    assert "https://monsters.example/one-line" in [document["url"] for document in documents]
 
 
 @pytest.mark.parametrize(
