@@ -31,6 +31,7 @@ COMMANDS = {
     "train-bpe": ("llmkit.stages.train_bpe", "TrainBpeConfig", "Text to a byte-level BPE tokenizer."),
     "pretrain": ("llmkit.stages.pretrain", "PretrainConfig", "Documents and a tokenizer to a base model."),
     "sft": ("llmkit.stages.sft", "SftConfig", "A base model and conversations to an assistant."),
+    "train-reward": ("llmkit.stages.train_reward", "TrainRewardConfig", "Preferences to a judge of answers."),
     "sample": ("llmkit.stages.sample", "SampleConfig", "Text from a model: from a prompt, stdin or JSONL."),
 }
 OVERVIEW = """Make a ChatGPT-like assistant from nothing, one composable subcommand per stage.

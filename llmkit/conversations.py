@@ -142,6 +142,8 @@ def _prompt(row: Row) -> Conversation:
     sides = []
     for name, role in (("prompt", "user"), (answer, "assistant")):
         content = row.value[name]
+        if content is None:
+            raise UserError(f"{row.where}: expected {name!r} to be a string or messages, found null")
         sides += _listed(row, name) if isinstance(content, list) else [{"role": role, "content": content}]
     return _conversation(row, sides)
 
@@ -188,6 +190,11 @@ def _object(row: Row, entry: Any, name: str) -> dict[str, Any]:
 
 
 # ---- messages
+
+
+def read_messages(row: Row, entries: list[dict[str, Any]]) -> tuple[Message, ...]:
+    """Messages from entries of role and content, of one record. Raises UserError as `read_conversation` does."""
+    return _conversation(row, entries).messages
 
 
 def _conversation(row: Row, entries: list[dict[str, Any]]) -> Conversation:

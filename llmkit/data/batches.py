@@ -221,8 +221,8 @@ def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
     It sorts hashes of the numbers. The hash is a bijection, so that no two are equal; and unlike numpy's
     generators it gives the same order in every version, which a resumed run needs.
     """
-    drawn = _splitmix64(np.array([seed & 0xFFFFFFFFFFFFFFFF], np.uint64)) + np.uint64(epoch)
-    keys = _splitmix64(np.arange(count, dtype=np.uint64) + _splitmix64(drawn))
+    drawn = splitmix64(np.array([seed & 0xFFFFFFFFFFFFFFFF], np.uint64)) + np.uint64(epoch)
+    keys = splitmix64(np.arange(count, dtype=np.uint64) + splitmix64(drawn))
     return np.argsort(keys)
 
 
@@ -246,15 +246,16 @@ def permuted(index: int, count: int, seed: int, epoch: int) -> int:
 
 
 def _mixed(number: int) -> int:
-    """`_splitmix64` of one number, in Python's integers: 10 times faster than an array of one."""
+    """`splitmix64` of one number, in Python's integers: 10 times faster than an array of one."""
     mixed = (number + 0x9E3779B97F4A7C15) & _64_BITS
     mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 & _64_BITS
     mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB & _64_BITS
     return mixed ^ (mixed >> 31)
 
 
-def _splitmix64(numbers: np.ndarray) -> np.ndarray:
-    """Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators": a bijection of 64 bits."""
+def splitmix64(numbers: np.ndarray) -> np.ndarray:
+    """A hash of uint64 numbers, a bijection: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number
+    generators"."""
     mixed = numbers + np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

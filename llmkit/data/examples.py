@@ -57,9 +57,14 @@ class Examples:
         return self._token_ids[span], self._trained[span]
 
     @property
+    def sizes(self) -> np.ndarray:
+        """Tokens of a row that each takes, (N,) int64: all but its last, which nothing follows."""
+        return self.lengths - 1
+
+    @property
     def inputs(self) -> int:
-        """Tokens that are inputs: all but the last of each example, which nothing follows."""
-        return int(self.lengths.sum()) - len(self.lengths)
+        """Tokens that all examples take."""
+        return int(self.sizes.sum())
 
     @property
     def targets(self) -> int:
@@ -100,7 +105,7 @@ def _spans(one: Encoded, longest: int, on_long: str, where: str, counts: Counter
         return [(0, length)]
     if on_long == "error":
         raise UserError(
-            f"{where}: {length} tokens are more than the context of {longest}; "
+            f"{where}: {length - 1} tokens are more than the context of {longest - 1}; "
             "shorten it, lengthen --sequence-length, or choose --on-long truncate, drop or split"
         )
     if on_long == "drop":

@@ -9,9 +9,10 @@ llmkit.data.batches, and like those do not depend on the number of processes, mi
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from threading import Lock
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -23,25 +24,52 @@ WINDOW_ROWS = 64
 Row = list[tuple[int, int]]  # of a row: (source, example) pairs, side by side
 
 
+class Packable(Protocol):
+    """Examples that are packed whole: what each is, and how many tokens of a row it takes, `inputs` in all."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def sizes(self) -> np.ndarray: ...
+
+    @property
+    def inputs(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
 @dataclass(frozen=True)
 class Source:
     """Examples and their share of the tokens, relative to the other sources'."""
 
-    examples: Examples
+    examples: Packable
     weight: float
 
 
 class Mixture:
     """The training batches of some sources.
 
-    sequence_length  tokens in a row, T; an example takes one token less than it has
+    sequence_length  tokens in a row, T
     batch_size       rows in a step, B
     pad              the token that fills rows
+    pack             makes a batch of rows of examples: `packed`, or what the examples want
     """
 
-    def __init__(self, sources: Sequence[Source], sequence_length: int, batch_size: int, pad: int, seed: int = 0):
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        sequence_length: int,
+        batch_size: int,
+        pad: int,
+        seed: int = 0,
+        pack: Callable[[list[list[Any]], int, int], Any] | None = None,
+    ):
         self.sources, self.sequence_length, self.batch_size = list(sources), sequence_length, batch_size
-        self._pad, self._seed = pad, seed
+        self._sizes = [source.examples.sizes for source in self.sources]
+        self._pad, self._seed, self._pack = pad, seed, pack or packed
         self._draws = self._drawn()
         self._rows: list[Row] = []
         self._drawn_inputs: list[int] = []  # after each row of `_rows`, rounded up to its window
@@ -66,7 +94,7 @@ class Mixture:
         taken = [0] * len(self.sources)
         for row in self._planned(step * self.batch_size)[: step * self.batch_size]:
             for source, example in row:
-                taken[source] += int(self.sources[source].examples.lengths[example]) - 1
+                taken[source] += int(self._sizes[source][example])
         return [count / source.examples.inputs for count, source in zip(taken, self.sources, strict=True)]
 
     def batch(self, step: int) -> Batch:
@@ -77,9 +105,8 @@ class Mixture:
         """Rows start:stop of a step: the share of one process or one micro-batch."""
         first = step * self.batch_size
         planned = self._planned(first + stop)[first + start : first + stop]
-        return packed(
-            [[self.sources[s].examples[i] for s, i in row] for row in planned], self.sequence_length, self._pad
-        )
+        rows = [[self.sources[s].examples[i] for s, i in row] for row in planned]
+        return self._pack(rows, self.sequence_length, self._pad)
 
     def prefetch(self, first_step: int, last_step: int | None, workers: int = 1) -> Iterator[Batch]:
         """The batches of steps first_step ... last_step - 1, made ahead of time by threads; equal for any number."""
@@ -96,8 +123,8 @@ class Mixture:
         while room > 0:
             source, example = next(self._draws)
             chosen.append((source, example))
-            room -= int(self.sources[source].examples.lengths[example]) - 1
-        sizes = [int(self.sources[s].examples.lengths[i]) - 1 for s, i in chosen]
+            room -= int(self._sizes[source][example])
+        sizes = [int(self._sizes[s][i]) for s, i in chosen]
         rows = [[chosen[i] for i in row] for row in best_fit(sizes, self.sequence_length)]
         self._rows += [rows[i] for i in shuffled(len(rows), self._seed, self._windows)]
         before = self._drawn_inputs[-1] if self._drawn_inputs else 0
@@ -111,7 +138,7 @@ class Mixture:
         while True:
             behind = min(range(len(self.sources)), key=lambda s: drawn[s] / self.sources[s].weight)
             example = next(orders[behind])
-            drawn[behind] += int(self.sources[behind].examples.lengths[example]) - 1
+            drawn[behind] += int(self._sizes[behind][example])
             yield behind, example
 
     def _in_epochs(self, number: int) -> Iterator[int]:
@@ -126,7 +153,7 @@ class PackedEvaluation:
 
     def __init__(self, examples: Examples, sequence_length: int, batch_size: int, pad: int) -> None:
         self._examples, self._length, self._size, self._pad = examples, sequence_length, batch_size, pad
-        self._rows = best_fit((examples.lengths - 1).tolist(), sequence_length)
+        self._rows = best_fit(examples.sizes.tolist(), sequence_length)
 
     def __len__(self) -> int:
         return -(-len(self._rows) // self._size)

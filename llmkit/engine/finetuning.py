@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -36,6 +37,8 @@ from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
 LEARNING_RATE, LORA_LEARNING_RATE = 2e-3, 3e-3
 WIDTH = 256
 
+M = TypeVar("M", bound=Transformer)
+
 
 class Finetuning:
     """A model, its tokenizer and what is trained of it."""
@@ -47,6 +50,9 @@ class Finetuning:
         self.adapter: LoraAdapter | None = None
         self.optimizer: Optimizer | None = None
         self._best: Checkpoints | None = None
+        self._reshape: Callable[[Transformer], Transformer] = lambda model: model
+        self._write: Callable[[Any, Path], None] = save_model
+        self._own: set[str] = set()  # parameters that the base does not have
 
     @classmethod
     def load(cls, folder: str, *, device: torch.device, dtype: torch.dtype) -> Finetuning:
@@ -69,6 +75,14 @@ class Finetuning:
         """Put the model in training mode."""
         self.model.train()
         return self
+
+    def become(self, reshape: Callable[[Transformer], M], write: Callable[[Any, Path], None]) -> M:
+        """Tune another kind of model, which `reshape` makes of the base, the same each time, and `write` saves."""
+        before = {name for name, _ in self.model.named_parameters()}
+        model = reshape(self.model)
+        self._reshape, self._write, self.model = reshape, write, model
+        self._own = {name for name, _ in model.named_parameters()} - before
+        return model
 
     @property
     def device(self) -> torch.device:
@@ -99,13 +113,18 @@ class Finetuning:
         return sum(parameter.numel() for _, parameter in self._trained())
 
     def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
-        return list(self.adapter.parameters() if self.adapter else self.model.named_parameters())
+        parameters = list(self.model.named_parameters())
+        if self.adapter is None:
+            return parameters
+        return [*self.adapter.parameters(), *(pair for pair in parameters if pair[0] in self._own)]
 
     def add_adapter(self, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
         """Train low-rank adapters in place of the model's own parameters."""
         if self.new_tokens:
             say(f"the rows of {self.new_tokens} new tokens stay at the mean: adapters do not train embeddings")
         self.adapter = LoraAdapter(self.model, rank, alpha, targets, seed)
+        for _, parameter in self._trained():
+            parameter.requires_grad_(True)
 
     def build_optimizer(self, learning_rate: float | None, weight_decay: float) -> Optimizer:
         """AdamW over what is trained; a `learning_rate` of None follows from the model's width."""
@@ -159,19 +178,18 @@ class Finetuning:
         values = self._masters()
         if self._best is not None and (kept := self._best.load()):
             values = kept[0]
-        model = load_model(self.folder)
-        model = _grown(model, self._known_tokens, self.tokenizer)
+        model = self._reshape(_grown(load_model(self.folder), self._known_tokens, self.tokenizer))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if self.adapter is None or name in self._own:
+                    parameter.copy_(values[name])
         if self.adapter is not None:
             whole = LoraAdapter(model, self.adapter.rank, self.adapter.alpha, self.adapter.targets)
             whole.load(values)
             if keep_adapter:
                 whole.save(folder / "adapter", self.folder)
             model = whole.merge()
-        else:
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    parameter.copy_(values[name])
-        save_model(model.eval(), folder)
+        self._write(model.eval(), folder)
 
 
 def _grown(model: Transformer, known: int, tokenizer: Tokenizer) -> Transformer:

@@ -8,13 +8,13 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llmkit.data.examples import Examples
+    from llmkit.data.mixture import Packable
     from llmkit.tokenizer.encoding import Tokenizer
 
 COLOURS = {"system": "magenta", "user": "cyan", "assistant": "green", "result": "yellow", "": "white"}
 
 
-def show_examples(sources: Sequence[Examples], tokenizer: Tokenizer, count: int) -> None:
+def show_examples(sources: Sequence[Packable], tokenizer: Tokenizer, count: int) -> None:
     """Print `count` examples, taken from the sources in turn, on stdout.
 
     On a terminal each role has a colour, and what is trained on is bold and underlined; elsewhere it stands between

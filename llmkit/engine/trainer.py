@@ -97,7 +97,7 @@ class Trainer:
         self.step += 1
         self.tokens += batch[0].size
         self.last_loss = loss
-        return {"loss": loss, "grad_norm": norm, "lr_factor": factor}
+        return {"loss": loss, "grad_norm": norm, "lr_factor": factor, "targets": targets}
 
     def _backward(self, batch: Batch) -> tuple[float, int]:
         """Summed loss and targets, gradients accumulated; halves the micro-batch when memory runs out."""

@@ -5,6 +5,7 @@ missing, unknown or of another shape, a cut file, a pickle.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,8 @@ def load_model(
     """Load a `llama`, `mistral`, `qwen2` or `qwen3` folder, of one safetensors file or several with an index."""
     folder = Path(folder)
     config = load_config(folder)
-    tensors = _Tensors(folder)
-    _check(tensors, config)
+    tensors = SavedTensors(folder)
+    tensors.check(config)
     model = Transformer(config, dtype=dtype, device=device)
     import_state_dict(model, tensors.read)
     return model.eval()
@@ -70,10 +71,19 @@ def save_model(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = model.config
-    write_json(folder / CONFIG, config.to_hf(str(dtype).removeprefix("torch.")))
     tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     write_json(folder / "generation_config.json", {k: v for k, v in tokens.items() if v is not None})
-    shards = _shards(export_state_dict(model, dtype), max_shard_size)
+    values = config.to_hf(str(dtype).removeprefix("torch."))
+    save_tensors(folder, values, export_state_dict(model, dtype), max_shard_size)
+
+
+def save_tensors(
+    folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], max_shard_size: int = 5 * 10**9
+) -> None:
+    """Write `config` as config.json and, last, the weights, in one file or in several with an index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / CONFIG, config)
+    shards = _shards(tensors, max_shard_size)
     if len(shards) == 1:
         _write_tensors(folder / WEIGHTS, shards[0])
         stale = [folder / INDEX, *folder.glob("model-*-of-*.safetensors")]
@@ -108,7 +118,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         os.chmod(handle.name, mode)  # safetensors makes its file for the owner alone
 
 
-class _Tensors:
+class SavedTensors:
     """The tensors of a folder by name, wherever they lie; only headers are read before `read`."""
 
     def __init__(self, folder: Path):
@@ -152,6 +162,16 @@ class _Tensors:
     def stored_dtype(self, name: str) -> str:
         return self._slice(name).get_dtype()
 
+    def rows(self, name: str, what: str) -> int:
+        """The first dimension of a tensor. Raises UserError, which names what has it, where there is none."""
+        if name not in self.where:
+            raise UserError(f"{self.folder}: expected {what}, found no tensor {name}")
+        return self.shape(name)[0]
+
+    def check(self, config: ModelConfig, others: Mapping[str, tuple[int, ...]] | None = None) -> None:
+        """Raise UserError unless the tensors are those of the model and the `others`, in their shapes."""
+        _check(self, config, others or {})
+
     def _slice(self, name: str) -> Any:
         return self._open_files[self.where[name]].get_slice(self.stored_as.get(name, name))
 
@@ -173,9 +193,9 @@ def _no_weights(folder: Path) -> str:
     )
 
 
-def _check(tensors: _Tensors, config: ModelConfig) -> None:
+def _check(tensors: SavedTensors, config: ModelConfig, others: Mapping[str, tuple[int, ...]]) -> None:
     """Every expected tensor there with its shape, and no other; a tied embedding under either of its names."""
-    shapes = stock_shapes(config)
+    shapes = {**stock_shapes(config), **others}
     if config.tie_word_embeddings:
         _find_tied_embedding(tensors, shapes[EMBEDDING])
     missing = [name for name in shapes if name not in tensors.where]
@@ -190,7 +210,7 @@ def _check(tensors: _Tensors, config: ModelConfig) -> None:
         _check_shape(tensors, name, shape)
 
 
-def _find_tied_embedding(tensors: _Tensors, shape: tuple[int, ...]) -> None:
+def _find_tied_embedding(tensors: SavedTensors, shape: tuple[int, ...]) -> None:
     """Let the one matrix of a tied model be found as the embedding, whichever of its names the file uses."""
     if HEAD not in tensors.where:
         return
@@ -206,7 +226,7 @@ def _find_tied_embedding(tensors: _Tensors, shape: tuple[int, ...]) -> None:
     del tensors.where[HEAD]
 
 
-def _check_shape(tensors: _Tensors, name: str, expected: tuple[int, ...]) -> None:
+def _check_shape(tensors: SavedTensors, name: str, expected: tuple[int, ...]) -> None:
     where, found = tensors.where[name], tensors.shape(name)
     if found != expected:
         raise UserError(f"{where}: tensor {name}: expected shape {list(expected)}, found {list(found)}")

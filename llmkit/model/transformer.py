@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmkit.kernels import (
+    Branching,
     Packing,
     add_rms_norm,
     attention_decode,
@@ -82,9 +83,14 @@ class Layer(nn.Module):
             q_gain=self.q_norm, k_gain=self.k_norm, eps=config.rms_norm_eps if config.qk_norm else None,
         )  # fmt: skip
         scale = config.qk_gain * config.head_dim**-0.5
-        if cache is None:
+        gqa = heads != kv_heads
+        if isinstance(doc_ids, Branching):
             attended_BHTD = scaled_dot_product_attention(
-                query_BHTD, key_BKTD, value_BKTD, is_causal=True, scale=scale, enable_gqa=heads != kv_heads,
+                query_BHTD, key_BKTD, value_BKTD, doc_ids.mask(self.window), scale=scale, enable_gqa=gqa
+            )
+        elif cache is None:
+            attended_BHTD = scaled_dot_product_attention(
+                query_BHTD, key_BKTD, value_BKTD, is_causal=True, scale=scale, enable_gqa=gqa,
                 doc_ids=doc_ids, window=self.window,
             )  # fmt: skip
         else:
@@ -203,21 +209,24 @@ class Transformer(nn.Module):
         self,
         token_ids_BT: Tensor,
         *,
-        doc_ids: Tensor | Packing | None = None,
+        doc_ids: Tensor | Packing | Branching | None = None,
         position_ids: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """Hidden states (B, T, hidden), normed, ready for the head.
 
-        `doc_ids` (B, T): equal neighbours are one document, and attention stays within it. `position_ids` (T,) or
-        (B, T) default to 0 ... T - 1, going on where the cache ends; they need not restart at documents, for
-        rotary attention depends on differences alone. With a cache, new tokens follow those it holds.
+        `doc_ids` (B, T): equal neighbours are one document, and attention stays within it; a `Branching` of them lets
+        several answers share a prompt. `position_ids` (T,) or (B, T) default to 0 ... T - 1, going on where the cache
+        ends, and to a Branching's own; they need not restart at documents, for rotary attention depends on
+        differences alone. With a cache, new tokens follow those it holds.
         """
         length = token_ids_BT.shape[1]
         x_BTC = F.embedding(token_ids_BT, self.embed_tokens)
         if self.config.normalize_embedding:
             x_BTC = rms_norm(x_BTC, None, self.config.rms_norm_eps)
-        if doc_ids is not None and not isinstance(doc_ids, Packing) and not torch.compiler.is_compiling():
+        if isinstance(doc_ids, Branching):
+            position_ids = doc_ids.position_ids if position_ids is None else position_ids
+        elif doc_ids is not None and not isinstance(doc_ids, Packing) and not torch.compiler.is_compiling():
             doc_ids = Packing(doc_ids)
         if cache is not None:
             if doc_ids is not None:

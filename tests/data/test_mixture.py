@@ -66,7 +66,7 @@ def test_what_is_too_long_is_cut_between_turns_and_counted(on_long, lengths, cou
 
 
 def test_too_long_may_be_an_error_that_names_the_place():
-    with pytest.raises(UserError, match=r"a.jsonl:2: 25 tokens are more than the context of 14"):
+    with pytest.raises(UserError, match=r"a.jsonl:2: 24 tokens are more than the context of 13"):
         Examples.gather("a", [("a.jsonl:1", chat(2)), ("a.jsonl:2", chat(5))], 14, "error")
 
 

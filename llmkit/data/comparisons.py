@@ -1,0 +1,212 @@
+"""Encoded comparisons of one source, and rows of them: a prompt once, each of its answers after it.
+
+    token ids     prompt p p p | answer a a a | answer b b | next prompt ...
+    branch ids           0 0 0          1 1 1          2 2          0
+    positions            0 1 2          3 4 5          3 4          0
+
+A score is read at the last token of each answer. Nothing is padded but the end of a row.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+
+from llmkit.conversations import Conversation
+from llmkit.data.mixture import best_fit
+from llmkit.errors import UserError
+from llmkit.preferences import Comparison
+
+READ_AT_ONCE = 1024  # comparisons: enough for the tokenizer's threads, little memory
+NO_RANK = np.inf  # where a comparison has fewer answers than its neighbours
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """A prompt and its answers in tokens.
+
+    prompt, answers  int32, each
+    ranks            of the answers, the smaller the better
+    margin           of a pair
+    number           of the comparison in its source
+    """
+
+    prompt: np.ndarray
+    answers: tuple[np.ndarray, ...]
+    ranks: tuple[float, ...]
+    margin: float = 0.0
+    number: int = 0
+
+    @property
+    def size(self) -> int:
+        """Tokens of a row that it takes."""
+        return len(self.prompt) + sum(map(len, self.answers))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest answer with its prompt."""
+        return len(self.prompt) + max(map(len, self.answers))
+
+
+@dataclass
+class Comparisons:
+    """The comparisons of one source, each answer of which fits the context; `counts` says what became of the others."""
+
+    name: str
+    held: list[Candidates] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+    def __getitem__(self, index: int) -> Candidates:
+        return self.held[index]
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Tokens that each takes of a row, (N,) int64."""
+        return np.array([one.size for one in self.held], np.int64)
+
+    @property
+    def inputs(self) -> int:
+        """Tokens of all."""
+        return int(self.sizes.sum())
+
+    def split(self, fraction: float, order: np.ndarray) -> tuple[Comparisons, Comparisons]:
+        """All but the first `fraction` of an order, and these, at least one of each."""
+        count = min(max(1, round(fraction * len(self))), len(self) - 1)
+        chosen = set(order[:count].tolist())
+        parts: tuple[list[Candidates], list[Candidates]] = [], []
+        for index, one in enumerate(self.held):
+            parts[index in chosen].append(one)
+        return Comparisons(self.name, parts[0], self.counts), Comparisons(self.name, parts[1])
+
+
+class ComparisonRows(NamedTuple):
+    """Rows of packed comparisons: B rows of T tokens, M comparisons in a row, K answers in a comparison.
+
+    token_ids, doc_ids, branch_ids, position_ids  int64 (B, T)
+    ends     int64 (B, M, K): where each answer's last token is; 0 where there is none
+    ranks    float64 (B, M, K): NO_RANK where there is no answer
+    margins  float32 (B, M)
+    numbers  int64 (B, M): of the comparisons in their source; -1 where there is none
+    """
+
+    token_ids: np.ndarray
+    doc_ids: np.ndarray
+    branch_ids: np.ndarray
+    position_ids: np.ndarray
+    ends: np.ndarray
+    ranks: np.ndarray
+    margins: np.ndarray
+    numbers: np.ndarray
+
+
+def encode_comparisons(
+    comparisons: Sequence[Comparison], encode: Callable[[list[Conversation]], Sequence[np.ndarray]]
+) -> list[Candidates]:
+    """Prompts and answers in tokens; `encode` gives the ids of the turns of many conversations."""
+    texts = [Conversation(messages) for one in comparisons for messages in (one.prompt, *one.candidates)]
+    ids = iter(encode(texts))
+    encoded = []
+    for one in comparisons:
+        prompt = next(ids)
+        answers = tuple(next(ids) for _ in one.candidates)
+        encoded.append(Candidates(prompt, answers, one.ranks, one.margin))
+    return encoded
+
+
+def read_comparisons(
+    name: str,
+    comparisons: Iterator[Comparison | str],
+    encode: Callable[[list[Conversation]], Sequence[np.ndarray]],
+    context: int,
+    on_long: str,
+    progress: Callable[[int], object] = lambda count: None,
+) -> tuple[Comparisons, str]:
+    """The comparisons of one source, and a digest of what they are made of.
+
+    Those with an answer that is longer than the context, prompt included, lose the beginning of the prompt where that
+    is enough ("truncate"), or are left out. Raises UserError for one under "error", and where nothing is left.
+    """
+    source, digest = Comparisons(name), sha256()
+    while chunk := list(islice(comparisons, READ_AT_ONCE)):
+        source.counts["read"] += len(chunk)
+        source.counts.update(f"skipped: {one}" for one in chunk if isinstance(one, str))
+        usable = [one for one in chunk if not isinstance(one, str)]
+        for comparison, candidates in zip(usable, encode_comparisons(usable, encode), strict=True):
+            kept = fitted(candidates, context, on_long, comparison.where, source.counts)
+            if kept is None:
+                continue
+            for ids in (kept.prompt, *kept.answers):
+                digest.update(ids.tobytes())
+            digest.update(repr((kept.ranks, kept.margin)).encode())
+            source.held.append(Candidates(kept.prompt, kept.answers, kept.ranks, kept.margin, len(source.held)))
+        progress(len(chunk))
+    if not source.held:
+        reasons = ", ".join(f"{key} {count}" for key, count in source.counts.items() if key != "read")
+        raise UserError(
+            f"{name}: nothing to learn from in {source.counts['read']} records ({reasons or 'it is empty'})"
+        )
+    return source, digest.hexdigest()
+
+
+def fitted(one: Candidates, context: int, on_long: str, where: str, counts: Counter[str]) -> Candidates | None:
+    """A comparison whose every answer fits the context with its prompt; None where it cannot be made to."""
+    excess = one.longest - context
+    if excess <= 0:
+        return one
+    if on_long == "error":
+        raise UserError(
+            f"{where}: {one.longest} tokens are more than the context of {context}; "
+            "shorten it, or choose --on-long truncate or drop"
+        )
+    if on_long == "drop" or excess >= len(one.prompt):
+        counts["dropped: too long"] += 1
+        return None
+    counts["prompt cut at its beginning"] += 1
+    return Candidates(one.prompt[excess:], one.answers, one.ranks, one.margin, one.number)
+
+
+def packed_comparisons(rows: Sequence[Sequence[Candidates]], length: int, pad: int) -> ComparisonRows:
+    """Comparisons side by side in rows of `length` tokens."""
+    most = max(1, max(map(len, rows)))
+    widest = max((len(one.answers) for row in rows for one in row), default=1)
+    shape = len(rows), length
+    token_ids = np.full(shape, pad, np.int64)
+    doc_ids, branch_ids, position_ids = (np.zeros(shape, np.int64) for _ in range(3))
+    ends = np.zeros((len(rows), most, widest), np.int64)
+    ranks = np.full(ends.shape, NO_RANK)
+    margins, numbers = np.zeros(ends.shape[:2], np.float32), np.full(ends.shape[:2], -1, np.int64)
+    for row, comparisons in enumerate(rows):
+        at = 0
+        for place, one in enumerate(comparisons):
+            start = len(one.prompt)
+            for branch, part in enumerate((one.prompt, *one.answers)):
+                span = slice(at, at + len(part))
+                token_ids[row, span], doc_ids[row, span], branch_ids[row, span] = part, place, branch
+                first = start if branch else 0
+                position_ids[row, span] = np.arange(first, first + len(part))
+                at += len(part)
+                if branch:
+                    ends[row, place, branch - 1] = at - 1
+            ranks[row, place, : len(one.ranks)] = one.ranks
+            margins[row, place], numbers[row, place] = one.margin, one.number
+        doc_ids[row, at:] = len(comparisons)
+    return ComparisonRows(token_ids, doc_ids, branch_ids, position_ids, ends, ranks, margins, numbers)
+
+
+def evaluation_rows(
+    comparisons: Sequence[Candidates], rows: int, length: int, pad: int
+) -> Iterator[tuple[ComparisonRows, list[list[int]]]]:
+    """All comparisons in batches of `rows` rows of `length` tokens, with the number of each in its row."""
+    bins = best_fit([one.size for one in comparisons], length)
+    for start in range(0, len(bins), rows):
+        chosen = bins[start : start + rows]
+        yield packed_comparisons([[comparisons[i] for i in row] for row in chosen], length, pad), chosen

@@ -1,0 +1,124 @@
+"""`llmkit train-reward --score`: a filter that gives completions a reward, as they come."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice
+from operator import itemgetter
+from typing import Any
+
+import numpy as np
+
+from llmkit.conversations import Conversation, Message
+from llmkit.data.comparisons import Candidates, encode_comparisons, fitted
+from llmkit.engine.judging import ROW_TOKENS, score_comparisons
+from llmkit.model.reward import RewardModel
+from llmkit.preferences import Comparison, read_answers, read_prompt
+from llmkit.records import Row
+from llmkit.tokenizer.chat import ChatFormat
+
+RECORDS_AT_ONCE = 256  # records: enough to fill batches, few enough to answer soon
+
+
+@dataclass
+class _Asked:
+    """Neighbouring records with the same prompt: `answers` of all of them, as many of each as `counts` says."""
+
+    prompt: tuple[Message, ...]
+    rows: list[Row]
+    answers: list[tuple[Message, ...]]
+    counts: list[int]
+
+
+class Scorer:
+    """Rewards of completions; those of one prompt that follow one another share its computation.
+
+    counts  of completions: "scored", "prompt cut at its beginning", and "dropped: too long" for one that does not fit
+            the model's context, whose reward is null
+    """
+
+    def __init__(self, model: RewardModel, chat: ChatFormat, pad: int) -> None:
+        self.model, self.chat, self.pad = model, chat, pad
+        self.counts: Counter[str] = Counter()
+
+    def score(self, rows: Iterable[Row], *, rank: bool = False) -> Iterator[dict[str, Any]]:
+        """The records with `reward`, and with several heads `reward_std`; lists of them beside `completions`.
+
+        With `rank` the records of a prompt come best first, `rank` 1 and on; beside `completions` stands `ranking`.
+        Raises UserError for a record without prompt or completion.
+        """
+        stream = iter(rows)
+        while chunk := list(islice(stream, RECORDS_AT_ONCE)):
+            groups = _grouped(chunk)
+            for asked, scores in zip(groups, self._scores(groups), strict=True):
+                yield from _records(asked, scores, rank)
+
+    def _scores(self, groups: Sequence[_Asked]) -> list[list[np.ndarray | None]]:
+        """(heads,) of each answer of each group, None for one that is too long."""
+        context = self.model.config.max_position_embeddings
+        compared = [Comparison(asked.prompt, tuple(asked.answers), (0,) * len(asked.answers)) for asked in groups]
+        scores: list[list[np.ndarray | None]] = [[None] * len(asked.answers) for asked in groups]
+        units: list[tuple[Candidates, list[tuple[int, int]]]] = []  # what is scored, and where its scores go
+        for group, one in enumerate(encode_comparisons(compared, turn_encoder(self.chat))):
+            places = [(group, answer) for answer in range(len(one.answers))]
+            if one.longest <= context:
+                units.append((one, places))
+                continue
+            for place, answer in zip(places, one.answers, strict=True):  # each with as much of the prompt as fits
+                kept = fitted(Candidates(one.prompt, (answer,), (0,)), context, "truncate", "", self.counts)
+                units += [] if kept is None else [(kept, [place])]
+        for unit, found in score_comparisons(self.model, [one for one, _ in units], ROW_TOKENS, self.pad):
+            self.counts["scored"] += len(found)
+            for (group, answer), score in zip(units[unit][1], found, strict=True):
+                scores[group][answer] = score
+        return scores
+
+
+def turn_encoder(chat: ChatFormat) -> Callable[[list[Conversation]], list[np.ndarray]]:
+    """The token ids of the turns of many conversations; of none, an empty array."""
+
+    def encode(conversations: list[Conversation]) -> list[np.ndarray]:
+        told = iter(chat.encode_many(one for one in conversations if one.messages))
+        return [next(told).token_ids if one.messages else np.zeros(0, np.int32) for one in conversations]
+
+    return encode
+
+
+def _grouped(rows: Sequence[Row]) -> list[_Asked]:
+    read = [(read_prompt(row), row, read_answers(row)) for row in rows]
+    groups = []
+    for prompt, neighbours in groupby(read, key=itemgetter(0)):
+        held = list(neighbours)
+        answers = [answer for _, _, some in held for answer in some]
+        groups.append(_Asked(prompt, [row for _, row, _ in held], answers, [len(some) for _, _, some in held]))
+    return groups
+
+
+def _records(asked: _Asked, scores: Sequence[np.ndarray | None], rank: bool) -> Iterator[dict[str, Any]]:
+    remaining = iter(scores)
+    records = []
+    for row, count in zip(asked.rows, asked.counts, strict=True):
+        own = list(islice(remaining, count))
+        means = [None if one is None else round(float(one.mean()), 6) for one in own]
+        spreads = [None if one is None else round(float(one.std()), 6) for one in own]
+        several = any(one is not None and len(one) > 1 for one in own)
+        if "completions" in row.value:
+            made: dict[str, Any] = {"rewards": means} | ({"reward_stds": spreads} if several else {})
+            made |= {"ranking": _ranking(means)} if rank else {}
+        else:
+            made = {"reward": means[0]} | ({"reward_std": spreads[0]} if several else {})
+        records.append({**row.value, **made})
+    if not rank or "completions" in asked.rows[0].value:
+        return iter(records)
+    ranking = _ranking([record["reward"] for record in records])
+    order = sorted(range(len(records)), key=lambda i: ranking[i])
+    return iter([{**records[i], "rank": ranking[i]} for i in order])
+
+
+def _ranking(rewards: Sequence[float | None]) -> list[int]:
+    """1 for the highest reward, and on; equal ones share a rank, and what has none comes last."""
+    known = [-math.inf if reward is None else reward for reward in rewards]
+    return [1 + sum(other > reward for other in known) for reward in known]

@@ -1,0 +1,197 @@
+"""Preferences: every format that `train-reward` accepts, turned into one comparison of answers to a prompt.
+
+    {"prompt": "2 + 2?", "chosen": "4", "rejected": "5", "margin": 1.0}     strings, messages, or lists of messages
+    {"chosen": [...], "rejected": [...]}                        conversations; the prompt is what they begin with
+    {"chosen": "\\n\\nHuman: 2 + 2?\\n\\nAssistant: 4", "rejected": ...}      transcripts, as in hh-rlhf
+    {"prompt": ..., "completions": [...], "ranking": [1, 3, 2]}   a rank for each, 1 the best; equal ranks are ties
+    {"conversations": [...], "chosen": ..., "rejected": ...}    ShareGPT's; also "instruction" (and "input")
+
+Ranks say only which is better: 1, 2, 3 and 1, 5, 9 are the same.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from llmkit.conversations import Message, read_messages
+from llmkit.errors import UserError
+from llmkit.records import Row, kind_of
+
+TURN = re.compile(r"\n\n(Human|Assistant):")
+EXPECTED = "'chosen' and 'rejected', or 'completions' and 'ranking'"
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Answers to a prompt and their ranks.
+
+    prompt      what all answers follow
+    candidates  the answers, two or more
+    ranks       of each, the smaller the better
+    margin      by how much the score of the better of two should lie above the other's, at least
+    where       its place in a file
+    """
+
+    prompt: tuple[Message, ...]
+    candidates: tuple[tuple[Message, ...], ...]
+    ranks: tuple[float, ...]
+    margin: float = 0.0
+    where: str = ""
+
+
+def read_comparison(row: Row) -> Comparison | str:
+    """The comparison in a record of any format, or why there is nothing to learn from it.
+
+    Raises UserError that names the place and what was expected.
+    """
+    value = row.value
+    if "completions" in value:
+        found = _ranked(row)
+    elif "chosen" in value or "rejected" in value:
+        found = _pair(row)
+    else:
+        raise UserError(f"{row.where}: expected {EXPECTED}, found {sorted(value)}")
+    if all(candidate == found.candidates[0] for candidate in found.candidates):
+        return "chosen equals rejected" if "completions" not in value else "all completions equal"
+    return found
+
+
+def read_prompt(row: Row) -> tuple[Message, ...]:
+    """The prompt of a record: `messages`, or a `prompt` of text or messages. Raises UserError."""
+    name = "messages" if "messages" in row.value and "prompt" not in row.value else "prompt"
+    if name not in row.value:
+        raise UserError(f"{row.where}: expected field 'prompt' or 'messages', found {sorted(row.value)}")
+    return _messages(row, name, row.value[name], "user")
+
+
+def read_answers(row: Row) -> list[tuple[Message, ...]]:
+    """The answer of a record, `completion` or `response`, or all its `completions`. Raises UserError."""
+    if "completions" in row.value:
+        return _completions(row)
+    name = next((name for name in ("completion", "response") if name in row.value), None)
+    if name is None:
+        raise UserError(f"{row.where}: expected field 'completion' or 'completions', found {sorted(row.value)}")
+    return [_messages(row, name, row.value[name], "assistant")]
+
+
+# ---- formats
+
+
+def _pair(row: Row) -> Comparison:
+    value = row.value
+    missing = [side for side in ("chosen", "rejected") if value.get(side) is None]
+    if missing:
+        raise UserError(f"{row.where}: expected {EXPECTED}, found no {missing[0]!r} in {sorted(value)}")
+    margin = value.get("margin", 0.0)
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
+        raise UserError(f"{row.where}: expected 'margin' to be a number, found {margin!r}")
+    prompt = _stated_prompt(row)
+    sides = [_side(row, side, whole=prompt is None) for side in ("chosen", "rejected")]
+    if prompt is None:
+        prompt = _common_start(*sides)
+        sides = [side[len(prompt) :] for side in sides]
+        short = [name for name, side in zip(("chosen", "rejected"), sides, strict=True) if not side]
+        if short and sides[0] != sides[1]:
+            raise UserError(f"{row.where}: expected an answer of its own in {short[0]!r}, found only the prompt")
+        if not prompt and not sides[0] == sides[1] and sides[0][0].role != "assistant":
+            raise UserError(f"{row.where}: expected 'chosen' and 'rejected' to begin with the same prompt; they differ")
+    else:
+        sides = [_after(row, side, prompt, name) for side, name in zip(sides, ("chosen", "rejected"), strict=True)]
+    return Comparison(prompt, tuple(sides), (1, 2), float(margin), row.where)
+
+
+def _ranked(row: Row) -> Comparison:
+    prompt, candidates = read_prompt(row), _completions(row)
+    ranking = row.value.get("ranking")
+    if not isinstance(ranking, list) or len(ranking) != len(candidates):
+        found = f"{len(ranking)} numbers" if isinstance(ranking, list) else kind_of(ranking)
+        raise UserError(
+            f"{row.where}: expected 'ranking' to be {len(candidates)} ranks, one a completion, found {found}"
+        )
+    for rank in ranking:
+        if isinstance(rank, bool) or not isinstance(rank, (int, float)) or not math.isfinite(rank):
+            raise UserError(f"{row.where}: expected 'ranking' to hold numbers, 1 the best, found {rank!r}")
+    return Comparison(prompt, tuple(candidates), tuple(ranking), 0.0, row.where)
+
+
+def _completions(row: Row) -> list[tuple[Message, ...]]:
+    values = row.value["completions"]
+    if not isinstance(values, list) or not values or ("ranking" in row.value and len(values) < 2):
+        found = f"{len(values)}" if isinstance(values, list) else kind_of(values)
+        raise UserError(f"{row.where}: expected 'completions' to be a list of answers, found {found}")
+    return [_messages(row, "completions", value, "assistant") for value in values]
+
+
+def _stated_prompt(row: Row) -> tuple[Message, ...] | None:
+    """The prompt that a record states; None where its sides begin with it."""
+    value = row.value
+    if "prompt" in value:
+        return _messages(row, "prompt", value["prompt"], "user")
+    if "conversations" in value:
+        return _messages(row, "conversations", value["conversations"], "user")
+    if "instruction" in value:
+        asked = [value[name] for name in ("instruction", "input") if value.get(name)]
+        if not all(isinstance(text, str) for text in asked):
+            raise UserError(f"{row.where}: expected 'instruction' and 'input' to be strings")
+        return _messages(row, "instruction", "\n\n".join(asked), "user")
+    return None
+
+
+def _side(row: Row, name: str, whole: bool) -> tuple[Message, ...]:
+    value = row.value[name]
+    if isinstance(value, str) and whole:
+        return _transcript(row, name, value)
+    return _messages(row, name, value, "assistant")
+
+
+def _transcript(row: Row, name: str, text: str) -> tuple[Message, ...]:
+    """The turns of "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
+    begin, *turns = TURN.split(text)
+    if begin.strip() or not turns:
+        raise UserError(
+            f"{row.where}: expected 'prompt' beside {name!r}, or {name!r} to begin with '\\n\\nHuman:', "
+            f"found {text[:30]!r}"
+        )
+    roles = {"Human": "user", "Assistant": "assistant"}
+    entries = [
+        {"role": roles[speaker], "content": said.strip()} for speaker, said in zip(turns[::2], turns[1::2], strict=True)
+    ]
+    return read_messages(row, entries)
+
+
+def _messages(row: Row, name: str, value: Any, role: str) -> tuple[Message, ...]:
+    """Messages from text said by `role`, from one message, or from a list of them (ShareGPT's, too)."""
+    if isinstance(value, str):
+        return read_messages(row, [{"role": role, "content": value}])
+    entries = [value] if isinstance(value, dict) else value
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise UserError(f"{row.where}: expected {name!r} to be text or messages, found {kind_of(value)}")
+    renamed = [
+        {**entry, "role": entry.get("role", entry.get("from")), "content": entry.get("content", entry.get("value"))}
+        for entry in entries
+    ]
+    return read_messages(row, renamed)
+
+
+def _common_start(one: tuple[Message, ...], other: tuple[Message, ...]) -> tuple[Message, ...]:
+    """What two conversations begin with, up to the answers that are compared."""
+    same = 0
+    while same < min(len(one), len(other)) and one[same] == other[same]:
+        same += 1
+    if same == len(one) == len(other) and one[-1].role == "assistant":
+        same -= 1
+    return one[:same]
+
+
+def _after(row: Row, side: tuple[Message, ...], prompt: tuple[Message, ...], name: str) -> tuple[Message, ...]:
+    """A side without the prompt, which it may repeat."""
+    if side and side[0].role == "assistant":
+        return side
+    if side[: len(prompt)] != prompt:
+        raise UserError(f"{row.where}: expected {name!r} to be an answer, or to begin with the prompt; it does neither")
+    if len(side) == len(prompt):
+        raise UserError(f"{row.where}: expected an answer in {name!r}, found only the prompt")
+    return side[len(prompt) :]

@@ -1,0 +1,372 @@
+"""`llmkit train-reward`: preferences turn a model into a judge of answers; `--score` lets it judge."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from llmkit.config import TrainingConfig, argument, as_options, lasting_options, option
+from llmkit.errors import GateError, UserError
+from llmkit.files import write_json
+from llmkit.progress import Progress, quantity, say
+from llmkit.rundir import RunFolder
+from llmkit.stream import name_of, open_output, read_jsonl
+
+if TYPE_CHECKING:
+    from llmkit.data.comparisons import Comparisons
+    from llmkit.data.sources import DataFile
+    from llmkit.tokenizer.chat import ChatFormat
+    from llmkit.tokenizer.encoding import Tokenizer
+
+STARTED = time.monotonic()
+
+MICRO_BATCH_TOKENS = 8192
+LEARNING_RATE = 5e-4  # of AdamW at a width of 256; docs/experiments.md, "Reward models"
+EVALUATION = "evaluation.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRewardConfig(TrainingConfig):
+    """Options of `llmkit train-reward`."""
+
+    examples: ClassVar[str] = """
+        Examples:
+          llmkit train-reward chat/ --data prefs.jsonl --val held-out.jsonl -o judge/
+          llmkit train-reward chat/ --data hh.jsonl.gz:0.7 --data ours.jsonl:0.3 --ensemble 4 --probe-biases -o judge/
+          llmkit sample chat/ --jsonl -n 8 < prompts.jsonl | llmkit train-reward --score judge/ - | jq .reward
+          llmkit train-reward --score judge/ --rank completions.jsonl | jq -c 'select(.rank == 1)'
+          llmkit train-reward --score judge/ --val held-out.jsonl --probe-biases
+
+        A record compares answers: {"prompt", "chosen", "rejected"}, with "margin" where it is known by how much; two
+        conversations that begin alike; hh-rlhf's transcripts; or {"prompt", "completions", "ranking"}, rank 1 the
+        best, equal ranks for ties. Without --val a share of the data is held out (--val-fraction).
+        --score FOLDER is a filter: {"prompt" or "messages", "completion"} in, the same with `reward` out, in order.
+    """
+    following: ClassVar[str] = "llmkit sample chat/ --jsonl -n 8 < prompts.jsonl | llmkit train-reward --score judge/ -"
+
+    inputs: tuple[str, ...] = argument(
+        "Model folder; with --score, files of completions or -.", metavar="MODEL|INPUT..."
+    )
+    data: tuple[str, ...] = option((), "Preferences; repeatable [stdin].", metavar="FILE[:WEIGHT]")
+    val: tuple[str, ...] = option((), "Held-out preferences.", metavar="FILE")
+    score: str | None = option(None, "Score completions with this reward model.", metavar="FOLDER")
+    rank: bool = option(False, "With --score: the completions of a prompt best first, and their ranks.")
+
+    val_fraction: float = option(0.1, "Share held out where there is no --val.", group="Data", above=0, at_most=0.5)
+    on_long: str = option(
+        "truncate",
+        "Answers longer than the context, prompt included; truncate drops the beginning of the prompt.",
+        group="Data",
+        choices=("truncate", "drop", "error"),
+    )
+
+    center: float = option(0.01, "Hold scores about 0: weight of their squared sum.", group="Judge", at_least=0)
+    ensemble: int = option(1, "Heads; their spread is the uncertainty.", group="Judge", at_least=1, at_most=64)
+    baseline: str = option("length", "Evaluate beside it.", group="Judge", choices=("length", "none"), free=True)
+    probe_biases: bool = option(False, "Tell what the scores go with: length, formatting ...", group="Judge", free=True)
+    fail_under: float | None = option(
+        None, "Exit with 3 where the accuracy is lower.", group="Judge", at_least=0, at_most=1, free=True
+    )
+
+    lora_rank: int | None = option(None, "Train adapters of this rank, merged at the end.", group="LoRA", at_least=1)
+    lora_alpha: float | None = option(None, "Scale of the adapters [2 x rank].", group="LoRA", above=0)
+    lora_targets: str = option("q,k,v,o,gate,up,down", "Projections with an adapter.", group="LoRA")
+
+    epochs: float = option(1.0, "Train this often on the data.", group="Horizon", above=0)
+    max_steps: int | None = option(None, "Train for this many steps.", group="Horizon", unit="count", at_least=1)
+    batch_size: int = option(32, "Comparisons of a step, about.", group="Training", at_least=1)
+    micro_batch_size: int | None = option(None, "Rows at a time.", group="Training", at_least=1)
+    learning_rate: float | None = option(None, "Of AdamW.", group="Training", above=0)
+    weight_decay: float = option(0.0, "Of the matrices.", group="Training", at_least=0)
+    warmup_steps: int | None = option(None, "Steps to the full rate [a twentieth].", group="Training", at_least=0)
+    decay_fraction: float = option(0.9, "Last part, with falling rate.", group="Training", at_least=0, at_most=1)
+
+    def reads_stdin(self) -> bool:
+        """Whether stdin is the input."""
+        if self.score is not None:
+            return not self.val and (not self.inputs or "-" in self.inputs)
+        return not self.data or any(text == "-" or text.startswith("-:") for text in self.data)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the command line prints."""
+
+    path: str
+    steps: int
+    comparisons: int
+    trained_parameters: int
+    loss: float
+    seconds: float
+    val_comparisons: int = 0
+    val_accuracy: float | None = None
+    val_accuracy_95: list[float] | None = None
+    val_loss: float | None = None
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the command line prints when the records went to a file, or when only an evaluation was asked for."""
+
+    path: str | None = None
+    counts: dict[str, int] | None = None
+    evaluation: dict[str, Any] | None = None
+
+
+def run(config: TrainRewardConfig) -> Summary | Scored | None:
+    """Load, build, train, save, summarise. Raises UserError for the user's mistakes, Interrupted after a signal."""
+    if config.score is not None:
+        return _score(config)
+    files = _checked(config)
+    folder = RunFolder(
+        config.out or ("judge/" if config.dry_run else None),
+        "judge/",
+        resume=config.resume,
+        force=config.force,
+        dry_run=config.dry_run,
+    )
+    if folder.is_finished:
+        return Summary(path=str(folder.out), **folder.results("train-reward"))
+
+    from llmkit.data.comparisons import packed_comparisons
+    from llmkit.data.mixture import Mixture, Source
+    from llmkit.engine import setup, speed
+    from llmkit.engine.finetuning import WIDTH, Finetuning
+    from llmkit.engine.judgement import check_unequal, judge
+    from llmkit.engine.judging import ROW_TOKENS, ComparisonLoss
+    from llmkit.engine.schedule import Schedule
+    from llmkit.model.reward import RewardModel, save_reward_model
+
+    # load
+    device = setup.choose_device(config.device)
+    tuning = Finetuning.load(str(config.inputs[0]), device=device, dtype=setup.choose_dtype(config.dtype, device))
+    pad = tuning.tokenizer.end_of_text_id if tuning.tokenizer.end_of_text_id is not None else tuning.pad_id
+    model = tuning.become(
+        lambda base: RewardModel.of(base, config.ensemble, config.seed),
+        lambda trained, place: save_reward_model(trained, place, pad),
+    )
+    training, held_out, digests = _read_all(config, files, tuning.chat, tuning.context)
+    check_unequal(held_out)
+
+    # build
+    row_tokens = max([ROW_TOKENS, *(int(source.sizes.max()) for source in training)])
+    comparisons = sum(map(len, training))
+    rows = max(1, round(config.batch_size * sum(source.inputs for source in training) / comparisons / row_tokens))
+    sources = [Source(one, file.weight or float(one.inputs)) for one, file in zip(training, files, strict=True)]
+    mixture = Mixture(sources, row_tokens, rows, pad, config.seed, packed_comparisons)
+    steps = config.max_steps or mixture.steps_for(config.epochs * mixture.inputs)
+    if config.lora_rank is not None:
+        alpha = config.lora_alpha or 2.0 * config.lora_rank
+        tuning.add_adapter(config.lora_rank, alpha, config.lora_targets.split(","), config.seed)
+    say(
+        f"{steps} steps of {rows} rows of {row_tokens} tokens, {comparisons * rows * row_tokens // mixture.inputs} "
+        f"comparisons or so each; {quantity(tuning.trained_parameters)} parameters trained",
+        config.quiet,
+    )
+    if config.dry_run:
+        return None
+    identity = lasting_options(config) | {"the data": digests}
+    folder.notes(identity)
+    folder.begin(identity)
+    rate = LEARNING_RATE * (WIDTH / tuning.model.config.hidden_size) ** 0.5
+    flops_per_token = tuning.model.config.flops_per_token(row_tokens)
+    trainer = setup.build_trainer(
+        model,
+        tuning.build_optimizer(config.learning_rate or rate, config.weight_decay),
+        Schedule(steps // 20 if config.warmup_steps is None else config.warmup_steps, config.decay_fraction),
+        batches=lambda step: mixture.prefetch(step, None, workers=config.workers),
+        loss=ComparisonLoss(config.center, config.seed),
+        micro_batch_rows=config.micro_batch_size or max(1, MICRO_BATCH_TOKENS // row_tokens),
+        flops=flops_per_token * rows * row_tokens * steps,
+        folder=folder.work,
+        # torch.compile has not been tried on rows of branches
+        options=replace(config, compile="off") if config.compile == "auto" else config,
+    )
+
+    # train
+    def validate() -> dict[str, float]:
+        overall = judge(model, held_out, pad)["overall"]
+        return {"val_loss": overall["loss"], "val_accuracy": overall["accuracy"]}
+
+    trainer.fit(
+        total_steps=steps,
+        evaluate=validate if config.eval_every else None,
+        flops_per_token=flops_per_token,
+        peak_flops=speed.peak_flops(device, tuning.dtype),
+    )
+
+    # save
+    evaluation = judge(model, held_out, pad, **_asked_for(config, tuning.tokenizer))
+    _say_evaluation(evaluation, config.quiet)
+    overall = evaluation["overall"]
+    results = {
+        **trainer.results(),
+        "comparisons": comparisons,
+        "trained_parameters": tuning.trained_parameters,
+        **{f"val_{name}": overall[name] for name in ("comparisons", "accuracy", "accuracy_95", "loss")},
+        "seconds": round(time.monotonic() - STARTED, 1),
+    }
+    inputs = [file.path for file in files if file.path != "-"]
+    folder.document("train-reward", as_options(config), inputs=inputs, parents=[str(config.inputs[0])], results=results)
+    write_json(folder.work / EVALUATION, evaluation)
+    tuning.write_tokenizer(folder.work)
+    tuning.save(folder.work)
+    folder.finish()
+    _check_gate(config, overall)
+
+    # summarise
+    return Summary(path=str(folder.out), **results)
+
+
+# ---- what is asked for
+
+
+def _checked(config: TrainRewardConfig) -> list[DataFile]:
+    """The files of --data, once all that can be known before the work is in order."""
+    if len(config.inputs) != 1:
+        found = f"{len(config.inputs)} ({' '.join(config.inputs)})" if config.inputs else "none"
+        raise UserError(
+            f"MODEL: expected one model folder, such as llmkit train-reward chat/ --data prefs.jsonl, found {found}"
+        )
+    model = Path(config.inputs[0])
+    if not model.is_dir():
+        found = "a file" if model.exists() else "nothing"
+        raise UserError(f"{model}: expected a model folder, found {found}")
+    if config.rank:
+        raise UserError("--rank: expected --score, whose completions are ranked")
+    from llmkit.data.sources import parse_data  # brings numpy, which --help does without
+
+    parse_data(config.val or ("-",))
+    return parse_data(config.data)
+
+
+# ---- data
+
+
+def _read_all(
+    config: TrainRewardConfig, files: Sequence[DataFile], chat: ChatFormat, context: int
+) -> tuple[list[Comparisons], list[Comparisons], list[str]]:
+    """Comparisons to learn from, those held out, and a digest of each source."""
+    from llmkit.data.batches import shuffled
+
+    read = [_read(config, file.path, chat, context) for file in files]
+    digests = [digest for _, digest in read]
+    sources = [source for source, _ in read]
+    if config.val:
+        held_out = [_read(config, path, chat, context)[0] for path in config.val]
+        return sources, held_out, digests
+    small = next((source for source in sources if len(source) < 2), None)
+    if small is not None:
+        raise UserError(
+            f"{small.name}: one comparison cannot be split into training and held-out; name a file by --val"
+        )
+    parts = [source.split(config.val_fraction, shuffled(len(source), config.seed, 0)) for source in sources]
+    say(f"held out: {sum(len(part) for _, part in parts)} comparisons (--val-fraction)", config.quiet)
+    return [training for training, _ in parts], [part for _, part in parts], digests
+
+
+def _read(config: TrainRewardConfig, path: str, chat: ChatFormat, context: int) -> tuple[Comparisons, str]:
+    from llmkit.conversations import read_records
+    from llmkit.data.comparisons import read_comparisons
+    from llmkit.engine.scoring import turn_encoder
+    from llmkit.preferences import read_comparison
+
+    with Progress(f"read {name_of(path)}", unit="comparisons", quiet=config.quiet) as progress:
+        source, digest = read_comparisons(
+            name_of(path),
+            map(read_comparison, read_records(path, config.limit)),
+            turn_encoder(chat),
+            context,
+            config.on_long,
+            progress.advance,
+        )
+    others = "".join(f", {key} {count}" for key, count in source.counts.items() if key != "read")
+    say(
+        f"{source.name}: {source.counts['read']} records{others}; {len(source)} comparisons, "
+        f"{quantity(source.inputs)} tokens",
+        config.quiet,
+    )
+    return source, digest
+
+
+# ---- scores
+
+
+def _score(config: TrainRewardConfig) -> Scored | None:
+    """`--score FOLDER`: completions in, the same with rewards out; with --val, how good the judge is."""
+    if config.data:
+        raise UserError("--data: expected no --score beside it; training and scoring are two runs")
+    from llmkit.engine import setup
+    from llmkit.engine.judgement import judge
+    from llmkit.engine.scoring import Scorer
+    from llmkit.model.reward import load_reward_model
+    from llmkit.tokenizer.chat import ChatFormat
+    from llmkit.tokenizer.encoding import load_tokenizer
+
+    folder = str(config.score)
+    if not Path(folder).is_dir():
+        raise UserError(
+            f"{folder}: expected a reward model's folder, found {'a file' if Path(folder).exists() else 'nothing'}"
+        )
+    device = setup.choose_device(config.device)
+    tokenizer = load_tokenizer(folder)
+    model = load_reward_model(folder, dtype=setup.choose_dtype(config.dtype, device), device=device)
+    chat = ChatFormat(tokenizer)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{tokenizer.path}: the tokenizer has {tokenizer.vocab_size} tokens and the model "
+            f"{model.config.vocab_size}; put the tokenizer beside it that the model was trained with"
+        )
+    if config.dry_run:
+        say(f"{folder}: {quantity(model.config.parameter_count)} parameters, {len(model.score)} heads", config.quiet)
+        return None
+    pad = chat.end_id
+    if config.val:
+        context = model.config.max_position_embeddings
+        held_out = [_read(config, path, chat, context)[0] for path in config.val]
+        evaluation = judge(model, held_out, pad, **_asked_for(config, tokenizer))
+        _say_evaluation(evaluation, config.quiet)
+        _check_gate(config, evaluation["overall"])
+        return Scored(evaluation=evaluation)
+    scorer = Scorer(model, chat, pad)
+    out = config.out or "-"
+    rows = read_jsonl(config.inputs or ["-"], config.limit)
+    with open_output(out, config.force) as write, Progress("score", unit="records", quiet=config.quiet) as progress:
+        for record in scorer.score(rows, rank=config.rank):
+            write(record)
+            progress.advance()
+    say(", ".join(f"{what} {count}" for what, count in scorer.counts.items()) or "nothing to score", config.quiet)
+    return None if out == "-" else Scored(path=out, counts=dict(scorer.counts))
+
+
+# ---- how good it is
+
+
+def _asked_for(config: TrainRewardConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What an evaluation covers beside the accuracy."""
+    read = (lambda ids: tokenizer.decode(ids.tolist(), skip_specials=True)) if config.probe_biases else None
+    return {"baseline": config.baseline == "length", "read": read, "seed": config.seed}
+
+
+def _say_evaluation(evaluation: dict[str, Any], quiet: bool) -> None:
+    baselines = {"baseline, length": evaluation["baseline_length"]} if "baseline_length" in evaluation else {}
+    sources = evaluation["by_source"] if len(evaluation["by_source"]) > 1 else {}
+    for name, scores in {"held out": evaluation["overall"], **sources, **baselines}.items():
+        low, high = scores["accuracy_95"]
+        say(
+            f"{name}: accuracy {scores['accuracy']:.3f} (95%: {low:.3f} to {high:.3f}), {scores['comparisons']} "
+            f"comparisons; calibration error {scores['ece']:.3f}, {scores['ece_at_temperature']:.3f} at temperature "
+            f"{scores['temperature']:g}",
+            quiet,
+        )
+    for name, found in evaluation.get("biases", {}).items():
+        say(f"correlation with {name}: scores {found['score']:+.3f}, labels {found['label']:+.3f}", quiet)
+
+
+def _check_gate(config: TrainRewardConfig, overall: dict[str, Any]) -> None:
+    if config.fail_under is not None and overall["accuracy"] < config.fail_under:
+        raise GateError(f"accuracy {overall['accuracy']} is under --fail-under {config.fail_under}")
