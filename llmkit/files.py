@@ -132,7 +132,7 @@ def _errors_name(path: str | os.PathLike[str], partial: str | os.PathLike[str]) 
         yield
     except Exception as error:
         if not isinstance(error, UserError) and is_full_disk(error):
-            raise UserError(f"{os.fspath(path)}: no space left there for the output; nothing was changed") from error
+            raise UserError(f"{os.fspath(path)}: no space left there; make room and run it again") from error
         if isinstance(error, OSError) and error.filename in (partial, os.fspath(partial)):
             reason = str(error.strerror).lower()
             raise UserError(f"{os.fspath(path)}: cannot be written: {reason}; choose another --out") from error

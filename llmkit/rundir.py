@@ -112,7 +112,11 @@ class MetricsLog:
         self.handle.truncate(written.rfind(b"\n") + 1)  # a row that a kill cut in two
 
     def write(self, row: Mapping[str, Any]) -> None:
-        self.handle.write(orjson.dumps(row, option=JSON_LINE))
+        try:
+            self.handle.write(orjson.dumps(row, option=JSON_LINE))
+        except OSError as error:
+            error.filename = str(self.path)  # which the write of an open file does not know
+            raise
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -257,8 +261,8 @@ class RunFolder:
         self.work = Path(f"{self.out}{PARTIAL}")
         if dry_run:
             return
-        check_output(str(self.out), force, resume)
         check_is_folder(self.out, str(self.out))
+        check_output(str(self.out), force, resume)
         if resume and not self.work.is_dir() and not self.out.is_dir():
             raise UserError(f"{self.work}: nothing to resume; start without --resume")
         if self.work.exists() and not (resume or force):

@@ -84,7 +84,8 @@ def open_packed(path: str) -> Iterator[io.BufferedReader]:
             raw: Any = _take_stdin() if path == "-" else stack.enter_context(open(path, "rb", buffering=BLOCK))
             yield raw
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{name_of(path)}: damaged or cut gzip data: {str(error).lower()}") from error
+        reason = str(error).lower()
+        raise UserError(f"{name_of(path)}: damaged or cut gzip data: {reason}; fetch or write it again") from error
     except OSError as error:
         if error.filename != path:
             raise
@@ -208,7 +209,9 @@ def json_documents(handle: IO[bytes], path: str) -> Iterator[Row]:
         yield row
 
 
-def _plain_document(handle: IO[bytes], path: str) -> Iterator[Row]:
+def _plain_document(handle: io.BufferedReader, path: str) -> Iterator[Row]:
+    if handle.peek(5)[:5] == b"WARC/":
+        raise UserError(f"{name_of(path)}: expected text, found a web archive; run llmkit crawl-filter on it first")
     if text := read_text(handle, path):
         yield Row({"text": text, "source": Path(name_of(path)).name}, name_of(path), 1)
 

@@ -139,7 +139,7 @@ def test_worker_processes_are_ended_in_silence() -> None:
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
-    assert mistake(toy("-", "-o", "/dev/full")) == "/dev/full: no space left there for the output; nothing was changed"
+    assert mistake(toy("-", "-o", "/dev/full")) == "/dev/full: no space left there; make room and run it again"
     assert mistake(shell(f"echo '{RECORD.strip()}' | toy > /dev/full", tmp_path)) == "output: no space left there"
 
 

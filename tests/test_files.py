@@ -155,7 +155,7 @@ def test_no_space_leaves_the_former_output_whole(tmp_path: Path, kind: str) -> N
     done = subprocess.run(
         [sys.executable, "-c", SAVE_UNDER_A_LIMIT, kind, str(out)], capture_output=True, text=True, timeout=60
     )
-    assert done.stdout == f"{out}: no space left there for the output; nothing was changed\n", done.stderr
+    assert done.stdout == f"{out}: no space left there; make room and run it again\n", done.stderr
     assert os.listdir(tmp_path) == ["out"]
     assert out.read_text() == "old" if kind == "file" else os.listdir(out) == []
 

@@ -127,6 +127,7 @@ def _trafilatura() -> Callable[..., str | None]:
         from trafilatura import extract  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError(
-            "--extractor trafilatura: it is not installed; pip install 'llmkit[trafilatura]', or use --extractor model"
+            "--extractor trafilatura: it is not installed; pip install trafilatura lxml_html_clean, "
+            "or use --extractor model"
         ) from None
     return extract

@@ -8,10 +8,15 @@ Pacific that fastText never learnt (tests/crawl/test_language.py prints the tabl
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from contextlib import suppress
+from difflib import get_close_matches
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from llmkit.errors import UserError
 
 READ_CHARACTERS = 4000
 SURE = 0.65  # FineWeb's threshold: what fastText is surer of is never asked again
@@ -37,6 +42,23 @@ def identify(text: str) -> tuple[str, float]:
     if second == language or share < SHARE:
         return language, score
     return second, dict(_ask_fasttext(text, -1)).get(second, share)
+
+
+def check_languages(codes: Sequence[str]) -> None:
+    """Raise UserError for a code that `identify` never gives: every text would be dropped."""
+    known = {label for label, _ in _ask_fasttext("a", -1)}
+    names: dict[str, str] = {}
+    with suppress(ImportError):
+        import pycld2
+
+        detected = set(pycld2.DETECTED_LANGUAGES)
+        names = {name.lower(): str(_CLD2_CODES.get(code, code)) for name, code in pycld2.LANGUAGES if name in detected}
+        known |= set(names.values())
+    for code in codes:
+        if code not in known:
+            near = names.get(code.lower()) or next(iter(get_close_matches(code.lower(), known, 1)), None)
+            hint = f"did you mean {near}?" if near else "all keeps every language"
+            raise UserError(f"--language: expected codes such as en or de, found {code!r}; {hint}")
 
 
 def _ask_fasttext(text: str, count: int) -> list[tuple[str, float]]:

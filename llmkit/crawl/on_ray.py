@@ -99,7 +99,7 @@ def _import_ray() -> Any:
         import ray
     except ImportError:
         raise UserError(
-            "--engine ray: Ray is not installed; pip install 'llmkit[ray]', or leave --engine out"
+            "--engine ray: Ray is not installed; pip install 'ray>=2.60', or leave --engine out"
         ) from None
     return ray
 

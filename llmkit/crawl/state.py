@@ -133,6 +133,8 @@ def _difference(key: str, before: Any, now: Any) -> str:
         for number, (old, new) in enumerate(zip(before, now, strict=True)):
             if old != new:
                 return _difference(f"{key}[{number}]", old, new)
+    elif isinstance(before, list) and isinstance(now, list):
+        before, now = [x for x in before if x not in now], [x for x in now if x not in before]
     return f"{key} {_short(before)}, this one has {_short(now)}"
 
 

@@ -38,6 +38,8 @@ def parse_data(wanted: Sequence[str]) -> list[DataFile]:
         try:
             value = float(weight)
         except ValueError:
+            if os.path.exists(path):
+                raise UserError(f"--data {text}: expected FILE:WEIGHT with a number, found {weight!r}") from None
             files.append(DataFile(text))
             continue
         if not (value > 0 and math.isfinite(value)):

@@ -84,4 +84,5 @@ class Checkpoints:
         try:
             return load_file(place / TENSORS), read_json(place / STATE)
         except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{place}: damaged checkpoint ({error}); remove it and resume from an older one") from error
+            other = "remove it and resume from an older one" if len(self.steps()) > 1 else "start again with --force"
+            raise UserError(f"{place}: damaged checkpoint ({error}); {other}") from error

@@ -74,6 +74,11 @@ class Plan:
         return self.total_steps * self.batch_tokens
 
     @property
+    def training_bytes(self) -> float:
+        """About the memory that training takes."""
+        return scaling.training_bytes(self.model, self.micro_batch_rows * self.sequence_length)
+
+    @property
     def flops(self) -> float:
         return self.tokens * self.model.flops_per_token(self.sequence_length)
 
@@ -95,6 +100,7 @@ def make_plan(
     speed: Speed,
     seconds_used: Callable[[], float] = lambda: 0.0,
     closing_tokens: int = 0,
+    check_fits: Callable[[Plan], None] = lambda plan: None,
     special_ids: tuple[int | None, int | None] = (None, None),
 ) -> Plan:
     """Derive a plan.
@@ -102,6 +108,7 @@ def make_plan(
     speed: measures tokens/s of a shape; called only for a time budget
     seconds_used: seconds since the command started
     closing_tokens: validation tokens to be scored at the end, inside the budget
+    check_fits: raises UserError where the memory does not do for a plan; called before a speed is measured
     special_ids: begin and end token of the model's configuration
 
     Raises UserError for contradicting wishes, or a budget too short to train in.
@@ -116,11 +123,16 @@ def make_plan(
         return _shape(wishes, depth, vocab_size, special_ids)
 
     if wishes.time_budget is not None:
-        return _plan_for_time(wishes, shape, corpus_tokens, device, speed, seconds_used, closing_tokens)
+        return _plan_for_time(wishes, shape, corpus_tokens, device, speed, seconds_used, closing_tokens, check_fits)
     depth, why_depth = _depth(wishes, shape, corpus_tokens)
     model = shape(depth)
     tokens, why_tokens = _horizon(wishes, model, corpus_tokens)
     return _filled(wishes, model, tokens, None, corpus_tokens, device, (*why_depth, *why_tokens))
+
+
+def check_wishes(wishes: Wishes, vocab_size: int) -> None:
+    """Raise UserError for a shape that no model can have, before the work on the documents."""
+    _shape(wishes, wishes.depth or 4, vocab_size, (None, None))
 
 
 def _depth(wishes: Wishes, shape: Callable[[int], ModelConfig], corpus_tokens: int) -> tuple[int, list[str]]:
@@ -158,14 +170,17 @@ def _shape(wishes: Wishes, depth: int, vocab_size: int, special_ids: tuple[int |
     base = scaling.shape_for_depth(depth, vocab_size, sequence_length)
     hidden = wishes.hidden_size or base.hidden_size
     heads = wishes.num_attention_heads or max(1, hidden // base.head_dim)
+    kv_heads = wishes.num_key_value_heads or heads
     if hidden % heads:
         raise UserError(f"--hidden-size {hidden}: not a multiple of {heads} attention heads; choose another")
+    if heads % kv_heads:
+        raise UserError(f"--num-key-value-heads {kv_heads}: {heads} attention heads are no multiple; choose another")
     return replace(
         base,
         hidden_size=hidden,
         intermediate_size=wishes.intermediate_size or scaling.round_up(8 * hidden / 3, 64),
         num_attention_heads=heads,
-        num_key_value_heads=wishes.num_key_value_heads or heads,
+        num_key_value_heads=kv_heads,
         head_dim=hidden // heads,
         tie_word_embeddings=wishes.tie_word_embeddings,
         bos_token_id=special_ids[0],
@@ -201,6 +216,7 @@ def _plan_for_time(
     speed: Speed,
     seconds_used: Callable[[], float],
     closing_tokens: int,
+    check_fits: Callable[[Plan], None],
 ) -> Plan:
     """Measure candidates on this machine and take the one whose tokens in the time promise the lowest loss."""
     budget = float(wishes.time_budget or 0)
@@ -210,6 +226,7 @@ def _plan_for_time(
     for depth in [wishes.depth] if wishes.depth is not None else range(1, 33):
         model = shape(depth)
         draft = _filled(wishes, model, _ideal_tokens(model), None, corpus_tokens, device, ())
+        check_fits(draft)
         rate = speed(model, draft.recipe, min(draft.batch_rows, draft.micro_batch_rows), draft.sequence_length)
         # scoring is forward only (counted at 2.5 times the rate, ten minutes were 5 s late [x]), and saving takes some
         seconds = budget - seconds_used() - closing_tokens / (2.0 * rate) - 1.0 - 0.01 * budget
@@ -227,10 +244,13 @@ def _plan_for_time(
     _, model, tokens, seconds = best
     if seconds <= 0:
         raise UserError(
-            f"--time-budget {budget:g}s: over before training begins; give more time or less validation text"
+            f"--time-budget {budget:g}s: nothing is left to train in, after {seconds_used():.0f} s of preparation and "
+            f"some {closing_tokens / (2.0 * rate):.0f} s for {closing_tokens:,} tokens of validation; "
+            "give more time or less validation text"
         )
-    seconds -= time.monotonic() - started if wishes.depth is None else 0
-    reasons.append(f"depth {model.num_hidden_layers} promises the lowest loss in {budget:g} s")
+    if wishes.depth is None:
+        seconds -= time.monotonic() - started
+        reasons.append(f"depth {model.num_hidden_layers} promises the lowest loss in {budget:g} s")
     return _filled(wishes, model, tokens, max(1.0, seconds), corpus_tokens, device, tuple(reasons))
 
 
@@ -275,7 +295,6 @@ def plan_table(plan: Plan) -> str:
     """The derived values, a line each, with the reasons."""
     model, recipe, tokens = plan.model, plan.recipe, plan.tokens
     expected = " expected" if plan.seconds is not None else ""
-    memory = scaling.training_bytes(model, plan.micro_batch_rows * plan.sequence_length) / 1e9
     rates = recipe.matrix_learning_rate, recipe.embedding_learning_rate, recipe.head_learning_rate
     rows = {
         "layers x width": f"{model.num_hidden_layers} x {model.hidden_size}",
@@ -290,7 +309,7 @@ def plan_table(plan: Plan) -> str:
         "FLOPs": f"{plan.flops:.3g}",
         "learning rates": "matrices {:.3g}, embedding {:.3g}, head {:.3g}".format(*rates),
         "weight decay": f"{recipe.weight_decay:g}",
-        "memory": f"about {memory:.2f} GB",
+        "memory": f"about {plan.training_bytes / 1e9:.2f} GB",
         "kernels": plan.kernels,
     }
     lines = [f"  {name:<15} {value}" for name, value in rows.items()] + [f"  {reason}" for reason in plan.reasons]

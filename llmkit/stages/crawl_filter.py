@@ -181,6 +181,7 @@ def run(config: CrawlFilterConfig) -> Summary | None:
 
 def _recipe(config: CrawlFilterConfig) -> Recipe:
     """The recipe of the file, or the default one, with what the flags say."""
+    from llmkit.crawl.language import check_languages
     from llmkit.crawl.recipe import Recipe, check_steps, read_recipe
 
     recipe = read_recipe(config.recipe) if config.recipe else Recipe()
@@ -193,7 +194,9 @@ def _recipe(config: CrawlFilterConfig) -> Recipe:
     recipe = replace(recipe, steps=tuple(steps))
     if config.language:
         languages = _names(config.language)
-        recipe = recipe.changed("language", languages=() if languages == ("all",) else languages)
+        languages = () if languages == ("all",) else languages
+        check_languages(languages)
+        recipe = recipe.changed("language", languages=languages)
     if config.min_language_score is not None:
         recipe = recipe.changed("language", min_score=config.min_language_score)
     if config.extractor:
@@ -229,6 +232,9 @@ def _checked(config: CrawlFilterConfig) -> tuple[list[str], str]:
             raise UserError(f"{flag}: expected a file, found -, where the documents go")
     if len(set(map(os.path.realpath, written))) < len(written):
         raise UserError("--out, --rejects and --write-scores: expected different files")
+    for path in written:
+        if path != "-" and os.path.realpath(path) in map(os.path.realpath, [*config.inputs, config.scores or ""]):
+            raise UserError(f"{path}: is an input, and would be lost; choose another --out")
     if not config.dry_run and config.explain is None:
         for path in written:
             check_output(path, config.force, config.resume)
@@ -362,9 +368,11 @@ def _unfinished_is_told(state: State | None) -> Iterator[None]:
             raise Interrupted(f"interrupted; the same command with --resume goes on ({state.folder})") from None
         raise
     except UserError as error:
-        if state and not (error.__cause__ and isinstance(error.__cause__, OSError)):
-            state.remove()  # mended input is other input
-        raise
+        if not state or not isinstance(error.__cause__, OSError):
+            if state:
+                state.remove()  # mended input is other input
+            raise
+        raise UserError(f"{error}; the same command with --resume goes on ({state.folder})") from error
 
 
 def _advance(progress: Progress, collector: Collector, amount: int) -> None:

@@ -15,13 +15,13 @@ from llmkit.config import TrainingConfig, argument, as_options, lasting_options,
 from llmkit.errors import UserError
 from llmkit.progress import say
 from llmkit.rundir import RunFolder
-from llmkit.stream import check_inputs
+from llmkit.stream import check_inputs, names_of
 
 if TYPE_CHECKING:
     import torch
 
     from llmkit.data.shards import TokenShards
-    from llmkit.engine.planning import Plan
+    from llmkit.engine.planning import Plan, Wishes
     from llmkit.tokenizer.encoding import Tokenizer
 
 STARTED = time.monotonic()  # a time budget covers the start-up, too
@@ -99,10 +99,12 @@ def run(config: PretrainConfig) -> Summary | None:
 
     from llmkit.data.batches import Batches, EvaluationBatches
     from llmkit.engine import setup, speed
+    from llmkit.engine.devices import check_memory
     from llmkit.engine.evaluation import held_out_loss, next_token_loss
     from llmkit.engine.generation import continue_text
-    from llmkit.engine.planning import Plan, plan_table
+    from llmkit.engine.planning import Plan, check_wishes, plan_table
     from llmkit.engine.schedule import Schedule
+    from llmkit.kernels import backend
     from llmkit.model.folder import save_model
     from llmkit.model.transformer import Transformer
     from llmkit.tokenizer.encoding import load_tokenizer
@@ -111,14 +113,22 @@ def run(config: PretrainConfig) -> Summary | None:
     device = setup.choose_device(config.device)
     dtype = setup.choose_dtype(config.dtype, device)
     tokenizer = load_tokenizer(str(config.tokenizer))
+    backend(device.type)  # an unknown LLMKIT_KERNELS is refused before the work on the documents, as is a wrong shape
+    check_wishes(_wishes(config), tokenizer.vocab_size)
     shards, val_shards = _token_shards(config, inputs, tokenizer, folder.out)
 
     # build
     identity = lasting_options(config) | {"the tokenizer": tokenizer.sha256, "the number of tokens": shards.tokens}
     notes = folder.notes(identity)
     plan = Plan.from_json(notes["plan"]) if notes else _plan(config, tokenizer, shards, val_shards, device, dtype)
+    if shards.tokens < plan.sequence_length:
+        raise UserError(
+            f"{names_of(inputs)}: {shards.tokens:,} tokens in {shards.documents:,} documents are fewer than one "
+            f"context of {plan.sequence_length:,}; give more text or a shorter --sequence-length"
+        )
     batches = Batches(shards, plan.sequence_length, plan.batch_rows, config.seed)
     say(plan_table(plan), config.quiet)
+    check_memory(plan.training_bytes, device)
     if config.dry_run:
         shape = plan.model, plan.recipe, plan.micro_batch_rows, plan.sequence_length
         rate = speed.tokens_per_second(*shape, device, dtype)
@@ -189,6 +199,12 @@ def _token_shards(
     return shards, tokenize(config.val, name="val") if config.val else None
 
 
+def _wishes(config: PretrainConfig) -> Wishes:
+    from llmkit.engine.planning import Wishes
+
+    return Wishes(**{item.name: getattr(config, item.name) for item in fields(Wishes)})
+
+
 def _plan(
     config: PretrainConfig,
     tokenizer: Tokenizer,
@@ -199,15 +215,17 @@ def _plan(
 ) -> Plan:
     """What the options leave open, decided; under a time budget by measuring this machine."""
     from llmkit.engine import speed
-    from llmkit.engine.planning import Wishes, make_plan
+    from llmkit.engine.devices import check_memory
+    from llmkit.engine.planning import make_plan
 
     return make_plan(
-        Wishes(**{item.name: getattr(config, item.name) for item in fields(Wishes)}),
+        _wishes(config),
         vocab_size=tokenizer.vocab_size,
         corpus_tokens=shards.tokens,
         device=device.type,
         speed=partial(speed.tokens_per_second, device=device, dtype=dtype),
         seconds_used=lambda: time.monotonic() - STARTED,
         closing_tokens=val_shards.tokens if val_shards else 0,
+        check_fits=lambda plan: check_memory(plan.training_bytes, device),
         special_ids=tokenizer.document_bounds(),
     )

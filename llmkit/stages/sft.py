@@ -222,8 +222,11 @@ def _checked(config: SftConfig) -> list[DataFile]:
     if config.system == "identity" and config.identity is None:
         raise UserError("--system identity: needs --identity, whose facts it states")
 
+    from llmkit.data.identity import parse_identity
     from llmkit.data.sources import parse_data  # brings numpy, which --help does without
 
+    if config.identity is not None:
+        parse_identity(config.identity)
     parse_data(config.val or ("-",))
     return parse_data(config.data)
 

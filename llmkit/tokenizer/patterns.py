@@ -79,6 +79,8 @@ def find_pattern(text: str) -> Pattern:
     """A pattern by its name, or from a regular expression. Raises UserError when tokenizers cannot read it."""
     if text in PATTERNS:
         return PATTERNS[text]
+    if not text or re.fullmatch(r"[\w.-]+", text):  # a name, and none of ours: as a regex it would match itself
+        raise UserError(f"--pattern: expected {', '.join(NAMES)} or a regular expression, found {text!r}")
     from tokenizers import Regex
 
     try:

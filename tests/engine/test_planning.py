@@ -3,7 +3,7 @@
 import pytest
 
 from llmkit.engine import scaling
-from llmkit.engine.planning import Plan, Wishes, make_plan, plan_table
+from llmkit.engine.planning import Plan, Wishes, check_wishes, make_plan, plan_table
 from llmkit.errors import UserError
 
 
@@ -107,7 +107,7 @@ def test_contradicting_horizons_are_refused():
 
 
 def test_a_budget_that_is_over_before_training_is_refused():
-    with pytest.raises(UserError, match="--time-budget 5s: over before training begins"):
+    with pytest.raises(UserError, match="--time-budget 5s: nothing is left to train in, after 6 s of preparation"):
         plan(speed=machine(1e11), time_budget=5, used=6.0)
 
 
@@ -123,3 +123,24 @@ def test_active_parameters_are_those_of_the_matrices():
     model = Transformer(config, seed=0)
     matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and name != "embed_tokens")
     assert scaling.active_parameters(config) == matrices
+
+
+def test_a_shape_that_no_model_can_have_is_refused_before_the_work():
+    for wishes, expected in (
+        (Wishes(hidden_size=100, num_attention_heads=3), "--hidden-size 100: not a multiple of 3 attention heads"),
+        (Wishes(num_attention_heads=4, num_key_value_heads=3), "--num-key-value-heads 3: 4 attention heads"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            check_wishes(wishes, 512)
+
+
+def test_a_model_that_the_memory_cannot_hold_is_not_measured():
+    def refuse(plan):
+        assert plan.training_bytes > 1e12
+        raise UserError("too large")
+
+    with pytest.raises(UserError, match="too large"):
+        make_plan(
+            Wishes(depth=200, time_budget=60), vocab_size=512, corpus_tokens=10**6, device="cpu",
+            speed=lambda *shape: pytest.fail("measured"), check_fits=refuse,
+        )  # fmt: skip
