@@ -1,0 +1,111 @@
+"""Does a tiny assistant that was shown a calculator use it, and does it help? Accuracy on held-out sums, in minutes.
+
+    python examples/calculator.py                # three seeds, a table
+    python examples/calculator.py --seeds 1 --quick
+
+For each seed: a tokenizer and a base model on sums written out; then two assistants of it on the same problems, one
+whose answers call `calc`, one whose answers do not; then both are asked 200 problems that they have not seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from make_tool_chats import arithmetic
+
+SHAPE = ["--depth", "2", "--hidden-size", "128", "--sequence-length", "128"]
+
+
+def llmkit(folder: Path, *arguments: str | Path, stdin: Path | None = None) -> str:
+    """Run a subcommand; its stdout."""
+    with (folder / f"{arguments[0]}.log").open("ab") as log, (stdin or Path("/dev/null")).open() as given:
+        command = [sys.executable, "-m", "llmkit", *map(str, arguments)]
+        done = subprocess.run(command, stdin=given, stdout=subprocess.PIPE, stderr=log, text=True)
+    if done.returncode:
+        raise SystemExit(f"llmkit {arguments[0]} failed; see {log.name}")
+    return done.stdout
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def chats(problems: list[tuple], tool: bool) -> list[dict]:
+    """Conversations that answer with a call and its result, or at once."""
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": parts if tool else [part for part in parts if part["type"] == "text"]},
+            ]
+        }
+        for question, _, parts in problems
+    ]
+
+
+def expression(question: str) -> str:
+    """The sum in a question."""
+    return "".join(c for c in question if c in "0123456789+-* ").strip()
+
+
+def accuracy(folder: Path, model: Path, asked: Path, *tools: str) -> float:
+    """The share of problems with the right answer, greedily."""
+    options = ["--jsonl", "--temperature", "0", "--max-tokens", "48", "--quiet"]
+    out = llmkit(folder, "sample", model, *options, *tools, stdin=asked)
+    rows = [json.loads(line) for line in out.splitlines()]
+    return sum(row["completion"].strip() == row["answer"] for row in rows) / len(rows)
+
+
+def experiment(folder: Path, seed: int, quick: bool) -> dict[str, float]:
+    """The accuracies of one seed."""
+    count = 1000 if quick else 8000
+    problems = list(arithmetic(count, 2 * seed))
+    seen = {question for question, _, _ in problems}
+    held_out = [one for one in arithmetic(400, 2 * seed + 1) if one[0] not in seen][: 20 if quick else 200]
+    rng = random.Random(seed)
+    texts = [f"{question} {expression(question)} = {answer}" for question, answer, _ in problems]
+    rng.shuffle(texts)
+    documents = write(folder / "documents.jsonl", [{"text": text} for text in texts])
+    rows = [{"messages": [{"role": "user", "content": question}], "answer": answer} for question, answer, _ in held_out]
+    asked = write(folder / "asked.jsonl", rows)
+    llmkit(folder, "train-bpe", documents, "--vocab-size", "320", "-o", folder / "tok")
+    horizon = ["--max-steps", "20"] if quick else ["--epochs", "6"]
+    options = ["--tokenizer", folder / "tok", *SHAPE, *horizon, "--seed", str(seed)]
+    llmkit(folder, "pretrain", documents, *options, "-o", folder / "base")
+    for name, tool in (("with", True), ("without", False)):
+        data = write(folder / f"{name}.jsonl", chats(problems, tool))
+        horizon = ["--max-steps", "5"] if quick else ["--epochs", "8"]
+        llmkit(folder, "sft", folder / "base", "--data", data, *horizon, "--seed", str(seed), "-o", folder / name)
+    return {
+        "taught and given the tool": accuracy(folder, folder / "with", asked, "--tools", "calc"),
+        "taught, but not given it": accuracy(folder, folder / "with", asked),
+        "never taught it": accuracy(folder, folder / "without", asked),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3, help="runs of the whole experiment")
+    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
+    arguments = parser.parse_args()
+    found = []
+    for seed in range(arguments.seeds):
+        with tempfile.TemporaryDirectory(prefix="llmkit-calculator-") as place:
+            found.append(experiment(Path(place), seed, arguments.quick))
+        print(f"seed {seed}: {found[-1]}", file=sys.stderr)
+    print(f"{'accuracy on held-out sums':<28} {'mean':>6}  by seed")
+    for name in found[0]:
+        values = [one[name] for one in found]
+        print(f"{name:<28} {statistics.mean(values):6.1%}  {', '.join(f'{value:.1%}' for value in values)}")
+
+
+if __name__ == "__main__":
+    main()
