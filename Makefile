@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check clean
+.PHONY: help setup demo test test-slow test-triton-3.6 check clean
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet
 BUDGET ?= 90s
 
 help: ## List the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+	@grep -E '^[a-z0-9.-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9.-]+):.*## /  make \1\t/' | expand -t 24
 
 setup: $(VENV)/.ready ## Make .venv with llmkit in it, reusing an installed torch
 
@@ -32,13 +32,19 @@ test: $(VENV)/.ready-test ## Run the tests
 test-slow: $(VENV)/.ready-test ## Run the long tests too
 	$(BIN)/python -m pytest
 
+# for every night: the kernels have one source for the Triton of torch 2.11 and for the newest
+test-triton-3.6: $(VENV)/.ready-test ## Test the kernels, compiled and interpreted, on Triton 3.6
+	@test -d .triton-3.6/triton || $(PIP) --no-deps --target .triton-3.6 triton==3.6.0
+	PYTHONPATH=$(CURDIR)/.triton-3.6 $(BIN)/python -m pytest tests/kernels -m "not slow"
+	PYTHONPATH=$(CURDIR)/.triton-3.6 $(BIN)/python -m pytest tests/kernels/test_compiled.py -m slow
+
 check: $(VENV)/.ready-check ## Format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
 clean: ## Remove what make has made
-	rm -rf $(VENV) demo build *.egg-info .ruff_cache .hypothesis
+	rm -rf $(VENV) .triton-3.6 demo build *.egg-info .ruff_cache .hypothesis
 
 # torch comes first and by its exact name: as somebody's dependency it may bring gigabytes that nobody asked for
 $(VENV)/.ready: pyproject.toml

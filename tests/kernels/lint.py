@@ -1,0 +1,219 @@
+"""What the compilers make of the shipped kernels for GPUs that are not here, as figures, and the rules for them.
+
+    python tests/kernels/lint.py --only "attention packed*" --target sm_90    # a table in Markdown
+    python tests/kernels/lint.py --write                                      # the golden file of this Triton
+
+`spills` are bytes a thread of stack on NVIDIA, registers on AMD; `shared` is bytes of shared memory or LDS; `matrix`
+are the tensor cores' instructions; `loads` and `stores` count instructions by bytes, of global memory.
+A golden file holds the figures of one version of Triton; the names of exceptions.json say which rules are broken, and
+why. Needs an x86 or ARM Linux with Triton, no GPU, and no TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from fnmatch import fnmatch
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "compiled"
+SHARED_BYTES = {"sm_90": 232_448, "sm_80": 166_912, "gfx942": 65_536}
+MATRIX = {"sm_90": "HGMMA", "sm_80": "HMMA", "gfx942": "mfma"}
+BACKWARD = ("grad_query", "grad_key_value", "backward")
+MULTIPLY = ("attention_forward", "attention_grad_query", "attention_grad_key_value", "attention_decode",
+            "linear_logsumexp")  # fmt: skip
+MERGE = ("attention_merge", "merge_splits")  # of a few numbers a program, not tiles
+# Of the bytes that a kernel's instructions load or store, the share of 128-bit ones: the rest are bounds, log-sums and
+# targets, single numbers a thread. A tile read 64 bits at a time would leave none.
+LEAST_WIDE = 0.6
+# Cold compilation in about 90 CPU seconds: what training in bf16 runs most, on each kind of GPU.
+REPRESENTATIVE = {
+    "sm_90": ("attention causal 64 bfloat16", "attention packed 64 bfloat16", "attention causal 128 bfloat16",
+              "attention packed 128 bfloat16", "decode 128 bfloat16", "loss and gradient 50257 bfloat16",
+              "logprobs 1600 bfloat16"),
+    "sm_80": ("attention packed 128 bfloat16", "loss and gradient 50257 bfloat16"),
+    "gfx942": ("attention packed 128 bfloat16", "loss and gradient 50257 bfloat16"),
+}  # fmt: skip
+
+
+def cases() -> dict:
+    from llmkit.kernels.triton.shipped import ATTENTION
+    from llmkit.kernels.triton.shipped_losses import LOSSES, ROWWISE
+
+    return ATTENTION | LOSSES | ROWWISE
+
+
+def figures(target: str, compiled) -> dict:
+    """Of one compiled kernel."""
+    common = {"warps": compiled.metadata.num_warps, "shared": compiled.metadata.shared}
+    return common | (_of_amd(compiled.asm["amdgcn"]) if target.startswith("gfx") else _of_nvidia(compiled.asm["cubin"]))
+
+
+def _of_nvidia(cubin: bytes) -> dict:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, sass = (
+            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
+    on_stack = bool(re.search(r"\b(LDL|STL)\b", sass))
+    return {
+        "registers": registers,
+        "spills": max(stack, int(on_stack)),
+        "matrix": _count(re.findall(r"\b(HGMMA|HMMA)\b", sass)),
+        "loads": _count(_bytes(x) for x in re.findall(r"\b(?:LDG|LDGSTS)(\.[A-Z0-9._]+)", sass)),
+        "stores": _count(_bytes(x) for x in re.findall(r"\bSTG(\.[A-Z0-9._]+)", sass)),
+    }
+
+
+def _bytes(modifiers: str) -> int:
+    words = modifiers.split(".")
+    named = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+    return next((named[word] for word in words if word in named), 4)
+
+
+def _of_amd(code: str) -> dict:
+    def declared(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", code)
+        return int(found[1]) if found else 0
+
+    widths = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "short_d16": 2, "ubyte": 1}
+    widths |= {"short": 2, "short_d16_hi": 2, "byte": 1}
+
+    def accesses(verb: str) -> dict[str, int]:
+        return _count(widths[x] for x in re.findall(rf"\b(?:global|buffer)_{verb}_([a-z0-9_]+)", code) if x in widths)
+
+    return {
+        "registers": declared("vgpr_count"),
+        "spills": declared("vgpr_spill_count") + declared("private_segment_fixed_size"),
+        "matrix": _count(re.findall(r"\bv_(mfma)_", code)),
+        "loads": accesses("load"),
+        "stores": accesses("store"),
+    }
+
+
+def _count(found) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for x in found:
+        counts[str(x)] = counts.get(str(x), 0) + 1
+    return dict(sorted(counts.items()))
+
+
+def broken_rules(name: str, figure: dict) -> set[str]:
+    """Rules that a kernel of the name "TARGET CASE: KERNEL" breaks."""
+    target, kernel, sixteen = name.split()[0], name.rpartition(": ")[2], "float32" not in name
+    broken = set()
+    if figure["shared"] > SHARED_BYTES[target]:
+        broken.add("shared")
+    if figure["spills"] and (target.startswith("gfx") or kernel == "cross_entropy" or kernel.endswith(BACKWARD)):
+        broken.add("spills")
+    if kernel in MULTIPLY and sixteen and set(figure["matrix"]) != {MATRIX[target]}:
+        broken.add("matrix")
+    if kernel in MERGE or not sixteen:
+        return broken
+    for verb in ("loads", "stores"):
+        if kernel == "linear_logsumexp" and verb == "stores":
+            continue  # writes a few numbers for each token
+        total = sum(int(width) * count for width, count in figure[verb].items())
+        if figure[verb].get("16", 0) * 16 < LEAST_WIDE * total:
+            broken.add(verb)
+    return broken
+
+
+def compile_all(wanted: dict[str, list[str]]) -> dict[str, dict]:
+    """Figures by "TARGET CASE: KERNEL" of the cases wanted for each target."""
+    from llmkit.kernels.triton.launch import compiling_for
+
+    found = {}
+    for target, names in wanted.items():
+        for name in names:
+            with compiling_for(target) as kernels:
+                cases()[name]()
+            for kernel, compiled in kernels.items():
+                found[f"{target} {name}: {kernel}"] = figures(target, compiled)
+    return found
+
+
+def table(found: dict[str, dict]) -> str:
+    lines = [
+        "| GPU | case | kernel | warps | registers | spills | shared | matrix | 128-bit loads, stores |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, x in found.items():
+        target, rest = name.split(" ", 1)
+        case, kernel = rest.split(": ")
+        matrix = ", ".join(f"{count} {which}" for which, count in x["matrix"].items()) or "-"
+        wide = ", ".join(f"{x[verb].get('16', 0)} of {sum(x[verb].values())}" for verb in ("loads", "stores"))
+        cells = (target, case, kernel, x["warps"], x["registers"], x["spills"], x["shared"], matrix, wide)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def golden_name(version: str) -> str:
+    return f"triton-{'.'.join(version.split('.')[:2])}"
+
+
+def golden_path(version: str) -> Path:
+    return FOLDER / f"{golden_name(version)}.json"
+
+
+def exceptions() -> dict[str, dict[str, str]]:
+    """Rule to why it is broken, by a pattern of names; one of a single Triton begins "triton-3.6 "."""
+    return json.loads((FOLDER / "exceptions.json").read_text())
+
+
+def excuses(pattern: str, name: str, triton_name: str) -> bool:
+    return fnmatch(name, pattern) or fnmatch(f"{triton_name} {name}", pattern)
+
+
+def excused(name: str, triton_name: str) -> set[str]:
+    """Rules that a kernel may break under the Triton of a `golden_name`."""
+    return {rule for pattern, rules in exceptions().items() if excuses(pattern, name, triton_name) for rule in rules}
+
+
+def main() -> int:
+    import triton
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", nargs="*", default=list(SHARED_BYTES), choices=SHARED_BYTES)
+    parser.add_argument("--only", nargs="*", default=["*"], metavar="PATTERN", help="cases, as shells match names")
+    parser.add_argument("--representative", action="store_true", help="the cases of `make test`")
+    parser.add_argument("--golden", action="store_true", help="the cases that the golden file has")
+    parser.add_argument("--json", action="store_true", help="figures as JSON instead of a table")
+    parser.add_argument("--write", action="store_true", help="put the figures into the golden file of this Triton")
+    options = parser.parse_args()
+    if options.representative:
+        wanted = {target: list(REPRESENTATIVE[target]) for target in options.target}
+    elif options.golden:
+        known = [
+            name.partition(": ")[0].split(" ", 1) for name in json.loads(golden_path(triton.__version__).read_text())
+        ]
+        wanted = {target: sorted({case for on, case in known if on == target}) for target in options.target}
+    else:
+        names = [name for name in cases() if any(fnmatch(name, pattern) for pattern in options.only)]
+        wanted = {target: names for target in options.target}
+    found = compile_all(wanted)
+    print(json.dumps({"triton": triton.__version__, "kernels": found}) if options.json else table(found))
+    this = golden_name(triton.__version__)
+    wrong = {name: rules for name, x in found.items() if (rules := broken_rules(name, x) - excused(name, this))}
+    for name, rules in wrong.items():
+        print(f"{name}: breaks {', '.join(sorted(rules))}: {found[name]}", file=sys.stderr)
+    if options.write:
+        path = golden_path(triton.__version__)
+        known = json.loads(path.read_text()) if path.exists() else {}
+        known = dict(sorted((known | found).items()))
+        path.write_text("{\n" + ",\n".join(f"{json.dumps(n)}: {json.dumps(x)}" for n, x in known.items()) + "\n}\n")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""The kernels compiled ahead of time for GPUs that are not here: the rules of lint.py, and the golden figures."""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import lint
+
+TARGETS = list(lint.SHARED_BYTES)
+
+
+def compile_kernels(*options: str) -> dict[str, dict]:
+    """Figures of the cases that the options name, from a process whose Triton compiles."""
+    if sys.platform != "linux" or not (version := triton_version()):
+        pytest.skip("triton is not installed")
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "LLMKIT_KERNELS")}
+    command = [sys.executable, lint.__file__, "--json", *options]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert found["triton"] == version
+    return found["kernels"]
+
+
+def triton_version() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def golden() -> dict[str, dict]:
+    """Figures that this Triton gave when they were written; empty for a version never tried."""
+    version = triton_version()
+    path = lint.golden_path(version) if version else None
+    return json.loads(path.read_text()) if path and path.exists() else {}
+
+
+def check(found: dict[str, dict]) -> None:
+    known, this = golden(), lint.golden_name(triton_version() or "")
+    for name, figure in found.items():
+        assert lint.broken_rules(name, figure) <= lint.excused(name, this), (name, figure)
+        assert not known or figure == known.get(name), f"{name}: lint.py --write makes the golden file anew"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_trains_and_decodes_compiles_as_it_should(target):
+    found = compile_kernels("--representative", "--target", target)
+    assert len({name.partition(":")[0] for name in found}) == len(lint.REPRESENTATIVE[target])
+    check(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_golden_figure_is_had_again(target):
+    if not golden():
+        pytest.skip("no golden file for this Triton")
+    found = compile_kernels("--golden", "--target", target)
+    check(found)
+    assert set(found) == {name for name in golden() if name.startswith(target)}
+
+
+@pytest.mark.parametrize("path", sorted(lint.FOLDER.glob("triton-*.json")), ids=lambda path: path.stem)
+def test_golden_figures_obey_the_rules_or_are_excused_by_name(path):
+    for name, figure in json.loads(path.read_text()).items():
+        assert lint.broken_rules(name, figure) <= lint.excused(name, path.stem), (name, figure)
+
+
+def test_no_excuse_is_left_over():
+    broken = {
+        (name, path.stem, rule)
+        for path in lint.FOLDER.glob("triton-*.json")
+        for name, figure in json.loads(path.read_text()).items()
+        for rule in lint.broken_rules(name, figure)
+    }
+    for pattern, rules in lint.exceptions().items():
+        for rule in rules:
+            found = [name for name, stem, which in broken if which == rule and lint.excuses(pattern, name, stem)]
+            assert found, (pattern, rule)
+
+
+def test_backward_of_16_bits_never_spills():
+    """Whatever is excused."""
+    known = json.loads(lint.golden_path("3.9").read_text())
+    backward = {n: x for n, x in known.items() if n.endswith(lint.BACKWARD) and "float32" not in n}
+    assert len({name.split()[0] for name in backward}) == 3
+    assert not [name for name, figure in backward.items() if figure["spills"]]
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({"shared": 232_449}, "shared"),
+        ({"spills": 8}, "spills"),
+        ({"matrix": {"HMMA": 4, "HGMMA": 4}}, "matrix"),
+        ({"matrix": {}}, "matrix"),
+        ({"loads": {"8": 24, "4": 4}}, "loads"),
+        ({"stores": {"2": 64}}, "stores"),
+    ],
+)
+def test_a_kernel_that_breaks_a_rule_is_found(change, rule):
+    good = {"warps": 8, "shared": 232_448, "registers": 255, "spills": 0, "matrix": {"HGMMA": 4},
+            "loads": {"16": 24, "4": 4}, "stores": {"16": 8}}  # fmt: skip
+    name = "sm_90 attention packed 128 bfloat16: attention_grad_query"
+    assert lint.broken_rules(name, good) == set()
+    assert lint.broken_rules(name, good | change) == {rule}
