@@ -246,7 +246,7 @@ class Decoder:
         return self._norm(x_NC, self._final_norm)
 
     def _norm(self, x_NC: Tensor, gain: Tensor | None) -> Tensor:
-        """RMSNorm. On a CPU torch's own is 8 operations, 59 us for a row of 384; these are 5, and 17 us."""
+        """RMSNorm. On a CPU torch's own is 8 operations, 13 us for a row of 384; these are 5, and 9 us."""
         if self.device.type != "cpu":
             return F.rms_norm(x_NC, x_NC.shape[-1:], gain, self.config.rms_norm_eps)
         length_N1 = torch.linalg.vector_norm(x_NC, 2, -1, keepdim=True, dtype=torch.float32)

@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -57,12 +57,17 @@ def narrow_linear(weight: Tensor, bias: Tensor | None, weights: Weights) -> Call
     return _half_linear(weight, bias) if weights == "half" else _int8_linear(weight, bias)
 
 
+def _without_checks(op: Any) -> Callable[..., Tensor]:
+    """The op itself: torch looks through the arguments of such ops for fake ones first, 13 us of 67."""
+    return getattr(op, "_op", op)
+
+
 def _half_linear(weight_NK: Tensor, bias_N: Tensor | None) -> Callable[[Tensor], Tensor] | None:
     if not bool(weight_NK.abs().max() <= LARGEST_HALF):  # or NaN, which packing would hide
         return None
     with _fbgemm():
         packed = torch.ops.quantized.linear_prepack_fp16(weight_NK, bias_N)
-    product = torch.ops.quantized.linear_dynamic_fp16.default
+    product = _without_checks(torch.ops.quantized.linear_dynamic_fp16.default)
     return lambda x_BK: product(x_BK, packed)
 
 
@@ -73,10 +78,11 @@ def _int8_linear(weight_NK: Tensor, bias_N: Tensor | None) -> Callable[[Tensor],
         warnings.filterwarnings("ignore", ".*quantize_per_channel.* deprecated")
         narrow = torch.quantize_per_channel(weight_NK, scale_N.double(), zero_N, 0, torch.qint8)
         packed = torch.ops.quantized.linear_prepack(narrow, None)
-    product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
+    product = _without_checks(torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default)
 
     def multiply(x_BK: Tensor) -> Tensor:
-        largest_B1 = torch.linalg.vector_norm(x_BK, torch.inf, -1, keepdim=True).clamp_min_(SMALLEST_SCALE)
+        # vector_norm(inf) takes 113 us for 16 x 1,024, these two 9
+        largest_B1 = x_BK.abs().amax(-1, keepdim=True).clamp_min_(SMALLEST_SCALE)
         y_BN = product(x_BK / largest_B1, 1 / INPUT_LEVELS, INPUT_ZERO, packed).mul_(largest_B1)
         return y_BN if bias_N is None else y_BN.add_(bias_N)
 

@@ -331,7 +331,7 @@ def test_narrow_weights_make_text_too(folder, prompts, tmp_path):
     if "int8" in texts:
         for size in ("1", "5"):
             alike = sample_jsonl(
-                folder, tmp_path / "out.jsonl", prompts, temperature="0", dtype="int8", batch_size=size
+                folder, tmp_path / "out.jsonl", prompts, temperature="0", dtype="int8", batch_size=size, logprobs=True
             )
             assert alike == texts["int8"]
 
