@@ -56,7 +56,7 @@ def test_trafilatura_extracts_or_says_how_to_install_it() -> None:
     try:
         import trafilatura  # noqa: F401
     except ImportError:
-        with pytest.raises(UserError, match=r"pip install 'llmkit\[trafilatura\]'"):
+        with pytest.raises(UserError, match=r"pip install trafilatura"):
             Extractor("trafilatura")
     else:
         assert STORY[0] in Extractor("trafilatura").extract(story(), None, None).text

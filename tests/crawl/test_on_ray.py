@@ -22,7 +22,7 @@ from llmkit.crawl.state import State
 from llmkit.errors import UserError
 
 has_ray = importlib.util.find_spec("ray") is not None
-with_ray = pytest.mark.skipif(not has_ray, reason="Ray is not installed: pip install 'llmkit[ray]'")
+with_ray = pytest.mark.skipif(not has_ray, reason="Ray is not installed: pip install 'ray>=2.60'")
 
 
 @with_ray
@@ -96,7 +96,7 @@ def test_without_ray_the_message_says_what_to_install(tmp_path, monkeypatch):
     from llmkit.crawl.on_ray import work_on_ray
 
     monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
-    with pytest.raises(UserError, match=r"--engine ray: .*pip install 'llmkit\[ray\]'"):
+    with pytest.raises(UserError, match=r"--engine ray: .*pip install 'ray>=2.60'"):
         work_on_ray(html_spans(1), pytest.fail, State(str(tmp_path / "out"), {}), Recipe())
     assert not list(tmp_path.iterdir())
 
