@@ -14,7 +14,18 @@ FLOORS = {
     3: {"engine"},
     2: {"model", "tokenizer", "data", "crawl", "tools"},
     1: {"kernels"},
-    0: {"errors", "records", "conversations", "preferences", "config", "files", "stream", "progress", "rundir"},
+    0: {
+        "errors",
+        "records",
+        "conversations",
+        "preferences",
+        "questions",
+        "config",
+        "files",
+        "stream",
+        "progress",
+        "rundir",
+    },
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 HEAVY = {"torch", "numpy", "triton", "transformers", "tokenizers", "safetensors"}

@@ -1,0 +1,193 @@
+"""Questions with answers: every format that `probe-knowledge` accepts, turned into one.
+
+    {"question": "When did it open?", "answer": "1889"}         also "answers"; a list holds answers equally right
+    {"question": ..., "answers": {"text": ["1889"]}, "context": "..."}      SQuAD's rows; the context is the passage
+    {"version": ..., "data": [{"paragraphs": [{"context", "qas"}]}]}        SQuAD 1.1 and 2, one JSON object a file
+    {"context": "Question: ...?\\nAnswer:", "answer": "1889", "aliases": ["the year 1889"]}    llm-foundry's; also
+                                                                "continuation", after a sentence to be completed
+
+A record may name its `passage` (or `context`), `passage_id` (or `id`) and `language`, an ISO 639-1 code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import IO, Any
+
+import orjson
+
+from llmkit.errors import UserError
+from llmkit.records import Row, kind_of
+from llmkit.stream import BYTE_ORDER_MARK, json_row, name_of, open_input
+
+EXPECTED = "'question' and 'answer', or 'context' and 'continuation'"
+ANSWER_FIELDS = ("answer", "answers", "continuation")
+FRAME = re.compile(r"\A\s*(?:question|q):[ \t]*|\s*\n\s*(?:answer|a):\s*\Z", re.IGNORECASE)  # of a prompt for base models
+ASKED_BY = re.compile(r"\b(how many|how much|how|who|whom|whose|what|when|where|which|why)\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question and the answers that are right, the first of them the one to teach.
+
+    passage, passage_id  what it was made from, and its name
+    kind                 of what is asked: "who", "when", "how many", ...; "cloze: year", ...; else "other"
+    language             ISO 639-1; empty where the record does not name it
+    where                its place in a file
+    """
+
+    question: str
+    answers: tuple[str, ...]
+    passage: str = ""
+    passage_id: str = ""
+    kind: str = "other"
+    language: str = ""
+    where: str = ""
+
+
+def read_questions(paths: Sequence[str], limit: int | None = None) -> Iterator[Question | str]:
+    """The questions of files, `-` for stdin, at most `limit` of them in all; why there is none, for those left out.
+
+    Left out are SQuAD 2's questions that their passage does not answer. Raises UserError that names file and record.
+    """
+    yield from islice(chain.from_iterable(map(_read_file, paths)), limit)
+
+
+def kind_of_question(text: str) -> str:
+    """What an English question asks for, by its first question word; "other" without one.
+
+    >>> kind_of_question("In which year did it open?"), kind_of_question("Kde to je?")
+    ('which', 'other')
+    """
+    found = ASKED_BY.search(text)
+    return found[1].lower() if found else "other"
+
+
+# ---- files
+
+
+def _read_file(path: str) -> Iterator[Question | str]:
+    name = name_of(path)
+    with open_input(path) as handle:
+        first = handle.readline()
+        whole = _whole_value(first, handle, name)
+        if isinstance(whole, dict) and "data" in whole:
+            yield from _squad(whole, name)
+        elif isinstance(whole, list):
+            for number, value in enumerate(whole, 1):
+                if not isinstance(value, dict):
+                    raise UserError(f"{name}:{number}: expected an object in the array, found {kind_of(value)}")
+                yield read_question(Row(value, name, number))
+        elif whole is not None:
+            yield read_question(Row(whole, name, 1))
+        else:
+            for number, line in enumerate(chain([first], handle), 1):
+                row = json_row(line, name, number)
+                if row is not None:
+                    yield read_question(row)
+
+
+def _whole_value(first: bytes, handle: IO[bytes], name: str) -> Any:
+    """The one JSON value that a file is, SQuAD's object or an array; None for a file of JSONL."""
+    start = first.removeprefix(BYTE_ORDER_MARK).strip()
+    if start.startswith(b"[") or start in (b"{", b""):
+        start += b"\n" + handle.read()
+        if not start.strip():
+            return None
+    elif b'"data"' not in start:
+        return None
+    try:
+        value = orjson.loads(start)
+    except orjson.JSONDecodeError as error:
+        if start.count(b"\n"):
+            hint = "expected JSONL without blank lines before it, an array or SQuAD's JSON"
+            raise UserError(f"{name}:{error.lineno}: {hint}: {error.msg}; mend or replace the file") from None
+        return None  # the line itself is told of with its number
+    return value if isinstance(value, list) or "data" in value else None
+
+
+def _squad(value: dict[str, Any], name: str) -> Iterator[Question | str]:
+    """The questions of SQuAD's JSON, each named by article and paragraph: "xquad.en.json:2.1" and its id."""
+    for article_number, article in enumerate(_listed(value, "data", name), 1):
+        place = f"{name}:{article_number}"
+        title = str(article.get("title") or article_number)
+        for number, paragraph in enumerate(_listed(article, "paragraphs", place), 1):
+            passage = paragraph.get("context")
+            here = f"{place}.{number}"
+            if not isinstance(passage, str) or not passage.strip():
+                raise UserError(f"{here}: expected 'context' to be the text of a passage, found {_found(passage)}")
+            for one in _listed(paragraph, "qas", here):
+                where = f"{here}, id {one.get('id')}"
+                if one.get("is_impossible") or one.get("answers") == []:
+                    yield "no answer in the passage"
+                    continue
+                text = _text(one.get("question"), "question", where)
+                answers = _answers(one.get("answers"), "answers", where)
+                yield Question(text, answers, passage, f"{title}/{number}", kind_of_question(text), "", where)
+
+
+def _listed(value: dict[str, Any], field: str, where: str) -> list[dict[str, Any]]:
+    found = value.get(field)
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise UserError(f"{where}: expected {field!r} to be a list of objects, as in SQuAD, found {_found(found)}")
+    return found
+
+
+# ---- records
+
+
+def read_question(row: Row) -> Question | str:
+    """The question in a record, or why there is none. Raises UserError that names the place and what was expected."""
+    value, where = row.value, row.where
+    field = next((name for name in ANSWER_FIELDS if name in value), None)
+    asked = next((name for name in ("question", "context") if name in value), None)
+    if asked is None or field is None:
+        raise UserError(f"{where}: expected {EXPECTED}, found {sorted(value)}")
+    if value.get("is_impossible") or (isinstance(value[field], dict) and value[field].get("text") == []):
+        return "no answer in the passage"
+    text = _text(value[asked], asked, where)
+    if asked == "context":
+        text = _text(FRAME.sub("", text), asked, where)
+    aliases = value.get("aliases") or []
+    answers = _answers(value[field], field, where) + (_answers(aliases, "aliases", where) if aliases else ())
+    passage = value.get("passage", value.get("context") if asked == "question" else None)
+    if "passage" in value or passage is not None:
+        passage = _text(passage, "passage" if "passage" in value else "context", where)
+    name = value.get("passage_id", value.get("id"))
+    language = value.get("language", "")
+    if not isinstance(language, str):
+        raise UserError(f"{where}: expected 'language' to be a code such as \"en\", found {kind_of(language)}")
+    return Question(
+        text,
+        tuple(dict.fromkeys(answers)),
+        passage or "",
+        "" if name is None else str(name),
+        kind_of_question(text) if asked == "question" or text.endswith("?") else "completion",
+        language,
+        where,
+    )
+
+
+def _answers(value: Any, field: str, where: str) -> tuple[str, ...]:
+    """The answers of a field: text, a number, a list of them, or SQuAD's {"text": ...} and lists of it."""
+    if isinstance(value, dict) and "text" in value:
+        value = value["text"]
+    held = value if isinstance(value, list) else [value]
+    if not held:
+        raise UserError(f"{where}: expected an answer in {field!r}, found an empty list")
+    texts = [one.get("text") if isinstance(one, dict) else one for one in held]
+    numbers = [str(one) if isinstance(one, (int, float)) and not isinstance(one, bool) else one for one in texts]
+    return tuple(dict.fromkeys(_text(one, field, where) for one in numbers))
+
+
+def _text(value: Any, field: str, where: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}: expected {field!r} to be text, found {_found(value)}")
+    return value.strip()
+
+
+def _found(value: Any) -> str:
+    return "nothing in it" if isinstance(value, str) else "none" if value is None else kind_of(value)
