@@ -32,9 +32,10 @@ test: $(VENV)/.ready-test ## Run the tests
 test-slow: $(VENV)/.ready-test ## Run the long tests too
 	$(BIN)/python -m pytest
 
-# for every night: the kernels have one source for the Triton of torch 2.11 and for the newest
+# For every night: one source serves the Triton of torch 2.11 and the newest. The interpreter of 3.6 takes an array of
+# one number for a number, which NumPy 2.4 refuses.
 test-triton-3.6: $(VENV)/.ready-test ## Test the kernels, compiled and interpreted, on Triton 3.6
-	@test -d .triton-3.6/triton || $(PIP) --no-deps --target .triton-3.6 triton==3.6.0
+	@test -d .triton-3.6/triton || $(PIP) --no-deps --target .triton-3.6 triton==3.6.0 'numpy<2.4'
 	PYTHONPATH=$(CURDIR)/.triton-3.6 $(BIN)/python -m pytest tests/kernels -m "not slow"
 	PYTHONPATH=$(CURDIR)/.triton-3.6 $(BIN)/python -m pytest tests/kernels/test_compiled.py -m slow
 
