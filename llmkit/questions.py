@@ -25,7 +25,8 @@ from llmkit.stream import BYTE_ORDER_MARK, json_row, name_of, open_input
 
 EXPECTED = "'question' and 'answer', or 'context' and 'continuation'"
 ANSWER_FIELDS = ("answer", "answers", "continuation")
-FRAME = re.compile(r"\A\s*(?:question|q):[ \t]*|\s*\n\s*(?:answer|a):\s*\Z", re.IGNORECASE)  # of a prompt for base models
+# what a prompt for base models puts around its question
+FRAME = re.compile(r"\A\s*(?:question|q):[ \t]*|\s*\n\s*(?:answer|a):\s*\Z", re.IGNORECASE)
 ASKED_BY = re.compile(r"\b(how many|how much|how|who|whom|whose|what|when|where|which|why)\b", re.IGNORECASE)
 
 

@@ -1,0 +1,160 @@
+"""Text to words that can be compared: case, accents, punctuation and ways of writing a number make no difference.
+
+    >>> words("The U.S. paid $1,000,000 in Henry VIII's time.")
+    ('us', 'paid', '#1000000', 'in', 'henry', '#8', 'time')
+    >>> words("one million") == words("1.0 million") == words("1,000,000")
+    True
+
+A number is a word of its own, "#" and its value, from digits of any script, English number words and Roman numerals.
+Scripts without spaces (Chinese, Japanese, Thai, ...) give a word a character. Articles (a, an, the) are left out
+where anything else is said, and a plural's last s.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import unicodedata
+from decimal import Decimal
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ARTICLES = {"a", "an", "the"}
+SPACELESS = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+SPELLINGS = str.maketrans({**dict.fromkeys("\u2018\u2019\u02bc\u00b4`", "'"), "\u0131": "i"})  # dotless i: Turkish
+ACCENTS = re.compile("[\u0300-\u036f]")
+INITIALS = re.compile(r"(?:\b[^\W\d_]\.[ ]?){2,}")  # U.S., J. K.
+ROMAN = re.compile(r"(?=[IVXLC]{2}|[VX])(?:C{0,3}|XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})")
+
+KNOWN: dict[str, Any] = json.loads(Path(__file__).with_name("matching.json").read_text(encoding="utf-8"))
+TEN_WORDS = [*KNOWN["tens"], *KNOWN["ordinal tens"]]
+TENS = {word: 20 + 10 * (place % 8) for place, word in enumerate(TEN_WORDS)}
+SMALL_NUMBERS = TENS | {word: value for name in ("units", "ordinals") for value, word in enumerate(KNOWN[name])}
+SCALES = {
+    "hundred": 10**2,
+    "hundredth": 10**2,
+    "thousand": 10**3,
+    "thousandth": 10**3,
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+}
+
+
+def words(text: str) -> tuple[str, ...]:
+    """The words of a text, in order; equal words mean the same."""
+    text = unicodedata.normalize("NFKC", text).translate(SPELLINGS)
+    text = ACCENTS.sub("", unicodedata.normalize("NFD", text))
+    text = INITIALS.sub(
+        lambda found: found[0].replace(".", "").replace(" ", "") + " ", unicodedata.normalize("NFC", text)
+    )
+    pieces = [piece for found in _pattern().finditer(text) for piece in _piece(found)]
+    joined = _numbers(pieces)
+    return tuple(word for word in joined if word not in ARTICLES) or tuple(joined)
+
+
+def is_number(word: str) -> bool:
+    """Whether a word of `words` is a number."""
+    return word.startswith("#")
+
+
+def is_spaceless(word: str) -> bool:
+    """Whether a word is a character of a script without spaces."""
+    return re.fullmatch(f"[{SPACELESS}]", word) is not None
+
+
+@cache
+def _pattern() -> re.Pattern[str]:
+    # vowel signs of Indic and other scripts, which \w leaves out: without them words that differ become equal
+    marks = "".join(chr(code) for code in range(0x370, 0x11000) if unicodedata.category(chr(code))[0] == "M")
+    return re.compile(
+        r"(?P<number>(?:(?<![\w)\]])[-\u2212])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?)(?:(?:st|nd|rd|th)\b)?"
+        rf"|(?P<percent>%)|(?P<character>[{SPACELESS}])"
+        rf"|(?P<word>(?:[^\W\d_{SPACELESS}][{marks}]*)+(?:'[^\W\d_]+)*)"
+    )
+
+
+def _piece(found: re.Match[str]) -> list[str]:
+    """The word of a match: a number as "#" and its value, a word without case, possessive and plural s."""
+    if found["number"]:
+        return [_value(Decimal(found["number"].replace(",", "").replace("\u2212", "-")))]
+    if found["percent"]:
+        return ["percent"]
+    if found["character"]:
+        return [found["character"]]
+    word = found["word"]
+    bare = word.removesuffix("'s")
+    if ROMAN.fullmatch(bare):
+        return [_value(_roman(bare))]
+    return [bare.casefold().replace("'", "")]
+
+
+def _value(number: Decimal | int) -> str:
+    exact = Decimal(number)
+    return f"#{exact.to_integral_value()}" if exact == exact.to_integral_value() else f"#{exact.normalize():f}"
+
+
+def _roman(text: str) -> int:
+    values = [{"I": 1, "V": 5, "X": 10, "L": 50, "C": 100}[letter] for letter in text]
+    following = [*values[1:], 0]
+    return sum(-one if one < after else one for one, after in zip(values, following, strict=True))
+
+
+def _numbers(pieces: list[str]) -> list[str]:
+    """The pieces with number words, and digits followed by a scale, as one number; other words without plural s."""
+    out: list[str] = []
+    at = 0
+    while at < len(pieces):
+        value, end = _number_at(pieces, at)
+        if end > at:
+            out.append(_value(value))
+            at = end
+        else:
+            out.append(_singular(pieces[at]))
+            at += 1
+    return out
+
+
+def _number_at(pieces: list[str], at: int) -> tuple[Decimal, int]:
+    """The number that begins at a piece, and where it ends; it ends where it begins if there is none.
+
+    >>> _number_at("three hundred and five men".split(), 0)
+    (Decimal('305'), 4)
+    """
+    total, part, last, end = Decimal(0), Decimal(0), sys.maxsize, at
+    while end < len(pieces):
+        word = pieces[end]
+        if word == "and" and last in SCALES.values() and end + 1 < len(pieces) and _small(pieces[end + 1]) is not None:
+            end += 1
+            continue
+        if is_number(word):
+            if end > at:
+                break
+            part, last = Decimal(word[1:]), 0
+        elif word in SCALES:
+            scale = SCALES[word]
+            if end == at:
+                part = Decimal(1)
+            if scale == 100:
+                part *= scale
+            else:
+                total, part = total + part * scale, Decimal(0)
+            last = scale
+        else:
+            small = _small(word)
+            # "twenty one" and "hundred five" go on; "five six" are two numbers, and so are "nineteen eighty"
+            if small is None or not (last >= 100 or (last == 10 and small < 10)):
+                break
+            part, last = part + small, 10 if word in TENS else 1
+        end += 1
+    return total + part, end
+
+
+def _small(word: str) -> int | None:
+    return SMALL_NUMBERS.get(word)
+
+
+def _singular(word: str) -> str:
+    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
