@@ -121,13 +121,18 @@ class Chat:
 
 def open_chat(generator: Generator, chat: ChatFormat, model: ModelConfig, name: str) -> Chat:
     """A conversation with the model `name`. Raises UserError for one that has not learnt to end a turn."""
+    check_ends_turns(chat, model, name)
+    return Chat(generator, chat, context=model.max_position_embeddings)
+
+
+def check_ends_turns(chat: ChatFormat, model: ModelConfig, name: str) -> None:
+    """Raise UserError for a base model: asked in turns it would never stop."""
     ends = model.eos_token_id if isinstance(model.eos_token_id, tuple) else (model.eos_token_id,)
     if chat.end_id not in ends:
         raise UserError(
             f"{name}: a base model, which has not learnt to end a turn; tune it by llmkit sft, or ask it by "
             "--as-assistant and -p"
         )
-    return Chat(generator, chat, context=model.max_position_embeddings)
 
 
 def converse(chat: Chat, first: str | None, quiet: bool) -> None:

@@ -20,7 +20,7 @@ import orjson
 from llmkit.conversations import Message, read_conversation
 from llmkit.engine.generation import Completion, Request
 from llmkit.engine.sampling import seed_of_repeat
-from llmkit.errors import UserError
+from llmkit.errors import Interrupted, UserError
 from llmkit.files import PARTIAL
 from llmkit.records import Row
 from llmkit.stream import json_row
@@ -111,7 +111,7 @@ def completion_record(
     return {**row.value, **made} if sample is None else {**row.value, **made, "sample": sample}
 
 
-# ---- going on with what a killed run left
+# ---- an output that outlives a kill
 
 
 class _Kept:
@@ -154,12 +154,32 @@ def _identity(record: dict[str, Any]) -> bytes:
 
 
 @contextmanager
-def resumed_output(
-    out: str, prompts: Prompts, samples: int, ordered: bool
+def lasting_output(
+    out: str, prompts: Prompts, samples: int, ordered: bool, resume: bool
 ) -> Iterator[Callable[[dict[str, Any]], object]]:
-    """Go on with the unfinished file of `out`: its whole prompts are kept, and kept again if this run ends early."""
+    """A file `out` + ".partial" that becomes `out` at the end; what is whole in it stays if this run ends early.
+
+    With `resume` the whole prompts of a former one are kept. Raises Interrupted where Ctrl-C ends it.
+    """
     partial = Path(out + PARTIAL)
-    partial.touch()
+    partial.open("ab" if resume else "wb").close()
+    try:
+        with _whole_prompts(partial, prompts, samples, ordered) as write:
+            yield write
+    except BaseException as error:
+        if not partial.stat().st_size:
+            partial.unlink()
+        elif isinstance(error, KeyboardInterrupt):
+            raise Interrupted(f"interrupted; the same command with --resume goes on ({partial})") from None
+        raise
+    os.replace(partial, out)
+
+
+@contextmanager
+def _whole_prompts(
+    partial: Path, prompts: Prompts, samples: int, ordered: bool
+) -> Iterator[Callable[[dict[str, Any]], object]]:
+    """Write behind the prompts all of whose samples are in the file."""
     with partial.open("r+b") as handle, partial.open("rb") as former:
         ends = [0]
         for number, line in enumerate(former, 1):
@@ -176,4 +196,3 @@ def resumed_output(
         yield lambda record: handle.write(orjson.dumps(record) + b"\n")
         handle.flush()
         os.fsync(handle.fileno())
-    os.replace(partial, out)

@@ -122,7 +122,7 @@ def run(config: SampleConfig) -> Summary | None:
     # load
     import torch
 
-    from llmkit.engine.chatting import converse, open_chat
+    from llmkit.engine.chatting import check_ends_turns, converse, open_chat
     from llmkit.engine.devices import choose_device, choose_precision, one_thread
     from llmkit.engine.generation import Generator, prompt_ids
     from llmkit.engine.prompts import Prompts
@@ -168,7 +168,9 @@ def run(config: SampleConfig) -> Summary | None:
         )
 
         def encode_messages(messages: Sequence[Message]) -> list[int]:
-            return ChatFormat(tokenizer).encode(messages, prompt=True).token_ids.tolist()
+            chat = ChatFormat(tokenizer)
+            check_ends_turns(chat, model_config, config.model)
+            return chat.encode(messages, prompt=True).token_ids.tolist()
 
         if config.chat:
             chat = open_chat(generator, ChatFormat(tokenizer), model_config, config.model)
@@ -235,6 +237,9 @@ def _check_options(config: SampleConfig, out: str) -> None:
     if config.unordered and not config.jsonl:
         raise UserError("--unordered: expected --jsonl beside it")
     check_output(out, config.force, config.resume)
+    partial = Path(out + PARTIAL)
+    if config.jsonl and not config.dry_run and partial.exists() and not (config.resume or config.force):
+        raise UserError(f"{partial}: an unfinished run; --resume goes on with it, --force starts again")
 
 
 def _slots(config: SampleConfig) -> int:
@@ -280,12 +285,14 @@ def _rows(config: SampleConfig) -> Iterator[Row]:
 
 
 def _write_records(generator: Generator, prompts: Prompts, config: SampleConfig, out: str) -> None:
-    from llmkit.engine.prompts import completion_record, resumed_output
+    from llmkit.engine.prompts import completion_record, lasting_output
 
     ordered, several, details = not config.unordered, config.samples > 1, (config.logprobs, bool(config.tools))
-    resumed = resumed_output(out, prompts, config.samples, ordered) if config.resume else None
+    lasting = out != "-" and (Path(out).is_file() or not Path(out).exists())  # not a pipe or device
     with (
-        resumed or open_output(out, config.force) as write,
+        lasting_output(out, prompts, config.samples, ordered, config.resume)
+        if lasting
+        else open_output(out, config.force) as write,
         Progress("sample", unit="tok", quiet=config.quiet) as progress,
     ):
         for done, (index, samples) in enumerate(generator.complete_each(prompts, ordered), 1):

@@ -218,7 +218,9 @@ def assistant(tmp_path_factory) -> Path:
     names = ("<|im_sep|>", "<|calc_start|>", "<|calc_end|>", "<|result_end|>")
     header, start, end, result_end = (tokenizer.specials[name] for name in names)
     chain = [header, *tokenizer.encode("it"), start, *tokenizer.encode("6*7"), end, result_end, END]
-    save_model(certain(make_model(vocab_size=257 + len(CHAT_SPECIALS)), *chain), path)
+    ends = (END, tokenizer.specials["<|im_end|>"])
+    model = make_model(vocab_size=257 + len(CHAT_SPECIALS), eos_token_id=ends)
+    save_model(certain(model, *chain), path)
     return path
 
 
@@ -284,6 +286,39 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(folder, tmp_path):
     assert out.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1][:15000])
     subprocess.run([*command[:-1], str(whole)], check=True, capture_output=True)
     assert out.read_bytes() == whole.read_bytes()
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_is_not_thrown_away(folder, tmp_path, llmkit):
+    import signal
+    import time
+
+    given = write_lines(tmp_path / "prompts.jsonl", [{"prompt": PROMPTS[n % 8], "id": n} for n in range(400)])
+    out, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    words = ["sample", str(folder), str(given), "--jsonl", "--max-tokens", "20", "--quiet", "-o", str(out)]
+    with subprocess.Popen([sys.executable, "-m", "llmkit", *words], stderr=subprocess.PIPE, text=True) as process:
+        while not (partial.exists() and partial.stat().st_size > 8000) and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate()
+    assert process.returncode == 130 and "the same command with --resume goes on" in said
+    kept = partial.read_bytes()
+    again = llmkit(*words)
+    assert again.returncode == 2 and "an unfinished run; --resume goes on with it" in again.stderr
+    assert partial.read_bytes() == kept and not out.exists()
+
+
+def test_a_base_model_is_not_asked_in_turns(tmp_path, llmkit):
+    from tiny import save_tokenizer
+
+    from llmkit.model.folder import save_model
+    from llmkit.tokenizer.chat import CHAT_SPECIALS
+
+    base = tmp_path / "base"
+    base.mkdir()
+    save_tokenizer(base, *CHAT_SPECIALS)
+    save_model(make_model(vocab_size=257 + len(CHAT_SPECIALS)), base)
+    done = llmkit("sample", base, "--jsonl", stdin='{"messages": [{"role": "user", "content": "Hi"}]}\n')
+    assert done.returncode == 2 and "a base model, which has not learnt to end a turn" in done.stderr
 
 
 def test_an_unordered_run_is_resumed_to_the_same_records(folder, tmp_path):
