@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 STARTED = time.monotonic()
 
 MICRO_BATCH_TOKENS = 8192
-LEARNING_RATE = 5e-4  # of AdamW at a width of 256; docs/experiments.md, "Reward models"
+LEARNING_RATE = 1.5e-3  # of AdamW at a width of 256; docs/experiments.md, "Reward models"
 EVALUATION = "evaluation.json"
 
 
