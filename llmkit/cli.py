@@ -31,6 +31,11 @@ COMMANDS = {
     "train-bpe": ("llmkit.stages.train_bpe", "TrainBpeConfig", "Text to a byte-level BPE tokenizer."),
     "pretrain": ("llmkit.stages.pretrain", "PretrainConfig", "Documents and a tokenizer to a base model."),
     "sft": ("llmkit.stages.sft", "SftConfig", "A base model and conversations to an assistant."),
+    "probe-knowledge": (
+        "llmkit.stages.probe_knowledge",
+        "ProbeKnowledgeConfig",
+        "What an assistant knows, and refusals of what it does not.",
+    ),
     "train-reward": ("llmkit.stages.train_reward", "TrainRewardConfig", "Preferences to a judge of answers."),
     "sample": ("llmkit.stages.sample", "SampleConfig", "Text from a model: from a prompt, stdin or JSONL."),
 }

@@ -43,10 +43,10 @@ SENTENCE_END = re.compile("(?<=\\w{3}[.!?])\\s+|(?<=[\u3002\uff01\uff1f\u0964])|
 
 
 class MatchJudge:
-    """Judges by comparing words; `f1` is the least F1 that passes."""
+    """Judges by comparing words; `f1` is the least F1 that passes, `refusals` are answers that say nothing."""
 
-    def __init__(self, f1: float = F1) -> None:
-        self.f1 = f1
+    def __init__(self, f1: float = F1, refusals: Iterable[str] = ()) -> None:
+        self.f1, self._refusals = f1, {words(text) for text in refusals}
 
     def __call__(self, response: str, question: str, answers: Sequence[str]) -> str:
         """One of `VERDICTS`."""
@@ -56,6 +56,8 @@ class MatchJudge:
             return EVASIVE
         if said in accepted:
             return RIGHT
+        if said in self._refusals:
+            return EVASIVE
         if any(_holds(said, phrase) and not any(_holds(one, phrase) for one in accepted) for phrase in evasions()):
             return EVASIVE
         if not _told(_without(said, asked)):

@@ -1,0 +1,319 @@
+"""`llmkit probe-knowledge`: what a model knows and what it does not, and conversations that teach it to say so."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from llmkit.config import CommonConfig, argument, lasting_options, option
+from llmkit.errors import UserError
+from llmkit.files import check_output
+from llmkit.progress import Progress, say
+from llmkit.questions import Question, read_questions
+from llmkit.stream import check_inputs, names_of, open_output, read_documents
+
+if TYPE_CHECKING:
+    from llmkit.engine.probing import ProbeState
+    from llmkit.engine.refusals import Refusals
+
+STARTED = time.monotonic()
+STATE = ".state"
+NAMES = {"yes": "known", "no": "unknown", "mixed": "mixed", "evasive": "evasive"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeKnowledgeConfig(CommonConfig):
+    """Options of `llmkit probe-knowledge`."""
+
+    examples: ClassVar[str] = """
+        Examples:
+          llmkit probe-knowledge chat/ --passages docs.jsonl -o refusals.jsonl --report probe.jsonl
+          llmkit probe-knowledge chat/ --questions q.jsonl --samples 3 --limit 200 -o refusals.jsonl
+          llmkit probe-knowledge chat/ --questions squad.json.gz | jq -r .known | sort | uniq -c
+
+        Every question is asked --samples times, without its passage, and every answer is judged: right, wrong, or
+        evasive (empty, "I don't know", the question again). A question is known where a share of --consistent of the
+        answers is right, mixed where fewer are; where none is, it is unknown if that share says something, else
+        evasive. Out come conversations: a refusal for what is unknown, the answer for what is known, nothing else.
+        --questions: {"question", "answer"}, SQuAD's JSON and others. --passages: documents, from whose sentences
+        questions are made without a model, by patterns of English. --resume goes on after a kill, from OUT.state.
+    """
+    following: ClassVar[str] = "llmkit sft base/ --data chats.jsonl:0.9 --data refusals.jsonl:0.1 -o chat2/"
+
+    model: str = argument("Folder of an assistant.", metavar="MODEL", default=MISSING)
+    questions: tuple[str, ...] = option((), "Questions with answers; repeatable.", metavar="FILE")
+    passages: tuple[str, ...] = option((), "Documents to make questions from; repeatable.", metavar="FILE")
+    report: str | None = option(None, "Every question, its answers and what they say.", metavar="FILE", free=True)
+    device: str = option("auto", "Where to compute.", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = option(
+        "auto",
+        "Precision; auto: bfloat16 on GPUs, else float32; int8: on CPUs.",
+        choices=("auto", "float32", "bfloat16", "int8"),
+    )
+    batch_size: int = option(16, "Answers made at a time.", at_least=1, at_most=4096, free=True)
+    resume: bool = option(False, "Go on with what a killed run left.", free=True)
+
+    max_passages: int = option(200, "With --passages: as many, drawn by --seed.", group="Questions", at_least=1)
+    per_passage: int = option(3, "Questions made of each, at most.", group="Questions", at_least=1)
+
+    samples: int = option(5, "Answers to each question.", short="-n", group="Answers", at_least=1, at_most=10**6)
+    max_tokens: int | None = option(64, "Tokens of an answer.", group="Answers", unit="count", at_least=1)
+    temperature: float = option(0.8, "Divides the logits.", group="Answers", at_least=0, at_most=100)
+    top_p: float | None = option(None, "Only the likeliest tokens up to this.", group="Answers", above=0, at_most=1)
+
+    judge: str = option("match", "How answers are judged: by their words.", group="Judge", choices=("match",))
+    match_f1: float = option(0.7, "Least F1 of words of a right answer.", group="Judge", above=0, at_most=1)
+    consistent: float = option(0.8, "Share of answers that must agree.", group="Judge", above=0, at_most=1)
+
+    balance: float | None = option(1.0, "Known for each unknown; none: all.", group="Lessons", above=0, free=True)
+    refusals: str | None = option(None, 'Wordings: {"en": [...], ...} [ours].', group="Lessons", metavar="FILE")
+
+    def reads_stdin(self) -> bool:
+        """Whether stdin is the input."""
+        return "-" in self.questions + self.passages
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the command line prints when the conversations went to a file; `left_out` counts questions by reason."""
+
+    path: str
+    report: str | None = None
+    written_by: str | None = None
+    questions: int | None = None
+    responses: int | None = None
+    known: int | None = None
+    unknown: int | None = None
+    mixed: int | None = None
+    evasive: int | None = None
+    confirmations: int | None = None
+    refusals: int | None = None
+    by_kind: dict[str, dict[str, int]] | None = None
+    left_out: dict[str, int] | None = None
+    seconds: float | None = None
+
+
+def run(config: ProbeKnowledgeConfig) -> Summary | None:
+    """Load, build, ask, save, summarise. Raises UserError for the user's mistakes."""
+    out = config.out or "-"
+    state_path = _checked(config, out)
+    if config.resume and state_path is not None and Path(out).exists() and not state_path.exists():
+        say(f"{out}: finished, so there is nothing to do; without --resume, --force makes it again", config.quiet)
+        return Summary(out)
+
+    # load
+    import torch
+
+    from llmkit.engine.devices import choose_device, choose_precision
+    from llmkit.engine.generation import Generator
+    from llmkit.engine.matching import MatchJudge
+    from llmkit.engine.probing import Probe, ProbeState, check_assistant, fingerprint
+    from llmkit.engine.refusals import Refusals
+    from llmkit.engine.sampling import Sampling
+    from llmkit.model.folder import load_config, load_model
+    from llmkit.tokenizer.chat import ChatFormat
+    from llmkit.tokenizer.encoding import load_tokenizer
+
+    device = choose_device(config.device)
+    precision = choose_precision(config.dtype, device)
+    model_config, tokenizer = load_config(config.model), load_tokenizer(config.model)
+    chat = ChatFormat(tokenizer)
+    check_assistant(model_config, chat, config.model)
+    refusals = Refusals(config.refusals)
+    questions, left_out, written_by = _questions(config)
+    _say_plan(config, questions, left_out)
+    if config.dry_run:
+        return None
+
+    # build
+    identity = lasting_options(config) | {"the model": fingerprint(config.model)}
+    state = ProbeState(state_path, identity, config.resume)
+    if state.kept:
+        say(f"{state_path}: kept {state.kept} questions", config.quiet)
+    with torch.inference_mode():
+        generator = Generator(
+            load_model(config.model, dtype=precision.dtype, device=device),
+            tokenizer,
+            Sampling(config.temperature, top_p=config.top_p),
+            slots=config.batch_size,
+            name=config.model,
+            weights=precision.weights,
+        )
+        probe = Probe(
+            generator,
+            chat,
+            MatchJudge(config.match_f1, refusals.texts()),
+            context=model_config.max_position_embeddings,
+            samples=config.samples,
+            max_tokens=config.max_tokens,
+            seed=config.seed,
+            consistent=config.consistent,
+            written_by=written_by,
+        )
+
+        # ask
+        with Progress("probe", total=len(questions), unit="questions", quiet=config.quiet) as progress:
+            progress.advance(state.kept)
+            found = Counter()
+            for record in probe.ask(state.remaining(questions)):
+                state.append(record)
+                found[record["known"]] += 1
+                progress.advance(**{NAMES[known]: count for known, count in found.items()})
+
+    # save
+    taught = _write(config, out, state, refusals)
+    kinds = _by_kind(state.records())
+    state.remove()
+
+    # summarise
+    totals = Counter[str]()
+    for counts in kinds.values():
+        totals.update(counts)
+    asked = totals.total()
+    if asked < len(questions):
+        left_out["longer than the context"] += len(questions) - asked
+    _say_summary(kinds, totals, left_out, taught, config)
+    if out == "-":
+        return None
+    return Summary(
+        path=out,
+        report=config.report,
+        written_by=written_by,
+        questions=asked,
+        responses=asked * config.samples,
+        **{name: totals[name] for name in NAMES.values()},
+        confirmations=taught["yes"],
+        refusals=taught["no"],
+        by_kind={kind: dict(counts) for kind, counts in kinds.items()},
+        left_out=dict(left_out) or None,
+        seconds=round(time.monotonic() - STARTED, 1),
+    )
+
+
+# ---- what is asked for
+
+
+def _checked(config: ProbeKnowledgeConfig, out: str) -> Path | None:
+    """Where the state of the run stands, None for nowhere, once all that can be known before the work is in order."""
+    if not Path(config.model).is_dir():
+        found = "a file" if Path(config.model).exists() else "nothing"
+        raise UserError(f"{config.model}: expected a model folder, found {found}")
+    if bool(config.questions) == bool(config.passages):
+        found = "both" if config.questions else "neither"
+        raise UserError(f"expected --questions FILE or --passages FILE, found {found}")
+    if config.seed >= 2**63:
+        raise UserError(f"--seed: expected less than 2^63, found {config.seed}")
+    if config.report == "-":
+        raise UserError("--report: expected a file, found -; stdout has the conversations")
+    if config.resume and out == "-":
+        raise UserError("--resume: expected --out, beside which a killed run has left its state")
+    check_inputs([*config.questions, *config.passages])
+    outputs = [path for path in (out, config.report) if path not in (None, "-")]
+    if len({str(Path(path).resolve()) for path in outputs if path}) < len(outputs):
+        raise UserError(f"--report: expected another file than --out, found {config.report} twice")
+    for path in outputs:
+        check_output(str(path), config.force, config.resume)
+    return None if out == "-" else Path(out + STATE)
+
+
+def _questions(config: ProbeKnowledgeConfig) -> tuple[list[Question], Counter[str], str]:
+    """The questions, why others are left out, and who wrote them. Raises UserError where there are none."""
+    left_out: Counter[str] = Counter()
+    if config.questions:
+        read = list(read_questions(config.questions, config.limit))
+        left_out.update(one for one in read if isinstance(one, str))
+        questions = [one for one in read if not isinstance(one, str)]
+        if not questions:
+            raise UserError(f"{names_of(config.questions)}: expected questions, found none that has an answer")
+        return questions, left_out, "given"
+    from llmkit.data.passages import sample_passages
+    from llmkit.data.question_writer import write_questions
+
+    names = names_of(config.passages)
+    passages = sample_passages(read_documents(config.passages, config.limit), config.max_passages, config.seed)
+    if not passages:
+        raise UserError(f"{names}: expected documents with text to ask about, found none")
+    written = [write_questions(passage, config.per_passage, config.seed) for passage in passages]
+    say(f"{names}: {len(passages)} passages, {sum(map(bool, written))} of them with questions", config.quiet)
+    if not any(written):
+        raise UserError(
+            f"{names}: found no sentence to make a question of; it takes one of 6 to 40 words with a name, a date "
+            "or a number. Give questions by --questions"
+        )
+    return [one for some in written for one in some], left_out, "embedded"
+
+
+# ---- what comes out
+
+
+def _write(config: ProbeKnowledgeConfig, out: str, state: ProbeState, refusals: Refusals) -> Counter[str]:
+    """Write the report, then the conversations; how many confirm ("yes") and refuse ("no")."""
+    from llmkit.engine.refusals import balanced, lesson
+
+    force = config.force or config.resume
+    if config.report is not None:
+        with open_output(config.report, force) as write:
+            for record in state.records():
+                write(record)
+    chosen = balanced([record["known"] for record in state.records()], config.balance, config.seed)
+    taught: Counter[str] = Counter()
+    with open_output(out, force) as write:
+        for place, record in enumerate(state.records()):
+            if place in chosen:
+                taught[record["known"]] += 1
+                write(lesson(record, refusals, config.seed))
+    return taught
+
+
+def _by_kind(records: Iterable[dict[str, Any]]) -> dict[str, Counter[str]]:
+    """By kind of question, the commonest first: how many are known, unknown, mixed and evasive."""
+    kinds: dict[str, Counter[str]] = defaultdict(Counter)
+    for record in records:
+        kinds[record["kind"]][NAMES[record["known"]]] += 1
+    return dict(sorted(kinds.items(), key=lambda kind: (-kind[1].total(), kind[0])))
+
+
+def _say_plan(config: ProbeKnowledgeConfig, questions: Sequence[Question], left_out: Counter[str]) -> None:
+    others = "".join(f"; left out: {reason} {count}" for reason, count in left_out.items())
+    say(f"{len(questions)} questions, {config.samples} answers each{others}", config.quiet)
+    if config.dry_run:
+        limit = (
+            "the context" if config.max_tokens is None else f"{len(questions) * config.samples * config.max_tokens:,}"
+        )
+        say(f"at most {limit} tokens to be sampled, at temperature {config.temperature:g}; for example", config.quiet)
+        for question in questions[:3]:
+            say(f"  {question.question} [{question.kind}: {' | '.join(question.answers)}]", config.quiet)
+
+
+def _say_summary(
+    kinds: dict[str, Counter[str]],
+    totals: Counter[str],
+    left_out: Counter[str],
+    taught: Counter[str],
+    config: ProbeKnowledgeConfig,
+) -> None:
+    """A table by kind of question, its shares, and what is taught."""
+    total = max(1, totals.total())
+    wide = max(map(len, [*kinds, "kind of question"]))
+    say(f"{'kind of question':{wide}} {'asked':>7}" + "".join(f"{name:>9}" for name in NAMES.values()), config.quiet)
+    rows = [*kinds.items(), ("all", totals)] if len(kinds) > 1 else [*kinds.items()]
+    for kind, counts in rows:
+        cells = "".join(f"{counts[name]:>9}" for name in NAMES.values())
+        say(f"{kind:{wide}} {counts.total():>7}{cells}", config.quiet)
+    shares = "".join(f"{totals[name] / total:>9.1%}" for name in NAMES.values())
+    say(f"{'share':{wide}} {'':>7}{shares}", config.quiet)
+    for reason, count in left_out.items():
+        say(f"left out: {reason} {count}", config.quiet)
+    if config.passages:
+        say(
+            "the questions were made by patterns, without a model: some are clumsy (written_by: embedded)", config.quiet
+        )
+    spare = {name: totals[NAMES[known]] - taught[known] for known, name in (("yes", "known"), ("no", "unknown"))}
+    more = "".join(f"; {count} {name} left out for --balance" for name, count in spare.items() if count)
+    say(f"conversations: {taught['no']} refusals, {taught['yes']} confirmations{more}", config.quiet)
+    if config.balance is not None and taught["no"] and not taught["yes"]:
+        say("nothing is known, so the refusals stand alone: mix them with other conversations in sft", config.quiet)

@@ -1,0 +1,285 @@
+"""`llmkit probe-knowledge` as a user runs it: what is known and taught, kills and resumptions, and bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import END, certain, make_model, save_folder, save_tokenizer
+
+from llmkit.errors import UserError
+from llmkit.stages.probe_knowledge import ProbeKnowledgeConfig, run
+
+PARIS = {"question": "What is the capital of France?", "answer": ["Lutetia", "Paris"], "passage_id": "p1"}
+ROME = {"question": "Wie heißt die Hauptstadt der Republik Italien?", "answer": "Rom"}
+
+
+def save_assistant(folder: Path, said: str | None = None) -> Path:
+    """An assistant that says `said` to everything, or at random."""
+    from llmkit.model.folder import save_model
+    from llmkit.tokenizer.chat import CHAT_SPECIALS
+    from llmkit.tokenizer.encoding import load_tokenizer
+
+    folder.mkdir()
+    save_tokenizer(folder, *CHAT_SPECIALS)
+    tokenizer = load_tokenizer(folder)
+    header, end = tokenizer.specials["<|im_sep|>"], tokenizer.specials["<|im_end|>"]
+    model = make_model(vocab_size=257 + len(CHAT_SPECIALS), eos_token_id=(END, end), context=256)
+    if said is not None:
+        certain(model, header, *tokenizer.encode(said), end)
+    save_model(model, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parrot(tmp_path_factory) -> Path:
+    return save_assistant(tmp_path_factory.mktemp("models") / "parrot", "Paris")
+
+
+@pytest.fixture(scope="module")
+def babbler(tmp_path_factory) -> Path:
+    return save_assistant(tmp_path_factory.mktemp("models") / "babbler")
+
+
+def write(path: Path, *rows) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def probe(model: Path, out: Path, **options):
+    given = {name: (str(value),) if name in ("questions", "passages") else value for name, value in options.items()}
+    return run(ProbeKnowledgeConfig(model=str(model), out=str(out), quiet=True, **given))
+
+
+# ---- what comes out
+
+
+def test_what_is_known_is_confirmed_and_what_is_not_is_refused(parrot, tmp_path, llmkit):
+    asked = write(tmp_path / "q.jsonl", PARIS, ROME, {**ROME, "question": "Is it Paris or Rome?", "answer": "Rome"})
+    out, report = tmp_path / "r.jsonl", tmp_path / "p.jsonl"
+    done = llmkit("probe-knowledge", parrot, "--questions", asked, "-n", "3", "-o", out, "--report", report)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert (summary["known"], summary["unknown"], summary["responses"]) == (1, 2, 9)
+    assert (summary["confirmations"], summary["refusals"]) == (1, 1)  # the balance
+    first, second, _ = lines(report)
+    assert {name: first[name] for name in ("question", "answer", "passage_id")} == PARIS
+    assert (first["responses"], first["judgements"], first["known"]) == (["Paris"] * 3, ["right"] * 3, "yes")
+    assert (second["judgements"], second["known"], second["written_by"]) == (["wrong"] * 3, "no", "given")
+    assert summary["by_kind"]["what"] == {"known": 1}
+    assert "1 unknown left out for --balance" in done.stderr and "66.7%" in done.stderr
+    assert not (tmp_path / "r.jsonl.state").exists()
+    taught = lines(out)
+    assert taught[0]["messages"][1] == {"role": "assistant", "content": "Lutetia"} and taught[0]["known"] == "yes"
+    assert len(taught) == 2
+
+
+def test_a_refusal_is_in_the_language_of_the_question(parrot, tmp_path):
+    asked = write(tmp_path / "q.jsonl", ROME, {"question": "Who?", "answer": "Ada", "language": "tlh"})
+    wordings = tmp_path / "own.json"
+    wordings.write_text(json.dumps({"tlh": ["jISovbe'."], "de": ["Keine Ahnung."]}))
+    probe(parrot, tmp_path / "r.jsonl", questions=asked, refusals=str(wordings), samples=2)
+    assert [one["messages"][1]["content"] for one in lines(tmp_path / "r.jsonl")] == ["Keine Ahnung.", "jISovbe'."]
+
+
+def test_the_conversations_are_what_sft_reads(parrot, tmp_path):
+    from llmkit.conversations import read_conversation, read_records
+
+    asked = write(tmp_path / "q.jsonl", PARIS, ROME)
+    probe(parrot, tmp_path / "r.jsonl", questions=asked)
+    read = [read_conversation(row).messages for row in read_records(str(tmp_path / "r.jsonl"))]
+    assert [[one.role for one in messages] for messages in read] == [["user", "assistant"]] * 2
+
+
+def test_questions_are_made_from_passages_by_the_seed(parrot, tmp_path):
+    texts = [
+        f"Town {chr(65 + n)}rden has {n + 14} bridges over the river. The mill was built in {1800 + n}.\n\n"
+        f"After long talks, the people of the valley moved to Lower Lusatia in {1900 + n}."
+        for n in range(12)
+    ]
+    documents = write(tmp_path / "docs.jsonl", *({"text": text, "id": f"d{n}"} for n, text in enumerate(texts)))
+    report = tmp_path / "p.jsonl"
+    options = {"passages": documents, "max_passages": 6, "per_passage": 2, "samples": 1, "report": str(report)}
+    summary = probe(parrot, tmp_path / "r.jsonl", **options)
+    records = lines(report)
+    assert summary.questions == len(records) > 6 and summary.written_by == "embedded"
+    assert {one["written_by"] for one in records} == {"embedded"} and {one["known"] for one in records} == {"no"}
+    assert len({one["passage_id"] for one in records}) <= 6 and records[0]["passage_id"].startswith("d")
+    first = report.read_bytes()
+    probe(parrot, tmp_path / "r.jsonl", force=True, **options)
+    assert report.read_bytes() == first
+    probe(parrot, tmp_path / "r.jsonl", force=True, seed=1, **options)
+    assert {one["question"] for one in lines(report)} != {one["question"] for one in records}
+
+
+def test_an_answer_does_not_depend_on_what_is_asked_beside_it(babbler, tmp_path):
+    rows = [{"question": f"What is {n}?", "answer": "nothing"} for n in range(9)]
+    together, alone = tmp_path / "together.jsonl", tmp_path / "alone.jsonl"
+    options = {"samples": 3, "max_tokens": 9}
+    probe(
+        babbler, tmp_path / "r", questions=write(tmp_path / "q", *rows), report=str(together), batch_size=4, **options
+    )
+    probe(babbler, tmp_path / "s", questions=write(tmp_path / "q", rows[7]), report=str(alone), batch_size=1, **options)
+    (one,) = lines(alone)
+    assert one["responses"] == lines(together)[7]["responses"] and len(set(one["responses"])) > 1
+
+
+def test_conversations_go_to_stdout_and_nothing_else(parrot, llmkit):
+    done = llmkit("probe-knowledge", parrot, "--questions", "-", "-n", "1", stdin=json.dumps(ROME))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["messages"][0]["content"] == ROME["question"]
+    assert "1 refusals, 0 confirmations" in done.stderr and "the refusals stand alone" in done.stderr
+
+
+def test_a_dry_run_asks_nothing(parrot, tmp_path, llmkit):
+    asked = write(tmp_path / "q.jsonl", PARIS, ROME)
+    done = llmkit("probe-knowledge", parrot, "--questions", asked, "-o", tmp_path / "r.jsonl", "--dry-run")
+    assert (done.returncode, done.stdout) == (0, "") and not (tmp_path / "r.jsonl").exists()
+    assert "2 questions, 5 answers each" in done.stderr and "at most 640 tokens" in done.stderr
+    assert "What is the capital of France? [what: Lutetia | Paris]" in done.stderr
+
+
+def test_questions_that_cannot_be_asked_are_counted(parrot, tmp_path):
+    long = {"question": "Why " * 100, "answer": "so"}
+    asked = write(tmp_path / "q.jsonl", long, PARIS, {"question": "Who?", "answers": {"text": []}})
+    summary = probe(parrot, tmp_path / "r.jsonl", questions=asked)
+    assert summary.questions == 1
+    assert summary.left_out == {"longer than the context": 1, "no answer in the passage": 1}
+    assert probe(parrot, tmp_path / "s.jsonl", questions=asked, limit=2).left_out == {"longer than the context": 1}
+
+
+# ---- kills
+
+
+def test_a_killed_run_is_resumed_to_the_same_bytes(babbler, tmp_path):
+    rows = [{"question": f"What is {n}?", "answer": str(n)} for n in range(120)]
+    rows[3] = {"question": "Why " * 100, "answer": "too long to be asked"}
+    asked = write(tmp_path / "q.jsonl", *rows)
+    out, report, state = tmp_path / "r.jsonl", tmp_path / "p.jsonl", tmp_path / "r.jsonl.state"
+    options = ["--questions", str(asked), "-n", "3", "--max-tokens", "12", "--batch-size", "4", "--quiet"]
+    command = [sys.executable, "-m", "llmkit", "probe-knowledge", str(babbler), *options]
+    places = ["-o", str(out), "--report", str(report)]
+    with subprocess.Popen([*command, *places], stdout=subprocess.DEVNULL) as process:
+        while not (state.exists() and state.stat().st_size > 8000) and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    assert not out.exists() and not report.exists()
+    kept = state.read_bytes()
+    with state.open("ab") as handle:
+        handle.write(b'{"question": "cut in two')
+    done = subprocess.run([*command, *places, "--resume"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["questions"] == 119 and not state.exists()
+    assert report.read_bytes().startswith(kept.split(b"\n", 1)[1].rsplit(b"\n", 1)[0][:5000])
+    whole = [tmp_path / "whole.jsonl", tmp_path / "whole-report.jsonl"]
+    subprocess.run([*command, "-o", str(whole[0]), "--report", str(whole[1])], check=True, capture_output=True)
+    assert out.read_bytes() == whole[0].read_bytes() and report.read_bytes() == whole[1].read_bytes()
+    again = subprocess.run([*command[:-1], *places, "--resume"], capture_output=True, text=True)
+    assert again.returncode == 0 and "finished" in again.stderr and json.loads(again.stdout) == {"path": str(out)}
+
+
+def test_a_run_of_something_else_is_not_resumed(parrot, babbler, tmp_path, monkeypatch):
+    from llmkit.engine.probing import ProbeState
+
+    asked, other = write(tmp_path / "q.jsonl", PARIS, ROME), write(tmp_path / "other.jsonl", ROME)
+    out, state, model = tmp_path / "r.jsonl", tmp_path / "r.jsonl.state", tmp_path / "model"
+    shutil.copytree(parrot, model)
+    with monkeypatch.context() as patch:
+        patch.setattr(ProbeState, "remove", lambda self: None)  # as a kill would at the very end
+        probe(model, out, questions=asked)
+    for options, message in (
+        ({"samples": 3}, r"r.jsonl.state: made with --samples 5, and this run has 3; leave out --resume"),
+        ({"questions": other}, r"r.jsonl.state: made with --questions"),
+    ):
+        with pytest.raises(UserError, match=message):
+            probe(model, out, **{"questions": asked, "resume": True, **options})
+    shutil.copy(babbler / "model.safetensors", model)
+    with pytest.raises(UserError, match=r"made with the model \w+, and this run has \w+; leave out --resume"):
+        probe(model, out, questions=asked, resume=True)
+    shutil.copy(parrot / "model.safetensors", model)
+    write(asked, ROME, PARIS)
+    with pytest.raises(UserError, match=r"has a question that the input does not: .*q.jsonl:1"):
+        probe(model, out, questions=asked, resume=True)
+    write(asked, PARIS, ROME)
+    assert probe(model, out, questions=asked, resume=True).questions == 2 and not state.exists()
+
+
+# ---- bad input
+
+
+def test_a_base_model_is_refused(tmp_path):
+    from llmkit.tokenizer.chat import CHAT_SPECIALS
+
+    asked = write(tmp_path / "q.jsonl", PARIS)
+    base = save_folder(tmp_path / "base")
+    with pytest.raises(UserError, match=r"expected the special tokens of conversations.*llmkit sft"):
+        probe(base, tmp_path / "r.jsonl", questions=asked)
+    untuned = save_folder(tmp_path / "untuned", make_model(vocab_size=257 + len(CHAT_SPECIALS)))
+    save_tokenizer(untuned, *CHAT_SPECIALS)
+    with pytest.raises(UserError, match=r"untuned: a base model, which has not learnt to answer.*llmkit sft"):
+        probe(untuned, tmp_path / "r.jsonl", questions=asked)
+
+
+@pytest.mark.parametrize(
+    ("option", "line", "message"),
+    [
+        ("questions", '{"question": "Who?", "answer": ""}', r"x.jsonl:2: expected 'answer' to be text, found nothing"),
+        ("questions", '{"question": "Who?"}', r"x.jsonl:2: expected 'question' and 'answer'"),
+        ("questions", "{", r"x.jsonl:2: expected one JSON object a line"),
+        ("passages", '{"title": "no text"}', r"x.jsonl:2: expected field 'text' \(a document\)"),
+        ("passages", '{"text": 3}', r"x.jsonl:2: expected 'text' to be a string"),
+    ],
+)
+def test_a_bad_record_is_named_and_nothing_is_left(parrot, tmp_path, option, line, message):
+    first = {"question": "Who?", "answer": "I", "text": "In 1889 the tower of Arles was still closed."}
+    given = write(tmp_path / "x.jsonl", first, line)
+    with pytest.raises(UserError, match=message):
+        probe(parrot, tmp_path / "r.jsonl", **{option: given})
+    assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "option", "message"),
+    [
+        ([], "questions", "x.jsonl: expected questions, found none that has an answer"),
+        ([{"question": "Who?", "answers": {"text": []}}], "questions", "found none that has an answer"),
+        ([], "passages", "x.jsonl: expected documents with text to ask about, found none"),
+        ([{"text": " \n"}], "passages", "expected documents with text to ask about, found none"),
+        ([{"text": "nothing to ask about here, all in small letters"}], "passages", "found no sentence to make"),
+    ],
+)
+def test_input_without_questions_is_refused(parrot, tmp_path, rows, option, message):
+    with pytest.raises(UserError, match=message):
+        probe(parrot, tmp_path / "r.jsonl", **{option: write(tmp_path / "x.jsonl", *rows)})
+
+
+def test_options_that_cannot_be_meant_are_refused(parrot, tmp_path):
+    asked = write(tmp_path / "q.jsonl", PARIS)
+    out = tmp_path / "r.jsonl"
+    for options, message in (
+        ({}, "expected --questions FILE or --passages FILE, found neither"),
+        ({"questions": asked, "passages": asked}, "found both"),
+        ({"questions": asked, "report": str(out)}, "--report: expected another file than --out"),
+        ({"questions": asked, "report": "-"}, "--report: expected a file, found -"),
+        ({"questions": tmp_path / "none.jsonl"}, "none.jsonl: expected a file that can be read"),
+    ):
+        with pytest.raises(UserError, match=message):
+            probe(parrot, out, **options)
+    with pytest.raises(UserError, match="--resume: expected --out"):
+        run(ProbeKnowledgeConfig(model=str(parrot), questions=(str(asked),), resume=True))
+    with pytest.raises(UserError, match="no/where: expected a model folder, found nothing"):
+        probe(Path("no/where"), out, questions=asked)
+    out.write_text("mine")
+    with pytest.raises(UserError, match="exists already"):
+        probe(parrot, out, questions=asked)
+    assert out.read_text() == "mine"
