@@ -5,19 +5,19 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmkit.config import CommonConfig, argument, lasting_options, option
-from llmkit.errors import UserError
+from llmkit.errors import Interrupted, UserError
 from llmkit.files import check_output
 from llmkit.progress import Progress, say
 from llmkit.questions import Question, read_questions
 from llmkit.stream import check_inputs, names_of, open_output, read_documents
 
 if TYPE_CHECKING:
-    from llmkit.engine.probing import ProbeState
+    from llmkit.engine.probing import Probe, ProbeState
     from llmkit.engine.refusals import Refusals
 
 STARTED = time.monotonic()
@@ -44,8 +44,8 @@ class ProbeKnowledgeConfig(CommonConfig):
     """
     following: ClassVar[str] = "llmkit sft base/ --data chats.jsonl:0.9 --data refusals.jsonl:0.1 -o chat2/"
 
-    model: str = argument("Folder of an assistant.", metavar="MODEL", default=MISSING)
-    questions: tuple[str, ...] = option((), "Questions with answers; repeatable.", metavar="FILE")
+    model: str | None = argument("Folder of an assistant.", metavar="MODEL", default=None)
+    questions: tuple[str, ...] = option((), "Questions with answers; repeatable [stdin].", metavar="FILE")
     passages: tuple[str, ...] = option((), "Documents to make questions from; repeatable.", metavar="FILE")
     report: str | None = option(None, "Every question, its answers and what they say.", metavar="FILE", free=True)
     device: str = option("auto", "Where to compute.", choices=("auto", "cpu", "cuda", "mps"))
@@ -74,7 +74,7 @@ class ProbeKnowledgeConfig(CommonConfig):
 
     def reads_stdin(self) -> bool:
         """Whether stdin is the input."""
-        return "-" in self.questions + self.passages
+        return not self.questions + self.passages or "-" in self.questions + self.passages
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Summary:
 def run(config: ProbeKnowledgeConfig) -> Summary | None:
     """Load, build, ask, save, summarise. Raises UserError for the user's mistakes."""
     out = config.out or "-"
-    state_path = _checked(config, out)
+    folder, state_path = _checked(config, out)
     if config.resume and state_path is not None and Path(out).exists() and not state_path.exists():
         say(f"{out}: finished, so there is nothing to do; without --resume, --force makes it again", config.quiet)
         return Summary(out)
@@ -120,9 +120,9 @@ def run(config: ProbeKnowledgeConfig) -> Summary | None:
 
     device = choose_device(config.device)
     precision = choose_precision(config.dtype, device)
-    model_config, tokenizer = load_config(config.model), load_tokenizer(config.model)
+    model_config, tokenizer = load_config(folder), load_tokenizer(folder)
     chat = ChatFormat(tokenizer)
-    check_assistant(model_config, chat, config.model)
+    check_assistant(model_config, chat, folder)
     refusals = Refusals(config.refusals)
     questions, left_out, written_by = _questions(config)
     _say_plan(config, questions, left_out)
@@ -130,17 +130,17 @@ def run(config: ProbeKnowledgeConfig) -> Summary | None:
         return None
 
     # build
-    identity = lasting_options(config) | {"the model": fingerprint(config.model)}
+    identity = lasting_options(config) | {"the model": fingerprint(folder)}
     state = ProbeState(state_path, identity, config.resume)
     if state.kept:
         say(f"{state_path}: kept {state.kept} questions", config.quiet)
     with torch.inference_mode():
         generator = Generator(
-            load_model(config.model, dtype=precision.dtype, device=device),
+            load_model(folder, dtype=precision.dtype, device=device),
             tokenizer,
             Sampling(config.temperature, top_p=config.top_p),
             slots=config.batch_size,
-            name=config.model,
+            name=folder,
             weights=precision.weights,
         )
         probe = Probe(
@@ -156,13 +156,12 @@ def run(config: ProbeKnowledgeConfig) -> Summary | None:
         )
 
         # ask
-        with Progress("probe", total=len(questions), unit="questions", quiet=config.quiet) as progress:
-            progress.advance(state.kept)
-            found = Counter()
-            for record in probe.ask(state.remaining(questions)):
-                state.append(record)
-                found[record["known"]] += 1
-                progress.advance(**{NAMES[known]: count for known, count in found.items()})
+        try:
+            _ask(probe, state, questions, config.quiet)
+        except KeyboardInterrupt:
+            if state_path is None:
+                raise
+            raise Interrupted(f"interrupted; {state_path} has what was asked, and --resume goes on with it") from None
 
     # save
     taught = _write(config, out, state, refusals)
@@ -197,14 +196,16 @@ def run(config: ProbeKnowledgeConfig) -> Summary | None:
 # ---- what is asked for
 
 
-def _checked(config: ProbeKnowledgeConfig, out: str) -> Path | None:
-    """Where the state of the run stands, None for nowhere, once all that can be known before the work is in order."""
+def _checked(config: ProbeKnowledgeConfig, out: str) -> tuple[str, Path | None]:
+    """The model, and where the state of the run stands (None for nowhere), once all that can be known before the
+    work is in order."""
+    if config.model is None:
+        raise UserError("MODEL: expected a model folder, as in llmkit probe-knowledge chat/ --questions q.jsonl")
     if not Path(config.model).is_dir():
         found = "a file" if Path(config.model).exists() else "nothing"
         raise UserError(f"{config.model}: expected a model folder, found {found}")
-    if bool(config.questions) == bool(config.passages):
-        found = "both" if config.questions else "neither"
-        raise UserError(f"expected --questions FILE or --passages FILE, found {found}")
+    if config.questions and config.passages:
+        raise UserError("--passages: expected no --questions beside it; they are two runs")
     if config.seed >= 2**63:
         raise UserError(f"--seed: expected less than 2^63, found {config.seed}")
     if config.report == "-":
@@ -217,18 +218,19 @@ def _checked(config: ProbeKnowledgeConfig, out: str) -> Path | None:
         raise UserError(f"--report: expected another file than --out, found {config.report} twice")
     for path in outputs:
         check_output(str(path), config.force, config.resume)
-    return None if out == "-" else Path(out + STATE)
+    return config.model, None if out == "-" else Path(out + STATE)
 
 
 def _questions(config: ProbeKnowledgeConfig) -> tuple[list[Question], Counter[str], str]:
     """The questions, why others are left out, and who wrote them. Raises UserError where there are none."""
     left_out: Counter[str] = Counter()
-    if config.questions:
-        read = list(read_questions(config.questions, config.limit))
+    if not config.passages:
+        files = config.questions or ("-",)
+        read = list(read_questions(files, config.limit))
         left_out.update(one for one in read if isinstance(one, str))
         questions = [one for one in read if not isinstance(one, str)]
         if not questions:
-            raise UserError(f"{names_of(config.questions)}: expected questions, found none that has an answer")
+            raise UserError(f"{names_of(files)}: expected questions, found none that has an answer")
         return questions, left_out, "given"
     from llmkit.data.passages import sample_passages
     from llmkit.data.question_writer import write_questions
@@ -245,6 +247,20 @@ def _questions(config: ProbeKnowledgeConfig) -> tuple[list[Question], Counter[st
             "or a number. Give questions by --questions"
         )
     return [one for some in written for one in some], left_out, "embedded"
+
+
+# ---- the work
+
+
+def _ask(probe: Probe, state: ProbeState, questions: Sequence[Question], quiet: bool) -> None:
+    """Ask the questions that the state has not, into it."""
+    found: Counter[str] = Counter()
+    with Progress("probe", total=len(questions), unit="questions", quiet=quiet) as progress:
+        progress.advance(state.kept)
+        for record in probe.ask(state.remaining(questions)):
+            state.append(record)
+            found[NAMES[record["known"]]] += 1
+            progress.advance(**found)
 
 
 # ---- what comes out

@@ -135,7 +135,7 @@ def test_an_answer_does_not_depend_on_what_is_asked_beside_it(babbler, tmp_path)
 
 
 def test_conversations_go_to_stdout_and_nothing_else(parrot, llmkit):
-    done = llmkit("probe-knowledge", parrot, "--questions", "-", "-n", "1", stdin=json.dumps(ROME))
+    done = llmkit("probe-knowledge", parrot, "-n", "1", stdin=json.dumps(ROME))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["messages"][0]["content"] == ROME["question"]
     assert "1 refusals, 0 confirmations" in done.stderr and "the refusals stand alone" in done.stderr
@@ -214,6 +214,29 @@ def test_a_run_of_something_else_is_not_resumed(parrot, babbler, tmp_path, monke
     assert probe(model, out, questions=asked, resume=True).questions == 2 and not state.exists()
 
 
+def test_an_interrupted_run_says_how_to_go_on(babbler, tmp_path):
+    asked = write(tmp_path / "q.jsonl", *({"question": f"What is {n}?", "answer": str(n)} for n in range(400)))
+    out, state = tmp_path / "r.jsonl", tmp_path / "r.jsonl.state"
+    command = [
+        sys.executable,
+        "-m",
+        "llmkit",
+        "probe-knowledge",
+        str(babbler),
+        "--questions",
+        str(asked),
+        "-o",
+        str(out),
+    ]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not (state.exists() and state.stat().st_size > 2000) and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate()
+    assert process.returncode == 130 and "r.jsonl.state has what was asked, and --resume goes on" in said
+    assert not out.exists() and state.exists()
+
+
 # ---- bad input
 
 
@@ -267,8 +290,7 @@ def test_options_that_cannot_be_meant_are_refused(parrot, tmp_path):
     asked = write(tmp_path / "q.jsonl", PARIS)
     out = tmp_path / "r.jsonl"
     for options, message in (
-        ({}, "expected --questions FILE or --passages FILE, found neither"),
-        ({"questions": asked, "passages": asked}, "found both"),
+        ({"questions": asked, "passages": asked}, "--passages: expected no --questions beside it"),
         ({"questions": asked, "report": str(out)}, "--report: expected another file than --out"),
         ({"questions": asked, "report": "-"}, "--report: expected a file, found -"),
         ({"questions": tmp_path / "none.jsonl"}, "none.jsonl: expected a file that can be read"),
@@ -277,6 +299,8 @@ def test_options_that_cannot_be_meant_are_refused(parrot, tmp_path):
             probe(parrot, out, **options)
     with pytest.raises(UserError, match="--resume: expected --out"):
         run(ProbeKnowledgeConfig(model=str(parrot), questions=(str(asked),), resume=True))
+    with pytest.raises(UserError, match="MODEL: expected a model folder"):
+        run(ProbeKnowledgeConfig(questions=(str(asked),)))
     with pytest.raises(UserError, match="no/where: expected a model folder, found nothing"):
         probe(Path("no/where"), out, questions=asked)
     out.write_text("mine")
