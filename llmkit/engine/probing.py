@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import IO, Any
@@ -27,7 +28,7 @@ from llmkit.model.config import ModelConfig
 from llmkit.questions import Question
 from llmkit.tokenizer.chat import ChatFormat
 
-KNOWN = ("yes", "no", "mixed", "evasive")
+NAMES = {"yes": "known", "no": "unknown", "mixed": "mixed", "evasive": "evasive"}  # what people call a question
 WEIGHTS_READ = 1 << 20  # bytes at the end of a file of weights that tell it from another
 
 Judge = Callable[[str, str, Sequence[str]], str]
@@ -116,6 +117,28 @@ def check_assistant(model: ModelConfig, chat: ChatFormat, name: str) -> None:
     ends = model.eos_token_id if isinstance(model.eos_token_id, tuple) else (model.eos_token_id,)
     if chat.end_id not in ends:
         raise UserError(f"{name}: a base model, which has not learnt to answer; tune it by llmkit sft first")
+
+
+# ---- what was found
+
+
+def count_by_kind(records: Iterable[dict[str, Any]]) -> dict[str, Counter[str]]:
+    """By kind of question, the commonest first: how many are known, unknown, mixed and evasive."""
+    kinds: dict[str, Counter[str]] = defaultdict(Counter)
+    for record in records:
+        kinds[record["kind"]][NAMES[record["known"]]] += 1
+    return dict(sorted(kinds.items(), key=lambda kind: (-kind[1].total(), kind[0])))
+
+
+def table(kinds: Mapping[str, Counter[str]]) -> Iterator[str]:
+    """The counts by kind as lines, with their sum and its shares."""
+    totals = sum(kinds.values(), Counter[str]())
+    wide = max(map(len, [*kinds, "kind of question"]))
+    yield f"{'kind of question':{wide}} {'asked':>7}" + "".join(f"{name:>9}" for name in NAMES.values())
+    for kind, counts in [*kinds.items(), *([("all", totals)] if len(kinds) > 1 else [])]:
+        yield f"{kind:{wide}} {counts.total():>7}" + "".join(f"{counts[name]:>9}" for name in NAMES.values())
+    shares = (totals[name] / max(1, totals.total()) for name in NAMES.values())
+    yield f"{'share':{wide}} {'':>7}" + "".join(f"{share:>9.1%}" for share in shares)
 
 
 # ---- the state of a run

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,7 +14,7 @@ from llmkit.errors import Interrupted, UserError
 from llmkit.files import check_output
 from llmkit.progress import Progress, say
 from llmkit.questions import Question, read_questions
-from llmkit.stream import check_inputs, names_of, open_output, read_documents
+from llmkit.stream import check_inputs, name_of, names_of, open_output, read_documents, read_jsonl
 
 if TYPE_CHECKING:
     from llmkit.engine.probing import Probe, ProbeState
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 STARTED = time.monotonic()
 STATE = ".state"
-NAMES = {"yes": "known", "no": "unknown", "mixed": "mixed", "evasive": "evasive"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +32,7 @@ class ProbeKnowledgeConfig(CommonConfig):
         Examples:
           llmkit probe-knowledge chat/ --passages docs.jsonl -o refusals.jsonl --report probe.jsonl
           llmkit probe-knowledge chat/ --questions q.jsonl --samples 3 --limit 200 -o refusals.jsonl
+          llmkit probe-knowledge --judge-check labelled.jsonl
           llmkit probe-knowledge chat/ --questions squad.json.gz | jq -r .known | sort | uniq -c
 
         Every question is asked --samples times, without its passage, and every answer is judged: right, wrong, or
@@ -41,6 +41,7 @@ class ProbeKnowledgeConfig(CommonConfig):
         evasive. Out come conversations: a refusal for what is unknown, the answer for what is known, nothing else.
         --questions: {"question", "answer"}, SQuAD's JSON and others. --passages: documents, from whose sentences
         questions are made without a model, by patterns of English. --resume goes on after a kill, from OUT.state.
+        --judge-check: {"question", "answer", "response", "label": "right", "wrong" or "evasive"}, or true and false.
     """
     following: ClassVar[str] = "llmkit sft base/ --data chats.jsonl:0.9 --data refusals.jsonl:0.1 -o chat2/"
 
@@ -69,11 +70,18 @@ class ProbeKnowledgeConfig(CommonConfig):
     match_f1: float = option(0.7, "Least F1 of words of a right answer.", group="Judge", above=0, at_most=1)
     consistent: float = option(0.8, "Share of answers that must agree.", group="Judge", above=0, at_most=1)
 
+    judge_check: str | None = option(
+        None, "Only compare the judge with people's labels.", group="Judge", metavar="FILE", free=True
+    )
+    calibration: bool = option(False, "Tell if log-probabilities foretell a right answer.", group="Judge", free=True)
+
     balance: float | None = option(1.0, "Known for each unknown; none: all.", group="Lessons", above=0, free=True)
     refusals: str | None = option(None, 'Wordings: {"en": [...], ...} [ours].', group="Lessons", metavar="FILE")
 
     def reads_stdin(self) -> bool:
         """Whether stdin is the input."""
+        if self.judge_check is not None:
+            return self.judge_check == "-"
         return not self.questions + self.passages or "-" in self.questions + self.passages
 
 
@@ -94,11 +102,25 @@ class Summary:
     refusals: int | None = None
     by_kind: dict[str, dict[str, int]] | None = None
     left_out: dict[str, int] | None = None
+    calibration: dict[str, Any] | None = None
     seconds: float | None = None
 
 
-def run(config: ProbeKnowledgeConfig) -> Summary | None:
+@dataclass(frozen=True)
+class Checked:
+    """What the command line prints of a judge; see `check_judge` of engine/judge_check.py."""
+
+    answers: int
+    agreement: float
+    agreement_95: list[float]
+    kappa: float | None
+    table: dict[str, int]
+
+
+def run(config: ProbeKnowledgeConfig) -> Summary | Checked | None:
     """Load, build, ask, save, summarise. Raises UserError for the user's mistakes."""
+    if config.judge_check is not None:
+        return _check_judge(config, config.judge_check)
     out = config.out or "-"
     folder, state_path = _checked(config, out)
     if config.resume and state_path is not None and Path(out).exists() and not state_path.exists():
@@ -110,8 +132,9 @@ def run(config: ProbeKnowledgeConfig) -> Summary | None:
 
     from llmkit.engine.devices import choose_device, choose_precision
     from llmkit.engine.generation import Generator
+    from llmkit.engine.judge_check import calibration
     from llmkit.engine.matching import MatchJudge
-    from llmkit.engine.probing import Probe, ProbeState, check_assistant, fingerprint
+    from llmkit.engine.probing import NAMES, Probe, ProbeState, check_assistant, count_by_kind, fingerprint
     from llmkit.engine.refusals import Refusals
     from llmkit.engine.sampling import Sampling
     from llmkit.model.folder import load_config, load_model
@@ -165,7 +188,8 @@ def run(config: ProbeKnowledgeConfig) -> Summary | None:
 
     # save
     taught = _write(config, out, state, refusals)
-    kinds = _by_kind(state.records())
+    kinds = count_by_kind(state.records())
+    certainty = calibration(state.records()) if config.calibration else None
     state.remove()
 
     # summarise
@@ -176,6 +200,12 @@ def run(config: ProbeKnowledgeConfig) -> Summary | None:
     if asked < len(questions):
         left_out["longer than the context"] += len(questions) - asked
     _say_summary(kinds, totals, left_out, taught, config)
+    if certainty is not None:
+        say(
+            f"certainty of {certainty['answers']} answers, {certainty['right']} of them right: AUROC "
+            f"{_figure(certainty['auroc'])}, calibration error {_figure(certainty['ece'])}",
+            config.quiet,
+        )
     if out == "-":
         return None
     return Summary(
@@ -189,6 +219,7 @@ def run(config: ProbeKnowledgeConfig) -> Summary | None:
         refusals=taught["no"],
         by_kind={kind: dict(counts) for kind, counts in kinds.items()},
         left_out=dict(left_out) or None,
+        calibration=certainty,
         seconds=round(time.monotonic() - STARTED, 1),
     )
 
@@ -252,8 +283,35 @@ def _questions(config: ProbeKnowledgeConfig) -> tuple[list[Question], Counter[st
 # ---- the work
 
 
+def _check_judge(config: ProbeKnowledgeConfig, path: str) -> Checked:
+    """`--judge-check FILE`: how far the judge agrees with people."""
+    from llmkit.engine.judge_check import check_judge
+    from llmkit.engine.matching import MatchJudge
+    from llmkit.engine.refusals import Refusals
+
+    if config.questions or config.passages or config.out:
+        raise UserError("--judge-check: expected neither questions, passages nor --out beside it; no model is asked")
+    judge = MatchJudge(config.match_f1, Refusals(config.refusals).texts())
+    checked = Checked(**check_judge(judge, read_jsonl([path], config.limit)))
+    low, high = checked.agreement_95
+    say(
+        f"{name_of(path)}: the judge agrees with {checked.agreement:.1%} of {checked.answers} labels "
+        f"(95%: {low:.1%} to {high:.1%}); Cohen's kappa {_figure(checked.kappa)}",
+        config.quiet,
+    )
+    for pair, count in checked.table.items():
+        say(f"labelled {pair}: {count}", config.quiet)
+    return checked
+
+
+def _figure(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"
+
+
 def _ask(probe: Probe, state: ProbeState, questions: Sequence[Question], quiet: bool) -> None:
     """Ask the questions that the state has not, into it."""
+    from llmkit.engine.probing import NAMES
+
     found: Counter[str] = Counter()
     with Progress("probe", total=len(questions), unit="questions", quiet=quiet) as progress:
         progress.advance(state.kept)
@@ -285,14 +343,6 @@ def _write(config: ProbeKnowledgeConfig, out: str, state: ProbeState, refusals: 
     return taught
 
 
-def _by_kind(records: Iterable[dict[str, Any]]) -> dict[str, Counter[str]]:
-    """By kind of question, the commonest first: how many are known, unknown, mixed and evasive."""
-    kinds: dict[str, Counter[str]] = defaultdict(Counter)
-    for record in records:
-        kinds[record["kind"]][NAMES[record["known"]]] += 1
-    return dict(sorted(kinds.items(), key=lambda kind: (-kind[1].total(), kind[0])))
-
-
 def _say_plan(config: ProbeKnowledgeConfig, questions: Sequence[Question], left_out: Counter[str]) -> None:
     others = "".join(f"; left out: {reason} {count}" for reason, count in left_out.items())
     say(f"{len(questions)} questions, {config.samples} answers each{others}", config.quiet)
@@ -313,15 +363,10 @@ def _say_summary(
     config: ProbeKnowledgeConfig,
 ) -> None:
     """A table by kind of question, its shares, and what is taught."""
-    total = max(1, totals.total())
-    wide = max(map(len, [*kinds, "kind of question"]))
-    say(f"{'kind of question':{wide}} {'asked':>7}" + "".join(f"{name:>9}" for name in NAMES.values()), config.quiet)
-    rows = [*kinds.items(), ("all", totals)] if len(kinds) > 1 else [*kinds.items()]
-    for kind, counts in rows:
-        cells = "".join(f"{counts[name]:>9}" for name in NAMES.values())
-        say(f"{kind:{wide}} {counts.total():>7}{cells}", config.quiet)
-    shares = "".join(f"{totals[name] / total:>9.1%}" for name in NAMES.values())
-    say(f"{'share':{wide}} {'':>7}{shares}", config.quiet)
+    from llmkit.engine.probing import NAMES, table
+
+    for line in table(kinds):
+        say(line, config.quiet)
     for reason, count in left_out.items():
         say(f"left out: {reason} {count}", config.quiet)
     if config.passages:

@@ -1,0 +1,123 @@
+"""How far a judge of answers agrees with people, and how far a model's own certainty agrees with the judge.
+
+check_judge(MatchJudge(), read_jsonl(["labelled.jsonl"]))
+calibration(records)  # of a probe's report
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from llmkit.engine.judgement import wilson
+from llmkit.engine.matching import EVASIVE, RIGHT, VERDICTS, WRONG
+from llmkit.errors import UserError
+from llmkit.questions import read_question
+from llmkit.records import Row
+
+BINS = 10  # of certainty: Guo et al. 2017 use 15 for 10,000 answers, a probe has fewer
+EXPECTED = "right, wrong, evasive, true or false"
+LABELS = {**{name: name for name in VERDICTS}, "correct": RIGHT, "incorrect": WRONG}
+
+
+def check_judge(judge: Callable[[str, str, Sequence[str]], str], rows: Iterable[Row]) -> dict[str, Any]:
+    """The agreement of a judge with people, with its 95% interval, Cohen's kappa (1960), and who said what how often.
+
+    A record is a question with its answer, a `response` and its `label`: "right", "wrong" or "evasive"; or a line of
+    a probe's report with `labels`, one for each of `responses`. Labels true and false (or 1 and 0) say only whether
+    it is right: then, in all records, evasive counts as wrong. kappa is None where one side says the same of all.
+    """
+    pairs: list[tuple[str, str]] = []  # what people say, what the judge says
+    only_right = False
+    for row in rows:
+        question = read_question(row)
+        if isinstance(question, str):
+            raise UserError(f"{row.where}: expected an answer to judge by, found {question}")
+        for response, label in _labelled(row):
+            only_right |= not isinstance(label, str)
+            label = label if isinstance(label, str) else RIGHT if label else WRONG
+            pairs.append((label, judge(response, question.question, question.answers)))
+    if not pairs:
+        raise UserError("--judge-check: expected labelled answers, found none")
+    if only_right:
+        pairs = [(_as_wrong(label), _as_wrong(verdict)) for label, verdict in pairs]
+    agreed = sum(label == verdict for label, verdict in pairs) / len(pairs)
+    low, high = wilson(agreed, len(pairs))
+    labels, verdicts = (Counter(side) for side in zip(*pairs, strict=True))
+    chance = sum(labels[name] * verdicts[name] for name in VERDICTS) / len(pairs) ** 2
+    table = Counter(f"{label}, judged {verdict}" for label, verdict in pairs)
+    return {
+        "answers": len(pairs),
+        "agreement": round(agreed, 4),
+        "agreement_95": [round(low, 4), round(high, 4)],
+        "kappa": None if math.isclose(chance, 1.0) else round((agreed - chance) / (1 - chance), 4),
+        "table": dict(sorted(table.items())),
+    }
+
+
+def _as_wrong(verdict: str) -> str:
+    return WRONG if verdict == EVASIVE else verdict
+
+
+def _labelled(row: Row) -> Iterable[tuple[str, str | bool]]:
+    """The responses of a record and their labels: a verdict, or whether it is right."""
+    several = "labels" in row.value
+    names = ("responses", "labels") if several else ("response", "label")
+    missing = [name for name in names if name not in row.value]
+    if missing:
+        raise UserError(f"{row.where}: expected fields 'response' and 'label', found {sorted(row.value)}")
+    responses, labels = (row.value[name] if several else [row.value[name]] for name in names)
+    if not isinstance(responses, list) or not isinstance(labels, list) or len(responses) != len(labels):
+        raise UserError(f"{row.where}: expected as many 'labels' as 'responses'")
+    for response, label in zip(responses, labels, strict=True):
+        if not isinstance(response, str):
+            raise UserError(f"{row.where}: expected a response of text, found {response!r}")
+        if isinstance(label, (bool, int)) and label in (0, 1):
+            yield response, bool(label)
+        elif isinstance(label, str) and label.lower() in LABELS:
+            yield response, LABELS[label.lower()]
+        else:
+            raise UserError(f"{row.where}: expected 'label' to be {EXPECTED}, found {label!r}")
+
+
+def calibration(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Does a model's certainty of an answer, exp of its tokens' mean log-probability, tell that it is right?
+
+    `auroc` is the chance that a right answer is more certain than a wrong one, ties half; None where all are right or
+    all wrong. `ece` is the expected calibration error (Guo et al. 2017, arXiv:1706.04599). Evasive answers are no
+    answers. Log-probabilities are those under the temperature of the probe.
+    """
+    judged = [
+        (math.exp(logprob), verdict == RIGHT)
+        for record in records
+        for logprob, verdict in zip(record["logprobs"], record["judgements"], strict=True)
+        if verdict != EVASIVE
+    ]
+    if not judged:
+        return {"answers": 0, "right": 0, "auroc": None, "ece": None}
+    certainty, right = np.array([one for one, _ in judged]), np.array([one for _, one in judged])
+    bins = np.minimum((certainty * BINS).astype(int), BINS - 1)
+    gaps = sum(abs(float((certainty[bins == b] - right[bins == b]).sum())) for b in range(BINS))
+    return {
+        "answers": len(judged),
+        "right": int(right.sum()),
+        "auroc": auroc(certainty[right], certainty[~right]),
+        "ece": round(gaps / len(judged), 4),
+    }
+
+
+def auroc(of_right: np.ndarray, of_wrong: np.ndarray) -> float | None:
+    """The chance that one of the first lies above one of the second, ties half; None where one is empty.
+
+    >>> auroc(np.array([0.9, 0.4]), np.array([0.4, 0.1]))
+    0.875
+    """
+    if not len(of_right) or not len(of_wrong):
+        return None
+    ordered = np.sort(of_wrong)
+    below, upto = np.searchsorted(ordered, of_right, "left"), np.searchsorted(ordered, of_right, "right")
+    return round(float((below + upto).sum() / (2 * len(of_right) * len(of_wrong))), 4)
