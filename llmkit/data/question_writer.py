@@ -9,12 +9,13 @@ meaning stands elsewhere, is left alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import NamedTuple
 
 from llmkit.data.passages import Passage
+from llmkit.errors import UserError
 from llmkit.questions import Question
 
 BLANK = "_____"
@@ -62,6 +63,19 @@ class _Build:
 
     pattern: re.Pattern[str]
     write: Callable[[re.Match[str]], Written]
+
+
+def ask_about(passages: Sequence[Passage], source: str, most: int, seed: int) -> list[Question]:
+    """At most `most` questions about each passage. Raises UserError where there are none; `source` is its place."""
+    if not passages:
+        raise UserError(f"{source}: expected documents with text to ask about, found none")
+    questions = [question for passage in passages for question in write_questions(passage, most, seed)]
+    if not questions:
+        raise UserError(
+            f"{source}: found no sentence to make a question of; it takes one of {FEWEST} to {MOST} words with a name, "
+            "a date or a number. Give questions by --questions"
+        )
+    return questions
 
 
 def write_questions(passage: Passage, most: int, seed: int) -> list[Question]:

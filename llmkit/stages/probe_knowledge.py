@@ -128,24 +128,17 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Checked | None:
         return Summary(out)
 
     # load
-    import torch
-
-    from llmkit.engine.devices import choose_device, choose_precision
-    from llmkit.engine.generation import Generator
     from llmkit.engine.judge_check import calibration
+    from llmkit.engine.loading import open_model
     from llmkit.engine.matching import MatchJudge
     from llmkit.engine.probing import NAMES, Probe, ProbeState, check_assistant, count_by_kind, fingerprint
     from llmkit.engine.refusals import Refusals
     from llmkit.engine.sampling import Sampling
-    from llmkit.model.folder import load_config, load_model
     from llmkit.tokenizer.chat import ChatFormat
-    from llmkit.tokenizer.encoding import load_tokenizer
 
-    device = choose_device(config.device)
-    precision = choose_precision(config.dtype, device)
-    model_config, tokenizer = load_config(folder), load_tokenizer(folder)
-    chat = ChatFormat(tokenizer)
-    check_assistant(model_config, chat, folder)
+    opened = open_model(folder, config.device, config.dtype)
+    chat = ChatFormat(opened.tokenizer)
+    check_assistant(opened.config, chat, folder)
     refusals = Refusals(config.refusals)
     questions, left_out, written_by = _questions(config)
     _say_plan(config, questions, left_out)
@@ -157,20 +150,12 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Checked | None:
     state = ProbeState(state_path, identity, config.resume)
     if state.kept:
         say(f"{state_path}: kept {state.kept} questions", config.quiet)
-    with torch.inference_mode():
-        generator = Generator(
-            load_model(folder, dtype=precision.dtype, device=device),
-            tokenizer,
-            Sampling(config.temperature, top_p=config.top_p),
-            slots=config.batch_size,
-            name=folder,
-            weights=precision.weights,
-        )
+    with opened.computing():
         probe = Probe(
-            generator,
+            opened.generator(Sampling(config.temperature, top_p=config.top_p), config.batch_size),
             chat,
             MatchJudge(config.match_f1, refusals.texts()),
-            context=model_config.max_position_embeddings,
+            context=opened.config.max_position_embeddings,
             samples=config.samples,
             max_tokens=config.max_tokens,
             seed=config.seed,
@@ -264,20 +249,14 @@ def _questions(config: ProbeKnowledgeConfig) -> tuple[list[Question], Counter[st
             raise UserError(f"{names_of(files)}: expected questions, found none that has an answer")
         return questions, left_out, "given"
     from llmkit.data.passages import sample_passages
-    from llmkit.data.question_writer import write_questions
+    from llmkit.data.question_writer import ask_about
 
     names = names_of(config.passages)
     passages = sample_passages(read_documents(config.passages, config.limit), config.max_passages, config.seed)
-    if not passages:
-        raise UserError(f"{names}: expected documents with text to ask about, found none")
-    written = [write_questions(passage, config.per_passage, config.seed) for passage in passages]
-    say(f"{names}: {len(passages)} passages, {sum(map(bool, written))} of them with questions", config.quiet)
-    if not any(written):
-        raise UserError(
-            f"{names}: found no sentence to make a question of; it takes one of 6 to 40 words with a name, a date "
-            "or a number. Give questions by --questions"
-        )
-    return [one for some in written for one in some], left_out, "embedded"
+    questions = ask_about(passages, names, config.per_passage, config.seed)
+    asked_about = len({question.passage_id for question in questions})
+    say(f"{names}: {len(passages)} passages, {asked_about} of them with questions", config.quiet)
+    return questions, left_out, "embedded"
 
 
 # ---- the work

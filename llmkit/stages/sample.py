@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from llmkit.model.config import ModelConfig
 
 STARTED = time.monotonic()
-# Below this many weights a second thread has less to do than to wait for: 4 layers of 256 with a vocabulary of
-# 8,192 (5M) take 1.4 ms a token on one thread, 1.5 ms on two, and 50 ms on two that others keep busy.
-ONE_THREAD_PARAMETERS = 20_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +120,7 @@ def run(config: SampleConfig) -> Summary | None:
     import torch
 
     from llmkit.engine.chatting import check_ends_turns, converse, open_chat
-    from llmkit.engine.devices import choose_device, choose_precision, one_thread
+    from llmkit.engine.devices import choose_device, choose_precision, is_small, one_thread
     from llmkit.engine.generation import Generator, prompt_ids
     from llmkit.engine.prompts import Prompts
     from llmkit.engine.rates import describe
@@ -149,7 +146,7 @@ def run(config: SampleConfig) -> Summary | None:
             say(line, config.quiet)
         return None
     shots = load_shots(config.shots, config.as_assistant)
-    small = device.type == "cpu" and model_config.parameter_count < ONE_THREAD_PARAMETERS
+    small = is_small(model_config.parameter_count, device)
     with torch.inference_mode(), one_thread(small), ExitStack() as stack:
         # build
         tools = None

@@ -1,0 +1,59 @@
+"""A model folder opened for generation: what it is first, its weights when they are needed.
+
+opened = open_model("chat/", device="auto", dtype="auto")
+with opened.computing():
+    generator = opened.generator(Sampling(temperature=0.8), slots=16)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from llmkit.engine.devices import Precision, choose_device, choose_precision, is_small, one_thread
+from llmkit.engine.generation import Generator
+from llmkit.engine.sampling import Sampling
+from llmkit.errors import UserError
+from llmkit.model.config import ModelConfig
+from llmkit.model.folder import load_config, load_model
+from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model folder, its configuration and tokenizer, and how it will compute."""
+
+    folder: str
+    config: ModelConfig
+    tokenizer: Tokenizer
+    device: torch.device
+    precision: Precision
+
+    def generator(self, sampling: Sampling, slots: int, end_ids: Iterable[int] | None = None) -> Generator:
+        """Load the weights, to generate with them."""
+        model = load_model(self.folder, dtype=self.precision.dtype, device=self.device)
+        weights = self.precision.weights
+        return Generator(
+            model, self.tokenizer, sampling, slots=slots, end_ids=end_ids, name=self.folder, weights=weights
+        )
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Without gradients, and on one thread where the model is too small for two."""
+        with torch.inference_mode(), one_thread(is_small(self.config.parameter_count, self.device)):
+            yield
+
+
+def open_model(folder: str, device: str, dtype: str) -> OpenedModel:
+    """Read all of a model folder but its weights. Raises UserError where tokenizer and model do not fit."""
+    place = choose_device(device)
+    config, tokenizer = load_config(folder), load_tokenizer(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{tokenizer.path}: the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}; "
+            "put the tokenizer beside it that the model was trained with"
+        )
+    return OpenedModel(folder, config, tokenizer, place, choose_precision(dtype, place))
