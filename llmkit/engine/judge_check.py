@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -108,6 +108,28 @@ def calibration(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "auroc": auroc(certainty[right], certainty[~right]),
         "ece": round(gaps / len(judged), 4),
     }
+
+
+def describe_check(found: dict[str, Any]) -> Iterator[str]:
+    """What `check_judge` found, in lines for people."""
+    low, high = found["agreement_95"]
+    yield (
+        f"the judge agrees with {found['agreement']:.1%} of {found['answers']} labels (95%: {low:.1%} to {high:.1%}); "
+        f"Cohen's kappa {_figure(found['kappa'])}"
+    )
+    yield from (f"labelled {pair}: {count}" for pair, count in found["table"].items())
+
+
+def describe_calibration(found: dict[str, Any]) -> str:
+    """What `calibration` found, in a line for people."""
+    return (
+        f"certainty of {found['answers']} answers, {found['right']} of them right: AUROC {_figure(found['auroc'])}, "
+        f"calibration error {_figure(found['ece'])}"
+    )
+
+
+def _figure(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"
 
 
 def auroc(of_right: np.ndarray, of_wrong: np.ndarray) -> float | None:

@@ -33,6 +33,7 @@ class ProbeKnowledgeConfig(CommonConfig):
           llmkit probe-knowledge chat/ --passages docs.jsonl -o refusals.jsonl --report probe.jsonl
           llmkit probe-knowledge chat/ --questions q.jsonl --samples 3 --limit 200 -o refusals.jsonl
           llmkit probe-knowledge --judge-check labelled.jsonl
+          llmkit probe-knowledge base/ --recite docs.jsonl -o recited.jsonl
           llmkit probe-knowledge chat/ --questions squad.json.gz | jq -r .known | sort | uniq -c
 
         Every question is asked --samples times, without its passage, and every answer is judged: right, wrong, or
@@ -49,6 +50,8 @@ class ProbeKnowledgeConfig(CommonConfig):
     questions: tuple[str, ...] = option((), "Questions with answers; repeatable [stdin].", metavar="FILE")
     passages: tuple[str, ...] = option((), "Documents to make questions from; repeatable.", metavar="FILE")
     report: str | None = option(None, "Every question, its answers and what they say.", metavar="FILE", free=True)
+    recite: str | None = option(None, "Only tell which documents are known by heart.", metavar="FILE")
+    prefix_tokens: int = option(32, "With --recite: tokens given of each document.", at_least=1)
     device: str = option("auto", "Where to compute.", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = option(
         "auto",
@@ -80,8 +83,8 @@ class ProbeKnowledgeConfig(CommonConfig):
 
     def reads_stdin(self) -> bool:
         """Whether stdin is the input."""
-        if self.judge_check is not None:
-            return self.judge_check == "-"
+        if only := self.judge_check or self.recite:
+            return only == "-"
         return not self.questions + self.passages or "-" in self.questions + self.passages
 
 
@@ -117,10 +120,22 @@ class Checked:
     table: dict[str, int]
 
 
-def run(config: ProbeKnowledgeConfig) -> Summary | Checked | None:
+@dataclass(frozen=True)
+class Recited:
+    """What the command line prints when the records of --recite went to a file; see `summarise` of reciting.py."""
+
+    path: str
+    documents: int
+    by_repeats: dict[str, dict[str, float]]
+    too_short: int
+
+
+def run(config: ProbeKnowledgeConfig) -> Summary | Checked | Recited | None:
     """Load, build, ask, save, summarise. Raises UserError for the user's mistakes."""
     if config.judge_check is not None:
         return _check_judge(config, config.judge_check)
+    if config.recite is not None:
+        return _recite(config, config.recite)
     out = config.out or "-"
     folder, state_path = _checked(config, out)
     if config.resume and state_path is not None and Path(out).exists() and not state_path.exists():
@@ -128,7 +143,7 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Checked | None:
         return Summary(out)
 
     # load
-    from llmkit.engine.judge_check import calibration
+    from llmkit.engine.judge_check import calibration, describe_calibration
     from llmkit.engine.loading import open_model
     from llmkit.engine.matching import MatchJudge
     from llmkit.engine.probing import NAMES, Probe, ProbeState, check_assistant, count_by_kind, fingerprint
@@ -186,11 +201,7 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Checked | None:
         left_out["longer than the context"] += len(questions) - asked
     _say_summary(kinds, totals, left_out, taught, config)
     if certainty is not None:
-        say(
-            f"certainty of {certainty['answers']} answers, {certainty['right']} of them right: AUROC "
-            f"{_figure(certainty['auroc'])}, calibration error {_figure(certainty['ece'])}",
-            config.quiet,
-        )
+        say(describe_calibration(certainty), config.quiet)
     if out == "-":
         return None
     return Summary(
@@ -264,27 +275,50 @@ def _questions(config: ProbeKnowledgeConfig) -> tuple[list[Question], Counter[st
 
 def _check_judge(config: ProbeKnowledgeConfig, path: str) -> Checked:
     """`--judge-check FILE`: how far the judge agrees with people."""
-    from llmkit.engine.judge_check import check_judge
+    from llmkit.engine.judge_check import check_judge, describe_check
     from llmkit.engine.matching import MatchJudge
     from llmkit.engine.refusals import Refusals
 
-    if config.questions or config.passages or config.out:
-        raise UserError("--judge-check: expected neither questions, passages nor --out beside it; no model is asked")
+    if config.questions or config.passages or config.recite or config.out:
+        raise UserError("--judge-check: expected neither documents, questions nor --out beside it; no model is asked")
     judge = MatchJudge(config.match_f1, Refusals(config.refusals).texts())
-    checked = Checked(**check_judge(judge, read_jsonl([path], config.limit)))
-    low, high = checked.agreement_95
-    say(
-        f"{name_of(path)}: the judge agrees with {checked.agreement:.1%} of {checked.answers} labels "
-        f"(95%: {low:.1%} to {high:.1%}); Cohen's kappa {_figure(checked.kappa)}",
-        config.quiet,
-    )
-    for pair, count in checked.table.items():
-        say(f"labelled {pair}: {count}", config.quiet)
-    return checked
+    found = check_judge(judge, read_jsonl([path], config.limit))
+    for line in describe_check(found):
+        say(f"{name_of(path)}: {line}", config.quiet)
+    return Checked(**found)
 
 
-def _figure(value: float | None) -> str:
-    return "none" if value is None else f"{value:.3f}"
+def _recite(config: ProbeKnowledgeConfig, path: str) -> Recited | None:
+    """`--recite FILE`: how much of its documents the model goes on with, word for word."""
+    from llmkit.engine.loading import open_model
+    from llmkit.engine.reciting import Recital, summarise
+    from llmkit.engine.sampling import Sampling
+
+    if config.questions or config.passages or config.report or config.resume or config.max_tokens is None:
+        raise UserError("--recite: expected neither questions, --report, --resume nor --max-tokens none beside it")
+    out = config.out or "-"
+    folder, _ = _checked(config, out)
+    check_inputs([path])
+    opened = open_model(folder, config.device, config.dtype)
+    documents = read_documents([path], config.limit)
+    context = opened.config.max_position_embeddings
+    recital = Recital(documents, opened.tokenizer, config.prefix_tokens, config.max_tokens, context, name_of(path))
+    say(f"{name_of(path)}: {len(recital)} documents, {recital.too_short} more are too short", config.quiet)
+    if config.dry_run:
+        return None
+    results: list[dict[str, Any]] = []
+    with opened.computing(), open_output(out, config.force) as write:
+        generator = opened.generator(Sampling(0.0), config.batch_size, end_ids=())
+        with Progress("recite", total=len(recital), unit="documents", quiet=config.quiet) as progress:
+            for record in recital.recite(generator):
+                write(record)
+                results.append({name: record[name] for name in ("repeats", "share")})
+                progress.advance()
+    groups = summarise(results)
+    for name, one in groups.items():
+        found = f"{one['mean_share']:.1%} of {config.max_tokens} tokens on average, {one['whole']} recited whole"
+        say(f"documents found {name}: {one['documents']}; {found}", config.quiet)
+    return None if out == "-" else Recited(out, len(recital), groups, recital.too_short)
 
 
 def _ask(probe: Probe, state: ProbeState, questions: Sequence[Question], quiet: bool) -> None:

@@ -178,6 +178,50 @@ def test_certainty_is_told_when_asked_for(parrot, tmp_path, llmkit):
     assert "certainty of 10 answers, 5 of them right: AUROC 0.500, calibration error 0.500" in done.stderr
 
 
+# ---- what is known by heart
+
+
+def test_what_a_model_recites(tmp_path, llmkit):
+    """It says "abcdefgh" after "+", whatever stood before."""
+    model = save_folder(tmp_path / "model")
+    from llmkit.model.folder import save_model
+    from llmkit.tokenizer.encoding import load_tokenizer
+
+    ids = load_tokenizer(model).encode("+abcdefgh")
+    save_model(certain(make_model(context=64), *ids), model)
+    texts = ["12+abcdefgh, and so on", "34+abcdXfgh, and so on", "99+0000000000000", "1", "12+abcdefgh, and so on"]
+    documents = write(tmp_path / "docs.jsonl", *({"text": text, "id": f"d{n}"} for n, text in enumerate(texts)))
+    out = tmp_path / "recited.jsonl"
+    options = ["--prefix-tokens", "3", "--max-tokens", "8", "-o", out]
+    done = llmkit("probe-knowledge", model, "--recite", documents, *options)
+    assert done.returncode == 0, done.stderr
+    found = [[one[name] for name in ("id", "repeats", "matched", "longest", "share")] for one in lines(out)]
+    assert found == [["d0", 2, 8, 8, 1.0], ["d1", 1, 4, 4, 0.5], ["d2", 1, 0, 0, 0.0]]
+    assert lines(out)[0]["prefix"] == "12+" and lines(out)[0]["completion"] == "abcdefgh"
+    summary = json.loads(done.stdout)
+    assert summary["by_repeats"] == {
+        "once": {"documents": 2, "mean_share": 0.25, "whole": 0},
+        "2 to 9 times": {"documents": 1, "mean_share": 1.0, "whole": 1},
+    }
+    assert (summary["documents"], summary["too_short"]) == (3, 1) and "1 recited whole" in done.stderr
+
+
+def test_recitals_that_cannot_be(babbler, tmp_path):
+    documents = write(tmp_path / "docs.jsonl", {"text": "short"})
+    for options, message in (
+        ({}, "docs.jsonl: expected documents of more than 32 tokens, found none"),
+        ({"prefix_tokens": 200}, r"expected less than the model's context of 256 tokens"),
+        ({"max_tokens": None}, "--recite: expected neither"),
+        ({"questions": documents}, "--recite: expected neither"),
+    ):
+        with pytest.raises(UserError, match=message):
+            probe(babbler, tmp_path / "r.jsonl", recite=str(documents), **options)
+    write(documents, {"title": "no text"})
+    with pytest.raises(UserError, match=r"docs.jsonl:1: expected field 'text'"):
+        probe(babbler, tmp_path / "r.jsonl", recite=str(documents))
+    assert not (tmp_path / "r.jsonl").exists()
+
+
 # ---- kills
 
 
