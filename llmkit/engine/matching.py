@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache
 
-from llmkit.engine.normalising import KNOWN, is_number, is_spaceless, words
+from llmkit.engine.normalising import KNOWN, is_number, is_sign, is_spaceless, words
 
 RIGHT, WRONG, EVASIVE = "right", "wrong", "evasive"
 VERDICTS = (RIGHT, WRONG, EVASIVE)
@@ -53,7 +53,8 @@ class MatchJudge:
         said, asked, accepted = words(response), words(question), [words(answer) for answer in answers]
         accepted = [one for one in accepted if one]
         if not said:
-            return EVASIVE
+            same = is_sign(response) and response.strip() in answers
+            return RIGHT if same else EVASIVE
         if said in accepted:
             return RIGHT
         if said in self._refusals:
@@ -133,6 +134,8 @@ def _echoes(word: str, asked: tuple[str, ...]) -> bool:
 
 def _holds(said: tuple[str, ...], phrase: tuple[str, ...]) -> bool:
     """Whether the words of a phrase stand in what was said, one after the other."""
+    if phrase[0] not in said:
+        return False
     return any(said[start : start + len(phrase)] == phrase for start in range(len(said) - len(phrase) + 1))
 
 

@@ -60,6 +60,11 @@ def is_number(word: str) -> bool:
     return word.startswith("#")
 
 
+def is_sign(text: str) -> bool:
+    """Whether a text without words says something all the same: a mathematical sign, an emoji."""
+    return any(unicodedata.category(character)[0] == "S" for character in text)
+
+
 def is_spaceless(word: str) -> bool:
     """Whether a word is a character of a script without spaces."""
     return re.fullmatch(f"[{SPACELESS}]", word) is not None
@@ -72,7 +77,8 @@ def _pattern() -> re.Pattern[str]:
     return re.compile(
         r"(?P<number>(?:(?<![\w)\]])[-\u2212])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?)(?:(?:st|nd|rd|th)\b)?"
         rf"|(?P<percent>%)|(?P<character>[{SPACELESS}])"
-        rf"|(?P<word>(?:[^\W\d_{SPACELESS}][{marks}]*)+(?:'[^\W\d_]+)*)"
+        rf"|(?P<word>(?:[^\W\d_{SPACELESS}][{marks}]*)+(?:'[^\W\d_]+)*"
+        r"(?:\+{1,2}|#|(?<=\b\w)[-\u2212](?!\w))?)"  # C++, C#, A+ and A- are other words than C and A
     )
 
 
@@ -88,7 +94,7 @@ def _piece(found: re.Match[str]) -> list[str]:
     bare = word.removesuffix("'s")
     if ROMAN.fullmatch(bare):
         return [_value(_roman(bare))]
-    return [bare.casefold().replace("'", "")]
+    return [bare.casefold().replace("'", "").replace("\u2212", "-")]
 
 
 def _value(number: Decimal | int) -> str:

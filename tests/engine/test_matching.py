@@ -38,6 +38,7 @@ def test_the_examples_of_the_documentation_hold():
         ("305", "three hundred and five", "three hundred five"),
         ("5200000", "5.2 million", "$5,200,000"),
         ("-5", "\u22125"),
+        ("A-", "a\u2212"),
         ("U.S.", "the US"),
         ("J. K. Rowling", "J.K. Rowling", "JK Rowling"),
         ("O\u2019Brien's", "o'brien"),
@@ -53,7 +54,8 @@ def test_ways_of_writing_the_same(same):
 @pytest.mark.parametrize(
     "pair",
     [("1914", "1941"), ("5", "-5"), ("3.5", "35"), ("1,000", "1,00"), ("1990", "1990s"), ("two five", "twenty-five"),
-     ("World War I", "World War II"), ("की", "का"), ("北京", "京北"), ("million", "billion"), ("2:1", "1:2")],
+     ("World War I", "World War II"), ("की", "का"), ("北京", "京北"), ("million", "billion"), ("2:1", "1:2"),
+     ("A+", "A-"), ("A-", "A"), ("C++", "C"), ("C#", "C")],
 )  # fmt: skip
 def test_what_is_not_the_same(pair):
     assert words(pair[0]) != words(pair[1])
@@ -82,6 +84,8 @@ def test_what_is_not_the_same(pair):
         ("no", "No", "Is the earth flat?"),
         ("not guilty", "not guilty", "What was the plea?"),
         ("I don't know", "I Don't Know", "Which song is it?"),
+        ("\u221e", "\u221e", "What is its sign?"),
+        ("The type is A+.", "A+", "What blood type is it?"),
         ("It was St. Louis.", "St. Louis", "Which city was it?"),
     ],
 )
@@ -134,6 +138,7 @@ def test_wrong_answers(response, answer, question):
         ("", "Paris", CAPITAL),
         (" \n\t", "Paris", CAPITAL),
         ("?!...", "Paris", CAPITAL),
+        ("---", "---", CAPITAL),
         ("", "", CAPITAL),  # no answer can be right where none is known
         (CAPITAL, "Paris", CAPITAL),
         ("what is the capital of france", "Paris", CAPITAL),
