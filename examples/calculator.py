@@ -29,7 +29,7 @@ def llmkit(folder: Path, *arguments: str | Path, stdin: Path | None = None) -> s
         command = [sys.executable, "-m", "llmkit", *map(str, arguments)]
         done = subprocess.run(command, stdin=given, stdout=subprocess.PIPE, stderr=log, text=True)
     if done.returncode:
-        raise SystemExit(f"llmkit {arguments[0]} failed; see {log.name}")
+        raise SystemExit(f"llmkit {arguments[0]} failed:\n{Path(log.name).read_text()[-2000:]}")
     return done.stdout
 
 

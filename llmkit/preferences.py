@@ -30,14 +30,14 @@ class Comparison:
 
     prompt      what all answers follow
     candidates  the answers, two or more
-    ranks       of each, the smaller the better
+    ranks       of each, from 1, the best
     margin      by how much the score of the better of two should lie above the other's, at least
     where       its place in a file
     """
 
     prompt: tuple[Message, ...]
     candidates: tuple[tuple[Message, ...], ...]
-    ranks: tuple[float, ...]
+    ranks: tuple[int, ...]
     margin: float = 0.0
     where: str = ""
 
@@ -85,9 +85,9 @@ def _pair(row: Row) -> Comparison:
     missing = [side for side in ("chosen", "rejected") if value.get(side) is None]
     if missing:
         raise UserError(f"{row.where}: expected {EXPECTED}, found no {missing[0]!r} in {sorted(value)}")
-    margin = value.get("margin", 0.0)
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
-        raise UserError(f"{row.where}: expected 'margin' to be a number, found {margin!r}")
+    margin = 0.0 if value.get("margin") is None else value["margin"]
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not 0 <= margin < math.inf:
+        raise UserError(f"{row.where}: expected 'margin' to be a number from 0, found {margin!r}")
     prompt = _stated_prompt(row)
     sides = [_side(row, side, whole=prompt is None) for side in ("chosen", "rejected")]
     if prompt is None:
@@ -96,7 +96,7 @@ def _pair(row: Row) -> Comparison:
         short = [name for name, side in zip(("chosen", "rejected"), sides, strict=True) if not side]
         if short and sides[0] != sides[1]:
             raise UserError(f"{row.where}: expected an answer of its own in {short[0]!r}, found only the prompt")
-        if not prompt and not sides[0] == sides[1] and sides[0][0].role != "assistant":
+        if sides[0] != sides[1] and any(side[0].role != "assistant" for side in sides):
             raise UserError(f"{row.where}: expected 'chosen' and 'rejected' to begin with the same prompt; they differ")
     else:
         sides = [_after(row, side, prompt, name) for side, name in zip(sides, ("chosen", "rejected"), strict=True)]
@@ -114,7 +114,8 @@ def _ranked(row: Row) -> Comparison:
     for rank in ranking:
         if isinstance(rank, bool) or not isinstance(rank, (int, float)) or not math.isfinite(rank):
             raise UserError(f"{row.where}: expected 'ranking' to hold numbers, 1 the best, found {rank!r}")
-    return Comparison(prompt, tuple(candidates), tuple(ranking), 0.0, row.where)
+    levels = sorted(set(ranking))
+    return Comparison(prompt, tuple(candidates), tuple(levels.index(rank) + 1 for rank in ranking), 0.0, row.where)
 
 
 def _completions(row: Row) -> list[tuple[Message, ...]]:

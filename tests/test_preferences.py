@@ -12,6 +12,8 @@ from llmkit.records import Row
 ASKED, RIGHT, WRONG = message("user", "2 + 2?"), message("assistant", "4"), message("assistant", "5")
 USER, GOOD, BAD = ({"role": one.role, "content": one.text} for one in (ASKED, RIGHT, WRONG))
 
+SYSTEM = {"role": "system", "content": "Be brief."}
+
 
 def row(**value) -> Row:
     return Row(value, "prefs.jsonl", 3)
@@ -38,6 +40,8 @@ def test_every_format_is_the_same_comparison(value):
 def test_margin_and_ranks_with_ties():
     assert read_comparison(row(prompt="?", chosen="a", rejected="b", margin=1.5)).margin == 1.5
     ranked = read_comparison(row(prompt="?", completions=["a", "b", "c"], ranking=[2, 1, 2]))
+    assert read_comparison(row(prompt="?", completions=["a", "b"], ranking=[9, 4.5])).ranks == (2, 1)
+    assert read_comparison(row(prompt="?", chosen="a", rejected="b", margin=None)).margin == 0
     assert ranked.ranks == (2, 1, 2) and len(ranked.candidates) == 3
 
 
@@ -61,7 +65,10 @@ def test_equal_answers_teach_nothing():
         ({"prompt": "?", "chosen": "a"}, "found no 'rejected'"),
         ({"prompt": "?", "chosen": "a", "rejected": None}, "found no 'rejected'"),
         ({"prompt": "?", "chosen": "a", "rejected": 5}, "'rejected' to be text or messages, found a number"),
-        ({"prompt": "?", "chosen": "a", "rejected": "b", "margin": "big"}, "'margin' to be a number, found 'big'"),
+        (
+            {"prompt": "?", "chosen": "a", "rejected": "b", "margin": "big"},
+            "'margin' to be a number from 0, found 'big'",
+        ),
         ({"prompt": "?", "completions": ["a", "b"], "ranking": [1]}, "2 ranks, one a completion, found 1"),
         ({"prompt": "?", "completions": ["a", "b"]}, "2 ranks, one a completion, found null"),
         ({"prompt": "?", "completions": ["a"], "ranking": [1]}, "a list of answers, found 1"),
@@ -70,6 +77,7 @@ def test_equal_answers_teach_nothing():
         ({"chosen": [USER], "rejected": [USER, BAD]}, "an answer of its own in 'chosen'"),
         ({"chosen": "4", "rejected": "5"}, "to begin with '\\n\\nHuman:'"),
         ({"chosen": [USER, GOOD], "rejected": [{**USER, "content": "9?"}, BAD]}, "begin with the same prompt"),
+        ({"chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, {**USER, "content": "9?"}, BAD]}, "the same prompt"),
         ({"prompt": "?", "chosen": [{"role": "judge", "content": "x"}], "rejected": "b"}, "a role among"),
     ],
 )

@@ -219,7 +219,7 @@ _PRODUCT = {
 
 
 def product_tiles(dtype: torch.dtype) -> ProductTiles:
-    """For `linear_logsumexp`. `split` must not depend on the number of tokens, nor a row's bits on its neighbours."""
+    """For `linear_logsumexp`. `split` must not depend on the number of tokens, or a row's bits would, too."""
     if target() == "interpreter":
         usual = ProductTiles(64, 256, 64, 2, 4, 1)
     elif dtype == torch.float32:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import islice
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llmkit.conversations import Conversation
+from llmkit.data.batches import shuffled
 from llmkit.data.mixture import best_fit
 from llmkit.errors import UserError
 from llmkit.preferences import Comparison
@@ -39,7 +40,7 @@ class Candidates:
 
     prompt: np.ndarray
     answers: tuple[np.ndarray, ...]
-    ranks: tuple[float, ...]
+    ranks: tuple[int, ...]
     margin: float = 0.0
     number: int = 0
 
@@ -52,6 +53,16 @@ class Candidates:
     def longest(self) -> int:
         """Tokens of the longest answer with its prompt."""
         return len(self.prompt) + max(map(len, self.answers))
+
+    def spans(self, tokens: int) -> Iterator[tuple[int, int]]:
+        """The answers in runs (first, last) that take, with the prompt, so many tokens at most, or are one answer."""
+        first, size = 0, len(self.prompt)
+        for number, answer in enumerate(self.answers):
+            if number > first and size + len(answer) > tokens:
+                yield first, number
+                first, size = number, len(self.prompt)
+            size += len(answer)
+        yield first, len(self.answers)
 
 
 @dataclass
@@ -75,16 +86,23 @@ class Comparisons:
 
     @property
     def inputs(self) -> int:
-        """Tokens of all."""
+        """Tokens of rows that all of them take, each once."""
         return int(self.sizes.sum())
 
-    def split(self, fraction: float, order: np.ndarray) -> tuple[Comparisons, Comparisons]:
-        """All but the first `fraction` of an order, and these, at least one of each."""
-        count = min(max(1, round(fraction * len(self))), len(self) - 1)
-        chosen = set(order[:count].tolist())
+    def split(self, fraction: float, seed: int) -> tuple[Comparisons, Comparisons]:
+        """Those to learn from, and about a `fraction` of the prompts, drawn by the seed, with all their comparisons.
+
+        Raises UserError where there is one prompt alone.
+        """
+        prompts = {one.prompt.tobytes(): number for number, one in enumerate(self.held)}
+        if len(prompts) < 2:
+            raise UserError(f"{self.name}: the comparisons of one prompt cannot be split; name held-out ones by --val")
+        drawn = shuffled(len(prompts), seed, 0)[: min(max(1, round(fraction * len(prompts))), len(prompts) - 1)]
+        names = list(prompts)
+        chosen = {names[place] for place in drawn}
         parts: tuple[list[Candidates], list[Candidates]] = [], []
-        for index, one in enumerate(self.held):
-            parts[index in chosen].append(one)
+        for one in self.held:
+            parts[one.prompt.tobytes() in chosen].append(one)
         return Comparisons(self.name, parts[0], self.counts), Comparisons(self.name, parts[1])
 
 
@@ -93,7 +111,7 @@ class ComparisonRows(NamedTuple):
 
     token_ids, doc_ids, branch_ids, position_ids  int64 (B, T)
     ends     int64 (B, M, K): where each answer's last token is; 0 where there is none
-    ranks    float64 (B, M, K): NO_RANK where there is no answer
+    ranks    float32 (B, M, K): NO_RANK where there is no answer
     margins  float32 (B, M)
     numbers  int64 (B, M): of the comparisons in their source; -1 where there is none
     """
@@ -147,7 +165,7 @@ def read_comparisons(
             for ids in (kept.prompt, *kept.answers):
                 digest.update(ids.tobytes())
             digest.update(repr((kept.ranks, kept.margin)).encode())
-            source.held.append(Candidates(kept.prompt, kept.answers, kept.ranks, kept.margin, len(source.held)))
+            source.held.append(replace(kept, number=len(source.held)))
         progress(len(chunk))
     if not source.held:
         reasons = ", ".join(f"{key} {count}" for key, count in source.counts.items() if key != "read")
@@ -158,7 +176,10 @@ def read_comparisons(
 
 
 def fitted(one: Candidates, context: int, on_long: str, where: str, counts: Counter[str]) -> Candidates | None:
-    """A comparison whose every answer fits the context with its prompt; None where it cannot be made to."""
+    """A comparison whose every answer fits the context with its prompt; None where it cannot be made to.
+
+    Raises UserError under "error" for one that does not fit.
+    """
     excess = one.longest - context
     if excess <= 0:
         return one
@@ -171,7 +192,7 @@ def fitted(one: Candidates, context: int, on_long: str, where: str, counts: Coun
         counts["dropped: too long"] += 1
         return None
     counts["prompt cut at its beginning"] += 1
-    return Candidates(one.prompt[excess:], one.answers, one.ranks, one.margin, one.number)
+    return replace(one, prompt=one.prompt[excess:])
 
 
 def packed_comparisons(rows: Sequence[Sequence[Candidates]], length: int, pad: int) -> ComparisonRows:
@@ -182,7 +203,7 @@ def packed_comparisons(rows: Sequence[Sequence[Candidates]], length: int, pad: i
     token_ids = np.full(shape, pad, np.int64)
     doc_ids, branch_ids, position_ids = (np.zeros(shape, np.int64) for _ in range(3))
     ends = np.zeros((len(rows), most, widest), np.int64)
-    ranks = np.full(ends.shape, NO_RANK)
+    ranks = np.full(ends.shape, NO_RANK, np.float32)
     margins, numbers = np.zeros(ends.shape[:2], np.float32), np.full(ends.shape[:2], -1, np.int64)
     for row, comparisons in enumerate(rows):
         at = 0

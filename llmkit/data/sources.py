@@ -18,7 +18,7 @@ READ_AT_ONCE = 2048  # conversations: enough for the tokenizer's threads, little
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file of conversations, `-` for stdin, and its share; None shares by size."""
+    """A file of records, `-` for stdin, and its share; None shares by size."""
 
     path: str
     weight: float | None = None
@@ -47,9 +47,9 @@ def parse_data(wanted: Sequence[str]) -> list[DataFile]:
         files.append(DataFile(path, value))
     for file in files:
         if os.path.isdir(file.path):
-            raise UserError(f"--data {file.path}: expected a file of conversations, found a folder")
+            raise UserError(f"--data {file.path}: expected a file, found a folder")
         if file.path != "-" and not os.path.exists(file.path):
-            raise UserError(f"--data {file.path}: expected a file of conversations, found no such file")
+            raise UserError(f"--data {file.path}: expected a file, found no such file")
     if len({file.weight is None for file in files}) > 1:
         raise UserError("--data: expected a weight on every file or on none, found both")
     return files

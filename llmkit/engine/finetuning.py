@@ -2,7 +2,8 @@
 
 tuning = Finetuning.load("base/", device=..., dtype=...)
 tuning.add_adapter(rank=16, alpha=32, targets=("q", "v"), seed=0)        # or all parameters are trained
-trainer = tuning.trainer(work, batches=..., loss=..., learning_rate=None, ...)
+optimizer = tuning.build_optimizer(learning_rate=None, weight_decay=0.0)
+trainer = build_trainer(tuning.model, optimizer, schedule, ...)          # llmkit/engine/setup.py
 trainer.fit(...)
 tuning.save(work)
 """
@@ -126,10 +127,12 @@ class Finetuning:
         for _, parameter in self._trained():
             parameter.requires_grad_(True)
 
-    def build_optimizer(self, learning_rate: float | None, weight_decay: float) -> Optimizer:
-        """AdamW over what is trained; a `learning_rate` of None follows from the model's width."""
+    def build_optimizer(
+        self, learning_rate: float | None, weight_decay: float, *, anchor: float = LEARNING_RATE
+    ) -> Optimizer:
+        """AdamW over what is trained; a `learning_rate` of None follows from the width: `anchor`, without adapters."""
         if learning_rate is None:
-            anchor = LORA_LEARNING_RATE if self.adapter else LEARNING_RATE
+            anchor = LORA_LEARNING_RATE if self.adapter else anchor
             learning_rate = anchor * math.sqrt(WIDTH / self.model.config.hidden_size)
         plain = GroupSettings("adamw", learning_rate, betas=(0.9, 0.95), eps=1e-8)
         decayed = replace(plain, weight_decay=weight_decay)
@@ -207,8 +210,9 @@ def answer(model: Transformer, chat: ChatFormat, tokenizer: Tokenizer, prompts: 
     """The likeliest answers to some questions, for a look at a model in training: "question -> answer" by line."""
     room = model.config.max_position_embeddings
     asked = [chat.encode([message("user", prompt)], prompt=True).token_ids.tolist() for prompt in prompts]
-    requests = [Request(ids, max_tokens=max_tokens) for ids in asked if len(ids) < room]
+    fitting = [(prompt, ids) for prompt, ids in zip(prompts, asked, strict=True) if len(ids) < room]
+    requests = [Request(ids, max_tokens=max_tokens) for _, ids in fitting]
     generator = Generator(model, tokenizer, Sampling(temperature=0.0), slots=max(1, len(requests)))
     with torch.no_grad():
         answers = [samples[0] for samples in generator.complete(requests)]
-    return "\n".join(f"{prompt} -> {one.text}" for prompt, one in zip(prompts, answers, strict=False))
+    return "\n".join(f"{prompt} -> {one.text}" for (prompt, _), one in zip(fitting, answers, strict=True))

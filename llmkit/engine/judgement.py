@@ -17,7 +17,7 @@ from llmkit.errors import UserError
 from llmkit.model.reward import RewardModel
 
 MARKDOWN = re.compile(r"\*\*|__|`|^#{1,6} |^\s*(?:[-*+]|\d+[.)]) |^\|", re.MULTILINE)
-FEATURES = ("length", "formatting", "position")
+FEATURES = ("length", "formatting")
 BINS = 10  # of the expected calibration error
 STANDARD_ERRORS = 1.959964  # of a 95% interval
 
@@ -37,11 +37,11 @@ def judge(
     right more often) as its score. `read` turns the tokens of an answer into text, and asks for "biases". Raises
     UserError where no comparison has a better and a worse answer.
     """
+    check_unequal(sources)
     shuffled = [shuffled_answers(source.held, seed) for source in sources]
     scores = [_rewards(model, held, pad) for held in shuffled]
     held = [one for part in shuffled for one in part]
     rewards = [one for part in scores for one in part]
-    check_unequal(sources)
     found: dict[str, Any] = {"overall": evaluate(rewards, held), "by_source": {}}
     for source, part, its_scores in zip(sources, shuffled, scores, strict=True):
         if any(len(set(one.ranks)) > 1 for one in part):
@@ -70,6 +70,11 @@ def _rewards(model: RewardModel, held: Sequence[Candidates], pad: int) -> list[n
 
 def evaluate(scores: Sequence[np.ndarray], comparisons: Sequence[Candidates]) -> dict[str, Any]:
     """Accuracy on pairs of unequal rank, its 95% interval, and the calibration of its confidence.
+
+    accuracy, accuracy_95  over comparisons
+    loss                   over pairs, in nats: Bradley-Terry's, without margins and centring
+    ece                    expected calibration error, over pairs
+    temperature            that fits these pairs best, and so flatters `ece_at_temperature`, measured on the same
 
     scores: (K,) for each comparison. A comparison of several answers counts once, by the share of its pairs that are
     in order; equal scores are half right. Comparisons of ties alone are left out.
@@ -136,13 +141,14 @@ def biases(
 ) -> dict[str, Any]:
     """What differences of scores go with, by Spearman's rank correlation over the pairs of unequal rank.
 
-    `length` is in tokens, `formatting` counts Markdown's marks in the text that `read` makes of an answer, `position`
-    is the place among the answers. Beside each the same correlation of the labels, which a perfect judge would show.
+    `length` is in tokens, `formatting` counts Markdown's marks in the text that `read` makes of an answer. Beside each
+    the same correlation of the labels, which a perfect judge would show. The place of an answer needs no figure: its
+    score is computed as if it stood alone.
     """
     rng = np.random.default_rng(seed)
     rows: list[tuple[float, ...]] = []
     for scored, one in zip(scores, comparisons, strict=True):
-        features = [(len(ids), len(MARKDOWN.findall(read(ids))), place) for place, ids in enumerate(one.answers)]
+        features = [(len(ids), len(MARKDOWN.findall(read(ids)))) for ids in one.answers]
         for i, j in combinations(range(len(one.answers)), 2):
             if one.ranks[i] != one.ranks[j]:
                 i, j = (i, j) if rng.random() < 0.5 else (j, i)  # else a place would always be taken from a later one

@@ -15,7 +15,7 @@ from llmkit.kernels import Branching
 from llmkit.model.reward import RewardModel
 
 ROW_TOKENS = 512  # of a row, unless a comparison is longer
-SCORED_ROWS = 8  # of a batch without gradients
+SCORED_TOKENS = 4096  # of a batch without gradients
 POISSON = np.cumsum([0.36787944, 0.36787944, 0.18393972, 0.06131324, 0.01532831, 0.00306566])  # of mean 1, up to 5
 
 
@@ -90,9 +90,11 @@ def score_comparisons(
     length = max([row_tokens, *(one.size for one in comparisons)])
     training = model.training
     model.eval()
-    for batch, places in evaluation_rows(comparisons, SCORED_ROWS, length, pad):
-        scores = answer_scores(model, batch).cpu().numpy()
-        for row, numbers in enumerate(places):
-            for place, number in enumerate(numbers):
-                yield number, scores[row, place, : len(comparisons[number].answers)]
-    model.train(training)
+    try:
+        for batch, places in evaluation_rows(comparisons, max(1, SCORED_TOKENS // length), length, pad):
+            scores = answer_scores(model, batch).cpu().numpy()
+            for row, numbers in enumerate(places):
+                for place, number in enumerate(numbers):
+                    yield number, scores[row, place, : len(comparisons[number].answers)]
+    finally:
+        model.train(training)

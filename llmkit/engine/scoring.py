@@ -50,9 +50,7 @@ class Scorer:
         With `rank` the records of a prompt come best first, `rank` 1 and on; beside `completions` stands `ranking`.
         Raises UserError for a record without prompt or completion.
         """
-        stream = iter(rows)
-        while chunk := list(islice(stream, RECORDS_AT_ONCE)):
-            groups = _grouped(chunk)
+        for groups in _chunks(_grouped(rows)):
             for asked, scores in zip(groups, self._scores(groups), strict=True):
                 yield from _records(asked, scores, rank)
 
@@ -63,13 +61,15 @@ class Scorer:
         scores: list[list[np.ndarray | None]] = [[None] * len(asked.answers) for asked in groups]
         units: list[tuple[Candidates, list[tuple[int, int]]]] = []  # what is scored, and where its scores go
         for group, one in enumerate(encode_comparisons(compared, turn_encoder(self.chat))):
-            places = [(group, answer) for answer in range(len(one.answers))]
-            if one.longest <= context:
-                units.append((one, places))
-                continue
-            for place, answer in zip(places, one.answers, strict=True):  # each with as much of the prompt as fits
-                kept = fitted(Candidates(one.prompt, (answer,), (0,)), context, "truncate", "", self.counts)
-                units += [] if kept is None else [(kept, [place])]
+            for first, last in one.spans(max(ROW_TOKENS, context)):  # attention costs the square of a row
+                part = Candidates(one.prompt, one.answers[first:last], one.ranks[first:last])
+                places = [(group, answer) for answer in range(first, last)]
+                if part.longest <= context:
+                    units.append((part, places))
+                    continue
+                for place, answer in zip(places, part.answers, strict=True):  # each with as much of the prompt as fits
+                    kept = fitted(Candidates(one.prompt, (answer,), (0,)), context, "truncate", "", self.counts)
+                    units += [] if kept is None else [(kept, [place])]
         for unit, found in score_comparisons(self.model, [one for one, _ in units], ROW_TOKENS, self.pad):
             self.counts["scored"] += len(found)
             for (group, answer), score in zip(units[unit][1], found, strict=True):
@@ -87,14 +87,25 @@ def turn_encoder(chat: ChatFormat) -> Callable[[list[Conversation]], list[np.nda
     return encode
 
 
-def _grouped(rows: Sequence[Row]) -> list[_Asked]:
-    read = [(read_prompt(row), row, read_answers(row)) for row in rows]
-    groups = []
-    for prompt, neighbours in groupby(read, key=itemgetter(0)):
+def _grouped(rows: Iterable[Row]) -> Iterator[_Asked]:
+    """Neighbours with the same prompt, and of the same form: one completion a record, or several."""
+    read = ((read_prompt(row), "completions" in row.value, row, read_answers(row)) for row in rows)
+    for (prompt, _), neighbours in groupby(read, key=itemgetter(0, 1)):
         held = list(neighbours)
-        answers = [answer for _, _, some in held for answer in some]
-        groups.append(_Asked(prompt, [row for _, row, _ in held], answers, [len(some) for _, _, some in held]))
-    return groups
+        answers = [answer for *_, some in held for answer in some]
+        yield _Asked(prompt, [row for _, _, row, _ in held], answers, [len(some) for *_, some in held])
+
+
+def _chunks(groups: Iterator[_Asked]) -> Iterator[list[_Asked]]:
+    """Whole prompts, of RECORDS_AT_ONCE records or a few more."""
+    held: list[_Asked] = []
+    for asked in groups:
+        held.append(asked)
+        if sum(len(one.rows) for one in held) >= RECORDS_AT_ONCE:
+            yield held
+            held = []
+    if held:
+        yield held
 
 
 def _records(asked: _Asked, scores: Sequence[np.ndarray | None], rank: bool) -> Iterator[dict[str, Any]]:

@@ -55,7 +55,7 @@ class RewardModel(Transformer):
 
     def scores(self, hidden: Tensor) -> Tensor:
         """(..., hidden) -> (..., heads), in float32."""
-        return linear(hidden, self.score).float()
+        return linear(hidden.float(), self.score.float())  # in bfloat16 scores that are close would be the same
 
 
 def save_reward_model(model: RewardModel, folder: str | os.PathLike[str], pad_id: int | None) -> None:

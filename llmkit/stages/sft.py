@@ -14,6 +14,7 @@ from llmkit.conversations import Conversation
 from llmkit.errors import UserError
 from llmkit.progress import Progress, quantity, say
 from llmkit.rundir import RunFolder
+from llmkit.stream import check_inputs
 
 if TYPE_CHECKING:
     from llmkit.data.examples import Examples
@@ -227,7 +228,7 @@ def _checked(config: SftConfig) -> list[DataFile]:
 
     if config.identity is not None:
         parse_identity(config.identity)
-    parse_data(config.val or ("-",))
+    check_inputs(config.val)
     return parse_data(config.data)
 
 

@@ -13,7 +13,7 @@ from llmkit.errors import GateError, UserError
 from llmkit.files import write_json
 from llmkit.progress import Progress, quantity, say
 from llmkit.rundir import RunFolder
-from llmkit.stream import name_of, open_output, read_jsonl
+from llmkit.stream import check_inputs, name_of, open_output, read_jsonl
 
 if TYPE_CHECKING:
     from llmkit.data.comparisons import Comparisons
@@ -66,7 +66,9 @@ class TrainRewardConfig(TrainingConfig):
     center: float = option(0.01, "Hold scores about 0: weight of their squared sum.", group="Judge", at_least=0)
     ensemble: int = option(1, "Heads; their spread is the uncertainty.", group="Judge", at_least=1, at_most=64)
     baseline: str = option("length", "Evaluate beside it.", group="Judge", choices=("length", "none"), free=True)
-    probe_biases: bool = option(False, "Tell what the scores go with: length, formatting ...", group="Judge", free=True)
+    probe_biases: bool = option(
+        False, "Tell how far the scores follow length and formatting.", group="Judge", free=True
+    )
     fail_under: float | None = option(
         None, "Exit with 3 where the accuracy is lower.", group="Judge", at_least=0, at_most=1, free=True
     )
@@ -130,12 +132,14 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
         dry_run=config.dry_run,
     )
     if folder.is_finished:
-        return Summary(path=str(folder.out), **folder.results("train-reward"))
+        results = folder.results("train-reward")
+        _check_gate(config, results["val_accuracy"])
+        return Summary(path=str(folder.out), **results)
 
     from llmkit.data.comparisons import packed_comparisons
     from llmkit.data.mixture import Mixture, Source
     from llmkit.engine import setup, speed
-    from llmkit.engine.finetuning import WIDTH, Finetuning
+    from llmkit.engine.finetuning import Finetuning
     from llmkit.engine.judgement import check_unequal, judge
     from llmkit.engine.judging import ROW_TOKENS, ComparisonLoss
     from llmkit.engine.schedule import Schedule
@@ -172,11 +176,10 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
     identity = lasting_options(config) | {"the data": digests}
     folder.notes(identity)
     folder.begin(identity)
-    rate = LEARNING_RATE * (WIDTH / tuning.model.config.hidden_size) ** 0.5
     flops_per_token = tuning.model.config.flops_per_token(row_tokens)
     trainer = setup.build_trainer(
         model,
-        tuning.build_optimizer(config.learning_rate or rate, config.weight_decay),
+        tuning.build_optimizer(config.learning_rate, config.weight_decay, anchor=LEARNING_RATE),
         Schedule(steps // 20 if config.warmup_steps is None else config.warmup_steps, config.decay_fraction),
         batches=lambda step: mixture.prefetch(step, None, workers=config.workers),
         loss=ComparisonLoss(config.center, config.seed),
@@ -216,7 +219,7 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
     tuning.write_tokenizer(folder.work)
     tuning.save(folder.work)
     folder.finish()
-    _check_gate(config, overall)
+    _check_gate(config, overall["accuracy"])
 
     # summarise
     return Summary(path=str(folder.out), **results)
@@ -240,7 +243,7 @@ def _checked(config: TrainRewardConfig) -> list[DataFile]:
         raise UserError("--rank: expected --score, whose completions are ranked")
     from llmkit.data.sources import parse_data  # brings numpy, which --help does without
 
-    parse_data(config.val or ("-",))
+    check_inputs(config.val)
     return parse_data(config.data)
 
 
@@ -251,20 +254,13 @@ def _read_all(
     config: TrainRewardConfig, files: Sequence[DataFile], chat: ChatFormat, context: int
 ) -> tuple[list[Comparisons], list[Comparisons], list[str]]:
     """Comparisons to learn from, those held out, and a digest of each source."""
-    from llmkit.data.batches import shuffled
-
     read = [_read(config, file.path, chat, context) for file in files]
     digests = [digest for _, digest in read]
     sources = [source for source, _ in read]
     if config.val:
         held_out = [_read(config, path, chat, context)[0] for path in config.val]
         return sources, held_out, digests
-    small = next((source for source in sources if len(source) < 2), None)
-    if small is not None:
-        raise UserError(
-            f"{small.name}: one comparison cannot be split into training and held-out; name a file by --val"
-        )
-    parts = [source.split(config.val_fraction, shuffled(len(source), config.seed, 0)) for source in sources]
+    parts = [source.split(config.val_fraction, config.seed) for source in sources]
     say(f"held out: {sum(len(part) for _, part in parts)} comparisons (--val-fraction)", config.quiet)
     return [training for training, _ in parts], [part for _, part in parts], digests
 
@@ -298,8 +294,13 @@ def _read(config: TrainRewardConfig, path: str, chat: ChatFormat, context: int) 
 
 def _score(config: TrainRewardConfig) -> Scored | None:
     """`--score FOLDER`: completions in, the same with rewards out; with --val, how good the judge is."""
-    if config.data:
-        raise UserError("--data: expected no --score beside it; training and scoring are two runs")
+    for flag, given in (("--data", config.data), ("--resume", config.resume), ("--lora-rank", config.lora_rank)):
+        if given:
+            raise UserError(f"{flag}: expected no --score beside it; training and scoring are two runs")
+    if config.val and (config.out or config.inputs or config.rank):
+        raise UserError("--val: with --score it evaluates, and nothing is scored; leave out INPUT, --out and --rank")
+    if config.fail_under is not None and not config.val:
+        raise UserError("--fail-under: expected --val beside --score, which gives an accuracy")
     from llmkit.engine import setup
     from llmkit.engine.judgement import judge
     from llmkit.engine.scoring import Scorer
@@ -330,7 +331,7 @@ def _score(config: TrainRewardConfig) -> Scored | None:
         held_out = [_read(config, path, chat, context)[0] for path in config.val]
         evaluation = judge(model, held_out, pad, **_asked_for(config, tokenizer))
         _say_evaluation(evaluation, config.quiet)
-        _check_gate(config, evaluation["overall"])
+        _check_gate(config, evaluation["overall"]["accuracy"])
         return Scored(evaluation=evaluation)
     scorer = Scorer(model, chat, pad)
     out = config.out or "-"
@@ -367,6 +368,6 @@ def _say_evaluation(evaluation: dict[str, Any], quiet: bool) -> None:
         say(f"correlation with {name}: scores {found['score']:+.3f}, labels {found['label']:+.3f}", quiet)
 
 
-def _check_gate(config: TrainRewardConfig, overall: dict[str, Any]) -> None:
-    if config.fail_under is not None and overall["accuracy"] < config.fail_under:
-        raise GateError(f"accuracy {overall['accuracy']} is under --fail-under {config.fail_under}")
+def _check_gate(config: TrainRewardConfig, accuracy: float) -> None:
+    if config.fail_under is not None and accuracy < config.fail_under:
+        raise GateError(f"accuracy {accuracy} is under --fail-under {config.fail_under}")

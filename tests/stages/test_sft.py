@@ -227,7 +227,7 @@ def test_bad_data_is_named(base, tmp_path, rows, reason):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"data": ("none.jsonl",)}, "--data none.jsonl: expected a file of conversations, found no such file"),
+        ({"data": ("none.jsonl",)}, "--data none.jsonl: expected a file, found no such file"),
         ({"data": (".",)}, "found a folder"),
         ({"data": ("{chats}:0",)}, "expected a weight above 0, found 0"),
         ({"data": ("{chats}:1", "{chats}")}, "expected a weight on every file or on none"),

@@ -73,11 +73,12 @@ def judge(trained) -> Path:
 def test_it_learns_the_taste_and_not_the_length(trained):
     folder, summary, said = trained
     evaluation = json.loads((folder / "evaluation.json").read_text())
-    assert summary["val_accuracy"] > 0.9 and summary["val_comparisons"] == 60 and summary["comparisons"] == 540
+    assert summary["val_accuracy"] > 0.9 and summary["val_comparisons"] + summary["comparisons"] == 600
+    assert 30 < summary["val_comparisons"] < 100  # one prompt of ten
     low, high = summary["val_accuracy_95"]
     assert low < summary["val_accuracy"] <= high
     assert evaluation["baseline_length"]["accuracy"] < summary["val_accuracy"]  # one word more: longer is better
-    assert set(evaluation["biases"]) == {"length", "formatting", "position"}
+    assert set(evaluation["biases"]) == {"length", "formatting"}
     assert "baseline, length" in said and "correlation with length" in said
 
 
@@ -125,6 +126,18 @@ def test_ranks_of_samples_and_of_lists(judge, llmkit):
     assert ranked["ranking"] == [2, 1] and ranked["rewards"][1] > ranked["rewards"][0]
 
 
+def test_every_prompt_has_one_best_however_many_there_are(judge, llmkit):
+    rows = [
+        {"prompt": f"Tell {n}", "completion": text} for n in range(110) for text in ("hill", "the sea", "wall road")
+    ]
+    rows[3:3] = [{"prompt": "Tell 0", "completions": ["a tree", "sea"]}]  # of the same prompt, but another form
+    done = llmkit("train-reward", "--score", judge, "--rank", stdin="".join(json.dumps(row) + "\n" for row in rows))
+    assert done.returncode == 0, done.stderr
+    found = lines(done.stdout)
+    assert len(found) == 331 and found[3]["ranking"] == [2, 1]
+    assert [row["rank"] for row in found if "rank" in row] == [1, 2, 3] * 110
+
+
 def test_what_is_too_long_has_no_reward_and_is_counted(judge, llmkit):
     rows = [{"prompt": "Tell", "completion": "sea " * 300}, {"prompt": "long " * 200, "completion": "sea"}]
     done = llmkit("train-reward", "--score", judge, stdin="".join(json.dumps(row) + "\n" for row in rows))
@@ -148,8 +161,8 @@ def test_a_judge_is_evaluated_by_itself_and_held_to_a_gate(judge, llmkit, tmp_pa
 def test_rankings_margins_weights_and_adapters(base, data, llmkit, tmp_path):
     ranked = write(
         tmp_path / "ranked.jsonl",
-        *({"prompt": "?", "completions": ["sea", "hill", "wall"], "ranking": [1, 2, 2]} for _ in range(20)),
-        *({"prompt": "?", "chosen": f"sea {i}", "rejected": "sun", "margin": 0.5} for i in range(20)),
+        *({"prompt": f"{i}?", "completions": ["sea", "hill", "wall"], "ranking": [1, 2, 2]} for i in range(20)),
+        *({"prompt": f"{i}!", "chosen": f"sea {i}", "rejected": "sun", "margin": 0.5} for i in range(20)),
     )
     out = tmp_path / "judge"
     done = llmkit(
@@ -197,8 +210,11 @@ def test_killed_and_resumed_it_is_the_same(base, data, llmkit, tmp_path):
         ([{"prompt": "?", "chosen": "a", "rejected": "a"}] * 3, "skipped: chosen equals rejected 3"),
         (['{"prompt": '], ":1: expected one JSON object a line"),
         ([{"prompt": "?", "completions": ["a", "b"], "ranking": [1, 2, 3]}], ":1: expected 'ranking' to be 2 ranks"),
-        ([{"prompt": "?", "chosen": "a", "rejected": "b"}], "one comparison cannot be split"),
-        ([{"prompt": "?", "completions": ["a", "b"], "ranking": [1, 1]}] * 4, "nothing to evaluate on"),
+        ([{"prompt": "?", "chosen": "a", "rejected": "b"}], "the comparisons of one prompt cannot be split"),
+        (
+            [{"prompt": f"{n}", "completions": ["a", "b"], "ranking": [1, 1]} for n in range(4)],
+            "nothing to evaluate on",
+        ),
     ],
 )
 def test_bad_preferences(base, llmkit, tmp_path, rows, expected):
@@ -218,6 +234,9 @@ def test_bad_preferences(base, llmkit, tmp_path, rows, expected):
         (["--score", "BASE"], "expected a reward model, as llmkit train-reward makes it, found no tensor score.weight"),
         (["--score", "nowhere"], "nowhere: expected a reward model's folder, found nothing"),
         (["--score", "JUDGE", "--data", "x"], "--data: expected no --score"),
+        (["--score", "JUDGE", "--fail-under", "0.5"], "--fail-under: expected --val beside --score"),
+        (["--score", "JUDGE", "--val", "x", "-o", "y"], "--val: with --score it evaluates"),
+        (["BASE", "--data", "-", "--val", "nowhere", "-o", "y"], "nowhere: expected a file that can be read"),
         (["nowhere", "--data", "x", "-o", "judge"], "nowhere: expected a model folder, found nothing"),
     ],
 )
