@@ -98,9 +98,7 @@ def _import_ray() -> Any:
     try:
         import ray
     except ImportError:
-        raise UserError(
-            "--engine ray: Ray is not installed; pip install 'ray>=2.60', or leave --engine out"
-        ) from None
+        raise UserError("--engine ray: Ray is not installed; pip install 'ray>=2.60', or leave --engine out") from None
     return ray
 
 

@@ -474,7 +474,7 @@ def test_an_input_without_records_is_an_error(llmkit, tmp_path, name, content, m
         (["in.jsonl", "--precision", "--recall"], "choose one"),
         (["in.jsonl", "--rejects", "-"], "--rejects: expected a file"),
         (["in.jsonl", "-o", "a", "--rejects", "a"], "expected different files"),
-        (["in.jsonl", "-o", "in.jsonl"], "exists already"),
+        (["in.jsonl", "-o", "in.jsonl"], "is an input, and would be lost"),
         (["in.jsonl", "-o", "no/docs.jsonl"], "does not exist"),
         (["in.jsonl", "-o", "docs.jsonl", "--resume"], "nothing to resume"),
         (["in.jsonl", "--resume"], "--resume: needs the --out"),
