@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from llmkit.engine.judgement import wilson
 from llmkit.engine.matching import EVASIVE, RIGHT, VERDICTS, WRONG
+from llmkit.engine.reward_evaluation import wilson
 from llmkit.errors import UserError
 from llmkit.questions import read_question
 from llmkit.records import Row

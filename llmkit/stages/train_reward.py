@@ -140,8 +140,8 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
     from llmkit.data.mixture import Mixture, Source
     from llmkit.engine import setup, speed
     from llmkit.engine.finetuning import Finetuning
-    from llmkit.engine.judgement import check_unequal, judge
-    from llmkit.engine.judging import ROW_TOKENS, ComparisonLoss
+    from llmkit.engine.reward_evaluation import check_unequal, judge
+    from llmkit.engine.reward_loss import ROW_TOKENS, ComparisonLoss
     from llmkit.engine.schedule import Schedule
     from llmkit.model.reward import RewardModel, save_reward_model
 
@@ -268,7 +268,7 @@ def _read_all(
 def _read(config: TrainRewardConfig, path: str, chat: ChatFormat, context: int) -> tuple[Comparisons, str]:
     from llmkit.conversations import read_records
     from llmkit.data.comparisons import read_comparisons
-    from llmkit.engine.scoring import turn_encoder
+    from llmkit.engine.reward_scoring import turn_encoder
     from llmkit.preferences import read_comparison
 
     with Progress(f"read {name_of(path)}", unit="comparisons", quiet=config.quiet) as progress:
@@ -302,8 +302,8 @@ def _score(config: TrainRewardConfig) -> Scored | None:
     if config.fail_under is not None and not config.val:
         raise UserError("--fail-under: expected --val beside --score, which gives an accuracy")
     from llmkit.engine import setup
-    from llmkit.engine.judgement import judge
-    from llmkit.engine.scoring import Scorer
+    from llmkit.engine.reward_evaluation import judge
+    from llmkit.engine.reward_scoring import Scorer
     from llmkit.model.reward import load_reward_model
     from llmkit.tokenizer.chat import ChatFormat
     from llmkit.tokenizer.encoding import load_tokenizer

@@ -14,7 +14,7 @@ import numpy as np
 
 from llmkit.conversations import Conversation, Message
 from llmkit.data.comparisons import Candidates, encode_comparisons, fitted
-from llmkit.engine.judging import ROW_TOKENS, score_comparisons
+from llmkit.engine.reward_loss import ROW_TOKENS, score_comparisons
 from llmkit.model.reward import RewardModel
 from llmkit.preferences import Comparison, read_answers, read_prompt
 from llmkit.records import Row

@@ -10,8 +10,8 @@ import torch
 from tiny import VOCABULARY, make_model
 
 from llmkit.data.comparisons import Candidates, Comparisons, packed_comparisons
-from llmkit.engine.judgement import biases, calibration_error, correlation, evaluate, fitted_temperature, wilson
-from llmkit.engine.judging import ComparisonLoss, answer_scores, bootstrap_weights, plackett_luce, score_comparisons
+from llmkit.engine.reward_evaluation import biases, calibration_error, correlation, evaluate, fitted_temperature, wilson
+from llmkit.engine.reward_loss import ComparisonLoss, answer_scores, bootstrap_weights, plackett_luce, score_comparisons
 from llmkit.errors import UserError
 from llmkit.model.reward import RewardModel
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from llmkit.data.comparisons import Candidates, Comparisons
-from llmkit.engine.judging import ROW_TOKENS, score_comparisons
+from llmkit.engine.reward_loss import ROW_TOKENS, score_comparisons
 from llmkit.errors import UserError
 from llmkit.model.reward import RewardModel
 
