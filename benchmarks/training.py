@@ -100,6 +100,7 @@ def work(name: str, shape: Shape, steps: int, shards: str, tokenizer_vocab: int,
     from llmkit.data.batches import Batches
     from llmkit.data.shards import TokenShards
     from llmkit.engine import setup
+    from llmkit.engine.devices import choose_device, choose_dtype
     from llmkit.engine.evaluation import next_token_loss
     from llmkit.engine.optimizer import GroupSettings, Optimizer
     from llmkit.engine.planning import Wishes, make_plan
@@ -119,7 +120,8 @@ def work(name: str, shape: Shape, steps: int, shards: str, tokenizer_vocab: int,
     plan = make_plan(
         wishes, vocab_size=tokenizer_vocab, corpus_tokens=tokens.tokens, device="cpu", speed=lambda *_: 0.0
     )
-    device, dtype = setup.choose_device("cpu"), setup.choose_dtype(precision, setup.choose_device("cpu"))
+    device = choose_device("cpu")
+    dtype = choose_dtype(precision, device)
     model = Transformer(plan.model, seed=0).to(device=device, dtype=dtype)
     if rule == "AdamW":
         settings = GroupSettings("adamw", 1e-3)

@@ -103,6 +103,22 @@ class TrainingConfig(CommonConfig):
     sample_every: int | None = option(None, "Steps between samples.", group="Log", at_least=1, free=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TuningConfig(TrainingConfig):
+    """Options that are spelled the same in every stage that tunes a model on records (engine/finetuning.py)."""
+
+    lora_rank: int | None = option(None, "Train adapters of this rank, merged at the end.", group="LoRA", at_least=1)
+    lora_alpha: float | None = option(None, "Scale of the adapters [2 x rank].", group="LoRA", above=0)
+    lora_targets: str = option("q,k,v,o,gate,up,down", "Projections with an adapter.", group="LoRA")
+
+    max_steps: int | None = option(None, "Train for this many steps.", group="Horizon", unit="count", at_least=1)
+    micro_batch_size: int | None = option(None, "Rows at a time.", group="Training", at_least=1)
+    learning_rate: float | None = option(None, "Of AdamW.", group="Training", above=0)
+    weight_decay: float = option(0.0, "Of the matrices.", group="Training", at_least=0)
+    warmup_steps: int | None = option(None, "Steps to the full rate [a twentieth].", group="Training", at_least=0)
+    decay_fraction: float = option(0.9, "Last part, with falling rate.", group="Training", at_least=0, at_most=1)
+
+
 def option_of(item: Field) -> Option:
     """The `Option` of a dataclass field."""
     return item.metadata["option"]

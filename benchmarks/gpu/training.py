@@ -139,6 +139,7 @@ def markdown(rows: list[dict], smoke: bool) -> str:
 
     lines = [
         *(["**A smoke run: a tiny model on a CPU. Nothing was timed.**", ""] if smoke else []),
+        *{f"{row['gpu']}, torch {row['torch']}, {time.strftime('%Y-%m-%d')}\n" for row in rows if "gpu" in row},
         "| model | kernels | parameters | loss | s a step | tokens/s | MFU | of product | peak MB | note |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]

@@ -21,6 +21,8 @@ def tune(makers: Makers, shapes: Shapes, candidates: dict[str, Any], clock: Cloc
     A candidate that does not compile, or asks more than the GPU has, is "failed". `late()` ends the trials early.
     """
     tiles, times = triton_module("tiles"), {}
+    import triton  # in the mode that has just been set
+
     kept = json.loads(path.read_text()) if path.exists() else {}
     for name, usual, listed, run in _trials(tiles, makers, shapes, candidates):
         if late():
@@ -41,7 +43,7 @@ def tune(makers: Makers, shapes: Shapes, candidates: dict[str, Any], clock: Cloc
     }
     gpu = kept.setdefault(tiles.gpu_name(), {"tiles": {}})
     gpu["tiles"] |= best
-    gpu |= {"triton": __import__("triton").__version__, "torch": torch.__version__}
+    gpu |= {"triton": triton.__version__, "torch": torch.__version__}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
     tiles.forget_tuned()
@@ -50,29 +52,25 @@ def tune(makers: Makers, shapes: Shapes, candidates: dict[str, Any], clock: Cloc
 
 def _trials(tiles, makers: Makers, shapes: Shapes, candidates: dict[str, Any]) -> Iterator[tuple]:
     """(name of the tiles, usual ones, others, what to run)."""
-    word = str(DTYPE).removeprefix("torch.")
     for size in {shape.size: shape for shape in shapes.attention}:
         case = makers.attention(next(shape for shape in shapes.attention if shape.size == size), "causal")
         for kernel in ("attention_forward", "attention_grad_query", "attention_grad_key_value"):
             listed = [tiles.Tiles(*numbers) for numbers in candidates[kernel].get(size, ())]
             run = _forward(case) if kernel == "attention_forward" else _both(case)
-            yield f"{kernel} {_table_size(tiles, size)} {word}", tiles.tiles(kernel, size, DTYPE), listed, run
+            yield tiles.sized_name(kernel, size, DTYPE), tiles.tiles(kernel, size, DTYPE), listed, run
     shape = shapes.decode[-1]
     listed = [tiles.DecodeTiles(*numbers) for numbers in candidates["attention_decode"]]
-    name = f"attention_decode {_table_size(tiles, shape.size)} {word}"
+    name = tiles.sized_name("attention_decode", shape.size, DTYPE)
     yield name, tiles.decode_tiles(shape.size, DTYPE), listed, _forward(makers.decode(shape))
     listed = [tiles.ProductTiles(*numbers) for numbers in candidates["linear_logsumexp"]]
     run = _forward(makers.logprobs(shapes.loss[0]))
-    yield f"linear_logsumexp {word}", tiles.product_tiles(DTYPE), listed, run
+    yield tiles.product_name(DTYPE), tiles.product_tiles(DTYPE), listed, run
     listed = [tiles.RowTiles(*numbers) for numbers in candidates["cross_entropy"]]
     for words in sorted({shape.words for shape in shapes.loss}):
         shape = next(shape for shape in shapes.loss if shape.words == words)
-        whole = 1 << max(6, (-(-words // 64) * 64 - 1).bit_length())
-        yield f"cross_entropy {whole}", tiles.row_tiles("cross_entropy", whole), listed, _both(makers.loss(shape))
-
-
-def _table_size(tiles, size: int) -> int:
-    return next(each for each in tiles.SIZES if size <= each)
+        width = -(-words // 64) * 64  # as the logits are padded
+        name = tiles.row_name("cross_entropy", width)
+        yield name, tiles.row_tiles("cross_entropy", width), listed, _both(makers.loss(shape))
 
 
 def _forward(case: Case) -> Callable[[], object]:

@@ -130,7 +130,7 @@ def forget_tuned() -> None:
     _tuned.cache_clear()
 
 
-def _words(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -170,6 +170,26 @@ def _size_index(size: int) -> int:
     return next(i for i, table_size in enumerate(SIZES) if size <= table_size)
 
 
+def sized_name(kernel: str, size: int, dtype: torch.dtype) -> str:
+    """What the tiles of an attention kernel are called in a file of tuned ones: "attention_forward 128 bfloat16"."""
+    return f"{kernel} {SIZES[_size_index(size)]} {_dtype_name(dtype)}"
+
+
+def row_name(kernel: str, width: int) -> str:
+    """The same for a row-wise kernel: "cross_entropy 65536"."""
+    return f"{kernel} {_whole(width)}"
+
+
+def product_name(dtype: torch.dtype) -> str:
+    """The same for `linear_logsumexp`."""
+    return f"linear_logsumexp {_dtype_name(dtype)}"
+
+
+def _whole(width: int) -> int:
+    """The power of two that a row fits in."""
+    return 1 << max(6, (width - 1).bit_length())
+
+
 def tiles(kernel: str, size: int, dtype: torch.dtype) -> Tiles:
     """For one of the three kernels of attention, by its name."""
     index = _size_index(size)
@@ -179,7 +199,7 @@ def tiles(kernel: str, size: int, dtype: torch.dtype) -> Tiles:
         usual = _FLOAT32[SIZES[index]]
     else:
         usual = _ATTENTION[target()][kernel][index]
-    return _chosen(f"{kernel} {SIZES[index]} {_words(dtype)}", Tiles(*usual))
+    return _chosen(sized_name(kernel, size, dtype), Tiles(*usual))
 
 
 def decode_tiles(size: int, dtype: torch.dtype) -> DecodeTiles:
@@ -190,7 +210,7 @@ def decode_tiles(size: int, dtype: torch.dtype) -> DecodeTiles:
         usual = DecodeTiles(256, 32, 4, 1 if dtype == torch.float32 else 2)
     else:
         usual = DecodeTiles(256, 64, 4, 2 if target() != "sm_90" else 3)
-    return _chosen(f"attention_decode {SIZES[_size_index(size)]} {_words(dtype)}", usual)
+    return _chosen(sized_name("attention_decode", size, dtype), usual)
 
 
 def row_tiles(kernel: str, width: int) -> RowTiles:
@@ -198,7 +218,7 @@ def row_tiles(kernel: str, width: int) -> RowTiles:
 
     A norm needs the whole row at once, whatever its width.
     """
-    whole = 1 << max(6, (width - 1).bit_length())
+    whole = _whole(width)
     if kernel.startswith("rms_norm"):
         usual = RowTiles(16 if target() == "interpreter" else max(1, 4096 // whole), whole, 8)
     elif target() == "interpreter":
@@ -206,7 +226,7 @@ def row_tiles(kernel: str, width: int) -> RowTiles:
     else:
         block = min(whole, 4096)
         usual = RowTiles(4096 // block, block, 8)
-    return _chosen(f"{kernel} {whole}", usual)
+    return _chosen(row_name(kernel, width), usual)
 
 
 # A tile of 128 by 128 asks 9 TB/s of the cache at 600 TFLOP/s, one of 128 by 256 three quarters of it; on sm_90 it
@@ -226,4 +246,4 @@ def product_tiles(dtype: torch.dtype) -> ProductTiles:
         usual = ProductTiles(64, 64, 16, 4, 8, 1)
     else:
         usual = ProductTiles(*_PRODUCT[target()])
-    return _chosen(f"linear_logsumexp {_words(dtype)}", usual)
+    return _chosen(product_name(dtype), usual)

@@ -119,12 +119,6 @@ class Chat:
             handle.write(former + line)
 
 
-def open_chat(generator: Generator, chat: ChatFormat, model: ModelConfig, name: str) -> Chat:
-    """A conversation with the model `name`. Raises UserError for one that has not learnt to end a turn."""
-    check_ends_turns(chat, model, name)
-    return Chat(generator, chat, context=model.max_position_embeddings)
-
-
 def check_ends_turns(chat: ChatFormat, model: ModelConfig, name: str) -> None:
     """Raise UserError for a base model: asked in turns it would never stop."""
     ends = model.eos_token_id if isinstance(model.eos_token_id, tuple) else (model.eos_token_id,)

@@ -25,7 +25,7 @@ from llmkit.engine.generation import Generator, Request
 from llmkit.engine.optimizer import GroupSettings, Optimizer
 from llmkit.engine.sampling import Sampling
 from llmkit.engine.trainer import Trainer
-from llmkit.errors import UserError
+from llmkit.files import write_json
 from llmkit.model.folder import load_model, save_model
 from llmkit.model.growth import grow_vocabulary
 from llmkit.model.lora import LoraAdapter
@@ -63,11 +63,7 @@ class Finetuning:
         """
         base = load_tokenizer(folder)
         model = load_model(folder, dtype=dtype, device=device)
-        if base.vocab_size > model.config.vocab_size:
-            raise UserError(
-                f"{base.path}: the tokenizer has {base.vocab_size} tokens and the model {model.config.vocab_size}; "
-                "put the tokenizer beside it that the model was trained with"
-            )
+        base.check_fits(model.config.vocab_size)
         with tempfile.TemporaryDirectory(prefix="llmkit-") as place:
             tokenizer = write_chat_tokenizer(base, Path(place))
         return cls(folder, _grown(model, base.vocab_size, tokenizer), tokenizer, base.vocab_size).train()
@@ -104,6 +100,12 @@ class Finetuning:
         return self.chat.end_id
 
     @property
+    def never_last_id(self) -> int:
+        """A special token that no conversation ends with: padding, before which the last token is a turn's end."""
+        end, known = self.tokenizer.end_of_text_id, self.tokenizer.specials
+        return end if end in known.values() and end != self.chat.end_id else known["<|im_start|>"]
+
+    @property
     def new_tokens(self) -> int:
         """Tokens that the base did not have."""
         return self.tokenizer.vocab_size - self._known_tokens
@@ -119,8 +121,9 @@ class Finetuning:
             return parameters
         return [*self.adapter.parameters(), *(pair for pair in parameters if pair[0] in self._own)]
 
-    def add_adapter(self, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
-        """Train low-rank adapters in place of the model's own parameters."""
+    def add_adapter(self, rank: int, alpha: float | None, targets: Sequence[str], seed: int) -> None:
+        """Train low-rank adapters in place of the model's own parameters; `alpha` is twice the rank unless given."""
+        alpha = 2.0 * rank if alpha is None else alpha
         if self.new_tokens:
             say(f"the rows of {self.new_tokens} new tokens stay at the mean: adapters do not train embeddings")
         self.adapter = LoraAdapter(self.model, rank, alpha, targets, seed)
@@ -172,9 +175,12 @@ class Finetuning:
         assert self.optimizer is not None, "nothing was trained"
         return self.optimizer.masters()
 
-    def write_tokenizer(self, folder: Path) -> None:
-        """Write the tokenizer with its tokens and template of conversations."""
-        write_chat_tokenizer(load_tokenizer(self.folder), folder)
+    def write_tokenizer(self, folder: Path, pad_id: int | None = None) -> None:
+        """Write the tokenizer with its tokens and template of conversations; `pad_id` names its token for padding."""
+        written = write_chat_tokenizer(load_tokenizer(self.folder), folder)
+        if pad_id is not None:
+            names = {number: name for name, number in written.specials.items()}
+            write_json(folder / "tokenizer_config.json", {**written.config, "pad_token": names[pad_id]})
 
     def save(self, folder: Path, *, keep_adapter: bool = False) -> None:
         """Write the model in float32: the best parameters where there was a watch for them, else the last."""

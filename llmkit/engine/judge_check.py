@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 
 from llmkit.engine.matching import EVASIVE, RIGHT, VERDICTS, WRONG
-from llmkit.engine.reward_evaluation import wilson
+from llmkit.engine.statistics import auroc, calibration_error, wilson
 from llmkit.errors import UserError
 from llmkit.questions import read_question
 from llmkit.records import Row
 
-BINS = 10  # of certainty: Guo et al. 2017 use 15 for 10,000 answers, a probe has fewer
 EXPECTED = "right, wrong, evasive, true or false"
 LABELS = {**{name: name for name in VERDICTS}, "correct": RIGHT, "incorrect": WRONG}
 
@@ -100,13 +99,11 @@ def calibration(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
     if not judged:
         return {"answers": 0, "right": 0, "auroc": None, "ece": None}
     certainty, right = np.array([one for one, _ in judged]), np.array([one for _, one in judged])
-    bins = np.minimum((certainty * BINS).astype(int), BINS - 1)
-    gaps = sum(abs(float((certainty[bins == b] - right[bins == b]).sum())) for b in range(BINS))
     return {
         "answers": len(judged),
         "right": int(right.sum()),
         "auroc": auroc(certainty[right], certainty[~right]),
-        "ece": round(gaps / len(judged), 4),
+        "ece": round(calibration_error(certainty, right), 4),
     }
 
 
@@ -130,16 +127,3 @@ def describe_calibration(found: dict[str, Any]) -> str:
 
 def _figure(value: float | None) -> str:
     return "none" if value is None else f"{value:.3f}"
-
-
-def auroc(of_right: np.ndarray, of_wrong: np.ndarray) -> float | None:
-    """The chance that one of the first lies above one of the second, ties half; None where one is empty.
-
-    >>> auroc(np.array([0.9, 0.4]), np.array([0.4, 0.1]))
-    0.875
-    """
-    if not len(of_right) or not len(of_wrong):
-        return None
-    ordered = np.sort(of_wrong)
-    below, upto = np.searchsorted(ordered, of_right, "left"), np.searchsorted(ordered, of_right, "right")
-    return round(float((below + upto).sum() / (2 * len(of_right) * len(of_wrong))), 4)

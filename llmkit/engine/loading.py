@@ -7,16 +7,16 @@ with opened.computing():
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from llmkit.engine.devices import Precision, choose_device, choose_precision, is_small, one_thread
 from llmkit.engine.generation import Generator
 from llmkit.engine.sampling import Sampling
-from llmkit.errors import UserError
 from llmkit.model.config import ModelConfig
 from llmkit.model.folder import load_config, load_model
 from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
@@ -32,13 +32,11 @@ class OpenedModel:
     device: torch.device
     precision: Precision
 
-    def generator(self, sampling: Sampling, slots: int, end_ids: Iterable[int] | None = None) -> Generator:
-        """Load the weights, to generate with them."""
+    def generator(self, sampling: Sampling, slots: int, **details: Any) -> Generator:
+        """Load the weights, to generate with them; `details` are those of `Generator`."""
         model = load_model(self.folder, dtype=self.precision.dtype, device=self.device)
         weights = self.precision.weights
-        return Generator(
-            model, self.tokenizer, sampling, slots=slots, end_ids=end_ids, name=self.folder, weights=weights
-        )
+        return Generator(model, self.tokenizer, sampling, slots=slots, name=self.folder, weights=weights, **details)
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -51,9 +49,5 @@ def open_model(folder: str, device: str, dtype: str) -> OpenedModel:
     """Read all of a model folder but its weights. Raises UserError where tokenizer and model do not fit."""
     place = choose_device(device)
     config, tokenizer = load_config(folder), load_tokenizer(folder)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"{tokenizer.path}: the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}; "
-            "put the tokenizer beside it that the model was trained with"
-        )
+    tokenizer.check_fits(config.vocab_size)
     return OpenedModel(folder, config, tokenizer, place, choose_precision(dtype, place))

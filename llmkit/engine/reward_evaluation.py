@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -13,13 +12,12 @@ import numpy as np
 
 from llmkit.data.comparisons import Candidates, Comparisons
 from llmkit.engine.reward_loss import ROW_TOKENS, score_comparisons
+from llmkit.engine.statistics import calibration_error, correlation, wilson
 from llmkit.errors import UserError
 from llmkit.model.reward import RewardModel
 
 MARKDOWN = re.compile(r"\*\*|__|`|^#{1,6} |^\s*(?:[-*+]|\d+[.)]) |^\|", re.MULTILINE)
 FEATURES = ("length", "formatting")
-BINS = 10  # of the expected calibration error
-STANDARD_ERRORS = 1.959964  # of a 95% interval
 
 
 def judge(
@@ -90,9 +88,9 @@ def evaluate(scores: Sequence[np.ndarray], comparisons: Sequence[Candidates]) ->
         "accuracy": round(right, 4),
         "accuracy_95": [round(low, 4), round(high, 4)],
         "loss": round(float(np.logaddexp(0, -every).mean()), 4),
-        "ece": round(calibration_error(every), 4),
+        "ece": round(confidence_error(every), 4),
         "temperature": round(temperature, 3),
-        "ece_at_temperature": round(calibration_error(every / temperature), 4),
+        "ece_at_temperature": round(confidence_error(every / temperature), 4),
     }
 
 
@@ -102,20 +100,10 @@ def _differences(scores: np.ndarray, one: Candidates) -> Iterator[float]:
         yield from (float(scores[i] - scores[j]) for j, other in enumerate(one.ranks) if rank < other)
 
 
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """The 95% interval of a share of `count` trials: Wilson 1927."""
-    z2 = STANDARD_ERRORS**2
-    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = STANDARD_ERRORS / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def calibration_error(differences: np.ndarray) -> float:
-    """Expected calibration error of sigmoid(|difference|) as the chance of being right: Guo et al. 2017, section 2."""
+def confidence_error(differences: np.ndarray) -> float:
+    """The calibration error of sigmoid(|difference|) as the chance of being right."""
     confidence, right = 1 / (1 + np.exp(-np.abs(differences))), (differences > 0) + 0.5 * (differences == 0)
-    bins = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
-    gaps = [abs(float((confidence[bins == b] - right[bins == b]).sum())) for b in range(BINS)]
-    return sum(gaps) / len(differences)
+    return calibration_error(confidence, right, lowest=0.5)
 
 
 def fitted_temperature(differences: np.ndarray) -> float:
@@ -160,17 +148,3 @@ def biases(
         name: {"score": correlation(score, column), "label": correlation(label, column)}
         for name, column in zip(FEATURES, columns, strict=True)
     }
-
-
-def correlation(one: np.ndarray, other: np.ndarray) -> float:
-    """Spearman's rank correlation; 0 where one of the two is constant."""
-    if np.ptp(one) == 0 or np.ptp(other) == 0:
-        return 0.0
-    return round(float(np.corrcoef(_ranks(one), _ranks(other))[0, 1]), 4)
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1, ties sharing their mean."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[inverse]

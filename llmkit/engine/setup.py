@@ -1,4 +1,4 @@
-"""Device, precision, optimizer and trainer put together, the same way for every stage that trains."""
+"""Optimizer and trainer put together, the same way for every stage that trains."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 
 from llmkit.config import TrainingConfig
-from llmkit.engine.devices import choose_device as choose_device
-from llmkit.engine.devices import choose_dtype as choose_dtype
 from llmkit.engine.optimizer import GroupSettings, Optimizer
 from llmkit.engine.scaling import Recipe
 from llmkit.engine.schedule import Schedule
 from llmkit.engine.trainer import Batch, Loss, Trainer, TrainerSettings
 from llmkit.model.transformer import Transformer
 from llmkit.progress import say
+
+LONG_RUN_FLOPS = 1e16  # on a CPU, torch.compile costs 20-50 s and a C++ compiler: worth it for hours
 
 
 def build_optimizer(model: Transformer, recipe: Recipe) -> Optimizer:
@@ -35,9 +35,6 @@ def build_optimizer(model: Transformer, recipe: Recipe) -> Optimizer:
             settings = GroupSettings("adamw", recipe.gain_learning_rate)
         groups.append((name, parameter, settings))
     return Optimizer(groups)
-
-
-LONG_RUN_FLOPS = 1e16  # on a CPU, torch.compile costs 20-50 s and a C++ compiler: worth it for hours
 
 
 def compiled(function: Callable, choice: str, device: torch.device, flops: float) -> Callable:

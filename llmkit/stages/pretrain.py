@@ -99,7 +99,7 @@ def run(config: PretrainConfig) -> Summary | None:
 
     from llmkit.data.batches import Batches, EvaluationBatches
     from llmkit.engine import setup, speed
-    from llmkit.engine.devices import check_memory
+    from llmkit.engine.devices import check_memory, choose_device, choose_dtype
     from llmkit.engine.evaluation import held_out_loss, next_token_loss
     from llmkit.engine.generation import continue_text
     from llmkit.engine.planning import Plan, check_wishes, plan_table
@@ -110,8 +110,8 @@ def run(config: PretrainConfig) -> Summary | None:
     from llmkit.tokenizer.encoding import load_tokenizer
 
     # load
-    device = setup.choose_device(config.device)
-    dtype = setup.choose_dtype(config.dtype, device)
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
     tokenizer = load_tokenizer(str(config.tokenizer))
     backend(device.type)  # an unknown LLMKIT_KERNELS is refused before the work on the documents, as is a wrong shape
     check_wishes(_wishes(config), tokenizer.vocab_size)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import MISSING, dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -117,60 +118,45 @@ def run(config: SampleConfig) -> Summary | None:
         return Summary(out, 0, 0, 0, 0.0)
 
     # load
-    import torch
-
-    from llmkit.engine.chatting import check_ends_turns, converse, open_chat
-    from llmkit.engine.devices import choose_device, choose_precision, is_small, one_thread
-    from llmkit.engine.generation import Generator, prompt_ids
+    from llmkit.engine.chatting import Chat, check_ends_turns, converse
+    from llmkit.engine.generation import prompt_ids
+    from llmkit.engine.loading import open_model
     from llmkit.engine.prompts import Prompts
     from llmkit.engine.rates import describe
     from llmkit.engine.sampling import Sampling
     from llmkit.engine.shots import STOP, load_shots, with_shots
     from llmkit.engine.tool_calls import ToolUse
-    from llmkit.model.folder import load_config, load_model
     from llmkit.tokenizer.chat import ChatFormat
-    from llmkit.tokenizer.encoding import load_tokenizer
     from llmkit.tools.toolbox import Toolbox
 
-    device = choose_device(config.device)
-    precision = choose_precision(config.dtype, device)
-    model_config = load_config(config.model)
-    tokenizer = load_tokenizer(config.model)
-    if tokenizer.vocab_size > model_config.vocab_size:
-        raise UserError(
-            f"{tokenizer.path}: the tokenizer has {tokenizer.vocab_size} tokens and the model "
-            f"{model_config.vocab_size}; put the tokenizer beside it that the model was trained with"
-        )
+    opened = open_model(config.model, config.device, config.dtype)
+    tokenizer = opened.tokenizer
     if config.dry_run:
-        for line in _plan(config, model_config, precision, str(device)):
+        for line in _plan(config, opened.config, opened.precision, str(opened.device)):
             say(line, config.quiet)
         return None
     shots = load_shots(config.shots, config.as_assistant)
-    small = is_small(model_config.parameter_count, device)
-    with torch.inference_mode(), one_thread(small), ExitStack() as stack:
+    with opened.computing(), ExitStack() as stack:
         # build
         tools = None
         if config.tools:
             toolbox = Toolbox.parse(config.tools, sandbox=config.sandbox, timeout=config.tool_timeout)
             tools = ToolUse(stack.enter_context(toolbox), tokenizer, config.max_tool_calls)
-        generator = Generator(
-            load_model(config.model, dtype=precision.dtype, device=device),
-            tokenizer,
-            Sampling(config.temperature, config.top_k, config.top_p, config.min_p),
-            slots=_slots(config),
-            stop=(*config.stop, *([STOP] if shots else [])),
-            name=config.model,
-            tools=tools,
-            weights=precision.weights,
-        )
+        sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
+        stop = (*config.stop, *([STOP] if shots else []))
+        generator = opened.generator(sampling, _slots(config), stop=stop, tools=tools)
+
+        @cache
+        def chat_format() -> ChatFormat:
+            found = ChatFormat(tokenizer)
+            check_ends_turns(found, opened.config, config.model)
+            return found
 
         def encode_messages(messages: Sequence[Message]) -> list[int]:
-            chat = ChatFormat(tokenizer)
-            check_ends_turns(chat, model_config, config.model)
-            return chat.encode(messages, prompt=True).token_ids.tolist()
+            return chat_format().encode(messages, prompt=True).token_ids.tolist()
 
         if config.chat:
-            chat = open_chat(generator, ChatFormat(tokenizer), model_config, config.model)
+            chat = Chat(generator, chat_format(), context=opened.config.max_position_embeddings)
             chat.reset(config.system)
             chat.max_tokens, chat.seed = config.max_tokens, config.seed
             converse(chat, config.prompt, config.quiet)

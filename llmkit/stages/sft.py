@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from llmkit.config import TrainingConfig, argument, as_options, lasting_options, option
+from llmkit.config import TuningConfig, argument, as_options, lasting_options, option
 from llmkit.conversations import Conversation
 from llmkit.errors import UserError
 from llmkit.progress import Progress, quantity, say
@@ -33,7 +33,7 @@ SMALLEST_BATCH, LARGEST_BATCH = 1024, 32768  # tokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftConfig(TrainingConfig):
+class SftConfig(TuningConfig):
     """Options of `llmkit sft`."""
 
     examples: ClassVar[str] = """
@@ -72,25 +72,16 @@ class SftConfig(TrainingConfig):
         None, "Show the tokens of some examples, and stop.", group="Data", at_least=1, free=True
     )
 
-    lora_rank: int | None = option(None, "Train adapters of this rank, merged at the end.", group="LoRA", at_least=1)
-    lora_alpha: float | None = option(None, "Scale of the adapters [2 x rank].", group="LoRA", above=0)
-    lora_targets: str = option("q,k,v,o,gate,up,down", "Projections with an adapter.", group="LoRA")
     keep_adapter: bool = option(False, "Save them apart as well, in PEFT's format.", group="LoRA")
 
     epochs: float | None = option(None, "Train this often on the data [2].", group="Horizon", above=0)
     tokens: int | None = option(None, "Train on this many tokens.", group="Horizon", unit="count", at_least=1)
-    max_steps: int | None = option(None, "Train for this many steps.", group="Horizon", unit="count", at_least=1)
     time_budget: float | None = option(None, "Be done in this time.", group="Horizon", unit="duration", above=0)
     patience: int | None = option(
         None, "Stop after so many validations without gain, and keep the best.", group="Horizon", at_least=1
     )
 
     batch_tokens: int | None = option(None, "Tokens of a step.", group="Training", unit="count", at_least=8)
-    micro_batch_size: int | None = option(None, "Rows at a time.", group="Training", at_least=1)
-    learning_rate: float | None = option(None, "Of AdamW.", group="Training", above=0)
-    weight_decay: float = option(0.0, "Of the matrices.", group="Training", at_least=0)
-    warmup_steps: int | None = option(None, "Steps to the full rate [a twentieth].", group="Training", at_least=0)
-    decay_fraction: float = option(0.9, "Last part, with falling rate.", group="Training", at_least=0, at_most=1)
 
     prompt: tuple[str, ...] = option(PROMPTS, "Asked every --sample-every steps; repeatable.", group="Log", free=True)
 
@@ -126,14 +117,15 @@ def run(config: SftConfig) -> Summary | None:
     from llmkit.data.mixture import Mixture, PackedEvaluation
     from llmkit.data.sources import conversations_of
     from llmkit.engine import setup, speed
+    from llmkit.engine.devices import choose_device, choose_dtype
     from llmkit.engine.evaluation import masked_loss, next_token_loss
     from llmkit.engine.finetuning import Finetuning, answer
     from llmkit.engine.inspecting import show_examples
     from llmkit.engine.schedule import Schedule
 
     # load
-    device = setup.choose_device(config.device)
-    tuning = Finetuning.load(str(config.model), device=device, dtype=setup.choose_dtype(config.dtype, device))
+    device = choose_device(config.device)
+    tuning = Finetuning.load(str(config.model), device=device, dtype=choose_dtype(config.dtype, device))
     row_tokens = _row_tokens(config, tuning.context)
     sources, digests = _read_sources(config, files, tuning.chat, row_tokens)
     held_out = [_read(config, path, conversations_of(path), tuning.chat, row_tokens)[0] for path in config.val]
@@ -145,8 +137,7 @@ def run(config: SftConfig) -> Summary | None:
     mixture = Mixture(sources, row_tokens, _batch_rows(config, sources, row_tokens), tuning.pad_id, config.seed)
     steps = _total_steps(config, mixture)
     if config.lora_rank is not None:
-        alpha = config.lora_alpha or 2.0 * config.lora_rank
-        tuning.add_adapter(config.lora_rank, alpha, config.lora_targets.split(","), config.seed)
+        tuning.add_adapter(config.lora_rank, config.lora_alpha, config.lora_targets.split(","), config.seed)
     _say_plan(config, mixture, steps, tuning.trained_parameters, tuning.new_tokens)
     if config.dry_run:
         return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmkit.config import TrainingConfig, argument, as_options, lasting_options, option
+from llmkit.config import TuningConfig, argument, as_options, lasting_options, option
 from llmkit.errors import GateError, UserError
 from llmkit.files import write_json
 from llmkit.progress import Progress, quantity, say
@@ -29,7 +29,7 @@ EVALUATION = "evaluation.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainRewardConfig(TrainingConfig):
+class TrainRewardConfig(TuningConfig):
     """Options of `llmkit train-reward`."""
 
     examples: ClassVar[str] = """
@@ -73,18 +73,8 @@ class TrainRewardConfig(TrainingConfig):
         None, "Exit with 3 where the accuracy is lower.", group="Judge", at_least=0, at_most=1, free=True
     )
 
-    lora_rank: int | None = option(None, "Train adapters of this rank, merged at the end.", group="LoRA", at_least=1)
-    lora_alpha: float | None = option(None, "Scale of the adapters [2 x rank].", group="LoRA", above=0)
-    lora_targets: str = option("q,k,v,o,gate,up,down", "Projections with an adapter.", group="LoRA")
-
     epochs: float = option(1.0, "Train this often on the data.", group="Horizon", above=0)
-    max_steps: int | None = option(None, "Train for this many steps.", group="Horizon", unit="count", at_least=1)
     batch_size: int = option(32, "Comparisons of a step, about.", group="Training", at_least=1)
-    micro_batch_size: int | None = option(None, "Rows at a time.", group="Training", at_least=1)
-    learning_rate: float | None = option(None, "Of AdamW.", group="Training", above=0)
-    weight_decay: float = option(0.0, "Of the matrices.", group="Training", at_least=0)
-    warmup_steps: int | None = option(None, "Steps to the full rate [a twentieth].", group="Training", at_least=0)
-    decay_fraction: float = option(0.9, "Last part, with falling rate.", group="Training", at_least=0, at_most=1)
 
     def reads_stdin(self) -> bool:
         """Whether stdin is the input."""
@@ -139,6 +129,7 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
     from llmkit.data.comparisons import packed_comparisons
     from llmkit.data.mixture import Mixture, Source
     from llmkit.engine import setup, speed
+    from llmkit.engine.devices import choose_device, choose_dtype
     from llmkit.engine.finetuning import Finetuning
     from llmkit.engine.reward_evaluation import check_unequal, judge
     from llmkit.engine.reward_loss import ROW_TOKENS, ComparisonLoss
@@ -146,9 +137,9 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
     from llmkit.model.reward import RewardModel, save_reward_model
 
     # load
-    device = setup.choose_device(config.device)
-    tuning = Finetuning.load(str(config.inputs[0]), device=device, dtype=setup.choose_dtype(config.dtype, device))
-    pad = tuning.tokenizer.end_of_text_id if tuning.tokenizer.end_of_text_id is not None else tuning.pad_id
+    device = choose_device(config.device)
+    tuning = Finetuning.load(str(config.inputs[0]), device=device, dtype=choose_dtype(config.dtype, device))
+    pad = tuning.never_last_id
     model = tuning.become(
         lambda base: RewardModel.of(base, config.ensemble, config.seed),
         lambda trained, place: save_reward_model(trained, place, pad),
@@ -164,8 +155,7 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
     mixture = Mixture(sources, row_tokens, rows, pad, config.seed, packed_comparisons)
     steps = config.max_steps or mixture.steps_for(config.epochs * mixture.inputs)
     if config.lora_rank is not None:
-        alpha = config.lora_alpha or 2.0 * config.lora_rank
-        tuning.add_adapter(config.lora_rank, alpha, config.lora_targets.split(","), config.seed)
+        tuning.add_adapter(config.lora_rank, config.lora_alpha, config.lora_targets.split(","), config.seed)
     say(
         f"{steps} steps of {rows} rows of {row_tokens} tokens, {comparisons * rows * row_tokens // mixture.inputs} "
         f"comparisons or so each; {quantity(tuning.trained_parameters)} parameters trained",
@@ -216,7 +206,7 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
     inputs = [file.path for file in files if file.path != "-"]
     folder.document("train-reward", as_options(config), inputs=inputs, parents=[str(config.inputs[0])], results=results)
     write_json(folder.work / EVALUATION, evaluation)
-    tuning.write_tokenizer(folder.work)
+    tuning.write_tokenizer(folder.work, pad_id=pad)
     tuning.save(folder.work)
     folder.finish()
     _check_gate(config, overall["accuracy"])
@@ -301,7 +291,7 @@ def _score(config: TrainRewardConfig) -> Scored | None:
         raise UserError("--val: with --score it evaluates, and nothing is scored; leave out INPUT, --out and --rank")
     if config.fail_under is not None and not config.val:
         raise UserError("--fail-under: expected --val beside --score, which gives an accuracy")
-    from llmkit.engine import setup
+    from llmkit.engine.devices import choose_device, choose_dtype
     from llmkit.engine.reward_evaluation import judge
     from llmkit.engine.reward_scoring import Scorer
     from llmkit.model.reward import load_reward_model
@@ -313,15 +303,11 @@ def _score(config: TrainRewardConfig) -> Scored | None:
         raise UserError(
             f"{folder}: expected a reward model's folder, found {'a file' if Path(folder).exists() else 'nothing'}"
         )
-    device = setup.choose_device(config.device)
+    device = choose_device(config.device)
     tokenizer = load_tokenizer(folder)
-    model = load_reward_model(folder, dtype=setup.choose_dtype(config.dtype, device), device=device)
+    model = load_reward_model(folder, dtype=choose_dtype(config.dtype, device), device=device)
     chat = ChatFormat(tokenizer)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"{tokenizer.path}: the tokenizer has {tokenizer.vocab_size} tokens and the model "
-            f"{model.config.vocab_size}; put the tokenizer beside it that the model was trained with"
-        )
+    tokenizer.check_fits(model.config.vocab_size)
     if config.dry_run:
         say(f"{folder}: {quantity(model.config.parameter_count)} parameters, {len(model.score)} heads", config.quiet)
         return None

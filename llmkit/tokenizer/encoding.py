@@ -81,6 +81,14 @@ class Tokenizer:
 
     # ---- text to ids
 
+    def check_fits(self, vocab_size: int) -> None:
+        """Raise UserError where a model of so many tokens lacks some of these."""
+        if self.vocab_size > vocab_size:
+            raise UserError(
+                f"{self.path}: the tokenizer has {self.vocab_size} tokens and the model {vocab_size}; "
+                "put the tokenizer beside it that the model was trained with"
+            )
+
     @property
     def backend(self) -> str:
         """The library that encodes batches: `tokenizers` until a batch has let a faster one prove its ids."""

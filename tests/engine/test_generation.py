@@ -12,6 +12,7 @@ from tiny import END, certain, make_model, save_tokenizer
 
 from llmkit.engine import decoding, generation
 from llmkit.engine.decoding import Decoder
+from llmkit.engine.devices import one_thread
 from llmkit.engine.generation import Generator, Request, continue_text, end_tokens, prompt_ids
 from llmkit.engine.sampling import Sampling
 from llmkit.engine.stopping import StopMatcher
@@ -31,12 +32,10 @@ SHAPES = {
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def on_one_thread():
     """A tiny model on two threads beside other processes waits 50 times as long as it computes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with one_thread(True):
+        yield
 
 
 @pytest.fixture(scope="module")

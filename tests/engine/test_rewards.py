@@ -10,8 +10,9 @@ import torch
 from tiny import VOCABULARY, make_model
 
 from llmkit.data.comparisons import Candidates, Comparisons, packed_comparisons
-from llmkit.engine.reward_evaluation import biases, calibration_error, correlation, evaluate, fitted_temperature, wilson
+from llmkit.engine.reward_evaluation import biases, confidence_error, evaluate, fitted_temperature
 from llmkit.engine.reward_loss import ComparisonLoss, answer_scores, bootstrap_weights, plackett_luce, score_comparisons
+from llmkit.engine.statistics import correlation, wilson
 from llmkit.errors import UserError
 from llmkit.model.reward import RewardModel
 
@@ -138,8 +139,8 @@ def test_calibration_of_a_judge_that_is_too_sure():
     rng = np.random.default_rng(0)
     honest = rng.normal(0, 2, 50000)
     right = np.where(rng.random(50000) < 1 / (1 + np.exp(-np.abs(honest))), 1, -1) * np.abs(honest)
-    assert calibration_error(right) < 0.01 and fitted_temperature(right) == pytest.approx(1, abs=0.05)
-    assert calibration_error(4 * right) > 0.1 and fitted_temperature(4 * right) == pytest.approx(4, rel=0.05)
+    assert confidence_error(right) < 0.01 and fitted_temperature(right) == pytest.approx(1, abs=0.05)
+    assert confidence_error(4 * right) > 0.1 and fitted_temperature(4 * right) == pytest.approx(4, rel=0.05)
 
 
 def test_a_judge_that_counts_tokens_is_seen_through():

@@ -12,6 +12,15 @@ import pytest
 os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.fixture(autouse=True)
+def on_one_thread():
+    """The arrays are small: two threads beside other processes wait longer than they compute."""
+    from llmkit.engine.devices import one_thread  # brings torch, and so Triton, which reads the variable above
+
+    with one_thread(True):
+        yield
+
+
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton kernels, run by the interpreter on CPU tensors."""

@@ -10,14 +10,6 @@ from llmkit.kernels.decode import attention_decode_reference
 SPLIT = 128  # keys a program takes in the interpreter
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def example(new, lengths, *, heads=(4, 2), size=16, capacity=300, dtype=torch.float32):
     """What lies beyond a row's length is not a number."""
     generator = torch.Generator().manual_seed(new)

@@ -12,15 +12,6 @@ pytestmark = pytest.mark.usefixtures("interpreted")
 HALF = [torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The interpreter's arrays are small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def example(length, heads=(2, 1), size=32, *, keys=None, batch=1, dtype=torch.float32, seed=0):
     """Query, key, value and the gradient of the output; rounded first, so that errors are the kernels' own."""
     generator = torch.Generator().manual_seed(seed + length)

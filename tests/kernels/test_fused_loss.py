@@ -18,15 +18,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EVERY_OPTION = {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 3.0, "weighted": True, "biased": True}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The interpreter's arrays are small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def example(tokens, vocab, hidden=32, dtype=torch.float32, ignored=0.3, biased=False, seed=0):
     """Input, weight and maybe bias, and the target; rounded first, so that errors are the kernels' own."""
     generator = torch.Generator().manual_seed(seed + tokens + vocab)
