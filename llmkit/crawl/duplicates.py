@@ -13,9 +13,9 @@ The rule looks only backwards, so that documents can be written as they come, an
 - the earlier one may be a repeat itself; named is the document at the end of that chain, which was kept.
 
 Found are, of pairs with 2% of the words replaced, inserted or deleted in documents of 100 to 1,000 words, .996
-[measured by benchmarks/duplicates.py]. A pair whose similarity is .5 is joined with a probability of 7e-6, one of .4 with 5e-11
-(the sum over the binomial distributions of the matches in the bands). A chain can join two documents that are less
-alike than any of its links.
+[measured by benchmarks/duplicates.py]. A pair whose similarity is .5 is joined with a probability of 7e-6, one of .4
+with 5e-11 (the sum over the binomial distributions of the matches in the bands). A chain can join two documents that
+are less alike than any of its links.
 
 On many machines the same comes from files: `keys` of all documents, `band_firsts` of each column of them, `join`.
 """
