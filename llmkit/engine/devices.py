@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -33,11 +33,16 @@ def is_small(parameters: int, device: torch.device) -> bool:
     return device.type == "cpu" and parameters < ONE_THREAD_PARAMETERS
 
 
-@contextmanager
-def one_thread(wanted: bool) -> Iterator[None]:
+def one_thread(wanted: bool) -> AbstractContextManager[None]:
     """Compute on one thread for a while, where that is wanted."""
+    return threads(1 if wanted else torch.get_num_threads())
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Compute on so many threads for a while."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1 if wanted else before)
+    torch.set_num_threads(count)
     try:
         yield
     finally:

@@ -17,8 +17,10 @@ import torch
 from llmkit.engine.devices import Precision, choose_device, choose_precision, is_small, one_thread
 from llmkit.engine.generation import Generator
 from llmkit.engine.sampling import Sampling
+from llmkit.errors import UserError
 from llmkit.model.config import ModelConfig
 from llmkit.model.folder import load_config, load_model
+from llmkit.tokenizer.chat import ChatFormat
 from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
 
 
@@ -51,3 +53,10 @@ def open_model(folder: str, device: str, dtype: str) -> OpenedModel:
     config, tokenizer = load_config(folder), load_tokenizer(folder)
     tokenizer.check_fits(config.vocab_size)
     return OpenedModel(folder, config, tokenizer, place, choose_precision(dtype, place))
+
+
+def check_assistant(model: ModelConfig, chat: ChatFormat, name: str) -> None:
+    """Raise UserError for a base model: it would go on with the question instead of answering it."""
+    ends = model.eos_token_id if isinstance(model.eos_token_id, tuple) else (model.eos_token_id,)
+    if chat.end_id not in ends:
+        raise UserError(f"{name}: a base model, which has not learnt to answer; tune it by llmkit sft first")

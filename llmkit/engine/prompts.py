@@ -19,7 +19,7 @@ import orjson
 
 from llmkit.conversations import Message, read_conversation
 from llmkit.engine.generation import Completion, Request
-from llmkit.engine.sampling import seed_of_repeat
+from llmkit.engine.sampling import request_number, seed_of_repeat
 from llmkit.errors import Interrupted, UserError
 from llmkit.files import PARTIAL
 from llmkit.records import Row
@@ -63,7 +63,7 @@ class Prompts:
             except UserError as error:
                 text = str(error)
                 raise UserError(text if text.startswith(where) else f"{where}: {text}") from None
-            number = int.from_bytes(blake2b(",".join(map(str, ids)).encode(), digest_size=8).digest(), "little")
+            number = request_number(ids)
             seed = self._seed_of(row, number, where)
             if self.kept is not None and self.kept.has({**row.value, "seed": seed}, where):
                 self.passed += 1

@@ -9,7 +9,9 @@ B rows, V vocabulary, k most likely tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
@@ -158,6 +160,11 @@ def uniforms(seed: int, request: int, sample: int, start: int, count: int) -> np
     positions = np.arange(start, start + count, dtype=np.uint64)
     words = philox((positions, sample, request & 0xFFFFFFFF, request >> 32 & 0xFFFFFFFF), seed & (2**64 - 1))
     return ((words[0] >> np.uint64(5)) * 67108864.0 + (words[1] >> np.uint64(6))) / 9007199254740992.0
+
+
+def request_number(ids: Sequence[int]) -> int:
+    """What tells a prompt's request from others with its seed, wherever it stands: 64 bits of its tokens."""
+    return int.from_bytes(blake2b(",".join(map(str, ids)).encode(), digest_size=8).digest(), "little")
 
 
 def seed_of_repeat(seed: int, repeat: int) -> int:

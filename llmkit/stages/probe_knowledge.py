@@ -17,8 +17,9 @@ from llmkit.questions import Question, read_questions
 from llmkit.stream import check_inputs, name_of, names_of, open_output, read_documents, read_jsonl
 
 if TYPE_CHECKING:
-    from llmkit.engine.probing import Probe, ProbeState
+    from llmkit.engine.probing import Probe
     from llmkit.engine.refusals import Refusals
+    from llmkit.engine.run_state import RunState
 
 STARTED = time.monotonic()
 STATE = ".state"
@@ -144,10 +145,11 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Checked | Recited | None:
 
     # load
     from llmkit.engine.judge_check import calibration, describe_calibration
-    from llmkit.engine.loading import open_model
+    from llmkit.engine.loading import check_assistant, open_model
     from llmkit.engine.matching import MatchJudge
-    from llmkit.engine.probing import NAMES, Probe, ProbeState, check_assistant, count_by_kind, fingerprint
+    from llmkit.engine.probing import NAMES, Probe, count_by_kind
     from llmkit.engine.refusals import Refusals
+    from llmkit.engine.run_state import RunState, fingerprint
     from llmkit.engine.sampling import Sampling
     from llmkit.tokenizer.chat import ChatFormat
 
@@ -162,7 +164,7 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Checked | Recited | None:
 
     # build
     identity = lasting_options(config) | {"the model": fingerprint(folder)}
-    state = ProbeState(state_path, identity, config.resume)
+    state = RunState(state_path, identity, config.resume)
     if state.kept:
         say(f"{state_path}: kept {state.kept} questions", config.quiet)
     with opened.computing():
@@ -321,14 +323,14 @@ def _recite(config: ProbeKnowledgeConfig, path: str) -> Recited | None:
     return None if out == "-" else Recited(out, len(recital), groups, recital.too_short)
 
 
-def _ask(probe: Probe, state: ProbeState, questions: Sequence[Question], quiet: bool) -> None:
+def _ask(probe: Probe, state: RunState, questions: Sequence[Question], quiet: bool) -> None:
     """Ask the questions that the state has not, into it."""
-    from llmkit.engine.probing import NAMES
+    from llmkit.engine.probing import NAMES, made_of
 
     found: Counter[str] = Counter()
     with Progress("probe", total=len(questions), unit="questions", quiet=quiet) as progress:
         progress.advance(state.kept)
-        for record in probe.ask(state.remaining(questions)):
+        for record in probe.ask(state.remaining(questions, made_of)):
             state.append(record)
             found[NAMES[record["known"]]] += 1
             progress.advance(**found)
@@ -337,7 +339,7 @@ def _ask(probe: Probe, state: ProbeState, questions: Sequence[Question], quiet: 
 # ---- what comes out
 
 
-def _write(config: ProbeKnowledgeConfig, out: str, state: ProbeState, refusals: Refusals) -> Counter[str]:
+def _write(config: ProbeKnowledgeConfig, out: str, state: RunState, refusals: Refusals) -> Counter[str]:
     """Write the report, then the conversations; how many confirm ("yes") and refuse ("no")."""
     from llmkit.engine.refusals import balanced, lesson
 

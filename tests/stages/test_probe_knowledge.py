@@ -253,13 +253,13 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(babbler, tmp_path):
 
 
 def test_a_run_of_something_else_is_not_resumed(parrot, babbler, tmp_path, monkeypatch):
-    from llmkit.engine.probing import ProbeState
+    from llmkit.engine.run_state import RunState
 
     asked, other = write(tmp_path / "q.jsonl", PARIS, ROME), write(tmp_path / "other.jsonl", ROME)
     out, state, model = tmp_path / "r.jsonl", tmp_path / "r.jsonl.state", tmp_path / "model"
     shutil.copytree(parrot, model)
     with monkeypatch.context() as patch:
-        patch.setattr(ProbeState, "remove", lambda self: None)  # as a kill would at the very end
+        patch.setattr(RunState, "remove", lambda self: None)  # as a kill would at the very end
         probe(model, out, questions=asked)
     for options, message in (
         ({"samples": 3}, r"r.jsonl.state: made with --samples 5, and this run has 3; leave out --resume"),
@@ -272,7 +272,7 @@ def test_a_run_of_something_else_is_not_resumed(parrot, babbler, tmp_path, monke
         probe(model, out, questions=asked, resume=True)
     shutil.copy(parrot / "model.safetensors", model)
     write(asked, ROME, PARIS)
-    with pytest.raises(UserError, match=r"has a question that the input does not: .*q.jsonl:1"):
+    with pytest.raises(UserError, match=r"has a record that the input does not: .*q.jsonl:1"):
         probe(model, out, questions=asked, resume=True)
     write(asked, PARIS, ROME)
     assert probe(model, out, questions=asked, resume=True).questions == 2 and not state.exists()

@@ -1,0 +1,104 @@
+"""What a run has made so far, in a file that outlives a kill: a line that tells what the run is, then a record a line.
+
+state = RunState(Path("out.jsonl.state"), {"--seed": 0}, resume=True)
+for question in state.remaining(questions, made_of):
+    state.append(answer(question))
+write(state.records())
+state.remove()
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import orjson
+
+from llmkit.errors import UserError
+
+WEIGHTS_READ = 1 << 20  # bytes at the end of a file of weights that tell it from another
+
+T = TypeVar("T")
+
+
+class RunState:
+    """The records of a run on their way; without a path, in memory.
+
+    identity  what decides the records; a resumed run must have the same. Raises UserError for another
+    """
+
+    def __init__(self, path: Path | None, identity: dict[str, Any], resume: bool) -> None:
+        self.path = path
+        begun = resume and path is not None and path.exists()
+        self._file: IO[bytes] = io.BytesIO() if path is None else path.open("r+b" if begun else "w+b")
+        self._start, self.kept = self._take_over(identity) if begun else (0, 0)
+        if not self._start:
+            self._start = self._file.write(orjson.dumps({"run": identity}) + b"\n")
+            self._file.flush()
+
+    def _take_over(self, identity: dict[str, Any]) -> tuple[int, int]:
+        """Where the records begin and how many are whole; what a kill cut in two is removed."""
+        first = self._file.readline()
+        start = end = self._file.tell()
+        if not first.endswith(b"\n"):
+            self._file.seek(0)
+            self._file.truncate()
+            return 0, 0
+        former, now = orjson.loads(first)["run"], orjson.loads(orjson.dumps(identity))
+        unlike = [name for name in now if former.get(name) != now[name]]
+        if unlike:
+            name = unlike[0]
+            raise UserError(
+                f"{self.path}: made with {name} {former.get(name)}, and this run has {now[name]}; "
+                "leave out --resume to begin again"
+            )
+        count = 0
+        while self._file.readline().endswith(b"\n"):
+            end, count = self._file.tell(), count + 1
+        self._file.truncate(end)
+        self._file.seek(end)
+        return start, count
+
+    def remaining(self, given: Sequence[T], made_of: Callable[[dict[str, Any], T], bool]) -> Iterator[T]:
+        """What is behind all that has a record, as `made_of` tells. Raises UserError for the record of anything else."""
+        left = iter(given)
+        for record in list(self.records()):
+            if next((one for one in left if made_of(record, one)), None) is None:
+                raise UserError(
+                    f"{self.path}: has a record that the input does not: {record['where']}; "
+                    "leave out --resume to begin again"
+                )
+        yield from left
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add a record; it is there as soon as this returns, whatever becomes of the process."""
+        self._file.seek(0, os.SEEK_END)
+        self._file.write(orjson.dumps(record) + b"\n")
+        self._file.flush()
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """All records, from the first."""
+        self._file.seek(self._start)
+        yield from map(orjson.loads, iter(self._file.readline, b""))
+
+    def remove(self) -> None:
+        """The work is done."""
+        self._file.close()
+        if self.path is not None:
+            self.path.unlink()
+
+
+def fingerprint(folder: str) -> str:
+    """What tells a model from another one, without reading all of its weights."""
+    digest = sha256()
+    for path in sorted(Path(folder).iterdir()):
+        if path.name in ("config.json", "tokenizer.json") or path.suffix == ".safetensors":
+            digest.update(f"{path.name} {path.stat().st_size} ".encode())
+            with path.open("rb") as handle:
+                handle.seek(max(0, path.stat().st_size - WEIGHTS_READ))
+                digest.update(handle.read())
+    return digest.hexdigest()[:16]
