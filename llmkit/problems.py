@@ -1,0 +1,201 @@
+"""Problems to train on by trying: every format that `rl` accepts, turned into one.
+
+    {"prompt": "2 + 2?", "answer": "4"}                         prompt: also question, problem, query, context, input,
+                                                                sQuestion; or messages, under either name
+    {"question": "...", "answer": "2 + 2 = 4.\\n#### 4"}         GSM8K's: the answer stands after the last ####
+    {"problem": "...", "solution": "... \\\\boxed{4}"}            MATH's: the answer is what is boxed last
+    {"question": "...", "options": ["A)3", "B)4"], "correct": "B"}          a choice; the options follow the question
+    {"query": "...", "choices": ["3", "4"], "gold": 1}          the same, right by its place, from 0; also "answer"
+    {"sQuestion": "...", "lSolutions": [4.0]}                   word problems with their solutions
+    {"task_id", "prompt", "test", "entry_point"}                HumanEval's: code that is tested
+
+The answer is `answer`, solution, target, continuation, correct or lSolutions, the first that there is; `verifier`
+names how it is to be judged. All else passes through.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+from llmkit.conversations import Message, read_messages, read_records
+from llmkit.errors import UserError
+from llmkit.questions import FRAME
+from llmkit.records import Row, kind_of
+
+PROMPTS = ("messages", "prompt", "question", "problem", "query", "context", "input", "sQuestion")
+ANSWERS = ("answer", "solution", "target", "continuation", "correct", "lSolutions", "answerKey", "gold")
+MARKER = "####"
+BRACES = re.compile(r"(?P<box>\\f?boxed\s*)(?:(?P<brace>\{)|(?P<bare>[^\s\\{}$.,]+))|\\.|[{}]", re.DOTALL)
+LABEL = re.compile(r"\s*\(?([A-Z])\s*[).:]\s*")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What is asked, and what a completion is judged by.
+
+    messages  what is asked; empty where the record has only a prompt of text
+    prompt    its text: of messages, that of the last
+    answer    in short: what GSM8K has after ####, what is boxed, the letter of a choice; None without one
+    verifier  the record's own choice
+    record    the whole record: ids, tests, options, schema, ...
+    where     its place in a file
+    """
+
+    messages: tuple[Message, ...]
+    prompt: str
+    answer: str | None
+    verifier: str | None
+    record: dict[str, Any]
+    where: str
+
+
+def read_problems(paths: Sequence[str], limit: int | None = None) -> Iterator[Problem]:
+    """The problems of files, `-` for stdin, at most `limit` of them in all.
+
+    Files are JSONL, one JSON array, or an object that holds it under `examples`; gzip and zstd are unpacked. Raises
+    UserError that names file and record.
+    """
+    rows = chain.from_iterable(read_records(path, limit) for path in paths)
+    yield from map(read_problem, islice(rows, limit))
+
+
+def read_problem(row: Row) -> Problem:
+    """The problem in a record of any format. Raises UserError that names the place and what was expected."""
+    value = row.value
+    field = next((name for name in PROMPTS if value.get(name) is not None), None)
+    if field is None:
+        raise UserError(
+            f"{row.where}: expected field 'prompt', 'question' or 'messages' (a problem), found {sorted(value)}"
+        )
+    verifier = value.get("verifier")
+    if not isinstance(verifier, (str, type(None))):
+        raise UserError(f"{row.where}: expected 'verifier' to be a name, found {kind_of(verifier)}")
+    messages, prompt = _asked(row, field)
+    options = read_options(value, row.where)
+    if options:
+        if not messages and not all(text == letter for letter, text in options):  # else the question shows them
+            prompt = FRAME.sub("", prompt) + "\n" + "".join(f"\n{letter}) {text}" for letter, text in options)
+        return Problem(messages, prompt, _letter(row, options), verifier, value, row.where)
+    return Problem(messages, prompt, _answer(row), verifier, value, row.where)
+
+
+def read_options(record: dict[str, Any], where: str) -> tuple[tuple[str, str], ...]:
+    """The options of a multiple choice as (letter, text), none where the record is no choice.
+
+    >>> read_options({"options": ["A)3", "B)4"]}, "p.jsonl:1"), read_options({"choices": ["3"]}, "p.jsonl:2")
+    ((('A', '3'), ('B', '4')), (('A', '3'),))
+    """
+    value = record.get("options", record.get("choices"))
+    if value is None:
+        return ()
+    texts, labels = (value.get("text"), value.get("label")) if isinstance(value, dict) else (value, None)
+    if not isinstance(texts, list) or not texts or not all(isinstance(one, str) for one in texts):
+        raise UserError(f"{where}: expected the choices to be a list of texts, found {kind_of(value)}")
+    letters = [chr(ord("A") + place) for place in range(len(texts))]
+    if len(letters) > 26:
+        raise UserError(f"{where}: expected at most 26 choices, found {len(letters)}")
+    if labels not in (None, letters, [str(place) for place in range(1, len(texts) + 1)]):
+        raise UserError(f"{where}: expected the labels A, B, ... or 1, 2, ..., found {labels!r}")
+    found = [LABEL.match(text) for text in texts]
+    if all(one and one[1] == letter for one, letter in zip(found, letters, strict=True)):
+        texts = [text[one.end() :] for text, one in zip(texts, found, strict=True) if one]
+    return tuple(zip(letters, (text.strip() for text in texts), strict=True))
+
+
+def boxed(text: str) -> list[str]:
+    """What stands in each \\\\boxed{...} of a text, with its inner braces; one that is not closed does not count.
+
+    >>> boxed(r"so \\boxed{\\frac{1}{2}} or \\boxed 7")
+    ['\\\\frac{1}{2}', '7']
+    """
+    found: list[tuple[int, str]] = []
+    open_braces: list[int | None] = []  # where the content of a box begins; None for any other brace
+    for mark in BRACES.finditer(text):
+        if mark["box"] and mark["brace"]:
+            open_braces.append(mark.end())
+        elif mark["bare"]:
+            found.append((mark.start(), mark["bare"]))
+        elif mark[0] == "{":
+            open_braces.append(None)
+        elif mark[0] == "}" and open_braces:
+            start = open_braces.pop()
+            if start is not None:
+                found.append((start, text[start : mark.start()].strip()))
+    return [content for _, content in sorted(found)]
+
+
+# ---- fields
+
+
+def _asked(row: Row, field: str) -> tuple[tuple[Message, ...], str]:
+    value = row.value[field]
+    if isinstance(value, list):
+        if not all(isinstance(entry, dict) for entry in value):
+            raise UserError(f"{row.where}: expected each of {field!r} to be an object with role and content")
+        messages = read_messages(row, value)
+        if messages[-1].role != "user":
+            raise UserError(
+                f"{row.where}: expected {field!r} to end with the user's message, found {messages[-1].role}'s"
+            )
+        if not messages[-1].text.strip():
+            raise UserError(f"{row.where}: expected {field!r} to ask something, found an empty message")
+        return messages, messages[-1].text
+    if not isinstance(value, str) or not value.strip():
+        found = "nothing in it" if isinstance(value, str) else kind_of(value)
+        raise UserError(f"{row.where}: expected {field!r} to be text, found {found}")
+    # code that is to be continued ends where its author ended it
+    return (), value if field == "prompt" else value.strip()
+
+
+def _answer(row: Row) -> str | None:
+    field = next((name for name in ANSWERS if row.value.get(name) is not None), None)
+    if field is None:
+        return None
+    value = row.value[field]
+    if field == "lSolutions":
+        if not isinstance(value, list) or len(value) != 1:
+            raise UserError(f"{row.where}: expected 'lSolutions' to hold one solution, found {value!r}")
+        value = value[0]
+    text = _as_text(row, field, value)
+    if MARKER in text:
+        text = text.rpartition(MARKER)[2]
+    elif field == "solution" and (found := boxed(text)):
+        text = found[-1]
+    return text.strip()
+
+
+def _as_text(row: Row, field: str, value: Any) -> str:
+    """
+    >>> [_as_text(Row({}, "p.jsonl", 1), "answer", value) for value in (43.0, 7, 0.5, True, "a b")]
+    ['43', '7', '0.5', 'true', 'a b']
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if not isinstance(value, (str, int, float)):
+        raise UserError(f"{row.where}: expected {field!r} to be text or a number, found {kind_of(value)}")
+    return str(value)
+
+
+def _letter(row: Row, options: tuple[tuple[str, str], ...]) -> str | None:
+    """The letter of the right choice, from a letter, a place counted from 0, or the text of an option."""
+    field = next((name for name in ANSWERS if row.value.get(name) is not None), None)
+    if field is None:
+        return None
+    value = row.value[field]
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(options):
+        return options[value][0]
+    if isinstance(value, str):
+        said = value.strip()
+        letters = [letter for letter, _ in options]
+        if field == "answerKey" and said.isdecimal() and 0 < int(said) <= len(options):  # ARC's, counted from 1
+            return letters[int(said) - 1]
+        found = [letter for letter, text in options if said in (letter, f"({letter})", f"{letter})", text)]
+        if len(found) == 1:
+            return found[0]
+    raise UserError(f"{row.where}: expected {field!r} to be one of {len(options)} choices, found {value!r}")

@@ -1,0 +1,73 @@
+"""What every reward has in common: attempts go in, one finite number each comes out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from llmkit.errors import UserError
+from llmkit.problems import Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One completion of a problem.
+
+    completion     its text, without special tokens
+    token_count    tokens sampled
+    finish_reason  "stop", "length" or "tool_limit"
+    max_tokens     that could have been sampled
+    """
+
+    problem: Problem
+    completion: str
+    token_count: int
+    finish_reason: str
+    max_tokens: int
+
+
+class Reward(Protocol):
+    """A way to judge attempts; `name` is its key in logs, such as "verifier" or "rm:judge/"."""
+
+    name: str
+
+    def check(self, problem: Problem) -> None:
+        """Raise UserError where this problem cannot be judged; asked of every problem before training."""
+        ...
+
+    def score(self, attempts: Sequence[Attempt]) -> list[float]:
+        """A finite number for each attempt, in their order. Raises UserError where the reward itself fails."""
+        ...
+
+    def close(self) -> None:
+        """Release processes and memory."""
+        ...
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A reward and its share of the sum."""
+
+    reward: Reward
+    weight: float
+
+
+def total(parts: Mapping[str, Sequence[float]], weighted: Sequence[Weighted]) -> list[float]:
+    """The weighted sum for each attempt of what each reward gave, by its name.
+
+    Raises UserError for a number that is not finite.
+    """
+    columns = [[one.weight * value for value in parts[one.reward.name]] for one in weighted]
+    for one, column in zip(weighted, columns, strict=True):
+        finite(column, f"--reward {one.reward.name}")
+    return [math.fsum(row) for row in zip(*columns, strict=True)]
+
+
+def finite(values: Sequence[float], what: str) -> list[float]:
+    """The values. Raises UserError that names the first which is NaN or infinite."""
+    for place, value in enumerate(values, 1):
+        if not math.isfinite(value):
+            raise UserError(f"{what}: expected finite rewards, found {value} for completion {place} of {len(values)}")
+    return list(values)

@@ -1,0 +1,158 @@
+"""`--reward verifier`: 1 for a right completion, 0 for any other, by rules that cannot be talked round.
+
+    verifier=NAME forces one for all problems; else a problem's own `verifier`, else the one that its answer calls for
+
+An empty completion is never right, and nothing that a model wrote is ever evaluated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from llmkit.errors import UserError
+from llmkit.problems import MARKER, Problem, read_options
+from llmkit.rewards.numbers import last_number, only_number, same_number, whole_number
+from llmkit.rewards.reward import Attempt
+from llmkit.rewards.statements import chosen, marked, says, unasked
+
+
+@dataclass(frozen=True)
+class Verifier:
+    """A rule.
+
+    check  raises UserError for a problem that it cannot judge
+    judge  whether a completion, which is not empty, is right
+    """
+
+    check: Callable[[Problem], None]
+    judge: Callable[[Problem, str], bool]
+
+
+# ---- numbers
+
+
+def _check_number(problem: Problem) -> None:
+    if only_number(_answer(problem)) is None:
+        raise _unfit(problem, "number", "an answer that holds one number", problem.answer)
+
+
+def is_number_right(problem: Problem, completion: str) -> bool:
+    """The number that is marked by #### or \\\\boxed, else the last of the completion, is the answer."""
+    said = marked(completion)
+    number = last_number(completion) if said is None else only_number(said)
+    answer = only_number(problem.answer or "")
+    return number is not None and answer is not None and same_number(number, answer)
+
+
+def is_gsm8k_right(problem: Problem, completion: str) -> bool:
+    """The number after #### is the answer. Deliberately strict: without the marker nothing is right."""
+    return MARKER in completion and is_number_right(problem, completion)
+
+
+# ---- text
+
+
+def _check_text(problem: Problem) -> None:
+    if not _answer(problem).strip():
+        raise _unfit(problem, "exact", "an answer", problem.answer)
+
+
+def is_text_right(problem: Problem, completion: str) -> bool:
+    """The answer is the whole completion or its last statement, but for case and white space."""
+    return says(completion, problem.answer or "")
+
+
+def is_matching(problem: Problem, completion: str) -> bool:
+    """The answer's words are those of the completion, as `probe-knowledge --judge match` compares them."""
+    from llmkit.engine.matching import RIGHT, MatchJudge
+
+    return MatchJudge()(completion, problem.prompt, [problem.answer or ""]) == RIGHT
+
+
+# ---- choices
+
+
+def _check_choice(problem: Problem) -> None:
+    options = read_options(problem.record, problem.where)
+    letters = [letter for letter, _ in options] or [chr(ord("A") + place) for place in range(26)]
+    if _answer(problem).strip() not in letters:
+        expected = f"an answer among {letters[0]} to {letters[-1]}"
+        raise _unfit(problem, "choice", expected, problem.answer)
+
+
+def is_choice_right(problem: Problem, completion: str) -> bool:
+    """The completion chooses the option of that letter; without options in the record, one of A to J."""
+    options = read_options(problem.record, problem.where) or tuple((letter, "") for letter in "ABCDEFGHIJ")
+    return chosen(completion, options) == (problem.answer or "").strip()
+
+
+# ---- which
+
+
+VERIFIERS = {
+    "number": Verifier(_check_number, is_number_right),
+    "gsm8k": Verifier(_check_number, is_gsm8k_right),
+    "exact": Verifier(_check_text, is_text_right),
+    "match": Verifier(_check_text, is_matching),
+    "choice": Verifier(_check_choice, is_choice_right),
+}
+
+
+def check_name(name: str, where: str) -> str:
+    """The name of a verifier. Raises UserError for one that there is not."""
+    if name in VERIFIERS:
+        return name
+    near = get_close_matches(name, VERIFIERS, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise UserError(f"{where}: expected a verifier among {', '.join(VERIFIERS)}, found {name!r}{hint}")
+
+
+def verifier_of(problem: Problem) -> str:
+    """The name of the verifier that a problem asks for, or that its answer calls for.
+
+    `choice` where the record has options, `number` where all of the answer is a number, else `exact`.
+    """
+    if problem.verifier is not None:
+        return check_name(problem.verifier, f"{problem.where}, 'verifier'")
+    if read_options(problem.record, problem.where):
+        return "choice"
+    return "exact" if whole_number(_answer(problem)) is None else "number"
+
+
+class VerifierReward:
+    """1 for a right completion, 0 for any other; `forced` is the verifier for all problems."""
+
+    def __init__(self, forced: str | None = None) -> None:
+        self.name = "verifier" if forced is None else f"verifier={forced}"
+        self._forced = forced
+
+    def check(self, problem: Problem) -> None:
+        """Raise UserError for a problem without what its verifier needs."""
+        VERIFIERS[self._forced or verifier_of(problem)].check(problem)
+
+    def score(self, attempts: Sequence[Attempt]) -> list[float]:
+        """1.0 or 0.0 for each attempt."""
+        return [float(self._judge(attempt)) for attempt in attempts]
+
+    def _judge(self, attempt: Attempt) -> bool:
+        problem = attempt.problem
+        completion = unasked(attempt.completion, problem.prompt).strip()
+        return bool(completion) and VERIFIERS[self._forced or verifier_of(problem)].judge(problem, completion)
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+def _answer(problem: Problem) -> str:
+    if problem.answer is None:
+        expected = "expected field 'answer' for the verifier"
+        raise UserError(
+            f"{problem.where}: {expected}, found {sorted(problem.record)}; add one, or use another --reward"
+        )
+    return problem.answer
+
+
+def _unfit(problem: Problem, name: str, expected: str, found: str | None) -> UserError:
+    return UserError(f"{problem.where}: expected {expected} for the verifier {name!r}, found {(found or '')[:80]!r}")
