@@ -16,6 +16,8 @@ on a CPU, and with int8 weights, a row's logits are the same bits whatever rows 
 - the positions that are looked at are rounded up and masked: sums over exact zeros at the end change nothing, as
   long as the steps of summation stay the same. Values are therefore summed in blocks of 256 positions.
 
+On a GPU a step is recorded when it is first needed, and replayed as one launch (engine/step_graphs.py).
+
 L layers, R slots, B rows in use, H query heads, K key-value heads, G = H / K, S positions, D head size, V vocabulary.
 """
 
@@ -24,12 +26,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llmkit.engine.products import Weights, narrow_linear
+from llmkit.engine.step_graphs import CudaGraph, Record, StepGraphs, rounded_rows, rounded_seen
 from llmkit.kernels import attention_decode, backend, scaled_dot_product_attention
 from llmkit.kernels.packed import can_pack, packed_linear
 from llmkit.model.rope import RotaryTable
@@ -83,10 +88,17 @@ class Decoder:
 
     `slots` sequences at most; `weights` says how matrices are held, and what is not "dense" wants a float32 model on
     a CPU. The weights are copied where they are packed: build a new decoder when the model has been trained on.
+    `record` records steps, None never: "auto" is CUDA's graphs where attention is fused.
     """
 
     @torch.no_grad()
-    def __init__(self, model: Transformer, slots: int, weights: Weights = "dense") -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        slots: int,
+        weights: Weights = "dense",
+        record: Record | Literal["auto"] | None = "auto",
+    ) -> None:
         self.config, self._embedding, self._final_norm = model.config, model.embed_tokens.detach(), model.norm
         self.device, self.dtype, self._weights = self._embedding.device, self._embedding.dtype, weights
         self._layers = [_Layer(layer, weights) for layer in model.layers]
@@ -96,6 +108,9 @@ class Decoder:
         self._eps = torch.tensor(self.config.rms_norm_eps, device=self.device)
         self._fused = backend(self.device.type) != "torch"
         self._slots = self._rows(slots)
+        if record == "auto":
+            record = CudaGraph if self._fused and self.device.type == "cuda" else None
+        self._graphs = None if record is None else StepGraphs(record, self._slots, self.device)
         shape = self.config.num_hidden_layers, self._slots, self.config.num_key_value_heads, 0, self.config.head_dim
         self._keys = torch.empty(shape, dtype=self.dtype, device=self.device)
         self._values = torch.empty_like(self._keys)
@@ -103,6 +118,7 @@ class Decoder:
         matrices = [matrix for layer in model.layers for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down)]
         width = {"dense": self.dtype.itemsize, "half": 2, "int8": 1}[weights]
         self.weight_bytes = width * sum(matrix.numel() for matrix in (*matrices, model.head_weight))
+        self._position_bytes = 2 * shape[0] * shape[2] * shape[4] * self.dtype.itemsize
         self.bytes_read, self.seconds = 0, 0.0  # in all steps: of weights, keys and values; on a CPU
 
     def _rows(self, used: int) -> int:
@@ -180,24 +196,45 @@ class Decoder:
         held = self._keys.shape[3]
         if positions <= held:
             return
-        grown = _rounded(max(positions, held + held // 2))
+        grown = self._reach(max(positions, held + held // 2))
         for name in ("_keys", "_values"):
             old = getattr(self, name)
             # zeros: an unwritten position is masked, but zero times NaN would be NaN
             new = old.new_zeros((*old.shape[:3], grown, old.shape[4]))
             new[:, :, :, :held] = old
             setattr(self, name, new)
+        kv_heads = self.config.num_key_value_heads
+        self._all_first_RK = torch.arange(self._slots * kv_heads, device=self.device).view(-1, kv_heads) * grown
+        self._turns = torch.view_as_complex(self._rotary(grown, self.device))
         self._viewed = None
+        if self._graphs is not None:
+            self._graphs.forget()
+
+    def _reach(self, positions: int) -> int:
+        """The positions that a step looks at so as to see so many."""
+        if self._graphs is None:
+            return _rounded(positions)
+        return rounded_seen(positions, _rounded(self.config.max_position_embeddings))
 
     @torch.no_grad()
     def step(self, tokens: list[int], positions: list[int]) -> Tensor:
         """Feed slot i the token `tokens[i]`, which stands at `positions[i]`; the logits (B, V) of what follows."""
-        started, used, rows = time.perf_counter(), len(tokens), self._rows(len(tokens))
-        filler = [0] * (rows - used)
-        seen = _rounded(max(positions) + 1)
+        started, used, seen = time.perf_counter(), len(tokens), self._reach(max(positions) + 1)
         self._reserve(seen)
+        rows = self._rows(used if self._graphs is None else min(rounded_rows(used), self._slots))
+        filler = [0] * (rows - used)
+        fed = [tokens + filler, positions + filler]
+        if self._graphs is None:
+            logits_BV = self._advance(rows, seen, *torch.tensor(fed, device=self.device))
+        else:
+            logits_BV = self._graphs.run(rows, seen, fed, partial(self._advance, rows, seen))
+        self.bytes_read += self.weight_bytes + rows * seen * self._position_bytes
+        self.seconds += time.perf_counter() - started
+        return logits_BV[:used]
+
+    def _advance(self, rows: int, seen: int, token_B: Tensor, position_B: Tensor) -> Tensor:
+        """The step itself, which may be recorded: but for `rows` and `seen` it knows no number of the host's."""
         self._view(rows, seen)
-        token_B, position_B = torch.tensor([tokens + filler, positions + filler], device=self.device)
         kv_heads, size = self.config.num_key_value_heads, self.config.head_dim
         write_at = (position_B.unsqueeze(1) + self._first_RK).view(-1)
         windows = set() if self._fused else {layer.window for layer in self._layers}
@@ -205,22 +242,18 @@ class Decoder:
         length_B = position_B + 1 if self._fused else position_B
 
         def attend(i: int, query_BHD: Tensor, key_BKD: Tensor, value_BKD: Tensor) -> Tensor:
-            keys, values, key_XDS, value_blocks = self._views[i]
+            keys, values, seen_keys, seen_values = self._views[i]
             keys.index_copy_(0, write_at, key_BKD.reshape(-1, size))
             values.index_copy_(0, write_at, value_BKD.reshape(-1, size))
             window = self._layers[i].window
             if self._fused:
-                held = self._keys[i, :rows], self._values[i, :rows]
-                return attention_decode(query_BHD.unsqueeze(2), *held, length_B, scale=self._scale, window=window)
+                seen_cache = seen_keys, seen_values, length_B
+                return attention_decode(query_BHD.unsqueeze(2), *seen_cache, scale=self._scale, window=window)
             query_XGD = query_BHD.reshape(rows * kv_heads, -1, size)
-            scores_XGS = torch.baddbmm(masks[window], query_XGD, key_XDS, alpha=self._scale)
-            return _weighted_sum(torch.softmax(scores_XGS, -1), value_blocks)
+            scores_XGS = torch.baddbmm(masks[window], query_XGD, seen_keys, alpha=self._scale)
+            return _weighted_sum(torch.softmax(scores_XGS, -1), seen_values)
 
-        logits_BV = self._head(self._forward(token_B, self._turns[position_B].unsqueeze(1), attend))[:used]
-        a_position = 2 * len(self._layers) * kv_heads * size * self.dtype.itemsize
-        self.bytes_read += self.weight_bytes + rows * seen * a_position
-        self.seconds += time.perf_counter() - started
-        return logits_BV
+        return self._head(self._forward(token_B, self._turns[position_B].unsqueeze(1), attend))
 
     def _forward(self, token_N: Tensor, turn_N1D: Tensor, attend: _Attend) -> Tensor:
         """The hidden states (N, hidden) of N tokens, turned by `turn_N1D`, who see what `attend` lets them see."""
@@ -270,14 +303,16 @@ class Decoder:
             return
         kv_heads, held, size = self._keys.shape[2:]
         step = BLOCK if self.dtype == torch.float32 else seen
-        self._views = []
+        self._views = []  # (keys, values) of all slots, flat, and what a step looks at of them
         for keys_RKSD, values_RKSD in zip(self._keys, self._values, strict=True):
+            flat = keys_RKSD.view(-1, size), values_RKSD.view(-1, size)
+            if self._fused:  # its splits are as many as `seen` has, whatever is held
+                self._views.append((*flat, keys_RKSD[:rows, :, :seen], values_RKSD[:rows, :, :seen]))
+                continue
             used = [x[:rows].view(rows * kv_heads, held, size) for x in (keys_RKSD, values_RKSD)]
             blocks = [used[1][:, at : min(at + step, seen)] for at in range(0, seen, step)]
-            flat = (keys_RKSD.view(-1, size), values_RKSD.view(-1, size))
             self._views.append((*flat, used[0][:, :seen].mT, blocks))
-        self._first_RK = torch.arange(rows * kv_heads, device=self.device).view(rows, kv_heads) * held
-        self._turns = torch.view_as_complex(self._rotary(seen, self.device))
+        self._first_RK = self._all_first_RK[:rows]
         self._viewed = (rows, seen)
 
 

@@ -21,7 +21,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ import torch
 from llmkit.engine.decoding import Decoder, Prefix
 from llmkit.engine.products import Weights
 from llmkit.engine.sampling import Sampling, choose_tokens, uniforms
+from llmkit.engine.step_graphs import Record
 from llmkit.engine.stopping import StopMatcher
 from llmkit.engine.tool_calls import CallQueue, OpenCall, ToolUse
 from llmkit.errors import UserError
@@ -158,6 +159,7 @@ class Generator:
     name     of the model, in errors
     tools    what it may call
     weights  how the decoder holds matrices (engine/products.py)
+    record   what records its steps, None for nothing (engine/decoding.py)
     """
 
     def __init__(
@@ -172,8 +174,9 @@ class Generator:
         name: str = "the model",
         tools: ToolUse | None = None,
         weights: Weights = "dense",
+        record: Record | Literal["auto"] | None = "auto",
     ) -> None:
-        self.decoder = Decoder(model, slots, weights)
+        self.decoder = Decoder(model, slots, weights, record)
         self._tokenizer, self._sampling, self.slots, self._stop, self._name = tokenizer, sampling, slots, stop, name
         self._end_ids = frozenset(end_tokens(model, tokenizer) if end_ids is None else end_ids)
         self._context = model.config.max_position_embeddings

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from recorder import Recorder
 from tiny import END, certain, make_model, save_tokenizer
 
 from llmkit.engine.generation import Generator, Request
@@ -167,11 +168,10 @@ def test_a_text_is_the_same_in_any_company_whatever_the_timing_of_tools(tokenize
     prompts = [[END, *range(n % 7)] for n in range(64)]
     requests = [Request(ids, 1 + n % 2, 30 + n % 30, 7, n) for n, ids in enumerate(prompts)]
 
-    def texts(given, slots):
+    def texts(given, slots, record=None):
         tool = Slow()
-        generator = Generator(
-            model, tokenizer, Sampling(1.0), slots=slots, end_ids=(), tools=ToolUse(tool, tokenizer, 1, 9)
-        )
+        tools = ToolUse(tool, tokenizer, 1, 9)
+        generator = Generator(model, tokenizer, Sampling(1.0), slots=slots, end_ids=(), tools=tools, record=record)
         made = {request.number: samples for request, samples in zip(given, generator.complete(given), strict=True)}
         return made, tool
 
@@ -184,6 +184,7 @@ def test_a_text_is_the_same_in_any_company_whatever_the_timing_of_tools(tokenize
         assert texts(requests[number : number + 1], 1)[0] == {number: together[number]}
     random.Random(0).shuffle(requests)
     assert texts(requests, 5)[0] == together
+    assert texts(requests, 9, Recorder)[0] == together  # with steps that are replayed
 
 
 def test_a_model_without_the_tokens_of_tools_is_refused(tmp_path, calculator):

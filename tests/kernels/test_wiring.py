@@ -11,6 +11,7 @@ from llmkit.engine.decoding import Decoder
 from llmkit.model.cache import KVCache
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from recorder import Counting
 from tiny import make_model, save_tokenizer
 
 
@@ -69,6 +70,18 @@ def test_decoding_with_a_cache_gives_the_same_hidden_states(interpreted, monkeyp
     whole = model(ids)
     torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ragged[1, 0], whole[1, 35], rtol=1e-4, atol=1e-4)
+
+
+def test_replayed_steps_of_the_decoder_give_what_it_computes(interpreted, model):
+    def logits(record):
+        decoder = Decoder(model, 2, record=record)
+        for slot, length in enumerate((3, 126)):
+            decoder.load(slot, decoder.prefill(list(range(length))))
+        return torch.cat([decoder.step([at, 2], [3 + at, 126 + at]) for at in (1, 2)])  # across a split
+
+    record = Counting()
+    torch.testing.assert_close(logits(record), logits(None), rtol=1e-5, atol=1e-5)
+    assert (record.recorded, record.replayed) == (1, 2)
 
 
 @torch.no_grad()

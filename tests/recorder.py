@@ -1,0 +1,80 @@
+"""What CUDA's graphs do, done on a CPU: operations recorded with their tensors, and done again in the same memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, UntypedStorage
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+
+class _Elsewhere:
+    """A tensor that was there before: its place is known, and nothing keeps it, as nothing does for a graph."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._place, self._dtype = StorageWeakRef(tensor.untyped_storage()), tensor.dtype
+        self._view = tensor.storage_offset(), tensor.shape, tensor.stride()
+
+    def tensor(self) -> Tensor:
+        assert not self._place.expired(), "a graph reads memory that has been given back"
+        return torch.empty(0, dtype=self._dtype).set_(UntypedStorage._new_with_weak_ptr(self._place.cdata), *self._view)
+
+
+class Recorder(TorchDispatchMode):
+    """Records `compute` in place of `CudaGraph`: what Python computes meanwhile is as it was, whenever it is replayed.
+
+    Reading a number out of a tensor is an error, as it is to CUDA.
+    """
+
+    def __init__(self, compute, beside) -> None:
+        super().__init__()
+        self._done, self._own = [], set()
+        compute()  # before it is recorded, as for CUDA
+        with self:
+            self.out = compute()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        given = args, kwargs or {}
+        result = operation(*args, **given[1])
+        aliases = [returned.alias_info for returned in operation._schema.returns if returned.alias_info]
+        writes = any(alias.is_write for alias in aliases)
+        if not aliases:
+            self._own |= {_place(tensor) for tensor in tree_leaves(result)}
+        if writes or not aliases:  # others are views, which stay what they are
+            self._done.append((operation, tree_map_only(Tensor, self._kept, given), None if writes else result))
+        return result
+
+    def _kept(self, tensor: Tensor) -> Tensor | _Elsewhere:
+        return tensor if tensor.is_mkldnn or _place(tensor) in self._own else _Elsewhere(tensor)
+
+    def replay(self) -> None:
+        for operation, kept, result in self._done:
+            args, kwargs = tree_map_only(_Elsewhere, _Elsewhere.tensor, kept)
+            made = operation(*args, **kwargs)
+            if result is not None:
+                result.copy_(made)
+
+
+class Counting:
+    """Records, and counts recordings and replays."""
+
+    def __init__(self) -> None:
+        self.recorded = self.replayed = 0
+
+    def __call__(self, compute, beside) -> Recorder:
+        recording, replay = Recorder(compute, beside), Recorder.replay
+        self.recorded += 1
+
+        def counted():
+            self.replayed += 1
+            replay(recording)
+
+        recording.replay = counted
+        return recording
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
