@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from llmkit.errors import UserError
 from llmkit.rewards.reward import Reward, Weighted
@@ -20,26 +21,43 @@ def parse_rewards(
     *,
     sandbox: str = "auto",
     timeout: float = 10.0,
+    batch_timeout: float = 600.0,
     device: str = "auto",
     dtype: str = "auto",
 ) -> list[Weighted]:
     """The rewards of `--reward verifier --reward length:-0.1`; a number after the last colon is the weight.
 
-    sandbox, timeout  of unit tests: "auto" or "none", and seconds for each completion; a command and a function
-                      have `timeout` x 6 for a batch
+    sandbox, timeout  of unit tests: "auto" or "none", and seconds for those of one completion
+    batch_timeout     seconds that a command has for a batch
     device, dtype     of reward models
-    Raises UserError for a SPEC that there is not, one given twice, and a weight that is zero or not finite.
+    Raises UserError for a SPEC that there is not, one given twice, and a weight that is zero or not finite: before
+    anything is loaded.
     """
-    del sandbox, timeout, device, dtype
-    openers: list[tuple[Callable[[], Reward], float]] = []
+    builders: list[tuple[Callable[[], Reward], float]] = []
     names: set[str] = set()
     for text in specs:
         spec, weight = _weighted(text)
         if spec in names:
             raise UserError(f"--reward: expected each reward once, found {spec} twice")
         names.add(spec)
-        openers.append((_opener(spec, text), weight))
-    return [Weighted(build(), weight) for build, weight in openers]
+        kind = re.split("[:=]", spec, maxsplit=1)[0]
+        rest, where = spec[len(kind) + 1 :], f"--reward {text}"
+        if kind == "verifier" and not spec.startswith("verifier:"):
+            build = _verifier(rest if spec != kind else None, where, sandbox != "none", timeout)
+        elif kind == "rm" and rest and ":" in spec:
+            build = _model(rest, where, device, dtype)
+        elif kind == "cmd" and rest and ":" in spec:
+            build = _command(rest, batch_timeout)
+        elif kind == "py" and rest and ":" in spec:
+            build = _function(rest, where)
+        elif kind == "format" and rest and ":" in spec:
+            build = _format(rest)
+        elif spec == "length":
+            build = _length
+        else:
+            raise UserError(f"--reward {text or repr(text)}: expected {EXPECTED}")
+        builders.append((build, weight))
+    return [Weighted(build(), weight) for build, weight in builders]
 
 
 def _weighted(text: str) -> tuple[str, float]:
@@ -52,13 +70,59 @@ def _weighted(text: str) -> tuple[str, float]:
     return found[1], weight
 
 
-def _opener(spec: str, text: str) -> Callable[[], Reward]:
-    """A function that builds the reward; what is wrong with its spelling is told of at once."""
-    kind = re.split("[:=]", spec, maxsplit=1)[0]
-    rest = spec[len(kind) + 1 :]
-    if kind == "verifier" and (spec == kind or spec.startswith("verifier=")):
-        from llmkit.rewards.verifying import VerifierReward, check_name
+# ---- each checks its spelling, and gives what builds it
 
-        forced = check_name(rest, f"--reward {text}") if spec != kind else None
-        return lambda: VerifierReward(forced)
-    raise UserError(f"--reward {text or repr(text)}: expected {EXPECTED}")
+
+def _verifier(name: str | None, where: str, sandbox: bool, seconds: float) -> Callable[[], Reward]:
+    from llmkit.rewards.verifying import VerifierReward, check_name
+
+    forced = None if name is None else check_name(name, where)
+    return lambda: VerifierReward(forced, sandbox=sandbox, seconds=seconds)
+
+
+def _model(folder: str, where: str, device: str, dtype: str) -> Callable[[], Reward]:
+    if not Path(folder).is_dir():
+        found = "a file" if Path(folder).exists() else "nothing"
+        raise UserError(f"{where}: expected a reward model's folder, found {found}")
+
+    def build() -> Reward:
+        from llmkit.rewards.reward_models import ModelReward
+
+        return ModelReward(folder, device, dtype)
+
+    return build
+
+
+def _command(command: str, seconds: float) -> Callable[[], Reward]:
+    from llmkit.rewards.scripts import CommandReward
+
+    reward = CommandReward(command, seconds)
+    return lambda: reward
+
+
+def _function(text: str, where: str) -> Callable[[], Reward]:
+    path, separator, function = text.rpartition(":")
+    if not separator or not path.endswith(".py") or not function.isidentifier():
+        raise UserError(f"{where}: expected py:FILE.py:FUNCTION")
+    if not Path(path).is_file():
+        raise UserError(f"{where}: expected a file {path}, found {'a folder' if Path(path).exists() else 'none'}")
+
+    def build() -> Reward:
+        from llmkit.rewards.scripts import FunctionReward
+
+        return FunctionReward(path, function)
+
+    return build
+
+
+def _format(pattern: str) -> Callable[[], Reward]:
+    from llmkit.rewards.forms import FormatReward
+
+    reward = FormatReward(pattern)
+    return lambda: reward
+
+
+def _length() -> Reward:
+    from llmkit.rewards.forms import LengthReward
+
+    return LengthReward()

@@ -11,6 +11,7 @@ from llmkit.problems import MARKER, boxed
 # "the answer is (B)", "Answer: B", "The final answer is: B"; the last one counts
 ANNOUNCED = re.compile(r"\banswer(?:\s+is\b(?!\s+not\b)|\s*[:=])[\s:*]*", re.IGNORECASE)
 DENIAL = re.compile(r"\b(?:not|never|neither|nor|cannot|except|wrong|incorrect|false)\b|n['\u2019]t\b", re.IGNORECASE)
+NAMED = re.compile(r"(?<![\w'\u2019])([A-Z])(?![\w'\u2019])(?!(?<=[AI])\s+(?!(?:or|nor|and|but|is|was)\b)[a-z])")
 QUOTES = " \t\r\n\"'`*_\u201c\u201d\u2018\u2019\u00ab\u00bb"
 
 
@@ -21,16 +22,16 @@ def unasked(completion: str, prompt: str) -> str:
 
 
 def marked(completion: str) -> str | None:
-    """What stands after #### or in \\\\boxed{}; "" where several differ, None without either.
+    """What stands after ####, "" where several of them differ; else what is boxed last, as MATH's solutions mean it.
 
-    >>> marked("2 + 2 = 4\\n#### 4"), marked("#### 4\\n#### 5"), marked("four")
-    ('4', '', None)
+    >>> marked("2 + 2 = 4\\n#### 4"), marked("#### 4\\n#### 5"), marked(r"\\boxed{3} \\boxed{4}"), marked("four")
+    ('4', '', '4', None)
     """
-    found = [part.splitlines()[0].strip() if part.strip(" \t") else "" for part in completion.split(MARKER)[1:]]
-    found = found or boxed(completion)
-    if not found:
-        return None
-    return found[0] if len(set(found)) == 1 else ""
+    parts = completion.split(MARKER)[1:]
+    if not parts:
+        return next(reversed(boxed(completion)), None)
+    found = {part.strip(" \t").partition("\n")[0].strip() for part in parts}
+    return found.pop() if len(found) == 1 else ""
 
 
 def statement(completion: str) -> str:
@@ -82,7 +83,7 @@ def chosen(completion: str, options: Sequence[tuple[str, str]]) -> str | None:
     labelled = re.match(r"[(\[]?([A-Z])[)\].:]{1,2}\s*(.+)", said, re.DOTALL)
     if labelled and any(letter == labelled[1] and plain(text) == plain(labelled[2]) for letter, text in options):
         return labelled[1]
-    # an A before a word in small letters is an article, and I is mostly a pronoun
-    named = re.findall(r"(?<![\w'\u2019])([A-Z])(?![\w'\u2019])(?!(?<=A)\s+[a-z])(?!(?<=I)\s)", said)
+    # an A before a word in small letters is an article, and an I a pronoun
+    named = NAMED.findall(said)
     found = {letter for letter in named if letter in letters}
     return found.pop() if len(found) == 1 and not DENIAL.search(said) else None

@@ -13,9 +13,14 @@ from difflib import get_close_matches
 
 from llmkit.errors import UserError
 from llmkit.problems import MARKER, Problem, read_options
+from llmkit.rewards.code import CodeTests, has_tests
+from llmkit.rewards.forms import check_pattern, check_schema, is_pattern_met, is_schema_met
+from llmkit.rewards.latex import LatexComparer
 from llmkit.rewards.numbers import last_number, only_number, same_number, whole_number
 from llmkit.rewards.reward import Attempt
-from llmkit.rewards.statements import chosen, marked, says, unasked
+from llmkit.rewards.statements import chosen, marked, plain, says, unasked
+
+SOLUTIONS = ("solution", "chain_of_thought", "rationale")
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,8 @@ def is_gsm8k_right(problem: Problem, completion: str) -> bool:
 
 
 def _check_text(problem: Problem) -> None:
-    if not _answer(problem).strip():
-        raise _unfit(problem, "exact", "an answer", problem.answer)
+    if not plain(_answer(problem)):
+        raise _unfit(problem, "exact", "an answer of words", problem.answer)
 
 
 def is_text_right(problem: Problem, completion: str) -> bool:
@@ -91,58 +96,87 @@ def is_choice_right(problem: Problem, completion: str) -> bool:
 # ---- which
 
 
-VERIFIERS = {
+NAMES = ("number", "gsm8k", "exact", "match", "choice", "regex", "latex", "json-schema", "tests")
+TEXT_VERIFIERS = {
     "number": Verifier(_check_number, is_number_right),
     "gsm8k": Verifier(_check_number, is_gsm8k_right),
     "exact": Verifier(_check_text, is_text_right),
     "match": Verifier(_check_text, is_matching),
     "choice": Verifier(_check_choice, is_choice_right),
+    "regex": Verifier(check_pattern, is_pattern_met),
+    "json-schema": Verifier(check_schema, is_schema_met),
 }
 
 
 def check_name(name: str, where: str) -> str:
     """The name of a verifier. Raises UserError for one that there is not."""
-    if name in VERIFIERS:
+    if name in NAMES:
         return name
-    near = get_close_matches(name, VERIFIERS, 1)
+    near = get_close_matches(name, NAMES, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise UserError(f"{where}: expected a verifier among {', '.join(VERIFIERS)}, found {name!r}{hint}")
+    raise UserError(f"{where}: expected a verifier among {', '.join(NAMES)}, found {name!r}{hint}")
 
 
 def verifier_of(problem: Problem) -> str:
-    """The name of the verifier that a problem asks for, or that its answer calls for.
+    """The name of the verifier that a problem asks for, or that its record calls for.
 
-    `choice` where the record has options, `number` where all of the answer is a number, else `exact`.
+    `tests`, `json-schema`, `regex` and `choice` where it has unit tests, a schema, a pattern or options; `number`
+    where all of the answer is a number, `latex` where it has a backslash or is boxed in the record's solution, else
+    `exact`. GSM8K's answers are numbers; `gsm8k`, which demands the marker, is never taken unasked.
     """
+    record = problem.record
     if problem.verifier is not None:
         return check_name(problem.verifier, f"{problem.where}, 'verifier'")
-    if read_options(problem.record, problem.where):
+    if has_tests(record):
+        return "tests"
+    if isinstance(record.get("schema"), dict):
+        return "json-schema"
+    if isinstance(record.get("pattern"), str):
+        return "regex"
+    if read_options(record, problem.where):
         return "choice"
-    return "exact" if whole_number(_answer(problem)) is None else "number"
+    answer = _answer(problem)
+    if "\\" in answer or any("\\boxed" in str(record.get(name, "")) for name in SOLUTIONS):
+        return "latex"
+    return "exact" if whole_number(answer) is None else "number"
 
 
 class VerifierReward:
-    """1 for a right completion, 0 for any other; `forced` is the verifier for all problems."""
+    """1 for a right completion, 0 for any other.
 
-    def __init__(self, forced: str | None = None) -> None:
+    forced   the verifier for all problems
+    sandbox  whether unit tests run in the sandbox, for `seconds` at most
+    """
+
+    def __init__(self, forced: str | None = None, *, sandbox: bool = True, seconds: float = 10.0) -> None:
         self.name = "verifier" if forced is None else f"verifier={forced}"
         self._forced = forced
+        self._tests, self._latex = CodeTests(sandbox, seconds), LatexComparer(seconds)
+        self._verifiers = {**TEXT_VERIFIERS, "latex": Verifier(self._latex.check, self._latex.is_right)}
 
     def check(self, problem: Problem) -> None:
         """Raise UserError for a problem without what its verifier needs."""
-        VERIFIERS[self._forced or verifier_of(problem)].check(problem)
+        name = self._forced or verifier_of(problem)
+        (self._tests if name == "tests" else self._verifiers[name]).check(problem)
 
     def score(self, attempts: Sequence[Attempt]) -> list[float]:
-        """1.0 or 0.0 for each attempt."""
-        return [float(self._judge(attempt)) for attempt in attempts]
+        """1.0 or 0.0 for each attempt; equal completions of a problem are judged once."""
+        problems = {id(one.problem): one.problem for one in attempts}
+        asked = list(dict.fromkeys((id(one.problem), one.completion) for one in attempts if one.completion.strip()))
+        tested = [key for key in asked if (self._forced or verifier_of(problems[key[0]])) == "tests"]
+        found = dict(zip(tested, self._tests.judge_all([(problems[key], said) for key, said in tested]), strict=True))
+        for key in asked:
+            if key not in found:
+                found[key] = self._judge(problems[key[0]], key[1])
+        return [float(found.get((id(one.problem), one.completion), False)) for one in attempts]
 
-    def _judge(self, attempt: Attempt) -> bool:
-        problem = attempt.problem
-        completion = unasked(attempt.completion, problem.prompt).strip()
-        return bool(completion) and VERIFIERS[self._forced or verifier_of(problem)].judge(problem, completion)
+    def _judge(self, problem: Problem, completion: str) -> bool:
+        said = unasked(completion, problem.prompt).strip()
+        return bool(said) and self._verifiers[self._forced or verifier_of(problem)].judge(problem, said)
 
     def close(self) -> None:
-        """Nothing to release."""
+        """End what compares LaTeX."""
+        self._latex.close()
 
 
 def _answer(problem: Problem) -> str:

@@ -89,6 +89,11 @@ class Tokenizer:
                 "put the tokenizer beside it that the model was trained with"
             )
 
+    def same_vocabulary(self, other: Tokenizer) -> bool:
+        """Whether both have the same tokens under the same ids."""
+        vocabularies = [one._reference.tokenizer.get_vocab(with_added_tokens=True) for one in (self, other)]
+        return self.sha256 == other.sha256 or vocabularies[0] == vocabularies[1]
+
     @property
     def backend(self) -> str:
         """The library that encodes batches: `tokenizers` until a batch has let a faster one prove its ids."""

@@ -70,9 +70,12 @@ def _missing() -> str | None:
     return None
 
 
-def run_python(code: str, limits: Limits | None = None, *, sandbox: bool = True) -> PythonResult:
+def run_python(
+    code: str, limits: Limits | None = None, *, sandbox: bool = True, descriptors: tuple[int, ...] = ()
+) -> PythonResult:
     """Run a program and wait for its end. Whatever it does, nothing of it is left when this returns.
 
+    `descriptors` are those of ours that it has too, by the same numbers, such as pipes to another program.
     Raises UserError when the sandbox cannot be closed: the program has not been run then. Without `sandbox` it runs
     as a plain child process in an empty folder, with the limits of time and output alone.
     """
@@ -82,10 +85,10 @@ def run_python(code: str, limits: Limits | None = None, *, sandbox: bool = True)
         return PythonResult(f"the program is longer than {LONGEST_PROGRAM} bytes", "error")
     if not sandbox:
         with TemporaryDirectory(prefix="llmkit-") as folder:
-            return _run(_command(-1, limits), data, limits, folder, ())
+            return _run(_command(-1, limits), data, limits, folder, descriptors)
     status, theirs = os.pipe()
     try:
-        result = _run(_command(theirs, limits), data, limits, "/", (theirs,))
+        result = _run(_command(theirs, limits), data, limits, "/", (theirs, *descriptors))
     finally:
         os.close(theirs)
         refusal = os.read(status, 500).decode("utf-8", "replace")

@@ -1,0 +1,117 @@
+"""Run inside the sandbox: tests in one process call functions that a model wrote in another, by plain values.
+
+`serve` is the side of the model's program, `test` that of the tests. Between them pass lines of JSON: what a program
+gives back is rebuilt as None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset or dict, so that no
+object of the program, with methods of its own, ever comes to the tests; anything else fails the call. This file is
+sent as source text and imports nothing but the standard library.
+"""
+
+import builtins
+import contextlib
+import json
+import os
+import sys
+import types
+
+BUILT = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
+
+
+def pack(value):
+    """A plain value as JSON; subclasses become what they derive from. Raises TypeError for anything else."""
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, (int, float)):
+        return ["int", int.__int__(value)] if isinstance(value, int) else ["float", float.__float__(value)]
+    if isinstance(value, complex):
+        return ["complex", value.real, value.imag]
+    if isinstance(value, (bytes, bytearray)):
+        return ["bytes", bytes(value).hex()]
+    if isinstance(value, dict):
+        return ["dict", [[pack(key), pack(one)] for key, one in value.items()]]
+    for name, kind in BUILT.items():
+        if isinstance(value, kind):
+            return [name, [pack(one) for one in value]]
+    raise TypeError(f"a value of type {type(value).__name__} cannot be compared by a test; give back plain values")
+
+
+def unpack(value):
+    """What `pack` packed. Raises ValueError or TypeError for anything else."""
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    kind, *held = value
+    if kind in ("int", "float", "complex", "bytes"):
+        make = {"int": int, "float": float, "complex": complex, "bytes": bytes.fromhex}[kind]
+        if any(isinstance(one, (str, list)) != (kind == "bytes") for one in held):
+            raise ValueError("no plain value")
+        return make(*held)
+    (items,) = held
+    if kind == "dict":
+        return {unpack(key): unpack(one) for key, one in items}
+    return BUILT[kind](unpack(one) for one in items)
+
+
+def serve(source, requests, replies):
+    """Run a program, then its functions as they are asked for; ends with the requests."""
+    with os.fdopen(requests, "rb") as asked, os.fdopen(replies, "wb") as answered:
+        module = sys.modules["solution"] = types.ModuleType("solution")
+        exec(compile(source, "<solution>", "exec"), module.__dict__)
+        for line in asked:
+            name, positional, keywords = json.loads(line)
+            positional, keywords = map(unpack, (positional, keywords))
+            try:
+                value = getattr(module, name)(*positional, **keywords)  # pyright: ignore
+                reply = ["value", pack(value), pack(positional)]
+            except Exception as error:
+                reply = ["error", type(error).__name__, str(error)[:1000]]
+            answered.write(json.dumps(reply).encode() + b"\n")
+            answered.flush()
+
+
+def test(prompt, tests, names, entry_point, word, requests, replies):
+    """Run tests whose `names` are functions of the program; `word` is printed when all passed."""
+    asked, answered = os.fdopen(requests, "wb"), os.fdopen(replies, "rb")
+
+    def function(name):
+        def call(*positional, **keywords):
+            asked.write(json.dumps([name, pack(positional), pack(keywords)]).encode() + b"\n")
+            asked.flush()
+            line = answered.readline(1 << 24)
+            if not line.endswith(b"\n"):
+                raise RuntimeError("the program ended")
+            kind, *found = json.loads(line)
+            if kind == "error":
+                raise error_of(*found)
+            value, changed = map(unpack, found)
+            put_back(positional, changed)
+            return value
+
+        return call
+
+    module = types.ModuleType("tests")
+    with contextlib.suppress(SyntaxError):  # a prompt that only begins a function
+        exec(compile(prompt, "<prompt>", "exec"), module.__dict__)
+    module.__dict__.update({name: function(name) for name in names})
+    exec(compile(tests, "<tests>", "exec"), module.__dict__)
+    if entry_point:
+        module.__dict__["check"](module.__dict__[entry_point])
+    print("\n" + word)
+
+
+def error_of(name, message):
+    """The exception that the program raised, where it is one of Python's own."""
+    kind = getattr(builtins, str(name), None)
+    if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, UnicodeError):
+        return kind(str(message))
+    return RuntimeError(f"{name}: {message}")
+
+
+def put_back(given, changed):
+    """Change lists, dictionaries and sets that a function was given as the function did."""
+    for mine, theirs in zip(given, changed, strict=True):
+        if type(mine) is not type(theirs) or mine == theirs:
+            continue
+        if isinstance(mine, list):
+            mine[:] = theirs
+        elif isinstance(mine, (dict, set)):
+            mine.clear()
+            mine.update(theirs)

@@ -1,0 +1,194 @@
+"""The verifier `tests`: a program passes its unit tests, in the sandbox of `--tools python` (llmkit/tools/jail.py).
+
+    {"prompt": "def f(x):\\n ...", "test": "def check(candidate): ...", "entry_point": "f"}     HumanEval's
+    {"prompt": ..., "tests": ["assert f(1) == 2"], "test_setup_code"?: ""}          also "test_list", or one text
+    {"prompt": ..., "tests": [{"input": "1\\n", "output": "2\\n"}]}                  a program, by stdin and stdout
+
+The program and the tests run in two processes, each in a jail of its own, joined by two pipes (calling.py): the
+program never sees tests, expected values or the checker, so it can neither read nor patch them, and its exit, whether
+0 or by os._exit, atexit or a signal, only ends it. That all passed is said by a word of 128 random bits that the
+process of the tests alone knows. What remains: a program may know the inputs by heart, as any may.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import os
+import re
+import secrets
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from llmkit.errors import UserError
+from llmkit.problems import Problem
+from llmkit.records import kind_of
+from llmkit.tools.python import Limits, check_sandbox, run_python
+
+FENCE = re.compile(r"^[ \t]*(```|~~~)[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
+FIELDS = ("tests", "test_list")
+LANGUAGES = ("", "python", "python3", "py")
+CALLING = Path(__file__).with_name("calling.py").read_text(encoding="utf-8")
+
+
+class CodeTests:
+    """Unit tests of a problem, run on completions; `seconds` for all tests of one completion."""
+
+    def __init__(self, sandbox: bool = True, seconds: float = 10.0) -> None:
+        self.sandbox = sandbox
+        self.limits = Limits(wall_seconds=seconds, cpu_seconds=max(1, round(seconds)))
+
+    def check(self, problem: Problem) -> None:
+        """Raise UserError for a problem without tests that call a function, and a machine without the sandbox."""
+        _tests_of(problem)
+        if self.sandbox:
+            check_sandbox()
+
+    def judge_all(self, pairs: Sequence[tuple[Problem, str]]) -> list[bool]:
+        """Whether each completion passes all tests of its problem; as many at a time as there are processors."""
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            return list(pool.map(lambda pair: self.passes(*pair), pairs))
+
+    def passes(self, problem: Problem, completion: str) -> bool:
+        """Whether a completion passes all tests; one without code never does."""
+        entry_point = problem.record["entry_point"] if _is_human_eval(problem.record) else None
+        code, tests = code_of(completion, entry_point), _tests_of(problem)
+        if not code.strip():
+            return False
+        if isinstance(tests, list):
+            return all(self._prints(code, one["input"], one["output"]) for one in tests)
+        program = _joined(problem.prompt, code, entry_point) if entry_point else code
+        return self._passes(program, problem.prompt if entry_point else "", tests, entry_point)
+
+    def _passes(self, program: str, prompt: str, tests: str, entry_point: str | None) -> bool:
+        names = [entry_point] if entry_point else names_called(tests)
+        word = secrets.token_hex(16)
+        asked, requests = os.pipe()  # each pair: the end that is read, the end that is written
+        answered, replies = os.pipe()
+        with ThreadPoolExecutor(1) as other:
+            served = f"{CALLING}\nserve({program!r}, {asked}, {replies})\n"
+            serving = other.submit(self._run_with, served, (asked, replies))
+            arguments = f"{prompt!r}, {tests!r}, {names!r}, {entry_point!r}, {word!r}, {requests}, {answered}"
+            result = self._run_with(f"{CALLING}\ntest({arguments})\n", (requests, answered))
+            serving.result()
+        return result.ended == "done" and result.output.endswith(f"\n{word}\n")
+
+    def _run_with(self, code: str, ends: tuple[int, int]) -> Any:
+        """Run one side; its ends of the pipes are then closed, so that the other side meets the end of them."""
+        try:
+            return run_python(code, self.limits, sandbox=self.sandbox, descriptors=ends)
+        finally:
+            for end in ends:
+                os.close(end)
+
+    def _prints(self, code: str, given: str, expected: str) -> bool:
+        """Whether a program that reads `given` prints `expected`, but for white space at the ends of lines."""
+        start = f"import io, sys\nsys.stdin = io.TextIOWrapper(io.BytesIO({given.encode()!r}), 'utf-8')\n"
+        # as a module's text of its own: a last expression is not printed, and lines count from 1
+        result = run_python(
+            f"{start}exec(compile({code!r}, '<solution>', 'exec'), {{'__name__': '__main__'}})\n",
+            self.limits,
+            sandbox=self.sandbox,
+        )
+        return result.ended == "done" and _lines(result.output) == _lines(expected)
+
+
+def code_of(completion: str, entry_point: str | None = None) -> str:
+    """The code of a completion: its last fenced block of Python, of those that define `entry_point` if any does.
+
+    Without fences all of it is code. A fence that is not closed goes on to the end.
+
+    >>> code_of("First:\\n```python\\nx = 1\\n```\\nDone."), code_of("    return 1")
+    ('x = 1\\n', '    return 1')
+    """
+    fenced = [found[3] for found in FENCE.finditer(completion) if found[2].lower() in LANGUAGES]
+    if not fenced:
+        return "" if FENCE.search(completion) else completion
+    return next((block for block in reversed(fenced) if entry_point and _defines(block, entry_point)), fenced[-1])
+
+
+def names_called(tests: str) -> list[str]:
+    """The functions that tests call and neither define nor import: those of the program.
+
+    >>> names_called("import math\\nfor x in [1, 2]:\\n    assert f(x) == math.sqrt(g(x))")
+    ['f', 'g']
+    """
+    nodes = list(ast.walk(ast.parse(tests)))
+    known = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+    known |= {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    known |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    known |= {
+        (alias.asname or alias.name).split(".")[0]
+        for node in nodes
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+    }
+    asked = {node.id for node in nodes if isinstance(node, ast.Name)}
+    return sorted(name for name in asked - known if not hasattr(builtins, name))
+
+
+def _joined(prompt: str, code: str, entry_point: str) -> str:
+    """Prompt and code as one program: code goes on from the prompt, unless it defines the function anew."""
+    return f"{prompt.rstrip()}\n\n{code}" if _defines(code, entry_point) else prompt + code
+
+
+def _defines(code: str, name: str) -> bool:
+    known = re.escape(name)
+    return re.search(rf"^(?:(?:async\s+def|def|class)\s+{known}\b|{known}\s*(?::[^=]*)?=(?!=))", code, re.M) is not None
+
+
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.rstrip().splitlines()]
+
+
+# ---- what a record holds
+
+
+def has_tests(record: dict[str, Any]) -> bool:
+    """Whether a record has unit tests."""
+    return _is_human_eval(record) or any(record.get(name) is not None for name in FIELDS)
+
+
+def _is_human_eval(record: dict[str, Any]) -> bool:
+    return record.get("test") is not None and record.get("entry_point") is not None
+
+
+def _tests_of(problem: Problem) -> str | list[dict[str, str]]:
+    """The tests of a problem as one program text, or inputs and outputs. Raises UserError for what is neither."""
+    record, where = problem.record, problem.where
+    if _is_human_eval(record):
+        for name in ("test", "entry_point"):
+            if not isinstance(record[name], str):
+                raise UserError(f"{where}: expected {name!r} to be text, found {kind_of(record[name])}")
+        if not re.search(r"^def check\(", record["test"], re.MULTILINE):
+            raise UserError(f"{where}: expected 'test' to define check(candidate), as HumanEval's do")
+        return _parsed(record["test"], where, "test")
+    field = next((name for name in FIELDS if record.get(name) is not None), None)
+    if field is None:
+        expected = "expected 'test' and 'entry_point', or 'tests', for the verifier 'tests'"
+        raise UserError(f"{where}: {expected}, found {sorted(record)}")
+    tests = record[field]
+    if isinstance(tests, list) and tests and all(_is_input_output(one) for one in tests):
+        return tests
+    lines = [tests] if isinstance(tests, str) else tests
+    if not isinstance(lines, list) or not lines or not all(isinstance(one, str) for one in lines):
+        raise UserError(f"{where}: expected {field!r} to be assertions, or objects of input and output, all of text")
+    setup = record.get("test_setup_code") or ""
+    text = _parsed("\n".join([setup, *lines]), where, field)
+    if "assert" not in text or not names_called(text):
+        raise UserError(f"{where}: expected {field!r} to assert something of a function of the program")
+    return text
+
+
+def _is_input_output(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in ("input", "output"))
+
+
+def _parsed(text: str, where: str, field: str) -> str:
+    try:
+        ast.parse(text)
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{where}: expected {field!r} to be Python: {error}") from None
+    return text

@@ -1,0 +1,90 @@
+"""The verifier `latex`: what is boxed last equals the answer, as math-verify compares expressions.
+
+Deliberately strict: without \\boxed nothing is right, and an "or" leaves the answer open.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import selectors
+import subprocess
+import sys
+import threading
+from importlib.util import find_spec
+
+from llmkit.errors import UserError
+from llmkit.problems import Problem, boxed
+
+LONGEST = 1000  # characters of an expression; answers of MATH have 70 at most
+SPACES = re.compile(r"\s+|\\[,;:! ]|~")
+BASE = re.compile(r"(?<=[0-9])_\{?\s*([0-9]+)")  # math-verify takes 1101_4 for 1101_9
+LEFT_OPEN = re.compile(r"\b(?:or|not)\b|\\(?:lor|vee|neq?|neg|pm|mp)\b")
+
+
+class LatexComparer:
+    """Compares with a process that is started when it is first needed, and anew when it hangs."""
+
+    def __init__(self, seconds: float = 10.0) -> None:
+        self.seconds = seconds
+        self._process: subprocess.Popen[str] | None = None
+        self._one_at_a_time = threading.Lock()
+
+    def check(self, problem: Problem) -> None:
+        """Raise UserError for a problem without an answer, and without math-verify."""
+        if find_spec("math_verify") is None:
+            raise UserError(f"{problem.where}: the verifier 'latex' needs math-verify; pip install 'llmkit[math]'")
+        if not (problem.answer or "").strip():
+            raise UserError(f"{problem.where}: expected an answer for the verifier 'latex', found none")
+
+    def is_right(self, problem: Problem, completion: str) -> bool:
+        """Whether what is boxed is the answer."""
+        said = next(reversed(boxed(completion)), "")
+        squeezed = SPACES.sub("", said)
+        held = boxed(problem.answer or "")
+        answer = held[-1] if held else (problem.answer or "").strip().strip("$")
+        if not squeezed or len(said) > LONGEST:
+            return False
+        if squeezed == SPACES.sub("", answer):
+            return True
+        if set(LEFT_OPEN.findall(said)) - set(LEFT_OPEN.findall(answer)):
+            return False
+        bases = [BASE.findall(text) for text in (said, answer)]
+        if all(bases) and bases[0] != bases[1]:
+            return False
+        return self._compare(answer, said)
+
+    def _compare(self, answer: str, said: str) -> bool:
+        with self._one_at_a_time:
+            process = self._process = self._process or self._start()
+            assert process.stdin is not None and process.stdout is not None
+            try:
+                process.stdin.write(json.dumps({"answer": answer, "said": said}) + "\n")
+                process.stdin.flush()
+            except BrokenPipeError:
+                self._end()
+                return False
+            with selectors.DefaultSelector() as selector:
+                selector.register(process.stdout, selectors.EVENT_READ)
+                line = process.stdout.readline() if selector.select(self.seconds) else ""
+            if not line:
+                self._end()
+            return line == "true\n"
+
+    def _start(self) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "llmkit.rewards.latex_worker"]
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1
+        )
+        return process
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def close(self) -> None:
+        """End the process."""
+        with self._one_at_a_time:
+            self._end()

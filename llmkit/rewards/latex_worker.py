@@ -1,0 +1,45 @@
+"""Compares LaTeX in a process of its own: {"answer", "said"} a line comes in, true or false a line goes out.
+
+Started by `LatexComparer`, which ends it when an expression takes too long. math-verify parses with the grammar of
+latex2sympy; its other parser, which lets sympy evaluate Python, is not used.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from contextlib import suppress
+
+SECONDS = 3  # for parsing and for comparing, each; math-verify stops itself by SIGALRM
+MEMORY = 4 << 30  # bytes of address space
+
+
+def same(answer: str, said: str) -> bool:
+    """Whether math-verify holds two expressions for equal."""
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    def parsed(text: str) -> list:
+        return parse(f"${text}$", [LatexExtractionConfig()], "no_fallback", "first_match", parsing_timeout=SECONDS)
+
+    gold, found = parsed(answer), parsed(said)
+    return bool(gold and found) and verify(gold, found, timeout_seconds=SECONDS)
+
+
+def main() -> None:
+    """Answer until stdin ends."""
+    with suppress(ImportError, ValueError, OSError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    logging.disable()
+    for line in sys.stdin:
+        try:
+            right = same(**json.loads(line))
+        except (Exception, RecursionError):
+            right = False
+        print(json.dumps(bool(right)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""`--reward rm:FOLDER`: the score that a reward model of `train-reward` gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from llmkit.conversations import as_record
+from llmkit.engine.devices import choose_device, choose_dtype
+from llmkit.engine.reward_scoring import Scorer
+from llmkit.errors import UserError
+from llmkit.model.reward import load_reward_model
+from llmkit.problems import Problem
+from llmkit.records import Row
+from llmkit.rewards.reward import Attempt, finite
+from llmkit.tokenizer.chat import ChatFormat
+from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
+
+
+class ModelReward:
+    """The score of a reward model, the mean of its heads; a truncated completion is scored as it stands.
+
+    spreads  standard deviations over the heads for the attempts scored last; None with one head
+    """
+
+    def __init__(self, folder: str, device: str = "auto", dtype: str = "auto") -> None:
+        self.name, self.folder = f"rm:{folder}", folder
+        place = choose_device(device)
+        self.tokenizer = load_tokenizer(folder)
+        model = load_reward_model(folder, dtype=choose_dtype(dtype, place), device=place)
+        self.tokenizer.check_fits(model.config.vocab_size)
+        chat = ChatFormat(self.tokenizer)
+        self.context = model.config.max_position_embeddings
+        self.spreads: list[float] | None = None
+        self._scorer = Scorer(model, chat, chat.end_id)
+
+    def check_vocabulary(self, tokenizer: Tokenizer) -> None:
+        """Raise UserError where the policy's tokens are not the reward model's."""
+        if not self.tokenizer.same_vocabulary(tokenizer):
+            raise UserError(
+                f"--reward {self.name}: expected the vocabulary of {tokenizer.path.parent} "
+                f"({tokenizer.vocab_size} tokens), found another ({self.tokenizer.vocab_size}); train the judge from it"
+            )
+
+    def check(self, problem: Problem) -> None:
+        """Any problem will do; a prompt that is too long is cut at its beginning."""
+
+    def score(self, attempts: Sequence[Attempt]) -> list[float]:
+        """The mean score of each. Raises UserError for a completion that does not fit the model's context."""
+        rows = [Row(_asked(one), one.problem.where, 0) for one in attempts]
+        with torch.inference_mode():
+            records = list(self._scorer.score(rows))
+        rewards = []
+        for attempt, record in zip(attempts, records, strict=True):
+            if record["reward"] is None:
+                raise UserError(
+                    f"--reward {self.name}: expected completions that fit its context of {self.context} tokens, found "
+                    f"one of {attempt.token_count}; lower --max-tokens"
+                )
+            rewards.append(record["reward"])
+        self.spreads = [one["reward_std"] for one in records] if records and "reward_std" in records[0] else None
+        return finite(rewards, f"--reward {self.name}")
+
+    def close(self) -> None:
+        """Let the model go."""
+        del self._scorer
+
+
+def _asked(attempt: Attempt) -> dict[str, object]:
+    problem = attempt.problem
+    prompt = as_record(problem.messages) if problem.messages else problem.prompt
+    return {"prompt": prompt, "completion": attempt.completion}

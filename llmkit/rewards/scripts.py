@@ -1,0 +1,192 @@
+"""Rewards of the user's own: a command that reads JSON lines, or a function in a Python file.
+
+cmd:./score.py            one process a batch; the record with `completion`, `finish_reason` and `token_count` a
+                          line comes in, a number or {"reward": number} a line goes out
+py:score.py:reward        reward(record) -> float, of the same record, in this process
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib.util import module_from_spec, spec_from_file_location
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from llmkit.conversations import as_record
+from llmkit.errors import UserError
+from llmkit.problems import Problem
+from llmkit.records import kind_of
+from llmkit.rewards.reward import Attempt, finite
+
+
+def record_of(attempt: Attempt) -> dict[str, Any]:
+    """What a command or a function is given: the problem's record, its prompt, and what came of it."""
+    problem = attempt.problem
+    return {
+        **problem.record,
+        "prompt": as_record(problem.messages) if problem.messages else problem.prompt,
+        "answer": problem.answer,
+        "completion": attempt.completion,
+        "finish_reason": attempt.finish_reason,
+        "token_count": attempt.token_count,
+    }
+
+
+class CommandReward:
+    """`cmd:COMMAND`: a process for each batch, which must answer within `seconds`."""
+
+    def __init__(self, command: str, seconds: float) -> None:
+        self.name, self.seconds = f"cmd:{command}", seconds
+        self._words = split_command(command)
+
+    def check(self, problem: Problem) -> None:
+        """Any problem will do."""
+
+    def score(self, attempts: Sequence[Attempt]) -> list[float]:
+        """The numbers that the command printed. Raises UserError where it fails, hangs or prints anything else."""
+        if not attempts:
+            return []
+        data = b"".join(orjson.dumps(record_of(one)) + b"\n" for one in attempts)
+        lines = self._run(data).split(b"\n")
+        if lines[-1].strip() == b"":
+            lines.pop()
+        if len(lines) != len(attempts):
+            raise UserError(
+                f"--reward {self.name}: expected {len(attempts)} lines, one a completion, found {len(lines)}"
+            )
+        return finite([self._number(line, place) for place, line in enumerate(lines, 1)], f"--reward {self.name}")
+
+    def _run(self, data: bytes) -> bytes:
+        try:
+            process = subprocess.Popen(
+                self._words,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise UserError(f"--reward {self.name}: expected a command that runs: {error.strerror}") from None
+        with process:
+            try:
+                out, err = process.communicate(data, timeout=self.seconds)
+            except subprocess.TimeoutExpired as error:
+                _kill(process)
+                said = _last_line(error.stderr)
+                raise UserError(f"--reward {self.name}: no answer within {self.seconds:g} seconds{said}") from None
+            except BaseException:
+                _kill(process)
+                raise
+        if process.returncode:
+            ended = f"exit status {process.returncode}"
+            if process.returncode < 0:
+                ended = f"signal {signal.Signals(-process.returncode).name}"
+            raise UserError(f"--reward {self.name}: expected exit status 0, found {ended}{_last_line(err)}")
+        return out
+
+    def _number(self, line: bytes, place: int) -> float:
+        where = f"--reward {self.name}: line {place}"
+        try:
+            value = orjson.loads(line)
+        except orjson.JSONDecodeError:  # NaN is no JSON either
+            text = line[:60].decode("utf-8", "replace")
+            raise UserError(f'{where}: expected a number or {{"reward": number}}, found {text!r}') from None
+        value = value.get("reward") if isinstance(value, dict) else value
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise UserError(f'{where}: expected a number or {{"reward": number}}, found {kind_of(value)}')
+        return float(value)
+
+    def close(self) -> None:
+        """Nothing to release: each process ends with its batch."""
+
+
+def split_command(command: str) -> list[str]:
+    """The words of a command. Raises UserError where its program cannot be run."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise UserError(f"--reward cmd:{command}: expected a command: {error}") from None
+    if not words:
+        raise UserError("--reward cmd: expected a command, such as cmd:./score.py")
+    if shutil.which(words[0]) is None:
+        found = "a file that is not executable; chmod +x it" if os.path.isfile(words[0]) else "none of that name"
+        raise UserError(f"--reward cmd:{command}: expected a program {words[0]!r}, found {found}")
+    return words
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        process.kill()
+
+
+def _last_line(stderr: bytes | None) -> str:
+    lines = (stderr or b"").decode("utf-8", "replace").strip().splitlines()
+    return f": {lines[-1].strip()[:300]}" if lines else ""
+
+
+class FunctionReward:
+    """`py:FILE.py:FUNCTION`: a function of the user's, called once for each completion."""
+
+    def __init__(self, path: str, function: str) -> None:
+        self.name = f"py:{path}:{function}"
+        self._path = str(Path(path).resolve())
+        self._function = self._load(path, function)
+
+    def check(self, problem: Problem) -> None:
+        """Any problem will do."""
+
+    def score(self, attempts: Sequence[Attempt]) -> list[float]:
+        """What the function gives. Raises UserError with file and line of the user's code where it raises."""
+        return finite([self._call(one) for one in attempts], f"--reward {self.name}")
+
+    def _call(self, attempt: Attempt) -> float:
+        try:
+            value = self._function(record_of(attempt))
+        except Exception as error:
+            raise self._failed(error) from None
+        if not isinstance(value, Real):
+            raise UserError(
+                f"--reward {self.name}: expected a number, found {kind_of(value)} for {attempt.problem.where}"
+            )
+        return float(value)
+
+    def _load(self, path: str, function: str) -> Callable[[dict[str, Any]], Any]:
+        spec = spec_from_file_location("llmkit_reward_" + Path(path).stem, path)
+        if spec is None or spec.loader is None:
+            raise UserError(f"--reward {self.name}: expected a Python file, found {path!r}")
+        module = module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses and pickle look for it there
+        try:
+            spec.loader.exec_module(module)
+        except (Exception, SystemExit) as error:
+            raise self._failed(error) from None
+        found = getattr(module, function, None)
+        if not callable(found):
+            names = sorted(name for name, one in vars(module).items() if callable(one) and not name.startswith("_"))
+            raise UserError(f"--reward {self.name}: expected a function {function!r} in {path}, found {names}")
+        return found
+
+    def _failed(self, error: BaseException) -> UserError:
+        """The error, with the last place of it in the user's file."""
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if os.path.realpath(frame.filename) == self._path]
+        if isinstance(error, SyntaxError):
+            lines = [error.lineno]
+        place = f"{self._path}:{lines[-1]}" if lines else self._path
+        told = " ".join(str(error).split())[:300]
+        return UserError(f"--reward {self.name}: {place}: {type(error).__name__}: {told}")
+
+    def close(self) -> None:
+        """Nothing to release."""
