@@ -75,8 +75,21 @@ def test_a_training_step_has_the_same_loss_with_kernels_on_and_off(tmp_path):
     assert "Nothing was timed" in done.stdout
 
 
+def test_generation_is_right_and_says_what_is_absent(tmp_path):
+    done = run("generation.py", "--smoke", "-o", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (tmp_path / "generation.md").read_text() and "Nothing was timed" in done.stdout
+    rows = {(row["who"], row["batch"]): row for row in json.loads((tmp_path / "generation.json").read_text())["rows"]}
+    for batch in (1, 2):
+        eager = rows["llmkit eager", batch]
+        assert eager["error"] < 1e-5 and eager["x_eager"] == 1 and eager["tokens_per_second"] > 0 < eager["share"]
+        assert rows["llmkit graphs", batch]["note"] == "absent: needs a GPU"
+        theirs = rows["transformers", batch]
+        assert theirs["error"] < 1e-5 and theirs["x_hf"] == 1 if "error" in theirs else "absent" in theirs["note"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("script", ["kernels.py", "training.py"])
+@pytest.mark.parametrize("script", ["kernels.py", "training.py", "generation.py"])
 def test_without_a_gpu_one_line_says_so(script):
     done = run(script)
     assert done.returncode == 2 and done.stderr == f"{script}: no GPU here; --smoke runs it on a CPU\n"
