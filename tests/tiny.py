@@ -78,3 +78,20 @@ def save_folder(folder: Path, model=None) -> Path:
     save_tokenizer(folder)
     save_model(model or make_model(), folder)
     return folder
+
+
+def save_assistant(folder: Path, said: str | None = None, context: int = 256) -> Path:
+    """An assistant that says `said` to everything, or at random."""
+    from llmkit.model.folder import save_model
+    from llmkit.tokenizer.chat import CHAT_SPECIALS
+    from llmkit.tokenizer.encoding import load_tokenizer
+
+    folder.mkdir()
+    save_tokenizer(folder, *CHAT_SPECIALS)
+    tokenizer = load_tokenizer(folder)
+    header, end = tokenizer.specials["<|im_sep|>"], tokenizer.specials["<|im_end|>"]
+    model = make_model(vocab_size=257 + len(CHAT_SPECIALS), eos_token_id=(END, end), context=context)
+    if said is not None:
+        certain(model, header, *tokenizer.encode(said), end)
+    save_model(model, folder)
+    return folder

@@ -11,30 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import END, certain, make_model, save_folder, save_tokenizer
+from tiny import certain, make_model, save_assistant, save_folder, save_tokenizer
 
 from llmkit.errors import UserError
 from llmkit.stages.probe_knowledge import ProbeKnowledgeConfig, run
 
 PARIS = {"question": "What is the capital of France?", "answer": ["Lutetia", "Paris"], "passage_id": "p1"}
 ROME = {"question": "Wie heißt die Hauptstadt der Republik Italien?", "answer": "Rom"}
-
-
-def save_assistant(folder: Path, said: str | None = None) -> Path:
-    """An assistant that says `said` to everything, or at random."""
-    from llmkit.model.folder import save_model
-    from llmkit.tokenizer.chat import CHAT_SPECIALS
-    from llmkit.tokenizer.encoding import load_tokenizer
-
-    folder.mkdir()
-    save_tokenizer(folder, *CHAT_SPECIALS)
-    tokenizer = load_tokenizer(folder)
-    header, end = tokenizer.specials["<|im_sep|>"], tokenizer.specials["<|im_end|>"]
-    model = make_model(vocab_size=257 + len(CHAT_SPECIALS), eos_token_id=(END, end), context=256)
-    if said is not None:
-        certain(model, header, *tokenizer.encode(said), end)
-    save_model(model, folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,114 @@
+"""A server of OpenAI's chat completions on this machine, with the faults that real ones have.
+
+with ChatServer(lambda prompt, seed: "VERDICT: right") as server:
+    server.faults = ["429", "cut"]       # of the next requests
+    ... server.spec ...                  # openai:http://127.0.0.1:40123/v1#tiny
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+class ChatServer:
+    """`answer` makes the text of a reply, or, as an object, the whole body; `requests` has the bodies that came.
+
+    faults      what becomes of the next requests: "429", "500", "400", "401", "404", "context", "cut", "slow", "page"
+    dies_after  so many requests; the others are cut
+    slow        seconds that a slow one takes, and `pause` any
+    """
+
+    def __init__(self, answer: Callable[[str, int], Any]) -> None:
+        self.answer, self.requests, self.faults = answer, [], []
+        self.dies_after: int | None = None
+        self.slow, self.pause, self.keys, self.open, self.most_open = 2.0, 0.0, set(), 0, 0
+        self._counting = threading.Lock()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
+        self.spec = f"openai:{self.url}#tiny"
+
+    def __enter__(self) -> ChatServer:
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _next_fault(self, body: dict[str, Any]) -> str | None:
+        with self._counting:
+            self.requests.append(body)
+            if self.dies_after is not None and len(self.requests) > self.dies_after:
+                return "cut"
+            return self.faults.pop(0) if self.faults else None
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        chat = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                chat.keys.add(self.headers["Authorization"])
+                if "401" in chat.faults:
+                    self.send(401, {"error": {"message": "no such key"}})
+                else:
+                    self.send(200, {"object": "list", "data": [{"id": "tiny", "object": "model"}]})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                fault = chat._next_fault(body)
+                with chat._counting:
+                    chat.open += 1
+                    chat.most_open = max(chat.most_open, chat.open)
+                try:
+                    time.sleep(chat.slow if fault == "slow" else chat.pause)
+                    self.reply(body, fault)
+                finally:
+                    with chat._counting:
+                        chat.open -= 1
+
+            def reply(self, body: dict[str, Any], fault: str | None) -> None:
+                if fault == "cut":
+                    self.connection.shutdown(socket.SHUT_RDWR)
+                    self.close_connection = True
+                elif fault == "page":
+                    self.send(200, b"<html>Bad gateway</html>", "text/html")
+                elif fault == "context":
+                    self.send(400, {"error": {"message": "This model's maximum context length is 128 tokens."}})
+                elif fault not in (None, "slow"):
+                    self.send(
+                        int(fault), {"error": {"message": f"something of {fault}"}}, again=fault in ("429", "500")
+                    )
+                else:
+                    prompt = body["messages"][-1]["content"]
+                    said = chat.answer(prompt, body["seed"])
+                    if not isinstance(said, str):
+                        self.send(200, said)
+                        return
+                    message = {"role": "assistant", "content": said}
+                    choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+                    usage = {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107}
+                    self.send(200, {"id": "1", "object": "chat.completion", "choices": choices, "usage": usage})
+
+            def send(self, status: int, content: Any, kind: str = "application/json", again: bool = False) -> None:
+                data = content if isinstance(content, bytes) else json.dumps(content).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", kind)
+                self.send_header("Content-Length", str(len(data)))
+                if again:
+                    self.send_header("Retry-After", "0.01")
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+        return Handler
