@@ -12,6 +12,7 @@ A record may name its `passage` (or `context`), `passage_id` (or `id`) and `lang
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -21,7 +22,7 @@ import orjson
 
 from llmkit.errors import UserError
 from llmkit.records import Row, kind_of
-from llmkit.stream import BYTE_ORDER_MARK, json_row, name_of, open_input
+from llmkit.stream import BYTE_ORDER_MARK, json_row, name_of, names_of, open_input
 
 EXPECTED = "'question' and 'answer', or 'context' and 'continuation'"
 ANSWER_FIELDS = ("answer", "answers", "continuation")
@@ -55,6 +56,15 @@ def read_questions(paths: Sequence[str], limit: int | None = None) -> Iterator[Q
     Left out are SQuAD 2's questions that their passage does not answer. Raises UserError that names file and record.
     """
     yield from islice(chain.from_iterable(map(_read_file, paths)), limit)
+
+
+def all_questions(paths: Sequence[str], limit: int | None = None) -> tuple[list[Question], Counter[str]]:
+    """What `read_questions` reads, and how many are left out, by reason. Raises UserError where none is left."""
+    read = list(read_questions(paths, limit))
+    questions = [one for one in read if not isinstance(one, str)]
+    if not questions:
+        raise UserError(f"{names_of(paths)}: expected questions, found none that has an answer")
+    return questions, Counter(one for one in read if isinstance(one, str))
 
 
 def kind_of_question(text: str) -> str:

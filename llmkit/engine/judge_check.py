@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from llmkit.engine.matching import EVASIVE, RIGHT, VERDICTS, WRONG
+from llmkit.engine.matching import EVASIVE, RIGHT, VERDICTS, WRONG, Answered, Judge
 from llmkit.engine.statistics import auroc, calibration_error, wilson
 from llmkit.errors import UserError
 from llmkit.questions import read_question
@@ -23,23 +24,31 @@ EXPECTED = "right, wrong, evasive, true or false"
 LABELS = {**{name: name for name in VERDICTS}, "correct": RIGHT, "incorrect": WRONG}
 
 
-def check_judge(judge: Callable[[str, str, Sequence[str]], str], rows: Iterable[Row]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Checked:
+    """What the command line prints of a judge; see `check_judge`."""
+
+    answers: int
+    agreement: float
+    agreement_95: list[float]
+    kappa: float | None
+    table: dict[str, int]
+
+
+def check_judge(judge: Judge, rows: Iterable[Row]) -> dict[str, Any]:
     """The agreement of a judge with people, with its 95% interval, Cohen's kappa (1960), and who said what how often.
 
     A record is a question with its answer, a `response` and its `label`: "right", "wrong" or "evasive"; or a line of
     a probe's report with `labels`, one for each of `responses`. Labels true and false (or 1 and 0) say only whether
-    it is right: then, in all records, evasive counts as wrong. kappa is None where one side says the same of all.
+    it is right: then, in all records, evasive counts as wrong. A reply of the judge's that cannot be read agrees with
+    nothing. kappa is None where one side says the same of all.
     """
     pairs: list[tuple[str, str]] = []  # what people say, what the judge says
     only_right = False
-    for row in rows:
-        question = read_question(row)
-        if isinstance(question, str):
-            raise UserError(f"{row.where}: expected an answer to judge by, found {question}")
-        for response, label in _labelled(row):
+    for answered, verdicts in judge.judge_each(map(_answered, rows)):
+        for label, verdict in zip(answered.details, verdicts, strict=True):
             only_right |= not isinstance(label, str)
-            label = label if isinstance(label, str) else RIGHT if label else WRONG
-            pairs.append((label, judge(response, question.question, question.answers)))
+            pairs.append((label if isinstance(label, str) else RIGHT if label else WRONG, verdict))
     if not pairs:
         raise UserError("--judge-check: expected labelled answers, found none")
     if only_right:
@@ -60,6 +69,15 @@ def check_judge(judge: Callable[[str, str, Sequence[str]], str], rows: Iterable[
 
 def _as_wrong(verdict: str) -> str:
     return WRONG if verdict == EVASIVE else verdict
+
+
+def _answered(row: Row) -> Answered:
+    """The responses of a record, with their labels as details."""
+    question = read_question(row)
+    if isinstance(question, str):
+        raise UserError(f"{row.where}: expected an answer to judge by, found {question}")
+    labelled = list(_labelled(row))
+    return Answered(question, [response for response, _ in labelled], [label for _, label in labelled])
 
 
 def _labelled(row: Row) -> Iterable[tuple[str, str | bool]]:
@@ -88,13 +106,14 @@ def calibration(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
     `auroc` is the chance that a right answer is more certain than a wrong one, ties half; None where all are right or
     all wrong. `ece` is the expected calibration error (Guo et al. 2017, arXiv:1706.04599). Evasive answers are no
-    answers. Log-probabilities are those under the temperature of the probe.
+    answers, and of those whose judgement was unreadable nothing is known. Log-probabilities are those under the
+    temperature of the probe.
     """
     judged = [
         (math.exp(logprob), verdict == RIGHT)
         for record in records
         for logprob, verdict in zip(record["logprobs"], record["judgements"], strict=True)
-        if verdict != EVASIVE
+        if verdict in (RIGHT, WRONG)
     ]
     if not judged:
         return {"answers": 0, "right": 0, "auroc": None, "ece": None}

@@ -18,13 +18,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
+from typing import Any, NamedTuple, Protocol
 
 from llmkit.engine.normalising import KNOWN, is_number, is_sign, is_spaceless, words
+from llmkit.questions import Question
 
 RIGHT, WRONG, EVASIVE = "right", "wrong", "evasive"
 VERDICTS = (RIGHT, WRONG, EVASIVE)
+UNREADABLE = "unreadable"  # no verdict: the reply of a model that judges could not be read
 # one word missing of three passes (0.8), one of two does not (0.67): "Kennedy" is not "Robert Kennedy"
 F1 = 0.7
 REPEATED = 3  # words of the question in a row, all of it, from which on it is a repetition
@@ -42,8 +45,28 @@ MONTHS = _listed("months")
 SENTENCE_END = re.compile("(?<=\\w{3}[.!?])\\s+|(?<=[\u3002\uff01\uff1f\u0964])|\\s*\\n\\s*")
 
 
+class Answered(NamedTuple):
+    """A question and responses to it; `details` are of whoever has them judged."""
+
+    question: Question
+    responses: Sequence[str]
+    details: Any = None
+
+
+class Judge(Protocol):
+    """Judges answers; `name` is for reports."""
+
+    name: str
+
+    def judge_each(self, answered: Iterable[Answered]) -> Iterator[tuple[Answered, list[str]]]:
+        """Each question with the verdicts on its responses, one of `VERDICTS` or `UNREADABLE`, in order."""
+        ...
+
+
 class MatchJudge:
     """Judges by comparing words; `f1` is the least F1 that passes, `refusals` are answers that say nothing."""
+
+    name = "match"
 
     def __init__(self, f1: float = F1, refusals: Iterable[str] = ()) -> None:
         self.f1, self._refusals = f1, {words(text) for text in refusals}
@@ -59,7 +82,7 @@ class MatchJudge:
             return RIGHT
         if said in self._refusals:
             return EVASIVE
-        if any(_holds(said, phrase) and not any(_holds(one, phrase) for one in accepted) for phrase in evasions()):
+        if any(holds(said, phrase) and not any(holds(one, phrase) for one in accepted) for phrase in evasions()):
             return EVASIVE
         if not _told(_without(said, asked)):
             return EVASIVE
@@ -69,6 +92,11 @@ class MatchJudge:
             return RIGHT
         offered = any(set(one) <= set(asked) for one in accepted)
         return WRONG if offered or set(_told(said)) - set(asked) else EVASIVE
+
+    def judge_each(self, answered: Iterable[Answered]) -> Iterator[tuple[Answered, list[str]]]:
+        """See `Judge`."""
+        for one in answered:
+            yield one, [self(response, one.question.question, one.question.answers) for response in one.responses]
 
     def _matches(self, said: tuple[str, ...], asked: tuple[str, ...], answer: tuple[str, ...]) -> bool:
         """Whether the words said are those of one accepted answer, all but for small words and the question's."""
@@ -87,7 +115,7 @@ class MatchJudge:
             said = tuple(word for word in said if word not in MONTHS and not _is_day(word))
         if [*filter(is_number, said)] != [*filter(is_number, answer)]:
             return False
-        if any(map(is_spaceless, answer)) and not _holds(said, answer):
+        if any(map(is_spaceless, answer)) and not holds(said, answer):
             return False  # characters in another order are another word
         one, other = Counter(said), Counter(answer)
         shared = (one & other).total()
@@ -132,7 +160,7 @@ def _echoes(word: str, asked: tuple[str, ...]) -> bool:
     return any(one[: len(one) - cut] in stems for one in asked for cut in range(3))
 
 
-def _holds(said: tuple[str, ...], phrase: tuple[str, ...]) -> bool:
+def holds(said: tuple[str, ...], phrase: tuple[str, ...]) -> bool:
     """Whether the words of a phrase stand in what was said, one after the other."""
     if phrase[0] not in said:
         return False

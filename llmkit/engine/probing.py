@@ -9,35 +9,40 @@ The procedure is that of "The Llama 3 Herd of Models" (arXiv:2407.21783), sectio
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from llmkit.conversations import message
+from llmkit.engine.chat_models import ChatModel
 from llmkit.engine.generation import Completion, Generator, Request
-from llmkit.engine.matching import RIGHT, WRONG
+from llmkit.engine.judging import JUDGE_PROMPT
+from llmkit.engine.matching import RIGHT, UNREADABLE, WRONG, Answered, Judge
 from llmkit.engine.refusals import language_of
+from llmkit.engine.run_state import RunState
 from llmkit.engine.sampling import request_number
+from llmkit.engine.writing import WRITER_PROMPT
+from llmkit.progress import Progress, say
 from llmkit.questions import Question
 from llmkit.tokenizer.chat import ChatFormat
 
 NAMES = {"yes": "known", "no": "unknown", "mixed": "mixed", "evasive": "evasive"}  # what people call a question
-
-Judge = Callable[[str, str, Sequence[str]], str]
 
 
 def decide(judgements: Sequence[str], consistent: float) -> str:
     """What the judgements of one question say, where `consistent` is the share that must agree.
 
     "yes"      that share is right
-    "mixed"    some are right, fewer than that
+    "mixed"    some are right, fewer than that; or none, and judgements that could not be read leave it open
     "no"       none is right, and that share is informative and wrong
     "evasive"  none is right, and fewer than that say anything
     """
     needed = consistent * len(judgements) - 1e-9
-    right = sum(one == RIGHT for one in judgements)
-    if right:
-        return "yes" if right >= needed else "mixed"
-    return "no" if sum(one == WRONG for one in judgements) >= needed else "evasive"
+    counts = Counter(judgements)
+    if counts[RIGHT]:
+        return "yes" if counts[RIGHT] >= needed else "mixed"
+    if counts[WRONG] >= needed:
+        return "no"
+    return "mixed" if counts[UNREADABLE] and counts[WRONG] + counts[UNREADABLE] >= needed else "evasive"
 
 
 class Probe:
@@ -47,7 +52,7 @@ class Probe:
     context     of the model, in tokens; a question that leaves no room in it is not asked
     samples, max_tokens, seed  of each question; the answers to it depend on its tokens and the seed alone
     consistent  the share of the answers to one question that must agree
-    written_by  who wrote the questions: "given" or "embedded"
+    written_by  who wrote the questions: "given", "embedded", or a model
     """
 
     def __init__(
@@ -63,15 +68,20 @@ class Probe:
         consistent: float,
         written_by: str,
     ) -> None:
-        self._generator, self._chat, self._judge, self._context = generator, chat, judge, context
+        self._generator, self._chat, self.judge, self._context = generator, chat, judge, context
         self._samples, self._max_tokens, self._seed = samples, max_tokens, seed
-        self._consistent, self._written_by = consistent, written_by
+        self._consistent, self.written_by = consistent, written_by
 
     def ask(self, questions: Iterable[Question]) -> Iterator[dict[str, Any]]:
         """The record of each question that was asked, in order."""
         waiting: dict[int, Question] = {}
-        for index, completions in self._generator.complete_each(self._requests(questions, waiting)):
-            yield self._record(waiting.pop(index), completions)
+        completed = self._generator.complete_each(self._requests(questions, waiting))
+        answered = (
+            Answered(waiting.pop(index), [one.text.strip() for one in completions], completions)
+            for index, completions in completed
+        )
+        for one, judgements in self.judge.judge_each(answered):
+            yield self._record(one, judgements)
 
     def _requests(self, questions: Iterable[Question], waiting: dict[int, Question]) -> Iterator[Request]:
         index = 0
@@ -83,23 +93,36 @@ class Probe:
             index += 1
             yield Request(ids, self._samples, self._max_tokens, self._seed, request_number(ids), question.where)
 
-    def _record(self, question: Question, completions: Sequence[Completion]) -> dict[str, Any]:
-        answers = question.answers
-        responses = [one.text.strip() for one in completions]
-        judgements = [self._judge(text, question.question, answers) for text in responses]
+    def _record(self, answered: Answered, judgements: list[str]) -> dict[str, Any]:
+        question, answers = answered.question, answered.question.answers
+        completions: Sequence[Completion] = answered.details
         return {
             "question": question.question,
             "answer": answers[0] if len(answers) == 1 else list(answers),
             "passage_id": question.passage_id,
-            "responses": responses,
+            "responses": list(answered.responses),
             "judgements": judgements,
             "known": decide(judgements, self._consistent),
             "logprobs": [round(sum(one.logprobs) / len(one.logprobs), 4) for one in completions],
             "kind": question.kind,
             "language": language_of(question),
-            "written_by": self._written_by,
+            "written_by": self.written_by,
+            "judged_by": self.judge.name,
             "where": question.where,
         }
+
+
+def ask_all(probe: Probe, state: RunState, questions: Sequence[Question], quiet: bool) -> None:
+    """Ask the questions that the state has not, into it."""
+    if state.kept:
+        say(f"{state.path}: kept {state.kept} questions", quiet)
+    found: Counter[str] = Counter()
+    with Progress("probe", total=len(questions), unit="questions", quiet=quiet) as progress:
+        progress.advance(state.kept)
+        for record in probe.ask(state.remaining(questions, made_of)):
+            state.append(record)
+            found[NAMES[record["known"]]] += 1
+            progress.advance(**found)
 
 
 def made_of(record: dict[str, Any], question: Question) -> bool:
@@ -127,3 +150,26 @@ def table(kinds: Mapping[str, Counter[str]]) -> Iterator[str]:
         yield f"{kind:{wide}} {counts.total():>7}" + "".join(f"{counts[name]:>9}" for name in NAMES.values())
     shares = (totals[name] / max(1, totals.total()) for name in NAMES.values())
     yield f"{'share':{wide}} {'':>7}" + "".join(f"{share:>9.1%}" for share in shares)
+
+
+def describe(
+    kinds: Mapping[str, Counter[str]], left_out: Counter[str], taught: Counter[str], balance: float | None
+) -> Iterator[str]:
+    """What a probe found and what is taught of it, in lines; `taught` counts by "yes" and "no"."""
+    totals = sum(kinds.values(), Counter[str]())
+    yield from table(kinds)
+    yield from (f"left out: {reason} {count}" for reason, count in left_out.items())
+    spare = {name: totals[name] - taught[known] for known, name in NAMES.items() if known in ("yes", "no")}
+    more = "".join(f"; {count} {name} left out for --balance" for name, count in spare.items() if count)
+    yield f"conversations: {taught['no']} refusals, {taught['yes']} confirmations{more}"
+    if balance is not None and taught["no"] and not taught["yes"]:
+        yield "nothing is known, so the refusals stand alone: mix them with other conversations in sft"
+
+
+def examples(questions: Sequence[Question], models: Mapping[str, ChatModel]) -> Iterator[str]:
+    """Some of the questions, and the prompts of the models that write them and judge their answers."""
+    for question in questions[:3]:
+        yield f"  {question.question} [{question.kind}: {' | '.join(question.answers)}]"
+    for name, prompt in (("writer", WRITER_PROMPT), ("judge", JUDGE_PROMPT)):
+        if name in models:
+            yield f"what the {name} is asked:\n{prompt}"

@@ -7,13 +7,14 @@ that is compared, are asked once and counted: what is repeated is learnt by hear
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
 
 from llmkit.engine.generation import Generator, Request
 from llmkit.errors import UserError
+from llmkit.progress import Progress
 from llmkit.records import Row
 from llmkit.tokenizer.encoding import Tokenizer
 
@@ -101,6 +102,27 @@ class Recital:
             }
 
 
+@dataclass(frozen=True)
+class Recited:
+    """What the command line prints when the records went to a file; see `summarise`."""
+
+    path: str
+    documents: int
+    by_repeats: dict[str, dict[str, float]]
+    too_short: int
+
+
+def written(
+    records: Iterable[dict[str, Any]], write: Callable[[dict[str, Any]], object], total: int, quiet: bool
+) -> Iterator[dict[str, Any]]:
+    """The records once they are written, with progress."""
+    with Progress("recite", total=total, unit="documents", quiet=quiet) as progress:
+        for record in records:
+            write(record)
+            yield record
+            progress.advance()
+
+
 def summarise(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """By how often a document occurs: how many there are, their mean share, and how many are recited whole."""
     counts: Counter[str] = Counter()
@@ -116,3 +138,10 @@ def summarise(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
         for _, name in REPEATS
         if counts[name]
     }
+
+
+def describe(groups: dict[str, dict[str, float]], tokens: int) -> Iterator[str]:
+    """What `summarise` found, in lines for people; `tokens` were asked for of each document."""
+    for name, one in groups.items():
+        found = f"{one['mean_share']:.1%} of {tokens} tokens on average, {one['whole']} recited whole"
+        yield f"documents found {name}: {one['documents']}; {found}"

@@ -5,7 +5,7 @@ The wordings of refusals stand in refusals.json, by language; a file of the same
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,14 @@ def lesson(record: dict[str, Any], refusals: Refusals, seed: int) -> dict[str, A
         said = refusals.choose(question, record["language"], seed)
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": said}]
     return {"messages": messages, "known": record["known"], "source": "probe-knowledge"}
+
+
+def lessons(
+    records: Callable[[], Iterable[dict[str, Any]]], refusals: Refusals, balance: float | None, seed: int
+) -> Iterator[dict[str, Any]]:
+    """The conversations that the records of a probe teach, balanced; `records` gives them, twice."""
+    chosen = balanced([record["known"] for record in records()], balance, seed)
+    yield from (lesson(record, refusals, seed) for place, record in enumerate(records()) if place in chosen)
 
 
 def _draw(seed: int, text: str) -> int:

@@ -12,13 +12,15 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import orjson
 
-from llmkit.errors import UserError
+from llmkit.engine.served_models import ServerError
+from llmkit.errors import Interrupted, UserError
 
 WEIGHTS_READ = 1 << 20  # bytes at the end of a file of weights that tell it from another
 
@@ -64,7 +66,7 @@ class RunState:
         return start, count
 
     def remaining(self, given: Sequence[T], made_of: Callable[[dict[str, Any], T], bool]) -> Iterator[T]:
-        """What is behind all that has a record, as `made_of` tells. Raises UserError for the record of anything else."""
+        """What is behind all that has a record, as `made_of` tells. Raises UserError for any other's."""
         left = iter(given)
         for record in list(self.records()):
             if next((one for one in left if made_of(record, one)), None) is None:
@@ -90,6 +92,21 @@ class RunState:
         self._file.close()
         if self.path is not None:
             self.path.unlink()
+
+
+@contextmanager
+def resumable(*paths: Path | None) -> Iterator[None]:
+    """Where Ctrl-C or a server ends the work, say how to go on with the first of the files that is there."""
+    try:
+        yield
+    except (KeyboardInterrupt, ServerError) as error:
+        there = [path for path in paths if path is not None and path.exists()]
+        if not there:
+            raise
+        kept = f"{there[0]} has what was asked, and --resume goes on with it"
+        if isinstance(error, KeyboardInterrupt):
+            raise Interrupted(f"interrupted; {kept}") from None
+        raise UserError(f"{error}; {kept}") from error
 
 
 def fingerprint(folder: str) -> str:

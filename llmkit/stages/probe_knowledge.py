@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmkit.config import CommonConfig, argument, lasting_options, option
-from llmkit.errors import Interrupted, UserError
+from llmkit.errors import UserError
 from llmkit.files import check_output
-from llmkit.progress import Progress, say
-from llmkit.questions import Question, read_questions
+from llmkit.progress import say
+from llmkit.questions import Question, all_questions
 from llmkit.stream import check_inputs, name_of, names_of, open_output, read_documents, read_jsonl
 
 if TYPE_CHECKING:
-    from llmkit.engine.probing import Probe
+    from llmkit.data.passages import Passage
+    from llmkit.engine.chat_models import ChatModel
+    from llmkit.engine.judge_check import Checked
+    from llmkit.engine.matching import Judge
+    from llmkit.engine.reciting import Recited
     from llmkit.engine.refusals import Refusals
     from llmkit.engine.run_state import RunState
 
 STARTED = time.monotonic()
-STATE = ".state"
+STATE, WRITTEN = ".state", ".written.state"  # of the answers, and of the questions that a model has written
+WORDS = "match"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +38,8 @@ class ProbeKnowledgeConfig(CommonConfig):
         Examples:
           llmkit probe-knowledge chat/ --passages docs.jsonl -o refusals.jsonl --report probe.jsonl
           llmkit probe-knowledge chat/ --questions q.jsonl --samples 3 --limit 200 -o refusals.jsonl
-          llmkit probe-knowledge --judge-check labelled.jsonl
+          llmkit probe-knowledge chat/ --passages docs.jsonl --writer openai:http://localhost:8000/v1#qwen -o r.jsonl
+          llmkit probe-knowledge --judge-check labelled.jsonl --judge openai:http://localhost:8000/v1#qwen
           llmkit probe-knowledge base/ --recite docs.jsonl -o recited.jsonl
           llmkit probe-knowledge chat/ --questions squad.json.gz | jq -r .known | sort | uniq -c
 
@@ -42,7 +48,9 @@ class ProbeKnowledgeConfig(CommonConfig):
         answers is right, mixed where fewer are; where none is, it is unknown if that share says something, else
         evasive. Out come conversations: a refusal for what is unknown, the answer for what is known, nothing else.
         --questions: {"question", "answer"}, SQuAD's JSON and others. --passages: documents, from whose sentences
-        questions are made without a model, by patterns of English. --resume goes on after a kill, from OUT.state.
+        questions are made by patterns of English, or by --writer. --resume goes on after a kill, from OUT.state.
+        --writer and --judge take an assistant's folder or a model behind an OpenAI-compatible server; --dry-run shows
+        their prompts, docs/probe-knowledge.md tells more.
         --judge-check: {"question", "answer", "response", "label": "right", "wrong" or "evasive"}, or true and false.
     """
     following: ClassVar[str] = "llmkit sft base/ --data chats.jsonl:0.9 --data refusals.jsonl:0.1 -o chat2/"
@@ -64,13 +72,14 @@ class ProbeKnowledgeConfig(CommonConfig):
 
     max_passages: int = option(200, "With --passages: as many, drawn by --seed.", group="Questions", at_least=1)
     per_passage: int = option(3, "Questions made of each, at most.", group="Questions", at_least=1)
+    writer: str | None = option(None, "Who writes them [patterns].", group="Questions", metavar="MODEL|openai:URL#NAME")
 
     samples: int = option(5, "Answers to each question.", short="-n", group="Answers", at_least=1, at_most=10**6)
     max_tokens: int | None = option(64, "Tokens of an answer.", group="Answers", unit="count", at_least=1)
     temperature: float = option(0.8, "Divides the logits.", group="Answers", at_least=0, at_most=100)
     top_p: float | None = option(None, "Only the likeliest tokens up to this.", group="Answers", above=0, at_most=1)
 
-    judge: str = option("match", "How answers are judged: by their words.", group="Judge", choices=("match",))
+    judge: str = option("match", "By their words, or a model.", group="Judge", metavar="match|MODEL|openai:URL#NAME")
     match_f1: float = option(0.7, "Least F1 of words of a right answer.", group="Judge", above=0, at_most=1)
     consistent: float = option(0.8, "Share of answers that must agree.", group="Judge", above=0, at_most=1)
 
@@ -78,6 +87,11 @@ class ProbeKnowledgeConfig(CommonConfig):
         None, "Only compare the judge with people's labels.", group="Judge", metavar="FILE", free=True
     )
     calibration: bool = option(False, "Tell if log-probabilities foretell a right answer.", group="Judge", free=True)
+
+    reply_tokens: int = option(512, "Tokens of a writer's or judge's reply.", group="Servers", unit="count", at_least=8)
+    concurrency: int = option(8, "Requests to a server at a time.", group="Servers", at_least=1, at_most=999, free=True)
+    timeout: float = option(120, "Of a request to a server.", group="Servers", unit="duration", above=0, free=True)
+    retries: int = option(6, "Of a request that failed.", group="Servers", at_least=0, at_most=50, free=True)
 
     balance: float | None = option(1.0, "Known for each unknown; none: all.", group="Lessons", above=0, free=True)
     refusals: str | None = option(None, 'Wordings: {"en": [...], ...} [ours].', group="Lessons", metavar="FILE")
@@ -91,11 +105,13 @@ class ProbeKnowledgeConfig(CommonConfig):
 
 @dataclass(frozen=True)
 class Summary:
-    """What the command line prints when the conversations went to a file; `left_out` counts questions by reason."""
+    """What the command line prints when the conversations went to a file; `left_out` counts questions by reason,
+    `usage` has the requests and tokens of the writer and the judge in this run."""
 
     path: str
     report: str | None = None
     written_by: str | None = None
+    judged_by: str | None = None
     questions: int | None = None
     responses: int | None = None
     known: int | None = None
@@ -106,29 +122,10 @@ class Summary:
     refusals: int | None = None
     by_kind: dict[str, dict[str, int]] | None = None
     left_out: dict[str, int] | None = None
+    unreadable_judgements: int | None = None
+    usage: dict[str, dict[str, int]] | None = None
     calibration: dict[str, Any] | None = None
     seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class Checked:
-    """What the command line prints of a judge; see `check_judge` of engine/judge_check.py."""
-
-    answers: int
-    agreement: float
-    agreement_95: list[float]
-    kappa: float | None
-    table: dict[str, int]
-
-
-@dataclass(frozen=True)
-class Recited:
-    """What the command line prints when the records of --recite went to a file; see `summarise` of reciting.py."""
-
-    path: str
-    documents: int
-    by_repeats: dict[str, dict[str, float]]
-    too_short: int
 
 
 def run(config: ProbeKnowledgeConfig) -> Summary | Checked | Recited | None:
@@ -139,69 +136,84 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Checked | Recited | None:
         return _recite(config, config.recite)
     out = config.out or "-"
     folder, state_path = _checked(config, out)
-    if config.resume and state_path is not None and Path(out).exists() and not state_path.exists():
+    written_path = Path(out + WRITTEN) if state_path and config.writer else None
+    if config.resume and Path(out).exists() and not any(path and path.exists() for path in (state_path, written_path)):
         say(f"{out}: finished, so there is nothing to do; without --resume, --force makes it again", config.quiet)
         return Summary(out)
 
     # load
     from llmkit.engine.judge_check import calibration, describe_calibration
     from llmkit.engine.loading import check_assistant, open_model
-    from llmkit.engine.matching import MatchJudge
-    from llmkit.engine.probing import NAMES, Probe, count_by_kind
+    from llmkit.engine.matching import UNREADABLE
+    from llmkit.engine.probing import NAMES, Probe, ask_all, count_by_kind, describe, examples
     from llmkit.engine.refusals import Refusals
-    from llmkit.engine.run_state import RunState, fingerprint
+    from llmkit.engine.run_state import RunState, fingerprint, resumable
     from llmkit.engine.sampling import Sampling
+    from llmkit.engine.writing import write_all
     from llmkit.tokenizer.chat import ChatFormat
 
     opened = open_model(folder, config.device, config.dtype)
     chat = ChatFormat(opened.tokenizer)
     check_assistant(opened.config, chat, folder)
     refusals = Refusals(config.refusals)
-    questions, left_out, written_by = _questions(config)
-    _say_plan(config, questions, left_out)
+    models = _chat_models(config)
+    passages, questions, left_out = _read(config)
+    most = len(passages) * config.per_passage if "writer" in models else len(questions)
+    _say_plan(config, models, most, left_out)
     if config.dry_run:
+        for line in examples(questions, models):
+            say(line, config.quiet)
         return None
 
     # build
-    identity = lasting_options(config) | {"the model": fingerprint(folder)}
-    state = RunState(state_path, identity, config.resume)
-    if state.kept:
-        say(f"{state_path}: kept {state.kept} questions", config.quiet)
-    with opened.computing():
-        probe = Probe(
-            opened.generator(Sampling(config.temperature, top_p=config.top_p), config.batch_size),
-            chat,
-            MatchJudge(config.match_f1, refusals.texts()),
-            context=opened.config.max_position_embeddings,
-            samples=config.samples,
-            max_tokens=config.max_tokens,
-            seed=config.seed,
-            consistent=config.consistent,
-            written_by=written_by,
-        )
+    for model in models.values():
+        model.check()
+    identity = lasting_options(config) | {f"--{name}": model.identity for name, model in models.items()}
+    identity |= {"the model": fingerprint(folder)}
+    written: RunState | None = None
 
-        # ask
-        try:
-            _ask(probe, state, questions, config.quiet)
-        except KeyboardInterrupt:
-            if state_path is None:
-                raise
-            raise Interrupted(f"interrupted; {state_path} has what was asked, and --resume goes on with it") from None
+    # ask
+    with resumable(state_path, written_path):
+        if "writer" in models:
+            written = RunState(written_path, identity, config.resume)
+            questions, left_out = write_all(models["writer"], passages, config.per_passage, written, config.quiet)
+        state = RunState(state_path, identity, config.resume)
+        with opened.computing():
+            probe = Probe(
+                opened.generator(Sampling(config.temperature, top_p=config.top_p), config.batch_size),
+                chat,
+                _judge(config, models, refusals),
+                context=opened.config.max_position_embeddings,
+                samples=config.samples,
+                max_tokens=config.max_tokens,
+                seed=config.seed,
+                consistent=config.consistent,
+                written_by=models["writer"].name if "writer" in models else "embedded" if passages else "given",
+            )
+            ask_all(probe, state, questions, config.quiet)
 
     # save
-    taught = _write(config, out, state, refusals)
+    taught = _save(config, out, state, refusals)
     kinds = count_by_kind(state.records())
+    unreadable = sum(record["judgements"].count(UNREADABLE) for record in state.records())
     certainty = calibration(state.records()) if config.calibration else None
     state.remove()
+    if written is not None:
+        written.remove()
 
     # summarise
-    totals = Counter[str]()
-    for counts in kinds.values():
-        totals.update(counts)
+    totals = sum(kinds.values(), Counter[str]())
     asked = totals.total()
     if asked < len(questions):
         left_out["longer than the context"] += len(questions) - asked
-    _say_summary(kinds, totals, left_out, taught, config)
+    for line in describe(kinds, left_out, taught, config.balance):
+        say(line, config.quiet)
+    if passages and not models.get("writer"):
+        say("the questions were made by patterns: some are clumsy (written_by: embedded)", config.quiet)
+    if unreadable:
+        say(f"judgements that could not be read: {unreadable} of {asked * config.samples}", config.quiet)
+    for name, model in models.items():
+        say(f"{name} {model.name}: {model.usage}", config.quiet)
     if certainty is not None:
         say(describe_calibration(certainty), config.quiet)
     if out == "-":
@@ -209,7 +221,8 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Checked | Recited | None:
     return Summary(
         path=out,
         report=config.report,
-        written_by=written_by,
+        written_by=probe.written_by,
+        judged_by=probe.judge.name,
         questions=asked,
         responses=asked * config.samples,
         **{name: totals[name] for name in NAMES.values()},
@@ -217,6 +230,8 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Checked | Recited | None:
         refusals=taught["no"],
         by_kind={kind: dict(counts) for kind, counts in kinds.items()},
         left_out=dict(left_out) or None,
+        unreadable_judgements=unreadable or None,
+        usage={name: asdict(model.usage) for name, model in models.items()} or None,
         calibration=certainty,
         seconds=round(time.monotonic() - STARTED, 1),
     )
@@ -235,6 +250,8 @@ def _checked(config: ProbeKnowledgeConfig, out: str) -> tuple[str, Path | None]:
         raise UserError(f"{config.model}: expected a model folder, found {found}")
     if config.questions and config.passages:
         raise UserError("--passages: expected no --questions beside it; they are two runs")
+    if config.writer is not None and not config.passages:
+        raise UserError("--writer: expected --passages, which it writes questions about")
     if config.seed >= 2**63:
         raise UserError(f"--seed: expected less than 2^63, found {config.seed}")
     if config.report == "-":
@@ -250,53 +267,88 @@ def _checked(config: ProbeKnowledgeConfig, out: str) -> tuple[str, Path | None]:
     return config.model, None if out == "-" else Path(out + STATE)
 
 
-def _questions(config: ProbeKnowledgeConfig) -> tuple[list[Question], Counter[str], str]:
-    """The questions, why others are left out, and who wrote them. Raises UserError where there are none."""
-    left_out: Counter[str] = Counter()
+def _chat_models(config: ProbeKnowledgeConfig) -> dict[str, ChatModel]:
+    """The models that write and judge, by "writer" and "judge", where there are any; not asked yet."""
+    given = {"writer": config.writer, "judge": None if config.judge == WORDS else config.judge}
+    if not any(given.values()):
+        return {}
+    from llmkit.engine.chat_models import Settings, open_chat_model
+
+    settings = Settings(
+        max_tokens=config.reply_tokens,
+        seed=config.seed,
+        dtype=config.dtype,
+        device=config.device,
+        slots=config.batch_size,
+        concurrency=config.concurrency,
+        timeout=config.timeout,
+        retries=config.retries,
+    )
+    return {name: open_chat_model(spec, f"--{name}", settings) for name, spec in given.items() if spec is not None}
+
+
+def _judge(config: ProbeKnowledgeConfig, models: Mapping[str, ChatModel], refusals: Refusals) -> Judge:
+    from llmkit.engine.matching import MatchJudge
+
+    by_words = MatchJudge(config.match_f1, refusals.texts())
+    if "judge" not in models:
+        return by_words
+    from llmkit.engine.judging import ModelJudge
+
+    return ModelJudge(models["judge"], by_words)
+
+
+def _read(config: ProbeKnowledgeConfig) -> tuple[list[Passage], list[Question], Counter[str]]:
+    """The passages, the questions unless a model is to write them, and why others are left out. Raises UserError
+    where there are none."""
     if not config.passages:
-        files = config.questions or ("-",)
-        read = list(read_questions(files, config.limit))
-        left_out.update(one for one in read if isinstance(one, str))
-        questions = [one for one in read if not isinstance(one, str)]
-        if not questions:
-            raise UserError(f"{names_of(files)}: expected questions, found none that has an answer")
-        return questions, left_out, "given"
+        questions, left_out = all_questions(config.questions or ("-",), config.limit)
+        return [], questions, left_out
     from llmkit.data.passages import sample_passages
     from llmkit.data.question_writer import ask_about
 
     names = names_of(config.passages)
     passages = sample_passages(read_documents(config.passages, config.limit), config.max_passages, config.seed)
+    if not passages:
+        raise UserError(f"{names}: expected documents with text to ask about, found none")
+    if config.writer is not None:
+        return passages, [], Counter()
     questions = ask_about(passages, names, config.per_passage, config.seed)
     asked_about = len({question.passage_id for question in questions})
     say(f"{names}: {len(passages)} passages, {asked_about} of them with questions", config.quiet)
-    return questions, left_out, "embedded"
+    return passages, questions, Counter()
 
 
-# ---- the work
+# ---- runs of their own
 
 
 def _check_judge(config: ProbeKnowledgeConfig, path: str) -> Checked:
     """`--judge-check FILE`: how far the judge agrees with people."""
-    from llmkit.engine.judge_check import check_judge, describe_check
-    from llmkit.engine.matching import MatchJudge
+    from llmkit.engine.judge_check import Checked, check_judge, describe_check
     from llmkit.engine.refusals import Refusals
 
-    if config.questions or config.passages or config.recite or config.out:
+    if config.questions or config.passages or config.writer or config.recite or config.out:
         raise UserError("--judge-check: expected neither documents, questions nor --out beside it; no model is asked")
-    judge = MatchJudge(config.match_f1, Refusals(config.refusals).texts())
-    found = check_judge(judge, read_jsonl([path], config.limit))
+    check_inputs([path])
+    models = _chat_models(config)
+    for model in models.values():
+        model.check()
+    found = check_judge(_judge(config, models, Refusals(config.refusals)), read_jsonl([path], config.limit))
     for line in describe_check(found):
         say(f"{name_of(path)}: {line}", config.quiet)
+    for name, model in models.items():
+        say(f"{name} {model.name}: {model.usage}", config.quiet)
     return Checked(**found)
 
 
 def _recite(config: ProbeKnowledgeConfig, path: str) -> Recited | None:
     """`--recite FILE`: how much of its documents the model goes on with, word for word."""
     from llmkit.engine.loading import open_model
-    from llmkit.engine.reciting import Recital, summarise
+    from llmkit.engine.reciting import Recital, Recited, describe, summarise, written
     from llmkit.engine.sampling import Sampling
 
-    if config.questions or config.passages or config.report or config.resume or config.max_tokens is None:
+    beside = config.questions or config.passages or config.report or config.resume or config.writer
+    if beside or config.judge != WORDS or config.max_tokens is None:
         raise UserError("--recite: expected neither questions, --report, --resume nor --max-tokens none beside it")
     out = config.out or "-"
     folder, _ = _checked(config, out)
@@ -308,88 +360,38 @@ def _recite(config: ProbeKnowledgeConfig, path: str) -> Recited | None:
     say(f"{name_of(path)}: {len(recital)} documents, {recital.too_short} more are too short", config.quiet)
     if config.dry_run:
         return None
-    results: list[dict[str, Any]] = []
     with opened.computing(), open_output(out, config.force) as write:
-        generator = opened.generator(Sampling(0.0), config.batch_size, end_ids=())
-        with Progress("recite", total=len(recital), unit="documents", quiet=config.quiet) as progress:
-            for record in recital.recite(generator):
-                write(record)
-                results.append({name: record[name] for name in ("repeats", "share")})
-                progress.advance()
-    groups = summarise(results)
-    for name, one in groups.items():
-        found = f"{one['mean_share']:.1%} of {config.max_tokens} tokens on average, {one['whole']} recited whole"
-        say(f"documents found {name}: {one['documents']}; {found}", config.quiet)
+        records = recital.recite(opened.generator(Sampling(0.0), config.batch_size, end_ids=()))
+        groups = summarise(written(records, write, len(recital), config.quiet))
+    for line in describe(groups, config.max_tokens):
+        say(line, config.quiet)
     return None if out == "-" else Recited(out, len(recital), groups, recital.too_short)
-
-
-def _ask(probe: Probe, state: RunState, questions: Sequence[Question], quiet: bool) -> None:
-    """Ask the questions that the state has not, into it."""
-    from llmkit.engine.probing import NAMES, made_of
-
-    found: Counter[str] = Counter()
-    with Progress("probe", total=len(questions), unit="questions", quiet=quiet) as progress:
-        progress.advance(state.kept)
-        for record in probe.ask(state.remaining(questions, made_of)):
-            state.append(record)
-            found[NAMES[record["known"]]] += 1
-            progress.advance(**found)
 
 
 # ---- what comes out
 
 
-def _write(config: ProbeKnowledgeConfig, out: str, state: RunState, refusals: Refusals) -> Counter[str]:
+def _save(config: ProbeKnowledgeConfig, out: str, state: RunState, refusals: Refusals) -> Counter[str]:
     """Write the report, then the conversations; how many confirm ("yes") and refuse ("no")."""
-    from llmkit.engine.refusals import balanced, lesson
+    from llmkit.engine.refusals import lessons
 
     force = config.force or config.resume
     if config.report is not None:
         with open_output(config.report, force) as write:
             for record in state.records():
                 write(record)
-    chosen = balanced([record["known"] for record in state.records()], config.balance, config.seed)
     taught: Counter[str] = Counter()
     with open_output(out, force) as write:
-        for place, record in enumerate(state.records()):
-            if place in chosen:
-                taught[record["known"]] += 1
-                write(lesson(record, refusals, config.seed))
+        for conversation in lessons(state.records, refusals, config.balance, config.seed):
+            taught[conversation["known"]] += 1
+            write(conversation)
     return taught
 
 
-def _say_plan(config: ProbeKnowledgeConfig, questions: Sequence[Question], left_out: Counter[str]) -> None:
+def _say_plan(config: ProbeKnowledgeConfig, models: Mapping[str, ChatModel], most: int, left_out: Counter[str]) -> None:
     others = "".join(f"; left out: {reason} {count}" for reason, count in left_out.items())
-    say(f"{len(questions)} questions, {config.samples} answers each{others}", config.quiet)
+    written = f", written by {models['writer'].name} at most" if "writer" in models else ""
+    say(f"{most} questions{written}, {config.samples} answers each{others}", config.quiet)
     if config.dry_run:
-        limit = (
-            "the context" if config.max_tokens is None else f"{len(questions) * config.samples * config.max_tokens:,}"
-        )
+        limit = "the context" if config.max_tokens is None else f"{most * config.samples * config.max_tokens:,}"
         say(f"at most {limit} tokens to be sampled, at temperature {config.temperature:g}; for example", config.quiet)
-        for question in questions[:3]:
-            say(f"  {question.question} [{question.kind}: {' | '.join(question.answers)}]", config.quiet)
-
-
-def _say_summary(
-    kinds: dict[str, Counter[str]],
-    totals: Counter[str],
-    left_out: Counter[str],
-    taught: Counter[str],
-    config: ProbeKnowledgeConfig,
-) -> None:
-    """A table by kind of question, its shares, and what is taught."""
-    from llmkit.engine.probing import NAMES, table
-
-    for line in table(kinds):
-        say(line, config.quiet)
-    for reason, count in left_out.items():
-        say(f"left out: {reason} {count}", config.quiet)
-    if config.passages:
-        say(
-            "the questions were made by patterns, without a model: some are clumsy (written_by: embedded)", config.quiet
-        )
-    spare = {name: totals[NAMES[known]] - taught[known] for known, name in (("yes", "known"), ("no", "unknown"))}
-    more = "".join(f"; {count} {name} left out for --balance" for name, count in spare.items() if count)
-    say(f"conversations: {taught['no']} refusals, {taught['yes']} confirmations{more}", config.quiet)
-    if config.balance is not None and taught["no"] and not taught["yes"]:
-        say("nothing is known, so the refusals stand alone: mix them with other conversations in sft", config.quiet)

@@ -1,0 +1,271 @@
+"""`llmkit probe-knowledge --writer ... --judge ...` as a user runs it, with a server that may fail and with folders."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from chat_server import ChatServer
+from tiny import save_assistant
+
+from llmkit.engine.judging import JUDGE_PROMPT
+from llmkit.engine.writing import WRITER_PROMPT
+from llmkit.errors import UserError
+from llmkit.stages.probe_knowledge import ProbeKnowledgeConfig, run
+
+DOCS = Path(__file__).parent.parent.parent / "docs" / "probe-knowledge.md"
+TOWNS = [f"The mill of {chr(65 + n)}rden was built in {1800 + n} by Ada Roe." for n in range(12)]
+QUICK = ["--retries", "1", "--timeout", "5"]
+
+
+@pytest.fixture(scope="module")
+def babbler(tmp_path_factory) -> Path:
+    return save_assistant(tmp_path_factory.mktemp("models") / "babbler")
+
+
+@pytest.fixture(scope="module")
+def parrot(tmp_path_factory) -> Path:
+    return save_assistant(tmp_path_factory.mktemp("models") / "parrot", "Paris")
+
+
+@pytest.fixture
+def documents(tmp_path) -> Path:
+    path = tmp_path / "docs.jsonl"
+    path.write_text("".join(json.dumps({"text": text, "id": f"d{n}"}) + "\n" for n, text in enumerate(TOWNS)))
+    return path
+
+
+def clever(prompt: str, seed: int) -> str:
+    """Writes two good questions and a bad one about a passage; judges by the length of the answer."""
+    if prompt.startswith("Judge"):
+        answer = prompt.split("<answer>\n")[1].split("\n</answer>")[0]
+        return f"Let me see.\nVERDICT: {('right', 'wrong', 'wrong')[len(answer) % 3]}"
+    town, year = re.search(r"mill of (\w+) was built in (\d+)", prompt).groups()
+    pairs = [(f"When was the mill of {town} built?", year), (f"Who built the mill of {town}?", "Ada Roe")]
+    pairs.insert(1, (f"What is the height of {town}?", "9 feet"))
+    return json.dumps({"questions": [{"question": question, "answer": answer} for question, answer in pairs]})
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def probe(model: Path, out: Path, **options):
+    given = {name: (str(value),) if name in ("questions", "passages") else value for name, value in options.items()}
+    return run(ProbeKnowledgeConfig(model=str(model), out=str(out), quiet=True, retries=1, timeout=5, **given))
+
+
+def questions(path: Path, count: int = 3) -> Path:
+    asked = [{"question": f"Who is number {n}?", "answer": "Paris", "context": "Paris is."} for n in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    return path
+
+
+# ---- a server
+
+
+def test_a_server_writes_the_questions_and_judges_the_answers(babbler, documents, tmp_path, llmkit):
+    out, report = tmp_path / "r.jsonl", tmp_path / "p.jsonl"
+    with ChatServer(clever) as server:
+        options = ["--passages", documents, "--writer", server.spec, "--judge", server.spec, "-n", "2", *QUICK]
+        done = llmkit("probe-knowledge", babbler, *options, "--max-tokens", "9", "-o", out, "--report", report)
+    assert done.returncode == 0, done.stderr
+    summary, records = json.loads(done.stdout), lines(report)
+    assert summary["questions"] == len(records) == 24 and summary["left_out"] == {"answer not in the passage": 12}
+    assert summary["written_by"] == summary["judged_by"] == "openai:#tiny"
+    assert records[0]["question"] == "When was the mill of Arden built?" and records[0]["answer"] == "1800"
+    assert {(one["written_by"], one["judged_by"]) for one in records} == {("openai:#tiny", "openai:#tiny")}
+    judged = [pair for one in records for pair in zip(one["responses"], one["judgements"], strict=True)]
+    assert all(verdict in ("evasive", "right" if len(text) % 3 == 0 else "wrong") for text, verdict in judged)
+    assert {verdict for _, verdict in judged} >= {"right", "wrong"}
+    assert summary["usage"]["writer"] == {"requests": 12, "prompt_tokens": 1200, "completion_tokens": 84}
+    assert "writer openai:#tiny: 12 requests, 1,200 tokens in, 84 out" in done.stderr
+    assert "judge openai:#tiny: " in done.stderr and "left out: answer not in the passage 12" in done.stderr
+    assert "by patterns" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["docs.jsonl", "p.jsonl", "r.jsonl"]
+
+
+@pytest.mark.parametrize("dies_after", [4, 19])
+def test_a_server_that_dies_in_the_middle_is_resumed_to_the_same_bytes(babbler, documents, tmp_path, dies_after):
+    """It writes in the first 12 requests and judges in the others."""
+    out, report = tmp_path / "r.jsonl", tmp_path / "p.jsonl"
+    options = {"passages": documents, "samples": 2, "max_tokens": 9, "concurrency": 2}
+    with ChatServer(clever) as server:
+        models = {"writer": server.spec, "judge": server.spec}
+        server.dies_after = dies_after
+        with pytest.raises(UserError, match=r"cannot be reached after 1 retries.*r.jsonl\.(written\.)?state has what"):
+            probe(babbler, out, report=str(report), **options, **models)
+        assert not out.exists() and not report.exists()
+        kept = sum(path.read_bytes().count(b"\n") - 1 for path in tmp_path.glob("r.jsonl*.state"))
+        assert kept >= 2
+    with ChatServer(clever) as server:  # at another port
+        models = {"writer": server.spec, "judge": server.spec}
+        summary = probe(babbler, out, report=str(report), resume=True, **options, **models)
+        assert summary.questions == 24 and not list(tmp_path.glob("*.state"))
+        again = len(server.requests)
+        whole = tmp_path / "whole.jsonl", tmp_path / "whole-report.jsonl"
+        probe(babbler, whole[0], report=str(whole[1]), **options, **models)
+        assert again < len(server.requests) - again  # what was kept was not asked again
+    assert out.read_bytes() == whole[0].read_bytes() and report.read_bytes() == whole[1].read_bytes()
+
+
+def test_faults_that_pass_change_nothing(babbler, documents, tmp_path):
+    options = {"passages": documents, "samples": 2, "max_tokens": 9, "max_passages": 5}
+    made = []
+    for faults in ([], ["429", "500", "cut", "429", "page"]):
+        with ChatServer(clever) as server:
+            server.faults = faults
+            report = tmp_path / f"p{len(made)}.jsonl"
+            models = {"writer": server.spec, "judge": server.spec}
+            probe(babbler, tmp_path / f"r{len(made)}.jsonl", report=str(report), **options, **models)
+            made.append(report.read_bytes())
+            assert server.faults == []
+    assert made[0] == made[1] and made[0].count(b"\n") == 10
+
+
+def test_garbage_is_counted_and_never_right(parrot, documents, tmp_path, llmkit):
+    asked = questions(tmp_path / "q.jsonl")
+    with ChatServer(lambda prompt, seed: "right right right {]") as server:
+        done = llmkit("probe-knowledge", parrot, "--questions", asked, "--judge", server.spec, "-o", tmp_path / "r")
+        assert done.returncode == 0, done.stderr
+        summary = json.loads(done.stdout)
+        assert (summary["mixed"], summary["unreadable_judgements"]) == (3, 15) and (tmp_path / "r").read_text() == ""
+        assert summary["usage"]["judge"]["requests"] == 6  # each of the three once more
+        assert "judgements that could not be read: 15 of 15" in done.stderr
+        with pytest.raises(
+            UserError, match=r"--writer: none of the replies of openai:#tiny made .*unreadable reply 12"
+        ):
+            probe(parrot, tmp_path / "s.jsonl", passages=documents, writer=server.spec)
+    assert not list(tmp_path.glob("*.state"))
+
+
+def test_a_refusing_model_is_not_taken_for_a_knowing_one(tmp_path):
+    silent = save_assistant(tmp_path / "silent", "Nope!")
+    asked = questions(tmp_path / "q.jsonl")
+    wordings = tmp_path / "own.json"
+    wordings.write_text(json.dumps({"en": ["Nope!"]}))
+    with ChatServer(lambda prompt, seed: "VERDICT: right") as server:
+        summary = probe(silent, tmp_path / "r.jsonl", questions=asked, judge=server.spec, refusals=str(wordings))
+        assert summary.evasive == 3 and server.requests == []
+
+
+def test_the_server_as_judge_is_checked(tmp_path, llmkit):
+    labels = tmp_path / "labels.jsonl"
+    rows = [
+        {"question": "Who?", "answer": "Ada", "response": text, "label": text == "Ada"} for text in ("Ada", "Eve", "")
+    ]
+    labels.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with ChatServer(
+        lambda prompt, seed: f"VERDICT: {'right' if 'Ada' in prompt.split('<answer>')[1] else 'wrong'}"
+    ) as server:
+        done = llmkit("probe-knowledge", "--judge-check", labels, "--judge", server.spec, *QUICK)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["kappa"] == 1.0 and "judge openai:#tiny: 2 requests" in done.stderr
+    with pytest.raises(UserError, match=r"/v1: cannot be reached after 1 retries: [^;]*$"):
+        run(ProbeKnowledgeConfig(judge_check=str(labels), judge=server.spec, retries=1, quiet=True))
+
+
+def test_a_server_that_is_down_is_told_before_the_work(parrot, tmp_path, llmkit):
+    with ChatServer(clever) as server:
+        pass
+    asked = questions(tmp_path / "q.jsonl")
+    done = llmkit("probe-knowledge", parrot, "--questions", asked, "--judge", server.spec, "-o", tmp_path / "r", *QUICK)
+    assert done.returncode == 2 and done.stdout == ""
+    (error,) = [line for line in done.stderr.splitlines() if "error" in line]
+    assert error.startswith(f"llmkit: error: --judge {server.url}: cannot be reached")
+    assert [path.name for path in tmp_path.iterdir()] == ["q.jsonl"]
+
+
+def test_an_interrupted_run_does_not_wait_for_the_server(parrot, tmp_path):
+    asked = questions(tmp_path / "q.jsonl", 40)
+    with ChatServer(lambda prompt, seed: "VERDICT: right") as server:
+        server.faults, server.slow = [*[None] * 10, *["slow"] * 90], 30.0
+        options = ["--questions", str(asked), "--judge", server.spec, "-o", str(tmp_path / "r"), "--max-tokens", "9"]
+        command = [sys.executable, "-m", "llmkit", "probe-knowledge", str(parrot), *options]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            while len(server.requests) < 14 and process.poll() is None:
+                time.sleep(0.01)
+            started = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            _, said = process.communicate()
+        assert process.returncode == 130 and "r.state has what was asked, and --resume goes on" in said
+        assert time.monotonic() - started < 10
+
+
+# ---- folders
+
+
+def test_a_folder_judges(parrot, tmp_path):
+    judge = save_assistant(tmp_path / "judge", "VERDICT: right", context=4096)
+    summary = probe(parrot, tmp_path / "r.jsonl", questions=questions(tmp_path / "q.jsonl"), judge=str(judge))
+    assert (summary.known, summary.confirmations) == (3, 3) and summary.judged_by == str(judge)
+    assert summary.usage["judge"]["requests"] == 3 and summary.usage["judge"]["completion_tokens"] > 0
+
+
+def test_what_a_folder_babbles_is_counted(parrot, documents, tmp_path):
+    babbler = save_assistant(tmp_path / "babbler", context=2048)
+    options = {"questions": questions(tmp_path / "q.jsonl"), "reply_tokens": 8, "samples": 2}
+    summary = probe(parrot, tmp_path / "r.jsonl", judge=str(babbler), **options)
+    assert (summary.mixed, summary.unreadable_judgements) == (3, 6)
+    with pytest.raises(UserError, match=r"--writer: none of the replies .*passages: unreadable reply 12"):
+        probe(parrot, tmp_path / "s.jsonl", passages=documents, writer=str(babbler), reply_tokens=8)
+    with pytest.raises(
+        UserError, match=r"--writer: none of the replies .*passages: longer than the model's context 12"
+    ):
+        probe(parrot, tmp_path / "s.jsonl", passages=documents, writer=str(parrot), reply_tokens=8)
+
+
+def test_another_judge_does_not_go_on_with_a_run(parrot, tmp_path):
+    asked = questions(tmp_path / "q.jsonl")
+    with ChatServer(lambda prompt, seed: "VERDICT: right") as server:
+        server.dies_after = 2
+        with pytest.raises(UserError, match="--resume goes on"):
+            probe(parrot, tmp_path / "r.jsonl", questions=asked, judge=server.spec)
+        with pytest.raises(UserError, match=r"made with --judge openai:#tiny, and this run has match; leave out"):
+            probe(parrot, tmp_path / "r.jsonl", questions=asked, resume=True)
+
+
+# ---- what is told, and bad input
+
+
+def test_a_dry_run_shows_the_prompts_and_asks_nobody(parrot, documents, tmp_path, llmkit):
+    options = ["--writer", "openai:http://127.0.0.1:9/v1#tiny", "--judge", parrot, "--dry-run", "-o", tmp_path / "r"]
+    done = llmkit("probe-knowledge", parrot, "--passages", documents, *options)
+    assert (done.returncode, done.stdout) == (0, "") and not (tmp_path / "r").exists()
+    assert WRITER_PROMPT in done.stderr and JUDGE_PROMPT in done.stderr
+    assert "36 questions, written by openai:#tiny at most, 5 answers each" in done.stderr
+
+
+def test_the_documentation_has_the_prompts_and_every_option():
+    from llmkit.config import flag_of, option_fields
+
+    text = DOCS.read_text()
+    indented = re.sub(r"^    ", "", text, flags=re.MULTILINE)
+    for prompt in (WRITER_PROMPT, JUDGE_PROMPT):
+        assert re.sub(r"\n+", "\n", prompt) in re.sub(r"\n+", "\n", indented)
+    for item in option_fields(ProbeKnowledgeConfig):
+        if flag_of(item).startswith("--"):
+            assert re.search(rf"[`/]{flag_of(item)}\b", text), flag_of(item)
+
+
+def test_what_cannot_be_meant_is_refused(parrot, documents, tmp_path):
+    asked = questions(tmp_path / "q.jsonl")
+    out = tmp_path / "r.jsonl"
+    for options, message in (
+        ({"questions": asked, "writer": str(parrot)}, "--writer: expected --passages, which it writes"),
+        ({"questions": asked, "judge": "mtach"}, "--judge: expected the folder of a model, or openai:.*, found mtach"),
+        ({"questions": asked, "judge": "openai:localhost"}, "--judge: expected a server and its model, such as"),
+        ({"passages": documents, "writer": "openai:#m"}, "--writer: expected a server and its model, such as"),
+        ({"recite": str(documents), "judge": str(parrot)}, "--recite: expected neither"),
+    ):
+        with pytest.raises(UserError, match=message):
+            probe(parrot, out, **options)
+    with pytest.raises(UserError, match="--judge-check: expected neither"):
+        run(ProbeKnowledgeConfig(judge_check=str(asked), writer=str(parrot)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["docs.jsonl", "q.jsonl"]
