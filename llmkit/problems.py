@@ -107,7 +107,7 @@ def read_options(record: dict[str, Any], where: str) -> tuple[tuple[str, str], .
 
 
 def boxed(text: str) -> list[str]:
-    """What stands in each \\\\boxed{...} of a text, with its inner braces; one that is not closed does not count.
+    """What stands in each \\boxed{...} of a text, with its inner braces; one that is not closed does not count.
 
     >>> boxed(r"so \\boxed{\\frac{1}{2}} or \\boxed 7")
     ['\\\\frac{1}{2}', '7']

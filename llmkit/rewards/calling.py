@@ -7,7 +7,6 @@ sent as source text and imports nothing but the standard library.
 """
 
 import builtins
-import contextlib
 import json
 import os
 import sys
@@ -68,7 +67,7 @@ def serve(source, requests, replies):
 
 
 def test(prompt, tests, names, entry_point, word, requests, replies):
-    """Run tests whose `names` are functions of the program; `word` is printed when all passed."""
+    """Run tests whose `names` are functions of the program, after the code of the prompt; then `word` is printed."""
     asked, answered = os.fdopen(requests, "wb"), os.fdopen(replies, "rb")
 
     def function(name):
@@ -88,8 +87,7 @@ def test(prompt, tests, names, entry_point, word, requests, replies):
         return call
 
     module = types.ModuleType("tests")
-    with contextlib.suppress(SyntaxError):  # a prompt that only begins a function
-        exec(compile(prompt, "<prompt>", "exec"), module.__dict__)
+    exec(compile(prompt, "<prompt>", "exec"), module.__dict__)
     module.__dict__.update({name: function(name) for name in names})
     exec(compile(tests, "<tests>", "exec"), module.__dict__)
     if entry_point:

@@ -59,8 +59,12 @@ class CodeTests:
             return False
         if isinstance(tests, list):
             return all(self._prints(code, one["input"], one["output"]) for one in tests)
-        program = _joined(problem.prompt, code, entry_point) if entry_point else code
-        return self._passes(program, problem.prompt if entry_point else "", tests, entry_point)
+        if entry_point is None:
+            return self._passes(code, "", tests, None)
+        given = _whole(code_of(problem.prompt))
+        # code goes on from the prompt, unless it defines the function anew
+        program = f"{given}\n\n{code}" if _defines(code, entry_point) else problem.prompt + code
+        return self._passes(program, given, tests, entry_point)
 
     def _passes(self, program: str, prompt: str, tests: str, entry_point: str | None) -> bool:
         names = [entry_point] if entry_point else names_called(tests)
@@ -129,9 +133,15 @@ def names_called(tests: str) -> list[str]:
     return sorted(name for name in asked - known if not hasattr(builtins, name))
 
 
-def _joined(prompt: str, code: str, entry_point: str) -> str:
-    """Prompt and code as one program: code goes on from the prompt, unless it defines the function anew."""
-    return f"{prompt.rstrip()}\n\n{code}" if _defines(code, entry_point) else prompt + code
+def _whole(prompt: str) -> str:
+    """The code of a prompt as a program that can run, a function that only begins with a body; "" of mere words."""
+    for text in (prompt, f"{prompt.rstrip()}\n    pass\n"):
+        try:
+            ast.parse(text)
+        except (SyntaxError, ValueError):
+            continue
+        return text
+    return ""
 
 
 def _defines(code: str, name: str) -> bool:

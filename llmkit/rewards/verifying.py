@@ -2,7 +2,7 @@
 
     verifier=NAME forces one for all problems; else a problem's own `verifier`, else the one that its answer calls for
 
-An empty completion is never right, and nothing that a model wrote is ever evaluated.
+An empty completion is never right, and nothing that a model wrote is ever evaluated here: programs run in a sandbox.
 """
 
 from __future__ import annotations
@@ -44,7 +44,12 @@ def _check_number(problem: Problem) -> None:
 
 
 def is_number_right(problem: Problem, completion: str) -> bool:
-    """The number that is marked by #### or \\\\boxed, else the last of the completion, is the answer."""
+    """The number that is marked by #### or \\boxed, else the last of the completion, is the answer.
+
+    Three words or more that the question holds as they stand are the question said again, and no answer.
+    """
+    if len(completion.split()) >= 3 and completion in problem.prompt:
+        return False
     said = marked(completion)
     number = last_number(completion) if said is None else only_number(said)
     answer = only_number(problem.answer or "")

@@ -71,6 +71,19 @@ def test_a_right_program_passes(completion):
     assert passes(completion) == 1
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        f"Complete this function:\n\n```python\n{PROMPT}```\nThank you.",
+        "import math\n\ndef half(n):\n    return n / 2\n\ndef double(n):\n    # twice n\n",
+    ],
+)
+def test_a_prompt_may_be_words_around_code_or_code_without_a_body(prompt):
+    code = f"```python\ndef double(n):\n    assert math and half(2) == 1\n{RIGHT}```"
+    assert passes(code, prompt=prompt) == 1
+    assert passes(code.replace("* 2", "* 3"), prompt=prompt) == 0
+
+
 NEVER_EQUAL = "class Any(int):\n    def __eq__(self, other): return True\n    def __ne__(self, other): return False\n"
 GAMES = {
     "nothing": "",

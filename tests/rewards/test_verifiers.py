@@ -125,6 +125,7 @@ def test_a_percentage_keeps_both_readings():
         ("Is it 3 or is it 5", "5", "Is it 3 or is it 5\n5", 1),
         ("Name the answer, which is 5", "5", "Name the answer, which is 5 " * 9, 0),
         ("What is larger, 3 or 5?", "5", "5", 1),
+        ("She has 2. How many have 5?", "5", "How many have 5?", 0),
     ],
 )
 def test_a_question_said_again_is_no_answer(prompt, answer, completion, right):
