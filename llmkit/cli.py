@@ -37,6 +37,7 @@ COMMANDS = {
         "What an assistant knows, and refusals of what it does not.",
     ),
     "train-reward": ("llmkit.stages.train_reward", "TrainRewardConfig", "Preferences to a judge of answers."),
+    "rl": ("llmkit.stages.rl", "RlConfig", "Problems and rewards to a policy that is better than its examples."),
     "sample": ("llmkit.stages.sample", "SampleConfig", "Text from a model: from a prompt, stdin or JSONL."),
 }
 OVERVIEW = """Make a ChatGPT-like assistant from nothing, one composable subcommand per stage.

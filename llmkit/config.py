@@ -17,7 +17,7 @@ import math
 import re
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from decimal import Decimal
@@ -278,6 +278,13 @@ def _known_keys(config_file: str, known: Mapping[str, Field]) -> dict[str, Any]:
             raise UserError(f"{config_file}: '{key}' is given twice")
         found[name] = value
     return found
+
+
+def check_one_horizon(config: Any, names: Sequence[str]) -> None:
+    """Raise UserError where more than one of the options that say how long to train was given."""
+    given = ["--" + name.replace("_", "-") for name in names if getattr(config, name) is not None]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)}: expected one way to say how long to train, found {len(given)}")
 
 
 def lasting_options(config: Any) -> dict[str, Any]:

@@ -33,6 +33,8 @@ from llmkit.files import (
 )
 
 MANIFEST_VERSION = 1
+LOSS_CURVE = {"training": "loss", "validation": "val_loss"}
+COLOURS = ("#3b6fb6", "#d1495b", "#3c9d6b", "#b07d2b", "#7a5ba8")
 NOTES = "state/run.json"  # in a run folder: what a resumption asks for
 PACKAGES = ("llmkit", "torch", "triton", "numpy", "tokenizers", "safetensors")
 
@@ -147,12 +149,12 @@ def trim_metrics(path: Path, step: int) -> None:
             handle.write(orjson.dumps(row, option=JSON_LINE))
 
 
-def write_loss_curve(folder: Path) -> None:
-    """Draw `loss.svg` from `metrics.jsonl`: training loss, and validation loss where it was measured."""
+def write_curve(folder: Path, name: str, lines: Mapping[str, str]) -> None:
+    """Draw `name` from `metrics.jsonl`: a line for each key of `lines`, by the name that people read."""
     rows = read_metrics(folder / "metrics.jsonl")
-    curves = {"training": _curve(rows, "loss"), "validation": _curve(rows, "val_loss")}
-    with atomic_file(folder / "loss.svg", "w") as handle:
-        handle.write(_svg({name: points for name, points in curves.items() if points}))
+    curves = {label: _curve(rows, key) for label, key in lines.items()}
+    with atomic_file(folder / name, "w") as handle:
+        handle.write(_svg({label: points for label, points in curves.items() if points}))
 
 
 def _curve(rows: Iterable[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
@@ -161,7 +163,7 @@ def _curve(rows: Iterable[Mapping[str, Any]], key: str) -> list[tuple[float, flo
 
 
 def _svg(curves: Mapping[str, list[tuple[float, float]]], width: int = 720, height: int = 360) -> str:
-    colours = {"training": "#3b6fb6", "validation": "#d1495b"}
+    colours = dict(zip(curves, COLOURS, strict=False))
     left, right, top, bottom = 56, 28, 12, 40
     points = [point for line in curves.values() for point in line] or [(0, 0)]
     losses = sorted(loss for _, loss in points)
@@ -232,6 +234,15 @@ def _ancestry(manifest: Mapping[str, Any]) -> list[str]:
     for parent in manifest.get("parents", []):
         commands += [line for line in _ancestry(parent["manifest"] or {}) if line not in commands]
     return [line for line in commands if line != "?"]
+
+
+def check_model_folder(path: str | None, example: str) -> None:
+    """Raise UserError where no model folder is given, or none stands there; `example` is a command that has one."""
+    if path is None:
+        raise UserError(f"MODEL is missing: a model folder, such as {example}")
+    if not Path(path).is_dir():
+        found = "a file" if Path(path).exists() else "nothing"
+        raise UserError(f"{path}: expected a model folder, found {found}")
 
 
 # ---- a run in the making
@@ -311,11 +322,13 @@ class RunFolder:
         inputs: Sequence[str],
         parents: Sequence[str],
         results: Mapping[str, Any],
+        curves: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
-        """Write all that stands beside the model: manifest, loss curve, model card."""
+        """Write all that stands beside the model: manifest, loss curve and others (see `write_curve`), model card."""
         described = describe_inputs(inputs)
         write_manifest(self.work, stage, options, inputs=described, parents=parents, results=results)
-        write_loss_curve(self.work)
+        for name, lines in {"loss.svg": LOSS_CURVE, **(curves or {})}.items():
+            write_curve(self.work, name, lines)
         write_model_card(self.work)
 
     def finish(self) -> None:

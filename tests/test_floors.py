@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     5: {"cli", "__main__"},
     4: {"stages"},
-    3: {"engine"},
+    3: {"engine", "rewards", "rl"},
     2: {"model", "tokenizer", "data", "crawl", "tools"},
     1: {"kernels"},
     0: {
@@ -20,6 +20,7 @@ FLOORS = {
         "conversations",
         "preferences",
         "questions",
+        "problems",
         "config",
         "files",
         "stream",

@@ -14,13 +14,14 @@ import pytest
 
 from llmkit.errors import UserError
 from llmkit.rundir import (
+    LOSS_CURVE,
     MetricsLog,
     RunFolder,
     describe_inputs,
     read_manifest,
     read_metrics,
     trim_metrics,
-    write_loss_curve,
+    write_curve,
     write_manifest,
     write_model_card,
 )
@@ -136,7 +137,7 @@ def draw(folder: Path, rows: list[dict]) -> ElementTree.Element:
     with MetricsLog(folder / "metrics.jsonl") as log:
         for row in rows:
             log.write(row)
-    write_loss_curve(folder)
+    write_curve(folder, "loss.svg", LOSS_CURVE)
     return ElementTree.parse(folder / "loss.svg").getroot()
 
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,10 +46,9 @@ M = TypeVar("M", bound=Transformer)
 class Finetuning:
     """A model, its tokenizer and what is trained of it."""
 
-    def __init__(self, folder: str, model: Transformer, tokenizer: Tokenizer, known_tokens: int) -> None:
+    def __init__(self, folder: str, model: Transformer, tokenizer: Tokenizer, known_tokens: int | None) -> None:
         self.folder, self.model, self.tokenizer = folder, model, tokenizer
-        self._known_tokens = known_tokens
-        self.chat = ChatFormat(tokenizer)
+        self._known_tokens = known_tokens  # None: the model stays what it is
         self.adapter: LoraAdapter | None = None
         self.optimizer: Optimizer | None = None
         self._best: Checkpoints | None = None
@@ -68,6 +69,14 @@ class Finetuning:
             tokenizer = write_chat_tokenizer(base, Path(place))
         return cls(folder, _grown(model, base.vocab_size, tokenizer), tokenizer, base.vocab_size).train()
 
+    @classmethod
+    def load_unchanged(cls, folder: str, *, device: torch.device, dtype: torch.dtype) -> Finetuning:
+        """Load a model folder as it is: a base model stays one. Raises UserError as `load` does."""
+        tokenizer = load_tokenizer(folder)
+        model = load_model(folder, dtype=dtype, device=device)
+        tokenizer.check_fits(model.config.vocab_size)
+        return cls(folder, model, tokenizer, None).train()
+
     def train(self) -> Finetuning:
         """Put the model in training mode."""
         self.model.train()
@@ -80,6 +89,10 @@ class Finetuning:
         self._reshape, self._write, self.model = reshape, write, model
         self._own = {name for name, _ in model.named_parameters()} - before
         return model
+
+    def frozen_copy(self) -> Transformer:
+        """The model as it is now, for comparison."""
+        return deepcopy(self.model).eval().requires_grad_(False)
 
     @property
     def device(self) -> torch.device:
@@ -94,10 +107,21 @@ class Finetuning:
         """Tokens that the model can take."""
         return self.model.config.max_position_embeddings
 
+    @cached_property
+    def chat(self) -> ChatFormat:
+        """How conversations become tokens."""
+        return ChatFormat(self.tokenizer)
+
+    @property
+    def is_assistant(self) -> bool:
+        """Whether the model has learnt to end its turns."""
+        ends = self.model.config.eos_token_id
+        return self.tokenizer.specials.get("<|im_end|>") in (ends if isinstance(ends, tuple) else (ends,))
+
     @property
     def pad_id(self) -> int:
         """A token for places where nothing is predicted."""
-        return self.chat.end_id
+        return self.tokenizer.specials.get("<|im_end|>", 0)
 
     @property
     def never_last_id(self) -> int:
@@ -108,7 +132,7 @@ class Finetuning:
     @property
     def new_tokens(self) -> int:
         """Tokens that the base did not have."""
-        return self.tokenizer.vocab_size - self._known_tokens
+        return 0 if self._known_tokens is None else self.tokenizer.vocab_size - self._known_tokens
 
     @property
     def trained_parameters(self) -> int:
@@ -131,11 +155,16 @@ class Finetuning:
             parameter.requires_grad_(True)
 
     def build_optimizer(
-        self, learning_rate: float | None, weight_decay: float, *, anchor: float = LEARNING_RATE
+        self,
+        learning_rate: float | None,
+        weight_decay: float,
+        *,
+        anchor: float = LEARNING_RATE,
+        lora_anchor: float = LORA_LEARNING_RATE,
     ) -> Optimizer:
-        """AdamW over what is trained; a `learning_rate` of None follows from the width: `anchor`, without adapters."""
+        """AdamW over what is trained; a `learning_rate` of None follows from the width, as `anchor` is for 256."""
         if learning_rate is None:
-            anchor = LORA_LEARNING_RATE if self.adapter else anchor
+            anchor = lora_anchor if self.adapter else anchor
             learning_rate = anchor * math.sqrt(WIDTH / self.model.config.hidden_size)
         plain = GroupSettings("adamw", learning_rate, betas=(0.9, 0.95), eps=1e-8)
         decayed = replace(plain, weight_decay=weight_decay)
@@ -144,26 +173,47 @@ class Finetuning:
         )
         return self.optimizer
 
-    def stop_early(
-        self, trainer: Trainer, evaluate: Callable[[], Mapping[str, float]], patience: int
+    def keep_best(
+        self,
+        trainer: Trainer,
+        evaluate: Callable[[], Mapping[str, float]],
+        score: Callable[[Mapping[str, float]], float],
     ) -> Callable[[], Mapping[str, float]]:
-        """`evaluate`, which also keeps the best parameters, and stops the trainer after `patience` without a gain.
+        """`evaluate`, which also keeps the parameters whose `score` is highest, for `save`.
 
-        What is best outlives a kill: it lies beside the checkpoints.
+        They outlive a kill: they lie beside the checkpoints.
         """
         self._best = Checkpoints(trainer.folder / "state" / "best")
         kept = self._best.load()
-        best, without_gain = (math.inf if kept is None else kept[1]["val_loss"]), 0
+        best = -math.inf if kept is None else kept[1]["score"]
 
         def watched() -> Mapping[str, float]:
-            nonlocal best, without_gain
+            nonlocal best
             assert self._best is not None
             scores = evaluate()
-            if scores["val_loss"] < best:
-                best, without_gain = scores["val_loss"], 0
-                self._best.save(trainer.step, self._masters(), {"val_loss": best}, wait=True)
-            else:
-                without_gain += 1
+            if score(scores) > best:
+                best = score(scores)
+                self._best.save(trainer.step, self._masters(), {"score": best}, wait=True)
+            return scores
+
+        return watched
+
+    @property
+    def best_step(self) -> int | None:
+        """The step at which the best parameters were kept."""
+        steps = [] if self._best is None else self._best.steps()
+        return steps[-1] if steps else None
+
+    def stop_early(
+        self, trainer: Trainer, evaluate: Callable[[], Mapping[str, float]], patience: int
+    ) -> Callable[[], Mapping[str, float]]:
+        """`evaluate`, which also keeps the best parameters, and stops the trainer after `patience` without a gain."""
+        keeping, without_gain = self.keep_best(trainer, evaluate, lambda scores: -scores["val_loss"]), 0
+
+        def watched() -> Mapping[str, float]:
+            nonlocal without_gain
+            scores = keeping()
+            without_gain = 0 if self.best_step == trainer.step else without_gain + 1
             if without_gain >= patience:
                 say(f"no gain in {patience} validations: stopping after step {trainer.step}", trainer.settings.quiet)
                 trainer.stopping = True
@@ -177,6 +227,9 @@ class Finetuning:
 
     def write_tokenizer(self, folder: Path, pad_id: int | None = None) -> None:
         """Write the tokenizer with its tokens and template of conversations; `pad_id` names its token for padding."""
+        if self._known_tokens is None:
+            self.tokenizer.copy_to(folder)
+            return
         written = write_chat_tokenizer(load_tokenizer(self.folder), folder)
         if pad_id is not None:
             names = {number: name for name, number in written.specials.items()}
@@ -187,7 +240,10 @@ class Finetuning:
         values = self._masters()
         if self._best is not None and (kept := self._best.load()):
             values = kept[0]
-        model = self._reshape(_grown(load_model(self.folder), self._known_tokens, self.tokenizer))
+        base = load_model(self.folder)
+        if self._known_tokens is not None:
+            base = _grown(base, self._known_tokens, self.tokenizer)
+        model = self._reshape(base)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if self.adapter is None or name in self._own:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -56,10 +57,12 @@ def build_trainer(
     flops: float,
     folder: Path,
     options: TrainingConfig,
+    **settings: Any,
 ) -> Trainer:
     """The trainer of a stage, as its options want it; with --resume, gone on from its last checkpoint.
 
-    model and optimizer are on their device and in their dtype; flops: of the whole training, about.
+    model and optimizer are on their device and in their dtype; flops: of the whole training, about; settings: more of
+    `TrainerSettings`.
     """
     model.checkpoint_layers = options.activation_checkpointing
     trainer = Trainer(
@@ -76,6 +79,7 @@ def build_trainer(
             save_every=options.save_every,
             sample_every=options.sample_every,
             quiet=options.quiet,
+            **settings,
         ),
     )
     if options.resume and trainer.resume():

@@ -51,6 +51,8 @@ class TrainerSettings:
     save_seconds: float | None = 600.0
     spike_nats: float = 1.5
     spike_patience: int = 20
+    updates_per_batch: int = 1
+    shown: str = "loss"  # the metric beside the progress bar
     quiet: bool = False
 
 
@@ -78,25 +80,33 @@ class Trainer:
         self.last_loss = self.average_loss = math.nan
         self.high_steps = 0
         self.scores: dict[str, float] = {}  # of the last evaluation
+        self.evaluated_step = -1
         self.saved_step, self.saved_at = -1, time.monotonic()
         self.stopping = False  # set by an evaluation that has seen enough
+        self.describe_step: Callable[[], Mapping[str, float]] = dict  # more metrics of the step just made
 
     # ---- one step
 
     def train_step(self, batch: Batch, progress: float) -> dict[str, float]:
-        """Forward, backward and update on one batch at a progress in [0, 1]; returns the step's metrics."""
+        """Forward, backward and update on one batch at a progress in [0, 1], as often as the settings say; returns
+        the metrics of the last update."""
+        metrics: dict[str, float] = {}
+        for _ in range(self.settings.updates_per_batch):
+            metrics = self._update(batch, self.schedule.factor(self.step, progress))
+        self.step += 1
+        self.tokens += batch[0].size
+        self.last_loss = metrics["loss"]
+        return metrics
+
+    def _update(self, batch: Batch, factor: float) -> dict[str, float]:
         total, targets = self._backward(batch)
         loss, norm = total / max(1, targets), float(self.optimizer.gradient_norm(max(1, targets)))
         self._guard(loss, norm)
-        factor = self.schedule.factor(self.step, progress)
         limit = self.settings.max_grad_norm
         clip = 1.0 if limit is None or norm <= limit else limit / norm
         ramp = min(1.0, self.step / max(1, self.settings.momentum_warmup_steps))
         momentum = self.settings.momentum - 0.1 * (1 - ramp)
         self.optimizer.step(factor, momentum, clip / max(1, targets))
-        self.step += 1
-        self.tokens += batch[0].size
-        self.last_loss = loss
         return {"loss": loss, "grad_norm": norm, "lr_factor": factor, "targets": targets}
 
     def _backward(self, batch: Batch) -> tuple[float, int]:
@@ -176,6 +186,7 @@ class Trainer:
             bar.advance(progress())
             while not self.stopping and (reached := progress()) < 1:
                 last = self.train_step(next(batches), reached)
+                last |= self.describe_step()
                 now = time.monotonic()
                 self.elapsed = before + now - started
                 if self.step % self.settings.log_every == 0:
@@ -186,10 +197,10 @@ class Trainer:
                     if flops_per_token and peak_flops:
                         last["mfu"] = round(rate * flops_per_token / peak_flops, 4)
                     log.write(last)
-                bar.advance(progress() - reached, step=self.step, loss=last["loss"])
+                bar.advance(progress() - reached, step=self.step, **{self.settings.shown: last[self.settings.shown]})
                 self._between_steps(interrupted, evaluate, sample, log)
             self.save(wait=True)
-            if evaluate is not None:
+            if evaluate is not None and self.evaluated_step != self.step:
                 self._evaluate(evaluate, log)
         self.checkpoints.wait()
         return last
@@ -224,7 +235,7 @@ class Trainer:
             say(f"step {self.step} sample: {text!r}", settings.quiet)
 
     def _evaluate(self, evaluate: Callable[[], Mapping[str, float]], log: MetricsLog) -> None:
-        self.scores = dict(evaluate())
+        self.scores, self.evaluated_step = dict(evaluate()), self.step
         log.write({"step": self.step, "tokens": self.tokens, **self.scores})
         figures = ", ".join(f"{name} {value:.4f}" for name, value in self.scores.items())
         say(f"step {self.step}: {figures}", self.settings.quiet)

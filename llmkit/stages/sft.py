@@ -6,14 +6,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from llmkit.config import TuningConfig, argument, as_options, lasting_options, option
+from llmkit.config import TuningConfig, argument, as_options, check_one_horizon, lasting_options, option
 from llmkit.conversations import Conversation
 from llmkit.errors import UserError
 from llmkit.progress import Progress, quantity, say
-from llmkit.rundir import RunFolder
+from llmkit.rundir import RunFolder, check_model_folder
 from llmkit.stream import check_inputs
 
 if TYPE_CHECKING:
@@ -198,15 +197,8 @@ def run(config: SftConfig) -> Summary | None:
 
 def _checked(config: SftConfig) -> list[DataFile]:
     """The files of --data, once all that can be known before the work is in order."""
-    if config.model is None:
-        raise UserError("MODEL is missing: a model folder, such as llmkit sft base/ --data chats.jsonl -o chat/")
-    if not Path(config.model).is_dir():
-        found = "a file" if Path(config.model).exists() else "nothing"
-        raise UserError(f"{config.model}: expected a model folder, found {found}")
-    horizons = [name for name in ("epochs", "tokens", "max_steps", "time_budget") if getattr(config, name) is not None]
-    if len(horizons) > 1:
-        flags = " and ".join(f"--{name.replace('_', '-')}" for name in horizons)
-        raise UserError(f"{flags}: expected one way to say how long to train, found {len(horizons)}")
+    check_model_folder(config.model, "llmkit sft base/ --data chats.jsonl")
+    check_one_horizon(config, ("epochs", "tokens", "max_steps", "time_budget"))
     if config.patience is not None and not (config.val and config.eval_every):
         raise UserError("--patience: needs --val and --eval-every, to see whether there is a gain")
     if config.keep_adapter and config.lora_rank is None:

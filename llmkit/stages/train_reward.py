@@ -12,7 +12,7 @@ from llmkit.config import TuningConfig, argument, as_options, lasting_options, o
 from llmkit.errors import GateError, UserError
 from llmkit.files import write_json
 from llmkit.progress import Progress, quantity, say
-from llmkit.rundir import RunFolder
+from llmkit.rundir import RunFolder, check_model_folder
 from llmkit.stream import check_inputs, name_of, open_output, read_jsonl
 
 if TYPE_CHECKING:
@@ -225,10 +225,7 @@ def _checked(config: TrainRewardConfig) -> list[DataFile]:
         raise UserError(
             f"MODEL: expected one model folder, such as llmkit train-reward chat/ --data prefs.jsonl, found {found}"
         )
-    model = Path(config.inputs[0])
-    if not model.is_dir():
-        found = "a file" if model.exists() else "nothing"
-        raise UserError(f"{model}: expected a model folder, found {found}")
+    check_model_folder(config.inputs[0], "llmkit train-reward chat/ --data prefs.jsonl")
     if config.rank:
         raise UserError("--rank: expected --score, whose completions are ranked")
     from llmkit.data.sources import parse_data  # brings numpy, which --help does without

@@ -1,0 +1,98 @@
+"""What the algorithms of `llmkit rl` differ in: the advantage, and four choices in one loss (rl/policy_loss.py).
+
+The loss of a token, for its ratio r of the policy's probability to that under which it was sampled, is
+
+    -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)
+
+and the loss of a batch is a weighted mean over tokens; `weighting` says how.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+SMALLEST_DEVIATION = 1e-6  # of rewards; below it, all are equal
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One algorithm.
+
+    baseline   what is subtracted from a reward: the mean of its group ("group"), of the others of its group
+               ("others"), or of the batch ("batch")
+    scale      what the difference is divided by: the deviation of the "group" or the "batch", or nothing
+    weighting  of tokens: "token" gives all the same, "sequence" gives each sequence the same, "constant" divides sums
+               by the longest that a sequence may be, and "sum" only by the number of sequences
+    ratio      of one "token", or the geometric mean over its "sequence"
+    clip       (low, high), or None
+    kl         whether the divergence from the reference is part of the "loss" or of the "reward"
+    overlong   what becomes of attempts that were cut, unless the user says otherwise
+    """
+
+    baseline: str
+    scale: str | None
+    weighting: str
+    ratio: str = "token"
+    clip: tuple[float, float] | None = (0.2, 0.2)
+    kl: str = "loss"
+    overlong: str = "keep"
+
+
+ALGORITHMS = {
+    # Shao et al. 2024 (arXiv 2402.03300), section 4.1
+    "grpo": Algorithm("group", "group", "sequence"),
+    # Liu et al. 2025 (arXiv 2503.20783), section 3.2: dividing by lengths and deviations favours long wrong answers
+    # and problems that are too easy or too hard
+    "dr-grpo": Algorithm("group", None, "constant"),
+    # Yu et al. 2025 (arXiv 2503.14476), section 3
+    "dapo": Algorithm("group", "group", "token", clip=(0.2, 0.28), overlong="penalise"),
+    # Ahmadian et al. 2024 (arXiv 2402.14740), section 3: REINFORCE on whole sequences
+    "rloo": Algorithm("others", None, "sum", clip=None, kl="reward"),
+    # Hu et al. 2025 (arXiv 2501.03262), section 3
+    "reinforce++": Algorithm("batch", "batch", "token", kl="reward"),
+    # Zheng et al. 2025 (arXiv 2507.18071), sections 4.1 and 5.1
+    "gspo": Algorithm("group", "group", "sequence", ratio="sequence", clip=(3e-4, 4e-4)),
+}
+
+
+def advantages(algorithm: Algorithm, rewards: Sequence[Sequence[float]]) -> list[np.ndarray]:
+    """float64 of each group of rewards: how much better an attempt is than was to be expected.
+
+    >>> advantages(ALGORITHMS["rloo"], [[1.0, 0.0, 0.0]])
+    [array([ 1. , -0.5, -0.5])]
+
+    Where rewards are all equal the advantages are 0.
+    """
+    every = np.concatenate([np.asarray(group, np.float64) for group in rewards])
+    found = []
+    for group in (np.asarray(group, np.float64) for group in rewards):
+        centred = group - (every if algorithm.baseline == "batch" else group).mean()
+        if algorithm.baseline == "others":
+            centred = centred * len(group) / max(1, len(group) - 1)
+        deviation = {"group": group.std(), "batch": every.std(), None: 1.0}[algorithm.scale]
+        # equal rewards differ by their mean's rounding, which a division would blow up
+        found.append(centred / deviation if deviation > SMALLEST_DEVIATION else np.zeros_like(centred))
+    return found
+
+
+def is_informative(rewards: Sequence[float]) -> bool:
+    """Whether a group tells one attempt from another."""
+    return max(rewards) - min(rewards) > SMALLEST_DEVIATION
+
+
+def token_weights(weighting: str, lengths: Sequence[int], max_tokens: int) -> np.ndarray:
+    """float64 weight of every token of each sequence, for a mean over all tokens of the batch.
+
+    >>> token_weights("sequence", [1, 3], 8)
+    array([2.        , 0.66666667])
+    """
+    sizes = np.asarray(lengths, np.float64)
+    mean = sizes.mean()  # tokens of the batch for each of its sequences
+    if weighting == "token":
+        return np.ones_like(sizes)
+    if weighting == "sequence":
+        return mean / sizes
+    return np.full_like(sizes, mean / max_tokens if weighting == "constant" else mean)

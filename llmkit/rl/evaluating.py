@@ -1,0 +1,70 @@
+"""How good a policy is on problems that it is not trained on, by its own rewards and by one that it never sees."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from llmkit.rewards import Reward
+from llmkit.rl.actor import Actor, Asking, as_attempt
+from llmkit.rl.asking import AskedProblem
+from llmkit.rl.collecting import describe
+from llmkit.rl.rollouts import Rollout
+
+FIRST_GROUP = 1 << 62  # request numbers of an evaluation, which no group in training has
+
+
+class HeldOut:
+    """Problems held out, tried the same way at each evaluation.
+
+    gold  a reward that is not trained on, by which one that is can be seen to be gamed
+    `rollouts` and `gold_rewards` are those of the last evaluation.
+    """
+
+    def __init__(self, actor: Actor, asked: Sequence[AskedProblem], how: Asking, gold: Reward | None = None) -> None:
+        self._actor, self._asked, self._how, self._gold = actor, list(asked), how, gold
+        self.rollouts: list[Rollout] = []
+        self.gold_rewards: list[float] = []
+
+    def evaluate(self) -> dict[str, float]:
+        """`val_reward`, `val_success`, `val_length` and others of `describe`; with a gold reward `val_gold` and its
+        standard error over problems, `val_gold_se`."""
+        training = self._actor.model.training
+        self._actor.model.eval()
+        groups = self._actor.attempt(self._asked, self._how, step=0, first_group=FIRST_GROUP)
+        self._actor.model.train(training)
+        self.rollouts = [rollout for group in groups for rollout in group]
+        found = {f"val_{name}": value for name, value in describe(groups).items()}
+        if self._gold is not None:
+            attempts = [as_attempt(rollout, self._how.max_tokens) for rollout in self.rollouts]
+            self.gold_rewards = list(self._gold.score(attempts))
+            means = np.array(self.gold_rewards).reshape(len(groups), -1).mean(1)
+            found["val_gold"] = round(float(means.mean()), 5)
+            found["val_gold_se"] = round(float(means.std() / math.sqrt(len(means))), 5)
+        return found
+
+    def disagreements(self, count: int) -> list[dict[str, Any]]:
+        """The attempts of the last evaluation that the rewards think most of in comparison with the gold one.
+
+        Both are measured in deviations from their means, and the records are ordered by the difference.
+        """
+        rewards = _standardised([rollout.reward for rollout in self.rollouts])
+        difference = rewards - _standardised(self.gold_rewards)
+        order = np.argsort(-difference, kind="stable")[:count].tolist()
+        return [
+            {**_brief(self.rollouts[i]), "gold": self.gold_rewards[i], "difference": round(float(difference[i]), 3)}
+            for i in order
+        ]
+
+
+def _brief(rollout: Rollout) -> dict[str, Any]:
+    record = rollout.record()
+    return {name: record[name] for name in ("prompt", "completion", "reward", "rewards", "finish_reason")}
+
+
+def _standardised(values: Sequence[float]) -> np.ndarray:
+    array = np.array(values, np.float64)
+    return (array - array.mean()) / max(float(array.std()), 1e-9)

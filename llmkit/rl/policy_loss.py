@@ -1,0 +1,144 @@
+"""The loss of `llmkit rl`, one for all algorithms: clipped policy gradient with a penalty for leaving a reference.
+
+N targets, B rows of T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmkit.data.batches import IGNORED
+from llmkit.kernels import Branching, linear_logprobs
+from llmkit.model.transformer import Transformer
+from llmkit.rl.algorithms import Algorithm
+from llmkit.rl.rollouts import Rollout
+from llmkit.rl.rows import PolicyRows, pack_rollouts
+
+LARGEST_LOG_RATIO = 20.0  # exp of more overflows a sum in float32
+
+
+class PolicyLoss:
+    """The summed loss of some rows of attempts, and their targets, as the trainer wants it.
+
+    temperature  at which the attempts were sampled: log-probabilities are those of the distribution drawn from
+    kl_coef      weight of the divergence from the reference, by the estimator k3 of Schulman 2020 ("Approximating KL
+                 divergence"), which is never negative; not here where the algorithm has it in the reward
+    with_reference  whether the attempts know their log-probabilities under a reference
+
+    `figures` tells of the batch since `start`: `entropy` (nats a token), `kl` to the reference, where there is one,
+    and `policy_kl` to the policy that sampled (both k3), `clipped` (share of tokens), `ratio`, `logprob_difference` and
+    `logprob_difference_max`: how far the sampler's log-probabilities are from ours before the first update.
+    """
+
+    def __init__(self, algorithm: Algorithm, temperature: float, kl_coef: float, with_reference: bool) -> None:
+        self.temperature, self.clip, self.with_reference = temperature, algorithm.clip, with_reference
+        self.kl_coef = kl_coef if algorithm.kl == "loss" else 0.0
+        self._by_sequence = algorithm.ratio == "sequence"
+        self._rows = self._seen = 0
+        self._sums: dict[str, float] = {}
+
+    def start(self, rows: int) -> None:
+        """A new batch of so many rows, which is gone through once or several times."""
+        self._rows, self._seen = rows, 0
+        self._sums = dict.fromkeys(("targets", "entropy", "kl", "policy_kl", "clipped", "ratio", "first", "gap"), 0.0)
+        self._sums["largest"] = 0.0
+
+    def __call__(self, model: Any, rows: tuple[np.ndarray, ...]) -> tuple[Tensor, int]:
+        batch = PolicyRows(*rows)
+        logprobs, entropy, where = target_logprobs(model, batch, self.temperature)
+
+        def picked(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array[where]).to(logprobs)
+
+        sampled, advantage, weight = picked(batch.logprobs), picked(batch.advantages), picked(batch.weights)
+        reference = picked(batch.reference_logprobs)
+        log_ratio = (logprobs - sampled).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+        ratio = (_sequence_means(log_ratio, batch, where) if self._by_sequence else log_ratio).exp()
+        gain = ratio * advantage
+        if self.clip is not None:
+            gain = torch.minimum(gain, ratio.clamp(1 - self.clip[0], 1 + self.clip[1]) * advantage)
+        loss = -gain
+        divergence = _k3(reference - logprobs)
+        if self.kl_coef:
+            loss = loss + self.kl_coef * divergence
+        with torch.no_grad():
+            clipped = (gain != ratio * advantage).float()
+            self._note(len(rows[0]), entropy, divergence, _k3(log_ratio), clipped, ratio, log_ratio)
+        return (weight * loss).sum(), len(logprobs)
+
+    def _note(
+        self, rows: int, entropy: Tensor, kl: Tensor, policy_kl: Tensor, clipped: Tensor, ratio: Tensor, gap: Tensor
+    ) -> None:
+        sums, count = self._sums, len(gap)
+        sums["targets"] += count
+        for name, values in (("kl", kl), ("policy_kl", policy_kl), ("clipped", clipped), ("ratio", ratio)):
+            sums[name] += float(values.sum())
+        if self._seen < self._rows:
+            sums["first"] += count
+            sums["entropy"] += float(entropy.sum())
+            sums["gap"] += float(gap.abs().sum())
+            sums["largest"] = max(sums["largest"], float(gap.abs().max()) if count else 0.0)
+        self._seen += rows
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What the batch was like; see the class."""
+        sums = self._sums
+        targets, first = max(1.0, sums["targets"]), max(1.0, sums["first"])
+        found = {name: sums[name] / targets for name in ("kl", "policy_kl", "clipped", "ratio")}
+        found |= {"entropy": sums["entropy"] / first, "logprob_difference": sums["gap"] / first}
+        if not self.with_reference:
+            del found["kl"]
+        return {**found, "logprob_difference_max": sums["largest"]}
+
+
+def target_logprobs(model: Transformer, batch: PolicyRows, temperature: float) -> tuple[Tensor, Tensor, np.ndarray]:
+    """Log-probability and entropy of each target, (N,) float32, and the mask (B, T) of where they stand."""
+    device = model.embed_tokens.device
+    where = batch.targets != IGNORED
+    ids, *layout = (torch.from_numpy(array).to(device) for array in batch[:1] + batch[2:5])
+    documents = Branching(*layout) if batch.branch_ids.max() > 1 else layout[0]
+    hidden_BTC = model(ids, doc_ids=documents)
+    hidden_NC = hidden_BTC[torch.from_numpy(where).to(device)]
+    target_N = torch.from_numpy(batch.targets[where]).to(device)
+    logprobs, entropy = linear_logprobs(
+        hidden_NC, model.head_weight, target_N, temperature=temperature, return_entropy=True
+    )
+    return logprobs, entropy.detach(), where
+
+
+@torch.no_grad()
+def reference_logprobs(
+    reference: Transformer, rollouts: Sequence[Rollout], temperature: float, share: bool, tokens_at_once: int
+) -> None:
+    """Give every attempt the log-probabilities of its tokens under another model."""
+    rows, places = pack_rollouts(rollouts, [1.0] * len(rollouts), 0, share)
+    found = np.zeros(rows.targets.shape, np.float32)
+    rows_at_once = max(1, tokens_at_once // found.shape[1])
+    for start in range(0, len(found), rows_at_once):
+        part = PolicyRows(*(array[start : start + rows_at_once] for array in rows))
+        logprobs, _, where = target_logprobs(reference, part, temperature)
+        found[start : start + rows_at_once][where] = logprobs.float().cpu().numpy()
+    for rollout, place in zip(rollouts, places, strict=True):
+        rollout.reference = found[place.row, place.completion]
+
+
+def _k3(log_ratio: Tensor) -> Tensor:
+    """exp(x) - x - 1 of x = log(other / policy): unbiased for KL(policy || other) under the policy, never negative."""
+    bounded = log_ratio.clamp(max=LARGEST_LOG_RATIO)
+    return bounded.expm1() - bounded
+
+
+def _sequence_means(values_N: Tensor, batch: PolicyRows, where: np.ndarray) -> Tensor:
+    """Each value replaced by the mean of its sequence: (N,)."""
+    _, inverse = np.unique(batch.attempts[where], return_inverse=True)
+    sequence_N = torch.from_numpy(inverse).to(values_N.device)
+    count = int(inverse.max()) + 1 if len(inverse) else 0
+    sums = values_N.new_zeros(count).index_add(0, sequence_N, values_N)
+    sizes = values_N.new_zeros(count).index_add(0, sequence_N, torch.ones_like(values_N))
+    return (sums / sizes)[sequence_N]

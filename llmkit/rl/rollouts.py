@@ -1,0 +1,113 @@
+"""Rollouts: attempts at problems, and their log.
+
+`rollouts.jsonl` has a line for each attempt, {"prompt", "completion", ...}, which sft and `train-reward --score` read
+as they read any other file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from llmkit.conversations import as_record
+from llmkit.engine.generation import Completion
+from llmkit.files import atomic_file
+from llmkit.problems import Problem
+
+ROLLOUTS = "rollouts.jsonl"
+
+
+@dataclass
+class Rollout:
+    """One attempt at a problem.
+
+    group      number of the group, counted over the whole run; all attempts of a group answer one prompt
+    rewards    by name, without their weights
+    reward     their weighted sum, and what overlong handling takes away
+    trained    whether it has a part in the loss
+    reference  float32, log-probability of each token of the completion under the reference; None without one
+    advantage  of every token of it
+    """
+
+    problem: Problem
+    prompt_ids: Sequence[int]
+    completion: Completion
+    step: int
+    group: int
+    sample: int
+    rewards: dict[str, float] = field(default_factory=dict)
+    reward: float = 0.0
+    reference: np.ndarray | None = None
+    advantage: float = 0.0
+    trained: bool = True
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Prompt and completion."""
+        return [*self.prompt_ids, *self.completion.token_ids]
+
+    @property
+    def sampled(self) -> int:
+        """Tokens that the policy chose."""
+        return sum(self.completion.sampled)
+
+    def record(self) -> dict[str, Any]:
+        """The line of the log."""
+        problem, made = self.problem, self.completion
+        prompt: Any = problem.prompt
+        if len(problem.messages) > 1:
+            prompt = as_record(problem.messages)
+        known = {name: problem.record[name] for name in ("id", "source") if name in problem.record}
+        return {
+            "step": self.step,
+            "group": self.group,
+            "sample": self.sample,
+            **known,
+            "prompt": prompt,
+            "answer": problem.answer,
+            "completion": made.text,
+            "reward": round(self.reward, 6),
+            "rewards": {name: round(value, 6) for name, value in self.rewards.items()},
+            "advantage": round(self.advantage, 6),
+            "trained": self.trained,
+            "finish_reason": made.finish_reason,
+            "tool_calls": made.tool_calls,
+            "token_ids": made.token_ids,
+            "logprobs": [round(value, 6) for value in made.logprobs],
+            "sampled": made.sampled if made.tool_calls else None,
+        }
+
+
+class RolloutLog:
+    """The log of a run. Each step's lines are on disk before its update is."""
+
+    def __init__(self, path: Path, steps: int) -> None:
+        """Go on after `steps` steps: lines of later ones, which a killed run has left, are dropped."""
+        self.path, self.groups, self.problems = path, 0, 0
+        if path.exists():
+            with atomic_file(path) as kept:
+                for line, record in _whole_lines(path):
+                    if record["step"] < steps:
+                        kept.write(line)
+                        self.groups = record["group"] + 1
+
+    def write(self, rollouts: Iterable[Rollout]) -> None:
+        """Add the attempts of a step."""
+        with self.path.open("ab") as handle:
+            for rollout in rollouts:
+                handle.write(orjson.dumps(rollout.record()) + b"\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    with path.open("rb") as handle:
+        for line in handle:
+            if line.endswith(b"\n"):
+                yield line, orjson.loads(line)

@@ -1,0 +1,152 @@
+"""The loss against its formula on whole logits, whatever the rows; and what has no part in it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from attempts import attempt
+from tiny import make_model
+
+from llmkit.rl.algorithms import ALGORITHMS, token_weights
+from llmkit.rl.policy_loss import PolicyLoss, reference_logprobs
+from llmkit.rl.rows import PolicyRows, pack_rollouts
+
+TEMPERATURE = 0.7
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model(context=256)
+
+
+@pytest.fixture
+def rollouts():
+    """Two groups of three attempts, of unequal lengths, at log-probabilities that are not those of the model."""
+    rng = np.random.default_rng(0)
+    made = []
+    for group in range(2):
+        prompt = rng.integers(0, 256, 5 + 4 * group).tolist()
+        for sample in range(3):
+            tokens = rng.integers(0, 256, 2 + 3 * sample).tolist()
+            logprobs = (-5.5 - rng.random(len(tokens))).tolist()
+            one = attempt(prompt, tokens, group=group, advantage=float(rng.normal()), logprobs=logprobs)
+            one.reference = np.float32(-5.5 - rng.random(len(tokens)))
+            made.append(one)
+    return made
+
+
+def logprobs_of(model, rollout):
+    """By the whole softmax, one attempt at a time."""
+    ids = torch.tensor([rollout.token_ids])
+    logits = model.logits(model(ids))[0] / TEMPERATURE
+    made = len(rollout.completion.token_ids)
+    return torch.log_softmax(logits.float(), -1)[-made - 1 : -1].gather(1, ids[0, -made:, None]).squeeze(1)
+
+
+def formula(name, kl_coef, model, rollouts):
+    """The loss of an algorithm, as its paper has it."""
+    algorithm, losses = ALGORITHMS[name], []
+    for one in rollouts:
+        logprobs = logprobs_of(model, one)
+        ratio = (logprobs - torch.tensor(one.completion.logprobs)).exp()
+        if name == "gspo":
+            ratio = ratio.log().mean().exp().expand(len(ratio))
+        gain = ratio * one.advantage
+        if algorithm.clip:
+            low, high = algorithm.clip
+            gain = torch.minimum(gain, ratio.clamp(1 - low, 1 + high) * one.advantage)
+        if algorithm.kl == "loss":
+            gap = torch.tensor(one.reference) - logprobs
+            gain = gain - kl_coef * (gap.exp() - gap - 1)
+        losses.append(-gain)
+    if algorithm.weighting == "token":
+        return torch.cat(losses).mean()
+    if algorithm.weighting == "sequence":
+        return torch.stack([loss.mean() for loss in losses]).mean()
+    sums = torch.stack([loss.sum() for loss in losses])
+    return (sums / 16 if algorithm.weighting == "constant" else sums).mean()
+
+
+def packed_loss(name, kl_coef, model, rollouts, share, rows_at_once=100):
+    algorithm = ALGORITHMS[name]
+    lengths = [sum(one.completion.sampled) for one in rollouts]
+    rows, _ = pack_rollouts(rollouts, token_weights(algorithm.weighting, lengths, 16).tolist(), 0, share)
+    loss = PolicyLoss(algorithm, TEMPERATURE, kl_coef, True)
+    loss.start(len(rows.token_ids))
+    total, targets = 0.0, 0
+    for start in range(0, len(rows.token_ids), rows_at_once):
+        part, count = loss(model, tuple(array[start : start + rows_at_once] for array in rows))
+        total, targets = total + part, targets + count
+    return total / targets, loss.figures
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_loss_and_gradient_are_those_of_the_paper(name, share, model, rollouts):
+    wanted = gradients(model, expected := formula(name, 0.3, model, rollouts))
+    loss, _ = packed_loss(name, 0.3, model, rollouts, share)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.allclose(gradients(model, loss), wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max()))
+
+
+def test_rows_a_micro_batch_do_not_matter(model, rollouts):
+    many = [one for _ in range(8) for one in rollouts]
+    for number, one in enumerate(many):
+        one.group = number // 3
+    whole, figures = packed_loss("grpo", 0.1, model, many, True)
+    parts, same = packed_loss("grpo", 0.1, model, many, True, rows_at_once=1)
+    assert whole.item() == pytest.approx(parts.item(), rel=1e-5)
+    assert figures == pytest.approx(same, rel=1e-4)
+
+
+def test_what_a_tool_said_has_no_part(model):
+    def one(result: list[int]):
+        chosen = [True, False, False, True]
+        return [attempt([1, 2, 3], [7, *result, 9], advantage=1.0, sampled=chosen)]
+
+    _, figures = packed_loss("dapo", 0.0, model, one([100, 101]), False)
+    rows, _ = pack_rollouts(one([100, 101]), [1.0], 0, False)
+    assert rows.targets[0][rows.targets[0] >= 0].tolist() == [7, 9]
+    assert figures["ratio"] > 0
+
+
+def test_the_first_pass_tells_how_far_sampler_and_trainer_are_apart(model, rollouts):
+    for one in rollouts:
+        one.completion = one.completion.__class__(
+            **{**one.completion.__dict__, "logprobs": logprobs_of(model, one).tolist()}
+        )
+    _, figures = packed_loss("grpo", 0.0, model, rollouts, True)
+    assert figures["logprob_difference_max"] < 1e-4 and figures["ratio"] == pytest.approx(1, abs=1e-4)
+    rollouts[0].completion.logprobs[0] += 0.5
+    _, figures = packed_loss("grpo", 0.0, model, rollouts, True)
+    assert figures["logprob_difference_max"] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_a_reference_gives_every_attempt_its_log_probabilities(model, rollouts):
+    reference_logprobs(model, rollouts, TEMPERATURE, True, 64)
+    for one in rollouts:
+        assert one.reference == pytest.approx(logprobs_of(model, one).detach().numpy(), abs=1e-4)
+
+
+def test_a_prompt_stands_once_before_its_attempts(rollouts):
+    shared, places = pack_rollouts(rollouts, [1.0] * 6, 0, True)
+    apart, _ = pack_rollouts(rollouts, [1.0] * 6, 0, False)
+    used = [int((rows.doc_ids > 0).sum()) for rows in (shared, apart)]
+    saved = sum(2 * (len(group[0].prompt_ids) - 1) for group in (rollouts[:3], rollouts[3:]))
+    assert used[1] - used[0] == saved
+    for one, place in zip(rollouts, places, strict=True):
+        assert shared.targets[place].tolist() == one.completion.token_ids
+
+
+def test_a_group_larger_than_a_row_is_split(model):
+    made = [attempt([1, 2, 3], [5] * 100, group=0, advantage=1.0) for _ in range(16)]
+    rows, places = pack_rollouts(made, [1.0] * 16, 0, True)
+    assert isinstance(rows, PolicyRows) and rows.token_ids.shape[1] == 512
+    assert len(places) == 16 and (rows.targets >= 0).sum() == 1600

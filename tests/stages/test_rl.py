@@ -1,0 +1,227 @@
+"""`llmkit rl` as a user runs it: a policy that gets better, kills and resumptions, and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import save_folder
+
+QUICK = ["--group", "8", "--batch-size", "4", "--max-tokens", "6", "--learning-rate", "0.003", "--warmup-steps", "2"]
+
+
+def write(path: Path, *rows) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return save_folder(tmp_path_factory.mktemp("base") / "base")
+
+
+@pytest.fixture(scope="module")
+def coin(base, llmkit, tmp_path_factory) -> Path:
+    """An assistant that has learnt to say heads or tails, whatever the number of the throw."""
+    folder = tmp_path_factory.mktemp("coin")
+    sides = ("heads", "tails")
+    chats = write(folder / "c.jsonl", *({"prompt": f"Throw {i}", "completion": s} for i in range(10) for s in sides))
+    speed = ["--sequence-length", "96", "--batch-tokens", "192", "--learning-rate", "0.004", "--warmup-steps", "2"]
+    done = llmkit("sft", base, "--data", chats, "--max-steps", "100", *speed, "-o", folder / "coin")
+    assert done.returncode == 0, done.stderr
+    return folder / "coin"
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory) -> Path:
+    rows = ({"prompt": f"Throw {i}", "answer": "heads", "verifier": "exact", "id": i} for i in range(8))
+    return write(tmp_path_factory.mktemp("data") / "problems.jsonl", *rows)
+
+
+@pytest.fixture(scope="module")
+def policy(coin, problems, llmkit, tmp_path_factory) -> Path:
+    """A policy that throws heads."""
+    out = tmp_path_factory.mktemp("policy") / "policy"
+    done = llmkit("rl", coin, "--data", problems, "--val", problems, "--max-steps", "12", *QUICK, "-o", out)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["path"] == str(out) and summary["steps"] == 12 and summary["val_success"] == 1.0
+    return out
+
+
+# ---- what comes out
+
+
+def test_it_gets_better_than_its_examples(policy):
+    steps = [row for row in lines(policy / "metrics.jsonl") if "reward" in row]
+    assert 0.2 < steps[0]["success"] < 0.8 and steps[-1]["success"] > 0.95
+    assert all(row["logprob_difference_max"] < 1e-4 for row in steps)
+
+
+def test_the_log_holds_every_attempt(policy, problems):
+    rollouts = lines(policy / "rollouts.jsonl")
+    steps = [row for row in lines(policy / "metrics.jsonl") if "reward" in row]
+    assert len(rollouts) == sum(row["groups"] for row in steps) * 8
+    for row in rollouts:
+        assert len(row["token_ids"]) == len(row["logprobs"]) and row["finish_reason"] in ("stop", "length")
+        assert row["rewards"]["verifier"] == row["reward"] == float(row["completion"] == "heads")
+    by_group: dict[int, list[dict]] = {}
+    for row in rollouts:
+        by_group.setdefault(row["group"], []).append(row)
+    for group in by_group.values():
+        assert len({row["prompt"] for row in group}) == 1 and len(group) == 8
+        assert sum(row["advantage"] for row in group) == pytest.approx(0, abs=1e-4)
+        if len({row["reward"] for row in group}) == 1:
+            assert not any(row["trained"] for row in group)
+
+
+def test_its_log_is_input_of_other_stages(policy, coin, llmkit, tmp_path):
+    best = [row for row in lines(policy / "rollouts.jsonl") if row["reward"] == 1][:50]
+    kept = write(tmp_path / "best.jsonl", *best)
+    done = llmkit("sft", coin, "--data", kept, "--max-steps", "1", "--sequence-length", "96", "-o", tmp_path / "chat")
+    assert done.returncode == 0, done.stderr
+    prefs = [{"prompt": f"Throw {i}", "chosen": "heads", "rejected": "tails"} for i in range(20)]
+    arguments = ["--data", write(tmp_path / "p.jsonl", *prefs), "--max-steps", "1", "-o", tmp_path / "judge"]
+    assert llmkit("train-reward", coin, *arguments).returncode == 0
+    done = llmkit("train-reward", "--score", tmp_path / "judge", kept)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 50
+
+
+def test_transformers_loads_it(policy):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(policy), AutoTokenizer.from_pretrained(policy)
+    messages = [{"role": "user", "content": "Throw 3"}]
+    asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = model.generate(**asked, do_sample=False, max_new_tokens=8)[0, asked["input_ids"].shape[1] :]
+    assert tokenizer.decode(ids) == "heads<|im_end|>"
+
+
+def test_the_folder_has_its_curves(policy):
+    for name in ("reward.svg", "success.svg", "length.svg", "manifest.json", "README.md"):
+        assert (policy / name).stat().st_size > 100
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--algo", "dapo", "--updates", "2"],
+        ["--algo", "gspo"],
+        ["--algo", "rloo", "--kl-coef", "0.1"],
+        ["--algo", "reinforce++", "--kl-coef", "0.1"],
+        ["--algo", "dr-grpo", "--kl-coef", "0.1", "--lora-rank", "4", "--overlong", "mask"],
+        ["--reward", "verifier", "--reward", "length:-0.1", "--temperature", "0.8", "--refill", "0"],
+    ],
+)
+def test_every_algorithm_runs(coin, problems, llmkit, tmp_path, more):
+    done = llmkit("rl", coin, "--data", problems, "--max-steps", "2", *QUICK, *more, "-o", tmp_path / "p")
+    assert done.returncode == 0, done.stderr
+    steps = [row for row in lines(tmp_path / "p" / "metrics.jsonl") if "reward" in row]
+    assert len(steps) == 2 and all(row["logprob_difference_max"] < 1e-4 for row in steps)
+    assert ("kl_per_attempt" in steps[0]) == ("--kl-coef" in more)
+
+
+# ---- a killed run
+
+
+def test_killed_and_resumed_it_is_bit_for_bit_the_same(coin, problems, llmkit, tmp_path):
+    arguments = ["--data", problems, "--val", problems, "--max-steps", "8", "--save-every", "2", "--eval-every", "4"]
+    arguments += [*QUICK, "--refill", "0", "--learning-rate", "0.001"]
+    assert llmkit("rl", coin, *arguments, "-o", tmp_path / "whole").returncode == 0
+
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "llmkit", "rl", *map(str, (coin, *arguments, "-o", out))]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    state, log = Path(f"{out}.partial") / "state", Path(f"{out}.partial") / "rollouts.jsonl"
+    while not list(state.glob("step-0000000[2-9]")):
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    with log.open("ab") as handle:
+        handle.write(b'{"step": 7, "group": 999')  # a line cut in two
+    assert llmkit("rl", coin, *arguments, "-o", out, "--resume").returncode == 0
+    whole = tmp_path / "whole"
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert (out / "rollouts.jsonl").read_bytes() == (whole / "rollouts.jsonl").read_bytes()
+
+
+def test_a_finished_run_is_not_made_again(policy, coin, problems, llmkit):
+    before = (policy / "model.safetensors").stat().st_mtime_ns
+    arguments = ["--data", problems, "--val", problems, "--max-steps", "12", *QUICK, "-o", policy]
+    assert llmkit("rl", coin, *arguments).returncode == 2
+    done = llmkit("rl", coin, *arguments, "--resume")
+    assert done.returncode == 0 and (policy / "model.safetensors").stat().st_mtime_ns == before
+
+
+# ---- what ends it early
+
+
+def test_a_reward_that_tells_nothing_apart_stops_it(coin, llmkit, tmp_path):
+    never = write(tmp_path / "never.jsonl", *({"prompt": f"Throw {i}", "answer": "edge"} for i in range(4)))
+    done = llmkit("rl", coin, "--data", never, "--max-steps", "5", *QUICK, "-o", tmp_path / "p")
+    assert done.returncode == 2 and "worth the same in 8 rounds" in done.stderr
+    assert not (tmp_path / "p").exists()
+
+
+def test_budgets_stop_it(coin, problems, llmkit, tmp_path):
+    for more, word in ((["--max-reward", "0.1"], "--max-reward"), (["--max-kl", "1e-9"], "--max-kl")):
+        out = tmp_path / word
+        done = llmkit("rl", coin, "--data", problems, "--max-steps", "9", *QUICK, *more, "-o", out)
+        assert done.returncode == 0 and word in json.loads(done.stdout)["stopped"], done.stderr
+        assert json.loads(done.stdout)["steps"] < 9
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{coin}", "--data", "{nothing}"], "nothing.jsonl: expected a file that can be read: no such file"),
+        (["{coin}", "--data", "{empty}"], "empty.jsonl: expected problems, found none"),
+        (["{coin}", "--data", "{wrong}"], "wrong.jsonl:1: expected field 'prompt'"),
+        (["{coin}", "--data", "{unanswered}"], "unanswered.jsonl:1"),
+        (["{coin}", "--data", "{problems}", "--reward", "vibes"], "--reward vibes: expected verifier"),
+        (["{coin}", "--data", "{problems}", "--max-tokens", "600"], "8 longer than the context"),
+        (["{coin}", "--data", "{problems}", "--gold", "length"], "--gold: needs --val"),
+        (["{coin}", "--data", "{problems}", "--val", "{problems}", "--gold", "verifier"], "not trained on"),
+        (["{coin}", "--data", "{problems}", "--epochs", "1", "--max-steps", "2"], "expected one way to say"),
+        (["{coin}", "--data", "{problems}", "--algo", "rloo", "--clip-low", "0.1"], "rloo does not clip"),
+        (["{coin}", "--data", "{problems}", "--group", "1"], "--group: expected at least 2"),
+        (["{base}", "--data", "{problems}", "--system", "Be kind."], "is a base model, which knows no turns"),
+        (["nowhere", "--data", "{problems}"], "nowhere: expected a model folder, found nothing"),
+    ],
+)
+def test_a_mistake_is_told_in_a_line(coin, base, problems, llmkit, tmp_path, arguments, message):
+    files = {
+        "coin": coin,
+        "base": base,
+        "problems": problems,
+        "nothing": tmp_path / "nothing.jsonl",
+        "empty": write(tmp_path / "empty.jsonl"),
+        "wrong": write(tmp_path / "wrong.jsonl", {"text": "?"}),
+        "unanswered": write(tmp_path / "unanswered.jsonl", {"prompt": "2 + 2?"}),
+    }
+    done = llmkit("rl", *(argument.format(**files) for argument in arguments), "-o", tmp_path / "out")
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("llmkit: error: ") and "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_base_model_is_warned_of(base, llmkit, tmp_path):
+    rows = ({"prompt": "a", "answer": "x"} for _ in range(4))
+    arguments = ["--data", write(tmp_path / "p.jsonl", *rows), "--reward", "length", "--temperature", "3"]
+    done = llmkit("rl", base, *arguments, "--max-steps", "1", *QUICK, "--dry-run")
+    assert done.returncode == 0 and "may never stop" in done.stderr
+    assert not list(tmp_path.glob("policy*"))
