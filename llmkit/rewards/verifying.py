@@ -7,9 +7,11 @@ An empty completion is never right, and nothing that a model wrote is ever evalu
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from string import ascii_uppercase
 
 from llmkit.errors import UserError
 from llmkit.problems import MARKER, Problem, read_options
@@ -85,17 +87,19 @@ def is_matching(problem: Problem, completion: str) -> bool:
 
 
 def _check_choice(problem: Problem) -> None:
-    options = read_options(problem.record, problem.where)
-    letters = [letter for letter, _ in options] or [chr(ord("A") + place) for place in range(26)]
-    if _answer(problem).strip() not in letters:
+    letters = [letter for letter, _ in _options(problem)]
+    if _answer(problem).strip(" ()") not in letters:
         expected = f"an answer among {letters[0]} to {letters[-1]}"
         raise _unfit(problem, "choice", expected, problem.answer)
 
 
 def is_choice_right(problem: Problem, completion: str) -> bool:
-    """The completion chooses the option of that letter; without options in the record, one of A to J."""
-    options = read_options(problem.record, problem.where) or tuple((letter, "") for letter in "ABCDEFGHIJ")
-    return chosen(completion, options) == (problem.answer or "").strip()
+    """The completion chooses the option of that letter; one of A to Z where the record lists no options."""
+    return chosen(completion, _options(problem)) == (problem.answer or "").strip(" ()")
+
+
+def _options(problem: Problem) -> tuple[tuple[str, str], ...]:
+    return read_options(problem.record, problem.where) or tuple((letter, "") for letter in ascii_uppercase)
 
 
 # ---- which
@@ -125,7 +129,8 @@ def check_name(name: str, where: str) -> str:
 def verifier_of(problem: Problem) -> str:
     """The name of the verifier that a problem asks for, or that its record calls for.
 
-    `tests`, `json-schema`, `regex` and `choice` where it has unit tests, a schema, a pattern or options; `number`
+    `tests`, `json-schema`, `regex` and `choice` where it has unit tests, a schema, a pattern or options (or an answer
+    like "(B)"); `number`
     where all of the answer is a number, `latex` where it has a backslash or is boxed in the record's solution, else
     `exact`. GSM8K's answers are numbers; `gsm8k`, which demands the marker, is never taken unasked.
     """
@@ -138,7 +143,8 @@ def verifier_of(problem: Problem) -> str:
         return "json-schema"
     if isinstance(record.get("pattern"), str):
         return "regex"
-    if read_options(record, problem.where):
+    answer = problem.answer or ""
+    if read_options(record, problem.where) or re.fullmatch(r"\([A-Z]\)", answer):
         return "choice"
     answer = _answer(problem)
     if "\\" in answer or any("\\boxed" in str(record.get(name, "")) for name in SOLUTIONS):

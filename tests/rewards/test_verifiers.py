@@ -174,6 +174,11 @@ def test_choice(completion, right):
     assert score(completion, options=OPTIONS, answer=None, correct="B") == right
 
 
+@pytest.mark.parametrize(("completion", "right"), [("B", 1), ("(B)", 1), ("So it is (B).", 1), ("A", 0), ("A or B", 0)])
+def test_a_letter_in_brackets_is_a_choice_whose_options_the_prompt_holds(completion, right):
+    assert score(completion, prompt="Which is it?\n(A) three\n(B) four", answer="(B)") == right
+
+
 @pytest.mark.parametrize(
     ("completion", "right"),
     [("It is Paris.", 1), ("Paris", 1), ("", 0), ("Not Paris", 0), ("Paris or Rome", 0), ("I do not know", 0)],
@@ -271,7 +276,7 @@ def test_a_comparison_that_hangs_is_ended_and_the_next_one_works(monkeypatch):
         ({"schema": SCHEMA}, "json-schema"), ({"pattern": "a+"}, "regex"),
         ({"answer": "72", "verifier": "gsm8k"}, "gsm8k"),
         ({"test": "def check(candidate):\n    assert candidate(1)", "entry_point": "f"}, "tests"),
-        ({"tests": ["assert f(1) == 2"]}, "tests"),
+        ({"tests": ["assert f(1) == 2"]}, "tests"), ({"answer": "(B)"}, "choice"),
     ],
 )  # fmt: skip
 def test_the_record_says_which_verifier(value, name):
