@@ -130,9 +130,8 @@ def verifier_of(problem: Problem) -> str:
     """The name of the verifier that a problem asks for, or that its record calls for.
 
     `tests`, `json-schema`, `regex` and `choice` where it has unit tests, a schema, a pattern or options (or an answer
-    like "(B)"); `number`
-    where all of the answer is a number, `latex` where it has a backslash or is boxed in the record's solution, else
-    `exact`. GSM8K's answers are numbers; `gsm8k`, which demands the marker, is never taken unasked.
+    like "(B)"); `latex` where the answer has a backslash or is boxed in the record's solution; `number` where all of
+    it is a number, as GSM8K's are; else `exact`. `gsm8k`, which demands the marker, is never taken unasked.
     """
     record = problem.record
     if problem.verifier is not None:
