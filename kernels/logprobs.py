@@ -15,7 +15,9 @@ from llmkit.kernels.logit_chunks import (
     rows_and_gradients,
     uses_triton,
 )
+from llmkit.kernels.rowwise import by_hand
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def linear_logprobs_reference(
@@ -39,8 +41,7 @@ def linear_logprobs_reference(
     return picked.masked_fill(~counted, 0.0), entropy.masked_fill(~counted, 0.0)
 
 
-@torch.library.custom_op("llmkit::linear_logprobs", mutates_args=())
-def _logprobs(
+def _compute(
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
@@ -60,14 +61,16 @@ def _logprobs(
     return picked, picked.new_empty(0) if entropy is None else entropy
 
 
+_logprobs = torch.library.custom_op("llmkit::linear_logprobs", _compute, mutates_args=())
+
+
 @_logprobs.register_fake
 def _(input, linear_weight, target, temperature, softcap, ignore_index, chunk_tokens, return_entropy):
     picked = input.new_empty(target.shape, dtype=accumulation_dtype(input.dtype))
     return picked, torch.empty_like(picked) if return_entropy else picked.new_empty(0)
 
 
-@torch.library.custom_op("llmkit::linear_logprobs_backward", mutates_args=())
-def _logprobs_backward(
+def _gradients(
     grad: Tensor | None,
     grad_entropy: Tensor | None,
     input: Tensor,
@@ -93,7 +96,10 @@ def _logprobs_backward(
     return tuple(input.new_empty(0) if x is None else x.to(input.dtype) for x in found)  # type: ignore[return-value]
 
 
-@_logprobs_backward.register_fake
+_gradients_in_a_graph = torch.library.custom_op("llmkit::linear_logprobs_backward", _gradients, mutates_args=())
+
+
+@_gradients_in_a_graph.register_fake
 def _(
     grad, grad_entropy, input, linear_weight, target, temperature, softcap, ignore_index, chunk_tokens, need_input,
     need_weight,
@@ -109,17 +115,32 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(input, linear_weight, target)
 
 
-def _backward(ctx, grad, grad_entropy):
+def _backward(ctx, grad, grad_entropy, gradients=_gradients_in_a_graph):
     need = ctx.needs_input_grad[:2]
     if not ctx.return_entropy:
         grad_entropy = None
     if grad is None and grad_entropy is None:
         return (None,) * 8
-    found = _logprobs_backward(grad, grad_entropy, *ctx.saved_tensors, *ctx.options, *need)
+    found = gradients(grad, grad_entropy, *ctx.saved_tensors, *ctx.options, *need)
     return *(x if each else None for x, each in zip(found, need, strict=True)), *(None,) * 6
 
 
 _logprobs.register_autograd(_backward, setup_context=_save)
+
+
+class _Eagerly(torch.autograd.Function):
+    """The operator without torch's dispatcher, which imports the compiler on its first call: 4 s of CPU."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _compute(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        return _backward(ctx, *grads, gradients=_gradients)
 
 
 def linear_logprobs(
@@ -144,7 +165,8 @@ def linear_logprobs(
         raise ValueError(f"linear_logprobs: expected a positive temperature, found {temperature}")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"linear_logprobs: expected a positive softcap, found {softcap}")
-    picked, entropy = _logprobs(
+    compute = _Eagerly.apply if by_hand(input) else _logprobs
+    picked, entropy = compute(
         input.reshape(-1, input.shape[-1]), linear_weight, target.reshape(-1), float(temperature),
         float(softcap or 0.0), ignore_index, auto_chunk_tokens(linear_weight), return_entropy,
     )  # fmt: skip

@@ -118,8 +118,8 @@ def reference_logprobs(
 ) -> None:
     """Give every attempt the log-probabilities of its tokens under another model."""
     rows, places = pack_rollouts(rollouts, [1.0] * len(rollouts), 0, share)
-    found = np.zeros(rows.targets.shape, np.float32)
-    rows_at_once = max(1, tokens_at_once // found.shape[1])
+    found = np.zeros_like(rows.logprobs)
+    rows_at_once = max(1, tokens_at_once // rows.token_ids.shape[1])
     for start in range(0, len(found), rows_at_once):
         part = PolicyRows(*(array[start : start + rows_at_once] for array in rows))
         logprobs, _, where = target_logprobs(reference, part, temperature)

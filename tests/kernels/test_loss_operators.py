@@ -51,7 +51,7 @@ def test_torch_accepts_the_logprobs(kernels, entropy):
     torch.library.opcheck(logprobs_module._logprobs, (x, w, target, *options, entropy))
     grads = torch.randn(20), torch.randn(20) if entropy else None
     torch.library.opcheck(
-        logprobs_module._logprobs_backward, (*grads, x.detach(), w.detach(), target, *options, True, True)
+        logprobs_module._gradients_in_a_graph, (*grads, x.detach(), w.detach(), target, *options, True, True)
     )
 
 
