@@ -125,6 +125,32 @@ class ComparisonRows(NamedTuple):
     margins: np.ndarray
     numbers: np.ndarray
 
+    @property
+    def sizes(self) -> np.ndarray:
+        """Tokens of each row that are no padding, (B,)."""
+        held = (self.numbers >= 0).sum(1, keepdims=True)
+        return (self.doc_ids < held).sum(1)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are no padding."""
+        return int(self.sizes.sum())
+
+    def by_size(self) -> Iterator[ComparisonRows]:
+        """The rows in parts of about equal length, longest first, each without the padding that all its rows have.
+
+        Attention takes the square of a row's length, so that one row of 4,000 tokens costs as much as 61 of 512.
+        """
+        sizes = self.sizes
+        order = np.argsort(-sizes, kind="stable")
+        first = 0
+        for place in range(1, len(order) + 1):
+            if place == len(order) or 2 * sizes[order[place]] < sizes[order[first]]:
+                rows, length = order[first:place], max(1, int(sizes[order[first]]))
+                tokens = (array[rows, :length] for array in self[:4])
+                yield ComparisonRows(*tokens, *(array[rows] for array in self[4:]))
+                first = place
+
 
 def encode_comparisons(
     comparisons: Sequence[Comparison], encode: Callable[[list[Conversation]], Sequence[np.ndarray]]
@@ -196,7 +222,8 @@ def fitted(one: Candidates, context: int, on_long: str, where: str, counts: Coun
 
 
 def packed_comparisons(rows: Sequence[Sequence[Candidates]], length: int, pad: int) -> ComparisonRows:
-    """Comparisons side by side in rows of `length` tokens."""
+    """Comparisons side by side in rows of `length` tokens, or of as many as the longest takes."""
+    length = max([length, *(sum(one.size for one in row) for row in rows)])
     most = max(1, max(map(len, rows)))
     widest = max((len(one.answers) for row in rows for one in row), default=1)
     shape = len(rows), length
@@ -224,10 +251,18 @@ def packed_comparisons(rows: Sequence[Sequence[Candidates]], length: int, pad: i
 
 
 def evaluation_rows(
-    comparisons: Sequence[Candidates], rows: int, length: int, pad: int
+    comparisons: Sequence[Candidates], tokens: int, length: int, pad: int
 ) -> Iterator[tuple[ComparisonRows, list[list[int]]]]:
-    """All comparisons in batches of `rows` rows of `length` tokens, with the number of each in its row."""
-    bins = best_fit([one.size for one in comparisons], length)
-    for start in range(0, len(bins), rows):
-        chosen = bins[start : start + rows]
-        yield packed_comparisons([[comparisons[i] for i in row] for row in chosen], length, pad), chosen
+    """All comparisons in batches of about `tokens` tokens, with the number of each in its row.
+
+    Rows have `length` tokens; what is longer has a row of its own, beside others as long.
+    """
+    bins = best_fit([min(one.size, length) for one in comparisons], length)
+    sizes = [max(length, sum(comparisons[i].size for i in row)) for row in bins]
+    order = sorted(range(len(bins)), key=lambda row: -sizes[row])
+    while order:
+        longest = sizes[order[0]]
+        most = max(1, tokens // longest)
+        chosen = [bins[row] for row in order[:most] if 2 * sizes[row] >= longest]
+        order = order[len(chosen) :]
+        yield packed_comparisons([[comparisons[i] for i in row] for row in chosen], longest, pad), chosen

@@ -2,7 +2,8 @@
 
 Examples are drawn one after another from the source that is furthest behind its share of tokens, each source in an
 order of its own, drawn anew for each epoch. Windows of about 64 rows of them are packed best-fit, longest first; no
-example is cut, none sees another, and what stays empty is padding that predicts nothing. Batches are those of
+example is cut, none sees another, and what stays empty is padding that predicts nothing. An example that is longer
+than a row stands alone in one, for `pack` to make as long as it needs. Batches are those of
 llmkit.data.batches, and like those do not depend on the number of processes, micro-batches or workers.
 """
 
@@ -125,7 +126,8 @@ class Mixture:
             chosen.append((source, example))
             room -= int(self._sizes[source][example])
         sizes = [int(self._sizes[s][i]) for s, i in chosen]
-        rows = [[chosen[i] for i in row] for row in best_fit(sizes, self.sequence_length)]
+        fitting = [min(size, self.sequence_length) for size in sizes]
+        rows = [[chosen[i] for i in row] for row in best_fit(fitting, self.sequence_length)]
         self._rows += [rows[i] for i in shuffled(len(rows), self._seed, self._windows)]
         before = self._drawn_inputs[-1] if self._drawn_inputs else 0
         self._drawn_inputs += [before + sum(sizes) * (k + 1) // len(rows) for k in range(len(rows))]

@@ -14,9 +14,15 @@ from llmkit.data.comparisons import Candidates, ComparisonRows, evaluation_rows
 from llmkit.kernels import Branching
 from llmkit.model.reward import RewardModel
 
-ROW_TOKENS = 512  # of a row, unless a comparison is longer
+ROW_TOKENS = 512  # of a row, unless many comparisons are longer
+FITTING = 0.9  # of the comparisons that should fit a row; each of the others has one of its own
 SCORED_TOKENS = 4096  # of a batch without gradients
 POISSON = np.cumsum([0.36787944, 0.36787944, 0.18393972, 0.06131324, 0.01532831, 0.00306566])  # of mean 1, up to 5
+
+
+def row_length(sizes: np.ndarray) -> int:
+    """Tokens of a row in which most comparisons of these sizes (N,) fit."""
+    return max(ROW_TOKENS, int(np.quantile(sizes, FITTING, method="higher")))
 
 
 class ComparisonLoss:
@@ -32,7 +38,10 @@ class ComparisonLoss:
         self.center, self.seed = center, seed
 
     def __call__(self, model: Any, rows: tuple[np.ndarray, ...]) -> tuple[Tensor, int]:
-        batch = ComparisonRows(*rows)
+        losses, counts = zip(*(self._loss(model, part) for part in ComparisonRows(*rows).by_size()), strict=True)
+        return torch.stack(losses).sum(), sum(counts)
+
+    def _loss(self, model: Any, batch: ComparisonRows) -> tuple[Tensor, int]:
         scores = answer_scores(model, batch)
         present = torch.from_numpy(batch.numbers >= 0)
         scores, heads = scores[present], scores.shape[-1]
@@ -86,12 +95,11 @@ def bootstrap_weights(numbers: np.ndarray, heads: int, seed: int) -> np.ndarray:
 def score_comparisons(
     model: RewardModel, comparisons: Sequence[Candidates], row_tokens: int, pad: int
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(number, float32 (K, heads)) of each comparison, as computed; a row is as long as the longest of them."""
-    length = max([row_tokens, *(one.size for one in comparisons)])
+    """(number, float32 (K, heads)) of each comparison, as computed."""
     training = model.training
     model.eval()
     try:
-        for batch, places in evaluation_rows(comparisons, max(1, SCORED_TOKENS // length), length, pad):
+        for batch, places in evaluation_rows(comparisons, SCORED_TOKENS, row_tokens, pad):
             scores = answer_scores(model, batch).cpu().numpy()
             for row, numbers in enumerate(places):
                 for place, number in enumerate(numbers):

@@ -94,7 +94,7 @@ class Trainer:
         for _ in range(self.settings.updates_per_batch):
             metrics = self._update(batch, self.schedule.factor(self.step, progress))
         self.step += 1
-        self.tokens += batch[0].size
+        self.tokens += getattr(batch, "tokens", batch[0].size)
         self.last_loss = metrics["loss"]
         return metrics
 

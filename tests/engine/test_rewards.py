@@ -10,8 +10,16 @@ import torch
 from tiny import VOCABULARY, make_model
 
 from llmkit.data.comparisons import Candidates, Comparisons, packed_comparisons
+from llmkit.data.mixture import Mixture, Source
 from llmkit.engine.reward_evaluation import biases, confidence_error, evaluate, fitted_temperature
-from llmkit.engine.reward_loss import ComparisonLoss, answer_scores, bootstrap_weights, plackett_luce, score_comparisons
+from llmkit.engine.reward_loss import (
+    ComparisonLoss,
+    answer_scores,
+    bootstrap_weights,
+    plackett_luce,
+    row_length,
+    score_comparisons,
+)
 from llmkit.engine.statistics import correlation, wilson
 from llmkit.errors import UserError
 from llmkit.model.reward import RewardModel
@@ -98,6 +106,29 @@ def test_the_loss_counts_comparisons_and_does_not_depend_on_their_rows(model):
         assert count == 8
         losses.append(loss)
     torch.testing.assert_close(*losses)
+
+
+def test_one_long_comparison_makes_no_other_row_long(model):
+    """Else each of them would pay its square in attention."""
+    rng = np.random.default_rng(1)
+    long = Candidates(np.full(9, 3), tuple(rng.integers(1, VOCABULARY, 80) for _ in range(5)), (1, 2, 3, 4, 5), 0.0, 90)
+    comparisons = [*some_comparisons(40), long]
+    source = Source(Comparisons("c", comparisons), 1.0)
+    mixture = Mixture([source], 128, 4, PAD, 0, packed_comparisons)
+    batches = [mixture.batch(step) for step in range(mixture.steps_for(source.examples.inputs))]
+    widths = [sorted({part.token_ids.shape[1] for part in batch.by_size()}) for batch in batches]
+    assert any(width[-1] == 409 for width in widths) and all(width[:-1] < [129] for width in widths)
+    batch = next(one for one in batches if 90 in one.numbers)
+    assert batch.tokens == sum(comparisons[i if i < 90 else -1].size for i in batch.numbers[batch.numbers >= 0])
+    whole, count = ComparisonLoss(0.01, seed=0)(model, batch)
+    apart = [ComparisonLoss(0.01, seed=0)(model, tuple(array[row : row + 1] for array in batch)) for row in range(4)]
+    assert count == sum(one for _, one in apart) == (batch.numbers >= 0).sum()
+    torch.testing.assert_close(whole, sum(loss for loss, _ in apart))
+
+
+def test_a_row_is_as_long_as_most_comparisons_need():
+    assert row_length(np.array([30] * 95 + [4000] * 5)) == 512
+    assert row_length(np.array([30] * 50 + [900] * 45 + [4000] * 5)) == 900
 
 
 def test_no_prompt_is_both_learnt_and_held_out():
