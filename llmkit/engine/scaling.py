@@ -99,8 +99,10 @@ def sequence_length_for_depth(depth: int) -> int:
     return 256 if depth <= 4 else 512 if depth <= 8 else 1024 if depth <= 12 else 2048
 
 
-def training_bytes(config: ModelConfig, micro_batch_tokens: int) -> float:
-    """About the memory of training: 16 bytes a parameter (working copy, gradient, master, moments) and, for each
-    token of a micro-batch, the activations that the backward pass needs, 2 bytes each."""
+def training_bytes(config: ModelConfig, micro_batch_tokens: int, trained: int | None = None) -> float:
+    """About the memory of training: 16 bytes a parameter (working copy, gradient, master, moments), 4 for one that is
+    not among those `trained` [all], and, for each token of a micro-batch, the activations that the backward pass
+    needs, 2 bytes each."""
     layer = 10 * config.hidden_size + 4 * config.intermediate_size
-    return 16.0 * config.parameter_count + 2.0 * micro_batch_tokens * config.num_hidden_layers * layer
+    trained = config.parameter_count if trained is None else trained
+    return 4.0 * config.parameter_count + 12.0 * trained + 2.0 * micro_batch_tokens * config.num_hidden_layers * layer

@@ -7,10 +7,12 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import nn
 
 from llmkit.engine.evaluation import next_token_loss
 from llmkit.engine.scaling import Recipe
 from llmkit.engine.setup import build_optimizer
+from llmkit.engine.trainer import Batch, Loss
 from llmkit.kernels import keep_freed_memory
 from llmkit.model.config import ModelConfig
 from llmkit.model.transformer import Transformer
@@ -57,3 +59,19 @@ def tokens_per_second(
         optimizer.step(factor=0.0, scale=1e-6)
 
     return rows * sequence_length / best_seconds(step, device, repeats=2)
+
+
+def batch_seconds(model: nn.Module, loss: Loss, batch: Batch, micro_batch_rows: int, device: torch.device) -> float:
+    """Seconds of the forward and backward pass of a batch, by one that comes after a first of a micro-batch."""
+    keep_freed_memory()
+    parts = [
+        tuple(array[start : start + micro_batch_rows] for array in batch)
+        for start in range(0, len(batch[0]), micro_batch_rows)
+    ]
+    for timed in (parts[:1], parts):
+        started = time.perf_counter()
+        for rows in timed:
+            loss(model, rows)[0].backward()
+        synchronize(device)
+        model.zero_grad()
+    return time.perf_counter() - started

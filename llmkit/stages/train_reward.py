@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from llmkit.config import TuningConfig, argument, as_options, lasting_options, option
 from llmkit.errors import GateError, UserError
 from llmkit.files import write_json
-from llmkit.progress import Progress, quantity, say
+from llmkit.progress import Progress, duration, quantity, say
 from llmkit.rundir import RunFolder, check_model_folder
 from llmkit.stream import check_inputs, name_of, open_output, read_jsonl
 
@@ -75,6 +75,7 @@ class TrainRewardConfig(TuningConfig):
 
     epochs: float = option(1.0, "Train this often on the data.", group="Horizon", above=0)
     batch_size: int = option(32, "Comparisons of a step, about.", group="Training", at_least=1)
+    sample_every: None = None  # of the trainer's options: a judge says nothing that could be shown
 
     def reads_stdin(self) -> bool:
         """Whether stdin is the input."""
@@ -126,13 +127,16 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
         _check_gate(config, results["val_accuracy"])
         return Summary(path=str(folder.out), **results)
 
+    import numpy as np
+
     from llmkit.data.comparisons import packed_comparisons
     from llmkit.data.mixture import Mixture, Source
     from llmkit.engine import setup, speed
     from llmkit.engine.devices import choose_device, choose_dtype
     from llmkit.engine.finetuning import Finetuning
     from llmkit.engine.reward_evaluation import check_unequal, judge
-    from llmkit.engine.reward_loss import ROW_TOKENS, ComparisonLoss
+    from llmkit.engine.reward_loss import ComparisonLoss, row_length
+    from llmkit.engine.scaling import training_bytes
     from llmkit.engine.schedule import Schedule
     from llmkit.model.reward import RewardModel, save_reward_model
 
@@ -148,7 +152,7 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
     check_unequal(held_out)
 
     # build
-    row_tokens = max([ROW_TOKENS, *(int(source.sizes.max()) for source in training)])
+    row_tokens = row_length(np.concatenate([source.sizes for source in training]))
     comparisons = sum(map(len, training))
     rows = max(1, round(config.batch_size * sum(source.inputs for source in training) / comparisons / row_tokens))
     sources = [Source(one, file.weight or float(one.inputs)) for one, file in zip(training, files, strict=True)]
@@ -161,20 +165,26 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
         f"comparisons or so each; {quantity(tuning.trained_parameters)} parameters trained",
         config.quiet,
     )
+    loss = ComparisonLoss(config.center, config.seed)
+    micro_rows = config.micro_batch_size or max(1, MICRO_BATCH_TOKENS // row_tokens)
+    flops_per_token = tuning.model.config.flops_per_token(row_tokens)
+    flops = flops_per_token * rows * row_tokens * steps
     if config.dry_run:
+        memory = training_bytes(tuning.model.config, micro_rows * row_tokens, tuning.trained_parameters)
+        seconds = steps * speed.batch_seconds(model, loss, mixture.batch(0), micro_rows, device)
+        say(f"about {memory / 1e9:.2f} GB of memory, {flops:.3g} FLOPs, {duration(seconds)} to train", config.quiet)
         return None
     identity = lasting_options(config) | {"the data": digests}
     folder.notes(identity)
     folder.begin(identity)
-    flops_per_token = tuning.model.config.flops_per_token(row_tokens)
     trainer = setup.build_trainer(
         model,
         tuning.build_optimizer(config.learning_rate, config.weight_decay, anchor=LEARNING_RATE),
         Schedule(steps // 20 if config.warmup_steps is None else config.warmup_steps, config.decay_fraction),
         batches=lambda step: mixture.prefetch(step, None, workers=config.workers),
-        loss=ComparisonLoss(config.center, config.seed),
-        micro_batch_rows=config.micro_batch_size or max(1, MICRO_BATCH_TOKENS // row_tokens),
-        flops=flops_per_token * rows * row_tokens * steps,
+        loss=loss,
+        micro_batch_rows=micro_rows,
+        flops=flops,
         folder=folder.work,
         # torch.compile has not been tried on rows of branches
         options=replace(config, compile="off") if config.compile == "auto" else config,

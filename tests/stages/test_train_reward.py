@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -176,6 +177,15 @@ def test_rankings_margins_weights_and_adapters(base, data, llmkit, tmp_path):
     assert llmkit("train-reward", "--score", out, stdin='{"prompt": "?", "completion": "sea"}\n').returncode == 0
 
 
+def test_a_dry_run_tells_memory_and_time_and_trains_nothing(base, data, llmkit, tmp_path):
+    for more in ([], ["--lora-rank", "2"]):
+        done = llmkit("train-reward", base, "--data", data, *more, "--dry-run", "-o", tmp_path / "judge")
+        assert (done.returncode, done.stdout) == (0, ""), done.stderr
+        found = re.search(r"about ([\d.]+) GB of memory, ([\d.e+]+) FLOPs, \d+m?\d*s to train", done.stderr)
+        assert found and float(found[1]) > 0 and float(found[2]) > 1e6, done.stderr
+    assert not (tmp_path / "judge").exists()
+
+
 def test_killed_and_resumed_it_is_the_same(base, data, llmkit, tmp_path):
     def start(out: Path, *more: str) -> list[str]:
         options = ["--max-steps", "30", "--save-every", "5", *SPEED, "-o", str(out), *more]
@@ -238,6 +248,7 @@ def test_bad_preferences(base, llmkit, tmp_path, rows, expected):
         (["--score", "JUDGE", "--val", "x", "-o", "y"], "--val: with --score it evaluates"),
         (["BASE", "--data", "-", "--val", "nowhere", "-o", "y"], "nowhere: expected a file that can be read"),
         (["nowhere", "--data", "x", "-o", "judge"], "nowhere: expected a model folder, found nothing"),
+        (["BASE", "--data", "-", "--sample-every", "9", "-o", "y"], "no such option: --sample-every"),
     ],
 )
 def test_bad_options(base, judge, llmkit, tmp_path, arguments, expected):
