@@ -121,7 +121,7 @@ def main() -> None:
             ratios = [a / b for a, b in rows]
             theirs, mine = (statistics.median(column) for column in zip(*rows, strict=True))
             print(
-                f"{case}: rollouts with their update a CPU s: TRL {ROLLOUTS / theirs:.0f}, llmkit {ROLLOUTS / mine:.0f}; "
+                f"{case}: rollouts and update a CPU s: TRL {ROLLOUTS / theirs:.0f}, llmkit {ROLLOUTS / mine:.0f}; "
                 f"ours over TRL's {statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f})"
             )
             print(
