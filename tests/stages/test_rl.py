@@ -11,7 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import save_folder
+from tiny import VOCABULARY, make_model, save_folder, save_tokenizer
+
+from llmkit.tokenizer.chat import CHAT_SPECIALS
+
+from llmkit.errors import UserError
+from llmkit.stages.rl import RlConfig, run
 
 QUICK = ["--group", "8", "--batch-size", "4", "--max-tokens", "6", "--learning-rate", "0.003", "--warmup-steps", "2"]
 
@@ -23,6 +28,12 @@ def write(path: Path, *rows) -> Path:
 
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def train(model: Path, problems: Path, out: Path, **options):
+    """In this process, which has torch already."""
+    quick = {"group": 8, "batch_size": 4, "max_tokens": 6, "learning_rate": 0.003, "warmup_steps": 2, "max_steps": 2}
+    return run(RlConfig(model=str(model), data=(str(problems),), out=str(out), **quick | options))
 
 
 @pytest.fixture(scope="module")
@@ -115,20 +126,19 @@ def test_the_folder_has_its_curves(policy):
 @pytest.mark.parametrize(
     "more",
     [
-        ["--algo", "dapo", "--updates", "2"],
-        ["--algo", "gspo"],
-        ["--algo", "rloo", "--kl-coef", "0.1"],
-        ["--algo", "reinforce++", "--kl-coef", "0.1"],
-        ["--algo", "dr-grpo", "--kl-coef", "0.1", "--lora-rank", "4", "--overlong", "mask"],
-        ["--reward", "verifier", "--reward", "length:-0.1", "--temperature", "0.8", "--refill", "0"],
+        {"algo": "dapo", "updates": 2},
+        {"algo": "gspo"},
+        {"algo": "rloo", "kl_coef": 0.1},
+        {"algo": "reinforce++", "kl_coef": 0.1},
+        {"algo": "dr-grpo", "kl_coef": 0.1, "lora_rank": 4, "overlong": "mask"},
+        {"reward": ("verifier", "length:-0.1"), "temperature": 0.8, "refill": 0.0},
     ],
 )
-def test_every_algorithm_runs(coin, problems, llmkit, tmp_path, more):
-    done = llmkit("rl", coin, "--data", problems, "--max-steps", "2", *QUICK, *more, "-o", tmp_path / "p")
-    assert done.returncode == 0, done.stderr
+def test_every_algorithm_runs(coin, problems, tmp_path, more):
+    train(coin, problems, tmp_path / "p", **more)
     steps = [row for row in lines(tmp_path / "p" / "metrics.jsonl") if "reward" in row]
     assert len(steps) == 2 and all(row["logprob_difference_max"] < 1e-4 for row in steps)
-    assert ("kl_per_attempt" in steps[0]) == ("--kl-coef" in more)
+    assert ("kl_per_attempt" in steps[0]) == ("kl_coef" in more)
 
 
 # ---- a killed run
@@ -167,55 +177,60 @@ def test_a_finished_run_is_not_made_again(policy, coin, problems, llmkit):
 # ---- what ends it early
 
 
-def test_a_reward_that_tells_nothing_apart_stops_it(coin, llmkit, tmp_path):
+def test_a_reward_that_tells_nothing_apart_stops_it(coin, tmp_path):
     never = write(tmp_path / "never.jsonl", *({"prompt": f"Throw {i}", "answer": "edge"} for i in range(4)))
-    done = llmkit("rl", coin, "--data", never, "--max-steps", "5", *QUICK, "-o", tmp_path / "p")
-    assert done.returncode == 2 and "worth the same in 8 rounds" in done.stderr
+    with pytest.raises(UserError, match="worth the same in 8 rounds"):
+        train(coin, never, tmp_path / "p")
     assert not (tmp_path / "p").exists()
 
 
-def test_budgets_stop_it(coin, problems, llmkit, tmp_path):
-    for more, word in ((["--max-reward", "0.1"], "--max-reward"), (["--max-kl", "1e-9"], "--max-kl")):
-        out = tmp_path / word
-        done = llmkit("rl", coin, "--data", problems, "--max-steps", "9", *QUICK, *more, "-o", out)
-        assert done.returncode == 0 and word in json.loads(done.stdout)["stopped"], done.stderr
-        assert json.loads(done.stdout)["steps"] < 9
+@pytest.mark.parametrize("limit", [{"max_reward": 0.1}, {"max_kl": 1e-9}])
+def test_budgets_stop_it(coin, problems, tmp_path, limit):
+    summary = train(coin, problems, tmp_path / "p", **limit, max_steps=9)
+    assert summary.steps < 9 and f"--{next(iter(limit)).replace('_', '-')}" in summary.stopped
 
 
 # ---- bad input
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["{coin}", "--data", "{nothing}"], "nothing.jsonl: expected a file that can be read: no such file"),
-        (["{coin}", "--data", "{empty}"], "empty.jsonl: expected problems, found none"),
-        (["{coin}", "--data", "{wrong}"], "wrong.jsonl:1: expected field 'prompt'"),
-        (["{coin}", "--data", "{unanswered}"], "unanswered.jsonl:1"),
-        (["{coin}", "--data", "{problems}", "--reward", "vibes"], "--reward vibes: expected verifier"),
-        (["{coin}", "--data", "{problems}", "--max-tokens", "600"], "8 longer than the context"),
-        (["{coin}", "--data", "{problems}", "--gold", "length"], "--gold: needs --val"),
-        (["{coin}", "--data", "{problems}", "--val", "{problems}", "--gold", "verifier"], "not trained on"),
-        (["{coin}", "--data", "{problems}", "--epochs", "1", "--max-steps", "2"], "expected one way to say"),
-        (["{coin}", "--data", "{problems}", "--algo", "rloo", "--clip-low", "0.1"], "rloo does not clip"),
-        (["{coin}", "--data", "{problems}", "--group", "1"], "--group: expected at least 2"),
-        (["{base}", "--data", "{problems}", "--system", "Be kind."], "is a base model, which knows no turns"),
-        (["nowhere", "--data", "{problems}"], "nowhere: expected a model folder, found nothing"),
-    ],
-)
-def test_a_mistake_is_told_in_a_line(coin, base, problems, llmkit, tmp_path, arguments, message):
+MISTAKES = [
+    ({"data": "{nothing}"}, "nothing.jsonl: expected a file that can be read: no such file"),
+    ({"data": "{empty}"}, "empty.jsonl: expected problems, found none"),
+    ({"data": "{wrong}"}, "wrong.jsonl:1: expected field 'prompt'"),
+    ({"data": "{unanswered}"}, "unanswered.jsonl:1"),
+    ({"reward": ("vibes",)}, "--reward vibes: expected verifier"),
+    ({"max_tokens": 600}, "8 longer than the context"),
+    ({"gold": "length"}, "--gold: needs --val"),
+    ({"val": ("{problems}",), "gold": "verifier"}, "not trained on"),
+    ({"epochs": 1.0}, "expected one way to say"),
+    ({"algo": "rloo", "clip_low": 0.1}, "rloo does not clip"),
+    ({"model": "{base}", "system": "Be kind."}, "is a base model, which knows no turns"),
+    ({"model": "nowhere"}, "nowhere: expected a model folder, found nothing"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), MISTAKES)
+def test_a_mistake_is_told_in_a_line(coin, base, judge, problems, tmp_path, options, message):
     files = {
-        "coin": coin,
         "base": base,
+        "judge": judge,
         "problems": problems,
         "nothing": tmp_path / "nothing.jsonl",
         "empty": write(tmp_path / "empty.jsonl"),
         "wrong": write(tmp_path / "wrong.jsonl", {"text": "?"}),
         "unanswered": write(tmp_path / "unanswered.jsonl", {"prompt": "2 + 2?"}),
     }
-    done = llmkit("rl", *(argument.format(**files) for argument in arguments), "-o", tmp_path / "out")
-    assert done.returncode == 2 and message in done.stderr, done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("llmkit: error: ") and "Traceback" not in done.stderr
+
+    def named(value):
+        if isinstance(value, tuple):
+            return tuple(map(named, value))
+        return value.format(**files) if isinstance(value, str) else value
+
+    options = {name: named(value) for name, value in options.items()}
+    data = options.pop("data", problems)
+    with pytest.raises(UserError) as mistake:
+        train(options.pop("model", coin), data, tmp_path / "out", **options)
+    assert message in str(mistake.value) and "\n" not in str(mistake.value)
     assert not list(tmp_path.glob("out*"))
 
 
