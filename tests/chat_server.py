@@ -27,6 +27,7 @@ class ChatServer:
     def __init__(self, answer: Callable[[str, int], Any]) -> None:
         self.answer, self.requests, self.faults = answer, [], []
         self.dies_after: int | None = None
+        self.refusal: Any = None  # the body of an error
         self.slow, self.pause, self.keys, self.open, self.most_open = 2.0, 0.0, set(), 0, 0
         self._counting = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -84,9 +85,8 @@ class ChatServer:
                 elif fault == "context":
                     self.send(400, {"error": {"message": "This model's maximum context length is 128 tokens."}})
                 elif fault not in (None, "slow"):
-                    self.send(
-                        int(fault), {"error": {"message": f"something of {fault}"}}, again=fault in ("429", "500")
-                    )
+                    said = chat.refusal or {"error": {"message": f"something of {fault}"}}
+                    self.send(int(fault), said, again=fault in ("429", "500"))
                 else:
                     prompt = body["messages"][-1]["content"]
                     said = chat.answer(prompt, body["seed"])

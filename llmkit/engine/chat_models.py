@@ -27,7 +27,7 @@ from llmkit.engine.generation import Generator, Request
 from llmkit.engine.loading import check_assistant, open_model
 from llmkit.engine.run_state import fingerprint
 from llmkit.engine.sampling import Sampling, request_number
-from llmkit.engine.served_models import EXAMPLE, SCHEME, PromptTooLong, ServedModel, Usage, parse_address
+from llmkit.engine.served_models import EXAMPLE, SCHEME, PromptTooLong, ServedModel, Usage, parse_address, shortened
 from llmkit.errors import UserError
 from llmkit.tokenizer.chat import ChatFormat
 
@@ -77,11 +77,13 @@ class ChatModel(Protocol):
     name      for people and reports
     identity  what a resumed run must have in common
     usage     what it was asked so far
+    unread    the last reply that could not be read, where there was one
     """
 
     name: str
     identity: str
     usage: Usage
+    unread: str | None
 
     def check(self) -> None:
         """Raise UserError where it cannot be asked."""
@@ -109,7 +111,7 @@ class ServerModel:
     """A model behind a server."""
 
     def __init__(self, server: ServedModel, settings: Settings) -> None:
-        self._server, self._settings, self.usage = server, settings, server.usage
+        self._server, self._settings, self.usage, self.unread = server, settings, server.usage, None
         self.name = self.identity = server.address.name
 
     def check(self) -> None:
@@ -134,11 +136,13 @@ class ServerModel:
         details: dict[str, Any] = {"max_tokens": settings.max_tokens, "temperature": temperature}
         for seed in (settings.seed, settings.seed + 1):
             try:
-                answer = read(without_thoughts(self._server.complete(prompt, seed=seed, **details)))
+                reply = self._server.complete(prompt, seed=seed, **details)
             except PromptTooLong:
                 return Missing.TOO_LONG
+            answer = read(without_thoughts(reply))
             if answer is not None:
                 return answer
+            self.unread = reply
         return Missing.UNREADABLE
 
 
@@ -158,7 +162,7 @@ class FolderModel:
         self._opened, self._settings = open_model(folder, settings.device, settings.dtype), settings
         self._chat = ChatFormat(self._opened.tokenizer)
         check_assistant(self._opened.config, self._chat, folder)
-        self.name, self.identity, self.usage = folder, fingerprint(folder), Usage()
+        self.name, self.identity, self.usage, self.unread = folder, fingerprint(folder), Usage(), None
         small = is_small(self._opened.config.parameter_count, self._opened.device)
         self._threads = 1 if small else torch.get_num_threads()  # which another model may have lowered when it is asked
 
@@ -200,10 +204,17 @@ class FolderModel:
         for place, completion in zip(requests, completions, strict=True):
             answer = read(without_thoughts(completion.text))
             answers[place] = Missing.UNREADABLE if answer is None else answer
+            self.unread = completion.text if answer is None else self.unread
         self.usage.requests += len(requests)
         self.usage.prompt_tokens += sum(len(one.prompt_ids) for one in requests.values())
         self.usage.completion_tokens += sum(len(one.token_ids) for one in completions)
         return answers
+
+
+def cost(model: ChatModel) -> str:
+    """What was asked of a model, and what of its replies could not be read."""
+    unread = "" if model.unread is None else f"; unreadable, for example: {shortened(model.unread)!r}"
+    return f"{model.name}: {model.usage}{unread}"
 
 
 def without_thoughts(reply: str) -> str:

@@ -133,7 +133,7 @@ class ServedModel:
                 self._count(getattr(reply, "usage", None))
                 return text
         raise ServerError(
-            f"{self._place}: expected a chat completion, found {_shortened(str(reply))!r}; is the URL right?"
+            f"{self._place}: expected a chat completion, found {shortened(str(reply))!r}; is the URL right?"
         )
 
     @property
@@ -154,7 +154,7 @@ class ServedModel:
         if isinstance(error, openai.APITimeoutError):
             return f"{self._place}: no answer within {self._timeout:g} s {tries}; is it overloaded? Raise --timeout"
         if isinstance(error, openai.APIConnectionError):
-            return f"{self._place}: cannot be reached {tries}: {_shortened(str(error.__cause__ or error))}"
+            return f"{self._place}: cannot be reached {tries}: {shortened(str(error.__cause__ or error))}"
         if isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError)):
             return f"{self._place}: refuses the key ({error.status_code}); set OPENAI_API_KEY to one that it takes"
         if isinstance(error, openai.RateLimitError):
@@ -165,7 +165,7 @@ class ServedModel:
             return f"{self._place}: fails {tries} ({error.status_code}): {_message(error)}"
         if isinstance(error, openai.APIStatusError):
             return f"{self._place}: refuses the request ({error.status_code}): {_message(error)}"
-        return f"{self._place}: {_shortened(str(error))}"
+        return f"{self._place}: {shortened(str(error))}"
 
 
 def _text_of(reply: Any) -> str | None:
@@ -178,10 +178,12 @@ def _text_of(reply: Any) -> str | None:
 
 
 def _message(error: Any) -> str:
+    """What the server says of an error: as OpenAI does, as FastAPI does, or in its own way."""
     body = error.body if isinstance(error.body, dict) else {}
-    return _shortened(str(body.get("message") or error.message))
+    return shortened(str(body.get("message") or body.get("detail") or error.response.text or error.message))
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
+    """The beginning of a text, on one line."""
     text = " ".join(text.split())
     return text if len(text) <= SHOWN else text[:SHOWN] + "..."

@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 from llmkit.data.passages import Passage
-from llmkit.engine.chat_models import ChatModel, Missing
+from llmkit.engine.chat_models import ChatModel, Missing, cost
 from llmkit.engine.matching import holds
 from llmkit.engine.normalising import words
 from llmkit.engine.run_state import RunState
@@ -55,7 +55,7 @@ def write_all(
     if not questions:
         state.remove()
         reasons = ", ".join(f"{reason} {count}" for reason, count in left_out.items())
-        raise UserError(f"--writer: none of the replies of {model.name} made a question; {reasons}")
+        raise UserError(f"--writer: no question of {model.name} can be asked ({reasons}); {cost(model)}")
     about = len({question.passage_id for question in questions})
     say(f"{model.name} wrote {len(questions)} questions about {about} of {len(passages)} passages", quiet)
     return questions, left_out

@@ -142,6 +142,7 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Checked | Recited | None:
         return Summary(out)
 
     # load
+    from llmkit.engine.chat_models import cost
     from llmkit.engine.judge_check import calibration, describe_calibration
     from llmkit.engine.loading import check_assistant, open_model
     from llmkit.engine.matching import UNREADABLE
@@ -213,7 +214,7 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Checked | Recited | None:
     if unreadable:
         say(f"judgements that could not be read: {unreadable} of {asked * config.samples}", config.quiet)
     for name, model in models.items():
-        say(f"{name} {model.name}: {model.usage}", config.quiet)
+        say(f"{name} {cost(model)}", config.quiet)
     if certainty is not None:
         say(describe_calibration(certainty), config.quiet)
     if out == "-":
@@ -299,8 +300,7 @@ def _judge(config: ProbeKnowledgeConfig, models: Mapping[str, ChatModel], refusa
 
 
 def _read(config: ProbeKnowledgeConfig) -> tuple[list[Passage], list[Question], Counter[str]]:
-    """The passages, the questions unless a model is to write them, and why others are left out. Raises UserError
-    where there are none."""
+    """The passages, the questions unless a model is to write them, and why others are left out. Raises UserError."""
     if not config.passages:
         questions, left_out = all_questions(config.questions or ("-",), config.limit)
         return [], questions, left_out
@@ -336,8 +336,10 @@ def _check_judge(config: ProbeKnowledgeConfig, path: str) -> Checked:
     found = check_judge(_judge(config, models, Refusals(config.refusals)), read_jsonl([path], config.limit))
     for line in describe_check(found):
         say(f"{name_of(path)}: {line}", config.quiet)
-    for name, model in models.items():
-        say(f"{name} {model.name}: {model.usage}", config.quiet)
+    if "judge" in models:
+        from llmkit.engine.chat_models import cost
+
+        say(f"judge {cost(models['judge'])}", config.quiet)
     return Checked(**found)
 
 

@@ -87,6 +87,22 @@ def test_a_fault_that_stays_ends_the_work_in_one_line(fault, message):
         assert "\n" not in str(raised.value) and len(server.requests) <= 2
 
 
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ({"error": {"message": "no"}}, "no"),
+        ({"detail": "not here"}, "not here"),
+        ("never", "never"),
+        ({"a": 1}, '"a": 1'),
+    ],
+)
+def test_a_refusal_is_told_in_the_servers_words(body, told):
+    with ChatServer(shout) as server:
+        server.faults, server.refusal = ["400"], body
+        with pytest.raises(ServerError, match=rf"refuses the request \(400\): .*{told}"):
+            ask(server, "a")
+
+
 def test_a_server_that_hangs_is_not_waited_for():
     with ChatServer(shout) as server:
         server.faults, server.slow = ["slow"] * 9, 3.0

@@ -138,8 +138,9 @@ def test_garbage_is_counted_and_never_right(parrot, documents, tmp_path, llmkit)
         assert (summary["mixed"], summary["unreadable_judgements"]) == (3, 15) and (tmp_path / "r").read_text() == ""
         assert summary["usage"]["judge"]["requests"] == 6  # each of the three once more
         assert "judgements that could not be read: 15 of 15" in done.stderr
+        assert "unreadable, for example: 'right right right {]'" in done.stderr
         with pytest.raises(
-            UserError, match=r"--writer: none of the replies of openai:#tiny made .*unreadable reply 12"
+            UserError, match=r"--writer: no question of openai:#tiny .*unreadable reply 12.*example: .right right"
         ):
             probe(parrot, tmp_path / "s.jsonl", passages=documents, writer=server.spec)
     assert not list(tmp_path.glob("*.state"))
@@ -213,11 +214,9 @@ def test_what_a_folder_babbles_is_counted(parrot, documents, tmp_path):
     options = {"questions": questions(tmp_path / "q.jsonl"), "reply_tokens": 8, "samples": 2}
     summary = probe(parrot, tmp_path / "r.jsonl", judge=str(babbler), **options)
     assert (summary.mixed, summary.unreadable_judgements) == (3, 6)
-    with pytest.raises(UserError, match=r"--writer: none of the replies .*passages: unreadable reply 12"):
+    with pytest.raises(UserError, match=r"--writer: no question of .*passages: unreadable reply 12"):
         probe(parrot, tmp_path / "s.jsonl", passages=documents, writer=str(babbler), reply_tokens=8)
-    with pytest.raises(
-        UserError, match=r"--writer: none of the replies .*passages: longer than the model's context 12"
-    ):
+    with pytest.raises(UserError, match=r"--writer: no question of .*passages: longer than the model's context 12"):
         probe(parrot, tmp_path / "s.jsonl", passages=documents, writer=str(parrot), reply_tokens=8)
 
 
