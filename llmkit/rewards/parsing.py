@@ -10,7 +10,7 @@ from pathlib import Path
 from llmkit.errors import UserError
 from llmkit.rewards.reward import Reward, Weighted
 
-EXPECTED = "verifier, verifier=NAME, rm:FOLDER, cmd:COMMAND, py:FILE.py:FUNCTION, format:REGEX or length"
+EXPECTED = "verifier, verifier=NAME, rm:FOLDER, spread:FOLDER, cmd:COMMAND, py:FILE.py:FUNCTION, format:REGEX or length"
 WEIGHT = re.compile(
     r"(.*):([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|[-+]?(?:nan|inf|infinity))", re.IGNORECASE | re.DOTALL
 )
@@ -44,8 +44,8 @@ def parse_rewards(
         rest, where = spec[len(kind) + 1 :], f"--reward {text}"
         if kind == "verifier" and not spec.startswith("verifier:"):
             build = _verifier(rest if spec != kind else None, where, sandbox != "none", timeout)
-        elif kind == "rm" and rest and ":" in spec:
-            build = _model(rest, where, device, dtype)
+        elif kind in ("rm", "spread") and rest and ":" in spec:
+            build = _model(kind, rest, where, device, dtype)
         elif kind == "cmd" and rest and ":" in spec:
             build = _command(rest, batch_timeout)
         elif kind == "py" and rest and ":" in spec:
@@ -80,15 +80,15 @@ def _verifier(name: str | None, where: str, sandbox: bool, seconds: float) -> Ca
     return lambda: VerifierReward(forced, sandbox=sandbox, seconds=seconds)
 
 
-def _model(folder: str, where: str, device: str, dtype: str) -> Callable[[], Reward]:
+def _model(kind: str, folder: str, where: str, device: str, dtype: str) -> Callable[[], Reward]:
     if not Path(folder).is_dir():
         found = "a file" if Path(folder).exists() else "nothing"
         raise UserError(f"{where}: expected a reward model's folder, found {found}")
 
     def build() -> Reward:
-        from llmkit.rewards.reward_models import ModelReward
+        from llmkit.rewards.reward_models import ModelReward, SpreadReward
 
-        return ModelReward(folder, device, dtype)
+        return (SpreadReward if kind == "spread" else ModelReward)(folder, device, dtype)
 
     return build
 

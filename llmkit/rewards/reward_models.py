@@ -1,8 +1,9 @@
-"""`--reward rm:FOLDER`: the score that a reward model of `train-reward` gives."""
+"""`--reward rm:FOLDER`: the score that a reward model of `train-reward` gives; `spread:FOLDER`: how sure it is."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -19,20 +20,19 @@ from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
 
 
 class ModelReward:
-    """The score of a reward model, the mean of its heads; a truncated completion is scored as it stands.
+    """The score of a reward model, the mean of its heads; a truncated completion is scored as it stands."""
 
-    spreads  standard deviations over the heads for the attempts scored last; None with one head
-    """
+    KIND = "rm"
 
     def __init__(self, folder: str, device: str = "auto", dtype: str = "auto") -> None:
-        self.name, self.folder = f"rm:{folder}", folder
+        self.name, self.folder = f"{self.KIND}:{folder}", folder
         place = choose_device(device)
         self.tokenizer = load_tokenizer(folder)
         model = load_reward_model(folder, dtype=choose_dtype(dtype, place), device=place)
         self.tokenizer.check_fits(model.config.vocab_size)
         chat = ChatFormat(self.tokenizer)
         self.context = model.config.max_position_embeddings
-        self.spreads: list[float] | None = None
+        self.heads = len(model.score)
         self._scorer = Scorer(model, chat, chat.end_id)
 
     def check_vocabulary(self, tokenizer: Tokenizer) -> None:
@@ -47,7 +47,7 @@ class ModelReward:
         """Any problem will do; a prompt that is too long is cut at its beginning."""
 
     def score(self, attempts: Sequence[Attempt]) -> list[float]:
-        """The mean score of each. Raises UserError for a completion that does not fit the model's context."""
+        """The reward of each. Raises UserError for a completion that does not fit the model's context."""
         rows = [Row(_asked(one), one.problem.where, 0) for one in attempts]
         with torch.inference_mode():
             records = list(self._scorer.score(rows))
@@ -58,13 +58,35 @@ class ModelReward:
                     f"--reward {self.name}: expected completions that fit its context of {self.context} tokens, found "
                     f"one of {attempt.token_count}; lower --max-tokens"
                 )
-            rewards.append(record["reward"])
-        self.spreads = [one["reward_std"] for one in records] if records and "reward_std" in records[0] else None
+            rewards.append(self._of(record))
         return finite(rewards, f"--reward {self.name}")
+
+    def _of(self, record: dict[str, Any]) -> float:
+        return record["reward"]
 
     def close(self) -> None:
         """Let the model go."""
         del self._scorer
+
+
+class SpreadReward(ModelReward):
+    """Minus the standard deviation over the heads of a reward model: low where they have learnt nothing that holds.
+
+    Coste et al. 2023 (arXiv 2310.02743) take it for the uncertainty of a judge.
+    """
+
+    KIND = "spread"
+
+    def __init__(self, folder: str, device: str = "auto", dtype: str = "auto") -> None:
+        super().__init__(folder, device, dtype)
+        if self.heads < 2:
+            raise UserError(
+                f"--reward {self.name}: expected a reward model of several heads, found one; train it with "
+                "llmkit train-reward --ensemble 4"
+            )
+
+    def _of(self, record: dict[str, Any]) -> float:
+        return -record["reward_std"]
 
 
 def _asked(attempt: Attempt) -> dict[str, object]:

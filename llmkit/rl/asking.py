@@ -12,6 +12,7 @@ from llmkit.engine.generation import prompt_ids
 from llmkit.errors import UserError
 from llmkit.problems import Problem
 from llmkit.rewards import Weighted
+from llmkit.rewards.reward_models import ModelReward
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,11 @@ def ask(
     """The problems in tokens, and how many are left out, being with `max_tokens` more longer than the context.
 
     An assistant is asked in its format, a base model's prompt is text. Raises UserError for a problem that a reward
-    cannot judge, and for a conversation with a base model.
+    cannot judge, a reward model of another vocabulary, and a conversation with a base model.
     """
+    for weighted in rewards:
+        if isinstance(weighted.reward, ModelReward):
+            weighted.reward.check_vocabulary(tuning.tokenizer)
     asked, too_long = [], 0
     for problem in problems:
         for weighted in rewards:

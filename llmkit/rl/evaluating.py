@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from llmkit.rewards import Reward
+from llmkit.rewards import Weighted
 from llmkit.rl.actor import Actor, Asking, as_attempt
 from llmkit.rl.asking import AskedProblem
 from llmkit.rl.collecting import describe
@@ -24,7 +24,7 @@ class HeldOut:
     `rollouts` and `gold_rewards` are those of the last evaluation.
     """
 
-    def __init__(self, actor: Actor, asked: Sequence[AskedProblem], how: Asking, gold: Reward | None = None) -> None:
+    def __init__(self, actor: Actor, asked: Sequence[AskedProblem], how: Asking, gold: Weighted | None = None) -> None:
         self._actor, self._asked, self._how, self._gold = actor, list(asked), how, gold
         self.rollouts: list[Rollout] = []
         self.gold_rewards: list[float] = []
@@ -40,7 +40,7 @@ class HeldOut:
         found = {f"val_{name}": value for name, value in describe(groups).items()}
         if self._gold is not None:
             attempts = [as_attempt(rollout, self._how.max_tokens) for rollout in self.rollouts]
-            self.gold_rewards = list(self._gold.score(attempts))
+            self.gold_rewards = [self._gold.weight * value for value in self._gold.reward.score(attempts)]
             means = np.array(self.gold_rewards).reshape(len(groups), -1).mean(1)
             found["val_gold"] = round(float(means.mean()), 5)
             found["val_gold_se"] = round(float(means.std() / math.sqrt(len(means))), 5)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmkit.config import TuningConfig, argument, as_options, check_one_horizon, lasting_options, option
 from llmkit.errors import UserError
@@ -237,7 +237,7 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     if tried:
         temperature = config.temperature if config.eval_samples > 1 else 0.0
         how = Asking(config.eval_samples, config.max_tokens, temperature, config.stop, config.seed)
-        held_out = HeldOut(actor, tried, how, gold[0].reward if gold else None)
+        held_out = HeldOut(actor, tried, how, gold[0] if gold else None)
         figure = "val_gold" if gold else "val_reward"
         evaluate = watch.evaluation(held_out, config.stop_on_hack)
         evaluate = tuning.keep_best(trainer, evaluate, lambda scores: scores[figure])
@@ -254,7 +254,7 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     )
 
     # save
-    figures = dict(pair for row in read_metrics(folder.work / "metrics.jsonl") for pair in row.items())
+    figures = _figures(read_metrics(folder.work / "metrics.jsonl"), tuning.best_step)
     results = {
         "steps": trainer.step,
         "attempts": log.groups * config.group,
@@ -277,6 +277,13 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
 
     # summarise
     return Summary(path=str(folder.out), **results)
+
+
+def _figures(rows: Sequence[Mapping[str, Any]], kept_step: int | None) -> dict[str, Any]:
+    """The last of each figure of training, and those of the evaluation whose parameters were kept."""
+    kept = (row for row in rows if row["step"] == kept_step)
+    last = {name: value for row in rows for name, value in row.items()}
+    return last | {name: value for row in kept for name, value in row.items() if name.startswith("val_")}
 
 
 # ---- what is asked for

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -59,11 +60,13 @@ def test_the_last_number_is_the_weight(spec, name, weight):
 @pytest.mark.parametrize(
     ("specs", "message"),
     [
-        (["verifer"], "--reward verifer: expected verifier, verifier=NAME, rm:FOLDER"), ([""], "expected verifier"),
+        (["verifer"], "--reward verifer: expected verifier, verifier=NAME, rm:FOLDER, spread:FOLDER"),
+        ([""], "expected verifier"),
         (["verifier:number"], "expected verifier"), (["verifier=nubmer"], "did you mean 'number'?"),
         (["verifier="], "expected a verifier among"), (["length:0"], "a weight that is finite and not 0, found 0"),
         (["length:nan"], "found nan"), (["length:-inf"], "found -inf"), (["length:1e999"], "found 1e999"),
         (["length", "length:2"], "expected each reward once, found length twice"), (["length=2"], "expected verifier"),
+        (["spread:"], "expected verifier"), (["spread:nowhere/"], "folder, found nothing"),
         (["rm"], "expected verifier"), (["rm:"], "expected verifier"), (["rm:nowhere/"], "folder, found nothing"),
         (["cmd:"], "expected verifier"), (["cmd:./nowhere.py"], "expected a program './nowhere.py', found none"),
         (["cmd:'a"], "expected a command"), (["cmd: "], "expected a command"), (["py:"], "expected verifier"),
@@ -240,8 +243,24 @@ def test_a_reward_model_scores_prompts_and_messages_alike(judge: Path):
     found = reward.score(said)
     assert found[0] == found[3] == found[4] and len({*found[:3]}) == 3
     assert reward.score(said[::-1]) == pytest.approx(found[::-1], abs=1e-5)
-    assert reward.name == f"rm:{judge}/" and len(reward.spreads) == 5 and min(reward.spreads) > 0
+    assert reward.name == f"rm:{judge}/"
     reward.close()
+
+
+def test_the_spread_is_minus_the_deviation_over_the_heads(judge: Path, tmp_path: Path, llmkit):
+    rows = [{"prompt": "2 + 2?", "completion": text} for text in ("4", "four", "")]
+    given = "".join(json.dumps(row) + "\n" for row in rows)
+    done = llmkit("train-reward", "--score", judge, "-", "--device", "cpu", stdin=given)
+    told = [json.loads(line)["reward_std"] for line in done.stdout.splitlines()]
+    found = scores(f"spread:{judge}", *(attempt(row["completion"]) for row in rows), device="cpu")
+    assert found == pytest.approx([-one for one in told], abs=1e-5) and max(found) < 0
+    one_head = tmp_path / "one"
+    one_head.mkdir()
+    save_tokenizer(one_head, *CHAT_SPECIALS)
+    model = make_model(vocab_size=VOCABULARY + len(CHAT_SPECIALS), context=60)
+    save_reward_model(RewardModel.of(model, heads=1, seed=3), one_head, None)
+    with pytest.raises(UserError, match="several heads, found one; train it with llmkit train-reward --ensemble"):
+        parse_rewards([f"spread:{one_head}"], device="cpu")
 
 
 def test_a_completion_that_the_judge_cannot_read_is_told_of(judge: Path):

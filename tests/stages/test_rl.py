@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from tiny import VOCABULARY, make_model, save_folder, save_tokenizer
 
-from llmkit.tokenizer.chat import CHAT_SPECIALS
-
 from llmkit.errors import UserError
+from llmkit.model.reward import RewardModel, save_reward_model
 from llmkit.stages.rl import RlConfig, run
+from llmkit.tokenizer.chat import CHAT_SPECIALS
 
 QUICK = ["--group", "8", "--batch-size", "4", "--max-tokens", "6", "--learning-rate", "0.003", "--warmup-steps", "2"]
 
@@ -190,7 +190,34 @@ def test_budgets_stop_it(coin, problems, tmp_path, limit):
     assert summary.steps < 9 and f"--{next(iter(limit)).replace('_', '-')}" in summary.stopped
 
 
+def test_a_reward_that_is_gamed_stops_it_and_the_best_is_kept(coin, problems, tmp_path):
+    """Longer answers pay, heads are what is wanted: the coin goes on speaking."""
+    watching = {"val": (str(problems),), "gold": "verifier", "stop_on_hack": True, "eval_every": 2, "eval_samples": 8}
+    faster = {"batch_size": 8, "max_tokens": 24, "learning_rate": 0.002, "max_steps": 40}
+    summary = train(coin, problems, tmp_path / "p", reward=("length",), **watching, **faster)
+    assert "the reward is gamed" in summary.stopped and summary.steps < 40
+    looks = [row for row in lines(tmp_path / "p" / "metrics.jsonl") if "val_gold" in row]
+    best = max(looks, key=lambda row: row["val_gold"])
+    assert looks[-1]["val_gold"] < best["val_gold"] and looks[-1]["val_reward"] > best["val_reward"]
+    assert summary.kept_step == best["step"]
+    assert (summary.val_gold, summary.val_reward) == (best["val_gold"], best["val_reward"])  # of what was saved
+    shown = lines(tmp_path / "p" / "disagreements.jsonl")
+    assert len(shown) == 20 and all(row["gold"] == 0 for row in shown)
+    assert [row["difference"] for row in shown] == sorted((row["difference"] for row in shown), reverse=True)
+
+
 # ---- bad input
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory) -> Path:
+    """A reward model of one head that has a token more than the coin."""
+    folder = tmp_path_factory.mktemp("judge")
+    specials = (*CHAT_SPECIALS, "<|more|>")
+    save_tokenizer(folder, *specials)
+    model = make_model(vocab_size=VOCABULARY + len(specials))
+    save_reward_model(RewardModel.of(model, heads=1, seed=3), folder, None)
+    return folder
 
 
 MISTAKES = [
@@ -205,6 +232,8 @@ MISTAKES = [
     ({"epochs": 1.0}, "expected one way to say"),
     ({"algo": "rloo", "clip_low": 0.1}, "rloo does not clip"),
     ({"model": "{base}", "system": "Be kind."}, "is a base model, which knows no turns"),
+    ({"reward": ("rm:{judge}",)}, "expected the vocabulary of"),
+    ({"val": ("{problems}",), "gold": "spread:{judge}"}, "expected a reward model of several heads, found one"),
     ({"model": "nowhere"}, "nowhere: expected a model folder, found nothing"),
 ]
 
