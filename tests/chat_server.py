@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -105,8 +106,9 @@ class ChatServer:
                 self.send_header("Content-Length", str(len(data)))
                 if again:
                     self.send_header("Retry-After", "0.01")
-                self.end_headers()
-                self.wfile.write(data)
+                with suppress(ConnectionError):  # nobody waits for a slow answer
+                    self.end_headers()
+                    self.wfile.write(data)
 
             def log_message(self, *arguments: object) -> None:
                 pass
