@@ -119,6 +119,18 @@ class TuningConfig(TrainingConfig):
     decay_fraction: float = option(0.9, "Last part, with falling rate.", group="Training", at_least=0, at_most=1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ToolConfig:
+    """Options that are spelled the same in every stage in which a model may call tools (engine/tool_calls.py)."""
+
+    tools: tuple[str, ...] = option(
+        (), "What the model may call: calc, python, search:DOCS.jsonl or search:URL.", group="Tools", metavar="TOOL,..."
+    )
+    max_tool_calls: int = option(8, "Calls in a completion.", group="Tools", at_least=0)
+    tool_timeout: float = option(10.0, "Seconds of a call.", group="Tools", above=0)
+    sandbox: str = option("auto", "Of python; none: unprotected.", group="Tools", choices=("auto", "none"))
+
+
 def option_of(item: Field) -> Option:
     """The `Option` of a dataclass field."""
     return item.metadata["option"]

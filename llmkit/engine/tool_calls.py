@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from typing import Generic, NamedTuple, TypeVar
 
+from llmkit.config import ToolConfig
 from llmkit.conversations import RESULT
 from llmkit.tokenizer.chat import ChatFormat
 from llmkit.tokenizer.encoding import Tokenizer
@@ -56,6 +58,14 @@ class ToolUse:
         text = result.text.encode("utf-8", "replace").decode()  # a lone surrogate, which JSON may spell, becomes ?
         ids = self._tokenizer.encode(text)[: min(self._result_tokens, room - 2)]
         return [self._bounds[0], *ids, self._bounds[1]]
+
+
+def open_tools(options: ToolConfig, tokenizer: Tokenizer, stack: ExitStack) -> ToolUse | None:
+    """The tools that are wanted, closed with `stack`; None for none. Raises UserError as `Toolbox.parse` does."""
+    if not options.tools:
+        return None
+    toolbox = Toolbox.parse(options.tools, sandbox=options.sandbox, timeout=options.tool_timeout)
+    return ToolUse(stack.enter_context(toolbox), tokenizer, options.max_tool_calls)
 
 
 class CallQueue(Generic[Waiting]):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmkit.config import TuningConfig, argument, as_options, check_one_horizon, lasting_options, option
+from llmkit.config import ToolConfig, TuningConfig, argument, as_options, check_one_horizon, lasting_options, option
 from llmkit.errors import UserError
 from llmkit.problems import read_problems
 from llmkit.progress import quantity, say
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import torch
 
     from llmkit.engine.finetuning import Finetuning
-    from llmkit.engine.tool_calls import ToolUse
     from llmkit.rewards import Weighted
     from llmkit.rl.algorithms import Algorithm
     from llmkit.rl.asking import AskedProblem
@@ -46,7 +45,7 @@ CURVES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class RlConfig(TuningConfig):
+class RlConfig(TuningConfig, ToolConfig):
     """Options of `llmkit rl`."""
 
     examples: ClassVar[str] = """
@@ -106,16 +105,6 @@ class RlConfig(TuningConfig):
     )
     slots: int = option(64, "Sequences decoded at a time.", group="Attempts", at_least=1, at_most=4096, free=True)
 
-    tools: tuple[str, ...] = option(
-        (),
-        "What the policy may call: calc, python, search:DOCS.jsonl or search:URL.",
-        group="Tools",
-        metavar="TOOL,...",
-    )
-    max_tool_calls: int = option(8, "Calls in an attempt.", group="Tools", at_least=0)
-    tool_timeout: float = option(10.0, "Seconds of a call.", group="Tools", above=0)
-    sandbox: str = option("auto", "Of python; none: unprotected.", group="Tools", choices=("auto", "none"))
-
     gold: str | None = option(None, "Watch this reward, which is not trained on.", group="Watch", metavar="KIND")
     stop_on_hack: bool = option(False, "Stop where the reward rises and the gold one falls.", group="Watch", free=True)
     max_kl: float | None = option(None, "Stop at this divergence, nats an attempt.", group="Watch", above=0)
@@ -166,12 +155,15 @@ def run(config: RlConfig) -> Summary | None:
 def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | None:
     from llmkit.engine import setup
     from llmkit.engine.devices import choose_device, choose_dtype
+    from llmkit.engine.scaling import training_bytes
     from llmkit.engine.schedule import Schedule
+    from llmkit.engine.tool_calls import open_tools
     from llmkit.rl.actor import Actor, Asking
     from llmkit.rl.asking import digest
     from llmkit.rl.collecting import BatchSettings, Collector
     from llmkit.rl.evaluating import HeldOut
     from llmkit.rl.policy_loss import PolicyLoss
+    from llmkit.rl.rehearsing import rehearse
     from llmkit.rl.rollouts import ROLLOUTS, RolloutLog
     from llmkit.rl.rows import LONGEST_ROW
     from llmkit.rl.watching import Limits, Watch
@@ -190,14 +182,21 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     if config.lora_rank is not None:
         tuning.add_adapter(config.lora_rank, config.lora_alpha, config.lora_targets.split(","), config.seed)
     _say_plan(config, plan, len(asked), tuning.trained_parameters)
+    tools = open_tools(config, tuning.tokenizer, stack)
+    actor = Actor(tuning.model, tuning.tokenizer, rewards, slots=config.slots, name=str(config.model), tools=tools)
+    loss = PolicyLoss(plan.algorithm, config.temperature, plan.kl_coef, reference is not None)
+    asking = Asking(config.group, config.max_tokens, config.temperature, config.stop, config.seed)
+    micro_batch_rows, share = config.micro_batch_size or MICRO_BATCH_TOKENS // LONGEST_ROW, device.type == "cpu"
     if config.dry_run:
+        rehearsal = rehearse(actor, asked[: config.batch_size], asking, loss, micro_batch_rows, share)
+        memory = training_bytes(tuning.model.config, micro_batch_rows * LONGEST_ROW, tuning.trained_parameters)
+        memory += 4.0 * tuning.model.config.parameter_count * (reference is not None)
+        for line in rehearsal.lines(plan.steps, config.updates, memory):
+            say(line, config.quiet)
         return None
     identity = lasting_options(config) | {"the data": digest(asked)}
     folder.notes(identity)
     folder.begin(identity)
-    tools = _tools(config, tuning, stack)
-    actor = Actor(tuning.model, tuning.tokenizer, rewards, slots=config.slots, name=str(config.model), tools=tools)
-    loss = PolicyLoss(plan.algorithm, config.temperature, plan.kl_coef, reference is not None)
     optimizer = tuning.build_optimizer(
         config.learning_rate, config.weight_decay, anchor=LEARNING_RATE, lora_anchor=LORA_LEARNING_RATE
     )
@@ -210,7 +209,7 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
         Schedule(warmup_steps, config.decay_fraction),
         batches=lambda step: collector.batches(step),
         loss=loss,
-        micro_batch_rows=config.micro_batch_size or max(1, MICRO_BATCH_TOKENS // LONGEST_ROW),
+        micro_batch_rows=micro_batch_rows,
         flops=0.0,
         folder=folder.work,
         # rows differ in length from step to step, and each length would be compiled anew
@@ -224,8 +223,8 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
         actor,
         asked,
         plan.algorithm,
-        Asking(config.group, config.max_tokens, config.temperature, config.stop, config.seed),
-        BatchSettings(config.batch_size, config.refill, plan.kl_coef, device.type == "cpu", config.seed),
+        asking,
+        BatchSettings(config.batch_size, config.refill, plan.kl_coef, share, config.seed),
         loss=loss,
         log=log,
         pad=tuning.pad_id,
@@ -236,7 +235,7 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     held_out, evaluate = None, None
     if tried:
         temperature = config.temperature if config.eval_samples > 1 else 0.0
-        how = Asking(config.eval_samples, config.max_tokens, temperature, config.stop, config.seed)
+        how = replace(asking, group=config.eval_samples, temperature=temperature)
         held_out = HeldOut(actor, tried, how, gold[0] if gold else None)
         figure = "val_gold" if gold else "val_reward"
         evaluate = watch.evaluation(held_out, config.stop_on_hack)
@@ -387,13 +386,3 @@ def _ask(config: RlConfig, paths: Sequence[str], tuning: Finetuning, rewards: Se
         raise UserError(f"{names_of(paths)}: expected problems, found {left_out if too_long else 'none'}")
     say(f"{names_of(paths)}: {len(asked)} problems{f', {left_out} left out' if too_long else ''}", config.quiet)
     return asked
-
-
-def _tools(config: RlConfig, tuning: Finetuning, stack: ExitStack) -> ToolUse | None:
-    if not config.tools:
-        return None
-    from llmkit.engine.tool_calls import ToolUse
-    from llmkit.tools.toolbox import Toolbox
-
-    toolbox = Toolbox.parse(config.tools, sandbox=config.sandbox, timeout=config.tool_timeout)
-    return ToolUse(stack.enter_context(toolbox), tuning.tokenizer, config.max_tool_calls)

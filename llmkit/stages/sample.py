@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from llmkit.config import CommonConfig, argument, as_options, option
+from llmkit.config import CommonConfig, ToolConfig, argument, as_options, option
 from llmkit.conversations import Message
 from llmkit.errors import UserError
 from llmkit.files import PARTIAL, check_output
@@ -29,7 +29,7 @@ STARTED = time.monotonic()
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(CommonConfig):
+class SampleConfig(CommonConfig, ToolConfig):
     """Options of `llmkit sample`."""
 
     examples: ClassVar[str] = """
@@ -71,13 +71,6 @@ class SampleConfig(CommonConfig):
     unordered: bool = option(False, "With --jsonl: records come as they are done.")
     resume: bool = option(False, "With --jsonl: go on with what a killed run left of --out.")
     logprobs: bool = option(False, "With --jsonl: log-probabilities of the tokens, before and after truncation.")
-
-    tools: tuple[str, ...] = option(
-        (), "What the model may call: calc, python, search:DOCS.jsonl or search:URL.", group="Tools", metavar="TOOL,..."
-    )
-    max_tool_calls: int = option(8, "Calls in a completion.", group="Tools", at_least=0)
-    tool_timeout: float = option(10.0, "Seconds of a call.", group="Tools", above=0)
-    sandbox: str = option("auto", "Of python; none: unprotected.", group="Tools", choices=("auto", "none"))
 
     samples: int = option(1, "Continuations of each prompt.", short="-n", group="Text", at_least=1, at_most=10**6)
     max_tokens: int | None = option(
@@ -125,9 +118,8 @@ def run(config: SampleConfig) -> Summary | None:
     from llmkit.engine.rates import describe
     from llmkit.engine.sampling import Sampling
     from llmkit.engine.shots import STOP, load_shots, with_shots
-    from llmkit.engine.tool_calls import ToolUse
+    from llmkit.engine.tool_calls import open_tools
     from llmkit.tokenizer.chat import ChatFormat
-    from llmkit.tools.toolbox import Toolbox
 
     opened = open_model(config.model, config.device, config.dtype)
     tokenizer = opened.tokenizer
@@ -138,10 +130,7 @@ def run(config: SampleConfig) -> Summary | None:
     shots = load_shots(config.shots, config.as_assistant)
     with opened.computing(), ExitStack() as stack:
         # build
-        tools = None
-        if config.tools:
-            toolbox = Toolbox.parse(config.tools, sandbox=config.sandbox, timeout=config.tool_timeout)
-            tools = ToolUse(stack.enter_context(toolbox), tokenizer, config.max_tool_calls)
+        tools = open_tools(config, tokenizer, stack)
         sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
         stop = (*config.stop, *([STOP] if shots else []))
         generator = opened.generator(sampling, _slots(config), stop=stop, tools=tools)

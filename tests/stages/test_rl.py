@@ -263,9 +263,14 @@ def test_a_mistake_is_told_in_a_line(coin, base, judge, problems, tmp_path, opti
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_base_model_is_warned_of(base, llmkit, tmp_path):
-    rows = ({"prompt": "a", "answer": "x"} for _ in range(4))
-    arguments = ["--data", write(tmp_path / "p.jsonl", *rows), "--reward", "length", "--temperature", "3"]
-    done = llmkit("rl", base, *arguments, "--max-steps", "1", *QUICK, "--dry-run")
-    assert done.returncode == 0 and "may never stop" in done.stderr
+def test_a_base_model_is_warned_of(base, tmp_path, capsys):
+    problems = write(tmp_path / "p.jsonl", *({"prompt": "a", "answer": "x"} for _ in range(4)))
+    assert train(base, problems, tmp_path / "policy", reward=("length",), temperature=3.0, dry_run=True) is None
+    assert "may never stop" in capsys.readouterr().err
+
+
+def test_a_dry_run_tells_where_the_policy_stands(coin, problems, tmp_path, capsys):
+    assert train(coin, problems, tmp_path / "policy", dry_run=True) is None
+    told = capsys.readouterr().err
+    assert "of the attempts are right" in told and "of 4 groups tell attempts apart" in told and "GB of memory" in told
     assert not list(tmp_path.glob("policy*"))
