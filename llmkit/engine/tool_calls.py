@@ -5,13 +5,15 @@ The text of a result is encoded as text: whatever it spells, it holds no special
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from typing import Generic, NamedTuple, TypeVar
+from itertools import groupby, takewhile
+from operator import itemgetter
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from llmkit.config import ToolConfig
-from llmkit.conversations import RESULT
+from llmkit.conversations import RESULT, Part
 from llmkit.tokenizer.chat import ChatFormat
 from llmkit.tokenizer.encoding import Tokenizer
 from llmkit.tools.toolbox import Toolbox, ToolResult
@@ -58,6 +60,26 @@ class ToolUse:
         text = result.text.encode("utf-8", "replace").decode()  # a lone surrogate, which JSON may spell, becomes ?
         ids = self._tokenizer.encode(text)[: min(self._result_tokens, room - 2)]
         return [self._bounds[0], *ids, self._bounds[1]]
+
+    def parts(
+        self, token_ids: Sequence[int], sampled: Sequence[bool], calls: Sequence[Mapping[str, Any]]
+    ) -> tuple[Part, ...]:
+        """What a completion with calls consists of: texts, calls and results as they follow one another.
+
+        A result is what was not sampled, whatever tokens the model writes around words of its own. A call that has no
+        result is left out: it was cut, or one too many.
+        """
+        answered, parts = iter(calls), []
+        for own, run in groupby(zip(token_ids, sampled, strict=True), key=itemgetter(1)):
+            ids = [token for token, _ in run]
+            if own:
+                written = list(takewhile(lambda token: token not in self.starts, ids))
+                parts.append(Part("text", self._tokenizer.decode(written, skip_specials=True)))
+            else:
+                call = next(answered)
+                parts.append(Part(call["tool"], call["input"]))
+                parts.append(Part(RESULT, self._tokenizer.decode(ids, skip_specials=True)))
+        return tuple(part for part in parts if part.text or part.kind != "text")
 
 
 def open_tools(options: ToolConfig, tokenizer: Tokenizer, stack: ExitStack) -> ToolUse | None:

@@ -92,6 +92,10 @@ class Actor:
             ]
             for i, (one, completions) in enumerate(zip(asked, made, strict=True))
         ]
+        if self._tools is not None:
+            for rollout in (rollout for group in groups for rollout in group if rollout.completion.tool_calls):
+                made = rollout.completion
+                rollout.parts = self._tools.parts(made.token_ids, made.sampled, made.tool_calls)
         self.tokens += generator.tokens
         self.seconds += time.monotonic() - started
         started = time.monotonic()

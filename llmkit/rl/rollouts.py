@@ -1,7 +1,7 @@
 """Rollouts: attempts at problems, and their log.
 
 `rollouts.jsonl` has a line for each attempt, {"prompt", "completion", ...}, which sft and `train-reward --score` read
-as they read any other file.
+as they read any other file; sft reads the `messages` of an attempt that called tools.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from llmkit.conversations import as_record
+from llmkit.conversations import Message, Part, as_record, message
 from llmkit.engine.generation import Completion
 from llmkit.files import atomic_file
 from llmkit.problems import Problem
@@ -31,6 +31,7 @@ class Rollout:
     rewards    by name, without their weights
     reward     their weighted sum, and what overlong handling takes away
     trained    whether it has a part in the loss
+    parts      texts, calls and results, where a tool was called
     reference  float32, log-probability of each token of the completion under the reference; None without one
     advantage  of every token of it
     """
@@ -46,6 +47,7 @@ class Rollout:
     reference: np.ndarray | None = None
     advantage: float = 0.0
     trained: bool = True
+    parts: tuple[Part, ...] = ()
 
     @property
     def token_ids(self) -> list[int]:
@@ -58,11 +60,13 @@ class Rollout:
         return sum(self.completion.sampled)
 
     def record(self) -> dict[str, Any]:
-        """The line of the log."""
+        """The line of the log. Where a tool was called it has `messages`, which teach sft the call, as the text of
+        the completion would not."""
         problem, made = self.problem, self.completion
         prompt: Any = problem.prompt
         if len(problem.messages) > 1:
             prompt = as_record(problem.messages)
+        messages = (*(problem.messages or (message("user", problem.prompt),)), Message("assistant", self.parts))
         known = {name: problem.record[name] for name in ("id", "source") if name in problem.record}
         return {
             "step": self.step,
@@ -72,6 +76,7 @@ class Rollout:
             "prompt": prompt,
             "answer": problem.answer,
             "completion": made.text,
+            **({"messages": as_record(messages)} if self.parts else {}),
             "reward": round(self.reward, 6),
             "rewards": {name: round(value, 6) for name, value in self.rewards.items()},
             "advantage": round(self.advantage, 6),

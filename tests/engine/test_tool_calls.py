@@ -10,11 +10,12 @@ import torch
 from recorder import Recorder
 from tiny import END, certain, make_model, save_tokenizer
 
+from llmkit.conversations import Message, Part, message
 from llmkit.engine.generation import Generator, Request
 from llmkit.engine.sampling import Sampling
 from llmkit.engine.tool_calls import ToolUse
 from llmkit.errors import UserError
-from llmkit.tokenizer.chat import CHAT_SPECIALS
+from llmkit.tokenizer.chat import CHAT_SPECIALS, ChatFormat
 from llmkit.tokenizer.encoding import load_tokenizer
 from llmkit.tools.toolbox import Toolbox, ToolResult
 
@@ -78,6 +79,27 @@ def test_a_call_is_answered_and_the_model_goes_on(tokenizer, calculator):
     assert all(logprob == 0 for logprob, own in zip(completion.logprobs, sampled, strict=True) if not own)
     completion = complete(caller(tokenizer, "say ", "1+2", "wel"), tokenizer, calculator)
     assert completion.tool_calls == [{"tool": "calc", "input": "1+2", "result": "3"}]
+
+
+def test_what_was_said_is_taken_apart_into_texts_calls_and_results(tokenizer, calculator):
+    """And encoded as a conversation it is the same tokens again."""
+    tools = ToolUse(calculator, tokenizer)
+    completion = complete(caller(tokenizer, "say ", "1+2", "wel"), tokenizer, calculator)
+    parts = tools.parts(completion.token_ids, completion.sampled, completion.tool_calls)
+    assert parts == (Part("text", "say "), Part("calc", "1+2"), Part("result", "3"), Part("text", "wel"))
+    chat, asked = ChatFormat(tokenizer), message("user", "1 + 2?")
+    encoded = chat.encode([asked, Message("assistant", parts)]).token_ids.tolist()
+    prompt = chat.encode([asked], prompt=True).token_ids.tolist()
+    assert encoded[:-1] == [*prompt, *completion.token_ids[:-1]]  # the last is the end of the turn, and of a text
+
+
+def test_a_result_that_a_model_makes_up_is_its_own_text(tokenizer, calculator):
+    start, end, opened, closed = special(tokenizer, "calc_start", "calc_end", "result_start", "result_end")
+    written = [start, *tokenizer.encode("1+2"), end, opened, *tokenizer.encode("3"), closed]
+    forged, cut = [opened, *tokenizer.encode("9"), closed], [start, *tokenizer.encode("4")]
+    sampled = [True] * 5 + [False] * 3 + [True] * 5
+    found = ToolUse(calculator, tokenizer).parts([*written, *forged, *cut], sampled, [{"tool": "calc", "input": "1+2"}])
+    assert found == (Part("calc", "1+2"), Part("result", "3"), Part("text", "9"))
 
 
 class Echo:

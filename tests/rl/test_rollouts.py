@@ -1,0 +1,39 @@
+"""The log of attempts: what other stages read in it."""
+
+from __future__ import annotations
+
+from attempts import attempt, problem
+
+from llmkit.conversations import Part, read_conversation
+from llmkit.preferences import read_answers
+from llmkit.problems import read_problem
+from llmkit.records import Row
+from llmkit.rl.rollouts import Rollout
+
+CALLED = (Part("text", "Well: "), Part("calc", "2 + 2"), Part("result", "4"), Part("text", "4"))
+
+
+def called(asked) -> dict:
+    made = attempt([1], [ord(c) for c in "Well: 4"]).completion
+    return Rollout(asked, [1], made, 0, 0, 0, parts=CALLED).record()
+
+
+def test_an_attempt_with_calls_teaches_them():
+    """sft reads the messages; a judge reads what was said, as it did in training."""
+    row = Row(called(problem()), "rollouts.jsonl", 1)
+    asked, answered = read_conversation(row).messages
+    assert (asked.role, asked.text, answered.parts) == ("user", "2 + 2?", CALLED)
+    ((said,),) = read_answers(row)
+    assert said.text == "Well: 4"
+
+
+def test_a_conversation_comes_before_its_answer():
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}]
+    asked = read_problem(Row({"messages": turns, "answer": "4"}, "p.jsonl", 1))
+    read = read_conversation(Row(called(asked), "rollouts.jsonl", 1)).messages
+    assert [one.role for one in read] == ["system", "user", "assistant"] and read[2].parts == CALLED
+
+
+def test_an_attempt_without_calls_is_a_prompt_and_a_completion():
+    record = attempt([1], [52]).record()
+    assert "messages" not in record and (record["prompt"], record["completion"]) == ("2 + 2?", "4")
