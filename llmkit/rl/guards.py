@@ -61,8 +61,13 @@ class HackWatch:
     2210.10760).
 
     Compared is each evaluation with that at which the gold reward was highest. Gamed is a gold reward lower by more
-    than 2 standard errors of the difference with a reward no lower, at two evaluations in succession.
+    than ERRORS standard errors of the difference with a reward no lower, at two evaluations in succession.
     """
+
+    # The highest of many is high by luck, too: with 2, runs whose reward rose and whose gold reward stayed the same
+    # were stopped within 60 evaluations in 48 to 84 of 100 cases, with 3 in 4 to 8, with 3.5 in 1 or 2. A fall by a
+    # point an evaluation, at 200 problems, was seen 19 evaluations after it began, by 2 after 9.
+    ERRORS = 3.5
 
     def __init__(self, rows: Iterable[Mapping[str, float]] = ()) -> None:
         self._best: Mapping[str, float] | None = None
@@ -77,7 +82,7 @@ class HackWatch:
         if best is None or scores["val_gold"] > best["val_gold"]:
             self._best, self._suspicious = scores, 0
             return None
-        noise = 2 * math.hypot(best["val_gold_se"], scores["val_gold_se"])
+        noise = self.ERRORS * math.hypot(best["val_gold_se"], scores["val_gold_se"])
         falls = best["val_gold"] - scores["val_gold"] > noise and scores["val_reward"] >= best["val_reward"]
         self._suspicious = self._suspicious + 1 if falls else 0
         if self._suspicious < 2:

@@ -44,6 +44,7 @@ class Watch:
         self._trainer, self._collector, self._loss, self._limits = trainer, collector, loss, limits
         self._collapse, self._hack = CollapseGuard(rows), HackWatch(rows)
         self.stopped: str | None = None
+        self._warned = False
         trainer.describe_step = self.describe_step
 
     def describe_step(self) -> dict[str, float]:
@@ -79,8 +80,9 @@ class Watch:
             gamed = self._hack.note(scores) if "val_gold" in scores else None
             if gamed and stop_on_hack:
                 self._stop(gamed)
-            elif gamed:
-                say(gamed)
+            elif gamed and not self._warned:
+                say(f"{gamed}; --stop-on-hack would stop here")
+            self._warned = gamed is not None
             return scores
 
         return evaluate

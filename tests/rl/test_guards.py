@@ -52,6 +52,22 @@ def test_a_reward_that_rises_while_the_gold_one_falls_is_gamed():
     assert "gamed" in str(watch.note(look(0.8, 0.2)))
 
 
+def looks_at(shares, rng):
+    """Evaluations of 200 problems, right or wrong, with a reward that rises; a tenth change from one to the next."""
+    right = rng.random(200) < shares[0]
+    for step, share in enumerate(shares):
+        right = np.where(rng.random(200) < 0.1, rng.random(200) < share, right)
+        yield look(step, right.mean(), right.std() / 200**0.5)
+
+
+def test_luck_is_no_gaming_and_a_slow_fall_is():
+    rng = np.random.default_rng(0)
+    stopped = [any(map(HackWatch().note, looks_at([0.8] * 60, rng))) for _ in range(100)]
+    assert sum(stopped) <= 5
+    falling = [0.8] * 20 + [0.8 - 0.01 * i for i in range(40)]
+    assert all(any(map(HackWatch().note, looks_at(falling, rng))) for _ in range(100))
+
+
 @pytest.mark.parametrize(
     "then",
     [
