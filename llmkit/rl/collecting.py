@@ -191,13 +191,16 @@ def handle_overlong(rollout: Rollout, overlong: str, max_tokens: int) -> None:
 
 def describe(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
     """Figures of groups of attempts: the mean `reward`, its standard error over groups and its parts, `length` in
-    tokens, `cut` (share that was), and where there is a verifier `success` and `pass_at_group` (share of groups with
-    a right attempt)."""
+    tokens, `cut` (share that was), `called` (share that called a tool, where any did), and where there is a verifier
+    `success` and `pass_at_group` (share of groups with a right attempt)."""
     every = [rollout for group in groups for rollout in group]
     found = {"reward": float(np.mean(_rewards(every))), "length": float(np.mean([one.sampled for one in every]))}
     means = [float(np.mean(_rewards(group))) for group in groups]
     found["reward_se"] = float(np.std(means) / math.sqrt(len(means)))
     found["cut"] = float(np.mean([one.completion.finish_reason == "length" for one in every]))
+    called = [bool(one.completion.tool_calls) for one in every]
+    if any(called):
+        found["called"] = float(np.mean(called))
     for name in every[0].rewards:
         found[f"reward/{name}"] = float(np.mean([one.rewards[name] for one in every]))
     verifier = next((name for name in every[0].rewards if name.split("=")[0] == "verifier"), None)

@@ -39,7 +39,7 @@ DISAGREEMENTS = 20  # attempts shown that a reward and the gold one differ about
 RESULTS = ("reward", "success", "val_reward", "val_success", "val_gold")
 CURVES = {
     "reward.svg": {"training": "reward", "held out": "val_reward", "gold": "val_gold"},
-    "success.svg": {"training": "success", "held out": "val_success"},
+    "success.svg": {"training": "success", "held out": "val_success", "calling": "called"},
     "length.svg": {"training": "length", "held out": "val_length"},
 }
 

@@ -11,6 +11,7 @@ from attempts import attempt
 from llmkit.rewards import parse_rewards
 from llmkit.rl.actor import Asking
 from llmkit.rl.algorithms import ALGORITHMS
+from llmkit.rl.collecting import describe
 from llmkit.rl.evaluating import HeldOut
 from llmkit.rl.policy_loss import PolicyLoss
 from llmkit.rl.watching import Limits, Watch
@@ -33,6 +34,13 @@ def test_the_gold_reward_has_its_weight():
     found = looked.evaluate()
     assert looked.gold_rewards == [-0.5, -1, -1.5, -2] and found["val_gold"] == -1.25
     assert found["val_gold_se"] == pytest.approx(0.3125**0.5 / 2, abs=1e-4)
+
+
+def test_the_share_of_attempts_with_a_call_is_told():
+    called, plain = attempt([1], [65]), attempt([1], [66])
+    called.completion.tool_calls.append({"tool": "calc", "input": "1 + 1", "result": "2"})
+    assert describe([[called, plain], [plain, plain]])["called"] == 0.25
+    assert "called" not in describe([[plain]])
 
 
 def test_most_is_shown_of_what_the_rewards_like_and_the_gold_one_does_not():
