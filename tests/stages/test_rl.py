@@ -11,12 +11,17 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import VOCABULARY, make_model, save_folder, save_tokenizer
+import torch
+from tiny import END, VOCABULARY, certain, make_model, save_folder, save_tokenizer
 
+from llmkit.conversations import read_conversation
 from llmkit.errors import UserError
+from llmkit.model.folder import save_model
 from llmkit.model.reward import RewardModel, save_reward_model
+from llmkit.records import Row
 from llmkit.stages.rl import RlConfig, run
 from llmkit.tokenizer.chat import CHAT_SPECIALS
+from llmkit.tokenizer.encoding import load_tokenizer
 
 QUICK = ["--group", "8", "--batch-size", "4", "--max-tokens", "6", "--learning-rate", "0.003", "--warmup-steps", "2"]
 
@@ -139,6 +144,53 @@ def test_every_algorithm_runs(coin, problems, tmp_path, more):
     steps = [row for row in lines(tmp_path / "p" / "metrics.jsonl") if "reward" in row]
     assert len(steps) == 2 and all(row["logprob_difference_max"] < 1e-4 for row in steps)
     assert ("kl_per_attempt" in steps[0]) == ("kl_coef" in more)
+
+
+# ---- tools
+
+
+@pytest.fixture(scope="module")
+def unsure(tmp_path_factory) -> Path:
+    """An assistant that in one half of its answers calls the calculator and then says x, and says z in the other."""
+    folder = tmp_path_factory.mktemp("unsure")
+    save_tokenizer(folder, *CHAT_SPECIALS)
+    tokenizer = load_tokenizer(folder)
+    names = ("im_sep", "calc_start", "calc_end", "result_end", "im_end")
+    header, start, end, result_end, turn = (tokenizer.specials[f"<|{name}|>"] for name in names)
+    model = make_model(vocab_size=tokenizer.vocab_size, eos_token_id=(END, turn))
+    x, z = tokenizer.encode("xz")
+    certain(model, header, start, *tokenizer.encode("1+2"), end)
+    with torch.no_grad():
+        for place, (token, following) in enumerate([(result_end, x), (x, turn), (z, turn)], 20):
+            model.embed_tokens[token, place] = 1.0
+            model.lm_head[following, place] = 10.0
+        model.lm_head[z] += model.lm_head[start]
+    save_model(model, folder)
+    return folder
+
+
+def test_calls_are_learnt_from_what_follows_them(unsure, tmp_path):
+    rows = [{"prompt": f"Sum {i}", "answer": "x", "verifier": "exact"} for i in range(8)]
+    problems = write(tmp_path / "p.jsonl", *rows)
+    train(unsure, problems, tmp_path / "p", tools=("calc",), max_tokens=16, max_steps=6, learning_rate=0.05)
+    steps = [row for row in lines(tmp_path / "p" / "metrics.jsonl") if "reward" in row]
+    assert 0.2 < steps[0]["called"] < 0.8 and steps[-1]["called"] > 0.85
+    assert all(row["logprob_difference_max"] < 1e-4 for row in steps)
+    called = [row for row in lines(tmp_path / "p" / "rollouts.jsonl") if row["tool_calls"]]
+    for row in called:
+        given = [token for token, own in zip(row["token_ids"], row["sampled"], strict=True) if not own]
+        assert len(given) == 3 and chr(given[1] + 33) == "3"  # between its two tokens; bytes from 33 on come first
+        assert row["completion"] == "x" and row["reward"] == 1
+    answer = read_conversation(Row(called[0], "rollouts.jsonl", 1)).messages[-1]
+    assert [(part.kind, part.text) for part in answer.parts] == [("calc", "1+2"), ("result", "3"), ("text", "x")]
+
+
+def test_a_call_too_many_ends_an_attempt_and_is_judged_by_what_was_said(unsure, tmp_path):
+    rows = [{"prompt": f"Sum {i}", "answer": "z", "verifier": "exact"} for i in range(8)]
+    problems = write(tmp_path / "p.jsonl", *rows)
+    train(unsure, problems, tmp_path / "p", tools=("calc",), max_tokens=16, max_tool_calls=0)
+    ends = {row["finish_reason"]: row["reward"] for row in lines(tmp_path / "p" / "rollouts.jsonl")}
+    assert ends == {"tool_limit": 0, "stop": 1}
 
 
 # ---- a killed run
