@@ -11,6 +11,7 @@ tuning.save(work)
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -183,20 +184,33 @@ class Finetuning:
 
         They outlive a kill: they lie beside the checkpoints.
         """
-        self._best = Checkpoints(trainer.folder / "state" / "best")
-        kept = self._best.load()
-        best = -math.inf if kept is None else kept[1]["score"]
+        best = self._open_best(trainer.folder)
+        kept = best.load()
+        highest = -math.inf if kept is None else kept[1]["score"]
 
         def watched() -> Mapping[str, float]:
-            nonlocal best
-            assert self._best is not None
+            nonlocal highest
             scores = evaluate()
-            if score(scores) > best:
-                best = score(scores)
-                self._best.save(trainer.step, self._masters(), {"score": best}, wait=True)
+            if score(scores) > highest:
+                highest = score(scores)
+                best.save(trainer.step, self._masters(), {"score": highest}, wait=True)
             return scores
 
         return watched
+
+    def keep_now(self, trainer: Trainer) -> None:
+        """Keep the parameters as they are now for `save`, in place of those kept before."""
+        self._open_best(trainer.folder).save(trainer.step, self._masters(), {})
+
+    def forget_kept(self) -> None:
+        """Let `save` write the last parameters."""
+        if self._best is not None:
+            self._best.wait()
+            shutil.rmtree(self._best.folder, ignore_errors=True)
+
+    def _open_best(self, folder: Path) -> Checkpoints:
+        self._best = self._best or Checkpoints(folder / "state" / "best")
+        return self._best
 
     @property
     def best_step(self) -> int | None:
@@ -238,6 +252,8 @@ class Finetuning:
     def save(self, folder: Path, *, keep_adapter: bool = False) -> None:
         """Write the model in float32: the best parameters where there was a watch for them, else the last."""
         values = self._masters()
+        if self._best is not None:
+            self._best.wait()
         if self._best is not None and (kept := self._best.load()):
             values = kept[0]
         base = load_model(self.folder)

@@ -28,7 +28,7 @@ from llmkit.engine.schedule import Schedule
 from llmkit.errors import Interrupted, UserError
 from llmkit.kernels import keep_freed_memory
 from llmkit.progress import Progress, say
-from llmkit.rundir import MetricsLog, trim_metrics
+from llmkit.rundir import MetricsLog, read_metrics, trim_metrics
 
 # A batch is a tuple of arrays whose first dimension is rows; the trainer cuts it into micro-batches along that.
 Batch = tuple[Any, ...]
@@ -52,6 +52,8 @@ class TrainerSettings:
     spike_nats: float = 1.5
     spike_patience: int = 20
     updates_per_batch: int = 1
+    micro_batch_tokens: int | None = None  # fewer rows at a time where rows are so long that these are exceeded
+    memory_advice: str = "lower --sequence-length or --depth"
     shown: str = "loss"  # the metric beside the progress bar
     quiet: bool = False
 
@@ -83,7 +85,6 @@ class Trainer:
         self.evaluated_step = -1
         self.saved_step, self.saved_at = -1, time.monotonic()
         self.stopping = False  # set by an evaluation that has seen enough
-        self.describe_step: Callable[[], Mapping[str, float]] = dict  # more metrics of the step just made
 
     # ---- one step
 
@@ -111,12 +112,14 @@ class Trainer:
 
     def _backward(self, batch: Batch) -> tuple[float, int]:
         """Summed loss and targets, gradients accumulated; halves the micro-batch when memory runs out."""
-        rows = len(batch[0])
+        rows, at_once = len(batch[0]), self.micro_batch_rows
+        if self.settings.micro_batch_tokens is not None:
+            at_once = max(1, min(at_once, self.settings.micro_batch_tokens // batch[0].shape[1]))
         while True:
             try:
                 totals, targets = [], 0
-                for start in range(0, rows, self.micro_batch_rows):
-                    part = tuple(array[start : start + self.micro_batch_rows] for array in batch)
+                for start in range(0, rows, at_once):
+                    part = tuple(array[start : start + at_once] for array in batch)
                     loss, count = self.loss(self.model, part)
                     loss.backward()
                     self.optimizer.accumulate()
@@ -127,12 +130,12 @@ class Trainer:
                 if not _is_out_of_memory(error):
                     raise
                 self.optimizer.discard()
-                if self.micro_batch_rows == 1:
+                if at_once == 1:
                     raise UserError(
-                        "memory runs out with one sequence at a time; lower --sequence-length or --depth, "
+                        f"memory runs out with one sequence at a time; {self.settings.memory_advice}, "
                         "or use --activation-checkpointing"
                     ) from error
-                self.micro_batch_rows = max(1, min(self.micro_batch_rows, rows) // 2)
+                at_once = self.micro_batch_rows = max(1, min(at_once, rows) // 2)
                 say(f"memory ran out; micro-batch is now {self.micro_batch_rows} sequences", self.settings.quiet)
 
     def _guard(self, loss: float, norm: float) -> None:
@@ -166,17 +169,20 @@ class Trainer:
         seconds: float | None = None,
         evaluate: Callable[[], Mapping[str, float]] | None = None,
         sample: Callable[[], str] | None = None,
+        describe: Callable[[], Mapping[str, float]] | None = None,
+        evaluate_first: bool = False,
         flops_per_token: float | None = None,
         peak_flops: float | None = None,
     ) -> dict[str, float]:
-        """Train to `total_steps`, or until `seconds` of this run have passed, and return the last metrics.
+        """Train to `total_steps`, until `seconds` of this run have passed (after a step at least), or to the end of
+        the batches, and return the last metrics. `describe` gives more metrics of the step just made.
 
         With `seconds`, the clock is the progress that the learning rate follows: a machine that slows down half-way
         still ends in time with the rate at its end, but no two runs are equal.
         """
 
         def progress() -> float:
-            return self.elapsed / seconds if seconds is not None else self.step / (total_steps or 1)
+            return self.elapsed / max(seconds, 1e-9) if seconds is not None else self.step / (total_steps or 1)
 
         started, before = time.monotonic(), self.elapsed
         log = MetricsLog(self.folder / "metrics.jsonl")
@@ -184,9 +190,14 @@ class Trainer:
         batches = self.batches(self.step)
         with log, interruptible() as interrupted, Progress("training", 1.0, quiet=self.settings.quiet) as bar:
             bar.advance(progress())
+            if evaluate is not None and self._evaluation_due(evaluate_first) and self.evaluated_step != self.step:
+                self._evaluate(evaluate, log)
             while not self.stopping and (reached := progress()) < 1:
-                last = self.train_step(next(batches), reached)
-                last |= self.describe_step()
+                batch = next(batches, None)
+                if batch is None:
+                    break
+                last = self.train_step(batch, reached)
+                last |= describe() if describe is not None else {}
                 now = time.monotonic()
                 self.elapsed = before + now - started
                 if self.step % self.settings.log_every == 0:
@@ -204,6 +215,11 @@ class Trainer:
                 self._evaluate(evaluate, log)
         self.checkpoints.wait()
         return last
+
+    def _evaluation_due(self, first: bool) -> bool:
+        """Whether an evaluation belongs before the next step: one that a kill has prevented, or that of step 0."""
+        every = self.settings.eval_every
+        return first if self.step == 0 else every is not None and self.step % every == 0
 
     def _between_steps(
         self,
@@ -267,6 +283,7 @@ class Trainer:
         found = self.checkpoints.load()
         if found is None:  # killed before the first one: begin again
             trim_metrics(self.folder / "metrics.jsonl", 0)
+            self.evaluated_step = self._last_evaluation()
             return False
         tensors, state = found
         try:
@@ -280,7 +297,13 @@ class Trainer:
         )
         self.high_steps, self.saved_step = state["high_steps"], self.step
         trim_metrics(self.folder / "metrics.jsonl", self.step)
+        self.evaluated_step = self._last_evaluation()
         return True
+
+    def _last_evaluation(self) -> int:
+        """The step of the last evaluation that is on disk; -1 for none."""
+        rows = read_metrics(self.folder / "metrics.jsonl")
+        return max((row["step"] for row in rows if any(name.startswith("val_") for name in row)), default=-1)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from llmkit.errors import UserError
 from llmkit.problems import Problem
-from llmkit.rewards.reward import Attempt
+from llmkit.rewards.reward import Attempt, Reward
 
 SECONDS = 1.0  # for one completion: (a+)+$ on forty letters takes a day
 FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?```", re.DOTALL | re.IGNORECASE)
@@ -41,7 +41,7 @@ def matches_whole(pattern: Any, text: str) -> bool:
         return False
 
 
-class FormatReward:
+class FormatReward(Reward):
     """`format:REGEX`: 1 for a completion that matches as a whole, 0 for any other; an empty one has 0.
 
     White space around the completion does not count. A dot takes line breaks only with (?s).
@@ -51,32 +51,20 @@ class FormatReward:
         self.name = f"format:{pattern}"
         self._pattern = compiled(pattern, f"--reward {self.name}")
 
-    def check(self, problem: Problem) -> None:
-        """Any problem will do."""
-
     def score(self, attempts: Sequence[Attempt]) -> list[float]:
         """1.0 or 0.0 for each attempt."""
         said = [one.completion.strip() for one in attempts]
         return [float(bool(text) and matches_whole(self._pattern, text)) for text in said]
 
-    def close(self) -> None:
-        """Nothing to release."""
 
-
-class LengthReward:
+class LengthReward(Reward):
     """`length`: the share of --max-tokens that was sampled, 0 to 1; a negative weight makes for brevity."""
 
     name = "length"
 
-    def check(self, problem: Problem) -> None:
-        """Any problem will do."""
-
     def score(self, attempts: Sequence[Attempt]) -> list[float]:
         """Sampled tokens over those that could have been."""
         return [one.token_count / one.max_tokens for one in attempts]
-
-    def close(self) -> None:
-        """Nothing to release."""
 
 
 # ---- the verifier regex

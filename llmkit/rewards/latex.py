@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from llmkit.errors import UserError
 from llmkit.problems import Problem, boxed
 
+START_SECONDS = 120  # sympy takes 1 to 3, and more on a busy machine
 LONGEST = 1000  # characters of an expression; answers of MATH have 70 at most
 SPACES = re.compile(r"\s+|\\[,;:! ]|~")
 BASE = re.compile(r"(?<=[0-9])_\{?\s*([0-9]+)")  # math-verify takes 1101_4 for 1101_9
@@ -23,7 +24,10 @@ LEFT_OPEN = re.compile(r"\b(?:or|not)\b|\\(?:lor|vee|neq?|neg|pm|mp)\b")
 
 
 class LatexComparer:
-    """Compares with a process that is started when it is first needed, and anew when it hangs."""
+    """Compares with a process that is started when it is first needed, and anew when it hangs or dies.
+
+    seconds  of one comparison; the process stops itself after 3 for each of two expressions and 3 to compare them
+    """
 
     def __init__(self, seconds: float = 10.0) -> None:
         self.seconds = seconds
@@ -55,27 +59,42 @@ class LatexComparer:
         return self._compare(answer, said)
 
     def _compare(self, answer: str, said: str) -> bool:
+        asked = json.dumps({"answer": answer, "said": said}) + "\n"
         with self._one_at_a_time:
-            process = self._process = self._process or self._start()
-            assert process.stdin is not None and process.stdout is not None
-            try:
-                process.stdin.write(json.dumps({"answer": answer, "said": said}) + "\n")
-                process.stdin.flush()
-            except BrokenPipeError:
-                self._end()
-                return False
-            with selectors.DefaultSelector() as selector:
-                selector.register(process.stdout, selectors.EVENT_READ)
-                line = process.stdout.readline() if selector.select(self.seconds) else ""
-            if not line:
-                self._end()
+            line = self._ask(asked)
+            if line == "":  # the process was dead, or died of it
+                line = self._ask(asked)
             return line == "true\n"
+
+    def _ask(self, asked: str) -> str | None:
+        """The line that comes back; "" from a process that ended, None from one that was ended for its time."""
+        process = self._process = self._process or self._start()
+        assert process.stdin is not None
+        try:
+            process.stdin.write(asked)
+            process.stdin.flush()
+            line = self._read(process, self.seconds)
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            self._end()
+        return line
+
+    @staticmethod
+    def _read(process: subprocess.Popen[str], seconds: float) -> str | None:
+        assert process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ)
+            return process.stdout.readline() if selector.select(seconds) else None
 
     def _start(self) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "llmkit.rewards.latex_worker"]
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1
         )
+        if self._read(process, START_SECONDS) != "ready\n":
+            process.kill()
+            raise UserError("the verifier 'latex': math-verify does not start; try python -c 'import math_verify'")
         return process
 
     def _end(self) -> None:

@@ -1,4 +1,4 @@
-"""Compares LaTeX in a process of its own: {"answer", "said"} a line comes in, true or false a line goes out.
+"""Compares LaTeX in a process of its own: "ready" when it is, then {"answer", "said"} a line in, true or false out.
 
 Started by `LatexComparer`, which ends it when an expression takes too long. math-verify parses with the grammar of
 latex2sympy; its other parser, which lets sympy evaluate Python, is not used.
@@ -33,6 +33,9 @@ def main() -> None:
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     logging.disable()
+    import math_verify  # noqa: F401  the first comparison would pay for it
+
+    print("ready", flush=True)
     for line in sys.stdin:
         try:
             right = same(**json.loads(line))

@@ -19,6 +19,7 @@ WEIGHT = re.compile(
 def parse_rewards(
     specs: Sequence[str],
     *,
+    flag: str = "--reward",
     sandbox: str = "auto",
     timeout: float = 10.0,
     batch_timeout: float = 600.0,
@@ -27,6 +28,7 @@ def parse_rewards(
 ) -> list[Weighted]:
     """The rewards of `--reward verifier --reward length:-0.1`; a number after the last colon is the weight.
 
+    flag              that they come from, for errors
     sandbox, timeout  of unit tests: "auto" or "none", and seconds for those of one completion
     batch_timeout     seconds that a command has for a batch
     device, dtype     of reward models
@@ -36,12 +38,12 @@ def parse_rewards(
     builders: list[tuple[Callable[[], Reward], float]] = []
     names: set[str] = set()
     for text in specs:
-        spec, weight = _weighted(text)
+        spec, weight = _weighted(text, flag)
         if spec in names:
-            raise UserError(f"--reward: expected each reward once, found {spec} twice")
+            raise UserError(f"{flag}: expected each reward once, found {spec} twice")
         names.add(spec)
         kind = re.split("[:=]", spec, maxsplit=1)[0]
-        rest, where = spec[len(kind) + 1 :], f"--reward {text}"
+        rest, where = spec[len(kind) + 1 :], f"{flag} {text}"
         if kind == "verifier" and not spec.startswith("verifier:"):
             build = _verifier(rest if spec != kind else None, where, sandbox != "none", timeout)
         elif kind in ("rm", "spread") and rest and ":" in spec:
@@ -55,18 +57,18 @@ def parse_rewards(
         elif spec == "length":
             build = _length
         else:
-            raise UserError(f"--reward {text or repr(text)}: expected {EXPECTED}")
+            raise UserError(f"{flag} {text or repr(text)}: expected {EXPECTED}")
         builders.append((build, weight))
     return [Weighted(build(), weight) for build, weight in builders]
 
 
-def _weighted(text: str) -> tuple[str, float]:
+def _weighted(text: str, flag: str) -> tuple[str, float]:
     found = WEIGHT.fullmatch(text)
     if not found:
         return text, 1.0
     weight = float(found[2])
     if not math.isfinite(weight) or weight == 0:
-        raise UserError(f"--reward {text}: expected a weight that is finite and not 0, found {found[2]}")
+        raise UserError(f"{flag} {text}: expected a weight that is finite and not 0, found {found[2]}")
     return found[1], weight
 
 

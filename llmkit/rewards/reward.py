@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from llmkit.errors import UserError
 from llmkit.problems import Problem
+
+if TYPE_CHECKING:
+    from llmkit.tokenizer.encoding import Tokenizer  # brings numpy, which a mistyped SPEC does without
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,22 +31,28 @@ class Attempt:
     max_tokens: int
 
 
-class Reward(Protocol):
-    """A way to judge attempts; `name` is its key in logs, such as "verifier" or "rm:judge/"."""
+class Reward:
+    """A way to judge attempts.
+
+    name      its key in logs, such as "verifier" or "rm:judge/"
+    verifies  whether 1 means right and 0 wrong
+    """
 
     name: str
+    verifies = False
 
     def check(self, problem: Problem) -> None:
         """Raise UserError where this problem cannot be judged; asked of every problem before training."""
-        ...
+
+    def check_policy(self, tokenizer: Tokenizer) -> None:
+        """Raise UserError where attempts of a policy with this tokenizer cannot be judged."""
 
     def score(self, attempts: Sequence[Attempt]) -> list[float]:
         """A finite number for each attempt, in their order. Raises UserError where the reward itself fails."""
-        ...
+        raise NotImplementedError
 
     def close(self) -> None:
         """Release processes and memory."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -54,15 +63,14 @@ class Weighted:
     weight: float
 
 
-def total(parts: Mapping[str, Sequence[float]], weighted: Sequence[Weighted]) -> list[float]:
-    """The weighted sum for each attempt of what each reward gave, by its name.
+def total(parts: Sequence[Mapping[str, float]], weighted: Sequence[Weighted]) -> list[float]:
+    """The weighted sum for each attempt of what each reward gave it, by its name.
 
     Raises UserError for a number that is not finite.
     """
-    columns = [[one.weight * value for value in parts[one.reward.name]] for one in weighted]
-    for one, column in zip(weighted, columns, strict=True):
-        finite(column, f"--reward {one.reward.name}")
-    return [math.fsum(row) for row in zip(*columns, strict=True)]
+    for one in weighted:
+        finite([given[one.reward.name] for given in parts], f"--reward {one.reward.name}")
+    return [math.fsum(one.weight * given[one.reward.name] for one in weighted) for given in parts]
 
 
 def finite(values: Sequence[float], what: str) -> list[float]:

@@ -12,14 +12,13 @@ from llmkit.engine.devices import choose_device, choose_dtype
 from llmkit.engine.reward_scoring import Scorer
 from llmkit.errors import UserError
 from llmkit.model.reward import load_reward_model
-from llmkit.problems import Problem
 from llmkit.records import Row
-from llmkit.rewards.reward import Attempt, finite
+from llmkit.rewards.reward import Attempt, Reward, finite
 from llmkit.tokenizer.chat import ChatFormat
 from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
 
 
-class ModelReward:
+class ModelReward(Reward):
     """The score of a reward model, the mean of its heads; a truncated completion is scored as it stands."""
 
     KIND = "rm"
@@ -35,16 +34,13 @@ class ModelReward:
         self.heads = len(model.score)
         self._scorer = Scorer(model, chat, chat.end_id)
 
-    def check_vocabulary(self, tokenizer: Tokenizer) -> None:
+    def check_policy(self, tokenizer: Tokenizer) -> None:
         """Raise UserError where the policy's tokens are not the reward model's."""
         if not self.tokenizer.same_vocabulary(tokenizer):
             raise UserError(
                 f"--reward {self.name}: expected the vocabulary of {tokenizer.path.parent} "
                 f"({tokenizer.vocab_size} tokens), found another ({self.tokenizer.vocab_size}); train the judge from it"
             )
-
-    def check(self, problem: Problem) -> None:
-        """Any problem will do; a prompt that is too long is cut at its beginning."""
 
     def score(self, attempts: Sequence[Attempt]) -> list[float]:
         """The reward of each. Raises UserError for a completion that does not fit the model's context."""

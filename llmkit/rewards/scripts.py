@@ -24,9 +24,8 @@ import orjson
 
 from llmkit.conversations import as_record
 from llmkit.errors import UserError
-from llmkit.problems import Problem
 from llmkit.records import kind_of
-from llmkit.rewards.reward import Attempt, finite
+from llmkit.rewards.reward import Attempt, Reward, finite
 
 
 def record_of(attempt: Attempt) -> dict[str, Any]:
@@ -42,15 +41,12 @@ def record_of(attempt: Attempt) -> dict[str, Any]:
     }
 
 
-class CommandReward:
+class CommandReward(Reward):
     """`cmd:COMMAND`: a process for each batch, which must answer within `seconds`."""
 
     def __init__(self, command: str, seconds: float) -> None:
         self.name, self.seconds = f"cmd:{command}", seconds
         self._words = split_command(command)
-
-    def check(self, problem: Problem) -> None:
-        """Any problem will do."""
 
     def score(self, attempts: Sequence[Attempt]) -> list[float]:
         """The numbers that the command printed. Raises UserError where it fails, hangs or prints anything else."""
@@ -106,9 +102,6 @@ class CommandReward:
             raise UserError(f'{where}: expected a number or {{"reward": number}}, found {kind_of(value)}')
         return float(value)
 
-    def close(self) -> None:
-        """Nothing to release: each process ends with its batch."""
-
 
 def split_command(command: str) -> list[str]:
     """The words of a command. Raises UserError where its program cannot be run."""
@@ -136,16 +129,13 @@ def _last_line(stderr: bytes | None) -> str:
     return f": {lines[-1].strip()[:300]}" if lines else ""
 
 
-class FunctionReward:
+class FunctionReward(Reward):
     """`py:FILE.py:FUNCTION`: a function of the user's, called once for each completion."""
 
     def __init__(self, path: str, function: str) -> None:
         self.name = f"py:{path}:{function}"
         self._path = str(Path(path).resolve())
         self._function = self._load(path, function)
-
-    def check(self, problem: Problem) -> None:
-        """Any problem will do."""
 
     def score(self, attempts: Sequence[Attempt]) -> list[float]:
         """What the function gives. Raises UserError with file and line of the user's code where it raises."""
@@ -187,6 +177,3 @@ class FunctionReward:
         place = f"{self._path}:{lines[-1]}" if lines else self._path
         told = " ".join(str(error).split())[:300]
         return UserError(f"--reward {self.name}: {place}: {type(error).__name__}: {told}")
-
-    def close(self) -> None:
-        """Nothing to release."""

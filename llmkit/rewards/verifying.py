@@ -19,7 +19,7 @@ from llmkit.rewards.code import CodeTests, has_tests
 from llmkit.rewards.forms import check_pattern, check_schema, is_pattern_met, is_schema_met
 from llmkit.rewards.latex import LatexComparer
 from llmkit.rewards.numbers import last_number, only_number, same_number, whole_number
-from llmkit.rewards.reward import Attempt
+from llmkit.rewards.reward import Attempt, Reward
 from llmkit.rewards.statements import chosen, marked, plain, says, unasked
 
 SOLUTIONS = ("solution", "chain_of_thought", "rationale")
@@ -151,17 +151,19 @@ def verifier_of(problem: Problem) -> str:
     return "exact" if whole_number(answer) is None else "number"
 
 
-class VerifierReward:
+class VerifierReward(Reward):
     """1 for a right completion, 0 for any other.
 
     forced   the verifier for all problems
     sandbox  whether unit tests run in the sandbox, for `seconds` at most
     """
 
+    verifies = True
+
     def __init__(self, forced: str | None = None, *, sandbox: bool = True, seconds: float = 10.0) -> None:
         self.name = "verifier" if forced is None else f"verifier={forced}"
         self._forced = forced
-        self._tests, self._latex = CodeTests(sandbox, seconds), LatexComparer(seconds)
+        self._tests, self._latex = CodeTests(sandbox, seconds), LatexComparer()
         self._verifiers = {**TEXT_VERIFIERS, "latex": Verifier(self._latex.check, self._latex.is_right)}
 
     def check(self, problem: Problem) -> None:

@@ -1,7 +1,7 @@
 """Attempts at problems by the policy as it is now, and what they are worth.
 
-actor = Actor(model, tokenizer, rewards, Asking(group=8, max_tokens=64, seed=0), slots=64)
-rollouts = actor.attempt([asked_problem], step=3, first_group=24)
+actor = Actor(model, tokenizer, rewards, slots=64)
+groups = actor.attempt([encoded_problem], RolloutSettings(group_size=8, max_tokens=64), step=3, first_group=24)
 """
 
 from __future__ import annotations
@@ -12,29 +12,30 @@ from dataclasses import dataclass
 
 import torch
 
+from llmkit.conversations import Part
 from llmkit.engine.devices import is_small, one_thread
-from llmkit.engine.generation import Generator, Request
+from llmkit.engine.generation import Completion, Generator, Request
 from llmkit.engine.sampling import Sampling
 from llmkit.engine.tool_calls import ToolUse
 from llmkit.model.transformer import Transformer
-from llmkit.rewards import Attempt, Weighted
-from llmkit.rl.asking import AskedProblem
+from llmkit.rewards import Attempt, Weighted, total
+from llmkit.rl.prompts import EncodedProblem
 from llmkit.rl.rollouts import Rollout
 from llmkit.tokenizer.encoding import Tokenizer
 
 
 @dataclass(frozen=True)
-class Asking:
+class RolloutSettings:
     """How attempts are made.
 
-    group        attempts at each problem
+    group_size   attempts at each problem
     max_tokens   of an attempt
     temperature  of sampling; nothing is truncated, so that log-probabilities are those of what was drawn from
     stop         strings that end an attempt, beside the model's end tokens
     seed         with a group's number and a sample's, of the random numbers
     """
 
-    group: int
+    group_size: int
     max_tokens: int
     temperature: float = 1.0
     stop: tuple[str, ...] = ()
@@ -62,58 +63,88 @@ class Actor:
         self.model, self.tokenizer, self.rewards = model, tokenizer, list(rewards)
         self._slots, self._name, self._tools = slots, name, tools
         self._small = is_small(model.config.parameter_count, model.embed_tokens.device)
+        self._generator: tuple[RolloutSettings, Generator] | None = None
         self.tokens, self.seconds, self.judging = 0, 0.0, 0.0
 
+    def renew(self) -> None:
+        """Forget the weights: a decoder holds them as they were when it was made."""
+        self._generator = None
+
     def attempt(
-        self, asked: Sequence[AskedProblem], how: Asking, *, step: int, first_group: int
+        self, problems: Sequence[EncodedProblem], settings: RolloutSettings, *, step: int, first_group: int
     ) -> list[list[Rollout]]:
         """The groups of attempts at some problems, judged. Raises UserError where a reward fails."""
         started = time.monotonic()
-        requests = [
-            Request(one.prompt_ids, how.group, how.max_tokens, how.seed, first_group + i, one.problem.where)
-            for i, one in enumerate(asked)
-        ]
         with torch.inference_mode(), one_thread(self._small):
-            # a new decoder each time: it holds weights as they were when it was made
-            generator = Generator(
-                self.model,
-                self.tokenizer,
-                Sampling(how.temperature),
-                slots=min(self._slots, how.group * len(asked)),
-                stop=how.stop,
-                name=self._name,
-                tools=self._tools,
+            generator = self._generator_for(settings)
+            before = generator.tokens
+            requests = (
+                Request(
+                    one.prompt_ids,
+                    settings.group_size,
+                    settings.max_tokens,
+                    settings.seed,
+                    first_group + i,
+                    one.problem.where,
+                )
+                for i, one in enumerate(problems)
             )
             made = list(generator.complete(requests))
         groups = [
             [
-                Rollout(one.problem, one.prompt_ids, completion, step, first_group + i, sample)
+                Rollout(
+                    one.problem,
+                    one.prompt_ids,
+                    completion,
+                    step,
+                    first_group + i,
+                    sample,
+                    parts=self._parts(completion),
+                )
                 for sample, completion in enumerate(completions)
             ]
-            for i, (one, completions) in enumerate(zip(asked, made, strict=True))
+            for i, (one, completions) in enumerate(zip(problems, made, strict=True))
         ]
-        if self._tools is not None:
-            for rollout in (rollout for group in groups for rollout in group if rollout.completion.tool_calls):
-                made = rollout.completion
-                rollout.parts = self._tools.parts(made.token_ids, made.sampled, made.tool_calls)
-        self.tokens += generator.tokens
+        self.tokens += generator.tokens - before
         self.seconds += time.monotonic() - started
         started = time.monotonic()
-        judge([rollout for group in groups for rollout in group], self.rewards, how.max_tokens)
+        rollouts = [rollout for group in groups for rollout in group]
+        parts = score(rollouts, self.rewards, settings.max_tokens)
+        for rollout, rewards, reward in zip(rollouts, parts, total(parts, self.rewards), strict=True):
+            rollout.rewards, rollout.reward = rewards, reward
         self.judging += time.monotonic() - started
         return groups
 
+    def _generator_for(self, settings: RolloutSettings) -> Generator:
+        if self._generator is None or self._generator[0] != settings:
+            self._generator = (
+                settings,
+                Generator(
+                    self.model,
+                    self.tokenizer,
+                    Sampling(settings.temperature),
+                    slots=self._slots,
+                    stop=settings.stop,
+                    name=self._name,
+                    tools=self._tools,
+                ),
+            )
+        return self._generator[1]
 
-def judge(rollouts: Sequence[Rollout], rewards: Sequence[Weighted], max_tokens: int) -> None:
-    """Give every attempt its rewards, by name, and their weighted sum."""
+    def _parts(self, made: Completion) -> tuple[Part, ...]:
+        if self._tools is None or not made.tool_calls:
+            return ()
+        return self._tools.parts(made.token_ids, made.sampled, made.tool_calls)
+
+
+def score(rollouts: Sequence[Rollout], rewards: Sequence[Weighted], max_tokens: int) -> list[dict[str, float]]:
+    """What each reward gives each attempt, by the reward's name."""
     attempts = [as_attempt(rollout, max_tokens) for rollout in rollouts]
-    for weighted in rewards:
-        for rollout, value in zip(rollouts, weighted.reward.score(attempts), strict=True):
-            rollout.rewards[weighted.reward.name] = value
-            rollout.reward += weighted.weight * value
+    columns = {weighted.reward.name: weighted.reward.score(attempts) for weighted in rewards}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def as_attempt(rollout: Rollout, max_tokens: int) -> Attempt:
     """What a reward sees of an attempt."""
     made = rollout.completion
-    return Attempt(rollout.problem, made.text, rollout.sampled, made.finish_reason, max_tokens)
+    return Attempt(rollout.problem, made.text, rollout.token_count, made.finish_reason, max_tokens)

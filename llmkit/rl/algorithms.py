@@ -10,9 +10,11 @@ and the loss of a batch is a weighted mean over tokens; `weighting` says how.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+
+from llmkit.errors import UserError
 
 SMALLEST_DEVIATION = 1e-6  # of rewards; below it, all are equal
 
@@ -56,6 +58,22 @@ ALGORITHMS = {
     # Zheng et al. 2025 (arXiv 2507.18071), sections 4.1 and 5.1
     "gspo": Algorithm("group", "group", "sequence", ratio="sequence", clip=(3e-4, 4e-4)),
 }
+
+
+def adapted(name: str, overlong: str, clip_low: float | None, clip_high: float | None) -> Algorithm:
+    """An algorithm as the user wants it: `overlong` "auto" and bounds of None leave it as it is.
+
+    Raises UserError for a bound where nothing is clipped.
+    """
+    algorithm = ALGORITHMS[name]
+    if overlong != "auto":
+        algorithm = replace(algorithm, overlong=overlong)
+    if clip_low is None and clip_high is None:
+        return algorithm
+    if algorithm.clip is None:
+        raise UserError(f"--clip-low, --clip-high: --algo {name} does not clip")
+    low, high = algorithm.clip
+    return replace(algorithm, clip=(clip_low or low, clip_high or high))
 
 
 def advantages(algorithm: Algorithm, rewards: Sequence[Sequence[float]]) -> list[np.ndarray]:

@@ -10,49 +10,49 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmkit.data.batches import shuffled
-from llmkit.errors import UserError
 from llmkit.model.transformer import Transformer
-from llmkit.rl.actor import Actor, Asking
+from llmkit.rewards import Weighted
+from llmkit.rl.actor import Actor, RolloutSettings
 from llmkit.rl.algorithms import Algorithm, advantages, is_informative, token_weights
-from llmkit.rl.asking import AskedProblem
 from llmkit.rl.policy_loss import PolicyLoss, reference_logprobs
+from llmkit.rl.prompts import EncodedProblem
 from llmkit.rl.rollouts import Rollout, RolloutLog
 from llmkit.rl.rows import PolicyRows, pack_rollouts
 
 OVERLONG_BUFFER = 0.2  # share of the longest attempt over which a penalty grows to 1: DAPO's 4,096 of 20,480
-REFERENCE_TOKENS = 8192  # at once, without gradients
-DRAWS_WITHOUT_SIGNAL = 8  # rounds of attempts, all worth the same within their groups, after which a run stops
+ROUNDS_WITHOUT_SIGNAL = 8  # of attempts, all worth the same within their groups, after which a run ends
 
 
 @dataclass(frozen=True)
 class BatchSettings:
     """How batches are made.
 
-    problems      of a step
-    refill        at most so many times as many more, in place of groups whose rewards are all equal
-    kl_coef       weight of the divergence from the reference
-    share         whether a prompt is computed once for all attempts at it, by a mask that only torch's attention takes
+    problems       of a step
+    refill         at most so many times as many more, in place of groups whose rewards are all equal
+    kl_coef        weight of the divergence from the reference
+    share_prompts  whether a prompt is computed once for all attempts at it, by a mask that only torch's attention takes
     """
 
     problems: int
     refill: float
     kl_coef: float
-    share: bool
+    share_prompts: bool
     seed: int
 
 
 class Collector:
     """Makes the batches of a run, each from the policy as it is then.
 
-    `figures` tells of the last batch: rewards, success, lengths, groups, what sampling cost.
+    `figures` tells of the last batch: rewards, success, lengths, groups, what sampling cost; `rollouts` are its
+    attempts, `groups` how many groups the run has sampled. `ended` says in words why there is no further batch.
     """
 
     def __init__(
         self,
         actor: Actor,
-        asked: Sequence[AskedProblem],
+        problems: Sequence[EncodedProblem],
         algorithm: Algorithm,
-        how: Asking,
+        rollout_settings: RolloutSettings,
         settings: BatchSettings,
         *,
         loss: PolicyLoss,
@@ -60,45 +60,54 @@ class Collector:
         pad: int,
         reference: Transformer | None = None,
     ) -> None:
-        self._actor, self._asked, self._algorithm, self._how, self._settings = actor, asked, algorithm, how, settings
+        self._actor, self._problems, self._algorithm = actor, problems, algorithm
+        self._rollout_settings, self._settings = rollout_settings, settings
         self._loss, self._log, self._pad, self._reference = loss, log, pad, reference
-        self._quiet_rounds = 0
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))  # of an epoch
+        self.groups = 0
         self.figures: dict[str, float] = {}
-        self.rollouts: list[Rollout] = []  # of the last batch
+        self.rollouts: list[Rollout] = []
+        self.ended: str | None = None
         self.handed_over = time.monotonic()
 
-    def batches(self, step: int) -> Iterator[PolicyRows]:
-        """The batches from a step on, each made when it is asked for."""
-        while True:
-            yield self.collect(step)
-            step += 1
+    def batches(self, steps: int) -> Iterator[PolicyRows]:
+        """The batches that follow so many steps, each made when it is asked for, until nothing can be learnt."""
+        self.groups = self._log.trim(steps)
+        while (batch := self._collect(steps + 1)) is not None:
+            self._loss.start(len(batch.token_ids), self.rollouts)
+            self.handed_over = time.monotonic()
+            yield batch
+            steps += 1
 
-    def collect(self, step: int) -> PolicyRows:
-        """The batch of a step. Raises UserError where rewards do not tell attempts apart."""
-        tokens, seconds, judging = self._actor.tokens, self._actor.seconds, self._actor.judging
+    def _collect(self, step: int) -> PolicyRows | None:
+        actor, settings, max_tokens = self._actor, self._settings, self._rollout_settings.max_tokens
+        tokens, seconds, judging = actor.tokens, actor.seconds, actor.judging
+        actor.renew()
         groups, all_groups = self._sample(step)
+        if not groups:
+            self.ended = self._nothing_to_learn(all_groups)
+            return None
         rollouts = [rollout for group in groups for rollout in group]
         if self._reference is not None:
-            how, share = self._how, self._settings.share
-            reference_logprobs(self._reference, rollouts, how.temperature, share, REFERENCE_TOKENS)
+            temperature = self._rollout_settings.temperature
+            reference_logprobs(self._reference, rollouts, temperature, settings.share_prompts)
         self._set_advantages(groups)
         trained = [rollout for rollout in rollouts if rollout.trained]
-        weights = token_weights(self._algorithm.weighting, [one.sampled for one in trained], self._how.max_tokens)
-        batch, _ = pack_rollouts(trained, weights.tolist(), self._pad, self._settings.share)
+        weights = token_weights(self._algorithm.weighting, [one.token_count for one in trained], max_tokens)
+        batch, _ = pack_rollouts(trained, weights.tolist(), self._pad, settings.share_prompts)
         self.rollouts = [rollout for group in all_groups for rollout in group]
         self._log.write(self.rollouts)
-        self._loss.start(len(batch.token_ids))
-        spent = self._actor.seconds - seconds
+        sampled, spent = actor.tokens - tokens, actor.seconds - seconds
         self.figures = {
-            **describe(all_groups),
+            **describe(all_groups, self._actor.rewards),
             "groups": len(all_groups),
             "groups_without_signal": sum(not is_informative(_rewards(group)) for group in all_groups),
-            "sampled_tokens": self._actor.tokens - tokens,
-            "sampled_tokens_per_second": round((self._actor.tokens - tokens) / max(spent, 1e-9), 1),
+            "sampled_tokens": sampled,
+            "sampled_tokens_per_second": round(sampled / max(spent, 1e-9), 1),
             "sampling_seconds": round(spent, 3),
-            "judging_seconds": round(self._actor.judging - judging, 3),
+            "judging_seconds": round(actor.judging - judging, 3),
+            "batch_tokens": batch.tokens,
         }
-        self.handed_over = time.monotonic()
         return batch
 
     def example(self) -> str:
@@ -107,47 +116,52 @@ class Collector:
         return f"{first.problem.prompt} -> {first.completion.text} ({first.reward:g})"
 
     def _sample(self, step: int) -> tuple[list[list[Rollout]], list[list[Rollout]]]:
-        """The groups to train on, and all that were sampled for them."""
+        """The groups to train on, none where no round had one, and all that were sampled for them."""
         settings, every, useful = self._settings, [], []
         allowed, count = round(settings.problems * (1 + settings.refill)), settings.problems
-        while True:
-            groups = self._attempts(step, count)
-            every += groups
-            useful += [group for group in groups if _tells_apart(group)]
-            if not useful:
-                self._note_quiet_round(every)
-                continue
-            self._quiet_rounds = 0
-            missing, left = settings.problems - len(useful), allowed - len(every)
-            if missing <= 0 or left <= 0:
+        for _ in range(ROUNDS_WITHOUT_SIGNAL):
+            while count > 0:
+                groups = self._attempts(step, count)
+                every += groups
+                useful += [group for group in groups if _tells_apart(group)]
+                if not useful:
+                    break
+                missing, left = settings.problems - len(useful), allowed - len(every)
+                count = min(left, math.ceil(missing * len(every) / len(useful)))
+            if useful:
                 break
-            count = min(left, math.ceil(missing * len(every) / len(useful)))
         used = useful[: settings.problems]
         numbers = {group[0].group for group in used}
         for rollout in (rollout for group in every for rollout in group):
             rollout.trained &= rollout.group in numbers
         return used, every
 
-    def _note_quiet_round(self, groups: Sequence[Sequence[Rollout]]) -> None:
-        self._quiet_rounds += 1
-        if self._quiet_rounds < DRAWS_WITHOUT_SIGNAL:
-            return
-        figures = describe(groups)
-        raise UserError(
-            f"all attempts at a problem have been worth the same in {self._quiet_rounds} rounds (the mean reward is "
-            f"{figures['reward']:.3g}), so there is nothing to learn; give problems that are sometimes solved, more "
-            "attempts (--group), or more --max-tokens"
+    def _nothing_to_learn(self, groups: Sequence[Sequence[Rollout]]) -> str:
+        figures = describe(groups, self._actor.rewards)
+        advice = "harder problems, or more attempts (--group)"
+        if figures["reward"] <= min(_rewards(groups[0])) and figures.get("success", 0.0) < 0.5:
+            advice = "problems that are sometimes solved, or more attempts (--group)"
+        if figures["cut"] > 0:
+            advice += ", or more --max-tokens"
+        return (
+            f"nothing left to learn: all attempts at each of {len(groups)} problems were worth the same (the mean "
+            f"reward is {figures['reward']:.3g}); give {advice}"
         )
 
     def _attempts(self, step: int, count: int) -> list[list[Rollout]]:
-        first, total = self._log.groups, len(self._asked)
-        orders = {epoch: shuffled(total, self._settings.seed, epoch) for epoch in _epochs(first, count, total)}
-        asked = [self._asked[orders[number // total][number % total]] for number in range(first, first + count)]
-        groups = self._actor.attempt(asked, self._how, step=step, first_group=first)
-        self._log.groups += count
+        problems = [self._problem(number) for number in range(self.groups, self.groups + count)]
+        groups = self._actor.attempt(problems, self._rollout_settings, step=step, first_group=self.groups)
+        self.groups += count
         for rollout in (rollout for group in groups for rollout in group):
-            handle_overlong(rollout, self._algorithm.overlong, self._how.max_tokens)
+            handle_overlong(rollout, self._algorithm.overlong, self._rollout_settings.max_tokens)
         return groups
+
+    def _problem(self, number: int) -> EncodedProblem:
+        """The problem of a group; in every epoch they have another order."""
+        epoch, place = divmod(number, len(self._problems))
+        if self._order[0] != epoch:
+            self._order = epoch, shuffled(len(self._problems), self._settings.seed, epoch)
+        return self._problems[self._order[1][place]]
 
     def _set_advantages(self, groups: Sequence[Sequence[Rollout]]) -> None:
         penalty = self._settings.kl_coef if self._algorithm.kl == "reward" else 0.0
@@ -155,10 +169,6 @@ class Collector:
         for group, found in zip(groups, advantages(self._algorithm, worth), strict=True):
             for rollout, advantage in zip(group, found.tolist(), strict=True):
                 rollout.advantage = advantage
-
-
-def _epochs(first: int, count: int, total: int) -> range:
-    return range(first // total, (first + count - 1) // total + 1)
 
 
 def _rewards(group: Sequence[Rollout]) -> list[float]:
@@ -171,10 +181,10 @@ def _tells_apart(group: Sequence[Rollout]) -> bool:
 
 def _divergence(rollout: Rollout) -> float:
     """log(policy / reference) of a whole attempt, whose mean is the divergence."""
-    if rollout.reference is None:
+    if rollout.reference_logprobs is None:
         return 0.0
     chosen = np.array(rollout.completion.sampled, bool)
-    return float((np.array(rollout.completion.logprobs) - rollout.reference)[chosen].sum())
+    return float((np.array(rollout.completion.logprobs) - rollout.reference_logprobs)[chosen].sum())
 
 
 def handle_overlong(rollout: Rollout, overlong: str, max_tokens: int) -> None:
@@ -184,28 +194,30 @@ def handle_overlong(rollout: Rollout, overlong: str, max_tokens: int) -> None:
         rollout.trained = rollout.completion.finish_reason != "length"
     elif overlong == "penalise":
         buffer = max(1.0, OVERLONG_BUFFER * max_tokens)
-        beyond = rollout.sampled - (max_tokens - buffer)
+        beyond = rollout.token_count - (max_tokens - buffer)
         over = min(1.0, max(0.0, beyond / buffer))
         rollout.reward -= over
 
 
-def describe(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
-    """Figures of groups of attempts: the mean `reward`, its standard error over groups and its parts, `length` in
-    tokens, `cut` (share that was), `called` (share that called a tool, where any did), and where there is a verifier
-    `success` and `pass_at_group` (share of groups with a right attempt)."""
+def describe(groups: Sequence[Sequence[Rollout]], rewards: Sequence[Weighted]) -> dict[str, float]:
+    """Figures of groups of attempts: the mean `reward` and its parts, `length` in tokens, `cut` (share that was),
+    `called` (share that called a tool, where any did), and where a reward verifies `success` and `pass_at_group` (share
+    of groups with a right attempt)."""
     every = [rollout for group in groups for rollout in group]
-    found = {"reward": float(np.mean(_rewards(every))), "length": float(np.mean([one.sampled for one in every]))}
-    means = [float(np.mean(_rewards(group))) for group in groups]
-    found["reward_se"] = float(np.std(means) / math.sqrt(len(means)))
-    found["cut"] = float(np.mean([one.completion.finish_reason == "length" for one in every]))
+    found = {
+        "reward": np.mean(_rewards(every)),
+        "length": np.mean([one.token_count for one in every]),
+        "cut": np.mean([one.completion.finish_reason == "length" for one in every]),
+    }
     called = [bool(one.completion.tool_calls) for one in every]
     if any(called):
-        found["called"] = float(np.mean(called))
-    for name in every[0].rewards:
-        found[f"reward/{name}"] = float(np.mean([one.rewards[name] for one in every]))
-    verifier = next((name for name in every[0].rewards if name.split("=")[0] == "verifier"), None)
+        found["called"] = np.mean(called)
+    for weighted in rewards:
+        name = weighted.reward.name
+        found[f"reward/{name}"] = np.mean([one.rewards[name] for one in every])
+    verifier = next((weighted.reward.name for weighted in rewards if weighted.reward.verifies), None)
     if verifier is not None:
         right = [[one.rewards[verifier] >= 1.0 for one in group] for group in groups]
-        found["success"] = float(np.mean([one for group in right for one in group]))
-        found["pass_at_group"] = float(np.mean([any(group) for group in right]))
-    return {name: round(value, 5) for name, value in found.items()}
+        found["success"] = np.mean([one for group in right for one in group])
+        found["pass_at_group"] = np.mean([any(group) for group in right])
+    return {name: round(float(value), 5) for name, value in found.items()}

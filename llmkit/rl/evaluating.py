@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from llmkit.rewards import Weighted
-from llmkit.rl.actor import Actor, Asking, as_attempt
-from llmkit.rl.asking import AskedProblem
+from llmkit.rewards import Weighted, total
+from llmkit.rl.actor import Actor, RolloutSettings, score
 from llmkit.rl.collecting import describe
+from llmkit.rl.prompts import EncodedProblem
 from llmkit.rl.rollouts import Rollout
 
 FIRST_GROUP = 1 << 62  # request numbers of an evaluation, which no group in training has
@@ -24,23 +24,26 @@ class HeldOut:
     `rollouts` and `gold_rewards` are those of the last evaluation.
     """
 
-    def __init__(self, actor: Actor, asked: Sequence[AskedProblem], how: Asking, gold: Weighted | None = None) -> None:
-        self._actor, self._asked, self._how, self._gold = actor, list(asked), how, gold
+    def __init__(
+        self,
+        actor: Actor,
+        problems: Sequence[EncodedProblem],
+        settings: RolloutSettings,
+        gold: Weighted | None = None,
+    ) -> None:
+        self._actor, self._problems, self._settings, self._gold = actor, list(problems), settings, gold
         self.rollouts: list[Rollout] = []
         self.gold_rewards: list[float] = []
 
     def evaluate(self) -> dict[str, float]:
         """`val_reward`, `val_success`, `val_length` and others of `describe`; with a gold reward `val_gold` and its
         standard error over problems, `val_gold_se`."""
-        training = self._actor.model.training
-        self._actor.model.eval()
-        groups = self._actor.attempt(self._asked, self._how, step=0, first_group=FIRST_GROUP)
-        self._actor.model.train(training)
+        self._actor.renew()
+        groups = self._actor.attempt(self._problems, self._settings, step=0, first_group=FIRST_GROUP)
         self.rollouts = [rollout for group in groups for rollout in group]
-        found = {f"val_{name}": value for name, value in describe(groups).items()}
+        found = {f"val_{name}": value for name, value in describe(groups, self._actor.rewards).items()}
         if self._gold is not None:
-            attempts = [as_attempt(rollout, self._how.max_tokens) for rollout in self.rollouts]
-            self.gold_rewards = [self._gold.weight * value for value in self._gold.reward.score(attempts)]
+            self.gold_rewards = total(score(self.rollouts, [self._gold], self._settings.max_tokens), [self._gold])
             means = np.array(self.gold_rewards).reshape(len(groups), -1).mean(1)
             found["val_gold"] = round(float(means.mean()), 5)
             found["val_gold_se"] = round(float(means.std() / math.sqrt(len(means))), 5)

@@ -6,54 +6,65 @@ The guards see metrics alone, so that a resumed run feeds them the rows of `metr
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 
-from llmkit.errors import UserError
 
-
-def check_difference(figures: Mapping[str, float], bound: float) -> None:
-    """Raise UserError where the sampler's log-probabilities are not the trainer's: the loss would be biased."""
+def difference_beyond(figures: Mapping[str, float], bound: float) -> str | None:
+    """In words, that the sampler's log-probabilities are not the trainer's, which biases the loss; None within
+    `bound` nats a token in the mean."""
     gap = figures["logprob_difference"]
-    if not gap <= bound:
-        raise UserError(
-            f"sampler and trainer disagree: their log-probabilities differ by {gap:.2g} nats a token in the mean, and "
-            f"--max-difference is {bound:g}; use --dtype float32, or tell us"
-        )
+    if gap <= bound:
+        return None
+    return (
+        f"sampler and trainer disagree: their log-probabilities differ by {gap:.2g} nats a token in the mean, and "
+        f"--max-difference is {bound:g}"
+    )
 
 
 class CollapseGuard:
     """Tells when the rewards of training have fallen beyond noise.
 
-    Compared are means over WINDOW steps. A collapse is a fall from the best of them by more than 6 standard errors and
-    by more than half of what had been gained since the first, seen WINDOW times in succession.
+    Compared are means over WINDOW steps. A collapse is a fall from the best of them by more than ERRORS standard
+    errors, by more than half of what had been gained since the first, and by more than a quarter of the best, seen
+    WINDOW times in succession. The error is that of the difference of two such means, from the median change between
+    neighbouring steps, in which what is learnt slowly has little part.
     """
 
-    WINDOW = 5
+    WINDOW, ERRORS = 5, 6.0
 
     def __init__(self, rows: Iterable[Mapping[str, float]] = ()) -> None:
-        self._recent: deque[tuple[float, float]] = deque(maxlen=self.WINDOW)
-        self._first = self._best = math.nan
-        self._low_steps = 0
+        self._rewards: list[float] = []
+        self._best, self._low_steps = -math.inf, 0
         for row in rows:
             if "reward" in row:
                 self.note(row)
 
+    @property
+    def is_best(self) -> bool:
+        """Whether the mean of the last steps is the highest so far."""
+        return len(self._rewards) >= self.WINDOW and self._mean(-self.WINDOW, None) == self._best
+
+    def _mean(self, start: int | None, stop: int | None) -> float:
+        part = self._rewards[start:stop]
+        return sum(part) / len(part)
+
     def note(self, figures: Mapping[str, float]) -> str | None:
         """See the figures of a step; in words what has collapsed, or None."""
-        self._recent.append((figures["reward"], figures["reward_se"]))
-        if len(self._recent) < self.WINDOW:
+        self._rewards.append(figures["reward"])
+        if len(self._rewards) < self.WINDOW:
             return None
-        mean = sum(reward for reward, _ in self._recent) / self.WINDOW
-        error = math.sqrt(sum(se * se for _, se in self._recent)) / self.WINDOW
-        if math.isnan(self._first):
-            self._first = self._best = mean
+        mean = self._mean(-self.WINDOW, None)
         self._best = max(self._best, mean)
-        low = self._best - mean > max(6 * error, (self._best - self._first) / 2, 1e-6)
+        changes = sorted(abs(b - a) for a, b in pairwise(self._rewards))
+        deviation = changes[len(changes) // 2] / 0.954  # the median of |x - y| of two normal numbers, in deviations
+        noise = self.ERRORS * deviation * math.sqrt(2 / self.WINDOW)
+        gained = self._best - self._mean(0, self.WINDOW)
+        low = self._best - mean > max(noise, gained / 2, abs(self._best) / 4, 1e-6)
         self._low_steps = self._low_steps + 1 if low else 0
-        if self._low_steps >= self.WINDOW:
-            return f"the mean reward of {self.WINDOW} steps has fallen from {self._best:.3g} to {mean:.3g}"
-        return None
+        if self._low_steps < self.WINDOW:
+            return None
+        return f"the mean reward of {self.WINDOW} steps has fallen from {self._best:.3g} to {mean:.3g}"
 
 
 class HackWatch:

@@ -19,6 +19,7 @@ from llmkit.rl.algorithms import Algorithm
 from llmkit.rl.rollouts import Rollout
 from llmkit.rl.rows import PolicyRows, pack_rollouts
 
+TOKENS_AT_ONCE = 8192  # of a reference, without gradients
 LARGEST_LOG_RATIO = 20.0  # exp of more overflows a sum in float32
 
 
@@ -30,21 +31,22 @@ class PolicyLoss:
                  divergence"), which is never negative; not here where the algorithm has it in the reward
     with_reference  whether the attempts know their log-probabilities under a reference
 
-    `figures` tells of the batch since `start`: `entropy` (nats a token), `kl` to the reference, where there is one,
-    and `policy_kl` to the policy that sampled (both k3), `clipped` (share of tokens), `ratio`, `logprob_difference` and
-    `logprob_difference_max`: how far the sampler's log-probabilities are from ours before the first update.
+    `figures` tells of the batch since `start`: `entropy` (nats a token), `policy_kl` to the policy that sampled,
+    `clipped` (share of tokens), `ratio`, where there is a reference `kl` to it (nats a token) and `kl_per_attempt`;
+    before the first update, `logprob_difference` and `logprob_difference_max`: how far the sampler's log-probabilities
+    are from ours. Divergences are estimated by k3.
     """
 
     def __init__(self, algorithm: Algorithm, temperature: float, kl_coef: float, with_reference: bool) -> None:
         self.temperature, self.clip, self.with_reference = temperature, algorithm.clip, with_reference
         self.kl_coef = kl_coef if algorithm.kl == "loss" else 0.0
         self._by_sequence = algorithm.ratio == "sequence"
-        self._rows = self._seen = 0
+        self._rows = self._seen = self._attempts = 0
         self._sums: dict[str, float] = {}
 
-    def start(self, rows: int) -> None:
-        """A new batch of so many rows, which is gone through once or several times."""
-        self._rows, self._seen = rows, 0
+    def start(self, rows: int, rollouts: Sequence[Rollout]) -> None:
+        """A new batch of so many rows, made of these attempts, which is gone through once or several times."""
+        self._rows, self._seen, self._attempts = rows, 0, max(1, sum(rollout.trained for rollout in rollouts))
         self._sums = dict.fromkeys(("targets", "entropy", "kl", "policy_kl", "clipped", "ratio", "first", "gap"), 0.0)
         self._sums["largest"] = 0.0
 
@@ -56,14 +58,15 @@ class PolicyLoss:
             return torch.from_numpy(array[where]).to(logprobs)
 
         sampled, advantage, weight = picked(batch.logprobs), picked(batch.advantages), picked(batch.weights)
-        reference = picked(batch.reference_logprobs)
         log_ratio = (logprobs - sampled).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
         ratio = (_sequence_means(log_ratio, batch, where) if self._by_sequence else log_ratio).exp()
         gain = ratio * advantage
         if self.clip is not None:
             gain = torch.minimum(gain, ratio.clamp(1 - self.clip[0], 1 + self.clip[1]) * advantage)
         loss = -gain
-        divergence = _k3(reference - logprobs)
+        divergence = torch.zeros_like(loss)
+        if self.with_reference:
+            divergence = _k3(picked(batch.reference_logprobs) - logprobs)
         if self.kl_coef:
             loss = loss + self.kl_coef * divergence
         with torch.no_grad():
@@ -76,10 +79,11 @@ class PolicyLoss:
     ) -> None:
         sums, count = self._sums, len(gap)
         sums["targets"] += count
-        for name, values in (("kl", kl), ("policy_kl", policy_kl), ("clipped", clipped), ("ratio", ratio)):
+        for name, values in (("policy_kl", policy_kl), ("clipped", clipped), ("ratio", ratio)):
             sums[name] += float(values.sum())
         if self._seen < self._rows:
             sums["first"] += count
+            sums["kl"] += float(kl.sum())
             sums["entropy"] += float(entropy.sum())
             sums["gap"] += float(gap.abs().sum())
             sums["largest"] = max(sums["largest"], float(gap.abs().max()) if count else 0.0)
@@ -90,10 +94,10 @@ class PolicyLoss:
         """What the batch was like; see the class."""
         sums = self._sums
         targets, first = max(1.0, sums["targets"]), max(1.0, sums["first"])
-        found = {name: sums[name] / targets for name in ("kl", "policy_kl", "clipped", "ratio")}
+        found = {name: sums[name] / targets for name in ("policy_kl", "clipped", "ratio")}
         found |= {"entropy": sums["entropy"] / first, "logprob_difference": sums["gap"] / first}
-        if not self.with_reference:
-            del found["kl"]
+        if self.with_reference:
+            found |= {"kl": sums["kl"] / first, "kl_per_attempt": sums["kl"] / self._attempts}
         return {**found, "logprob_difference_max": sums["largest"]}
 
 
@@ -114,18 +118,18 @@ def target_logprobs(model: Transformer, batch: PolicyRows, temperature: float) -
 
 @torch.no_grad()
 def reference_logprobs(
-    reference: Transformer, rollouts: Sequence[Rollout], temperature: float, share: bool, tokens_at_once: int
+    reference: Transformer, rollouts: Sequence[Rollout], temperature: float, share_prompts: bool
 ) -> None:
     """Give every attempt the log-probabilities of its tokens under another model."""
-    rows, places = pack_rollouts(rollouts, [1.0] * len(rollouts), 0, share)
+    rows, places = pack_rollouts(rollouts, [1.0] * len(rollouts), 0, share_prompts)
     found = np.zeros_like(rows.logprobs)
-    rows_at_once = max(1, tokens_at_once // rows.token_ids.shape[1])
+    rows_at_once = max(1, TOKENS_AT_ONCE // rows.token_ids.shape[1])
     for start in range(0, len(found), rows_at_once):
         part = PolicyRows(*(array[start : start + rows_at_once] for array in rows))
         logprobs, _, where = target_logprobs(reference, part, temperature)
         found[start : start + rows_at_once][where] = logprobs.float().cpu().numpy()
     for rollout, place in zip(rollouts, places, strict=True):
-        rollout.reference = found[place.row, place.completion]
+        rollout.reference_logprobs = found[place.row, place.completion]
 
 
 def _k3(log_ratio: Tensor) -> Tensor:

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 
 from llmkit.engine.speed import batch_seconds
 from llmkit.progress import duration, quantity
-from llmkit.rl.actor import Actor, Asking
+from llmkit.rl.actor import Actor, RolloutSettings
 from llmkit.rl.algorithms import is_informative
-from llmkit.rl.asking import AskedProblem
-from llmkit.rl.collecting import describe
+from llmkit.rl.collecting import describe, handle_overlong
 from llmkit.rl.policy_loss import PolicyLoss
+from llmkit.rl.prompts import EncodedProblem
 from llmkit.rl.rows import pack_rollouts
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """Figures of the attempts of one step (see `describe`), how many of its groups tell attempts apart, the seconds of
-    its attempts and of an update, and the tokens that are trained on."""
+    """Figures of the attempts of one step (see `describe`), how many `groups` there are and how many tell attempts
+    apart, the seconds of sampling and judging and those of a forward and backward pass, and the tokens of that."""
 
     figures: dict[str, float]
     groups: int
@@ -29,37 +29,45 @@ class Rehearsal:
     tokens: int
 
     def lines(self, steps: int | None, updates: int, memory: float) -> list[str]:
-        """What a user wants to know before a run of so many steps, which takes `memory` bytes."""
+        """What a user wants to know before a run of so many steps, whose training takes `memory` bytes."""
         figures = self.figures
-        solved = (
-            ""
-            if "success" not in figures
-            else (
+        solved = ""
+        if "success" in figures:
+            solved = (
                 f"; {figures['success']:.1%} of the attempts are right, and {figures['pass_at_group']:.1%} of the "
                 "problems are solved by one of them"
             )
-        )
         step = self.sampling_seconds + updates * self.training_seconds
-        whole = "" if steps is None else f", {duration(steps * step)} for {steps} steps"
+        whole = "" if steps is None else f", {duration(steps * step)} or more for {steps} steps"
         return [
             f"a step tried: mean reward {figures['reward']:.3g}, length {figures['length']:.1f} tokens, "
             f"{figures['cut']:.0%} cut{solved}",
             f"{self.informative} of {self.groups} groups tell attempts apart",
-            f"about {memory / 1e9:.2f} GB of memory; a step takes {self.sampling_seconds:.1f} s of sampling and "
-            f"{updates * self.training_seconds:.1f} s of training on {quantity(self.tokens)} tokens{whole}",
+            f"about {memory / 1e9:.2f} GB of memory for training; a step takes {self.sampling_seconds:.1f} s of "
+            f"sampling and judging and {updates * self.training_seconds:.1f} s of training on {quantity(self.tokens)} "
+            f"tokens{whole}",
         ]
 
 
 def rehearse(
-    actor: Actor, asked: Sequence[AskedProblem], how: Asking, loss: PolicyLoss, micro_batch_rows: int, share: bool
+    actor: Actor,
+    problems: Sequence[EncodedProblem],
+    settings: RolloutSettings,
+    loss: PolicyLoss,
+    overlong: str,
+    micro_batch_tokens: int,
+    share_prompts: bool,
 ) -> Rehearsal:
     """Make the attempts of a step and compute its gradient, and change nothing."""
     started = time.monotonic()
-    groups = actor.attempt(asked, how, step=0, first_group=0)
+    groups = actor.attempt(problems, settings, step=0, first_group=0)
     sampling = time.monotonic() - started
     rollouts = [rollout for group in groups for rollout in group]
-    rows, _ = pack_rollouts(rollouts, [1.0] * len(rollouts), 0, share)
-    loss.start(len(rows.token_ids))
-    training = batch_seconds(actor.model, loss, rows, micro_batch_rows, actor.model.embed_tokens.device)
+    for rollout in rollouts:
+        handle_overlong(rollout, overlong, settings.max_tokens)
+    rows, _ = pack_rollouts(rollouts, [1.0] * len(rollouts), 0, share_prompts)
+    loss.start(len(rows.token_ids), rollouts)
+    rows_at_once = max(1, micro_batch_tokens // rows.token_ids.shape[1])
+    training = batch_seconds(actor.model, loss, rows, rows_at_once, actor.model.embed_tokens.device)
     informative = sum(is_informative([one.reward for one in group]) for group in groups)
-    return Rehearsal(describe(groups), len(groups), informative, sampling, training, rows.token_ids.size)
+    return Rehearsal(describe(groups, actor.rewards), len(groups), informative, sampling, training, rows.tokens)

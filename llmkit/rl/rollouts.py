@@ -27,13 +27,14 @@ ROLLOUTS = "rollouts.jsonl"
 class Rollout:
     """One attempt at a problem.
 
+    step       of training that it is for, from 1; 0 in an evaluation
     group      number of the group, counted over the whole run; all attempts of a group answer one prompt
     rewards    by name, without their weights
     reward     their weighted sum, and what overlong handling takes away
     trained    whether it has a part in the loss
     parts      texts, calls and results, where a tool was called
-    reference  float32, log-probability of each token of the completion under the reference; None without one
     advantage  of every token of it
+    reference_logprobs  float32, of each token of the completion under the reference; None without one
     """
 
     problem: Problem
@@ -44,7 +45,7 @@ class Rollout:
     sample: int
     rewards: dict[str, float] = field(default_factory=dict)
     reward: float = 0.0
-    reference: np.ndarray | None = None
+    reference_logprobs: np.ndarray | None = None
     advantage: float = 0.0
     trained: bool = True
     parts: tuple[Part, ...] = ()
@@ -55,7 +56,7 @@ class Rollout:
         return [*self.prompt_ids, *self.completion.token_ids]
 
     @property
-    def sampled(self) -> int:
+    def token_count(self) -> int:
         """Tokens that the policy chose."""
         return sum(self.completion.sampled)
 
@@ -90,17 +91,21 @@ class Rollout:
 
 
 class RolloutLog:
-    """The log of a run. Each step's lines are on disk before its update is."""
+    """The log of a run. A step's lines are on disk before its update is."""
 
-    def __init__(self, path: Path, steps: int) -> None:
-        """Go on after `steps` steps: lines of later ones, which a killed run has left, are dropped."""
-        self.path, self.groups, self.problems = path, 0, 0
-        if path.exists():
-            with atomic_file(path) as kept:
-                for line, record in _whole_lines(path):
-                    if record["step"] < steps:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def trim(self, steps: int) -> int:
+        """Drop what a killed run has left of later steps, and half a line; the number of the next group."""
+        groups = 0
+        if self.path.exists():
+            with atomic_file(self.path) as kept:
+                for line, record in _whole_lines(self.path):
+                    if record["step"] <= steps:
                         kept.write(line)
-                        self.groups = record["group"] + 1
+                        groups = record["group"] + 1
+        return groups
 
     def write(self, rollouts: Iterable[Rollout]) -> None:
         """Add the attempts of a step."""

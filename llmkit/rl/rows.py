@@ -40,6 +40,11 @@ class PolicyRows(NamedTuple):
     weights: np.ndarray
     reference_logprobs: np.ndarray
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that are computed, without padding."""
+        return int((self.doc_ids > 0).sum())
+
 
 class Place(NamedTuple):
     """Where an attempt stands: its row, and where the tokens of its completion are predicted."""
@@ -49,13 +54,13 @@ class Place(NamedTuple):
 
 
 def pack_rollouts(
-    rollouts: Sequence[Rollout], weights: Sequence[float], pad: int, share: bool
+    rollouts: Sequence[Rollout], weights: Sequence[float], pad: int, share_prompts: bool
 ) -> tuple[PolicyRows, list[Place]]:
     """Whole attempts in rows, and the place of each; `weights` of the tokens of each.
 
-    With `share` a prompt stands once before neighbouring attempts at it, else before each of them.
+    With `share_prompts` a prompt stands once before neighbouring attempts at it, else before each of them.
     """
-    units, length = _units(rollouts, share)
+    units, length = _units(rollouts, share_prompts)
     bins = best_fit([_size([rollouts[i] for i in unit]) for unit in units], length)
     shape = len(bins), length
     integers = (np.zeros(shape, dtype) for dtype in (np.int32, np.int32, np.int64, np.int32))
@@ -96,14 +101,14 @@ def _fill(rows: PolicyRows, place: Place, rollout: Rollout, weight: float) -> No
     rows.logprobs[place] = rollout.completion.logprobs
     rows.advantages[place] = rollout.advantage
     rows.weights[place] = weight
-    if rollout.reference is not None:
-        rows.reference_logprobs[place] = rollout.reference
+    if rollout.reference_logprobs is not None:
+        rows.reference_logprobs[place] = rollout.reference_logprobs
 
 
-def _units(rollouts: Sequence[Rollout], share: bool) -> tuple[list[list[int]], int]:
+def _units(rollouts: Sequence[Rollout], share_prompts: bool) -> tuple[list[list[int]], int]:
     """Attempts by number that stand behind one prompt, and the length of a row."""
     longest = max(_size([rollout]) for rollout in rollouts)
-    if not share:
+    if not share_prompts:
         return [[index] for index in range(len(rollouts))], max(longest, LONGEST_ROW)
     groups = [list(group) for _, group in groupby(range(len(rollouts)), key=lambda index: rollouts[index].group)]
     largest = max(_size([rollouts[i] for i in group]) for group in groups)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llmkit.engine.trainer import Trainer
+from llmkit.errors import UserError
 from llmkit.progress import say
 from llmkit.rl.collecting import Collector
 from llmkit.rl.evaluating import HeldOut
-from llmkit.rl.guards import CollapseGuard, HackWatch, check_difference
+from llmkit.rl.guards import CollapseGuard, HackWatch, difference_beyond
 from llmkit.rl.policy_loss import PolicyLoss
+
+COLLAPSED = "collapsed"
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,9 @@ class Limits:
 
 
 class Watch:
-    """Watches a trainer.
+    """Watches a run.
 
-    rows  of the metrics of the run that is resumed
+    rows  of its metrics so far, where it is resumed
     `stopped` says in words why training has ended before its horizon.
     """
 
@@ -43,34 +46,52 @@ class Watch:
         rows = list(rows)
         self._trainer, self._collector, self._loss, self._limits = trainer, collector, loss, limits
         self._collapse, self._hack = CollapseGuard(rows), HackWatch(rows)
-        self.stopped: str | None = None
         self._warned = False
-        trainer.describe_step = self.describe_step
+        self._stopped: str | None = None
 
-    def describe_step(self) -> dict[str, float]:
-        """The metrics of the step just made: rewards, lengths, divergences, costs. Raises UserError where sampler and
-        trainer disagree."""
+    @property
+    def stopped(self) -> str | None:
+        """Why the run has ended before its horizon; None where it has not."""
+        return self._stopped or self._collector.ended
+
+    def describe(self) -> dict[str, float]:
+        """The metrics of the step just made: rewards, lengths, divergences, costs. Stops the run where it should end.
+
+        Raises UserError, after a checkpoint, where sampler and trainer disagree.
+        """
         seconds, loss, batch = time.monotonic() - self._collector.handed_over, self._loss.figures, self._collector
-        check_difference(loss, self._limits.difference)
-        trained = sum(len(rollout.token_ids) for rollout in batch.rollouts if rollout.trained)
+        tokens = self._trainer.settings.updates_per_batch * batch.figures["batch_tokens"]
         found = {
             **batch.figures,
             **{name: float(f"{value:.6g}") for name, value in loss.items()},
             "training_seconds": round(seconds, 3),
-            "trained_tokens_per_second": round(
-                self._trainer.settings.updates_per_batch * trained / max(seconds, 1e-9), 1
-            ),
+            "trained_tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
         }
-        limits = self._limits
-        if "kl" in loss:
-            found["kl_per_attempt"] = float(f"{loss['kl'] * batch.figures['length']:.6g}")
-        if limits.kl is not None and found["kl_per_attempt"] > limits.kl:
-            self._stop(f"the policy is {found['kl_per_attempt']:.3g} nats an attempt from its beginning (--max-kl)")
-        if limits.reward is not None and found["reward"] >= limits.reward:
-            self._stop(f"the mean reward is {found['reward']:.3g} (--max-reward)")
-        if collapsed := self._collapse.note(found):
-            self._stop(f"collapsed: {collapsed}; try a lower --learning-rate")
+        self._check(found)
         return found
+
+    def _check(self, figures: Mapping[str, float]) -> None:
+        limits = self._limits
+        if apart := difference_beyond(figures, limits.difference):
+            self._trainer.save(wait=True)
+            place = self._trainer.checkpoints.folder
+            raise UserError(f"{apart}; saved in {place}; --resume with a higher bound, or begin again in float32")
+        if limits.kl is not None and figures["kl_per_attempt"] > limits.kl:
+            self._stop(f"the policy is {figures['kl_per_attempt']:.3g} nats an attempt from its beginning (--max-kl)")
+        if limits.reward is not None and figures["reward"] >= limits.reward:
+            self._stop(f"the mean reward is {figures['reward']:.3g} (--max-reward)")
+        if collapsed := self._collapse.note(figures):
+            self._stop(f"{COLLAPSED}: {collapsed}; try a lower --learning-rate")
+
+    @property
+    def has_collapsed(self) -> bool:
+        """Whether the run was stopped because its rewards had fallen."""
+        return self._stopped is not None and self._stopped.startswith(COLLAPSED)
+
+    @property
+    def at_its_best(self) -> bool:
+        """Whether the rewards of the last steps are the highest so far."""
+        return self._collapse.is_best
 
     def evaluation(self, held_out: HeldOut, stop_on_hack: bool) -> Callable[[], dict[str, float]]:
         """What evaluates the policy; with `stop_on_hack` it ends the run where the reward is gamed."""
@@ -88,6 +109,13 @@ class Watch:
         return evaluate
 
     def _stop(self, reason: str) -> None:
-        if self.stopped is None:
+        if self._stopped is None:
             say(f"stopping after step {self._trainer.step}: {reason}")
-            self.stopped, self._trainer.stopping = reason, True
+            self._stopped, self._trainer.stopping = reason, True
+
+
+def last_figures(rows: Sequence[Mapping[str, Any]], kept_step: int | None) -> dict[str, Any]:
+    """The last of each figure of training, and those of the evaluation whose parameters were kept."""
+    kept = (row for row in rows if row["step"] == kept_step)
+    last = {name: value for row in rows for name, value in row.items()}
+    return last | {name: value for row in kept for name, value in row.items() if name.startswith("val_")}

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from llmkit.config import ToolConfig, TuningConfig, argument, as_options, check_one_horizon, lasting_options, option
 from llmkit.errors import UserError
 from llmkit.problems import read_problems
 from llmkit.progress import quantity, say
-from llmkit.rundir import MetricsLog, RunFolder, check_model_folder, read_metrics
+from llmkit.rundir import RunFolder, check_model_folder, read_metrics
 from llmkit.stream import check_inputs, names_of, open_output
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llmkit.engine.finetuning import Finetuning
     from llmkit.rewards import Weighted
     from llmkit.rl.algorithms import Algorithm
-    from llmkit.rl.asking import AskedProblem
+    from llmkit.rl.prompts import EncodedProblem
 
 STARTED = time.monotonic()  # a time budget covers the start-up, too
 # of AdamW at a width of 256; docs/experiments.md, "Reinforcement learning"
@@ -31,9 +31,8 @@ MICRO_BATCH_TOKENS = 8192
 KL_COEF = 0.05  # against a reward model
 STEPS = 300  # against a reward model: beyond a few hundred it is gamed
 EPOCHS = 1.0
-WARMUP_STEPS = (
-    10  # at least: the first full step of Adam goes by signs alone and cost a model two thirds of its success
-)
+WARMUP_STEPS = 10  # at least: Adam's first steps go by signs alone, and cost a model two thirds of its success
+KEEP_EVERY = 10  # steps between parameters kept against a collapse, where nothing is held out
 DIFFERENCES = {"torch.float32": 1e-3, "torch.bfloat16": 0.05}  # usual are 1e-6 and 5e-3 nats a token
 DISAGREEMENTS = 20  # attempts shown that a reward and the gold one differ about
 RESULTS = ("reward", "success", "val_reward", "val_success", "val_gold")
@@ -86,6 +85,7 @@ class RlConfig(TuningConfig, ToolConfig):
         "Stop where log-probabilities of sampler and trainer differ by more [0.001; bfloat16 0.05].",
         group="Algorithm",
         above=0,
+        free=True,
     )
 
     group: int = option(8, "Attempts at each problem.", group="Attempts", at_least=2, at_most=4096)
@@ -107,12 +107,17 @@ class RlConfig(TuningConfig, ToolConfig):
 
     gold: str | None = option(None, "Watch this reward, which is not trained on.", group="Watch", metavar="KIND")
     stop_on_hack: bool = option(False, "Stop where the reward rises and the gold one falls.", group="Watch", free=True)
-    max_kl: float | None = option(None, "Stop at this divergence, nats an attempt.", group="Watch", above=0)
+    max_kl: float | None = option(None, "Stop at this divergence, nats an attempt.", group="Watch", above=0, free=True)
     max_reward: float | None = option(None, "Stop at this mean reward.", group="Watch", free=True)
     eval_samples: int = option(1, "Attempts at each held-out problem; 1: the likeliest.", group="Watch", at_least=1)
 
-    epochs: float | None = option(None, "Go through the problems this often [1].", group="Horizon", above=0)
+    epochs: float | None = option(
+        None, "Go through the problems this often, those of refills not counted [1].", group="Horizon", above=0
+    )
     time_budget: float | None = option(None, "Be done in this time.", group="Horizon", unit="duration", above=0)
+
+    compile: str = "off"  # of the trainer's options: rows differ in length from step to step, and it was never tried
+    workers: None = None  # of those, too: batches are made of the model as it is, not ahead of time
 
     def reads_stdin(self) -> bool:
         """Whether stdin is the input."""
@@ -158,117 +163,125 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     from llmkit.engine.scaling import training_bytes
     from llmkit.engine.schedule import Schedule
     from llmkit.engine.tool_calls import open_tools
-    from llmkit.rl.actor import Actor, Asking
-    from llmkit.rl.asking import digest
+    from llmkit.rewards.reward_models import ModelReward
+    from llmkit.rl.actor import Actor, RolloutSettings
     from llmkit.rl.collecting import BatchSettings, Collector
     from llmkit.rl.evaluating import HeldOut
     from llmkit.rl.policy_loss import PolicyLoss
+    from llmkit.rl.prompts import digest
     from llmkit.rl.rehearsing import rehearse
     from llmkit.rl.rollouts import ROLLOUTS, RolloutLog
-    from llmkit.rl.rows import LONGEST_ROW
-    from llmkit.rl.watching import Limits, Watch
+    from llmkit.rl.watching import Limits, Watch, last_figures
 
     # load
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     tuning = _load(config, device, dtype)
-    rewards, gold = _rewards(config, tuning, stack)
-    asked = _ask(config, config.data or ("-",), tuning, rewards)
-    tried = _ask(config, config.val, tuning, [*rewards, *gold]) if config.val else []
+    rewards, gold = _rewards(config, stack)
+    problems = _problems(config, config.data or ("-",), tuning, rewards)
+    held_out = _problems(config, config.val, tuning, [*rewards, *gold]) if config.val else []
 
     # build
-    plan = _plan(config, len(asked))
+    plan = _plan(config, len(problems), rewards)
     reference = tuning.frozen_copy() if plan.kl_coef or config.max_kl is not None else None
     if config.lora_rank is not None:
         tuning.add_adapter(config.lora_rank, config.lora_alpha, config.lora_targets.split(","), config.seed)
-    _say_plan(config, plan, len(asked), tuning.trained_parameters)
+    _say_plan(config, plan, rewards, len(problems), tuning.trained_parameters)
     tools = open_tools(config, tuning.tokenizer, stack)
     actor = Actor(tuning.model, tuning.tokenizer, rewards, slots=config.slots, name=str(config.model), tools=tools)
     loss = PolicyLoss(plan.algorithm, config.temperature, plan.kl_coef, reference is not None)
-    asking = Asking(config.group, config.max_tokens, config.temperature, config.stop, config.seed)
-    micro_batch_rows, share = config.micro_batch_size or MICRO_BATCH_TOKENS // LONGEST_ROW, device.type == "cpu"
+    settings = RolloutSettings(config.group, config.max_tokens, config.temperature, config.stop, config.seed)
+    share_prompts = device.type == "cpu"
     if config.dry_run:
-        rehearsal = rehearse(actor, asked[: config.batch_size], asking, loss, micro_batch_rows, share)
-        memory = training_bytes(tuning.model.config, micro_batch_rows * LONGEST_ROW, tuning.trained_parameters)
-        memory += 4.0 * tuning.model.config.parameter_count * (reference is not None)
+        some, overlong = problems[: config.batch_size], plan.algorithm.overlong
+        rehearsal = rehearse(actor, some, settings, loss, overlong, MICRO_BATCH_TOKENS, share_prompts)
+        memory = training_bytes(tuning.model.config, MICRO_BATCH_TOKENS, tuning.trained_parameters)
+        memory += dtype.itemsize * tuning.model.config.parameter_count * (reference is not None)
         for line in rehearsal.lines(plan.steps, config.updates, memory):
             say(line, config.quiet)
         return None
-    identity = lasting_options(config) | {"the data": digest(asked)}
+    identity = lasting_options(config) | {"the data": digest(problems), "what is in --val": digest(held_out)}
     folder.notes(identity)
     folder.begin(identity)
-    optimizer = tuning.build_optimizer(
-        config.learning_rate, config.weight_decay, anchor=LEARNING_RATE, lora_anchor=LORA_LEARNING_RATE
-    )
-    warmup_steps = (
-        max(WARMUP_STEPS, (plan.steps or STEPS) // 20) if config.warmup_steps is None else config.warmup_steps
-    )
-    trainer = setup.build_trainer(
-        tuning.model,
-        optimizer,
-        Schedule(warmup_steps, config.decay_fraction),
-        batches=lambda step: collector.batches(step),
-        loss=loss,
-        micro_batch_rows=micro_batch_rows,
-        flops=0.0,
-        folder=folder.work,
-        # rows differ in length from step to step, and each length would be compiled anew
-        options=replace(config, compile="off") if config.compile == "auto" else config,
-        updates_per_batch=config.updates,
-        spike_nats=float("inf"),  # this loss does not measure progress
-        shown="reward",
-    )
-    log = RolloutLog(folder.work / ROLLOUTS, trainer.step)
     collector = Collector(
         actor,
-        asked,
+        problems,
         plan.algorithm,
-        asking,
-        BatchSettings(config.batch_size, config.refill, plan.kl_coef, share, config.seed),
+        settings,
+        BatchSettings(config.batch_size, config.refill, plan.kl_coef, share_prompts, config.seed),
         loss=loss,
-        log=log,
+        log=RolloutLog(folder.work / ROLLOUTS),
         pad=tuning.pad_id,
         reference=reference,
     )
+    trainer = setup.build_trainer(
+        tuning.model,
+        tuning.build_optimizer(
+            config.learning_rate, config.weight_decay, anchor=LEARNING_RATE, lora_anchor=LORA_LEARNING_RATE
+        ),
+        Schedule(plan.warmup_steps, config.decay_fraction),
+        batches=collector.batches,
+        loss=loss,
+        micro_batch_rows=config.micro_batch_size or MICRO_BATCH_TOKENS,
+        flops=0.0,
+        folder=folder.work,
+        options=config,
+        updates_per_batch=config.updates,
+        micro_batch_tokens=None if config.micro_batch_size else MICRO_BATCH_TOKENS,
+        memory_advice="lower --max-tokens",
+        spike_nats=float("inf"),  # this loss does not measure progress
+        shown="reward",
+    )
     limits = Limits(config.max_difference or DIFFERENCES[str(dtype)], config.max_kl, config.max_reward)
     watch = Watch(trainer, collector, loss, limits, read_metrics(folder.work / "metrics.jsonl"))
-    held_out, evaluate = None, None
-    if tried:
-        temperature = config.temperature if config.eval_samples > 1 else 0.0
-        how = replace(asking, group=config.eval_samples, temperature=temperature)
-        held_out = HeldOut(actor, tried, how, gold[0] if gold else None)
+    likeliest = {} if config.eval_samples > 1 else {"temperature": 0.0}
+    how = replace(settings, group_size=config.eval_samples, **likeliest)
+    tried = HeldOut(actor, held_out, how, gold[0] if gold else None)
+    evaluate = None
+    if held_out:
         figure = "val_gold" if gold else "val_reward"
-        evaluate = watch.evaluation(held_out, config.stop_on_hack)
+        evaluate = watch.evaluation(tried, config.stop_on_hack)
         evaluate = tuning.keep_best(trainer, evaluate, lambda scores: scores[figure])
 
+    def describe() -> dict[str, float]:
+        figures = watch.describe()
+        if not held_out and watch.at_its_best and trainer.step % KEEP_EVERY == 0:
+            tuning.keep_now(trainer)
+        return figures
+
     # train
-    if evaluate is not None and trainer.step == 0:
-        with MetricsLog(folder.work / "metrics.jsonl") as metrics:
-            metrics.write({"step": 0, **evaluate()})
     trainer.fit(
         total_steps=plan.steps,
         seconds=None if config.time_budget is None else config.time_budget - (time.monotonic() - STARTED),
         evaluate=evaluate,
+        evaluate_first=True,
         sample=collector.example,
+        describe=describe,
     )
+    if trainer.step == 0:
+        raise UserError(collector.ended or "no step was made")
+    if collector.ended:
+        say(f"stopping after step {trainer.step}: {collector.ended}")
+    if not held_out and not watch.has_collapsed:
+        tuning.forget_kept()
 
     # save
-    figures = _figures(read_metrics(folder.work / "metrics.jsonl"), tuning.best_step)
+    figures = last_figures(read_metrics(folder.work / "metrics.jsonl"), tuning.best_step)
     results = {
         "steps": trainer.step,
-        "attempts": log.groups * config.group,
+        "attempts": collector.groups * config.group,
         **{name: figures[name] for name in RESULTS if name in figures},
         "seconds": round(time.monotonic() - STARTED, 1),
         "kept_step": tuning.best_step,
         "stopped": watch.stopped,
     }
-    inputs = [path for path in config.data if path != "-"]
-    folder.document(
-        "rl", as_options(config), inputs=inputs, parents=[str(config.model)], results=results, curves=CURVES
-    )
-    if held_out is not None and gold:
+    inputs = [path for path in (*config.data, *config.val) if path != "-"]
+    judges = [weighted.reward.folder for weighted in (*rewards, *gold) if isinstance(weighted.reward, ModelReward)]
+    parents = [str(config.model), *judges]
+    folder.document("rl", as_options(config), inputs=inputs, parents=parents, results=results, curves=CURVES)
+    if tried.gold_rewards:
         with open_output(str(folder.work / "disagreements.jsonl"), force=True) as write:
-            for record in held_out.disagreements(DISAGREEMENTS):
+            for record in tried.disagreements(DISAGREEMENTS):
                 write(record)
     tuning.write_tokenizer(folder.work)
     tuning.save(folder.work)
@@ -276,13 +289,6 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
 
     # summarise
     return Summary(path=str(folder.out), **results)
-
-
-def _figures(rows: Sequence[Mapping[str, Any]], kept_step: int | None) -> dict[str, Any]:
-    """The last of each figure of training, and those of the evaluation whose parameters were kept."""
-    kept = (row for row in rows if row["step"] == kept_step)
-    last = {name: value for row in rows for name, value in row.items()}
-    return last | {name: value for row in kept for name, value in row.items() if name.startswith("val_")}
 
 
 # ---- what is asked for
@@ -296,8 +302,8 @@ def _check(config: RlConfig) -> None:
         raise UserError(f"{'--gold' if config.gold else '--eval-every'}: needs --val, problems to look at")
     if config.stop_on_hack and not (config.gold and config.eval_every):
         raise UserError("--stop-on-hack: needs --gold, a reward to watch, and --eval-every, how often to look")
-    if config.gold in config.reward:
-        raise UserError(f"--gold {config.gold}: expected a reward that is not trained on")
+    if not config.val and config.eval_samples > 1:
+        raise UserError("--eval-samples: needs --val, problems to try")
     check_inputs([*config.data, *config.val])
 
 
@@ -308,33 +314,32 @@ class Plan:
     algorithm: Algorithm
     kl_coef: float
     steps: int | None
+    warmup_steps: int
 
 
-def _plan(config: RlConfig, problems: int) -> Plan:
-    from llmkit.rl.algorithms import ALGORITHMS
+def _plan(config: RlConfig, problems: int, rewards: Sequence[Weighted]) -> Plan:
+    from llmkit.rewards.reward_models import ModelReward
+    from llmkit.rl.algorithms import adapted
 
-    algorithm = ALGORITHMS[config.algo]
-    if config.overlong != "auto":
-        algorithm = replace(algorithm, overlong=config.overlong)
-    if config.clip_low is not None or config.clip_high is not None:
-        if algorithm.clip is None:
-            raise UserError(f"--clip-low, --clip-high: --algo {config.algo} does not clip")
-        low, high = algorithm.clip
-        algorithm = replace(algorithm, clip=(config.clip_low or low, config.clip_high or high))
-    with_model = any(spec.startswith("rm:") for spec in config.reward)
+    algorithm = adapted(config.algo, config.overlong, config.clip_low, config.clip_high)
+    with_model = any(isinstance(weighted.reward, ModelReward) for weighted in rewards)
     kl_coef = (KL_COEF if with_model else 0.0) if config.kl_coef is None else config.kl_coef
-    if config.time_budget is not None:
-        return Plan(algorithm, kl_coef, None)
+    steps = config.max_steps or ceil((config.epochs or EPOCHS) * problems / config.batch_size)
     if config.max_steps is None and config.epochs is None and with_model:
-        return Plan(algorithm, kl_coef, STEPS)
-    return Plan(algorithm, kl_coef, config.max_steps or ceil((config.epochs or EPOCHS) * problems / config.batch_size))
+        steps = STEPS
+    if config.time_budget is not None:
+        steps = None
+    warmup_steps = config.warmup_steps
+    if warmup_steps is None:
+        warmup_steps = WARMUP_STEPS if steps is None else max(min(WARMUP_STEPS, steps // 4), steps // 20)
+    return Plan(algorithm, kl_coef, steps, warmup_steps)
 
 
-def _say_plan(config: RlConfig, plan: Plan, problems: int, parameters: int) -> None:
+def _say_plan(config: RlConfig, plan: Plan, rewards: Sequence[Weighted], problems: int, parameters: int) -> None:
     horizon = f"{config.time_budget:.0f} s" if plan.steps is None else f"{plan.steps} steps"
-    attempts = config.batch_size * config.group
+    parts = ", ".join(f"{weighted.weight:g} x {weighted.reward.name}" for weighted in rewards)
     say(
-        f"{horizon} of {config.batch_size} problems of {problems}, {config.group} attempts at each: {attempts}; "
+        f"{horizon} of {config.batch_size} problems of {problems}, {config.group} attempts at each; reward: {parts}; "
         f"{config.algo}, divergence weighs {plan.kl_coef:g}; {quantity(parameters)} parameters are trained",
         config.quiet,
     )
@@ -359,7 +364,7 @@ def _load(config: RlConfig, device: torch.device, dtype: torch.dtype) -> Finetun
     return tuning
 
 
-def _rewards(config: RlConfig, tuning: Finetuning, stack: ExitStack) -> tuple[list[Weighted], list[Weighted]]:
+def _rewards(config: RlConfig, stack: ExitStack) -> tuple[list[Weighted], list[Weighted]]:
     """The rewards of training, and that which is watched."""
     from llmkit.rewards import parse_rewards
 
@@ -370,19 +375,25 @@ def _rewards(config: RlConfig, tuning: Finetuning, stack: ExitStack) -> tuple[li
         "dtype": config.dtype,
     }
     rewards = parse_rewards(config.reward, **details)
-    gold = parse_rewards([config.gold], **details) if config.gold else []
+    gold = parse_rewards([config.gold], flag="--gold", **details) if config.gold else []
     for weighted in (*rewards, *gold):
         stack.callback(weighted.reward.close)
+    for watched in gold:
+        if watched.reward.name in {weighted.reward.name for weighted in rewards}:
+            raise UserError(f"--gold {config.gold}: expected a reward that is not trained on")
     return rewards, gold
 
 
-def _ask(config: RlConfig, paths: Sequence[str], tuning: Finetuning, rewards: Sequence[Weighted]) -> list[AskedProblem]:
-    from llmkit.rl.asking import ask
+def _problems(
+    config: RlConfig, paths: Sequence[str], tuning: Finetuning, rewards: Sequence[Weighted]
+) -> list[EncodedProblem]:
+    from llmkit.rl.prompts import encode_problems
 
-    problems = read_problems(paths, config.limit)
-    asked, too_long = ask(problems, tuning, rewards, config.system, config.max_tokens)
+    encoded, too_long = encode_problems(
+        read_problems(paths, config.limit), tuning, rewards, config.system, config.max_tokens
+    )
     left_out = f"{too_long} longer than the context of {tuning.context} with --max-tokens {config.max_tokens}"
-    if not asked:
+    if not encoded:
         raise UserError(f"{names_of(paths)}: expected problems, found {left_out if too_long else 'none'}")
-    say(f"{names_of(paths)}: {len(asked)} problems{f', {left_out} left out' if too_long else ''}", config.quiet)
-    return asked
+    say(f"{names_of(paths)}: {len(encoded)} problems{f', {left_out} left out' if too_long else ''}", config.quiet)
+    return encoded

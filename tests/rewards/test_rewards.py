@@ -96,11 +96,12 @@ def test_no_user_code_runs_and_no_model_loads_before_every_spec_is_right(tmp_pat
 def test_the_total_is_the_weighted_sum():
     weighted = parse_rewards(["verifier", "length:-0.5"])
     attempts = [attempt("4"), attempt("5", token_count=20)]
-    parts = {one.reward.name: one.reward.score(attempts) for one in weighted}
-    assert parts == {"verifier": [1, 0], "length": [0.25, 1]}
+    columns = {one.reward.name: one.reward.score(attempts) for one in weighted}
+    assert columns == {"verifier": [1, 0], "length": [0.25, 1]}
+    parts = [{name: column[i] for name, column in columns.items()} for i in range(2)]
     assert total(parts, weighted) == [0.875, -0.5]
     with pytest.raises(UserError, match="finite rewards, found nan for completion 2 of 2"):
-        total({"verifier": [0, float("nan")], "length": [1, 1]}, weighted)
+        total([{"verifier": 0, "length": 1}, {"verifier": float("nan"), "length": 1}], weighted)
 
 
 # ---- format and length
@@ -272,12 +273,12 @@ def test_a_completion_that_the_judge_cannot_read_is_told_of(judge: Path):
 
 def test_a_judge_of_another_vocabulary_is_refused(judge: Path, tmp_path: Path):
     reward = only(f"rm:{judge}", device="cpu").reward
-    reward.check_vocabulary(load_tokenizer(judge))
+    reward.check_policy(load_tokenizer(judge))
     other = tmp_path / "other"
     other.mkdir()
     save_tokenizer(other)
     with pytest.raises(UserError, match=r"expected the vocabulary of .*other \(257 tokens\), found another"):
-        reward.check_vocabulary(load_tokenizer(other))
+        reward.check_policy(load_tokenizer(other))
 
 
 def test_a_folder_that_is_no_judge_is_told_of(tmp_path: Path):

@@ -14,6 +14,7 @@ from llmkit.errors import UserError
 from llmkit.problems import Problem, read_problem, read_problems
 from llmkit.records import Row
 from llmkit.rewards import Attempt, numbers, statements
+from llmkit.rewards.latex import LatexComparer
 from llmkit.rewards.numbers import Number, last_number, whole_number
 from llmkit.rewards.verifying import NAMES, VerifierReward, verifier_of
 
@@ -257,10 +258,15 @@ def test_latex_compares_what_is_boxed(answer, completion, right):
 
 def test_a_comparison_that_hangs_is_ended_and_the_next_one_works(monkeypatch):
     pytest.importorskip("math_verify")
-    reward = VerifierReward("latex", seconds=0.01)  # no process has even started by then
-    attempts = [Attempt(problem(answer="x+1"), said, 1, "stop", 9) for said in ("\\boxed{1+x}", "\\boxed{x+1}")]
-    assert reward.score(attempts) == [0, 1]
-    reward.close()
+    comparer, asked = LatexComparer(), problem(answer="x+1")
+    comparer.seconds = 0.0
+    assert not comparer.is_right(asked, "\\boxed{1+x}")  # ended before it could answer
+    comparer.seconds = 60.0
+    assert comparer.is_right(asked, "\\boxed{1+x}")
+    comparer._process.kill()
+    comparer._process.wait()
+    assert comparer.is_right(asked, "\\boxed{x - (-1)}")
+    comparer.close()
 
 
 # ---- which verifier

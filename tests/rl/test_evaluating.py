@@ -5,11 +5,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-import torch
 from attempts import attempt
 
 from llmkit.rewards import parse_rewards
-from llmkit.rl.actor import Asking
+from llmkit.rl.actor import RolloutSettings
 from llmkit.rl.algorithms import ALGORITHMS
 from llmkit.rl.collecting import describe
 from llmkit.rl.evaluating import HeldOut
@@ -17,7 +16,7 @@ from llmkit.rl.policy_loss import PolicyLoss
 from llmkit.rl.watching import Limits, Watch
 
 REWARDS = [0.1, 0.9, 0.8, 0.5]  # of attempts of 2, 4, 6 and 8 tokens
-HOW = Asking(1, 8)
+HOW = RolloutSettings(1, 8)
 
 
 def held_out(gold: str) -> HeldOut:
@@ -25,7 +24,7 @@ def held_out(gold: str) -> HeldOut:
         lengths = range(2, 10, 2)
         return [[attempt([1], [65] * n, reward=worth)] for n, worth in zip(lengths, REWARDS, strict=True)]
 
-    actor = SimpleNamespace(model=torch.nn.Linear(1, 1), attempt=attempts)
+    actor = SimpleNamespace(attempt=attempts, renew=lambda: None, rewards=[])
     return HeldOut(actor, [], HOW, parse_rewards([gold])[0])
 
 
@@ -39,8 +38,8 @@ def test_the_gold_reward_has_its_weight():
 def test_the_share_of_attempts_with_a_call_is_told():
     called, plain = attempt([1], [65]), attempt([1], [66])
     called.completion.tool_calls.append({"tool": "calc", "input": "1 + 1", "result": "2"})
-    assert describe([[called, plain], [plain, plain]])["called"] == 0.25
-    assert "called" not in describe([[plain]])
+    assert describe([[called, plain], [plain, plain]], [])["called"] == 0.25
+    assert "called" not in describe([[plain]], [])
 
 
 def test_most_is_shown_of_what_the_rewards_like_and_the_gold_one_does_not():
@@ -54,7 +53,7 @@ def test_most_is_shown_of_what_the_rewards_like_and_the_gold_one_does_not():
 @pytest.mark.parametrize("stop", [False, True])
 def test_gaming_is_told_once_and_stops_where_that_is_wanted(capsys, stop):
     trainer = SimpleNamespace(step=7, stopping=False)
-    watch = Watch(trainer, None, PolicyLoss(ALGORITHMS["grpo"], 1.0, 0.0, False), Limits(1e-3))
+    watch = Watch(trainer, SimpleNamespace(ended=None), PolicyLoss(ALGORITHMS["grpo"], 1.0, 0.0, False), Limits(1e-3))
     golds = iter([0.5, 0.1, 0.1, 0.1, 0.1, 0.6])
     looked = SimpleNamespace(
         evaluate=lambda: {"val_reward": trainer.step, "val_gold": next(golds), "val_gold_se": 0.01}

@@ -10,7 +10,7 @@ from tiny import make_model
 
 from llmkit.rl.algorithms import ALGORITHMS, token_weights
 from llmkit.rl.policy_loss import PolicyLoss, reference_logprobs
-from llmkit.rl.rows import PolicyRows, pack_rollouts
+from llmkit.rl.rows import pack_rollouts
 
 TEMPERATURE = 0.7
 
@@ -31,7 +31,7 @@ def rollouts():
             tokens = rng.integers(0, 256, 2 + 3 * sample).tolist()
             logprobs = (-5.5 - rng.random(len(tokens))).tolist()
             one = attempt(prompt, tokens, group=group, advantage=float(rng.normal()), logprobs=logprobs)
-            one.reference = np.float32(-5.5 - rng.random(len(tokens)))
+            one.reference_logprobs = np.float32(-5.5 - rng.random(len(tokens)))
             made.append(one)
     return made
 
@@ -57,7 +57,7 @@ def formula(name, kl_coef, model, rollouts):
             low, high = algorithm.clip
             gain = torch.minimum(gain, ratio.clamp(1 - low, 1 + high) * one.advantage)
         if algorithm.kl == "loss":
-            gap = torch.tensor(one.reference) - logprobs
+            gap = torch.tensor(one.reference_logprobs) - logprobs
             gain = gain - kl_coef * (gap.exp() - gap - 1)
         losses.append(-gain)
     if algorithm.weighting == "token":
@@ -73,7 +73,7 @@ def packed_loss(name, kl_coef, model, rollouts, share, rows_at_once=100):
     lengths = [sum(one.completion.sampled) for one in rollouts]
     rows, _ = pack_rollouts(rollouts, token_weights(algorithm.weighting, lengths, 16).tolist(), 0, share)
     loss = PolicyLoss(algorithm, TEMPERATURE, kl_coef, True)
-    loss.start(len(rows.token_ids))
+    loss.start(len(rows.token_ids), rollouts)
     total, targets = 0.0, 0
     for start in range(0, len(rows.token_ids), rows_at_once):
         part, count = loss(model, tuple(array[start : start + rows_at_once] for array in rows))
@@ -107,14 +107,17 @@ def test_rows_a_micro_batch_do_not_matter(model, rollouts):
 
 
 def test_what_a_tool_said_has_no_part(model):
-    def one(result: list[int]):
-        chosen = [True, False, False, True]
-        return [attempt([1, 2, 3], [7, *result, 9], advantage=1.0, sampled=chosen)]
+    def loss_of(result_logprob: float):
+        chosen, logprobs = [True, False, False, True], [-1.0, result_logprob, result_logprob, -2.0]
+        one = attempt([1, 2, 3], [7, 100, 101, 9], advantage=1.0, sampled=chosen, logprobs=logprobs)
+        rows, _ = pack_rollouts([one], [1.0], 0, False)
+        assert rows.targets[0][rows.targets[0] >= 0].tolist() == [7, 9]
+        return packed_loss("dapo", 0.0, model, [one], False)
 
-    _, figures = packed_loss("dapo", 0.0, model, one([100, 101]), False)
-    rows, _ = pack_rollouts(one([100, 101]), [1.0], 0, False)
-    assert rows.targets[0][rows.targets[0] >= 0].tolist() == [7, 9]
-    assert figures["ratio"] > 0
+    (first, figures), (second, same) = loss_of(0.0), loss_of(-9.0)
+    assert first.item() == second.item() and figures == same
+    only = packed_loss("dapo", 0.0, model, [attempt([1, 2, 3], [7], advantage=1.0, logprobs=[-1.0])], False)[0]
+    assert first.item() != pytest.approx(only.item())  # the token after the result counts
 
 
 def test_the_first_pass_tells_how_far_sampler_and_trainer_are_apart(model, rollouts):
@@ -130,9 +133,9 @@ def test_the_first_pass_tells_how_far_sampler_and_trainer_are_apart(model, rollo
 
 
 def test_a_reference_gives_every_attempt_its_log_probabilities(model, rollouts):
-    reference_logprobs(model, rollouts, TEMPERATURE, True, 64)
+    reference_logprobs(model, rollouts, TEMPERATURE, True)
     for one in rollouts:
-        assert one.reference == pytest.approx(logprobs_of(model, one).detach().numpy(), abs=1e-4)
+        assert one.reference_logprobs == pytest.approx(logprobs_of(model, one).detach().numpy(), abs=1e-4)
 
 
 def test_a_prompt_stands_once_before_its_attempts(rollouts):
@@ -148,5 +151,6 @@ def test_a_prompt_stands_once_before_its_attempts(rollouts):
 def test_a_group_larger_than_a_row_is_split(model):
     made = [attempt([1, 2, 3], [5] * 100, group=0, advantage=1.0) for _ in range(16)]
     rows, places = pack_rollouts(made, [1.0] * 16, 0, True)
-    assert isinstance(rows, PolicyRows) and rows.token_ids.shape[1] == 512
-    assert len(places) == 16 and (rows.targets >= 0).sum() == 1600
+    assert rows.token_ids.shape[1] == 512 and rows.tokens > 1600
+    for place in places:
+        assert rows.targets[place].tolist() == [5] * 100

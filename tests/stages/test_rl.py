@@ -124,8 +124,10 @@ def test_transformers_loads_it(policy):
 
 
 def test_the_folder_has_its_curves(policy):
-    for name in ("reward.svg", "success.svg", "length.svg", "manifest.json", "README.md"):
-        assert (policy / name).stat().st_size > 100
+    for name in ("reward.svg", "success.svg", "length.svg"):
+        assert (policy / name).read_text().count("<polyline") == 2  # training and held out
+    manifest = json.loads((policy / "manifest.json").read_text())
+    assert manifest["stage"] == "rl" and len(manifest["inputs"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -197,8 +199,8 @@ def test_a_call_too_many_ends_an_attempt_and_is_judged_by_what_was_said(unsure, 
 
 
 def test_killed_and_resumed_it_is_bit_for_bit_the_same(coin, problems, llmkit, tmp_path):
-    arguments = ["--data", problems, "--val", problems, "--max-steps", "8", "--save-every", "2", "--eval-every", "4"]
-    arguments += [*QUICK, "--refill", "0", "--learning-rate", "0.001"]
+    arguments = ["--data", problems, "--val", problems, "--max-steps", "8", "--save-every", "2", "--eval-every", "2"]
+    arguments += [*QUICK, "--learning-rate", "0.001"]
     assert llmkit("rl", coin, *arguments, "-o", tmp_path / "whole").returncode == 0
 
     out = tmp_path / "killed"
@@ -216,6 +218,12 @@ def test_killed_and_resumed_it_is_bit_for_bit_the_same(coin, problems, llmkit, t
     whole = tmp_path / "whole"
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert (out / "rollouts.jsonl").read_bytes() == (whole / "rollouts.jsonl").read_bytes()
+    clock = ("seconds", "tokens_per_second")
+
+    def metrics(folder: Path) -> list[dict]:
+        return [{k: v for k, v in row.items() if not k.endswith(clock)} for row in lines(folder / "metrics.jsonl")]
+
+    assert metrics(out) == metrics(whole)
 
 
 def test_a_finished_run_is_not_made_again(policy, coin, problems, llmkit):
@@ -231,9 +239,19 @@ def test_a_finished_run_is_not_made_again(policy, coin, problems, llmkit):
 
 def test_a_reward_that_tells_nothing_apart_stops_it(coin, tmp_path):
     never = write(tmp_path / "never.jsonl", *({"prompt": f"Throw {i}", "answer": "edge"} for i in range(4)))
-    with pytest.raises(UserError, match="worth the same in 8 rounds"):
+    with pytest.raises(UserError, match=r"nothing left to learn.*sometimes solved"):
         train(coin, never, tmp_path / "p")
     assert not (tmp_path / "p").exists()
+
+
+def test_a_policy_that_solves_all_is_saved(coin, problems, tmp_path):
+    summary = train(coin, problems, tmp_path / "p", max_steps=60)
+    assert summary.steps < 60 and "nothing left to learn" in summary.stopped
+    assert (tmp_path / "p" / "model.safetensors").exists()
+
+
+def test_a_time_budget_that_is_over_makes_one_step(coin, problems, tmp_path):
+    assert train(coin, problems, tmp_path / "p", max_steps=None, time_budget=0.001).steps == 1
 
 
 @pytest.mark.parametrize("limit", [{"max_reward": 0.1}, {"max_kl": 1e-9}])

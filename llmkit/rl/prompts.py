@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
+
+import orjson
 
 from llmkit.conversations import message
 from llmkit.engine.finetuning import Finetuning
@@ -12,56 +14,56 @@ from llmkit.engine.generation import prompt_ids
 from llmkit.errors import UserError
 from llmkit.problems import Problem
 from llmkit.rewards import Weighted
-from llmkit.rewards.reward_models import ModelReward
 
 
 @dataclass(frozen=True)
-class AskedProblem:
-    """A problem and its tokens."""
+class EncodedProblem:
+    """A problem, as the policy is asked it, and its tokens."""
 
     problem: Problem
     prompt_ids: Sequence[int]
 
 
-def ask(
+def encode_problems(
     problems: Iterable[Problem], tuning: Finetuning, rewards: Sequence[Weighted], system: str | None, max_tokens: int
-) -> tuple[list[AskedProblem], int]:
+) -> tuple[list[EncodedProblem], int]:
     """The problems in tokens, and how many are left out, being with `max_tokens` more longer than the context.
 
-    An assistant is asked in its format, a base model's prompt is text. Raises UserError for a problem that a reward
-    cannot judge, a reward model of another vocabulary, and a conversation with a base model.
+    An assistant is asked in its format, with `system` before problems that have no system message; a base model's
+    prompt is text. Raises UserError for a problem that a reward cannot judge, for a reward that cannot judge this
+    policy, and for a conversation with a base model.
     """
     for weighted in rewards:
-        if isinstance(weighted.reward, ModelReward):
-            weighted.reward.check_vocabulary(tuning.tokenizer)
-    asked, too_long = [], 0
+        weighted.reward.check_policy(tuning.tokenizer)
+    encoded, too_long = [], 0
     for problem in problems:
         for weighted in rewards:
             weighted.reward.check(problem)
-        ids = _ids(problem, tuning, system)
-        if len(ids) + max_tokens > tuning.context:
+        one = _encode(problem, tuning, system)
+        if len(one.prompt_ids) + max_tokens > tuning.context:
             too_long += 1
         else:
-            asked.append(AskedProblem(problem, ids))
-    return asked, too_long
+            encoded.append(one)
+    return encoded, too_long
 
 
-def _ids(problem: Problem, tuning: Finetuning, system: str | None) -> list[int]:
+def _encode(problem: Problem, tuning: Finetuning, system: str | None) -> EncodedProblem:
     if not tuning.is_assistant:
         if problem.messages:
             raise UserError(
                 f"{problem.where}: a conversation, and {tuning.folder} is a base model; tune it by llmkit sft"
             )
-        return prompt_ids(tuning.tokenizer, problem.prompt)
+        return EncodedProblem(problem, prompt_ids(tuning.tokenizer, problem.prompt))
     messages = problem.messages or (message("user", problem.prompt),)
     if system is not None and messages[0].role != "system":
         messages = (message("system", system), *messages)
-    return tuning.chat.encode(messages, prompt=True).token_ids.tolist()
+        problem = replace(problem, messages=messages)
+    return EncodedProblem(problem, tuning.chat.encode(messages, prompt=True).token_ids.tolist())
 
 
-def digest(asked: Iterable[AskedProblem]) -> str:
-    """A hash of what is asked and what is right."""
+def digest(encoded: Iterable[EncodedProblem]) -> str:
+    """A hash of what is asked, and of all that it is judged by."""
     found = sha256()
-    for one in asked:
-        found.update(f"{list(one.prompt_ids)} {one.problem.answer!r} {one.problem.verifier}\n".encode())
+    for one in encoded:
+        found.update(orjson.dumps([list(one.prompt_ids), one.problem.record], default=str))
     return found.hexdigest()
