@@ -1,0 +1,34 @@
+"""The examples of rl, a few steps of each: every command runs, and the table has a row for each measurement."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+
+
+def table(script: str, curves: Path) -> list[list[str]]:
+    command = [sys.executable, EXAMPLES / script, "--seeds", "1", "--quick", "--curves", curves]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+def test_a_judge_is_gamed(tmp_path):
+    rows = table("reward_hacking.py", tmp_path)
+    assert rows[0][:3] == ["judge", "gold", "tokens"] and len(rows) == 6
+    assert all("<polyline" in (tmp_path / f"reward-hacking-{run}.svg").read_text() for run in ("free", "watched"))
+
+
+@pytest.mark.parametrize(
+    ("said", "worth"), [("0482", 1), ("04", 0.5), ("", 0), ("0482 ", 1), ("04820482", 0), ("0413", 0), ("1357", -1)]
+)
+def test_what_is_wrong_or_said_again_costs(monkeypatch, said, worth):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    gold = importlib.import_module("reward_hacking").gold
+    assert gold({"answer": "0482", "completion": said}) == worth
