@@ -27,7 +27,7 @@ from llmkit.engine.generation import Generator, Request
 from llmkit.engine.loading import check_assistant, open_model
 from llmkit.engine.run_state import fingerprint
 from llmkit.engine.sampling import Sampling, request_number
-from llmkit.engine.served_models import EXAMPLE, SCHEME, PromptTooLong, ServedModel, Usage, parse_address, shortened
+from llmkit.engine.served_models import EXAMPLE, SCHEME, OpenAIClient, PromptTooLong, Usage, parse_address, shortened
 from llmkit.errors import UserError
 from llmkit.tokenizer.chat import ChatFormat
 
@@ -51,14 +51,14 @@ Answers = Iterator[tuple[K, "list[T | Missing]"]]
 
 
 @dataclass(frozen=True)
-class Settings:
+class ChatSettings:
     """How chat models are asked.
 
     max_tokens            of an answer
     seed                  of the first try; the second has the next one
     dtype, device, slots  of a folder
     concurrency           requests to a server under way at most
-    timeout, retries      of a request: see `ServedModel`
+    timeout, retries      of a request: see `OpenAIClient`
     """
 
     max_tokens: int
@@ -97,20 +97,20 @@ class ChatModel(Protocol):
         ...
 
 
-def open_chat_model(spec: str, flag: str, settings: Settings) -> ChatModel:
+def open_chat_model(spec: str, flag: str, settings: ChatSettings) -> ChatModel:
     """A folder, or `openai:URL#model`; `flag` is named in errors. Raises UserError for what is neither."""
     if spec.startswith(SCHEME):
         address = parse_address(spec, flag)
-        return ServerModel(ServedModel(address, settings.timeout, settings.retries), settings)
+        return ServedChatModel(OpenAIClient(address, settings.timeout, settings.retries), settings)
     if not Path(spec).is_dir():
         raise UserError(f"{flag}: expected the folder of a model, or {EXAMPLE}, found {spec}")
-    return FolderModel(spec, settings)
+    return FolderChatModel(spec, settings)
 
 
-class ServerModel:
+class ServedChatModel:
     """A model behind a server."""
 
-    def __init__(self, server: ServedModel, settings: Settings) -> None:
+    def __init__(self, server: OpenAIClient, settings: ChatSettings) -> None:
         self._server, self._settings, self.usage, self.unread = server, settings, server.usage, None
         self.name = self.identity = server.address.name
 
@@ -155,10 +155,10 @@ def _collected(waiting: tuple[K, list[AsyncResult[T]]]) -> tuple[K, list[T]]:
     return name, [one.get() for one in results]
 
 
-class FolderModel:
+class FolderChatModel:
     """An assistant's folder; its weights are there while it is asked."""
 
-    def __init__(self, folder: str, settings: Settings) -> None:
+    def __init__(self, folder: str, settings: ChatSettings) -> None:
         self._opened, self._settings = open_model(folder, settings.device, settings.dtype), settings
         self._chat = ChatFormat(self._opened.tokenizer)
         check_assistant(self._opened.config, self._chat, folder)

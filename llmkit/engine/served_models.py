@@ -1,7 +1,7 @@
 """A model behind an OpenAI-compatible server: vLLM, SGLang, llama.cpp, Ollama, a hosted one.
 
     address = parse_address("openai:http://localhost:8000/v1#qwen", "--judge")
-    model = ServedModel(address, timeout=120, retries=6)
+    model = OpenAIClient(address, timeout=120, retries=6)
     model.check()
     model.complete("Who was Ada?", seed=0, max_tokens=64, temperature=0.3)  # from as many threads as you like
 
@@ -78,7 +78,7 @@ class Usage:
         return f"{self.requests:,} requests, {self.prompt_tokens:,} tokens in, {self.completion_tokens:,} out"
 
 
-class ServedModel:
+class OpenAIClient:
     """Asks a server, from several threads at once where it is asked so.
 
     timeout  seconds that a request may take

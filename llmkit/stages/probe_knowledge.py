@@ -273,9 +273,9 @@ def _chat_models(config: ProbeKnowledgeConfig) -> dict[str, ChatModel]:
     given = {"writer": config.writer, "judge": None if config.judge == WORDS else config.judge}
     if not any(given.values()):
         return {}
-    from llmkit.engine.chat_models import Settings, open_chat_model
+    from llmkit.engine.chat_models import ChatSettings, open_chat_model
 
-    settings = Settings(
+    settings = ChatSettings(
         max_tokens=config.reply_tokens,
         seed=config.seed,
         dtype=config.dtype,

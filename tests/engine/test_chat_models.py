@@ -9,14 +9,14 @@ import pytest
 from chat_server import ChatServer
 from tiny import save_assistant, save_folder
 
-from llmkit.engine.chat_models import Missing, Settings, open_chat_model, without_thoughts
+from llmkit.engine.chat_models import ChatSettings, Missing, open_chat_model, without_thoughts
 from llmkit.engine.served_models import ServerError, parse_address
 from llmkit.errors import UserError
 
-SETTINGS = Settings(max_tokens=32, seed=5, timeout=5.0, retries=1, concurrency=4)
+SETTINGS = ChatSettings(max_tokens=32, seed=5, timeout=5.0, retries=1, concurrency=4)
 
 
-def ask(server: ChatServer, *prompts: str, read=str, settings: Settings = SETTINGS) -> list:
+def ask(server: ChatServer, *prompts: str, read=str, settings: ChatSettings = SETTINGS) -> list:
     """The answers to some prompts, each a group of its own."""
     model = open_chat_model(server.spec, "--judge", settings)
     answered = list(model.ask(((number, [text]) for number, text in enumerate(prompts)), read, 0.3))
@@ -63,7 +63,7 @@ def test_asking_does_not_run_far_ahead_of_the_answers():
 def test_a_fault_that_passes_is_outlived(fault):
     with ChatServer(shout) as server:
         server.faults, server.slow = [fault], 1.0
-        assert ask(server, "a", settings=Settings(max_tokens=32, seed=5, timeout=0.4, retries=1)) == ["A"]
+        assert ask(server, "a", settings=ChatSettings(max_tokens=32, seed=5, timeout=0.4, retries=1)) == ["A"]
         assert len(server.requests) == 2
 
 
@@ -108,7 +108,9 @@ def test_a_server_that_hangs_is_not_waited_for():
         server.faults, server.slow = ["slow"] * 9, 3.0
         started = time.monotonic()
         with pytest.raises(ServerError, match=r"no answer within 0.3 s after 0 retries; is it overloaded\?"):
-            ask(server, *"abcdefgh", settings=Settings(max_tokens=32, seed=5, timeout=0.3, retries=0, concurrency=2))
+            ask(
+                server, *"abcdefgh", settings=ChatSettings(max_tokens=32, seed=5, timeout=0.3, retries=0, concurrency=2)
+            )
         assert time.monotonic() - started < 2.5
 
 
@@ -207,7 +209,7 @@ def test_what_is_neither_folder_nor_server_is_named():
 
 def test_a_folder_answers_whatever_the_order_and_the_company(tmp_path):
     folder = save_assistant(tmp_path / "babbler")
-    model = open_chat_model(str(folder), "--judge", Settings(max_tokens=8, seed=5, slots=3))
+    model = open_chat_model(str(folder), "--judge", ChatSettings(max_tokens=8, seed=5, slots=3))
     model.check()
     prompts = [str(number) for number in range(9)]
     together = [
@@ -218,7 +220,7 @@ def test_a_folder_answers_whatever_the_order_and_the_company(tmp_path):
     alone = [answers[0] for _, answers in model.ask(((text, [text]) for text in reversed(prompts)), str, 0.7)]
     assert together == alone[::-1] and len(set(together)) > 1
     assert model.usage.requests == 18 and 18 <= model.usage.completion_tokens <= 18 * 8
-    other = open_chat_model(str(folder), "--judge", Settings(max_tokens=8, seed=6))
+    other = open_chat_model(str(folder), "--judge", ChatSettings(max_tokens=8, seed=6))
     assert [answers for _, answers in other.ask([("a", prompts)], str, 0.7)] != [together]
 
 
@@ -230,7 +232,7 @@ def test_a_folder_is_asked_once_more_with_another_seed_and_told_what_is_too_long
         return text if len(seen) > 2 else None
 
     folder = save_assistant(tmp_path / "babbler", context=64)
-    model = open_chat_model(str(folder), "--judge", Settings(max_tokens=8, seed=5))
+    model = open_chat_model(str(folder), "--judge", ChatSettings(max_tokens=8, seed=5))
     ((_, found),) = model.ask([("x", ["a", "b", "long " * 30])], second_time, 0.7)
     assert found == [seen[2], seen[3], Missing.TOO_LONG] and seen[2:] != seen[:2]
     ((_, found),) = model.ask([("x", ["a"])], lambda text: None, 0.7)
@@ -238,7 +240,7 @@ def test_a_folder_is_asked_once_more_with_another_seed_and_told_what_is_too_long
 
 
 def test_groups_without_prompts_are_not_held_back(tmp_path):
-    model = open_chat_model(str(save_assistant(tmp_path / "m")), "--judge", Settings(max_tokens=8, seed=5, slots=2))
+    model = open_chat_model(str(save_assistant(tmp_path / "m")), "--judge", ChatSettings(max_tokens=8, seed=5, slots=2))
     given = []
     answered = model.ask(((given.append(number) or number, []) for number in range(100)), str, 0.7)
     assert next(answered) == (0, []) and len(given) < 10
