@@ -104,6 +104,8 @@ def read_records(path: str, limit: int | None = None) -> Iterator[Row]:
         try:
             values = orjson.loads(handle.read().removeprefix(BYTE_ORDER_MARK))
         except orjson.JSONDecodeError as error:
+            if head[:1] == b"{":
+                raise UserError(f"{name}:1: expected one JSON object a line, found {{ alone ({error})") from None
             raise UserError(f"{name}: expected JSONL or one JSON array: {error}") from None
     if isinstance(values, dict):
         held = next((values[key] for key in ("examples", "data") if isinstance(values.get(key), list)), None)

@@ -283,7 +283,7 @@ class Trainer:
         found = self.checkpoints.load()
         if found is None:  # killed before the first one: begin again
             trim_metrics(self.folder / "metrics.jsonl", 0)
-            self.evaluated_step = self._last_evaluation()
+            self._restore_evaluation()
             return False
         tensors, state = found
         try:
@@ -297,13 +297,14 @@ class Trainer:
         )
         self.high_steps, self.saved_step = state["high_steps"], self.step
         trim_metrics(self.folder / "metrics.jsonl", self.step)
-        self.evaluated_step = self._last_evaluation()
+        self._restore_evaluation()
         return True
 
-    def _last_evaluation(self) -> int:
-        """The step of the last evaluation that is on disk; -1 for none."""
-        rows = read_metrics(self.folder / "metrics.jsonl")
-        return max((row["step"] for row in rows if any(name.startswith("val_") for name in row)), default=-1)
+    def _restore_evaluation(self) -> None:
+        """Know the last evaluation that is on disk, which need not be made again."""
+        for row in read_metrics(self.folder / "metrics.jsonl"):
+            if scores := {name: value for name, value in row.items() if name.startswith("val_")}:
+                self.scores, self.evaluated_step = scores, row["step"]
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
