@@ -39,6 +39,7 @@ _SCALES: dict[str, dict[str, int]] = {
     },
     "duration": {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400},
 }
+LARGEST_SEED = 2**63 - 1  # of what generators take and JSON of 64 bits holds
 _EXAMPLES = {"count": "20000, 20k or 1.5M", "bytes": "1000000, 100MB or 2GiB", "duration": "90s, 10m or 2h"}
 
 
@@ -78,7 +79,7 @@ class CommonConfig:
     following: ClassVar[str] = ""
 
     out: str | None = option(None, "Where the result goes.", short="-o", group="Common", metavar="PATH", free=True)
-    seed: int = option(0, "Seed of everything random.", group="Common", at_least=0)
+    seed: int = option(0, "Seed of everything random.", group="Common", at_least=0, at_most=LARGEST_SEED)
     limit: int | None = option(None, "Read at most this many records.", group="Common", unit="count", at_least=1)
     force: bool = option(False, "Replace an existing output.", group="Common", free=True)
     dry_run: bool = option(False, "Say what would be done, and stop.", group="Common", free=True)
@@ -217,11 +218,11 @@ def _check_range(value: Any, details: Option) -> None:
         raise ValueError(f"expected one of {', '.join(details.choices)}")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if details.at_least is not None and value < details.at_least:
-            raise ValueError(f"expected at least {details.at_least:g}")
+            raise ValueError(f"expected at least {details.at_least}")
         if details.at_most is not None and value > details.at_most:
-            raise ValueError(f"expected at most {details.at_most:g}")
+            raise ValueError(f"expected at most {details.at_most}")
         if details.above is not None and value <= details.above:
-            raise ValueError(f"expected more than {details.above:g}")
+            raise ValueError(f"expected more than {details.above}")
 
 
 def _read_toml(path: str) -> dict[str, Any]:

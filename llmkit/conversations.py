@@ -267,7 +267,8 @@ def _parts(row: Row, entry: dict[str, Any], role: str) -> tuple[Part, ...]:
     if role == "function_call":
         return (_call(row, content),)
     if content is None and not calls:
-        raise UserError(f"{row.where}: expected a message with 'content', found {sorted(entry)}")
+        found = "null" if "content" in entry else sorted(entry)
+        raise UserError(f"{row.where}: expected a message with 'content', found {found}")
     kind = RESULT if role == "tool" else "text"
     if isinstance(content, list):
         parts = [_part(row, part, role) for part in content]

@@ -98,6 +98,7 @@ def test_messages_are_written_as_they_were_read():
         ({"messages": [{"role": "narrator", "content": "x"}]}, "found 'narrator'"),
         ({"messages": [{"content": "x"}]}, "no role in"),
         ({"messages": [{"role": "user"}]}, "expected a message with 'content'"),
+        ({"messages": [{"role": "user", "content": None}]}, "expected a message with 'content', found null"),
         ({"messages": [{"role": "user", "content": 5}]}, "string or a list of parts, found a number"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "content of text, found type 'image'"),
         ({"messages": [{"role": "user", "content": [{"type": "calc", "text": "1"}]}]}, "an assistant's message only"),

@@ -253,8 +253,6 @@ def _checked(config: ProbeKnowledgeConfig, out: str) -> tuple[str, Path | None]:
         raise UserError("--passages: expected no --questions beside it; they are two runs")
     if config.writer is not None and not config.passages:
         raise UserError("--writer: expected --passages, which it writes questions about")
-    if config.seed >= 2**63:
-        raise UserError(f"--seed: expected less than 2^63, found {config.seed}")
     if config.report == "-":
         raise UserError("--report: expected a file, found -; stdout has the conversations")
     if config.resume and out == "-":

@@ -191,8 +191,6 @@ def _check_options(config: SampleConfig, out: str) -> None:
         raise UserError(f"-p and {config.inputs[0]}: expected one or the other, found both")
     if "" in config.stop:
         raise UserError("--stop: expected text, found nothing")
-    if config.seed >= 2**63:
-        raise UserError(f"--seed: expected less than 2^63, found {config.seed}")
     if not Path(config.model).is_dir():
         found = "a file" if Path(config.model).exists() else "nothing"
         raise UserError(f"{config.model}: expected a model folder, found {found}")
