@@ -9,7 +9,9 @@
 A message's content is a string or a list of parts, {"type": "text", "text": ...}. What the assistant writes to a tool
 is a part of type `calc`, `python` or `search`, what the tool answers one of type `result`; OpenAI's `tool_calls` and
 messages of role `tool` become such parts. An assistant that calls a tool, reads its result and goes on is one turn.
-`weight` (or `loss_weight`) 0 on a message keeps it out of the loss.
+`weight` (or `loss_weight`) 0 on a message keeps it out of the loss. A record whose `label` (or `kto_tag`) is false is
+one whose answer was rejected, as in data for KTO; `tools` and `functions`, definitions of what may be called, are not
+read.
 
 Neighbours of the same role are merged, with a blank line between. An assistant may speak first.
 """
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -30,6 +32,7 @@ from llmkit.stream import BYTE_ORDER_MARK, json_row, open_input
 
 TOOLS = ("calc", "python", "search")
 RESULT = "result"
+FOREIGN = "foreign call"  # while messages are read: a call of a function that is none of our tools, in JSON
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -65,11 +68,18 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages, or the `document` of a record of plain text; `where` is its place in a file."""
+    """Messages, or the `document` of a record of plain text.
+
+    where     its place in a file
+    rejected  whether its record calls the answer a bad one
+    losses    what of its record is not in the messages as it was meant, to be counted
+    """
 
     messages: tuple[Message, ...]
     where: str = ""
     document: str | None = None
+    rejected: bool = False
+    losses: tuple[str, ...] = ()
 
 
 def message(role: str, text: str, weight: int = 1) -> Message:
@@ -123,7 +133,12 @@ def read_conversation(row: Row) -> Conversation:
     value = row.value
     for name, read in FORMAT_OF_FIELD.items():
         if name in value:
-            return read(row)
+            found = read(row)
+            if found.document is not None:
+                return found
+            defined = ("tool definitions left out",) if value.get("tools") or value.get("functions") else ()
+            rejected = value.get("label") is False or value.get("kto_tag") is False
+            return replace(found, rejected=rejected, losses=defined + found.losses)
     raise UserError(f"{row.where}: expected {FORMATS}, found {sorted(value)}")
 
 
@@ -211,12 +226,15 @@ def _conversation(row: Row, entries: list[dict[str, Any]]) -> Conversation:
     if not entries:
         raise UserError(f"{row.where}: expected at least one message, found none")
     messages: list[Message] = []
-    after_result = False
+    after_result, foreign = False, False
     for entry in entries:
         role = ROLES.get(str(entry.get("role")))
         if role is None:
             raise UserError(f"{row.where}: expected a role among system, user, assistant, tool; found {_role(entry)}")
         parts = _parts(row, entry, role)
+        if any(part.kind == FOREIGN for part in parts):
+            foreign = True
+            parts = _joined([Part("text", part.text) if part.kind == FOREIGN else part for part in parts])
         if role == "tool":
             if not messages or messages[-1].role != "assistant":
                 raise UserError(f"{row.where}: a tool's result that no assistant asked for; put it after the call")
@@ -231,7 +249,8 @@ def _conversation(row: Row, entries: list[dict[str, Any]]) -> Conversation:
             else:
                 messages.append(Message(role, parts, weight))
         after_result = role == "tool"
-    return Conversation(tuple(messages), row.where)
+    losses = ("calls of unknown tools as text",) if foreign else ()
+    return Conversation(tuple(messages), row.where, losses=losses)
 
 
 def _extend(messages: list[Message], parts: tuple[Part, ...], between: str) -> None:
@@ -284,7 +303,7 @@ def _parts(row: Row, entry: dict[str, Any], role: str) -> tuple[Part, ...]:
         raise UserError(f"{row.where}: expected 'tool_calls' to be a list, in an assistant's message")
     for call in calls:
         made = _call(row, call.get("function", call) if isinstance(call, dict) else call)
-        parts += [Part("text", "\n"), made] if made.kind == "text" and parts else [made]
+        parts += [Part("text", "\n"), made] if made.kind == FOREIGN and parts else [made]
     return _joined(parts)
 
 
@@ -319,7 +338,7 @@ def _call(row: Row, call: Any) -> Part:
     if tool is None:
         written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
         name = json.dumps(call["name"], ensure_ascii=False)
-        return Part("text", _checked(row, f'{{"name": {name}, "arguments": {written}}}'))
+        return Part(FOREIGN, _checked(row, f'{{"name": {name}, "arguments": {written}}}'))
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)

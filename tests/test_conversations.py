@@ -88,6 +88,26 @@ def test_messages_are_written_as_they_were_read():
     assert read({"messages": as_record(messages)}).messages == messages
 
 
+def test_what_is_lost_of_a_record_is_told():
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    call, ours = ({"name": name, "arguments": {"a": "b"}} for name in ("weather", "calculator"))
+    asked = [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [{"function": call}]}]
+    both = ("tool definitions left out", "calls of unknown tools as text")
+    assert read({"messages": asked, "tools": tools}).losses == both
+    assert read({"messages": asked, "tools": []}).losses == both[1:]
+    assert read({"prompt": "a", "completion": "b", "functions": tools}).losses == both[:1]
+    known = [asked[0], {"role": "assistant", "tool_calls": [{"function": ours}]}]
+    assert read({"messages": known}).losses == ()
+
+
+@pytest.mark.parametrize("field", ["label", "kto_tag"])
+def test_a_false_label_rejects_an_answer(field):
+    pair = {"prompt": "a", "completion": "b"}
+    assert [read({**pair, field: value}).rejected for value in (False, True, 0, "no", None)] == [True, *[False] * 4]
+    assert read({"messages": [{"role": "assistant", "content": "b"}], field: False}).rejected
+    assert not read({"text": "a", field: False}).rejected  # a document of a classification
+
+
 @pytest.mark.parametrize(
     ("record", "reason"),
     [

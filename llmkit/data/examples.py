@@ -73,13 +73,19 @@ class Examples:
 
     @classmethod
     def gather(
-        cls, name: str, encoded: Iterable[tuple[str, Encoded]], longest: int, on_long: str = "truncate"
+        cls,
+        name: str,
+        encoded: Iterable[tuple[str, Encoded]],
+        longest: int,
+        on_long: str = "truncate",
+        counts: Counter[str] | None = None,
     ) -> Examples:
         """Hold (place, conversation) pairs as examples of at most `longest` tokens.
 
+        `counts`, where given, is gone on with: those who yield the pairs may count in it what they leave out.
         Raises UserError for a conversation that is too long under "error", and where nothing at all is trained on.
         """
-        examples, ids, trained = cls(name), [], []
+        examples, ids, trained = cls(name, counts=Counter() if counts is None else counts), [], []
         for where, one in encoded:
             examples.counts["read"] += 1
             for begin, end in _spans(one, longest, on_long, where, examples.counts):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import islice
 
@@ -67,20 +68,23 @@ def read_examples(
 ) -> tuple[Examples, str]:
     """The examples of one source, and a digest of what they are made of.
 
-    `system` is put in front of conversations that have no system message of their own.
+    `system` is put in front of conversations that have no system message of their own. Rejected ones are left out.
     """
-    digest = sha256()
+    digest, counts = sha256(), Counter()
 
     def encoded() -> Iterator[tuple[str, Encoded]]:
         while chunk := list(islice(conversations, READ_AT_ONCE)):
-            chunk = [_with_system(one, system) for one in chunk]
-            for conversation, one in zip(chunk, encode(chunk), strict=True):
+            chosen = [_with_system(one, system) for one in chunk if not one.rejected]
+            if rejected := len(chunk) - len(chosen):
+                counts.update({"read": rejected, "rejected by its label": rejected})
+            for conversation, one in zip(chosen, encode(chosen), strict=True):
+                counts.update(conversation.losses)
                 digest.update(one.token_ids.tobytes())
                 digest.update(one.trained.tobytes())
                 yield conversation.where, one
             progress(len(chunk))
 
-    return Examples.gather(name, encoded(), longest, on_long), digest.hexdigest()
+    return Examples.gather(name, encoded(), longest, on_long, counts), digest.hexdigest()
 
 
 def conversations_of(path: str, limit: int | None = None) -> Iterator[Conversation]:
@@ -92,4 +96,4 @@ def _with_system(conversation: Conversation, system: str | None) -> Conversation
     messages: tuple[Message, ...] = conversation.messages
     if system is None or conversation.document is not None or messages[0].role == "system":
         return conversation
-    return Conversation((message("system", system), *messages), conversation.where)
+    return replace(conversation, messages=(message("system", system), *messages))

@@ -28,7 +28,8 @@ def load_shots(path: str | None, as_assistant: bool) -> list[tuple[str, str]]:
     """The examples in a file, or the built-in ones, or none."""
     if path is None:
         return list(AS_ASSISTANT) if as_assistant else []
-    return shots_of([read_conversation(row) for row in read_records(path)], path)
+    conversations = map(read_conversation, read_records(path))
+    return shots_of([one for one in conversations if not one.rejected], path)
 
 
 def shots_of(conversations: Sequence[Conversation], path: str) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from llmkit.conversations import Conversation, message
 from llmkit.engine.chatting import Chat, talk
 from llmkit.engine.generation import Generator
 from llmkit.engine.sampling import Sampling
-from llmkit.engine.shots import STOP, shots_of, with_shots
+from llmkit.engine.shots import STOP, load_shots, shots_of, with_shots
 from llmkit.errors import UserError
 from llmkit.tokenizer.chat import ChatFormat, write_chat_tokenizer
 from llmkit.tokenizer.encoding import load_tokenizer
@@ -100,6 +100,14 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(tokenizer):
 
 
 # ---- base models
+
+
+def test_a_rejected_answer_is_no_shot(tmp_path):
+    path = tmp_path / "kto.jsonl"
+    path.write_text(
+        '{"prompt": "a?", "completion": "b", "label": false}\n{"prompt": "c?", "completion": "d", "label": true}\n'
+    )
+    assert load_shots(str(path), False) == [("c?", "d")]
 
 
 def test_shots_make_a_document_of_questions_and_answers():

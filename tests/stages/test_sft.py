@@ -197,6 +197,21 @@ def test_inspect_shows_what_is_trained_on(base, chats, llmkit):
     assert done.stdout.count("==> ") == 2
 
 
+def test_rejected_answers_are_not_trained_on_and_losses_are_counted(base, llmkit, tmp_path):
+    call = {"name": "weather", "arguments": {"city": "Oslo"}}
+    called = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "tool_calls": [{"function": call}]}]
+    rows = [{"prompt": f"{n}?", "completion": "bad" if n % 3 else "good", "label": n % 3 == 0} for n in range(6)]
+    data = write(tmp_path / "kto.jsonl", *rows, {"messages": called, "tools": [{"type": "function"}]})
+    done = llmkit("sft", base, "--data", data, "--inspect", "9")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("good") == 2 and "bad" not in done.stdout
+    counts = "rejected by its label 4, tool definitions left out 1, calls of unknown tools as text 1; 3 examples"
+    assert f"7 conversations, {counts}" in done.stderr
+    write(data, *rows[1:3])
+    alone = llmkit("sft", base, "--data", data, "--inspect", "9")
+    assert alone.returncode == 2 and "nothing to train on in 2 conversations (rejected by its label 2)" in alone.stderr
+
+
 def test_dry_run_says_what_would_be_done(base, chats, llmkit):
     done = llmkit("sft", base, "--data", chats, "--dry-run")
     assert done.returncode == 0 and not done.stdout
