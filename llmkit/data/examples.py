@@ -1,11 +1,12 @@
 """Encoded conversations of one source, held in memory, each short enough for a row of training.
 
 5 bytes a token: a million conversations of 300 tokens take 1.5 GB. What does not fit a row is truncated at the end of a
-turn, dropped, split between turns or refused, and what nothing would be learnt from is left out; both are counted.
+turn, dropped, split before a question or refused, and what nothing would be learnt from is left out; both are counted.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -19,7 +20,8 @@ ON_LONG = ("truncate", "drop", "split", "error")
 
 
 class Encoded(Protocol):
-    """A conversation in tokens: int32 (T,), bool (T,), and the positions at which a turn has just ended."""
+    """A conversation in tokens: int32 (T,), bool (T,), the positions at which a turn has just ended and those at which
+    the user's begin, and the length of the system message in front."""
 
     @property
     def token_ids(self) -> np.ndarray: ...
@@ -30,6 +32,12 @@ class Encoded(Protocol):
     @property
     def turn_ends(self) -> tuple[int, ...]: ...
 
+    @property
+    def questions(self) -> tuple[int, ...]: ...
+
+    @property
+    def preamble(self) -> int: ...
+
 
 @dataclass
 class Examples:
@@ -37,7 +45,7 @@ class Examples:
 
     name      of the source, in reports
     lengths   (N,) int64, in tokens
-    counts    what was done to which number of conversations: "truncated", "dropped: too long", "nothing trained" ...
+    counts    what was done to which number of conversations: "truncated", "split", "nothing trained" ...
     """
 
     name: str
@@ -88,12 +96,13 @@ class Examples:
         examples, ids, trained = cls(name, counts=Counter() if counts is None else counts), [], []
         for where, one in encoded:
             examples.counts["read"] += 1
-            for begin, end in _spans(one, longest, on_long, where, examples.counts):
-                if not one.trained[begin + 1 : end].any():  # the first token of an example is never a target
-                    examples.counts["nothing trained"] += 1
-                    continue
-                ids.append(one.token_ids[begin:end])
-                trained.append(one.trained[begin:end])
+            places = _places(one, longest, on_long, where, examples.counts)
+            # the first token of an example is never a target
+            taught = [place for place in places if one.trained[place[1:]].any()]
+            if places and not taught:
+                examples.counts["nothing trained"] += 1
+            ids += [one.token_ids[place] for place in taught]
+            trained += [one.trained[place] for place in taught]
         if not ids:
             read = examples.counts["read"]
             reasons = ", ".join(f"{key} {count}" for key, count in examples.counts.items() if key != "read")
@@ -104,30 +113,38 @@ class Examples:
         return examples
 
 
-def _spans(one: Encoded, longest: int, on_long: str, where: str, counts: Counter[str]) -> list[tuple[int, int]]:
-    """What is kept of a conversation, as spans of its tokens that begin and end between turns."""
+def _places(one: Encoded, longest: int, on_long: str, where: str, counts: Counter[str]) -> list[np.ndarray]:
+    """What is kept of a conversation: for each example of it, the places of its tokens."""
     length = len(one.token_ids)
     if length <= longest:
-        return [(0, length)]
+        return [np.arange(length)]
     if on_long == "error":
         raise UserError(
-            f"{where}: {length - 1} tokens are more than the context of {longest - 1}; "
-            "shorten it, lengthen --sequence-length, or choose --on-long truncate, drop or split"
+            f"{where}: {length - 1} tokens are more than the {longest - 1} of a row; "
+            "shorten it, or choose --on-long truncate, drop or split"
         )
     if on_long == "drop":
         counts["dropped: too long"] += 1
         return []
-    if on_long == "truncate":
-        end = max((end for end in one.turn_ends if end <= longest), default=0)
-        if not one.trained[1:end].any():  # the first answer is the one that is too long
+    if on_long == "split" and (pieces := _pieces(one, longest)) is not None:
+        counts["split"] += 1
+        if any(len(piece) > longest for piece in pieces):  # an answer that is too long by itself
             counts["cut within a turn"] += 1
-            return [(0, longest)]
-        counts["truncated"] += 1
-        return [(0, end)]
-    counts["split"] += 1
-    spans, begin = [], 0
-    for end, following in zip(one.turn_ends, (*one.turn_ends[1:], None), strict=True):
-        if following is None or following - begin > longest:
-            spans.append((begin, min(end, begin + longest)))
+        return [piece[:longest] for piece in pieces]
+    end = max((end for end in one.turn_ends if end <= longest), default=0)
+    if not one.trained[1:end].any():  # the first answer is the one that is too long
+        counts["cut within a turn"] += 1
+        return [np.arange(longest)]
+    counts["truncated"] += 1
+    return [np.arange(end)]
+
+
+def _pieces(one: Encoded, longest: int) -> list[np.ndarray] | None:
+    """The places of a conversation's parts, each from a question on, behind the system message; None for one part."""
+    ends = [*(place for place in one.questions if place > one.preamble), len(one.token_ids)]
+    pieces, begin = [], one.preamble
+    for end, following in zip(ends, [*ends[1:], math.inf], strict=True):
+        if one.preamble + following - begin > longest:
+            pieces.append(np.concatenate([np.arange(one.preamble), np.arange(begin, end)]))
             begin = end
-    return spans
+    return pieces if len(pieces) > 1 else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +32,15 @@ class Encoded:
     token_ids   (T,) int32
     trained     (T,) bool: which tokens are targets of the loss
     turn_ends   positions at which a turn has just ended, T the last of them
+    questions   positions at which a turn of the user begins
+    preamble    length of the system message that it begins with, 0 where there is none
     """
 
     token_ids: np.ndarray
     trained: np.ndarray
     turn_ends: tuple[int, ...]
+    questions: tuple[int, ...] = ()
+    preamble: int = 0
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -73,7 +77,8 @@ class ChatFormat:
             return encoded
         header = np.array(self._headers["assistant"], np.int32)
         ids = np.concatenate([encoded.token_ids, header])
-        return Encoded(ids, np.concatenate([encoded.trained, np.zeros(len(header), bool)]), encoded.turn_ends)
+        trained = np.concatenate([encoded.trained, np.zeros(len(header), bool)])
+        return replace(encoded, token_ids=ids, trained=trained)
 
     def encode_many(self, conversations: Iterable[Conversation], *, loss: str = "assistant") -> list[Encoded]:
         """The ids of many conversations, their texts encoded together by the fastest backend.
@@ -99,6 +104,7 @@ class ChatFormat:
     def _assemble(self, conversation: Conversation, pieces, loss: str) -> Encoded:
         runs: list[tuple[Sequence[int] | np.ndarray, bool]] = []
         ends: list[int] = []
+        questions: list[int] = []
         length = 0
 
         def put(ids: Sequence[int] | np.ndarray, trained: bool) -> None:
@@ -115,6 +121,8 @@ class ChatFormat:
         last = max((i for i, one in enumerate(conversation.messages) if one.role == "assistant"), default=-1)
         for index, message in enumerate(conversation.messages):
             counts = message.role == "assistant" and message.weight > 0 and (loss != "last" or index == last)
+            if message.role == "user":
+                questions.append(length)
             put(self._headers[message.role], False)
             for part in message.parts:
                 ids = next(pieces)
@@ -128,7 +136,8 @@ class ChatFormat:
             ends.append(length)
         token_ids = np.concatenate([np.asarray(ids, np.int32) for ids, _ in runs])
         trained = np.repeat([flag for _, flag in runs], [len(ids) for ids, _ in runs])
-        return Encoded(token_ids, trained, tuple(ends))
+        begins_with_system = bool(conversation.messages) and conversation.messages[0].role == "system"
+        return Encoded(token_ids, trained, tuple(ends), tuple(questions), ends[0] if begins_with_system else 0)
 
     def tool_tokens(self) -> dict[str, tuple[int, int]]:
         """The start and end ids of each tool's call, and of `result`."""

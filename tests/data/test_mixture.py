@@ -29,11 +29,15 @@ class Chat:
     token_ids: np.ndarray
     trained: np.ndarray
     turn_ends: tuple[int, ...]
+    questions: tuple[int, ...] = ()
+    preamble: int = 0
 
 
 def chat(turns, first=1):
     ids = np.arange(first, first + 5 * turns, dtype=np.int32) % 50 + 1
-    return Chat(ids, np.arange(5 * turns) // 5 % 2 == 1, tuple(range(5, 5 * turns + 1, 5)))
+    return Chat(
+        ids, np.arange(5 * turns) // 5 % 2 == 1, tuple(range(5, 5 * turns + 1, 5)), tuple(range(0, 5 * turns, 10))
+    )
 
 
 def examples(lengths, name="a", longest=33):
@@ -56,17 +60,16 @@ def test_conversations_are_held_whole():
     [
         ("truncate", [10, 10], {"read": 2, "truncated": 1}),
         ("drop", [10], {"read": 2, "dropped: too long": 1}),
-        ("split", [10, 10, 10, 5], {"read": 2, "split": 1, "nothing trained": 1}),
+        ("split", [10, 10, 10], {"read": 2, "split": 1}),
     ],
 )
 def test_what_is_too_long_is_cut_between_turns_and_counted(on_long, lengths, counts):
     held = Examples.gather("a", [("a:1", chat(2)), ("a:2", chat(5))], 14, on_long)
-    expected = lengths[: len(lengths) - counts.get("nothing trained", 0)]
-    assert held.lengths.tolist() == expected and held.counts == Counter(counts)
+    assert held.lengths.tolist() == lengths and held.counts == Counter(counts)
 
 
 def test_too_long_may_be_an_error_that_names_the_place():
-    with pytest.raises(UserError, match=r"a.jsonl:2: 24 tokens are more than the context of 13"):
+    with pytest.raises(UserError, match=r"a.jsonl:2: 24 tokens are more than the 13 of a row; shorten it, or choose"):
         Examples.gather("a", [("a.jsonl:1", chat(2)), ("a.jsonl:2", chat(5))], 14, "error")
 
 

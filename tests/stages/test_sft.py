@@ -212,6 +212,25 @@ def test_rejected_answers_are_not_trained_on_and_losses_are_counted(base, llmkit
     assert alone.returncode == 2 and "nothing to train on in 2 conversations (rejected by its label 2)" in alone.stderr
 
 
+def test_a_long_conversation_is_split_before_questions_and_keeps_its_system_message(base, llmkit, tmp_path):
+    turns = [("user", "a" * 9), ("assistant", "b" * 9), ("user", "c" * 9), ("assistant", "d" * 9)]
+    turns += [("user", "e" * 9), ("assistant", "f" * 99)]
+    rows = [{"role": role, "content": text} for role, text in (("system", "Rhyme."), *turns)]
+    data = write(tmp_path / "long.jsonl", {"messages": rows}, {"messages": rows[:5]})
+    words = ["sft", base, "--data", data, "--sequence-length", "64"]
+    done = llmkit(*words, "--on-long", "split", "--inspect", "9")
+    assert done.returncode == 0, done.stderr
+    assert "2 conversations, split 2, cut within a turn 1; 5 examples" in done.stderr
+    shown = done.stdout.split("==> ")[1:]
+    assert [[letter for letter in "abcdef" if letter * 4 in one] for one in shown] == [
+        *map(list, ("ab", "cd", "ef", "ab", "cd"))
+    ]
+    assert all("<|im_start|>system<|im_sep|>Rhyme.<|im_end|><|im_start|>user<|im_sep|>" in one for one in shown)
+    refused = llmkit(*words, "--on-long", "error", "-o", tmp_path / "chat")
+    assert refused.returncode == 2 and "of a row; shorten it, or choose --on-long" in refused.stderr
+    assert "--sequence-length" not in refused.stderr
+
+
 def test_dry_run_says_what_would_be_done(base, chats, llmkit):
     done = llmkit("sft", base, "--data", chats, "--dry-run")
     assert done.returncode == 0 and not done.stdout
