@@ -119,6 +119,12 @@ class TuningConfig(TrainingConfig):
     warmup_steps: int | None = option(None, "Steps to the full rate [a twentieth].", group="Training", at_least=0)
     decay_fraction: float = option(0.9, "Last part, with falling rate.", group="Training", at_least=0, at_most=1)
 
+    def __post_init__(self) -> None:
+        """Raises UserError for options of adapters where there are none."""
+        for name in ("lora_alpha", "lora_targets"):
+            if self.lora_rank is None and getattr(self, name) != getattr(TuningConfig, name):
+                raise UserError(f"--{name.replace('_', '-')}: needs --lora-rank; there are no adapters otherwise")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ToolConfig:

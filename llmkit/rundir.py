@@ -141,6 +141,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def last_figures(rows: Sequence[Mapping[str, Any]], kept_step: int | None) -> dict[str, Any]:
+    """The last of each figure in the rows of `read_metrics`, and those of the evaluation whose parameters were kept."""
+    kept = (row for row in rows if row["step"] == kept_step)
+    last = {name: value for row in rows for name, value in row.items()}
+    return last | {name: value for row in kept for name, value in row.items() if name.startswith("val_")}
+
+
 def trim_metrics(path: Path, step: int) -> None:
     """Drop rows after `step`, which a resumed run will write again."""
     kept = [row for row in read_metrics(path) if row.get("step", 0) <= step]

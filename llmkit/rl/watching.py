@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,10 +112,3 @@ class Watch:
         if self._stopped is None:
             say(f"stopping after step {self._trainer.step}: {reason}")
             self._stopped, self._trainer.stopping = reason, True
-
-
-def last_figures(rows: Sequence[Mapping[str, Any]], kept_step: int | None) -> dict[str, Any]:
-    """The last of each figure of training, and those of the evaluation whose parameters were kept."""
-    kept = (row for row in rows if row["step"] == kept_step)
-    last = {name: value for row in rows for name, value in row.items()}
-    return last | {name: value for row in kept for name, value in row.items() if name.startswith("val_")}

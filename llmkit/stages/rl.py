@@ -13,7 +13,7 @@ from llmkit.config import ToolConfig, TuningConfig, argument, as_options, check_
 from llmkit.errors import UserError
 from llmkit.problems import read_problems
 from llmkit.progress import quantity, say
-from llmkit.rundir import RunFolder, check_model_folder, read_metrics
+from llmkit.rundir import RunFolder, check_model_folder, last_figures, read_metrics
 from llmkit.stream import check_inputs, names_of, open_output
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     from llmkit.rl.prompts import digest
     from llmkit.rl.rehearsing import rehearse
     from llmkit.rl.rollouts import ROLLOUTS, RolloutLog
-    from llmkit.rl.watching import Limits, Watch, last_figures
+    from llmkit.rl.watching import Limits, Watch
 
     # load
     device = choose_device(config.device)

@@ -196,6 +196,8 @@ def _check_options(config: SampleConfig, out: str) -> None:
         raise UserError(f"{config.model}: expected a model folder, found {found}")
     if config.resume and (not config.jsonl or out == "-"):
         raise UserError("--resume: expected --jsonl and --out, whose unfinished file is gone on with")
+    if config.shots is not None and config.as_assistant:
+        raise UserError("--shots and --as-assistant: expected one or the other, found both")
     if config.logprobs and not config.jsonl:
         raise UserError("--logprobs: expected --jsonl beside it")
     if config.chat and (config.jsonl or config.inputs or config.out or config.shots or config.as_assistant):

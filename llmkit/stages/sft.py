@@ -12,10 +12,12 @@ from llmkit.config import TuningConfig, argument, as_options, check_one_horizon,
 from llmkit.conversations import Conversation
 from llmkit.errors import UserError
 from llmkit.progress import Progress, quantity, say
-from llmkit.rundir import RunFolder, check_model_folder
+from llmkit.rundir import RunFolder, check_model_folder, last_figures, read_metrics
 from llmkit.stream import check_inputs
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from llmkit.data.examples import Examples
     from llmkit.data.mixture import Mixture, Source
     from llmkit.data.sources import DataFile
@@ -91,7 +93,7 @@ class SftConfig(TuningConfig):
 
 @dataclass(frozen=True)
 class Summary:
-    """What the command line prints."""
+    """What the command line prints; under --patience `val_loss` is that of `kept_step`, whose parameters are saved."""
 
     path: str
     steps: int
@@ -101,6 +103,7 @@ class Summary:
     loss: float
     seconds: float
     val_loss: float | None = None
+    kept_step: int | None = None
 
 
 def run(config: SftConfig) -> Summary | None:
@@ -178,6 +181,7 @@ def run(config: SftConfig) -> Summary | None:
     epochs = zip(sources, mixture.epochs(trainer.step), strict=True)
     results = {
         **trainer.results(),
+        **_kept(config, folder.work, tuning.best_step),
         "trained_parameters": tuning.trained_parameters,
         "epochs": {source.examples.name: round(count, 3) for source, count in epochs},
         "seconds": round(time.monotonic() - STARTED, 1),
@@ -192,6 +196,15 @@ def run(config: SftConfig) -> Summary | None:
     return Summary(path=str(folder.out), **results)
 
 
+def _kept(config: SftConfig, work: Path, step: int | None) -> dict[str, float]:
+    """What the summary tells of the parameters that are saved, where those of a step were kept."""
+    if step is None:
+        return {}
+    loss = round(last_figures(read_metrics(work / "metrics.jsonl"), step)["val_loss"], 4)
+    say(f"kept the parameters of step {step}, the best: val_loss {loss:.4f}", config.quiet)
+    return {"val_loss": loss, "kept_step": step}
+
+
 # ---- what is asked for
 
 
@@ -201,6 +214,10 @@ def _checked(config: SftConfig) -> list[DataFile]:
     check_one_horizon(config, ("epochs", "tokens", "max_steps", "time_budget"))
     if config.patience is not None and not (config.val and config.eval_every):
         raise UserError("--patience: needs --val and --eval-every, to see whether there is a gain")
+    if config.eval_every is not None and not config.val:
+        raise UserError("--eval-every: needs --val, conversations to look at")
+    if config.identity_weight != SftConfig.identity_weight and config.identity is None:
+        raise UserError("--identity-weight: needs --identity, whose share it is")
     if config.keep_adapter and config.lora_rank is None:
         raise UserError("--keep-adapter: needs --lora-rank; there is no adapter otherwise")
     if config.system == "identity" and config.identity is None:
