@@ -28,6 +28,7 @@ from llmkit.engine.generation import Generator, Request
 from llmkit.engine.optimizer import GroupSettings, Optimizer
 from llmkit.engine.sampling import Sampling
 from llmkit.engine.trainer import Trainer
+from llmkit.errors import UserError
 from llmkit.files import write_json
 from llmkit.model.folder import load_model, save_model
 from llmkit.model.growth import grow_vocabulary
@@ -61,13 +62,15 @@ class Finetuning:
     def load(cls, folder: str, *, device: torch.device, dtype: torch.dtype) -> Finetuning:
         """Load a model folder, with rows for the tokens of conversations, where it lacks them.
 
-        Raises UserError for a folder that cannot be loaded, and for a tokenizer that does not fit the model.
+        Raises UserError for a folder that cannot be loaded, for weights that are not finite, and for a tokenizer that
+        does not fit the model.
         """
         base = load_tokenizer(folder)
         model = load_model(folder, dtype=dtype, device=device)
         base.check_fits(model.config.vocab_size)
         with tempfile.TemporaryDirectory(prefix="llmkit-") as place:
             tokenizer = write_chat_tokenizer(base, Path(place))
+        _check_finite(model, folder)
         return cls(folder, _grown(model, base.vocab_size, tokenizer), tokenizer, base.vocab_size).train()
 
     @classmethod
@@ -76,6 +79,7 @@ class Finetuning:
         tokenizer = load_tokenizer(folder)
         model = load_model(folder, dtype=dtype, device=device)
         tokenizer.check_fits(model.config.vocab_size)
+        _check_finite(model, folder)
         return cls(folder, model, tokenizer, None).train()
 
     def train(self) -> Finetuning:
@@ -271,6 +275,16 @@ class Finetuning:
                 whole.save(folder / "adapter", self.folder)
             model = whole.merge()
         self._write(model.eval(), folder)
+
+
+def _check_finite(model: Transformer, folder: str) -> None:
+    """Raise UserError for weights that no loss comes from, before work is put into them."""
+    for name, parameter in model.named_parameters():
+        if not all(bound.isfinite() for bound in torch.aminmax(parameter.detach())):  # a NaN is both
+            raise UserError(
+                f"{folder}: expected weights that are finite numbers, found NaN or infinity in {name}; "
+                "make or fetch the model again"
+            )
 
 
 def _grown(model: Transformer, known: int, tokenizer: Tokenizer) -> Transformer:

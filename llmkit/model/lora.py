@@ -76,6 +76,13 @@ class LoraAdapter:
             raise UserError(
                 f"--lora-targets: expected some of {','.join(TARGETS)}, found {','.join(unknown) or 'none'}"
             )
+        rows = _rows(model.config)
+        largest = max(min(rows[name], _columns(model, name)) for name in targets)
+        if rank > largest:
+            raise UserError(
+                f"--lora-rank: expected at most {largest}, the smaller side of the matrices that get an adapter, "
+                f"found {rank}; --lora-rank none trains all parameters"
+            )
         self.model, self.rank, self.alpha, self.targets = model, rank, alpha, tuple(targets)
         generator = torch.Generator().manual_seed(seed)
 
@@ -83,7 +90,6 @@ class LoraAdapter:
             return torch.rand(shape, generator=generator).mul_(2 * bound).sub_(bound)
 
         model.requires_grad_(False)
-        rows = _rows(model.config)
         for layer in model.layers:
             for stacked, parts in STACKED.items():
                 adapted = [name for name, _ in parts if name in targets]
@@ -144,6 +150,11 @@ class LoraAdapter:
         with atomic_file(folder / "adapter_config.json", "w") as handle:
             json.dump(config, handle, indent=2)
         save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def _columns(model: Transformer, target: str) -> int:
+    stacked = next(name for name, parts in STACKED.items() if target in dict(parts))
+    return getattr(model.layers[0], stacked).shape[1]
 
 
 def _rows(config: ModelConfig) -> dict[str, int]:

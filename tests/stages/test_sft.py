@@ -126,7 +126,17 @@ def test_a_validation_that_no_longer_gains_ends_the_run_with_its_best(base, chat
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "no gain in 2 validations" in done.stderr
-    assert json.loads(done.stdout)["steps"] < 500
+    summary = json.loads(done.stdout)
+    assert summary["steps"] < 500
+    rows = [json.loads(line) for line in (tmp_path / "chat" / "metrics.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
+    kept = min(losses, key=lambda step: losses[step])
+    assert kept < max(losses) == summary["steps"]
+    assert (summary["kept_step"], summary["val_loss"]) == (kept, round(losses[kept], 4))
+    results = json.loads((tmp_path / "chat" / "manifest.json").read_text())["results"]
+    assert (results["kept_step"], results["val_loss"]) == (kept, round(losses[kept], 4))
+    assert f"| val_loss | {round(losses[kept], 4)} |" in (tmp_path / "chat" / "README.md").read_text()
+    assert f"kept the parameters of step {kept}, the best" in done.stderr
 
 
 # ---- adapters
@@ -271,7 +281,13 @@ def test_bad_data_is_named(base, tmp_path, rows, reason):
         ({"identity": "name=Ada"}, "found no maker"),
         ({"system": "identity"}, "needs --identity"),
         ({"lora_rank": 2, "lora_targets": "x"}, "--lora-targets: expected some of"),
+        ({"lora_rank": 129}, "--lora-rank: expected at most 64, the smaller side"),
+        ({"lora_rank": 33, "lora_targets": "k,v"}, "--lora-rank: expected at most 32"),
         ({"keep_adapter": True}, "needs --lora-rank"),
+        ({"lora_alpha": 4.0}, "--lora-alpha: needs --lora-rank"),
+        ({"lora_targets": "q"}, "--lora-targets: needs --lora-rank"),
+        ({"eval_every": 5}, "--eval-every: needs --val"),
+        ({"identity_weight": 0.5}, "--identity-weight: needs --identity"),
         ({"patience": 2}, "needs --val and --eval-every"),
         ({"model": "nowhere"}, "nowhere: expected a model folder, found nothing"),
     ],
@@ -293,7 +309,9 @@ def test_a_model_folder_with_nan_is_refused(base, chats, llmkit, tmp_path):
     tensors["model.norm.weight"][3] = torch.nan
     save_file(tensors, spoilt / "model.safetensors")
     done = llmkit("sft", spoilt, "--data", chats, *SPEED, "-o", tmp_path / "chat")
-    assert done.returncode == 2 and "Traceback" not in done.stderr and "the loss is nan" in done.stderr
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert f"{spoilt}: expected weights that are finite numbers, found NaN or infinity in norm" in done.stderr
+    assert not (tmp_path / "chat.partial").exists()
 
 
 # ---- talking to it
