@@ -2,7 +2,7 @@
 
     python examples/reward_hacking.py                # three seeds, a table
     python examples/reward_hacking.py --seeds 1 --quick
-    python examples/reward_hacking.py --curves docs/figures
+    python examples/reward_hacking.py --curves docs/         # also copies the curves of the first seed
 
 The task: write the even digits of a number. Those who compare answers count rather than read: nine times in ten the
 longer one is preferred. Up to the number of even digits longer is better, beyond it every digit is wrong or said
