@@ -255,6 +255,16 @@ def check_model_folder(path: str | None, example: str) -> None:
 # ---- a run in the making
 
 
+def check_identity(noted: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise UserError naming the first part of a resumed run's identity that is not what was noted of the run."""
+    for name, value in now.items():
+        if noted.get(name) != value:
+            raise UserError(
+                f"{name} was {noted.get(name)} and is now {value}; "
+                "resume with the same options and inputs, or start again with --force"
+            )
+
+
 class RunFolder:
     """The folder of a training run: it is made as `out` + ".partial" and takes its place, whole, at the end.
 
@@ -306,12 +316,7 @@ class RunFolder:
         if not self.resume or not (self.work / NOTES).exists():
             return None
         noted = read_json(self.work / NOTES)
-        for name, value in identity.items():
-            if noted["identity"].get(name) != value:
-                raise UserError(
-                    f"{name} was {noted['identity'].get(name)} and is now {value}; "
-                    "resume with the same options and inputs, or start again with --force"
-                )
+        check_identity(noted["identity"], identity)
         return noted["notes"]
 
     def begin(self, identity: Mapping[str, Any], notes: Mapping[str, Any] | None = None) -> None:

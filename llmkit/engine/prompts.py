@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
 from itertools import islice
@@ -21,8 +21,9 @@ from llmkit.conversations import Message, read_conversation
 from llmkit.engine.generation import Completion, Request
 from llmkit.engine.sampling import request_number, seed_of_repeat
 from llmkit.errors import Interrupted, UserError
-from llmkit.files import PARTIAL
+from llmkit.files import PARTIAL, read_json, remove, write_json
 from llmkit.records import Row
+from llmkit.rundir import check_identity
 from llmkit.stream import json_row
 
 ASKED = ("prompt", "messages", "seed")  # what a record that is kept has in common with its input
@@ -155,13 +156,20 @@ def _identity(record: dict[str, Any]) -> bytes:
 
 @contextmanager
 def lasting_output(
-    out: str, prompts: Prompts, samples: int, ordered: bool, resume: bool
+    out: str, prompts: Prompts, samples: int, ordered: bool, resume: bool, identity: Mapping[str, Any]
 ) -> Iterator[Callable[[dict[str, Any]], object]]:
     """A file `out` + ".partial" that becomes `out` at the end; what is whole in it stays if this run ends early.
 
-    With `resume` the whole prompts of a former one are kept. Raises Interrupted where Ctrl-C ends it.
+    With `resume` the whole prompts of a former one are kept. `identity` is what decides the text beside the prompts,
+    JSON values by the names that a user knows: noted beside the file, and asked for again. Raises UserError where it is
+    another one, Interrupted where Ctrl-C ends the run.
     """
-    partial = Path(out + PARTIAL)
+    partial, notes = Path(out + PARTIAL), Path(out + PARTIAL + ".json")
+    if resume and partial.exists():
+        if notes.exists():
+            check_identity(read_json(notes), identity)
+    else:
+        write_json(notes, identity)
     partial.open("ab" if resume else "wb").close()
     try:
         with _whole_prompts(partial, prompts, samples, ordered) as write:
@@ -169,10 +177,12 @@ def lasting_output(
     except BaseException as error:
         if not partial.stat().st_size:
             partial.unlink()
+            remove(notes)
         elif isinstance(error, KeyboardInterrupt):
             raise Interrupted(f"interrupted; the same command with --resume goes on ({partial})") from None
         raise
     os.replace(partial, out)
+    remove(notes)
 
 
 @contextmanager

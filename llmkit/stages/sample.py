@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import MISSING, dataclass
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmkit.config import CommonConfig, ToolConfig, argument, as_options, option
+from llmkit.config import CommonConfig, ToolConfig, argument, as_options, lasting_options, option
 from llmkit.conversations import Message
 from llmkit.errors import UserError
 from llmkit.files import PARTIAL, check_output
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from llmkit.model.config import ModelConfig
 
 STARTED = time.monotonic()
+KNOWN_OTHERWISE = ("MODEL", "INPUT...", "--limit")  # a resumed run compares the model's content, and its prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,19 +59,20 @@ class SampleConfig(CommonConfig, ToolConfig):
     chat: bool = option(False, "Hold a conversation: on the terminal, or a line of stdin a turn.")
     system: str | None = option(None, "With --chat: the system message.")
     shots: str | None = option(
-        None, "For base models: answer as these examples do (prompt and completion).", metavar="FILE"
+        None, "For base models: answer as these examples do (prompt and completion).", metavar="FILE", free=True
     )
     as_assistant: bool = option(False, "For base models: answer as an assistant would, by a built-in prompt.")
-    device: str = option("auto", "Where to compute.", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = option("auto", "Where to compute.", choices=("auto", "cpu", "cuda", "mps"), free=True)
     dtype: str = option(
         "auto",
         "Precision; auto: bfloat16 on GPUs, else float32; int8: on CPUs.",
         choices=("auto", "float32", "bfloat16", "int8"),
+        free=True,
     )
-    batch_size: int = option(16, "Sequences decoded at a time.", at_least=1, at_most=4096)
+    batch_size: int = option(16, "Sequences decoded at a time.", at_least=1, at_most=4096, free=True)
 
-    unordered: bool = option(False, "With --jsonl: records come as they are done.")
-    resume: bool = option(False, "With --jsonl: go on with what a killed run left of --out.")
+    unordered: bool = option(False, "With --jsonl: records come as they are done.", free=True)
+    resume: bool = option(False, "With --jsonl: go on with what a killed run left of --out.", free=True)
     logprobs: bool = option(False, "With --jsonl: log-probabilities of the tokens, before and after truncation.")
 
     samples: int = option(1, "Continuations of each prompt.", short="-n", group="Text", at_least=1, at_most=10**6)
@@ -167,7 +170,8 @@ def run(config: SampleConfig) -> Summary | None:
 
         # generate
         if config.jsonl:
-            _write_records(generator, prompts, config, out)
+            identity = _identity(config, opened.precision, shots)
+            _write_records(generator, prompts, config, out, identity)
         else:
             _write_text(generator, prompts, config, out)
 
@@ -256,13 +260,25 @@ def _rows(config: SampleConfig) -> Iterator[Row]:
         yield Row({"prompt": text.removesuffix("\n").removesuffix("\r")}, "stdin", 0)
 
 
-def _write_records(generator: Generator, prompts: Prompts, config: SampleConfig, out: str) -> None:
+def _identity(config: SampleConfig, precision: Precision, shots: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """What decides the text beside the prompts: the model, how it computes, and the options that last."""
+    from llmkit.engine.run_state import fingerprint
+
+    shown = sha256(repr(list(shots)).encode()).hexdigest()[:16] if shots else None
+    found = {"the model": fingerprint(config.model), "the precision": precision.name, "what is in --shots": shown}
+    kept = {name: value for name, value in lasting_options(config).items() if name not in KNOWN_OTHERWISE}
+    return found | kept
+
+
+def _write_records(
+    generator: Generator, prompts: Prompts, config: SampleConfig, out: str, identity: Mapping[str, Any]
+) -> None:
     from llmkit.engine.prompts import completion_record, lasting_output
 
     ordered, several, details = not config.unordered, config.samples > 1, (config.logprobs, bool(config.tools))
     lasting = out != "-" and (Path(out).is_file() or not Path(out).exists())  # not a pipe or device
     with (
-        lasting_output(out, prompts, config.samples, ordered, config.resume)
+        lasting_output(out, prompts, config.samples, ordered, config.resume, identity)
         if lasting
         else open_output(out, config.force) as write,
         Progress("sample", unit="tok", quiet=config.quiet) as progress,

@@ -385,6 +385,35 @@ def test_a_run_of_other_prompts_is_not_resumed(folder, prompts, tmp_path):
     assert read_lines(out) == records
 
 
+def test_a_run_of_another_model_or_other_options_is_not_resumed(folder, tmp_path, llmkit):
+    good, bad = [{"prompt": PROMPTS[n % 8], "id": n} for n in range(40)], '{"prompt": 3}\n'
+    given, out = write_lines(tmp_path / "prompts.jsonl", good), tmp_path / "out.jsonl"
+    partial, notes = tmp_path / "out.jsonl.partial", tmp_path / "out.jsonl.partial.json"
+    whole = sample_jsonl(folder, out, given)
+    out.unlink()
+    given.write_text(given.read_text() + bad)
+    with pytest.raises(UserError, match=r"prompts\.jsonl:41"):  # which is read when some are made
+        sample_jsonl(folder, out, given, batch_size="1")
+    kept = partial.read_bytes()
+    assert kept
+    given.write_text(given.read_text().removesuffix(bad))
+    other = save_folder(tmp_path / "other", make_model(context=128, spread=1.4))
+    words = [given, "--jsonl", "--max-tokens", "20", "--quiet", "--resume", "-o", out]
+    for model, options, reason in (
+        (other, [], "the model was "),
+        (folder, ["--temperature", "0"], "--temperature was 0.8 and is now 0"),
+        (folder, ["--max-tokens", "9"], "--max-tokens was 20 and is now 9"),
+        (folder, ["--as-assistant"], "what is in --shots was None and is now "),
+        (folder, ["--dtype", "bfloat16"], "the precision was float32 and is now "),
+    ):
+        done = llmkit("sample", model, *words, *options)
+        assert done.returncode == 2 and reason in done.stderr and len(done.stderr.splitlines()) == 1
+        assert partial.read_bytes() == kept
+    done = llmkit("sample", folder, *words, "--batch-size", "3")
+    assert done.returncode == 0, done.stderr
+    assert read_lines(out) == whole and not partial.exists() and not notes.exists()
+
+
 # ---- bad input
 
 
