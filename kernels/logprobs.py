@@ -5,6 +5,8 @@ registers (Cut Cross-Entropy, Wijmans et al. 2024, arXiv:2411.09009). Backward, 
 chunk. N tokens, D hidden, V vocabulary.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from llmkit.kernels.dispatch import triton_module
@@ -115,7 +117,7 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(input, linear_weight, target)
 
 
-def _backward(ctx, grad, grad_entropy, gradients=_gradients_in_a_graph):
+def _backward(ctx, grad, grad_entropy, gradients: Callable = _gradients_in_a_graph):
     need = ctx.needs_input_grad[:2]
     if not ctx.return_entropy:
         grad_entropy = None

@@ -343,6 +343,10 @@ class RunFolder:
             write_curve(self.work, name, lines)
         write_model_card(self.work)
 
+    def abandon(self) -> None:
+        """Remove what was begun and holds nothing."""
+        remove(self.work)
+
     def finish(self) -> None:
         """Put the finished folder in its place, whole."""
         replace_folder(self.work, self.out)

@@ -130,7 +130,7 @@ class _Kept:
             if _identity(kept) != _identity(asked):
                 raise UserError(
                     f"{where}: {self._partial} was made of another prompt or --seed, or by --unordered; "
-                    "leave out --resume to begin again"
+                    "start again with --force"
                 )
             return True
         identity = _identity(asked)
@@ -144,8 +144,7 @@ class _Kept:
         more = self._left.total() + (next(self._next, None) is not None)
         if more:
             raise UserError(
-                f"{self._partial}: holds completions of prompts that the input does not have; "
-                "leave out --resume to begin again"
+                f"{self._partial}: holds completions of prompts that the input does not have; start again with --force"
             )
 
 

@@ -56,7 +56,7 @@ class RunState:
             name = unlike[0]
             raise UserError(
                 f"{self.path}: made with {name} {former.get(name)}, and this run has {now[name]}; "
-                "leave out --resume to begin again"
+                "start again with --force"
             )
         count = 0
         while self._file.readline().endswith(b"\n"):
@@ -71,8 +71,7 @@ class RunState:
         for record in list(self.records()):
             if next((one for one in left if made_of(record, one)), None) is None:
                 raise UserError(
-                    f"{self.path}: has a record that the input does not: {record['where']}; "
-                    "leave out --resume to begin again"
+                    f"{self.path}: has a record that the input does not: {record['where']}; start again with --force"
                 )
         yield from left
 

@@ -144,7 +144,7 @@ class FunctionReward(Reward):
     def _call(self, attempt: Attempt) -> float:
         try:
             value = self._function(record_of(attempt))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise self._failed(error) from None
         if not isinstance(value, Real):
             raise UserError(

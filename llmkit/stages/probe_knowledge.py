@@ -14,6 +14,7 @@ from llmkit.errors import UserError
 from llmkit.files import check_output
 from llmkit.progress import say
 from llmkit.questions import Question, all_questions
+from llmkit.rundir import check_model_folder
 from llmkit.stream import check_inputs, name_of, names_of, open_output, read_documents, read_jsonl
 
 if TYPE_CHECKING:
@@ -244,11 +245,7 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Checked | Recited | None:
 def _checked(config: ProbeKnowledgeConfig, out: str) -> tuple[str, Path | None]:
     """The model, and where the state of the run stands (None for nowhere), once all that can be known before the
     work is in order."""
-    if config.model is None:
-        raise UserError("MODEL: expected a model folder, as in llmkit probe-knowledge chat/ --questions q.jsonl")
-    if not Path(config.model).is_dir():
-        found = "a file" if Path(config.model).exists() else "nothing"
-        raise UserError(f"{config.model}: expected a model folder, found {found}")
+    check_model_folder(config.model, "llmkit probe-knowledge chat/ --questions q.jsonl")
     if config.questions and config.passages:
         raise UserError("--passages: expected no --questions beside it; they are two runs")
     if config.writer is not None and not config.passages:
@@ -263,7 +260,10 @@ def _checked(config: ProbeKnowledgeConfig, out: str) -> tuple[str, Path | None]:
         raise UserError(f"--report: expected another file than --out, found {config.report} twice")
     for path in outputs:
         check_output(str(path), config.force, config.resume)
-    return config.model, None if out == "-" else Path(out + STATE)
+    left = [path for path in (out + STATE, out + WRITTEN) if Path(path).exists()]
+    if out != "-" and left and not (config.resume or config.force):
+        raise UserError(f"{left[0]}: an unfinished run; --resume goes on with it, --force starts again")
+    return str(config.model), None if out == "-" else Path(out + STATE)
 
 
 def _chat_models(config: ProbeKnowledgeConfig) -> dict[str, ChatModel]:

@@ -259,6 +259,7 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
         describe=describe,
     )
     if trainer.step == 0:
+        folder.abandon()
         raise UserError(collector.ended or "no step was made")
     if collector.ended:
         say(f"stopping after step {trainer.step}: {collector.ended}")
@@ -368,12 +369,8 @@ def _rewards(config: RlConfig, stack: ExitStack) -> tuple[list[Weighted], list[W
     """The rewards of training, and that which is watched."""
     from llmkit.rewards import parse_rewards
 
-    details = {
-        "sandbox": config.sandbox,
-        "timeout": config.tool_timeout,
-        "device": config.device,
-        "dtype": config.dtype,
-    }
+    details = {"sandbox": config.sandbox, "timeout": config.tool_timeout}
+    details |= {"device": config.device, "dtype": config.dtype}
     rewards = parse_rewards(config.reward, **details)
     gold = parse_rewards([config.gold], flag="--gold", **details) if config.gold else []
     for weighted in (*rewards, *gold):

@@ -212,6 +212,7 @@ def test_a_function_has_the_record_and_gives_a_number(tmp_path: Path):
         ("import nowhere_at_all", "score.py:1: ModuleNotFound"),
         ("x = 1\ndef reward(record) return 1", "score.py:2: SyntaxError"),
         ("raise SystemExit(0)", "score.py:1: SystemExit"),
+        ("def reward(record):\n    raise SystemExit(3)", "score.py:2: SystemExit: 3"),
         ("reward = 5", "expected a function 'reward'"),
     ],
 )  # fmt: skip

@@ -245,19 +245,22 @@ def test_a_run_of_something_else_is_not_resumed(parrot, babbler, tmp_path, monke
         patch.setattr(RunState, "remove", lambda self: None)  # as a kill would at the very end
         probe(model, out, questions=asked)
     for options, message in (
-        ({"samples": 3}, r"r.jsonl.state: made with --samples 5, and this run has 3; leave out --resume"),
+        ({"samples": 3}, r"r.jsonl.state: made with --samples 5, and this run has 3; start again with --force"),
         ({"questions": other}, r"r.jsonl.state: made with --questions"),
     ):
         with pytest.raises(UserError, match=message):
             probe(model, out, **{"questions": asked, "resume": True, **options})
     shutil.copy(babbler / "model.safetensors", model)
-    with pytest.raises(UserError, match=r"made with the model \w+, and this run has \w+; leave out --resume"):
+    with pytest.raises(UserError, match=r"made with the model \w+, and this run has \w+; start again with --force"):
         probe(model, out, questions=asked, resume=True)
     shutil.copy(parrot / "model.safetensors", model)
     write(asked, ROME, PARIS)
     with pytest.raises(UserError, match=r"has a record that the input does not: .*q.jsonl:1"):
         probe(model, out, questions=asked, resume=True)
     write(asked, PARIS, ROME)
+    out.unlink()
+    with pytest.raises(UserError, match=r"r.jsonl.state: an unfinished run; --resume goes on with it"):
+        probe(model, out, questions=asked)
     assert probe(model, out, questions=asked, resume=True).questions == 2 and not state.exists()
 
 
@@ -346,7 +349,7 @@ def test_options_that_cannot_be_meant_are_refused(parrot, tmp_path):
             probe(parrot, out, **options)
     with pytest.raises(UserError, match="--resume: expected --out"):
         run(ProbeKnowledgeConfig(model=str(parrot), questions=(str(asked),), resume=True))
-    with pytest.raises(UserError, match="MODEL: expected a model folder"):
+    with pytest.raises(UserError, match="MODEL is missing: a model folder"):
         run(ProbeKnowledgeConfig(questions=(str(asked),)))
     with pytest.raises(UserError, match="no/where: expected a model folder, found nothing"):
         probe(Path("no/where"), out, questions=asked)
