@@ -25,6 +25,12 @@ def test_a_judge_is_gamed(tmp_path):
     assert all("<polyline" in (tmp_path / f"reward-hacking-{run}.svg").read_text() for run in ("free", "watched"))
 
 
+def test_tools_by_reward_alone(tmp_path):
+    rows = table("tool_reward.py", tmp_path)
+    assert rows[0][:2] == ["called", "right"] and len(rows) == 5
+    assert (tmp_path / "tool-reward.svg").exists()
+
+
 @pytest.mark.parametrize(
     ("said", "worth"), [("0482", 1), ("04", 0.5), ("", 0), ("0482 ", 1), ("04820482", 0), ("0413", 0), ("1357", -1)]
 )

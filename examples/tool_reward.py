@@ -1,0 +1,105 @@
+"""Does reward alone teach an assistant to call its calculator? Calls and held-out accuracy, before and after.
+
+    python examples/tool_reward.py                # three seeds, a table
+    python examples/tool_reward.py --seeds 1 --quick
+
+For each seed: a tokenizer and a base model on sums written out; an assistant tuned on the same sums, of whose examples
+one in six calls `calc` and the others answer at once, which it cannot do in its head; then `llmkit rl` with the
+calculator, rewarded for right answers and for nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from calculator import SHAPE, chats, expression, llmkit, write
+from make_tool_chats import arithmetic
+
+CALLING = 1 / 6  # of the examples
+MOST_TOKENS = "40"
+
+
+def of_two(sums: Iterable[tuple]) -> Iterable[tuple]:
+    """Those of two numbers."""
+    return (one for one in sums if expression(one[0]).count(" ") == 2)
+
+
+def written_out(question: str, answer: str, _) -> str:
+    """What the base model reads. From what is repeated it learns to copy, which calls and their results ask for."""
+    return f"{question} {expression(question)}; {expression(question)} = {answer}; {answer}; {answer}"
+
+
+def measured(folder: Path, model: Path, asked: Path, temperature: str) -> dict[str, float]:
+    """Shares of held-out problems with a call, and with the right answer."""
+    options = ["--tools", "calc", "--jsonl", "--temperature", temperature, "--max-tokens", MOST_TOKENS, "--quiet"]
+    out = llmkit(folder, "sample", model, *options, stdin=asked)
+    rows = [json.loads(line) for line in out.splitlines()]
+    right = [row["completion"].strip() == row["answer"] for row in rows]
+    called = [bool(row["tool_calls"]) for row in rows]
+    return {"called": sum(called) / len(rows), "right": sum(right) / len(rows)}
+
+
+def experiment(folder: Path, seed: int, quick: bool) -> dict[str, dict[str, float]]:
+    """Shares of one seed, before and after, drawn as in training and greedily."""
+    rng = random.Random(seed)
+    sums = list(of_two(arithmetic(500 if quick else 8000, 2 * seed)))
+    seen = {question for question, _, _ in sums}
+    held_out = [one for one in of_two(arithmetic(400, 2 * seed + 1)) if one[0] not in seen][: 10 if quick else 200]
+
+    def problems(name: str, some: list[tuple]) -> Path:
+        return write(folder / f"{name}.jsonl", [{"prompt": question, "answer": answer} for question, answer, _ in some])
+
+    def made(stage: str, *arguments: str | Path, steps: tuple[str, str], out: str) -> Path:
+        horizon = ("--max-steps", "3") if quick else steps
+        llmkit(folder, stage, *arguments, *horizon, "--seed", str(seed), "-o", folder / out)
+        return folder / out
+
+    texts = write(folder / "texts.jsonl", [{"text": written_out(*one)} for one in sums])
+    llmkit(folder, "train-bpe", texts, "--vocab-size", "320", "-o", folder / "tok")
+    base = made("pretrain", texts, "--tokenizer", folder / "tok", *SHAPE, steps=("--epochs", "4"), out="base")
+    examples = [chat for one in sums for chat in chats([one], tool=rng.random() < CALLING)]
+    shown = write(folder / "chats.jsonl", examples)
+    before = made("sft", base, "--data", shown, steps=("--epochs", "4"), out="before")
+    rows = [{"messages": [{"role": "user", "content": one[0]}], "answer": one[1]} for one in held_out]
+    asked = write(folder / "asked.jsonl", rows)
+    options = ["--data", problems("train", sums), "--val", problems("val", held_out), "--eval-every", "10"]
+    options += ["--tools", "calc", "--reward", "verifier", "--max-tokens", MOST_TOKENS]
+    options += ["--reward", "length"] if quick else []  # what has hardly been trained is never right
+    after = made("rl", before, *options, steps=("--max-steps", "60"), out="after")
+    return {
+        f"{name}, {how}": measured(folder, model, asked, temperature)
+        for name, model in (("before", before), ("after", after))
+        for how, temperature in (("drawn", "1"), ("likeliest", "0"))
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3, help="runs of the whole experiment")
+    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
+    parser.add_argument("--curves", type=Path, metavar="FOLDER", help="copy the curve of the first seed here")
+    arguments = parser.parse_args()
+    found = []
+    for seed in range(arguments.seeds):
+        with tempfile.TemporaryDirectory(prefix="llmkit-tools-") as place:
+            found.append(experiment(Path(place), seed, arguments.quick))
+            if arguments.curves and seed == 0:
+                shutil.copy(Path(place) / "after" / "success.svg", arguments.curves / "tool-reward.svg")
+        print(f"seed {seed}: {json.dumps(found[-1])}", file=sys.stderr)
+    print(f"{'':<20} {'called':>7} {'right':>7}  called / right by seed")
+    for name in found[0]:
+        rows = [one[name] for one in found]
+        means = " ".join(f"{statistics.mean(row[key] for row in rows):7.1%}" for key in ("called", "right"))
+        print(f"{name:<20} {means}  {', '.join('{called:.1%} / {right:.1%}'.format(**row) for row in rows)}")
+
+
+if __name__ == "__main__":
+    main()
