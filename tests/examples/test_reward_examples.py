@@ -19,12 +19,14 @@ def table(script: str, curves: Path) -> list[list[str]]:
     return [line.split() for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_a_judge_is_gamed(tmp_path):
     rows = table("reward_hacking.py", tmp_path)
     assert rows[0][:3] == ["judge", "gold", "tokens"] and len(rows) == 6
     assert all("<polyline" in (tmp_path / f"reward-hacking-{run}.svg").read_text() for run in ("free", "watched"))
 
 
+@pytest.mark.slow
 def test_tools_by_reward_alone(tmp_path):
     rows = table("tool_reward.py", tmp_path)
     assert rows[0][:2] == ["called", "right"] and len(rows) == 5
