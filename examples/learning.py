@@ -1,0 +1,103 @@
+"""What experiments with `llmkit rl` share: four commands from dialogues to a policy, and the figures of all seeds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from calculator import llmkit, write
+
+from llmkit.rundir import write_curve
+
+Rows = list[dict]
+
+
+def dialogue(prompt: str, completion: str) -> dict:
+    """A document. What is asked stands as far from its answer as it will in the assistant's format."""
+    return {"text": f"user: {prompt}\nassistant: {completion}"}
+
+
+def train(folder: Path, seed: int, data: Mapping[str, Rows], options: Mapping[str, list[str]]) -> tuple[Path, Path]:
+    """An assistant and its policy, from nothing.
+
+    data     `documents` for train-bpe and pretrain, `chats` for sft, `problems` and `val` for rl
+    options  of pretrain, sft and rl
+    """
+    path = {name: write(folder / f"{name}.jsonl", rows) for name, rows in data.items()}
+    again = ["--seed", str(seed)]
+    llmkit(folder, "train-bpe", path["documents"], "--vocab-size", "320", "-o", folder / "tok")
+    known = ["--tokenizer", folder / "tok", *options["pretrain"], *again]
+    llmkit(folder, "pretrain", path["documents"], *known, "-o", folder / "base")
+    chat, policy = folder / "chat", folder / "policy"
+    llmkit(folder, "sft", folder / "base", "--data", path["chats"], *options["sft"], *again, "-o", chat)
+    asked = ["--data", path["problems"], "--val", path["val"], "--reward", "verifier"]
+    llmkit(folder, "rl", chat, *asked, *again, *options["rl"], "-o", policy)
+    return chat, policy
+
+
+def success(folder: Path, model: Path, asked: Rows) -> float:
+    """The share of problems with the right answer, greedily; it may follow `####`."""
+    rows = [{"messages": [{"role": "user", "content": one["prompt"]}], "answer": one["answer"]} for one in asked]
+    options = ["--jsonl", "--temperature", "0", "--max-tokens", "64", "--quiet"]
+    out = llmkit(folder, "sample", model, *options, stdin=write(folder / "asked.jsonl", rows))
+    found = [json.loads(line) for line in out.splitlines()]
+    return statistics.mean(row["completion"].split("####")[-1].strip() == row["answer"] for row in found)
+
+
+def evaluations(policy: Path) -> Rows:
+    """The rows of `metrics.jsonl` that tell of held-out problems."""
+    rows = map(json.loads, (policy / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if "val_success" in row]
+
+
+def cpu_seconds() -> float:
+    """Of all commands that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def draw(path: Path, key: str, seeds: list[Rows]) -> None:
+    """Draw a figure of every seed's evaluations into one curve."""
+    with tempfile.TemporaryDirectory(prefix="llmkit-curves-") as folder:
+        rows = [{"step": row["step"], f"seed {i}": row[key]} for i, seed in enumerate(seeds) for row in seed]
+        write(Path(folder) / "metrics.jsonl", rows)
+        write_curve(Path(folder), path.name, {f"seed {i}": f"seed {i}" for i in range(len(seeds))})
+        shutil.copy(Path(folder) / path.name, path)
+
+
+def main(
+    description: str | None,
+    experiment: Callable[[Path, int, bool, list[str]], tuple[dict[str, float], Rows]],
+    curves: Mapping[str, str],
+) -> None:
+    """Run an experiment as its command line says, and print its table.
+
+    experiment  (folder, seed, quick, further options of rl) to figures by name, and the policy's evaluations
+    curves      keys of `metrics.jsonl` by the name of a file
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3, help="runs of the whole experiment")
+    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
+    parser.add_argument("--curves", type=Path, metavar="FOLDER", help="draw all seeds here")
+    arguments, further = parser.parse_known_args()
+    found, seeds = [], []
+    for seed in range(arguments.seeds):
+        with tempfile.TemporaryDirectory(prefix="llmkit-learning-") as place:
+            figures, rows = experiment(Path(place), seed, arguments.quick, further)
+        found.append(figures)
+        seeds.append(rows)
+        print(f"seed {seed}: {figures}", file=sys.stderr)
+    for name, key in curves.items() if arguments.curves else ():
+        draw(arguments.curves / name, key, seeds)
+    print(f"{'held-out problems':<28} {'mean':>6}  by seed")
+    for name in found[0]:
+        values = [one[name] for one in found]
+        shown = ".1%" if max(values) <= 1 else ".1f"
+        print(f"{name:<28} {statistics.mean(values):6{shown}}  {', '.join(f'{value:{shown}}' for value in values)}")

@@ -1,0 +1,88 @@
+"""Does a policy find out by itself that working pays? Accuracy and length of a tiny model rise together.
+
+    python examples/worked_solutions.py                   # three seeds, a table
+    python examples/worked_solutions.py --seeds 1 --quick
+    python examples/worked_solutions.py --curves docs/    # also draws the seeds, accuracy and length
+
+A walk through five rooms in a ring, from room 0: each digit says how many doors to go on. `Walk 12231231` ends in room
+0. Who writes down room after room (`13034140 #### 0`) is right nearly always, who stops earlier and guesses is mostly
+wrong. The assistant is shown both, mostly short: after every room three in ten stop writing. Then `llmkit rl` rewards
+right answers and nothing else, so that nobody tells the policy to work (DeepSeek-AI 2025, arXiv 2501.12948, figure 3,
+in small).
+"""
+
+from __future__ import annotations
+
+import random
+from itertools import accumulate
+from pathlib import Path
+
+from learning import Rows, cpu_seconds, dialogue, evaluations, main, success, train
+
+SHAPE = ["--depth", "2", "--hidden-size", "64", "--num-attention-heads", "4", "--sequence-length", "64"]
+ATTEMPTS = ["--batch-size", "32", "--group", "8", "--max-tokens", "16", "--slots", "256"]
+STEPS = 8
+ROOMS = 5
+
+
+def walks(count: int, seed: int) -> list[str]:
+    """Doors to pass, one to three at a time; all different."""
+    rng = random.Random(seed)
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found["".join(rng.choices("123", k=STEPS))] = None
+    return list(found)
+
+
+def solution(doors: str, written: int) -> str:
+    """The first rooms, so many as are `written`, and the last.
+
+    >>> solution("12231231", 3)
+    '130 #### 0'
+    """
+    rooms = [str(sum_ % ROOMS) for sum_ in accumulate(map(int, doors))]
+    return " ".join([*(["".join(rooms[:written])] if written else []), f"#### {rooms[-1]}"])
+
+
+def impatient(rng: random.Random) -> int:
+    """How many rooms somebody writes down who stops after each with a probability of .3."""
+    return next((written for written in range(STEPS) if rng.random() < 0.3), STEPS)
+
+
+def thorough(rng: random.Random) -> int:
+    """How many rooms are written down in the documents: all in every other one."""
+    return STEPS if rng.random() < 0.5 else rng.randint(0, STEPS)
+
+
+def experiment(folder: Path, seed: int, quick: bool, further: list[str]) -> tuple[dict[str, float], Rows]:
+    """The figures of one seed, and the evaluations of its policy."""
+    started, rng = cpu_seconds(), random.Random(seed)
+    every = iter(walks(1_000 if quick else 6_000, seed))
+    test, val, shown = ([next(every) for _ in range(20 if quick else count)] for count in (500, 200, 1_000))
+    rest = list(every)
+
+    def asked(some: list[str]) -> Rows:
+        return [{"prompt": f"Walk {doors}", "answer": solution(doors, 0)[-1], "verifier": "gsm8k"} for doors in some]
+
+    data = {
+        "documents": [dialogue(f"Walk {doors}", solution(doors, thorough(rng))) for doors in rest],
+        "chats": [{"prompt": f"Walk {doors}", "completion": solution(doors, impatient(rng))} for doors in shown],
+        "problems": asked(rest),
+        "val": asked(val),
+    }
+    horizon = ["--max-steps", "2", "--eval-every", "1"] if quick else ["--max-steps", "60", "--eval-every", "5"]
+    options = {
+        "pretrain": [*SHAPE, "--batch-tokens", "4096", "--max-steps", "20" if quick else "250"],
+        "sft": ["--epochs", "2"],
+        "rl": [*ATTEMPTS, "--eval-samples", "4", *horizon, *further],
+    }
+    chat, policy = train(folder, seed, data, options)
+    rows = evaluations(policy)
+    found = {f"right after {model.name}, greedily": success(folder, model, asked(test)) for model in (chat, policy)}
+    for name, row in (("first", rows[0]), ("last", rows[-1])):
+        found |= {f"right, drawn, {name}": row["val_success"], f"tokens, drawn, {name}": row["val_length"]}
+    return found | {"CPU seconds": cpu_seconds() - started}, rows
+
+
+if __name__ == "__main__":
+    main(__doc__, experiment, {"worked-success.svg": "val_success", "worked-length.svg": "val_length"})
