@@ -50,9 +50,9 @@ def experiment(folder: Path, seed: int, quick: bool, further: list[str]) -> tupl
     learning = ["--updates", "2", "--learning-rate", "1e-3"]
     horizon = ["--max-steps", "80", "--eval-every", "10"]
     if quick:  # nothing is right after so few steps, but some attempts are numbers
-        horizon = ["--max-steps", "2", "--eval-every", "1", "--reward", r"format:\d+"]
+        horizon = ["--max-steps", "2", "--eval-every", "1", "--batch-size", "8", "--reward", r"format:\d+"]
     options = {
-        "pretrain": [*SHAPE, "--max-steps", "20" if quick else "130"],
+        "pretrain": [*SHAPE, "--max-steps", "10" if quick else "130"],
         "sft": ["--epochs", "2"],
         "rl": [*ATTEMPTS, *learning, *horizon, *further],
     }

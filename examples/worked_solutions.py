@@ -6,8 +6,8 @@
 
 A walk through five rooms in a ring, from room 0: each digit says how many doors to go on. `Walk 12231231` ends in room
 0. Who writes down room after room (`13034140 #### 0`) is right nearly always, who stops earlier and guesses is mostly
-wrong. The assistant is shown both, mostly short: after every room three in ten stop writing. Then `llmkit rl` rewards
-right answers and nothing else, so that nobody tells the policy to work (DeepSeek-AI 2025, arXiv 2501.12948, figure 3,
+wrong. The assistant is shown both: six in ten answer at once, one in ten writes down every room. Then `llmkit rl`
+rewards right answers and nothing else: nobody tells the policy to work (DeepSeek-AI 2025, arXiv 2501.12948, figure 3,
 in small).
 """
 
@@ -45,8 +45,10 @@ def solution(doors: str, written: int) -> str:
 
 
 def impatient(rng: random.Random) -> int:
-    """How many rooms somebody writes down who stops after each with a probability of .3."""
-    return next((written for written in range(STEPS) if rng.random() < 0.3), STEPS)
+    """How many rooms are written down in the conversations: none with a probability of .6, and each may be the last."""
+    if rng.random() < 0.6:
+        return 0
+    return next((written for written in range(1, STEPS) if rng.random() < 0.15), STEPS)
 
 
 def thorough(rng: random.Random) -> int:
@@ -58,7 +60,7 @@ def experiment(folder: Path, seed: int, quick: bool, further: list[str]) -> tupl
     """The figures of one seed, and the evaluations of its policy."""
     started, rng = cpu_seconds(), random.Random(seed)
     every = iter(walks(1_000 if quick else 6_000, seed))
-    test, val, shown = ([next(every) for _ in range(20 if quick else count)] for count in (500, 200, 1_000))
+    test, val, shown = ([next(every) for _ in range(20 if quick else count)] for count in (400, 200, 1_500))
     rest = list(every)
 
     def asked(some: list[str]) -> Rows:
@@ -70,9 +72,11 @@ def experiment(folder: Path, seed: int, quick: bool, further: list[str]) -> tupl
         "problems": asked(rest),
         "val": asked(val),
     }
-    horizon = ["--max-steps", "2", "--eval-every", "1"] if quick else ["--max-steps", "60", "--eval-every", "5"]
+    horizon = ["--max-steps", "60", "--eval-every", "5"]
+    if quick:  # hardly anything is right after so few steps, but some attempts end in an answer
+        horizon = ["--max-steps", "2", "--eval-every", "1", "--batch-size", "8", "--reward", r"format:.*#### \d"]
     options = {
-        "pretrain": [*SHAPE, "--batch-tokens", "4096", "--max-steps", "20" if quick else "250"],
+        "pretrain": [*SHAPE, "--batch-tokens", "4096", "--max-steps", "10" if quick else "250"],
         "sft": ["--epochs", "2"],
         "rl": [*ATTEMPTS, "--eval-samples", "4", *horizon, *further],
     }
