@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 
 @pytest.mark.slow
+@pytest.mark.slow  # 18 CPU s each, most of it six commands that start
 @pytest.mark.parametrize(
     ("script", "figures", "curves"),
     [
@@ -23,7 +25,8 @@ EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 def test_runs(tmp_path, script, figures, curves):
     # the last option is one of rl
     options = ["--seeds", "1", "--quick", "--curves", str(tmp_path), "--algo", "dr-grpo"]
-    done = subprocess.run([sys.executable, EXAMPLES / script, *options], capture_output=True, text=True)
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, EXAMPLES / script, *options], env=one_thread, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = done.stdout.splitlines()
     assert rows[0].startswith("held-out problems") and len(rows) == 1 + figures
