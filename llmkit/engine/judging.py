@@ -10,10 +10,12 @@ cannot be read twice is no verdict.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from llmkit.engine.chat_models import ChatModel, Missing
-from llmkit.engine.matching import EVASIVE, UNREADABLE, Answered, MatchJudge
+from llmkit.engine.matching import EVASIVE, RIGHT, UNREADABLE, WRONG, Answered, MatchJudge
+from llmkit.engine.served_models import shortened
+from llmkit.errors import UserError
 
 TEMPERATURE = 0.3  # not 0: the second try must be able to say something else
 JUDGE_PROMPT = """\
@@ -66,6 +68,15 @@ class ModelJudge:
 
 def _verdict(found: str | Missing) -> str:
     return UNREADABLE if isinstance(found, Missing) else found
+
+
+def check_verdicts(counts: Mapping[str, int], model: ChatModel) -> None:
+    """Raise UserError for a judge that said nothing which could be read, about answers that are right or wrong."""
+    if counts[UNREADABLE] and not (counts[RIGHT] or counts[WRONG]):
+        raise UserError(
+            f"--judge: no verdict of {model.name} could be read, in {counts[UNREADABLE]} judgements; it said, for "
+            f"example: {shortened(model.unread or '')!r}; start again with another judge and --force"
+        )
 
 
 def read_verdict(reply: str) -> str | None:

@@ -39,6 +39,8 @@ def parse_rewards(
     names: set[str] = set()
     for text in specs:
         spec, weight = _weighted(text, flag)
+        if spec.startswith(("rm:", "spread:")):
+            spec = spec.rstrip("/")  # one judge has one name
         if spec in names:
             raise UserError(f"{flag}: expected each reward once, found {spec} twice")
         names.add(spec)

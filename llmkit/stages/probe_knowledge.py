@@ -145,6 +145,7 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Checked | Recited | None:
     # load
     from llmkit.engine.chat_models import cost
     from llmkit.engine.judge_check import calibration, describe_calibration
+    from llmkit.engine.judging import check_verdicts
     from llmkit.engine.loading import check_assistant, open_model
     from llmkit.engine.matching import UNREADABLE
     from llmkit.engine.probing import NAMES, Probe, ask_all, count_by_kind, describe, examples
@@ -193,11 +194,13 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Checked | Recited | None:
                 written_by=models["writer"].name if "writer" in models else "embedded" if passages else "given",
             )
             ask_all(probe, state, questions, config.quiet)
+    kinds = count_by_kind(state.records())
+    verdicts = Counter(verdict for record in state.records() for verdict in record["judgements"])
+    if "judge" in models:
+        check_verdicts(verdicts, models["judge"])
 
     # save
     taught = _save(config, out, state, refusals)
-    kinds = count_by_kind(state.records())
-    unreadable = sum(record["judgements"].count(UNREADABLE) for record in state.records())
     certainty = calibration(state.records()) if config.calibration else None
     state.remove()
     if written is not None:
@@ -212,8 +215,8 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Checked | Recited | None:
         say(line, config.quiet)
     if passages and not models.get("writer"):
         say("the questions were made by patterns: some are clumsy (written_by: embedded)", config.quiet)
-    if unreadable:
-        say(f"judgements that could not be read: {unreadable} of {asked * config.samples}", config.quiet)
+    if verdicts[UNREADABLE]:
+        say(f"judgements that could not be read: {verdicts[UNREADABLE]} of {verdicts.total()}", config.quiet)
     for name, model in models.items():
         say(f"{name} {cost(model)}", config.quiet)
     if certainty is not None:
@@ -232,7 +235,7 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Checked | Recited | None:
         refusals=taught["no"],
         by_kind={kind: dict(counts) for kind, counts in kinds.items()},
         left_out=dict(left_out) or None,
-        unreadable_judgements=unreadable or None,
+        unreadable_judgements=verdicts[UNREADABLE] or None,
         usage={name: asdict(model.usage) for name, model in models.items()} or None,
         calibration=certainty,
         seconds=round(time.monotonic() - STARTED, 1),

@@ -26,6 +26,7 @@ STARTED = time.monotonic()
 MICRO_BATCH_TOKENS = 8192
 LEARNING_RATE = 1.5e-3  # of AdamW at a width of 256; docs/experiments.md, "Reward models"
 EVALUATION = "evaluation.json"
+FEW = 50  # comparisons, from which no temperature can be fitted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,10 +352,11 @@ def _say_evaluation(evaluation: dict[str, Any], quiet: bool) -> None:
     sources = evaluation["by_source"] if len(evaluation["by_source"]) > 1 else {}
     for name, scores in {"held out": evaluation["overall"], **sources, **baselines}.items():
         low, high = scores["accuracy_95"]
+        doubt = " (of too few to be relied on)" if scores["comparisons"] < FEW else ""
         say(
             f"{name}: accuracy {scores['accuracy']:.3f} (95%: {low:.3f} to {high:.3f}), {scores['comparisons']} "
             f"comparisons; calibration error {scores['ece']:.3f}, {scores['ece_at_temperature']:.3f} at temperature "
-            f"{scores['temperature']:g}",
+            f"{scores['temperature']:g}{doubt}",
             quiet,
         )
     for name, found in evaluation.get("biases", {}).items():

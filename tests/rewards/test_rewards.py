@@ -245,7 +245,7 @@ def test_a_reward_model_scores_prompts_and_messages_alike(judge: Path):
     found = reward.score(said)
     assert found[0] == found[3] == found[4] and len({*found[:3]}) == 3
     assert reward.score(said[::-1]) == pytest.approx(found[::-1], abs=1e-5)
-    assert reward.name == f"rm:{judge}/"
+    assert reward.name == f"rm:{judge}"
     reward.close()
 
 

@@ -133,12 +133,14 @@ def test_garbage_is_counted_and_never_right(parrot, documents, tmp_path, llmkit)
     asked = questions(tmp_path / "q.jsonl")
     with ChatServer(lambda prompt, seed: "right right right {]") as server:
         done = llmkit("probe-knowledge", parrot, "--questions", asked, "--judge", server.spec, "-o", tmp_path / "r")
-        assert done.returncode == 0, done.stderr
-        summary = json.loads(done.stdout)
-        assert (summary["mixed"], summary["unreadable_judgements"]) == (3, 15) and (tmp_path / "r").read_text() == ""
-        assert summary["usage"]["judge"]["requests"] == 6  # each of the three once more
-        assert "judgements that could not be read: 15 of 15" in done.stderr
-        assert "unreadable, for example: 'right right right {]'" in done.stderr
+        assert done.returncode == 2 and not (tmp_path / "r").exists()
+        assert len(server.requests) == 6  # each of the three once more
+        assert "--judge: no verdict of openai:#tiny could be read, in 15 judgements" in done.stderr
+        assert "'right right right {]'" in done.stderr
+        server.answer = lambda prompt, seed: "right {]" if len(server.requests) < 9 else "VERDICT: right"
+        again = probe(parrot, tmp_path / "r", questions=asked, judge=server.spec, force=True, concurrency=1)
+        assert (again.known, again.mixed, again.unreadable_judgements) == (2, 1, 5)
+        server.answer = lambda prompt, seed: "right right right {]"
         with pytest.raises(
             UserError, match=r"--writer: no question of openai:#tiny .*unreadable reply 12.*example: .right right"
         ):
@@ -212,8 +214,8 @@ def test_a_folder_judges(parrot, tmp_path):
 def test_what_a_folder_babbles_is_counted(parrot, documents, tmp_path):
     babbler = save_assistant(tmp_path / "babbler", context=2048)
     options = {"questions": questions(tmp_path / "q.jsonl"), "reply_tokens": 8, "samples": 2}
-    summary = probe(parrot, tmp_path / "r.jsonl", judge=str(babbler), **options)
-    assert (summary.mixed, summary.unreadable_judgements) == (3, 6)
+    with pytest.raises(UserError, match=r"--judge: no verdict of .*babbler could be read, in 6 judgements"):
+        probe(parrot, tmp_path / "r.jsonl", judge=str(babbler), **options)
     with pytest.raises(UserError, match=r"--writer: no question of .*passages: unreadable reply 12"):
         probe(parrot, tmp_path / "s.jsonl", passages=documents, writer=str(babbler), reply_tokens=8)
     with pytest.raises(UserError, match=r"--writer: no question of .*passages: longer than the model's context 12"):
@@ -226,7 +228,9 @@ def test_another_judge_does_not_go_on_with_a_run(parrot, tmp_path):
         server.dies_after = 2
         with pytest.raises(UserError, match="--resume goes on"):
             probe(parrot, tmp_path / "r.jsonl", questions=asked, judge=server.spec)
-        with pytest.raises(UserError, match=r"made with --judge openai:#tiny, and this run has match; start again with --force"):
+        with pytest.raises(
+            UserError, match=r"made with --judge openai:#tiny, and this run has match; start again with --force"
+        ):
             probe(parrot, tmp_path / "r.jsonl", questions=asked, resume=True)
 
 
