@@ -39,6 +39,7 @@ COMMANDS = {
     "train-reward": ("llmkit.stages.train_reward", "TrainRewardConfig", "Preferences to a judge of answers."),
     "rl": ("llmkit.stages.rl", "RlConfig", "Problems and rewards to a policy that is better than its examples."),
     "sample": ("llmkit.stages.sample", "SampleConfig", "Text from a model: from a prompt, stdin or JSONL."),
+    "export": ("llmkit.stages.export", "ExportConfig", "A model for other programs: GGUF, another precision, PEFT."),
 }
 OVERVIEW = """Make a ChatGPT-like assistant from nothing, one composable subcommand per stage.
 

@@ -85,12 +85,12 @@ def save_tensors(
     write_json(folder / CONFIG, config)
     shards = _shards(tensors, max_shard_size)
     if len(shards) == 1:
-        _write_tensors(folder / WEIGHTS, shards[0])
+        write_tensors(folder / WEIGHTS, shards[0])
         stale = [folder / INDEX, *folder.glob("model-*-of-*.safetensors")]
     else:
         names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
         for name, shard in zip(names, shards, strict=True):
-            _write_tensors(folder / name, shard)
+            write_tensors(folder / name, shard)
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -111,7 +111,8 @@ def _shards(tensors: dict[str, Tensor], max_shard_size: int) -> list[dict[str, T
     return shards
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file, whole or not at all, that is readable for whom files of this folder usually are."""
     with atomic_file(path) as handle:
         mode = os.fstat(handle.fileno()).st_mode & 0o777
         save_file(tensors, handle.name, metadata={"format": "pt"})

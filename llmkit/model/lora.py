@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from llmkit.errors import UserError
 from llmkit.files import atomic_file
 from llmkit.model.config import ModelConfig
+from llmkit.model.folder import write_tensors
 from llmkit.model.transformer import Transformer
 from llmkit.model.weights import pairs_apart
 
@@ -149,7 +149,7 @@ class LoraAdapter:
         folder.mkdir(exist_ok=True)
         with atomic_file(folder / "adapter_config.json", "w") as handle:
             json.dump(config, handle, indent=2)
-        save_file(tensors, folder / "adapter_model.safetensors")
+        write_tensors(folder / "adapter_model.safetensors", tensors)
 
 
 def _columns(model: Transformer, target: str) -> int:

@@ -49,7 +49,8 @@ def pairs_apart(rows: Tensor, head_dim: int) -> Tensor:
     return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).reshape(rows.shape)
 
 
-def _pairs_together(rows: Tensor, head_dim: int) -> Tensor:
+def pairs_together(rows: Tensor, head_dim: int) -> Tensor:
+    """Rows (H * D, ...) from Hugging Face's order to neighbouring pairs."""
     return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(rows.shape)
 
 
@@ -115,15 +116,15 @@ def import_state_dict(model: Transformer, read: Callable[[str], Tensor]) -> None
         for part, stacked in (("weight", layer.qkv), ("bias", layer.qkv_bias)):
             if stacked is not None:
                 q, k, v = (read(f"{attention}{x}_proj.{part}") for x in "qkv")
-                q, k = _pairs_together(q, config.head_dim), _pairs_together(k, config.head_dim)
+                q, k = pairs_together(q, config.head_dim), pairs_together(k, config.head_dim)
                 stacked.data.copy_(torch.cat([q, k, v]))
         fill(layer.input_norm, read(name + "input_layernorm.weight"))
         fill(layer.out, read(attention + "o_proj.weight"))
         if layer.out_bias is not None:
             fill(layer.out_bias, read(attention + "o_proj.bias"))
         if config.qk_norm:
-            fill(layer.q_norm, _pairs_together(read(attention + "q_norm.weight"), config.head_dim))
-            fill(layer.k_norm, _pairs_together(read(attention + "k_norm.weight"), config.head_dim))
+            fill(layer.q_norm, pairs_together(read(attention + "q_norm.weight"), config.head_dim))
+            fill(layer.k_norm, pairs_together(read(attention + "k_norm.weight"), config.head_dim))
         fill(layer.mlp_norm, read(name + "post_attention_layernorm.weight"))
         fill(layer.gate_up, torch.cat([read(f"{name}mlp.{part}_proj.weight") for part in ("gate", "up")]))
         fill(layer.down, read(name + "mlp.down_proj.weight"))

@@ -38,7 +38,7 @@ class Tokenizer:
     vocab_size       one more than the largest id, specials included
     specials         text of each special token -> id
     bos_id, add_bos  the beginning-of-sequence token, and whether a prompt starts with it
-    eos_id           what the config names as the end of a text or turn
+    eos_id, pad_id   what the config names as the end of a text or turn, and as padding
     end_of_text_id   the end of a document
     chat_template    Jinja text, or None
     sha256           of the bytes of tokenizer.json
@@ -61,7 +61,7 @@ class Tokenizer:
         self.vocab_size: int = 1 + max(last, *self._added.values(), -1)
         self.specials = {token["content"]: token["id"] for token in added if token["special"]}
         self.bos_id, self.add_bos = self._beginning(_template_bos(spec.get("post_processor")))
-        self.eos_id = self._configured("eos_token")
+        self.eos_id, self.pad_id = self._configured("eos_token"), self._configured("pad_token")
         named = next((self.specials[name] for name in END_NAMES if name in self.specials), None)
         self.end_of_text_id = self.specials.get(END_OF_TEXT, named if self.eos_id is None else self.eos_id)
 
@@ -78,6 +78,11 @@ class Tokenizer:
         token = self.config.get(key)
         text = token.get("content") if isinstance(token, dict) else token
         return None if text is None else self._reference.tokenizer.token_to_id(text)
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The tokenizer.json, parsed."""
+        return orjson.loads(self._data)
 
     # ---- text to ids
 

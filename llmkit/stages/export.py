@@ -1,0 +1,183 @@
+"""`llmkit export`: a model folder becomes what other programs read: GGUF, another precision, the adapter alone."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from llmkit.config import CommonConfig, argument, as_options, option
+from llmkit.errors import UserError
+from llmkit.files import atomic_folder, check_is_folder, check_output, output_folder
+from llmkit.progress import Progress, quantity, say
+from llmkit.rundir import check_model_folder, write_manifest, write_model_card
+
+if TYPE_CHECKING:
+    from llmkit.engine.exporting import Source
+
+FORMATS = ("gguf", "hf", "adapter")
+MAX_SHARD_SIZE = 5 * 10**9
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "q8_0": 34 / 32}  # of a number; q8_0: 32 and their scale
+EXAMPLE = {"gguf": "chat.gguf", "hf": "chat-bf16/", "adapter": "adapter/"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(CommonConfig):
+    """Options of `llmkit export`."""
+
+    examples: ClassVar[str] = """
+        Examples:
+          llmkit export chat/ --format gguf -o chat.gguf
+          llmkit export chat/ --format gguf --dtype q8_0 -o chat-q8_0.gguf && llama-cli -m chat-q8_0.gguf
+          llmkit export chat/ --format hf --dtype bfloat16 --max-shard-size 2GB -o chat-bf16/
+          llmkit export chat/ --format adapter -o adapter/
+
+        gguf: one file for llama.cpp and what is built on it, tokenizer and chat template included. hf: a folder for
+        transformers and vLLM, in another precision or in shards. adapter: the LoRA adapter that `llmkit sft
+        --lora-rank R --keep-adapter` kept, for PEFT. --dtype auto keeps the precision of the folder.
+    """
+    following: ClassVar[str] = 'llmkit sample chat-bf16/ -p "Hello, who are you?" --chat'
+
+    model: str = argument("Model folder, ours or one of Hugging Face's.", metavar="MODEL", default=None)
+    format: str | None = option(None, "What to write.", choices=FORMATS)
+    dtype: str = option(
+        "auto",
+        "Precision of the matrices; q8_0: gguf only.",
+        choices=("auto", "float32", "bfloat16", "float16", "q8_0"),
+    )
+    max_shard_size: int | None = option(
+        None, "Largest file of weights [5GB]; hf only.", unit="bytes", at_least=1, metavar="BYTES"
+    )
+    limit: None = None  # of the common options: there are no records
+
+    def reads_stdin(self) -> bool:
+        """Whether help is wanted: without a model there is nothing to do."""
+        return self.model is None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the command line prints."""
+
+    path: str
+    format: str
+    dtype: str
+    parameters: int
+    bytes: int
+    files: int
+    seconds: float
+
+
+def run(config: ExportConfig) -> Summary | None:
+    """Load, plan, write, summarise. Raises UserError for the user's mistakes, before anything is written."""
+    started = time.monotonic()
+    out = _checked(config)
+    if config.format == "adapter":
+        summary = _export_adapter(config, out)
+    else:
+        from llmkit.engine.exporting import open_source
+
+        source = open_source(str(config.model))
+        dtype = source.stored if config.dtype == "auto" else config.dtype
+        say(
+            f"{config.model}: {quantity(source.parameters)} parameters of {source.config.model_type}, {source.stored}; "
+            f"to {out} in {dtype}, about {quantity(source.parameters * BYTES[dtype])}B",
+            config.quiet,
+        )
+        export = _export_gguf if config.format == "gguf" else _export_folder
+        summary = export(config, out, source, dtype)
+    if summary is None:
+        return None
+    parameters, dtype = summary
+    files = sorted(path for path in out.rglob("*") if path.is_file()) if out.is_dir() else [out]
+    size = sum(path.stat().st_size for path in files)
+    seconds = round(time.monotonic() - started, 2)
+    return Summary(str(out), str(config.format), dtype, parameters, size, len(files), seconds)
+
+
+def _checked(config: ExportConfig) -> Path:
+    """The output, once all that can be known before the work is in order."""
+    check_model_folder(config.model, "llmkit export chat/ --format gguf -o chat.gguf")
+    if config.format is None:
+        raise UserError(f"--format is required: one of {', '.join(FORMATS)}")
+    if config.dtype == "q8_0" and config.format != "gguf":
+        raise UserError(f"--dtype q8_0: needs --format gguf; {config.format} has float32, bfloat16 and float16")
+    if config.max_shard_size is not None and config.format != "hf":
+        raise UserError("--max-shard-size: needs --format hf; the others write one file of weights")
+    example = EXAMPLE[config.format]
+    if config.format == "gguf":
+        if config.out is None or config.out == "-":
+            raise UserError(f"--out is required: the file for the result, such as -o {example}")
+        out = Path(config.out)
+        if out.is_dir() or config.out.endswith("/"):
+            raise UserError(f"{config.out}: expected a file such as -o {example}, found a folder")
+        _check_gguf()
+    else:
+        out = output_folder(config.out, example)
+        check_is_folder(out, str(out))
+    if out.resolve() == Path(str(config.model)).resolve():
+        raise UserError(f"{out}: is the model itself; choose another --out")
+    if not config.dry_run:
+        check_output(str(out), config.force)
+    return out
+
+
+def _check_gguf() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("gguf") is None:
+        raise UserError("--format gguf: needs the package gguf; pip install 'llmkit[gguf]'")
+
+
+def _export_gguf(config: ExportConfig, out: Path, source: Source, dtype: str) -> tuple[int, str] | None:
+    from llmkit.engine.exporting import plan_gguf, write_gguf
+
+    plan = plan_gguf(source, dtype)
+    for note in plan.notes:
+        say(f"{config.model}: {note}")
+    if config.dry_run:
+        return None
+    with Progress("write", total=source.parameters, unit="parameters", quiet=config.quiet) as progress:
+        write_gguf(str(out), source, plan, progress.advance)
+    results = {"parameters": source.parameters, "dtype": dtype, "notes": list(plan.notes)}
+    _write_manifest(config, out.parent, results, name=f"{out.name}.manifest.json")
+    return source.parameters, dtype
+
+
+def _export_folder(config: ExportConfig, out: Path, source: Source, dtype: str) -> tuple[int, str] | None:
+    from llmkit.engine.exporting import write_folder
+
+    if config.dry_run:
+        return None
+    with (
+        atomic_folder(out, config.force) as partial,
+        Progress("write", total=source.parameters, unit="parameters", quiet=config.quiet) as progress,
+    ):
+        _write_manifest(config, partial, {"parameters": source.parameters, "dtype": dtype})
+        write_model_card(partial)
+        write_folder(partial, source, dtype, config.max_shard_size or MAX_SHARD_SIZE, progress.advance)
+    return source.parameters, dtype
+
+
+def _export_adapter(config: ExportConfig, out: Path) -> tuple[int, str] | None:
+    from llmkit.engine.exporting import open_adapter, write_adapter
+
+    adapter = open_adapter(str(config.model))
+    dtype = adapter.stored if config.dtype == "auto" else config.dtype
+    say(
+        f"{adapter.place}: rank {adapter.config['r']} on {', '.join(adapter.config['target_modules'])} of "
+        f"{adapter.config['base_model_name_or_path']}; to {out} in {dtype}",
+        config.quiet,
+    )
+    if config.dry_run:
+        return None
+    with atomic_folder(out, config.force) as partial:
+        _write_manifest(config, partial, {"parameters": adapter.parameters, "dtype": dtype})
+        write_adapter(partial, adapter, dtype)
+    return adapter.parameters, dtype
+
+
+def _write_manifest(config: ExportConfig, folder: Path, results: dict, name: str = "manifest.json") -> None:
+    options, parents = as_options(config), [str(config.model)]
+    write_manifest(folder, "export", options, parents=parents, results=results, name=name)

@@ -1,0 +1,350 @@
+"""`llmkit export` as a user runs it: files that gguf and transformers read back, and what is refused in one line.
+
+What llama.cpp itself makes of a file is in test_export_llama_cpp.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import make_model, save_folder
+
+from llmkit.errors import UserError
+from llmkit.model.folder import load_model, save_model
+from llmkit.stages import export, train_bpe
+from llmkit.stages.export import ExportConfig
+from llmkit.tokenizer.encoding import load_tokenizer
+
+gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
+from gguf.quants import dequantize  # noqa: E402
+
+TEXT = "The old ship's crew sailed past 12 green islands; don't ask \N{GRINNING FACE} why they'd sing. " * 40
+FAMILIES = {
+    "qwen3": {},
+    "qwen3-tied": {"tie_word_embeddings": True},
+    "qwen2": {"model_type": "qwen2", "qk_norm": False, "attention_bias": True},
+    "llama": {"model_type": "llama", "qk_norm": False},
+    "llama-biases": {"model_type": "llama", "qk_norm": False, "attention_bias": True, "attention_out_bias": True},
+    "mistral": {"model_type": "mistral", "qk_norm": False, "head_dim": 24},
+}
+
+
+def save_tokenizer(folder: Path, pattern: str = "qwen2") -> Path:
+    """The folder with a tokenizer that `llmkit train-bpe` makes of a few words."""
+    text = folder.parent / "words.txt"
+    text.write_text(TEXT)
+    train_bpe.run(
+        train_bpe.TrainBpeConfig(inputs=(str(text),), pattern=pattern, vocab_size=384, out=str(folder), quiet=True)
+    )
+    return folder
+
+
+def save_assistant(folder: Path, pattern: str = "qwen2", assistant: bool = True, **details) -> Path:
+    """An assistant, or a base model, with random weights."""
+    tokenizer = load_tokenizer(save_tokenizer(folder, pattern))
+    ids = tokenizer.specials
+    end = ids["<|endoftext|>"]
+    ends = (ids["<|im_end|>"], end) if assistant else end
+    save_model(make_model(vocab_size=tokenizer.vocab_size, bos_token_id=end, eos_token_id=ends, **details), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory) -> Path:
+    return save_assistant(tmp_path_factory.mktemp("chat") / "chat")
+
+
+def written(model: Path, out: Path, **options):
+    """The reader of a GGUF file that was made of a folder."""
+    assert export.run(ExportConfig(model=str(model), format="gguf", out=str(out), quiet=True, **options)) is not None
+    return gguf.GGUFReader(out)
+
+
+def keys(reader) -> dict:
+    return {name: field.contents() for name, field in reader.fields.items()}
+
+
+def values(reader) -> dict[str, torch.Tensor]:
+    return {one.name: torch.tensor(np.array(dequantize(one.data, one.tensor_type))) for one in reader.tensors}
+
+
+def refused(model: Path, out: Path, **options) -> str:
+    """The message of an export that fails, and leaves nothing."""
+    before = sorted(os.listdir(out.parent))
+    with pytest.raises(UserError) as raised:
+        export.run(ExportConfig(model=str(model), out=str(out), quiet=True, **{"format": "gguf", **options}))
+    assert sorted(os.listdir(out.parent)) == before
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+# ---- gguf: the model
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_file_has_every_tensor_of_its_family(tmp_path: Path, name: str) -> None:
+    folder = save_assistant(tmp_path / "chat", **FAMILIES[name])
+    reader = written(folder, tmp_path / "chat.gguf")
+    config, found = load_model(folder).config, values(reader)
+    family = {"mistral": "llama"}.get(config.model_type, config.model_type)
+    stated = keys(reader)
+    assert stated["general.architecture"] == family
+    sizes = {
+        "embedding_length": 64, "block_count": 2, "feed_forward_length": 160, "context_length": 512, "vocab_size": 384,
+        "attention.head_count": 4, "attention.head_count_kv": 2, "attention.key_length": config.head_dim,
+        "rope.dimension_count": config.head_dim, "rope.freq_base": 10000.0,
+    }  # fmt: skip
+    assert {key: stated[f"{family}.{key}"] for key in sizes} == sizes
+    assert stated[f"{family}.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-6)
+    stock = load_file(folder / "model.safetensors")
+    assert len(found) == len(stock) and ("output.weight" in found) != config.tie_word_embeddings
+    same = {"blk.1.ffn_down.weight": "mlp.down_proj.weight", "blk.1.attn_v.weight": "self_attn.v_proj.weight"}
+    for theirs, ours in same.items():
+        assert torch.equal(found[theirs], stock[f"model.layers.1.{ours}"])
+    query = stock["model.layers.1.self_attn.q_proj.weight"]
+    if family == "llama":  # llama.cpp rotates neighbours there: its own `permute`
+        query = query.view(4, 2, config.head_dim // 2, 64).transpose(1, 2).reshape(query.shape)
+    assert torch.equal(found["blk.1.attn_q.weight"], query)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind", "off"), [("bfloat16", "BF16", 2**-8), ("float16", "F16", 2**-11), ("q8_0", "Q8_0", 1 / 127)]
+)
+def test_matrices_are_narrowed_and_vectors_are_not(
+    chat: Path, tmp_path: Path, dtype: str, kind: str, off: float
+) -> None:
+    reader = written(chat, tmp_path / "chat.gguf", dtype=dtype)
+    kinds = {one.name: one.tensor_type.name for one in reader.tensors}
+    assert {kinds[name] for name in kinds if "norm" in name} == {"F32"}
+    assert {kinds[name] for name in kinds if "norm" not in name} == {kind}
+    assert keys(reader)["general.file_type"] == gguf.LlamaFileType[f"MOSTLY_{kind}"]
+    exact = load_file(chat / "model.safetensors")["model.embed_tokens.weight"]
+    near = values(reader)["token_embd.weight"]
+    assert 0 < (near - exact).abs().max() <= off * exact.abs().max()
+
+
+def test_rows_that_q8_0_cannot_cut_become_float16(tmp_path: Path) -> None:
+    folder = save_assistant(tmp_path / "chat", intermediate_size=168)
+    kinds = {one.name: one.tensor_type.name for one in written(folder, tmp_path / "m.gguf", dtype="q8_0").tensors}
+    assert kinds["blk.0.ffn_down.weight"] == "F16" and kinds["blk.0.ffn_up.weight"] == "Q8_0"
+
+
+def test_auto_keeps_the_precision_of_the_folder(tmp_path: Path) -> None:
+    folder = save_assistant(tmp_path / "chat")
+    save_model(load_model(folder), folder, dtype=torch.bfloat16)
+    assert keys(written(folder, tmp_path / "m.gguf"))["general.file_type"] == gguf.LlamaFileType.MOSTLY_BF16
+
+
+def test_scaled_frequencies_and_windows(tmp_path: Path, capsys) -> None:
+    from llmkit.model.config import RopeScaling
+
+    llama3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
+    folder = save_assistant(tmp_path / "llama3", **FAMILIES["llama"], rope_scaling=llama3)
+    factors = values(written(folder, tmp_path / "llama3.gguf"))["rope_freqs.weight"]
+    assert factors[0] == 1 and factors[-1] == 8 and (factors.diff() >= 0).all()
+    folder = save_assistant(tmp_path / "linear", rope_scaling=RopeScaling("linear", 4.0))
+    stated = keys(written(folder, tmp_path / "linear.gguf"))
+    assert (stated["qwen3.rope.scaling.type"], stated["qwen3.rope.scaling.factor"]) == ("linear", 4.0)
+    folder = save_assistant(tmp_path / "window", **FAMILIES["mistral"], layer_windows=(128, 128))
+    assert keys(written(folder, tmp_path / "window.gguf"))["llama.context_length"] == 128
+    assert "a context of 128 tokens, of 512: within its sliding window" in capsys.readouterr().err
+
+
+# ---- gguf: the tokenizer
+
+
+def test_the_vocabulary_says_what_every_token_is(chat: Path, tmp_path: Path) -> None:
+    stated, tokenizer = keys(written(chat, tmp_path / "chat.gguf")), load_tokenizer(chat)
+    spec = tokenizer.content
+    tokens, types = stated["tokenizer.ggml.tokens"], stated["tokenizer.ggml.token_type"]
+    assert tokens == [tokenizer._reference.tokenizer.id_to_token(i) for i in range(384)]
+    assert {i for i, kind in enumerate(types) if kind == gguf.TokenType.CONTROL} == set(tokenizer.specials.values())
+    assert stated["tokenizer.ggml.model"] == "gpt2" and stated["tokenizer.ggml.pre"] == "qwen2"
+    assert stated["tokenizer.ggml.merges"] == [" ".join(pair) for pair in spec["model"]["merges"]]
+    ids = {name: stated[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos", "eot", "padding")}
+    end, turn = tokenizer.specials["<|endoftext|>"], tokenizer.specials["<|im_end|>"]
+    assert ids == {"bos": end, "eos": end, "eot": turn, "padding": end}
+    assert not stated["tokenizer.ggml.add_bos_token"]  # conversations begin without it
+
+
+def test_a_base_model_begins_with_bos_and_has_no_conversations(tmp_path: Path) -> None:
+    folder = save_assistant(tmp_path / "base", assistant=False)
+    stated = keys(written(folder, tmp_path / "base.gguf"))
+    assert stated["tokenizer.ggml.add_bos_token"] is True
+    assert "tokenizer.chat_template" not in stated and "tokenizer.ggml.eot_token_id" not in stated
+
+
+def test_the_chat_template_needs_no_extension_and_renders_the_same(chat: Path, tmp_path: Path) -> None:
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from transformers import AutoTokenizer
+
+    template = keys(written(chat, tmp_path / "chat.gguf"))["tokenizer.chat_template"]
+    plain = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
+    call = {"function": {"name": "calc", "arguments": {"expression": "2+2"}}}
+    messages = [
+        {"role": "system", "content": " Be brief.\n"},
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": " So:", "tool_calls": [call]},
+        {"role": "tool", "content": "4"},
+        {"role": "assistant", "content": "\nFour. "},
+        {"role": "user", "content": [{"type": "text", "text": "And 3+3?"}]},
+    ]
+    theirs = AutoTokenizer.from_pretrained(chat)
+    for count in (1, 2, 3, 4, 5, 6):
+        for asked in (False, True):
+            expected = theirs.apply_chat_template(messages[:count], add_generation_prompt=asked, tokenize=False)
+            assert plain.render(messages=messages[:count], add_generation_prompt=asked) == expected
+
+
+@pytest.mark.parametrize(("pattern", "name"), [("gpt2", "gpt-2"), ("llama3", "smaug-bpe")])
+def test_the_splits_that_llama_cpp_knows(tmp_path: Path, pattern: str, name: str) -> None:
+    folder = save_assistant(tmp_path / "chat", pattern)
+    assert keys(written(folder, tmp_path / "m.gguf"))["tokenizer.ggml.pre"] == name
+
+
+def edit(path: Path, change) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def step(content: dict, number: int) -> dict:
+    return content["pre_tokenizer"]["pretokenizers"][number]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: step(t, 0).update(pattern={"Regex": r"\w+|\W+"}), "expected text to be split as llama.cpp"),
+        (lambda t: step(t, 0).update(invert=True), "expected text to be split as llama.cpp"),
+        (lambda t: step(t, 1).update(add_prefix_space=True), "add_prefix_space"),
+        (lambda t: t.update(normalizer={"type": "Lowercase"}), "the normalizer Lowercase"),
+        (lambda t: t["model"].update(ignore_merges=True), "ignore_merges with the split qwen2"),
+        (lambda t: t["model"].update(merges=[]), "expected a tokenizer with merges"),
+        (lambda t: t["model"].update(byte_fallback=True), "prepared as Llama's SentencePiece"),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_that_llama_cpp_would_not_follow_is_refused(tmp_path: Path, change, words: str) -> None:
+    folder = save_assistant(tmp_path / "chat")
+    edit(folder / "tokenizer.json", change)
+    message = refused(folder, tmp_path / "m.gguf")
+    assert words in message and message.startswith(f"{folder}/tokenizer.json: ")
+
+
+def test_o200k_is_refused(tmp_path: Path) -> None:
+    folder = save_assistant(tmp_path / "chat", "o200k")
+    assert "expected text to be split as llama.cpp" in refused(folder, tmp_path / "m.gguf")
+
+
+# ---- hf
+
+
+def logits(folder: Path, **details) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, **details).eval()(torch.arange(40)[None]).logits.float()
+
+
+@pytest.mark.parametrize(("dtype", "off"), [("bfloat16", 0.06), ("float16", 0.008), ("float32", 0.0)])
+def test_a_folder_in_another_precision_and_in_shards(chat: Path, tmp_path: Path, dtype: str, off: float) -> None:
+    out = tmp_path / "out"
+    options = {"model": str(chat), "format": "hf", "dtype": dtype, "max_shard_size": 50_000, "out": str(out)}
+    summary = export.run(ExportConfig(quiet=True, **options))
+    assert summary is not None and summary.path == str(out) and summary.dtype == dtype
+    shards = sorted(path.name for path in out.glob("*.safetensors"))
+    assert len(shards) > 3 and shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == set(shards)
+    stored = {str(value.dtype) for shard in shards for value in load_file(out / shard).values()}
+    assert stored == {f"torch.{dtype}"} and json.loads((out / "config.json").read_text())["torch_dtype"] == dtype
+    expected = logits(chat)
+    found = logits(out, dtype=torch.float32)
+    assert (found - expected).abs().max() <= off * expected.abs().max()
+    assert load_tokenizer(out).chat_template == load_tokenizer(chat).chat_template
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["stage"] == "export" and manifest["parents"][0]["path"] == str(chat)
+    assert (out / "README.md").exists()
+
+
+def test_a_number_beyond_float16_is_refused(tmp_path: Path) -> None:
+    folder = save_assistant(tmp_path / "chat")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = 1e5
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for form in ("hf", "gguf"):
+        message = refused(folder, tmp_path / "out", format=form, dtype="float16")
+        assert "1e+05 is beyond torch.float16's 6.55e+04; choose bfloat16" in message
+
+
+# ---- the command
+
+
+def test_one_line_on_stdout_and_the_output_whole(chat: Path, tmp_path: Path, llmkit) -> None:
+    out = tmp_path / "chat.gguf"
+    done = llmkit("export", chat, "--format", "gguf", "--dtype", "q8_0", "-o", out)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["path"], found["format"], found["dtype"]) == (str(out), "gguf", "q8_0")
+    assert found["bytes"] == out.stat().st_size and found["files"] == 1
+    assert json.loads((tmp_path / "chat.gguf.manifest.json").read_text())["stage"] == "export"
+    assert sorted(os.listdir(tmp_path)) == ["chat.gguf", "chat.gguf.manifest.json"]
+    assert "exists already" in refused(chat, out)
+    assert export.run(ExportConfig(model=str(chat), format="gguf", out=str(out), force=True, quiet=True)) is not None
+
+
+def test_a_dry_run_writes_nothing(chat: Path, tmp_path: Path, capsys) -> None:
+    for form in ("gguf", "hf"):
+        options = {"model": str(chat), "format": form, "dtype": "bfloat16", "out": str(tmp_path / "out")}
+        assert export.run(ExportConfig(dry_run=True, **options)) is None
+        assert "parameters of qwen3, float32; to " in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"format": None}, "--format is required: one of gguf, hf, adapter"),
+        ({"out": None}, "--out is required: the file for the result, such as -o chat.gguf"),
+        ({"out": "-"}, "--out is required"),
+        ({"format": "hf", "out": None}, "--out is required: the folder for the result, such as -o chat-bf16/"),
+        ({"format": "hf", "dtype": "q8_0"}, "--dtype q8_0: needs --format gguf"),
+        ({"max_shard_size": 10**6}, "--max-shard-size: needs --format hf"),
+        ({"model": None}, "MODEL is missing"),
+        ({"model": "nowhere"}, "nowhere: expected a model folder, found nothing"),
+        ({"format": "adapter"}, "found no adapter; llmkit sft --lora-rank 16 --keep-adapter keeps one"),
+    ],
+)
+def test_mistakes_are_one_line(chat: Path, tmp_path: Path, options: dict, words: str) -> None:
+    given = {"model": str(chat), "format": "gguf", "out": str(tmp_path / "out"), **options}
+    with pytest.raises(UserError) as raised:
+        export.run(ExportConfig(**given))
+    assert words in str(raised.value) and os.listdir(tmp_path) == []
+
+
+def test_the_missing_package_is_named(chat: Path, tmp_path: Path, monkeypatch) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'llmkit[gguf]'" in refused(chat, tmp_path / "m.gguf")
+
+
+def test_what_llama_cpp_has_no_form_for_is_refused(tmp_path: Path) -> None:
+    biased = save_assistant(tmp_path / "biased", attention_bias=True, attention_out_bias=True)
+    assert "llama.cpp's qwen3 has no attention_bias; --format hf keeps it" in refused(biased, tmp_path / "m.gguf")
+    wide = save_assistant(tmp_path / "wide", **FAMILIES["qwen2"], head_dim=24)
+    assert "llama.cpp's qwen2 expects head_dim 16, found 24" in refused(wide, tmp_path / "m.gguf")
+    foreign = save_folder(tmp_path / "foreign")
+    edit(foreign / "config.json", lambda config: config.update(model_type="gpt2"))
+    assert "expected model_type to be one of llama, mistral, qwen2, qwen3" in refused(foreign, tmp_path / "m.gguf")
+
+
+def test_a_model_is_not_replaced_by_itself(tmp_path: Path) -> None:
+    folder = save_assistant(tmp_path / "chat")
+    assert "is the model itself" in refused(folder, folder, format="hf", force=True)
