@@ -138,6 +138,27 @@ class ToolConfig:
     sandbox: str = option("auto", "Of python; none: unprotected.", group="Tools", choices=("auto", "none"))
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServedConfig:
+    """Options that are spelled the same in every stage that may have a server generate (engine/served_sampling.py)."""
+
+    engine: str = option(
+        "local",
+        "Who generates: this program, or a server.",
+        group="Servers",
+        metavar="local|openai:URL#NAME",
+        free=True,
+    )
+    concurrency: int = option(8, "Requests to a server at a time.", group="Servers", at_least=1, at_most=999, free=True)
+    timeout: float = option(120, "Of a request to a server.", group="Servers", unit="duration", above=0, free=True)
+    retries: int = option(6, "Of a request that failed.", group="Servers", at_least=0, at_most=50, free=True)
+
+    @property
+    def is_served(self) -> bool:
+        """Whether a server generates."""
+        return self.engine != "local"
+
+
 def option_of(item: Field) -> Option:
     """The `Option` of a dataclass field."""
     return item.metadata["option"]

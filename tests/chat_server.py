@@ -20,7 +20,8 @@ from typing import Any
 class ChatServer:
     """`answer` makes the text of a reply, or, as an object, the whole body; `requests` has the bodies that came.
 
-    faults      what becomes of the next requests: "429", "500", "400", "401", "404", "context", "cut", "slow", "page"
+    faults      what becomes of the next requests: "429", "500", "400", "401", "404", "context", "cut", "cut stream",
+                "slow", "page"
     dies_after  so many requests; the others are cut
     slow        seconds that a slow one takes, and `pause` any
     """
@@ -28,6 +29,7 @@ class ChatServer:
     def __init__(self, answer: Callable[[str, int], Any]) -> None:
         self.answer, self.requests, self.faults = answer, [], []
         self.dies_after: int | None = None
+        self.about: dict[str, Any] = {}  # in the list of models
         self.refusal: Any = None  # the body of an error
         self.slow, self.pause, self.keys, self.open, self.most_open = 2.0, 0.0, set(), 0, 0
         self._counting = threading.Lock()
@@ -51,6 +53,15 @@ class ChatServer:
                 return "cut"
             return self.faults.pop(0) if self.faults else None
 
+    def respond(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        """The status and the body of what is answered to a POST."""
+        said = self.answer(body["messages"][-1]["content"], body["seed"])
+        if not isinstance(said, str):
+            return 200, said
+        choices = [{"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": "stop"}]
+        usage = {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107}
+        return 200, {"id": "1", "object": "chat.completion", "choices": choices, "usage": usage}
+
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         chat = self
 
@@ -62,10 +73,10 @@ class ChatServer:
                 if "401" in chat.faults:
                     self.send(401, {"error": {"message": "no such key"}})
                 else:
-                    self.send(200, {"object": "list", "data": [{"id": "tiny", "object": "model"}]})
+                    self.send(200, {"object": "list", "data": [{"id": "tiny", "object": "model", **chat.about}]})
 
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "null")
                 fault = chat._next_fault(body)
                 with chat._counting:
                     chat.open += 1
@@ -85,19 +96,32 @@ class ChatServer:
                     self.send(200, b"<html>Bad gateway</html>", "text/html")
                 elif fault == "context":
                     self.send(400, {"error": {"message": "This model's maximum context length is 128 tokens."}})
-                elif fault not in (None, "slow"):
+                elif fault not in (None, "slow", "cut stream"):
                     said = chat.refusal or {"error": {"message": f"something of {fault}"}}
                     self.send(int(fault), said, again=fault in ("429", "500"))
                 else:
-                    prompt = body["messages"][-1]["content"]
-                    said = chat.answer(prompt, body["seed"])
-                    if not isinstance(said, str):
-                        self.send(200, said)
-                        return
-                    message = {"role": "assistant", "content": said}
-                    choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
-                    usage = {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107}
-                    self.send(200, {"id": "1", "object": "chat.completion", "choices": choices, "usage": usage})
+                    status, made = chat.respond(self.path, body)
+                    if status == 200 and isinstance(body, dict) and body.get("stream"):
+                        self.stream(made, fault)
+                    else:
+                        self.send(status, made, *(["text/plain"] if isinstance(made, bytes) else []))
+
+            def stream(self, made: Any, fault: str | None) -> None:
+                """The text of a completion, a character at a time."""
+                self.send_response(200)
+                self.send_header("Content-Type", "text/event-stream")
+                self.send_header("Connection", "close")
+                self.end_headers()
+                (choice,) = made["choices"]
+                text = choice["message"]["content"] if "message" in choice else choice["text"]
+                for number, piece in enumerate([*text, ""]):
+                    if fault == "cut stream" and number == 3:
+                        break
+                    said = {"delta": {"content": piece}} if "message" in choice else {"text": piece}
+                    done = number == len(text)
+                    said |= {"index": 0, "finish_reason": choice["finish_reason"] if done else None}
+                    self.wfile.write(b"data: " + json.dumps({**made, "choices": [said]}).encode() + b"\n\n")
+                self.close_connection = True
 
             def send(self, status: int, content: Any, kind: str = "application/json", again: bool = False) -> None:
                 data = content if isinstance(content, bytes) else json.dumps(content).encode()

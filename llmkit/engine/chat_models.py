@@ -134,9 +134,10 @@ class ServedChatModel:
     def _answer(self, prompt: str, read: Read[T], temperature: float) -> T | Missing:
         settings = self._settings
         details: dict[str, Any] = {"max_tokens": settings.max_tokens, "temperature": temperature}
+        asked = [{"role": "user", "content": prompt}]
         for seed in (settings.seed, settings.seed + 1):
             try:
-                reply = self._server.complete(prompt, seed=seed, **details)
+                reply = self._server.ask(asked, seed=seed, **details).text
             except PromptTooLong:
                 return Missing.TOO_LONG
             answer = read(without_thoughts(reply))

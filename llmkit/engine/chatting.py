@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from llmkit.conversations import Message, as_record, message
 from llmkit.engine.generation import Generator, Request
+from llmkit.engine.served_sampling import ServedSampler
 from llmkit.errors import UserError
 from llmkit.files import atomic_file
 from llmkit.model.config import ModelConfig
@@ -36,17 +38,18 @@ A line that ends in \\ goes on in the next one. Ctrl-C stops an answer."""
 class Chat:
     """One conversation.
 
-    context     tokens that the model can take
+    chat        how turns become tokens; None where a server has them become tokens
+    context     tokens that the model can take; None where only the server knows, which then refuses
     max_tokens  of an answer; None goes on until the model stops or the context is full
     seed        of the random numbers; each turn draws its own
     """
 
     def __init__(
         self,
-        generator: Generator,
-        chat: ChatFormat,
+        generator: Generator | ServedSampler,
+        chat: ChatFormat | None,
         *,
-        context: int,
+        context: int | None,
         system: str | None = None,
         max_tokens: int | None = None,
         seed: int = 0,
@@ -90,13 +93,15 @@ class Chat:
                 self.turns.pop()
         return "".join(pieces)
 
-    def _prompt(self, say: Callable[[str], object]) -> list[int]:
+    def _prompt(self, say: Callable[[str], object]) -> Sequence[Any]:
         """The ids of the conversation so far, less its oldest turns where they do not fit."""
+        if self._chat is None:
+            return as_record(self.turns)
         first = 1 if self.system is not None else 0
         dropped = 0
         while True:
             ids = self._chat.encode(self.turns, prompt=True).token_ids.tolist()
-            if len(ids) + LEAST_ANSWER <= self._context:
+            if self._context is None or len(ids) + LEAST_ANSWER <= self._context:
                 break
             if len(self.turns) <= first + 1:
                 if len(ids) < self._context:

@@ -18,7 +18,7 @@ Tokens in, tokens out: `token_ids` are what the model saw and chose; text is onl
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any, Literal, NamedTuple
@@ -46,6 +46,7 @@ KEPT_PROMPTS = 4  # whose keys and values wait for an equal prompt
 class Request:
     """A prompt to continue.
 
+    prompt_ids   its tokens; for a server whose tokenizer is not here its text, or messages
     samples      how many continuations
     max_tokens   of each; None goes on to the end of the context
     seed         of the random numbers
@@ -53,7 +54,7 @@ class Request:
     where        names the prompt in errors: "prompts.jsonl:3"
     """
 
-    prompt_ids: Sequence[int]
+    prompt_ids: Sequence[Any]
     samples: int = 1
     max_tokens: int | None = None
     seed: int = 0
@@ -217,7 +218,7 @@ class Generator:
                         break
                     if entry is not None:
                         self._enter(*entry, running, done, calls)
-                for index in _finished(done, ordered):
+                for index in finished(done, ordered):
                     yield index, [completion for completion in done.pop(index) if completion is not None]
                 if running:
                     self._step(running, done, calls)
@@ -360,7 +361,7 @@ class Generator:
         return sequence, prefix
 
 
-def _finished(done: _Open, ordered: bool) -> list[int]:
+def finished(done: Mapping[int, Sequence[Completion | None]], ordered: bool) -> list[int]:
     """The requests whose samples are all there; if `ordered`, those that none before them keeps waiting."""
 
     def whole(index: int) -> bool:

@@ -20,6 +20,7 @@ import orjson
 from llmkit.conversations import Message, read_conversation
 from llmkit.engine.generation import Completion, Request
 from llmkit.engine.sampling import request_number, seed_of_repeat
+from llmkit.engine.served_models import ServerError
 from llmkit.errors import Interrupted, UserError
 from llmkit.files import PARTIAL, read_json, remove, write_json
 from llmkit.records import Row
@@ -40,8 +41,8 @@ class Prompts:
     def __init__(
         self,
         rows: Iterable[Row],
-        encode: Callable[[str], list[int]],
-        encode_messages: Callable[[Sequence[Message]], list[int]],
+        encode: Callable[[str], Sequence[Any]],
+        encode_messages: Callable[[Sequence[Message]], Sequence[Any]],
         *,
         samples: int,
         max_tokens: int | None,
@@ -84,7 +85,7 @@ class Prompts:
             raise UserError(f"{where}: expected 'seed' to be a whole number from 0, found {seed!r}")
         return seed
 
-    def _ids(self, row: Row) -> list[int]:
+    def _ids(self, row: Row) -> Sequence[Any]:
         if "prompt" in row.value:
             return self._encode(row.value["prompt"])
         messages = read_conversation(row).messages
@@ -103,9 +104,11 @@ def completion_record(
     row: Row, completion: Completion, seed: int, sample: int | None, logprobs: bool, tools: bool
 ) -> dict[str, Any]:
     """The record of one completion: what its prompt's record holds, and what was made."""
-    made: dict[str, Any] = {"completion": completion.text, "token_ids": completion.token_ids}
+    made: dict[str, Any] = {"completion": completion.text}
+    known = {"token_ids": completion.token_ids}
     if logprobs:
-        made |= {"logprobs": completion.logprobs, "truncated_logprobs": completion.truncated_logprobs}
+        known |= {"logprobs": completion.logprobs, "truncated_logprobs": completion.truncated_logprobs}
+    made |= {name: values for name, values in known.items() if values}  # a server need not tell
     if tools:
         made |= {"sampled": completion.sampled, "tool_calls": completion.tool_calls}
     made |= {"finish_reason": completion.finish_reason, "seed": seed}
@@ -177,8 +180,10 @@ def lasting_output(
         if not partial.stat().st_size:
             partial.unlink()
             remove(notes)
-        elif isinstance(error, KeyboardInterrupt):
-            raise Interrupted(f"interrupted; the same command with --resume goes on ({partial})") from None
+        elif isinstance(error, (KeyboardInterrupt, ServerError)):
+            interrupted = isinstance(error, KeyboardInterrupt)
+            said = f"{'interrupted' if interrupted else error}; the same command with --resume goes on ({partial})"
+            raise (Interrupted if interrupted else UserError)(said) from None
         raise
     os.replace(partial, out)
     remove(notes)

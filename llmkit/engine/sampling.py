@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -162,8 +162,9 @@ def uniforms(seed: int, request: int, sample: int, start: int, count: int) -> np
     return ((words[0] >> np.uint64(5)) * 67108864.0 + (words[1] >> np.uint64(6))) / 9007199254740992.0
 
 
-def request_number(ids: Sequence[int]) -> int:
-    """What tells a prompt's request from others with its seed, wherever it stands: 64 bits of its tokens."""
+def request_number(ids: Sequence[Any]) -> int:
+    """What tells a prompt's request from others with its seed, wherever it stands: 64 bits of its tokens, or of its
+    text or messages where a server makes the tokens."""
     return int.from_bytes(blake2b(",".join(map(str, ids)).encode(), digest_size=8).digest(), "little")
 
 

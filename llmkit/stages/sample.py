@@ -6,32 +6,35 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmkit.config import CommonConfig, ToolConfig, argument, as_options, lasting_options, option
+from llmkit.config import CommonConfig, ServedConfig, ToolConfig, argument, as_options, lasting_options, option
 from llmkit.conversations import Message
 from llmkit.errors import UserError
 from llmkit.files import PARTIAL, check_output
 from llmkit.progress import Progress, quantity, say
 from llmkit.records import Row, check_prompt
+from llmkit.rundir import check_model_folder
 from llmkit.stream import names_of, open_bytes, open_input, open_output, read_jsonl, read_text
 
 if TYPE_CHECKING:
     from llmkit.engine.devices import Precision
     from llmkit.engine.generation import Generator
     from llmkit.engine.prompts import Prompts
+    from llmkit.engine.served_sampling import ServedSampler
     from llmkit.model.config import ModelConfig
 
 STARTED = time.monotonic()
 KNOWN_OTHERWISE = ("MODEL", "INPUT...", "--limit")  # a resumed run compares the model's content, and its prompts
+OURS, THEIRS = ("device", "dtype", "batch_size", "tools"), ("concurrency", "timeout", "retries")  # here, on a server
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(CommonConfig, ToolConfig):
+class SampleConfig(CommonConfig, ToolConfig, ServedConfig):
     """Options of `llmkit sample`."""
 
     examples: ClassVar[str] = """
@@ -40,6 +43,7 @@ class SampleConfig(CommonConfig, ToolConfig):
           echo "Once upon a time" | llmkit sample base/ --temperature 0
           llmkit sample base/ --jsonl < prompts.jsonl > completions.jsonl
           llmkit sample base/ prompts.jsonl.gz --jsonl --stop "Question:" -o completions.jsonl
+          llmkit sample --engine openai:http://localhost:8000/v1#qwen --jsonl prompts.jsonl -o completions.jsonl
 
         One prompt: -p, or all of stdin as plain text, less a final newline; an empty one starts from the
         model's beginning token. Out comes the continuation; several are headed ==> 1/3 <==.
@@ -49,10 +53,12 @@ class SampleConfig(CommonConfig, ToolConfig):
         was killed, and makes the rest. --tools: what the model writes to a tool is run, and the result read by it.
         The same prompt and seed give the same text, alone or among others, at any --batch-size (exactly so in
         float32 and int8 on a CPU); a prompt that occurs again gets a seed of its own, which the output names.
+        --engine openai:URL#NAME: a model behind an OpenAI-compatible server generates. With MODEL its tokenizer and
+        chat format make the prompts, as token ids; without it the server's do, as text and messages (docs/serving.md).
     """
     following: ClassVar[str] = "llmkit sample base/ --jsonl < prompts.jsonl | jq -r .completion"
 
-    model: str = argument("Model folder: from llmkit, or a Hugging Face one.", metavar="MODEL", default=MISSING)
+    model: str | None = argument("Model folder: from llmkit, or a Hugging Face one.", metavar="MODEL", default=None)
     inputs: tuple[str, ...] = argument("With --jsonl: files of prompts, or - for stdin.", metavar="INPUT...")
     prompt: str | None = option(None, "Text to continue.", short="-p")
     jsonl: bool = option(False, "Prompts and completions are JSONL records.")
@@ -89,6 +95,12 @@ class SampleConfig(CommonConfig, ToolConfig):
         None, "Only tokens this times as likely as the likeliest.", group="Text", at_least=0, at_most=1
     )
 
+    def __post_init__(self) -> None:
+        """Where a server generates, MODEL may be left out: a first argument that is no folder is an input."""
+        if self.is_served and self.model is not None and not Path(self.model).is_dir():
+            object.__setattr__(self, "inputs", (self.model, *self.inputs))
+            object.__setattr__(self, "model", None)
+
     def reads_stdin(self) -> bool:
         """Whether stdin is the input."""
         return not self.chat and self.prompt is None and (not self.inputs or "-" in self.inputs)
@@ -112,22 +124,26 @@ def run(config: SampleConfig) -> Summary | None:
     if config.resume and Path(out).exists() and not Path(out + PARTIAL).exists():
         say(f"{out}: finished, so there is nothing to do; without --resume, --force makes it again", config.quiet)
         return Summary(out, 0, 0, 0, 0.0)
+    return _run_served(config, out) if config.is_served else _run_here(config, str(config.model), out)
 
+
+def _run_here(config: SampleConfig, model: str, out: str) -> Summary | None:
     # load
     from llmkit.engine.chatting import Chat, check_ends_turns, converse
     from llmkit.engine.generation import prompt_ids
     from llmkit.engine.loading import open_model
     from llmkit.engine.prompts import Prompts
     from llmkit.engine.rates import describe
+    from llmkit.engine.run_state import fingerprint
     from llmkit.engine.sampling import Sampling
     from llmkit.engine.shots import STOP, load_shots, with_shots
     from llmkit.engine.tool_calls import open_tools
     from llmkit.tokenizer.chat import ChatFormat
 
-    opened = open_model(config.model, config.device, config.dtype)
+    opened = open_model(model, config.device, config.dtype)
     tokenizer = opened.tokenizer
     if config.dry_run:
-        for line in _plan(config, opened.config, opened.precision, str(opened.device)):
+        for line in _plan(config, model, opened.config, opened.precision, str(opened.device)):
             say(line, config.quiet)
         return None
     shots = load_shots(config.shots, config.as_assistant)
@@ -141,63 +157,113 @@ def run(config: SampleConfig) -> Summary | None:
         @cache
         def chat_format() -> ChatFormat:
             found = ChatFormat(tokenizer)
-            check_ends_turns(found, opened.config, config.model)
+            check_ends_turns(found, opened.config, model)
             return found
 
         def encode_messages(messages: Sequence[Message]) -> list[int]:
             return chat_format().encode(messages, prompt=True).token_ids.tolist()
 
         if config.chat:
-            chat = Chat(generator, chat_format(), context=opened.config.max_position_embeddings)
-            chat.reset(config.system)
-            chat.max_tokens, chat.seed = config.max_tokens, config.seed
-            converse(chat, config.prompt, config.quiet)
+            context = opened.config.max_position_embeddings
+            said = {"system": config.system, "max_tokens": config.max_tokens, "seed": config.seed}
+            converse(Chat(generator, chat_format(), context=context, **said), config.prompt, config.quiet)
             return None
 
         def encode(text: str) -> list[int]:
             return prompt_ids(tokenizer, with_shots(shots, text) if shots else text)
 
-        prompts = Prompts(
-            _rows(config),
-            encode,
-            encode_messages,
-            samples=config.samples,
-            max_tokens=config.max_tokens,
-            seed=config.seed,
-            own_seeds=config.jsonl,
-        )
+        prompts = Prompts(_rows(config), encode, encode_messages, **_asked(config))
         loaded = time.monotonic()
 
         # generate
-        if config.jsonl:
-            identity = _identity(config, opened.precision, shots)
-            _write_records(generator, prompts, config, out, identity)
-        else:
-            _write_text(generator, prompts, config, out)
+        how = {"the model": fingerprint(model), "the precision": opened.precision.name}
+        _write(generator, prompts, config, out, how | _identity(config, shots))
 
     # summarise
+    seconds = time.monotonic() - loaded
+    if not config.quiet:
+        say(f"{describe(generator, seconds)}, after {loaded - STARTED:.1f} s of loading")
+    return _summary(config, prompts, out, generator.tokens, seconds)
+
+
+def _run_served(config: SampleConfig, out: str) -> Summary | None:
+    # load
+    from llmkit.engine.chatting import Chat, converse
+    from llmkit.engine.prompts import Prompts
+    from llmkit.engine.sampling import Sampling
+    from llmkit.engine.served_sampling import open_served
+    from llmkit.engine.shots import STOP, load_shots, with_shots
+
+    served = open_served(config.engine, config.model, timeout=config.timeout, retries=config.retries)
+    served.server.check()
+    shots = load_shots(config.shots, config.as_assistant)
+    if config.dry_run:
+        prompts_as = "text and messages" if config.model is None else f"token ids of {config.model}"
+        say(
+            f"{config.engine}: it answers; prompts go to it as {prompts_as}, {config.concurrency} at a time",
+            config.quiet,
+        )
+        say(_wanted(config), config.quiet)
+        return None
+
+    # build
+    sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
+    stop = (*config.stop, *([STOP] if shots else []))
+    sampler = served.sampler(sampling, concurrency=config.concurrency, stop=stop, logprobs=config.logprobs)
+    if config.chat:
+        said = {"system": config.system, "max_tokens": config.max_tokens, "seed": config.seed}
+        converse(Chat(sampler, served.chat, context=None, **said), config.prompt, config.quiet)
+        return None
+
+    def encode(text: str) -> Sequence[Any]:
+        return served.encode(with_shots(shots, text) if shots else text)
+
+    prompts = Prompts(_rows(config), encode, served.encode_messages, **_asked(config))
+    started = time.monotonic()
+
+    # generate
+    _write(sampler, prompts, config, out, served.identity | _identity(config, shots))
+
+    # summarise
+    seconds = time.monotonic() - started
+    say(f"{served.server.address.name}: {served.server.usage}, in {seconds:.1f} s", config.quiet)
+    return _summary(config, prompts, out, served.server.usage.completion_tokens, seconds)
+
+
+def _asked(config: SampleConfig) -> dict[str, Any]:
+    """What every request has in common, for `Prompts`."""
+    common = {name: getattr(config, name) for name in ("samples", "max_tokens", "seed")}
+    return {**common, "own_seeds": config.jsonl}
+
+
+def _summary(config: SampleConfig, prompts: Prompts, out: str, tokens: int, seconds: float) -> Summary | None:
     if prompts.passed:
         say(f"{out}: kept the completions of {prompts.passed} prompts", config.quiet)
     elif not prompts.count:
         say(f"{names_of(config.inputs or ['-'])}: no prompts, so no completions", config.quiet)
-    seconds = time.monotonic() - loaded
-    if not config.quiet:
-        say(f"{describe(generator, seconds)}, after {loaded - STARTED:.1f} s of loading")
     if out == "-":
         return None
-    return Summary(out, prompts.count, prompts.count * config.samples, generator.tokens, round(seconds, 3))
+    return Summary(out, prompts.count, prompts.count * config.samples, tokens, round(seconds, 3))
 
 
 def _check_options(config: SampleConfig, out: str) -> None:
+    if not config.is_served:
+        check_model_folder(config.model, "llmkit sample base/ -p 'Once upon a time'")
+    elif config.inputs and config.inputs[0] != "-" and not Path(config.inputs[0]).exists():
+        raise UserError(f"{config.inputs[0]}: expected a model folder or an input file, found nothing")
+    defaults = {item.name: item.default for item in fields(config)}
+    for name in OURS if config.is_served else THEIRS:
+        if getattr(config, name) != defaults[name]:
+            where = "beside --engine: it is the server's" if config.is_served else "without --engine openai:URL#NAME"
+            raise UserError(f"--{name.replace('_', '-')}: has no effect {where}")
+    if config.is_served and config.max_tokens is None:
+        raise UserError("--max-tokens none: expected a number beside --engine, as servers do")
     if config.inputs and not config.jsonl:
         raise UserError(f"{config.inputs[0]}: an input file needs --jsonl; give one prompt by -p or on stdin")
     if config.inputs and config.prompt is not None:
         raise UserError(f"-p and {config.inputs[0]}: expected one or the other, found both")
     if "" in config.stop:
         raise UserError("--stop: expected text, found nothing")
-    if not Path(config.model).is_dir():
-        found = "a file" if Path(config.model).exists() else "nothing"
-        raise UserError(f"{config.model}: expected a model folder, found {found}")
     if config.resume and (not config.jsonl or out == "-"):
         raise UserError("--resume: expected --jsonl and --out, whose unfinished file is gone on with")
     if config.shots is not None and config.as_assistant:
@@ -223,7 +289,7 @@ def _slots(config: SampleConfig) -> int:
     return min(config.batch_size, config.samples) if one_prompt else config.batch_size
 
 
-def _plan(config: SampleConfig, model: ModelConfig, precision: Precision, device: str) -> Iterator[str]:
+def _plan(config: SampleConfig, folder: str, model: ModelConfig, precision: Precision, device: str) -> Iterator[str]:
     """What `--dry-run` says."""
     size = precision.dtype.itemsize
     packed = {"dense": size, "half": 2, "int8": 1}[precision.weights]
@@ -231,18 +297,22 @@ def _plan(config: SampleConfig, model: ModelConfig, precision: Precision, device
     a_token = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * size
     context, count = model.max_position_embeddings, model.parameter_count
     yield (
-        f"{config.model}: {model.model_type}, {quantity(count)} parameters, context {context}, "
-        f"{precision.name} on {device}"
+        f"{folder}: {model.model_type}, {quantity(count)} parameters, context {context}, {precision.name} on {device}"
     )
     loading = f", {quantity(count * size)}B more while loading" if device == "cpu" else ""
     yield (
         f"memory: {quantity(count * packed)}B of weights{loading}, and up to "
         f"{quantity(slots * context * a_token)}B of keys and values for {slots} sequences"
     )
+    yield _wanted(config)
+
+
+def _wanted(config: SampleConfig) -> str:
+    """What is asked for, in a line."""
     source = "--prompt" if config.prompt is not None else " ".join(config.inputs) or "stdin"
-    yield f"{'JSONL' if config.jsonl else 'one prompt'} from {source} to {config.out or 'stdout'}"
-    kept = ("samples", "max_tokens", "stop", "temperature", "top_k", "top_p", "min_p", "seed", "batch_size", "limit")
-    yield ", ".join(f"{name} {value}" for name, value in as_options(config).items() if name in kept)
+    kept = ("samples", "max_tokens", "stop", "temperature", "top_k", "top_p", "min_p", "seed", "limit")
+    options = ", ".join(f"{name} {value}" for name, value in as_options(config).items() if name in kept)
+    return f"{'JSONL' if config.jsonl else 'one prompt'} from {source} to {config.out or 'stdout'}: {options}"
 
 
 def _rows(config: SampleConfig) -> Iterator[Row]:
@@ -260,18 +330,24 @@ def _rows(config: SampleConfig) -> Iterator[Row]:
         yield Row({"prompt": text.removesuffix("\n").removesuffix("\r")}, "stdin", 0)
 
 
-def _identity(config: SampleConfig, precision: Precision, shots: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """What decides the text beside the prompts: the model, how it computes, and the options that last."""
-    from llmkit.engine.run_state import fingerprint
-
+def _identity(config: SampleConfig, shots: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """What decides the text beside the prompts and who generates: the options that last."""
     shown = sha256(repr(list(shots)).encode()).hexdigest()[:16] if shots else None
-    found = {"the model": fingerprint(config.model), "the precision": precision.name, "what is in --shots": shown}
     kept = {name: value for name, value in lasting_options(config).items() if name not in KNOWN_OTHERWISE}
-    return found | kept
+    return {"what is in --shots": shown} | kept
+
+
+def _write(
+    generator: Generator | ServedSampler, prompts: Prompts, config: SampleConfig, out: str, identity: Mapping[str, Any]
+) -> None:
+    if config.jsonl:
+        _write_records(generator, prompts, config, out, identity)
+    else:
+        _write_text(generator, prompts, config, out)
 
 
 def _write_records(
-    generator: Generator, prompts: Prompts, config: SampleConfig, out: str, identity: Mapping[str, Any]
+    generator: Generator | ServedSampler, prompts: Prompts, config: SampleConfig, out: str, identity: Mapping[str, Any]
 ) -> None:
     from llmkit.engine.prompts import completion_record, lasting_output
 
@@ -290,7 +366,7 @@ def _write_records(
                 progress.advance(len(completion.token_ids), prompts=done)
 
 
-def _write_text(generator: Generator, prompts: Prompts, config: SampleConfig, out: str) -> None:
+def _write_text(generator: Generator | ServedSampler, prompts: Prompts, config: SampleConfig, out: str) -> None:
     with open_bytes(out) as handle:
 
         def write(text: str) -> None:
