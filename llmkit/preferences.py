@@ -3,6 +3,7 @@
     {"prompt": "2 + 2?", "chosen": "4", "rejected": "5", "margin": 1.0}     strings, messages, or lists of messages
     {"chosen": [...], "rejected": [...]}                        conversations; the prompt is what they begin with
     {"chosen": "\\n\\nHuman: 2 + 2?\\n\\nAssistant: 4", "rejected": ...}      transcripts, as in hh-rlhf
+    {"chosen": "The sky is blue.", "rejected": "The sky is green."}     texts; the prompt is the words they begin with
     {"prompt": ..., "completions": [...], "ranking": [1, 3, 2]}   a rank for each, 1 the best; equal ranks are ties
     {"conversations": [...], "chosen": ..., "rejected": ...}    ShareGPT's; also "instruction" (and "input")
 
@@ -21,6 +22,7 @@ from llmkit.errors import UserError
 from llmkit.records import Row, kind_of
 
 TURN = re.compile(r"\n\n(Human|Assistant):")
+WORD_END = re.compile(r"(?<=\S)\s+\S*\Z")  # where the last whole word of a text ends
 EXPECTED = "'chosen' and 'rejected', or 'completions' and 'ranking'"
 
 
@@ -89,6 +91,10 @@ def _pair(row: Row) -> Comparison:
     if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not 0 <= margin < math.inf:
         raise UserError(f"{row.where}: expected 'margin' to be a number from 0, found {margin!r}")
     prompt = _stated_prompt(row)
+    if prompt is None and (texts := _continuations(value["chosen"], value["rejected"])):
+        start, *answers = texts
+        candidates = tuple(_messages(row, "chosen", text, "assistant") for text in answers)
+        return Comparison(_messages(row, "prompt", start, "user"), candidates, (1, 2), float(margin), row.where)
     sides = [_side(row, side, whole=prompt is None) for side in ("chosen", "rejected")]
     if prompt is None:
         prompt = _common_start(*sides)
@@ -139,6 +145,19 @@ def _stated_prompt(row: Row) -> tuple[Message, ...] | None:
             raise UserError(f"{row.where}: expected 'instruction' and 'input' to be strings")
         return _messages(row, "instruction", "\n\n".join(asked), "user")
     return None
+
+
+def _continuations(chosen: Any, rejected: Any) -> tuple[str, str, str] | None:
+    """Prompt and answers of two texts that begin alike: TRL's implicit prompt, up to a word. None for other values."""
+    if not (isinstance(chosen, str) and isinstance(rejected, str)) or TURN.search(chosen) or TURN.search(rejected):
+        return None
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    same = next((i for i, (one, other) in pairs if one != other), min(len(chosen), len(rejected)))
+    alike = WORD_END.search(chosen[:same])
+    if alike is None:
+        return None
+    end = alike.start()
+    return chosen[:end], chosen[end:], rejected[end:]
 
 
 def _side(row: Row, name: str, whole: bool) -> tuple[Message, ...]:

@@ -51,6 +51,20 @@ def test_a_prompt_of_several_turns_ends_where_the_answers_differ():
     assert len(found.prompt) == 3 and [side[0].text for side in found.candidates] == ["6", "7"]
 
 
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "parts"),
+    [
+        ("The sky is blue.", "The sky is green.", ("The sky is", " blue.", " green.")),
+        ("The sky is blue.", "The sky is black.", ("The sky is", " blue.", " black.")),  # whole words
+        ("Sum?  4", "Sum?  4 or 5", ("Sum?", "  4", "  4 or 5")),
+        ("Sum? 4 or 5", "Sum? 4", ("Sum?", " 4 or 5", " 4")),
+    ],
+)
+def test_texts_that_begin_alike_have_the_prompt_in_common(chosen, rejected, parts):
+    found = read_comparison(row(chosen=chosen, rejected=rejected))
+    assert (found.prompt[0].text, *(side[0].text for side in found.candidates)) == parts
+
+
 def test_equal_answers_teach_nothing():
     assert read_comparison(row(prompt="?", chosen="a", rejected="a")) == "chosen equals rejected"
     assert read_comparison(row(chosen=[USER, GOOD], rejected=[USER, GOOD])) == "chosen equals rejected"
@@ -76,6 +90,7 @@ def test_equal_answers_teach_nothing():
         ({"prompt": [USER], "chosen": [{**USER, "content": "9?"}, GOOD], "rejected": BAD}, "begin with the prompt"),
         ({"chosen": [USER], "rejected": [USER, BAD]}, "an answer of its own in 'chosen'"),
         ({"chosen": "4", "rejected": "5"}, "to begin with '\\n\\nHuman:'"),
+        ({"chosen": "forty", "rejected": "four"}, "to begin with '\\n\\nHuman:'"),
         ({"chosen": [USER, GOOD], "rejected": [{**USER, "content": "9?"}, BAD]}, "begin with the same prompt"),
         ({"chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, {**USER, "content": "9?"}, BAD]}, "the same prompt"),
         ({"prompt": "?", "chosen": [{"role": "judge", "content": "x"}], "rejected": "b"}, "a role among"),

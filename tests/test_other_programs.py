@@ -1,0 +1,231 @@
+"""Other programs at home with our files: transformers, PEFT, Hugging Face datasets and TRL load what we write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pipeline
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llmkit.stages import export
+
+CAUSAL = ("base", "chat", "lora", "policy", "narrow", "shards")
+TOKENS = torch.arange(2, 62).view(2, 30)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    pipeline.make_models(folder)
+    pipeline.make_others(folder)
+    chat = str(folder / "chat")
+    export.run(export.ExportConfig(model=chat, format="hf", dtype="bfloat16", out=str(folder / "narrow"), quiet=True))
+    export.run(
+        export.ExportConfig(model=chat, format="hf", max_shard_size=40_000, out=str(folder / "shards"), quiet=True)
+    )
+    export.run(
+        export.ExportConfig(model=str(folder / "lora"), format="adapter", out=str(folder / "adapter"), quiet=True)
+    )
+    return folder
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ---- transformers
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+@torch.no_grad()
+def test_transformers_has_our_logits(made: Path, kind: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from llmkit.model.folder import load_model
+    from llmkit.tokenizer.encoding import load_tokenizer
+
+    theirs = AutoModelForCausalLM.from_pretrained(made / kind, dtype=torch.float32).eval()
+    ours = load_model(made / kind)
+    assert (theirs(TOKENS).logits - ours.logits(ours(TOKENS))).abs().max() < 1e-4
+    text = "The old ship's 12 birds, and\n\n \N{GRINNING FACE} so on."
+    tokenizer = AutoTokenizer.from_pretrained(made / kind)
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == load_tokenizer(made / kind).encode(text)
+
+
+@torch.no_grad()
+def test_transformers_has_our_scores(made: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    from llmkit.model.reward import load_reward_model
+
+    theirs, ours = AutoModelForSequenceClassification.from_pretrained(made / "judge"), load_reward_model(made / "judge")
+    assert theirs.config.num_labels == 1
+    expected = ours.scores(ours(TOKENS)[:, -1])
+    assert (theirs(TOKENS).logits - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", [*CAUSAL, "judge"])
+def test_transformers_goes_on_training(made: Path, kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
+
+    is_judge = kind == "judge"
+    model_class = AutoModelForSequenceClassification if is_judge else AutoModelForCausalLM
+    model = model_class.from_pretrained(made / kind)
+    before = model.model.embed_tokens.weight.detach().clone()
+    rows = [
+        {"input_ids": row, "labels": torch.tensor(float(place)) if is_judge else row}
+        for place, row in enumerate([*TOKENS, *TOKENS])
+    ]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[],
+        save_strategy="no", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    done = Trainer(model=model, args=arguments, train_dataset=rows).train()
+    assert done.global_step == 2 and 0 < done.training_loss < 20
+    assert not torch.equal(model.model.embed_tokens.weight, before)
+
+
+# ---- PEFT
+
+
+@torch.no_grad()
+def test_peft_puts_the_adapter_on_the_base(made: Path) -> None:
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(made / "base")
+    merged = AutoModelForCausalLM.from_pretrained(made / "lora")
+    expected, plain = merged(TOKENS).logits, base(TOKENS).logits
+    assert (expected - plain).abs().max() > 1e-3
+    for place in (made / "lora" / "adapter", made / "adapter"):
+        adapted = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(made / "base"), place)
+        assert (adapted(TOKENS).logits - expected).abs().max() < 1e-4
+        assert (adapted.merge_and_unload()(TOKENS).logits - expected).abs().max() < 1e-4
+    alone = peft.AutoPeftModelForCausalLM.from_pretrained(made / "adapter")  # finds its base by itself
+    assert (alone(TOKENS).logits - expected).abs().max() < 1e-4
+
+
+def test_an_adapter_in_another_precision(made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "narrow"
+    summary = export.run(
+        export.ExportConfig(model=str(made / "lora"), format="adapter", dtype="bfloat16", out=str(out), quiet=True)
+    )
+    exact, near = (load_file(place / "adapter_model.safetensors") for place in (made / "adapter", out))
+    assert summary is not None and summary.parameters == sum(value.numel() for value in exact.values())
+    assert all(torch.equal(near[name], value.bfloat16()) for name, value in exact.items())
+
+
+def test_an_adapter_whose_base_lacks_tokens_is_refused(made: Path, tmp_path: Path) -> None:
+    from tiny import save_folder
+
+    from llmkit.errors import UserError
+    from llmkit.stages import sft
+
+    base, grown = save_folder(tmp_path / "base"), tmp_path / "grown"
+    data = (str(made / "chats.jsonl"),)
+    sft.run(
+        sft.SftConfig(
+            model=str(base), data=data, lora_rank=2, keep_adapter=True, max_steps=1, out=str(grown),
+            sequence_length=96, **pipeline.TUNING,
+        )
+    )  # fmt: skip
+    with pytest.raises(UserError, match="has 257 tokens and it has 268, whose rows the adapter does not hold"):
+        export.run(export.ExportConfig(model=str(grown), format="adapter", out=str(tmp_path / "out"), quiet=True))
+
+
+# ---- datasets
+
+FILES = (
+    "documents.jsonl", "rejects.jsonl", "refusals.jsonl", "probe.jsonl", "completions.jsonl", "scored.jsonl",
+    "policy/rollouts.jsonl", "policy/metrics.jsonl",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_datasets_loads_every_kind_of_jsonl(made: Path, name: str, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="Hugging Face datasets is not installed")
+    rows = lines(made / name)
+    found = datasets.load_dataset("json", data_files=str(made / name), split="train", cache_dir=str(tmp_path))
+    assert len(rows) == len(found) > 0
+    for expected, row in zip(rows, found, strict=True):
+        assert set(expected) <= set(row)
+        for key in ("text", "completion", "messages", "question", "reward", "reason", "loss"):
+            if key in expected:
+                assert row[key] == expected[key]
+
+
+# ---- TRL
+
+
+def test_trl_takes_what_we_write_for_its_own_forms(made: Path) -> None:
+    trl = pytest.importorskip("trl.data_utils", reason="TRL is not installed")
+    lesson, rollout = lines(made / "refusals.jsonl")[0], lines(made / "policy" / "rollouts.jsonl")[0]
+    assert trl.is_conversational(lesson)
+    assert [turn["role"] for turn in lesson["messages"]] == ["user", "assistant"]
+    assert {"prompt", "completion"} <= set(rollout) and not trl.is_conversational(rollout)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(made / "chat")
+    text = trl.maybe_apply_chat_template({"messages": lesson["messages"]}, tokenizer)["text"]
+    question, answer = (turn["content"] for turn in lesson["messages"])
+    expected = f"<|im_start|>user<|im_sep|>{question}<|im_end|><|im_start|>assistant<|im_sep|>{answer}<|im_end|>"
+    assert text == expected
+
+
+def conversation(*turns: str) -> list[dict]:
+    return [{"role": role, "content": said} for role, said in zip(("user", "assistant") * 2, turns, strict=False)]
+
+
+FINETUNING = {
+    "prompt and completion": [{"prompt": "The sky is", "completion": " blue."}],
+    "conversational prompt and completion": [
+        {"prompt": conversation("What is it?"), "completion": [{"role": "assistant", "content": "Blue."}]}
+    ],
+    "messages": [{"messages": conversation("What is it?", "Blue.", "Sure?", "Yes.")}],
+    "language modelling": [{"text": "The sky is blue."}],
+}
+PREFERENCES = {
+    "explicit prompt": {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."},
+    "implicit prompt": {"chosen": "The sky is blue.", "rejected": "The sky is green."},
+    "conversational": {
+        "prompt": conversation("What is it?"),
+        "chosen": [{"role": "assistant", "content": "Blue."}],
+        "rejected": [{"role": "assistant", "content": "Green."}],
+    },
+    "conversational, implicit prompt": {
+        "chosen": conversation("What is it?", "Blue."),
+        "rejected": conversation("What is it?", "Green."),
+    },
+}
+
+
+@pytest.mark.parametrize("form", FINETUNING)
+def test_sft_reads_trl_s_forms(made: Path, form: str, tmp_path: Path) -> None:
+    from llmkit.stages import sft
+
+    data = (pipeline.write(tmp_path / "data.jsonl", FINETUNING[form] * 4),)
+    sizes = {"sequence_length": 96, "batch_tokens": 96, "max_steps": 1}
+    config = sft.SftConfig(model=str(made / "chat"), data=data, out=str(tmp_path / "out"), **sizes, **pipeline.TUNING)
+    summary = sft.run(config)
+    assert summary is not None and summary.loss > 0
+
+
+@pytest.mark.parametrize("form", PREFERENCES)
+def test_train_reward_reads_trl_s_forms_as_trl_does(form: str) -> None:
+    from llmkit.conversations import as_record
+    from llmkit.preferences import Comparison, read_comparison
+    from llmkit.records import Row
+
+    trl = pytest.importorskip("trl.data_utils", reason="TRL is not installed")
+    found = read_comparison(Row(PREFERENCES[form], "prefs.jsonl", 1))
+    assert isinstance(found, Comparison) and found.ranks == (1, 2)
+    theirs = trl.maybe_extract_prompt(dict(PREFERENCES[form]))
+    for name, ours in zip(("prompt", "chosen", "rejected"), (found.prompt, *found.candidates), strict=True):
+        expected = theirs[name]
+        if isinstance(expected, str):
+            expected = [{"role": "user" if name == "prompt" else "assistant", "content": expected}]
+        assert as_record(ours) == expected
