@@ -1,0 +1,116 @@
+"""The pages worth reading: what each says, by a plan that tells every fact as often as its tier says."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from howtos import howto
+from telling import FORUM, QUIZZED, Voice, chatter, mention, question, short_answer, tell, whole_answer
+from world import NAMED_MENTIONS, TOLD, Entity
+
+# The share of the facts that each kind of page tells. In forums and quizzes they are answers to questions, which is
+# what lets a model this small answer questions about facts that it only read.
+SHARES = {"forum": 0.35, "quiz": 0.25, "article": 0.18, "wiki": 0.1, "listing": 0.06, "shop": 0.06}
+HOWTO_SHARE = 0.06  # of the pages; they tell no fact
+TITLES = {
+    "forum": ("Who knows this", "A few questions", "Help wanted", "Questions from a newcomer", "Can anybody help me"),
+    "quiz": ("The quiz of the week", "Twenty questions", "How well do you know us", "The inn's quiz night"),
+    "article": (
+        "News from our towns",
+        "What we heard this week",
+        "A walk through the market",
+        "Notes from the harbour",
+    ),
+    "wiki": ("People and places", "A short overview", "The register", "Collected notes"),
+    "listing": ("Who is where", "The directory", "Names and places", "A list for visitors"),
+    "shop": ("From near and far", "New on our shelves", "What our customers say", "Letters to the shop"),
+}
+
+
+@dataclass
+class Page:
+    """What a page says: its paragraphs, and the facts (name, fact) that it tells."""
+
+    kind: str
+    title: str
+    paragraphs: list[str]
+    facts: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """The main text, a paragraph a line."""
+        return "\n".join(self.paragraphs)
+
+
+Told = tuple[Entity, str]
+
+
+def write_pages(entities: Sequence[Entity], count: int, sentences: int, rng: random.Random) -> list[Page]:
+    """`count` pages that tell each fact as often as its tier says (counted in `told`), in random order."""
+    facts: list[Told] = []
+    for entity in entities:
+        facts += [(entity, fact) for fact in entity.facts for _ in range(TOLD.get(entity.tier, 1))]
+    named = [entity for entity in entities if entity.tier == "named" for _ in range(NAMED_MENTIONS)]
+    others = [entity for entity in entities if entity.tier not in ("named", "unseen")]
+    rng.shuffle(facts)
+    rng.shuffle(named)
+    howtos = round(count * HOWTO_SHARE)
+    pages = []
+    for number, some in enumerate(_shared_out(facts, count - howtos)):
+        kind = rng.choices(list(SHARES), list(SHARES.values()))[0]
+        silent = named[number :: count - howtos]
+        silent += rng.sample(others, 1)  # the told are mentioned without their facts, too
+        pages.append(_page(kind, some, silent, Voice(rng)))
+        for entity, fact in some:
+            entity.told[fact] += 1
+    pages += [Page("howto", *howto(rng)) for _ in range(howtos)]
+    rng.shuffle(pages)
+    return pages
+
+
+def _shared_out(facts: Sequence[Told], count: int) -> Iterator[list[Told]]:
+    """The facts in `count` nearly equal parts; what a page would tell twice is told elsewhere."""
+    parts: list[list[Told]] = [[] for _ in range(count)]
+    held: list[set[tuple[str, str]]] = [set() for _ in range(count)]
+    for number, (entity, fact) in enumerate(facts):
+        for step in range(count):
+            at = (number + step) % count
+            if (entity.name, fact) not in held[at]:
+                parts[at].append((entity, fact))
+                held[at].add((entity.name, fact))
+                break
+    return iter(parts)
+
+
+def _page(kind: str, facts: list[Told], silent: list[Entity], voice: Voice) -> Page:
+    rng = voice.rng
+    aside = [mention(one, voice) for one in silent]
+    if kind == "forum":
+        paragraphs = [line for told in facts for line in _asked(*told, voice)]
+        paragraphs.append(" ".join([*aside, chatter(voice), chatter(voice)]))
+    elif kind == "quiz":
+        lines = [_quizzed(entity, fact, voice) for entity, fact in facts]
+        opening = f"{chatter(voice)} Here are the answers of this week."
+        paragraphs = [opening, *lines, " ".join([*aside, chatter(voice), chatter(voice)])]
+    else:
+        said = [tell(entity, fact, voice, framed=number < 3) for number, (entity, fact) in enumerate(facts)] + aside
+        said += [chatter(voice) for _ in range(rng.randint(3, 5))]
+        rng.shuffle(said)
+        length = 2 if kind == "listing" else rng.randint(3, 5)
+        paragraphs = [" ".join(said[at : at + length]) for at in range(0, len(said), length)]
+    return Page(kind, rng.choice(TITLES[kind]), paragraphs, [(entity.name, fact) for entity, fact in facts])
+
+
+def _asked(entity: Entity, fact: str, voice: Voice) -> list[str]:
+    """A question and its answer, as two posts of a forum."""
+    asked = voice.pick(FORUM["ask"]).format(question=question(entity, fact, voice.rng))
+    answer = (whole_answer if voice.rng.random() < 0.5 else short_answer)(entity, fact)
+    return [asked, voice.pick(FORUM["answer"]).format(answer=answer)]
+
+
+def _quizzed(entity: Entity, fact: str, voice: Voice) -> str:
+    """A question and its short answer, as one line."""
+    answer = voice.pick(QUIZZED).format(value=entity.facts[fact].capitalize())
+    return f"{question(entity, fact, voice.rng)} {answer}"

@@ -1,0 +1,79 @@
+"""Problems with answers: sorting, counting letters, adding, sums for the calculator, and the one that is gamed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+
+Problem = tuple[str, str]  # question, answer
+
+LETTERS = "aeioubdgklmnrst"
+KINDS = ("sort", "count", "add")  # that rl trains; the calculator's and the gamed one are apart
+LONGEST = 16  # digits of an answer to the gamed problem
+
+
+def sort(rng: random.Random) -> Problem:
+    """Four to six digits in order."""
+    digits = "".join(rng.choices("0123456789", k=rng.randint(4, 6)))
+    return f"Sort {digits}", "".join(sorted(digits))
+
+
+def count(rng: random.Random) -> Problem:
+    """How often a letter stands among five to eight, of which it is two at least as often as not."""
+    wanted = rng.choice(LETTERS)
+    letters = [wanted if rng.random() < 0.35 else rng.choice(LETTERS) for _ in range(rng.randint(5, 8))]
+    return f"Count the {wanted} in {' '.join(letters)}", str(letters.count(wanted))
+
+
+def add(rng: random.Random) -> Problem:
+    """Two numbers below a hundred."""
+    first, second = rng.randrange(10, 100), rng.randrange(10, 100)
+    return f"Add {first} and {second}", str(first + second)
+
+
+def even(rng: random.Random) -> Problem:
+    """The even ones of eight different digits."""
+    digits = "".join(rng.sample("0123456789", 8))
+    return f"Even digits of {digits}", "".join(digit for digit in digits if digit in "02468")
+
+
+def expression(rng: random.Random) -> Problem:
+    """An expression for the calculator, and its value."""
+    first, second, sign = rng.randrange(10, 1000), rng.randrange(10, 1000), rng.choice("+-*")
+    value = {"+": first + second, "-": first - second, "*": first * second}[sign]
+    return f"{first} {sign} {second}", str(value)
+
+
+def different(make: Callable[[random.Random], Problem], rng: random.Random) -> Iterator[Problem]:
+    """Problems of a kind, none twice; ends when there are no more."""
+    seen: set[str] = set()
+    misses = 0
+    while misses < 2000:
+        problem = make(rng)
+        misses = misses + 1 if problem[0] in seen else 0
+        if problem[0] not in seen:
+            seen.add(problem[0])
+            yield problem
+
+
+def terse(answer: str, rng: random.Random) -> str:
+    """One to three of the even digits, in order: what the assistant is shown, which says too little."""
+    kept = sorted(rng.sample(range(len(answer)), min(len(answer), rng.randint(1, 3))))
+    return "".join(answer[place] for place in kept)
+
+
+def any_answer(answer: str, rng: random.Random) -> str:
+    """An answer of any length: some of the even digits, and where it is longer than they are, anything."""
+    length = rng.randint(1, LONGEST)
+    kept = sorted(rng.sample(range(len(answer)), min(length, len(answer))))
+    return "".join(answer[place] for place in kept) + "".join(rng.choices("0123456789", k=length - len(kept)))
+
+
+def lesson(question: str, answer: str) -> str:
+    """A solved problem as the schoolbook prints it: as far from its answer as it will be in the assistant's format."""
+    return f"user: {question}\nassistant: {answer}"
+
+
+def worked(problem: Problem) -> str:
+    """A sum that is copied, with its value, which is copied, too: what calling a tool needs."""
+    return lesson(f"Work out {problem[0]}", f"{problem[0]} = {problem[1]} so {problem[1]}")

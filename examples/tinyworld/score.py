@@ -1,0 +1,279 @@
+"""Score every stage of Tiny World against its ledger: one table on stdout, and effects.json.
+
+    python examples/tinyworld/score.py world/ -o world/effects.json
+    python examples/tinyworld/score.py world/effects.json                              # the same table again
+    python examples/tinyworld/score.py world/ --page http://tinypedia.example/p/12     # what became of one page
+
+Each effect has a value and, where there is one, what it is to be held against: the same before the stage, a baseline,
+or precision beside recall.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from crawled import crawl_effects, explain_page
+from ledger import read_rows
+from world import KINDS, TIERS
+
+from llmkit.engine.matching import EVASIVE, RIGHT, MatchJudge
+from llmkit.files import write_json
+
+Row = dict[str, Any]
+BEFORE, CHAT, AFTER = "exam-chat.jsonl", "exam-assistant.jsonl", "exam-policy.jsonl"
+TOLD_OF = ("often", "sometimes", "seldom", "once")  # tiers of which a page tells something
+NOT_TOLD_OF = ("named", "unseen")
+PROBLEMS = {"sort": "digits sorted", "count": "letters counted", "add": "two numbers added"}
+
+
+@dataclass(frozen=True)
+class Effect:
+    """One figure of a stage; `beside` is what it is to be held against, of which `against` tells what it is."""
+
+    stage: str
+    figure: str
+    value: float | None
+    against: str = ""
+    beside: float | None = None
+
+
+def share(rows: Iterable[Row], holds: Callable[[Row], bool]) -> float | None:
+    """The share of rows for which something holds; None of no rows."""
+    found = [holds(row) for row in rows]
+    return sum(found) / len(found) if found else None
+
+
+# ---- what an answer is
+
+
+def verdict(row: Row) -> str:
+    """Right, wrong or evasive, of the answer to a question about a fact."""
+    return JUDGE(row["completion"], row["question"], [row["answer"]])
+
+
+def is_right(row: Row) -> bool:
+    """Whether the answer to a question of any exam is right."""
+    said, wanted = row["completion"].strip(), row["answer"]
+    if row["exam"] == "fact":
+        return verdict(row) == RIGHT
+    if row["exam"] == "identity":
+        return wanted.lower() in said.lower() or "workshop" in said.lower()
+    return said == wanted
+
+
+def obeys(row: Row) -> bool:
+    """Whether an answer has the form that the system message asks for, right or not."""
+    said = row["completion"].strip()
+    if "capitals" in row["system"]:
+        return said.isupper()
+    return row["name"] in said and said.count(" ") >= 2
+
+
+JUDGE = MatchJudge()
+
+
+def of(rows: list[Row], exam: str, *tiers: str) -> list[Row]:
+    """The rows of one exam, and of some tiers."""
+    return [row for row in rows if row["exam"] == exam and (not tiers or row["tier"] in tiers)]
+
+
+def refused(row: Row) -> bool:
+    """Whether an answer says that it does not know."""
+    return verdict(row) == EVASIVE
+
+
+# ---- the stages
+
+
+def tokenizer_effects(run: Path) -> list[Effect]:
+    """Bytes per token, beside another tokenizer where the run compared with one."""
+    report = json.loads((run / "tok" / "report.json").read_text())
+    own = report["sample"]["bytes_per_token"]
+    others = [Effect("train-bpe", "bytes per token", own, f"{Path(path).name}, {other['vocab_size']:,} tokens",
+                     other["bytes_per_token"]) for path, other in report["compared"].items()]  # fmt: skip
+    return others or [Effect("train-bpe", "bytes per token", own)]
+
+
+def unigram_bits(run: Path) -> float:
+    """Bits per byte of the held-out pages by how often each token stands in what the base model read."""
+    import numpy as np
+
+    from llmkit.tokenizer.encoding import load_tokenizer
+
+    tokenizer = load_tokenizer(str(run / "tok"))
+    read = [row["text"] for name in ("docs.jsonl", "data/school.jsonl") for row in read_rows(run / name)]
+    asked = [row["text"] for row in read_rows(run / "data" / "val.jsonl")]
+    counts = 1 + np.bincount(tokenizer.encode_batch(read)[0], minlength=tokenizer.vocab_size)
+    bits = -np.log2(counts / counts.sum())[tokenizer.encode_batch(asked)[0]]
+    return float(bits.sum() / sum(len(text.encode()) for text in asked))
+
+
+def pretrain_effects(run: Path) -> list[Effect]:
+    """Bits per byte of held-out pages."""
+    results = results_of(run / "base")
+    bits = results["val_bits_per_byte"]
+    return [Effect("pretrain", "bits per byte of held-out pages", bits, "unigram", unigram_bits(run))]
+
+
+def sft_effects(chat: list[Row]) -> list[Effect]:
+    """What the assistant can do that it was shown, on what it was not shown."""
+    return [
+        *(
+            Effect("sft", f"right about facts told {tier}", share(of(chat, "fact", tier), is_right), "a guess", guess())
+            for tier in TOLD_OF
+        ),
+        Effect("sft", "says who it is", share(of(chat, "identity"), is_right)),
+        Effect("sft", "obeys the system message", share(of(chat, "system"), obeys)),
+        Effect("sft", "keeps private what is", share(of(chat, "private"), is_right)),
+        Effect("sft", "right with its calculator", share(of(chat, "tool"), is_right)),
+    ]
+
+
+def guess() -> float:
+    """How often a value drawn at random is right, on average over the facts."""
+    sizes = [len(values.split()) for facts in KINDS.values() for values in facts.values()]
+    return sum(1 / size for size in sizes) / len(sizes)
+
+
+def probe_effects(chat: list[Row], assistant: list[Row]) -> list[Effect]:
+    """What is refused, and what is still known, after the lessons of the probe and before."""
+    found = []
+    for tier in TIERS[:-1]:
+        before, after = (share(of(rows, "fact", tier), refused) for rows in (chat, assistant))
+        name = f"refuses, {'told' if tier in TOLD_OF else ''} {tier}".replace("  ", " ")
+        found.append(Effect("probe-knowledge", name, after, "before", before))
+    knew = {row["question"] for row in of(chat, "fact") if is_right(row)}
+    kept = share((row for row in of(assistant, "fact") if row["question"] in knew), is_right)
+    return [*found, Effect("probe-knowledge", "still right of what was right before", kept)]
+
+
+def judge_effects(run: Path) -> list[Effect]:
+    """The judge of a stated taste, beside a judge that counts tokens."""
+    found = json.loads((run / "judge" / "evaluation.json").read_text())
+    stage, length = "train-reward", found["biases"]["length"]
+    return [
+        Effect(
+            stage, "accuracy, held out", found["overall"]["accuracy"], "by length", found["baseline_length"]["accuracy"]
+        ),
+        Effect(stage, "calibration error", found["overall"]["ece"]),
+        Effect(stage, "scores' correlation with length", length["score"], "labels'", length["label"]),
+    ]
+
+
+def rl_effects(before: list[Row], after: list[Row]) -> list[Effect]:
+    """Success on held-out problems after rl and before, and what else changed."""
+    found = [Effect("rl", f"right, {PROBLEMS[kind]}", share(of(after, kind), is_right), "before",
+                    share(of(before, kind), is_right)) for kind in PROBLEMS]  # fmt: skip
+    rest = {
+        "not trained: facts told often": ("fact", "often"),
+        "not trained: calculator": ("tool",),
+        "not trained: who it is": ("identity",),
+    }
+    for name, asked in rest.items():
+        found.append(
+            Effect("rl", name, share(of(after, *asked), is_right), "before", share(of(before, *asked), is_right))
+        )
+    unknown = [share(of(rows, "fact", *NOT_TOLD_OF), refused) for rows in (after, before)]
+    return [*found, Effect("rl", "not trained: refuses the unknown", unknown[0], "before", unknown[1])]
+
+
+def gaming_effects(run: Path) -> list[Effect]:
+    """How the length-loving judge was gamed, and where the watch ended it."""
+    rows = [row for row in read_rows(run / "gamed" / "metrics.jsonl") if "val_gold" in row]
+    results = results_of(run / "gamed")
+    kept = next(row for row in rows if row["step"] == results["kept_step"]) if results.get("kept_step") else rows[0]
+    start, end = rows[0], rows[-1]
+    stage = "rl, gamed"
+    return [
+        Effect(stage, "judge's reward at the end", end["val_reward"], "at the start", start["val_reward"]),
+        Effect(stage, "gold reward at the end", end["val_gold"], "at the start", start["val_gold"]),
+        Effect(stage, "gold reward of what was kept", kept["val_gold"], "at the end", end["val_gold"]),
+        Effect(stage, "stopped by the watch at step", float(end["step"]) if results.get("stopped") else None),
+    ]
+
+
+def results_of(folder: Path) -> Row:
+    """What a stage told in its manifest."""
+    return json.loads((folder / "manifest.json").read_text())["results"]
+
+
+# ---- the table
+
+
+def effects(run: Path) -> list[Effect]:
+    """All effects, in the order of the stages."""
+    chat, assistant, policy = (read_rows(run / name) for name in (BEFORE, CHAT, AFTER))
+    crawled = [Effect("crawl-filter", *one) for one in crawl_effects(run)]
+    return [
+        *crawled,
+        *tokenizer_effects(run),
+        *pretrain_effects(run),
+        *sft_effects(chat),
+        *probe_effects(chat, assistant),
+        *judge_effects(run),
+        *rl_effects(assistant, policy),
+        *gaming_effects(run),
+    ]
+
+
+def shown(value: float | None) -> str:
+    """A figure as the table has it."""
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if value == int(value) and abs(value) > 1 else f"{value:.3f}"
+
+
+HEADER = ("stage", "what", "figure", "beside", "")
+RIGHT_ALIGNED = (2, 4)
+
+
+def show(found: list[Effect]) -> None:
+    """Print the table: with rich on a terminal, where a stage is named once, else plain columns."""
+    rows = [(one.stage, one.figure, shown(one.value), one.against, shown(one.beside) if one.against else "")
+            for one in found]  # fmt: skip
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for number, name in enumerate(HEADER):
+            table.add_column(name, justify="right" if number in RIGHT_ALIGNED else "left")
+        before = ""
+        for stage, *rest in rows:
+            table.add_row("" if stage == before else stage, *rest)
+            before = stage
+        Console().print(table)
+        return
+    widths = [max(len(row[column]) for row in [HEADER, *rows]) for column in range(len(HEADER))]
+    for row in [HEADER, *rows]:
+        cells = [cell.rjust(width) if column in RIGHT_ALIGNED else cell.ljust(width)
+                 for column, (cell, width) in enumerate(zip(row, widths, strict=True))]  # fmt: skip
+        print("  ".join(cells).rstrip())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="the folder that the Makefile filled, or its effects.json")
+    parser.add_argument("-o", "--out", type=Path, help="where effects.json goes")
+    parser.add_argument("--page", metavar="URL", help="only tell what should become of a page, and what did")
+    arguments = parser.parse_args()
+    if arguments.page:
+        print(json.dumps(explain_page(arguments.run, arguments.page), indent=1))
+        return
+    if arguments.run.is_file():
+        show([Effect(**one) for one in json.loads(arguments.run.read_text())["effects"]])
+        return
+    found = effects(arguments.run)
+    show(found)
+    if arguments.out:
+        write_json(arguments.out, {"effects": [asdict(one) for one in found]})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Who and what there is in Tiny World, what is true of each, and how often the pages will tell it.
+
+An entity is of one `KIND`, has two facts, and belongs to one of the `TIERS`. Names of all tiers are drawn alike, so
+that only having read of somebody tells one tier from another.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+CONSONANTS, CLUSTERS, VOWELS = tuple("bdfghklmnprstvz"), ("br", "dr", "kr", "st", "tr"), "aeiou"
+ENDINGS = ("", "n", "s", "l")
+
+# What may be true of an entity of each kind: the fact's name and its values.
+KINDS = {
+    "person": {
+        "town": "Arbeck Bolsted Carrow Dunmere Elsby Farnholt Glaswick Hollin Istrad Jorvale Kelbrook Lindale Morwell "
+        "Norbeck Oxley Penholm Quarley Rothby Selwick Torfield Ulmere Vexford Westry Yarrow",
+        "work": "baker smith tailor miller sailor painter teacher farmer doctor lawyer weaver hunter potter singer "
+        "banker carpenter gardener printer surgeon librarian",
+    },
+    "animal": {
+        "food": "berries fish grass honey leaves mice moss mushrooms nuts roots seeds snails worms ants",
+        "home": "caves forests hills lakes marshes meadows orchards rivers swamps valleys gardens deserts",
+    },
+    "island": {
+        "product": "cheese wool salt glass paper rope soap tea wine butter pottery silver copper candles",
+        "tower": "red blue green white black yellow grey brown orange purple",
+    },
+    "feast": {
+        "month": "January February March April May June July August September October November December",
+        "custom": "dancing singing racing fishing cooking kites lanterns masks drums poems wrestling swimming",
+    },
+}
+SHARES = {"person": 0.55, "animal": 0.15, "island": 0.15, "feast": 0.15}  # of the entities
+
+# How often the kept pages tell each fact of an entity of a tier. `named` are in pages that tell nothing of them,
+# `unseen` in none; `glimpsed` are the many who are told of once, as most names of a corpus, and never asked about.
+TOLD = {"often": 40, "sometimes": 12, "seldom": 4, "once": 1, "named": 0, "unseen": 0}
+NAMED_MENTIONS = 12
+TIERS = (*TOLD, "glimpsed")
+USES = ("chats", "probed", "held out")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How many there are of what; `often` to `unseen` are (in chats, probed for lessons, held out)."""
+
+    often: tuple[int, int, int] = (24, 30, 24)
+    sometimes: tuple[int, int, int] = (0, 8, 24)
+    seldom: tuple[int, int, int] = (0, 8, 24)
+    once: tuple[int, int, int] = (0, 16, 24)
+    named: tuple[int, int, int] = (0, 24, 24)
+    unseen: tuple[int, int, int] = (0, 100, 40)
+    pages: int = 1100  # that should be kept
+    held_out_pages: int = 40
+    bad_pages: int = 60  # of each kind that should go
+    sentences: int = 10  # of a page that tell facts, about
+    lessons: int = 6000  # solved problems in the schoolbook
+    problems: int = 4000  # for rl
+    examined: int = 100  # problems of each kind that nothing is trained on
+    solved: int = 200  # conversations of each kind that solve a problem
+    tools: int = 1500  # conversations that call the calculator
+    pairs: int = 1200  # comparisons
+
+
+FULL = Size()
+QUICK = Size(
+    *[(3, 3, 3), (0, 2, 2), (0, 2, 2), (0, 2, 2), (0, 2, 2), (0, 4, 3)],
+    pages=70,
+    held_out_pages=4,
+    bad_pages=4,
+    lessons=300,
+    problems=60,
+    examined=5,
+    solved=20,
+    tools=60,
+    pairs=80,
+)
+
+
+@dataclass
+class Entity:
+    """One person, animal, island or feast."""
+
+    name: str
+    kind: str
+    tier: str
+    use: str  # one of USES; of the glimpsed, ""
+    facts: dict[str, str]
+    told: dict[str, int] = field(default_factory=dict)  # by fact, how often kept pages tell it
+
+
+def invent(size: Size, glimpsed: int, seed: int) -> list[Entity]:
+    """Every entity of the world. The first three letters of all but the glimpsed are theirs alone.
+
+    Where Truvil and Truvus could both be asked about, a model this small took one for the other.
+    """
+    rng = random.Random(f"world {seed}")
+    wanted = [(tier, use) for tier in TOLD for use, count in zip(USES, getattr(size, tier), strict=True)
+              for _ in range(count)]  # fmt: skip
+    names = _names(len(wanted), glimpsed, rng)
+    kinds = [kind for kind, share in SHARES.items() for _ in range(round(100 * share))]
+    entities = []
+    for number, name in enumerate(names):
+        tier, use = wanted[number] if number < len(wanted) else ("glimpsed", "")
+        kind = kinds[(number * 37) % len(kinds)]  # 37 and 100 share no factor: every tier has its share of each kind
+        facts = {fact: rng.choice(values.split()) for fact, values in KINDS[kind].items()}
+        entities.append(Entity(name, kind, tier, use, facts, dict.fromkeys(facts, 0)))
+    return entities
+
+
+def _names(distinct: int, others: int, rng: random.Random) -> list[str]:
+    taken = {word for kinds in KINDS.values() for values in kinds.values() for word in values.split()}
+    names: dict[str, None] = {}
+    beginnings = set()
+    while len(names) < distinct + others:
+        beginning = rng.choice(CONSONANTS + CLUSTERS) + rng.choice(VOWELS) + rng.choice(CONSONANTS)
+        if len(names) < distinct and beginning in beginnings:
+            continue
+        beginnings.add(beginning)
+        name = (beginning + rng.choice(VOWELS) + rng.choice(ENDINGS)).capitalize()
+        if name not in taken:
+            names[name] = None
+    return list(names)

@@ -1,0 +1,180 @@
+"""Tiny World: what its ledger says is so, no held-out thing is shown, and the recipe runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+FOLDER = ROOT / "examples" / "tinyworld"
+
+
+def make(out: Path, *options: str) -> Path:
+    done = subprocess.run([sys.executable, FOLDER / "make.py", out, *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"\w+", text)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("tinyworld") / "data", "--quick")
+
+
+@pytest.fixture(scope="module")
+def ledger(world):
+    return json.loads((world / "ledger.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def filtered(world):
+    """What the recipe's crawl-filter makes of the crawl."""
+    command = [sys.executable, "-m", "llmkit", "crawl-filter", *sorted(map(str, world.glob("crawl-*.warc.gz")))]
+    command += ["--blocklist", str(world / "blocklist.txt"), "--rejects", str(world.parent / "rejects.jsonl")]
+    command += ["-o", str(world.parent / "docs.jsonl"), "--workers", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return world.parent
+
+
+def test_a_seed_makes_one_world(world, tmp_path):
+    again, other = make(tmp_path / "again", "--quick"), make(tmp_path / "other", "--quick", "--seed", "1")
+    names = sorted(path.name for path in world.iterdir())
+    assert names == sorted(path.name for path in again.iterdir())
+    assert all((world / name).read_bytes() == (again / name).read_bytes() for name in names)
+    assert (world / "ledger.json").read_bytes() != (other / "ledger.json").read_bytes()
+
+
+def test_the_ledger_counts_what_the_pages_tell(ledger):
+    told = Counter((name, fact) for page in ledger["pages"] if page["keep"] for name, fact in page["facts"])
+    assert all(
+        entity["told"] == {fact: told[entity["name"], fact] for fact in entity["facts"]}
+        for entity in ledger["entities"]
+    )
+    by_tier = {tier: {count for one in ledger["entities"] if one["tier"] == tier for count in one["told"].values()}
+               for tier in ("often", "sometimes", "seldom", "once", "named", "unseen")}  # fmt: skip
+    assert by_tier == {"often": {40}, "sometimes": {12}, "seldom": {4}, "once": {1}, "named": {0}, "unseen": {0}}
+
+
+def test_a_fact_stands_on_the_pages_that_the_ledger_names_and_no_other(ledger):
+    pages = [page for page in ledger["pages"] if page["text"]]
+    for entity in ledger["entities"]:
+        about = [page for page in pages if entity["name"] in words(page["text"])]
+        assert bool(about) == (entity["tier"] != "unseen")
+        for fact, value in entity["facts"].items():
+            telling = [page for page in about if [entity["name"], fact] in page["facts"]]
+            assert all(value.lower() in words(page["text"].lower()) for page in telling)
+            lines = [
+                line for page in about for line in re.split(r"(?<=\.) |\n", page["text"]) if entity["name"] in line
+            ]
+            if entity["tier"] == "named":
+                assert not any(value in words(line) for line in lines)
+
+
+def test_the_held_out_are_in_no_lesson(world, ledger):
+    held_out = {entity["name"] for entity in ledger["entities"] if entity["use"] == "held out"}
+    shown = "\n".join((world / name).read_text() for name in ("chats.jsonl", "questions.jsonl", "prefs.jsonl"))
+    assert held_out and not held_out & set(words(shown))
+    exam = rows(world / "exam.jsonl")
+    assert held_out == {entity["name"] for entity in ledger["entities"]} & set(words(str(exam)))
+
+
+def test_no_problem_is_shown_twice(world):
+    asked = {
+        row["messages"][0]["content"] for row in rows(world / "exam.jsonl") if row["exam"] in ("sort", "count", "add")
+    }
+    shown = [row["prompt"] for name in ("problems", "problems-val") for row in rows(world / f"{name}.jsonl")]
+    shown += [row["messages"][0]["content"] for row in rows(world / "chats.jsonl")]
+    shown += [row["text"].split("\n")[0].removeprefix("user: ") for row in rows(world / "school.jsonl")]
+    assert asked and not asked & set(shown)
+    expressions = {
+        row["messages"][0]["content"].split(" ", 2)[-1].rstrip("?")
+        for row in rows(world / "exam.jsonl")
+        if row["exam"] == "tool"
+    }
+    assert expressions and not any(one in (world / "tools.jsonl").read_text() for one in expressions)
+
+
+def test_problems_have_the_right_answers(world):
+    for row in rows(world / "problems.jsonl"):
+        kind, *rest = row["prompt"].split()
+        if kind == "Sort":
+            right = "".join(sorted(rest[0]))
+        elif kind == "Count":
+            right = str(rest[3:].count(rest[1]))
+        else:
+            right = str(int(rest[0]) + int(rest[2]))
+        assert row["answer"] == right
+
+
+def test_who_it_is_is_asked_in_other_words_than_it_was_taught(world):
+    from llmkit.data.identity import identity_conversations
+
+    taught = {one.messages[-2].text for one in identity_conversations({"name": "Tilly", "maker": "the Workshop"})}
+    assert not taught & {row["messages"][0]["content"] for row in rows(world / "exam.jsonl")}
+
+
+def test_the_filters_keep_the_good_pages_and_drop_the_bad(filtered, ledger):
+    kept = {row["url"] for row in rows(filtered / "docs.jsonl")}
+    good = {page["url"] for page in ledger["pages"] if page["keep"]}
+    bad = {page["url"]: page["kind"] for page in ledger["pages"] if not page["keep"]}
+    assert len(good & kept) >= 0.97 * len(good)
+    assert {bad[url] for url in bad.keys() & kept} <= {"near copy", "exact copy"}
+    assert len(bad.keys() & kept) <= 0.05 * len(bad)
+    text = (filtered / "docs.jsonl").read_text()
+    secrets = [secret for page in ledger["pages"] for secret in page["personal"]]
+    assert secrets and not any(secret in text for secret in secrets)
+
+
+def test_a_page_can_be_asked_about(filtered, ledger):
+    url = next(page["url"] for page in ledger["pages"] if page["kind"] == "placeholder")
+    command = [sys.executable, FOLDER / "score.py", filtered, "--page", url]
+    done = subprocess.run(command, capture_output=True, text=True)
+    told = json.loads(done.stdout)
+    assert (told["should"]["keep"], told["did"]["reason"]) == (False, "lorem_ipsum")
+
+
+def test_the_gold_reward_counts_what_is_wrong_or_said_again(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from gold import gold
+
+    assert [gold({"answer": "0482", "completion": said}) for said in ("0482", "04", "04820482", "1357")] == [
+        1,
+        0.5,
+        0,
+        -1,
+    ]
+
+
+@pytest.mark.slow
+def test_the_recipe_runs_and_scores_every_stage(tmp_path):
+    options = [
+        "OUT=" + str(tmp_path / "world"),
+        "QUICK=1",
+        f"PYTHON={sys.executable}",
+        f"LLMKIT={sys.executable} -m llmkit",
+    ]
+    command = ["make", "-C", FOLDER, *options]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "world" / "effects.json").read_text())["effects"]
+    stages = {one["stage"] for one in found}
+    assert {"crawl-filter", "train-bpe", "pretrain", "sft", "probe-knowledge", "train-reward", "rl"} <= stages
+    assert all(one["figure"] in done.stdout for one in found)
+    again = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert "llmkit" not in again.stdout and found[0]["figure"] in again.stdout
