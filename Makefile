@@ -26,8 +26,9 @@ demo: $(VENV)/.ready ## Text to tokenizer to model to sample, in under 3 minutes
 	  --depth 2 --time-budget $(BUDGET) -o demo/base/ --force
 	$(BIN)/llmkit sample demo/base/ -p "Once upon a time" -n 3 --max-tokens 120 --seed 7
 
-test: $(VENV)/.ready-test ## Run the tests
-	$(BIN)/python -m pytest -m "not slow"
+# One thread a process: the models of the tests are too small for two.
+test: $(VENV)/.ready-test ## Run the tests, on all cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8 --dist loadfile
 
 test-slow: $(VENV)/.ready-test ## Run the long tests too
 	$(BIN)/python -m pytest
