@@ -185,8 +185,8 @@ def _no_weights(folder: Path) -> str:
     if not pickles:
         return f"{folder}: expected {WEIGHTS} or {INDEX}, found neither"
     convert = (
-        f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({str(folder)!r})"
-        ".save_pretrained('NEW_FOLDER')"
+        "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+        f"[kind.from_pretrained({str(folder)!r}).save_pretrained('NEW_FOLDER') for kind in (M, T)]"
     )
     return (
         f"{folder / pickles[0]}: a pickle can run code, so it is not read; "

@@ -1,0 +1,200 @@
+"""Folders that transformers wrote enter every stage: any family, sharded or not, tied or not, in half precision."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pipeline
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from llmkit.errors import UserError
+from llmkit.model.folder import load_model
+from llmkit.stages import export, probe_knowledge, rl, sample, sft, train_reward
+
+SMALL = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 319, "eos_token_id": 319,
+}  # fmt: skip
+# name: (family, tied, precision, size of a shard, under which name a tied matrix is stored)
+FOLDERS = {
+    "llama, tied, bfloat16, shards": ("Llama", True, torch.bfloat16, "40KB", None),
+    "mistral, float16": ("Mistral", False, torch.float16, None, None),
+    "qwen2, tied, stored as lm_head": ("Qwen2", True, torch.float32, None, "lm_head.weight"),
+    "qwen3, bfloat16, shards": ("Qwen3", False, torch.bfloat16, "40KB", None),
+}
+RUN = {"quiet": True, "force": True}
+
+
+def save_foreign(folder: Path, name: str) -> Path:
+    """A random model and a byte-level tokenizer, as transformers saves them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    family, tied, dtype, shard, stored = FOLDERS[name]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=319, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([pipeline.WORDS] * 9, trainer)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>", pad_token="<|end|>"
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(vocab_size=320, tie_word_embeddings=tied, **SMALL)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard or "5GB")
+    assert (len(list(folder.glob("model*.safetensors"))) > 1) == (shard is not None)
+    if stored is not None:
+        tensors = load_file(folder / "model.safetensors")
+        tensors[stored] = tensors.pop("model.embed_tokens.weight")
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module", params=FOLDERS)
+def foreign(request, tmp_path_factory) -> Path:
+    return save_foreign(tmp_path_factory.mktemp("foreign") / "model", request.param)
+
+
+@pytest.fixture(scope="module")
+def chat(foreign) -> Path:
+    """What sft makes of it."""
+    data = pipeline.write(foreign.parent / "chats.jsonl", [{"prompt": "Who?", "completion": "Ada."}] * 4)
+    out = foreign.parent / "chat"
+    sft.run(sft.SftConfig(model=str(foreign), data=(data,), out=str(out), max_steps=1, batch_tokens=128, **RUN))
+    return out
+
+
+def their_greedy(folder: Path, count: int) -> list[int]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if model.config.tie_word_embeddings:
+        model.tie_weights()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    asked = tokenizer("The old ship", return_tensors="pt")
+    ids = model.generate(**asked, do_sample=False, max_new_tokens=count, pad_token_id=319)
+    return ids[0, asked["input_ids"].shape[1] :].tolist()
+
+
+def test_sample_says_what_transformers_says(foreign: Path) -> None:
+    out = foreign.parent / "said.jsonl"
+    prompts = pipeline.write(foreign.parent / "prompts.jsonl", [{"prompt": "The old ship"}])
+    options = {"jsonl": True, "temperature": 0.0, "max_tokens": 12, "dtype": "float32"}
+    sample.run(sample.SampleConfig(model=str(foreign), inputs=(prompts,), out=str(out), **options, **RUN))
+    assert json.loads(out.read_text())["token_ids"] == their_greedy(foreign, 12)
+
+
+def test_sft_trains_it_and_keeps_its_family(foreign: Path, chat: Path) -> None:
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (foreign, chat))
+    assert after["model_type"] == before["model_type"]
+    assert after["tie_word_embeddings"] == before["tie_word_embeddings"]
+    assert after["vocab_size"] == 384  # the tokens of conversations, and up to a multiple of 64
+    transformers.AutoModelForCausalLM.from_pretrained(chat)
+
+
+def test_train_reward_and_rl_train_it(foreign: Path) -> None:
+    place = foreign.parent
+    prefs = pipeline.write(
+        place / "p.jsonl", [{"prompt": f"Say {i}", "chosen": "sea", "rejected": "hut"} for i in range(12)]
+    )
+    train = train_reward.TrainRewardConfig(
+        inputs=(str(foreign),), data=(prefs,), max_steps=1, batch_size=4, out=str(place / "judge"), **RUN
+    )
+    assert train_reward.run(train) is not None
+    transformers.AutoModelForSequenceClassification.from_pretrained(place / "judge")
+    problems = pipeline.write(place / "problems.jsonl", [{"prompt": f"The {i}", "answer": "1"} for i in range(4)])
+    config = rl.RlConfig(
+        model=str(foreign), data=(problems,), reward=("format:(?s).*e.*",), group=8, batch_size=2, max_tokens=8,
+        max_steps=1, out=str(place / "policy"), **RUN,
+    )  # fmt: skip
+    assert rl.run(config) is not None
+    transformers.AutoModelForCausalLM.from_pretrained(place / "policy")
+
+
+def test_probe_knowledge_asks_the_assistant(chat: Path) -> None:
+    questions = pipeline.write(chat.parent / "q.jsonl", [{"question": "Who?", "answer": "Ada"}])
+    config = probe_knowledge.ProbeKnowledgeConfig(
+        model=str(chat), questions=(questions,), samples=1, max_tokens=4, out=str(chat.parent / "r.jsonl"), **RUN
+    )
+    assert probe_knowledge.run(config) is not None
+
+
+def test_export_writes_it_in_every_form(foreign: Path) -> None:
+    gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
+    out, file = foreign.parent / "wide", foreign.parent / "model.gguf"
+    export.run(export.ExportConfig(model=str(foreign), format="hf", dtype="float32", out=str(out), **RUN))
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        ours = load_model(foreign)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+        assert (theirs(ids).logits - ours.logits(ours(ids))).abs().max() < 1e-3
+    assert their_greedy(out, 12) == their_greedy(foreign, 12)
+    export.run(export.ExportConfig(model=str(foreign), format="gguf", out=str(file), **RUN))
+    reader = gguf.GGUFReader(file)
+    assert reader.fields["tokenizer.ggml.pre"].contents() == "gpt-2"
+    tied = json.loads((foreign / "config.json").read_text())["tie_word_embeddings"]
+    assert ("output.weight" in {one.name for one in reader.tensors}) != tied
+
+
+def test_the_way_to_convert_pickles_works(tmp_path: Path) -> None:
+    folder = save_foreign(tmp_path / "model", "mistral, float16")
+    tensors = load_file(folder / "model.safetensors")
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError) as raised:
+        load_model(folder)
+    command = re.search(r"python -c \".*\"", str(raised.value))
+    assert command is not None
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-c", command[0]], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    converted = load_file(tmp_path / "NEW_FOLDER" / "model.safetensors")
+    assert {name: value.float().sum() for name, value in converted.items()} == {
+        name: value.float().sum() for name, value in tensors.items()
+    }
+    load_model(tmp_path / "NEW_FOLDER")
+    sample.run(
+        sample.SampleConfig(model=str(tmp_path / "NEW_FOLDER"), prompt="The", max_tokens=2, out=str(tmp_path / "said"))
+    )
+
+
+def test_the_real_folder_enters_every_stage(shared_data: Path, tmp_path: Path) -> None:
+    story = str(shared_data / "ckpt" / "story-llama")
+    data = pipeline.write(tmp_path / "chats.jsonl", [{"prompt": "Who?", "completion": "Lily."}] * 4)
+    prefs = pipeline.write(
+        tmp_path / "p.jsonl", [{"prompt": f"Say {i}", "chosen": "a", "rejected": "b"} for i in range(12)]
+    )
+    problems = pipeline.write(tmp_path / "q.jsonl", [{"prompt": f"Once {i}", "answer": "1"} for i in range(4)])
+    chat = str(tmp_path / "chat")
+    sft.run(sft.SftConfig(model=story, data=(data,), out=chat, max_steps=1, batch_tokens=256, **RUN))
+    train = train_reward.TrainRewardConfig(
+        inputs=(story,), data=(prefs,), max_steps=1, batch_size=4, out=str(tmp_path / "judge"), **RUN
+    )
+    assert train_reward.run(train) is not None
+    config = rl.RlConfig(
+        model=story, data=(problems,), reward=("format:(?s).*b.*",), group=8, batch_size=2, max_tokens=8, max_steps=1,
+        out=str(tmp_path / "policy"), **RUN,
+    )  # fmt: skip
+    assert rl.run(config) is not None
+    questions = pipeline.write(tmp_path / "questions.jsonl", [{"question": "Who?", "answer": "Lily"}])
+    config = probe_knowledge.ProbeKnowledgeConfig(
+        model=chat, questions=(questions,), samples=1, max_tokens=4, out=str(tmp_path / "r.jsonl"), **RUN
+    )
+    assert probe_knowledge.run(config) is not None
+    for model in (story, chat):
+        for form, out in (("hf", "wide"), ("gguf", "model.gguf")):
+            done = export.run(export.ExportConfig(model=model, format=form, out=str(tmp_path / out), **RUN))
+            assert done is not None and done.bytes > 2_000_000
