@@ -11,7 +11,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,12 @@ from llmkit.files import (
     replace_folder,
     write_json,
 )
+from llmkit.records import kind_of
 
 MANIFEST_VERSION = 1
 LOSS_CURVE = {"training": "loss", "validation": "val_loss"}
 COLOURS = ("#3b6fb6", "#d1495b", "#3c9d6b", "#b07d2b", "#7a5ba8")
+OF_FILE = ".manifest.json"  # after the name of the file whose manifest it is
 NOTES = "state/run.json"  # in a run folder: what a resumption asks for
 PACKAGES = ("llmkit", "torch", "triton", "numpy", "tokenizers", "safetensors")
 
@@ -103,6 +105,22 @@ def write_manifest(
     return manifest
 
 
+def write_file_manifest(
+    out: str,
+    stage: str,
+    options: Mapping[str, Any],
+    *,
+    inputs: Iterable[str],
+    parents: Sequence[str] = (),
+    results: Mapping[str, Any],
+    packages: Sequence[str] = PACKAGES,
+) -> None:
+    """Write the manifest of a stage whose output is a single file: beside it, as `out` + ".manifest.json"."""
+    place, described = Path(out).absolute(), describe_inputs(inputs)
+    details = {"inputs": described, "parents": parents, "results": results, "packages": packages}
+    write_manifest(place.parent, stage, options, name=place.name + OF_FILE, **details)
+
+
 class MetricsLog:
     """`metrics.jsonl`: one object a line, each on disk as soon as it is written."""
 
@@ -127,18 +145,34 @@ class MetricsLog:
         self.handle.close()
 
 
+def scan_metrics(path: Path, unreadable: Callable[[int, str], object] | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a metrics file, one at a time; a last line cut by a kill is left out.
+
+    A line that is no JSON object raises UserError, unless `unreadable` takes its number and what is wrong with it,
+    a cut last line too.
+    """
+    with open(path, "rb") as handle:
+        for number, line in enumerate(handle, 1):
+            if not line.endswith(b"\n"):
+                if unreadable is not None:
+                    unreadable(number, "cut")
+                return
+            try:
+                row = orjson.loads(line)
+                wrong = None if isinstance(row, dict) else f"found {kind_of(row)}"
+            except orjson.JSONDecodeError as error:
+                wrong = f"not JSON: {error}"
+            if wrong is None:
+                yield row
+            elif unreadable is None:
+                raise UserError(f"{path}:{number}: {wrong}; mend or remove the line")
+            else:
+                unreadable(number, wrong)
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole rows of a metrics file; a last line cut by a kill is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")[:-1]
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(orjson.loads(line))
-        except orjson.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not JSON: {error}; mend or remove the line") from None
-    return rows
+    """All whole rows of a metrics file, none where there is no file; errors are those of `scan_metrics`."""
+    return list(scan_metrics(path)) if path.exists() else []
 
 
 def last_figures(rows: Sequence[Mapping[str, Any]], kept_step: int | None) -> dict[str, Any]:

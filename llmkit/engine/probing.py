@@ -130,6 +130,19 @@ def made_of(record: dict[str, Any], question: Question) -> bool:
     return (question.question, question.where) == (record["question"], record["where"])
 
 
+def plan(
+    most: int, samples: int, max_tokens: int | None, temperature: float, writer: str | None, left_out: Mapping[str, int]
+) -> list[str]:
+    """What is going to be asked, in a line for every run and one for those who want to know what it takes."""
+    others = "".join(f"; left out: {reason} {count}" for reason, count in left_out.items())
+    written = f", written by {writer} at most" if writer is not None else ""
+    limit = "the context" if max_tokens is None else f"{most * samples * max_tokens:,}"
+    return [
+        f"{most} questions{written}, {samples} answers each{others}",
+        f"at most {limit} tokens to be sampled, at temperature {temperature:g}; for example",
+    ]
+
+
 # ---- what was found
 
 

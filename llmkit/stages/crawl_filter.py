@@ -20,7 +20,7 @@ from llmkit.config import CommonConfig, argument, as_options, option
 from llmkit.errors import Interrupted, UserError
 from llmkit.files import JSON_LINE, atomic_file, check_output
 from llmkit.progress import Progress, duration, quantity, say
-from llmkit.rundir import describe_inputs, write_manifest
+from llmkit.rundir import write_file_manifest
 from llmkit.stream import open_input
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def run(config: CrawlFilterConfig) -> Summary | None:
     """Load, build, do, save, summarise. Raises UserError for the user's mistakes."""
     from llmkit.crawl.collecting import Collector, collect
     from llmkit.crawl.pipeline import Pipeline
-    from llmkit.crawl.recipe import recipe_toml
+    from llmkit.crawl.recipe import as_json, recipe_toml
     from llmkit.crawl.scores import scores_header
     from llmkit.crawl.workers import available_cores
 
@@ -160,7 +160,9 @@ def run(config: CrawlFilterConfig) -> Summary | None:
         dropped = {step: counts.total() for step, counts in funnel.dropped.items() if counts}
         results = {"records": funnel.records, "documents": funnel.kept, "dropped": dropped}
         if state:
-            _write_manifest(config, out, recipe, inputs, {**results, "funnel": funnel.as_json()})
+            options = {**as_options(config), "recipe": as_json(recipe)}
+            read, found = [*inputs, *recipe.url.blocklists], {**results, "funnel": funnel.as_json()}
+            write_file_manifest(out, "crawl-filter", options, inputs=read, results=found, packages=PACKAGES)
     if state:
         state.remove()
 
@@ -380,17 +382,3 @@ def _advance(progress: Progress, collector: Collector, amount: int) -> None:
     seconds = max(time.monotonic() - progress.started, 1e-9)
     kept = f"{funnel.kept / max(collector.pages, 1):.0%}"
     progress.advance(amount, pages=f"{collector.pages:,}", kept=kept, rate=f"{collector.pages / seconds:.0f}/s")
-
-
-def _write_manifest(config: CrawlFilterConfig, out: str, recipe: Recipe, inputs: Sequence[str], results: Any) -> None:
-    from llmkit.crawl.recipe import as_json
-
-    write_manifest(
-        Path(out).absolute().parent,
-        "crawl-filter",
-        {**as_options(config), "recipe": as_json(recipe)},
-        inputs=describe_inputs([*inputs, *recipe.url.blocklists]),
-        results=results,
-        name=f"{Path(out).name}.manifest.json",
-        packages=PACKAGES,
-    )

@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmkit.config import CommonConfig, argument, lasting_options, option
+from llmkit.config import CommonConfig, argument, as_options, lasting_options, option
 from llmkit.errors import UserError
 from llmkit.files import check_output
 from llmkit.progress import say
 from llmkit.questions import Question, all_questions
-from llmkit.rundir import check_model_folder
+from llmkit.rundir import check_model_folder, write_file_manifest
 from llmkit.stream import check_inputs, name_of, names_of, open_output, read_documents, read_jsonl
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Checked | Recited | None:
     from llmkit.engine.judging import check_verdicts
     from llmkit.engine.loading import check_assistant, open_model
     from llmkit.engine.matching import UNREADABLE
-    from llmkit.engine.probing import NAMES, Probe, ask_all, count_by_kind, describe, examples
+    from llmkit.engine.probing import NAMES, Probe, ask_all, count_by_kind, describe, examples, plan
     from llmkit.engine.refusals import Refusals
     from llmkit.engine.run_state import RunState, fingerprint, resumable
     from llmkit.engine.sampling import Sampling
@@ -162,10 +162,11 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Checked | Recited | None:
     models = _chat_models(config)
     passages, questions, left_out = _read(config)
     most = len(passages) * config.per_passage if "writer" in models else len(questions)
-    _say_plan(config, models, most, left_out)
+    writer = models["writer"].name if "writer" in models else None
+    lines = plan(most, config.samples, config.max_tokens, config.temperature, writer, left_out)
+    for line in [*lines, *examples(questions, models)] if config.dry_run else lines[:1]:
+        say(line, config.quiet)
     if config.dry_run:
-        for line in examples(questions, models):
-            say(line, config.quiet)
         return None
 
     # build
@@ -202,13 +203,21 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Checked | Recited | None:
     # save
     taught = _save(config, out, state, refusals)
     certainty = calibration(state.records()) if config.calibration else None
+    totals = sum(kinds.values(), Counter[str]())
+    asked = totals.total()
+    results = {"written_by": probe.written_by, "judged_by": probe.judge.name, "questions": asked}
+    results |= {"responses": asked * config.samples, **{name: totals[name] for name in NAMES.values()}}
+    results |= {"confirmations": taught["yes"], "refusals": taught["no"]}
+    if Path(out).is_file():
+        inputs = [*config.questions, *config.passages]
+        write_file_manifest(
+            out, "probe-knowledge", as_options(config), inputs=inputs, parents=[folder], results=results
+        )
     state.remove()
     if written is not None:
         written.remove()
 
     # summarise
-    totals = sum(kinds.values(), Counter[str]())
-    asked = totals.total()
     if asked < len(questions):
         left_out["longer than the context"] += len(questions) - asked
     for line in describe(kinds, left_out, taught, config.balance):
@@ -226,13 +235,7 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Checked | Recited | None:
     return Summary(
         path=out,
         report=config.report,
-        written_by=probe.written_by,
-        judged_by=probe.judge.name,
-        questions=asked,
-        responses=asked * config.samples,
-        **{name: totals[name] for name in NAMES.values()},
-        confirmations=taught["yes"],
-        refusals=taught["no"],
+        **results,
         by_kind={kind: dict(counts) for kind, counts in kinds.items()},
         left_out=dict(left_out) or None,
         unreadable_judgements=verdicts[UNREADABLE] or None,
@@ -389,12 +392,3 @@ def _save(config: ProbeKnowledgeConfig, out: str, state: RunState, refusals: Ref
             taught[conversation["known"]] += 1
             write(conversation)
     return taught
-
-
-def _say_plan(config: ProbeKnowledgeConfig, models: Mapping[str, ChatModel], most: int, left_out: Counter[str]) -> None:
-    others = "".join(f"; left out: {reason} {count}" for reason, count in left_out.items())
-    written = f", written by {models['writer'].name} at most" if "writer" in models else ""
-    say(f"{most} questions{written}, {config.samples} answers each{others}", config.quiet)
-    if config.dry_run:
-        limit = "the context" if config.max_tokens is None else f"{most * config.samples * config.max_tokens:,}"
-        say(f"at most {limit} tokens to be sampled, at temperature {config.temperature:g}; for example", config.quiet)
