@@ -260,6 +260,15 @@ class Finetuning:
             self._best.wait()
         if self._best is not None and (kept := self._best.load()):
             values = kept[0]
+        self._write(self._assembled(values, folder / "adapter" if keep_adapter else None), folder)
+
+    def save_now(self, folder: Path) -> None:
+        """Write the model as it is now, in the precision that it is trained in, and its tokenizer."""
+        self.write_tokenizer(folder)
+        save_model(self._assembled(self._masters()), folder, dtype=self.dtype)
+
+    def _assembled(self, values: Mapping[str, torch.Tensor], adapter_folder: Path | None = None) -> Transformer:
+        """A whole model of what was trained, on the CPU, with an adapter merged and, if asked, saved."""
         base = load_model(self.folder)
         if self._known_tokens is not None:
             base = _grown(base, self._known_tokens, self.tokenizer)
@@ -271,10 +280,10 @@ class Finetuning:
         if self.adapter is not None:
             whole = LoraAdapter(model, self.adapter.rank, self.adapter.alpha, self.adapter.targets)
             whole.load(values)
-            if keep_adapter:
-                whole.save(folder / "adapter", self.folder)
+            if adapter_folder is not None:
+                whole.save(adapter_folder, self.folder)
             model = whole.merge()
-        self._write(model.eval(), folder)
+        return model.eval()
 
 
 def _check_finite(model: Transformer, folder: str) -> None:

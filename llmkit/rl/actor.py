@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,6 +23,10 @@ from llmkit.rewards import Attempt, Weighted, total
 from llmkit.rl.prompts import EncodedProblem
 from llmkit.rl.rollouts import Rollout
 from llmkit.tokenizer.encoding import Tokenizer
+
+if TYPE_CHECKING:
+    from llmkit.engine.served_sampling import ServedSampler
+    from llmkit.rl.served_policy import ServedPolicy
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,9 @@ class RolloutSettings:
 class Actor:
     """Makes and judges attempts.
 
-    slots  sequences decoded at a time
-    name   of the model, in errors
+    slots   sequences decoded at a time
+    name    of the model, in errors
+    served  a server that samples, in place of the model here
     `tokens` and `seconds` tell what sampling has cost so far; `judging` are seconds of the rewards.
     """
 
@@ -59,16 +65,18 @@ class Actor:
         slots: int,
         name: str = "the model",
         tools: ToolUse | None = None,
+        served: ServedPolicy | None = None,
     ) -> None:
         self.model, self.tokenizer, self.rewards = model, tokenizer, list(rewards)
-        self._slots, self._name, self._tools = slots, name, tools
+        self._slots, self._name, self._tools, self._served = slots, name, tools, served
         self._small = is_small(model.config.parameter_count, model.embed_tokens.device)
-        self._generator: tuple[RolloutSettings, Generator] | None = None
+        self._generator: tuple[RolloutSettings, Generator | ServedSampler] | None = None
+        self._changed = True  # since a server was given the weights
         self.tokens, self.seconds, self.judging = 0, 0.0, 0.0
 
     def renew(self) -> None:
-        """Forget the weights: a decoder holds them as they were when it was made."""
-        self._generator = None
+        """Forget the weights: a decoder and a server hold them as they were when they were given them."""
+        self._generator, self._changed = None, True
 
     def attempt(
         self, problems: Sequence[EncodedProblem], settings: RolloutSettings, *, step: int, first_group: int
@@ -115,21 +123,22 @@ class Actor:
         self.judging += time.monotonic() - started
         return groups
 
-    def _generator_for(self, settings: RolloutSettings) -> Generator:
+    def _generator_for(self, settings: RolloutSettings) -> Generator | ServedSampler:
         if self._generator is None or self._generator[0] != settings:
-            self._generator = (
-                settings,
-                Generator(
-                    self.model,
-                    self.tokenizer,
-                    Sampling(settings.temperature),
-                    slots=self._slots,
-                    stop=settings.stop,
-                    name=self._name,
-                    tools=self._tools,
-                ),
-            )
+            self._generator = settings, self._served_sampler(settings) or self._own_generator(settings)
         return self._generator[1]
+
+    def _served_sampler(self, settings: RolloutSettings) -> ServedSampler | None:
+        if self._served is None:
+            return None
+        if self._changed:
+            self._served.hand_over()
+            self._changed = False
+        return self._served.sampler(settings)
+
+    def _own_generator(self, settings: RolloutSettings) -> Generator:
+        details = {"slots": self._slots, "stop": settings.stop, "name": self._name, "tools": self._tools}
+        return Generator(self.model, self.tokenizer, Sampling(settings.temperature), **details)
 
     def _parts(self, made: Completion) -> tuple[Part, ...]:
         if self._tools is None or not made.tool_calls:

@@ -12,8 +12,10 @@ from llmkit.conversations import message
 from llmkit.engine.finetuning import Finetuning
 from llmkit.engine.generation import prompt_ids
 from llmkit.errors import UserError
-from llmkit.problems import Problem
+from llmkit.problems import Problem, read_problems
+from llmkit.progress import say
 from llmkit.rewards import Weighted
+from llmkit.stream import names_of
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,24 @@ def encode_problems(
         else:
             encoded.append(one)
     return encoded, too_long
+
+
+def load_problems(
+    paths: Sequence[str],
+    limit: int | None,
+    tuning: Finetuning,
+    rewards: Sequence[Weighted],
+    system: str | None,
+    max_tokens: int,
+    quiet: bool,
+) -> list[EncodedProblem]:
+    """`encode_problems` of files; says how many there are. Raises UserError where there are none."""
+    encoded, too_long = encode_problems(read_problems(paths, limit), tuning, rewards, system, max_tokens)
+    left_out = f"{too_long} longer than the context of {tuning.context} with --max-tokens {max_tokens}"
+    if not encoded:
+        raise UserError(f"{names_of(paths)}: expected problems, found {left_out if too_long else 'none'}")
+    say(f"{names_of(paths)}: {len(encoded)} problems{f', {left_out} left out' if too_long else ''}", quiet)
+    return encoded
 
 
 def _encode(problem: Problem, tuning: Finetuning, system: str | None) -> EncodedProblem:

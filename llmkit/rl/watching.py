@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from llmkit.engine.served_models import ServerError
 from llmkit.engine.trainer import Trainer
 from llmkit.errors import UserError
 from llmkit.progress import say
@@ -82,6 +84,18 @@ class Watch:
             self._stop(f"the mean reward is {figures['reward']:.3g} (--max-reward)")
         if collapsed := self._collapse.note(figures):
             self._stop(f"{COLLAPSED}: {collapsed}; try a lower --learning-rate")
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Save what was learnt where a server ends the run."""
+        try:
+            yield
+        except ServerError as error:
+            if self._trainer.step == 0:
+                raise
+            self._trainer.save(wait=True)
+            where = f"saved after step {self._trainer.step} in {self._trainer.checkpoints.folder}"
+            raise UserError(f"{error}; {where}; go on with --resume") from None
 
     @property
     def has_collapsed(self) -> bool:

@@ -6,34 +6,38 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from math import ceil
 from typing import TYPE_CHECKING, ClassVar
 
-from llmkit.config import ToolConfig, TuningConfig, argument, as_options, check_one_horizon, lasting_options, option
+from llmkit.config import (
+    ServedConfig,
+    ToolConfig,
+    TuningConfig,
+    argument,
+    as_options,
+    check_one_horizon,
+    lasting_options,
+    option,
+)
 from llmkit.errors import UserError
-from llmkit.problems import read_problems
 from llmkit.progress import quantity, say
 from llmkit.rundir import RunFolder, check_model_folder, last_figures, read_metrics
-from llmkit.stream import check_inputs, names_of, open_output
+from llmkit.stream import check_inputs, open_output
 
 if TYPE_CHECKING:
     import torch
 
     from llmkit.engine.finetuning import Finetuning
     from llmkit.rewards import Weighted
-    from llmkit.rl.algorithms import Algorithm
-    from llmkit.rl.prompts import EncodedProblem
+    from llmkit.rl.horizon import Horizon
+    from llmkit.rl.served_policy import ServedPolicy
 
 STARTED = time.monotonic()  # a time budget covers the start-up, too
 # of AdamW at a width of 256; docs/experiments.md, "Reinforcement learning"
 LEARNING_RATE, LORA_LEARNING_RATE = 2e-4, 1e-3
 MICRO_BATCH_TOKENS = 8192
-KL_COEF = 0.05  # against a reward model
-STEPS = 300  # against a reward model: beyond a few hundred it is gamed
-EPOCHS = 1.0
-WARMUP_STEPS = 10  # at least: Adam's first steps go by signs alone, and cost a model two thirds of its success
 KEEP_EVERY = 10  # steps between parameters kept against a collapse, where nothing is held out
-DIFFERENCES = {"torch.float32": 1e-3, "torch.bfloat16": 0.05}  # usual are 1e-6 and 5e-3 nats a token
+# usual are 1e-6 and 5e-3 nats a token; another program computes otherwise
+DIFFERENCES, SERVED_DIFFERENCE = {"torch.float32": 1e-3, "torch.bfloat16": 0.05}, 0.05
 DISAGREEMENTS = 20  # attempts shown that a reward and the gold one differ about
 RESULTS = ("reward", "success", "val_reward", "val_success", "val_gold")
 CURVES = {
@@ -44,7 +48,7 @@ CURVES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class RlConfig(TuningConfig, ToolConfig):
+class RlConfig(TuningConfig, ToolConfig, ServedConfig):
     """Options of `llmkit rl`."""
 
     examples: ClassVar[str] = """
@@ -53,6 +57,7 @@ class RlConfig(TuningConfig, ToolConfig):
           llmkit rl chat/ --data problems.jsonl --val held-out.jsonl --eval-every 10 --algo dapo -o policy/
           llmkit rl chat/ --data prompts.jsonl --reward rm:judge/ --reward length:-0.1 --max-kl 20 -o policy/
           llmkit rl chat/ --data p.jsonl --val v.jsonl --reward rm:judge/ --gold verifier --stop-on-hack -o policy/
+          llmkit rl chat/ --data problems.jsonl --engine openai:http://localhost:8000/v1#chat -o policy/
           jq -c 'select(.reward == 1)' policy/rollouts.jsonl | llmkit sft chat/ --data - -o better/
 
         A problem is {"prompt", "answer"}; also question, solution, messages, GSM8K's ####. Rewards, with weights:
@@ -82,7 +87,7 @@ class RlConfig(TuningConfig, ToolConfig):
     )
     max_difference: float | None = option(
         None,
-        "Stop where log-probabilities of sampler and trainer differ by more [0.001; bfloat16 0.05].",
+        "Stop where log-probabilities of sampler and trainer differ by more [0.001; bfloat16, a server 0.05].",
         group="Algorithm",
         above=0,
         free=True,
@@ -104,6 +109,9 @@ class RlConfig(TuningConfig, ToolConfig):
         choices=("auto", "keep", "mask", "penalise"),
     )
     slots: int = option(64, "Sequences decoded at a time.", group="Attempts", at_least=1, at_most=4096, free=True)
+    concurrency: int = option(
+        64, "Requests to a server at a time.", group="Servers", at_least=1, at_most=999, free=True
+    )
 
     gold: str | None = option(None, "Watch this reward, which is not trained on.", group="Watch", metavar="KIND")
     stop_on_hack: bool = option(False, "Stop where the reward rises and the gold one falls.", group="Watch", free=True)
@@ -165,10 +173,12 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     from llmkit.engine.tool_calls import open_tools
     from llmkit.rewards.reward_models import ModelReward
     from llmkit.rl.actor import Actor, RolloutSettings
+    from llmkit.rl.algorithms import adapted
     from llmkit.rl.collecting import BatchSettings, Collector
     from llmkit.rl.evaluating import HeldOut
+    from llmkit.rl.horizon import choose_horizon
     from llmkit.rl.policy_loss import PolicyLoss
-    from llmkit.rl.prompts import digest
+    from llmkit.rl.prompts import digest, load_problems
     from llmkit.rl.rehearsing import rehearse
     from llmkit.rl.rollouts import ROLLOUTS, RolloutLog
     from llmkit.rl.watching import Limits, Watch
@@ -178,26 +188,32 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     dtype = choose_dtype(config.dtype, device)
     tuning = _load(config, device, dtype)
     rewards, gold = _rewards(config, stack)
-    problems = _problems(config, config.data or ("-",), tuning, rewards)
-    held_out = _problems(config, config.val, tuning, [*rewards, *gold]) if config.val else []
+    served = _served(config, folder, tuning, stack) if config.is_served else None
+    how = config.system, config.max_tokens, config.quiet
+    problems = load_problems(config.data or ("-",), config.limit, tuning, rewards, *how)
+    held_out = load_problems(config.val, config.limit, tuning, [*rewards, *gold], *how) if config.val else []
 
     # build
-    plan = _plan(config, len(problems), rewards)
-    reference = tuning.frozen_copy() if plan.kl_coef or config.max_kl is not None else None
+    names = ("max_steps", "epochs", "time_budget", "warmup_steps", "kl_coef")
+    options = {name: getattr(config, name) for name in names}
+    horizon = choose_horizon(rewards, len(problems), config.batch_size, **options)
+    algorithm = adapted(config.algo, config.overlong, config.clip_low, config.clip_high)
+    reference = tuning.frozen_copy() if horizon.kl_coef or config.max_kl is not None else None
     if config.lora_rank is not None:
         tuning.add_adapter(config.lora_rank, config.lora_alpha, config.lora_targets.split(","), config.seed)
-    _say_plan(config, plan, rewards, len(problems), tuning.trained_parameters)
+    _say_plan(config, horizon, rewards, len(problems), tuning.trained_parameters)
     tools = open_tools(config, tuning.tokenizer, stack)
-    actor = Actor(tuning.model, tuning.tokenizer, rewards, slots=config.slots, name=str(config.model), tools=tools)
-    loss = PolicyLoss(plan.algorithm, config.temperature, plan.kl_coef, reference is not None)
+    made_by = {"tools": tools, "served": None if config.dry_run else served}
+    actor = Actor(tuning.model, tuning.tokenizer, rewards, slots=config.slots, name=str(config.model), **made_by)
+    loss = PolicyLoss(algorithm, config.temperature, horizon.kl_coef, reference is not None)
     settings = RolloutSettings(config.group, config.max_tokens, config.temperature, config.stop, config.seed)
     share_prompts = device.type == "cpu"
     if config.dry_run:
-        some, overlong = problems[: config.batch_size], plan.algorithm.overlong
+        some, overlong = problems[: config.batch_size], algorithm.overlong
         rehearsal = rehearse(actor, some, settings, loss, overlong, MICRO_BATCH_TOKENS, share_prompts)
         memory = training_bytes(tuning.model.config, MICRO_BATCH_TOKENS, tuning.trained_parameters)
         memory += dtype.itemsize * tuning.model.config.parameter_count * (reference is not None)
-        for line in rehearsal.lines(plan.steps, config.updates, memory):
+        for line in rehearsal.lines(horizon.steps, config.updates, memory):
             say(line, config.quiet)
         return None
     identity = lasting_options(config) | {"the data": digest(problems), "what is in --val": digest(held_out)}
@@ -206,9 +222,9 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     collector = Collector(
         actor,
         problems,
-        plan.algorithm,
+        algorithm,
         settings,
-        BatchSettings(config.batch_size, config.refill, plan.kl_coef, share_prompts, config.seed),
+        BatchSettings(config.batch_size, config.refill, horizon.kl_coef, share_prompts, config.seed),
         loss=loss,
         log=RolloutLog(folder.work / ROLLOUTS),
         pad=tuning.pad_id,
@@ -219,7 +235,7 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
         tuning.build_optimizer(
             config.learning_rate, config.weight_decay, anchor=LEARNING_RATE, lora_anchor=LORA_LEARNING_RATE
         ),
-        Schedule(plan.warmup_steps, config.decay_fraction),
+        Schedule(horizon.warmup_steps, config.decay_fraction),
         batches=collector.batches,
         loss=loss,
         micro_batch_rows=config.micro_batch_size or MICRO_BATCH_TOKENS,
@@ -232,7 +248,8 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
         spike_nats=float("inf"),  # this loss does not measure progress
         shown="reward",
     )
-    limits = Limits(config.max_difference or DIFFERENCES[str(dtype)], config.max_kl, config.max_reward)
+    difference = config.max_difference or (SERVED_DIFFERENCE if served else DIFFERENCES[str(dtype)])
+    limits = Limits(difference, config.max_kl, config.max_reward)
     watch = Watch(trainer, collector, loss, limits, read_metrics(folder.work / "metrics.jsonl"))
     likeliest = {} if config.eval_samples > 1 else {"temperature": 0.0}
     how = replace(settings, group_size=config.eval_samples, **likeliest)
@@ -250,14 +267,17 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
         return figures
 
     # train
-    trainer.fit(
-        total_steps=plan.steps,
-        seconds=None if config.time_budget is None else config.time_budget - (time.monotonic() - STARTED),
-        evaluate=evaluate,
-        evaluate_first=True,
-        sample=collector.example,
-        describe=describe,
-    )
+    with watch.saving():
+        trainer.fit(
+            total_steps=horizon.steps,
+            seconds=None if config.time_budget is None else config.time_budget - (time.monotonic() - STARTED),
+            evaluate=evaluate,
+            evaluate_first=True,
+            sample=collector.example,
+            describe=describe,
+        )
+    if served is not None:
+        served.close()
     if trainer.step == 0:
         folder.abandon()
         raise UserError(collector.ended or "no step was made")
@@ -305,43 +325,17 @@ def _check(config: RlConfig) -> None:
         raise UserError("--stop-on-hack: needs --gold, a reward to watch, and --eval-every, how often to look")
     if not config.val and config.eval_samples > 1:
         raise UserError("--eval-samples: needs --val, problems to try")
+    if config.is_served and config.tools:
+        raise UserError("--tools: expected no --engine beside it; tools are called where attempts are made here")
     check_inputs([*config.data, *config.val])
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What follows from the options: an algorithm as they change it, the weight of the divergence, the steps."""
-
-    algorithm: Algorithm
-    kl_coef: float
-    steps: int | None
-    warmup_steps: int
-
-
-def _plan(config: RlConfig, problems: int, rewards: Sequence[Weighted]) -> Plan:
-    from llmkit.rewards.reward_models import ModelReward
-    from llmkit.rl.algorithms import adapted
-
-    algorithm = adapted(config.algo, config.overlong, config.clip_low, config.clip_high)
-    with_model = any(isinstance(weighted.reward, ModelReward) for weighted in rewards)
-    kl_coef = (KL_COEF if with_model else 0.0) if config.kl_coef is None else config.kl_coef
-    steps = config.max_steps or ceil((config.epochs or EPOCHS) * problems / config.batch_size)
-    if config.max_steps is None and config.epochs is None and with_model:
-        steps = STEPS
-    if config.time_budget is not None:
-        steps = None
-    warmup_steps = config.warmup_steps
-    if warmup_steps is None:
-        warmup_steps = WARMUP_STEPS if steps is None else max(min(WARMUP_STEPS, steps // 4), steps // 20)
-    return Plan(algorithm, kl_coef, steps, warmup_steps)
-
-
-def _say_plan(config: RlConfig, plan: Plan, rewards: Sequence[Weighted], problems: int, parameters: int) -> None:
-    horizon = f"{config.time_budget:.0f} s" if plan.steps is None else f"{plan.steps} steps"
+def _say_plan(config: RlConfig, horizon: Horizon, rewards: Sequence[Weighted], problems: int, parameters: int) -> None:
+    length = f"{config.time_budget:.0f} s" if horizon.steps is None else f"{horizon.steps} steps"
     parts = ", ".join(f"{weighted.weight:g} x {weighted.reward.name}" for weighted in rewards)
     say(
-        f"{horizon} of {config.batch_size} problems of {problems}, {config.group} attempts at each; reward: {parts}; "
-        f"{config.algo}, divergence weighs {plan.kl_coef:g}; {quantity(parameters)} parameters are trained",
+        f"{length} of {config.batch_size} problems of {problems}, {config.group} attempts at each; reward: {parts}; "
+        f"{config.algo}, divergence weighs {horizon.kl_coef:g}; {quantity(parameters)} parameters are trained",
         config.quiet,
     )
 
@@ -381,16 +375,14 @@ def _rewards(config: RlConfig, stack: ExitStack) -> tuple[list[Weighted], list[W
     return rewards, gold
 
 
-def _problems(
-    config: RlConfig, paths: Sequence[str], tuning: Finetuning, rewards: Sequence[Weighted]
-) -> list[EncodedProblem]:
-    from llmkit.rl.prompts import encode_problems
+def _served(config: RlConfig, folder: RunFolder, tuning: Finetuning, stack: ExitStack) -> ServedPolicy:
+    """The server that samples; it is asked whether it is there."""
+    from llmkit.engine.generation import end_tokens
+    from llmkit.engine.served_sampling import open_served
+    from llmkit.rl.served_policy import ServedPolicy
 
-    encoded, too_long = encode_problems(
-        read_problems(paths, config.limit), tuning, rewards, config.system, config.max_tokens
-    )
-    left_out = f"{too_long} longer than the context of {tuning.context} with --max-tokens {config.max_tokens}"
-    if not encoded:
-        raise UserError(f"{names_of(paths)}: expected problems, found {left_out if too_long else 'none'}")
-    say(f"{names_of(paths)}: {len(encoded)} problems{f', {left_out} left out' if too_long else ''}", config.quiet)
-    return encoded
+    served = open_served(config.engine, config.model, timeout=config.timeout, retries=config.retries)
+    ends, place = end_tokens(tuning.model, tuning.tokenizer), folder.work / "served"
+    policy = ServedPolicy(served, end_ids=ends, folder=place, write=tuning.save_now, concurrency=config.concurrency)
+    stack.callback(policy.close)
+    return policy

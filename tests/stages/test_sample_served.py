@@ -44,7 +44,7 @@ def read_lines(path: Path) -> list[dict]:
 
 def sample(model: Path | None, out: Path, **options) -> list[dict]:
     """Run in this process; the records."""
-    served = {"retries": "1", "timeout": "5", "concurrency": "3"} if "engine" in options else {}
+    served = {"retries": "1", "timeout": "120", "concurrency": "3"} if "engine" in options else {}
     given = {"out": str(out), "quiet": True, "jsonl": True, "max_tokens": "20", **served, **options}
     run(resolve(SampleConfig, {"model": None if model is None else str(model), **given}))
     return read_lines(out)
