@@ -113,7 +113,7 @@ def calibration(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
         (math.exp(logprob), verdict == RIGHT)
         for record in records
         for logprob, verdict in zip(record["logprobs"], record["judgements"], strict=True)
-        if verdict in (RIGHT, WRONG)
+        if verdict in (RIGHT, WRONG) and logprob is not None
     ]
     if not judged:
         return {"answers": 0, "right": 0, "auroc": None, "ece": None}

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from llmkit.conversations import message
+from llmkit.conversations import as_record, message
 from llmkit.engine.chat_models import ChatModel
 from llmkit.engine.generation import Completion, Generator, Request
 from llmkit.engine.judging import JUDGE_PROMPT
@@ -20,6 +20,7 @@ from llmkit.engine.matching import RIGHT, UNREADABLE, WRONG, Answered, Judge
 from llmkit.engine.refusals import language_of
 from llmkit.engine.run_state import RunState
 from llmkit.engine.sampling import request_number
+from llmkit.engine.served_sampling import ServedSampler
 from llmkit.engine.writing import WRITER_PROMPT
 from llmkit.progress import Progress, say
 from llmkit.questions import Question
@@ -48,8 +49,8 @@ def decide(judgements: Sequence[str], consistent: float) -> str:
 class Probe:
     """Asks questions, without the passages that they came from.
 
-    chat        how a question becomes a conversation
-    context     of the model, in tokens; a question that leaves no room in it is not asked
+    chat        how a question becomes a conversation in tokens; None where a server makes them of messages
+    context     of the model, in tokens, where it is known; a question that leaves no room in it is not asked
     samples, max_tokens, seed  of each question; the answers to it depend on its tokens and the seed alone
     consistent  the share of the answers to one question that must agree
     written_by  who wrote the questions: "given", "embedded", or a model
@@ -57,11 +58,11 @@ class Probe:
 
     def __init__(
         self,
-        generator: Generator,
-        chat: ChatFormat,
+        generator: Generator | ServedSampler,
+        chat: ChatFormat | None,
         judge: Judge,
         *,
-        context: int,
+        context: int | None,
         samples: int,
         max_tokens: int | None,
         seed: int,
@@ -76,9 +77,11 @@ class Probe:
         """The record of each question that was asked, in order."""
         waiting: dict[int, Question] = {}
         completed = self._generator.complete_each(self._requests(questions, waiting))
+        found = ((waiting.pop(index), completions) for index, completions in completed)
         answered = (
-            Answered(waiting.pop(index), [one.text.strip() for one in completions], completions)
-            for index, completions in completed
+            Answered(question, [one.text.strip() for one in completions], completions)
+            for question, completions in found
+            if completions  # there are none where it was too long for a server
         )
         for one, judgements in self.judge.judge_each(answered):
             yield self._record(one, judgements)
@@ -86,8 +89,11 @@ class Probe:
     def _requests(self, questions: Iterable[Question], waiting: dict[int, Question]) -> Iterator[Request]:
         index = 0
         for question in questions:
-            ids = self._chat.encode([message("user", question.question)], prompt=True).token_ids.tolist()
-            if len(ids) >= self._context:
+            asked = [message("user", question.question)]
+            ids: Sequence[Any] = as_record(asked)
+            if self._chat is not None:
+                ids = self._chat.encode(asked, prompt=True).token_ids.tolist()
+            if self._context is not None and len(ids) >= self._context:
                 continue
             waiting[index] = question
             index += 1
@@ -103,7 +109,9 @@ class Probe:
             "responses": list(answered.responses),
             "judgements": judgements,
             "known": decide(judgements, self._consistent),
-            "logprobs": [round(sum(one.logprobs) / len(one.logprobs), 4) for one in completions],
+            "logprobs": [
+                round(sum(one.logprobs) / len(one.logprobs), 4) if one.logprobs else None for one in completions
+            ],
             "kind": question.kind,
             "language": language_of(question),
             "written_by": self.written_by,

@@ -5,7 +5,8 @@ The wordings of refusals stand in refusals.json, by language; a file of the same
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -85,12 +86,24 @@ def lesson(record: dict[str, Any], refusals: Refusals, seed: int) -> dict[str, A
     return {"messages": messages, "known": record["known"], "source": "probe-knowledge"}
 
 
-def lessons(
-    records: Callable[[], Iterable[dict[str, Any]]], refusals: Refusals, balance: float | None, seed: int
-) -> Iterator[dict[str, Any]]:
-    """The conversations that the records of a probe teach, balanced; `records` gives them, twice."""
+def write_lessons(
+    write: Callable[[dict[str, Any]], object],
+    records: Callable[[], Iterable[dict[str, Any]]],
+    refusals: Refusals,
+    balance: float | None,
+    seed: int,
+) -> Counter[str]:
+    """Write the conversations that the records of a probe teach, balanced; how many confirm ("yes") and refuse ("no").
+
+    `records` gives the records, twice.
+    """
     chosen = balanced([record["known"] for record in records()], balance, seed)
-    yield from (lesson(record, refusals, seed) for place, record in enumerate(records()) if place in chosen)
+    taught: Counter[str] = Counter()
+    for place, record in enumerate(records()):
+        if place in chosen:
+            taught[record["known"]] += 1
+            write(lesson(record, refusals, seed))
+    return taught
 
 
 def _draw(seed: int, text: str) -> int:

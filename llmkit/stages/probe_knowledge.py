@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmkit.config import CommonConfig, argument, as_options, lasting_options, option
+from llmkit.config import CommonConfig, ServedConfig, argument, as_options, lasting_options, option
 from llmkit.errors import UserError
 from llmkit.files import check_output
 from llmkit.progress import say
@@ -19,6 +19,7 @@ from llmkit.stream import check_inputs, name_of, names_of, open_output, read_doc
 
 if TYPE_CHECKING:
     from llmkit.data.passages import Passage
+    from llmkit.engine.answering import Answering
     from llmkit.engine.chat_models import ChatModel
     from llmkit.engine.judge_check import Checked
     from llmkit.engine.matching import Judge
@@ -32,7 +33,7 @@ WORDS = "match"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeKnowledgeConfig(CommonConfig):
+class ProbeKnowledgeConfig(CommonConfig, ServedConfig):
     """Options of `llmkit probe-knowledge`."""
 
     examples: ClassVar[str] = """
@@ -56,7 +57,9 @@ class ProbeKnowledgeConfig(CommonConfig):
     """
     following: ClassVar[str] = "llmkit sft base/ --data chats.jsonl:0.9 --data refusals.jsonl:0.1 -o chat2/"
 
-    model: str | None = argument("Folder of an assistant.", metavar="MODEL", default=None)
+    model: str | None = argument(
+        "Folder of an assistant; with --engine of its tokenizer, or none.", metavar="MODEL", default=None
+    )
     questions: tuple[str, ...] = option((), "Questions with answers; repeatable [stdin].", metavar="FILE")
     passages: tuple[str, ...] = option((), "Documents to make questions from; repeatable.", metavar="FILE")
     report: str | None = option(None, "Every question, its answers and what they say.", metavar="FILE", free=True)
@@ -90,9 +93,6 @@ class ProbeKnowledgeConfig(CommonConfig):
     calibration: bool = option(False, "Tell if log-probabilities foretell a right answer.", group="Judge", free=True)
 
     reply_tokens: int = option(512, "Tokens of a writer's or judge's reply.", group="Servers", unit="count", at_least=8)
-    concurrency: int = option(8, "Requests to a server at a time.", group="Servers", at_least=1, at_most=999, free=True)
-    timeout: float = option(120, "Of a request to a server.", group="Servers", unit="duration", above=0, free=True)
-    retries: int = option(6, "Of a request that failed.", group="Servers", at_least=0, at_most=50, free=True)
 
     balance: float | None = option(1.0, "Known for each unknown; none: all.", group="Lessons", above=0, free=True)
     refusals: str | None = option(None, 'Wordings: {"en": [...], ...} [ours].', group="Lessons", metavar="FILE")
@@ -136,7 +136,7 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Checked | Recited | None:
     if config.recite is not None:
         return _recite(config, config.recite)
     out = config.out or "-"
-    folder, state_path = _checked(config, out)
+    state_path = _checked(config, out)
     written_path = Path(out + WRITTEN) if state_path and config.writer else None
     if config.resume and Path(out).exists() and not any(path and path.exists() for path in (state_path, written_path)):
         say(f"{out}: finished, so there is nothing to do; without --resume, --force makes it again", config.quiet)
@@ -146,18 +146,13 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Checked | Recited | None:
     from llmkit.engine.chat_models import cost
     from llmkit.engine.judge_check import calibration, describe_calibration
     from llmkit.engine.judging import check_verdicts
-    from llmkit.engine.loading import check_assistant, open_model
     from llmkit.engine.matching import UNREADABLE
     from llmkit.engine.probing import NAMES, Probe, ask_all, count_by_kind, describe, examples, plan
-    from llmkit.engine.refusals import Refusals
-    from llmkit.engine.run_state import RunState, fingerprint, resumable
-    from llmkit.engine.sampling import Sampling
+    from llmkit.engine.refusals import Refusals, write_lessons
+    from llmkit.engine.run_state import RunState, resumable
     from llmkit.engine.writing import write_all
-    from llmkit.tokenizer.chat import ChatFormat
 
-    opened = open_model(folder, config.device, config.dtype)
-    chat = ChatFormat(opened.tokenizer)
-    check_assistant(opened.config, chat, folder)
+    answering = _answering(config)
     refusals = Refusals(config.refusals)
     models = _chat_models(config)
     passages, questions, left_out = _read(config)
@@ -173,7 +168,7 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Checked | Recited | None:
     for model in models.values():
         model.check()
     identity = lasting_options(config) | {f"--{name}": model.identity for name, model in models.items()}
-    identity |= {"the model": fingerprint(folder)}
+    identity |= answering.identity
     written: RunState | None = None
 
     # ask
@@ -182,12 +177,12 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Checked | Recited | None:
             written = RunState(written_path, identity, config.resume)
             questions, left_out = write_all(models["writer"], passages, config.per_passage, written, config.quiet)
         state = RunState(state_path, identity, config.resume)
-        with opened.computing():
+        with answering.start() as generator:
             probe = Probe(
-                opened.generator(Sampling(config.temperature, top_p=config.top_p), config.batch_size),
-                chat,
+                generator,
+                answering.chat,
                 _judge(config, models, refusals),
-                context=opened.config.max_position_embeddings,
+                context=answering.context,
                 samples=config.samples,
                 max_tokens=config.max_tokens,
                 seed=config.seed,
@@ -201,7 +196,13 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Checked | Recited | None:
         check_verdicts(verdicts, models["judge"])
 
     # save
-    taught = _save(config, out, state, refusals)
+    force = config.force or config.resume
+    if config.report is not None:
+        with open_output(config.report, force) as write:
+            for record in state.records():
+                write(record)
+    with open_output(out, force) as write:
+        taught = write_lessons(write, state.records, refusals, config.balance, config.seed)
     certainty = calibration(state.records()) if config.calibration else None
     totals = sum(kinds.values(), Counter[str]())
     asked = totals.total()
@@ -211,7 +212,12 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Checked | Recited | None:
     if Path(out).is_file():
         inputs = [*config.questions, *config.passages]
         write_file_manifest(
-            out, "probe-knowledge", as_options(config), inputs=inputs, parents=[folder], results=results
+            out,
+            "probe-knowledge",
+            as_options(config),
+            inputs=inputs,
+            parents=[config.model] if config.model else [],
+            results=results,
         )
     state.remove()
     if written is not None:
@@ -228,6 +234,10 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Checked | Recited | None:
         say(f"judgements that could not be read: {verdicts[UNREADABLE]} of {verdicts.total()}", config.quiet)
     for name, model in models.items():
         say(f"{name} {cost(model)}", config.quiet)
+    usage = {name: asdict(model.usage) for name, model in models.items()}
+    if answering.usage is not None:
+        say(f"answers: {answering.usage}", config.quiet)
+        usage["answers"] = asdict(answering.usage)
     if certainty is not None:
         say(describe_calibration(certainty), config.quiet)
     if out == "-":
@@ -239,7 +249,7 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Checked | Recited | None:
         by_kind={kind: dict(counts) for kind, counts in kinds.items()},
         left_out=dict(left_out) or None,
         unreadable_judgements=verdicts[UNREADABLE] or None,
-        usage={name: asdict(model.usage) for name, model in models.items()} or None,
+        usage=usage or None,
         calibration=certainty,
         seconds=round(time.monotonic() - STARTED, 1),
     )
@@ -248,10 +258,12 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Checked | Recited | None:
 # ---- what is asked for
 
 
-def _checked(config: ProbeKnowledgeConfig, out: str) -> tuple[str, Path | None]:
-    """The model, and where the state of the run stands (None for nowhere), once all that can be known before the
-    work is in order."""
-    check_model_folder(config.model, "llmkit probe-knowledge chat/ --questions q.jsonl")
+def _checked(config: ProbeKnowledgeConfig, out: str) -> Path | None:
+    """Where the state of the run stands (None for nowhere), once all that can be known before the work is in order."""
+    if not config.is_served or config.model is not None:
+        check_model_folder(config.model, "llmkit probe-knowledge chat/ --questions q.jsonl")
+    if config.is_served and (config.max_tokens is None or config.recite):
+        raise UserError("--engine: expected neither --max-tokens none nor --recite beside it")
     if config.questions and config.passages:
         raise UserError("--passages: expected no --questions beside it; they are two runs")
     if config.writer is not None and not config.passages:
@@ -269,7 +281,19 @@ def _checked(config: ProbeKnowledgeConfig, out: str) -> tuple[str, Path | None]:
     left = [path for path in (out + STATE, out + WRITTEN) if Path(path).exists()]
     if out != "-" and left and not (config.resume or config.force):
         raise UserError(f"{left[0]}: an unfinished run; --resume goes on with it, --force starts again")
-    return str(config.model), None if out == "-" else Path(out + STATE)
+    return None if out == "-" else Path(out + STATE)
+
+
+def _answering(config: ProbeKnowledgeConfig) -> Answering:
+    """Who answers; a server is asked whether it is there."""
+    from llmkit.engine.answering import folder_answering, served_answering
+    from llmkit.engine.sampling import Sampling
+
+    sampling = Sampling(config.temperature, top_p=config.top_p)
+    if not config.is_served:
+        return folder_answering(str(config.model), config.device, config.dtype, sampling, config.batch_size)
+    how = {name: getattr(config, name) for name in ("concurrency", "timeout", "retries")}
+    return served_answering(config.engine, config.model, sampling, logprobs=config.calibration, **how)
 
 
 def _chat_models(config: ProbeKnowledgeConfig) -> dict[str, ChatModel]:
@@ -357,9 +381,9 @@ def _recite(config: ProbeKnowledgeConfig, path: str) -> Recited | None:
     if beside or config.judge != WORDS or config.max_tokens is None:
         raise UserError("--recite: expected neither questions, --report, --resume nor --max-tokens none beside it")
     out = config.out or "-"
-    folder, _ = _checked(config, out)
+    _checked(config, out)
     check_inputs([path])
-    opened = open_model(folder, config.device, config.dtype)
+    opened = open_model(str(config.model), config.device, config.dtype)
     documents = read_documents([path], config.limit)
     context = opened.config.max_position_embeddings
     recital = Recital(documents, opened.tokenizer, config.prefix_tokens, config.max_tokens, context, name_of(path))
@@ -372,23 +396,3 @@ def _recite(config: ProbeKnowledgeConfig, path: str) -> Recited | None:
     for line in describe(groups, config.max_tokens):
         say(line, config.quiet)
     return None if out == "-" else Recited(out, len(recital), groups, recital.too_short)
-
-
-# ---- what comes out
-
-
-def _save(config: ProbeKnowledgeConfig, out: str, state: RunState, refusals: Refusals) -> Counter[str]:
-    """Write the report, then the conversations; how many confirm ("yes") and refuse ("no")."""
-    from llmkit.engine.refusals import lessons
-
-    force = config.force or config.resume
-    if config.report is not None:
-        with open_output(config.report, force) as write:
-            for record in state.records():
-                write(record)
-    taught: Counter[str] = Counter()
-    with open_output(out, force) as write:
-        for conversation in lessons(state.records, refusals, config.balance, config.seed):
-            taught[conversation["known"]] += 1
-            write(conversation)
-    return taught

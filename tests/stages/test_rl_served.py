@@ -26,9 +26,7 @@ def problems(tmp_path) -> Path:
     rows = [{"prompt": f"Throw {i}", "answer": "x", "id": i} for i in range(8)]
     path = tmp_path / "problems.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "score.py").write_text(
-        'def low(record):\n    return sum(map(ord, record["completion"])) % 7\n'
-    )
+    (tmp_path / "score.py").write_text('def low(record):\n    return sum(map(ord, record["completion"])) % 7\n')
     return path
 
 
