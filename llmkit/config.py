@@ -22,6 +22,7 @@ from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from decimal import Decimal
 from difflib import get_close_matches
+from importlib.util import find_spec
 from inspect import get_annotations
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
@@ -102,6 +103,14 @@ class TrainingConfig(CommonConfig):
     eval_every: int | None = option(None, "Steps between validations.", group="Log", at_least=1, free=True)
     save_every: int | None = option(None, "Steps between checkpoints [10 minutes].", group="Log", at_least=1, free=True)
     sample_every: int | None = option(None, "Steps between samples.", group="Log", at_least=1, free=True)
+    tensorboard: bool = option(False, "Write the metrics for TensorBoard, too.", group="Log", free=True)
+    wandb: bool = option(False, "Show the metrics on Weights & Biases, too.", group="Log", free=True)
+
+    def __post_init__(self) -> None:
+        """Raises UserError where a package that is asked for is missing."""
+        for name in ("tensorboard", "wandb"):
+            if getattr(self, name) and find_spec(name) is None:
+                raise UserError(f"--{name}: needs the package {name}; pip install 'llmkit[{name}]'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +130,7 @@ class TuningConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         """Raises UserError for options of adapters where there are none."""
+        super().__post_init__()
         for name in ("lora_alpha", "lora_targets"):
             if self.lora_rank is None and getattr(self, name) != getattr(TuningConfig, name):
                 raise UserError(f"--{name.replace('_', '-')}: needs --lora-rank; there are no adapters otherwise")

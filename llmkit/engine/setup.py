@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from llmkit.config import TrainingConfig
+from llmkit.engine.mirrors import mirrors
 from llmkit.engine.optimizer import GroupSettings, Optimizer
 from llmkit.engine.scaling import Recipe
 from llmkit.engine.schedule import Schedule
@@ -78,6 +79,7 @@ def build_trainer(
             eval_every=options.eval_every,
             save_every=options.save_every,
             sample_every=options.sample_every,
+            mirrors=tuple(mirrors(options, folder)),
             quiet=options.quiet,
             **settings,
         ),

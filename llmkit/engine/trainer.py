@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkit.engine.checkpoint import Checkpoints
+from llmkit.engine.mirrors import Mirror, MirroredLog
 from llmkit.engine.optimizer import Optimizer
 from llmkit.engine.schedule import Schedule
 from llmkit.errors import Interrupted, UserError
@@ -55,6 +56,7 @@ class TrainerSettings:
     micro_batch_tokens: int | None = None  # fewer rows at a time where rows are so long that these are exceeded
     memory_advice: str = "lower --sequence-length or --depth"
     shown: str = "loss"  # the metric beside the progress bar
+    mirrors: tuple[Callable[[], Mirror], ...] = ()  # of the metrics
     quiet: bool = False
 
 
@@ -185,7 +187,7 @@ class Trainer:
             return self.elapsed / max(seconds, 1e-9) if seconds is not None else self.step / (total_steps or 1)
 
         started, before = time.monotonic(), self.elapsed
-        log = MetricsLog(self.folder / "metrics.jsonl")
+        log = MirroredLog(self.folder / "metrics.jsonl", self.settings.mirrors)
         since, since_tokens, last = started, self.tokens, {}
         batches = self.batches(self.step)
         with log, interruptible() as interrupted, Progress("training", 1.0, quiet=self.settings.quiet) as bar:

@@ -88,7 +88,12 @@ def test_a_server_writes_the_questions_and_judges_the_answers(babbler, documents
     assert "writer openai:#tiny: 12 requests, 1,200 tokens in, 84 out" in done.stderr
     assert "judge openai:#tiny: " in done.stderr and "left out: answer not in the passage 12" in done.stderr
     assert "by patterns" not in done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["docs.jsonl", "p.jsonl", "r.jsonl", "r.jsonl.manifest.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "docs.jsonl",
+        "p.jsonl",
+        "r.jsonl",
+        "r.jsonl.manifest.json",
+    ]
 
 
 @pytest.mark.parametrize("dies_after", [4, 19])
