@@ -16,6 +16,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import Field, asdict, is_dataclass
 from typing import Annotated, Any, get_type_hints
 
@@ -24,6 +25,7 @@ import typer
 from llmkit import __version__
 from llmkit.config import flag_of, option_fields, option_of, resolve, value_type
 from llmkit.errors import Interrupted, LlmkitError, UserError
+from llmkit.launch import launch
 
 # name: (module, config class, help in one line), in the order of the pipeline
 COMMANDS = {
@@ -49,6 +51,7 @@ Example:
   llmkit pretrain docs.jsonl.gz --tokenizer tok/ --time-budget 10m -o base/
   llmkit sample base/ -p "It was a dark and" -n 3
 """
+IN_PROCESSES = ("pretrain", "sft", "train-reward", "rl")  # which torchrun may start several times
 PIPE_CLOSED = 141
 
 
@@ -62,8 +65,14 @@ def run_command_line(arguments: list[str]) -> int:
         job = _parse(arguments)
         if isinstance(job, int):
             return job
+        if launch().size > 1 and (name := _command_name(arguments)) not in IN_PROCESSES:
+            raise UserError(f"{name}: runs in one process; start it without torchrun, or with --nproc-per-node 1")
         summary = job()
-        if is_dataclass(summary) and not isinstance(summary, type):
+        if launch().size > 1:
+            from llmkit.engine.distributed import leave
+
+            leave()
+        if is_dataclass(summary) and not isinstance(summary, type) and launch().leads:
             print(json.dumps({key: value for key, value in asdict(summary).items() if value is not None}))
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -86,9 +95,13 @@ def run_command_line(arguments: list[str]) -> int:
             return _fail(f"{place}: no space left there", UserError.exit_code)
         if isinstance(error, OSError) and error.filename is not None:
             return _fail(f"{error.filename}: {str(error.strerror).lower()}", UserError.exit_code)
+        if launch().size > 1:
+            from llmkit.engine.failures import is_lost, lose_together
+
+            if is_lost(error):
+                lose_together(error)
         traceback.print_exc()
-        print(f"llmkit {__version__}: a bug in llmkit; please report the lines above", file=sys.stderr)
-        return 1
+        return _bug()
 
 
 def _parse(arguments: list[str]) -> Callable[[], Any] | int:
@@ -96,8 +109,7 @@ def _parse(arguments: list[str]) -> Callable[[], Any] | int:
 
     The work is not done inside typer, which takes an EOFError for an interrupt and a broken pipe for exit 1.
     """
-    wanted = next((word for word in arguments if not word.startswith("-")), None)
-    command = typer.main.get_command(build_app(wanted))
+    command = typer.main.get_command(build_app(_command_name(arguments)))
     try:
         return command.main(args=arguments, prog_name="llmkit", standalone_mode=False) or 0
     except SystemExit as stop:
@@ -109,6 +121,10 @@ def _parse(arguments: list[str]) -> Callable[[], Any] | int:
             raise
         message = error.format_message()  # type: ignore[attr-defined]  # typer's own click: a wrong flag
         raise UserError(f"{message[:1].lower()}{message[1:].rstrip('.')}; see --help") from None
+
+
+def _command_name(arguments: list[str]) -> str | None:
+    return next((word for word in arguments if not word.startswith("-")), None)
 
 
 def _let_sigterm_clean_up() -> None:
@@ -133,8 +149,26 @@ def _abandon_stdout() -> None:
 
 
 def _fail(message: str, code: int) -> int:
+    if _several():  # one speaks for all
+        from llmkit.engine.failures import fail_together
+
+        fail_together(message, code)
     print(f"llmkit: error: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+def _bug() -> int:
+    if _several():
+        return _fail("a bug in llmkit; please report the lines above", 1)
+    print(f"llmkit {__version__}: a bug in llmkit; please report the lines above", file=sys.stderr)
+    return 1
+
+
+def _several() -> bool:
+    """Whether other processes run beside this one. What torchrun did not set stands for no others."""
+    with suppress(UserError):
+        return launch().size > 1
+    return False
 
 
 # ---- flags from config classes

@@ -17,7 +17,7 @@ import math
 import re
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from decimal import Decimal
@@ -94,6 +94,9 @@ class TrainingConfig(CommonConfig):
     device: str = option("auto", "Where to compute.", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = option("auto", "Working precision; masters are float32.", choices=("auto", "float32", "bfloat16"))
     resume: bool = option(False, "Go on from the last checkpoint of this --out.", free=True)
+    timeout: float = option(
+        600.0, "Seconds to wait for another process (torchrun).", unit="duration", above=0, free=True
+    )
 
     max_grad_norm: float | None = option(1.0, "Clip gradients to this norm.", group="Training", above=0)
     activation_checkpointing: bool = option(False, "Less memory, a third more time.", group="Training")
@@ -339,8 +342,13 @@ def check_one_horizon(config: Any, names: Sequence[str]) -> None:
 
 def lasting_options(config: Any) -> dict[str, Any]:
     """The options, by flag, that a run and its resumption have in common: those that decide what is computed."""
+    return options_by_flag(config, lambda item: not option_of(item).free)
+
+
+def options_by_flag(config: Any, wanted: Callable[[Field], bool] = lambda item: True) -> dict[str, Any]:
+    """The resolved options, by flag, as plain JSON values: those that are `wanted`."""
     values = as_options(config)
-    return {flag_of(item): values[item.name] for item in option_fields(type(config)) if not option_of(item).free}
+    return {flag_of(item): values[item.name] for item in option_fields(type(config)) if wanted(item)}
 
 
 def as_options(config: Any) -> dict[str, Any]:

@@ -6,13 +6,15 @@ import sys
 import time
 from typing import Any
 
+from llmkit.launch import launch
+
 PLAIN_SECONDS = 10.0  # between two plain lines
 BAR_SECONDS = 0.1  # between two updates of the bar: an update costs as much as tokenizing a small document
 
 
 def say(message: str, quiet: bool = False) -> None:
-    """One line on stderr, above the bar if there is one."""
-    if not quiet:
+    """One line on stderr, above the bar if there is one; of several processes the first alone speaks."""
+    if not quiet and launch().leads:
         print(f"llmkit: {message}", file=sys.stderr, flush=True)
 
 
@@ -24,7 +26,8 @@ class Progress:
     """
 
     def __init__(self, description: str, total: float | None = None, unit: str = "", quiet: bool = False) -> None:
-        self.description, self.total, self.unit, self.quiet = description, total, unit, quiet
+        self.description, self.total, self.unit = description, total, unit
+        self.quiet = quiet or not launch().leads
         self.done, self.fields = 0.0, {}
         self.started = self._shown = time.monotonic()
         self._bar: Any = None

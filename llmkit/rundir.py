@@ -31,6 +31,7 @@ from llmkit.files import (
     replace_folder,
     write_json,
 )
+from llmkit.launch import launch
 from llmkit.records import kind_of
 
 MANIFEST_VERSION = 1
@@ -122,16 +123,22 @@ def write_file_manifest(
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one object a line, each on disk as soon as it is written."""
+    """`metrics.jsonl`: one object a line, each on disk as soon as it is written; of several processes the first alone
+    writes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.handle = None
+        if not launch().leads:
+            return
         self.handle = open(path, "a+b", buffering=0)  # noqa: SIM115
         self.handle.seek(0)
         written = self.handle.read()
         self.handle.truncate(written.rfind(b"\n") + 1)  # a row that a kill cut in two
 
     def write(self, row: Mapping[str, Any]) -> None:
+        if self.handle is None:
+            return
         try:
             self.handle.write(orjson.dumps(row, option=JSON_LINE))
         except OSError as error:
@@ -142,7 +149,8 @@ class MetricsLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.handle.close()
+        if self.handle is not None:
+            self.handle.close()
 
 
 def scan_metrics(path: Path, unreadable: Callable[[int, str], object] | None = None) -> Iterator[dict[str, Any]]:
@@ -314,13 +322,17 @@ class RunFolder:
 
     identity: what a run and its resumption must have in common, by the name that the user knows it by: flags
     (`lasting_options`), and what was in the files that they name. JSON values.
+
+    Of several processes the first alone writes. Where torchrun starts a job again after a failure, the run that it had
+    begun is resumed, whatever was asked for.
     """
 
     def __init__(self, out: str | None, example: str, *, resume: bool, force: bool, dry_run: bool = False) -> None:
         """Raises UserError when --out is missing, when something stands there or a run is unfinished and neither
         --resume nor --force was given, and when there is nothing to resume. A dry run may stand anywhere."""
-        self.out, self.resume = output_folder(out, example), resume
+        self.out = output_folder(out, example)
         self.work = Path(f"{self.out}{PARTIAL}")
+        self.resume = resume = resume or self._begun_by_this_job()
         if dry_run:
             return
         check_is_folder(self.out, str(self.out))
@@ -329,6 +341,12 @@ class RunFolder:
             raise UserError(f"{self.work}: nothing to resume; start without --resume")
         if self.work.exists() and not (resume or force):
             raise UserError(f"{self.work}: an unfinished run; --resume goes on with it, --force starts again")
+
+    def _begun_by_this_job(self) -> bool:
+        """Whether a former attempt of this job, which failed, has begun the run."""
+        me = launch()
+        places = [place / NOTES for place in (self.work, self.out) if (place / NOTES).exists()]
+        return me.restarts > 0 and any(read_json(place).get("job") == me.job for place in places[:1])
 
     @property
     def is_finished(self) -> bool:
@@ -355,10 +373,13 @@ class RunFolder:
 
     def begin(self, identity: Mapping[str, Any], notes: Mapping[str, Any] | None = None) -> None:
         """Make `work`, empty, or as it is for a resumed run, and note what a resumption will ask for."""
+        if not launch().leads:
+            return
         if not self.resume:
             remove(self.work)
         (self.work / NOTES).parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.work / NOTES, {"identity": identity, "notes": notes})
+        job = {} if launch().job is None else {"job": launch().job}
+        write_json(self.work / NOTES, {"identity": identity, "notes": notes, **job})
 
     def document(
         self,
@@ -379,7 +400,8 @@ class RunFolder:
 
     def abandon(self) -> None:
         """Remove what was begun and holds nothing."""
-        remove(self.work)
+        if launch().leads:
+            remove(self.work)
 
     def finish(self) -> None:
         """Put the finished folder in its place, whole."""

@@ -22,6 +22,7 @@ FLOORS = {
         "questions",
         "problems",
         "config",
+        "launch",
         "files",
         "stream",
         "progress",

@@ -43,6 +43,10 @@ class Batch(NamedTuple):
     targets_BT: np.ndarray
     doc_ids_BT: np.ndarray
 
+    def nothing(self) -> Batch:
+        """One row that predicts nothing, for a process that has no more rows where others have."""
+        return Batch(self.token_ids_BT[:1], np.full_like(self.targets_BT[:1], IGNORED), self.doc_ids_BT[:1])
+
 
 class Batches:
     """The training batches of a corpus.

@@ -136,6 +136,11 @@ class ComparisonRows(NamedTuple):
         """Tokens that are no padding."""
         return int(self.sizes.sum())
 
+    def nothing(self) -> ComparisonRows:
+        """One row without a comparison, for a process that has no more rows where others have."""
+        one = ComparisonRows(*(array[:1] for array in self))
+        return one._replace(numbers=np.full_like(one.numbers, -1))
+
     def by_size(self) -> Iterator[ComparisonRows]:
         """The rows in parts of about equal length, longest first, each without the padding that all its rows have.
 

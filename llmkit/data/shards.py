@@ -14,6 +14,7 @@ Every document is `start, its text`; the id that its last token must predict is 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from llmkit.errors import UserError
 
 FORMAT = "llmkit-tokens-1"
 TOKENS_PER_SHARD = 100_000_000  # a shard ends with the first document that reaches it
+DIGEST_TOKENS = 4096  # of either end of a shard
 DTYPES = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4"), "I64": np.dtype("<i8")}
 
 
@@ -238,6 +240,14 @@ class TokenShards:
 
     def __len__(self) -> int:
         return self.documents
+
+    @property
+    def digest(self) -> str:
+        """What tells these tokens from others, by the length of every document and the tokens at the shards' ends."""
+        digest = hashlib.blake2b(self.lengths.tobytes(), digest_size=8)
+        for shard in self._shards:
+            digest.update(shard.tokens[:DIGEST_TOKENS].tobytes() + shard.tokens[-DIGEST_TOKENS:].tobytes())
+        return digest.hexdigest()
 
     def __getitem__(self, document: int) -> np.ndarray:
         return self.span(document, 0, int(self.lengths[document]))

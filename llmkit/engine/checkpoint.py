@@ -3,20 +3,27 @@
 `state/step-00000120/` holds `tensors.safetensors` (masters, moments) and `state.json` (step, tokens, loss, seconds).
 A checkpoint is written beside its place and renamed; the former one goes when the new one stands, so that a kill
 at any moment leaves a whole one. Writing happens in a thread, on a copy.
+
+In a job of several processes each writes its parts of the tensors to a safetensors file of its own, by
+torch.distributed.checkpoint in its Hugging Face form: that one keeps the places of the parts in the files' headers,
+where its other form has a pickle. Any number of processes reads what any number wrote.
 """
 
 from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from llmkit.engine.distributed import new_group, world
+from llmkit.engine.sharding import is_sharded, local, part_of
 from llmkit.errors import UserError
-from llmkit.files import PARTIAL, atomic_folder, read_json, write_json
+from llmkit.files import PARTIAL, atomic_folder, read_json, remove, replace_folder, write_json
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 
@@ -28,6 +35,7 @@ class Checkpoints:
         self.folder, self.keep = folder, keep
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._group: Any = None  # the thread must not mix its messages with those of the training
 
     def steps(self) -> list[int]:
         """The steps at which whole checkpoints stand, ascending."""
@@ -36,14 +44,24 @@ class Checkpoints:
         names = [p.name for p in self.folder.glob("step-*") if not p.name.endswith(PARTIAL)]
         return sorted(int(name.removeprefix("step-")) for name in names)
 
+    def _place(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], wait: bool = False) -> None:
-        """Copy the tensors and write them in the background; `wait` returns when they are on disk.
+        """Copy the tensors and write them in the background; `wait` returns when they are on disk. All processes of a
+        job call it together.
 
         Raises what the former background write raised, such as an OSError for a full disk.
         """
         self.wait()
-        copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
-        self._thread = threading.Thread(target=self._write, args=(step, copies, dict(state)), daemon=False)
+        copies = {
+            name: part_of(local(value.detach()).to("cpu", copy=True).contiguous(), value, "cpu")
+            for name, value in tensors.items()
+        }
+        write = self._write
+        if any(map(is_sharded, tensors.values())):
+            write, self._group = self._write_parts, self._group or new_group()
+        self._thread = threading.Thread(target=self._safely, args=(write, step, copies, dict(state)), daemon=False)
         self._thread.start()
         if wait:
             self.wait()
@@ -57,32 +75,93 @@ class Checkpoints:
             error, self._error = self._error, None
             raise error
 
-    def _write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        from safetensors.torch import save_file
-
+    def _safely(self, write: Callable[..., None], step: int, *what: Any) -> None:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with atomic_folder(self.folder / f"step-{step:08d}", force=True) as partial:
-                save_file(tensors, partial / TENSORS)
-                write_json(partial / STATE, {**state, "step": step})
-            for old in self.steps()[: -self.keep]:
-                shutil.rmtree(self.folder / f"step-{old:08d}", ignore_errors=True)
+            write(step, *what)
+            if world().leads:
+                for old in self.steps()[: -self.keep]:
+                    shutil.rmtree(self._place(old), ignore_errors=True)
         except BaseException as error:
             self._error = error
 
-    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def _write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        from safetensors.torch import save_file
+
+        if not world().leads:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with atomic_folder(self._place(step), force=True) as partial:
+            save_file(tensors, partial / TENSORS)
+            write_json(partial / STATE, {**state, "step": step})
+
+    def _write_parts(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        import torch.distributed as dist
+        from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter, save
+
+        partial, group = Path(f"{self._place(step)}{PARTIAL}"), self._group
+        if world().leads:
+            remove(partial)  # left by a run that was killed
+            partial.mkdir(parents=True)
+        dist.barrier(group)
+        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        try:
+            save(tensors, storage_writer=writer, process_group=group)  # type: ignore[arg-type]
+        except CheckpointException as error:
+            rank, (first, _) = min(error.failures.items())
+            raise UserError(f"{partial}: rank {rank} cannot write there: {first}; make room, and --resume") from error
+        if world().leads:
+            parts = sum(1 for _ in partial.glob("*.safetensors"))
+            write_json(partial / STATE, {**state, "step": step, "parts": parts})
+            replace_folder(partial, self._place(step))
+        dist.barrier(group)
+
+    def load(self, like: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The newest checkpoint's tensors and state, or None where there is none.
 
-        Raises UserError for a checkpoint that is damaged.
+        like: tensors of the same names and shapes, which are overwritten where they are parts of larger ones
+
+        Raises UserError for a checkpoint that is damaged, or of parts of other shapes than those of `like`.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        if not self.steps():
+        steps = world().broadcast(self.steps()) if like is not None else self.steps()
+        if not steps:
             return None
-        place = self.folder / f"step-{self.steps()[-1]:08d}"
+        place = self._place(steps[-1])
         try:
-            return load_file(place / TENSORS), read_json(place / STATE)
+            state = read_json(place / STATE)
+            divided = like is not None and any(map(is_sharded, like.values()))
+            if divided or "parts" in state:
+                return _load_parts(place, state.get("parts", 1), like), state
+            return load_file(place / TENSORS), state
+        except LookupError as error:
+            message = f"{place}: a checkpoint of another model: {error}"
+            raise UserError(f"{message}; choose another --out, or start again with --force") from error
         except (SafetensorError, OSError, ValueError) as error:
-            other = "remove it and resume from an older one" if len(self.steps()) > 1 else "start again with --force"
+            other = "remove it and resume from an older one" if len(steps) > 1 else "start again with --force"
             raise UserError(f"{place}: damaged checkpoint ({error}); {other}") from error
+
+
+def _load_parts(place: Path, parts: int, like: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The tensors of a checkpoint in parts; without `like` all of them, whole."""
+    from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, load
+
+    found = sum(1 for _ in place.glob("*.safetensors"))
+    if found != parts:
+        raise ValueError(f"expected {parts} files of tensors, found {found}")
+    reader = HuggingFaceStorageReader(str(place))
+    described = reader.read_metadata().state_dict_metadata
+    if like is None:
+        tensors = {name: torch.empty(one.size, dtype=one.properties.dtype) for name, one in described.items()}
+    else:
+        tensors = {name: value if is_sharded(value) else torch.empty_like(value) for name, value in like.items()}
+        for name, value in tensors.items():
+            there = tuple(described[name].size) if name in described else None
+            if there != tuple(value.shape):
+                raise LookupError(f"{name} is {there or 'missing'} there and {tuple(value.shape)} here")
+    try:
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(place)), no_dist=True)  # type: ignore[arg-type]
+    except CheckpointException as error:
+        raise ValueError(str(next(iter(error.failures.values()))[0])) from error
+    return tensors

@@ -11,6 +11,7 @@ import torch
 
 from llmkit.engine.products import Weights, can_narrow
 from llmkit.errors import UserError
+from llmkit.launch import launch
 
 # 4 layers of 256 with a vocabulary of 8,192 (5M) take 1.4 ms a token on one thread, 1.5 ms on two, and 50 ms on two
 # that others keep busy
@@ -18,13 +19,24 @@ ONE_THREAD_PARAMETERS = 20_000_000
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is the first GPU, else the CPU. Raises UserError for a device that is not there."""
+    """`auto` is a GPU, else the CPU; of several GPUs the first, or in a job of several processes this process's own.
+
+    Raises UserError for a device that is not there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU found here; use --device cpu")
     if name == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: not available here; use --device cpu")
+    if name == "cuda" and (me := launch()).size > 1:
+        if me.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"{torch.cuda.device_count()} GPUs here, and this is process {me.local_rank + 1} of this machine; "
+                "start torchrun with a lower --nproc-per-node"
+            )
+        torch.cuda.set_device(me.local_rank)
+        return torch.device("cuda", me.local_rank)
     return torch.device(name)
 
 

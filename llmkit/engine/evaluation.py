@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llmkit.data.batches import IGNORED, EvaluationBatches
+from llmkit.engine.distributed import world
 from llmkit.model.transformer import Transformer
 
 
@@ -48,8 +49,9 @@ def held_out_loss(model: Transformer, batches: EvaluationBatches) -> dict[str, f
 def _summed_loss(model: Transformer, batches: Iterable[tuple[Any, ...]]) -> tuple[float, int]:
     model.eval()
     total, count = 0.0, 0
-    for batch in batches:
+    for batch in world().deal(batches):
         loss, targets = next_token_loss(model, batch)
         total, count = total + float(loss), count + targets
     model.train()
-    return total, count
+    total, targets = world().sum(total, count)
+    return total, int(targets)

@@ -2,7 +2,8 @@
 
 Parameters of one shape are stacked, so that a step is a few batched operations whatever the depth: at 4 layers of
 128 on a CPU, a step per parameter spends more time in dispatch than in arithmetic. The model may hold a
-lower-precision working copy (bfloat16); masters and moments stay fp32 and the copy is written after each step.
+lower-precision working copy (bfloat16); masters and moments stay fp32 and the copy is written after each step. Of
+parameters that several processes divide among them (llmkit/engine/sharding.py) each has masters of its own rows.
 
 Shapes: K parameters of a group, each M x N.
 Sources: Muon, Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon); the orthogonalisation's coefficients,
@@ -12,12 +13,14 @@ Bernstein 2025 "Deriving Muon"; decoupled weight decay, Loshchilov and Hutter 20
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from llmkit.engine.distributed import world
+from llmkit.engine.sharding import is_sharded, local, on_whole_matrices, part_of, put_together
 from llmkit.kernels.linear import matmul_nn, matmul_nt
 
 # Each row (a, b, c) is one odd polynomial a x + b x^3 + c x^5 of the singular values: the paper's optimal composition
@@ -74,24 +77,38 @@ class GroupSettings:
 
 
 class _Stack:
-    """Parameters of one shape and one rule, as one tensor [K, *shape]."""
+    """Parameters of one shape and one rule, as one tensor [K, *shape], or [K, own rows, ...] where they are sharded."""
 
     def __init__(self, names: list[str], parameters: list[nn.Parameter], settings: GroupSettings) -> None:
         self.names, self.parameters, self.settings = names, parameters, settings
-        self.master = torch.stack([p.detach().float() for p in parameters])
+        self.sharded, self.rows = is_sharded(parameters[0]), parameters[0].shape[0]
+        self.dtype = parameters[0].dtype
+        self.master = torch.stack([local(p.detach()).float() for p in parameters])
         self.state = {"momentum": torch.zeros_like(self.master)}
         if settings.kind == "adamw":
             self.state["second_moment"] = torch.zeros_like(self.master)
         self.gradient: Tensor | None = None
-        if parameters[0].dtype != torch.float32:
+        self.working = self.master
+        if self.sharded:  # FSDP has its own place for the working copies
+            self._copies = [local(p.detach()) for p in parameters]
+            return
+        if self.dtype != torch.float32:
             # the working copies become views of one tensor, so that one copy_ refreshes them all
-            self.working = self.master.to(parameters[0].dtype)
-            for index, parameter in enumerate(parameters):
-                parameter.data = self.working[index]
-        else:
-            self.working = self.master
-            for index, parameter in enumerate(parameters):
-                parameter.data = self.master[index]
+            self.working = self.master.to(self.dtype)
+        for index, parameter in enumerate(parameters):
+            parameter.data = self.working[index]
+
+    def named(self, values: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Each of `values` [K, ...] with its parameter's name."""
+        for name, parameter, value in zip(self.names, self.parameters, values, strict=True):
+            yield name, part_of(value, parameter)
+
+    def refresh(self) -> None:
+        """Write the working copies."""
+        if self.sharded:
+            torch._foreach_copy_(self._copies, list(self.master.unbind()))  # type: ignore[reportPrivateImportUsage]
+        elif self.working is not self.master:
+            self.working.copy_(self.master)
 
     def gather(self) -> None:
         """Move the parameters' gradients into the fp32 accumulator [K, *shape]."""
@@ -99,7 +116,7 @@ class _Stack:
             gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
         else:
             gradients = [p.grad for p in self.parameters]
-        stacked = torch.stack(gradients)  # type: ignore[arg-type]
+        stacked = torch.stack([local(g) for g in gradients] if self.sharded else gradients)  # type: ignore[arg-type]
         for parameter in self.parameters:
             parameter.grad = None
         if self.gradient is None:
@@ -115,8 +132,7 @@ class _Stack:
             self._muon(gradient.mul_(scale), rate, momentum)
         else:
             self._adamw(gradient.mul_(scale), rate, count)
-        if self.working is not self.master:
-            self.working.copy_(self.master)
+        self.refresh()
         self.gradient = None
 
     def _muon(self, gradient_KMN: Tensor, rate: float, momentum: float) -> None:
@@ -124,15 +140,20 @@ class _Stack:
         buffer_KMN.lerp_(gradient_KMN, 1 - momentum)
         update_KMN = gradient_KMN.lerp_(buffer_KMN, momentum)  # Nesterov
         # bfloat16 suffices for the iteration (Jordan 2024) and is 4.5x faster here where the CPU has avx512_bf16
-        update_KMN = update_KMN.to(self.working.dtype)
-        blocks = self.settings.blocks or (update_KMN.shape[1],)
-        if len(set(blocks)) == 1:
-            direction_KMN = self._direction(update_KMN.reshape(-1, blocks[0], update_KMN.shape[2]))
+        update_KMN = update_KMN.to(self.dtype)
+        if self.sharded:
+            direction_KMN = on_whole_matrices(update_KMN, self.rows, self._directions)
         else:
-            direction_KMN = torch.cat([self._direction(part) for part in update_KMN.split(blocks, dim=1)], dim=1)
+            direction_KMN = self._directions(update_KMN)
         if self.settings.weight_decay:
             self.master.mul_(1 - rate * self.settings.weight_decay)
         self.master.add_(direction_KMN.reshape(self.master.shape), alpha=-rate)
+
+    def _directions(self, update_KMN: Tensor) -> Tensor:
+        blocks = self.settings.blocks or (update_KMN.shape[1],)
+        if len(set(blocks)) > 1:
+            return torch.cat([self._direction(part) for part in update_KMN.split(blocks, dim=1)], dim=1)
+        return self._direction(update_KMN.reshape(-1, blocks[0], update_KMN.shape[2])).reshape(update_KMN.shape)
 
     @staticmethod
     def _direction(update_KMN: Tensor) -> Tensor:
@@ -181,10 +202,17 @@ class Optimizer:
         self.stacks = [_Stack(names, parameters, key[0]) for key, (names, parameters) in stacks.items()]
         self.count = 0
 
-    def accumulate(self) -> None:
-        """Add the gradients of a backward pass to the fp32 accumulators and clear them."""
+    def accumulate(self, last: bool = True) -> None:
+        """Add the gradients of a backward pass to the fp32 accumulators and clear them.
+
+        last: of the micro-batches of a step; then the gradients of all processes are added. Those of sharded
+        parameters wait for it.
+        """
         for stack in self.stacks:
-            stack.gather()
+            if not stack.sharded or last:
+                stack.gather()
+            if last and not stack.sharded and stack.gradient is not None:
+                world().add_up(stack.gradient)
 
     def discard(self) -> None:
         """Forget the gradients accumulated so far (after running out of memory in the middle of a batch)."""
@@ -198,7 +226,10 @@ class Optimizer:
         norms = torch._foreach_norm(  # type: ignore[reportPrivateImportUsage]
             [stack.gradient for stack in self.stacks if stack.gradient is not None]
         )
-        return torch.stack(norms).norm() / divisor
+        norm = torch.stack(norms).norm()
+        if self.stacks[0].sharded:  # all are, or none
+            norm = torch.tensor(world().sum(float(norm) ** 2)[0] ** 0.5)
+        return norm / divisor
 
     @torch.no_grad()
     def step(self, factor: float, momentum: float = 0.95, scale: Tensor | float = 1.0) -> None:
@@ -208,15 +239,24 @@ class Optimizer:
             stack.step(factor, momentum, scale, self.count)
 
     def masters(self) -> dict[str, Tensor]:
-        """fp32 master of each parameter by name (views)."""
-        return {name: stack.master[i] for stack in self.stacks for i, name in enumerate(stack.names)}
+        """fp32 master of each parameter by name (views): of sharded ones the parts of this process."""
+        return {name: value for stack in self.stacks for name, value in stack.named(stack.master)}
+
+    def whole_masters(self) -> dict[str, Tensor]:
+        """fp32 master of each parameter by name, whole, in the first process; the others get none. All call it."""
+        found = {}
+        for name, value in self.masters().items():
+            whole = put_together(value)
+            if world().leads:
+                found[name] = whole.cpu() if is_sharded(value) else whole
+        return found
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything needed to go on exactly: `master.NAME`, `momentum.NAME`, `second_moment.NAME`, `count`."""
         tensors = {f"master.{name}": value for name, value in self.masters().items()}
         for stack in self.stacks:
             for key, value in stack.state.items():
-                tensors |= {f"{key}.{name}": value[i] for i, name in enumerate(stack.names)}
+                tensors |= {f"{key}.{name}": part for name, part in stack.named(value)}
         tensors["count"] = torch.tensor(self.count, dtype=torch.int64)
         return tensors
 
@@ -229,5 +269,4 @@ class Optimizer:
                 value.copy_(tensors[name])
         self.count = int(tensors["count"])
         for stack in self.stacks:
-            if stack.working is not stack.master:
-                stack.working.copy_(stack.master)
+            stack.refresh()

@@ -73,10 +73,10 @@ class Plan:
     def tokens(self) -> int:
         return self.total_steps * self.batch_tokens
 
-    @property
-    def training_bytes(self) -> float:
-        """About the memory that training takes."""
-        return scaling.training_bytes(self.model, self.micro_batch_rows * self.sequence_length)
+    def training_bytes(self, devices: int = 1) -> float:
+        """About the memory that training takes, on each of some devices."""
+        rows = min(self.micro_batch_rows, -(-self.batch_rows // devices))
+        return scaling.training_bytes(self.model, rows * self.sequence_length, devices=devices)
 
     @property
     def flops(self) -> float:
@@ -309,7 +309,7 @@ def plan_table(plan: Plan) -> str:
         "FLOPs": f"{plan.flops:.3g}",
         "learning rates": "matrices {:.3g}, embedding {:.3g}, head {:.3g}".format(*rates),
         "weight decay": f"{recipe.weight_decay:g}",
-        "memory": f"about {plan.training_bytes / 1e9:.2f} GB",
+        "memory": f"about {plan.training_bytes() / 1e9:.2f} GB",
         "kernels": plan.kernels,
     }
     lines = [f"  {name:<15} {value}" for name, value in rows.items()] + [f"  {reason}" for reason in plan.reasons]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llmkit.data.batches import splitmix64
 from llmkit.data.comparisons import Candidates, ComparisonRows, evaluation_rows
+from llmkit.engine.sharding import is_sharded
 from llmkit.kernels import Branching
 from llmkit.model.reward import RewardModel
 
@@ -38,7 +39,10 @@ class ComparisonLoss:
         self.center, self.seed = center, seed
 
     def __call__(self, model: Any, rows: tuple[np.ndarray, ...]) -> tuple[Tensor, int]:
-        losses, counts = zip(*(self._loss(model, part) for part in ComparisonRows(*rows).by_size()), strict=True)
+        batch = ComparisonRows(*rows)
+        # FSDP wants all processes to compute as often
+        parts = [batch] if is_sharded(model.embed_tokens) else batch.by_size()
+        losses, counts = zip(*(self._loss(model, part) for part in parts), strict=True)
         return torch.stack(losses).sum(), sum(counts)
 
     def _loss(self, model: Any, batch: ComparisonRows) -> tuple[Tensor, int]:
@@ -91,7 +95,7 @@ def bootstrap_weights(numbers: np.ndarray, heads: int, seed: int) -> np.ndarray:
     return np.searchsorted(POISSON, drawn.astype(np.float64) / 2.0**64).astype(np.float32)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # FSDP's buffers made in inference mode could not be trained with
 def score_comparisons(
     model: RewardModel, comparisons: Sequence[Candidates], row_tokens: int, pad: int
 ) -> Iterator[tuple[int, np.ndarray]]:

@@ -10,13 +10,16 @@ from typing import Any
 import torch
 
 from llmkit.config import TrainingConfig
+from llmkit.engine.distributed import world
 from llmkit.engine.mirrors import mirrors
 from llmkit.engine.optimizer import GroupSettings, Optimizer
 from llmkit.engine.scaling import Recipe
 from llmkit.engine.schedule import Schedule
+from llmkit.engine.sharding import is_sharded
 from llmkit.engine.trainer import Batch, Loss, Trainer, TrainerSettings
 from llmkit.model.transformer import Transformer
 from llmkit.progress import say
+from llmkit.rundir import NOTES
 
 LONG_RUN_FLOPS = 1e16  # on a CPU, torch.compile costs 20-50 s and a C++ compiler: worth it for hours
 
@@ -66,12 +69,19 @@ def build_trainer(
     `TrainerSettings`.
     """
     model.checkpoint_layers = options.activation_checkpointing
+    world().check_folder(folder, NOTES)
+    device = model.embed_tokens.device
+    if is_sharded(model.embed_tokens):  # FSDP puts a layer together outside of what is compiled
+        for layer in model.layers:
+            layer.forward = compiled(layer.forward, options.compile, device, flops)  # type: ignore[method-assign]
+    else:
+        loss = compiled(loss, options.compile, device, flops)
     trainer = Trainer(
         model,
         optimizer,
         schedule,
         batches=batches,
-        loss=compiled(loss, options.compile, model.embed_tokens.device, flops),
+        loss=loss,
         folder=folder,
         settings=TrainerSettings(
             micro_batch_rows=micro_batch_rows,
@@ -89,10 +99,15 @@ def build_trainer(
     return trainer
 
 
-def float32_copy(model: Transformer, optimizer: Optimizer) -> Transformer:
-    """The model with the optimizer's fp32 masters for parameters, on the CPU: what is saved."""
+def float32_copy(model: Transformer, optimizer: Optimizer) -> Transformer | None:
+    """The model with the optimizer's fp32 masters for parameters, on the CPU: what is saved, by the first process.
+
+    All processes call it; the others get None.
+    """
+    masters = optimizer.whole_masters()
+    if not masters:
+        return None
     copy = Transformer(model.config)
-    masters = optimizer.masters()
     with torch.no_grad():
         for name, parameter in copy.named_parameters():
             parameter.copy_(masters[name])

@@ -1,7 +1,8 @@
 """The training loop under pretrain, sft, train-reward and rl: batches in, an updated model and metrics out.
 
 It knows a model, an optimizer, batches from a step on and a folder for its state. It does not know what a document
-or a conversation is, nor what the loss means: `loss(model, rows)` returns a sum and the number of its targets.
+or a conversation is, nor what the loss means: `loss(model, rows)` returns a sum and the number of its targets. In a job
+of several processes each takes its share of a batch's rows, and the first decides all that depends on a clock.
 
     trainer = Trainer(model, optimizer, schedule, batches=from_step, loss=next_token_loss, folder=work, settings=...)
     trainer.resume()
@@ -23,15 +24,18 @@ import torch
 from torch import Tensor, nn
 
 from llmkit.engine.checkpoint import Checkpoints
+from llmkit.engine.distributed import world
 from llmkit.engine.mirrors import Mirror, MirroredLog
 from llmkit.engine.optimizer import Optimizer
 from llmkit.engine.schedule import Schedule
+from llmkit.engine.sharding import begin_backward
 from llmkit.errors import Interrupted, UserError
 from llmkit.kernels import keep_freed_memory
 from llmkit.progress import Progress, say
 from llmkit.rundir import MetricsLog, read_metrics, trim_metrics
 
-# A batch is a tuple of arrays whose first dimension is rows; the trainer cuts it into micro-batches along that.
+# A batch is a tuple of arrays whose first dimension is rows; the trainer cuts it into micro-batches along that. Where
+# several processes share it, it has a method `nothing()`: one row that predicts nothing.
 Batch = tuple[Any, ...]
 # The summed loss of some rows, and over how many targets it was summed
 Loss = Callable[[nn.Module, Any], tuple[Tensor, int]]
@@ -102,7 +106,8 @@ class Trainer:
         return metrics
 
     def _update(self, batch: Batch, factor: float) -> dict[str, float]:
-        total, targets = self._backward(batch)
+        own_total, own_targets = self._backward(batch)
+        total, targets = world().sum(own_total, own_targets)
         loss, norm = total / max(1, targets), float(self.optimizer.gradient_norm(max(1, targets)))
         self._guard(loss, norm)
         limit = self.settings.max_grad_norm
@@ -110,21 +115,27 @@ class Trainer:
         ramp = min(1.0, self.step / max(1, self.settings.momentum_warmup_steps))
         momentum = self.settings.momentum - 0.1 * (1 - ramp)
         self.optimizer.step(factor, momentum, clip / max(1, targets))
-        return {"loss": loss, "grad_norm": norm, "lr_factor": factor, "targets": targets}
+        return {"loss": loss, "grad_norm": norm, "lr_factor": factor, "targets": int(targets)}
 
     def _backward(self, batch: Batch) -> tuple[float, int]:
-        """Summed loss and targets, gradients accumulated; halves the micro-batch when memory runs out."""
-        rows, at_once = len(batch[0]), self.micro_batch_rows
+        """Summed loss and targets of this process's rows, gradients accumulated; halves the micro-batch when memory
+        runs out."""
+        (first, stop), rows = world().share(len(batch[0])), world().largest_share(len(batch[0]))
+        at_once = self.micro_batch_rows
         if self.settings.micro_batch_tokens is not None:
             at_once = max(1, min(at_once, self.settings.micro_batch_tokens // batch[0].shape[1]))
         while True:
             try:
                 totals, targets = [], 0
-                for start in range(0, rows, at_once):
-                    part = tuple(array[start : start + at_once] for array in batch)
+                for done in range(0, rows, at_once):
+                    start, last = first + done, done + at_once >= rows
+                    part = tuple(array[start : min(start + at_once, stop)] for array in batch)
+                    if not len(part[0]):  # FSDP wants all processes to compute as often
+                        part = tuple(batch.nothing())  # type: ignore[attr-defined]
+                    begin_backward(self.model, last)
                     loss, count = self.loss(self.model, part)
                     loss.backward()
-                    self.optimizer.accumulate()
+                    self.optimizer.accumulate(last)
                     totals.append(loss.detach())
                     targets += count
                 return float(torch.stack(totals).sum()), targets
@@ -132,6 +143,11 @@ class Trainer:
                 if not _is_out_of_memory(error):
                     raise
                 self.optimizer.discard()
+                if world().size > 1:  # the others go on with more rows at a time
+                    raise UserError(
+                        f"memory runs out with {at_once} rows at a time; lower --micro-batch-size, or use "
+                        "--activation-checkpointing"
+                    ) from error
                 if at_once == 1:
                     raise UserError(
                         f"memory runs out with one sequence at a time; {self.settings.memory_advice}, "
@@ -183,6 +199,8 @@ class Trainer:
         still ends in time with the rate at its end, but no two runs are equal.
         """
 
+        seconds = world().broadcast(seconds)
+
         def progress() -> float:
             return self.elapsed / max(seconds, 1e-9) if seconds is not None else self.step / (total_steps or 1)
 
@@ -201,7 +219,7 @@ class Trainer:
                 last = self.train_step(batch, reached)
                 last |= describe() if describe is not None else {}
                 now = time.monotonic()
-                self.elapsed = before + now - started
+                stopped, late = self._agree(interrupted(), before + now - started)
                 if self.step % self.settings.log_every == 0:
                     rate = (self.tokens - since_tokens) / max(now - since, 1e-9)
                     since, since_tokens = now, self.tokens
@@ -211,7 +229,7 @@ class Trainer:
                         last["mfu"] = round(rate * flops_per_token / peak_flops, 4)
                     log.write(last)
                 bar.advance(progress() - reached, step=self.step, **{self.settings.shown: last[self.settings.shown]})
-                self._between_steps(interrupted, evaluate, sample, log)
+                self._between_steps(stopped, late, evaluate, sample, log)
             self.save(wait=True)
             if evaluate is not None and self.evaluated_step != self.step:
                 self._evaluate(evaluate, log)
@@ -223,15 +241,24 @@ class Trainer:
         every = self.settings.eval_every
         return first if self.step == 0 else every is not None and self.step % every == 0
 
+    def _agree(self, interrupted: bool, elapsed: float) -> tuple[bool, bool]:
+        """Whether a signal has come to any process, and whether a checkpoint is due, by the clock of the first."""
+        limit = self.settings.save_seconds
+        late = limit is not None and time.monotonic() - self.saved_at > limit
+        clock = (elapsed, late) if world().leads else (0.0, 0.0)
+        signals, self.elapsed, late = world().sum(float(interrupted), *clock)
+        return signals > 0, late > 0
+
     def _between_steps(
         self,
-        interrupted: Callable[[], bool],
+        interrupted: bool,
+        late: bool,
         evaluate: Callable[[], Mapping[str, float]] | None,
         sample: Callable[[], str] | None,
         log: MetricsLog,
     ) -> None:
         settings = self.settings
-        if interrupted():
+        if interrupted:
             self.save(wait=True)
             raise Interrupted(
                 f"stopped after step {self.step}; saved in {self.checkpoints.folder}; go on with --resume"
@@ -241,7 +268,6 @@ class Trainer:
             return every is not None and self.step % every == 0
 
         evaluates = evaluate is not None and due(settings.eval_every)
-        late = settings.save_seconds is not None and time.monotonic() - self.saved_at > settings.save_seconds
         # a run that dies in its evaluation must not lose its training: save first (nanochat #446)
         if evaluates or late or due(settings.save_every):
             self.save(wait=evaluates)
@@ -282,10 +308,9 @@ class Trainer:
 
     def resume(self) -> bool:
         """Load the newest checkpoint, if any. Raises UserError when it is of another model."""
-        found = self.checkpoints.load()
+        found = self.checkpoints.load(self.optimizer.state_dict())
         if found is None:  # killed before the first one: begin again
-            trim_metrics(self.folder / "metrics.jsonl", 0)
-            self._restore_evaluation()
+            self._restore_evaluation(0)
             return False
         tensors, state = found
         try:
@@ -298,15 +323,18 @@ class Trainer:
             math.nan if state[name] is None else state[name] for name in ("last_loss", "average_loss")
         )
         self.high_steps, self.saved_step = state["high_steps"], self.step
-        trim_metrics(self.folder / "metrics.jsonl", self.step)
-        self._restore_evaluation()
+        self._restore_evaluation(self.step)
         return True
 
-    def _restore_evaluation(self) -> None:
-        """Know the last evaluation that is on disk, which need not be made again."""
-        for row in read_metrics(self.folder / "metrics.jsonl"):
-            if scores := {name: value for name, value in row.items() if name.startswith("val_")}:
-                self.scores, self.evaluated_step = scores, row["step"]
+    def _restore_evaluation(self, step: int) -> None:
+        """Drop the metrics of later steps, and know the last evaluation on disk, which need not be made again."""
+        place = self.folder / "metrics.jsonl"
+        with world().in_turn():
+            if world().leads:
+                trim_metrics(place, step)
+            for row in read_metrics(place):
+                if scores := {name: value for name, value in row.items() if name.startswith("val_")}:
+                    self.scores, self.evaluated_step = scores, row["step"]
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -322,7 +350,8 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
     def note(number: int, frame: object) -> None:
         arrived.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if world().size == 1:  # torchrun sends a second one on its own
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     try:
         former = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -45,6 +45,11 @@ class PolicyRows(NamedTuple):
         """Tokens that are computed, without padding."""
         return int((self.doc_ids > 0).sum())
 
+    def nothing(self) -> PolicyRows:
+        """One row that predicts nothing, for a process that has no more rows where others have."""
+        one = PolicyRows(*(array[:1] for array in self))
+        return one._replace(targets=np.full_like(one.targets, IGNORED))
+
 
 class Place(NamedTuple):
     """Where an attempt stands: its row, and where the tokens of its completion are predicted."""

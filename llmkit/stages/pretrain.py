@@ -6,7 +6,7 @@ import atexit
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -95,15 +95,18 @@ def run(config: PretrainConfig) -> Summary | None:
     folder = RunFolder(config.out, "base/", resume=config.resume, force=config.force, dry_run=config.dry_run)
     if folder.is_finished:
         return Summary(path=str(folder.out), **folder.results("pretrain"))
+    config = replace(config, resume=folder.resume)
     inputs = _checked_inputs(config)
 
     from llmkit.data.batches import Batches, EvaluationBatches
     from llmkit.engine import setup, speed
     from llmkit.engine.devices import check_memory, choose_device, choose_dtype
+    from llmkit.engine.distributed import join
     from llmkit.engine.evaluation import held_out_loss, next_token_loss
     from llmkit.engine.generation import continue_text
     from llmkit.engine.planning import Plan, check_wishes, plan_table
     from llmkit.engine.schedule import Schedule
+    from llmkit.engine.sharding import shard, whole_model
     from llmkit.kernels import backend
     from llmkit.model.folder import save_model
     from llmkit.model.transformer import Transformer
@@ -112,15 +115,23 @@ def run(config: PretrainConfig) -> Summary | None:
     # load
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
+    world = join(device, config)
     tokenizer = load_tokenizer(str(config.tokenizer))
     backend(device.type)  # an unknown LLMKIT_KERNELS is refused before the work on the documents, as is a wrong shape
     check_wishes(_wishes(config), tokenizer.vocab_size)
-    shards, val_shards = _token_shards(config, inputs, tokenizer, folder.out)
+    with world.in_turn():
+        shards, val_shards = _token_shards(config, inputs, tokenizer, folder.out)
 
     # build
     identity = lasting_options(config) | {"the tokenizer": tokenizer.sha256, "the number of tokens": shards.tokens}
+    world.check_same(identity | {"the documents": shards.digest})
     notes = folder.notes(identity)
     plan = Plan.from_json(notes["plan"]) if notes else _plan(config, tokenizer, shards, val_shards, device, dtype)
+    if plan.batch_rows < world.size:
+        raise UserError(
+            f"--batch-tokens: {plan.batch_rows} rows of {plan.sequence_length} tokens are fewer than {world.size} "
+            f"processes; give at least {world.size * plan.sequence_length}"
+        )
     if shards.tokens < plan.sequence_length:
         raise UserError(
             f"{names_of(inputs)}: {shards.tokens:,} tokens in {shards.documents:,} documents are fewer than one "
@@ -128,7 +139,7 @@ def run(config: PretrainConfig) -> Summary | None:
         )
     batches = Batches(shards, plan.sequence_length, plan.batch_rows, config.seed)
     say(plan_table(plan), config.quiet)
-    check_memory(plan.training_bytes, device)
+    check_memory(plan.training_bytes(world.size), device)
     if config.dry_run:
         shape = plan.model, plan.recipe, plan.micro_batch_rows, plan.sequence_length
         rate = speed.tokens_per_second(*shape, device, dtype)
@@ -136,6 +147,7 @@ def run(config: PretrainConfig) -> Summary | None:
         return None
     folder.begin(identity, {"plan": plan.to_json()})  # not before: a plan may be refused
     model = Transformer(plan.model, seed=config.seed).to(device=device, dtype=dtype)
+    shard(model)
     optimizer = setup.build_optimizer(model, plan.recipe)
     trainer = setup.build_trainer(
         model,
@@ -155,18 +167,21 @@ def run(config: PretrainConfig) -> Summary | None:
         total_steps=plan.total_steps,
         seconds=plan.seconds,
         evaluate=partial(held_out_loss, model, held_out) if held_out else None,
-        sample=lambda: continue_text(model, tokenizer, config.prompt, max_tokens=40, seed=config.seed),
+        sample=lambda: continue_text(whole_model(model), tokenizer, config.prompt, max_tokens=40, seed=config.seed),
         flops_per_token=plan.model.flops_per_token(plan.sequence_length),
-        peak_flops=speed.peak_flops(device, dtype),
+        peak_flops=speed.peak_flops(device, dtype) * world.size,
     )
 
     # save
+    trained = setup.float32_copy(model, optimizer)
+    if trained is None:
+        return None
     seconds = round(time.monotonic() - STARTED, 1)
     results = trainer.results() | {"parameters": plan.model.parameter_count, "seconds": seconds}
     options = as_options(config) | {"plan": plan.to_json()}
     tokenizer.copy_to(folder.work)
     folder.document("pretrain", options, inputs=inputs, parents=[str(config.tokenizer)], results=results)
-    save_model(setup.float32_copy(model, optimizer), folder.work)
+    save_model(trained, folder.work)
     folder.finish()
 
     # summarise
@@ -213,19 +228,25 @@ def _plan(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Plan:
-    """What the options leave open, decided; under a time budget by measuring this machine."""
+    """What the options leave open, decided by the first process; under a time budget by measuring this machine."""
     from llmkit.engine import speed
     from llmkit.engine.devices import check_memory
-    from llmkit.engine.planning import make_plan
+    from llmkit.engine.distributed import world
+    from llmkit.engine.planning import Plan, make_plan
 
-    return make_plan(
+    processes = world().size
+    if not world().leads:
+        return Plan.from_json(world().broadcast(None))
+    plan = make_plan(
         _wishes(config),
         vocab_size=tokenizer.vocab_size,
         corpus_tokens=shards.tokens,
         device=device.type,
-        speed=partial(speed.tokens_per_second, device=device, dtype=dtype),
+        speed=lambda *shape: processes * speed.tokens_per_second(*shape, device, dtype),
         seconds_used=lambda: time.monotonic() - STARTED,
         closing_tokens=val_shards.tokens if val_shards else 0,
-        check_fits=lambda plan: check_memory(plan.training_bytes, device),
+        check_fits=lambda plan: check_memory(plan.training_bytes(processes), device),
         special_ids=tokenizer.document_bounds(),
     )
+    world().broadcast(plan.to_json())
+    return plan

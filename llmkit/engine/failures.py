@@ -1,0 +1,200 @@
+"""How a job of several processes ends when one of them fails, hangs or goes away: soon, and in one line.
+
+A process that fails leaves a note in the job's store. The first to do so waits a moment for the notes of the others
+and speaks for all; a thread in each process sees the notes and ends it, also where its main thread waits for one that
+will never answer. Who left no note is gone; who hangs is whoever does not wait for others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+from llmkit.errors import Interrupted, UserError
+from llmkit.launch import Launch, launch
+
+POLL_SECONDS = 0.25
+NOTES_SECONDS = 4.0  # for the notes of the others; torchrun kills 30 s after its SIGTERM
+OWN_SECONDS = 1.5  # for the main thread to find out by itself what has happened
+PACKAGE = str(Path(__file__).parents[1])
+
+_watch: Watch | None = None
+_ending = threading.Lock()
+
+
+def connect(me: Launch, timeout: float) -> Any:
+    """A connection of its own to the store of the job. Raises UserError where there is none."""
+    import torch.distributed as dist
+
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    except Exception as error:
+        raise UserError(f"the processes cannot reach one another: {error}; start them by torchrun") from None
+    return dist.PrefixStore(f"llmkit/{me.restarts}", store)
+
+
+class Watch(threading.Thread):
+    """Ends this process when another has failed, and when it has waited for others longer than `timeout` seconds."""
+
+    def __init__(self, me: Launch, timeout: float) -> None:
+        super().__init__(name="watch over the other processes", daemon=True)
+        self.me, self.timeout = me, timeout
+        self.store = connect(me, timeout)
+        self._waiting_since: float | None = None
+        self._over = threading.Event()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around everything in which this process waits for others that should come at once."""
+        self._waiting_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waiting_since = None
+
+    def run(self) -> None:
+        while not self._over.wait(POLL_SECONDS):
+            try:
+                failed = self.store.add("notes", 0) > 0
+            except Exception:  # the store is gone, and with it the job: the main thread finds out
+                return
+            since = self._waiting_since
+            if failed:
+                time.sleep(OWN_SECONDS)
+                _end({"kind": "ended", "place": whereabouts()}, self.me, self.store)
+            elif since is not None and time.monotonic() - since > self.timeout:
+                _end(_lost(f"nobody answers for {self.timeout:g} s"), self.me, self.store)
+
+    def stop(self) -> None:
+        """The job is done."""
+        self._over.set()
+
+
+def watch(timeout: float) -> Watch:
+    """Begin to watch over the other processes."""
+    global _watch
+    _watch = Watch(launch(), timeout)
+    _watch.start()
+    return _watch
+
+
+def stop_watching() -> None:
+    if _watch is not None:
+        _watch.stop()
+
+
+def fail_together(message: str, code: int) -> NoReturn:
+    """End all processes; one says the message, with the rank of this process where it is not that of all."""
+    kind = "interrupted" if code == Interrupted.exit_code and message == "interrupted" else "error"
+    _end({"kind": kind, "message": message, "code": code})
+
+
+def lose_together(error: Exception) -> NoReturn:
+    """End all processes after another one did not answer; one says which that is."""
+    _end(_lost(str(error)))
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error tells that another process did not answer."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "Gloo", "NCCL"))
+
+
+def _lost(message: str) -> dict[str, Any]:
+    return {"kind": "lost", "message": " ".join(message.split()), "code": UserError.exit_code}
+
+
+def _end(note: dict[str, Any], me: Launch | None = None, store: Any = None) -> NoReturn:
+    me = me or launch()
+    if not _ending.acquire(blocking=False):  # another thread is at it
+        time.sleep(3600)
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):  # torchrun's, to those that are left
+            signal.signal(number, signal.SIG_IGN)
+    code = note.get("code", UserError.exit_code)
+    try:
+        if store is None:
+            store = _watch.store if _watch is not None else connect(me, 30.0)
+        code = _speak(note, me, store, code)
+    except Exception:  # the store is gone
+        _say(f"rank {me.rank}: {note.get('message', 'the others are gone')}")
+    sys.stderr.flush()
+    os._exit(code)  # threads and groups of torch would wait for the others for ever
+
+
+def _speak(note: dict[str, Any], me: Launch, store: Any, code: int) -> int:
+    """Leave the note; the first says what happened, the others wait until that is done. The code to exit with."""
+    store.set(f"note/{me.rank}", json.dumps(note))
+    first = store.add("notes", 1) == 1
+    deadline = time.monotonic() + NOTES_SECONDS
+    if first:
+        while store.add("notes", 0) < me.size and time.monotonic() < deadline:
+            time.sleep(0.05)
+        keys = {rank: f"note/{rank}" for rank in range(me.size)}
+        notes = {rank: json.loads(store.get(key)) for rank, key in keys.items() if store.check([key])}
+        message, code = verdict(notes, me.size)
+        _say(message)
+        store.set("spoken", str(code))
+        return code
+    while not store.check(["spoken"]) and time.monotonic() < deadline + 2 * POLL_SECONDS:
+        time.sleep(0.05)
+    return int(store.get("spoken")) if store.check(["spoken"]) else code
+
+
+def _say(message: str) -> None:
+    print(f"llmkit: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+def verdict(notes: Mapping[int, Mapping[str, Any]], size: int) -> tuple[str, int]:
+    """What is said of the notes of some processes, by rank, and the exit code.
+
+    >>> verdict({1: {"kind": "error", "message": "no x", "code": 2}, 0: {"kind": "ended", "place": None}}, size=2)
+    ('rank 1: no x', 2)
+    """
+    errors = {rank: note for rank, note in sorted(notes.items()) if note["kind"] == "error"}
+    if errors:
+        rank, note = next(iter(errors.items()))
+        common = len(errors) == size and len({other["message"] for other in errors.values()}) == 1
+        return note["message"] if common else f"rank {rank}: {note['message']}", note["code"]
+    gone = [rank for rank in range(size) if rank not in notes]
+    if gone:
+        return f"{_ranks(gone)}: does not answer: killed, stopped or cut off; --resume goes on", UserError.exit_code
+    if all(note["kind"] == "interrupted" for note in notes.values()):
+        return "interrupted", Interrupted.exit_code
+    lost = [note for note in notes.values() if note["kind"] == "lost"]
+    why = lost[0]["message"] if lost else "interrupted"
+    places = {rank: note["place"] for rank, note in notes.items() if note["kind"] == "ended" and note["place"]}
+    if lost and places:
+        where = ", ".join(dict.fromkeys(places.values()))
+        return f"{_ranks(sorted(places))}: the others wait for it in vain; it is at {where}", UserError.exit_code
+    return f"the processes have lost one another: {why}", UserError.exit_code
+
+
+def _ranks(numbers: list[int]) -> str:
+    return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+
+
+def whereabouts() -> str | None:
+    """Where in llmkit the main thread is, such as "data/batches.py:88"; None where it waits for other processes."""
+    frame: Any = sys._current_frames().get(threading.main_thread().ident or 0)
+    if _watch is not None and _watch._waiting_since is not None:
+        return None
+    place = None
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if "torch/distributed" in name:
+            return None
+        if place is None and name.startswith(PACKAGE):
+            place = f"{name[len(PACKAGE) + 1 :]}:{frame.f_lineno}"
+        frame = frame.f_back
+    return place or "no place in llmkit"

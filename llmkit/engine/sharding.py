@@ -1,0 +1,117 @@
+"""A model whose parameters are divided among processes: torch's FSDP2, and what our own code must do about it.
+
+Every parameter is cut along its rows; a layer is put together for the moment in which it computes, and its gradient is
+summed in float32 and cut again. The optimizer keeps masters and moments of its own rows. Zhao et al. 2023 (arXiv
+2304.11277); https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
+
+K matrices, M x N; this process has m of the M rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmkit.engine.distributed import world
+from llmkit.model.transformer import Transformer
+
+
+def shard(model: Transformer) -> None:
+    """Divide the parameters of a model among the processes of this job, in place; each holds them all before."""
+    if world().size == 1:
+        return
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    # Gradients of several micro-batches, and of several processes, are summed in float32, as in a single process.
+    # The root stays whole between forward and backward: its head is used outside of forward.
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for module in (*model.layers, model):
+        whole = fully_shard(module, mesh=mesh(), mp_policy=policy, reshard_after_forward=module is not model)
+        whole.set_gradient_divide_factor(1.0)  # a sum, which the number of targets of all processes divides
+        whole.set_force_sum_reduction_for_comms(True)
+
+
+@cache
+def mesh(kind: str | None = None) -> Any:
+    """All processes in a row, with their devices or with those of a `kind`."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(kind or world().device.type, (world().size,))
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a part of one that several processes hold."""
+    return hasattr(tensor, "device_mesh")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The rows of this process: of a tensor that is not divided, all."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def part_of(rows: Tensor, whole: Tensor, kind: str | None = None) -> Tensor:
+    """`rows` as this process's of a tensor that is divided as `whole` is."""
+    if not is_sharded(whole):
+        return rows
+    from torch.distributed.tensor import DTensor
+
+    placements = whole.placements  # type: ignore[attr-defined]
+    shape, stride = whole.shape, whole.stride()
+    return DTensor.from_local(rows, mesh(kind), placements, run_check=False, shape=shape, stride=stride)
+
+
+def put_together(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that is divided, in every process."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def begin_backward(model: nn.Module, last: bool) -> None:
+    """Of several micro-batches only the last sends its gradients, with those of the others."""
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(last)  # type: ignore[operator]
+
+
+@torch.no_grad()
+def whole_model(model: Transformer) -> Transformer:
+    """A model with all of its parameters in this process, to generate with: the same one where it is not divided.
+
+    All processes call it together.
+    """
+    if not hasattr(model, "reshard"):
+        return model
+    model.reshard()  # type: ignore[operator]
+    copy = Transformer(model.config, dtype=model.embed_tokens.dtype, device=model.embed_tokens.device)
+    parameters = dict(model.named_parameters())
+    for name, parameter in copy.named_parameters():
+        parameter.copy_(put_together(parameters[name]))
+    return copy.train(model.training)
+
+
+def on_whole_matrices(part_KmN: Tensor, rows: int, work: Callable[[Tensor], Tensor]) -> Tensor:
+    """`work` on K matrices of `rows` rows, of which this process has some: each process works on its share of the
+    matrices, and gets its rows of all the results.
+
+    What is sent is twice the matrices, all told: gathering them everywhere would be as many times as there are
+    processes.
+    """
+    import torch.distributed as dist
+
+    count, own, columns = part_KmN.shape
+    me, size = world().rank, world().size
+    height = -(-rows // size)  # as torch.chunk cuts, and FSDP
+    heights = [max(0, min(height, rows - rank * height)) for rank in range(size)]
+    shares = [(rank + 1) * count // size - rank * count // size for rank in range(size)]
+    outward, inward = [n * own * columns for n in shares], [shares[me] * m * columns for m in heights]
+    received = part_KmN.new_empty(sum(inward))
+    dist.all_to_all_single(received, part_KmN.contiguous().view(-1), inward, outward)
+    parts = [part.view(shares[me], m, columns) for part, m in zip(received.split(inward), heights, strict=True)]
+    whole_KMN = torch.cat(parts, dim=1)
+    done_KMN = work(whole_KMN) if shares[me] else whole_KMN
+    back = torch.cat([part.reshape(-1) for part in done_KMN.split(heights, dim=1)])
+    result = torch.empty_like(part_KmN)
+    dist.all_to_all_single(result.view(-1), back, outward, inward)
+    return result

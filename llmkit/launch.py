@@ -1,0 +1,62 @@
+"""Which of several processes this one is, as torchrun tells it: the one place where the environment is read.
+
+    torchrun --nproc-per-node 8 -m llmkit pretrain docs.jsonl --tokenizer tok/ --depth 12 -o base/
+
+A process that nobody started beside others is rank 0 of 1. Source: the variables that torchrun sets,
+https://docs.pytorch.org/docs/stable/elastic/run.html
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+from llmkit.errors import UserError
+
+NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One process of a job.
+
+    rank, size  its number, from 0, among all processes; `local_rank` among those of its machine
+    restarts    how often the whole job was started again after a failure
+    job         what tells this job from others, the same in all processes and after a restart; None outside of one
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    restarts: int = 0
+    job: str | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process speaks and writes for all."""
+        return self.rank == 0
+
+
+def read_launch(environment: Mapping[str, str]) -> Launch:
+    """What the variables tell; all of them count, or none. Raises UserError for values that are no numbers."""
+    if any(name not in environment for name in NEEDED):
+        return Launch()
+    names = {"LOCAL_RANK": "0", "TORCHELASTIC_RESTART_COUNT": "0", **environment}
+    try:
+        rank, size, local_rank, restarts = (
+            int(names[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT")
+        )
+    except ValueError as error:
+        raise UserError(f"RANK, WORLD_SIZE and LOCAL_RANK: expected the numbers that torchrun sets: {error}") from None
+    if not 0 <= rank < size:
+        raise UserError(f"RANK {rank}, WORLD_SIZE {size}: expected a rank below the number of processes; use torchrun")
+    address = f"{names['MASTER_ADDR']}:{names['MASTER_PORT']}"
+    return Launch(rank, size, local_rank, restarts, f"{names.get('TORCHELASTIC_RUN_ID', 'none')}@{address}")
+
+
+@cache
+def launch() -> Launch:
+    """This process."""
+    return read_launch(os.environ)
