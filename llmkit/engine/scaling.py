@@ -99,9 +99,7 @@ def sequence_length_for_depth(depth: int) -> int:
     return 256 if depth <= 4 else 512 if depth <= 8 else 1024 if depth <= 12 else 2048
 
 
-def training_bytes(
-    config: ModelConfig, micro_batch_tokens: int, trained: int | None = None, devices: int = 1
-) -> float:
+def training_bytes(config: ModelConfig, micro_batch_tokens: int, trained: int | None = None, devices: int = 1) -> float:
     """About the memory of training: 16 bytes a parameter (working copy, gradient, master, moments), 4 for one that is
     not among those `trained` [all], and, for each token of a micro-batch, the activations that the backward pass
     needs, 2 bytes each. What belongs to parameters is divided among `devices`."""
