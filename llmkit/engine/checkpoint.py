@@ -115,6 +115,11 @@ class Checkpoints:
             replace_folder(partial, self._place(step))
         dist.barrier(group)
 
+    def state(self) -> dict[str, Any] | None:
+        """The newest checkpoint's state alone, with its `step`; None where there is none."""
+        steps = self.steps()
+        return world().broadcast(read_json(self._place(steps[-1]) / STATE) if steps else None)
+
     def load(self, like: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The newest checkpoint's tensors and state, or None where there is none.
 

@@ -129,6 +129,11 @@ class World:
             reason = str(error.strerror).lower()
             raise UserError(f"{folder}: cannot be written: {reason}; all processes write checkpoints there") from None
 
+    def check_rows(self, rows: int, what: str) -> None:
+        """Raise UserError where a batch has fewer rows than there are processes; `what`: the option, and what it is."""
+        if rows < self.size:
+            raise UserError(f"{what}: expected at least {self.size} in a batch, one a process, found {rows}")
+
     # ---- what each process takes of the work
 
     def share(self, total: int) -> tuple[int, int]:

@@ -88,8 +88,10 @@ def watch(timeout: float) -> Watch:
 
 
 def stop_watching() -> None:
+    """This process has done its part."""
     if _watch is not None:
         _watch.stop()
+        _watch.store.set(f"note/{_watch.me.rank}", json.dumps({"kind": "done"}))
 
 
 def fail_together(message: str, code: int) -> NoReturn:
@@ -138,9 +140,9 @@ def _speak(note: dict[str, Any], me: Launch, store: Any, code: int) -> int:
     first = store.add("notes", 1) == 1
     deadline = time.monotonic() + NOTES_SECONDS
     if first:
-        while store.add("notes", 0) < me.size and time.monotonic() < deadline:
-            time.sleep(0.05)
         keys = {rank: f"note/{rank}" for rank in range(me.size)}
+        while not store.check([*keys.values()]) and time.monotonic() < deadline:
+            time.sleep(0.05)
         notes = {rank: json.loads(store.get(key)) for rank, key in keys.items() if store.check([key])}
         message, code = verdict(notes, me.size)
         _say(message)
@@ -164,7 +166,8 @@ def verdict(notes: Mapping[int, Mapping[str, Any]], size: int) -> tuple[str, int
     errors = {rank: note for rank, note in sorted(notes.items()) if note["kind"] == "error"}
     if errors:
         rank, note = next(iter(errors.items()))
-        common = len(errors) == size and len({other["message"] for other in errors.values()}) == 1
+        done = sum(other["kind"] == "done" for other in notes.values())
+        common = len(errors) + done == size and len({other["message"] for other in errors.values()}) == 1
         return note["message"] if common else f"rank {rank}: {note['message']}", note["code"]
     gone = [rank for rank in range(size) if rank not in notes]
     if gone:

@@ -5,7 +5,7 @@ tuning.add_adapter(rank=16, alpha=32, targets=("q", "v"), seed=0)        # or al
 optimizer = tuning.build_optimizer(learning_rate=None, weight_decay=0.0)
 trainer = build_trainer(tuning.model, optimizer, schedule, ...)          # llmkit/engine/setup.py
 trainer.fit(...)
-tuning.save(work)
+tuning.save(work, tuning.trained_values())
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ import torch
 
 from llmkit.conversations import message
 from llmkit.engine.checkpoint import Checkpoints
+from llmkit.engine.distributed import world
 from llmkit.engine.generation import Generator, Request
 from llmkit.engine.optimizer import GroupSettings, Optimizer
 from llmkit.engine.sampling import Sampling
+from llmkit.engine.sharding import shard
 from llmkit.engine.trainer import Trainer
 from llmkit.errors import UserError
 from llmkit.files import write_json
@@ -54,6 +56,7 @@ class Finetuning:
         self.adapter: LoraAdapter | None = None
         self.optimizer: Optimizer | None = None
         self._best: Checkpoints | None = None
+        self.best_step: int | None = None  # at which the best parameters were kept
         self._reshape: Callable[[Transformer], Transformer] = lambda model: model
         self._write: Callable[[Any, Path], None] = save_model
         self._own: set[str] = set()  # parameters that the base does not have
@@ -167,10 +170,15 @@ class Finetuning:
         anchor: float = LEARNING_RATE,
         lora_anchor: float = LORA_LEARNING_RATE,
     ) -> Optimizer:
-        """AdamW over what is trained; a `learning_rate` of None follows from the width, as `anchor` is for 256."""
+        """AdamW over what is trained; a `learning_rate` of None follows from the width, as `anchor` is for 256.
+
+        Several processes divide the model among them, but for adapters, which each has whole.
+        """
         if learning_rate is None:
             anchor = lora_anchor if self.adapter else anchor
             learning_rate = anchor * math.sqrt(WIDTH / self.model.config.hidden_size)
+        if self.adapter is None:
+            shard(self.model)
         plain = GroupSettings("adamw", learning_rate, betas=(0.9, 0.95), eps=1e-8)
         decayed = replace(plain, weight_decay=weight_decay)
         self.optimizer = Optimizer(
@@ -189,8 +197,8 @@ class Finetuning:
         They outlive a kill: they lie beside the checkpoints.
         """
         best = self._open_best(trainer.folder)
-        kept = best.load()
-        highest = -math.inf if kept is None else kept[1]["score"]
+        kept = best.state()
+        highest = -math.inf if kept is None else kept["score"]
 
         def watched() -> Mapping[str, float]:
             nonlocal highest
@@ -198,6 +206,7 @@ class Finetuning:
             if score(scores) > highest:
                 highest = score(scores)
                 best.save(trainer.step, self._masters(), {"score": highest}, wait=True)
+                self.best_step = trainer.step
             return scores
 
         return watched
@@ -205,22 +214,22 @@ class Finetuning:
     def keep_now(self, trainer: Trainer) -> None:
         """Keep the parameters as they are now for `save`, in place of those kept before."""
         self._open_best(trainer.folder).save(trainer.step, self._masters(), {})
+        self.best_step = trainer.step
 
     def forget_kept(self) -> None:
         """Let `save` write the last parameters."""
         if self._best is not None:
             self._best.wait()
-            shutil.rmtree(self._best.folder, ignore_errors=True)
+            self.best_step = None
+            if world().leads:
+                shutil.rmtree(self._best.folder, ignore_errors=True)
 
     def _open_best(self, folder: Path) -> Checkpoints:
-        self._best = self._best or Checkpoints(folder / "state" / "best")
+        if self._best is None:
+            self._best = Checkpoints(folder / "state" / "best")
+            kept = self._best.state()
+            self.best_step = None if kept is None else kept["step"]
         return self._best
-
-    @property
-    def best_step(self) -> int | None:
-        """The step at which the best parameters were kept."""
-        steps = [] if self._best is None else self._best.steps()
-        return steps[-1] if steps else None
 
     def stop_early(
         self, trainer: Trainer, evaluate: Callable[[], Mapping[str, float]], patience: int
@@ -253,13 +262,21 @@ class Finetuning:
             names = {number: name for name, number in written.specials.items()}
             write_json(folder / "tokenizer_config.json", {**written.config, "pad_token": names[pad_id]})
 
-    def save(self, folder: Path, *, keep_adapter: bool = False) -> None:
-        """Write the model in float32: the best parameters where there was a watch for them, else the last."""
-        values = self._masters()
+    def trained_values(self) -> dict[str, torch.Tensor]:
+        """What `save` wants: the best parameters where there was a watch for them, else the last, whole and float32.
+
+        All processes call it; the first gets them, the others none.
+        """
+        assert self.optimizer is not None, "nothing was trained"
         if self._best is not None:
             self._best.wait()
-        if self._best is not None and (kept := self._best.load()):
-            values = kept[0]
+        if self._best is not None and self.best_step is not None:
+            kept = self._best.load() if world().leads else None
+            return kept[0] if kept else {}
+        return self.optimizer.whole_masters()
+
+    def save(self, folder: Path, values: Mapping[str, torch.Tensor], *, keep_adapter: bool = False) -> None:
+        """Write the model in float32 with the `trained_values`."""
         self._write(self._assembled(values, folder / "adapter" if keep_adapter else None), folder)
 
     def save_now(self, folder: Path) -> None:
@@ -279,7 +296,7 @@ class Finetuning:
                     parameter.copy_(values[name])
         if self.adapter is not None:
             whole = LoraAdapter(model, self.adapter.rank, self.adapter.alpha, self.adapter.targets)
-            whole.load(values)
+            whole.load(dict(values))
             if adapter_folder is not None:
                 whole.save(adapter_folder, self.folder)
             model = whole.merge()

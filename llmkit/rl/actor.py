@@ -15,8 +15,10 @@ import torch
 
 from llmkit.conversations import Part
 from llmkit.engine.devices import is_small, one_thread
+from llmkit.engine.distributed import world
 from llmkit.engine.generation import Completion, Generator, Request
 from llmkit.engine.sampling import Sampling
+from llmkit.engine.sharding import whole_model
 from llmkit.engine.tool_calls import ToolUse
 from llmkit.model.transformer import Transformer
 from llmkit.rewards import Attempt, Weighted, total
@@ -81,10 +83,23 @@ class Actor:
     def attempt(
         self, problems: Sequence[EncodedProblem], settings: RolloutSettings, *, step: int, first_group: int
     ) -> list[list[Rollout]]:
-        """The groups of attempts at some problems, judged. Raises UserError where a reward fails."""
+        """The groups of attempts at some problems, judged. Raises UserError where a reward fails.
+
+        Each process of a job makes and judges its share of them, and all get all: random numbers are those of a group
+        and a sample, whoever draws them.
+        """
+        first, stop = world().share(len(problems))
+        own = self._attempt(problems[first:stop], settings, step, first_group + first)
+        return [group for part in world().gather(own) for group in part]
+
+    def _attempt(
+        self, problems: Sequence[EncodedProblem], settings: RolloutSettings, step: int, first_group: int
+    ) -> list[list[Rollout]]:
         started = time.monotonic()
+        generator = self._generator_for(settings)
+        if not problems:
+            return []
         with torch.inference_mode(), one_thread(self._small):
-            generator = self._generator_for(settings)
             before = generator.tokens
             requests = (
                 Request(
@@ -138,7 +153,9 @@ class Actor:
 
     def _own_generator(self, settings: RolloutSettings) -> Generator:
         details = {"slots": self._slots, "stop": settings.stop, "name": self._name, "tools": self._tools}
-        return Generator(self.model, self.tokenizer, Sampling(settings.temperature), **details)
+        model = whole_model(self.model)
+        with torch.inference_mode():
+            return Generator(model, self.tokenizer, Sampling(settings.temperature), **details)
 
     def _parts(self, made: Completion) -> tuple[Part, ...]:
         if self._tools is None or not made.tool_calls:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmkit.data.batches import shuffled
+from llmkit.engine.distributed import world
 from llmkit.model.transformer import Transformer
 from llmkit.rewards import Weighted
 from llmkit.rl.actor import Actor, RolloutSettings
@@ -74,7 +75,8 @@ class Collector:
         """The batches that follow so many steps, each made when it is asked for, until nothing can be learnt."""
         self.groups = self._log.trim(steps)
         while (batch := self._collect(steps + 1)) is not None:
-            self._loss.start(len(batch.token_ids), self.rollouts)
+            first, stop = world().share(len(batch.token_ids))
+            self._loss.start(stop - first, self.rollouts)
             self.handed_over = time.monotonic()
             yield batch
             steps += 1
@@ -97,7 +99,7 @@ class Collector:
         batch, _ = pack_rollouts(trained, weights.tolist(), self._pad, settings.share_prompts)
         self.rollouts = [rollout for group in all_groups for rollout in group]
         self._log.write(self.rollouts)
-        sampled, spent = actor.tokens - tokens, actor.seconds - seconds
+        sampled, spent = int(world().sum(actor.tokens - tokens)[0]), actor.seconds - seconds
         self.figures = {
             **describe(all_groups, self._actor.rewards),
             "groups": len(all_groups),

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from llmkit.engine.distributed import world
 from llmkit.rewards import Weighted, total
 from llmkit.rl.actor import Actor, RolloutSettings, score
 from llmkit.rl.collecting import describe
@@ -43,11 +44,14 @@ class HeldOut:
         self.rollouts = [rollout for group in groups for rollout in group]
         found = {f"val_{name}": value for name, value in describe(groups, self._actor.rewards).items()}
         if self._gold is not None:
-            self.gold_rewards = total(score(self.rollouts, [self._gold], self._settings.max_tokens), [self._gold])
+            self.gold_rewards = world().broadcast(self._gold_rewards(self._gold) if world().leads else None)
             means = np.array(self.gold_rewards).reshape(len(groups), -1).mean(1)
             found["val_gold"] = round(float(means.mean()), 5)
             found["val_gold_se"] = round(float(means.std() / math.sqrt(len(means))), 5)
         return found
+
+    def _gold_rewards(self, gold: Weighted) -> list[float]:
+        return total(score(self.rollouts, [gold], self._settings.max_tokens), [gold])
 
     def disagreements(self, count: int) -> list[dict[str, Any]]:
         """The attempts of the last evaluation that the rewards think most of in comparison with the gold one.

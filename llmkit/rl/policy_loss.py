@@ -6,6 +6,7 @@ N targets, B rows of T tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llmkit.data.batches import IGNORED
+from llmkit.engine.distributed import world
 from llmkit.kernels import Branching, linear_logprobs
 from llmkit.model.transformer import Transformer
 from llmkit.rl.algorithms import Algorithm
@@ -45,7 +47,8 @@ class PolicyLoss:
         self._sums: dict[str, float] = {}
 
     def start(self, rows: int, rollouts: Sequence[Rollout]) -> None:
-        """A new batch of so many rows, made of these attempts, which is gone through once or several times."""
+        """A new batch of so many rows, those of this process, made of these attempts of all processes, which is gone
+        through once or several times."""
         self._rows, self._seen, self._attempts = rows, 0, max(1, sum(rollout.trained for rollout in rollouts))
         self._sums = dict.fromkeys(("targets", "entropy", "kl", "policy_kl", "clipped", "ratio", "first", "gap"), 0.0)
         self._sums["largest"] = 0.0
@@ -91,8 +94,9 @@ class PolicyLoss:
 
     @property
     def figures(self) -> dict[str, float]:
-        """What the batch was like; see the class."""
-        sums = self._sums
+        """What the batch was like, in all processes, which ask for it together; see the class."""
+        sums = dict(zip(self._sums, world().sum(*self._sums.values()), strict=True))
+        sums["largest"] = world().largest(self._sums["largest"])[0]
         targets, first = max(1.0, sums["targets"]), max(1.0, sums["first"])
         found = {name: sums[name] / targets for name in ("policy_kl", "clipped", "ratio")}
         found |= {"entropy": sums["entropy"] / first, "logprob_difference": sums["gap"] / first}
@@ -120,7 +124,19 @@ def target_logprobs(model: Transformer, batch: PolicyRows, temperature: float) -
 def reference_logprobs(
     reference: Transformer, rollouts: Sequence[Rollout], temperature: float, share_prompts: bool
 ) -> None:
-    """Give every attempt the log-probabilities of its tokens under another model."""
+    """Give every attempt the log-probabilities of its tokens under another model; each process computes its share."""
+    first, stop = world().share(len(rollouts))
+    _own_reference_logprobs(reference, rollouts[first:stop], temperature, share_prompts)
+    everywhere = world().gather([one.reference_logprobs for one in rollouts[first:stop]])
+    for rollout, logprobs in zip(rollouts, chain.from_iterable(everywhere), strict=True):
+        rollout.reference_logprobs = logprobs
+
+
+def _own_reference_logprobs(
+    reference: Transformer, rollouts: Sequence[Rollout], temperature: float, share_prompts: bool
+) -> None:
+    if not rollouts:
+        return
     rows, places = pack_rollouts(rollouts, [1.0] * len(rollouts), 0, share_prompts)
     found = np.zeros_like(rows.logprobs)
     rows_at_once = max(1, TOKENS_AT_ONCE // rows.token_ids.shape[1])

@@ -16,6 +16,7 @@ import numpy as np
 import orjson
 
 from llmkit.conversations import Message, Part, as_record, message
+from llmkit.engine.distributed import world
 from llmkit.engine.generation import Completion
 from llmkit.files import atomic_file
 from llmkit.problems import Problem
@@ -98,6 +99,9 @@ class RolloutLog:
 
     def trim(self, steps: int) -> int:
         """Drop what a killed run has left of later steps, and half a line; the number of the next group."""
+        return world().broadcast(self._trim(steps) if world().leads else None)
+
+    def _trim(self, steps: int) -> int:
         groups = 0
         if self.path.exists():
             with atomic_file(self.path) as kept:
@@ -108,7 +112,9 @@ class RolloutLog:
         return groups
 
     def write(self, rollouts: Iterable[Rollout]) -> None:
-        """Add the attempts of a step."""
+        """Add the attempts of a step; the first process does."""
+        if not world().leads:
+            return
         with self.path.open("ab") as handle:
             for rollout in rollouts:
                 handle.write(orjson.dumps(rollout.record()) + b"\n")

@@ -127,11 +127,7 @@ def run(config: PretrainConfig) -> Summary | None:
     world.check_same(identity | {"the documents": shards.digest})
     notes = folder.notes(identity)
     plan = Plan.from_json(notes["plan"]) if notes else _plan(config, tokenizer, shards, val_shards, device, dtype)
-    if plan.batch_rows < world.size:
-        raise UserError(
-            f"--batch-tokens: {plan.batch_rows} rows of {plan.sequence_length} tokens are fewer than {world.size} "
-            f"processes; give at least {world.size * plan.sequence_length}"
-        )
+    world.check_rows(plan.batch_rows, f"--batch-tokens: rows of {plan.sequence_length} tokens")
     if shards.tokens < plan.sequence_length:
         raise UserError(
             f"{names_of(inputs)}: {shards.tokens:,} tokens in {shards.documents:,} documents are fewer than one "

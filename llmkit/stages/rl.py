@@ -152,22 +152,18 @@ class Summary:
 def run(config: RlConfig) -> Summary | None:
     """Load, build, train, save, summarise. Raises UserError for the user's mistakes, Interrupted after a signal."""
     _check(config)
-    folder = RunFolder(
-        config.out or ("policy/" if config.dry_run else None),
-        "policy/",
-        resume=config.resume,
-        force=config.force,
-        dry_run=config.dry_run,
-    )
+    out = config.out or ("policy/" if config.dry_run else None)
+    folder = RunFolder(out, "policy/", resume=config.resume, force=config.force, dry_run=config.dry_run)
     if folder.is_finished:
         return Summary(path=str(folder.out), **folder.results("rl"))
     with ExitStack() as stack:
-        return _run(config, folder, stack)
+        return _run(replace(config, resume=folder.resume), folder, stack)
 
 
 def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | None:
     from llmkit.engine import setup
     from llmkit.engine.devices import choose_device, choose_dtype
+    from llmkit.engine.distributed import join
     from llmkit.engine.scaling import training_bytes
     from llmkit.engine.schedule import Schedule
     from llmkit.engine.tool_calls import open_tools
@@ -186,6 +182,7 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     # load
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
+    world = join(device, config)
     tuning = _load(config, device, dtype)
     rewards, gold = _rewards(config, stack)
     served = _served(config, folder, tuning, stack) if config.is_served else None
@@ -217,6 +214,7 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
             say(line, config.quiet)
         return None
     identity = lasting_options(config) | {"the data": digest(problems), "what is in --val": digest(held_out)}
+    world.check_same(identity)
     folder.notes(identity)
     folder.begin(identity)
     collector = Collector(
@@ -287,6 +285,9 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
         tuning.forget_kept()
 
     # save
+    values = tuning.trained_values()
+    if not world.leads:
+        return None
     figures = last_figures(read_metrics(folder.work / "metrics.jsonl"), tuning.best_step)
     results = {
         "steps": trainer.step,
@@ -305,7 +306,7 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
             for record in tried.disagreements(DISAGREEMENTS):
                 write(record)
     tuning.write_tokenizer(folder.work)
-    tuning.save(folder.work)
+    tuning.save(folder.work, values)
     folder.finish()
 
     # summarise

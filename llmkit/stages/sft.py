@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, ClassVar
 
@@ -115,18 +115,22 @@ def run(config: SftConfig) -> Summary | None:
     )
     if folder.is_finished:
         return Summary(path=str(folder.out), **folder.results("sft"))
+    config = replace(config, resume=folder.resume)
 
     from llmkit.data.mixture import Mixture, PackedEvaluation
     from llmkit.data.sources import conversations_of
     from llmkit.engine import setup, speed
     from llmkit.engine.devices import choose_device, choose_dtype
+    from llmkit.engine.distributed import join
     from llmkit.engine.evaluation import masked_loss, next_token_loss
     from llmkit.engine.finetuning import Finetuning, answer
     from llmkit.engine.inspecting import show_examples
     from llmkit.engine.schedule import Schedule
+    from llmkit.engine.sharding import whole_model
 
     # load
     device = choose_device(config.device)
+    world = join(device, config)
     tuning = Finetuning.load(str(config.model), device=device, dtype=choose_dtype(config.dtype, device))
     row_tokens = _row_tokens(config, tuning.context)
     sources, digests = _read_sources(config, files, tuning.chat, row_tokens)
@@ -144,6 +148,8 @@ def run(config: SftConfig) -> Summary | None:
     if config.dry_run:
         return None
     identity = lasting_options(config) | {"the data": digests}
+    world.check_same(identity)
+    world.check_rows(mixture.batch_size, f"--batch-tokens: rows of {row_tokens} tokens")
     folder.notes(identity)
     folder.begin(identity)
     flops_per_token = tuning.model.config.flops_per_token(row_tokens)
@@ -172,12 +178,15 @@ def run(config: SftConfig) -> Summary | None:
         total_steps=steps,
         seconds=None if config.time_budget is None else config.time_budget - (time.monotonic() - STARTED),
         evaluate=evaluate,
-        sample=lambda: answer(tuning.model, tuning.chat, tuning.tokenizer, config.prompt, ANSWER_TOKENS),
+        sample=lambda: answer(whole_model(tuning.model), tuning.chat, tuning.tokenizer, config.prompt, ANSWER_TOKENS),
         flops_per_token=flops_per_token,
-        peak_flops=speed.peak_flops(device, tuning.dtype),
+        peak_flops=speed.peak_flops(device, tuning.dtype) * world.size,
     )
 
     # save
+    values = tuning.trained_values()
+    if not world.leads:
+        return None
     epochs = zip(sources, mixture.epochs(trainer.step), strict=True)
     results = {
         **trainer.results(),
@@ -189,7 +198,7 @@ def run(config: SftConfig) -> Summary | None:
     inputs = [file.path for file in files if file.path != "-"]
     folder.document("sft", as_options(config), inputs=inputs, parents=[str(config.model)], results=results)
     tuning.write_tokenizer(folder.work)
-    tuning.save(folder.work, keep_adapter=config.keep_adapter)
+    tuning.save(folder.work, values, keep_adapter=config.keep_adapter)
     folder.finish()
 
     # summarise

@@ -127,6 +127,7 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
         results = folder.results("train-reward")
         _check_gate(config, results["val_accuracy"])
         return Summary(path=str(folder.out), **results)
+    config = replace(config, resume=folder.resume)
 
     import numpy as np
 
@@ -134,6 +135,7 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
     from llmkit.data.mixture import Mixture, Source
     from llmkit.engine import setup, speed
     from llmkit.engine.devices import choose_device, choose_dtype
+    from llmkit.engine.distributed import join
     from llmkit.engine.finetuning import Finetuning
     from llmkit.engine.reward_evaluation import check_unequal, judge
     from llmkit.engine.reward_loss import ComparisonLoss, row_length
@@ -143,6 +145,7 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
 
     # load
     device = choose_device(config.device)
+    world = join(device, config)
     tuning = Finetuning.load(str(config.inputs[0]), device=device, dtype=choose_dtype(config.dtype, device))
     pad = tuning.never_last_id
     model = tuning.become(
@@ -176,6 +179,8 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
         say(f"about {memory / 1e9:.2f} GB of memory, {flops:.3g} FLOPs, {duration(seconds)} to train", config.quiet)
         return None
     identity = lasting_options(config) | {"the data": digests}
+    world.check_same(identity)
+    world.check_rows(rows, f"--batch-size: rows of {row_tokens} tokens")
     folder.notes(identity)
     folder.begin(identity)
     trainer = setup.build_trainer(
@@ -200,11 +205,14 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
         total_steps=steps,
         evaluate=validate if config.eval_every else None,
         flops_per_token=flops_per_token,
-        peak_flops=speed.peak_flops(device, tuning.dtype),
+        peak_flops=speed.peak_flops(device, tuning.dtype) * world.size,
     )
 
     # save
     evaluation = judge(model, held_out, pad, **_asked_for(config, tuning.tokenizer))
+    values = tuning.trained_values()
+    if not world.leads:
+        return None
     _say_evaluation(evaluation, config.quiet)
     overall = evaluation["overall"]
     results = {
@@ -218,7 +226,7 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
     folder.document("train-reward", as_options(config), inputs=inputs, parents=[str(config.inputs[0])], results=results)
     write_json(folder.work / EVALUATION, evaluation)
     tuning.write_tokenizer(folder.work, pad_id=pad)
-    tuning.save(folder.work)
+    tuning.save(folder.work, values)
     folder.finish()
     _check_gate(config, overall["accuracy"])
 
