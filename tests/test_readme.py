@@ -57,7 +57,7 @@ def test_every_option_it_names_exists():
     from llmkit.cli import COMMANDS
     from llmkit.config import flag_of, option_fields
 
-    known = {"--config", "--help", "--stories"}
+    known = {"--config", "--help", "--stories", "--nproc-per-node"}
     for module, config_name, _ in COMMANDS.values():
         known |= {flag_of(item) for item in option_fields(getattr(import_module(module), config_name))}
     assert set(re.findall(r"(--[a-z][a-z-]+)", README)) <= known

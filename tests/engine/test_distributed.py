@@ -25,10 +25,9 @@ from llmkit.engine.failures import verdict
 from llmkit.errors import UserError
 from llmkit.launch import Launch, read_launch
 
-WORDS = ["the", "old", "ship", "sailed", "past", "a", "green", "island", "while", "small", "birds", "sang", "over", "warm", "grey", "stones", "and", "deep", "water"]
-# 13 rows: no number of processes divides them
-PRETRAIN = "--hidden-size 32 --depth 2 --num-attention-heads 2 --sequence-length 32 --batch-tokens 416"
-PRETRAIN += " --micro-batch-size 4 --dtype float32 --device cpu"
+WORDS = ["old", "ship", "sailed", "past", "green", "island", "small", "birds", "sang", "over", "stones", "water"]
+PRETRAIN = ["--hidden-size", 32, "--depth", 2, "--num-attention-heads", 2, "--sequence-length", 32, "--device", "cpu"]
+PRETRAIN += ["--batch-tokens", 13 * 32, "--micro-batch-size", 4, "--dtype", "float32"]  # no number divides 13 rows
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +69,7 @@ def environment(**more: object) -> dict[str, str]:
 
 def pretrain(data: Path, out: Path, *more: object) -> list[object]:
     files = [data / "docs.jsonl", "--tokenizer", data / "base", "--val", data / "val.jsonl"]
-    return ["pretrain", *files, "--token-cache", out.with_name("tokens"), *PRETRAIN.split(), "-o", out, *more]
+    return ["pretrain", *files, "--token-cache", out.with_name("tokens"), *PRETRAIN, "-o", out, *more]
 
 
 def figures(folder: Path, *names: str) -> list[float]:
