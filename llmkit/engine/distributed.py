@@ -66,13 +66,15 @@ class World:
             dist.all_reduce(tensor)
 
     def gather(self, value: Any) -> list[Any]:
-        """The value of each process, by rank, in every process."""
+        """The value of each process, by rank, in every process, however long each takes to have it."""
         if self.size == 1:
             return [value]
         import torch.distributed as dist
 
+        self.meet()
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)  # in its own time: what is gathered took each process another one
+        with self._watch.waiting():
+            dist.all_gather_object(found, value)
         return found
 
     def broadcast(self, value: Any) -> Any:
@@ -86,8 +88,7 @@ class World:
         if self.leads:
             self._watch.store.set(key, json.dumps(value))
             return value
-        while not self._watch.store.check([key]):  # no deadline: the first may have much to do, and the watch is there
-            time.sleep(0.02)
+        self._await([key])
         return json.loads(self._watch.store.get(key))
 
     @contextmanager
@@ -100,9 +101,17 @@ class World:
         if self.leads and self.size > 1:
             self._say(None, number)
 
-    def barrier(self) -> None:
-        """Wait until all processes are here."""
-        self.sum(0.0)
+    def meet(self) -> None:
+        """Wait until all processes are here, however long that takes."""
+        if self.size > 1:
+            number = next(self._numbers)
+            self._watch.store.set(f"here/{number}/{self.rank}", "")
+            self._await([f"here/{number}/{rank}" for rank in range(self.size)])
+
+    def _await(self, keys: list[str]) -> None:
+        # no deadline: the watch ends this process where another one fails
+        while not self._watch.store.check(keys):
+            time.sleep(0.02)
 
     def check_same(self, what: Mapping[str, Any]) -> None:
         """Raise UserError where this process was given something else than the first: values of JSON, by a name that
@@ -118,7 +127,7 @@ class World:
         there itself."""
         if self.size == 1:
             return
-        self.barrier()
+        self.meet()
         if not (folder / name).exists():
             raise UserError(f"{folder}: not to be seen from here; --out must be on a disk that all machines share")
         mine = folder / f"rank-{self.rank}.probe"
