@@ -105,7 +105,7 @@ class World:
         """Wait until all processes are here, however long that takes."""
         if self.size > 1:
             number = next(self._numbers)
-            self._watch.store.set(f"here/{number}/{self.rank}", "")
+            self._watch.store.set(f"here/{number}/{self.rank}", "1")
             self._await([f"here/{number}/{rank}" for rank in range(self.size)])
 
     def _await(self, keys: list[str]) -> None:
