@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from llmkit.tokenizer.encoding import Tokenizer
 
 STARTED = time.monotonic()  # a time budget covers the start-up, too
+GPU_KINDS = ("a100", "h100", "h200", "b200")  # of llmkit/engine/estimating.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,13 @@ class PretrainConfig(TrainingConfig):
 
     prompt: str = option("The", "Prompt of the samples.", group="Log", free=True)
 
+    gpu_kind: str | None = option(
+        None, "With --dry-run: say what it takes on these.", group="Estimate", choices=GPU_KINDS, free=True
+    )
+    gpus: int = option(8, "GPUs of a machine.", group="Estimate", at_least=1, free=True)
+    nodes: int = option(1, "Machines.", group="Estimate", at_least=1, free=True)
+    gpu_price: float | None = option(None, "Price of a GPU hour.", group="Estimate", at_least=0, free=True)
+
     def reads_stdin(self) -> bool:
         """Whether stdin is the input."""
         return not self.inputs or "-" in self.inputs
@@ -102,6 +110,7 @@ def run(config: PretrainConfig) -> Summary | None:
     from llmkit.engine import setup, speed
     from llmkit.engine.devices import check_memory, choose_device, choose_dtype
     from llmkit.engine.distributed import join
+    from llmkit.engine.estimating import estimate
     from llmkit.engine.evaluation import held_out_loss, next_token_loss
     from llmkit.engine.generation import continue_text
     from llmkit.engine.planning import Plan, check_wishes, plan_table
@@ -135,6 +144,12 @@ def run(config: PretrainConfig) -> Summary | None:
         )
     batches = Batches(shards, plan.sequence_length, plan.batch_rows, config.seed)
     say(plan_table(plan), config.quiet)
+    if config.gpu_kind is not None:
+        for line in estimate(plan, config.gpu_kind, config.nodes, config.gpus, config.micro_batch_size).lines(
+            config.gpu_price
+        ):
+            say(line, config.quiet)
+        return None
     check_memory(plan.training_bytes(world.size), device)
     if config.dry_run:
         shape = plan.model, plan.recipe, plan.micro_batch_rows, plan.sequence_length
@@ -186,6 +201,8 @@ def run(config: PretrainConfig) -> Summary | None:
 
 def _checked_inputs(config: PretrainConfig) -> list[str]:
     """The documents. Raises UserError for files that are not there, also those of the other options."""
+    if config.gpu_kind is not None and not config.dry_run:
+        raise UserError("--gpu-kind: needs --dry-run, which says what training would take there")
     if config.tokenizer is None:
         raise UserError("--tokenizer is required: a folder from llmkit train-bpe, such as --tokenizer tok/")
     if not Path(config.tokenizer).exists():
