@@ -123,22 +123,17 @@ def write_file_manifest(
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one object a line, each on disk as soon as it is written; of several processes the first alone
-    writes."""
+    """`metrics.jsonl`: one object a line, each on disk as soon as the first process has written it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.handle = None
-        if not launch().leads:
-            return
-        self.handle = open(path, "a+b", buffering=0)  # noqa: SIM115
-        self.handle.seek(0)
-        written = self.handle.read()
-        self.handle.truncate(written.rfind(b"\n") + 1)  # a row that a kill cut in two
+        self.handle = open(path if launch().leads else os.devnull, "a+b", buffering=0)  # noqa: SIM115
+        if launch().leads:
+            self.handle.seek(0)
+            written = self.handle.read()
+            self.handle.truncate(written.rfind(b"\n") + 1)  # a row that a kill cut in two
 
     def write(self, row: Mapping[str, Any]) -> None:
-        if self.handle is None:
-            return
         try:
             self.handle.write(orjson.dumps(row, option=JSON_LINE))
         except OSError as error:
@@ -149,8 +144,7 @@ class MetricsLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self.handle is not None:
-            self.handle.close()
+        self.handle.close()
 
 
 def scan_metrics(path: Path, unreadable: Callable[[int, str], object] | None = None) -> Iterator[dict[str, Any]]:
@@ -323,8 +317,7 @@ class RunFolder:
     identity: what a run and its resumption must have in common, by the name that the user knows it by: flags
     (`lasting_options`), and what was in the files that they name. JSON values.
 
-    Of several processes the first alone writes. Where torchrun starts a job again after a failure, the run that it had
-    begun is resumed, whatever was asked for.
+    The first process alone writes. A job that torchrun starts again resumes the run that it had begun, always.
     """
 
     def __init__(self, out: str | None, example: str, *, resume: bool, force: bool, dry_run: bool = False) -> None:
@@ -344,9 +337,8 @@ class RunFolder:
 
     def _begun_by_this_job(self) -> bool:
         """Whether a former attempt of this job, which failed, has begun the run."""
-        me = launch()
-        places = [place / NOTES for place in (self.work, self.out) if (place / NOTES).exists()]
-        return me.restarts > 0 and any(read_json(place).get("job") == me.job for place in places[:1])
+        notes = next((place / NOTES for place in (self.work, self.out) if (place / NOTES).exists()), None)
+        return launch().restarts > 0 and notes is not None and read_json(notes).get("job") == launch().job
 
     @property
     def is_finished(self) -> bool:
@@ -378,8 +370,7 @@ class RunFolder:
         if not self.resume:
             remove(self.work)
         (self.work / NOTES).parent.mkdir(parents=True, exist_ok=True)
-        job = {} if launch().job is None else {"job": launch().job}
-        write_json(self.work / NOTES, {"identity": identity, "notes": notes, **job})
+        write_json(self.work / NOTES, {"identity": identity, "notes": notes, "job": launch().job})
 
     def document(
         self,

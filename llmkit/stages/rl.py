@@ -183,6 +183,8 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     world = join(device, config)
+    if config.is_served and world.size > 1:
+        raise UserError("--engine: expected one process, for one server gets the weights; start it without torchrun")
     tuning = _load(config, device, dtype)
     rewards, gold = _rewards(config, stack)
     served = _served(config, folder, tuning, stack) if config.is_served else None
