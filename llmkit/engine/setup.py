@@ -89,7 +89,7 @@ def build_trainer(
             eval_every=options.eval_every,
             save_every=options.save_every,
             sample_every=options.sample_every,
-            mirrors=tuple(mirrors(options, folder)),
+            mirrors=tuple(mirrors(options, folder)) if world().leads else (),
             quiet=options.quiet,
             **settings,
         ),
