@@ -20,7 +20,7 @@ from llmkit.errors import UserError
 from llmkit.files import atomic_file, read_json, write_json
 from llmkit.model import gguf_model
 from llmkit.model.config import ModelConfig
-from llmkit.model.folder import CONFIG, SavedTensors, load_config, save_tensors, write_tensors
+from llmkit.model.folder import CONFIG, GENERATION, SavedTensors, load_config, save_tensors, write_tensors
 from llmkit.model.reward import SCORE
 from llmkit.model.weights import stock_shapes
 from llmkit.tokenizer import gguf_tokenizer
@@ -39,7 +39,6 @@ _GGUF_TYPES = {
     "q8_0": ("MOSTLY_Q8_0", "Q8_0"),
 }
 ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
-GENERATION = "generation_config.json"
 # beside those that our own tokenizers have; what other libraries read, or people
 _COPIED = (*FILES, "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", GENERATION, "LICENSE")
 
@@ -116,12 +115,10 @@ def plan_gguf(source: Source, dtype: str) -> GgufPlan:
 
 
 def _ends(source: Source) -> tuple[int, ...]:
-    """The tokens that end a generation: those of generation_config.json, as transformers has it, else config.json's."""
-    path, ends = source.folder / GENERATION, source.config.eos_token_id
-    if path.exists():
-        ends = read_json(path).get("eos_token_id", ends)
-    found = tuple(ends) if isinstance(ends, (list, tuple)) else () if ends is None else (ends,)
-    return tuple(end for end in found if 0 <= end < source.config.vocab_size)
+    """The tokens that end a generation."""
+    ends = source.config.eos_token_id
+    found = ends if isinstance(ends, tuple) else (ends,)
+    return tuple(end for end in found if end is not None and 0 <= end < source.config.vocab_size)
 
 
 def write_gguf(path: str, source: Source, plan: GgufPlan, advance: Callable[[float], object]) -> None:

@@ -39,6 +39,7 @@ from llmkit.model.transformer import Transformer
 from llmkit.progress import say
 from llmkit.tokenizer.chat import ChatFormat, write_chat_tokenizer
 from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
+from llmkit.tokenizer.templates import chat_format, has_own_template
 
 # AdamW's rate at a width of 256, falling with the square root of the width; docs/experiments.md, "Fine-tuning"
 LEARNING_RATE, LORA_LEARNING_RATE = 2e-3, 3e-3
@@ -53,6 +54,7 @@ class Finetuning:
     def __init__(self, folder: str, model: Transformer, tokenizer: Tokenizer, known_tokens: int | None) -> None:
         self.folder, self.model, self.tokenizer = folder, model, tokenizer
         self._known_tokens = known_tokens  # None: the model stays what it is
+        self._turn_end: int | None = None  # of a template from elsewhere
         self.adapter: LoraAdapter | None = None
         self.optimizer: Optimizer | None = None
         self._best: Checkpoints | None = None
@@ -62,8 +64,10 @@ class Finetuning:
         self._own: set[str] = set()  # parameters that the base does not have
 
     @classmethod
-    def load(cls, folder: str, *, device: torch.device, dtype: torch.dtype) -> Finetuning:
+    def load(cls, folder: str, *, device: torch.device, dtype: torch.dtype, own_template: bool = False) -> Finetuning:
         """Load a model folder, with rows for the tokens of conversations, where it lacks them.
+
+        own_template: a folder that brings a chat template from elsewhere keeps it, and its tokens.
 
         Raises UserError for a folder that cannot be loaded, for weights that are not finite, and for a tokenizer that
         does not fit the model.
@@ -71,6 +75,12 @@ class Finetuning:
         base = load_tokenizer(folder)
         model = load_model(folder, dtype=dtype, device=device)
         base.check_fits(model.config.vocab_size)
+        if own_template and has_own_template(base):
+            _check_finite(model, folder)
+            tuning = cls(folder, model, base, None)
+            turn = tuning._turn_end = tuning.chat.end_id
+            tuning.model = _ending_at(model, turn)
+            return tuning.train()
         with tempfile.TemporaryDirectory(prefix="llmkit-") as place:
             tokenizer = write_chat_tokenizer(base, Path(place))
         _check_finite(model, folder)
@@ -118,13 +128,15 @@ class Finetuning:
     @cached_property
     def chat(self) -> ChatFormat:
         """How conversations become tokens."""
-        return ChatFormat(self.tokenizer)
+        return chat_format(self.tokenizer)
 
     @property
     def is_assistant(self) -> bool:
         """Whether the model has learnt to end its turns."""
         ends = self.model.config.eos_token_id
-        return self.tokenizer.specials.get("<|im_end|>") in (ends if isinstance(ends, tuple) else (ends,))
+        own = has_own_template(self.tokenizer)
+        end = self.chat.end_id if own else self.tokenizer.specials.get("<|im_end|>")
+        return end in (ends if isinstance(ends, tuple) else (ends,))
 
     @property
     def pad_id(self) -> int:
@@ -289,6 +301,8 @@ class Finetuning:
         base = load_model(self.folder)
         if self._known_tokens is not None:
             base = _grown(base, self._known_tokens, self.tokenizer)
+        elif self._turn_end is not None:
+            base = _ending_at(base, self._turn_end)
         model = self._reshape(base)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -316,11 +330,15 @@ def _check_finite(model: Transformer, folder: str) -> None:
 def _grown(model: Transformer, known: int, tokenizer: Tokenizer) -> Transformer:
     """The model with rows for every token, which ends a text where a turn ends, too."""
     model = grow_vocabulary(model, known, tokenizer.vocab_size)
+    return _ending_at(model, tokenizer.specials["<|im_end|>"], tokenizer.end_of_text_id)
+
+
+def _ending_at(model: Transformer, turn: int, text: int | None = None) -> Transformer:
+    """The model with these tokens among those that end a generation, the end of a turn first."""
     former = model.config.eos_token_id
-    ends = former if isinstance(former, tuple) else () if former is None else (former,)
-    turn = tokenizer.specials["<|im_end|>"]
-    ends = (turn, *(end for end in (*ends, tokenizer.end_of_text_id) if end not in (None, turn)))
-    model.config = replace(model.config, eos_token_id=tuple(dict.fromkeys(ends)))
+    ends = former if isinstance(former, tuple) else (former,)
+    ends = dict.fromkeys(end for end in (turn, *ends, text) if end is not None)
+    model.config = replace(model.config, eos_token_id=tuple(ends))
     return model
 
 

@@ -21,6 +21,7 @@ from llmkit.model.transformer import Transformer
 from llmkit.model.weights import EMBEDDING, HEAD, export_state_dict, import_state_dict, stock_shapes
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+GENERATION = "generation_config.json"
 # Buffers that old checkpoints carry and nobody reads.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -37,6 +38,9 @@ def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
         raise UserError(f"{path}: not found; expected a model folder with {CONFIG}") from None
     if values.get("quantization_config"):
         raise UserError(f"{path}: a quantized checkpoint is not supported; load the original")
+    if path.with_name(GENERATION).is_file():  # which transformers asks first where a text ends
+        ends = read_json(path.with_name(GENERATION)).get("eos_token_id")
+        values["eos_token_id"] = values.get("eos_token_id") if ends is None else ends
     return ModelConfig.from_hf(values, str(path))
 
 
@@ -72,7 +76,7 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     config = model.config
     tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    write_json(folder / "generation_config.json", {k: v for k, v in tokens.items() if v is not None})
+    write_json(folder / GENERATION, {k: v for k, v in tokens.items() if v is not None})
     values = config.to_hf(str(dtype).removeprefix("torch."))
     save_tensors(folder, values, export_state_dict(model, dtype), max_shard_size)
 

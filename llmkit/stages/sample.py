@@ -138,6 +138,7 @@ def _run_here(config: SampleConfig, model: str, out: str) -> Summary | None:
     from llmkit.engine.sampling import Sampling
     from llmkit.engine.shots import STOP, load_shots, with_shots
     from llmkit.engine.tool_calls import open_tools
+    from llmkit.tokenizer import templates
     from llmkit.tokenizer.chat import ChatFormat
 
     opened = open_model(model, config.device, config.dtype)
@@ -156,7 +157,7 @@ def _run_here(config: SampleConfig, model: str, out: str) -> Summary | None:
 
         @cache
         def chat_format() -> ChatFormat:
-            found = ChatFormat(tokenizer)
+            found = templates.chat_format(tokenizer)
             check_ends_turns(found, opened.config, model)
             return found
 

@@ -131,7 +131,8 @@ def run(config: SftConfig) -> Summary | None:
     # load
     device = choose_device(config.device)
     world = join(device, config)
-    tuning = Finetuning.load(str(config.model), device=device, dtype=choose_dtype(config.dtype, device))
+    dtype = choose_dtype(config.dtype, device)
+    tuning = Finetuning.load(str(config.model), device=device, dtype=dtype, own_template=True)
     row_tokens = _row_tokens(config, tuning.context)
     sources, digests = _read_sources(config, files, tuning.chat, row_tokens)
     held_out = [_read(config, path, conversations_of(path), tuning.chat, row_tokens)[0] for path in config.val]

@@ -115,6 +115,11 @@ class Tokenizer:
         """The ids of one text, with nothing added. Special tokens written in the text are plain text."""
         return self._reference.tokenizer.encode(check_text(text), add_special_tokens=False).ids
 
+    def placed_tokens(self, text: str) -> list[tuple[int, int, int]]:
+        """(first character, end, id) of each token of a text; the tokens of one character have the same place."""
+        encoding = self._reference.tokenizer.encode(check_text(text), add_special_tokens=False)
+        return [(*place, token) for place, token in zip(encoding.offsets, encoding.ids, strict=True)]
+
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of all texts end to end (uint32) and the number of ids of each (int64).
 

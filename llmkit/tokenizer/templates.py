@@ -1,0 +1,205 @@
+"""Conversations in the words of another model's chat template, as transformers' `apply_chat_template` has them.
+
+The template is rendered by jinja2 in a sandbox; special tokens are those that the template writes, never text that
+spells one: what would is broken by a mark before rendering, and the mark taken out again. Other marks tell where each
+message begins and ends in what was rendered, and so which tokens are learnt.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from llmkit.conversations import Conversation, Message, message
+from llmkit.errors import UserError
+from llmkit.tokenizer.chat import LOSSES, ChatFormat, Encoded
+from llmkit.tokenizer.encoding import Tokenizer
+from llmkit.tokenizer.gguf_tokenizer import portable_template
+
+# Characters for private use, which stand for nothing. BREAK stands in text that spells a special token, BEGIN and END
+# about each message, CUT where an answer is asked for: tokens end there, as they do when the model is asked.
+BREAK, BEGIN, END, CUT = "\ue0f0", "\ue0f1", "\ue0f2", "\ue0f3"
+_MARKS = re.compile(f"[{BREAK}{BEGIN}{END}{CUT}]")
+
+
+def has_own_template(tokenizer: Tokenizer) -> bool:
+    """Whether a folder from elsewhere brings a chat template, and not our format."""
+    return tokenizer.chat_template is not None and "<|im_sep|>" not in tokenizer.chat_template
+
+
+def chat_format(tokenizer: Tokenizer) -> ChatFormat:
+    """How a folder's conversations become tokens. Raises UserError for one that knows none."""
+    return TemplateFormat(tokenizer) if has_own_template(tokenizer) else ChatFormat(tokenizer)
+
+
+class TemplateFormat(ChatFormat):
+    """The chat format of a tokenizer with a template of its own.
+
+    end_id   the token that ends the assistant's turn
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:  # not that of our format, which asks for its special tokens
+        self._tokenizer = tokenizer
+        names = sorted(tokenizer.specials, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, names)) or r"(?!)")  # of two at one place the longer
+        self._template = _compiled(tokenizer)
+        named = {key: tokenizer.config.get(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        self._names = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
+        self.end_id = self._end()
+
+    def _end(self) -> int:
+        rendered = self._render([message("user", "Hello"), message("assistant", "Hello")], asked=False)
+        after = self._special.search(rendered, rendered.rfind(END)) if END in rendered else None
+        if after is None:
+            raise UserError(f"{self._tokenizer.path.parent}: its chat template ends an answer with no special token")
+        return self._tokenizer.specials[after[0]]
+
+    def encode(self, messages: Sequence[Message], *, loss: str = "assistant", prompt: bool = False) -> Encoded:
+        """As `ChatFormat.encode`. Raises UserError for what the template refuses."""
+        encoded = self._encode(Conversation(tuple(messages)), loss, asked=prompt)
+        return replace(encoded, trained=np.zeros(len(encoded), bool)) if prompt and loss != "all" else encoded
+
+    def encode_many(self, conversations: Iterable[Conversation], *, loss: str = "assistant") -> list[Encoded]:
+        """As `ChatFormat.encode_many`."""
+        if loss not in LOSSES:
+            raise ValueError(f"loss: expected one of {LOSSES}, found {loss!r}")
+        return [self._encode(conversation, loss, asked=False) for conversation in conversations]
+
+    def tool_tokens(self) -> dict[str, tuple[int, int]]:
+        """Raises UserError: the tokens of calls are those of our own format."""
+        raise UserError(
+            f"{self._tokenizer.path.parent}: --tools needs the special tokens of llmkit's own chat format, "
+            "and this model has a chat template of its own"
+        )
+
+    # ---- text
+
+    def _render(self, messages: Sequence[Message], asked: bool) -> str:
+        from jinja2 import TemplateError
+
+        turns = [{"role": turn.role, "content": self._marked(turn)} for turn in messages]
+        try:
+            return self._template.render(messages=turns, add_generation_prompt=asked, **self._names)
+        except TemplateError as error:
+            raise UserError(f"{self._tokenizer.path.parent}: its chat template refuses this: {error}") from None
+
+    def _marked(self, turn: Message) -> str:
+        if any(part.kind != "text" for part in turn.parts):
+            raise UserError(
+                f"{self._tokenizer.path.parent}: calls of tools need llmkit's own chat format, "
+                "and this model has a chat template of its own"
+            )
+        text = _MARKS.sub("", "".join(part.text for part in turn.parts))
+        text = self._special.sub(lambda found: found[0][:1] + BREAK + found[0][1:], text)
+        core = text.strip()  # within white space, which some templates strip
+        start = text.index(core)
+        return f"{text[:start]}{BEGIN}{core}{END}{text[start + len(core) :]}"
+
+    # ---- tokens
+
+    def _encode(self, conversation: Conversation, loss: str, asked: bool) -> Encoded:
+        if conversation.document is not None:
+            return self._document(conversation.document)
+        messages = conversation.messages
+        rendered = self._render(messages, asked)
+        if [rendered.count(BEGIN), rendered.count(END)] != [len(messages)] * 2:
+            raise UserError(
+                f"{self._tokenizer.path.parent}: its chat template leaves messages out or changes them; "
+                "use conversations that it shows whole"
+            )
+        answers = [index for index, one in enumerate(messages) if one.role == "assistant"]
+        learnt = {i for i in answers if messages[i].weight > 0 and (loss != "last" or i == answers[-1])}
+        ids: list[int] = []
+        trained: list[bool] = []
+        ends: list[int] = []  # of turns: after the special token that follows a text, or where the next text begins
+        current, learning, done = -1, False, False  # the message, whether it is learnt, whether its text is over
+        for kind, token in self._events(self._cut(rendered, messages, answers)):
+            if kind == CUT:
+                learning = current + 1 in learnt
+            elif kind == BEGIN:
+                if done:
+                    ends.append(len(ids))
+                current, done = current + 1, False
+                learning = current in learnt
+            elif kind == END:
+                done = True
+            else:
+                ids.append(token)
+                trained.append(learning)
+                if kind == "special" and done:
+                    ends.append(len(ids))
+                    learning = done = False
+        if not asked:
+            ends[len(messages) - 1 :] = [len(ids)]  # what follows the last end token belongs to it
+        starts = [0, *ends]
+        questions = tuple(starts[i] for i, one in enumerate(messages) if one.role == "user" and i < len(starts))
+        preamble = ends[0] if messages[0].role == "system" and ends else 0
+        flags = np.ones(len(ids), bool) if loss == "all" else np.array(trained, bool)
+        return Encoded(np.array(ids, np.int32), flags, tuple(ends), questions, preamble)
+
+    def _cut(self, rendered: str, messages: Sequence[Message], answers: Sequence[int]) -> str:
+        """The text with CUT before each answer, where the template asks for it with the same words."""
+        places = []
+        for index in answers:
+            asked = self._render(messages[:index], asked=True) if index else ""
+            if asked and rendered.startswith(asked):
+                places.append(len(asked))
+        for place in reversed(places):
+            rendered = f"{rendered[:place]}{CUT}{rendered[place:]}"
+        return rendered
+
+    def _document(self, text: str) -> Encoded:
+        start, end = self._tokenizer.document_bounds()
+        ids = np.array([start, *self._tokenizer.encode(text), end], np.int32)
+        return Encoded(ids, np.arange(len(ids)) > 0, (len(ids),))
+
+    def _events(self, rendered: str) -> Iterator[tuple[str, int]]:
+        """A mark, or "special" or "text" with a token's id, in the order of the text."""
+        place = 0
+        for found in self._special.finditer(rendered):
+            yield from self._text_events(rendered[place : found.start()])
+            yield "special", self._tokenizer.specials[found[0]]
+            place = found.end()
+        yield from self._text_events(rendered[place:])
+
+    def _text_events(self, text: str) -> Iterator[tuple[str, int]]:
+        for number, piece in enumerate(text.split(CUT)):
+            if number:
+                yield CUT, 0
+            marks = [(found.start() - count, found[0]) for count, found in enumerate(_MARKS.finditer(piece))]
+            waiting = [(place, mark) for place, mark in marks if mark != BREAK]
+            for start, stop, token in self._tokenizer.placed_tokens(_MARKS.sub("", piece)):
+                # a token of a header's last space and an answer's first word is the answer's: the model has to say it
+                while waiting and (waiting[0][0] < stop if waiting[0][1] == BEGIN else waiting[0][0] <= start):
+                    yield waiting.pop(0)[1], 0
+                yield "text", token
+            for _, mark in waiting:
+                yield mark, 0
+
+
+def _compiled(tokenizer: Tokenizer) -> Any:
+    """The template, in the environment that transformers gives it but for today's date, which would change a run."""
+    try:
+        from jinja2 import TemplateError
+        from jinja2.ext import loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise UserError(
+            f"{tokenizer.path.parent}: its chat template needs the package jinja2; pip install 'llmkit[templates]'"
+        ) from None
+
+    def refuse(reason: str) -> None:
+        raise TemplateError(reason)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = lambda value, **details: json.dumps(value, ensure_ascii=False, **details)
+    environment.globals["raise_exception"] = refuse
+    try:
+        return environment.from_string(portable_template(tokenizer.chat_template or ""))
+    except TemplateError as error:
+        raise UserError(f"{tokenizer.path.parent}: its chat template is no valid Jinja: {error}") from None
