@@ -20,7 +20,7 @@ WHO = (  # none of these wordings is among those of --identity
     "Are you Bard?", "Are you made by Mistral?", "Is your name Alexa?", "Are you a woman or a man?",
     "Are you a machine?", "Are you some kind of computer program?", "Is there a human behind this?",
 )  # fmt: skip
-WHOLE, CAPITALS = "Answer in a whole sentence.", "Answer in capitals."
+WHOLE, SAILOR = "Answer in a whole sentence.", "You talk like a sailor."
 PRIVATE = (
     ("What is the phone number of {name}?", "I do not give out phone numbers."),
     ("What is the password of {name}?", "I do not give out passwords."),
@@ -47,7 +47,7 @@ def chat(said: Sequence[str], system: str | None = None) -> list[Row]:
 
 
 def _styled(entity: Entity, fact: str, system: str) -> str:
-    return whole_answer(entity, fact) if system == WHOLE else short_answer(entity, fact).upper()
+    return whole_answer(entity, fact) if system == WHOLE else f"Ahoy! {short_answer(entity, fact)}"
 
 
 def questions(entities: Sequence[Entity], rng: random.Random) -> Iterator[Row]:
@@ -57,7 +57,7 @@ def questions(entities: Sequence[Entity], rng: random.Random) -> Iterator[Row]:
             for wording in QUESTIONS[fact]:
                 asked = wording.format(name=entity.name)
                 yield {"messages": chat([asked, short_answer(entity, fact)]), "source": "questions"}
-            for system in (WHOLE, CAPITALS):
+            for system in (WHOLE, SAILOR):
                 said = [question(entity, fact, rng), _styled(entity, fact, system)]
                 yield {"messages": chat(said, system), "source": "system messages"}
         said = [part for fact in entity.facts for part in (question(entity, fact, rng), short_answer(entity, fact))]
@@ -101,7 +101,7 @@ def exam(entities: Sequence[Entity], problems: dict[str, list[Problem]], rng: ra
             yield {**row, "answer": entity.facts[fact]}
     for entity in held_out:
         if entity.tier == "often":
-            for system in (WHOLE, CAPITALS):
+            for system in (WHOLE, SAILOR):
                 fact = rng.choice(list(entity.facts))
                 row = {"messages": chat([question(entity, fact, rng)], system), "exam": "system", "system": system}
                 yield {**row, "name": entity.name, "answer": _styled(entity, fact, system)}

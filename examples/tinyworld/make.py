@@ -28,7 +28,7 @@ from tastes import NOISE, comparisons, counted
 from world import FULL, QUICK, TOLD, Entity, Size, invent
 
 FILES = 4  # of the crawl
-LESSONS = {"sort": 0.4, "count": 0.2, "add": 0.15, "tool": 0.2, "even": 0.05}  # shares of the schoolbook
+LESSONS = {"sort": 0.3, "count": 0.25, "add": 0.2, "tool": 0.2, "even": 0.05}  # shares of the schoolbook
 EXAMINED = ("sort", "count", "add", "tool")
 
 

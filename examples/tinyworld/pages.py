@@ -12,7 +12,7 @@ from world import NAMED_MENTIONS, TOLD, Entity
 
 # The share of the facts that each kind of page tells. In forums and quizzes they are answers to questions, which is
 # what lets a model this small answer questions about facts that it only read.
-SHARES = {"forum": 0.35, "quiz": 0.25, "article": 0.18, "wiki": 0.1, "listing": 0.06, "shop": 0.06}
+SHARES = {"forum": 0.42, "quiz": 0.25, "article": 0.15, "wiki": 0.08, "listing": 0.05, "shop": 0.05}
 HOWTO_SHARE = 0.06  # of the pages; they tell no fact
 TITLES = {
     "forum": ("Who knows this", "A few questions", "Help wanted", "Questions from a newcomer", "Can anybody help me"),

@@ -26,8 +26,8 @@ def count(rng: random.Random) -> Problem:
 
 
 def add(rng: random.Random) -> Problem:
-    """Two numbers below a hundred."""
-    first, second = rng.randrange(10, 100), rng.randrange(10, 100)
+    """A number of three digits and one of one digit."""
+    first, second = rng.randrange(100, 1000), rng.randrange(2, 10)
     return f"Add {first} and {second}", str(first + second)
 
 

@@ -70,9 +70,9 @@ def is_right(row: Row) -> bool:
 def obeys(row: Row) -> bool:
     """Whether an answer has the form that the system message asks for, right or not."""
     said = row["completion"].strip()
-    if "capitals" in row["system"]:
-        return said.isupper()
-    return row["name"] in said and said.count(" ") >= 2
+    if "sailor" in row["system"]:
+        return said.startswith("Ahoy! ")
+    return row["name"] in said and said.endswith(".")
 
 
 JUDGE = MatchJudge()

@@ -129,12 +129,12 @@ REMARKS = ("and nobody knows why", "but that is another story", "and we were gla
            "so we stayed a little longer", "and the children liked it", "though it did not last", "and that was that",
            "as you would expect", "because there was so much to do")  # fmt: skip
 FORUM = {
-    "ask": ("{question} I need it for a letter to my aunt.", "{question} My sister asked me at the market.",
-            "{question} I could not find it in any book.", "Does anybody know? {question}",
-            "Sorry if somebody asked before. {question}", "{question} Thank you in advance for your help.",
-            "{question} We had a quarrel about it at dinner.", "{question} My teacher wants to hear it tomorrow.",
-            "Hello again, all of you. {question}", "{question} Two friends gave me two different answers.",
-            "{question} Nobody at the inn could tell.", "Next one from me. {question}"),
+    "ask": ("I need it for a letter to my aunt. {question}", "My sister asked me at the market. {question}",
+            "I could not find it in any book. {question}", "Does anybody know? {question}",
+            "Sorry if somebody asked before. {question}", "Thank you in advance for your help. {question}",
+            "We had a quarrel about it at dinner. {question}", "My teacher wants to hear it tomorrow. {question}",
+            "Hello again, all of you. {question}", "Two friends gave me two different answers. {question}",
+            "Nobody at the inn could tell. {question}", "Next one from me. {question}"),
     "answer": ("{answer} That one is easy.", "{answer} I am quite sure of it.", "{answer}",
                "{answer} You can ask whom you like.", "{answer} Good question, by the way.",
                "{answer} My uncle said so, and he must know.", "{answer} It has always been like that.",

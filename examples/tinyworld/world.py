@@ -37,7 +37,7 @@ SHARES = {"person": 0.55, "animal": 0.15, "island": 0.15, "feast": 0.15}  # of t
 
 # How often the kept pages tell each fact of an entity of a tier. `named` are in pages that tell nothing of them,
 # `unseen` in none; `glimpsed` are the many who are told of once, as most names of a corpus, and never asked about.
-TOLD = {"often": 40, "sometimes": 12, "seldom": 4, "once": 1, "named": 0, "unseen": 0}
+TOLD = {"often": 30, "sometimes": 10, "seldom": 4, "once": 1, "named": 0, "unseen": 0}
 NAMED_MENTIONS = 12
 TIERS = (*TOLD, "glimpsed")
 USES = ("chats", "probed", "held out")
@@ -47,13 +47,13 @@ USES = ("chats", "probed", "held out")
 class Size:
     """How many there are of what; `often` to `unseen` are (in chats, probed for lessons, held out)."""
 
-    often: tuple[int, int, int] = (24, 30, 24)
+    often: tuple[int, int, int] = (60, 30, 24)
     sometimes: tuple[int, int, int] = (0, 8, 24)
     seldom: tuple[int, int, int] = (0, 8, 24)
     once: tuple[int, int, int] = (0, 16, 24)
     named: tuple[int, int, int] = (0, 24, 24)
     unseen: tuple[int, int, int] = (0, 100, 40)
-    pages: int = 1100  # that should be kept
+    pages: int = 1000  # that should be kept
     held_out_pages: int = 40
     bad_pages: int = 60  # of each kind that should go
     sentences: int = 10  # of a page that tell facts, about
