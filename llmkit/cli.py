@@ -42,6 +42,7 @@ COMMANDS = {
     "rl": ("llmkit.stages.rl", "RlConfig", "Problems and rewards to a policy that is better than its examples."),
     "sample": ("llmkit.stages.sample", "SampleConfig", "Text from a model: from a prompt, stdin or JSONL."),
     "export": ("llmkit.stages.export", "ExportConfig", "A model for other programs: GGUF, another precision, PEFT."),
+    "report": ("llmkit.stages.report", "ReportConfig", "Runs to one page: what every stage did."),
 }
 OVERVIEW = """Make a ChatGPT-like assistant from nothing, one composable subcommand per stage.
 

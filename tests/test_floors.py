@@ -12,7 +12,7 @@ FLOORS = {
     5: {"cli", "__main__"},
     4: {"stages"},
     3: {"engine", "rewards", "rl"},
-    2: {"model", "tokenizer", "data", "crawl", "tools"},
+    2: {"model", "tokenizer", "data", "crawl", "tools", "report"},
     1: {"kernels"},
     0: {
         "errors",

@@ -1,0 +1,176 @@
+"""The pipeline as a graph: every run, every ancestor that a manifest tells of, and what was made from what."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from llmkit.report.gathering import RecordsFile, Run
+
+PURPOSE = {"probe": "probe-knowledge", "recitation": "probe-knowledge", "completions": "sample"}
+
+
+@dataclass
+class Node:
+    """One output and how it was made.
+
+    state    "finished", "unfinished"; "told" where the manifest of a descendant alone tells of it; "foreign" for a
+             model without a manifest; "file" for records without one
+    parents  names of nodes, each once
+    run      what was given of it; None for an ancestor that was not
+    """
+
+    name: str
+    stage: str
+    state: str
+    path: str
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    parents: list[str] = field(default_factory=list)
+    run: Run | None = None
+
+
+class Graph:
+    """The nodes by name, parents before children."""
+
+    def __init__(self, runs: Sequence[Run], files: Iterable[RecordsFile]) -> None:
+        self.nodes: dict[str, Node] = {}
+        self._name_of: dict[str, str] = {}  # digest of a manifest, or path of a folder without one
+        for run in runs:  # before their ancestors, which are often among them
+            node = self._add(run.manifest, run.path, run.state)
+            node.run = node.run or run
+        for node in list(self.nodes.values()):
+            self._add_parents(node)
+        self._add_files(files)
+        self._link_files()
+        self.nodes = {node.name: node for node in _in_order(self.nodes)}
+
+    def _add(self, manifest: Mapping[str, Any] | None, path: str, state: str) -> Node:
+        key = _digest(manifest) if manifest is not None else os.path.normpath(path)
+        if key not in self._name_of:
+            name = f"run-{len(self.nodes) + 1}"
+            stage = str((manifest or {}).get("stage", "model"))
+            self._name_of[key] = name
+            self.nodes[name] = Node(name, stage, state, path, manifest or {})
+        return self.nodes[self._name_of[key]]
+
+    def _add_parents(self, node: Node) -> None:
+        for parent in objects(node.manifest.get("parents")):
+            manifest = parent.get("manifest")
+            known = isinstance(manifest, dict)
+            before = len(self.nodes)
+            found = self._add(manifest if known else None, str(parent.get("path")), "told" if known else "foreign")
+            if found.name not in node.parents:
+                node.parents.append(found.name)
+            if len(self.nodes) > before:
+                self._add_parents(found)
+
+    def _add_files(self, files: Iterable[RecordsFile]) -> None:
+        """Those that tell of a stage which writes no manifest, and those that a run has read."""
+        read = {_identity(item) for node in self.nodes.values() for item in objects(node.manifest.get("inputs"))}
+        for file in files:
+            if file.run is None and (file.kind in PURPOSE or _identity_of(Path(file.path)) in read):
+                name = f"run-{len(self.nodes) + 1}"
+                run = Run(file.path, None, "file", None, Path(file.path))
+                self.nodes[name] = Node(name, PURPOSE.get(file.kind, file.kind), "file", file.path, run=run)
+
+    def _link_files(self) -> None:
+        """A run that has read a file is a child of what wrote it: a file of that name and of that size."""
+        writer = {
+            _identity_of(node.run.output): name
+            for name, node in self.nodes.items()
+            if node.run is not None and node.run.folder is None
+        }
+        for node in self.nodes.values():
+            for item in objects(node.manifest.get("inputs")):
+                name = writer.get(_identity(item))
+                if name not in (None, node.name, *node.parents):
+                    node.parents.append(str(name))
+
+
+def objects(value: Any) -> list[dict[str, Any]]:
+    """The objects of what should be a list of them."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(orjson.dumps(manifest, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def _identity(item: Mapping[str, Any]) -> tuple[str, Any]:
+    """Of a manifest's input. To compare hashes would be to read every corpus again."""
+    return os.path.basename(str(item.get("path"))), item.get("bytes")
+
+
+def _identity_of(path: Path) -> tuple[str, Any]:
+    return path.name, path.stat().st_size if path.is_file() else ""
+
+
+def _in_order(nodes: Mapping[str, Node]) -> list[Node]:
+    """Parents first; of those that are free, a child of the latest, so that a chain stays together, else the oldest."""
+    place = {name: number for number, name in enumerate(nodes)}
+
+    def age(name: str) -> tuple[str, int]:
+        return str(nodes[name].manifest.get("created", "")), place[name]
+
+    done: dict[str, int] = {}
+    waiting = sorted(nodes, key=age)
+    while waiting:
+        # files alone can make a circle: the same one written and read
+        free = [name for name in waiting if all(parent in done for parent in nodes[name].parents)] or waiting[:1]
+        name = max(free, key=lambda name: max((done.get(parent, 0) for parent in nodes[name].parents), default=0))
+        waiting.remove(name)
+        done[name] = len(done) + 1
+    return [nodes[name] for name in done]
+
+
+# ---- the drawing: a column of nodes, with lanes beside it, as `git log --graph` has them
+
+
+@dataclass(frozen=True)
+class Rail:
+    """What is drawn beside one node, by lanes from 0.
+
+    lane      of the node
+    incoming  lanes of its parents, from above
+    passing   lanes that go by
+    leaving   whether a line goes on from the node
+    """
+
+    lane: int
+    incoming: tuple[int, ...]
+    passing: tuple[int, ...]
+    leaving: bool
+
+
+def rails(nodes: Sequence[Node]) -> list[Rail]:
+    """The drawing beside each of the nodes, whose parents come before them. A lane is held from a node to its last
+    child."""
+    waiting = Counter(parent for node in nodes for parent in node.parents)
+    lanes: list[str | None] = []
+    drawn: list[Rail] = []
+    for node in nodes:
+        held = {name: lane for lane, name in enumerate(lanes) if name is not None}
+        parents = [name for name in node.parents if name in held]
+        incoming = tuple(held[name] for name in parents)
+        for name in node.parents:
+            waiting[name] -= 1
+        for name in parents:
+            if not waiting[name]:
+                lanes[held[name]] = None
+        ended = [lane for lane in incoming if lanes[lane] is None]
+        free = [lane for lane, name in enumerate(lanes) if name is None] + [len(lanes)]
+        lane = min(ended or free)
+        if lane == len(lanes):
+            lanes.append(None)
+        passing = tuple(place for place, name in enumerate(lanes) if name is not None)
+        leaving = waiting[node.name] > 0
+        lanes[lane] = node.name if leaving else None
+        drawn.append(Rail(lane, incoming, passing, leaving))
+    return drawn

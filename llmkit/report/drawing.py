@@ -1,0 +1,125 @@
+"""The geometry of charts: from figures to coordinates in an SVG frame, which a template writes out."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from llmkit.report.curves import MOST_LINES
+from llmkit.report.thinning import thinned
+
+WIDTH, HEIGHT = 360, 210  # of a frame, in pixels where it is drawn at its own size
+LEFT, RIGHT, TOP, BOTTOM = 44, 10, 10, 24
+MOST_BANDS = 90  # stripes to be pointed at: 3 pixels each
+CLIPPED = ("loss", "val_loss")  # whose first steps would flatten the rest
+QUANTILE = 0.95
+STYLES = {"training": "training", "held out": "held-out", "gold": "gold"}
+COLOURS = 6  # of the style sheet, in turn
+
+
+def draw(chart: Mapping[str, Any]) -> dict[str, Any]:
+    """A chart of `curves.charts_of` as coordinates: `lines` with `path` and `dots`, `bands` that tell the values at a
+    step when they are pointed at, and the ticks of both axes."""
+    lines = chart["lines"][:MOST_LINES]
+    points = [point for line in lines for point in line["points"]]
+    first, last = min(step for step, _ in points), max(step for step, _ in points)
+    low, high = _range([value for _, value in points], clip=lines[0]["metric"] in CLIPPED)
+    x_of = _scale(first, last, LEFT, WIDTH - RIGHT)
+    y_of = _scale(low, high, HEIGHT - BOTTOM, TOP)
+    runs = list(dict.fromkeys(line["run"] for line in lines))
+    one_run = len(runs) == 1
+    drawn = []
+    for number, line in enumerate(lines):
+        places = [(x_of(step), y_of(min(value, high))) for step, value in line["points"]]
+        own_style = line["label"] in STYLES
+        colour = runs.index(line["run"]) if own_style else number
+        few = len(places) <= 30 and line["label"] != "training"
+        drawn.append(
+            {
+                "name": line["label"] if one_run else f"{line['name']}, {line['label']}",
+                "classes": f"s{colour % COLOURS} {STYLES.get(line['label'], 'training')}",
+                "path": "M" + "L".join(f"{x:g} {y:g}" for x, y in places) if len(places) > 1 else "",
+                "dots": places if few or len(places) == 1 else [],
+            }
+        )
+    return {
+        "width": WIDTH,
+        "height": HEIGHT,
+        "lines": drawn,
+        "above": sum(value > high for _, value in points),
+        "bands": _bands(lines, [line["name"] for line in drawn], x_of),
+        "x_ticks": [(x_of(tick), text) for tick, text in ticks(first, last, 4, whole=True)],
+        "y_ticks": [(y_of(tick), text) for tick, text in ticks(low, high, 5)],
+        "frame": {"left": LEFT, "right": WIDTH - RIGHT, "top": TOP, "bottom": HEIGHT - BOTTOM},
+    }
+
+
+def _range(values: list[float], clip: bool) -> tuple[float, float]:
+    ordered = sorted(values)
+    low, high = ordered[0], ordered[-1]
+    bound = ordered[int(QUANTILE * (len(ordered) - 1))]
+    if clip and len(ordered) >= 20 and high - low > 1.5 * (bound - low) > 0:
+        high = bound
+    if high - low < 1e-12 * max(1.0, abs(high)):
+        return low - 0.5, high + 0.5
+    return low, high + 0.02 * (high - low)
+
+
+def _scale(low: float, high: float, start: float, end: float) -> Any:
+    """From a value to a coordinate with one decimal."""
+    span = (high - low) or 1.0
+    return lambda value: round(start + (value - low) / span * (end - start), 1)
+
+
+def ticks(low: float, high: float, most: int, whole: bool = False) -> list[tuple[float, str]]:
+    """Round numbers from `low` to `high`, at most `most` or one more, with their text; with `whole`, no fractions.
+
+    >>> ticks(0, 97, 4)
+    [(0, '0'), (50, '50')]
+    >>> ticks(0.11, 0.52, 5)
+    [(0.2, '0.2'), (0.3, '0.3'), (0.4, '0.4'), (0.5, '0.5')]
+    """
+    span = high - low
+    if span <= 0 or not math.isfinite(span):
+        return [(low, f"{low:.4g}")]
+    power = 10 ** math.floor(math.log10(span / most))
+    step = next(factor * power for factor in (1, 2, 5, 10, 20) if span / (factor * power) <= most)
+    step = max(step, 1) if whole else step
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    places = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    return [(round(place * step, 12), short(round(place * step, 12), decimals)) for place in places]
+
+
+def short(value: float, decimals: int) -> str:
+    """A number on an axis, such as 2.5, 400 or 12k."""
+    for scale, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 10 * scale or (abs(value) >= scale and value % (scale / 10) == 0):
+            return f"{value / scale:.4g}{letter}"
+    return f"{value:.{decimals}f}" if decimals < 7 else f"{value:.2g}"
+
+
+def _bands(lines: Sequence[Mapping[str, Any]], names: Sequence[str], x_of: Any) -> list[dict[str, Any]]:
+    """Stripes over the frame, each with the values of all lines at the step in its middle, or nearest to it."""
+    steps = sorted({step for line in lines for step, _ in line["points"]})
+    chosen = thinned(steps, MOST_BANDS)
+    middles = [x_of(step) for step in chosen]
+    edges = [LEFT, *((a + b) / 2 for a, b in pairwise(middles)), WIDTH - RIGHT]
+    bands = []
+    for number, step in enumerate(chosen):
+        found = [f"step {step:,}"]
+        for line, name in zip(lines, names, strict=True):
+            at, value = _nearest(line["points"], step)
+            beside = "" if at == step else f" at step {at:,}"
+            found.append(f"{name} {value:.6g}{beside}")
+        left, right = edges[number], edges[number + 1]
+        bands.append({"x": round(left, 1), "width": max(0.5, round(right - left, 1)), "text": "\n".join(found)})
+    return bands
+
+
+def _nearest(points: Sequence[Sequence[float]], step: float) -> Sequence[float]:
+    place = bisect_left(points, step, key=lambda point: point[0])
+    around = points[max(0, place - 1) : place + 1]
+    return min(around, key=lambda point: abs(point[0] - step))

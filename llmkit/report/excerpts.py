@@ -1,0 +1,88 @@
+"""Records to browse: an even sample of the lines of a file, each as what went in, what came out, what it was worth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import islice
+from typing import Any
+
+import orjson
+
+from llmkit.report.curves import is_number
+from llmkit.report.gathering import RecordsFile, parsed, raw_lines
+from llmkit.report.thinning import SPARE, Thinned, thinned
+
+LONGEST = {"input": 600, "output": 1200}  # characters shown
+# by kind, in the order of the page: fields of the input, the output, the worth; and those told beside, by their names
+FIELDS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
+    "completions": ("prompt", "completion", "reward", ("finish_reason",)),
+    "rollouts": ("prompt", "completion", "reward", ("answer", "finish_reason")),
+    "disagreements": ("prompt", "completion", "reward", ("gold", "difference")),
+    "recitation": ("prefix", "completion", "share", ("repeats",)),
+    "probe": ("question", "responses", "known", ("answer", "judgements")),
+    "conversations": ("messages", "messages", "known", ("source",)),
+    "documents": ("url", "text", "reward", ("language", "source")),
+    "rejected documents": ("url", "text", "reason", ("step", "score")),
+}
+
+
+def read_excerpts(
+    file: RecordsFile, most: int, note: Callable[[str], object], limit: int | None = None
+) -> dict[str, Any]:
+    """At most `most` records of a file, evenly spaced; `records` tells of how many. Only those are parsed."""
+    lines: Thinned[tuple[int, bytes]] = Thinned(SPARE * most)
+    for numbered in islice(raw_lines(file.path), limit):
+        lines.add(numbered)
+    rows = []
+    bad = 0
+    chosen = thinned(lines.values(), most)
+    for number, line in chosen:
+        record = parsed(line)
+        if record is None:
+            bad += 1
+        else:
+            rows.append(excerpt(record, file.kind, number))
+    if bad:
+        note(f"{file.path}: {bad} of {len(chosen)} lines looked at are no JSON object and were left out")
+    return {"path": file.path, "kind": file.kind, "records": lines.count, "shown": len(rows), "rows": rows}
+
+
+def excerpt(record: Mapping[str, Any], kind: str, line: int) -> dict[str, Any]:
+    """One record in brief; `cut` tells how many characters were left out."""
+    source, result, worth, others = FIELDS[kind]
+    said = record.get(result)
+    given = record.get(source, record.get("messages", record.get("id", "")))
+    if kind == "conversations" and isinstance(said, list):
+        given, said = said[:-1], said[-1:]
+        said = said[0].get("content") if said and isinstance(said[0], dict) else said
+    elif kind == "probe" and isinstance(said, list):
+        said = "\n".join(f"{place}. {text_of(one)}" for place, one in enumerate(said, 1))
+    row: dict[str, Any] = {"line": line}
+    if is_number(record.get("step")):
+        row["step"] = record["step"]
+    for name, value in (("input", given), ("output", said)):
+        text = text_of(value)
+        row[name] = text[: LONGEST[name]]
+        if len(text) > LONGEST[name]:
+            row[f"{name}_cut"] = len(text) - LONGEST[name]
+    found = record.get(worth)
+    if is_number(found) or isinstance(found, str):
+        row["worth"] = found
+    row["about"] = {name: text_of(record[name])[:200] for name in others if record.get(name) not in (None, "", [])}
+    return row
+
+
+def text_of(value: Any) -> str:
+    """What people read of a JSON value: a text; messages by their roles; the parts of a message."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        messages = [item for item in value if isinstance(item, dict) and "content" in item]
+        if messages and len(messages) == len(value):
+            return "\n".join(f"{item.get('role', '?')}: {text_of(item['content'])}" for item in messages)
+        if value and all(isinstance(item, dict) and isinstance(item.get("text"), str) for item in value):
+            parts = ((str(item.get("type", "text")), item["text"]) for item in value)
+            return "".join(text if kind == "text" else f"[{kind}: {text}]" for kind, text in parts)
+        if all(isinstance(item, str) for item in value):
+            return " | ".join(value)
+    return "" if value is None else orjson.dumps(value).decode()

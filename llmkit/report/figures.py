@@ -1,0 +1,278 @@
+"""All figures of a report, as one JSON object: the page shows them and computes none of its own.
+
+figures = report_figures(gather(["tok/", "base/", "probe.jsonl"]))
+
+runs         nodes of the graph, parents first: name, stage, state, path, command, parents, key figures, ...
+funnels      of crawl-filter: records by step and reason
+tokenizers   report.json of train-bpe
+trainings    by stage: charts with the curves of its runs; and samples over the training
+probes       what is known by kind of question; `probe_changes` from the first report to the last
+judges       evaluation.json of train-reward
+samples      records to browse, by file
+notes        what was left out, and why
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from llmkit import __version__
+from llmkit.errors import UserError
+from llmkit.files import read_json
+from llmkit.report.ancestry import Graph, Node, objects
+from llmkit.report.curves import MOST_SAMPLES, charts_of, is_number, read_series
+from llmkit.report.excerpts import FIELDS, read_excerpts
+from llmkit.report.gathering import METRICS, Gathered
+from llmkit.report.probes import NAMES, changes, read_probe
+from llmkit.report.thinning import thinned
+
+# what a manifest's results tell of a stage at a glance; of others, their first numbers
+KEY_FIGURES = {
+    "crawl-filter": ("records", "documents"),
+    "train-bpe": ("vocab_size", "bytes", "bytes_per_token"),
+    "pretrain": ("parameters", "tokens", "val_loss", "val_bits_per_byte", "loss", "seconds"),
+    "sft": ("steps", "tokens", "val_loss", "loss", "seconds"),
+    "probe-knowledge": ("questions", "known", "unknown", "mixed", "evasive", "refusals", "confirmations"),
+    "train-reward": ("comparisons", "val_comparisons", "val_accuracy", "val_loss", "seconds"),
+    "rl": ("steps", "attempts", "success", "val_success", "reward", "val_reward", "val_gold", "kept_step", "seconds"),
+}
+MOST_KEY_FIGURES = 7
+STAGES = ("crawl-filter", "train-bpe", "pretrain", "sft", "probe-knowledge", "train-reward", "rl", "sample")
+
+
+def report_figures(found: Gathered, *, samples: int = 60, limit: int | None = None) -> dict[str, Any]:
+    """The figures of all that was gathered.
+
+    samples  records to browse of a file, at most
+    limit    of records that are read of a file
+    """
+    notes = list(found.notes)
+    graph = Graph(found.runs, found.files)
+    nodes = list(graph.nodes.values())
+    probes = [
+        (file, _or_note(notes, lambda file=file: read_probe(file.path, notes.append, limit)))
+        for file in found.files
+        if file.kind == "probe"
+    ]
+    probes = [(file, read) for file, read in probes if read]
+    figures: dict[str, Any] = {
+        "llmkit": __version__,
+        "runs": [_run(node) for node in nodes],
+        "funnels": list(_funnels(nodes)),
+        "tokenizers": list(_tokenizers(nodes, found.tokenizers, notes)),
+        "trainings": list(_trainings(nodes, notes, limit)),
+        "probes": [read[0] for _, read in probes],
+        "probe_changes": None,
+        "judges": list(_judges(nodes, found.evaluations, notes)),
+        "samples": [],
+        "notes": notes,
+    }
+    if len(probes) > 1:
+        (first, (_, before)), (last, (_, after)) = probes[0], probes[-1]
+        figures["probe_changes"] = {"before": first.path, "after": last.path, **changes(before, after)}
+    for run in figures["runs"]:
+        probe = next((one for one in figures["probes"] if one["path"] == run["path"]), None)
+        if probe and not run["key_figures"]:
+            run["key_figures"] = {name: probe[name] for name in ("questions", *NAMES.values())}
+    kinds = list(FIELDS)
+    for file in sorted(found.files, key=lambda file: kinds.index(file.kind)):
+        read = _or_note(notes, lambda file=file: read_excerpts(file, samples, notes.append, limit))
+        if read and read["rows"]:
+            figures["samples"].append(read)
+    return figures
+
+
+def _or_note(notes: list[str], read: Callable[[], Any]) -> Any:
+    """What is read; None, with a note, where it cannot be."""
+    try:
+        return read()
+    except UserError as error:
+        notes.append(str(error))
+    except OSError as error:
+        notes.append(f"{error.filename}: {str(error.strerror).lower()}")
+    return None
+
+
+# ---- the graph
+
+
+def _run(node: Node) -> dict[str, Any]:
+    manifest = node.manifest
+    results = _object(manifest.get("results"))
+    options = _object(manifest.get("options"))
+    return {
+        "name": node.name,
+        "stage": node.stage,
+        "state": node.state,
+        "path": node.path,
+        "command": _text(manifest.get("command")),
+        "created": _text(manifest.get("created")),
+        "machine": _text(manifest.get("machine")),
+        "parents": node.parents,
+        "key_figures": key_figures(node.stage, results),
+        "results": {name: value for name, value in results.items() if not isinstance(value, (list, dict))},
+        "options": {name: value for name, value in options.items() if _says_something(value)},
+        "versions": {str(name): str(value) for name, value in _object(manifest.get("versions")).items()},
+        "inputs": [
+            {"path": str(item.get("path")), "bytes": item.get("bytes"), "sha256": _text(item.get("sha256"))}
+            for item in objects(manifest.get("inputs"))
+        ],
+    }
+
+
+def key_figures(stage: str, results: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run's results tell at a glance."""
+    numbers = {name: value for name, value in results.items() if is_number(value)}
+    names = [name for name in KEY_FIGURES.get(stage, ()) if name in numbers] or list(numbers)
+    return {name: numbers[name] for name in names[:MOST_KEY_FIGURES]}
+
+
+def _says_something(value: Any) -> bool:
+    """Off and empty options say nothing; nested ones (a recipe, a plan) are too long to be shown."""
+    return value not in (None, False, "", [], {}) and not isinstance(value, dict)
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _numbers(value: Any, *names: str) -> dict[str, Any] | None:
+    """Those numbers of an object; None where one is missing."""
+    found = {name: _object(value).get(name) for name in names}
+    return found if all(map(is_number, found.values())) else None
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+# ---- what each stage has done
+
+
+def _funnels(nodes: Sequence[Node]) -> Any:
+    for node in nodes:
+        results = _object(node.manifest.get("results"))
+        if steps := [step for step in objects(results.get("funnel")) if _is_step(step)]:
+            first, last = steps[0], steps[-1]
+            yield {
+                "run": node.name,
+                "path": node.path,
+                "records": first["in"],
+                "documents": last["kept"],
+                "steps": steps,
+            }
+
+
+def _is_step(step: Mapping[str, Any]) -> bool:
+    dropped = step.get("dropped")
+    counted = is_number(step.get("in")) and is_number(step.get("kept")) and is_number(step.get("seconds"))
+    return counted and isinstance(dropped, dict) and all(map(is_number, dropped.values()))
+
+
+def _tokenizers(nodes: Sequence[Node], given: Mapping[str, dict[str, Any]], notes: list[str]) -> Any:
+    reports = [(node.name, node.path, _report_of(node, "report.json", notes)) for node in nodes]
+    for name, path, report in [*reports, *((None, path, report) for path, report in given.items())]:
+        sample = _object(report.get("sample")) if report else {}
+        if report is None or not is_number(sample.get("bytes_per_token")):
+            continue
+        ours = {"tokenizer": path, "vocab_size": report.get("vocab_size"), **sample}
+        others = [{"tokenizer": other, **_object(one)} for other, one in _object(report.get("compared")).items()]
+        yield {
+            "run": name,
+            "path": path,
+            "bytes": report.get("bytes"),
+            "bytes_per_token": report.get("bytes_per_token"),
+            "sample_bytes": sample.get("bytes"),
+            "round_trip": _numbers(report.get("round_trip"), "texts", "lost"),
+            "unused_tokens": _object(report.get("unused_tokens")).get("count"),
+            "longest_tokens": [
+                token for token in objects(report.get("longest_tokens")) if {"token", "count"} <= set(token)
+            ],
+            "rows": [
+                {
+                    "tokenizer": row["tokenizer"],
+                    "vocab_size": row.get("vocab_size"),
+                    "bytes_per_token": row.get("bytes_per_token"),
+                    "by_source": _object(row.get("bytes_per_token_by_source")),
+                }
+                for row in [ours, *others]
+            ],
+        }
+
+
+def _report_of(node: Node, name: str, notes: list[str]) -> dict[str, Any] | None:
+    """A report that stands in the folder of a run."""
+    place = node.run.folder / name if node.run and node.run.folder else None
+    return _or_note(notes, lambda: read_json(place)) if place is not None and place.is_file() else None
+
+
+def _trainings(nodes: Sequence[Node], notes: list[str], limit: int | None) -> Any:
+    read = {}
+    for node in nodes:
+        path = node.run.folder / METRICS if node.run and node.run.folder else None
+        if path is not None and path.is_file():
+            metrics = _or_note(notes, lambda path=path: read_series(path, notes.append, limit))
+            if metrics:
+                read[node.name] = metrics
+    of_stage: dict[str, list[Node]] = {}
+    for node in nodes:
+        if node.name in read:
+            of_stage.setdefault(node.stage, []).append(node)
+    order = {stage: place for place, stage in enumerate(STAGES)}
+    for stage, trained in sorted(of_stage.items(), key=lambda item: order.get(item[0], len(order))):
+        charts = charts_of(stage, [(node.name, node.path, read[node.name]) for node in trained])
+        samples = [
+            {
+                "run": node.name,
+                "path": node.path,
+                "samples": samples.count,
+                "rows": thinned(samples.values(), MOST_SAMPLES),
+            }
+            for node in trained
+            if (samples := read[node.name].samples).count
+        ]
+        runs = [{"run": node.name, "path": node.path, "rows": read[node.name].rows} for node in trained]
+        yield {"stage": stage, "runs": runs, "charts": charts, "samples": samples}
+
+
+def _judges(nodes: Sequence[Node], given: Mapping[str, dict[str, Any]], notes: list[str]) -> Any:
+    found = [(node.name, node.path, _report_of(node, "evaluation.json", notes)) for node in nodes]
+    for name, path, report in [*found, *((None, path, report) for path, report in given.items())]:
+        if report is None:
+            continue
+        rows = {"held out": report.get("overall"), **_object(report.get("by_source"))}
+        if "baseline_length" in report:
+            rows["baseline: length"] = report["baseline_length"]
+        kept = [{"of": of, **_object(row)} for of, row in rows.items() if is_number(_object(row).get("accuracy"))]
+        biases = [{"feature": of, **_object(row)} for of, row in _object(report.get("biases")).items()]
+        if kept:
+            yield {"run": name, "path": path, "rows": kept, "biases": biases}
+
+
+# ---- to fit
+
+
+def shorten(figures: dict[str, Any], share: float) -> dict[str, Any]:
+    """The figures with that share of the records to browse and of the points of curves, which make a page long."""
+    trainings = [
+        {
+            **training,
+            "charts": [
+                {
+                    **chart,
+                    "lines": [
+                        {**line, "points": thinned(line["points"], max(2, int(share * len(line["points"]))))}
+                        for line in chart["lines"]
+                    ],
+                }
+                for chart in training["charts"]
+            ],
+        }
+        for training in figures["trainings"]
+    ]
+    samples = []
+    for file in figures["samples"]:
+        rows = thinned(file["rows"], max(2, int(share * len(file["rows"]))))
+        samples.append({**file, "shown": len(rows), "rows": rows})
+    return {**figures, "trainings": trainings, "samples": samples}

@@ -1,0 +1,225 @@
+"""What stands behind the paths that a user gave: runs by their manifests, and files of records by what is in them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from llmkit.errors import UserError
+from llmkit.files import PARTIAL, read_json
+from llmkit.rundir import NOTES, OF_FILE, read_manifest
+from llmkit.stream import BYTE_ORDER_MARK, open_input
+
+MANIFEST = "manifest.json"
+
+METRICS = "metrics.jsonl"
+LOOKED_AT = 100  # lines, for one that tells what a file holds
+RECORDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson")
+# an option that one stage alone has, by which a run that is not finished is known
+STAGE_OF_FLAG = {"--depth": "pretrain", "--identity": "sft", "--ensemble": "train-reward", "--algo": "rl"}
+# fields that tell what a record is; the first kind that has all of its fields
+KINDS = {
+    "probe": ("question", "responses", "judgements", "known"),
+    "rollouts": ("prompt", "completion", "reward", "group", "step"),
+    "disagreements": ("prompt", "completion", "gold", "difference"),
+    "recitation": ("prefix", "completion", "matched"),
+    "completions": ("completion",),
+    "conversations": ("messages",),
+    "rejected documents": ("source", "step", "reason"),
+    "documents": ("text",),
+}
+
+
+@dataclass
+class Run:
+    """One run: what its manifest says, and where its files are.
+
+    manifest  of an unfinished run what can be told of it; None for a model folder of foreign origin
+    state     "finished", "unfinished" or "foreign"
+    folder    None where the run wrote a single file
+    output    that file, or the folder
+    """
+
+    path: str
+    manifest: dict[str, Any] | None
+    state: str
+    folder: Path | None
+    output: Path
+
+
+@dataclass(frozen=True)
+class RecordsFile:
+    """A file of JSONL: `kind` is one of KINDS; `run` the path of the run that wrote it, where that is known."""
+
+    path: str
+    kind: str
+    run: str | None = None
+
+
+@dataclass
+class Gathered:
+    """What was found: `evaluations` and `tokenizers` are reports given as files, by path; `notes` tell of what was
+    left out."""
+
+    runs: list[Run] = field(default_factory=list)
+    files: list[RecordsFile] = field(default_factory=list)
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tokenizers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was found."""
+        return not (self.runs or self.files or self.evaluations or self.tokenizers)
+
+
+def gather(paths: Sequence[str]) -> Gathered:
+    """What is behind run folders, folders that hold some, and files that stages write.
+
+    What cannot be read or is of no stage becomes a note. Raises UserError for a path where nothing stands, and where
+    nothing at all was found.
+    """
+    found = Gathered()
+    for path in paths:
+        if not os.path.exists(path):
+            raise UserError(f"{path}: expected a run folder, or a file that a stage has written; found nothing there")
+        _attempt(found, lambda path=path: _gather_one(found, path, listed=False))
+    _once(found)
+    if found.is_empty:
+        more = f"; so for {len(found.notes) - 1} more" if len(found.notes) > 1 else ""
+        raise UserError((found.notes or ["expected a run folder, found none"])[0] + more)
+    return found
+
+
+def _attempt(found: Gathered, read: Callable[[], None]) -> None:
+    try:
+        read()
+    except UserError as error:
+        found.notes.append(str(error))
+    except OSError as error:
+        found.notes.append(f"{error.filename}: {str(error.strerror).lower()}")
+
+
+def _once(found: Gathered) -> None:
+    """Each thing once, however it was named."""
+    found.runs = list({run.output.resolve(): run for run in found.runs}.values())
+    found.files = list({Path(file.path).resolve(): file for file in found.files}.values())
+
+
+def _gather_one(found: Gathered, path: str, listed: bool) -> None:
+    """`listed`: it is in a folder that was given, and may be anything."""
+    place = Path(path)
+    if place.is_dir():
+        if not _gather_run(found, place, path) and not listed:
+            _gather_folder(found, place, path)
+    elif not place.is_file():
+        raise UserError(f"{path}: expected a file or a folder, found a pipe or a device, which cannot be read twice")
+    elif place.name in (MANIFEST, METRICS):
+        _gather_run(found, place.parent, str(place.parent))
+    elif place.name.endswith(OF_FILE):
+        _gather_file_run(found, place, path.removesuffix(OF_FILE))
+    elif place.name.endswith(".json"):
+        _gather_json(found, place, path, listed)
+    else:
+        beside = Path(path + OF_FILE)
+        if beside.is_file():
+            _gather_file_run(found, beside, path)
+        elif not listed or place.name.endswith(RECORDS):
+            _gather_records(found, path, None, listed)
+
+
+def _gather_run(found: Gathered, folder: Path, path: str) -> bool:
+    """Note the run whose folder this is; False where it is none."""
+    if (folder / MANIFEST).is_file():
+        manifest = read_manifest(folder)
+        found.runs.append(Run(path, _checked(manifest, folder / MANIFEST), "finished", folder, folder))
+    elif (folder / NOTES).is_file() and folder.name.endswith(PARTIAL):
+        identity = read_json(folder / NOTES).get("identity")
+        options = identity if isinstance(identity, dict) else {}
+        stage = next((stage for flag, stage in STAGE_OF_FLAG.items() if flag in options), "training")
+        described = {"stage": stage, "options": options}
+        found.runs.append(Run(path, described, "unfinished", folder, folder))
+    elif (folder / "config.json").is_file():
+        found.runs.append(Run(path, None, "foreign", folder, folder))
+    else:
+        return False
+    for name in ("rollouts.jsonl", "disagreements.jsonl"):
+        if (folder / name).is_file():
+            _attempt(found, lambda name=name: _gather_records(found, str(folder / name), path, listed=True))
+    return True
+
+
+def _checked(manifest: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(manifest.get("stage"), str):
+        raise UserError(f"{path}: expected a manifest that llmkit wrote, with 'stage', found {sorted(manifest)[:8]}")
+    return manifest
+
+
+def _gather_file_run(found: Gathered, manifest: Path, output: str) -> None:
+    """A run that wrote a single file."""
+    found.runs.append(Run(output, _checked(read_json(manifest), manifest), "finished", None, Path(output)))
+    if os.path.isfile(output):
+        _gather_records(found, output, output, listed=True)
+
+
+def _gather_folder(found: Gathered, folder: Path, path: str) -> None:
+    """The runs and files in a folder that is no run."""
+    before = len(found.runs) + len(found.files)
+    for child in sorted(folder.iterdir()):
+        if not child.name.startswith("."):
+            _attempt(found, lambda child=child: _gather_one(found, str(child), listed=True))
+    if len(found.runs) + len(found.files) == before:
+        raise UserError(f"{path}: expected a run folder (with {MANIFEST}), or a folder of some; found none")
+
+
+def _gather_json(found: Gathered, place: Path, path: str, listed: bool) -> None:
+    value = read_json(place)
+    evaluation = value.get("evaluation", value)
+    if "stage" in value and "manifest_version" in value:
+        _gather_run(found, place.parent, str(place.parent))
+    elif isinstance(evaluation, dict) and isinstance(evaluation.get("overall"), dict):
+        found.evaluations[path] = evaluation
+    elif "bytes_per_token" in value and "sample" in value:
+        found.tokenizers[path] = value
+    elif not listed:
+        raise UserError(
+            f"{path}: expected a manifest, evaluation.json or report.json of llmkit, found {sorted(value)[:8]}"
+        )
+
+
+def _gather_records(found: Gathered, path: str, run: str | None, listed: bool) -> None:
+    fields = next((row for _, line in islice(raw_lines(path), LOOKED_AT) if (row := parsed(line)) is not None), None)
+    kind = None if fields is None else kind_of_record(fields)
+    if kind is not None:
+        found.files.append(RecordsFile(path, kind, run))
+    elif not listed:
+        told = f"a record with {sorted(fields)[:8]}" if fields else "no JSON object a line"
+        raise UserError(f"{path}: expected a file that a stage has written, found {told}")
+
+
+def kind_of_record(record: dict[str, Any]) -> str | None:
+    """Which of KINDS a record is; None for none."""
+    return next((kind for kind, fields in KINDS.items() if all(name in record for name in fields)), None)
+
+
+def raw_lines(path: str) -> Iterator[tuple[int, bytes]]:
+    """(number, line) of the lines that are not blank, unread: of a large file only some are wanted."""
+    with open_input(path) as handle:
+        for number, line in enumerate(handle, 1):
+            if not line.isspace():
+                yield number, line
+
+
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """The object on a line of JSONL; None where there is none."""
+    try:
+        value = orjson.loads(line.removeprefix(BYTE_ORDER_MARK))
+    except orjson.JSONDecodeError:
+        return None
+    return value if isinstance(value, dict) else None

@@ -1,0 +1,97 @@
+"""`llmkit report`: runs become one page that shows what every stage did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import orjson
+
+from llmkit.config import CommonConfig, argument, option
+from llmkit.errors import UserError
+from llmkit.files import JSON_LINE, check_output
+from llmkit.progress import say
+from llmkit.stream import open_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig(CommonConfig):
+    """Options of `llmkit report`."""
+
+    examples: ClassVar[str] = """
+        Examples:
+          llmkit report docs.jsonl tok/ base/ chat/ judge/ policy/ -o report.html
+          llmkit report runs/ probe-before.jsonl probe-after.jsonl -o report.html
+          llmkit report base.partial/ -o now.html --force
+          llmkit report seed1/chat seed2/chat --json | jq '.trainings[].charts[].lines[] | [.name, .label, .last]'
+
+        RUN is the folder of a tokenizer, model or judge, finished or not; a folder that holds some; a file with its
+        manifest beside it; a probe's report, completions, conversations, documents; evaluation.json, report.json.
+    """
+    following: ClassVar[str] = "llmkit report base/ --json | jq .runs"
+
+    runs: tuple[str, ...] = argument("Run folders, and files that stages have written.", metavar="RUN...")
+    title: str = option("What every stage did", "Heading of the page.")
+    records: int = option(60, "Records to browse of a file.", at_least=2, at_most=100_000)
+    json: bool = option(False, "The figures, as one JSON object, in place of the page.")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the command line prints; `notes` tell of what was left out."""
+
+    path: str
+    bytes: int
+    runs: int
+    notes: list[str]
+
+
+def run(config: ReportConfig) -> Summary | None:
+    """Load, build, save, summarise. Raises UserError for the user's mistakes."""
+    from llmkit.report.figures import report_figures
+    from llmkit.report.gathering import gather
+
+    # load
+    out = _checked(config)
+    found = gather(config.runs)
+    if config.dry_run:
+        say(f"{len(found.runs)} runs and {len(found.files)} files of records to {out}", config.quiet)
+        for note in found.notes:
+            say(note, config.quiet)
+        return None
+
+    # build
+    figures = report_figures(found, samples=config.records, limit=config.limit)
+    if config.json:
+        page = orjson.dumps(figures, option=JSON_LINE)
+    else:
+        from llmkit.report.page import render_page
+
+        page, figures = render_page(figures, config.title)
+
+    # save
+    with open_bytes(out) as handle:
+        handle.write(page)
+
+    # summarise
+    notes = figures["notes"]
+    for note in notes[:5]:
+        say(note, config.quiet)
+    if len(notes) > 5:
+        say(f"{len(notes) - 5} more notes stand on the page", config.quiet)
+    return None if out == "-" else Summary(out, len(page), len(figures["runs"]), notes)
+
+
+def _checked(config: ReportConfig) -> str:
+    """Where the result goes, once all that can be known before the work is in order."""
+    if not config.runs:
+        raise UserError("RUN is missing: run folders and files, such as llmkit report tok/ base/ chat/ -o report.html")
+    if config.out is None and not config.json:
+        raise UserError("--out is required: the page, such as -o report.html")
+    out = config.out or "-"
+    if not config.dry_run:
+        check_output(out, config.force)
+    if out != "-" and (Path(out).is_dir() or any(Path(out).resolve() == Path(one).resolve() for one in config.runs)):
+        raise UserError(f"{out}: expected a file of its own for the page; choose another --out")
+    return out
