@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from llmkit.report.gathering import RecordsFile, Run
+from llmkit.report.gathering import RecordsFile, Run, changed
 
 PURPOSE = {"probe": "probe-knowledge", "recitation": "probe-knowledge", "completions": "sample"}
 
@@ -72,13 +72,13 @@ class Graph:
                 self._add_parents(found)
 
     def _add_files(self, files: Iterable[RecordsFile]) -> None:
-        """Those that tell of a stage which writes no manifest, and those that a run has read."""
-        read = {_identity(item) for node in self.nodes.values() for item in objects(node.manifest.get("inputs"))}
+        """Those that only a stage can have written, where no run tells of them."""
+        reports = {_name_of_report(node) for node in self.nodes.values()}
         for file in files:
-            if file.run is None and (file.kind in PURPOSE or _identity_of(Path(file.path)) in read):
+            if file.run is None and file.kind in PURPOSE and os.path.basename(file.path) not in reports:
                 name = f"run-{len(self.nodes) + 1}"
                 run = Run(file.path, None, "file", None, Path(file.path))
-                self.nodes[name] = Node(name, PURPOSE.get(file.kind, file.kind), "file", file.path, run=run)
+                self.nodes[name] = Node(name, PURPOSE[file.kind], "file", file.path, run=run)
 
     def _link_files(self) -> None:
         """A run that has read a file is a child of what wrote it: a file of that name and of that size."""
@@ -92,6 +92,12 @@ class Graph:
                 name = writer.get(_identity(item))
                 if name not in (None, node.name, *node.parents):
                     node.parents.append(str(name))
+
+
+def _name_of_report(node: Node) -> str:
+    """The name of the file that a run of probe-knowledge has written beside its conversations."""
+    options = node.manifest.get("options")
+    return os.path.basename(str(options.get("report"))) if isinstance(options, dict) else ""
 
 
 def objects(value: Any) -> list[dict[str, Any]]:
@@ -117,7 +123,8 @@ def _in_order(nodes: Mapping[str, Node]) -> list[Node]:
     place = {name: number for number, name in enumerate(nodes)}
 
     def age(name: str) -> tuple[str, int]:
-        return str(nodes[name].manifest.get("created", "")), place[name]
+        run, created = nodes[name].run, nodes[name].manifest.get("created")
+        return str(created or (changed(run.output) if run and run.output.exists() else "")), place[name]
 
     done: dict[str, int] = {}
     waiting = sorted(nodes, key=age)

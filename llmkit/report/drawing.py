@@ -30,7 +30,6 @@ def draw(chart: Mapping[str, Any]) -> dict[str, Any]:
     x_of = _scale(first, last, LEFT, WIDTH - RIGHT)
     y_of = _scale(low, high, HEIGHT - BOTTOM, TOP)
     runs = list(dict.fromkeys(line["run"] for line in lines))
-    one_run = len(runs) == 1
     drawn = []
     for number, line in enumerate(lines):
         places = [(x_of(step), y_of(min(value, high))) for step, value in line["points"]]
@@ -39,7 +38,7 @@ def draw(chart: Mapping[str, Any]) -> dict[str, Any]:
         few = len(places) <= 30 and line["label"] != "training"
         drawn.append(
             {
-                "name": line["label"] if one_run else f"{line['name']}, {line['label']}",
+                "name": f"{line['name']}, {line['label']}" if chart["of_several_runs"] else line["label"],
                 "classes": f"s{colour % COLOURS} {STYLES.get(line['label'], 'training')}",
                 "path": "M" + "L".join(f"{x:g} {y:g}" for x, y in places) if len(places) > 1 else "",
                 "dots": places if few or len(places) == 1 else [],
@@ -64,7 +63,7 @@ def _range(values: list[float], clip: bool) -> tuple[float, float]:
     if clip and len(ordered) >= 20 and high - low > 1.5 * (bound - low) > 0:
         high = bound
     if high - low < 1e-12 * max(1.0, abs(high)):
-        return low - 0.5, high + 0.5
+        return low - 0.05 * max(1.0, abs(low)), high + 0.05 * max(1.0, abs(high))
     return low, high + 0.02 * (high - low)
 
 

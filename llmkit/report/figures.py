@@ -41,7 +41,7 @@ MOST_KEY_FIGURES = 7
 STAGES = ("crawl-filter", "train-bpe", "pretrain", "sft", "probe-knowledge", "train-reward", "rl", "sample")
 
 
-def report_figures(found: Gathered, *, samples: int = 60, limit: int | None = None) -> dict[str, Any]:
+def report_figures(found: Gathered, *, samples: int = 40, limit: int | None = None) -> dict[str, Any]:
     """The figures of all that was gathered.
 
     samples  records to browse of a file, at most
@@ -212,7 +212,7 @@ def _trainings(nodes: Sequence[Node], notes: list[str], limit: int | None) -> An
     for node in nodes:
         path = node.run.folder / METRICS if node.run and node.run.folder else None
         if path is not None and path.is_file():
-            metrics = _or_note(notes, lambda path=path: read_series(path, notes.append, limit))
+            metrics = _or_note(notes, lambda node=node, path=path: read_series(path, node.stage, notes.append, limit))
             if metrics:
                 read[node.name] = metrics
     of_stage: dict[str, list[Node]] = {}
@@ -233,7 +233,8 @@ def _trainings(nodes: Sequence[Node], notes: list[str], limit: int | None) -> An
             if (samples := read[node.name].samples).count
         ]
         runs = [{"run": node.name, "path": node.path, "rows": read[node.name].rows} for node in trained]
-        yield {"stage": stage, "runs": runs, "charts": charts, "samples": samples}
+        if charts or samples:
+            yield {"stage": stage, "runs": runs, "charts": charts, "samples": samples}
 
 
 def _judges(nodes: Sequence[Node], given: Mapping[str, dict[str, Any]], notes: list[str]) -> Any:

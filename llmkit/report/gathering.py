@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,8 @@ def _gather_run(found: Gathered, folder: Path, path: str) -> bool:
         identity = read_json(folder / NOTES).get("identity")
         options = identity if isinstance(identity, dict) else {}
         stage = next((stage for flag, stage in STAGE_OF_FLAG.items() if flag in options), "training")
-        described = {"stage": stage, "options": options}
+        parents = [_parent(folder, options[name]) for name in ("MODEL", "--tokenizer") if options.get(name)]
+        described = {"stage": stage, "options": options, "parents": parents}
         found.runs.append(Run(path, described, "unfinished", folder, folder))
     elif (folder / "config.json").is_file():
         found.runs.append(Run(path, None, "foreign", folder, folder))
@@ -153,6 +155,20 @@ def _gather_run(found: Gathered, folder: Path, path: str) -> bool:
         if (folder / name).is_file():
             _attempt(found, lambda name=name: _gather_records(found, str(folder / name), path, listed=True))
     return True
+
+
+def _parent(folder: Path, path: Any) -> dict[str, Any]:
+    """What an unfinished run begins with, as its manifest will have it."""
+    places = (place for place in (Path(str(path)), folder.parent / str(path)) if (place / MANIFEST).is_file())
+    place = next(places, None)
+    return {"path": str(path), "manifest": read_manifest(place) if place else None}
+
+
+def changed(path: Path) -> str:
+    """When a file, or the metrics of a run, was last written, in the form of a manifest's `created`."""
+    metrics = path / METRICS
+    stamp = (metrics if metrics.is_file() else path).stat().st_mtime
+    return datetime.fromtimestamp(stamp, timezone.utc).isoformat(timespec="seconds")
 
 
 def _checked(manifest: Any, path: Path) -> dict[str, Any]:
@@ -171,7 +187,7 @@ def _gather_file_run(found: Gathered, manifest: Path, output: str) -> None:
 def _gather_folder(found: Gathered, folder: Path, path: str) -> None:
     """The runs and files in a folder that is no run."""
     before = len(found.runs) + len(found.files)
-    for child in sorted(folder.iterdir()):
+    for child in sorted(folder.iterdir(), key=lambda child: (changed(child), child.name)):
         if not child.name.startswith("."):
             _attempt(found, lambda child=child: _gather_one(found, str(child), listed=True))
     if len(found.runs) + len(found.files) == before:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 SPARE = 4  # a sample of so many times as many is thinned again at the end, to be as long as is wished
@@ -22,24 +22,25 @@ class Thinned(Generic[T]):
 
     def __init__(self, most: int) -> None:
         self.count = 0
-        self._most, self._every = max(2, most), 1
+        self._most, self._every, self._next = max(2, most), 1, 0
         self._kept: list[T] = []
-        self._last: list[T] = []
+        self._last: Any = None
 
     def add(self, value: T) -> None:
         """One more."""
-        if self.count % self._every == 0:
+        if self.count == self._next:
             if len(self._kept) == self._most - 1:  # a place is left for the last one
                 self._kept, self._every = self._kept[::2], 2 * self._every
             if self.count % self._every == 0:
                 self._kept.append(value)
-        self._last = [value]
+            self._next = len(self._kept) * self._every
+        self._last = value
         self.count += 1
 
     def values(self) -> list[T]:
         """Those kept, in order."""
         ends_with_last = self.count == 0 or (self.count - 1) % self._every == 0
-        return self._kept if ends_with_last else [*self._kept, *self._last]
+        return self._kept if ends_with_last else [*self._kept, self._last]
 
 
 def thinned(values: Sequence[T], most: int) -> list[T]:

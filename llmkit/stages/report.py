@@ -33,7 +33,7 @@ class ReportConfig(CommonConfig):
 
     runs: tuple[str, ...] = argument("Run folders, and files that stages have written.", metavar="RUN...")
     title: str = option("What every stage did", "Heading of the page.")
-    records: int = option(60, "Records to browse of a file.", at_least=2, at_most=100_000)
+    records: int = option(40, "Records to browse of a file.", at_least=2, at_most=100_000)
     json: bool = option(False, "The figures, as one JSON object, in place of the page.")
 
 

@@ -1,0 +1,406 @@
+"""`llmkit report` as a user runs it: one page, whose numbers are those of the files, and nothing in it that acts."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from made_runs import attempt, judged, make_file_run, make_pipeline, make_run, probed, write_lines
+from selectolax.lexbor import LexborHTMLParser
+
+from llmkit.errors import UserError
+from llmkit.report.page import figure_text
+from llmkit.stages.report import ReportConfig, run
+
+EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>"
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory) -> list[Path]:
+    return make_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+def page_of(runs, out: Path, **options) -> LexborHTMLParser:
+    given = tuple(str(one) for one in runs)
+    run(ReportConfig(runs=given, out=str(out), force=True, quiet=True, **options))
+    return LexborHTMLParser(out.read_text())
+
+
+def figures_of(runs, out: Path, **options) -> dict:
+    given = tuple(str(one) for one in runs)
+    run(ReportConfig(runs=given, out=str(out), json=True, force=True, quiet=True, **options))
+    return json.loads(out.read_text())
+
+
+def numbers(page: LexborHTMLParser, section: str) -> list[float]:
+    """What the numbers of a section are, by their machine-readable values; their text is checked on the way."""
+    found = []
+    for node in page.css(f"#{section} data"):
+        value = json.loads(node.attributes["value"])
+        assert node.text() == figure_text(value)
+        found.append(value)
+    return found
+
+
+def text_of(page: LexborHTMLParser, selector: str = "main") -> str:
+    return " ".join(node.text() for node in page.css(selector))
+
+
+# ---- the numbers
+
+
+def test_the_numbers_of_the_page_are_those_of_the_json_and_of_the_files(pipeline, tmp_path):
+    page, figures = page_of(pipeline, tmp_path / "r.html"), figures_of(pipeline, tmp_path / "r.json")
+    docs, tok, base, _, before, _, judge, policy = pipeline
+
+    expected = [value for one in figures["runs"] for value in one["key_figures"].values()]
+    assert len(expected) > 25 and not set(expected) - set(numbers(page, "pipeline"))
+    manifest = json.loads((base / "manifest.json").read_text())
+    shown = next(one for one in figures["runs"] if one["path"] == str(base))
+    assert manifest["results"] == shown["results"] and shown["key_figures"].items() <= manifest["results"].items()
+
+    steps = json.loads(Path(f"{docs}.manifest.json").read_text())["results"]["funnel"]
+    assert figures["funnels"][0]["steps"] == steps
+    counts = [count for step in steps for count in (step["kept"], step["seconds"], *step["dropped"].values())]
+    assert not set(counts) - set(numbers(page, "funnel"))
+
+    report = json.loads((tok / "report.json").read_text())
+    ours, gpt2 = figures["tokenizers"][0]["rows"]
+    assert ours["bytes_per_token"] == report["sample"]["bytes_per_token"] and gpt2["vocab_size"] == 50257
+    assert {2.1438, 1.9903, 2.323, 2.9, 3.1, 98114, 96, 1, 401} <= set(numbers(page, "tokenizer"))
+
+    evaluation = json.loads((judge / "evaluation.json").read_text())
+    assert figures["judges"][0]["rows"][0] == {"of": "held out", **evaluation["overall"]}
+    flat = [value for row in figures["judges"][0]["rows"] for name, value in row.items() if isinstance(value, float)]
+    assert not set([*flat, *evaluation["overall"]["accuracy_95"], 0.3105, -0.0421]) - set(numbers(page, "judge"))
+
+    first = figures["probes"][0]
+    assert (first["path"], first["questions"], first["known"], first["unknown"]) == (str(before), 3, 1, 2)
+    assert first["by_kind"]["who"] == {"known": 0, "unknown": 2, "mixed": 0, "evasive": 0}
+    assert figures["samples"][0]["path"] == str(policy / "rollouts.jsonl")
+
+
+def test_the_curves_are_those_of_the_metrics(pipeline, tmp_path):
+    page, figures = page_of(pipeline, tmp_path / "r.html"), figures_of(pipeline, tmp_path / "r.json")
+    stages = [training["stage"] for training in figures["trainings"]]
+    assert stages == ["pretrain", "sft", "train-reward", "rl"]
+    for number, training in enumerate(figures["trainings"], 1):
+        lines = [line for chart in training["charts"] for line in chart["lines"]]
+        assert lines
+        for line in lines:
+            values = [value for _, value in line["points"]]
+            assert (line["first"], line["last"]) == (values[0], values[-1])
+            assert (line["lowest"], line["highest"]) == (min(values), max(values))
+            assert {line[name] for name in ("first", "last", "lowest", "highest")} <= set(
+                numbers(page, f"training-{number}")
+            )
+    loss = figures["trainings"][0]["charts"][0]["lines"][0]
+    rows = [json.loads(line) for line in (pipeline[2] / "metrics.jsonl").read_text().splitlines()]
+    assert loss["points"] == [[row["step"], row["loss"]] for row in rows if "loss" in row]
+    hints = [node.text() for node in page.css("#training-1 rect.band title")]
+    assert "step 1\ntraining 5.9375\nheld out 2.424 at step 60" in hints
+    gold = next(chart for chart in figures["trainings"][3]["charts"] if chart["title"] == "Reward")["lines"]
+    assert [(line["label"], line["first"], line["last"]) for line in gold][1:] == [
+        ("held out", 0.9, 1.5),
+        ("gold", 0.6, 0.125),
+    ]
+    assert "Once upon a time" in text_of(page, "#training-1 .said")
+
+
+def test_two_reports_tell_what_has_changed(pipeline, tmp_path):
+    changed = figures_of(pipeline, tmp_path / "r.json")["probe_changes"]
+    assert (Path(changed["before"]).name, Path(changed["after"]).name) == ("before.jsonl", "after.jsonl")
+    assert changed["questions"] == 3
+    moved = {(old, new): n for old, row in changed["table"].items() for new, n in row.items() if n}
+    assert moved == {("unknown", "evasive"): 1, ("unknown", "unknown"): 1, ("known", "known"): 1}
+    page = page_of(pipeline, tmp_path / "r.html")
+    rows = [[cell.text(strip=True) for cell in row.css("th, td")] for row in page.css("table.moves tbody tr")]
+    assert ["unknown", "0", "0", "1", "1"] in rows  # known, mixed, unknown, evasive
+
+
+def test_several_runs_of_a_stage_share_a_chart(pipeline, tmp_path):
+    rows = [{"step": step, "loss": 5.0} for step in (1, 2)]
+    other = make_run(tmp_path / "other", "pretrain", results={"loss": 5.0}, rows=rows)
+    page = page_of([pipeline[2], other], tmp_path / "r.html")
+    assert len(page.css("#training-1 .chart")) == 2  # loss, and bits per byte, which one of them has
+    names = [node.text(strip=True) for node in page.css("#training-1 .chart")[0].css("tbody th")]
+    assert names == [f"{pipeline[2]}, training", f"{pipeline[2]}, held out", f"{other}, training"]
+
+
+# ---- the graph
+
+
+def test_the_graph_has_every_ancestor(pipeline, tmp_path):
+    chat, policy = pipeline[3], pipeline[-1]
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.json").write_text("{}")
+    tuned = make_run(tmp_path / "tuned", "sft", tmp_path / "foreign", tmp_path / "gone", chat, results={})
+    figures = figures_of([tuned, policy, tmp_path / "foreign"], tmp_path / "r.json")
+    state = {Path(one["path"]).name: one["state"] for one in figures["runs"]}
+    assert state == {
+        "tok": "told",
+        "base": "told",
+        "chat": "told",
+        "judge": "told",
+        "policy": "finished",
+        "foreign": "foreign",
+        "gone": "foreign",
+        "tuned": "finished",
+    }
+    path = {one["name"]: Path(one["path"]).name for one in figures["runs"]}
+    parents = {path[one["name"]]: [path[parent] for parent in one["parents"]] for one in figures["runs"]}
+    assert parents["tuned"] == ["foreign", "gone", "chat"] and parents["policy"] == ["chat", "judge"]
+    assert parents["judge"] == ["chat"] and parents["base"] == ["tok"] and parents["tok"] == []
+    place = {name: number for number, name in enumerate(parents)}
+    assert all(place[parent] < place[child] for child in parents for parent in parents[child])
+    page = page_of([tuned, policy, tmp_path / "foreign"], tmp_path / "r.html")
+    badges = [node.text(strip=True) for node in page.css(".node.foreign .badge")]
+    assert badges == ["no manifest: not made by llmkit, or not there"] * 2
+    (tok,) = (name for name, place in path.items() if place == "tok")
+    assert page.css_first(f"#{tok} .command").text() == "llmkit train-bpe in.jsonl -o tok/"
+
+
+def test_documents_are_found_to_be_what_a_run_has_read(pipeline, tmp_path):
+    docs, tok, base, *_ = pipeline
+    runs = {Path(one["path"]).name: one for one in figures_of([base, docs, tok], tmp_path / "r.json")["runs"]}
+    assert runs["tok"]["parents"] == [runs["docs.jsonl"]["name"]]
+    assert runs["base"]["parents"] == [runs["tok"]["name"], runs["docs.jsonl"]["name"]]
+
+
+def test_the_refusals_of_a_probe_stand_between_two_assistants(pipeline, tmp_path):
+    chat = pipeline[3]
+    report = write_lines(tmp_path / "probe.jsonl", [probed("Who?", "no")])
+    taught = [{"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I don't know."}]}]
+    results = {"questions": 1, "unknown": 1, "refusals": 1}
+    details = {"options": {"report": "probe.jsonl"}, "parents": [str(chat)]}
+    refusals = make_file_run(tmp_path / "refusals.jsonl", "probe-knowledge", taught, results=results, **details)
+    inputs = [{"path": "refusals.jsonl", "bytes": refusals.stat().st_size}]
+    careful = make_run(tmp_path / "careful", "sft", chat, inputs=inputs, results={})
+    figures = figures_of([chat, careful, report, refusals], tmp_path / "r.json")
+    runs = {Path(one["path"]).name: one for one in figures["runs"]}
+    assert runs["careful"]["parents"] == [runs["chat"]["name"], runs["refusals.jsonl"]["name"]]
+    assert "probe.jsonl" not in runs and figures["probes"][0]["unknown"] == 1
+
+
+def test_a_run_that_goes_on_can_be_looked_at(pipeline, tmp_path):
+    chat = pipeline[3]
+    work = tmp_path / "policy.partial"
+    (work / "state").mkdir(parents=True)
+    identity = {"MODEL": str(chat), "--algo": "grpo", "--group": 8}
+    (work / "state" / "run.json").write_text(json.dumps({"identity": identity, "notes": None}))
+    (work / "metrics.jsonl").write_text('{"step": 1, "reward": 0.25}\n{"step": 2, "rew')
+    figures = figures_of([chat, work], tmp_path / "r.json")
+    shown = next(one for one in figures["runs"] if one["state"] == "unfinished")
+    assert shown["stage"] == "rl" and shown["parents"] == [
+        one["name"] for one in figures["runs"] if one["path"] == str(chat)
+    ]
+    assert figures["trainings"][-1]["charts"][0]["lines"][0]["points"] == [[1, 0.25]]
+    assert figures["notes"] == [f"{work}/metrics.jsonl: the last line is cut and was left out"]
+
+
+# ---- what models, files and people may hold
+
+
+def test_nothing_that_was_given_can_act_on_the_page(tmp_path):
+    folder = tmp_path / "<script>alert(2)<"
+    rows = [{"step": 1, "reward": 1.0, f"reward/{EVIL}": 0.5, "reward/other": 0.5, "loss": 1.0}]
+    rows.append({"step": 1, "sample": EVIL})
+    make_run(
+        folder, "rl", results={"steps": 1, EVIL: 2}, options={"system": EVIL, EVIL: [EVIL]}, rows=rows, command=EVIL
+    )
+    write_lines(
+        folder / "rollouts.jsonl", [{**attempt(1, 0, EVIL, 1.0), "prompt": "</td></table>\x00\u202e", "answer": EVIL}]
+    )
+    (folder / "evaluation.json").write_text(json.dumps({"overall": judged(), "by_source": {EVIL: judged()}}))
+    probe = write_lines(tmp_path / "probe.jsonl", [{**probed(EVIL, "yes", EVIL), "judgements": [EVIL]}])
+    sources = {"bytes_per_token": 1.5, "bytes_per_token_by_source": {EVIL: 1.5, "b": 1.0}}
+    report = {"bytes_per_token": 1.5, "sample": sources, "longest_tokens": [{"token": EVIL, "count": 1}]}
+    (tmp_path / "report.json").write_text(json.dumps({**report, "compared": {EVIL: sources}}))
+    page = page_of([folder, probe, tmp_path / "report.json"], tmp_path / "out.html", title=EVIL)
+
+    assert len(page.css("script")) == 1 and "alert" not in page.css_first("script").text()
+    assert not page.css("img, iframe, object, embed, link, base, form[action], [src], [style]")
+    for node in page.css("*"):
+        assert not [name for name in node.attributes if name.startswith("on")], node.html
+        assert node.attributes.get("href", "#").startswith("#")
+    assert page.css_first("h1").text() == EVIL == page.css_first("title").text()
+    for section in ("pipeline", "tokenizer", "training-1", "judge", "probe", "samples"):
+        assert EVIL in text_of(page, f"#{section}"), section
+    assert "</td></table>\\x00\\u202e" in text_of(page, "#samples .in")
+
+
+def test_the_page_is_whole_without_a_network_and_may_do_nothing_else(pipeline, tmp_path):
+    page = page_of(pipeline, tmp_path / "r.html")
+    assert (tmp_path / "r.html").stat().st_size < 300_000
+    policy = page.css_first("meta[http-equiv=Content-Security-Policy]").attributes["content"]
+    sources = dict(part.strip().split(" ", 1) for part in policy.split(";"))
+    for name in ("script", "style"):
+        digest = base64.b64encode(hashlib.sha256(page.css_first(name).text().encode()).digest()).decode()
+        assert sources[f"{name}-src"] == f"'sha256-{digest}'"
+    assert sources["default-src"] == sources["base-uri"] == sources["form-action"] == "'none'"
+    assert not re.search(r"https?://(?!example\.org/)|url\(|@import", page.html)  # addresses of documents are text
+
+
+def test_the_page_can_be_read_by_all(pipeline, tmp_path):
+    page = page_of(pipeline, tmp_path / "r.html")
+    assert page.css_first("html").attributes["lang"] == "en"
+    assert [len(page.css(name)) for name in ("h1", "header", "nav", "main", "footer")] == [1] * 5
+    ids = [node.attributes["id"] for node in page.css("[id]")]
+    assert len(ids) == len(set(ids))
+    targets = {node.attributes["href"][1:] for node in page.css("a[href]")}
+    targets |= {node.attributes["aria-labelledby"] for node in page.css("section")}
+    assert targets <= set(ids) and len(targets) > 15
+    for table in page.css("table"):
+        heads = table.css("th")
+        assert heads and all(head.attributes.get("scope") in ("row", "col") for head in heads)
+    for drawing in page.css("svg"):
+        hidden = "true" in (drawing.attributes.get("aria-hidden"), drawing.parent.attributes.get("aria-hidden"))
+        assert hidden or "legend" in drawing.parent.parent.attributes["class"] or drawing.attributes["aria-label"]
+    for region in page.css("[role=region]"):
+        assert region.attributes["aria-label"] and region.attributes["tabindex"] == "0"
+    levels = [int(node.tag[1]) for node in page.css("h1, h2, h3, h4")]
+    assert all(after - before <= 1 for before, after in pairwise(levels))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colours_of_text_stand_out(scheme):
+    style = (Path(__file__).parents[2] / "llmkit" / "report" / "templates" / "page.css").read_text()
+    part = style.split("@media (prefers-color-scheme: dark)")[scheme == "dark"]
+    colour = dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", part.split("* {")[0]))
+
+    def luminance(value: str) -> float:
+        parts = (int(value[place : place + 2], 16) / 255 for place in (1, 3, 5))
+        red, green, blue = (part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    for name, least in {"ink": 7, "soft": 4.5, "accent": 4.5, **{f"c{number}": 3 for number in range(6)}}.items():
+        for ground in ("paper", "sheet"):
+            light, dark = sorted((luminance(colour[name]), luminance(colour[ground])), reverse=True)
+            assert (light + 0.05) / (dark + 0.05) >= least, (scheme, name, ground)
+
+
+# ---- too much, and what is broken
+
+
+def test_what_is_long_is_sampled_evenly_and_the_page_says_so(tmp_path):
+    folder = make_run(tmp_path / "long", "rl", results={"steps": 20_000})
+    filler = "x" * 1000
+    write_lines(folder / "rollouts.jsonl", [attempt(step, step, f"{step} {filler}", 1.0) for step in range(20_000)])
+    page, figures = page_of([folder], tmp_path / "r.html"), figures_of([folder], tmp_path / "r.json")
+    shown = figures["samples"][0]
+    steps = [row["step"] for row in shown["rows"]]
+    gaps = [after - before for before, after in pairwise(steps)]
+    assert (shown["records"], shown["shown"], steps[0], steps[-1]) == (20_000, 40, 0, 19_999)
+    assert max(gaps) < 2 * min(gaps)
+    assert "40 of 20,000 rollouts" in text_of(page, "#samples .about")
+    folder = make_run(
+        tmp_path / "base", "pretrain", results={}, rows=({"step": n, "loss": n % 7} for n in range(30_000))
+    )
+    page, figures = page_of([folder], tmp_path / "r.html"), figures_of([folder], tmp_path / "r.json")
+    line = figures["trainings"][0]["charts"][0]["lines"][0]
+    assert (line["values"], line["lowest"], line["highest"]) == (30_000, 0, 6) and len(line["points"]) == 240
+    gaps = [after[0] - before[0] for before, after in pairwise(line["points"])]
+    assert max(gaps) < 2 * min(gaps)
+    assert "240 of 30,000 values are drawn, evenly spaced" in text_of(page, ".chart .small")
+
+
+def test_a_page_of_very_much_stays_under_a_megabyte(tmp_path):
+    files = []
+    for number in range(12):
+        said = [{"prompt": "p", "completion": f"{line} " + "<&>" * 400} for line in range(300)]
+        files.append(write_lines(tmp_path / f"c{number}.jsonl", said))
+    page = page_of(files, tmp_path / "r.html", records=300)
+    assert (tmp_path / "r.html").stat().st_size < 1_000_000
+    assert "--json has all" in text_of(page, "#notes")
+    assert len(figures_of(files, tmp_path / "r.json", records=300)["samples"][0]["rows"]) == 300
+
+
+def test_what_is_broken_is_counted(tmp_path):
+    rows = [
+        {"step": 1, "loss": 2.0},
+        {"step": 2, "loss": None},
+        "nonsense",
+        "[1]",
+        {"loss": 1.0},
+        {"step": 3, "loss": 1.5},
+    ]
+    folder = make_run(tmp_path / "base", "pretrain", results={"loss": None})
+    write_lines(folder / "metrics.jsonl", rows)
+    with (folder / "metrics.jsonl").open("a") as handle:
+        handle.write('{"step": 4, "lo')
+    (folder / "report.json").write_text("{")
+    said = write_lines(tmp_path / "said.jsonl", [{"completion": "fine"}, '{"completion": "cu'])
+    page, figures = page_of([folder, said], tmp_path / "r.html"), figures_of([folder, said], tmp_path / "r.json")
+    line = figures["trainings"][0]["charts"][0]["lines"][0]
+    assert line["points"] == [[1, 2.0], [3, 1.5]] and line["not_finite"] == 1
+    assert "1 values were not finite" in text_of(page, ".chart .small")
+    notes = "\n".join(figures["notes"])
+    assert "metrics.jsonl: the last line is cut" in notes and "2 lines were left out" in notes
+    assert "1 rows without a step" in notes and "report.json: not JSON" in notes
+    assert "said.jsonl: 1 of 2 lines looked at are no JSON object" in notes
+    assert all(note in text_of(page, "#notes") for note in figures["notes"])
+
+
+def test_a_folder_of_runs_stands_for_them(pipeline, tmp_path):
+    runs = figures_of([pipeline[0].parent], tmp_path / "r.json")["runs"]
+    names = ["docs.jsonl", "tok", "base", "chat", "judge", "policy", "before.jsonl", "after.jsonl"]
+    assert sorted(Path(one["path"]).name for one in runs) == sorted(names)
+    stages = [one["stage"] for one in runs if one["state"] == "finished"]
+    assert stages == ["crawl-filter", "train-bpe", "pretrain", "sft", "train-reward", "rl"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("gone", None, "found nothing there"),
+        ("empty", {}, "expected a run folder"),
+        ("tool", {"manifest.json": '{"name": "app", "icons": []}'}, "expected a manifest that llmkit wrote"),
+        ("torn", {"manifest.json": '{"stage": "rl"'}, "not JSON"),
+        ("list", {"manifest.json": "[]"}, "expected a JSON object, found a list"),
+        ("notes.txt", "hello", "expected a file that a stage has written, found no JSON object a line"),
+        ("data.jsonl", '{"a": 1}\n', "expected a file that a stage has written, found a record with ['a']"),
+        ("some.json", '{"a": 1}', "expected a manifest, evaluation.json or report.json"),
+    ],
+)
+def test_what_is_no_run_is_told_in_one_line(pipeline, tmp_path, name, content, message):
+    place = tmp_path / name
+    if isinstance(content, dict):
+        place.mkdir()
+        for inner, text in content.items():
+            (place / inner).write_text(text)
+    elif content is not None:
+        place.write_text(content)
+    with pytest.raises(UserError) as told:
+        page_of([place], tmp_path / "r.html")
+    assert message in str(told.value) and str(place) in str(told.value) and "\n" not in str(told.value)
+    assert not (tmp_path / "r.html").exists()
+    if content is not None:  # beside a run it is a note
+        notes = figures_of([pipeline[1], place], tmp_path / "r.json")["notes"]
+        assert len(notes) == 1 and message in notes[0]
+
+
+def test_the_command_line(pipeline, tmp_path, llmkit):
+    tok, out = pipeline[1], tmp_path / "r.html"
+    done = llmkit("report", tok, "-o", out)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"path": str(out), "bytes": out.stat().st_size, "runs": 1, "notes": []}
+    again = llmkit("report", tok, "-o", out)
+    assert (again.returncode, again.stdout) == (2, "") and "exists already" in again.stderr
+    told = llmkit("report", tok, "--json")
+    assert told.returncode == 0 and json.loads(told.stdout) == figures_of([tok], tmp_path / "f.json")
+    dry = llmkit("report", tok, "-o", tmp_path / "n.html", "--dry-run")
+    assert (dry.returncode, dry.stdout) == (0, "") and "1 runs" in dry.stderr and not (tmp_path / "n.html").exists()
+    for arguments, message in (
+        (["report"], "RUN is missing"),
+        (["report", tok], "--out is required"),
+        (["report", tok, "-o", tmp_path, "--force"], "choose another --out"),
+        (["report", tmp_path / "f.json", "-o", tmp_path / "f.json", "--force"], "choose another --out"),
+    ):
+        done = llmkit(*arguments)
+        assert (done.returncode, done.stdout) == (2, "") and message in done.stderr and done.stderr.count("\n") == 1
+    assert llmkit("report", tok, "-o", "-").stdout.startswith("<!doctype html>")
