@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,9 @@ def _load_parts(place: Path, parts: int, like: Mapping[str, Tensor] | None) -> d
             if there != tuple(value.shape):
                 raise LookupError(f"{name} is {there or 'missing'} there and {tuple(value.shape)} here")
     try:
-        load(tensors, storage_reader=HuggingFaceStorageReader(str(place)), no_dist=True)  # type: ignore[arg-type]
+        with warnings.catch_warnings():  # each process reads its parts by itself, and that is meant
+            warnings.filterwarnings("ignore", ".*assuming the intent is to load in a single process")
+            load(tensors, storage_reader=HuggingFaceStorageReader(str(place)), no_dist=True)  # type: ignore[arg-type]
     except CheckpointException as error:
         raise ValueError(str(next(iter(error.failures.values()))[0])) from error
     return tensors

@@ -91,6 +91,7 @@ def stop_watching() -> None:
     """This process has done its part."""
     if _watch is not None:
         _watch.stop()
+        _watch.join()  # a thread in torch's code while Python shuts down aborts the process
         _watch.store.set(f"note/{_watch.me.rank}", json.dumps({"kind": "done"}))
 
 
