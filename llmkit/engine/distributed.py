@@ -121,6 +121,7 @@ class World:
                 raise UserError(
                     f"{name} is {own} here and {value} at rank 0; start all processes with the same options and data"
                 )
+        self.meet()  # nobody goes on where one is refused
 
     def check_folder(self, folder: Path, name: str) -> None:
         """Raise UserError unless this process sees the file `name` that the first has put into a folder, and can write
