@@ -42,12 +42,10 @@ def build_optimizer(model: Transformer, recipe: Recipe) -> Optimizer:
     return Optimizer(groups)
 
 
-def compiled(function: Callable, choice: str, device: torch.device, flops: float) -> Callable:
-    """`function` through torch.compile where `choice` is on, or auto on a GPU or for a long run on a CPU."""
+def is_compiled(choice: str, device: torch.device, flops: float) -> bool:
+    """Whether to train through torch.compile: where `choice` is on, or auto on a GPU or for a long run on a CPU."""
     long_run = device.type == "cuda" or (flops > LONG_RUN_FLOPS and shutil.which("c++") is not None)
-    if choice == "off" or (choice == "auto" and not long_run):
-        return function
-    return torch.compile(function, dynamic=False)
+    return choice == "on" or (choice == "auto" and long_run)
 
 
 def build_trainer(
@@ -70,12 +68,11 @@ def build_trainer(
     """
     model.checkpoint_layers = options.activation_checkpointing
     world().check_folder(folder, NOTES)
-    device = model.embed_tokens.device
-    if is_sharded(model.embed_tokens):  # FSDP puts a layer together outside of what is compiled
-        for layer in model.layers:
-            layer.forward = compiled(layer.forward, options.compile, device, flops)  # type: ignore[method-assign]
-    else:
-        loss = compiled(loss, options.compile, device, flops)
+    if is_compiled(options.compile, model.embed_tokens.device, flops):
+        if is_sharded(model.embed_tokens):  # FSDP puts a layer together outside of what is compiled
+            model.compile_layers()
+        else:
+            loss = torch.compile(loss, dynamic=False)
     trainer = Trainer(
         model,
         optimizer,

@@ -151,6 +151,7 @@ class Transformer(nn.Module):
         self.lm_head = None if config.tie_word_embeddings else new(config.vocab_size, config.hidden_size)
         self._rotary = RotaryTable(config.head_dim, config.rope_theta, config.rope_scaling)
         self.checkpoint_layers = False  # recompute each layer in backward: less memory, a third more time
+        self._compiled_layers = False
         if seed is not None:
             self.initialize(seed)
 
@@ -190,6 +191,12 @@ class Transformer(nn.Module):
         if self.norm is not None:
             self.norm.data.fill_(1.0)
 
+    def compile_layers(self) -> None:
+        """Run every layer through torch.compile, each by itself: where the whole cannot be one graph."""
+        self._compiled_layers = True
+        for layer in self.layers:
+            layer.forward = torch.compile(layer.forward, dynamic=False)  # type: ignore[method-assign]
+
     @property
     def head_weight(self) -> Tensor:
         """(V, hidden), the embedding where they are tied."""
@@ -221,12 +228,13 @@ class Transformer(nn.Module):
         differences alone. With a cache, new tokens follow those it holds.
         """
         length = token_ids_BT.shape[1]
+        eager = not (self._compiled_layers or torch.compiler.is_compiling())
         x_BTC = F.embedding(token_ids_BT, self.embed_tokens)
         if self.config.normalize_embedding:
             x_BTC = rms_norm(x_BTC, None, self.config.rms_norm_eps)
         if isinstance(doc_ids, Branching):
             position_ids = doc_ids.position_ids if position_ids is None else position_ids
-        elif doc_ids is not None and not isinstance(doc_ids, Packing) and not torch.compiler.is_compiling():
+        elif eager and doc_ids is not None and not isinstance(doc_ids, Packing):
             doc_ids = Packing(doc_ids)
         if cache is not None:
             if doc_ids is not None:
