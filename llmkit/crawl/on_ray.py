@@ -117,6 +117,10 @@ def _cluster(ray: Any, workers: int | None) -> Iterator[int]:
         raise UserError(
             f"RAY_ADDRESS={address}: no Ray cluster answers, or not with this token; see docs/crawl-on-ray.md"
         ) from error
+    except Exception as error:
+        if type(error) is not Exception:  # Ray's own word for a node that did not come up
+            raise
+        raise UserError(f"--engine ray: Ray does not start: {error}") from error
     with suppress(ValueError):  # not the main thread, in which Ray has set no handler
         signal.signal(signal.SIGTERM, terminate)
     try:

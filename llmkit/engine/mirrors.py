@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from llmkit.config import TrainingConfig, as_options
 from llmkit.files import remove
+from llmkit.launch import launch
 from llmkit.rundir import MetricsLog, read_metrics
 
 TENSORBOARD = "tensorboard"  # in a run folder
@@ -46,11 +47,11 @@ def mirrors(options: TrainingConfig, folder: Path) -> list[Callable[[], Mirror]]
 
 
 class MirroredLog(MetricsLog):
-    """`metrics.jsonl` and its mirrors, which are opened with it, and given the rows that it has."""
+    """`metrics.jsonl` and its mirrors, which the first process opens with it, and gives the rows that it has."""
 
     def __init__(self, path: Path, mirrors: Iterable[Callable[[], Mirror]] = ()) -> None:
         super().__init__(path)
-        self._mirrors = [make() for make in mirrors]
+        self._mirrors = [make() for make in mirrors] if launch().leads else []
         for row in read_metrics(path) if self._mirrors else ():
             self._show(row)
 

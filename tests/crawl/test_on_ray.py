@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -99,6 +100,17 @@ def test_without_ray_the_message_says_what_to_install(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"--engine ray: .*pip install 'ray>=2.60'"):
         work_on_ray(html_spans(1), pytest.fail, State(str(tmp_path / "out"), {}), Recipe())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_ray_that_does_not_start_is_named(tmp_path, monkeypatch):
+    from llmkit.crawl.on_ray import work_on_ray
+
+    def init(**options):
+        raise Exception("The current node timed out during startup.")  # as Ray 2.60 raises it
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init))
+    with pytest.raises(UserError, match="--engine ray: Ray does not start: The current node timed out"):
+        work_on_ray(html_spans(1), pytest.fail, State(str(tmp_path / "out"), {}), Recipe())
 
 
 def test_ray_needs_files_on_both_ends(tmp_path, llmkit):

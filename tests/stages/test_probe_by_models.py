@@ -58,7 +58,8 @@ def lines(path: Path) -> list[dict]:
 
 def probe(model: Path, out: Path, **options):
     given = {name: (str(value),) if name in ("questions", "passages") else value for name, value in options.items()}
-    return run(ProbeKnowledgeConfig(model=str(model), out=str(out), quiet=True, retries=1, timeout=5, **given))
+    given = {"quiet": True, "retries": 1, "timeout": 60} | given
+    return run(ProbeKnowledgeConfig(model=str(model), out=str(out), **given))
 
 
 def questions(path: Path, count: int = 3) -> Path:
@@ -128,7 +129,8 @@ def test_faults_that_pass_change_nothing(babbler, documents, tmp_path):
             server.faults = faults
             report = tmp_path / f"p{len(made)}.jsonl"
             models = {"writer": server.spec, "judge": server.spec}
-            probe(babbler, tmp_path / f"r{len(made)}.jsonl", report=str(report), **options, **models)
+            # one request may meet all the faults
+            probe(babbler, tmp_path / f"r{len(made)}.jsonl", report=str(report), retries=5, **options, **models)
             made.append(report.read_bytes())
             assert server.faults == []
     assert made[0] == made[1] and made[0].count(b"\n") == 10
