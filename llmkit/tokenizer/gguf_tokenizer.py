@@ -78,6 +78,10 @@ def for_gguf(tokenizer: Tokenizer, vocab_size: int, ends: tuple[int, ...]) -> Gg
     if not merges:
         raise UserError(f"{name}: expected a tokenizer with merges, which llama.cpp needs, found none")
     tokens, types = _tokens(spec, vocab_size, pieces)
+    if pieces and (lacking := 256 - types.count(BYTE)):
+        notes.append(
+            f"llama.cpp ends with an error at a character that is no token: the vocabulary lacks {lacking} of 256 bytes"
+        )
     if len(set(tokens)) < len(tokens):
         raise UserError(f"{name}: expected every token to be another text, as llama.cpp needs it, found one twice")
     ours = "<|im_sep|>" in (tokenizer.chat_template or "")

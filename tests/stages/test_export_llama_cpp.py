@@ -50,8 +50,9 @@ def odd_texts() -> list[str]:
 
 def exported(folder: Path, dtype: str = "auto"):
     out = folder.with_name(f"{folder.name}-{dtype}.gguf")
-    export.run(export.ExportConfig(model=str(folder), format="gguf", dtype=dtype, out=str(out), quiet=True))
-    return llama_cpp.Llama(str(out), n_ctx=256, n_threads=1, logits_all=True, verbose=False)
+    export.run(export.ExportConfig(model=str(folder), format="gguf", dtype=dtype, out=str(out), quiet=True, force=True))
+    exact = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}  # its cache is float16 otherwise
+    return llama_cpp.Llama(str(out), n_ctx=256, n_threads=1, logits_all=True, verbose=False, **exact)
 
 
 def their_logits(llama, ids: list[int]) -> torch.Tensor:
@@ -110,8 +111,7 @@ def test_greedy_tokens_are_ours(made: Path, kind: str) -> None:
     found = [their_greedy(llama, ids, 40, ends) for ids in asked]
     strip = [[token for token in one if token not in ends] for one in found]
     assert strip == [[token for token in one if token not in ends] for one in expected]
-    if kind == "chat":
-        assert "It is blue." in [load_tokenizer(folder).decode(ids) for ids in strip]
+    assert max(map(len, found)) > 10 or kind == "chat"
     for ids in asked:
         assert (their_logits(llama, ids) - our_logits(folder, ids)).abs().max() < 1e-3
 
@@ -179,12 +179,12 @@ def test_the_chat_template_gives_our_tokens(made: Path) -> None:
         [message(**{"role": m["role"], "text": m["content"]}) for m in asked], prompt=True
     )
     assert ids == expected.token_ids.tolist()
-    answer = llama.create_chat_completion([{"role": "user", "content": "What is blue?"}], temperature=0, max_tokens=40)
-    choice = answer["choices"][0]
-    assert (choice["message"]["content"], choice["finish_reason"]) == ("It is blue.", "stop")
+    answer = llama.create_chat_completion(asked, temperature=0, max_tokens=40)["choices"][0]
+    ours = load_tokenizer(folder).decode(our_greedy(folder, [ids], 40)[0], skip_specials=True)
+    assert answer["message"]["content"] == ours and answer["finish_reason"] == "stop" and ours
 
 
-def test_llama_s_own_form_of_tokenizer(shared_data: Path, tmp_path: Path) -> None:
+def test_llama_s_own_form_of_tokenizer(shared_data: Path, tmp_path: Path, capsys) -> None:
     import json
     import shutil
 
@@ -195,6 +195,12 @@ def test_llama_s_own_form_of_tokenizer(shared_data: Path, tmp_path: Path) -> Non
     ids, expected = tokenizer.encode_prompt(row["prompt"]), row["greedy_ids"]
     assert llama.tokenize(row["prompt"].encode(), add_bos=True, special=False) == ids == expected[: len(ids)]
     assert their_greedy(llama, ids, len(expected) - len(ids), ()) == expected[len(ids) :]
-    plain = [text for text in odd_texts() if text and "\u2581" not in text and "<" not in text]
-    other = [text for text in plain if llama.tokenize(text.encode(), add_bos=False) != tokenizer.encode(text)]
-    assert other == []
+    assert "the vocabulary lacks 256 of 256 bytes" in capsys.readouterr().err
+    known = {text for text in tokenizer.content["model"]["vocab"] if len(text) == 1} | {" "}
+    drawn = random.Random(0)
+    words = [row["text"][start : start + drawn.randint(1, 40)] for start in range(0, 400, 3)]
+    words += ["".join(drawn.choices(sorted(known - {"\u2581"}), k=drawn.randint(1, 20))) for _ in range(300)]
+    words = [text for text in words if set(text) <= known and "<" not in text]
+    assert len(words) > 300
+    for text in words:
+        assert llama.tokenize(text.encode(), add_bos=False) == tokenizer.encode(text), text
