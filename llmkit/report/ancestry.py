@@ -14,7 +14,7 @@ import orjson
 
 from llmkit.report.gathering import RecordsFile, Run, changed
 
-PURPOSE = {"probe": "probe-knowledge", "recitation": "probe-knowledge", "completions": "sample"}
+PURPOSE = {"probed questions": "probe-knowledge", "recitations": "probe-knowledge", "completions": "sample"}
 
 
 @dataclass
@@ -109,13 +109,14 @@ def _digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(orjson.dumps(manifest, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
-def _identity(item: Mapping[str, Any]) -> tuple[str, Any]:
+def _identity(item: Mapping[str, Any]) -> tuple[str, int]:
     """Of a manifest's input. To compare hashes would be to read every corpus again."""
-    return os.path.basename(str(item.get("path"))), item.get("bytes")
+    size = item.get("bytes")
+    return os.path.basename(str(item.get("path"))), size if isinstance(size, int) else -1
 
 
-def _identity_of(path: Path) -> tuple[str, Any]:
-    return path.name, path.stat().st_size if path.is_file() else ""
+def _identity_of(path: Path) -> tuple[str, int]:
+    return path.name, path.stat().st_size if path.is_file() else -2
 
 
 def _in_order(nodes: Mapping[str, Node]) -> list[Node]:

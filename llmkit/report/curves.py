@@ -110,7 +110,7 @@ def read_series(path: Path, stage: str, note: Callable[[str], object], limit: in
     rows = without_step = 0
     for row in scan_metrics(path, lambda number, wrong: bad.append((number, wrong))):
         rows += 1
-        step = row.get("step")
+        step: Any = row.get("step")
         if not is_number(step):
             without_step += 1
         elif isinstance(row.get("sample"), str):
@@ -141,9 +141,10 @@ def charts_of(stage: str, runs: Sequence[tuple[str, str, Metrics]]) -> list[dict
     """The charts of a stage with the curves of its runs, each (name of its node, name for people, metrics); charts
     without a line are left out."""
     charts = []
-    parts = sorted({key for _, _, metrics in runs for key in metrics.series if key.startswith(PART)})
+    own = [[key for key in metrics.series if key.startswith(PART)] for _, _, metrics in runs]
+    parts = sorted({key for keys in own if len(keys) > 1 for key in keys})
     known = CHARTS.get(stage, (LOSS,))
-    if len(parts) > 1:
+    if parts:
         lines = {key: key.removeprefix(PART) for key in parts}
         known = (*known, Chart("Parts of the reward", "before their weights", lines))
     for chart in known:

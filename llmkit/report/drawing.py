@@ -35,7 +35,7 @@ def draw(chart: Mapping[str, Any]) -> dict[str, Any]:
         places = [(x_of(step), y_of(min(value, high))) for step, value in line["points"]]
         own_style = line["label"] in STYLES
         colour = runs.index(line["run"]) if own_style else number
-        few = len(places) <= 30 and line["label"] != "training"
+        few = len(places) <= 30 and line["label"] in ("held out", "gold")
         drawn.append(
             {
                 "name": f"{line['name']}, {line['label']}" if chart["of_several_runs"] else line["label"],

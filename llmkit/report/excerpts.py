@@ -18,8 +18,8 @@ FIELDS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     "completions": ("prompt", "completion", "reward", ("finish_reason",)),
     "rollouts": ("prompt", "completion", "reward", ("answer", "finish_reason")),
     "disagreements": ("prompt", "completion", "reward", ("gold", "difference")),
-    "recitation": ("prefix", "completion", "share", ("repeats",)),
-    "probe": ("question", "responses", "known", ("answer", "judgements")),
+    "recitations": ("prefix", "completion", "share", ("repeats",)),
+    "probed questions": ("question", "responses", "known", ("answer", "judgements")),
     "conversations": ("messages", "messages", "known", ("source",)),
     "documents": ("url", "text", "reward", ("language", "source")),
     "rejected documents": ("url", "text", "reason", ("step", "score")),
@@ -55,7 +55,7 @@ def excerpt(record: Mapping[str, Any], kind: str, line: int) -> dict[str, Any]:
     if kind == "conversations" and isinstance(said, list):
         given, said = said[:-1], said[-1:]
         said = said[0].get("content") if said and isinstance(said[0], dict) else said
-    elif kind == "probe" and isinstance(said, list):
+    elif kind == "probed questions" and isinstance(said, list):
         said = "\n".join(f"{place}. {text_of(one)}" for place, one in enumerate(said, 1))
     row: dict[str, Any] = {"line": line}
     if is_number(record.get("step")):
@@ -78,6 +78,8 @@ def text_of(value: Any) -> str:
         return value
     if isinstance(value, list):
         messages = [item for item in value if isinstance(item, dict) and "content" in item]
+        if len(value) == 1 and messages and messages[0].get("role") == "user":
+            return text_of(messages[0]["content"])
         if messages and len(messages) == len(value):
             return "\n".join(f"{item.get('role', '?')}: {text_of(item['content'])}" for item in messages)
         if value and all(isinstance(item, dict) and isinstance(item.get("text"), str) for item in value):

@@ -53,7 +53,7 @@ def report_figures(found: Gathered, *, samples: int = 40, limit: int | None = No
     probes = [
         (file, _or_note(notes, lambda file=file: read_probe(file.path, notes.append, limit)))
         for file in found.files
-        if file.kind == "probe"
+        if file.kind == "probed questions"
     ]
     probes = [(file, read) for file, read in probes if read]
     figures: dict[str, Any] = {
@@ -245,10 +245,23 @@ def _judges(nodes: Sequence[Node], given: Mapping[str, dict[str, Any]], notes: l
         rows = {"held out": report.get("overall"), **_object(report.get("by_source"))}
         if "baseline_length" in report:
             rows["baseline: length"] = report["baseline_length"]
-        kept = [{"of": of, **_object(row)} for of, row in rows.items() if is_number(_object(row).get("accuracy"))]
-        biases = [{"feature": of, **_object(row)} for of, row in _object(report.get("biases")).items()]
+        kept = [{"of": of, **_judged(_object(row))} for of, row in rows.items()]
+        kept = [row for row in kept if "accuracy" in row]
+        biases = [
+            {"feature": of, **{name: value for name, value in _object(row).items() if is_number(value)}}
+            for of, row in _object(report.get("biases")).items()
+        ]
         if kept:
             yield {"run": name, "path": path, "rows": kept, "biases": biases}
+
+
+def _judged(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of one part of an evaluation, and the interval, where it is one."""
+    found = {name: value for name, value in row.items() if is_number(value)}
+    interval = row.get("accuracy_95")
+    if isinstance(interval, list) and len(interval) == 2 and all(map(is_number, interval)):
+        found["accuracy_95"] = interval
+    return found
 
 
 # ---- to fit

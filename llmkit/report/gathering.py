@@ -26,10 +26,10 @@ RECORDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson")
 STAGE_OF_FLAG = {"--depth": "pretrain", "--identity": "sft", "--ensemble": "train-reward", "--algo": "rl"}
 # fields that tell what a record is; the first kind that has all of its fields
 KINDS = {
-    "probe": ("question", "responses", "judgements", "known"),
+    "probed questions": ("question", "responses", "judgements", "known"),
     "rollouts": ("prompt", "completion", "reward", "group", "step"),
     "disagreements": ("prompt", "completion", "gold", "difference"),
-    "recitation": ("prefix", "completion", "matched"),
+    "recitations": ("prefix", "completion", "matched"),
     "completions": ("completion",),
     "conversations": ("messages",),
     "rejected documents": ("source", "step", "reason"),

@@ -30,7 +30,7 @@ def read_probe(
         kinds[str(record.get("kind", "other"))][known] += 1
         known_of[record["question"]] = known
         judgements = record.get("judgements")
-        verdicts.update(str(one) for one in judgements if isinstance(judgements, list))
+        verdicts.update(map(str, judgements if isinstance(judgements, list) else ()))
         for name, found in makers.items():
             found.add(str(record.get(name, "")))
     if bad:

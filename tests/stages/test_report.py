@@ -297,7 +297,7 @@ def test_what_is_long_is_sampled_evenly_and_the_page_says_so(tmp_path):
     gaps = [after - before for before, after in pairwise(steps)]
     assert (shown["records"], shown["shown"], steps[0], steps[-1]) == (20_000, 40, 0, 19_999)
     assert max(gaps) < 2 * min(gaps)
-    assert "40 of 20,000 rollouts" in text_of(page, "#samples .about")
+    assert "40 of 20,000 rollouts" in text_of(page, "#samples .inputs")
     folder = make_run(
         tmp_path / "base", "pretrain", results={}, rows=({"step": n, "loss": n % 7} for n in range(30_000))
     )
@@ -344,6 +344,37 @@ def test_what_is_broken_is_counted(tmp_path):
     assert "1 rows without a step" in notes and "report.json: not JSON" in notes
     assert "said.jsonl: 1 of 2 lines looked at are no JSON object" in notes
     assert all(note in text_of(page, "#notes") for note in figures["notes"])
+
+
+@pytest.mark.parametrize(
+    ("stage", "file", "place", "value"),
+    [
+        ("pretrain", "manifest.json", ("inputs", 0, "bytes"), [1]),
+        ("pretrain", "manifest.json", ("parents",), {"path": "tok"}),
+        ("pretrain", "manifest.json", ("parents", 0, "manifest"), "gone"),
+        ("pretrain", "manifest.json", ("results",), None),
+        ("pretrain", "manifest.json", ("created",), 7),
+        ("pretrain", "manifest.json", ("options",), ["a"]),
+        ("train-bpe", "report.json", ("compared", "gpt2"), None),
+        ("train-bpe", "report.json", ("longest_tokens", 0), {}),
+        ("train-reward", "evaluation.json", ("overall", "accuracy_95"), [0.5]),
+        ("train-reward", "evaluation.json", ("overall", "accuracy_95", 0), [0.5]),
+        ("train-reward", "evaluation.json", ("by_source",), [1]),
+        ("train-reward", "evaluation.json", ("biases", "length"), 0.5),
+    ],
+)
+def test_what_nobody_has_written_so_far_makes_a_page_all_the_same(tmp_path, stage, file, place, value):
+    made = {
+        json.loads((run / "manifest.json").read_text())["stage"]: run for run in make_pipeline(tmp_path) if run.is_dir()
+    }
+    content = json.loads((made[stage] / file).read_text())
+    inner = content
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    (made[stage] / file).write_text(json.dumps(content))
+    page = page_of([made[stage]], tmp_path / "r.html")
+    assert page.css("#pipeline .node")
 
 
 def test_a_folder_of_runs_stands_for_them(pipeline, tmp_path):
