@@ -20,6 +20,7 @@ FIELDS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     "disagreements": ("prompt", "completion", "reward", ("gold", "difference")),
     "recitations": ("prefix", "completion", "share", ("repeats",)),
     "probed questions": ("question", "responses", "known", ("answer", "judgements")),
+    "examples": ("prompt", "completion", "reward", ("source",)),
     "conversations": ("messages", "messages", "known", ("source",)),
     "documents": ("url", "text", "reward", ("language", "source")),
     "rejected documents": ("url", "text", "reason", ("step", "score")),

@@ -167,7 +167,12 @@ def _funnels(nodes: Sequence[Node]) -> Any:
 def _is_step(step: Mapping[str, Any]) -> bool:
     dropped = step.get("dropped")
     counted = is_number(step.get("in")) and is_number(step.get("kept")) and is_number(step.get("seconds"))
-    return counted and isinstance(dropped, dict) and all(map(is_number, dropped.values()))
+    return (
+        isinstance(step.get("step"), str)
+        and counted
+        and isinstance(dropped, dict)
+        and all(map(is_number, dropped.values()))
+    )
 
 
 def _tokenizers(nodes: Sequence[Node], given: Mapping[str, dict[str, Any]], notes: list[str]) -> Any:

@@ -30,7 +30,8 @@ KINDS = {
     "rollouts": ("prompt", "completion", "reward", "group", "step"),
     "disagreements": ("prompt", "completion", "gold", "difference"),
     "recitations": ("prefix", "completion", "matched"),
-    "completions": ("completion",),
+    "completions": ("completion", "finish_reason"),
+    "examples": ("prompt", "completion"),  # that people have written, as those of sft are
     "conversations": ("messages",),
     "rejected documents": ("source", "step", "reason"),
     "documents": ("text",),

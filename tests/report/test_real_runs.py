@@ -42,7 +42,8 @@ def made(llmkit, tmp_path_factory) -> Path:
         "probe-knowledge chat/ --questions q.jsonl -n 2 --max-tokens 4 --balance none -o taught.jsonl --report p.jsonl",
         "train-reward chat/ --data prefs.jsonl --max-steps 3 --eval-every 2 --probe-biases -o judge/",
         "rl chat/ --data problems.jsonl --val problems.jsonl --limit 8 --eval-every 2 --reward rm:judge/ "
-        "--reward length:-0.1 --gold verifier --group 4 --batch-size 4 --max-tokens 4 --max-steps 3 --sample-every 1 -o policy/",
+        "--reward length:-0.1 --gold verifier --group 4 --batch-size 4 --max-tokens 4 --max-steps 3 "
+        "--sample-every 1 -o policy/",
         "sample policy/ --jsonl asks.jsonl --max-tokens 4 -o said.jsonl",
     ):
         done = llmkit(*command.split(), "--quiet", cwd=place)
@@ -89,7 +90,11 @@ def test_all_that_the_stages_write_is_found(made, llmkit):
     kinds = {Path(one["path"]).name: one["kind"] for one in figures["samples"]}
     assert kinds["rollouts.jsonl"] == "rollouts" and kinds["disagreements.jsonl"] == "disagreements"
     assert kinds["p.jsonl"] == "probed questions" and kinds["taught.jsonl"] == "conversations"
-    assert kinds["said.jsonl"] == "completions" and kinds["docs.jsonl"] == "documents"
+    assert (
+        kinds["said.jsonl"] == "completions"
+        and kinds["chats.jsonl"] == "examples"
+        and kinds["docs.jsonl"] == "documents"
+    )
 
 
 def test_its_page_is_written(made, llmkit):

@@ -312,7 +312,7 @@ def test_what_is_long_is_sampled_evenly_and_the_page_says_so(tmp_path):
 def test_a_page_of_very_much_stays_under_a_megabyte(tmp_path):
     files = []
     for number in range(12):
-        said = [{"prompt": "p", "completion": f"{line} " + "<&>" * 400} for line in range(300)]
+        said = [{"prompt": "p", "completion": f"{line} " + "<&>" * 400, "finish_reason": "stop"} for line in range(300)]
         files.append(write_lines(tmp_path / f"c{number}.jsonl", said))
     page = page_of(files, tmp_path / "r.html", records=300)
     assert (tmp_path / "r.html").stat().st_size < 1_000_000
@@ -334,7 +334,7 @@ def test_what_is_broken_is_counted(tmp_path):
     with (folder / "metrics.jsonl").open("a") as handle:
         handle.write('{"step": 4, "lo')
     (folder / "report.json").write_text("{")
-    said = write_lines(tmp_path / "said.jsonl", [{"completion": "fine"}, '{"completion": "cu'])
+    said = write_lines(tmp_path / "said.jsonl", [{"completion": "fine", "finish_reason": "stop"}, '{"completion": "cu'])
     page, figures = page_of([folder, said], tmp_path / "r.html"), figures_of([folder, said], tmp_path / "r.json")
     line = figures["trainings"][0]["charts"][0]["lines"][0]
     assert line["points"] == [[1, 2.0], [3, 1.5]] and line["not_finite"] == 1
@@ -355,6 +355,7 @@ def test_what_is_broken_is_counted(tmp_path):
         ("pretrain", "manifest.json", ("results",), None),
         ("pretrain", "manifest.json", ("created",), 7),
         ("pretrain", "manifest.json", ("options",), ["a"]),
+        ("pretrain", "manifest.json", ("results", "funnel"), [{"in": 1, "kept": 1, "dropped": {}, "seconds": 0}]),
         ("train-bpe", "report.json", ("compared", "gpt2"), None),
         ("train-bpe", "report.json", ("longest_tokens", 0), {}),
         ("train-reward", "evaluation.json", ("overall", "accuracy_95"), [0.5]),
