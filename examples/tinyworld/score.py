@@ -70,9 +70,7 @@ def is_right(row: Row) -> bool:
 def obeys(row: Row) -> bool:
     """Whether an answer has the form that the system message asks for, right or not."""
     said = row["completion"].strip()
-    if "sailor" in row["system"]:
-        return said.startswith("Ahoy! ")
-    return row["name"] in said and said.endswith(".")
+    return said.startswith("Ahoy! ") if "sailor" in row["system"] else said.endswith(".") and " " not in said
 
 
 JUDGE = MatchJudge()

@@ -176,5 +176,6 @@ def test_the_recipe_runs_and_scores_every_stage(tmp_path):
     stages = {one["stage"] for one in found}
     assert {"crawl-filter", "train-bpe", "pretrain", "sft", "probe-knowledge", "train-reward", "rl"} <= stages
     assert all(one["figure"] in done.stdout for one in found)
+    assert "Tiny World" in (tmp_path / "world" / "report.html").read_text()
     again = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert "llmkit" not in again.stdout and found[0]["figure"] in again.stdout
