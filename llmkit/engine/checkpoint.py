@@ -110,9 +110,11 @@ class Checkpoints:
         except CheckpointException as error:
             rank, (first, _) = min(error.failures.items())
             raise UserError(f"{partial}: rank {rank} cannot write there: {first}; make room, and --resume") from error
+        # each counts its own, for a file that another machine wrote may not be seen at once
+        parts = torch.tensor(sum(1 for _ in partial.glob(f"shard-{world().rank + 1:05d}-*.safetensors")))
+        dist.all_reduce(parts, group=group)
         if world().leads:
-            parts = sum(1 for _ in partial.glob("*.safetensors"))
-            write_json(partial / STATE, {**state, "step": step, "parts": parts})
+            write_json(partial / STATE, {**state, "step": step, "parts": int(parts)})
             replace_folder(partial, self._place(step))
         dist.barrier(group)
 

@@ -82,7 +82,8 @@ def estimate(plan: Plan, kind: str, nodes: int, gpus: int, micro_batch_rows: int
     within, between = (devices - 1) / devices / gpu.link, (nodes - 1) / nodes / (gpus * gpu.network)
     sending = sent * max(within, between)
     step = max(computing, sending)
-    size = plan.training_bytes(devices)
+    # gradients of several micro-batches wait, whole and in fp32, for the last
+    size = plan.training_bytes(devices) + (4 * parameters if devices > 1 and micro_batches > 1 else 0)
     return Estimate(
         bytes=size,
         fits=size < ROOM * gpu.memory,
