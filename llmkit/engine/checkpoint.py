@@ -97,7 +97,9 @@ class Checkpoints:
 
     def _write_parts(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         import torch.distributed as dist
-        from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter, save
+        from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+        from torch.distributed.checkpoint.state_dict_saver import save
 
         partial, group = Path(f"{self._place(step)}{PARTIAL}"), self._group
         if world().leads:
@@ -153,13 +155,15 @@ class Checkpoints:
 
 def _load_parts(place: Path, parts: int, like: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """The tensors of a checkpoint in parts; without `like` all of them, whole."""
-    from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, load
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     found = sum(1 for _ in place.glob("*.safetensors"))
     if found != parts:
         raise ValueError(f"expected {parts} files of tensors, found {found}")
     reader = HuggingFaceStorageReader(str(place))
-    described = reader.read_metadata().state_dict_metadata
+    described: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
     if like is None:
         tensors = {name: torch.empty(one.size, dtype=one.properties.dtype) for name, one in described.items()}
     else:

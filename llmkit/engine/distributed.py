@@ -186,7 +186,7 @@ def join(device: torch.device, config: TrainingConfig) -> World:
     watch = failures.watch(config.timeout)
     if config.reads_stdin():  # type: ignore[attr-defined]  # every stage that trains has it
         raise UserError("stdin: several processes cannot read it; give a file that all of them see")
-    store = dist.PrefixStore("groups", watch.store.clone())
+    store = dist.PrefixStore("groups", watch.store.clone())  # type: ignore[reportPrivateImportUsage]
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     details: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
     world = World(me.rank, me.size, device, watch)

@@ -36,10 +36,11 @@ def connect(me: Launch, timeout: float) -> Any:
     import torch.distributed as dist
 
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        connected = dist.rendezvous("env://", timeout=timedelta(seconds=timeout))  # type: ignore[reportPrivateImportUsage]
+        store, _, _ = next(connected)
     except Exception as error:
         raise UserError(f"the processes cannot reach one another: {error}; start them by torchrun") from None
-    return dist.PrefixStore(f"llmkit/{me.restarts}", store)
+    return dist.PrefixStore(f"llmkit/{me.restarts}", store)  # type: ignore[reportPrivateImportUsage]
 
 
 class Watch(threading.Thread):

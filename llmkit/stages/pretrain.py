@@ -255,7 +255,7 @@ def _plan(
         vocab_size=tokenizer.vocab_size,
         corpus_tokens=shards.tokens,
         device=device.type,
-        speed=lambda *shape: processes * speed.tokens_per_second(*shape, device, dtype),
+        speed=lambda *shape: processes * speed.tokens_per_second(*shape, device=device, dtype=dtype),
         seconds_used=lambda: time.monotonic() - STARTED,
         closing_tokens=val_shards.tokens if val_shards else 0,
         check_fits=lambda plan: check_memory(plan.training_bytes(processes), device),
