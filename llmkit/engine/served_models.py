@@ -41,7 +41,7 @@ class ServerError(UserError):
 
 
 class Refused(ServerError):
-    """The server understands the request, and will not have it."""
+    """The server will not have the request, or fails on it."""
 
 
 class PromptTooLong(Exception):
@@ -177,7 +177,7 @@ class OpenAIClient:
                     raise PromptTooLong from None
                 raise Refused(self._explain(error)) from error
             except openai.OpenAIError as error:
-                refused = isinstance(error, openai.UnprocessableEntityError)
+                refused = isinstance(error, (openai.UnprocessableEntityError, openai.InternalServerError))
                 raise (Refused if refused else ServerError)(self._explain(error)) from error
             except ServerError:
                 raise
