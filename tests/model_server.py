@@ -30,9 +30,9 @@ class ModelServer(ChatServer):
     """Serves a model folder.
 
     kind    "vllm" and "sglang" take token ids and load weights; "strict" takes the fields of OpenAI's alone and text
-    lies    "few logprobs", "no logprobs", "no ids", "no end" (leaves it out), "stale" (says that it loaded weights, and
-            did not), "refuses" (to load), "abort" (ends completions so), "cut stream"
-    loaded  the folders that it was asked to load; `held` counts what is in the cache of prefixes
+    lies    "few logprobs", "no logprobs", "no ids", "ids as names" (as older vLLM gives them), "no end" (leaves it out),
+            "stale" (says that it loaded weights, and did not), "refuses" (to load), "abort" (ends completions so)
+    loaded  the folders that it was asked to load; `resets` counts those of its cache
     """
 
     def __init__(self, folder: Path, kind: str = "vllm") -> None:
@@ -86,7 +86,7 @@ class ModelServer(ChatServer):
         shown = count - 1 if "no end" in self.lies and made.finish_reason == "stop" else count
         reason = "abort" if "abort" in self.lies else made.finish_reason
         choice: dict[str, Any] = {"index": 0, "finish_reason": reason}
-        if body.get("return_token_ids") and "no ids" not in self.lies:
+        if body.get("return_token_ids") and not self.lies & {"no ids", "ids as names"}:
             choice |= {"token_ids": made.token_ids[:shown], "prompt_token_ids": ids}
         given = made.logprobs[: shown - 2 if "few logprobs" in self.lies else shown]
         if body.get("logprobs") and "no logprobs" not in self.lies:
@@ -101,6 +101,8 @@ class ModelServer(ChatServer):
 
     def _logprobs(self, of_messages: bool, token_ids: list[int], given: list[float]) -> dict[str, Any]:
         names = [self._tokenizer.decode([one]) for one in token_ids[: len(given)]]
+        if "ids as names" in self.lies:
+            names = [f"token_id:{one}" for one in token_ids[: len(given)]]
         if of_messages:
             rows = zip(names, given, strict=True)
             return {"content": [{"token": name, "logprob": value, "top_logprobs": []} for name, value in rows]}

@@ -85,8 +85,9 @@ class TensorBoard:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """See `Mirror`."""
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        # their names are made as they are imported
+        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
         # what is shown over time is shown over the seconds of the run, whenever they were
         self._started = self._started or time.time() - row.get("seconds", 0.0)

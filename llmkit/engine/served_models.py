@@ -300,11 +300,10 @@ def _tokens(given: Any) -> tuple[list[int] | None, list[float] | None]:
         names, values = [one.get("token") for one in each], [one.get("logprob") for one in each]
         if (ids := _ids([one.get("id") for one in each])) is not None:
             return ids, _numbers(values)
-    ids = None
-    if isinstance(names, list) and names and all(isinstance(one, str) and one.startswith(TOKEN_ID) for one in names):
-        ids = [int(one.removeprefix(TOKEN_ID)) for one in names if one[len(TOKEN_ID) :].isdigit()]
-        ids = ids if len(ids) == len(names) else None
-    return ids, _numbers(values)
+    names = names if isinstance(names, list) else []
+    numbers = [str(one).removeprefix(TOKEN_ID) for one in names if str(one).startswith(TOKEN_ID)]
+    as_ids = bool(numbers) and len(numbers) == len(names) and all(number.isdigit() for number in numbers)
+    return [int(number) for number in numbers] if as_ids else None, _numbers(values)
 
 
 def _ids(values: Any) -> list[int] | None:

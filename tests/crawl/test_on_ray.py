@@ -6,9 +6,12 @@ import importlib.util
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -50,6 +53,47 @@ def test_the_bytes_are_those_of_the_local_engine(tmp_path, llmkit):
     repeated = [reject for reject in told if "repeats" in reject]
     assert {reject["source"] for reject in repeated} == {"mixed.warc.gz", "many.warc.gz", "again.warc.gz"}
     assert not list(tmp_path.glob("ray/*state*"))
+
+
+def descendants(parent: int) -> list[tuple[int, bytes]]:
+    """The processes below one, and what they call themselves."""
+    parents, names = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            process = int(folder.name)
+            names[process] = (folder / "cmdline").read_bytes()
+            parents[process] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    found = {parent}
+    while more := {process for process, above in parents.items() if above in found} - found:
+        found |= more
+    return [(process, names[process]) for process in found - {parent}]
+
+
+@with_ray
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for Ray's workers in /proc")
+def test_one_of_several_workers_is_killed_in_the_middle_and_the_bytes_are_those_of_the_local_engine(tmp_path, llmkit):
+    noise = lambda: f"<!-- {os.urandom(75_000).hex()} -->"  # noqa: E731 -- several spans, as above
+    pages = [Record(f"https://many.example/{n}", html(f"Page {n}", prose(n % 50), noise())) for n in range(200)]
+    write_warc(tmp_path / "many.warc.gz", pages)
+    write_warc(tmp_path / "mixed.warc.gz", mixed_pages())
+    inputs = [str(tmp_path / f"{name}.warc.gz") for name in ("many", "mixed")]
+    done = llmkit("crawl-filter", *inputs, "-o", tmp_path / "local.jsonl", "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-m", "llmkit", "crawl-filter", *inputs, "-o", str(tmp_path / "ray.jsonl")]
+    with subprocess.Popen([*command, "--engine", "ray", "--workers", "3"], stderr=subprocess.PIPE, text=True) as run:
+        killed, until = None, time.monotonic() + 240
+        while killed is None and run.poll() is None and time.monotonic() < until:
+            finished = list(tmp_path.glob("ray.jsonl.partial-state/span-*"))
+            working = [process for process, name in descendants(run.pid) if name.startswith(b"ray::_work_on")]
+            if len(working) > 1 and finished:
+                killed = working[0]
+                os.kill(killed, signal.SIGKILL)
+            time.sleep(0.005)
+        _, said = run.communicate(timeout=240)
+    assert run.returncode == 0, said
+    assert killed is not None, "all was done before one could be killed"
+    assert (tmp_path / "ray.jsonl").read_bytes() == (tmp_path / "local.jsonl").read_bytes() != b""
 
 
 def killed_once(mark: str) -> Deadly:

@@ -173,6 +173,15 @@ def test_a_server_that_keeps_its_ids_for_itself_is_asked_for_text(folder, prompt
     assert all(one["completion"] and "token_ids" not in one for one in made)
 
 
+def test_ids_that_stand_for_the_names_of_tokens_are_taken(folder, prompts, tmp_path):
+    made = []
+    with ModelServer(folder) as server:
+        for server.lies in (set(), {"ids as names"}):
+            options = {"engine": server.spec, "inputs": [str(prompts)], "logprobs": True}
+            made.append(sample(folder, tmp_path / f"{len(made)}.jsonl", **options))
+    assert made[0] == made[1] and all(one["token_ids"] for one in made[0])
+
+
 def test_a_server_with_another_tokenizer_is_named(folder, prompts, tmp_path):
     other = shutil.copytree(folder, tmp_path / "other")
     spec = json.loads((other / "tokenizer.json").read_text())
