@@ -30,7 +30,7 @@ class ModelServer(ChatServer):
     """Serves a model folder.
 
     kind    "vllm" and "sglang" take token ids and load weights; "strict" takes the fields of OpenAI's alone and text
-    lies    "few logprobs", "no logprobs", "no ids", "ids as names" (as older vLLM gives them), "no end" (leaves it out),
+    lies    "few logprobs", "no logprobs", "no ids", "ids as names" (as older vLLM has it), "no end" (leaves it out),
             "stale" (says that it loaded weights, and did not), "refuses" (to load), "abort" (ends completions so)
     loaded  the folders that it was asked to load; `resets` counts those of its cache
     """
