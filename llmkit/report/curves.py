@@ -155,6 +155,6 @@ def charts_of(stage: str, runs: Sequence[tuple[str, str, Metrics]]) -> list[dict
                 if figures is not None:
                     lines.append({"run": node, "name": name, "metric": key, "label": label, **figures})
         if lines:
-            several = len(runs) > 1
-            charts.append({"title": chart.title, "unit": chart.unit, "of_several_runs": several, "lines": lines})
+            names = [node for node, _, _ in runs]
+            charts.append({"title": chart.title, "unit": chart.unit, "runs": names, "lines": lines})
     return charts

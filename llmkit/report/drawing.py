@@ -29,7 +29,7 @@ def draw(chart: Mapping[str, Any]) -> dict[str, Any]:
     low, high = _range([value for _, value in points], clip=lines[0]["metric"] in CLIPPED)
     x_of = _scale(first, last, LEFT, WIDTH - RIGHT)
     y_of = _scale(low, high, HEIGHT - BOTTOM, TOP)
-    runs = list(dict.fromkeys(line["run"] for line in lines))
+    runs = chart["runs"]  # of all charts of the stage, so that a run has one colour in them
     drawn = []
     for number, line in enumerate(lines):
         places = [(x_of(step), y_of(min(value, high))) for step, value in line["points"]]
@@ -38,7 +38,7 @@ def draw(chart: Mapping[str, Any]) -> dict[str, Any]:
         few = len(places) <= 30 and line["label"] in ("held out", "gold")
         drawn.append(
             {
-                "name": f"{line['name']}, {line['label']}" if chart["of_several_runs"] else line["label"],
+                "name": f"{line['name']}, {line['label']}" if len(runs) > 1 else line["label"],
                 "classes": f"s{colour % COLOURS} {STYLES.get(line['label'], 'training')}",
                 "path": "M" + "L".join(f"{x:g} {y:g}" for x, y in places) if len(places) > 1 else "",
                 "dots": places if few or len(places) == 1 else [],

@@ -181,7 +181,7 @@ def _checked(manifest: Any, path: Path) -> dict[str, Any]:
 def _gather_file_run(found: Gathered, manifest: Path, output: str) -> None:
     """A run that wrote a single file."""
     found.runs.append(Run(output, _checked(read_json(manifest), manifest), "finished", None, Path(output)))
-    if os.path.isfile(output):
+    if output.endswith(RECORDS) and os.path.isfile(output):  # not a .gguf, whose lines have no end
         _gather_records(found, output, output, listed=True)
 
 
