@@ -91,9 +91,9 @@ class Size:
     sentences: int = 24  # documents about each known person
     dialogues: int = 80  # documents that answer a question about each known person
     deeds: int = 20  # documents about each named person
-    pretrain: tuple[str, ...] = ("--epochs", "1.6")
+    pretrain: tuple[str, ...] = ("--epochs", "3.2")
     chat_tokens: str = "150k"
-    lesson_tokens: str = "200k"
+    lesson_tokens: str = "400k"
 
 
 QUICK = Size(4, (4, 2), (2, 2), (4, 2), 200, 2, 2, 2, ("--max-steps", "4"), "2k", "2k")
@@ -252,7 +252,7 @@ def experiment(folder: Path, seed: int, size: Size) -> dict[str, float]:
     before = held_out(folder, chat, asked)
 
     lessons = folder / "refusals.jsonl"
-    options = ["--questions", probed, "--samples", "3", "--max-tokens", "24", "--balance", "0.4", *seeded]
+    options = ["--questions", probed, "--samples", "3", "--max-tokens", "24", "--balance", "0.7", *seeded]
     llmkit(folder, "probe-knowledge", chat, *options, "-o", lessons)
     data = ["--data", f"{talk}:0.3", "--data", f"{lessons}:0.4", "--data", f"{read}:0.3"]
     llmkit(folder, "sft", chat, *data, "--tokens", size.lesson_tokens, *TUNING, *seeded, "-o", taught)
