@@ -27,6 +27,7 @@ import torch
 from llmkit.config import TrainingConfig, options_by_flag
 from llmkit.engine import failures
 from llmkit.errors import UserError
+from llmkit.files import remove
 from llmkit.launch import launch
 
 
@@ -123,21 +124,30 @@ class World:
                 )
         self.meet()  # nobody goes on where one is refused
 
-    def check_folder(self, folder: Path, name: str) -> None:
-        """Raise UserError unless this process sees the file `name` that the first has put into a folder, and can write
-        there itself."""
+    def check_folder(self, folder: Path, name: str, fresh: bool) -> None:
+        """Raise UserError in all processes unless each sees the file `name` that the first has put into a folder, and
+        can write there itself; a `fresh` folder is removed then."""
         if self.size == 1:
             return
         self.meet()
+        problems = self.gather(self._problem_with(folder, name))
+        wrong = next((f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem), None)
+        if wrong is not None:
+            if self.leads and fresh:
+                remove(folder)
+            raise UserError(wrong)
+
+    def _problem_with(self, folder: Path, name: str) -> str | None:
         if not (folder / name).exists():
-            raise UserError(f"{folder}: not to be seen from here; --out must be on a disk that all machines share")
+            return f"{folder}: not to be seen from here; --out must be on a disk that all machines share"
         mine = folder / f"rank-{self.rank}.probe"
         try:
             mine.write_bytes(b"")
             mine.unlink()
         except OSError as error:
             reason = str(error.strerror).lower()
-            raise UserError(f"{folder}: cannot be written: {reason}; all processes write checkpoints there") from None
+            return f"{folder}: cannot be written: {reason}; all processes write checkpoints there"
+        return None
 
     def check_rows(self, rows: int, what: str) -> None:
         """Raise UserError where a batch has fewer rows than there are processes; `what`: the option, and what it is."""
@@ -188,13 +198,12 @@ def join(device: torch.device, config: TrainingConfig) -> World:
         raise UserError("stdin: several processes cannot read it; give a file that all of them see")
     store = dist.PrefixStore("groups", watch.store.clone())  # type: ignore[reportPrivateImportUsage]
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    details: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
     world = World(me.rank, me.size, device, watch)
     versions = {"the version of torch": torch.__version__, "the kind of device": device.type}
     world.check_same({**versions, **options_by_flag(config)})
     # a wait that the watch does not see, such as that of FSDP, ends by itself, a little later
     limit = timedelta(seconds=config.timeout + 2.0)
-    dist.init_process_group(backend, store=store, rank=me.rank, world_size=me.size, timeout=limit, **details)
+    dist.init_process_group(backend, store=store, rank=me.rank, world_size=me.size, timeout=limit)
     _world = world
     return world
 

@@ -67,7 +67,7 @@ def build_trainer(
     `TrainerSettings`.
     """
     model.checkpoint_layers = options.activation_checkpointing
-    world().check_folder(folder, NOTES)
+    world().check_folder(folder, NOTES, fresh=not options.resume)
     if is_compiled(options.compile, model.embed_tokens.device, flops):
         if is_sharded(model.embed_tokens):  # FSDP puts a layer together outside of what is compiled
             model.compile_layers()

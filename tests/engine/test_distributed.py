@@ -267,6 +267,18 @@ def test_ranks_with_different_options_or_data_are_refused(data, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_folder_that_one_rank_does_not_see_is_refused(data, tmp_path):
+    for folder in ("here", "there"):  # as if each machine had a disk of its own
+        (tmp_path / folder).mkdir()
+    command = ["sft", data / "base", "--data", data / "chats.jsonl", "--max-steps", 3, "-o", "out"]
+    ended = by_hand(command, command, tmp_path / "here", tmp_path / "there")
+    said = [line for _, lines, _ in ended for line in lines]
+    assert [code for code, _, _ in ended] == [2, 2] and len(said) == 1
+    assert "rank 1: out.partial: not to be seen from here" in said[0]
+    assert not any((tmp_path / "here").iterdir())
+
+
+@pytest.mark.slow
 def test_a_mistake_of_all_is_told_once_and_without_a_rank(data, tmp_path):
     done = run(2, *pretrain(data, tmp_path / "out", "--max-steps", 3, "--batch-tokens", 32))
     said = [line for line in done.stderr.splitlines() if line.startswith("llmkit: error")]
