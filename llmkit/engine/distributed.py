@@ -26,6 +26,7 @@ import torch
 
 from llmkit.config import TrainingConfig, options_by_flag
 from llmkit.engine import failures
+from llmkit.engine.devices import choose_dtype
 from llmkit.errors import UserError
 from llmkit.files import remove
 from llmkit.launch import launch
@@ -199,8 +200,9 @@ def join(device: torch.device, config: TrainingConfig) -> World:
     store = dist.PrefixStore("groups", watch.store.clone())  # type: ignore[reportPrivateImportUsage]
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     world = World(me.rank, me.size, device, watch)
-    versions = {"the version of torch": torch.__version__, "the kind of device": device.type}
-    world.check_same({**versions, **options_by_flag(config)})
+    machine = {"the version of torch": torch.__version__, "the kind of device": device.type}
+    machine["the precision"] = str(choose_dtype(config.dtype, device))
+    world.check_same({**machine, **options_by_flag(config)})
     # a wait that the watch does not see, such as that of FSDP, ends by itself, a little later
     limit = timedelta(seconds=config.timeout + 2.0)
     dist.init_process_group(backend, store=store, rank=me.rank, world_size=me.size, timeout=limit)
