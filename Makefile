@@ -10,21 +10,15 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet
-BUDGET ?= 90s
 
 help: ## List the targets
 	@grep -E '^[a-z0-9.-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9.-]+):.*## /  make \1\t/' | expand -t 24
 
 setup: $(VENV)/.ready ## Make .venv with llmkit in it, reusing an installed torch
 
-demo: $(VENV)/.ready ## Text to tokenizer to model to sample, in under 3 minutes on 2 cores
-	mkdir -p demo
-	$(BIN)/python examples/make_demo_text.py --stories 2000 --seed 1 > demo/docs.jsonl
-	$(BIN)/python examples/make_demo_text.py --stories 50 --seed 2 > demo/val.jsonl
-	$(BIN)/llmkit train-bpe demo/docs.jsonl --vocab-size 512 -o demo/tok/ --force
-	$(BIN)/llmkit pretrain demo/docs.jsonl --tokenizer demo/tok/ --val demo/val.jsonl \
-	  --depth 2 --time-budget $(BUDGET) -o demo/base/ --force
-	$(BIN)/llmkit sample demo/base/ -p "Once upon a time" -n 3 --max-tokens 120 --seed 7
+demo: $(VENV)/.ready ## From raw pages through all stages, each scored: 12 minutes at most on 2 cores
+	@$(MAKE) --no-print-directory -C examples/tinyworld OUT=$(CURDIR)/demo \
+	  LLMKIT=$(CURDIR)/$(BIN)/llmkit PYTHON=$(CURDIR)/$(BIN)/python
 
 # One thread a process: the models of the tests are too small for two.
 test: $(VENV)/.ready-test ## Run the tests, on all cores

@@ -19,7 +19,7 @@ def commands(heading: str) -> list[str]:
 
 
 def test_the_commands_of_try_it_work(tmp_path):
-    shell = [line for line in commands("Try it") if not re.match(r"from |model", line)]
+    shell = [line for line in commands("Try it") if not re.match(r"from |model|make ", line)]
     assert len(shell) == 6
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -57,7 +57,7 @@ def test_every_option_it_names_exists():
     from llmkit.cli import COMMANDS
     from llmkit.config import flag_of, option_fields
 
-    known = {"--config", "--help", "--stories", "--nproc-per-node"}
+    known = {"--config", "--help", "--nproc-per-node"}
     for module, config_name, _ in COMMANDS.values():
         known |= {flag_of(item) for item in option_fields(getattr(import_module(module), config_name))}
     assert set(re.findall(r"(--[a-z][a-z-]+)", README)) <= known
