@@ -63,8 +63,8 @@ STEPS = ("read", "url", "extract", "language", "gopher_repetition", "gopher_qual
 def _of_text(stayed: list[dict[str, Any]], kept: dict[str, str]) -> list[Told]:
     """How well the main text was found in the pages that rightly stayed, and what should not have come with it."""
     scores = [word_f1(page["text"], kept[page["url"]]) for page in stayed]
-    phrases = [phrase.lower() for phrase in BOILERPLATE]
-    leaked = sum(any(phrase in kept[page["url"]].lower() for phrase in phrases) for page in stayed)
+    phrases = re.compile("|".join(rf"\b{re.escape(phrase)}(?!\w)" for phrase in BOILERPLATE))
+    leaked = sum(bool(phrases.search(kept[page["url"]])) for page in stayed)
     personal = [(page, hidden) for page in stayed for hidden in page["personal"]]
     hidden = sum(secret not in kept[page["url"]] for page, secret in personal)
     return [
