@@ -185,6 +185,7 @@ def test_a_page_may_come_by_itself(monkeypatch, tmp_path):
         ("x", b"", "expected WARC, ARC, WET, HTML or JSONL, found nothing in it"),
         ("x.jsonl", b"\n\n", "no JSON lines: it begins with"),
     ],
+    ids=["empty", "words", "packed words", "cut", "arc", "pdf", "nothing", "lines"],  # packed bytes hold the time
 )
 def test_a_file_without_records_is_the_users_mistake(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)
