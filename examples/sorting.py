@@ -48,7 +48,7 @@ def experiment(folder: Path, seed: int, quick: bool, further: list[str]) -> tupl
         "val": asked(val),
     }
     learning = ["--updates", "2", "--learning-rate", "1e-3"]
-    horizon = ["--max-steps", "80", "--eval-every", "10"]
+    horizon = ["--max-steps", "110", "--eval-every", "10"]
     if quick:  # nothing is right after so few steps, but some attempts are numbers
         horizon = ["--max-steps", "2", "--eval-every", "1", "--batch-size", "8", "--reward", r"format:\d+"]
     options = {
