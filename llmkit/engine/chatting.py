@@ -126,8 +126,7 @@ class Chat:
 
 def check_ends_turns(chat: ChatFormat, model: ModelConfig, name: str) -> None:
     """Raise UserError for a base model: asked in turns it would never stop."""
-    ends = model.eos_token_id if isinstance(model.eos_token_id, tuple) else (model.eos_token_id,)
-    if chat.end_id not in ends:
+    if chat.end_id not in model.eos_token_ids:
         raise UserError(
             f"{name}: a base model, which has not learnt to end a turn; tune it by llmkit sft, or ask it by "
             "--as-assistant and -p"

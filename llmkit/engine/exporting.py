@@ -116,9 +116,7 @@ def plan_gguf(source: Source, dtype: str) -> GgufPlan:
 
 def _ends(source: Source) -> tuple[int, ...]:
     """The tokens that end a generation."""
-    ends = source.config.eos_token_id
-    found = ends if isinstance(ends, tuple) else (ends,)
-    return tuple(end for end in found if end is not None and 0 <= end < source.config.vocab_size)
+    return tuple(end for end in source.config.eos_token_ids if 0 <= end < source.config.vocab_size)
 
 
 def write_gguf(path: str, source: Source, plan: GgufPlan, advance: Callable[[float], object]) -> None:

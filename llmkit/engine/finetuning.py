@@ -133,10 +133,9 @@ class Finetuning:
     @property
     def is_assistant(self) -> bool:
         """Whether the model has learnt to end its turns."""
-        ends = self.model.config.eos_token_id
         own = has_own_template(self.tokenizer)
         end = self.chat.end_id if own else self.tokenizer.specials.get("<|im_end|>")
-        return end in (ends if isinstance(ends, tuple) else (ends,))
+        return end in self.model.config.eos_token_ids
 
     @property
     def pad_id(self) -> int:
@@ -335,9 +334,7 @@ def _grown(model: Transformer, known: int, tokenizer: Tokenizer) -> Transformer:
 
 def _ending_at(model: Transformer, turn: int, text: int | None = None) -> Transformer:
     """The model with these tokens among those that end a generation, the end of a turn first."""
-    former = model.config.eos_token_id
-    ends = former if isinstance(former, tuple) else (former,)
-    ends = dict.fromkeys(end for end in (turn, *ends, text) if end is not None)
+    ends = dict.fromkeys(end for end in (turn, *model.config.eos_token_ids, text) if end is not None)
     model.config = replace(model.config, eos_token_id=tuple(ends))
     return model
 

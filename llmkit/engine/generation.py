@@ -377,9 +377,8 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def end_tokens(model: Transformer, tokenizer: Tokenizer) -> set[int]:
     """The ids that end a text, by the model's configuration and by the tokenizer's."""
-    named = model.config.eos_token_id
-    ids = {*named} if isinstance(named, tuple) else {named}
-    return {i for i in ids | {tokenizer.eos_id, tokenizer.end_of_text_id} if i is not None}
+    ids = {*model.config.eos_token_ids, tokenizer.eos_id, tokenizer.end_of_text_id}
+    return {i for i in ids if i is not None}
 
 
 def continue_text(

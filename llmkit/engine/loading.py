@@ -57,6 +57,5 @@ def open_model(folder: str, device: str, dtype: str) -> OpenedModel:
 
 def check_assistant(model: ModelConfig, chat: ChatFormat, name: str) -> None:
     """Raise UserError for a base model: it would go on with the question instead of answering it."""
-    ends = model.eos_token_id if isinstance(model.eos_token_id, tuple) else (model.eos_token_id,)
-    if chat.end_id not in ends:
+    if chat.end_id not in model.eos_token_ids:
         raise UserError(f"{name}: a base model, which has not learnt to answer; tune it by llmkit sft first")

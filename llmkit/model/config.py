@@ -87,6 +87,12 @@ class ModelConfig:
             )
 
     @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a generation, of which a config names none, one or several."""
+        ends = self.eos_token_id
+        return ends if isinstance(ends, tuple) else () if ends is None else (ends,)
+
+    @property
     def parameter_count(self) -> int:
         """Parameters of the saved model."""
         query, key = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
