@@ -37,9 +37,9 @@ from llmkit.model.growth import grow_vocabulary
 from llmkit.model.lora import LoraAdapter
 from llmkit.model.transformer import Transformer
 from llmkit.progress import say
-from llmkit.tokenizer.chat import ChatFormat, write_chat_tokenizer
+from llmkit.tokenizer.chat import ChatFormat, has_own_template, write_chat_tokenizer
 from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
-from llmkit.tokenizer.templates import chat_format, has_own_template
+from llmkit.tokenizer.templates import chat_format
 
 # AdamW's rate at a width of 256, falling with the square root of the width; docs/experiments.md, "Fine-tuning"
 LEARNING_RATE, LORA_LEARNING_RATE = 2e-3, 3e-3

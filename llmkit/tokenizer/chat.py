@@ -150,13 +150,18 @@ def _texts(conversation: Conversation) -> list[str]:
     return [part.text for message in conversation.messages for part in message.parts]
 
 
+def has_own_template(tokenizer: Tokenizer) -> bool:
+    """Whether a folder from elsewhere brings a chat template, and not our format."""
+    return "<|im_sep|>" not in (tokenizer.chat_template or "<|im_sep|>")  # an older form of ours has it, too
+
+
 def write_chat_tokenizer(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
     """Write a tokenizer into `folder` with the special tokens and the template of conversations, and load it.
 
     Tokens that it lacks come after all that it has. Raises UserError for a folder whose own template is another one:
     a model that was tuned to speak otherwise would have to unlearn it.
     """
-    if "<|im_sep|>" not in (tokenizer.chat_template or "<|im_sep|>"):  # an older form of ours has it, too
+    if has_own_template(tokenizer):
         raise UserError(
             f"{tokenizer.path.parent}: this model has a chat template of its own, and llmkit trains on "
             "<|im_start|>role<|im_sep|>text<|im_end|>; start from the base model, or remove its template"

@@ -7,13 +7,14 @@ Source: llama.cpp's src/llama-vocab.cpp, `llm_tokenizer_bpe`, and gguf's constan
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from llmkit.errors import UserError
+from llmkit.tokenizer.chat import has_own_template
 from llmkit.tokenizer.encoding import Tokenizer
 from llmkit.tokenizer.patterns import PATTERNS
+from llmkit.tokenizer.templates import portable_template
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.h, `llama_token_type`
 
@@ -22,7 +23,6 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.h, `
 # approximates its classes of letters, and cuts words with accents elsewhere.
 _NAMES = {"qwen2": "qwen2", "gpt2": "gpt-2", "llama3": "smaug-bpe"}
 _NAME_WITHOUT_MERGES = {"llama3": "llama-bpe"}
-_GENERATION = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
 # what llama.cpp takes for an end whatever the file says
 ENDS_BY_NAME = (
     "<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "</s>", "<eos>",
@@ -84,9 +84,9 @@ def for_gguf(tokenizer: Tokenizer, vocab_size: int, ends: tuple[int, ...]) -> Gg
         )
     if len(set(tokens)) < len(tokens):
         raise UserError(f"{name}: expected every token to be another text, as llama.cpp needs it, found one twice")
-    ours = "<|im_sep|>" in (tokenizer.chat_template or "")
-    assistant = ours and tokenizer.specials.get("<|im_end|>") in ends
-    template = None if ours and not assistant else tokenizer.chat_template  # a base model has not learnt its template
+    own = has_own_template(tokenizer)
+    assistant = tokenizer.chat_template is not None and not own and tokenizer.specials.get("<|im_end|>") in ends
+    template = tokenizer.chat_template if own or assistant else None  # a base model has not learnt its template
     ordered = sorted(dict.fromkeys(ends), key=lambda end: end != tokenizer.eos_id)
     unnamed = [tokens[end] for end in ordered[3:] if tokens[end] not in ENDS_BY_NAME]
     if unnamed:
@@ -108,14 +108,6 @@ def for_gguf(tokenizer: Tokenizer, vocab_size: int, ends: tuple[int, ...]) -> Gg
         chat_template=None if template is None else portable_template(template),
         notes=tuple(notes),
     )
-
-
-def portable_template(template: str) -> str:
-    """A chat template without transformers' `generation` tags, which other readers of Jinja do not know.
-
-    An `if` that is always true leaves white space as it is.
-    """
-    return _GENERATION.sub(lambda tag: f"{{%{tag[1]} {'endif' if tag[2] else 'if true'} {tag[3]}%}}", template)
 
 
 # ---- splits

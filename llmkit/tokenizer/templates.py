@@ -17,19 +17,14 @@ import numpy as np
 
 from llmkit.conversations import Conversation, Message, message
 from llmkit.errors import UserError
-from llmkit.tokenizer.chat import LOSSES, ChatFormat, Encoded
+from llmkit.tokenizer.chat import LOSSES, ChatFormat, Encoded, has_own_template
 from llmkit.tokenizer.encoding import Tokenizer
-from llmkit.tokenizer.gguf_tokenizer import portable_template
 
 # Characters for private use, which stand for nothing. BREAK stands in text that spells a special token, BEGIN and END
 # about each message, CUT where an answer is asked for: tokens end there, as they do when the model is asked.
 BREAK, BEGIN, END, CUT = "\ue0f0", "\ue0f1", "\ue0f2", "\ue0f3"
 _MARKS = re.compile(f"[{BREAK}{BEGIN}{END}{CUT}]")
-
-
-def has_own_template(tokenizer: Tokenizer) -> bool:
-    """Whether a folder from elsewhere brings a chat template, and not our format."""
-    return tokenizer.chat_template is not None and "<|im_sep|>" not in tokenizer.chat_template
+_GENERATION = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
 
 
 def chat_format(tokenizer: Tokenizer) -> ChatFormat:
@@ -180,6 +175,14 @@ class TemplateFormat(ChatFormat):
                 yield "text", token
             for _, mark in waiting:
                 yield mark, 0
+
+
+def portable_template(template: str) -> str:
+    """A chat template without transformers' `generation` tags, which other readers of Jinja do not know.
+
+    An `if` that is always true leaves white space as it is.
+    """
+    return _GENERATION.sub(lambda tag: f"{{%{tag[1]} {'endif' if tag[2] else 'if true'} {tag[3]}%}}", template)
 
 
 def _compiled(tokenizer: Tokenizer) -> Any:
