@@ -34,9 +34,9 @@ from llmkit.files import (
 from llmkit.launch import launch
 from llmkit.records import kind_of
 
-MANIFEST_VERSION = 1
 LOSS_CURVE = {"training": "loss", "validation": "val_loss"}
 COLOURS = ("#3b6fb6", "#d1495b", "#3c9d6b", "#b07d2b", "#7a5ba8")
+MANIFEST_VERSION, MANIFEST, METRICS = 1, "manifest.json", "metrics.jsonl"
 OF_FILE = ".manifest.json"  # after the name of the file whose manifest it is
 NOTES = "state/run.json"  # in a run folder: what a resumption asks for
 PACKAGES = ("llmkit", "torch", "triton", "numpy", "tokenizers", "safetensors")
@@ -63,7 +63,7 @@ def describe_inputs(paths: Iterable[str]) -> list[dict[str, Any]]:
 
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The manifest of a folder, or None where a folder of foreign origin has none."""
-    path = Path(folder) / "manifest.json"
+    path = Path(folder) / MANIFEST
     return read_json(path) if path.exists() else None
 
 
@@ -75,7 +75,7 @@ def write_manifest(
     inputs: Sequence[Mapping[str, Any]] = (),
     parents: Sequence[str] = (),
     results: Mapping[str, Any] | None = None,
-    name: str = "manifest.json",
+    name: str = MANIFEST,
     packages: Sequence[str] = PACKAGES,
 ) -> dict[str, Any]:
     """Write `manifest.json`: how the folder was made, by what, from what, back to the first ancestor.
@@ -194,7 +194,7 @@ def trim_metrics(path: Path, step: int) -> None:
 
 def write_curve(folder: Path, name: str, lines: Mapping[str, str]) -> None:
     """Draw `name` from `metrics.jsonl`: a line for each key of `lines`, by the name that people read."""
-    rows = read_metrics(folder / "metrics.jsonl")
+    rows = read_metrics(folder / METRICS)
     curves = {label: _curve(rows, key) for label, key in lines.items()}
     with atomic_file(folder / name, "w") as handle:
         handle.write(_svg({label: points for label, points in curves.items() if points}))

@@ -32,7 +32,7 @@ from llmkit.engine.sharding import begin_backward
 from llmkit.errors import Interrupted, UserError
 from llmkit.kernels import keep_freed_memory
 from llmkit.progress import Progress, say
-from llmkit.rundir import MetricsLog, read_metrics, trim_metrics
+from llmkit.rundir import METRICS, MetricsLog, read_metrics, trim_metrics
 
 # A batch is a tuple of arrays whose first dimension is rows; the trainer cuts it into micro-batches along that. Where
 # several processes share it, it has a method `nothing()`: one row that predicts nothing.
@@ -205,7 +205,7 @@ class Trainer:
             return self.elapsed / max(seconds, 1e-9) if seconds is not None else self.step / (total_steps or 1)
 
         started, before = time.monotonic(), self.elapsed
-        log = MirroredLog(self.folder / "metrics.jsonl", self.settings.mirrors)
+        log = MirroredLog(self.folder / METRICS, self.settings.mirrors)
         since, since_tokens, last = started, self.tokens, {}
         batches = self.batches(self.step)
         with log, interruptible() as interrupted, Progress("training", 1.0, quiet=self.settings.quiet) as bar:
@@ -328,7 +328,7 @@ class Trainer:
 
     def _restore_evaluation(self, step: int) -> None:
         """Drop the metrics of later steps, and know the last evaluation on disk, which need not be made again."""
-        place = self.folder / "metrics.jsonl"
+        place = self.folder / METRICS
         with world().in_turn():
             if world().leads:
                 trim_metrics(place, step)

@@ -14,18 +14,18 @@ notes        what was left out, and why
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llmkit import __version__
-from llmkit.errors import UserError
 from llmkit.files import read_json
 from llmkit.report.ancestry import Graph, Node, objects
 from llmkit.report.curves import MOST_SAMPLES, charts_of, is_number, read_series
 from llmkit.report.excerpts import FIELDS, read_excerpts
-from llmkit.report.gathering import METRICS, Gathered
+from llmkit.report.gathering import Gathered, read_or_note
 from llmkit.report.probes import NAMES, changes, read_probe
 from llmkit.report.thinning import thinned
+from llmkit.rundir import METRICS
 
 # what a manifest's results tell of a stage at a glance; of others, their first numbers
 KEY_FIGURES = {
@@ -51,7 +51,7 @@ def report_figures(found: Gathered, *, samples: int = 40, limit: int | None = No
     graph = Graph(found.runs, found.files)
     nodes = list(graph.nodes.values())
     probes = [
-        (file, _or_note(notes, lambda file=file: read_probe(file.path, notes.append, limit)))
+        (file, read_or_note(notes, lambda file=file: read_probe(file.path, notes.append, limit)))
         for file in found.files
         if file.kind == "probed questions"
     ]
@@ -77,21 +77,10 @@ def report_figures(found: Gathered, *, samples: int = 40, limit: int | None = No
             run["key_figures"] = {name: probe[name] for name in ("questions", *NAMES.values())}
     kinds = list(FIELDS)
     for file in sorted(found.files, key=lambda file: kinds.index(file.kind)):
-        read = _or_note(notes, lambda file=file: read_excerpts(file, samples, notes.append, limit))
+        read = read_or_note(notes, lambda file=file: read_excerpts(file, samples, notes.append, limit))
         if read and read["rows"]:
             figures["samples"].append(read)
     return figures
-
-
-def _or_note(notes: list[str], read: Callable[[], Any]) -> Any:
-    """What is read; None, with a note, where it cannot be."""
-    try:
-        return read()
-    except UserError as error:
-        notes.append(str(error))
-    except OSError as error:
-        notes.append(f"{error.filename}: {str(error.strerror).lower()}")
-    return None
 
 
 # ---- the graph
@@ -150,7 +139,7 @@ def _text(value: Any) -> str | None:
 # ---- what each stage has done
 
 
-def _funnels(nodes: Sequence[Node]) -> Any:
+def _funnels(nodes: Sequence[Node]) -> Iterator[dict[str, Any]]:
     for node in nodes:
         results = _object(node.manifest.get("results"))
         if steps := [step for step in objects(results.get("funnel")) if _is_step(step)]:
@@ -175,7 +164,9 @@ def _is_step(step: Mapping[str, Any]) -> bool:
     )
 
 
-def _tokenizers(nodes: Sequence[Node], given: Mapping[str, dict[str, Any]], notes: list[str]) -> Any:
+def _tokenizers(
+    nodes: Sequence[Node], given: Mapping[str, dict[str, Any]], notes: list[str]
+) -> Iterator[dict[str, Any]]:
     reports = [(node.name, node.path, _report_of(node, "report.json", notes)) for node in nodes]
     for name, path, report in [*reports, *((None, path, report) for path, report in given.items())]:
         sample = _object(report.get("sample")) if report else {}
@@ -209,15 +200,17 @@ def _tokenizers(nodes: Sequence[Node], given: Mapping[str, dict[str, Any]], note
 def _report_of(node: Node, name: str, notes: list[str]) -> dict[str, Any] | None:
     """A report that stands in the folder of a run."""
     place = node.run.folder / name if node.run and node.run.folder else None
-    return _or_note(notes, lambda: read_json(place)) if place is not None and place.is_file() else None
+    return read_or_note(notes, lambda: read_json(place)) if place is not None and place.is_file() else None
 
 
-def _trainings(nodes: Sequence[Node], notes: list[str], limit: int | None) -> Any:
+def _trainings(nodes: Sequence[Node], notes: list[str], limit: int | None) -> Iterator[dict[str, Any]]:
     read = {}
     for node in nodes:
         path = node.run.folder / METRICS if node.run and node.run.folder else None
         if path is not None and path.is_file():
-            metrics = _or_note(notes, lambda node=node, path=path: read_series(path, node.stage, notes.append, limit))
+            metrics = read_or_note(
+                notes, lambda node=node, path=path: read_series(path, node.stage, notes.append, limit)
+            )
             if metrics:
                 read[node.name] = metrics
     of_stage: dict[str, list[Node]] = {}
@@ -242,7 +235,7 @@ def _trainings(nodes: Sequence[Node], notes: list[str], limit: int | None) -> An
             yield {"stage": stage, "runs": runs, "charts": charts, "samples": samples}
 
 
-def _judges(nodes: Sequence[Node], given: Mapping[str, dict[str, Any]], notes: list[str]) -> Any:
+def _judges(nodes: Sequence[Node], given: Mapping[str, dict[str, Any]], notes: list[str]) -> Iterator[dict[str, Any]]:
     found = [(node.name, node.path, _report_of(node, "evaluation.json", notes)) for node in nodes]
     for name, path, report in [*found, *((None, path, report) for path, report in given.items())]:
         if report is None:

@@ -8,18 +8,16 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 
 from llmkit.errors import UserError
 from llmkit.files import PARTIAL, read_json
-from llmkit.rundir import NOTES, OF_FILE, read_manifest
+from llmkit.rundir import MANIFEST, METRICS, NOTES, OF_FILE, read_manifest
 from llmkit.stream import BYTE_ORDER_MARK, open_input
 
-MANIFEST = "manifest.json"
-
-METRICS = "metrics.jsonl"
+T = TypeVar("T")
 LOOKED_AT = 100  # lines, for one that tells what a file holds
 RECORDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson")
 # an option that one stage alone has, by which a run that is not finished is known
@@ -43,7 +41,7 @@ class Run:
     """One run: what its manifest says, and where its files are.
 
     manifest  of an unfinished run what can be told of it; None for a model folder of foreign origin
-    state     "finished", "unfinished" or "foreign"
+    state     "finished", "unfinished", "foreign", or "file" for records that no manifest tells of
     folder    None where the run wrote a single file
     output    that file, or the folder
     """
@@ -91,7 +89,7 @@ def gather(paths: Sequence[str]) -> Gathered:
     for path in paths:
         if not os.path.exists(path):
             raise UserError(f"{path}: expected a run folder, or a file that a stage has written; found nothing there")
-        _attempt(found, lambda path=path: _gather_one(found, path, listed=False))
+        read_or_note(found.notes, lambda path=path: _gather_one(found, path, listed=False))
     _once(found)
     if found.is_empty:
         more = f"; so for {len(found.notes) - 1} more" if len(found.notes) > 1 else ""
@@ -99,13 +97,15 @@ def gather(paths: Sequence[str]) -> Gathered:
     return found
 
 
-def _attempt(found: Gathered, read: Callable[[], None]) -> None:
+def read_or_note(notes: list[str], read: Callable[[], T]) -> T | None:
+    """What is read; None, with a note, where it cannot be."""
     try:
-        read()
+        return read()
     except UserError as error:
-        found.notes.append(str(error))
+        notes.append(str(error))
     except OSError as error:
-        found.notes.append(f"{error.filename}: {str(error.strerror).lower()}")
+        notes.append(f"{error.filename}: {str(error.strerror).lower()}")
+    return None
 
 
 def _once(found: Gathered) -> None:
@@ -154,7 +154,7 @@ def _gather_run(found: Gathered, folder: Path, path: str) -> bool:
         return False
     for name in ("rollouts.jsonl", "disagreements.jsonl"):
         if (folder / name).is_file():
-            _attempt(found, lambda name=name: _gather_records(found, str(folder / name), path, listed=True))
+            read_or_note(found.notes, lambda name=name: _gather_records(found, str(folder / name), path, listed=True))
     return True
 
 
@@ -190,7 +190,7 @@ def _gather_folder(found: Gathered, folder: Path, path: str) -> None:
     before = len(found.runs) + len(found.files)
     for child in sorted(folder.iterdir(), key=lambda child: (changed(child), child.name)):
         if not child.name.startswith("."):
-            _attempt(found, lambda child=child: _gather_one(found, str(child), listed=True))
+            read_or_note(found.notes, lambda child=child: _gather_one(found, str(child), listed=True))
     if len(found.runs) + len(found.files) == before:
         raise UserError(f"{path}: expected a run folder (with {MANIFEST}), or a folder of some; found none")
 

@@ -20,7 +20,7 @@ from llmkit.config import (
 )
 from llmkit.errors import UserError
 from llmkit.progress import quantity, say
-from llmkit.rundir import RunFolder, check_model_folder, last_figures, read_metrics
+from llmkit.rundir import METRICS, RunFolder, check_model_folder, last_figures, read_metrics
 from llmkit.stream import check_inputs, open_output
 
 if TYPE_CHECKING:
@@ -250,7 +250,7 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     )
     difference = config.max_difference or (SERVED_DIFFERENCE if served else DIFFERENCES[str(dtype)])
     limits = Limits(difference, config.max_kl, config.max_reward)
-    watch = Watch(trainer, collector, loss, limits, read_metrics(folder.work / "metrics.jsonl"))
+    watch = Watch(trainer, collector, loss, limits, read_metrics(folder.work / METRICS))
     likeliest = {} if config.eval_samples > 1 else {"temperature": 0.0}
     how = replace(settings, group_size=config.eval_samples, **likeliest)
     tried = HeldOut(actor, held_out, how, gold[0] if gold else None)
@@ -290,7 +290,7 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     values = tuning.trained_values()
     if not world.leads:
         return None
-    figures = last_figures(read_metrics(folder.work / "metrics.jsonl"), tuning.best_step)
+    figures = last_figures(read_metrics(folder.work / METRICS), tuning.best_step)
     results = {
         "steps": trainer.step,
         "attempts": collector.groups * config.group,

@@ -12,7 +12,7 @@ from llmkit.config import TuningConfig, argument, as_options, check_one_horizon,
 from llmkit.conversations import Conversation
 from llmkit.errors import UserError
 from llmkit.progress import Progress, quantity, say
-from llmkit.rundir import RunFolder, check_model_folder, last_figures, read_metrics
+from llmkit.rundir import METRICS, RunFolder, check_model_folder, last_figures, read_metrics
 from llmkit.stream import check_inputs
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def _kept(config: SftConfig, work: Path, step: int | None) -> dict[str, float]:
     """What the summary tells of the parameters that are saved, where those of a step were kept."""
     if step is None:
         return {}
-    loss = round(last_figures(read_metrics(work / "metrics.jsonl"), step)["val_loss"], 4)
+    loss = round(last_figures(read_metrics(work / METRICS), step)["val_loss"], 4)
     say(f"kept the parameters of step {step}, the best: val_loss {loss:.4f}", config.quiet)
     return {"val_loss": loss, "kept_step": step}
 
