@@ -157,19 +157,19 @@ class Rail:
     leaving: bool
 
 
-def rails(nodes: Sequence[Node]) -> list[Rail]:
-    """The drawing beside each of the nodes, whose parents come before them. A lane is held from a node to its last
-    child."""
-    waiting = Counter(parent for node in nodes for parent in node.parents)
+def rails(parents_of: Mapping[str, Sequence[str]]) -> list[Rail]:
+    """The drawing beside each node: names of its parents by its name, parents before children. A lane is held from a
+    node to its last child."""
+    waiting = Counter(parent for parents in parents_of.values() for parent in parents)
     lanes: list[str | None] = []
     drawn: list[Rail] = []
-    for node in nodes:
+    for node, parents in parents_of.items():
         held = {name: lane for lane, name in enumerate(lanes) if name is not None}
-        parents = [name for name in node.parents if name in held]
-        incoming = tuple(held[name] for name in parents)
-        for name in node.parents:
-            waiting[name] -= 1
+        drawn_above = [name for name in parents if name in held]
+        incoming = tuple(held[name] for name in drawn_above)
         for name in parents:
+            waiting[name] -= 1
+        for name in drawn_above:
             if not waiting[name]:
                 lanes[held[name]] = None
         ended = [lane for lane in incoming if lanes[lane] is None]
@@ -178,7 +178,7 @@ def rails(nodes: Sequence[Node]) -> list[Rail]:
         if lane == len(lanes):
             lanes.append(None)
         passing = tuple(place for place, name in enumerate(lanes) if name is not None)
-        leaving = waiting[node.name] > 0
-        lanes[lane] = node.name if leaving else None
+        leaving = waiting[node] > 0
+        lanes[lane] = node if leaving else None
         drawn.append(Rail(lane, incoming, passing, leaving))
     return drawn

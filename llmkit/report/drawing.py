@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -67,7 +67,7 @@ def _range(values: list[float], clip: bool) -> tuple[float, float]:
     return low, high + 0.02 * (high - low)
 
 
-def _scale(low: float, high: float, start: float, end: float) -> Any:
+def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
     """From a value to a coordinate with one decimal."""
     span = (high - low) or 1.0
     return lambda value: round(start + (value - low) / span * (end - start), 1)
@@ -100,7 +100,9 @@ def short(value: float, decimals: int) -> str:
     return f"{value:.{decimals}f}" if decimals < 7 else f"{value:.2g}"
 
 
-def _bands(lines: Sequence[Mapping[str, Any]], names: Sequence[str], x_of: Any) -> list[dict[str, Any]]:
+def _bands(
+    lines: Sequence[Mapping[str, Any]], names: Sequence[str], x_of: Callable[[float], float]
+) -> list[dict[str, Any]]:
     """Stripes over the frame, each with the values of all lines at the step in its middle, or nearest to it."""
     steps = sorted({step for line in lines for step, _ in line["points"]})
     chosen = thinned(steps, MOST_BANDS)

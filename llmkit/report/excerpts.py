@@ -12,7 +12,7 @@ from llmkit.report.curves import is_number
 from llmkit.report.gathering import RecordsFile, parsed, raw_lines
 from llmkit.report.thinning import SPARE, Thinned, thinned
 
-LONGEST = {"input": 600, "output": 1200}  # characters shown
+LONGEST = {"input": 600, "output": 1200, "about": 200}  # characters shown
 # by kind, in the order of the page: fields of the input, the output, the worth; and those told beside, by their names
 FIELDS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     "completions": ("prompt", "completion", "reward", ("finish_reason",)),
@@ -69,7 +69,8 @@ def excerpt(record: Mapping[str, Any], kind: str, line: int) -> dict[str, Any]:
     found = record.get(worth)
     if is_number(found) or isinstance(found, str):
         row["worth"] = found
-    row["about"] = {name: text_of(record[name])[:200] for name in others if record.get(name) not in (None, "", [])}
+    told = [name for name in others if record.get(name) not in (None, "", [])]
+    row["about"] = {name: text_of(record[name])[: LONGEST["about"]] for name in told}
     return row
 
 

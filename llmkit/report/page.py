@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from llmkit.errors import UserError
 from llmkit.progress import quantity
-from llmkit.report.ancestry import Node, rails
+from llmkit.report.ancestry import rails
 from llmkit.report.drawing import draw
 from llmkit.report.figures import shorten
 
@@ -64,14 +64,13 @@ def _render(figures: Mapping[str, Any], title: str) -> bytes:
     environment.filters.update(figure=figure_text, words=words, percent=percent, quantity=quantity, json=json.dumps)
     environment.globals["draw"] = draw
     style, script = ((TEMPLATES / name).read_text("utf-8") for name in ("page.css", "page.js"))
-    nodes = [Node(run["name"], run["stage"], run["state"], "", parents=run["parents"]) for run in figures["runs"]]
     text = environment.get_template("page.html").render(
         figures=figures,
         title=title,
         style=style,
         script=script,
         policy=_policy(style, script),
-        rails=rails(nodes),
+        rails=rails({run["name"]: run["parents"] for run in figures["runs"]}),
         path_of={run["name"]: run["path"] for run in figures["runs"]},
     )
     return text.encode("utf-8", "replace")
