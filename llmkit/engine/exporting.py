@@ -213,7 +213,10 @@ def _check_range(value: Tensor, dtype: torch.dtype, where: str) -> None:
     """Raise UserError for numbers that would become infinite."""
     largest = torch.finfo(dtype).max
     if value.is_floating_point() and value.numel() and bool((value.abs() > largest).any()):
-        raise UserError(f"{where}: {value.abs().max().item():.3g} is beyond {dtype}'s {largest:.3g}; choose bfloat16")
+        name = str(dtype).removeprefix("torch.")
+        raise UserError(
+            f"{where}: {value.abs().max().item():.3g} is beyond {name}'s {largest:.3g}; use --dtype bfloat16"
+        )
 
 
 # ---- a folder, an adapter

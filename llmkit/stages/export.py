@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmkit.config import CommonConfig, argument, as_options, option
 from llmkit.errors import UserError
 from llmkit.files import atomic_folder, check_is_folder, check_output, output_folder
 from llmkit.progress import Progress, quantity, say
-from llmkit.rundir import check_model_folder, write_manifest, write_model_card
+from llmkit.rundir import check_model_folder, write_file_manifest, write_manifest, write_model_card
 
 if TYPE_CHECKING:
     from llmkit.engine.exporting import Source
@@ -74,7 +74,7 @@ def run(config: ExportConfig) -> Summary | None:
     started = time.monotonic()
     out = _checked(config)
     if config.format == "adapter":
-        summary = _export_adapter(config, out)
+        written = _export_adapter(config, out)
     else:
         from llmkit.engine.exporting import open_source
 
@@ -86,10 +86,10 @@ def run(config: ExportConfig) -> Summary | None:
             config.quiet,
         )
         export = _export_gguf if config.format == "gguf" else _export_folder
-        summary = export(config, out, source, dtype)
-    if summary is None:
+        written = export(config, out, source, dtype)
+    if written is None:
         return None
-    parameters, dtype = summary
+    parameters, dtype = written
     files = sorted(path for path in out.rglob("*") if path.is_file()) if out.is_dir() else [out]
     size = sum(path.stat().st_size for path in files)
     seconds = round(time.monotonic() - started, 2)
@@ -141,7 +141,7 @@ def _export_gguf(config: ExportConfig, out: Path, source: Source, dtype: str) ->
     with Progress("write", total=source.parameters, unit="parameters", quiet=config.quiet) as progress:
         write_gguf(str(out), source, plan, progress.advance)
     results = {"parameters": source.parameters, "dtype": dtype, "notes": list(plan.notes)}
-    _write_manifest(config, out.parent, results, name=f"{out.name}.manifest.json")
+    write_file_manifest(str(out), "export", as_options(config), inputs=(), parents=[str(config.model)], results=results)
     return source.parameters, dtype
 
 
@@ -178,6 +178,5 @@ def _export_adapter(config: ExportConfig, out: Path) -> tuple[int, str] | None:
     return adapter.parameters, dtype
 
 
-def _write_manifest(config: ExportConfig, folder: Path, results: dict, name: str = "manifest.json") -> None:
-    options, parents = as_options(config), [str(config.model)]
-    write_manifest(folder, "export", options, parents=parents, results=results, name=name)
+def _write_manifest(config: ExportConfig, folder: Path, results: dict[str, Any]) -> None:
+    write_manifest(folder, "export", as_options(config), parents=[str(config.model)], results=results)

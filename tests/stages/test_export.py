@@ -251,7 +251,7 @@ def test_a_number_beyond_float16_is_refused(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     for form in ("hf", "gguf"):
         message = refused(folder, tmp_path / "out", format=form, dtype="float16")
-        assert "1e+05 is beyond torch.float16's 6.55e+04; choose bfloat16" in message
+        assert "1e+05 is beyond float16's 6.55e+04; use --dtype bfloat16" in message
 
 
 # ---- the command
