@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llmkit.config import TrainingConfig, as_options
-from llmkit.files import remove
+from llmkit.files import PARTIAL, remove
 from llmkit.launch import launch
 from llmkit.rundir import MetricsLog, read_metrics
 
@@ -117,7 +117,7 @@ class WeightsAndBiases:
             known.write_text(uuid.uuid4().hex[:12])
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "llmkit"),
-            name=folder.name.removesuffix(".partial"),
+            name=folder.name.removesuffix(PARTIAL),
             id=known.read_text(),
             resume="allow",
             dir=str(folder),

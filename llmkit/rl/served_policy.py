@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from llmkit.engine.sampling import Sampling
-from llmkit.engine.served_models import ServerError
+from llmkit.engine.served_models import ServerError, shortened
 from llmkit.engine.served_sampling import Served, ServedSampler
 from llmkit.errors import UserError
 from llmkit.files import remove
@@ -98,7 +98,7 @@ class ServedPolicy:
             return
         answer = command("/update_weights_from_disk", {"model_path": str(place), "weight_version": place.name})
         if not isinstance(answer, dict) or not answer.get("success"):
-            raise ServerError(f"{self._served.server.place}: refuses the weights: {str(answer)[:200]}")
+            raise ServerError(f"{self._served.server.place}: refuses the weights: {shortened(str(answer))}")
 
     def close(self) -> None:
         """Remove what was written for the server."""
