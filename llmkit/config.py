@@ -94,7 +94,7 @@ class TrainingConfig(CommonConfig):
     device: str = option("auto", "Where to compute.", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = option("auto", "Working precision; masters are float32.", choices=("auto", "float32", "bfloat16"))
     resume: bool = option(False, "Go on from the last checkpoint of this --out.", free=True)
-    timeout: float = option(
+    process_timeout: float = option(
         600.0, "Seconds to wait for another process (torchrun).", unit="duration", above=0, free=True
     )
 

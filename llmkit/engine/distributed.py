@@ -194,7 +194,7 @@ def join(device: torch.device, config: TrainingConfig) -> World:
         return _world
     import torch.distributed as dist
 
-    watch = failures.watch(config.timeout)
+    watch = failures.watch(config.process_timeout)
     if config.reads_stdin():  # type: ignore[attr-defined]  # every stage that trains has it
         raise UserError("stdin: several processes cannot read it; give a file that all of them see")
     store = dist.PrefixStore("groups", watch.store.clone())  # type: ignore[reportPrivateImportUsage]
@@ -204,7 +204,7 @@ def join(device: torch.device, config: TrainingConfig) -> World:
     machine["the precision"] = str(choose_dtype(config.dtype, device))
     world.check_same({**machine, **options_by_flag(config)})
     # a wait that the watch does not see, such as that of FSDP, ends by itself, a little later
-    limit = timedelta(seconds=config.timeout + 2.0)
+    limit = timedelta(seconds=config.process_timeout + 2.0)
     dist.init_process_group(backend, store=store, rank=me.rank, world_size=me.size, timeout=limit)
     _world = world
     return world

@@ -173,7 +173,7 @@ def verdict(notes: Mapping[int, Mapping[str, Any]], size: int) -> tuple[str, int
         return note["message"] if common else f"rank {rank}: {note['message']}", note["code"]
     gone = [rank for rank in range(size) if rank not in notes]
     if gone:
-        return f"{_ranks(gone)}: does not answer: killed, stopped or cut off; --resume goes on", UserError.exit_code
+        return f"{_ranks(gone)}: no answer: killed, stopped or cut off; --resume goes on", UserError.exit_code
     if all(note["kind"] == "interrupted" for note in notes.values()):
         return "interrupted", Interrupted.exit_code
     lost = [note for note in notes.values() if note["kind"] == "lost"]
@@ -181,8 +181,8 @@ def verdict(notes: Mapping[int, Mapping[str, Any]], size: int) -> tuple[str, int
     places = {rank: note["place"] for rank, note in notes.items() if note["kind"] == "ended" and note["place"]}
     if lost and places:
         where = ", ".join(dict.fromkeys(places.values()))
-        return f"{_ranks(sorted(places))}: the others wait for it in vain; it is at {where}", UserError.exit_code
-    return f"the processes have lost one another: {why}", UserError.exit_code
+        return f"{_ranks(sorted(places))}: the others waited in vain while it ran {where}", UserError.exit_code
+    return f"the processes have lost contact: {why}", UserError.exit_code
 
 
 def _ranks(numbers: list[int]) -> str:

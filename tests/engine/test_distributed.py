@@ -202,7 +202,7 @@ def test_a_killed_rank_is_named_and_the_job_resumes_bit_for_bit(data, tmp_path):
     job = Running(2, tmp_path / "out", command)
     job.wait_for_step(10)
     os.kill(job.worker(1), signal.SIGKILL)
-    assert job.end() == ["llmkit: error: rank 1: does not answer: killed, stopped or cut off; --resume goes on"]
+    assert job.end() == ["llmkit: error: rank 1: no answer: killed, stopped or cut off; --resume goes on"]
     done = run(2, *command, "--resume")
     assert done.returncode == 0, done.stderr
     assert differences(tmp_path / "whole", tmp_path / "out", "loss") == (0, 0)
@@ -210,13 +210,13 @@ def test_a_killed_rank_is_named_and_the_job_resumes_bit_for_bit(data, tmp_path):
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_is_named(data, tmp_path):
-    job = Running(2, tmp_path / "out", pretrain(data, tmp_path / "out", "--max-steps", 5000, "--timeout", 5))
+    job = Running(2, tmp_path / "out", pretrain(data, tmp_path / "out", "--max-steps", 5000, "--process-timeout", 5))
     job.wait_for_step(5)
     hanging = job.worker(1)
     os.kill(hanging, signal.SIGSTOP)
     time.sleep(15)
     os.kill(hanging, signal.SIGCONT)  # so that torchrun need not wait to kill it
-    assert len(said := job.end()) == 1 and "rank 1: does not answer" in said[0]
+    assert len(said := job.end()) == 1 and "rank 1: no answer" in said[0]
 
 
 @pytest.mark.slow
@@ -293,9 +293,9 @@ def test_what_is_said_of_the_notes_of_processes():
     assert verdict({0: error, 1: error}, 2) == ("no x", 2)
     assert verdict({0: error, 1: {"kind": "done"}}, 2) == ("no x", 2)
     assert verdict({0: ended, 1: error}, 2) == ("rank 1: no x", 2)
-    assert verdict({0: lost, 2: ended}, 4)[0].startswith("ranks 1, 3: does not answer")
+    assert verdict({0: lost, 2: ended}, 4)[0].startswith("ranks 1, 3: no answer")
     assert verdict({0: lost, 1: {"kind": "ended", "place": "data/batches.py:88"}}, 2)[0] == (
-        "rank 1: the others wait for it in vain; it is at data/batches.py:88"
+        "rank 1: the others waited in vain while it ran data/batches.py:88"
     )
     interrupted = {"kind": "interrupted", "message": "interrupted", "code": 130}
     assert verdict({0: interrupted, 1: interrupted}, 2) == ("interrupted", 130)
