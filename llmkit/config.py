@@ -42,6 +42,7 @@ _SCALES: dict[str, dict[str, int]] = {
 }
 LARGEST_SEED = 2**63 - 1  # of what generators take and JSON of 64 bits holds
 _EXAMPLES = {"count": "20000, 20k or 1.5M", "bytes": "1000000, 100MB or 2GiB", "duration": "90s, 10m or 2h"}
+_NAMES = {"count": "count", "bytes": "number of bytes", "duration": "duration"}
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def parse_quantity(text: str | int | float, unit: Unit) -> int | float:
     pattern = r"([0-9][0-9_]*(?:\.[0-9]*)?(?:e[+-]?[0-9]{1,2})?|\.[0-9]+)\s*([a-z]*)"
     found = re.fullmatch(pattern, str(text).lower().strip())
     if not found or found[2] not in _SCALES[unit]:
-        raise ValueError(f"expected a {unit} such as {_EXAMPLES[unit]}")
+        raise ValueError(f"expected a {_NAMES[unit]} such as {_EXAMPLES[unit]}")
     exact = Decimal(found[1].replace("_", "")) * _SCALES[unit][found[2]]
     return int(exact) if exact == exact.to_integral_value() else float(exact)
 

@@ -92,7 +92,7 @@ def test_a_quantity_is_exact(text: str | float, unit, value: float) -> None:
      ("0x10", "bytes"), ("1,000", "count")],
 )  # fmt: skip
 def test_what_is_no_quantity_is_refused_with_an_example(text: str | float, unit) -> None:
-    with pytest.raises(ValueError, match=rf"expected a {unit} such as"):
+    with pytest.raises(ValueError, match=rf"expected a {'number of bytes' if unit == 'bytes' else unit} such as"):
         parse_quantity(text, unit)
 
 

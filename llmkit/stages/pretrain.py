@@ -201,6 +201,8 @@ def run(config: PretrainConfig) -> Summary | None:
 
 def _checked_inputs(config: PretrainConfig) -> list[str]:
     """The documents. Raises UserError for files that are not there, also those of the other options."""
+    if config.gpu_kind is None and config.gpu_price is not None:
+        raise UserError("--gpu-price: needs --gpu-kind, of which the price is")
     if config.gpu_kind is not None and not config.dry_run:
         raise UserError("--gpu-kind: needs --dry-run, which says what training would take there")
     if config.tokenizer is None:

@@ -36,6 +36,10 @@ class ReportConfig(CommonConfig):
     records: int = option(40, "Records to browse of a file.", at_least=2, at_most=100_000)
     json: bool = option(False, "The figures, as one JSON object, in place of the page.")
 
+    def reads_stdin(self) -> bool:
+        """Whether help is wanted: without a run there is nothing to do."""
+        return not self.runs
+
 
 @dataclass(frozen=True)
 class Summary:
