@@ -60,7 +60,7 @@ class World:
             dist.all_reduce(tensor, op=getattr(dist.ReduceOp, how))
         return tuple(tensor.tolist())
 
-    def add_up(self, tensor: torch.Tensor) -> None:
+    def all_reduce(self, tensor: torch.Tensor) -> None:
         """Sum a tensor over all processes, in place, on its device."""
         if self.size > 1:
             import torch.distributed as dist
@@ -73,7 +73,7 @@ class World:
             return [value]
         import torch.distributed as dist
 
-        self.meet()
+        self.barrier()
         found: list[Any] = [None] * self.size
         with self._watch.waiting():
             dist.all_gather_object(found, value)
@@ -83,9 +83,9 @@ class World:
         """The first process's value, which is JSON, whenever it comes."""
         if self.size == 1:
             return value
-        return self._say(value, next(self._numbers))
+        return self._publish(value, next(self._numbers))
 
-    def _say(self, value: Any, number: int) -> Any:
+    def _publish(self, value: Any, number: int) -> Any:
         key = f"said/{number}"
         if self.leads:
             self._watch.store.set(key, json.dumps(value))
@@ -98,12 +98,12 @@ class World:
         """The first process does what is inside, however long it takes, then the others do."""
         number = next(self._numbers)
         if not self.leads:
-            self._say(None, number)
+            self._publish(None, number)
         yield
         if self.leads and self.size > 1:
-            self._say(None, number)
+            self._publish(None, number)
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait until all processes are here, however long that takes."""
         if self.size > 1:
             number = next(self._numbers)
@@ -123,14 +123,14 @@ class World:
                 raise UserError(
                     f"{name} is {own} here and {value} at rank 0; start all processes with the same options and data"
                 )
-        self.meet()  # nobody goes on where one is refused
+        self.barrier()  # nobody goes on where one is refused
 
     def check_folder(self, folder: Path, name: str, fresh: bool) -> None:
         """Raise UserError in all processes unless each sees the file `name` that the first has put into a folder, and
         can write there itself; a `fresh` folder is removed then."""
         if self.size == 1:
             return
-        self.meet()
+        self.barrier()
         problems = self.gather(self._problem_with(folder, name))
         wrong = next((f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem), None)
         if wrong is not None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkit.engine.distributed import world
-from llmkit.engine.sharding import is_sharded, local, on_whole_matrices, part_of, put_together
+from llmkit.engine.sharding import full_tensor, is_sharded, local, on_whole_matrices, part_of
 from llmkit.kernels.linear import matmul_nn, matmul_nt
 
 # Each row (a, b, c) is one odd polynomial a x + b x^3 + c x^5 of the singular values: the paper's optimal composition
@@ -212,7 +212,7 @@ class Optimizer:
             if not stack.sharded or last:
                 stack.gather()
             if last and not stack.sharded and stack.gradient is not None:
-                world().add_up(stack.gradient)
+                world().all_reduce(stack.gradient)
 
     def discard(self) -> None:
         """Forget the gradients accumulated so far (after running out of memory in the middle of a batch)."""
@@ -246,7 +246,7 @@ class Optimizer:
         """fp32 master of each parameter by name, whole, in the first process; the others get none. All call it."""
         found = {}
         for name, value in self.masters().items():
-            whole = put_together(value)
+            whole = full_tensor(value)
             if world().leads:
                 found[name] = whole.cpu() if is_sharded(value) else whole
         return found

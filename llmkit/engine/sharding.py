@@ -64,7 +64,7 @@ def part_of(rows: Tensor, whole: Tensor, kind: str | None = None) -> Tensor:
     return DTensor.from_local(rows, mesh(kind), placements, run_check=False, shape=shape, stride=stride)
 
 
-def put_together(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a tensor that is divided, in every process."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
@@ -87,7 +87,7 @@ def whole_model(model: Transformer) -> Transformer:
     copy = Transformer(model.config, dtype=model.embed_tokens.dtype, device=model.embed_tokens.device)
     parameters = dict(model.named_parameters())
     for name, parameter in copy.named_parameters():
-        parameter.copy_(put_together(parameters[name]))
+        parameter.copy_(full_tensor(parameters[name]))
     return copy.train(model.training)
 
 

@@ -319,7 +319,7 @@ def test_shares_are_all_of_it_and_differ_by_one():
 
 def test_a_job_of_one_costs_nothing():
     alone, tensor = World(), torch.ones(2)
-    alone.add_up(tensor)
+    alone.all_reduce(tensor)
     assert alone.sum(1.5, 2) == (1.5, 2) and alone.gather("a") == ["a"] and alone.broadcast(None) is None
     assert list(alone.deal([1, 2])) == [1, 2] and alone.share(7) == (0, 7) and tensor.tolist() == [1, 1]
     with alone.in_turn():
