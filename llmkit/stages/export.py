@@ -148,6 +148,8 @@ def _export_gguf(config: ExportConfig, out: Path, source: Source, dtype: str) ->
 def _export_folder(config: ExportConfig, out: Path, source: Source, dtype: str) -> tuple[int, str] | None:
     from llmkit.engine.exporting import write_folder
 
+    if not any((source.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        say(f"{config.model}: has no tokenizer.json, and neither will {out}")
     if config.dry_run:
         return None
     with (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -242,6 +243,14 @@ def test_a_folder_in_another_precision_and_in_shards(chat: Path, tmp_path: Path,
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["stage"] == "export" and manifest["parents"][0]["path"] == str(chat)
     assert (out / "README.md").exists()
+
+
+def test_a_folder_without_a_tokenizer_stays_one_and_it_is_said(chat: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(chat, tmp_path / "words-less")
+    (tmp_path / "words-less" / "tokenizer.json").unlink()
+    export.run(ExportConfig(model=str(tmp_path / "words-less"), format="hf", out=str(tmp_path / "out")))
+    assert "has no tokenizer.json" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
 
 
 def test_a_number_beyond_float16_is_refused(tmp_path: Path) -> None:
