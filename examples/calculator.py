@@ -9,33 +9,14 @@ whose answers call `calc`, one whose answers do not; then both are asked 200 pro
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import statistics
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 from make_tool_chats import arithmetic
+from running import llmkit, print_shares, run_seeds, write
 
 SHAPE = ["--depth", "2", "--hidden-size", "128", "--sequence-length", "128"]
-
-
-def llmkit(folder: Path, *arguments: str | Path, stdin: Path | None = None) -> str:
-    """Run a subcommand; its stdout."""
-    with (folder / f"{arguments[0]}.log").open("ab") as log, (stdin or Path("/dev/null")).open() as given:
-        command = [sys.executable, "-m", "llmkit", *map(str, arguments)]
-        done = subprocess.run(command, stdin=given, stdout=subprocess.PIPE, stderr=log, text=True)
-    if done.returncode:
-        raise SystemExit(f"llmkit {arguments[0]} failed:\n{Path(log.name).read_text()[-2000:]}")
-    return done.stdout
-
-
-def write(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def chats(problems: list[tuple], tool: bool) -> list[dict]:
@@ -91,21 +72,5 @@ def experiment(folder: Path, seed: int, quick: bool) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="runs of the whole experiment")
-    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
-    arguments = parser.parse_args()
-    found = []
-    for seed in range(arguments.seeds):
-        with tempfile.TemporaryDirectory(prefix="llmkit-calculator-") as place:
-            found.append(experiment(Path(place), seed, arguments.quick))
-        print(f"seed {seed}: {found[-1]}", file=sys.stderr)
-    print(f"{'accuracy on held-out sums':<28} {'mean':>6}  by seed")
-    for name in found[0]:
-        values = [one[name] for one in found]
-        print(f"{name:<28} {statistics.mean(values):6.1%}  {', '.join(f'{value:.1%}' for value in values)}")
-
-
 if __name__ == "__main__":
-    main()
+    print_shares("accuracy on held-out sums", run_seeds(__doc__, experiment))

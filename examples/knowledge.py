@@ -12,16 +12,13 @@ what came out, and asked before and after about the other half, who are in no ch
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import statistics
-import subprocess
-import sys
-import tempfile
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+
+from running import llmkit, print_shares, run_seeds, write
 
 SHAPE = ["--depth", "3", "--hidden-size", "128", "--sequence-length", "64"]
 READING = ["--batch-tokens", "1024", "--learning-rate", "0.02", "--head-learning-rate", "0.005"]
@@ -201,21 +198,6 @@ def questions(world: dict[str, list[Person]], half: str, seed: int) -> list[dict
 # ---- the work
 
 
-def llmkit(folder: Path, *arguments: str | Path) -> str:
-    """Run a subcommand; its stdout."""
-    with (folder / f"{arguments[0]}.log").open("ab") as log:
-        command = [sys.executable, "-m", "llmkit", *map(str, arguments)]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True)
-    if done.returncode:
-        raise SystemExit(f"llmkit {arguments[0]} failed:\n{Path(log.name).read_text()[-2000:]}")
-    return done.stdout
-
-
-def write(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def held_out(folder: Path, model: Path, asked: Path) -> dict[str, tuple[str, str]]:
     """The kind of each held-out question, and what the model's greedy answer is: right, wrong or evasive."""
     report = folder / f"{model.name}.report.jsonl"
@@ -268,21 +250,10 @@ def experiment(folder: Path, seed: int, size: Size) -> dict[str, float]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="runs of the whole experiment")
-    parser.add_argument("--quick", action="store_true", help="a few people and steps, to see that it runs")
-    arguments = parser.parse_args()
-    found = []
-    for seed in range(arguments.seeds):
-        with tempfile.TemporaryDirectory(prefix="llmkit-knowledge-") as place:
-            found.append(experiment(Path(place), seed, QUICK if arguments.quick else Size()))
-        print(f"seed {seed}: {found[-1]}", file=sys.stderr)
-    print(f"{'held-out questions':<40} {'mean':>6}  by seed")
-    for name in found[0]:
-        values = [one[name] for one in found]
-        print(f"{name:<40} {statistics.mean(values):6.1%}  {', '.join(f'{value:.1%}' for value in values)}")
+def sized(folder: Path, seed: int, quick: bool) -> dict[str, float]:
+    """The shares of one seed, in a large world or a quick one."""
+    return experiment(folder, seed, QUICK if quick else Size())
 
 
 if __name__ == "__main__":
-    main()
+    print_shares("held-out questions", run_seeds(__doc__, sized))

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from calculator import llmkit, write
+from running import llmkit, write
 
 from llmkit.rundir import write_curve
 

@@ -12,18 +12,15 @@ the judge is the reward, twice with the same seed: to the end, and with `--stop-
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import json
 import random
-import shutil
 import statistics
 import sys
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from calculator import llmkit, write
+from running import llmkit, run_seeds, write
 
 SHAPE = ["--depth", "2", "--hidden-size", "128", "--sequence-length", "128"]
 LONGEST = 16  # digits of an answer in the comparisons, and tokens of an attempt
@@ -125,19 +122,9 @@ def experiment(folder: Path, seed: int, quick: bool) -> dict[str, dict[str, floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="runs of the whole experiment")
-    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
-    parser.add_argument("--curves", type=Path, metavar="FOLDER", help="copy the curves of the first seed here")
-    arguments = parser.parse_args()
-    found = []
-    for seed in range(arguments.seeds):
-        with tempfile.TemporaryDirectory(prefix="llmkit-hacking-") as place:
-            found.append(experiment(Path(place), seed, arguments.quick))
-            if arguments.curves and seed == 0:
-                for run in ("free", "watched"):
-                    shutil.copy(Path(place) / run / "reward.svg", arguments.curves / f"reward-hacking-{run}.svg")
-        print(f"seed {seed}: {json.dumps(found[-1])}", file=sys.stderr)
+    found = run_seeds(
+        __doc__, experiment, {f"{run}/reward.svg": f"reward-hacking-{run}.svg" for run in ("free", "watched")}
+    )
     print(f"{'':<24} {'judge':>7} {'gold':>7} {'tokens':>7}  judge / gold (step) by seed")
     for name in found[0]:
         rows = [one[name] for one in found]

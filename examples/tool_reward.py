@@ -10,18 +10,15 @@ calculator, rewarded for right answers and for nothing else.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import shutil
 import statistics
-import sys
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from calculator import SHAPE, chats, expression, llmkit, write
+from calculator import SHAPE, chats, expression
 from make_tool_chats import arithmetic
+from running import llmkit, run_seeds, write
 
 CALLING = 1 / 6  # of the examples
 MOST_TOKENS = "40"
@@ -82,18 +79,7 @@ def experiment(folder: Path, seed: int, quick: bool) -> dict[str, dict[str, floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="runs of the whole experiment")
-    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
-    parser.add_argument("--curves", type=Path, metavar="FOLDER", help="copy the curve of the first seed here")
-    arguments = parser.parse_args()
-    found = []
-    for seed in range(arguments.seeds):
-        with tempfile.TemporaryDirectory(prefix="llmkit-tools-") as place:
-            found.append(experiment(Path(place), seed, arguments.quick))
-            if arguments.curves and seed == 0:
-                shutil.copy(Path(place) / "after" / "success.svg", arguments.curves / "tool-reward.svg")
-        print(f"seed {seed}: {json.dumps(found[-1])}", file=sys.stderr)
+    found = run_seeds(__doc__, experiment, {"after/success.svg": "tool-reward.svg"})
     print(f"{'':<20} {'called':>7} {'right':>7}  called / right by seed")
     for name in found[0]:
         rows = [one[name] for one in found]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,13 +15,9 @@ SCRIPT = Path(__file__).parent.parent.parent / "examples" / "knowledge.py"
 
 @pytest.fixture(scope="module")
 def knowledge():
-    spec = importlib.util.spec_from_file_location("knowledge", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["knowledge"] = module  # where dataclass looks its annotations up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["knowledge"]
+    sys.path.insert(0, str(SCRIPT.parent))
+    yield importlib.import_module("knowledge")
+    sys.path.remove(str(SCRIPT.parent))
 
 
 @pytest.fixture(scope="module")
