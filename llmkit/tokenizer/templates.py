@@ -187,14 +187,9 @@ def portable_template(template: str) -> str:
 
 def _compiled(tokenizer: Tokenizer) -> Any:
     """The template, in the environment that transformers gives it but for today's date, which would change a run."""
-    try:
-        from jinja2 import TemplateError
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError:
-        raise UserError(
-            f"{tokenizer.path.parent}: its chat template needs the package jinja2; pip install 'llmkit[templates]'"
-        ) from None
+    from jinja2 import TemplateError
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def refuse(reason: str) -> None:
         raise TemplateError(reason)
