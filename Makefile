@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-triton-3.6 check clean
+.PHONY: help setup demo test test-slow test-triton-3.6 check docs clean
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -39,8 +39,12 @@ check: $(VENV)/.ready-check ## Format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
+docs: $(VENV)/.ready-docs ## Write what is generated in the documentation, and build it into site/
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean: ## Remove what make has made
-	rm -rf $(VENV) .triton-3.6 demo build *.egg-info .ruff_cache .hypothesis
+	rm -rf $(VENV) .triton-3.6 demo site build *.egg-info .ruff_cache .hypothesis
 
 # torch comes first and by its exact name: as somebody's dependency it may bring gigabytes that nobody asked for
 $(VENV)/.ready: pyproject.toml
@@ -62,4 +66,8 @@ $(VENV)/.ready-check: $(VENV)/.ready-test
 	@$(PIP) --editable '.[test,check]'
 	@# where pyright finds llmkit.kernels
 	@mkdir -p $(VENV)/typings/llmkit && ln -sfn ../../../kernels $(VENV)/typings/llmkit/kernels
+	@touch $@
+
+$(VENV)/.ready-docs: $(VENV)/.ready
+	@$(PIP) --editable '.[docs]'
 	@touch $@
