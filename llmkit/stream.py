@@ -210,10 +210,15 @@ def json_documents(handle: IO[bytes], path: str) -> Iterator[Row]:
 
 
 def _plain_document(handle: io.BufferedReader, path: str) -> Iterator[Row]:
-    if handle.peek(5)[:5] == b"WARC/":
-        raise UserError(f"{name_of(path)}: expected text, found a web archive; run llmkit crawl-filter on it first")
+    check_no_archive(handle, path)
     if text := read_text(handle, path):
         yield Row({"text": text, "source": Path(name_of(path)).name}, name_of(path), 1)
+
+
+def check_no_archive(handle: io.BufferedReader, path: str) -> None:
+    """Raise UserError for a web archive, which is text by its bytes and markup for the most part."""
+    if handle.peek(5)[:5] == b"WARC/":
+        raise UserError(f"{name_of(path)}: expected text, found a web archive; run llmkit crawl-filter on it first")
 
 
 def read_text(handle: IO[bytes], path: str) -> str:

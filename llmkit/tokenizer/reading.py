@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from llmkit.errors import UserError
-from llmkit.stream import BYTE_ORDER_MARK, is_jsonl, json_documents, name_of, open_input
+from llmkit.stream import BYTE_ORDER_MARK, check_no_archive, is_jsonl, json_documents, name_of, open_input
 from llmkit.tokenizer.counting import END
 from llmkit.tokenizer.patterns import Pattern
 
@@ -61,6 +61,7 @@ class Corpus:
         for path in self.paths:
             with open_input(path) as handle:
                 if not is_jsonl(handle, path):
+                    check_no_archive(handle, path)
                     name = name_of(path)
                     if self._counts_another():
                         yield from ((text, Path(name).name) for text in plain_text(handle, name, self.pattern))

@@ -147,6 +147,14 @@ def test_bad_documents_are_refused_in_one_line(llmkit, tmp_path: Path, content: 
     assert [path.name for path in tmp_path.iterdir()] == ["docs.jsonl"]
 
 
+def test_a_web_archive_is_no_text(llmkit, tmp_path: Path) -> None:
+    done = llmkit("train-bpe", "-", "-o", tmp_path / "tok", stdin="WARC/1.0\r\nWARC-Type: response\r\n\r\n")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "llmkit: error: stdin: expected text, found a web archive; run llmkit crawl-filter on it first\n"
+    )
+
+
 def test_an_empty_stdin_is_called_stdin(llmkit, tmp_path: Path) -> None:
     done = llmkit("train-bpe", "-", "-o", tmp_path / "tok", stdin="")
     assert (done.returncode, done.stderr.splitlines()[-1].split(";")[0]) == (
