@@ -234,7 +234,7 @@ def _command(config_class: type, run: Callable[[Any], Any]) -> Callable[..., Any
         if _waits_for_a_terminal(config):
             print(context.get_help(), file=sys.stderr)
             raise typer.Exit(UserError.exit_code)
-        return lambda: run(config)
+        return lambda: _run_alone(run, config)
 
     hints = get_type_hints(config_class)
     annotations = {item.name: _annotation(item, hints[item.name]) for item in option_fields(config_class)}
@@ -255,6 +255,16 @@ def _command(config_class: type, run: Callable[[Any], Any]) -> Callable[..., Any
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
+
+
+def _run_alone(run: Callable[[Any], Any], config: Any) -> Any:
+    """Run a stage while no other run writes its --out; of several processes the first sees to it."""
+    if config.out in (None, "-") or config.dry_run or not launch().leads:
+        return run(config)
+    from llmkit.files import sole_writer
+
+    with sole_writer(config.out):
+        return run(config)
 
 
 def _annotation(item: Field, hint: Any) -> Any:

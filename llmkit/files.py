@@ -4,13 +4,15 @@
     with atomic_folder("model/") as folder:
         write_json(folder / "config.json", {"hidden_size": 64})
 
-What is written stands beside its place, under its name + ".partial", until it is renamed.
+What is written stands beside its place, under its name + ".partial", until it is renamed. Two processes that write
+one output would spoil each other's; `sole_writer` keeps the second away.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import shutil
 import stat
@@ -74,6 +76,53 @@ def _is_special(path: str | os.PathLike[str]) -> bool:
     except OSError:
         return False
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+# ---- one writer at a time
+
+
+@contextmanager
+def sole_writer(path: str) -> Iterator[None]:
+    """Keep other processes from writing the output `path` meanwhile, by a lock on `path` + ".partial.lock".
+
+    The lock goes with its process, also after kill -9; where the place takes none, there is none. Raises UserError
+    where another process has it.
+    """
+    place = f"{os.path.realpath(path)}{PARTIAL}.lock"
+    handle = None if _is_special(path) else _lock(path, place)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            with suppress(OSError):
+                os.unlink(place)
+            handle.close()
+
+
+def _lock(path: str, place: str) -> IO[bytes] | None:
+    while True:
+        try:
+            handle = open(place, "a+b", buffering=0)  # noqa: SIM115
+        except OSError:  # no such folder, or it cannot be written: whoever writes the output says so
+            return None
+        try:
+            # of this process alone: flock's would pass to its forked workers, which may outlive it
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.stat(place).st_ino == os.fstat(handle.fileno()).st_ino:
+                handle.truncate(0)
+                handle.write(b"%d" % os.getpid())
+                return handle
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return handle  # a file system without locks, or a full one
+            handle.seek(0)
+            number = handle.read().decode() or "unknown"
+            raise UserError(
+                f"{path}: another run is writing it (process {number}); wait for it, or choose another --out"
+            ) from None
+        handle.close()  # its holder has removed it: begin again with a new one
 
 
 # ---- a file, a folder

@@ -209,6 +209,34 @@ def test_an_existing_output_needs_force(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["f", "out.jsonl"]
 
 
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_two_runs_do_not_write_one_output(tmp_path: Path, force: list[str]) -> None:
+    out = tmp_path / "out.jsonl"
+    (tmp_path / "in.jsonl").write_text(RECORD)
+    command = [*TOY, "in.jsonl", "-o", "out.jsonl", "--act", "wait"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None and process.stderr.readline() == "ready\n"
+        assert mistake(toy("-", "-o", out, *force)) == (
+            f"{out}: another run is writing it (process {process.pid}); wait for it, or choose another --out"
+        )
+        assert toy("-", "-o", out, "--dry-run").returncode == 0
+        assert toy("-", "-o", tmp_path / "other.jsonl").returncode == 0
+        process.kill()
+    assert summary(toy("-", "-o", out))["records"] == 1
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "other.jsonl", "out.jsonl"]
+
+
+def test_a_place_that_takes_no_lock_is_written(tmp_path: Path) -> None:
+    no_locks = (
+        "import fcntl, errno\ndef lockf(*given): raise OSError(errno.ENOLCK, 'No locks available')\nfcntl.lockf = lockf"
+    )
+    (tmp_path / "sitecustomize.py").write_text(no_locks)
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    done = toy("-", "-o", tmp_path / "out.jsonl", env={**os.environ, "PYTHONPATH": path})
+    assert summary(done)["records"] == 1
+    assert not list(tmp_path.glob("*.lock"))
+
+
 def test_a_dry_run_writes_nothing_but_finds_mistakes(tmp_path: Path) -> None:
     done = toy("-", "-o", "out.jsonl", "--dry-run", cwd=tmp_path)
     assert (done.returncode, os.listdir(tmp_path)) == (0, [])

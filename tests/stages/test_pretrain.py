@@ -238,7 +238,7 @@ def test_a_bad_record_is_named_and_leaves_nothing(corpus, llmkit, tmp_path, cont
     assert [path.name for path in tmp_path.iterdir()] == ["docs.jsonl"]
 
 
-def test_a_resume_with_other_options_is_refused(corpus, llmkit, tmp_path):
+def test_a_second_run_and_a_resume_with_other_options_are_refused(corpus, llmkit, tmp_path):
     out = tmp_path / "base"
     process = subprocess.Popen(
         [sys.executable, "-m", "llmkit", *arguments(corpus, out, "--max-steps", "100000", "--save-every", "2")],
@@ -246,6 +246,10 @@ def test_a_resume_with_other_options_is_refused(corpus, llmkit, tmp_path):
     )
     while process.poll() is None and not list((tmp_path / "base.partial").glob("state/step-*")):
         time.sleep(0.01)
+    for more in ("--resume", "--force", "--quiet"):
+        done = llmkit(*arguments(corpus, out, "--max-steps", "100000", more))
+        busy = f"llmkit: error: {out}: another run is writing it (process {process.pid}); wait for it"
+        assert done.returncode == 2 and done.stderr.startswith(busy), done.stderr
     process.kill()
     process.wait()
     done = llmkit(*arguments(corpus, out, "--max-steps", "100000", "--learning-rate", "0.5", "--resume"))
