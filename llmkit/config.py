@@ -145,7 +145,10 @@ class ToolConfig:
     """Options that are spelled the same in every stage in which a model may call tools (engine/tool_calls.py)."""
 
     tools: tuple[str, ...] = option(
-        (), "What the model may call: calc, python, search:DOCS.jsonl or search:URL.", group="Tools", metavar="TOOL,..."
+        (),
+        "What the model may call: calc, python, search:DOCS.jsonl, search:URL or search:py:FILE.py:FUNCTION.",
+        group="Tools",
+        metavar="TOOL,...",
     )
     max_tool_calls: int = option(8, "Calls in a completion.", group="Tools", at_least=0)
     tool_timeout: float = option(10.0, "Seconds of a call.", group="Tools", above=0)

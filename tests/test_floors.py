@@ -27,6 +27,7 @@ FLOORS = {
         "stream",
         "progress",
         "rundir",
+        "user_code",
     },
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

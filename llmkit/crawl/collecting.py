@@ -39,12 +39,12 @@ class Collector:
         records: int | None = None,
     ) -> None:
         """`limit`: take so many pages; `records`: so many records, those that are no pages among them."""
-        self.funnel = Funnel([READ, *recipe.steps])
+        self.funnel = Funnel([READ, *recipe.taken])
         self.read, self.pages, self.limit, self.records = 0, 0, limit, records
         self._document, self._reject, self._scores = document, reject, scores
         self._names = Names(spill)
         self.duplicates: Any = None  # what says what repeats what: has add() of `Duplicates`
-        self._last_step = recipe.steps[-1] if recipe.steps else READ
+        self._last_step = recipe.taken[-1] if recipe.taken else READ
         asked = [step for step in DUPLICATES if step in recipe.steps]
         if asked:
             from llmkit.crawl.duplicates import Duplicates

@@ -25,6 +25,7 @@ from llmkit.crawl.gopher import GopherQuality, GopherRepetition
 from llmkit.crawl.urls import UrlRules
 from llmkit.errors import UserError
 from llmkit.records import kind_of
+from llmkit.user_code import check_spelling
 
 STEPS = (
     "url",
@@ -34,6 +35,7 @@ STEPS = (
     "gopher_quality",
     "c4",
     "fineweb",
+    "own",
     "pii",
     "exact_duplicates",
     "near_duplicates",
@@ -65,6 +67,13 @@ class Language:
 
 
 @dataclass(frozen=True, slots=True)
+class Own:
+    """Which pages go by rules of your own (docs/extending.md)."""
+
+    filters: tuple[str, ...] = ()  # py:FILE.py:FUNCTION each: a document to the reason for dropping it, or None
+
+
+@dataclass(frozen=True, slots=True)
 class PersonalData:
     """What is done with e-mail addresses, phone, card and other numbers."""
 
@@ -87,6 +96,7 @@ class NearDuplicates:
             )
 
 
+OWN_FILTERS = "[own] filters"  # as errors name them
 CHOICES = {
     ("extract", "extractor"): ("model", "fast", "trafilatura"),
     ("extract", "favour"): ("balance", "precision", "recall"),
@@ -106,11 +116,22 @@ class Recipe:
     gopher_quality: GopherQuality = field(default_factory=GopherQuality)
     c4: C4 = field(default_factory=C4)
     fineweb: FineWebQuality = field(default_factory=FineWebQuality)
+    own: Own = field(default_factory=Own)
     pii: PersonalData = field(default_factory=PersonalData)
     near_duplicates: NearDuplicates = field(default_factory=NearDuplicates)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", tuple(step for step in STEPS if step in check_steps(self.steps, "steps")))
+
+    @property
+    def taken(self) -> tuple[str, ...]:
+        """The steps that there is something to do in."""
+        return tuple(step for step in self.steps if step != "own" or self.own.filters)
+
+    def own_files(self) -> list[str]:
+        """The files of the user's filters, where these are taken. Raises UserError for one that is not there."""
+        specs = self.own.filters if "own" in self.steps else ()
+        return [check_spelling(spec, OWN_FILTERS)[0] for spec in specs]
 
     def changed(self, table: str, **values: Any) -> Recipe:
         """The recipe with some values of one table replaced."""

@@ -14,10 +14,12 @@ from llmkit.crawl.fineweb import measure_fineweb
 from llmkit.crawl.funnel import READ
 from llmkit.crawl.gopher import measure_quality, measure_repetition
 from llmkit.crawl.page import Page
-from llmkit.crawl.recipe import Recipe
+from llmkit.crawl.recipe import OWN_FILTERS, Recipe
 from llmkit.crawl.urls import UrlFilter
 from llmkit.crawl.verdict import judge
 from llmkit.crawl.words import Split
+from llmkit.errors import UserError
+from llmkit.user_code import UserFunction
 
 
 @dataclass(slots=True)
@@ -86,9 +88,10 @@ class Steps:
             "gopher_quality": self.gopher_quality,
             "c4": self.c4,
             "fineweb": self.fineweb,
+            "own": self.own,
             "pii": self.pii,
         }
-        self.in_order = [(name, known[name]) for name in recipe.steps if name in known]
+        self.in_order = [(name, known[name]) for name in recipe.taken if name in known]
 
     def follow(self, journey: Journey, seconds: dict[str, float], keep_scores: bool = False) -> None:
         """Take a page through the steps until one drops it; `seconds` of each step are added up.
@@ -183,6 +186,21 @@ class Steps:
         """Its lines are those of a list, a menu or a copy."""
         length = self.recipe.fineweb.short_line_length
         return self._judged(journey, "fineweb", lambda: measure_fineweb(journey.words(), length))
+
+    def own(self, journey: Journey) -> str | None:
+        """The user's own filters, each shown the document as it would be written now."""
+        for spec, reason_of in self._own:
+            reason = reason_of(journey.document())
+            if reason is not None and not (isinstance(reason, str) and reason):
+                where = f"{OWN_FILTERS}: {spec}: expected None or the reason in a string"
+                raise UserError(f"{where}, found {reason!r} for {journey.identity}")
+            if reason is not None:
+                return reason
+        return None
+
+    @cached_property
+    def _own(self) -> list[tuple[str, UserFunction]]:
+        return [(spec, UserFunction(spec, f"{OWN_FILTERS}: {spec}")) for spec in self.recipe.own.filters]
 
     def pii(self, journey: Journey) -> str | None:
         """Personal data is replaced, or its page dropped."""

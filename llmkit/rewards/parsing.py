@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llmkit.errors import UserError
 from llmkit.rewards.reward import Reward, Weighted
+from llmkit.user_code import check_spelling
 
 EXPECTED = "verifier, verifier=NAME, rm:FOLDER, spread:FOLDER, cmd:COMMAND, py:FILE.py:FUNCTION, format:REGEX or length"
 WEIGHT = re.compile(
@@ -53,7 +54,7 @@ def parse_rewards(
         elif kind == "cmd" and rest and ":" in spec:
             build = _command(rest, batch_timeout)
         elif kind == "py" and rest and ":" in spec:
-            build = _function(rest, where)
+            build = _function(spec, where)
         elif kind == "format" and rest and ":" in spec:
             build = _format(rest)
         elif spec == "length":
@@ -104,17 +105,13 @@ def _command(command: str, seconds: float) -> Callable[[], Reward]:
     return lambda: reward
 
 
-def _function(text: str, where: str) -> Callable[[], Reward]:
-    path, separator, function = text.rpartition(":")
-    if not separator or not path.endswith(".py") or not function.isidentifier():
-        raise UserError(f"{where}: expected py:FILE.py:FUNCTION")
-    if not Path(path).is_file():
-        raise UserError(f"{where}: expected a file {path}, found {'a folder' if Path(path).exists() else 'none'}")
+def _function(spec: str, where: str) -> Callable[[], Reward]:
+    check_spelling(spec, where)
 
     def build() -> Reward:
         from llmkit.rewards.scripts import FunctionReward
 
-        return FunctionReward(path, function)
+        return FunctionReward(spec)
 
     return build
 

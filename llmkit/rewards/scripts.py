@@ -12,12 +12,8 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
-import traceback
-from collections.abc import Callable, Sequence
-from importlib.util import module_from_spec, spec_from_file_location
+from collections.abc import Sequence
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -26,6 +22,7 @@ from llmkit.conversations import as_record
 from llmkit.errors import UserError
 from llmkit.records import kind_of
 from llmkit.rewards.reward import Attempt, Reward, finite
+from llmkit.user_code import UserFunction
 
 
 def record_of(attempt: Attempt) -> dict[str, Any]:
@@ -132,48 +129,18 @@ def _last_line(stderr: bytes | None) -> str:
 class FunctionReward(Reward):
     """`py:FILE.py:FUNCTION`: a function of the user's, called once for each completion."""
 
-    def __init__(self, path: str, function: str) -> None:
-        self.name = f"py:{path}:{function}"
-        self._path = str(Path(path).resolve())
-        self._function = self._load(path, function)
+    def __init__(self, spec: str) -> None:
+        self.name = spec
+        self._function = UserFunction(spec, f"--reward {spec}")
 
     def score(self, attempts: Sequence[Attempt]) -> list[float]:
         """What the function gives. Raises UserError with file and line of the user's code where it raises."""
         return finite([self._call(one) for one in attempts], f"--reward {self.name}")
 
     def _call(self, attempt: Attempt) -> float:
-        try:
-            value = self._function(record_of(attempt))
-        except (Exception, SystemExit) as error:
-            raise self._failed(error) from None
+        value = self._function(record_of(attempt))
         if not isinstance(value, Real):
             raise UserError(
                 f"--reward {self.name}: expected a number, found {kind_of(value)} for {attempt.problem.where}"
             )
         return float(value)
-
-    def _load(self, path: str, function: str) -> Callable[[dict[str, Any]], Any]:
-        spec = spec_from_file_location("llmkit_reward_" + Path(path).stem, path)
-        if spec is None or spec.loader is None:
-            raise UserError(f"--reward {self.name}: expected a Python file, found {path!r}")
-        module = module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses and pickle look for it there
-        try:
-            spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:
-            raise self._failed(error) from None
-        found = getattr(module, function, None)
-        if not callable(found):
-            names = sorted(name for name, one in vars(module).items() if callable(one) and not name.startswith("_"))
-            raise UserError(f"--reward {self.name}: expected a function {function!r} in {path}, found {names}")
-        return found
-
-    def _failed(self, error: BaseException) -> UserError:
-        """The error, with the last place of it in the user's file."""
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if os.path.realpath(frame.filename) == self._path]
-        if isinstance(error, SyntaxError):
-            lines = [error.lineno]
-        place = f"{self._path}:{lines[-1]}" if lines else self._path
-        told = " ".join(str(error).split())[:300]
-        return UserError(f"--reward {self.name}: {place}: {type(error).__name__}: {told}")

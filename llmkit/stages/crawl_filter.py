@@ -161,7 +161,8 @@ def run(config: CrawlFilterConfig) -> Summary | None:
         results = {"records": funnel.records, "documents": funnel.kept, "dropped": dropped}
         if state:
             options = {**as_options(config), "recipe": as_json(recipe)}
-            read, found = [*inputs, *recipe.url.blocklists], {**results, "funnel": funnel.as_json()}
+            read = [*inputs, *recipe.url.blocklists, *recipe.own_files()]
+            found = {**results, "funnel": funnel.as_json()}
             write_file_manifest(out, "crawl-filter", options, inputs=read, results=found, packages=PACKAGES)
     if state:
         state.remove()
@@ -265,7 +266,7 @@ def _say_plan(recipe: Recipe, inputs: Sequence[str], out: str, workers: int, tot
     size = f" ({quantity(total)}B)" if total is not None else ""
     about = f", about {duration(1 + total / BYTES_PER_PAGE / PAGES_PER_SECOND / workers)}" if total else ""
     say(f"from {' '.join(inputs)}{size} to {out} on {workers} processes{about}")
-    say(f"steps: {', '.join(recipe.steps) or 'none'}; --print-recipe shows their thresholds")
+    say(f"steps: {', '.join(recipe.taken) or 'none'}; --print-recipe shows their thresholds")
 
 
 def _explain(
@@ -312,6 +313,7 @@ def _state(config: CrawlFilterConfig, out: str, recipe: Recipe, inputs: Sequence
         "inputs": identities(inputs),
         "recipe": as_json(recipe),
         "blocklists": identities(recipe.url.blocklists),
+        "own filters": identities(recipe.own_files()),
         "options": {"limit": config.limit, "rejects": config.rejects, "write_scores": config.write_scores},
     }
     state = State(out, made_of)

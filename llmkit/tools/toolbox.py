@@ -12,12 +12,14 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from llmkit.conversations import TOOLS
 from llmkit.errors import UserError
+from llmkit.records import kind_of
 from llmkit.tools.calc import CalculationError, calculate
 from llmkit.tools.python import Limits, check_sandbox, run_python
 from llmkit.tools.search import SearchEngine, SearchError, SearchIndex
+from llmkit.user_code import PREFIX, UserFunction
 
-TOOLS = ("calc", "python", "search")
 RESULT_CHARACTERS = 4000  # of any result; a model's context is small
 
 
@@ -44,14 +46,15 @@ class Toolbox:
         """The tools of `--tools calc,python,search:docs.jsonl`.
 
         `timeout` in seconds bounds each call of python and of a search engine; `sandbox` is "auto" or "none". Raises
-        UserError for a tool that there is not, documents that cannot be read, and a machine without the sandbox.
+        UserError for a tool that there is not, documents and functions that cannot be read, and a machine without the
+        sandbox.
         """
         tools: dict[str, Callable[[str], ToolResult]] = {}
         closing = ExitStack()
         for word in (part.strip() for text in wanted for part in text.split(",")):
             name, _, source = word.partition(":")
             if name not in TOOLS or (name == "search") != bool(source):
-                expected = "calc, python, search:DOCS.jsonl or search:URL"
+                expected = "calc, python, search:DOCS.jsonl, search:URL or search:py:FILE.py:FUNCTION"
                 raise UserError(f"--tools: expected {expected}, found {word or 'nothing'!r}")
             if name in tools:
                 raise UserError(f"--tools: expected each tool once, found {name} twice")
@@ -61,6 +64,8 @@ class Toolbox:
                 if sandbox != "none":
                     check_sandbox()
                 tools[name] = _python(sandbox != "none", timeout)
+            elif source.startswith(PREFIX):
+                tools[name] = _own(source, f"--tools {word}")
             elif source.startswith(("http://", "https://")):
                 tools[name] = _search(SearchEngine(source, timeout))
             else:
@@ -73,7 +78,8 @@ class Toolbox:
         return tuple(self._tools)
 
     def run(self, tool: str, text: str) -> ToolResult:
-        """Let a tool work on what the model wrote. Never raises for what the model did."""
+        """Let a tool work on what the model wrote. Never raises for what the model did; UserError for what a function
+        of the user's did."""
         result = self._tools[tool](text)
         cut = result.text[:RESULT_CHARACTERS]
         return result if len(cut) == len(result.text) else ToolResult(f"{cut} [cut]", result.failed)
@@ -116,5 +122,18 @@ def _search(engine: SearchIndex | SearchEngine) -> Callable[[str], ToolResult]:
             return ToolResult(engine.search(text))
         except SearchError as error:
             return ToolResult(f"error: {error}", failed=True)
+
+    return run
+
+
+def _own(spec: str, where: str) -> Callable[[str], ToolResult]:
+    """A function of the user's: text in, text out. What it raises is the user's mistake, not the model's."""
+    function = UserFunction(spec, where)
+
+    def run(text: str) -> ToolResult:
+        answer = function(text)
+        if not isinstance(answer, str):
+            raise UserError(f"{where}: expected a string, found {kind_of(answer)} for {text[:60]!r}")
+        return ToolResult(answer)
 
     return run

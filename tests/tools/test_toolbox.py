@@ -41,7 +41,7 @@ def test_a_long_result_is_cut():
 @pytest.mark.parametrize(
     ("wanted", "reason"),
     [
-        ("clac", "expected calc, python, search:DOCS.jsonl or search:URL, found 'clac'"),
+        ("clac", "expected calc, python, search:DOCS.jsonl, search:URL or search:py:FILE.py:FUNCTION, found 'clac'"),
         ("", "found 'nothing'"),
         ("search", "found 'search'"),
         ("calc:x", "found 'calc:x'"),

@@ -1,0 +1,74 @@
+"""Functions of the user's own, `py:FILE.py:FUNCTION`: rewards, filters of pages, and what answers a search.
+
+    reward = UserFunction("py:score.py:reward", "--reward py:score.py:reward")
+    reward({"completion": "4"})
+
+They run in llmkit's process. What they raise is told in one line, with the last place of it in the user's file.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+from llmkit.errors import UserError
+
+PREFIX = "py:"
+
+
+def check_spelling(spec: str, where: str) -> tuple[str, str]:
+    """File and function of `py:FILE.py:FUNCTION`; nothing is loaded. `where` names the option or key, in errors.
+
+    Raises UserError for another form, and for a file that is not there.
+    """
+    path, separator, function = spec.removeprefix(PREFIX).rpartition(":")
+    if not (spec.startswith(PREFIX) and separator and path.endswith(".py") and function.isidentifier()):
+        raise UserError(f"{where}: expected py:FILE.py:FUNCTION")
+    if not Path(path).is_file():
+        raise UserError(f"{where}: expected a file {path}, found {'a folder' if Path(path).exists() else 'none'}")
+    return path, function
+
+
+class UserFunction:
+    """A function in a file of Python."""
+
+    def __init__(self, spec: str, where: str) -> None:
+        """Raises UserError as `check_spelling` does, for code that raises, and where there is no such function."""
+        path, function = check_spelling(spec, where)
+        self._where, self._path = where, os.path.realpath(path)
+        self._function = self._load(path, function)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """What the function gives. Raises UserError with file and line of the user's code where it raises."""
+        try:
+            return self._function(*arguments)
+        except (Exception, SystemExit) as error:
+            raise self._failed(error) from None
+
+    def _load(self, path: str, function: str) -> Callable[..., Any]:
+        spec = spec_from_file_location("llmkit_user_" + Path(path).stem, path)
+        assert spec is not None and spec.loader is not None, "its name ends in .py"
+        module = module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses and pickle look for it there
+        try:
+            spec.loader.exec_module(module)
+        except (Exception, SystemExit) as error:
+            raise self._failed(error) from None
+        found = getattr(module, function, None)
+        if not callable(found):
+            names = sorted(name for name, one in vars(module).items() if callable(one) and not name.startswith("_"))
+            raise UserError(f"{self._where}: expected a function {function!r} in {path}, found {names}")
+        return found
+
+    def _failed(self, error: BaseException) -> UserError:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if os.path.realpath(frame.filename) == self._path]
+        if isinstance(error, SyntaxError):
+            lines = [error.lineno]
+        place = f"{self._path}:{lines[-1]}" if lines else self._path
+        return UserError(f"{self._where}: {place}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")

@@ -1,0 +1,110 @@
+"""Functions of the user's: what is wrong with one is told in one line, wherever it is used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llmkit.errors import UserError
+from llmkit.tools.toolbox import Toolbox, ToolResult
+from llmkit.user_code import UserFunction
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write(body: str, name: str = "mine.py") -> None:
+        Path(name).write_text(body)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("body", "spec", "message"),
+    [
+        ("def f(x): return x", "mine.py:f", r"^--own: expected py:FILE\.py:FUNCTION$"),
+        ("def f(x): return x", "py:mine.py", r"^--own: expected py:FILE\.py:FUNCTION$"),
+        ("def f(x): return x", "py:none.py:f", r"^--own: expected a file none\.py, found none$"),
+        ("def f(x): return x", "py:mine.py:g", r"^--own: expected a function 'g' in mine\.py, found \['f'\]$"),
+        ("def f(x:", "py:mine.py:f", r"^--own: .*mine\.py:1: SyntaxError: .*$"),
+        ("\n1 / 0\ndef f(x): return x", "py:mine.py:f", r"^--own: .*mine\.py:2: ZeroDivisionError: division by zero$"),
+        ("def f(x):\n    raise ValueError(f'no\\n{x}')", "py:mine.py:f", r"^--own: .*mine\.py:2: ValueError: no 5$"),
+    ],
+)
+def test_a_mistake_names_the_place(own, body, spec, message):
+    own(body)
+    with pytest.raises(UserError, match=message):
+        UserFunction(spec, "--own")(5)
+
+
+def test_a_search_of_ones_own(own):
+    own("def find(query):\n    return query.upper() if query != 'odd' else 5")
+    with Toolbox.parse(["calc", "search:py:mine.py:find"]) as tools:
+        assert tools.names == ("calc", "search")
+        assert tools.run("search", "comet") == ToolResult("COMET")
+        with pytest.raises(UserError, match=r"^--tools search:py:mine\.py:find: expected a string, found a number"):
+            tools.run("search", "odd")
+
+
+PAGES = [{"id": name, "text": f"The {name} stands here. It is old."} for name in ("mill", "bridge", "well")]
+RECIPE = 'steps = ["own"]\n[own]\nfilters = ["py:mine.py:short", "py:mine.py:wells"]\n'
+
+
+@pytest.fixture
+def filtered(own, llmkit, tmp_path):
+    Path("pages.jsonl").write_text("".join(json.dumps(one) + "\n" for one in PAGES))
+    Path("mine.toml").write_text(RECIPE)
+
+    def run(body: str, *more: str):
+        own(body)
+        return llmkit("crawl-filter", "pages.jsonl", "--recipe", "mine.toml", *more, cwd=tmp_path)
+
+    return run
+
+
+SHORT = "def short(document):\n    return 'short' if len(document['text']) < 10 else None\n"
+
+
+def test_filters_of_ones_own_in_any_process(filtered):
+    body = SHORT + "def wells(document):\n    return 'well' if 'well' in document['text'] else None\n"
+    alone = filtered(body, "--workers", "1")
+    assert [json.loads(line)["id"] for line in alone.stdout.splitlines()] == ["mill", "bridge"]
+    assert filtered(body, "--workers", "2").stdout == alone.stdout
+    assert len(filtered(body, "--skip", "own").stdout.splitlines()) == 3
+    explained = json.loads(filtered(body, "--explain", "well", "--quiet").stdout)
+    assert (explained["step"], explained["reason"]) == ("own", "well")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("def wells(document): return True", "py:mine.py:wells: expected None or the reason in a string, found True"),
+        ("def wells(document): return document['words']", "mine.py:3: KeyError: 'words'"),
+        ("def well(document): return None", "expected a function 'wells' in mine.py, found ['short', 'well']"),
+    ],
+)
+def test_a_filter_that_fails_ends_the_run_in_one_line(filtered, body, message, tmp_path):
+    for workers in "12":
+        done = filtered(SHORT + body, "--workers", workers, "-o", "docs.jsonl")
+        assert done.returncode == 2 and message in done.stderr
+        assert done.stderr.startswith("llmkit: error: [own] filters: ") and done.stderr.count("\n") == 1
+    assert not Path("docs.jsonl").exists()
+
+
+def test_a_filter_that_has_changed_is_no_resumption(filtered, tmp_path):
+    from llmkit.crawl.recipe import as_json, read_recipe
+    from llmkit.crawl.state import State, identities
+
+    body = SHORT + "def wells(document): return None\n"
+    Path("mine.py").write_text(body)
+    recipe = read_recipe("mine.toml")
+    assert recipe.own_files() == ["mine.py", "mine.py"] and "own" in recipe.taken
+    made_of = {"recipe": as_json(recipe), "own filters": identities(recipe.own_files())}
+    State("docs.jsonl", made_of).start()
+    Path("mine.py").write_text(body + "# another\n")
+    changed = {**made_of, "own filters": identities(recipe.own_files())}
+    with pytest.raises(UserError, match=r"own filters\[0\]"):
+        State("docs.jsonl", changed).begin(resume=True, force=False)
