@@ -32,6 +32,7 @@ from llmkit.files import (
     write_json,
 )
 from llmkit.launch import launch
+from llmkit.model_card import write_model_card
 from llmkit.records import kind_of
 
 LOSS_CURVE = {"training": "loss", "validation": "val_loss"}
@@ -240,45 +241,6 @@ def _svg(curves: Mapping[str, list[tuple[float, float]]], width: int = 720, heig
     return "\n".join(parts) + "\n"
 
 
-def write_model_card(folder: Path) -> None:
-    """Write `README.md` from the manifest: what the model is, how it was made, how to run it."""
-    manifest = read_manifest(folder) or {}
-    name = folder.name.removesuffix(PARTIAL)
-    results = {k: v for k, v in manifest.get("results", {}).items() if not isinstance(v, (dict, list))}
-    table = [f"| {key} | {value} |" for key, value in results.items()]
-    commands = [f"1. `{command}`" for command in reversed(_ancestry(manifest))]
-    inputs = [f"- `{item['path']}` {item.get('sha256', '')[:12]}" for item in manifest.get("inputs", [])]
-    sections = [
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [llmkit]\n---\n# " + name,
-        f"Made by `llmkit {manifest.get('stage', '?')}` on {manifest.get('created', '?')[:10]}.",
-        "\n".join(["| | |", "|---|---|", *table]) if table else "",
-        "\n".join(["## How it was made", *commands]),
-        "\n".join(["Inputs of the last step:", *inputs]) if inputs else "",
-        f"""## Use
-
-    llmkit sample {name}/ -p "Once upon a time"
-
-or with transformers:
-
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained("{name}")
-    model = AutoModelForCausalLM.from_pretrained("{name}")
-
-A small model trained on its inputs alone: it continues documents, and what it says may be wrong.
-""",
-    ]
-    with atomic_file(folder / "README.md", "w") as handle:
-        handle.write("\n\n".join(section for section in sections if section))
-
-
-def _ancestry(manifest: Mapping[str, Any]) -> list[str]:
-    """The commands that led to a manifest, its own first, each once."""
-    commands = [manifest.get("command", "?")]
-    for parent in manifest.get("parents", []):
-        commands += [line for line in _ancestry(parent["manifest"] or {}) if line not in commands]
-    return [line for line in commands if line != "?"]
-
-
 def check_model_folder(path: str | None, example: str) -> None:
     """Raise UserError where no model folder is given, or none stands there; `example` is a command that has one."""
     if path is None:
@@ -384,10 +346,10 @@ class RunFolder:
     ) -> None:
         """Write all that stands beside the model: manifest, loss curve and others (see `write_curve`), model card."""
         described = describe_inputs(inputs)
-        write_manifest(self.work, stage, options, inputs=described, parents=parents, results=results)
+        manifest = write_manifest(self.work, stage, options, inputs=described, parents=parents, results=results)
         for name, lines in {"loss.svg": LOSS_CURVE, **(curves or {})}.items():
             write_curve(self.work, name, lines)
-        write_model_card(self.work)
+        write_model_card(self.work, manifest)
 
     def abandon(self) -> None:
         """Remove what was begun and holds nothing."""

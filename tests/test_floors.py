@@ -27,6 +27,7 @@ FLOORS = {
         "stream",
         "progress",
         "rundir",
+        "model_card",
         "user_code",
     },
 }

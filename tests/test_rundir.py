@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from llmkit.errors import UserError
+from llmkit.model_card import write_model_card
 from llmkit.rundir import (
     LOSS_CURVE,
     MetricsLog,
@@ -23,7 +24,6 @@ from llmkit.rundir import (
     trim_metrics,
     write_curve,
     write_manifest,
-    write_model_card,
 )
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -73,7 +73,7 @@ def test_the_ancestry_goes_back_to_the_first_generation(tmp_path: Path) -> None:
     assert foreign == {"path": str(tmp_path / "foreign"), "manifest": None}
     assert base["manifest"]["parents"][0]["manifest"] == tok["manifest"] == read_manifest(tmp_path / "tok")
 
-    write_model_card(tmp_path / "chat")
+    write_model_card(tmp_path / "chat", chat)
     card = (tmp_path / "chat" / "README.md").read_text()
     places = [card.index(f"`llmkit {stage} in.jsonl`") for stage in ("train-bpe", "pretrain", "sft")]
     assert places == sorted(places)
@@ -91,11 +91,30 @@ def test_a_model_card_names_the_folder_and_its_results(tmp_path: Path) -> None:
     make(
         tmp_path / "base.partial", "pretrain", results={"val_bits_per_byte": 1.7, "curve": [1]}, inputs=[{"path": "-"}]
     )
-    write_model_card(tmp_path / "base.partial")
+    write_model_card(tmp_path / "base.partial", read_manifest(tmp_path / "base.partial") or {})
     card = (tmp_path / "base.partial" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "| val_bits_per_byte | 1.7 |" in card and "curve" not in card
     assert "# base\n" in card and ".partial" not in card and 'from_pretrained("base")' in card
+
+
+def test_a_model_card_tells_how_to_use_what_it_is(tmp_path: Path) -> None:
+    make(tmp_path / "base", "pretrain")
+    make(tmp_path / "chat", "sft", tmp_path / "base")
+    make(tmp_path / "policy", "rl", tmp_path / "chat")
+    make(tmp_path / "judge", "train-reward", tmp_path / "chat")
+    make(tmp_path / "small", "export", tmp_path / "judge")
+    expected = {
+        "base": ('sample base/ -p "Once', "AutoModelForCausalLM", "pipeline_tag: text-generation"),
+        "chat": ("sample chat/ -p", "--chat", "apply_chat_template", "AutoModelForCausalLM"),
+        "policy": ("sample policy/ -p", "--chat"),
+        "judge": ("--score judge/", "AutoModelForSequenceClassification", "pipeline_tag: text-classification"),
+        "small": ("--score small/", "AutoModelForSequenceClassification"),
+    }
+    for name, words in expected.items():
+        write_model_card(tmp_path / name, read_manifest(tmp_path / name) or {})
+        card = (tmp_path / name / "README.md").read_text()
+        assert all(word in card for word in words), card
 
 
 # ---- metrics

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from llmkit.config import CommonConfig, argument, as_options, option
 from llmkit.errors import UserError
 from llmkit.files import atomic_folder, check_is_folder, check_output, output_folder
+from llmkit.model_card import write_model_card
 from llmkit.progress import Progress, quantity, say
-from llmkit.rundir import check_model_folder, write_file_manifest, write_manifest, write_model_card
+from llmkit.rundir import check_model_folder, write_file_manifest, write_manifest
 
 if TYPE_CHECKING:
     from llmkit.engine.exporting import Source
@@ -156,8 +157,7 @@ def _export_folder(config: ExportConfig, out: Path, source: Source, dtype: str) 
         atomic_folder(out, config.force) as partial,
         Progress("write", total=source.parameters, unit="parameters", quiet=config.quiet) as progress,
     ):
-        _write_manifest(config, partial, {"parameters": source.parameters, "dtype": dtype})
-        write_model_card(partial)
+        write_model_card(partial, _write_manifest(config, partial, {"parameters": source.parameters, "dtype": dtype}))
         write_folder(partial, source, dtype, config.max_shard_size or MAX_SHARD_SIZE, progress.advance)
     return source.parameters, dtype
 
@@ -180,5 +180,5 @@ def _export_adapter(config: ExportConfig, out: Path) -> tuple[int, str] | None:
     return adapter.parameters, dtype
 
 
-def _write_manifest(config: ExportConfig, folder: Path, results: dict[str, Any]) -> None:
-    write_manifest(folder, "export", as_options(config), parents=[str(config.model)], results=results)
+def _write_manifest(config: ExportConfig, folder: Path, results: dict[str, Any]) -> dict[str, Any]:
+    return write_manifest(folder, "export", as_options(config), parents=[str(config.model)], results=results)
