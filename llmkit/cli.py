@@ -63,7 +63,7 @@ def run_command_line(arguments: list[str]) -> int:
     """Run one subcommand and return the exit code; every ending is handled here and nowhere else."""
     _let_sigterm_clean_up()
     try:
-        job = _parse(arguments)
+        job = parse(arguments)
         if isinstance(job, int):
             return job
         if launch().size > 1 and (name := _command_name(arguments)) not in IN_PROCESSES:
@@ -105,7 +105,7 @@ def run_command_line(arguments: list[str]) -> int:
         return _bug()
 
 
-def _parse(arguments: list[str]) -> Callable[[], Any] | int:
+def parse(arguments: list[str]) -> Callable[[], Any] | int:
     """What the arguments ask for: the work, still to be done, or an exit code when typer has said it all.
 
     The work is not done inside typer, which takes an EOFError for an interrupt and a broken pipe for exit 1.

@@ -1,4 +1,6 @@
-"""The README cannot lie: the commands under "Try it" are run, and what it names exists."""
+"""The README cannot lie: the commands under "Try it" are run one after another, at their full size, and what it names
+exists. tests/test_docs.py has what holds for all pages, this one among them.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -50,14 +51,3 @@ def test_every_make_target_exists():
     assert targets
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-
-
-def test_every_option_it_names_exists():
-    """Each `--flag` of the README is an option of some subcommand, or of a command that is not ours."""
-    from llmkit.cli import COMMANDS
-    from llmkit.config import flag_of, option_fields
-
-    known = {"--config", "--help", "--nproc-per-node"}
-    for module, config_name, _ in COMMANDS.values():
-        known |= {flag_of(item) for item in option_fields(getattr(import_module(module), config_name))}
-    assert set(re.findall(r"(--[a-z][a-z-]+)", README)) <= known
