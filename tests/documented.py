@@ -18,7 +18,7 @@ from llmkit.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 OURS = ("llmkit", "torchrun", "python", "python3")
-SHELLS = ("", "sh", "bash", "shell", "console")
+SHELLS = ("", "sh", "bash", "shell", "console", "text")
 SETTING = re.compile(r"[A-Z_]+=")  # of an environment variable, before a command
 
 
@@ -28,6 +28,9 @@ class Command:
 
     place: str
     text: str
+
+    def __str__(self) -> str:
+        return f"{self.place} {self.text}"
 
     @property
     def programs(self) -> list[list[str]]:
