@@ -18,6 +18,7 @@ from llmkit.engine.sampling import Sampling
 from llmkit.engine.served_models import Usage
 from llmkit.engine.served_sampling import ServedSampler, open_served
 from llmkit.tokenizer.chat import ChatFormat
+from llmkit.tokenizer.templates import chat_format
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Answering:
 def folder_answering(folder: str, device: str, dtype: str, sampling: Sampling, slots: int) -> Answering:
     """An assistant's folder. Raises UserError for a base model."""
     opened = open_model(folder, device, dtype)
-    chat = ChatFormat(opened.tokenizer)
+    chat = chat_format(opened.tokenizer)
     check_assistant(opened.config, chat, folder)
 
     @contextmanager

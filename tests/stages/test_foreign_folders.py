@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pipeline
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from llmkit.errors import UserError
 from llmkit.model.folder import load_model
 from llmkit.stages import export, probe_knowledge, rl, sample, sft, train_reward
+from llmkit.tokenizer.templates import TemplateFormat
 
 SMALL = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16,
@@ -128,6 +130,26 @@ def test_probe_knowledge_asks_the_assistant(chat: Path) -> None:
         model=str(chat), questions=(questions,), samples=1, max_tokens=4, out=str(chat.parent / "r.jsonl"), **RUN
     )
     assert probe_knowledge.run(config) is not None
+
+
+def test_probe_knowledge_and_its_judge_speak_a_template_from_elsewhere(tmp_path: Path, monkeypatch) -> None:
+    folder = save_foreign(tmp_path / "model", "llama, tied, bfloat16, shards")
+    settings = folder / "tokenizer_config.json"
+    turns = "{% for turn in messages %}[{{ turn.role }}] {{ turn.content }}<|end|>{% endfor %}"
+    asked = "{% if add_generation_prompt %}[assistant] {% endif %}"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "chat_template": turns + asked}))
+    told = []
+    encode = TemplateFormat.encode
+    monkeypatch.setattr(TemplateFormat, "encode", lambda *given, **how: told.append(given[1]) or encode(*given, **how))
+    questions = pipeline.write(tmp_path / "q.jsonl", [{"question": "Who?", "answer": "Ada"}])
+    config = probe_knowledge.ProbeKnowledgeConfig(
+        model=str(folder), questions=(questions,), samples=1, max_tokens=4, out=str(tmp_path / "r.jsonl"), **RUN
+    )
+    assert probe_knowledge.run(config) is not None
+    assert [messages[-1].text for messages in told] == ["Who?"]
+    with pytest.raises(UserError, match="no verdict of"):  # random words, but it was asked
+        probe_knowledge.run(replace(config, judge=str(folder), reply_tokens=8))
+    assert len(told) > 2
 
 
 def test_export_writes_it_in_every_form(foreign: Path) -> None:
