@@ -1,0 +1,30 @@
+"""The share of right answers in what `llmkit sample` wrote to problems, by the rules of `--reward verifier`.
+
+    python examples/gsm8k/accuracy.py answers-chat.jsonl answers-policy.jsonl | jq '.[].accuracy'
+
+A record has `messages` or `prompt`, `answer`, `completion` and, where tools were called, `tool_calls`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from llmkit.problems import read_problem
+from llmkit.records import Row
+from llmkit.rewards.verifying import is_number_right
+
+
+def accuracy(path: Path) -> dict:
+    """How many answers of a file are right, and how many called a tool."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    problems = [read_problem(Row(row, str(path), number)) for number, row in enumerate(rows, 1)]
+    right = sum(is_number_right(problem, row["completion"]) for problem, row in zip(problems, rows, strict=True))
+    calls = sum(len(row.get("tool_calls", ())) for row in rows)
+    found = {"answers": path.stem, "asked": len(rows), "right": right}
+    return {**found, "accuracy": right / max(1, len(rows)), "calls": calls}
+
+
+if __name__ == "__main__":
+    print(json.dumps([accuracy(Path(path)) for path in sys.argv[1:]], indent=2))
