@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-triton-3.6 check docs clean
+.PHONY: help setup demo smoke test test-slow test-triton-3.6 check docs clean
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -18,6 +18,10 @@ setup: $(VENV)/.ready ## Make .venv with llmkit in it, reusing an installed torc
 
 demo: $(VENV)/.ready ## From raw pages through all stages, each scored: 12 minutes at most on 2 cores
 	@$(MAKE) --no-print-directory -C examples/tinyworld OUT=$(CURDIR)/demo \
+	  LLMKIT=$(CURDIR)/$(BIN)/llmkit PYTHON=$(CURDIR)/$(BIN)/python
+
+smoke: $(VENV)/.ready-test ## Run every recipe of examples/ at its smallest, without a network: 3 CPU minutes
+	@$(MAKE) --no-print-directory -C examples OUT=$(CURDIR)/smoke \
 	  LLMKIT=$(CURDIR)/$(BIN)/llmkit PYTHON=$(CURDIR)/$(BIN)/python
 
 # One thread a process: the models of the tests are too small for two.
@@ -44,7 +48,7 @@ docs: $(VENV)/.ready-docs ## Write what is generated in the documentation, and b
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean: ## Remove what make has made
-	rm -rf $(VENV) .triton-3.6 demo site build *.egg-info .ruff_cache .hypothesis
+	rm -rf $(VENV) .triton-3.6 demo smoke site build *.egg-info .ruff_cache .hypothesis
 
 # torch comes first and by its exact name: as somebody's dependency it may bring gigabytes that nobody asked for
 $(VENV)/.ready: pyproject.toml

@@ -1,0 +1,104 @@
+"""Run the commands of pipes.md in the folder of a Tiny World, and compare what they print with the page.
+
+    python examples/pipes.py WORLD              # the first command that fails or prints something else ends it
+    python examples/pipes.py WORLD --write      # put what they print into the page
+    python examples/pipes.py WORLD --only rl
+
+On the page a block `sh` has a command, and the next one, `text`, what it printed. Behind the word `text` stands how
+alike that has to be in another world, on another machine: `same` in every byte, `lines` as many lines, `some` any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+PAGE = Path(__file__).with_name("pipes.md")
+BLOCK = re.compile(r"```sh\n([^`]*)```\n\n```text (same|lines|some)\n((?:.*\n)*?)```\n")
+
+
+@dataclass(frozen=True)
+class Pipe:
+    """A command of the page, what it printed there, and how alike that has to be."""
+
+    heading: str
+    command: str
+    printed: str
+    alike: str
+
+    def block(self, output: str) -> str:
+        """How it stands on the page, having printed that."""
+        return f"```sh\n{self.command}```\n\n```text {self.alike}\n{output}```\n"
+
+    def differs(self, output: str) -> str | None:
+        """What is wrong with an output, or None."""
+        if output == "\n":
+            return "it printed nothing"
+        if self.alike == "same" and output != self.printed:
+            return f"it printed\n{output}instead of\n{self.printed}"
+        found, expected = len(output.splitlines()), len(self.printed.splitlines())
+        if self.alike == "lines" and found != expected:
+            return f"it printed {found} lines instead of {expected}:\n{output}"
+        return None
+
+
+def pipes_of(page: str) -> list[Pipe]:
+    """The commands of a page, in their order."""
+    headings = [(match.start(), match[1]) for match in re.finditer(r"^## (.*)$", page, re.MULTILINE)]
+    above = [(match, [text for start, text in headings if start < match.start()]) for match in BLOCK.finditer(page)]
+    return [Pipe(names[-1] if names else "", match[1], match[3], match[2]) for match, names in above]
+
+
+def run(command: str, folder: Path, programs: Path) -> str:
+    """What a command prints in bash. Raises SystemExit where it fails."""
+    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
+    bash = ["bash", "-euo", "pipefail", "-c", command]
+    done = subprocess.run(bash, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    if done.returncode not in (0, 141):  # 141: head has enough
+        raise SystemExit(f"{command}ended with {done.returncode}\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
+    return done.stdout if done.stdout.endswith("\n") else f"{done.stdout}\n"
+
+
+def write_programs(folder: Path) -> Path:
+    """A folder with `llmkit` and `python`, those that run this."""
+    folder.mkdir()
+    for name, options in (("llmkit", "-m llmkit"), ("python", "")):
+        program = folder / name
+        program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {options} "$@"\n')
+        program.chmod(0o755)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("world", type=Path, help="what examples/tinyworld/Makefile made")
+    parser.add_argument("--write", action="store_true", help="put what is printed into the page")
+    parser.add_argument("--only", metavar="WORD", default="", help="those under headings that hold this word")
+    arguments = parser.parse_args()
+    page = PAGE.read_text()
+    with tempfile.TemporaryDirectory(prefix="llmkit-") as place:
+        programs, folder = write_programs(Path(place) / "bin"), Path(place) / "world"
+        folder.mkdir()
+        for path in arguments.world.absolute().iterdir():  # what the commands write goes elsewhere
+            (folder / path.name).symlink_to(path)
+        chosen = [pipe for pipe in pipes_of(page) if arguments.only in pipe.heading]
+        for pipe in chosen:
+            output = run(pipe.command, folder, programs)
+            if arguments.write:
+                page = page.replace(pipe.block(pipe.printed), pipe.block(output))
+            elif wrong := pipe.differs(output):
+                raise SystemExit(f"{pipe.command}{wrong}")
+    if arguments.write:
+        PAGE.write_text(page)
+    print(f"{len(chosen)} commands", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
