@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from llmkit.errors import UserError
+from llmkit.launch import launch
 
 Unit = Literal["count", "bytes", "duration"]
 
@@ -99,6 +100,8 @@ class TrainingConfig(CommonConfig):
         600.0, "Seconds to wait for another process (torchrun).", unit="duration", above=0, free=True
     )
 
+    tensor_parallel: int = option(1, "Neighbouring processes that divide each layer (torchrun).", at_least=1, free=True)
+
     max_grad_norm: float | None = option(1.0, "Clip gradients to this norm.", group="Training", above=0)
     activation_checkpointing: bool = option(False, "Less memory, a third more time.", group="Training")
     compile: str = option("auto", "torch.compile; auto: on GPUs.", group="Training", choices=("auto", "on", "off"))
@@ -111,7 +114,15 @@ class TrainingConfig(CommonConfig):
     wandb: bool = option(False, "Show the metrics on Weights & Biases, too.", group="Log", free=True)
 
     def __post_init__(self) -> None:
-        """Raises UserError where a package that is asked for is missing."""
+        """Raises UserError where a package that is asked for is missing, or processes that divide a layer."""
+        count, processes = self.tensor_parallel, launch().size
+        if processes == 1 < count and not self.dry_run:
+            start = f"torchrun --nproc-per-node {count} -m llmkit"
+            raise UserError(f"--tensor-parallel: expected {count} processes at least, found one; start {start}")
+        if processes > 1 and processes % count:
+            fit = " or ".join(str(number) for number in range(1, processes + 1) if processes % number == 0)
+            divides = f"expected a number that divides the {processes} processes"
+            raise UserError(f"--tensor-parallel: {divides}, found {count}; give {fit}")
         for name in ("tensorboard", "wandb"):
             if getattr(self, name) and find_spec(name) is None:
                 raise UserError(f"--{name}: needs the package {name}; pip install 'llmkit[{name}]'")
@@ -133,8 +144,10 @@ class TuningConfig(TrainingConfig):
     decay_fraction: float = option(0.9, "Last part, with falling rate.", group="Training", at_least=0, at_most=1)
 
     def __post_init__(self) -> None:
-        """Raises UserError for options of adapters where there are none."""
+        """Raises UserError for options of adapters where there are none, or which they do not go with."""
         super().__post_init__()
+        if self.lora_rank is not None and self.tensor_parallel > 1:
+            raise UserError("--tensor-parallel: expected no --lora-rank beside it; adapters are not divided")
         for name in ("lora_alpha", "lora_targets"):
             if self.lora_rank is None and getattr(self, name) != getattr(TuningConfig, name):
                 raise UserError(f"--{name.replace('_', '-')}: needs --lora-rank; there are no adapters otherwise")

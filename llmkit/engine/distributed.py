@@ -33,10 +33,13 @@ from llmkit.launch import launch
 
 
 class World:
-    """The processes of this job: `rank` of `size`; see the module."""
+    """The processes of this job: `rank` of `size`, `tensor` neighbours of which compute the same rows of a batch,
+    together; see the module."""
 
-    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None, watch: Any = None) -> None:
-        self.rank, self.size, self.device = rank, size, device or torch.device("cpu")
+    def __init__(
+        self, rank: int = 0, size: int = 1, device: torch.device | None = None, watch: Any = None, tensor: int = 1
+    ) -> None:
+        self.rank, self.size, self.device, self.tensor = rank, size, device or torch.device("cpu"), tensor
         self._watch, self._numbers = watch, count()
 
     @property
@@ -47,6 +50,10 @@ class World:
     def sum(self, *values: float) -> tuple[float, ...]:
         """The sum over all processes of each number."""
         return values if self.size == 1 else self._reduce(values, "SUM")
+
+    def sum_shares(self, *values: float) -> tuple[float, ...]:
+        """The sum over the shares of a batch of each number, which all that compute a share have."""
+        return self.sum(*(value if self.rank % self.tensor == 0 else 0.0 for value in values))
 
     def largest(self, *values: float) -> tuple[float, ...]:
         """The largest of all processes of each number."""
@@ -151,28 +158,43 @@ class World:
         return None
 
     def check_rows(self, rows: int, what: str) -> None:
-        """Raise UserError where a batch has fewer rows than there are processes; `what`: the option, and what it is."""
-        if rows < self.size:
-            raise UserError(f"{what}: expected at least {self.size} in a batch, one a process, found {rows}")
+        """Raise UserError where a batch has fewer rows than shares; `what`: the option, and what it is."""
+        if rows < self.shares:
+            who = "a process" if self.tensor == 1 else f"for {self.tensor} processes"
+            raise UserError(f"{what}: expected at least {self.shares} in a batch, one {who}, found {rows}")
 
     # ---- what each process takes of the work
 
+    @property
+    def shares(self) -> int:
+        """Into how many shares a batch is divided."""
+        return self.size // self.tensor
+
     def share(self, total: int) -> tuple[int, int]:
-        """The first of `total` things that are this process's, and the first that is not; in the order of ranks."""
-        return self.rank * total // self.size, (self.rank + 1) * total // self.size
+        """The first of a batch's `total` rows that are this process's, and the first that is not; by rank."""
+        return _part(total, self.rank // self.tensor, self.shares)
 
     def largest_share(self, total: int) -> int:
-        """Of how many things the largest share is."""
-        return -(-total // self.size)
+        """Of how many rows the largest share is."""
+        return -(-total // self.shares)
+
+    def own(self, total: int) -> tuple[int, int]:
+        """As `share`, of things that each process does alone."""
+        return _part(total, self.rank, self.size)
 
     def deal(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """This process's of some batches, and as many as every other's: one that predicts nothing at the end."""
+        """This process's share of some batches, and as many as every other's: one that predicts nothing at the end."""
         if self.size == 1:
             yield from batches
             return
         batches = iter(batches)
-        while hand := list(islice(batches, self.size)):
-            yield hand[self.rank] if self.rank < len(hand) else hand[0].nothing()
+        while hand := list(islice(batches, self.shares)):
+            place = self.rank // self.tensor
+            yield hand[place] if place < len(hand) else hand[0].nothing()
+
+
+def _part(total: int, index: int, count: int) -> tuple[int, int]:
+    return index * total // count, (index + 1) * total // count
 
 
 _world = World()
@@ -199,7 +221,7 @@ def join(device: torch.device, config: TrainingConfig) -> World:
         raise UserError("stdin: several processes cannot read it; give a file that all of them see")
     store = dist.PrefixStore("groups", watch.store.clone())  # type: ignore[reportPrivateImportUsage]
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    world = World(me.rank, me.size, device, watch)
+    world = World(me.rank, me.size, device, watch, config.tensor_parallel)
     machine = {"the version of torch": torch.__version__, "the kind of device": device.type}
     machine["the precision"] = str(choose_dtype(config.dtype, device))
     world.check_same({**machine, **options_by_flag(config)})

@@ -53,5 +53,5 @@ def _summed_loss(model: Transformer, batches: Iterable[tuple[Any, ...]]) -> tupl
         loss, targets = next_token_loss(model, batch)
         total, count = total + float(loss), count + targets
     model.train()
-    total, targets = world().sum(total, count)
+    total, targets = world().sum_shares(total, count)
     return total, int(targets)

@@ -35,6 +35,7 @@ from llmkit.files import write_json
 from llmkit.model.folder import load_model, save_model
 from llmkit.model.growth import grow_vocabulary
 from llmkit.model.lora import LoraAdapter
+from llmkit.model.tensor_parallel import check_divides
 from llmkit.model.transformer import Transformer
 from llmkit.progress import say
 from llmkit.tokenizer.chat import ChatFormat, has_own_template, write_chat_tokenizer
@@ -52,6 +53,7 @@ class Finetuning:
     """A model, its tokenizer and what is trained of it."""
 
     def __init__(self, folder: str, model: Transformer, tokenizer: Tokenizer, known_tokens: int | None) -> None:
+        check_divides(world().tensor, model.config)
         self.folder, self.model, self.tokenizer = folder, model, tokenizer
         self._known_tokens = known_tokens  # None: the model stays what it is
         self._turn_end: int | None = None  # of a template from elsewhere

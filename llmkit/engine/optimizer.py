@@ -20,7 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from llmkit.engine.distributed import world
-from llmkit.engine.sharding import full_tensor, is_sharded, local, on_whole_matrices, part_of
+from llmkit.engine.sharding import (
+    cut_of,
+    from_rows,
+    full_tensor,
+    is_sharded,
+    local,
+    on_whole_matrices,
+    part_of,
+    to_rows,
+)
 from llmkit.kernels.linear import matmul_nn, matmul_nt
 
 # Each row (a, b, c) is one odd polynomial a x + b x^3 + c x^5 of the singular values: the paper's optimal composition
@@ -81,9 +90,10 @@ class _Stack:
 
     def __init__(self, names: list[str], parameters: list[nn.Parameter], settings: GroupSettings) -> None:
         self.names, self.parameters, self.settings = names, parameters, settings
-        self.sharded, self.rows = is_sharded(parameters[0]), parameters[0].shape[0]
+        self.sharded, self.cut = is_sharded(parameters[0]), cut_of(parameters[0])
+        self.rows = parameters[0].shape[0] if self.cut is None else self.cut.shape[0]
         self.dtype = parameters[0].dtype
-        self.master = torch.stack([local(p.detach()).float() for p in parameters])
+        self.master = to_rows(torch.stack([local(p.detach()).float() for p in parameters]), self.cut)
         self.state = {"momentum": torch.zeros_like(self.master)}
         if settings.kind == "adamw":
             self.state["second_moment"] = torch.zeros_like(self.master)
@@ -106,7 +116,8 @@ class _Stack:
     def refresh(self) -> None:
         """Write the working copies."""
         if self.sharded:
-            torch._foreach_copy_(self._copies, list(self.master.unbind()))  # type: ignore[reportPrivateImportUsage]
+            values = self.master if self.cut is None else from_rows(self.master.to(self.dtype), self.cut)
+            torch._foreach_copy_(self._copies, list(values.unbind()))  # type: ignore[reportPrivateImportUsage]
         elif self.working is not self.master:
             self.working.copy_(self.master)
 
@@ -117,6 +128,7 @@ class _Stack:
         else:
             gradients = [p.grad for p in self.parameters]
         stacked = torch.stack([local(g) for g in gradients] if self.sharded else gradients)  # type: ignore[arg-type]
+        stacked = to_rows(stacked, self.cut)
         for parameter in self.parameters:
             parameter.grad = None
         if self.gradient is None:
@@ -196,7 +208,8 @@ class Optimizer:
         for name, parameter, settings in groups:
             if settings.kind == "muon" and parameter.ndim != 2:
                 raise ValueError(f"{name}: Muon needs a matrix, found shape {tuple(parameter.shape)}")
-            names, parameters = stacks.setdefault((settings, tuple(parameter.shape)), ([], []))
+            kind = settings, tuple(parameter.shape), cut_of(parameter)
+            names, parameters = stacks.setdefault(kind, ([], []))
             names.append(name)
             parameters.append(parameter)
         self.stacks = [_Stack(names, parameters, key[0]) for key, (names, parameters) in stacks.items()]

@@ -88,7 +88,7 @@ class Actor:
         Each process of a job makes and judges its share of them, and all get all: random numbers are those of a group
         and a sample, whoever draws them.
         """
-        first, stop = world().share(len(problems))
+        first, stop = world().own(len(problems))
         own = self._attempt(problems[first:stop], settings, step, first_group + first)
         return [group for part in world().gather(own) for group in part]
 

@@ -118,6 +118,7 @@ def run(config: PretrainConfig) -> Summary | None:
     from llmkit.engine.sharding import shard, whole_model
     from llmkit.kernels import backend
     from llmkit.model.folder import save_model
+    from llmkit.model.tensor_parallel import check_divides
     from llmkit.model.transformer import Transformer
     from llmkit.tokenizer.encoding import load_tokenizer
 
@@ -136,6 +137,7 @@ def run(config: PretrainConfig) -> Summary | None:
     world.check_same(identity | {"the documents": shards.digest})
     notes = folder.notes(identity)
     plan = Plan.from_json(notes["plan"]) if notes else _plan(config, tokenizer, shards, val_shards, device, dtype)
+    check_divides(config.tensor_parallel, plan.model, new=True)
     world.check_rows(plan.batch_rows, f"--batch-tokens: rows of {plan.sequence_length} tokens")
     if shards.tokens < plan.sequence_length:
         raise UserError(
