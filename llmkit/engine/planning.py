@@ -73,10 +73,10 @@ class Plan:
     def tokens(self) -> int:
         return self.total_steps * self.batch_tokens
 
-    def training_bytes(self, devices: int = 1) -> float:
-        """About the memory that training takes, on each of some devices."""
-        rows = min(self.micro_batch_rows, -(-self.batch_rows // devices))
-        return scaling.training_bytes(self.model, rows * self.sequence_length, devices=devices)
+    def training_bytes(self, devices: int = 1, tensor: int = 1) -> float:
+        """About the memory that training takes, on each of some devices, of which `tensor` divide a layer."""
+        rows = min(self.micro_batch_rows, -(-self.batch_rows // (devices // tensor)))
+        return scaling.training_bytes(self.model, rows * self.sequence_length, devices=devices, tensor=tensor)
 
     @property
     def flops(self) -> float:

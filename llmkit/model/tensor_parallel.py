@@ -10,7 +10,7 @@ and so is the gradient of what each half reads. Shoeybi et al. 2019 (arXiv 1909.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,8 +20,6 @@ from llmkit.model.config import ModelConfig
 
 if TYPE_CHECKING:
     from llmkit.model.transformer import Transformer
-
-T = TypeVar("T", Tensor, Tensor | None)
 
 
 @dataclass(frozen=True)
@@ -90,24 +88,32 @@ def cut_layers(model: Transformer, index: int, group: Any) -> dict[str, Cut]:
         num_key_value_heads=config.num_key_value_heads // count,
         intermediate_size=config.intermediate_size // count,
     )
+    layer_group = LayerGroup(group)
     for layer in model.layers:
-        layer.config, layer.group = own, group
+        layer.config, layer.group = own, layer_group
     return cuts
 
 
-def copied(x: T, group: Any) -> T:
-    """`x`, which is the same in each process of a group, for each to compute with: the gradients are summed."""
-    return x if x is None or group is None else _call(_Copied, x, group)
+class LayerGroup:
+    """Processes that compute a layer together: `size` of them, a group of torch.distributed.
+
+    apply  runs an autograd function of this module with them
+    """
+
+    def __init__(self, processes: Any) -> None:
+        self.size = processes.size()
+        # a message ends a graph of torch.compile; said here, for it brings torch._dynamo, 2 s to import
+        self.apply = torch.compiler.disable(lambda function, x: function.apply(x, processes))
 
 
-def summed(x: Tensor, group: Any) -> Tensor:
+def copied(x: Any, group: LayerGroup | None) -> Any:
+    """A tensor that is the same in each process of a group, for each to compute with: its gradients are summed."""
+    return x if x is None or group is None else group.apply(_Copied, x)
+
+
+def summed(x: Tensor, group: LayerGroup | None) -> Tensor:
     """The sum of `x` over the processes of a group, in each of them."""
-    return x if group is None else _call(_Summed, x, group)
-
-
-@torch.compiler.disable  # a message ends a graph
-def _call(function: type[torch.autograd.Function], x: Tensor, group: Any) -> Tensor:
-    return function.apply(x, group)  # type: ignore[return-value]
+    return x if group is None else group.apply(_Summed, x)
 
 
 def _sum(x: Tensor, group: Any) -> Tensor:

@@ -13,7 +13,7 @@ B batch, T tokens, H query heads, K key-value heads, D head size, V vocabulary.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ from llmkit.kernels import (
 from llmkit.model.cache import KVCache
 from llmkit.model.config import ModelConfig
 from llmkit.model.rope import RotaryTable
-from llmkit.model.tensor_parallel import copied, summed
+from llmkit.model.tensor_parallel import LayerGroup, copied, summed
 
 
 def _parameter(*shape: int, dtype: torch.dtype | None, device: torch.device | str | None) -> nn.Parameter:
@@ -50,7 +50,7 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig, index: int, new: Callable[..., nn.Parameter]):
         super().__init__()
         self.config, self.index = config, index
-        self.group: Any = None  # of processes that share this layer: llmkit/model/tensor_parallel.py
+        self.group: LayerGroup | None = None  # of processes that compute this layer together
         query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         hidden, intermediate = config.hidden_size, config.intermediate_size
         gain = new if config.norm_gains else (lambda size: None)
@@ -74,7 +74,7 @@ class Layer(nn.Module):
             scale = copied(self.residual_scale, group)
             out, down = out * scale[0], down * scale[1]
         if group is not None and out_bias is not None:
-            out_bias = copied(out_bias, group) / group.size()  # each process adds its part
+            out_bias = copied(out_bias, group) / group.size  # each process adds its part
         attended = self._attend(copied(rms_norm(x_BTC, self.input_norm, eps), group), cos_sin, doc_ids, cache)
         added = summed(linear(attended, out, out_bias), group)
         normed, x_BTC = add_rms_norm(added, x_BTC, self.mlp_norm, eps)

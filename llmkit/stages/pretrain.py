@@ -147,12 +147,11 @@ def run(config: PretrainConfig) -> Summary | None:
     batches = Batches(shards, plan.sequence_length, plan.batch_rows, config.seed)
     say(plan_table(plan), config.quiet)
     if config.gpu_kind is not None:
-        for line in estimate(plan, config.gpu_kind, config.nodes, config.gpus, config.micro_batch_size).lines(
-            config.gpu_price
-        ):
+        machines = config.gpu_kind, config.nodes, config.gpus, config.micro_batch_size, config.tensor_parallel
+        for line in estimate(plan, *machines).lines(config.gpu_price):
             say(line, config.quiet)
         return None
-    check_memory(plan.training_bytes(world.size), device)
+    check_memory(plan.training_bytes(world.size, world.tensor), device)
     if config.dry_run:
         shape = plan.model, plan.recipe, plan.micro_batch_rows, plan.sequence_length
         rate = speed.tokens_per_second(*shape, device, dtype)
@@ -251,7 +250,7 @@ def _plan(
     from llmkit.engine.distributed import world
     from llmkit.engine.planning import Plan, make_plan
 
-    processes = world().size
+    processes, tensor = world().size, world().tensor
     if not world().leads:
         return Plan.from_json(world().broadcast(None))
     plan = make_plan(
@@ -262,7 +261,7 @@ def _plan(
         speed=lambda *shape: processes * speed.tokens_per_second(*shape, device=device, dtype=dtype),
         seconds_used=lambda: time.monotonic() - STARTED,
         closing_tokens=val_shards.tokens if val_shards else 0,
-        check_fits=lambda plan: check_memory(plan.training_bytes(processes), device),
+        check_fits=lambda plan: check_memory(plan.training_bytes(processes, tensor), device),
         special_ids=tokenizer.document_bounds(),
     )
     world().broadcast(plan.to_json())

@@ -31,6 +31,19 @@ def test_eight_gpus_take_an_eighth_of_the_time_and_of_the_state():
     assert one.bytes - eight.bytes == pytest.approx(state * 7 / 8 - waiting)
 
 
+def test_gpus_that_divide_each_layer_hold_less_and_wait_for_sums():
+    few, more = (plan(depth=20, batch_tokens=rows * 2048, max_steps=100) for rows in (8, 16))
+    whole, cut = estimate(more, "h100", 2, 8, 1), estimate(few, "h100", 2, 8, 1, tensor=2)  # a row at a time
+    head = 6 * few.model.vocab_size * few.model.hidden_size
+    flops = few.model.flops_per_token(few.sequence_length)
+    assert whole.summing == 0 and cut.summing > 0 and cut.bytes < whole.bytes
+    assert cut.computing / whole.computing == pytest.approx((head + flops) / 2 / flops)
+    with pytest.raises(UserError, match="8 rows in a batch are fewer than 16 GPUs"):
+        estimate(few, "h100", 2, 8)
+    with pytest.raises(UserError, match="divides the 8 GPUs of a machine, found 3"):
+        estimate(few, "h100", 1, 8, tensor=3)
+
+
 def test_a_slow_network_is_what_a_step_waits_for():
     small = plan(depth=12, batch_tokens=524_288, max_steps=10)
     found = estimate(small, "h100", nodes=64, gpus=1)
