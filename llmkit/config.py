@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from llmkit.errors import UserError
-from llmkit.launch import launch
 
 Unit = Literal["count", "bytes", "duration"]
 
@@ -114,15 +113,7 @@ class TrainingConfig(CommonConfig):
     wandb: bool = option(False, "Show the metrics on Weights & Biases, too.", group="Log", free=True)
 
     def __post_init__(self) -> None:
-        """Raises UserError where a package that is asked for is missing, or processes that divide a layer."""
-        count, processes = self.tensor_parallel, launch().size
-        if processes == 1 < count and not self.dry_run:
-            start = f"torchrun --nproc-per-node {count} -m llmkit"
-            raise UserError(f"--tensor-parallel: expected {count} processes at least, found one; start {start}")
-        if processes > 1 and processes % count:
-            fit = " or ".join(str(number) for number in range(1, processes + 1) if processes % number == 0)
-            divides = f"expected a number that divides the {processes} processes"
-            raise UserError(f"--tensor-parallel: {divides}, found {count}; give {fit}")
+        """Raises UserError where a package that is asked for is missing."""
         for name in ("tensorboard", "wandb"):
             if getattr(self, name) and find_spec(name) is None:
                 raise UserError(f"--{name}: needs the package {name}; pip install 'llmkit[{name}]'")

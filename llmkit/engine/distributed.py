@@ -29,7 +29,7 @@ from llmkit.engine import failures
 from llmkit.engine.devices import choose_dtype
 from llmkit.errors import UserError
 from llmkit.files import remove
-from llmkit.launch import launch
+from llmkit.launch import Launch, launch
 
 
 class World:
@@ -208,10 +208,13 @@ def world() -> World:
 def join(device: torch.device, config: TrainingConfig) -> World:
     """Join the other processes of this job, where there are any, to compute on `device` under the options of a stage.
 
-    Raises UserError where the options differ, where they name stdin, or the others cannot be reached.
+    Raises UserError where the options differ, where they name stdin, or the others cannot be reached, and where the
+    processes cannot divide layers as wanted.
     """
     global _world
     me = launch()
+    if not (config.dry_run and me.size == 1):
+        _check_size(config.tensor_parallel, me)
     if me.size == 1 or _world.size > 1:
         return _world
     import torch.distributed as dist
@@ -230,6 +233,16 @@ def join(device: torch.device, config: TrainingConfig) -> World:
     dist.init_process_group(backend, store=store, rank=me.rank, world_size=me.size, timeout=limit)
     _world = world
     return world
+
+
+def _check_size(count: int, me: Launch) -> None:
+    if me.size == 1 < count:
+        start = f"torchrun --nproc-per-node {count} -m llmkit"
+        raise UserError(f"--tensor-parallel: expected {count} processes at least, found one; start {start}")
+    if me.size % count:
+        fit = " or ".join(str(number) for number in range(1, me.size + 1) if me.size % number == 0)
+        divides = f"expected a number that divides the {me.size} processes"
+        raise UserError(f"--tensor-parallel: {divides}, found {count}; give {fit}")
 
 
 def new_group() -> Any:

@@ -9,6 +9,7 @@ and so is the gradient of what each half reads. Shoeybi et al. 2019 (arXiv 1909.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +104,7 @@ class LayerGroup:
     def __init__(self, processes: Any) -> None:
         self.size = processes.size()
         # a message ends a graph of torch.compile; said here, for it brings torch._dynamo, 2 s to import
-        self.apply = torch.compiler.disable(lambda function, x: function.apply(x, processes))
+        self.apply: Callable[..., Any] = torch.compiler.disable(lambda function, x: function.apply(x, processes))
 
 
 def copied(x: Any, group: LayerGroup | None) -> Any:

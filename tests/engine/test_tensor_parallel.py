@@ -16,7 +16,7 @@ from tiny import make_model
 
 from llmkit.config import TuningConfig, resolve
 from llmkit.engine import sharding
-from llmkit.engine.distributed import World
+from llmkit.engine.distributed import World, join
 from llmkit.errors import UserError
 from llmkit.model import tensor_parallel
 from llmkit.model.tensor_parallel import Cut, check_divides, cut_layers
@@ -118,8 +118,8 @@ def test_neighbours_take_the_same_rows_of_a_batch_and_count_once():
 
 def test_what_no_processes_can_divide_is_refused():
     with pytest.raises(UserError, match="--tensor-parallel: expected 2 processes at least, found one; start torchrun"):
-        resolve(PretrainConfig, {"tensor_parallel": "2"})
-    assert resolve(PretrainConfig, {"tensor_parallel": "2", "dry_run": True}).tensor_parallel == 2
+        join(torch.device("cpu"), resolve(PretrainConfig, {"tensor_parallel": "2"}))
+    assert join(torch.device("cpu"), resolve(PretrainConfig, {"tensor_parallel": "2", "dry_run": True})).tensor == 1
     with pytest.raises(UserError, match="expected no --lora-rank beside it"):
         resolve(TuningConfig, {"tensor_parallel": "2", "lora_rank": "4", "dry_run": True})
     config = make_model(num_attention_heads=8, num_key_value_heads=8, intermediate_size=36).config
