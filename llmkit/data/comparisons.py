@@ -18,13 +18,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmkit.conversations import Conversation
+from llmkit.conversations import Message
 from llmkit.data.batches import shuffled
 from llmkit.data.mixture import best_fit
 from llmkit.errors import UserError
 from llmkit.preferences import Comparison
 
 READ_AT_ONCE = 1024  # comparisons: enough for the tokenizer's threads, little memory
+Turns = tuple[Message, ...]
+# the ids of prompts, each with those of the answers that may follow it (llmkit/tokenizer/chat.py)
+EncodeBranches = Callable[
+    [Sequence[tuple[Turns, Sequence[Turns]]]], Sequence[tuple[np.ndarray, tuple[np.ndarray, ...]]]
+]
 NO_RANK = np.inf  # where a comparison has fewer answers than its neighbours
 
 
@@ -157,24 +162,19 @@ class ComparisonRows(NamedTuple):
                 first = place
 
 
-def encode_comparisons(
-    comparisons: Sequence[Comparison], encode: Callable[[list[Conversation]], Sequence[np.ndarray]]
-) -> list[Candidates]:
-    """Prompts and answers in tokens; `encode` gives the ids of the turns of many conversations."""
-    texts = [Conversation(messages) for one in comparisons for messages in (one.prompt, *one.candidates)]
-    ids = iter(encode(texts))
-    encoded = []
-    for one in comparisons:
-        prompt = next(ids)
-        answers = tuple(next(ids) for _ in one.candidates)
-        encoded.append(Candidates(prompt, answers, one.ranks, one.margin))
-    return encoded
+def encode_comparisons(comparisons: Sequence[Comparison], encode: EncodeBranches) -> list[Candidates]:
+    """Prompts and answers in tokens."""
+    encoded = encode([(one.prompt, one.candidates) for one in comparisons])
+    return [
+        Candidates(prompt, answers, one.ranks, one.margin)
+        for one, (prompt, answers) in zip(comparisons, encoded, strict=True)
+    ]
 
 
 def read_comparisons(
     name: str,
     comparisons: Iterator[Comparison | str],
-    encode: Callable[[list[Conversation]], Sequence[np.ndarray]],
+    encode: EncodeBranches,
     context: int,
     on_long: str,
     progress: Callable[[int], object] = lambda count: None,

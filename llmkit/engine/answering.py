@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmkit.engine.generation import Generator
-from llmkit.engine.loading import check_assistant, open_model
+from llmkit.engine.loading import open_model
 from llmkit.engine.run_state import fingerprint
 from llmkit.engine.sampling import Sampling
 from llmkit.engine.served_models import Usage
 from llmkit.engine.served_sampling import ServedSampler, open_served
 from llmkit.tokenizer.chat import ChatFormat
-from llmkit.tokenizer.templates import chat_format
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,7 @@ class Answering:
 def folder_answering(folder: str, device: str, dtype: str, sampling: Sampling, slots: int) -> Answering:
     """An assistant's folder. Raises UserError for a base model."""
     opened = open_model(folder, device, dtype)
-    chat = chat_format(opened.tokenizer)
-    check_assistant(opened.config, chat, folder)
+    chat = opened.chat
 
     @contextmanager
     def start() -> Iterator[Generator]:

@@ -24,12 +24,11 @@ import torch
 from llmkit.conversations import message
 from llmkit.engine.devices import is_small, threads
 from llmkit.engine.generation import Generator, Request
-from llmkit.engine.loading import check_assistant, open_model
+from llmkit.engine.loading import open_model
 from llmkit.engine.run_state import fingerprint
 from llmkit.engine.sampling import Sampling, request_number
 from llmkit.engine.served_models import EXAMPLE, SCHEME, OpenAIClient, PromptTooLong, Usage, parse_address, shortened
 from llmkit.errors import UserError
-from llmkit.tokenizer.templates import chat_format
 
 THOUGHTS = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 OPEN_PROMPTS = 2  # times those answered at a time: how far asking runs ahead of the answer that is waited for
@@ -161,8 +160,7 @@ class FolderChatModel:
 
     def __init__(self, folder: str, settings: ChatSettings) -> None:
         self._opened, self._settings = open_model(folder, settings.device, settings.dtype), settings
-        self._chat = chat_format(self._opened.tokenizer)
-        check_assistant(self._opened.config, self._chat, folder)
+        self._chat = self._opened.chat
         self.name, self.identity, self.usage, self.unread = folder, fingerprint(folder), Usage(), None
         small = is_small(self._opened.config.parameter_count, self._opened.device)
         self._threads = 1 if small else torch.get_num_threads()  # which another model may have lowered when it is asked

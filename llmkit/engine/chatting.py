@@ -1,6 +1,6 @@
 """A conversation with a model, turn by turn: what `llmkit sample --chat` is made of.
 
-    chat = Chat(generator, ChatFormat(tokenizer), context=2048, system="Be brief.")
+    chat = Chat(generator, opened.chat, context=2048, system="Be brief.")
     chat.ask("Who are you?", write=print)
 
 A conversation that outgrows the context loses its oldest turns, never the system message, and says so.
@@ -21,7 +21,6 @@ from llmkit.engine.generation import Generator, Request
 from llmkit.engine.served_sampling import ServedSampler
 from llmkit.errors import UserError
 from llmkit.files import atomic_file
-from llmkit.model.config import ModelConfig
 from llmkit.progress import say
 from llmkit.stream import open_input
 from llmkit.tokenizer.chat import ChatFormat
@@ -122,15 +121,6 @@ class Chat:
         former = Path(path).read_text(encoding="utf-8") if Path(path).exists() else ""
         with atomic_file(path, "w") as handle:
             handle.write(former + line)
-
-
-def check_ends_turns(chat: ChatFormat, model: ModelConfig, name: str) -> None:
-    """Raise UserError for a base model: asked in turns it would never stop."""
-    if chat.end_id not in model.eos_token_ids:
-        raise UserError(
-            f"{name}: a base model, which has not learnt to end a turn; tune it by llmkit sft, or ask it by "
-            "--as-assistant and -p"
-        )
 
 
 def converse(chat: Chat, first: str | None, quiet: bool) -> None:

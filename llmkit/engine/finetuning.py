@@ -66,10 +66,10 @@ class Finetuning:
         self._own: set[str] = set()  # parameters that the base does not have
 
     @classmethod
-    def load(cls, folder: str, *, device: torch.device, dtype: torch.dtype, own_template: bool = False) -> Finetuning:
+    def load(cls, folder: str, *, device: torch.device, dtype: torch.dtype) -> Finetuning:
         """Load a model folder, with rows for the tokens of conversations, where it lacks them.
 
-        own_template: a folder that brings a chat template from elsewhere keeps it, and its tokens.
+        A folder that brings a chat template from elsewhere keeps it, and its tokens.
 
         Raises UserError for a folder that cannot be loaded, for weights that are not finite, and for a tokenizer that
         does not fit the model.
@@ -77,7 +77,7 @@ class Finetuning:
         base = load_tokenizer(folder)
         model = load_model(folder, dtype=dtype, device=device)
         base.check_fits(model.config.vocab_size)
-        if own_template and has_own_template(base):
+        if has_own_template(base):
             _check_finite(model, folder)
             tuning = cls(folder, model, base, None)
             turn = tuning._turn_end = tuning.chat.end_id
@@ -146,9 +146,19 @@ class Finetuning:
 
     @property
     def never_last_id(self) -> int:
-        """A special token that no conversation ends with: padding, before which the last token is a turn's end."""
-        end, known = self.tokenizer.end_of_text_id, self.tokenizer.specials
-        return end if end in known.values() and end != self.chat.end_id else known["<|im_start|>"]
+        """A special token that no conversation ends with: padding, before which the last token is a turn's end.
+
+        Raises UserError where there is none.
+        """
+        last = self.chat.encode([message("user", "Hello"), message("assistant", "Hello")]).token_ids[-1]
+        known = self.tokenizer.specials
+        for token in (self.tokenizer.pad_id, self.tokenizer.end_of_text_id, known.get("<|im_start|>"), *known.values()):
+            if token in known.values() and token != last:
+                return token
+        raise UserError(
+            f"{self.folder}: expected a special token for padding, found only the one that ends an answer; "
+            "add one to its tokenizer"
+        )
 
     @property
     def new_tokens(self) -> int:
@@ -267,10 +277,11 @@ class Finetuning:
 
     def write_tokenizer(self, folder: Path, pad_id: int | None = None) -> None:
         """Write the tokenizer with its tokens and template of conversations; `pad_id` names its token for padding."""
+        written = self.tokenizer
         if self._known_tokens is None:
-            self.tokenizer.copy_to(folder)
-            return
-        written = write_chat_tokenizer(load_tokenizer(self.folder), folder)
+            written.copy_to(folder)
+        else:
+            written = write_chat_tokenizer(load_tokenizer(self.folder), folder)
         if pad_id is not None:
             names = {number: name for name, number in written.specials.items()}
             write_json(folder / "tokenizer_config.json", {**written.config, "pad_token": names[pad_id]})

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from llmkit.model.config import ModelConfig
 from llmkit.model.folder import load_config, load_model
 from llmkit.tokenizer.chat import ChatFormat
 from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
+from llmkit.tokenizer.templates import chat_format
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,17 @@ class OpenedModel:
     tokenizer: Tokenizer
     device: torch.device
     precision: Precision
+
+    @cached_property
+    def chat(self) -> ChatFormat:
+        """How conversations become tokens. Raises UserError for a base model: it would go on and on with a question."""
+        chat = chat_format(self.tokenizer)
+        if chat.end_id not in self.config.eos_token_ids:
+            raise UserError(
+                f"{self.folder}: a base model, which has not learnt to end a turn; tune it by llmkit sft, or ask it "
+                "by sample --as-assistant -p"
+            )
+        return chat
 
     def generator(self, sampling: Sampling, slots: int, **details: Any) -> Generator:
         """Load the weights, to generate with them; `details` are those of `Generator`."""
@@ -53,9 +66,3 @@ def open_model(folder: str, device: str, dtype: str) -> OpenedModel:
     config, tokenizer = load_config(folder), load_tokenizer(folder)
     tokenizer.check_fits(config.vocab_size)
     return OpenedModel(folder, config, tokenizer, place, choose_precision(dtype, place))
-
-
-def check_assistant(model: ModelConfig, chat: ChatFormat, name: str) -> None:
-    """Raise UserError for a base model: it would go on with the question instead of answering it."""
-    if chat.end_id not in model.eos_token_ids:
-        raise UserError(f"{name}: a base model, which has not learnt to answer; tune it by llmkit sft first")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from operator import itemgetter
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from llmkit.conversations import Conversation, Message
+from llmkit.conversations import Message
 from llmkit.data.comparisons import Candidates, encode_comparisons, fitted
 from llmkit.engine.reward_loss import ROW_TOKENS, score_comparisons
 from llmkit.model.reward import RewardModel
@@ -60,7 +60,7 @@ class Scorer:
         compared = [Comparison(asked.prompt, tuple(asked.answers), (0,) * len(asked.answers)) for asked in groups]
         scores: list[list[np.ndarray | None]] = [[None] * len(asked.answers) for asked in groups]
         units: list[tuple[Candidates, list[tuple[int, int]]]] = []  # what is scored, and where its scores go
-        for group, one in enumerate(encode_comparisons(compared, turn_encoder(self.chat))):
+        for group, one in enumerate(encode_comparisons(compared, self.chat.encode_branches)):
             for first, last in one.spans(max(ROW_TOKENS, context)):  # attention costs the square of a row
                 part = Candidates(one.prompt, one.answers[first:last], one.ranks[first:last])
                 places = [(group, answer) for answer in range(first, last)]
@@ -75,16 +75,6 @@ class Scorer:
             for (group, answer), score in zip(units[unit][1], found, strict=True):
                 scores[group][answer] = score
         return scores
-
-
-def turn_encoder(chat: ChatFormat) -> Callable[[list[Conversation]], list[np.ndarray]]:
-    """The token ids of the turns of many conversations; of none, an empty array."""
-
-    def encode(conversations: list[Conversation]) -> list[np.ndarray]:
-        told = iter(chat.encode_many(one for one in conversations if one.messages))
-        return [next(told).token_ids if one.messages else np.zeros(0, np.int32) for one in conversations]
-
-    return encode
 
 
 def _grouped(rows: Iterable[Row]) -> Iterator[_Asked]:

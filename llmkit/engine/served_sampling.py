@@ -27,6 +27,7 @@ from llmkit.engine.served_models import OpenAIClient, Prompt, PromptTooLong, Ref
 from llmkit.errors import UserError
 from llmkit.tokenizer.chat import ChatFormat
 from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
+from llmkit.tokenizer.templates import chat_format
 
 OPEN_SAMPLES, OPEN_REQUESTS = 2, 16  # times the requests at a time: asked for ahead, and read ahead of one not done
 SHOWN = 60  # characters of a text that is not what was expected
@@ -50,7 +51,7 @@ class Served:
     def chat(self) -> ChatFormat | None:
         """How conversations become tokens here; None where the server has them become tokens."""
         try:
-            return None if self.tokenizer is None else ChatFormat(self.tokenizer)
+            return None if self.tokenizer is None else chat_format(self.tokenizer)
         except UserError as error:
             raise UserError(f"{error}; or leave MODEL out, so that the server's own template is used") from None
 

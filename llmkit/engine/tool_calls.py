@@ -14,8 +14,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from llmkit.config import ToolConfig
 from llmkit.conversations import RESULT, Part
-from llmkit.tokenizer.chat import ChatFormat
 from llmkit.tokenizer.encoding import Tokenizer
+from llmkit.tokenizer.templates import chat_format
 from llmkit.tools.toolbox import Toolbox, ToolResult
 
 THREADS = 8  # at most; a tool is mostly waited for
@@ -39,7 +39,7 @@ class ToolUse:
     """
 
     def __init__(self, toolbox: Toolbox, tokenizer: Tokenizer, max_calls: int = 8, result_tokens: int = 512) -> None:
-        tokens = ChatFormat(tokenizer).tool_tokens()
+        tokens = chat_format(tokenizer).tool_tokens()
         self.starts = {tokens[tool][0]: tool for tool in toolbox.names}
         self.ends = {tool: tokens[tool][1] for tool in toolbox.names}
         self.max_calls, self._result_tokens = max_calls, result_tokens

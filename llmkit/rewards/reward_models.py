@@ -14,8 +14,8 @@ from llmkit.errors import UserError
 from llmkit.model.reward import load_reward_model
 from llmkit.records import Row
 from llmkit.rewards.reward import Attempt, Reward, finite
-from llmkit.tokenizer.chat import ChatFormat
 from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
+from llmkit.tokenizer.templates import chat_format
 
 
 class ModelReward(Reward):
@@ -29,7 +29,7 @@ class ModelReward(Reward):
         self.tokenizer = load_tokenizer(folder)
         model = load_reward_model(folder, dtype=choose_dtype(dtype, place), device=place)
         self.tokenizer.check_fits(model.config.vocab_size)
-        chat = ChatFormat(self.tokenizer)
+        chat = chat_format(self.tokenizer)
         self.context = model.config.max_position_embeddings
         self.heads = len(model.score)
         self._scorer = Scorer(model, chat, chat.end_id)

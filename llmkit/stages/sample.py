@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
-from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -129,7 +128,7 @@ def run(config: SampleConfig) -> Summary | None:
 
 def _run_here(config: SampleConfig, model: str, out: str) -> Summary | None:
     # load
-    from llmkit.engine.chatting import Chat, check_ends_turns, converse
+    from llmkit.engine.chatting import Chat, converse
     from llmkit.engine.generation import prompt_ids
     from llmkit.engine.loading import open_model
     from llmkit.engine.prompts import Prompts
@@ -138,8 +137,6 @@ def _run_here(config: SampleConfig, model: str, out: str) -> Summary | None:
     from llmkit.engine.sampling import Sampling
     from llmkit.engine.shots import STOP, load_shots, with_shots
     from llmkit.engine.tool_calls import open_tools
-    from llmkit.tokenizer import templates
-    from llmkit.tokenizer.chat import ChatFormat
 
     opened = open_model(model, config.device, config.dtype)
     tokenizer = opened.tokenizer
@@ -155,19 +152,13 @@ def _run_here(config: SampleConfig, model: str, out: str) -> Summary | None:
         stop = (*config.stop, *([STOP] if shots else []))
         generator = opened.generator(sampling, _slots(config), stop=stop, tools=tools)
 
-        @cache
-        def chat_format() -> ChatFormat:
-            found = templates.chat_format(tokenizer)
-            check_ends_turns(found, opened.config, model)
-            return found
-
         def encode_messages(messages: Sequence[Message]) -> list[int]:
-            return chat_format().encode(messages, prompt=True).token_ids.tolist()
+            return opened.chat.encode(messages, prompt=True).token_ids.tolist()
 
         if config.chat:
             context = opened.config.max_position_embeddings
             said = {"system": config.system, "max_tokens": config.max_tokens, "seed": config.seed}
-            converse(Chat(generator, chat_format(), context=context, **said), config.prompt, config.quiet)
+            converse(Chat(generator, opened.chat, context=context, **said), config.prompt, config.quiet)
             return None
 
         def encode(text: str) -> list[int]:

@@ -132,7 +132,7 @@ def run(config: SftConfig) -> Summary | None:
     device = choose_device(config.device)
     world = join(device, config)
     dtype = choose_dtype(config.dtype, device)
-    tuning = Finetuning.load(str(config.model), device=device, dtype=dtype, own_template=True)
+    tuning = Finetuning.load(str(config.model), device=device, dtype=dtype)
     row_tokens = _row_tokens(config, tuning.context)
     sources, digests = _read_sources(config, files, tuning.chat, row_tokens)
     held_out = [_read(config, path, conversations_of(path), tuning.chat, row_tokens)[0] for path in config.val]

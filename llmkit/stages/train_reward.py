@@ -274,14 +274,13 @@ def _read_all(
 def _read(config: TrainRewardConfig, path: str, chat: ChatFormat, context: int) -> tuple[Comparisons, str]:
     from llmkit.conversations import read_records
     from llmkit.data.comparisons import read_comparisons
-    from llmkit.engine.reward_scoring import turn_encoder
     from llmkit.preferences import read_comparison
 
     with Progress(f"read {name_of(path)}", unit="comparisons", quiet=config.quiet) as progress:
         source, digest = read_comparisons(
             name_of(path),
             map(read_comparison, read_records(path, config.limit)),
-            turn_encoder(chat),
+            chat.encode_branches,
             context,
             config.on_long,
             progress.advance,
@@ -311,8 +310,8 @@ def _score(config: TrainRewardConfig) -> Scored | None:
     from llmkit.engine.reward_evaluation import judge
     from llmkit.engine.reward_scoring import Scorer
     from llmkit.model.reward import load_reward_model
-    from llmkit.tokenizer.chat import ChatFormat
     from llmkit.tokenizer.encoding import load_tokenizer
+    from llmkit.tokenizer.templates import chat_format
 
     folder = str(config.score)
     if not Path(folder).is_dir():
@@ -322,7 +321,7 @@ def _score(config: TrainRewardConfig) -> Scored | None:
     device = choose_device(config.device)
     tokenizer = load_tokenizer(folder)
     model = load_reward_model(folder, dtype=choose_dtype(config.dtype, device), device=device)
-    chat = ChatFormat(tokenizer)
+    chat = chat_format(tokenizer)
     tokenizer.check_fits(model.config.vocab_size)
     if config.dry_run:
         say(f"{folder}: {quantity(model.config.parameter_count)} parameters, {len(model.score)} heads", config.quiet)

@@ -92,6 +92,15 @@ class ChatFormat:
         pieces = iter(self._encode_texts(texts))
         return [self._assemble(conversation, pieces, loss) for conversation in held]
 
+    def encode_branches(
+        self, branches: Sequence[tuple[Sequence[Message], Sequence[Sequence[Message]]]]
+    ) -> list[tuple[np.ndarray, tuple[np.ndarray, ...]]]:
+        """The ids of prompts, each with those of the answers that may follow it; of no turns, there are none."""
+        turns = [tuple(messages) for prompt, answers in branches for messages in (prompt, *answers)]
+        told = iter(self.encode_many(Conversation(one) for one in turns if one))
+        ids = iter([next(told).token_ids if one else np.zeros(0, np.int32) for one in turns])
+        return [(next(ids), tuple(next(ids) for _ in answers)) for _, answers in branches]
+
     def _encode_texts(self, texts: list[str]) -> list[np.ndarray]:
         if len(texts) < 32:  # a batch proves its backend first
             return [np.array(self._tokenizer.encode(text), np.int32) for text in texts]
@@ -158,14 +167,8 @@ def has_own_template(tokenizer: Tokenizer) -> bool:
 def write_chat_tokenizer(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
     """Write a tokenizer into `folder` with the special tokens and the template of conversations, and load it.
 
-    Tokens that it lacks come after all that it has. Raises UserError for a folder whose own template is another one:
-    a model that was tuned to speak otherwise would have to unlearn it.
+    Tokens that it lacks come after all that it has.
     """
-    if has_own_template(tokenizer):
-        raise UserError(
-            f"{tokenizer.path.parent}: this model has a chat template of its own, and llmkit trains on "
-            "<|im_start|>role<|im_sep|>text<|im_end|>; start from the base model, or remove its template"
-        )
     tokenizer.copy_to(folder)
     spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     added = spec.setdefault("added_tokens", [])

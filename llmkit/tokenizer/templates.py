@@ -65,6 +65,18 @@ class TemplateFormat(ChatFormat):
             raise ValueError(f"loss: expected one of {LOSSES}, found {loss!r}")
         return [self._encode(conversation, loss, asked=False) for conversation in conversations]
 
+    def encode_branches(
+        self, branches: Sequence[tuple[Sequence[Message], Sequence[Sequence[Message]]]]
+    ) -> list[tuple[np.ndarray, tuple[np.ndarray, ...]]]:
+        """As `ChatFormat.encode_branches`; each answer is encoded with its prompt: a template may know none alone."""
+        found = []
+        for prompt, answers in branches:
+            wholes = self.encode_many(Conversation((*prompt, *answer)) for answer in answers)
+            parts = [one.token_ids[: one.turn_ends[len(prompt) - 1]] if prompt else one.token_ids[:0] for one in wholes]
+            shared = parts[0][: _alike(parts)]
+            found.append((shared, tuple(one.token_ids[len(shared) :] for one in wholes)))
+        return found
+
     def tool_tokens(self) -> dict[str, tuple[int, int]]:
         """Raises UserError: the tokens of calls are those of our own format."""
         raise UserError(
@@ -175,6 +187,13 @@ class TemplateFormat(ChatFormat):
                 yield "text", token
             for _, mark in waiting:
                 yield mark, 0
+
+
+def _alike(rows: Sequence[np.ndarray]) -> int:
+    """With how many elements all rows begin alike."""
+    length = min(map(len, rows))
+    differs = np.any([row[:length] != rows[0][:length] for row in rows], axis=0)
+    return int(differs.argmax()) if differs.any() else length
 
 
 def portable_template(template: str) -> str:

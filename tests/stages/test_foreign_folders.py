@@ -7,19 +7,22 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pipeline
 import pytest
 import torch
 import transformers
+from foreign_templates import TEMPLATES
+from foreign_templates import save as save_with_template
+from model_server import ModelServer
 from safetensors.torch import load_file, save_file
+from tiny import make_model
 
 from llmkit.errors import UserError
-from llmkit.model.folder import load_model
+from llmkit.model.folder import load_model, save_model
 from llmkit.stages import export, probe_knowledge, rl, sample, sft, train_reward
-from llmkit.tokenizer.templates import TemplateFormat
+from llmkit.tokenizer.encoding import load_tokenizer
 
 SMALL = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16,
@@ -132,24 +135,72 @@ def test_probe_knowledge_asks_the_assistant(chat: Path) -> None:
     assert probe_knowledge.run(config) is not None
 
 
-def test_probe_knowledge_and_its_judge_speak_a_template_from_elsewhere(tmp_path: Path, monkeypatch) -> None:
-    folder = save_foreign(tmp_path / "model", "llama, tied, bfloat16, shards")
-    settings = folder / "tokenizer_config.json"
-    turns = "{% for turn in messages %}[{{ turn.role }}] {{ turn.content }}<|end|>{% endfor %}"
-    asked = "{% if add_generation_prompt %}[assistant] {% endif %}"
-    settings.write_text(json.dumps({**json.loads(settings.read_text()), "chat_template": turns + asked}))
-    told = []
-    encode = TemplateFormat.encode
-    monkeypatch.setattr(TemplateFormat, "encode", lambda *given, **how: told.append(given[1]) or encode(*given, **how))
-    questions = pipeline.write(tmp_path / "q.jsonl", [{"question": "Who?", "answer": "Ada"}])
-    config = probe_knowledge.ProbeKnowledgeConfig(
-        model=str(folder), questions=(questions,), samples=1, max_tokens=4, out=str(tmp_path / "r.jsonl"), **RUN
+# ---- folders with a chat template of their own: every stage speaks it, in the tokens of `apply_chat_template`
+
+
+@pytest.fixture(params=("chatml", "llama2", "llama3"))
+def templated(request, tmp_path) -> Path:
+    folder = save_with_template(tmp_path / "model", TEMPLATES[request.param])
+    ids = load_tokenizer(folder).specials
+    ends = (ids["<|end|>"], ids["<|im_end|>"])
+    save_model(make_model(vocab_size=320, bos_token_id=ends[0], eos_token_id=ends, spread=2.0), folder)
+    return folder
+
+
+def their_answer(folder: Path, question: str, count: int) -> str:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    said = [{"role": "user", "content": question}]
+    asked = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = model.generate(**asked, do_sample=False, max_new_tokens=count, pad_token_id=0)
+    return tokenizer.decode(ids[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_probe_knowledge_asks_by_its_template(templated: Path) -> None:
+    place, report = templated.parent, templated.parent / "report.jsonl"
+    questions = pipeline.write(place / "q.jsonl", [{"question": "What is it?", "answer": "Ada"}])
+    options = {"samples": 1, "temperature": 0.0, "max_tokens": 12, "report": str(report), "out": str(place / "r.jsonl")}
+    options |= {"model": str(templated), "questions": (questions,), "dtype": "float32", **RUN}
+    expected = their_answer(templated, "What is it?", 12).strip()
+    probe_knowledge.run(probe_knowledge.ProbeKnowledgeConfig(**options))
+    assert json.loads(report.read_text())["responses"] == [expected]
+    with ModelServer(templated) as server:
+        probe_knowledge.run(probe_knowledge.ProbeKnowledgeConfig(engine=server.spec, retries=1, **options))
+    assert json.loads(report.read_text())["responses"] == [expected]
+    with pytest.raises(UserError, match="no verdict of .* could be read"):  # it is asked, and babbles
+        probe_knowledge.run(probe_knowledge.ProbeKnowledgeConfig(judge=str(templated), reply_tokens=8, **options))
+
+
+def test_a_judge_reads_by_its_template_and_rewards_its_policy(templated: Path) -> None:
+    place, judge = templated.parent, templated.parent / "judge"
+    pairs = [{"prompt": f"Is {i} it?", "chosen": "Yes, it is." * (1 + i % 3), "rejected": " \n no"} for i in range(12)]
+    train = train_reward.TrainRewardConfig(
+        inputs=(str(templated),), data=(pipeline.write(place / "p.jsonl", pairs),), max_steps=2, batch_size=4,
+        dtype="float32", out=str(judge), **RUN,
+    )  # fmt: skip
+    assert train_reward.run(train) is not None
+    rows = [{"prompt": one["prompt"], "completion": one[side]} for one in pairs for side in ("chosen", "rejected")]
+    score = train_reward.TrainRewardConfig(
+        score=str(judge), inputs=(pipeline.write(place / "c.jsonl", rows),), out=str(place / "scored.jsonl"), **RUN
     )
-    assert probe_knowledge.run(config) is not None
-    assert [messages[-1].text for messages in told] == ["Who?"]
-    with pytest.raises(UserError, match="no verdict of"):  # random words, but it was asked
-        probe_knowledge.run(replace(config, judge=str(folder), reply_tokens=8))
-    assert len(told) > 2
+    assert train_reward.run(score) is not None
+    rewards = [json.loads(line)["reward"] for line in (place / "scored.jsonl").read_text().splitlines()]
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(judge)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(judge)
+    said = [
+        [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+        for row in rows
+    ]
+    batch = tokenizer.apply_chat_template(said, padding=True, return_tensors="pt", return_dict=True)
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    assert rewards == pytest.approx(logits[:, 0].tolist(), abs=1e-4)
+    problems = pipeline.write(place / "problems.jsonl", [{"prompt": f"Is {i} it?", "answer": "1"} for i in range(4)])
+    config = rl.RlConfig(
+        model=str(templated), data=(problems,), reward=(f"rm:{judge}",), group=4, batch_size=2, max_tokens=8,
+        max_steps=1, dtype="float32", out=str(place / "policy"), **RUN,
+    )  # fmt: skip
+    assert rl.run(config) is not None
 
 
 def test_export_writes_it_in_every_form(foreign: Path) -> None:

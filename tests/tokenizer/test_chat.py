@@ -156,11 +156,3 @@ def test_a_foreign_base_gets_the_tokens_and_the_template(shared_data, tmp_path):
 def test_a_tokenizer_that_has_them_is_kept(folder, tmp_path):
     write_chat_tokenizer(load_tokenizer(folder), tmp_path)
     assert json.loads((tmp_path / "tokenizer.json").read_text()) == json.loads((folder / "tokenizer.json").read_text())
-
-
-def test_a_model_that_speaks_another_template_is_refused(folder, tmp_path):
-    load_tokenizer(folder).copy_to(tmp_path)
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": "{{ messages }}"}))
-    with pytest.raises(UserError, match="a chat template of its own"):
-        write_chat_tokenizer(load_tokenizer(tmp_path), tmp_path / "new")
