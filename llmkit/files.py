@@ -28,6 +28,7 @@ from llmkit.records import kind_of
 
 JSON_LINE = orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
 PARTIAL = ".partial"
+BLOCK = 1 << 16  # bytes read at a time
 OURS = ("manifest.json", "tokenizer.json")  # one of them stands in every folder that a stage writes
 
 
@@ -230,6 +231,23 @@ def _exchange(first: Path, second: Path) -> bool:
     if hasattr(libc, "renamex_np"):  # macOS
         return libc.renamex_np(*names, swap) == 0
     return False
+
+
+# ---- a file that grows line by line
+
+
+def cut_torn_line(handle: IO[bytes]) -> None:
+    """Remove a last line that a kill cut in two, from a file open for reading and writing, which then is at its end."""
+    end = handle.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - BLOCK)
+        handle.seek(start)
+        if found := handle.read(end - start).rfind(b"\n") + 1:
+            end = start + found
+            break
+        end = start
+    handle.truncate(end)
+    handle.seek(end)
 
 
 # ---- a file of one JSON value

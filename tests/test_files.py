@@ -17,7 +17,16 @@ from pathlib import Path
 import pytest
 
 from llmkit.errors import UserError
-from llmkit.files import atomic_file, atomic_folder, check_output, output_folder, read_json, replace_folder, write_json
+from llmkit.files import (
+    atomic_file,
+    atomic_folder,
+    check_output,
+    cut_torn_line,
+    output_folder,
+    read_json,
+    replace_folder,
+    write_json,
+)
 from llmkit.stream import open_output
 
 
@@ -187,6 +196,22 @@ def test_a_json_file_holds_one_object_and_says_what_it_holds_instead(tmp_path: P
     path.write_text("[1]")
     with pytest.raises(UserError, match=r"a\.json: expected a JSON object, found a list"):
         read_json(path)
+
+
+@pytest.mark.parametrize(
+    ("held", "left"),
+    [(b"", b""), (b"torn", b""), (b"a\n", b"a\n"), (b"a\nb\nc", b"a\nb\n"), (b"a\n" + b"long" * 99_999, b"a\n")],
+)
+def test_a_line_that_a_kill_cut_in_two_is_removed_and_the_next_follows(
+    tmp_path: Path, held: bytes, left: bytes
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(held)
+    for mode in ("r+b", "a+b"):
+        with path.open(mode) as handle:
+            cut_torn_line(handle)
+            handle.write(b"next\n")
+    assert path.read_bytes() == left + b"next\n" * 2
 
 
 SAVE_AGAIN_AND_AGAIN = """

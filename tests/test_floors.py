@@ -24,6 +24,7 @@ FLOORS = {
         "config",
         "launch",
         "files",
+        "metrics",
         "stream",
         "progress",
         "rundir",

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from llmkit.config import TrainingConfig, as_options
 from llmkit.files import PARTIAL, remove
 from llmkit.launch import launch
-from llmkit.rundir import MetricsLog, read_metrics
+from llmkit.metrics import MetricsLog, read_metrics
 
 TENSORBOARD = "tensorboard"  # in a run folder
 WANDB_ID = "state/wandb-id.txt"

@@ -22,7 +22,7 @@ from llmkit.engine.generation import Completion, Request
 from llmkit.engine.sampling import request_number, seed_of_repeat
 from llmkit.engine.served_models import ServerError
 from llmkit.errors import Interrupted, UserError
-from llmkit.files import PARTIAL, read_json, remove, write_json
+from llmkit.files import PARTIAL, cut_torn_line, read_json, remove, write_json
 from llmkit.records import Row
 from llmkit.rundir import check_identity
 from llmkit.stream import json_row
@@ -169,7 +169,7 @@ def lasting_output(
     partial, notes = Path(out + PARTIAL), Path(out + PARTIAL + ".json")
     if resume and partial.exists():
         if notes.exists():
-            check_identity(read_json(notes), identity)
+            check_identity(partial, read_json(notes), identity)
     else:
         write_json(notes, identity)
     partial.open("ab" if resume else "wb").close()
@@ -195,16 +195,16 @@ def _whole_prompts(
 ) -> Iterator[Callable[[dict[str, Any]], object]]:
     """Write behind the prompts all of whose samples are in the file."""
     with partial.open("r+b") as handle, partial.open("rb") as former:
-        ends = [0]
+        cut_torn_line(handle)
+        end = whole = 0
         for number, line in enumerate(former, 1):
-            if not line.endswith(b"\n"):
-                break
+            end += len(line)
             if number % samples == 0:
-                ends.append(former.tell())
+                whole = end
+        handle.truncate(whole)
+        handle.seek(whole)
         former.seek(0)
-        handle.truncate(ends[-1])
-        handle.seek(ends[-1])
-        firsts = islice(former, 0, (len(ends) - 1) * samples, samples)
+        firsts = islice(former, 0, None, samples)
         records = (row.value for line in firsts if (row := json_row(line, str(partial), 2)) is not None)
         prompts.kept = _Kept(records, partial, ordered)
         yield lambda record: handle.write(orjson.dumps(record) + b"\n")

@@ -21,6 +21,8 @@ import orjson
 
 from llmkit.engine.served_models import ServerError
 from llmkit.errors import Interrupted, UserError
+from llmkit.files import cut_torn_line
+from llmkit.rundir import check_identity
 
 WEIGHTS_READ = 1 << 20  # bytes at the end of a file of weights that tell it from another
 
@@ -38,32 +40,18 @@ class RunState:
         begun = resume and path is not None and path.exists()
         self._file: IO[bytes] = io.BytesIO() if path is None else path.open("r+b" if begun else "w+b")
         self._start, self.kept = self._take_over(identity) if begun else (0, 0)
-        if not self._start:
+        if not self._start:  # a new one, or killed before its first line was whole
             self._start = self._file.write(orjson.dumps({"run": identity}) + b"\n")
             self._file.flush()
 
     def _take_over(self, identity: dict[str, Any]) -> tuple[int, int]:
-        """Where the records begin and how many are whole; what a kill cut in two is removed."""
+        """Where the records begin and how many there are."""
+        cut_torn_line(self._file)
+        self._file.seek(0)
         first = self._file.readline()
-        start = end = self._file.tell()
-        if not first.endswith(b"\n"):
-            self._file.seek(0)
-            self._file.truncate()
-            return 0, 0
-        former, now = orjson.loads(first)["run"], orjson.loads(orjson.dumps(identity))
-        unlike = [name for name in now if former.get(name) != now[name]]
-        if unlike:
-            name = unlike[0]
-            raise UserError(
-                f"{self.path}: made with {name} {former.get(name)}, and this run has {now[name]}; "
-                "start again with --force"
-            )
-        count = 0
-        while self._file.readline().endswith(b"\n"):
-            end, count = self._file.tell(), count + 1
-        self._file.truncate(end)
-        self._file.seek(end)
-        return start, count
+        if first:
+            check_identity(str(self.path), orjson.loads(first)["run"], identity)
+        return self._file.tell(), sum(1 for _ in iter(self._file.readline, b""))
 
     def remaining(self, given: Sequence[T], made_of: Callable[[dict[str, Any], T], bool]) -> Iterator[T]:
         """What is behind all that has a record, as `made_of` tells. Raises UserError for any other's."""

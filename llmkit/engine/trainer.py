@@ -31,13 +31,14 @@ from llmkit.engine.schedule import Schedule
 from llmkit.engine.sharding import begin_backward
 from llmkit.errors import Interrupted, UserError
 from llmkit.kernels import keep_freed_memory
+from llmkit.metrics import METRICS, MetricsLog, read_metrics, trim_metrics
 from llmkit.progress import Progress, say
-from llmkit.rundir import METRICS, MetricsLog, read_metrics, trim_metrics
 
 # A batch is a tuple of arrays whose first dimension is rows; the trainer cuts it into micro-batches along that. Where
 # several processes share it, it has a method `nothing()`: one row that predicts nothing.
 Batch = tuple[Any, ...]
-# The summed loss of some rows, and over how many targets it was summed
+# The summed loss of some rows, and over how many targets it was summed. One that keeps figures of a batch has a method
+# `forget()`, called before the batch is begun again.
 Loss = Callable[[nn.Module, Any], tuple[Tensor, int]]
 
 
@@ -143,6 +144,8 @@ class Trainer:
                 if not _is_out_of_memory(error):
                     raise
                 self.optimizer.discard()
+                if forget := getattr(self.loss, "forget", None):
+                    forget()
                 if world().size > 1:  # the others go on with more rows at a time
                     raise UserError(
                         f"memory runs out with {at_once} rows at a time; lower --micro-batch-size, or use "

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmkit.metrics import scan_metrics
 from llmkit.report.thinning import SPARE, Thinned, thinned
-from llmkit.rundir import scan_metrics
 
 MOST_POINTS = 240  # of a line, whose frame is 300 pixels wide
 MOST_SAMPLES = 24  # over a training

@@ -19,13 +19,13 @@ from typing import Any
 
 from llmkit import __version__
 from llmkit.files import read_json
+from llmkit.metrics import METRICS
 from llmkit.report.ancestry import Graph, Node, objects
 from llmkit.report.curves import MOST_SAMPLES, charts_of, is_number, read_series
 from llmkit.report.excerpts import FIELDS, read_excerpts
 from llmkit.report.gathering import Gathered, read_or_note
 from llmkit.report.probes import NAMES, changes, read_probe
 from llmkit.report.thinning import thinned
-from llmkit.rundir import METRICS
 
 # what a manifest's results tell of a stage at a glance; of others, their first numbers
 KEY_FIGURES = {

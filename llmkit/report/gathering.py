@@ -14,7 +14,8 @@ import orjson
 
 from llmkit.errors import UserError
 from llmkit.files import PARTIAL, read_json
-from llmkit.rundir import MANIFEST, METRICS, NOTES, OF_FILE, read_manifest
+from llmkit.metrics import METRICS
+from llmkit.rundir import MANIFEST, NOTES, OF_FILE, read_manifest
 from llmkit.stream import BYTE_ORDER_MARK, open_input
 
 T = TypeVar("T")

@@ -7,7 +7,7 @@ as they read any other file; sft reads the `messages` of an attempt that called 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import orjson
 from llmkit.conversations import Message, Part, as_record, message
 from llmkit.engine.distributed import world
 from llmkit.engine.generation import Completion
-from llmkit.files import atomic_file
+from llmkit.metrics import trim_metrics
 from llmkit.problems import Problem
 
 ROLLOUTS = "rollouts.jsonl"
@@ -99,17 +99,8 @@ class RolloutLog:
 
     def trim(self, steps: int) -> int:
         """Drop what a killed run has left of later steps, and half a line; the number of the next group."""
-        return world().broadcast(self._trim(steps) if world().leads else None)
-
-    def _trim(self, steps: int) -> int:
-        groups = 0
-        if self.path.exists():
-            with atomic_file(self.path) as kept:
-                for line, record in _whole_lines(self.path):
-                    if record["step"] <= steps:
-                        kept.write(line)
-                        groups = record["group"] + 1
-        return groups
+        last = trim_metrics(self.path, steps) if world().leads else None
+        return world().broadcast(0 if last is None else last["group"] + 1)
 
     def write(self, rollouts: Iterable[Rollout]) -> None:
         """Add the attempts of a step; the first process does."""
@@ -120,10 +111,3 @@ class RolloutLog:
                 handle.write(orjson.dumps(rollout.record()) + b"\n")
             handle.flush()
             os.fsync(handle.fileno())
-
-
-def _whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    with path.open("rb") as handle:
-        for line in handle:
-            if line.endswith(b"\n"):
-                yield line, orjson.loads(line)

@@ -102,7 +102,7 @@ def run(config: PretrainConfig) -> Summary | None:
     # first what can be refused without the seconds that torch takes to import
     folder = RunFolder(config.out, "base/", resume=config.resume, force=config.force, dry_run=config.dry_run)
     if folder.is_finished:
-        return Summary(path=str(folder.out), **folder.results("pretrain"))
+        return Summary(path=str(folder.out), **folder.results("pretrain", config))
     config = replace(config, resume=folder.resume)
     inputs = _checked_inputs(config)
 

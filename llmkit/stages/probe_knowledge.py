@@ -14,7 +14,7 @@ from llmkit.errors import UserError
 from llmkit.files import check_output
 from llmkit.progress import say
 from llmkit.questions import Question, all_questions
-from llmkit.rundir import check_model_folder, write_file_manifest
+from llmkit.rundir import check_finished, check_model_folder, write_file_manifest
 from llmkit.stream import check_inputs, name_of, names_of, open_output, read_documents, read_jsonl
 
 if TYPE_CHECKING:
@@ -139,6 +139,7 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Checked | Recited | None:
     state_path = _checked(config, out)
     written_path = Path(out + WRITTEN) if state_path and config.writer else None
     if config.resume and Path(out).exists() and not any(path and path.exists() for path in (state_path, written_path)):
+        check_finished(out, config)
         say(f"{out}: finished, so there is nothing to do; without --resume, --force makes it again", config.quiet)
         return Summary(out)
 

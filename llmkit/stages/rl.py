@@ -19,8 +19,9 @@ from llmkit.config import (
     option,
 )
 from llmkit.errors import UserError
+from llmkit.metrics import METRICS, last_figures, read_metrics
 from llmkit.progress import quantity, say
-from llmkit.rundir import METRICS, RunFolder, check_model_folder, last_figures, read_metrics
+from llmkit.rundir import RunFolder, check_model_folder
 from llmkit.stream import check_inputs, open_output
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def run(config: RlConfig) -> Summary | None:
     out = config.out or ("policy/" if config.dry_run else None)
     folder = RunFolder(out, "policy/", resume=config.resume, force=config.force, dry_run=config.dry_run)
     if folder.is_finished:
-        return Summary(path=str(folder.out), **folder.results("rl"))
+        return Summary(path=str(folder.out), **folder.results("rl", config))
     with ExitStack() as stack:
         return _run(replace(config, resume=folder.resume), folder, stack)
 

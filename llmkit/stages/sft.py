@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, ClassVar
 from llmkit.config import TuningConfig, argument, as_options, check_one_horizon, lasting_options, option
 from llmkit.conversations import Conversation
 from llmkit.errors import UserError
+from llmkit.metrics import METRICS, last_figures, read_metrics
 from llmkit.progress import Progress, quantity, say
-from llmkit.rundir import METRICS, RunFolder, check_model_folder, last_figures, read_metrics
+from llmkit.rundir import RunFolder, check_model_folder
 from llmkit.stream import check_inputs
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def run(config: SftConfig) -> Summary | None:
         config.out or ("chat/" if looks else None), "chat/", resume=config.resume, force=config.force, dry_run=looks
     )
     if folder.is_finished:
-        return Summary(path=str(folder.out), **folder.results("sft"))
+        return Summary(path=str(folder.out), **folder.results("sft", config))
     config = replace(config, resume=folder.resume)
 
     from llmkit.data.mixture import Mixture, PackedEvaluation

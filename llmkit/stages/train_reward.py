@@ -124,7 +124,7 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
         dry_run=config.dry_run,
     )
     if folder.is_finished:
-        results = folder.results("train-reward")
+        results = folder.results("train-reward", config)
         _check_gate(config, results["val_accuracy"])
         return Summary(path=str(folder.out), **results)
     config = replace(config, resume=folder.resume)

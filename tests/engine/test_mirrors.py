@@ -15,7 +15,7 @@ from tiny import save_folder
 
 from llmkit.engine.mirrors import MirroredLog, TensorBoard, WeightsAndBiases, numbers
 from llmkit.errors import UserError
-from llmkit.rundir import read_metrics, trim_metrics
+from llmkit.metrics import read_metrics, trim_metrics
 from llmkit.stages.sft import SftConfig, run
 
 ROWS = [{"step": step, "loss": 3 / step, "seconds": 0.5 * step, "tokens": 9 * step} for step in range(1, 8)]

@@ -167,7 +167,7 @@ def test_probe_knowledge_asks_by_its_template(templated: Path) -> None:
     with ModelServer(templated) as server:
         probe_knowledge.run(probe_knowledge.ProbeKnowledgeConfig(engine=server.spec, retries=1, **options))
     assert json.loads(report.read_text())["responses"] == [expected]
-    with pytest.raises(UserError, match="no verdict of .* could be read"):  # it is asked, and babbles
+    with pytest.raises(UserError, match=r"no verdict of .* could be read"):  # it is asked, and babbles
         probe_knowledge.run(probe_knowledge.ProbeKnowledgeConfig(judge=str(templated), reply_tokens=8, **options))
 
 

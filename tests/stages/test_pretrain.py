@@ -254,7 +254,7 @@ def test_a_second_run_and_a_resume_with_other_options_are_refused(corpus, llmkit
     process.wait()
     done = llmkit(*arguments(corpus, out, "--max-steps", "100000", "--learning-rate", "0.5", "--resume"))
     assert done.returncode == 2
-    assert "--learning-rate was None and is now 0.5; resume with the same options" in done.stderr
+    assert "--learning-rate was none and is now 0.5; resume with the same options" in done.stderr
     (tmp_path / "base.tokens").rename(tmp_path / "kept.tokens")
     done = llmkit(*arguments(corpus, out, "--max-steps", "100000"))
     assert done.returncode == 2 and f"{out}.partial: an unfinished run; --resume goes on with it" in done.stderr

@@ -235,9 +235,7 @@ def test_another_judge_does_not_go_on_with_a_run(parrot, tmp_path):
         server.dies_after = 2
         with pytest.raises(UserError, match="--resume goes on"):
             probe(parrot, tmp_path / "r.jsonl", questions=asked, judge=server.spec)
-        with pytest.raises(
-            UserError, match=r"made with --judge openai:#tiny, and this run has match; start again with --force"
-        ):
+        with pytest.raises(UserError, match=r"another run: --judge was openai:#tiny and is now match; .*--force"):
             probe(parrot, tmp_path / "r.jsonl", questions=asked, resume=True)
 
 

@@ -249,13 +249,13 @@ def test_a_run_of_something_else_is_not_resumed(parrot, babbler, tmp_path, monke
         patch.setattr(RunState, "remove", lambda self: None)  # as a kill would at the very end
         probe(model, out, questions=asked)
     for options, message in (
-        ({"samples": 3}, r"r.jsonl.state: made with --samples 5, and this run has 3; start again with --force"),
-        ({"questions": other}, r"r.jsonl.state: made with --questions"),
+        ({"samples": 3}, r"r.jsonl.state: another run: --samples was 5 and is now 3; resume with the same"),
+        ({"questions": other}, r"r.jsonl.state: another run: --questions was"),
     ):
         with pytest.raises(UserError, match=message):
             probe(model, out, **{"questions": asked, "resume": True, **options})
     shutil.copy(babbler / "model.safetensors", model)
-    with pytest.raises(UserError, match=r"made with the model \w+, and this run has \w+; start again with --force"):
+    with pytest.raises(UserError, match=r"another run: the model was \w+ and is now \w+; .* start again with --force"):
         probe(model, out, questions=asked, resume=True)
     shutil.copy(parrot / "model.safetensors", model)
     write(asked, ROME, PARIS)
@@ -266,6 +266,9 @@ def test_a_run_of_something_else_is_not_resumed(parrot, babbler, tmp_path, monke
     with pytest.raises(UserError, match=r"r.jsonl.state: an unfinished run; --resume goes on with it"):
         probe(model, out, questions=asked)
     assert probe(model, out, questions=asked, resume=True).questions == 2 and not state.exists()
+    assert probe(model, out, questions=asked, resume=True).questions is None  # finished, nothing to do
+    with pytest.raises(UserError, match=r"r.jsonl: another run: --samples was 5 and is now 3; resume with the same"):
+        probe(model, out, questions=asked, resume=True, samples=3)
 
 
 def test_an_interrupted_run_says_how_to_go_on(babbler, tmp_path):

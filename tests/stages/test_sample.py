@@ -403,7 +403,7 @@ def test_a_run_of_another_model_or_other_options_is_not_resumed(folder, tmp_path
         (other, [], "the model was "),
         (folder, ["--temperature", "0"], "--temperature was 0.8 and is now 0"),
         (folder, ["--max-tokens", "9"], "--max-tokens was 20 and is now 9"),
-        (folder, ["--as-assistant"], "what is in --shots was None and is now "),
+        (folder, ["--as-assistant"], "what is in --shots was none and is now "),
         (folder, ["--dtype", "bfloat16"], "the precision was float32 and is now "),
     ):
         done = llmkit("sample", model, *words, *options)
