@@ -45,6 +45,7 @@ class PolicyLoss:
         self._by_sequence = algorithm.ratio == "sequence"
         self._rows = self._seen = self._attempts = 0
         self._sums: dict[str, float] = {}
+        self._before: tuple[int, dict[str, float]] = 0, {}  # when the batch was begun
 
     def start(self, rows: int, rollouts: Sequence[Rollout]) -> None:
         """A new batch of so many rows, those of this process, made of these attempts of all processes, which is gone
@@ -52,6 +53,11 @@ class PolicyLoss:
         self._rows, self._seen, self._attempts = rows, 0, max(1, sum(rollout.trained for rollout in rollouts))
         self._sums = dict.fromkeys(("targets", "entropy", "kl", "policy_kl", "clipped", "ratio", "first", "gap"), 0.0)
         self._sums["largest"] = 0.0
+        self._before = 0, dict(self._sums)
+
+    def forget(self) -> None:
+        """The batch is gone through again from its beginning: leave this time out of the figures."""
+        self._seen, self._sums = self._before[0], dict(self._before[1])
 
     def __call__(self, model: Any, rows: tuple[np.ndarray, ...]) -> tuple[Tensor, int]:
         batch = PolicyRows(*rows)
@@ -91,6 +97,8 @@ class PolicyLoss:
             sums["gap"] += float(gap.abs().sum())
             sums["largest"] = max(sums["largest"], float(gap.abs().max()) if count else 0.0)
         self._seen += rows
+        if self._seen % max(1, self._rows) == 0:
+            self._before = self._seen, dict(sums)
 
     @property
     def figures(self) -> dict[str, float]:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from itertools import count
+
 import numpy as np
 import pytest
 import torch
 from attempts import attempt
 from tiny import make_model
 
+from llmkit.engine.optimizer import GroupSettings, Optimizer
+from llmkit.engine.schedule import Schedule
+from llmkit.engine.trainer import Trainer, TrainerSettings
+from llmkit.rl import policy_loss
 from llmkit.rl.algorithms import ALGORITHMS, token_weights
-from llmkit.rl.policy_loss import PolicyLoss, reference_logprobs
-from llmkit.rl.rows import pack_rollouts
+from llmkit.rl.policy_loss import PolicyLoss, reference_logprobs, target_logprobs
+from llmkit.rl.rows import PolicyRows, pack_rollouts
 
 TEMPERATURE = 0.7
 
@@ -104,6 +111,43 @@ def test_rows_a_micro_batch_do_not_matter(model, rollouts):
     parts, same = packed_loss("grpo", 0.1, model, many, True, rows_at_once=1)
     assert whole.item() == pytest.approx(parts.item(), rel=1e-5)
     assert figures == pytest.approx(same, rel=1e-4)
+
+
+def figures_of_training(model, rollouts, folder, monkeypatch, out_of_memory_at=None):
+    """Of two updates on one batch, two rows at a time, whose memory may run out at a call of the model."""
+    model = deepcopy(model).train()
+    rows, _ = pack_rollouts(rollouts, [1.0] * len(rollouts), 0, False)
+    batch = PolicyRows(*(array[:4] for array in rows))
+    assert len(batch.token_ids) == 4
+    loss, calls = PolicyLoss(ALGORITHMS["grpo"], TEMPERATURE, 0.1, True), count(1)
+
+    def computed(*given):
+        if next(calls) == out_of_memory_at:
+            raise torch.OutOfMemoryError("out of memory")
+        return target_logprobs(*given)
+
+    monkeypatch.setattr(policy_loss, "target_logprobs", computed)
+    settings = GroupSettings("adamw", 1e-3)
+    trainer = Trainer(
+        model,
+        Optimizer((name, parameter, settings) for name, parameter in model.named_parameters()),
+        Schedule(0, 0.5),
+        batches=lambda step: iter([batch]),
+        loss=loss,
+        folder=folder,
+        settings=TrainerSettings(micro_batch_rows=2, updates_per_batch=2, quiet=True),
+    )
+    loss.start(len(batch.token_ids), rollouts)
+    trainer.train_step(batch, 0.0)
+    return loss.figures
+
+
+@pytest.mark.parametrize("call", [2, 4])
+def test_what_is_computed_again_when_memory_runs_out_counts_once(model, rollouts, tmp_path, monkeypatch, call):
+    many = [one for _ in range(80) for one in rollouts]
+    whole = figures_of_training(model, many, tmp_path, monkeypatch)
+    again = figures_of_training(model, many, tmp_path, monkeypatch, out_of_memory_at=call)
+    assert again == pytest.approx(whole, rel=1e-3)
 
 
 def test_what_a_tool_said_has_no_part(model):
