@@ -13,8 +13,8 @@ from typing import Any
 import orjson
 
 from llmkit.report.gathering import RecordsFile, Run, changed
-
-PURPOSE = {"probed questions": "probe-knowledge", "recitations": "probe-knowledge", "completions": "sample"}
+from llmkit.report.kinds import KINDS
+from llmkit.report.reading import objects
 
 
 @dataclass
@@ -75,10 +75,11 @@ class Graph:
         """Those that only a stage can have written, where no run tells of them."""
         reports = {_name_of_report(node) for node in self.nodes.values()}
         for file in files:
-            if file.run is None and file.kind in PURPOSE and os.path.basename(file.path) not in reports:
+            stage = KINDS[file.kind].stage
+            if file.run is None and stage is not None and os.path.basename(file.path) not in reports:
                 name = f"run-{len(self.nodes) + 1}"
                 run = Run(file.path, None, "file", None, Path(file.path))
-                self.nodes[name] = Node(name, PURPOSE[file.kind], "file", file.path, run=run)
+                self.nodes[name] = Node(name, stage, "file", file.path, run=run)
 
     def _link_files(self) -> None:
         """A run that has read a file is a child of what wrote it: a file of that name and of that size."""
@@ -98,11 +99,6 @@ def _name_of_report(node: Node) -> str:
     """The name of the file that a run of probe-knowledge has written beside its conversations."""
     options = node.manifest.get("options")
     return os.path.basename(str(options.get("report"))) if isinstance(options, dict) else ""
-
-
-def objects(value: Any) -> list[dict[str, Any]]:
-    """The objects of what should be a list of them."""
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:

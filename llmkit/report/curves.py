@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.metrics import scan_metrics
+from llmkit.report.reading import is_number
 from llmkit.report.thinning import SPARE, Thinned, thinned
 
 MOST_POINTS = 240  # of a line, whose frame is 300 pixels wide
@@ -83,11 +84,6 @@ class Series:
             "highest": self._high,
             "not_finite": self._not_finite,
         }
-
-
-def is_number(value: Any) -> bool:
-    """Whether a JSON value is one; true and false are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)

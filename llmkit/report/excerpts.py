@@ -8,23 +8,12 @@ from typing import Any
 
 import orjson
 
-from llmkit.report.curves import is_number
-from llmkit.report.gathering import RecordsFile, parsed, raw_lines
+from llmkit.report.gathering import RecordsFile
+from llmkit.report.kinds import KINDS
+from llmkit.report.reading import is_number, parsed, raw_lines
 from llmkit.report.thinning import SPARE, Thinned, thinned
 
 LONGEST = {"input": 600, "output": 1200, "about": 200}  # characters shown
-# by kind, in the order of the page: fields of the input, the output, the worth; and those told beside, by their names
-FIELDS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
-    "completions": ("prompt", "completion", "reward", ("finish_reason",)),
-    "rollouts": ("prompt", "completion", "reward", ("answer", "finish_reason")),
-    "disagreements": ("prompt", "completion", "reward", ("gold", "difference")),
-    "recitations": ("prefix", "completion", "share", ("repeats",)),
-    "probed questions": ("question", "responses", "known", ("answer", "judgements")),
-    "examples": ("prompt", "completion", "reward", ("source",)),
-    "conversations": ("messages", "messages", "known", ("source",)),
-    "documents": ("url", "text", "reward", ("language", "source")),
-    "rejected documents": ("url", "text", "reason", ("step", "score")),
-}
 
 
 def read_excerpts(
@@ -50,9 +39,9 @@ def read_excerpts(
 
 def excerpt(record: Mapping[str, Any], kind: str, line: int) -> dict[str, Any]:
     """One record in brief; `cut` tells how many characters were left out."""
-    source, result, worth, others = FIELDS[kind]
-    said = record.get(result)
-    given = record.get(source, record.get("messages", record.get("id", "")))
+    fields = KINDS[kind]
+    said = record.get(fields.output)
+    given = record.get(fields.input, record.get("messages", record.get("id", "")))
     if kind == "conversations" and isinstance(said, list):
         given, said = said[:-1], said[-1:]
         said = said[0].get("content") if said and isinstance(said[0], dict) else said
@@ -66,10 +55,10 @@ def excerpt(record: Mapping[str, Any], kind: str, line: int) -> dict[str, Any]:
         row[name] = text[: LONGEST[name]]
         if len(text) > LONGEST[name]:
             row[f"{name}_cut"] = len(text) - LONGEST[name]
-    found = record.get(worth)
+    found = record.get(fields.worth)
     if is_number(found) or isinstance(found, str):
         row["worth"] = found
-    told = [name for name in others if record.get(name) not in (None, "", [])]
+    told = [name for name in fields.about if record.get(name) not in (None, "", [])]
     row["about"] = {name: text_of(record[name])[: LONGEST["about"]] for name in told}
     return row
 

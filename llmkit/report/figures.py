@@ -20,11 +20,13 @@ from typing import Any
 from llmkit import __version__
 from llmkit.files import read_json
 from llmkit.metrics import METRICS
-from llmkit.report.ancestry import Graph, Node, objects
-from llmkit.report.curves import MOST_SAMPLES, charts_of, is_number, read_series
-from llmkit.report.excerpts import FIELDS, read_excerpts
-from llmkit.report.gathering import Gathered, read_or_note
+from llmkit.report.ancestry import Graph, Node
+from llmkit.report.curves import MOST_SAMPLES, charts_of, read_series
+from llmkit.report.excerpts import read_excerpts
+from llmkit.report.gathering import Gathered
+from llmkit.report.kinds import KINDS
 from llmkit.report.probes import NAMES, changes, read_probe
+from llmkit.report.reading import as_object, as_text, is_number, numbers, objects, read_or_note
 from llmkit.report.thinning import thinned
 
 # what a manifest's results tell of a stage at a glance; of others, their first numbers
@@ -75,7 +77,7 @@ def report_figures(found: Gathered, *, samples: int = 40, limit: int | None = No
         probe = next((one for one in figures["probes"] if one["path"] == run["path"]), None)
         if probe and not run["key_figures"]:
             run["key_figures"] = {name: probe[name] for name in ("questions", *NAMES.values())}
-    kinds = list(FIELDS)
+    kinds = list(KINDS)
     for file in sorted(found.files, key=lambda file: kinds.index(file.kind)):
         read = read_or_note(notes, lambda file=file: read_excerpts(file, samples, notes.append, limit))
         if read and read["rows"]:
@@ -86,25 +88,30 @@ def report_figures(found: Gathered, *, samples: int = 40, limit: int | None = No
 # ---- the graph
 
 
+def given_runs(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The runs without ancestors that were not given, and without models of foreign origin."""
+    return [run for run in figures["runs"] if run["state"] not in ("told", "foreign")]
+
+
 def _run(node: Node) -> dict[str, Any]:
     manifest = node.manifest
-    results = _object(manifest.get("results"))
-    options = _object(manifest.get("options"))
+    results = as_object(manifest.get("results"))
+    options = as_object(manifest.get("options"))
     return {
         "name": node.name,
         "stage": node.stage,
         "state": node.state,
         "path": node.path,
-        "command": _text(manifest.get("command")),
-        "created": _text(manifest.get("created")),
-        "machine": _text(manifest.get("machine")),
+        "command": as_text(manifest.get("command")),
+        "created": as_text(manifest.get("created")),
+        "machine": as_text(manifest.get("machine")),
         "parents": node.parents,
         "key_figures": key_figures(node.stage, results),
         "results": {name: value for name, value in results.items() if not isinstance(value, (list, dict))},
         "options": {name: value for name, value in options.items() if _says_something(value)},
-        "versions": {str(name): str(value) for name, value in _object(manifest.get("versions")).items()},
+        "versions": {str(name): str(value) for name, value in as_object(manifest.get("versions")).items()},
         "inputs": [
-            {"path": str(item.get("path")), "bytes": item.get("bytes"), "sha256": _text(item.get("sha256"))}
+            {"path": str(item.get("path")), "bytes": item.get("bytes"), "sha256": as_text(item.get("sha256"))}
             for item in objects(manifest.get("inputs"))
         ],
     }
@@ -112,9 +119,9 @@ def _run(node: Node) -> dict[str, Any]:
 
 def key_figures(stage: str, results: Mapping[str, Any]) -> dict[str, Any]:
     """What a run's results tell at a glance."""
-    numbers = {name: value for name, value in results.items() if is_number(value)}
-    names = [name for name in KEY_FIGURES.get(stage, ()) if name in numbers] or list(numbers)
-    return {name: numbers[name] for name in names[:MOST_KEY_FIGURES]}
+    found = {name: value for name, value in results.items() if is_number(value)}
+    names = [name for name in KEY_FIGURES.get(stage, ()) if name in found] or list(found)
+    return {name: found[name] for name in names[:MOST_KEY_FIGURES]}
 
 
 def _says_something(value: Any) -> bool:
@@ -122,26 +129,12 @@ def _says_something(value: Any) -> bool:
     return value not in (None, False, "", [], {}) and not isinstance(value, dict)
 
 
-def _object(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _numbers(value: Any, *names: str) -> dict[str, Any] | None:
-    """Those numbers of an object; None where one is missing."""
-    found = {name: _object(value).get(name) for name in names}
-    return found if all(map(is_number, found.values())) else None
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
-
-
 # ---- what each stage has done
 
 
 def _funnels(nodes: Sequence[Node]) -> Iterator[dict[str, Any]]:
     for node in nodes:
-        results = _object(node.manifest.get("results"))
+        results = as_object(node.manifest.get("results"))
         if steps := [step for step in objects(results.get("funnel")) if _is_step(step)]:
             first, last = steps[0], steps[-1]
             yield {
@@ -169,19 +162,19 @@ def _tokenizers(
 ) -> Iterator[dict[str, Any]]:
     reports = [(node.name, node.path, _report_of(node, "report.json", notes)) for node in nodes]
     for name, path, report in [*reports, *((None, path, report) for path, report in given.items())]:
-        sample = _object(report.get("sample")) if report else {}
+        sample = as_object(report.get("sample")) if report else {}
         if report is None or not is_number(sample.get("bytes_per_token")):
             continue
         ours = {"tokenizer": path, "vocab_size": report.get("vocab_size"), **sample}
-        others = [{"tokenizer": other, **_object(one)} for other, one in _object(report.get("compared")).items()]
+        others = [{"tokenizer": other, **as_object(one)} for other, one in as_object(report.get("compared")).items()]
         yield {
             "run": name,
             "path": path,
             "bytes": report.get("bytes"),
             "bytes_per_token": report.get("bytes_per_token"),
             "sample_bytes": sample.get("bytes"),
-            "round_trip": _numbers(report.get("round_trip"), "texts", "lost"),
-            "unused_tokens": _object(report.get("unused_tokens")).get("count"),
+            "round_trip": numbers(report.get("round_trip"), "texts", "lost"),
+            "unused_tokens": as_object(report.get("unused_tokens")).get("count"),
             "longest_tokens": [
                 token for token in objects(report.get("longest_tokens")) if {"token", "count"} <= set(token)
             ],
@@ -190,7 +183,7 @@ def _tokenizers(
                     "tokenizer": row["tokenizer"],
                     "vocab_size": row.get("vocab_size"),
                     "bytes_per_token": row.get("bytes_per_token"),
-                    "by_source": _object(row.get("bytes_per_token_by_source")),
+                    "by_source": as_object(row.get("bytes_per_token_by_source")),
                 }
                 for row in [ours, *others]
             ],
@@ -240,14 +233,14 @@ def _judges(nodes: Sequence[Node], given: Mapping[str, dict[str, Any]], notes: l
     for name, path, report in [*found, *((None, path, report) for path, report in given.items())]:
         if report is None:
             continue
-        rows = {"held out": report.get("overall"), **_object(report.get("by_source"))}
+        rows = {"held out": report.get("overall"), **as_object(report.get("by_source"))}
         if "baseline_length" in report:
             rows["baseline: length"] = report["baseline_length"]
-        kept = [{"of": of, **_judged(_object(row))} for of, row in rows.items()]
+        kept = [{"of": of, **_judged(as_object(row))} for of, row in rows.items()]
         kept = [row for row in kept if "accuracy" in row]
         biases = [
-            {"feature": of, **{name: value for name, value in _object(row).items() if is_number(value)}}
-            for of, row in _object(report.get("biases")).items()
+            {"feature": of, **{name: value for name, value in as_object(row).items() if is_number(value)}}
+            for of, row in as_object(report.get("biases")).items()
         ]
         if kept:
             yield {"run": name, "path": path, "rows": kept, "biases": biases}

@@ -3,38 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
-
-import orjson
+from typing import Any
 
 from llmkit.errors import UserError
 from llmkit.files import PARTIAL, read_json
 from llmkit.metrics import METRICS
+from llmkit.report.kinds import kind_of_record
+from llmkit.report.reading import parsed, raw_lines, read_or_note
 from llmkit.rundir import MANIFEST, NOTES, OF_FILE, read_manifest
-from llmkit.stream import BYTE_ORDER_MARK, open_input
 
-T = TypeVar("T")
 LOOKED_AT = 100  # lines, for one that tells what a file holds
 RECORDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson")
 # an option that one stage alone has, by which a run that is not finished is known
 STAGE_OF_FLAG = {"--depth": "pretrain", "--identity": "sft", "--ensemble": "train-reward", "--algo": "rl"}
-# fields that tell what a record is; the first kind that has all of its fields
-KINDS = {
-    "probed questions": ("question", "responses", "judgements", "known"),
-    "rollouts": ("prompt", "completion", "reward", "group", "step"),
-    "disagreements": ("prompt", "completion", "gold", "difference"),
-    "recitations": ("prefix", "completion", "matched"),
-    "completions": ("completion", "finish_reason"),
-    "examples": ("prompt", "completion"),  # that people have written, as those of sft are
-    "conversations": ("messages",),
-    "rejected documents": ("source", "step", "reason"),
-    "documents": ("text",),
-}
 
 
 @dataclass
@@ -56,7 +42,7 @@ class Run:
 
 @dataclass(frozen=True)
 class RecordsFile:
-    """A file of JSONL: `kind` is one of KINDS; `run` the path of the run that wrote it, where that is known."""
+    """A file of JSONL: `kind` is one of kinds.KINDS; `run` the path of the run that wrote it, where that is known."""
 
     path: str
     kind: str
@@ -96,17 +82,6 @@ def gather(paths: Sequence[str]) -> Gathered:
         more = f"; so for {len(found.notes) - 1} more" if len(found.notes) > 1 else ""
         raise UserError((found.notes or ["expected a run folder, found none"])[0] + more)
     return found
-
-
-def read_or_note(notes: list[str], read: Callable[[], T]) -> T | None:
-    """What is read; None, with a note, where it cannot be."""
-    try:
-        return read()
-    except UserError as error:
-        notes.append(str(error))
-    except OSError as error:
-        notes.append(f"{error.filename}: {str(error.strerror).lower()}")
-    return None
 
 
 def _once(found: Gathered) -> None:
@@ -151,6 +126,10 @@ def _gather_run(found: Gathered, folder: Path, path: str) -> bool:
         found.runs.append(Run(path, described, "unfinished", folder, folder))
     elif (folder / "config.json").is_file():
         found.runs.append(Run(path, None, "foreign", folder, folder))
+        if (folder / METRICS).is_file():
+            found.notes.append(f"{path}: no {MANIFEST} beside its {METRICS}: what made the model is not known")
+    elif (folder / METRICS).is_file():
+        raise UserError(f"{path}: expected {MANIFEST} beside {METRICS}, found none; name the folder as the run left it")
     else:
         return False
     for name in ("rollouts.jsonl", "disagreements.jsonl"):
@@ -219,25 +198,3 @@ def _gather_records(found: Gathered, path: str, run: str | None, listed: bool) -
     elif not listed:
         told = f"a record with {sorted(fields)[:8]}" if fields else "no JSON object a line"
         raise UserError(f"{path}: expected a file that a stage has written, found {told}")
-
-
-def kind_of_record(record: dict[str, Any]) -> str | None:
-    """Which of KINDS a record is; None for none."""
-    return next((kind for kind, fields in KINDS.items() if all(name in record for name in fields)), None)
-
-
-def raw_lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """(number, line) of the lines that are not blank, unread: of a large file only some are wanted."""
-    with open_input(path) as handle:
-        for number, line in enumerate(handle, 1):
-            if not line.isspace():
-                yield number, line
-
-
-def parsed(line: bytes) -> dict[str, Any] | None:
-    """The object on a line of JSONL; None where there is none."""
-    try:
-        value = orjson.loads(line.removeprefix(BYTE_ORDER_MARK))
-    except orjson.JSONDecodeError:
-        return None
-    return value if isinstance(value, dict) else None

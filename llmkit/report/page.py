@@ -16,7 +16,7 @@ from llmkit.errors import UserError
 from llmkit.progress import quantity
 from llmkit.report.ancestry import rails
 from llmkit.report.drawing import draw
-from llmkit.report.figures import shorten
+from llmkit.report.figures import given_runs, shorten
 
 TEMPLATES = Path(__file__).with_name("templates")
 MOST_BYTES = 1_000_000
@@ -66,6 +66,7 @@ def _render(figures: Mapping[str, Any], title: str) -> bytes:
     style, script = ((TEMPLATES / name).read_text("utf-8") for name in ("page.css", "page.js"))
     text = environment.get_template("page.html").render(
         figures=figures,
+        given=given_runs(figures),
         title=title,
         style=style,
         script=script,

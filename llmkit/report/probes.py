@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any
 
-from llmkit.report.gathering import parsed, raw_lines
+from llmkit.report.reading import parsed, raw_lines
 
 NAMES = {"yes": "known", "no": "unknown", "mixed": "mixed", "evasive": "evasive"}
 

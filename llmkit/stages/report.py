@@ -43,7 +43,7 @@ class ReportConfig(CommonConfig):
 
 @dataclass(frozen=True)
 class Summary:
-    """What the command line prints; `notes` tell of what was left out."""
+    """What the command line prints: `runs` that were given, and `notes` that tell of what was left out."""
 
     path: str
     bytes: int
@@ -53,14 +53,15 @@ class Summary:
 
 def run(config: ReportConfig) -> Summary | None:
     """Load, build, save, summarise. Raises UserError for the user's mistakes."""
-    from llmkit.report.figures import report_figures
+    from llmkit.report.figures import given_runs, report_figures
     from llmkit.report.gathering import gather
 
     # load
     out = _checked(config)
     found = gather(config.runs)
     if config.dry_run:
-        say(f"{len(found.runs)} runs and {len(found.files)} files of records to {out}", config.quiet)
+        runs, files = sum(run.state != "foreign" for run in found.runs), len(found.files)
+        say(f"{runs} run{'s' * (runs != 1)} and {files} file{'s' * (files != 1)} of records to {out}", config.quiet)
         for note in found.notes:
             say(note, config.quiet)
         return None
@@ -84,7 +85,7 @@ def run(config: ReportConfig) -> Summary | None:
         say(note, config.quiet)
     if len(notes) > 5:
         say(f"{len(notes) - 5} more notes stand on the page", config.quiet)
-    return None if out == "-" else Summary(out, len(page), len(figures["runs"]), notes)
+    return None if out == "-" else Summary(out, len(page), len(given_runs(figures)), notes)
 
 
 def _checked(config: ReportConfig) -> str:

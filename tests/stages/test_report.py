@@ -144,6 +144,27 @@ def test_several_runs_of_a_stage_share_a_chart(pipeline, tmp_path):
 # ---- the graph
 
 
+def test_the_summary_counts_the_runs_that_the_page_counts(pipeline, tmp_path):
+    given = (str(pipeline[3]), str(pipeline[-1]))  # whose ancestors are told of alone
+    summary = run(ReportConfig(runs=given, out=str(tmp_path / "r.html"), quiet=True))
+    page = LexborHTMLParser((tmp_path / "r.html").read_text())
+    assert summary is not None and summary.runs == 2 and text_of(page, ".lead").split()[:2] == ["2", "runs,"]
+
+
+def test_metrics_without_their_manifest_are_told_of(pipeline, tmp_path):
+    for name in ("base", "bare"):
+        make_run(tmp_path / name, "pretrain", results={}, rows=[{"step": 1, "loss": 2.0}])
+        (tmp_path / name / "manifest.json").unlink()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    notes = figures_of([pipeline[1], tmp_path], tmp_path.with_suffix(".json"))["notes"]
+    assert sorted(note.removeprefix(f"{tmp_path}/") for note in notes) == [
+        "bare: expected manifest.json beside metrics.jsonl, found none; name the folder as the run left it",
+        "base: no manifest.json beside its metrics.jsonl: what made the model is not known",
+    ]
+    with pytest.raises(UserError, match=r"bare: expected manifest\.json beside metrics\.jsonl"):
+        figures_of([tmp_path / "bare"], tmp_path / "r.json")
+
+
 def test_the_graph_has_every_ancestor(pipeline, tmp_path):
     chat, policy = pipeline[3], pipeline[-1]
     (tmp_path / "foreign").mkdir()
@@ -435,7 +456,8 @@ def test_the_command_line(pipeline, tmp_path, llmkit):
     told = llmkit("report", tok, "--json")
     assert told.returncode == 0 and json.loads(told.stdout) == figures_of([tok], tmp_path / "f.json")
     dry = llmkit("report", tok, "-o", tmp_path / "n.html", "--dry-run")
-    assert (dry.returncode, dry.stdout) == (0, "") and "1 runs" in dry.stderr and not (tmp_path / "n.html").exists()
+    assert (dry.returncode, dry.stdout) == (0, "") and "1 run and 0 files" in dry.stderr
+    assert not (tmp_path / "n.html").exists()
     for arguments, message in (
         (["report"], "RUN is missing"),
         (["report", tok], "--out is required"),
