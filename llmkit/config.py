@@ -171,8 +171,8 @@ class ServedConfig:
         free=True,
     )
     concurrency: int = option(8, "Requests to a server at a time.", group="Servers", at_least=1, at_most=999, free=True)
-    timeout: float = option(120, "Of a request to a server.", group="Servers", unit="duration", above=0, free=True)
-    retries: int = option(6, "Of a request that failed.", group="Servers", at_least=0, at_most=50, free=True)
+    timeout: float = option(120, "Longest wait for a reply.", group="Servers", unit="duration", above=0, free=True)
+    retries: int = option(6, "Retries of one request.", group="Servers", at_least=0, at_most=50, free=True)
 
     @property
     def is_served(self) -> bool:

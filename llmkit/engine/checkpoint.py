@@ -175,7 +175,7 @@ def _load_parts(place: Path, parts: int, like: Mapping[str, Tensor] | None) -> d
     try:
         with warnings.catch_warnings():  # each process reads its parts by itself, and that is meant
             warnings.filterwarnings("ignore", ".*assuming the intent is to load in a single process")
-            load(tensors, storage_reader=HuggingFaceStorageReader(str(place)), no_dist=True)  # type: ignore[arg-type]
+            load(tensors, storage_reader=reader, no_dist=True)  # type: ignore[arg-type]
     except CheckpointException as error:
         raise ValueError(str(next(iter(error.failures.values()))[0])) from error
     return tensors
