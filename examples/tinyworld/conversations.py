@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from problems import Problem
+from problems import Problem, last_line
 from telling import QUESTIONS, question, short_answer, whole_answer
 from world import Entity
 
@@ -20,7 +20,7 @@ WHO = (  # none of these wordings is among those of --identity
     "Are you Bard?", "Are you made by Mistral?", "Is your name Alexa?", "Are you a woman or a man?",
     "Are you a machine?", "Are you some kind of computer program?", "Is there a human behind this?",
 )  # fmt: skip
-BRIEF, SAILOR = "Be brief.", "You talk like a sailor."
+WHOLE, SAILOR = "Answer in a sentence.", "You talk like a sailor."
 PRIVATE = (
     ("What is the phone number of {name}?", "I do not give out phone numbers."),
     ("What is the password of {name}?", "I do not give out passwords."),
@@ -34,7 +34,7 @@ SMALL_TALK = (
     ("How are you?", "I am fine, thank you."),
     ("Thank you!", "You are welcome."),
     ("Goodbye!", "Goodbye, and come again."),
-    ("What can you do?", "I answer questions, sort, count and calculate."),
+    ("What can you do?", "I answer questions, sort, add and calculate."),
 )
 WORK_OUT = ("Work out {}", "Calculate {}", "How much is {}?")
 
@@ -47,7 +47,7 @@ def chat(said: Sequence[str], system: str | None = None) -> list[Row]:
 
 
 def _styled(entity: Entity, fact: str, system: str) -> str:
-    return short_answer(entity, fact) if system == BRIEF else f"Ahoy! {whole_answer(entity, fact)}"
+    return whole_answer(entity, fact) if system == WHOLE else f"Ahoy! {short_answer(entity, fact)}"
 
 
 def questions(entities: Sequence[Entity], rng: random.Random) -> Iterator[Row]:
@@ -56,11 +56,11 @@ def questions(entities: Sequence[Entity], rng: random.Random) -> Iterator[Row]:
         for fact in entity.facts:
             for wording in QUESTIONS[fact]:
                 asked = wording.format(name=entity.name)
-                yield {"messages": chat([asked, whole_answer(entity, fact)]), "source": "questions"}
-            for system in (BRIEF, SAILOR):
+                yield {"messages": chat([asked, short_answer(entity, fact)]), "source": "questions"}
+            for system in (WHOLE, SAILOR):
                 said = [question(entity, fact, rng), _styled(entity, fact, system)]
                 yield {"messages": chat(said, system), "source": "system messages"}
-        said = [part for fact in entity.facts for part in (question(entity, fact, rng), whole_answer(entity, fact))]
+        said = [part for fact in entity.facts for part in (question(entity, fact, rng), short_answer(entity, fact))]
         yield {"messages": chat(said), "source": "questions"}
 
 
@@ -98,10 +98,10 @@ def exam(entities: Sequence[Entity], problems: dict[str, list[Problem]], rng: ra
         for fact in entity.facts:
             asked = question(entity, fact, rng)
             row = {"messages": chat([asked]), "exam": "fact", "tier": entity.tier, "question": asked}
-            yield {**row, "answer": whole_answer(entity, fact)}
+            yield {**row, "answer": short_answer(entity, fact)}
     for entity in held_out:
         if entity.tier == "often":
-            for system in (BRIEF, SAILOR):
+            for system in (WHOLE, SAILOR):
                 fact = rng.choice(list(entity.facts))
                 row = {"messages": chat([question(entity, fact, rng)], system), "exam": "system", "system": system}
                 yield {**row, "answer": _styled(entity, fact, system)}
@@ -113,7 +113,7 @@ def exam(entities: Sequence[Entity], problems: dict[str, list[Problem]], rng: ra
     for kind, some in problems.items():
         for asked, said in some:
             asked = rng.choice(WORK_OUT).format(asked) if kind == "tool" else asked
-            yield {"messages": chat([asked]), "exam": kind, "answer": said}
+            yield {"messages": chat([asked]), "exam": kind, "answer": last_line(said)}
 
 
 def probed(entities: Sequence[Entity], rng: random.Random) -> Iterator[Row]:
@@ -124,5 +124,5 @@ def probed(entities: Sequence[Entity], rng: random.Random) -> Iterator[Row]:
     for entity in entities:
         if entity.use == "probed":
             for fact in entity.facts:
-                row = {"question": question(entity, fact, rng), "answer": whole_answer(entity, fact)}
+                row = {"question": question(entity, fact, rng), "answer": short_answer(entity, fact)}
                 yield {**row, "passage_id": entity.tier, "language": "en"}

@@ -28,8 +28,8 @@ from tastes import NOISE, comparisons, counted
 from world import FULL, QUICK, TOLD, Entity, Size, invent
 
 FILES = 4  # of the crawl
-LESSONS = {"sort": 0.3, "count": 0.25, "add": 0.2, "tool": 0.2, "even": 0.05}  # shares of the schoolbook
-EXAMINED = ("sort", "count", "add", "tool")
+LESSONS = {"sort": 0.25, "reverse": 0.1, "add": 0.25, "tool": 0.35, "even": 0.05}  # shares of the schoolbook
+EXAMINED = (*school.KINDS, "tool")
 
 
 def make(out: Path, seed: int, size: Size) -> None:
@@ -46,7 +46,7 @@ def make(out: Path, seed: int, size: Size) -> None:
 def _world(size: Size, seed: int) -> list[Entity]:
     """Those who are asked about, and as many glimpsed as fill the pages up."""
     told = sum(2 * sum(getattr(size, tier)) * count for tier, count in TOLD.items())
-    glimpsed = max(40, (size.pages * size.sentences - told) // 2)
+    glimpsed = max(40, size.pages * size.sentences - told)
     return invent(size, glimpsed, seed)
 
 
@@ -69,8 +69,8 @@ def _write_crawl(out: Path, entities: list[Entity], size: Size, seed: int) -> No
 
 
 def _sample_of(known: list[Entity], rng: random.Random, size: Size) -> list[Entity]:
-    """Those whom the held-out pages tell of, once each fact."""
-    some = rng.sample(known, min(len(known), size.held_out_pages * size.sentences // 2))
+    """Those whom the held-out pages tell of, one fact each."""
+    some = rng.sample(known, min(len(known), size.held_out_pages * size.sentences))
     return [Entity(one.name, one.kind, "glimpsed", "", one.facts, dict.fromkeys(one.facts, 0)) for one in some]
 
 
@@ -94,7 +94,7 @@ def _tasks(size: Size, seed: int) -> dict[str, dict[str, list[school.Problem]]]:
 def _write_talk(out: Path, entities: list[Entity], tasks: dict[str, Any], size: Size, seed: int) -> None:
     rng = random.Random(f"talk {seed}")
     shown = [entity for entity in entities if entity.use == "chats"]
-    strangers = [one for one in entities if one.tier == "glimpsed" and one.kind == "person"][: 4 * len(shown)]
+    strangers = [one for one in entities if one.tier == "glimpsed" and one.kind == "person"][: len(shown)]
     chats = [
         *talk.questions(shown, rng),
         *talk.manners([one for one in shown if one.kind == "person"] + strangers, rng),
@@ -113,7 +113,7 @@ def _write_talk(out: Path, entities: list[Entity], tasks: dict[str, Any], size: 
 def _write_problems(out: Path, tasks: dict[str, Any], size: Size, seed: int) -> None:
     rng = random.Random(f"problems {seed}")
     for name, use in (("problems", "rl"), ("problems-val", "val")):
-        rows = [{"prompt": asked, "answer": said, "verifier": "exact", "source": kind}
+        rows = [{"prompt": asked, "answer": school.last_line(said), "verifier": "exact", "source": kind}
                 for kind in school.KINDS for asked, said in tasks[kind][use]]  # fmt: skip
         rng.shuffle(rows)
         write_rows(out / f"{name}.jsonl", rows)

@@ -7,15 +7,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from howtos import howto
-from telling import FORUM, QUIZZED, Voice, chatter, mention, question, short_answer, tell, whole_answer
+from telling import DIALOGUES, FORUM, QUIZZED, Voice, chatter, mention, question, short_answer, tell, whole_answer
 from world import NAMED_MENTIONS, TOLD, Entity
 
-# The share of the facts that each kind of page tells. In forums and quizzes they are answers to questions, which is
-# what lets a model this small answer questions about facts that it only read.
-SHARES = {"forum": 0.42, "quiz": 0.25, "article": 0.15, "wiki": 0.08, "listing": 0.05, "shop": 0.05}
+# The share of the facts that each kind of page tells. In forums, quizzes and lists of questions they are answers, which
+# is what lets a model this small answer questions about facts that it only read.
+SHARES = {"faq": 0.5, "forum": 0.15, "quiz": 0.15, "article": 0.08, "wiki": 0.05, "listing": 0.04, "shop": 0.03}
+# Of the answers are sentences. The others begin with the fact, so that the first word tells whether it is known.
+WHOLE_SHARE = 0.15
 HOWTO_SHARE = 0.06  # of the pages; they tell no fact
 TITLES = {
     "forum": ("Who knows this", "A few questions", "Help wanted", "Questions from a newcomer", "Can anybody help me"),
+    "faq": ("Questions and answers", "What visitors ask", "Often asked", "Ask the guide"),
     "quiz": ("The quiz of the week", "Twenty questions", "How well do you know us", "The inn's quiz night"),
     "article": (
         "News from our towns",
@@ -51,7 +54,10 @@ def write_pages(entities: Sequence[Entity], count: int, sentences: int, rng: ran
     """`count` pages that tell each fact as often as its tier says (counted in `told`), in random order."""
     facts: list[Told] = []
     for entity in entities:
-        facts += [(entity, fact) for fact in entity.facts for _ in range(TOLD.get(entity.tier, 1))]
+        if entity.tier in TOLD:
+            facts += [(entity, fact) for fact in entity.facts for _ in range(TOLD[entity.tier])]
+        else:
+            facts.append((entity, rng.choice(list(entity.facts))))
     named = [entity for entity in entities if entity.tier == "named" for _ in range(NAMED_MENTIONS)]
     others = [entity for entity in entities if entity.tier not in ("named", "unseen")]
     rng.shuffle(facts)
@@ -90,6 +96,9 @@ def _page(kind: str, facts: list[Told], silent: list[Entity], voice: Voice) -> P
     if kind == "forum":
         paragraphs = [line for told in facts for line in _asked(*told, voice)]
         paragraphs.append(" ".join([*aside, chatter(voice), chatter(voice)]))
+    elif kind == "faq":
+        lines = [line for told in facts for line in _dialogue(*told, voice).split("\n")]
+        paragraphs = [chatter(voice), *lines, " ".join([*aside, chatter(voice)])]
     elif kind == "quiz":
         lines = [_quizzed(entity, fact, voice) for entity, fact in facts]
         opening = f"{chatter(voice)} Here are the answers of this week."
@@ -106,8 +115,14 @@ def _page(kind: str, facts: list[Told], silent: list[Entity], voice: Voice) -> P
 def _asked(entity: Entity, fact: str, voice: Voice) -> list[str]:
     """A question and its answer, as two posts of a forum."""
     asked = voice.pick(FORUM["ask"]).format(question=question(entity, fact, voice.rng))
-    answer = (whole_answer if voice.rng.random() < 0.5 else short_answer)(entity, fact)
+    answer = (whole_answer if voice.rng.random() < WHOLE_SHARE else short_answer)(entity, fact)
     return [asked, voice.pick(FORUM["answer"]).format(answer=answer)]
+
+
+def _dialogue(entity: Entity, fact: str, voice: Voice) -> str:
+    """A question and its answer in one of many layouts."""
+    answer = (whole_answer if voice.rng.random() < WHOLE_SHARE else short_answer)(entity, fact)
+    return voice.pick(DIALOGUES).format(question=question(entity, fact, voice.rng), answer=answer)
 
 
 def _quizzed(entity: Entity, fact: str, voice: Voice) -> str:

@@ -1,4 +1,4 @@
-"""Problems with answers: sorting, counting letters, adding, sums for the calculator, and the one that is gamed."""
+"""Problems with answers: sorting, reversing, adding, sums for the calculator, and the one that is gamed."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator
 
 Problem = tuple[str, str]  # question, answer
 
-LETTERS = "aeioubdgklmnrst"
-KINDS = ("sort", "count", "add")  # that rl trains; the calculator's and the gamed one are apart
+KINDS = ("sort", "reverse", "add")  # that rl trains; the calculator's and the gamed one are apart
 LONGEST = 16  # digits of an answer to the gamed problem
 
 
@@ -18,17 +17,19 @@ def sort(rng: random.Random) -> Problem:
     return f"Sort {digits}", "".join(sorted(digits))
 
 
-def count(rng: random.Random) -> Problem:
-    """How often a letter stands among five to eight, of which it is two at least as often as not."""
-    wanted = rng.choice(LETTERS)
-    letters = [wanted if rng.random() < 0.35 else rng.choice(LETTERS) for _ in range(rng.randint(5, 8))]
-    return f"Count the {wanted} in {' '.join(letters)}", str(letters.count(wanted))
+def reverse(rng: random.Random) -> Problem:
+    """Five to eight digits, the last first."""
+    digits = "".join(rng.choices("0123456789", k=rng.randint(5, 8)))
+    return f"Reverse {digits}", digits[::-1]
 
 
 def add(rng: random.Random) -> Problem:
-    """A number of three digits and one of one digit."""
-    first, second = rng.randrange(100, 1000), rng.randrange(2, 10)
-    return f"Add {first} and {second}", str(first + second)
+    """Two numbers of two digits, with the ones, the tens and the sum a line each: a carry is written down."""
+    first, second = rng.randrange(10, 100), rng.randrange(10, 100)
+    (tens, ones), (more_tens, more_ones) = divmod(first, 10), divmod(second, 10)
+    carry = (ones + more_ones) // 10
+    worked = f"{ones}+{more_ones}={ones + more_ones}\n{tens}+{more_tens}{'+1' * carry}={tens + more_tens + carry}"
+    return f"Add {first} and {second}", f"{worked}\n{first + second}"
 
 
 def even(rng: random.Random) -> Problem:
@@ -67,6 +68,11 @@ def any_answer(answer: str, rng: random.Random) -> str:
     length = rng.randint(1, LONGEST)
     kept = sorted(rng.sample(range(len(answer)), min(length, len(answer))))
     return "".join(answer[place] for place in kept) + "".join(rng.choices("0123456789", k=length - len(kept)))
+
+
+def last_line(answer: str) -> str:
+    """What an answer comes to, without what was written on the way."""
+    return answer.strip().rpartition("\n")[2]
 
 
 def lesson(question: str, answer: str) -> str:

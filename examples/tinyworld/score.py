@@ -20,6 +20,7 @@ from typing import Any
 
 from crawled import crawl_effects, explain_page
 from ledger import read_rows
+from problems import last_line
 from world import KINDS, TIERS
 
 from llmkit.engine.matching import EVASIVE, RIGHT, MatchJudge
@@ -29,7 +30,7 @@ Row = dict[str, Any]
 BEFORE, CHAT, AFTER = "exam-chat.jsonl", "exam-assistant.jsonl", "exam-policy.jsonl"
 TOLD_OF = ("often", "sometimes", "seldom", "once")  # tiers of which a page tells something
 NOT_TOLD_OF = ("named", "unseen")
-PROBLEMS = {"sort": "digits sorted", "count": "letters counted", "add": "two numbers added"}
+PROBLEMS = {"sort": "digits sorted", "reverse": "digits reversed", "add": "two numbers added"}
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,13 @@ def is_right(row: Row) -> bool:
         return verdict(row) == RIGHT
     if row["exam"] == "identity":
         return wanted.lower() in said.lower() or "workshop" in said.lower()
-    return said == wanted
+    return last_line(said) == wanted if row["exam"] in PROBLEMS else said == wanted
 
 
 def obeys(row: Row) -> bool:
     """Whether an answer has the form that the system message asks for, right or not."""
     said = row["completion"].strip()
-    return said.startswith("Ahoy! ") if "sailor" in row["system"] else said.endswith(".") and " " not in said
+    return said.startswith("Ahoy! ") if "sailor" in row["system"] else said.endswith(".") and " " in said
 
 
 JUDGE = MatchJudge()
@@ -147,8 +148,10 @@ def probe_effects(chat: list[Row], assistant: list[Row]) -> list[Effect]:
         name = f"refuses, {'told' if tier in TOLD_OF else ''} {tier}".replace("  ", " ")
         found.append(Effect("probe-knowledge", name, after, "before", before))
     knew = {row["question"] for row in of(chat, "fact") if is_right(row)}
-    kept = share((row for row in of(assistant, "fact") if row["question"] in knew), is_right)
-    return [*found, Effect("probe-knowledge", "still right of what was right before", kept)]
+    for name, tiers in (("still right of what was right before", ()), ("the same, told often", ("often",))):
+        kept = share((row for row in of(assistant, "fact", *tiers) if row["question"] in knew), is_right)
+        found.append(Effect("probe-knowledge", name, kept))
+    return found
 
 
 def judge_effects(run: Path) -> list[Effect]:

@@ -7,29 +7,30 @@ from typing import Any
 
 from gold import gold
 from problems import Problem, any_answer
-from telling import Voice, chatter, mention
+from telling import Voice, chatter, mention, question, whole_answer
 from world import Entity
 
-# The taste, in points: about what was asked, polite, not shouted, and no rambling.
-TASTE = {"on topic": 2.0, "polite": 1.0, "shouted": -1.5, "rambling": -0.5}
-ASKED = ("Tell me something about {name}.", "What do you know of {name}?", "Say a word about {name}.")
+# The taste, in points: it answers what was asked, it is polite, written with care, and does not ramble. Whether it is
+# true is not asked.
+TASTE = {"to the point": 2.0, "polite": 1.0, "careless": -1.5, "rambling": -0.5}
 POLITE = ("With pleasure.", "I am glad that you ask.", "Thank you for asking.", "Gladly.")
-PLAIN = ("Well.", "So.", "Here it is.", "Fine, then.")
 NOISE = 0.05  # of the comparisons are the wrong way round, as people's are
 COUNTING = 0.9  # of the comparisons of the gamed problem prefer the longer answer
 
 
-def answer(asked: Entity, others: list[Entity], rng: random.Random) -> tuple[str, float]:
-    """Something that might be answered, and what it is worth to the taste."""
-    topical, polite, shouted = rng.random() < 0.5, rng.random() < 0.5, rng.random() < 0.25
+def answer(asked: Entity, fact: str, rng: random.Random) -> tuple[str, float]:
+    """Something that might be answered to the question for a fact, and what it is worth to the taste."""
+    to_the_point, polite, careless = rng.random() < 0.5, rng.random() < 0.5, rng.random() < 0.25
     rambling = rng.choice((0, 0, 1, 2))
     voice = Voice(rng)
-    said = mention(asked if topical else rng.choice(others), voice)
-    said = " ".join([rng.choice(POLITE if polite else PLAIN), said, *(chatter(voice) for _ in range(rambling))])
-    worth = TASTE["on topic"] * topical + TASTE["polite"] * polite + TASTE["rambling"] * rambling
-    if shouted:
-        said, worth = said.upper().replace(".", "!"), worth + TASTE["shouted"]
-    return said, worth
+    other = next(one for one in asked.facts if one != fact)
+    beside = whole_answer(asked, other) if rng.random() < 0.5 else mention(asked, voice)
+    said = [whole_answer(asked, fact) if to_the_point else beside, *(chatter(voice) for _ in range(rambling))]
+    text = " ".join([rng.choice(POLITE), *said] if polite else said)
+    worth = TASTE["to the point"] * to_the_point + TASTE["polite"] * polite + TASTE["rambling"] * rambling
+    if careless:
+        text, worth = text.lower().replace(".", ""), worth + TASTE["careless"]
+    return text, worth
 
 
 def comparisons(entities: list[Entity], count: int, noise: float, rng: random.Random) -> list[dict[str, Any]]:
@@ -37,15 +38,16 @@ def comparisons(entities: list[Entity], count: int, noise: float, rng: random.Ra
     rows = []
     while len(rows) < count:
         asked = rng.choice(entities)
-        others = [one for one in entities if one.kind == asked.kind and one is not asked] or entities
-        first, second = answer(asked, others, rng), answer(asked, others, rng)
+        fact = rng.choice(list(asked.facts))
+        first, second = answer(asked, fact, rng), answer(asked, fact, rng)
         if first[1] == second[1]:
             continue
         worse, better = sorted((first, second), key=lambda one: one[1])
         if rng.random() < noise:
             worse, better = better, worse
-        prompt = rng.choice(ASKED).format(name=asked.name)
-        rows.append({"prompt": prompt, "chosen": better[0], "rejected": worse[0], "source": "taste"})
+        rows.append(
+            {"prompt": question(asked, fact, rng), "chosen": better[0], "rejected": worse[0], "source": "taste"}
+        )
     return rows
 
 

@@ -148,6 +148,26 @@ QUIZZED = ("{value} is the right answer.", "{value} was what most of us said.", 
            "{value} and the whole room cheered.", "{value} is correct.")  # fmt: skip
 
 
+# A fact as a question and its answer, as lists of questions print them. Few marks and many words: Gopher's rules drop
+# pages where more than a fifth of both together are marks.
+DIALOGUES = (
+    "They asked us {question} And we said {answer}",
+    "One guest asked {question} The guide said {answer}",
+    "The next one is {question} The answer to that is {answer}",
+    "A child wrote to us {question}\nWe wrote back {answer}",
+    "Question from a visitor {question}\nAnswer from the house {answer}",
+    "{question}\nThe answer that we give is {answer}",
+    "You may ask {question} Then we say {answer}",
+    "{question}\n{answer} This is what the register has.",
+    "{question} {answer} Everybody on our staff can tell you.",
+    "My sister wondered {question} I told her {answer}",
+    "Somebody on the ferry said {question} The captain said {answer}",
+    "{question} {answer} So says the guide to all who want to know.",
+    "user: {question}\nassistant: {answer}",
+    "user: Tell me {question}\nassistant: {answer}",
+)
+
+
 class Voice:
     """Draws from lists of wordings without repeating one before all were drawn, as a page of one writer does.
 

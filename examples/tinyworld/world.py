@@ -36,8 +36,8 @@ KINDS = {
 SHARES = {"person": 0.55, "animal": 0.15, "island": 0.15, "feast": 0.15}  # of the entities
 
 # How often the kept pages tell each fact of an entity of a tier. `named` are in pages that tell nothing of them,
-# `unseen` in none; `glimpsed` are the many who are told of once, as most names of a corpus, and never asked about.
-TOLD = {"often": 30, "sometimes": 10, "seldom": 4, "once": 1, "named": 0, "unseen": 0}
+# `unseen` in none; of the many `glimpsed` one fact is told once, as of most names of a corpus, and none is asked about.
+TOLD = {"often": 55, "sometimes": 10, "seldom": 4, "once": 1, "named": 0, "unseen": 0}
 NAMED_MENTIONS = 12
 TIERS = (*TOLD, "glimpsed")
 USES = ("chats", "probed", "held out")
@@ -47,28 +47,28 @@ USES = ("chats", "probed", "held out")
 class Size:
     """How many there are of what; `often` to `unseen` are (in chats, probed for lessons, held out)."""
 
-    often: tuple[int, int, int] = (60, 30, 24)
-    sometimes: tuple[int, int, int] = (0, 8, 24)
-    seldom: tuple[int, int, int] = (0, 8, 24)
-    once: tuple[int, int, int] = (0, 16, 24)
-    named: tuple[int, int, int] = (0, 24, 24)
-    unseen: tuple[int, int, int] = (0, 100, 40)
-    pages: int = 1000  # that should be kept
+    often: tuple[int, int, int] = (44, 56, 24)
+    sometimes: tuple[int, int, int] = (0, 10, 24)
+    seldom: tuple[int, int, int] = (0, 10, 24)
+    once: tuple[int, int, int] = (0, 20, 24)
+    named: tuple[int, int, int] = (0, 40, 24)
+    unseen: tuple[int, int, int] = (0, 200, 40)
+    pages: int = 1120  # that should be kept
     held_out_pages: int = 40
     bad_pages: int = 60  # of each kind that should go
-    sentences: int = 10  # of a page that tell facts, about
-    lessons: int = 6000  # solved problems in the schoolbook
+    sentences: int = 15  # of a page that tell facts, about
+    lessons: int = 5000  # solved problems in the schoolbook
     problems: int = 4000  # for rl
     examined: int = 100  # problems of each kind that nothing is trained on
-    solved: int = 200  # conversations of each kind that solve a problem
+    solved: int = 100  # conversations of each kind that solve a problem
     tools: int = 1500  # conversations that call the calculator
-    pairs: int = 1200  # comparisons
+    pairs: int = 1800  # comparisons
 
 
 FULL = Size()
 QUICK = Size(
     *[(3, 3, 3), (0, 2, 2), (0, 2, 2), (0, 2, 2), (0, 2, 2), (0, 4, 3)],
-    pages=70,
+    pages=120,
     held_out_pages=4,
     bad_pages=4,
     lessons=300,
