@@ -16,7 +16,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
-from documented import Command, all_commands
+from documented import Command, all_commands, commands_of
 from small_world import make_small_world
 from warm import WarmPrograms
 
@@ -66,7 +66,7 @@ def test_every_page_stands_in_the_navigation():
 
 # options of other programs, which pages name: torchrun's, servers', Ray's, llama.cpp's, those of our benchmarks and of
 # an example of a reward
-FOREIGN = """--config --help --no-
+FOREIGN = """--config --help --install-completion --no-
     --nnodes --nproc-per-node --rdzv-backend --rdzv-endpoint --max-restarts --address --head --port
     --alias --enable-deterministic-inference --logprobs-mode --model --model-path --served-model-name
     --cache-type-k --cache-type-v --fast
@@ -144,7 +144,7 @@ def small_world(tmp_path_factory):
     (folder / "world").mkdir()
     with ExitStack() as stack:
         programs = stack.enter_context(WarmPrograms(folder / "bin"))
-        environment = {**os.environ, "PATH": programs.path, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PATH": programs.path, "OMP_NUM_THREADS": "1", "EXAMPLES": str(ROOT / "examples")}
         make_small_world(folder / "world", environment)
         server: list = []
 
@@ -179,6 +179,16 @@ def test_a_command_runs(small_world, command: Command):
     done = small_world(command.text)
     also = [code for sign, code in MAY_END.items() if sign in command.text]
     assert done.returncode in (0, *also), f"{command.text}\n{done.stderr}"
+
+
+def test_the_first_commands_of_the_readme_run_one_after_another(small_world):
+    """Up to rl, which has nothing to learn from where two steps of training were never right."""
+    first = commands_of((ROOT / "README.md").read_text().split("\n## ")[0], "README.md")
+    made = [command.text for command in first[:-2]]
+    done = small_world(
+        "rm -r * && ln -s $EXAMPLES examples\n" + "\n".join(made).replace("world/\n", "world/ --quick\n")
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_exception_is_of_a_command():

@@ -1,5 +1,6 @@
-"""The README cannot lie: the commands under "Try it" are run one after another, at their full size, and what it names
-exists. tests/test_docs.py has what holds for all pages, this one among them.
+"""The README cannot lie: its first commands make an assistant, one after another, and what it names exists.
+
+tests/test_docs.py has what holds for all pages, this one among them.
 """
 
 from __future__ import annotations
@@ -10,32 +11,29 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from documented import commands_of
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PIPE = [command.text for command in commands_of(README.split("\n## ")[0], "README.md")]
 
 
-def commands(heading: str) -> list[str]:
-    section = README.split(f"## {heading}\n")[1].split("\n## ")[0]
-    return re.findall(r"^    (.+)$", section, re.MULTILINE)
-
-
-def test_the_commands_of_try_it_work(tmp_path):
-    shell = [line for line in commands("Try it") if not re.match(r"from |model|make ", line)]
-    assert len(shell) == 6
+@pytest.mark.slow
+def test_the_first_commands_make_an_assistant(tmp_path):
+    """At the size that stands there; test_docs.py runs them small."""
+    assert len(PIPE) == 9
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    for line in shell:
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", line],
-            cwd=tmp_path,
-            env={**os.environ, "PATH": path},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+    for line in PIPE:
+        shell = ["bash", "-euo", "pipefail", "-c", line]
+        environment = {**os.environ, "PATH": path}
+        done = subprocess.run(shell, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
-    assert '"id": 7' in done.stdout and '"completion"' in done.stdout
-    assert (tmp_path / "base" / "model.safetensors").exists()
+    python = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    assert python is not None
+    loaded = [sys.executable, "-c", python[1] + "print(tokenizer.decode(model.generate(max_new_tokens=2)[0]))"]
+    assert subprocess.run(loaded, cwd=tmp_path, capture_output=True, timeout=300).returncode == 0
 
 
 def test_every_subcommand_has_its_section():
