@@ -65,7 +65,7 @@ def test_the_lines_of_the_first_two_stages_print_what_the_page_says(tmp_path):
         run(python, EXAMPLES / "pipes.py", world, "--only", heading, folder=tmp_path)
 
 
-@pytest.mark.slow  # 3 CPU minutes together; the job `examples` of the CI runs them all
+@pytest.mark.slow  # 3.5 CPU minutes together; the job `examples` of the CI runs them all
 @pytest.mark.parametrize("recipe", [*RECIPES, "pipes"])
 def test_runs_at_its_smallest(recipe, tmp_path):
     if shutil.which("jq") is None:
