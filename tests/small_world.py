@@ -1,7 +1,8 @@
 """A folder with everything that the commands of the documentation read, by the names that they give it, small.
 
-The crawl, conversations and problems are Tiny World's (examples/tinyworld); models have one layer and two steps of
-training. Runs by commands that are on PATH: llmkit as `WarmPrograms` has it, and python.
+The crawl and the conversations are Tiny World's (examples/tinyworld), the problems such that an untrained model solves one
+now and then; models have one layer and two steps of training. Runs by commands that are on PATH: llmkit as `WarmPrograms`
+has it, and python.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ ROOT = Path(__file__).parent.parent
 WORDS = "the old ship sailed past a green island while small birds sang over warm grey stones"
 RUNS = """
 python examples/tinyworld/make.py world/ --quick
-mkdir crawl && cp world/crawl-*.warc.gz crawl/ && cp crawl/crawl-0.warc.gz page.warc.gz
+mkdir crawl && cp world/crawl-[01].warc.gz crawl/ && cp crawl/crawl-0.warc.gz page.warc.gz
 cp world/school.jsonl val.jsonl
+cp p.jsonl world/problems.jsonl && cp v.jsonl world/problems-val.jsonl
 cp world/blocklist.txt world/chats.jsonl world/tools.jsonl world/prefs.jsonl .
 cp world/exam.jsonl questions.jsonl && cp world/questions.jsonl q.jsonl && cp world/prefs.jsonl ours.jsonl
 llmkit crawl-filter crawl/ --write-scores scores.jsonl -o docs.jsonl

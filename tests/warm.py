@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 from contextlib import suppress
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -115,10 +116,15 @@ def answer(caller: socket.socket) -> None:
 
 
 def warm_up() -> None:
-    """Import what commands import when they run."""
+    """Import what commands import when they run, and measure this machine once in place of in every training."""
     import torch
 
+    from llmkit.engine import speed
+
     torch.set_num_threads(1)
+    speed.peak_flops = cache(speed.peak_flops)
+    for dtype in (torch.float32, torch.bfloat16):
+        speed.peak_flops(torch.device("cpu"), dtype)
     for place in sorted((ROOT / "llmkit").rglob("[!_]*.py")):
         with suppress(ImportError):  # of packages that are not installed
             import_module(".".join(place.relative_to(ROOT).with_suffix("").parts))
