@@ -1,8 +1,8 @@
 """A folder with everything that the commands of the documentation read, by the names that they give it, small.
 
-The crawl and the conversations are Tiny World's (examples/tinyworld), the problems such that an untrained model solves one
-now and then; models have one layer and two steps of training. Runs by commands that are on PATH: llmkit as `WarmPrograms`
-has it, and python.
+The crawl and the conversations are Tiny World's (examples/tinyworld), the problems such that an untrained model
+solves one now and then; models have one layer and two steps of training. Runs by commands that are on PATH: llmkit
+as `WarmPrograms` has it, and python.
 """
 
 from __future__ import annotations
