@@ -18,7 +18,7 @@ from llmkit.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 OURS = ("llmkit", "torchrun", "python", "python3")
-SHELLS = ("", "sh", "bash", "shell", "console", "text")
+SHELLS = ("", "sh", "bash", "shell", "console")
 SETTING = re.compile(r"[A-Z_]+=")  # of an environment variable, before a command
 
 

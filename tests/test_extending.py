@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from archives import members, page
+from documented import commands_of
 from tiny import END, certain, make_model, save_assistant
 
 from llmkit.model.folder import save_model
@@ -31,11 +32,6 @@ def files_of(text: str) -> dict[str, str]:
     return {name: body for body, name in re.findall(r"```\w+\n(# ([\w.]+).*?\n)```", text, re.DOTALL)}
 
 
-def commands_of(text: str) -> list[str]:
-    """The blocks of one line; they are no shell by their name, for elsewhere the files that they need are not there."""
-    return re.findall(r"^```text\n(.+)\n```$", text, re.MULTILINE)
-
-
 @pytest.fixture
 def follow(tmp_path):
     """Write the files of a section into the test's folder, and run its commands there."""
@@ -47,8 +43,8 @@ def follow(tmp_path):
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
         done = []
-        for command in commands_of(text):
-            shell = ["bash", "-euo", "pipefail", "-c", command]
+        for command in commands_of(text, heading):
+            shell = ["bash", "-euo", "pipefail", "-c", command.text]
             one = subprocess.run(shell, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
             assert one.returncode == 0, f"{command}\n{one.stderr}"
             done.append(one)

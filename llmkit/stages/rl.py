@@ -57,7 +57,8 @@ class RlConfig(TuningConfig, ToolConfig, ServedConfig):
           llmkit rl chat/ --data problems.jsonl --reward verifier -o policy/
           llmkit rl chat/ --data problems.jsonl --val held-out.jsonl --eval-every 10 --algo dapo -o policy/
           llmkit rl chat/ --data prompts.jsonl --reward rm:judge/ --reward length:-0.1 --max-kl 20 -o policy/
-          llmkit rl chat/ --data p.jsonl --val v.jsonl --eval-every 5 --reward rm:judge/ --gold verifier --stop-on-hack -o out/
+          llmkit rl chat/ --data p.jsonl --val v.jsonl --eval-every 5 --reward rm:judge/ --gold verifier \\
+            --stop-on-hack -o policy/
           llmkit rl chat/ --data problems.jsonl --engine openai:http://localhost:8000/v1#chat -o policy/
           jq -c 'select(.reward == 1)' policy/rollouts.jsonl | llmkit sft chat/ --data - -o better/
 
