@@ -173,8 +173,8 @@ def _meeting(cut: Cut, holder: int, owner: int, once: bool = False) -> tuple[Ten
     where = torch.isin(held, owned).nonzero().view(-1)
     if once and cut.is_none and (holder - owner) % world().tensor:
         where = where[:0]
-    device = world().device
-    return where.to(device), (held[where] - owned[:1].sum()).to(device)
+    first, device = owned[:1].sum(), world().device  # 0 of none
+    return where.to(device), (held[where] - first).to(device)
 
 
 def _held(cut: Cut, rank: int) -> Tensor:
