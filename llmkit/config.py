@@ -119,6 +119,9 @@ class TrainingConfig(CommonConfig):
                 raise UserError(f"--{name}: needs the package {name}; pip install 'llmkit[{name}]'")
 
 
+MICRO_BATCH_TOKENS = 8192  # of tuning, where --micro-batch-size is not given
+
+
 @dataclass(frozen=True, kw_only=True)
 class TuningConfig(TrainingConfig):
     """Options that are spelled the same in every stage that tunes a model on records (engine/finetuning.py)."""

@@ -55,6 +55,13 @@ def check_output(path: str, force: bool, resume: bool = False) -> None:
         raise UserError(f"{path}: the folder {parent} does not exist; create it first")
 
 
+def check_unfinished(force: bool, resume: bool, *left: str | Path) -> None:
+    """Raise UserError when a killed run has left one of these, and neither `--force` nor `--resume` is given."""
+    there = next(filter(os.path.exists, left), None)
+    if there is not None and not (force or resume):
+        raise UserError(f"{there}: an unfinished run; --resume goes on with it, --force starts again")
+
+
 def output_folder(out: str | None, example: str) -> Path:
     """The --out of a stage that writes a folder; `example` is one. Raises UserError where it is none or `-`."""
     if out is None:

@@ -56,6 +56,11 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
     return Launch(rank, size, local_rank, restarts, f"{names.get('TORCHELASTIC_RUN_ID', 'none')}@{address}")
 
 
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @cache
 def launch() -> Launch:
     """This process."""

@@ -24,6 +24,7 @@ from llmkit.files import (
     PARTIAL,
     check_is_folder,
     check_output,
+    check_unfinished,
     output_folder,
     read_json,
     remove,
@@ -181,8 +182,7 @@ class RunFolder:
         check_output(str(self.out), force, resume)
         if resume and not self.work.is_dir() and not self.out.is_dir():
             raise UserError(f"{self.work}: nothing to resume; start without --resume")
-        if self.work.exists() and not (resume or force):
-            raise UserError(f"{self.work}: an unfinished run; --resume goes on with it, --force starts again")
+        check_unfinished(force, resume, self.work)
 
     def _begun_by_this_job(self) -> bool:
         """Whether a former attempt of this job, which failed, has begun the run."""

@@ -35,8 +35,9 @@ from llmkit.crawl.parts import Part
 from llmkit.crawl.reading import Seam
 from llmkit.crawl.recipe import Recipe
 from llmkit.crawl.state import State, write_span
-from llmkit.crawl.workers import AHEAD, Work, WorkerDied, available_cores, place
+from llmkit.crawl.workers import AHEAD, Work, WorkerDied, place
 from llmkit.errors import UserError
+from llmkit.launch import available_cores
 
 RETRIES = 3
 CHUNK = 1 << 16  # keys read at once

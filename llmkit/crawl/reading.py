@@ -25,7 +25,7 @@ from llmkit.crawl.page import MAX_PAGE_BYTES, Page, Skipped, Span
 from llmkit.crawl.warc import looks_like_html, page_of
 from llmkit.errors import UserError
 from llmkit.records import kind_of
-from llmkit.stream import BYTE_ORDER_MARK, GZIP_MAGIC, ZSTD_MAGIC, json_row, open_packed, unpacked
+from llmkit.stream import BYTE_ORDER_MARK, GZIP_MAGIC, ZSTD_MAGIC, json_row, name_of, open_packed, unpacked
 
 SPAN_BYTES = 4 << 20
 SPAN_FILES = 256
@@ -100,7 +100,7 @@ class _Cutter:
 
     def _file(self, path: str) -> Iterator[Span]:
         """The spans of one file, or of stdin."""
-        name = _name_of(path)
+        name = name_of(path)
         with open_packed(path) as handle:
             window = Window(handle)
             if zstd := window.look(4).startswith(ZSTD_MAGIC):
@@ -143,10 +143,6 @@ class _Cutter:
                 batch, size, most = [], 0, min(2 * most, self.span_bytes)
         if batch:
             yield Span(path, 0, kind, start=batch[0][0], frames=tuple(batch))
-
-
-def _name_of(path: str) -> str:
-    return "stdin" if path == "-" else path
 
 
 def _buffered(window: Window) -> io.BufferedReader:
@@ -264,7 +260,7 @@ class SpanReader:
                 yield from self._parsed(self._frames)
 
     def _parsed(self, frames: Iterable[Frame]) -> Iterator[Page | Skipped]:
-        kind, name, most = self.span.kind, _name_of(self.span.path), self.span.max_page_bytes
+        kind, name, most = self.span.kind, name_of(self.span.path), self.span.max_page_bytes
         for offset, data in frames:
             if isinstance(data, str):
                 yield Skipped(name, offset, data)

@@ -11,7 +11,7 @@ import orjson
 
 from llmkit.crawl.parts import Part, read_parts, write_part
 from llmkit.errors import UserError
-from llmkit.files import atomic_file, remove
+from llmkit.files import atomic_file, check_unfinished, remove
 
 SUFFIX = ".partial-state"
 
@@ -35,8 +35,7 @@ class State:
         if resume:
             self._check_same_run()
             return len(list(self.folder.glob("span-*[0-9]")))
-        if self.folder.exists() and not force:
-            raise UserError(f"{self.folder}: an unfinished run; --resume goes on with it, --force starts again")
+        check_unfinished(force, resume, self.folder)
         remove(self.folder)
         return 0
 

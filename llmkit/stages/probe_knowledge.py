@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmkit.config import CommonConfig, ServedConfig, argument, as_options, lasting_options, option
 from llmkit.errors import UserError
-from llmkit.files import check_output
+from llmkit.files import check_output, check_unfinished
 from llmkit.progress import say
 from llmkit.questions import Question, all_questions
 from llmkit.rundir import check_finished, check_model_folder, write_file_manifest
@@ -279,10 +279,10 @@ def _checked(config: ProbeKnowledgeConfig, out: str) -> Path | None:
         raise UserError(f"--report: expected another file than --out, found {config.report} twice")
     for path in outputs:
         check_output(str(path), config.force, config.resume)
-    left = [path for path in (out + STATE, out + WRITTEN) if Path(path).exists()]
-    if out != "-" and left and not (config.resume or config.force):
-        raise UserError(f"{left[0]}: an unfinished run; --resume goes on with it, --force starts again")
-    return None if out == "-" else Path(out + STATE)
+    if out == "-":
+        return None
+    check_unfinished(config.force, config.resume, out + STATE, out + WRITTEN)
+    return Path(out + STATE)
 
 
 def _answering(config: ProbeKnowledgeConfig) -> Answering:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from llmkit.config import (
+    MICRO_BATCH_TOKENS,
     ServedConfig,
     ToolConfig,
     TuningConfig,
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 STARTED = time.monotonic()  # a time budget covers the start-up, too
 # of AdamW at a width of 256; docs/experiments.md, "Reinforcement learning"
 LEARNING_RATE, LORA_LEARNING_RATE = 2e-4, 1e-3
-MICRO_BATCH_TOKENS = 8192
 KEEP_EVERY = 10  # steps between parameters kept against a collapse, where nothing is held out
 # usual are 1e-6 and 5e-3 nats a token; another program computes otherwise
 DIFFERENCES, SERVED_DIFFERENCE = {"torch.float32": 1e-3, "torch.bfloat16": 0.05}, 0.05

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from llmkit.config import CommonConfig, ServedConfig, ToolConfig, argument, as_options, lasting_options, option
 from llmkit.conversations import Message
 from llmkit.errors import UserError
-from llmkit.files import PARTIAL, check_output
+from llmkit.files import PARTIAL, check_output, check_unfinished
 from llmkit.progress import Progress, quantity, say
 from llmkit.records import Row, check_prompt
 from llmkit.rundir import check_model_folder
@@ -271,9 +271,8 @@ def _check_options(config: SampleConfig, out: str) -> None:
     if config.unordered and not config.jsonl:
         raise UserError("--unordered: expected --jsonl beside it")
     check_output(out, config.force, config.resume)
-    partial = Path(out + PARTIAL)
-    if config.jsonl and not config.dry_run and partial.exists() and not (config.resume or config.force):
-        raise UserError(f"{partial}: an unfinished run; --resume goes on with it, --force starts again")
+    if config.jsonl and not config.dry_run:
+        check_unfinished(config.force, config.resume, out + PARTIAL)
 
 
 def _slots(config: SampleConfig) -> int:

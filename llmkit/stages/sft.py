@@ -8,7 +8,15 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, ClassVar
 
-from llmkit.config import TuningConfig, argument, as_options, check_one_horizon, lasting_options, option
+from llmkit.config import (
+    MICRO_BATCH_TOKENS,
+    TuningConfig,
+    argument,
+    as_options,
+    check_one_horizon,
+    lasting_options,
+    option,
+)
 from llmkit.conversations import Conversation
 from llmkit.errors import UserError
 from llmkit.metrics import METRICS, last_figures, read_metrics
@@ -29,7 +37,6 @@ PROMPTS = ("Hello, who are you?", "What is the capital of France?")
 LONGEST_CONTEXT = 2048  # tokens of a row, where the model's context is longer
 EPOCHS = 2.0
 ANSWER_TOKENS = 64  # of an answer while training
-MICRO_BATCH_TOKENS = 8192
 STEPS_OF_A_RUN = 200  # from which the batch follows, within its bounds
 SMALLEST_BATCH, LARGEST_BATCH = 1024, 32768  # tokens
 

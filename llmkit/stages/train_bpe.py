@@ -10,6 +10,7 @@ from typing import ClassVar
 from llmkit.config import CommonConfig, argument, as_options, option
 from llmkit.errors import UserError
 from llmkit.files import atomic_folder, check_is_folder, check_output, output_folder, write_json
+from llmkit.launch import available_cores
 from llmkit.progress import Progress, duration, quantity, say
 from llmkit.rundir import describe_inputs, write_manifest
 from llmkit.stream import check_inputs, names_of
@@ -61,7 +62,7 @@ def run(config: TrainBpeConfig) -> Summary | None:
     from llmkit.tokenizer import folder, report
     from llmkit.tokenizer.merging import train_merges
     from llmkit.tokenizer.patterns import find_pattern
-    from llmkit.tokenizer.processes import available_cores, count_pieces
+    from llmkit.tokenizer.processes import count_pieces
     from llmkit.tokenizer.reading import Corpus
 
     # load

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmkit.config import TuningConfig, argument, as_options, lasting_options, option
+from llmkit.config import MICRO_BATCH_TOKENS, TuningConfig, argument, as_options, lasting_options, option
 from llmkit.errors import GateError, UserError
 from llmkit.files import write_json
 from llmkit.progress import Progress, duration, quantity, say
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 STARTED = time.monotonic()
 
-MICRO_BATCH_TOKENS = 8192
 LEARNING_RATE = 1.5e-3  # of AdamW at a width of 256; docs/experiments.md, "Reward models"
 EVALUATION = "evaluation.json"
 FEW = 50  # comparisons, from which no temperature can be fitted

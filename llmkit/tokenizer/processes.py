@@ -18,6 +18,7 @@ from contextlib import suppress
 from queue import SimpleQueue
 from typing import IO
 
+from llmkit.launch import available_cores
 from llmkit.tokenizer.counting import Counts, Ints, PieceCounter
 from llmkit.tokenizer.patterns import Pattern
 
@@ -29,11 +30,6 @@ sys.path[:], pattern = pickle.load(sys.stdin.buffer)
 from llmkit.tokenizer.processes import count_in_child
 count_in_child(pattern)
 """
-
-
-def available_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def count_pieces(
