@@ -153,7 +153,7 @@ class Finetuning:
         last = self.chat.encode([message("user", "Hello"), message("assistant", "Hello")]).token_ids[-1]
         known = self.tokenizer.specials
         for token in (self.tokenizer.pad_id, self.tokenizer.end_of_text_id, known.get("<|im_start|>"), *known.values()):
-            if token in known.values() and token != last:
+            if token is not None and token in known.values() and token != last:
                 return token
         raise UserError(
             f"{self.folder}: expected a special token for padding, found only the one that ends an answer; "
