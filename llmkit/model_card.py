@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def write_model_card(folder: Path, manifest: Mapping[str, Any]) -> None:
     name = folder.name.removesuffix(PARTIAL)
     results = {k: v for k, v in manifest.get("results", {}).items() if not isinstance(v, (dict, list))}
     table = [f"| {key} | {value} |" for key, value in results.items()]
-    commands = [f"1. `{command}`" for command in reversed(_ancestry(manifest))]
+    commands = [f"1. `{command}`" for command in dict.fromkeys(_ancestry(manifest))]
     inputs = [f"- `{item['path']}` {item.get('sha256', '')[:12]}" for item in manifest.get("inputs", [])]
     task, command, model_class, meaning = USES[_kind(manifest)]
     sections = [
@@ -63,12 +63,13 @@ or with transformers:
         handle.write("\n\n".join(section for section in sections if section))
 
 
-def _ancestry(manifest: Mapping[str, Any]) -> list[str]:
-    """The commands that led to a manifest, its own first, each once."""
-    commands = [manifest.get("command", "?")]
-    for parent in manifest.get("parents", []):
-        commands += [line for line in _ancestry(parent["manifest"] or {}) if line not in commands]
-    return [line for line in commands if line != "?"]
+def _ancestry(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """The commands that led to a manifest, ancestors first, its own last."""
+    for item in (*manifest.get("parents", []), *manifest.get("inputs", [])):
+        if item.get("manifest"):
+            yield from _ancestry(item["manifest"])
+    if "command" in manifest:
+        yield manifest["command"]
 
 
 def _kind(manifest: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from llmkit.model_card import write_model_card
 MANIFEST_VERSION, MANIFEST = 1, "manifest.json"
 OF_FILE = ".manifest.json"  # after the name of the file whose manifest it is
 NOTES = "state/run.json"  # in a run folder: what a resumption asks for
+SOURCES = ("parents", "inputs")  # of a manifest: what may have manifests of their own
 PACKAGES = ("llmkit", "torch", "triton", "numpy", "tokenizers", "safetensors")
 
 
@@ -51,13 +52,23 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 
 
 def describe_inputs(paths: Iterable[str]) -> list[dict[str, Any]]:
-    """Path, size in bytes and SHA-256 of each input file; stdin and pipes are named without a hash."""
-    return [
-        {"path": path, "bytes": os.path.getsize(path), "sha256": file_sha256(path)}
-        if os.path.isfile(path)
-        else {"path": path}
-        for path in paths
-    ]
+    """Path, size in bytes and SHA-256 of each input file, and the manifest of what a stage has written; stdin and
+    pipes are named alone."""
+    return [{"path": path, **_described(path)} if os.path.isfile(path) else {"path": path} for path in paths]
+
+
+def _described(path: str) -> dict[str, Any]:
+    content = _content(path)
+    try:
+        manifest = read_manifest(path)
+    except (UserError, OSError):  # after the work: what stands beside a file is no reason to lose it
+        manifest = None
+    # another file may have taken the place of what the stage had written
+    return {**content, "manifest": manifest} if manifest and manifest.get("output") == content else content
+
+
+def _content(path: str) -> dict[str, Any]:
+    return {"bytes": os.path.getsize(path), "sha256": file_sha256(path)}
 
 
 def read_manifest(made: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -76,10 +87,13 @@ def write_manifest(
     results: Mapping[str, Any] | None = None,
     name: str = MANIFEST,
     packages: Sequence[str] = PACKAGES,
+    output: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write `manifest.json`: how the folder was made, by what, from what, back to the first ancestor.
 
-    name: of the manifest of a single file, which stands beside it; packages: those whose versions matter.
+    name: of the manifest of a single file, which stands beside it, and output: its size and hash; packages: those
+    whose versions matter. An ancestor to which several ways lead stands whole in the first place, parents before
+    inputs, and has null in the others; `manifest_sha256` tells that it is the same (see `manifest_digest`).
     """
     from importlib.metadata import PackageNotFoundError, version  # 11 ms that no --help need pay
 
@@ -89,6 +103,8 @@ def write_manifest(
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
+    told: set[str] = set()
+    ancestors = [_once({"path": path, "manifest": read_manifest(path)}, told) for path in parents]
     manifest = {
         "manifest_version": MANIFEST_VERSION,
         "stage": stage,
@@ -97,12 +113,52 @@ def write_manifest(
         "options": dict(options),
         "versions": versions,
         "machine": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores",
-        "inputs": [dict(item) for item in inputs],
-        "parents": [{"path": path, "manifest": read_manifest(path)} for path in parents],
+        "inputs": [_once(item, told) for item in inputs],
+        "parents": ancestors,
+        **({"output": dict(output)} if output else {}),
         "results": dict(results or {}),
     }
     write_json(folder / name, manifest)
     return manifest
+
+
+def sources(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a manifest says that something was made from: its parents, then its inputs."""
+    both = [manifest.get(kind) for kind in SOURCES]
+    return [item for items in both if isinstance(items, list) for item in items if isinstance(item, dict)]
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """What is equal for two manifests of one run, whether its ancestors stand in them whole or not."""
+
+    def bare(item: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in item.items() if name != "manifest" or "manifest_sha256" not in item}
+
+    told = _with_sources(manifest, bare)
+    return hashlib.sha256(orjson.dumps(told, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def _once(item: Mapping[str, Any], told: set[str]) -> dict[str, Any]:
+    """A parent or input, with its manifest where that is not among those told already."""
+    manifest = item.get("manifest")
+    if not isinstance(manifest, dict):
+        return dict(item)
+    digest = str(item.get("manifest_sha256") or manifest_digest(manifest))
+    if digest in told:
+        return {**item, "manifest": None, "manifest_sha256": digest}
+    told.add(digest)
+    # those within that have no digest were written before there were any, and are part of what was digested
+    thin = _with_sources(manifest, lambda one: _once(one, told) if "manifest_sha256" in one else dict(one))
+    return {**item, "manifest": thin, "manifest_sha256": digest}
+
+
+def _with_sources(manifest: Mapping[str, Any], change: Callable[[Mapping[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """A copy of a manifest with other parents and inputs; what is no list of objects stays."""
+    changed = dict(manifest)
+    for kind in SOURCES:
+        if isinstance(manifest.get(kind), list):
+            changed[kind] = [change(item) if isinstance(item, dict) else item for item in manifest[kind]]
+    return changed
 
 
 def write_file_manifest(
@@ -115,10 +171,11 @@ def write_file_manifest(
     results: Mapping[str, Any],
     packages: Sequence[str] = PACKAGES,
 ) -> None:
-    """Write the manifest of a stage whose output is a single file: beside it, as `out` + ".manifest.json"."""
+    """Write the manifest of a stage whose output is a single file, which is there: beside it, as `out` +
+    ".manifest.json"."""
     place, described = Path(out).absolute(), describe_inputs(inputs)
     details = {"inputs": described, "parents": parents, "results": results, "packages": packages}
-    write_manifest(place.parent, stage, options, name=place.name + OF_FILE, **details)
+    write_manifest(place.parent, stage, options, name=place.name + OF_FILE, output=_content(out), **details)
 
 
 def check_model_folder(path: str | None, example: str) -> None:

@@ -17,7 +17,10 @@ from llmkit.model_card import write_model_card
 from llmkit.rundir import (
     RunFolder,
     describe_inputs,
+    manifest_digest,
     read_manifest,
+    sources,
+    write_file_manifest,
     write_manifest,
 )
 
@@ -66,13 +69,69 @@ def test_the_ancestry_goes_back_to_the_first_generation(tmp_path: Path) -> None:
     chat = read_manifest(tmp_path / "chat") or {}
     base, tok, foreign = chat["parents"]
     assert foreign == {"path": str(tmp_path / "foreign"), "manifest": None}
-    assert base["manifest"]["parents"][0]["manifest"] == tok["manifest"] == read_manifest(tmp_path / "tok")
+    (told,) = base["manifest"]["parents"]
+    assert told["manifest"] == read_manifest(tmp_path / "tok")
+    # a second way leads to the tokenizer, which is not told twice
+    assert tok == {**told, "manifest": None} and tok["manifest_sha256"] == manifest_digest(told["manifest"])
 
     write_model_card(tmp_path / "chat", chat)
     card = (tmp_path / "chat" / "README.md").read_text()
     places = [card.index(f"`llmkit {stage} in.jsonl`") for stage in ("train-bpe", "pretrain", "sft")]
     assert places == sorted(places)
     assert card.count("`llmkit train-bpe") == 1
+
+
+def make_file(path: Path, stage: str, *inputs: Path, parents: tuple[Path, ...] = ()) -> Path:
+    path.write_text(f'{{"text": "{path.name}"}}\n')
+    given, above = [str(one) for one in inputs], [str(one) for one in parents]
+    write_file_manifest(str(path), stage, {}, inputs=given, parents=above, results={})
+    return path
+
+
+def test_the_ancestry_goes_through_the_files_that_stages_wrote(tmp_path: Path) -> None:
+    crawl = tmp_path / "c.warc.gz"
+    crawl.write_bytes(b"WARC")
+    docs = make_file(tmp_path / "docs.jsonl", "crawl-filter", crawl)
+    make(tmp_path / "base", "pretrain", inputs=describe_inputs([str(docs)]))
+    (item,) = (read_manifest(tmp_path / "base") or {})["inputs"]
+    assert item["sha256"] == item["manifest"]["output"]["sha256"] == hashlib.sha256(docs.read_bytes()).hexdigest()
+    assert item["manifest"]["inputs"][0]["path"] == str(crawl)
+
+    lessons = make_file(tmp_path / "refusals.jsonl", "probe-knowledge", docs, parents=(tmp_path / "base",))
+    inputs = describe_inputs([str(lessons)])
+    make(tmp_path / "chat", "sft", tmp_path / "base", inputs=inputs, command="sft base -o chat")
+    chat = read_manifest(tmp_path / "chat") or {}
+    assert [one["manifest"]["stage"] for one in sources(chat)] == ["pretrain", "probe-knowledge"]
+    text = (tmp_path / "chat" / "manifest.json").read_text()
+    assert [text.count(f'"stage": "{stage}"') for stage in ("crawl-filter", "pretrain", "probe-knowledge")] == [1, 1, 1]
+    assert text.count('"manifest": null') == 2  # base and docs.jsonl, by way of refusals.jsonl
+    # what a run is known by does not depend on what its descendant's manifest had told before
+    assert chat["parents"][0]["manifest_sha256"] == manifest_digest(read_manifest(tmp_path / "base") or {})
+    assert chat["inputs"][0]["manifest_sha256"] == manifest_digest(read_manifest(lessons) or {})
+
+
+def test_ten_generations_tell_each_ancestor_once(tmp_path: Path) -> None:
+    """Each is made from the one before and from a file that this one wrote: two ways at each, 2^10 in all."""
+    make(tmp_path / "m0", "sft")
+    for number in range(10):
+        before = tmp_path / f"m{number}"
+        lessons = make_file(tmp_path / f"r{number}.jsonl", "probe-knowledge", parents=(before,))
+        make(tmp_path / f"m{number + 1}", "sft", before, inputs=describe_inputs([str(lessons)]))
+    text = (tmp_path / "m10" / "manifest.json").read_text()
+    assert text.count('"stage"') == 21
+
+
+def test_a_file_that_is_no_longer_what_a_stage_wrote_has_no_ancestors(tmp_path: Path) -> None:
+    docs = make_file(tmp_path / "docs.jsonl", "crawl-filter")
+    beside = Path(f"{docs}.manifest.json")
+    former = json.loads(beside.read_text())
+    assert "manifest" in describe_inputs([str(docs)])[0]
+    docs.write_text(docs.read_text().upper())
+    assert set(describe_inputs([str(docs)])[0]) == {"path", "bytes", "sha256"}
+    del former["output"]  # as manifests were before they told of the file
+    for text in (json.dumps(former), "{", "[]"):
+        beside.write_text(text)
+        assert set(describe_inputs([str(docs)])[0]) == {"path", "bytes", "sha256"}
 
 
 def test_a_folder_without_a_manifest_or_with_a_broken_one(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,11 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from llmkit.report.gathering import RecordsFile, Run, changed
 from llmkit.report.kinds import KINDS
 from llmkit.report.reading import objects
+from llmkit.rundir import manifest_digest, sources
 
 
 @dataclass
@@ -42,9 +40,12 @@ class Graph:
     def __init__(self, runs: Sequence[Run], files: Iterable[RecordsFile]) -> None:
         self.nodes: dict[str, Node] = {}
         self._name_of: dict[str, str] = {}  # digest of a manifest, or path of a folder without one
+        self._whole: dict[str, dict[str, Any]] = {}  # manifests by the digest that stands where they are not
         for run in runs:  # before their ancestors, which are often among them
             node = self._add(run.manifest, run.path, run.state)
             node.run = node.run or run
+            self._learn(node.manifest)
+        self._given = self._writers()
         for node in list(self.nodes.values()):
             self._add_parents(node)
         self._add_files(files)
@@ -52,7 +53,7 @@ class Graph:
         self.nodes = {node.name: node for node in _in_order(self.nodes)}
 
     def _add(self, manifest: Mapping[str, Any] | None, path: str, state: str) -> Node:
-        key = _digest(manifest) if manifest is not None else os.path.normpath(path)
+        key = manifest_digest(manifest) if manifest is not None else os.path.normpath(path)
         if key not in self._name_of:
             name = f"run-{len(self.nodes) + 1}"
             stage = str((manifest or {}).get("stage", "model"))
@@ -60,16 +61,31 @@ class Graph:
             self.nodes[name] = Node(name, stage, state, path, manifest or {})
         return self.nodes[self._name_of[key]]
 
+    def _learn(self, manifest: Mapping[str, Any]) -> None:
+        """Note the manifests that stand whole in this one."""
+        for item in sources(manifest):
+            if isinstance(item.get("manifest"), dict):
+                self._whole.setdefault(str(item.get("manifest_sha256")), item["manifest"])
+                self._learn(item["manifest"])
+
     def _add_parents(self, node: Node) -> None:
-        for parent in objects(node.manifest.get("parents")):
-            manifest = parent.get("manifest")
-            known = isinstance(manifest, dict)
-            before = len(self.nodes)
-            found = self._add(manifest if known else None, str(parent.get("path")), "told" if known else "foreign")
-            if found.name not in node.parents:
-                node.parents.append(found.name)
-            if len(self.nodes) > before:
-                self._add_parents(found)
+        for item in objects(node.manifest.get("parents")):
+            self._add_parent(node, item)
+        for item in objects(node.manifest.get("inputs")):
+            if self._manifest_of(item) and _identity(item) not in self._given:  # those `_link_files` knows
+                self._add_parent(node, item)
+
+    def _add_parent(self, node: Node, item: Mapping[str, Any]) -> None:
+        before, manifest = len(self.nodes), self._manifest_of(item)
+        found = self._add(manifest, str(item.get("path")), "told" if manifest else "foreign")
+        if found.name not in node.parents:
+            node.parents.append(found.name)
+        if len(self.nodes) > before:
+            self._add_parents(found)
+
+    def _manifest_of(self, item: Mapping[str, Any]) -> dict[str, Any] | None:
+        whole = item.get("manifest") or self._whole.get(str(item.get("manifest_sha256")))
+        return whole if isinstance(whole, dict) else None
 
     def _add_files(self, files: Iterable[RecordsFile]) -> None:
         """Those that only a stage can have written, where no run tells of them."""
@@ -83,26 +99,23 @@ class Graph:
 
     def _link_files(self) -> None:
         """A run that has read a file is a child of what wrote it: a file of that name and of that size."""
-        writer = {
-            _identity_of(node.run.output): name
-            for name, node in self.nodes.items()
-            if node.run is not None and node.run.folder is None
-        }
+        writer = self._writers()
         for node in self.nodes.values():
             for item in objects(node.manifest.get("inputs")):
                 name = writer.get(_identity(item))
                 if name not in (None, node.name, *node.parents):
                     node.parents.append(str(name))
 
+    def _writers(self) -> dict[tuple[str, int], str]:
+        """The nodes that wrote a file that was given, by what tells it."""
+        given = {name: node.run for name, node in self.nodes.items() if node.run is not None}
+        return {_identity_of(run.output): name for name, run in given.items() if run.folder is None}
+
 
 def _name_of_report(node: Node) -> str:
     """The name of the file that a run of probe-knowledge has written beside its conversations."""
     options = node.manifest.get("options")
     return os.path.basename(str(options.get("report"))) if isinstance(options, dict) else ""
-
-
-def _digest(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(orjson.dumps(manifest, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 def _identity(item: Mapping[str, Any]) -> tuple[str, int]:

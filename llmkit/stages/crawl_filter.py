@@ -159,12 +159,11 @@ def run(config: CrawlFilterConfig) -> Summary | None:
             raise UserError(f"{' '.join(inputs)}: no record to read; expected WARC, WET, HTML or JSONL")
         dropped = {step: counts.total() for step, counts in funnel.dropped.items() if counts}
         results = {"records": funnel.records, "documents": funnel.kept, "dropped": dropped}
-        if state:
-            options = {**as_options(config), "recipe": as_json(recipe)}
-            read = [*inputs, *recipe.url.blocklists, *recipe.own_files()]
-            found = {**results, "funnel": funnel.as_json()}
-            write_file_manifest(out, "crawl-filter", options, inputs=read, results=found, packages=PACKAGES)
     if state:
+        options = {**as_options(config), "recipe": as_json(recipe)}
+        read = [*inputs, *recipe.url.blocklists, *recipe.own_files()]
+        found = {**results, "funnel": funnel.as_json()}
+        write_file_manifest(out, "crawl-filter", options, inputs=read, results=found, packages=PACKAGES)
         state.remove()
 
     # summarise

@@ -15,6 +15,7 @@ from selectolax.lexbor import LexborHTMLParser
 
 from llmkit.errors import UserError
 from llmkit.report.page import figure_text
+from llmkit.rundir import describe_inputs
 from llmkit.stages.report import ReportConfig, run
 
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>"
@@ -200,6 +201,50 @@ def test_documents_are_found_to_be_what_a_run_has_read(pipeline, tmp_path):
     runs = {Path(one["path"]).name: one for one in figures_of([base, docs, tok], tmp_path / "r.json")["runs"]}
     assert runs["tok"]["parents"] == [runs["docs.jsonl"]["name"]]
     assert runs["base"]["parents"] == [runs["tok"]["name"], runs["docs.jsonl"]["name"]]
+
+
+def test_a_policy_alone_leads_back_to_the_crawl(tmp_path):
+    crawl = write_lines(tmp_path / "crawl.warc.gz", ["WARC/1.0"])
+    funnel = [{"step": "read", "in": 3, "kept": 2, "dropped": {"warcinfo": 1}, "seconds": 0.5}]
+    results = {"documents": 2, "funnel": funnel}
+    docs = make_file_run(
+        tmp_path / "docs.jsonl", "crawl-filter", [{"text": "A."}], inputs=[str(crawl)], results=results
+    )
+    inputs = describe_inputs([str(docs)])
+    tok = make_run(tmp_path / "tok", "train-bpe", inputs=inputs, results={})
+    base = make_run(tmp_path / "base", "pretrain", tok, inputs=inputs, results={})
+    chat = make_run(tmp_path / "chat", "sft", base, results={})
+    taught = {"inputs": [str(docs)], "parents": [str(chat)], "results": {"questions": 1}}
+    refusals = make_file_run(tmp_path / "refusals.jsonl", "probe-knowledge", [{"messages": []}], **taught)
+    careful = make_run(tmp_path / "careful", "sft", chat, inputs=describe_inputs([str(refusals)]), results={})
+    policy = make_run(tmp_path / "policy", "rl", careful, results={})
+
+    figures = figures_of([policy], tmp_path / "r.json")
+    runs = {Path(one["path"]).name: one for one in figures["runs"]}
+    path = {one["name"]: name for name, one in runs.items()}
+    assert {name: [path[parent] for parent in one["parents"]] for name, one in runs.items()} == {
+        "docs.jsonl": [],
+        "tok": ["docs.jsonl"],
+        "base": ["tok", "docs.jsonl"],
+        "chat": ["base"],
+        "refusals.jsonl": ["chat", "docs.jsonl"],
+        "careful": ["chat", "refusals.jsonl"],
+        "policy": ["careful"],
+    }
+    told = runs["docs.jsonl"]
+    assert (told["stage"], told["state"], told["inputs"][0]["path"]) == ("crawl-filter", "told", str(crawl))
+    assert figures["funnels"][0]["steps"] == funnel
+    page = page_of([policy], tmp_path / "r.html")
+    assert page.css_first(f"#{told['name']} .stage").text() == "crawl-filter"
+
+    # what is given as well is no other node
+    everything = [docs, tok, base, chat, refusals, careful, policy]
+    states = [one["state"] for one in figures_of(everything, tmp_path / "r.json")["runs"]]
+    assert states == ["finished"] * 7
+    # crawled again to the same documents: the file that is there
+    make_file_run(docs, "crawl-filter", [{"text": "A."}], results={"documents": 1})
+    states = [one["state"] for one in figures_of(everything, tmp_path / "r.json")["runs"]]
+    assert states == ["finished"] * 7
 
 
 def test_the_refusals_of_a_probe_stand_between_two_assistants(pipeline, tmp_path):
