@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,6 +17,10 @@ from llmkit.engine.trainer import Batch, Loss
 from llmkit.kernels import keep_freed_memory
 from llmkit.model.config import ModelConfig
 from llmkit.model.transformer import Transformer
+from llmkit.progress import quantity
+
+LONGEST = 3.0  # seconds of timing before an estimate
+SHARE = 0.4  # of the rate of large products is about what steps reach
 
 
 def synchronize(device: torch.device) -> None:
@@ -59,6 +64,41 @@ def tokens_per_second(
         optimizer.step(factor=0.0, scale=1e-6)
 
     return rows * sequence_length / best_seconds(step, device, repeats=2)
+
+
+def expected_tokens_per_second(
+    config: ModelConfig, recipe: Recipe, rows: int, sequence_length: int, device: torch.device, dtype: torch.dtype
+) -> tuple[float, str]:
+    """Training speed after `LONGEST` seconds of work at most, about, and what it rests on, in words.
+
+    That is `tokens_per_second` of a small model. Of a larger one the passes of a single layer are timed, on as many
+    tokens as the time allows, and its FLOP/s are taken for those of the whole, the update included.
+    """
+    reachable = SHARE * peak_flops(device, dtype)
+    step_flops = rows * sequence_length * config.flops_per_token(sequence_length) + update_flops(config)
+    if 3 * step_flops < LONGEST * reachable:  # one step to warm up, and the best of two
+        return tokens_per_second(config, recipe, rows, sequence_length, device, dtype), "whole steps, timed here"
+    layer = replace(config, num_hidden_layers=1, vocab_size=256, bos_token_id=None, eos_token_id=None)
+    affordable = LONGEST / 2 * reachable / layer.flops_per_token(sequence_length)
+    length = min(sequence_length, max(16, int(affordable)))
+    tokens = np.random.default_rng(0).integers(0, layer.vocab_size, (1, length))
+    model = Transformer(layer, seed=0).to(device=device, dtype=dtype)
+    batch = (tokens, tokens, np.zeros_like(tokens, dtype=np.int32))
+    rate = length * layer.flops_per_token(length) / batch_seconds(model, next_token_loss, batch, 1, device)
+    step_flops = recipe.batch_tokens * config.flops_per_token(sequence_length) + update_flops(config)
+    return (
+        recipe.batch_tokens * rate / step_flops,
+        f"one layer, timed here on {length} tokens at {quantity(rate)}FLOP/s",
+    )
+
+
+def update_flops(config: ModelConfig) -> float:
+    """FLOPs of an update: Muon's five iterations on the matrices of the layers (`orthogonalise`), two products of M x M
+    by M x N and one of M x M by M x M each."""
+    hidden, wide = config.hidden_size, config.intermediate_size
+    query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    sides = [(min(hidden, other), max(hidden, other)) for other in (query, query, key, key, wide, wide, wide)]
+    return config.num_hidden_layers * 5.0 * sum(m * m * (4 * n + 2 * m) for m, n in sides)
 
 
 def batch_seconds(model: nn.Module, loss: Loss, batch: Batch, micro_batch_rows: int, device: torch.device) -> float:

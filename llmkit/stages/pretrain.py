@@ -9,11 +9,11 @@ import time
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmkit.config import TrainingConfig, argument, as_options, lasting_options, option
 from llmkit.errors import UserError
-from llmkit.progress import say
+from llmkit.progress import duration, say
 from llmkit.rundir import RunFolder
 from llmkit.stream import check_inputs, names_of
 
@@ -154,8 +154,8 @@ def run(config: PretrainConfig) -> Summary | None:
     check_memory(plan.training_bytes(world.size, world.tensor), device)
     if config.dry_run:
         shape = plan.model, plan.recipe, plan.micro_batch_rows, plan.sequence_length
-        rate = speed.tokens_per_second(*shape, device, dtype)
-        say(f"at {rate:,.0f} tokens/s here, about {plan.tokens / rate:,.0f} s of training", config.quiet)
+        rate, basis = speed.expected_tokens_per_second(*shape, device, dtype)
+        say(f"at {rate:,.0f} tokens/s, {duration(plan.tokens / rate)} of training; from {basis}", config.quiet)
         return None
     folder.begin(identity, {"plan": plan.to_json()})  # not before: a plan may be refused
     model = Transformer(plan.model, seed=config.seed).to(device=device, dtype=dtype)
@@ -251,6 +251,12 @@ def _plan(
     from llmkit.engine.planning import Plan, make_plan
 
     processes, tensor = world().size, world().tensor
+
+    def rate(*shape: Any) -> float:
+        if config.dry_run:
+            return speed.expected_tokens_per_second(*shape, device=device, dtype=dtype)[0]
+        return processes * speed.tokens_per_second(*shape, device=device, dtype=dtype)
+
     if not world().leads:
         return Plan.from_json(world().broadcast(None))
     plan = make_plan(
@@ -258,7 +264,7 @@ def _plan(
         vocab_size=tokenizer.vocab_size,
         corpus_tokens=shards.tokens,
         device=device.type,
-        speed=lambda *shape: processes * speed.tokens_per_second(*shape, device=device, dtype=dtype),
+        speed=rate,
         seconds_used=lambda: time.monotonic() - STARTED,
         closing_tokens=val_shards.tokens if val_shards else 0,
         check_fits=lambda plan: check_memory(plan.training_bytes(processes, tensor), device),

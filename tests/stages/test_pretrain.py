@@ -183,6 +183,38 @@ def test_dry_run_prints_the_plan_and_writes_nothing(corpus, llmkit, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_of_a_large_model_times_one_layer(corpus, tmp_path, monkeypatch, capsys):
+    from llmkit.engine import speed
+    from llmkit.stages.pretrain import PretrainConfig, run
+
+    built = []
+
+    class Recorded(speed.Transformer):
+        def __init__(self, config, **options):
+            built.append(config)
+            super().__init__(config, **options)
+
+    monkeypatch.setattr(speed, "Transformer", Recorded)
+    monkeypatch.setattr(speed, "peak_flops", lambda device, dtype: 2e10)
+    given = {"inputs": (f"{corpus}/docs.jsonl",), "tokenizer": f"{corpus}/tok", "dry_run": True, "dtype": "float32"}
+
+    def said(**options) -> str:
+        built.clear()
+        given.update(out=str(tmp_path / "base"), **options)
+        assert run(PretrainConfig(**given)) is None
+        return capsys.readouterr().err
+
+    words = said(depth=6, tokens=1_000_000)
+    assert [one.num_hidden_layers for one in built] == [1] and built[0].hidden_size == 384
+    assert "from one layer, timed here on " in words and " of training; " in words
+    given.pop("tokens")
+    said(depth=6, time_budget=600.0)
+    assert [one.num_hidden_layers for one in built] == [1, 1]  # for the plan, and for the estimate
+    given.pop("time_budget")
+    assert "from whole steps, timed here" in said(depth=1, hidden_size=64, sequence_length=32, max_steps=3)
+    assert [one.num_hidden_layers for one in built] == [1] and built[0].hidden_size == 64
+
+
 def test_a_time_budget_chooses_for_itself_and_keeps_to_it(corpus, llmkit, tmp_path):
     command = ["pretrain", f"{corpus}/docs.jsonl", "--tokenizer", f"{corpus}/tok", "-o", str(tmp_path / "base")]
     done = llmkit(*command, "--time-budget", "20s", "--sequence-length", "32")
