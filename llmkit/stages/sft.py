@@ -39,6 +39,7 @@ EPOCHS = 2.0
 ANSWER_TOKENS = 64  # of an answer while training
 STEPS_OF_A_RUN = 200  # from which the batch follows, within its bounds
 SMALLEST_BATCH, LARGEST_BATCH = 1024, 32768  # tokens
+MUCH_MORE = 1.25  # times the epochs that were asked for, which the last step may go beyond
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,6 +335,15 @@ def _say_plan(config: SftConfig, mixture: Mixture, steps: int | None, parameters
         config.quiet,
     )
     if steps is not None:
-        parts = zip(mixture.sources, mixture.epochs(steps), strict=True)
+        parts = list(zip(mixture.sources, mixture.epochs(steps), strict=True))
         shares = ", ".join(f"{source.examples.name} {epochs:.2f}" for source, epochs in parts)
         say(f"epochs of each source: {shares}", config.quiet)
+        taken = sum(source.examples.inputs * epochs for source, epochs in parts) / mixture.inputs
+        asked = config.epochs or EPOCHS
+        if config.tokens is None and config.max_steps is None and taken > MUCH_MORE * asked:
+            say(
+                f"that is {taken:.2g} epochs of all, where {asked:g} were asked for: a step takes up to "
+                f"{rows * mixture.sequence_length:,} tokens and there are {mixture.inputs:,}; give more data, or a "
+                "smaller --batch-tokens or --sequence-length",
+                config.quiet,
+            )
