@@ -251,14 +251,16 @@ def _plan(
     from llmkit.engine.planning import Plan, make_plan
 
     processes, tensor = world().size, world().tensor
+    if not world().leads:
+        return Plan.from_json(world().broadcast(None))
 
     def rate(*shape: Any) -> float:
         if config.dry_run:
-            return speed.expected_tokens_per_second(*shape, device=device, dtype=dtype)[0]
-        return processes * speed.tokens_per_second(*shape, device=device, dtype=dtype)
+            own, _ = speed.expected_tokens_per_second(*shape, device=device, dtype=dtype)
+        else:
+            own = speed.tokens_per_second(*shape, device=device, dtype=dtype)
+        return processes * own
 
-    if not world().leads:
-        return Plan.from_json(world().broadcast(None))
     plan = make_plan(
         _wishes(config),
         vocab_size=tokenizer.vocab_size,
