@@ -183,7 +183,7 @@ def test_a_command_runs(small_world, command: Command):
 
 
 def test_the_first_commands_of_the_readme_run_one_after_another(small_world):
-    """Up to rl, which has nothing to learn from where two steps of training were never right."""
+    """As far as the judge; those behind it run by themselves."""
     first = commands_of((ROOT / "README.md").read_text().split("\n## ")[0], "README.md")
     made = [command.text for command in first[:-2]]
     done = small_world(
