@@ -53,16 +53,9 @@ def make_small_world(folder: Path, environment: dict[str, str]) -> None:
     (folder / "examples").symlink_to(ROOT / "examples")
     (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
     words = WORDS.split()
-    asked = [
-        # for sft, for train-reward and for rl alike
-        {
-            "prompt": f"Say {word}",
-            "completion": word,
-            "answer": word,
-            "chosen": f"{word}!",
-            "rejected": "a wall",
-            "pattern": "(?s).*[aeiou].*",
-        }
+    asked = [  # for sft, for train-reward and for rl alike
+        {"prompt": f"Say {word}", "completion": word, "chosen": f"{word}!", "rejected": "a wall"}
+        | {"answer": word, "pattern": "(?s).*[aeiou].*"}
         for word in words
     ]
     for name in ("held-out.jsonl", "prompts.jsonl", "problems.jsonl", "p.jsonl", "v.jsonl"):

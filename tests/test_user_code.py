@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from llmkit.config import resolve
+from llmkit.crawl.recipe import read_recipe
 from llmkit.errors import UserError
+from llmkit.stages import crawl_filter
+from llmkit.stages.crawl_filter import CrawlFilterConfig
 from llmkit.tools.toolbox import Toolbox, ToolResult
 from llmkit.user_code import UserFunction
 
@@ -94,17 +98,12 @@ def test_a_filter_that_fails_ends_the_run_in_one_line(filtered, body, message, t
     assert not Path("docs.jsonl").exists()
 
 
-def test_a_filter_that_has_changed_is_no_resumption(filtered, tmp_path):
-    from llmkit.crawl.recipe import as_json, read_recipe
-    from llmkit.crawl.state import State, identities
-
+def test_a_filter_that_has_changed_is_no_resumption(filtered):
     body = SHORT + "def wells(document): return None\n"
     Path("mine.py").write_text(body)
-    recipe = read_recipe("mine.toml")
-    assert recipe.own_files() == ["mine.py", "mine.py"] and "own" in recipe.taken
-    made_of = {"recipe": as_json(recipe), "own filters": identities(recipe.own_files())}
-    State("docs.jsonl", made_of).start()
-    Path("mine.py").write_text(body + "# another\n")
-    changed = {**made_of, "own filters": identities(recipe.own_files())}
-    with pytest.raises(UserError, match=r"own filters\[0\]"):
-        State("docs.jsonl", changed).begin(resume=True, force=False)
+    config = resolve(CrawlFilterConfig, {"inputs": ["pages.jsonl"], "recipe": "mine.toml", "out": "docs.jsonl"})
+    begun = crawl_filter._state(config, "docs.jsonl", read_recipe("mine.toml"), ["pages.jsonl"])
+    assert begun is not None
+    begun.start()
+    changed = filtered(body + "# another\n", "-o", "docs.jsonl", "--resume")
+    assert changed.returncode == 2 and "own filters[0]" in changed.stderr
