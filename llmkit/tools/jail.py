@@ -107,13 +107,13 @@ def mount(source, target, kind, flags, data=None):
 
 
 def enter_namespaces():
-    """Unshare all; a helper outside writes the maps, since the new namespace may not map two users itself."""
+    """Unshare all; a process outside writes the maps, since the new namespace may not map two users itself."""
     root = os.geteuid() == 0
     user, group = os.geteuid(), os.getegid()
     ready, done = os.pipe(), os.pipe()
     target = os.getpid()
-    helper = os.fork()
-    if helper == 0:
+    writer = os.fork()
+    if writer == 0:
         os.close(ready[1])
         if os.read(ready[0], 1) == b"r":
             lines = f"0 {{}} 1\n{NOBODY} {NOBODY} 1\n" if root else "0 {} 1\n"
@@ -133,10 +133,10 @@ def enter_namespaces():
     number = ctypes.get_errno()
     os.write(ready[1], b"r" if unshared == 0 else b"n")
     if unshared < 0:
-        os.waitpid(helper, 0)
+        os.waitpid(writer, 0)
         raise Refused(f"namespaces: {os.strerror(number)}")
     answer = os.read(done[0], 200)
-    os.waitpid(helper, 0)
+    os.waitpid(writer, 0)
     for end in (*ready, *done):
         os.close(end)
     if answer != b"d":
