@@ -33,13 +33,19 @@ from llmkit.launch import Launch, launch
 
 
 class World:
-    """The processes of this job: `rank` of `size`, `tensor` neighbours of which compute the same rows of a batch,
-    together; see the module."""
+    """The processes of this job: `rank` of `size`, `tensor_parallel_size` neighbours of which compute the same rows of
+    a batch, together; see the module."""
 
     def __init__(
-        self, rank: int = 0, size: int = 1, device: torch.device | None = None, watch: Any = None, tensor: int = 1
+        self,
+        rank: int = 0,
+        size: int = 1,
+        device: torch.device | None = None,
+        watch: Any = None,
+        tensor_parallel_size: int = 1,
     ) -> None:
-        self.rank, self.size, self.device, self.tensor = rank, size, device or torch.device("cpu"), tensor
+        self.rank, self.size, self.device = rank, size, device or torch.device("cpu")
+        self.tensor_parallel_size = tensor_parallel_size
         self._watch, self._numbers = watch, count()
 
     @property
@@ -53,7 +59,7 @@ class World:
 
     def sum_shares(self, *values: float) -> tuple[float, ...]:
         """The sum over the shares of a batch of each number, which all that compute a share have."""
-        return self.sum(*(value if self.rank % self.tensor == 0 else 0.0 for value in values))
+        return self.sum(*(value if self.rank % self.tensor_parallel_size == 0 else 0.0 for value in values))
 
     def largest(self, *values: float) -> tuple[float, ...]:
         """The largest of all processes of each number."""
@@ -159,24 +165,24 @@ class World:
 
     def check_rows(self, rows: int, what: str) -> None:
         """Raise UserError where a batch has fewer rows than shares; `what`: the option, and what it is."""
-        if rows < self.shares:
-            who = "a process" if self.tensor == 1 else f"for {self.tensor} processes"
-            raise UserError(f"{what}: expected at least {self.shares} in a batch, one {who}, found {rows}")
+        if rows < self.data_parallel_size:
+            who = "a process" if self.tensor_parallel_size == 1 else f"for {self.tensor_parallel_size} processes"
+            raise UserError(f"{what}: expected at least {self.data_parallel_size} in a batch, one {who}, found {rows}")
 
     # ---- what each process takes of the work
 
     @property
-    def shares(self) -> int:
+    def data_parallel_size(self) -> int:
         """Into how many shares a batch is divided."""
-        return self.size // self.tensor
+        return self.size // self.tensor_parallel_size
 
     def share(self, total: int) -> tuple[int, int]:
         """The first of a batch's `total` rows that are this process's, and the first that is not; by rank."""
-        return _part(total, self.rank // self.tensor, self.shares)
+        return _part(total, self.rank // self.tensor_parallel_size, self.data_parallel_size)
 
     def largest_share(self, total: int) -> int:
         """Of how many rows the largest share is."""
-        return -(-total // self.shares)
+        return -(-total // self.data_parallel_size)
 
     def own(self, total: int) -> tuple[int, int]:
         """As `share`, of things that each process does alone."""
@@ -188,8 +194,8 @@ class World:
             yield from batches
             return
         batches = iter(batches)
-        while hand := list(islice(batches, self.shares)):
-            place = self.rank // self.tensor
+        while hand := list(islice(batches, self.data_parallel_size)):
+            place = self.rank // self.tensor_parallel_size
             yield hand[place] if place < len(hand) else hand[0].nothing()
 
 

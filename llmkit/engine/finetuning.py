@@ -53,7 +53,7 @@ class Finetuning:
     """A model, its tokenizer and what is trained of it."""
 
     def __init__(self, folder: str, model: Transformer, tokenizer: Tokenizer, known_tokens: int | None) -> None:
-        check_divides(world().tensor, model.config)
+        check_divides(world().tensor_parallel_size, model.config)
         self.folder, self.model, self.tokenizer = folder, model, tokenizer
         self._known_tokens = known_tokens  # None: the model stays what it is
         self._turn_end: int | None = None  # of a template from elsewhere

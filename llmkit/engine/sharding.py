@@ -36,7 +36,7 @@ def shard(model: Transformer) -> None:
     # The root stays whole between forward and backward: its head is used outside of forward.
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     among, cuts = mesh(), {}
-    if (count := world().tensor) > 1:
+    if (count := world().tensor_parallel_size) > 1:
         among, together = grid()["data"], grid()["tensor"]
         cuts = cut_layers(model, world().rank % count, together.get_group())
     for module in (*model.layers, model):
@@ -60,7 +60,11 @@ def grid() -> Any:
     """All processes in a grid: those in a row compute layers together, those in a column have the same part of them."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    return init_device_mesh(world().device.type, (world().shares, world().tensor), mesh_dim_names=("data", "tensor"))
+    return init_device_mesh(
+        world().device.type,
+        (world().data_parallel_size, world().tensor_parallel_size),
+        mesh_dim_names=("data", "tensor"),
+    )
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -144,7 +148,7 @@ def to_rows(part: Tensor, cut: Cut | None) -> Tensor:
     received = _exchange(sent, [(len(part), len(rows), *part.shape[2:]) for rows in places])
     result = part.new_empty(len(part), len(_chunk(torch.arange(cut.shape[0]), me, size)), *cut.shape[1:])
     for holder, (rows, values) in enumerate(zip(places, received, strict=True)):
-        result[cut.place(rows, holder % world().tensor, world().tensor)] = values
+        result[cut.place(rows, holder % world().tensor_parallel_size, world().tensor_parallel_size)] = values
     return result
 
 
@@ -152,7 +156,7 @@ def from_rows(rows: Tensor, cut: Cut | None) -> Tensor:
     """The way back from `to_rows`."""
     if cut is None:
         return rows
-    me, size, count = world().rank, world().size, world().tensor
+    me, size, count = world().rank, world().size, world().tensor_parallel_size
     sent = [rows[cut.place(_meeting(cut, holder, me)[1], holder % count, count)] for holder in range(size)]
     places = [_meeting(cut, me, owner)[0] for owner in range(size)]
     columns = sent[me].shape[2:]
@@ -171,15 +175,15 @@ def _meeting(cut: Cut, holder: int, owner: int, once: bool = False) -> tuple[Ten
     """
     held, owned = _held(cut, holder), _chunk(torch.arange(cut.shape[0]), owner, world().size)
     where = torch.isin(held, owned).nonzero().view(-1)
-    if once and cut.is_none and (holder - owner) % world().tensor:
+    if once and cut.is_none and (holder - owner) % world().tensor_parallel_size:
         where = where[:0]
     first, device = owned[:1].sum(), world().device  # 0 of none
     return where.to(device), (held[where] - first).to(device)
 
 
 def _held(cut: Cut, rank: int) -> Tensor:
-    share, index = divmod(rank, world().tensor)
-    return _chunk(cut.rows(index, world().tensor), share, world().shares)
+    share, index = divmod(rank, world().tensor_parallel_size)
+    return _chunk(cut.rows(index, world().tensor_parallel_size), share, world().data_parallel_size)
 
 
 def _chunk(rows: Tensor, index: int, count: int) -> Tensor:

@@ -151,7 +151,7 @@ def run(config: PretrainConfig) -> Summary | None:
         for line in estimate(plan, *machines).lines(config.gpu_price):
             say(line, config.quiet)
         return None
-    check_memory(plan.training_bytes(world.size, world.tensor), device)
+    check_memory(plan.training_bytes(world.size, world.tensor_parallel_size), device)
     if config.dry_run:
         shape = plan.model, plan.recipe, plan.micro_batch_rows, plan.sequence_length
         rate, basis = speed.expected_tokens_per_second(*shape, device, dtype)
@@ -250,7 +250,7 @@ def _plan(
     from llmkit.engine.distributed import world
     from llmkit.engine.planning import Plan, make_plan
 
-    processes, tensor = world().size, world().tensor
+    processes, tensor = world().size, world().tensor_parallel_size
     if not world().leads:
         return Plan.from_json(world().broadcast(None))
 

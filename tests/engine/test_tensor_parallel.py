@@ -99,7 +99,7 @@ def test_whole_rows_come_from_the_parts_of_all_and_go_back(monkeypatch, cut, siz
         assert torch.equal(rows, whole[:, sharding._chunk(torch.arange(cut.shape[0]), rank, size)])
         assert torch.equal(sharding.from_rows(rows, cut), part)
 
-    monkeypatch.setattr(sharding, "world", lambda: World(group.rank, size, tensor=tensor))
+    monkeypatch.setattr(sharding, "world", lambda: World(group.rank, size, tensor_parallel_size=tensor))
     monkeypatch.setattr(sharding, "_exchange", exchange)
     sharding._meeting.cache_clear()
     group.run(come_and_go)
@@ -107,7 +107,7 @@ def test_whole_rows_come_from_the_parts_of_all_and_go_back(monkeypatch, cut, siz
 
 
 def test_neighbours_take_the_same_rows_of_a_batch_and_count_once():
-    ranks = [World(rank, 4, tensor=2) for rank in range(4)]
+    ranks = [World(rank, 4, tensor_parallel_size=2) for rank in range(4)]
     assert [world.share(13) for world in ranks] == [(0, 6), (0, 6), (6, 13), (6, 13)]
     assert [world.own(8) for world in ranks] == [(0, 2), (2, 4), (4, 6), (6, 8)]
     assert [list(world.deal("abcd")) for world in ranks] == [["a", "c"], ["a", "c"], ["b", "d"], ["b", "d"]]
@@ -119,7 +119,12 @@ def test_neighbours_take_the_same_rows_of_a_batch_and_count_once():
 def test_what_no_processes_can_divide_is_refused():
     with pytest.raises(UserError, match="--tensor-parallel: expected 2 processes at least, found one; start torchrun"):
         join(torch.device("cpu"), resolve(PretrainConfig, {"tensor_parallel": "2"}))
-    assert join(torch.device("cpu"), resolve(PretrainConfig, {"tensor_parallel": "2", "dry_run": True})).tensor == 1
+    assert (
+        join(
+            torch.device("cpu"), resolve(PretrainConfig, {"tensor_parallel": "2", "dry_run": True})
+        ).tensor_parallel_size
+        == 1
+    )
     with pytest.raises(UserError, match="expected no --lora-rank beside it"):
         resolve(TuningConfig, {"tensor_parallel": "2", "lora_rank": "4", "dry_run": True})
     config = make_model(num_attention_heads=8, num_key_value_heads=8, intermediate_size=36).config
