@@ -188,6 +188,8 @@ def _recipe(config: CrawlFilterConfig) -> Recipe:
 
     recipe = read_recipe(config.recipe) if config.recipe else Recipe()
     only, skip = _names(config.only), _names(config.skip)
+    if both := [step for step in only if step in skip]:
+        raise UserError(f"--only and --skip: both name {both[0]}; drop it from one of them")
     steps = [step for step in check_steps(only, "--only") or recipe.steps if step not in check_steps(skip, "--skip")]
     if config.pii == "off":
         steps = [step for step in steps if step != "pii"]
@@ -371,9 +373,10 @@ def _unfinished_is_told(state: State | None) -> Iterator[None]:
             raise Interrupted(f"interrupted; the same command with --resume goes on ({state.folder})") from None
         raise
     except UserError as error:
-        if not state or not isinstance(error.__cause__, OSError):
-            if state:
-                state.remove()  # mended input is other input
+        if not state or not state.folder.exists():
+            raise
+        if not isinstance(error.__cause__, OSError):
+            state.remove()  # mended input is other input
             raise
         raise UserError(f"{error}; the same command with --resume goes on ({state.folder})") from error
 

@@ -470,6 +470,8 @@ def test_an_input_without_records_is_an_error(llmkit, tmp_path, name, content, m
     ("arguments", "message"),
     [
         (["missing.warc.gz"], "missing.warc.gz"),
+        (["missing.warc.gz", "-o", "docs.jsonl"], "can be read: no such file or directory\n"),
+        (["in.jsonl", "--only", "extract,c4", "--skip", "c4"], "both name c4"),
         (["in.jsonl", "--only", "extrac"], "--only: unknown step 'extrac'; did you mean 'extract'?"),
         (["in.jsonl", "--precision", "--recall"], "choose one"),
         (["in.jsonl", "--rejects", "-"], "--rejects: expected a file"),
