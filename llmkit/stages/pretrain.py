@@ -145,6 +145,9 @@ def run(config: PretrainConfig) -> Summary | None:
             f"context of {plan.sequence_length:,}; give more text or a shorter --sequence-length"
         )
     batches = Batches(shards, plan.sequence_length, plan.batch_rows, config.seed)
+    if config.batch_tokens not in (None, plan.batch_tokens):
+        whole = f"whole rows of {plan.sequence_length:,}"
+        say(f"--batch-tokens {config.batch_tokens:,} becomes {plan.batch_tokens:,}, {whole}", config.quiet)
     say(plan_table(plan), config.quiet)
     if config.gpu_kind is not None:
         machines = config.gpu_kind, config.nodes, config.gpus, config.micro_batch_size, config.tensor_parallel
@@ -204,6 +207,8 @@ def _checked_inputs(config: PretrainConfig) -> list[str]:
     """The documents. Raises UserError for files that are not there, also those of the other options."""
     if config.gpu_kind is None and config.gpu_price is not None:
         raise UserError("--gpu-price: needs --gpu-kind, of which the price is")
+    if config.gpu_kind is None and (config.gpus, config.nodes) != (8, 1):
+        raise UserError("--gpus and --nodes: need --gpu-kind; to train on several GPUs, start llmkit with torchrun")
     if config.gpu_kind is not None and not config.dry_run:
         raise UserError("--gpu-kind: needs --dry-run, which says what training would take there")
     if config.tokenizer is None:
