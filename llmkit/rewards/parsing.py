@@ -67,7 +67,7 @@ def parse_rewards(
 
 def _weighted(text: str, flag: str) -> tuple[str, float]:
     found = WEIGHT.fullmatch(text)
-    if not found:
+    if not found or re.fullmatch(r"py:[^:]+:(nan|inf)", text):  # a function of that name
         return text, 1.0
     weight = float(found[2])
     if not math.isfinite(weight) or weight == 0:
