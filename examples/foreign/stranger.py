@@ -12,7 +12,11 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+try:
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+except ImportError:
+    raise SystemExit("stranger.py: needs transformers: pip install transformers") from None
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
