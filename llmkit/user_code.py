@@ -1,9 +1,10 @@
 """Functions of the user's own, `py:FILE.py:FUNCTION`: rewards, filters of pages, and what answers a search.
 
     reward = UserFunction("py:score.py:reward", "--reward py:score.py:reward")
-    reward({"completion": "4"})
+    reward({"completion": "4"}, "problems.jsonl:5")
 
-They run in llmkit's process. What they raise is told in one line, with the last place of it in the user's file.
+They run in llmkit's process. What they raise is told in one line, with the last place of it in the user's file and the
+record that they were given.
 """
 
 from __future__ import annotations
@@ -43,12 +44,15 @@ class UserFunction:
         self._where, self._path = where, os.path.realpath(path)
         self._function = self._load(path, function)
 
-    def __call__(self, *arguments: Any) -> Any:
-        """What the function gives. Raises UserError with file and line of the user's code where it raises."""
+    def __call__(self, argument: Any, record: object) -> Any:
+        """What the function gives. Raises UserError with file and line of the user's code where it raises.
+
+        record: what names the argument in errors, such as its id or `problems.jsonl:5`
+        """
         try:
-            return self._function(*arguments)
+            return self._function(argument)
         except (Exception, SystemExit) as error:
-            raise self._failed(error) from None
+            raise self._failed(error, f" for {record}") from None
 
     def _load(self, path: str, function: str) -> Callable[..., Any]:
         spec = spec_from_file_location("llmkit_user_" + Path(path).stem, path)
@@ -65,10 +69,12 @@ class UserFunction:
             raise UserError(f"{self._where}: expected a function {function!r} in {path}, found {names}")
         return found
 
-    def _failed(self, error: BaseException) -> UserError:
+    def _failed(self, error: BaseException, of_record: str = "") -> UserError:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if os.path.realpath(frame.filename) == self._path]
         if isinstance(error, SyntaxError):
             lines = [error.lineno]
         place = f"{self._path}:{lines[-1]}" if lines else self._path
-        return UserError(f"{self._where}: {place}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        said = " ".join(str(error).split())[:300]
+        told = f"{type(error).__name__}: {said}" if said else type(error).__name__
+        return UserError(f"{self._where}: {place}: {told}{of_record}")

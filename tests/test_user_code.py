@@ -35,22 +35,30 @@ def own(tmp_path, monkeypatch):
         ("def f(x): return x", "py:mine.py:g", r"^--own: expected a function 'g' in mine\.py, found \['f'\]$"),
         ("def f(x:", "py:mine.py:f", r"^--own: .*mine\.py:1: SyntaxError: .*$"),
         ("\n1 / 0\ndef f(x): return x", "py:mine.py:f", r"^--own: .*mine\.py:2: ZeroDivisionError: division by zero$"),
-        ("def f(x):\n    raise ValueError(f'no\\n{x}')", "py:mine.py:f", r"^--own: .*mine\.py:2: ValueError: no 5$"),
+        (
+            "def f(x):\n    raise ValueError(f'no\\n{x}')",
+            "py:mine.py:f",
+            r"^--own: .*mine\.py:2: ValueError: no 5 for pages\.jsonl:7$",
+        ),
+        ("def f(x): raise ValueError", "py:mine.py:f", r"^--own: .*mine\.py:1: ValueError for pages\.jsonl:7$"),
     ],
 )
 def test_a_mistake_names_the_place(own, body, spec, message):
     own(body)
     with pytest.raises(UserError, match=message):
-        UserFunction(spec, "--own")(5)
+        UserFunction(spec, "--own")(5, "pages.jsonl:7")
 
 
 def test_a_search_of_ones_own(own):
-    own("def find(query):\n    return query.upper() if query != 'odd' else 5")
+    own("def find(query):\n    return query.upper() if query != 'odd' else 5\ndef never(query): return {}[query]")
     with Toolbox.parse(["calc", "search:py:mine.py:find"]) as tools:
         assert tools.names == ("calc", "search")
         assert tools.run("search", "comet") == ToolResult("COMET")
         with pytest.raises(UserError, match=r"^--tools search:py:mine\.py:find: expected a string, found a number"):
             tools.run("search", "odd")
+    never = r"mine\.py:3: KeyError: 'comet' for 'comet'$"
+    with Toolbox.parse(["search:py:mine.py:never"]) as tools, pytest.raises(UserError, match=never):
+        tools.run("search", "comet")
 
 
 PAGES = [{"id": name, "text": f"The {name} stands here. It is old."} for name in ("mill", "bridge", "well")]
@@ -86,7 +94,7 @@ def test_filters_of_ones_own_in_any_process(filtered):
     ("body", "message"),
     [
         ("def wells(document): return True", "py:mine.py:wells: expected None or the reason in a string, found True"),
-        ("def wells(document): return document['words']", "mine.py:3: KeyError: 'words'"),
+        ("def wells(document): return document['words']", "mine.py:3: KeyError: 'words' for mill\n"),
         ("def well(document): return None", "expected a function 'wells' in mine.py, found ['short', 'well']"),
     ],
 )

@@ -190,7 +190,7 @@ class Steps:
     def own(self, journey: Journey) -> str | None:
         """The user's own filters, each shown the document as it would be written now."""
         for spec, reason_of in self._own:
-            reason = reason_of(journey.document())
+            reason = reason_of(journey.document(), journey.identity)
             if reason is not None and not (isinstance(reason, str) and reason):
                 where = f"{OWN_FILTERS}: {spec}: expected None or the reason in a string"
                 raise UserError(f"{where}, found {reason!r} for {journey.identity}")

@@ -134,11 +134,12 @@ class FunctionReward(Reward):
         self._function = UserFunction(spec, f"--reward {spec}")
 
     def score(self, attempts: Sequence[Attempt]) -> list[float]:
-        """What the function gives. Raises UserError with file and line of the user's code where it raises."""
+        """What the function gives. Raises UserError with the problem, and file and line of the user's code, where it
+        raises."""
         return finite([self._call(one) for one in attempts], f"--reward {self.name}")
 
     def _call(self, attempt: Attempt) -> float:
-        value = self._function(record_of(attempt))
+        value = self._function(record_of(attempt), attempt.problem.where)
         if not isinstance(value, Real):
             raise UserError(
                 f"--reward {self.name}: expected a number, found {kind_of(value)} for {attempt.problem.where}"

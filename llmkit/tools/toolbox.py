@@ -131,9 +131,10 @@ def _own(spec: str, where: str) -> Callable[[str], ToolResult]:
     function = UserFunction(spec, where)
 
     def run(text: str) -> ToolResult:
-        answer = function(text)
+        query = repr(text[:60])
+        answer = function(text, query)
         if not isinstance(answer, str):
-            raise UserError(f"{where}: expected a string, found {kind_of(answer)} for {text[:60]!r}")
+            raise UserError(f"{where}: expected a string, found {kind_of(answer)} for {query}")
         return ToolResult(answer)
 
     return run

@@ -209,7 +209,7 @@ def test_a_function_has_the_record_and_gives_a_number(tmp_path: Path):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("def reward(record):\n    return record['x']", "score.py:2: KeyError: 'x'"),
+        ("def reward(record):\n    return record['x']", "score.py:2: KeyError: 'x' for p.jsonl:1"),
         ("def reward(record):\n    import json\n    return json.loads('[')", "score.py:3: JSONDecodeError: Expecting"),
         ("def reward(record):\n    return None", "expected a number, found null for p.jsonl:1"),
         ("def reward(record):\n    return '1'", "expected a number, found a string"),
@@ -220,7 +220,7 @@ def test_a_function_has_the_record_and_gives_a_number(tmp_path: Path):
         ("import nowhere_at_all", "score.py:1: ModuleNotFound"),
         ("x = 1\ndef reward(record) return 1", "score.py:2: SyntaxError"),
         ("raise SystemExit(0)", "score.py:1: SystemExit"),
-        ("def reward(record):\n    raise SystemExit(3)", "score.py:2: SystemExit: 3"),
+        ("def reward(record):\n    raise SystemExit(3)", "score.py:2: SystemExit: 3 for p.jsonl:1"),
         ("reward = 5", "expected a function 'reward'"),
     ],
 )  # fmt: skip
