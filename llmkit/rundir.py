@@ -11,7 +11,8 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -216,7 +217,8 @@ class RunFolder:
             return Summary(path=str(folder.out), **folder.results("pretrain", config))
         notes = folder.notes(identity) or {"plan": make_plan()}  # those of the run that is resumed
         folder.begin(identity, notes)
-        ...  # the trainer works in folder.work
+        with folder.training(lambda: trainer.has_begun):
+            ...  # the trainer works in folder.work
         folder.document("pretrain", options, inputs=inputs, parents=[tokenizer], results=results)
         ...  # the model is saved in folder.work
         folder.finish()
@@ -295,6 +297,16 @@ class RunFolder:
         for name, lines in {"loss.svg": LOSS_CURVE, **(curves or {})}.items():
             write_curve(self.work, name, lines)
         write_model_card(self.work, manifest)
+
+    @contextmanager
+    def training(self, has_begun: Callable[[], bool]) -> Iterator[None]:
+        """Abandon a new run that a UserError ends before it has begun: the mended command shall not be refused."""
+        try:
+            yield
+        except UserError:
+            if not self.resume and not has_begun():
+                self.abandon()
+            raise
 
     def abandon(self) -> None:
         """Remove what was begun and holds nothing."""

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from llmkit.config import TrainingConfig, as_options
-from llmkit.errors import UserError
+from llmkit.errors import Interrupted, UserError
 from llmkit.model_card import write_model_card
 from llmkit.rundir import (
     RunFolder,
@@ -231,6 +231,27 @@ def test_a_resumption_finds_the_notes_and_must_be_the_same_run(tmp_path: Path) -
     with pytest.raises(UserError, match="the tokenizer was abc and is now xyz"):
         folder_of(out, resume=True).notes({**identity, "the tokenizer": "xyz"})
     assert folder_of(out, force=True).notes({"--depth": 5}) is None
+
+
+@pytest.mark.parametrize(
+    ("resume", "has_begun", "error", "left"),
+    [
+        (False, False, UserError, []),
+        (False, True, UserError, ["base.partial"]),
+        (False, False, Interrupted, ["base.partial"]),
+        (False, False, ZeroDivisionError, ["base.partial"]),
+        (True, False, UserError, ["base.partial"]),
+    ],
+)
+def test_a_mistake_before_the_first_step_leaves_nothing(tmp_path: Path, resume, has_begun, error, left) -> None:
+    if resume:
+        folder_of(tmp_path / "base").begin({})
+    run = folder_of(tmp_path / "base", resume=resume)
+    run.begin({})
+    (run.work / "metrics.jsonl").write_text("")
+    with pytest.raises(error), run.training(lambda: has_begun):
+        raise error("a reward that raises")
+    assert os.listdir(tmp_path) == left
 
 
 def test_a_run_does_not_take_the_place_of_a_file(tmp_path: Path) -> None:

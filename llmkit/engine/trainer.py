@@ -93,6 +93,11 @@ class Trainer:
         self.saved_step, self.saved_at = -1, time.monotonic()
         self.stopping = False  # set by an evaluation that has seen enough
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is anything that a resumption goes on with: a step, a checkpoint or an evaluation."""
+        return self.step > 0 or self.saved_step >= 0 or self.evaluated_step >= 0
+
     # ---- one step
 
     def train_step(self, batch: Batch, progress: float) -> dict[str, float]:

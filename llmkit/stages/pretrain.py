@@ -178,14 +178,15 @@ def run(config: PretrainConfig) -> Summary | None:
 
     # train
     held_out = EvaluationBatches(val_shards, plan.sequence_length, plan.micro_batch_rows) if val_shards else None
-    trainer.fit(
-        total_steps=plan.total_steps,
-        seconds=plan.seconds,
-        evaluate=partial(held_out_loss, model, held_out) if held_out else None,
-        sample=lambda: continue_text(whole_model(model), tokenizer, config.prompt, max_tokens=40, seed=config.seed),
-        flops_per_token=plan.model.flops_per_token(plan.sequence_length),
-        peak_flops=speed.peak_flops(device, dtype) * world.size,
-    )
+    with folder.training(lambda: trainer.has_begun):
+        trainer.fit(
+            total_steps=plan.total_steps,
+            seconds=plan.seconds,
+            evaluate=partial(held_out_loss, model, held_out) if held_out else None,
+            sample=lambda: continue_text(whole_model(model), tokenizer, config.prompt, max_tokens=40, seed=config.seed),
+            flops_per_token=plan.model.flops_per_token(plan.sequence_length),
+            peak_flops=speed.peak_flops(device, dtype) * world.size,
+        )
 
     # save
     trained = setup.float32_copy(model, optimizer)

@@ -269,7 +269,7 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
         return figures
 
     # train
-    with watch.saving():
+    with folder.training(lambda: trainer.has_begun), watch.saving():
         trainer.fit(
             total_steps=horizon.steps,
             seconds=None if config.time_budget is None else config.time_budget - (time.monotonic() - STARTED),

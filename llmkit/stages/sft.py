@@ -184,14 +184,17 @@ def run(config: SftConfig) -> Summary | None:
         evaluate = lambda: masked_loss(tuning.model, chain.from_iterable(batches))  # noqa: E731
         if config.patience is not None:
             evaluate = tuning.stop_early(trainer, evaluate, config.patience)
-    trainer.fit(
-        total_steps=steps,
-        seconds=None if config.time_budget is None else config.time_budget - (time.monotonic() - STARTED),
-        evaluate=evaluate,
-        sample=lambda: answer(whole_model(tuning.model), tuning.chat, tuning.tokenizer, config.prompt, ANSWER_TOKENS),
-        flops_per_token=flops_per_token,
-        peak_flops=speed.peak_flops(device, tuning.dtype) * world.size,
-    )
+    with folder.training(lambda: trainer.has_begun):
+        trainer.fit(
+            total_steps=steps,
+            seconds=None if config.time_budget is None else config.time_budget - (time.monotonic() - STARTED),
+            evaluate=evaluate,
+            sample=lambda: answer(
+                whole_model(tuning.model), tuning.chat, tuning.tokenizer, config.prompt, ANSWER_TOKENS
+            ),
+            flops_per_token=flops_per_token,
+            peak_flops=speed.peak_flops(device, tuning.dtype) * world.size,
+        )
 
     # save
     values = tuning.trained_values()

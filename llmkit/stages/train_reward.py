@@ -200,12 +200,13 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
         overall = judge(model, held_out, pad)["overall"]
         return {"val_loss": overall["loss"], "val_accuracy": overall["accuracy"]}
 
-    trainer.fit(
-        total_steps=steps,
-        evaluate=validate if config.eval_every else None,
-        flops_per_token=flops_per_token,
-        peak_flops=speed.peak_flops(device, tuning.dtype) * world.size,
-    )
+    with folder.training(lambda: trainer.has_begun):
+        trainer.fit(
+            total_steps=steps,
+            evaluate=validate if config.eval_every else None,
+            flops_per_token=flops_per_token,
+            peak_flops=speed.peak_flops(device, tuning.dtype) * world.size,
+        )
 
     # save
     evaluation = judge(model, held_out, pad, **_asked_for(config, tuning.tokenizer))

@@ -333,6 +333,35 @@ def test_a_mistake_is_told_in_a_line(coin, base, judge, problems, tmp_path, opti
     assert not list(tmp_path.glob("out*"))
 
 
+RAISES = "def reward(record):\n    return len(record['completion']) / (record['id'] != {})\n"
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_reward_that_is_mended_trains_by_the_same_command(coin, problems, tmp_path, held_out):
+    score = tmp_path / "score.py"
+    more = {"reward": (f"py:{score}:reward",), "batch_size": 8, **({"val": (str(problems),)} if held_out else {})}
+    score.write_text(RAISES.format(3))
+    with pytest.raises(UserError, match=r"score\.py:2: ZeroDivisionError: .* for .*problems\.jsonl:4$"):
+        train(coin, problems, tmp_path / "p", **more)
+    assert not list(tmp_path.glob("p*"))
+    score.write_text(RAISES.format(99))
+    assert train(coin, problems, tmp_path / "p", **more).steps == 2
+
+
+def test_a_reward_that_fails_in_the_second_step_leaves_the_first(coin, problems, tmp_path):
+    score = tmp_path / "score.py"
+    body = "CALLS = []\ndef reward(record):\n    CALLS.append(1)\n    return (record['completion'] == 'heads')"
+    score.write_text(f"{body} / (len(CALLS) <= 40)\n")
+    more = {"reward": (f"py:{score}:reward",), "refill": 0.0}
+    with pytest.raises(UserError, match="ZeroDivisionError: division by zero for "):
+        train(coin, problems, tmp_path / "p", **more)
+    assert [row["step"] for row in lines(tmp_path / "p.partial" / "metrics.jsonl") if "reward" in row] == [1]
+    score.write_text(body + "\n")
+    with pytest.raises(UserError, match="an unfinished run"):
+        train(coin, problems, tmp_path / "p", **more)
+    assert train(coin, problems, tmp_path / "p", resume=True, **more).steps == 2
+
+
 def test_a_base_model_is_warned_of(base, tmp_path, capsys):
     problems = write(tmp_path / "p.jsonl", *({"prompt": "a", "answer": "x"} for _ in range(4)))
     assert train(base, problems, tmp_path / "policy", reward=("length",), temperature=3.0, dry_run=True) is None
