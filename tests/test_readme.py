@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from documented import commands_of
 
+from llmkit.metrics import METRICS, read_metrics
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PIPE = [command.text for command in commands_of(README.split("\n## ")[0], "README.md")]
@@ -30,6 +32,9 @@ def test_the_first_commands_make_an_assistant(tmp_path):
         environment = {**os.environ, "PATH": path}
         done = subprocess.run(shell, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
+    tried = [row["val_success"] for row in read_metrics(tmp_path / "policy" / METRICS) if "val_success" in row]
+    assert tried[-1] > tried[0], "rl has learnt nothing"
+    assert done.stdout == "394\n"
     python = re.search(r"```python\n(.*?)```", README, re.DOTALL)
     assert python is not None
     loaded = [sys.executable, "-c", python[1] + "print(tokenizer.decode(model.generate(max_new_tokens=2)[0]))"]
