@@ -34,7 +34,7 @@ FLOORS = {
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 HEAVY = {"torch", "numpy", "triton", "transformers", "tokenizers", "safetensors"}
-TOO_LONG: set[str] = set()  # files that may have more than 400 lines: none
+TOO_LONG: set[str] = set()  # files that may have more than 600 lines: none
 
 
 def modules() -> dict[str, str]:
@@ -157,6 +157,6 @@ def test_what_is_allowed_is_not_reported(name: str, source: str) -> None:
     assert violations({name: source}) == []
 
 
-def test_files_stay_under_400_lines() -> None:
-    long = {name for name, source in modules().items() if source.count("\n") >= 400}
+def test_files_stay_under_600_lines() -> None:
+    long = {name for name, source in modules().items() if source.count("\n") >= 600}
     assert long == TOO_LONG
