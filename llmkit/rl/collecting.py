@@ -203,8 +203,8 @@ def handle_overlong(rollout: Rollout, overlong: str, max_tokens: int) -> None:
 
 def describe(groups: Sequence[Sequence[Rollout]], rewards: Sequence[Weighted]) -> dict[str, float]:
     """Figures of groups of attempts: the mean `reward` and its parts, `length` in tokens, `cut` (share that was),
-    `called` (share that called a tool, where any did), and where a reward verifies `success` and `pass_at_group` (share
-    of groups with a right attempt)."""
+    `called` (share that called a tool) and `calls_failed` (share of the calls that failed) where any did, and where a
+    reward verifies `success` and `pass_at_group` (share of groups with a right attempt)."""
     every = [rollout for group in groups for rollout in group]
     found = {
         "reward": np.mean(_rewards(every)),
@@ -214,6 +214,8 @@ def describe(groups: Sequence[Sequence[Rollout]], rewards: Sequence[Weighted]) -
     called = [bool(one.completion.tool_calls) for one in every]
     if any(called):
         found["called"] = np.mean(called)
+        calls = [call for one in every for call in one.completion.tool_calls]
+        found["calls_failed"] = np.mean([call.get("failed", False) for call in calls])
     for weighted in rewards:
         name = weighted.reward.name
         found[f"reward/{name}"] = np.mean([one.rewards[name] for one in every])

@@ -200,8 +200,8 @@ def _float_function(function: Callable[..., float]) -> Callable[..., Number]:
 FUNCTIONS: dict[str, tuple[Callable[..., Any], int, int]] = {
     "sqrt": (_square_root, 1, 1),
     "abs": (abs, 1, 1),
-    "min": (min, 1, 100),
-    "max": (max, 1, 100),
+    "min": (lambda *values: min(values), 1, 100),  # Python's takes one value for a list
+    "max": (lambda *values: max(values), 1, 100),
     "sum": (lambda *values: sum(values, Fraction(0)), 1, 100),
     "round": (_rounded, 1, 2),
     "floor": (lambda value: Fraction(math.floor(value)), 1, 1),
@@ -232,6 +232,14 @@ def _constant(name: str) -> Number:
     return CONSTANTS[name]
 
 
+def _step(step: Callable[..., Number], children: list[Any]) -> Number:
+    """One rule of the grammar; exact values beyond a float's range meet floats in any of them."""
+    try:
+        return _bounded(step(*children))
+    except OverflowError:
+        raise CalculationError("the result is too large") from None
+
+
 @lru_cache(1)
 def _parser() -> Any:
     import lark
@@ -256,6 +264,6 @@ def _parser() -> Any:
         def __getattr__(self, name: str) -> Any:
             if name not in steps:
                 raise AttributeError(name)
-            return lambda children: _bounded(steps[name](*children))
+            return lambda children: _step(steps[name], children)
 
     return lark.Lark(GRAMMAR, parser="lalr", transformer=Values())

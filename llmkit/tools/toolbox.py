@@ -79,8 +79,13 @@ class Toolbox:
 
     def run(self, tool: str, text: str) -> ToolResult:
         """Let a tool work on what the model wrote. Never raises for what the model did; UserError for what a function
-        of the user's did."""
-        result = self._tools[tool](text)
+        of the user's did, and for a sandbox that cannot be closed."""
+        try:
+            result = self._tools[tool](text)
+        except UserError:
+            raise
+        except Exception as error:  # a defect of a tool is one failed call, not the end of the run
+            result = ToolResult(f"error: {tool} failed ({type(error).__name__})", failed=True)
         cut = result.text[:RESULT_CHARACTERS]
         return result if len(cut) == len(result.text) else ToolResult(f"{cut} [cut]", result.failed)
 

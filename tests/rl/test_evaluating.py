@@ -39,6 +39,7 @@ def test_the_share_of_attempts_with_a_call_is_told():
     called, plain = attempt([1], [65]), attempt([1], [66])
     called.completion.tool_calls.append({"tool": "calc", "input": "1 + 1", "result": "2"})
     assert describe([[called, plain], [plain, plain]], [])["called"] == 0.25
+    assert describe([[called, plain]], [])["calls_failed"] == 0.0
     assert "called" not in describe([[plain]], [])
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmkit.tools.calc import CalculationError, calculate
+from llmkit.tools.calc import FUNCTIONS, CalculationError, calculate
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,9 @@ from llmkit.tools.calc import CalculationError, calculate
         ("log(8, 2)", "3"),
         ("factorial(20)", "2432902008176640000"),
         ("1e-300 * 1e-300", "1e-600"),
+        ("max(5)", "5"),
+        ("min(2, pi, 10^1000)", "2"),
+        ("max(10^400, pi) - 10^400", "0"),
         ("(-1)^(10^50)", "1"),
         ("(-1)^(10^50 + 1)", "-1"),
     ],
@@ -62,6 +65,11 @@ def test_what_it_answers(expression, value):
         ("sqrt(-1)", "no value there"),
         ("sqrt(1, 2)", "expected 1 to 1 values"),
         ("1" * 1001, "longer than"),
+        ("10**1000 + pi", "too large"),
+        ("10**1000 * e", "too large"),
+        ("pi - 10^400", "too large"),
+        ("sum(10**400, pi)", "too large"),
+        ("10**300 / exp(1) // .1**300", "too large"),
     ],
 )
 def test_what_it_refuses(expression, reason):
@@ -102,6 +110,37 @@ def test_any_text_gives_a_value_or_a_reason(text):
         assert isinstance(calculate(text), str)
     except CalculationError as error:
         assert "\n" not in str(error)
+
+
+PIECES = [
+    "1",
+    "2.5",
+    "10**300",
+    "10**1000",
+    "1e-300",
+    "pi",
+    "e",
+    "0",
+    "exp(1)",
+    "1/3",
+    "factorial(100)",
+    "(",
+    ")",
+    ",",
+    "+",
+    "-",
+    "*",
+    "/",
+    "//",
+    "%",
+    "^",
+]
+PIECES += [f"{name}(" for name in FUNCTIONS]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=14).map("".join))
+def test_any_expression_gives_a_value_or_a_reason(text):
+    test_any_text_gives_a_value_or_a_reason.hypothesis.inner_test(text)
 
 
 terms = st.recursive(

@@ -32,6 +32,18 @@ def test_a_mistake_of_the_model_is_a_result():
         assert tools.run("python", "print(6 * 7)") == ToolResult("42")
 
 
+def test_a_defect_of_a_tool_is_one_failed_call(monkeypatch, documents):
+    def broken(*given, **named):
+        raise ZeroDivisionError("a defect")
+
+    with Toolbox.parse([f"calc,python,search:{documents}"], sandbox="none") as tools:
+        monkeypatch.setattr(toolbox, "calculate", broken)
+        monkeypatch.setattr(toolbox, "run_python", broken)
+        monkeypatch.setattr(toolbox.SearchIndex, "search", broken)
+        for name in tools.names:
+            assert tools.run(name, "x") == ToolResult(f"error: {name} failed (ZeroDivisionError)", failed=True)
+
+
 def test_a_long_result_is_cut():
     with Toolbox.parse(["python"], sandbox="none") as tools:
         text = tools.run("python", "print('x' * 10000)").text
