@@ -12,6 +12,8 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from llmkit.kernels import (
     keep_freed_memory,
     linear,
@@ -21,7 +23,6 @@ from llmkit.kernels import (
     scaled_dot_product_attention,
     swiglu_mlp,
 )
-from torch import Tensor
 
 # rows, tokens a row, hidden, intermediate, heads, head size, vocabulary
 SHAPES = {

@@ -145,8 +145,8 @@ def work(name: str, shape: Shape, steps: int, shards: str, tokenizer_vocab: int,
 def _plain_kernels() -> None:
     """The references in place of what the kernels do by hand on a CPU: what the formulas cost in eager torch."""
     import torch.nn.functional as F
-    from llmkit.kernels import attention, projections, rowwise
 
+    from llmkit.kernels import attention, projections, rowwise
     from llmkit.model import transformer
 
     def plain_loss(input, linear_weight, target, *, reduction, ignore_index, **_):

@@ -13,9 +13,9 @@ import math
 from contextlib import nullcontext
 from functools import cached_property
 
+import llmkit.kernels.fused_attention as fused_attention
 import torch
 import torch.nn.functional as F
-from llmkit.kernels import fused_attention
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 

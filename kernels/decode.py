@@ -1,7 +1,7 @@
 """Attention of new tokens to a cache of keys and values, in rows of different lengths."""
 
+import llmkit.kernels.fused_attention as fused_attention
 import torch
-from llmkit.kernels import fused_attention
 from llmkit.kernels.attention import attention_reference
 from torch import Tensor
 

@@ -8,9 +8,9 @@ compiler fuses it, but for the steps that kernels/fused_rowwise.py lists for Tri
 B batch, T tokens, H heads, D head size, F intermediate size.
 """
 
+import llmkit.kernels.fused_rowwise as fused_rowwise
 import torch
 import torch.nn.functional as F
-from llmkit.kernels import fused_rowwise
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 

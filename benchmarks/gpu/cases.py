@@ -15,6 +15,11 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from llmkit.kernels.attention import attention_mask, attention_reference
+from llmkit.kernels.decode import attention_decode_reference
+from shapes import Attention, Decode, Linear, Shapes
+from torch import Tensor
+
 from llmkit.kernels import (
     Packing,
     attention_decode,
@@ -22,10 +27,6 @@ from llmkit.kernels import (
     linear_logprobs,
     scaled_dot_product_attention,
 )
-from llmkit.kernels.attention import attention_mask, attention_reference
-from llmkit.kernels.decode import attention_decode_reference
-from shapes import Attention, Decode, Linear, Shapes
-from torch import Tensor
 
 OURS = "llmkit"
 DTYPE = torch.bfloat16

@@ -81,7 +81,6 @@ def run(model: str, kernels: str, steps: int, seconds: float) -> dict:
 def work(name: str, kernels: str, steps: int) -> dict:
     import numpy as np
     import torch
-    from llmkit.kernels import backend
 
     from llmkit.engine import setup
     from llmkit.engine.evaluation import next_token_loss
@@ -89,6 +88,7 @@ def work(name: str, kernels: str, steps: int) -> dict:
     from llmkit.engine.schedule import Schedule
     from llmkit.engine.speed import peak_flops, synchronize
     from llmkit.engine.trainer import Trainer, TrainerSettings
+    from llmkit.kernels import backend
     from llmkit.model.config import ModelConfig
     from llmkit.model.transformer import Transformer
 

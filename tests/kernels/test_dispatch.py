@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
-from llmkit.kernels import backend
 from llmkit.kernels.dispatch import triton_module
 
 from llmkit.errors import UserError
+from llmkit.kernels import backend
 
 
 @pytest.mark.parametrize("value", ["auto", "torch", ""])

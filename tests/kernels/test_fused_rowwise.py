@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from llmkit.kernels import add_rms_norm, fused_rowwise, qkv_rotary, rms_norm, swiglu
 from llmkit.kernels.projections import qkv_rotary_reference
 from llmkit.kernels.rowwise import rms_norm_reference, rotary_reference, swiglu_reference
+
+from llmkit.kernels import add_rms_norm, fused_rowwise, qkv_rotary, rms_norm, swiglu
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from llmkit.kernels import cross_entropy, linear_cross_entropy, linear_logprobs
 from llmkit.kernels import logprobs as logprobs_module
 

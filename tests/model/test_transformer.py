@@ -3,9 +3,9 @@
 import pytest
 import torch
 from families import FAMILIES, make, save, tokens
-from llmkit.kernels import linear_cross_entropy
 
 from llmkit.errors import UserError
+from llmkit.kernels import linear_cross_entropy
 from llmkit.model.cache import KVCache
 from llmkit.model.config import ModelConfig, RopeScaling
 from llmkit.model.transformer import Transformer

@@ -1,7 +1,15 @@
 """Kernels: attention, cross-entropy and row-wise steps, one name each, whatever the machine.
 
-Imported as `llmkit.kernels`. Nothing here knows of models, tokenizers or training.
+They stand in kernels/, at the top level for its readers, and know nothing of models, tokenizers or training. kernels/
+has no __init__.py: in a clone, Python would take it for the package `kernels` of PyPI, which transformers looks for.
 """
+
+from pathlib import Path
+
+_INSTALLED = Path(__file__).with_suffix("")
+# a clone has kernels/ beside llmkit/, a wheel llmkit/kernels/; this module, found before a folder of its name, is the
+# package of either
+__path__ = [str(_INSTALLED if _INSTALLED.is_dir() else _INSTALLED.parents[1] / "kernels")]
 
 from llmkit.kernels.allocator import keep_freed_memory
 from llmkit.kernels.attention import Packing, attention_mask, scaled_dot_product_attention

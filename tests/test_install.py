@@ -1,0 +1,74 @@
+"""Installed and started as the README says: not editable, in the clone's root and elsewhere."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ("llmkit", "kernels", "pyproject.toml", "README.md", "LICENSE")
+# what the README's block asks of transformers: its probe for a package `kernels` takes place in generation
+STOCK = "import transformers.modeling_utils, transformers.generation.utils, transformers.integrations.hub_kernels"
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone, without what git ignores."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def build(clone: Path, kind: str) -> Path:
+    """The path of a `wheel` or `sdist` of a clone."""
+    code = f"import setuptools.build_meta as b; print(b.build_{kind}('dist'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=clone, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return clone / "dist" / done.stdout.split()[-1]
+
+
+@pytest.fixture(scope="module", params=["clone", "wheel", "sdist"])
+def site(request: pytest.FixtureRequest, clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that llmkit was installed into."""
+    folder = tmp_path_factory.mktemp("site")
+    what = clone if request.param == "clone" else build(clone, request.param)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    done = subprocess.run([*pip, "--target", str(folder), str(what)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def start(site: Path, folder: Path, *words: str) -> str:
+    """What a Python with the installed llmkit prints when it is started in a folder."""
+    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *words]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_it_starts_in_the_clone_and_elsewhere(site: Path, clone: Path, tmp_path: Path) -> None:
+    kernels = "import llmkit.kernels.triton as k; from llmkit.kernels import linear; print(k.__file__)"
+    assert start(site, clone, "-c", kernels).strip() == str(clone / "kernels/triton/__init__.py")
+    assert start(site, tmp_path, "-c", kernels).strip() == str(site / "llmkit/kernels/triton/__init__.py")
+    for folder in (clone, tmp_path):
+        start(site, folder, "-c", STOCK)
+        assert start(site, folder, "-m", "llmkit", "--version").startswith("llmkit ")
+
+
+def test_torchrun_starts_it_in_the_clone(site: Path, clone: Path) -> None:
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m", "llmkit"]
+    stage = ["pretrain", "docs.jsonl", "--tokenizer", "tok/", "-o", "base/", "--dry-run"]
+    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *run, *stage]
+    done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, timeout=300)
+    assert "found no tok/" in done.stderr and "llmkit.kernels" not in done.stderr
