@@ -262,8 +262,13 @@ def cut_torn_line(handle: IO[bytes]) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object that is a file's content. Raises UserError for any other content, OSError as `open` does."""
+    return parse_json(path, path.read_bytes())
+
+
+def parse_json(path: Path, content: bytes) -> dict[str, Any]:
+    """The JSON object that is the content of the file `path`. Raises UserError for any other."""
     try:
-        value = orjson.loads(path.read_bytes())
+        value = orjson.loads(content)
     except orjson.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON, at line {error.lineno}: {error.msg}; mend or replace the file") from None
     if not isinstance(value, dict):

@@ -32,6 +32,7 @@ from llmkit.files import (
     replace_folder,
     write_json,
 )
+from llmkit.foreign import read_object
 from llmkit.launch import launch
 from llmkit.metrics import LOSS_CURVE, write_curve
 from llmkit.model_card import write_model_card
@@ -75,7 +76,7 @@ def _content(path: str) -> dict[str, Any]:
 def read_manifest(made: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The manifest of a folder or of a single file, or None where one of foreign origin has none."""
     path = Path(f"{os.fspath(made)}{OF_FILE}") if os.path.isfile(made) else Path(made) / MANIFEST
-    return read_json(path) if path.exists() else None
+    return read_object(path, 64 << 20) if path.exists() else None
 
 
 def write_manifest(

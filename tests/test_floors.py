@@ -24,6 +24,7 @@ FLOORS = {
         "config",
         "launch",
         "files",
+        "foreign",
         "metrics",
         "stream",
         "progress",

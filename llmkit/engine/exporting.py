@@ -5,6 +5,7 @@ Tensors are read, changed and written one at a time for GGUF; a folder is held o
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -13,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from llmkit.errors import UserError
-from llmkit.files import atomic_file, read_json, write_json
+from llmkit.files import atomic_file, write_json
+from llmkit.foreign import check_file, read_object, shown
 from llmkit.model import gguf_model
 from llmkit.model.config import ModelConfig
 from llmkit.model.folder import CONFIG, GENERATION, SavedTensors, load_config, save_tensors, write_tensors
@@ -226,7 +229,7 @@ def write_folder(
     work: Path, source: Source, dtype: str, max_shard_size: int, advance: Callable[[float], object]
 ) -> None:
     """Write the model folder in another precision or in other shards, with all that stands beside its weights."""
-    values = read_json(source.folder / CONFIG)
+    values = read_object(source.folder / CONFIG)
     key = "dtype" if "dtype" in values else "torch_dtype"
     values[key] = dtype
     for name in _COPIED:
@@ -271,16 +274,24 @@ def open_adapter(folder: str) -> Adapter:
             f"{folder}: expected {ADAPTER}/{ADAPTER_CONFIG} and {ADAPTER}/{ADAPTER_WEIGHTS}, found no adapter; "
             "llmkit sft --lora-rank 16 --keep-adapter keeps one, --format hf exports the whole model"
         )
-    config = read_json(place / ADAPTER_CONFIG)
-    base = str(config.get("base_model_name_or_path"))
-    if (Path(base) / CONFIG).is_file():
+    config = read_object(place / ADAPTER_CONFIG)
+    check_file(place / ADAPTER_WEIGHTS)
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str):
+        raise UserError(
+            f"{place / ADAPTER_CONFIG}: expected a folder or a name for base_model_name_or_path, found {shown(base)}"
+        )
+    if os.path.isfile(f"{base}/{CONFIG}"):
         known, tokens = load_config(base).vocab_size, load_config(folder).vocab_size
         if known != tokens:
             raise UserError(
                 f"{folder}: its base {base} has {known} tokens and it has {tokens}, whose rows the adapter does not "
                 "hold; --format hf exports the whole model"
             )
-    return Adapter(place, Path(folder), config, load_file(place / ADAPTER_WEIGHTS))
+    try:
+        return Adapter(place, Path(folder), config, load_file(place / ADAPTER_WEIGHTS))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{place / ADAPTER_WEIGHTS}: damaged or cut safetensors file: {error}") from None
 
 
 def write_adapter(work: Path, adapter: Adapter, dtype: str) -> None:

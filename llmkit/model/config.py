@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from llmkit.errors import UserError
+from llmkit.foreign import integer, number, shown, switch
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 ARCHITECTURES = {
@@ -87,7 +88,7 @@ class ModelConfig:
             )
 
     @property
-    def eos_token_ids(self) -> tuple[int, ...]:
+    def eostoken_ids(self) -> tuple[int, ...]:
         """The tokens that end a generation, of which a config names none, one or several."""
         ends = self.eos_token_id
         return ends if isinstance(ends, tuple) else () if ends is None else (ends,)
@@ -192,67 +193,98 @@ class ModelConfig:
     def from_hf(cls, values: dict[str, Any], where: str = "config.json") -> "ModelConfig":
         """From a parsed `config.json`; `where` names it in errors. Refuses what the model would not reproduce."""
         model_type = values.get("model_type")
-        if model_type not in MODEL_TYPES:
-            raise UserError(f"{where}: expected model_type to be one of {', '.join(MODEL_TYPES)}, found {model_type!r}")
-        missing = [name for name in _REQUIRED if not isinstance(values.get(name), int)]
+        if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
+            raise UserError(
+                f"{where}: expected model_type to be one of {', '.join(MODEL_TYPES)}, found {shown(model_type)}"
+            )
+        missing = [name for name in _REQUIRED if values.get(name) is None]
         if missing:
             raise UserError(f"{where}: expected integers for {', '.join(missing)}")
+        sizes = {name: integer(values, name, where, at_most=most) for name, most in _REQUIRED.items()}
         if values.get("hidden_act", "silu") not in ("silu", "swish"):
-            raise UserError(f"{where}: expected hidden_act 'silu', found {values['hidden_act']!r}")
+            raise UserError(f"{where}: expected hidden_act 'silu', found {shown(values['hidden_act'])}")
         if values.get("mlp_bias"):
             raise UserError(f"{where}: mlp_bias is not supported")
         theta, scaling = _rope_from_hf(values, where)
-        heads = values["num_attention_heads"]
-        kv_heads = values.get("num_key_value_heads") or _DEFAULT_KEY_VALUE_HEADS.get(model_type) or heads
-        bias = bool(values.get("attention_bias", False)) and model_type in ("llama", "qwen3")
-        eos = values.get("eos_token_id")
+        heads = sizes["num_attention_heads"]
+        kv_heads = _DEFAULT_KEY_VALUE_HEADS.get(model_type) or heads
+        width = _DEFAULT_HEAD_DIM.get(model_type) or sizes["hidden_size"] // heads
+        bias = switch(values, "attention_bias", where) and model_type in ("llama", "qwen3")
         try:
             return cls(
-                **{name: values[name] for name in _REQUIRED},
-                num_key_value_heads=kv_heads,
-                head_dim=values.get("head_dim") or _DEFAULT_HEAD_DIM.get(model_type) or values["hidden_size"] // heads,
-                max_position_embeddings=values.get("max_position_embeddings") or 2048,
+                **sizes,
+                num_key_value_heads=integer(values, "num_key_value_heads", where, kv_heads, at_most=_WIDEST),
+                head_dim=integer(values, "head_dim", where, width, at_most=_WIDEST),
+                max_position_embeddings=integer(values, "max_position_embeddings", where, 2048),
                 rope_theta=theta,
                 rope_scaling=scaling,
-                rms_norm_eps=values.get("rms_norm_eps", 1e-6),
-                tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
+                rms_norm_eps=number(values, "rms_norm_eps", where, 1e-6),
+                tie_word_embeddings=switch(values, "tie_word_embeddings", where),
                 attention_bias=bias or model_type == "qwen2",
                 attention_out_bias=bias,
                 qk_norm=model_type == "qwen3",
-                layer_windows=_windows_from_hf(values, model_type),
+                layer_windows=_windows_from_hf(values, model_type, where),
                 model_type=model_type,
-                bos_token_id=values.get("bos_token_id"),
-                eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
+                bos_token_id=_token_id(values, "bos_token_id", where),
+                eos_token_id=token_ids(values, "eos_token_id", where),
             )
         except UserError as error:
-            raise UserError(f"{where}: {error}") from None
+            raise UserError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
 
 
-_REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
+_WIDEST = 2**24
+# the sizes that every config.json has, and the most of each: what is larger is a mistake, and would be built first
+_REQUIRED = {
+    "vocab_size": _WIDEST,
+    "hidden_size": _WIDEST,
+    "intermediate_size": _WIDEST,
+    "num_hidden_layers": 4096,
+    "num_attention_heads": 2**16,
+}
+
+
+def _token_id(values: dict[str, Any], name: str, where: str) -> int | None:
+    return integer(values, name, where, at_least=-1)  # -1 is what some write for none
+
+
+def token_ids(values: dict[str, Any], name: str, where: str) -> int | tuple[int, ...] | None:
+    """A field of one token id or several. Raises UserError."""
+    found = values.get(name)
+    if not isinstance(found, list):
+        return _token_id(values, name, where)
+    if len(found) > 1000:
+        raise UserError(f"{where}: expected at most 1000 ids for {name}, found {len(found)}")
+    ids = [_token_id({name: one}, name, where) for one in found]
+    return tuple(one for one in ids if one is not None)
 
 
 def _rope_from_hf(values: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
-    """Base and scaling from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
-    parameters = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    theta = parameters.get("rope_theta") or values.get("rope_theta") or _DEFAULT_ROPE_THETA
+    """Base and scaling from `rope_scaling` and `rope_theta` (transformers 4) or `rope_parameters` (5).
+
+    Where a file has both, version 5 lets `rope_scaling` win.
+    """
+    name = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
+    parameters = values.get(name) or {}
+    if not isinstance(parameters, dict):
+        raise UserError(f"{where}: expected an object for {name}, found {shown(parameters)}")
+    if any(isinstance(value, dict) for value in parameters.values()):
+        raise UserError(f"{where}: {name} that differ from layer to layer are not supported")
+    theta = number(parameters, "rope_theta", where) or number(values, "rope_theta", where, _DEFAULT_ROPE_THETA)
     rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
     if rope_type == "default":
-        return float(theta), None
-    if rope_type == "linear":
-        return float(theta), RopeScaling("linear", float(parameters["factor"]))
-    if rope_type != "llama3":
-        raise UserError(f"{where}: expected rope scaling default, linear or llama3, found {rope_type!r}")
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    missing = [name for name in names if name not in parameters]
+        return theta, None
+    if rope_type not in ("linear", "llama3"):
+        raise UserError(f"{where}: expected rope scaling default, linear or llama3, found {shown(rope_type)}")
+    names = ("factor", "low_freq_factor", "high_freq_factor")[: 1 if rope_type == "linear" else 3]
+    numbers = {name: number(parameters, name, where) for name in names}
+    if rope_type == "llama3":
+        numbers["original_max_position_embeddings"] = integer(parameters, "original_max_position_embeddings", where)
+    missing = [name for name, value in numbers.items() if value is None]
     if missing:
-        raise UserError(f"{where}: rope scaling llama3 needs {', '.join(missing)}")
-    return float(theta), RopeScaling("llama3", **{name: parameters[name] for name in names})
+        raise UserError(f"{where}: rope scaling {rope_type} needs {', '.join(missing)}")
+    if rope_type == "llama3" and numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
+        raise UserError(f"{where}: expected low_freq_factor below high_freq_factor in {name}")
+    return theta, RopeScaling(rope_type, **numbers)
 
 
 def _rope_scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
@@ -263,17 +295,21 @@ def _rope_scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
     return asdict(scaling)
 
 
-def _windows_from_hf(values: dict[str, Any], model_type: str) -> tuple[int | None, ...] | None:
+def _windows_from_hf(values: dict[str, Any], model_type: str, where: str) -> tuple[int | None, ...] | None:
     layers = values["num_hidden_layers"]
     if model_type == "llama":
         return None
-    window = values.get("sliding_window", _DEFAULT_WINDOW)
+    window = integer(values, "sliding_window", where, None if "sliding_window" in values else _DEFAULT_WINDOW)
     if model_type == "mistral":
         return None if window is None else (window,) * layers
-    if not values.get("use_sliding_window", False) or window is None:
+    if not switch(values, "use_sliding_window", where) or window is None:
         return None
     kinds = values.get("layer_types")
     if kinds is None:
-        first = values.get("max_window_layers", 28)
+        first = integer(values, "max_window_layers", where, 28, at_least=0)
         kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+    if not isinstance(kinds, list) or any(kind not in ("sliding_attention", "full_attention") for kind in kinds):
+        raise UserError(
+            f"{where}: expected full_attention or sliding_attention for each layer in layer_types, found {shown(kinds)}"
+        )
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)

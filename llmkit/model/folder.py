@@ -6,6 +6,7 @@ missing, unknown or of another shape, a cut file, a pickle.
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmkit.errors import UserError
-from llmkit.files import atomic_file, read_json, write_json
-from llmkit.model.config import ModelConfig
+from llmkit.files import atomic_file, write_json
+from llmkit.foreign import check_file, read_object, shown
+from llmkit.model.config import ModelConfig, token_ids
 from llmkit.model.transformer import Transformer
 from llmkit.model.weights import EMBEDDING, HEAD, export_state_dict, import_state_dict, stock_shapes
 
@@ -24,6 +26,7 @@ WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "c
 GENERATION = "generation_config.json"
 # Buffers that old checkpoints carry and nobody reads.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+LARGEST_INDEX = 64 << 20  # bytes
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -33,15 +36,17 @@ def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: expected a model folder, found {'a file' if path.parent.exists() else 'nothing'}")
     try:
-        values = read_json(path)
+        values = read_object(path)
     except FileNotFoundError:
         raise UserError(f"{path}: not found; expected a model folder with {CONFIG}") from None
     if values.get("quantization_config"):
         raise UserError(f"{path}: a quantized checkpoint is not supported; load the original")
-    if path.with_name(GENERATION).is_file():  # which transformers asks first where a text ends
-        ends = read_json(path.with_name(GENERATION)).get("eos_token_id")
-        values["eos_token_id"] = values.get("eos_token_id") if ends is None else ends
-    return ModelConfig.from_hf(values, str(path))
+    config = ModelConfig.from_hf(values, str(path))
+    generation = path.with_name(GENERATION)
+    if not generation.exists():
+        return config
+    ends = token_ids(read_object(generation), "eos_token_id", str(generation))  # transformers asks it first
+    return config if ends is None else replace(config, eos_token_id=ends)
 
 
 def load_model(
@@ -134,12 +139,13 @@ class SavedTensors:
         if (folder / WEIGHTS).exists():
             self._open(folder / WEIGHTS)
         elif (folder / INDEX).exists():
-            weight_map = read_json(folder / INDEX).get("weight_map")
+            weight_map = read_object(folder / INDEX, LARGEST_INDEX).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise UserError(f"{folder / INDEX}: expected field 'weight_map'")
+            for name in weight_map.values():
+                if not isinstance(name, str) or not name or Path(name).name != name or "\0" in name or len(name) > 255:
+                    raise UserError(f"{folder / INDEX}: expected a file of this folder, found {shown(name)}")
             for name in sorted(set(weight_map.values())):
-                if Path(name).name != name:
-                    raise UserError(f"{folder / INDEX}: expected a file of this folder, found {name!r}")
                 if not (folder / name).exists():
                     raise UserError(f"{folder / name}: not found; {INDEX} names it")
                 self._open(folder / name)
@@ -150,6 +156,7 @@ class SavedTensors:
             raise UserError(_no_weights(folder))
 
     def _open(self, path: Path) -> None:
+        check_file(path)  # a pipe would be waited for, for ever
         try:
             file = safe_open(path, framework="pt")
             names = list(file.keys())
@@ -185,9 +192,17 @@ class SavedTensors:
 
 
 def _no_weights(folder: Path) -> str:
-    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in folder.glob(pattern))
     if not pickles:
-        return f"{folder}: expected {WEIGHTS} or {INDEX}, found neither"
+        found = f"{folder}: expected {WEIGHTS} or {INDEX}, found neither"
+        others = sorted(path.name for pattern in ("*.gguf", "*.safetensors") for path in folder.glob(pattern))
+        if not others:
+            return found
+        if others[0].endswith(".gguf"):
+            return f"{found}, but {others[0]}, which is llama.cpp's; download the model's safetensors files"
+        if (folder / "adapter_config.json").exists():
+            return f"{found}, but an adapter, {others[0]}; merge it into its base: peft's merge_and_unload"
+        return f"{found}, but {others[0]}; rename it to {WEIGHTS} where that is what it is"
     convert = (
         "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
         f"[kind.from_pretrained({str(folder)!r}).save_pretrained('NEW_FOLDER') for kind in (M, T)]"
@@ -200,6 +215,11 @@ def _no_weights(folder: Path) -> str:
 
 def _check(tensors: SavedTensors, config: ModelConfig, others: Mapping[str, tuple[int, ...]]) -> None:
     """Every expected tensor there with its shape, and no other; a tied embedding under either of its names."""
+    if tensors.where and config.num_hidden_layers > len(tensors.where):  # before names are made for all of them
+        raise UserError(
+            f"{tensors.folder}: expected the tensors of num_hidden_layers {config.num_hidden_layers}, "
+            f"found {len(tensors.where)} tensors in all"
+        )
     shapes = {**stock_shapes(config), **others}
     if config.tie_word_embeddings:
         _find_tied_embedding(tensors, shapes[EMBEDDING])
