@@ -23,6 +23,7 @@ from itertools import chain
 from llmkit.crawl.framing import ARC_START, WARC_START, Frame, Frames, GzipStream, Window, beginning, is_one_stream
 from llmkit.crawl.page import MAX_PAGE_BYTES, Page, Skipped, Span
 from llmkit.crawl.warc import looks_like_html, page_of
+from llmkit.crawl.work_limit import TooMuchWork, work_limit
 from llmkit.errors import UserError
 from llmkit.records import kind_of
 from llmkit.stream import BYTE_ORDER_MARK, GZIP_MAGIC, ZSTD_MAGIC, json_row, name_of, open_packed, unpacked
@@ -269,7 +270,15 @@ class SpanReader:
             elif kind == "html":
                 yield Page(name, offset, None, data, None, None, {})
             else:
-                yield page_of(name, offset, data, most)
+                yield _page_in_time(name, offset, data, most)
+
+
+def _page_in_time(name: str, offset: int, data: bytes, max_bytes: int) -> Page | Skipped:
+    try:
+        with work_limit(len(data)):
+            return page_of(name, offset, data, max_bytes)
+    except TooMuchWork:
+        return Skipped(name, offset, "too_slow")
 
 
 def _page_in(path: str, max_bytes: int) -> Page | Skipped:

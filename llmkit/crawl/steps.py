@@ -18,6 +18,7 @@ from llmkit.crawl.recipe import OWN_FILTERS, Recipe
 from llmkit.crawl.urls import UrlFilter
 from llmkit.crawl.verdict import judge
 from llmkit.crawl.words import Split
+from llmkit.crawl.work_limit import TooMuchWork, work_limit
 from llmkit.errors import UserError
 from llmkit.user_code import UserFunction
 
@@ -101,15 +102,24 @@ class Steps:
         if journey.text is None and "extract" not in self.recipe.steps:
             journey.step, journey.reason = READ, "html_not_extracted"
             return
+        page = journey.page.html if journey.page.html is not None else journey.page.text
+        try:
+            with work_limit(len(page or "")):
+                self._follow(journey, seconds, keep_scores)
+        except TooMuchWork:
+            journey.step, journey.reason, journey.page.html = journey.step or READ, "too_slow", None
+
+    def _follow(self, journey: Journey, seconds: dict[str, float], keep_scores: bool) -> None:
         for name, step in self.in_order:
+            journey.step = name  # here already, for one that takes too long
             if keep_scores and journey.extracted is None and name not in ("url", "extract"):
                 self.measure(journey)
             started = thread_time()
             journey.reason = step(journey)
             seconds[name] = seconds.get(name, 0.0) + thread_time() - started
             if journey.reason:
-                journey.step = name
                 return
+        journey.step = None
         if keep_scores and journey.extracted is None:
             self.measure(journey)
 

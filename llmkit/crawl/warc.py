@@ -21,7 +21,7 @@ KNOWN_TYPES = ("warcinfo", "request", "revisit", "metadata", "continuation", "re
 _STATUS = re.compile(rb"HTTP/\d(?:\.\d)?[ \t]+(\d{3})(?!\d)")
 # the tags of https://mimesniff.spec.whatwg.org/#identifying-a-resource-with-an-unknown-mime-type
 _HTML = re.compile(
-    rb"(?i)(?:<!--.*?-->|<\?xml[^>]*>|\s)*"
+    rb"(?i)(?:<!--(?:(?!-->).)*-->|<\?xml[^>]*>|\s)*"  # one way alone through many comments
     rb"<(?:!doctype html|html|head|script|iframe|h1|div|font|table|a|style|title|b|body|br|p|meta|link)[\s/>]",
     re.DOTALL,
 )

@@ -7,12 +7,15 @@ import json
 import pytest
 from web import SENTENCES, prose
 
+from llmkit.crawl import work_limit
 from llmkit.crawl.funnel import Funnel
 from llmkit.crawl.page import Page, Skipped
 from llmkit.crawl.recipe import STEPS, Recipe, as_json, read_recipe, recipe_toml
 from llmkit.crawl.scores import scores_of
 from llmkit.crawl.steps import Journey, Steps
 from llmkit.errors import UserError
+from tests.crawl.archives import http, record
+from tests.crawl.archives import page as page_record
 
 tomllib = pytest.importorskip("tomllib")  # Python 3.11
 
@@ -139,3 +142,26 @@ def test_the_funnel_adds_up():
         funnel.count("c4", None)
     funnel.kept += 1
     assert funnel.records == 7
+
+
+def test_a_page_that_takes_for_ever_is_dropped_and_the_next_one_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(work_limit, "SECONDS", 0.1)
+    (tmp_path / "mine.py").write_text(
+        "import re\n\ndef slow(document):\n"
+        "    try:\n        re.match('(a+)+b', 'a' * 40) if document['id'] == 'slow' else None\n"
+        "    except Exception:\n        pass\n"
+    )
+    steps = Steps(Recipe(steps=("own",)).changed("own", filters=(f"py:{tmp_path}/mine.py:slow",)))
+    stopped, next_one = journey(GOOD, id="slow"), journey(GOOD, id="good")
+    steps.follow(stopped, {})
+    steps.follow(next_one, {})
+    assert (stopped.step, stopped.reason) == ("own", "too_slow")
+    assert (next_one.step, next_one.reason) == (None, None)
+
+
+def test_a_page_of_many_comments_does_not_stop_a_crawl(tmp_path, llmkit):
+    comments = b"".join(b"<!-- widget %d -->\n" % number for number in range(40))
+    body = comments + b"<center><p>" + " ".join(SENTENCES).encode() + b"</p></center>"
+    (tmp_path / "a.warc").write_bytes(record(http(body, Content_Type="application/xml")) + page_record(b"fine"))
+    out = llmkit("crawl-filter", tmp_path / "a.warc", "-o", tmp_path / "out.jsonl", "--only", "extract", timeout=120)
+    assert out.returncode == 0, out.stderr
