@@ -24,6 +24,7 @@ import typer
 
 from llmkit import __version__
 from llmkit.config import flag_of, option_fields, option_of, resolve, value_type
+from llmkit.display import write_message
 from llmkit.errors import Interrupted, LlmkitError, UserError
 from llmkit.launch import launch
 
@@ -101,7 +102,7 @@ def run_command_line(arguments: list[str]) -> int:
 
             if is_lost(error):
                 lose_together(error)
-        traceback.print_exc()
+        write_message(traceback.format_exc().rstrip("\n"))
         return _bug()
 
 
@@ -154,14 +155,14 @@ def _fail(message: str, code: int) -> int:
         from llmkit.engine.failures import fail_together
 
         fail_together(message, code)
-    print(f"llmkit: error: {' '.join(message.split())}", file=sys.stderr)
+    write_message(f"llmkit: error: {' '.join(message.split())}")
     return code
 
 
 def _bug() -> int:
     if _several():
         return _fail("a bug in llmkit; please report the lines above", 1)
-    print(f"llmkit {__version__}: a bug in llmkit; please report the lines above", file=sys.stderr)
+    write_message(f"llmkit {__version__}: a bug in llmkit; please report the lines above")
     return 1
 
 

@@ -27,6 +27,7 @@ from inspect import get_annotations
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
+from llmkit.display import redacted
 from llmkit.errors import UserError
 
 Unit = Literal["count", "bytes", "duration"]
@@ -363,5 +364,9 @@ def options_by_flag(config: Any, wanted: Callable[[Field], bool] = lambda item: 
 
 
 def as_options(config: Any) -> dict[str, Any]:
-    """The resolved options as plain JSON values, for the manifest and `--dry-run`."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+    """The resolved options as plain JSON values without credentials, for the manifest and `--dry-run`."""
+    shown = lambda value: redacted(value) if isinstance(value, str) else value  # noqa: E731
+    return {
+        name: [shown(one) for one in value] if isinstance(value, tuple) else shown(value)
+        for name, value in asdict(config).items()
+    }

@@ -6,6 +6,7 @@ import sys
 import time
 from typing import Any
 
+from llmkit.display import printable, redacted, write_message
 from llmkit.launch import launch
 
 PLAIN_SECONDS = 10.0  # between two plain lines
@@ -15,7 +16,7 @@ BAR_SECONDS = 0.1  # between two updates of the bar: an update costs as much as 
 def say(message: str, quiet: bool = False) -> None:
     """One line on stderr, above the bar if there is one; of several processes the first alone speaks."""
     if not quiet and launch().leads:
-        print(f"llmkit: {message}", file=sys.stderr, flush=True)
+        write_message(f"llmkit: {message}")
 
 
 class Progress:
@@ -33,17 +34,17 @@ class Progress:
         self._bar: Any = None
 
     def __enter__(self) -> Progress:
-        if not self.quiet and sys.stderr.isatty():
+        if not self.quiet and sys.stderr is not None and sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, TaskProgressColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as RichProgress
 
             sized = [BarColumn(), TaskProgressColumn(), TimeRemainingColumn()] if self.total else []
             # rich would send what is printed on stdout to stderr, the bar's place: the data of a pipe
             self._bar = RichProgress(
-                "{task.description}",
+                TextColumn("{task.description}", markup=False),
                 *sized,
-                "{task.fields[note]}",
+                TextColumn("{task.fields[note]}", markup=False),
                 console=Console(stderr=True),
                 transient=True,
                 redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),
@@ -65,7 +66,7 @@ class Progress:
         values = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.fields.items()]
         note = " ".join([self.rate(now), *values] if self.unit else values)
         if self._bar:
-            self._bar.update(self._task, completed=self.done, note=note)
+            self._bar.update(self._task, completed=self.done, note=printable(redacted(note)))
         elif self.total:
             left = (now - self.started) * max(self.total - self.done, 0) / max(self.done, 1e-9)
             say(f"{self.description} {self.done / self.total:.0%} {note}, {duration(left)} left")

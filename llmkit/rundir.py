@@ -20,6 +20,7 @@ from typing import Any
 import orjson
 
 from llmkit.config import flag_of, lasting_options, option_fields
+from llmkit.display import redacted
 from llmkit.errors import UserError
 from llmkit.files import (
     PARTIAL,
@@ -110,7 +111,7 @@ def write_manifest(
     manifest = {
         "manifest_version": MANIFEST_VERSION,
         "stage": stage,
-        "command": shlex.join(["llmkit", *sys.argv[1:]]),
+        "command": shlex.join(["llmkit", *map(redacted, sys.argv[1:])]),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "options": dict(options),
         "versions": versions,

@@ -23,6 +23,7 @@ from typing import IO, Any
 
 import orjson
 
+from llmkit.display import stdout_bytes
 from llmkit.errors import UserError
 from llmkit.files import atomic_file, check_output
 from llmkit.records import Row, check_document, kind_of
@@ -258,9 +259,7 @@ def open_bytes(path: str) -> AbstractContextManager[IO[bytes]]:
     """Open a file that appears when all is written, or stdout for `-`, for bytes."""
     if path != "-":
         return atomic_file(path)
-    if sys.stdout is None:
-        raise UserError("stdout: closed; name a file by --out")
-    return nullcontext(sys.stdout.buffer)
+    return nullcontext(stdout_bytes())
 
 
 def _dumps(record: Mapping[str, Any]) -> bytes:

@@ -22,6 +22,7 @@ FLOORS = {
         "questions",
         "problems",
         "config",
+        "display",
         "launch",
         "files",
         "foreign",

@@ -14,6 +14,7 @@ from llmkit.crawl.page import Skipped, Span
 from llmkit.crawl.pipeline import DUPLICATES, Pipeline, all_records
 from llmkit.crawl.recipe import Recipe
 from llmkit.crawl.steps import Journey, Steps
+from llmkit.display import printable
 
 SHOWN_MEASURES = 4  # on the terminal; the JSON has all
 
@@ -109,7 +110,7 @@ def _add_duplicates(
 
 def show_explanation(told: dict[str, Any], to: TextIO) -> None:
     """A readable table of one explanation."""
-    print(f"{told.get('url') or told.get('id')}  ({told['source']}, {told['offset']})", file=to)
+    print(printable(f"{told.get('url') or told.get('id')}  ({told['source']}, {told['offset']})"), file=to)
     for row in told["steps"]:
         details = [f"{row['language']} {row['language_score']}"] if "language" in row else []
         details += [f"score {row['score']:.4g}"] if "score" in row else []
@@ -118,6 +119,7 @@ def show_explanation(told: dict[str, Any], to: TextIO) -> None:
         details += [f"{key} {value:.4g}" for key, value in measures[:SHOWN_MEASURES]]
         details += ["..."] if len(measures) > SHOWN_MEASURES else []
         size = f"{row['characters']:,} characters" if "characters" in row else ""
-        print(f"  {row['step']:<18} {row['verdict']:<24} {size:>18}  {', '.join(details)}".rstrip(), file=to)
+        line = f"  {row['step']:<18} {row['verdict']:<24} {size:>18}  {', '.join(details)}"
+        print(printable(line.rstrip()), file=to)
     verdict = "kept" if told["kept"] else f"dropped by {told['step']}: {told['reason']}"
-    print(f"  {verdict}", file=to, flush=True)
+    print(printable(f"  {verdict}"), file=to, flush=True)

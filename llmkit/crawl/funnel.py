@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
+from llmkit.display import printable
+
 READ = "read"  # the step before all others: a record that is no page ends there
 
 
@@ -84,7 +86,10 @@ def _table_rows(step: Mapping[str, Any]) -> list[tuple[str, ...]]:
     )
     return [
         first,
-        *((f"  {reason}", "", "", f"{count:,}", share(count), "") for reason, count in step["dropped"].items()),
+        *(
+            (f"  {printable(reason)}", "", "", f"{count:,}", share(count), "")
+            for reason, count in step["dropped"].items()
+        ),
     ]
 
 
@@ -97,4 +102,4 @@ def _show_rich(header: Sequence[str], rows: Sequence[tuple[str, ...]], to: TextI
         table.add_column(name, justify="right" if number else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row, style="dim" if row[0].startswith(" ") else "")
-    Console(file=to).print(table)
+    Console(file=to, markup=False).print(table)

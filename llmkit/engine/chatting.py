@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.conversations import Message, as_record, message
+from llmkit.display import check_stdout, printable
 from llmkit.engine.generation import Generator, Request
 from llmkit.engine.served_sampling import ServedSampler
 from llmkit.errors import UserError
@@ -127,10 +128,12 @@ def converse(chat: Chat, first: str | None, quiet: bool) -> None:
     """Talk on the terminal, beginning with `first`; without a terminal each line of stdin is a turn, or `first` is."""
 
     def write(text: str) -> None:
-        sys.stdout.write(text)
+        sys.stdout.write(shown(text))
         sys.stdout.flush()
 
-    on_terminal = sys.stdin.isatty()
+    check_stdout()
+    shown = printable if sys.stdout.isatty() else str
+    on_terminal = sys.stdin is not None and sys.stdin.isatty()
     if on_terminal:
         say("/help tells the commands; Ctrl-D ends", quiet)
     typed = typed_lines() if first is None or on_terminal else iter(())
@@ -160,7 +163,7 @@ def talk(chat: Chat, lines: Iterator[str], write: Callable[[str], object], say: 
 
 def typed_lines() -> Iterator[str]:
     """The lines of stdin: typed after a prompt and editable on a terminal, where Ctrl-C takes one back."""
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         with open_input("-") as handle:
             for number, line in enumerate(handle, 1):
                 try:

@@ -19,6 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
+from llmkit.display import write_message
 from llmkit.errors import Interrupted, UserError
 from llmkit.launch import Launch, launch
 
@@ -132,7 +133,8 @@ def _end(note: dict[str, Any], me: Launch | None = None, store: Any = None) -> N
         code = _speak(note, me, store, code)
     except Exception:  # the store is gone
         _say(f"rank {me.rank}: {note.get('message', 'the others are gone')}")
-    sys.stderr.flush()
+    if sys.stderr is not None:
+        sys.stderr.flush()
     os._exit(code)  # threads and groups of torch would wait for the others for ever
 
 
@@ -156,7 +158,7 @@ def _speak(note: dict[str, Any], me: Launch, store: Any, code: int) -> int:
 
 
 def _say(message: str) -> None:
-    print(f"llmkit: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    write_message(f"llmkit: error: {' '.join(message.split())}")
 
 
 def verdict(notes: Mapping[int, Mapping[str, Any]], size: int) -> tuple[str, int]:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from llmkit.display import check_stdout, printable
+
 if TYPE_CHECKING:
     from llmkit.data.mixture import Packable
     from llmkit.tokenizer.encoding import Tokenizer
@@ -23,7 +25,9 @@ def show_examples(sources: Sequence[Packable], tokenizer: Tokenizer, count: int)
     from rich.console import Console
     from rich.text import Text
 
-    console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+    check_stdout()
+    console = Console(file=sys.stdout, soft_wrap=True, highlight=False, markup=False)
+    shown = printable if console.is_terminal else str
     for shown in range(count):
         source, index = sources[shown % len(sources)], shown // len(sources)
         if index >= len(source):
@@ -33,12 +37,12 @@ def show_examples(sources: Sequence[Packable], tokenizer: Tokenizer, count: int)
         text = Text()
         pieces = zip(_roles(ids.tolist(), tokenizer), trained.tolist(), ids.tolist(), strict=True)
         for (role, learnt), group in groupby(pieces, key=lambda piece: (piece[0], piece[1])):
-            words = [tokenizer.decode([token]) for _, _, token in group]
+            words = [shown(tokenizer.decode([token])) for _, _, token in group]
             if console.is_terminal:
                 text.append("\u2009".join(words), f"{COLOURS[role]}{' bold underline' if learnt else ''}")
             else:
                 text.append(f"\u00ab{''.join(words)}\u00bb" if learnt else "".join(words))
-        console.print(heading, style="bold" if console.is_terminal else None)
+        console.print(shown(heading), style="bold" if console.is_terminal else None)
         console.print(text, "")
 
 

@@ -30,6 +30,7 @@ EXAMPLE = "openai:http://localhost:8000/v1#model-name"
 BEYOND_CONTEXT = re.compile(r"context[ _](?:length|size|window)", re.IGNORECASE)
 SHOWN = 200  # characters of a server's message
 CHECK_SECONDS = 10.0  # to answer whether it is there
+IN_HEADERS = ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID")  # of the environment: what headers hold
 LOAD_SECONDS = 1800.0  # to load weights
 TOKEN_ID = "token_id:"  # what stands before the number where vLLM gives ids as the tokens' names
 
@@ -65,16 +66,34 @@ class Address:
 def parse_address(spec: str, flag: str) -> Address:
     """Read `openai:URL#model`. Raises UserError, also where the package openai is missing."""
     url, _, model = spec.removeprefix(SCHEME).partition("#")
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        raise UserError(f"{flag}: expected a server and its model, such as {EXAMPLE}, found {spec}") from None
     if not spec.startswith(SCHEME) or parts.scheme not in ("http", "https") or not parts.hostname or not model:
         raise UserError(f"{flag}: expected a server and its model, such as {EXAMPLE}, found {spec}")
-    if parts.username or parts.password:
-        raise UserError(f"{flag}: expected a URL without user and password; the key goes into OPENAI_API_KEY")
+    if parts.username or parts.password or parts.query:
+        unwanted = "user and password" if parts.username or parts.password else "anything after a question mark"
+        raise UserError(f"{flag}: expected a URL without {unwanted}; the key goes into OPENAI_API_KEY")
+    for name in IN_HEADERS:
+        _header_value(name)
     try:
         import openai  # noqa: F401
     except ImportError:
         raise UserError(f"{flag} openai:...: needs the package openai; pip install 'llmkit[openai]'") from None
     return Address(url, model, flag)
+
+
+def _header_value(name: str) -> str | None:
+    """What an environment variable gives a header, without the white space of the file it came from; None for nothing.
+
+    Raises UserError where no header can hold it, without its value, which is secret.
+    """
+    value = os.environ.get(name, "").strip()
+    if not value.isascii() or not value.isprintable():
+        raise UserError(f"{name}: expected printable ASCII characters on one line, found others; set it again")
+    return value or None
 
 
 @dataclass
@@ -122,8 +141,14 @@ class OpenAIClient:
 
         self.address, self.usage = address, Usage()
         self._timeout, self._retries = timeout, retries
-        key = None if os.environ.get("OPENAI_API_KEY") else "none"  # local servers want none, the client wants one
-        self._client = openai.OpenAI(base_url=address.url, api_key=key, timeout=timeout, max_retries=retries)
+        key, organization, project = map(_header_value, IN_HEADERS)
+        self._client = openai.OpenAI(
+            base_url=address.url,
+            api_key=key or "none",  # local servers want none, the client wants one
+            timeout=timeout,
+            max_retries=retries,
+        )
+        self._client.organization, self._client.project = organization, project  # stripped
         self._counting = threading.Lock()
 
     def check(self) -> str | None:

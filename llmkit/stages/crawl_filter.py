@@ -17,6 +17,7 @@ import orjson
 
 from llmkit import __version__
 from llmkit.config import CommonConfig, argument, as_options, option
+from llmkit.display import check_stdout, stdout_bytes
 from llmkit.errors import Interrupted, UserError
 from llmkit.files import JSON_LINE, atomic_file, check_output
 from llmkit.launch import available_cores
@@ -115,6 +116,7 @@ def run(config: CrawlFilterConfig) -> Summary | None:
     started = time.monotonic()
     recipe = _recipe(config)
     if config.print_recipe:
+        check_stdout()
         sys.stdout.write(recipe_toml(recipe))
         return None
     inputs, out = _checked(config)
@@ -351,9 +353,7 @@ def _asked_lines(path: str | None) -> AbstractContextManager[Callable[[Any], obj
 @contextmanager
 def _lines(path: str) -> Iterator[Callable[[Any], object]]:
     """A function that writes a line, or an object as one. A file appears when all is written."""
-    if path == "-" and sys.stdout is None:
-        raise UserError("stdout: closed; name a file instead of '-'")
-    with nullcontext(sys.stdout.buffer) if path == "-" else atomic_file(path) as handle:
+    with nullcontext(stdout_bytes()) if path == "-" else atomic_file(path) as handle:
 
         def write(line: bytes | Mapping[str, Any]) -> None:
             handle.write(line if isinstance(line, bytes) else orjson.dumps(line, option=JSON_LINE))
