@@ -66,8 +66,8 @@ def test_every_page_stands_in_the_navigation():
 
 
 # options of other programs, which pages name: torchrun's, servers', Ray's, llama.cpp's, those of our benchmarks and of
-# an example of a reward
-FOREIGN = """--config --help --install-completion --no-
+# an example of a reward, pip's, and that of a script which makes a small world
+FOREIGN = """--config --help --install-completion --no- --index-url --quick
     --nnodes --nproc-per-node --rdzv-backend --rdzv-endpoint --max-restarts --address --head --port
     --alias --enable-deterministic-inference --logprobs-mode --model --model-path --served-model-name
     --cache-type-k --cache-type-v --fast
