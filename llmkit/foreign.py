@@ -20,6 +20,8 @@ from llmkit.files import parse_json
 LARGEST_CONFIG, LARGEST_TOKENIZER = 16 << 20, 192 << 20  # bytes; Gemma's tokenizer.json has 33 MB
 LARGEST_SIZE = 2**31 - 1
 DEEPEST = 200  # levels of a JSON value: orjson writes 254
+LARGEST_VOCABULARY = 2**22  # ids of a tokenizer: the largest known has 1.0 million
+MOST_STEPS, LARGEST_TEXT, LARGEST_GROWTH = 1000, 20_000, 1000
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -101,6 +103,58 @@ def shown(value: Any) -> str:
         return str(value)
     text = repr(value) if not isinstance(value, list | dict | tuple) or len(value) < 8 else f"a {type(value).__name__}"
     return text if len(text) < 60 else f"{text[:56]}..."
+
+
+# ---- a tokenizer.json
+
+
+def check_tokenizer(spec: Any, where: str) -> None:
+    """Raise UserError for a parsed tokenizer.json with ids, steps or texts at which the library ends the process."""
+    if not isinstance(spec, dict) or not isinstance(spec.get("model"), dict):
+        raise UserError(f"{where}: not a tokenizer.json that tokenizers can read: it has no model")
+    vocabulary = spec["model"].get("vocab")
+    if isinstance(vocabulary, dict):
+        odd = next(
+            (one for one in vocabulary.values() if type(one) is not int or not 0 <= one < LARGEST_VOCABULARY), None
+        )
+        if odd is not None:
+            raise UserError(f"{where}: expected ids from 0 to {LARGEST_VOCABULARY - 1} in vocab, found {shown(odd)}")
+    elif not isinstance(vocabulary, list) or len(vocabulary) > LARGEST_VOCABULARY:
+        raise UserError(f"{where}: not a tokenizer.json that tokenizers can read: its vocab is {shown(vocabulary)}")
+    added = spec.get("added_tokens") or []
+    if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
+        raise UserError(f"{where}: expected a list of objects for added_tokens, found {shown(added)}")
+    for token in added:
+        if (
+            not isinstance(token.get("content"), str)
+            or integer(token, "id", where, None, 0, LARGEST_VOCABULARY) is None
+        ):
+            raise UserError(f"{where}: expected a text and an id of each added token, found {shown(token)}")
+        if not isinstance(token.get("special"), bool):
+            raise UserError(f"{where}: expected true or false for special of {shown(token['content'])}")
+    for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        _check_steps(spec.get(name), f"{where}: {name}")
+
+
+def _check_steps(step: Any, where: str) -> None:
+    """Raise UserError for too many steps, one within the other or in a row, and for texts that multiply."""
+    waiting, count, growth = [step], 0, 1
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict | list):
+            waiting += one.values() if isinstance(one, dict) else one
+            count += 1
+        if isinstance(one, dict):
+            for key in ("content", "prepend"):  # what Replace and Prepend put in a text, for each place of it
+                growth *= max(1, len(one[key])) if isinstance(one.get(key), str) else 1
+            texts = [value for key, value in one.items() if isinstance(value, str) and key != "precompiled_charsmap"]
+            if max(map(len, texts), default=0) > LARGEST_TEXT:
+                raise UserError(f"{where}: expected texts of at most {LARGEST_TEXT} characters")
+        if count > MOST_STEPS or growth > LARGEST_GROWTH:
+            raise UserError(
+                f"{where}: expected at most {MOST_STEPS} steps, whose replacements make a text at most "
+                f"{LARGEST_GROWTH} times as long"
+            )
 
 
 # ---- libraries

@@ -53,7 +53,7 @@ def outcomes(folder: Path, name: str, every: int) -> Counter[str]:
     return found
 
 
-@pytest.mark.parametrize("name", [name for name in MORE_KEYS if not name.startswith("tokenizer")])
+@pytest.mark.parametrize("name", MORE_KEYS)
 def test_odd_values_in_a_folder_from_elsewhere_are_a_line(folder: Path, name: str) -> None:
     every = 29 if name == "tokenizer.json" else 5
     assert outcomes(folder, name, every)["UserError"] or name in ("manifest.json", "adapter/adapter_config.json")
@@ -116,6 +116,58 @@ def test_rope_scaling_wins_over_rope_parameters_as_in_transformers(folder: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in MORE_KEYS if not name.startswith("tokenizer")])
+@pytest.mark.parametrize("name", MORE_KEYS)
 def test_every_odd_value_in_a_folder_from_elsewhere_is_a_line(folder: Path, name: str) -> None:
     outcomes(folder, name, 1)
+
+
+def _replaced(times: int) -> dict:
+    return {"type": "Replace", "pattern": {"String": "l"}, "content": "l" * times}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda spec: spec["model"]["vocab"].update(zzz=2**31), "expected ids from 0 to"),
+        (lambda spec: spec["model"]["vocab"].update(zzz=-1), "expected ids from 0 to"),
+        (lambda spec: spec["added_tokens"][0].update(id=4 * 10**9), "expected an integer from 0 to"),
+        (lambda spec: spec["added_tokens"][0].pop("special"), "expected true or false for special"),
+        (lambda spec: spec.update(normalizer=_replaced(10**7)), "expected texts of at most"),
+        (
+            lambda spec: spec.update(normalizer={"type": "Sequence", "normalizers": [_replaced(20)] * 4}),
+            "replacements make a text at most",
+        ),
+        (
+            lambda spec: spec.update(normalizer={"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "b"}),
+            "tokenizers cannot encode a text by it",
+        ),
+    ],
+)
+def test_a_tokenizer_that_would_end_the_process_is_named(folder: Path, change, words: str) -> None:
+    from llmkit.errors import UserError
+    from llmkit.tokenizer.encoding import load_tokenizer
+
+    place = folder / "tokenizer.json"
+    spec = json.loads(place.read_text())
+    change(spec)
+    place.write_text(json.dumps(spec))
+    with pytest.raises(UserError, match=words):
+        load_tokenizer(folder).encode("a" * 40 + "! hello")
+
+
+def test_a_pattern_that_panics_is_a_line(tmp_path: Path, llmkit) -> None:
+    (tmp_path / "text.txt").write_text("a" * 40 + "!\n")
+    command = ("train-bpe", tmp_path / "text.txt", "--pattern", "(a+)+$", "--vocab-size", "320", "-o", tmp_path / "t")
+    done = llmkit(*command)
+    assert done.returncode == 2 and "--pattern: a regular expression that takes too long" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "model.gguf", "tekken.json"])
+def test_another_form_of_tokenizer_says_the_way_on(folder: Path, name: str) -> None:
+    from llmkit.errors import UserError
+    from llmkit.tokenizer.encoding import load_tokenizer
+
+    (folder / "tokenizer.json").rename(folder / name)
+    with pytest.raises(UserError, match=r"expected tokenizer\.json, found .*; transformers makes one: python -c"):
+        load_tokenizer(folder)

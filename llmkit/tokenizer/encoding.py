@@ -22,13 +22,15 @@ import numpy as np
 import orjson
 
 from llmkit.errors import UserError
-from llmkit.files import read_json
+from llmkit.foreign import LARGEST_TOKENIZER, check_file, check_tokenizer, read_file, read_object, shown, switch
 from llmkit.tokenizer.alphabet import byte_alphabet
 from llmkit.tokenizer.backends import TokenizersBackend, fastest_proven, proof_texts
 
 END_OF_TEXT = "<|endoftext|>"  # of our own tokenizers: begins every document and ends it
 END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # where no tokenizer_config.json names one
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+OTHER_FORMS = ("tokenizer.model", "tekken.json", "vocab.json", "spiece.model", "vocab.txt", "tiktoken.model")
 
 
 class Tokenizer:
@@ -47,7 +49,10 @@ class Tokenizer:
     def __init__(self, path: Path, data: bytes, config: dict[str, Any], chat_template: str | None) -> None:
         try:
             spec = orjson.loads(data)
+            check_tokenizer(spec, str(path))
             self._reference = TokenizersBackend(data)
+        except UserError:
+            raise
         except Exception as error:  # tokenizers raises bare Exception
             raise UserError(f"{path}: not a tokenizer.json that tokenizers can read: {str(error)[:200]}") from None
         self.path, self.config, self.chat_template = path, config, chat_template
@@ -67,9 +72,9 @@ class Tokenizer:
 
     def _beginning(self, template_bos: int | None) -> tuple[int | None, bool]:
         """bos_id and add_bos: what the config says, else what the tokenizer.json itself puts in front."""
-        bos, wanted = self._configured("bos_token"), self.config.get("add_bos_token")
-        if wanted is None:
-            wanted = template_bos is not None
+        bos, wanted = self._configured("bos_token"), template_bos is not None
+        if self.config.get("add_bos_token") is not None:
+            wanted = switch(self.config, "add_bos_token", f"{self.path.parent}/tokenizer_config.json")
         if bos is None and wanted:
             bos = template_bos
         return bos, bool(wanted) and bos is not None
@@ -77,6 +82,10 @@ class Tokenizer:
     def _configured(self, key: str) -> int | None:
         token = self.config.get(key)
         text = token.get("content") if isinstance(token, dict) else token
+        if text is not None and not isinstance(text, str):
+            raise UserError(
+                f"{self.path.parent}/tokenizer_config.json: expected a token's text for {key}, found {shown(token)}"
+            )
         return None if text is None else self._reference.tokenizer.token_to_id(text)
 
     @property
@@ -113,11 +122,11 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of one text, with nothing added. Special tokens written in the text are plain text."""
-        return self._reference.tokenizer.encode(check_text(text), add_special_tokens=False).ids
+        return self._reference.encode(check_text(text)).ids
 
     def placed_tokens(self, text: str) -> list[tuple[int, int, int]]:
         """(first character, end, id) of each token of a text; the tokens of one character have the same place."""
-        encoding = self._reference.tokenizer.encode(check_text(text), add_special_tokens=False)
+        encoding = self._reference.encode(check_text(text))
         return [(*place, token) for place, token in zip(encoding.offsets, encoding.ids, strict=True)]
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -212,7 +221,7 @@ class DecodeStream:
         self._ids, self._given = list(after), ""
         self._at_start = True
         if self._table is None:
-            self._given = tokenizer._reference.tokenizer.decode(self._ids, skip_special_tokens=skip_specials)
+            self._given = tokenizer._reference.decode(self._ids, skip_specials)
         else:
             self.push(after)
             self._utf8.decode(b"", final=True)
@@ -238,7 +247,7 @@ class DecodeStream:
     def _push_whole(self, ids: Iterable[int]) -> str:
         # Decoders that are no concatenation (WordPiece and the like): decode all and give out what is new.
         self._ids += ids
-        text = self._tokenizer._reference.tokenizer.decode(self._ids, skip_special_tokens=bool(self._skipped))
+        text = self._tokenizer._reference.decode(self._ids, bool(self._skipped))
         new = text[len(self._given) :]
         self._given = text
         return new
@@ -252,19 +261,47 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        there = ", ".join(sorted(os.listdir(path))[:8]) if path.is_dir() else ""
-        raise UserError(f"{path}: expected a folder with tokenizer.json, found {there or 'nothing'}")
+        if file.exists():
+            check_file(file)
+        names = sorted(os.listdir(path)) if path.is_dir() else []
+        if any(name in names or name.endswith(".gguf") for name in (*OTHER_FORMS, *names)):
+            convert = (
+                f"from transformers import AutoTokenizer as T; T.from_pretrained({str(path)!r}).save_pretrained('NEW')"
+            )
+            found = ", ".join(names[:8])
+            raise UserError(
+                f'{path}: expected tokenizer.json, found {found}; transformers makes one: python -c "{convert}"'
+            )
+        raise UserError(f"{path}: expected a folder with tokenizer.json, found {', '.join(names[:8]) or 'nothing'}")
     config: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if file.with_name(name).is_file():
-            config |= read_json(file.with_name(name))
+        if file.with_name(name).exists():
+            config |= read_object(file.with_name(name))
+    return Tokenizer(file, read_file(file, LARGEST_TOKENIZER), config, _chat_template(file, config))
+
+
+def _chat_template(file: Path, config: dict[str, Any]) -> str | None:
+    jinja = file.with_name("chat_template.jinja")
+    if jinja.exists():
+        try:
+            return read_file(jinja).decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{jinja}: expected UTF-8, found another encoding at byte {error.start}") from None
     template = config.get("chat_template")
     if isinstance(template, list):  # named templates
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
-    jinja = file.with_name("chat_template.jinja")
-    if jinja.is_file():
-        template = jinja.read_text(encoding="utf-8")
-    return Tokenizer(file, file.read_bytes(), config, template)
+        named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict) and _named(one)}
+        if len(named) == len(template):
+            template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise UserError(
+            f"{file.parent}/tokenizer_config.json: expected a text or a list of named texts for chat_template, "
+            f"found {shown(template)}"
+        )
+    return template
+
+
+def _named(one: dict[str, Any]) -> bool:
+    return isinstance(one.get("name"), str) and isinstance(one.get("template"), str)
 
 
 def check_text(text: str) -> str:
@@ -282,7 +319,8 @@ def _template_bos(post_processor: dict[str, Any] | None) -> int | None:
     for step in (post_processor or {}).get("processors", [post_processor or {}]):
         first = step["single"][0] if step.get("type") == "TemplateProcessing" and step["single"] else {}
         if "SpecialToken" in first:
-            return step["special_tokens"][first["SpecialToken"]["id"]]["ids"][0]
+            ids = step["special_tokens"][first["SpecialToken"]["id"]]["ids"]
+            return ids[0] if ids else None
     return None
 
 

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llmkit.errors import UserError
+from llmkit.foreign import no_panic
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ def piece_finder(pattern: Pattern) -> Callable[[bytes], list[bytes]]:
     split = pre_tokenizers.Split(Regex(pattern.regex), "isolated").pre_tokenize_str
 
     def find(text: bytes) -> list[bytes]:
-        return [piece.encode() for piece, _ in split(text.decode()) if piece]
+        with no_panic("--pattern", "a regular expression that takes too long, or too much memory, for a text"):
+            return [piece.encode() for piece, _ in split(text.decode()) if piece]
 
     if pattern.ascii_regex is None:
         return find
