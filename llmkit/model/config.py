@@ -88,7 +88,7 @@ class ModelConfig:
             )
 
     @property
-    def eostoken_ids(self) -> tuple[int, ...]:
+    def eos_token_ids(self) -> tuple[int, ...]:
         """The tokens that end a generation, of which a config names none, one or several."""
         ends = self.eos_token_id
         return ends if isinstance(ends, tuple) else () if ends is None else (ends,)

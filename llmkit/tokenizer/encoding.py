@@ -264,7 +264,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         if file.exists():
             check_file(file)
         names = sorted(os.listdir(path)) if path.is_dir() else []
-        if any(name in names or name.endswith(".gguf") for name in (*OTHER_FORMS, *names)):
+        if any(name in OTHER_FORMS or name.endswith(".gguf") for name in names):
             convert = (
                 f"from transformers import AutoTokenizer as T; T.from_pretrained({str(path)!r}).save_pretrained('NEW')"
             )
