@@ -4,8 +4,9 @@
     with atomic_folder("model/") as folder:
         write_json(folder / "config.json", {"hidden_size": 64})
 
-What is written stands beside its place, under its name + ".partial", until it is renamed. Two processes that write
-one output would spoil each other's; `sole_writer` keeps the second away.
+What is written stands beside its place, under its name + ".partial", until it is renamed. It is on the disk before
+that, and the new name is before the former content is deleted: a power cut at any moment leaves one of the two whole.
+Two processes that write one output would spoil each other's; `sole_writer` keeps the second away.
 """
 
 from __future__ import annotations
@@ -107,12 +108,31 @@ def sole_writer(path: str) -> Iterator[None]:
             handle.close()
 
 
+def _never_through_a_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def create(path: str | os.PathLike[str], mode: str = "wb") -> IO[Any]:
+    """Open a new file for writing in the place of what stands there, be it a link that somebody else has planted."""
+    with suppress(OSError):
+        os.unlink(path)
+    encoding = None if "b" in mode else "utf-8"
+    return open(
+        path, mode, encoding=encoding, opener=lambda name, flags: _never_through_a_link(name, flags | os.O_EXCL)
+    )
+
+
 def _lock(path: str, place: str) -> IO[bytes] | None:
     while True:
         try:
-            handle = open(place, "a+b", buffering=0)  # noqa: SIM115
-        except OSError:  # no such folder, or it cannot be written: whoever writes the output says so
+            handle = open(place, "a+b", buffering=0, opener=_never_through_a_link)  # noqa: SIM115
+        except OSError as error:  # no such folder, or it cannot be written: whoever writes the output says so
+            if error.errno == errno.ELOOP:
+                raise UserError(f"{place}: a link, which no run has made; remove it, or choose another --out") from None
             return None
+        found = os.fstat(handle.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            raise UserError(f"{place}: not a file that a run has made; remove it, or choose another --out")
         try:
             # of this process alone: flock's would pass to its forked workers, which may outlive it
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -152,11 +172,13 @@ def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
     final = os.path.realpath(path)
     partial = final + PARTIAL
     try:
-        with _errors_name(path, partial), open(partial, mode, encoding=encoding) as handle:
+        with _errors_name(path, partial), create(partial, mode) as handle:
             yield handle
             handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(partial, final)
+            usual = os.fstat(handle.fileno()).st_mode & 0o777
+            if not os.path.samestat(os.stat(partial), os.fstat(handle.fileno())):
+                os.chmod(partial, usual)  # a library has put its own file there, safetensors one for the owner alone
+            replace_file(partial, final)
     except BaseException:
         with suppress(OSError):
             os.unlink(partial)
@@ -202,22 +224,54 @@ def is_full_disk(error: Exception) -> bool:
     return getattr(error, "errno", None) in codes or any(os.strerror(code) in str(error) for code in codes)
 
 
+def sync(path: str | os.PathLike[str]) -> None:
+    """Return when the content of a file, or the names in a folder, have reached the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # some file systems of networks and of users have none for folders
+        if not (os.path.isdir(path) and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EBADF)):
+            raise
+    finally:
+        os.close(handle)
+
+
+def _sync_tree(folder: Path) -> None:
+    for place, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            if stat.S_ISREG(os.lstat(os.path.join(place, name)).st_mode):
+                sync(os.path.join(place, name))
+        sync(place)
+
+
+def replace_file(new: str | os.PathLike[str], old: str | os.PathLike[str]) -> None:
+    """Put a file in the place of another, which may exist, so that a power cut leaves one of them whole."""
+    sync(new)
+    os.replace(new, old)
+    sync(os.path.dirname(os.path.abspath(old)))
+
+
 def replace_folder(new: Path, old: Path) -> None:
     """Put the folder `new` in the place of `old` (which may exist), so that `old` is always whole.
 
     Linux and macOS exchange the two names in one step; on a file system that cannot, there is a moment in
-    which the former folder stands under `old` + ".former".
+    which the former folder stands under `old` + ".former". It is deleted when the new one is on the disk.
     """
+    _sync_tree(new)
+    former = None
     if not old.exists():
         os.rename(new, old)
-        return
-    if not _exchange(new, old):
+    elif _exchange(new, old):
+        former = new
+    else:
         former = old.with_name(old.name + ".former")
         remove(former)
         os.rename(old, former)
         os.rename(new, old)
-        new = former
-    remove(new)
+    sync(old.absolute().parent)
+    if former is not None:
+        remove(former)
 
 
 def remove(path: Path) -> None:

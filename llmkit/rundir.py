@@ -31,6 +31,7 @@ from llmkit.files import (
     read_json,
     remove,
     replace_folder,
+    sync,
     write_json,
 )
 from llmkit.foreign import read_object
@@ -282,6 +283,8 @@ class RunFolder:
             remove(self.work)
         (self.work / NOTES).parent.mkdir(parents=True, exist_ok=True)
         write_json(self.work / NOTES, {"identity": identity, "notes": notes, "job": launch().job})
+        sync(self.work)  # and its own name: the checkpoints are lost without them
+        sync(self.work.absolute().parent)
 
     def document(
         self,
@@ -316,5 +319,7 @@ class RunFolder:
             remove(self.work)
 
     def finish(self) -> None:
-        """Put the finished folder in its place, whole."""
+        """Put the finished folder in its place, whole; of the checkpoints the last stays."""
         replace_folder(self.work, self.out)
+        for former in sorted((self.out / "state").glob("step-*"))[:-1]:
+            remove(former)

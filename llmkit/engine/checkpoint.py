@@ -1,8 +1,9 @@
 """Training state on disk: everything that a resumed run needs to go on bit for bit, and no pickle.
 
-`state/step-00000120/` holds `tensors.safetensors` (masters, moments) and `state.json` (step, tokens, loss, seconds).
-A checkpoint is written beside its place and renamed; the former one goes when the new one stands, so that a kill
-at any moment leaves a whole one. Writing happens in a thread, on a copy.
+`state/step-00000120/` holds `tensors.safetensors` (masters, moments) and `state.json` (step, tokens, loss, seconds, and
+the checksum of each file). A checkpoint is written beside its place and renamed; two of them stay, and an older one
+goes when the new one is on the disk, so that a kill or a power cut at any moment leaves a whole one. Where the newest
+is damaged, that is said, and the one before it is loaded. Writing happens in a thread, on a copy.
 
 In a job of several processes each writes its parts of the tensors to a safetensors file of its own, by
 torch.distributed.checkpoint in its Hugging Face form: that one keeps the places of the parts in the files' headers,
@@ -11,20 +12,25 @@ where its other form has a pickle. Any number of processes reads what any number
 
 from __future__ import annotations
 
-import shutil
+import hashlib
+import re
 import threading
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import orjson
 import torch
 from torch import Tensor
 
 from llmkit.engine.distributed import new_group, world
 from llmkit.engine.sharding import is_sharded, local, part_of
 from llmkit.errors import UserError
-from llmkit.files import PARTIAL, atomic_folder, read_json, remove, replace_folder, write_json
+from llmkit.files import JSON_LINE, PARTIAL, atomic_folder, remove, replace_folder, sync, write_json
+from llmkit.model.folder import write_tensors
+from llmkit.progress import say
+from llmkit.rundir import file_sha256
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 
@@ -32,18 +38,19 @@ TENSORS, STATE = "tensors.safetensors", "state.json"
 class Checkpoints:
     """The checkpoints of one run, newest last; `keep` of them stay."""
 
-    def __init__(self, folder: Path, keep: int = 1) -> None:
+    def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder, self.keep = folder, keep
+        self._whole: dict[int, dict[str, Any]] = {}  # states of those whose checksums were found right
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._group: Any = None  # the thread must not mix its messages with those of the training
 
     def steps(self) -> list[int]:
-        """The steps at which whole checkpoints stand, ascending."""
+        """The steps at which checkpoints stand, ascending."""
         if not self.folder.is_dir():
             return []
-        names = [p.name for p in self.folder.glob("step-*") if not p.name.endswith(PARTIAL)]
-        return sorted(int(name.removeprefix("step-")) for name in names)
+        found = [re.fullmatch(r"step-(\d{8,})", place.name) for place in self.folder.iterdir() if place.is_dir()]
+        return sorted(int(match[1]) for match in found if match)
 
     def _place(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
@@ -79,21 +86,23 @@ class Checkpoints:
     def _safely(self, write: Callable[..., None], step: int, *what: Any) -> None:
         try:
             write(step, *what)
+            self._whole.pop(step, None)
             if world().leads:
-                for old in self.steps()[: -self.keep]:
-                    shutil.rmtree(self._place(old), ignore_errors=True)
+                steps = self.steps()  # one of a later step was damaged, or this one would not be written again
+                former = [one for one in steps if one <= step]
+                for old in set(steps).difference(former[-self.keep :]):
+                    remove(self._place(old))
         except BaseException as error:
             self._error = error
 
     def _write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        from safetensors.torch import save_file
-
         if not world().leads:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         with atomic_folder(self._place(step), force=True) as partial:
-            save_file(tensors, partial / TENSORS)
-            write_json(partial / STATE, {**state, "step": step})
+            write_tensors(partial / TENSORS, tensors)
+            digests = {TENSORS: file_sha256(partial / TENSORS)}
+            write_json(partial / STATE, _sealed({**state, "step": step, "sha256": digests}))
 
     def _write_parts(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         import torch.distributed as dist
@@ -112,35 +121,62 @@ class Checkpoints:
         except CheckpointException as error:
             rank, (first, _) = min(error.failures.items())
             raise UserError(f"{partial}: rank {rank} cannot write there: {first}; make room, and --resume") from error
-        # each counts its own, for a file that another machine wrote may not be seen at once
-        parts = torch.tensor(sum(1 for _ in partial.glob(f"shard-{world().rank + 1:05d}-*.safetensors")))
-        dist.all_reduce(parts, group=group)
+        # each syncs and sums its own, for a file that another machine wrote may not be seen at once
+        own = list(partial.glob(f"shard-{world().rank + 1:05d}-*.safetensors"))
+        for part in own:
+            sync(part)
+        found: list[dict[str, str]] = [{}] * world().size
+        dist.all_gather_object(found, {part.name: file_sha256(part) for part in own}, group=group)
+        digests = {name: digest for parts in found for name, digest in parts.items()}
         if world().leads:
-            write_json(partial / STATE, {**state, "step": step, "parts": int(parts)})
+            noted = {**state, "step": step, "parts": len(digests), "sha256": digests}
+            write_json(partial / STATE, _sealed(noted))
             replace_folder(partial, self._place(step))
         dist.barrier(group)
 
     def state(self) -> dict[str, Any] | None:
-        """The newest checkpoint's state alone, with its `step`; None where there is none."""
-        steps = self.steps()
-        return world().broadcast(read_json(self._place(steps[-1]) / STATE) if steps else None)
+        """The newest whole checkpoint's state alone, with its `step`; None where there is none."""
+        found = world().broadcast(self._newest() if world().leads else None)
+        return found and found[1]
+
+    def _newest(self) -> tuple[int, dict[str, Any]] | None:
+        """Step and state of the newest whole checkpoint, and a line on stderr for each damaged one that is newer.
+
+        Raises UserError where there are checkpoints and all of them are damaged.
+        """
+        damaged: list[str] = []
+        for step in reversed(self.steps()):
+            place = self._place(step)
+            try:
+                if step not in self._whole:
+                    self._whole[step] = _checked(place, step)
+            except (OSError, ValueError) as error:
+                reason = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error)
+                damaged.append(f"{place}: damaged checkpoint ({reason})")
+                continue
+            for line in damaged:
+                say(f"{line}; going on from the one of step {step}")
+            return step, self._whole[step]
+        if damaged:
+            raise UserError(f"{damaged[0]}; start again with --force")
+        return None
 
     def load(self, like: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The newest checkpoint's tensors and state, or None where there is none.
+        """The newest whole checkpoint's tensors and state, or None where there is none.
 
         like: tensors of the same names and shapes, which are overwritten where they are parts of larger ones
 
-        Raises UserError for a checkpoint that is damaged, or of parts of other shapes than those of `like`.
+        Raises UserError where all checkpoints are damaged, or for one of parts of other shapes than those of `like`.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        steps = world().broadcast(self.steps()) if like is not None else self.steps()
-        if not steps:
+        found = self._newest() if like is None or world().leads else None
+        found = found if like is None else world().broadcast(found)
+        if found is None:
             return None
-        place = self._place(steps[-1])
+        place, state = self._place(found[0]), found[1]
         try:
-            state = read_json(place / STATE)
             divided = like is not None and any(map(is_sharded, like.values()))
             if divided or "parts" in state:
                 return _load_parts(place, state.get("parts", 1), like), state
@@ -149,8 +185,25 @@ class Checkpoints:
             message = f"{place}: a checkpoint of another model: {error}"
             raise UserError(f"{message}; choose another --out, or start again with --force") from error
         except (SafetensorError, OSError, ValueError) as error:
-            other = "remove it and resume from an older one" if len(steps) > 1 else "start again with --force"
-            raise UserError(f"{place}: damaged checkpoint ({error}); {other}") from error
+            raise UserError(f"{place}: damaged checkpoint ({error}); start again with --force") from error
+
+
+def _sealed(state: dict[str, Any]) -> dict[str, Any]:
+    """A state with the checksum of its own values."""
+    values = orjson.dumps(state, option=orjson.OPT_SORT_KEYS | JSON_LINE)
+    return {**state, "seal": hashlib.sha256(values).hexdigest()}
+
+
+def _checked(place: Path, step: int) -> dict[str, Any]:
+    """The state of the checkpoint of a step. Raises ValueError or OSError where it is not what was written."""
+    state = orjson.loads((place / STATE).read_bytes())
+    bare = {name: value for name, value in state.items() if name != "seal"} if isinstance(state, dict) else {}
+    if _sealed(bare) != state or bare.get("step") != step:
+        raise ValueError(f"{STATE} does not have the checksum that it names")
+    for name, digest in bare["sha256"].items():
+        if file_sha256(place / name) != digest:
+            raise ValueError(f"{name} does not have the checksum that {STATE} names")
+    return bare
 
 
 def _load_parts(place: Path, parts: int, like: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

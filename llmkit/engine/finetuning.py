@@ -249,7 +249,7 @@ class Finetuning:
 
     def _open_best(self, folder: Path) -> Checkpoints:
         if self._best is None:
-            self._best = Checkpoints(folder / "state" / "best")
+            self._best = Checkpoints(folder / "state" / "best", keep=1)
             kept = self._best.state()
             self.best_step = None if kept is None else kept["step"]
         return self._best

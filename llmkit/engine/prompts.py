@@ -6,7 +6,6 @@ record again is its prompt or messages and its seed; by these a resumed run find
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from llmkit.engine.generation import Completion, Request
 from llmkit.engine.sampling import request_number, seed_of_repeat
 from llmkit.engine.served_models import ServerError
 from llmkit.errors import Interrupted, UserError
-from llmkit.files import PARTIAL, cut_torn_line, read_json, remove, write_json
+from llmkit.files import PARTIAL, create, cut_torn_line, read_json, remove, replace_file, write_json
 from llmkit.records import Row
 from llmkit.rundir import check_identity
 from llmkit.stream import json_row
@@ -172,7 +171,8 @@ def lasting_output(
             check_identity(partial, read_json(notes), identity)
     else:
         write_json(notes, identity)
-    partial.open("ab" if resume else "wb").close()
+    if not (resume and partial.exists()):
+        create(partial).close()
     try:
         with _whole_prompts(partial, prompts, samples, ordered) as write:
             yield write
@@ -185,7 +185,7 @@ def lasting_output(
             said = f"{'interrupted' if interrupted else error}; the same command with --resume goes on ({partial})"
             raise (Interrupted if interrupted else UserError)(said) from None
         raise
-    os.replace(partial, out)
+    replace_file(partial, out)
     remove(notes)
 
 
@@ -209,4 +209,3 @@ def _whole_prompts(
         prompts.kept = _Kept(records, partial, ordered)
         yield lambda record: handle.write(orjson.dumps(record) + b"\n")
         handle.flush()
-        os.fsync(handle.fileno())

@@ -30,6 +30,7 @@ from llmkit.engine.optimizer import Optimizer
 from llmkit.engine.schedule import Schedule
 from llmkit.engine.sharding import begin_backward
 from llmkit.errors import Interrupted, UserError
+from llmkit.files import sync
 from llmkit.kernels import keep_freed_memory
 from llmkit.metrics import METRICS, MetricsLog, read_metrics, trim_metrics
 from llmkit.progress import Progress, say
@@ -309,6 +310,8 @@ class Trainer:
                 "average_loss": self.average_loss,
                 "high_steps": self.high_steps,
             }
+            if world().leads and (self.folder / METRICS).exists():
+                sync(self.folder / METRICS)  # what a checkpoint goes on from tells of all the steps before it
             self.checkpoints.save(self.step, self.optimizer.state_dict(), state)
             self.saved_step, self.saved_at = self.step, time.monotonic()
         if wait:

@@ -123,9 +123,7 @@ def _shards(tensors: dict[str, Tensor], max_shard_size: int) -> list[dict[str, T
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file, whole or not at all, that is readable for whom files of this folder usually are."""
     with atomic_file(path) as handle:
-        mode = os.fstat(handle.fileno()).st_mode & 0o777
         save_file(tensors, handle.name, metadata={"format": "pt"})
-        os.chmod(handle.name, mode)  # safetensors makes its file for the owner alone
 
 
 class SavedTensors:

@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 from llmkit.errors import UserError
+from llmkit.files import atomic_file
 from llmkit.tokenizer.alphabet import byte_alphabet
 from llmkit.tokenizer.encoding import END_OF_TEXT
 from llmkit.tokenizer.merging import Merges
@@ -76,5 +77,6 @@ def tokenizer_config() -> dict[str, object]:
 def write_tokenizer(folder: Path, tokenizer: str) -> None:
     """Write tokenizer_config.json, then tokenizer.json."""
     config = json.dumps(tokenizer_config(), indent=2, ensure_ascii=False)
-    (folder / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
-    (folder / "tokenizer.json").write_text(tokenizer + "\n", encoding="utf-8")
+    for name, text in (("tokenizer_config.json", config), ("tokenizer.json", tokenizer)):
+        with atomic_file(folder / name, "w") as handle:
+            handle.write(text + "\n")
