@@ -29,6 +29,8 @@ from llmkit.files import atomic_file, check_output
 from llmkit.records import Row, check_document, kind_of
 
 GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+ZSTD_DICTIONARY_MAGIC = b"\x5d\x2a\x4d\x18"  # https://iipc.github.io/warc-specifications/ : WARC with zstd
+LARGEST_DICTIONARY = 1 << 25
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BLOCK = 1 << 20
 STDIN_ONCE = "stdin: '-' can be read only once; save one of the inputs to a file"
@@ -109,45 +111,80 @@ def unpacked(raw: io.BufferedReader, name: str) -> io.BufferedReader:
     magic = raw.peek(4)[:4]
     if magic.startswith(GZIP_MAGIC):
         return io.BufferedReader(gzip.GzipFile(fileobj=raw), BLOCK)  # type: ignore[arg-type]
-    if magic == ZSTD_MAGIC:
-        return io.BufferedReader(_ZstdFrames(raw, name), BLOCK)
+    if is_zstd(magic):
+        return io.BufferedReader(ZstdFrames(raw, name), BLOCK)
     return raw
 
 
-class _ZstdFrames(io.RawIOBase):
-    """The bytes of zstd frames, one after another; a cut frame is an error.
+def is_zstd(magic: bytes | bytearray) -> bool:
+    """Whether a file that begins so is zstd, with its dictionary in front of it or not."""
+    return magic.startswith((ZSTD_MAGIC, ZSTD_DICTIONARY_MAGIC))
 
+
+class DamagedData(UserError):
+    """A compressed stream ends early, or holds what it cannot."""
+
+
+class ZstdFrames(io.RawIOBase):
+    """The bytes of zstd frames, one after another; a cut frame is DamagedData, after all that it gives.
+
+    A first frame that is skippable and holds a dictionary, as ArchiveTeam writes it, serves for all others.
     zstandard's own stream_reader takes a cut file for a whole one and ends early without a word (0.25).
     """
+
+    STEP = 1 << 11  # of compressed bytes at once: at most 64 MB come out, of which a frame of 4 bytes may hold 128 kB
 
     def __init__(self, raw: IO[bytes], name: str) -> None:
         import zstandard
 
         self._zstandard, self._raw, self._name = zstandard, raw, name
         self._frame: Any = None  # the frame being read; None between two
-        self._input, self._output = b"", memoryview(b"")
+        self._input, self._output = memoryview(b""), memoryview(b"")
+        self._decompressor: Any = None
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
+        if self._decompressor is None:
+            self._decompressor = self._begin()
         while not self._output:
-            self._input = self._input or self._raw.read(1 << 16)
+            if not self._input:
+                self._input = memoryview(self._raw.read(1 << 16))
             if not self._input:
                 if self._frame is None:
                     return 0
-                raise UserError(f"{self._name}: damaged or cut zstd data: it ends inside a frame")
-            self._frame = self._frame or self._zstandard.ZstdDecompressor().decompressobj()
+                raise DamagedData(f"{self._name}: damaged or cut zstd data: it ends inside a frame")
+            self._frame = self._frame or self._decompressor.decompressobj()
+            step, self._input = self._input[: self.STEP], self._input[self.STEP :]
             try:
-                self._output = memoryview(self._frame.decompress(self._input))
+                self._output = memoryview(self._frame.decompress(step))
             except self._zstandard.ZstdError as error:
-                raise UserError(f"{self._name}: damaged or cut zstd data: {error}") from error
-            self._input = self._frame.unused_data if self._frame.eof else b""
+                raise DamagedData(f"{self._name}: damaged or cut zstd data: {error}") from error
             if self._frame.eof:
+                rest = self._frame.unused_data
+                self._input = memoryview(rest + self._input) if rest else self._input
                 self._frame = None
         count = min(len(buffer), len(self._output))
         buffer[:count], self._output = self._output[:count], self._output[count:]
         return count
+
+    def _begin(self) -> Any:
+        """The decompressor, with the dictionary that the first frame may hold."""
+        self._input = memoryview(self._raw.read(1 << 16))
+        if bytes(self._input[:4]) != ZSTD_DICTIONARY_MAGIC:
+            return self._zstandard.ZstdDecompressor()
+        size = int.from_bytes(self._input[4:8], "little")
+        held = bytearray(self._input[8:])
+        while len(held) < min(size, LARGEST_DICTIONARY) and (more := self._raw.read(1 << 16)):
+            held += more
+        if size > LARGEST_DICTIONARY or len(held) < size:
+            raise DamagedData(f"{self._name}: damaged or cut zstd data: its dictionary is not whole")
+        dictionary, self._input = bytes(held[:size]), memoryview(bytes(held[size:]))
+        if dictionary.startswith(ZSTD_MAGIC):
+            packed = self._zstandard.ZstdDecompressor().stream_reader(dictionary)
+            dictionary = packed.read(LARGEST_DICTIONARY)
+        return self._zstandard.ZstdDecompressor(dict_data=self._zstandard.ZstdCompressionDict(dictionary))
 
 
 def read_jsonl(paths: Sequence[str], limit: int | None = None) -> Iterator[Row]:

@@ -21,6 +21,9 @@ from llmkit.crawl.recipe import Recipe
 from llmkit.crawl.state import State
 from llmkit.crawl.workers import Work, in_order
 from llmkit.files import JSON_LINE
+from llmkit.stream import name_of
+
+BAD = ("bad_json", "no_text", "bad_file", "truncated", "damaged")  # reasons of records that were to be read
 
 Write = Callable[[bytes], object]
 
@@ -121,10 +124,12 @@ def collect(
     collector: Collector,
     state: State | None = None,
     on_progress: Callable[[int], object] = lambda amount: None,
+    on_bad: Callable[[str, str], object] = lambda place, reason: None,
 ) -> None:
     """Have the spans worked on and their parts collected in order.
 
-    state: keeps finished spans and gives back those of an earlier run. on_progress gets the bytes done, part by part.
+    state: keeps finished spans and gives back those of an earlier run. on_progress gets the bytes done, part by part;
+    on_bad the place of each record that is not what it should be, and the reason.
     """
     done = state.has if state else lambda span: False
     seam = Seam()
@@ -133,9 +138,12 @@ def collect(
             parts = state.load(span) if state else parts
         else:
             parts = _standing(seam, span, parts, make)
-            parts = state.saving(span, parts) if state else parts
+            parts = state.saving(span, parts) if state and span.kind != "bad" else parts  # it may be read the next time
         began, ended, position = None, None, span.start
         for part in parts:
+            for outcome in part.outcomes:
+                if outcome.step == READ and outcome.reason in BAD:
+                    on_bad(f"{name_of(span.path)}:{outcome.offset}", outcome.reason)
             collector.add(part)
             if collector.full:
                 return

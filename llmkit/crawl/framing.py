@@ -20,7 +20,7 @@ from contextlib import suppress
 from typing import Any
 
 from llmkit.crawl.page import MAX_PAGE_BYTES
-from llmkit.stream import GZIP_MAGIC
+from llmkit.stream import GZIP_MAGIC, DamagedData
 
 try:
     from isal import isal_zlib as inflating  # unpacks twice as fast as zlib
@@ -28,6 +28,7 @@ except ImportError:  # no wheels for this machine
     inflating = zlib
 
 GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile, getattr(inflating, "error", zlib.error))
+PACKING_ERRORS = (*GZIP_ERRORS, DamagedData)
 Frame = tuple[int, bytes | str]
 Bytes = bytes | bytearray
 
@@ -60,7 +61,7 @@ class Window(io.RawIOBase):
         while len(self._ahead) < size and not self._ended:
             try:
                 block = self._read(BLOCK)
-            except GZIP_ERRORS:
+            except PACKING_ERRORS:
                 block, self.cut = b"", True
             self._ahead += block
             self._ended = not block

@@ -16,7 +16,7 @@ import io
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 
@@ -25,12 +25,12 @@ from llmkit.crawl.page import MAX_PAGE_BYTES, Page, Skipped, Span
 from llmkit.crawl.warc import looks_like_html, page_of
 from llmkit.crawl.work_limit import TooMuchWork, work_limit
 from llmkit.errors import UserError
-from llmkit.records import kind_of
-from llmkit.stream import BYTE_ORDER_MARK, GZIP_MAGIC, ZSTD_MAGIC, json_row, name_of, open_packed, unpacked
+from llmkit.stream import BYTE_ORDER_MARK, GZIP_MAGIC, ZstdFrames, is_zstd, json_row, name_of, open_packed
 
 SPAN_BYTES = 4 << 20
 SPAN_FILES = 256
 FIRST_BYTES = 1 << 16  # in the first span of a pipe, then twice as many in each: its first records go on at once
+BAD_FILE = ((0, "bad_file"),)  # the frames of a file that gives nothing
 HTML_NAMES = (".html", ".htm", ".xhtml")
 _JSONL_NAME = re.compile(r"\.(jsonl|ndjson)(\.gz|\.zst)?$")
 _ARCHIVE_NAME = re.compile(r"\.w?arc(\.w[ea]t)?(\.gz|\.zst)?$")
@@ -45,25 +45,45 @@ def cut_spans(
     *,
     max_page_bytes: int = MAX_PAGE_BYTES,
     span_bytes: int = SPAN_BYTES,
+    on_bad: Callable[[UserError], object] | None = None,
 ) -> Iterator[Span]:
     """Yield the spans of files, folders (walked in sorted order) and stdin (`-`), in the order of `paths`.
 
     limit: no span gives more pages than that; the caller stops when so many were taken in all.
     max_page_bytes: larger records are passed over as `too_large`.
     span_bytes: of the file as it lies, where it can be sought; of unpacked records otherwise.
-    Raises UserError for a missing file, a folder without files, a file of a kind that is not read, and one that
-    holds no records.
+    on_bad: is told of a missing file, a folder without files, a file of a kind that is not read, and one that holds
+    no records; each gives one record, skipped as `bad_file`. Raises the first such UserError where there is no
+    `on_bad`, and when no input was any better.
     """
-    cutter = _Cutter(span_bytes, max_page_bytes)
+    cutter = _Cutter(span_bytes, max_page_bytes, on_bad)
+    good = False
     for index, span in enumerate(chain.from_iterable(map(cutter.spans, paths))):
+        good = good or span.frames != BAD_FILE
         yield replace(span, index=index, limit=limit, max_page_bytes=max_page_bytes)
+    if cutter.first_bad and not good:
+        raise cutter.first_bad
 
 
 class _Cutter:
-    def __init__(self, span_bytes: int, max_bytes: int) -> None:
-        self.span_bytes, self.max_bytes = span_bytes, max_bytes
+    def __init__(self, span_bytes: int, max_bytes: int, on_bad: Callable[[UserError], object] | None) -> None:
+        self.span_bytes, self.max_bytes, self.on_bad = span_bytes, max_bytes, on_bad
+        self.first_bad: UserError | None = None
 
     def spans(self, path: str) -> Iterator[Span]:
+        return self._unless_bad(path, self._any(path))
+
+    def _unless_bad(self, path: str, spans: Iterator[Span]) -> Iterator[Span]:
+        try:
+            yield from spans
+        except UserError as error:
+            if self.on_bad is None:
+                raise
+            self.first_bad = self.first_bad or error
+            self.on_bad(error)
+            yield Span(path, 0, "bad", frames=BAD_FILE)
+
+    def _any(self, path: str) -> Iterator[Span]:
         if path != "-" and os.path.isdir(path):
             return self._folder(path)
         if path.lower().endswith(HTML_NAMES) and os.path.isfile(path):
@@ -81,7 +101,7 @@ class _Cutter:
             if _JSONL_NAME.search(name.lower()) or _ARCHIVE_NAME.search(name.lower()):
                 yield from self._pages(path, pages)
                 pages = []
-                yield from self._file(name)
+                yield from self._unless_bad(name, self._file(name))
             else:
                 pages.append(name)
         yield from self._pages(path, pages)
@@ -104,13 +124,13 @@ class _Cutter:
         name = name_of(path)
         with open_packed(path) as handle:
             window = Window(handle)
-            if zstd := window.look(4).startswith(ZSTD_MAGIC):
-                window = Window(unpacked(_buffered(window), name))
+            if zstd := is_zstd(window.look(4)[:4]):
+                window = Window(ZstdFrames(_buffered(window), name))
             head, packed = beginning(window), window.look(2).startswith(GZIP_MAGIC)
             kind = _kind_of(name, head)
             if packed and kind in ("warc", "arc") and not is_one_stream(window, kind == "arc", self.max_bytes):
                 kind += ".gz"
-            frames = self._frames(window, kind, packed, name)
+            frames = self._frames(window, kind, packed)
             first = _first_record(frames, name, kind, head)
             can_seek = path != "-" and stat.S_ISREG(os.stat(path).st_mode)
             if can_seek and (kind.endswith(".gz") or (kind == "warc" and not packed and not zstd)):
@@ -118,12 +138,12 @@ class _Cutter:
             else:
                 yield from self._batches(path, kind, chain(first, frames))
 
-    def _frames(self, window: Window, kind: str, packed: bool, name: str) -> Iterator[Frame]:
+    def _frames(self, window: Window, kind: str, packed: bool) -> Iterator[Frame]:
         """The records of an open file; where `kind` ends in .gz, of one gzip member each."""
-        if kind == "jsonl":
-            return _lines(unpacked(_buffered(window), name), self.max_bytes)
         if packed and not kind.endswith(".gz"):
             window = Window(GzipStream(window))
+        if kind == "jsonl":
+            return _lines(window, self.max_bytes)
         if kind == "html":
             return _single_page(window, self.max_bytes)
         return iter(Frames(window, kind, max_bytes=self.max_bytes))
@@ -186,17 +206,21 @@ def _first_record(frames: Iterator[Frame], name: str, kind: str, head: bytes) ->
     raise UserError(f"{name}: no {what}: {found}; mend or leave out the file")
 
 
-def _lines(source: io.BufferedReader, max_bytes: int) -> Iterator[Frame]:
-    """The lines of a file that are not blank, by number."""
-    number = 0
+def _lines(window: Window, max_bytes: int) -> Iterator[Frame]:
+    """The lines of a file that are not blank, by number; the last of a cut file is `truncated`."""
+    source, number = _buffered(window), 0
     while line := source.readline(max_bytes + 1):
         number += 1
         if len(line) > max_bytes:
             while line and not line.endswith(b"\n"):
                 line = source.readline(max_bytes)
             yield number, "too_large"
+        elif window.cut and not line.endswith(b"\n"):
+            number -= 1
         elif not line.isspace():
             yield number, line
+    if window.cut:
+        yield number + 1, "truncated"
 
 
 def _single_page(window: Window, max_bytes: int) -> Iterator[Frame]:
@@ -212,7 +236,8 @@ def _single_page(window: Window, max_bytes: int) -> Iterator[Frame]:
 def read_span(span: Span) -> SpanReader:
     """The pages and the skipped records of a span, in order: an iterator, of which `began` and `ended` can be asked.
 
-    Raises UserError naming file and line for a line of JSONL that is not an object with `html` or `text`.
+    A line of JSONL that is no JSON object in UTF-8 is skipped as `bad_json`, one without a string under `html` or
+    `text` as `no_text`.
     """
     return SpanReader(span)
 
@@ -298,17 +323,16 @@ def _page_in(path: str, max_bytes: int) -> Page | Skipped:
     return Page(path, 0, None, html, None, None, {}) if html.strip() else Skipped(path, 0, "empty")
 
 
-def _page_of_line(line: bytes, name: str, number: int) -> Page:
-    row = json_row(line, name, number)
+def _page_of_line(line: bytes, name: str, number: int) -> Page | Skipped:
+    try:
+        row = json_row(line, name, number)
+    except UserError:
+        return Skipped(name, number, "bad_json")
     assert row is not None, "blank lines are no frames"
     values = dict(row.value)
     html, text = values.pop("html", None), values.pop("text", None)
-    found = html if html is not None else text
-    if found is None:
-        raise UserError(f"{row.where}: expected field 'html' or 'text', found {sorted(row.value)}")
-    if not isinstance(found, str):
-        field = "html" if html is not None else "text"
-        raise UserError(f"{row.where}: expected '{field}' to be a string, found {kind_of(found)}")
+    if not isinstance(text if html is None else html, str):
+        return Skipped(name, number, "no_text")
     url = values.pop("url") if isinstance(values.get("url"), str) else None
     return Page(name, number, url, html, None, None if html is not None else text, values)
 

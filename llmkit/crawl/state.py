@@ -24,6 +24,7 @@ class State:
 
     def __init__(self, out: str, run: Mapping[str, Any]) -> None:
         self.folder = Path(f"{out}{SUFFIX}")
+        self.same: set[str] | None = None  # the inputs that are what they were; None for all
         self.run = orjson.loads(orjson.dumps(run))  # as JSON will give it back
 
     def begin(self, resume: bool, force: bool) -> int:
@@ -47,14 +48,30 @@ class State:
             raise UserError(f"{self.folder}: nothing to resume; start without --resume") from None
         except ValueError:
             raise UserError(f"{path}: not JSON; start again with --force") from None
+        self._keep_what_is_the_same(before)
         for key in {**before, **self.run}:
             if before.get(key) != self.run.get(key):
                 where = _difference(key, before.get(key), self.run.get(key))
                 raise UserError(f"{self.folder}: the unfinished run had {where}; start again with --force")
 
+    def _keep_what_is_the_same(self, before: dict[str, Any]) -> None:
+        """Go on with other inputs than before, such as a mended file, from the first one that is another."""
+        was, now = before.get("inputs"), self.run["inputs"]
+        if was == now or not isinstance(was, list):
+            return
+        same = next(
+            (n for n, (old, new) in enumerate(zip(was, now, strict=False)) if old != new), min(len(was), len(now))
+        )
+        if same and all(before.get(key) == self.run.get(key) for key in {**before, **self.run} if key != "inputs"):
+            self.same = {file["path"] for file in now[:same]}
+            before["inputs"] = now
+
     def has(self, span: Any) -> bool:
         """Whether the span's file is there. Raises UserError when it was made of other bytes."""
         path = self.path(span)
+        if self.same is not None and span.path not in self.same:
+            path.unlink(missing_ok=True)  # of an input that is not what it was
+            return False
         if not path.exists():
             return False
         with open(path, "rb") as handle:

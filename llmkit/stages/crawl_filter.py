@@ -23,7 +23,7 @@ from llmkit.files import JSON_LINE, atomic_file, check_output
 from llmkit.launch import available_cores
 from llmkit.progress import Progress, duration, quantity, say
 from llmkit.rundir import write_file_manifest
-from llmkit.stream import open_input
+from llmkit.stream import check_inputs, open_input
 
 if TYPE_CHECKING:
     from llmkit.crawl.collecting import Collector
@@ -84,6 +84,7 @@ class CrawlFilterConfig(CommonConfig):
     workers: int | None = option(None, "Processes; all cores otherwise.", group="Running", at_least=1)
     engine: str = option("local", "What runs them.", group="Running", choices=("local", "ray"))
     spill: str | None = option(None, "Folder on disk for what duplicates need.", group="Running", metavar="FOLDER")
+    strict: bool = option(False, "End at the first file or record that is bad.", group="Running", free=True)
     resume: bool = option(False, "Go on with an unfinished run.", group="Running")
 
     def reads_stdin(self) -> bool:
@@ -106,7 +107,7 @@ class Summary:
 
 def run(config: CrawlFilterConfig) -> Summary | None:
     """Load, build, do, save, summarise. Raises UserError for the user's mistakes."""
-    from llmkit.crawl.collecting import Collector, collect
+    from llmkit.crawl.collecting import BAD, Collector, collect
     from llmkit.crawl.funnel import READ
     from llmkit.crawl.pipeline import Pipeline
     from llmkit.crawl.recipe import as_json, recipe_toml
@@ -153,12 +154,17 @@ def run(config: CrawlFilterConfig) -> Summary | None:
                 assert state, "checked with the options"
                 collector.duplicates = work_on_ray(spans, make, state, recipe, config.workers, config.limit)
                 spans = _spans(config, recipe, inputs)  # all finished now
-            collect(spans, make, workers, collector, state, partial(_advance, progress, collector))
+            collect(spans, make, workers, collector, state, partial(_advance, progress, collector), _BadRecords(config))
 
         # save
         funnel = collector.funnel
         if not funnel.records:
             raise UserError(f"{' '.join(inputs)}: no record to read; expected WARC, WET, HTML or JSONL")
+        if funnel.records == sum(count for reason, count in funnel.dropped[READ].items() if reason in BAD):
+            found = ", ".join(f"{count:,} {reason}" for reason, count in funnel.dropped[READ].items())
+            raise UserError(
+                f"{' '.join(inputs)}: expected records with `html` or `text`, found {found}; mend the input"
+            )
         dropped = {step: counts.total() for step, counts in funnel.dropped.items() if counts}
         results = {"records": funnel.records, "documents": funnel.kept, "dropped": dropped}
     if state:
@@ -241,6 +247,7 @@ def _checked(config: CrawlFilterConfig) -> tuple[list[str], str]:
     for path in written:
         if path != "-" and os.path.realpath(path) in map(os.path.realpath, [*config.inputs, config.scores or ""]):
             raise UserError(f"{path}: is an input, and would be lost; choose another --out")
+    check_inputs([path for path in config.inputs if not os.path.isdir(path)])
     if not config.dry_run and config.explain is None:
         for path in written:
             check_output(path, config.force, config.resume)
@@ -301,7 +308,9 @@ def _spans(config: CrawlFilterConfig, recipe: Recipe, inputs: Sequence[str]) -> 
         return open_scores(config.scores, recipe)
     from llmkit.crawl.reading import cut_spans
 
-    return cut_spans(inputs, config.limit)
+    alone = len(inputs) == 1 and not os.path.isdir(inputs[0])
+    told = None if config.strict or alone else lambda error: say(f"skipped: {error}", config.quiet)
+    return cut_spans(inputs, config.limit, on_bad=told)
 
 
 def _state(config: CrawlFilterConfig, out: str, recipe: Recipe, inputs: Sequence[str]) -> State | None:
@@ -363,9 +372,23 @@ def _lines(path: str) -> Iterator[Callable[[Any], object]]:
         yield write
 
 
+class _BadRecords:
+    """Tells of the first records that are bad, or ends the run at the first one, as the user asked."""
+
+    def __init__(self, config: CrawlFilterConfig) -> None:
+        self.config, self.left = config, 5
+
+    def __call__(self, place: str, reason: str) -> None:
+        if self.config.strict:
+            raise UserError(f"{place}: expected a record, found {reason}; mend it, or leave out --strict")
+        if reason != "bad_file" and self.left:  # told of already
+            self.left -= 1
+            say(f"skipped: {place}: {reason}{'' if self.left else '; others are in the funnel'}", self.config.quiet)
+
+
 @contextmanager
 def _unfinished_is_told(state: State | None) -> Iterator[None]:
-    """What can be gone on with is kept and told of; what cannot is removed."""
+    """What can be gone on with is kept and told of."""
     try:
         yield
     except KeyboardInterrupt:
@@ -375,8 +398,8 @@ def _unfinished_is_told(state: State | None) -> Iterator[None]:
     except UserError as error:
         if not state or not state.folder.exists():
             raise
-        if not isinstance(error.__cause__, OSError):
-            state.remove()  # mended input is other input
+        if not any(state.folder.glob("span-*[0-9]")):
+            state.remove()
             raise
         raise UserError(f"{error}; the same command with --resume goes on ({state.folder})") from error
 

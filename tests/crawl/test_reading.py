@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import tracemalloc
 from pathlib import Path
 
 import orjson
@@ -108,27 +109,77 @@ def test_lines_of_json_keep_what_is_unknown_and_their_numbers(tmp_path, name, sp
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "reason"),
     [
-        (b'{"url": "x"}', "x.jsonl:2: expected field 'html' or 'text', found ['url']"),
-        (b'{"text": 5}', "x.jsonl:2: expected 'text' to be a string, found a number"),
-        (b'{"html": ["x"]}', "x.jsonl:2: expected 'html' to be a string, found a list"),
-        (b"[1]", "x.jsonl:2: expected one JSON object a line: found a list"),
-        (b'{"text": "x', "x.jsonl:2: expected one JSON object a line"),
-        (b'{"text": "\xff"}', "x.jsonl:2: expected one JSON object a line: not UTF-8"),
+        (b'{"url": "x"}', "no_text"),
+        (b'{"text": 5}', "no_text"),
+        (b'{"text": null}', "no_text"),
+        (b'{"html": ["x"]}', "no_text"),
+        (b"[1]", "bad_json"),
+        (b'{"text": "x', "bad_json"),
+        (b'{"text": "\xff"}', "bad_json"),
+        (b'{"text": "\\ud800"}', "bad_json"),
+        (b'{"text": "x", "score": NaN}', "bad_json"),
     ],
 )
-def test_a_wrong_line_is_named(tmp_path, line, message):
-    (tmp_path / "x.jsonl").write_bytes(b'{"text": "fine"}\n' + line + b"\n")
-    with pytest.raises(UserError) as raised:
-        read(tmp_path / "x.jsonl", span_bytes=1)
-    assert message in str(raised.value) and "\n" not in str(raised.value)
+def test_a_bad_line_is_skipped_with_its_place(tmp_path, line, reason):
+    (tmp_path / "x.jsonl").write_bytes(b'{"text": "fine"}\n' + line + b'\n{"text": "fine too"}\n')
+    first, bad, last = read(tmp_path / "x.jsonl", span_bytes=1)
+    assert (first.text, last.text) == ("fine", "fine too")
+    assert (bad.offset, bad.reason) == (2, reason)
 
 
-def test_cut_jsonl_is_the_users_mistake(tmp_path):
-    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(b'{"text": "words"}\n' * 1000)[:-20])
-    with pytest.raises(UserError, match=r"x\.jsonl\.gz: damaged or cut gzip data"):
-        read(tmp_path / "x.jsonl.gz")
+@pytest.mark.parametrize(("name", "pack"), [("x.jsonl.gz", gzip.compress), ("x.jsonl.zst", zstandard.compress)])
+def test_a_cut_file_of_lines_gives_the_whole_ones(tmp_path, name, pack):
+    lines = [b'{"text": "%s"}\n' % os.urandom(50).hex().encode() for _ in range(5000)]
+    packed = pack(b"".join(lines))
+    (tmp_path / name).write_bytes(packed[: len(packed) // 2])
+    *pages, last = read(tmp_path / name)
+    assert last.reason == "truncated" and last.offset == len(pages) + 1
+    assert 1000 < len(pages) < 4000
+    assert [page.text for page in pages] == [orjson.loads(line)["text"] for line in lines[: len(pages)]]
+
+
+def test_a_cut_zstd_archive_gives_its_whole_records(tmp_path):
+    packed = b"".join(map(zstandard.compress, RECORDS))
+    (tmp_path / "x.warc.zst").write_bytes(packed[:-10])
+    records = read(tmp_path / "x.warc.zst")
+    assert bodies(records) == [HTML % text for text in TEXTS[:-1]]
+    assert reasons(records) == ["warcinfo", "truncated"]
+
+
+@pytest.mark.parametrize("pack", [bytes, zstandard.compress])
+def test_a_zstd_archive_may_bring_its_dictionary(tmp_path, pack):
+    dictionary = zstandard.train_dictionary(4096, [page(b"word %d" % number * 9) for number in range(400)])
+    held = pack(dictionary.as_bytes())
+    packer = zstandard.ZstdCompressor(dict_data=dictionary)
+    frames = b"".join(map(packer.compress, RECORDS))
+    (tmp_path / "x.warc.zst").write_bytes(b"\x5d\x2a\x4d\x18" + len(held).to_bytes(4, "little") + held + frames)
+    assert bodies(read(tmp_path / "x.warc.zst")) == [HTML % text for text in TEXTS]
+
+
+def test_one_bad_file_among_good_ones_is_a_record_that_is_skipped(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n')
+    (tmp_path / "b.warc.gz").write_bytes(b"")
+    (tmp_path / "c.pdf").write_bytes(b"%PDF-1.4")
+    (tmp_path / "d.jsonl").write_bytes(b'{"text": "d"}\n')
+    told: list[UserError] = []
+    paths = [str(tmp_path / name) for name in ("a.jsonl", "b.warc.gz", "c.pdf", "gone.jsonl", "d.jsonl")]
+    records = [one for span in cut_spans(paths, on_bad=told.append) for one in read_span(span)]
+    assert [getattr(one, "reason", "page") for one in records] == ["page", *["bad_file"] * 3, "page"]
+    assert "b.warc.gz: no WARC records: the file is empty" in str(told[0]) and len(told) == 3
+    with pytest.raises(UserError, match="the file is empty"):
+        list(cut_spans(paths[1:4], on_bad=told.append))
+
+
+def test_a_zstd_bomb_comes_out_in_steps(tmp_path):
+    block = ((131072 << 3) | 2).to_bytes(3, "little") + b"a"  # 128 kB of one byte in 4
+    last = ((131072 << 3) | 3).to_bytes(3, "little") + b"a"
+    (tmp_path / "x.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd\x00\x88" + block * 4000 + last)
+    tracemalloc.start()
+    assert reasons(read(tmp_path / "x.jsonl.zst")) == ["too_large"]
+    assert tracemalloc.get_traced_memory()[1] < 300_000_000
+    tracemalloc.stop()
 
 
 def test_a_folder_is_walked_in_order_and_nothing_in_it_is_lost(tmp_path):

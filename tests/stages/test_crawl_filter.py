@@ -529,3 +529,49 @@ def test_an_archive_within_a_page_is_no_archive(llmkit, tmp_path):
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["records"] == 3
         assert [doc["url"] for doc in read(tmp_path / "docs.jsonl")] == [page.url for page in pages]
+
+
+# ---- bad files and records
+
+
+def test_a_bad_file_at_the_end_does_not_end_the_run(llmkit, tmp_path):
+    for name in "abc":
+        lines = [json.dumps({"text": f"{name} {number}"}) for number in range(3)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join([*lines, '{"text": null}', '{"x": NaN}']) + "\n")
+    (tmp_path / "z.jsonl").write_bytes(b"")
+    files = sorted(tmp_path.glob("*.jsonl"))
+    done = llmkit("crawl-filter", *files, "-o", tmp_path / "out", "--only", "exact_duplicates")
+    assert done.returncode == 0, done.stderr
+    assert len(read(tmp_path / "out")) == 9
+    assert "bad_file" in done.stderr and "z.jsonl: no JSON lines: the file is empty" in done.stderr
+    assert f"skipped: {files[0]}:4: no_text" in done.stderr and f"{files[0]}:5: bad_json" in done.stderr
+
+
+@pytest.mark.parametrize("mend", ["leave out", "write"])
+def test_a_strict_run_ends_at_a_bad_file_and_what_was_done_stays(llmkit, tmp_path, mend):
+    for name in "abc":
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": f"the {name}"}) + "\n")
+    (tmp_path / "z.jsonl").write_bytes(b"")
+    command = ["-o", tmp_path / "out", "--only", "exact_duplicates", "--workers", "1"]
+    ended = llmkit("crawl-filter", *sorted(tmp_path.glob("*.jsonl")), *command, "--strict")
+    assert ended.returncode == 2 and "z.jsonl: no JSON lines: the file is empty" in ended.stderr
+    assert f"the same command with --resume goes on ({tmp_path}/out.partial-state)" in ended.stderr
+        f"the same command with --resume goes on ({tmp_path}/out.partial-state)"
+    )
+    before = sorted((tmp_path / "out.partial-state").glob("span-*"))
+    assert len(before) == 3
+    if mend == "leave out":
+        (tmp_path / "z.jsonl").unlink()
+    else:
+        (tmp_path / "z.jsonl").write_text('{"text": "the last"}\n')
+    done = llmkit("crawl-filter", *sorted(tmp_path.glob("*.jsonl")), *command, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "3 spans are done already" in done.stderr
+    assert len(read(tmp_path / "out")) == (3 if mend == "leave out" else 4)
+
+
+def test_an_input_in_which_all_is_bad_is_an_error(llmkit, tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"body": "x"}\n' * 3)
+    done = llmkit("crawl-filter", tmp_path / "x.jsonl", "-o", tmp_path / "out")
+    assert done.returncode == 2 and "expected records with `html` or `text`, found 3 no_text" in done.stderr
+    assert not (tmp_path / "out").exists()
