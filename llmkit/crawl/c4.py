@@ -48,7 +48,7 @@ def c4(split: Split, rules: C4) -> Verdict:
         if rules.remove_citations and "[" in line:
             whole, line = line, CITATION.sub("", line).strip()
             lost += len(split_words(whole)) - len(split_words(line))
-        rule = _rule(line, rules) or (_phrase_rule(line.lower(), rules) if suspects else None)
+        rule = _rule(line, rules, split.letters_per_word) or (_phrase_rule(line.lower(), rules) if suspects else None)
         if rule == "lorem_ipsum":
             return Verdict(rule, None, split.text, measures)
         if not rule and rules.drop_curly_bracket and "{" in line:
@@ -60,14 +60,18 @@ def c4(split: Split, rules: C4) -> Verdict:
         sentences += count_sentences(line)
         kept.append(line)
     measures |= {"sentences": sentences, "words": split.word_count - lost}
-    short = rules.min_sentences is not None and sentences < rules.min_sentences
+    measures = split.telling(measures)
+    short = rules.min_sentences is not None and measures.get("sentences", rules.min_sentences) < rules.min_sentences
     text = "\n".join(kept).strip()
     return Verdict("min_sentences" if short else None, sentences if short else None, text, measures)
 
 
-def _rule(line: str, rules: C4) -> str | None:
-    """The rule on the form of a line that takes it out."""
+def _rule(line: str, rules: C4, letters_per_word: int) -> str | None:
+    """The rule on the form of a line that takes it out. Where a letter counts as a word, no word is long."""
     longest, least = rules.max_word_length, rules.min_words_per_line
+    if letters_per_word > 1:
+        few = least is not None and len(split_words(line)) < least * letters_per_word
+        return "short_lines" if few else None
     if longest is not None and len(line) > longest < max(map(len, line.split())):
         return "long_word_lines"
     if rules.remove_unterminated_lines and (not line.endswith(TERMINAL) or line.endswith("...")):

@@ -29,12 +29,13 @@ def measure_fineweb(split: Split, short_line_length: int = 30) -> dict[str, floa
     lines = split.lines
     count, characters = max(1, len(lines)), max(1, sum(map(len, lines)))
     terminal = sum(line.endswith(_ENDS) or line.rstrip(CLOSING).endswith(_ENDS) for line in lines)
-    return {
+    measures = {
         "terminal_line_fraction": terminal / count,
         "short_line_fraction": sum(len(line) <= short_line_length for line in lines) / count,
         "duplicate_line_character_fraction": repeated(lines)[1] / characters,
-        "newline_to_word_ratio": split.text.count("\n") / max(1, split.word_count),
+        "newline_to_word_ratio": split.text.count("\n") * split.letters_per_word / max(1, split.word_count),
     }
+    return split.telling(measures)
 
 
 def fineweb_quality(split: Split, thresholds: FineWebQuality) -> Verdict:

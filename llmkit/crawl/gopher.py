@@ -1,7 +1,8 @@
 """Gopher's rules for repetition and for quality (Rae et al. 2021, section A1.1 and table A1).
 
 Each family is a dataclass of thresholds, whose defaults are the paper's and FineWeb's, a function that measures a
-text, and one that gives the verdict. A fraction of characters has all characters of the text beneath it.
+text, and one that gives the verdict. A fraction of characters has all characters of the text beneath it. In a script
+without spaces an n-gram has n times as many letters as a word has there (Split.letters_per_word).
 """
 
 # ruff: noqa: RUF001 -- words of other scripts look like ours
@@ -126,22 +127,25 @@ def _n_gram_characters(split: Split) -> tuple[dict[int, int], dict[int, int]]:
 
     ids = split.ids
     ends = np.concatenate(([0], np.cumsum(split.lengths[ids])))  # where each word ends, with no space between
-    top = {n: _first(ends, n) for n in TOP_N_GRAMS}
+    letters = split.letters_per_word
+    space = int(letters == 1)
+    top = {n: _first(ends, n * letters, space) for n in TOP_N_GRAMS}
     duplicate = dict.fromkeys(DUPLICATE_N_GRAMS, 0)
     starts = (split.counts[ids] > 1).nonzero()[0]  # of the n-grams that occur twice: the first word,
     names = ids[starts]  # and a number for each
-    for n in range(2, DUPLICATE_N_GRAMS[-1] + 1):
+    for length in range(2, DUPLICATE_N_GRAMS[-1] * letters + 1):
         pairs = (starts[1:] == starts[:-1] + 1).nonzero()[0]
         names, first, counts = _group(names[pairs] * len(ids) + names[pairs + 1])
         starts = starts[pairs]
+        n = length // letters if length % letters == 0 else 0
         if n in top:
-            top[n] = _top(starts, first, counts, ends, n)
+            top[n] = _top(starts, first, counts, ends, length, space)
         again = counts[names] > 1
         starts, names = starts[again], names[again]
         if not len(starts):  # by n = 8 on half of all pages
             break
         if n in duplicate:
-            duplicate[n] = _duplicate(starts.tolist(), names.tolist(), ends, n)
+            duplicate[n] = _duplicate(starts.tolist(), names.tolist(), ends, length)
     return top, duplicate
 
 
@@ -163,18 +167,18 @@ def _group(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return names, order[bounds], (ends - bounds)[: len(bounds)]
 
 
-def _first(ends: np.ndarray, n: int) -> int:
+def _first(ends: np.ndarray, n: int, space: int) -> int:
     """The characters of the first n-gram, where all are equally frequent; 0 for fewer than n words."""
-    return int(ends[n]) + n - 1 if len(ends) > n else 0
+    return int(ends[n]) + space * (n - 1) if len(ends) > n else 0
 
 
-def _top(starts: np.ndarray, first: np.ndarray, counts: np.ndarray, ends: np.ndarray, n: int) -> int:
+def _top(starts: np.ndarray, first: np.ndarray, counts: np.ndarray, ends: np.ndarray, n: int, space: int) -> int:
     """The characters of all occurrences of the most frequent n-gram; of several, the one that comes first."""
     most = counts.max(initial=1)
     if most == 1:
-        return _first(ends, n)
+        return _first(ends, n, space)
     start = starts[first[counts == most].min()]
-    return int(most * (ends[start + n] - ends[start] + n - 1))
+    return int(most * (ends[start + n] - ends[start] + space * (n - 1)))
 
 
 def _duplicate(starts: list[int], names: list[int], ends: np.ndarray, n: int) -> int:
@@ -194,7 +198,8 @@ def _duplicate(starts: list[int], names: list[int], ends: np.ndarray, n: int) ->
 def measure_quality(split: Split, language: str = "en") -> dict[str, float]:
     """The measures that GopherQuality bounds.
 
-    Without `stop_words` for a language that has no list. Of an empty text only `words`, which is 0.
+    Without `stop_words` for a language that has no list, and without what LEFT_OUT says of the script. Of an empty
+    text only `words`, which is 0.
     """
     import numpy as np
 
@@ -205,7 +210,7 @@ def measure_quality(split: Split, language: str = "en") -> dict[str, float]:
         named[number] = vocabulary[number].strip("_")[:1].isalnum()
         alphabetic[number] = any(map(str.isalpha, vocabulary[number]))
     words = int(counts[named].sum())
-    measures: dict[str, float] = {"words": words}
+    measures: dict[str, float] = {"words": words // split.letters_per_word}
     if not words:
         return measures
     total, lines = len(split.words), len(split.lines)
@@ -219,7 +224,7 @@ def measure_quality(split: Split, language: str = "en") -> dict[str, float]:
     }
     if stop_words := STOP_WORDS.get(language):
         measures["stop_words"] = len(stop_words.intersection(map(str.lower, vocabulary)))
-    return measures
+    return split.telling(measures)
 
 
 def gopher_quality(split: Split, thresholds: GopherQuality, language: str = "en") -> Verdict:

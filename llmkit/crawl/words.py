@@ -2,7 +2,8 @@
 
 Words follow the convention of the Gopher rules' known implementations: a run of letters and digits is a word,
 with what joins it inside (don't, 3.5, U.S), and a run of other visible characters is a symbol, a word of its own.
-In scripts written without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each letter is a word.
+In scripts written without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each letter is a word; rules that
+count words take `Split.letters_per_word` of these for one, and leave out what LEFT_OUT says of the script.
 """
 
 # ruff: noqa: RUF001 -- the marks of other scripts look like ours
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from functools import cached_property
 from itertools import count
 from typing import TYPE_CHECKING
@@ -29,10 +30,20 @@ def _combining_marks() -> str:
 
 
 MARKS = _combining_marks()
-UNSPACED = (
-    "\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff"  # Thai and Lao, Burmese, Khmer, kana
-    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese characters
-)
+CHINESE = "\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # and kana
+THAI, BURMESE = "\u0e01-\u0eff", "\u1000-\u109f\u1780-\u17ff"  # and Lao, and Khmer
+UNSPACED = CHINESE + THAI + BURMESE
+_SCRIPTS = {"chinese": CHINESE, "thai": THAI, "burmese": BURMESE, "hangul": "\uac00-\ud7a3"}
+_ANY_SCRIPT = re.compile("|".join(f"(?P<{name}>[{letters}])" for name, letters in _SCRIPTS.items()))
+LETTERS_PER_WORD = {"chinese": 2, "thai": 4, "burmese": 4}  # roughly; vowel signs and tones belong to their letter
+# Measures that say nothing of a text in these scripts. Of Korean words the mean has 2.9 letters; 30 letters are a
+# long line in a script of syllables or words; Thai and Lao end sentences with a space.
+LEFT_OUT = {
+    "chinese": frozenset({"mean_word_length", "short_line_fraction"}),
+    "thai": frozenset({"mean_word_length", "terminal_line_fraction", "sentences"}),
+    "burmese": frozenset({"mean_word_length"}),
+    "hangul": frozenset({"mean_word_length", "short_line_fraction"}),
+}
 _SPECIAL = re.compile(f"[{MARKS}{UNSPACED}]")
 _WORD = re.compile(r"\w+(?:['’.,]\w+)*|[^\w\s]+")  # 1.6 times as fast as the next, for texts that need no more
 _LETTER = rf"[^\W{UNSPACED}]"
@@ -40,9 +51,9 @@ _ANY_WORD = re.compile(
     rf"{_LETTER}(?:{_LETTER}|[{MARKS}\u200c\u200d]|['’.,](?={_LETTER}))*|[{UNSPACED}][{MARKS}]*|[^\w\s]+"
 )
 
-TERMINAL = ".?!…‼⁇⁈⁉‽。！？．｡﹒﹖﹗।॥؟۔։።፧។៕༎꓿᙮᠃᠉"  # the marks that end a sentence, as FineWeb has them and more
+TERMINAL = ".?!…‼⁇⁈⁉‽。！？．｡﹒﹖﹗।॥؟۔։።፧។៕༎꓿᙮᠃᠉။"  # the marks that end a sentence, as FineWeb has them and more
 CLOSING = "\"'”’»›)]}」』）】"  # what may stand behind them
-_NO_SPACE_FOLLOWS = "。！？｡।॥"
+_NO_SPACE_FOLLOWS = "。！？｡।॥។။"
 # It never fails halfway, so that a million full stops cost no more than a million letters.
 _SENTENCE_END = re.compile(rf"[{re.escape(TERMINAL)}]+[{re.escape(CLOSING)}]*(\s?)")
 _ABBREVIATIONS = set("Mr Mrs Ms Dr Prof St Jr Sr vs etc No Inc Ltd Co Fig e.g i.e".split())  # noqa: SIM905
@@ -102,6 +113,32 @@ class Split:
     def word_count(self) -> int:
         """How many words there are, symbols among them."""
         return len(self.words)
+
+    @cached_property
+    def script(self) -> str | None:
+        """The script of more than half of the words, where it is one that has rules of its own.
+
+        >>> Split("港は静かで、船が入ってくる。").script, Split("The harbour (港) was quiet.").script
+        ('chinese', None)
+        """
+        if self.text.isascii() or not _ANY_SCRIPT.search(self.text):
+            return None
+        found: Counter[str | None] = Counter()
+        for word, number in zip(self.vocabulary, self.counts.tolist(), strict=True):
+            script = _ANY_SCRIPT.match(word)
+            found[script.lastgroup if script else None] += number * word[0].isalnum()
+        script, number = found.most_common(1)[0]
+        return script if 2 * number > found.total() else None
+
+    @property
+    def letters_per_word(self) -> int:
+        """How many of the words, each a letter, make up a word of a script without spaces; 1 for all others."""
+        return LETTERS_PER_WORD.get(self.script or "", 1)
+
+    def telling(self, measures: dict[str, float]) -> dict[str, float]:
+        """The measures that say something of a text in this script."""
+        without = LEFT_OUT.get(self.script or "", ())
+        return {name: value for name, value in measures.items() if name not in without}
 
     @cached_property
     def ids(self) -> np.ndarray:

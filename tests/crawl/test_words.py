@@ -69,3 +69,22 @@ def test_nothing_visible_is_lost_and_both_patterns_agree(text: str) -> None:
 )
 def test_sentences(line: str, sentences: int) -> None:
     assert count_sentences(line) == sentences
+
+
+@pytest.mark.parametrize(
+    ("text", "script", "letters"),
+    [
+        ("冬天的港口醒得很慢，住在这里的渔民不到天亮不会上船。", "chinese", 2),
+        ("古い灯台がいつ建てられたのか、誰にも言えません。 LED, 2024", "chinese", 2),
+        ("ท่าเรือเงียบสงบและไม่มีใครเห็นเรือเข้ามา", "thai", 4),
+        ("ဆိပ်ကမ်းသည် တိတ်ဆိတ်သည်။", "burmese", 4),
+        ("항구는 조용했고 아무도 배가 들어오는 것을 보지 못했다.", "hangul", 1),
+        ("The harbour (港口) was quiet, and nobody had seen the boat.", None, 1),
+        ("Гавань была тиха.", None, 1),
+        ("", None, 1),
+        ("。！", None, 1),
+    ],
+)
+def test_the_script_is_that_of_most_words(text: str, script: str | None, letters: int) -> None:
+    split = Split(text)
+    assert (split.script, split.letters_per_word) == (script, letters)
