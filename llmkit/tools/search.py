@@ -3,29 +3,42 @@
     with SearchIndex.open("docs.jsonl") as index:
         print(index.search("who built the lighthouse"))
 
-The index is an SQLite FTS5 table in one file beside the documents, `docs.jsonl.fts5`, made again when they change.
+The index is an SQLite FTS5 table in one file beside the documents, `docs.jsonl.fts5`, made again where it does not hold
+their passages, word for word: it may be old, damaged, or another's.
 """
 
 from __future__ import annotations
 
+import base64
+import http.client
+import ipaddress
 import json
 import os
 import re
+import socket
 import sqlite3
+import ssl
+import tempfile
+import threading
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing, suppress
+from itertools import zip_longest
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from threading import Lock
+from typing import Any
 
+from llmkit.display import redacted
 from llmkit.errors import UserError
 from llmkit.files import PARTIAL
 from llmkit.stream import read_documents
 
 SUFFIX = ".fts5"
-FORMAT = 1  # of the index file
+FORMAT = "CREATE TABLE format (second)"  # of the index file: its number is a name
+PASSAGES = "CREATE VIRTUAL TABLE passages USING fts5(title, text, tokenize = 'porter unicode61 remove_diacritics 2')"
 PASSAGE_CHARACTERS = 800  # a passage ends at the first paragraph's or sentence's end after that many
 LONGEST_PASSAGE = 1600
 LONGEST_QUERY = 64  # words
@@ -40,28 +53,24 @@ class SearchError(Exception):
 class SearchIndex:
     """Passages of documents in an FTS5 table. Safe to use from several threads."""
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self._connection, self._lock = connection, Lock()
+    def __init__(self, documents: str, connection: sqlite3.Connection) -> None:
+        self._documents, self._connection, self._lock = documents, connection, Lock()
 
     @classmethod
     def open(cls, documents: str) -> SearchIndex:
-        """The index of a JSONL file, made now where there is none, or one of an older state of the file.
+        """The index of a JSONL file, made now where there is none that holds the file's passages, word for word.
 
         Where the folder cannot be written the index is held in memory. Raises UserError for documents that cannot
         be read.
         """
         if not os.path.isfile(documents):
             raise UserError(f"{documents}: expected a file of documents to search, found no such file")
-        state = os.stat(documents)
-        stamp = json.dumps([FORMAT, state.st_size, state.st_mtime_ns])
         place = Path(documents + SUFFIX)
-        if _stamp_of(place) != stamp:
-            return cls(_build(documents, place, stamp))
-        return cls(sqlite3.connect(_read_only(place), uri=True, check_same_thread=False))
+        return cls(documents, _kept(documents, place) or _build(documents, place))
 
     def search(self, query: str, passages: int = 3) -> str:
         """The best passages for a query, best first, numbered; `nothing found` where no word of it occurs."""
-        words = re.findall(r"\w+", query)[:LONGEST_QUERY]
+        words = re.findall(r"\w+", query.encode("utf-8", "ignore").decode())[:LONGEST_QUERY]
         if not words:
             return NOTHING
         wanted = " OR ".join(f'"{word}"' for word in words)
@@ -69,7 +78,12 @@ class SearchIndex:
             "SELECT title, text FROM passages WHERE passages MATCH ? ORDER BY bm25(passages, 2.0, 1.0), rowid LIMIT ?"
         )
         with self._lock:
-            found = self._connection.execute(statement, (wanted, passages)).fetchall()
+            try:
+                found = self._connection.execute(statement, (wanted, passages)).fetchall()
+            except sqlite3.Error:  # the file is damaged where only a search looks
+                self._connection.close()
+                self._connection = _in_memory(self._documents)
+                found = self._connection.execute(statement, (wanted, passages)).fetchall()
         return _listed(found)
 
     def close(self) -> None:
@@ -88,48 +102,70 @@ def _listed(found: list[tuple[str, str]]) -> str:
     return "\n".join(lines) or NOTHING
 
 
-def _read_only(place: Path) -> str:
-    return f"{place.resolve().as_uri()}?mode=ro"
+def _open_read_only(place: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(f"{place.resolve().as_uri()}?mode=ro", uri=True, check_same_thread=False)
+    connection.execute("PRAGMA trusted_schema = OFF")
+    return connection
 
 
-def _stamp_of(place: Path) -> str | None:
-    """What an index says of the documents that it was made from; None where there is no index."""
+def _kept(documents: str, place: Path) -> sqlite3.Connection | None:
+    """The index that stands there; None where there is none, or where it is damaged, old or not of these documents.
+
+    Others may have put it there: what a search can return is compared with the documents. That takes a tenth of the
+    time of making it.
+    """
     if not place.is_file():
         return None
+    connection = None
     try:
-        with closing(sqlite3.connect(_read_only(place), uri=True)) as connection:
-            return connection.execute("SELECT stamp FROM made_from").fetchone()[0]
-    except (sqlite3.Error, TypeError):
-        return None
+        connection = _open_read_only(place)
+        tables = dict(connection.execute("SELECT name, sql FROM sqlite_master WHERE name IN ('passages', 'format')"))
+        if tables == {"passages": PASSAGES, "format": FORMAT}:
+            stands = connection.execute("SELECT title, text FROM passages ORDER BY rowid")
+            if all(one == other for one, other in zip_longest(stands, _passages(documents))):
+                return connection
+    except sqlite3.Error:
+        pass
+    except BaseException:
+        if connection is not None:
+            connection.close()
+        raise
+    if connection is not None:
+        connection.close()
+    return None
 
 
-def _build(documents: str, place: Path, stamp: str) -> sqlite3.Connection:
+def _in_memory(documents: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(":memory:", check_same_thread=False)
+    _fill(connection, documents)
+    return connection
+
+
+def _build(documents: str, place: Path) -> sqlite3.Connection:
     """Make the index at `place`, or in memory where that cannot be written, and return a connection to it."""
-    partial = place.with_name(f"{place.name}{PARTIAL}.{os.getpid()}")
     try:
-        partial.touch()
+        handle, partial = tempfile.mkstemp(prefix=f"{place.name}{PARTIAL}.", dir=place.parent)
+        os.close(handle)
     except OSError:
-        connection = sqlite3.connect(":memory:", check_same_thread=False)
-        _fill(connection, documents, stamp)
-        return connection
+        return _in_memory(documents)
     try:
+        os.chmod(partial, 0o644)  # as any other file, for those who share the documents
         with closing(sqlite3.connect(partial)) as connection:
             connection.execute("PRAGMA journal_mode = OFF")
-            _fill(connection, documents, stamp)
+            _fill(connection, documents)
         os.replace(partial, place)
-    except BaseException:
+        return _open_read_only(place)
+    except (OSError, sqlite3.Error):  # a full disk, a folder in its place
+        return _in_memory(documents)
+    finally:
         with suppress(OSError):
-            partial.unlink()
-        raise
-    return sqlite3.connect(_read_only(place), uri=True, check_same_thread=False)
+            os.unlink(partial)
 
 
-def _fill(connection: sqlite3.Connection, documents: str, stamp: str) -> None:
-    columns = "title, text, tokenize = 'porter unicode61 remove_diacritics 2'"
-    connection.execute(f"CREATE VIRTUAL TABLE passages USING fts5({columns})")
-    connection.execute("CREATE TABLE made_from (stamp TEXT)")
+def _fill(connection: sqlite3.Connection, documents: str) -> None:
+    connection.execute(PASSAGES)
+    connection.execute(FORMAT)
     connection.executemany("INSERT INTO passages VALUES (?, ?)", _passages(documents))
-    connection.execute("INSERT INTO made_from VALUES (?)", (stamp,))
     connection.commit()
 
 
@@ -161,24 +197,125 @@ def cut_passages(text: str) -> Iterator[str]:
 
 
 class SearchEngine:
-    """An engine on the web that answers in SearXNG's JSON form: GET url?q=...&format=json -> {"results": [...]}."""
+    """An engine on the web that answers in SearXNG's JSON form: GET url?q=...&format=json -> {"results": [...]}.
+
+    A user and password in the URL are sent as HTTP's basic authentication, to that host alone; a host of this machine
+    is asked past any proxy. `timeout` seconds bound the whole call. Raises UserError for a URL that is none.
+    """
 
     def __init__(self, url: str, timeout: float = 10.0) -> None:
-        self._url, self._timeout = url, timeout
+        try:
+            parts = urllib.parse.urlsplit(url)
+            port = f":{parts.port}" if parts.port is not None else ""
+        except ValueError:
+            parts, port = urllib.parse.urlsplit(""), ""
+        if not parts.hostname or not url.isascii() or not url.isprintable() or " " in url:
+            raise UserError(f"search:{url}: expected a URL of printable ASCII, such as http://localhost:8888/search")
+        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+        self._url = urllib.parse.urlunsplit((parts.scheme, host + port, parts.path, parts.query, ""))
+        user = urllib.parse.unquote(f"{parts.username or ''}:{parts.password or ''}")
+        self._user = None if user == ":" else base64.b64encode(user.encode()).decode()
+        self._timeout, self._is_near = timeout, is_this_machine(parts.hostname)
 
     def search(self, query: str, passages: int = 3) -> str:
         """The first results, numbered, with title and content. Raises SearchError when the engine does not answer."""
-        separator = "&" if urllib.parse.urlsplit(self._url).query else "?"
-        asked = f"{self._url}{separator}{urllib.parse.urlencode({'q': query, 'format': 'json'})}"
-        request = urllib.request.Request(asked, headers={"Accept": "application/json", "User-Agent": "llmkit"})
+        call = _Call(self._is_near)
+        said: SimpleQueue[str | BaseException] = SimpleQueue()
+
+        def work() -> None:
+            try:
+                said.put(self._ask(call, query, passages))
+            except BaseException as error:
+                said.put(error)
+
+        threading.Thread(target=work, daemon=True).start()
         try:
-            with urllib.request.urlopen(request, timeout=self._timeout) as answer:
-                results = json.loads(answer.read(LARGEST_ANSWER))["results"]
-            found = [(str(one.get("title", "")), " ".join(str(one.get("content", "")).split())) for one in results]
-        except urllib.error.HTTPError as error:
-            raise SearchError(f"the search engine answered {error.code}") from None
-        except (urllib.error.URLError, TimeoutError, OSError) as error:
-            raise SearchError(f"the search engine cannot be reached: {getattr(error, 'reason', error)}") from None
-        except (ValueError, KeyError, TypeError, AttributeError):
+            answer = said.get(timeout=self._timeout)
+        except Empty:
+            call.cut()  # ends the thread, however slowly the engine drips
+            answer = TimeoutError(f"no answer within {self._timeout:g} seconds")
+        if isinstance(answer, str):
+            return answer
+        if isinstance(answer, urllib.error.HTTPError):
+            raise SearchError(f"the search engine answered {answer.code}") from None
+        if isinstance(answer, OSError):
+            reason = redacted(str(getattr(answer, "reason", answer)))
+            raise SearchError(f"the search engine cannot be reached: {reason}") from None
+        if isinstance(answer, Exception):
             raise SearchError("the search engine's answer is not in SearXNG's JSON form") from None
+        raise answer
+
+    def _ask(self, call: _Call, query: str, passages: int) -> str:
+        words = query.encode("utf-8", "replace")  # a model may write half a character
+        separator = "&" if urllib.parse.urlsplit(self._url).query else "?"
+        asked = f"{self._url}{separator}{urllib.parse.urlencode({'q': words, 'format': 'json'})}"
+        request = urllib.request.Request(asked, headers={"Accept": "application/json", "User-Agent": "llmkit"})
+        if self._user is not None:
+            request.add_unredirected_header("Authorization", f"Basic {self._user}")
+        with call.opener.open(request, timeout=self._timeout) as answer:
+            results = json.loads(answer.read(LARGEST_ANSWER))["results"]
+        found = [
+            (_whole(str(one.get("title") or "")), _whole(" ".join(str(one.get("content") or "").split())))
+            for one in results
+        ]
         return _listed(found[:passages])
+
+
+def _whole(text: str) -> str:
+    """A text without halves of characters, which no file takes."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether a host name is that of the loopback interface, which no proxy reaches."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return False
+
+
+class _Call:
+    """One request over HTTP with its redirects, which another thread may cut."""
+
+    def __init__(self, is_near: bool) -> None:
+        self._sockets: list[socket.socket] = []
+        self._is_cut = False
+        call = self
+
+        def noted(kind: type[http.client.HTTPConnection]) -> type[http.client.HTTPConnection]:
+            class Connection(kind):  # type: ignore[misc, valid-type]
+                def connect(self) -> None:
+                    super().connect()
+                    call._sockets.append(self.sock)
+                    if call._is_cut:
+                        call.cut()
+
+            return Connection
+
+        class Plain(urllib.request.HTTPHandler):
+            def http_open(self, request: urllib.request.Request) -> Any:
+                return self.do_open(noted(http.client.HTTPConnection), request)
+
+        class Secure(urllib.request.HTTPSHandler):
+            def https_open(self, request: urllib.request.Request) -> Any:
+                return self.do_open(noted(http.client.HTTPSConnection), request, context=ssl.create_default_context())
+
+        # neither ftp: nor file: nor data:, to which a redirect might lead
+        self.opener = urllib.request.OpenerDirector()
+        kinds = (urllib.request.HTTPRedirectHandler, urllib.request.HTTPErrorProcessor, urllib.request.UnknownHandler)
+        for handler in (
+            urllib.request.ProxyHandler({} if is_near else None),
+            Plain(),
+            Secure(),
+            urllib.request.HTTPDefaultErrorHandler(),
+            *(kind() for kind in kinds),
+        ):
+            self.opener.add_handler(handler)
+
+    def cut(self) -> None:
+        """End the request now."""
+        self._is_cut = True
+        for one in self._sockets:
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)

@@ -2,9 +2,15 @@
 
 import gzip
 import json
+import os
+import random
+import socket
+import sqlite3
+import tempfile
 import threading
+import time
+from contextlib import closing, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
 
 import pytest
 
@@ -65,6 +71,60 @@ def test_damaged_index_is_made_again(documents):
         assert "lighthouse" in index.search("lighthouse")
 
 
+def test_an_index_with_any_bits_flipped_is_made_again_or_right(documents):
+    place = documents.with_name("docs.jsonl.fts5")
+    with SearchIndex.open(str(documents)) as index:
+        right = index.search("lighthouse Ana Orlinsk")
+    good, chance = place.read_bytes(), random.Random(3)
+    for trial in range(60):
+        bad = bytearray(good if trial else good[: len(good) // 2])
+        for _ in range(20):
+            bad[chance.randrange(100, len(bad))] ^= 1 << chance.randrange(8)
+        place.write_bytes(bad)
+        with SearchIndex.open(str(documents)) as index:
+            said = index.search("lighthouse Ana Orlinsk").splitlines()
+        assert all(line[4:] in right for line in said) or said == [NOTHING], trial
+
+
+@pytest.mark.parametrize("schema", ["same", "table", "view"])
+def test_a_planted_index_is_not_believed(documents, schema):
+    place = documents.with_name("docs.jsonl.fts5")
+    SearchIndex.open(str(documents)).close()
+    with closing(sqlite3.connect(place)) as connection:
+        if schema != "same":
+            connection.execute("DROP TABLE passages")
+            connection.execute(
+                "CREATE TABLE passages (title, text)"
+                if schema == "table"
+                else "CREATE VIEW passages AS WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT 1 FROM n) "
+                "SELECT '' AS title, 'lighthouse POISONED' AS text FROM n"
+            )
+        if schema != "view":
+            connection.execute("INSERT INTO passages VALUES ('', 'lighthouse POISONED')")
+        connection.commit()
+    with SearchIndex.open(str(documents)) as index:
+        assert "lighthouse of Morvane" in index.search("lighthouse")
+        assert "POISONED" not in index.search("lighthouse")
+
+
+@pytest.mark.parametrize("kind", ["folder", "dangling link"])
+def test_where_something_else_has_the_place_of_the_index(documents, kind):
+    place = documents.with_name("docs.jsonl.fts5")
+    place.mkdir() if kind == "folder" else place.symlink_to(documents.parent / "elsewhere")
+    with SearchIndex.open(str(documents)) as index:
+        assert "lighthouse" in index.search("lighthouse")
+    assert sorted(os.listdir(documents.parent)) == ["docs.jsonl", "docs.jsonl.fts5"]
+
+
+def test_a_change_that_leaves_size_and_time_is_seen(documents):
+    SearchIndex.open(str(documents)).close()
+    before = documents.stat()
+    documents.write_bytes(documents.read_bytes().replace(b"lighthouse", b"powerhouse"))
+    os.utime(documents, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with SearchIndex.open(str(documents)) as index:
+        assert "powerhouse" in index.search("powerhouse")
+
+
 def test_compressed_documents(tmp_path):
     path = tmp_path / "docs.jsonl.gz"
     path.write_bytes(gzip.compress(json.dumps(DOCUMENTS[0]).encode()))
@@ -73,10 +133,10 @@ def test_compressed_documents(tmp_path):
 
 
 def test_where_the_folder_cannot_be_written_the_index_is_in_memory(documents, monkeypatch):
-    def refuse(self, *arguments, **named):
+    def refuse(*arguments, **named):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(Path, "touch", refuse)
+    monkeypatch.setattr(tempfile, "mkstemp", refuse)
     with SearchIndex.open(str(documents)) as index:
         assert "lighthouse" in index.search("lighthouse")
     assert not documents.with_name("docs.jsonl.fts5").exists()
@@ -104,10 +164,10 @@ def test_passages_are_bounded_and_lose_no_word():
 
 class Answers(BaseHTTPRequestHandler):
     reply: tuple[int, bytes] = (200, b"")
-    asked = ""
+    asked, authorization = "", None
 
     def do_GET(self):
-        Answers.asked = self.path
+        Answers.asked, Answers.authorization = self.path, self.headers["Authorization"]
         self.send_response(self.reply[0])
         self.end_headers()
         self.wfile.write(self.reply[1])
@@ -144,3 +204,110 @@ def test_engine_that_fails_says_why(engine, reply, reason):
 def test_engine_that_is_down():
     with pytest.raises(SearchError, match="cannot be reached"):
         SearchEngine("http://127.0.0.1:9/", timeout=2).search("comets")
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+
+
+def body(content: bytes, more: bytes = b"") -> bytes:
+    return HEAD + more + b"Content-Length: %d\r\n\r\n" % len(content) + content
+
+
+def redirect(to: bytes) -> bytes:
+    return b"HTTP/1.1 302 Found\r\nLocation: " + to + b"\r\nContent-Length: 0\r\n\r\n"
+
+
+def drip(first: bytes, piece: bytes):
+    def send(connection):
+        connection.sendall(first)
+        while True:
+            connection.sendall(piece)
+            time.sleep(0.1)
+
+    return send
+
+
+BROKEN = {
+    "redirect to a file": redirect(b"file:///etc/passwd"),
+    "redirect to ftp": redirect(b"ftp://127.0.0.1:9/x"),
+    "redirect to data": redirect(b"data:application/json,{}"),
+    "redirect that is none": redirect(b"http://[::1"),
+    "redirect to nowhere": redirect(b""),
+    "redirect with a blank": redirect(b"http://127.0.0.1:9/a b"),
+    "no reply": b"",
+    "cut": HEAD + b"Content-Length: 1000\r\n\r\n{",
+    "no HTTP": b"garbage\r\n\r\n",
+    "HTTP 9.9": b"HTTP/9.9 200 OK\r\n\r\n",
+    "status 999": b"HTTP/1.1 999 X\r\n\r\n",
+    "status abc": b"HTTP/1.1 abc X\r\n\r\n",
+    "long status": b"HTTP/1.1 200 " + b"x" * 70000 + b"\r\n\r\n",
+    "long header": HEAD + b"X: " + b"y" * 70000 + b"\r\n\r\n{}",
+    "many headers": HEAD + b"A: b\r\n" * 200 + b"\r\n{}",
+    "bad chunk": HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}",
+    "huge chunk": HEAD + b"Transfer-Encoding: chunked\r\n\r\nffffffffffffffff\r\n{}",
+    "cut chunk": HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\n{}",
+    "negative length": HEAD + b"Content-Length: -5\r\n\r\n{}",
+    "deep JSON": body(b'{"results":' + b"[" * 200000 + b"]" * 200000 + b"}"),
+    "deep content": body(b'{"results":[{"content":' + b"[" * 50000 + b"]" * 50000 + b"}]}"),
+    "large number": body(b'{"results":[{"content":' + b"9" * 10000 + b"}]}"),
+    "null": body(b"null"),
+    "list": body(b"[]"),
+    "results of text": body(b'{"results":"abc"}'),
+    "list of null": body(b'{"results":[null]}'),
+    "latin-1": body('{"results":[{"content":"é"}]}'.encode("latin-1")),
+    "gzip": body(b"\x1f\x8b123", b"Content-Encoding: gzip\r\n"),
+    "dripping body": drip(HEAD + b"Content-Length: 100000\r\n\r\n", b" "),
+    "dripping headers": drip(HEAD, b"X: a\r\n"),
+    "dripping status": drip(b"", b"HTTP"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_engine_is_a_failed_search_and_in_time(kind):
+    answer = BROKEN[kind]
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+
+        def serve():
+            with suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    with connection, suppress(OSError):
+                        connection.recv(65536)
+                        answer(connection) if callable(answer) else connection.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        before = threading.active_count()
+        engine = SearchEngine(f"http://127.0.0.1:{server.getsockname()[1]}/s", timeout=1.0)
+        started = time.monotonic()
+        with pytest.raises(SearchError):
+            engine.search("comets")
+        assert time.monotonic() - started < 8
+        while threading.active_count() > before:  # nothing is left that waits
+            assert time.monotonic() - started < 30
+            time.sleep(0.05)
+
+
+def test_halves_of_characters_harm_nothing(engine, documents):
+    Answers.reply = 200, b'{"results":[{"content":"a\\ud800b","title":null}]}'
+    assert engine.search("\ud800") == "[1] a?b"
+    with SearchIndex.open(str(documents)) as index:
+        assert "lighthouse" in index.search("lighthouse \ud800")
+
+
+def test_a_user_and_a_password_are_sent_as_http_has_it(engine):
+    Answers.reply = 200, b'{"results":[]}'
+    port = engine._url.rpartition(":")[2]
+    assert SearchEngine(f"http://ada:p%40w@127.0.0.1:{port}").search("x") == NOTHING
+    assert Answers.authorization == "Basic YWRhOnBAdw=="
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http:///x", "http://h:port/", "http://h/a b", "http://é/"])
+def test_a_url_that_is_none_is_named_at_the_start(url):
+    with pytest.raises(UserError, match="expected a URL"):
+        SearchEngine(url)
+
+
+def test_an_engine_on_this_machine_is_asked_past_a_proxy(engine, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    Answers.reply = 200, b'{"results":[]}'
+    assert engine.search("x") == NOTHING
