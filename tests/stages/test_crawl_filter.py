@@ -556,8 +556,6 @@ def test_a_strict_run_ends_at_a_bad_file_and_what_was_done_stays(llmkit, tmp_pat
     ended = llmkit("crawl-filter", *sorted(tmp_path.glob("*.jsonl")), *command, "--strict")
     assert ended.returncode == 2 and "z.jsonl: no JSON lines: the file is empty" in ended.stderr
     assert f"the same command with --resume goes on ({tmp_path}/out.partial-state)" in ended.stderr
-        f"the same command with --resume goes on ({tmp_path}/out.partial-state)"
-    )
     before = sorted((tmp_path / "out.partial-state").glob("span-*"))
     assert len(before) == 3
     if mend == "leave out":
