@@ -15,6 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from selectolax.lexbor import LexborHTMLParser, LexborNode
 
+from llmkit.crawl.tables import table_cells
+
 MAX_BYTES = 16_000_000  # Common Crawl cuts pages at 5 MiB
 MAX_NODES = 500_000
 MAX_DEPTH = 1_000  # the parser's work grows with the square of the depth: 100,000 nested <div> take it 20 s
@@ -90,6 +92,7 @@ class BlockTree:
     blocks: Blocks
     elements: Elements
     title: str | None
+    cells: np.ndarray | None = None  # `table_cells`: the table, row and column of each block in a table of data
 
 
 def check_size(html: bytes) -> None:
@@ -150,7 +153,15 @@ def cut_blocks(html: bytes) -> BlockTree:
     walk = _Walk()
     if tree.body is not None:  # a <frameset> has none
         walk.run(tree.body)
-    return BlockTree(walk.blocks(), walk.elements(), title or None)
+    blocks, elements = walk.blocks(), walk.elements()
+    return BlockTree(blocks, elements, title or None, _cells(blocks, elements))
+
+
+def _cells(blocks: Blocks, elements: Elements) -> np.ndarray | None:
+    tags = [key.tag for key in elements.keys]
+    if "td" not in tags and "th" not in tags:
+        return None
+    return table_cells(np.array(tags)[elements.kind], elements.parent, blocks.leaf)
 
 
 class _Walk:

@@ -10,7 +10,7 @@ from selectolax.lexbor import LexborHTMLParser
 
 from llmkit.crawl.block_features import NameWeights
 from llmkit.crawl.block_model import best_blocks, shipped_model
-from llmkit.crawl.blocks import TAG_BITS, BlockTree, PageLimitError, check_size, cut_blocks
+from llmkit.crawl.blocks import BlockTree, PageLimitError, check_size, cut_blocks
 from llmkit.crawl.charset import decode_html, utf8_html
 from llmkit.errors import UserError
 
@@ -85,21 +85,27 @@ class Extractor:
 
 
 def text_of(tree: BlockTree, keep: np.ndarray) -> str:
-    """The kept blocks' text in document order: a line each, the cells of a table's row on one line."""
+    """The kept blocks' text in document order: a line each, and a line for a row of a table, its cells parted by "|".
+
+    An empty cell before another leaves its place, so that what stands below it can be told: `| Q1 | Q2`, `a | | c`.
+    """
     kept = np.flatnonzero(keep)
-    holders = tree.elements.holder[tree.blocks.leaf[kept]]
-    in_row = tree.elements.tags[holders] & TAG_BITS["tr"] > 0
-    rows = np.where(in_row, tree.elements.parent[holders], -1).tolist()
-    keys, kinds = tree.elements.keys, tree.elements.kind[holders].tolist()
+    texts = tree.blocks.text
+    if tree.cells is None:
+        return "\n".join([texts[number] for number in kept.tolist()])
     parts: list[str] = []
-    last_row = -1
-    for number, kind, row in zip(kept.tolist(), kinds, rows, strict=True):
-        if row >= 0 and keys[kind].tag not in ("td", "th"):
-            row = -1
-        if parts:
-            parts.append(" | " if row >= 0 and row == last_row else "\n")
-        parts.append(tree.blocks.text[number])
-        last_row = row
+    last_row, last_column = -1, 0
+    for number, row, column in zip(kept.tolist(), *tree.cells[1:, kept].tolist(), strict=True):
+        text = texts[number]
+        if row >= 0:
+            text = text.replace("\n", " ")
+        if row < 0 or row != last_row:
+            parts.append("\n" if parts else "")
+            parts.append("| " * column)  # -1 outside of tables
+        else:
+            parts.append(" |" * (column - last_column) + " ")
+        parts.append(text)
+        last_row, last_column = row, column
     return "".join(parts)
 
 

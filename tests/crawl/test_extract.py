@@ -81,6 +81,32 @@ def test_blocks_come_in_order_on_lines_of_their_own() -> None:
     assert lines[len(STORY) : len(STORY) + len(tail)] == tail
 
 
+DOSES = "<table><thead><tr><th>Drug<th>Dose<th>Taken<tbody>" + "".join(
+    f"<tr><td><a href=/{drug}>{drug}</a><td>{dose}<td>{taken}"
+    for drug, dose, taken in [("aspirin", "100 mg", "daily"), ("ibuprofen", "", "8 h"), ("insulin", "4 IU", "")]
+)
+
+
+def test_a_table_stays_whole_with_its_cells_apart() -> None:
+    paragraphs = "".join(f"<p>{paragraph}</p>" for paragraph in STORY)
+    lines = Extractor().extract(article(f"{paragraphs}{DOSES}</table><p>{STORY[0]}")).text.split("\n")
+    rows = ["Drug | Dose | Taken", "aspirin | 100 mg | daily", "ibuprofen | | 8 h", "insulin | 4 IU"]
+    assert lines[-6:] == [STORY[-1], *rows, STORY[0]]
+
+
+def test_a_table_for_layout_is_no_row() -> None:
+    """The columns of a page, of which one holds a table."""
+    columns = f"<table><tr><td><p>{'<p>'.join(STORY)}{DOSES}</table><td>{MENU}</table>"
+    lines = Extractor(threshold=0.0).extract(columns).text.split("\n")
+    rows = ["Drug | Dose | Taken", "aspirin | 100 mg | daily", "ibuprofen | | 8 h", "insulin | 4 IU"]
+    assert lines == [*STORY, *rows, *(f"Section {n}" for n in range(12))]
+
+
+def test_lines_and_paragraphs_in_a_cell_share_its_row_and_an_empty_corner_has_a_place() -> None:
+    table = "<table><tr><td><th>North<th>South<tr><th>First<br>crossing<td><p>one<p>two<td>three</table>"
+    assert Extractor(threshold=0.0).extract(table).text == "| North | South\nFirst crossing | one two | three"
+
+
 def test_the_threshold_and_what_is_favoured_move_how_much_is_kept() -> None:
     html = story()
     lengths = [len(Extractor(threshold=threshold).extract(html).text) for threshold in (0.0, 0.05, 0.5, 0.95, 1.0)]
