@@ -16,6 +16,7 @@ from llmkit.engine.optimizer import GroupSettings, Optimizer
 from llmkit.engine.scaling import Recipe
 from llmkit.engine.schedule import Schedule
 from llmkit.engine.sharding import is_sharded
+from llmkit.engine.threads import most_threads
 from llmkit.engine.trainer import Batch, Loss, Trainer, TrainerSettings
 from llmkit.model.transformer import Transformer
 from llmkit.progress import say
@@ -68,7 +69,9 @@ def build_trainer(
     """
     model.checkpoint_layers = options.activation_checkpointing
     world().check_folder(folder, NOTES, fresh=not options.resume)
-    if is_compiled(options.compile, model.embed_tokens.device, flops):
+    device = model.embed_tokens.device
+    compiled = is_compiled(options.compile, device, flops)
+    if compiled:
         if is_sharded(model.embed_tokens):  # FSDP puts a layer together outside of what is compiled
             model.compile_layers()
         else:
@@ -86,6 +89,7 @@ def build_trainer(
             eval_every=options.eval_every,
             save_every=options.save_every,
             sample_every=options.sample_every,
+            most_threads=most_threads(device, world().size, compiled),
             mirrors=tuple(mirrors(options, folder)) if world().leads else (),
             quiet=options.quiet,
             **settings,

@@ -29,6 +29,7 @@ from llmkit.engine.mirrors import Mirror, MirroredLog
 from llmkit.engine.optimizer import Optimizer
 from llmkit.engine.schedule import Schedule
 from llmkit.engine.sharding import begin_backward
+from llmkit.engine.threads import StepThreads
 from llmkit.errors import Interrupted, UserError
 from llmkit.files import sync
 from llmkit.kernels import keep_freed_memory
@@ -63,6 +64,7 @@ class TrainerSettings:
     memory_advice: str = "lower --sequence-length or --depth"
     shown: str = "loss"  # the metric beside the progress bar
     mirrors: tuple[Callable[[], Mirror], ...] = ()  # of the metrics
+    most_threads: int = 1  # to choose from; 1 leaves what torch has
     quiet: bool = False
 
 
@@ -84,6 +86,7 @@ class Trainer:
         keep_freed_memory()
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self.batches, self.loss, self.folder, self.settings = batches, loss, folder, settings
+        self.threads = StepThreads(settings.most_threads)
         self.checkpoints = Checkpoints(folder / "state")
         self.step, self.tokens, self.elapsed = 0, 0, 0.0
         self.micro_batch_rows = settings.micro_batch_rows
@@ -105,10 +108,12 @@ class Trainer:
         """Forward, backward and update on one batch at a progress in [0, 1], as often as the settings say; returns
         the metrics of the last update."""
         metrics: dict[str, float] = {}
-        for _ in range(self.settings.updates_per_batch):
-            metrics = self._update(batch, self.schedule.factor(self.step, progress))
+        size = getattr(batch, "tokens", batch[0].size)
+        with self.threads.step(size):
+            for _ in range(self.settings.updates_per_batch):
+                metrics = self._update(batch, self.schedule.factor(self.step, progress))
         self.step += 1
-        self.tokens += getattr(batch, "tokens", batch[0].size)
+        self.tokens += size
         self.last_loss = metrics["loss"]
         return metrics
 
