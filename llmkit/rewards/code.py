@@ -25,7 +25,7 @@ from typing import Any
 from llmkit.errors import UserError
 from llmkit.problems import Problem
 from llmkit.records import kind_of
-from llmkit.tools.python import Limits, check_sandbox, run_python
+from llmkit.tools.python import Limits, check_sandbox, room_for, run_python
 
 FENCE = re.compile(r"^[ \t]*(```|~~~)[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 FIELDS = ("tests", "test_list")
@@ -69,9 +69,9 @@ class CodeTests:
     def _passes(self, program: str, prompt: str, tests: str, entry_point: str | None) -> bool:
         names = [entry_point] if entry_point else names_called(tests)
         word = secrets.token_hex(16)
-        asked, requests = os.pipe()  # each pair: the end that is read, the end that is written
-        answered, replies = os.pipe()
-        with ThreadPoolExecutor(1) as other:
+        with room_for(self.limits, 2), ThreadPoolExecutor(1) as other:
+            asked, requests = os.pipe()  # each pair: the end that is read, the end that is written
+            answered, replies = os.pipe()
             served = f"{CALLING}\nserve({program!r}, {asked}, {replies})\n"
             serving = other.submit(self._run_with, served, (asked, replies))
             arguments = f"{prompt!r}, {tests!r}, {names!r}, {entry_point!r}, {word!r}, {requests}, {answered}"

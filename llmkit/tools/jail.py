@@ -1,6 +1,8 @@
 """The inside of the sandbox: run by a bare Python, it locks itself up and then runs the code that came on stdin.
 
-    python -I -S -B jail.py STATUS_FD MEMORY_BYTES CPU_SECONDS FILE_BYTES < code    (STATUS_FD -1: no jail)
+    python -I -S -B jail.py STATUS_FD PARENT MILLISECONDS MEMORY_BYTES CPU_SECONDS FILE_BYTES < code
+
+STATUS_FD -1 means no jail. PARENT is the process that started it, with which it dies, as it does after MILLISECONDS.
 
 What holds the code, in the order in which it is put on:
 
@@ -13,13 +15,16 @@ What holds the code, in the order in which it is put on:
 - seccomp: a list of the system calls that Python needs for itself. No new process, program, socket, namespace,
   mount, trace, key or kernel module; what is not on the list fails with EPERM.
 
-A step that this kernel does not know ends everything with a line on STATUS_FD, before any code has run; an empty
-status means that the jail was closed. This file imports nothing but the standard library. Sources: unshare(2),
-user_namespaces(7), landlock(7), seccomp(2), pivot_root(2).
+A step that this kernel does not know ends everything with a line on STATUS_FD, before any code has run, which begins
+with "busy: " where another try may succeed; an empty status means that the jail was closed. This file imports nothing
+but the standard library. Sources: unshare(2), user_namespaces(7), landlock(7), seccomp(2), pivot_root(2).
 """
 
+import contextlib
 import ctypes
+import errno
 import os
+import signal
 import struct
 import sys
 
@@ -35,7 +40,7 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4
 MNT_DETACH, AT_FDCWD, AT_RECURSIVE = 2, -100, 0x8000
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 22, 24, 38
 NOBODY = 65534
-WORK = "/work"
+WORK = "/work"  # or a name like it, where Python lives below that
 THREADS = 16
 
 # Where the two machines differ: name: (x86_64, aarch64); None where it has no such call
@@ -79,11 +84,19 @@ libc.syscall.restype = ctypes.c_long
 class Refused(Exception):
     """A step of the setup that this machine does not allow."""
 
+    errno = None
+
 
 def checked(what, result):
     if result < 0:
-        raise Refused(f"{what}: {os.strerror(ctypes.get_errno())}")
+        raise refusal(what, ctypes.get_errno())
     return result
+
+
+def refusal(what, number):
+    error = Refused(f"{what}: {os.strerror(number)}")
+    error.errno = number
+    return error
 
 
 def column():
@@ -134,7 +147,7 @@ def enter_namespaces():
     os.write(ready[1], b"r" if unshared == 0 else b"n")
     if unshared < 0:
         os.waitpid(writer, 0)
-        raise Refused(f"namespaces: {os.strerror(number)}")
+        raise refusal("namespaces", number)
     answer = os.read(done[0], 200)
     os.waitpid(writer, 0)
     for end in (*ready, *done):
@@ -162,9 +175,19 @@ def library_folders():
     return sorted(outermost), links
 
 
+def working_folder(folders):
+    """A folder that is none of those of Python, and holds none of them."""
+    taken = {folder.split("/")[1] for folder in folders}
+    number = 0
+    while (name := WORK + "-" * number).strip("/") in taken:
+        number += 1
+    return name
+
+
 def enter_root(file_bytes):
-    """Make the root: library folders, read-only, and the working folder; everything else is gone."""
+    """Make the root: library folders, read-only, and the working folder, which is given back; all else is gone."""
     folders, links = library_folders()
+    work = working_folder(folders)
     mount(None, "/", None, MS_REC | MS_PRIVATE)
     base = "/tmp" if os.path.isdir("/tmp") else "/mnt"
     # bound before the tmpfs covers a Python that lives below it
@@ -182,16 +205,24 @@ def enter_root(file_bytes):
         if not os.path.lexists(base + link):
             os.makedirs(os.path.dirname(base + link), exist_ok=True)
             os.symlink(target, base + link)
-    os.mkdir(base + WORK, 0o777)
-    os.chmod(base + WORK, 0o777)
+    os.mkdir(base + work, 0o777)
+    os.chmod(base + work, 0o777)
     os.chdir(base)
     dot = ctypes.c_char_p(b".")
     checked("pivot_root", call("pivot_root", dot, dot))
     checked("umount", libc.umount2(b".", MNT_DETACH))
-    os.chdir(WORK)
+    os.chdir(work)
+    return work
 
 
 # ---- rights
+
+
+def die_with(parent):
+    """End as soon as the parent does, also where it has ended before this was asked for."""
+    libc.prctl(PR_SET_PDEATHSIG, 9, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(99)
 
 
 def out_of_time(number, frame):
@@ -199,9 +230,8 @@ def out_of_time(number, frame):
     os._exit(128 + number)
 
 
-def drop_rights(root, memory_bytes, cpu_seconds, file_bytes):
+def drop_rights(root, alive, memory_bytes, cpu_seconds, file_bytes):
     import resource
-    import signal
 
     # the first process of a namespace ignores a signal that it does not handle
     signal.signal(signal.SIGXCPU, out_of_time)
@@ -216,16 +246,28 @@ def drop_rights(root, memory_bytes, cpu_seconds, file_bytes):
     checked("capset", call("capset", struct.pack("Ii", 0x20080522, 0), struct.pack("6I", *[0] * 6)))
     checked("no_new_privs", libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     libc.prctl(PR_SET_PDEATHSIG, 9, 0, 0, 0)  # after the change of user, which clears it
+    os.set_blocking(alive, False)
+    with contextlib.suppress(BlockingIOError):
+        os.read(alive, 1)  # nobody writes: the end of it means that the parent, whom a namespace hides, is dead
+        os._exit(99)
+    os.close(alive)
     limits = {
         "AS": memory_bytes, "CPU": cpu_seconds, "FSIZE": file_bytes, "NOFILE": 64, "NPROC": THREADS, "CORE": 0,
         "MEMLOCK": 0, "MSGQUEUE": 0,
     }  # fmt: skip
     for name, value in limits.items():
         hard = value + 1 if name == "CPU" else value  # SIGXCPU first; SIGKILL where it is not heeded
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, hard))
+        kind = getattr(resource, f"RLIMIT_{name}")
+        most = resource.getrlimit(kind)[1]
+        if most != resource.RLIM_INFINITY:  # a limit that was lower before stays
+            value, hard = min(value, most), min(hard, most)
+        try:
+            resource.setrlimit(kind, (value, hard))
+        except (OSError, ValueError) as error:
+            raise Refused(f"limits of resources: {error}") from None
 
 
-def restrict_files():
+def restrict_files(work):
     """Landlock: read everywhere below the root, all else in the working folder only, no TCP, no abstract sockets."""
     version = call("landlock", None, 0, 1)
     if version < 1:
@@ -239,7 +281,7 @@ def restrict_files():
     if version >= 3:
         change |= 1 << 14  # TRUNCATE
     add_rule, restrict_self = 445, 446
-    for path, rights in (("/", read), (WORK, change)):
+    for path, rights in (("/", read), (work, change)):
         descriptor = os.open(path, os.O_PATH | os.O_DIRECTORY)
         rule = struct.pack("=Qi", rights, descriptor)
         checked("Landlock rule", libc.syscall(add_rule, ctypes.c_int(ruleset), 1, rule, 0))
@@ -322,10 +364,14 @@ def run(code):
 
 
 def main():
-    status, memory_bytes, cpu_seconds, file_bytes = map(int, sys.argv[1:])
+    status, parent, milliseconds, memory_bytes, cpu_seconds, file_bytes = map(int, sys.argv[1:])
+    signal.setitimer(signal.ITIMER_REAL, milliseconds / 1000)
+    die_with(parent)
+    with contextlib.suppress(OSError):  # where memory runs out this goes first, not what started it
+        write("/proc/self/oom_score_adj", "1000")
     code = sys.stdin.buffer.read().decode("utf-8", "replace")
     if status >= 0:
-        close_jail(status, memory_bytes, cpu_seconds, file_bytes)
+        close_jail(status, parent, memory_bytes, cpu_seconds, file_bytes)
     ended = 1
     try:
         ended = run(code)
@@ -341,24 +387,26 @@ def main():
             os._exit(ended & 255)
 
 
-def close_jail(status, memory_bytes, cpu_seconds, file_bytes):
+def close_jail(status, parent, memory_bytes, cpu_seconds, file_bytes):
     """Return in a child process that is locked up; the parent waits for it and ends as it ended."""
     try:
-        libc.prctl(PR_SET_PDEATHSIG, 9, 0, 0, 0)
         root = enter_namespaces()
+        die_with(parent)  # again: a change of rights may clear it
+        alive, kept = os.pipe()
         child = os.fork()  # the first process of the new PID namespace
         if child:
-            os.close(status)
-            for stream in (0, 1, 2):
-                os.close(stream)
+            for descriptor in (status, alive, 0, 1, 2):
+                os.close(descriptor)
             _, ended = os.waitpid(child, 0)
             os._exit(os.WEXITSTATUS(ended) if os.WIFEXITED(ended) else 128 + os.WTERMSIG(ended))
-        enter_root(file_bytes)
-        drop_rights(root, memory_bytes, cpu_seconds, file_bytes)
-        restrict_files()
+        os.close(kept)
+        work = enter_root(file_bytes)
+        drop_rights(root, alive, memory_bytes, cpu_seconds, file_bytes)
+        restrict_files(work)
         restrict_calls()
-    except (Refused, OSError) as error:
-        os.write(status, f"{error}".encode())
+    except Exception as error:
+        busy = getattr(error, "errno", None) in (errno.EAGAIN, errno.ENOMEM)
+        os.write(status, f"{'busy: ' if busy else ''}{error}".encode())
         os._exit(99)
     os.close(status)
 

@@ -9,12 +9,16 @@ nothing is run, unless the user says `--sandbox none`.
 
 from __future__ import annotations
 
+import errno
 import os
 import selectors
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +28,8 @@ from llmkit.errors import UserError
 
 LONGEST_PROGRAM = 1 << 18  # bytes
 OUTPUT_BYTES = 1 << 16
+PAUSES = (0.05, 0.1, 0.2, 0.5, 1, 2, 4)  # seconds before another try, where the machine is out of processes or memory
+GRACE_SECONDS = 1.0  # after which a program whose clock here has not ended it ends itself
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class PythonResult:
 
 
 def check_sandbox() -> None:
-    """Raise UserError where the sandbox cannot be closed, with what is missing. Tried once a process."""
+    """Raise UserError where no program runs to its end in the sandbox, with what is missing. Tried once a process."""
     missing = _missing()
     if missing:
         raise UserError(
@@ -64,10 +70,52 @@ def _missing() -> str | None:
     if sys.platform != "linux":
         return f"it needs Linux, found {sys.platform}"
     try:
-        run_python("pass")
+        result = run_python("import json\nprint('done')")
     except UserError as error:
         return str(error)
+    if result != PythonResult("done\n", "done"):
+        said = (result.output.strip().splitlines() or ["nothing"])[-1]
+        return f"expected a program to print 'done' in it, found {said[:200]!r} ({result.ended})"
     return None
+
+
+class _Room:
+    """The memory of all programs that run at a time, of which each takes what it may use before it starts."""
+
+    def __init__(self) -> None:
+        self._changed, self._taken = threading.Condition(), 0
+
+    @contextmanager
+    def take(self, size: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._taken == 0 or self._taken + size <= _memory())
+            self._taken += size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= size
+                self._changed.notify_all()
+
+
+@lru_cache(1)
+def _memory() -> int:
+    """Three quarters of the memory that this machine, or this container, has for each process of a training."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):
+            total = min(total, int(Path("/sys/fs/cgroup", name).read_text()))
+    return total * 3 // 4 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+_ROOM = _Room()
+
+
+@contextmanager
+def room_for(limits: Limits, programs: int) -> Iterator[None]:
+    """Wait until programs that need one another have room beside all others; then they run with `descriptors`."""
+    with _ROOM.take(programs * (limits.memory_bytes + 2 * limits.file_bytes)):
+        yield
 
 
 def run_python(
@@ -75,7 +123,8 @@ def run_python(
 ) -> PythonResult:
     """Run a program and wait for its end. Whatever it does, nothing of it is left when this returns.
 
-    `descriptors` are those of ours that it has too, by the same numbers, such as pipes to another program.
+    `descriptors` are those of ours that it has too, by the same numbers, such as pipes to another program; whoever
+    gives them has taken `room_for` all of these. Others wait for theirs.
     Raises UserError when the sandbox cannot be closed: the program has not been run then. Without `sandbox` it runs
     as a plain child process in an empty folder, with the limits of time and output alone.
     """
@@ -83,6 +132,22 @@ def run_python(
     data = code.encode("utf-8", "replace")
     if len(data) > LONGEST_PROGRAM:
         return PythonResult(f"the program is longer than {LONGEST_PROGRAM} bytes", "error")
+    with nullcontext() if descriptors else room_for(limits, 1):
+        for pause in (*PAUSES, None):
+            try:
+                return _run_in(data, limits, sandbox, descriptors)
+            except _BusyError as error:
+                if pause is None:
+                    raise UserError(f"{error}, for {sum(PAUSES):.0f} seconds") from None
+                time.sleep(pause)
+    raise AssertionError("the last try gives a result or raises")
+
+
+class _BusyError(Exception):
+    """The machine is out of processes or memory; nothing has been run."""
+
+
+def _run_in(data: bytes, limits: Limits, sandbox: bool, descriptors: tuple[int, ...]) -> PythonResult:
     if not sandbox:
         with TemporaryDirectory(prefix="llmkit-") as folder:
             return _run(_command(-1, limits), data, limits, folder, descriptors)
@@ -93,6 +158,8 @@ def run_python(
         os.close(theirs)
         refusal = os.read(status, 500).decode("utf-8", "replace")
         os.close(status)
+    if refusal.startswith("busy: "):
+        raise _BusyError(refusal.removeprefix("busy: "))
     if refusal:
         raise UserError(refusal)
     return result
@@ -100,22 +167,29 @@ def run_python(
 
 def _command(status: int, limits: Limits) -> list[str]:
     jail = str(Path(__file__).with_name("jail.py"))
-    numbers = (status, limits.memory_bytes, limits.cpu_seconds, limits.file_bytes)
+    milliseconds = round((limits.wall_seconds + GRACE_SECONDS) * 1000)
+    numbers = (status, os.getpid(), milliseconds, limits.memory_bytes, limits.cpu_seconds, limits.file_bytes)
     return [sys.executable, "-I", "-S", "-B", "-X", "utf8", jail, *map(str, numbers)]
 
 
 def _run(command: list[str], data: bytes, limits: Limits, folder: str, descriptors: tuple[int, ...]) -> PythonResult:
     """Start a command, feed it `data`, read what it writes up to the limits, and end its whole group."""
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        cwd=folder,
-        env={},
-        pass_fds=descriptors,
-        start_new_session=True,
-    ) as child:
+    try:
+        started = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd=folder,
+            env={},
+            pass_fds=descriptors,
+            start_new_session=True,
+        )
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.ENOMEM):
+            raise _BusyError(f"no new process: {error.strerror}") from None
+        raise
+    with started as child:
         try:
             output, ended = _exchange(child, data, limits)
         finally:
@@ -173,3 +247,6 @@ def _end_group(child: subprocess.Popen[bytes]) -> None:
     except (ProcessLookupError, PermissionError):
         child.kill()
     child.wait()
+    with suppress(ChildProcessError):  # where this is process 1 of a container, what the child leaves becomes its own
+        while True:
+            os.waitpid(-child.pid, 0)

@@ -155,6 +155,24 @@ def test_a_program_that_never_ends_costs_its_time_and_no_more(completion):
     assert time.monotonic() - start < 30
 
 
+@pytest.mark.parametrize(
+    ("test", "program"),
+    [
+        ("assert all(map(lambda x: f(x) == x + 1, [1, 2, 3]))", "def f(x): raise StopIteration"),
+        ("assert all(map(f, [1, 2]))", "class Stop(StopIteration): pass\ndef f(x): raise Stop"),
+        ("assert all(x == 2 for x in iter(lambda: f(1), None))", "def f(x): raise StopIteration('all done')"),
+        ("import itertools\nassert not [*itertools.filterfalse(f, [1, 2])]", "def f(x): raise StopAsyncIteration"),
+        ("x = [1, 2]\nfor one in x: assert f(x) == 2\nassert f([1]) == 2", "def f(x):\n  x.clear()\n  return 2"),
+        ("x = [3, 1, 2]\nassert all(f(x, i) == i for i in x[1:] + x)", "def f(x, i):\n  x[:] = []\n  return 1"),
+        ("x = [3, 1, 2]\nassert all(f(x, i) == i for i in x)", "def f(x, i):\n  x[:] = []\n  return 3"),
+        ("x = [3, 1]\nassert all(map(lambda a, b: f(x) == a, x, [3, 9]))", "def f(x):\n  x[:] = x[:1]\n  return 3"),
+        ("x = {1, 5}\nfor one in x: assert f(x) == 1", "def f(x):\n  x.clear()\n  return 1"),
+    ],
+)
+def test_a_program_cannot_end_the_loops_of_a_test(test, program):
+    assert passes(program, prompt="Write f.", test=None, entry_point=None, tests=[test]) == 0
+
+
 def test_arguments_that_a_function_changes_are_changed():
     tests = ["x = [3, 1, 2]\norder(x)\nassert x == [1, 2, 3]", "d = {}\nassert put(d) is None and d == {'a': (1, {2})}"]
     code = "def order(x): x.sort()\ndef put(d): d['a'] = (1, {2})"

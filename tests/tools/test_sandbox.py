@@ -1,14 +1,18 @@
 """Hostile programs in the Python sandbox: each is denied, tells nothing, and leaves nothing behind."""
 
+import errno
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
+import llmkit.tools
 from llmkit.errors import UserError
 from llmkit.tools import python
 from llmkit.tools.python import Limits, check_sandbox, run_python
@@ -42,12 +46,21 @@ def nothing_is_left_behind():
     before = found()
     yield
     assert found() <= before
+    assert not jails()
+
+
+def jails():
+    """Process ids and command lines of sandboxes of this checkout, whoever runs it."""
+    ours = os.fsencode(Path(llmkit.tools.__file__).with_name("jail.py"))
+    left = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             command = (folder / "cmdline").read_bytes()
         except OSError:
             continue
-        assert b"jail.py" not in command, f"{folder}: {command!r} is still there"
+        if ours in command:
+            left[int(folder.name)] = command
+    return left
 
 
 def test_ordinary_programs_work():
@@ -217,6 +230,152 @@ def test_without_a_sandbox_it_still_has_a_folder_and_a_clock():
     assert run_python("while True: pass", Limits(wall_seconds=0.5), sandbox=False).ended == "timeout"
 
 
+RUN = "import sys\nfrom llmkit.tools.python import *\n"
+
+
+@pytest.mark.parametrize("delay", [0, 0.003, 0.006, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.3])
+@pytest.mark.parametrize("sandbox", [True, False])
+def test_a_program_dies_with_us(delay, sandbox):
+    """kill -9 of llmkit at any moment of a call."""
+    code = f"print('go', flush=True)\nrun_python('while True: pass', Limits(wall_seconds=60), sandbox={sandbox})"
+    with subprocess.Popen([sys.executable, "-c", RUN + code], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        time.sleep(delay)
+        process.kill()
+    until = time.monotonic() + 10
+    while jails() and time.monotonic() < until:
+        time.sleep(0.05)
+    left = jails()
+    for pid in left:
+        os.kill(pid, 9)
+    assert not left
+
+
+def test_a_program_has_a_clock_of_its_own(monkeypatch):
+    """Where ours does not end it, as when llmkit is stopped."""
+
+    def waits(child, data, limits):
+        child.stdin.write(data)
+        child.stdin.close()
+        child.wait(30)
+        return b"", "done"
+
+    monkeypatch.setattr(python, "_exchange", waits)
+    assert run_python("while True: pass", Limits(wall_seconds=0.5, cpu_seconds=30)).ended == "killed"
+
+
+def test_process_1_keeps_no_zombies():
+    """A program that is killed has a child, which comes to the first process of a container, or a subreaper."""
+    code = """
+import ctypes
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+for code in ("import time; time.sleep(50)", "print('x' * 200000)", "print(1)"):
+    run_python(code, Limits(wall_seconds=0.5))
+print(open(f"/proc/self/task/{os.getpid()}/children").read().split())
+"""
+    ended = subprocess.run([sys.executable, "-c", RUN + code], capture_output=True, text=True)
+    assert ended.stdout == "[]\n", ended
+
+
+def test_a_limit_that_was_lower_before_stays():
+    code = """
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+check_sandbox()
+print(run_python("open('a', 'w').write('x' * (1 << 21))").ended, run_python("print(1)").output)
+"""
+    ended = subprocess.run([sys.executable, "-c", RUN + code], capture_output=True, text=True)
+    assert ended.stdout == "error 1\n\n", ended
+
+
+@pytest.fixture
+def asked_anew():
+    python._missing.cache_clear()
+    yield
+    python._missing.cache_clear()
+
+
+@pytest.mark.parametrize("script", ["exit 0", 'echo "needs PYTHONHOME" >&2; exit 1', "kill -9 $$"])
+def test_a_python_that_runs_nothing_is_no_sandbox(script, monkeypatch, tmp_path, asked_anew):
+    fake = tmp_path / "python"
+    fake.write_text(f"#!/bin/sh\n{script}\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(fake))
+    with pytest.raises(
+        UserError, match=r"expected a program to print 'done' in it, found '.*' \((done|error|killed)\)"
+    ):
+        check_sandbox()
+
+
+@pytest.fixture
+def other_jail(monkeypatch, tmp_path):
+    """Run a jail whose source text is changed."""
+
+    def put(old, new):
+        text = Path(python.__file__).with_name("jail.py").read_text()
+        assert old in text
+        (tmp_path / "jail.py").write_text(text.replace(old, new))
+        monkeypatch.setattr(python, "__file__", str(tmp_path / "python.py"))
+
+    return put
+
+
+def test_limits_that_are_denied_are_named(other_jail):
+    other_jail("resource.setrlimit(kind, (value, hard))", "raise ValueError('not allowed')")
+    with pytest.raises(UserError, match="limits of resources: not allowed"):
+        run_python("1")
+
+
+def test_python_below_the_working_folder_is_found(other_jail):
+    top = "/" + os.path.realpath(os.__file__).split("/")[1]
+    other_jail('WORK = "/work"', f'WORK = "{top}"')
+    program = "import json, os\nopen('a', 'w').write('x')\nprint(os.getcwd(), os.listdir())"
+    assert run_python(program).output == f"{top}- ['a']\n"
+
+
+@pytest.mark.parametrize("sandbox", [True, False])
+def test_a_busy_machine_is_asked_again(sandbox, monkeypatch):
+    started, refusals = subprocess.Popen, [1, 2]
+
+    def popen(*given, **named):
+        if refusals:
+            refusals.pop()
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return started(*given, **named)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    assert run_python("print(1)", sandbox=sandbox).output == "1\n" and not refusals
+    refusals += range(9)
+    monkeypatch.setattr(python, "PAUSES", (0.01,))
+    with pytest.raises(UserError, match="no new process: Resource temporarily unavailable"):
+        run_python("print(1)", sandbox=sandbox)
+
+
+def test_namespaces_that_run_out_are_asked_for_again(other_jail, tmp_path):
+    flag = tmp_path / "tried"
+    refuse = f'open("{flag}", "w").close() or checked("namespaces", ctypes.set_errno(errno.EAGAIN) or -1)'
+    other_jail("root = enter_namespaces()", f'root = enter_namespaces() if os.path.exists("{flag}") else {refuse}')
+    assert run_python("print(1)").output == "1\n" and flag.exists()
+
+
+def test_where_memory_runs_out_programs_end_first():
+    assert run_python("print(open('/proc/self/oom_score_adj').read())", sandbox=False).output == "1000\n\n"
+
+
+def test_programs_share_the_memory_that_there_is(monkeypatch):
+    monkeypatch.setattr(python, "_memory", lambda: 5 * LIMITS.memory_bytes // 2)
+    code = "import time\nprint(time.time()); time.sleep(0.4); print(time.time())"
+    spans = []
+    threads = [threading.Thread(target=lambda: spans.append(ran(code).output.split())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    times = [(float(start), float(end)) for start, end in spans]
+    assert max(sum(start <= at < end for start, end in times) for at, _ in times) <= 2
+
+
 def test_what_the_kernel_lacks_is_named(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     python._missing.cache_clear()
@@ -236,7 +395,7 @@ def test_works_for_a_user_without_rights(tmp_path):
         program = b"import os\nprint(os.getuid(), os.getppid())\nopen('a', 'w').write('x')\nos.fork()"
         nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
         python_of_all = "/usr/bin/python3" if os.path.exists("/usr/bin/python3") else sys.executable
-        limits = [str(1 << 28), "2", str(1 << 20)]
+        limits = [str(os.getpid()), "10000", str(1 << 28), "2", str(1 << 20)]
         if (
             not shutil.which(nobody[0])
             or subprocess.run([*nobody, python_of_all, "-c", ""], capture_output=True).returncode
