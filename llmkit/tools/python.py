@@ -29,6 +29,7 @@ from llmkit.errors import UserError
 LONGEST_PROGRAM = 1 << 18  # bytes
 OUTPUT_BYTES = 1 << 16
 PAUSES = (0.05, 0.1, 0.2, 0.5, 1, 2, 4)  # seconds before another try, where the machine is out of processes or memory
+LEAVING_SECONDS = 0.5  # that a killed program on a busy machine may take to be gone
 GRACE_SECONDS = 1.0  # after which a program whose clock here has not ended it ends itself
 
 
@@ -250,3 +251,8 @@ def _end_group(child: subprocess.Popen[bytes]) -> None:
     with suppress(ChildProcessError):  # where this is process 1 of a container, what the child leaves becomes its own
         while True:
             os.waitpid(-child.pid, 0)
+    until = time.monotonic() + LEAVING_SECONDS
+    with suppress(ProcessLookupError, PermissionError):
+        while time.monotonic() < until:
+            os.killpg(child.pid, signal.SIGKILL)
+            time.sleep(0.001)
