@@ -22,6 +22,7 @@ from ipaddress import IPv6Address, ip_address
 from typing import NamedTuple
 
 from llmkit.crawl.phones import FEWEST_DIGITS, find_phones
+from llmkit.crawl.words import JOINED
 
 PLACEHOLDERS = {
     "email": "email@example.com",
@@ -42,9 +43,14 @@ RESOLVERS = frozenset(
 )
 # Where numbers may stand: one quick pass, so that the careful patterns, 0.25 ms each for a page, read only there.
 _STRETCH = re.compile(r"\d[\dA-Z \u00a0()./\u2010\u2011\u2013-]{6,}")
-_LOCAL = re.compile(r"[\w.+%!#$&*/=?^`{|}~'-]{1,64}")  # read from right to left
+_W = rf"[^\W{JOINED}]"  # \w, but for letters that may touch what is found without being part of it
+_LOCAL = re.compile(rf"(?:{_W}|[.+%!#$&*/=?^`{{|}}~'-]){{1,64}}")  # read from right to left
+_PARTED = re.compile(r"[/=?&|{}]|%[0-9a-f]{2}", re.I)  # parts of a URL; an address has the like in theory alone
+_LETTER = rf"[^\W\d_{JOINED}]"
 _HOST = re.compile(
-    r"(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,8}(?:xn--[a-z0-9-]{2,59}|[^\W\d_]{2,24})(?![\w@]|\.[^\W\d_])", re.I
+    rf"(?:[^\W_{JOINED}](?:(?:{_W}|-){{0,61}}[^\W_{JOINED}])?\.){{1,8}}(?:xn--[a-z0-9-]{{2,59}}|{_LETTER}{{2,24}})"
+    rf"(?!{_W}|@|\.{_LETTER})",
+    re.I,
 )
 _NEXT_SENTENCE = re.compile(r"(?<=[a-z])\.[A-Z][a-z]+$")  # ann@example.org.Write to her
 _SPELT_OUT = re.compile(r"[\[({<] ?(?:at|AT|At|@) ?[\])}>] ?")
@@ -52,15 +58,15 @@ _SPELT_HOST = re.compile(
     r"[a-z0-9-]{1,63}(?: ?(?:\.|[\[({<] ?(?:dot|punkt|punto|point) ?[\])}>]) ?[a-z0-9-]{2,63}){1,4}", re.I
 )
 _FILES = {"png", "jpg", "jpeg", "gif", "svg", "webp", "avif", "ico", "css", "js", "mjs", "json", "html", "php", "pdf"}
-_IPV4 = re.compile(r"(?<![\w.,/+-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\d|,\d)")
-_IPV6 = re.compile(r"(?<![\w:.])[23][0-9a-f]{3}:[0-9a-f:]{3,34}(?![\w:]|\.\d)", re.I)
+_IPV4 = re.compile(rf"(?<!{_W})(?<![.,/+-])(?:\d{{1,3}}\.){{3}}\d{{1,3}}(?!{_W}|-|\.\d|,\d)")
+_IPV6 = re.compile(rf"(?<!{_W})(?<![:.])[23][0-9a-f]{{3}}:[0-9a-f:]{{3,34}}(?!{_W}|:|\.\d)", re.I)
 _VERSION = re.compile(
     r"(?:\b(?:v|ver|vers|versions?|release|rev|revision|build|firmware|driver|kernel|sdk|update|patch|section|chapter"
-    r"|clause|rule|paragraph|figure|table|step|oid)|[§#=~^])[\s.:]{0,3}\Z",
+    r"|clause|rule|paragraph|figure|table|step|oid)|版本|バージョン|버전|[§#=~^])[\s.:]{0,3}\Z",
     re.I,
 )
-_SSN = re.compile(r"(?<![\w-])(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w-])")
-_CARD = re.compile(r"(?<![\w.,+-])\d(?:[ -]?\d)*(?![\w]|[.,]\d)")
+_SSN = re.compile(rf"(?<!{_W})(?<!-)(?!000|666|9)\d{{3}}-(?!00)\d\d-(?!0000)\d{{4}}(?!{_W}|-)")
+_CARD = re.compile(rf"(?<!{_W})(?<![.,+-])\d(?:[ -]?\d)*(?!{_W}|[.,]\d)")
 _CARD_PREFIX = re.compile(
     r"(?:4(?:\d{12}|\d{15}|\d{18})|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}|3[47]\d{13}"
     r"|3(?:0[0-5]|[68]\d)\d{11}|35(?:2[89]|[3-8]\d)\d{12}|6(?:011|5\d\d|4[4-9]\d)\d{12}|62\d{14,17})"
@@ -122,7 +128,7 @@ def _emails(text: str) -> Iterator[tuple[int, int]]:
         local = _LOCAL.match(text[max(free, at - 65) : at][::-1])
         if not host or not local or host[0].rpartition(".")[2].lower() in _FILES:
             continue
-        name = local[0][::-1].lstrip(".-'`*/=|{}?!#&^~$%")
+        name = _PARTED.split(local[0][::-1])[-1].lstrip(".-'`*!#^~$%")  # medium.com/@some.author leaves none
         start = at - len(name)
         handle = text[start - 1 : start] == "@"  # @name@host.social
         service = name.lower() == "git" or (name.lower() == "noreply" and text[host.end() : host.end() + 1] == ":")
@@ -136,7 +142,7 @@ def _spelt_emails(text: str) -> Iterator[tuple[int, int]]:
     """`name [at] host [dot] org`; the dot may be one."""
     for sign in _SPELT_OUT.finditer(text):
         stop = sign.start() - (text[sign.start() - 1 : sign.start()] == " ")
-        local = re.match(r"[\w.+-]{1,64}", text[max(0, stop - 64) : stop][::-1])
+        local = re.match(rf"(?:{_W}|[.+-]){{1,64}}", text[max(0, stop - 64) : stop][::-1])
         host = _SPELT_HOST.match(text, sign.end(), sign.end() + 255)
         if local and host and re.search(r"[a-z]{2,}$", host[0], re.I):
             yield stop - len(local[0]), host.end()

@@ -10,28 +10,32 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from llmkit.crawl.words import JOINED
+
 # Steps through the text once and never goes back: a million digits are one match.
 DASHES = "\\-\u2010\u2011\u2013"  # for a character class
 _BETWEEN = rf"\)?(?:[ \u00a0]?[{DASHES}./(][ \u00a0]?|[ \u00a0])?"  # what may part the groups of one number
-NUMBER = re.compile(rf"(?:[+(]{{1,2}}|(?<![\w.]))\d(?:{_BETWEEN}\d+)*")
+_W = rf"[^\W{JOINED}]"  # \w, but for letters that may touch a number without being part of it
+NUMBER = re.compile(rf"(?:[+(]{{1,2}}|(?<!{_W})(?<!\.))\d(?:{_BETWEEN}\d+)*")
 FEWEST_DIGITS, MOST_DIGITS = 7, 17  # 00 and the 15 of the longest international number
 LONGEST = 40  # characters of one number as written
 _CUE = re.compile(
-    r"(?:\b(?:tel|telephone|phones?|telefono|teléfono|telefon|telefonnummer|téléphone|tél|telefone|puhelin|telefoon"
+    rf"(?:(?<!{_W})(?:tel|telephone|phones?|telefono|teléfono|telefon|telefonnummer|téléphone|tél|telefone|puhelin|telefoon"
     r"|tlf|tfn|fax|mobile?|mobil|mob|cell|cel|celular|móvil|portable|handy|gsm|call|calling|ring|dial|text|sms"
     r"|whatsapp|signal|hotline|helpline|freecall|freephone|rufen|appelez|llame|llámenos|chiama|ligue|bel|ext|тел|телефон|факс|звоните|τηλ)"
-    r"|电话|電話|전화|फ़ोन|फोन|โทร|هاتف|טלפון|📞|☎|✆|📱)"
+    r"|(?:电话|電話|手机|手機|携帯)(?:号码|號碼|番号)?|전화(?:번호)?|फ़ोन|फोन|โทร|هاتف|טלפון|📞|☎|✆|📱)"
     r"[^\w\n]{0,4}(?:(?:no|nr|number|us|me|him|her|them|at|on|is|the|now|today|toll|free|office|der|die|unter|au|al|ao"
     r"|le|numéro|número|numero|nummer|номер)\b[^\w\n]{0,4}){0,3}\(?\Z",
     re.I,
 )
 _OTHER = re.compile(
-    r"(?:\b(?:isbn|issn|ean|upc|gtin|sku|asin|doi|pmid|order|invoice|ref|reference|account|acct|ticket|item|part|model"
+    rf"(?:(?<!{_W})(?:isbn|issn|ean|upc|gtin|sku|asin|doi|pmid|order|invoice|ref|reference|account|acct|ticket|item|part|model"
     r"|serial|patent|id|case|tracking|batch|lot|vat|tax|zip|version|page|pp?|chapter|figure|rfc|no|nr|number|code|bestell"
     r"|rechnung|commande|pedido|gene|build|grant|contract|license|licence|registration|docket|catalog|flight)"
     r"(?:nummer|\s?(?:no|nr|number|code|id))?|[#№$€£¥])[^\w\n]{0,3}\Z",
     re.I,
 )
+_NO_END = re.compile(rf"{_W}|[%°€$£@=/年月日元円号個个番월일원번]|[,.:]\d")  # units of East Asia among them
 _DATE = re.compile(
     r"\d{4}[-./ ]\d{1,2}[-./ ]\d{1,2}\b.*|\d{1,2}[-./ ]\d{1,2}[-./ ](?:19|20)\d\d\b.*"
     rf"|(?:1[5-9]|20)\d\d ?[{DASHES}/] ?\d{{2,4}}\b.*"
@@ -59,7 +63,7 @@ def find_phones(text: str, start: int = 0, stop: int | None = None) -> Iterator[
 def _is_phone(text: str, start: int, written: str, digits: str) -> bool:
     stop = start + len(written)
     before, after = text[max(0, start - 40) : start], text[stop : stop + 2]
-    if re.match(r"[\w%°€$£@_=/]|[,.:]\d", after) or before[-1:] in tuple("/=_@#$€£¥,.-&?%"):
+    if _NO_END.match(after) or before[-1:] in tuple("/=_@#$€£¥,.-&?%"):
         return False
     if _DATE.fullmatch(written) or _NO_PHONE.fullmatch(written) or re.search(r"\d:\Z", before):
         return False

@@ -34,6 +34,7 @@ CHINESE = "\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003
 THAI, BURMESE = "\u0e01-\u0eff", "\u1000-\u109f\u1780-\u17ff"  # and Lao, and Khmer
 UNSPACED = CHINESE + THAI + BURMESE
 _SCRIPTS = {"chinese": CHINESE, "thai": THAI, "burmese": BURMESE, "hangul": "\uac00-\ud7a3"}
+JOINED = UNSPACED + _SCRIPTS["hangul"]  # letters that stand right beside words and numbers of other scripts
 _ANY_SCRIPT = re.compile("|".join(f"(?P<{name}>[{letters}])" for name, letters in _SCRIPTS.items()))
 LETTERS_PER_WORD = {"chinese": 2, "thai": 4, "burmese": 4}  # roughly; vowel signs and tones belong to their letter
 # Measures that say nothing of a text in these scripts. Of Korean words the mean has 2.9 letters; 30 letters are a
