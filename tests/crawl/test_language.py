@@ -59,6 +59,16 @@ def test_odd_characters_do_not_stop_it(odd: str) -> None:
     assert identify(f"q{odd}")  # unsure: both models are asked
 
 
+@pytest.mark.parametrize("code", ["en", "de", "fr", "ru"])
+@pytest.mark.parametrize("space", [" ", "\u00a0", "\u2003", "\u3000", "\u2028", "\t"])
+@pytest.mark.parametrize("capitals", [False, True])
+def test_capitals_and_odd_spaces_change_nothing(code: str, space: str, capitals: bool) -> None:
+    text = SAMPLES[code].upper() if capitals else SAMPLES[code]
+    found, score = identify(text.replace(" ", space))
+    assert found == code
+    assert score > 0.65
+
+
 def test_only_the_beginning_is_read() -> None:
     assert identify(SAMPLES["en"] * 100 + SAMPLES["de"] * 100_000) == identify(SAMPLES["en"] * 100)
 
