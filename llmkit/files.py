@@ -36,14 +36,21 @@ OURS = ("manifest.json", "tokenizer.json")  # one of them stands in every folder
 # ---- is the place fit for an output?
 
 
+# formats that a name may promise and no stage writes
+NOT_WRITTEN = (".parquet", ".arrow", ".feather", ".csv", ".tsv", ".xlsx", ".bz2", ".xz", ".lz4", ".br", ".zip", ".7z")
+
+
 def check_output(path: str, force: bool, resume: bool = False) -> None:
     """Raise UserError when `path` cannot become the output: call it before the work, not after.
 
     It exists and neither `--force` nor `--resume` says what to do with it; or `--force` would delete a folder
-    that no stage has written; or its parent folder is missing.
+    that no stage has written; or its parent folder is missing; or its name is that of a format that is not written.
     """
     if path == "-" or _is_special(path):
         return
+    if path.lower().endswith(NOT_WRITTEN):
+        kind = os.path.splitext(path)[1]
+        raise UserError(f"{path}: {kind} is not written; choose .jsonl, .jsonl.gz or .jsonl.zst")
     if os.path.basename(os.path.normpath(path)) in ("", ".", ".."):
         raise UserError(f"{path}: the result needs a name of its own; choose another --out")
     if os.path.exists(path) and not resume:

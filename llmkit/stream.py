@@ -16,7 +16,7 @@ import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
@@ -292,11 +292,23 @@ def open_output(path: str, force: bool = False) -> Iterator[Callable[[Mapping[st
         yield writer.write
 
 
-def open_bytes(path: str) -> AbstractContextManager[IO[bytes]]:
-    """Open a file that appears when all is written, or stdout for `-`, for bytes."""
-    if path != "-":
-        return atomic_file(path)
-    return nullcontext(stdout_bytes())
+@contextmanager
+def open_bytes(path: str) -> Iterator[IO[bytes]]:
+    """Open a file that appears when all is written, packed where its name ends in .gz or .zst; stdout for `-`."""
+    if path == "-":
+        yield stdout_bytes()
+        return
+    with atomic_file(path) as handle:
+        if path.lower().endswith(".gz"):
+            with gzip.GzipFile("", "wb", 6, handle, mtime=0) as packed:  # no time, so that the bytes are the same again
+                yield packed  # type: ignore[misc]
+        elif path.lower().endswith(".zst"):
+            import zstandard
+
+            with zstandard.ZstdCompressor(write_checksum=True).stream_writer(handle, closefd=False) as packed:
+                yield packed  # type: ignore[misc]
+        else:
+            yield handle
 
 
 def _dumps(record: Mapping[str, Any]) -> bytes:

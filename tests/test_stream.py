@@ -16,7 +16,7 @@ import pytest
 import zstandard
 
 from llmkit.errors import UserError
-from llmkit.stream import check_inputs, open_input, read_documents, read_jsonl
+from llmkit.stream import check_inputs, open_input, open_output, read_documents, read_jsonl
 
 LINES = b'{"text":"one"}\n{"text":"two","id":2}\n'
 ROWS = [{"text": "one"}, {"text": "two", "id": 2}]
@@ -206,3 +206,27 @@ def test_a_named_pipe_is_opened_once(tmp_path: Path, data: bytes) -> None:
 def test_the_caller_s_own_errors_pass_through_open_input(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), open_input(write(tmp_path, LINES)):
         open(tmp_path / "other")  # noqa: SIM115
+
+
+def unpack_zstd(data: bytes) -> bytes:
+    return zstandard.ZstdDecompressor().decompressobj().decompress(data)
+
+
+@pytest.mark.parametrize(("name", "unpack"), [("o.jsonl.gz", gzip.decompress), ("o.JSONL.ZST", unpack_zstd)])
+def test_an_output_is_packed_as_its_name_says(tmp_path: Path, name: str, unpack) -> None:
+    out = str(tmp_path / name)
+    for _ in range(2):
+        with open_output(out, force=True) as write:
+            for row in ROWS:
+                write(row)
+        packed = Path(out).read_bytes()
+    assert packed != LINES
+    assert unpack(packed).count(b"\n") == 2
+    assert values(out) == ROWS
+
+
+@pytest.mark.parametrize("name", ["o.parquet", "o.csv", "o.jsonl.bz2", "o.XLSX"])
+def test_a_format_that_is_not_written_is_refused_by_its_name(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="is not written; choose"), open_output(str(tmp_path / name)):
+        pass
+    assert not list(tmp_path.iterdir())

@@ -6,6 +6,7 @@ record again is its prompt or messages and its seed; by these a resumed run find
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from llmkit.errors import Interrupted, UserError
 from llmkit.files import PARTIAL, create, cut_torn_line, read_json, remove, replace_file, write_json
 from llmkit.records import Row
 from llmkit.rundir import check_identity
-from llmkit.stream import json_row
+from llmkit.stream import json_row, open_bytes
 
 ASKED = ("prompt", "messages", "seed")  # what a record that is kept has in common with its input
 
@@ -185,7 +186,14 @@ def lasting_output(
             said = f"{'interrupted' if interrupted else error}; the same command with --resume goes on ({partial})"
             raise (Interrupted if interrupted else UserError)(said) from None
         raise
-    replace_file(partial, out)
+    if out.lower().endswith((".gz", ".zst")):
+        packed = f"{out}.packed{Path(out).suffix}"
+        with open_bytes(packed) as handle, partial.open("rb") as plain:
+            shutil.copyfileobj(plain, handle)
+        replace_file(packed, out)
+        partial.unlink()
+    else:
+        replace_file(partial, out)
     remove(notes)
 
 

@@ -17,13 +17,13 @@ import orjson
 
 from llmkit import __version__
 from llmkit.config import CommonConfig, argument, as_options, option
-from llmkit.display import check_stdout, stdout_bytes
+from llmkit.display import check_stdout
 from llmkit.errors import Interrupted, UserError
-from llmkit.files import JSON_LINE, atomic_file, check_output
+from llmkit.files import JSON_LINE, check_output
 from llmkit.launch import available_cores
 from llmkit.progress import Progress, duration, quantity, say
 from llmkit.rundir import write_file_manifest
-from llmkit.stream import check_inputs, open_input
+from llmkit.stream import check_inputs, open_bytes, open_input
 
 if TYPE_CHECKING:
     from llmkit.crawl.collecting import Collector
@@ -362,7 +362,7 @@ def _asked_lines(path: str | None) -> AbstractContextManager[Callable[[Any], obj
 @contextmanager
 def _lines(path: str) -> Iterator[Callable[[Any], object]]:
     """A function that writes a line, or an object as one. A file appears when all is written."""
-    with nullcontext(stdout_bytes()) if path == "-" else atomic_file(path) as handle:
+    with open_bytes(path) as handle:
 
         def write(line: bytes | Mapping[str, Any]) -> None:
             handle.write(line if isinstance(line, bytes) else orjson.dumps(line, option=JSON_LINE))

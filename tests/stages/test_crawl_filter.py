@@ -573,3 +573,13 @@ def test_an_input_in_which_all_is_bad_is_an_error(llmkit, tmp_path):
     done = llmkit("crawl-filter", tmp_path / "x.jsonl", "-o", tmp_path / "out")
     assert done.returncode == 2 and "expected records with `html` or `text`, found 3 no_text" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_documents_and_rejects_are_packed_by_their_names(llmkit, tmp_path):
+    command = ["crawl-filter", "-", "--only", "pii", "--rejects", tmp_path / "r.jsonl.gz"]
+    done = llmkit(*command, "-o", tmp_path / "d.jsonl.gz", stdin='{"text": "one"}\n[]\n')
+    assert done.returncode == 0, done.stderr
+    for name, line in (("d.jsonl.gz", b'"text":"one"'), ("r.jsonl.gz", b'"reason":"bad_json"')):
+        assert line in gzip.decompress((tmp_path / name).read_bytes())
+    refused = llmkit("crawl-filter", "-", "-o", tmp_path / "d.parquet", stdin='{"text": "one"}\n')
+    assert refused.returncode == 2 and "d.parquet: .parquet is not written" in refused.stderr
