@@ -1,7 +1,8 @@
 """Encoded conversations of one source, held in memory, each short enough for a row of training.
 
 5 bytes a token: a million conversations of 300 tokens take 1.5 GB. What does not fit a row is truncated at the end of a
-turn, dropped, split before a question or refused, and what nothing would be learnt from is left out; both are counted.
+turn, dropped, split before a question or refused; a document is split without loss. What nothing would be learnt from is left
+out; all is counted.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Protocol
 import numpy as np
 
 from llmkit.errors import UserError
+
+CUT = "cut within a turn"  # a count: answers too long by themselves
 
 
 class Encoded(Protocol):
@@ -124,14 +127,17 @@ def _places(one: Encoded, longest: int, on_long: str, where: str, counts: Counte
     if on_long == "drop":
         counts["dropped: too long"] += 1
         return []
+    if not one.questions and len(one.turn_ends) == 1 and one.trained[1:].all():  # a document: nothing in it is lost
+        counts["documents split"] += 1  # pieces share a token, for the first of an example is never a target
+        return [np.arange(begin, min(begin + longest, length)) for begin in range(0, length - 1, longest - 1)]
     if on_long == "split" and (pieces := _pieces(one, longest)) is not None:
         counts["split"] += 1
         if any(len(piece) > longest for piece in pieces):  # an answer that is too long by itself
-            counts["cut within a turn"] += 1
+            counts[CUT] += 1
         return [piece[:longest] for piece in pieces]
     end = max((end for end in one.turn_ends if end <= longest), default=0)
     if not one.trained[1:end].any():  # the first answer is the one that is too long
-        counts["cut within a turn"] += 1
+        counts[CUT] += 1
         return [np.arange(longest)]
     counts["truncated"] += 1
     return [np.arange(end)]

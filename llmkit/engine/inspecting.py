@@ -28,8 +28,8 @@ def show_examples(sources: Sequence[Packable], tokenizer: Tokenizer, count: int)
     check_stdout()
     console = Console(file=sys.stdout, soft_wrap=True, highlight=False, markup=False)
     shown = printable if console.is_terminal else str
-    for shown in range(count):
-        source, index = sources[shown % len(sources)], shown // len(sources)
+    for number in range(count):
+        source, index = sources[number % len(sources)], number // len(sources)
         if index >= len(source):
             continue
         ids, trained = source[index]

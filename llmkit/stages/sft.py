@@ -68,7 +68,7 @@ class SftConfig(TuningConfig):
     loss: str = option("assistant", "What is trained on.", group="Data", choices=("assistant", "last", "all"))
     on_long: str = option(
         "truncate",
-        "Conversations longer than the context; truncate ends them after a turn.",
+        "Conversations longer than the context; truncate ends them after a turn. Documents are split.",
         group="Data",
         choices=("truncate", "drop", "split", "error"),
     )
@@ -303,6 +303,7 @@ def _read_sources(
 def _read(
     config: SftConfig, path: str, conversations: Iterator[Conversation], chat: ChatFormat, row_tokens: int
 ) -> tuple[Examples, str]:
+    from llmkit.data.examples import CUT
     from llmkit.data.identity import parse_identity, system_message
     from llmkit.data.sources import read_examples
 
@@ -320,12 +321,18 @@ def _read(
             system=system,
             progress=progress.advance,
         )
-    others = "".join(f", {key} {count}" for key, count in examples.counts.items() if key != "read")
+    others = "".join(f", {key} {count}" for key, count in examples.counts.items() if key not in ("read", CUT))
     say(
         f"{name}: {examples.counts['read']} conversations{others}; {len(examples)} examples, "
         f"{quantity(examples.inputs)} tokens, {quantity(examples.targets)} of them trained on",
         config.quiet,
     )
+    if cut := examples.counts[CUT]:
+        say(
+            f"{name}: {cut} answer{'s' * (cut > 1)} cut at the context of {row_tokens} tokens; a longer context is made "
+            "by pretrain --sequence-length",
+            config.quiet,
+        )
     return examples, digest
 
 

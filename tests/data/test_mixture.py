@@ -79,6 +79,16 @@ def test_an_answer_longer_than_a_row_is_cut_within():
     assert held.lengths.tolist() == [16] and held.counts["cut within a turn"] == 1 and held.targets == 11
 
 
+@pytest.mark.parametrize("on_long", ["truncate", "split"])
+@pytest.mark.parametrize("length", [16, 17, 31, 32, 101])
+def test_a_document_longer_than_a_row_is_split_without_loss(on_long, length):
+    document = Chat(np.arange(1, length + 1, dtype=np.int32), np.arange(length) > 0, (length,))
+    held = Examples.gather("a", [("a:1", document)], 16, on_long)
+    learnt = [token for place in range(len(held)) for token in held[place][0][1:].tolist()]
+    assert learnt == list(range(2, length + 1))
+    assert held.counts["documents split"] == (length > 16) and held.lengths.max() <= 16
+
+
 def test_a_source_that_teaches_nothing_is_an_error():
     silent = Chat(np.arange(10, dtype=np.int32), np.zeros(10, bool), (10,))
     with pytest.raises(UserError, match=r"a.jsonl: nothing to train on in 1 conversations \(nothing trained 1\)"):

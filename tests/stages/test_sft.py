@@ -230,7 +230,8 @@ def test_a_long_conversation_is_split_before_questions_and_keeps_its_system_mess
     words = ["sft", base, "--data", data, "--sequence-length", "64"]
     done = llmkit(*words, "--on-long", "split", "--inspect", "9")
     assert done.returncode == 0, done.stderr
-    assert "2 conversations, split 2, cut within a turn 1; 5 examples" in done.stderr
+    assert "2 conversations, split 2; 5 examples" in done.stderr
+    assert "1 answer cut at the context of" in done.stderr
     shown = done.stdout.split("==> ")[1:]
     assert [[letter for letter in "abcdef" if letter * 4 in one] for one in shown] == [
         *map(list, ("ab", "cd", "ef", "ab", "cd"))
