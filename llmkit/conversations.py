@@ -176,12 +176,17 @@ def _alpaca(row: Row) -> Conversation:
     answer = next((name for name in ("output", "response", "completion") if name in row.value), None)
     if answer is None:
         raise UserError(f"{row.where}: expected field 'output' beside 'instruction', found {sorted(row.value)}")
+    system = [{"role": "system", "content": row.value["system"]}] if row.value.get("system") else []
+    turns = [{"role": "user", "content": alpaca_request(row)}, {"role": "assistant", "content": row.value[answer]}]
+    return _conversation(row, system + turns)
+
+
+def alpaca_request(row: Row) -> str:
+    """What a record of Alpaca's form asks: its instruction, and its input below."""
     asked = [row.value[name] for name in ("instruction", "input") if row.value.get(name)]
     if not all(isinstance(text, str) for text in asked):
         raise UserError(f"{row.where}: expected 'instruction' and 'input' to be strings")
-    system = [{"role": "system", "content": row.value["system"]}] if row.value.get("system") else []
-    turns = [{"role": "user", "content": "\n\n".join(asked)}, {"role": "assistant", "content": row.value[answer]}]
-    return _conversation(row, system + turns)
+    return "\n\n".join(asked)
 
 
 def _plain_text(row: Row) -> Conversation:

@@ -2,6 +2,7 @@
 
     {"prompt": "2 + 2?", "answer": "4"}                         prompt: also question, problem, query, context, input,
                                                                 sQuestion; or messages, under either name
+    {"instruction": "Add.", "input": "2 + 2", "output": "4"}    Alpaca's, asked as sft trains on it
     {"question": "...", "answer": "2 + 2 = 4.\\n#### 4"}         GSM8K's: the answer stands after the last ####
     {"problem": "...", "solution": "... \\\\boxed{4}"}            MATH's: the answer is what is boxed last
     {"question": "...", "options": ["A)3", "B)4"], "correct": "B"}          a choice; the options follow the question
@@ -21,13 +22,13 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
-from llmkit.conversations import Message, read_messages, read_records
+from llmkit.conversations import Message, alpaca_request, read_messages, read_records
 from llmkit.errors import UserError
 from llmkit.questions import FRAME
 from llmkit.records import Row, kind_of
 
-PROMPTS = ("messages", "prompt", "question", "problem", "query", "context", "input", "sQuestion")
-ANSWERS = ("answer", "solution", "target", "continuation", "correct", "lSolutions", "answerKey", "gold")
+PROMPTS = ("messages", "prompt", "question", "problem", "query", "instruction", "context", "input", "sQuestion")
+ANSWERS = ("answer", "solution", "target", "continuation", "correct", "lSolutions", "answerKey", "gold", "output")
 MARKER = "####"
 BRACES = re.compile(r"(?P<box>\\f?boxed\s*)(?:(?P<brace>\{)|(?P<bare>[^\s\\{}$.,]+))|\\.|[{}]", re.DOTALL)
 LABEL = re.compile(r"\s*\(?([A-Z])\s*[).:]\s*")
@@ -43,6 +44,7 @@ class Problem:
     verifier  the record's own choice
     record    the whole record: ids, tests, options, schema, ...
     where     its place in a file
+    unused    fields that might be asked, beside the one that is
     """
 
     messages: tuple[Message, ...]
@@ -51,6 +53,7 @@ class Problem:
     verifier: str | None
     record: dict[str, Any]
     where: str
+    unused: tuple[str, ...] = ()
 
 
 def read_problems(paths: Sequence[str], limit: int | None = None) -> Iterator[Problem]:
@@ -75,12 +78,14 @@ def read_problem(row: Row) -> Problem:
     if not isinstance(verifier, (str, type(None))):
         raise UserError(f"{row.where}: expected 'verifier' to be a name, found {kind_of(verifier)}")
     messages, prompt = _asked(row, field)
+    used = ("instruction", "input") if field == "instruction" else (field,)
+    unused = tuple(name for name in PROMPTS if value.get(name) and name not in used)
     options = read_options(value, row.where)
     if options:
         if not messages and not all(text == letter for letter, text in options):  # else the question shows them
             prompt = FRAME.sub("", prompt) + "\n" + "".join(f"\n{letter}) {text}" for letter, text in options)
-        return Problem(messages, prompt, _letter(row, options), verifier, value, row.where)
-    return Problem(messages, prompt, _answer(row), verifier, value, row.where)
+        return Problem(messages, prompt, _letter(row, options), verifier, value, row.where, unused)
+    return Problem(messages, prompt, _answer(row), verifier, value, row.where, unused)
 
 
 def read_options(record: dict[str, Any], where: str) -> tuple[tuple[str, str], ...]:
@@ -147,6 +152,8 @@ def _asked(row: Row, field: str) -> tuple[tuple[Message, ...], str]:
     if not isinstance(value, str) or not value.strip():
         found = "nothing in it" if isinstance(value, str) else kind_of(value)
         raise UserError(f"{row.where}: expected {field!r} to be text, found {found}")
+    if field == "instruction":
+        return (), alpaca_request(row).strip()
     # code that is to be continued ends where its author ended it
     return (), value if field == "prompt" else value.strip()
 

@@ -34,6 +34,8 @@ def test_the_examples_of_the_documentation_hold():
         ({"problem": "2 + 2?", "solution": "\\boxed{4}", "answer": "4.0"}, "2 + 2?", "4.0"),
         ({"sQuestion": "2 + 2?", "lSolutions": [4.0], "lEquations": ["x=2+2"]}, "2 + 2?", "4"),
         ({"input": "2 + 2?", "target": "4"}, "2 + 2?", "4"),
+        ({"instruction": "Add.", "input": "2 + 2", "output": "4"}, "Add.\n\n2 + 2", "4"),
+        ({"instruction": "Add 2 + 2.", "input": "", "answer": "4", "output": "It is 4."}, "Add 2 + 2.", "4"),
         ({"context": "2 + 2?", "continuation": "4"}, "2 + 2?", "4"),
         ({"prompt": "def f():\n    ", "test": "", "entry_point": "f"}, "def f():\n    ", None),
         ({"question": "Which?", "options": ["A)3", "B)4"], "correct": "B"}, "Which?\n\nA) 3\nB) 4", "B"),
@@ -51,6 +53,11 @@ def test_every_format_is_a_prompt_and_an_answer(value, prompt, answer):
     found = problem(**value)
     assert (found.prompt, found.answer, found.where) == (prompt, answer, "p.jsonl:3")
     assert found.record == value and found.messages == ()
+
+
+def test_fields_that_might_be_asked_and_are_not_are_told():
+    assert problem(question="Who?", context="It was Ada.", answer="Ada").unused == ("context",)
+    assert problem(instruction="Add.", input="2 + 2", output="4").unused == problem(input="2", answer="2").unused == ()
 
 
 @pytest.mark.parametrize("name", ["messages", "prompt"])

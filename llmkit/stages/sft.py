@@ -329,8 +329,8 @@ def _read(
     )
     if cut := examples.counts[CUT]:
         say(
-            f"{name}: {cut} answer{'s' * (cut > 1)} cut at the context of {row_tokens} tokens; a longer context is made "
-            "by pretrain --sequence-length",
+            f"{name}: {cut} answer{'s' * (cut > 1)} cut at the context of {row_tokens} tokens; a longer context is "
+            "made by pretrain --sequence-length",
             config.quiet,
         )
     return examples, digest
