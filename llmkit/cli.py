@@ -29,6 +29,7 @@ from llmkit.errors import Interrupted, LlmkitError, UserError
 from llmkit.launch import launch
 
 # name: (module, config class, help in one line), in the order of the pipeline
+OUTPUTS = ("out", "report", "rejects", "write_scores")  # options of what a stage writes
 COMMANDS = {
     "crawl-filter": ("llmkit.stages.crawl_filter", "CrawlFilterConfig", "Web archives to clean documents."),
     "train-bpe": ("llmkit.stages.train_bpe", "TrainBpeConfig", "Text to a byte-level BPE tokenizer."),
@@ -130,7 +131,7 @@ def _command_name(arguments: list[str]) -> str | None:
 
 
 def _let_sigterm_clean_up() -> None:
-    """SIGTERM ends the work as Ctrl-C does, so that no half-written output stays; training saves first."""
+    """SIGTERM and SIGHUP end the work as Ctrl-C does, so that no half-written output stays; training saves first."""
 
     process = os.getpid()
 
@@ -141,8 +142,9 @@ def _let_sigterm_clean_up() -> None:
         os.kill(os.getpid(), number)
 
     in_main = threading.current_thread() is threading.main_thread()
-    if in_main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # nohup has SIGHUP ignored
+        if in_main and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, interrupt)
 
 
 def _abandon_stdout() -> None:
@@ -259,13 +261,38 @@ def _command(config_class: type, run: Callable[[Any], Any]) -> Callable[..., Any
 
 
 def _run_alone(run: Callable[[Any], Any], config: Any) -> Any:
-    """Run a stage while no other run writes its --out; of several processes the first sees to it."""
+    """Run a stage while no other run writes its --out; of several processes the first sees to it.
+
+    Raises UserError where it would write over what it reads.
+    """
+    _check_inputs_stay(config)
     if config.out in (None, "-") or config.dry_run or not launch().leads:
         return run(config)
     from llmkit.files import sole_writer
 
     with sole_writer(config.out):
         return run(config)
+
+
+def _check_inputs_stay(config: Any) -> None:
+    written = [value for name in OUTPUTS if (value := getattr(config, name, None)) not in (None, "-")]
+    places = {os.path.realpath(path): path for path in written if os.path.exists(path) and not _is_device(path)}
+    for item in option_fields(type(config)) if places else []:
+        value = getattr(config, item.name)
+        if item.name in (*OUTPUTS, "token_cache", "spill") or option_of(item).choices:
+            continue
+        for text in [value] if isinstance(value, str) else value if isinstance(value, tuple) else []:
+            # a file, a file with a weight behind it, a file with its kind before it
+            for path in (text, text.rpartition(":")[0], text.partition(":")[2]) if isinstance(text, str) else ():
+                if path and len(path) < 4096 and os.path.exists(path):
+                    real = os.path.realpath(path)
+                    lost = next((places[one] for one in places if f"{real}/".startswith(f"{one}/")), None)
+                    if lost is not None:
+                        raise UserError(f"{lost}: is an input, and would be lost; choose another --out")
+
+
+def _is_device(path: str) -> bool:
+    return not (os.path.isfile(path) or os.path.isdir(path))
 
 
 def _annotation(item: Field, hint: Any) -> Any:

@@ -43,8 +43,9 @@ NOT_WRITTEN = (".parquet", ".arrow", ".feather", ".csv", ".tsv", ".xlsx", ".bz2"
 def check_output(path: str, force: bool, resume: bool = False) -> None:
     """Raise UserError when `path` cannot become the output: call it before the work, not after.
 
-    It exists and neither `--force` nor `--resume` says what to do with it; or `--force` would delete a folder
-    that no stage has written; or its parent folder is missing; or its name is that of a format that is not written.
+    It exists, is no empty folder, and neither `--force` nor `--resume` says what to do with it; or `--force` would
+    delete a folder that no stage has written; or it cannot be renamed to: a mount point, a link to nothing, a place
+    that cannot be written; or its name is that of a format that is not written. A missing parent folder is made later.
     """
     if path == "-" or _is_special(path):
         return
@@ -53,14 +54,39 @@ def check_output(path: str, force: bool, resume: bool = False) -> None:
         raise UserError(f"{path}: {kind} is not written; choose .jsonl, .jsonl.gz or .jsonl.zst")
     if os.path.basename(os.path.normpath(path)) in ("", ".", ".."):
         raise UserError(f"{path}: the result needs a name of its own; choose another --out")
-    if os.path.exists(path) and not resume:
+    final = os.path.realpath(path)
+    parent = os.path.dirname(final)
+    if os.path.islink(path) and not os.path.isdir(parent):
+        raise UserError(f"{path}: a link to {final}, whose folder does not exist; choose another --out")
+    if _is_mounted(final):
+        raise UserError(f"{path}: a mount point, which cannot be replaced; choose a place in it: --out {path}/result")
+    if os.path.exists(path) and not resume and not is_empty_folder(path):
         if not force:
             raise UserError(f"{path}: exists already; --force replaces it, or choose another --out")
         if os.path.isdir(path) and os.listdir(path) and not any(os.path.exists(f"{path}/{name}") for name in OURS):
             raise UserError(f"{path}: not a folder that llmkit wrote, so --force leaves it alone; choose another --out")
-    parent = os.path.dirname(os.path.abspath(path))
+    while not os.path.lexists(parent):
+        parent = os.path.dirname(parent)
     if not os.path.isdir(parent):
-        raise UserError(f"{path}: the folder {parent} does not exist; create it first")
+        raise UserError(f"{path}: expected a folder at {parent}, found a file; choose another --out")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: cannot be written: permission denied in {parent}; choose another --out")
+
+
+def is_empty_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder stands there in which there is nothing: an output may take its place."""
+    return os.path.isdir(path) and not os.listdir(path)
+
+
+def _is_mounted(place: str) -> bool:
+    """Whether a disk, or a folder or file of another place (as containers do it), is mounted there."""
+    if os.path.ismount(place):
+        return True
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return False
+    return place.replace(" ", "\\040") in {line.split()[4] for line in lines}
 
 
 def check_unfinished(force: bool, resume: bool, *left: str | Path) -> None:
@@ -105,6 +131,7 @@ def sole_writer(path: str) -> Iterator[None]:
     where another process has it.
     """
     place = f"{os.path.realpath(path)}{PARTIAL}.lock"
+    made = [] if _is_special(path) or os.path.islink(path) else _make_parents(place)
     handle = None if _is_special(path) else _lock(path, place)
     try:
         yield
@@ -113,6 +140,20 @@ def sole_writer(path: str) -> Iterator[None]:
             with suppress(OSError):
                 os.unlink(place)
             handle.close()
+        for folder in made:  # a mistake leaves nothing behind
+            with suppress(OSError):
+                os.rmdir(folder)
+
+
+def _make_parents(place: str | os.PathLike[str]) -> list[str]:
+    """Make the folders above a place, and return those that were missing, the lowest first."""
+    missing, parent = [], os.path.dirname(os.path.abspath(place))
+    while not os.path.lexists(parent):
+        missing.append(parent)
+        parent = os.path.dirname(parent)
+    with suppress(OSError):  # whoever writes there says so
+        os.makedirs(os.path.dirname(os.path.abspath(place)), exist_ok=True)
+    return missing
 
 
 def _never_through_a_link(path: str, flags: int) -> int:
@@ -178,6 +219,7 @@ def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
         raise UserError(f"{os.fspath(path)}: expected a file, found a folder; choose another --out")
     final = os.path.realpath(path)
     partial = final + PARTIAL
+    _make_parents(final)
     try:
         with _errors_name(path, partial), create(partial, mode) as handle:
             yield handle
@@ -203,7 +245,7 @@ def atomic_folder(path: str | os.PathLike[str], force: bool = False) -> Iterator
     remove(partial)  # left by a run that was killed
     try:
         with _errors_name(path, partial):
-            partial.mkdir()
+            partial.mkdir(parents=True)
             yield partial
         replace_folder(partial, final)
     except BaseException:

@@ -27,6 +27,7 @@ from llmkit.files import (
     check_is_folder,
     check_output,
     check_unfinished,
+    is_empty_folder,
     output_folder,
     read_json,
     remove,
@@ -38,6 +39,7 @@ from llmkit.foreign import read_object
 from llmkit.launch import launch
 from llmkit.metrics import LOSS_CURVE, write_curve
 from llmkit.model_card import write_model_card
+from llmkit.progress import say
 
 MANIFEST_VERSION, MANIFEST = 1, "manifest.json"
 OF_FILE = ".manifest.json"  # after the name of the file whose manifest it is
@@ -234,16 +236,18 @@ class RunFolder:
 
     def __init__(self, out: str | None, example: str, *, resume: bool, force: bool, dry_run: bool = False) -> None:
         """Raises UserError when --out is missing, when something stands there or a run is unfinished and neither
-        --resume nor --force was given, and when there is nothing to resume. A dry run may stand anywhere."""
+        --resume nor --force was given. With nothing to resume the run starts. A dry run may stand anywhere."""
         self.out = output_folder(out, example)
-        self.work = Path(f"{self.out}{PARTIAL}")
+        # beside what a link leads to: the folder there is replaced, not the link
+        self.work = Path(f"{os.path.realpath(self.out) if self.out.is_symlink() else self.out}{PARTIAL}")
         self.resume = resume = resume or self._begun_by_this_job()
         if dry_run:
             return
         check_is_folder(self.out, str(self.out))
         check_output(str(self.out), force, resume)
-        if resume and not self.work.is_dir() and not self.out.is_dir():
-            raise UserError(f"{self.work}: nothing to resume; start without --resume")
+        if resume and not self.work.is_dir() and (not self.out.is_dir() or is_empty_folder(self.out)):
+            self.resume = resume = False
+            say(f"--resume: nothing stands at {self.work} yet, so the run starts")
         check_unfinished(force, resume, self.work)
 
     def _begun_by_this_job(self) -> bool:
@@ -320,6 +324,6 @@ class RunFolder:
 
     def finish(self) -> None:
         """Put the finished folder in its place, whole; of the checkpoints the last stays."""
-        replace_folder(self.work, self.out)
+        replace_folder(self.work, Path(os.path.realpath(self.out)))
         for former in sorted((self.out / "state").glob("step-*"))[:-1]:
             remove(former)

@@ -173,7 +173,7 @@ def test_a_person_at_the_terminal_gets_the_help_instead_of_waiting(on_terminal) 
         (["no such.jsonl"], ["no such.jsonl: expected a file that can be read: no such file"]),
         (["."], [".: expected a file that can be read: found a folder"]),
         (["-", "-"], ["stdin: '-' can be read only once"]),
-        (["-", "-o", "no/such/folder/x"], ["no/such/folder/x: the folder ", "does not exist"]),
+        (["-", "-o", "thesis.tex/x"], ["thesis.tex/x: expected a folder at ", "found a file"]),
         (["-", "-o", ".", "--force"], [".: the result needs a name of its own"]),
     ],
 )

@@ -25,6 +25,7 @@ from llmkit.files import (
     output_folder,
     read_json,
     replace_folder,
+    sole_writer,
     write_json,
 )
 from llmkit.stream import open_output
@@ -68,12 +69,42 @@ def test_an_existing_output_is_left_alone(tmp_path: Path) -> None:
     check_output(str(tmp_path / "file"), force=True)
     with pytest.raises(UserError, match="not a folder that llmkit wrote"):
         check_output(str(tmp_path / "mine"), force=True)
-    with pytest.raises(UserError, match="does not exist; create it first"):
-        check_output(str(tmp_path / "no" / "such"), force=True)
+    check_output(str(tmp_path / "no" / "such"), force=False)
+    (tmp_path / "empty").mkdir()
+    check_output(str(tmp_path / "empty"), force=False)
+    with pytest.raises(UserError, match=r"file/such: expected a folder at .*/file, found a file"):
+        check_output(str(tmp_path / "file" / "such"), force=False)
+    (tmp_path / "link").symlink_to("nowhere/at/all")
+    with pytest.raises(UserError, match=r"link: a link to .*/nowhere/at/all, whose folder does not exist"):
+        check_output(str(tmp_path / "link"), force=True)
+    with pytest.raises(UserError, match="/proc: a mount point, which cannot be replaced"):
+        check_output("/proc", force=True)
     with pytest.raises(UserError, match="expected a file, found a folder"), open_output(str(tmp_path / "model"), True):
         pass
     with pytest.raises(UserError, match="expected a folder, found a file"), atomic_folder(tmp_path / "file", True):
         pass
+
+
+def test_a_planted_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / "out.jsonl.partial").symlink_to("mine")
+    with open_output(str(tmp_path / "out.jsonl")) as write:
+        write({"a": 1})
+    assert (tmp_path / "out.jsonl").read_text() == '{"a":1}\n'
+    (tmp_path / "next.partial.lock").symlink_to("mine")
+    with pytest.raises(UserError, match=r"next.partial.lock: a link"), sole_writer(str(tmp_path / "next")):
+        pass
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_a_missing_parent_is_made_and_goes_when_nothing_came(tmp_path: Path) -> None:
+    out = str(tmp_path / "a" / "b" / "out.jsonl")
+    with sole_writer(out):
+        assert (tmp_path / "a" / "b").is_dir()
+    assert os.listdir(tmp_path) == []
+    with sole_writer(out), open_output(out) as write:
+        write({"a": 1})
+    assert os.listdir(tmp_path / "a" / "b") == ["out.jsonl"]
 
 
 def test_a_link_is_followed(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -156,3 +157,33 @@ def test_a_power_cut_leaves_what_was_finished_and_two_checkpoints(disk: Path) ->
     assert last >= int(seen[-1].name[5:])
     found = Checkpoints(state).load()
     assert found is not None and found[1]["step"] == last
+
+
+def test_sighup_saves_resume_starts_or_goes_on_and_inputs_stay(tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    run(tmp_path, "train-bpe", "docs.jsonl", "--vocab-size", "300", "-o", "made/here/tok")  # parents are made
+    os.rename(tmp_path / "made" / "here" / "tok", tmp_path / "tok")
+    (tmp_path / "base").mkdir()  # an empty folder is taken
+    command = [sys.executable, "-m", "llmkit", *PRETRAIN, "--max-steps", "400", "--resume", "-o", "base"]
+    details = {"cwd": tmp_path, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    process = subprocess.Popen(command, **details)
+    until = time.monotonic() + 120
+    while not list((tmp_path / "base.partial" / "state").glob("step-*[0-9]")):
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGHUP)  # the terminal is closed
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130 and "go on with --resume" in said
+    assert "--resume: nothing stands at base.partial yet, so the run starts" in said
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "resuming after step" in done.stderr, done.stderr
+    for lost in (
+        ["sft", "base", "--data", "chats.jsonl", "-o", "base"],
+        ["sft", "base", "--data", "base/README.md", "-o", "base"],
+        ["sample", "base", "--jsonl", "chats.jsonl", "-o", "chats.jsonl"],
+        ["pretrain", "docs.jsonl", "--val", "tok/tokenizer.json", "--tokenizer", "tok", "-o", "tok"],
+    ):
+        command = [sys.executable, "-m", "llmkit", *lost, "--force"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2
+        assert done.stderr == f"llmkit: error: {lost[-1]}: is an input, and would be lost; choose another --out\n"

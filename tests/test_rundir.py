@@ -178,11 +178,12 @@ def folder_of(out: Path, resume: bool = False, force: bool = False, dry_run: boo
     return RunFolder(str(out), "base/", resume=resume, force=force, dry_run=dry_run)
 
 
-def test_a_run_is_made_beside_its_place_and_can_be_resumed(tmp_path: Path) -> None:
+def test_a_run_is_made_beside_its_place_and_can_be_resumed(tmp_path: Path, capsys) -> None:
     out = tmp_path / "base"
-    with pytest.raises(UserError, match="nothing to resume"):
-        folder_of(out, resume=True)
-    run = folder_of(out)
+    out.mkdir()  # an empty one is taken
+    run = folder_of(out, resume=True)
+    assert not run.resume and not run.is_finished
+    assert "--resume: nothing stands at" in capsys.readouterr().err
     run.begin({})
     (run.work / "metrics.jsonl").write_text('{"step":1,"loss":2.0}\n')
     with pytest.raises(UserError, match=r"base\.partial: an unfinished run; --resume goes on with it"):
@@ -191,7 +192,7 @@ def test_a_run_is_made_beside_its_place_and_can_be_resumed(tmp_path: Path) -> No
     resumed = folder_of(out, resume=True)
     assert not resumed.is_finished
     resumed.begin({})
-    assert (run.work / "metrics.jsonl").exists() and not out.exists()
+    assert (run.work / "metrics.jsonl").exists() and not os.listdir(out)
     resumed.document("pretrain", {}, inputs=[], parents=[], results={"steps": 1})
     resumed.finish()
     assert os.listdir(tmp_path) == ["base"]
@@ -202,6 +203,19 @@ def test_a_run_is_made_beside_its_place_and_can_be_resumed(tmp_path: Path) -> No
     again.begin({})
     assert os.listdir(again.work) == ["state"]
     assert (out / "manifest.json").exists()  # until the new one is finished
+
+
+def test_a_link_to_a_folder_stays_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "base").symlink_to("disk/base")
+    run = folder_of(tmp_path / "base")
+    for _ in range(2):
+        run.begin({})
+        run.document("pretrain", {}, inputs=[], parents=[], results={"steps": 1})
+        run.finish()
+        assert (tmp_path / "base").is_symlink() and (tmp_path / "disk" / "base" / "manifest.json").exists()
+        assert sorted(os.listdir(tmp_path)) == ["base", "disk"] and os.listdir(tmp_path / "disk") == ["base"]
+        run = folder_of(tmp_path / "base", force=True)
 
 
 def test_a_finished_run_has_results_and_another_folder_has_not(tmp_path: Path) -> None:

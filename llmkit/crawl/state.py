@@ -12,6 +12,7 @@ import orjson
 from llmkit.crawl.parts import Part, read_parts, write_part
 from llmkit.errors import UserError
 from llmkit.files import atomic_file, check_unfinished, remove
+from llmkit.progress import say
 
 SUFFIX = ".partial-state"
 
@@ -30,12 +31,15 @@ class State:
     def begin(self, resume: bool, force: bool) -> int:
         """Check what is there; the number of spans that need no work.
 
-        Raises UserError when there is an unfinished run and neither resume nor force, when there is none to
-        resume, or when it was made from another input or with other options.
+        Raises UserError when there is an unfinished run and neither resume nor force, or when it was made
+        from another input or with other options.
         """
-        if resume:
+        if resume and self.folder.is_dir():
             self._check_same_run()
             return len(list(self.folder.glob("span-*[0-9]")))
+        if resume:
+            say(f"--resume: nothing stands at {self.folder} yet, so the run starts")
+            return 0
         check_unfinished(force, resume, self.folder)
         remove(self.folder)
         return 0
@@ -45,7 +49,7 @@ class State:
         try:
             before = orjson.loads(path.read_bytes())
         except FileNotFoundError:
-            raise UserError(f"{self.folder}: nothing to resume; start without --resume") from None
+            raise UserError(f"{path}: missing, so that nobody knows what was begun; start again with --force") from None
         except ValueError:
             raise UserError(f"{path}: not JSON; start again with --force") from None
         self._keep_what_is_the_same(before)
@@ -94,7 +98,7 @@ class State:
     def start(self) -> None:
         """Make the folder, where it is not there."""
         if not self.folder.exists():
-            self.folder.mkdir()
+            self.folder.mkdir(parents=True)
             with atomic_file(self.folder / "run.json") as handle:
                 handle.write(orjson.dumps(self.run, option=orjson.OPT_INDENT_2))
 

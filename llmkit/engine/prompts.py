@@ -23,6 +23,7 @@ from llmkit.engine.sampling import request_number, seed_of_repeat
 from llmkit.engine.served_models import ServerError
 from llmkit.errors import Interrupted, UserError
 from llmkit.files import PARTIAL, create, cut_torn_line, read_json, remove, replace_file, write_json
+from llmkit.progress import say
 from llmkit.records import Row
 from llmkit.rundir import check_identity
 from llmkit.stream import json_row, open_bytes
@@ -171,6 +172,8 @@ def lasting_output(
         if notes.exists():
             check_identity(partial, read_json(notes), identity)
     else:
+        if resume:
+            say(f"--resume: nothing stands at {partial} yet, so the run starts")
         write_json(notes, identity)
     if not (resume and partial.exists()):
         create(partial).close()

@@ -22,6 +22,7 @@ import orjson
 from llmkit.engine.served_models import ServerError
 from llmkit.errors import Interrupted, UserError
 from llmkit.files import cut_torn_line
+from llmkit.progress import say
 from llmkit.rundir import check_identity
 
 WEIGHTS_READ = 1 << 20  # bytes at the end of a file of weights that tell it from another
@@ -38,6 +39,8 @@ class RunState:
     def __init__(self, path: Path | None, identity: dict[str, Any], resume: bool) -> None:
         self.path = path
         begun = resume and path is not None and path.exists()
+        if resume and not begun:
+            say(f"--resume: nothing stands at {path} yet, so the run starts")
         self._file: IO[bytes] = io.BytesIO() if path is None else path.open("r+b" if begun else "w+b")
         self._start, self.kept = self._take_over(identity) if begun else (0, 0)
         if not self._start:  # a new one, or killed before its first line was whole

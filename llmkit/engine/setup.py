@@ -96,7 +96,9 @@ def build_trainer(
         ),
     )
     if options.resume and trainer.resume():
-        say(f"resuming after step {trainer.step}", options.quiet)
+        say(f"resuming after step {trainer.step}")
+    elif options.resume:
+        say(f"--resume: no checkpoint in {trainer.checkpoints.folder} yet, so the training starts at its first step")
     return trainer
 
 

@@ -36,6 +36,8 @@ from llmkit.kernels import keep_freed_memory
 from llmkit.metrics import METRICS, MetricsLog, read_metrics, trim_metrics
 from llmkit.progress import Progress, say
 
+FIRST_SAVE_SECONDS = 60.0  # a run that has nothing on disk loses all of itself
+
 # A batch is a tuple of arrays whose first dimension is rows; the trainer cuts it into micro-batches along that. Where
 # several processes share it, it has a method `nothing()`: one row that predicts nothing.
 Batch = tuple[Any, ...]
@@ -70,7 +72,7 @@ class TrainerSettings:
 
 class Trainer:
     """See the module. Raises UserError when the loss is not a number or stays far above its average, after a
-    checkpoint; raises Interrupted after a checkpoint when SIGINT or SIGTERM arrives."""
+    checkpoint; raises Interrupted after a checkpoint when SIGINT, SIGTERM or SIGHUP arrives."""
 
     def __init__(
         self,
@@ -258,6 +260,8 @@ class Trainer:
     def _agree(self, interrupted: bool, elapsed: float) -> tuple[bool, bool]:
         """Whether a signal has come to any process, and whether a checkpoint is due, by the clock of the first."""
         limit = self.settings.save_seconds
+        if limit is not None and self.saved_step < 0:
+            limit = min(limit, FIRST_SAVE_SECONDS)
         late = limit is not None and time.monotonic() - self.saved_at > limit
         clock = (elapsed, late) if world().leads else (0.0, 0.0)
         signals, self.elapsed, late = world().sum(float(interrupted), *clock)
@@ -361,7 +365,8 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Yield a function that tells whether SIGINT or SIGTERM has arrived; a second one acts at once."""
+    """Yield a function that tells whether SIGINT, SIGTERM or SIGHUP (a closed terminal) has arrived; a second Ctrl-C
+    acts at once. SIGHUP stays ignored where it is, as under nohup."""
     arrived: list[int] = []
 
     def note(number: int, frame: object) -> None:
@@ -370,7 +375,10 @@ def interruptible() -> Iterator[Callable[[], bool]]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     try:
-        former = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        former = {number: signal.signal(number, note) for number in numbers}
     except ValueError:  # not in the main thread: the caller's signals are not ours
         yield lambda: False
         return

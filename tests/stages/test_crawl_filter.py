@@ -477,8 +477,6 @@ def test_an_input_without_records_is_an_error(llmkit, tmp_path, name, content, m
         (["in.jsonl", "--rejects", "-"], "--rejects: expected a file"),
         (["in.jsonl", "-o", "a", "--rejects", "a"], "expected different files"),
         (["in.jsonl", "-o", "in.jsonl"], "is an input, and would be lost"),
-        (["in.jsonl", "-o", "no/docs.jsonl"], "does not exist"),
-        (["in.jsonl", "-o", "docs.jsonl", "--resume"], "nothing to resume"),
         (["in.jsonl", "--resume"], "--resume: needs the --out"),
         (["in.jsonl", "--blocklist", "nowhere"], "nowhere"),
         (["in.jsonl", "--recipe", "nowhere.toml"], "nowhere.toml: cannot read the recipe"),

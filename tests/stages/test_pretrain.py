@@ -241,7 +241,6 @@ def test_a_time_budget_chooses_for_itself_and_keeps_to_it(corpus, llmkit, tmp_pa
         (["--hidden-size", "100", "--num-attention-heads", "3"], "--hidden-size 100: not a multiple of 3"),
         (["--sequence-length", "100000"], "fewer than one context of 100,000"),
         (["--learning-rate", "0"], "--learning-rate: expected more than 0"),
-        (["--resume"], "nothing to resume"),
         (["--tokenizer", "nowhere/"], "nowhere"),
         (["--out", "-"], "--out: expected a folder, such as -o base/, found -"),
     ],
