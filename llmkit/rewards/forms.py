@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -120,9 +121,10 @@ def is_schema_met(problem: Problem, completion: str) -> bool:
 
     fenced = FENCED.fullmatch(completion)
     try:
-        value = json.loads(fenced[1] if fenced else completion, object_pairs_hook=_unique, parse_constant=_no_constant)
+        said = fenced[1] if fenced else completion
+        value = json.loads(said, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
         return _validator(problem.record["schema"]).is_valid(value)
-    except (ValueError, RecursionError, TimeoutError):
+    except (ValueError, ArithmeticError, RecursionError, TimeoutError):  # a quotient beyond floats of multipleOf
         return False
     except Unresolvable as error:
         raise UserError(f"{problem.where}: expected 'schema' to refer to its own parts: {error}") from None
@@ -133,7 +135,7 @@ def _validator(schema: dict[str, Any]) -> Any:
     from referencing import Registry
 
     known = validators.validator_for(schema, Draft202012Validator)
-    patient = validators.extend(known, {"pattern": _pattern, "patternProperties": _pattern_properties})
+    patient = validators.extend(known, PATIENT)
     return patient(schema, registry=Registry())
 
 
@@ -149,6 +151,33 @@ def _pattern_properties(validator: Any, properties: dict[str, Any], instance: An
         for key, value in instance.items():
             if _compiled(pattern).search(key, timeout=SECONDS):
                 yield from validator.descend(value, inner, path=key, schema_path=pattern)
+
+
+def _additional_properties(validator: Any, inner: Any, instance: Any, schema: Any) -> Any:
+    import jsonschema
+
+    patterns = [_compiled(pattern) for pattern in schema.get("patternProperties", {})]
+    for key, value in instance.items() if isinstance(instance, dict) else ():
+        if key in schema.get("properties", {}) or any(one.search(key, timeout=SECONDS) for one in patterns):
+            continue
+        if inner is False:
+            yield jsonschema.ValidationError(f"{key!r} is not among the properties")
+        else:
+            yield from validator.descend(value, inner, path=key)
+
+
+PATIENT = {
+    "pattern": _pattern,
+    "patternProperties": _pattern_properties,
+    "additionalProperties": _additional_properties,
+}
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text} is beyond a float")
+    return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

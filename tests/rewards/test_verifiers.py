@@ -232,6 +232,25 @@ def test_json_must_fit_the_schema(completion, right):
     assert score(completion, schema=SCHEMA) == right
 
 
+@pytest.mark.parametrize(
+    ("schema", "completion", "right"),
+    [
+        ({"additionalProperties": False, "patternProperties": {"^(a+)+$": {}}}, '{"%s!": 1}' % ("a" * 40), 0),
+        ({"additionalProperties": False, "patternProperties": {"^a+$": {}}}, '{"aa": 1}', 1),
+        ({"additionalProperties": False, "properties": {"b": {}}}, '{"aa": 1}', 0),
+        ({"additionalProperties": {"type": "integer"}, "properties": {"b": {}}}, '{"a": 1, "b": "x"}', 1),
+        ({"additionalProperties": {"type": "integer"}, "properties": {"b": {}}}, '{"a": "x"}', 0),
+        ({"type": "number", "multipleOf": 0.01}, "1e999", 0),
+        ({"type": "number", "multipleOf": 0.01}, "1" + "0" * 400, 0),
+        ({"type": "number", "multipleOf": 0.5}, "2.5", 1),
+        ({"type": "number"}, "-1e999", 0),
+        ({"type": "number"}, "1e308", 1),
+    ],
+)
+def test_no_json_hangs_or_overflows_a_schema(schema, completion, right):
+    assert score(completion, schema=schema) == right
+
+
 def test_a_schema_fetches_nothing():
     with pytest.raises(UserError, match="refer to its own parts"):
         score('{"a": 1}', schema={"properties": {"a": {"$ref": "http://127.0.0.1:9/schema.json"}}})
