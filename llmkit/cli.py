@@ -54,6 +54,30 @@ Example:
   llmkit pretrain docs.jsonl.gz --tokenizer tok/ --time-budget 10m -o base/
   llmkit sample base/ -p "It was a dark and" -n 3
 """
+# what other programs call a command of ours, or have and we have not
+ELSEWHERE = {
+    "chat": "llmkit sample MODEL --chat",
+    "generate": "llmkit sample MODEL -p PROMPT",
+    "infer": "llmkit sample MODEL -p PROMPT",
+    "eval": "--val of pretrain, sft, train-reward and rl, or llmkit probe-knowledge",
+    "evaluate": "--val of pretrain, sft, train-reward and rl, or llmkit probe-knowledge",
+    "serve": "a server of your own loads the folders of llmkit: docs/serving.md",
+    "dpo": "llmkit train-reward and then llmkit rl learn from preferences",
+    "grpo": "llmkit rl",
+    "ppo": "llmkit rl",
+    "tokenize": "llmkit pretrain tokenizes its documents itself; llmkit train-bpe makes a tokenizer",
+    "train-tokenizer": "llmkit train-bpe",
+    "train": "llmkit pretrain or llmkit sft",
+    "finetune": "llmkit sft",
+    "fine-tune": "llmkit sft",
+    "lora": "llmkit sft --lora-rank 16",
+    "reward": "llmkit train-reward",
+    "convert": "llmkit export",
+    "quantize": "llmkit export --format gguf --dtype q8_0",
+    "crawl": "llmkit crawl-filter",
+    "filter": "llmkit crawl-filter",
+    "probe": "llmkit probe-knowledge",
+}
 IN_PROCESSES = ("pretrain", "sft", "train-reward", "rl")  # which torchrun may start several times
 PIPE_CLOSED = 141
 
@@ -112,7 +136,12 @@ def parse(arguments: list[str]) -> Callable[[], Any] | int:
 
     The work is not done inside typer, which takes an EOFError for an interrupt and a broken pipe for exit 1.
     """
-    command = typer.main.get_command(build_app(_command_name(arguments)))
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:2], "--help"]
+    name = _command_name(arguments)
+    if name in ELSEWHERE:
+        raise UserError(f"no such command {name!r}; see {ELSEWHERE[name]}")
+    command = typer.main.get_command(build_app(name))
     try:
         return command.main(args=arguments, prog_name="llmkit", standalone_mode=False) or 0
     except SystemExit as stop:

@@ -35,7 +35,9 @@ USES = {
 def write_model_card(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write `README.md` into a folder that this manifest is of."""
     name = folder.name.removesuffix(PARTIAL)
-    results = {k: v for k, v in manifest.get("results", {}).items() if not isinstance(v, (dict, list))}
+    results = {
+        k: v for k, v in manifest.get("results", {}).items() if v is not None and not isinstance(v, (dict, list))
+    }
     table = [f"| {key} | {value} |" for key, value in results.items()]
     commands = [f"1. `{command}`" for command in dict.fromkeys(_ancestry(manifest))]
     inputs = [f"- `{item['path']}` {item.get('sha256', '')[:12]}" for item in manifest.get("inputs", [])]

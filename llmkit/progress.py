@@ -68,8 +68,9 @@ class Progress:
         if self._bar:
             self._bar.update(self._task, completed=self.done, note=printable(redacted(note)))
         elif self.total:
-            left = (now - self.started) * max(self.total - self.done, 0) / max(self.done, 1e-9)
-            say(f"{self.description} {self.done / self.total:.0%} {note}, {duration(left)} left")
+            share = min(1.0, self.done / self.total)  # a step may end after its time
+            rest = "" if share < 0.001 else f", {duration((now - self.started) * (1 - share) / share)} left"
+            say(f"{self.description} {share:.0%} {note}{rest}")
         else:
             say(f"{self.description} {note}")
 

@@ -319,3 +319,15 @@ def test_every_command_names_the_mistake(llmkit, tmp_path: Path, name: str, argu
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "sample"])
 def test_every_command_that_reads_documents_gives_help_at_a_terminal(on_terminal, name: str) -> None:
     assert f"Usage: llmkit {name}" in on_terminal(sys.executable, "-m", "llmkit", name)
+
+
+@pytest.mark.parametrize(("words", "hint"), [(["chat", "m/"], "sample MODEL --chat"), (["dpo"], "train-reward")])
+def test_a_command_that_other_programs_have_gets_a_hint(words, hint):
+    done = subprocess.run([sys.executable, "-m", "llmkit", *words], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and hint in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("words", [["help"], ["help", "sft"]])
+def test_help_is_a_word_too(words):
+    done = subprocess.run([sys.executable, "-m", "llmkit", *words], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and f"Usage: {' '.join(['llmkit', *words[1:]])}" in done.stdout

@@ -98,3 +98,13 @@ def test_quantities_are_short(number: float, text: str) -> None:
 )
 def test_durations_are_short(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_progress_ends_at_all_of_it_and_guesses_nothing_from_nothing(monkeypatch, capsys) -> None:
+    clock = Clock(monkeypatch)
+    with Progress("training", total=1.0) as bar:
+        for amount in (0.0, 1.01):
+            clock.now += 11
+            bar.advance(amount, loss=2.5)
+    first, last = capsys.readouterr().err.splitlines()
+    assert (first, last) == ("llmkit: training 0% loss 2.5", "llmkit: training 100% loss 2.5, 0s left")

@@ -181,7 +181,11 @@ def describe(
     yield from table(kinds)
     yield from (f"left out: {reason} {count}" for reason, count in left_out.items())
     spare = {name: totals[name] - taught[known] for known, name in NAMES.items() if known in ("yes", "no")}
-    more = "".join(f"; {count} {name} left out for --balance" for name, count in spare.items() if count)
+    more = "".join(
+        f"; {count} more {name} left out to keep them balanced (--balance none keeps all)"
+        for name, count in spare.items()
+        if count
+    )
     yield f"conversations: {taught['no']} refusals, {taught['yes']} confirmations{more}"
     if balance is not None and taught["no"] and not taught["yes"]:
         yield "nothing is known, so the refusals stand alone: mix them with other conversations in sft"

@@ -180,7 +180,8 @@ def run(config: CrawlFilterConfig) -> Summary | None:
         funnel.show(sys.stderr)
     pages = funnel.records - funnel.dropped[READ].total()
     say(
-        f"{funnel.kept:,} documents of {pages:,} pages, {pages / seconds:.1f} pages/s on {workers} processes",
+        f"{funnel.kept:,} documents of {pages:,} pages, {pages / seconds:.1f} pages/s "
+        f"on {workers} process{'es' * (workers > 1)}",
         config.quiet,
     )
     return None if out == "-" else Summary(out, config.rejects, **results, workers=workers, seconds=seconds)
@@ -275,7 +276,7 @@ def _say_plan(recipe: Recipe, inputs: Sequence[str], out: str, workers: int, tot
                 pass
     size = f" ({quantity(total)}B)" if total is not None else ""
     about = f", about {duration(1 + total / BYTES_PER_PAGE / PAGES_PER_SECOND / workers)}" if total else ""
-    say(f"from {' '.join(inputs)}{size} to {out} on {workers} processes{about}")
+    say(f"from {' '.join(inputs)}{size} to {out} on {workers} process{'es' * (workers > 1)}{about}")
     say(f"steps: {', '.join(recipe.taken) or 'none'}; --print-recipe shows their thresholds")
 
 

@@ -58,7 +58,7 @@ class PretrainConfig(TrainingConfig):
     flops: float | None = option(None, "Train for this many FLOPs.", group="Horizon", unit="count", above=0)
     time_budget: float | None = option(None, "Be done in this time.", group="Horizon", unit="duration", above=0)
     max_steps: int | None = option(None, "Train for this many steps.", group="Horizon", unit="count", at_least=1)
-    epochs: float | None = option(None, "Train this often on every token.", group="Horizon", above=0)
+    epochs: float | None = option(None, "Passes over the tokens.", group="Horizon", above=0)
 
     batch_tokens: int | None = option(None, "Tokens of a step.", group="Training", unit="count", at_least=8)
     micro_batch_size: int | None = option(None, "Sequences at a time.", group="Training", at_least=1)

@@ -81,11 +81,11 @@ class RlConfig(TuningConfig, ToolConfig, ServedConfig):
     )
     updates: int = option(1, "Updates with the attempts of a step.", group="Algorithm", at_least=1)
     clip_low: float | None = option(
-        None, "Least ratio is 1 less this [by algorithm].", group="Algorithm", above=0, at_most=1
+        None, "Lower clip bound: 1 - VALUE [by algorithm].", group="Algorithm", above=0, at_most=1
     )
-    clip_high: float | None = option(None, "Largest ratio is 1 and this [by algorithm].", group="Algorithm", above=0)
+    clip_high: float | None = option(None, "Upper clip bound: 1 + VALUE [by algorithm].", group="Algorithm", above=0)
     kl_coef: float | None = option(
-        None, "Weight of the divergence from MODEL [0; 0.05 with rm:].", group="Algorithm", at_least=0
+        None, "Weight of the KL divergence from MODEL [0; 0.05 with rm:].", group="Algorithm", at_least=0
     )
     max_difference: float | None = option(
         None,
@@ -102,7 +102,7 @@ class RlConfig(TuningConfig, ToolConfig, ServedConfig):
     stop: tuple[str, ...] = option((), "End before this text; repeatable.", group="Attempts", metavar="TEXT")
     system: str | None = option(None, "System message for problems without one.", group="Attempts")
     refill: float = option(
-        1.0, "Try up to so many times as many problems more, for groups worth the same.", group="Attempts", at_least=0
+        1.0, "Extra batches a step, at most, to replace groups that all score the same.", group="Attempts", at_least=0
     )
     overlong: str = option(
         "auto",
@@ -117,7 +117,7 @@ class RlConfig(TuningConfig, ToolConfig, ServedConfig):
 
     gold: str | None = option(None, "Watch this reward, which is not trained on.", group="Watch", metavar="KIND")
     stop_on_hack: bool = option(False, "Stop where the reward rises and the gold one falls.", group="Watch", free=True)
-    max_kl: float | None = option(None, "Stop at this divergence, nats an attempt.", group="Watch", above=0, free=True)
+    max_kl: float | None = option(None, "Stop at this KL, nats an attempt.", group="Watch", above=0, free=True)
     max_reward: float | None = option(None, "Stop at this mean reward.", group="Watch", free=True)
     eval_samples: int = option(1, "Attempts at each held-out problem; 1: the likeliest.", group="Watch", at_least=1)
 
@@ -340,7 +340,7 @@ def _say_plan(config: RlConfig, horizon: Horizon, rewards: Sequence[Weighted], p
     parts = ", ".join(f"{weighted.weight:g} x {weighted.reward.name}" for weighted in rewards)
     say(
         f"{length} of {config.batch_size} problems of {problems}, {config.group} attempts at each; reward: {parts}; "
-        f"{config.algo}, divergence weighs {horizon.kl_coef:g}; {quantity(parameters)} parameters are trained",
+        f"{config.algo}, KL weight {horizon.kl_coef:g}; {quantity(parameters)} parameters are trained",
         config.quiet,
     )
 

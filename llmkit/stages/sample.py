@@ -91,7 +91,7 @@ class SampleConfig(CommonConfig, ToolConfig, ServedConfig):
     top_k: int | None = option(None, "Only the k likeliest tokens.", group="Text", at_least=1)
     top_p: float | None = option(None, "Only the likeliest tokens up to this sum.", group="Text", above=0, at_most=1)
     min_p: float | None = option(
-        None, "Only tokens this times as likely as the likeliest.", group="Text", at_least=0, at_most=1
+        None, "Keep tokens at least this fraction as likely as the likeliest.", group="Text", at_least=0, at_most=1
     )
 
     def __post_init__(self) -> None:

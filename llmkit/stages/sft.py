@@ -55,8 +55,8 @@ class SftConfig(TuningConfig):
           llmkit sft base/ --data chats.jsonl --lora-rank 16 --keep-adapter -o chat/
 
         A record is {"messages": [{"role", "content"}]}, {"prompt", "completion"}, Alpaca's, ShareGPT's, or
-        {"text"}, which is trained on whole; a file is JSONL or one JSON array, plain, gzip or zstd. Trained on is
-        what the assistant says, its calls of tools and the token that ends its turn; a message's "weight": 0
+        {"text"}, which is trained on whole; a file is JSONL or one JSON array, plain, gzip or zstd. The loss
+        covers the assistant's words, its tool calls and the end-of-turn token; a message's "weight": 0
         leaves it out. Weights share the tokens of training between files; without them each counts by its size.
     """
     following: ClassVar[str] = 'llmkit sample chat/ -p "Hello, who are you?" --chat'
@@ -84,7 +84,7 @@ class SftConfig(TuningConfig):
 
     keep_adapter: bool = option(False, "Save them apart as well, in PEFT's format.", group="LoRA")
 
-    epochs: float | None = option(None, "Train this often on the data [2].", group="Horizon", above=0)
+    epochs: float | None = option(None, "Passes over the data [2].", group="Horizon", above=0)
     tokens: int | None = option(None, "Train on this many tokens.", group="Horizon", unit="count", at_least=1)
     time_budget: float | None = option(None, "Be done in this time.", group="Horizon", unit="duration", above=0)
     patience: int | None = option(

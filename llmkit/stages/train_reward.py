@@ -73,7 +73,7 @@ class TrainRewardConfig(TuningConfig):
         None, "Exit with 3 where the accuracy is lower.", group="Judge", at_least=0, at_most=1, free=True
     )
 
-    epochs: float = option(1.0, "Train this often on the data.", group="Horizon", above=0)
+    epochs: float = option(1.0, "Passes over the data.", group="Horizon", above=0)
     batch_size: int = option(32, "Comparisons of a step, about.", group="Training", at_least=1)
     sample_every: None = None  # of the trainer's options: a judge says nothing that could be shown
 

@@ -60,7 +60,7 @@ def test_what_is_known_is_confirmed_and_what_is_not_is_refused(parrot, tmp_path,
     assert (first["responses"], first["judgements"], first["known"]) == (["Paris"] * 3, ["right"] * 3, "yes")
     assert (second["judgements"], second["known"], second["written_by"]) == (["wrong"] * 3, "no", "given")
     assert summary["by_kind"]["what"] == {"known": 1}
-    assert "1 unknown left out for --balance" in done.stderr and "66.7%" in done.stderr
+    assert "1 more unknown left out to keep them balanced" in done.stderr and "66.7%" in done.stderr
     assert not (tmp_path / "r.jsonl.state").exists()
     taught = lines(out)
     assert taught[0]["messages"][1] == {"role": "assistant", "content": "Lutetia"} and taught[0]["known"] == "yes"
