@@ -75,6 +75,9 @@ class UserFunction:
         if isinstance(error, SyntaxError):
             lines = [error.lineno]
         place = f"{self._path}:{lines[-1]}" if lines else self._path
-        said = " ".join(str(error).split())[:300]
+        try:
+            said = " ".join(str(error).split())[:300]
+        except Exception as other:
+            said = f"its text raises {type(other).__name__}"
         told = f"{type(error).__name__}: {said}" if said else type(error).__name__
         return UserError(f"{self._where}: {place}: {told}{of_record}")

@@ -36,6 +36,11 @@ def own(tmp_path, monkeypatch):
         ("def f(x:", "py:mine.py:f", r"^--own: .*mine\.py:1: SyntaxError: .*$"),
         ("\n1 / 0\ndef f(x): return x", "py:mine.py:f", r"^--own: .*mine\.py:2: ZeroDivisionError: division by zero$"),
         (
+            "class E(Exception):\n    def __str__(self): return 1 / 0\ndef f(x):\n    raise E",
+            "py:mine.py:f",
+            r"^--own: .*mine\.py:4: E: its text raises ZeroDivisionError for pages",
+        ),
+        (
             "def f(x):\n    raise ValueError(f'no\\n{x}')",
             "py:mine.py:f",
             r"^--own: .*mine\.py:2: ValueError: no 5 for pages\.jsonl:7$",
