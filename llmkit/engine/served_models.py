@@ -16,12 +16,12 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from llmkit.engine.served_connections import MOVED, open_http_client, text_of
 from llmkit.errors import UserError
 
 SCHEME = "openai:"
@@ -32,6 +32,13 @@ SHOWN = 200  # characters of a server's message
 CHECK_SECONDS = 10.0  # to answer whether it is there
 IN_HEADERS = ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID")  # of the environment: what headers hold
 LOAD_SECONDS = 1800.0  # to load weights
+NEWER_LENGTH = "max_completion_tokens"
+# how others than OpenAI say why an answer ended: Anthropic's, Google's and TGI's words
+FINISHES = {
+    **dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "stop_sequence"), "stop"),
+    **dict.fromkeys(("length", "max_tokens", "max_length"), "length"),
+}
+MALFORMED = (ValueError, TypeError, AttributeError, KeyError, RecursionError)  # of reading bodies of other kinds
 TOKEN_ID = "token_id:"  # what stands before the number where vLLM gives ids as the tokens' names
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # text or token ids to continue, or messages to answer
@@ -104,8 +111,12 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
+    def __post_init__(self) -> None:
+        self.left_out: dict[str, int] = {}  # answers of which something is not in the text, by what
+
     def __str__(self) -> str:
-        return f"{self.requests:,} requests, {self.prompt_tokens:,} tokens in, {self.completion_tokens:,} out"
+        left = "".join(f"; left out the {kind} of {count:,}" for kind, count in self.left_out.items())
+        return f"{self.requests:,} requests, {self.prompt_tokens:,} tokens in, {self.completion_tokens:,} out{left}"
 
 
 @dataclass(frozen=True)
@@ -118,6 +129,7 @@ class Reply:
     logprobs    natural, of each token; None where the server gives none
     prompt_ids  the prompt as the model saw it; None where the server does not tell
     weights     the version of the weights; None where the server has no name for it
+    left_out    what else it says beside the text: reasoning, tool calls
     """
 
     text: str
@@ -127,6 +139,7 @@ class Reply:
     logprobs: list[float] | None = None
     prompt_ids: list[int] | None = None
     weights: str | None = None
+    left_out: tuple[str, ...] = ()
 
 
 class OpenAIClient:
@@ -147,7 +160,9 @@ class OpenAIClient:
             api_key=key or "none",  # local servers want none, the client wants one
             timeout=timeout,
             max_retries=retries,
+            http_client=open_http_client(address.url, address.flag),
         )
+        self._length = "max_tokens"  # of an answer: OpenAI's newer models refuse that name
         self._client.organization, self._client.project = organization, project  # stripped
         self._counting = threading.Lock()
 
@@ -163,7 +178,7 @@ class OpenAIClient:
             models = list(client.models.list())
         except (openai.APIConnectionError, openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise ServerError(self._explain(error)) from error
-        except (openai.OpenAIError, ValueError, TypeError, AttributeError):
+        except (openai.OpenAIError, *MALFORMED):
             return None  # it is there, and need not have such a list; whether it has the model, the first request shows
         owners = {getattr(one, "id", None): getattr(one, "owned_by", None) for one in models}
         return owners.get(self.address.model, next(iter(owners.values()), None))
@@ -188,16 +203,28 @@ class OpenAIClient:
         answers = not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Mapping)
         create = self._client.chat.completions.create if answers else self._client.completions.create
         asked: dict[str, Any] = {"messages" if answers else "prompt": prompt if isinstance(prompt, str) else [*prompt]}
-        asked |= {"seed": seed % 2**31, "max_tokens": max_tokens, "temperature": temperature, **details}
+        asked |= {"seed": seed % 2**31, "temperature": temperature, **details}
         asked |= {"logprobs": True if answers else 1} if logprobs else {}
         asked |= {} if on_text is None else {"stream": True}
         found: Any = None
-        for _ in range(2):  # what is no completion may be a proxy's page while the server starts
+        tries = 2  # what is no completion may be a proxy's page while the server starts
+        while tries:
+            tries -= 1
+            length = self._length
             try:
-                found = create(model=self.address.model, **asked)
-                if on_text is not None:
-                    return self._take_stream(found, on_text)
+                found = create(model=self.address.model, **{length: max_tokens}, **asked)
+                if asked.get("stream"):
+                    assert on_text is not None
+                    if (reply := self._take_stream(found, on_text)) is not None:
+                        return reply
+                    tries += 1
+                    del asked["stream"]  # it may not know how to stream, or not answer at all
+                    continue
             except openai.BadRequestError as error:
+                if answers and length == "max_tokens" and NEWER_LENGTH in error.message:
+                    self._length = NEWER_LENGTH
+                    tries += 1
+                    continue
                 if BEYOND_CONTEXT.search(f"{error.code} {error.message}"):
                     raise PromptTooLong from None
                 raise Refused(self._explain(error)) from error
@@ -206,24 +233,35 @@ class OpenAIClient:
                 raise (Refused if refused else ServerError)(self._explain(error)) from error
             except ServerError:
                 raise
-            except ValueError as error:  # a body of JSON that is none
+            except MALFORMED as error:  # a body of JSON that is none, or of other kinds
                 found = error
+            if (said := _error_in(found)) is not None:
+                raise ServerError(f"{self.place}: fails: {said}")
             reply = _read(found)
             if reply is not None:
-                self._count(getattr(found, "usage", None))
+                self._count(getattr(found, "usage", None), reply.left_out)
+                if on_text is not None and reply.text:
+                    on_text(reply.text)
                 return reply
         expected = "a chat completion" if answers else "a completion"
-        raise ServerError(f"{self.place}: expected {expected}, found {shortened(str(found))!r}; is the URL right?")
+        text = found.to_json(indent=None, warnings=False) if hasattr(found, "to_json") else str(found)
+        raise ServerError(f"{self.place}: expected {expected}, found {shortened(text)!r}; is the URL right?")
 
-    def _take_stream(self, chunks: Iterable[Any], on_text: Callable[[str], object]) -> Reply:
+    def _take_stream(self, chunks: Iterable[Any], on_text: Callable[[str], object]) -> Reply | None:
+        """The reply that is streamed; None where nothing is."""
         pieces: list[str] = []
         reason, reported = "", None
+        left_out: set[str] = set()
+        came = False
         try:
             for chunk in chunks:
+                came = True
                 reported = getattr(chunk, "usage", None) or reported
                 for choice in getattr(chunk, "choices", None) or ():
                     delta = getattr(choice, "delta", None)
-                    text = getattr(choice, "text", None) if delta is None else delta.content
+                    text = text_of(getattr(choice, "text", None) if delta is None else delta.content)
+                    text = text or text_of(getattr(delta, "refusal", None))
+                    left_out |= {*_beside_text(delta)}
                     reason = getattr(choice, "finish_reason", None) or reason
                     if text:
                         pieces.append(text)
@@ -232,10 +270,13 @@ class OpenAIClient:
             if not type(error).__module__.startswith("http"):  # httpx is another package in each version of openai
                 raise
             raise ServerError(f"{self.place}: was cut in the middle of an answer: {shortened(str(error))}") from error
+        if not reason and not came:
+            return None
         if not reason:
             raise ServerError(f"{self.place}: an answer has no end; was the server stopped?")
-        self._count(reported)
-        return Reply("".join(pieces), reason, getattr(reported, "completion_tokens", None) or len(pieces))
+        self._count(reported, left_out)
+        count = _count_of(reported, "completion_tokens") or len(pieces)
+        return Reply("".join(pieces), _finish(reason), count, left_out=tuple(sorted(left_out)))
 
     def command(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """POST to a path beside the API, such as "/flush_cache": what it answers. Raises ServerError."""
@@ -255,11 +296,13 @@ class OpenAIClient:
         """The option and the URL, as errors begin."""
         return f"{self.address.flag} {self.address.url}"
 
-    def _count(self, reported: Any) -> None:
+    def _count(self, reported: Any, left_out: Iterable[str] = ()) -> None:
         with self._counting:
             self.usage.requests += 1
-            self.usage.prompt_tokens += getattr(reported, "prompt_tokens", 0) or 0
-            self.usage.completion_tokens += getattr(reported, "completion_tokens", 0) or 0
+            self.usage.prompt_tokens += _count_of(reported, "prompt_tokens")
+            self.usage.completion_tokens += _count_of(reported, "completion_tokens")
+            for kind in left_out:
+                self.usage.left_out[kind] = self.usage.left_out.get(kind, 0) + 1
 
     def _explain(self, error: Any) -> str:
         """An error of the client's, for people."""
@@ -278,6 +321,9 @@ class OpenAIClient:
             return f"{self.place}: has no model {self.address.model!r}, or is another URL (404): {_message(error)}"
         if isinstance(error, openai.InternalServerError):
             return f"{self.place}: fails {tries} ({error.status_code}): {_message(error)}"
+        if isinstance(error, openai.APIStatusError) and (moved := error.response.headers.get(MOVED)):
+            moved = moved.rpartition("/chat/completions")[0] or moved.rpartition("/completions")[0] or moved
+            return f"{self.place}: has moved to {shortened(moved)} ({error.status_code}); give that URL"
         if isinstance(error, openai.APIStatusError):
             return f"{self.place}: refuses the request ({error.status_code}): {_message(error)}"
         return f"{self.place}: {shortened(str(error))}"
@@ -288,25 +334,54 @@ def _read(found: Any) -> Reply | None:
     try:
         choice = found.choices[0]
         message = getattr(choice, "message", None)
-        content = choice.text if message is None else message.content
+        text = text_of(choice.text if message is None else message.content)
     except (AttributeError, IndexError, TypeError):
         return None
     token_ids, logprobs = _tokens(getattr(choice, "logprobs", None))
     if (given := _ids(getattr(choice, "token_ids", None))) is not None:
         token_ids = given
-    count = getattr(getattr(found, "usage", None), "completion_tokens", None)
+    count = _count_of(getattr(found, "usage", None), "completion_tokens")
     seen = getattr(choice, "prompt_token_ids", None) or getattr(found, "prompt_token_ids", None)
     metadata = getattr(found, "metadata", None)
     version = metadata.get("weight_version") if isinstance(metadata, Mapping) else None
     return Reply(
-        text=content if isinstance(content, str) else "",
-        finish_reason=str(getattr(choice, "finish_reason", None) or ""),
-        tokens=count if isinstance(count, int) else len(token_ids or ()),
+        text=text or text_of(getattr(message, "refusal", None)),
+        finish_reason=_finish(getattr(choice, "finish_reason", None)),
+        tokens=count or len(token_ids or ()),
         token_ids=token_ids,
         logprobs=logprobs,
         prompt_ids=_ids(seen),
         weights=None if version is None else str(version),
+        left_out=tuple(_beside_text(message)),
     )
+
+
+def _beside_text(message: Any) -> Iterator[str]:
+    """What a message has that is no text of the answer."""
+    if getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None):
+        yield "reasoning"
+    if getattr(message, "tool_calls", None) or getattr(message, "function_call", None):
+        yield "tool calls"
+
+
+def _error_in(found: Any) -> str | None:
+    """The server's words where the body of an error came with status 200."""
+    said = getattr(found, "error", None)
+    if not said or getattr(found, "choices", None):
+        return None
+    return shortened(str(said.get("message") or said if isinstance(said, dict) else said))
+
+
+def _finish(reason: Any) -> str:
+    """Why an answer ended, in OpenAI's words; empty where the server does not say."""
+    said = reason if isinstance(reason, str) else ""
+    return FINISHES.get(said.lower(), said)
+
+
+def _count_of(reported: Any, name: str) -> int:
+    """A number of tokens; 0 where the server does not tell a plausible one."""
+    count = getattr(reported, name, None)
+    return count if isinstance(count, int) and 0 <= count < 2**53 else 0
 
 
 def _tokens(given: Any) -> tuple[list[int] | None, list[float] | None]:
@@ -338,7 +413,7 @@ def _ids(values: Any) -> list[int] | None:
 
 def _numbers(values: Any) -> list[float] | None:
     """A list of finite numbers; None for any other."""
-    if not isinstance(values, list) or not all(isinstance(one, (int, float)) and isfinite(one) for one in values):
+    if not isinstance(values, list) or not all(isinstance(one, (int, float)) and abs(one) < 1e300 for one in values):
         return None
     return [float(one) for one in values]
 

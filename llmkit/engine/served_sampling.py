@@ -206,7 +206,7 @@ class ServedSampler:
         """Raise ServerError for an answer that is not what was asked for."""
         ids, logprobs, place = reply.token_ids, reply.logprobs, self._server.place
         strange = reply.finish_reason not in ("stop", "length")
-        if strange and (self._needs_ids or reply.finish_reason in ("", "abort", "error")):
+        if strange and (self._needs_ids or reply.finish_reason in ("abort", "error")):
             raise ServerError(
                 f"{place}: {request.where}: expected a completion that ends by stop or length, found "
                 f"{reply.finish_reason or 'none'!r}"
