@@ -83,7 +83,7 @@ class CommonConfig:
 
     out: str | None = option(None, "Where the result goes.", short="-o", group="Common", metavar="PATH", free=True)
     seed: int = option(0, "Seed of everything random.", group="Common", at_least=0, at_most=LARGEST_SEED)
-    limit: int | None = option(None, "Read at most this many records.", group="Common", unit="count", at_least=1)
+    limit: int | None = option(None, "Read at most this many records [all].", group="Common", unit="count", at_least=1)
     force: bool = option(False, "Replace an existing output.", group="Common", free=True)
     dry_run: bool = option(False, "Say what would be done, and stop.", group="Common", free=True)
     quiet: bool = option(False, "No progress on stderr.", group="Common", free=True)
@@ -107,9 +107,9 @@ class TrainingConfig(CommonConfig):
     compile: str = option("auto", "torch.compile; auto: on GPUs.", group="Training", choices=("auto", "on", "off"))
     workers: int = option(1, "Threads that prepare batches.", group="Training", at_least=0, free=True)
 
-    eval_every: int | None = option(None, "Steps between validations.", group="Log", at_least=1, free=True)
+    eval_every: int | None = option(None, "Steps between validations [at the end].", group="Log", at_least=1, free=True)
     save_every: int | None = option(None, "Steps between checkpoints [10 minutes].", group="Log", at_least=1, free=True)
-    sample_every: int | None = option(None, "Steps between samples.", group="Log", at_least=1, free=True)
+    sample_every: int | None = option(None, "Steps between samples [never].", group="Log", at_least=1, free=True)
     tensorboard: bool = option(False, "Write the metrics for TensorBoard, too.", group="Log", free=True)
     wandb: bool = option(False, "Show the metrics on Weights & Biases, too.", group="Log", free=True)
 
@@ -133,7 +133,7 @@ class TuningConfig(TrainingConfig):
 
     max_steps: int | None = option(None, "Train for this many steps.", group="Horizon", unit="count", at_least=1)
     micro_batch_size: int | None = option(None, "Rows at a time.", group="Training", at_least=1)
-    learning_rate: float | None = option(None, "Of AdamW.", group="Training", above=0)
+    learning_rate: float | None = option(None, "Of AdamW [by the width].", group="Training", above=0)
     weight_decay: float = option(0.0, "Of the matrices.", group="Training", at_least=0)
     warmup_steps: int | None = option(None, "Steps to the full rate [a twentieth].", group="Training", at_least=0)
     decay_fraction: float = option(0.9, "Last part, with falling rate.", group="Training", at_least=0, at_most=1)

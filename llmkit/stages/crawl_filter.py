@@ -60,12 +60,12 @@ class CrawlFilterConfig(CommonConfig):
     print_recipe: bool = option(False, "Print the recipe as TOML, and stop.", group="Recipe")
     only: tuple[str, ...] = option((), "Take these steps and no other.", group="Recipe", metavar="STEP,...")
     skip: tuple[str, ...] = option((), "Leave these steps out.", group="Recipe", metavar="STEP,...")
-    language: tuple[str, ...] = option((), "Languages that stay, or all.", group="Recipe", metavar="en[,de]|all")
+    language: tuple[str, ...] = option((), "Languages that stay, or all [en].", group="Recipe", metavar="en[,de]|all")
     min_language_score: float | None = option(
-        None, "How sure the language must be.", group="Recipe", at_least=0, at_most=1
+        None, "How sure the language must be [0.65].", group="Recipe", at_least=0, at_most=1
     )
     extractor: str | None = option(
-        None, "What finds the main text.", group="Recipe", choices=("model", "fast", "trafilatura")
+        None, "What finds the main text [model].", group="Recipe", choices=("model", "fast", "trafilatura")
     )
     precision: bool = option(False, "Extract less: only what surely is main text.", group="Recipe")
     recall: bool = option(False, "Extract more: all that may be main text.", group="Recipe")
@@ -73,7 +73,7 @@ class CrawlFilterConfig(CommonConfig):
         (), "Hosts file, list or UT1 folder of addresses to drop; repeatable.", group="Recipe", metavar="PATH"
     )
     pii: str | None = option(
-        None, "What is done with personal data.", group="Recipe", choices=("redact", "drop", "off")
+        None, "What is done with personal data [redact].", group="Recipe", choices=("redact", "drop", "off")
     )
     rejects: str | None = option(None, "Write what was dropped, and why.", group="Reports", metavar="FILE")
     explain: str | None = option(None, "Tell what becomes of one page, and stop.", group="Reports", metavar="URL")
@@ -81,7 +81,7 @@ class CrawlFilterConfig(CommonConfig):
     scores: str | None = option(
         None, "Read such a file in place of INPUT, to try other thresholds.", group="Reports", metavar="FILE"
     )
-    workers: int | None = option(None, "Processes; all cores otherwise.", group="Running", at_least=1)
+    workers: int | None = option(None, "Processes [all cores].", group="Running", at_least=1)
     engine: str = option("local", "What runs them.", group="Running", choices=("local", "ray"))
     spill: str | None = option(None, "Folder on disk for what duplicates need.", group="Running", metavar="FOLDER")
     strict: bool = option(False, "End at the first file or record that is bad.", group="Running", free=True)

@@ -42,7 +42,7 @@ class PretrainConfig(TrainingConfig):
     following: ClassVar[str] = 'llmkit sample base/ -p "Once upon a time"'
 
     inputs: tuple[str, ...] = argument("Documents: JSONL with `text`, plain text, or - for stdin.", metavar="INPUT...")
-    tokenizer: str | None = option(None, "Tokenizer folder, from train-bpe.", metavar="FOLDER")
+    tokenizer: str | None = option(None, "Tokenizer folder, from train-bpe [required].", metavar="FOLDER")
     val: tuple[str, ...] = option((), "Held-out documents, scored in bits per byte.", metavar="FILE")
     token_cache: str | None = option(None, "Where token shards are kept [beside --out].", metavar="FOLDER", free=True)
 
@@ -50,8 +50,8 @@ class PretrainConfig(TrainingConfig):
     hidden_size: int | None = option(None, "Width [64 x depth].", group="Model", at_least=32)
     intermediate_size: int | None = option(None, "SwiGLU width [8/3 x width].", group="Model", at_least=32)
     num_attention_heads: int | None = option(None, "Query heads [width / 64].", group="Model", at_least=1)
-    num_key_value_heads: int | None = option(None, "Key and value heads.", group="Model", at_least=1)
-    sequence_length: int | None = option(None, "Tokens of context.", group="Model", at_least=8)
+    num_key_value_heads: int | None = option(None, "Key and value heads [query heads].", group="Model", at_least=1)
+    sequence_length: int | None = option(None, "Tokens of context [by the plan].", group="Model", at_least=8)
     tie_word_embeddings: bool = option(False, "Share embedding and output head.", group="Model")
 
     tokens: int | None = option(None, "Train on this many tokens.", group="Horizon", unit="count", at_least=1)
@@ -60,13 +60,19 @@ class PretrainConfig(TrainingConfig):
     max_steps: int | None = option(None, "Train for this many steps.", group="Horizon", unit="count", at_least=1)
     epochs: float | None = option(None, "Passes over the tokens.", group="Horizon", above=0)
 
-    batch_tokens: int | None = option(None, "Tokens of a step.", group="Training", unit="count", at_least=8)
-    micro_batch_size: int | None = option(None, "Sequences at a time.", group="Training", at_least=1)
-    learning_rate: float | None = option(None, "Of the matrices (Muon).", group="Training", above=0)
-    embedding_learning_rate: float | None = option(None, "Of the embedding (AdamW).", group="Training", above=0)
-    head_learning_rate: float | None = option(None, "Of the output head (AdamW).", group="Training", above=0)
-    weight_decay: float | None = option(None, "Of the matrices.", group="Training", at_least=0)
-    warmup_steps: int | None = option(None, "Steps to the full rate.", group="Training", at_least=0)
+    batch_tokens: int | None = option(
+        None, "Tokens of a step [by the plan].", group="Training", unit="count", at_least=8
+    )
+    micro_batch_size: int | None = option(None, "Sequences at a time [by the plan].", group="Training", at_least=1)
+    learning_rate: float | None = option(None, "Of the matrices, Muon [by the plan].", group="Training", above=0)
+    embedding_learning_rate: float | None = option(
+        None, "Of the embedding, AdamW [by the plan].", group="Training", above=0
+    )
+    head_learning_rate: float | None = option(
+        None, "Of the output head, AdamW [by the plan].", group="Training", above=0
+    )
+    weight_decay: float | None = option(None, "Of the matrices [by the plan].", group="Training", at_least=0)
+    warmup_steps: int | None = option(None, "Steps to the full rate [by the plan].", group="Training", at_least=0)
     decay_fraction: float = option(0.6, "Last part, with falling rate.", group="Training", at_least=0, at_most=1)
 
     prompt: str = option("The", "Prompt of the samples.", group="Log", free=True)

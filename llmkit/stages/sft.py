@@ -91,7 +91,9 @@ class SftConfig(TuningConfig):
         None, "Stop after so many validations without gain, and keep the best.", group="Horizon", at_least=1
     )
 
-    batch_tokens: int | None = option(None, "Tokens of a step.", group="Training", unit="count", at_least=8)
+    batch_tokens: int | None = option(
+        None, "Tokens of a step [by the data].", group="Training", unit="count", at_least=8
+    )
 
     prompt: tuple[str, ...] = option(PROMPTS, "Asked every --sample-every steps; repeatable.", group="Log", free=True)
 
