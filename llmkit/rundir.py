@@ -276,6 +276,9 @@ class RunFolder:
         if not self.resume or not (self.work / NOTES).exists():
             return None
         noted = read_json(self.work / NOTES)
+        for name, kinds in (("identity", dict), ("notes", dict | None)):
+            if name not in noted or not isinstance(noted[name], kinds):
+                raise UserError(f"{self.work / NOTES}: not what a run notes ({name} is no object); start with --force")
         check_identity(self.work, noted["identity"], identity)
         return noted["notes"]
 

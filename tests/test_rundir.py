@@ -205,6 +205,16 @@ def test_a_run_is_made_beside_its_place_and_can_be_resumed(tmp_path: Path, capsy
     assert (out / "manifest.json").exists()  # until the new one is finished
 
 
+@pytest.mark.parametrize(
+    "noted", ["{}", '{"identity":null,"notes":null,"job":null}', '{"identity":{},"notes":"x"}', "["]
+)
+def test_notes_that_no_run_wrote_are_one_line(tmp_path: Path, noted: str) -> None:
+    folder_of(tmp_path / "base").begin({"--seed": 0})
+    (tmp_path / "base.partial" / "state" / "run.json").write_text(noted)
+    with pytest.raises(UserError, match=r"base\.partial/state/run\.json: not "):
+        folder_of(tmp_path / "base", resume=True).notes({"--seed": 0})
+
+
 def test_a_link_to_a_folder_stays_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "base").symlink_to("disk/base")

@@ -53,7 +53,11 @@ class RunState:
         self._file.seek(0)
         first = self._file.readline()
         if first:
-            check_identity(str(self.path), orjson.loads(first)["run"], identity)
+            try:
+                noted = dict(orjson.loads(first)["run"])
+            except (ValueError, TypeError, LookupError):
+                raise UserError(f"{self.path}: does not begin as an unfinished run; start again with --force") from None
+            check_identity(str(self.path), noted, identity)
         return self._file.tell(), sum(1 for _ in iter(self._file.readline, b""))
 
     def remaining(self, given: Sequence[T], made_of: Callable[[dict[str, Any], T], bool]) -> Iterator[T]:
