@@ -137,7 +137,7 @@ class Finetuning:
         """Whether the model has learnt to end its turns."""
         own = has_own_template(self.tokenizer)
         end = self.chat.end_id if own else self.tokenizer.specials.get("<|im_end|>")
-        return end in self.model.config.eos_token_ids
+        return end in self.model.config.eos_token_ids or (own and end == self.tokenizer.eos_id)
 
     @property
     def pad_id(self) -> int:

@@ -40,7 +40,7 @@ class OpenedModel:
     def chat(self) -> ChatFormat:
         """How conversations become tokens. Raises UserError for a base model: it would go on and on with a question."""
         chat = chat_format(self.tokenizer)
-        if chat.end_id not in self.config.eos_token_ids:
+        if chat.end_id not in (*self.config.eos_token_ids, self.tokenizer.eos_id):
             raise UserError(
                 f"{self.folder}: a base model, which has not learnt to end a turn; tune it by llmkit sft, or ask it "
                 "by sample --as-assistant -p"

@@ -161,7 +161,10 @@ def _texts(conversation: Conversation) -> list[str]:
 
 def has_own_template(tokenizer: Tokenizer) -> bool:
     """Whether a folder from elsewhere brings a chat template, and not our format."""
-    return "<|im_sep|>" not in (tokenizer.chat_template or "<|im_sep|>")  # an older form of ours has it, too
+    if tokenizer.chat_template is None:
+        return False
+    ours = "<|im_sep|>" in tokenizer.chat_template  # Phi-4's has it, too, without the tokens of our tools
+    return not ours or any(name not in tokenizer.specials for name in CHAT_SPECIALS)
 
 
 def write_chat_tokenizer(tokenizer: Tokenizer, folder: Path) -> Tokenizer:

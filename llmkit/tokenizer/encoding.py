@@ -124,10 +124,9 @@ class Tokenizer:
         """The ids of one text, with nothing added. Special tokens written in the text are plain text."""
         return self._reference.encode(check_text(text)).ids
 
-    def placed_tokens(self, text: str) -> list[tuple[int, int, int]]:
-        """(first character, end, id) of each token of a text; the tokens of one character have the same place."""
-        encoding = self._reference.encode(check_text(text))
-        return [(*place, token) for place, token in zip(encoding.offsets, encoding.ids, strict=True)]
+    def with_stand_ins(self, stand_ins: dict[str, str]) -> StandIns:
+        """A tokenizer for whole texts, in which a character stands for each special token, and only that is one."""
+        return StandIns(self._data, stand_ins)
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of all texts end to end (uint32) and the number of ids of each (int64).
@@ -209,6 +208,35 @@ class Tokenizer:
             source = self.path.with_name(name) if name != "tokenizer.json" else self.path
             if source.is_file() and source.resolve() != (folder / name).resolve():
                 shutil.copyfile(source, folder / name)
+
+
+class StandIns:
+    """Encodes text with special tokens in it, each written as the one character that stands for it.
+
+    Text that spells a special token stays text, and what a special token does to its neighbours (white space that it
+    takes, the space before a first word) is done.
+    """
+
+    def __init__(self, data: bytes, stand_ins: dict[str, str]) -> None:
+        from tokenizers import AddedToken
+
+        self._backend, self.stand_ins = TokenizersBackend(data), stand_ins
+        flags = ("single_word", "lstrip", "rstrip", "normalized")
+        specials = [token for token in orjson.loads(data).get("added_tokens") or [] if token["content"] in stand_ins]
+        tokenizer = self._backend.tokenizer
+        tokenizer.add_tokens(
+            [
+                AddedToken(stand_ins[token["content"]], **{flag: bool(token.get(flag)) for flag in flags})
+                for token in specials
+            ]
+        )
+        ids = {token["id"]: tokenizer.token_to_id(stand_ins[token["content"]]) for token in specials}
+        self.special_ids = {stand_in: original for original, stand_in in ids.items()}
+
+    def placed_tokens(self, text: str) -> list[tuple[int, int, int]]:
+        """(first character, end, id) of each token of a text; the tokens of one character have the same place."""
+        encoding = self._backend.encode(check_text(text))
+        return [(*place, token) for place, token in zip(encoding.offsets, encoding.ids, strict=True)]
 
 
 class DecodeStream:

@@ -64,15 +64,23 @@ def test_what_the_assistant_says_is_learnt_with_the_end_of_its_turn(tmp_path: Pa
     assert everything.trained.all()
 
 
-def test_an_answer_is_learnt_after_the_tokens_that_ask_for_it(tmp_path: Path) -> None:
-    """Where white space and a word share a token, or split otherwise at the end of a text."""
+@pytest.mark.parametrize("answer", ["Anna\n", "\n\n \tAnna\n"])
+def test_an_answer_is_learnt_after_the_tokens_that_ask_for_it(tmp_path: Path, answer: str) -> None:
+    """With the token that it shares with the words that ask, where its white space joins theirs, as in transformers."""
+    from transformers import AutoTokenizer
+
     for name in ("chatml", "llama2", "llama3", "zephyr"):
-        chat = chat_format(load_tokenizer(save(tmp_path, TEMPLATES[name])))
-        turns = [*messages(1), message("assistant", "\n\n \tAnna\n")]
+        folder = save(tmp_path, TEMPLATES[name])
+        chat = chat_format(load_tokenizer(folder))
+        turns = [*messages(1), message("assistant", answer)]
         asked = chat.encode(turns[:1], prompt=True).token_ids.tolist()
         whole = chat.encode(turns)
-        assert whole.token_ids[: len(asked)].tolist() == asked
-        assert not whole.trained[: len(asked)].any() and whole.trained[len(asked)]
+        rows = [{"role": turn.role, "content": turn.text} for turn in turns]
+        theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(rows, return_dict=False)
+        assert whole.token_ids.tolist() == theirs
+        alike = next((i for i, (a, b) in enumerate(zip(asked, theirs, strict=False)) if a != b), len(asked))
+        assert alike >= len(asked) - (1 if answer.startswith("\n") else 0)
+        assert not whole.trained[:alike].any() and whole.trained[len(asked)]
 
 
 def test_text_that_spells_a_special_token_stays_text(tmp_path: Path) -> None:
@@ -136,3 +144,120 @@ def test_an_assistant_from_elsewhere_is_tuned_and_answers_in_its_own_form(tmp_pa
     assert tokenizer.decode(ids) == "A ship.<|im_end|>"
     refused = llmkit("sample", folder, "--chat", stdin="Who?\n")
     assert refused.returncode == 2 and "a base model, which has not learnt to end a turn" in refused.stderr
+
+
+# ---- templates that are hostile, or change what is said
+
+SHOWN = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "does not end within"),
+        ("{{ ('a' * 20000000000) | length }}", "needs more than 1024 MB"),
+        ("{{ 'a' * 50000000 }}", "it makes 50000"),
+        ("{{ 1 / 0 }}", "fails: ZeroDivisionError: division by zero"),
+        ("{{ 'a' + 1 }}", "fails: TypeError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails: RecursionError"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "no valid Jinja"),
+        ("{{ messages[0].update({'role': 'x'}) }}", "refuses this"),
+        ("{% include '/etc/passwd' %}", "fails"),
+    ],
+)
+def test_a_template_without_bounds_is_one_line(tmp_path: Path, template: str, words: str) -> None:
+    tokenizer = load_tokenizer(save(tmp_path / "model", template + SHOWN))
+    with pytest.raises(UserError) as raised:
+        chat_format(tokenizer).encode(messages(1))
+    assert words in str(raised.value) and str(raised.value).startswith(f"{tmp_path}/model: ")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("shown", ["m.content | upper", "m.content | reverse", "m.content + m.content", "'x'"])
+def test_a_template_that_changes_the_text_is_refused(tmp_path: Path, shown: str) -> None:
+    with pytest.raises(UserError, match=r"leaves messages out or changes them: turn \d|ends an answer with no special"):
+        chat_format(load_tokenizer(save(tmp_path, SHOWN.replace("m.content", shown)))).encode(messages(3))
+    with pytest.raises(UserError, match="leaves messages out or changes them: turn "):
+        backwards = SHOWN.replace("in messages", "in messages | reverse")
+        chat_format(load_tokenizer(save(tmp_path, backwards))).encode(messages(3))
+
+
+def test_a_refusal_names_the_turn(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{% if 'Sure' in m.content %}{{ 1 / 0 }}{% endif %}{% endfor %}" + SHOWN
+    with pytest.raises(UserError, match=r"ZeroDivisionError: division by zero \(at turn 3 \(user\)\)"):
+        chat_format(load_tokenizer(save(tmp_path, template))).encode(messages(4))
+    with pytest.raises(UserError, match=r"^chats\.jsonl:7: .*its chat template fails: ZeroDivisionError"):
+        chat_format(load_tokenizer(tmp_path)).encode_many([Conversation(tuple(messages(4)), where="chats.jsonl:7")])
+
+
+def test_a_model_that_thinks_goes_on_after_its_first_answer(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    template = (
+        "{%- set ns = namespace(last=0) %}{%- for m in messages %}{%- if m.role == 'user' %}"
+        "{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}{%- for m in messages %}"
+        "{%- set content = m.content %}{%- if m.role == 'assistant' and '</think>' in content %}"
+        "{%- set thought = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+        "{%- set content = content.split('</think>')[-1].lstrip('\n') %}{%- if loop.index0 > ns.last %}"
+        "{%- set content = '<think>\n' + thought + '\n</think>\n\n' + content %}{%- endif %}{%- endif %}"
+        "{{- '<|im_start|>' + m.role + '\n' + content + '<|im_end|>\n' }}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+    )
+    folder = save(tmp_path, template)
+    tokenizer = load_tokenizer(folder)
+    chat, theirs = chat_format(tokenizer), AutoTokenizer.from_pretrained(folder)
+    said = "<think>\nTwo and two.\n</think>\n\nFour."
+    turns = [message("user", "2+2?"), message("assistant", said), message("user", "Sure?"), message("assistant", said)]
+    for count in (2, 3, 4):
+        rows = [{"role": turn.role, "content": turn.text} for turn in turns[:count]]
+        expected = theirs.apply_chat_template(rows, add_generation_prompt=count == 3, return_dict=False)
+        assert chat.encode(turns[:count], prompt=count == 3).token_ids.tolist() == expected
+    (found,) = chat.encode_many([Conversation(tuple(turns))])
+    assert tokenizer.decode(found.token_ids[found.trained]) == f"Four.<|im_end|>{said}<|im_end|>"
+
+
+@pytest.mark.parametrize("kind", ["first", "prepend"])
+@pytest.mark.parametrize("strips", [False, True])
+def test_the_tokens_of_sentencepiece_chats_are_those_of_transformers(tmp_path: Path, kind: str, strips: bool) -> None:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import AutoTokenizer
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    if kind == "first":
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>"], show_progress=False)
+    tokenizer.train_from_iterator(["user assistant system What is 2+2? Four. Sure? Yes,\n<|>[INST]</"] * 9, trainer)
+    flags = {"special": True, "normalized": False, "lstrip": strips, "rstrip": strips}
+    tokenizer.add_special_tokens([AddedToken(name, **flags) for name in ("<s>", "</s>", "<|user|>")])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    template = (
+        "{% for m in messages %}\n{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token }}\n"
+        "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
+    )
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+    chat, theirs = chat_format(load_tokenizer(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
+    for count in (1, 2, 3, 4):
+        turns = messages(count)
+        rows = [{"role": turn.role, "content": turn.text} for turn in turns]
+        expected = theirs.apply_chat_template(rows, add_generation_prompt=count % 2 == 1, return_dict=False)
+        assert chat.encode(turns, prompt=count % 2 == 1).token_ids.tolist() == expected
+
+
+def test_the_names_of_a_template_are_those_of_transformers(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
+    text = "{{ bos_token }}{{ strftime_now('%Y-%m-%d') }}" + SHOWN + "{# <|im_sep|> #}"
+    folder = save(tmp_path, text)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": None}))
+    tokenizer = load_tokenizer(folder)
+    told = tokenizer.decode(chat_format(tokenizer).encode(messages(1)).token_ids)
+    assert told == "1970-01-02<|im_start|>user\nWhat is 2+2?<|im_end|>"
