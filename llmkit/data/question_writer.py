@@ -39,7 +39,7 @@ PAST = (
 
 SENTENCE_END = re.compile(
     r"(?<!\b[A-Z])(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bNo)(?<!\bJr)(?<!\bSr)(?<!\bvs)(?<!\bProf)"
-    r"(?<=[^\s.])[.!?]+[\"\u201d')\]]*\s+(?=[\"\u201c'(]*[A-Z0-9])"
+    r"(?<=[^\s.!?])[.!?]+[\"\u201d')\]]*\s+(?=[\"\u201c'(]*[A-Z0-9])"
 )
 # where the meaning of a sentence's beginning stands in another one, or where it is no statement
 POINTING = re.compile(

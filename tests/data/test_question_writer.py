@@ -99,3 +99,7 @@ def test_a_passage_gives_a_few_questions_and_blanks_only_where_needed():
     assert (one.passage, one.passage_id, one.where, one.answers) == (text, "d1/1", "docs.jsonl:1, d1/1", ("1889",))
     assert [found.kind for found in write_questions(passage, 9, seed=0)] == ["when", "cloze: number", "who"]
     assert len({write_questions(passage, 1, seed=seed)[0].question for seed in range(20)}) == 2
+
+
+def test_a_text_of_marks_alone_takes_no_square_of_its_length():
+    assert list(sentences("!" * 200_000)) == []  # 87 s for 64,000 of them before
