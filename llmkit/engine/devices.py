@@ -100,8 +100,10 @@ def choose_precision(name: str, device: torch.device) -> Precision:
 
 
 def _cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16, and torch may use it: ATEN_CPU_CAPABILITY=avx2 forbids that."""
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+    allowed = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return allowed and any(getattr(torch.cpu, name, lambda: False)() for name in checks)
 
 
 def check_memory(wanted: float, device: torch.device) -> None:
