@@ -18,6 +18,11 @@ from llmkit.progress import say
 from llmkit.rewards import Weighted
 from llmkit.stream import names_of
 
+MAX_TOKENS = 256  # of an attempt, where the context has room for them
+MAX_TOKENS_SHARE = (
+    0.95  # of the problems keep their room beside the default; a few long ones do not shorten all attempts
+)
+
 
 @dataclass(frozen=True)
 class EncodedProblem:
@@ -27,47 +32,44 @@ class EncodedProblem:
     prompt_ids: Sequence[int]
 
 
-def encode_problems(
-    problems: Iterable[Problem], tuning: Finetuning, rewards: Sequence[Weighted], system: str | None, max_tokens: int
-) -> tuple[list[EncodedProblem], int]:
-    """The problems in tokens, and how many are left out, being with `max_tokens` more longer than the context.
-
-    An assistant is asked in its format, with `system` before problems that have no system message; a base model's
-    prompt is text. Raises UserError for a problem that a reward cannot judge, for a reward that cannot judge this
-    policy, and for a conversation with a base model.
-    """
-    for weighted in rewards:
-        weighted.reward.check_policy(tuning.tokenizer)
-    encoded, too_long = [], 0
-    for problem in problems:
-        for weighted in rewards:
-            weighted.reward.check(problem)
-        one = _encode(problem, tuning, system)
-        if len(one.prompt_ids) + max_tokens > tuning.context:
-            too_long += 1
-        else:
-            encoded.append(one)
-    return encoded, too_long
-
-
 def load_problems(
     paths: Sequence[str],
     limit: int | None,
     tuning: Finetuning,
     rewards: Sequence[Weighted],
     system: str | None,
-    max_tokens: int,
+    max_tokens: int | None,
     quiet: bool,
-) -> list[EncodedProblem]:
-    """`encode_problems` of files; says how many there are. Raises UserError where there are none."""
-    encoded, too_long = encode_problems(read_problems(paths, limit), tuning, rewards, system, max_tokens)
+) -> tuple[list[EncodedProblem], int]:
+    """The problems of files in tokens, and the tokens of an attempt, which `max_tokens` None leaves to the context.
+
+    An assistant is asked in its format, with `system` before problems that have no system message; a base model's
+    prompt is text. A problem that with its attempt is longer than the context is left out, and counted.
+
+    Raises UserError for a problem that a reward cannot judge, for a reward that cannot judge this policy, for a
+    conversation with a base model, and where no problem is left.
+    """
+    for weighted in rewards:
+        weighted.reward.check_policy(tuning.tokenizer)
+    read = []
+    for problem in read_problems(paths, limit):
+        for weighted in rewards:
+            weighted.reward.check(problem)
+        read.append(_encode(problem, tuning, system))
+    if max_tokens is None:
+        lengths = sorted(len(one.prompt_ids) for one in read) or [0]
+        max_tokens = max(1, min(MAX_TOKENS, tuning.context - lengths[int(MAX_TOKENS_SHARE * (len(lengths) - 1))]))
+        if max_tokens < MAX_TOKENS:
+            say(f"--max-tokens {max_tokens}: what the context of {tuning.context} leaves beside the problems", quiet)
+    encoded = [one for one in read if len(one.prompt_ids) + max_tokens <= tuning.context]
+    too_long = len(read) - len(encoded)
     left_out = f"{too_long} longer than the context of {tuning.context} with --max-tokens {max_tokens}"
     if not encoded:
         raise UserError(f"{names_of(paths)}: expected problems, found {left_out if too_long else 'none'}")
     say(f"{names_of(paths)}: {len(encoded)} problems{f', {left_out} left out' if too_long else ''}", quiet)
     for name, count in Counter(name for one in encoded for name in one.problem.unused).items():
         say(f"{names_of(paths)}: {name!r} of {count} problems is not asked: another field is", quiet)
-    return encoded
+    return encoded, max_tokens
 
 
 def _encode(problem: Problem, tuning: Finetuning, system: str | None) -> EncodedProblem:

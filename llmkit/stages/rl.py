@@ -97,7 +97,9 @@ class RlConfig(TuningConfig, ToolConfig, ServedConfig):
 
     group: int = option(8, "Attempts at each problem.", group="Attempts", at_least=2, at_most=4096)
     batch_size: int = option(16, "Problems of a step.", group="Attempts", at_least=1)
-    max_tokens: int = option(256, "Tokens of an attempt.", group="Attempts", unit="count", at_least=1)
+    max_tokens: int | None = option(
+        None, "Tokens of an attempt [256, or what the context leaves].", group="Attempts", unit="count", at_least=1
+    )
     temperature: float = option(1.0, "Divides the logits.", group="Attempts", at_least=0.05, at_most=10)
     stop: tuple[str, ...] = option((), "End before this text; repeatable.", group="Attempts", metavar="TEXT")
     system: str | None = option(None, "System message for problems without one.", group="Attempts")
@@ -176,7 +178,7 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     from llmkit.rl.evaluating import HeldOut
     from llmkit.rl.horizon import choose_horizon
     from llmkit.rl.policy_loss import PolicyLoss
-    from llmkit.rl.prompts import digest, load_problems
+    from llmkit.rl.prompts import EncodedProblem, digest, load_problems
     from llmkit.rl.rehearsing import rehearse
     from llmkit.rl.rollouts import ROLLOUTS, RolloutLog
     from llmkit.rl.watching import Limits, Watch
@@ -190,9 +192,12 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     tuning = _load(config, device, dtype)
     rewards, gold = _rewards(config, stack)
     served = _served(config, folder, tuning, stack) if config.is_served else None
-    how = config.system, config.max_tokens, config.quiet
-    problems = load_problems(config.data or ("-",), config.limit, tuning, rewards, *how)
-    held_out = load_problems(config.val, config.limit, tuning, [*rewards, *gold], *how) if config.val else []
+    asked, system, quiet = config.data or ("-",), config.system, config.quiet
+    problems, max_tokens = load_problems(asked, config.limit, tuning, rewards, system, config.max_tokens, quiet)
+    held_out: list[EncodedProblem] = []
+    if config.val:
+        judged_by = [*rewards, *gold]
+        held_out, _ = load_problems(config.val, config.limit, tuning, judged_by, system, max_tokens, quiet)
 
     # build
     names = ("max_steps", "epochs", "time_budget", "warmup_steps", "kl_coef")
@@ -207,7 +212,7 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     made_by = {"tools": tools, "served": None if config.dry_run else served}
     actor = Actor(tuning.model, tuning.tokenizer, rewards, slots=config.slots, name=str(config.model), **made_by)
     loss = PolicyLoss(algorithm, config.temperature, horizon.kl_coef, reference is not None)
-    settings = RolloutSettings(config.group, config.max_tokens, config.temperature, config.stop, config.seed)
+    settings = RolloutSettings(config.group, max_tokens, config.temperature, config.stop, config.seed)
     share_prompts = device.type == "cpu"
     if config.dry_run:
         some, overlong = problems[: config.batch_size], algorithm.overlong
@@ -343,6 +348,10 @@ def _say_plan(config: RlConfig, horizon: Horizon, rewards: Sequence[Weighted], p
         f"{config.algo}, KL weight {horizon.kl_coef:g}; {quantity(parameters)} parameters are trained",
         config.quiet,
     )
+    if config.batch_size > problems:
+        say(
+            f"--batch-size {config.batch_size}: more than the {problems} problems, so a step repeats some", config.quiet
+        )
 
 
 # ---- model, rewards, problems

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import END, VOCABULARY, certain, make_model, save_folder, save_tokenizer
+from tiny import END, VOCABULARY, certain, make_model, save_assistant, save_folder, save_tokenizer
 
 from llmkit.conversations import read_conversation
 from llmkit.errors import UserError
@@ -71,7 +72,8 @@ def policy(coin, problems, llmkit, tmp_path_factory) -> Path:
     done = llmkit("rl", coin, "--data", problems, "--val", problems, "--max-steps", "12", *QUICK, "-o", out)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
-    assert summary["path"] == str(out) and summary["steps"] == 12 and summary["val_success"] == 1.0
+    assert summary["path"] == str(out) and summary["val_success"] == 1.0
+    assert 8 <= summary["steps"] <= 12  # it may end where every attempt is right, and processors round differently
     return out
 
 
@@ -288,6 +290,15 @@ def judge(tmp_path_factory) -> Path:
     model = make_model(vocab_size=VOCABULARY + len(specials))
     save_reward_model(RewardModel.of(model, heads=1, seed=3), folder, None)
     return folder
+
+
+def test_an_attempt_has_the_room_that_the_context_leaves(problems, tmp_path, capsys):
+    """The default of 256 tokens would leave out every problem of a model whose context is 256."""
+    chat = save_assistant(tmp_path / "chat", context=256)
+    train(chat, problems, tmp_path / "policy", max_tokens=None, batch_size=16, dry_run=True)
+    said = capsys.readouterr().err
+    assert 200 < int(re.search(r"--max-tokens (\d+): what the context of 256 leaves", said)[1]) < 256
+    assert "8 problems\n" in said and "--batch-size 16: more than the 8 problems" in said
 
 
 MISTAKES = [
