@@ -69,7 +69,7 @@ def test_commands(tokenizer, tmp_path):
     assert said[-1].startswith("/system TEXT")
     written, _ = held(one, "/quit", "not asked")
     assert written == ""
-    _, said = held(one, f"/save {tmp_path}/none/x.jsonl")
+    _, said = held(one, f"/save {path}/x.jsonl")
     assert said[0].startswith("error: ")
 
 
