@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from selectolax.lexbor import LexborHTMLParser, LexborNode
 
+from llmkit.crawl.markup import inline_formulas, plain_html, visible
 from llmkit.crawl.tables import table_cells
 
 MAX_BYTES = 16_000_000  # Common Crawl cuts pages at 5 MiB
@@ -22,6 +23,7 @@ MAX_NODES = 500_000
 MAX_DEPTH = 1_000  # the parser's work grows with the square of the depth: 100,000 nested <div> take it 20 s
 MAX_ATTRIBUTES = 5_000  # of one element; with the square of these too: 40,000 take it 3 s
 _MANY_TAGS = 20_000
+FOLDED_CHARS = 200  # undisplayed text as long is a tab or an accordion: on dev pages all of it dropped costs F1 .013
 
 # what holds no running text; <noscript> stays, as Discourse puts whole threads into it
 _DROPPED = "script,style,svg,template,iframe,object,canvas,select,datalist,textarea,audio,video,head,link"
@@ -145,9 +147,11 @@ def _nesting(html: bytes) -> int:
 def cut_blocks(html: bytes) -> BlockTree:
     """Parse a page of UTF-8 bytes and cut it into blocks. Raises PageLimitError."""
     check_size(html)
+    html = plain_html(html)
     tree = LexborHTMLParser(html)
     title_node = tree.css_first("title")
-    title = " ".join(title_node.text().split()) if title_node is not None else ""
+    title = " ".join(visible(title_node.text()).split()) if title_node is not None else ""
+    inline_formulas(tree, html)
     for node in tree.css(_DROPPED):
         node.decompose()
     walk = _Walk()
@@ -184,6 +188,7 @@ class _Walk:
         addresses: list[int] = []  # where they lie in memory, which is what tells them apart
         parts: list[str] = []  # of the block being read
         leaf = link = pre = -1  # the element of its first letter; the open <a href>; the open <pre>
+        unseen = folded = -1  # the open elements that are not displayed: an inline one, and one of blocks
         link_chars = links = pieces = breaks = 0
         text = ""
 
@@ -200,6 +205,8 @@ class _Walk:
             tag = node.tag
             if tag == "-text":
                 text = node.text_content or ""
+                if not text.isascii():
+                    text = visible(text)
                 if text.isspace() or not text:
                     if leaf >= 0:
                         parts.append(text)
@@ -218,6 +225,13 @@ class _Walk:
                         link = -1
                     elif closed == pre:
                         pre = -1
+                    if closed == unseen:
+                        unseen = -1
+                    elif closed == folded:
+                        folded = -1
+                        self._drop_if_short(closed)
+            if unseen >= 0 and (tag == "-text" or tag == "br"):
+                continue
             if tag == "-text":
                 if leaf < 0:
                     leaf = open_elements[-1]
@@ -241,7 +255,12 @@ class _Walk:
             attributes = node.attributes
             if attributes:
                 get = attributes.get
-                kind = (tag, get("class"), get("id"), get("role"), get("itemprop"), _is_hidden(attributes))
+                kind = (tag, get("class"), get("id"), get("role"), get("itemprop"), get("aria-hidden") == "true")
+                if unseen < 0 and parents and _is_undisplayed(attributes):
+                    if inline:
+                        unseen = len(parents)
+                    elif folded < 0:
+                        folded = len(parents)
                 if tag == "a" and link < 0 and "href" in attributes:
                     link = len(parents)
                     links += 1
@@ -261,6 +280,16 @@ class _Walk:
             end_block()
         for number in open_elements:
             ends[number] = len(texts)
+
+    def _drop_if_short(self, element: int) -> None:
+        """Drop the last blocks, which an undisplayed element holds, unless they look like a part shown on a click."""
+        first = self.firsts[element]
+        if sum(map(len, self.texts[first:])) >= FOLDED_CHARS:
+            return
+        del self.texts[first:], self.counts[5 * first :]
+        for number in range(element, len(self.firsts)):
+            self.firsts[number] = first
+            self.ends[number] = min(self.ends[number], first)
 
     def _new_kind(self, tag: str, kind: object) -> int:
         names, bits = "", TAG_BITS.get(tag, 0)
@@ -304,10 +333,10 @@ def _ends_in_break(parts: list[str]) -> bool:
     return False
 
 
-def _is_hidden(attributes: dict[str, str | None]) -> bool:
-    if "style" in attributes and "display:none" in (attributes["style"] or "").replace(" ", ""):
+def _is_undisplayed(attributes: dict[str, str | None]) -> bool:
+    if "style" in attributes and "display:none" in (attributes["style"] or "").replace(" ", "").lower():
         return True
-    return "hidden" in attributes or ("aria-hidden" in attributes and attributes["aria-hidden"] == "true")
+    return "hidden" in attributes and attributes["hidden"] != "until-found"
 
 
 def _flowing(parts: list[str], breaks: int) -> str:

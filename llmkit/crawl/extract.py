@@ -12,6 +12,7 @@ from llmkit.crawl.block_features import NameWeights
 from llmkit.crawl.block_model import best_blocks, shipped_model
 from llmkit.crawl.blocks import BlockTree, PageLimitError, check_size, cut_blocks
 from llmkit.crawl.charset import decode_html, utf8_html
+from llmkit.crawl.markup import article_body, plain_html, visible
 from llmkit.errors import UserError
 
 __all__ = ["EXTRACTORS", "FAVOURS", "Extraction", "Extractor", "decode_html"]
@@ -19,6 +20,8 @@ __all__ = ["EXTRACTORS", "FAVOURS", "Extraction", "Extractor", "decode_html"]
 EXTRACTORS = ("model", "fast", "trafilatura")
 # the beta of the F score that the model's choice of blocks aims at
 FAVOURS = {"balance": 1.0, "precision": 0.5, "recall": 2.0}
+# the page's text gives way to its JSON-LD's where it is shorter than this part of it
+ARTICLE_SHARE = 0.5
 _BOILERPLATE = "script,style,noscript,template,svg,head,nav,header,footer,aside,form,button,iframe,select,textarea"
 
 
@@ -69,7 +72,9 @@ class Extractor:
 
     def _by_model(self, page: bytes, url: str | None) -> tuple[str, str | None]:
         tree = cut_blocks(page)
-        return text_of(tree, self.keep(tree, self.model.probabilities(tree, self.names))), tree.title
+        text = text_of(tree, self.keep(tree, self.model.probabilities(tree, self.names)))
+        told = article_body(page)
+        return told if len(text) < ARTICLE_SHARE * len(told) else text, tree.title
 
     def keep(self, tree: BlockTree, probabilities: np.ndarray) -> np.ndarray:
         """bool (blocks,): which blocks of a page are its main text, given the model's probabilities."""
@@ -81,7 +86,7 @@ class Extractor:
     def _by_trafilatura(self, page: bytes, url: str | None) -> tuple[str, str | None]:
         settings = {"favor_precision": self.favour == "precision", "favor_recall": self.favour == "recall"}
         text = _trafilatura()(page.decode("utf-8", "replace"), url=url, include_comments=False, **settings)
-        return text or "", _title_of(LexborHTMLParser(page))
+        return visible(text or ""), _title_of(LexborHTMLParser(page))
 
 
 def text_of(tree: BlockTree, keep: np.ndarray) -> str:
@@ -114,13 +119,14 @@ def _by_resiliparse(page: bytes, url: str | None) -> tuple[str, str | None]:
     from resiliparse.extract.html2text import extract_plain_text
     from resiliparse.parse.html import HTMLTree
 
+    page = plain_html(page)
     text = extract_plain_text(HTMLTree.parse_from_bytes(page, "utf-8"), main_content=True, alt_texts=False)
     tree = LexborHTMLParser(page)
     title = _title_of(tree)
     for node in tree.css(_BOILERPLATE):
         node.decompose()
     pruned = tree.body.text(separator="\n", strip=True) if tree.body is not None else ""
-    return (pruned if len(text) < 0.3 * len(pruned) else text).strip(), title
+    return visible(pruned if len(text) < 0.3 * len(pruned) else text).strip(), title
 
 
 def _title_of(tree: LexborHTMLParser) -> str | None:

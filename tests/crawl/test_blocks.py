@@ -50,9 +50,59 @@ def test_a_block_knows_its_elements() -> None:
     assert (tree.elements.first_block[body], tree.elements.end_block[body]) == (0, 2)
 
 
-def test_hidden_elements_are_marked() -> None:
-    tree = cut_blocks(b'<p style="display: none">a<p hidden>b<p aria-hidden=true>c<p style="color:red">d')
-    assert [bool(tree.elements.tags[leaf] & TAG_BITS["(hidden)"]) for leaf in tree.blocks.leaf] == [True] * 3 + [False]
+def test_short_text_that_is_not_displayed_is_dropped_and_a_folded_part_stays() -> None:
+    folded = "What a click unfolds. " * 10
+    html = (
+        '<div style="display: none"><p>a<p>b</div><p hidden>c<p>d <span style="display:none">e</span>f'
+        f"<div hidden><p>{folded}</div><p hidden=until-found>g"
+    )
+    assert texts(html) == ["d f", folded.strip(), "g"]
+    tree = cut_blocks(b"<p aria-hidden=true>a<p>b")
+    assert [bool(tree.elements.tags[leaf] & TAG_BITS["(hidden)"]) for leaf in tree.blocks.leaf] == [True, False]
+
+
+XHTML = "<?xml version='1.0'?><html xmlns='http://www.w3.org/1999/xhtml'><head>"
+
+
+@pytest.mark.parametrize("tag", ["script src='x'", "title", "style", "textarea", "iframe src='x'", "noscript"])
+def test_self_closed_elements_of_xhtml_swallow_nothing(tag: str) -> None:
+    html = f"{XHTML}<{tag}/></head><body><{tag}/><p>one</p><script>a = '<style/>'</script><p><![CDATA[a < b & c]]></p>"
+    assert texts(html) == ["one", "a < b & c"]
+
+
+def test_declarative_shadow_roots_are_read() -> None:
+    html = "<div><template shadowrootmode=open><p>shadow</p><template><p>x</p></template></template><p>light</div>"
+    assert texts(html) == ["shadow", "light"]
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [
+        '<math alttext="E=mc^2"><mi>E</mi><mo>=</mo></math>',
+        '<math><semantics><mi>E</mi><annotation encoding="application/x-tex">E=mc^2</annotation></semantics></math>',
+        "<math><mi>E</mi><mo>=</mo><mi>m</mi><msup><mi>c</mi><mn>2</mn></msup></math>",
+        '<span class=katex><span class=katex-mathml><math alttext="E=mc^2"></math></span>'
+        "<span class=katex-html aria-hidden=true>E=mc2</span></span>",
+        '<span class=MathJax_Preview>E</span><span class=MathJax>Emc2</span><script type="math/tex">E=mc^2</script>',
+        '<span style="display: none;"><math alttext="{\\displaystyle E=mc^2}"></math></span><img src=x>',
+    ],
+)
+def test_a_formula_comes_once_and_in_its_line(formula: str) -> None:
+    assert texts(f"<p>We know {formula} to be true.") == ["We know E=mc^2 to be true."]
+
+
+def test_presentation_of_mathml_is_written_flat() -> None:
+    fraction = "<mfrac><mrow><mi>a</mi><mo>+</mo><mn>1</mn></mrow><msqrt><mi>x</mi></msqrt></mfrac>"
+    assert texts(f"<p><math>{fraction}<mo>&lt;</mo><mfrac><mn>1</mn><mn>2</mn></mfrac></math>") == [
+        "(a+1)/(sqrt(x))<1/2"
+    ]
+
+
+def test_characters_without_room_or_meaning_go_and_joiners_of_scripts_stay() -> None:
+    assert texts("<p>\ufeffex&shy;am\u200bp\u2060le\u200c<p>\u200b<p>می\u200cروم \U0001f469\u200d\U0001f4bb") == [
+        "example",
+        "می\u200cروم \U0001f469\u200d\U0001f4bb",
+    ]
 
 
 def test_words_of_names() -> None:
@@ -102,7 +152,27 @@ def test_markup_in_scripts_is_not_deep() -> None:
     assert texts("<script>" + "a='<div>';" * 5000 + "</script><p>text") == ["text"]
 
 
-@pytest.mark.parametrize("piece", [b"<!--", b'<p title="', b"<script>", b"<style", b"<div <", b"<p '>\"", b"&", b"</"])
+@pytest.mark.parametrize(
+    "piece",
+    [
+        b"<!--",
+        b'<p title="',
+        b"<script>",
+        b"<style",
+        b"<div <",
+        b"<p '>\"",
+        b"&",
+        b"</",
+        b"<?xml <script ",
+        b"<?xml <script/>",
+        b"<?xml <![CDATA[",
+        b"shadowroot<template ",
+        b"shadowroot<template>",
+        b"<math>",
+        b"<math><mi>x</mi></math>",
+        b"<div hidden>x",
+    ],
+)
 def test_markup_without_end_takes_no_longer_than_other(piece: bytes) -> None:
     start = time.process_time()
     with suppress(PageLimitError):

@@ -107,6 +107,14 @@ def test_lines_and_paragraphs_in_a_cell_share_its_row_and_an_empty_corner_has_a_
     assert Extractor(threshold=0.0).extract(table).text == "| North | South\nFirst crossing | one two | three"
 
 
+def test_the_text_of_json_ld_stands_in_for_a_page_without() -> None:
+    body = "<p>" + "</p><p>".join(STORY) + "</p>"
+    told = json.dumps({"@graph": [{"@type": "NewsArticle", "articleBody": body}]}).replace("</", "<\\/")
+    page = f'<title>Bridge</title><script type="application/ld+json">{told}</script><p>Please enable JavaScript.'
+    assert Extractor().extract(page) == ("\n".join(STORY), "Bridge", None)
+    assert STORY[0] not in Extractor().extract(page.replace(told, told[:-9])).text
+
+
 def test_the_threshold_and_what_is_favoured_move_how_much_is_kept() -> None:
     html = story()
     lengths = [len(Extractor(threshold=threshold).extract(html).text) for threshold in (0.0, 0.05, 0.5, 0.95, 1.0)]
