@@ -24,11 +24,9 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-import orjson
-
 from llmkit.errors import UserError
 from llmkit.records import Row, kind_of
-from llmkit.stream import BYTE_ORDER_MARK, json_row, open_input
+from llmkit.stream import json_rows, open_input
 
 TOOLS = ("calc", "python", "search")
 RESULT = "result"
@@ -104,28 +102,8 @@ def read_records(path: str, limit: int | None = None) -> Iterator[Row]:
     The array may stand under `examples` or `data` of an object that begins on a line of its own. Raises UserError for
     what is none of them.
     """
-    name = "stdin" if path == "-" else path
     with open_input(path) as handle:
-        head = handle.peek(64).removeprefix(BYTE_ORDER_MARK).lstrip()
-        if head[:1] != b"[" and head.split(b"\n")[0].rstrip() != b"{":
-            rows = (json_row(line, name, number) for number, line in enumerate(handle, 1))
-            yield from islice((row for row in rows if row is not None), limit)
-            return
-        try:
-            values = orjson.loads(handle.read().removeprefix(BYTE_ORDER_MARK))
-        except orjson.JSONDecodeError as error:
-            if head[:1] == b"{":
-                raise UserError(f"{name}:1: expected one JSON object a line, found {{ alone ({error})") from None
-            raise UserError(f"{name}: expected JSONL or one JSON array: {error}") from None
-    if isinstance(values, dict):
-        held = next((values[key] for key in ("examples", "data") if isinstance(values.get(key), list)), None)
-        if held is None:
-            raise UserError(f"{name}: expected JSONL or one JSON array, found an object over several lines")
-        values = held
-    for number, value in enumerate(values[:limit], 1):
-        if not isinstance(value, dict):
-            raise UserError(f"{name}:{number}: expected an object in the array, found {kind_of(value)}")
-        yield Row(value, name, number)
+        yield from islice(json_rows(handle, path), limit)
 
 
 def read_conversation(row: Row) -> Conversation:

@@ -33,6 +33,7 @@ ZSTD_DICTIONARY_MAGIC = b"\x5d\x2a\x4d\x18"  # https://iipc.github.io/warc-speci
 LARGEST_DICTIONARY = 1 << 25
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BLOCK = 1 << 20
+TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".xlsx")
 STDIN_ONCE = "stdin: '-' can be read only once; save one of the inputs to a file"
 _stdin_taken: Any = None
 
@@ -196,7 +197,7 @@ def read_jsonl(paths: Sequence[str], limit: int | None = None) -> Iterator[Row]:
 
     def rows(path: str) -> Iterator[Row]:
         with open_input(path) as handle:
-            yield from _json_rows(handle, path)
+            yield from json_rows(handle, path)
 
     yield from islice(chain.from_iterable(map(rows, paths)), limit)
 
@@ -216,11 +217,35 @@ def read_documents(paths: Sequence[str], limit: int | None = None) -> Iterator[R
     yield from islice(chain.from_iterable(map(rows, paths)), limit)
 
 
-def _json_rows(handle: IO[bytes], path: str) -> Iterator[Row]:
-    for number, line in enumerate(handle, 1):
-        row = json_row(line, name_of(path), number)
-        if row is not None:
-            yield row
+def json_rows(handle: io.BufferedReader, path: str) -> Iterator[Row]:
+    """The objects of an open file of JSONL, or of one that is one JSON array (numbered from 1 as lines are).
+
+    The array may stand under `examples` or `data` of an object that begins on a line of its own. Raises UserError for
+    what is none of them.
+    """
+    name = name_of(path)
+    head = handle.peek(64).removeprefix(BYTE_ORDER_MARK).lstrip()
+    if head[:1] != b"[" and head.split(b"\n")[0].rstrip() != b"{":
+        for number, line in enumerate(handle, 1):
+            row = json_row(line, name, number)
+            if row is not None:
+                yield row
+        return
+    try:
+        values = orjson.loads(handle.read().removeprefix(BYTE_ORDER_MARK))
+    except orjson.JSONDecodeError as error:
+        if head[:1] == b"{":
+            raise UserError(f"{name}:1: expected one JSON object a line, found {{ alone ({error})") from None
+        raise UserError(f"{name}: expected JSONL or one JSON array: {error}") from None
+    if isinstance(values, dict):
+        held = next((values[key] for key in ("examples", "data") if isinstance(values.get(key), list)), None)
+        if held is None:
+            raise UserError(f"{name}: expected JSONL or one JSON array, found an object over several lines")
+        values = held
+    for number, value in enumerate(values, 1):
+        if not isinstance(value, dict):
+            raise UserError(f"{name}:{number}: expected an object in the array, found {kind_of(value)}")
+        yield Row(value, name, number)
 
 
 def json_row(line: bytes, name: str, number: int) -> Row | None:
@@ -240,9 +265,9 @@ def json_row(line: bytes, name: str, number: int) -> Row | None:
     raise UserError(f"{name}:{number}: expected one JSON object a line: {found}; mend or remove the line")
 
 
-def json_documents(handle: IO[bytes], path: str) -> Iterator[Row]:
+def json_documents(handle: io.BufferedReader, path: str) -> Iterator[Row]:
     """The documents of an open JSONL file, checked; `path` is named in errors."""
-    for row in _json_rows(handle, path):
+    for row in json_rows(handle, path):
         check_document(row)
         yield row
 
@@ -254,7 +279,10 @@ def _plain_document(handle: io.BufferedReader, path: str) -> Iterator[Row]:
 
 
 def check_no_archive(handle: io.BufferedReader, path: str) -> None:
-    """Raise UserError for a web archive, which is text by its bytes and markup for the most part."""
+    """Raise UserError for a web archive or a table, which may be text by its bytes and is none."""
+    if path.lower().endswith(TABLES) or handle.peek(4)[:4] == b"PAR1":
+        kind = os.path.splitext(path)[1].lower() if path.lower().endswith(TABLES) else "Parquet"
+        raise UserError(f"{name_of(path)}: expected JSONL or text, found {kind}; convert it to JSONL first")
     if handle.peek(5)[:5] == b"WARC/":
         raise UserError(f"{name_of(path)}: expected text, found a web archive; run llmkit crawl-filter on it first")
 
@@ -275,7 +303,8 @@ def is_jsonl(handle: io.BufferedReader, path: str) -> bool:
         return True
     if name.endswith((".txt", ".md")):
         return False
-    return handle.peek(1).removeprefix(BYTE_ORDER_MARK).lstrip()[:1] in (b"{", b"")
+    head = handle.peek(64)[:64].removeprefix(BYTE_ORDER_MARK).lstrip()
+    return head[:1] in (b"{", b"") or (head[:1] == b"[" and head[1:].lstrip()[:1] == b"{")
 
 
 # ---- writing

@@ -230,3 +230,17 @@ def test_a_format_that_is_not_written_is_refused_by_its_name(tmp_path: Path, nam
     with pytest.raises(UserError, match="is not written; choose"), open_output(str(tmp_path / name)):
         pass
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["d.json", "d.jsonl", "nameless"])
+def test_a_json_array_is_read_everywhere(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path, json.dumps(ROWS, indent=1).encode(), name)
+    assert values(path) == ROWS
+    assert [row.value for row in read_documents([path])] == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "data"), [("d.csv", b"a,b\n1,2\n"), ("d.tsv", b"a\tb\n"), ("nameless", b"PAR1 abc PAR1")]
+)
+def test_a_table_is_no_text(tmp_path: Path, name: str, data: bytes) -> None:
+    assert "convert it to JSONL first" in fails(write(tmp_path, data, name), read_documents)

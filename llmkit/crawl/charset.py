@@ -40,6 +40,7 @@ _KNOWN_CODECS = (
     "mac-cyrillic cp1250 cp1251 cp1252 cp1253 cp1254 cp1255 cp1256 cp1257 cp1258 iso8859-2 iso8859-3 iso8859-4 "
     "iso8859-5 iso8859-6 iso8859-7 iso8859-8 iso8859-10 iso8859-13 iso8859-14 iso8859-15 iso8859-16"
 )
+ASCII = frozenset(map(chr, range(128)))
 _KNOWN = frozenset(_KNOWN_CODECS.split())
 
 
@@ -74,7 +75,7 @@ def declared_codec(html: bytes, content_type: str | None) -> str | None:
 
 
 def decode_html(html: bytes | str, content_type: str | None = None) -> str:
-    """Decode a page as browsers do: what is declared, else UTF-8 if it is valid, else a guess; never raises.
+    """Decode a page as browsers do: what is declared, else UTF-8 if it is, but for single bytes, else a guess.
 
     Bytes that the character set does not know become U+FFFD, as do lone surrogates of a `str`.
     """
@@ -85,6 +86,11 @@ def decode_html(html: bytes | str, content_type: str | None = None) -> str:
         try:
             return html.decode("utf-8")
         except UnicodeDecodeError:
+            text = html.decode("utf-8", "replace")
+            bad = text.count("\ufffd")
+            # text in another character set has next to no sequence of bytes that is UTF-8
+            if sum(map(text.count, set(text) - ASCII)) - bad > 4 * bad:
+                return text.removeprefix("\ufeff")
             codec = _guess(html)
     return html.decode(codec, "replace").removeprefix("\ufeff")
 

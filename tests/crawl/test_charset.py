@@ -89,3 +89,10 @@ def test_text_that_is_decoded_already_loses_only_lone_surrogates() -> None:
 def test_bytes_in_utf8_are_not_recoded() -> None:
     html = "<p>é".encode()
     assert utf8_html(html, None) is html
+
+
+def test_utf8_with_a_bad_byte_is_utf8():
+    text = "<p>Die Übergröße der Bäume; schön, größer, später, für Märkte, Züge und Köpfe.</p>"
+    page = text.encode() + b"<p>caf\xe9</p>"
+    assert decode_html(page) == text + "<p>caf\ufffd</p>"
+    assert decode_html(text.encode("cp1252")) == text
