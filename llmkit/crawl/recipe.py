@@ -138,6 +138,25 @@ class Recipe:
         return replace(self, **{table: replace(getattr(self, table), **values)})
 
 
+def own_recipe() -> Recipe:
+    """The recipe called llmkit: documentation and threads stay that FineWeb's drops, lists and menus go.
+
+    Numbers, code and quoted lines are no reason to drop a page, lists are (benchmarks/crawl_recipes.py).
+    """
+    recipe = (
+        Recipe().changed("gopher_quality", min_alphabetic_word_fraction=0.75).changed("c4", drop_curly_bracket=False)
+    )
+    return recipe.changed(
+        "fineweb",
+        min_terminal_line_fraction=0.3,
+        max_short_line_fraction=0.5,
+        max_duplicate_line_character_fraction=0.05,
+    )
+
+
+NAMED = {"fineweb": Recipe, "llmkit": own_recipe}
+
+
 def check_steps(names: tuple[str, ...], place: str) -> tuple[str, ...]:
     """The names, each of a step; raises UserError with the nearest name otherwise."""
     for name in names:
@@ -155,7 +174,9 @@ def as_json(recipe: Recipe) -> dict[str, Any]:
 
 
 def read_recipe(path: str) -> Recipe:
-    """The recipe of a TOML file over the defaults. Raises UserError naming file, table and key."""
+    """The recipe of that name, or of a TOML file over FineWeb's. Raises UserError naming file, table and key."""
+    if path in NAMED:
+        return NAMED[path]()
     if sys.version_info >= (3, 11):
         import tomllib
     else:

@@ -56,7 +56,9 @@ class CrawlFilterConfig(CommonConfig):
     inputs: tuple[str, ...] = argument(
         "WARC, WET, HTML files or folders, JSONL with `html` or `text`, or - for stdin.", metavar="INPUT..."
     )
-    recipe: str | None = option(None, "Thresholds; --print-recipe shows them.", group="Recipe", metavar="FILE.toml")
+    recipe: str = option(
+        "fineweb", "Thresholds; --print-recipe shows them.", group="Recipe", metavar="fineweb|llmkit|FILE.toml"
+    )
     print_recipe: bool = option(False, "Print the recipe as TOML, and stop.", group="Recipe")
     only: tuple[str, ...] = option((), "Take these steps and no other.", group="Recipe", metavar="STEP,...")
     skip: tuple[str, ...] = option((), "Leave these steps out.", group="Recipe", metavar="STEP,...")
@@ -168,7 +170,7 @@ def run(config: CrawlFilterConfig) -> Summary | None:
         dropped = {step: counts.total() for step, counts in funnel.dropped.items() if counts}
         results = {"records": funnel.records, "documents": funnel.kept, "dropped": dropped}
     if state:
-        options = {**as_options(config), "recipe": as_json(recipe)}
+        options = {**as_options(config), "recipe": as_json(recipe), "recipe_name": config.recipe}
         read = [*inputs, *recipe.url.blocklists, *recipe.own_files()]
         found = {**results, "funnel": funnel.as_json()}
         write_file_manifest(out, "crawl-filter", options, inputs=read, results=found, packages=PACKAGES)
@@ -191,11 +193,11 @@ def run(config: CrawlFilterConfig) -> Summary | None:
 
 
 def _recipe(config: CrawlFilterConfig) -> Recipe:
-    """The recipe of the file, or the default one, with what the flags say."""
+    """The recipe of that name or file, with what the flags say."""
     from llmkit.crawl.language import check_languages
-    from llmkit.crawl.recipe import Recipe, check_steps, read_recipe
+    from llmkit.crawl.recipe import check_steps, read_recipe
 
-    recipe = read_recipe(config.recipe) if config.recipe else Recipe()
+    recipe = read_recipe(config.recipe)
     only, skip = _names(config.only), _names(config.skip)
     if both := [step for step in only if step in skip]:
         raise UserError(f"--only and --skip: both name {both[0]}; drop it from one of them")

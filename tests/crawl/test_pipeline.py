@@ -165,3 +165,13 @@ def test_a_page_of_many_comments_does_not_stop_a_crawl(tmp_path, llmkit):
     (tmp_path / "a.warc").write_bytes(record(http(body, Content_Type="application/xml")) + page_record(b"fine"))
     out = llmkit("crawl-filter", tmp_path / "a.warc", "-o", tmp_path / "out.jsonl", "--only", "extract", timeout=120)
     assert out.returncode == 0, out.stderr
+
+
+def test_the_recipe_of_our_own_keeps_documentation_and_drops_lists():
+    page = GOOD + "\nconst port = { a: 1 };\nfor (item of list) { total += item.price; }"
+    assert follow(page).reason == "curly_bracket"
+    assert follow(page, read_recipe("llmkit")).reason is None
+    menu = "\n".join(line.rstrip(".") if number % 4 else line for number, line in enumerate(prose(1)))
+    assert follow(menu).reason is None
+    assert follow(menu, read_recipe("llmkit")).reason == "min_terminal_line_fraction"
+    assert read_recipe("fineweb") == Recipe()
