@@ -133,6 +133,8 @@ def check_tokenizer(spec: Any, where: str) -> None:
         if not isinstance(token.get("special"), bool):
             raise UserError(f"{where}: expected true or false for special of {shown(token['content'])}")
     for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if not isinstance(spec.get(name), dict | None):
+            raise UserError(f"{where}: expected an object or null for {name}, found {shown(spec[name])}")
         _check_steps(spec.get(name), f"{where}: {name}")
 
 

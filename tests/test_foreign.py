@@ -141,6 +141,7 @@ def _replaced(times: int) -> dict:
             lambda spec: spec.update(normalizer={"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "b"}),
             "tokenizers cannot encode a text by it",
         ),
+        (lambda spec: spec.update(decoder=["a"]), "expected an object or null for decoder, found"),
     ],
 )
 def test_a_tokenizer_that_would_end_the_process_is_named(folder: Path, change, words: str) -> None:
@@ -153,6 +154,15 @@ def test_a_tokenizer_that_would_end_the_process_is_named(folder: Path, change, w
     place.write_text(json.dumps(spec))
     with pytest.raises(UserError, match=words):
         load_tokenizer(folder).encode("a" * 40 + "! hello")
+
+
+def test_a_tokenizer_without_a_decoder_gives_its_text(folder: Path) -> None:
+    from llmkit.tokenizer.encoding import load_tokenizer
+
+    place = folder / "tokenizer.json"
+    place.write_text(json.dumps({**json.loads(place.read_text()), "decoder": None}))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.decode(tokenizer.encode("hello"))
 
 
 def test_a_pattern_that_panics_is_a_line(tmp_path: Path, llmkit) -> None:

@@ -250,10 +250,13 @@ def _checked(config: CrawlFilterConfig) -> tuple[list[str], str]:
     for path in written:
         if path != "-" and os.path.realpath(path) in map(os.path.realpath, [*config.inputs, config.scores or ""]):
             raise UserError(f"{path}: is an input, and would be lost; choose another --out")
+    from llmkit.crawl.state import SUFFIX
+
     check_inputs([path for path in config.inputs if not os.path.isdir(path)])
     if not config.dry_run and config.explain is None:
         for path in written:
-            check_output(path, config.force, config.resume)
+            # a finished run has left no state, and is not made again by --resume
+            check_output(path, config.force, config.resume and os.path.isdir(f"{out}{SUFFIX}"))
             if os.path.isdir(path):
                 raise UserError(f"{path}: expected a file, found a folder; choose another --out")
     return [config.scores] if config.scores else list(config.inputs) or ["-"], out

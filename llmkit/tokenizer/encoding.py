@@ -274,7 +274,7 @@ class DecodeStream:
 
     def _push_whole(self, ids: Iterable[int]) -> str:
         # Decoders that are no concatenation (WordPiece and the like): decode all and give out what is new.
-        self._ids += ids
+        self._ids.extend(map(int, ids))  # numpy's, too
         text = self._tokenizer._reference.decode(self._ids, bool(self._skipped))
         new = text[len(self._given) :]
         self._given = text

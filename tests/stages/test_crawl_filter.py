@@ -163,6 +163,8 @@ def test_a_run_that_was_killed_goes_on(crawl, many, llmkit, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "done already" in done.stderr and same(many, tmp_path)
     assert not state.exists() and not list(tmp_path.glob("*.partial"))
+    again = llmkit("crawl-filter", *arguments, "--resume")
+    assert again.returncode == 2 and "exists already" in again.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
