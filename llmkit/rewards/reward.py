@@ -47,8 +47,11 @@ class Reward:
     def check_policy(self, tokenizer: Tokenizer) -> None:
         """Raise UserError where attempts of a policy with this tokenizer cannot be judged."""
 
-    def score(self, attempts: Sequence[Attempt]) -> list[float]:
-        """A finite number for each attempt, in their order. Raises UserError where the reward itself fails."""
+    def score(self, attempts: Sequence[Attempt]) -> Sequence[float | None]:
+        """A finite number for each attempt, in their order, None for one that cannot be judged.
+
+        Raises UserError where the reward itself fails.
+        """
         raise NotImplementedError
 
     def close(self) -> None:
@@ -63,19 +66,22 @@ class Weighted:
     weight: float
 
 
-def total(parts: Sequence[Mapping[str, float]], weighted: Sequence[Weighted]) -> list[float]:
-    """The weighted sum for each attempt of what each reward gave it, by its name.
+def total(parts: Sequence[Mapping[str, float | None]], weighted: Sequence[Weighted]) -> list[float | None]:
+    """The weighted sum for each attempt of what each reward gave it, by its name; None where one could not judge it.
 
     Raises UserError for a number that is not finite.
     """
     for one in weighted:
         finite([given[one.reward.name] for given in parts], f"--reward {one.reward.name}")
-    return [math.fsum(one.weight * given[one.reward.name] for one in weighted) for given in parts]
+    return [
+        None if None in given.values() else math.fsum(one.weight * (given[one.reward.name] or 0.0) for one in weighted)
+        for given in parts
+    ]
 
 
-def finite(values: Sequence[float], what: str) -> list[float]:
+def finite(values: Sequence[float | None], what: str) -> list[float | None]:
     """The values. Raises UserError that names the first which is NaN or infinite."""
     for place, value in enumerate(values, 1):
-        if not math.isfinite(value):
+        if value is not None and not math.isfinite(value):
             raise UserError(f"{what}: expected finite rewards, found {value} for completion {place} of {len(values)}")
     return list(values)

@@ -1,8 +1,8 @@
 """Rewards of the user's own: a command that reads JSON lines, or a function in a Python file.
 
 cmd:./score.py            one process a batch; the record with `completion`, `finish_reason` and `token_count` a
-                          line comes in, a number or {"reward": number} a line goes out
-py:score.py:reward        reward(record) -> float, of the same record, in this process
+                          line comes in, a number or {"reward": number} a line goes out; null: cannot judge
+py:score.py:reward        reward(record) -> float | None, of the same record, in this process
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class CommandReward(Reward):
         self.name, self.seconds = f"cmd:{command}", seconds
         self._words = split_command(command)
 
-    def score(self, attempts: Sequence[Attempt]) -> list[float]:
+    def score(self, attempts: Sequence[Attempt]) -> list[float | None]:
         """The numbers that the command printed. Raises UserError where it fails, hangs or prints anything else."""
         if not attempts:
             return []
@@ -87,14 +87,16 @@ class CommandReward(Reward):
             raise UserError(f"--reward {self.name}: expected exit status 0, found {ended}{_last_line(err)}")
         return out
 
-    def _number(self, line: bytes, place: int) -> float:
+    def _number(self, line: bytes, place: int) -> float | None:
         where = f"--reward {self.name}: line {place}"
         try:
             value = orjson.loads(line)
         except orjson.JSONDecodeError:  # NaN is no JSON either
             text = line[:60].decode("utf-8", "replace")
             raise UserError(f'{where}: expected a number or {{"reward": number}}, found {text!r}') from None
-        value = value.get("reward") if isinstance(value, dict) else value
+        value = value["reward"] if isinstance(value, dict) and "reward" in value else value
+        if value is None:
+            return None
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise UserError(f'{where}: expected a number or {{"reward": number}}, found {kind_of(value)}')
         return float(value)
@@ -133,13 +135,15 @@ class FunctionReward(Reward):
         self.name = spec
         self._function = UserFunction(spec, f"--reward {spec}")
 
-    def score(self, attempts: Sequence[Attempt]) -> list[float]:
+    def score(self, attempts: Sequence[Attempt]) -> list[float | None]:
         """What the function gives. Raises UserError with the problem, and file and line of the user's code, where it
         raises."""
         return finite([self._call(one) for one in attempts], f"--reward {self.name}")
 
-    def _call(self, attempt: Attempt) -> float:
+    def _call(self, attempt: Attempt) -> float | None:
         value = self._function(record_of(attempt), attempt.problem.where)
+        if value is None:
+            return None
         if not isinstance(value, Real):
             raise UserError(
                 f"--reward {self.name}: expected a number, found {kind_of(value)} for {attempt.problem.where}"

@@ -6,6 +6,7 @@ groups = actor.attempt([encoded_problem], RolloutSettings(group_size=8, max_toke
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -134,7 +135,9 @@ class Actor:
         rollouts = [rollout for group in groups for rollout in group]
         parts = score(rollouts, self.rewards, settings.max_tokens)
         for rollout, rewards, reward in zip(rollouts, parts, total(parts, self.rewards), strict=True):
-            rollout.rewards, rollout.reward = rewards, reward
+            rollout.rewards = rewards
+            rollout.judged = rollout.trained = reward is not None
+            rollout.reward = math.nan if reward is None else reward
         self.judging += time.monotonic() - started
         return groups
 
@@ -163,7 +166,7 @@ class Actor:
         return self._tools.parts(made.token_ids, made.sampled, made.tool_calls)
 
 
-def score(rollouts: Sequence[Rollout], rewards: Sequence[Weighted], max_tokens: int) -> list[dict[str, float]]:
+def score(rollouts: Sequence[Rollout], rewards: Sequence[Weighted], max_tokens: int) -> list[dict[str, float | None]]:
     """What each reward gives each attempt, by the reward's name."""
     attempts = [as_attempt(rollout, max_tokens) for rollout in rollouts]
     columns = {weighted.reward.name: weighted.reward.score(attempts) for weighted in rewards}

@@ -98,7 +98,7 @@ def advantages(algorithm: Algorithm, rewards: Sequence[Sequence[float]]) -> list
 
 def is_informative(rewards: Sequence[float]) -> bool:
     """Whether a group tells one attempt from another."""
-    return max(rewards) - min(rewards) > SMALLEST_DEVIATION
+    return len(rewards) > 0 and max(rewards) - min(rewards) > SMALLEST_DEVIATION
 
 
 def token_weights(weighting: str, lengths: Sequence[int], max_tokens: int) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 
 from llmkit.data.batches import shuffled
 from llmkit.engine.distributed import world
+from llmkit.errors import UserError
 from llmkit.model.transformer import Transformer
 from llmkit.rewards import Weighted
 from llmkit.rl.actor import Actor, RolloutSettings
@@ -89,6 +90,7 @@ class Collector:
         if not groups:
             self.ended = self._nothing_to_learn(all_groups)
             return None
+        groups = [[rollout for rollout in group if rollout.judged] for group in groups]
         rollouts = [rollout for group in groups for rollout in group]
         if self._reference is not None:
             temperature = self._rollout_settings.temperature
@@ -141,7 +143,10 @@ class Collector:
     def _nothing_to_learn(self, groups: Sequence[Sequence[Rollout]]) -> str:
         figures = describe(groups, self._actor.rewards)
         advice = "harder problems, or more attempts (--group)"
-        if figures["reward"] <= min(_rewards(groups[0])) and figures.get("success", 0.0) < 0.5:
+        if (
+            figures["reward"] <= min(worth for group in groups for worth in _rewards(group))
+            and figures.get("success", 0.0) < 0.5
+        ):
             advice = "problems that are sometimes solved, or more attempts (--group)"
         if figures["cut"] > 0:
             advice += ", or more --max-tokens"
@@ -174,7 +179,7 @@ class Collector:
 
 
 def _rewards(group: Sequence[Rollout]) -> list[float]:
-    return [rollout.reward for rollout in group]
+    return [rollout.reward for rollout in group if rollout.judged]
 
 
 def _tells_apart(group: Sequence[Rollout]) -> bool:
@@ -193,7 +198,7 @@ def handle_overlong(rollout: Rollout, overlong: str, max_tokens: int) -> None:
     """What becomes of an attempt that was cut: "keep", "mask" (no part in the loss), or "penalise": up to 1 is taken
     away over the last fifth of the length (Yu et al. 2025, arXiv 2503.14476, equation 13)."""
     if overlong == "mask":
-        rollout.trained = rollout.completion.finish_reason != "length"
+        rollout.trained &= rollout.completion.finish_reason != "length"
     elif overlong == "penalise":
         buffer = max(1.0, OVERLONG_BUFFER * max_tokens)
         beyond = rollout.token_count - (max_tokens - buffer)
@@ -204,13 +209,28 @@ def handle_overlong(rollout: Rollout, overlong: str, max_tokens: int) -> None:
 def describe(groups: Sequence[Sequence[Rollout]], rewards: Sequence[Weighted]) -> dict[str, float]:
     """Figures of groups of attempts: the mean `reward` and its parts, `length` in tokens, `cut` (share that was),
     `called` (share that called a tool) and `calls_failed` (share of the calls that failed) where any did, and where a
-    reward verifies `success` and `pass_at_group` (share of groups with a right attempt)."""
+    reward verifies `success` and `pass_at_group` (share of groups with a right attempt). Attempts that a reward could
+    not judge count only in `length`, `cut`, and `unjudged`, their share where there are any.
+
+    Raises UserError where none could be judged.
+    """
     every = [rollout for group in groups for rollout in group]
+    judged = [rollout for rollout in every if rollout.judged]
+    if not judged:
+        names = [
+            weighted.reward.name for weighted in rewards if None in (one.rewards[weighted.reward.name] for one in every)
+        ]
+        raise UserError(
+            f"--reward {' and '.join(names)}: expected a number for some of {len(every)} attempts, found None, which "
+            "says that it cannot judge, for all"
+        )
     found = {
         "reward": np.mean(_rewards(every)),
         "length": np.mean([one.token_count for one in every]),
         "cut": np.mean([one.completion.finish_reason == "length" for one in every]),
     }
+    if len(judged) < len(every):
+        found["unjudged"] = 1 - len(judged) / len(every)
     called = [bool(one.completion.tool_calls) for one in every]
     if any(called):
         found["called"] = np.mean(called)
@@ -218,10 +238,10 @@ def describe(groups: Sequence[Sequence[Rollout]], rewards: Sequence[Weighted]) -
         found["calls_failed"] = np.mean([call.get("failed", False) for call in calls])
     for weighted in rewards:
         name = weighted.reward.name
-        found[f"reward/{name}"] = np.mean([one.rewards[name] for one in every])
+        found[f"reward/{name}"] = np.mean([one.rewards[name] or 0.0 for one in judged])
     verifier = next((weighted.reward.name for weighted in rewards if weighted.reward.verifies), None)
     if verifier is not None:
-        right = [[one.rewards[verifier] >= 1.0 for one in group] for group in groups]
+        right = [[(one.rewards[verifier] or 0.0) >= 1.0 for one in group if one.judged] for group in groups]
         found["success"] = np.mean([one for group in right for one in group])
         found["pass_at_group"] = np.mean([any(group) for group in right])
     return {name: round(float(value), 5) for name, value in found.items()}

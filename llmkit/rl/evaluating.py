@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from llmkit.engine.distributed import world
+from llmkit.errors import UserError
 from llmkit.rewards import Weighted, total
 from llmkit.rl.actor import Actor, RolloutSettings, score
 from llmkit.rl.collecting import describe
@@ -45,13 +46,20 @@ class HeldOut:
         found = {f"val_{name}": value for name, value in describe(groups, self._actor.rewards).items()}
         if self._gold is not None:
             self.gold_rewards = world().broadcast(self._gold_rewards(self._gold) if world().leads else None)
-            means = np.array(self.gold_rewards).reshape(len(groups), -1).mean(1)
+            by_group = np.array(self.gold_rewards).reshape(len(groups), -1)
+            counts = (~np.isnan(by_group)).sum(1)
+            means = np.nansum(by_group[counts > 0], 1) / counts[counts > 0]  # of attempts that it could judge
+            if not len(means):
+                raise UserError(
+                    f"--gold {self._gold.reward.name}: expected a number for some attempt, found None for all"
+                )
             found["val_gold"] = round(float(means.mean()), 5)
             found["val_gold_se"] = round(float(means.std() / math.sqrt(len(means))), 5)
         return found
 
     def _gold_rewards(self, gold: Weighted) -> list[float]:
-        return total(score(self.rollouts, [gold], self._settings.max_tokens), [gold])
+        found = total(score(self.rollouts, [gold], self._settings.max_tokens), [gold])
+        return [math.nan if value is None else value for value in found]
 
     def disagreements(self, count: int) -> list[dict[str, Any]]:
         """The attempts of the last evaluation that the rewards think most of in comparison with the gold one.
@@ -60,7 +68,8 @@ class HeldOut:
         """
         rewards = _standardised([rollout.reward for rollout in self.rollouts])
         difference = rewards - _standardised(self.gold_rewards)
-        order = np.argsort(-difference, kind="stable")[:count].tolist()
+        order = np.argsort(-difference, kind="stable")[:count]  # NaN, what one could not judge, comes last
+        order = order[~np.isnan(difference[order])].tolist()
         return [
             {**_brief(self.rollouts[i]), "gold": self.gold_rewards[i], "difference": round(float(difference[i]), 3)}
             for i in order
@@ -74,4 +83,4 @@ def _brief(rollout: Rollout) -> dict[str, Any]:
 
 def _standardised(values: Sequence[float]) -> np.ndarray:
     array = np.array(values, np.float64)
-    return (array - array.mean()) / max(float(array.std()), 1e-9)
+    return (array - np.nanmean(array)) / max(float(np.nanstd(array)), 1e-9)

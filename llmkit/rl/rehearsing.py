@@ -69,5 +69,5 @@ def rehearse(
     loss.start(len(rows.token_ids), rollouts)
     rows_at_once = max(1, micro_batch_tokens // rows.token_ids.shape[1])
     training = batch_seconds(actor.model, loss, rows, rows_at_once, actor.model.embed_tokens.device)
-    informative = sum(is_informative([one.reward for one in group]) for group in groups)
+    informative = sum(is_informative([one.reward for one in group if one.judged]) for group in groups)
     return Rehearsal(describe(groups, actor.rewards), len(groups), informative, sampling, training, rows.tokens)

@@ -31,7 +31,8 @@ class Rollout:
     step       of training that it is for, from 1; 0 in an evaluation
     group      number of the group, counted over the whole run; all attempts of a group answer one prompt
     rewards    by name, without their weights
-    reward     their weighted sum, and what overlong handling takes away
+    reward     their weighted sum, and what overlong handling takes away; NaN where one could not judge it
+    judged     whether all could
     trained    whether it has a part in the loss
     parts      texts, calls and results, where a tool was called
     advantage  of every token of it
@@ -44,8 +45,9 @@ class Rollout:
     step: int
     group: int
     sample: int
-    rewards: dict[str, float] = field(default_factory=dict)
+    rewards: dict[str, float | None] = field(default_factory=dict)
     reward: float = 0.0
+    judged: bool = True
     reference_logprobs: np.ndarray | None = None
     advantage: float = 0.0
     trained: bool = True
@@ -79,8 +81,8 @@ class Rollout:
             "answer": problem.answer,
             "completion": made.text,
             **({"messages": as_record(messages)} if self.parts else {}),
-            "reward": round(self.reward, 6),
-            "rewards": {name: round(value, 6) for name, value in self.rewards.items()},
+            "reward": round(self.reward, 6) if self.judged else None,
+            "rewards": {name: None if value is None else round(value, 6) for name, value in self.rewards.items()},
             "advantage": round(self.advantage, 6),
             "trained": self.trained,
             "finish_reason": made.finish_reason,

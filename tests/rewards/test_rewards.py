@@ -167,8 +167,8 @@ def test_a_command_may_answer_before_it_has_read_all(tmp_path: Path):
         ("print(1); print('nan')", "line 2: expected a number"),
         ("print(1); print('Infinity')", "line 2: expected a number"),
         ("print(1); print('1e999')", "line 2: expected a number"), ("print(1); print('true')", "found a boolean"),
-        ("print(1); print('null')", "found null"), ("print(1); print('\"1\"')", "found a string"),
-        ("print(1); print('{}')", "found null"), ("print(1); print('{\"reward\": \"1\"}')", "found a string"),
+        ("print(1); print('[null]')", "found a list"), ("print(1); print('\"1\"')", "found a string"),
+        ("print(1); print('{}')", "found an object"), ("print(1); print('{\"reward\": \"1\"}')", "found a string"),
         ("print(1); print('[1]')", "found a list"), ("print(1); print('one')", "line 2: expected a number"),
         ("print('loading', file=sys.stderr, flush=True); time.sleep(99)", "no answer within 2 seconds: loading"),
         ("os.fork(); time.sleep(99)", "no answer within 2 seconds"),
@@ -211,7 +211,7 @@ def test_a_function_has_the_record_and_gives_a_number(tmp_path: Path):
     [
         ("def reward(record):\n    return record['x']", "score.py:2: KeyError: 'x' for p.jsonl:1"),
         ("def reward(record):\n    import json\n    return json.loads('[')", "score.py:3: JSONDecodeError: Expecting"),
-        ("def reward(record):\n    return None", "expected a number, found null for p.jsonl:1"),
+        ("def reward(record):\n    return [1]", "expected a number, found a list for p.jsonl:1"),
         ("def reward(record):\n    return '1'", "expected a number, found a string"),
         ("def reward(record):\n    return float('nan')", "expected finite rewards, found nan for completion 1 of 1"),
         ("def reward(record):\n    return -1e999", "found -inf"),
@@ -230,6 +230,18 @@ def test_a_function_that_fails_is_told_of_with_its_line(tmp_path: Path, body, me
     with pytest.raises(UserError) as caught:
         scores(f"py:{path}:reward", attempt())
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("body", ["print('null'); print(2)", "print('{\"reward\": null}'); print(2)"])
+def test_a_command_may_say_that_it_cannot_judge(tmp_path: Path, body):
+    spec = script(tmp_path, body)
+    assert scores(spec, attempt("4"), attempt("")) == [None, 2]
+
+
+def test_a_function_may_say_that_it_cannot_judge(tmp_path: Path):
+    path = tmp_path / "score.py"
+    path.write_text("def reward(record): return 1.0 if record['completion'] else None\n")
+    assert scores(f"py:{path}:reward", attempt("4"), attempt("")) == [1, None]
 
 
 # ---- reward models

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from attempts import attempt, problem
 
+from llmkit.errors import UserError
 from llmkit.rewards import Reward, Weighted
 from llmkit.rl.actor import RolloutSettings
 from llmkit.rl.algorithms import ALGORITHMS
@@ -42,6 +43,8 @@ class Actor:
             group = [attempt([1, 2], [3, 4], group=number, reward=float(reward)) for reward in self.worth(number)]
             for one in group:
                 one.step = step
+                if np.isnan(one.reward):  # as the actor marks what a reward could not judge
+                    one.rewards, one.judged, one.trained = {"verifier": None}, False, False
             groups.append(group)
         return groups
 
@@ -134,6 +137,24 @@ def test_overlong_attempts_are_masked_or_kept():
     kept = attempt([1], [2], finish_reason="length")
     handle_overlong(kept, "keep", max_tokens=1)
     assert kept.trained and kept.reward == 0
+
+
+def test_an_attempt_that_cannot_be_judged_has_no_part_in_its_group(tmp_path):
+    made, _ = collector(lambda number: (1.0, np.nan, 0.0, 0.0), tmp_path, problems=2)
+    batch = next(made.batches(0))
+    assert made.figures["unjudged"] == 0.25 and made.figures["reward"] == pytest.approx(1 / 3, abs=1e-4)
+    assert made.figures["success"] == pytest.approx(1 / 3, abs=1e-4) and made.figures["groups_without_signal"] == 0
+    records = logged(tmp_path)
+    assert [record["reward"] for record in records[:4]] == [1, None, 0, 0]
+    assert [record["trained"] for record in records[:4]] == [True, False, True, True]
+    assert sum(record["advantage"] for record in records[:4]) == pytest.approx(0, abs=1e-4)
+    assert batch.token_ids.flatten().tolist().count(3) == 2 * 3  # three attempts in each of two groups
+
+
+def test_a_reward_that_can_judge_nothing_ends_the_run(tmp_path):
+    made, _ = collector(lambda number: (np.nan, np.nan), tmp_path)
+    with pytest.raises(UserError, match=r"--reward verifier: expected a number for some of \d+ attempts, found None"):
+        next(made.batches(0))
 
 
 def test_figures_of_groups():
