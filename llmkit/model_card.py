@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llmkit.files import PARTIAL, atomic_file
+from llmkit.manifest import flattened, sources
 
 # By kind of model: the task, by the Hub's name; a command; what loads it in transformers, and what it is used for
 USES = {
@@ -39,7 +40,7 @@ def write_model_card(folder: Path, manifest: Mapping[str, Any]) -> None:
         k: v for k, v in manifest.get("results", {}).items() if v is not None and not isinstance(v, (dict, list))
     }
     table = [f"| {key} | {value} |" for key, value in results.items()]
-    commands = [f"1. `{command}`" for command in dict.fromkeys(_ancestry(manifest))]
+    commands = [f"1. `{command}`" for command in dict.fromkeys(_commands(manifest))]
     inputs = [f"- `{item['path']}` {item.get('sha256', '')[:12]}" for item in manifest.get("inputs", [])]
     task, command, model_class, meaning = USES[_kind(manifest)]
     sections = [
@@ -65,22 +66,33 @@ or with transformers:
         handle.write("\n\n".join(section for section in sections if section))
 
 
-def _ancestry(manifest: Mapping[str, Any]) -> Iterator[str]:
+def _commands(manifest: Mapping[str, Any]) -> list[str]:
     """The commands that led to a manifest, ancestors first, its own last."""
-    for item in (*manifest.get("parents", []), *manifest.get("inputs", [])):
-        if item.get("manifest"):
-            yield from _ancestry(item["manifest"])
-    if "command" in manifest:
-        yield manifest["command"]
+    own, ancestors = flattened(manifest)
+    made = {**ancestors, "": own}
+    commands: list[str] = []
+    met: set[str] = set()
+    waiting = [("", False)]
+    while waiting:
+        digest, sources_are_told = waiting.pop()
+        if sources_are_told:
+            command = made[digest].get("command")
+            commands += [command] if isinstance(command, str) else []
+        elif digest in made and digest not in met:
+            met.add(digest)
+            waiting.append((digest, True))
+            waiting += [(item.get("manifest_sha256", "?"), False) for item in reversed(sources(made[digest]))]
+    return commands
 
 
 def _kind(manifest: Mapping[str, Any]) -> str:
     """A key of USES, by the stages that led here, each from its first parent."""
+    one, ancestors = flattened(manifest)
     stages: list[str] = []
-    one: Mapping[str, Any] | None = manifest
     while one:
         stages.append(one.get("stage", "?"))
-        one = next((parent["manifest"] for parent in one.get("parents", [])), None)
+        first = next(iter(sources({"parents": one.get("parents")})), {})
+        one = ancestors.pop(first.get("manifest_sha256", ""), {})  # a file that was edited may have circles
     made = [stage for stage in stages if stage != "export"]
     if made[:1] == ["train-reward"]:
         return "judge"

@@ -1,26 +1,20 @@
 """A run folder, from the check of --out to its place, and what stands in it beside the model.
 
-That is the manifest with its ancestry, the model card, and the metrics with their curves (metrics.py). `RunFolder` is
-what a stage that trains uses; the functions serve other outputs, too.
+That is the manifest (manifest.py), the model card, and the metrics with their curves (metrics.py). `RunFolder` is what
+a stage that trains uses; the functions serve other outputs, too.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import platform
-import shlex
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from llmkit.config import flag_of, lasting_options, option_fields
-from llmkit.display import redacted
 from llmkit.errors import UserError
 from llmkit.files import (
     PARTIAL,
@@ -35,153 +29,13 @@ from llmkit.files import (
     sync,
     write_json,
 )
-from llmkit.foreign import read_object
 from llmkit.launch import launch
+from llmkit.manifest import describe_inputs, read_manifest, write_manifest
 from llmkit.metrics import LOSS_CURVE, write_curve
 from llmkit.model_card import write_model_card
 from llmkit.progress import say
 
-MANIFEST_VERSION, MANIFEST = 1, "manifest.json"
-OF_FILE = ".manifest.json"  # after the name of the file whose manifest it is
 NOTES = "state/run.json"  # in a run folder: what a resumption asks for
-SOURCES = ("parents", "inputs")  # of a manifest: what may have manifests of their own
-PACKAGES = ("llmkit", "torch", "triton", "numpy", "tokenizers", "safetensors")
-
-
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file's bytes, as hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def describe_inputs(paths: Iterable[str]) -> list[dict[str, Any]]:
-    """Path, size in bytes and SHA-256 of each input file, and the manifest of what a stage has written; stdin and
-    pipes are named alone."""
-    return [{"path": path, **_described(path)} if os.path.isfile(path) else {"path": path} for path in paths]
-
-
-def _described(path: str) -> dict[str, Any]:
-    content = _content(path)
-    try:
-        manifest = read_manifest(path)
-    except (UserError, OSError):  # after the work: what stands beside a file is no reason to lose it
-        manifest = None
-    # another file may have taken the place of what the stage had written
-    return {**content, "manifest": manifest} if manifest and manifest.get("output") == content else content
-
-
-def _content(path: str) -> dict[str, Any]:
-    return {"bytes": os.path.getsize(path), "sha256": file_sha256(path)}
-
-
-def read_manifest(made: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The manifest of a folder or of a single file, or None where one of foreign origin has none."""
-    path = Path(f"{os.fspath(made)}{OF_FILE}") if os.path.isfile(made) else Path(made) / MANIFEST
-    return read_object(path, 64 << 20) if path.exists() else None
-
-
-def write_manifest(
-    folder: Path,
-    stage: str,
-    options: Mapping[str, Any],
-    *,
-    inputs: Sequence[Mapping[str, Any]] = (),
-    parents: Sequence[str] = (),
-    results: Mapping[str, Any] | None = None,
-    name: str = MANIFEST,
-    packages: Sequence[str] = PACKAGES,
-    output: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Write `manifest.json`: how the folder was made, by what, from what, back to the first ancestor.
-
-    name: of the manifest of a single file, which stands beside it, and output: its size and hash; packages: those
-    whose versions matter. An ancestor to which several ways lead stands whole in the first place, parents before
-    inputs, and has null in the others; `manifest_sha256` tells that it is the same (see `manifest_digest`).
-    """
-    from importlib.metadata import PackageNotFoundError, version  # 11 ms that no --help need pay
-
-    versions = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    told: set[str] = set()
-    ancestors = [_once({"path": path, "manifest": read_manifest(path)}, told) for path in parents]
-    manifest = {
-        "manifest_version": MANIFEST_VERSION,
-        "stage": stage,
-        "command": shlex.join(["llmkit", *map(redacted, sys.argv[1:])]),
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "options": dict(options),
-        "versions": versions,
-        "machine": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores",
-        "inputs": [_once(item, told) for item in inputs],
-        "parents": ancestors,
-        **({"output": dict(output)} if output else {}),
-        "results": dict(results or {}),
-    }
-    write_json(folder / name, manifest)
-    return manifest
-
-
-def sources(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What a manifest says that something was made from: its parents, then its inputs."""
-    both = [manifest.get(kind) for kind in SOURCES]
-    return [item for items in both if isinstance(items, list) for item in items if isinstance(item, dict)]
-
-
-def manifest_digest(manifest: Mapping[str, Any]) -> str:
-    """What is equal for two manifests of one run, whether its ancestors stand in them whole or not."""
-
-    def bare(item: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in item.items() if name != "manifest" or "manifest_sha256" not in item}
-
-    told = _with_sources(manifest, bare)
-    return hashlib.sha256(orjson.dumps(told, option=orjson.OPT_SORT_KEYS)).hexdigest()
-
-
-def _once(item: Mapping[str, Any], told: set[str]) -> dict[str, Any]:
-    """A parent or input, with its manifest where that is not among those told already."""
-    manifest = item.get("manifest")
-    if not isinstance(manifest, dict):
-        return dict(item)
-    digest = str(item.get("manifest_sha256") or manifest_digest(manifest))
-    if digest in told:
-        return {**item, "manifest": None, "manifest_sha256": digest}
-    told.add(digest)
-    # those within that have no digest were written before there were any, and are part of what was digested
-    thin = _with_sources(manifest, lambda one: _once(one, told) if "manifest_sha256" in one else dict(one))
-    return {**item, "manifest": thin, "manifest_sha256": digest}
-
-
-def _with_sources(manifest: Mapping[str, Any], change: Callable[[Mapping[str, Any]], dict[str, Any]]) -> dict[str, Any]:
-    """A copy of a manifest with other parents and inputs; what is no list of objects stays."""
-    changed = dict(manifest)
-    for kind in SOURCES:
-        if isinstance(manifest.get(kind), list):
-            changed[kind] = [change(item) if isinstance(item, dict) else item for item in manifest[kind]]
-    return changed
-
-
-def write_file_manifest(
-    out: str,
-    stage: str,
-    options: Mapping[str, Any],
-    *,
-    inputs: Iterable[str],
-    parents: Sequence[str] = (),
-    results: Mapping[str, Any],
-    packages: Sequence[str] = PACKAGES,
-) -> None:
-    """Write the manifest of a stage whose output is a single file, which is there: beside it, as `out` +
-    ".manifest.json"."""
-    place, described = Path(out).absolute(), describe_inputs(inputs)
-    details = {"inputs": described, "parents": parents, "results": results, "packages": packages}
-    write_manifest(place.parent, stage, options, name=place.name + OF_FILE, output=_content(out), **details)
 
 
 def check_model_folder(path: str | None, example: str) -> None:

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from llmkit.manifest import write_file_manifest, write_manifest
 from llmkit.metrics import MetricsLog
-from llmkit.rundir import write_file_manifest, write_manifest
 
 
 def write_lines(path: Path, rows: Iterable[Any]) -> Path:

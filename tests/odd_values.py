@@ -65,8 +65,8 @@ def open_all(folder: Path, name: str) -> None:
     """Do with a folder what commands do first."""
     from llmkit.conversations import message
     from llmkit.engine.exporting import open_adapter
+    from llmkit.manifest import write_manifest
     from llmkit.model.folder import load_config, load_model
-    from llmkit.rundir import write_manifest
     from llmkit.tokenizer.encoding import load_tokenizer
     from llmkit.tokenizer.templates import chat_format
 

@@ -92,7 +92,7 @@ def test_a_secret_in_an_option_is_in_no_file_and_no_message(tmp_path):
 
 def test_a_manifest_has_no_secret_of_the_command_or_its_options(tmp_path, monkeypatch):
     from llmkit.config import as_options, lasting_options
-    from llmkit.rundir import write_manifest
+    from llmkit.manifest import write_manifest
     from llmkit.stages.sample import SampleConfig
 
     tools = f"search:https://ada:{SECRET}@host/s?q={SECRET},calc"

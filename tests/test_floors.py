@@ -26,6 +26,7 @@ FLOORS = {
         "launch",
         "files",
         "foreign",
+        "manifest",
         "metrics",
         "stream",
         "progress",

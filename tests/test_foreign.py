@@ -23,8 +23,8 @@ def folder(tmp_path: Path) -> Path:
     from safetensors.torch import save_file
     from tiny import make_model
 
+    from llmkit.manifest import write_manifest
     from llmkit.model.folder import save_model
-    from llmkit.rundir import write_manifest
 
     place = save(tmp_path / "model", TEMPLATES["chatml"])
     save_model(make_model(vocab_size=320, hidden_size=16, intermediate_size=16), place)

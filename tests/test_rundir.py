@@ -13,16 +13,17 @@ import pytest
 
 from llmkit.config import TrainingConfig, as_options
 from llmkit.errors import Interrupted, UserError
-from llmkit.model_card import write_model_card
-from llmkit.rundir import (
-    RunFolder,
+from llmkit.manifest import (
     describe_inputs,
+    flattened,
     manifest_digest,
     read_manifest,
     sources,
     write_file_manifest,
     write_manifest,
 )
+from llmkit.model_card import write_model_card
+from llmkit.rundir import RunFolder
 
 CONFIG = TrainingConfig()
 
@@ -68,11 +69,12 @@ def test_the_ancestry_goes_back_to_the_first_generation(tmp_path: Path) -> None:
     make(tmp_path / "chat", "sft", tmp_path / "base", tmp_path / "tok", tmp_path / "foreign")
     chat = read_manifest(tmp_path / "chat") or {}
     base, tok, foreign = chat["parents"]
-    assert foreign == {"path": str(tmp_path / "foreign"), "manifest": None}
-    (told,) = base["manifest"]["parents"]
-    assert told["manifest"] == read_manifest(tmp_path / "tok")
-    # a second way leads to the tokenizer, which is not told twice
-    assert tok == {**told, "manifest": None} and tok["manifest_sha256"] == manifest_digest(told["manifest"])
+    assert foreign == {"path": str(tmp_path / "foreign")}
+    known = {name: read_manifest(tmp_path / name) or {} for name in ("base", "tok")}
+    assert base["manifest_sha256"] == manifest_digest(known["base"])
+    assert list(chat["ancestors"]) == [manifest_digest(known[name]) for name in ("base", "tok")]
+    (told,) = chat["ancestors"][base["manifest_sha256"]]["parents"]
+    assert told == tok and chat["ancestors"][tok["manifest_sha256"]]["command"] == known["tok"]["command"]
 
     write_model_card(tmp_path / "chat", chat)
     card = (tmp_path / "chat" / "README.md").read_text()
@@ -94,31 +96,92 @@ def test_the_ancestry_goes_through_the_files_that_stages_wrote(tmp_path: Path) -
     docs = make_file(tmp_path / "docs.jsonl", "crawl-filter", crawl)
     make(tmp_path / "base", "pretrain", inputs=describe_inputs([str(docs)]))
     (item,) = (read_manifest(tmp_path / "base") or {})["inputs"]
-    assert item["sha256"] == item["manifest"]["output"]["sha256"] == hashlib.sha256(docs.read_bytes()).hexdigest()
-    assert item["manifest"]["inputs"][0]["path"] == str(crawl)
+    assert item["sha256"] == hashlib.sha256(docs.read_bytes()).hexdigest()
+    (told,) = (read_manifest(tmp_path / "base") or {})["ancestors"].values()
+    assert told["output"]["sha256"] == item["sha256"] and told["inputs"][0]["path"] == str(crawl)
 
     lessons = make_file(tmp_path / "refusals.jsonl", "probe-knowledge", docs, parents=(tmp_path / "base",))
     inputs = describe_inputs([str(lessons)])
     make(tmp_path / "chat", "sft", tmp_path / "base", inputs=inputs, command="sft base -o chat")
     chat = read_manifest(tmp_path / "chat") or {}
-    assert [one["manifest"]["stage"] for one in sources(chat)] == ["pretrain", "probe-knowledge"]
-    text = (tmp_path / "chat" / "manifest.json").read_text()
-    assert [text.count(f'"stage": "{stage}"') for stage in ("crawl-filter", "pretrain", "probe-knowledge")] == [1, 1, 1]
-    assert text.count('"manifest": null') == 2  # base and docs.jsonl, by way of refusals.jsonl
+    told = chat["ancestors"]
+    assert [told[one["manifest_sha256"]]["stage"] for one in sources(chat)] == ["pretrain", "probe-knowledge"]
+    assert sorted(one["stage"] for one in told.values()) == ["crawl-filter", "pretrain", "probe-knowledge"]
     # what a run is known by does not depend on what its descendant's manifest had told before
     assert chat["parents"][0]["manifest_sha256"] == manifest_digest(read_manifest(tmp_path / "base") or {})
     assert chat["inputs"][0]["manifest_sha256"] == manifest_digest(read_manifest(lessons) or {})
 
 
-def test_ten_generations_tell_each_ancestor_once(tmp_path: Path) -> None:
-    """Each is made from the one before and from a file that this one wrote: two ways at each, 2^10 in all."""
+def test_two_hundred_generations_tell_each_ancestor_once(tmp_path: Path) -> None:
+    """Each is made from the one before and from a file that this one wrote: two ways at each, 2^200 in all."""
     make(tmp_path / "m0", "sft")
-    for number in range(10):
+    sizes = []
+    for number in range(200):
         before = tmp_path / f"m{number}"
         lessons = make_file(tmp_path / f"r{number}.jsonl", "probe-knowledge", parents=(before,))
-        make(tmp_path / f"m{number + 1}", "sft", before, inputs=describe_inputs([str(lessons)]))
-    text = (tmp_path / "m10" / "manifest.json").read_text()
-    assert text.count('"stage"') == 21
+        inputs = describe_inputs([str(lessons)])
+        make(tmp_path / f"m{number + 1}", "sft", before, inputs=inputs, command=f"sft m{number}")
+        sizes.append((tmp_path / f"m{number + 1}" / "manifest.json").stat().st_size)
+    last = read_manifest(tmp_path / "m200") or {}
+    assert len(last["ancestors"]) == 400
+    assert sizes[199] < 2.1 * sizes[99]
+    write_model_card(tmp_path / "m200", last)
+    card = (tmp_path / "m200" / "README.md").read_text()
+    assert [card.count(f"`llmkit sft m{number}`") for number in range(200)] == [1] * 200
+
+
+def nested(name: str, *parents: dict, digests: bool) -> dict:
+    """A manifest as they were written before there was a list of ancestors, with or without digests."""
+    items = [
+        {"path": one["command"], "manifest": one} | ({"manifest_sha256": manifest_digest(one)} if digests else {})
+        for one in parents
+    ]
+    return {"manifest_version": 1, "stage": "sft", "command": name, "inputs": [], "parents": items, "results": {}}
+
+
+@pytest.mark.parametrize("digests", [False, True])
+def test_manifests_within_each_other_are_read_and_stand_flat_in_what_follows(tmp_path: Path, digests: bool) -> None:
+    made = [nested("m0", digests=digests)]
+    for number in range(1, 60):
+        made.append(nested(f"m{number}", made[-1], digests=digests))
+    (tmp_path / "m59").mkdir()
+    (tmp_path / "m59" / "manifest.json").write_text(json.dumps(made[-1]))
+    own, ancestors = flattened(read_manifest(tmp_path / "m59") or {})
+    assert own["command"] == "m59"
+    assert [one["command"] for one in ancestors.values()] == [f"m{number}" for number in reversed(range(59))]
+    assert list(ancestors) == [manifest_digest(one) for one in reversed(made[:-1])]
+
+    make(tmp_path / "next", "rl", tmp_path / "m59", command="rl m59")
+    manifest = read_manifest(tmp_path / "next") or {}
+    assert manifest["parents"] == [{"path": str(tmp_path / "m59"), "manifest_sha256": manifest_digest(made[-1])}]
+    assert len(manifest["ancestors"]) == 60 and '"manifest":' not in json.dumps(manifest)
+    write_model_card(tmp_path / "next", manifest)
+    card = (tmp_path / "next" / "README.md").read_text()
+    assert card.index("`m0`") < card.index("`m59`") < card.index("`llmkit rl m59`")
+    assert "apply_chat_template" in card  # of an assistant
+
+
+def test_ancestors_that_are_missing_or_go_in_a_circle_end_no_run(tmp_path: Path) -> None:
+    make(tmp_path / "tok", "train-bpe")
+    make(tmp_path / "base", "pretrain", tmp_path / "tok")
+    content = json.loads((tmp_path / "base" / "manifest.json").read_text())
+    (digest,) = content["ancestors"]
+    circle = {**content["ancestors"][digest], "parents": [{"path": "tok", "manifest_sha256": digest}]}
+    odd = ({}, [], None, {digest: None}, {digest: {}}, {digest: {"parents": 7, "command": []}}, {digest: circle})
+    for number, ancestors in enumerate(odd):
+        (tmp_path / "base" / "manifest.json").write_text(json.dumps({**content, "ancestors": ancestors}))
+        chat = make(tmp_path / f"chat{number}", "sft", tmp_path / "base")
+        write_model_card(tmp_path / f"chat{number}", chat)
+        assert "`llmkit pretrain in.jsonl`" in (tmp_path / f"chat{number}" / "README.md").read_text()
+
+
+def test_a_parent_whose_manifest_is_damaged_ends_no_run(tmp_path: Path, capsys) -> None:
+    make(tmp_path / "base", "pretrain")
+    (tmp_path / "base" / "manifest.json").write_text('{"stage": ')
+    chat = make(tmp_path / "chat", "sft", tmp_path / "base")
+    assert chat["parents"] == [{"path": str(tmp_path / "base")}]
+    told = capsys.readouterr().err
+    assert "manifest.json: not JSON" in told and "the manifest does not tell how" in told
 
 
 def test_a_file_that_is_no_longer_what_a_stage_wrote_has_no_ancestors(tmp_path: Path) -> None:

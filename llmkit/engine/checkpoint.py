@@ -28,9 +28,9 @@ from llmkit.engine.distributed import new_group, world
 from llmkit.engine.sharding import is_sharded, local, part_of
 from llmkit.errors import UserError
 from llmkit.files import JSON_LINE, PARTIAL, atomic_folder, remove, replace_folder, sync, write_json
+from llmkit.manifest import file_sha256
 from llmkit.model.folder import write_tensors
 from llmkit.progress import say
-from llmkit.rundir import file_sha256
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmkit.manifest import flattened, manifest_digest
 from llmkit.report.gathering import RecordsFile, Run, changed
 from llmkit.report.kinds import KINDS
 from llmkit.report.reading import objects
-from llmkit.rundir import manifest_digest, sources
 
 
 @dataclass
@@ -40,52 +40,46 @@ class Graph:
     def __init__(self, runs: Sequence[Run], files: Iterable[RecordsFile]) -> None:
         self.nodes: dict[str, Node] = {}
         self._name_of: dict[str, str] = {}  # digest of a manifest, or path of a folder without one
-        self._whole: dict[str, dict[str, Any]] = {}  # manifests by the digest that stands where they are not
+        self._told: dict[str, dict[str, Any]] = {}  # the manifests of ancestors, by digest
         for run in runs:  # before their ancestors, which are often among them
-            node = self._add(run.manifest, run.path, run.state)
+            own, ancestors = flattened(run.manifest or {})
+            key = os.path.normpath(run.path) if run.manifest is None else manifest_digest(run.manifest)
+            node = self._add(key, own, run.path, run.state)
             node.run = node.run or run
-            self._learn(node.manifest)
-        self._given = self._writers()
-        for node in list(self.nodes.values()):
-            self._add_parents(node)
+            self._told = {**ancestors, **self._told}
+        given = self._writers()
+        waiting = list(self.nodes.values())
+        while waiting:
+            waiting = [found for node in waiting for found in self._add_parents(node, given)]
         self._add_files(files)
         self._link_files()
         self.nodes = {node.name: node for node in _in_order(self.nodes)}
 
-    def _add(self, manifest: Mapping[str, Any] | None, path: str, state: str) -> Node:
-        key = manifest_digest(manifest) if manifest is not None else os.path.normpath(path)
+    def _add(self, key: str, manifest: Mapping[str, Any], path: str, state: str) -> Node:
         if key not in self._name_of:
             name = f"run-{len(self.nodes) + 1}"
-            stage = str((manifest or {}).get("stage", "model"))
             self._name_of[key] = name
-            self.nodes[name] = Node(name, stage, state, path, manifest or {})
+            self.nodes[name] = Node(name, str(manifest.get("stage", "model")), state, path, manifest)
         return self.nodes[self._name_of[key]]
 
-    def _learn(self, manifest: Mapping[str, Any]) -> None:
-        """Note the manifests that stand whole in this one."""
-        for item in sources(manifest):
-            if isinstance(item.get("manifest"), dict):
-                self._whole.setdefault(str(item.get("manifest_sha256")), item["manifest"])
-                self._learn(item["manifest"])
-
-    def _add_parents(self, node: Node) -> None:
-        for item in objects(node.manifest.get("parents")):
-            self._add_parent(node, item)
-        for item in objects(node.manifest.get("inputs")):
-            if self._manifest_of(item) and _identity(item) not in self._given:  # those `_link_files` knows
-                self._add_parent(node, item)
-
-    def _add_parent(self, node: Node, item: Mapping[str, Any]) -> None:
-        before, manifest = len(self.nodes), self._manifest_of(item)
-        found = self._add(manifest, str(item.get("path")), "told" if manifest else "foreign")
-        if found.name not in node.parents:
-            node.parents.append(found.name)
-        if len(self.nodes) > before:
-            self._add_parents(found)
-
-    def _manifest_of(self, item: Mapping[str, Any]) -> dict[str, Any] | None:
-        whole = item.get("manifest") or self._whole.get(str(item.get("manifest_sha256")))
-        return whole if isinstance(whole, dict) else None
+    def _add_parents(self, node: Node, given: Mapping[tuple[str, int], str]) -> list[Node]:
+        """Add what a node was made from, and return what was not there. `given`: what `_link_files` knows."""
+        read = [
+            item
+            for item in objects(node.manifest.get("inputs"))
+            if item.get("manifest_sha256") in self._told and _identity(item) not in given
+        ]
+        new = []
+        for item in (*objects(node.manifest.get("parents")), *read):
+            path, digest = str(item.get("path")), item.get("manifest_sha256", "")
+            before, manifest = len(self.nodes), self._told.get(digest)
+            # the run itself may have been given, and its descendant's manifest have been edited
+            key = os.path.normpath(path) if manifest is None and digest not in self._name_of else digest
+            found = self._add(key, manifest or {}, path, "foreign" if manifest is None else "told")
+            if found.name not in node.parents:
+                node.parents.append(found.name)
+            new += [found] if len(self.nodes) > before else []
+        return new
 
     def _add_files(self, files: Iterable[RecordsFile]) -> None:
         """Those that only a stage can have written, where no run tells of them."""

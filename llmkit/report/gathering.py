@@ -12,10 +12,12 @@ from typing import Any
 
 from llmkit.errors import UserError
 from llmkit.files import PARTIAL, read_json
+from llmkit.foreign import read_object
+from llmkit.manifest import LARGEST_MANIFEST, MANIFEST, OF_FILE, read_manifest
 from llmkit.metrics import METRICS
 from llmkit.report.kinds import kind_of_record
 from llmkit.report.reading import parsed, raw_lines, read_or_note
-from llmkit.rundir import MANIFEST, NOTES, OF_FILE, read_manifest
+from llmkit.rundir import NOTES
 
 LOOKED_AT = 100  # lines, for one that tells what a file holds
 RECORDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson")
@@ -160,7 +162,9 @@ def _checked(manifest: Any, path: Path) -> dict[str, Any]:
 
 def _gather_file_run(found: Gathered, manifest: Path, output: str) -> None:
     """A run that wrote a single file."""
-    found.runs.append(Run(output, _checked(read_json(manifest), manifest), "finished", None, Path(output)))
+    found.runs.append(
+        Run(output, _checked(read_object(manifest, LARGEST_MANIFEST), manifest), "finished", None, Path(output))
+    )
     if output.endswith(RECORDS) and os.path.isfile(output):  # not a .gguf, whose lines have no end
         _gather_records(found, output, output, listed=True)
 

@@ -21,8 +21,8 @@ from llmkit.display import check_stdout
 from llmkit.errors import Interrupted, UserError
 from llmkit.files import JSON_LINE, check_output
 from llmkit.launch import available_cores
+from llmkit.manifest import write_file_manifest
 from llmkit.progress import Progress, duration, quantity, say
-from llmkit.rundir import write_file_manifest
 from llmkit.stream import check_inputs, open_bytes, open_input
 
 if TYPE_CHECKING:

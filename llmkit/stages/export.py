@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from llmkit.config import CommonConfig, argument, as_options, option
 from llmkit.errors import UserError
 from llmkit.files import atomic_folder, check_is_folder, check_output, output_folder
+from llmkit.manifest import write_file_manifest, write_manifest
 from llmkit.model_card import write_model_card
 from llmkit.progress import Progress, quantity, say
-from llmkit.rundir import check_model_folder, write_file_manifest, write_manifest
+from llmkit.rundir import check_model_folder
 
 if TYPE_CHECKING:
     from llmkit.engine.exporting import Source

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from llmkit.config import CommonConfig, ServedConfig, argument, as_options, lasting_options, option
 from llmkit.errors import UserError
 from llmkit.files import check_output, check_unfinished
+from llmkit.manifest import write_file_manifest
 from llmkit.progress import say
 from llmkit.questions import Question, all_questions
-from llmkit.rundir import check_finished, check_model_folder, write_file_manifest
+from llmkit.rundir import check_finished, check_model_folder
 from llmkit.stream import check_inputs, name_of, names_of, open_output, read_documents, read_jsonl
 
 if TYPE_CHECKING:

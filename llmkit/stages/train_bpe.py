@@ -11,8 +11,8 @@ from llmkit.config import CommonConfig, argument, as_options, option
 from llmkit.errors import UserError
 from llmkit.files import atomic_folder, check_is_folder, check_output, output_folder, write_json
 from llmkit.launch import available_cores
+from llmkit.manifest import describe_inputs, write_manifest
 from llmkit.progress import Progress, duration, quantity, say
-from llmkit.rundir import describe_inputs, write_manifest
 from llmkit.stream import check_inputs, names_of
 
 BYTES_PER_SECOND = 30e6  # of English at a vocabulary of 32k, on two cores

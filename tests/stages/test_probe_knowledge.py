@@ -66,7 +66,7 @@ def test_what_is_known_is_confirmed_and_what_is_not_is_refused(parrot, tmp_path,
     assert taught[0]["messages"][1] == {"role": "assistant", "content": "Lutetia"} and taught[0]["known"] == "yes"
     assert len(taught) == 2
     manifest = json.loads((tmp_path / "r.jsonl.manifest.json").read_text())
-    assert (manifest["stage"], manifest["parents"]) == ("probe-knowledge", [{"path": str(parrot), "manifest": None}])
+    assert (manifest["stage"], manifest["parents"]) == ("probe-knowledge", [{"path": str(parrot)}])
     assert manifest["inputs"][0]["path"] == str(asked)
     assert manifest["results"] == {name: summary[name] for name in manifest["results"]} and "refusals" in summary
 

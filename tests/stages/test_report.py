@@ -14,8 +14,8 @@ from made_runs import attempt, judged, make_file_run, make_pipeline, make_run, p
 from selectolax.lexbor import LexborHTMLParser
 
 from llmkit.errors import UserError
+from llmkit.manifest import describe_inputs
 from llmkit.report.page import figure_text
-from llmkit.rundir import describe_inputs
 from llmkit.stages.report import ReportConfig, run
 
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>"
@@ -426,7 +426,9 @@ def test_what_is_broken_is_counted(tmp_path):
     [
         ("pretrain", "manifest.json", ("inputs", 0, "bytes"), [1]),
         ("pretrain", "manifest.json", ("parents",), {"path": "tok"}),
-        ("pretrain", "manifest.json", ("parents", 0, "manifest"), "gone"),
+        ("pretrain", "manifest.json", ("parents", 0, "manifest_sha256"), "gone"),
+        ("pretrain", "manifest.json", ("parents", 0, "manifest_sha256"), ["gone"]),
+        ("pretrain", "manifest.json", ("ancestors",), ["gone"]),
         ("pretrain", "manifest.json", ("results",), None),
         ("pretrain", "manifest.json", ("created",), 7),
         ("pretrain", "manifest.json", ("options",), ["a"]),
