@@ -29,6 +29,8 @@ from llmkit.tokenizer.backends import TokenizersBackend, fastest_proven, proof_t
 END_OF_TEXT = "<|endoftext|>"  # of our own tokenizers: begins every document and ends it
 END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # where no tokenizer_config.json names one
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+THOUGHTS = ("<think>", "</think>")  # special tokens in some tokenizers, and text that is read all the same
+RESERVED = "\ufde4\ufde5"  # noncharacters about the number of a stand-in
 
 OTHER_FORMS = ("tokenizer.model", "tekken.json", "vocab.json", "spiece.model", "vocab.txt", "tiktoken.model")
 
@@ -124,9 +126,9 @@ class Tokenizer:
         """The ids of one text, with nothing added. Special tokens written in the text are plain text."""
         return self._reference.encode(check_text(text)).ids
 
-    def with_stand_ins(self, stand_ins: dict[str, str]) -> StandIns:
-        """A tokenizer for whole texts, in which a character stands for each special token, and only that is one."""
-        return StandIns(self._data, stand_ins)
+    def with_stand_ins(self, specials: Iterable[str]) -> StandIns:
+        """A tokenizer for whole texts, in which a stand-in is written for each special token, and only that is one."""
+        return StandIns(self._data, specials)
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of all texts end to end (uint32) and the number of ids of each (int64).
@@ -211,26 +213,30 @@ class Tokenizer:
 
 
 class StandIns:
-    """Encodes text with special tokens in it, each written as the one character that stands for it.
+    """Encodes text with special tokens in it, each written as the text `stand_ins` has for it.
 
     Text that spells a special token stays text, and what a special token does to its neighbours (white space that it
     takes, the space before a first word) is done.
     """
 
-    def __init__(self, data: bytes, stand_ins: dict[str, str]) -> None:
+    def __init__(self, data: bytes, specials: Iterable[str]) -> None:
         from tokenizers import AddedToken
 
-        self._backend, self.stand_ins = TokenizersBackend(data), stand_ins
+        begin, end = RESERVED
+        self._backend, self.stand_ins = (
+            TokenizersBackend(data),
+            {name: f"{begin}{number}{end}" for number, name in enumerate(specials)},
+        )
         flags = ("single_word", "lstrip", "rstrip", "normalized")
-        specials = [token for token in orjson.loads(data).get("added_tokens") or [] if token["content"] in stand_ins]
+        named = [token for token in orjson.loads(data).get("added_tokens") or [] if token["content"] in self.stand_ins]
         tokenizer = self._backend.tokenizer
         tokenizer.add_tokens(
             [
-                AddedToken(stand_ins[token["content"]], **{flag: bool(token.get(flag)) for flag in flags})
-                for token in specials
+                AddedToken(self.stand_ins[token["content"]], **{flag: bool(token.get(flag)) for flag in flags})
+                for token in named
             ]
         )
-        ids = {token["id"]: tokenizer.token_to_id(stand_ins[token["content"]]) for token in specials}
+        ids = {token["id"]: tokenizer.token_to_id(self.stand_ins[token["content"]]) for token in named}
         self.special_ids = {stand_in: original for original, stand_in in ids.items()}
 
     def placed_tokens(self, text: str) -> list[tuple[int, int, int]]:
@@ -244,7 +250,8 @@ class DecodeStream:
 
     def __init__(self, tokenizer: Tokenizer, after: Sequence[int], skip_specials: bool) -> None:
         self._tokenizer, self._table = tokenizer, tokenizer.token_bytes
-        self._skipped = frozenset(tokenizer.specials.values()) if skip_specials else frozenset[int]()
+        skipped = (number for name, number in tokenizer.specials.items() if name not in THOUGHTS)
+        self._skipped = frozenset(skipped) if skip_specials else frozenset[int]()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._ids, self._given = list(after), ""
         self._at_start = True

@@ -153,10 +153,15 @@ def _compiled(template: str) -> Any:
     def refuse(reason: str) -> None:
         raise TemplateError(reason)
 
+    def to_json(
+        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
     epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
     now = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch.isdecimal() else datetime.now()
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = lambda value, **details: json.dumps(value, ensure_ascii=False, **details)
+    environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = now.strftime  # one day for a whole run
     return environment.from_string(template)

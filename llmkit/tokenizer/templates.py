@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -18,16 +19,17 @@ import numpy as np
 from llmkit.conversations import Conversation, Message, message
 from llmkit.errors import UserError
 from llmkit.tokenizer.chat import LOSSES, ChatFormat, Encoded, has_own_template
-from llmkit.tokenizer.encoding import Tokenizer
+from llmkit.tokenizer.encoding import RESERVED, THOUGHTS, Tokenizer
 from llmkit.tokenizer.rendering import Renderer, TemplateFault, renderer
 
-# Characters for private use, which stand for nothing. BREAK stands in text that spells a special token, BEGIN and END
-# about each message, CUT where an answer is asked for. From STAND_IN on each stands for a special token.
-BREAK, BEGIN, END, CUT = "\ue0f0", "\ue0f1", "\ue0f2", "\ue0f3"
-STAND_IN, MOST_SPECIALS = 0xF0000, 65_000
-_MARKS = re.compile(f"[{BREAK}{BEGIN}{END}{CUT}]")
-_RESERVED = re.compile(f"[{BREAK}{BEGIN}{END}{CUT}{chr(STAND_IN)}-{chr(STAND_IN + MOST_SPECIALS)}]")
+# Noncharacters of Unicode, which no text has to say. BREAK stands in text that spells a special token, BEGIN and END
+# about each message, CUT where an answer is asked for.
+BREAK, BEGIN, END, CUT = "\ufde0", "\ufde1", "\ufde2", "\ufde3"
+_MARKS, _ABOUT = re.compile(f"[{BREAK}{BEGIN}{END}{CUT}]"), re.compile(f"[{BEGIN}{END}]")
+_RESERVED = re.compile(f"[{BREAK}{BEGIN}{END}{CUT}{RESERVED}]")
 _THOUGHT = "</think>"
+EACH, BETWEEN, NONE = "each answer", "an answer before another turn", "none"  # what a template ends by a special token
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _GENERATION = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
 
 
@@ -44,16 +46,15 @@ class TemplateFormat(ChatFormat):
 
     def __init__(self, tokenizer: Tokenizer) -> None:  # not that of our format, which asks for its special tokens
         self._tokenizer = tokenizer
-        names = sorted(tokenizer.specials, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, names)) or r"(?!)")  # of two at one place the longer
+        self._special = _any_of(tokenizer.specials)
+        self._not_said = {role: self._special for role in ("system", "user")}  # what a text may not make a token of
+        self._not_said["assistant"] = _any_of(name for name in tokenizer.specials if name not in THOUGHTS)
         self._template = self._renderer()
-        self._whole = tokenizer.with_stand_ins(
-            {name: chr(STAND_IN + i) for i, name in enumerate(names[:MOST_SPECIALS])}
-        )
-        named = {key: tokenizer.config.get(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        self._whole = tokenizer.with_stand_ins(tokenizer.specials)
+        named = {key: tokenizer.config.get(key) for key in _NAMED}
         texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
         self._names = {key: value for key, value in texts.items() if value is not None}  # null is undefined
-        self.end_id = self._end()
+        self.end_id, self._ended = self._end()
 
     def _renderer(self) -> Renderer:
         try:
@@ -61,12 +62,34 @@ class TemplateFormat(ChatFormat):
         except TemplateFault as error:
             raise UserError(f"{self._tokenizer.path.parent}: its chat template is no valid Jinja: {error}") from None
 
-    def _end(self) -> int:
-        rendered = self._render([message("user", "Hello"), message("assistant", "Hello")], asked=False)
-        after = self._special.search(rendered, rendered.rfind(END)) if END in rendered else None
-        if after is None:
-            raise UserError(f"{self._tokenizer.path.parent}: its chat template ends an answer with no special token")
-        return self._tokenizer.specials[after[0]]
+    def _end(self) -> tuple[int, str]:
+        """The token that ends an answer, and after which answers the template writes one: EACH, BETWEEN, NONE."""
+        turns, ends = [message("user", "Hello"), message("assistant", "Hello")], EACH
+        found = self._after_answer(turns)
+        if found is None:
+            with suppress(UserError):
+                found = self._after_answer([*turns, message("user", "Hello")])
+            ends = NONE if found is None else BETWEEN
+            if self._tokenizer.eos_id is not None and (found is None or found == self._header()):
+                return self._tokenizer.eos_id, ends
+        if found is None:
+            raise UserError(self._endless)
+        return self._tokenizer.specials[found], ends
+
+    def _after_answer(self, turns: Sequence[Message]) -> str | None:
+        """The special token between the second turn, an answer, and the third."""
+        pieces = self._render(turns, asked=False).split(END)
+        found = self._special.search(pieces[2].partition(BEGIN)[0]) if len(pieces) > 2 else None
+        return found and found[0]
+
+    def _header(self) -> str | None:
+        """The special token that begins a turn of the user."""
+        found = self._special.findall(self._render([message("user", "Hello")], asked=False).partition(BEGIN)[0])
+        return found[-1] if found else None
+
+    @property
+    def _endless(self) -> str:
+        return f"{self._tokenizer.path.parent}: its chat template ends an answer with no special token"
 
     def encode(self, messages: Sequence[Message], *, loss: str = "assistant", prompt: bool = False) -> Encoded:
         """As `ChatFormat.encode`. Raises UserError for what the template refuses."""
@@ -106,13 +129,19 @@ class TemplateFormat(ChatFormat):
 
     # ---- text
 
-    def _render(self, messages: Sequence[Message], asked: bool, late: frozenset[int] = frozenset()) -> str:
-        """What the template makes of some messages; `late` are those marked after their thoughts."""
-        turns = [
-            {"role": turn.role, "content": self._marked(turn, index in late)} for index, turn in enumerate(messages)
-        ]
+    def _render(
+        self, messages: Sequence[Message], asked: bool, late: Collection[int] = (), bare: Collection[int] = ()
+    ) -> str:
+        """What the template makes of some messages; `late` are marked after their thoughts, `bare` not at all."""
+        turns = []
+        for index, turn in enumerate(messages):
+            before, core, after = self._core(turn, index in late)
+            said = core if index in bare else f"{BEGIN}{core}{END}"
+            turns.append({"role": turn.role, "content": before + said + after})
+        # transformers gives both, and a template may ask whether they are defined
+        given = {"messages": turns, "tools": None, "documents": None, "add_generation_prompt": asked}
         try:
-            return self._template.ask({"messages": turns, "add_generation_prompt": asked, **self._names})
+            return self._template.ask(given | self._names)
         except TemplateFault as error:
             turn = f"turn {len(messages)} ({messages[-1].role})" if messages else "no turn"
             verb = "refuses this" if error.refused else "fails"
@@ -128,59 +157,94 @@ class TemplateFormat(ChatFormat):
                 "and this model has a chat template of its own"
             )
         text = _RESERVED.sub("", "".join(part.text for part in turn.parts))
-        text = self._special.sub(lambda found: found[0][:1] + BREAK + found[0][1:], text)
+        text = self._not_said[turn.role].sub(lambda found: found[0][:1] + BREAK + found[0][1:], text)
         at = text.rindex(_THOUGHT) + len(_THOUGHT) if late else 0
         core = text[at:].strip()  # within white space, which some templates strip
-        start = text.index(core, at)
+        start = text.index(core, at) if core else len(text)
         return text[:start], core, text[start + len(core) :]
 
-    def _marked(self, turn: Message, late: bool) -> str:
-        before, core, after = self._core(turn, late)
-        return f"{before}{BEGIN}{core}{END}{after}"
-
-    def _rendered(self, messages: Sequence[Message], asked: bool) -> tuple[str, frozenset[int]]:
-        """The text with each message whole and in its place, and those whose thoughts the template takes or moves.
+    def _rendered(self, messages: Sequence[Message], asked: bool) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and from where to where in it stands what each message says.
 
         Raises UserError for a template that changes what they say.
         """
-        late: frozenset[int] = frozenset()
-        thoughtful = [i for i, one in enumerate(messages) if one.role == "assistant" and _THOUGHT in one.text]
-        while True:
-            rendered = self._render(messages, asked, late)
-            wrong = self._changed(messages, rendered, late)
-            if wrong is None:
-                return rendered, late
-            if wrong not in thoughtful or wrong in late:
-                raise UserError(
-                    f"{self._tokenizer.path.parent}: its chat template leaves messages out or changes them: "
-                    f"turn {wrong + 1} ({messages[wrong].role}); use conversations that it shows whole"
-                )
-            late |= {wrong}
+        everyone = range(len(messages))
+        late: set[int] = set()  # whose thoughts the template takes or moves
+        bare = {index for index in everyone if not self._core(messages[index], False)[1]}  # marks would fill them
+        marked = self._render(messages, asked, late, bare)
+        while (wrong := self._changed(messages, marked, late, bare)) is not None:
+            turn = messages[wrong]
+            if turn.role == "assistant" and _THOUGHT in turn.text and wrong not in late:
+                late.add(wrong)
+                bare |= {wrong} if not self._core(turn, True)[1] else set()
+            elif turn.role == "system" and wrong not in bare:  # some put it into a turn of the user, as Mistral's
+                bare.add(wrong)
+            else:
+                raise self._leaves_out(messages, wrong)
+            marked = self._render(messages, asked, late, bare)
+        text = self._render(messages, asked, late, everyone)
+        if _ABOUT.sub("", marked) != text:  # it looks at what is said
+            bare = set(everyone)
+        edges = [found.start() - count for count, found in enumerate(_ABOUT.finditer(marked))]
+        about = zip(edges[::2], edges[1::2], strict=True)
+        places = dict(zip((i for i in everyone if i not in bare), about, strict=False))
+        places |= {index: self._place(messages, asked, late, index, text) for index in bare}
+        for index in everyone[1:]:
+            if places[index][0] < places[index - 1][1]:
+                if index > 1 or messages[0].role != "system":
+                    raise self._leaves_out(messages, index)
+                places[0] = (0, 0)
+        return text, [places[index] for index in everyone]
 
-    def _changed(self, messages: Sequence[Message], rendered: str, late: frozenset[int]) -> int | None:
-        """The first message that does not stand in the text as it was said, between its marks."""
-        pieces = rendered.split(END)
-        for index, turn in enumerate(messages):
-            core = self._core(turn, index in late)[1]
-            piece = pieces[index] if index < len(pieces) - 1 else ""
+    def _leaves_out(self, messages: Sequence[Message], index: int) -> UserError:
+        return UserError(
+            f"{self._tokenizer.path.parent}: its chat template leaves messages out or changes them: "
+            f"turn {index + 1} ({messages[index].role}); use conversations that it shows whole"
+        )
+
+    def _changed(
+        self, messages: Sequence[Message], rendered: str, late: Collection[int], bare: Collection[int]
+    ) -> int | None:
+        """The first marked message that does not stand in the text as it was said, between its marks."""
+        *pieces, rest = rendered.split(END)
+        marked = [index for index in range(len(messages)) if index not in bare]
+        for place, index in enumerate(marked):
+            core = self._core(messages[index], index in late)[1]
+            piece = pieces[place] if place < len(pieces) else ""
             if piece.count(BEGIN) != 1 or piece.partition(BEGIN)[2] != core:
                 return index
-        return None if len(pieces) == len(messages) + 1 and BEGIN not in pieces[-1] else len(messages) - 1
+        return None if len(pieces) == len(marked) and BEGIN not in rest else marked[-1] if marked else len(messages) - 1
+
+    def _place(
+        self, messages: Sequence[Message], asked: bool, late: Collection[int], index: int, text: str
+    ) -> tuple[int, int]:
+        """Where in the text an unmarked message stands: from where the text differs if it alone is marked."""
+        core = self._core(messages[index], index in late)[1]
+        alone = self._render(messages, asked, late, [i for i in range(len(messages)) if i != index])
+        differs = (place for place, (one, other) in enumerate(zip(text, alone, strict=False)) if one != other)
+        begin = text.find(core, next(differs, min(len(text), len(alone))))
+        if begin < 0 or BEGIN not in alone:
+            raise self._leaves_out(messages, index)
+        token = next((found for found in self._special.finditer(text) if found.start() < begin < found.end()), None)
+        begin = begin if token is None else token.start()
+        return begin, begin + len(core)
 
     # ---- tokens
 
     def _encode(self, conversation: Conversation, loss: str, asked: bool) -> Encoded:
         if conversation.document is not None:
             return self._document(conversation.document)
+        if not asked and self._ended == NONE:
+            raise UserError(self._endless)
         messages = conversation.messages
-        rendered, late = self._rendered(messages, asked)
+        text, places = self._rendered(messages, asked)
         answers = [index for index, one in enumerate(messages) if one.role == "assistant"]
         learnt = {i for i in answers if messages[i].weight > 0 and (loss != "last" or i == answers[-1])}
         ids: list[int] = []
         trained: list[bool] = []
         ends: list[int] = []  # of turns: after the special token that follows a text, or where the next text begins
         current, learning, done = -1, False, False  # the message, whether it is learnt, whether its text is over
-        for kind, token in self._events(self._cut(rendered, messages, answers, late)):
+        for kind, token in self._events(self._marked(text, places, messages, answers)):
             if kind == CUT:
                 learning = current + 1 in learnt
             elif kind == BEGIN:
@@ -192,11 +256,15 @@ class TemplateFormat(ChatFormat):
                 done = True
             else:
                 ids.append(token)
-                trained.append(learning)
+                says_nothing = done and places[current][0] == places[current][1]  # then another turn may begin here
+                trained.append(learning and not (kind == "special" and says_nothing and token != self.end_id))
                 if kind == "special" and done:
                     ends.append(len(ids))
                     learning = done = False
         if not asked:
+            if self._ended == BETWEEN and done and messages[-1].role == "assistant":
+                ids.append(self.end_id)
+                trained.append(learning)
             ends[len(messages) - 1 :] = [len(ids)]  # what follows the last end token belongs to it
         starts = [0, *ends]
         questions = tuple(starts[i] for i, one in enumerate(messages) if one.role == "user" and i < len(starts))
@@ -204,16 +272,24 @@ class TemplateFormat(ChatFormat):
         flags = np.ones(len(ids), bool) if loss == "all" else np.array(trained, bool)
         return Encoded(np.array(ids, np.int32), flags, tuple(ends), questions, preamble)
 
-    def _cut(self, rendered: str, messages: Sequence[Message], answers: Sequence[int], late: frozenset[int]) -> str:
-        """The text with CUT before each answer, where the template asks for it with the same words."""
-        places = []
-        for index in answers:
-            asked = self._render(messages[:index], asked=True, late=late) if index else ""
-            if asked and rendered.startswith(asked):
-                places.append(len(asked))
-        for place in reversed(places):
-            rendered = f"{rendered[:place]}{CUT}{rendered[place:]}"
-        return rendered
+    def _marked(
+        self,
+        text: str,
+        places: Sequence[tuple[int, int]],
+        messages: Sequence[Message],
+        answers: Sequence[int],
+    ) -> str:
+        """The text with marks about each message, and CUT before each answer that it asks for with the same words."""
+        marks: list[tuple[int, str]] = []
+        for index, (begin, end) in enumerate(places):
+            if index and index in answers:
+                asked = self._render(messages[:index], asked=True, bare=range(index))
+                if asked and text.startswith(asked) and len(asked) <= begin:
+                    marks.append((len(asked), CUT))
+            marks += [(begin, BEGIN), (end, END)]
+        for place, mark in reversed(sorted(marks, key=lambda one: one[0])):
+            text = f"{text[:place]}{mark}{text[place:]}"
+        return text
 
     def _document(self, text: str) -> Encoded:
         start, end = self._tokenizer.document_bounds()
@@ -226,13 +302,20 @@ class TemplateFormat(ChatFormat):
         marks = [(found.start() - count, found[0]) for count, found in enumerate(_MARKS.finditer(text))]
         waiting = deque((place, mark) for place, mark in marks if mark != BREAK)
         for start, stop, token in self._whole.placed_tokens(_MARKS.sub("", text)):
-            # a token of a header's last space and an answer's first word is the answer's: the model has to say it
-            while waiting and (waiting[0][0] <= start if waiting[0][1] == END else waiting[0][0] < stop):
-                yield waiting.popleft()[1], 0
             special = self._whole.special_ids.get(token)
+            # a token of a header's last space and an answer's first word is the answer's: the model has to say it;
+            # a special token is none of theirs, also where it takes their white space
+            last = start if special is None else stop - 1
+            while waiting and waiting[0][0] <= (last if waiting[0][1] == END else stop - 1):
+                yield waiting.popleft()[1], 0
             yield ("text", token) if special is None else ("special", special)
         for _, mark in waiting:
             yield mark, 0
+
+
+def _any_of(names: Iterable[str]) -> re.Pattern[str]:
+    """Finds the names in a text; of two at one place the longer."""
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
 
 
 def _alike(rows: Sequence[np.ndarray]) -> int:

@@ -1,4 +1,4 @@
-"""Chat templates of other models, and a tokenizer with one of them."""
+"""Chat templates of other models, and tokenizers with one of them."""
 
 from __future__ import annotations
 
@@ -29,27 +29,74 @@ TEMPLATES = {
         "{% for m in messages %}\n{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + eos_token }}\n"
         "{% if loop.last and add_generation_prompt %}\n{{ '<|im_start|>assistant' }}\n{% endif %}\n{% endfor %}"
     ),
+    "mistral": (  # the system's message goes into the user's last turn
+        "{%- if messages[0].role == 'system' %}{%- set system = messages[0].content %}{%- set turns = messages[1:] %}"
+        "{%- else %}{%- set turns = messages %}{%- endif %}{{- bos_token }}"
+        "{%- for m in turns %}{%- if m.role == 'user' %}"
+        "{%- if loop.last and system is defined %}{{- '[INST]' + system + '\n\n' + m.content + '[/INST]' }}"
+        "{%- else %}{{- '[INST]' + m.content + '[/INST]' }}{%- endif %}"
+        "{%- else %}{{- ' ' + m.content + eos_token }}{%- endif %}{%- endfor %}"
+    ),
+    "apertus": (  # the end of an answer stands between turns alone
+        "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+        "{% if not (loop.last and m.role == 'assistant') %}{{ '<|im_end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "seed": (  # an empty answer has neither a new line nor an end
+        "{% for m in messages %}{{ '<|im_start|>' + m.role }}{% if m.content %}{{ '\n' + m.content + '<|im_end|>' }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "looks": (  # it asks how long a message is, and how it begins
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + (m.content | length) | string }}"
+        "{{ ' ?' if m.content.startswith('What') else '\n' }}{{ m.content + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+    ),
+    "tools": (
+        "{% if tools is defined and tools is none and documents is none %}{{ '<|im_start|>none<|im_end|>' }}{% endif %}"
+        "{% for m in messages %}{{ '<|im_start|>' + m | length | tojson(false, 2) + '\n' + m.content + '<|im_end|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+    ),
     "generation": (
         "{% for m in messages %}{{ '<|im_start|>' + m.role }}{% generation %}{{ m.content + '<|im_end|>' }}"
         "{% endgeneration %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
     ),
 }
 SPECIALS = ["<|end|>", "<|im_start|>", "<|im_end|>", "<|header|>"]
+KINDS = ("bytes", "first", "always", "prepend")
+TEXT = ["What is assistant user system Sure? Four. Yes, \n\n <|>[INST]</"] * 9
 
 
-def save(folder: Path, template: str) -> Path:
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+def save(folder: Path, template: str, kind: str = "bytes", strips: bool = False) -> Path:
+    """A folder with a tokenizer: of bytes, or in one of the forms that SentencePiece's take."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-    tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(PATTERNS["qwen2"].regex), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(["What is assistant user system Sure? Four. Yes, \n\n"] * 9, trainer)
-    tokenizer.add_special_tokens(SPECIALS)
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if kind == "bytes" else []
+    if kind == "bytes":
+        tokenizer = Tokenizer(models.BPE())
+        split = pre_tokenizers.Split(Regex(PATTERNS["qwen2"].regex), "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+        tokenizer.decoder = decoders.ByteLevel()
+    else:
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+        if kind == "prepend":
+            tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        else:
+            tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
+    pieces = [] if kind == "bytes" else ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    size = 300 if kind == "bytes" else 400
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=alphabet, special_tokens=pieces, show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    flags = {"special": True, "normalized": False, "lstrip": strips, "rstrip": strips}
+    tokenizer.add_special_tokens([AddedToken(name, **flags) for name in SPECIALS])
+    spec = json.loads(tokenizer.to_str())
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if not token["content"].startswith("<0x")]
     folder.mkdir(exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|end|>", "eos_token": "<|end|>",
         "chat_template": template,

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from foreign_templates import TEMPLATES, save
+from foreign_templates import KINDS, TEMPLATES, save
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmkit.conversations import Conversation, message
 from llmkit.errors import UserError
@@ -31,13 +33,14 @@ def test_the_tokens_are_those_of_transformers(tmp_path: Path, name: str) -> None
 
     folder = save(tmp_path, TEMPLATES[name])
     chat, theirs = chat_format(load_tokenizer(folder)), AutoTokenizer.from_pretrained(folder)
-    for system in (False, name != "llama2"):
+    for system in (False, name not in ("llama2", "mistral")):
         for count in (1, 2, 3, 4):
             turns = messages(count, system)
             asked = turns[-1].role == "user"
             rows = [{"role": turn.role, "content": turn.text} for turn in turns]
             expected = theirs.apply_chat_template(rows, add_generation_prompt=asked, return_dict=False)
-            assert chat.encode(turns, prompt=asked).token_ids.tolist() == expected
+            end = [chat.end_id] if name == "apertus" and not asked else []  # learnt, though not written
+            assert chat.encode(turns, prompt=asked).token_ids.tolist() == expected + end
 
 
 FACE = "\N{GRINNING FACE}"
@@ -216,40 +219,114 @@ def test_a_model_that_thinks_goes_on_after_its_first_answer(tmp_path: Path) -> N
     assert tokenizer.decode(found.token_ids[found.trained]) == f"Four.<|im_end|>{said}<|im_end|>"
 
 
-@pytest.mark.parametrize("kind", ["first", "prepend"])
-@pytest.mark.parametrize("strips", [False, True])
-def test_the_tokens_of_sentencepiece_chats_are_those_of_transformers(tmp_path: Path, kind: str, strips: bool) -> None:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+@pytest.fixture(scope="module")
+def read(tmp_path_factory):
+    """(ours, theirs) for a template and a kind of tokenizer."""
     from transformers import AutoTokenizer
 
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
-    if kind == "first":
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    else:
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>"], show_progress=False)
-    tokenizer.train_from_iterator(["user assistant system What is 2+2? Four. Sure? Yes,\n<|>[INST]</"] * 9, trainer)
-    flags = {"special": True, "normalized": False, "lstrip": strips, "rstrip": strips}
-    tokenizer.add_special_tokens([AddedToken(name, **flags) for name in ("<s>", "</s>", "<|user|>")])
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    template = (
-        "{% for m in messages %}\n{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token }}\n"
-        "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
-    )
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-    }
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
-    chat, theirs = chat_format(load_tokenizer(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
-    for count in (1, 2, 3, 4):
-        turns = messages(count)
-        rows = [{"role": turn.role, "content": turn.text} for turn in turns]
-        expected = theirs.apply_chat_template(rows, add_generation_prompt=count % 2 == 1, return_dict=False)
-        assert chat.encode(turns, prompt=count % 2 == 1).token_ids.tolist() == expected
+    known = {}
+
+    def get(name: str, kind: str, strips: bool):
+        key = name, kind, strips
+        if key not in known:
+            folder = save(tmp_path_factory.mktemp("model"), TEMPLATES[name], kind, strips)
+            known[key] = chat_format(load_tokenizer(folder)), AutoTokenizer.from_pretrained(folder)
+        return known[key]
+
+    return get
+
+
+said = st.text(st.characters(codec="utf-8", exclude_categories=["Cn", "Cs"]), max_size=8) | st.sampled_from(
+    [
+        "",
+        " ",
+        "a",
+        "user",
+        "Four.",
+        " Sure?\n",
+        "\n\n",
+        "▁x",
+        "日本",
+        "\U000f0001 \U0010abcd \ue0f1",
+        "{{ 1 }}",
+        "[INST]",
+    ]
+)
+
+
+@settings(deadline=None, max_examples=250)
+@given(
+    st.sampled_from(sorted(TEMPLATES)),
+    st.sampled_from(KINDS),
+    st.booleans(),
+    st.booleans(),
+    st.lists(said, min_size=1, max_size=4),
+)
+def test_the_tokens_of_any_conversation_are_those_of_transformers(read, name, kind, strips, system, texts) -> None:
+    chat, theirs = read(name, kind, strips)
+    rows = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    if system and name != "llama2" and any(text.strip() for text in texts):
+        rows = [{"role": "system", "content": "Be brief."}, *rows]
+    turns, asked = [message(row["role"], row["content"]) for row in rows], rows[-1]["role"] == "user"
+    if name == "mistral" and system and not asked:
+        return  # it leaves the system's message out
+    expected = theirs.apply_chat_template(rows, add_generation_prompt=asked, return_dict=False)
+    found = chat.encode(turns, prompt=asked)
+    ids = found.token_ids.tolist()
+    if name == "apertus" and not asked:
+        assert ids.pop() == chat.end_id and found.trained[-1]
+    assert ids == expected
+    if not asked:
+        learnt = chat._tokenizer.decode(found.token_ids[found.trained])
+        assert rows[-1]["content"].replace("▁", " ").strip() in learnt.replace("▁", " ") and len(
+            found.turn_ends
+        ) == len(rows)
+
+
+def test_the_end_of_an_answer_is_learnt_where_the_template_writes_it_between_turns_alone(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(save(tmp_path, TEMPLATES["apertus"]))
+    chat = chat_format(tokenizer)
+    assert chat.end_id == tokenizer.specials["<|im_end|>"]
+    (found,) = chat.encode_many([Conversation(tuple(messages(4)))])
+    assert tokenizer.decode(found.token_ids[found.trained]) == f"Four. \n<|im_end|>Yes, {FACE}<|im_end|>"
+    header = TEMPLATES["apertus"].replace("'<|im_end|>'", "''")  # then the next turn's beginning ends an answer
+    tokenizer = load_tokenizer(save(tmp_path, header))
+    chat = chat_format(tokenizer)
+    assert chat.end_id == tokenizer.eos_id
+    (found,) = chat.encode_many([Conversation(tuple(messages(4)))])
+    assert tokenizer.decode(found.token_ids[found.trained]) == f"Four. \n<|im_start|>Yes, {FACE}<|end|>"
+
+
+def test_a_template_without_an_end_asks_all_the_same(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    folder = save(tmp_path, "{% for m in messages %}{{ m.role + ': ' + m.content + '\n\n' }}{% endfor %}Assistant:")
+    chat = chat_format(load_tokenizer(folder))
+    rows = [{"role": "user", "content": "Sure?"}]
+    theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(rows, return_dict=False)
+    assert chat.encode([message("user", "Sure?")], prompt=True).token_ids.tolist() == theirs
+    with pytest.raises(UserError, match="ends an answer with no special token"):
+        chat.encode_many([Conversation(tuple(messages(2)))])
+
+
+def test_thoughts_between_special_tokens_are_said_and_read(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    folder = save(tmp_path, SHOWN)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec["added_tokens"] += [
+        {**spec["added_tokens"][-1], "id": spec["added_tokens"][-1]["id"] + 1 + i, "content": name}
+        for i, name in enumerate(("<think>", "</think>"))
+    ]
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = load_tokenizer(folder)
+    chat, theirs = chat_format(tokenizer), AutoTokenizer.from_pretrained(folder)
+    rows = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "<think>Two</think>Four."}]
+    ids = chat.encode([message(**{"role": row["role"], "text": row["content"]}) for row in rows]).token_ids.tolist()
+    assert ids == theirs.apply_chat_template(rows, return_dict=False)
+    assert tokenizer.decode(ids, skip_specials=True).endswith("<think>Two</think>Four.")
+    asked = chat.encode([message("user", "</think>")]).token_ids.tolist()
+    assert tokenizer.specials["</think>"] not in asked  # what a user writes is text
 
 
 def test_the_names_of_a_template_are_those_of_transformers(tmp_path: Path, monkeypatch) -> None:
