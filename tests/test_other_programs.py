@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pipeline
@@ -119,22 +120,35 @@ def test_an_adapter_in_another_precision(made: Path, tmp_path: Path) -> None:
     assert all(torch.equal(near[name], value.bfloat16()) for name, value in exact.items())
 
 
-def test_an_adapter_whose_base_lacks_tokens_is_refused(made: Path, tmp_path: Path) -> None:
-    from tiny import save_folder
+@pytest.mark.parametrize("tied", [False, True])
+def test_peft_loads_the_rows_of_tokens_that_a_base_lacks(made: Path, tmp_path: Path, tied: bool) -> None:
+    """A base of 257 tokens becomes an assistant of 268: the adapter brings their rows."""
+    peft = pytest.importorskip("peft", reason="the package peft is not installed")
+    from tiny import make_model, save_folder
+    from transformers import AutoModelForCausalLM
 
     from llmkit.errors import UserError
     from llmkit.stages import sft
 
-    base, grown = save_folder(tmp_path / "base"), tmp_path / "grown"
-    data = (str(made / "chats.jsonl"),)
+    base, grown = save_folder(tmp_path / "base", make_model(tie_word_embeddings=tied)), tmp_path / "grown"
     sft.run(
         sft.SftConfig(
-            model=str(base), data=data, lora_rank=2, keep_adapter=True, max_steps=1, out=str(grown),
-            sequence_length=96, **pipeline.TUNING,
+            model=str(base), data=(str(made / "chats.jsonl"),), lora_rank=2, keep_adapter=True, max_steps=3,
+            out=str(grown), sequence_length=96, **pipeline.TUNING,
         )
     )  # fmt: skip
+    exporting = export.ExportConfig(model=str(grown), format="adapter", out=str(tmp_path / "out"), quiet=True)
+    export.run(exporting)
+    tokens = torch.tensor([[257, 72, 258, 105, 259]])
+    adapted = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(grown)(tokens).logits
+        assert expected.shape[-1] == 268 and (adapted(tokens).logits - expected).abs().max() < 1e-4
+        assert (adapted.merge_and_unload()(tokens).logits - expected).abs().max() < 1e-4
+    kept = grown / "adapter" / "adapter_config.json"
+    kept.write_text(json.dumps({**json.loads(kept.read_text()), "trainable_token_indices": None}))
     with pytest.raises(UserError, match="has 257 tokens and it has 268, whose rows the adapter does not hold"):
-        export.run(export.ExportConfig(model=str(grown), format="adapter", out=str(tmp_path / "out"), quiet=True))
+        export.run(replace(exporting, force=True))
 
 
 # ---- datasets

@@ -246,12 +246,16 @@ def write_folder(
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter in PEFT's form, in the folder `place`, and the folder of the model that has its tokenizer."""
+    """An adapter in PEFT's form, in the folder `place`, and the folder of the model that has its tokenizer.
+
+    notes  what its reader must do
+    """
 
     place: Path
     model: Path
     config: dict[str, Any]
     tensors: dict[str, Tensor]
+    notes: tuple[str, ...] = ()
 
     @property
     def stored(self) -> str:
@@ -266,7 +270,7 @@ class Adapter:
 def open_adapter(folder: str) -> Adapter:
     """The adapter that `llmkit sft --keep-adapter` kept in a folder.
 
-    Raises UserError where there is none, and where the base lacks tokens of the model, so that it is not the whole.
+    Raises UserError where there is none, and where it lacks rows that the model has and the base has not.
     """
     place = Path(folder) / ADAPTER
     if not (place / ADAPTER_CONFIG).is_file() or not (place / ADAPTER_WEIGHTS).is_file():
@@ -281,15 +285,23 @@ def open_adapter(folder: str) -> Adapter:
         raise UserError(
             f"{place / ADAPTER_CONFIG}: expected a folder or a name for base_model_name_or_path, found {shown(base)}"
         )
+    notes: tuple[str, ...] = ()
     if os.path.isfile(f"{base}/{CONFIG}"):
-        known, tokens = load_config(base).vocab_size, load_config(folder).vocab_size
-        if known != tokens:
+        known, tokens = load_config(base).vocab_size, load_tokenizer(folder).vocab_size
+        rows = config.get("trainable_token_indices") or {}
+        held = rows.get("embed_tokens", ()) if isinstance(rows, dict) else rows
+        if not {*range(known, tokens)} <= {*held}:
             raise UserError(
                 f"{folder}: its base {base} has {known} tokens and it has {tokens}, whose rows the adapter does not "
                 "hold; --format hf exports the whole model"
             )
+        if known < tokens:
+            notes = (
+                f"the base has {known} rows and the adapter speaks of {tokens} tokens: AutoPeftModelForCausalLM makes "
+                f"room by itself, elsewhere model.resize_token_embeddings({tokens}) comes before PeftModel",
+            )
     try:
-        return Adapter(place, Path(folder), config, load_file(place / ADAPTER_WEIGHTS))
+        return Adapter(place, Path(folder), config, load_file(place / ADAPTER_WEIGHTS), notes)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{place / ADAPTER_WEIGHTS}: damaged or cut safetensors file: {error}") from None
 

@@ -38,7 +38,7 @@ from llmkit.model.lora import LoraAdapter
 from llmkit.model.tensor_parallel import check_divides
 from llmkit.model.transformer import Transformer
 from llmkit.progress import say
-from llmkit.tokenizer.chat import ChatFormat, has_own_template, write_chat_tokenizer
+from llmkit.tokenizer.chat import CHAT_SPECIALS, ChatFormat, has_own_template, write_chat_tokenizer
 from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
 from llmkit.tokenizer.templates import chat_format
 
@@ -64,6 +64,7 @@ class Finetuning:
         self._reshape: Callable[[Transformer], Transformer] = lambda model: model
         self._write: Callable[[Any, Path], None] = save_model
         self._own: set[str] = set()  # parameters that the base does not have
+        self._unlearnt: tuple[int, ...] = ()  # tokens of conversations that the base never saw
 
     @classmethod
     def load(cls, folder: str, *, device: torch.device, dtype: torch.dtype) -> Finetuning:
@@ -81,12 +82,23 @@ class Finetuning:
             _check_finite(model, folder)
             tuning = cls(folder, model, base, None)
             turn = tuning._turn_end = tuning.chat.end_id
+            if not tuning.is_assistant:
+                talk = [message(role, "Hello") for role in ("user", "assistant")]
+                used = {turn, *tuning.chat.encode(talk).token_ids.tolist()}
+                tuning._unlearnt = tuple(sorted(used & set(base.specials.values())))
             tuning.model = _ending_at(model, turn)
             return tuning.train()
         with tempfile.TemporaryDirectory(prefix="llmkit-") as place:
             tokenizer = write_chat_tokenizer(base, Path(place))
         _check_finite(model, folder)
-        return cls(folder, _grown(model, base.vocab_size, tokenizer), tokenizer, base.vocab_size).train()
+        known = base.vocab_size
+        tuning = cls(folder, model, tokenizer, known)
+        unlearnt = set() if tuning.is_assistant else {tokenizer.specials[name] for name in CHAT_SPECIALS}
+        tuning.model = _grown(model, known, tokenizer)
+        # rows that no token has are at the mean, too, as soon as a token is new
+        rows = tuning.model.config.vocab_size if tokenizer.vocab_size > known else known
+        tuning._unlearnt = tuple(sorted({*unlearnt, *range(known, rows)}))
+        return tuning.train()
 
     @classmethod
     def load_unchanged(cls, folder: str, *, device: torch.device, dtype: torch.dtype) -> Finetuning:
@@ -177,11 +189,12 @@ class Finetuning:
         return [*self.adapter.parameters(), *(pair for pair in parameters if pair[0] in self._own)]
 
     def add_adapter(self, rank: int, alpha: float | None, targets: Sequence[str], seed: int) -> None:
-        """Train low-rank adapters in place of the model's own parameters; `alpha` is twice the rank unless given."""
+        """Train low-rank adapters in place of the model's own parameters; `alpha` is twice the rank unless given.
+
+        So are the rows of the tokens of conversations that a base never saw, or it would not learn to stop.
+        """
         alpha = 2.0 * rank if alpha is None else alpha
-        if self.new_tokens:
-            say(f"the rows of {self.new_tokens} new tokens stay at the mean: adapters do not train embeddings")
-        self.adapter = LoraAdapter(self.model, rank, alpha, targets, seed)
+        self.adapter = LoraAdapter(self.model, rank, alpha, targets, seed, self._unlearnt)
         for _, parameter in self._trained():
             parameter.requires_grad_(True)
 
@@ -311,6 +324,7 @@ class Finetuning:
     def _assembled(self, values: Mapping[str, torch.Tensor], adapter_folder: Path | None = None) -> Transformer:
         """A whole model of what was trained, on the CPU, with an adapter merged and, if asked, saved."""
         base = load_model(self.folder)
+        rows = max(base.config.vocab_size, self.tokenizer.vocab_size)
         if self._known_tokens is not None:
             base = _grown(base, self._known_tokens, self.tokenizer)
         elif self._turn_end is not None:
@@ -321,10 +335,11 @@ class Finetuning:
                 if self.adapter is None or name in self._own:
                     parameter.copy_(values[name])
         if self.adapter is not None:
-            whole = LoraAdapter(model, self.adapter.rank, self.adapter.alpha, self.adapter.targets)
+            mine = self.adapter
+            whole = LoraAdapter(model, mine.rank, mine.alpha, mine.targets, token_ids=mine.token_ids)
             whole.load(dict(values))
             if adapter_folder is not None:
-                whole.save(adapter_folder, self.folder)
+                whole.save(adapter_folder, self.folder, rows)
             model = whole.merge()
         return model.eval()
 

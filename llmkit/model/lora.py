@@ -37,6 +37,7 @@ STACKED = {
 }
 TARGETS = tuple(name for parts in STACKED.values() for name, _ in parts)
 MODULES = dict(part for parts in STACKED.values() for part in parts)
+PEFT_TABLES = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
 
 
 class _LowRankSum(nn.Module):
@@ -63,14 +64,35 @@ class _LowRankSum(nn.Module):
         )
 
 
+class _Rows(nn.Module):
+    """What an embedding or a head becomes: itself but for some rows."""
+
+    def __init__(self, weight: Tensor, token_ids: Sequence[int]):
+        super().__init__()
+        self.register_buffer("token_ids", torch.tensor(token_ids, device=weight.device), persistent=False)
+        self.rows = nn.Parameter(weight.detach()[self.token_ids].clone())
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.index_copy(0, cast("Tensor", self.token_ids), self.rows)
+
+
 class LoraAdapter:
     """Adapters on a model, whose own parameters are frozen.
 
     rank, alpha  of every adapter
     targets      among TARGETS: the projections that get one, in every layer
+    token_ids    tokens whose rows of the embedding, and of a head of its own, are trained as well; ascending
     """
 
-    def __init__(self, model: Transformer, rank: int, alpha: float, targets: Sequence[str] = TARGETS, seed: int = 0):
+    def __init__(
+        self,
+        model: Transformer,
+        rank: int,
+        alpha: float,
+        targets: Sequence[str] = TARGETS,
+        seed: int = 0,
+        token_ids: Sequence[int] = (),
+    ):
         unknown = [name for name in targets if name not in TARGETS]
         if unknown or not targets:
             raise UserError(
@@ -84,6 +106,7 @@ class LoraAdapter:
                 f"found {rank}; --lora-rank none trains all parameters"
             )
         self.model, self.rank, self.alpha, self.targets = model, rank, alpha, tuple(targets)
+        self.token_ids = tuple(token_ids)
         generator = torch.Generator().manual_seed(seed)
 
         def draw(shape: tuple[int, int], bound: float) -> Tensor:
@@ -98,9 +121,19 @@ class LoraAdapter:
                     sizes = {name: rows[name] for name, _ in parts}
                     low_rank = _LowRankSum(weight, sizes, adapted, rank, alpha / rank, draw)
                     parametrize.register_parametrization(layer, stacked, low_rank, unsafe=True)
+        for table in self._tables:
+            parametrize.register_parametrization(model, table, _Rows(getattr(model, table), token_ids), unsafe=True)
+
+    @property
+    def _tables(self) -> tuple[str, ...]:
+        """The parameters of the model some rows of which are trained."""
+        if not self.token_ids:
+            return ()
+        return ("embed_tokens",) if self.model.lm_head is None else ("embed_tokens", "lm_head")
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name, parameter) of every A, (rank, in), and B, (out, rank): `layers.0.q.down` and `layers.0.q.up`."""
+        """(name, parameter) of every A, (rank, in), and B, (out, rank): `layers.0.q.down` and `layers.0.q.up`; and of
+        the rows of tokens, `embed_tokens.rows` and `lm_head.rows`."""
         for index, layer in enumerate(self.model.layers):
             for stacked in STACKED:
                 if not parametrize.is_parametrized(layer, stacked):
@@ -109,6 +142,8 @@ class LoraAdapter:
                 for name in low_rank.down:
                     yield f"layers.{index}.{name}.down", low_rank.down[name]
                     yield f"layers.{index}.{name}.up", low_rank.up[name]
+        for table in self._tables:
+            yield f"{table}.rows", cast("_Rows", self.model.parametrizations[table][0]).rows  # type: ignore[index]
 
     @torch.no_grad()
     def load(self, values: dict[str, Tensor]) -> None:
@@ -122,14 +157,24 @@ class LoraAdapter:
             for stacked in STACKED:
                 if parametrize.is_parametrized(layer, stacked):
                     parametrize.remove_parametrizations(layer, stacked, leave_parametrized=True)
+        for table in self._tables:
+            parametrize.remove_parametrizations(self.model, table, leave_parametrized=True)
         return self.model.requires_grad_(True)
 
-    def save(self, folder: Path, base: str) -> None:
-        """Write adapter_config.json and adapter_model.safetensors as PEFT reads them, beside the path of the base."""
+    def save(self, folder: Path, base: str, tokens: int | None = None) -> None:
+        """Write adapter_config.json and adapter_model.safetensors as PEFT reads them, beside the path of the base.
+
+        Rows of ids from `tokens` on, which PEFT's model has not, are left out.
+        """
         tensors = {}
+        kept = [token for token in self.token_ids if tokens is None or token < tokens]
         for name, parameter in self.parameters():
-            _, index, target, side = name.split(".")
             value = parameter.detach().to("cpu", torch.float32)
+            if name.endswith(".rows"):
+                module = PEFT_TABLES[name.removesuffix(".rows")]
+                tensors[f"base_model.model.{module}.token_adapter.trainable_tokens_delta"] = value[: len(kept)]
+                continue
+            _, index, target, side = name.split(".")
             if side == "up" and target in ("q", "k"):
                 value = pairs_apart(value, self.model.config.head_dim)
             letter = "A" if side == "down" else "B"
@@ -146,6 +191,8 @@ class LoraAdapter:
             "bias": "none",
             "target_modules": [MODULES[name].split(".")[1] for name in self.targets],
         }
+        if kept:
+            config["trainable_token_indices"] = {table: kept for table in self._tables}
         folder.mkdir(exist_ok=True)
         with atomic_file(folder / "adapter_config.json", "w") as handle:
             json.dump(config, handle, indent=2)

@@ -173,6 +173,8 @@ def _export_adapter(config: ExportConfig, out: Path) -> tuple[int, str] | None:
         f"{adapter.config['base_model_name_or_path']}; to {out} in {dtype}",
         config.quiet,
     )
+    for note in adapter.notes:
+        say(note, config.quiet)
     if config.dry_run:
         return None
     with atomic_folder(out, config.force) as partial:

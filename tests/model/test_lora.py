@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -107,3 +108,29 @@ def test_saved_as_peft_reads_it(folder, tmp_path):
 def test_unknown_target(folder):
     with pytest.raises(UserError, match=r"--lora-targets: expected some of q,k,v,o,gate,up,down, found query"):
         LoraAdapter(load_model(folder), 4, 8, ("q", "query"))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_of_tokens_are_trained_alone_and_merged(tmp_path, tied):
+    model = Transformer(replace(CONFIG, tie_word_embeddings=tied), seed=0)
+    save_model(model, tmp_path / "base")
+    adapter = LoraAdapter(load_model(tmp_path / "base").train(), rank=2, alpha=4, targets=("q",), token_ids=(5, 63))
+    before = logits(load_model(tmp_path / "base"))
+    torch.testing.assert_close(logits(adapter.model), before, rtol=0, atol=0)
+    optimizer = torch.optim.SGD([parameter for _, parameter in adapter.parameters()], lr=0.5)
+    tokens = torch.tensor([[1, 5, 63, 7, 5, 63]])
+    for _ in range(3):
+        adapter.model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    values = {name: parameter.detach().clone() for name, parameter in adapter.parameters()}
+    tables = {"embed_tokens.rows"} if tied else {"embed_tokens.rows", "lm_head.rows"}
+    assert {name for name in values if name.endswith(".rows")} == tables
+    again = LoraAdapter(load_model(tmp_path / "base"), rank=2, alpha=4, targets=("q",), token_ids=(5, 63))
+    again.load(values)
+    expected, merged, base = logits(adapter.model), again.merge(), load_model(tmp_path / "base")
+    torch.testing.assert_close(logits(merged), expected)
+    for table in ("embed_tokens", "head_weight"):
+        changed = (getattr(merged, table) != getattr(base, table)).any(1).nonzero().flatten().tolist()
+        assert changed == [5, 63]
+    assert {name for name, _ in merged.named_parameters()} == {name for name, _ in base.named_parameters()}

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import save_folder
+from tiny import make_model, save_folder
 
 from llmkit.errors import UserError
 from llmkit.stages.sft import SftConfig, run
@@ -149,7 +149,7 @@ def test_an_adapter_is_merged_and_kept_apart_on_request(base, chats, llmkit, tmp
     lora = ["--lora-rank", "4", "--lora-targets", "q,v", "--keep-adapter", "--max-steps", "10"]
     done = llmkit("sft", base, "--data", chats, *lora, *SPEED, "-o", out)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["trained_parameters"] == 2 * 4 * ((64 + 64) + (64 + 32))
+    assert json.loads(done.stdout)["trained_parameters"] == 2 * 4 * ((64 + 64) + (64 + 32)) + 2 * 11 * 64
     adapter = load_file(out / "adapter" / "adapter_model.safetensors")
     before, after = (load_file(folder / "model.safetensors") for folder in (base, out))
     name = "model.layers.0.self_attn.v_proj"
@@ -158,6 +158,19 @@ def test_an_adapter_is_merged_and_kept_apart_on_request(base, chats, llmkit, tmp
 
     torch.testing.assert_close(after[f"{name}.weight"], before[f"{name}.weight"] + 2 * b @ a)
     assert torch.equal(after["model.layers.0.mlp.up_proj.weight"], before["model.layers.0.mlp.up_proj.weight"])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_teaches_a_base_to_stop(llmkit, tmp_path, tied):
+    """The base never saw <|im_end|>: its rows, equal to those of all new tokens, are trained beside the projections."""
+    base = save_folder(tmp_path / "base", make_model(tie_word_embeddings=tied))
+    colours = ["red", "green", "blue"]
+    data = write(tmp_path / "colours.jsonl", *({"prompt": f"Say {one}", "completion": one} for one in colours))
+    options = ["--lora-rank", "8", "--max-steps", "120", *SPEED, "--learning-rate", "0.01", "-o", tmp_path / "chat"]
+    done = llmkit("sft", base, "--data", data, *options)
+    assert done.returncode == 0, done.stderr
+    for colour, answer in zip(colours, answers(tmp_path / "chat", *(f"Say {one}" for one in colours)), strict=True):
+        assert (answer.text, answer.finish_reason) == (colour, "stop")
 
 
 # ---- kills
