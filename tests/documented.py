@@ -134,6 +134,8 @@ def made_small(arguments: list[str]) -> list[str]:
     sizes = dict(SIZES.get(stage, {}))
     if stage == "train-reward" and "--score" in rest:
         sizes = {}
+    if "--from" in rest:
+        sizes = dict(TINY_RUN)
     kept: list[str] = []
     words = iter(rest)
     for word in words:

@@ -28,6 +28,7 @@ from llmkit.engine.distributed import world
 from llmkit.engine.generation import Generator, Request
 from llmkit.engine.optimizer import GroupSettings, Optimizer
 from llmkit.engine.sampling import Sampling
+from llmkit.engine.scaling import ADAMW_RATE, ADAMW_WIDTH
 from llmkit.engine.sharding import shard
 from llmkit.engine.trainer import Trainer
 from llmkit.errors import UserError
@@ -42,9 +43,8 @@ from llmkit.tokenizer.chat import CHAT_SPECIALS, ChatFormat, has_own_template, w
 from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
 from llmkit.tokenizer.templates import chat_format
 
-# AdamW's rate at a width of 256, falling with the square root of the width; docs/experiments.md, "Fine-tuning"
-LEARNING_RATE, LORA_LEARNING_RATE = 2e-3, 3e-3
-WIDTH = 256
+# AdamW's rate of adapters at a width of 256, as ADAMW_RATE; docs/experiments.md, "Fine-tuning"
+LORA_LEARNING_RATE = 3e-3
 
 M = TypeVar("M", bound=Transformer)
 
@@ -79,7 +79,7 @@ class Finetuning:
         model = load_model(folder, dtype=dtype, device=device)
         base.check_fits(model.config.vocab_size)
         if has_own_template(base):
-            _check_finite(model, folder)
+            check_finite(model, folder)
             tuning = cls(folder, model, base, None)
             turn = tuning._turn_end = tuning.chat.end_id
             if not tuning.is_assistant:
@@ -90,7 +90,7 @@ class Finetuning:
             return tuning.train()
         with tempfile.TemporaryDirectory(prefix="llmkit-") as place:
             tokenizer = write_chat_tokenizer(base, Path(place))
-        _check_finite(model, folder)
+        check_finite(model, folder)
         known = base.vocab_size
         tuning = cls(folder, model, tokenizer, known)
         unlearnt = set() if tuning.is_assistant else {tokenizer.specials[name] for name in CHAT_SPECIALS}
@@ -106,7 +106,7 @@ class Finetuning:
         tokenizer = load_tokenizer(folder)
         model = load_model(folder, dtype=dtype, device=device)
         tokenizer.check_fits(model.config.vocab_size)
-        _check_finite(model, folder)
+        check_finite(model, folder)
         return cls(folder, model, tokenizer, None).train()
 
     def train(self) -> Finetuning:
@@ -203,7 +203,7 @@ class Finetuning:
         learning_rate: float | None,
         weight_decay: float,
         *,
-        anchor: float = LEARNING_RATE,
+        anchor: float = ADAMW_RATE,
         lora_anchor: float = LORA_LEARNING_RATE,
     ) -> Optimizer:
         """AdamW over what is trained; a `learning_rate` of None follows from the width, as `anchor` is for 256.
@@ -212,7 +212,7 @@ class Finetuning:
         """
         if learning_rate is None:
             anchor = lora_anchor if self.adapter else anchor
-            learning_rate = anchor * math.sqrt(WIDTH / self.model.config.hidden_size)
+            learning_rate = anchor * math.sqrt(ADAMW_WIDTH / self.model.config.hidden_size)
         if self.adapter is None:
             shard(self.model)
         plain = GroupSettings("adamw", learning_rate, betas=(0.9, 0.95), eps=1e-8)
@@ -344,7 +344,7 @@ class Finetuning:
         return model.eval()
 
 
-def _check_finite(model: Transformer, folder: str) -> None:
+def check_finite(model: Transformer, folder: str) -> None:
     """Raise UserError for weights that no loss comes from, before work is put into them."""
     for name, parameter in model.named_parameters():
         if not all(bound.isfinite() for bound in torch.aminmax(parameter.detach())):  # a NaN is both

@@ -16,8 +16,10 @@ from llmkit.engine.scaling import Recipe
 from llmkit.errors import UserError
 from llmkit.kernels import backend
 from llmkit.model.config import ModelConfig
+from llmkit.progress import quantity
 
 MICRO_BATCH_TOKENS = {"cpu": 8192, "cuda": 65536, "mps": 16384}
+RATES = ("matrix", "embedding", "head", "gain")  # that a recipe has
 SEARCH_SHARE = 0.03  # of a time budget may go into measuring the machine
 Speed = Callable[[ModelConfig, Recipe, int, int], float]  # (model, recipe, rows, sequence_length) -> tokens/s
 
@@ -26,6 +28,7 @@ Speed = Callable[[ModelConfig, Recipe, int, int], float]  # (model, recipe, rows
 class Wishes:
     """What the user fixed; None is ours to derive. The fields are options of `pretrain`."""
 
+    model: str | None = None
     depth: int | None = None
     hidden_size: int | None = None
     intermediate_size: int | None = None
@@ -102,6 +105,7 @@ def make_plan(
     closing_tokens: int = 0,
     check_fits: Callable[[Plan], None] = lambda plan: None,
     special_ids: tuple[int | None, int | None] = (None, None),
+    model: ModelConfig | None = None,
 ) -> Plan:
     """Derive a plan.
 
@@ -110,6 +114,7 @@ def make_plan(
     closing_tokens: validation tokens to be scored at the end, inside the budget
     check_fits: raises UserError where the memory does not do for a plan; called before a speed is measured
     special_ids: begin and end token of the model's configuration
+    model: that of `wishes.model`, which is trained further, with rows for its context
 
     Raises UserError for contradicting wishes, or a budget too short to train in.
     """
@@ -120,14 +125,18 @@ def make_plan(
         raise UserError(f"{flags}: give one horizon, not {len(given)}")
 
     def shape(depth: int) -> ModelConfig:
-        return _shape(wishes, depth, vocab_size, special_ids)
+        return model or _shape(wishes, depth, vocab_size, special_ids)
 
+    if model is not None:
+        wishes = replace(wishes, depth=model.num_hidden_layers, epochs=wishes.epochs if given else 1.0)
     if wishes.time_budget is not None:
         return _plan_for_time(wishes, shape, corpus_tokens, device, speed, seconds_used, closing_tokens, check_fits)
     depth, why_depth = _depth(wishes, shape, corpus_tokens)
-    model = shape(depth)
-    tokens, why_tokens = _horizon(wishes, model, corpus_tokens)
-    return _filled(wishes, model, tokens, None, corpus_tokens, device, (*why_depth, *why_tokens))
+    shaped = shape(depth)
+    tokens, why_tokens = _horizon(wishes, shaped, corpus_tokens)
+    if model is not None and not given:
+        why_tokens = ["one pass over the documents is the default of --from"]
+    return _filled(wishes, shaped, tokens, None, corpus_tokens, device, (*why_depth, *why_tokens))
 
 
 def check_wishes(wishes: Wishes, vocab_size: int) -> None:
@@ -266,6 +275,8 @@ def _filled(
     """The plan for a model and a number of tokens: batch, rates and schedule follow, unless they were fixed."""
     length = model.max_position_embeddings
     derived = scaling.recipe(tokens, model.hidden_size, length, wishes.batch_tokens)
+    if wishes.model is not None:
+        derived = scaling.recipe_from_model(derived.batch_tokens, model.hidden_size)
     rows = max(1, round(derived.batch_tokens / length))
     steps = wishes.max_steps or max(1, round(tokens / (rows * length)))
     chosen = {
@@ -274,6 +285,8 @@ def _filled(
         "head_learning_rate": wishes.head_learning_rate,
         "weight_decay": wishes.weight_decay,
     }
+    if wishes.model is not None and wishes.learning_rate is not None:
+        derived = replace(derived, **{f"{kind}_learning_rate": wishes.learning_rate for kind in RATES})
     micro = wishes.micro_batch_size or max(1, MICRO_BATCH_TOKENS[device] // length)
     return Plan(
         model=model,
@@ -307,9 +320,11 @@ def plan_table(plan: Plan) -> str:
         "steps": f"{plan.total_steps:,}{expected}, {plan.warmup_steps} warm-up, last {plan.decay_fraction:.0%} decay",
         "tokens": f"{tokens:,} ({tokens / plan.corpus_tokens:.2f} epochs of {plan.corpus_tokens:,})",
         "FLOPs": f"{plan.flops:.3g}",
-        "learning rates": "matrices {:.3g}, embedding {:.3g}, head {:.3g}".format(*rates),
+        "learning rates": "matrices {:.3g}, embedding {:.3g}, head {:.3g}".format(*rates)
+        if recipe.optimizer == "muon"
+        else f"AdamW {recipe.matrix_learning_rate:.3g}",
         "weight decay": f"{recipe.weight_decay:g}",
-        "memory": f"about {plan.training_bytes() / 1e9:.2f} GB",
+        "memory": f"about {quantity(plan.training_bytes())}B",
         "kernels": plan.kernels,
     }
     lines = [f"  {name:<15} {value}" for name, value in rows.items()] + [f"  {reason}" for reason in plan.reasons]

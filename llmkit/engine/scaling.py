@@ -18,6 +18,7 @@ PARAMETER_EXPONENT, TOKEN_EXPONENT = 0.34, 0.28
 REPEATS_WORTH = 15.4  # epochs, see predicted_loss
 TOKENS_PER_PARAMETER = 20
 ANCHOR_TOKENS, ANCHOR_BATCH = 20e6, 8192  # about where the rates were tried [x]
+ADAMW_RATE, ADAMW_WIDTH = 2e-3, 256  # of a model that has been trained, falling with the root of the width [x]
 
 
 def shape_for_depth(depth: int, vocab_size: int, sequence_length: int, head_dim: int = 64) -> ModelConfig:
@@ -75,6 +76,7 @@ class Recipe:
     head_learning_rate: float
     gain_learning_rate: float
     weight_decay: float
+    optimizer: str = "muon"  # of the matrices; or adamw, as all the rest
 
 
 def recipe(tokens: float, hidden_size: int, sequence_length: int, batch_tokens: int | None = None) -> Recipe:
@@ -92,6 +94,12 @@ def recipe(tokens: float, hidden_size: int, sequence_length: int, batch_tokens: 
         gain_learning_rate=0.01 * boost,
         weight_decay=0.0,
     )
+
+
+def recipe_from_model(batch_tokens: int, hidden_size: int) -> Recipe:
+    """AdamW for everything: Muon's steps, and those of an embedding that starts from nothing, undo what was learnt."""
+    rate = ADAMW_RATE * math.sqrt(ADAMW_WIDTH / hidden_size)
+    return Recipe(batch_tokens, rate, rate, rate, rate, weight_decay=0.0, optimizer="adamw")
 
 
 def sequence_length_for_depth(depth: int) -> int:

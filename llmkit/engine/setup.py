@@ -26,12 +26,13 @@ LONG_RUN_FLOPS = 1e16  # on a CPU, torch.compile costs 20-50 s and a C++ compile
 
 
 def build_optimizer(model: Transformer, recipe: Recipe) -> Optimizer:
-    """Muon for the blocks' matrices, AdamW for embedding, head, gains and biases."""
+    """Muon for the blocks' matrices, AdamW for embedding, head, gains and biases; by the recipe, AdamW for all."""
     matrices = {name: blocks for name, _, blocks in model.matrices()}
     groups = []
     for name, parameter in model.named_parameters():
         if name in matrices:
-            settings = GroupSettings("muon", recipe.matrix_learning_rate, recipe.weight_decay, blocks=matrices[name])
+            blocks = matrices[name] if recipe.optimizer == "muon" else ()
+            settings = GroupSettings(recipe.optimizer, recipe.matrix_learning_rate, recipe.weight_decay, blocks=blocks)
         elif name == "embed_tokens":
             rate = recipe.head_learning_rate if model.lm_head is None else recipe.embedding_learning_rate
             settings = GroupSettings("adamw", rate)

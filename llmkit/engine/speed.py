@@ -75,26 +75,31 @@ def expected_tokens_per_second(
     tokens as the time allows, and its FLOP/s are taken for those of the whole, the update included.
     """
     reachable = SHARE * peak_flops(device, dtype)
-    step_flops = rows * sequence_length * config.flops_per_token(sequence_length) + update_flops(config)
+    step_flops = rows * sequence_length * config.flops_per_token(sequence_length) + update_flops(config, recipe)
     if 3 * step_flops < LONGEST * reachable:  # one step to warm up, and the best of two
         return tokens_per_second(config, recipe, rows, sequence_length, device, dtype), "whole steps, timed here"
-    layer = replace(config, num_hidden_layers=1, vocab_size=256, bos_token_id=None, eos_token_id=None)
+    windows = config.layer_windows and config.layer_windows[:1]
+    layer = replace(
+        config, num_hidden_layers=1, vocab_size=256, bos_token_id=None, eos_token_id=None, layer_windows=windows
+    )
     affordable = LONGEST / 2 * reachable / layer.flops_per_token(sequence_length)
     length = min(sequence_length, max(16, int(affordable)))
     tokens = np.random.default_rng(0).integers(0, layer.vocab_size, (1, length))
     model = Transformer(layer, seed=0).to(device=device, dtype=dtype)
     batch = (tokens, tokens, np.zeros_like(tokens, dtype=np.int32))
     rate = length * layer.flops_per_token(length) / batch_seconds(model, next_token_loss, batch, 1, device)
-    step_flops = recipe.batch_tokens * config.flops_per_token(sequence_length) + update_flops(config)
+    step_flops = recipe.batch_tokens * config.flops_per_token(sequence_length) + update_flops(config, recipe)
     return (
         recipe.batch_tokens * rate / step_flops,
         f"one layer, timed here on {length} tokens at {quantity(rate)}FLOP/s",
     )
 
 
-def update_flops(config: ModelConfig) -> float:
+def update_flops(config: ModelConfig, recipe: Recipe) -> float:
     """FLOPs of an update: Muon's five iterations on the matrices of the layers (`orthogonalise`), two products of M x M
-    by M x N and one of M x M by M x M each."""
+    by M x N and one of M x M by M x M each. AdamW has none to speak of."""
+    if recipe.optimizer != "muon":
+        return 0.0
     hidden, wide = config.hidden_size, config.intermediate_size
     query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     sides = [(min(hidden, other), max(hidden, other)) for other in (query, query, key, key, wide, wide, wide)]

@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmkit.config import TrainingConfig, argument, as_options, lasting_options, option
+from llmkit.config import TrainingConfig, argument, as_options, flag_of, lasting_options, option, option_fields
 from llmkit.errors import UserError
 from llmkit.progress import duration, say
-from llmkit.rundir import RunFolder
+from llmkit.rundir import RunFolder, check_model_folder
 from llmkit.stream import check_inputs, names_of
 
 if TYPE_CHECKING:
@@ -22,9 +22,22 @@ if TYPE_CHECKING:
 
     from llmkit.data.shards import TokenShards
     from llmkit.engine.planning import Plan, Wishes
+    from llmkit.model.config import ModelConfig
     from llmkit.tokenizer.encoding import Tokenizer
 
 STARTED = time.monotonic()  # a time budget covers the start-up, too
+LONGEST_CONTEXT = 2048  # tokens of a row, where the context of a model that is trained further is longer
+FIXED_BY_MODEL = (
+    "tokenizer",
+    "depth",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "tie_word_embeddings",
+    "embedding_learning_rate",
+    "head_learning_rate",
+)
 GPU_KINDS = ("a100", "h100", "h200", "b200")  # of llmkit/engine/estimating.py
 
 
@@ -38,11 +51,15 @@ class PretrainConfig(TrainingConfig):
           llmkit pretrain docs.jsonl.gz --tokenizer tok/ --val val.jsonl.gz --depth 4 -o base/
           zcat docs.jsonl.gz | llmkit pretrain - --tokenizer tok/ --depth 2 --tokens 5M -o base/
           llmkit pretrain docs.jsonl --tokenizer tok/ --depth 4 -o base/ --resume
+          llmkit pretrain docs.jsonl --from base/ -o longer/
     """
     following: ClassVar[str] = 'llmkit sample base/ -p "Once upon a time"'
 
     inputs: tuple[str, ...] = argument("Documents: JSONL with `text`, plain text, or - for stdin.", metavar="INPUT...")
-    tokenizer: str | None = option(None, "Tokenizer folder, from train-bpe [required].", metavar="FOLDER")
+    tokenizer: str | None = option(None, "Tokenizer folder, from train-bpe [required, or --from].", metavar="FOLDER")
+    model: str | None = option(
+        None, "Model folder to train further, with its own tokenizer.", flag="--from", metavar="MODEL"
+    )
     val: tuple[str, ...] = option((), "Held-out documents, scored in bits per byte.", metavar="FILE")
     token_cache: str | None = option(None, "Where token shards are kept [beside --out].", metavar="FOLDER", free=True)
 
@@ -58,13 +75,15 @@ class PretrainConfig(TrainingConfig):
     flops: float | None = option(None, "Train for this many FLOPs.", group="Horizon", unit="count", above=0)
     time_budget: float | None = option(None, "Be done in this time.", group="Horizon", unit="duration", above=0)
     max_steps: int | None = option(None, "Train for this many steps.", group="Horizon", unit="count", at_least=1)
-    epochs: float | None = option(None, "Passes over the tokens.", group="Horizon", above=0)
+    epochs: float | None = option(None, "Passes over the tokens [1 with --from].", group="Horizon", above=0)
 
     batch_tokens: int | None = option(
         None, "Tokens of a step [by the plan].", group="Training", unit="count", at_least=8
     )
     micro_batch_size: int | None = option(None, "Sequences at a time [by the plan].", group="Training", at_least=1)
-    learning_rate: float | None = option(None, "Of the matrices, Muon [by the plan].", group="Training", above=0)
+    learning_rate: float | None = option(
+        None, "Of the matrices, Muon; with --from of everything, AdamW [by the plan].", group="Training", above=0
+    )
     embedding_learning_rate: float | None = option(
         None, "Of the embedding, AdamW [by the plan].", group="Training", above=0
     )
@@ -118,12 +137,13 @@ def run(config: PretrainConfig) -> Summary | None:
     from llmkit.engine.distributed import join
     from llmkit.engine.estimating import estimate
     from llmkit.engine.evaluation import held_out_loss, next_token_loss
+    from llmkit.engine.finetuning import check_finite
     from llmkit.engine.generation import continue_text
     from llmkit.engine.planning import Plan, check_wishes, plan_table
     from llmkit.engine.schedule import Schedule
     from llmkit.engine.sharding import shard, whole_model
     from llmkit.kernels import backend
-    from llmkit.model.folder import save_model
+    from llmkit.model.folder import load_config, load_model, save_model
     from llmkit.model.tensor_parallel import check_divides
     from llmkit.model.transformer import Transformer
     from llmkit.tokenizer.encoding import load_tokenizer
@@ -132,7 +152,11 @@ def run(config: PretrainConfig) -> Summary | None:
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     world = join(device, config)
-    tokenizer = load_tokenizer(str(config.tokenizer))
+    tokenizer = load_tokenizer(str(config.model or config.tokenizer))
+    former = load_config(config.model) if config.model is not None else None
+    if former is not None:
+        tokenizer.check_fits(former.vocab_size)
+        former = replace(former, max_position_embeddings=_row_tokens(config, former.max_position_embeddings))
     backend(device.type)  # an unknown LLMKIT_KERNELS is refused before the work on the documents, as is a wrong shape
     check_wishes(_wishes(config), tokenizer.vocab_size)
     with world.in_turn():
@@ -142,8 +166,10 @@ def run(config: PretrainConfig) -> Summary | None:
     identity = lasting_options(config) | {"the tokenizer": tokenizer.sha256, "the number of tokens": shards.tokens}
     world.check_same(identity | {"the documents": shards.digest})
     notes = folder.notes(identity)
-    plan = Plan.from_json(notes["plan"]) if notes else _plan(config, tokenizer, shards, val_shards, device, dtype)
-    check_divides(config.tensor_parallel, plan.model, new=True)
+    plan = (
+        Plan.from_json(notes["plan"]) if notes else _plan(config, former, tokenizer, shards, val_shards, device, dtype)
+    )
+    check_divides(config.tensor_parallel, plan.model, new=config.model is None)
     world.check_rows(plan.batch_rows, f"--batch-tokens: rows of {plan.sequence_length} tokens")
     if shards.tokens < plan.sequence_length:
         raise UserError(
@@ -167,7 +193,11 @@ def run(config: PretrainConfig) -> Summary | None:
         say(f"at {rate:,.0f} tokens/s, {duration(plan.tokens / rate)} of training; from {basis}", config.quiet)
         return None
     folder.begin(identity, {"plan": plan.to_json()})  # not before: a plan may be refused
-    model = Transformer(plan.model, seed=config.seed).to(device=device, dtype=dtype)
+    if config.model is None:
+        model = Transformer(plan.model, seed=config.seed).to(device=device, dtype=dtype)
+    else:
+        model = load_model(config.model, dtype=dtype, device=device).train()
+        check_finite(model, config.model)
     shard(model)
     optimizer = setup.build_optimizer(model, plan.recipe)
     trainer = setup.build_trainer(
@@ -202,7 +232,9 @@ def run(config: PretrainConfig) -> Summary | None:
     results = trainer.results() | {"parameters": plan.model.parameter_count, "seconds": seconds}
     options = as_options(config) | {"plan": plan.to_json()}
     tokenizer.copy_to(folder.work)
-    folder.document("pretrain", options, inputs=inputs, parents=[str(config.tokenizer)], results=results)
+    folder.document(
+        "pretrain", options, inputs=inputs, parents=[str(config.model or config.tokenizer)], results=results
+    )
     save_model(trained, folder.work)
     folder.finish()
 
@@ -218,13 +250,29 @@ def _checked_inputs(config: PretrainConfig) -> list[str]:
         raise UserError("--gpus and --nodes: need --gpu-kind; to train on several GPUs, start llmkit with torchrun")
     if config.gpu_kind is not None and not config.dry_run:
         raise UserError("--gpu-kind: needs --dry-run, which says what training would take there")
-    if config.tokenizer is None:
-        raise UserError("--tokenizer is required: a folder from llmkit train-bpe, such as --tokenizer tok/")
-    if not Path(config.tokenizer).exists():
-        raise UserError(f"--tokenizer: expected a folder from llmkit train-bpe, found no {config.tokenizer}")
     inputs = list(config.inputs) or ["-"]
+    for path in (*inputs, *config.val):
+        if (Path(path) / "config.json").exists():
+            raise UserError(f"{path}: expected documents, found a model folder; to train it further: --from {path}")
+    if config.model is not None:
+        for item in option_fields(PretrainConfig):
+            if item.name in FIXED_BY_MODEL and getattr(config, item.name) not in (None, False):
+                raise UserError(f"{flag_of(item)}: comes from the model of --from {config.model}; leave it out")
+        check_model_folder(config.model, "llmkit pretrain docs.jsonl --from base/")
+    elif config.tokenizer is None:
+        raise UserError("--tokenizer is required: a folder from llmkit train-bpe, such as --tokenizer tok/")
+    elif not Path(config.tokenizer).exists():
+        raise UserError(f"--tokenizer: expected a folder from llmkit train-bpe, found no {config.tokenizer}")
     check_inputs([path for path in (*inputs, *config.val) if not Path(path).is_dir()])  # a folder may be of shards
     return inputs
+
+
+def _row_tokens(config: PretrainConfig, context: int) -> int:
+    if config.sequence_length is not None and config.sequence_length > context:
+        raise UserError(
+            f"--sequence-length: the context of --from {config.model} is {context}, found {config.sequence_length}"
+        )
+    return config.sequence_length or min(context, LONGEST_CONTEXT)
 
 
 def _token_shards(
@@ -250,6 +298,7 @@ def _wishes(config: PretrainConfig) -> Wishes:
 
 def _plan(
     config: PretrainConfig,
+    former: ModelConfig | None,
     tokenizer: Tokenizer,
     shards: TokenShards,
     val_shards: TokenShards | None,
@@ -283,6 +332,7 @@ def _plan(
         closing_tokens=val_shards.tokens if val_shards else 0,
         check_fits=lambda plan: check_memory(plan.training_bytes(processes, tensor), device),
         special_ids=tokenizer.document_bounds(),
+        model=former,
     )
     world().broadcast(plan.to_json())
     return plan

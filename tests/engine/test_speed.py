@@ -24,7 +24,7 @@ def test_the_speed_of_a_layer_is_that_of_its_products(monkeypatch):
     length = int(basis.split(" tokens ")[0].split()[-1])
     assert model.config.num_hidden_layers == 1 and 16 <= length <= 1024
     flops = length * model.config.flops_per_token(length)
-    update = speed.update_flops(config) / recipe.batch_tokens
+    update = speed.update_flops(config, recipe) / recipe.batch_tokens
     assert rate * (config.flops_per_token(1024) + update) == pytest.approx(flops)
     # no more work than the time allows at the rate that is expected: the passes are made twice
     assert 2 * flops <= speed.LONGEST * speed.SHARE * 1e10
@@ -38,4 +38,5 @@ def test_the_flops_of_an_update_are_those_of_its_products():
     """By hand for one layer of width 64: four matrices of 64 x 64 and three of 64 x 192."""
     config = scaling.shape_for_depth(1, 512, 256)
     square, wide = 2 * 64**3 * 3, 2 * 64**3 + 2 * 2 * 64 * 64 * 192
-    assert speed.update_flops(config) == 5 * (4 * square + 3 * wide)
+    recipe = scaling.recipe(1e6, config.hidden_size, 256)
+    assert speed.update_flops(config, recipe) == 5 * (4 * square + 3 * wide)

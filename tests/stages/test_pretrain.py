@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -327,3 +328,116 @@ def test_stdin_documents_and_the_token_cache(corpus, llmkit, tmp_path):
     assert again.returncode == third.returncode == 0
     assert os.stat(next((tmp_path / "cache").glob("tokens-*/shard-00000.safetensors"))).st_mtime_ns == stamp
     assert weights(tmp_path / "two") == weights(tmp_path / "three") == weights(tmp_path / "base")
+
+
+# ---- --from MODEL
+
+
+@pytest.fixture(scope="module")
+def longer(corpus, base, llmkit, tmp_path_factory) -> Path:
+    """The model after ten more steps."""
+    out = tmp_path_factory.mktemp("runs") / "longer"
+    done = llmkit(*further(corpus, base, out, "--max-steps", "10"))
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def further(corpus: Path, model: Path, out: Path, *more: str) -> list[str]:
+    details = ["--from", str(model), "-o", str(out), "--dtype", "float32", "--batch-tokens", "256"]
+    return ["pretrain", f"{corpus}/docs.jsonl", "--val", f"{corpus}/val.jsonl", *details, *more]
+
+
+def test_training_goes_on_where_the_model_stands(base, longer, corpus, llmkit, tmp_path):
+    untouched = llmkit(*further(corpus, base, tmp_path / "same", "--max-steps", "1", "--learning-rate", "1e-12"))
+    before = json.loads((base / "manifest.json").read_text())["results"]
+    assert json.loads(untouched.stdout)["val_loss"] == pytest.approx(before["val_loss"], abs=1e-4)
+    assert losses(longer)[0] == pytest.approx(losses(base)[-1], abs=0.2) and losses(base)[0] - losses(longer)[0] > 1
+    manifest = json.loads((longer / "manifest.json").read_text())
+    assert manifest["results"]["val_loss"] < before["val_loss"] - 0.1
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (longer / name).read_bytes() == (base / name).read_bytes()
+    assert [one["path"] for one in manifest["parents"]] == [str(base)] and manifest["parents"][0]["manifest"]
+    card = (longer / "README.md").read_text()
+    assert card.index("--tokenizer") < card.index("--from")  # the commands, in their order
+
+
+def test_one_pass_over_the_documents_is_the_default_of_going_on(base, corpus, llmkit, tmp_path):
+    done = llmkit(*further(corpus, base, tmp_path / "out", "--dry-run"))
+    assert done.returncode == 0 and "one pass over the documents is the default of --from" in done.stderr, done.stderr
+    assert "AdamW 0.004" in done.stderr and list(tmp_path.iterdir()) == []
+    assert float(re.search(r"\((\S+) epochs of", done.stderr)[1]) == pytest.approx(1, abs=0.1)
+
+
+def test_what_goes_on_resumes_to_the_same_bytes(base, longer, corpus, llmkit, tmp_path):
+    out = tmp_path / "longer"
+    command = further(corpus, base, out, "--max-steps", "10", "--save-every", "1")
+    process = subprocess.Popen([sys.executable, "-m", "llmkit", *command], stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list((tmp_path / "longer.partial").glob("state/step-*")):
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    assert not out.exists(), "the kill came too late: the test shows nothing"
+    done = llmkit(*command, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert weights(out) == weights(longer)
+
+
+def test_two_processes_go_on_with_a_model(base, longer, corpus, tmp_path):
+    out = tmp_path / "longer"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "llmkit"]
+    done = subprocess.run(
+        [*launcher, *further(corpus, base, out, "--max-steps", "10")], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert losses(out) == pytest.approx(losses(longer), abs=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_model_from_elsewhere_stays_of_its_family(corpus, llmkit, tmp_path, family):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    details = {"num_key_value_heads": 2, "vocab_size": 384, "max_position_embeddings": 4096}
+    kind = {"llama": "LlamaConfig", "qwen2": "Qwen2Config"}[family]
+    config = getattr(transformers, kind)(**shape, **details, tie_word_embeddings=True)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "theirs")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "theirs" / name).write_bytes((corpus / "tok" / name).read_bytes())
+    done = llmkit(*further(corpus, tmp_path / "theirs", tmp_path / "ours", "--max-steps", "3"))
+    assert done.returncode == 0, done.stderr
+    assert "context         2048 tokens" in done.stderr  # of a row, where the model's is longer
+    written = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert written["model_type"] == family and written["max_position_embeddings"] == 4096
+    assert written["vocab_size"] == 384 and written["tie_word_embeddings"]
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert type(loaded) is type(model)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--hidden-size", "64"], "--hidden-size: comes from the model of --from "),
+        (["--depth", "1"], "--depth: comes from the model"),
+        (["--tie-word-embeddings"], "--tie-word-embeddings: comes from the model"),
+        (["--tokenizer", "tok/"], "--tokenizer: comes from the model"),
+        (["--head-learning-rate", "1"], "--head-learning-rate: comes from the model"),
+        (["--sequence-length", "64"], "is 32, found 64"),
+        (["--from", "nowhere/"], "nowhere/: expected a model folder, found nothing"),
+        (["--from", "{corpus}/tok"], "config.json: not found"),
+    ],
+)
+def test_what_the_model_fixes_is_refused_beside_it(base, corpus, llmkit, tmp_path, change, message):
+    change = [word.format(corpus=corpus) for word in change]
+    done = llmkit(*further(corpus, base, tmp_path / "out", *change))
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert message in done.stderr and list(tmp_path.iterdir()) == []
+
+
+def test_a_model_in_the_place_of_documents_says_what_it_is_for(base, corpus, llmkit, tmp_path):
+    done = llmkit("pretrain", base, "--tokenizer", f"{corpus}/tok", "-o", tmp_path / "out")
+    assert done.returncode == 2 and f"found a model folder; to train it further: --from {base}" in done.stderr
+    (tmp_path / "longer.toml").write_text(f'from = "{base}"\nmax_steps = 1\ndry_run = true\n')
+    done = llmkit("pretrain", f"{corpus}/docs.jsonl", "--config", tmp_path / "longer.toml", "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
