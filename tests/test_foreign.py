@@ -142,6 +142,17 @@ def _replaced(times: int) -> dict:
             "tokenizers cannot encode a text by it",
         ),
         (lambda spec: spec.update(decoder=["a"]), "expected an object or null for decoder, found"),
+        (
+            lambda spec: spec.update(
+                post_processor={
+                    "type": "TemplateProcessing",
+                    "single": [{"SpecialToken": {"id": "<q>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+                    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+                    "special_tokens": {},
+                }
+            ),
+            "expected special_tokens of post_processor to have '<q>'",
+        ),
     ],
 )
 def test_a_tokenizer_that_would_end_the_process_is_named(folder: Path, change, words: str) -> None:

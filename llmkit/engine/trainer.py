@@ -95,7 +95,7 @@ class Trainer:
         self.last_loss = self.average_loss = math.nan
         self.high_steps = 0
         self.scores: dict[str, float] = {}  # of the last evaluation
-        self.evaluated_step = -1
+        self.evaluated_step = self.sampled_step = -1
         self.saved_step, self.saved_at = -1, time.monotonic()
         self.stopping = False  # set by an evaluation that has seen enough
 
@@ -228,6 +228,8 @@ class Trainer:
             bar.advance(progress())
             if evaluate is not None and self._evaluation_due(evaluate_first) and self.evaluated_step != self.step:
                 self._evaluate(evaluate, log)
+            if sample is not None and self.step > 0 and self._due(self.settings.sample_every):
+                self._sample(sample, log)
             while not self.stopping and (reached := progress()) < 1:
                 batch = next(batches, None)
                 if batch is None:
@@ -254,8 +256,10 @@ class Trainer:
 
     def _evaluation_due(self, first: bool) -> bool:
         """Whether an evaluation belongs before the next step: one that a kill has prevented, or that of step 0."""
-        every = self.settings.eval_every
-        return first if self.step == 0 else every is not None and self.step % every == 0
+        return first if self.step == 0 else self._due(self.settings.eval_every)
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.step % every == 0
 
     def _agree(self, interrupted: bool, elapsed: float) -> tuple[bool, bool]:
         """Whether a signal has come to any process, and whether a checkpoint is due, by the clock of the first."""
@@ -282,25 +286,27 @@ class Trainer:
                 f"stopped after step {self.step}; saved in {self.checkpoints.folder}; go on with --resume"
             )
 
-        def due(every: int | None) -> bool:
-            return every is not None and self.step % every == 0
-
-        evaluates = evaluate is not None and due(settings.eval_every)
+        evaluates = evaluate is not None and self._due(settings.eval_every)
         # a run that dies in its evaluation must not lose its training: save first (nanochat #446)
-        if evaluates or late or due(settings.save_every):
+        if evaluates or late or self._due(settings.save_every):
             self.save(wait=evaluates)
         if evaluates and evaluate is not None:
             self._evaluate(evaluate, log)
-        if sample is not None and due(settings.sample_every):
-            text = sample()
-            log.write({"step": self.step, "sample": text})
-            say(f"step {self.step} sample: {text!r}", settings.quiet)
+        if sample is not None and self._due(settings.sample_every):
+            self._sample(sample, log)
 
     def _evaluate(self, evaluate: Callable[[], Mapping[str, float]], log: MetricsLog) -> None:
         self.scores, self.evaluated_step = dict(evaluate()), self.step
         log.write({"step": self.step, "tokens": self.tokens, **self.scores})
         figures = ", ".join(f"{name} {value:.4f}" for name, value in self.scores.items())
         say(f"step {self.step}: {figures}", self.settings.quiet)
+
+    def _sample(self, sample: Callable[[], str], log: MetricsLog) -> None:
+        if self.sampled_step == self.step:
+            return
+        text, self.sampled_step = sample(), self.step
+        log.write({"step": self.step, "sample": text})
+        say(f"step {self.step} sample: {text!r}", self.settings.quiet)
 
     def results(self) -> dict[str, Any]:
         """What the summary of a stage tells of the training: steps, tokens, last loss, last scores."""
@@ -347,7 +353,7 @@ class Trainer:
         return True
 
     def _restore_evaluation(self, step: int) -> None:
-        """Drop the metrics of later steps, and know the last evaluation on disk, which need not be made again."""
+        """Drop the metrics of later steps, and know the last evaluation and sample on disk, which stand already."""
         place = self.folder / METRICS
         with world().in_turn():
             if world().leads:
@@ -355,6 +361,8 @@ class Trainer:
             for row in read_metrics(place):
                 if scores := {name: value for name, value in row.items() if name.startswith("val_")}:
                     self.scores, self.evaluated_step = scores, row["step"]
+                if "sample" in row:
+                    self.sampled_step = row["step"]
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

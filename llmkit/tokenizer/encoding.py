@@ -67,7 +67,7 @@ class Tokenizer:
         last = len(vocab) - 1 if isinstance(vocab, list) else max(vocab.values(), default=-1)
         self.vocab_size: int = 1 + max(last, *self._added.values(), -1)
         self.specials = {token["content"]: token["id"] for token in added if token["special"]}
-        self.bos_id, self.add_bos = self._beginning(_template_bos(spec.get("post_processor")))
+        self.bos_id, self.add_bos = self._beginning(_template_bos(spec.get("post_processor"), path))
         self.eos_id, self.pad_id = self._configured("eos_token"), self._configured("pad_token")
         named = next((self.specials[name] for name in END_NAMES if name in self.specials), None)
         self.end_of_text_id = self.specials.get(END_OF_TEXT, named if self.eos_id is None else self.eos_id)
@@ -349,13 +349,15 @@ def check_text(text: str) -> str:
     return text
 
 
-def _template_bos(post_processor: dict[str, Any] | None) -> int | None:
+def _template_bos(post_processor: dict[str, Any] | None, where: Path) -> int | None:
     """The id of the special token that the tokenizer.json itself puts in front of a text, if it does."""
     for step in (post_processor or {}).get("processors", [post_processor or {}]):
         first = step["single"][0] if step.get("type") == "TemplateProcessing" and step["single"] else {}
         if "SpecialToken" in first:
-            ids = step["special_tokens"][first["SpecialToken"]["id"]]["ids"]
-            return ids[0] if ids else None
+            name, known = first["SpecialToken"]["id"], step["special_tokens"]
+            if name not in known:
+                raise UserError(f"{where}: expected special_tokens of post_processor to have {shown(name)}")
+            return next(iter(known[name]["ids"]), None)
     return None
 
 

@@ -193,6 +193,34 @@ def test_a_time_budget_ends_with_the_rate_at_its_end(tmp_path, monkeypatch):
     assert last["lr_factor"] < 0.1
 
 
+def test_the_evaluation_and_sample_that_a_kill_prevented_are_made_after_the_resumption(tmp_path):
+    def rows(folder):
+        return [
+            (row["step"], *(key for key in ("loss", "val_loss", "sample") if key in row)) for row in metrics(folder)
+        ]
+
+    asked = {"total_steps": 6, "evaluate": lambda: {"val_loss": 1.0}, "sample": lambda: "text"}
+    every = {"eval_every": 2, "sample_every": 3, "save_every": 1}
+    make(tmp_path / "whole", **every).fit(**asked)
+    for calls in (2, 3, 4, 5):  # the one of these that ends the run: of samples or evaluations
+        for kind in ("evaluate", "sample"):
+            left = iter(range(calls - 1))
+            folder = tmp_path / f"{kind}{calls}"
+
+            def ending(kind=kind, left=left):
+                if next(left, None) is None:
+                    raise ZeroDivisionError
+                return asked[kind]()
+
+            try:
+                make(folder, **every).fit(**{**asked, kind: ending})
+            except ZeroDivisionError:
+                resumed = make(folder, **every)
+                resumed.resume()
+                resumed.fit(**asked)
+            assert rows(folder) == rows(tmp_path / "whole")
+
+
 def test_a_resumed_time_budget_counts_the_time_before(tmp_path):
     first = make(tmp_path)
     first.fit(seconds=0.3)
