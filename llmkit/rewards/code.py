@@ -25,11 +25,26 @@ from typing import Any
 from llmkit.errors import UserError
 from llmkit.problems import Problem
 from llmkit.records import kind_of
+from llmkit.rewards.code_blocks import code_of, defines
+from llmkit.rewards.statements import after_thinking
 from llmkit.tools.python import Limits, check_sandbox, room_for, run_python
 
-FENCE = re.compile(r"^[ \t]*(```|~~~)[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 FIELDS = ("tests", "test_list")
-LANGUAGES = ("", "python", "python3", "py")
+# The standard input of a program is a file of its own, for `input`, sys.stdin, open(0) and os.read alike; /dev/stdin,
+# which the sandbox lacks, is that file, too.
+GIVEN = """
+def give(data):
+    import builtins, io, os, sys
+    file = os.open(".stdin", os.O_RDWR | os.O_CREAT, 0o600)
+    os.write(file, data)
+    os.lseek(file, 0, os.SEEK_SET)
+    os.dup2(file, 0)
+    os.close(file)
+    os.unlink(".stdin")
+    sys.stdin = open(0, encoding="utf-8", closefd=False)
+    known = io.open
+    io.open = builtins.open = lambda file, *rest, **named: known(0 if file == "/dev/stdin" else file, *rest, **named)
+"""
 CALLING = Path(__file__).with_name("calling.py").read_text(encoding="utf-8")
 
 
@@ -54,20 +69,21 @@ class CodeTests:
     def passes(self, problem: Problem, completion: str) -> bool:
         """Whether a completion passes all tests; one without code never does."""
         entry_point = problem.record["entry_point"] if _is_human_eval(problem.record) else None
-        code, tests = code_of(completion, entry_point), _tests_of(problem)
+        tests = _tests_of(problem)
+        names = [entry_point] if entry_point else names_called(tests) if isinstance(tests, str) else []
+        code = code_of(after_thinking(completion), names)
         if not code.strip():
             return False
         if isinstance(tests, list):
             return all(self._prints(code, one["input"], one["output"]) for one in tests)
         if entry_point is None:
-            return self._passes(code, "", tests, None)
-        given = _whole(code_of(problem.prompt))
+            return self._passes(code, "", tests, names, None)
+        given = _whole(code_of(problem.prompt, names))
         # code goes on from the prompt, unless it defines the function anew
-        program = f"{given}\n\n{code}" if _defines(code, entry_point) else problem.prompt + code
-        return self._passes(program, given, tests, entry_point)
+        program = f"{given}\n\n{code}" if defines(code, entry_point) else problem.prompt + code
+        return self._passes(program, given, tests, names, entry_point)
 
-    def _passes(self, program: str, prompt: str, tests: str, entry_point: str | None) -> bool:
-        names = [entry_point] if entry_point else names_called(tests)
+    def _passes(self, program: str, prompt: str, tests: str, names: list[str], entry_point: str | None) -> bool:
         word = secrets.token_hex(16)
         with room_for(self.limits, 2), ThreadPoolExecutor(1) as other:
             asked, requests = os.pipe()  # each pair: the end that is read, the end that is written
@@ -89,28 +105,14 @@ class CodeTests:
 
     def _prints(self, code: str, given: str, expected: str) -> bool:
         """Whether a program that reads `given` prints `expected`, but for white space at the ends of lines."""
-        start = f"import io, sys\nsys.stdin = io.TextIOWrapper(io.BytesIO({given.encode()!r}), 'utf-8')\n"
         # as a module's text of its own: a last expression is not printed, and lines count from 1
         result = run_python(
-            f"{start}exec(compile({code!r}, '<solution>', 'exec'), {{'__name__': '__main__'}})\n",
+            f"{GIVEN}give({given.encode()!r})\n"
+            f"exec(compile({code!r}, '<solution>', 'exec'), {{'__name__': '__main__'}})\n",
             self.limits,
             sandbox=self.sandbox,
         )
         return result.ended == "done" and _lines(result.output) == _lines(expected)
-
-
-def code_of(completion: str, entry_point: str | None = None) -> str:
-    """The code of a completion: its last fenced block of Python, of those that define `entry_point` if any does.
-
-    Without fences all of it is code. A fence that is not closed goes on to the end.
-
-    >>> code_of("First:\\n```python\\nx = 1\\n```\\nDone."), code_of("    return 1")
-    ('x = 1\\n', '    return 1')
-    """
-    fenced = [found[3] for found in FENCE.finditer(completion) if found[2].lower() in LANGUAGES]
-    if not fenced:
-        return "" if FENCE.search(completion) else completion
-    return next((block for block in reversed(fenced) if entry_point and _defines(block, entry_point)), fenced[-1])
 
 
 def names_called(tests: str) -> list[str]:
@@ -142,11 +144,6 @@ def _whole(prompt: str) -> str:
             continue
         return text
     return ""
-
-
-def _defines(code: str, name: str) -> bool:
-    known = re.escape(name)
-    return re.search(rf"^(?:(?:async\s+def|def|class)\s+{known}\b|{known}\s*(?::[^=]*)?=(?!=))", code, re.M) is not None
 
 
 def _lines(text: str) -> list[str]:

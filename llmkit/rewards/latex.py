@@ -15,6 +15,7 @@ from importlib.util import find_spec
 
 from llmkit.errors import UserError
 from llmkit.problems import Problem, boxed
+from llmkit.rewards.statements import after_thinking, tagged
 
 START_SECONDS = 120  # sympy takes 1 to 3, and more on a busy machine
 LONGEST = 1000  # characters of an expression; answers of MATH have 70 at most
@@ -43,7 +44,9 @@ class LatexComparer:
 
     def is_right(self, problem: Problem, completion: str) -> bool:
         """Whether what is boxed is the answer."""
-        said = next(reversed(boxed(completion)), "")
+        completion = after_thinking(completion)
+        tag = tagged(completion)
+        said = next(reversed(boxed(completion if tag is None else tag)), (tag or "").strip().strip("$"))
         squeezed = SPACES.sub("", said)
         held = boxed(problem.answer or "")
         answer = held[-1] if held else (problem.answer or "").strip().strip("$")

@@ -1,12 +1,15 @@
-"""The number that a text gives as its answer, read without `eval` and compared as an exact fraction.
+r"""The number that a text gives as its answer, read without `eval` and compared as an exact fraction.
 
     >>> last_number("He has 3 + 4 = 7 apples, which cost $1,250.50 in all.")
-    Number(value=Fraction(2501, 2), percent=False)
+    Number(value=Fraction(2501, 2), percent=False, scale=1)
     >>> print(last_number("It is not 5"), last_number("9**9**9"), last_number("5 or 6"), last_number("on 3/4/2024"))
     None None None None
+    >>> last_number("minus 7").value, last_number(r"-\frac14").value, last_number("答案是8").value
+    (Fraction(-7, 1), Fraction(-1, 4), Fraction(8, 1))
 
-Read are digits of any script, thousands set off by commas (1,000; 1{,}000 in LaTeX), decimals after a point, a sign
-that touches, scientific notation, fractions (3/4, 2 1/2, \\frac{3}{4}, ½), currency before and percent after.
+Read are digits of any script, thousands set off by commas (1,000; 1{,}000 in LaTeX), decimals after a point, signs and
+"minus", scientific notation, fractions (3/4, 2 1/2, \frac{3}{4}, ½), currency before and percent, "million" or a unit
+after. number_context.py tells where a number is no statement.
 """
 
 from __future__ import annotations
@@ -14,83 +17,151 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+
+from llmkit.rewards.number_context import (
+    ANNOUNCED,
+    CURRENCY,
+    MINUS,
+    SENTENCE_END,
+    goes_on,
+    is_no_statement,
+    sign_before,
+)
 
 # ten digits beyond what a double holds; whole numbers are compared exactly
 TOLERANCE = Fraction(1, 10**6)
 LONGEST = 400  # characters of one number: more is nobody's answer, and integers of many digits cost their square
 LARGEST_EXPONENT = 400
 READ_FROM_END = 100_000  # characters
+BEFORE, AFTER = 200, 160  # characters around a number that can make it no statement
 
-MINUS = "\u2212\u2013-"  # the hyphen last, for classes of regexes
 RUN = re.compile(
-    # a sign that follows no operand; a currency between sign and number, or before both
-    r"(?:(?<![\w)\]}.!])(?P<sign>[-+\u2212\u2013]))?(?P<currency>\\?[$\u20ac\u00a3\u00a5\u20b9])?(?:(?<=[$\u20ac\u00a3\u00a5\u20b9])(?P<after>[-+\u2212]))?"
-    # the whole run of digits and what joins them, so that a part of a date or of 1.2.3 is never taken for a number
-    r"(?<![^\W_])(?P<run>\.?[0-9]+(?:[.,:/\-\u2013\u2212][0-9]+)*(?:[eE][-+]?[0-9]+)?)"
-    r"(?P<percent>\s*(?:\\?%|percent\b|per cent\b))?"
+    # the whole run of digits and what joins them, so that a part of a date or of 1.2.3 is never taken for a number;
+    # a letter before it makes it a name (x5, H2O), but for scripts that set no space between words
+    r"(?<![0-9A-Za-z\u00aa-\u052f\u1e00-\u1fff])(?<![0-9]\.)"
+    r"(?P<run>\.?[0-9]+(?:[.,:/\-\u2013\u2212][0-9]+)*(?:[eE][-+]?[0-9]+)?)"
+    r"(?P<percent>\s{0,9}(?:\\?%|percent\b|per cent\b))?"
 )
 PLAIN = re.compile(r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
 FRACTION = re.compile(r"((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?)/([0-9]+(?:\.[0-9]+)?)")
 MIXED = re.compile(r"(?<![\w.,/])[0-9]+[ ]\Z")
-LATEX = (
-    (re.compile(r"\\[dt]?frac\s*\{\s*([0-9.]+)\s*\}\s*\{\s*([0-9.]+)\s*\}"), r" \1/\2"),
-    (re.compile(r"(?<=[0-9])(?:\{,\}|,\\!|\\,(?=[0-9]{3}))"), ","),
-    (re.compile(r"\\!"), ""),
+# "6, not 5" says 6
+CONTRAST = re.compile(
+    r"(?<=[0-9])([^.\n0-9]{0,20}?),? (?:and |but )?(?:not|rather than|instead of) "
+    rf"[{CURRENCY}]?[0-9][0-9.,]*[^0-9\n]{{0,20}}\Z"
 )
-# what makes a number the operand of an expression that nobody has worked out, or one of several
-OPERAND = re.compile(
-    rf"(?:[\^\u00d7\u00f7\u00b7+_]|\\(?:times|cdot|div)|[0-9)]\s*x|[\w)\]}}]\s*[/{MINUS}])\s*\{{?\s*\Z"
-    r"|[\w)\]}](?:\*{1,2}|\s+\*{1,2}\s+)\Z"  # **5** is bold, 9**5 is not
-)
-OPERATED = re.compile(
-    r"\s*(?:[\^\u00d7\u00f7\u00b7]|\\(?:times|cdot|div))|[xX][0-9]|(?:\*{1,2}|\s+\*{1,2}\s+)[\w(]|!(?![\s\"')*]|\Z)"
-)
-LISTED = re.compile(r"[0-9%](?:[ \t]*[,;|&][ \t]*(?:or|and)?|[ \t]+(?:or|and|and/or|/)|[ \t])[ \t]*\Z")
-DENIED = re.compile(
-    r"(?:\b(?:not|never|neither|nor|cannot|isnt)\b|n['\u2019]t\b|\u2260|!=|\\neq?\b|<>)(?:[\s*\"'(]+(?!and\b|but\b|so\b)[a-z]+){0,3}[\s*\"'(:=$]*\Z",
+# "3 * 9 = 27 dollars in 3 weeks" says 27
+RESULT = re.compile(rf"(?<=[0-9)%])\s?=\s?[{CURRENCY}]?\Z")
+CIRCUMSTANCES = re.compile(
+    r"(?!.*\b(?:so|then|thus|therefore|which|leaving|is|are|was|were|has|have|or|not|wrong|no|if)\b)[^,;:=?!<>\n]{0,200}\.?\s*",
     re.IGNORECASE,
 )
+JOINED = "\ue000"  # stands before a fraction that was one character, or LaTeX
+S = r"\s{0,9}"  # white space; without a bound long runs of it would cost their square
+PART = rf"(?:\{{{S}([-\u2212]?{S}[0-9.]+){S}\}}|([0-9]))"
+LATEX_FRACTION = re.compile(rf"\\[cdt]?frac{S}{PART}{S}{PART}")
+LATEX = (
+    (r"<<[^<>]{0,200}>>", ""),  # GSM8K's marks of a calculator
+    (r"</?[A-Za-z][A-Za-z0-9]{0,15}/?>", " "),
+    (r"(?<=[0-9])(?:\{,\}|,\\!|\\,(?=[0-9]{3})|[\u00a0\u2009\u202f](?=[0-9]{3}(?![0-9])))", ","),
+    # 1 000 000; one group alone could be two numbers
+    (r"(?<![0-9.,])(?<![0-9.,] )([0-9]{1,3}) ([0-9]{3}) ([0-9]{3})(?![0-9]| [0-9])", r"\1,\2,\3"),
+    (r"\\(?:[!,;: ]|left\b|right\b|displaystyle\b|quad\b)|~", " "),
+    (rf"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname){S}\{{([^{{}}]{{0,200}})\}}", r" \1 "),
+    (rf"{S}(?:\^{S}\{{?{S}\\circ{S}\}}?|\\degree\b|\u00b0)", " degrees "),
+    # 10 to a power behind a factor
+    (rf"(?<=[0-9]){S}(?:\\times|\u00d7|\\cdot){S}10{S}\^{S}\{{?{S}([-\u2212]?){S}([0-9]{{1,3}}){S}\}}?", r"e\1\2"),
+    # powers of units; a name of one letter is a variable, but for m and s
+    (
+        r"(?<![A-Za-z\\])(?!(?:sin|cos|tan|cot|log|ln|exp)\b)([A-Za-z]{2,12}|[ms])"
+        rf"{S}\^{S}\{{?{S}-?[2-4]\b{S}\}}?",
+        r"\1",
+    ),
+)
+LATEX_PATTERNS = tuple((re.compile(pattern), replacement) for pattern, replacement in LATEX)
+SCALE = re.compile(
+    r"\s*(?:(?i:thousand|million|billion|trillion|dozen)\b|[\u4e07\u842c\ub9cc\u4ebf\u5104\uc5b5])|[kK]\b"
+)
+SCALES = {
+    "thousand": 10**3, "k": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
+    "\u4e07": 10**4, "\u842c": 10**4, "\ub9cc": 10**4, "\u4ebf": 10**8, "\u5104": 10**8, "\uc5b5": 10**8,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A value, and whether a percent sign stood behind it: 50% is 50 as well as 1/2."""
+    """A value, and what stood behind it: 50% is 50 as well as 1/2, and of 2 million the scale is 10**6."""
 
     value: Fraction
     percent: bool = False
+    scale: int = 1
 
 
-def last_number(text: str) -> Number | None:
-    """The last number of a text, where it is a statement: not denied, not one of a list, no operand.
+def last_number(text: str, asked: str = "") -> Number | None:
+    """The last number of a text, where it is a statement: not denied, not one of a list, no operand, no bound.
 
     Deliberately strict: "1,5" and "1 000" are none (5 and 0 of something, or a number?), "10:30", "3-4" and dates are
     none, and a text whose last number is none has none, whatever stood before. Only the last 100,000 characters count.
+    A bound that the question asks for ("at least") is the answer.
     """
     text = _plain(text[-READ_FROM_END:])
-    found = deque(RUN.finditer(text), maxlen=1)
-    return _number(text, found[0]) if found else None
+    text = text[:-BEFORE] + CONTRAST.sub(r"\1", text[-BEFORE:])
+    found = deque(RUN.finditer(text), maxlen=8)
+    if not found:
+        return None
+    worked_out = next(
+        (one for one in reversed(found) if RESULT.search(text[max(0, one.start() - 9) : one.start()])), None
+    )
+    if worked_out and CIRCUMSTANCES.fullmatch(text, worked_out.end()):
+        return _number(text, worked_out, asked)
+    return _number(text, found[-1], asked)
 
 
-def only_number(text: str) -> Number | None:
+def announced_number(text: str, asked: str = "") -> Number | None:
+    """The number that closely follows the last "the answer is"; None where what follows is open, or reasoning."""
+    plain = _plain(text[-READ_FROM_END:])
+    places = deque(ANNOUNCED.finditer(plain), maxlen=1)
+    if not places:
+        return None
+    start = places[0].end()
+    end = SENTENCE_END.search(plain, start)
+    stop = end.start() if end else len(plain)
+    for found in RUN.finditer(plain, start, min(stop, start + 1000)):
+        if len(re.findall(r"[^\W\d_]+", plain[start : found.start()])) > 3:
+            return None
+        rest = plain[found.end() : found.end() + AFTER]
+        number = _number(plain, found, asked)
+        if number is not None and not goes_on(rest, plain[found.end() : stop]):
+            begins = not plain[: places[0].start()].strip(" \t\r\n*#")
+            return None if begins and len(plain[found.end() : stop].split()) > 3 and RUN.search(plain, stop) else number
+        if "=" not in plain[found.end() : stop]:
+            return None
+        start = plain.rindex("=", found.end(), stop)
+    return None
+
+
+def only_number(text: str, asked: str = "") -> Number | None:
     """The number of a text that holds one, and nothing that could be another."""
     plain = _plain(text)
-    found = list(RUN.finditer(plain)) if len(plain) <= READ_FROM_END else []
+    found = list(_first(RUN.finditer(plain), 3)) if len(plain) <= READ_FROM_END else []
     if len(found) == 2 and MIXED.search(plain[: found[1].start()]):
         found = found[1:]
-    return _number(plain, found[0]) if len(found) == 1 else None
+    return _number(plain, found[0], asked, alone=True) if len(found) == 1 else None
 
 
 def whole_number(text: str) -> Number | None:
     """The number that a text is: nothing else stands there but white space and a final point."""
     plain = _plain(text).strip().removesuffix(".").strip().strip("$").strip()
-    found = list(RUN.finditer(plain))
+    found = list(_first(RUN.finditer(plain), 3))
     if not found or found[-1].end() != len(plain):
         return None
-    start = found[-1].start()
-    mixed = MIXED.search(plain[:start])
-    return _number(plain, found[-1]) if start == 0 or (mixed and mixed.start() == 0 and len(found) == 2) else None
+    before = plain[: found[-1].start()]
+    mixed = MIXED.search(before)
+    before = before[: mixed.start()] if mixed and len(found) == 2 else before
+    return _number(plain, found[-1], "", alone=True) if not before.strip(f"{CURRENCY}+{MINUS} ") else None
 
 
 def same_number(said: Number, answer: Number) -> bool:
@@ -107,53 +178,74 @@ def same_number(said: Number, answer: Number) -> bool:
     return _close(written, other) or _close(written / 100, other)
 
 
+def unscaled(number: Number, asked: str) -> Number:
+    """The number without "million", where the question has that word: how many millions are there?"""
+    words = [word for word, scale in SCALES.items() if scale == number.scale and len(word) > 1]
+    named = any(word in asked.casefold() for word in words)
+    return Number(number.value / number.scale, number.percent) if named else number
+
+
 def _close(said: Fraction, answer: Fraction) -> bool:
     if said.denominator == answer.denominator == 1:
         return said == answer
     return abs(said - answer) <= TOLERANCE * abs(answer)
 
 
+def _first(found: Iterator[re.Match[str]], count: int) -> Iterator[re.Match[str]]:
+    return (one for one, _ in zip(found, range(count), strict=False))
+
+
 def _plain(text: str) -> str:
-    """Digits of any script in ASCII (no superscripts: 5² is not 52), ½ as 1/2, LaTeX's fractions and commas."""
+    """Digits of any script in ASCII (no superscripts: 5² is not 52), ½ as 1/2, LaTeX's fractions, commas and texts."""
     if not text.isascii():
         text = "".join(character if character.isascii() else _ascii(character) for character in text)
-    for pattern, replacement in LATEX:
+    for pattern, replacement in LATEX_PATTERNS:
         text = pattern.sub(replacement, text)
+    text = LATEX_FRACTION.sub(_fraction, text)
+    if JOINED in text:
+        text = re.sub(rf"(?<=[0-9]){JOINED}", " ", text)
+        text = re.sub(rf"(?<=[A-Za-z)\]}}]){JOINED}", "\u00b7", text)  # x½ is a product
+        text = text.replace(JOINED, "")
     return text
+
+
+def _fraction(found: re.Match[str]) -> str:
+    above, below = (found[1] or found[2]), (found[3] or found[4])
+    negative = sum(part[0] in MINUS for part in (above, below)) == 1
+    return f"{JOINED}{'-' if negative else ''}{above.strip(MINUS + ' ')}/{below.strip(MINUS + ' ')}"
 
 
 def _ascii(character: str) -> str:
     digit = unicodedata.decimal(character, None)
     if digit is not None:
         return str(digit)
+    if "\uff01" <= character <= "\uff5e":  # full width
+        return chr(ord(character) - 0xFEE0)
     if unicodedata.decomposition(character).startswith("<fraction>"):
-        return " " + unicodedata.normalize("NFKD", character).replace("\u2044", "/")
-    return {"\uff05": "%", "\uff0c": ",", "\uff0e": ".", "\uff0d": "-", "\uff0b": "+", "\u00a0": " "}.get(
-        character, character
-    )
+        return JOINED + unicodedata.normalize("NFKD", character).replace("\u2044", "/")
+    return character
 
 
-def _number(text: str, found: re.Match[str]) -> Number | None:
+def _number(text: str, found: re.Match[str], asked: str, alone: bool = False) -> Number | None:
     """The number of a match in `text`; None where it is malformed, denied, or part of something larger."""
-    before, after = text[max(0, found.start() - 200) : found.start()], text[found.end() : found.end() + 20]
-    mixed = MIXED.search(before) if "/" in found["run"] and not found["sign"] else None
-    whole = None
+    before, after = text[max(0, found.start() - BEFORE) : found.start()], text[found.end() : found.end() + AFTER]
+    mixed = MIXED.search(before) if "/" in found["run"] else None
+    whole = 0
     if mixed:
-        sign_place = before[: mixed.start()]
-        whole, before = int(mixed[0]) if len(mixed[0]) < LONGEST else None, sign_place.rstrip(MINUS)
-        negative = sign_place != before and not OPERAND.search(sign_place)
-        if whole is None:
+        if len(mixed[0]) > LONGEST:
             return None
-    else:
-        sign = found["sign"] or found["after"]
-        negative = sign is not None and sign in MINUS
-    if OPERAND.search(before) or OPERATED.match(after) or LISTED.search(before) or DENIED.search(before):
+        whole, before = int(mixed[0]), before[: mixed.start()]
+    alone = alone or not (text[: found.start()].strip(f" {CURRENCY}{MINUS}") or after.strip(" .$\n"))
+    signed = sign_before(before, alone)
+    if signed is None or is_no_statement(before[: signed.start], before, after, asked):
         return None
     value = _value(found["run"])
     if value is None:
         return None
-    value += whole or 0
-    return Number(-value if negative else value, found["percent"] is not None)
+    scale = SCALE.match(after) if found["percent"] is None else None
+    factor = SCALES[scale[0].strip().lower()] if scale else 1
+    value = (value + whole) * factor
+    return Number(-value if signed.negative else value, found["percent"] is not None, factor)
 
 
 def _value(run: str) -> Fraction | None:

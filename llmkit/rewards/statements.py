@@ -6,12 +6,26 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from llmkit.problems import MARKER, boxed
+from llmkit.problems import boxed
+from llmkit.rewards.number_context import ANNOUNCED
 
-# "the answer is (B)", "Answer: B", "The final answer is: B"; the last one counts
-ANNOUNCED = re.compile(r"\banswer(?:\s+is\b(?!\s+not\b)|\s*[:=])[\s:*]*", re.IGNORECASE)
-DENIAL = re.compile(r"\b(?:not|never|neither|nor|cannot|except|wrong|incorrect|false)\b|n['\u2019]t\b", re.IGNORECASE)
-NAMED = re.compile(r"(?<![\w'\u2019])([A-Z])(?![\w'\u2019])(?!(?<=[AI])\s+(?!(?:or|nor|and|but|is|was)\b)[a-z])")
+MARK = re.compile("(?<!#)####(?!#)")
+HEADING = re.compile(
+    r"[\W\d_]*(?:(?:step|part|case|solution|conclusion|explanation|reasoning|summary|given|verification|check"
+    r"|calculation|method|approach|question|problem|plan|thought|analysis|example)s?\b"
+    r"|(?:final )?(?:answer|result)[\W_]*\Z)|[\W_]*\d+[.)]\s+[^\W\d_]",
+    re.IGNORECASE,
+)
+THOUGHT = "</think>"
+TAG = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL | re.IGNORECASE)
+TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
+DENIAL = re.compile(
+    r"\b(?:not|never|neither|nor|cannot|except|(?:all|any|anything) but|other than|wrong|incorrect|false)\b"
+    r"|n['\u2019]t\b",
+    re.IGNORECASE,
+)
+LETTER = r"A-Za-z0-9_\u00c0-\u024f'\u2019"  # other scripts set no space between words: 答案是B
+NAMED = re.compile(rf"(?<![{LETTER}])([A-Z])(?![{LETTER}])(?!(?<=[AI])\s+(?!(?:or|nor|and|but|is|was)\b)[a-z])")
 QUOTES = " \t\r\n\"'`*_\u201c\u201d\u2018\u2019\u00ab\u00bb"
 
 
@@ -21,16 +35,49 @@ def unasked(completion: str, prompt: str) -> str:
     return completion.replace(asked, "\n") if len(asked.split()) >= 3 else completion
 
 
-def marked(completion: str) -> str | None:
+def after_thinking(completion: str) -> str:
+    """What follows the last </think>; all of it where nothing does."""
+    rest = completion.rpartition(THOUGHT)[2]
+    return rest if rest.strip() else completion
+
+
+def tagged(completion: str) -> str | None:
+    """What stands in the last <answer>...</answer>, which may be open; None without one."""
+    return next(reversed(TAG.findall(completion)), None)
+
+
+def final(completion: str) -> str:
+    """The part of a completion that answers: what follows its thinking, in <answer> where there is one.
+
+    >>> final("<think>4?</think> So <answer>5</answer>."), final("5")
+    ('5', '5')
+    """
+    text = after_thinking(completion)
+    found = tagged(text)
+    return text if found is None else found
+
+
+def marked(completion: str, numeric: bool = False) -> str | None:
     """What stands after ####, "" where several of them differ; else what is boxed last, as MATH's solutions mean it.
+
+    Headings ("#### Step 1", and if `numeric` any without a digit) mark nothing.
 
     >>> marked("2 + 2 = 4\\n#### 4"), marked("#### 4\\n#### 5"), marked(r"\\boxed{3} \\boxed{4}"), marked("four")
     ('4', '', '4', None)
     """
-    parts = completion.split(MARKER)[1:]
-    if not parts:
-        return next(reversed(boxed(completion)), None)
-    found = {part.strip(" \t").partition("\n")[0].strip() for part in parts}
+    parts = [part.strip(" \t").partition("\n") for part in MARK.split(completion)[1:]]
+    lines = [
+        line.strip()
+        for place, (line, _, rest) in enumerate(parts, 1)
+        if not (
+            (rest.strip() or place < len(parts))
+            and (HEADING.match(line) or (numeric and line.strip() and not any(map(str.isdecimal, line))))
+        )
+    ]
+    if not lines:
+        said = next(reversed(boxed(completion)), None)
+        return None if said is None else TEXT.sub(r"\1", said)
+    found = {line[start.end() :] if (start := ANNOUNCED.search(line)) else line for line in lines}
     return found.pop() if len(found) == 1 else ""
 
 
@@ -53,8 +100,8 @@ def plain(text: str) -> str:
     >>> plain(' **"Yes  indeed."** ')
     'yes indeed'
     """
-    text = " ".join(unicodedata.normalize("NFC", text).split()).strip(QUOTES)
-    return (text[:-1] if text.endswith((".", "!")) and len(text) > 1 else text).strip(QUOTES).casefold()
+    text = " ".join(unicodedata.normalize("NFC", text).replace("\u2019", "'").split()).strip(QUOTES)
+    return (text[:-1] if text.endswith((".", "!", "\u3002")) and len(text) > 1 else text).strip(QUOTES).casefold()
 
 
 def says(completion: str, answer: str) -> bool:
@@ -73,7 +120,7 @@ def chosen(completion: str, options: Sequence[tuple[str, str]]) -> str | None:
     last statement only one letter may be named, and nothing denied: "A or B", "not A, but B" choose nothing.
     """
     said = statement(completion).strip(QUOTES)
-    alone = re.fullmatch(r"[(\[]?([A-Za-z])[)\].:]{0,2}", said)
+    alone = re.fullmatch(r"(?i:(?:the )?(?:option|choice|letter|answer)\s+)?[(\[]?([A-Za-z])[)\].:\u3002]{0,2}", said)
     letters = [letter for letter, _ in options]
     if alone:
         return alone[1].upper() if alone[1].upper() in letters else None
@@ -83,6 +130,9 @@ def chosen(completion: str, options: Sequence[tuple[str, str]]) -> str | None:
     labelled = re.match(r"[(\[]?([A-Z])[)\].:]{1,2}\s*(.+)", said, re.DOTALL)
     if labelled and any(letter == labelled[1] and plain(text) == plain(labelled[2]) for letter, text in options):
         return labelled[1]
+    reasoned = re.match(r"[(\[*]*([A-Z])[)\]*.:]*[ \t]*,?[ \t]*(?:because|since|as|for)\b", said)
+    if reasoned and reasoned[1] in letters:
+        return reasoned[1]
     # an A before a word in small letters is an article, and an I a pronoun
     named = NAMED.findall(said)
     found = {letter for letter in named if letter in letters}

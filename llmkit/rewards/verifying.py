@@ -14,13 +14,13 @@ from difflib import get_close_matches
 from string import ascii_uppercase
 
 from llmkit.errors import UserError
-from llmkit.problems import MARKER, Problem, read_options
+from llmkit.problems import Problem, read_options
 from llmkit.rewards.code import CodeTests, has_tests
 from llmkit.rewards.forms import check_pattern, check_schema, is_pattern_met, is_schema_met
 from llmkit.rewards.latex import LatexComparer
-from llmkit.rewards.numbers import last_number, only_number, same_number, whole_number
+from llmkit.rewards.numbers import announced_number, last_number, only_number, same_number, unscaled, whole_number
 from llmkit.rewards.reward import Attempt, Reward
-from llmkit.rewards.statements import chosen, marked, plain, says, unasked
+from llmkit.rewards.statements import chosen, final, marked, plain, says, unasked
 
 SOLUTIONS = ("solution", "chain_of_thought", "rationale")
 
@@ -46,21 +46,27 @@ def _check_number(problem: Problem) -> None:
 
 
 def is_number_right(problem: Problem, completion: str) -> bool:
-    """The number that is marked by #### or \\boxed, else the last of the completion, is the answer.
+    """The number that is marked by #### or \\boxed, else announced by "the answer is", else the last, is the answer.
 
     Three words or more that the question holds as they stand are the question said again, and no answer.
     """
     if len(completion.split()) >= 3 and completion in problem.prompt:
         return False
-    said = marked(completion)
-    number = last_number(completion) if said is None else only_number(said)
-    answer = only_number(problem.answer or "")
-    return number is not None and answer is not None and same_number(number, answer)
+    said, asked, answer = marked(completion, numeric=True), problem.prompt, only_number(problem.answer or "")
+    if said is None:
+        number = announced_number(completion, asked) or last_number(completion, asked)
+    else:
+        number = only_number(said, asked) or only_number(said.rpartition("=")[2], asked)
+    if number is None or answer is None:
+        return False
+    return same_number(number, answer) or same_number(unscaled(number, asked), answer)
 
 
 def is_gsm8k_right(problem: Problem, completion: str) -> bool:
     """The number after #### is the answer. Deliberately strict: without the marker nothing is right."""
-    return MARKER in completion and is_number_right(problem, completion)
+    return (
+        marked(completion, numeric=True) is not None and "####" in completion and is_number_right(problem, completion)
+    )
 
 
 # ---- text
@@ -106,6 +112,7 @@ def _options(problem: Problem) -> tuple[tuple[str, str], ...]:
 
 
 NAMES = ("number", "gsm8k", "exact", "match", "choice", "regex", "latex", "json-schema", "tests")
+WHOLE = ("regex", "json-schema", "latex")  # are given thinking and tags, too
 TEXT_VERIFIERS = {
     "number": Verifier(_check_number, is_number_right),
     "gsm8k": Verifier(_check_number, is_gsm8k_right),
@@ -183,8 +190,9 @@ class VerifierReward(Reward):
         return [float(found.get((id(one.problem), one.completion), False)) for one in attempts]
 
     def _judge(self, problem: Problem, completion: str) -> bool:
-        said = unasked(completion, problem.prompt).strip()
-        return bool(said) and self._verifiers[self._forced or verifier_of(problem)].judge(problem, said)
+        said, name = unasked(completion, problem.prompt).strip(), self._forced or verifier_of(problem)
+        said = said if name in WHOLE else final(said).strip()
+        return bool(said) and self._verifiers[name].judge(problem, said)
 
     def close(self) -> None:
         """End what compares LaTeX."""

@@ -11,8 +11,8 @@ import pytest
 from llmkit.errors import UserError
 from llmkit.problems import Problem, read_problem, read_problems
 from llmkit.records import Row
-from llmkit.rewards import Attempt, calling, code
-from llmkit.rewards.code import code_of
+from llmkit.rewards import Attempt, calling, code, code_blocks
+from llmkit.rewards.code_blocks import code_of
 from llmkit.rewards.verifying import VerifierReward
 from llmkit.tools.python import check_sandbox
 
@@ -49,7 +49,7 @@ def passes(completion: str, **value) -> float:
 
 
 def test_the_examples_of_the_documentation_hold():
-    assert doctest.testmod(code).failed == 0
+    assert doctest.testmod(code).failed == doctest.testmod(code_blocks).failed == 0
 
 
 @pytest.mark.parametrize(
@@ -238,8 +238,8 @@ def test_nothing_else_is_taken_from_the_wire(sent):
 
 def test_code_is_taken_from_the_block_that_defines_the_function():
     text = "```python\ndef f(): pass\n```\n```bash\nls\n```\n```python\nf()\n```"
-    assert code_of(text, "f") == "def f(): pass\n"
-    assert code_of(text) == "f()\n"
+    assert code_of(text, ["f"]) == "def f(): pass\n"
+    assert code_of(text) == "def f(): pass\n\nf()\n"  # what it takes from other blocks stands before it
     assert code_of("```bash\nls\n```") == ""
 
 
