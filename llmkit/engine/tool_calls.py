@@ -39,7 +39,8 @@ class ToolUse:
     """
 
     def __init__(self, toolbox: Toolbox, tokenizer: Tokenizer, max_calls: int = 8, result_tokens: int = 512) -> None:
-        tokens = chat_format(tokenizer).tool_tokens()
+        self._chat = chat_format(tokenizer)
+        tokens = self._chat.tool_tokens()
         self.starts = {tokens[tool][0]: tool for tool in toolbox.names}
         self.ends = {tool: tokens[tool][1] for tool in toolbox.names}
         self.max_calls, self._result_tokens = max_calls, result_tokens
@@ -58,7 +59,7 @@ class ToolUse:
         if room < 2:
             return []
         text = result.text.encode("utf-8", "replace").decode()  # a lone surrogate, which JSON may spell, becomes ?
-        ids = self._tokenizer.encode(text)[: min(self._result_tokens, room - 2)]
+        ids = self._chat.encode_result(text)[: min(self._result_tokens, room - 2)]
         return [self._bounds[0], *ids, self._bounds[1]]
 
     def parts(

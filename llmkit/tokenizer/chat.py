@@ -8,8 +8,9 @@ folder's template gives the same ids for text that spells none.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from llmkit.conversations import RESULT, TOOLS, Conversation, Message
 from llmkit.errors import UserError
 from llmkit.stream import atomic_file
-from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
+from llmkit.tokenizer.encoding import Between, Tokenizer, load_tokenizer
 from llmkit.tokenizer.folder import CHAT_TEMPLATE, END_OF_TEXT, SPECIALS
 
 CHAT_SPECIALS = tuple(name for name in SPECIALS if name != END_OF_TEXT)
@@ -61,9 +62,13 @@ class ChatFormat:
             )
         self._tokenizer, self._id = tokenizer, tokenizer.specials
         self.end_id = self._id["<|im_end|>"]
+        # SentencePiece's tokenizers cut a text behind a special token otherwise than alone
+        self._whole = None if tokenizer.cuts_alone(CHAT_SPECIALS) else tokenizer.with_stand_ins(CHAT_SPECIALS)
+        roles = ("system", "user", "assistant")
+        named = self._encode_texts([("<|im_start|>", role, "<|im_sep|>") for role in roles])
         self._headers = {
-            role: [self._id["<|im_start|>"], *tokenizer.encode(role), self._id["<|im_sep|>"]]
-            for role in ("system", "user", "assistant")
+            role: [self._id["<|im_start|>"], *ids.tolist(), self._id["<|im_sep|>"]]
+            for role, ids in zip(roles, named, strict=True)
         }
 
     def encode(self, messages: Sequence[Message], *, loss: str = "assistant", prompt: bool = False) -> Encoded:
@@ -101,12 +106,20 @@ class ChatFormat:
         ids = iter([next(told).token_ids if one else np.zeros(0, np.int32) for one in turns])
         return [(next(ids), tuple(next(ids) for _ in answers)) for _, answers in branches]
 
-    def _encode_texts(self, texts: list[str]) -> list[np.ndarray]:
-        if len(texts) < 32:  # a batch proves its backend first
-            return [np.array(self._tokenizer.encode(text), np.int32) for text in texts]
+    def encode_result(self, text: str) -> list[int]:
+        """The ids of what a tool answered, between the tokens of a result."""
+        return self._encode_texts([(f"<|{RESULT}_start|>", text, f"<|{RESULT}_end|>")])[0].tolist()
+
+    def _encode_texts(self, texts: list[Between]) -> list[np.ndarray]:
+        if self._whole is None and len(texts) < 32:  # a batch proves its backend first
+            return [np.array(self._tokenizer.encode(text), np.int32) for _, text, _ in texts]
         pieces: list[np.ndarray] = []
         for start in range(0, len(texts), ENCODED_AT_ONCE):
-            ids, lengths = self._tokenizer.encode_batch(texts[start : start + ENCODED_AT_ONCE])
+            some = texts[start : start + ENCODED_AT_ONCE]
+            if self._whole is None:
+                ids, lengths = self._tokenizer.encode_batch([text for _, text, _ in some])
+            else:
+                ids, lengths = self._whole.encode_between(some)
             pieces += np.split(ids.astype(np.int32), np.cumsum(lengths)[:-1])
         return pieces
 
@@ -133,14 +146,14 @@ class ChatFormat:
             if message.role == "user":
                 questions.append(length)
             put(self._headers[message.role], False)
-            for part in message.parts:
+            for kind, _ in _stretches(message):
                 ids = next(pieces)
-                if part.kind == "text":
+                if kind == "text":
                     put(ids, counts)
                 else:
-                    put([self._id[f"<|{part.kind}_start|>"]], counts and part.kind != RESULT)
-                    put(ids, counts and part.kind != RESULT)
-                    put([self._id[f"<|{part.kind}_end|>"]], counts and part.kind != RESULT)
+                    put([self._id[f"<|{kind}_start|>"]], counts and kind != RESULT)
+                    put(ids, counts and kind != RESULT)
+                    put([self._id[f"<|{kind}_end|>"]], counts and kind != RESULT)
             put([self.end_id], counts)
             ends.append(length)
         token_ids = np.concatenate([np.asarray(ids, np.int32) for ids, _ in runs])
@@ -153,10 +166,26 @@ class ChatFormat:
         return {kind: (self._id[f"<|{kind}_start|>"], self._id[f"<|{kind}_end|>"]) for kind in (*TOOLS, RESULT)}
 
 
-def _texts(conversation: Conversation) -> list[str]:
+def _stretches(message: Message) -> Iterator[tuple[str, str]]:
+    """Kind and text of the parts of a message, neighbouring texts as one."""
+    for kind, run in groupby(message.parts, key=lambda part: part.kind):
+        if kind == "text":
+            yield kind, "".join(part.text for part in run)
+        else:
+            yield from ((kind, part.text) for part in run)
+
+
+def _texts(conversation: Conversation) -> Iterator[Between]:
     if conversation.document is not None:
-        return [conversation.document]
-    return [part.text for message in conversation.messages for part in message.parts]
+        yield "", conversation.document, ""
+    for message in conversation.messages:
+        before = "<|im_sep|>"
+        for (kind, text), (following, _) in pairwise([*_stretches(message), ("im", "")]):
+            if kind == "text":
+                yield before, text, f"<|{following}_{'end' if following == 'im' else 'start'}|>"
+            else:
+                yield f"<|{kind}_start|>", text, f"<|{kind}_end|>"
+            before = f"<|{kind}_end|>"
 
 
 def has_own_template(tokenizer: Tokenizer) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -31,7 +32,10 @@ END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # where no tokeni
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 THOUGHTS = ("<think>", "</think>")  # special tokens in some tokenizers, and text that is read all the same
 RESERVED = "\ufde4\ufde5"  # noncharacters about the number of a stand-in
+_RESERVED = re.compile(f"[{RESERVED}]")
 
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
+Between = tuple[str, str, str]  # a special token, a text behind it, the special token behind that; no tokens: alone
 OTHER_FORMS = ("tokenizer.model", "tekken.json", "vocab.json", "spiece.model", "vocab.txt", "tiktoken.model")
 
 
@@ -67,6 +71,11 @@ class Tokenizer:
         last = len(vocab) - 1 if isinstance(vocab, list) else max(vocab.values(), default=-1)
         self.vocab_size: int = 1 + max(last, *self._added.values(), -1)
         self.specials = {token["content"]: token["id"] for token in added if token["special"]}
+        steps = spec.get("pre_tokenizer") or {}
+        kinds = {step.get("type") for step in steps.get("pretokenizers", [steps])}
+        normal = (spec.get("normalizer") or {}).get("type")
+        self._of_bytes = kinds <= {"ByteLevel", "Split", "Digits"} and normal in (None, "NFC", "NFKC", "NFD", "NFKD")
+        self._taking = {token["content"] for token in added if any(token.get(flag) for flag in _FLAGS[:3])}
         self.bos_id, self.add_bos = self._beginning(_template_bos(spec.get("post_processor"), path))
         self.eos_id, self.pad_id = self._configured("eos_token"), self._configured("pad_token")
         named = next((self.specials[name] for name in END_NAMES if name in self.specials), None)
@@ -125,6 +134,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of one text, with nothing added. Special tokens written in the text are plain text."""
         return self._reference.encode(check_text(text)).ids
+
+    def cuts_alone(self, specials: Iterable[str]) -> bool:
+        """Whether a text between these special tokens becomes the ids that it becomes alone."""
+        return self._of_bytes and self._taking.isdisjoint(specials)
 
     def with_stand_ins(self, specials: Iterable[str]) -> StandIns:
         """A tokenizer for whole texts, in which a stand-in is written for each special token, and only that is one."""
@@ -227,17 +240,27 @@ class StandIns:
             TokenizersBackend(data),
             {name: f"{begin}{number}{end}" for number, name in enumerate(specials)},
         )
-        flags = ("single_word", "lstrip", "rstrip", "normalized")
         named = [token for token in orjson.loads(data).get("added_tokens") or [] if token["content"] in self.stand_ins]
         tokenizer = self._backend.tokenizer
         tokenizer.add_tokens(
             [
-                AddedToken(self.stand_ins[token["content"]], **{flag: bool(token.get(flag)) for flag in flags})
+                AddedToken(self.stand_ins[token["content"]], **{flag: bool(token.get(flag)) for flag in _FLAGS})
                 for token in named
             ]
         )
         ids = {token["id"]: tokenizer.token_to_id(self.stand_ins[token["content"]]) for token in named}
         self.special_ids = {stand_in: original for original, stand_in in ids.items()}
+
+    def encode_between(self, texts: Sequence[Between]) -> tuple[np.ndarray, np.ndarray]:
+        """As `Tokenizer.encode_batch`, of texts between special tokens, without the ids of these."""
+        wholes = [
+            f"{self.stand_ins.get(before, '')}{_RESERVED.sub('', check_text(text))}{self.stand_ins.get(after, '')}"
+            for before, text, after in texts
+        ]
+        ids, lengths = self._backend.encode_batch(wholes)
+        keep, ends = ~np.isin(ids, list(self.special_ids)), np.cumsum(lengths)
+        kept = np.concatenate([[0], np.cumsum(keep)])
+        return ids[keep], kept[ends] - kept[ends - lengths]
 
     def placed_tokens(self, text: str) -> list[tuple[int, int, int]]:
         """(first character, end, id) of each token of a text; the tokens of one character have the same place."""

@@ -66,7 +66,7 @@ KINDS = ("bytes", "first", "always", "prepend")
 TEXT = ["What is assistant user system Sure? Four. Yes, \n\n <|>[INST]</"] * 9
 
 
-def save(folder: Path, template: str, kind: str = "bytes", strips: bool = False) -> Path:
+def save(folder: Path, template: str | None, kind: str = "bytes", strips: bool = False) -> Path:
     """A folder with a tokenizer: of bytes, or in one of the forms that SentencePiece's take."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 

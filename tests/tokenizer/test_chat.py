@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from foreign_templates import KINDS, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -46,7 +47,8 @@ def rendered(stranger, record, **options):
     return stranger.apply_chat_template(record, tokenize=True, return_dict=True, **options)
 
 
-texts = st.text(st.characters(codec="utf-8"), max_size=20).filter(lambda text: "<|" not in text)
+texts = st.text(st.characters(codec="utf-8"), max_size=20) | st.sampled_from([" Four.", "\nYes, ", "user", " ", "▁a"])
+texts = texts.filter(lambda text: "<|" not in text and not any("\ufdd0" <= one <= "\ufdef" for one in text))
 answers = st.lists(st.builds(Part, st.sampled_from(["text", "calc", "python", "search", "result"]), texts), max_size=5)
 turns = st.builds(message, st.sampled_from(["system", "user"]), texts) | st.builds(
     lambda parts: Message("assistant", tuple(parts)), answers
@@ -62,6 +64,46 @@ def test_ids_and_mask_are_those_of_the_template(chat, stranger, messages, prompt
     said = "".join(part.text for one in messages for part in one.parts)
     if said.isascii():  # transformers finds tokens by characters, and takes one of several tokens of a character
         assert ours.trained.astype(int).tolist() == theirs["assistant_masks"]
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """(ours, theirs) for a base with a tokenizer of some kind, which got the tokens of conversations."""
+    from transformers import AutoTokenizer
+
+    known = {}
+
+    def get(kind: str, strips: bool):
+        if (kind, strips) not in known:
+            base = load_tokenizer(save(tmp_path_factory.mktemp("base"), None, kind, strips))
+            folder = tmp_path_factory.mktemp("grown")
+            known[kind, strips] = ChatFormat(write_chat_tokenizer(base, folder)), AutoTokenizer.from_pretrained(folder)
+        return known[kind, strips]
+
+    return get
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.sampled_from(KINDS), st.booleans(), st.lists(turns, min_size=1, max_size=6), st.booleans())
+def test_ids_are_those_of_the_template_for_other_tokenizers(foreign, kind, strips, messages, prompt):
+    chat, theirs = foreign(kind, strips)
+    ours = chat.encode(messages, prompt=prompt)
+    assert ours.token_ids.tolist() == rendered(theirs, as_record(messages), add_generation_prompt=prompt)["input_ids"]
+    (many,) = chat.encode_many([Conversation(tuple(messages))])
+    assert many.token_ids.tolist() == rendered(theirs, as_record(messages))["input_ids"]
+    documents = chat.encode_many([Conversation((), "", text) for text in (" Four. ", "")] * 20)
+    start, end = chat._tokenizer.document_bounds()
+    assert documents[0].token_ids.tolist() == [start, *chat._tokenizer.encode(" Four. "), end]
+    assert documents[1].token_ids.tolist() == [start, end]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_result_of_a_tool_becomes_the_tokens_that_are_trained_on(foreign, kind):
+    chat, _ = foreign(kind, False)
+    parts = (Part("calc", "2+2"), Part("result", "Four. Yes"), Part("text", "4"))
+    ids = chat.encode([Message("assistant", parts)]).token_ids.tolist()
+    start, end = (chat._tokenizer.specials[f"<|result_{edge}|>"] for edge in ("start", "end"))
+    assert ids[ids.index(start) + 1 : ids.index(end)] == chat.encode_result("Four. Yes")
 
 
 def test_openai_tool_calls_are_rendered_alike(chat, stranger):
