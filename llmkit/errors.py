@@ -16,6 +16,14 @@ class UserError(LlmkitError, ValueError):
     exit_code = 2
 
 
+class SavedError(UserError):
+    """Raised after a checkpoint, which the message names."""
+
+
+class SharedError(UserError):
+    """Raised in all processes of a job alike."""
+
+
 class GateError(LlmkitError):
     """A gate that the user asked for (`--fail-under`, `--fail-over`) was not met."""
 

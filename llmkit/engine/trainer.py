@@ -30,7 +30,7 @@ from llmkit.engine.optimizer import Optimizer
 from llmkit.engine.schedule import Schedule
 from llmkit.engine.sharding import begin_backward
 from llmkit.engine.threads import StepThreads
-from llmkit.errors import Interrupted, UserError
+from llmkit.errors import Interrupted, LlmkitError, SavedError, SharedError, UserError
 from llmkit.files import sync
 from llmkit.kernels import keep_freed_memory
 from llmkit.metrics import METRICS, MetricsLog, read_metrics, trim_metrics
@@ -71,8 +71,8 @@ class TrainerSettings:
 
 
 class Trainer:
-    """See the module. Raises UserError when the loss is not a number or stays far above its average, after a
-    checkpoint; raises Interrupted after a checkpoint when SIGINT, SIGTERM or SIGHUP arrives."""
+    """See the module. Raises UserError when the loss is not a number or stays far above its average, and Interrupted
+    when SIGINT, SIGTERM or SIGHUP arrives. Whatever ends a run, the steps that it made are saved first."""
 
     def __init__(
         self,
@@ -97,6 +97,7 @@ class Trainer:
         self.scores: dict[str, float] = {}  # of the last evaluation
         self.evaluated_step = self.sampled_step = -1
         self.saved_step, self.saved_at = -1, time.monotonic()
+        self._updates = 0  # of the optimizer, when the last step was whole
         self.stopping = False  # set by an evaluation that has seen enough
 
     @property
@@ -192,7 +193,7 @@ class Trainer:
         self.optimizer.discard()
         self.save(wait=True)
         place = self.checkpoints.folder
-        raise UserError(f"{reason}; saved in {place}; start again with a lower --learning-rate, or look at the data")
+        raise SavedError(f"{reason}; saved in {place}; start again with a lower --learning-rate, or look at the data")
 
     # ---- many steps
 
@@ -224,17 +225,20 @@ class Trainer:
         log = MirroredLog(self.folder / METRICS, self.settings.mirrors)
         since, since_tokens, last = started, self.tokens, {}
         batches = self.batches(self.step)
-        with log, interruptible() as interrupted, Progress("training", 1.0, quiet=self.settings.quiet) as bar:
+        bar = Progress("training", 1.0, quiet=self.settings.quiet)
+        with log, interruptible() as interrupted, self._saving(), bar:
             bar.advance(progress())
             if evaluate is not None and self._evaluation_due(evaluate_first) and self.evaluated_step != self.step:
                 self._evaluate(evaluate, log)
             if sample is not None and self.step > 0 and self._due(self.settings.sample_every):
                 self._sample(sample, log)
             while not self.stopping and (reached := progress()) < 1:
+                self._updates = self.optimizer.count
                 batch = next(batches, None)
                 if batch is None:
                     break
                 last = self.train_step(batch, reached)
+                self._updates = self.optimizer.count
                 last |= describe() if describe is not None else {}
                 now = time.monotonic()
                 stopped, late = self._agree(interrupted(), before + now - started)
@@ -314,6 +318,33 @@ class Trainer:
         return {"steps": self.step, "tokens": self.tokens, **{k: round(v, 4) for k, v in figures.items()}}
 
     # ---- state
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Save the steps that were made where an error ends them, and say so.
+
+        Not in the middle of an update, and not where other processes would have to save with this one and go on.
+        """
+        try:
+            yield
+        except (SavedError, Interrupted):
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            alone = world().size == 1 or isinstance(error, SharedError)
+            if self.step == 0 or not alone or self.optimizer.count != self._updates:
+                raise
+            self.optimizer.discard()
+            try:
+                self.save(wait=True)
+            except Exception:  # a full disk: what ended the run says more
+                raise error from None
+            saved = f"saved after step {self.step} in {self.checkpoints.folder}; go on with --resume"
+            if isinstance(error, KeyboardInterrupt):
+                raise Interrupted(f"stopped; {saved}") from None
+            if isinstance(error, LlmkitError):
+                raise SavedError(f"{error}; {saved}") from error
+            say(saved)
+            raise
 
     def save(self, wait: bool = False) -> None:
         """Write a checkpoint of the state after the last whole step, unless it stands already."""

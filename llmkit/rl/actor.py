@@ -21,6 +21,7 @@ from llmkit.engine.generation import Completion, Generator, Request
 from llmkit.engine.sampling import Sampling
 from llmkit.engine.sharding import whole_model
 from llmkit.engine.tool_calls import ToolUse
+from llmkit.errors import SharedError, UserError
 from llmkit.model.transformer import Transformer
 from llmkit.rewards import Attempt, Weighted, total
 from llmkit.rl.prompts import EncodedProblem
@@ -90,8 +91,18 @@ class Actor:
         and a sample, whoever draws them.
         """
         first, stop = world().own(len(problems))
-        own = self._attempt(problems[first:stop], settings, step, first_group + first)
-        return [group for part in world().gather(own) for group in part]
+        own: list[list[Rollout]] | UserError
+        try:
+            own = self._attempt(problems[first:stop], settings, step, first_group + first)
+        except UserError as error:  # the others wait for this process's attempts
+            if world().size == 1:
+                raise
+            own = error
+        parts = world().gather(own)
+        for part in parts:
+            if isinstance(part, UserError):
+                raise SharedError(str(part))
+        return [group for part in parts for group in part]
 
     def _attempt(
         self, problems: Sequence[EncodedProblem], settings: RolloutSettings, step: int, first_group: int

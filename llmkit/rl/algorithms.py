@@ -42,6 +42,11 @@ class Algorithm:
     kl: str = "loss"
     overlong: str = "keep"
 
+    @property
+    def compares_within_groups(self) -> bool:
+        """Whether a group needs two attempts of different worth to teach anything."""
+        return self.baseline != "batch"
+
 
 ALGORITHMS = {
     # Shao et al. 2024 (arXiv 2402.03300), section 4.1
@@ -53,7 +58,7 @@ ALGORITHMS = {
     "dapo": Algorithm("group", "group", "token", clip=(0.2, 0.28), overlong="penalise"),
     # Ahmadian et al. 2024 (arXiv 2402.14740), section 3: REINFORCE on whole sequences
     "rloo": Algorithm("others", None, "sum", clip=None, kl="reward"),
-    # Hu et al. 2025 (arXiv 2501.03262), section 3
+    # Hu et al. 2025 (arXiv 2501.03262), section 3: normalised over the batch, so that one attempt at a problem will do
     "reinforce++": Algorithm("batch", "batch", "token", kl="reward"),
     # Zheng et al. 2025 (arXiv 2507.18071), sections 4.1 and 5.1
     "gspo": Algorithm("group", "group", "sequence", ratio="sequence", clip=(3e-4, 4e-4)),

@@ -105,7 +105,7 @@ class Collector:
         self.figures = {
             **describe(all_groups, self._actor.rewards),
             "groups": len(all_groups),
-            "groups_without_signal": sum(not is_informative(_rewards(group)) for group in all_groups),
+            "groups_without_signal": sum(not self._teaches(group) for group in all_groups),
             "sampled_tokens": sampled,
             "sampled_tokens_per_second": round(sampled / max(spent, 1e-9), 1),
             "sampling_seconds": round(spent, 3),
@@ -127,13 +127,14 @@ class Collector:
             while count > 0:
                 groups = self._attempts(step, count)
                 every += groups
-                useful += [group for group in groups if _tells_apart(group)]
+                useful += [group for group in groups if self._teaches(group)]
                 if not useful:
                     break
                 missing, left = settings.problems - len(useful), allowed - len(every)
                 count = min(left, math.ceil(missing * len(every) / len(useful)))
-            if useful:
+            if is_informative([reward for group in useful for reward in _rewards(group)]):
                 break
+            useful, count = [], settings.problems  # a batch all of whose attempts are worth the same
         used = useful[: settings.problems]
         numbers = {group[0].group for group in used}
         for rollout in (rollout for group in every for rollout in group):
@@ -150,10 +151,16 @@ class Collector:
             advice = "problems that are sometimes solved, or more attempts (--group)"
         if figures["cut"] > 0:
             advice += ", or more --max-tokens"
+        each = "each of " if self._algorithm.compares_within_groups else ""
         return (
-            f"nothing left to learn: all attempts at each of {len(groups)} problems were worth the same (the mean "
+            f"nothing left to learn: all attempts at {each}{len(groups)} problems were worth the same (the mean "
             f"reward is {figures['reward']:.3g}); give {advice}"
         )
+
+    def _teaches(self, group: Sequence[Rollout]) -> bool:
+        """Whether a group has advantages other than 0."""
+        apart = not self._algorithm.compares_within_groups or is_informative(_rewards(group))
+        return apart and any(rollout.trained for rollout in group)
 
     def _attempts(self, step: int, count: int) -> list[list[Rollout]]:
         problems = [self._problem(number) for number in range(self.groups, self.groups + count)]
@@ -180,10 +187,6 @@ class Collector:
 
 def _rewards(group: Sequence[Rollout]) -> list[float]:
     return [rollout.reward for rollout in group if rollout.judged]
-
-
-def _tells_apart(group: Sequence[Rollout]) -> bool:
-    return any(rollout.trained for rollout in group) and is_informative(_rewards(group))
 
 
 def _divergence(rollout: Rollout) -> float:

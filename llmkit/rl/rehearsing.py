@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from llmkit.engine.speed import batch_seconds
 from llmkit.progress import duration, quantity
 from llmkit.rl.actor import Actor, RolloutSettings
-from llmkit.rl.algorithms import is_informative
+from llmkit.rl.algorithms import Algorithm, is_informative
 from llmkit.rl.collecting import describe, handle_overlong
 from llmkit.rl.policy_loss import PolicyLoss
 from llmkit.rl.prompts import EncodedProblem
@@ -54,7 +54,7 @@ def rehearse(
     problems: Sequence[EncodedProblem],
     settings: RolloutSettings,
     loss: PolicyLoss,
-    overlong: str,
+    algorithm: Algorithm,
     micro_batch_tokens: int,
     share_prompts: bool,
 ) -> Rehearsal:
@@ -64,10 +64,11 @@ def rehearse(
     sampling = time.monotonic() - started
     rollouts = [rollout for group in groups for rollout in group]
     for rollout in rollouts:
-        handle_overlong(rollout, overlong, settings.max_tokens)
+        handle_overlong(rollout, algorithm.overlong, settings.max_tokens)
     rows, _ = pack_rollouts(rollouts, [1.0] * len(rollouts), 0, share_prompts)
     loss.start(len(rows.token_ids), rollouts)
     rows_at_once = max(1, micro_batch_tokens // rows.token_ids.shape[1])
     training = batch_seconds(actor.model, loss, rows, rows_at_once, actor.model.embed_tokens.device)
-    informative = sum(is_informative([one.reward for one in group if one.judged]) for group in groups)
-    return Rehearsal(describe(groups, actor.rewards), len(groups), informative, sampling, training, rows.tokens)
+    compared = groups if algorithm.compares_within_groups else [rollouts]
+    informative = sum(is_informative([one.reward for one in some if one.judged]) for some in compared)
+    return Rehearsal(describe(groups, actor.rewards), len(compared), informative, sampling, training, rows.tokens)

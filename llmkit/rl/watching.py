@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llmkit.engine.served_models import ServerError
 from llmkit.engine.trainer import Trainer
-from llmkit.errors import UserError
+from llmkit.errors import SavedError
 from llmkit.progress import say
 from llmkit.rl.collecting import Collector
 from llmkit.rl.evaluating import HeldOut
@@ -77,25 +75,13 @@ class Watch:
         if apart := difference_beyond(figures, limits.difference):
             self._trainer.save(wait=True)
             place = self._trainer.checkpoints.folder
-            raise UserError(f"{apart}; saved in {place}; --resume with a higher bound, or begin again in float32")
+            raise SavedError(f"{apart}; saved in {place}; --resume with a higher bound, or begin again in float32")
         if limits.kl is not None and figures["kl_per_attempt"] > limits.kl:
             self._stop(f"the policy is {figures['kl_per_attempt']:.3g} nats an attempt from its beginning (--max-kl)")
         if limits.reward is not None and figures["reward"] >= limits.reward:
             self._stop(f"the mean reward is {figures['reward']:.3g} (--max-reward)")
         if collapsed := self._collapse.note(figures):
             self._stop(f"{COLLAPSED}: {collapsed}; try a lower --learning-rate")
-
-    @contextmanager
-    def saving(self) -> Iterator[None]:
-        """Save what was learnt where a server ends the run."""
-        try:
-            yield
-        except ServerError as error:
-            if self._trainer.step == 0:
-                raise
-            self._trainer.save(wait=True)
-            where = f"saved after step {self._trainer.step} in {self._trainer.checkpoints.folder}"
-            raise UserError(f"{error}; {where}; go on with --resume") from None
 
     @property
     def has_collapsed(self) -> bool:

@@ -95,7 +95,7 @@ class RlConfig(TuningConfig, ToolConfig, ServedConfig):
         free=True,
     )
 
-    group: int = option(8, "Attempts at each problem.", group="Attempts", at_least=2, at_most=4096)
+    group: int = option(8, "Attempts at each problem.", group="Attempts", at_least=1, at_most=4096)
     batch_size: int = option(16, "Problems of a step.", group="Attempts", at_least=1)
     max_tokens: int | None = option(
         None, "Tokens of an attempt [256, or what the context leaves].", group="Attempts", unit="count", at_least=1
@@ -215,8 +215,8 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     settings = RolloutSettings(config.group, max_tokens, config.temperature, config.stop, config.seed)
     share_prompts = device.type == "cpu"
     if config.dry_run:
-        some, overlong = problems[: config.batch_size], algorithm.overlong
-        rehearsal = rehearse(actor, some, settings, loss, overlong, MICRO_BATCH_TOKENS, share_prompts)
+        some = problems[: config.batch_size]
+        rehearsal = rehearse(actor, some, settings, loss, algorithm, MICRO_BATCH_TOKENS, share_prompts)
         memory = training_bytes(tuning.model.config, MICRO_BATCH_TOKENS, tuning.trained_parameters)
         memory += dtype.itemsize * tuning.model.config.parameter_count * (reference is not None)
         for line in rehearsal.lines(horizon.steps, config.updates, memory):
@@ -274,7 +274,7 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
         return figures
 
     # train
-    with folder.training(lambda: trainer.has_begun), watch.saving():
+    with folder.training(lambda: trainer.has_begun):
         trainer.fit(
             total_steps=horizon.steps,
             seconds=None if config.time_budget is None else config.time_budget - (time.monotonic() - STARTED),
@@ -338,6 +338,16 @@ def _check(config: RlConfig) -> None:
     if config.is_served and config.tools:
         raise UserError("--tools: expected no --engine beside it; tools are called where attempts are made here")
     check_inputs([*config.data, *config.val])
+
+    from llmkit.rl.algorithms import ALGORITHMS  # brings numpy, which --help does without
+
+    if config.group == 1 and ALGORITHMS[config.algo].compares_within_groups:
+        raise UserError(
+            f"--group 1: --algo {config.algo} compares the attempts at a problem with one another and needs 2 or more; "
+            "--algo reinforce++ compares those of a step"
+        )
+    if config.group == config.batch_size == 1:
+        raise UserError("--group 1 --batch-size 1: expected two attempts a step at least, to compare")
 
 
 def _say_plan(config: RlConfig, horizon: Horizon, rewards: Sequence[Weighted], problems: int, parameters: int) -> None:

@@ -67,6 +67,50 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [
+        (UserError("the reward failed"), "the reward failed; saved after step 3 in .*; go on with --resume"),
+        (KeyboardInterrupt(), "stopped; saved after step 3 in .*; go on with --resume"),
+        (ZeroDivisionError("division by zero"), "division by zero"),
+    ],
+)
+def test_whatever_ends_a_run_its_steps_are_kept(tmp_path, failure, told):
+    def failing(step):
+        for number, batch in enumerate(batches(step), step):
+            if number == 3:
+                raise failure
+            yield batch
+
+    make(tmp_path / "whole").fit(total_steps=6)
+    with pytest.raises(BaseException, match=told):
+        make(tmp_path / "cut", source=failing).fit(total_steps=6)
+    resumed = make(tmp_path / "cut")
+    assert resumed.resume() and resumed.step == 3
+    resumed.fit(total_steps=6)
+    whole, again = make(tmp_path / "whole"), resumed
+    assert whole.resume() and torch.equal(whole.model.weight, again.model.weight)
+
+
+def test_half_an_update_is_not_kept(tmp_path):
+    """Two updates of a step; the second fails, and only the steps before are what a run can go on from."""
+    trainer = make(tmp_path, updates_per_batch=2, save_every=1)
+    loss, calls = trainer.loss, []
+
+    def failing(model, rows):
+        calls.append(1)
+        if len(calls) == 6:
+            raise UserError("no")
+        return loss(model, rows)
+
+    trainer.loss = failing
+    with pytest.raises(UserError, match=r"^no$"):
+        trainer.fit(total_steps=6)
+    trainer.checkpoints.wait()
+    resumed = make(tmp_path)
+    assert resumed.resume() and resumed.step == 2
+
+
 def test_it_learns_and_writes_metrics(tmp_path):
     make(tmp_path).fit(total_steps=60)
     rows = metrics(tmp_path)
@@ -103,7 +147,7 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path):
         killed.fit(total_steps=20)
     killed.checkpoints.wait()
     resumed = make(tmp_path / "cut")
-    assert resumed.resume() and resumed.step == 7
+    assert resumed.resume() and resumed.step == 12
     resumed.fit(total_steps=20)
     assert torch.equal(whole.model.weight, resumed.model.weight)
     pairs = zip(metrics(tmp_path / "whole"), metrics(tmp_path / "cut"), strict=True)

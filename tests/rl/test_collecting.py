@@ -49,8 +49,8 @@ class Actor:
         return groups
 
 
-def collector(worth, tmp_path, *, problems=4, refill=1.0, of=100):
-    algorithm, actor = ALGORITHMS["grpo"], Actor(worth)
+def collector(worth, tmp_path, *, problems=4, refill=1.0, of=100, algo="grpo"):
+    algorithm, actor = ALGORITHMS[algo], Actor(worth)
     settings = BatchSettings(problems, refill, 0.0, True, 0)
     encoded = [EncodedProblem(problem(f"{i}?"), [1, 2]) for i in range(of)]
     loss, log = PolicyLoss(algorithm, 1.0, 0.0, False), RolloutLog(tmp_path / "rollouts.jsonl")
@@ -68,6 +68,20 @@ def test_groups_without_signal_are_replaced(tmp_path):
     assert actor.asked == [4, 4] and made.figures["groups"] == 8 and made.figures["groups_without_signal"] == 4
     assert len({row["group"] for row in logged(tmp_path) if row["trained"]}) == 4
     assert (batch.targets >= 0).sum() == 4 * 2 * 2
+
+
+def test_a_baseline_of_the_batch_learns_from_groups_whose_rewards_are_all_equal(tmp_path):
+    """REINFORCE++ (arXiv 2501.03262) normalises over the batch: a problem solved is worth more than others."""
+    made, actor = collector(lambda number: (number % 2,) * 2, tmp_path, algo="reinforce++")
+    next(made.batches(0))
+    assert actor.asked == [4] and made.figures["groups_without_signal"] == 0
+    assert [row["advantage"] for row in logged(tmp_path)] == [-1, -1, 1, 1] * 2
+    alone, _ = collector(lambda number: (number % 2,), tmp_path, algo="reinforce++")
+    next(alone.batches(0))
+    assert [row["advantage"] for row in logged(tmp_path)] == [-1, 1] * 2
+    equal, actor = collector(lambda number: (1, 1), tmp_path, algo="reinforce++")
+    assert next(equal.batches(0), None) is None and len(actor.asked) == 8
+    assert "all attempts at 32 problems were worth the same" in equal.ended
 
 
 def test_replacements_are_bounded(tmp_path):

@@ -139,6 +139,7 @@ def test_the_folder_has_its_curves(policy):
         {"algo": "gspo"},
         {"algo": "rloo", "kl_coef": 0.1},
         {"algo": "reinforce++", "kl_coef": 0.1},
+        {"algo": "reinforce++", "group": 1, "batch_size": 32, "warmup_steps": 0},
         {"algo": "dr-grpo", "kl_coef": 0.1, "lora_rank": 4, "overlong": "mask"},
         {"reward": ("verifier", "length:-0.1"), "temperature": 0.8, "refill": 0.0},
     ],
@@ -292,6 +293,14 @@ def judge(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("algo", ["grpo", "dr-grpo", "dapo", "rloo", "gspo"])
+def test_one_attempt_at_a_problem_is_none_to_compare(coin, problems, tmp_path, algo):
+    with pytest.raises(UserError, match=f"--group 1: --algo {re.escape(algo)} compares .* reinforce"):
+        train(coin, problems, tmp_path / "policy", group=1, algo=algo)
+    with pytest.raises(UserError, match="--group 1 --batch-size 1: expected two attempts"):
+        train(coin, problems, tmp_path / "policy", group=1, batch_size=1, algo="reinforce++")
+
+
 def test_an_attempt_has_the_room_that_the_context_leaves(problems, tmp_path, capsys):
     """The default of 256 tokens would leave out every problem of a model whose context is 256."""
     chat = save_assistant(tmp_path / "chat", context=256)
@@ -364,13 +373,15 @@ def test_a_reward_that_fails_in_the_second_step_leaves_the_first(coin, problems,
     body = "CALLS = []\ndef reward(record):\n    CALLS.append(1)\n    return (record['completion'] == 'heads')"
     score.write_text(f"{body} / (len(CALLS) <= 40)\n")
     more = {"reward": (f"py:{score}:reward",), "refill": 0.0}
-    with pytest.raises(UserError, match="ZeroDivisionError: division by zero for "):
+    told = r"ZeroDivisionError: division by zero for .*; saved after step 1 in .*; go on with --resume"
+    with pytest.raises(UserError, match=told):
         train(coin, problems, tmp_path / "p", **more)
     assert [row["step"] for row in lines(tmp_path / "p.partial" / "metrics.jsonl") if "reward" in row] == [1]
     score.write_text(body + "\n")
     with pytest.raises(UserError, match="an unfinished run"):
         train(coin, problems, tmp_path / "p", **more)
     assert train(coin, problems, tmp_path / "p", resume=True, **more).steps == 2
+    assert [row["step"] for row in lines(tmp_path / "p" / "metrics.jsonl") if "reward" in row] == [1, 2]
 
 
 def test_a_base_model_is_warned_of(base, tmp_path, capsys):
