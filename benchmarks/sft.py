@@ -67,15 +67,17 @@ def peer(python: str, script: Path, model: Path, folder: Path) -> float:
 
 def filled(model: Path) -> float:
     """The share of places in our rows that hold a token."""
+    from llmkit.conversations import read_conversation
     from llmkit.data.mixture import Mixture, Source
-    from llmkit.data.sources import conversations_of, read_examples
+    from llmkit.data.sources import read_examples
+    from llmkit.stream import BadRecords, read_jsonl
     from llmkit.tokenizer.chat import ChatFormat, write_chat_tokenizer
     from llmkit.tokenizer.encoding import load_tokenizer
 
     with tempfile.TemporaryDirectory() as place:
         chat = ChatFormat(write_chat_tokenizer(load_tokenizer(model), Path(place)))
-    data = conversations_of(str(model / "sft.jsonl"))
-    examples, _ = read_examples("data", data, chat.encode_many, LENGTH + 1, "truncate")
+    data = read_jsonl([str(model / "sft.jsonl")], None, read_conversation)
+    examples, _ = read_examples("data", data, chat.encode_many, LENGTH + 1, "truncate", bad=BadRecords())
     mixture = Mixture([Source(examples, 1.0)], LENGTH, ROWS, chat.end_id)
     steps = mixture.steps_for(examples.inputs)
     return examples.inputs / (steps * ROWS * LENGTH)

@@ -90,7 +90,20 @@ class CommonConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig(CommonConfig):
+class RecordsConfig:
+    """Options that are spelled the same in every stage that reads users' records (BadRecords in stream.py)."""
+
+    max_bad: str = option(
+        "1%", "Bad records of a file to skip; 0: none.", group="Common", metavar="SHARE|COUNT", free=True
+    )
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a --max-bad that is neither a share nor a count."""
+        parse_max_bad(self.max_bad)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(RecordsConfig, CommonConfig):
     """Options that are spelled the same in every stage that trains (engine/setup.py uses them)."""
 
     device: str = option("auto", "Where to compute.", choices=("auto", "cpu", "cuda", "mps"))
@@ -115,6 +128,7 @@ class TrainingConfig(CommonConfig):
 
     def __post_init__(self) -> None:
         """Raises UserError where a package that is asked for is missing."""
+        super().__post_init__()
         for name in ("tensorboard", "wandb"):
             if getattr(self, name) and find_spec(name) is None:
                 raise UserError(f"--{name}: needs the package {name}; pip install 'llmkit[{name}]'")
@@ -218,6 +232,25 @@ def parse_quantity(text: str | int | float, unit: Unit) -> int | float:
         raise ValueError(f"expected a {_NAMES[unit]} such as {_EXAMPLES[unit]}")
     exact = Decimal(found[1].replace("_", "")) * _SCALES[unit][found[2]]
     return int(exact) if exact == exact.to_integral_value() else float(exact)
+
+
+def parse_max_bad(text: str) -> tuple[float | None, int]:
+    """The share of `--max-bad 1%`, else None, and the count of `--max-bad 10`, for a share that of one record.
+
+    >>> parse_max_bad("1%"), parse_max_bad("10"), parse_max_bad("0%")
+    ((0.01, 1), (None, 10), (None, 0))
+
+    Raises UserError for what is neither.
+    """
+    try:
+        if not text.endswith("%"):
+            return None, int(_convert(text, int, Option("", unit="count")))
+        share = _convert(text[:-1], float, Option("")) / 100
+        if 0 <= share <= 1:
+            return (share, 1) if share else (None, 0)
+    except ValueError:
+        pass
+    raise UserError(f"--max-bad: expected a share such as 1% or a count such as 10, found {text!r}")
 
 
 def value_type(annotation: Any) -> tuple[type, bool, bool]:

@@ -19,14 +19,12 @@ Neighbours of the same role are merged, with a blank line between. An assistant 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 from llmkit.errors import UserError
 from llmkit.records import Row, kind_of
-from llmkit.stream import json_rows, open_input
 
 TOOLS = ("calc", "python", "search")
 RESULT = "result"
@@ -94,16 +92,6 @@ def as_record(messages: Sequence[Message]) -> list[dict[str, Any]]:
         return [{"type": part.kind, "text": part.text} for part in parts]
 
     return [{"role": one.role, "content": content(one.parts)} for one in messages]
-
-
-def read_records(path: str, limit: int | None = None) -> Iterator[Row]:
-    """The records of a JSONL file, or of a file that is one JSON array (numbered from 1 as lines are).
-
-    The array may stand under `examples` or `data` of an object that begins on a line of its own. Raises UserError for
-    what is none of them.
-    """
-    with open_input(path) as handle:
-        yield from islice(json_rows(handle, path), limit)
 
 
 def read_conversation(row: Row) -> Conversation:

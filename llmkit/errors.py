@@ -3,6 +3,9 @@
 Anything else that escapes is our bug: a traceback and exit code 1.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class LlmkitError(Exception):
     """Base of the errors that are reported in one line."""
@@ -34,3 +37,14 @@ class Interrupted(LlmkitError):
     """SIGINT or SIGTERM arrived and the work was saved first; the message says how to go on."""
 
     exit_code = 130
+
+
+@contextmanager
+def naming(place: str) -> Iterator[None]:
+    """Put a place before the message of a UserError that does not begin with it."""
+    try:
+        yield
+    except UserError as error:
+        if not place or str(error).startswith(place):
+            raise
+        raise UserError(f"{place}: {error}") from None

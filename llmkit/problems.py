@@ -19,13 +19,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
 from typing import Any
 
-from llmkit.conversations import Message, alpaca_request, read_messages, read_records
+from llmkit.conversations import Message, alpaca_request, read_messages
 from llmkit.errors import UserError
 from llmkit.questions import FRAME
 from llmkit.records import Row, kind_of
+from llmkit.stream import read_jsonl
 
 PROMPTS = ("messages", "prompt", "question", "problem", "query", "instruction", "context", "input", "sQuestion")
 ANSWERS = ("answer", "solution", "target", "continuation", "correct", "lSolutions", "answerKey", "gold", "output")
@@ -57,13 +57,8 @@ class Problem:
 
 
 def read_problems(paths: Sequence[str], limit: int | None = None) -> Iterator[Problem]:
-    """The problems of files, `-` for stdin, at most `limit` of them in all.
-
-    Files are JSONL, one JSON array, or an object that holds it under `examples`; gzip and zstd are unpacked. Raises
-    UserError that names file and record.
-    """
-    rows = chain.from_iterable(read_records(path, limit) for path in paths)
-    yield from map(read_problem, islice(rows, limit))
+    """The problems of files, `-` for stdin, at most `limit` of them in all. Raises UserError for the first bad one."""
+    return read_jsonl(paths, limit, read_problem)
 
 
 def read_problem(row: Row) -> Problem:

@@ -15,14 +15,24 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from typing import IO, Any
 
 import orjson
 
 from llmkit.errors import UserError
 from llmkit.records import Row, kind_of
-from llmkit.stream import BYTE_ORDER_MARK, json_row, name_of, names_of, open_input
+from llmkit.stream import (
+    BYTE_ORDER_MARK,
+    BadRecords,
+    array_rows,
+    good_records,
+    line_rows,
+    name_of,
+    names_of,
+    open_input,
+    whole_json,
+)
 
 EXPECTED = "'question' and 'answer', or 'context' and 'continuation'"
 ANSWER_FIELDS = ("answer", "answers", "continuation")
@@ -50,17 +60,29 @@ class Question:
     where: str = ""
 
 
-def read_questions(paths: Sequence[str], limit: int | None = None) -> Iterator[Question | str]:
+def read_questions(
+    paths: Sequence[str], limit: int | None = None, bad: BadRecords | None = None
+) -> Iterator[Question | str]:
     """The questions of files, `-` for stdin, at most `limit` of them in all; why there is none, for those left out.
 
-    Left out are SQuAD 2's questions that their passage does not answer. Raises UserError that names file and record.
+    Left out are SQuAD 2's questions that their passage does not answer. Bad records are skipped as `bad` has it;
+    without that, the first raises UserError that names file and record.
     """
-    yield from islice(chain.from_iterable(map(_read_file, paths)), limit)
+    left = limit
+    for path in paths:
+        if left == 0:
+            return
+        with open_input(path) as handle:
+            for found in good_records(_rows_of(handle, name_of(path)), read_question, name_of(path), bad, left):
+                yield found
+                left = None if left is None else left - 1
 
 
-def all_questions(paths: Sequence[str], limit: int | None = None) -> tuple[list[Question], Counter[str]]:
+def all_questions(
+    paths: Sequence[str], limit: int | None = None, bad: BadRecords | None = None
+) -> tuple[list[Question], Counter[str]]:
     """What `read_questions` reads, and how many are left out, by reason. Raises UserError where none is left."""
-    read = list(read_questions(paths, limit))
+    read = list(read_questions(paths, limit, bad))
     questions = [one for one in read if not isinstance(one, str)]
     if not questions:
         raise UserError(f"{names_of(paths)}: expected questions, found none that has an answer")
@@ -80,25 +102,17 @@ def kind_of_question(text: str) -> str:
 # ---- files
 
 
-def _read_file(path: str) -> Iterator[Question | str]:
-    name = name_of(path)
-    with open_input(path) as handle:
-        first = handle.readline()
-        whole = _whole_value(first, handle, name)
-        if isinstance(whole, dict) and "data" in whole:
-            yield from _squad(whole, name)
-        elif isinstance(whole, list):
-            for number, value in enumerate(whole, 1):
-                if not isinstance(value, dict):
-                    raise UserError(f"{name}:{number}: expected an object in the array, found {kind_of(value)}")
-                yield read_question(Row(value, name, number))
-        elif whole is not None:
-            yield read_question(Row(whole, name, 1))
-        else:
-            for number, line in enumerate(chain([first], handle), 1):
-                row = json_row(line, name, number)
-                if row is not None:
-                    yield read_question(row)
+def _rows_of(handle: IO[bytes], name: str) -> Iterator[Row | UserError]:
+    first = handle.readline()
+    whole = _whole_value(first, handle, name)
+    if isinstance(whole, dict) and "data" in whole:
+        yield from _squad(whole, name)
+    elif isinstance(whole, list):
+        yield from array_rows(whole, name)
+    elif whole is not None:
+        yield Row(whole, name, 1)
+    else:
+        yield from line_rows(chain([first], handle), name)
 
 
 def _whole_value(first: bytes, handle: IO[bytes], name: str) -> Any:
@@ -111,7 +125,7 @@ def _whole_value(first: bytes, handle: IO[bytes], name: str) -> Any:
     elif b'"data"' not in start:
         return None
     try:
-        value = orjson.loads(start)
+        value = whole_json(start)
     except orjson.JSONDecodeError as error:
         if start.count(b"\n"):
             hint = "expected JSONL without blank lines before it, an array or SQuAD's JSON"
@@ -120,24 +134,18 @@ def _whole_value(first: bytes, handle: IO[bytes], name: str) -> Any:
     return value if isinstance(value, list) or "data" in value else None
 
 
-def _squad(value: dict[str, Any], name: str) -> Iterator[Question | str]:
+def _squad(value: dict[str, Any], name: str) -> Iterator[Row | UserError]:
     """The questions of SQuAD's JSON, each named by article and paragraph: "xquad.en.json:2.1" and its id."""
     for article_number, article in enumerate(_listed(value, "data", name), 1):
         place = f"{name}:{article_number}"
         title = str(article.get("title") or article_number)
         for number, paragraph in enumerate(_listed(article, "paragraphs", place), 1):
-            passage = paragraph.get("context")
             here = f"{place}.{number}"
-            if not isinstance(passage, str) or not passage.strip():
-                raise UserError(f"{here}: expected 'context' to be the text of a passage, found {_found(passage)}")
             for one in _listed(paragraph, "qas", here):
-                where = f"{here}, id {one.get('id')}"
-                if one.get("is_impossible") or one.get("answers") == []:
-                    yield "no answer in the passage"
-                    continue
-                text = _text(one.get("question"), "question", where)
-                answers = _answers(one.get("answers"), "answers", where)
-                yield Question(text, answers, passage, f"{title}/{number}", kind_of_question(text), "", where)
+                asked = {key: one.get(key) for key in ("question", "answers")}
+                unanswered = one.get("is_impossible") or one.get("answers") == []
+                passage = {"passage": paragraph.get("context"), "passage_id": f"{title}/{number}"}
+                yield Row({**asked, **passage, "is_impossible": unanswered}, f"{here}, id {one.get('id')}", 0)
 
 
 def _listed(value: dict[str, Any], field: str, where: str) -> list[dict[str, Any]]:

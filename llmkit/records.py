@@ -17,7 +17,7 @@ from llmkit.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One record and the place it came from."""
+    """One record and the place it came from; line 0 where `path` says it all."""
 
     value: dict[str, Any]
     path: str
@@ -25,7 +25,7 @@ class Row:
 
     @property
     def where(self) -> str:
-        return f"{self.path}:{self.line}"
+        return f"{self.path}:{self.line}" if self.line else self.path
 
 
 def _text_field(row: Row, name: str, what: str) -> str:
@@ -51,13 +51,14 @@ def kind_of(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def check_document(row: Row) -> None:
-    """A document has `text`, a string; `source`, where given, is a string."""
+def check_document(row: Row) -> Row:
+    """The row, if it is a document: it has `text`, a string; `source`, where given, is a string."""
     _text_field(row, "text", "a document")
     if not isinstance(row.value.get("source", ""), str):
         raise UserError(f"{row.where}: expected 'source' to be a string, found {kind_of(row.value['source'])}")
+    return row
 
 
-def check_prompt(row: Row) -> None:
-    """A prompt record has `prompt`, a string."""
-    _text_field(row, "prompt", "a prompt")
+def check_prompt(row: Row) -> str:
+    """The prompt of a record: `prompt`, a string."""
+    return _text_field(row, "prompt", "a prompt")

@@ -12,20 +12,23 @@ from __future__ import annotations
 import errno
 import gzip
 import io
+import json
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import chain, islice
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import orjson
 
+from llmkit.config import parse_max_bad
 from llmkit.display import stdout_bytes
 from llmkit.errors import UserError
 from llmkit.files import atomic_file, check_output
+from llmkit.progress import say
 from llmkit.records import Row, check_document, kind_of
 
 GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
@@ -34,8 +37,13 @@ LARGEST_DICTIONARY = 1 << 25
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BLOCK = 1 << 20
 TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".xlsx")
+TOLD = 3  # records of a file that are skipped with a line of their own
+NOTED = ("name", "good", "bad", "first")  # of a tally, in JSON
+EARLY = 1000  # records of a file, from which on a share of them is judged while reading
 STDIN_ONCE = "stdin: '-' can be read only once; save one of the inputs to a file"
 _stdin_taken: Any = None
+
+T = TypeVar("T")
 
 
 # ---- reading
@@ -188,52 +196,186 @@ class ZstdFrames(io.RawIOBase):
         return self._zstandard.ZstdDecompressor(dict_data=self._zstandard.ZstdCompressionDict(dictionary))
 
 
-def read_jsonl(paths: Sequence[str], limit: int | None = None) -> Iterator[Row]:
-    """Yield the objects of JSONL files, blank lines left out, at most `limit` of them in all.
+def read_jsonl(
+    paths: Sequence[str],
+    limit: int | None = None,
+    read: Callable[[Row], T] = lambda row: row,  # type: ignore[assignment,return-value]
+    bad: BadRecords | None = None,
+) -> Iterator[T]:
+    """Yield what `read` makes of the objects of JSONL files, blank lines left out, at most `limit` in all.
 
-    Raises UserError naming file and line for a line that is not a JSON object, is not UTF-8, or holds a lone
-    surrogate.
+    A bad record is one that `read` refuses by a UserError, or a line that is not a JSON object, is not UTF-8, or holds
+    a lone surrogate. It is skipped as `bad` has it; without that, the first raises UserError naming file and line.
     """
-
-    def rows(path: str) -> Iterator[Row]:
-        with open_input(path) as handle:
-            yield from json_rows(handle, path)
-
-    yield from islice(chain.from_iterable(map(rows, paths)), limit)
+    yield from _good_records_of(paths, json_rows, read, limit, bad)
 
 
-def read_documents(paths: Sequence[str], limit: int | None = None) -> Iterator[Row]:
+def read_documents(paths: Sequence[str], limit: int | None = None, bad: BadRecords | None = None) -> Iterator[Row]:
     """Yield documents `{"text", ...}` from JSONL, or from plain text: a file of plain text is one document.
 
     `.jsonl`, `.json` and `.ndjson` are JSONL, `.txt` and `.md` are text; stdin and files of other names are
-    JSONL when their first character is `{`. Raises UserError for a record whose `text` is missing or not a
-    string, and for text that is not UTF-8.
+    JSONL when their first character is `{`. A record whose `text` is missing or no string is bad, as in `read_jsonl`.
+    Raises UserError for plain text that is not UTF-8.
     """
 
-    def rows(path: str) -> Iterator[Row]:
+    def rows(handle: io.BufferedReader, path: str) -> Iterator[Row | UserError]:
+        return (json_rows if is_jsonl(handle, path) else _plain_document)(handle, path)
+
+    yield from _good_records_of(paths, rows, check_document, limit, bad)
+
+
+def _good_records_of(
+    paths: Sequence[str],
+    rows_of: Callable[[io.BufferedReader, str], Iterator[Row | UserError]],
+    read: Callable[[Row], T],
+    limit: int | None,
+    bad: BadRecords | None,
+) -> Iterator[T]:
+    left = limit
+    for path in paths:
+        if left == 0:
+            return
         with open_input(path) as handle:
-            yield from (json_documents if is_jsonl(handle, path) else _plain_document)(handle, path)
+            for found in good_records(rows_of(handle, path), read, name_of(path), bad, left):
+                yield found
+                left = None if left is None else left - 1
 
-    yield from islice(chain.from_iterable(map(rows, paths)), limit)
+
+def good_records(
+    rows: Iterable[Row | UserError],
+    read: Callable[[Row], T],
+    name: str,
+    bad: BadRecords | None = None,
+    limit: int | None = None,
+) -> Iterator[T]:
+    """Yield what `read` makes of the records of one file, at most `limit`; those that are bad are skipped.
+
+    A bad record is a UserError among `rows`, or one that `read` refuses by a UserError. `bad` counts and tells it, and
+    raises UserError beyond its bound; without `bad` the first one is raised.
+    """
+    bad = BadRecords() if bad is None else bad
+    tally = bad.begin(name)
+    given = 0
+    for row in rows:
+        try:
+            if isinstance(row, UserError):
+                raise row
+            found = read(row)
+        except UserError as error:
+            bad.skip(error, name)
+            continue
+        tally.good += 1
+        yield found
+        given += 1
+        if given == limit:
+            break
+    bad.judge(name)
 
 
-def json_rows(handle: io.BufferedReader, path: str) -> Iterator[Row]:
+@dataclass
+class Tally:
+    """The records of one file: how many are good, how many bad, and what was wrong with the first of these."""
+
+    name: str
+    good: int = 0
+    bad: int = 0
+    first: str = ""
+    told: int = 0  # of the bad ones, in the line at the end
+    waiting: list[str] = field(default_factory=list)  # lines that may be spared: an error may say it all
+
+
+class BadRecords:
+    """Skips the records of a run that cannot be used: the first of each file are told, all are counted.
+
+    most   how many of a file may be bad, as `--max-bad` has it: a share such as "1%", or a count. A share bears one in
+           any file, is judged at the end of the file, and from EARLY records on while reading. "0" bears none.
+
+    A file in which every record is bad is an error under any bound.
+    """
+
+    def __init__(self, most: str = "0", quiet: bool = False) -> None:
+        self._most, self._quiet = most, quiet
+        self._share, self._count = parse_max_bad(most)
+        self.tallies: list[Tally] = []
+
+    @property
+    def results(self) -> dict[str, int]:
+        """What a manifest tells of it."""
+        return {"bad_records": sum(tally.bad for tally in self.tallies)}
+
+    def begin(self, name: str) -> Tally:
+        """Count a file by itself, also one that is read again."""
+        self.tallies.append(Tally(name))
+        return self.tallies[-1]
+
+    def skip(self, error: UserError, name: str, *, was_good: bool = False) -> None:
+        """Leave out a record of a file, `was_good` where it has been given out. Raises UserError beyond the bound."""
+        tally = self._tally(name)
+        tally.good -= was_good
+        tally.bad += 1
+        tally.first = tally.first or str(error)
+        if self._count == 0:
+            raise error
+        if self._share is None or tally.good + tally.bad >= EARLY:
+            self._check(tally)
+        if tally.bad <= TOLD:
+            tally.waiting.append(f"skipped: {error}{'; others are counted' if tally.bad == TOLD else ''}")
+        if tally.good:
+            self._tell(tally)
+
+    def judge(self, name: str) -> None:
+        """Tell what was skipped of a file that has been read. Raises UserError beyond the bound."""
+        tally = self._tally(name)
+        self._check(tally)
+        if tally.bad and not tally.good:
+            more = f"; none of the {tally.bad} records of {name} can be used" if tally.bad > 1 else ""
+            raise UserError(f"{tally.first}{more}")
+        self._tell(tally)
+        if tally.bad > tally.told:
+            tally.told = tally.bad
+            say(f"{name}: {tally.bad} of {tally.good + tally.bad} records skipped", self._quiet)
+
+    def recall(self, noted: Iterable[Mapping[str, Any]]) -> None:
+        """Take over the tallies of files that a former run has read. Raises UserError beyond the bound."""
+        for one in noted:
+            self.tallies.append(Tally(**one))
+            self.judge(self.tallies[-1].name)
+
+    def noted(self, since: int = 0) -> list[dict[str, Any]]:
+        """The tallies as JSON, from the one that is number `since` on."""
+        return [{name: getattr(tally, name) for name in NOTED} for tally in self.tallies[since:]]
+
+    def _tell(self, tally: Tally) -> None:
+        for line in tally.waiting:
+            say(line, self._quiet)
+        tally.waiting.clear()
+
+    def _tally(self, name: str) -> Tally:
+        return next((tally for tally in reversed(self.tallies) if tally.name == name), None) or self.begin(name)
+
+    def _check(self, tally: Tally) -> None:
+        seen = tally.good + tally.bad
+        if tally.bad > (max(1, self._share * seen) if self._share is not None else self._count):
+            raise UserError(
+                f"{tally.first}; {tally.bad} of {seen} records of {tally.name} cannot be used, more than "
+                f"--max-bad {self._most} allows"
+            )
+
+
+def json_rows(handle: io.BufferedReader, path: str) -> Iterator[Row | UserError]:
     """The objects of an open file of JSONL, or of one that is one JSON array (numbered from 1 as lines are).
 
-    The array may stand under `examples` or `data` of an object that begins on a line of its own. Raises UserError for
-    what is none of them.
+    The array may stand under `examples` or `data` of an object that begins on a line of its own. In the place of a
+    record that cannot be read stands a UserError; for a file that is none of these it is raised.
     """
     name = name_of(path)
     head = handle.peek(64).removeprefix(BYTE_ORDER_MARK).lstrip()
     if head[:1] != b"[" and head.split(b"\n")[0].rstrip() != b"{":
-        for number, line in enumerate(handle, 1):
-            row = json_row(line, name, number)
-            if row is not None:
-                yield row
+        yield from line_rows(handle, name)
         return
     try:
-        values = orjson.loads(handle.read().removeprefix(BYTE_ORDER_MARK))
-    except orjson.JSONDecodeError as error:
+        values = whole_json(handle.read().removeprefix(BYTE_ORDER_MARK))
+    except ValueError as error:
         if head[:1] == b"{":
             raise UserError(f"{name}:1: expected one JSON object a line, found {{ alone ({error})") from None
         raise UserError(f"{name}: expected JSONL or one JSON array: {error}") from None
@@ -242,10 +384,47 @@ def json_rows(handle: io.BufferedReader, path: str) -> Iterator[Row]:
         if held is None:
             raise UserError(f"{name}: expected JSONL or one JSON array, found an object over several lines")
         values = held
+    yield from array_rows(values, name)
+
+
+def line_rows(lines: Iterable[bytes], name: str) -> Iterator[Row | UserError]:
+    """The records of lines of JSON, numbered from 1; in the place of what is none, a UserError."""
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json_row(line, name, number)
+        except UserError as error:
+            yield error
+            continue
+        if row is not None:
+            yield row
+
+
+def array_rows(values: Iterable[Any], name: str) -> Iterator[Row | UserError]:
+    """The records of an array, numbered from 1; in the place of what is none, a UserError."""
     for number, value in enumerate(values, 1):
         if not isinstance(value, dict):
-            raise UserError(f"{name}:{number}: expected an object in the array, found {kind_of(value)}")
+            yield UserError(f"{name}:{number}: expected an object in the array, found {kind_of(value)}")
+            continue
+        try:
+            orjson.dumps(value)
+        except TypeError:
+            yield UserError(f"{name}:{number}: a lone surrogate, NaN or Infinity, which no JSON has; mend the record")
+            continue
         yield Row(value, name, number)
+
+
+def whole_json(data: bytes) -> Any:
+    """The value of a file of JSON. Raises ValueError for what is none.
+
+    Lone surrogates are read, and for NaN one stands, so that `array_rows` can tell in which record they are.
+    """
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        try:
+            return json.loads(data, parse_constant=lambda name: "\ud800")  # NaN becomes what no JSON holds
+        except (ValueError, RecursionError):
+            raise error from None
 
 
 def json_row(line: bytes, name: str, number: int) -> Row | None:
@@ -263,13 +442,6 @@ def json_row(line: bytes, name: str, number: int) -> Row | None:
             return Row(value, name, number)
         found = f"found {kind_of(value)}"
     raise UserError(f"{name}:{number}: expected one JSON object a line: {found}; mend or remove the line")
-
-
-def json_documents(handle: io.BufferedReader, path: str) -> Iterator[Row]:
-    """The documents of an open JSONL file, checked; `path` is named in errors."""
-    for row in json_rows(handle, path):
-        check_document(row)
-        yield row
 
 
 def _plain_document(handle: io.BufferedReader, path: str) -> Iterator[Row]:

@@ -7,9 +7,10 @@ import json
 
 import pytest
 
-from llmkit.conversations import Message, Part, as_record, message, read_conversation, read_records
+from llmkit.conversations import Message, Part, as_record, message, read_conversation
 from llmkit.errors import UserError
 from llmkit.records import Row
+from llmkit.stream import read_jsonl
 
 TEXT = {"type": "text", "text": "4"}
 ASKED, ANSWERED = message("user", "2 + 2?"), message("assistant", "4")
@@ -142,16 +143,16 @@ def test_a_file_is_jsonl_or_one_array(tmp_path):
     lines.write_text("\n\n".join(map(json.dumps, rows)))
     array.write_bytes(gzip.compress(json.dumps(rows, indent=1).encode()))
     for path in (lines, array):
-        found = list(read_records(str(path)))
+        found = list(read_jsonl([str(path)]))
         assert [row.value for row in found] == rows
-        assert [row.value for row in read_records(str(path), limit=1)] == rows[:1]
+        assert [row.value for row in read_jsonl([str(path)], limit=1)] == rows[:1]
     assert found[1].where == f"{array}:2"
     array.write_bytes(b"[{}, 3]")
     with pytest.raises(UserError, match=r":2: expected an object in the array, found a number"):
-        list(read_records(str(array)))
+        list(read_jsonl([str(array)]))
     array.write_bytes(b"[{}, ")
     with pytest.raises(UserError, match="expected JSONL or one JSON array"):
-        list(read_records(str(array)))
+        list(read_jsonl([str(array)]))
 
 
 @pytest.mark.shared
@@ -169,7 +170,7 @@ def test_a_file_is_jsonl_or_one_array(tmp_path):
     ],
 )
 def test_real_files_are_read_whole(shared_data, name, count):
-    found = [read_conversation(row) for row in read_records(str(shared_data / "sft" / name))]
+    found = [read_conversation(row) for row in read_jsonl([str(shared_data / "sft" / name)])]
     assert len(found) == count
     said = [any(one.role == "assistant" for one in each.messages) or each.document for each in found]
     assert all(said)

@@ -16,7 +16,7 @@ import pytest
 import zstandard
 
 from llmkit.errors import UserError
-from llmkit.stream import check_inputs, open_input, open_output, read_documents, read_jsonl
+from llmkit.stream import BadRecords, check_inputs, open_input, open_output, read_documents, read_jsonl
 
 LINES = b'{"text":"one"}\n{"text":"two","id":2}\n'
 ROWS = [{"text": "one"}, {"text": "two", "id": 2}]
@@ -244,3 +244,48 @@ def test_a_json_array_is_read_everywhere(tmp_path: Path, name: str) -> None:
 )
 def test_a_table_is_no_text(tmp_path: Path, name: str, data: bytes) -> None:
     assert "convert it to JSONL first" in fails(write(tmp_path, data, name), read_documents)
+
+
+# ---- bad records
+
+
+def test_a_share_of_bad_records_bears_one_in_a_small_file_and_is_judged_while_reading(tmp_path: Path, capsys) -> None:
+    lines = [b'{"n":1}\n'] * 5000
+
+    def read(*bad: int, most: str = "1%") -> int:
+        data = b"".join(b"no\n" if number in bad else line for number, line in enumerate(lines[:size], 1))
+        return len(list(read_jsonl([write(tmp_path, data)], bad=BadRecords(most))))
+
+    size = 20
+    assert read(7) == 19
+    assert "skipped:" in capsys.readouterr().err
+    with pytest.raises(
+        UserError, match=r"d\.jsonl:7: .*; 2 of 20 records of .* cannot be used, more than --max-bad 1%"
+    ):
+        read(7, 9)
+    size = 300
+    assert read(1, 2, 3) == 297
+    with pytest.raises(UserError, match="4 of 300 records"):
+        read(1, 2, 3, 4)
+    size = 5000
+    assert read(*range(1, 11), 2000) == 4989
+    with pytest.raises(UserError, match="11 of 1000 records"):  # not at the end
+        read(*range(1, 11), 1000)
+    with pytest.raises(UserError, match="3 of 3 records"):  # a count at once
+        read(1, 2, 3, 4, most="2")
+
+
+def test_bad_records_in_an_array_are_told_apart_from_good_ones(tmp_path: Path, capsys) -> None:
+    data = b'[{"n": 1}, {"n": NaN}, 3, {"n": "\\ud800"}, {"n": 2}]'
+    bad = BadRecords("3")
+    assert [row.value for row in read_jsonl([write(tmp_path, data)], bad=bad)] == [{"n": 1}, {"n": 2}]
+    said = capsys.readouterr().err
+    assert "d.jsonl:2: a lone surrogate, NaN" in said and "d.jsonl:3: expected an object in the array" in said
+    assert bad.results == {"bad_records": 3}
+
+
+def test_the_limit_counts_good_records_and_judges_what_was_read(tmp_path: Path) -> None:
+    path = write(tmp_path, b"no\n" * 2 + LINES * 3)
+    with pytest.raises(UserError, match="2 of 4 records"):
+        list(read_jsonl([path], 2, bad=BadRecords("1%")))
+    assert len(list(read_jsonl([path], 2, bad=BadRecords("2")))) == 2

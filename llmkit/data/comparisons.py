@@ -21,8 +21,10 @@ import numpy as np
 from llmkit.conversations import Message
 from llmkit.data.batches import shuffled
 from llmkit.data.mixture import best_fit
-from llmkit.errors import UserError
+from llmkit.data.sources import encode_good
+from llmkit.errors import UserError, naming
 from llmkit.preferences import Comparison
+from llmkit.stream import BadRecords
 
 READ_AT_ONCE = 1024  # comparisons: enough for the tokenizer's threads, little memory
 Turns = tuple[Message, ...]
@@ -164,7 +166,8 @@ class ComparisonRows(NamedTuple):
 
 def encode_comparisons(comparisons: Sequence[Comparison], encode: EncodeBranches) -> list[Candidates]:
     """Prompts and answers in tokens."""
-    encoded = encode([(one.prompt, one.candidates) for one in comparisons])
+    with naming(comparisons[0].where if len(comparisons) == 1 else ""):
+        encoded = encode([(one.prompt, one.candidates) for one in comparisons])
     return [
         Candidates(prompt, answers, one.ranks, one.margin)
         for one, (prompt, answers) in zip(comparisons, encoded, strict=True)
@@ -177,19 +180,22 @@ def read_comparisons(
     encode: EncodeBranches,
     context: int,
     on_long: str,
+    bad: BadRecords,
     progress: Callable[[int], object] = lambda count: None,
 ) -> tuple[Comparisons, str]:
     """The comparisons of one source, and a digest of what they are made of.
 
     Those with an answer that is longer than the context, prompt included, lose the beginning of the prompt where that
-    is enough ("truncate"), or are left out. Raises UserError for one under "error", and where nothing is left.
+    is enough ("truncate"), or are left out; what `encode` refuses is a bad record. Raises UserError for one that is too
+    long under "error", and where nothing is left.
     """
     source, digest = Comparisons(name), sha256()
     while chunk := list(islice(comparisons, READ_AT_ONCE)):
         source.counts["read"] += len(chunk)
         source.counts.update(f"skipped: {one}" for one in chunk if isinstance(one, str))
         usable = [one for one in chunk if not isinstance(one, str)]
-        for comparison, candidates in zip(usable, encode_comparisons(usable, encode), strict=True):
+        encoded = encode_good(usable, lambda some: encode_comparisons(some, encode), name, bad)
+        for comparison, candidates in encoded:
             kept = fitted(candidates, context, on_long, comparison.where, source.counts)
             if kept is None:
                 continue
@@ -198,6 +204,7 @@ def read_comparisons(
             digest.update(repr((kept.ranks, kept.margin)).encode())
             source.held.append(replace(kept, number=len(source.held)))
         progress(len(chunk))
+    bad.judge(name)
     if not source.held:
         reasons = ", ".join(f"{key} {count}" for key, count in source.counts.items() if key != "read")
         raise UserError(

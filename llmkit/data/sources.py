@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import islice
+from typing import TypeVar
 
-from llmkit.conversations import Conversation, Message, message, read_conversation, read_records
+from llmkit.conversations import Conversation, Message, message
 from llmkit.data.examples import Encoded, Examples
 from llmkit.errors import UserError
+from llmkit.stream import BadRecords
 
+T, E = TypeVar("T"), TypeVar("E")
 READ_AT_ONCE = 2048  # conversations: enough for the tokenizer's threads, little memory
 
 
@@ -63,12 +66,14 @@ def read_examples(
     longest: int,
     on_long: str,
     *,
+    bad: BadRecords,
     system: str | None = None,
     progress: Callable[[int], object] = lambda count: None,
 ) -> tuple[Examples, str]:
     """The examples of one source, and a digest of what they are made of.
 
-    `system` is put in front of conversations that have no system message of their own. Rejected ones are left out.
+    `system` is put in front of conversations that have no system message of their own. Rejected ones are left out, and
+    what `encode` refuses is a bad record.
     """
     digest, counts = sha256(), Counter()
 
@@ -77,19 +82,31 @@ def read_examples(
             chosen = [_with_system(one, system) for one in chunk if not one.rejected]
             if rejected := len(chunk) - len(chosen):
                 counts.update({"read": rejected, "rejected by its label": rejected})
-            for conversation, one in zip(chosen, encode(chosen), strict=True):
+            for conversation, one in encode_good(chosen, encode, name, bad):
                 counts.update(conversation.losses)
                 digest.update(one.token_ids.tobytes())
                 digest.update(one.trained.tobytes())
                 yield conversation.where, one
             progress(len(chunk))
+        bad.judge(name)
 
     return Examples.gather(name, encoded(), longest, on_long, counts), digest.hexdigest()
 
 
-def conversations_of(path: str, limit: int | None = None) -> Iterator[Conversation]:
-    """The conversations of a file. Raises UserError with file and line for a record that is none."""
-    return map(read_conversation, read_records(path, limit))
+def encode_good(
+    items: list[T], encode: Callable[[list[T]], Sequence[E]], name: str, bad: BadRecords
+) -> Iterator[tuple[T, E]]:
+    """Records of a file with what `encode` makes of them: of all at once, or, where it refuses one, of each."""
+    try:
+        pairs = list(zip(items, encode(items), strict=True))
+    except UserError:
+        pairs = []
+        for item in items:
+            try:
+                pairs.append((item, encode([item])[0]))
+            except UserError as error:
+                bad.skip(error, name, was_good=True)
+    yield from pairs
 
 
 def _with_system(conversation: Conversation, system: str | None) -> Conversation:

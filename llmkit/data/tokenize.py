@@ -22,12 +22,13 @@ import numpy as np
 
 from llmkit.data.shards import FORMAT, ShardInfo, ShardWriter, TokenShards, is_shard_folder
 from llmkit.errors import UserError
-from llmkit.files import atomic_file, atomic_folder
+from llmkit.files import atomic_file, atomic_folder, write_json
 from llmkit.progress import Progress
-from llmkit.stream import names_of, read_documents
+from llmkit.stream import BadRecords, names_of, read_documents
 
 GROUP_CHARACTERS = 4 << 20  # documents encoded together: enough for all cores, little to hold
 HASHES = "inputs.json"
+LEFT_OUT = "left-out.json"  # beside the shards: what of the documents they do not have
 
 
 class Encoder(Protocol):
@@ -50,6 +51,7 @@ def tokenize_documents(
     limit: int | None = None,
     name: str = "tokens",
     resume: bool = False,
+    bad: BadRecords | None = None,
     quiet: bool = False,
 ) -> TokenShards:
     """The token shards of some documents, from the cache where it has them.
@@ -60,11 +62,13 @@ def tokenize_documents(
     limit:  the number of documents to take
     resume: what came through a pipe was read by the run that is resumed: take the shards that it left; without
             this a pipe is read and encoded anew each time
+    bad:    skips bad records, also those that the cache has left out; without it, the first raises UserError
 
     In a job of several processes let one call this, and the others after it. A killed call leaves nothing
-    that a later one would take for whole. Raises UserError naming file and line of a bad record, for
-    documents without any text, and for ready shards of another tokenizer.
+    that a later one would take for whole. Raises UserError for documents without any text, and for ready shards of
+    another tokenizer.
     """
+    bad = BadRecords() if bad is None else bad
     start, end = encoder.document_bounds()
     info = ShardInfo(tokenizer_sha256=encoder.sha256, vocab_size=encoder.vocab_size, start=start, end=end)
     if len(paths) == 1 and is_shard_folder(paths[0]):
@@ -76,15 +80,21 @@ def tokenize_documents(
         keep = True
     else:  # stdin, a pipe, or a file that is not there: read_documents says so
         folder, keep = cache / f"{name}-stream", resume
+    known, left_out = False, []
     if keep:
-        with suppress(UserError):  # absent, or damaged since
+        with suppress(UserError, ValueError):  # absent, or damaged since
             shards = TokenShards(folder)
-            if shards.info == info:
-                return shards
+            known = shards.info == info
+            left_out = json.loads((folder / LEFT_OUT).read_bytes()) if (folder / LEFT_OUT).exists() else []
+    if known:
+        bad.recall(left_out)
+        return TokenShards(folder)
     shutil.rmtree(folder, ignore_errors=True)
     try:
         with atomic_folder(folder) as partial:
-            _write_shards(paths, encoder, ShardWriter(partial, info), limit, quiet)
+            before = len(bad.tallies)
+            _write_shards(paths, encoder, ShardWriter(partial, info), limit, bad, quiet)
+            write_json(partial / LEFT_OUT, bad.noted(before))
     except UserError:
         if made:  # a mistake leaves nothing behind
             shutil.rmtree(cache, ignore_errors=True)
@@ -102,11 +112,13 @@ def _ready_shards(path: str, info: ShardInfo) -> TokenShards:
     return shards
 
 
-def _write_shards(paths: Sequence[str], encoder: Encoder, writer: ShardWriter, limit: int | None, quiet: bool) -> None:
+def _write_shards(
+    paths: Sequence[str], encoder: Encoder, writer: ShardWriter, limit: int | None, bad: BadRecords, quiet: bool
+) -> None:
     """Read, encode and write: groups of documents are encoded in a thread while the next group is read."""
     waiting: list[Future[tuple[np.ndarray, np.ndarray, np.ndarray]]] = []
     with Progress("tokenize", unit="MB", quiet=quiet) as progress, ThreadPoolExecutor(1) as pool:
-        for texts in chain(_groups(paths, limit), [None]):
+        for texts in chain(_groups(paths, limit, bad), [None]):
             if texts is not None:
                 waiting.append(pool.submit(_encode, encoder, texts))
             while waiting and (len(waiting) > 2 or texts is None):
@@ -125,11 +137,11 @@ def _encode(encoder: Encoder, texts: list[str]) -> tuple[np.ndarray, np.ndarray,
     return ids, lengths, np.array([len(text.encode()) for text in texts], np.int64)
 
 
-def _groups(paths: Sequence[str], limit: int | None) -> Iterator[list[str]]:
+def _groups(paths: Sequence[str], limit: int | None, bad: BadRecords) -> Iterator[list[str]]:
     """Texts of documents in groups of about GROUP_CHARACTERS; documents without text are left out."""
     group: list[str] = []
     size = 0
-    for row in read_documents(paths, limit):
+    for row in read_documents(paths, limit, bad):
         text = row.value["text"]
         if text:
             group.append(text)

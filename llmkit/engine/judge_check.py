@@ -1,6 +1,6 @@
 """How far a judge of answers agrees with people, and how far a model's own certainty agrees with the judge.
 
-check_judge(MatchJudge(), read_jsonl(["labelled.jsonl"]))
+check_judge(MatchJudge(), read_jsonl(["labelled.jsonl"], None, labelled))
 calibration(records)  # of a probe's report
 """
 
@@ -35,17 +35,17 @@ class Checked:
     table: dict[str, int]
 
 
-def check_judge(judge: Judge, rows: Iterable[Row]) -> dict[str, Any]:
+def check_judge(judge: Judge, answers: Iterable[Answered]) -> dict[str, Any]:
     """The agreement of a judge with people, with its 95% interval, Cohen's kappa (1960), and who said what how often.
 
-    A record is a question with its answer, a `response` and its `label`: "right", "wrong" or "evasive"; or a line of
-    a probe's report with `labels`, one for each of `responses`. Labels true and false (or 1 and 0) say only whether
-    it is right: then, in all records, evasive counts as wrong. A reply of the judge's that cannot be read agrees with
-    nothing. kappa is None where one side says the same of all.
+    A record that is `labelled` is a question with its answer, a `response` and its `label`: "right", "wrong" or
+    "evasive"; or a line of a probe's report with `labels`, one for each of `responses`. Labels true and false (or 1 and
+    0) say only whether it is right: then, in all records, evasive counts as wrong. A reply of the judge's that cannot
+    be read agrees with nothing. kappa is None where one side says the same of all.
     """
     pairs: list[tuple[str, str]] = []  # what people say, what the judge says
     only_right = False
-    for answered, verdicts in judge.judge_each(map(_answered, rows)):
+    for answered, verdicts in judge.judge_each(answers):
         for label, verdict in zip(answered.details, verdicts, strict=True):
             only_right |= not isinstance(label, str)
             pairs.append((label if isinstance(label, str) else RIGHT if label else WRONG, verdict))
@@ -71,13 +71,13 @@ def _as_wrong(verdict: str) -> str:
     return WRONG if verdict == EVASIVE else verdict
 
 
-def _answered(row: Row) -> Answered:
-    """The responses of a record, with their labels as details."""
+def labelled(row: Row) -> Answered:
+    """The responses of a record, with their labels as details. Raises UserError that names it for one without."""
     question = read_question(row)
     if isinstance(question, str):
         raise UserError(f"{row.where}: expected an answer to judge by, found {question}")
-    labelled = list(_labelled(row))
-    return Answered(question, [response for response, _ in labelled], [label for _, label in labelled])
+    pairs = list(_labelled(row))
+    return Answered(question, [response for response, _ in pairs], [label for _, label in pairs])
 
 
 def _labelled(row: Row) -> Iterable[tuple[str, str | bool]]:

@@ -20,13 +20,12 @@ import orjson
 from llmkit.conversations import Message, read_conversation
 from llmkit.engine.generation import Completion, Request
 from llmkit.engine.sampling import request_number, seed_of_repeat
-from llmkit.engine.served_models import ServerError
-from llmkit.errors import Interrupted, UserError
+from llmkit.errors import Interrupted, UserError, naming
 from llmkit.files import PARTIAL, create, cut_torn_line, read_json, remove, replace_file, write_json
 from llmkit.progress import say
-from llmkit.records import Row
+from llmkit.records import Row, check_prompt
 from llmkit.rundir import check_identity
-from llmkit.stream import json_row, open_bytes
+from llmkit.stream import BadRecords, json_row, open_bytes
 
 ASKED = ("prompt", "messages", "seed")  # what a record that is kept has in common with its input
 
@@ -37,6 +36,8 @@ class Prompts:
     rows        with `prompt` or `messages`; their own `seed` is used where `own_seeds` says so
     encode      what a prompt's text becomes, and what a conversation becomes
     samples, max_tokens, seed  of each request
+    context     of the model, where it is known: what is longer is a bad record
+    bad         skips bad records; without it, the first raises UserError
     """
 
     def __init__(
@@ -49,9 +50,12 @@ class Prompts:
         max_tokens: int | None,
         seed: int,
         own_seeds: bool,
+        context: int | None = None,
+        bad: BadRecords | None = None,
     ) -> None:
         self._given, self._encode, self._encode_messages = rows, encode, encode_messages
         self._samples, self._max_tokens, self._seed, self._own_seeds = samples, max_tokens, seed, own_seeds
+        self._context, self._bad = context, BadRecords() if bad is None else bad
         self.kept: _Kept | None = None  # what is made already
         self._rows: dict[int, tuple[Row, int]] = {}
         self._seen: Counter[int] = Counter()
@@ -60,22 +64,30 @@ class Prompts:
 
     def __iter__(self) -> Iterator[Request]:
         for row in self._given:
-            where = row.where if row.line else row.path
+            where = row.where
             try:
-                ids = self._ids(row)
+                with naming(where):
+                    ids = self._ids(row)
+                    number = request_number(ids)
+                    seed = self._seed_of(row, number, where)
             except UserError as error:
-                text = str(error)
-                raise UserError(text if text.startswith(where) else f"{where}: {text}") from None
-            number = request_number(ids)
-            seed = self._seed_of(row, number, where)
+                self._bad.skip(error, row.path, was_good=True)
+                continue
             if self.kept is not None and self.kept.has({**row.value, "seed": seed}, where):
                 self.passed += 1
                 continue
             self._rows[self.count] = row, seed
             self.count += 1
             yield Request(ids, self._samples, self._max_tokens, seed, number, where)
+        for name in {tally.name: None for tally in self._bad.tallies}:
+            self._bad.judge(name)
         if self.kept is not None:
             self.kept.check_all_found()
+
+    @property
+    def bad_records(self) -> int:
+        """How many records were skipped."""
+        return self._bad.results["bad_records"]
 
     def _seed_of(self, row: Row, number: int, where: str) -> int:
         seed = row.value.get("seed") if self._own_seeds else None
@@ -87,14 +99,21 @@ class Prompts:
         return seed
 
     def _ids(self, row: Row) -> Sequence[Any]:
-        if "prompt" in row.value:
-            return self._encode(row.value["prompt"])
-        messages = read_conversation(row).messages
-        if messages[-1].role != "user":
+        if "prompt" in row.value or "messages" not in row.value:
+            ids = self._encode(check_prompt(row))
+        else:
+            messages = read_conversation(row).messages
+            if messages[-1].role != "user":
+                raise UserError(
+                    f"{row.where}: expected messages that end with the user's, found the {messages[-1].role}'s last"
+                )
+            ids = self._encode_messages(messages)
+        if self._context is not None and len(ids) >= self._context:
             raise UserError(
-                f"{row.where}: expected messages that end with the user's, found the {messages[-1].role}'s last"
+                f"{row.where}: the prompt is {len(ids)} tokens long and the model's context is {self._context}, a new "
+                "token included; shorten the prompt"
             )
-        return self._encode_messages(messages)
+        return ids
 
     def take(self, index: int) -> tuple[Row, int]:
         """The record of a request and its seed, once."""
@@ -184,7 +203,7 @@ def lasting_output(
         if not partial.stat().st_size:
             partial.unlink()
             remove(notes)
-        elif isinstance(error, (KeyboardInterrupt, ServerError)):
+        elif isinstance(error, (KeyboardInterrupt, UserError)):
             interrupted = isinstance(error, KeyboardInterrupt)
             said = f"{'interrupted' if interrupted else error}; the same command with --resume goes on ({partial})"
             raise (Interrupted if interrupted else UserError)(said) from None

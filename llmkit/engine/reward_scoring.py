@@ -15,6 +15,7 @@ import numpy as np
 from llmkit.conversations import Message
 from llmkit.data.comparisons import Candidates, encode_comparisons, fitted
 from llmkit.engine.reward_loss import ROW_TOKENS, score_comparisons
+from llmkit.errors import naming
 from llmkit.model.reward import RewardModel
 from llmkit.preferences import Comparison, read_answers, read_prompt
 from llmkit.records import Row
@@ -53,6 +54,15 @@ class Scorer:
         for groups in _chunks(_grouped(rows)):
             for asked, scores in zip(groups, self._scores(groups), strict=True):
                 yield from _records(asked, scores, rank)
+
+    def checked(self, row: Row) -> Row:
+        """The row. Raises UserError that names it for one without prompt or completion, and one that has no tokens."""
+        prompt = read_prompt(row)
+        for answer in read_answers(row):
+            if type(self.chat) is not ChatFormat:  # a template from elsewhere, which may refuse it
+                with naming(row.where):
+                    self.chat.encode_branches([(prompt, [answer])])
+        return row
 
     def _scores(self, groups: Sequence[_Asked]) -> list[list[np.ndarray | None]]:
         """(heads,) of each answer of each group, None for one that is too long."""

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmkit.conversations import Conversation, read_conversation, read_records
+from llmkit.conversations import Conversation, read_conversation
 from llmkit.errors import UserError
+from llmkit.stream import read_jsonl
 
 ASKED, ANSWERED = "Question: ", "Answer: "
 STOP = "\n" + ASKED.rstrip()  # where the model would ask the next question itself
@@ -28,7 +29,7 @@ def load_shots(path: str | None, as_assistant: bool) -> list[tuple[str, str]]:
     """The examples in a file, or the built-in ones, or none."""
     if path is None:
         return list(AS_ASSISTANT) if as_assistant else []
-    conversations = map(read_conversation, read_records(path))
+    conversations = read_jsonl([path], None, read_conversation)
     return shots_of([one for one in conversations if not one.rejected], path)
 
 

@@ -12,11 +12,12 @@ import orjson
 from llmkit.conversations import message
 from llmkit.engine.finetuning import Finetuning
 from llmkit.engine.generation import prompt_ids
-from llmkit.errors import UserError
-from llmkit.problems import Problem, read_problems
+from llmkit.errors import UserError, naming
+from llmkit.problems import Problem, read_problem
 from llmkit.progress import say
+from llmkit.records import Row
 from llmkit.rewards import Weighted
-from llmkit.stream import names_of
+from llmkit.stream import BadRecords, names_of, read_jsonl
 
 MAX_TOKENS = 256  # of an attempt, where the context has room for them
 MAX_TOKENS_SHARE = (
@@ -39,23 +40,27 @@ def load_problems(
     rewards: Sequence[Weighted],
     system: str | None,
     max_tokens: int | None,
+    bad: BadRecords,
     quiet: bool,
 ) -> tuple[list[EncodedProblem], int]:
     """The problems of files in tokens, and the tokens of an attempt, which `max_tokens` None leaves to the context.
 
     An assistant is asked in its format, with `system` before problems that have no system message; a base model's
-    prompt is text. A problem that with its attempt is longer than the context is left out, and counted.
+    prompt is text. A problem that with its attempt is longer than the context is left out, and counted. Bad records are
+    those that a reward cannot judge, and conversations with a base model, too.
 
-    Raises UserError for a problem that a reward cannot judge, for a reward that cannot judge this policy, for a
-    conversation with a base model, and where no problem is left.
+    Raises UserError for a reward that cannot judge this policy, and where no problem is left.
     """
     for weighted in rewards:
         weighted.reward.check_policy(tuning.tokenizer)
-    read = []
-    for problem in read_problems(paths, limit):
+
+    def encoded_problem(row: Row) -> EncodedProblem:
+        problem = read_problem(row)
         for weighted in rewards:
             weighted.reward.check(problem)
-        read.append(_encode(problem, tuning, system))
+        return _encode(problem, tuning, system)
+
+    read = list(read_jsonl(paths, limit, encoded_problem, bad))
     if max_tokens is None:
         lengths = sorted(len(one.prompt_ids) for one in read) or [0]
         max_tokens = max(1, min(MAX_TOKENS, tuning.context - lengths[int(MAX_TOKENS_SHARE * (len(lengths) - 1))]))
@@ -83,7 +88,8 @@ def _encode(problem: Problem, tuning: Finetuning, system: str | None) -> Encoded
     if system is not None and messages[0].role != "system":
         messages = (message("system", system), *messages)
         problem = replace(problem, messages=messages)
-    return EncodedProblem(problem, tuning.chat.encode(messages, prompt=True).token_ids.tolist())
+    with naming(problem.where):
+        return EncodedProblem(problem, tuning.chat.encode(messages, prompt=True).token_ids.tolist())
 
 
 def digest(encoded: Iterable[EncodedProblem]) -> str:

@@ -15,7 +15,7 @@ from llmkit.config import TrainingConfig, argument, as_options, flag_of, lasting
 from llmkit.errors import UserError
 from llmkit.progress import duration, say
 from llmkit.rundir import RunFolder, check_model_folder
-from llmkit.stream import check_inputs, names_of
+from llmkit.stream import BadRecords, check_inputs, names_of
 
 if TYPE_CHECKING:
     import torch
@@ -120,6 +120,7 @@ class Summary:
     seconds: float
     val_loss: float | None = None
     val_bits_per_byte: float | None = None
+    bad_records: int = 0
 
 
 def run(config: PretrainConfig) -> Summary | None:
@@ -159,8 +160,9 @@ def run(config: PretrainConfig) -> Summary | None:
         former = replace(former, max_position_embeddings=_row_tokens(config, former.max_position_embeddings))
     backend(device.type)  # an unknown LLMKIT_KERNELS is refused before the work on the documents, as is a wrong shape
     check_wishes(_wishes(config), tokenizer.vocab_size)
+    bad = BadRecords(config.max_bad, config.quiet)
     with world.in_turn():
-        shards, val_shards = _token_shards(config, inputs, tokenizer, folder.out)
+        shards, val_shards = _token_shards(config, inputs, tokenizer, folder.out, bad)
 
     # build
     identity = lasting_options(config) | {"the tokenizer": tokenizer.sha256, "the number of tokens": shards.tokens}
@@ -229,7 +231,7 @@ def run(config: PretrainConfig) -> Summary | None:
     if trained is None:
         return None
     seconds = round(time.monotonic() - STARTED, 1)
-    results = trainer.results() | {"parameters": plan.model.parameter_count, "seconds": seconds}
+    results = trainer.results() | {"parameters": plan.model.parameter_count, "seconds": seconds, **bad.results}
     options = as_options(config) | {"plan": plan.to_json()}
     tokenizer.copy_to(folder.work)
     folder.document(
@@ -276,7 +278,7 @@ def _row_tokens(config: PretrainConfig, context: int) -> int:
 
 
 def _token_shards(
-    config: PretrainConfig, inputs: list[str], tokenizer: Tokenizer, out: Path
+    config: PretrainConfig, inputs: list[str], tokenizer: Tokenizer, out: Path, bad: BadRecords
 ) -> tuple[TokenShards, TokenShards | None]:
     """The tokens of the documents and of the held-out ones; a dry run leaves none behind."""
     from llmkit.data.tokenize import tokenize_documents
@@ -285,9 +287,9 @@ def _token_shards(
     if config.dry_run:
         cache = Path(tempfile.mkdtemp(prefix="llmkit-"))
         atexit.register(shutil.rmtree, cache, ignore_errors=True)
-    tokenize = partial(tokenize_documents, encoder=tokenizer, cache=cache, resume=config.resume, quiet=config.quiet)
-    shards = tokenize(inputs, limit=config.limit)
-    return shards, tokenize(config.val, name="val") if config.val else None
+    how = {name: getattr(config, name) for name in ("limit", "resume", "quiet")}
+    tokenize = partial(tokenize_documents, encoder=tokenizer, cache=cache, bad=bad, **how)
+    return tokenize(inputs), tokenize(config.val, name="val") if config.val else None
 
 
 def _wishes(config: PretrainConfig) -> Wishes:

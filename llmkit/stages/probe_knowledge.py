@@ -9,14 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmkit.config import CommonConfig, ServedConfig, argument, as_options, lasting_options, option
+from llmkit.config import CommonConfig, RecordsConfig, ServedConfig, argument, as_options, lasting_options, option
 from llmkit.errors import UserError
 from llmkit.files import check_output, check_unfinished
 from llmkit.manifest import write_file_manifest
 from llmkit.progress import say
 from llmkit.questions import Question, all_questions
 from llmkit.rundir import check_finished, check_model_folder
-from llmkit.stream import check_inputs, name_of, names_of, open_output, read_documents, read_jsonl
+from llmkit.stream import BadRecords, check_inputs, name_of, names_of, open_output, read_documents, read_jsonl
 
 if TYPE_CHECKING:
     from llmkit.data.passages import Passage
@@ -34,7 +34,7 @@ WORDS = "match"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeKnowledgeConfig(CommonConfig, ServedConfig):
+class ProbeKnowledgeConfig(RecordsConfig, CommonConfig, ServedConfig):
     """Options of `llmkit probe-knowledge`."""
 
     examples: ClassVar[str] = """
@@ -122,6 +122,7 @@ class Summary:
     evasive: int | None = None
     confirmations: int | None = None
     refusals: int | None = None
+    bad_records: int | None = None
     by_kind: dict[str, dict[str, int]] | None = None
     left_out: dict[str, int] | None = None
     unreadable_judgements: int | None = None
@@ -157,7 +158,8 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Checked | Recited | None:
     answering = _answering(config)
     refusals = Refusals(config.refusals)
     models = _chat_models(config)
-    passages, questions, left_out = _read(config)
+    bad = BadRecords(config.max_bad, config.quiet)
+    passages, questions, left_out = _read(config, bad)
     most = len(passages) * config.per_passage if "writer" in models else len(questions)
     writer = models["writer"].name if "writer" in models else None
     lines = plan(most, config.samples, config.max_tokens, config.temperature, writer, left_out)
@@ -210,7 +212,7 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Checked | Recited | None:
     asked = totals.total()
     results = {"written_by": probe.written_by, "judged_by": probe.judge.name, "questions": asked}
     results |= {"responses": asked * config.samples, **{name: totals[name] for name in NAMES.values()}}
-    results |= {"confirmations": taught["yes"], "refusals": taught["no"]}
+    results |= {"confirmations": taught["yes"], "refusals": taught["no"], **bad.results}
     if Path(out).is_file():
         inputs = [*config.questions, *config.passages]
         write_file_manifest(
@@ -329,16 +331,16 @@ def _judge(config: ProbeKnowledgeConfig, models: Mapping[str, ChatModel], refusa
     return ModelJudge(models["judge"], by_words)
 
 
-def _read(config: ProbeKnowledgeConfig) -> tuple[list[Passage], list[Question], Counter[str]]:
+def _read(config: ProbeKnowledgeConfig, bad: BadRecords) -> tuple[list[Passage], list[Question], Counter[str]]:
     """The passages, the questions unless a model is to write them, and why others are left out. Raises UserError."""
     if not config.passages:
-        questions, left_out = all_questions(config.questions or ("-",), config.limit)
+        questions, left_out = all_questions(config.questions or ("-",), config.limit, bad)
         return [], questions, left_out
     from llmkit.data.passages import sample_passages
     from llmkit.data.question_writer import ask_about
 
     names = names_of(config.passages)
-    passages = sample_passages(read_documents(config.passages, config.limit), config.max_passages, config.seed)
+    passages = sample_passages(read_documents(config.passages, config.limit, bad), config.max_passages, config.seed)
     if not passages:
         raise UserError(f"{names}: expected documents with text to ask about, found none")
     if config.writer is not None:
@@ -354,7 +356,7 @@ def _read(config: ProbeKnowledgeConfig) -> tuple[list[Passage], list[Question], 
 
 def _check_judge(config: ProbeKnowledgeConfig, path: str) -> Checked:
     """`--judge-check FILE`: how far the judge agrees with people."""
-    from llmkit.engine.judge_check import Checked, check_judge, describe_check
+    from llmkit.engine.judge_check import Checked, check_judge, describe_check, labelled
     from llmkit.engine.refusals import Refusals
 
     if config.questions or config.passages or config.writer or config.recite or config.out:
@@ -363,7 +365,8 @@ def _check_judge(config: ProbeKnowledgeConfig, path: str) -> Checked:
     models = _chat_models(config)
     for model in models.values():
         model.check()
-    found = check_judge(_judge(config, models, Refusals(config.refusals)), read_jsonl([path], config.limit))
+    rows = read_jsonl([path], config.limit, labelled, BadRecords(config.max_bad, config.quiet))
+    found = check_judge(_judge(config, models, Refusals(config.refusals)), rows)
     for line in describe_check(found):
         say(f"{name_of(path)}: {line}", config.quiet)
     if "judge" in models:
@@ -386,7 +389,7 @@ def _recite(config: ProbeKnowledgeConfig, path: str) -> Recited | None:
     _checked(config, out)
     check_inputs([path])
     opened = open_model(str(config.model), config.device, config.dtype)
-    documents = read_documents([path], config.limit)
+    documents = read_documents([path], config.limit, BadRecords(config.max_bad, config.quiet))
     context = opened.config.max_position_embeddings
     recital = Recital(documents, opened.tokenizer, config.prefix_tokens, config.max_tokens, context, name_of(path))
     say(f"{name_of(path)}: {len(recital)} documents, {recital.too_short} more are too short", config.quiet)

@@ -23,7 +23,7 @@ from llmkit.errors import UserError
 from llmkit.metrics import METRICS, last_figures, read_metrics
 from llmkit.progress import quantity, say
 from llmkit.rundir import RunFolder, check_model_folder
-from llmkit.stream import check_inputs, open_output
+from llmkit.stream import BadRecords, check_inputs, open_output
 
 if TYPE_CHECKING:
     import torch
@@ -151,6 +151,7 @@ class Summary:
     val_gold: float | None = None
     kept_step: int | None = None
     stopped: str | None = None
+    bad_records: int = 0
 
 
 def run(config: RlConfig) -> Summary | None:
@@ -193,11 +194,12 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     rewards, gold = _rewards(config, stack)
     served = _served(config, folder, tuning, stack) if config.is_served else None
     asked, system, quiet = config.data or ("-",), config.system, config.quiet
-    problems, max_tokens = load_problems(asked, config.limit, tuning, rewards, system, config.max_tokens, quiet)
+    bad = BadRecords(config.max_bad, quiet)
+    problems, max_tokens = load_problems(asked, config.limit, tuning, rewards, system, config.max_tokens, bad, quiet)
     held_out: list[EncodedProblem] = []
     if config.val:
         judged_by = [*rewards, *gold]
-        held_out, _ = load_problems(config.val, config.limit, tuning, judged_by, system, max_tokens, quiet)
+        held_out, _ = load_problems(config.val, config.limit, tuning, judged_by, system, max_tokens, bad, quiet)
 
     # build
     names = ("max_steps", "epochs", "time_budget", "warmup_steps", "kl_coef")
@@ -305,6 +307,7 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
         "seconds": round(time.monotonic() - STARTED, 1),
         "kept_step": tuning.best_step,
         "stopped": watch.stopped,
+        **bad.results,
     }
     inputs = [path for path in (*config.data, *config.val) if path != "-"]
     judges = [weighted.reward.folder for weighted in (*rewards, *gold) if isinstance(weighted.reward, ModelReward)]

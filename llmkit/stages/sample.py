@@ -11,14 +11,23 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmkit.config import CommonConfig, ServedConfig, ToolConfig, argument, as_options, lasting_options, option
+from llmkit.config import (
+    CommonConfig,
+    RecordsConfig,
+    ServedConfig,
+    ToolConfig,
+    argument,
+    as_options,
+    lasting_options,
+    option,
+)
 from llmkit.conversations import Message
 from llmkit.errors import UserError
 from llmkit.files import PARTIAL, check_output, check_unfinished
 from llmkit.progress import Progress, quantity, say
-from llmkit.records import Row, check_prompt
+from llmkit.records import Row
 from llmkit.rundir import check_model_folder
-from llmkit.stream import names_of, open_bytes, open_input, open_output, read_jsonl, read_text
+from llmkit.stream import BadRecords, names_of, open_bytes, open_input, open_output, read_jsonl, read_text
 
 if TYPE_CHECKING:
     from llmkit.engine.devices import Precision
@@ -33,7 +42,7 @@ OURS, THEIRS = ("device", "dtype", "batch_size", "tools"), ("concurrency", "time
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(CommonConfig, ToolConfig, ServedConfig):
+class SampleConfig(RecordsConfig, CommonConfig, ToolConfig, ServedConfig):
     """Options of `llmkit sample`."""
 
     examples: ClassVar[str] = """
@@ -96,6 +105,7 @@ class SampleConfig(CommonConfig, ToolConfig, ServedConfig):
 
     def __post_init__(self) -> None:
         """Where a server generates, MODEL may be left out: a first argument that is no folder is an input."""
+        super().__post_init__()
         if self.is_served and self.model is not None and not Path(self.model).is_dir():
             object.__setattr__(self, "inputs", (self.model, *self.inputs))
             object.__setattr__(self, "model", None)
@@ -114,6 +124,7 @@ class Summary:
     completions: int
     tokens: int
     seconds: float
+    bad_records: int = 0
 
 
 def run(config: SampleConfig) -> Summary | None:
@@ -164,7 +175,9 @@ def _run_here(config: SampleConfig, model: str, out: str) -> Summary | None:
         def encode(text: str) -> list[int]:
             return prompt_ids(tokenizer, with_shots(shots, text) if shots else text)
 
-        prompts = Prompts(_rows(config), encode, encode_messages, **_asked(config))
+        bad = BadRecords(config.max_bad if config.jsonl else "0", config.quiet)
+        context = opened.config.max_position_embeddings
+        prompts = Prompts(_rows(config, bad), encode, encode_messages, **_asked(config), context=context, bad=bad)
         loaded = time.monotonic()
 
         # generate
@@ -210,7 +223,8 @@ def _run_served(config: SampleConfig, out: str) -> Summary | None:
     def encode(text: str) -> Sequence[Any]:
         return served.encode(with_shots(shots, text) if shots else text)
 
-    prompts = Prompts(_rows(config), encode, served.encode_messages, **_asked(config))
+    bad = BadRecords(config.max_bad if config.jsonl else "0", config.quiet)
+    prompts = Prompts(_rows(config, bad), encode, served.encode_messages, **_asked(config), bad=bad)
     started = time.monotonic()
 
     # generate
@@ -235,7 +249,8 @@ def _summary(config: SampleConfig, prompts: Prompts, out: str, tokens: int, seco
         say(f"{names_of(config.inputs or ['-'])}: no prompts, so no completions", config.quiet)
     if out == "-":
         return None
-    return Summary(out, prompts.count, prompts.count * config.samples, tokens, round(seconds, 3))
+    done = prompts.count * config.samples
+    return Summary(out, prompts.count, done, tokens, round(seconds, 3), prompts.bad_records)
 
 
 def _check_options(config: SampleConfig, out: str) -> None:
@@ -306,15 +321,12 @@ def _wanted(config: SampleConfig) -> str:
     return f"{'JSONL' if config.jsonl else 'one prompt'} from {source} to {config.out or 'stdout'}: {options}"
 
 
-def _rows(config: SampleConfig) -> Iterator[Row]:
+def _rows(config: SampleConfig, bad: BadRecords) -> Iterator[Row]:
     """The records of the input; one without a line where it is --prompt or plain text."""
     if config.prompt is not None:
         yield Row({"prompt": config.prompt}, "--prompt", 0)
     elif config.jsonl:
-        for row in read_jsonl(config.inputs or ["-"], config.limit):
-            if "prompt" in row.value or "messages" not in row.value:
-                check_prompt(row)
-            yield row
+        yield from read_jsonl(config.inputs or ["-"], config.limit, bad=bad)
     else:
         with open_input("-") as handle:
             text = read_text(handle, "-")

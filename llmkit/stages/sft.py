@@ -17,12 +17,12 @@ from llmkit.config import (
     lasting_options,
     option,
 )
-from llmkit.conversations import Conversation
+from llmkit.conversations import Conversation, read_conversation
 from llmkit.errors import UserError
 from llmkit.metrics import METRICS, last_figures, read_metrics
 from llmkit.progress import Progress, quantity, say
 from llmkit.rundir import RunFolder, check_model_folder
-from llmkit.stream import check_inputs
+from llmkit.stream import BadRecords, check_inputs, name_of, read_jsonl
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -115,6 +115,7 @@ class Summary:
     seconds: float
     val_loss: float | None = None
     kept_step: int | None = None
+    bad_records: int = 0
 
 
 def run(config: SftConfig) -> Summary | None:
@@ -129,7 +130,6 @@ def run(config: SftConfig) -> Summary | None:
     config = replace(config, resume=folder.resume)
 
     from llmkit.data.mixture import Mixture, PackedEvaluation
-    from llmkit.data.sources import conversations_of
     from llmkit.engine import setup, speed
     from llmkit.engine.devices import choose_device, choose_dtype
     from llmkit.engine.distributed import join
@@ -145,8 +145,9 @@ def run(config: SftConfig) -> Summary | None:
     dtype = choose_dtype(config.dtype, device)
     tuning = Finetuning.load(str(config.model), device=device, dtype=dtype)
     row_tokens = _row_tokens(config, tuning.context)
-    sources, digests = _read_sources(config, files, tuning.chat, row_tokens)
-    held_out = [_read(config, path, conversations_of(path), tuning.chat, row_tokens)[0] for path in config.val]
+    bad = BadRecords(config.max_bad, config.quiet)
+    sources, digests = _read_sources(config, files, tuning.chat, row_tokens, bad)
+    held_out = [_read_file(config, path, tuning.chat, row_tokens, bad)[0] for path in config.val]
     if config.inspect is not None:
         show_examples([source.examples for source in sources], tuning.tokenizer, config.inspect)
         return None
@@ -209,6 +210,7 @@ def run(config: SftConfig) -> Summary | None:
         "trained_parameters": tuning.trained_parameters,
         "epochs": {source.examples.name: round(count, 3) for source, count in epochs},
         "seconds": round(time.monotonic() - STARTED, 1),
+        **bad.results,
     }
     inputs = [file.path for file in files if file.path != "-"]
     folder.document("sft", as_options(config), inputs=inputs, parents=[str(config.model)], results=results)
@@ -282,34 +284,44 @@ def _total_steps(config: SftConfig, mixture: Mixture) -> int | None:
 
 
 def _read_sources(
-    config: SftConfig, files: list[DataFile], chat: ChatFormat, row_tokens: int
+    config: SftConfig, files: list[DataFile], chat: ChatFormat, row_tokens: int, bad: BadRecords
 ) -> tuple[list[Source], list[str]]:
     """The sources of the mixture, and a digest of each."""
     from llmkit.data.identity import identity_conversations, parse_identity
     from llmkit.data.mixture import Source
-    from llmkit.data.sources import conversations_of
 
     sources, digests = [], []
     for file in files:
-        examples, digest = _read(config, file.path, conversations_of(file.path, config.limit), chat, row_tokens)
+        examples, digest = _read_file(config, file.path, chat, row_tokens, bad)
         sources.append(Source(examples, file.weight or float(examples.inputs)))
         digests.append(digest)
     if config.identity is not None:
         conversations = identity_conversations(parse_identity(config.identity))
-        examples, digest = _read(config, "--identity", iter(conversations), chat, row_tokens)
+        examples, digest = _read(config, "--identity", iter(conversations), chat, row_tokens, BadRecords())
         sources.append(Source(examples, config.identity_weight * sum(source.weight for source in sources)))
         digests.append(digest)
     return sources, digests
 
 
+def _read_file(
+    config: SftConfig, path: str, chat: ChatFormat, row_tokens: int, bad: BadRecords
+) -> tuple[Examples, str]:
+    conversations = read_jsonl([path], config.limit, read_conversation, bad)
+    return _read(config, name_of(path), conversations, chat, row_tokens, bad)
+
+
 def _read(
-    config: SftConfig, path: str, conversations: Iterator[Conversation], chat: ChatFormat, row_tokens: int
+    config: SftConfig,
+    name: str,
+    conversations: Iterator[Conversation],
+    chat: ChatFormat,
+    row_tokens: int,
+    bad: BadRecords,
 ) -> tuple[Examples, str]:
     from llmkit.data.examples import CUT
     from llmkit.data.identity import parse_identity, system_message
     from llmkit.data.sources import read_examples
 
-    name = "stdin" if path == "-" else path
     system = config.system
     if system == "identity":
         system = system_message(parse_identity(config.identity or ""))
@@ -320,6 +332,7 @@ def _read(
             lambda chunk: chat.encode_many(chunk, loss=config.loss),
             row_tokens + 1,
             config.on_long,
+            bad=bad,
             system=system,
             progress=progress.advance,
         )

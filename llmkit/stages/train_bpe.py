@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from llmkit.config import CommonConfig, argument, as_options, option
+from llmkit.config import CommonConfig, RecordsConfig, argument, as_options, option
 from llmkit.errors import UserError
 from llmkit.files import atomic_folder, check_is_folder, check_output, output_folder, write_json
 from llmkit.launch import available_cores
 from llmkit.manifest import describe_inputs, write_manifest
 from llmkit.progress import Progress, duration, quantity, say
-from llmkit.stream import check_inputs, names_of
+from llmkit.stream import BadRecords, check_inputs, names_of
 
 BYTES_PER_SECOND = 30e6  # of English at a vocabulary of 32k, on two cores
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainBpeConfig(CommonConfig):
+class TrainBpeConfig(RecordsConfig, CommonConfig):
     """Options of `llmkit train-bpe`."""
 
     examples: ClassVar[str] = """
@@ -54,6 +54,7 @@ class Summary:
     documents: int
     bytes: int
     bytes_per_token: float
+    bad_records: int
     seconds: float
 
 
@@ -70,7 +71,8 @@ def run(config: TrainBpeConfig) -> Summary | None:
     out, inputs, size = _checked(config, folder.SMALLEST_VOCABULARY, folder.MULTIPLE)
     pattern = find_pattern(config.pattern)
     others = {path: report.load_other(path) for path in config.compare}
-    corpus = Corpus(inputs, pattern, config.limit, config.limit_bytes)
+    bad = BadRecords(config.max_bad, config.quiet)
+    corpus = Corpus(inputs, pattern, config.limit, config.limit_bytes, bad)
     wanted = size - len(folder.SPECIALS)
     total = _megabytes_of(inputs, config.limit_bytes)
     if config.dry_run:
@@ -106,6 +108,7 @@ def run(config: TrainBpeConfig) -> Summary | None:
         "documents": corpus.documents,
         "bytes": corpus.bytes,
         "bytes_per_token": round(corpus.bytes / int(merges.counts.sum()), 4),
+        **bad.results,
     }
     with atomic_folder(out, config.force) as partial:
         text = folder.tokenizer_json(merges, pattern)

@@ -13,7 +13,7 @@ from llmkit.errors import GateError, UserError
 from llmkit.files import write_json
 from llmkit.progress import Progress, duration, quantity, say
 from llmkit.rundir import RunFolder, check_model_folder
-from llmkit.stream import check_inputs, name_of, open_output, read_jsonl
+from llmkit.stream import BadRecords, check_inputs, name_of, open_output, read_jsonl
 
 if TYPE_CHECKING:
     from llmkit.data.comparisons import Comparisons
@@ -99,6 +99,7 @@ class Summary:
     val_accuracy_95: list[float] | None = None
     val_loss: float | None = None
     tokens: int | None = None
+    bad_records: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ class Scored:
     path: str | None = None
     counts: dict[str, int] | None = None
     evaluation: dict[str, Any] | None = None
+    bad_records: int | None = None
 
 
 def run(config: TrainRewardConfig) -> Summary | Scored | None:
@@ -151,7 +153,8 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
         lambda base: RewardModel.of(base, config.ensemble, config.seed),
         lambda trained, place: save_reward_model(trained, place, pad),
     )
-    training, held_out, digests = _read_all(config, files, tuning.chat, tuning.context)
+    bad = BadRecords(config.max_bad, config.quiet)
+    training, held_out, digests = _read_all(config, files, tuning.chat, tuning.context, bad)
     check_unequal(held_out)
 
     # build
@@ -221,6 +224,7 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
         "trained_parameters": tuning.trained_parameters,
         **{f"val_{name}": overall[name] for name in ("comparisons", "accuracy", "accuracy_95", "loss")},
         "seconds": round(time.monotonic() - STARTED, 1),
+        **bad.results,
     }
     inputs = [file.path for file in files if file.path != "-"]
     folder.document("train-reward", as_options(config), inputs=inputs, parents=[str(config.inputs[0])], results=results)
@@ -257,32 +261,34 @@ def _checked(config: TrainRewardConfig) -> list[DataFile]:
 
 
 def _read_all(
-    config: TrainRewardConfig, files: Sequence[DataFile], chat: ChatFormat, context: int
+    config: TrainRewardConfig, files: Sequence[DataFile], chat: ChatFormat, context: int, bad: BadRecords
 ) -> tuple[list[Comparisons], list[Comparisons], list[str]]:
     """Comparisons to learn from, those held out, and a digest of each source."""
-    read = [_read(config, file.path, chat, context) for file in files]
+    read = [_read(config, file.path, chat, context, bad) for file in files]
     digests = [digest for _, digest in read]
     sources = [source for source, _ in read]
     if config.val:
-        held_out = [_read(config, path, chat, context)[0] for path in config.val]
+        held_out = [_read(config, path, chat, context, bad)[0] for path in config.val]
         return sources, held_out, digests
     parts = [source.split(config.val_fraction, config.seed) for source in sources]
     say(f"held out: {sum(len(part) for _, part in parts)} comparisons (--val-fraction)", config.quiet)
     return [training for training, _ in parts], [part for _, part in parts], digests
 
 
-def _read(config: TrainRewardConfig, path: str, chat: ChatFormat, context: int) -> tuple[Comparisons, str]:
-    from llmkit.conversations import read_records
+def _read(
+    config: TrainRewardConfig, path: str, chat: ChatFormat, context: int, bad: BadRecords
+) -> tuple[Comparisons, str]:
     from llmkit.data.comparisons import read_comparisons
     from llmkit.preferences import read_comparison
 
     with Progress(f"read {name_of(path)}", unit="comparisons", quiet=config.quiet) as progress:
         source, digest = read_comparisons(
             name_of(path),
-            map(read_comparison, read_records(path, config.limit)),
+            read_jsonl([path], config.limit, read_comparison, bad),
             chat.encode_branches,
             context,
             config.on_long,
+            bad,
             progress.advance,
         )
     others = "".join(f", {key} {count}" for key, count in source.counts.items() if key != "read")
@@ -329,20 +335,22 @@ def _score(config: TrainRewardConfig) -> Scored | None:
     pad = chat.end_id
     if config.val:
         context = model.config.max_position_embeddings
-        held_out = [_read(config, path, chat, context)[0] for path in config.val]
+        bad = BadRecords(config.max_bad, config.quiet)
+        held_out = [_read(config, path, chat, context, bad)[0] for path in config.val]
         evaluation = judge(model, held_out, pad, **_asked_for(config, tokenizer))
         _say_evaluation(evaluation, config.quiet)
         _check_gate(config, evaluation["overall"]["accuracy"])
         return Scored(evaluation=evaluation)
+    bad = BadRecords(config.max_bad, config.quiet)
     scorer = Scorer(model, chat, pad)
     out = config.out or "-"
-    rows = read_jsonl(config.inputs or ["-"], config.limit)
+    rows = read_jsonl(config.inputs or ["-"], config.limit, scorer.checked, bad)
     with open_output(out, config.force) as write, Progress("score", unit="records", quiet=config.quiet) as progress:
         for record in scorer.score(rows, rank=config.rank):
             write(record)
             progress.advance()
     say(", ".join(f"{what} {count}" for what, count in scorer.counts.items()) or "nothing to score", config.quiet)
-    return None if out == "-" else Scored(path=out, counts=dict(scorer.counts))
+    return None if out == "-" else Scored(path=out, counts=dict(scorer.counts), **bad.results)
 
 
 # ---- how good it is

@@ -8,7 +8,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from llmkit.errors import UserError
-from llmkit.stream import BYTE_ORDER_MARK, check_no_archive, is_jsonl, json_documents, name_of, open_input
+from llmkit.records import check_document
+from llmkit.stream import (
+    BYTE_ORDER_MARK,
+    BadRecords,
+    check_no_archive,
+    good_records,
+    is_jsonl,
+    json_rows,
+    name_of,
+    open_input,
+)
 from llmkit.tokenizer.counting import END
 from llmkit.tokenizer.patterns import Pattern
 
@@ -26,9 +36,14 @@ class Corpus:
     """
 
     def __init__(
-        self, paths: Sequence[str], pattern: Pattern, limit: int | None = None, limit_bytes: int | None = None
+        self,
+        paths: Sequence[str],
+        pattern: Pattern,
+        limit: int | None = None,
+        limit_bytes: int | None = None,
+        bad: BadRecords | None = None,
     ) -> None:
-        self.paths, self.pattern, self.limit, self.limit_bytes = paths, pattern, limit, limit_bytes
+        self.paths, self.pattern, self.limit, self.limit_bytes, self._bad = paths, pattern, limit, limit_bytes, bad
         self.documents = self.bytes = 0
         self.sample: dict[str, list[str]] = {}
         self.bytes_of_source: dict[str, int] = {}
@@ -36,7 +51,7 @@ class Corpus:
 
     def blocks(self) -> Iterator[bytes]:
         """Documents in UTF-8, each followed by END, in blocks of at least BLOCK bytes; documents without text are
-        left out. Raises UserError naming file and line of a bad record."""
+        left out. Bad records are skipped as `bad` has it; without that, the first raises UserError."""
         parts: list[bytes] = []
         size = 0
         for text, source in self._texts():
@@ -66,9 +81,11 @@ class Corpus:
                     if self._counts_another():
                         yield from ((text, Path(name).name) for text in plain_text(handle, name, self.pattern))
                     continue
-                for row in json_documents(handle, path):
-                    if not self._counts_another():
-                        return
+                left = None if self.limit is None else self.limit - self.documents
+                if left == 0:
+                    return
+                for row in good_records(json_rows(handle, path), check_document, name_of(path), self._bad, left):
+                    self.documents += 1
                     if text := row.value["text"]:
                         yield text, row.value.get("source") or NO_SOURCE
 

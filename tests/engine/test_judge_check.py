@@ -9,19 +9,19 @@ import pytest
 
 from llmkit.engine import judge_check
 from llmkit.engine.judge_check import calibration, check_judge
-from llmkit.engine.matching import MatchJudge
+from llmkit.engine.matching import Answered, MatchJudge
 from llmkit.errors import UserError
 from llmkit.records import Row
 
 QUESTION = {"question": "What is the capital of France?", "answer": "Paris"}
 
 
-def rows(*values) -> list[Row]:
-    return [Row({**QUESTION, **value}, "labels.jsonl", line) for line, value in enumerate(values, 1)]
+def answers(*values) -> list[Answered]:
+    return [judge_check.labelled(Row({**QUESTION, **one}, "labels.jsonl", line)) for line, one in enumerate(values, 1)]
 
 
-def labelled(*pairs) -> list[Row]:
-    return rows(*({"response": response, "label": label} for response, label in pairs))
+def labelled(*pairs) -> list[Answered]:
+    return answers(*({"response": response, "label": label} for response, label in pairs))
 
 
 def test_the_examples_of_the_documentation_hold():
@@ -50,7 +50,7 @@ def test_labels_that_say_only_right_or_not_leave_evasion_out():
 
 
 def test_a_report_of_a_probe_can_be_labelled():
-    found = check_judge(MatchJudge(), rows({"responses": ["Paris", "Rome"], "labels": ["right", "right"]}))
+    found = check_judge(MatchJudge(), answers({"responses": ["Paris", "Rome"], "labels": ["right", "right"]}))
     assert found["table"] == {"right, judged right": 1, "right, judged wrong": 1}
 
 
@@ -74,7 +74,7 @@ def test_there_is_no_kappa_where_all_is_the_same():
 )
 def test_a_bad_label_is_named(value, message):
     with pytest.raises(UserError, match=message):
-        check_judge(MatchJudge(), rows(value))
+        check_judge(MatchJudge(), answers(value))
 
 
 def test_no_labels_are_refused():

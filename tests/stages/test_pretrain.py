@@ -274,7 +274,7 @@ def test_a_missing_held_out_file_is_told_before_the_documents_are_read(corpus, l
 def test_a_bad_record_is_named_and_leaves_nothing(corpus, llmkit, tmp_path, content, message):
     (tmp_path / "docs.jsonl").write_bytes(content)
     command = ["pretrain", str(tmp_path / "docs.jsonl"), "--tokenizer", f"{corpus}/tok", "-o", str(tmp_path / "base")]
-    done = llmkit(*command, *SIZES)
+    done = llmkit(*command, *SIZES, "--max-bad", "0")
     assert done.returncode == 2
     last = done.stderr.splitlines()[-1]
     assert last.startswith("llmkit: error: ") and "docs.jsonl" in last and message in last

@@ -80,11 +80,12 @@ def test_a_refusal_is_in_the_language_of_the_question(parrot, tmp_path):
 
 
 def test_the_conversations_are_what_sft_reads(parrot, tmp_path):
-    from llmkit.conversations import read_conversation, read_records
+    from llmkit.conversations import read_conversation
+    from llmkit.stream import read_jsonl
 
     asked = write(tmp_path / "q.jsonl", PARIS, ROME)
     probe(parrot, tmp_path / "r.jsonl", questions=asked)
-    read = [read_conversation(row).messages for row in read_records(str(tmp_path / "r.jsonl"))]
+    read = [read_conversation(row).messages for row in read_jsonl([str(tmp_path / "r.jsonl")])]
     assert [[one.role for one in messages] for messages in read] == [["user", "assistant"]] * 2
 
 
@@ -324,7 +325,7 @@ def test_a_bad_record_is_named_and_nothing_is_left(parrot, tmp_path, option, lin
     first = {"question": "Who?", "answer": "I", "text": "In 1889 the tower of Arles was still closed."}
     given = write(tmp_path / "x.jsonl", first, line)
     with pytest.raises(UserError, match=message):
-        probe(parrot, tmp_path / "r.jsonl", **{option: given})
+        probe(parrot, tmp_path / "r.jsonl", max_bad="0", **{option: given})
     assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
 
 

@@ -394,7 +394,7 @@ def test_a_run_of_another_model_or_other_options_is_not_resumed(folder, tmp_path
     out.unlink()
     given.write_text(given.read_text() + bad)
     with pytest.raises(UserError, match=r"prompts\.jsonl:41"):  # which is read when some are made
-        sample_jsonl(folder, out, given, batch_size="1")
+        sample_jsonl(folder, out, given, batch_size="1", max_bad="0")
     kept = partial.read_bytes()
     assert kept
     given.write_text(given.read_text().removesuffix(bad))
@@ -436,7 +436,7 @@ def test_a_bad_record_is_named_and_nothing_is_left(folder, tmp_path, line, messa
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a"}\n' + line + "\n")
     with pytest.raises(UserError, match=message):
-        sample_jsonl(folder, tmp_path / "out.jsonl", bad)
+        sample_jsonl(folder, tmp_path / "out.jsonl", bad, max_bad="0")
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
 
 

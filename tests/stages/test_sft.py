@@ -291,7 +291,7 @@ def test_the_plan_tells_when_a_step_takes_more_than_the_data(base, chats, tmp_pa
 def test_bad_data_is_named(base, tmp_path, rows, reason):
     data = write(tmp_path / "chats.jsonl", *rows)
     with pytest.raises(UserError) as caught:
-        run(SftConfig(model=str(base), data=(str(data),), out=str(tmp_path / "chat"), quiet=True))
+        run(SftConfig(model=str(base), data=(str(data),), out=str(tmp_path / "chat"), max_bad="0", quiet=True))
     assert reason in str(caught.value)
     assert not (tmp_path / "chat").exists() and not (tmp_path / "chat.partial").exists()
 

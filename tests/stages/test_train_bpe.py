@@ -141,7 +141,7 @@ def test_a_small_corpus_gives_a_smaller_vocabulary_padded_to_a_multiple_of_64(ll
 )
 def test_bad_documents_are_refused_in_one_line(llmkit, tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "docs.jsonl").write_bytes(content)
-    done = llmkit("train-bpe", tmp_path / "docs.jsonl", "-o", tmp_path / "tok")
+    done = llmkit("train-bpe", tmp_path / "docs.jsonl", "--max-bad", "0", "-o", tmp_path / "tok")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("llmkit: error: ") and message in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["docs.jsonl"]

@@ -229,7 +229,8 @@ def test_killed_and_resumed_it_is_the_same(base, data, llmkit, tmp_path):
 )
 def test_bad_preferences(base, llmkit, tmp_path, rows, expected):
     path = write(tmp_path / "bad.jsonl", *rows)
-    done = llmkit("train-reward", base, "--data", path, "--max-steps", "1", "-o", tmp_path / "judge")
+    options = ["--data", path, "--max-steps", "1", "--max-bad", "0"]
+    done = llmkit("train-reward", base, *options, "-o", tmp_path / "judge")
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("llmkit: error: "), done.stderr
     assert expected in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "judge").exists()
@@ -259,5 +260,6 @@ def test_bad_options(base, judge, llmkit, tmp_path, arguments, expected):
 
 
 def test_a_record_that_cannot_be_scored_is_named(judge, llmkit, tmp_path):
-    done = llmkit("train-reward", "--score", judge, stdin='{"prompt": "?", "completion": "a"}\n{"prompt": "?"}\n')
+    rows = '{"prompt": "?", "completion": "a"}\n{"prompt": "?"}\n'
+    done = llmkit("train-reward", "--score", judge, "--max-bad", "0", stdin=rows)
     assert done.returncode == 2 and "stdin:2: expected field 'completion'" in done.stderr
