@@ -29,10 +29,11 @@ import numpy as np
 
 from llmkit.crawl.block_features import NameWeights, block_features, key_tokens
 from llmkit.crawl.block_model import BlockModel, best_blocks, feature_rows
-from llmkit.crawl.blocks import BlockTree, PageLimitError, cut_blocks
+from llmkit.crawl.blocks import BlockTree, cut_blocks
 from llmkit.crawl.charset import utf8_html
 from llmkit.crawl.extract import FAVOURS, Extractor, text_of
 from llmkit.crawl.page import Page
+from llmkit.crawl.page_limits import PageLimitError
 from llmkit.crawl.reading import cut_spans, read_span
 from llmkit.errors import UserError
 from llmkit.stream import read_jsonl

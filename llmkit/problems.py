@@ -106,26 +106,25 @@ def read_options(record: dict[str, Any], where: str) -> tuple[tuple[str, str], .
     return tuple(zip(letters, (text.strip() for text in texts), strict=True))
 
 
-def boxed(text: str) -> list[str]:
-    """What stands in each \\boxed{...} of a text, with its inner braces; one that is not closed does not count.
+def last_boxed(text: str) -> str | None:
+    """What stands in the last \\boxed{...} of a text, with its inner braces; one that is not closed does not count.
 
-    >>> boxed(r"so \\boxed{\\frac{1}{2}} or \\boxed 7")
-    ['\\\\frac{1}{2}', '7']
+    >>> last_boxed(r"so \\boxed{\\frac{1}{2}}"), last_boxed(r"\\boxed{1} or \\boxed 7"), last_boxed(r"\\boxed{1")
+    ('\\\\frac{1}{2}', '7', None)
     """
-    found: list[tuple[int, str]] = []
+    last = 0
+    found = None
     open_braces: list[int | None] = []  # where the content of a box begins; None for any other brace
     for mark in BRACES.finditer(text):
         if mark["box"] and mark["brace"]:
             open_braces.append(mark.end())
         elif mark["bare"]:
-            found.append((mark.start(), mark["bare"]))
+            last, found = mark.start(), mark.span("bare")
         elif mark[0] == "{":
             open_braces.append(None)
-        elif mark[0] == "}" and open_braces:
-            start = open_braces.pop()
-            if start is not None:
-                found.append((start, text[start : mark.start()].strip()))
-    return [content for _, content in sorted(found)]
+        elif mark[0] == "}" and open_braces and (start := open_braces.pop() or 0) > last:
+            last, found = start, (start, mark.start())
+    return text[found[0] : found[1]].strip() if found else None
 
 
 # ---- fields
@@ -165,8 +164,8 @@ def _answer(row: Row) -> str | None:
     text = _as_text(row, field, value)
     if MARKER in text:
         text = text.rpartition(MARKER)[2]
-    elif field == "solution" and (found := boxed(text)):
-        text = found[-1]
+    elif field == "solution" and (found := last_boxed(text)) is not None:
+        text = found
     return text.strip()
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from llmkit import problems
 from llmkit.errors import UserError
-from llmkit.problems import boxed, read_problem, read_problems
+from llmkit.problems import last_boxed, read_problem, read_problems
 from llmkit.records import Row
 
 
@@ -113,22 +113,26 @@ def test_files_are_lines_arrays_or_an_object_of_examples_packed_or_not(tmp_path:
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("", []),
-        ("\\boxed{4}", ["4"]),
-        ("\\fbox{4} \\boxed{ 4 }", ["4"]),
-        ("\\boxed{\\frac{1}{2}} and \\boxed{{{5}}}", ["\\frac{1}{2}", "{{5}}"]),
-        ("\\boxed{\\{1, 2\\}}", ["\\{1, 2\\}"]),
-        ("\\boxed 7 and $\\boxed8$", ["7", "8"]),
-        ("\\boxed{4", []),
-        ("\\boxed{" * 3, []),
-        ("\\boxed{4\\}", []),
-        ("\\boxed{" * 50_000, []),
-        ("\\boxed{" + "4" * 1_000_000 + "}", ["4" * 1_000_000]),
-        ("\\boxed{" * 1000 + "}" * 2000, ["\\boxed{" * i + "}" * i for i in range(999, -1, -1)]),
+        ("", None),
+        ("\\boxed{4}", "4"),
+        ("\\boxed{4", None),
+        ("\\boxed{}", ""),
+        ("\\fbox{3} \\boxed{ 4 } \\fbox{5}", "4"),
+        ("\\boxed{{{5}}} and \\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+        ("\\frac{1}{2} and \\boxed{{{5}}}", "{{5}}"),
+        ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
+        ("\\boxed 7 and $\\boxed8$", "8"),
+        ("\\boxed{7} and \\boxed{8", "7"),
+        ("\\boxed{1 \\boxed 2 \\boxed{3} 4}", "3"),
+        ("\\boxed{" * 3, None),
+        ("\\boxed{4\\}", None),
+        ("\\boxed{" * 50_000, None),
+        ("\\boxed{" + "4" * 1_000_000 + "}", "4" * 1_000_000),
+        ("\\boxed{" * 100_000 + "5" + "}" * 100_001, "5"),
     ],
 )
 def test_what_is_boxed(text, found):
-    assert boxed(text) == found
+    assert last_boxed(text) == found
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ from selectolax.lexbor import LexborHTMLParser
 
 from llmkit.crawl.block_features import NameWeights
 from llmkit.crawl.block_model import best_blocks, shipped_model
-from llmkit.crawl.blocks import BlockTree, PageLimitError, check_size, cut_blocks
+from llmkit.crawl.blocks import BlockTree, cut_blocks
 from llmkit.crawl.charset import decode_html, utf8_html
 from llmkit.crawl.markup import article_body, plain_html, visible
+from llmkit.crawl.page_limits import PageLimitError, check_size
 from llmkit.errors import UserError
 
 __all__ = ["EXTRACTORS", "FAVOURS", "Extraction", "Extractor", "decode_html"]

@@ -10,6 +10,8 @@ import re
 import orjson
 from selectolax.lexbor import LexborHTMLParser, LexborNode
 
+from llmkit.crawl.page_limits import PageLimitError, check_size
+
 # what has no end runs to the page's; attributes hold no "<", or every unclosed tag would look through the page
 _RAW = rb"<!--.*?(?:-->|\Z)|<(?P<raw>script|style)\b[^<>]*(?<!/)>.*?(?:</(?P=raw)|\Z)"
 _SWALLOWS = rb"script|style|title|textarea|iframe|noscript|noframes|template|object|canvas|select|audio|video|button"
@@ -71,7 +73,8 @@ def inline_formulas(tree: LexborHTMLParser, html: bytes) -> None:
         for node in scripts:
             source = node.text() or ""
             if "mml" in (node.attributes["type"] or ""):
-                found = LexborHTMLParser(source).css_first("math")
+                inner = _parsed(source)
+                found = inner.css_first("math") if inner is not None else None
                 source = _formula(found) if found is not None else ""
             node.replace_with(_one_line(source))
     if b"<math" not in html:
@@ -88,6 +91,15 @@ def inline_formulas(tree: LexborHTMLParser, html: bytes) -> None:
         if above is not None and above.tag == "span" and "display" in (above.attributes.get("style") or ""):
             place = above if len(above.css("math")) == 1 else node
         place.replace_with(text)
+
+
+def _parsed(html: str) -> LexborHTMLParser | None:
+    """HTML that stands in a script or in JSON, where the page's own check has not seen it; None beyond the limits."""
+    try:
+        check_size(html.encode("utf-8", "replace"))
+    except PageLimitError:
+        return None
+    return LexborHTMLParser(html)
 
 
 def _one_line(text: str) -> str:
@@ -152,6 +164,6 @@ def article_body(html: bytes) -> str:
             if isinstance(value, (dict, list)):
                 todo.extend(value.values() if isinstance(value, dict) else value)
     if "<" in longest or "&" in longest:
-        tree = LexborHTMLParser(longest)
-        longest = tree.body.text(separator="\n") if tree.body is not None else ""
+        tree = _parsed(longest)
+        longest = tree.body.text(separator="\n") if tree is not None and tree.body is not None else ""
     return "\n".join(line for part in longest.splitlines() if (line := " ".join(part.split())))

@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
-from functools import lru_cache
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
+from types import ModuleType
 from typing import Any
 
 from llmkit.errors import UserError
+from llmkit.foreign import shown
 from llmkit.problems import Problem
 from llmkit.rewards.reward import Attempt, Reward
 
 SECONDS = 1.0  # for one completion: (a+)+$ on forty letters takes a day
+LONGEST_CHECK = 10.0  # of the processor: JSON of a megabyte takes a second
+_deadline = threading.local()  # of the check by a schema under way
 FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?```", re.DOTALL | re.IGNORECASE)
 
 
@@ -30,15 +37,15 @@ def compiled(pattern: str, where: str) -> Any:
 
     try:
         return _compiled(pattern)
-    except regex.error as error:
-        raise UserError(f"{where}: expected a regular expression, found {pattern!r}: {error}") from None
+    except (regex.error, RecursionError, MemoryError, OverflowError) as error:
+        raise UserError(f"{where}: expected a regular expression, found {shown(pattern)}: {error}") from None
 
 
 def matches_whole(pattern: Any, text: str) -> bool:
-    """Whether all of a text matches; False where that takes longer than `SECONDS`."""
+    """Whether all of a text matches; False where that takes longer than `SECONDS`, or too much memory ((?R))."""
     try:
         return pattern.fullmatch(text, timeout=SECONDS, concurrent=True) is not None
-    except TimeoutError:
+    except (TimeoutError, MemoryError):
         return False
 
 
@@ -102,14 +109,41 @@ def check_schema(problem: Problem) -> None:
     try:
         import jsonschema
         from jsonschema import validators
+        from referencing.exceptions import Unresolvable
     except ImportError:
         raise UserError(
             f"{problem.where}: the verifier 'json-schema' needs jsonschema; pip install 'llmkit[json-schema]'"
         ) from None
     try:
+        if not isinstance(schema.get("$schema", ""), str):
+            raise jsonschema.SchemaError(f"its '$schema' is {shown(schema['$schema'])}")
         validators.validator_for(schema, jsonschema.Draft202012Validator).check_schema(schema)
+        _check_references(schema)
     except jsonschema.SchemaError as error:
         raise UserError(f"{problem.where}: expected 'schema' to be a JSON schema: {error.message[:200]}") from None
+    except RecursionError:
+        raise UserError(
+            f"{problem.where}: expected 'schema' to be less deep; Python ends at a thousand levels"
+        ) from None
+    except Unresolvable as error:
+        raise UserError(f"{problem.where}: expected 'schema' to refer to its own parts: {error}") from None
+
+
+def _check_references(schema: dict[str, Any]) -> None:
+    """Raise Unresolvable for a reference to what is not there, which a completion may come upon much later."""
+    from jsonschema_specifications import REGISTRY
+    from referencing.jsonschema import DRAFT202012, specification_with
+
+    kind = specification_with(schema.get("$schema", ""), default=DRAFT202012)
+    root = kind.create_resource(schema)
+    waiting = [(root, REGISTRY.resolver_with_root(root))]
+    while waiting:
+        part, resolver = waiting.pop()
+        if isinstance(part.contents, dict):
+            for name in ("$ref", "$dynamicRef"):
+                if isinstance(part.contents.get(name), str):
+                    resolver.lookup(part.contents[name])
+        waiting += ((inner, resolver.in_subresource(inner)) for inner in part.subresources())
 
 
 def is_schema_met(problem: Problem, completion: str) -> bool:
@@ -123,8 +157,10 @@ def is_schema_met(problem: Problem, completion: str) -> bool:
     try:
         said = fenced[1] if fenced else completion
         value = json.loads(said, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+        _deadline.at = time.thread_time() + LONGEST_CHECK
         return _validator(problem.record["schema"]).is_valid(value)
-    except (ValueError, ArithmeticError, RecursionError, TimeoutError):  # a quotient beyond floats of multipleOf
+    # ArithmeticError: a quotient beyond floats of multipleOf
+    except (ValueError, ArithmeticError, RecursionError, TimeoutError, MemoryError):
         return False
     except Unresolvable as error:
         raise UserError(f"{problem.where}: expected 'schema' to refer to its own parts: {error}") from None
@@ -134,43 +170,53 @@ def _validator(schema: dict[str, Any]) -> Any:
     from jsonschema import Draft202012Validator, validators
     from referencing import Registry
 
-    known = validators.validator_for(schema, Draft202012Validator)
-    patient = validators.extend(known, PATIENT)
-    return patient(schema, registry=Registry())
+    return _patient(validators.validator_for(schema, Draft202012Validator))(schema, registry=Registry())
 
 
-def _pattern(validator: Any, pattern: str, instance: Any, schema: Any) -> Any:
+@cache
+def _patient(known: Any) -> Any:
+    """A validator of jsonschema's with a limit of time on all that it does, and on every pattern."""
+    from jsonschema import validators
+
+    bounded = ModuleType("re")
+    vars(bounded).update(vars(re))
+    bounded.search = _search  # type: ignore[attr-defined]
+    for name, module in list(sys.modules.items()):
+        if name.startswith("jsonschema.") and getattr(module, "re", None) is re:
+            module.re = bounded  # type: ignore[attr-defined]
+    keywords = {name: _in_time(keyword) for name, keyword in known.VALIDATORS.items()}
+    return validators.extend(known, {**keywords, "uniqueItems": _unique_items})
+
+
+def _search(pattern: str, text: str) -> Any:
+    return _compiled(pattern).search(text, timeout=SECONDS, concurrent=True)
+
+
+def _in_time(keyword: Callable[..., Any]) -> Callable[..., Any]:
+    """A keyword of a schema that ends the check where it has taken too long: `allOf` may double at each level."""
+
+    def checked(*arguments: Any) -> Any:
+        if time.thread_time() > _deadline.at:
+            raise TimeoutError
+        yield from keyword(*arguments) or ()
+
+    return checked
+
+
+def _unique_items(validator: Any, wanted: bool, instance: Any, schema: Any) -> Any:
     import jsonschema
 
-    if isinstance(instance, str) and not _compiled(pattern).search(instance, timeout=SECONDS):
-        yield jsonschema.ValidationError(f"{instance!r} does not match {pattern!r}")
+    if wanted and isinstance(instance, list) and len(set(map(_hashable, instance))) < len(instance):
+        yield jsonschema.ValidationError("two items are equal")
 
 
-def _pattern_properties(validator: Any, properties: dict[str, Any], instance: Any, schema: Any) -> Any:
-    for pattern, inner in properties.items() if isinstance(instance, dict) else ():
-        for key, value in instance.items():
-            if _compiled(pattern).search(key, timeout=SECONDS):
-                yield from validator.descend(value, inner, path=key, schema_path=pattern)
-
-
-def _additional_properties(validator: Any, inner: Any, instance: Any, schema: Any) -> Any:
-    import jsonschema
-
-    patterns = [_compiled(pattern) for pattern in schema.get("patternProperties", {})]
-    for key, value in instance.items() if isinstance(instance, dict) else ():
-        if key in schema.get("properties", {}) or any(one.search(key, timeout=SECONDS) for one in patterns):
-            continue
-        if inner is False:
-            yield jsonschema.ValidationError(f"{key!r} is not among the properties")
-        else:
-            yield from validator.descend(value, inner, path=key)
-
-
-PATIENT = {
-    "pattern": _pattern,
-    "patternProperties": _pattern_properties,
-    "additionalProperties": _additional_properties,
-}
+def _hashable(value: Any) -> Any:
+    """A JSON value as one that has a hash, equal where JSON Schema's are: 1 and 1.0, but not 1 and true."""
+    if isinstance(value, dict):
+        return frozenset((key, _hashable(inner)) for key, inner in value.items())
+    if isinstance(value, list):
+        return tuple(map(_hashable, value))
+    return ("boolean", value) if isinstance(value, bool) else value
 
 
 def _finite(text: str) -> float:

@@ -14,7 +14,7 @@ import threading
 from importlib.util import find_spec
 
 from llmkit.errors import UserError
-from llmkit.problems import Problem, boxed
+from llmkit.problems import Problem, last_boxed
 from llmkit.rewards.statements import after_thinking, tagged
 
 START_SECONDS = 120  # sympy takes 1 to 3, and more on a busy machine
@@ -46,10 +46,11 @@ class LatexComparer:
         """Whether what is boxed is the answer."""
         completion = after_thinking(completion)
         tag = tagged(completion)
-        said = next(reversed(boxed(completion if tag is None else tag)), (tag or "").strip().strip("$"))
+        said = last_boxed(completion if tag is None else tag)
+        said = (tag or "").strip().strip("$") if said is None else said
         squeezed = SPACES.sub("", said)
-        held = boxed(problem.answer or "")
-        answer = held[-1] if held else (problem.answer or "").strip().strip("$")
+        held = last_boxed(problem.answer or "")
+        answer = (problem.answer or "").strip().strip("$") if held is None else held
         if not squeezed or len(said) > LONGEST:
             return False
         if squeezed == SPACES.sub("", answer):

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from llmkit.problems import boxed
+from llmkit.problems import last_boxed
 from llmkit.rewards.number_context import ANNOUNCED
 
 MARK = re.compile("(?<!#)####(?!#)")
@@ -75,7 +75,7 @@ def marked(completion: str, numeric: bool = False) -> str | None:
         )
     ]
     if not lines:
-        said = next(reversed(boxed(completion)), None)
+        said = last_boxed(completion)
         return None if said is None else TEXT.sub(r"\1", said)
     found = {line[start.end() :] if (start := ANNOUNCED.search(line)) else line for line in lines}
     return found.pop() if len(found) == 1 else ""

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from llmkit.crawl.block_features import NameWeights, block_features, key_tokens, name_words
-from llmkit.crawl.blocks import MAX_BYTES, MAX_DEPTH, MAX_NODES, TAG_BITS, ElementKey, PageLimitError, cut_blocks
+from llmkit.crawl.blocks import TAG_BITS, ElementKey, cut_blocks
+from llmkit.crawl.page_limits import MAX_BYTES, MAX_DEPTH, MAX_NODES, PageLimitError
 
 
 def texts(html: str) -> list[str]:

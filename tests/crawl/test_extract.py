@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from llmkit.crawl.block_model import BlockModel, best_blocks, shipped_model
-from llmkit.crawl.blocks import MAX_BYTES
 from llmkit.crawl.extract import EXTRACTORS, FAVOURS, Extractor
+from llmkit.crawl.page_limits import MAX_BYTES
 from llmkit.errors import UserError
 
 MENU = "<nav><ul>" + "".join(f"<li><a href=/{n}>Section {n}</a>" for n in range(12)) + "</ul></nav>"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import json
 import random
 import re
 import time
@@ -389,3 +390,59 @@ def test_the_answers_of_other_sets_are_right_and_those_of_the_next_problem_are_n
     moved = [*said[1:], said[0]]
     found = reward.score([Attempt(*pair, 1, "stop", 9) for pair in zip(problems, moved, strict=True)])
     assert found == [float(a == b) for a, b in zip(said, moved, strict=True)]
+
+
+def quickly_met(schema: dict, completion: str) -> bool:
+    began = time.monotonic()
+    found = score(completion, schema=schema, verifier="json-schema")
+    assert time.monotonic() - began < 60  # without a limit hours
+    return found == 1.0
+
+
+@pytest.mark.parametrize("kind", ["2020-12", "2019-09"])
+@pytest.mark.parametrize("keyword", ["unevaluatedProperties", "additionalProperties"])
+def test_json_schema_has_a_limit_of_time_on_every_pattern(keyword: str, kind: str) -> None:
+    schema = {"$schema": f"https://json-schema.org/draft/{kind}/schema", "patternProperties": {"^(a+)+$": True}}
+    slow = (
+        {"allOf": [schema], "type": "object", keyword: False} if keyword.startswith("u") else schema | {keyword: False}
+    )
+    assert not quickly_met(slow, json.dumps({"a" * 40 + "!": 1}))
+
+
+def test_json_schema_has_a_limit_of_time_on_the_whole_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmkit.rewards.forms.LONGEST_CHECK", 1.0)
+    twice = {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(40)}
+    assert not quickly_met({"$ref": "#/$defs/d0", "$defs": {**twice, "d40": {"type": "integer"}}}, "1")
+
+
+def test_json_schema_compares_many_items_by_their_values() -> None:
+    unique = {"type": "array", "uniqueItems": True}
+    items = [[{"a": i}, [i]][i % 2] for i in range(30_000)]
+    assert quickly_met(unique, json.dumps(items))
+    assert not quickly_met(unique, json.dumps([*items, {"a": 2.0}]))
+    assert quickly_met(unique, '[1, true, 0, false, [1], [true], {}, [], null, "1"]')
+    assert not quickly_met(unique, "[1, 1.0]")
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ({"$schema": 5}, "expected 'schema' to be a JSON schema: its '$schema' is 5"),
+        ({"properties": {"a": {"$ref": "#/nope"}}}, "expected 'schema' to refer to its own parts"),
+        ({"items": {"$ref": "http://127.0.0.1:1/x"}}, "expected 'schema' to refer to its own parts"),
+    ],
+)
+def test_a_schema_that_cannot_be_used_is_refused_before_the_run(schema: dict, words: str) -> None:
+    with pytest.raises(UserError, match=re.escape(words)):
+        quickly_met(schema, "5")
+
+
+@pytest.mark.parametrize("pattern", ["(a" * 3000 + ")" * 3000, "(?:" * 3000 + "a" + ")" * 3000])
+def test_a_pattern_too_deep_is_refused_on_one_short_line(pattern: str) -> None:
+    with pytest.raises(UserError, match="expected a regular expression, found") as refused:
+        score("a", pattern=pattern, verifier="regex")
+    assert len(str(refused.value)) < 200
+
+
+def test_a_pattern_that_recurs_for_ever_is_not_met() -> None:
+    assert score("a" * 50, pattern="(?R)", verifier="regex") == 0.0
