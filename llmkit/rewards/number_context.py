@@ -95,7 +95,7 @@ DENIED_BEHIND = re.compile(
     r"[\s*\"'`)\]$]*(?:(?:is|was|would be|seems|looks)\s+(?:clearly |definitely |certainly |also |just |simply )?"
     rf"(?:not {RIGHT}|wrong\b|incorrect\b|false\b|impossible\b|too (?:many|few|much|little|big|small|high|low|large)\b)"
     rf"|(?:is|was)n['\u2019]?t {RIGHT}|can(?:not|['\u2019]t) be {RIGHT}"
-    r"|\u3067\u306f\u3042\u308a\u307e\u305b\u3093|\u3067\u306f\u306a\u3044|\u3058\u3083\u306a\u3044|[\uc774\uac00]?\s*\uc544[\ub2c8\ub2d9]|\u4e0d\u5bf9|\u4e0d\u5c0d|\s*['\u2019]?\s*de\u011fil)",
+    r"|\u3067\u306f\u3042\u308a\u307e\u305b\u3093|\u3067\u306f\u306a\u3044|\u3058\u3083\u306a\u3044|(?:[\uc774\uac00]\s*)?\uc544[\ub2c8\ub2d9]|\u4e0d\u5bf9|\u4e0d\u5c0d|(?:\u2019\s*)?de\u011fil)",
     ANY_CASE,
 )
 TAKEN_BACK = re.compile(
