@@ -54,6 +54,7 @@ def test_transformers_has_our_logits(made: Path, kind: str) -> None:
     text = "The old ship's 12 birds, and\n\n \N{GRINNING FACE} so on."
     tokenizer = AutoTokenizer.from_pretrained(made / kind)
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == load_tokenizer(made / kind).encode(text)
+    assert tokenizer(text)["input_ids"] == load_tokenizer(made / kind).encode_prompt(text)  # begun as in training
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from llmkit.model.folder import CONFIG, GENERATION, SavedTensors, load_config, s
 from llmkit.model.reward import SCORE
 from llmkit.model.weights import stock_shapes
 from llmkit.tokenizer import gguf_tokenizer
-from llmkit.tokenizer.encoding import FILES, load_tokenizer
+from llmkit.tokenizer.encoding import copy_beside, load_tokenizer
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -43,7 +43,7 @@ _GGUF_TYPES = {
 }
 ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
 # beside those that our own tokenizers have; what other libraries read, or people
-_COPIED = (*FILES, "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", GENERATION, "LICENSE")
+_COPIED = ("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", GENERATION)
 
 
 @dataclass(frozen=True)
@@ -232,6 +232,9 @@ def write_folder(
     values = read_object(source.folder / CONFIG)
     key = "dtype" if "dtype" in values else "torch_dtype"
     values[key] = dtype
+    copy_beside(source.folder, work)
+    if (source.folder / "tokenizer.json").is_file():
+        load_tokenizer(source.folder).copy_to(work)
     for name in _COPIED:
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, work / name)
@@ -308,9 +311,9 @@ def open_adapter(folder: str) -> Adapter:
 
 def write_adapter(work: Path, adapter: Adapter, dtype: str) -> None:
     """Write the adapter as PEFT reads it, with the tokenizer beside it."""
-    for name in FILES:
-        if (adapter.model / name).is_file():
-            shutil.copyfile(adapter.model / name, work / name)
+    copy_beside(adapter.model, work)
+    if (adapter.model / "tokenizer.json").is_file():
+        load_tokenizer(adapter.model).copy_to(work)
     for name, value in adapter.tensors.items():
         _check_range(value, DTYPES[dtype], f"{adapter.place}: {name}")
     tensors = {name: value.to(DTYPES[dtype]).contiguous() for name, value in adapter.tensors.items()}

@@ -87,7 +87,8 @@ class FastokensBackend:
     def __init__(self, tokenizer_json: bytes) -> None:
         import fastokens
 
-        self.tokenizer = fastokens.Tokenizer.from_json_str(tokenizer_json.decode())
+        plain = orjson.dumps({**orjson.loads(tokenizer_json), "post_processor": None})  # which would add tokens
+        self.tokenizer = fastokens.Tokenizer.from_json_str(plain.decode())
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         ids, offsets = self.tokenizer.encode_batch_flat(list(texts), split_special_tokens=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ import numpy as np
 import orjson
 
 from llmkit.errors import UserError
+from llmkit.files import atomic_file
 from llmkit.foreign import LARGEST_TOKENIZER, check_file, check_tokenizer, read_file, read_object, shown, switch
 from llmkit.tokenizer.alphabet import byte_alphabet
 from llmkit.tokenizer.backends import TokenizersBackend, fastest_proven, proof_texts
@@ -30,6 +32,11 @@ from llmkit.tokenizer.backends import TokenizersBackend, fastest_proven, proof_t
 END_OF_TEXT = "<|endoftext|>"  # of our own tokenizers: begins every document and ends it
 END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # where no tokenizer_config.json names one
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+MORE_TEMPLATES = "additional_chat_templates"  # a folder of transformers'
+_TERMS = re.compile(
+    r"(licen[cs]e|notice|copying|copyright|(acceptable[-_ ])?use[-_ ]policy|usage[-_ ]policy|terms)([-_. ].*)?",
+    re.IGNORECASE,
+)
 THOUGHTS = ("<think>", "</think>")  # special tokens in some tokenizers, and text that is read all the same
 RESERVED = "\ufde4\ufde5"  # noncharacters about the number of a stand-in
 _RESERVED = re.compile(f"[{RESERVED}]")
@@ -76,7 +83,9 @@ class Tokenizer:
         normal = (spec.get("normalizer") or {}).get("type")
         self._of_bytes = kinds <= {"ByteLevel", "Split", "Digits"} and normal in (None, "NFC", "NFKC", "NFD", "NFKD")
         self._taking = {token["content"] for token in added if any(token.get(flag) for flag in _FLAGS[:3])}
-        self.bos_id, self.add_bos = self._beginning(_template_bos(spec.get("post_processor"), path))
+        written = _template_bos(spec.get("post_processor"), path)
+        self.bos_id, self.add_bos = self._beginning(written)
+        self._begins_as_config = written == (self.bos_id if self.add_bos else None)
         self.eos_id, self.pad_id = self._configured("eos_token"), self._configured("pad_token")
         named = next((self.specials[name] for name in END_NAMES if name in self.specials), None)
         self.end_of_text_id = self.specials.get(END_OF_TEXT, named if self.eos_id is None else self.eos_id)
@@ -218,11 +227,21 @@ class Tokenizer:
         return DecodeStream(self, after, skip_specials)
 
     def copy_to(self, folder: Path) -> None:
-        """Copy the tokenizer's files into a run folder."""
-        for name in FILES:
-            source = self.path.with_name(name) if name != "tokenizer.json" else self.path
-            if source.is_file() and source.resolve() != (folder / name).resolve():
-                shutil.copyfile(source, folder / name)
+        """Copy the tokenizer's files into a run folder, and those that state the terms of use of its own folder.
+
+        tokenizer.json then begins a text as training does: transformers 5 asks it alone, not `add_bos_token`.
+        """
+        copy_beside(self.path.parent, folder)
+        if self.path.resolve() != (folder / "tokenizer.json").resolve():
+            shutil.copyfile(self.path, folder / "tokenizer.json")
+        spec = self.content
+        step = spec.get("post_processor")
+        names = [name for name, number in self._added.items() if number == self.bos_id]
+        if self.add_bos and not self._begins_as_config and names and (step is None or step.get("type") == "ByteLevel"):
+            begins = beginning(names[0], self._added[names[0]])
+            spec["post_processor"] = begins if step is None else {"type": "Sequence", "processors": [step, begins]}
+            with atomic_file(folder / "tokenizer.json", "w") as handle:
+                json.dump(spec, handle, indent=2, ensure_ascii=False)
 
 
 class StandIns:
@@ -370,6 +389,30 @@ def check_text(text: str) -> str:
         code = f"U+{ord(text[error.start]):04X}"
         raise UserError(f"text is not valid Unicode: lone surrogate {code} at character {error.start}") from None
     return text
+
+
+def copy_beside(source: Path, folder: Path) -> None:
+    """Copy what goes with a tokenizer.json: its configuration, chat templates, and the terms of use."""
+    terms = [path.name for path in source.iterdir() if _TERMS.fullmatch(path.name)]
+    templates = [str(path.relative_to(source)) for path in source.glob(f"{MORE_TEMPLATES}/*.jinja")]
+    for name in (*FILES[1:], *sorted(templates), *sorted(terms)):
+        if (source / name).is_file() and (source / name).resolve() != (folder / name).resolve():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, folder / name)
+
+
+def beginning(token: str, number: int) -> dict[str, Any]:
+    """The post_processor of a tokenizer.json that puts a special token in front of each text."""
+
+    def text(name: str, kind: int) -> list[dict[str, Any]]:
+        return [{"SpecialToken": {"id": token, "type_id": kind}}, {"Sequence": {"id": name, "type_id": kind}}]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": text("A", 0),
+        "pair": text("A", 0) + text("B", 1),
+        "special_tokens": {token: {"id": token, "ids": [number], "tokens": [token]}},
+    }
 
 
 def _template_bos(post_processor: dict[str, Any] | None, where: Path) -> int | None:

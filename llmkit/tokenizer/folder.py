@@ -14,7 +14,7 @@ from pathlib import Path
 from llmkit.errors import UserError
 from llmkit.files import atomic_file
 from llmkit.tokenizer.alphabet import byte_alphabet
-from llmkit.tokenizer.encoding import END_OF_TEXT
+from llmkit.tokenizer.encoding import END_OF_TEXT, beginning
 from llmkit.tokenizer.merging import Merges
 from llmkit.tokenizer.patterns import Pattern
 
@@ -58,7 +58,9 @@ def tokenizer_json(merges: Merges, pattern: Pattern) -> str:
     )
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in added])
-    return tokenizer.to_str(pretty=True)
+    spec = json.loads(tokenizer.to_str())
+    spec["post_processor"] = beginning(END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))
+    return json.dumps(spec, indent=2, ensure_ascii=False)
 
 
 def tokenizer_config() -> dict[str, object]:

@@ -245,6 +245,27 @@ def test_a_folder_in_another_precision_and_in_shards(chat: Path, tmp_path: Path,
     assert (out / "README.md").exists()
 
 
+@pytest.mark.parametrize("options", [{"format": "hf", "dtype": "bfloat16"}, {"format": "hf"}])
+def test_templates_and_terms_of_use_go_with_a_folder(chat: Path, tmp_path: Path, options: dict) -> None:
+    from transformers import AutoTokenizer
+
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(chat, source)
+    theirs = AutoTokenizer.from_pretrained(source)
+    theirs.chat_template = {"default": theirs.chat_template, "rag": "{{ 'rag' }}", "tool_use": "{{ 'tool' }}"}
+    theirs.save_pretrained(source)
+    terms = ("LICENSE", "LICENSE-MODEL.md", "Notice.txt", "USE_POLICY.md", "LICENCE")
+    for name in terms:
+        (source / name).write_text(name)
+    (source / "licensed.py").write_text("no")
+    export.run(export.ExportConfig(model=str(source), out=str(out), quiet=True, **options))
+    found = AutoTokenizer.from_pretrained(out)
+    assert [found.get_chat_template(name) for name in ("rag", "tool_use")] == ["{{ 'rag' }}", "{{ 'tool' }}"]
+    assert found.get_chat_template(None) == theirs.get_chat_template(None)
+    assert all((out / name).read_text() == name for name in terms) and not (out / "licensed.py").exists()
+    assert found("a").input_ids == load_tokenizer(chat).encode_prompt("a")
+
+
 def test_a_folder_without_a_tokenizer_stays_one_and_it_is_said(chat: Path, tmp_path: Path, capsys) -> None:
     shutil.copytree(chat, tmp_path / "words-less")
     (tmp_path / "words-less" / "tokenizer.json").unlink()

@@ -114,7 +114,8 @@ def test_transformers_loads_it_and_scores_as_we_do(base, corpus):
     total, size = 0.0, 0
     for line in (corpus / "val.jsonl").read_text().splitlines():
         text = json.loads(line)["text"]
-        ids = [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
+        ids = tokenizer.encode(text)
+        assert ids == [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]  # as documents begin
         if len(ids) > 32:  # longer ones are cut into rows by us
             return
         with torch.no_grad():

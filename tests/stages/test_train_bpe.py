@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from llmkit.errors import UserError
 from llmkit.stages.train_bpe import TrainBpeConfig, run
+from llmkit.tokenizer.encoding import load_tokenizer
 from llmkit.tokenizer.folder import SPECIALS
 
 STORIES = [
@@ -54,13 +55,13 @@ def test_stdin_to_a_folder_and_one_json_line(llmkit, corpus: Path, trained: Path
 def test_the_report(trained: Path) -> None:
     report = json.loads((trained / "report.json").read_text())
     tokenizer = Tokenizer.from_file(str(trained / "tokenizer.json"))
-    tokens = [len(tokenizer.encode(text).ids) for text in STORIES]
+    tokens = [len(tokenizer.encode(text, add_special_tokens=False).ids) for text in STORIES]
     sizes = [len(text.encode()) for text in STORIES]
     assert report["bytes_per_token"] == round(sum(sizes) / sum(tokens), 4)
     by_source = report["sample"]["bytes_per_token_by_source"]
     assert by_source == {"even": round(sum(sizes[::2]) / sum(tokens[::2]), 4), "odd": by_source["odd"]}
     assert report["round_trip"] == {"texts": len(STORIES), "lost": 0, "first_lost": []}
-    used = {token for text in STORIES for token in tokenizer.encode(text).ids}
+    used = {token for text in STORIES for token in tokenizer.encode(text, add_special_tokens=False).ids}
     assert report["unused_tokens"]["count"] == len(set(range(256, 320 - len(SPECIALS))) - used)
 
 
@@ -73,8 +74,12 @@ def test_transformers_loads_it(trained: Path) -> None:
     assert (theirs.bos_token, theirs.eos_token, theirs.pad_token) == ("<|endoftext|>",) * 3
     assert theirs.convert_ids_to_tokens(range(320 - len(SPECIALS), 320)) == list(SPECIALS)
     for text in [*STORIES[:3], " a  b\n\t日本 \x00"]:
-        assert theirs(text).input_ids == ours.encode(text).ids
-        assert theirs.decode(theirs(text).input_ids) == text
+        ids = ours.encode(text, add_special_tokens=False).ids
+        assert theirs(text).input_ids == ours.encode(text).ids == [theirs.bos_token_id, *ids]  # as documents begin
+        assert load_tokenizer(trained).encode_prompt(text) == [theirs.bos_token_id, *ids]
+        assert theirs.decode(theirs(text).input_ids, skip_special_tokens=True) == text
+    chat = theirs.apply_chat_template([{"role": "user", "content": "Who?"}], return_dict=False)
+    assert chat[0] == theirs.convert_tokens_to_ids("<|im_start|>") and theirs.bos_token_id not in chat
 
 
 def test_the_chat_template_renders_and_marks_what_the_assistant_says(trained: Path) -> None:
@@ -104,7 +109,7 @@ def test_text_that_spells_special_tokens_is_text(tmp_path: Path) -> None:
     assert report["round_trip"]["lost"] == 0
     tokenizer = Tokenizer.from_file(str(tmp_path / "tok/tokenizer.json"))
     tokenizer.encode_special_tokens = True
-    ids = tokenizer.encode(text).ids
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
     assert report["bytes_per_token"] == round(len(text) / len(ids), 4)  # trained and measured as text
     assert max(ids) < tokenizer.token_to_id("<|endoftext|>")
     with pytest.raises(UserError, match="became a token"):  # a pattern that would make it a token of the model

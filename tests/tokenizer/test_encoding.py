@@ -326,3 +326,29 @@ def test_foreign_tokenizers_are_encoded_by_a_fast_backend(shared_data, name):
     ids, lengths = tokenizer.encode_batch(texts)
     assert not set(ids.tolist()) & set(tokenizer.specials.values())
     assert lengths.tolist() == [len(tokenizer.encode(text)) for text in texts]
+
+
+# ---- what goes with a model
+
+
+@pytest.mark.parametrize("step", [None, processors.ByteLevel(trim_offsets=False)])
+def test_a_copy_begins_a_text_in_transformers_as_its_config_says(tmp_path, step):
+    from transformers import AutoTokenizer
+
+    tokenizer = byte_level()
+    if step is not None:
+        tokenizer.post_processor = step
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": SPECIALS[0], "eos_token": SPECIALS[0]}
+    asked, unasked, out = tmp_path / "asked", tmp_path / "unasked", tmp_path / "out"
+    for folder in (asked, unasked, out):
+        folder.mkdir()
+    ours = saved(asked, tokenizer, {**config, "add_bos_token": True})
+    ours.copy_to(out)
+    copied, theirs = load_tokenizer(out), AutoTokenizer.from_pretrained(out)
+    assert theirs("the cat").input_ids == ours.encode_prompt("the cat") == copied.encode_prompt("the cat")
+    assert theirs("the cat", "a dog").input_ids == ours.encode_prompt("the cat") + ours.encode_prompt("a dog")
+    assert copied.encode("the cat") == ours.encode("the cat") and copied.same_vocabulary(ours)
+    copied.copy_to(out)
+    assert load_tokenizer(out).sha256 == copied.sha256
+    saved(unasked, tokenizer, config).copy_to(out)
+    assert (out / "tokenizer.json").read_bytes() == (unasked / "tokenizer.json").read_bytes()
