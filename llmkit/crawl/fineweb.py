@@ -16,7 +16,7 @@ class FineWebQuality:
 
     min_terminal_line_fraction: float | None = 0.12  # lines that end a sentence
     max_short_line_fraction: float | None = 0.67  # lines of at most `short_line_length`
-    max_duplicate_line_character_fraction: float | None = 0.01  # characters of lines that stood before
+    max_duplicate_line_character_fraction: float | None = 0.01  # of lines that stood before; the paper says 0.1
     max_newline_to_word_ratio: float | None = 0.3
     short_line_length: int = 30  # characters
 

@@ -56,8 +56,9 @@ class Funnel:
         assert left == self.kept, f"{left} records left the last step, {self.kept} were kept"
         return rows
 
-    def show(self, to: TextIO) -> None:
-        """Print the table: with rich on a terminal, plain columns elsewhere."""
+    def show(self, to: TextIO, recipe: str) -> None:
+        """Print the recipe's name and the table: with rich on a terminal, plain columns elsewhere."""
+        print(f"recipe {printable(recipe)}", file=to)
         header = ("step", "in", "kept", "dropped", "share", "seconds")
         rows = [row for step in self.as_json() for row in _table_rows(step)]
         if to.isatty():

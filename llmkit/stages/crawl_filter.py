@@ -127,7 +127,7 @@ def run(config: CrawlFilterConfig) -> Summary | None:
     alone = total is not None and total < ALONE_BYTES  # other processes would take longer to start
     workers = config.workers or (1 if alone else available_cores())
     if config.dry_run:
-        _say_plan(recipe, inputs, out, workers, total)
+        _say_plan(config, recipe, inputs, out, workers, total)
         return None
     if config.explain is not None:
         _explain(config, recipe, inputs, partial(Pipeline, recipe, _url_filter(recipe), rejects=True), workers)
@@ -179,7 +179,7 @@ def run(config: CrawlFilterConfig) -> Summary | None:
     # summarise
     seconds = round(time.monotonic() - started, 2)
     if not config.quiet:
-        funnel.show(sys.stderr)
+        funnel.show(sys.stderr, _recipe_name(config, recipe))
     pages = funnel.records - funnel.dropped[READ].total()
     say(
         f"{funnel.kept:,} documents of {pages:,} pages, {pages / seconds:.1f} pages/s "
@@ -230,6 +230,13 @@ def _names(given: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name.strip() for text in given for name in text.split(",") if name.strip())
 
 
+def _recipe_name(config: CrawlFilterConfig, recipe: Recipe) -> str:
+    """The name or file of the recipe, and whether flags changed it."""
+    from llmkit.crawl.recipe import read_recipe
+
+    return config.recipe + " with changes by flags" * (recipe != read_recipe(config.recipe))
+
+
 def _checked(config: CrawlFilterConfig) -> tuple[list[str], str]:
     """The inputs and the output, which can be written."""
     out = config.out or "-"
@@ -273,7 +280,9 @@ def _bytes_of(inputs: Sequence[str]) -> int | None:
     return sum(file.stat().st_size * (PACKED if packed.search(file.name) else 1) for file in files)
 
 
-def _say_plan(recipe: Recipe, inputs: Sequence[str], out: str, workers: int, total: int | None) -> None:
+def _say_plan(
+    config: CrawlFilterConfig, recipe: Recipe, inputs: Sequence[str], out: str, workers: int, total: int | None
+) -> None:
     """What would be done; opens what would be read."""
     for path in inputs:
         if path != "-" and not os.path.isdir(path):
@@ -282,6 +291,7 @@ def _say_plan(recipe: Recipe, inputs: Sequence[str], out: str, workers: int, tot
     size = f" ({quantity(total)}B)" if total is not None else ""
     about = f", about {duration(1 + total / BYTES_PER_PAGE / PAGES_PER_SECOND / workers)}" if total else ""
     say(f"from {' '.join(inputs)}{size} to {out} on {workers} process{'es' * (workers > 1)}{about}")
+    say(f"recipe {_recipe_name(config, recipe)}")
     say(f"steps: {', '.join(recipe.taken) or 'none'}; --print-recipe shows their thresholds")
 
 

@@ -101,6 +101,14 @@ def test_nothing_is_lost_on_the_way(filtered):
     assert manifest["options"]["recipe"]["c4"]["min_sentences"] == 5
 
 
+def test_the_funnel_says_which_recipe_ran(crawl, llmkit, tmp_path):
+    command = ["crawl-filter", crawl / "mixed.warc.gz", "-o", tmp_path / "docs.jsonl", "--force"]
+    assert llmkit(*command).stderr.startswith("recipe fineweb\nstep ")
+    assert llmkit(*command, "--recipe", "llmkit").stderr.startswith("recipe llmkit\nstep ")
+    assert "recipe llmkit with changes by flags\n" in llmkit(*command, "--recipe", "llmkit", "--skip", "c4").stderr
+    assert "recipe fineweb\n" in llmkit(*command, "--dry-run").stderr
+
+
 def test_the_funnel_is_shown(filtered):
     shown = (filtered / "stderr").read_text()
     lines = [line.split() for line in shown.splitlines()]
