@@ -7,6 +7,7 @@ write_curve(folder, "loss.svg", LOSS_CURVE)
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import orjson
 
 from llmkit.errors import UserError
 from llmkit.files import JSON_LINE, atomic_file, cut_torn_line
+from llmkit.foreign import check_file
 from llmkit.launch import launch
 from llmkit.records import kind_of
 
@@ -61,7 +63,9 @@ def scan_metrics(path: Path, unreadable: Callable[[int, str], object] | None = N
                 return
             try:
                 row = orjson.loads(line)
-                wrong = None if isinstance(row, dict) else f"found {kind_of(row)}"
+                wrong = None if isinstance(row, dict) else f"expected a JSON object, found {kind_of(row)}"
+                if isinstance(row, dict) and not isinstance(row.get("step", 0), int):
+                    wrong = f"expected an integer for 'step', found {kind_of(row['step'])}"
             except orjson.JSONDecodeError as error:
                 wrong = f"not JSON: {error}"
             if wrong is None:
@@ -73,13 +77,21 @@ def scan_metrics(path: Path, unreadable: Callable[[int, str], object] | None = N
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole rows of a metrics file, none where there is no file; errors are those of `scan_metrics`."""
-    return list(scan_metrics(path)) if path.exists() else []
+    """The figures of all whole rows of a metrics file, NaN for null, and the text of samples; none where there is no
+    file. Errors are those of `scan_metrics`."""
+    return [
+        {
+            name: math.nan if value is None else value
+            for name, value in row.items()
+            if isinstance(value, int | float | None) or name == "sample"
+        }
+        for row in (scan_metrics(path) if path.exists() else ())
+    ]
 
 
 def last_figures(rows: Sequence[Mapping[str, Any]], kept_step: int | None) -> dict[str, Any]:
     """The last of each figure in the rows of `read_metrics`, and those of the evaluation whose parameters were kept."""
-    kept = (row for row in rows if row["step"] == kept_step)
+    kept = (row for row in rows if row.get("step") == kept_step)
     last = {name: value for row in rows for name, value in row.items()}
     return last | {name: value for row in kept for name, value in row.items() if name.startswith("val_")}
 
@@ -88,6 +100,7 @@ def trim_metrics(path: Path, step: int) -> dict[str, Any] | None:
     """Drop rows after `step`, which a resumed run will write again; the last that stays, None where there is none."""
     last = None
     if path.exists():
+        check_file(path)
         with atomic_file(path) as handle:
             for row in scan_metrics(path):
                 if row.get("step", 0) <= step:
@@ -106,7 +119,7 @@ def write_curve(folder: Path, name: str, lines: Mapping[str, str]) -> None:
 
 def _curve(rows: Iterable[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
     """(step, value) where the value is a finite number; JSON holds NaN and infinity as null."""
-    return [(row["step"], row[key]) for row in rows if "step" in row and isinstance(row.get(key), (int, float))]
+    return [(row["step"], row[key]) for row in rows if "step" in row and math.isfinite(row.get(key, math.nan))]
 
 
 def _svg(curves: Mapping[str, list[tuple[float, float]]], width: int = 720, height: int = 360) -> str:

@@ -7,6 +7,7 @@ a stage that trains uses; the functions serve other outputs, too.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,19 +24,20 @@ from llmkit.files import (
     check_unfinished,
     is_empty_folder,
     output_folder,
-    read_json,
     remove,
     replace_folder,
     sync,
-    write_json,
 )
+from llmkit.foreign import read_object, read_sealed, write_sealed
 from llmkit.launch import launch
 from llmkit.manifest import describe_inputs, read_manifest, write_manifest
 from llmkit.metrics import LOSS_CURVE, write_curve
 from llmkit.model_card import write_model_card
 from llmkit.progress import say
 
-NOTES = "state/run.json"  # in a run folder: what a resumption asks for
+STATE = "state"  # in a run folder: its checkpoints, and
+NOTES = "state/run.json"  # what a resumption asks for
+CHECKPOINTS_KEPT = 2  # while a run goes on: the newest may be damaged
 
 
 def check_model_folder(path: str | None, example: str) -> None:
@@ -45,6 +47,30 @@ def check_model_folder(path: str | None, example: str) -> None:
     if not Path(path).is_dir():
         found = "a file" if Path(path).exists() else "nothing"
         raise UserError(f"{path}: expected a model folder, found {found}")
+
+
+# ---- checkpoints, which engine/checkpoint.py writes and reads
+
+
+def checkpoint_place(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step stands."""
+    return folder / f"step-{step:08d}"
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """The steps at which checkpoints stand, ascending."""
+    if not folder.is_dir():
+        return []
+    found = [re.fullmatch(r"step-(\d{8,})", place.name) for place in folder.iterdir() if place.is_dir()]
+    return sorted(int(match[1]) for match in found if match)
+
+
+def keep_checkpoints(folder: Path, keep: int, newest: int | None = None) -> None:
+    """Remove all but the last checkpoints up to the step `newest`. Later ones were damaged, and are written again."""
+    steps = checkpoint_steps(folder)
+    kept = [step for step in steps if newest is None or step <= newest][-keep:]
+    for step in set(steps).difference(kept):
+        remove(checkpoint_place(folder, step))
 
 
 # ---- a run in the making
@@ -107,7 +133,7 @@ class RunFolder:
     def _begun_by_this_job(self) -> bool:
         """Whether a former attempt of this job, which failed, has begun the run."""
         notes = next((place / NOTES for place in (self.work, self.out) if (place / NOTES).exists()), None)
-        return launch().restarts > 0 and notes is not None and read_json(notes).get("job") == launch().job
+        return launch().restarts > 0 and notes is not None and read_object(notes).get("job") == launch().job
 
     @property
     def is_finished(self) -> bool:
@@ -128,11 +154,14 @@ class RunFolder:
         Raises UserError naming the first part of the identity that is not what it was.
         """
         if not self.resume or not (self.work / NOTES).exists():
+            if self.resume and checkpoint_steps(self.work / STATE):
+                place = self.work / NOTES
+                raise UserError(f"{place}: missing, so that nobody knows what was begun; start again with --force")
             return None
-        noted = read_json(self.work / NOTES)
-        for name, kinds in (("identity", dict), ("notes", dict | None)):
-            if name not in noted or not isinstance(noted[name], kinds):
-                raise UserError(f"{self.work / NOTES}: not what a run notes ({name} is no object); start with --force")
+        try:
+            noted = read_sealed(self.work / NOTES)
+        except UserError as error:
+            raise UserError(f"{error}; start again with --force") from None
         check_identity(self.work, noted["identity"], identity)
         return noted["notes"]
 
@@ -143,7 +172,7 @@ class RunFolder:
         if not self.resume:
             remove(self.work)
         (self.work / NOTES).parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.work / NOTES, {"identity": identity, "notes": notes, "job": launch().job})
+        write_sealed(self.work / NOTES, {"identity": identity, "notes": notes, "job": launch().job})
         sync(self.work)  # and its own name: the checkpoints are lost without them
         sync(self.work.absolute().parent)
 
@@ -182,5 +211,4 @@ class RunFolder:
     def finish(self) -> None:
         """Put the finished folder in its place, whole; of the checkpoints the last stays."""
         replace_folder(self.work, Path(os.path.realpath(self.out)))
-        for former in sorted((self.out / "state").glob("step-*"))[:-1]:
-            remove(former)
+        keep_checkpoints(self.out / STATE, 1)

@@ -12,6 +12,7 @@ import orjson
 from llmkit.crawl.parts import Part, read_parts, write_part
 from llmkit.errors import UserError
 from llmkit.files import atomic_file, check_unfinished, remove
+from llmkit.foreign import read_sealed, write_sealed
 from llmkit.progress import say
 
 SUFFIX = ".partial-state"
@@ -47,11 +48,11 @@ class State:
     def _check_same_run(self) -> None:
         path = self.folder / "run.json"
         try:
-            before = orjson.loads(path.read_bytes())
+            before = read_sealed(path)
         except FileNotFoundError:
             raise UserError(f"{path}: missing, so that nobody knows what was begun; start again with --force") from None
-        except ValueError:
-            raise UserError(f"{path}: not JSON; start again with --force") from None
+        except UserError as error:
+            raise UserError(f"{error}; start again with --force") from None
         self._keep_what_is_the_same(before)
         for key in {**before, **self.run}:
             if before.get(key) != self.run.get(key):
@@ -99,8 +100,7 @@ class State:
         """Make the folder, where it is not there."""
         if not self.folder.exists():
             self.folder.mkdir(parents=True)
-            with atomic_file(self.folder / "run.json") as handle:
-                handle.write(orjson.dumps(self.run, option=orjson.OPT_INDENT_2))
+            write_sealed(self.folder / "run.json", self.run)
 
     def remove(self) -> None:
         """The run is finished, and its output in place."""

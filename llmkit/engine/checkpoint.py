@@ -12,25 +12,24 @@ where its other form has a pickle. Any number of processes reads what any number
 
 from __future__ import annotations
 
-import hashlib
-import re
 import threading
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import orjson
 import torch
 from torch import Tensor
 
 from llmkit.engine.distributed import new_group, world
 from llmkit.engine.sharding import is_sharded, local, part_of
 from llmkit.errors import UserError
-from llmkit.files import JSON_LINE, PARTIAL, atomic_folder, remove, replace_folder, sync, write_json
+from llmkit.files import PARTIAL, atomic_folder, remove, replace_folder, sync
+from llmkit.foreign import read_sealed, write_sealed
 from llmkit.manifest import file_sha256
 from llmkit.model.folder import write_tensors
 from llmkit.progress import say
+from llmkit.rundir import CHECKPOINTS_KEPT, checkpoint_place, checkpoint_steps, keep_checkpoints
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 
@@ -38,7 +37,7 @@ TENSORS, STATE = "tensors.safetensors", "state.json"
 class Checkpoints:
     """The checkpoints of one run, newest last; `keep` of them stay."""
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
+    def __init__(self, folder: Path, keep: int = CHECKPOINTS_KEPT) -> None:
         self.folder, self.keep = folder, keep
         self._whole: dict[int, dict[str, Any]] = {}  # states of those whose checksums were found right
         self._thread: threading.Thread | None = None
@@ -47,13 +46,10 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps at which checkpoints stand, ascending."""
-        if not self.folder.is_dir():
-            return []
-        found = [re.fullmatch(r"step-(\d{8,})", place.name) for place in self.folder.iterdir() if place.is_dir()]
-        return sorted(int(match[1]) for match in found if match)
+        return checkpoint_steps(self.folder)
 
     def _place(self, step: int) -> Path:
-        return self.folder / f"step-{step:08d}"
+        return checkpoint_place(self.folder, step)
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], wait: bool = False) -> None:
         """Copy the tensors and write them in the background; `wait` returns when they are on disk. All processes of a
@@ -88,10 +84,7 @@ class Checkpoints:
             write(step, *what)
             self._whole.pop(step, None)
             if world().leads:
-                steps = self.steps()  # one of a later step was damaged, or this one would not be written again
-                former = [one for one in steps if one <= step]
-                for old in set(steps).difference(former[-self.keep :]):
-                    remove(self._place(old))
+                keep_checkpoints(self.folder, self.keep, step)
         except BaseException as error:
             self._error = error
 
@@ -102,7 +95,7 @@ class Checkpoints:
         with atomic_folder(self._place(step), force=True) as partial:
             write_tensors(partial / TENSORS, tensors)
             digests = {TENSORS: file_sha256(partial / TENSORS)}
-            write_json(partial / STATE, _sealed({**state, "step": step, "sha256": digests}))
+            write_sealed(partial / STATE, {**state, "step": step, "sha256": digests})
 
     def _write_parts(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         import torch.distributed as dist
@@ -130,7 +123,7 @@ class Checkpoints:
         digests = {name: digest for parts in found for name, digest in parts.items()}
         if world().leads:
             noted = {**state, "step": step, "parts": len(digests), "sha256": digests}
-            write_json(partial / STATE, _sealed(noted))
+            write_sealed(partial / STATE, noted)
             replace_folder(partial, self._place(step))
         dist.barrier(group)
 
@@ -188,22 +181,15 @@ class Checkpoints:
             raise UserError(f"{place}: damaged checkpoint ({error}); start again with --force") from error
 
 
-def _sealed(state: dict[str, Any]) -> dict[str, Any]:
-    """A state with the checksum of its own values."""
-    values = orjson.dumps(state, option=orjson.OPT_SORT_KEYS | JSON_LINE)
-    return {**state, "seal": hashlib.sha256(values).hexdigest()}
-
-
 def _checked(place: Path, step: int) -> dict[str, Any]:
     """The state of the checkpoint of a step. Raises ValueError or OSError where it is not what was written."""
-    state = orjson.loads((place / STATE).read_bytes())
-    bare = {name: value for name, value in state.items() if name != "seal"} if isinstance(state, dict) else {}
-    if _sealed(bare) != state or bare.get("step") != step:
-        raise ValueError(f"{STATE} does not have the checksum that it names")
-    for name, digest in bare["sha256"].items():
+    state = read_sealed(place / STATE)
+    if state.get("step") != step:
+        raise ValueError(f"{STATE} is of another step")
+    for name, digest in state["sha256"].items():
         if file_sha256(place / name) != digest:
             raise ValueError(f"{name} does not have the checksum that {STATE} names")
-    return bare
+    return state
 
 
 def _load_parts(place: Path, parts: int, like: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ import orjson
 from llmkit.engine.served_models import ServerError
 from llmkit.errors import Interrupted, UserError
 from llmkit.files import cut_torn_line
+from llmkit.foreign import check_file, sealed, unsealed
 from llmkit.progress import say
 from llmkit.rundir import check_identity
 
@@ -39,6 +40,8 @@ class RunState:
     def __init__(self, path: Path | None, identity: dict[str, Any], resume: bool) -> None:
         self.path = path
         begun = resume and path is not None and path.exists()
+        if begun:
+            check_file(str(path))
         if resume and not begun:
             say(f"--resume: nothing stands at {path} yet, so the run starts")
         self._file: IO[bytes] = io.BytesIO() if path is None else path.open("r+b" if begun else "w+b")
@@ -73,13 +76,21 @@ class RunState:
     def append(self, record: dict[str, Any]) -> None:
         """Add a record; it is there as soon as this returns, whatever becomes of the process."""
         self._file.seek(0, os.SEEK_END)
-        self._file.write(orjson.dumps(record) + b"\n")
+        self._file.write(orjson.dumps(sealed(record)) + b"\n")
         self._file.flush()
 
     def records(self) -> Iterator[dict[str, Any]]:
         """All records, from the first."""
         self._file.seek(self._start)
-        yield from map(orjson.loads, iter(self._file.readline, b""))
+        for number, line in enumerate(iter(self._file.readline, b""), 2):
+            try:
+                record = unsealed(dict(orjson.loads(line)), "")
+            except (ValueError, TypeError):
+                raise UserError(
+                    f"{self.path}:{number}: damaged or edited; keep the lines before it alone, "
+                    "or start again with --force"
+                ) from None
+            yield record
 
     def remove(self) -> None:
         """The work is done."""

@@ -391,9 +391,9 @@ class Trainer:
                 trim_metrics(place, step)
             for row in read_metrics(place):
                 if scores := {name: value for name, value in row.items() if name.startswith("val_")}:
-                    self.scores, self.evaluated_step = scores, row["step"]
+                    self.scores, self.evaluated_step = scores, int(row.get("step", -1))
                 if "sample" in row:
-                    self.sampled_step = row["step"]
+                    self.sampled_step = int(row.get("step", -1))
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -84,7 +84,7 @@ class HackWatch:
         self._best: Mapping[str, float] | None = None
         self._suspicious = 0
         for row in rows:
-            if "val_gold" in row:
+            if {"val_gold", "val_gold_se", "val_reward"} <= row.keys():
                 self.note(row)
 
     def note(self, scores: Mapping[str, float]) -> str | None:

@@ -18,6 +18,7 @@ import orjson
 from llmkit.conversations import Message, Part, as_record, message
 from llmkit.engine.distributed import world
 from llmkit.engine.generation import Completion
+from llmkit.foreign import integer
 from llmkit.metrics import trim_metrics
 from llmkit.problems import Problem
 
@@ -102,7 +103,7 @@ class RolloutLog:
     def trim(self, steps: int) -> int:
         """Drop what a killed run has left of later steps, and half a line; the number of the next group."""
         last = trim_metrics(self.path, steps) if world().leads else None
-        return world().broadcast(0 if last is None else last["group"] + 1)
+        return world().broadcast(0 if last is None else integer(last, "group", str(self.path), 0, at_least=0) + 1)
 
     def write(self, rollouts: Iterable[Rollout]) -> None:
         """Add the attempts of a step; the first process does."""

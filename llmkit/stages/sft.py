@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -226,7 +227,7 @@ def _kept(config: SftConfig, work: Path, step: int | None) -> dict[str, float]:
     """What the summary tells of the parameters that are saved, where those of a step were kept."""
     if step is None:
         return {}
-    loss = round(last_figures(read_metrics(work / METRICS), step)["val_loss"], 4)
+    loss = round(last_figures(read_metrics(work / METRICS), step).get("val_loss", math.nan), 4)
     say(f"kept the parameters of step {step}, the best: val_loss {loss:.4f}", config.quiet)
     return {"val_loss": loss, "kept_step": step}
 

@@ -60,7 +60,7 @@ def test_a_flipped_bit_is_named_and_the_checkpoint_before_is_used(tmp_path, caps
     tensors, state = again.load()
     assert (tensors["weight"][0], state["step"]) == (5, 5)
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2 and f"step-00000006: damaged checkpoint ({name} does not" in said[0]
+    assert len(said) == 2 and "step-00000006: damaged checkpoint (" in said[0] and name in said[0]
     again.save(6, {"weight": torch.ones(1)}, {}, wait=True)
     assert Checkpoints(tmp_path).load()[1]["step"] == 6
 

@@ -1,0 +1,87 @@
+"""What a resumed run meets where its state was damaged or edited: never a traceback, and the damaged thing named."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from damaged_states import COMMANDS
+
+from llmkit.crawl.state import State
+from llmkit.engine.run_state import RunState
+from llmkit.errors import UserError
+from llmkit.metrics import read_metrics, scan_metrics, trim_metrics
+
+EVERY = 29  # of a thousand kinds of damage to each command's state
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("damage") / "world"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_goes_on_or_names_what_is_damaged(folder: Path, command: str) -> None:
+    words = [sys.executable, "damaged_states.py", str(folder), command, str(EVERY), "3"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=Path(__file__).parent, env=env, capture_output=True, text=True, timeout=1100)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) > 15
+    assert [line for line in lines if line.split()[0] not in ("ok", "UserError")] == []
+
+
+@pytest.mark.parametrize("content", ["", "5", "[]", "{}", '{"recipe": {}}', "null", "[" * 2000, "edited"])
+def test_the_notes_of_a_crawl_that_are_not_what_was_written_are_named(tmp_path: Path, content: str) -> None:
+    run = {"inputs": [{"path": "a"}], "options": {"limit": None}}
+    State(str(tmp_path / "out.jsonl"), run).start()
+    notes = tmp_path / "out.jsonl.partial-state" / "run.json"
+    assert State(str(tmp_path / "out.jsonl"), run).begin(resume=True, force=False) == 0
+    notes.write_text(notes.read_text().replace('"a"', '"b"') if content == "edited" else content)
+    with pytest.raises(UserError, match=r"partial-state/run\.json: .*; start again with --force"):
+        State(str(tmp_path / "out.jsonl"), run).begin(resume=True, force=False)
+
+
+@pytest.mark.parametrize("line", ["", "5", "[]", "{}", "\\xff{", '{"known": "yes"}', "edited"])
+def test_a_record_of_an_unfinished_run_that_is_not_what_was_written_is_named(tmp_path: Path, line: str) -> None:
+    place = tmp_path / "out.jsonl.state"
+    state = RunState(place, {"--seed": 0}, resume=False)
+    for number in range(3):
+        state.append({"known": "yes", "number": number, "share": 0.1, "where": f"q:{number}"})
+    again = RunState(place, {"--seed": 0}, resume=True)
+    assert [record["number"] for record in again.records()] == [0, 1, 2] and "seal" not in next(again.records())
+    lines = place.read_text().splitlines()
+    lines[2] = lines[2].replace("yes", "no") if line == "edited" else line
+    place.write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match=r"out\.jsonl\.state:3: damaged or edited; .*--force"):
+        list(RunState(place, {"--seed": 0}, resume=True).records())
+
+
+def test_metrics_that_were_edited_are_named_or_read_as_far_as_they_are_figures(tmp_path: Path) -> None:
+    place = tmp_path / "metrics.jsonl"
+    rows = [{"step": 1, "loss": None, "sample": "The"}, {"loss": "low", "val_loss": [1], "step": 2}, {"reward": {}}]
+    place.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, *others = read_metrics(place)
+    assert first["sample"] == "The" and first["loss"] != first["loss"]  # NaN, as it was in the run
+    assert others == [{"step": 2}, {}]
+    for line, found in (
+        ('{"step": "x"}', "a string"),
+        ('{"step": []}', "a list"),
+        ("5", "a number"),
+        ("\0", "not JSON"),
+    ):
+        place.write_text(f'{{"step": 1}}\n{line}\n')
+        with pytest.raises(UserError, match=rf"metrics\.jsonl:2: .*{found}.*; mend or remove the line"):
+            trim_metrics(place, 5)
+        wrong: list[int] = []
+        assert list(scan_metrics(place, lambda number, reason, wrong=wrong: wrong.append(number))) == [{"step": 1}]
+        assert wrong == [2]
+    place.unlink()
+    os.mkfifo(place)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: expected a file, found a pipe"):
+        trim_metrics(place, 5)
