@@ -7,8 +7,11 @@ An answer is right where its words are those of an accepted answer; or where, sm
 left out,
 - one of the two has all words of the other: words may be missing or added, none may be replaced;
 - the F1 of their words (Rajpurkar et al. 2016, arXiv:1606.05250) is at least `f1`;
+or where an accepted answer stands in a sentence whose words around it leave it the answer (answer_spans.py), unless
+`f1` is 1. In all cases
 - their numbers are the same, in the same order; where a year is the answer, a date in that year will do;
-- nothing is denied (`not`, `never`) and no choice is left open (`or`).
+- their currencies are;
+- nothing is denied (`not`, `never`), no choice is left open (`or`), no word of the question replaced by its opposite.
 Compared is all that was said, and its first sentence where the rest takes nothing back. `evasive` is an answer that
 is empty, says that it does not know, or says no more than the question did; it is never right. The phrases of
 evasion stand in matching.json, by language.
@@ -22,6 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
+from llmkit.engine.answer_spans import MONTHS, SMALL, Sentence, core, find, is_opposed, others
 from llmkit.engine.normalising import KNOWN, is_number, is_sign, is_spaceless, words
 from llmkit.questions import Question
 
@@ -37,12 +41,12 @@ def _listed(name: str) -> frozenset[str]:
     return frozenset(word for entry in KNOWN[name] for word in words(entry))
 
 
-# Words by which an answer is made a sentence: they tell nothing. Before, after, under, over and the like do.
-SMALL = _listed("small")
 DENIALS = _listed("denials")  # with the words that leave a choice open
 TAKEN_BACK = DENIALS | _listed("retractions")
-MONTHS = _listed("months")
+FILLERS = _listed("fillers")
+YES, NO = frozenset(["yes", "yeah", "yep"]), frozenset(["no", "nope", "nah"])
 SENTENCE_END = re.compile("(?<=\\w{3}[.!?])\\s+|(?<=[\u3002\uff01\uff1f\u0964])|\\s*\\n\\s*")
+LABEL = re.compile(r"\W*(?:(?:the |final )*answer|a)\W*:\W*(?=\w)", re.IGNORECASE)
 
 
 class Answered(NamedTuple):
@@ -73,42 +77,68 @@ class MatchJudge:
 
     def __call__(self, response: str, question: str, answers: Sequence[str]) -> str:
         """One of `VERDICTS`."""
-        said, asked, accepted = words(response), words(question), [words(answer) for answer in answers]
-        accepted = [one for one in accepted if one]
-        if not said:
+        response = LABEL.sub("", response, count=1) if LABEL.match(response) else response
+        said, asked = Sentence.of(response), Sentence.of(question)
+        accepted = [one for one in map(Sentence.of, answers) if one.words]
+        if not said.words:
             same = is_sign(response) and response.strip() in answers
             return RIGHT if same else EVASIVE
-        if said in accepted:
+        if any(said.words == one.words and _same_currency(said, one) for one in accepted):
             return RIGHT
-        if said in self._refusals:
-            return EVASIVE
-        if any(holds(said, phrase) and not any(holds(one, phrase) for one in accepted) for phrase in evasions()):
-            return EVASIVE
-        if not _told(_without(said, asked)):
+        if said.words in self._refusals:
             return EVASIVE
         if any(
-            self._matches(_without(words(text), asked), asked, one) for text in _readings(response) for one in accepted
+            holds(said.words, phrase) and not any(holds(one.words, phrase) for one in accepted) for phrase in evasions()
         ):
+            names_unknown = any("unknown" in one.known for one in accepted)
+            return RIGHT if names_unknown and "unknown" in said.known else EVASIVE
+        if not _told(_without(said.words, asked.words)):
+            return EVASIVE
+        accepted += [other for one in accepted for other in others(one, asked)]
+        readings = [said, *(Sentence.of(text) for text in _first_sentence(response))]
+        if any(self._matches(reading, asked, one) for reading in readings for one in accepted):
             return RIGHT
-        offered = any(set(one) <= set(asked) for one in accepted)
-        return WRONG if offered or set(_told(said)) - set(asked) else EVASIVE
+        offered = any(one.known <= asked.known for one in accepted)
+        beyond = [word for word in _told(said.words) if not asked.echoes(word) and word not in FILLERS]
+        return WRONG if offered or beyond or any(one.known & YES | one.known & NO for one in accepted) else EVASIVE
 
     def judge_each(self, answered: Iterable[Answered]) -> Iterator[tuple[Answered, list[str]]]:
         """See `Judge`."""
         for one in answered:
             yield one, [self(response, one.question.question, one.question.answers) for response in one.responses]
 
-    def _matches(self, said: tuple[str, ...], asked: tuple[str, ...], answer: tuple[str, ...]) -> bool:
-        """Whether the words said are those of one accepted answer, all but for small words and the question's."""
-        if DENIALS & set(said) - set(answer) - set(asked):
+    def _matches(self, said: Sentence, asked: Sentence, answer: Sentence) -> bool:
+        """Whether a sentence gives one accepted answer, by its place in it or by its words."""
+        if answer.known <= YES or answer.known <= NO:
+            return _agrees(said, asked, answer)
+        if DENIALS & said.known - answer.known - asked.known or not _same_currency(said, answer):
             return False
-        if set(answer) <= set(asked):  # a choice that the question offers: all its words count
-            return self._same(_told(said), _told(answer))
-        said = tuple(word for word in said if word in answer or not _echoes(word, asked))
+        if is_opposed(said, asked):
+            return False
+        rest = _without(said.words, asked.words)
+        if answer.known <= asked.known:  # a choice that the question offers
+            if self._same(_told(rest), _told(answer.words)):
+                return True
+        elif self._has_words(rest, asked, answer) and find(said, asked, answer) is not False:
+            return True
+        if (
+            self.f1 >= 1
+            or TAKEN_BACK & said.known - answer.known - asked.known
+            or not _same_numbers(said, asked, answer)
+        ):
+            return False
+        found = find(said, asked, answer)
+        if answer.known <= asked.known:  # "the Tarn is longer", but not both of them
+            return bool(found) and _is_offered_alone(said, asked, answer)
+        return bool(found)
+
+    def _has_words(self, said: tuple[str, ...], asked: Sentence, answer: Sentence) -> bool:
+        """Whether the words said are those of an answer, all but for small words and the question's."""
+        said = tuple(word for word in said if word in answer.known or not asked.echoes(word))
         beyond = tuple(
-            word for word in _told(answer) if word not in asked
+            word for word in _told(answer.words) if word not in asked.known
         )  # "24" of "24 points", asked how many points
-        return self._same(_told(said), _told(answer)) or (bool(beyond) and self._same(_told(said), beyond))
+        return self._same(_told(said), _told(answer.words)) or (bool(beyond) and self._same(_told(said), beyond))
 
     def _same(self, said: tuple[str, ...], answer: tuple[str, ...]) -> bool:
         if len(answer) == 1 and _is_year(answer[0]) and MONTHS & set(said):
@@ -124,15 +154,51 @@ class MatchJudge:
         return shared > 0 and 2 * shared / (one.total() + other.total()) >= self.f1
 
 
+def _same_currency(said: Sentence, answer: Sentence) -> bool:
+    return not (said.currencies and answer.currencies) or bool(said.currencies & answer.currencies)
+
+
+def _same_numbers(said: Sentence, asked: Sentence, answer: Sentence) -> bool:
+    """Whether the numbers said are the answer's: beside those of the question, and years and days of another answer."""
+    numbers = [word for word in said.words if is_number(word) and (word in answer.known or word not in asked.known)]
+    wanted = [word for word in answer.words if is_number(word)]
+    if not wanted:
+        return all(map(_is_year, numbers)) or (
+            bool(said.known & MONTHS) and all(_is_year(n) or _is_day(n) for n in numbers)
+        )
+    if len(wanted) == 1 and _is_year(wanted[0]) and said.known & MONTHS:
+        numbers = [number for number in numbers if not _is_day(number)]
+    return numbers == wanted
+
+
+def _agrees(said: Sentence, asked: Sentence, answer: Sentence) -> bool:
+    """Whether a sentence says yes where the answer does, or no; without either word by repeating or denying."""
+    first = said.words[0]
+    if first in YES or first in NO:
+        return (first in YES) == (answer.known <= YES) and not (said.known & YES and said.known & NO)
+    if not any(asked.echoes(word) for word in said.words if word not in SMALL) or is_opposed(said, asked):
+        return False
+    return bool(DENIALS & said.known - asked.known) == (answer.known <= NO)
+
+
+def _is_offered_alone(said: Sentence, asked: Sentence, answer: Sentence) -> bool:
+    """Whether a sentence begins with a choice that the question offers, and does not join it to another."""
+    start = core(answer)
+    return (
+        said.words[: len(start)] == start
+        and "and" not in said.known
+        and any(word not in SMALL for word in said.words[len(start) :])
+    )
+
+
 @cache
 def evasions() -> tuple[tuple[str, ...], ...]:
     """The words of every phrase of evasion in matching.json."""
     return tuple(dict.fromkeys(words(phrase) for some in KNOWN["evasions"].values() for phrase in some))
 
 
-def _readings(response: str) -> Iterable[str]:
-    """What may count as the answer: all of it, and the first sentence, unless the rest takes it back."""
-    yield response
+def _first_sentence(response: str) -> Iterable[str]:
+    """The first sentence where there are several, unless the rest takes it back."""
     first, *rest = SENTENCE_END.split(response.strip())
     if rest and not TAKEN_BACK & {word for text in rest for word in words(text)}:
         yield first
@@ -152,14 +218,6 @@ def _without(said: tuple[str, ...], asked: tuple[str, ...]) -> tuple[str, ...]:
     return () if said == asked else said
 
 
-def _echoes(word: str, asked: tuple[str, ...]) -> bool:
-    """Whether a word is one of the question's, or another form of it: "scored" of "score"."""
-    if word in asked or len(word) < 4:
-        return word in asked
-    stems = {word[: len(word) - cut] for cut in range(3) if len(word) - cut >= 4}
-    return any(one[: len(one) - cut] in stems for one in asked for cut in range(3))
-
-
 def holds(said: tuple[str, ...], phrase: tuple[str, ...]) -> bool:
     """Whether the words of a phrase stand in what was said, one after the other."""
     if phrase[0] not in said:
@@ -168,8 +226,8 @@ def holds(said: tuple[str, ...], phrase: tuple[str, ...]) -> bool:
 
 
 def _is_year(word: str) -> bool:
-    return is_number(word) and word[1:].isdigit() and 1000 <= int(word[1:]) <= 2100
+    return is_number(word) and len(word) == 5 and word[1:].isdigit() and 1000 <= int(word[1:]) <= 2100
 
 
 def _is_day(word: str) -> bool:
-    return is_number(word) and word[1:].isdigit() and 1 <= int(word[1:]) <= 31
+    return is_number(word) and len(word) <= 3 and word[1:].isdigit() and 1 <= int(word[1:]) <= 31

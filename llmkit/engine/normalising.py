@@ -19,7 +19,7 @@ import unicodedata
 from decimal import Decimal
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ARTICLES = {"a", "an", "the"}
 SPACELESS = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
@@ -29,6 +29,9 @@ INITIALS = re.compile(r"(?:\b[^\W\d_]\.[ ]?){2,}")  # U.S., J. K.
 ROMAN = re.compile(r"(?=[IVXLC]{2}|[VX])(?:C{0,3}|XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})")
 
 KNOWN: dict[str, Any] = json.loads(Path(__file__).with_name("matching.json").read_text(encoding="utf-8"))
+LONGEST_NUMBER = 100  # characters
+ISO_DATE = re.compile(r"(?<![\d-])(\d{4})-(0[1-9]|1[0-2])-([0-3]\d)(?![\d-])")
+MONTHS = KNOWN["months"]  # the twelve first
 TEN_WORDS = [*KNOWN["tens"], *KNOWN["ordinal tens"]]
 TENS = {word: 20 + 10 * (place % 8) for place, word in enumerate(TEN_WORDS)}
 SMALL_NUMBERS = TENS | {word: value for name in ("units", "ordinals") for value, word in enumerate(KNOWN[name])}
@@ -40,19 +43,46 @@ SCALES = {
     "million": 10**6,
     "billion": 10**9,
     "trillion": 10**12,
+    "dozen": 12,
 }
+
+
+class Token(NamedTuple):
+    """A word as it is compared, as it was written, and what stands between it and the word before."""
+
+    word: str
+    written: str
+    before: str
 
 
 def words(text: str) -> tuple[str, ...]:
     """The words of a text, in order; equal words mean the same."""
+    every = [token.word for token in tokens(text)]
+    return tuple(word for word in every if word not in ARTICLES) or tuple(every)
+
+
+def tokens(text: str) -> list[Token]:
+    """The words of a text with articles, and how they were written."""
     text = unicodedata.normalize("NFKC", text).translate(SPELLINGS)
     text = ACCENTS.sub("", unicodedata.normalize("NFD", text))
     text = INITIALS.sub(
         lambda found: found[0].replace(".", "").replace(" ", "") + " ", unicodedata.normalize("NFC", text)
     )
-    pieces = [piece for found in _pattern().finditer(text) for piece in _piece(found)]
-    joined = _numbers(pieces)
-    return tuple(word for word in joined if word not in ARTICLES) or tuple(joined)
+    text = ISO_DATE.sub(lambda found: f"{int(found[3])} {MONTHS[int(found[2]) - 1]} {found[1]}", text)
+    found = list(_pattern().finditer(text))
+    pieces = [_piece(one) for one in found]
+    made: list[Token] = []
+    at = last = 0
+    while at < len(pieces):
+        sign = pieces[at] in ("minus", "negative") and at + 1 < len(pieces)
+        value, end = _number_at(pieces, at + sign)
+        sign &= end > at + 1
+        # a number in words, or digits and a scale, is one word; so is "minus 5"
+        word = _value(-value if sign else value) if end > at + sign else _singular(pieces[at])
+        end = end if end > at + sign else at + 1
+        made.append(Token(word, text[found[at].start() : found[end - 1].end()], text[last : found[at].start()]))
+        at, last = end, found[end - 1].end()
+    return made
 
 
 def is_number(word: str) -> bool:
@@ -82,19 +112,21 @@ def _pattern() -> re.Pattern[str]:
     )
 
 
-def _piece(found: re.Match[str]) -> list[str]:
+def _piece(found: re.Match[str]) -> str:
     """The word of a match: a number as "#" and its value, a word without case, possessive and plural s."""
     if found["number"]:
-        return [_value(Decimal(found["number"].replace(",", "").replace("\u2212", "-")))]
+        if len(found["number"]) > LONGEST_NUMBER:  # no answer, and the value of many digits costs their square
+            return "#" + found["number"]
+        return _value(Decimal(found["number"].replace(",", "").replace("\u2212", "-")))
     if found["percent"]:
-        return ["percent"]
+        return "percent"
     if found["character"]:
-        return [found["character"]]
+        return found["character"]
     word = found["word"]
     bare = word.removesuffix("'s")
     if ROMAN.fullmatch(bare):
-        return [_value(_roman(bare))]
-    return [bare.casefold().replace("'", "").replace("\u2212", "-")]
+        return _value(_roman(bare))
+    return bare.casefold().replace("'", "").replace("\u2212", "-")
 
 
 def _value(number: Decimal | int) -> str:
@@ -106,21 +138,6 @@ def _roman(text: str) -> int:
     values = [{"I": 1, "V": 5, "X": 10, "L": 50, "C": 100}[letter] for letter in text]
     following = [*values[1:], 0]
     return sum(-one if one < after else one for one, after in zip(values, following, strict=True))
-
-
-def _numbers(pieces: list[str]) -> list[str]:
-    """The pieces with number words, and digits followed by a scale, as one number; other words without plural s."""
-    out: list[str] = []
-    at = 0
-    while at < len(pieces):
-        value, end = _number_at(pieces, at)
-        if end > at:
-            out.append(_value(value))
-            at = end
-        else:
-            out.append(_singular(pieces[at]))
-            at += 1
-    return out
 
 
 def _number_at(pieces: list[str], at: int) -> tuple[Decimal, int]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import doctest
+import json
+import time
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from llmkit.engine import normalising
+from llmkit.engine import answer_spans, normalising
 from llmkit.engine.matching import MatchJudge, evasions
 from llmkit.engine.normalising import words
 
@@ -18,7 +22,7 @@ def verdict(response: str, answer: str | list[str], question: str = "What is it?
 
 
 def test_the_examples_of_the_documentation_hold():
-    assert doctest.testmod(normalising).failed == 0
+    assert doctest.testmod(normalising).failed == doctest.testmod(answer_spans).failed == 0
 
 
 @pytest.mark.parametrize(
@@ -185,3 +189,31 @@ def test_real_answers_are_right_and_those_of_others_are_not(shared_data, languag
     assert all(judge(one.question, one.question, one.answers) == "evasive" for one in asked)
     others = [judge(asked[i - 7].answers[0], one.question, one.answers) == "right" for i, one in enumerate(asked)]
     assert sum(others) < len(asked) / 50
+
+
+@pytest.mark.parametrize("half", ["seen", "held"])
+def test_agreement_with_the_labels_of_the_battery(half, capsys):
+    """judge_battery.jsonl: invented questions and answers, labelled by hand before the judge was tried on them; the
+    half "held" was tried only when the code for the other was finished. `--judge-check` reads it, too."""
+    path = Path(__file__).with_name("judge_battery.jsonl")
+    pairs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert len(pairs) >= 300
+    judged = [(one, verdict(one["response"], one["answer"], one["question"])) for one in pairs if one["half"] == half]
+    table = Counter((one["label"], said) for one, said in judged)
+    agreement = sum(count for (label, said), count in table.items() if label == said) / len(judged)
+    with capsys.disabled():
+        print(f"\n{half}: {len(judged)} pairs, agreement {agreement:.4f}, {dict(table)}")
+    unlike = [(one["question"], one["response"], said) for one, said in judged if one["label"] != said]
+    assert agreement >= 0.97, unlike
+
+
+def test_a_number_of_many_digits_is_a_word_like_any_other():
+    assert verdict("9" * 5000, "1969", "In what year was it?") == "wrong"
+    assert verdict(f"July {'9' * 5000}, 1969", "1969", "In what year was it?") == "wrong"
+
+
+@pytest.mark.parametrize("said", ["a ", "1 ", "Paris ", "what is ", "U.S. ", "1-", "hundred "])
+def test_the_time_of_a_long_answer_is_linear(said):
+    start = time.process_time()
+    assert verdict(said * (100_000 // len(said)), "Paris", CAPITAL) != "right"
+    assert time.process_time() - start < 20  # 1.2 s; its square would be hours
