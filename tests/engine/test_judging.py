@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llmkit.engine.chat_models import Missing
-from llmkit.engine.judge_check import calibration, check_judge
+from llmkit.engine.judge_check import calibration, check_judge, labelled
 from llmkit.engine.judging import ModelJudge, read_verdict
 from llmkit.engine.matching import Answered, MatchJudge
 from llmkit.engine.probing import decide
@@ -98,7 +98,7 @@ def test_a_model_as_a_judge_is_checked_against_people():
         for line, (text, label) in enumerate([("Paris", True), ("Rome", False), ("Lyon", False), ("", False)], 1)
     ]
     model = Scripted(lambda prompt: "what?" if "Lyon" in prompt else "VERDICT: right")
-    found = check_judge(ModelJudge(model, MatchJudge()), rows)
+    found = check_judge(ModelJudge(model, MatchJudge()), map(labelled, rows))
     assert found["agreement"] == 0.5 and found["table"] == {
         "right, judged right": 1,
         "wrong, judged right": 1,
