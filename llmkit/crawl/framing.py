@@ -131,20 +131,23 @@ class GzipStream:
         return self._inflater is not None
 
 
-def find(window: Window, stop: int, start: re.Pattern[bytes], is_start: Callable[[Window], bool]) -> bool:
-    """Move the window to the first record at its position or after, if it begins before `stop`."""
+def find(window: Window, stop: int, start: re.Pattern[bytes], unlike: Callable[[Window], int]) -> bool:
+    """Move the window to the first record at its position or after, if it begins before `stop`, else no further.
+
+    unlike: how many bytes there are ahead in which no record begins; 0 where one does
+    """
     while window.position < stop and window.look(1):
         ahead = window.look(BLOCK)
         match = start.search(ahead)
         count = len(ahead) - (OVERLAP if len(ahead) >= BLOCK else 0)
-        if match is None or match.start() > count:
-            window.skip(count)
-            continue
-        window.skip(match.start())
-        if window.position < stop and is_start(window):
-            return True
-        if window.position < stop:
-            window.skip(1)
+        if match is not None and match.start() <= count:
+            count = match.start()
+            if window.position + count < stop:
+                window.skip(count)
+                count = unlike(window)
+                if not count:
+                    return True
+        window.skip(min(count, stop - window.position))
     return False
 
 
@@ -160,30 +163,40 @@ def header_of(ahead: Bytes, arc: bool) -> tuple[int, int] | None:
     return (end.end(), int(length[1])) if end and length else None
 
 
-def is_record(window: Window, arc: bool) -> bool:
-    """Whether a record starts here, by its whole header: a page may quote the first line of one."""
-    ahead = window.look(MAX_HEADER)
-    header = header_of(ahead, arc)
-    return header is not None and (arc or bool(_WARC_TYPE.search(ahead, 0, header[0])))
+def unlike_record(window: Window, arc: bool) -> int:
+    """How many bytes ahead begin no record; 0 where one begins, by its whole header: a page may quote the first line.
+
+    Of text that begins like records ten thousand times, each is not searched to the end of its header: what the first
+    lacks is missing behind it, too, up to the blank line that ends it.
+    """
+    header = header_of(window.look(MAX_HEADER), arc)
+    if arc:
+        return 0 if header else 1
+    ahead = window.look(BLOCK)
+    if header and _WARC_TYPE.search(ahead, 0, header[0]):
+        return 0
+    end = BLANK_LINE.search(ahead)
+    behind = end.end() if end else len(ahead)
+    return max(1, behind if behind <= MAX_HEADER else behind - MAX_HEADER)
 
 
 def beginning(window: Window) -> bytes:
     """The first bytes ahead, a kilobyte or more where there is so much, unpacked where they begin a gzip member."""
-    ahead = bytes(window.look(4096)[:STEP])
+    ahead = window.look(OVERLAP)
     if not ahead.startswith(GZIP_MAGIC):
-        return ahead
+        return bytes(ahead[:STEP])
     unpacked, inflater = b"", inflating.decompressobj(31)
     with suppress(*GZIP_ERRORS):
-        for begin in range(0, len(ahead), 512):
+        for begin in range(0, min(len(ahead), STEP), 512):
             unpacked += inflater.decompress(ahead[begin : begin + 512])
             if inflater.eof or len(unpacked) > OVERLAP:
                 break
     return unpacked
 
 
-def is_member(window: Window, arc: bool) -> bool:
-    """Whether a gzip member starts here that begins with a record."""
-    return bool((ARC_START if arc else WARC_START).match(beginning(window)))
+def unlike_member(window: Window, arc: bool) -> int:
+    """0 where a gzip member starts ahead that begins with a record, else 1."""
+    return 0 if (ARC_START if arc else WARC_START).match(beginning(window)) else 1
 
 
 class Frames:
@@ -202,6 +215,7 @@ class Frames:
         self.arc, self.packed = kind.startswith("arc"), kind.endswith(".gz")
         self.began: int | None = None
         self.ended: int | None = None
+        self._start = _ARC_LINE if self.arc else WARC_START
         self._exact, self._lost = exact, False
 
     def __iter__(self) -> Iterator[Frame]:
@@ -232,20 +246,50 @@ class Frames:
             return
         size = sum(header)
         if header[1] > self.max_bytes:
-            yield "too_large" if window.skip(size) == size else "truncated"
+            yield self._pass_over(*header)
             return
         ahead = window.look(size + 1)
         if len(ahead) < size:
             yield "truncated"
             self._resume()
             return
-        if not self.arc and ahead[size : size + 1].strip(b"\r\n"):  # no end of line, as there is behind every block
-            swallowed = WARC_START.search(ahead, header[0], size)
-            if swallowed:  # the length is wrong, and the record would run into the next
+        if not self._is_followed(0, *header):
+            ahead = window.look(size + OVERLAP)
+            # behind every block is an end of line: without one, the length is wrong, and with one by chance
+            chance = self.arc or not ahead[size : size + 1].strip(b"\r\n")
+            swallowed = self._start.search(ahead, header[0], size + OVERLAP)
+            at = swallowed.start() if swallowed else size
+            if at < size and (not chance or self._is_record(at)):
                 yield "damaged"
-                window.skip(swallowed.start())
+                window.skip(at)
                 return
         yield window.take(size)
+
+    def _pass_over(self, header: int, block: int) -> str:
+        """Pass over a record that is too large; where a length is wrong, as far as the next record alone."""
+        window, stop = self.window, self.window.position + header + block
+
+        def unlike(window: Window) -> int:
+            return unlike_record(window, self.arc) or int(not self._is_record(0))
+
+        window.skip(header)
+        if find(window, stop, self._start, unlike):
+            return "damaged"
+        window.skip(stop - window.position)
+        return "too_large" if window.position == stop else "truncated"
+
+    def _is_record(self, at: int) -> bool:
+        """Whether a record begins so many bytes ahead, and is followed by another."""
+        header = header_of(self.window.look(at + MAX_HEADER)[at : at + MAX_HEADER], self.arc)
+        return header is not None and header[1] <= self.max_bytes and self._is_followed(at, *header)
+
+    def _is_followed(self, at: int, header: int, block: int) -> bool:
+        """Whether behind such a record, which begins so many bytes ahead, is another one or the end."""
+        end = at + header + block
+        ahead = self.window.look(end + OVERLAP)
+        behind = ahead[end : end + OVERLAP].lstrip(b"\r\n")
+        start = ARC_START if self.arc else WARC_START
+        return len(ahead) >= end and (not behind or bool(start.match(behind)))
 
     def _member(self) -> Iterator[bytes | str]:
         """The records of the gzip member that starts here, as a rule one."""
@@ -294,9 +338,8 @@ class Frames:
 
     def _find(self) -> bool:
         if self.packed:
-            return find(self.window, self.stop, GZIP_START, lambda window: is_member(window, self.arc))
-        start = _ARC_LINE if self.arc else WARC_START
-        return find(self.window, self.stop, start, lambda window: is_record(window, self.arc))
+            return find(self.window, self.stop, GZIP_START, lambda window: unlike_member(window, self.arc))
+        return find(self.window, self.stop, self._start, lambda window: unlike_record(window, self.arc))
 
     def _resume(self) -> None:
         """Look for the next record, past a byte that starts none."""
