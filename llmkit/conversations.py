@@ -9,9 +9,12 @@
 A message's content is a string or a list of parts, {"type": "text", "text": ...}. What the assistant writes to a tool
 is a part of type `calc`, `python` or `search`, what the tool answers one of type `result`; OpenAI's `tool_calls` and
 messages of role `tool` become such parts. An assistant that calls a tool, reads its result and goes on is one turn.
-`weight` (or `loss_weight`) 0 on a message keeps it out of the loss. A record whose `label` (or `kto_tag`) is false is
-one whose answer was rejected, as in data for KTO; `tools` and `functions`, definitions of what may be called, are not
-read.
+`weight` (or `loss_weight`) 0 on a message keeps it out of the loss. `reasoning_content` stands before the answer,
+between <think> and </think>. A record whose `label` (or `kto_tag`) is false is one whose answer was rejected, as in
+data for KTO; `tools` and `functions`, definitions of what may be called, are not read.
+
+What asks and what answers has other names, too: the table is in records.py. `system` of a record goes in front,
+`history` before what is asked.
 
 Neighbours of the same role are merged, with a blank line between. An assistant may speak first.
 """
@@ -19,12 +22,13 @@ Neighbours of the same role are merged, with a blank line between. An assistant 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from llmkit.errors import UserError
-from llmkit.records import Row, kind_of
+from llmkit.questions import answers_of
+from llmkit.records import ANSWERS, ASKING, CONVERSATIONS, SYSTEM, THOUGHTS, Row, fields_of, first_of, kind_of, not_used
 
 TOOLS = ("calc", "python", "search")
 RESULT = "result"
@@ -38,6 +42,9 @@ ROLES = {
 }
 TOOL_OF_FUNCTION = {"calc": "calc", "calculator": "calc", "python": "python", "search": "search"}
 FORMATS = "messages, conversations, prompt and completion, instruction and output, or text"
+ANSWERED_BY = {"instruction": ("output", *(name for name in ANSWERS if name != "output"))}  # else ANSWERS, in order
+REJECTED = ("false", "0", "0.0", "no", "bad", "undesirable")  # a label of KTO's, and the other ones
+ACCEPTED = ("true", "1", "1.0", "yes", "good", "desirable")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,94 +101,146 @@ def as_record(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return [{"role": one.role, "content": content(one.parts)} for one in messages]
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a record asks: `entries` of role and content, from the field `name` and those `used` beside it."""
+
+    name: str
+    entries: list[dict[str, Any]]
+    used: tuple[str, ...]
+
+
+def asked_in(row: Row, fields: Sequence[str] = ASKING) -> Asked | None:
+    """What a record asks by the first of some fields, behind its system message and history; None where it has none.
+
+    Raises UserError that names the place and what was expected.
+    """
+    value = row.value
+    name = first_of(value, fields)
+    if name is None:
+        return None
+    used, asked = [name], value[name]
+    if name in CONVERSATIONS or isinstance(asked, list):
+        entries = _listed(row, name)
+    elif name == "instruction":
+        entries = [{"role": "user", "content": alpaca_request(row)}]
+        used += ["input", "context"]
+    elif isinstance(asked, str):
+        entries = [{"role": "user", "content": asked}]
+    else:
+        raise UserError(f"{row.where}: expected {name!r} to be text or messages, found {kind_of(asked)}")
+    if name not in CONVERSATIONS and value.get("history"):
+        entries = [*_history(row), *entries]
+        used.append("history")
+    system = next((field for field in SYSTEM if value.get(field)), None)
+    if system is not None and (not entries or ROLES.get(_role_of(entries[0])) != "system"):
+        entries = [{"role": "system", "content": value[system]}, *entries]
+        used.append(system)
+    return Asked(name, entries, tuple(used))
+
+
 def read_conversation(row: Row) -> Conversation:
     """The conversation in a record of any format. Raises UserError that names the place and what was expected."""
     value = row.value
-    for name, read in FORMAT_OF_FIELD.items():
-        if name in value:
-            found = read(row)
-            if found.document is not None:
-                return found
-            defined = ("tool definitions left out",) if value.get("tools") or value.get("functions") else ()
-            rejected = value.get("label") is False or value.get("kto_tag") is False
-            return replace(found, rejected=rejected, losses=defined + found.losses)
-    raise UserError(f"{row.where}: expected {FORMATS}, found {sorted(value)}")
+    asked = asked_in(row)
+    answer = first_of(value, ANSWERED_BY.get(asked.name, ANSWERS)) if asked is not None else None
+    if value.get("text") is not None and (asked is None or (answer is None and asked.name not in CONVERSATIONS)):
+        document = Conversation((), row.where, _plain_text(row))
+        return replace(document, losses=not_used(value, ("text",)))
+    if asked is None:
+        raise UserError(f"{row.where}: expected {FORMATS}, found {fields_of(value)}")
+    entries, used = asked.entries, [*asked.used]
+    if asked.name not in CONVERSATIONS:
+        if answer is None:
+            expected = ANSWERED_BY.get(asked.name, ANSWERS)[0]
+            raise UserError(f"{row.where}: expected field {expected!r} beside {asked.name!r}, found {fields_of(value)}")
+        thoughts = {name: value[name] for name in THOUGHTS if value.get(name)}
+        used += [answer, *thoughts]
+        entries = [*entries, *_answering(row, answer, thoughts)]
+    found = conversation_of(row, entries)
+    rejected, label = _label(value)
+    defined = ("tool definitions left out",) if value.get("tools") or value.get("functions") else ()
+    others = not_used(value, (*used, "tools", "functions"))
+    return replace(found, rejected=rejected, losses=defined + found.losses + others + label)
 
 
 # ---- formats
 
 
-def _messages(row: Row) -> Conversation:
-    return _conversation(row, _listed(row, "messages"))
+def _answering(row: Row, name: str, thoughts: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries of an answer, which may be text, messages, a number, or the object or list of a set of questions."""
+    value = row.value[name]
+    if isinstance(value, list) and all(isinstance(one, dict) and ("role" in one or "from" in one) for one in value):
+        return _listed(row, name)
+    if name in ("answer", "answers", "target", "continuation", "output") and not isinstance(value, str):
+        value = answers_of(value, name, row.where)[0]
+    if not isinstance(value, str):
+        raise UserError(f"{row.where}: expected {name!r} to be a string or messages, found {kind_of(value)}")
+    return [{"role": "assistant", "content": value, **thoughts}]
 
 
-def _sharegpt(row: Row) -> Conversation:
-    entries = _listed(row, "conversations")
-    renamed = [
-        {**entry, "role": entry.get("from", entry.get("role")), "content": entry.get("value", entry.get("content"))}
-        for entry in entries
-    ]
-    system = [{"role": "system", "content": row.value["system"]}] if row.value.get("system") else []
-    return _conversation(row, system + renamed)
+def _history(row: Row) -> list[dict[str, Any]]:
+    """The turns before an instruction: pairs of what was asked and answered, or messages."""
+    pairs = row.value["history"]
+    entries: list[dict[str, Any]] = []
+    for pair in pairs if isinstance(pairs, list) else [None]:
+        if isinstance(pair, dict):
+            entries.append(pair)
+        elif isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair):
+            entries += ({"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True))
+        else:
+            raise UserError(f"{row.where}: expected 'history' to be a list of pairs of texts, found {kind_of(pairs)}")
+    return entries
 
 
-def _prompt(row: Row) -> Conversation:
-    answer = next((name for name in ("completion", "response") if name in row.value), None)
-    if answer is None:
-        raise UserError(f"{row.where}: expected field 'completion' beside 'prompt', found {sorted(row.value)}")
-    sides = []
-    for name, role in (("prompt", "user"), (answer, "assistant")):
-        content = row.value[name]
-        if content is None:
-            raise UserError(f"{row.where}: expected {name!r} to be a string or messages, found null")
-        sides += _listed(row, name) if isinstance(content, list) else [{"role": role, "content": content}]
-    return _conversation(row, sides)
-
-
-def _alpaca(row: Row) -> Conversation:
-    answer = next((name for name in ("output", "response", "completion") if name in row.value), None)
-    if answer is None:
-        raise UserError(f"{row.where}: expected field 'output' beside 'instruction', found {sorted(row.value)}")
-    system = [{"role": "system", "content": row.value["system"]}] if row.value.get("system") else []
-    turns = [{"role": "user", "content": alpaca_request(row)}, {"role": "assistant", "content": row.value[answer]}]
-    return _conversation(row, system + turns)
+def _label(value: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
+    """Whether a record's label rejects its answer, as in data for KTO, and what is said of one that says neither."""
+    for name in ("label", "kto_tag"):
+        said = value.get(name)
+        text = str(said).strip().lower()
+        if text in REJECTED:
+            return True, ()
+        if said is not None and text not in ACCEPTED:
+            return False, (f"{name!r} not used",)
+    return False, ()
 
 
 def alpaca_request(row: Row) -> str:
-    """What a record of Alpaca's form asks: its instruction, and its input below."""
-    asked = [row.value[name] for name in ("instruction", "input") if row.value.get(name)]
+    """What a record of Alpaca's form asks: its instruction, and below it its input, which Dolly calls context."""
+    asked = [row.value[name] for name in ("instruction", "input", "context") if row.value.get(name)]
     if not all(isinstance(text, str) for text in asked):
         raise UserError(f"{row.where}: expected 'instruction' and 'input' to be strings")
     return "\n\n".join(asked)
 
 
-def _plain_text(row: Row) -> Conversation:
+def _plain_text(row: Row) -> str:
     text = row.value["text"]
     if not isinstance(text, str):
         raise UserError(f"{row.where}: expected 'text' to be a string, found {kind_of(text)}")
-    return Conversation((), row.where, _checked(row, text))
-
-
-FORMAT_OF_FIELD: dict[str, Callable[[Row], Conversation]] = {
-    "messages": _messages,
-    "conversations": _sharegpt,
-    "prompt": _prompt,
-    "instruction": _alpaca,
-    "text": _plain_text,
-}
+    return _checked(row, text)
 
 
 def _listed(row: Row, name: str) -> list[dict[str, Any]]:
     value = row.value[name]
     if not isinstance(value, list):
         raise UserError(f"{row.where}: expected '{name}' to be a list of messages, found {kind_of(value)}")
-    return [_object(row, entry, name) for entry in value]
+    for entry in value:
+        if not isinstance(entry, dict):
+            raise UserError(f"{row.where}: expected each of '{name}' to be an object, found {kind_of(entry)}")
+    return [_named(entry) for entry in value]
 
 
-def _object(row: Row, entry: Any, name: str) -> dict[str, Any]:
-    if not isinstance(entry, dict):
-        raise UserError(f"{row.where}: expected each of '{name}' to be an object, found {kind_of(entry)}")
-    return entry
+def _named(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry of role and content, of ShareGPT's from and value, too."""
+    if "role" in entry and "content" in entry:
+        return entry
+    role, content = first_of(entry, ("role", "from")), first_of(entry, ("content", "value"))
+    found = {"content": entry[content]} if content else {"content": None} if {"content", "value"} & entry.keys() else {}
+    return {**entry, **({"role": entry[role]} if role else {}), **found}
+
+
+def _role_of(entry: dict[str, Any]) -> str:
+    return str(entry.get("role")).strip().lower()
 
 
 # ---- messages
@@ -189,20 +248,22 @@ def _object(row: Row, entry: Any, name: str) -> dict[str, Any]:
 
 def read_messages(row: Row, entries: list[dict[str, Any]]) -> tuple[Message, ...]:
     """Messages from entries of role and content, of one record. Raises UserError as `read_conversation` does."""
-    return _conversation(row, entries).messages
+    return conversation_of(row, entries).messages
 
 
-def _conversation(row: Row, entries: list[dict[str, Any]]) -> Conversation:
+def conversation_of(row: Row, entries: list[dict[str, Any]]) -> Conversation:
     """Messages from entries of role and content: results and what follows them join the assistant's turn."""
     if not entries:
         raise UserError(f"{row.where}: expected at least one message, found none")
     messages: list[Message] = []
-    after_result, foreign = False, False
-    for entry in entries:
-        role = ROLES.get(str(entry.get("role")))
+    after_result, foreign, lost = False, False, list[str]()
+    for entry in map(_named, entries):
+        role = ROLES.get(_role_of(entry))
         if role is None:
             raise UserError(f"{row.where}: expected a role among system, user, assistant, tool; found {_role(entry)}")
         parts = _parts(row, entry, role)
+        if role != "assistant":
+            lost += (f"{name!r} of others than the assistant not used" for name in THOUGHTS if entry.get(name))
         if any(part.kind == FOREIGN for part in parts):
             foreign = True
             parts = _joined([Part("text", part.text) if part.kind == FOREIGN else part for part in parts])
@@ -221,7 +282,7 @@ def _conversation(row: Row, entries: list[dict[str, Any]]) -> Conversation:
                 messages.append(Message(role, parts, weight))
         after_result = role == "tool"
     losses = ("calls of unknown tools as text",) if foreign else ()
-    return Conversation(tuple(messages), row.where, losses=losses)
+    return Conversation(tuple(messages), row.where, losses=losses + tuple(dict.fromkeys(lost)))
 
 
 def _extend(messages: list[Message], parts: tuple[Part, ...], between: str) -> None:
@@ -246,7 +307,8 @@ def _role(entry: dict[str, Any]) -> str:
 
 
 def _weight(row: Row, entry: dict[str, Any]) -> int:
-    weight = entry.get("weight", entry.get("loss_weight", entry.get("train", 1)))
+    given = first_of(entry, ("weight", "loss_weight", "train"))
+    weight = 1 if given is None else entry[given]
     if not isinstance(weight, (bool, int, float)) or weight not in (0, 1):
         raise UserError(f"{row.where}: expected a message's weight to be 0 or 1, found {weight!r}")
     return int(weight)
@@ -256,6 +318,10 @@ def _parts(row: Row, entry: dict[str, Any], role: str) -> tuple[Part, ...]:
     content, calls = entry.get("content"), entry.get("tool_calls") or []
     if role == "function_call":
         return (_call(row, content),)
+    if entry.get("function_call") and not calls:  # what OpenAI called it before there could be several
+        calls = [entry["function_call"]]
+    if content is None and role == "assistant":
+        content = entry.get("refusal")
     if content is None and not calls:
         found = "null" if "content" in entry else sorted(entry)
         raise UserError(f"{row.where}: expected a message with 'content', found {found}")
@@ -270,6 +336,13 @@ def _parts(row: Row, entry: dict[str, Any], role: str) -> tuple[Part, ...]:
         raise UserError(f"{row.where}: expected 'content' to be a string or a list of parts, found {kind_of(content)}")
     if role == "tool":
         parts = [Part(RESULT, "".join(part.text for part in parts))]
+    thoughts = first_of(entry, THOUGHTS) if role == "assistant" else None
+    if thoughts is not None and not any("</think>" in part.text for part in parts):
+        if not isinstance(entry[thoughts], str):
+            raise UserError(f"{row.where}: expected {thoughts!r} to be a string, found {kind_of(entry[thoughts])}")
+        # as the templates of Qwen and DeepSeek write it
+        if thought := _checked(row, entry[thoughts]).strip("\n"):
+            parts = [Part("text", f"<think>\n{thought}\n</think>\n\n"), *parts]
     if calls and (role != "assistant" or not isinstance(calls, list)):
         raise UserError(f"{row.where}: expected 'tool_calls' to be a list, in an assistant's message")
     for call in calls:
@@ -306,8 +379,15 @@ def _call(row: Row, call: Any) -> Part:
         raise UserError(f"{row.where}: expected a tool call with 'name' and 'arguments', found {kind_of(call)}")
     arguments = call.get("arguments", {})
     tool = TOOL_OF_FUNCTION.get(call["name"])
+    if isinstance(arguments, str) and (tool is None or arguments.lstrip()[:1] == "{"):
+        try:
+            json.loads(arguments or "{}")
+        except ValueError:
+            raise UserError(
+                f"{row.where}: expected the arguments of {call['name']!r} in JSON, found {arguments[:40]!r}"
+            ) from None
     if tool is None:
-        written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        written = (arguments or "{}") if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
         name = json.dumps(call["name"], ensure_ascii=False)
         return Part(FOREIGN, _checked(row, f'{{"name": {name}, "arguments": {written}}}'))
     if isinstance(arguments, str):
@@ -315,6 +395,8 @@ def _call(row: Row, call: Any) -> Part:
             arguments = json.loads(arguments)
         except ValueError:
             return Part(tool, _checked(row, arguments))
+    if not arguments:
+        raise UserError(f"{row.where}: expected an argument of {call['name']!r}, found none")
     if isinstance(arguments, dict) and len(arguments) == 1:
         (arguments,) = arguments.values()
     return Part(tool, _checked(row, arguments if isinstance(arguments, str) else json.dumps(arguments)))

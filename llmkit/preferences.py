@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from llmkit.conversations import Message, read_messages
+from llmkit.conversations import Message, asked_in, read_messages
 from llmkit.errors import UserError
-from llmkit.records import Row, kind_of
+from llmkit.records import ANSWERS, ASKING, CHOSEN, SYSTEM, Row, fields_of, first_of, kind_of, not_used
 
 TURN = re.compile(r"\n\n(Human|Assistant):")
 WORD_END = re.compile(r"(?<=\S)\s+\S*\Z")  # where the last whole word of a text ends
+STATED = ("prompt", "conversations", "question", "problem", "query", "instruction")  # messages hold the answer, too
 EXPECTED = "'chosen' and 'rejected', or 'completions' and 'ranking'"
 
 
@@ -35,6 +36,7 @@ class Comparison:
     ranks       of each, from 1, the best
     margin      by how much the score of the better of two should lie above the other's, at least
     where       its place in a file
+    losses      what of its record is not used
     """
 
     prompt: tuple[Message, ...]
@@ -42,6 +44,7 @@ class Comparison:
     ranks: tuple[int, ...]
     margin: float = 0.0
     where: str = ""
+    losses: tuple[str, ...] = ()
 
 
 def read_comparison(row: Row) -> Comparison | str:
@@ -50,32 +53,35 @@ def read_comparison(row: Row) -> Comparison | str:
     Raises UserError that names the place and what was expected.
     """
     value = row.value
-    if "completions" in value:
+    renamed = {CHOSEN.get(name, name): found for name, found in value.items()}
+    if len(renamed) == len(value):  # of StackExchange's pairs; else a record has both, and ours are used
+        value, row = renamed, replace(row, value=renamed)
+    if value.get("completions") is not None:
         found = _ranked(row)
     elif "chosen" in value or "rejected" in value:
         found = _pair(row)
     else:
-        raise UserError(f"{row.where}: expected {EXPECTED}, found {sorted(value)}")
+        raise UserError(f"{row.where}: expected {EXPECTED}, found {fields_of(value)}")
     if all(candidate == found.candidates[0] for candidate in found.candidates):
         return "chosen equals rejected" if "completions" not in value else "all completions equal"
     return found
 
 
 def read_prompt(row: Row) -> tuple[Message, ...]:
-    """The prompt of a record: `messages`, or a `prompt` of text or messages. Raises UserError."""
-    name = "messages" if "messages" in row.value and "prompt" not in row.value else "prompt"
-    if name not in row.value:
-        raise UserError(f"{row.where}: expected field 'prompt' or 'messages', found {sorted(row.value)}")
-    return _messages(row, name, row.value[name], "user")
+    """The prompt of a record: `messages`, or a `prompt` of text or messages, or what else asks. Raises UserError."""
+    asked = asked_in(row, ("prompt", *ASKING))
+    if asked is None:
+        raise UserError(f"{row.where}: expected field 'prompt' or 'messages', found {fields_of(row.value)}")
+    return read_messages(row, asked.entries)
 
 
 def read_answers(row: Row) -> list[tuple[Message, ...]]:
     """The answer of a record, `completion` or `response`, or all its `completions`. Raises UserError."""
-    if "completions" in row.value:
+    if row.value.get("completions") is not None:
         return _completions(row)
-    name = next((name for name in ("completion", "response") if name in row.value), None)
+    name = first_of(row.value, ANSWERS)
     if name is None:
-        raise UserError(f"{row.where}: expected field 'completion' or 'completions', found {sorted(row.value)}")
+        raise UserError(f"{row.where}: expected field 'completion' or 'completions', found {fields_of(row.value)}")
     return [_messages(row, name, row.value[name], "assistant")]
 
 
@@ -86,15 +92,20 @@ def _pair(row: Row) -> Comparison:
     value = row.value
     missing = [side for side in ("chosen", "rejected") if value.get(side) is None]
     if missing:
-        raise UserError(f"{row.where}: expected {EXPECTED}, found no {missing[0]!r} in {sorted(value)}")
+        raise UserError(f"{row.where}: expected {EXPECTED}, found no {missing[0]!r} in {fields_of(value)}")
     margin = 0.0 if value.get("margin") is None else value["margin"]
     if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not 0 <= margin < math.inf:
         raise UserError(f"{row.where}: expected 'margin' to be a number from 0, found {margin!r}")
-    prompt = _stated_prompt(row)
+    asked = asked_in(row, STATED)
+    prompt = None if asked is None else read_messages(row, asked.entries)
+    system = _system(row) if asked is None else ()
+    used = SYSTEM if system else () if asked is None else asked.used
+    losses = not_used(value, (*used, "chosen", "rejected", "margin"))
     if prompt is None and (texts := _continuations(value["chosen"], value["rejected"])):
         start, *answers = texts
         candidates = tuple(_messages(row, "chosen", text, "assistant") for text in answers)
-        return Comparison(_messages(row, "prompt", start, "user"), candidates, (1, 2), float(margin), row.where)
+        prompt = (*system, *_messages(row, "prompt", start, "user"))
+        return Comparison(prompt, candidates, (1, 2), float(margin), row.where, losses)
     sides = [_side(row, side, whole=prompt is None) for side in ("chosen", "rejected")]
     if prompt is None:
         prompt = _common_start(*sides)
@@ -104,9 +115,11 @@ def _pair(row: Row) -> Comparison:
             raise UserError(f"{row.where}: expected an answer of its own in {short[0]!r}, found only the prompt")
         if sides[0] != sides[1] and any(side[0].role != "assistant" for side in sides):
             raise UserError(f"{row.where}: expected 'chosen' and 'rejected' to begin with the same prompt; they differ")
+        if not prompt or prompt[0].role != "system":
+            prompt = (*system, *prompt)
     else:
         sides = [_after(row, side, prompt, name) for side, name in zip(sides, ("chosen", "rejected"), strict=True)]
-    return Comparison(prompt, tuple(sides), (1, 2), float(margin), row.where)
+    return Comparison(prompt, tuple(sides), (1, 2), float(margin), row.where, losses)
 
 
 def _ranked(row: Row) -> Comparison:
@@ -121,7 +134,10 @@ def _ranked(row: Row) -> Comparison:
         if isinstance(rank, bool) or not isinstance(rank, (int, float)) or not math.isfinite(rank):
             raise UserError(f"{row.where}: expected 'ranking' to hold numbers, 1 the best, found {rank!r}")
     levels = sorted(set(ranking))
-    return Comparison(prompt, tuple(candidates), tuple(levels.index(rank) + 1 for rank in ranking), 0.0, row.where)
+    ranks = tuple(levels.index(rank) + 1 for rank in ranking)
+    asked = asked_in(row, ("prompt", *ASKING))
+    losses = not_used(row.value, (*(asked.used if asked else ()), "completions", "ranking"))
+    return Comparison(prompt, tuple(candidates), ranks, 0.0, row.where, losses)
 
 
 def _completions(row: Row) -> list[tuple[Message, ...]]:
@@ -132,19 +148,10 @@ def _completions(row: Row) -> list[tuple[Message, ...]]:
     return [_messages(row, "completions", value, "assistant") for value in values]
 
 
-def _stated_prompt(row: Row) -> tuple[Message, ...] | None:
-    """The prompt that a record states; None where its sides begin with it."""
-    value = row.value
-    if "prompt" in value:
-        return _messages(row, "prompt", value["prompt"], "user")
-    if "conversations" in value:
-        return _messages(row, "conversations", value["conversations"], "user")
-    if "instruction" in value:
-        asked = [value[name] for name in ("instruction", "input") if value.get(name)]
-        if not all(isinstance(text, str) for text in asked):
-            raise UserError(f"{row.where}: expected 'instruction' and 'input' to be strings")
-        return _messages(row, "instruction", "\n\n".join(asked), "user")
-    return None
+def _system(row: Row) -> tuple[Message, ...]:
+    """The system message of a record whose sides begin with their prompt."""
+    name = next((name for name in SYSTEM if row.value.get(name)), None)
+    return () if name is None else _messages(row, name, row.value[name], "system")
 
 
 def _continuations(chosen: Any, rejected: Any) -> tuple[str, str, str] | None:
@@ -189,11 +196,7 @@ def _messages(row: Row, name: str, value: Any, role: str) -> tuple[Message, ...]
     entries = [value] if isinstance(value, dict) else value
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"{row.where}: expected {name!r} to be text or messages, found {kind_of(value)}")
-    renamed = [
-        {**entry, "role": entry.get("role", entry.get("from")), "content": entry.get("content", entry.get("value"))}
-        for entry in entries
-    ]
-    return read_messages(row, renamed)
+    return read_messages(row, entries)
 
 
 def _common_start(one: tuple[Message, ...], other: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -210,6 +213,8 @@ def _after(row: Row, side: tuple[Message, ...], prompt: tuple[Message, ...], nam
     """A side without the prompt, which it may repeat."""
     if side and side[0].role == "assistant":
         return side
+    if prompt[0].role == "system" and side[0].role != "system":  # that of the record, which the side does not repeat
+        prompt = prompt[1:]
     if side[: len(prompt)] != prompt:
         raise UserError(f"{row.where}: expected {name!r} to be an answer, or to begin with the prompt; it does neither")
     if len(side) == len(prompt):

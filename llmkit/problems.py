@@ -1,7 +1,7 @@
 """Problems to train on by trying: every format that `rl` accepts, turned into one.
 
     {"prompt": "2 + 2?", "answer": "4"}                         prompt: also question, problem, query, context, input,
-                                                                sQuestion; or messages, under either name
+                                                                sQuestion; or messages, ShareGPT's, too
     {"instruction": "Add.", "input": "2 + 2", "output": "4"}    Alpaca's, asked as sft trains on it
     {"question": "...", "answer": "2 + 2 = 4.\\n#### 4"}         GSM8K's: the answer stands after the last ####
     {"problem": "...", "solution": "... \\\\boxed{4}"}            MATH's: the answer is what is boxed last
@@ -21,13 +21,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmkit.conversations import Message, alpaca_request, read_messages
+from llmkit.conversations import Asked, Message, asked_in, read_messages
 from llmkit.errors import UserError
-from llmkit.questions import FRAME
-from llmkit.records import Row, kind_of
+from llmkit.questions import FRAME, answers_of
+from llmkit.records import ASKING, SYSTEM, Row, fields_of, kind_of, not_used
 from llmkit.stream import read_jsonl
 
-PROMPTS = ("messages", "prompt", "question", "problem", "query", "instruction", "context", "input", "sQuestion")
 ANSWERS = ("answer", "solution", "target", "continuation", "correct", "lSolutions", "answerKey", "gold", "output")
 MARKER = "####"
 BRACES = re.compile(r"(?P<box>\\f?boxed\s*)(?:(?P<brace>\{)|(?P<bare>[^\s\\{}$.,]+))|\\.|[{}]", re.DOTALL)
@@ -44,7 +43,7 @@ class Problem:
     verifier  the record's own choice
     record    the whole record: ids, tests, options, schema, ...
     where     its place in a file
-    unused    fields that might be asked, beside the one that is
+    losses    what of the record might be asked, and is not
     """
 
     messages: tuple[Message, ...]
@@ -53,7 +52,7 @@ class Problem:
     verifier: str | None
     record: dict[str, Any]
     where: str
-    unused: tuple[str, ...] = ()
+    losses: tuple[str, ...] = ()
 
 
 def read_problems(paths: Sequence[str], limit: int | None = None) -> Iterator[Problem]:
@@ -64,23 +63,22 @@ def read_problems(paths: Sequence[str], limit: int | None = None) -> Iterator[Pr
 def read_problem(row: Row) -> Problem:
     """The problem in a record of any format. Raises UserError that names the place and what was expected."""
     value = row.value
-    field = next((name for name in PROMPTS if value.get(name) is not None), None)
-    if field is None:
+    asked = asked_in(row)
+    if asked is None:
         raise UserError(
-            f"{row.where}: expected field 'prompt', 'question' or 'messages' (a problem), found {sorted(value)}"
+            f"{row.where}: expected field 'prompt', 'question' or 'messages' (a problem), found {fields_of(value)}"
         )
     verifier = value.get("verifier")
     if not isinstance(verifier, (str, type(None))):
         raise UserError(f"{row.where}: expected 'verifier' to be a name, found {kind_of(verifier)}")
-    messages, prompt = _asked(row, field)
-    used = ("instruction", "input") if field == "instruction" else (field,)
-    unused = tuple(name for name in PROMPTS if value.get(name) and name not in used)
+    messages, prompt = _messages_and_text(row, asked)
+    losses = not_used(value, asked.used, (*ASKING, *SYSTEM, "history"))
     options = read_options(value, row.where)
     if options:
         if not messages and not all(text == letter for letter, text in options):  # else the question shows them
             prompt = FRAME.sub("", prompt) + "\n" + "".join(f"\n{letter}) {text}" for letter, text in options)
-        return Problem(messages, prompt, _letter(row, options), verifier, value, row.where, unused)
-    return Problem(messages, prompt, _answer(row), verifier, value, row.where, unused)
+        return Problem(messages, prompt, _letter(row, options), verifier, value, row.where, losses)
+    return Problem(messages, prompt, _answer(row), verifier, value, row.where, losses)
 
 
 def read_options(record: dict[str, Any], where: str) -> tuple[tuple[str, str], ...]:
@@ -130,26 +128,24 @@ def last_boxed(text: str) -> str | None:
 # ---- fields
 
 
-def _asked(row: Row, field: str) -> tuple[tuple[Message, ...], str]:
-    value = row.value[field]
-    if isinstance(value, list):
-        if not all(isinstance(entry, dict) for entry in value):
-            raise UserError(f"{row.where}: expected each of {field!r} to be an object with role and content")
-        messages = read_messages(row, value)
-        if messages[-1].role != "user":
-            raise UserError(
-                f"{row.where}: expected {field!r} to end with the user's message, found {messages[-1].role}'s"
-            )
-        if not messages[-1].text.strip():
-            raise UserError(f"{row.where}: expected {field!r} to ask something, found an empty message")
-        return messages, messages[-1].text
-    if not isinstance(value, str) or not value.strip():
-        found = "nothing in it" if isinstance(value, str) else kind_of(value)
-        raise UserError(f"{row.where}: expected {field!r} to be text, found {found}")
-    if field == "instruction":
-        return (), alpaca_request(row).strip()
-    # code that is to be continued ends where its author ended it
-    return (), value if field == "prompt" else value.strip()
+def _messages_and_text(row: Row, asked: Asked) -> tuple[tuple[Message, ...], str]:
+    """What is asked as messages, none where it is text alone, and its text: of messages, that of the last."""
+    name, value = asked.name, row.value[asked.name]
+    if not isinstance(value, list):
+        text = asked.entries[-1]["content"]
+        if not text.strip():
+            raise UserError(f"{row.where}: expected {name!r} to be text, found nothing in it")
+        # code that is to be continued ends where its author ended it
+        text = text if name == "prompt" else text.strip()
+        if len(asked.entries) == 1:
+            return (), text
+        return read_messages(row, [*asked.entries[:-1], {"role": "user", "content": text}]), text
+    messages = read_messages(row, asked.entries)
+    if messages[-1].role != "user":
+        raise UserError(f"{row.where}: expected {name!r} to end with the user's message, found {messages[-1].role}'s")
+    if not messages[-1].text.strip():
+        raise UserError(f"{row.where}: expected {name!r} to ask something, found an empty message")
+    return messages, messages[-1].text
 
 
 def _answer(row: Row) -> str | None:
@@ -176,6 +172,8 @@ def _as_text(row: Row, field: str, value: Any) -> str:
     """
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, dict):  # TriviaQA's
+        value = answers_of(value, field, row.where)[0]
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     if not isinstance(value, (str, int, float)):

@@ -21,7 +21,7 @@ from typing import IO, Any
 import orjson
 
 from llmkit.errors import UserError
-from llmkit.records import Row, kind_of
+from llmkit.records import Row, fields_of, first_of, kind_of, not_used
 from llmkit.stream import (
     BYTE_ORDER_MARK,
     BadRecords,
@@ -49,6 +49,7 @@ class Question:
     kind                 of what is asked: "who", "when", "how many", ...; "cloze: year", ...; else "other"
     language             ISO 639-1; empty where the record does not name it
     where                its place in a file
+    losses               what of its record is not used
     """
 
     question: str
@@ -58,6 +59,7 @@ class Question:
     kind: str = "other"
     language: str = ""
     where: str = ""
+    losses: tuple[str, ...] = ()
 
 
 def read_questions(
@@ -161,22 +163,21 @@ def _listed(value: dict[str, Any], field: str, where: str) -> list[dict[str, Any
 def read_question(row: Row) -> Question | str:
     """The question in a record, or why there is none. Raises UserError that names the place and what was expected."""
     value, where = row.value, row.where
-    field = next((name for name in ANSWER_FIELDS if name in value), None)
-    asked = next((name for name in ("question", "context") if name in value), None)
+    field = first_of(value, ANSWER_FIELDS)
+    asked = first_of(value, ("question", "context"))
     if asked is None or field is None:
-        raise UserError(f"{where}: expected {EXPECTED}, found {sorted(value)}")
+        raise UserError(f"{where}: expected {EXPECTED}, found {fields_of(value)}")
     if value.get("is_impossible") or (isinstance(value[field], dict) and value[field].get("text") == []):
         return "no answer in the passage"
     text = _text(value[asked], asked, where)
     if asked == "context":
         text = _text(FRAME.sub("", text), asked, where)
     aliases = value.get("aliases") or []
-    answers = _answers(value[field], field, where) + (_answers(aliases, "aliases", where) if aliases else ())
-    passage = value.get("passage", value.get("context") if asked == "question" else None)
-    if "passage" in value or passage is not None:
-        passage = _text(passage, "passage" if "passage" in value else "context", where)
+    answers = answers_of(value[field], field, where) + (answers_of(aliases, "aliases", where) if aliases else ())
+    named = first_of(value, ("passage", "context") if asked == "question" else ("passage",))
+    passage = None if named is None else _text(value[named], named, where)
     name = value.get("passage_id", value.get("id"))
-    language = value.get("language", "")
+    language = value.get("language") or ""
     if not isinstance(language, str):
         raise UserError(f"{where}: expected 'language' to be a code such as \"en\", found {kind_of(language)}")
     return Question(
@@ -187,13 +188,17 @@ def read_question(row: Row) -> Question | str:
         kind_of_question(text) if asked == "question" or text.endswith("?") else "completion",
         language,
         where,
+        not_used(value, ("context", asked, field)),
     )
 
 
-def _answers(value: Any, field: str, where: str) -> tuple[str, ...]:
-    """The answers of a field: text, a number, a list of them, or SQuAD's {"text": ...} and lists of it."""
+def answers_of(value: Any, field: str, where: str) -> tuple[str, ...]:
+    """The answers of a field: text, a number, a list of them, SQuAD's {"text": ...} and lists of it, or TriviaQA's
+    {"value": ..., "aliases": [...]}. Raises UserError for others."""
     if isinstance(value, dict) and "text" in value:
         value = value["text"]
+    elif isinstance(value, dict) and (name := first_of(value, ("value", "Value"))) is not None:
+        value = [value[name], *(value.get("aliases") or value.get("Aliases") or [])]
     held = value if isinstance(value, list) else [value]
     if not held:
         raise UserError(f"{where}: expected an answer in {field!r}, found an empty list")

@@ -1,7 +1,7 @@
 """The schemas of the records that pass between stages (JSONL, one object a line; unknown keys pass through).
 
 - document `{"text", "id"?, "url"?, "source"?, ...}`: read by train-bpe and pretrain
-- prompt `{"prompt", ...}`: read by sample
+- prompt `{"prompt", ...}` and what else asks (ASKING): read by sample and rl
 - completion `{"prompt", "completion", "token_ids", "finish_reason", "seed", ...input}`: written by sample
 
 Each check raises UserError that names file, line, the field expected and what was found.
@@ -9,32 +9,46 @@ Each check raises UserError that names file, line, the field expected and what w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llmkit.errors import UserError
 
+# The one table of the fields that hold what is said, for all readers; of several the first is taken
+CONVERSATIONS = ("messages", "conversations")
+QUESTIONS = ("prompt", "question", "problem", "query", "instruction", "context", "input", "sQuestion")
+ASKING = (*CONVERSATIONS, *QUESTIONS)
+SYSTEM = ("system", "system_prompt")  # in front of what is asked, as is "history"
+ANSWERS = ("completion", "response", "output", "solution", "answer", "answers", "target", "continuation")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # before an answer
+CHOSEN = {"response_j": "chosen", "response_k": "rejected"}  # other names of what is compared
+COMPARED = ("chosen", "rejected", *CHOSEN, "completions", "ranking", "margin")
+OTHERS = ("text", "tools", "functions", "images", "image", "audio", "videos")
+KNOWN = frozenset((*ASKING, *SYSTEM, "history", *ANSWERS, *THOUGHTS, *COMPARED, *OTHERS))
+
+
+def not_used(value: dict[str, Any], used: Collection[str], known: Collection[str] = KNOWN) -> tuple[str, ...]:
+    """What a record holds under a name that is known and is not used, to be counted.
+
+    >>> not_used({"text": "Once", "id": 7, "prompt": "Tell a story.", "tools": []}, ["text"])
+    ("'prompt' not used",)
+    """
+    return tuple(f"{name!r} not used" for name in value if name in known and name not in used and value[name])
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One record and the place it came from; line 0 where `path` says it all."""
+    """One record and the place it came from; line 0 where `path` says it all. `losses`: what of it is not used."""
 
     value: dict[str, Any]
     path: str
     line: int
+    losses: tuple[str, ...] = ()
 
     @property
     def where(self) -> str:
         return f"{self.path}:{self.line}" if self.line else self.path
-
-
-def _text_field(row: Row, name: str, what: str) -> str:
-    if name not in row.value:
-        raise UserError(f"{row.where}: expected field '{name}' ({what}), found {sorted(row.value)}")
-    value = row.value[name]
-    if not isinstance(value, str):
-        raise UserError(f"{row.where}: expected '{name}' to be a string, found {kind_of(value)}")
-    return value
 
 
 def kind_of(value: Any) -> str:
@@ -53,12 +67,21 @@ def kind_of(value: Any) -> str:
 
 def check_document(row: Row) -> Row:
     """The row, if it is a document: it has `text`, a string; `source`, where given, is a string."""
-    _text_field(row, "text", "a document")
+    if "text" not in row.value:
+        raise UserError(f"{row.where}: expected field 'text' (a document), found {sorted(row.value)}")
+    if not isinstance(row.value["text"], str):
+        raise UserError(f"{row.where}: expected 'text' to be a string, found {kind_of(row.value['text'])}")
     if not isinstance(row.value.get("source", ""), str):
         raise UserError(f"{row.where}: expected 'source' to be a string, found {kind_of(row.value['source'])}")
-    return row
+    losses = not_used(row.value, ("text",)) if len(row.value) > 1 else ()
+    return replace(row, losses=losses) if losses else row
 
 
-def check_prompt(row: Row) -> str:
-    """The prompt of a record: `prompt`, a string."""
-    return _text_field(row, "prompt", "a prompt")
+def fields_of(value: dict[str, Any]) -> list[str]:
+    """The fields of a record, for messages, with those that are null as such."""
+    return [name if value[name] is not None else f"{name}: null" for name in sorted(value)]
+
+
+def first_of(value: dict[str, Any], names: Collection[str]) -> str | None:
+    """The first of some fields that a record has, and that is not null."""
+    return next((name for name in names if value.get(name) is not None), None)

@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BLOCK = 1 << 20
 TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".xlsx")
 TOLD = 3  # records of a file that are skipped with a line of their own
-NOTED = ("name", "good", "bad", "first")  # of a tally, in JSON
+NOTED = ("name", "good", "bad", "first", "losses")  # of a tally, in JSON
 EARLY = 1000  # records of a file, from which on a share of them is judged while reading
 STDIN_ONCE = "stdin: '-' can be read only once; save one of the inputs to a file"
 _stdin_taken: Any = None
@@ -265,6 +266,8 @@ def good_records(
             bad.skip(error, name)
             continue
         tally.good += 1
+        if losses := getattr(found, "losses", ()):
+            tally.losses.update(losses)
         yield found
         given += 1
         if given == limit:
@@ -274,18 +277,22 @@ def good_records(
 
 @dataclass
 class Tally:
-    """The records of one file: how many are good, how many bad, and what was wrong with the first of these."""
+    """The records of one file: how many are good, how many bad, what was wrong with the first of these, and what of the
+    good ones is not used, of how many."""
 
     name: str
     good: int = 0
     bad: int = 0
     first: str = ""
+    losses: Counter[str] = field(default_factory=Counter)
     told: int = 0  # of the bad ones, in the line at the end
+    lost: Counter[str] = field(default_factory=Counter)  # of the losses, in theirs
     waiting: list[str] = field(default_factory=list)  # lines that may be spared: an error may say it all
 
 
 class BadRecords:
-    """Skips the records of a run that cannot be used: the first of each file are told, all are counted.
+    """Skips the records of a run that cannot be used: the first of each file are told, all are counted, as is what of
+    the others is not used.
 
     most   how many of a file may be bad, as `--max-bad` has it: a share such as "1%", or a count. A share bears one in
            any file, is judged at the end of the file, and from EARLY records on while reading. "0" bears none.
@@ -299,9 +306,11 @@ class BadRecords:
         self.tallies: list[Tally] = []
 
     @property
-    def results(self) -> dict[str, int]:
+    def results(self) -> dict[str, Any]:
         """What a manifest tells of it."""
-        return {"bad_records": sum(tally.bad for tally in self.tallies)}
+        losses = sum((tally.losses for tally in self.tallies), Counter[str]())
+        found: dict[str, Any] = {"bad_records": sum(tally.bad for tally in self.tallies)}
+        return {**found, "not_used": dict(losses)} if losses else found
 
     def begin(self, name: str) -> Tally:
         """Count a file by itself, also one that is read again."""
@@ -323,8 +332,12 @@ class BadRecords:
         if tally.good:
             self._tell(tally)
 
+    def note(self, name: str, losses: Iterable[str]) -> None:
+        """Count what of a record that has been given out is not used."""
+        self._tally(name).losses.update(losses)
+
     def judge(self, name: str) -> None:
-        """Tell what was skipped of a file that has been read. Raises UserError beyond the bound."""
+        """Tell what was skipped and not used of a file that has been read. Raises UserError beyond the bound."""
         tally = self._tally(name)
         self._check(tally)
         if tally.bad and not tally.good:
@@ -334,11 +347,15 @@ class BadRecords:
         if tally.bad > tally.told:
             tally.told = tally.bad
             say(f"{name}: {tally.bad} of {tally.good + tally.bad} records skipped", self._quiet)
+        if tally.losses != tally.lost:
+            tally.lost = Counter(tally.losses)
+            counts = ", ".join(f"{loss} {count}" for loss, count in tally.losses.items())
+            say(f"{name}: of {tally.good} records: {counts}", self._quiet)
 
     def recall(self, noted: Iterable[Mapping[str, Any]]) -> None:
         """Take over the tallies of files that a former run has read. Raises UserError beyond the bound."""
         for one in noted:
-            self.tallies.append(Tally(**one))
+            self.tallies.append(Tally(**{**one, "losses": Counter(one["losses"])}))
             self.judge(self.tallies[-1].name)
 
     def noted(self, since: int = 0) -> list[dict[str, Any]]:

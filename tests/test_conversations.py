@@ -104,7 +104,9 @@ def test_what_is_lost_of_a_record_is_told():
 @pytest.mark.parametrize("field", ["label", "kto_tag"])
 def test_a_false_label_rejects_an_answer(field):
     pair = {"prompt": "a", "completion": "b"}
-    assert [read({**pair, field: value}).rejected for value in (False, True, 0, "no", None)] == [True, *[False] * 4]
+    assert [read({**pair, field: value}).rejected for value in (False, 0, 0.0, "False", True, 1, "yes", None)] == (
+        [True] * 4 + [False] * 4
+    )
     assert read({"messages": [{"role": "assistant", "content": "b"}], field: False}).rejected
     assert not read({"text": "a", field: False}).rejected  # a document of a classification
 

@@ -56,8 +56,8 @@ def test_every_format_is_a_prompt_and_an_answer(value, prompt, answer):
 
 
 def test_fields_that_might_be_asked_and_are_not_are_told():
-    assert problem(question="Who?", context="It was Ada.", answer="Ada").unused == ("context",)
-    assert problem(instruction="Add.", input="2 + 2", output="4").unused == problem(input="2", answer="2").unused == ()
+    assert problem(question="Who?", context="It was Ada.", answer="Ada").losses == ("'context' not used",)
+    assert problem(instruction="Add.", input="2 + 2", output="4").losses == problem(input="2", answer="2").losses == ()
 
 
 @pytest.mark.parametrize("name", ["messages", "prompt"])
@@ -73,9 +73,9 @@ def test_messages_are_a_prompt_whose_text_is_the_last_ones(name):
     [
         ({"text": "2"}, "p.jsonl:3: expected field 'prompt', 'question' or 'messages' (a problem), found ['text']"),
         ({"prompt": " "}, "'prompt' to be text, found nothing in it"),
-        ({"prompt": 5}, "'prompt' to be text, found a number"),
+        ({"prompt": 5}, "'prompt' to be text or messages, found a number"),
         ({"prompt": []}, "at least one message"),
-        ({"prompt": ["2 + 2?"]}, "role and content"),
+        ({"prompt": ["2 + 2?"]}, "each of 'prompt' to be an object"),
         ({"messages": [{"role": "user", "content": "2?"}, {"role": "model", "content": ""}]}, "found assistant's"),
         ({"prompt": "2?", "answer": ["4"]}, "'answer' to be text or a number, found a list"),
         ({"prompt": "2?", "answer": "4", "verifier": 1}, "'verifier' to be a name, found a number"),

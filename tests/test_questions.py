@@ -95,7 +95,7 @@ def test_jsonl_arrays_and_a_limit(tmp_path):
         ({"question": "Why?", "answers": ["a", ""]}, "q.jsonl:3: expected 'answers' to be text"),
         ({"question": "", "answer": "a"}, "q.jsonl:3: expected 'question' to be text, found nothing in it"),
         ({"question": ["Why?"], "answer": "a"}, "q.jsonl:3: expected 'question' to be text, found a list"),
-        ({"question": "Why?", "answer": None}, "q.jsonl:3: expected 'answer' to be text, found none"),
+        ({"question": "Why?", "answer": None}, "q.jsonl:3: expected 'question' and .*found .*answer: null"),
         ({"question": "Why?", "answer": True}, "q.jsonl:3: expected 'answer' to be text, found a boolean"),
         ({"question": "Why?", "answer": "a", "passage": " "}, "q.jsonl:3: expected 'passage' to be text"),
         ({"question": "Why?", "answer": "a", "language": 3}, "q.jsonl:3: expected 'language' to be a code"),

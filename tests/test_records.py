@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llmkit.errors import UserError
-from llmkit.records import Row, check_document, check_prompt, kind_of
+from llmkit.records import Row, check_document, kind_of
 
 
 def row(**value: object) -> Row:
@@ -14,7 +14,6 @@ def row(**value: object) -> Row:
 
 def test_a_good_record_passes_with_whatever_else_it_holds() -> None:
     check_document(row(text="", source="web", url=None, score=[1]))
-    check_prompt(row(prompt="Once", id=3))
     assert row().where == "d.jsonl:7"
 
 
@@ -24,8 +23,6 @@ def test_a_good_record_passes_with_whatever_else_it_holds() -> None:
         (check_document, {}, "d.jsonl:7: expected field 'text' (a document), found []"),
         (check_document, {"text": {}}, "d.jsonl:7: expected 'text' to be a string, found an object"),
         (check_document, {"text": "x", "source": 3}, "d.jsonl:7: expected 'source' to be a string, found a number"),
-        (check_prompt, {"text": "x"}, "d.jsonl:7: expected field 'prompt' (a prompt), found ['text']"),
-        (check_prompt, {"prompt": True}, "d.jsonl:7: expected 'prompt' to be a string, found a boolean"),
     ],
 )
 def test_a_bad_record_is_named(check, value: dict[str, object], message: str) -> None:

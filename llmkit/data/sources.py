@@ -83,7 +83,6 @@ def read_examples(
             if rejected := len(chunk) - len(chosen):
                 counts.update({"read": rejected, "rejected by its label": rejected})
             for conversation, one in encode_good(chosen, encode, name, bad):
-                counts.update(conversation.losses)
                 digest.update(one.token_ids.tobytes())
                 digest.update(one.trained.tobytes())
                 yield conversation.where, one

@@ -17,17 +17,17 @@ from typing import Any
 
 import orjson
 
-from llmkit.conversations import Message, read_conversation
+from llmkit.conversations import Message, asked_in, read_messages
 from llmkit.engine.generation import Completion, Request
 from llmkit.engine.sampling import request_number, seed_of_repeat
 from llmkit.errors import Interrupted, UserError, naming
 from llmkit.files import PARTIAL, create, cut_torn_line, read_json, remove, replace_file, write_json
 from llmkit.progress import say
-from llmkit.records import Row, check_prompt
+from llmkit.records import ASKING, SYSTEM, Row, fields_of, not_used
 from llmkit.rundir import check_identity
 from llmkit.stream import BadRecords, json_row, open_bytes
 
-ASKED = ("prompt", "messages", "seed")  # what a record that is kept has in common with its input
+ASKED = (*ASKING, *SYSTEM, "history", "seed")  # what a record that is kept has in common with its input
 
 
 class Prompts:
@@ -67,12 +67,13 @@ class Prompts:
             where = row.where
             try:
                 with naming(where):
-                    ids = self._ids(row)
+                    ids, losses = self._ids(row)
                     number = request_number(ids)
                     seed = self._seed_of(row, number, where)
             except UserError as error:
                 self._bad.skip(error, row.path, was_good=True)
                 continue
+            self._bad.note(row.path, losses)
             if self.kept is not None and self.kept.has({**row.value, "seed": seed}, where):
                 self.passed += 1
                 continue
@@ -85,9 +86,9 @@ class Prompts:
             self.kept.check_all_found()
 
     @property
-    def bad_records(self) -> int:
-        """How many records were skipped."""
-        return self._bad.results["bad_records"]
+    def left_out(self) -> dict[str, Any]:
+        """How many records were skipped, and what of the others is not used."""
+        return self._bad.results
 
     def _seed_of(self, row: Row, number: int, where: str) -> int:
         seed = row.value.get("seed") if self._own_seeds else None
@@ -98,11 +99,17 @@ class Prompts:
             raise UserError(f"{where}: expected 'seed' to be a whole number from 0, found {seed!r}")
         return seed
 
-    def _ids(self, row: Row) -> Sequence[Any]:
-        if "prompt" in row.value or "messages" not in row.value:
-            ids = self._encode(check_prompt(row))
+    def _ids(self, row: Row) -> tuple[Sequence[Any], tuple[str, ...]]:
+        """What is asked, and what of the record is not."""
+        asked = asked_in(row, ("prompt", *ASKING))
+        if asked is None:
+            raise UserError(
+                f"{row.where}: expected field 'prompt' or 'messages' (a prompt), found {fields_of(row.value)}"
+            )
+        if len(asked.entries) == 1 and not isinstance(row.value[asked.name], list):
+            ids = self._encode(asked.entries[0]["content"])
         else:
-            messages = read_conversation(row).messages
+            messages = read_messages(row, asked.entries)
             if messages[-1].role != "user":
                 raise UserError(
                     f"{row.where}: expected messages that end with the user's, found the {messages[-1].role}'s last"
@@ -113,7 +120,7 @@ class Prompts:
                 f"{row.where}: the prompt is {len(ids)} tokens long and the model's context is {self._context}, a new "
                 "token included; shorten the prompt"
             )
-        return ids
+        return ids, not_used(row.value, asked.used, (*ASKING, *SYSTEM, "history"))
 
     def take(self, index: int) -> tuple[Row, int]:
         """The record of a request and its seed, once."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -31,6 +30,11 @@ class EncodedProblem:
 
     problem: Problem
     prompt_ids: Sequence[int]
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """What of the problem's record is not asked."""
+        return self.problem.losses
 
 
 def load_problems(
@@ -72,8 +76,6 @@ def load_problems(
     if not encoded:
         raise UserError(f"{names_of(paths)}: expected problems, found {left_out if too_long else 'none'}")
     say(f"{names_of(paths)}: {len(encoded)} problems{f', {left_out} left out' if too_long else ''}", quiet)
-    for name, count in Counter(name for one in encoded for name in one.problem.unused).items():
-        say(f"{names_of(paths)}: {name!r} of {count} problems is not asked: another field is", quiet)
     return encoded, max_tokens
 
 

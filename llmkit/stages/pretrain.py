@@ -121,6 +121,7 @@ class Summary:
     val_loss: float | None = None
     val_bits_per_byte: float | None = None
     bad_records: int = 0
+    not_used: dict[str, int] | None = None
 
 
 def run(config: PretrainConfig) -> Summary | None:

@@ -123,6 +123,7 @@ class Summary:
     confirmations: int | None = None
     refusals: int | None = None
     bad_records: int | None = None
+    not_used: dict[str, int] | None = None
     by_kind: dict[str, dict[str, int]] | None = None
     left_out: dict[str, int] | None = None
     unreadable_judgements: int | None = None

@@ -152,6 +152,7 @@ class Summary:
     kept_step: int | None = None
     stopped: str | None = None
     bad_records: int = 0
+    not_used: dict[str, int] | None = None
 
 
 def run(config: RlConfig) -> Summary | None:

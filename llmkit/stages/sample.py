@@ -125,6 +125,7 @@ class Summary:
     tokens: int
     seconds: float
     bad_records: int = 0
+    not_used: dict[str, int] | None = None
 
 
 def run(config: SampleConfig) -> Summary | None:
@@ -250,7 +251,7 @@ def _summary(config: SampleConfig, prompts: Prompts, out: str, tokens: int, seco
     if out == "-":
         return None
     done = prompts.count * config.samples
-    return Summary(out, prompts.count, done, tokens, round(seconds, 3), prompts.bad_records)
+    return Summary(out, prompts.count, done, tokens, round(seconds, 3), **prompts.left_out)
 
 
 def _check_options(config: SampleConfig, out: str) -> None:

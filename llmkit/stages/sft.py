@@ -117,6 +117,7 @@ class Summary:
     val_loss: float | None = None
     kept_step: int | None = None
     bad_records: int = 0
+    not_used: dict[str, int] | None = None
 
 
 def run(config: SftConfig) -> Summary | None:

@@ -56,6 +56,7 @@ class Summary:
     bytes_per_token: float
     bad_records: int
     seconds: float
+    not_used: dict[str, int] | None = None
 
 
 def run(config: TrainBpeConfig) -> Summary | None:

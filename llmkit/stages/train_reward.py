@@ -100,6 +100,7 @@ class Summary:
     val_loss: float | None = None
     tokens: int | None = None
     bad_records: int = 0
+    not_used: dict[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ class Scored:
     counts: dict[str, int] | None = None
     evaluation: dict[str, Any] | None = None
     bad_records: int | None = None
+    not_used: dict[str, int] | None = None
 
 
 def run(config: TrainRewardConfig) -> Summary | Scored | None:
