@@ -65,6 +65,18 @@ def kind_of(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
+def with_made(given: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
+    """A record with what was made of it; what it has held under the same names stands under `given`.
+
+    >>> with_made({"prompt": "2+2?", "completion": "4"}, {"completion": "Four.", "seed": 0})
+    {'prompt': '2+2?', 'completion': 'Four.', 'seed': 0, 'given': {'completion': '4'}}
+    """
+    taken = {name: given[name] for name in made if given.get(name) not in (None, made[name])}
+    if taken and "given" in given:
+        taken["given"] = given["given"]
+    return {**given, **made, **({"given": taken} if taken else {})}
+
+
 def check_document(row: Row) -> Row:
     """The row, if it is a document: it has `text`, a string; `source`, where given, is a string."""
     if "text" not in row.value:

@@ -18,7 +18,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -423,7 +423,7 @@ def array_rows(values: Iterable[Any], name: str) -> Iterator[Row | UserError]:
             yield UserError(f"{name}:{number}: expected an object in the array, found {kind_of(value)}")
             continue
         try:
-            orjson.dumps(value)
+            dump_json(value)
         except TypeError:
             yield UserError(f"{name}:{number}: a lone surrogate, NaN or Infinity, which no JSON has; mend the record")
             continue
@@ -436,12 +436,44 @@ def whole_json(data: bytes) -> Any:
     Lone surrogates are read, and for NaN one stands, so that `array_rows` can tell in which record they are.
     """
     try:
-        return orjson.loads(data)
+        return load_json(data)
     except orjson.JSONDecodeError as error:
         try:
             return json.loads(data, parse_constant=lambda name: "\ud800")  # NaN becomes what no JSON holds
         except (ValueError, RecursionError):
             raise error from None
+
+
+def load_json(data: bytes) -> Any:
+    """The value of JSON, its integers exact: orjson makes floats of those beyond 64 bits."""
+    value = orjson.loads(data)
+    waiting = [value]
+    for one in waiting:
+        if type(one) is float and abs(one) >= 2**63:
+            with suppress(RecursionError):
+                return json.loads(data)
+        inner = one.values() if type(one) is dict else one if type(one) is list else ()
+        waiting += [another for another in inner if type(another) in (dict, list, float)]
+    return value
+
+
+def dump_json(value: Any, option: int = 0, default: Callable[[Any], Any] | None = None) -> bytes:
+    """A value as JSON by orjson, also where an integer is beyond its 64 bits. Raises TypeError as orjson does."""
+    try:
+        return orjson.dumps(value, default, option)
+    except TypeError as error:
+        if "64-bit" not in str(error):
+            raise
+        return orjson.dumps(_exact(value), default, option)
+
+
+def _exact(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _exact(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_exact(one) for one in value]
+    large = type(value) is int and not -(2**63) <= value < 2**64
+    return orjson.Fragment(str(value)) if large else value
 
 
 def json_row(line: bytes, name: str, number: int) -> Row | None:
@@ -451,7 +483,7 @@ def json_row(line: bytes, name: str, number: int) -> Row | None:
     if line.isspace() or not line:
         return None
     try:
-        value = orjson.loads(line)
+        value = load_json(line)
     except orjson.JSONDecodeError as error:
         found = "not UTF-8" if "UTF-8" in str(error) else str(error).split(": line ")[0]
     else:
@@ -530,4 +562,4 @@ def open_bytes(path: str) -> Iterator[IO[bytes]]:
 
 
 def _dumps(record: Mapping[str, Any]) -> bytes:
-    return orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY)
+    return dump_json(record, orjson.OPT_SERIALIZE_NUMPY)

@@ -21,7 +21,7 @@ from llmkit.crawl.recipe import Recipe
 from llmkit.crawl.state import State
 from llmkit.crawl.workers import Work, in_order
 from llmkit.files import JSON_LINE
-from llmkit.stream import name_of
+from llmkit.stream import dump_json, load_json, name_of
 
 BAD = ("bad_json", "no_text", "bad_file", "truncated", "damaged")  # reasons of records that were to be read
 
@@ -110,11 +110,11 @@ class Collector:
 
     def _repeats(self, outcome: Outcome, repeat: Any, step: str) -> bytes:
         """What --rejects tells of a document that repeats an earlier one."""
-        found = orjson.loads(outcome.line)
+        found = load_json(outcome.line)
         told = {key: found[key] for key in ("id", "url", "source") if key in found}
         told |= {"offset": outcome.offset, "step": step, "reason": "repeats"}
         told |= {"score": round(repeat.similarity, 4), "repeats": self._names[repeat.index], "text": found["text"]}
-        return orjson.dumps(told, option=JSON_LINE)
+        return dump_json(told, JSON_LINE)
 
 
 def collect(
@@ -189,7 +189,7 @@ class Names:
 
     def add(self, line: bytes) -> None:
         """The id of the next document, given its line."""
-        name = orjson.dumps(orjson.loads(line)["id"])
+        name = dump_json(load_json(line)["id"])
         self._ends.append(self._ends[-1] + len(name))
         if self._file:
             self._file.write(name)

@@ -23,9 +23,9 @@ from llmkit.engine.sampling import request_number, seed_of_repeat
 from llmkit.errors import Interrupted, UserError, naming
 from llmkit.files import PARTIAL, create, cut_torn_line, read_json, remove, replace_file, write_json
 from llmkit.progress import say
-from llmkit.records import ASKING, SYSTEM, Row, fields_of, not_used
+from llmkit.records import ASKING, SYSTEM, Row, fields_of, not_used, with_made
 from llmkit.rundir import check_identity
-from llmkit.stream import BadRecords, json_row, open_bytes
+from llmkit.stream import BadRecords, dump_json, json_row, open_bytes
 
 ASKED = (*ASKING, *SYSTEM, "history", "seed")  # what a record that is kept has in common with its input
 
@@ -95,8 +95,8 @@ class Prompts:
         if seed is None:
             seed = seed_of_repeat(self._seed, self._seen[number])
             self._seen[number] += 1
-        elif isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise UserError(f"{where}: expected 'seed' to be a whole number from 0, found {seed!r}")
+        elif isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise UserError(f"{where}: expected 'seed' to be a whole number from 0 to 2^63-1, found {seed!r}")
         return seed
 
     def _ids(self, row: Row) -> tuple[Sequence[Any], tuple[str, ...]]:
@@ -130,7 +130,7 @@ class Prompts:
 def completion_record(
     row: Row, completion: Completion, seed: int, sample: int | None, logprobs: bool, tools: bool
 ) -> dict[str, Any]:
-    """The record of one completion: what its prompt's record holds, and what was made."""
+    """The record of one completion: what its prompt's record holds, and what was made, as `with_made` joins them."""
     made: dict[str, Any] = {"completion": completion.text}
     known = {"token_ids": completion.token_ids}
     if logprobs:
@@ -139,7 +139,7 @@ def completion_record(
     if tools:
         made |= {"sampled": completion.sampled, "tool_calls": completion.tool_calls}
     made |= {"finish_reason": completion.finish_reason, "seed": seed}
-    return {**row.value, **made} if sample is None else {**row.value, **made, "sample": sample}
+    return with_made(row.value, made if sample is None else {**made, "sample": sample})
 
 
 # ---- an output that outlives a kill
@@ -180,7 +180,7 @@ class _Kept:
 
 def _identity(record: dict[str, Any]) -> bytes:
     asked = {name: record[name] for name in ASKED if name in record}
-    return blake2b(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS), digest_size=16).digest()
+    return blake2b(dump_json(asked, orjson.OPT_SORT_KEYS), digest_size=16).digest()
 
 
 @contextmanager
@@ -244,5 +244,5 @@ def _whole_prompts(
         firsts = islice(former, 0, None, samples)
         records = (row.value for line in firsts if (row := json_row(line, str(partial), 2)) is not None)
         prompts.kept = _Kept(records, partial, ordered)
-        yield lambda record: handle.write(orjson.dumps(record) + b"\n")
+        yield lambda record: handle.write(dump_json(record) + b"\n")
         handle.flush()

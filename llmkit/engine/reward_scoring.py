@@ -18,7 +18,7 @@ from llmkit.engine.reward_loss import ROW_TOKENS, score_comparisons
 from llmkit.errors import naming
 from llmkit.model.reward import RewardModel
 from llmkit.preferences import Comparison, read_answers, read_prompt
-from llmkit.records import Row
+from llmkit.records import Row, with_made
 from llmkit.tokenizer.chat import ChatFormat
 
 RECORDS_AT_ONCE = 256  # records: enough to fill batches, few enough to answer soon
@@ -121,7 +121,7 @@ def _records(asked: _Asked, scores: Sequence[np.ndarray | None], rank: bool) -> 
             made |= {"ranking": _ranking(means)} if rank else {}
         else:
             made = {"reward": means[0]} | ({"reward_std": spreads[0]} if several else {})
-        records.append({**row.value, **made})
+        records.append(with_made(row.value, made))
     if not rank or "completions" in asked.rows[0].value:
         return iter(records)
     ranking = _ranking([record["reward"] for record in records])

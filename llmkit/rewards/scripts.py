@@ -22,6 +22,7 @@ from llmkit.conversations import as_record
 from llmkit.errors import UserError
 from llmkit.records import kind_of
 from llmkit.rewards.reward import Attempt, Reward, finite
+from llmkit.stream import dump_json
 from llmkit.user_code import UserFunction
 
 
@@ -49,7 +50,7 @@ class CommandReward(Reward):
         """The numbers that the command printed. Raises UserError where it fails, hangs or prints anything else."""
         if not attempts:
             return []
-        data = b"".join(orjson.dumps(record_of(one)) + b"\n" for one in attempts)
+        data = b"".join(dump_json(record_of(one)) + b"\n" for one in attempts)
         lines = self._run(data).split(b"\n")
         if lines[-1].strip() == b"":
             lines.pop()

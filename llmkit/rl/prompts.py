@@ -6,8 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 
-import orjson
-
 from llmkit.conversations import message
 from llmkit.engine.finetuning import Finetuning
 from llmkit.engine.generation import prompt_ids
@@ -16,7 +14,7 @@ from llmkit.problems import Problem, read_problem
 from llmkit.progress import say
 from llmkit.records import Row
 from llmkit.rewards import Weighted
-from llmkit.stream import BadRecords, names_of, read_jsonl
+from llmkit.stream import BadRecords, dump_json, names_of, read_jsonl
 
 MAX_TOKENS = 256  # of an attempt, where the context has room for them
 MAX_TOKENS_SHARE = (
@@ -98,5 +96,5 @@ def digest(encoded: Iterable[EncodedProblem]) -> str:
     """A hash of what is asked, and of all that it is judged by."""
     found = sha256()
     for one in encoded:
-        found.update(orjson.dumps([list(one.prompt_ids), one.problem.record], default=str))
+        found.update(dump_json([list(one.prompt_ids), one.problem.record], default=str))
     return found.hexdigest()

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 
 from llmkit.conversations import Message, Part, as_record, message
 from llmkit.engine.distributed import world
@@ -21,6 +20,7 @@ from llmkit.engine.generation import Completion
 from llmkit.foreign import integer
 from llmkit.metrics import trim_metrics
 from llmkit.problems import Problem
+from llmkit.stream import dump_json
 
 ROLLOUTS = "rollouts.jsonl"
 
@@ -111,6 +111,6 @@ class RolloutLog:
             return
         with self.path.open("ab") as handle:
             for rollout in rollouts:
-                handle.write(orjson.dumps(rollout.record()) + b"\n")
+                handle.write(dump_json(rollout.record()) + b"\n")
             handle.flush()
             os.fsync(handle.fileno())

@@ -166,6 +166,21 @@ def test_samples_of_a_record_follow_one_another(folder, prompts, tmp_path):
     assert len({record["completion"] for record in records}) > 8
 
 
+def test_what_a_record_has_held_is_kept_beside_what_was_made(folder, tmp_path):
+    record = {"id": 123456789012345678901234567890, "prompt": "Once", "completion": "gold", "meta": {"n": [-(10**25)]}}
+    odd = {**record, "token_ids": [1], "logprobs": "kept", "sample": 9, "seed": 5, "finish_reason": None, "given": "x"}
+    lines = "".join(json.dumps(row) + "\n" for row in (record, odd))
+    for name, text in (("lines.jsonl", lines), ("array.json", json.dumps([record, odd]))):
+        (tmp_path / name).write_text(text)
+        rows = sample_jsonl(folder, tmp_path / f"{name}.out", tmp_path / name)
+        plain, other = rows
+        assert {name: plain[name] for name in ("id", "meta")} == {"id": record["id"], "meta": record["meta"]}
+        assert plain["given"] == {"completion": "gold"} and plain["completion"] != "gold"
+        assert other["given"] == {"completion": "gold", "token_ids": [1], "given": "x"}
+        assert (other["logprobs"], other["sample"], other["seed"]) == ("kept", 9, 5)  # which was not made here
+        assert len(other["token_ids"]) == 20 and other["finish_reason"] == "length"
+
+
 def test_records_stream_and_a_closed_pipe_ends_it_all(folder):
     """The first results come while the input is still open, and closing the output ends it all in silence."""
     command = [
