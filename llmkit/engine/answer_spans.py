@@ -24,6 +24,8 @@ def _listed(name: str) -> frozenset[str]:
 
 SMALL, MONTHS = _listed("small"), _listed("months")
 TITLES, NAMES_OF, BOUNDS, MEASURED = (_listed(name) for name in ("titles", "names of", "bounds", "measured"))
+CHANGERS = _listed("changers")
+KINDS = {entry.split()[0]: frozenset(entry.split()) for entry in KNOWN["kinds"]}
 DETERMINERS = frozenset(KNOWN["determiners"])
 AUXILIARIES = _listed("auxiliaries")
 AGENTS = frozenset(["by", "von", "vom", "par", "por", "da", "door"])
@@ -100,9 +102,11 @@ class Sentence:
         return word in self.known or (len(word) > 2 and stem(word) in self.stems)
 
 
-def is_opposed(said: Sentence, asked: Sentence) -> bool:
-    """Whether a word of the question is replaced by its opposite: "lost" for "won"."""
-    unlike = said.stems - asked.stems
+def is_opposed(said: Sentence, asked: Sentence, answer: Sentence) -> bool:
+    """Whether a word of the question is replaced by its opposite, "lost" for "won", or an office by another, "vice"."""
+    unlike = said.stems - asked.stems - answer.stems
+    if said.known & CHANGERS - asked.known - answer.known:
+        return True
     return any(OPPOSITES.get(one, frozenset()) & unlike for one in asked.stems - said.stems)
 
 
@@ -125,6 +129,8 @@ def others(answer: Sentence, asked: Sentence) -> Iterator[Sentence]:
         and any(word not in SMALL for word in asked.words)
     ):
         yield Sentence.of(names[-1].written)
+    if len(names) > 1 and names[0].word in KINDS and (asked.known & KINDS[names[0].word]):
+        yield Sentence.of(" ".join(name.written for name in names[1:]))
     if "percent" in answer.words:
         yield Sentence.of(answer.text.replace("%", ""))
 
@@ -182,7 +188,9 @@ class _Context:
         if start == 0:
             return True
         left, own = self._every[start - 1], self._every[start]
-        if left.word in BOUNDS and left.word not in self._asked.known:
+        if left.word in BOUNDS - self._asked.known and not (left.word == "since" and "when" in self._asked.known):
+            return False
+        if left.word == "from" and start > 1 and self._every[start - 2].word in (*MEASURES.values(), "far", "away"):
             return False
         apart = own.before.strip(" \"'*`(\u00ab\u201c")
         if left.word in JOINS and not apart and start > 1:

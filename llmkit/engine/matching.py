@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
-from llmkit.engine.answer_spans import MONTHS, SMALL, Sentence, core, find, is_opposed, others
+from llmkit.engine.answer_spans import BASES, MONTHS, SMALL, Sentence, core, find, is_opposed, others
 from llmkit.engine.normalising import KNOWN, is_number, is_sign, is_spaceless, words
 from llmkit.questions import Question
 
@@ -46,6 +46,7 @@ TAKEN_BACK = DENIALS | _listed("retractions")
 FILLERS = _listed("fillers")
 YES, NO = frozenset(["yes", "yeah", "yep"]), frozenset(["no", "nope", "nah"])
 SENTENCE_END = re.compile("(?<=\\w{3}[.!?])\\s+|(?<=[\u3002\uff01\uff1f\u0964])|\\s*\\n\\s*")
+CLAUSE = re.compile(r", (?=(?:of which|of whom|which|who|where|including|with|because|as)\b)")
 LABEL = re.compile(r"\W*(?:(?:the |final )*answer|a)\W*:\W*(?=\w)", re.IGNORECASE)
 
 
@@ -95,7 +96,7 @@ class MatchJudge:
         if not _told(_without(said.words, asked.words)):
             return EVASIVE
         accepted += [other for one in accepted for other in others(one, asked)]
-        readings = [said, *(Sentence.of(text) for text in _first_sentence(response))]
+        readings = [said, *(Sentence.of(text) for text in _parts(response))]
         if any(self._matches(reading, asked, one) for reading in readings for one in accepted):
             return RIGHT
         offered = any(one.known <= asked.known for one in accepted)
@@ -113,7 +114,7 @@ class MatchJudge:
             return _agrees(said, asked, answer)
         if DENIALS & said.known - answer.known - asked.known or not _same_currency(said, answer):
             return False
-        if is_opposed(said, asked):
+        if is_opposed(said, asked, answer):
             return False
         rest = _without(said.words, asked.words)
         if answer.known <= asked.known:  # a choice that the question offers
@@ -134,6 +135,8 @@ class MatchJudge:
 
     def _has_words(self, said: tuple[str, ...], asked: Sentence, answer: Sentence) -> bool:
         """Whether the words said are those of an answer, all but for small words and the question's."""
+        forms = {BASES[word]: word for word in answer.words if word in BASES}
+        said = tuple(forms.get(BASES.get(word, ""), word) for word in said)  # "had frozen" for "froze"
         said = tuple(word for word in said if word in answer.known or not asked.echoes(word))
         beyond = tuple(
             word for word in _told(answer.words) if word not in asked.known
@@ -159,13 +162,12 @@ def _same_currency(said: Sentence, answer: Sentence) -> bool:
 
 
 def _same_numbers(said: Sentence, asked: Sentence, answer: Sentence) -> bool:
-    """Whether the numbers said are the answer's: beside those of the question, and years and days of another answer."""
+    """Whether the numbers said are the answer's, beside those of the question; of an answer without numbers, whether
+    they take the place of none of the question's ("the second" for "the first")."""
     numbers = [word for word in said.words if is_number(word) and (word in answer.known or word not in asked.known)]
     wanted = [word for word in answer.words if is_number(word)]
     if not wanted:
-        return all(map(_is_year, numbers)) or (
-            bool(said.known & MONTHS) and all(_is_year(n) or _is_day(n) for n in numbers)
-        )
+        return not numbers or not any(is_number(word) and word not in said.known for word in asked.words)
     if len(wanted) == 1 and _is_year(wanted[0]) and said.known & MONTHS:
         numbers = [number for number in numbers if not _is_day(number)]
     return numbers == wanted
@@ -176,9 +178,10 @@ def _agrees(said: Sentence, asked: Sentence, answer: Sentence) -> bool:
     first = said.words[0]
     if first in YES or first in NO:
         return (first in YES) == (answer.known <= YES) and not (said.known & YES and said.known & NO)
-    if not any(asked.echoes(word) for word in said.words if word not in SMALL) or is_opposed(said, asked):
+    opposed = is_opposed(said, asked, answer)
+    if not opposed and not any(asked.echoes(word) for word in said.words if word not in SMALL):
         return False
-    return bool(DENIALS & said.known - asked.known) == (answer.known <= NO)
+    return (bool(DENIALS & said.known - asked.known) != opposed) == (answer.known <= NO)
 
 
 def _is_offered_alone(said: Sentence, asked: Sentence, answer: Sentence) -> bool:
@@ -197,11 +200,14 @@ def evasions() -> tuple[tuple[str, ...], ...]:
     return tuple(dict.fromkeys(words(phrase) for some in KNOWN["evasions"].values() for phrase in some))
 
 
-def _first_sentence(response: str) -> Iterable[str]:
-    """The first sentence where there are several, unless the rest takes it back."""
-    first, *rest = SENTENCE_END.split(response.strip())
-    if rest and not TAKEN_BACK & {word for text in rest for word in words(text)}:
-        yield first
+def _parts(response: str) -> Iterable[str]:
+    """The first sentence, and what of it stands before a relative clause, unless the rest takes it back."""
+    text = response.strip()
+    for end in (SENTENCE_END, CLAUSE):
+        first, *rest = end.split(text, maxsplit=1)
+        if rest and not TAKEN_BACK.intersection(words(rest[0])):
+            yield first
+            text = first
 
 
 def _told(said: tuple[str, ...]) -> tuple[str, ...]:

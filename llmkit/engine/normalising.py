@@ -68,6 +68,7 @@ def tokens(text: str) -> list[Token]:
     text = INITIALS.sub(
         lambda found: found[0].replace(".", "").replace(" ", "") + " ", unicodedata.normalize("NFC", text)
     )
+    text = re.sub(r"(?i)\bper cent\b", "percent", text)
     text = ISO_DATE.sub(lambda found: f"{int(found[3])} {MONTHS[int(found[2]) - 1]} {found[1]}", text)
     found = list(_pattern().finditer(text))
     pieces = [_piece(one) for one in found]
