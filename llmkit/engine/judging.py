@@ -38,7 +38,7 @@ evasive: the answer does not reply: it refuses, does not know, leaves a choice o
 
 Reply with one line and nothing else: VERDICT: right, or VERDICT: wrong, or VERDICT: evasive"""
 NO_PASSAGE = "(not given)"
-VERDICT = re.compile(r"^\W*verdict\W+(right|wrong|evasive)\W*$", re.IGNORECASE | re.MULTILINE)
+VERDICT = re.compile(r"^[^\w\n]*verdict\W+(right|wrong|evasive)[^\w\n]*$", re.IGNORECASE | re.MULTILINE)
 
 
 class ModelJudge:

@@ -16,7 +16,7 @@ from llmkit.engine.statistics import calibration_error, correlation, wilson
 from llmkit.errors import UserError
 from llmkit.model.reward import RewardModel
 
-MARKDOWN = re.compile(r"\*\*|__|`|^#{1,6} |^\s*(?:[-*+]|\d+[.)]) |^\|", re.MULTILINE)
+MARKDOWN = re.compile(r"\*\*|__|`|^#{1,6} |^[^\S\n]*(?:[-*+]|\d+[.)]) |^\|", re.MULTILINE)
 FEATURES = ("length", "formatting")
 
 

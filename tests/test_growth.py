@@ -1,0 +1,195 @@
+"""The time of every function that reads text of models, servers or the web grows no faster than the text.
+
+Each is given texts of three lengths that are made of repeated seeds, and its processor time is measured in a child with
+a limit of time and memory. Slow: `pytest -m slow tests/test_growth.py` takes all 300 seeds, and prints what is slowest.
+"""
+
+from __future__ import annotations
+
+import ast
+import gc
+import json
+import math
+import os
+import random
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.readers import EXEMPT, REFUSALS, readers
+from tests.test_floors import modules
+
+EXPONENT = 1.2  # of time over length, from the shortest text to the longest
+FLOOR = 0.010  # seconds: shorter times count as this, they are noise
+SECONDS = 20  # of the processor, for one text of 256,000 characters, before the child is killed
+MEMORY = 2 << 30  # bytes that a reader may take beside what was there
+TRIES = 4  # of a measurement that is beyond the limit: other processes disturb even the processor's time
+SHORT, LONG = (4_000, 16_000, 64_000), (16_000, 64_000, 256_000)
+FEW = 5  # seeds of a function in the quick tier; other functions take others
+
+PIECES = json.loads(Path(__file__).with_name("fragments.json").read_text())
+PAIRS = (
+    "()",
+    "[]",
+    "{}",
+    "<>",
+    "((",
+    "\\boxed{ }",
+    "<div> </div>",
+    "<!-- -->",
+    "<think> </think>",
+    "{% %}",
+    '[" "]',
+    "[ ]",
+    "<b> </a>",
+)
+
+
+def seeds() -> list[tuple[str, str, str]]:
+    """Texts as (before, repeated, after): pieces alone, with an end that they do not take, two, opened and closed."""
+    rng = random.Random(0)
+    found = [("", piece, "") for piece in PIECES]
+    found += [("", piece, "\0!") for piece in rng.sample(PIECES, 20)]
+    found += [("a ", piece, " x") for piece in rng.sample(PIECES, 20)]
+    found += [("", rng.choice(PIECES) + rng.choice(PIECES), rng.choice(PIECES)) for _ in range(40)]
+    found += [("OPEN", *pair.partition(" ")[::2]) if " " in pair else ("OPEN", *pair) for pair in PAIRS]
+    return found
+
+
+SEEDS = seeds()
+
+
+def text_of(seed: tuple[str, str, str], size: int) -> str:
+    """A text of so many characters; one that opens has as many ends as beginnings."""
+    before, piece, after = seed
+    if before == "OPEN":
+        count = size // (len(piece) + len(after))
+        return piece * count + after * count
+    room = max(0, size - len(before) - len(after))
+    return before + (piece * (room // len(piece) + 1))[:room] + after
+
+
+def seconds(name: str, text: str) -> float:
+    """The processor's time that a reader takes for a text."""
+    began = time.process_time()
+    with suppress(*REFUSALS):
+        readers()[name](text)
+    return time.process_time() - began
+
+
+def exponent(times: dict[int, float]) -> float:
+    """Of time over length: a straight line through the logarithms, in which the middle of three has no weight."""
+    shortest, longest = min(times), max(times)
+    return math.log(max(times[longest], FLOOR) / max(times[shortest], FLOOR)) / math.log(longest / shortest)
+
+
+def measured(name: str, seed: tuple[str, str, str], sizes: tuple[int, ...]) -> dict[int, float]:
+    """The times by length, the least of several tries where they are beyond the limit."""
+    times: dict[int, float] = {}
+    for _ in range(TRIES):
+        for size in sizes:
+            times[size] = min(times.get(size, math.inf), seconds(name, text_of(seed, size)))
+            tried = {length: found for length, found in times.items() if length <= size}
+            if size > sizes[0] and exponent(tried) > 1.6:
+                break  # the next would take too long to be told by
+        if exponent(times) <= EXPONENT:
+            break
+    return times
+
+
+def in_child(name: str, chosen: list[tuple[str, str, str]], sizes: tuple[int, ...]) -> Iterator[tuple]:
+    """(seed, its times, or why there are none) of each seed, measured in a child that is killed in time."""
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.close(ours)
+            held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, held + MEMORY))
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            gc.disable()  # its time is that of all that is imported
+            with suppress(Exception):
+                seconds(name, "a")  # what is loaded at first
+            for seed in chosen:
+                used = math.ceil(time.process_time())
+                resource.setrlimit(resource.RLIMIT_CPU, (used + SECONDS, resource.RLIM_INFINITY))
+                try:
+                    told = measured(name, seed, sizes)
+                except Exception as error:
+                    told = f"{type(error).__name__}: {error}"[:200]
+                os.write(theirs, json.dumps(told).encode() + b"\n")
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(theirs)
+    with open(ours) as lines:
+        told = [json.loads(line) for line in lines]
+    os.waitpid(child, 0)
+    for seed, found in zip(chosen, told, strict=False):
+        yield seed, {int(size): value for size, value in found.items()} if isinstance(found, dict) else found
+    if len(told) < len(chosen):
+        yield chosen[len(told)], f"no end within {SECONDS} s of the processor"
+        yield from in_child(name, chosen[len(told) + 1 :], sizes) if len(told) + 1 < len(chosen) else ()
+
+
+def faults(name: str, chosen: list[tuple[str, str, str]], sizes: tuple[int, ...]) -> list[str]:
+    """What is beyond the limit; prints the slowest."""
+    found, slowest, steepest = [], (0.0, ""), (0.0, "")
+    for seed, told in in_child(name, chosen, sizes):
+        if isinstance(told, str):
+            found.append(f"{name}: {seed!r}: {told}")
+            continue
+        slowest = max(slowest, (told[max(told)], repr(seed)))
+        steepest = max(steepest, (exponent(told), repr(seed)))
+        if exponent(told) > EXPONENT:
+            found.append(f"{name}: {seed!r}: exponent {exponent(told):.2f}, seconds by length {told}")
+    print(f"{name}: slowest {slowest[0]:.3f} s {slowest[1]}, exponent at most {steepest[0]:.2f} {steepest[1]}")
+    return found
+
+
+def test_the_measurement_finds_what_grows_with_the_square(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(readers(), "square", lambda text: [text[at:] for at in range(0, len(text), 16)])
+    monkeypatch.setitem(readers(), "hangs", lambda text: [None for _ in iter(int, 1)] if len(text) > 99 else None)
+    monkeypatch.setitem(readers(), "raises", lambda text: text + 1)
+    monkeypatch.setattr("tests.test_growth.SECONDS", 1)
+    assert len(SEEDS) >= 300
+    assert len(set(SEEDS)) > 290
+    assert "exponent" in faults("square", SEEDS[:1], (16_000, 64_000, 128_000))[0]
+    assert len(faults("hangs", SEEDS[:2], SHORT)) == 2
+    assert "TypeError" in faults("raises", SEEDS[:1], SHORT)[0]
+
+
+def test_every_module_with_patterns_is_measured_or_exempt() -> None:
+    source = ast.parse(Path(__file__).with_name("readers.py").read_text())
+    measured = {
+        name
+        for node in ast.walk(source)
+        if isinstance(node, ast.ImportFrom)
+        for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+    }
+    unmeasured = set()
+    for name, text in modules().items():
+        used = {ast.unparse(node) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)}
+        if any(one.startswith("re.") for one in used) and name not in measured:
+            unmeasured.add(name)
+    assert not unmeasured - EXEMPT  # give them readers in tests/readers.py
+
+
+def test_time_grows_with_the_length() -> None:
+    found = []
+    for place, name in enumerate(readers()):
+        chosen = random.Random(place).sample(SEEDS, FEW)
+        found += faults(name, chosen, SHORT)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(readers()))
+def test_time_grows_with_the_length_of_all_seeds(name: str) -> None:
+    found = faults(name, SEEDS, LONG)
+    assert not found, "\n".join(found)
