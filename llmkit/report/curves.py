@@ -127,9 +127,9 @@ def read_series(path: Path, stage: str, note: Callable[[str], object], limit: in
     if cut:
         note(f"{path}: the last line is cut and was left out")
     if len(bad) > cut:
-        note(f"{path}: {len(bad) - cut} lines were left out, the first {path.name}:{bad[0][0]}: {bad[0][1]}")
+        note(f"{path}: lines left out: {len(bad) - cut}, the first {path.name}:{bad[0][0]}: {bad[0][1]}")
     if without_step:
-        note(f"{path}: {without_step} rows without a step were left out")
+        note(f"{path}: rows without a step, left out: {without_step}")
     return Metrics(series, samples, rows)
 
 

@@ -10,13 +10,16 @@ from typing import Any
 
 from llmkit.report.curves import MOST_LINES
 from llmkit.report.thinning import thinned
+from llmkit.report.wording import figure_text
 
-WIDTH, HEIGHT = 360, 210  # of a frame, in pixels where it is drawn at its own size
-LEFT, RIGHT, TOP, BOTTOM = 44, 10, 10, 24
+WIDTH, HEIGHT = 360, 232  # of a frame, in pixels where it is drawn at its own size
+LEFT, RIGHT, TOP, BOTTOM = 44, 10, 20, 36
 MOST_BANDS = 90  # stripes to be pointed at: 3 pixels each
 CLIPPED = ("loss", "val_loss")  # whose first steps would flatten the rest
 QUANTILE = 0.95
 STYLES = {"training": "training", "held out": "held-out", "gold": "gold"}
+SMOOTHED_FROM = 40  # points; a line of fewer is drawn as it is
+SMOOTHED_OVER = 15  # of a line's points one in so many is the width of the average
 COLOURS = 6  # of the style sheet, in turn
 
 
@@ -29,10 +32,19 @@ def draw(chart: Mapping[str, Any]) -> dict[str, Any]:
     low, high = _range([value for _, value in points], clip=lines[0]["metric"] in CLIPPED)
     x_of = _scale(first, last, LEFT, WIDTH - RIGHT)
     y_of = _scale(low, high, HEIGHT - BOTTOM, TOP)
+    form = "share" if chart["unit"].startswith("share") else ""
     runs = chart["runs"]  # of all charts of the stage, so that a run has one colour in them
     drawn = []
     for number, line in enumerate(lines):
-        places = [(x_of(step), y_of(min(value, high))) for step, value in line["points"]]
+        values = [value for _, value in line["points"]]
+        smooth = line["label"] == "training" and len(values) >= SMOOTHED_FROM
+
+        def place(values: Sequence[float], line: Mapping[str, Any] = line) -> list[tuple[float, float]]:
+            return [
+                (x_of(step), y_of(min(value, high))) for (step, _), value in zip(line["points"], values, strict=True)
+            ]
+
+        places = place(values)
         own_style = line["label"] in STYLES
         colour = runs.index(line["run"]) if own_style else number
         few = len(places) <= 30 and line["label"] in ("held out", "gold")
@@ -40,7 +52,8 @@ def draw(chart: Mapping[str, Any]) -> dict[str, Any]:
             {
                 "name": f"{line['name']}, {line['label']}" if len(runs) > 1 else line["label"],
                 "classes": f"s{colour % COLOURS} {STYLES.get(line['label'], 'training')}",
-                "path": "M" + "L".join(f"{x:g} {y:g}" for x, y in places) if len(places) > 1 else "",
+                "path": _path(place(smoothed(values, len(values) / SMOOTHED_OVER)) if smooth else places),
+                "raw": _path(places) if smooth else "",
                 "dots": places if few or len(places) == 1 else [],
             }
         )
@@ -48,12 +61,35 @@ def draw(chart: Mapping[str, Any]) -> dict[str, Any]:
         "width": WIDTH,
         "height": HEIGHT,
         "lines": drawn,
+        "own_legend": any(
+            line["label"] not in STYLES for line in lines
+        ),  # colours that the stage's legend does not tell
         "above": sum(value > high for _, value in points),
-        "bands": _bands(lines, [line["name"] for line in drawn], x_of),
+        "bands": _bands(lines, [line["name"] for line in drawn], x_of, form),
         "x_ticks": [(x_of(tick), text) for tick, text in ticks(first, last, 4, whole=True)],
-        "y_ticks": [(y_of(tick), text) for tick, text in ticks(low, high, 5)],
+        "y_ticks": [(y_of(tick), text) for tick, text in ticks(low, high, 5, share=form == "share")],
         "frame": {"left": LEFT, "right": WIDTH - RIGHT, "top": TOP, "bottom": HEIGHT - BOTTOM},
     }
+
+
+def _path(places: Sequence[tuple[float, float]]) -> str:
+    return "M" + "L".join(f"{x:g} {y:g}" for x, y in places) if len(places) > 1 else ""
+
+
+def smoothed(values: Sequence[float], width: float) -> list[float]:
+    """The exponential moving average over about `width` values, without a pull to zero at the beginning (Kingma and Ba
+    2015, section 3: bias correction).
+
+    >>> smoothed([1.0, 3.0], 2)
+    [1.0, 2.5]
+    """
+    keep = 1 - 2 / (width + 1)
+    total = weight = 0.0
+    result = []
+    for value in values:
+        total, weight = keep * total + (1 - keep) * value, keep * weight + 1 - keep
+        result.append(total / weight)
+    return result
 
 
 def _range(values: list[float], clip: bool) -> tuple[float, float]:
@@ -73,8 +109,9 @@ def _scale(low: float, high: float, start: float, end: float) -> Callable[[float
     return lambda value: round(start + (value - low) / span * (end - start), 1)
 
 
-def ticks(low: float, high: float, most: int, whole: bool = False) -> list[tuple[float, str]]:
-    """Round numbers from `low` to `high`, at most `most` or one more, with their text; with `whole`, no fractions.
+def ticks(low: float, high: float, most: int, whole: bool = False, share: bool = False) -> list[tuple[float, str]]:
+    """Round numbers from `low` to `high`, at most `most` or one more, with their text; with `whole`, no fractions, with
+    `share`, in percent.
 
     >>> ticks(0, 97, 4)
     [(0, '0'), (50, '50')]
@@ -89,7 +126,10 @@ def ticks(low: float, high: float, most: int, whole: bool = False) -> list[tuple
     step = max(step, 1) if whole else step
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     places = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
-    return [(round(place * step, 12), short(round(place * step, 12), decimals)) for place in places]
+    values = [round(place * step, 12) for place in places]
+    if share:
+        return [(value, f"{100 * value:.{max(0, decimals - 2)}f}%") for value in values]
+    return [(value, short(value, decimals)) for value in values]
 
 
 def short(value: float, decimals: int) -> str:
@@ -101,7 +141,7 @@ def short(value: float, decimals: int) -> str:
 
 
 def _bands(
-    lines: Sequence[Mapping[str, Any]], names: Sequence[str], x_of: Callable[[float], float]
+    lines: Sequence[Mapping[str, Any]], names: Sequence[str], x_of: Callable[[float], float], form: str
 ) -> list[dict[str, Any]]:
     """Stripes over the frame, each with the values of all lines at the step in its middle, or nearest to it."""
     steps = sorted({step for line in lines for step, _ in line["points"]})
@@ -114,7 +154,7 @@ def _bands(
         for line, name in zip(lines, names, strict=True):
             at, value = _nearest(line["points"], step)
             beside = "" if at == step else f" at step {at:,}"
-            found.append(f"{name} {value:.6g}{beside}")
+            found.append(f"{name} {figure_text(value, form) if form else f'{value:.6g}'}{beside}")
         left, right = edges[number], edges[number + 1]
         bands.append({"x": round(left, 1), "width": max(0.5, round(right - left, 1)), "text": "\n".join(found)})
     return bands

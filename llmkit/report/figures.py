@@ -2,6 +2,8 @@
 
 figures = report_figures(gather(["tok/", "base/", "probe.jsonl"]))
 
+summary      of each stage the figure that tells how well it went
+scores       effects.json, the scores of a whole pipeline
 runs         nodes of the graph, parents first: name, stage, state, path, command, parents, key figures, ...
 funnels      of crawl-filter: records by step and reason
 tokenizers   report.json of train-bpe
@@ -27,6 +29,7 @@ from llmkit.report.gathering import Gathered
 from llmkit.report.kinds import KINDS
 from llmkit.report.probes import NAMES, changes, read_probe
 from llmkit.report.reading import as_object, as_text, is_number, numbers, objects, read_or_note
+from llmkit.report.summary import STAGES, summarise
 from llmkit.report.thinning import thinned
 
 # what a manifest's results tell of a stage at a glance; of others, their first numbers
@@ -40,7 +43,6 @@ KEY_FIGURES = {
     "rl": ("steps", "attempts", "success", "val_success", "reward", "val_reward", "val_gold", "kept_step", "seconds"),
 }
 MOST_KEY_FIGURES = 7
-STAGES = ("crawl-filter", "train-bpe", "pretrain", "sft", "probe-knowledge", "train-reward", "rl", "sample")
 
 
 def report_figures(found: Gathered, *, samples: int = 40, limit: int | None = None) -> dict[str, Any]:
@@ -60,6 +62,8 @@ def report_figures(found: Gathered, *, samples: int = 40, limit: int | None = No
     probes = [(file, read) for file, read in probes if read]
     figures: dict[str, Any] = {
         "llmkit": __version__,
+        "summary": [],
+        "scores": [{"path": path, "effects": rows} for path, rows in found.scores.items()],
         "runs": [_run(node) for node in nodes],
         "funnels": list(_funnels(nodes)),
         "tokenizers": list(_tokenizers(nodes, found.tokenizers, notes)),
@@ -77,6 +81,7 @@ def report_figures(found: Gathered, *, samples: int = 40, limit: int | None = No
         probe = next((one for one in figures["probes"] if one["path"] == run["path"]), None)
         if probe and not run["key_figures"]:
             run["key_figures"] = {name: probe[name] for name in ("questions", *NAMES.values())}
+    figures["summary"] = summarise(figures)
     kinds = list(KINDS)
     for file in sorted(found.files, key=lambda file: kinds.index(file.kind)):
         read = read_or_note(notes, lambda file=file: read_excerpts(file, samples, notes.append, limit))

@@ -16,7 +16,7 @@ from llmkit.foreign import read_object
 from llmkit.manifest import LARGEST_MANIFEST, MANIFEST, OF_FILE, read_manifest
 from llmkit.metrics import METRICS
 from llmkit.report.kinds import kind_of_record
-from llmkit.report.reading import parsed, raw_lines, read_or_note
+from llmkit.report.reading import is_number, objects, parsed, raw_lines, read_or_note
 from llmkit.rundir import NOTES
 
 LOOKED_AT = 100  # lines, for one that tells what a file holds
@@ -53,19 +53,20 @@ class RecordsFile:
 
 @dataclass
 class Gathered:
-    """What was found: `evaluations` and `tokenizers` are reports given as files, by path; `notes` tell of what was
-    left out."""
+    """What was found: `evaluations`, `tokenizers` and `scores` are reports given as files, by path; `notes` tell what
+    was left out."""
 
     runs: list[Run] = field(default_factory=list)
     files: list[RecordsFile] = field(default_factory=list)
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
     tokenizers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    scores: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing was found."""
-        return not (self.runs or self.files or self.evaluations or self.tokenizers)
+        return not (self.runs or self.files or self.evaluations or self.tokenizers or self.scores)
 
 
 def gather(paths: Sequence[str]) -> Gathered:
@@ -188,10 +189,18 @@ def _gather_json(found: Gathered, place: Path, path: str, listed: bool) -> None:
         found.evaluations[path] = evaluation
     elif "bytes_per_token" in value and "sample" in value:
         found.tokenizers[path] = value
+    elif scores := [one for one in objects(value.get("effects")) if _is_score(one)]:
+        found.scores[path] = scores
     elif not listed:
         raise UserError(
-            f"{path}: expected a manifest, evaluation.json or report.json of llmkit, found {sorted(value)[:8]}"
+            f"{path}: expected a manifest, evaluation.json, report.json or effects.json, found {sorted(value)[:8]}"
         )
+
+
+def _is_score(one: dict[str, Any]) -> bool:
+    """Whether this is a row of effects.json: a figure of a stage, its value, and what it is held against."""
+    named = all(isinstance(one.get(name), str) for name in ("stage", "figure", "against"))
+    return named and all(one.get(name) is None or is_number(one[name]) for name in ("value", "beside"))
 
 
 def _gather_records(found: Gathered, path: str, run: str | None, listed: bool) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,23 +17,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from llmkit.errors import UserError
 from llmkit.progress import quantity
 from llmkit.report.ancestry import rails
-from llmkit.report.drawing import draw
+from llmkit.report.drawing import COLOURS, STYLES, draw
 from llmkit.report.figures import given_runs, shorten
+from llmkit.report.wording import FORMS, figure_text, percent, words
 
 TEMPLATES = Path(__file__).with_name("templates")
 MOST_BYTES = 1_000_000
-WORDS = {  # what people call a figure, where its key does not say it
-    "val_loss": "held-out loss",
-    "val_bits_per_byte": "bits per byte",
-    "val_accuracy": "accuracy",
-    "val_success": "held-out success",
-    "val_reward": "held-out reward",
-    "val_gold": "gold reward",
-    "vocab_size": "vocabulary",
-    "bytes_per_token": "bytes per token",
-    "kept_step": "step kept",
-    "val_comparisons": "held-out comparisons",
-}
 # characters that no page may hold, or that turn the direction of what follows
 CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
@@ -62,12 +53,14 @@ def _render(figures: Mapping[str, Any], title: str) -> bytes:
         finalize=lambda value: clean(value) if type(value) is str else value,
     )
     environment.filters.update(figure=figure_text, words=words, percent=percent, quantity=quantity, json=json.dumps)
-    environment.globals["draw"] = draw
+    environment.globals.update(draw=draw, forms=FORMS, styles=STYLES, colours=COLOURS)
+    figures, folder = relative_to_folder(figures)
     style, script = ((TEMPLATES / name).read_text("utf-8") for name in ("page.css", "page.js"))
     text = environment.get_template("page.html").render(
         figures=figures,
         given=given_runs(figures),
         title=title,
+        folder=folder,
         style=style,
         script=script,
         policy=_policy(style, script),
@@ -75,6 +68,29 @@ def _render(figures: Mapping[str, Any], title: str) -> bytes:
         path_of={run["name"]: run["path"] for run in figures["runs"]},
     )
     return text.encode("utf-8", "replace")
+
+
+def relative_to_folder(figures: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """The figures with the folder that holds most runs and files taken off their paths, commands and notes, and that
+    folder; "" where no folder holds two of them. The text of records stays as it is."""
+    paths = [one["path"] for kind in ("runs", "samples", "probes") for one in figures[kind]]
+    folders = Counter(os.path.dirname(path.rstrip("/")) for path in paths)
+    folder, held = max(folders.items(), key=lambda one: (one[1], -len(one[0])), default=("", 0))
+    if held < 2 or folder in ("", "/", "."):
+        return dict(figures), ""
+    prefix = re.compile(rf"(?<![\w./-]){re.escape(folder)}/(?=[^\s/])")
+
+    def shortened(value: Any) -> Any:
+        if isinstance(value, str):
+            return prefix.sub("", value)
+        if isinstance(value, Mapping):
+            return {
+                prefix.sub("", key): one if key in ("text", "token") else shortened(one) for key, one in value.items()
+            }
+        return [shortened(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+    records = [{**file, "path": shortened(file["path"])} for file in figures["samples"]]
+    return {**shortened({**figures, "samples": []}), "samples": records}, folder
 
 
 def _policy(style: str, script: str) -> str:
@@ -95,28 +111,3 @@ def clean(text: str) -> str:
     'a\\\\x00b'
     """
     return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
-
-
-def figure_text(value: Any) -> str:
-    """A number to be read: thousands apart, four decimals at most.
-
-    >>> figure_text(1234567), figure_text(0.52630), figure_text(2.0), figure_text(0.000012)
-    ('1,234,567', '0.5263', '2', '1.2e-05')
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
-    if value == int(value) and abs(value) < 1e15:
-        return f"{int(value):,}"
-    if abs(value) < 0.001 or abs(value) >= 1e15:
-        return f"{value:.3g}"
-    return f"{value:,.4f}".rstrip("0").rstrip(".") if abs(value) < 1000 else f"{value:,.1f}"
-
-
-def words(key: str) -> str:
-    """A key of results as people say it."""
-    return WORDS.get(key, key.replace("_", " "))
-
-
-def percent(part: float, whole: float) -> str:
-    """A share, such as 12.5%; nothing of nothing."""
-    return f"{part / whole:.1%}" if whole else ""

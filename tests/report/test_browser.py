@@ -103,4 +103,25 @@ def test_a_point_of_a_curve_tells_its_value(browser, page_file):
     band.hover(force=True)
     assert page.evaluate("node => getComputedStyle(node).opacity", band.element_handle()) == "0.08"
     assert "step 5\ntraining 5.6875" in band.locator("title").text_content()
+    assert page.locator("#training-1 .readout").first.inner_text().startswith("step 5 · training 5.6875")
+    page.close()
+
+
+def test_a_finger_reads_a_curve_too(browser, page_file):
+    context = browser.new_context(viewport={"width": 360, "height": 800}, has_touch=True)
+    page = context.new_page()
+    page.goto(page_file.as_uri())
+    page.locator("#training-1 .band").nth(4).tap(force=True)
+    assert page.locator("#training-1 .readout").first.inner_text().startswith("step 5 · training 5.6875")
+    context.close()
+
+
+def test_the_graph_fits_on_a_screen_and_a_run_opens(browser, page_file):
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto(page_file.as_uri())
+    assert page.locator(".graph").bounding_box()["height"] < 900
+    command = page.locator("#pipeline .command").first
+    assert not command.is_visible()
+    page.locator("#pipeline summary").first.click()
+    assert command.is_visible()
     page.close()

@@ -15,7 +15,7 @@ from selectolax.lexbor import LexborHTMLParser
 
 from llmkit.errors import UserError
 from llmkit.manifest import describe_inputs
-from llmkit.report.page import figure_text
+from llmkit.report.wording import figure_text
 from llmkit.stages.report import ReportConfig, run
 
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>"
@@ -43,7 +43,7 @@ def numbers(page: LexborHTMLParser, section: str) -> list[float]:
     found = []
     for node in page.css(f"#{section} data"):
         value = json.loads(node.attributes["value"])
-        assert node.text() == figure_text(value)
+        assert node.text() in {figure_text(value, form) for form in ("", "share", "seconds")}
         found.append(value)
     return found
 
@@ -131,15 +131,73 @@ def test_several_runs_of_a_stage_share_a_chart(pipeline, tmp_path):
     assert len(page.css("#training-1 .chart")) == 2  # loss, and bits per byte, which one of them has
     names = [node.text(strip=True) for node in page.css("#training-1 .chart")[0].css("tbody th")]
     # runs of the same second may stand in either order
-    assert set(names) == {f"{pipeline[2]}, training", f"{pipeline[2]}, held out", f"{other}, training"}
+    # the folder of the first and its ancestors is taken off
+    assert set(names) == {"base, training", "base, held out", f"{other}, training"}
     rows = [{"step": 1, "val_bits_per_byte": 2.0}]
     third = make_run(tmp_path / "third", "pretrain", results={}, rows=rows)
     figures = figures_of([pipeline[2], other, third], tmp_path / "r.json")
-    numbered = {run["path"]: number for number, run in enumerate(figures["trainings"][0]["runs"])}
+    folder = f"{pipeline[2].parent}/"
+    numbered = {run["path"].removeprefix(folder): number for number, run in enumerate(figures["trainings"][0]["runs"])}
     page = page_of([pipeline[2], other, third], tmp_path / "r.html")
     for line in page.css("#training-1 .chart tbody tr"):  # a run has one colour in all charts
         path = line.css_first("th").text(strip=True).split(",")[0]
         assert f"s{numbered[path]}" in line.css_first("line").attributes["class"].split()
+
+
+def test_the_page_opens_with_the_figures_that_matter(pipeline, tmp_path):
+    effects = [
+        {"stage": "sft", "figure": "says who it is", "value": 0.97, "against": "", "beside": None},
+        {"stage": "rl", "figure": "right, digits sorted", "value": 0.9, "against": "before", "beside": 0.2625},
+    ]
+    scores = tmp_path / "effects.json"
+    scores.write_text(json.dumps({"effects": effects}))
+    given = [*pipeline, scores]
+    page, figures = page_of(given, tmp_path / "r.html"), figures_of(given, tmp_path / "r.json")
+    told = {(one["stage"], one["figure"]): one for one in figures["summary"]}
+    assert told["crawl-filter", "documents kept"]["value"] == 848
+    assert told["train-bpe", "bytes per token"]["value"] == 2.1438
+    assert told["pretrain", "bits per byte, held out"]["value"] == 1.5026
+    assert told["train-reward", "judge's accuracy"]["interval"] == [0.7125, 0.9125]
+    right, gold = told["rl", "right answers, held out"], told["rl", "gold reward, held out"]
+    assert (right["before"], right["value"], gold["before"], gold["value"]) == (0.3, 0.875, 0.6, 0.125)
+    assert told["probe-knowledge", "questions known"]["value"] == pytest.approx(1 / 3)
+    assert page.css_first("main > section").attributes["id"] == "summary"
+    shown = text_of(page, "#summary")
+    assert all(text in shown for text in ("87.5%", "before: 30%", "1.5026", "says who it is", "0.97", "0.2625"))
+    assert figures["scores"] == [{"path": str(scores), "effects": effects}]
+
+
+def test_a_folder_common_to_all_is_named_once(pipeline, tmp_path):
+    text = page_of(pipeline, tmp_path / "r.html").html
+    assert text.count(str(pipeline[0].parent)) == 1
+    assert all(f'<span class="path">{name}</span>' in text for name in ("docs.jsonl", "base", "policy"))
+    shown = page_of([pipeline[-1]], tmp_path / "one.html").css_first(".graph").text()
+    assert str(pipeline[0].parent) not in shown and "policy" in shown  # its ancestors were beside it
+    records = [{"prompt": f"What is in {tmp_path}/x?", "completion": "cat a/b", "finish_reason": "stop"}]
+    files = [write_lines(tmp_path / name, records) for name in ("one.jsonl", "two.jsonl")]
+    assert f"What is in {tmp_path}/x?" in text_of(page_of(files, tmp_path / "r.html"), "#records")
+
+
+def test_a_single_point_has_figures_and_no_frame(pipeline, tmp_path):
+    page = page_of([pipeline[3]], tmp_path / "r.html")
+    assert page.css("#training-1 .plot") == [] and numbers(page, "training-1")[-4:] == [0.4] * 4
+    assert "open" in page.css_first("#training-1 .chart details").attributes
+
+
+def test_a_noisy_loss_is_smoothed_and_its_values_are_kept(pipeline, tmp_path):
+    chart = page_of([pipeline[2]], tmp_path / "r.html").css_first("#training-1 .chart")
+    raw, bold = (node.attributes["d"] for node in chart.css("path.training"))
+    assert "raw" in chart.css("path.training")[0].attributes["class"] and raw != bold
+    assert raw.count("L") == bold.count("L") == 59
+    assert [node.text() for node in chart.css("text.axis")] == ["nats a token", "step"]
+    assert "moving average" in text_of(chart, ".small")
+
+
+def test_one_record_of_each_file_comes_first(pipeline, tmp_path):
+    page = page_of(pipeline, tmp_path / "r.html")
+    files = [row.attributes["data-file"] for row in page.css("#records tbody tr")]
+    several = len(set(files))
+    assert several > 2 and files[:several] == [str(number + 1) for number in range(several)]
 
 
 # ---- the graph
@@ -413,12 +471,12 @@ def test_what_is_broken_is_counted(tmp_path):
     page, figures = page_of([folder, said], tmp_path / "r.html"), figures_of([folder, said], tmp_path / "r.json")
     line = figures["trainings"][0]["charts"][0]["lines"][0]
     assert line["points"] == [[1, 2.0], [3, 1.5]] and line["not_finite"] == 1
-    assert "1 values were not finite" in text_of(page, ".chart .small")
+    assert "1 value was not finite" in text_of(page, ".chart .small")
     notes = "\n".join(figures["notes"])
-    assert "metrics.jsonl: the last line is cut" in notes and "2 lines were left out" in notes
-    assert "1 rows without a step" in notes and "report.json: not JSON" in notes
+    assert "metrics.jsonl: the last line is cut" in notes and "lines left out: 2" in notes
+    assert "rows without a step, left out: 1" in notes and "report.json: not JSON" in notes
     assert "said.jsonl: 1 of 2 lines looked at are no JSON object" in notes
-    assert all(note in text_of(page, "#notes") for note in figures["notes"])
+    assert all(note.replace(f"{tmp_path}/", "") in text_of(page, "#notes") for note in figures["notes"])
 
 
 @pytest.mark.parametrize(
@@ -473,7 +531,7 @@ def test_a_folder_of_runs_stands_for_them(pipeline, tmp_path):
         ("list", {"manifest.json": "[]"}, "expected a JSON object, found a list"),
         ("notes.txt", "hello", "expected a file that a stage has written, found no JSON object a line"),
         ("data.jsonl", '{"a": 1}\n', "expected a file that a stage has written, found a record with ['a']"),
-        ("some.json", '{"a": 1}', "expected a manifest, evaluation.json or report.json"),
+        ("some.json", '{"a": 1}', "expected a manifest, evaluation.json, report.json or effects.json"),
     ],
 )
 def test_what_is_no_run_is_told_in_one_line(pipeline, tmp_path, name, content, message):

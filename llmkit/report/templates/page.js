@@ -1,4 +1,19 @@
 "use strict";
+// The values at a step of a curve, by pointer or by touch; without script a tooltip has them.
+for (const plot of document.querySelectorAll(".plot")) {
+  const readout = plot.nextElementSibling;
+  readout.hidden = false;
+  const read = (event) => {
+    const band = document.elementFromPoint(event.clientX, event.clientY)?.closest(".band");
+    if (!band || !plot.contains(band)) return;
+    plot.querySelector(".band.read")?.classList.remove("read");
+    band.classList.add("read");
+    readout.textContent = band.textContent.replaceAll("\n", " · ");
+  };
+  plot.addEventListener("pointerdown", read);
+  plot.addEventListener("pointermove", read);
+}
+
 // Search, choice of file and sorting for the table of samples, which is whole without them.
 (() => {
   const form = document.getElementById("browse");
