@@ -21,7 +21,7 @@ import numpy as np
 from llmkit.conversations import Message
 from llmkit.data.batches import shuffled
 from llmkit.data.mixture import best_fit
-from llmkit.data.sources import encode_good
+from llmkit.data.sources import OUTSIDE, encode_good
 from llmkit.errors import UserError, naming
 from llmkit.preferences import Comparison
 from llmkit.stream import BadRecords
@@ -181,6 +181,7 @@ def read_comparisons(
     context: int,
     on_long: str,
     bad: BadRecords,
+    unknown: int | None = None,
     progress: Callable[[int], object] = lambda count: None,
 ) -> tuple[Comparisons, str]:
     """The comparisons of one source, and a digest of what they are made of.
@@ -196,6 +197,8 @@ def read_comparisons(
         usable = [one for one in chunk if not isinstance(one, str)]
         encoded = encode_good(usable, lambda some: encode_comparisons(some, encode), name, bad)
         for comparison, candidates in encoded:
+            if unknown is not None and any((ids == unknown).any() for ids in (candidates.prompt, *candidates.answers)):
+                bad.note(name, (OUTSIDE,))
             kept = fitted(candidates, context, on_long, comparison.where, source.counts)
             if kept is None:
                 continue

@@ -17,6 +17,7 @@ from llmkit.errors import UserError
 from llmkit.stream import BadRecords
 
 T, E = TypeVar("T"), TypeVar("E")
+OUTSIDE = "characters outside the vocabulary"  # of the tokenizer, which become <unk>
 READ_AT_ONCE = 2048  # conversations: enough for the tokenizer's threads, little memory
 
 
@@ -67,13 +68,14 @@ def read_examples(
     on_long: str,
     *,
     bad: BadRecords,
+    unknown: int | None = None,
     system: str | None = None,
     progress: Callable[[int], object] = lambda count: None,
 ) -> tuple[Examples, str]:
     """The examples of one source, and a digest of what they are made of.
 
     `system` is put in front of conversations that have no system message of their own. Rejected ones are left out, and
-    what `encode` refuses is a bad record.
+    what `encode` refuses is a bad record; the token `unknown` is no target.
     """
     digest, counts = sha256(), Counter()
 
@@ -83,6 +85,9 @@ def read_examples(
             if rejected := len(chunk) - len(chosen):
                 counts.update({"read": rejected, "rejected by its label": rejected})
             for conversation, one in encode_good(chosen, encode, name, bad):
+                if unknown is not None and (outside := one.token_ids == unknown).any():
+                    bad.note(name, (OUTSIDE,))
+                    one.trained[outside] = False  # nothing is gained by learning to say <unk>
                 digest.update(one.token_ids.tobytes())
                 digest.update(one.trained.tobytes())
                 yield conversation.where, one

@@ -21,10 +21,11 @@ from typing import Protocol
 import numpy as np
 
 from llmkit.data.shards import FORMAT, ShardInfo, ShardWriter, TokenShards, is_shard_folder
+from llmkit.data.sources import OUTSIDE
 from llmkit.errors import UserError
 from llmkit.files import atomic_file, atomic_folder, write_json
 from llmkit.progress import Progress
-from llmkit.stream import BadRecords, names_of, read_documents
+from llmkit.stream import BadRecords, name_of, names_of, read_documents
 
 GROUP_CHARACTERS = 4 << 20  # documents encoded together: enough for all cores, little to hold
 HASHES = "inputs.json"
@@ -36,6 +37,7 @@ class Encoder(Protocol):
 
     sha256: str
     vocab_size: int
+    unk_id: int | None
 
     @property
     def backend(self) -> str: ...
@@ -116,6 +118,7 @@ def _write_shards(
     paths: Sequence[str], encoder: Encoder, writer: ShardWriter, limit: int | None, bad: BadRecords, quiet: bool
 ) -> None:
     """Read, encode and write: groups of documents are encoded in a thread while the next group is read."""
+    outside = 0
     waiting: list[Future[tuple[np.ndarray, np.ndarray, np.ndarray]]] = []
     with Progress("tokenize", unit="MB", quiet=quiet) as progress, ThreadPoolExecutor(1) as pool:
         for texts in chain(_groups(paths, limit, bad), [None]):
@@ -123,8 +126,16 @@ def _write_shards(
                 waiting.append(pool.submit(_encode, encoder, texts))
             while waiting and (len(waiting) > 2 or texts is None):
                 ids, lengths, text_bytes = waiting.pop(0).result()
+                if encoder.unk_id is not None:
+                    outside += len(
+                        np.unique(np.searchsorted(np.cumsum(lengths), np.flatnonzero(ids == encoder.unk_id), "right"))
+                    )
                 writer.add(ids, lengths, text_bytes)
                 progress.advance(float(text_bytes.sum()) / 1e6, tokens=writer.tokens, backend=encoder.backend)
+    if outside:
+        name = name_of(paths[-1])
+        bad.note(name, [OUTSIDE] * outside)
+        bad.judge(name)
     if not writer.documents:
         raise UserError(f"{names_of(paths)}: no document with text; expected JSONL with 'text', or plain text")
     writer.finish()

@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from llmkit.display import check_stdout, printable
+from llmkit.tokenizer.chat import CHAT_SPECIALS
 
 if TYPE_CHECKING:
     from llmkit.data.mixture import Packable
@@ -35,19 +36,23 @@ def show_examples(sources: Sequence[Packable], tokenizer: Tokenizer, count: int)
         ids, trained = source[index]
         heading = f"==> {source.name}, example {index + 1}: {len(ids)} tokens, {int(trained.sum())} trained on <=="
         text = Text()
-        pieces = zip(_roles(ids.tolist(), tokenizer), trained.tolist(), ids.tolist(), strict=True)
+        pieces = zip(_roles(ids.tolist(), trained.tolist(), tokenizer), trained.tolist(), ids.tolist(), strict=True)
+        stream = tokenizer.stream()  # a character of several tokens is shown with the last of them
         for (role, learnt), group in groupby(pieces, key=lambda piece: (piece[0], piece[1])):
-            words = [shown(tokenizer.decode([token])) for _, _, token in group]
+            words = [shown(word) for _, _, token in group if (word := stream.push([token]))]
             if console.is_terminal:
                 text.append("\u2009".join(words), f"{COLOURS[role]}{' bold underline' if learnt else ''}")
             else:
                 text.append(f"\u00ab{''.join(words)}\u00bb" if learnt else "".join(words))
+        text.append(shown(stream.finish()))
         console.print(shown(heading), style="bold" if console.is_terminal else None)
         console.print(text, "")
 
 
-def _roles(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
-    """Who says each token."""
+def _roles(ids: Sequence[int], trained: Sequence[bool], tokenizer: Tokenizer) -> list[str]:
+    """Who says each token; where a template from elsewhere does not tell, the assistant says what is trained on."""
+    if not tokenizer.specials.keys() >= set(CHAT_SPECIALS):
+        return ["assistant" if learnt else "" for learnt in trained]
     start, separator, end = (tokenizer.specials[name] for name in ("<|im_start|>", "<|im_sep|>", "<|im_end|>"))
     result = tokenizer.specials["<|result_start|>"], tokenizer.specials["<|result_end|>"]
     roles, role, inside = [], "", False

@@ -22,6 +22,7 @@ from llmkit.engine.run_state import RunState
 from llmkit.engine.sampling import request_number
 from llmkit.engine.served_sampling import ServedSampler
 from llmkit.engine.writing import WRITER_PROMPT
+from llmkit.errors import naming
 from llmkit.progress import Progress, say
 from llmkit.questions import Question
 from llmkit.tokenizer.chat import ChatFormat
@@ -92,7 +93,8 @@ class Probe:
             asked = [message("user", question.question)]
             ids: Sequence[Any] = as_record(asked)
             if self._chat is not None:
-                ids = self._chat.encode(asked, prompt=True).token_ids.tolist()
+                with naming(question.where):
+                    ids = self._chat.encode(asked, prompt=True).token_ids.tolist()
             if self._context is not None and len(ids) >= self._context:
                 continue
             waiting[index] = question

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llmkit.progress import say
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -24,3 +26,12 @@ class Schedule:
         if self.decay_fraction <= 0 or left >= self.decay_fraction:
             return warmup
         return warmup * (self.final_factor + (1 - self.final_factor) * left / self.decay_fraction)
+
+
+def tell_long_warmup(warmup_steps: int, total_steps: int | None, quiet: bool) -> None:
+    """Say so where a run ends before its warm-up does."""
+    if total_steps is not None and warmup_steps >= total_steps > 1:
+        say(
+            f"--warmup-steps {warmup_steps}: the run has {total_steps} steps, and never reaches the full learning rate",
+            quiet,
+        )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 
 from llmkit.conversations import message
+from llmkit.data.sources import OUTSIDE
 from llmkit.engine.finetuning import Finetuning
 from llmkit.engine.generation import prompt_ids
 from llmkit.errors import UserError, naming
@@ -28,11 +29,7 @@ class EncodedProblem:
 
     problem: Problem
     prompt_ids: Sequence[int]
-
-    @property
-    def losses(self) -> tuple[str, ...]:
-        """What of the problem's record is not asked."""
-        return self.problem.losses
+    losses: tuple[str, ...] = ()  # what of the problem's record is not asked
 
 
 def load_problems(
@@ -60,7 +57,9 @@ def load_problems(
         problem = read_problem(row)
         for weighted in rewards:
             weighted.reward.check(problem)
-        return _encode(problem, tuning, system)
+        encoded = _encode(problem, tuning, system)
+        outside = (OUTSIDE,) if tuning.tokenizer.unk_id in encoded.prompt_ids else ()
+        return replace(encoded, losses=problem.losses + outside)
 
     read = list(read_jsonl(paths, limit, encoded_problem, bad))
     if max_tokens is None:

@@ -171,7 +171,7 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     from llmkit.engine.devices import choose_device, choose_dtype
     from llmkit.engine.distributed import join
     from llmkit.engine.scaling import training_bytes
-    from llmkit.engine.schedule import Schedule
+    from llmkit.engine.schedule import Schedule, tell_long_warmup
     from llmkit.engine.tool_calls import open_tools
     from llmkit.rewards.reward_models import ModelReward
     from llmkit.rl.actor import Actor, RolloutSettings
@@ -211,6 +211,7 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     if config.lora_rank is not None:
         tuning.add_adapter(config.lora_rank, config.lora_alpha, config.lora_targets.split(","), config.seed)
     _say_plan(config, horizon, rewards, len(problems), tuning.trained_parameters)
+    tell_long_warmup(horizon.warmup_steps, horizon.steps, config.quiet)
     tools = open_tools(config, tuning.tokenizer, stack)
     made_by = {"tools": tools, "served": None if config.dry_run else served}
     actor = Actor(tuning.model, tuning.tokenizer, rewards, slots=config.slots, name=str(config.model), **made_by)

@@ -138,7 +138,7 @@ def run(config: SftConfig) -> Summary | None:
     from llmkit.engine.evaluation import masked_loss, next_token_loss
     from llmkit.engine.finetuning import Finetuning, answer
     from llmkit.engine.inspecting import show_examples
-    from llmkit.engine.schedule import Schedule
+    from llmkit.engine.schedule import Schedule, tell_long_warmup
     from llmkit.engine.sharding import whole_model
 
     # load
@@ -160,6 +160,8 @@ def run(config: SftConfig) -> Summary | None:
     if config.lora_rank is not None:
         tuning.add_adapter(config.lora_rank, config.lora_alpha, config.lora_targets.split(","), config.seed)
     _say_plan(config, mixture, steps, tuning.trained_parameters, tuning.new_tokens)
+    warmup_steps = (steps or STEPS_OF_A_RUN) // 20 if config.warmup_steps is None else config.warmup_steps
+    tell_long_warmup(warmup_steps, steps, config.quiet)
     if config.dry_run:
         return None
     identity = lasting_options(config) | {"the data": digests}
@@ -168,7 +170,6 @@ def run(config: SftConfig) -> Summary | None:
     folder.notes(identity)
     folder.begin(identity)
     flops_per_token = tuning.model.config.flops_per_token(row_tokens)
-    warmup_steps = (steps or STEPS_OF_A_RUN) // 20 if config.warmup_steps is None else config.warmup_steps
     trainer = setup.build_trainer(
         tuning.model,
         tuning.build_optimizer(config.learning_rate, config.weight_decay),
@@ -335,6 +336,7 @@ def _read(
             row_tokens + 1,
             config.on_long,
             bad=bad,
+            unknown=chat.unk_id,
             system=system,
             progress=progress.advance,
         )

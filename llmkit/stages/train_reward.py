@@ -143,7 +143,7 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
     from llmkit.engine.reward_evaluation import check_unequal, judge
     from llmkit.engine.reward_loss import ComparisonLoss, row_length
     from llmkit.engine.scaling import training_bytes
-    from llmkit.engine.schedule import Schedule
+    from llmkit.engine.schedule import Schedule, tell_long_warmup
     from llmkit.model.reward import RewardModel, save_reward_model
 
     # load
@@ -173,6 +173,8 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
         f"comparisons or so each; {quantity(tuning.trained_parameters)} parameters trained",
         config.quiet,
     )
+    warmup_steps = steps // 20 if config.warmup_steps is None else config.warmup_steps
+    tell_long_warmup(warmup_steps, steps, config.quiet)
     loss = ComparisonLoss(config.center, config.seed)
     micro_rows = config.micro_batch_size or max(1, MICRO_BATCH_TOKENS // row_tokens)
     flops_per_token = tuning.model.config.flops_per_token(row_tokens)
@@ -190,7 +192,7 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
     trainer = setup.build_trainer(
         model,
         tuning.build_optimizer(config.learning_rate, config.weight_decay, anchor=LEARNING_RATE),
-        Schedule(steps // 20 if config.warmup_steps is None else config.warmup_steps, config.decay_fraction),
+        Schedule(warmup_steps, config.decay_fraction),
         batches=lambda step: mixture.prefetch(step, None, workers=config.workers),
         loss=loss,
         micro_batch_rows=micro_rows,
@@ -291,6 +293,7 @@ def _read(
             context,
             config.on_long,
             bad,
+            chat.unk_id,
             progress.advance,
         )
     others = "".join(f", {key} {count}" for key, count in source.counts.items() if key != "read")

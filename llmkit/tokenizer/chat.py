@@ -71,6 +71,11 @@ class ChatFormat:
             for role, ids in zip(roles, named, strict=True)
         }
 
+    @property
+    def unk_id(self) -> int | None:
+        """What stands for characters outside the vocabulary."""
+        return self._tokenizer.unk_id
+
     def encode(self, messages: Sequence[Message], *, loss: str = "assistant", prompt: bool = False) -> Encoded:
         """The ids of some messages; with `prompt`, what comes before the assistant's answer to them.
 

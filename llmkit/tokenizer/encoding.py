@@ -53,6 +53,7 @@ class Tokenizer:
     vocab_size       one more than the largest id, specials included
     specials         text of each special token -> id
     bos_id, add_bos  the beginning-of-sequence token, and whether a prompt starts with it
+    unk_id           what stands for characters outside the vocabulary, where there is such a token
     eos_id, pad_id   what the config names as the end of a text or turn, and as padding
     end_of_text_id   the end of a document
     chat_template    Jinja text, or None
@@ -78,6 +79,8 @@ class Tokenizer:
         last = len(vocab) - 1 if isinstance(vocab, list) else max(vocab.values(), default=-1)
         self.vocab_size: int = 1 + max(last, *self._added.values(), -1)
         self.specials = {token["content"]: token["id"] for token in added if token["special"]}
+        unknown = spec["model"].get("unk_token" if isinstance(vocab, dict) else "unk_id")
+        self.unk_id: int | None = vocab.get(unknown) if isinstance(vocab, dict) else unknown
         steps = spec.get("pre_tokenizer") or {}
         kinds = {step.get("type") for step in steps.get("pretokenizers", [steps])}
         normal = (spec.get("normalizer") or {}).get("type")

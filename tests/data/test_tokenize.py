@@ -26,6 +26,7 @@ class Bytes:
 
     backend = "bytes"
     vocab_size = 257
+    unk_id = None
 
     def __init__(self, sha256: str = "0" * 64) -> None:
         self.sha256, self.calls = sha256, 0

@@ -1,4 +1,5 @@
-"""One bad record among good ones: every command skips, tells and counts it, up to `--max-bad`."""
+"""What every command says of its records: the bad ones are skipped, told and counted up to `--max-bad`; what is lost of
+the others, and what a run cannot learn from them, is told."""
 
 from __future__ import annotations
 
@@ -6,10 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import save_assistant, save_folder
+from tiny import make_model, save_assistant, save_folder, save_tokenizer
 
 from llmkit.errors import UserError
 from llmkit.manifest import read_manifest
+from llmkit.model.folder import save_model
 from llmkit.stages import pretrain, probe_knowledge, rl, sample, sft, train_bpe, train_reward
 
 SURROGATE = '{"text": "a\\ud800", "prompt": "a\\ud800"}'
@@ -61,18 +63,18 @@ def run(command: str, folders: dict[str, Path], given: Path, out: Path, **option
         return train_bpe.run(train_bpe.TrainBpeConfig(inputs=data, vocab_size=320, **options))
     if command == "pretrain":
         shape = {"depth": 1, "hidden_size": 32, "num_attention_heads": 1}
-        return pretrain.run(pretrain.PretrainConfig(inputs=data, tokenizer=base, **shape, **QUICK, **options))
+        return pretrain.run(pretrain.PretrainConfig(inputs=data, tokenizer=base, **shape, **QUICK | options))
     if command == "sft":
-        return sft.run(sft.SftConfig(model=base, data=data, **QUICK, **options))
+        return sft.run(sft.SftConfig(model=base, data=data, **QUICK | options))
     if command == "train-reward":
         more = {"val": data, "max_steps": 1}
-        return train_reward.run(train_reward.TrainRewardConfig(inputs=(base,), data=data, **more, **options))
+        return train_reward.run(train_reward.TrainRewardConfig(inputs=(base,), data=data, **more | options))
     if command == "score":
         judge = str(folders["judge"])
         return train_reward.run(train_reward.TrainRewardConfig(inputs=data, score=judge, **options))
     if command == "rl":
         few = {"group": 8, "batch_size": 2, "max_tokens": 8, "max_steps": 1, "reward": ("verifier", "length:0.1")}
-        return rl.run(rl.RlConfig(model=str(folders["babbler"]), data=data, **few, **options))
+        return rl.run(rl.RlConfig(model=str(folders["babbler"]), data=data, **few | options))
     if command == "probe-knowledge":
         few = {"samples": 1, "max_tokens": 4}
         config = probe_knowledge.ProbeKnowledgeConfig(model=chat, questions=data, **few, **options)
@@ -137,3 +139,94 @@ def test_the_cache_of_tokens_knows_what_it_left_out(folders, tmp_path, capsys):
 def test_a_bound_that_is_none_is_refused(given):
     with pytest.raises(UserError, match=r"--max-bad: expected a share such as 1% or a count such as 10"):
         sft.SftConfig(max_bad=given)
+
+
+# ---- what is told
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "<|turn|>{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|turn|>assistant: {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory) -> Path:
+    """A model with a template of its own, which knows no system message."""
+    folder = tmp_path_factory.mktemp("foreign") / "model"
+    folder.mkdir()
+    save_tokenizer(folder, "<|turn|>", "<|end|>")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"chat_template": TEMPLATE, "eos_token": "<|end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    save_model(make_model(vocab_size=259, eos_token_id=258), folder)
+    return folder
+
+
+def test_a_record_that_a_template_refuses_is_named_and_skipped(foreign, tmp_path, capsys):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    given = write(tmp_path / "d.jsonl", {"messages": turns}, {"messages": turns, "system": "Be brief."})
+    for command, config, details in (
+        (sft, sft.SftConfig, {"data": (str(given),), "model": str(foreign), **QUICK}),
+        (sample, sample.SampleConfig, {"inputs": (str(given),), "model": str(foreign), "jsonl": True, "max_tokens": 2}),
+    ):
+        if command is sample:
+            write(given, {"messages": turns[:1]}, {"messages": turns[:1], "system": "Be brief."})
+        command.run(config(out=str(tmp_path / command.__name__), **details))
+        assert (
+            f"skipped: {given}:2: {foreign}: its chat template refuses this: no system role" in capsys.readouterr().err
+        )
+    prefs = write(tmp_path / "p.jsonl", *[{"prompt": f"{n}", "chosen": "a", "rejected": "b"} for n in range(9)],
+                  {"system": "Be brief.", "prompt": "?", "chosen": "a", "rejected": "b"})  # fmt: skip
+    config = train_reward.TrainRewardConfig(
+        inputs=(str(foreign),), data=(str(prefs),), max_steps=1, out=str(tmp_path / "j")
+    )
+    train_reward.run(config)
+    assert f"skipped: {prefs}:10: {foreign}: its chat template refuses this" in capsys.readouterr().err
+
+
+def test_a_foreign_template_can_be_inspected_and_characters_are_whole(foreign, folders, tmp_path, capsys):
+    given = write(tmp_path / "d.jsonl", {"prompt": "wo?", "completion": "Zürich 日本 🙂"})
+    sft.run(sft.SftConfig(model=str(foreign), data=(str(given),), inspect=1, quiet=True))
+    assert "<|turn|>user: wo?<|end|><|turn|>assistant: «Zürich 日本 🙂<|end|>»" in capsys.readouterr().out
+    sft.run(sft.SftConfig(model=str(folders["base"]), data=(str(given),), inspect=1, quiet=True))
+    assert "<|im_sep|>«Zürich 日本 🙂<|im_end|>»" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory) -> Path:
+    """A model whose tokenizer knows small letters and digits alone."""
+    from tokenizers import Tokenizer, models
+
+    folder = save_folder(tmp_path_factory.mktemp("letters") / "base")
+    known = ["<unk>", *"abcdefghijklmnopqrstuvwxyz0123456789 .?"]
+    tokenizer = Tokenizer(models.BPE({text: number for number, text in enumerate(known)}, [], unk_token="<unk>"))
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize("command", ["pretrain", "sft", "train-reward"])
+def test_characters_outside_the_vocabulary_are_counted_and_not_learnt(letters, tmp_path, capsys, command):
+    others = {"text": "das Café am Meer. " * 4, "completion": "日本語 ok", "chosen": "É", "prompt": "who?"}
+    good = {"text": "the sea is blue. " * 4, "completion": "a man", "chosen": "a", "prompt": "who?"}
+    rows = [{name: row[name] for name in row if name in GOOD[command]} | (
+        {"rejected": "b"} if command == "train-reward" else {}) for row in (good, others, good)]  # fmt: skip
+    given = write(tmp_path / "d.jsonl", *rows)
+    summary = run(command, {"base": letters, "chat": letters}, given, tmp_path / "out")
+    assert "characters outside the vocabulary 1" in capsys.readouterr().err
+    assert summary.not_used["characters outside the vocabulary"] == (2 if command == "train-reward" else 1)
+    if command == "sft":
+        sft.run(sft.SftConfig(model=str(letters), data=(str(given),), inspect=3, quiet=True))
+        shown = capsys.readouterr().out
+        assert "4 trained on" in shown and shown.count("6 trained on") == 2  # " ok" and the end of the turn
+
+
+@pytest.mark.parametrize("command", ["pretrain", "sft", "train-reward", "rl"])
+def test_a_warm_up_longer_than_the_run_is_told(folders, tmp_path, capsys, command):
+    given = write(tmp_path / "d.jsonl", *[GOOD[command]] * 20)
+    for steps, told in ((40, True), (1, False)):
+        run(command, folders, given, tmp_path / f"out{steps}", warmup_steps=steps, max_steps=2, dry_run=True)
+        said = f"--warmup-steps {steps}: the run has 2 steps, and never reaches the full learning rate"
+        assert (said in capsys.readouterr().err) == told
