@@ -63,28 +63,37 @@ GOES_ON = re.compile(
 )
 
 BOUND = re.compile(
-    r"(?:[^\s=>-][ \t]*>=?|<=?|[\u2264\u2265\u226a\u226b]|\\(?:leq?|geq?|lt|gt|leqslant|geqslant|ll|gg)\b"
+    r"(?:[^\s=>-][ \t]*>=?|(?:\A|\s)>=?\Z|<=?|[\u2264\u2265\u226a\u226b]"
+    r"|\\(?:leq?|geq?|lt|gt|leqslant|geqslant|ll|gg)\b"
     r"|\b(?P<words>(?:more|less|fewer|greater|larger|smaller|bigger|higher|lower|older|younger|longer|shorter) than"
     r"(?: or equal to)?|at least|at most|up to|(?:maximum|minimum|max|min) of|almost|nearly|close to"
     r"|(?:(?<=is )|(?<=are )|(?<=was )|(?<=were )|(?<=has )|(?<=have )|(?<=thing )|(?<=where )|(?<=number )|(?<== ))"
-    r"(?:over|under|above|below|beyond|near)))[\s*\"'(]*\Z",
+    r"(?:over|under|above|below|beyond|near)"
+    # other languages
+    r"|mehr als|weniger als|mindestens|h\u00f6chstens|\u00fcber|unter"
+    r"|plus de|moins de|au moins|au plus|m[a\u00e1]s de|menos de"
+    r"|al menos|pi\u00f9 di|meno di|almeno|mais de|meer dan|minder dan"
+    r"|\u0431\u043e\u043b\u044c\u0448\u0435|\u043c\u0435\u043d\u044c\u0448\u0435"
+    r"|\u0431\u043e\u043b\u0435\u0435|\u043c\u0435\u043d\u0435\u0435)"
+    r"|\u5927\u4e8e|\u5c0f\u4e8e|\u8d85\u8fc7|\u5c11\u4e8e|\u591a\u4e8e|\u4e0d\u5230|\u81f3\u5c11|\u81f3\u591a|\u6700\u591a)[\s*\"'(]*\Z",
     ANY_CASE,
 )
 BOUND_BEHIND = re.compile(
     r"\s*(?P<words>or (?:more|less|fewer|higher|lower|above|below|over|under|greater)|and (?:up|above|over|below)"
-    r"|at (?:least|most))\b|\+(?!\s*[\w(])",
+    r"|at (?:least|most))\b"
+    r"|\s*(?:\u4ee5\u4e0a|\u4ee5\u4e0b|\u4ee5\u5185|\u672a\u6e80|\uc774\uc0c1|\uc774\ud558|\ubbf8\ub9cc|\ucd08\uacfc)|\+(?!\s*[\w(])",
     ANY_CASE,
 )
 
 DENIED = re.compile(
     r"(?:(?:\b(?:not|never|neither|nor|cannot|isnt|except|other than|rather than|instead of|anything but|far from"
-    r"|opposite of|doubt|false|(?:might|may|would) think"
+    r"|opposite of|doubt|false|no longer|suppose|imagine|(?:might|may|would|could) (?:think|guess|say|believe)"
     r"|nicht|keine?|pas|no es|niet|non \u00e8|n\u00e3o \u00e9|\u043d\u0435)\b"
     r"|n['\u2019]t\b|\u2260|!=|\\neq?\b|<>)"
-    r"(?:[\s*\"'(]+(?:equal(?:s|ed)?|to|the|an?|answer|number|value|result|be|being|is|it(?:['\u2019]s)?|that|as|really"
+    r"(?:[\s*\"'(]+(?:equal(?:s|ed)?|to|the|an?|answer|number|value|result|be|being|is|it(?:['\u2019]s)?|that|as|really|were|was"
     r"|exactly|actually|even|simply|just|quite|necessarily|have|has|had|get|gives?|makes?|costs?|say|right|correct"
     r"|[a-z]\b)){0,4}"
-    r"|\b(?:wrong|incorrect|mistaken|false) (?:answer|result|value|number|solution|guess)\s+"
+    r"|\b(?:wrong|incorrect|mistaken|false) (?:answer|result|value|number|solution|guess|option|choice)\s+"
     r"(?:is|was|would be|might be|:|=)"
     r"|\bmistake (?:is|was|would be)(?: to (?:say|think|answer|get|write|take))?"
     r"|\u4e0d\u662f|\u5e76\u975e|\u4e0d\u7b49\u4e8e|\u0e44\u0e21\u0e48\u0e43\u0e0a\u0e48)[\s*\"'(:=$]*\Z",

@@ -50,9 +50,11 @@ FRACTION = re.compile(r"((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?)/([0-9
 MIXED = re.compile(r"(?<![\w.,/])[0-9]+[ ]\Z")
 # "6, not 5" says 6
 CONTRAST = re.compile(
-    r"(?<=[0-9])([^.\n0-9]{0,20}?),? (?:and |but )?(?:not|rather than|instead of) "
+    r"(?<=[0-9])([^.\n0-9]{0,20}?),? (?:and |but )?"
+    r"(?:not|rather than|instead of|und nicht|nicht|et non|y no|e non|\u0430 \u043d\u0435) "
     rf"[{CURRENCY}]?[0-9][0-9.,]*[^0-9\n]{{0,20}}\Z"
 )
+CALLED = re.compile(r" is the (?:final |correct |right )?answer\b", re.IGNORECASE)
 # "3 * 9 = 27 dollars in 3 weeks" says 27
 RESULT = re.compile(rf"(?<=[0-9)%])\s?=\s?[{CURRENCY}]?\Z")
 CIRCUMSTANCES = re.compile(
@@ -125,7 +127,10 @@ def announced_number(text: str, asked: str = "") -> Number | None:
     plain = _plain(text[-READ_FROM_END:])
     places = deque(ANNOUNCED.finditer(plain), maxlen=1)
     if not places:
-        return None
+        called = deque(CALLED.finditer(plain), maxlen=1)
+        found = deque(RUN.finditer(plain, 0, called[0].start()), maxlen=1) if called else None
+        close = found and found[0].end() == called[0].start()
+        return _number(plain, found[0], asked) if found and close else None
     start = places[0].end()
     end = SENTENCE_END.search(plain, start)
     stop = end.start() if end else len(plain)
@@ -223,7 +228,7 @@ def _ascii(character: str) -> str:
         return chr(ord(character) - 0xFEE0)
     if unicodedata.decomposition(character).startswith("<fraction>"):
         return JOINED + unicodedata.normalize("NFKD", character).replace("\u2044", "/")
-    return character
+    return "/" if character in "\u2044\u2215" else character
 
 
 def _number(text: str, found: re.Match[str], asked: str, alone: bool = False) -> Number | None:

@@ -3,7 +3,8 @@
     pytest -s tests/rewards/test_battery.py     prints both, for each half
 
 A line is {"kind", "half", "problem", "said", "right"}; `source` is what a kind's completions are modelled on. The cases
-were written before the code was tried on them; the half "held" was tried only when the code for the other was finished.
+were written before the code was tried on them; the half "held" was tried only when the code for the other was finished,
+and "fresh" written after that.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ BATTERY = Path(__file__).with_name("battery.jsonl")
 PRECISION, RECALL = 0.99, 0.97
 
 
-@pytest.mark.parametrize("half", ["seen", "held"])
+@pytest.mark.parametrize("half", ["seen", "held", "fresh"])
 def test_precision_and_recall_on_the_battery(half: str, capsys):
     pytest.importorskip("math_verify")
     try:
