@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 from llmkit.cli import COMMANDS
-from llmkit.config import LARGEST_SEED, flag_of, option_fields, option_of, value_type
+from llmkit.config import LARGEST_INTEGER, flag_of, option_fields, option_of, value_type
 
 DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"
@@ -102,7 +102,7 @@ def taken(item: Field, hint: object) -> str:
     else:
         text = details.unit or {int: "integer", float: "number"}.get(base, "text")
         bounds = (("above", details.above), ("at least", details.at_least), ("at most", details.at_most))
-        text += "".join(f", {word} {bound}" for word, bound in bounds if bound not in (None, LARGEST_SEED))
+        text += "".join(f", {word} {bound}" for word, bound in bounds if bound not in (None, LARGEST_INTEGER))
     return text + ("; repeatable" if many and "repeatable" not in details.help else "")
 
 

@@ -41,7 +41,7 @@ _SCALES: dict[str, dict[str, int]] = {
     },
     "duration": {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400},
 }
-LARGEST_SEED = 2**63 - 1  # of what generators take and JSON of 64 bits holds
+LARGEST_INTEGER = 2**63 - 1  # of what generators take and JSON of 64 bits holds
 _EXAMPLES = {"count": "20000, 20k or 1.5M", "bytes": "1000000, 100MB or 2GiB", "duration": "90s, 10m or 2h"}
 _NAMES = {"count": "count", "bytes": "number of bytes", "duration": "duration"}
 
@@ -82,7 +82,7 @@ class CommonConfig:
     following: ClassVar[str] = ""
 
     out: str | None = option(None, "Where the result goes.", short="-o", group="Common", metavar="PATH", free=True)
-    seed: int = option(0, "Seed of everything random.", group="Common", at_least=0, at_most=LARGEST_SEED)
+    seed: int = option(0, "Seed of everything random.", group="Common", at_least=0, at_most=LARGEST_INTEGER)
     limit: int | None = option(None, "Read at most this many records [all].", group="Common", unit="count", at_least=1)
     force: bool = option(False, "Replace an existing output.", group="Common", free=True)
     dry_run: bool = option(False, "Say what would be done, and stop.", group="Common", free=True)
@@ -306,6 +306,8 @@ def _check_range(value: Any, details: Option) -> None:
             raise ValueError(f"expected at least {details.at_least}")
         if details.at_most is not None and value > details.at_most:
             raise ValueError(f"expected at most {details.at_most}")
+        if details.at_most is None and isinstance(value, int) and value > LARGEST_INTEGER:
+            raise ValueError(f"expected at most {LARGEST_INTEGER:,}")
         if details.above is not None and value <= details.above:
             raise ValueError(f"expected more than {details.above}")
 

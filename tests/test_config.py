@@ -173,6 +173,7 @@ def test_the_common_options_come_last() -> None:
         ({"seed": ""}, "--seed: expected a whole number, found ''"),
         ({"seed": "-1"}, "--seed: expected at least 0, found '-1'"),
         ({"seed": str(2**63)}, f"--seed: expected at most {2**63 - 1}, found '{2**63}'"),
+        ({"sizes": "1e30"}, "--sizes: expected at most 9,223,372,036,854,775,807, found '1e30'"),
         ({"seed": "1e400"}, "--seed: expected a whole number, found '1e400'"),
         ({"dtype": "float16"}, "--dtype: expected one of auto, float32, found 'float16'"),
         ({"sizes": ["3", "0"]}, "--sizes: expected at least 1, found '0'"),
@@ -243,7 +244,7 @@ def test_no_value_makes_anything_but_a_config_or_a_one_line_error(value: object)
         clip=st.none() | st.floats(1e-9, 1e9),
         layers=st.none() | st.integers(1, 10**6),
         stop=st.lists(st.text(st.characters(blacklist_categories=("Cs",)))).map(tuple),
-        sizes=st.lists(st.integers(1)).map(tuple),
+        sizes=st.lists(st.integers(1, 2**63 - 1)).map(tuple),
         tie=st.booleans(),
         force=st.booleans(),
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import ceil
 from threading import Lock
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from llmkit.data.batches import IGNORED, Batch, prefetched, shuffled
 from llmkit.data.examples import Examples
 
 WINDOW_ROWS = 64
+COUNTED_ROWS = 2**18  # whose contents say how many are needed; the need of more is in proportion
 
 Row = list[tuple[int, int]]  # of a row: (source, example) pairs, side by side
 
@@ -83,20 +85,25 @@ class Mixture:
 
     def steps_for(self, inputs: float) -> int:
         """The steps in which so many tokens are gone through, at least one."""
-        rows = 0
         with self._lock:
-            while not self._drawn_inputs or self._drawn_inputs[-1] < inputs:
+            while not self._drawn_inputs or (self._drawn_inputs[-1] < inputs and len(self._rows) < COUNTED_ROWS):
                 self._plan_window()
             rows = bisect_left(self._drawn_inputs, inputs) + 1
+            if inputs > self._drawn_inputs[-1]:
+                rows = ceil(inputs / self._drawn_inputs[-1] * len(self._rows))
         return max(1, -(-rows // self.batch_size))
 
     def epochs(self, step: int) -> list[float]:
         """How many times each source has been gone through before a step."""
-        taken = [0] * len(self.sources)
-        for row in self._planned(step * self.batch_size)[: step * self.batch_size]:
+        taken, rows = [0] * len(self.sources), step * self.batch_size
+        counted = min(rows, max(COUNTED_ROWS, len(self._rows)))
+        for row in self._planned(counted)[:counted]:
             for source, example in row:
                 taken[source] += int(self._sizes[source][example])
-        return [count / source.examples.inputs for count, source in zip(taken, self.sources, strict=True)]
+        return [
+            count / source.examples.inputs * (rows / max(1, counted))
+            for count, source in zip(taken, self.sources, strict=True)
+        ]
 
     def batch(self, step: int) -> Batch:
         """All rows of a step."""

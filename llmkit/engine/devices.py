@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from llmkit.launch import launch
 # 4 layers of 256 with a vocabulary of 8,192 (5M) take 1.4 ms a token on one thread, 1.5 ms on two, and 50 ms on two
 # that others keep busy
 ONE_THREAD_PARAMETERS = 20_000_000
+BATCH_BYTES = 80  # a token of a step: its id, target and document, 20 bytes, in the four batches that are made ahead
 
 
 def choose_device(name: str) -> torch.device:
@@ -106,14 +107,23 @@ def _cpu_has_bfloat16() -> bool:
     return allowed and any(getattr(torch.cpu, name, lambda: False)() for name in checks)
 
 
-def check_memory(wanted: float, device: torch.device) -> None:
-    """Raise UserError where training would take `wanted` bytes and the device cannot have them."""
+def check_memory(wanted: Mapping[str, float], device: torch.device) -> None:
+    """Raise UserError where training would take more bytes than the device has, with what the most of them say to do.
+
+    wanted: bytes by advice, such as {"lower --depth": 1e9, "lower --batch-tokens": 1e6}
+    """
     if device.type == "cuda":
         there = torch.cuda.get_device_properties(device).total_memory
     else:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if wanted > there:
+    total = sum(wanted.values())
+    if total > there:
+        size = f"about {total / 1e9:,.0f}" if total < 1e15 else "over a million"
         raise UserError(
-            f"training takes about {wanted / 1e9:,.0f} GB of memory, and {device} has {there / 1e9:,.0f}; "
-            "lower --depth, --sequence-length or --micro-batch-size"
+            f"training takes {size} GB of memory, and {device} has {there / 1e9:,.0f}; {max(wanted, key=wanted.get)}"
         )
+
+
+def check_batch_memory(tokens: float, advice: str, token_bytes: int = BATCH_BYTES) -> None:
+    """Raise UserError with the advice where this machine cannot hold the tokens of the batches of some steps."""
+    check_memory({advice: float(tokens) * token_bytes}, torch.device("cpu"))

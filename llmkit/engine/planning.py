@@ -76,10 +76,19 @@ class Plan:
     def tokens(self) -> int:
         return self.total_steps * self.batch_tokens
 
-    def training_bytes(self, devices: int = 1, tensor: int = 1) -> float:
-        """About the memory that training takes, on each of some devices, of which `tensor` divide a layer."""
+    def training_memory(self, devices: int = 1, tensor: int = 1) -> dict[str, float]:
+        """About the bytes that training takes, on each of some devices, of which `tensor` divide a layer; by advice."""
         rows = min(self.micro_batch_rows, -(-self.batch_rows // (devices // tensor)))
-        return scaling.training_bytes(self.model, rows * self.sequence_length, devices=devices, tensor=tensor)
+        tokens = rows * self.sequence_length
+        state, activations = scaling.training_memory(self.model, tokens, devices=devices, tensor=tensor)
+        smaller = "lower --depth, --hidden-size or --intermediate-size"
+        if self.recipe.optimizer == "adamw":
+            smaller = "choose a smaller model for --from"
+        return {smaller: state, "lower --micro-batch-size or --sequence-length": activations}
+
+    def training_bytes(self, devices: int = 1, tensor: int = 1) -> float:
+        """The sum of `training_memory`."""
+        return sum(self.training_memory(devices, tensor).values())
 
     @property
     def flops(self) -> float:

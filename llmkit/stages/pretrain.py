@@ -135,7 +135,7 @@ def run(config: PretrainConfig) -> Summary | None:
 
     from llmkit.data.batches import Batches, EvaluationBatches
     from llmkit.engine import setup, speed
-    from llmkit.engine.devices import check_memory, choose_device, choose_dtype
+    from llmkit.engine.devices import check_batch_memory, check_memory, choose_device, choose_dtype
     from llmkit.engine.distributed import join
     from llmkit.engine.estimating import estimate
     from llmkit.engine.evaluation import held_out_loss, next_token_loss
@@ -190,7 +190,9 @@ def run(config: PretrainConfig) -> Summary | None:
         for line in estimate(plan, *machines).lines(config.gpu_price):
             say(line, config.quiet)
         return None
-    check_memory(plan.training_bytes(world.size, world.tensor_parallel_size), device)
+    check_memory(plan.training_memory(world.size, world.tensor_parallel_size), device)
+    follows = "" if config.batch_tokens else ", which follows from the tokens of the whole training"
+    check_batch_memory(plan.batch_tokens, f"lower --batch-tokens{follows}")
     if config.dry_run:
         shape = plan.model, plan.recipe, plan.micro_batch_rows, plan.sequence_length
         rate, basis = speed.expected_tokens_per_second(*shape, device, dtype)
@@ -334,7 +336,7 @@ def _plan(
         speed=rate,
         seconds_used=lambda: time.monotonic() - STARTED,
         closing_tokens=val_shards.tokens if val_shards else 0,
-        check_fits=lambda plan: check_memory(plan.training_bytes(processes, tensor), device),
+        check_fits=lambda plan: check_memory(plan.training_memory(processes, tensor), device),
         special_ids=tokenizer.document_bounds(),
         model=former,
     )

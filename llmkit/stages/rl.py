@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 STARTED = time.monotonic()  # a time budget covers the start-up, too
 # of AdamW at a width of 256; docs/experiments.md, "Reinforcement learning"
 LEARNING_RATE, LORA_LEARNING_RATE = 2e-4, 1e-3
+ATTEMPT_BYTES = 100  # a token of an attempt: id and log-probabilities, as Python has them
 KEEP_EVERY = 10  # steps between parameters kept against a collapse, where nothing is held out
 # usual are 1e-6 and 5e-3 nats a token; another program computes otherwise
 DIFFERENCES, SERVED_DIFFERENCE = {"torch.float32": 1e-3, "torch.bfloat16": 0.05}, 0.05
@@ -168,7 +169,7 @@ def run(config: RlConfig) -> Summary | None:
 
 def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | None:
     from llmkit.engine import setup
-    from llmkit.engine.devices import choose_device, choose_dtype
+    from llmkit.engine.devices import check_batch_memory, choose_device, choose_dtype
     from llmkit.engine.distributed import join
     from llmkit.engine.scaling import training_bytes
     from llmkit.engine.schedule import Schedule, tell_long_warmup
@@ -210,6 +211,9 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     reference = tuning.frozen_copy() if horizon.kl_coef or config.max_kl is not None else None
     if config.lora_rank is not None:
         tuning.add_adapter(config.lora_rank, config.lora_alpha, config.lora_targets.split(","), config.seed)
+    attempts = config.batch_size * config.group
+    tuning.check_memory((config.micro_batch_size or 1) * max_tokens, 0, "")
+    check_batch_memory(attempts * max_tokens, "lower --batch-size or --group", ATTEMPT_BYTES)
     _say_plan(config, horizon, rewards, len(problems), tuning.trained_parameters)
     tell_long_warmup(horizon.warmup_steps, horizon.steps, config.quiet)
     tools = open_tools(config, tuning.tokenizer, stack)

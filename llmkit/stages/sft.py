@@ -155,10 +155,12 @@ def run(config: SftConfig) -> Summary | None:
         return None
 
     # build
-    mixture = Mixture(sources, row_tokens, _batch_rows(config, sources, row_tokens), tuning.pad_id, config.seed)
-    steps = _total_steps(config, mixture)
+    rows = _batch_rows(config, sources, row_tokens)
     if config.lora_rank is not None:
         tuning.add_adapter(config.lora_rank, config.lora_alpha, config.lora_targets.split(","), config.seed)
+    tuning.check_memory((config.micro_batch_size or 1) * row_tokens, rows * row_tokens, "lower --batch-tokens")
+    mixture = Mixture(sources, row_tokens, rows, tuning.pad_id, config.seed)
+    steps = _total_steps(config, mixture)
     _say_plan(config, mixture, steps, tuning.trained_parameters, tuning.new_tokens)
     warmup_steps = (steps or STEPS_OF_A_RUN) // 20 if config.warmup_steps is None else config.warmup_steps
     tell_long_warmup(warmup_steps, steps, config.quiet)

@@ -164,10 +164,11 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
     comparisons = sum(map(len, training))
     rows = max(1, round(config.batch_size * sum(source.inputs for source in training) / comparisons / row_tokens))
     sources = [Source(one, file.weight or float(one.inputs)) for one, file in zip(training, files, strict=True)]
-    mixture = Mixture(sources, row_tokens, rows, pad, config.seed, packed_comparisons)
-    steps = config.max_steps or mixture.steps_for(config.epochs * mixture.inputs)
     if config.lora_rank is not None:
         tuning.add_adapter(config.lora_rank, config.lora_alpha, config.lora_targets.split(","), config.seed)
+    tuning.check_memory((config.micro_batch_size or 1) * row_tokens, rows * row_tokens, "lower --batch-size")
+    mixture = Mixture(sources, row_tokens, rows, pad, config.seed, packed_comparisons)
+    steps = config.max_steps or mixture.steps_for(config.epochs * mixture.inputs)
     say(
         f"{steps} steps of {rows} rows of {row_tokens} tokens, {comparisons * rows * row_tokens // mixture.inputs} "
         f"comparisons or so each; {quantity(tuning.trained_parameters)} parameters trained",

@@ -442,3 +442,20 @@ def test_a_model_in_the_place_of_documents_says_what_it_is_for(base, corpus, llm
     (tmp_path / "longer.toml").write_text(f'from = "{base}"\nmax_steps = 1\ndry_run = true\n')
     done = llmkit("pretrain", f"{corpus}/docs.jsonl", "--config", tmp_path / "longer.toml", "-o", tmp_path / "out")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--batch-tokens", "1e13"], "about 800,000 GB of memory, and cpu has "),
+        (["--batch-tokens", "1e13"], "; lower --batch-tokens\n"),
+        (["--hidden-size", "1e9"], "; lower --depth, --hidden-size or --intermediate-size"),
+        (["--micro-batch-size", "1e9", "--batch-tokens", "1e10"], "; lower --micro-batch-size or --sequence-length"),
+        (["--max-steps", "1e18", "--batch-tokens", "none"], "lower --batch-tokens, which follows from the tokens of"),
+        (["--tokens", "1e30"], "--tokens: expected at most 9,223,372,036,854,775,807, found '1e30'"),
+    ],
+)
+def test_a_size_that_no_memory_holds_is_refused_by_its_option(corpus, llmkit, tmp_path, change, message):
+    done = llmkit(*arguments(corpus, tmp_path / "base", *change))
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "base.partial").exists()  # the corrected command is not refused

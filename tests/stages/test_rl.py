@@ -395,3 +395,11 @@ def test_a_dry_run_tells_where_the_policy_stands(coin, problems, tmp_path, capsy
     told = capsys.readouterr().err
     assert "of the attempts are right" in told and "of 4 groups tell attempts apart" in told and "GB of memory" in told
     assert not list(tmp_path.glob("policy*"))
+
+
+def test_a_batch_that_no_memory_holds_is_refused_by_its_option(base, problems, llmkit, tmp_path):
+    done = llmkit(
+        "rl", base, "--data", problems, "--batch-size", "1e13", "--max-tokens", "8", "-o", tmp_path / "policy"
+    )
+    assert done.returncode == 2 and done.stderr.endswith("; lower --batch-size or --group\n"), done.stderr
+    assert list(tmp_path.iterdir()) == []

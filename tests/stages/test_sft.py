@@ -362,3 +362,9 @@ def test_a_base_model_holds_no_conversation_but_answers_by_examples(base, llmkit
     assert talk.returncode == 2 and "expected the special tokens of conversations" in talk.stderr
     asked = llmkit("sample", base, "-p", "What is tea?", "--as-assistant", "--max-tokens", "5")
     assert asked.returncode == 0, asked.stderr
+
+
+def test_a_batch_that_no_memory_holds_is_refused_by_its_option(base, chats, llmkit, tmp_path):
+    done = llmkit("sft", base, "--data", chats, "--batch-tokens", "1e13", "-o", tmp_path / "chat")
+    assert done.returncode == 2 and done.stderr.endswith("; lower --batch-tokens\n"), done.stderr
+    assert list(tmp_path.iterdir()) == []

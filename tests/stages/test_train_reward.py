@@ -263,3 +263,9 @@ def test_a_record_that_cannot_be_scored_is_named(judge, llmkit, tmp_path):
     rows = '{"prompt": "?", "completion": "a"}\n{"prompt": "?"}\n'
     done = llmkit("train-reward", "--score", judge, "--max-bad", "0", stdin=rows)
     assert done.returncode == 2 and "stdin:2: expected field 'completion'" in done.stderr
+
+
+def test_a_batch_that_no_memory_holds_is_refused_by_its_option(base, data, llmkit, tmp_path):
+    done = llmkit("train-reward", base, "--data", data, "--batch-size", "1e13", "-o", tmp_path / "judge")
+    assert done.returncode == 2 and done.stderr.endswith("; lower --batch-size\n"), done.stderr
+    assert list(tmp_path.iterdir()) == []
