@@ -49,7 +49,7 @@ class Progress:
                 transient=True,
                 redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),
             )
-            self._task = self._bar.add_task(self.description, total=self.total, note="")
+            self._task = self._bar.add_task(printable(redacted(self.description)), total=self.total, note="")
             self._bar.start()
         return self
 
