@@ -12,7 +12,17 @@ import pytest
 from llmkit.cli import COMMANDS
 from llmkit.config import Option, option_fields, option_of, resolve, value_type
 
-HEAVY = ("torch", "numpy", "triton", "transformers", "tokenizers", "safetensors", "selectolax", "fasttext")
+HEAVY = (
+    "torch",
+    "numpy",
+    "triton",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "selectolax",
+    "fasttext",
+    "prompt_toolkit",
+)
 LIST_MODULES = f"""
 import sys
 from llmkit.cli import run_command_line

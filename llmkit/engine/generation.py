@@ -70,7 +70,7 @@ class Completion:
                         say nothing
     token_ids           all tokens, the end token, those of a stop string, calls and results among them
     finish_reason       "stop" after an end token or stop string, "length" after `max_tokens` or the context's end,
-                        "tool_limit" after a call too many
+                        "tool_limit" after a call too many, "no_tool" after one of a tool that is not there (in chats)
     logprobs            of each token, natural: under softmax(logits / temperature), at temperature 0
                         softmax(logits), over the model's whole vocabulary; 0 where not sampled
     truncated_logprobs  under the distribution drawn from, after top-k, top-p and min-p; 0 where not sampled
@@ -187,6 +187,8 @@ class Generator:
         self.steps = 0  # of the decoder
         self.rows = 0  # sequences in all of them
         self.on_text: Callable[[int, int, str], None] | None = None  # (request, sample, text) as text is decided
+        # (request, sample, call, what the model sees of its result) as a tool is called, None, and as it has answered
+        self.on_call: Callable[[int, int, Mapping[str, Any], str | None], None] | None = None
 
     def complete(self, requests: Iterable[Request]) -> Iterator[list[Completion]]:
         """The samples of each request, in the order of the requests, as `complete_each` makes them."""
@@ -307,6 +309,8 @@ class Generator:
             text = sequence.stops.push(sequence.decoding.finish())
         elif tools is not None and open_call is not None:
             if token.id == tools.ends[open_call.tool]:
+                if not tools.has(open_call.tool):
+                    return self._last_text(sequence, "no_tool")
                 if len(sequence.tool_calls) >= tools.max_calls:
                     return self._last_text(sequence, "tool_limit")
                 return self._last_text(sequence, "length") if sequence.full else CALL
@@ -343,6 +347,8 @@ class Generator:
         assert self._tools is not None and sequence.call is not None and held is not None
         text = self._tools.input_of(sequence.call)
         sequence.tool_calls.append({"tool": sequence.call.tool, "input": text})
+        if self.on_call is not None:
+            self.on_call(sequence.index, sequence.sample, sequence.tool_calls[-1], None)
         calls.submit(sequence.call.tool, text, (sequence, held))
         sequence.call = None
 
@@ -352,6 +358,9 @@ class Generator:
         assert self._tools is not None
         sequence.tool_calls[-1] |= {"result": result.text, **({"failed": True} if result.failed else {})}
         ids = self._tools.result_ids(result, sequence.room - len(sequence.token_ids) - 1)
+        if self.on_call is not None:
+            seen = self._tokenizer.decode(ids, skip_specials=True)
+            self.on_call(sequence.index, sequence.sample, sequence.tool_calls[-1], seen)
         if not ids:
             done[sequence.index][sequence.sample] = sequence.completion(self._last_text(sequence, "length"))
             return None

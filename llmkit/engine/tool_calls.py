@@ -13,7 +13,8 @@ from operator import itemgetter
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from llmkit.config import ToolConfig
-from llmkit.conversations import RESULT, Part
+from llmkit.conversations import RESULT, TOOLS, Part
+from llmkit.tokenizer.chat import CHAT_SPECIALS, has_own_template
 from llmkit.tokenizer.encoding import Tokenizer
 from llmkit.tokenizer.templates import chat_format
 from llmkit.tools.toolbox import Toolbox, ToolResult
@@ -32,19 +33,38 @@ class OpenCall(NamedTuple):
 class ToolUse:
     """The tools of a generator, and their tokens.
 
-    starts         start token -> tool, of the tools that there are
+    starts         start token -> tool, of those that are noticed
     ends           tool -> end token
     max_calls      of one completion; the next call ends it
     result_tokens  a result is cut to this many
+    notice_others  whether a call of a tool that is not there is one, and ends the completion; else it is text
     """
 
-    def __init__(self, toolbox: Toolbox, tokenizer: Tokenizer, max_calls: int = 8, result_tokens: int = 512) -> None:
+    def __init__(
+        self,
+        toolbox: Toolbox,
+        tokenizer: Tokenizer,
+        max_calls: int = 8,
+        result_tokens: int = 512,
+        *,
+        notice_others: bool = False,
+    ) -> None:
         self._chat = chat_format(tokenizer)
         tokens = self._chat.tool_tokens()
-        self.starts = {tokens[tool][0]: tool for tool in toolbox.names}
-        self.ends = {tool: tokens[tool][1] for tool in toolbox.names}
+        noticed = TOOLS if notice_others else toolbox.names
+        self.starts = {tokens[tool][0]: tool for tool in noticed}
+        self.ends = {tool: tokens[tool][1] for tool in noticed}
         self.max_calls, self._result_tokens = max_calls, result_tokens
         self._toolbox, self._tokenizer, self._bounds = toolbox, tokenizer, tokens[RESULT]
+
+    def has(self, tool: str) -> bool:
+        """Whether it is there."""
+        return tool in self._toolbox.names
+
+    def last_call(self, token_ids: Sequence[int]) -> tuple[str, str]:
+        """The tool and the input of the last call in some tokens, which its end token ends."""
+        start = max(place for place, token in enumerate(token_ids) if token in self.starts)
+        return self.starts[token_ids[start]], self._tokenizer.decode(token_ids[start + 1 : -1], skip_specials=True)
 
     def input_of(self, call: OpenCall) -> str:
         """What the model wrote to the tool."""
@@ -83,12 +103,19 @@ class ToolUse:
         return tuple(part for part in parts if part.text or part.kind != "text")
 
 
-def open_tools(options: ToolConfig, tokenizer: Tokenizer, stack: ExitStack) -> ToolUse | None:
-    """The tools that are wanted, closed with `stack`; None for none. Raises UserError as `Toolbox.parse` does."""
-    if not options.tools:
+def open_tools(
+    options: ToolConfig, tokenizer: Tokenizer, stack: ExitStack, notice_others: bool = False
+) -> ToolUse | None:
+    """The tools that are wanted, closed with `stack`; None for none. Raises UserError as `Toolbox.parse` does.
+
+    notice_others: tells also the calls of tools that are not wanted, where the tokenizer has tokens for them
+    """
+    ours = all(token in tokenizer.specials for token in CHAT_SPECIALS) and not has_own_template(tokenizer)
+    if not options.tools and not (notice_others and ours):
         return None
     toolbox = Toolbox.parse(options.tools, sandbox=options.sandbox, timeout=options.tool_timeout)
-    return ToolUse(stack.enter_context(toolbox), tokenizer, options.max_tool_calls)
+    toolbox = stack.enter_context(toolbox)
+    return ToolUse(toolbox, tokenizer, options.max_tool_calls, notice_others=notice_others)
 
 
 class CallQueue(Generic[Waiting]):

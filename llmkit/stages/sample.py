@@ -140,7 +140,7 @@ def run(config: SampleConfig) -> Summary | None:
 
 def _run_here(config: SampleConfig, model: str, out: str) -> Summary | None:
     # load
-    from llmkit.engine.chatting import Chat, converse
+    from llmkit.engine.chatting import Chat
     from llmkit.engine.generation import prompt_ids
     from llmkit.engine.loading import open_model
     from llmkit.engine.prompts import Prompts
@@ -148,6 +148,7 @@ def _run_here(config: SampleConfig, model: str, out: str) -> Summary | None:
     from llmkit.engine.run_state import fingerprint
     from llmkit.engine.sampling import Sampling
     from llmkit.engine.shots import STOP, load_shots, with_shots
+    from llmkit.engine.terminal import converse
     from llmkit.engine.tool_calls import open_tools
 
     opened = open_model(model, config.device, config.dtype)
@@ -159,7 +160,7 @@ def _run_here(config: SampleConfig, model: str, out: str) -> Summary | None:
     shots = load_shots(config.shots, config.as_assistant)
     with opened.computing(), ExitStack() as stack:
         # build
-        tools = open_tools(config, tokenizer, stack)
+        tools = open_tools(config, tokenizer, stack, notice_others=config.chat)
         sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
         stop = (*config.stop, *([STOP] if shots else []))
         generator = opened.generator(sampling, _slots(config), stop=stop, tools=tools)
@@ -169,7 +170,7 @@ def _run_here(config: SampleConfig, model: str, out: str) -> Summary | None:
 
         if config.chat:
             context = opened.config.max_position_embeddings
-            said = {"system": config.system, "max_tokens": config.max_tokens, "seed": config.seed}
+            said = {"system": config.system, "max_tokens": config.max_tokens, "seed": config.seed, "tools": tools}
             converse(Chat(generator, opened.chat, context=context, **said), config.prompt, config.quiet)
             return None
 
@@ -194,11 +195,12 @@ def _run_here(config: SampleConfig, model: str, out: str) -> Summary | None:
 
 def _run_served(config: SampleConfig, out: str) -> Summary | None:
     # load
-    from llmkit.engine.chatting import Chat, converse
+    from llmkit.engine.chatting import Chat
     from llmkit.engine.prompts import Prompts
     from llmkit.engine.sampling import Sampling
     from llmkit.engine.served_sampling import open_served
     from llmkit.engine.shots import STOP, load_shots, with_shots
+    from llmkit.engine.terminal import converse
 
     served = open_served(config.engine, config.model, timeout=config.timeout, retries=config.retries)
     served.server.check()

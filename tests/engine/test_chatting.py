@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 
 import pytest
-from tiny import make_model, save_tokenizer
+from tiny import END, certain, make_model, save_tokenizer
 
-from llmkit.conversations import Conversation, message
-from llmkit.engine.chatting import Chat, talk
+from llmkit.config import ToolConfig
+from llmkit.conversations import Conversation, Part, message, read_conversation
+from llmkit.engine.chatting import COMMANDS, Chat, talk
 from llmkit.engine.generation import Generator
 from llmkit.engine.sampling import Sampling
 from llmkit.engine.shots import STOP, load_shots, shots_of, with_shots
+from llmkit.engine.tool_calls import open_tools
 from llmkit.errors import UserError
+from llmkit.records import Row
 from llmkit.tokenizer.chat import ChatFormat, write_chat_tokenizer
 from llmkit.tokenizer.encoding import load_tokenizer
 
@@ -61,29 +65,138 @@ def test_lines_are_joined_and_empty_ones_passed_over(tokenizer):
 def test_commands(tokenizer, tmp_path):
     one = chat(tokenizer)
     path = tmp_path / "kept.jsonl"
-    _, said = held(one, "hello", f"/save {path}", "/system Be kind.", "hi", f"/save {path}", "/reset", "/what")
+    _, said = held(one, "hello", f"/save {path}", "/system Be kind.", "hi", f"/save {path}", "/reset", "/help")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [turn["role"] for turn in rows[0]["messages"]] == ["user", "assistant"]
     assert rows[1]["messages"][0] == {"role": "system", "content": "Be kind."}
     assert one.system == "Be kind." and len(one.turns) == 1
-    assert said[-1].startswith("/system TEXT")
+    assert all(name in said[-1] for name in COMMANDS)
     written, _ = held(one, "/quit", "not asked")
     assert written == ""
-    _, said = held(one, f"/save {path}/x.jsonl")
-    assert said[0].startswith("error: ")
+
+
+def test_help_lists_what_there_is(tokenizer):
+    """Every command that it names is one, and does not end in an error of its own making."""
+    for name in COMMANDS:
+        _, said = held(chat(tokenizer), name)
+        assert not any("there is no command" in line for line in said), name
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("/save", "error: /save: expected the name of a file behind it"),
+        ("/what", "error: there is no command /what; /help lists them"),
+        ("/edit", "error: /edit TEXT: expected the message"),
+        ("/save {place}/tool.py/x.jsonl", "error: /save {place}/tool.py/x.jsonl: "),
+        ("/save {place}", "error: /save {place}: Is a directory"),
+        ("/save {place}/x.jsonl.gz", "error: /save {place}/x.jsonl.gz: expected a name of plain JSONL"),
+        ("/save {place}/tool.py", "error: /save {place}/tool.py: expected a JSONL file, or none"),
+    ],
+)
+def test_mistakes_with_commands_are_told_and_asked_of_nobody(tokenizer, tmp_path, line, told):
+    (tmp_path / "tool.py").write_text("import os\n")
+    one = chat(tokenizer)
+    _, said = held(one, "hello", line.format(place=tmp_path))
+    assert told.format(place=tmp_path) in said[-1] and len(one.turns) == 2
+    assert (tmp_path / "tool.py").read_text() == "import os\n"
+
+
+def test_commands_before_there_is_anything(tokenizer, tmp_path):
+    _, said = held(chat(tokenizer), "/retry", "/edit x", f"/save {tmp_path}/x.jsonl", "/tokens")
+    assert said[:2] == ["error: nothing was asked yet"] * 2 and "nothing was said yet" in said[2]
+    assert said[3] == "0 of 256 tokens in 0 turns" and not list(tmp_path.iterdir())
+
+
+def test_a_path_and_an_escaped_command_are_messages(tokenizer):
+    one = chat(tokenizer)
+    held(one, "/etc/passwd is what?", " /help")
+    assert [turn.text for turn in one.turns if turn.role == "user"] == ["/etc/passwd is what?", " /help"]
+
+
+def test_another_answer_and_another_message(tokenizer):
+    one = chat(tokenizer)
+    first, second = (one.ask("hello", lambda piece: None), one.retry(lambda piece: None, lambda line: None))
+    assert first != second and [turn.text for turn in one.turns] == ["hello", second]
+    held(one, "/edit bye")
+    assert len(one.turns) == 2 and one.turns[0].text == "bye"
+    assert one.ask("more", lambda piece: None) and len(one.turns) == 4
+    talk(one, iter(["/edit"]), lambda piece: None, lambda line: None, lambda text: f"{text}!")
+    assert [turn.text for turn in one.turns if turn.role == "user"] == ["bye", "more!"]
+    talk(one, iter(["/edit"]), lambda piece: None, lambda line: None, lambda text: None)
+    assert len(one.turns) == 4  # given up, so nothing is taken back
+
+
+def test_an_answer_that_is_cut_says_so(tokenizer):
+    _, said = held(chat(tokenizer, max_tokens=4), "hello")
+    assert said == ["cut after 4 tokens; --max-tokens allows more"]
+    _, said = held(chat(tokenizer, max_tokens=None, context=64), "hello")
+    assert said == ["cut: 64 tokens of context"]
+
+
+# ---- tools
+
+
+def calling(tokenizer, *tools, max_tool_calls=8, answers=True):
+    """An assistant that asks the calculator for 7 and then says x, or asks again without end."""
+    ids = tokenizer.specials
+    sep, start, end, result = (ids[f"<|{name}|>"] for name in ("im_sep", "calc_start", "calc_end", "result_end"))
+    ((seven,), (x,)) = tokenizer.encode("7"), tokenizer.encode("x")
+    model = make_model(context=256, vocab_size=tokenizer.vocab_size, eos_token_id=(END, ids["<|im_end|>"]))
+    chain = (sep, start, seven, end) if answers else (result, start, seven, end)
+    model = certain(model, *chain)
+    for last, following in ((result, x), (x, ids["<|im_end|>"])) if answers else ((sep, start),):
+        model.embed_tokens.data[last, 20 + last % 16] = 1.0
+        model.lm_head.data[following, 20 + last % 16] = 10.0
+    use = open_tools(ToolConfig(tools=tools, max_tool_calls=max_tool_calls), tokenizer, ExitStack(), True)
+    generator = Generator(model, tokenizer, Sampling(temperature=0.0), slots=1, tools=use)
+    return Chat(generator, ChatFormat(tokenizer), context=256, max_tokens=60, tools=use)
+
+
+def test_calls_are_shown_kept_and_saved(tokenizer, tmp_path):
+    one, path = calling(tokenizer, "calc"), tmp_path / "kept.jsonl"
+    written, said = held(one, "go", f"/save {path}")
+    assert written == "x\n" and said[:2] == ["calls calc: 7", "calc answers: 7"]
+    parts = (Part("calc", "7"), Part("result", "7"), Part("text", "x"))
+    assert one.turns[1].parts == parts
+    (again,) = (read_conversation(Row(json.loads(line), str(path), 1)) for line in path.read_text().splitlines())
+    assert again.messages == tuple(one.turns)
+    held(one, "again")
+    prompt = one._prompt(lambda line: None)
+    assert prompt.count(tokenizer.specials["<|calc_start|>"]) == prompt.count(tokenizer.specials["<|result_end|>"]) == 2
+
+
+def test_a_tool_that_was_not_given_is_told_of_and_is_no_answer(tokenizer):
+    one = calling(tokenizer)
+    written, said = held(one, "go")
+    assert written == "\n" and said == ["calls calc, which it was not given: 7; start it with --tools calc"]
+    assert one.turns == [] and one.asked == "go"
+
+
+def test_a_call_too_many_is_told_of(tokenizer):
+    one = calling(tokenizer, "calc", max_tool_calls=2, answers=False)
+    _, said = held(one, "go")
+    assert said[-1] == "stopped at its call 3 of a tool; --max-tool-calls allows more"
+    assert [part.kind for part in one.turns[1].parts] == ["calc", "result"] * 2
+
+
+# ---- the context
 
 
 def test_the_oldest_turns_leave_a_full_context_and_that_is_said(tokenizer):
     one = chat(tokenizer, context=128, system="Sys.")
     _, said = held(one, *["a message of some length here"] * 4)
-    assert any("longer than the context of 128 tokens: left out its oldest 2 turns" in line for line in said)
-    assert one.system == "Sys." and one.turns[1].role == "user"
+    assert any(
+        "longer than the context of 128 tokens: the model no longer sees its oldest 2 turns" in line for line in said
+    )
+    assert len(one.turns) == 9  # and /save writes them all
+    assert "older turns are not shown to the model" in one.tokens()
 
 
 def test_a_message_longer_than_the_context_is_an_error_and_forgotten(tokenizer):
     one = chat(tokenizer, context=64)
     _, said = held(one, "x" * 100, "ok")
-    assert said[0].startswith("error: the message is") and [turn.role for turn in one.turns][:1] == ["user"]
+    assert said[0].startswith("error: the message is 1") and [turn.role for turn in one.turns][:1] == ["user"]
     assert one.turns[0].text == "ok"
 
 

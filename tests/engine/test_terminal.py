@@ -1,0 +1,160 @@
+"""`llmkit sample --chat` as somebody types it: pasted text, Ctrl-C and Ctrl-D, tools, and what is written where."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import END, certain, make_model, save_tokenizer
+
+from llmkit.model.folder import save_model
+from llmkit.tokenizer.chat import write_chat_tokenizer
+from llmkit.tokenizer.encoding import load_tokenizer
+
+pytest.importorskip("prompt_toolkit", reason="prompt_toolkit is not installed: pip install -e .")
+READY = b"\x1b[?2004h"  # a prompt stands, and pasted text comes in one piece
+EMOJI = "\N{GRINNING FACE}"
+
+
+class Typist:
+    """Somebody at a terminal of 200 columns, who waits for each prompt."""
+
+    def __init__(self, *arguments: str | Path, stdout: int | None = None, **environment: str) -> None:
+        self.fd, follower = pty.openpty()
+        self.seen, self.read = b"", 0
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "llmkit", "sample", *map(str, arguments)],
+            stdin=follower, stdout=follower if stdout is None else stdout, stderr=follower, start_new_session=True,
+            env={**os.environ, "TERM": "xterm", "COLUMNS": "200", "LINES": "50", "OMP_NUM_THREADS": "1", **environment},
+        )  # fmt: skip
+        os.close(follower)
+
+    def until(self, wanted: bytes = READY) -> str:
+        """Wait until it is shown; all that was shown since it was last waited, less what moves the cursor."""
+        deadline = time.monotonic() + 120
+        while wanted not in self.seen[self.read :]:
+            assert time.monotonic() < deadline and self._more(), f"expected {wanted!r}, found {self.seen!r}"
+        start, self.read = self.read, self.seen.index(wanted, self.read) + len(wanted)
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.seen[start : self.read].decode("utf-8", "replace"))
+
+    def _more(self) -> bool:
+        if not select.select([self.fd], [], [], 60)[0]:
+            return False
+        try:
+            block = os.read(self.fd, 65536)
+        except OSError:  # Linux's word for the end
+            return False
+        self.seen += block
+        return bool(block)
+
+    def type(self, text: str, key: str = "\r") -> str:
+        """Type a line; what is shown until the next prompt."""
+        os.write(self.fd, (text + key).encode())
+        return self.until()
+
+    def end(self) -> int:
+        """Press Ctrl-D; the exit status."""
+        os.write(self.fd, b"\x04")
+        while self._more():
+            pass
+        os.close(self.fd)
+        return self.process.wait(120)
+
+
+def folder_of(place: Path, *chain: str, context: int = 512, then: dict[str, str] | None = None) -> Path:
+    """An assistant that says the tokens of `chain`, whatever it is asked."""
+    place.mkdir()
+    save_tokenizer(place)
+    tokenizer = write_chat_tokenizer(load_tokenizer(place), place)
+    ids = tokenizer.specials
+    model = make_model(context=context, vocab_size=tokenizer.vocab_size, eos_token_id=(END, ids["<|im_end|>"]))
+
+    def numbers(name: str) -> list[int]:
+        return [ids[name]] if name in ids else tokenizer.encode(name)
+
+    certain(model, *(token for name in ("<|im_sep|>", *chain) for token in numbers(name)))
+    for channel, (last, following) in enumerate((then or {}).items(), 40):
+        model.embed_tokens.data[numbers(last)[0], channel] = 1.0
+        model.lm_head.data[numbers(following)[0], channel] = 10.0
+    save_model(model, place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def caller(tmp_path_factory) -> Path:
+    """It asks the calculator for 7 and then says x."""
+    place = tmp_path_factory.mktemp("caller") / "chat"
+    answer = {"<|result_end|>": "x", "x": "<|im_end|>"}
+    return folder_of(place, "<|calc_start|>", "7", "<|calc_end|>", then=answer)
+
+
+def test_pasted_lines_are_one_message_and_tools_are_seen_and_saved(caller, tmp_path):
+    kept = tmp_path / "kept.jsonl"
+    at = Typist(caller, "--chat", "--tools", "calc", "--temperature", "0")
+    assert "/help tells the commands; Ctrl-D ends" in at.until()
+    shown = at.type("\x1b[200~one\ntwo\nthree\x1b[201~")
+    assert "calls calc: 7" in shown and "calc answers: 7" in shown and "x\r\n" in shown
+    assert "tokens in 2 turns" in at.type("/tokens")
+    assert "there is no command /what" in at.type("/what")
+    at.type("ha\x1b[D\x1b[Do")  # an arrow goes back: oha
+    at.type("\x1b[A")  # history: the same again
+    assert "saved in" in at.type(f"/save {kept}")
+    assert at.end() == 0
+    turns = json.loads(kept.read_text())["messages"]
+    assert [turn["content"] for turn in turns[::2]] == ["one\ntwo\nthree", "oha", "oha"]
+    said = [{"type": "calc", "text": "7"}, {"type": "result", "text": "7"}, {"type": "text", "text": "x"}]
+    assert all(turn["content"] == said for turn in turns[1::2])
+
+
+def test_ctrl_c_stops_an_answer_and_takes_a_line_back(tmp_path):
+    babbler = folder_of(tmp_path / "chat", "a", "b", "a", context=1 << 17)
+    at = Typist(babbler, "--chat", "--max-tokens", "none", "--temperature", "0")
+    at.until()
+    os.write(at.fd, b"go\r")
+    at.until(b"\x1b[?2004l")
+    while len(at.seen) < at.read + 200:  # it answers
+        assert at._more()
+    at.process.send_signal(signal.SIGINT)
+    assert "stopped" in at.until()
+    at.type("half a line", "\x03")
+    at.type("/edit")
+    at.until(b"go")  # the last message, to be changed
+    at.type("", "\x03")  # given up
+    assert "2 turns" in at.type("/tokens")
+    assert at.end() == 0
+
+
+def test_a_piped_stdout_has_the_answers_alone(caller):
+    reading, writing = os.pipe()
+    at = Typist(caller, "--chat", "--temperature", "0", stdout=writing)
+    os.close(writing)
+    at.until()
+    assert "calls calc, which it was not given: 7; start it with --tools calc" in at.type("go")
+    assert at.end() == 0
+    with os.fdopen(reading) as out:
+        assert out.read() == "\n"
+
+
+@pytest.mark.parametrize("piped", [False, True])
+def test_a_terminal_without_the_characters_of_an_answer(tmp_path, piped):
+    folder = folder_of(tmp_path / "chat", EMOJI, "<|im_end|>")
+    narrow = {"PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}
+    if piped:
+        done = subprocess.run(
+            [sys.executable, "-m", "llmkit", "sample", str(folder), "--chat", "-p", "hi", "--temperature", "0"],
+            stdin=subprocess.DEVNULL, capture_output=True, env={**os.environ, **narrow}, timeout=120,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout.decode()) == (0, f"{EMOJI}\n")
+        return
+    at = Typist(folder, "--chat", "--temperature", "0", **narrow)
+    at.until()
+    assert "?" in at.type("hi") and at.end() == 0
