@@ -84,6 +84,16 @@ class Conversation:
     rejected: bool = False
     losses: tuple[str, ...] = ()
 
+    @property
+    def said(self) -> str:
+        """All its words but those of the system message, which many have in common."""
+        return said_in(self.messages) if self.document is None else self.document
+
+
+def said_in(messages: Sequence[Message]) -> str:
+    """What others than the system say in some messages."""
+    return "\n".join(one.text for one in messages if one.role != "system")
+
 
 def message(role: str, text: str, weight: int = 1) -> Message:
     """A message of one text."""

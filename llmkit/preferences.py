@@ -17,7 +17,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llmkit.conversations import Message, asked_in, read_messages
+from llmkit.conversations import Message, asked_in, read_messages, said_in
 from llmkit.errors import UserError
 from llmkit.records import ANSWERS, ASKING, CHOSEN, SYSTEM, Row, fields_of, first_of, kind_of, not_used
 
@@ -45,6 +45,11 @@ class Comparison:
     margin: float = 0.0
     where: str = ""
     losses: tuple[str, ...] = ()
+
+    @property
+    def said(self) -> str:
+        """All its words but those of a system message."""
+        return "\n".join(map(said_in, (self.prompt, *self.candidates)))
 
 
 def read_comparison(row: Row) -> Comparison | str:

@@ -38,6 +38,7 @@ FIXED_BY_MODEL = (
     "embedding_learning_rate",
     "head_learning_rate",
 )
+MANY = 20_000_000  # tokens, of which not every run is compared with those of --val: half the time
 GPU_KINDS = ("a100", "h100", "h200", "b200")  # of llmkit/engine/estimating.py
 
 
@@ -134,6 +135,7 @@ def run(config: PretrainConfig) -> Summary | None:
     inputs = _checked_inputs(config)
 
     from llmkit.data.batches import Batches, EvaluationBatches
+    from llmkit.data.overlap import Overlap
     from llmkit.engine import setup, speed
     from llmkit.engine.devices import check_batch_memory, check_memory, choose_device, choose_dtype
     from llmkit.engine.distributed import join
@@ -164,6 +166,13 @@ def run(config: PretrainConfig) -> Summary | None:
     bad = BadRecords(config.max_bad, config.quiet)
     with world.in_turn():
         shards, val_shards = _token_shards(config, inputs, tokenizer, folder.out, bad)
+
+    if val_shards is not None and world.leads:
+        overlap = Overlap(
+            (val_shards[k] for k in range(len(val_shards))), run=8, every=4 if shards.tokens > MANY else 1
+        )
+        overlap.look_at_shards(shards)
+        overlap.tell(config.quiet)
 
     # build
     identity = lasting_options(config) | {"the tokenizer": tokenizer.sha256, "the number of tokens": shards.tokens}

@@ -168,6 +168,7 @@ def run(config: RlConfig) -> Summary | None:
 
 
 def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | None:
+    from llmkit.data.overlap import Overlap
     from llmkit.engine import setup
     from llmkit.engine.devices import check_batch_memory, choose_device, choose_dtype
     from llmkit.engine.distributed import join
@@ -202,6 +203,9 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     if config.val:
         judged_by = [*rewards, *gold]
         held_out, _ = load_problems(config.val, config.limit, tuning, judged_by, system, max_tokens, bad, quiet)
+        overlap = Overlap.of_texts(one.problem.prompt for one in held_out)
+        overlap.look_at_texts(one.problem.prompt for one in problems)
+        overlap.tell(quiet)
 
     # build
     names = ("max_steps", "epochs", "time_budget", "warmup_steps", "kl_coef")

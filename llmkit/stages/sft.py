@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, ClassVar
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from llmkit.data.mixture import Mixture, Source
     from llmkit.data.sources import DataFile
     from llmkit.tokenizer.chat import ChatFormat
+
+Watch = Callable[[list[str]], object] | None  # what sees all that is said in the data
 
 STARTED = time.monotonic()  # a time budget covers the start-up, too
 PROMPTS = ("Hello, who are you?", "What is the capital of France?")
@@ -132,6 +134,7 @@ def run(config: SftConfig) -> Summary | None:
     config = replace(config, resume=folder.resume)
 
     from llmkit.data.mixture import Mixture, PackedEvaluation
+    from llmkit.data.overlap import Overlap
     from llmkit.engine import setup, speed
     from llmkit.engine.devices import choose_device, choose_dtype
     from llmkit.engine.distributed import join
@@ -148,8 +151,12 @@ def run(config: SftConfig) -> Summary | None:
     tuning = Finetuning.load(str(config.model), device=device, dtype=dtype)
     row_tokens = _row_tokens(config, tuning.context)
     bad = BadRecords(config.max_bad, config.quiet)
-    sources, digests = _read_sources(config, files, tuning.chat, row_tokens, bad)
-    held_out = [_read_file(config, path, tuning.chat, row_tokens, bad)[0] for path in config.val]
+    texts: list[str] = []
+    held_out = [_read_file(config, path, tuning.chat, row_tokens, bad, texts.extend)[0] for path in config.val]
+    overlap = Overlap.of_texts(texts)
+    watch = overlap.look_at_texts if held_out else None
+    sources, digests = _read_sources(config, files, tuning.chat, row_tokens, bad, watch)
+    overlap.tell(config.quiet)
     if config.inspect is not None:
         show_examples([source.examples for source in sources], tuning.tokenizer, config.inspect)
         return None
@@ -289,7 +296,12 @@ def _total_steps(config: SftConfig, mixture: Mixture) -> int | None:
 
 
 def _read_sources(
-    config: SftConfig, files: list[DataFile], chat: ChatFormat, row_tokens: int, bad: BadRecords
+    config: SftConfig,
+    files: list[DataFile],
+    chat: ChatFormat,
+    row_tokens: int,
+    bad: BadRecords,
+    watch: Watch,
 ) -> tuple[list[Source], list[str]]:
     """The sources of the mixture, and a digest of each."""
     from llmkit.data.identity import identity_conversations, parse_identity
@@ -297,7 +309,7 @@ def _read_sources(
 
     sources, digests = [], []
     for file in files:
-        examples, digest = _read_file(config, file.path, chat, row_tokens, bad)
+        examples, digest = _read_file(config, file.path, chat, row_tokens, bad, watch)
         sources.append(Source(examples, file.weight or float(examples.inputs)))
         digests.append(digest)
     if config.identity is not None:
@@ -309,10 +321,10 @@ def _read_sources(
 
 
 def _read_file(
-    config: SftConfig, path: str, chat: ChatFormat, row_tokens: int, bad: BadRecords
+    config: SftConfig, path: str, chat: ChatFormat, row_tokens: int, bad: BadRecords, watch: Watch
 ) -> tuple[Examples, str]:
     conversations = read_jsonl([path], config.limit, read_conversation, bad)
-    return _read(config, name_of(path), conversations, chat, row_tokens, bad)
+    return _read(config, name_of(path), conversations, chat, row_tokens, bad, watch)
 
 
 def _read(
@@ -322,6 +334,7 @@ def _read(
     chat: ChatFormat,
     row_tokens: int,
     bad: BadRecords,
+    watch: Watch = None,
 ) -> tuple[Examples, str]:
     from llmkit.data.examples import CUT
     from llmkit.data.identity import parse_identity, system_message
@@ -340,6 +353,7 @@ def _read(
             bad=bad,
             unknown=chat.unk_id,
             system=system,
+            watch=watch,
             progress=progress.advance,
         )
     others = "".join(f", {key} {count}" for key, count in examples.counts.items() if key not in ("read", CUT))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -269,11 +269,17 @@ def _read_all(
     config: TrainRewardConfig, files: Sequence[DataFile], chat: ChatFormat, context: int, bad: BadRecords
 ) -> tuple[list[Comparisons], list[Comparisons], list[str]]:
     """Comparisons to learn from, those held out, and a digest of each source."""
-    read = [_read(config, file.path, chat, context, bad) for file in files]
+    from llmkit.data.overlap import Overlap
+
+    texts: list[str] = []
+    held_out = [_read(config, path, chat, context, bad, texts.extend)[0] for path in config.val]
+    overlap = Overlap.of_texts(texts)
+    watch = overlap.look_at_texts if held_out else None
+    read = [_read(config, file.path, chat, context, bad, watch) for file in files]
+    overlap.tell(config.quiet)
     digests = [digest for _, digest in read]
     sources = [source for source, _ in read]
     if config.val:
-        held_out = [_read(config, path, chat, context, bad)[0] for path in config.val]
         return sources, held_out, digests
     parts = [source.split(config.val_fraction, config.seed) for source in sources]
     say(f"held out: {sum(len(part) for _, part in parts)} comparisons (--val-fraction)", config.quiet)
@@ -281,7 +287,12 @@ def _read_all(
 
 
 def _read(
-    config: TrainRewardConfig, path: str, chat: ChatFormat, context: int, bad: BadRecords
+    config: TrainRewardConfig,
+    path: str,
+    chat: ChatFormat,
+    context: int,
+    bad: BadRecords,
+    watch: Callable[[list[str]], object] | None = None,
 ) -> tuple[Comparisons, str]:
     from llmkit.data.comparisons import read_comparisons
     from llmkit.preferences import read_comparison
@@ -295,6 +306,7 @@ def _read(
             config.on_long,
             bad,
             chat.unk_id,
+            watch,
             progress.advance,
         )
     others = "".join(f", {key} {count}" for key, count in source.counts.items() if key != "read")

@@ -230,3 +230,30 @@ def test_a_warm_up_longer_than_the_run_is_told(folders, tmp_path, capsys, comman
         run(command, folders, given, tmp_path / f"out{steps}", warmup_steps=steps, max_steps=2, dry_run=True)
         said = f"--warmup-steps {steps}: the run has 2 steps, and never reaches the full learning rate"
         assert (said in capsys.readouterr().err) == told
+
+
+@pytest.mark.parametrize("command", ["pretrain", "sft", "train-reward", "rl"])
+def test_held_out_records_that_are_trained_on_are_told(folders, tmp_path, capsys, command):
+    asked, answered = "Who was the first keeper of the lighthouse?", "Its first keeper was John Abel of the island."
+    row = {name: answered if name in ("text", "completion", "chosen", "answer") else asked for name in GOOD[command]}
+    if command == "rl":
+        row["prompt"] = f"{asked} {answered}"
+    row |= {"rejected": "Nobody knows it."} if command == "train-reward" else {}
+    name = "text" if command == "pretrain" else "prompt"
+    given = write(tmp_path / "d.jsonl", row, *[GOOD[command]] * 20)
+    held_out = write(tmp_path / "v.jsonl", row, {**row, name: f"So: {row[name]}"}, {**GOOD[command], name: "Other"})
+    run(command, folders, given, tmp_path / "out", val=(str(held_out),), dry_run=True)
+    said = capsys.readouterr().err
+    assert "--val: 2 of 3 records are in the training data, too (1 exactly, 1 nearly)" in said, said
+    fresh = write(tmp_path / "f.jsonl", {**GOOD[command], name: "Other"})
+    run(command, folders, given, tmp_path / "out", val=(str(fresh),), dry_run=True)
+    assert "in the training data" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["pretrain", "sft", "train-reward", "rl"])
+def test_a_limit_bounds_the_held_out_records_too(folders, tmp_path, capsys, command):
+    given = write(tmp_path / "d.jsonl", *[GOOD[command]] * 9)
+    held_out = write(tmp_path / "v.jsonl", *[GOOD[command]] * 9, "{")
+    with pytest.raises(UserError, match=r"v\.jsonl:10: "):
+        run(command, folders, given, tmp_path / "out", val=(str(held_out),), dry_run=True, max_bad="0")
+    run(command, folders, given, tmp_path / "out", val=(str(held_out),), dry_run=True, max_bad="0", limit=9)

@@ -1,0 +1,144 @@
+"""Held-out records that training has, too: exactly, or nearly.
+
+    overlap = Overlap.of_texts(["What is the sea?"])
+    overlap.look_at_texts(["what is the sea", "What is salt?"])
+    overlap.exact, overlap.near  # 1, 0
+
+Records are sequences of numbers, of words or tokens. Nearly the same are two of which one has most runs of a few
+neighbours of the other. A run that many held-out records have says little, and does not count.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from llmkit.data.batches import splitmix64
+from llmkit.data.shards import TokenShards
+from llmkit.progress import say
+
+_ALONE = r"\u0e00-\u0eff\u1000-\u109f\u3040-\u30ff\u3400-\u9fff"  # letters of scripts without spaces between words
+WORD = re.compile(rf"[{_ALONE}]|[^\W{_ALONE}]+")
+NEAR = 0.75  # of the runs of a held-out record, in one of training: nearly the same
+AT_ONCE = 4 << 20  # tokens of training looked at together
+FEWEST, COMMON = 3, 10  # runs that tell two records apart, at least; held-out records that may share a run
+
+
+def words(text: str) -> np.ndarray:
+    """The words of a text as numbers of this process, int64; case and punctuation do not count."""
+    return np.array([hash(word) for word in WORD.findall(text.casefold())], np.int64)
+
+
+class Overlap:
+    """Which of some held-out sequences stand in training.
+
+    run    numbers of a run, a power of 2
+    every  of about so many runs one is looked at: enough where sequences are long
+    """
+
+    def __init__(self, held_out: Iterable[np.ndarray], run: int = 2, every: int = 1) -> None:
+        self._run, self._every = run, np.uint64(every)
+        held = [np.asarray(one, np.int64) for one in held_out]
+        self.records = len(held)
+        self._places: dict[bytes, list[int]] = defaultdict(list)
+        for number, one in enumerate(held):
+            if len(one):
+                self._places[one.tobytes()].append(number)
+        runs, owners = self._runs_of(held)
+        order = np.lexsort((owners, runs))
+        runs, owners = runs[order], owners[order]
+        new = np.ones(len(runs), bool)  # a run counts once in a record
+        new[1:] = (runs[1:] != runs[:-1]) | (owners[1:] != owners[:-1])
+        self._owners = owners[new]
+        self._runs, self._first, self._counts = np.unique(runs[new], return_index=True, return_counts=True)
+        rare = self._counts <= COMMON
+        self._runs, self._first, self._counts = self._runs[rare], self._first[rare], self._counts[rare]
+        _, of_rare = self._held_with(np.arange(len(self._runs)), np.zeros(len(self._runs), np.int64))
+        self._sizes = np.bincount(of_rare, minlength=len(held))
+        self._exact, self._near = np.zeros(len(held), bool), np.zeros(len(held), bool)
+
+    @classmethod
+    def of_texts(cls, texts: Iterable[str]) -> Overlap:
+        """Of held-out texts, by their words."""
+        return cls(map(words, texts))
+
+    @property
+    def exact(self) -> int:
+        """How many held-out sequences were found whole."""
+        return int(self._exact.sum())
+
+    @property
+    def near(self) -> int:
+        """How many others were found nearly."""
+        return int((self._near & ~self._exact).sum())
+
+    def look(self, training: Sequence[np.ndarray]) -> None:
+        """Look for the held-out sequences in some of training."""
+        lengths = {len(whole) // 8 for whole in self._places}
+        for one in training:
+            if len(one) not in lengths:
+                continue
+            self._exact[self._places.get(np.asarray(one, np.int64).tobytes(), [])] = True
+        if not len(self._runs):
+            return
+        runs, seen_in = self._runs_of(training)
+        places = np.searchsorted(self._runs, runs)
+        places[places == len(self._runs)] = 0
+        hit = self._runs[places] == runs
+        pairs = np.unique(seen_in[hit] * len(self._runs) + places[hit])
+        seen_in, found = self._held_with(pairs % len(self._runs), pairs // len(self._runs))
+        both, counts = np.unique(seen_in * self.records + found, return_counts=True)
+        found = both % self.records
+        same = (counts >= NEAR * self._sizes[found]) & (self._sizes[found] >= FEWEST)
+        self._near[found[same]] = True
+
+    def look_at_texts(self, training: Iterable[str]) -> None:
+        """Look for held-out texts in some of training."""
+        self.look([words(text) for text in training])
+
+    def look_at_shards(self, training: TokenShards) -> None:
+        """Look for held-out documents in the tokens of training."""
+        held: list[np.ndarray] = []
+        size = 0
+        for document in range(len(training)):
+            held.append(training[document])
+            size += len(held[-1])
+            if size >= AT_ONCE or document + 1 == len(training):
+                self.look(held)
+                held, size = [], 0
+
+    def tell(self, quiet: bool) -> None:
+        """Say how many held-out records training has, where it has any."""
+        if self.exact + self.near:
+            both = f"{self.exact} exactly, {self.near} nearly"
+            say(
+                f"--val: {self.exact + self.near} of {self.records} records are in the training data, too ({both}), "
+                "so that the validation flatters; leave them out on one side",
+                quiet,
+            )
+
+    def _held_with(self, places: np.ndarray, seen_in: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Pairs of training and held-out records that share a run, from pairs of a run and a training record."""
+        pairs = [
+            (seen_in[some], self._owners[self._first[places[some]] + turn])
+            for turn in range(int(self._counts.max(initial=0)))
+            if (some := self._counts[places] > turn).any()
+        ]
+        one, other = zip(*pairs, strict=True) if pairs else ([seen_in[:0]], [seen_in[:0]])
+        return np.concatenate(one), np.concatenate(other)
+
+    def _runs_of(self, sequences: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Hashes of the runs of sequences, and of which sequence each is."""
+        owners = np.repeat(np.arange(len(sequences)), [len(one) for one in sequences])
+        if len(owners) < self._run:
+            return np.zeros(0, np.uint64), np.zeros(0, np.int64)
+        hashes = splitmix64(np.concatenate([np.asarray(one, np.int64) for one in sequences]).view(np.uint64))
+        size = 1
+        while size < self._run:
+            hashes = hashes[:-size] * np.uint64(2 * size + 1) + hashes[size:]
+            size *= 2
+        chosen = (owners[: len(hashes)] == owners[self._run - 1 :]) & ((hashes >> np.uint64(32)) % self._every == 0)
+        return hashes[chosen], owners[: len(hashes)][chosen]
