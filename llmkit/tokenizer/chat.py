@@ -214,7 +214,8 @@ def write_chat_tokenizer(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
     added += [
         {"id": tokenizer.vocab_size + i, "content": name, **flags, "special": True} for i, name in enumerate(missing)
     ]
-    config = {**tokenizer.config, "chat_template": CHAT_TEMPLATE}
+    # other classes of transformers put steps of their own in place of those in tokenizer.json
+    config = {**tokenizer.config, "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT_TEMPLATE}
     config.pop("added_tokens_decoder", None)  # what transformers 4 wrote of the tokens in tokenizer.json
     for name, content in (("tokenizer.json", spec), ("tokenizer_config.json", config)):
         with atomic_file(folder / name, "w") as handle:

@@ -153,7 +153,19 @@ class Tokenizer:
 
     def with_stand_ins(self, specials: Iterable[str]) -> StandIns:
         """A tokenizer for whole texts, in which a stand-in is written for each special token, and only that is one."""
-        return StandIns(self._data, specials)
+        return StandIns(self._as_in_transformers(), specials)
+
+    def _as_in_transformers(self) -> bytes:
+        """tokenizer.json with the steps that transformers 5 takes in place of its own for the class LlamaTokenizer."""
+        spec, beside = self.content, self.path.with_name("config.json")
+        family = read_object(beside).get("model_type") if beside.is_file() else None
+        steps = orjson.dumps([spec.get("pre_tokenizer"), spec.get("decoder")])
+        if _class_of(self.config) != "LlamaTokenizer" or family == "mistral" or b'"ByteLevel"' in steps:
+            return self._data
+        scheme = "always" if self.config.get("legacy") else "first"
+        scheme = "never" if self.config.get("add_prefix_space") is False else scheme
+        metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+        return orjson.dumps({**spec, "normalizer": None, "pre_tokenizer": metaspace})
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of all texts end to end (uint32) and the number of ids of each (int64).
@@ -392,6 +404,10 @@ def check_text(text: str) -> str:
         code = f"U+{ord(text[error.start]):04X}"
         raise UserError(f"text is not valid Unicode: lone surrogate {code} at character {error.start}") from None
     return text
+
+
+def _class_of(config: dict[str, Any]) -> str:
+    return str(config.get("tokenizer_class")).removesuffix("Fast")
 
 
 def copy_beside(source: Path, folder: Path) -> None:

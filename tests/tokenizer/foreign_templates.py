@@ -66,7 +66,7 @@ KINDS = ("bytes", "first", "always", "prepend")
 TEXT = ["What is assistant user system Sure? Four. Yes, \n\n <|>[INST]</"] * 9
 
 
-def save(folder: Path, template: str | None, kind: str = "bytes", strips: bool = False) -> Path:
+def save(folder: Path, template: str | None, kind: str = "bytes", strips: bool = False, **config: object) -> Path:
     """A folder with a tokenizer: of bytes, or in one of the forms that SentencePiece's take."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -97,9 +97,9 @@ def save(folder: Path, template: str | None, kind: str = "bytes", strips: bool =
     spec["added_tokens"] = [token for token in spec["added_tokens"] if not token["content"].startswith("<0x")]
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer.json").write_text(json.dumps(spec))
-    config = {
+    known = {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|end|>", "eos_token": "<|end|>",
         "chat_template": template,
     }  # fmt: skip
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(json.dumps(known | config))
     return folder

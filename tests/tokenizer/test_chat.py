@@ -75,7 +75,8 @@ def foreign(tmp_path_factory):
 
     def get(kind: str, strips: bool):
         if (kind, strips) not in known:
-            base = load_tokenizer(save(tmp_path_factory.mktemp("base"), None, kind, strips))
+            named = {"tokenizer_class": "LlamaTokenizer", "legacy": False}  # which transformers builds otherwise
+            base = load_tokenizer(save(tmp_path_factory.mktemp("base"), None, kind, strips, **named))
             folder = tmp_path_factory.mktemp("grown")
             known[kind, strips] = ChatFormat(write_chat_tokenizer(base, folder)), AutoTokenizer.from_pretrained(folder)
         return known[kind, strips]
@@ -189,6 +190,7 @@ def test_a_foreign_base_gets_the_tokens_and_the_template(shared_data, tmp_path):
     messages = [message("user", "Tell me."), message("assistant", "Once upon a time")]
     ours = ChatFormat(grown).encode(messages, prompt=True)
     theirs = rendered(AutoTokenizer.from_pretrained(tmp_path), as_record(messages), add_generation_prompt=True)
+    assert ours.token_ids.tolist() == theirs["input_ids"]
     assert ours.token_ids[ours.trained].tolist()[-1] == grown.specials["<|im_end|>"]
     assert [i for i in theirs["input_ids"] if i in grown.specials.values()] == [
         i for i in ours.token_ids.tolist() if i in grown.specials.values()

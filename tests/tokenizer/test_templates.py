@@ -283,6 +283,23 @@ def test_the_tokens_of_any_conversation_are_those_of_transformers(read, name, ki
         ) == len(rows)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["llama", "mistral", None])
+@pytest.mark.parametrize("config", [{}, {"legacy": False}, {"legacy": True}, {"add_prefix_space": False}])
+def test_the_tokens_are_those_of_the_class_that_transformers_takes(tmp_path: Path, kind, family, config) -> None:
+    """It rebuilds LlamaTokenizer, that of Llama 2 and TinyLlama, otherwise than their tokenizer.json has it."""
+    from transformers import AutoTokenizer
+
+    folder = save(tmp_path, TEMPLATES["zephyr"], kind, tokenizer_class="LlamaTokenizer", **config)
+    if family is not None:
+        (folder / "config.json").write_text(json.dumps({"model_type": family}))
+    chat, theirs = chat_format(load_tokenizer(folder)), AutoTokenizer.from_pretrained(folder)
+    for count in (1, 2, 3, 4):
+        rows = [{"role": turn.role, "content": turn.text} for turn in messages(count)]
+        expected = theirs.apply_chat_template(rows, add_generation_prompt=count % 2 == 1, return_dict=False)
+        assert chat.encode(messages(count), prompt=count % 2 == 1).token_ids.tolist() == expected
+
+
 def test_the_end_of_an_answer_is_learnt_where_the_template_writes_it_between_turns_alone(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(save(tmp_path, TEMPLATES["apertus"]))
     chat = chat_format(tokenizer)
