@@ -269,8 +269,10 @@ def _errors_name(path: str | os.PathLike[str], partial: str | os.PathLike[str]) 
 
 def is_full_disk(error: Exception) -> bool:
     """Whether a write failed for want of space, of quota, or at a limit on the size of files."""
-    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return getattr(error, "errno", None) in codes or any(os.strerror(code) in str(error) for code in codes)
+    codes, text = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), str(error)
+    if getattr(error, "errno", None) in codes or any(os.strerror(code) in text for code in codes):
+        return True
+    return isinstance(error, OSError) and " requested and " in text  # "9 requested and 4 written": numpy gives no code
 
 
 def sync(path: str | os.PathLike[str]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmkit.config import CommonConfig, argument, as_options, option
 from llmkit.errors import UserError
-from llmkit.files import atomic_folder, check_is_folder, check_output, output_folder
+from llmkit.files import atomic_folder, check_is_folder, check_output, output_folder, remove
 from llmkit.manifest import write_file_manifest, write_manifest
 from llmkit.model_card import write_model_card
 from llmkit.progress import Progress, quantity, say
@@ -143,7 +143,12 @@ def _export_gguf(config: ExportConfig, out: Path, source: Source, dtype: str) ->
     with Progress("write", total=source.parameters, unit="parameters", quiet=config.quiet) as progress:
         write_gguf(str(out), source, plan, progress.advance)
     results = {"parameters": source.parameters, "dtype": dtype, "notes": list(plan.notes)}
-    write_file_manifest(str(out), "export", as_options(config), inputs=(), parents=[str(config.model)], results=results)
+    parents = [str(config.model)]
+    try:
+        write_file_manifest(str(out), "export", as_options(config), inputs=(), parents=parents, results=results)
+    except BaseException:
+        remove(out)
+        raise
     return source.parameters, dtype
 
 

@@ -300,6 +300,29 @@ def test_one_line_on_stdout_and_the_output_whole(chat: Path, tmp_path: Path, llm
     assert export.run(ExportConfig(model=str(chat), format="gguf", out=str(out), force=True, quiet=True)) is not None
 
 
+@pytest.mark.parametrize("dtype", ["auto", "q8_0"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(chat: Path, tmp_path: Path, dtype: str, monkeypatch) -> None:
+    import errno
+    import resource
+
+    size = written(chat, tmp_path / "whole.gguf", dtype=dtype).data.size
+    (tmp_path / "out").mkdir()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for most in (10, 1000, 9000, size // 2, size - 100, size - 1):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))  # what a full disk does, without one
+        try:
+            said = refused(chat, tmp_path / "out" / "chat.gguf", dtype=dtype)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert said == f"{tmp_path}/out/chat.gguf: no space left there; make room and run it again"
+
+    def full(*arguments, **details):
+        raise UserError("chat.gguf.manifest.json: no space left there") from OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(export, "write_file_manifest", full)
+    assert "manifest.json: no space" in refused(chat, tmp_path / "out" / "chat.gguf", dtype=dtype)
+
+
 def test_a_dry_run_writes_nothing(chat: Path, tmp_path: Path, capsys) -> None:
     for form in ("gguf", "hf"):
         options = {"model": str(chat), "format": form, "dtype": "bfloat16", "out": str(tmp_path / "out")}
