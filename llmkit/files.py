@@ -269,10 +269,8 @@ def _errors_name(path: str | os.PathLike[str], partial: str | os.PathLike[str]) 
 
 def is_full_disk(error: Exception) -> bool:
     """Whether a write failed for want of space, of quota, or at a limit on the size of files."""
-    codes, text = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), str(error)
-    if getattr(error, "errno", None) in codes or any(os.strerror(code) in text for code in codes):
-        return True
-    return isinstance(error, OSError) and " requested and " in text  # "9 requested and 4 written": numpy gives no code
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return getattr(error, "errno", None) in codes or any(os.strerror(code) in str(error) for code in codes)
 
 
 def sync(path: str | os.PathLike[str]) -> None:

@@ -139,8 +139,13 @@ def write_gguf(path: str, source: Source, plan: GgufPlan, advance: Callable[[flo
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
+            (file,) = writer.fout
             for name, value in gguf_model.read_tensors(source.config, source.tensors):
-                writer.write_tensor_data(_quantized(value, types[name][0], f"{source.folder}: {name}"))
+                data = _quantized(value, types[name][0], f"{source.folder}: {name}")
+                writer.write_padding(file, file.tell())
+                # not write_tensor_data: on a full disk numpy's tofile loses the last 4 kB in silence
+                file.write(np.ascontiguousarray(data).data)
+                writer.write_padding(file, data.nbytes)
                 advance(value.numel())
         finally:
             writer.close()
