@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import json
 import os
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import Field, asdict, is_dataclass
 from typing import Annotated, Any, get_type_hints
@@ -304,20 +305,28 @@ def _run_alone(run: Callable[[Any], Any], config: Any) -> Any:
 
 
 def _check_inputs_stay(config: Any) -> None:
+    """Raise UserError where an output, which `--force` would replace, is what an option reads, or holds it."""
     written = [value for name in OUTPUTS if (value := getattr(config, name, None)) not in (None, "-")]
     places = {os.path.realpath(path): path for path in written if os.path.exists(path) and not _is_device(path)}
-    for item in option_fields(type(config)) if places else []:
+    read = [item for item in option_fields(type(config)) if places and option_of(item).reads]
+    for item in read:
         value = getattr(config, item.name)
-        if item.name in (*OUTPUTS, "token_cache", "spill") or option_of(item).choices:
-            continue
-        for text in [value] if isinstance(value, str) else value if isinstance(value, tuple) else []:
-            # a file, a file with a weight behind it, a file with its kind before it
-            for path in (text, text.rpartition(":")[0], text.partition(":")[2]) if isinstance(text, str) else ():
-                if path and len(path) < 4096 and os.path.exists(path):
-                    real = os.path.realpath(path)
-                    lost = next((places[one] for one in places if f"{real}/".startswith(f"{one}/")), None)
-                    if lost is not None:
-                        raise UserError(f"{lost}: is an input, and would be lost; choose another --out")
+        for text in value if isinstance(value, tuple) else (value or "",):
+            for path in filter(os.path.exists, _paths_in(text)):
+                real = os.path.realpath(path)
+                lost = next((places[one] for one in places if f"{real}/".startswith(f"{one}/")), None)
+                if lost is not None:
+                    raise UserError(f"{lost}: is an input, and would be lost; choose another --out")
+
+
+def _paths_in(text: str) -> Iterator[str]:
+    """What may be a path in an option's value: all of it, or what stands between its colons (a kind before it, a weight
+    or a function behind it) and commas."""
+    for part in dict.fromkeys((text, *text.split(","))):
+        words = part.split(":")[:8]
+        for start, stop in itertools.combinations(range(len(words) + 1), 2):
+            if 0 < len(path := ":".join(words[start:stop])) < 4096 and "\0" not in path:
+                yield path
 
 
 def _is_device(path: str) -> bool:

@@ -61,6 +61,7 @@ class Option:
     at_most: float | None = None
     above: float | None = None
     positional: bool = False
+    reads: bool = False  # names files or folders, that no output may replace; a weight or a kind may stand beside them
     free: bool = False  # may differ between a run and its resumption, for it does not change what is computed
 
 
@@ -71,7 +72,7 @@ def option(default: Any, help: str, **details: Any) -> Any:
 
 def argument(help: str, *, metavar: str, default: Any = ()) -> Any:
     """A dataclass field that is given without a flag: one string, or a tuple of them."""
-    return field(default=default, metadata={"option": Option(help=help, metavar=metavar, positional=True)})
+    return field(default=default, metadata={"option": Option(help=help, metavar=metavar, positional=True, reads=True)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +172,7 @@ class ToolConfig:
         "What the model may call: calc, python, search:DOCS.jsonl, search:URL or search:py:FILE.py:FUNCTION.",
         group="Tools",
         metavar="TOOL,...",
+        reads=True,
     )
     max_tool_calls: int = option(8, "Calls in a completion.", group="Tools", at_least=0)
     tool_timeout: float = option(10.0, "Seconds of a call.", group="Tools", above=0)

@@ -97,4 +97,14 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds}s"
     minutes, seconds = divmod(seconds, 60)
-    return f"{minutes}m{seconds:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
+    if minutes < 60:
+        return f"{minutes}m{seconds:02d}s"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours}h{minutes:02d}m"
+    return f"{hours // 24}d{hours % 24:02d}h" if hours < 24_000 else "over 1000 days"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with what it counts: `counted(1, "page") == "1 page"`, `counted(1200, "page") == "1,200 pages"`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

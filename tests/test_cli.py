@@ -11,12 +11,16 @@ import re
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
-from llmkit import __version__
+from llmkit import __version__, cli
 from llmkit.cli import COMMANDS
+from llmkit.config import option_fields, option_of, value_type
+from llmkit.errors import UserError
 
 TOY = [sys.executable, str(Path(__file__).with_name("toy.py")), "toy"]
 RECORD = '{"a":1}\n'
@@ -331,3 +335,40 @@ def test_a_command_that_other_programs_have_gets_a_hint(words, hint):
 def test_help_is_a_word_too(words):
     done = subprocess.run([sys.executable, "-m", "llmkit", *words], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and f"Usage: {' '.join(['llmkit', *words[1:]])}" in done.stdout
+
+
+# ---- what is read stays
+
+READING = [
+    (name, item.name)
+    for name, (module, config_name, _) in COMMANDS.items()
+    for item in option_fields(getattr(import_module(module), config_name))
+    if option_of(item).reads
+]
+WAYS = {"reward": "rm:{}", "gold": "rm:{}:2", "tools": "calc,search:py:{}:answer", "data": "{}:0.5"}
+
+
+@pytest.mark.parametrize("way", ["the same", "a link to it", "what holds it"])
+@pytest.mark.parametrize("command, name", READING)
+def test_no_command_writes_over_what_an_option_reads(command, name, way, tmp_path):
+    (tmp_path / "held").mkdir()
+    read = tmp_path / "held" / "in.jsonl"
+    read.write_text("{}")
+    out = {"the same": read, "a link to it": tmp_path / "link", "what holds it": tmp_path / "held"}[way]
+    if way == "a link to it":
+        out.symlink_to(read)
+    module, config_name, _ = COMMANDS[command]
+    config_class = getattr(import_module(module), config_name)
+    text = WAYS.get(name, "{}").format(read)
+    value = (text,) if value_type(get_type_hints(config_class)[name])[2] else text
+    values = {name: value, "out": str(out), "force": True}
+    with pytest.raises(UserError, match=f"{out}: is an input, and would be lost; choose another --out"):
+        cli._run_alone(lambda config: None, config_class(**values))
+    assert read.read_text() == "{}"
+
+
+def test_what_only_looks_like_a_path_is_no_input(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    config = import_module("llmkit.stages.sft").SftConfig
+    cli._run_alone(lambda config: None, config(model="base", system="out", prompt=("out",), out="out", force=True))

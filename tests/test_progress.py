@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from llmkit import progress
-from llmkit.progress import Progress, duration, quantity, say
+from llmkit.progress import Progress, counted, duration, quantity, say
 
 
 class Clock:
@@ -109,3 +109,13 @@ def test_progress_ends_at_all_of_it_and_guesses_nothing_from_nothing(monkeypatch
             bar.advance(amount, loss=2.5)
     first, last = capsys.readouterr().err.splitlines()
     assert (first, last) == ("llmkit: training 0% loss 2.5", "llmkit: training 100% loss 2.5, 0s left")
+
+
+def test_times_and_counts_as_people_say_them():
+    assert [duration(seconds) for seconds in (99, 3725, 49 * 3600, 1.2e17)] == [
+        "99s",
+        "1h02m",
+        "2d01h",
+        "over 1000 days",
+    ]
+    assert counted(1, "process") == "1 process" and counted(1200, "page") == "1,200 pages"

@@ -16,7 +16,7 @@ from llmkit.engine.scaling import Recipe
 from llmkit.errors import UserError
 from llmkit.kernels import backend
 from llmkit.model.config import ModelConfig
-from llmkit.progress import quantity
+from llmkit.progress import counted, quantity
 
 MICRO_BATCH_TOKENS = {"cpu": 8192, "cuda": 65536, "mps": 16384}
 RATES = ("matrix", "embedding", "head", "gain")  # that a recipe has
@@ -115,6 +115,7 @@ def make_plan(
     check_fits: Callable[[Plan], None] = lambda plan: None,
     special_ids: tuple[int | None, int | None] = (None, None),
     model: ModelConfig | None = None,
+    documents_within: Callable[[int], float] = lambda length: 1.0,
 ) -> Plan:
     """Derive a plan.
 
@@ -124,6 +125,7 @@ def make_plan(
     check_fits: raises UserError where the memory does not do for a plan; called before a speed is measured
     special_ids: begin and end token of the model's configuration
     model: that of `wishes.model`, which is trained further, with rows for its context
+    documents_within: the share of the documents that a context holds whole
 
     Raises UserError for contradicting wishes, or a budget too short to train in.
     """
@@ -139,13 +141,34 @@ def make_plan(
     if model is not None:
         wishes = replace(wishes, depth=model.num_hidden_layers, epochs=wishes.epochs if given else 1.0)
     if wishes.time_budget is not None:
-        return _plan_for_time(wishes, shape, corpus_tokens, device, speed, seconds_used, closing_tokens, check_fits)
+        plan = _plan_for_time(wishes, shape, corpus_tokens, device, speed, seconds_used, closing_tokens, check_fits)
+        return _with_context(plan, wishes, plan.tokens, device, documents_within)
     depth, why_depth = _depth(wishes, shape, corpus_tokens)
     shaped = shape(depth)
     tokens, why_tokens = _horizon(wishes, shaped, corpus_tokens)
     if model is not None and not given:
         why_tokens = ["one pass over the documents is the default of --from"]
-    return _filled(wishes, shaped, tokens, None, corpus_tokens, device, (*why_depth, *why_tokens))
+    plan = _filled(wishes, shaped, tokens, None, corpus_tokens, device, (*why_depth, *why_tokens))
+    return _with_context(plan, wishes, tokens, device, documents_within)
+
+
+def _with_context(
+    plan: Plan, wishes: Wishes, tokens: float, device: str, documents_within: Callable[[int], float]
+) -> Plan:
+    """The plan with the context that the documents ask for and the batch has room for, where none was given."""
+    length = plan.sequence_length
+    if wishes.sequence_length is None and wishes.model is None:
+        length = scaling.longer_context(length, min(plan.batch_tokens, plan.corpus_tokens), documents_within)
+    model = replace(plan.model, max_position_embeddings=length)
+    if wishes.flops is not None:
+        tokens = wishes.flops / model.flops_per_token(length)
+    longer = 1 - documents_within(length)
+    reasons = plan.reasons
+    if longer >= 0.01:
+        more = next((more for more in (512, 1024, 2048, 4096) if more > length and documents_within(more) >= 0.9), 8192)
+        cut = f"{longer:.0%} of the documents are longer than the context of {length} tokens, at which sft cuts answers"
+        reasons += (f"{cut}; --sequence-length {more} holds {documents_within(more):.0%} whole",)
+    return _filled(wishes, model, tokens, plan.seconds, plan.corpus_tokens, device, reasons)
 
 
 def check_wishes(wishes: Wishes, vocab_size: int) -> None:
@@ -325,7 +348,7 @@ def plan_table(plan: Plan) -> str:
         "vocabulary": f"{model.vocab_size:,}",
         "parameters": f"{model.parameter_count:,} ({scaling.active_parameters(model):,} active)",
         "context": f"{plan.sequence_length} tokens",
-        "batch": f"{plan.batch_tokens:,} tokens ({plan.batch_rows} rows, {plan.micro_batch_rows} at a time)",
+        "batch": f"{plan.batch_tokens:,} tokens ({counted(plan.batch_rows, 'row')}, {plan.micro_batch_rows} at a time)",
         "steps": f"{plan.total_steps:,}{expected}, {plan.warmup_steps} warm-up, last {plan.decay_fraction:.0%} decay",
         "tokens": f"{tokens:,} ({tokens / plan.corpus_tokens:.2f} epochs of {plan.corpus_tokens:,})",
         "FLOPs": f"{plan.flops:.3g}",

@@ -23,7 +23,7 @@ from llmkit.engine.sampling import request_number
 from llmkit.engine.served_sampling import ServedSampler
 from llmkit.engine.writing import WRITER_PROMPT
 from llmkit.errors import naming
-from llmkit.progress import Progress, say
+from llmkit.progress import Progress, counted, say
 from llmkit.questions import Question
 from llmkit.tokenizer.chat import ChatFormat
 
@@ -188,7 +188,7 @@ def describe(
         for name, count in spare.items()
         if count
     )
-    yield f"conversations: {taught['no']} refusals, {taught['yes']} confirmations{more}"
+    yield f"conversations: {counted(taught['no'], 'refusal')}, {counted(taught['yes'], 'confirmation')}{more}"
     if balance is not None and taught["no"] and not taught["yes"]:
         yield "nothing is known, so the refusals stand alone: mix them with other conversations in sft"
 

@@ -6,6 +6,7 @@ Every rule is here, so that what `pretrain` prints can be traced. Numbers marked
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from llmkit.model.config import ModelConfig
@@ -17,6 +18,7 @@ IRREDUCIBLE, PARAMETER_COEFFICIENT, TOKEN_COEFFICIENT = 0.74, 60.0, 40.0
 PARAMETER_EXPONENT, TOKEN_EXPONENT = 0.34, 0.28
 REPEATS_WORTH = 15.4  # epochs, see predicted_loss
 TOKENS_PER_PARAMETER = 20
+LONGEST_CONTEXT, ROWS_OF_STEP = 2048, 8  # of a context that is chosen by the documents
 ANCHOR_TOKENS, ANCHOR_BATCH = 20e6, 8192  # about where the rates were tried [x]
 ADAMW_RATE, ADAMW_WIDTH = 2e-3, 256  # of a model that has been trained, falling with the root of the width [x]
 
@@ -103,8 +105,20 @@ def recipe_from_model(batch_tokens: int, hidden_size: int) -> Recipe:
 
 
 def sequence_length_for_depth(depth: int) -> int:
-    """Context by depth, so that attention stays a small part of the work. Chosen, not measured."""
+    """The shortest context of a depth, at which attention is a small part of the work. Chosen, not measured."""
     return 256 if depth <= 4 else 512 if depth <= 8 else 1024 if depth <= 12 else 2048
+
+
+def longer_context(shortest: int, room: int, documents_within: Callable[[int], float]) -> int:
+    """The context that holds 9 of 10 documents whole, of `shortest` and its doubles to 2,048, as long as 8 rows fit
+    into the `room`, the tokens of a step. Chosen, not measured.
+
+    documents_within: the share of the documents that a context holds whole
+    """
+    length = shortest
+    while length < LONGEST_CONTEXT and ROWS_OF_STEP * 2 * length <= room and documents_within(length) < 0.9:
+        length *= 2
+    return length
 
 
 def training_memory(

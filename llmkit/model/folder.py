@@ -23,6 +23,7 @@ from llmkit.model.transformer import Transformer
 from llmkit.model.weights import EMBEDDING, HEAD, export_state_dict, import_state_dict, stock_shapes
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+SCORE = "score.weight"  # of a reward model
 GENERATION = "generation_config.json"
 # Buffers that old checkpoints carry and nobody reads.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
@@ -221,6 +222,11 @@ def _check(tensors: SavedTensors, config: ModelConfig, others: Mapping[str, tupl
     shapes = {**stock_shapes(config), **others}
     if config.tie_word_embeddings:
         _find_tied_embedding(tensors, shapes[EMBEDDING])
+    if SCORE in tensors.where and SCORE not in shapes:
+        raise UserError(
+            f"{tensors.folder}: expected a model that writes, found a reward model, which scores; "
+            f"llmkit train-reward --score {tensors.folder}"
+        )
     missing = [name for name in shapes if name not in tensors.where]
     if missing:
         raise UserError(f"{tensors.folder}: missing tensor {_first(missing)}")

@@ -12,7 +12,7 @@ from llmkit.engine.finetuning import Finetuning
 from llmkit.engine.generation import prompt_ids
 from llmkit.errors import UserError, naming
 from llmkit.problems import Problem, read_problem
-from llmkit.progress import say
+from llmkit.progress import counted, say
 from llmkit.records import Row
 from llmkit.rewards import Weighted
 from llmkit.stream import BadRecords, dump_json, names_of, read_jsonl
@@ -72,7 +72,7 @@ def load_problems(
     left_out = f"{too_long} longer than the context of {tuning.context} with --max-tokens {max_tokens}"
     if not encoded:
         raise UserError(f"{names_of(paths)}: expected problems, found {left_out if too_long else 'none'}")
-    say(f"{names_of(paths)}: {len(encoded)} problems{f', {left_out} left out' if too_long else ''}", quiet)
+    say(f"{names_of(paths)}: {counted(len(encoded), 'problem')}{f', {left_out} left out' if too_long else ''}", quiet)
     return encoded, max_tokens
 
 

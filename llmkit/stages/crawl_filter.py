@@ -22,7 +22,7 @@ from llmkit.errors import Interrupted, UserError
 from llmkit.files import JSON_LINE, check_output
 from llmkit.launch import available_cores
 from llmkit.manifest import write_file_manifest
-from llmkit.progress import Progress, duration, quantity, say
+from llmkit.progress import Progress, counted, duration, quantity, say
 from llmkit.stream import check_inputs, open_bytes, open_input
 
 if TYPE_CHECKING:
@@ -57,7 +57,11 @@ class CrawlFilterConfig(CommonConfig):
         "WARC, WET, HTML files or folders, JSONL with `html` or `text`, or - for stdin.", metavar="INPUT..."
     )
     recipe: str = option(
-        "fineweb", "Thresholds; --print-recipe shows them.", group="Recipe", metavar="fineweb|llmkit|FILE.toml"
+        "fineweb",
+        "Thresholds; --print-recipe shows them.",
+        group="Recipe",
+        metavar="fineweb|llmkit|FILE.toml",
+        reads=True,
     )
     print_recipe: bool = option(False, "Print the recipe as TOML, and stop.", group="Recipe")
     only: tuple[str, ...] = option((), "Take these steps and no other.", group="Recipe", metavar="STEP,...")
@@ -72,7 +76,11 @@ class CrawlFilterConfig(CommonConfig):
     precision: bool = option(False, "Extract less: only what surely is main text.", group="Recipe")
     recall: bool = option(False, "Extract more: all that may be main text.", group="Recipe")
     blocklist: tuple[str, ...] = option(
-        (), "Hosts file, list or UT1 folder of addresses to drop; repeatable.", group="Recipe", metavar="PATH"
+        (),
+        "Hosts file, list or UT1 folder of addresses to drop; repeatable.",
+        group="Recipe",
+        metavar="PATH",
+        reads=True,
     )
     pii: str | None = option(
         None, "What is done with personal data [redact].", group="Recipe", choices=("redact", "drop", "off")
@@ -81,7 +89,11 @@ class CrawlFilterConfig(CommonConfig):
     explain: str | None = option(None, "Tell what becomes of one page, and stop.", group="Reports", metavar="URL")
     write_scores: str | None = option(None, "Write what every page measured.", group="Reports", metavar="FILE")
     scores: str | None = option(
-        None, "Read such a file in place of INPUT, to try other thresholds.", group="Reports", metavar="FILE"
+        None,
+        "Read such a file in place of INPUT, to try other thresholds.",
+        group="Reports",
+        metavar="FILE",
+        reads=True,
     )
     workers: int | None = option(None, "Processes [all cores].", group="Running", at_least=1)
     engine: str = option("local", "What runs them.", group="Running", choices=("local", "ray"))
@@ -182,7 +194,7 @@ def run(config: CrawlFilterConfig) -> Summary | None:
         funnel.show(sys.stderr, _recipe_name(config, recipe))
     pages = funnel.records - funnel.dropped[READ].total()
     say(
-        f"{funnel.kept:,} documents of {pages:,} pages, {pages / seconds:.1f} pages/s "
+        f"{counted(funnel.kept, 'document')} of {counted(pages, 'page')}, {pages / seconds:.1f} pages/s "
         f"on {workers} process{'es' * (workers > 1)}",
         config.quiet,
     )
@@ -254,9 +266,6 @@ def _checked(config: CrawlFilterConfig) -> tuple[list[str], str]:
             raise UserError(f"{flag}: expected a file, found -, where the documents go")
     if len(set(map(os.path.realpath, written))) < len(written):
         raise UserError("--out, --rejects and --write-scores: expected different files")
-    for path in written:
-        if path != "-" and os.path.realpath(path) in map(os.path.realpath, [*config.inputs, config.scores or ""]):
-            raise UserError(f"{path}: is an input, and would be lost; choose another --out")
     from llmkit.crawl.state import SUFFIX
 
     check_inputs([path for path in config.inputs if not os.path.isdir(path)])

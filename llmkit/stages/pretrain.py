@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from llmkit.tokenizer.encoding import Tokenizer
 
 STARTED = time.monotonic()  # a time budget covers the start-up, too
-LONGEST_CONTEXT = 2048  # tokens of a row, where the context of a model that is trained further is longer
+LONGEST_ROW = 2048  # tokens, where the context of a model that is trained further is longer
 FIXED_BY_MODEL = (
     "tokenizer",
     "depth",
@@ -57,11 +57,13 @@ class PretrainConfig(TrainingConfig):
     following: ClassVar[str] = 'llmkit sample base/ -p "Once upon a time"'
 
     inputs: tuple[str, ...] = argument("Documents: JSONL with `text`, plain text, or - for stdin.", metavar="INPUT...")
-    tokenizer: str | None = option(None, "Tokenizer folder, from train-bpe [required, or --from].", metavar="FOLDER")
-    model: str | None = option(
-        None, "Model folder to train further, with its own tokenizer.", flag="--from", metavar="MODEL"
+    tokenizer: str | None = option(
+        None, "Tokenizer folder, from train-bpe [required, or --from].", metavar="FOLDER", reads=True
     )
-    val: tuple[str, ...] = option((), "Held-out documents, scored in bits per byte.", metavar="FILE")
+    model: str | None = option(
+        None, "Model folder to train further, with its own tokenizer.", flag="--from", metavar="MODEL", reads=True
+    )
+    val: tuple[str, ...] = option((), "Held-out documents, scored in bits per byte.", metavar="FILE", reads=True)
     token_cache: str | None = option(None, "Where token shards are kept [beside --out].", metavar="FOLDER", free=True)
 
     depth: int | None = option(None, "Layers; width and the rest follow.", group="Model", at_least=1)
@@ -277,7 +279,10 @@ def _checked_inputs(config: PretrainConfig) -> list[str]:
     elif config.tokenizer is None:
         raise UserError("--tokenizer is required: a folder from llmkit train-bpe, such as --tokenizer tok/")
     elif not Path(config.tokenizer).exists():
-        raise UserError(f"--tokenizer: expected a folder from llmkit train-bpe, found no {config.tokenizer}")
+        raise UserError(
+            f"--tokenizer: expected a folder with tokenizer.json, found no {config.tokenizer}; llmkit train-bpe makes "
+            "one, and nothing is fetched by its name: download a tokenizer of the Hugging Face Hub into a folder first"
+        )
     check_inputs([path for path in (*inputs, *config.val) if not Path(path).is_dir()])  # a folder may be of shards
     return inputs
 
@@ -287,7 +292,7 @@ def _row_tokens(config: PretrainConfig, context: int) -> int:
         raise UserError(
             f"--sequence-length: the context of --from {config.model} is {context}, found {config.sequence_length}"
         )
-    return config.sequence_length or min(context, LONGEST_CONTEXT)
+    return config.sequence_length or min(context, LONGEST_ROW)
 
 
 def _token_shards(
@@ -348,6 +353,7 @@ def _plan(
         check_fits=lambda plan: check_memory(plan.training_memory(processes, tensor), device),
         special_ids=tokenizer.document_bounds(),
         model=former,
+        documents_within=lambda length: float((shards.lengths <= length).mean()),
     )
     world().broadcast(plan.to_json())
     return plan

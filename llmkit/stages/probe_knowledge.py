@@ -61,10 +61,10 @@ class ProbeKnowledgeConfig(RecordsConfig, CommonConfig, ServedConfig):
     model: str | None = argument(
         "Folder of an assistant; with --engine of its tokenizer, or none.", metavar="MODEL", default=None
     )
-    questions: tuple[str, ...] = option((), "Questions with answers; repeatable [stdin].", metavar="FILE")
-    passages: tuple[str, ...] = option((), "Documents to make questions from; repeatable.", metavar="FILE")
+    questions: tuple[str, ...] = option((), "Questions with answers; repeatable [stdin].", metavar="FILE", reads=True)
+    passages: tuple[str, ...] = option((), "Documents to make questions from; repeatable.", metavar="FILE", reads=True)
     report: str | None = option(None, "Every question, its answers and what they say.", metavar="FILE", free=True)
-    recite: str | None = option(None, "Only tell which documents are known by heart.", metavar="FILE")
+    recite: str | None = option(None, "Only tell which documents are known by heart.", metavar="FILE", reads=True)
     prefix_tokens: int = option(32, "With --recite: tokens given of each document.", at_least=1)
     device: str = option("auto", "Where to compute.", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = option(
@@ -77,26 +77,32 @@ class ProbeKnowledgeConfig(RecordsConfig, CommonConfig, ServedConfig):
 
     max_passages: int = option(200, "With --passages: as many, drawn by --seed.", group="Questions", at_least=1)
     per_passage: int = option(3, "Questions made of each, at most.", group="Questions", at_least=1)
-    writer: str | None = option(None, "Who writes them [patterns].", group="Questions", metavar="MODEL|openai:URL#NAME")
+    writer: str | None = option(
+        None, "Who writes them [patterns].", group="Questions", metavar="MODEL|openai:URL#NAME", reads=True
+    )
 
     samples: int = option(5, "Answers to each question.", short="-n", group="Answers", at_least=1, at_most=10**6)
     max_tokens: int | None = option(64, "Tokens of an answer.", group="Answers", unit="count", at_least=1)
     temperature: float = option(0.8, "Divides the logits.", group="Answers", at_least=0, at_most=100)
     top_p: float | None = option(None, "Only the likeliest tokens up to this.", group="Answers", above=0, at_most=1)
 
-    judge: str = option("match", "By their words, or a model.", group="Judge", metavar="match|MODEL|openai:URL#NAME")
+    judge: str = option(
+        "match", "By their words, or a model.", group="Judge", metavar="match|MODEL|openai:URL#NAME", reads=True
+    )
     match_f1: float = option(0.7, "Least F1 of words of a right answer.", group="Judge", above=0, at_most=1)
     consistent: float = option(0.8, "Share of answers that must agree.", group="Judge", above=0, at_most=1)
 
     judge_check: str | None = option(
-        None, "Only compare the judge with people's labels.", group="Judge", metavar="FILE", free=True
+        None, "Only compare the judge with people's labels.", group="Judge", metavar="FILE", free=True, reads=True
     )
     calibration: bool = option(False, "Tell if log-probabilities foretell a right answer.", group="Judge", free=True)
 
     reply_tokens: int = option(512, "Tokens of a writer's or judge's reply.", group="Servers", unit="count", at_least=8)
 
     balance: float | None = option(1.0, "Known for each unknown; none: all.", group="Lessons", above=0, free=True)
-    refusals: str | None = option(None, 'Wordings: {"en": [...], ...} [ours].', group="Lessons", metavar="FILE")
+    refusals: str | None = option(
+        None, 'Wordings: {"en": [...], ...} [ours].', group="Lessons", metavar="FILE", reads=True
+    )
 
     def reads_stdin(self) -> bool:
         """Whether stdin is the input."""

@@ -21,7 +21,7 @@ from llmkit.config import (
 )
 from llmkit.errors import UserError
 from llmkit.metrics import METRICS, last_figures, read_metrics
-from llmkit.progress import quantity, say
+from llmkit.progress import counted, quantity, say
 from llmkit.rundir import RunFolder, check_model_folder
 from llmkit.stream import BadRecords, check_inputs, open_output
 
@@ -70,9 +70,11 @@ class RlConfig(TuningConfig, ToolConfig, ServedConfig):
     following: ClassVar[str] = "llmkit sample policy/ --chat"
 
     model: str | None = argument("Model folder: an assistant, or a base model.", metavar="MODEL", default=None)
-    data: tuple[str, ...] = option((), "Problems; repeatable [stdin].", metavar="FILE")
-    val: tuple[str, ...] = option((), "Held-out problems.", metavar="FILE")
-    reward: tuple[str, ...] = option(("verifier",), "What attempts are worth; repeatable.", metavar="KIND[:WEIGHT]")
+    data: tuple[str, ...] = option((), "Problems; repeatable [stdin].", metavar="FILE", reads=True)
+    val: tuple[str, ...] = option((), "Held-out problems.", metavar="FILE", reads=True)
+    reward: tuple[str, ...] = option(
+        ("verifier",), "What attempts are worth; repeatable.", metavar="KIND[:WEIGHT]", reads=True
+    )
 
     algo: str = option(
         "grpo",
@@ -118,7 +120,9 @@ class RlConfig(TuningConfig, ToolConfig, ServedConfig):
         64, "Requests to a server at a time.", group="Servers", at_least=1, at_most=999, free=True
     )
 
-    gold: str | None = option(None, "Watch this reward, which is not trained on.", group="Watch", metavar="KIND")
+    gold: str | None = option(
+        None, "Watch this reward, which is not trained on.", group="Watch", metavar="KIND", reads=True
+    )
     stop_on_hack: bool = option(False, "Stop where the reward rises and the gold one falls.", group="Watch", free=True)
     max_kl: float | None = option(None, "Stop at this KL, nats an attempt.", group="Watch", above=0, free=True)
     max_reward: float | None = option(None, "Stop at this mean reward.", group="Watch", free=True)
@@ -364,7 +368,7 @@ def _check(config: RlConfig) -> None:
 
 
 def _say_plan(config: RlConfig, horizon: Horizon, rewards: Sequence[Weighted], problems: int, parameters: int) -> None:
-    length = f"{config.time_budget:.0f} s" if horizon.steps is None else f"{horizon.steps} steps"
+    length = f"{config.time_budget:.0f} s" if horizon.steps is None else counted(horizon.steps, "step")
     parts = ", ".join(f"{weighted.weight:g} x {weighted.reward.name}" for weighted in rewards)
     say(
         f"{length} of {config.batch_size} problems of {problems}, {config.group} attempts at each; reward: {parts}; "

@@ -73,7 +73,11 @@ class SampleConfig(RecordsConfig, CommonConfig, ToolConfig, ServedConfig):
     chat: bool = option(False, "Hold a conversation: on the terminal, or a line of stdin a turn.")
     system: str | None = option(None, "With --chat: the system message.")
     shots: str | None = option(
-        None, "For base models: answer as these examples do (prompt and completion).", metavar="FILE", free=True
+        None,
+        "For base models: answer as these examples do (prompt and completion).",
+        metavar="FILE",
+        free=True,
+        reads=True,
     )
     as_assistant: bool = option(False, "For base models: answer as an assistant would, by a built-in prompt.")
     device: str = option("auto", "Where to compute.", choices=("auto", "cpu", "cuda", "mps"), free=True)

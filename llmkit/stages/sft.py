@@ -21,7 +21,7 @@ from llmkit.config import (
 from llmkit.conversations import Conversation, read_conversation
 from llmkit.errors import UserError
 from llmkit.metrics import METRICS, last_figures, read_metrics
-from llmkit.progress import Progress, quantity, say
+from llmkit.progress import Progress, counted, quantity, say
 from llmkit.rundir import RunFolder, check_model_folder
 from llmkit.stream import BadRecords, check_inputs, name_of, read_jsonl
 
@@ -65,8 +65,8 @@ class SftConfig(TuningConfig):
     following: ClassVar[str] = 'llmkit sample chat/ -p "Hello, who are you?" --chat'
 
     model: str = argument("Model folder: a base model, or one to tune on.", metavar="MODEL", default=None)
-    data: tuple[str, ...] = option((), "Conversations; repeatable [stdin].", metavar="FILE[:WEIGHT]")
-    val: tuple[str, ...] = option((), "Held-out conversations, for the validation loss.", metavar="FILE")
+    data: tuple[str, ...] = option((), "Conversations; repeatable [stdin].", metavar="FILE[:WEIGHT]", reads=True)
+    val: tuple[str, ...] = option((), "Held-out conversations, for the validation loss.", metavar="FILE", reads=True)
 
     loss: str = option("assistant", "What is trained on.", group="Data", choices=("assistant", "last", "all"))
     on_long: str = option(
@@ -358,24 +358,27 @@ def _read(
         )
     others = "".join(f", {key} {count}" for key, count in examples.counts.items() if key not in ("read", CUT))
     say(
-        f"{name}: {examples.counts['read']} conversations{others}; {len(examples)} examples, "
+        f"{name}: {counted(examples.counts['read'], 'conversation')}{others}; {counted(len(examples), 'example')}, "
         f"{quantity(examples.inputs)} tokens, {quantity(examples.targets)} of them trained on",
         config.quiet,
     )
     if cut := examples.counts[CUT]:
+        longer = (
+            "a longer --sequence-length" if config.sequence_length else f"pretrain --sequence-length {4 * row_tokens}"
+        )
         say(
-            f"{name}: {cut} answer{'s' * (cut > 1)} cut at the context of {row_tokens} tokens; a longer context is "
-            "made by pretrain --sequence-length",
+            f"{name}: {counted(cut, 'answer')} cut at the context of {row_tokens} tokens; {longer} gives more",
             config.quiet,
         )
     return examples, digest
 
 
 def _say_plan(config: SftConfig, mixture: Mixture, steps: int | None, parameters: int, new_tokens: int) -> None:
-    horizon = f"{config.time_budget:.0f} s" if steps is None else f"{steps} steps"
+    horizon = f"{config.time_budget:.0f} s" if steps is None else counted(steps, "step")
     rows = mixture.batch_size
     say(
-        f"{horizon} of {rows} rows of {mixture.sequence_length} tokens; {quantity(parameters)} parameters are trained"
+        f"{horizon} of {counted(rows, 'row')} of {mixture.sequence_length} tokens; "
+        f"{quantity(parameters)} parameters are trained"
         + (f"; {new_tokens} tokens are new to the model" if new_tokens else ""),
         config.quiet,
     )

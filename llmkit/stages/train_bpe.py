@@ -37,7 +37,7 @@ class TrainBpeConfig(RecordsConfig, CommonConfig):
     pattern: str = option("qwen2", "How text is cut into pieces.", metavar="qwen2|llama3|gpt2|o200k|REGEX")
     min_frequency: int = option(0, "Merge no pair that occurs less often.", at_least=0)
     limit_bytes: int | None = option(None, "Read at most this much text.", unit="bytes", at_least=1)
-    compare: tuple[str, ...] = option((), "Tokenizer to report beside ours; repeatable.", metavar="PATH")
+    compare: tuple[str, ...] = option((), "Tokenizer to report beside ours; repeatable.", metavar="PATH", reads=True)
 
     def reads_stdin(self) -> bool:
         """Whether stdin is the input."""

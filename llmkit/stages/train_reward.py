@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from llmkit.config import MICRO_BATCH_TOKENS, TuningConfig, argument, as_options, lasting_options, option
 from llmkit.errors import GateError, UserError
 from llmkit.files import write_json
-from llmkit.progress import Progress, duration, quantity, say
+from llmkit.progress import Progress, counted, duration, quantity, say
 from llmkit.rundir import RunFolder, check_model_folder
 from llmkit.stream import BadRecords, check_inputs, name_of, open_output, read_jsonl
 
@@ -50,9 +50,9 @@ class TrainRewardConfig(TuningConfig):
     inputs: tuple[str, ...] = argument(
         "Model folder; with --score, files of completions or -.", metavar="MODEL|INPUT..."
     )
-    data: tuple[str, ...] = option((), "Preferences; repeatable [stdin].", metavar="FILE[:WEIGHT]")
-    val: tuple[str, ...] = option((), "Held-out preferences.", metavar="FILE")
-    score: str | None = option(None, "Score completions with this reward model.", metavar="FOLDER")
+    data: tuple[str, ...] = option((), "Preferences; repeatable [stdin].", metavar="FILE[:WEIGHT]", reads=True)
+    val: tuple[str, ...] = option((), "Held-out preferences.", metavar="FILE", reads=True)
+    score: str | None = option(None, "Score completions with this reward model.", metavar="FOLDER", reads=True)
     rank: bool = option(False, "With --score: the completions of a prompt best first, and their ranks.")
 
     val_fraction: float = option(0.1, "Share held out where there is no --val.", group="Data", above=0, at_most=0.5)
@@ -170,7 +170,8 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
     mixture = Mixture(sources, row_tokens, rows, pad, config.seed, packed_comparisons)
     steps = config.max_steps or mixture.steps_for(config.epochs * mixture.inputs)
     say(
-        f"{steps} steps of {rows} rows of {row_tokens} tokens, {comparisons * rows * row_tokens // mixture.inputs} "
+        f"{counted(steps, 'step')} of {counted(rows, 'row')} of {row_tokens} tokens, "
+        f"{comparisons * rows * row_tokens // mixture.inputs} "
         f"comparisons or so each; {quantity(tuning.trained_parameters)} parameters trained",
         config.quiet,
     )
@@ -311,7 +312,7 @@ def _read(
         )
     others = "".join(f", {key} {count}" for key, count in source.counts.items() if key != "read")
     say(
-        f"{source.name}: {source.counts['read']} records{others}; {len(source)} comparisons, "
+        f"{source.name}: {counted(source.counts['read'], 'record')}{others}; {counted(len(source), 'comparison')}, "
         f"{quantity(source.inputs)} tokens",
         config.quiet,
     )

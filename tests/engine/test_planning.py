@@ -144,3 +144,30 @@ def test_a_model_that_the_memory_cannot_hold_is_not_measured():
             Wishes(depth=200, time_budget=60), vocab_size=512, corpus_tokens=10**6, device="cpu",
             speed=lambda *shape: pytest.fail("measured"), check_fits=refuse,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "wishes, longest, context",
+    [
+        ({"depth": 4, "tokens": 20_000_000}, 100, 256),  # all documents fit
+        ({"depth": 4, "tokens": 20_000_000}, 400, 512),
+        ({"depth": 4, "tokens": 20_000_000}, 5000, 1024),  # a step has no room for 8 rows of 2,048
+        ({"depth": 4, "tokens": 1_000_000}, 5000, 256),
+        ({"depth": 4, "tokens": 1_000_000, "batch_tokens": 65536}, 5000, 2048),
+        ({"depth": 4, "tokens": 20_000_000, "sequence_length": 64}, 5000, 64),
+        ({"depth": 10, "tokens": 20_000_000}, 100, 1024),
+    ],
+)
+def test_the_context_follows_from_the_documents_as_far_as_a_step_has_room(wishes, longest, context):
+    """Documents of all lengths up to the longest, each as often."""
+    found = make_plan(
+        Wishes(**wishes),
+        vocab_size=4096,
+        corpus_tokens=20_000_000,
+        device="cpu",
+        speed=_no_measurement,
+        documents_within=lambda length: min(1.0, length / longest),
+    )
+    assert found.sequence_length == found.model.max_position_embeddings == context
+    told = [reason for reason in found.reasons if "at which sft cuts answers; --sequence-length" in reason]
+    assert len(told) == (context < longest)
