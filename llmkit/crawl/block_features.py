@@ -50,12 +50,17 @@ class NameWeights(dict[str, float]):
         self[name] = weight = sum([known[word] for word in words if word in known])
         return weight
 
-    def of(self, key: ElementKey) -> float:
-        """The sum over `key_tokens`."""
-        weight = self["<" + key.tag]
-        for name in key.names.split():
-            weight += self[name]
-        return weight
+    def of(self, keys: list[ElementKey]) -> list[float]:
+        """The sum over `key_tokens` of each key."""
+        get = self.__getitem__
+        weights = []
+        for tag, names in keys:
+            weight = get("<" + tag)
+            if names:
+                for name in names.split():
+                    weight += get(name)
+            weights.append(weight)
+        return weights
 
 
 _STOPS = ".!?\u3002\uff01\uff1f\u2026\u061f\u0964"  # also of Chinese and Japanese, Arabic and Hindi
@@ -193,9 +198,10 @@ def _of_tree(tree: BlockTree, text: _Text, weights: NameWeights) -> dict[str, np
     first, end = elements.first_block, elements.end_block
     leaf = tree.blocks.leaf
     holder, tags = elements.holder[leaf], elements.tags[leaf]
-    own = np.array([weights.of(key) for key in elements.keys])[kind]
+    own = np.array(weights.of(elements.keys))[kind]
     path = _path_sums(parent, own)
-    columns: dict[str, np.ndarray | float] = {f"in_{tag}": (tags & bit) > 0 for tag, bit in TAG_BITS.items()}
+    marked = tags & np.fromiter(TAG_BITS.values(), np.int32, len(TAG_BITS))[:, None] > 0
+    columns: dict[str, np.ndarray | float] = {f"in_{tag}": row for tag, row in zip(TAG_BITS, marked, strict=True)}
     columns["path_weight"], columns["leaf_weight"], columns["holder_weight"] = path[leaf], own[leaf], own[holder]
     columns["depth"] = depth[holder]
     columns.update(_of_ancestors(holder, _wider(parent, end - first), first, end, path, text))

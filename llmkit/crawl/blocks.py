@@ -189,7 +189,8 @@ class _Walk:
             if attributes:
                 get = attributes.get
                 kind = (tag, get("class"), get("id"), get("role"), get("itemprop"), get("aria-hidden") == "true")
-                if unseen < 0 and parents and _is_undisplayed(attributes):
+                told = "style" in attributes or "hidden" in attributes
+                if told and unseen < 0 and parents and _is_undisplayed(attributes):
                     if inline:
                         unseen = len(parents)
                     elif folded < 0:

@@ -50,6 +50,7 @@ class Extractor:
         if favour not in FAVOURS:
             raise UserError(f"extract.favour: expected {', '.join(FAVOURS)}, found {favour!r}")
         self.threshold, self.favour = threshold, favour
+        # each begins with check_size, as cut_blocks does
         self._find: Callable[[bytes, str | None], tuple[str, str | None]]
         if name == "model":
             self.model = shipped_model()
@@ -64,9 +65,7 @@ class Extractor:
     def extract(self, html: bytes | str, content_type: str | None = None, url: str | None = None) -> Extraction:
         """The main text and the title of a page, blocks parted by newlines. Never raises for what a page holds."""
         try:
-            page = utf8_html(html, content_type)
-            check_size(page)
-            text, title = self._find(page, url)
+            text, title = self._find(utf8_html(html, content_type), url)
         except PageLimitError as limit:
             return Extraction("", None, str(limit))
         return Extraction(text, title, None if text else "empty")
@@ -85,6 +84,7 @@ class Extractor:
         return best_blocks(probabilities, words, FAVOURS[self.favour])
 
     def _by_trafilatura(self, page: bytes, url: str | None) -> tuple[str, str | None]:
+        check_size(page)
         settings = {"favor_precision": self.favour == "precision", "favor_recall": self.favour == "recall"}
         text = _trafilatura()(page.decode("utf-8", "replace"), url=url, include_comments=False, **settings)
         return visible(text or ""), _title_of(LexborHTMLParser(page))
@@ -120,6 +120,7 @@ def _by_resiliparse(page: bytes, url: str | None) -> tuple[str, str | None]:
     from resiliparse.extract.html2text import extract_plain_text
     from resiliparse.parse.html import HTMLTree
 
+    check_size(page)
     page = plain_html(page)
     text = extract_plain_text(HTMLTree.parse_from_bytes(page, "utf-8"), main_content=True, alt_texts=False)
     tree = LexborHTMLParser(page)

@@ -111,8 +111,7 @@ def test_words_of_names() -> None:
     assert name_words("post-body__item") == ["post", "body", "", "item"]
     assert key_tokens(ElementKey("p", "postBody nav")) == ["<p", "post", "body", "nav"]
     weights = NameWeights({"<p": 1.0, "post": 0.5, "nav": -2.0})
-    assert weights.of(ElementKey("p", "postBody nav")) == -0.5
-    assert weights.of(ElementKey("my-tag", "unknown")) == 0.0
+    assert weights.of([ElementKey("p", "postBody nav"), ElementKey("my-tag", "unknown")]) == [-0.5, 0.0]
 
 
 @pytest.mark.parametrize("html", ["", "\0", "<", "</p>", "<frameset><frame></frameset>", "<!--", "&#0;&#xD800;"])
