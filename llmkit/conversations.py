@@ -170,7 +170,7 @@ def read_conversation(row: Row) -> Conversation:
     found = conversation_of(row, entries)
     rejected, label = _label(value)
     defined = ("tool definitions left out",) if value.get("tools") or value.get("functions") else ()
-    others = not_used(value, (*used, "tools", "functions"))
+    others = not_used(value, (*used, "tools", "functions"), said=found.said)
     return replace(found, rejected=rejected, losses=defined + found.losses + others + label)
 
 

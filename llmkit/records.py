@@ -24,17 +24,22 @@ ANSWERS = ("completion", "response", "output", "solution", "answer", "answers", 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # before an answer
 CHOSEN = {"response_j": "chosen", "response_k": "rejected"}  # other names of what is compared
 COMPARED = ("chosen", "rejected", *CHOSEN, "completions", "ranking", "margin")
-OTHERS = ("text", "tools", "functions", "images", "image", "audio", "videos")
+OTHERS = ("text", "tools", "functions", "choices", "options", "images", "image", "audio", "videos")
 KNOWN = frozenset((*ASKING, *SYSTEM, "history", *ANSWERS, *THOUGHTS, *COMPARED, *OTHERS))
 
 
-def not_used(value: dict[str, Any], used: Collection[str], known: Collection[str] = KNOWN) -> tuple[str, ...]:
-    """What a record holds under a name that is known and is not used, to be counted.
+def not_used(
+    value: dict[str, Any], used: Collection[str], known: Collection[str] = KNOWN, said: str = ""
+) -> tuple[str, ...]:
+    """What a record holds under a name that is known and is not used, to be counted; nothing is lost of text that is
+    part of what is `said`.
 
     >>> not_used({"text": "Once", "id": 7, "prompt": "Tell a story.", "tools": []}, ["text"])
     ("'prompt' not used",)
     """
-    return tuple(f"{name!r} not used" for name in value if name in known and name not in used and value[name])
+    unused = [name for name in value if name in known and name not in used and value[name]]
+    lost = [name for name in unused if not (isinstance(value[name], str) and value[name].strip() in said)]
+    return tuple(f"{name!r} not used" for name in lost)
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,6 +121,10 @@ def test_what_is_known_and_not_used_is_named():
         "'text' not used",
         "'images' not used",
     )
+    turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "It is 4."}]
+    assert read_conversation(row(messages=turns, prompt="2 + 2?", answer="4", choices=["3", "4"])).losses == (
+        "'choices' not used",
+    )
     assert read_conversation(row(text="Once", prompt="Tell.")).losses == ("'prompt' not used",)
     assert read_conversation(row(prompt="a", completion="b", label="other")).losses == ("'label' not used",)
     assert check_document(row(text="Once", id=3, messages=[1])).losses == ("'messages' not used",)
