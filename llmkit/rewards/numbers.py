@@ -58,7 +58,7 @@ CALLED = re.compile(r" is the (?:final |correct |right )?answer\b", re.IGNORECAS
 # "3 * 9 = 27 dollars in 3 weeks" says 27
 RESULT = re.compile(rf"(?<=[0-9)%])\s?=\s?[{CURRENCY}]?\Z")
 CIRCUMSTANCES = re.compile(
-    r"(?!.*\b(?:so|then|thus|therefore|which|leaving|is|are|was|were|has|have|or|not|wrong|no|if)\b)[^,;:=?!<>\n]{0,200}\.?\s*",
+    r"(?=\W{0,3}(?:[^\W\d_]|\Z))(?!.*\b(?:so|then|thus|therefore|which|leaving|is|are|was|were|has|have|or|not|wrong|no|if)\b)[^,;:=?!<>\n]{0,200}\.?\s*",
     re.IGNORECASE,
 )
 JOINED = "\ue000"  # stands before a fraction that was one character, or LaTeX

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import deque
 from collections.abc import Sequence
 
 from llmkit.problems import last_boxed
@@ -86,7 +87,7 @@ def statement(completion: str) -> str:
     said = marked(completion)
     if said is not None:
         return said
-    places = list(ANNOUNCED.finditer(completion))
+    places = deque(ANNOUNCED.finditer(completion), maxlen=1)
     if places:
         rest = completion[places[-1].end() :].strip()
         return rest.splitlines()[0] if rest else ""
