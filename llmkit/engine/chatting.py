@@ -158,7 +158,9 @@ class Chat:
         if made.finish_reason == "length":
             if self.max_tokens is not None and sum(made.sampled) >= self.max_tokens:
                 return f"cut after {self.max_tokens} tokens; --max-tokens allows more"
-            return "cut: " + ("the server's limit" if self._context is None else f"{self._context} tokens of context")
+            if self._context is None:
+                return f"cut by --max-tokens {self.max_tokens}, or by a limit of the server"
+            return f"cut: {self._context} tokens of context"
         if made.finish_reason != "stop":
             return f"ended by {made.finish_reason or 'the server, for no reason given'}"
         return None if answered else "no answer, so the message is taken back; /retry asks it again"

@@ -192,6 +192,10 @@ def _run_here(config: SampleConfig, model: str, out: str) -> Summary | None:
 
     # summarise
     seconds = time.monotonic() - loaded
+    for tool, calls in generator.unheard.items():
+        wanted = f"{tool}:DOCS.jsonl" if tool == "search" else tool
+        said = f"{calls} calls of {tool} are text in the completions, for it was not given; --tools {wanted} runs them"
+        say(said, config.quiet)
     if not config.quiet:
         say(f"{describe(generator, seconds)}, after {loaded - STARTED:.1f} s of loading")
     return _summary(config, prompts, out, generator.tokens, seconds)

@@ -253,6 +253,15 @@ def test_conversations_are_answered_with_tools(assistant, tmp_path):
     assert record["finish_reason"] == "tool_limit"
 
 
+def test_calls_of_a_tool_that_was_not_given_are_counted(assistant, tmp_path, capsys):
+    given = write_lines(tmp_path / "chats.jsonl", [{"messages": [{"role": "user", "content": "6 times 7?"}]}] * 2)
+    for tools, told in (([], True), (["python"], True), (["calc"], False)):
+        options = {"tools": tools, "temperature": "0", "quiet": False}
+        sample_jsonl(assistant, tmp_path / "out.jsonl", given, **options)
+        said = "calls of calc are text in the completions, for it was not given; --tools calc runs them"
+        assert (f"2 {said}" in capsys.readouterr().err) == told
+
+
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
