@@ -111,7 +111,7 @@ def plan_gguf(source: Source, dtype: str) -> GgufPlan:
         )
     tokenizer = load_tokenizer(source.folder)
     tokenizer.check_fits(source.config.vocab_size)
-    ends = _ends(source) or (() if tokenizer.eos_id is None else (tokenizer.eos_id,))
+    ends = (*_ends(source), *(() if tokenizer.eos_id is None else (tokenizer.eos_id,)))  # some name one there alone
     vocabulary = gguf_tokenizer.for_gguf(tokenizer, source.config.vocab_size, ends)
     model = gguf_model.for_gguf(source.config, str(source.folder / CONFIG))
     return GgufPlan(model, vocabulary, dtype, source.folder.resolve().name)

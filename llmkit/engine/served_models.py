@@ -314,7 +314,11 @@ class OpenAIClient:
         if isinstance(error, openai.APIConnectionError):
             return f"{self.place}: cannot be reached {tries}: {shortened(str(error.__cause__ or error))}"
         if isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError)):
-            return f"{self.place}: refuses the key ({error.status_code}); set OPENAI_API_KEY to one that it takes"
+            key = self._client.api_key
+            words = _message(error) if key == "none" else _message(error).replace(key, "***")
+            return (
+                f"{self.place}: refuses the key ({error.status_code}); set OPENAI_API_KEY to one that it takes: {words}"
+            )
         if isinstance(error, openai.RateLimitError):
             return f"{self.place}: too many requests {tries} (429); lower --concurrency: {_message(error)}"
         if isinstance(error, openai.NotFoundError):

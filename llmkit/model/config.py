@@ -207,7 +207,8 @@ class ModelConfig:
             raise UserError(f"{where}: mlp_bias is not supported")
         theta, scaling = _rope_from_hf(values, where)
         heads = sizes["num_attention_heads"]
-        kv_heads = _DEFAULT_KEY_VALUE_HEADS.get(model_type) or heads
+        without = "num_key_value_heads" not in values  # null is as many as there are heads
+        kv_heads = _DEFAULT_KEY_VALUE_HEADS.get(model_type, heads) if without else heads
         width = _DEFAULT_HEAD_DIM.get(model_type) or sizes["hidden_size"] // heads
         bias = switch(values, "attention_bias", where) and model_type in ("llama", "qwen3")
         try:
@@ -278,7 +279,8 @@ def _rope_from_hf(values: dict[str, Any], where: str) -> tuple[float, RopeScalin
     names = ("factor", "low_freq_factor", "high_freq_factor")[: 1 if rope_type == "linear" else 3]
     numbers = {name: number(parameters, name, where) for name in names}
     if rope_type == "llama3":
-        numbers["original_max_position_embeddings"] = integer(parameters, "original_max_position_embeddings", where)
+        field, context = "original_max_position_embeddings", integer(values, "max_position_embeddings", where, 2048)
+        numbers[field] = integer(values, field, where, integer(parameters, field, where, context))  # as transformers
     missing = [name for name, value in numbers.items() if value is None]
     if missing:
         raise UserError(f"{where}: rope scaling {rope_type} needs {', '.join(missing)}")

@@ -76,7 +76,7 @@ def test_a_fault_that_passes_is_outlived(fault):
         ("page", "/v1: expected a chat completion, found '<html>Bad gateway</html>'; is the URL right"),
         ("404", r"/v1: has no model 'tiny', or is another URL \(404\): something of 404"),
         ("400", r"/v1: refuses the request \(400\): something of 400"),
-        ("401", r"/v1: refuses the key \(401\); set OPENAI_API_KEY"),
+        ("401", r"/v1: refuses the key \(401\); set OPENAI_API_KEY .*: something of 401$"),
     ],
 )
 def test_a_fault_that_stays_ends_the_work_in_one_line(fault, message):

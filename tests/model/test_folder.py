@@ -179,6 +179,7 @@ def small(**options):
     )  # fmt: skip
 
 
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 EXTRAS = dict(normalize_embedding=True, residual_scales=True, norm_gains=False, qk_gain=1.3)
 
 
@@ -199,6 +200,33 @@ def test_what_we_train_becomes_a_stock_qwen3_with_the_same_logits(tmp_path, tied
     loaded = load_model(tmp_path)
     assert (loaded.logits(loaded(tokens())) - expected).abs().max() < 1e-5
     assert sum(p.numel() for p in loaded.parameters()) == model.config.parameter_count
+
+
+@pytest.mark.parametrize(
+    ("family", "edit"),
+    [
+        ("Qwen2", {"num_key_value_heads": None}),
+        ("Llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, **LLAMA3}}),
+        (
+            "Llama",
+            {"rope_scaling": {"type": "llama3", "factor": 8.0, **LLAMA3}, "original_max_position_embeddings": 16},
+        ),
+    ],
+)
+@torch.no_grad()
+def test_what_a_config_leaves_out_is_as_in_transformers(tmp_path, family, edit):
+    sizes = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4)
+    config = getattr(transformers, f"{family}Config")(**sizes, num_key_value_heads=4, max_position_embeddings=64)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.3)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | edit))
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    assert (loaded.logits(loaded(tokens())) - stock(tokens()).logits).abs().max() < 1e-3
 
 
 def test_bfloat16_folders(tmp_path):

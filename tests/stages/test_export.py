@@ -145,6 +145,18 @@ def test_the_vocabulary_says_what_every_token_is(chat: Path, tmp_path: Path) -> 
     assert not stated["tokenizer.ggml.add_bos_token"]  # conversations begin without it
 
 
+def test_an_end_that_the_tokenizers_config_alone_names_ends_there_too(chat: Path, tmp_path: Path) -> None:
+    folder, tokenizer = tmp_path / "chat", load_tokenizer(chat)
+    shutil.copytree(chat, folder)
+    end, turn = tokenizer.specials["<|endoftext|>"], tokenizer.specials["<|im_end|>"]
+    for name, value in (("config.json", end), ("tokenizer_config.json", "<|im_end|>")):
+        key = "eos_token_id" if name == "config.json" else "eos_token"
+        (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), key: value}))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    stated = keys(written(folder, tmp_path / "chat.gguf"))
+    assert [stated[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot")] == [turn, end]
+
+
 def test_a_base_model_begins_with_bos_and_has_no_conversations(tmp_path: Path) -> None:
     folder = save_assistant(tmp_path / "base", assistant=False)
     stated = keys(written(folder, tmp_path / "base.gguf"))
