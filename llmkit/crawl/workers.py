@@ -21,14 +21,19 @@ from typing import IO, Any, Protocol
 
 from llmkit.crawl.parts import Part
 from llmkit.errors import LlmkitError, UserError
+from llmkit.launch import interrupts_held
 
 AHEAD = 2  # spans in flight for each process, so that a slow span does not leave the others idle
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 _CHILD = """
 import pickle, sys
-sys.path[:] = pickle.load(sys.stdin.buffer)
-from llmkit.crawl.workers import serve
-serve(pickle.load(sys.stdin.buffer))
+try:
+    sys.path[:] = pickle.load(sys.stdin.buffer)
+    from llmkit.crawl.workers import serve
+    make = pickle.load(sys.stdin.buffer)
+except EOFError:  # the parent was interrupted
+    sys.exit()
+serve(make)
 """
 
 
@@ -145,7 +150,8 @@ class _Child:
     def __init__(self, make: Callable[[], Work]) -> None:
         command = [sys.executable, "-c", _CHILD]
         environment = {**os.environ, **ONE_THREAD}
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        with interrupts_held():
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         assert self.process.stdin and self.process.stdout
         self.to: IO[bytes] = self.process.stdin
         self.from_: IO[bytes] = self.process.stdout

@@ -14,6 +14,7 @@ import threading
 from importlib.util import find_spec
 
 from llmkit.errors import UserError
+from llmkit.launch import interrupts_held
 from llmkit.problems import Problem, last_boxed
 from llmkit.rewards.statements import after_thinking, tagged
 
@@ -93,9 +94,10 @@ class LatexComparer:
 
     def _start(self) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "llmkit.rewards.latex_worker"]
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1
-        )
+        with interrupts_held():  # a training saves and ends after the step in which Ctrl-C comes
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1
+            )
         if self._read(process, START_SECONDS) != "ready\n":
             process.kill()
             raise UserError("the verifier 'latex': math-verify does not start; try python -c 'import math_verify'")

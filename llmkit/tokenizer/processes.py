@@ -18,7 +18,7 @@ from contextlib import suppress
 from queue import SimpleQueue
 from typing import IO
 
-from llmkit.launch import available_cores
+from llmkit.launch import available_cores, interrupts_held
 from llmkit.tokenizer.counting import Counts, Ints, PieceCounter
 from llmkit.tokenizer.patterns import Pattern
 
@@ -26,7 +26,10 @@ ALONE_BYTES = 12 << 20  # counted within this process: children take 0.2 s to st
 HANDED_OVER = 2_000_000  # counts of a child that are handed to the parent, so that many cores need little more memory
 _CHILD = """
 import pickle, sys
-sys.path[:], pattern = pickle.load(sys.stdin.buffer)
+try:
+    sys.path[:], pattern = pickle.load(sys.stdin.buffer)
+except EOFError:  # the parent was interrupted
+    sys.exit()
 from llmkit.tokenizer.processes import count_in_child
 count_in_child(pattern)
 """
@@ -99,7 +102,8 @@ class _Child:
 
     def __init__(self, pattern: Pattern) -> None:
         command = [sys.executable, "-c", _CHILD]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        with interrupts_held():
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self.process.stdin and self.process.stdout
         self.to: IO[bytes] = self.process.stdin
         self.from_: IO[bytes] = self.process.stdout

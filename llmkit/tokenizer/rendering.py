@@ -16,6 +16,8 @@ from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
+from llmkit.launch import interrupts_held
+
 CPU_SECONDS, MEMORY = 3.0, 1 << 30  # of one rendering; bytes of address space in all
 MORE_TEXT, TIMES_TEXT = 1 << 20, 20  # characters of output: so many and so many for each character of input
 _START = (
@@ -59,10 +61,11 @@ class Renderer:
 
     def _start(self) -> None:
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _START, json.dumps(sys.path)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
-        )  # fmt: skip
+        with interrupts_held():
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _START, json.dumps(sys.path)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
+            )  # fmt: skip
         self._owner = os.getpid()
         weakref.finalize(self, _end, self._process, self._owner)
         answer = self._exchange(self._template)

@@ -1,0 +1,55 @@
+"""Ctrl-C reaches every process of a terminal at any moment: those that we start leave it to us, and say nothing."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmkit.crawl import workers
+from llmkit.tokenizer import processes, rendering
+from llmkit.tokenizer.patterns import find_pattern
+
+
+def held(pid: int) -> bool:
+    """Whether SIGINT is blocked or ignored in a process, as it is from its first instruction."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return any(int(status[name], 16) >> (signal.SIGINT - 1) & 1 for name in ("SigBlk", "SigIgn"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc here")
+@pytest.mark.parametrize("kind", ["crawl", "counting", "template", "latex"])
+def test_a_process_that_we_start_never_sees_ctrl_c(kind: str) -> None:
+    """One that was still importing ended with a traceback between our messages."""
+    if kind == "crawl":
+        child = workers._Child(dict)
+        close = child.close
+    elif kind == "counting":
+        child = processes._Child(find_pattern("llama3"))
+        close = child.stop
+    elif kind == "template":
+        child = rendering.Renderer("{{ messages }}")
+        child._start()
+        close = child._process.kill
+    else:
+        pytest.importorskip("math_verify")
+        from llmkit.rewards.latex import LatexComparer
+
+        child = LatexComparer()
+        child._process = child._start()
+        close = child.close
+    try:
+        process = child.process if hasattr(child, "process") else child._process
+        assert held(process.pid)
+    finally:
+        close()
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+@pytest.mark.parametrize("code", [workers._CHILD, processes._CHILD])
+def test_a_process_whose_parent_was_interrupted_says_nothing(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code], input=b"", capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
