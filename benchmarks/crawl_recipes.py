@@ -9,7 +9,8 @@ kept, was labelled by excerpts of 400 characters (beginning, middle and end) wit
 recipe llmkit's thresholds were chosen on it: its figures there are optimistic. The fresh set has 198 of the other
 pages, drawn with a seed: 99 that only one of the recipes keeps, 50 that both keep and 49 that neither does. One reader
 saw them shuffled, without any verdict, whole up to 2,600 characters and else 2,400 characters from five places, and
-wrote all labels before they were compared. The weighted figures count each page for those of its stratum.
+wrote all labels before they were compared; the texts were those of the extractor before its last training. The weighted
+figures count each page for those of its stratum.
 """
 
 import argparse
