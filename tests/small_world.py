@@ -37,6 +37,7 @@ mkdir seed1 seed2 demo runs && ln -s ../chat seed1/ && ln -s ../chat seed2/
 cp -r tok base demo/ && cp -r tok judge runs/
 llmkit sample chat/ --jsonl -n 2 prompts.jsonl -o completions.jsonl && gzip -k prompts.jsonl
 llmkit probe-knowledge chat/ --questions q.jsonl --report before.jsonl -o refusals.jsonl && cp before.jsonl after.jsonl
+cp -r chat honest && cp before.jsonl probe.jsonl
 cp before.jsonl probe-before.jsonl && cp before.jsonl probe-after.jsonl
 """
 
