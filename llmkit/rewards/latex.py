@@ -43,8 +43,8 @@ class LatexComparer:
         if not (problem.answer or "").strip():
             raise UserError(f"{problem.where}: expected an answer for the verifier 'latex', found none")
 
-    def is_right(self, problem: Problem, completion: str) -> bool:
-        """Whether what is boxed is the answer."""
+    def is_right(self, problem: Problem, completion: str) -> bool | None:
+        """Whether what is boxed is the answer; None where math-verify cannot read the answer."""
         completion = after_thinking(completion)
         tag = tagged(completion)
         said = last_boxed(completion if tag is None else tag)
@@ -63,13 +63,13 @@ class LatexComparer:
             return False
         return self._compare(answer, said)
 
-    def _compare(self, answer: str, said: str) -> bool:
+    def _compare(self, answer: str, said: str) -> bool | None:
         asked = json.dumps({"answer": answer, "said": said}) + "\n"
         with self._one_at_a_time:
             line = self._ask(asked)
             if line == "":  # the process was dead, or died of it
                 line = self._ask(asked)
-            return line == "true\n"
+            return None if line == "null\n" else line == "true\n"
 
     def _ask(self, asked: str) -> str | None:
         """The line that comes back; "" from a process that ended, None from one that was ended for its time."""

@@ -1,4 +1,4 @@
-"""Compares LaTeX in a process of its own: "ready" when it is, then {"answer", "said"} a line in, true or false out.
+"""Compares LaTeX in a process of its own: "ready", then {"answer", "said"} a line in; true, false or null a line out.
 
 Started by `LatexComparer`, which ends it when an expression takes too long. math-verify parses with the grammar of
 latex2sympy; its other parser, which lets sympy evaluate Python, is not used.
@@ -15,15 +15,18 @@ SECONDS = 3  # for parsing and for comparing, each; math-verify stops itself by 
 MEMORY = 4 << 30  # bytes of address space
 
 
-def same(answer: str, said: str) -> bool:
-    """Whether math-verify holds two expressions for equal."""
+def same(answer: str, said: str) -> bool | None:
+    """Whether math-verify holds two expressions for equal; None where it cannot read the answer."""
     from math_verify import LatexExtractionConfig, parse, verify
 
     def parsed(text: str) -> list:
         return parse(f"${text}$", [LatexExtractionConfig()], "no_fallback", "first_match", parsing_timeout=SECONDS)
 
-    gold, found = parsed(answer), parsed(said)
-    return bool(gold and found) and verify(gold, found, timeout_seconds=SECONDS)
+    gold = parsed(answer)
+    if not gold:
+        return None
+    found = parsed(said)
+    return bool(found) and bool(verify(gold, found, timeout_seconds=SECONDS))
 
 
 def main() -> None:
@@ -41,7 +44,7 @@ def main() -> None:
             right = same(**json.loads(line))
         except (Exception, RecursionError):
             right = False
-        print(json.dumps(bool(right)), flush=True)
+        print(json.dumps(right), flush=True)
 
 
 if __name__ == "__main__":

@@ -30,11 +30,11 @@ class Verifier:
     """A rule.
 
     check  raises UserError for a problem that it cannot judge
-    judge  whether a completion, which is not empty, is right
+    judge  whether a completion, which is not empty, is right; None where that cannot be told
     """
 
     check: Callable[[Problem], None]
-    judge: Callable[[Problem, str], bool]
+    judge: Callable[[Problem, str], bool | None]
 
 
 # ---- numbers
@@ -178,18 +178,20 @@ class VerifierReward(Reward):
         name = self._forced or verifier_of(problem)
         (self._tests if name == "tests" else self._verifiers[name]).check(problem)
 
-    def score(self, attempts: Sequence[Attempt]) -> list[float]:
-        """1.0 or 0.0 for each attempt; equal completions of a problem are judged once."""
+    def score(self, attempts: Sequence[Attempt]) -> list[float | None]:
+        """1.0, 0.0 or None for each attempt; equal completions of a problem are judged once."""
         problems = {id(one.problem): one.problem for one in attempts}
         asked = list(dict.fromkeys((id(one.problem), one.completion) for one in attempts if one.completion.strip()))
         tested = [key for key in asked if (self._forced or verifier_of(problems[key[0]])) == "tests"]
+        found: dict[tuple[int, str], bool | None]
         found = dict(zip(tested, self._tests.judge_all([(problems[key], said) for key, said in tested]), strict=True))
         for key in asked:
             if key not in found:
                 found[key] = self._judge(problems[key[0]], key[1])
-        return [float(found.get((id(one.problem), one.completion), False)) for one in attempts]
+        verdicts = [found.get((id(one.problem), one.completion), False) for one in attempts]
+        return [None if verdict is None else float(verdict) for verdict in verdicts]
 
-    def _judge(self, problem: Problem, completion: str) -> bool:
+    def _judge(self, problem: Problem, completion: str) -> bool | None:
         said, name = unasked(completion, problem.prompt).strip(), self._forced or verifier_of(problem)
         said = said if name in WHOLE else final(said).strip()
         return bool(said) and self._verifiers[name].judge(problem, said)

@@ -278,6 +278,13 @@ def test_latex_compares_what_is_boxed(answer, completion, right):
     assert score(completion, "latex", answer=answer) == right
 
 
+@pytest.mark.parametrize(("completion", "right"), [("\\boxed{\\frac{7}}", 1), ("\\boxed{7}", None), ("7", 0), ("", 0)])
+def test_what_math_verify_cannot_read_is_not_judged(completion, right):
+    """An answer that is damaged in the data is right where it is said letter by letter, and else leaves it open."""
+    pytest.importorskip("math_verify")
+    assert score(completion, "latex", answer="\\frac{7}") == right
+
+
 def test_a_comparison_that_hangs_is_ended_and_the_next_one_works(monkeypatch):
     pytest.importorskip("math_verify")
     comparer, asked = LatexComparer(), problem(answer="x+1")
