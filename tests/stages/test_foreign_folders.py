@@ -108,6 +108,23 @@ def test_sft_trains_it_and_keeps_its_family(foreign: Path, chat: Path) -> None:
     transformers.AutoModelForCausalLM.from_pretrained(chat)
 
 
+@pytest.mark.parametrize("ends_turns", [False, True])
+def test_an_adapter_has_the_rows_that_a_template_needs_where_the_base_ends_no_turns(tmp_path, ends_turns):
+    """As the stock bases that bring a chat template: <|im_end|> is in the tokenizer, and the base ends at <|end|>."""
+    base = save_with_template(tmp_path / "base", TEMPLATES["chatml"])
+    tokenizer = load_tokenizer(base)
+    start, end, text = (tokenizer.specials[name] for name in ("<|im_start|>", "<|im_end|>", "<|end|>"))
+    ends = (end, text) if ends_turns else text
+    save_model(make_model(vocab_size=tokenizer.vocab_size, bos_token_id=text, eos_token_id=ends), base)
+    data = tmp_path / "chats.jsonl"
+    data.write_text(json.dumps({"prompt": "Who?", "completion": "A ship."}) + "\n")
+    out = str(tmp_path / "chat")
+    details = {"lora_rank": 2, "keep_adapter": True, "max_steps": 2, "sequence_length": 96, **pipeline.TUNING}
+    sft.run(sft.SftConfig(model=str(base), data=(str(data),), out=out, **details))
+    rows = json.loads((tmp_path / "chat/adapter/adapter_config.json").read_text()).get("trainable_token_indices")
+    assert rows == (None if ends_turns else {"embed_tokens": [start, end], "lm_head": [start, end]})
+
+
 def test_train_reward_and_rl_train_it(foreign: Path) -> None:
     place = foreign.parent
     prefs = pipeline.write(
