@@ -24,6 +24,12 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 import pytest
 
+with suppress(ImportError):  # of the extra `test`
+    from hypothesis import settings
+
+    settings.register_profile("llmkit", deadline=None)  # its 200 ms are too little beside other processes
+    settings.load_profile("llmkit")
+
 # a shell's background job ignores SIGINT, and what it starts inherits that: the tests that interrupt a stage would wait
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
