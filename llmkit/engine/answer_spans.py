@@ -72,7 +72,7 @@ class Sentence:
         measured = False  # whether a unit may follow
         for token in tokens(text):
             is_unit = measured and token.word in MEASURES
-            if not (measured and token.word == "per"):
+            if not (measured and token.word in ("per", "degree")):
                 every.append(token._replace(word=MEASURES[token.word]) if is_unit else token)
                 measured = is_unit or is_number(token.word)
         return cls(text, tuple(every))
@@ -205,7 +205,8 @@ class _Context:
                 return left.written.lower() in self._asked.text.lower() and stem(left.word) != stem(
                     self._asked.words[1]
                 )
-        if self._plain(left) or left.word in TITLES or left.word.endswith("ly"):
+        is_kind = bool(KINDS.get(left.word, frozenset()) & self._asked.known)  # "Mount", asked for a mountain
+        if self._plain(left) or left.word in TITLES or left.word.endswith("ly") or is_kind:
             return True
         if apart in (":", "-", "\u2013", "\u2014", "=", "?", "!", ";", "."):
             return True
@@ -233,7 +234,7 @@ class _Context:
         is_capital = right.written[:1].isupper() and stop not in self._determined
         if right.word in JOINS and not apart:
             after = self._every[stop + 1] if stop + 1 < len(self._every) else None
-            return after is None or self._plain(after) or after.word == "nothing"
+            return after is None or self._plain(after) or after.word in ("nothing", "other")
         if right.word in ("or", "than"):
             return right.word == "than" and self._asked.echoes("than")
         if self._plain(right) or is_spaceless(right.word):

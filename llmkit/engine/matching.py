@@ -168,6 +168,10 @@ def _same_numbers(said: Sentence, asked: Sentence, answer: Sentence) -> bool:
     wanted = [word for word in answer.words if is_number(word)]
     if not wanted:
         return not numbers or not any(is_number(word) and word not in said.known for word in asked.words)
+    pairs = zip(said.words, said.words[1:], strict=False)
+    counted = [word for word, noun in pairs if is_number(word) and noun not in SMALL and asked.echoes(noun)]
+    if len(wanted) == 1 and counted == wanted:  # "8 legs and 6 eyes", asked how many legs
+        return True
     if len(wanted) == 1 and _is_year(wanted[0]) and said.known & MONTHS:
         numbers = [number for number in numbers if not _is_day(number)]
     return numbers == wanted
