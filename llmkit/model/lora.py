@@ -69,8 +69,9 @@ class _Rows(nn.Module):
 
     def __init__(self, weight: Tensor, token_ids: Sequence[int]):
         super().__init__()
-        self.register_buffer("token_ids", torch.tensor(token_ids, device=weight.device), persistent=False)
-        self.rows = nn.Parameter(weight.detach()[self.token_ids].clone())
+        ids = torch.tensor(token_ids, device=weight.device)
+        self.register_buffer("token_ids", ids, persistent=False)
+        self.rows = nn.Parameter(weight.detach()[ids].clone())
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight.index_copy(0, cast("Tensor", self.token_ids), self.rows)
