@@ -63,7 +63,7 @@ TEMPLATES = {
 }
 SPECIALS = ["<|end|>", "<|im_start|>", "<|im_end|>", "<|header|>"]
 KINDS = ("bytes", "first", "always", "prepend")
-TEXT = ["What is assistant user system Sure? Four. Yes, \n\n <|>[INST]</"] * 9
+TEXT = "What is assistant user system Sure? Four. Yes, \n\n"
 
 
 def save(folder: Path, template: str | None, kind: str = "bytes", strips: bool = False, **config: object) -> Path:
@@ -90,7 +90,7 @@ def save(folder: Path, template: str | None, kind: str = "bytes", strips: bool =
     trainer = trainers.BpeTrainer(
         vocab_size=size, initial_alphabet=alphabet, special_tokens=pieces, show_progress=False
     )
-    tokenizer.train_from_iterator(TEXT, trainer)
+    tokenizer.train_from_iterator([TEXT if kind == "bytes" else f"{TEXT} <|>[INST]</"] * 9, trainer)
     flags = {"special": True, "normalized": False, "lstrip": strips, "rstrip": strips}
     tokenizer.add_special_tokens([AddedToken(name, **flags) for name in SPECIALS])
     spec = json.loads(tokenizer.to_str())
