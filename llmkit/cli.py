@@ -62,11 +62,11 @@ ELSEWHERE = {
     "infer": "llmkit sample MODEL -p PROMPT",
     "eval": "--val of pretrain, sft, train-reward and rl, or llmkit probe-knowledge",
     "evaluate": "--val of pretrain, sft, train-reward and rl, or llmkit probe-knowledge",
-    "serve": "a server of your own loads the folders of llmkit: docs/serving.md",
-    "dpo": "llmkit train-reward and then llmkit rl learn from preferences",
+    "serve": "docs/serving.md: a server of your own loads the folders of llmkit",
+    "dpo": "llmkit train-reward and then llmkit rl, which learn from preferences",
     "grpo": "llmkit rl",
     "ppo": "llmkit rl",
-    "tokenize": "llmkit pretrain tokenizes its documents itself; llmkit train-bpe makes a tokenizer",
+    "tokenize": "llmkit pretrain, which tokenizes its documents itself, and llmkit train-bpe, which makes a tokenizer",
     "train-tokenizer": "llmkit train-bpe",
     "train": "llmkit pretrain or llmkit sft",
     "finetune": "llmkit sft",
@@ -153,7 +153,8 @@ def parse(arguments: list[str]) -> Callable[[], Any] | int:
         if not hasattr(error, "format_message"):
             raise
         message = error.format_message()  # type: ignore[attr-defined]  # typer's own click: a wrong flag
-        raise UserError(f"{message[:1].lower()}{message[1:].rstrip('.')}; see --help") from None
+        message = f"{message[:1].lower()}{message[1:].rstrip('.')}".replace(". Did you mean", "; did you mean")
+        raise UserError(f"{message} See --help" if message.endswith("?") else f"{message}; see --help") from None
 
 
 def _command_name(arguments: list[str]) -> str | None:
@@ -339,7 +340,7 @@ def _annotation(item: Field, hint: Any) -> Any:
     base, _, many = value_type(hint)
     kind: Any = bool if base is bool else list[str] if many else str
     if details.positional:
-        metavar = (details.metavar or item.name.upper()).removesuffix("...")  # typer adds the dots
+        metavar = details.metavar or item.name.upper()
         info = typer.Argument(help=_literal(details.help), metavar=metavar, show_default=False)
         return Annotated[kind | None, info]
     flag = flag_of(item)

@@ -372,3 +372,15 @@ def test_what_only_looks_like_a_path_is_no_input(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     config = import_module("llmkit.stages.sft").SftConfig
     cli._run_alone(lambda config: None, config(model="base", system="out", prompt=("out",), out="out", force=True))
+
+
+def test_help_shows_which_arguments_may_be_several_and_one_hint_for_a_wrong_name():
+    def said(*words: str) -> str:
+        done = subprocess.run([sys.executable, "-m", "llmkit", *words], capture_output=True, text=True, timeout=60)
+        return (done.stdout + done.stderr).splitlines()[0]
+
+    assert "[INPUT...]" in said("crawl-filter", "--help") and "[MODEL]" in said("sft", "--help")
+    assert (
+        said("crawl-filte") == "llmkit: error: no such command 'crawl-filte'; did you mean 'crawl-filter'? See --help"
+    )
+    assert said("chat") == "llmkit: error: no such command 'chat'; see llmkit sample MODEL --chat"

@@ -12,6 +12,7 @@ from torch import Tensor
 from llmkit.data.batches import IGNORED, EvaluationBatches
 from llmkit.engine.distributed import world
 from llmkit.model.transformer import Transformer
+from llmkit.progress import Progress
 
 
 def next_token_loss(model: Any, rows: tuple[Any, ...]) -> tuple[Tensor, int]:
@@ -29,29 +30,31 @@ def next_token_loss(model: Any, rows: tuple[Any, ...]) -> tuple[Tensor, int]:
     return loss, int((targets != IGNORED).sum())
 
 
-def masked_loss(model: Transformer, batches: Iterable[tuple[Any, ...]]) -> dict[str, float]:
+def masked_loss(model: Transformer, batches: Iterable[tuple[Any, ...]], quiet: bool = False) -> dict[str, float]:
     """`val_loss`, in nats a target, over batches in which only some tokens are targets."""
-    total, count = _summed_loss(model, batches)
+    total, count = _summed_loss(model, batches, quiet)
     return {"val_loss": total / max(1, count)}
 
 
-def held_out_loss(model: Transformer, batches: EvaluationBatches) -> dict[str, float]:
+def held_out_loss(model: Transformer, batches: EvaluationBatches, quiet: bool = False) -> dict[str, float]:
     """`val_loss` (nats a token) and `val_bits_per_byte` (of UTF-8 text) over a whole validation set.
 
     Bits per byte does not depend on the tokenizer: the summed loss in bits over the bytes of the text, where
     each token is predicted once, from its own document and at most the context before it.
     """
-    total, count = _summed_loss(model, batches)
+    total, count = _summed_loss(model, batches, quiet)
     return {"val_loss": total / max(1, count), "val_bits_per_byte": total / math.log(2) / max(1, batches.bytes)}
 
 
 @torch.no_grad()
-def _summed_loss(model: Transformer, batches: Iterable[tuple[Any, ...]]) -> tuple[float, int]:
+def _summed_loss(model: Transformer, batches: Iterable[tuple[Any, ...]], quiet: bool) -> tuple[float, int]:
     model.eval()
     total, count = 0.0, 0
-    for batch in world().deal(batches):
-        loss, targets = next_token_loss(model, batch)
-        total, count = total + float(loss), count + targets
+    with Progress("validating", unit="batches", quiet=quiet) as progress:
+        for batch in world().deal(batches):
+            loss, targets = next_token_loss(model, batch)
+            total, count = total + float(loss), count + targets
+            progress.advance()
     model.train()
     total, targets = world().sum_shares(total, count)
     return total, int(targets)

@@ -73,6 +73,7 @@ def build_trainer(
     device = model.embed_tokens.device
     compiled = is_compiled(options.compile, device, flops)
     if compiled:
+        say("torch.compile: the first step takes a minute or so (--compile off does without)", options.quiet)
         if is_sharded(model.embed_tokens):  # FSDP puts a layer together outside of what is compiled
             model.compile_layers()
         else:

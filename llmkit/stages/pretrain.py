@@ -235,7 +235,7 @@ def run(config: PretrainConfig) -> Summary | None:
         trainer.fit(
             total_steps=plan.total_steps,
             seconds=plan.seconds,
-            evaluate=partial(held_out_loss, model, held_out) if held_out else None,
+            evaluate=partial(held_out_loss, model, held_out, config.quiet) if held_out else None,
             sample=lambda: continue_text(whole_model(model), tokenizer, config.prompt, max_tokens=40, seed=config.seed),
             flops_per_token=plan.model.flops_per_token(plan.sequence_length),
             peak_flops=speed.peak_flops(device, dtype) * world.size,

@@ -165,7 +165,7 @@ def run(config: SftConfig) -> Summary | None:
     rows = _batch_rows(config, sources, row_tokens)
     if config.lora_rank is not None:
         tuning.add_adapter(config.lora_rank, config.lora_alpha, config.lora_targets.split(","), config.seed)
-    tuning.check_memory((config.micro_batch_size or 1) * row_tokens, rows * row_tokens, "lower --batch-tokens")
+    tuning.check_memory(min(config.micro_batch_size or 1, rows) * row_tokens, rows * row_tokens, "lower --batch-tokens")
     mixture = Mixture(sources, row_tokens, rows, tuning.pad_id, config.seed)
     steps = _total_steps(config, mixture)
     _say_plan(config, mixture, steps, tuning.trained_parameters, tuning.new_tokens)
@@ -196,7 +196,7 @@ def run(config: SftConfig) -> Summary | None:
     if held_out:
         rows = trainer.micro_batch_rows
         batches = [PackedEvaluation(examples, row_tokens, rows, tuning.pad_id) for examples in held_out]
-        evaluate = lambda: masked_loss(tuning.model, chain.from_iterable(batches))  # noqa: E731
+        evaluate = lambda: masked_loss(tuning.model, chain.from_iterable(batches), config.quiet)  # noqa: E731
         if config.patience is not None:
             evaluate = tuning.stop_early(trainer, evaluate, config.patience)
     with folder.training(lambda: trainer.has_begun):

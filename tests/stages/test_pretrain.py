@@ -459,3 +459,13 @@ def test_a_size_that_no_memory_holds_is_refused_by_its_option(corpus, llmkit, tm
     done = llmkit(*arguments(corpus, tmp_path / "base", *change))
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not (tmp_path / "base.partial").exists()  # the corrected command is not refused
+
+
+def test_a_long_validation_is_not_silent(base, corpus, tmp_path, monkeypatch, capsys):
+    from llmkit import progress
+    from llmkit.stages.pretrain import PretrainConfig, run
+
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)  # between two lines
+    texts = {"inputs": (f"{corpus}/docs.jsonl",), "val": (f"{corpus}/val.jsonl",), "model": str(base)}
+    run(PretrainConfig(**texts, out=str(tmp_path / "out"), max_steps=1, dtype="float32", sequence_length=16))
+    assert "llmkit: validating " in capsys.readouterr().err
