@@ -368,6 +368,19 @@ def test_a_reward_that_is_mended_trains_by_the_same_command(coin, problems, tmp_
     assert train(coin, problems, tmp_path / "p", **more).steps == 2
 
 
+def test_attempts_that_cannot_be_judged_are_left_out_and_counted(coin, problems, tmp_path):
+    score = tmp_path / "score.py"
+    score.write_text(
+        "CALLS = []\ndef reward(record):\n    CALLS.append(1)\n"
+        "    return None if len(CALLS) % 4 == 0 else record['completion'] == 'heads'\n"
+    )
+    train(coin, problems, tmp_path / "p", reward=(f"py:{score}:reward",))
+    steps = [row for row in lines(tmp_path / "p" / "metrics.jsonl") if "reward" in row]
+    assert steps and all(row["unjudged"] == pytest.approx(0.25, abs=0.1) for row in steps)
+    unjudged = [row for row in lines(tmp_path / "p" / "rollouts.jsonl") if row["reward"] is None]
+    assert unjudged and not any(row["trained"] for row in unjudged)
+
+
 def test_a_reward_that_fails_in_the_second_step_leaves_the_first(coin, problems, tmp_path):
     score = tmp_path / "score.py"
     body = "CALLS = []\ndef reward(record):\n    CALLS.append(1)\n    return (record['completion'] == 'heads')"
