@@ -165,7 +165,7 @@ def damages(top: Path) -> Iterator[tuple[str, Path, Callable[[], object]]]:
             yield f"{name} {kind}", place, lambda place=place, content=content: place.write_bytes(content)
         for kind, cut in (("cut by 1", -1), ("cut in half", len(whole) // 2), ("cut to 40 bytes", 40)):
             yield f"{name} {kind}", place, lambda place=place, cut=cut, whole=whole: place.write_bytes(whole[:cut])
-        for where in (9, len(whole) // 2, len(whole) - 9):
+        for where in (9, len(whole) // 2, len(whole) - 9) if len(whole) > 9 else ():
             flipped = whole[:where] + bytes([whole[where] ^ 4]) + whole[where + 1 :]
             yield f"{name} bit {where}", place, lambda place=place, flipped=flipped: place.write_bytes(flipped)
         if whole[:1] == b"{":
@@ -190,7 +190,7 @@ def edited_json(whole: bytes) -> Iterator[tuple[str, bytes]]:
         return
     except json.JSONDecodeError:
         pass
-    for number in sorted({0, 1, len(lines) - 1}):
+    for number in sorted({0, min(1, len(lines) - 1), len(lines) - 1}):
         if not lines[number].endswith(b"\n"):
             continue
         for content in (b"{}\n", b"[]\n", b"null\n", b"\xff{\n", b"\n"):
