@@ -243,7 +243,7 @@ def test_a_time_budget_chooses_for_itself_and_keeps_to_it(corpus, llmkit, tmp_pa
         (["--hidden-size", "100", "--num-attention-heads", "3"], "--hidden-size 100: not a multiple of 3"),
         (["--sequence-length", "100000"], "fewer than one context of 100,000"),
         (["--learning-rate", "0"], "--learning-rate: expected more than 0"),
-        (["--tokenizer", "nowhere/"], "nowhere"),
+        (["--tokenizer", "gpt2"], "found no gpt2; llmkit train-bpe makes one, and nothing is fetched by its name: "),
         (["--out", "-"], "--out: expected a folder, such as -o base/, found -"),
     ],
 )

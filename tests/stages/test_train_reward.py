@@ -269,3 +269,12 @@ def test_a_batch_that_no_memory_holds_is_refused_by_its_option(base, data, llmki
     done = llmkit("train-reward", base, "--data", data, "--batch-size", "1e13", "-o", tmp_path / "judge")
     assert done.returncode == 2 and done.stderr.endswith("; lower --batch-size\n"), done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_judge_in_the_place_of_a_model_that_writes_says_what_it_is(trained, llmkit):
+    judge = trained[0]
+    done = llmkit("sample", judge, "-p", "Hello")
+    assert (
+        done.returncode == 2
+        and f"found a reward model, which scores; llmkit train-reward --score {judge}" in done.stderr
+    )
