@@ -19,7 +19,7 @@ from typing import Any
 
 from llmkit.conversations import Message, asked_in, read_messages, said_in
 from llmkit.errors import UserError
-from llmkit.records import ANSWERS, ASKING, CHOSEN, SYSTEM, Row, fields_of, first_of, kind_of, not_used
+from llmkit.records import ANSWERS, CHOSEN, PROMPT_FIRST, SYSTEM, Row, fields_of, first_of, kind_of, not_used
 
 TURN = re.compile(r"\n\n(Human|Assistant):")
 WORD_END = re.compile(r"(?<=\S)\s+\S*\Z")  # where the last whole word of a text ends
@@ -74,7 +74,7 @@ def read_comparison(row: Row) -> Comparison | str:
 
 def read_prompt(row: Row) -> tuple[Message, ...]:
     """The prompt of a record: `messages`, or a `prompt` of text or messages, or what else asks. Raises UserError."""
-    asked = asked_in(row, ("prompt", *ASKING))
+    asked = asked_in(row, PROMPT_FIRST)
     if asked is None:
         raise UserError(f"{row.where}: expected field 'prompt' or 'messages', found {fields_of(row.value)}")
     return read_messages(row, asked.entries)
@@ -140,7 +140,7 @@ def _ranked(row: Row) -> Comparison:
             raise UserError(f"{row.where}: expected 'ranking' to hold numbers, 1 the best, found {rank!r}")
     levels = sorted(set(ranking))
     ranks = tuple(levels.index(rank) + 1 for rank in ranking)
-    asked = asked_in(row, ("prompt", *ASKING))
+    asked = asked_in(row, PROMPT_FIRST)
     losses = not_used(row.value, (*(asked.used if asked else ()), "completions", "ranking"))
     return Comparison(prompt, tuple(candidates), ranks, 0.0, row.where, losses)
 

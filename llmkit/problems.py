@@ -17,15 +17,13 @@ names how it is to be judged. All else passes through.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llmkit.conversations import Asked, Message, asked_in, read_messages
 from llmkit.errors import UserError
 from llmkit.questions import FRAME, answers_of
-from llmkit.records import ASKING, SYSTEM, Row, fields_of, kind_of, not_used
-from llmkit.stream import read_jsonl
+from llmkit.records import PROMPT_FIELDS, Row, fields_of, kind_of, not_used
 
 ANSWERS = ("answer", "solution", "target", "continuation", "correct", "lSolutions", "answerKey", "gold", "output")
 MARKER = "####"
@@ -55,11 +53,6 @@ class Problem:
     losses: tuple[str, ...] = ()
 
 
-def read_problems(paths: Sequence[str], limit: int | None = None) -> Iterator[Problem]:
-    """The problems of files, `-` for stdin, at most `limit` of them in all. Raises UserError for the first bad one."""
-    return read_jsonl(paths, limit, read_problem)
-
-
 def read_problem(row: Row) -> Problem:
     """The problem in a record of any format. Raises UserError that names the place and what was expected."""
     value = row.value
@@ -72,7 +65,7 @@ def read_problem(row: Row) -> Problem:
     if not isinstance(verifier, (str, type(None))):
         raise UserError(f"{row.where}: expected 'verifier' to be a name, found {kind_of(verifier)}")
     messages, prompt = _messages_and_text(row, asked)
-    losses = not_used(value, asked.used, (*ASKING, *SYSTEM, "history"))
+    losses = not_used(value, asked.used, PROMPT_FIELDS)
     options = read_options(value, row.where)
     if options:
         if not messages and not all(text == letter for letter, text in options):  # else the question shows them

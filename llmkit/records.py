@@ -19,13 +19,15 @@ from llmkit.errors import UserError
 CONVERSATIONS = ("messages", "conversations")
 QUESTIONS = ("prompt", "question", "problem", "query", "instruction", "context", "input", "sQuestion")
 ASKING = (*CONVERSATIONS, *QUESTIONS)
+PROMPT_FIRST = ("prompt", *ASKING)  # of records with an answer, whose `messages` may hold it, too
 SYSTEM = ("system", "system_prompt")  # in front of what is asked, as is "history"
+PROMPT_FIELDS = (*ASKING, *SYSTEM, "history")  # all that a prompt is made of
 ANSWERS = ("completion", "response", "output", "solution", "answer", "answers", "target", "continuation")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # before an answer
 CHOSEN = {"response_j": "chosen", "response_k": "rejected"}  # other names of what is compared
 COMPARED = ("chosen", "rejected", *CHOSEN, "completions", "ranking", "margin")
 OTHERS = ("text", "tools", "functions", "choices", "options", "images", "image", "audio", "videos")
-KNOWN = frozenset((*ASKING, *SYSTEM, "history", *ANSWERS, *THOUGHTS, *COMPARED, *OTHERS))
+KNOWN = frozenset((*PROMPT_FIELDS, *ANSWERS, *THOUGHTS, *COMPARED, *OTHERS))
 
 
 def not_used(

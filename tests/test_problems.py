@@ -11,8 +11,9 @@ import pytest
 
 from llmkit import problems
 from llmkit.errors import UserError
-from llmkit.problems import last_boxed, read_problem, read_problems
+from llmkit.problems import last_boxed, read_problem
 from llmkit.records import Row
+from llmkit.stream import read_jsonl
 
 
 def problem(**value):
@@ -101,13 +102,13 @@ def test_files_are_lines_arrays_or_an_object_of_examples_packed_or_not(tmp_path:
     lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
     array.write_bytes(gzip.compress(json.dumps(rows, indent=4).encode()))
     examples.write_text(json.dumps({"examples": rows}, indent=2))
-    found = list(read_problems([str(lines), str(array), str(examples)]))
+    found = list(read_jsonl([str(lines), str(array), str(examples)], None, read_problem))
     assert [one.answer for one in found] == ["2", "4"] * 3
     assert found[4].where == f"{examples}:1"
-    assert len(list(read_problems([str(lines), str(array)], limit=3))) == 3
+    assert len(list(read_jsonl([str(lines), str(array)], 3, read_problem))) == 3
     examples.write_text('{\n "other": []\n}\n')
     with pytest.raises(UserError, match="found an object over several lines"):
-        list(read_problems([str(examples)]))
+        list(read_jsonl([str(examples)], None, read_problem))
 
 
 @pytest.mark.parametrize(
@@ -145,12 +146,12 @@ def test_what_is_boxed(text, found):
     ],
 )  # fmt: skip
 def test_public_files_are_read_as_they_are(shared_data: Path, name: str, count: int):
-    found = list(read_problems([str(shared_data / name)]))
+    found = list(read_jsonl([str(shared_data / name)], None, read_problem))
     assert len(found) == count
     assert all(one.prompt.strip() and one.answer for one in found)
 
 
 def test_code_that_is_tested_has_no_answer_and_keeps_its_tests(shared_data: Path):
-    found = list(read_problems([str(shared_data / "eval/HumanEval.jsonl.gz")]))
+    found = list(read_jsonl([str(shared_data / "eval/HumanEval.jsonl.gz")], None, read_problem))
     assert len(found) == 164
     assert all(one.answer is None and {"test", "entry_point"} <= set(one.record) for one in found)

@@ -12,22 +12,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from llmkit.engine.normalising import ARTICLES, KNOWN, Token, is_number, is_spaceless, tokens, words
+from llmkit.engine.normalising import ARTICLES, KNOWN, Token, is_number, is_spaceless, tokens, word_list
 
 MOST = 3  # times that an answer is said; more is a try
-LONG = 4  # words of an answer from which on its place in the sentence says nothing
 
-
-def _listed(name: str) -> frozenset[str]:
-    return frozenset(word for entry in KNOWN[name] for word in words(entry))
-
-
-SMALL, MONTHS = _listed("small"), _listed("months")
-TITLES, NAMES_OF, BOUNDS, MEASURED = (_listed(name) for name in ("titles", "names of", "bounds", "measured"))
-CHANGERS = _listed("changers")
+SMALL, MONTHS = word_list("small"), word_list("months")
+TITLES, NAMES_OF, BOUNDS, MEASURED = (word_list(name) for name in ("titles", "names of", "bounds", "measured"))
+CHANGERS = word_list("changers")
 KINDS = {entry.split()[0]: frozenset(entry.split()) for entry in KNOWN["kinds"]}
 DETERMINERS = frozenset(KNOWN["determiners"])
-AUXILIARIES = _listed("auxiliaries")
+AUXILIARIES = word_list("auxiliaries")
 AGENTS = frozenset(["by", "von", "vom", "par", "por", "da", "door"])
 JOINS = frozenset(["and", "und", "et", "y", "e"])
 BASES = {form: entry.split()[0] for entry in KNOWN["irregular"] for form in entry.split()}

@@ -20,7 +20,7 @@ from typing import Any
 from llmkit.conversations import RESULT, Message, Part, as_record, message
 from llmkit.engine.generation import Completion, Generator, Request
 from llmkit.engine.served_sampling import ServedSampler
-from llmkit.engine.tool_calls import ToolUse
+from llmkit.engine.tool_calls import ToolUse, tools_flag
 from llmkit.errors import UserError
 from llmkit.files import atomic_file
 from llmkit.tokenizer.chat import ChatFormat
@@ -151,8 +151,7 @@ class Chat:
         """Why an answer ended, where the model did not end it, or said nothing."""
         if made.finish_reason == "no_tool" and self._tools is not None:
             tool, text = self._tools.last_call(made.token_ids)
-            wanted = f"{tool}:DOCS.jsonl" if tool == "search" else tool
-            return f"calls {tool}, which it was not given: {_shortened(text)}; start it with --tools {wanted}"
+            return f"calls {tool}, which it was not given: {_shortened(text)}; start it with {tools_flag(tool)}"
         if made.finish_reason == "tool_limit" and self._tools is not None:
             return f"stopped at its call {self._tools.max_calls + 1} of a tool; --max-tool-calls allows more"
         if made.finish_reason == "length":

@@ -24,7 +24,7 @@ import torch
 
 from llmkit.conversations import message
 from llmkit.engine.checkpoint import Checkpoints
-from llmkit.engine.devices import check_batch_memory, check_memory
+from llmkit.engine.devices import check_memory
 from llmkit.engine.distributed import world
 from llmkit.engine.generation import Generator, Request
 from llmkit.engine.optimizer import GroupSettings, Optimizer
@@ -199,18 +199,14 @@ class Finetuning:
         for _, parameter in self._trained():
             parameter.requires_grad_(True)
 
-    def check_memory(self, micro_batch_tokens: int, batch_tokens: float, advice: str) -> None:
-        """Raise UserError where training does not fit: the parameters and a micro-batch, or a whole batch of steps.
-
-        advice: what makes a batch smaller, such as "lower --batch-tokens"
-        """
+    def check_memory(self, micro_batch_tokens: int) -> None:
+        """Raise UserError where the parameters and a micro-batch do not fit into the memory of the device."""
         devices, tensor = world().size, world().tensor_parallel_size
         divided = 1 if self.adapter else devices
         config, trained = self.model.config, self.trained_parameters
         state, activations = training_memory(config, micro_batch_tokens, trained, divided, tensor)
         smaller = "take a smaller model" if self.adapter else "take --lora-rank 16, or a smaller model"
         check_memory({smaller: state, "lower --micro-batch-size": activations}, self.device)
-        check_batch_memory(batch_tokens, advice)
 
     def build_optimizer(
         self,

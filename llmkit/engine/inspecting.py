@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from llmkit.display import check_stdout, printable
-from llmkit.tokenizer.chat import CHAT_SPECIALS
+from llmkit.tokenizer.chat import has_chat_tokens
 
 if TYPE_CHECKING:
     from llmkit.data.mixture import Packable
@@ -51,7 +51,7 @@ def show_examples(sources: Sequence[Packable], tokenizer: Tokenizer, count: int)
 
 def _roles(ids: Sequence[int], trained: Sequence[bool], tokenizer: Tokenizer) -> list[str]:
     """Who says each token; where a template from elsewhere does not tell, the assistant says what is trained on."""
-    if not tokenizer.specials.keys() >= set(CHAT_SPECIALS):
+    if not has_chat_tokens(tokenizer):
         return ["assistant" if learnt else "" for learnt in trained]
     start, separator, end = (tokenizer.specials[name] for name in ("<|im_start|>", "<|im_sep|>", "<|im_end|>"))
     result = tokenizer.specials["<|result_start|>"], tokenizer.specials["<|result_end|>"]

@@ -26,7 +26,7 @@ from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 from llmkit.engine.answer_spans import BASES, MONTHS, SMALL, Sentence, core, find, is_opposed, others
-from llmkit.engine.normalising import KNOWN, is_number, is_sign, is_spaceless, words
+from llmkit.engine.normalising import KNOWN, is_number, is_sign, is_spaceless, word_list, words
 from llmkit.questions import Question
 
 RIGHT, WRONG, EVASIVE = "right", "wrong", "evasive"
@@ -36,14 +36,9 @@ UNREADABLE = "unreadable"  # no verdict: the reply of a model that judges could 
 F1 = 0.7
 REPEATED = 3  # words of the question in a row, all of it, from which on it is a repetition
 
-
-def _listed(name: str) -> frozenset[str]:
-    return frozenset(word for entry in KNOWN[name] for word in words(entry))
-
-
-DENIALS = _listed("denials")  # with the words that leave a choice open
-TAKEN_BACK = DENIALS | _listed("retractions")
-FILLERS = _listed("fillers")
+DENIALS = word_list("denials")  # with the words that leave a choice open
+TAKEN_BACK = DENIALS | word_list("retractions")
+FILLERS = word_list("fillers")
 YES, NO = frozenset(["yes", "yeah", "yep"]), frozenset(["no", "nope", "nah"])
 SENTENCE_END = re.compile("(?<=\\w{3}[.!?])\\s+|(?<=[\u3002\uff01\uff1f\u0964])|\\s*\\n\\s*")
 CLAUSE = re.compile(r", (?=(?:of which|of whom|which|who|where|including|with|because|as)\b)")

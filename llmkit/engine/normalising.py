@@ -61,6 +61,11 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(word for word in every if word not in ARTICLES) or tuple(every)
 
 
+def word_list(name: str) -> frozenset[str]:
+    """The words of one of the lists of matching.json."""
+    return frozenset(word for entry in KNOWN[name] for word in words(entry))
+
+
 def tokens(text: str) -> list[Token]:
     """The words of a text with articles, and how they were written."""
     text = unicodedata.normalize("NFKC", text).translate(SPELLINGS)

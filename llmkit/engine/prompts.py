@@ -23,11 +23,11 @@ from llmkit.engine.sampling import request_number, seed_of_repeat
 from llmkit.errors import Interrupted, UserError, naming
 from llmkit.files import PARTIAL, create, cut_torn_line, read_json, remove, replace_file, write_json
 from llmkit.progress import say
-from llmkit.records import ASKING, SYSTEM, Row, fields_of, not_used, with_made
+from llmkit.records import PROMPT_FIELDS, PROMPT_FIRST, Row, fields_of, not_used, with_made
 from llmkit.rundir import check_identity
 from llmkit.stream import BadRecords, dump_json, json_row, open_bytes
 
-ASKED = (*ASKING, *SYSTEM, "history", "seed")  # what a record that is kept has in common with its input
+ASKED = (*PROMPT_FIELDS, "seed")  # what a record that is kept has in common with its input
 
 
 class Prompts:
@@ -101,7 +101,7 @@ class Prompts:
 
     def _ids(self, row: Row) -> tuple[Sequence[Any], tuple[str, ...]]:
         """What is asked, and what of the record is not."""
-        asked = asked_in(row, ("prompt", *ASKING))
+        asked = asked_in(row, PROMPT_FIRST)
         if asked is None:
             raise UserError(
                 f"{row.where}: expected field 'prompt' or 'messages' (a prompt), found {fields_of(row.value)}"
@@ -120,7 +120,7 @@ class Prompts:
                 f"{row.where}: the prompt is {len(ids)} tokens long and the model's context is {self._context}, a new "
                 "token included; shorten the prompt"
             )
-        return ids, not_used(row.value, asked.used, (*ASKING, *SYSTEM, "history"))
+        return ids, not_used(row.value, asked.used, PROMPT_FIELDS)
 
     def take(self, index: int) -> tuple[Row, int]:
         """The record of a request and its seed, once."""

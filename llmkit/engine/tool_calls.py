@@ -14,7 +14,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from llmkit.config import ToolConfig
 from llmkit.conversations import RESULT, TOOLS, Part
-from llmkit.tokenizer.chat import CHAT_SPECIALS, has_own_template
+from llmkit.tokenizer.chat import has_chat_tokens, has_own_template
 from llmkit.tokenizer.encoding import Tokenizer
 from llmkit.tokenizer.templates import chat_format
 from llmkit.tools.toolbox import Toolbox, ToolResult
@@ -103,6 +103,11 @@ class ToolUse:
         return tuple(part for part in parts if part.text or part.kind != "text")
 
 
+def tools_flag(tool: str) -> str:
+    """The option that gives a model a tool."""
+    return f"--tools {tool}:DOCS.jsonl" if tool == "search" else f"--tools {tool}"
+
+
 def open_tools(
     options: ToolConfig, tokenizer: Tokenizer, stack: ExitStack, notice_others: bool = False
 ) -> ToolUse | None:
@@ -110,7 +115,7 @@ def open_tools(
 
     notice_others: tells also the calls of tools that are not wanted, where the tokenizer has tokens for them
     """
-    ours = all(token in tokenizer.specials for token in CHAT_SPECIALS) and not has_own_template(tokenizer)
+    ours = has_chat_tokens(tokenizer) and not has_own_template(tokenizer)
     if not options.tools and not (notice_others and ours):
         return None
     toolbox = Toolbox.parse(options.tools, sandbox=options.sandbox, timeout=options.tool_timeout)

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from llmkit.kernels import linear
 from llmkit.model.config import ModelConfig
-from llmkit.model.folder import SavedTensors, load_config, save_tensors
+from llmkit.model.folder import SCORE, SavedTensors, load_config, save_tensors
 from llmkit.model.transformer import Transformer
 from llmkit.model.weights import export_state_dict, import_state_dict
 
-SCORE = "score.weight"
 ARCHITECTURE = "ForSequenceClassification"
 
 

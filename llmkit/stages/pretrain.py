@@ -305,8 +305,15 @@ def _token_shards(
     if config.dry_run:
         cache = Path(tempfile.mkdtemp(prefix="llmkit-"))
         atexit.register(shutil.rmtree, cache, ignore_errors=True)
-    how = {name: getattr(config, name) for name in ("limit", "resume", "quiet")}
-    tokenize = partial(tokenize_documents, encoder=tokenizer, cache=cache, bad=bad, **how)
+    tokenize = partial(
+        tokenize_documents,
+        encoder=tokenizer,
+        cache=cache,
+        limit=config.limit,
+        resume=config.resume,
+        bad=bad,
+        quiet=config.quiet,
+    )
     return tokenize(inputs), tokenize(config.val, name="val") if config.val else None
 
 

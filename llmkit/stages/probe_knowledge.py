@@ -303,8 +303,15 @@ def _answering(config: ProbeKnowledgeConfig) -> Answering:
     sampling = Sampling(config.temperature, top_p=config.top_p)
     if not config.is_served:
         return folder_answering(str(config.model), config.device, config.dtype, sampling, config.batch_size)
-    how = {name: getattr(config, name) for name in ("concurrency", "timeout", "retries")}
-    return served_answering(config.engine, config.model, sampling, logprobs=config.calibration, **how)
+    return served_answering(
+        config.engine,
+        config.model,
+        sampling,
+        concurrency=config.concurrency,
+        timeout=config.timeout,
+        retries=config.retries,
+        logprobs=config.calibration,
+    )
 
 
 def _chat_models(config: ProbeKnowledgeConfig) -> dict[str, ChatModel]:

@@ -220,7 +220,7 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     if config.lora_rank is not None:
         tuning.add_adapter(config.lora_rank, config.lora_alpha, config.lora_targets.split(","), config.seed)
     attempts = config.batch_size * config.group
-    tuning.check_memory(min(config.micro_batch_size or 1, attempts) * max_tokens, 0, "")
+    tuning.check_memory(min(config.micro_batch_size or 1, attempts) * max_tokens)
     check_batch_memory(attempts * max_tokens, "lower --batch-size or --group", ATTEMPT_BYTES)
     _say_plan(config, horizon, rewards, len(problems), tuning.trained_parameters)
     tell_long_warmup(horizon.warmup_steps, horizon.steps, config.quiet)

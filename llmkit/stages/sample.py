@@ -153,7 +153,7 @@ def _run_here(config: SampleConfig, model: str, out: str) -> Summary | None:
     from llmkit.engine.sampling import Sampling
     from llmkit.engine.shots import STOP, load_shots, with_shots
     from llmkit.engine.terminal import converse
-    from llmkit.engine.tool_calls import open_tools
+    from llmkit.engine.tool_calls import open_tools, tools_flag
 
     opened = open_model(model, config.device, config.dtype)
     tokenizer = opened.tokenizer
@@ -173,9 +173,16 @@ def _run_here(config: SampleConfig, model: str, out: str) -> Summary | None:
             return opened.chat.encode(messages, prompt=True).token_ids.tolist()
 
         if config.chat:
-            context = opened.config.max_position_embeddings
-            said = {"system": config.system, "max_tokens": config.max_tokens, "seed": config.seed, "tools": tools}
-            converse(Chat(generator, opened.chat, context=context, **said), config.prompt, config.quiet)
+            chat = Chat(
+                generator,
+                opened.chat,
+                context=opened.config.max_position_embeddings,
+                system=config.system,
+                max_tokens=config.max_tokens,
+                seed=config.seed,
+                tools=tools,
+            )
+            converse(chat, config.prompt, config.quiet)
             return None
 
         def encode(text: str) -> list[int]:
@@ -187,15 +194,14 @@ def _run_here(config: SampleConfig, model: str, out: str) -> Summary | None:
         loaded = time.monotonic()
 
         # generate
-        how = {"the model": fingerprint(model), "the precision": opened.precision.name}
-        _write(generator, prompts, config, out, how | _identity(config, shots))
+        identity = {"the model": fingerprint(model), "the precision": opened.precision.name}
+        _write(generator, prompts, config, out, identity | _identity(config, shots))
 
     # summarise
     seconds = time.monotonic() - loaded
     for tool, calls in generator.unheard.items():
-        wanted = f"{tool}:DOCS.jsonl" if tool == "search" else tool
-        said = f"{calls} calls of {tool} are text in the completions, for it was not given; --tools {wanted} runs them"
-        say(said, config.quiet)
+        missing = f"{calls} calls of {tool} are text in the completions, for it was not given"
+        say(f"{missing}; {tools_flag(tool)} runs them", config.quiet)
     if not config.quiet:
         say(f"{describe(generator, seconds)}, after {loaded - STARTED:.1f} s of loading")
     return _summary(config, prompts, out, generator.tokens, seconds)
@@ -227,8 +233,15 @@ def _run_served(config: SampleConfig, out: str) -> Summary | None:
     stop = (*config.stop, *([STOP] if shots else []))
     sampler = served.sampler(sampling, concurrency=config.concurrency, stop=stop, logprobs=config.logprobs)
     if config.chat:
-        said = {"system": config.system, "max_tokens": config.max_tokens, "seed": config.seed}
-        converse(Chat(sampler, served.chat, context=None, **said), config.prompt, config.quiet)
+        chat = Chat(
+            sampler,
+            served.chat,
+            context=None,
+            system=config.system,
+            max_tokens=config.max_tokens,
+            seed=config.seed,
+        )
+        converse(chat, config.prompt, config.quiet)
         return None
 
     def encode(text: str) -> Sequence[Any]:

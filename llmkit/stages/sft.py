@@ -136,7 +136,7 @@ def run(config: SftConfig) -> Summary | None:
     from llmkit.data.mixture import Mixture, PackedEvaluation
     from llmkit.data.overlap import Overlap
     from llmkit.engine import setup, speed
-    from llmkit.engine.devices import choose_device, choose_dtype
+    from llmkit.engine.devices import check_batch_memory, choose_device, choose_dtype
     from llmkit.engine.distributed import join
     from llmkit.engine.evaluation import masked_loss, next_token_loss
     from llmkit.engine.finetuning import Finetuning, answer
@@ -165,7 +165,8 @@ def run(config: SftConfig) -> Summary | None:
     rows = _batch_rows(config, sources, row_tokens)
     if config.lora_rank is not None:
         tuning.add_adapter(config.lora_rank, config.lora_alpha, config.lora_targets.split(","), config.seed)
-    tuning.check_memory(min(config.micro_batch_size or 1, rows) * row_tokens, rows * row_tokens, "lower --batch-tokens")
+    tuning.check_memory(min(config.micro_batch_size or 1, rows) * row_tokens)
+    check_batch_memory(rows * row_tokens, "lower --batch-tokens")
     mixture = Mixture(sources, row_tokens, rows, tuning.pad_id, config.seed)
     steps = _total_steps(config, mixture)
     _say_plan(config, mixture, steps, tuning.trained_parameters, tuning.new_tokens)

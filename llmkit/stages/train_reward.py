@@ -137,7 +137,7 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
     from llmkit.data.comparisons import packed_comparisons
     from llmkit.data.mixture import Mixture, Source
     from llmkit.engine import setup, speed
-    from llmkit.engine.devices import choose_device, choose_dtype
+    from llmkit.engine.devices import check_batch_memory, choose_device, choose_dtype
     from llmkit.engine.distributed import join
     from llmkit.engine.finetuning import Finetuning
     from llmkit.engine.reward_evaluation import check_unequal, judge
@@ -166,7 +166,8 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
     sources = [Source(one, file.weight or float(one.inputs)) for one, file in zip(training, files, strict=True)]
     if config.lora_rank is not None:
         tuning.add_adapter(config.lora_rank, config.lora_alpha, config.lora_targets.split(","), config.seed)
-    tuning.check_memory(min(config.micro_batch_size or 1, rows) * row_tokens, rows * row_tokens, "lower --batch-size")
+    tuning.check_memory(min(config.micro_batch_size or 1, rows) * row_tokens)
+    check_batch_memory(rows * row_tokens, "lower --batch-size")
     mixture = Mixture(sources, row_tokens, rows, pad, config.seed, packed_comparisons)
     steps = config.max_steps or mixture.steps_for(config.epochs * mixture.inputs)
     say(

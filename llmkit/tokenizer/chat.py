@@ -198,7 +198,12 @@ def has_own_template(tokenizer: Tokenizer) -> bool:
     if tokenizer.chat_template is None:
         return False
     ours = "<|im_sep|>" in tokenizer.chat_template  # Phi-4's has it, too, without the tokens of our tools
-    return not ours or any(name not in tokenizer.specials for name in CHAT_SPECIALS)
+    return not ours or not has_chat_tokens(tokenizer)
+
+
+def has_chat_tokens(tokenizer: Tokenizer) -> bool:
+    """True if a tokenizer has all special tokens of our conversations."""
+    return tokenizer.specials.keys() >= set(CHAT_SPECIALS)
 
 
 def write_chat_tokenizer(tokenizer: Tokenizer, folder: Path) -> Tokenizer:

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from llmkit.errors import UserError
-from llmkit.problems import Problem, read_problem, read_problems
+from llmkit.problems import Problem, read_problem
 from llmkit.records import Row
 from llmkit.rewards import Attempt, calling, code, code_blocks
 from llmkit.rewards.code_blocks import code_of
 from llmkit.rewards.verifying import VerifierReward
+from llmkit.stream import read_jsonl
 from llmkit.tools.python import check_sandbox
 
 try:
@@ -251,7 +252,7 @@ def test_without_a_sandbox_programs_run_where_the_user_says_so(tmp_path: Path):
 
 @pytest.mark.slow
 def test_every_solution_of_human_eval_passes_and_none_without_a_body(shared_data: Path):
-    problems = list(read_problems([str(shared_data / "eval/HumanEval.jsonl.gz")]))
+    problems = list(read_jsonl([str(shared_data / "eval/HumanEval.jsonl.gz")], None, read_problem))
     reward = VerifierReward()
     for one in problems:
         reward.check(one)

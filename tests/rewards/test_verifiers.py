@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from llmkit.errors import UserError
-from llmkit.problems import Problem, read_problem, read_problems
+from llmkit.problems import Problem, read_problem
 from llmkit.records import Row
 from llmkit.rewards import Attempt, numbers, statements
 from llmkit.rewards.latex import LatexComparer
 from llmkit.rewards.numbers import Number, last_number, whole_number
 from llmkit.rewards.verifying import NAMES, VerifierReward, verifier_of
+from llmkit.stream import read_jsonl
 
 
 def problem(**value) -> Problem:
@@ -360,7 +361,7 @@ def test_nothing_is_never_right(name, completion):
 @pytest.mark.parametrize("name", ["number", "gsm8k"])
 def test_every_solution_of_gsm8k_is_right_and_none_with_another_number(shared_data: Path, name: str):
     reward, draw = VerifierReward(name), random.Random(0)
-    problems = list(read_problems([str(shared_data / "math/gsm8k.train.jsonl.gz")]))
+    problems = list(read_jsonl([str(shared_data / "math/gsm8k.train.jsonl.gz")], None, read_problem))
     solutions = [one.record["answer"] for one in problems]
     assert (
         reward.score([Attempt(*pair, 1, "stop", 9) for pair in zip(problems, solutions, strict=True)]) == [1.0] * 7473
@@ -378,7 +379,7 @@ def test_every_solution_of_gsm8k_is_right_and_none_with_another_number(shared_da
 def test_every_solution_of_math_is_right(shared_data: Path):
     pytest.importorskip("math_verify")
     reward = VerifierReward()
-    problems = list(read_problems([str(shared_data / "math/math.test.jsonl.gz")]))
+    problems = list(read_jsonl([str(shared_data / "math/math.test.jsonl.gz")], None, read_problem))
     attempts = [Attempt(one, one.record["chain_of_thought"], 1, "stop", 9) for one in problems]
     assert sum(reward.score(attempts)) == 5000
     shifted = [Attempt(one, f"\\boxed{{{one.answer}+1}}", 1, "stop", 9) for one in problems[:200]]
@@ -391,7 +392,7 @@ def test_every_solution_of_math_is_right(shared_data: Path):
                                   "last_letters.json.gz", "coin_flip.json.gz"])  # fmt: skip
 def test_the_answers_of_other_sets_are_right_and_those_of_the_next_problem_are_not(shared_data: Path, name: str):
     reward = VerifierReward()
-    problems = list(read_problems([str(shared_data / "math" / name)]))
+    problems = list(read_jsonl([str(shared_data / "math" / name)], None, read_problem))
     for one in problems:
         reward.check(one)
     said = [one.answer or "" for one in problems]
