@@ -19,6 +19,8 @@ Reader = Callable[[str], Any]
 EXEMPT = {
     "llmkit.config",  # options
     "llmkit.crawl.recipe",
+    "llmkit.data.overlap",  # words one by one
+    "llmkit.engine.chatting",  # what is typed
     "llmkit.engine.checkpoint",  # names of files
     "llmkit.rewards.code",  # tests of a problem
     "llmkit.rewards.number_context",  # by way of numbers
