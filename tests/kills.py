@@ -1,7 +1,7 @@
 """Kills every stage at random moments, goes on with --resume, and compares what comes out with an uninterrupted run.
 
     python tests/kills.py 20              # moments of each stage: kill -9, then --resume
-    python tests/kills.py 20 --seed 7 pretrain rl
+    python tests/kills.py 20 pretrain rl --seed 7
 
 Each run is a fork of a process that has imported everything, so that the moments lie in the work and not in the start.
 Compared are the bytes of all that a run leaves, but for seconds, rates, the time of day and that it was resumed. Exits
