@@ -82,9 +82,9 @@ class CommonConfig:
     examples: ClassVar[str] = ""
     following: ClassVar[str] = ""
 
-    out: str | None = option(None, "Where the result goes.", short="-o", group="Common", metavar="PATH", free=True)
-    seed: int = option(0, "Seed of everything random.", group="Common", at_least=0, at_most=LARGEST_INTEGER)
-    limit: int | None = option(None, "Read at most this many records [all].", group="Common", unit="count", at_least=1)
+    out: str | None = option(None, "Output file or folder.", short="-o", group="Common", metavar="PATH", free=True)
+    seed: int = option(0, "Random seed.", group="Common", at_least=0, at_most=LARGEST_INTEGER)
+    limit: int | None = option(None, "Records to read, at most [all].", group="Common", unit="count", at_least=1)
     force: bool = option(False, "Replace an existing output.", group="Common", free=True)
     dry_run: bool = option(False, "Say what would be done, and stop.", group="Common", free=True)
     quiet: bool = option(False, "No progress on stderr.", group="Common", free=True)
@@ -107,25 +107,27 @@ class RecordsConfig:
 class TrainingConfig(RecordsConfig, CommonConfig):
     """Options that are spelled the same in every stage that trains (engine/setup.py uses them)."""
 
-    device: str = option("auto", "Where to compute.", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = option("auto", "Compute device.", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = option("auto", "Working precision; masters are float32.", choices=("auto", "float32", "bfloat16"))
-    resume: bool = option(False, "Go on from the last checkpoint of this --out.", free=True)
+    resume: bool = option(False, "Resume from the last checkpoint of --out.", free=True)
     process_timeout: float = option(
         600.0, "Seconds to wait for another process (torchrun).", unit="duration", above=0, free=True
     )
 
     tensor_parallel: int = option(1, "Neighbouring processes that divide each layer (torchrun).", at_least=1, free=True)
 
-    max_grad_norm: float | None = option(1.0, "Clip gradients to this norm.", group="Training", above=0)
-    activation_checkpointing: bool = option(False, "Less memory, a third more time.", group="Training")
+    max_grad_norm: float | None = option(1.0, "Norm at which gradients are clipped.", group="Training", above=0)
+    activation_checkpointing: bool = option(
+        False, "Activations computed twice: less memory, a third more time.", group="Training"
+    )
     compile: str = option("auto", "torch.compile; auto: on GPUs.", group="Training", choices=("auto", "on", "off"))
     workers: int = option(1, "Threads that prepare batches.", group="Training", at_least=0, free=True)
 
     eval_every: int | None = option(None, "Steps between validations [at the end].", group="Log", at_least=1, free=True)
     save_every: int | None = option(None, "Steps between checkpoints [10 minutes].", group="Log", at_least=1, free=True)
     sample_every: int | None = option(None, "Steps between samples [never].", group="Log", at_least=1, free=True)
-    tensorboard: bool = option(False, "Write the metrics for TensorBoard, too.", group="Log", free=True)
-    wandb: bool = option(False, "Show the metrics on Weights & Biases, too.", group="Log", free=True)
+    tensorboard: bool = option(False, "Metrics for TensorBoard, too.", group="Log", free=True)
+    wandb: bool = option(False, "Metrics on Weights & Biases, too.", group="Log", free=True)
 
     def __post_init__(self) -> None:
         """Raises UserError where a package that is asked for is missing."""
@@ -142,16 +144,18 @@ MICRO_BATCH_TOKENS = 8192  # of tuning, where --micro-batch-size is not given
 class TuningConfig(TrainingConfig):
     """Options that are spelled the same in every stage that tunes a model on records (engine/finetuning.py)."""
 
-    lora_rank: int | None = option(None, "Train adapters of this rank, merged at the end.", group="LoRA", at_least=1)
+    lora_rank: int | None = option(None, "Rank of LoRA adapters, merged at the end.", group="LoRA", at_least=1)
     lora_alpha: float | None = option(None, "Scale of the adapters [2 x rank].", group="LoRA", above=0)
     lora_targets: str = option("q,k,v,o,gate,up,down", "Projections with an adapter.", group="LoRA")
 
-    max_steps: int | None = option(None, "Train for this many steps.", group="Horizon", unit="count", at_least=1)
+    max_steps: int | None = option(None, "Optimizer steps.", group="Horizon", unit="count", at_least=1)
     micro_batch_size: int | None = option(None, "Rows at a time.", group="Training", at_least=1)
-    learning_rate: float | None = option(None, "Of AdamW [by the width].", group="Training", above=0)
-    weight_decay: float = option(0.0, "Of the matrices.", group="Training", at_least=0)
-    warmup_steps: int | None = option(None, "Steps to the full rate [a twentieth].", group="Training", at_least=0)
-    decay_fraction: float = option(0.9, "Last part, with falling rate.", group="Training", at_least=0, at_most=1)
+    learning_rate: float | None = option(None, "AdamW learning rate [by the width].", group="Training", above=0)
+    weight_decay: float = option(0.0, "Weight decay of the matrices.", group="Training", at_least=0)
+    warmup_steps: int | None = option(None, "Warm-up steps [a twentieth of the run].", group="Training", at_least=0)
+    decay_fraction: float = option(
+        0.9, "Share of the run over which the rate decays.", group="Training", at_least=0, at_most=1
+    )
 
     def __post_init__(self) -> None:
         """Raises UserError for options of adapters where there are none, or which they do not go with."""
@@ -169,14 +173,14 @@ class ToolConfig:
 
     tools: tuple[str, ...] = option(
         (),
-        "What the model may call: calc, python, search:DOCS.jsonl, search:URL or search:py:FILE.py:FUNCTION.",
+        "Tools of the model: calc, python, search:DOCS.jsonl, search:URL or search:py:FILE.py:FUNCTION.",
         group="Tools",
         metavar="TOOL,...",
         reads=True,
     )
-    max_tool_calls: int = option(8, "Calls in a completion.", group="Tools", at_least=0)
-    tool_timeout: float = option(10.0, "Seconds of a call.", group="Tools", above=0)
-    sandbox: str = option("auto", "Of python; none: unprotected.", group="Tools", choices=("auto", "none"))
+    max_tool_calls: int = option(8, "Largest number of calls in a completion.", group="Tools", at_least=0)
+    tool_timeout: float = option(10.0, "Seconds that a call may take.", group="Tools", above=0)
+    sandbox: str = option("auto", "Sandbox of python; none: unprotected.", group="Tools", choices=("auto", "none"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +189,7 @@ class ServedConfig:
 
     engine: str = option(
         "local",
-        "Who generates: this program, or a server.",
+        "Generator: this program, or a server.",
         group="Servers",
         metavar="local|openai:URL#NAME",
         free=True,

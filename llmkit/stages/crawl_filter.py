@@ -71,10 +71,10 @@ class CrawlFilterConfig(CommonConfig):
         None, "How sure the language must be [0.65].", group="Recipe", at_least=0, at_most=1
     )
     extractor: str | None = option(
-        None, "What finds the main text [model].", group="Recipe", choices=("model", "fast", "trafilatura")
+        None, "Extractor of the main text [model].", group="Recipe", choices=("model", "fast", "trafilatura")
     )
-    precision: bool = option(False, "Extract less: only what surely is main text.", group="Recipe")
-    recall: bool = option(False, "Extract more: all that may be main text.", group="Recipe")
+    precision: bool = option(False, "Extraction that favours precision.", group="Recipe")
+    recall: bool = option(False, "Extraction that favours recall.", group="Recipe")
     blocklist: tuple[str, ...] = option(
         (),
         "Hosts file, list or UT1 folder of addresses to drop; repeatable.",
@@ -83,20 +83,22 @@ class CrawlFilterConfig(CommonConfig):
         reads=True,
     )
     pii: str | None = option(
-        None, "What is done with personal data [redact].", group="Recipe", choices=("redact", "drop", "off")
+        None, "Treatment of personal data [redact].", group="Recipe", choices=("redact", "drop", "off")
     )
-    rejects: str | None = option(None, "Write what was dropped, and why.", group="Reports", metavar="FILE")
-    explain: str | None = option(None, "Tell what becomes of one page, and stop.", group="Reports", metavar="URL")
-    write_scores: str | None = option(None, "Write what every page measured.", group="Reports", metavar="FILE")
+    rejects: str | None = option(None, "Dropped records, with their reasons.", group="Reports", metavar="FILE")
+    explain: str | None = option(
+        None, "Page to follow through all steps, and nothing else.", group="Reports", metavar="URL"
+    )
+    write_scores: str | None = option(None, "Measurements of every page, as JSONL.", group="Reports", metavar="FILE")
     scores: str | None = option(
         None,
-        "Read such a file in place of INPUT, to try other thresholds.",
+        "File of --write-scores in place of INPUT, to try other thresholds.",
         group="Reports",
         metavar="FILE",
         reads=True,
     )
     workers: int | None = option(None, "Processes [all cores].", group="Running", at_least=1)
-    engine: str = option("local", "What runs them.", group="Running", choices=("local", "ray"))
+    engine: str = option("local", "Scheduler of the processes.", group="Running", choices=("local", "ray"))
     spill: str | None = option(None, "Folder on disk for what duplicates need.", group="Running", metavar="FOLDER")
     strict: bool = option(False, "End at the first file or record that is bad.", group="Running", free=True)
     resume: bool = option(False, "Go on with an unfinished run.", group="Running")

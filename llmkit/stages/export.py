@@ -42,7 +42,7 @@ class ExportConfig(CommonConfig):
     following: ClassVar[str] = 'llmkit sample chat-bf16/ -p "Hello, who are you?" --chat'
 
     model: str = argument("Model folder, ours or one of Hugging Face's.", metavar="MODEL", default=None)
-    format: str | None = option(None, "What to write [required].", choices=FORMATS)
+    format: str | None = option(None, "Output format [required].", choices=FORMATS)
     dtype: str = option(
         "auto",
         "Precision of the matrices; q8_0: gguf only.",

@@ -64,20 +64,20 @@ class PretrainConfig(TrainingConfig):
         None, "Model folder to train further, with its own tokenizer.", flag="--from", metavar="MODEL", reads=True
     )
     val: tuple[str, ...] = option((), "Held-out documents, scored in bits per byte.", metavar="FILE", reads=True)
-    token_cache: str | None = option(None, "Where token shards are kept [beside --out].", metavar="FOLDER", free=True)
+    token_cache: str | None = option(None, "Cache of token shards [beside --out].", metavar="FOLDER", free=True)
 
-    depth: int | None = option(None, "Layers; width and the rest follow.", group="Model", at_least=1)
+    depth: int | None = option(None, "Transformer layers; width and the rest follow.", group="Model", at_least=1)
     hidden_size: int | None = option(None, "Width [64 x depth].", group="Model", at_least=32)
     intermediate_size: int | None = option(None, "SwiGLU width [8/3 x width].", group="Model", at_least=32)
     num_attention_heads: int | None = option(None, "Query heads [width / 64].", group="Model", at_least=1)
     num_key_value_heads: int | None = option(None, "Key and value heads [query heads].", group="Model", at_least=1)
     sequence_length: int | None = option(None, "Tokens of context [by the plan].", group="Model", at_least=8)
-    tie_word_embeddings: bool = option(False, "Share embedding and output head.", group="Model")
+    tie_word_embeddings: bool = option(False, "Embedding shared with the output head.", group="Model")
 
-    tokens: int | None = option(None, "Train on this many tokens.", group="Horizon", unit="count", at_least=1)
-    flops: float | None = option(None, "Train for this many FLOPs.", group="Horizon", unit="count", above=0)
-    time_budget: float | None = option(None, "Be done in this time.", group="Horizon", unit="duration", above=0)
-    max_steps: int | None = option(None, "Train for this many steps.", group="Horizon", unit="count", at_least=1)
+    tokens: int | None = option(None, "Tokens of the whole training.", group="Horizon", unit="count", at_least=1)
+    flops: float | None = option(None, "FLOPs of the whole training.", group="Horizon", unit="count", above=0)
+    time_budget: float | None = option(None, "Wall-clock limit.", group="Horizon", unit="duration", above=0)
+    max_steps: int | None = option(None, "Optimizer steps.", group="Horizon", unit="count", at_least=1)
     epochs: float | None = option(None, "Passes over the tokens [1 with --from].", group="Horizon", above=0)
 
     batch_tokens: int | None = option(
@@ -85,22 +85,29 @@ class PretrainConfig(TrainingConfig):
     )
     micro_batch_size: int | None = option(None, "Sequences at a time [by the plan].", group="Training", at_least=1)
     learning_rate: float | None = option(
-        None, "Of the matrices, Muon; with --from of everything, AdamW [by the plan].", group="Training", above=0
+        None,
+        "Muon learning rate of the matrices; with --from, AdamW's of all [by the plan].",
+        group="Training",
+        above=0,
     )
     embedding_learning_rate: float | None = option(
-        None, "Of the embedding, AdamW [by the plan].", group="Training", above=0
+        None, "AdamW learning rate of the embedding [by the plan].", group="Training", above=0
     )
     head_learning_rate: float | None = option(
-        None, "Of the output head, AdamW [by the plan].", group="Training", above=0
+        None, "AdamW learning rate of the output head [by the plan].", group="Training", above=0
     )
-    weight_decay: float | None = option(None, "Of the matrices [by the plan].", group="Training", at_least=0)
-    warmup_steps: int | None = option(None, "Steps to the full rate [by the plan].", group="Training", at_least=0)
-    decay_fraction: float = option(0.6, "Last part, with falling rate.", group="Training", at_least=0, at_most=1)
+    weight_decay: float | None = option(
+        None, "Weight decay of the matrices [by the plan].", group="Training", at_least=0
+    )
+    warmup_steps: int | None = option(None, "Warm-up steps [by the plan].", group="Training", at_least=0)
+    decay_fraction: float = option(
+        0.6, "Share of the run over which the rate decays.", group="Training", at_least=0, at_most=1
+    )
 
     prompt: str = option("The", "Prompt of the samples.", group="Log", free=True)
 
     gpu_kind: str | None = option(
-        None, "With --dry-run: say what it takes on these.", group="Estimate", choices=GPU_KINDS, free=True
+        None, "With --dry-run: GPU model to estimate for.", group="Estimate", choices=GPU_KINDS, free=True
     )
     gpus: int = option(8, "GPUs of a machine.", group="Estimate", at_least=1, free=True)
     nodes: int = option(1, "Machines.", group="Estimate", at_least=1, free=True)

@@ -64,9 +64,11 @@ class ProbeKnowledgeConfig(RecordsConfig, CommonConfig, ServedConfig):
     questions: tuple[str, ...] = option((), "Questions with answers; repeatable [stdin].", metavar="FILE", reads=True)
     passages: tuple[str, ...] = option((), "Documents to make questions from; repeatable.", metavar="FILE", reads=True)
     report: str | None = option(None, "Every question, its answers and what they say.", metavar="FILE", free=True)
-    recite: str | None = option(None, "Only tell which documents are known by heart.", metavar="FILE", reads=True)
+    recite: str | None = option(
+        None, "Documents to test for memorisation, and nothing else.", metavar="FILE", reads=True
+    )
     prefix_tokens: int = option(32, "With --recite: tokens given of each document.", at_least=1)
-    device: str = option("auto", "Where to compute.", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = option("auto", "Compute device.", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = option(
         "auto",
         "Precision; auto: bfloat16 on GPUs, else float32; int8: on CPUs.",
@@ -75,33 +77,48 @@ class ProbeKnowledgeConfig(RecordsConfig, CommonConfig, ServedConfig):
     batch_size: int = option(16, "Answers made at a time.", at_least=1, at_most=4096, free=True)
     resume: bool = option(False, "Go on with what a killed run left.", free=True)
 
-    max_passages: int = option(200, "With --passages: as many, drawn by --seed.", group="Questions", at_least=1)
+    max_passages: int = option(
+        200, "With --passages: largest sample of them, by --seed.", group="Questions", at_least=1
+    )
     per_passage: int = option(3, "Questions made of each, at most.", group="Questions", at_least=1)
     writer: str | None = option(
-        None, "Who writes them [patterns].", group="Questions", metavar="MODEL|openai:URL#NAME", reads=True
+        None, "Writer of the questions [patterns].", group="Questions", metavar="MODEL|openai:URL#NAME", reads=True
     )
 
     samples: int = option(5, "Answers to each question.", short="-n", group="Answers", at_least=1, at_most=10**6)
     max_tokens: int | None = option(64, "Tokens of an answer.", group="Answers", unit="count", at_least=1)
-    temperature: float = option(0.8, "Divides the logits.", group="Answers", at_least=0, at_most=100)
-    top_p: float | None = option(None, "Only the likeliest tokens up to this.", group="Answers", above=0, at_most=1)
+    temperature: float = option(0.8, "Sampling temperature.", group="Answers", at_least=0, at_most=100)
+    top_p: float | None = option(None, "Nucleus sampling: cumulative probability.", group="Answers", above=0, at_most=1)
 
     judge: str = option(
-        "match", "By their words, or a model.", group="Judge", metavar="match|MODEL|openai:URL#NAME", reads=True
+        "match",
+        "Judge of the answers: their words, or a model.",
+        group="Judge",
+        metavar="match|MODEL|openai:URL#NAME",
+        reads=True,
     )
     match_f1: float = option(0.7, "Least F1 of words of a right answer.", group="Judge", above=0, at_most=1)
-    consistent: float = option(0.8, "Share of answers that must agree.", group="Judge", above=0, at_most=1)
+    consistent: float = option(
+        0.8, "Share of agreeing answers that counts as consistent.", group="Judge", above=0, at_most=1
+    )
 
     judge_check: str | None = option(
-        None, "Only compare the judge with people's labels.", group="Judge", metavar="FILE", free=True, reads=True
+        None,
+        "Answers labelled by people, to test the judge on, and nothing else.",
+        group="Judge",
+        metavar="FILE",
+        free=True,
+        reads=True,
     )
-    calibration: bool = option(False, "Tell if log-probabilities foretell a right answer.", group="Judge", free=True)
+    calibration: bool = option(False, "Test whether log-probabilities predict right answers.", group="Judge", free=True)
 
     reply_tokens: int = option(512, "Tokens of a writer's or judge's reply.", group="Servers", unit="count", at_least=8)
 
-    balance: float | None = option(1.0, "Known for each unknown; none: all.", group="Lessons", above=0, free=True)
+    balance: float | None = option(
+        1.0, "Known questions for each unknown one; none: all.", group="Lessons", above=0, free=True
+    )
     refusals: str | None = option(
-        None, 'Wordings: {"en": [...], ...} [ours].', group="Lessons", metavar="FILE", reads=True
+        None, 'Wordings of refusals: {"en": [...], ...} [ours].', group="Lessons", metavar="FILE", reads=True
     )
 
     def reads_stdin(self) -> bool:

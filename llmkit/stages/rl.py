@@ -73,7 +73,7 @@ class RlConfig(TuningConfig, ToolConfig, ServedConfig):
     data: tuple[str, ...] = option((), "Problems; repeatable [stdin].", metavar="FILE", reads=True)
     val: tuple[str, ...] = option((), "Held-out problems.", metavar="FILE", reads=True)
     reward: tuple[str, ...] = option(
-        ("verifier",), "What attempts are worth; repeatable.", metavar="KIND[:WEIGHT]", reads=True
+        ("verifier",), "Reward of the attempts; repeatable.", metavar="KIND[:WEIGHT]", reads=True
     )
 
     algo: str = option(
@@ -92,7 +92,7 @@ class RlConfig(TuningConfig, ToolConfig, ServedConfig):
     )
     max_difference: float | None = option(
         None,
-        "Stop where log-probabilities of sampler and trainer differ by more [0.001; bfloat16, a server 0.05].",
+        "Largest difference of log-probabilities between sampler and trainer [0.001; bfloat16, a server 0.05].",
         group="Algorithm",
         above=0,
         free=True,
@@ -103,15 +103,18 @@ class RlConfig(TuningConfig, ToolConfig, ServedConfig):
     max_tokens: int | None = option(
         None, "Tokens of an attempt [256, or what the context leaves].", group="Attempts", unit="count", at_least=1
     )
-    temperature: float = option(1.0, "Divides the logits.", group="Attempts", at_least=0.05, at_most=10)
-    stop: tuple[str, ...] = option((), "End before this text; repeatable.", group="Attempts", metavar="TEXT")
+    temperature: float = option(1.0, "Sampling temperature.", group="Attempts", at_least=0.05, at_most=10)
+    stop: tuple[str, ...] = option((), "Stop string; repeatable.", group="Attempts", metavar="TEXT")
     system: str | None = option(None, "System message for problems without one.", group="Attempts")
     refill: float = option(
-        1.0, "Extra batches a step, at most, to replace groups that all score the same.", group="Attempts", at_least=0
+        1.0,
+        "Extra batches a step, at most, to replace groups whose rewards are all equal.",
+        group="Attempts",
+        at_least=0,
     )
     overlong: str = option(
         "auto",
-        "Attempts that were cut: judged as they are, out of the loss, or penalised; auto: by algorithm.",
+        "Treatment of truncated attempts; auto: by algorithm.",
         group="Attempts",
         choices=("auto", "keep", "mask", "penalise"),
     )
@@ -121,17 +124,19 @@ class RlConfig(TuningConfig, ToolConfig, ServedConfig):
     )
 
     gold: str | None = option(
-        None, "Watch this reward, which is not trained on.", group="Watch", metavar="KIND", reads=True
+        None, "Reward that is watched and not trained on.", group="Watch", metavar="KIND", reads=True
     )
-    stop_on_hack: bool = option(False, "Stop where the reward rises and the gold one falls.", group="Watch", free=True)
-    max_kl: float | None = option(None, "Stop at this KL, nats an attempt.", group="Watch", above=0, free=True)
-    max_reward: float | None = option(None, "Stop at this mean reward.", group="Watch", free=True)
-    eval_samples: int = option(1, "Attempts at each held-out problem; 1: the likeliest.", group="Watch", at_least=1)
+    stop_on_hack: bool = option(
+        False, "Early stop where the reward rises and the gold one falls.", group="Watch", free=True
+    )
+    max_kl: float | None = option(None, "KL in nats an attempt at which to stop.", group="Watch", above=0, free=True)
+    max_reward: float | None = option(None, "Mean reward at which to stop.", group="Watch", free=True)
+    eval_samples: int = option(1, "Samples per held-out problem; with 1, greedy decoding.", group="Watch", at_least=1)
 
     epochs: float | None = option(
-        None, "Go through the problems this often, those of refills not counted [1].", group="Horizon", above=0
+        None, "Passes over the problems, those of refills not counted [1].", group="Horizon", above=0
     )
-    time_budget: float | None = option(None, "Be done in this time.", group="Horizon", unit="duration", above=0)
+    time_budget: float | None = option(None, "Wall-clock limit.", group="Horizon", unit="duration", above=0)
 
     compile: str = "off"  # of the trainer's options: rows differ in length from step to step, and it was never tried
     workers: None = None  # of those, too: batches are made of the model as it is, not ahead of time

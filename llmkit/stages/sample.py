@@ -69,18 +69,18 @@ class SampleConfig(RecordsConfig, CommonConfig, ToolConfig, ServedConfig):
     model: str | None = argument("Model folder: from llmkit, or a Hugging Face one.", metavar="MODEL", default=None)
     inputs: tuple[str, ...] = argument("With --jsonl: files of prompts, or - for stdin.", metavar="INPUT...")
     prompt: str | None = option(None, "Text to continue.", short="-p")
-    jsonl: bool = option(False, "Prompts and completions are JSONL records.")
-    chat: bool = option(False, "Hold a conversation: on the terminal, or a line of stdin a turn.")
+    jsonl: bool = option(False, "JSONL records as prompts and completions.")
+    chat: bool = option(False, "Conversation on the terminal, or with a turn on each line of stdin.")
     system: str | None = option(None, "With --chat: the system message.")
     shots: str | None = option(
         None,
-        "For base models: answer as these examples do (prompt and completion).",
+        "For base models: few-shot examples (prompt and completion).",
         metavar="FILE",
         free=True,
         reads=True,
     )
-    as_assistant: bool = option(False, "For base models: answer as an assistant would, by a built-in prompt.")
-    device: str = option("auto", "Where to compute.", choices=("auto", "cpu", "cuda", "mps"), free=True)
+    as_assistant: bool = option(False, "For base models: built-in few-shot examples of an assistant.")
+    device: str = option("auto", "Compute device.", choices=("auto", "cpu", "cuda", "mps"), free=True)
     dtype: str = option(
         "auto",
         "Precision; auto: bfloat16 on GPUs, else float32; int8: on CPUs.",
@@ -89,7 +89,7 @@ class SampleConfig(RecordsConfig, CommonConfig, ToolConfig, ServedConfig):
     )
     batch_size: int = option(16, "Sequences decoded at a time.", at_least=1, at_most=4096, free=True)
 
-    unordered: bool = option(False, "With --jsonl: records come as they are done.", free=True)
+    unordered: bool = option(False, "With --jsonl: records in the order of completion.", free=True)
     resume: bool = option(False, "With --jsonl: go on with what a killed run left of --out.", free=True)
     logprobs: bool = option(False, "With --jsonl: log-probabilities of the tokens, before and after truncation.")
 
@@ -97,14 +97,12 @@ class SampleConfig(RecordsConfig, CommonConfig, ToolConfig, ServedConfig):
     max_tokens: int | None = option(
         256, "Tokens of a continuation; none: up to the model's context.", group="Text", unit="count", at_least=1
     )
-    stop: tuple[str, ...] = option((), "End before this text; repeatable.", group="Text", metavar="TEXT")
-    temperature: float = option(
-        0.8, "Divides the logits; 0 takes the likeliest token.", group="Text", at_least=0, at_most=100
-    )
+    stop: tuple[str, ...] = option((), "Stop string; repeatable.", group="Text", metavar="TEXT")
+    temperature: float = option(0.8, "Sampling temperature; 0 is greedy.", group="Text", at_least=0, at_most=100)
     top_k: int | None = option(None, "Only the k likeliest tokens.", group="Text", at_least=1)
-    top_p: float | None = option(None, "Only the likeliest tokens up to this sum.", group="Text", above=0, at_most=1)
+    top_p: float | None = option(None, "Nucleus sampling: cumulative probability.", group="Text", above=0, at_most=1)
     min_p: float | None = option(
-        None, "Keep tokens at least this fraction as likely as the likeliest.", group="Text", at_least=0, at_most=1
+        None, "Least probability of a token, as a fraction of the likeliest one's.", group="Text", at_least=0, at_most=1
     )
 
     def __post_init__(self) -> None:

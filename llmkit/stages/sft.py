@@ -68,7 +68,7 @@ class SftConfig(TuningConfig):
     data: tuple[str, ...] = option((), "Conversations; repeatable [stdin].", metavar="FILE[:WEIGHT]", reads=True)
     val: tuple[str, ...] = option((), "Held-out conversations, for the validation loss.", metavar="FILE", reads=True)
 
-    loss: str = option("assistant", "What is trained on.", group="Data", choices=("assistant", "last", "all"))
+    loss: str = option("assistant", "Tokens in the loss.", group="Data", choices=("assistant", "last", "all"))
     on_long: str = option(
         "truncate",
         "Conversations longer than the context; truncate ends them after a turn. Documents are split.",
@@ -76,8 +76,10 @@ class SftConfig(TuningConfig):
         choices=("truncate", "drop", "split", "error"),
     )
     sequence_length: int | None = option(None, "Tokens of a row [the model's context].", group="Data", at_least=8)
-    identity: str | None = option(None, "Teach it who it is.", group="Data", metavar='"name=...;maker=..."')
-    identity_weight: float = option(0.1, "Share of that, beside 1 for the data.", group="Data", above=0)
+    identity: str | None = option(
+        None, "Name and maker that the assistant learns to give.", group="Data", metavar='"name=...;maker=..."'
+    )
+    identity_weight: float = option(0.1, "Weight of --identity, beside 1 for the data.", group="Data", above=0)
     system: str | None = option(
         None, "System message for conversations without one; `identity` for that of --identity.", group="Data"
     )
@@ -85,20 +87,20 @@ class SftConfig(TuningConfig):
         None, "Show the tokens of some examples, and stop.", group="Data", at_least=1, free=True
     )
 
-    keep_adapter: bool = option(False, "Save them apart as well, in PEFT's format.", group="LoRA")
+    keep_adapter: bool = option(False, "Adapters beside the merged model, in PEFT's format.", group="LoRA")
 
     epochs: float | None = option(None, "Passes over the data [2].", group="Horizon", above=0)
-    tokens: int | None = option(None, "Train on this many tokens.", group="Horizon", unit="count", at_least=1)
-    time_budget: float | None = option(None, "Be done in this time.", group="Horizon", unit="duration", above=0)
+    tokens: int | None = option(None, "Tokens of the whole training.", group="Horizon", unit="count", at_least=1)
+    time_budget: float | None = option(None, "Wall-clock limit.", group="Horizon", unit="duration", above=0)
     patience: int | None = option(
-        None, "Stop after so many validations without gain, and keep the best.", group="Horizon", at_least=1
+        None, "Validations without gain before an early stop, which keeps the best.", group="Horizon", at_least=1
     )
 
     batch_tokens: int | None = option(
         None, "Tokens of a step [by the data].", group="Training", unit="count", at_least=8
     )
 
-    prompt: tuple[str, ...] = option(PROMPTS, "Asked every --sample-every steps; repeatable.", group="Log", free=True)
+    prompt: tuple[str, ...] = option(PROMPTS, "Prompt of the samples; repeatable.", group="Log", free=True)
 
     def reads_stdin(self) -> bool:
         """Whether stdin is the input."""

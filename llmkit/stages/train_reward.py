@@ -63,14 +63,16 @@ class TrainRewardConfig(TuningConfig):
         choices=("truncate", "drop", "error"),
     )
 
-    center: float = option(0.01, "Hold scores about 0: weight of their squared sum.", group="Judge", at_least=0)
+    center: float = option(0.01, "Weight of the squared sum of scores, which centres them.", group="Judge", at_least=0)
     ensemble: int = option(1, "Heads; their spread is the uncertainty.", group="Judge", at_least=1, at_most=64)
-    baseline: str = option("length", "Evaluate beside it.", group="Judge", choices=("length", "none"), free=True)
+    baseline: str = option(
+        "length", "Simple judge to compare with.", group="Judge", choices=("length", "none"), free=True
+    )
     probe_biases: bool = option(
-        False, "Tell how far the scores follow length and formatting.", group="Judge", free=True
+        False, "Correlation of the scores with length and formatting.", group="Judge", free=True
     )
     fail_under: float | None = option(
-        None, "Exit with 3 where the accuracy is lower.", group="Judge", at_least=0, at_most=1, free=True
+        None, "Lowest accuracy; below it, exit code 3.", group="Judge", at_least=0, at_most=1, free=True
     )
 
     epochs: float = option(1.0, "Passes over the data.", group="Horizon", above=0)
