@@ -71,7 +71,7 @@ FOREIGN = """--config --help --install-completion --no- --index-url --quick
     --nnodes --nproc-per-node --rdzv-backend --rdzv-endpoint --max-restarts --address --head --port
     --alias --enable-deterministic-inference --logprobs-mode --model --model-path --served-model-name
     --cache-type-k --cache-type-v --fast
-    --hf-trainer --litgpt-python --models --peer-python --peers --rounds --seeds --steps"""
+    --hf-trainer --litgpt-python --models --peer-python --peers --rounds --seeds --steps --folds"""
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
