@@ -200,7 +200,7 @@ def _bug() -> int:
 
 
 def _several() -> bool:
-    """Whether other processes run beside this one. What torchrun did not set stands for no others."""
+    """True if other processes run beside this one. What torchrun did not set stands for no others."""
     with suppress(UserError):
         return launch().size > 1
     return False
@@ -321,8 +321,10 @@ def _check_inputs_stay(config: Any) -> None:
 
 
 def _paths_in(text: str) -> Iterator[str]:
-    """What may be a path in an option's value: all of it, or what stands between its colons (a kind before it, a weight
-    or a function behind it) and commas."""
+    """Yield each part of an option's value that may be a path: all of it, and what colons and commas enclose.
+
+    A kind may stand before a path, a weight or a function behind it.
+    """
     for part in dict.fromkeys((text, *text.split(","))):
         words = part.split(":")[:8]
         for start, stop in itertools.combinations(range(len(words) + 1), 2):
@@ -368,6 +370,6 @@ def _negative(item: Field) -> str:
 
 
 def _waits_for_a_terminal(config: Any) -> bool:
-    """Whether the stage would read stdin although a person, not a pipe, is at the other end."""
+    """True if the stage would read stdin although a person, not a pipe, is at the other end."""
     reads = getattr(config, "reads_stdin", None)
     return bool(reads is not None and reads() and sys.stdin is not None and sys.stdin.isatty())

@@ -200,7 +200,7 @@ class ServedConfig:
 
     @property
     def is_served(self) -> bool:
-        """Whether a server generates."""
+        """True if a server generates."""
         return self.engine != "local"
 
 

@@ -91,7 +91,7 @@ class Conversation:
 
 
 def said_in(messages: Sequence[Message]) -> str:
-    """What others than the system say in some messages."""
+    """Join the texts of messages that are not the system's."""
     return "\n".join(one.text for one in messages if one.role != "system")
 
 
@@ -112,16 +112,16 @@ def as_record(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What a record asks: `entries` of role and content, from the field `name` and those `used` beside it."""
+class RecordPrompt:
+    """The prompt of a record: `entries` of role and content, from the field `name` and those `used` beside it."""
 
     name: str
     entries: list[dict[str, Any]]
     used: tuple[str, ...]
 
 
-def asked_in(row: Row, fields: Sequence[str] = ASKING) -> Asked | None:
-    """What a record asks by the first of some fields, behind its system message and history; None where it has none.
+def find_prompt(row: Row, fields: Sequence[str] = ASKING) -> RecordPrompt | None:
+    """Read the prompt of a record from the first of some fields, after system message and history; None without one.
 
     Raises UserError that names the place and what was expected.
     """
@@ -146,13 +146,13 @@ def asked_in(row: Row, fields: Sequence[str] = ASKING) -> Asked | None:
     if system is not None and (not entries or ROLES.get(_role_of(entries[0])) != "system"):
         entries = [{"role": "system", "content": value[system]}, *entries]
         used.append(system)
-    return Asked(name, entries, tuple(used))
+    return RecordPrompt(name, entries, tuple(used))
 
 
 def read_conversation(row: Row) -> Conversation:
     """The conversation in a record of any format. Raises UserError that names the place and what was expected."""
     value = row.value
-    asked = asked_in(row)
+    asked = find_prompt(row)
     answer = first_of(value, ANSWERED_BY.get(asked.name, ANSWERS)) if asked is not None else None
     if value.get("text") is not None and (asked is None or (answer is None and asked.name not in CONVERSATIONS)):
         document = Conversation((), row.where, _plain_text(row))
@@ -190,7 +190,7 @@ def _answering(row: Row, name: str, thoughts: dict[str, Any]) -> list[dict[str, 
 
 
 def _history(row: Row) -> list[dict[str, Any]]:
-    """The turns before an instruction: pairs of what was asked and answered, or messages."""
+    """Return the turns before an instruction, from messages or pairs of prompt and answer."""
     pairs = row.value["history"]
     entries: list[dict[str, Any]] = []
     for pair in pairs if isinstance(pairs, list) else [None]:
@@ -204,7 +204,7 @@ def _history(row: Row) -> list[dict[str, Any]]:
 
 
 def _label(value: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
-    """Whether a record's label rejects its answer, as in data for KTO, and what is said of one that says neither."""
+    """Tell if a record's label rejects its answer, as in data for KTO; the second value names an unclear label."""
     for name in ("label", "kto_tag"):
         said = value.get(name)
         text = str(said).strip().lower()
@@ -216,7 +216,7 @@ def _label(value: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
 
 
 def alpaca_request(row: Row) -> str:
-    """What a record of Alpaca's form asks: its instruction, and below it its input, which Dolly calls context."""
+    """Join the instruction and the input of an Alpaca record; Dolly calls the input context."""
     asked = [row.value[name] for name in ("instruction", "input", "context") if row.value.get(name)]
     if not all(isinstance(text, str) for text in asked):
         raise UserError(f"{row.where}: expected 'instruction' and 'input' to be strings")

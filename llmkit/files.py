@@ -74,12 +74,12 @@ def check_output(path: str, force: bool, resume: bool = False) -> None:
 
 
 def is_empty_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether a folder stands there in which there is nothing: an output may take its place."""
+    """True if a folder stands there in which there is nothing: an output may take its place."""
     return os.path.isdir(path) and not os.listdir(path)
 
 
 def _is_mounted(place: str) -> bool:
-    """Whether a disk, or a folder or file of another place (as containers do it), is mounted there."""
+    """True if a disk, or a folder or file of another place (as containers do it), is mounted there."""
     if os.path.ismount(place):
         return True
     try:
@@ -112,7 +112,7 @@ def check_is_folder(path: Path, name: str) -> None:
 
 
 def _is_special(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a pipe or a device, to be written in place: /dev/null, >(command)."""
+    """True if `path` is a pipe or a device, to be written in place: /dev/null, >(command)."""
     try:
         mode = os.stat(path).st_mode
     except OSError:
@@ -268,7 +268,7 @@ def _errors_name(path: str | os.PathLike[str], partial: str | os.PathLike[str]) 
 
 
 def is_full_disk(error: Exception) -> bool:
-    """Whether a write failed for want of space, of quota, or at a limit on the size of files."""
+    """True if a write failed for want of space, of quota, or at a limit on the size of files."""
     codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return getattr(error, "errno", None) in codes or any(os.strerror(code) in str(error) for code in codes)
 

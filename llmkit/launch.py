@@ -37,7 +37,7 @@ class Launch:
 
     @property
     def leads(self) -> bool:
-        """Whether this process speaks and writes for all."""
+        """True if this process speaks and writes for all."""
         return self.rank == 0
 
 

@@ -48,19 +48,19 @@ def read_manifest(made: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def sources(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What a manifest says that something was made from: its parents, then its inputs."""
+    """List the parents of a manifest, then its inputs."""
     both = [manifest.get(kind) for kind in SOURCES]
     return [item for items in both if isinstance(items, list) for item in items if isinstance(item, dict)]
 
 
 def manifest_digest(manifest: Mapping[str, Any]) -> str:
-    """What a manifest is known by: the SHA-256 of what it tells of its own run."""
+    """The SHA-256 that identifies a manifest: of its own run, without its ancestors."""
 
     def bare(item: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in item.items() if name != "manifest" or "manifest_sha256" not in item}
 
-    told = _with_sources(manifest, bare)
-    return hashlib.sha256(orjson.dumps(told, option=orjson.OPT_SORT_KEYS)).hexdigest()
+    own = _with_sources(manifest, bare)
+    return hashlib.sha256(orjson.dumps(own, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 def flattened(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

@@ -17,7 +17,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llmkit.conversations import Message, asked_in, read_messages, said_in
+from llmkit.conversations import Message, find_prompt, read_messages, said_in
 from llmkit.errors import UserError
 from llmkit.records import ANSWERS, CHOSEN, PROMPT_FIRST, SYSTEM, Row, fields_of, first_of, kind_of, not_used
 
@@ -74,7 +74,7 @@ def read_comparison(row: Row) -> Comparison | str:
 
 def read_prompt(row: Row) -> tuple[Message, ...]:
     """The prompt of a record: `messages`, or a `prompt` of text or messages, or what else asks. Raises UserError."""
-    asked = asked_in(row, PROMPT_FIRST)
+    asked = find_prompt(row, PROMPT_FIRST)
     if asked is None:
         raise UserError(f"{row.where}: expected field 'prompt' or 'messages', found {fields_of(row.value)}")
     return read_messages(row, asked.entries)
@@ -101,7 +101,7 @@ def _pair(row: Row) -> Comparison:
     margin = 0.0 if value.get("margin") is None else value["margin"]
     if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not 0 <= margin < math.inf:
         raise UserError(f"{row.where}: expected 'margin' to be a number from 0, found {margin!r}")
-    asked = asked_in(row, STATED)
+    asked = find_prompt(row, STATED)
     prompt = None if asked is None else read_messages(row, asked.entries)
     system = _system(row) if asked is None else ()
     used = SYSTEM if system else () if asked is None else asked.used
@@ -140,7 +140,7 @@ def _ranked(row: Row) -> Comparison:
             raise UserError(f"{row.where}: expected 'ranking' to hold numbers, 1 the best, found {rank!r}")
     levels = sorted(set(ranking))
     ranks = tuple(levels.index(rank) + 1 for rank in ranking)
-    asked = asked_in(row, PROMPT_FIRST)
+    asked = find_prompt(row, PROMPT_FIRST)
     losses = not_used(row.value, (*(asked.used if asked else ()), "completions", "ranking"))
     return Comparison(prompt, tuple(candidates), ranks, 0.0, row.where, losses)
 

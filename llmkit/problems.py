@@ -20,7 +20,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from llmkit.conversations import Asked, Message, asked_in, read_messages
+from llmkit.conversations import Message, RecordPrompt, find_prompt, read_messages
 from llmkit.errors import UserError
 from llmkit.questions import FRAME, answers_of
 from llmkit.records import PROMPT_FIELDS, Row, fields_of, kind_of, not_used
@@ -56,7 +56,7 @@ class Problem:
 def read_problem(row: Row) -> Problem:
     """The problem in a record of any format. Raises UserError that names the place and what was expected."""
     value = row.value
-    asked = asked_in(row)
+    asked = find_prompt(row)
     if asked is None:
         raise UserError(
             f"{row.where}: expected field 'prompt', 'question' or 'messages' (a problem), found {fields_of(value)}"
@@ -98,7 +98,7 @@ def read_options(record: dict[str, Any], where: str) -> tuple[tuple[str, str], .
 
 
 def last_boxed(text: str) -> str | None:
-    """What stands in the last \\boxed{...} of a text, with its inner braces; one that is not closed does not count.
+    """Return the content of the last closed \\boxed{...} of a text, inner braces included; None without one.
 
     >>> last_boxed(r"so \\boxed{\\frac{1}{2}}"), last_boxed(r"\\boxed{1} or \\boxed 7"), last_boxed(r"\\boxed{1")
     ('\\\\frac{1}{2}', '7', None)
@@ -121,8 +121,8 @@ def last_boxed(text: str) -> str | None:
 # ---- fields
 
 
-def _messages_and_text(row: Row, asked: Asked) -> tuple[tuple[Message, ...], str]:
-    """What is asked as messages, none where it is text alone, and its text: of messages, that of the last."""
+def _messages_and_text(row: Row, asked: RecordPrompt) -> tuple[tuple[Message, ...], str]:
+    """Return the prompt as messages, empty for plain text, and as text: of messages, the last one's."""
     name, value = asked.name, row.value[asked.name]
     if not isinstance(value, list):
         text = asked.entries[-1]["content"]

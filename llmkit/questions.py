@@ -83,7 +83,7 @@ def read_questions(
 def all_questions(
     paths: Sequence[str], limit: int | None = None, bad: BadRecords | None = None
 ) -> tuple[list[Question], Counter[str]]:
-    """What `read_questions` reads, and how many are left out, by reason. Raises UserError where none is left."""
+    """Read the questions of files, and count by reason those left out. Raises UserError where none is left."""
     read = list(read_questions(paths, limit, bad))
     questions = [one for one in read if not isinstance(one, str)]
     if not questions:
@@ -92,7 +92,7 @@ def all_questions(
 
 
 def kind_of_question(text: str) -> str:
-    """What an English question asks for, by its first question word; "other" without one.
+    """Classify an English question by its first question word; "other" without one.
 
     >>> kind_of_question("In which year did it open?"), kind_of_question("Kde to je?")
     ('which', 'other')

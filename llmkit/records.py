@@ -33,8 +33,7 @@ KNOWN = frozenset((*PROMPT_FIELDS, *ANSWERS, *THOUGHTS, *COMPARED, *OTHERS))
 def not_used(
     value: dict[str, Any], used: Collection[str], known: Collection[str] = KNOWN, said: str = ""
 ) -> tuple[str, ...]:
-    """What a record holds under a name that is known and is not used, to be counted; nothing is lost of text that is
-    part of what is `said`.
+    """List the fields of a record that have a known name and are not used; text that `said` contains does not count.
 
     >>> not_used({"text": "Once", "id": 7, "prompt": "Tell a story.", "tools": []}, ["text"])
     ("'prompt' not used",)
@@ -59,7 +58,7 @@ class Row:
 
 
 def kind_of(value: Any) -> str:
-    """What a JSON value is, for messages: "a list", "null"."""
+    """Name the type of a JSON value, for messages: "a list", "null"."""
     names = {
         str: "a string",
         type(None): "null",

@@ -131,13 +131,13 @@ class RunFolder:
         check_unfinished(force, resume, self.work)
 
     def _begun_by_this_job(self) -> bool:
-        """Whether a former attempt of this job, which failed, has begun the run."""
+        """True if a former attempt of this job, which failed, has begun the run."""
         notes = next((place / NOTES for place in (self.work, self.out) if (place / NOTES).exists()), None)
         return launch().restarts > 0 and notes is not None and read_object(notes).get("job") == launch().job
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run to be resumed is done: that is no work, and no mistake."""
+        """True if the run to be resumed is done: that is no work, and no mistake."""
         return self.resume and self.out.is_dir() and not self.work.is_dir()
 
     def results(self, stage: str, config: Any) -> dict[str, Any]:

@@ -38,7 +38,7 @@ LARGEST_DICTIONARY = 1 << 25
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BLOCK = 1 << 20
 TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".xlsx")
-TOLD = 3  # records of a file that are skipped with a line of their own
+TOLD = 3  # skipped records of a file that are reported one by one
 NOTED = ("name", "good", "bad", "first", "losses")  # of a tally, in JSON
 EARLY = 1000  # records of a file, from which on a share of them is judged while reading
 STDIN_ONCE = "stdin: '-' can be read only once; save one of the inputs to a file"
@@ -51,12 +51,12 @@ T = TypeVar("T")
 
 
 def name_of(path: str) -> str:
-    """What messages call an input: its path, or stdin for `-`."""
+    """Name an input for messages: its path, or stdin for `-`."""
     return "stdin" if path == "-" else path
 
 
 def names_of(paths: Sequence[str]) -> str:
-    """What messages call several inputs."""
+    """Name several inputs for messages."""
     return " ".join(map(name_of, paths))
 
 
@@ -127,7 +127,7 @@ def unpacked(raw: io.BufferedReader, name: str) -> io.BufferedReader:
 
 
 def is_zstd(magic: bytes | bytearray) -> bool:
-    """Whether a file that begins so is zstd, with its dictionary in front of it or not."""
+    """True if a file that begins so is zstd, with its dictionary in front of it or not."""
     return magic.startswith((ZSTD_MAGIC, ZSTD_DICTIONARY_MAGIC))
 
 
@@ -277,8 +277,7 @@ def good_records(
 
 @dataclass
 class Tally:
-    """The records of one file: how many are good, how many bad, what was wrong with the first of these, and what of the
-    good ones is not used, of how many."""
+    """Counts of one file: good records, bad ones with the error of the first, and unused fields of the good ones."""
 
     name: str
     good: int = 0
@@ -307,7 +306,7 @@ class BadRecords:
 
     @property
     def results(self) -> dict[str, Any]:
-        """What a manifest tells of it."""
+        """The counts for a manifest and a summary."""
         losses = sum((tally.losses for tally in self.tallies), Counter[str]())
         found: dict[str, Any] = {"bad_records": sum(tally.bad for tally in self.tallies)}
         return {**found, "not_used": dict(losses)} if losses else found
@@ -318,7 +317,7 @@ class BadRecords:
         return self.tallies[-1]
 
     def skip(self, error: UserError, name: str, *, was_good: bool = False) -> None:
-        """Leave out a record of a file, `was_good` where it has been given out. Raises UserError beyond the bound."""
+        """Skip a record; `was_good` if it was counted as good before. Raises UserError beyond the bound."""
         tally = self._tally(name)
         tally.good -= was_good
         tally.bad += 1
@@ -333,7 +332,7 @@ class BadRecords:
             self._tell(tally)
 
     def note(self, name: str, losses: Iterable[str]) -> None:
-        """Count what of a record that has been given out is not used."""
+        """Count fields of a good record that are not used."""
         self._tally(name).losses.update(losses)
 
     def judge(self, name: str) -> None:
@@ -518,7 +517,7 @@ def read_text(handle: IO[bytes], path: str) -> str:
 
 
 def is_jsonl(handle: io.BufferedReader, path: str) -> bool:
-    """Whether an open file is JSONL, by its name or, where that says nothing, by its first character."""
+    """True if an open file is JSONL, by its name or, where that says nothing, by its first character."""
     name = path.removesuffix(".gz").removesuffix(".zst")
     if name.endswith((".jsonl", ".json", ".ndjson")):
         return True

@@ -57,7 +57,7 @@ class Collector:
 
     @property
     def full(self) -> bool:
-        """Whether as many pages or records were taken as are wanted."""
+        """True if as many pages or records were taken as are wanted."""
         if self.records is not None and self.funnel.records >= self.records:
             return True
         return self.limit is not None and self.pages >= self.limit

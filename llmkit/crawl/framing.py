@@ -164,7 +164,7 @@ def header_of(ahead: Bytes, arc: bool) -> tuple[int, int] | None:
 
 
 def unlike_record(window: Window, arc: bool) -> int:
-    """How many bytes ahead begin no record; 0 where one begins, by its whole header: a page may quote the first line.
+    """Count the bytes ahead in which no record begins; 0 where one does, by its whole header: pages quote first lines.
 
     Of text that begins like records ten thousand times, each is not searched to the end of its header: what the first
     lacks is missing behind it, too, up to the blank line that ends it.
@@ -279,12 +279,12 @@ class Frames:
         return "too_large" if window.position == stop else "truncated"
 
     def _is_record(self, at: int) -> bool:
-        """Whether a record begins so many bytes ahead, and is followed by another."""
+        """True if a record begins so many bytes ahead, and is followed by another."""
         header = header_of(self.window.look(at + MAX_HEADER)[at : at + MAX_HEADER], self.arc)
         return header is not None and header[1] <= self.max_bytes and self._is_followed(at, *header)
 
     def _is_followed(self, at: int, header: int, block: int) -> bool:
-        """Whether behind such a record, which begins so many bytes ahead, is another one or the end."""
+        """True if behind such a record, which begins so many bytes ahead, is another one or the end."""
         end = at + header + block
         ahead = self.window.look(end + OVERLAP)
         behind = ahead[end : end + OVERLAP].lstrip(b"\r\n")
@@ -348,7 +348,7 @@ class Frames:
 
 
 def is_one_stream(window: Window, arc: bool, max_bytes: int = MAX_PAGE_BYTES) -> bool:
-    """Whether the gzip member ahead holds more than its first record, so that records cannot be sought."""
+    """True if the gzip member ahead holds more than its first record, so that records cannot be sought."""
     inflater, unpacked, at = inflating.decompressobj(31), bytearray(), 0
     while not inflater.eof and len(unpacked) <= max_bytes:
         step = window.look(at + STEP)[at : at + STEP]

@@ -1,4 +1,4 @@
-"""What a page may cost the parser of HTML: its size, elements, attributes and depth, told from its bytes.
+"""Limits on HTML before it is parsed: size, elements, attributes and depth, measured on its bytes.
 
     check_size(html)    # raises PageLimitError
     LexborHTMLParser(html)

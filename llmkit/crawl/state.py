@@ -72,7 +72,7 @@ class State:
             before["inputs"] = now
 
     def has(self, span: Any) -> bool:
-        """Whether the span's file is there. Raises UserError when it was made of other bytes."""
+        """True if the span's file is there. Raises UserError when it was made of other bytes."""
         path = self.path(span)
         if self.same is not None and span.path not in self.same:
             path.unlink(missing_ok=True)  # of an input that is not what it was

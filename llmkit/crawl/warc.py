@@ -140,7 +140,7 @@ def _read_text(page: Page, content_type: str, block: memoryview) -> str | None:
 
 
 def looks_like_html(body: bytes) -> bool:
-    """Whether bytes begin as HTML does, after byte order mark, space and comments; UTF-16 by its mark."""
+    """True if bytes begin as HTML does, after byte order mark, space and comments; UTF-16 by its mark."""
     head = body[:4096]
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         head = head.replace(b"\0", b"")[2:]

@@ -182,13 +182,13 @@ def read_comparisons(
     on_long: str,
     bad: BadRecords,
     unknown: int | None = None,
-    watch: Callable[[list[str]], object] | None = None,
+    observe: Callable[[list[str]], object] | None = None,
     progress: Callable[[int], object] = lambda count: None,
 ) -> tuple[Comparisons, str]:
     """The comparisons of one source, and a digest of what they are made of.
 
     Those with an answer that is longer than the context, prompt included, lose the beginning of the prompt where that
-    is enough ("truncate"), or are left out; what `encode` refuses is a bad record. `watch` sees what is said. Raises
+    is enough ("truncate"), or are left out; what `encode` refuses is a bad record. `observe` receives the texts. Raises
     UserError for one that is too long under "error", and where nothing is left.
     """
     source, digest = Comparisons(name), sha256()
@@ -196,8 +196,8 @@ def read_comparisons(
         source.counts["read"] += len(chunk)
         source.counts.update(f"skipped: {one}" for one in chunk if isinstance(one, str))
         usable = [one for one in chunk if not isinstance(one, str)]
-        if watch is not None:
-            watch([one.said for one in usable])
+        if observe is not None:
+            observe([one.said for one in usable])
         encoded = encode_good(usable, lambda some: encode_comparisons(some, encode), name, bad)
         for comparison, candidates in encoded:
             if unknown is not None and any((ids == unknown).any() for ids in (candidates.prompt, *candidates.answers)):

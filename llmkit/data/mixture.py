@@ -94,7 +94,7 @@ class Mixture:
         return max(1, -(-rows // self.batch_size))
 
     def epochs(self, step: int) -> list[float]:
-        """How many times each source has been gone through before a step."""
+        """Epochs over each source before a step."""
         taken, rows = [0] * len(self.sources), step * self.batch_size
         counted = min(rows, max(COUNTED_ROWS, len(self._rows)))
         for row in self._planned(counted)[:counted]:

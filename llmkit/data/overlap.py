@@ -1,7 +1,7 @@
 """Held-out records that training has, too: exactly, or nearly.
 
     overlap = Overlap.of_texts(["What is the sea?"])
-    overlap.look_at_texts(["what is the sea", "What is salt?"])
+    overlap.compare_texts(["what is the sea", "What is salt?"])
     overlap.exact, overlap.near  # 1, 0
 
 Records are sequences of numbers, of words or tokens. Nearly the same are two of which one has most runs of a few
@@ -67,16 +67,16 @@ class Overlap:
 
     @property
     def exact(self) -> int:
-        """How many held-out sequences were found whole."""
+        """Number of held-out sequences that stand whole in training."""
         return int(self._exact.sum())
 
     @property
     def near(self) -> int:
-        """How many others were found nearly."""
+        """Number of others that stand nearly whole in training."""
         return int((self._near & ~self._exact).sum())
 
-    def look(self, training: Sequence[np.ndarray]) -> None:
-        """Look for the held-out sequences in some of training."""
+    def compare(self, training: Sequence[np.ndarray]) -> None:
+        """Search some training sequences for the held-out ones."""
         lengths = {len(whole) // 8 for whole in self._places}
         for one in training:
             if len(one) not in lengths:
@@ -95,23 +95,23 @@ class Overlap:
         same = (counts >= NEAR * self._sizes[found]) & (self._sizes[found] >= FEWEST)
         self._near[found[same]] = True
 
-    def look_at_texts(self, training: Iterable[str]) -> None:
-        """Look for held-out texts in some of training."""
-        self.look([words(text) for text in training])
+    def compare_texts(self, training: Iterable[str]) -> None:
+        """Search some training texts for the held-out ones."""
+        self.compare([words(text) for text in training])
 
-    def look_at_shards(self, training: TokenShards) -> None:
-        """Look for held-out documents in the tokens of training."""
+    def compare_shards(self, training: TokenShards) -> None:
+        """Search the training shards for the held-out documents."""
         held: list[np.ndarray] = []
         size = 0
         for document in range(len(training)):
             held.append(training[document])
             size += len(held[-1])
             if size >= AT_ONCE or document + 1 == len(training):
-                self.look(held)
+                self.compare(held)
                 held, size = [], 0
 
     def tell(self, quiet: bool) -> None:
-        """Say how many held-out records training has, where it has any."""
+        """Print the number of held-out records in training, if any."""
         if self.exact + self.near:
             both = f"{self.exact} exactly, {self.near} nearly"
             say(

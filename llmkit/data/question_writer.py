@@ -146,7 +146,7 @@ def _blanked(sentence: str) -> Written | None:
 
 
 def _keeps_its_answer(written: Written) -> bool:
-    """Whether the question does not tell its own answer."""
+    """True if the question does not tell its own answer."""
     return re.search(rf"(?<!\w){re.escape(written.answer)}(?!\w)", written.question, re.IGNORECASE) is None
 
 

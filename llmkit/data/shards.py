@@ -200,7 +200,7 @@ class Shard:
 
 
 def is_shard_folder(path: str | Path) -> bool:
-    """Whether `path` is a folder of token shards (and not of documents to encode)."""
+    """True if `path` is a folder of token shards (and not of documents to encode)."""
     return (Path(path) / _shard_name(0)).is_file()
 
 

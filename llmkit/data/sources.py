@@ -70,13 +70,13 @@ def read_examples(
     bad: BadRecords,
     unknown: int | None = None,
     system: str | None = None,
-    watch: Callable[[list[str]], object] | None = None,
+    observe: Callable[[list[str]], object] | None = None,
     progress: Callable[[int], object] = lambda count: None,
 ) -> tuple[Examples, str]:
     """The examples of one source, and a digest of what they are made of.
 
     `system` is put in front of conversations that have no system message of their own. Rejected ones are left out, and
-    what `encode` refuses is a bad record; the token `unknown` is no target. `watch` sees what is said.
+    what `encode` refuses is a bad record; the token `unknown` is no target. `observe` receives the texts.
     """
     digest, counts = sha256(), Counter()
 
@@ -85,8 +85,8 @@ def read_examples(
             chosen = [_with_system(one, system) for one in chunk if not one.rejected]
             if rejected := len(chunk) - len(chosen):
                 counts.update({"read": rejected, "rejected by its label": rejected})
-            if watch is not None:
-                watch([one.said for one in chosen])
+            if observe is not None:
+                observe([one.said for one in chosen])
             for conversation, one in encode_good(chosen, encode, name, bad):
                 if unknown is not None and (outside := one.token_ids == unknown).any():
                     bad.note(name, (OUTSIDE,))

@@ -14,7 +14,7 @@ from functools import cached_property
 
 from llmkit.engine.normalising import ARTICLES, KNOWN, Token, is_number, is_spaceless, tokens, word_list
 
-MOST = 3  # times that an answer is said; more is a try
+MOST = 3  # places of an answer in one sentence; more is guessing
 
 SMALL, MONTHS = word_list("small"), word_list("months")
 TITLES, NAMES_OF, BOUNDS, MEASURED = (word_list(name) for name in ("titles", "names of", "bounds", "measured"))
@@ -92,12 +92,12 @@ class Sentence:
         return named | {sign for sign in CURRENCIES.values() if sign in self.text}
 
     def echoes(self, word: str) -> bool:
-        """Whether a word is one of these, or another form of one: "scored" of "score", "sang" of "sung"."""
+        """True if a word is one of these, or another form of one: "scored" of "score", "sang" of "sung"."""
         return word in self.known or (len(word) > 2 and stem(word) in self.stems)
 
 
 def is_opposed(said: Sentence, asked: Sentence, answer: Sentence) -> bool:
-    """Whether a word of the question is replaced by its opposite, "lost" for "won", or an office by another, "vice"."""
+    """True if a word of the question is replaced by its opposite, "lost" for "won", or an office by another, "vice"."""
     unlike = said.stems - asked.stems - answer.stems
     if said.known & CHANGERS - asked.known - answer.known:
         return True
@@ -112,7 +112,7 @@ def core(answer: Sentence) -> tuple[str, ...]:
 
 
 def others(answer: Sentence, asked: Sentence) -> Iterator[Sentence]:
-    """What says the same in a sentence: the last name to who, the place without its country to where."""
+    """Yield shorter forms of an answer: the last name to who, the place without its country to where."""
     if asked.known & {"where"} and "," in answer.text:
         yield Sentence.of(answer.text.partition(",")[0])
     names = [token for token in answer.tokens if token.word not in ARTICLES]
@@ -130,7 +130,7 @@ def others(answer: Sentence, asked: Sentence) -> Iterator[Sentence]:
 
 
 def find(said: Sentence, asked: Sentence, answer: Sentence) -> bool | None:
-    """Whether a sentence gives an answer by its place in it; None where its words are not there together."""
+    """True if a sentence gives an answer by its place in it; None where its words are not there together."""
     wanted = core(answer)
     every, before = [], ""
     for token in said.tokens:
@@ -172,7 +172,7 @@ class _Context:
         self._where = "where" in asked.known
 
     def leaves(self, start: int, stop: int) -> bool:
-        """Whether what stands before and behind leaves the words from start to stop the answer."""
+        """True if what stands before and behind leaves the words from start to stop the answer."""
         return self._before(start) and self._behind(start, stop)
 
     def _plain(self, token: Token) -> bool:

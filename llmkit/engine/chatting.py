@@ -190,7 +190,7 @@ class Chat:
         return ids
 
     def tokens(self) -> str:
-        """How long the conversation is, in words."""
+        """Describe the length of the conversation in one line."""
         if self._chat is None:
             return f"{len(self.turns)} turns; a server makes the tokens, and says no number of them"
         shown = self._shown(self._first)
@@ -266,7 +266,7 @@ def talk(
 
 
 def _edited(chat: Chat, text: str, edit: Callable[[str], str | None] | None, say: Say) -> str | None:
-    """What is asked in place of the last message, which is taken back; None for nothing."""
+    """Take the last message back and return its replacement; None without one."""
     try:
         if chat.asked is None:
             raise UserError("nothing was asked yet")

@@ -1,4 +1,4 @@
-"""Where to compute, how precisely, and on how many threads."""
+"""Device, precision and threads of a computation."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def is_small(parameters: int, device: torch.device) -> bool:
-    """Whether a model has less to do for a second thread than that has to wait for."""
+    """True if a model has less to do for a second thread than that has to wait for."""
     return device.type == "cpu" and parameters < ONE_THREAD_PARAMETERS
 
 
@@ -101,7 +101,7 @@ def choose_precision(name: str, device: torch.device) -> Precision:
 
 
 def _cpu_has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16, and torch may use it: ATEN_CPU_CAPABILITY=avx2 forbids that."""
+    """True if the CPU multiplies bfloat16, and torch may use it: ATEN_CPU_CAPABILITY=avx2 forbids that."""
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     allowed = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     return allowed and any(getattr(torch.cpu, name, lambda: False)() for name in checks)

@@ -50,7 +50,7 @@ class World:
 
     @property
     def leads(self) -> bool:
-        """Whether this process speaks and writes for all."""
+        """True if this process speaks and writes for all."""
         return self.rank == 0
 
     def sum(self, *values: float) -> tuple[float, ...]:

@@ -109,7 +109,7 @@ def lose_together(error: Exception) -> NoReturn:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether an error tells that another process did not answer."""
+    """True if an error tells that another process did not answer."""
     import torch.distributed as dist
 
     return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "Gloo", "NCCL"))

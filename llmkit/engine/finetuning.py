@@ -142,12 +142,12 @@ class Finetuning:
 
     @cached_property
     def chat(self) -> ChatFormat:
-        """How conversations become tokens."""
+        """The chat format of the tokenizer."""
         return chat_format(self.tokenizer)
 
     @property
     def is_assistant(self) -> bool:
-        """Whether the model has learnt to end its turns."""
+        """True if the model has learnt to end its turns."""
         own = has_own_template(self.tokenizer)
         end = self.chat.end_id if own else self.tokenizer.specials.get("<|im_end|>")
         return end in self.model.config.eos_token_ids or (own and end == self.tokenizer.eos_id)
@@ -180,7 +180,7 @@ class Finetuning:
 
     @property
     def trained_parameters(self) -> int:
-        """How many numbers are trained."""
+        """The number of trained parameters."""
         return sum(parameter.numel() for _, parameter in self._trained())
 
     def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:

@@ -126,7 +126,7 @@ class _Running:
 
     @property
     def full(self) -> bool:
-        """Whether no token may follow."""
+        """True if no token may follow."""
         return self.own >= self.max_tokens or len(self.token_ids) >= self.room
 
     def append(self, token: _Token, sampled: bool = True) -> None:
@@ -188,7 +188,9 @@ class Generator:
         assistant = known.get("<|im_end|>") in self._end_ids  # a base draws such tokens now and then
         starts = {tool: known.get(f"<|{tool}_start|>") for tool in TOOLS if assistant}
         self._others = {token: tool for tool, token in starts.items() if token is not None}
-        self.unheard: Counter[str] = Counter()  # calls of tools that were not given, which are text
+        self.unavailable_calls: Counter[str] = (
+            Counter()
+        )  # by tool, of tools that were not given: text in the completion
         self.tokens = 0  # chosen so far
         self.steps = 0  # of the decoder
         self.rows = 0  # sequences in all of them
@@ -324,7 +326,7 @@ class Generator:
             text = ""
         else:
             if token.id in self._others:
-                self.unheard[self._others[token.id]] += 1
+                self.unavailable_calls[self._others[token.id]] += 1
             text = sequence.stops.push(sequence.decoding.push([token.id]))
         self._give(sequence, text)
         if sequence.stops.stopped:

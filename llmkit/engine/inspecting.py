@@ -50,7 +50,7 @@ def show_examples(sources: Sequence[Packable], tokenizer: Tokenizer, count: int)
 
 
 def _roles(ids: Sequence[int], trained: Sequence[bool], tokenizer: Tokenizer) -> list[str]:
-    """Who says each token; where a template from elsewhere does not tell, the assistant says what is trained on."""
+    """Name the role of each token; under a foreign template, trained tokens count as the assistant's."""
     if not has_chat_tokens(tokenizer):
         return ["assistant" if learnt else "" for learnt in trained]
     start, separator, end = (tokenizer.specials[name] for name in ("<|im_start|>", "<|im_sep|>", "<|im_end|>"))

@@ -104,7 +104,7 @@ class MatchJudge:
             yield one, [self(response, one.question.question, one.question.answers) for response in one.responses]
 
     def _matches(self, said: Sentence, asked: Sentence, answer: Sentence) -> bool:
-        """Whether a sentence gives one accepted answer, by its place in it or by its words."""
+        """True if a sentence gives one accepted answer, by its place in it or by its words."""
         if answer.known <= YES or answer.known <= NO:
             return _agrees(said, asked, answer)
         if DENIALS & said.known - answer.known - asked.known or not _same_currency(said, answer):
@@ -129,7 +129,7 @@ class MatchJudge:
         return bool(found)
 
     def _has_words(self, said: tuple[str, ...], asked: Sentence, answer: Sentence) -> bool:
-        """Whether the words said are those of an answer, all but for small words and the question's."""
+        """True if the words said are those of an answer, all but for small words and the question's."""
         forms = {BASES[word]: word for word in answer.words if word in BASES}
         said = tuple(forms.get(BASES.get(word, ""), word) for word in said)  # "had frozen" for "froze"
         said = tuple(word for word in said if word in answer.known or not asked.echoes(word))
@@ -157,8 +157,10 @@ def _same_currency(said: Sentence, answer: Sentence) -> bool:
 
 
 def _same_numbers(said: Sentence, asked: Sentence, answer: Sentence) -> bool:
-    """Whether the numbers said are the answer's, beside those of the question; of an answer without numbers, whether
-    they take the place of none of the question's ("the second" for "the first")."""
+    """True if the numbers said, the question's aside, are those of the answer.
+
+    For an answer without numbers, true if none replaces one of the question ("the second" for "the first").
+    """
     numbers = [word for word in said.words if is_number(word) and (word in answer.known or word not in asked.known)]
     wanted = [word for word in answer.words if is_number(word)]
     if not wanted:
@@ -173,7 +175,7 @@ def _same_numbers(said: Sentence, asked: Sentence, answer: Sentence) -> bool:
 
 
 def _agrees(said: Sentence, asked: Sentence, answer: Sentence) -> bool:
-    """Whether a sentence says yes where the answer does, or no; without either word by repeating or denying."""
+    """True if a sentence says yes where the answer does, or no; without either word, if it affirms or denies alike."""
     first = said.words[0]
     if first in YES or first in NO:
         return (first in YES) == (answer.known <= YES) and not (said.known & YES and said.known & NO)
@@ -184,7 +186,7 @@ def _agrees(said: Sentence, asked: Sentence, answer: Sentence) -> bool:
 
 
 def _is_offered_alone(said: Sentence, asked: Sentence, answer: Sentence) -> bool:
-    """Whether a sentence begins with a choice that the question offers, and does not join it to another."""
+    """True if a sentence begins with a choice that the question offers, and does not join it to another."""
     start = core(answer)
     return (
         said.words[: len(start)] == start
@@ -215,7 +217,7 @@ def _told(said: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _without(said: tuple[str, ...], asked: tuple[str, ...]) -> tuple[str, ...]:
-    """What was said beside a repetition of the whole question."""
+    """Return the words said without a repetition of the whole question."""
     if len(asked) >= REPEATED:
         for start in range(len(said) - len(asked) + 1):
             if said[start : start + len(asked)] == asked:
@@ -224,7 +226,7 @@ def _without(said: tuple[str, ...], asked: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def holds(said: tuple[str, ...], phrase: tuple[str, ...]) -> bool:
-    """Whether the words of a phrase stand in what was said, one after the other."""
+    """True if the words of a phrase stand in what was said, one after the other."""
     if phrase[0] not in said:
         return False
     return any(said[start : start + len(phrase)] == phrase for start in range(len(said) - len(phrase) + 1))

@@ -92,17 +92,17 @@ def tokens(text: str) -> list[Token]:
 
 
 def is_number(word: str) -> bool:
-    """Whether a word of `words` is a number."""
+    """True if a word of `words` is a number."""
     return word.startswith("#")
 
 
 def is_sign(text: str) -> bool:
-    """Whether a text without words says something all the same: a mathematical sign, an emoji."""
+    """True if a text without words says something all the same: a mathematical sign, an emoji."""
     return any(unicodedata.category(character)[0] == "S" for character in text)
 
 
 def is_spaceless(word: str) -> bool:
-    """Whether a word is a character of a script without spaces."""
+    """True if a word is a character of a script without spaces."""
     return re.fullmatch(f"[{SPACELESS}]", word) is not None
 
 

@@ -136,7 +136,7 @@ def ask_all(probe: Probe, state: RunState, questions: Sequence[Question], quiet:
 
 
 def made_of(record: dict[str, Any], question: Question) -> bool:
-    """Whether a record is that of a question."""
+    """True if a record is that of a question."""
     return (question.question, question.where) == (record["question"], record["where"])
 
 

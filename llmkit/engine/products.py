@@ -35,7 +35,7 @@ SMALLEST_SCALE = 1e-30  # of a row that is all zeros
 
 @cache
 def can_narrow() -> bool:
-    """Whether FBGEMM is there."""
+    """True if FBGEMM is there."""
     return "fbgemm" in torch.backends.quantized.supported_engines
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import orjson
 
-from llmkit.conversations import Message, asked_in, read_messages
+from llmkit.conversations import Message, find_prompt, read_messages
 from llmkit.engine.generation import Completion, Request
 from llmkit.engine.sampling import request_number, seed_of_repeat
 from llmkit.errors import Interrupted, UserError, naming
@@ -87,7 +87,7 @@ class Prompts:
 
     @property
     def left_out(self) -> dict[str, Any]:
-        """How many records were skipped, and what of the others is not used."""
+        """Count the records that were skipped, and the fields of others that are not used."""
         return self._bad.results
 
     def _seed_of(self, row: Row, number: int, where: str) -> int:
@@ -100,8 +100,8 @@ class Prompts:
         return seed
 
     def _ids(self, row: Row) -> tuple[Sequence[Any], tuple[str, ...]]:
-        """What is asked, and what of the record is not."""
-        asked = asked_in(row, PROMPT_FIRST)
+        """Encode the prompt of a record; the second value names the fields that are not used."""
+        asked = find_prompt(row, PROMPT_FIRST)
         if asked is None:
             raise UserError(
                 f"{row.where}: expected field 'prompt' or 'messages' (a prompt), found {fields_of(row.value)}"
@@ -154,7 +154,7 @@ class _Kept:
         self._left = Counter() if ordered else Counter(map(_identity, records))  # 16 bytes a prompt, and the table's
 
     def has(self, asked: dict[str, Any], where: str) -> bool:
-        """Whether a record has been made; `asked` names its seed. Raises UserError where another one stands."""
+        """True if a record has been made; `asked` names its seed. Raises UserError where another one stands."""
         kept = next(self._next, None)
         if kept is not None:
             if _identity(kept) != _identity(asked):

@@ -45,7 +45,7 @@ def build_optimizer(model: Transformer, recipe: Recipe) -> Optimizer:
 
 
 def is_compiled(choice: str, device: torch.device, flops: float) -> bool:
-    """Whether to train through torch.compile: where `choice` is on, or auto on a GPU or for a long run on a CPU."""
+    """True if to train through torch.compile: where `choice` is on, or auto on a GPU or for a long run on a CPU."""
     long_run = device.type == "cuda" or (flops > LONG_RUN_FLOPS and shutil.which("c++") is not None)
     return choice == "on" or (choice == "auto" and long_run)
 

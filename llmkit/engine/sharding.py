@@ -68,7 +68,7 @@ def grid() -> Any:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a part of one that several processes hold."""
+    """True if a tensor is a part of one that several processes hold."""
     return hasattr(tensor, "device_mesh")
 
 

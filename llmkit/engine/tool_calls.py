@@ -58,7 +58,7 @@ class ToolUse:
         self._toolbox, self._tokenizer, self._bounds = toolbox, tokenizer, tokens[RESULT]
 
     def has(self, tool: str) -> bool:
-        """Whether it is there."""
+        """True if it is there."""
         return tool in self._toolbox.names
 
     def last_call(self, token_ids: Sequence[int]) -> tuple[str, str]:

@@ -102,7 +102,7 @@ class Trainer:
 
     @property
     def has_begun(self) -> bool:
-        """Whether there is anything that a resumption goes on with: a step, a checkpoint or an evaluation."""
+        """True if there is anything that a resumption goes on with: a step, a checkpoint or an evaluation."""
         return self.step > 0 or self.saved_step >= 0 or self.evaluated_step >= 0
 
     # ---- one step
@@ -259,14 +259,14 @@ class Trainer:
         return last
 
     def _evaluation_due(self, first: bool) -> bool:
-        """Whether an evaluation belongs before the next step: one that a kill has prevented, or that of step 0."""
+        """True if an evaluation belongs before the next step: one that a kill has prevented, or that of step 0."""
         return first if self.step == 0 else self._due(self.settings.eval_every)
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
 
     def _agree(self, interrupted: bool, elapsed: float) -> tuple[bool, bool]:
-        """Whether a signal has come to any process, and whether a checkpoint is due, by the clock of the first."""
+        """Tell if a signal has come to any process, and if a checkpoint is due, by the clock of the first."""
         limit = self.settings.save_seconds
         if limit is not None and self.saved_step < 0:
             limit = min(limit, FIRST_SAVE_SECONDS)

@@ -70,7 +70,7 @@ def write_about(model: ChatModel, passages: Iterable[Passage], most: int) -> Ite
 
 
 def written_about(record: dict[str, Any], passage: Passage) -> bool:
-    """Whether a record is that of a passage."""
+    """True if a record is that of a passage."""
     return record["passage"] == _key(passage)
 
 

@@ -105,7 +105,7 @@ class ModelConfig:
 
     @property
     def tied_on_disk(self) -> bool:
-        """Whether the saved model shares its embedding: a normalised one can only be saved beside the head's."""
+        """True if the saved model shares its embedding: a normalised one can only be saved beside the head's."""
         return self.tie_word_embeddings and not self.normalize_embedding
 
     def flops_per_token(self, context: int) -> float:

@@ -65,7 +65,7 @@ class _LowRankSum(nn.Module):
 
 
 class _Rows(nn.Module):
-    """What an embedding or a head becomes: itself but for some rows."""
+    """An embedding or a head in which some rows are trained and replace its own."""
 
     def __init__(self, weight: Tensor, token_ids: Sequence[int]):
         super().__init__()

@@ -34,7 +34,7 @@ class Cut:
 
     @property
     def is_none(self) -> bool:
-        """Whether each process has all of it."""
+        """True if each process has all of it."""
         return not self.blocks and not self.columns
 
     def rows(self, index: int, count: int) -> Tensor:

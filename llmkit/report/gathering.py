@@ -53,8 +53,8 @@ class RecordsFile:
 
 @dataclass
 class Gathered:
-    """What was found: `evaluations`, `tokenizers` and `scores` are reports given as files, by path; `notes` tell what
-    was left out."""
+    """The material of a report: `evaluations`, `tokenizers` and `scores` are reports given as files, by path; `notes`
+    name what was left out."""
 
     runs: list[Run] = field(default_factory=list)
     files: list[RecordsFile] = field(default_factory=list)
@@ -65,7 +65,7 @@ class Gathered:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was found."""
+        """True if nothing was found."""
         return not (self.runs or self.files or self.evaluations or self.tokenizers or self.scores)
 
 
@@ -198,7 +198,7 @@ def _gather_json(found: Gathered, place: Path, path: str, listed: bool) -> None:
 
 
 def _is_score(one: dict[str, Any]) -> bool:
-    """Whether this is a row of effects.json: a figure of a stage, its value, and what it is held against."""
+    """True if this is a row of effects.json: a figure of a stage, its value, and what it is held against."""
     named = all(isinstance(one.get(name), str) for name in ("stage", "figure", "against"))
     return named and all(one.get(name) is None or is_number(one[name]) for name in ("value", "beside"))
 

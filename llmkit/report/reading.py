@@ -42,7 +42,7 @@ def parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a JSON value is one; true and false are none."""
+    """True if a JSON value is one; true and false are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

@@ -1,4 +1,4 @@
-"""How a page writes numbers and the keys of results."""
+"""Numbers and keys of results as a page writes them."""
 
 from __future__ import annotations
 

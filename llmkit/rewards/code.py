@@ -62,12 +62,12 @@ class CodeTests:
             check_sandbox()
 
     def judge_all(self, pairs: Sequence[tuple[Problem, str]]) -> list[bool]:
-        """Whether each completion passes all tests of its problem; as many at a time as there are processors."""
+        """True if each completion passes all tests of its problem; as many at a time as there are processors."""
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             return list(pool.map(lambda pair: self.passes(*pair), pairs))
 
     def passes(self, problem: Problem, completion: str) -> bool:
-        """Whether a completion passes all tests; one without code never does."""
+        """True if a completion passes all tests; one without code never does."""
         entry_point = problem.record["entry_point"] if _is_human_eval(problem.record) else None
         tests = _tests_of(problem)
         names = [entry_point] if entry_point else names_called(tests) if isinstance(tests, str) else []
@@ -104,7 +104,7 @@ class CodeTests:
                 os.close(end)
 
     def _prints(self, code: str, given: str, expected: str) -> bool:
-        """Whether a program that reads `given` prints `expected`, but for white space at the ends of lines."""
+        """True if a program that reads `given` prints `expected`, but for white space at the ends of lines."""
         # as a module's text of its own: a last expression is not printed, and lines count from 1
         result = run_python(
             f"{GIVEN}give({given.encode()!r})\n"
@@ -154,7 +154,7 @@ def _lines(text: str) -> list[str]:
 
 
 def has_tests(record: dict[str, Any]) -> bool:
-    """Whether a record has unit tests."""
+    """True if a record has unit tests."""
     return _is_human_eval(record) or any(record.get(name) is not None for name in FIELDS)
 
 

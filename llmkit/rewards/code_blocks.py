@@ -1,4 +1,4 @@
-"""Which part of a completion is the program: of several fenced blocks, or of text without fences, by what it defines.
+"""Choose the program of a completion, among fenced blocks or in text without fences, by what it defines.
 
 Nothing is parsed here: text of a model can exhaust the stack of Python's parser.
 """
@@ -17,14 +17,17 @@ MOST_BLOCKS = 32  # that are compared with one another
 LANGUAGES = ("python", "python3", "py")
 # what reads standard input
 READS = re.compile(r"\binput[ \t]*\(|\bstdin\b|\bopen[ \t]*\([ \t]*0\b|\bos\.read[ \t]*\([ \t]*0\b|\bfileinput\b")
+# at the beginning of a line: the name of a function or class, of a variable, or imported names
 DEFINED = re.compile(
     r"^(?:async[ \t]+def|def|class)[ \t]+(\w+)|^(\w+)[ \t]*(?::[^=\n]*)?=(?!=)"
     r"|^(?:from[ \t]+[\w.]+[ \t]+)?import[ \t]+([^\n#]+)",
     re.MULTILINE,
 )
+# begins a program between sentences
 FIRST_LINE = re.compile(
     r"^(?:@|(?:async[ \t]+def|def|class)[ \t]+\w|import[ \t]+[\w., ]+$|from[ \t]+[\w.]+[ \t]+import\b)", re.MULTILINE
 )
+# a line that may be code: indented, blank, a bracket or string, a statement, an assignment or a call
 CODE_LINE = re.compile(
     r"\s|\Z|[@#\])}\"']|(?:def|class|import|from|async|if|for|while|try|except|finally|else|elif|with|raise|assert)\b.*(?:[:(\[]|\bimport\b)"
     r"|[A-Za-z_][\w.]*(?:\[[^\]]*\])?\s*(?:[-+*/%|&]?=(?!=)|\()"
@@ -62,7 +65,7 @@ def code_of(completion: str, names: Sequence[str] = ()) -> str:
 
 
 def defines(code: str, name: str) -> bool:
-    """Whether code defines a name, at its top."""
+    """True if code defines a name, at its top."""
     return name in _defined(code)
 
 

@@ -42,7 +42,7 @@ def compiled(pattern: str, where: str) -> Any:
 
 
 def matches_whole(pattern: Any, text: str) -> bool:
-    """Whether all of a text matches; False where that takes longer than `SECONDS`, or too much memory ((?R))."""
+    """True if all of a text matches; False where that takes longer than `SECONDS`, or too much memory ((?R))."""
     try:
         return pattern.fullmatch(text, timeout=SECONDS, concurrent=True) is not None
     except (TimeoutError, MemoryError):

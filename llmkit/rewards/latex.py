@@ -44,7 +44,7 @@ class LatexComparer:
             raise UserError(f"{problem.where}: expected an answer for the verifier 'latex', found none")
 
     def is_right(self, problem: Problem, completion: str) -> bool | None:
-        """Whether what is boxed is the answer; None where math-verify cannot read the answer."""
+        """True if what is boxed is the answer; None where math-verify cannot read the answer."""
         completion = after_thinking(completion)
         tag = tagged(completion)
         said = last_boxed(completion if tag is None else tag)

@@ -16,7 +16,7 @@ MEMORY = 4 << 30  # bytes of address space
 
 
 def same(answer: str, said: str) -> bool | None:
-    """Whether math-verify holds two expressions for equal; None where it cannot read the answer."""
+    """True if math-verify holds two expressions for equal; None where it cannot read the answer."""
     from math_verify import LatexExtractionConfig, parse, verify
 
     def parsed(text: str) -> list:

@@ -1,4 +1,4 @@
-r"""What stands around a number: its sign, and what makes it no statement (operand, bound, one of a list, denial).
+r"""The context of a number: its sign, and what makes it no statement (operand, bound, one of a list, denial).
 
 Each pattern is tried on at most 200 characters before a number or 160 behind it.
 """
@@ -21,6 +21,7 @@ ANNOUNCED = re.compile(
 )
 SENTENCE_END = re.compile(r"[.!?](?:[\s*\"')]|\Z)|\n|[\u3002\uff01\uff1f]")
 
+# the words and characters of a sign, in some languages
 WORD = r"(?:minus|negative|plus|positive|moins|menos|meno)\b|\u30de\u30a4\u30ca\u30b9|\u8d1f|\u8ca0"
 SIGN = re.compile(rf"(?P<word>{WORD})|(?P<mark>[+{MINUS}])(?P<apart>[ \t]*)", ANY_CASE)
 # signs, currencies and brackets directly before a number
@@ -33,6 +34,7 @@ STATES = re.compile(
     ANY_CASE,
 )
 NUMERAL = r"one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|thirty|forty|fifty|hundred|thousand"
+# "ten minus 3": what a sign in words subtracts from
 OPERAND_OF_WORD = re.compile(rf"(?:[0-9)\]}}%]|\b[A-Za-z]|\b(?:{NUMERAL}))[ \t]*\Z", ANY_CASE)
 
 # what makes a number the operand of an expression that nobody has worked out, or the argument of a function
@@ -42,12 +44,15 @@ OPERAND = re.compile(
     r"|[\w)\]}](?:\*{1,2}|\s+\*{1,2}\s+)\Z",  # **5** is bold, 9**5 is not
     ANY_CASE,
 )
+# the argument of a function of one letter: f(3)
 APPLIED = re.compile(r"(?<![A-Za-z\\])[A-Za-z]\([ \t]*\Z")
+# an operator, power, factorial or variable directly behind: 3 * x, 10^6, 5!, 2x
 OPERATED = re.compile(
     r"\s*(?:[\^\u00d7\u00f7\u00b7\u03c0\u221a\u00b1]|\\(?:times|cdot|div|pi|sqrt|pm|mp|theta|alpha)\b)|[xX][0-9]"
     r"|[\u00b2\u00b3\u2070-\u2079]|(?:\*{1,2}|\s+\*{1,2}\s+)[\w(]|!(?![\s\"')*]|\Z)"
     r"|\s*[xyzn](?![A-Za-z'])(?=\s*(?:[-+=^*/)}\]$.,]|\Z))"
 )
+# one of several: "4 or 5", "from 4 to 5", "x = 4 or x ="
 LISTED = re.compile(
     r"[0-9%]\$?(?:[ \t]*[,;|&][ \t]*(?:or|and)?"
     r"|[ \t]+(?:or|and|nor|and/or|/|to|through|vs\.?|versus|until)|[ \t])[ \t]*\Z"
@@ -56,12 +61,14 @@ LISTED = re.compile(
     r"|\b(?:from|between)\s[^.\n]{0,40}[0-9][^.\n]{0,15}\s(?:to|and)\s+\Z",
     ANY_CASE,
 )
+# another number follows: ", 5", "or 5", "to 5", "+ 5"
 GOES_ON = re.compile(
     rf"\$?\s*(?:[,;/&|+*{MINUS}]|\\(?:times|cdot|div|text)|(?:or|and|to|through|vs\.?|versus|plus|minus|times)\b)"
     rf"\s*(?:(?:or|and|maybe|perhaps|even)\s+)?[-(]?[{CURRENCY}]?\s*[0-9]",
     ANY_CASE,
 )
 
+# a limit before the number: "> 5", "more than 5", "at least 5", "is over 5"
 BOUND = re.compile(
     r"(?:[^\s=>-][ \t]*>=?|(?:\A|\s)>=?\Z|<=?|[\u2264\u2265\u226a\u226b]"
     r"|\\(?:leq?|geq?|lt|gt|leqslant|geqslant|ll|gg)\b"
@@ -78,6 +85,7 @@ BOUND = re.compile(
     r"|\u5927\u4e8e|\u5c0f\u4e8e|\u8d85\u8fc7|\u5c11\u4e8e|\u591a\u4e8e|\u4e0d\u5230|\u81f3\u5c11|\u81f3\u591a|\u6700\u591a)[\s*\"'(]*\Z",
     ANY_CASE,
 )
+# a limit behind it: "5 or more", "5+"
 BOUND_BEHIND = re.compile(
     r"\s*(?P<words>or (?:more|less|fewer|higher|lower|above|below|over|under|greater)|and (?:up|above|over|below)"
     r"|at (?:least|most))\b"
@@ -85,6 +93,7 @@ BOUND_BEHIND = re.compile(
     ANY_CASE,
 )
 
+# a denial before it, with up to four filler words between: "is not equal to 5", "the wrong answer is 5"
 DENIED = re.compile(
     r"(?:(?:\b(?:not|never|neither|nor|cannot|isnt|except|other than|rather than|instead of|anything but|far from"
     r"|opposite of|doubt|false|no longer|suppose|imagine|(?:might|may|would|could) (?:think|guess|say|believe)"
@@ -100,6 +109,7 @@ DENIED = re.compile(
     ANY_CASE,
 )
 RIGHT = r"(?:right|correct|true|the (?:right |correct )?answer|it|possible|valid)\b"
+# a denial behind it: "5 is wrong", "5 cannot be right", "5 is too many"
 DENIED_BEHIND = re.compile(
     r"[\s*\"'`)\]$]*(?:(?:is|was|would be|seems|looks)\s+(?:clearly |definitely |certainly |also |just |simply )?"
     rf"(?:not {RIGHT}|wrong\b|incorrect\b|false\b|impossible\b|too (?:many|few|much|little|big|small|high|low|large)\b)"
@@ -107,17 +117,19 @@ DENIED_BEHIND = re.compile(
     r"|\u3067\u306f\u3042\u308a\u307e\u305b\u3093|\u3067\u306f\u306a\u3044|\u3058\u3083\u306a\u3044|(?:[\uc774\uac00]\s*)?\uc544[\ub2c8\ub2d9]|\u4e0d\u5bf9|\u4e0d\u5c0d|(?:\u2019\s*)?de\u011fil)",
     ANY_CASE,
 )
+# doubt or a correction behind it: "5?", "5. Wait", "5, but that is not right"
 TAKEN_BACK = re.compile(
     r"[^?.!\n]{0,20}\?|.{0,60}?(?:\b(?:that|this|it|which)(?:['\u2019]s| is| was)\s+(?:clearly |actually |certainly )?"
     rf"(?:wrong|incorrect|false|not {RIGHT})|\bwait\b"
     r"|\b(?:but|except that) (?:it|that|this|there) ?(?:is|are|was|were)(?:n['\u2019]t| not)\b)",
     ANY_CASE | re.DOTALL,
 )
+# "would be 5", which an "if" behind makes a supposition
 SUPPOSED = re.compile(r"\b(?:would|could|might) (?:be|have been) [\s*\"'(]*\Z", ANY_CASE)
 
 
 class Sign(NamedTuple):
-    """Whether a number is negative, and where its signs, currencies and brackets begin in what stands before it."""
+    """True if a number is negative, and where its signs, currencies and brackets begin in what stands before it."""
 
     negative: bool
     start: int
@@ -150,12 +162,12 @@ def sign_before(before: str, alone: bool) -> Sign | None:
 
 
 def goes_on(rest: str, sentence: str) -> bool:
-    """Whether a list, a range or an expression goes on behind a number."""
+    """True if a list, a range or an expression goes on behind a number."""
     return GOES_ON.match(rest) is not None or re.match(r"[^,.;]{0,40}=", sentence) is not None
 
 
 def is_no_statement(head: str, before: str, after: str, asked: str) -> bool:
-    """Whether a number is denied, bounded, taken back, one of several or part of an expression.
+    """True if a number is denied, bounded, taken back, one of several or part of an expression.
 
     head    what stands before its signs, currencies and brackets
     before  what stands before the number

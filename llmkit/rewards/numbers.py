@@ -170,7 +170,7 @@ def whole_number(text: str) -> Number | None:
 
 
 def same_number(said: Number, answer: Number) -> bool:
-    """Whether two numbers are the same: whole ones exactly, others to a millionth of the answer.
+    """True if two numbers are the same: whole ones exactly, others to a millionth of the answer.
 
     >>> half, fifty, percent = Number(Fraction(1, 2)), Number(Fraction(50)), Number(Fraction(50), percent=True)
     >>> same_number(percent, half), same_number(percent, fifty), same_number(fifty, half)

@@ -11,6 +11,7 @@ from llmkit.problems import last_boxed
 from llmkit.rewards.number_context import ANNOUNCED
 
 MARK = re.compile("(?<!#)####(?!#)")
+# what follows #### in a heading rather than an answer: "Step 1", "Final Answer:" alone, "2. Compute"
 HEADING = re.compile(
     r"[\W\d_]*(?:(?:step|part|case|solution|conclusion|explanation|reasoning|summary|given|verification|check"
     r"|calculation|method|approach|question|problem|plan|thought|analysis|example)s?\b"
@@ -26,6 +27,7 @@ DENIAL = re.compile(
     re.IGNORECASE,
 )
 LETTER = r"A-Za-z0-9_\u00c0-\u024f'\u2019"  # other scripts set no space between words: 答案是B
+# a capital letter alone, but for the article A and the pronoun I before a word in small letters
 NAMED = re.compile(rf"(?<![{LETTER}])([A-Z])(?![{LETTER}])(?!(?<=[AI])\s+(?!(?:or|nor|and|but|is|was)\b)[a-z])")
 QUOTES = " \t\r\n\"'`*_\u201c\u201d\u2018\u2019\u00ab\u00bb"
 
@@ -37,13 +39,13 @@ def unasked(completion: str, prompt: str) -> str:
 
 
 def after_thinking(completion: str) -> str:
-    """What follows the last </think>; all of it where nothing does."""
+    """Return the text after the last </think>, or all of it where nothing follows."""
     rest = completion.rpartition(THOUGHT)[2]
     return rest if rest.strip() else completion
 
 
 def tagged(completion: str) -> str | None:
-    """What stands in the last <answer>...</answer>, which may be open; None without one."""
+    """Return the text in the last <answer>...</answer>, which may be open; None without one."""
     return next(reversed(TAG.findall(completion)), None)
 
 
@@ -59,7 +61,7 @@ def final(completion: str) -> str:
 
 
 def marked(completion: str, numeric: bool = False) -> str | None:
-    """What stands after ####, "" where several of them differ; else what is boxed last, as MATH's solutions mean it.
+    """Return the text after ####, "" where several differ; else the last box, as in MATH's solutions.
 
     Headings ("#### Step 1", and if `numeric` any without a digit) mark nothing.
 
@@ -83,7 +85,7 @@ def marked(completion: str, numeric: bool = False) -> str | None:
 
 
 def statement(completion: str) -> str:
-    """What is said in the end: what is marked, else what is announced by "the answer is", else the last line."""
+    """Return the final statement: the marked text, else what "the answer is" announces, else the last line."""
     said = marked(completion)
     if said is not None:
         return said
@@ -106,7 +108,7 @@ def plain(text: str) -> str:
 
 
 def says(completion: str, answer: str) -> bool:
-    """Whether the answer is the whole completion, or what it says in the end.
+    """True if the answer is the whole completion, or what it says in the end.
 
     Deliberately strict: "It is Paris" is not "Paris"; the verifier `match` takes both.
     """

@@ -44,7 +44,7 @@ class Algorithm:
 
     @property
     def compares_within_groups(self) -> bool:
-        """Whether a group needs two attempts of different worth to teach anything."""
+        """True if a group needs two attempts of different worth to teach anything."""
         return self.baseline != "batch"
 
 
@@ -102,7 +102,7 @@ def advantages(algorithm: Algorithm, rewards: Sequence[Sequence[float]]) -> list
 
 
 def is_informative(rewards: Sequence[float]) -> bool:
-    """Whether a group tells one attempt from another."""
+    """True if a group tells one attempt from another."""
     return len(rewards) > 0 and max(rewards) - min(rewards) > SMALLEST_DEVIATION
 
 

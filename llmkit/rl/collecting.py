@@ -158,7 +158,7 @@ class Collector:
         )
 
     def _teaches(self, group: Sequence[Rollout]) -> bool:
-        """Whether a group has advantages other than 0."""
+        """True if a group has advantages other than 0."""
         apart = not self._algorithm.compares_within_groups or is_informative(_rewards(group))
         return apart and any(rollout.trained for rollout in group)
 

@@ -42,7 +42,7 @@ class CollapseGuard:
 
     @property
     def is_best(self) -> bool:
-        """Whether the mean of the last steps is the highest so far."""
+        """True if the mean of the last steps is the highest so far."""
         return len(self._rewards) >= self.WINDOW and self._mean(-self.WINDOW, None) == self._best
 
     def _mean(self, start: int | None, stop: int | None) -> float:

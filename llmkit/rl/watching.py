@@ -85,12 +85,12 @@ class Watch:
 
     @property
     def has_collapsed(self) -> bool:
-        """Whether the run was stopped because its rewards had fallen."""
+        """True if the run was stopped because its rewards had fallen."""
         return self._stopped is not None and self._stopped.startswith(COLLAPSED)
 
     @property
     def at_its_best(self) -> bool:
-        """Whether the rewards of the last steps are the highest so far."""
+        """True if the rewards of the last steps are the highest so far."""
         return self._collapse.is_best
 
     def evaluation(self, held_out: HeldOut, stop_on_hack: bool) -> Callable[[], dict[str, float]]:

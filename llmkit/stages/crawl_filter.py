@@ -104,7 +104,7 @@ class CrawlFilterConfig(CommonConfig):
     resume: bool = option(False, "Go on with an unfinished run.", group="Running")
 
     def reads_stdin(self) -> bool:
-        """Whether stdin is the input."""
+        """True if stdin is the input."""
         return not self.print_recipe and not self.scores and (not self.inputs or "-" in self.inputs)
 
 

@@ -54,7 +54,7 @@ class ExportConfig(CommonConfig):
     limit: None = None  # of the common options: there are no records
 
     def reads_stdin(self) -> bool:
-        """Whether help is wanted: without a model there is nothing to do."""
+        """True if help is wanted: without a model there is nothing to do."""
         return self.model is None
 
 

@@ -114,7 +114,7 @@ class PretrainConfig(TrainingConfig):
     gpu_price: float | None = option(None, "Price of a GPU hour.", group="Estimate", at_least=0, free=True)
 
     def reads_stdin(self) -> bool:
-        """Whether stdin is the input."""
+        """True if stdin is the input."""
         return not self.inputs or "-" in self.inputs
 
 
@@ -180,7 +180,7 @@ def run(config: PretrainConfig) -> Summary | None:
         overlap = Overlap(
             (val_shards[k] for k in range(len(val_shards))), run=8, every=4 if shards.tokens > MANY else 1
         )
-        overlap.look_at_shards(shards)
+        overlap.compare_shards(shards)
         overlap.tell(config.quiet)
 
     # build

@@ -122,7 +122,7 @@ class ProbeKnowledgeConfig(RecordsConfig, CommonConfig, ServedConfig):
     )
 
     def reads_stdin(self) -> bool:
-        """Whether stdin is the input."""
+        """True if stdin is the input."""
         if only := self.judge_check or self.recite:
             return only == "-"
         return not self.questions + self.passages or "-" in self.questions + self.passages

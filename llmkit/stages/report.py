@@ -37,7 +37,7 @@ class ReportConfig(CommonConfig):
     json: bool = option(False, "The figures, as one JSON object, in place of the page.")
 
     def reads_stdin(self) -> bool:
-        """Whether help is wanted: without a run there is nothing to do."""
+        """True if help is wanted: without a run there is nothing to do."""
         return not self.runs
 
 

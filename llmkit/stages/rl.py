@@ -142,7 +142,7 @@ class RlConfig(TuningConfig, ToolConfig, ServedConfig):
     workers: None = None  # of those, too: batches are made of the model as it is, not ahead of time
 
     def reads_stdin(self) -> bool:
-        """Whether stdin is the input."""
+        """True if stdin is the input."""
         return not self.data or "-" in self.data
 
 
@@ -213,7 +213,7 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
         judged_by = [*rewards, *gold]
         held_out, _ = load_problems(config.val, config.limit, tuning, judged_by, system, max_tokens, bad, quiet)
         overlap = Overlap.of_texts(one.problem.prompt for one in held_out)
-        overlap.look_at_texts(one.problem.prompt for one in problems)
+        overlap.compare_texts(one.problem.prompt for one in problems)
         overlap.tell(quiet)
 
     # build

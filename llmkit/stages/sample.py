@@ -113,7 +113,7 @@ class SampleConfig(RecordsConfig, CommonConfig, ToolConfig, ServedConfig):
             object.__setattr__(self, "model", None)
 
     def reads_stdin(self) -> bool:
-        """Whether stdin is the input."""
+        """True if stdin is the input."""
         return not self.chat and self.prompt is None and (not self.inputs or "-" in self.inputs)
 
 
@@ -197,7 +197,7 @@ def _run_here(config: SampleConfig, model: str, out: str) -> Summary | None:
 
     # summarise
     seconds = time.monotonic() - loaded
-    for tool, calls in generator.unheard.items():
+    for tool, calls in generator.unavailable_calls.items():
         missing = f"{calls} calls of {tool} are text in the completions, for it was not given"
         say(f"{missing}; {tools_flag(tool)} runs them", config.quiet)
     if not config.quiet:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from llmkit.data.sources import DataFile
     from llmkit.tokenizer.chat import ChatFormat
 
-Watch = Callable[[list[str]], object] | None  # what sees all that is said in the data
+Observer = Callable[[list[str]], object] | None  # receives the texts of the data
 
 STARTED = time.monotonic()  # a time budget covers the start-up, too
 PROMPTS = ("Hello, who are you?", "What is the capital of France?")
@@ -103,7 +103,7 @@ class SftConfig(TuningConfig):
     prompt: tuple[str, ...] = option(PROMPTS, "Prompt of the samples; repeatable.", group="Log", free=True)
 
     def reads_stdin(self) -> bool:
-        """Whether stdin is the input."""
+        """True if stdin is the input."""
         return not self.data or any(text == "-" or text.startswith("-:") for text in self.data)
 
 
@@ -156,8 +156,8 @@ def run(config: SftConfig) -> Summary | None:
     texts: list[str] = []
     held_out = [_read_file(config, path, tuning.chat, row_tokens, bad, texts.extend)[0] for path in config.val]
     overlap = Overlap.of_texts(texts)
-    watch = overlap.look_at_texts if held_out else None
-    sources, digests = _read_sources(config, files, tuning.chat, row_tokens, bad, watch)
+    observe = overlap.compare_texts if held_out else None
+    sources, digests = _read_sources(config, files, tuning.chat, row_tokens, bad, observe)
     overlap.tell(config.quiet)
     if config.inspect is not None:
         show_examples([source.examples for source in sources], tuning.tokenizer, config.inspect)
@@ -304,7 +304,7 @@ def _read_sources(
     chat: ChatFormat,
     row_tokens: int,
     bad: BadRecords,
-    watch: Watch,
+    observe: Observer,
 ) -> tuple[list[Source], list[str]]:
     """The sources of the mixture, and a digest of each."""
     from llmkit.data.identity import identity_conversations, parse_identity
@@ -312,7 +312,7 @@ def _read_sources(
 
     sources, digests = [], []
     for file in files:
-        examples, digest = _read_file(config, file.path, chat, row_tokens, bad, watch)
+        examples, digest = _read_file(config, file.path, chat, row_tokens, bad, observe)
         sources.append(Source(examples, file.weight or float(examples.inputs)))
         digests.append(digest)
     if config.identity is not None:
@@ -324,10 +324,10 @@ def _read_sources(
 
 
 def _read_file(
-    config: SftConfig, path: str, chat: ChatFormat, row_tokens: int, bad: BadRecords, watch: Watch
+    config: SftConfig, path: str, chat: ChatFormat, row_tokens: int, bad: BadRecords, observe: Observer
 ) -> tuple[Examples, str]:
     conversations = read_jsonl([path], config.limit, read_conversation, bad)
-    return _read(config, name_of(path), conversations, chat, row_tokens, bad, watch)
+    return _read(config, name_of(path), conversations, chat, row_tokens, bad, observe)
 
 
 def _read(
@@ -337,7 +337,7 @@ def _read(
     chat: ChatFormat,
     row_tokens: int,
     bad: BadRecords,
-    watch: Watch = None,
+    observe: Observer = None,
 ) -> tuple[Examples, str]:
     from llmkit.data.examples import CUT
     from llmkit.data.identity import parse_identity, system_message
@@ -356,7 +356,7 @@ def _read(
             bad=bad,
             unknown=chat.unk_id,
             system=system,
-            watch=watch,
+            observe=observe,
             progress=progress.advance,
         )
     others = "".join(f", {key} {count}" for key, count in examples.counts.items() if key not in ("read", CUT))

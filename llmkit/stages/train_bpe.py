@@ -40,7 +40,7 @@ class TrainBpeConfig(RecordsConfig, CommonConfig):
     compare: tuple[str, ...] = option((), "Tokenizer to report beside ours; repeatable.", metavar="PATH", reads=True)
 
     def reads_stdin(self) -> bool:
-        """Whether stdin is the input."""
+        """True if stdin is the input."""
         return not self.inputs or "-" in self.inputs
 
 

@@ -80,7 +80,7 @@ class TrainRewardConfig(TuningConfig):
     sample_every: None = None  # of the trainer's options: a judge says nothing that could be shown
 
     def reads_stdin(self) -> bool:
-        """Whether stdin is the input."""
+        """True if stdin is the input."""
         if self.score is not None:
             return not self.val and (not self.inputs or "-" in self.inputs)
         return not self.data or any(text == "-" or text.startswith("-:") for text in self.data)
@@ -278,8 +278,8 @@ def _read_all(
     texts: list[str] = []
     held_out = [_read(config, path, chat, context, bad, texts.extend)[0] for path in config.val]
     overlap = Overlap.of_texts(texts)
-    watch = overlap.look_at_texts if held_out else None
-    read = [_read(config, file.path, chat, context, bad, watch) for file in files]
+    observe = overlap.compare_texts if held_out else None
+    read = [_read(config, file.path, chat, context, bad, observe) for file in files]
     overlap.tell(config.quiet)
     digests = [digest for _, digest in read]
     sources = [source for source, _ in read]
@@ -296,7 +296,7 @@ def _read(
     chat: ChatFormat,
     context: int,
     bad: BadRecords,
-    watch: Callable[[list[str]], object] | None = None,
+    observe: Callable[[list[str]], object] | None = None,
 ) -> tuple[Comparisons, str]:
     from llmkit.data.comparisons import read_comparisons
     from llmkit.preferences import read_comparison
@@ -310,7 +310,7 @@ def _read(
             config.on_long,
             bad,
             chat.unk_id,
-            watch,
+            observe,
             progress.advance,
         )
     others = "".join(f", {key} {count}" for key, count in source.counts.items() if key != "read")

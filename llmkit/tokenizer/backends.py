@@ -144,7 +144,7 @@ def proof_texts(documents: Sequence[str], added_tokens: Sequence[str]) -> list[s
 
 
 def same_ids(backend: Backend, reference: Backend, texts: Sequence[str]) -> bool:
-    """Whether both give the same ids, text for text."""
+    """True if both give the same ids, text for text."""
     expected_ids, expected_lengths = reference.encode_batch(texts)
     ids, lengths = backend.encode_batch(texts)
     return np.array_equal(lengths, expected_lengths) and np.array_equal(ids, expected_ids)

@@ -73,7 +73,7 @@ class ChatFormat:
 
     @property
     def unk_id(self) -> int | None:
-        """What stands for characters outside the vocabulary."""
+        """The token of characters outside the vocabulary, if there is one."""
         return self._tokenizer.unk_id
 
     def encode(self, messages: Sequence[Message], *, loss: str = "assistant", prompt: bool = False) -> Encoded:
@@ -194,7 +194,7 @@ def _texts(conversation: Conversation) -> Iterator[Between]:
 
 
 def has_own_template(tokenizer: Tokenizer) -> bool:
-    """Whether a folder from elsewhere brings a chat template, and not our format."""
+    """True if a folder from elsewhere brings a chat template, and not our format."""
     if tokenizer.chat_template is None:
         return False
     ours = "<|im_sep|>" in tokenizer.chat_template  # Phi-4's has it, too, without the tokens of our tools

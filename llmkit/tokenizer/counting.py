@@ -189,7 +189,7 @@ def _add_up(head: Words, tail: Words, count: Ints) -> tuple[Words, Words, Ints]:
 
 
 def _changes(values: Words) -> NDArray[np.bool_]:
-    """Whether each value differs from the one before; the first does."""
+    """True if each value differs from the one before; the first does."""
     changes = np.ones(len(values), bool)
     np.not_equal(values[1:], values[:-1], out=changes[1:])
     return changes

@@ -127,7 +127,7 @@ class Tokenizer:
             )
 
     def same_vocabulary(self, other: Tokenizer) -> bool:
-        """Whether both have the same tokens under the same ids."""
+        """True if both have the same tokens under the same ids."""
         vocabularies = [one._reference.tokenizer.get_vocab(with_added_tokens=True) for one in (self, other)]
         return self.sha256 == other.sha256 or vocabularies[0] == vocabularies[1]
 
@@ -148,7 +148,7 @@ class Tokenizer:
         return self._reference.encode(check_text(text)).ids
 
     def cuts_alone(self, specials: Iterable[str]) -> bool:
-        """Whether a text between these special tokens becomes the ids that it becomes alone."""
+        """True if a text between these special tokens becomes the ids that it becomes alone."""
         return self._of_bytes and self._taking.isdisjoint(specials)
 
     def with_stand_ins(self, specials: Iterable[str]) -> StandIns:

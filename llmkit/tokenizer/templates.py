@@ -132,7 +132,7 @@ class TemplateFormat(ChatFormat):
     def _render(
         self, messages: Sequence[Message], asked: bool, late: Collection[int] = (), bare: Collection[int] = ()
     ) -> str:
-        """What the template makes of some messages; `late` are marked after their thoughts, `bare` not at all."""
+        """Render some messages; `late` are marked after their thoughts, `bare` not at all."""
         turns = []
         for index, turn in enumerate(messages):
             before, core, after = self._core(turn, index in late)

@@ -267,7 +267,7 @@ def _whole(text: str) -> str:
 
 
 def is_this_machine(host: str) -> bool:
-    """Whether a host name is that of the loopback interface, which no proxy reaches."""
+    """True if a host name is that of the loopback interface, which no proxy reaches."""
     if host == "localhost" or host.endswith(".localhost"):
         return True
     with suppress(ValueError):

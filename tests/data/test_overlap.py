@@ -33,7 +33,7 @@ HELD_OUT = [
 )
 def test_what_is_found(training, exact, near):
     overlap = Overlap.of_texts(HELD_OUT)
-    overlap.look_at_texts(training)
+    overlap.compare_texts(training)
     assert (overlap.exact, overlap.near, overlap.records) == (exact, near, 4)
 
 
@@ -54,7 +54,7 @@ def test_what_many_records_share_does_not_make_them_the_same():
         "Larvik",
     ]
     overlap = Overlap.of_texts(f"{asked}where does {name} lie exactly?" for name in names)
-    overlap.look_at_texts(f"{asked}where does {name} lie exactly?" for name in ("Paris", "Rome"))
+    overlap.compare_texts(f"{asked}where does {name} lie exactly?" for name in ("Paris", "Rome"))
     assert (overlap.exact, overlap.near) == (0, 0)
 
 
@@ -64,7 +64,7 @@ def test_tokens_of_documents_are_sampled():
     changed = held_out[1].copy()
     changed[::60] = 0
     overlap = Overlap(held_out, run=8, every=4)
-    overlap.look(
+    overlap.compare(
         [held_out[0].astype(np.uint16), np.concatenate([drawn.integers(0, 999, 90), changed]), held_out[2][:200]]
     )
     assert (overlap.exact, overlap.near) == (1, 1)
@@ -73,5 +73,5 @@ def test_tokens_of_documents_are_sampled():
 @pytest.mark.parametrize("held_out", [[], [""], ["", "a"]])
 def test_nothing_is_no_overlap(held_out):
     overlap = Overlap.of_texts(held_out)
-    overlap.look_at_texts(["", "b", "a b c"])
+    overlap.compare_texts(["", "b", "a b c"])
     assert (overlap.exact, overlap.near) == (0, 0)
