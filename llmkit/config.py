@@ -92,7 +92,7 @@ class CommonConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RecordsConfig:
-    """Options that are spelled the same in every stage that reads users' records (BadRecords in stream.py)."""
+    """Options that are spelled the same in every stage that reads users' records (bad_records.py)."""
 
     max_bad: str = option(
         "1%", "Bad records of a file to skip; 0: none.", group="Common", metavar="SHARE|COUNT", free=True

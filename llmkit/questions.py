@@ -20,19 +20,10 @@ from typing import IO, Any
 
 import orjson
 
+from llmkit.bad_records import BadRecords, good_records
 from llmkit.errors import UserError
 from llmkit.records import Row, fields_of, first_of, kind_of, not_used
-from llmkit.stream import (
-    BYTE_ORDER_MARK,
-    BadRecords,
-    array_rows,
-    good_records,
-    line_rows,
-    name_of,
-    names_of,
-    open_input,
-    whole_json,
-)
+from llmkit.stream import BYTE_ORDER_MARK, array_rows, line_rows, name_of, names_of, open_input, whole_json
 
 EXPECTED = "'question' and 'answer', or 'context' and 'continuation'"
 ANSWER_FIELDS = ("answer", "answers", "continuation")

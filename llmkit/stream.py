@@ -16,20 +16,17 @@ import json
 import os
 import sys
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import orjson
 
-from llmkit.config import parse_max_bad
+from llmkit.bad_records import BadRecords, good_records
 from llmkit.display import stdout_bytes
 from llmkit.errors import UserError
 from llmkit.files import atomic_file, check_output
-from llmkit.progress import say
 from llmkit.records import Row, check_document, kind_of
 
 GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
@@ -38,9 +35,6 @@ LARGEST_DICTIONARY = 1 << 25
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BLOCK = 1 << 20
 TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".xlsx")
-TOLD = 3  # skipped records of a file that are reported one by one
-NOTED = ("name", "good", "bad", "first", "losses")  # of a tally, in JSON
-EARLY = 1000  # records of a file, from which on a share of them is judged while reading
 STDIN_ONCE = "stdin: '-' can be read only once; save one of the inputs to a file"
 _stdin_taken: Any = None
 
@@ -240,142 +234,6 @@ def _good_records_of(
             for found in good_records(rows_of(handle, path), read, name_of(path), bad, left):
                 yield found
                 left = None if left is None else left - 1
-
-
-def good_records(
-    rows: Iterable[Row | UserError],
-    read: Callable[[Row], T],
-    name: str,
-    bad: BadRecords | None = None,
-    limit: int | None = None,
-) -> Iterator[T]:
-    """Yield what `read` makes of the records of one file, at most `limit`; those that are bad are skipped.
-
-    A bad record is a UserError among `rows`, or one that `read` refuses by a UserError. `bad` counts and tells it, and
-    raises UserError beyond its bound; without `bad` the first one is raised.
-    """
-    bad = BadRecords() if bad is None else bad
-    tally = bad.begin(name)
-    given = 0
-    for row in rows:
-        try:
-            if isinstance(row, UserError):
-                raise row
-            found = read(row)
-        except UserError as error:
-            bad.skip(error, name)
-            continue
-        tally.good += 1
-        if losses := getattr(found, "losses", ()):
-            tally.losses.update(losses)
-        yield found
-        given += 1
-        if given == limit:
-            break
-    bad.judge(name)
-
-
-@dataclass
-class Tally:
-    """Counts of one file: good records, bad ones with the error of the first, and unused fields of the good ones."""
-
-    name: str
-    good: int = 0
-    bad: int = 0
-    first: str = ""
-    losses: Counter[str] = field(default_factory=Counter)
-    told: int = 0  # of the bad ones, in the line at the end
-    lost: Counter[str] = field(default_factory=Counter)  # of the losses, in theirs
-    waiting: list[str] = field(default_factory=list)  # lines that may be spared: an error may say it all
-
-
-class BadRecords:
-    """Skips the records of a run that cannot be used: the first of each file are told, all are counted, as is what of
-    the others is not used.
-
-    most   how many of a file may be bad, as `--max-bad` has it: a share such as "1%", or a count. A share bears one in
-           any file, is judged at the end of the file, and from EARLY records on while reading. "0" bears none.
-
-    A file in which every record is bad is an error under any bound.
-    """
-
-    def __init__(self, most: str = "0", quiet: bool = False) -> None:
-        self._most, self._quiet = most, quiet
-        self._share, self._count = parse_max_bad(most)
-        self.tallies: list[Tally] = []
-
-    @property
-    def results(self) -> dict[str, Any]:
-        """The counts for a manifest and a summary."""
-        losses = sum((tally.losses for tally in self.tallies), Counter[str]())
-        found: dict[str, Any] = {"bad_records": sum(tally.bad for tally in self.tallies)}
-        return {**found, "not_used": dict(losses)} if losses else found
-
-    def begin(self, name: str) -> Tally:
-        """Count a file by itself, also one that is read again."""
-        self.tallies.append(Tally(name))
-        return self.tallies[-1]
-
-    def skip(self, error: UserError, name: str, *, was_good: bool = False) -> None:
-        """Skip a record; `was_good` if it was counted as good before. Raises UserError beyond the bound."""
-        tally = self._tally(name)
-        tally.good -= was_good
-        tally.bad += 1
-        tally.first = tally.first or str(error)
-        if self._count == 0:
-            raise error
-        if self._share is None or tally.good + tally.bad >= EARLY:
-            self._check(tally)
-        if tally.bad <= TOLD:
-            tally.waiting.append(f"skipped: {error}{'; others are counted' if tally.bad == TOLD else ''}")
-        if tally.good:
-            self._tell(tally)
-
-    def note(self, name: str, losses: Iterable[str]) -> None:
-        """Count fields of a good record that are not used."""
-        self._tally(name).losses.update(losses)
-
-    def judge(self, name: str) -> None:
-        """Tell what was skipped and not used of a file that has been read. Raises UserError beyond the bound."""
-        tally = self._tally(name)
-        self._check(tally)
-        if tally.bad and not tally.good:
-            more = f"; none of the {tally.bad} records of {name} can be used" if tally.bad > 1 else ""
-            raise UserError(f"{tally.first}{more}")
-        self._tell(tally)
-        if tally.bad > tally.told:
-            tally.told = tally.bad
-            say(f"{name}: {tally.bad} of {tally.good + tally.bad} records skipped", self._quiet)
-        if tally.losses != tally.lost:
-            tally.lost = Counter(tally.losses)
-            counts = ", ".join(f"{loss} {count}" for loss, count in tally.losses.items())
-            say(f"{name}: of {tally.good} records: {counts}", self._quiet)
-
-    def recall(self, noted: Iterable[Mapping[str, Any]]) -> None:
-        """Take over the tallies of files that a former run has read. Raises UserError beyond the bound."""
-        for one in noted:
-            self.tallies.append(Tally(**{**one, "losses": Counter(one["losses"])}))
-            self.judge(self.tallies[-1].name)
-
-    def noted(self, since: int = 0) -> list[dict[str, Any]]:
-        """The tallies as JSON, from the one that is number `since` on."""
-        return [{name: getattr(tally, name) for name in NOTED} for tally in self.tallies[since:]]
-
-    def _tell(self, tally: Tally) -> None:
-        for line in tally.waiting:
-            say(line, self._quiet)
-        tally.waiting.clear()
-
-    def _tally(self, name: str) -> Tally:
-        return next((tally for tally in reversed(self.tallies) if tally.name == name), None) or self.begin(name)
-
-    def _check(self, tally: Tally) -> None:
-        seen = tally.good + tally.bad
-        if tally.bad > (max(1, self._share * seen) if self._share is not None else self._count):
-            raise UserError(
-                f"{tally.first}; {tally.bad} of {seen} records of {tally.name} cannot be used, more than "
-                f"--max-bad {self._most} allows"
-            )
 
 
 def json_rows(handle: io.BufferedReader, path: str) -> Iterator[Row | UserError]:

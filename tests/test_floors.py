@@ -16,6 +16,7 @@ FLOORS = {
     1: {"kernels"},
     0: {
         "errors",
+        "bad_records",
         "records",
         "conversations",
         "preferences",

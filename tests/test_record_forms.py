@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from llmkit.bad_records import BadRecords, good_records
 from llmkit.conversations import Message, Part, message, read_conversation
 from llmkit.errors import UserError
 from llmkit.preferences import read_answers, read_comparison, read_prompt
 from llmkit.problems import read_problem
 from llmkit.questions import read_question
 from llmkit.records import Row, check_document
-from llmkit.stream import BadRecords, good_records
 
 ASKED, ANSWERED = message("user", "2 + 2?"), message("assistant", "4")
 FRENCH = message("system", "Answer in French.")

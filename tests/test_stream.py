@@ -15,8 +15,9 @@ from types import SimpleNamespace
 import pytest
 import zstandard
 
+from llmkit.bad_records import BadRecords
 from llmkit.errors import UserError
-from llmkit.stream import BadRecords, check_inputs, open_input, open_output, read_documents, read_jsonl
+from llmkit.stream import check_inputs, open_input, open_output, read_documents, read_jsonl
 
 LINES = b'{"text":"one"}\n{"text":"two","id":2}\n'
 ROWS = [{"text": "one"}, {"text": "two", "id": 2}]

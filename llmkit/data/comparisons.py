@@ -18,13 +18,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from llmkit.bad_records import BadRecords
 from llmkit.conversations import Message
 from llmkit.data.batches import shuffled
 from llmkit.data.mixture import best_fit
 from llmkit.data.sources import OUTSIDE, encode_good
 from llmkit.errors import UserError, naming
 from llmkit.preferences import Comparison
-from llmkit.stream import BadRecords
 
 READ_AT_ONCE = 1024  # comparisons: enough for the tokenizer's threads, little memory
 Turns = tuple[Message, ...]
@@ -201,7 +201,7 @@ def read_comparisons(
         encoded = encode_good(usable, lambda some: encode_comparisons(some, encode), name, bad)
         for comparison, candidates in encoded:
             if unknown is not None and any((ids == unknown).any() for ids in (candidates.prompt, *candidates.answers)):
-                bad.note(name, (OUTSIDE,))
+                bad.count_unused(name, (OUTSIDE,))
             kept = fitted(candidates, context, on_long, comparison.where, source.counts)
             if kept is None:
                 continue
@@ -210,7 +210,7 @@ def read_comparisons(
             digest.update(repr((kept.ranks, kept.margin)).encode())
             source.held.append(replace(kept, number=len(source.held)))
         progress(len(chunk))
-    bad.judge(name)
+    bad.report(name)
     if not source.held:
         reasons = ", ".join(f"{key} {count}" for key, count in source.counts.items() if key != "read")
         raise UserError(

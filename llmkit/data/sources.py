@@ -11,10 +11,10 @@ from hashlib import sha256
 from itertools import islice
 from typing import TypeVar
 
+from llmkit.bad_records import BadRecords
 from llmkit.conversations import Conversation, Message, message
 from llmkit.data.examples import Encoded, Examples
 from llmkit.errors import UserError
-from llmkit.stream import BadRecords
 
 T, E = TypeVar("T"), TypeVar("E")
 OUTSIDE = "characters outside the vocabulary"  # of the tokenizer, which become <unk>
@@ -89,13 +89,13 @@ def read_examples(
                 observe([one.said for one in chosen])
             for conversation, one in encode_good(chosen, encode, name, bad):
                 if unknown is not None and (outside := one.token_ids == unknown).any():
-                    bad.note(name, (OUTSIDE,))
+                    bad.count_unused(name, (OUTSIDE,))
                     one.trained[outside] = False  # nothing is gained by learning to say <unk>
                 digest.update(one.token_ids.tobytes())
                 digest.update(one.trained.tobytes())
                 yield conversation.where, one
             progress(len(chunk))
-        bad.judge(name)
+        bad.report(name)
 
     return Examples.gather(name, encoded(), longest, on_long, counts), digest.hexdigest()
 

@@ -20,12 +20,13 @@ from typing import Protocol
 
 import numpy as np
 
+from llmkit.bad_records import BadRecords
 from llmkit.data.shards import FORMAT, ShardInfo, ShardWriter, TokenShards, is_shard_folder
 from llmkit.data.sources import OUTSIDE
 from llmkit.errors import UserError
 from llmkit.files import atomic_file, atomic_folder, write_json
 from llmkit.progress import Progress
-from llmkit.stream import BadRecords, name_of, names_of, read_documents
+from llmkit.stream import name_of, names_of, read_documents
 
 GROUP_CHARACTERS = 4 << 20  # documents encoded together: enough for all cores, little to hold
 HASHES = "inputs.json"
@@ -89,14 +90,14 @@ def tokenize_documents(
             known = shards.info == info
             left_out = json.loads((folder / LEFT_OUT).read_bytes()) if (folder / LEFT_OUT).exists() else []
     if known:
-        bad.recall(left_out)
+        bad.restore(left_out)
         return TokenShards(folder)
     shutil.rmtree(folder, ignore_errors=True)
     try:
         with atomic_folder(folder) as partial:
             before = len(bad.tallies)
             _write_shards(paths, encoder, ShardWriter(partial, info), limit, bad, quiet)
-            write_json(partial / LEFT_OUT, bad.noted(before))
+            write_json(partial / LEFT_OUT, bad.as_json(before))
     except UserError:
         if made:  # a mistake leaves nothing behind
             shutil.rmtree(cache, ignore_errors=True)
@@ -134,8 +135,8 @@ def _write_shards(
                 progress.advance(float(text_bytes.sum()) / 1e6, tokens=writer.tokens, backend=encoder.backend)
     if outside:
         name = name_of(paths[-1])
-        bad.note(name, [OUTSIDE] * outside)
-        bad.judge(name)
+        bad.count_unused(name, [OUTSIDE] * outside)
+        bad.report(name)
     if not writer.documents:
         raise UserError(f"{names_of(paths)}: no document with text; expected JSONL with 'text', or plain text")
     writer.finish()

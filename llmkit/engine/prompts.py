@@ -17,6 +17,7 @@ from typing import Any
 
 import orjson
 
+from llmkit.bad_records import BadRecords
 from llmkit.conversations import Message, find_prompt, read_messages
 from llmkit.engine.generation import Completion, Request
 from llmkit.engine.sampling import request_number, seed_of_repeat
@@ -25,7 +26,7 @@ from llmkit.files import PARTIAL, create, cut_torn_line, read_json, remove, repl
 from llmkit.progress import say
 from llmkit.records import PROMPT_FIELDS, PROMPT_FIRST, Row, fields_of, not_used, with_made
 from llmkit.rundir import check_identity
-from llmkit.stream import BadRecords, dump_json, json_row, open_bytes
+from llmkit.stream import dump_json, json_row, open_bytes
 
 ASKED = (*PROMPT_FIELDS, "seed")  # what a record that is kept has in common with its input
 
@@ -73,7 +74,7 @@ class Prompts:
             except UserError as error:
                 self._bad.skip(error, row.path, was_good=True)
                 continue
-            self._bad.note(row.path, losses)
+            self._bad.count_unused(row.path, losses)
             if self.kept is not None and self.kept.has({**row.value, "seed": seed}, where):
                 self.passed += 1
                 continue
@@ -81,7 +82,7 @@ class Prompts:
             self.count += 1
             yield Request(ids, self._samples, self._max_tokens, seed, number, where)
         for name in {tally.name: None for tally in self._bad.tallies}:
-            self._bad.judge(name)
+            self._bad.report(name)
         if self.kept is not None:
             self.kept.check_all_found()
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 
+from llmkit.bad_records import BadRecords
 from llmkit.conversations import message
 from llmkit.data.sources import OUTSIDE
 from llmkit.engine.finetuning import Finetuning
@@ -15,7 +16,7 @@ from llmkit.problems import Problem, read_problem
 from llmkit.progress import counted, say
 from llmkit.records import Row
 from llmkit.rewards import Weighted
-from llmkit.stream import BadRecords, dump_json, names_of, read_jsonl
+from llmkit.stream import dump_json, names_of, read_jsonl
 
 MAX_TOKENS = 256  # of an attempt, where the context has room for them
 MAX_TOKENS_SHARE = (

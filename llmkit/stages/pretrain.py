@@ -11,11 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from llmkit.bad_records import BadRecords
 from llmkit.config import TrainingConfig, argument, as_options, flag_of, lasting_options, option, option_fields
 from llmkit.errors import UserError
 from llmkit.progress import duration, say
 from llmkit.rundir import RunFolder, check_model_folder
-from llmkit.stream import BadRecords, check_inputs, names_of
+from llmkit.stream import check_inputs, names_of
 
 if TYPE_CHECKING:
     import torch

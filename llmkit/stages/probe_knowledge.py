@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from llmkit.bad_records import BadRecords
 from llmkit.config import CommonConfig, RecordsConfig, ServedConfig, argument, as_options, lasting_options, option
 from llmkit.errors import UserError
 from llmkit.files import check_output, check_unfinished
@@ -16,7 +17,7 @@ from llmkit.manifest import write_file_manifest
 from llmkit.progress import say
 from llmkit.questions import Question, all_questions
 from llmkit.rundir import check_finished, check_model_folder
-from llmkit.stream import BadRecords, check_inputs, name_of, names_of, open_output, read_documents, read_jsonl
+from llmkit.stream import check_inputs, name_of, names_of, open_output, read_documents, read_jsonl
 
 if TYPE_CHECKING:
     from llmkit.data.passages import Passage

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
+from llmkit.bad_records import BadRecords
 from llmkit.config import (
     MICRO_BATCH_TOKENS,
     ServedConfig,
@@ -23,7 +24,7 @@ from llmkit.errors import UserError
 from llmkit.metrics import METRICS, last_figures, read_metrics
 from llmkit.progress import counted, quantity, say
 from llmkit.rundir import RunFolder, check_model_folder
-from llmkit.stream import BadRecords, check_inputs, open_output
+from llmkit.stream import check_inputs, open_output
 
 if TYPE_CHECKING:
     import torch

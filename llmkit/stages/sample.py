@@ -11,6 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from llmkit.bad_records import BadRecords
 from llmkit.config import (
     CommonConfig,
     RecordsConfig,
@@ -27,7 +28,7 @@ from llmkit.files import PARTIAL, check_output, check_unfinished
 from llmkit.progress import Progress, quantity, say
 from llmkit.records import Row
 from llmkit.rundir import check_model_folder
-from llmkit.stream import BadRecords, names_of, open_bytes, open_input, open_output, read_jsonl, read_text
+from llmkit.stream import names_of, open_bytes, open_input, open_output, read_jsonl, read_text
 
 if TYPE_CHECKING:
     from llmkit.engine.devices import Precision

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, ClassVar
 
+from llmkit.bad_records import BadRecords
 from llmkit.config import (
     MICRO_BATCH_TOKENS,
     TuningConfig,
@@ -23,7 +24,7 @@ from llmkit.errors import UserError
 from llmkit.metrics import METRICS, last_figures, read_metrics
 from llmkit.progress import Progress, counted, quantity, say
 from llmkit.rundir import RunFolder, check_model_folder
-from llmkit.stream import BadRecords, check_inputs, name_of, read_jsonl
+from llmkit.stream import check_inputs, name_of, read_jsonl
 
 if TYPE_CHECKING:
     from pathlib import Path

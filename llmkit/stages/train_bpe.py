@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from llmkit.bad_records import BadRecords
 from llmkit.config import CommonConfig, RecordsConfig, argument, as_options, option
 from llmkit.errors import UserError
 from llmkit.files import atomic_folder, check_is_folder, check_output, output_folder, write_json
 from llmkit.launch import available_cores
 from llmkit.manifest import describe_inputs, write_manifest
 from llmkit.progress import Progress, duration, quantity, say
-from llmkit.stream import BadRecords, check_inputs, names_of
+from llmkit.stream import check_inputs, names_of
 
 BYTES_PER_SECOND = 30e6  # of English at a vocabulary of 32k, on two cores
 

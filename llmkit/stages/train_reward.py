@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from llmkit.bad_records import BadRecords
 from llmkit.config import MICRO_BATCH_TOKENS, TuningConfig, argument, as_options, lasting_options, option
 from llmkit.errors import GateError, UserError
 from llmkit.files import write_json
 from llmkit.progress import Progress, counted, duration, quantity, say
 from llmkit.rundir import RunFolder, check_model_folder
-from llmkit.stream import BadRecords, check_inputs, name_of, open_output, read_jsonl
+from llmkit.stream import check_inputs, name_of, open_output, read_jsonl
 
 if TYPE_CHECKING:
     from llmkit.data.comparisons import Comparisons

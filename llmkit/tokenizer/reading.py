@@ -7,18 +7,10 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from llmkit.bad_records import BadRecords, good_records
 from llmkit.errors import UserError
 from llmkit.records import check_document
-from llmkit.stream import (
-    BYTE_ORDER_MARK,
-    BadRecords,
-    check_no_archive,
-    good_records,
-    is_jsonl,
-    json_rows,
-    name_of,
-    open_input,
-)
+from llmkit.stream import BYTE_ORDER_MARK, check_no_archive, is_jsonl, json_rows, name_of, open_input
 from llmkit.tokenizer.counting import END
 from llmkit.tokenizer.patterns import Pattern
 
