@@ -77,8 +77,8 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
     """JSON values with a checksum of them, `seal`."""
-    told = orjson.dumps(dict(values), option=orjson.OPT_SORT_KEYS | JSON_LINE)
-    return {**values, "seal": hashlib.sha256(told).hexdigest()[:32]}
+    content = orjson.dumps(dict(values), option=orjson.OPT_SORT_KEYS | JSON_LINE)
+    return {**values, "seal": hashlib.sha256(content).hexdigest()[:32]}
 
 
 def unsealed(found: Mapping[str, Any], where: str) -> dict[str, Any]:

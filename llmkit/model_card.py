@@ -71,15 +71,15 @@ def _commands(manifest: Mapping[str, Any]) -> list[str]:
     own, ancestors = flattened(manifest)
     made = {**ancestors, "": own}
     commands: list[str] = []
-    met: set[str] = set()
+    seen: set[str] = set()
     waiting = [("", False)]
     while waiting:
-        digest, sources_are_told = waiting.pop()
-        if sources_are_told:
+        digest, sources_listed = waiting.pop()
+        if sources_listed:
             command = made[digest].get("command")
             commands += [command] if isinstance(command, str) else []
-        elif digest in made and digest not in met:
-            met.add(digest)
+        elif digest in made and digest not in seen:
+            seen.add(digest)
             waiting.append((digest, True))
             waiting += [(item.get("manifest_sha256", "?"), False) for item in reversed(sources(made[digest]))]
     return commands

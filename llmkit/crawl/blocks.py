@@ -189,8 +189,8 @@ class _Walk:
             if attributes:
                 get = attributes.get
                 kind = (tag, get("class"), get("id"), get("role"), get("itemprop"), get("aria-hidden") == "true")
-                told = "style" in attributes or "hidden" in attributes
-                if told and unseen < 0 and parents and _is_undisplayed(attributes):
+                is_styled = "style" in attributes or "hidden" in attributes
+                if is_styled and unseen < 0 and parents and _is_undisplayed(attributes):
                     if inline:
                         unseen = len(parents)
                     elif folded < 0:

@@ -131,10 +131,10 @@ class GzipStream:
         return self._inflater is not None
 
 
-def find(window: Window, stop: int, start: re.Pattern[bytes], unlike: Callable[[Window], int]) -> bool:
+def find(window: Window, stop: int, start: re.Pattern[bytes], bytes_without: Callable[[Window], int]) -> bool:
     """Move the window to the first record at its position or after, if it begins before `stop`, else no further.
 
-    unlike: how many bytes there are ahead in which no record begins; 0 where one does
+    bytes_without: how many bytes there are ahead in which no record begins; 0 where one does
     """
     while window.position < stop and window.look(1):
         ahead = window.look(BLOCK)
@@ -144,7 +144,7 @@ def find(window: Window, stop: int, start: re.Pattern[bytes], unlike: Callable[[
             count = match.start()
             if window.position + count < stop:
                 window.skip(count)
-                count = unlike(window)
+                count = bytes_without(window)
                 if not count:
                     return True
         window.skip(min(count, stop - window.position))
@@ -163,7 +163,7 @@ def header_of(ahead: Bytes, arc: bool) -> tuple[int, int] | None:
     return (end.end(), int(length[1])) if end and length else None
 
 
-def unlike_record(window: Window, arc: bool) -> int:
+def bytes_without_record(window: Window, arc: bool) -> int:
     """Count the bytes ahead in which no record begins; 0 where one does, by its whole header: pages quote first lines.
 
     Of text that begins like records ten thousand times, each is not searched to the end of its header: what the first
@@ -194,7 +194,7 @@ def beginning(window: Window) -> bytes:
     return unpacked
 
 
-def unlike_member(window: Window, arc: bool) -> int:
+def bytes_without_member(window: Window, arc: bool) -> int:
     """0 where a gzip member starts ahead that begins with a record, else 1."""
     return 0 if (ARC_START if arc else WARC_START).match(beginning(window)) else 1
 
@@ -269,11 +269,11 @@ class Frames:
         """Pass over a record that is too large; where a length is wrong, as far as the next record alone."""
         window, stop = self.window, self.window.position + header + block
 
-        def unlike(window: Window) -> int:
-            return unlike_record(window, self.arc) or int(not self._is_record(0))
+        def bytes_without(window: Window) -> int:
+            return bytes_without_record(window, self.arc) or int(not self._is_record(0))
 
         window.skip(header)
-        if find(window, stop, self._start, unlike):
+        if find(window, stop, self._start, bytes_without):
             return "damaged"
         window.skip(stop - window.position)
         return "too_large" if window.position == stop else "truncated"
@@ -338,8 +338,8 @@ class Frames:
 
     def _find(self) -> bool:
         if self.packed:
-            return find(self.window, self.stop, GZIP_START, lambda window: unlike_member(window, self.arc))
-        return find(self.window, self.stop, self._start, lambda window: unlike_record(window, self.arc))
+            return find(self.window, self.stop, GZIP_START, lambda window: bytes_without_member(window, self.arc))
+        return find(self.window, self.stop, self._start, lambda window: bytes_without_record(window, self.arc))
 
     def _resume(self) -> None:
         """Look for the next record, past a byte that starts none."""

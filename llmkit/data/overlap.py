@@ -110,7 +110,7 @@ class Overlap:
                 self.compare(held)
                 held, size = [], 0
 
-    def tell(self, quiet: bool) -> None:
+    def report(self, quiet: bool) -> None:
         """Print the number of held-out records in training, if any."""
         if self.exact + self.near:
             both = f"{self.exact} exactly, {self.near} nearly"

@@ -1,6 +1,7 @@
 """Where a known answer stands in a sentence, and whether the words around it leave it the answer.
 
-    find(Sentence.of("It was built in 1902 by Otto Feld."), Sentence.of("Who built it?"), ("otto", "feld"))   # RIGHT
+    said, asked, answer = map(Sentence.of, ("It was built in 1902 by Otto Feld.", "Who built it?", "Otto Feld"))
+    gives_answer(said, asked, answer)  # True
 
 What is said may be more than the answer ("in 1902", ", the novelist"), but not another thing: "Ada Byrne's brother" and
 "New York" are not "Ada Byrne" and "York". The lists of words stand in matching.json.
@@ -104,14 +105,14 @@ def is_opposed(said: Sentence, asked: Sentence, answer: Sentence) -> bool:
     return any(OPPOSITES.get(one, frozenset()) & unlike for one in asked.stems - said.stems)
 
 
-def core(answer: Sentence) -> tuple[str, ...]:
+def bare_answer(answer: Sentence) -> tuple[str, ...]:
     """The words of an answer without small ones before them: "May" of "in May", "cheese" of "its cheese"."""
     said = answer.words
     start = next((place for place, word in enumerate(said) if word not in SMALL or word in MONTHS), 0)
     return said[start:]
 
 
-def others(answer: Sentence, asked: Sentence) -> Iterator[Sentence]:
+def shorter_forms(answer: Sentence, asked: Sentence) -> Iterator[Sentence]:
     """Yield shorter forms of an answer: the last name to who, the place without its country to where."""
     if asked.known & {"where"} and "," in answer.text:
         yield Sentence.of(answer.text.partition(",")[0])
@@ -129,9 +130,9 @@ def others(answer: Sentence, asked: Sentence) -> Iterator[Sentence]:
         yield Sentence.of(answer.text.replace("%", ""))
 
 
-def find(said: Sentence, asked: Sentence, answer: Sentence) -> bool | None:
+def gives_answer(said: Sentence, asked: Sentence, answer: Sentence) -> bool | None:
     """True if a sentence gives an answer by its place in it; None where its words are not there together."""
-    wanted = core(answer)
+    wanted = bare_answer(answer)
     every, before = [], ""
     for token in said.tokens:
         before += token.before
@@ -145,7 +146,7 @@ def find(said: Sentence, asked: Sentence, answer: Sentence) -> bool | None:
     if len(places) > MOST:
         return False
     context = _Context(every, asked, answer, _with_articles(said))
-    return any(context.leaves(place, place + len(wanted)) for place in places)
+    return any(context.keeps_answer(place, place + len(wanted)) for place in places)
 
 
 def _with_articles(said: Sentence) -> set[int]:
@@ -171,7 +172,7 @@ class _Context:
         self._wants_agent = first[:1] == ("who",) and len(first) > 1 and first[1] not in AUXILIARIES
         self._where = "where" in asked.known
 
-    def leaves(self, start: int, stop: int) -> bool:
+    def keeps_answer(self, start: int, stop: int) -> bool:
         """True if what stands before and behind leaves the words from start to stop the answer."""
         return self._before(start) and self._behind(start, stop)
 

@@ -27,7 +27,7 @@ from llmkit.model.folder import CONFIG, GENERATION, SavedTensors, load_config, s
 from llmkit.model.reward import SCORE
 from llmkit.model.weights import stock_shapes
 from llmkit.tokenizer import gguf_tokenizer
-from llmkit.tokenizer.encoding import copy_beside, load_tokenizer
+from llmkit.tokenizer.encoding import copy_companions, load_tokenizer
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -237,7 +237,7 @@ def write_folder(
     values = read_object(source.folder / CONFIG)
     key = "dtype" if "dtype" in values else "torch_dtype"
     values[key] = dtype
-    copy_beside(source.folder, work)
+    copy_companions(source.folder, work)
     if (source.folder / "tokenizer.json").is_file():
         load_tokenizer(source.folder).copy_to(work)
     for name in _COPIED:
@@ -316,7 +316,7 @@ def open_adapter(folder: str) -> Adapter:
 
 def write_adapter(work: Path, adapter: Adapter, dtype: str) -> None:
     """Write the adapter as PEFT reads it, with the tokenizer beside it."""
-    copy_beside(adapter.model, work)
+    copy_companions(adapter.model, work)
     if (adapter.model / "tokenizer.json").is_file():
         load_tokenizer(adapter.model).copy_to(work)
     for name, value in adapter.tensors.items():

@@ -25,7 +25,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
-from llmkit.engine.answer_spans import BASES, MONTHS, SMALL, Sentence, core, find, is_opposed, others
+from llmkit.engine.answer_spans import (
+    BASES,
+    MONTHS,
+    SMALL,
+    Sentence,
+    bare_answer,
+    gives_answer,
+    is_opposed,
+    shorter_forms,
+)
 from llmkit.engine.normalising import KNOWN, is_number, is_sign, is_spaceless, word_list, words
 from llmkit.questions import Question
 
@@ -88,14 +97,14 @@ class MatchJudge:
         ):
             names_unknown = any("unknown" in one.known for one in accepted)
             return RIGHT if names_unknown and "unknown" in said.known else EVASIVE
-        if not _told(_without(said.words, asked.words)):
+        if not _content(_without(said.words, asked.words)):
             return EVASIVE
-        accepted += [other for one in accepted for other in others(one, asked)]
-        readings = [said, *(Sentence.of(text) for text in _parts(response))]
+        accepted += [other for one in accepted for other in shorter_forms(one, asked)]
+        readings = [said, *(Sentence.of(text) for text in _leading_parts(response))]
         if any(self._matches(reading, asked, one) for reading in readings for one in accepted):
             return RIGHT
         offered = any(one.known <= asked.known for one in accepted)
-        beyond = [word for word in _told(said.words) if not asked.echoes(word) and word not in FILLERS]
+        beyond = [word for word in _content(said.words) if not asked.echoes(word) and word not in FILLERS]
         return WRONG if offered or beyond or any(one.known & YES | one.known & NO for one in accepted) else EVASIVE
 
     def judge_each(self, answered: Iterable[Answered]) -> Iterator[tuple[Answered, list[str]]]:
@@ -113,9 +122,9 @@ class MatchJudge:
             return False
         rest = _without(said.words, asked.words)
         if answer.known <= asked.known:  # a choice that the question offers
-            if self._same(_told(rest), _told(answer.words)):
+            if self._same(_content(rest), _content(answer.words)):
                 return True
-        elif self._has_words(rest, asked, answer) and find(said, asked, answer) is not False:
+        elif self._has_words(rest, asked, answer) and gives_answer(said, asked, answer) is not False:
             return True
         if (
             self.f1 >= 1
@@ -123,7 +132,7 @@ class MatchJudge:
             or not _same_numbers(said, asked, answer)
         ):
             return False
-        found = find(said, asked, answer)
+        found = gives_answer(said, asked, answer)
         if answer.known <= asked.known:  # "the Tarn is longer", but not both of them
             return bool(found) and _is_offered_alone(said, asked, answer)
         return bool(found)
@@ -134,9 +143,11 @@ class MatchJudge:
         said = tuple(forms.get(BASES.get(word, ""), word) for word in said)  # "had frozen" for "froze"
         said = tuple(word for word in said if word in answer.known or not asked.echoes(word))
         beyond = tuple(
-            word for word in _told(answer.words) if word not in asked.known
+            word for word in _content(answer.words) if word not in asked.known
         )  # "24" of "24 points", asked how many points
-        return self._same(_told(said), _told(answer.words)) or (bool(beyond) and self._same(_told(said), beyond))
+        return self._same(_content(said), _content(answer.words)) or (
+            bool(beyond) and self._same(_content(said), beyond)
+        )
 
     def _same(self, said: tuple[str, ...], answer: tuple[str, ...]) -> bool:
         if len(answer) == 1 and _is_year(answer[0]) and MONTHS & set(said):
@@ -187,7 +198,7 @@ def _agrees(said: Sentence, asked: Sentence, answer: Sentence) -> bool:
 
 def _is_offered_alone(said: Sentence, asked: Sentence, answer: Sentence) -> bool:
     """True if a sentence begins with a choice that the question offers, and does not join it to another."""
-    start = core(answer)
+    start = bare_answer(answer)
     return (
         said.words[: len(start)] == start
         and "and" not in said.known
@@ -201,7 +212,7 @@ def evasions() -> tuple[tuple[str, ...], ...]:
     return tuple(dict.fromkeys(words(phrase) for some in KNOWN["evasions"].values() for phrase in some))
 
 
-def _parts(response: str) -> Iterable[str]:
+def _leading_parts(response: str) -> Iterable[str]:
     """The first sentence, and what of it stands before a relative clause, unless the rest takes it back."""
     text = response.strip()
     for end in (SENTENCE_END, CLAUSE):
@@ -211,7 +222,7 @@ def _parts(response: str) -> Iterable[str]:
             text = first
 
 
-def _told(said: tuple[str, ...]) -> tuple[str, ...]:
+def _content(said: tuple[str, ...]) -> tuple[str, ...]:
     """The words less the small ones; all of them where none is left."""
     return tuple(word for word in said if word not in SMALL) or said
 

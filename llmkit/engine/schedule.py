@@ -28,7 +28,7 @@ class Schedule:
         return warmup * (self.final_factor + (1 - self.final_factor) * left / self.decay_fraction)
 
 
-def tell_long_warmup(warmup_steps: int, total_steps: int | None, quiet: bool) -> None:
+def warn_of_long_warmup(warmup_steps: int, total_steps: int | None, quiet: bool) -> None:
     """Say so where a run ends before its warm-up does."""
     if total_steps is not None and warmup_steps >= total_steps > 1:
         say(

@@ -170,11 +170,11 @@ def _validator(schema: dict[str, Any]) -> Any:
     from jsonschema import Draft202012Validator, validators
     from referencing import Registry
 
-    return _patient(validators.validator_for(schema, Draft202012Validator))(schema, registry=Registry())
+    return _bounded_validator(validators.validator_for(schema, Draft202012Validator))(schema, registry=Registry())
 
 
 @cache
-def _patient(known: Any) -> Any:
+def _bounded_validator(known: Any) -> Any:
     """A validator of jsonschema's with a limit of time on all that it does, and on every pattern."""
     from jsonschema import validators
 
@@ -184,7 +184,7 @@ def _patient(known: Any) -> Any:
     for name, module in list(sys.modules.items()):
         if name.startswith("jsonschema.") and getattr(module, "re", None) is re:
             module.re = bounded  # type: ignore[attr-defined]
-    keywords = {name: _in_time(keyword) for name, keyword in known.VALIDATORS.items()}
+    keywords = {name: _with_deadline(keyword) for name, keyword in known.VALIDATORS.items()}
     return validators.extend(known, {**keywords, "uniqueItems": _unique_items})
 
 
@@ -192,7 +192,7 @@ def _search(pattern: str, text: str) -> Any:
     return _compiled(pattern).search(text, timeout=SECONDS, concurrent=True)
 
 
-def _in_time(keyword: Callable[..., Any]) -> Callable[..., Any]:
+def _with_deadline(keyword: Callable[..., Any]) -> Callable[..., Any]:
     """A keyword of a schema that ends the check where it has taken too long: `allOf` may double at each level."""
 
     def checked(*arguments: Any) -> Any:

@@ -17,9 +17,9 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 
 from llmkit.rewards.number_context import (
     ANNOUNCED,
@@ -57,6 +57,7 @@ CONTRAST = re.compile(
 CALLED = re.compile(r" is the (?:final |correct |right )?answer\b", re.IGNORECASE)
 # "3 * 9 = 27 dollars in 3 weeks" says 27
 RESULT = re.compile(rf"(?<=[0-9)%])\s?=\s?[{CURRENCY}]?\Z")
+# what may follow a result: words, without a conclusion, a denial or another statement
 CIRCUMSTANCES = re.compile(
     r"(?=\W{0,3}(?:[^\W\d_]|\Z))(?!.*\b(?:so|then|thus|therefore|which|leaving|is|are|was|were|has|have|or|not|wrong|no|if)\b)[^,;:=?!<>\n]{0,200}\.?\s*",
     re.IGNORECASE,
@@ -151,7 +152,7 @@ def announced_number(text: str, asked: str = "") -> Number | None:
 def only_number(text: str, asked: str = "") -> Number | None:
     """The number of a text that holds one, and nothing that could be another."""
     plain = _plain(text)
-    found = list(_first(RUN.finditer(plain), 3)) if len(plain) <= READ_FROM_END else []
+    found = list(islice(RUN.finditer(plain), 3)) if len(plain) <= READ_FROM_END else []
     if len(found) == 2 and MIXED.search(plain[: found[1].start()]):
         found = found[1:]
     return _number(plain, found[0], asked, alone=True) if len(found) == 1 else None
@@ -160,7 +161,7 @@ def only_number(text: str, asked: str = "") -> Number | None:
 def whole_number(text: str) -> Number | None:
     """The number that a text is: nothing else stands there but white space and a final point."""
     plain = _plain(text).strip().removesuffix(".").strip().strip("$").strip()
-    found = list(_first(RUN.finditer(plain), 3))
+    found = list(islice(RUN.finditer(plain), 3))
     if not found or found[-1].end() != len(plain):
         return None
     before = plain[: found[-1].start()]
@@ -194,10 +195,6 @@ def _close(said: Fraction, answer: Fraction) -> bool:
     if said.denominator == answer.denominator == 1:
         return said == answer
     return abs(said - answer) <= TOLERANCE * abs(answer)
-
-
-def _first(found: Iterator[re.Match[str]], count: int) -> Iterator[re.Match[str]]:
-    return (one for one, _ in zip(found, range(count), strict=False))
 
 
 def _plain(text: str) -> str:

@@ -154,7 +154,7 @@ def run(config: PretrainConfig) -> Summary | None:
     from llmkit.engine.finetuning import check_finite
     from llmkit.engine.generation import continue_text
     from llmkit.engine.planning import Plan, check_wishes, plan_table
-    from llmkit.engine.schedule import Schedule, tell_long_warmup
+    from llmkit.engine.schedule import Schedule, warn_of_long_warmup
     from llmkit.engine.sharding import shard, whole_model
     from llmkit.kernels import backend
     from llmkit.model.folder import load_config, load_model, save_model
@@ -182,7 +182,7 @@ def run(config: PretrainConfig) -> Summary | None:
             (val_shards[k] for k in range(len(val_shards))), run=8, every=4 if shards.tokens > MANY else 1
         )
         overlap.compare_shards(shards)
-        overlap.tell(config.quiet)
+        overlap.report(config.quiet)
 
     # build
     identity = lasting_options(config) | {"the tokenizer": tokenizer.sha256, "the number of tokens": shards.tokens}
@@ -203,7 +203,7 @@ def run(config: PretrainConfig) -> Summary | None:
         whole = f"whole rows of {plan.sequence_length:,}"
         say(f"--batch-tokens {config.batch_tokens:,} becomes {plan.batch_tokens:,}, {whole}", config.quiet)
     say(plan_table(plan), config.quiet)
-    tell_long_warmup(plan.warmup_steps, plan.total_steps, config.quiet)
+    warn_of_long_warmup(plan.warmup_steps, plan.total_steps, config.quiet)
     if config.gpu_kind is not None:
         machines = config.gpu_kind, config.nodes, config.gpus, config.micro_batch_size, config.tensor_parallel
         for line in estimate(plan, *machines).lines(config.gpu_price):

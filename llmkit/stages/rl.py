@@ -183,7 +183,7 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     from llmkit.engine.devices import check_batch_memory, choose_device, choose_dtype
     from llmkit.engine.distributed import join
     from llmkit.engine.scaling import training_bytes
-    from llmkit.engine.schedule import Schedule, tell_long_warmup
+    from llmkit.engine.schedule import Schedule, warn_of_long_warmup
     from llmkit.engine.tool_calls import open_tools
     from llmkit.rewards.reward_models import ModelReward
     from llmkit.rl.actor import Actor, RolloutSettings
@@ -215,7 +215,7 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
         held_out, _ = load_problems(config.val, config.limit, tuning, judged_by, system, max_tokens, bad, quiet)
         overlap = Overlap.of_texts(one.problem.prompt for one in held_out)
         overlap.compare_texts(one.problem.prompt for one in problems)
-        overlap.tell(quiet)
+        overlap.report(quiet)
 
     # build
     names = ("max_steps", "epochs", "time_budget", "warmup_steps", "kl_coef")
@@ -229,7 +229,7 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     tuning.check_memory(min(config.micro_batch_size or 1, attempts) * max_tokens)
     check_batch_memory(attempts * max_tokens, "lower --batch-size or --group", ATTEMPT_BYTES)
     _say_plan(config, horizon, rewards, len(problems), tuning.trained_parameters)
-    tell_long_warmup(horizon.warmup_steps, horizon.steps, config.quiet)
+    warn_of_long_warmup(horizon.warmup_steps, horizon.steps, config.quiet)
     tools = open_tools(config, tuning.tokenizer, stack)
     made_by = {"tools": tools, "served": None if config.dry_run else served}
     actor = Actor(tuning.model, tuning.tokenizer, rewards, slots=config.slots, name=str(config.model), **made_by)

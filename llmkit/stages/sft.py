@@ -144,7 +144,7 @@ def run(config: SftConfig) -> Summary | None:
     from llmkit.engine.evaluation import masked_loss, next_token_loss
     from llmkit.engine.finetuning import Finetuning, answer
     from llmkit.engine.inspecting import show_examples
-    from llmkit.engine.schedule import Schedule, tell_long_warmup
+    from llmkit.engine.schedule import Schedule, warn_of_long_warmup
     from llmkit.engine.sharding import whole_model
 
     # load
@@ -159,7 +159,7 @@ def run(config: SftConfig) -> Summary | None:
     overlap = Overlap.of_texts(texts)
     observe = overlap.compare_texts if held_out else None
     sources, digests = _read_sources(config, files, tuning.chat, row_tokens, bad, observe)
-    overlap.tell(config.quiet)
+    overlap.report(config.quiet)
     if config.inspect is not None:
         show_examples([source.examples for source in sources], tuning.tokenizer, config.inspect)
         return None
@@ -174,7 +174,7 @@ def run(config: SftConfig) -> Summary | None:
     steps = _total_steps(config, mixture)
     _say_plan(config, mixture, steps, tuning.trained_parameters, tuning.new_tokens)
     warmup_steps = (steps or STEPS_OF_A_RUN) // 20 if config.warmup_steps is None else config.warmup_steps
-    tell_long_warmup(warmup_steps, steps, config.quiet)
+    warn_of_long_warmup(warmup_steps, steps, config.quiet)
     if config.dry_run:
         return None
     identity = lasting_options(config) | {"the data": digests}

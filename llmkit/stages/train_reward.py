@@ -146,7 +146,7 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
     from llmkit.engine.reward_evaluation import check_unequal, judge
     from llmkit.engine.reward_loss import ComparisonLoss, row_length
     from llmkit.engine.scaling import training_bytes
-    from llmkit.engine.schedule import Schedule, tell_long_warmup
+    from llmkit.engine.schedule import Schedule, warn_of_long_warmup
     from llmkit.model.reward import RewardModel, save_reward_model
 
     # load
@@ -180,7 +180,7 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
         config.quiet,
     )
     warmup_steps = steps // 20 if config.warmup_steps is None else config.warmup_steps
-    tell_long_warmup(warmup_steps, steps, config.quiet)
+    warn_of_long_warmup(warmup_steps, steps, config.quiet)
     loss = ComparisonLoss(config.center, config.seed)
     micro_rows = config.micro_batch_size or max(1, MICRO_BATCH_TOKENS // row_tokens)
     flops_per_token = tuning.model.config.flops_per_token(row_tokens)
@@ -281,7 +281,7 @@ def _read_all(
     overlap = Overlap.of_texts(texts)
     observe = overlap.compare_texts if held_out else None
     read = [_read(config, file.path, chat, context, bad, observe) for file in files]
-    overlap.tell(config.quiet)
+    overlap.report(config.quiet)
     digests = [digest for _, digest in read]
     sources = [source for source, _ in read]
     if config.val:

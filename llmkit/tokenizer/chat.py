@@ -18,7 +18,7 @@ import numpy as np
 from llmkit.conversations import RESULT, TOOLS, Conversation, Message
 from llmkit.errors import UserError
 from llmkit.stream import atomic_file
-from llmkit.tokenizer.encoding import Between, Tokenizer, load_tokenizer
+from llmkit.tokenizer.encoding import EnclosedText, Tokenizer, load_tokenizer
 from llmkit.tokenizer.folder import CHAT_TEMPLATE, END_OF_TEXT, SPECIALS
 
 CHAT_SPECIALS = tuple(name for name in SPECIALS if name != END_OF_TEXT)
@@ -63,7 +63,7 @@ class ChatFormat:
         self._tokenizer, self._id = tokenizer, tokenizer.specials
         self.end_id = self._id["<|im_end|>"]
         # SentencePiece's tokenizers cut a text behind a special token otherwise than alone
-        self._whole = None if tokenizer.cuts_alone(CHAT_SPECIALS) else tokenizer.with_stand_ins(CHAT_SPECIALS)
+        self._whole = None if tokenizer.encodes_alone(CHAT_SPECIALS) else tokenizer.with_stand_ins(CHAT_SPECIALS)
         roles = ("system", "user", "assistant")
         named = self._encode_texts([("<|im_start|>", role, "<|im_sep|>") for role in roles])
         self._headers = {
@@ -115,7 +115,7 @@ class ChatFormat:
         """The ids of what a tool answered, between the tokens of a result."""
         return self._encode_texts([(f"<|{RESULT}_start|>", text, f"<|{RESULT}_end|>")])[0].tolist()
 
-    def _encode_texts(self, texts: list[Between]) -> list[np.ndarray]:
+    def _encode_texts(self, texts: list[EnclosedText]) -> list[np.ndarray]:
         if self._whole is None and len(texts) < 32:  # a batch proves its backend first
             return [np.array(self._tokenizer.encode(text), np.int32) for _, text, _ in texts]
         pieces: list[np.ndarray] = []
@@ -124,7 +124,7 @@ class ChatFormat:
             if self._whole is None:
                 ids, lengths = self._tokenizer.encode_batch([text for _, text, _ in some])
             else:
-                ids, lengths = self._whole.encode_between(some)
+                ids, lengths = self._whole.encode_enclosed(some)
             pieces += np.split(ids.astype(np.int32), np.cumsum(lengths)[:-1])
         return pieces
 
@@ -180,7 +180,7 @@ def _stretches(message: Message) -> Iterator[tuple[str, str]]:
             yield from ((kind, part.text) for part in run)
 
 
-def _texts(conversation: Conversation) -> Iterator[Between]:
+def _texts(conversation: Conversation) -> Iterator[EnclosedText]:
     if conversation.document is not None:
         yield "", conversation.document, ""
     for message in conversation.messages:

@@ -42,7 +42,8 @@ RESERVED = "\ufde4\ufde5"  # noncharacters about the number of a stand-in
 _RESERVED = re.compile(f"[{RESERVED}]")
 
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
-Between = tuple[str, str, str]  # a special token, a text behind it, the special token behind that; no tokens: alone
+# (special token, text, special token), as they follow one another; "" where there is no token
+EnclosedText = tuple[str, str, str]
 OTHER_FORMS = ("tokenizer.model", "tekken.json", "vocab.json", "spiece.model", "vocab.txt", "tiktoken.model")
 
 
@@ -84,8 +85,8 @@ class Tokenizer:
         steps = spec.get("pre_tokenizer") or {}
         kinds = {step.get("type") for step in steps.get("pretokenizers", [steps])}
         normal = (spec.get("normalizer") or {}).get("type")
-        self._of_bytes = kinds <= {"ByteLevel", "Split", "Digits"} and normal in (None, "NFC", "NFKC", "NFD", "NFKD")
-        self._taking = {token["content"] for token in added if any(token.get(flag) for flag in _FLAGS[:3])}
+        self._bytewise = kinds <= {"ByteLevel", "Split", "Digits"} and normal in (None, "NFC", "NFKC", "NFD", "NFKD")
+        self._stripping = {token["content"] for token in added if any(token.get(flag) for flag in _FLAGS[:3])}
         written = _template_bos(spec.get("post_processor"), path)
         self.bos_id, self.add_bos = self._beginning(written)
         self._begins_as_config = written == (self.bos_id if self.add_bos else None)
@@ -147,9 +148,9 @@ class Tokenizer:
         """The ids of one text, with nothing added. Special tokens written in the text are plain text."""
         return self._reference.encode(check_text(text)).ids
 
-    def cuts_alone(self, specials: Iterable[str]) -> bool:
+    def encodes_alone(self, specials: Iterable[str]) -> bool:
         """True if a text between these special tokens becomes the ids that it becomes alone."""
-        return self._of_bytes and self._taking.isdisjoint(specials)
+        return self._bytewise and self._stripping.isdisjoint(specials)
 
     def with_stand_ins(self, specials: Iterable[str]) -> StandIns:
         """A tokenizer for whole texts, in which a stand-in is written for each special token, and only that is one."""
@@ -246,14 +247,14 @@ class Tokenizer:
 
         tokenizer.json then begins a text as training does: transformers 5 asks it alone, not `add_bos_token`.
         """
-        copy_beside(self.path.parent, folder)
+        copy_companions(self.path.parent, folder)
         if self.path.resolve() != (folder / "tokenizer.json").resolve():
             shutil.copyfile(self.path, folder / "tokenizer.json")
         spec = self.content
         step = spec.get("post_processor")
         names = [name for name, number in self._added.items() if number == self.bos_id]
         if self.add_bos and not self._begins_as_config and names and (step is None or step.get("type") == "ByteLevel"):
-            begins = beginning(names[0], self._added[names[0]])
+            begins = bos_post_processor(names[0], self._added[names[0]])
             spec["post_processor"] = begins if step is None else {"type": "Sequence", "processors": [step, begins]}
             with atomic_file(folder / "tokenizer.json", "w") as handle:
                 json.dump(spec, handle, indent=2, ensure_ascii=False)
@@ -285,7 +286,7 @@ class StandIns:
         ids = {token["id"]: tokenizer.token_to_id(self.stand_ins[token["content"]]) for token in named}
         self.special_ids = {stand_in: original for original, stand_in in ids.items()}
 
-    def encode_between(self, texts: Sequence[Between]) -> tuple[np.ndarray, np.ndarray]:
+    def encode_enclosed(self, texts: Sequence[EnclosedText]) -> tuple[np.ndarray, np.ndarray]:
         """As `Tokenizer.encode_batch`, of texts between special tokens, without the ids of these."""
         wholes = [
             f"{self.stand_ins.get(before, '')}{_RESERVED.sub('', check_text(text))}{self.stand_ins.get(after, '')}"
@@ -410,7 +411,7 @@ def _class_of(config: dict[str, Any]) -> str:
     return str(config.get("tokenizer_class")).removesuffix("Fast")
 
 
-def copy_beside(source: Path, folder: Path) -> None:
+def copy_companions(source: Path, folder: Path) -> None:
     """Copy what goes with a tokenizer.json: its configuration, chat templates, and the terms of use."""
     terms = [path.name for path in source.iterdir() if _TERMS.fullmatch(path.name)]
     templates = [str(path.relative_to(source)) for path in source.glob(f"{MORE_TEMPLATES}/*.jinja")]
@@ -420,7 +421,7 @@ def copy_beside(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def beginning(token: str, number: int) -> dict[str, Any]:
+def bos_post_processor(token: str, number: int) -> dict[str, Any]:
     """The post_processor of a tokenizer.json that puts a special token in front of each text."""
 
     def text(name: str, kind: int) -> list[dict[str, Any]]:

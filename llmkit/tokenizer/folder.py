@@ -14,7 +14,7 @@ from pathlib import Path
 from llmkit.errors import UserError
 from llmkit.files import atomic_file
 from llmkit.tokenizer.alphabet import byte_alphabet
-from llmkit.tokenizer.encoding import END_OF_TEXT, beginning
+from llmkit.tokenizer.encoding import END_OF_TEXT, bos_post_processor
 from llmkit.tokenizer.merging import Merges
 from llmkit.tokenizer.patterns import Pattern
 
@@ -59,7 +59,7 @@ def tokenizer_json(merges: Merges, pattern: Pattern) -> str:
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in added])
     spec = json.loads(tokenizer.to_str())
-    spec["post_processor"] = beginning(END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))
+    spec["post_processor"] = bos_post_processor(END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))
     return json.dumps(spec, indent=2, ensure_ascii=False)
 
 

@@ -25,7 +25,7 @@ from llmkit.tokenizer.rendering import Renderer, TemplateFault, renderer
 # Noncharacters of Unicode, which no text has to say. BREAK stands in text that spells a special token, BEGIN and END
 # about each message, CUT where an answer is asked for.
 BREAK, BEGIN, END, CUT = "\ufde0", "\ufde1", "\ufde2", "\ufde3"
-_MARKS, _ABOUT = re.compile(f"[{BREAK}{BEGIN}{END}{CUT}]"), re.compile(f"[{BEGIN}{END}]")
+_MARKS, _EDGES = re.compile(f"[{BREAK}{BEGIN}{END}{CUT}]"), re.compile(f"[{BEGIN}{END}]")
 _RESERVED = re.compile(f"[{BREAK}{BEGIN}{END}{CUT}{RESERVED}]")
 _THOUGHT = "</think>"
 EACH, BETWEEN, NONE = "each answer", "an answer before another turn", "none"  # what a template ends by a special token
@@ -47,8 +47,8 @@ class TemplateFormat(ChatFormat):
     def __init__(self, tokenizer: Tokenizer) -> None:  # not that of our format, which asks for its special tokens
         self._tokenizer = tokenizer
         self._special = _any_of(tokenizer.specials)
-        self._not_said = {role: self._special for role in ("system", "user")}  # what a text may not make a token of
-        self._not_said["assistant"] = _any_of(name for name in tokenizer.specials if name not in THOUGHTS)
+        self._escaped = {role: self._special for role in ("system", "user")}  # what a text may not make a token of
+        self._escaped["assistant"] = _any_of(name for name in tokenizer.specials if name not in THOUGHTS)
         self._template = self._renderer()
         self._whole = tokenizer.with_stand_ins(tokenizer.specials)
         named = {key: tokenizer.config.get(key) for key in _NAMED}
@@ -157,7 +157,7 @@ class TemplateFormat(ChatFormat):
                 "and this model has a chat template of its own"
             )
         text = _RESERVED.sub("", "".join(part.text for part in turn.parts))
-        text = self._not_said[turn.role].sub(lambda found: found[0][:1] + BREAK + found[0][1:], text)
+        text = self._escaped[turn.role].sub(lambda found: found[0][:1] + BREAK + found[0][1:], text)
         at = text.rindex(_THOUGHT) + len(_THOUGHT) if late else 0
         core = text[at:].strip()  # within white space, which some templates strip
         start = text.index(core, at) if core else len(text)
@@ -183,9 +183,9 @@ class TemplateFormat(ChatFormat):
                 raise self._leaves_out(messages, wrong)
             marked = self._render(messages, asked, late, bare)
         text = self._render(messages, asked, late, everyone)
-        if _ABOUT.sub("", marked) != text:  # it looks at what is said
+        if _EDGES.sub("", marked) != text:  # it looks at what is said
             bare = set(everyone)
-        edges = [found.start() - count for count, found in enumerate(_ABOUT.finditer(marked))]
+        edges = [found.start() - count for count, found in enumerate(_EDGES.finditer(marked))]
         about = zip(edges[::2], edges[1::2], strict=True)
         places = dict(zip((i for i in everyone if i not in bare), about, strict=False))
         places |= {index: self._place(messages, asked, late, index, text) for index in bare}
