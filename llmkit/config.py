@@ -374,7 +374,7 @@ def resolve(config_class: type, flags: Mapping[str, Any], config_file: str | Non
 def _known_keys(config_file: str, known: Mapping[str, Field]) -> dict[str, Any]:
     """The keys of a TOML file as field names; dashes and underscores are the same."""
     found: dict[str, Any] = {}
-    by_flag = {option_of(item).flag.removeprefix("--"): name for name, item in known.items() if option_of(item).flag}
+    by_flag = {flag.removeprefix("--"): name for name, item in known.items() if (flag := option_of(item).flag)}
     for key, value in _read_toml(config_file).items():
         name = key.replace("-", "_")
         name = by_flag.get(name, name)

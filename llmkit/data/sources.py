@@ -16,7 +16,8 @@ from llmkit.conversations import Conversation, Message, message
 from llmkit.data.examples import Encoded, Examples
 from llmkit.errors import UserError
 
-T, E = TypeVar("T"), TypeVar("E")
+T = TypeVar("T")
+E = TypeVar("E")
 OUTSIDE = "characters outside the vocabulary"  # of the tokenizer, which become <unk>
 READ_AT_ONCE = 2048  # conversations: enough for the tokenizer's threads, little memory
 

@@ -119,9 +119,8 @@ def check_memory(wanted: Mapping[str, float], device: torch.device) -> None:
     total = sum(wanted.values())
     if total > there:
         size = f"about {total / 1e9:,.0f}" if total < 1e15 else "over a million"
-        raise UserError(
-            f"training takes {size} GB of memory, and {device} has {there / 1e9:,.0f}; {max(wanted, key=wanted.get)}"
-        )
+        advice = max(wanted, key=lambda part: wanted[part])
+        raise UserError(f"training takes {size} GB of memory, and {device} has {there / 1e9:,.0f}; {advice}")
 
 
 def check_batch_memory(tokens: float, advice: str, token_bytes: int = BATCH_BYTES) -> None:

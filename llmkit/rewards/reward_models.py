@@ -42,7 +42,7 @@ class ModelReward(Reward):
                 f"({tokenizer.vocab_size} tokens), found another ({self.tokenizer.vocab_size}); train the judge from it"
             )
 
-    def score(self, attempts: Sequence[Attempt]) -> list[float]:
+    def score(self, attempts: Sequence[Attempt]) -> list[float | None]:
         """The reward of each. Raises UserError for a completion that does not fit the model's context."""
         rows = [Row(_asked(one), one.problem.where, 0) for one in attempts]
         with torch.inference_mode():

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -227,7 +228,7 @@ def describe(groups: Sequence[Sequence[Rollout]], rewards: Sequence[Weighted]) -
             f"--reward {' and '.join(names)}: expected a number for some of {len(every)} attempts, found None, which "
             "says that it cannot judge, for all"
         )
-    found = {
+    found: dict[str, Any] = {
         "reward": np.mean(_rewards(every)),
         "length": np.mean([one.token_count for one in every]),
         "cut": np.mean([one.completion.finish_reason == "length" for one in every]),
