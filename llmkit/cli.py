@@ -30,6 +30,7 @@ from llmkit.errors import Interrupted, LlmkitError, UserError
 from llmkit.launch import launch
 
 # name: (module, config class, help in one line), in the order of the pipeline
+OF_A_RUN = ("config.json", "manifest.json", "tokenizer.json")  # a folder with one of these is read as a whole
 OUTPUTS = ("out", "report", "rejects", "write_scores")  # options of what a stage writes
 COMMANDS = {
     "crawl-filter": ("llmkit.stages.crawl_filter", "CrawlFilterConfig", "Web archives to clean documents."),
@@ -306,7 +307,8 @@ def _run_alone(run: Callable[[Any], Any], config: Any) -> Any:
 
 
 def _check_inputs_stay(config: Any) -> None:
-    """Raise UserError where an output, which `--force` would replace, is what an option reads, or holds it."""
+    """Raise UserError where an output, which `--force` would replace, is what an option reads, holds it, or lies in the
+    folder of a model or a run that is read."""
     written = [value for name in OUTPUTS if (value := getattr(config, name, None)) not in (None, "-")]
     places = {os.path.realpath(path): path for path in written if os.path.exists(path) and not _is_device(path)}
     read = [item for item in option_fields(type(config)) if places and option_of(item).reads]
@@ -315,9 +317,11 @@ def _check_inputs_stay(config: Any) -> None:
         for text in value if isinstance(value, tuple) else (value or "",):
             for path in filter(os.path.exists, _paths_in(text)):
                 real = os.path.realpath(path)
-                lost = next((places[one] for one in places if f"{real}/".startswith(f"{one}/")), None)
-                if lost is not None:
-                    raise UserError(f"{lost}: is an input, and would be lost; choose another --out")
+                for place, shown in places.items():
+                    if f"{real}/".startswith(f"{place}/"):
+                        raise UserError(f"{shown}: is an input, and would be lost; choose another --out")
+                    if place.startswith(f"{real}/") and any(os.path.isfile(f"{real}/{name}") for name in OF_A_RUN):
+                        raise UserError(f"{shown}: lies in the input {path}, and would be lost; choose another --out")
 
 
 def _paths_in(text: str) -> Iterator[str]:

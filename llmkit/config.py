@@ -121,7 +121,7 @@ class TrainingConfig(RecordsConfig, CommonConfig):
         False, "Activations computed twice: less memory, a third more time.", group="Training"
     )
     compile: str = option("auto", "torch.compile; auto: on GPUs.", group="Training", choices=("auto", "on", "off"))
-    workers: int = option(1, "Threads that prepare batches.", group="Training", at_least=0, free=True)
+    workers: int = option(1, "Threads that prepare batches.", group="Training", at_least=0, at_most=256, free=True)
 
     eval_every: int | None = option(None, "Steps between validations [at the end].", group="Log", at_least=1, free=True)
     save_every: int | None = option(None, "Steps between checkpoints [10 minutes].", group="Log", at_least=1, free=True)
@@ -279,6 +279,8 @@ def _convert(value: Any, base: type, details: Option) -> Any:
     if base is str:
         if isinstance(value, (str, Path)) and _is_utf8(str(value)):
             return str(value)
+        if details.metavar == "SHARE|COUNT" and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return str(value) if isinstance(value, int) else f"{value:%}"
         raise ValueError("expected text in UTF-8")
     expected = "expected a whole number" if base is int else "expected a number"
     number = parse_quantity(value, details.unit) if details.unit else value

@@ -367,6 +367,28 @@ def test_no_command_writes_over_what_an_option_reads(command, name, way, tmp_pat
     assert read.read_text() == "{}"
 
 
+@pytest.mark.parametrize("command, name", READING)
+def test_no_command_writes_over_a_file_in_the_folder_of_a_model_that_it_reads(command, name, tmp_path):
+    model = tmp_path / "model"
+    (model / "deeper").mkdir(parents=True)
+    for file in ("config.json", "tokenizer.json", "deeper/notes.txt"):
+        (model / file).write_text("{}")
+    module, config_name, _ = COMMANDS[command]
+    config_class = getattr(import_module(module), config_name)
+    text = WAYS.get(name, "{}").format(model)
+    value = (text,) if value_type(get_type_hints(config_class)[name])[2] else text
+    for file in ("tokenizer.json", "deeper/notes.txt"):
+        config = config_class(**{name: value, "out": str(model / file), "force": True})
+        with pytest.raises(UserError, match=f"{model / file}: lies in the input {model}, and would be lost"):
+            cli._run_alone(lambda config: None, config)
+
+
+def test_a_new_file_in_the_folder_of_a_model_is_written(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    config = import_module("llmkit.stages.sample").SampleConfig(model=str(tmp_path), out=str(tmp_path / "said.jsonl"))
+    cli._run_alone(lambda config: None, config)
+
+
 def test_what_only_looks_like_a_path_is_no_input(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()

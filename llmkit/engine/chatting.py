@@ -208,13 +208,25 @@ class Chat:
         if path.endswith((".gz", ".zst")):
             raise UserError("expected a name of plain JSONL, without .gz or .zst")
         line = json.dumps({"messages": as_record(self.turns)}, ensure_ascii=False) + "\n"
+        folder = os.path.dirname(path)
+        if folder and not os.path.isdir(folder):
+            raise UserError(f"expected a folder {folder}, found none; make it, or choose another name")
         former = Path(path).read_bytes() if os.path.exists(path) else b""
-        if former.strip() and not former.lstrip().startswith(b"{"):
-            raise UserError("expected a JSONL file, or none; choose another name")
+        if former.strip() and not _is_of_conversations(former):
+            raise UserError("expected a JSONL file of conversations, or none; choose another name")
         if former and not former.endswith(b"\n"):
             former += b"\n"
         with atomic_file(path) as handle:
             handle.write(former + line.encode("utf-8", "replace"))
+
+
+def _is_of_conversations(content: bytes) -> bool:
+    """Whether the first line of a file is a record with `messages`."""
+    try:
+        first = json.loads(content.lstrip().split(b"\n", 1)[0])
+    except ValueError:
+        return False
+    return isinstance(first, dict) and "messages" in first
 
 
 def _shortened(text: Any) -> str:
@@ -252,6 +264,7 @@ def talk(
             continue
         command, _, rest = text.partition(" ")
         rest = rest.strip()
+        command = command.lower() if re.fullmatch(r"/[A-Za-z]*", command) else command
         if not re.fullmatch(r"/[a-z]*\s*", command):  # a path begins with a slash, too
             answer(lambda text=text: chat.ask(text, write, say))
         elif command in ("/quit", "/exit"):

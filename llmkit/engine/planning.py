@@ -167,7 +167,8 @@ def _with_context(
     if longer >= 0.01:
         more = next((more for more in (512, 1024, 2048, 4096) if more > length and documents_within(more) >= 0.9), 8192)
         cut = f"{longer:.0%} of the documents are longer than the context of {length} tokens, at which sft cuts answers"
-        reasons += (f"{cut}; --sequence-length {more} holds {documents_within(more):.0%} whole",)
+        advice = f"; --sequence-length {more} holds {documents_within(more):.0%} whole"
+        reasons += (cut + (advice if wishes.model is None else ", which the model fixes"),)
     return _filled(wishes, model, tokens, plan.seconds, plan.corpus_tokens, device, reasons)
 
 

@@ -35,7 +35,13 @@ def _made(figures: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"stage": "crawl-filter", "path": funnel["path"], **kept}
     for tokenizer in figures["tokenizers"][-1:]:
         value = tokenizer["rows"][0]["bytes_per_token"]
-        yield {"stage": "train-bpe", "path": tokenizer["path"], "figure": "bytes per token", "value": value, "form": ""}
+        yield {
+            "stage": "train-bpe",
+            "path": tokenizer["path"],
+            "figure": "bytes per token, of a sample",
+            "value": value,
+            "form": "",
+        }
 
 
 def _trained(figures: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -270,7 +270,12 @@ def _checked(config: CrawlFilterConfig) -> tuple[list[str], str]:
         raise UserError("--out, --rejects and --write-scores: expected different files")
     from llmkit.crawl.state import SUFFIX
 
-    check_inputs([path for path in config.inputs if not os.path.isdir(path)])
+    folders = [path for path in config.inputs if os.path.isdir(path)]
+    check_inputs([path for path in config.inputs if path not in folders])
+    for path in written if out != "-" else written[1:]:
+        for folder in folders:
+            if os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), "")):
+                raise UserError(f"{path}: lies in the input {folder}, and would be read; choose another place for it")
     if not config.dry_run and config.explain is None:
         for path in written:
             # a finished run has left no state, and is not made again by --resume

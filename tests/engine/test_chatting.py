@@ -91,15 +91,22 @@ def test_help_lists_what_there_is(tokenizer):
         ("/save {place}/tool.py/x.jsonl", "error: /save {place}/tool.py/x.jsonl: "),
         ("/save {place}", "error: /save {place}: Is a directory"),
         ("/save {place}/x.jsonl.gz", "error: /save {place}/x.jsonl.gz: expected a name of plain JSONL"),
-        ("/save {place}/tool.py", "error: /save {place}/tool.py: expected a JSONL file, or none"),
+        ("/save {place}/tool.py", "error: /save {place}/tool.py: expected a JSONL file of conversations, or none"),
+        ("/save {place}/config.json", "error: /save {place}/config.json: expected a JSONL file of conversations"),
+        ("/save {place}/docs.jsonl", "error: /save {place}/docs.jsonl: expected a JSONL file of conversations"),
+        ("/save {place}/none/x.jsonl", "error: /save {place}/none/x.jsonl: expected a folder {place}/none, found none"),
+        ("/WHAT", "error: there is no command /what; /help lists them"),
+        ("/Save", "error: /save: expected the name of a file behind it"),
     ],
 )
 def test_mistakes_with_commands_are_told_and_asked_of_nobody(tokenizer, tmp_path, line, told):
     (tmp_path / "tool.py").write_text("import os\n")
+    (tmp_path / "config.json").write_text('{\n  "model_type": "llama"\n}')
+    (tmp_path / "docs.jsonl").write_text('{"text": "a"}\n')
     one = chat(tokenizer)
     _, said = held(one, "hello", line.format(place=tmp_path))
     assert told.format(place=tmp_path) in said[-1] and len(one.turns) == 2
-    assert (tmp_path / "tool.py").read_text() == "import os\n"
+    assert (tmp_path / "tool.py").read_text() == "import os\n" and (tmp_path / "docs.jsonl").stat().st_size == 14
 
 
 def test_commands_before_there_is_anything(tokenizer, tmp_path):

@@ -237,6 +237,16 @@ def without_score(lines: str) -> list[dict]:
     return [{**json.loads(line), "language_score": None} for line in lines.splitlines()]
 
 
+@pytest.mark.parametrize("flag", ["-o", "--rejects"])
+def test_a_folder_that_is_read_takes_no_output(llmkit, tmp_path, flag):
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "a.html").write_text("<p>one</p>")
+    elsewhere = [] if flag == "-o" else ["-o", tmp_path / "out.jsonl"]
+    done = llmkit("crawl-filter", tmp_path / "web", flag, tmp_path / "web" / "new.jsonl", *elsewhere)
+    assert done.returncode == 2 and "new.jsonl: lies in the input" in done.stderr
+    assert [path.name for path in (tmp_path / "web").iterdir()] == ["a.html"]
+
+
 def test_html_files_and_folders_of_them(llmkit, tmp_path):
     (tmp_path / "site" / "deep").mkdir(parents=True)
     for number in range(3):

@@ -155,7 +155,7 @@ def test_the_page_opens_with_the_figures_that_matter(pipeline, tmp_path):
     page, figures = page_of(given, tmp_path / "r.html"), figures_of(given, tmp_path / "r.json")
     told = {(one["stage"], one["figure"]): one for one in figures["summary"]}
     assert told["crawl-filter", "documents kept"]["value"] == 848
-    assert told["train-bpe", "bytes per token"]["value"] == 2.1438
+    assert told["train-bpe", "bytes per token, of a sample"]["value"] == 2.1438
     assert told["pretrain", "bits per byte, held out"]["value"] == 1.5026
     assert told["train-reward", "judge's accuracy"]["interval"] == [0.7125, 0.9125]
     right, gold = told["rl", "right answers, held out"], told["rl", "gold reward, held out"]
