@@ -277,6 +277,8 @@ def _convert(value: Any, base: type, details: Option) -> Any:
             return value
         raise ValueError("expected true or false")
     if base is str:
+        if value == "" and (details.reads or details.metavar == "PATH"):
+            raise ValueError("expected a path")  # a shell's variable that is not set
         if isinstance(value, (str, Path)) and _is_utf8(str(value)):
             return str(value)
         if details.metavar == "SHARE|COUNT" and isinstance(value, (int, float)) and not isinstance(value, bool):

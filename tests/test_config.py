@@ -144,6 +144,10 @@ def test_an_option_without_default_is_required() -> None:
         resolve(Needs, {})
 
 
+def test_an_empty_path_is_a_mistake() -> None:
+    assert fails({"inputs": ["a"], "out": ""}) == "--out: expected a path, found ''"
+
+
 def test_a_flag_that_the_class_does_not_have_is_a_programming_error() -> None:
     with pytest.raises(TypeError, match="no option dpeth"):
         resolve(Config, {"dpeth": "4"})

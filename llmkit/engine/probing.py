@@ -148,7 +148,7 @@ def plan(
     written = f", written by {writer} at most" if writer is not None else ""
     limit = "the context" if max_tokens is None else f"{most * samples * max_tokens:,}"
     return [
-        f"{most} questions{written}, {samples} answers each{others}",
+        f"{counted(most, 'question')}{written}, {counted(samples, 'answer')} each{others}",
         f"at most {limit} tokens to be sampled, at temperature {temperature:g}; for example",
     ]
 

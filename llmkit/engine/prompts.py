@@ -211,7 +211,7 @@ def lasting_output(
         if not partial.stat().st_size:
             partial.unlink()
             remove(notes)
-        elif isinstance(error, (KeyboardInterrupt, UserError)):
+        elif isinstance(error, (KeyboardInterrupt, UserError)) and "start again with --force" not in str(error):
             interrupted = isinstance(error, KeyboardInterrupt)
             said = f"{'interrupted' if interrupted else error}; the same command with --resume goes on ({partial})"
             raise (Interrupted if interrupted else UserError)(said) from None

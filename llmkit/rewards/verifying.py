@@ -203,10 +203,9 @@ class VerifierReward(Reward):
 
 def _answer(problem: Problem) -> str:
     if problem.answer is None:
-        expected = "expected field 'answer' for the verifier"
-        raise UserError(
-            f"{problem.where}: {expected}, found {sorted(problem.record)}; add one, or use another --reward"
-        )
+        found = "null" if "answer" in problem.record else sorted(problem.record)
+        expected = f"expected field 'answer' for the verifier, found {found}"
+        raise UserError(f"{problem.where}: {expected}; add one, or use another --reward")
     return problem.answer
 
 

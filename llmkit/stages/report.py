@@ -11,7 +11,7 @@ import orjson
 from llmkit.config import CommonConfig, argument, option
 from llmkit.errors import UserError
 from llmkit.files import JSON_LINE, check_output
-from llmkit.progress import say
+from llmkit.progress import counted, say
 from llmkit.stream import open_bytes
 
 
@@ -60,8 +60,8 @@ def run(config: ReportConfig) -> Summary | None:
     out = _checked(config)
     found = gather(config.runs)
     if config.dry_run:
-        runs, files = sum(run.state != "foreign" for run in found.runs), len(found.files)
-        say(f"{runs} run{'s' * (runs != 1)} and {files} file{'s' * (files != 1)} of records to {out}", config.quiet)
+        runs = counted(sum(run.state != "foreign" for run in found.runs), "run")
+        say(f"{runs} and {counted(len(found.files), 'file')} of records to {out}", config.quiet)
         for note in found.notes:
             say(note, config.quiet)
         return None
@@ -84,7 +84,7 @@ def run(config: ReportConfig) -> Summary | None:
     for note in notes[:5]:
         say(note, config.quiet)
     if len(notes) > 5:
-        say(f"{len(notes) - 5} more notes stand on the page", config.quiet)
+        say(f"on the page: {counted(len(notes) - 5, 'more note')}", config.quiet)
     return None if out == "-" else Summary(out, len(page), len(given_runs(figures)), notes)
 
 

@@ -377,7 +377,8 @@ def _say_plan(config: RlConfig, horizon: Horizon, rewards: Sequence[Weighted], p
     length = f"{config.time_budget:.0f} s" if horizon.steps is None else counted(horizon.steps, "step")
     parts = ", ".join(f"{weighted.weight:g} x {weighted.reward.name}" for weighted in rewards)
     say(
-        f"{length} of {config.batch_size} problems of {problems}, {config.group} attempts at each; reward: {parts}; "
+        f"{length} of {counted(config.batch_size, 'problem')} of {problems:,}, {counted(config.group, 'attempt')} at "
+        f"each; reward: {parts}; "
         f"{config.algo}, KL weight {horizon.kl_coef:g}; {quantity(parameters)} parameters are trained",
         config.quiet,
     )

@@ -126,7 +126,7 @@ def test_conversations_go_to_stdout_and_nothing_else(parrot, llmkit):
     done = llmkit("probe-knowledge", parrot, "-n", "1", stdin=json.dumps(ROME))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["messages"][0]["content"] == ROME["question"]
-    assert "1 refusals, 0 confirmations" in done.stderr and "the refusals stand alone" in done.stderr
+    assert "1 refusal, 0 confirmations" in done.stderr and "the refusals stand alone" in done.stderr
 
 
 def test_a_dry_run_asks_nothing(parrot, tmp_path, llmkit):
