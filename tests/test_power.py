@@ -164,7 +164,7 @@ def test_sighup_saves_resume_starts_or_goes_on_and_inputs_stay(tmp_path: Path) -
     run(tmp_path, "train-bpe", "docs.jsonl", "--vocab-size", "300", "-o", "made/here/tok")  # parents are made
     os.rename(tmp_path / "made" / "here" / "tok", tmp_path / "tok")
     (tmp_path / "base").mkdir()  # an empty folder is taken
-    command = [sys.executable, "-m", "llmkit", *PRETRAIN, "--max-steps", "400", "--resume", "-o", "base"]
+    command = [sys.executable, "-m", "llmkit", *PRETRAIN, "--max-steps", "3000", "--resume", "-o", "base"]
     details = {"cwd": tmp_path, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
     process = subprocess.Popen(command, **details)
     until = time.monotonic() + 120
