@@ -12,7 +12,7 @@ _INSTALLED = Path(__file__).with_suffix("")
 __path__ = [str(_INSTALLED if _INSTALLED.is_dir() else _INSTALLED.parents[1] / "kernels")]
 
 from llmkit.kernels.allocator import keep_freed_memory
-from llmkit.kernels.attention import Packing, attention_mask, scaled_dot_product_attention
+from llmkit.kernels.attention import Packing, scaled_dot_product_attention
 from llmkit.kernels.branching import Branching
 from llmkit.kernels.cross_entropy import linear_cross_entropy
 from llmkit.kernels.decode import attention_decode
@@ -28,7 +28,6 @@ __all__ = [
     "Packing",
     "add_rms_norm",
     "attention_decode",
-    "attention_mask",
     "backend",
     "keep_freed_memory",
     "linear",

@@ -24,9 +24,6 @@ from llmkit.kernels import (
     Branching,
     Packing,
     add_rms_norm,
-    attention_decode,
-    attention_mask,
-    backend,
     linear,
     linear_cross_entropy,
     qkv_rotary,
@@ -34,7 +31,6 @@ from llmkit.kernels import (
     scaled_dot_product_attention,
     swiglu_mlp,
 )
-from llmkit.model.cache import KVCache
 from llmkit.model.config import ModelConfig
 from llmkit.model.rope import RotaryTable
 from llmkit.model.tensor_parallel import LayerGroup, copied, summed
@@ -49,7 +45,7 @@ class Layer(nn.Module):
 
     def __init__(self, config: ModelConfig, index: int, new: Callable[..., nn.Parameter]):
         super().__init__()
-        self.config, self.index = config, index
+        self.config = config
         self.group: LayerGroup | None = None  # of processes that compute this layer together
         query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         hidden, intermediate = config.hidden_size, config.intermediate_size
@@ -67,7 +63,7 @@ class Layer(nn.Module):
         self.down = new(hidden, intermediate)
         self.residual_scale = new(2) if config.residual_scales else None
 
-    def forward(self, x_BTC: Tensor, cos_sin: Tensor, doc_ids, cache: KVCache | None) -> Tensor:
+    def forward(self, x_BTC: Tensor, cos_sin: Tensor, doc_ids) -> Tensor:
         eps, group = self.config.rms_norm_eps, self.group
         out, down, out_bias = self.out, self.down, self.out_bias
         if self.residual_scale is not None:  # a product of the weight's size costs less than one of the batch's
@@ -75,12 +71,12 @@ class Layer(nn.Module):
             out, down = out * scale[0], down * scale[1]
         if group is not None and out_bias is not None:
             out_bias = copied(out_bias, group) / group.size  # each process adds its part
-        attended = self._attend(copied(rms_norm(x_BTC, self.input_norm, eps), group), cos_sin, doc_ids, cache)
+        attended = self._attend(copied(rms_norm(x_BTC, self.input_norm, eps), group), cos_sin, doc_ids)
         added = summed(linear(attended, out, out_bias), group)
         normed, x_BTC = add_rms_norm(added, x_BTC, self.mlp_norm, eps)
         return x_BTC + summed(swiglu_mlp(copied(normed, group), self.gate_up, down), group)
 
-    def _attend(self, x_BTC: Tensor, cos_sin: Tensor, doc_ids, cache: KVCache | None) -> Tensor:
+    def _attend(self, x_BTC: Tensor, cos_sin: Tensor, doc_ids) -> Tensor:
         config = self.config
         batch, length, _ = x_BTC.shape
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -95,38 +91,12 @@ class Layer(nn.Module):
             attended_BHTD = scaled_dot_product_attention(
                 query_BHTD, key_BKTD, value_BKTD, doc_ids.mask(self.window), scale=scale, enable_gqa=gqa
             )
-        elif cache is None:
+        else:
             attended_BHTD = scaled_dot_product_attention(
                 query_BHTD, key_BKTD, value_BKTD, is_causal=True, scale=scale, enable_gqa=gqa,
                 doc_ids=doc_ids, window=self.window,
             )  # fmt: skip
-        else:
-            key_BKSD, value_BKSD = cache.write(self.index, key_BKTD, value_BKTD)
-            attended_BHTD = _attend_cached(query_BHTD, key_BKSD, value_BKSD, scale, self.window, cache)
         return attended_BHTD.transpose(1, 2).reshape(batch, length, heads * config.head_dim)
-
-
-def _attend_cached(query_BHTD, key_BKSD, value_BKSD, scale, window, cache: KVCache) -> Tensor:
-    """Attention of T new tokens to all that the cache holds of their rows, themselves included."""
-    new, held = query_BHTD.shape[2], key_BKSD.shape[2]
-    gqa = query_BHTD.shape[1] != key_BKSD.shape[1]
-    even = cache.common_length is not None
-    if backend(query_BHTD.device.type) != "torch" and not (even and new == held):
-        lengths = cache.lengths + new
-        return attention_decode(query_BHTD, key_BKSD, value_BKSD, lengths, scale=scale, window=window)
-    if even and window is None and (new == 1 or new == held):
-        return scaled_dot_product_attention(
-            query_BHTD, key_BKSD, value_BKSD, is_causal=new > 1, scale=scale, enable_gqa=gqa
-        )
-    if even:
-        mask = attention_mask(new, held, None, window, query_BHTD.device)
-    else:
-        position = torch.arange(held, device=query_BHTD.device)
-        last = cache.lengths.view(-1, 1, 1, 1) + torch.arange(new, device=query_BHTD.device).view(1, 1, -1, 1)
-        mask = position <= last
-        if window is not None:
-            mask &= position > last - window
-    return scaled_dot_product_attention(query_BHTD, key_BKSD, value_BKSD, mask, scale=scale, enable_gqa=gqa)
 
 
 class Transformer(nn.Module):
@@ -225,16 +195,13 @@ class Transformer(nn.Module):
         *,
         doc_ids: Tensor | Packing | Branching | None = None,
         position_ids: Tensor | None = None,
-        cache: KVCache | None = None,
     ) -> Tensor:
         """Hidden states (B, T, hidden), normed, ready for the head.
 
         `doc_ids` (B, T): equal neighbours are one document, and attention stays within it; a `Branching` of them lets
-        several answers share a prompt. `position_ids` (T,) or (B, T) default to 0 ... T - 1, going on where the cache
-        ends, and to a Branching's own; they need not restart at documents, for rotary attention depends on
-        differences alone. With a cache, new tokens follow those it holds.
+        several answers share a prompt. `position_ids` (T,) or (B, T) default to 0 ... T - 1, and to a Branching's own;
+        they need not restart at documents, for rotary attention depends on differences alone.
         """
-        length = token_ids_BT.shape[1]
         eager = not (self._compiled_layers or torch.compiler.is_compiling())
         x_BTC = F.embedding(token_ids_BT, self.embed_tokens)
         if self.config.normalize_embedding:
@@ -243,30 +210,18 @@ class Transformer(nn.Module):
             position_ids = doc_ids.position_ids if position_ids is None else position_ids
         elif eager and doc_ids is not None and not isinstance(doc_ids, Packing):
             doc_ids = Packing(doc_ids)
-        if cache is not None:
-            if doc_ids is not None:
-                raise ValueError("a cache holds one document a row: expected doc_ids=None")
-            cache.reserve(len(cache) + length)
-        cos_sin = self._cos_sin(x_BTC, position_ids, cache)
+        cos_sin = self._cos_sin(x_BTC, position_ids)
         for layer in self.layers:
             if self.checkpoint_layers and self.training and torch.is_grad_enabled():
-                x_BTC = checkpoint(layer, x_BTC, cos_sin, doc_ids, cache, use_reentrant=False, preserve_rng_state=False)
+                x_BTC = checkpoint(layer, x_BTC, cos_sin, doc_ids, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_BTC = layer(x_BTC, cos_sin, doc_ids, cache)
-        if cache is not None:
-            cache.advance(length)
+                x_BTC = layer(x_BTC, cos_sin, doc_ids)
         return rms_norm(x_BTC, self.norm, self.config.rms_norm_eps)
 
-    def _cos_sin(self, x_BTC: Tensor, position_ids: Tensor | None, cache: KVCache | None) -> Tensor:
-        length, device, dtype = x_BTC.shape[1], x_BTC.device, x_BTC.dtype
-        start = 0
-        if position_ids is None and cache is not None:
-            if cache.common_length is None:
-                position_ids = cache.lengths.unsqueeze(1) + torch.arange(length, device=device)
-            else:
-                start = cache.common_length
+    def _cos_sin(self, x_BTC: Tensor, position_ids: Tensor | None) -> Tensor:
+        device, dtype = x_BTC.device, x_BTC.dtype
         if position_ids is None:
-            return self._rotary(start + length, device, dtype)[start:]
+            return self._rotary(x_BTC.shape[1], device, dtype)
         return self._rotary(int(position_ids.max()) + 1, device, dtype)[position_ids]
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from llmkit.engine.decoding import Decoder
-from llmkit.model.cache import KVCache
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from recorder import Counting
@@ -55,21 +54,6 @@ def test_training_gives_the_same_loss_and_gradients(interpreted, monkeypatch, mo
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     for found, wanted in zip(gradients, expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item() + 1e-9)
-
-
-@torch.no_grad()
-def test_decoding_with_a_cache_gives_the_same_hidden_states(interpreted, monkeypatch, model):
-    ids = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(0))
-    started = kernels_run(monkeypatch)
-    cache = KVCache(model.config, 2, capacity=8)
-    pieces = torch.cat([model(piece, cache=cache) for piece in (ids[:, :33], ids[:, 33:39], ids[:, 39:])], 1)
-    cache.set_lengths([40, 35])  # rows of different lengths from here on
-    ragged = model(ids[:, 35:36], cache=cache)
-    assert started.count("attention_decode") == 3 * 2
-    monkeypatch.setenv("LLMKIT_KERNELS", "torch")
-    whole = model(ids)
-    torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(ragged[1, 0], whole[1, 35], rtol=1e-4, atol=1e-4)
 
 
 def test_replayed_steps_of_the_decoder_give_what_it_computes(interpreted, model):

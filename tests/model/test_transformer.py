@@ -6,7 +6,6 @@ from families import FAMILIES, make, save, tokens
 
 from llmkit.errors import UserError
 from llmkit.kernels import linear_cross_entropy
-from llmkit.model.cache import KVCache
 from llmkit.model.config import ModelConfig, RopeScaling
 from llmkit.model.transformer import Transformer
 
@@ -70,49 +69,6 @@ def test_packed_documents_give_the_loss_and_gradients_of_separate_ones(dtype):
     assert abs(packed - alone) < tolerance * alone
     for name, parameter in model.named_parameters():
         assert (gradients[name] - parameter.grad).norm() < 2 * tolerance * parameter.grad.norm() + 1e-6, name
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen2-window", "qwen3", "mistral-window"])
-@torch.no_grad()
-def test_decoding_with_a_cache_gives_the_same_hidden_states(name, tmp_path):
-    from llmkit.model.folder import load_model
-
-    save(name, tmp_path)
-    model, ids = load_model(tmp_path), tokens(3, 40)
-    whole = model(ids)
-    cache = KVCache(model.config, 3, capacity=8)
-    pieces = [ids[:, :7], *ids[:, 7:20].split(1, 1), ids[:, 20:33], ids[:, 33:]]
-    in_pieces = torch.cat([model(piece, cache=cache) for piece in pieces], 1)
-    assert (in_pieces - whole).abs().max() < 1e-4
-    assert len(cache) == 40 and cache.lengths.tolist() == [40] * 3
-
-
-@pytest.mark.parametrize("name", ["qwen3", "mistral-window"])
-@torch.no_grad()
-def test_rows_at_different_positions_decode_as_if_alone(name, tmp_path):
-    from llmkit.model.folder import load_model
-
-    save(name, tmp_path)
-    model, ids = load_model(tmp_path), tokens(3, 30)
-    lengths = [4, 11, 7]
-    cache = KVCache(model.config, 3, capacity=4)
-    model(ids[:, :11], cache=cache)  # right-padded: what lies beyond a row's length is padding
-    cache.set_lengths(lengths)
-    steps = [torch.stack([ids[row, n + step] for row, n in enumerate(lengths)]) for step in range(15)]
-    decoded = torch.cat([model(step.unsqueeze(1), cache=cache) for step in steps], 1)
-    for row, length in enumerate(lengths):
-        alone = model(ids[row : row + 1, : length + 15])[0, length:]
-        assert (decoded[row] - alone).abs().max() < 1e-4
-    chosen = cache.select([2, 2, 0])
-    assert chosen.lengths.tolist() == [22, 22, 19]
-    next_one = model(ids[[2, 2, 0], 22:23], cache=chosen)
-    assert torch.allclose(next_one[0], next_one[1], atol=1e-5)
-
-
-def test_a_cache_and_documents_exclude_each_other():
-    model = Transformer(small(), seed=0)
-    with pytest.raises(ValueError, match="doc_ids"):
-        model(torch.zeros(1, 2, dtype=torch.long), doc_ids=torch.zeros(1, 2), cache=KVCache(model.config, 1))
 
 
 def test_positions_may_restart_at_documents_or_not():
