@@ -22,7 +22,20 @@ START_SECONDS = 120  # sympy takes 1 to 3, and more on a busy machine
 LONGEST = 1000  # characters of an expression; answers of MATH have 70 at most
 SPACES = re.compile(r"\s+|\\[,;:! ]|~")
 BASE = re.compile(r"(?<=[0-9])_\{?\s*([0-9]+)")  # math-verify takes 1101_4 for 1101_9
+# of MATH's answers math-verify cannot read `5,\!525` and `\frac \pi4`, nor a line break, nor a full stop
+GROUPS = re.compile(r"(?<=[0-9])(?:,\s*\\[!,:; ]|\{\s*,\s*\}|\\[!,:; ])\s*(?=[0-9]{3}(?![0-9]))")
+UNBRACED = re.compile(r"\\[dtc]?frac\s*(\\pi|[0-9A-Za-z])\s*(\\pi|[0-9A-Za-z])")
 LEFT_OPEN = re.compile(r"\b(?:or|not)\b|\\(?:lor|vee|neq?|neg|pm|mp)\b")
+
+
+def readable(text: str) -> str:
+    r"""Write the same in a way that math-verify reads.
+
+    >>> readable(r"\frac{12}{5,\!525}"), readable(r"\frac \pi4 + 1{,}000."), readable(r"(1,\! 20)")
+    ('\\frac{12}{5525}', '\\frac{\\pi}{4} + 1000', '(1,\\! 20)')
+    """
+    text = UNBRACED.sub(r"\\frac{\1}{\2}", GROUPS.sub("", text))
+    return " ".join(text.split()).removesuffix(".")
 
 
 class LatexComparer:
@@ -61,7 +74,7 @@ class LatexComparer:
         bases = [BASE.findall(text) for text in (said, answer)]
         if all(bases) and bases[0] != bases[1]:
             return False
-        return self._compare(answer, said)
+        return self._compare(readable(answer), readable(said))
 
     def _compare(self, answer: str, said: str) -> bool | None:
         asked = json.dumps({"answer": answer, "said": said}) + "\n"
