@@ -2,13 +2,11 @@
 
 On CPU each is one autograd node with its backward written by hand: fewer passes over memory and fewer nodes than
 torch's composition of the same steps. Everywhere else, and under `torch.compile`, the plain formula runs and the
-compiler fuses it, but for the steps that kernels/fused_rowwise.py lists for Triton. The plain formulas
-(`..._reference`) are what the tests compare with.
+compiler fuses it. The plain formulas (`..._reference`) are what the tests compare with.
 
 B batch, T tokens, H heads, D head size, F intermediate size.
 """
 
-import llmkit.kernels.fused_rowwise as fused_rowwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -85,15 +83,11 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
     The mean square is summed in float32.
     """
-    if fused_rowwise.is_used("rms_norm", x):
-        return fused_rowwise.rms_norm(x, weight, eps)
     return _RMSNorm.apply(x, weight, eps) if by_hand(x) else rms_norm_reference(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """RMSNorm of a sum, and the sum: (rms_norm(x + residual), x + residual)."""
-    if fused_rowwise.is_used("add_rms_norm", x):
-        return fused_rowwise.add_rms_norm(x, residual, weight, eps)
     if by_hand(x):
         return _AddRMSNorm.apply(x, residual, weight, eps)
     total = x + residual
@@ -105,18 +99,11 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float)
 # float32, one thread). Hugging Face's order (i, i + D/2) is a permutation of the projection's rows.
 
 
-def rotary_reference(x_BTHD: Tensor, cos_sin: Tensor) -> Tensor:
+def rotary(x_BTHD: Tensor, cos_sin: Tensor) -> Tensor:
     """Rotate pairs (2i, 2i + 1) of x (B, T, H, D) by `cos_sin` (T, D/2, 2), or (B, T, D/2, 2) where rows differ."""
     cos, sin = cos_sin.unsqueeze(-3).to(x_BTHD.dtype).unbind(-1)
     even, odd = x_BTHD.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
-
-
-def rotary(x_BTHD: Tensor, cos_sin: Tensor) -> Tensor:
-    """`rotary_reference`, by the fastest means here."""
-    if fused_rowwise.is_used("rotary", x_BTHD):
-        return fused_rowwise.rotary(x_BTHD, cos_sin)
-    return rotary_reference(x_BTHD, cos_sin)
 
 
 def rotate_(x_BTHD: Tensor, cos_sin: Tensor, *, back: bool = False) -> Tensor:
@@ -131,9 +118,5 @@ def rotate_(x_BTHD: Tensor, cos_sin: Tensor, *, back: bool = False) -> Tensor:
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of one fused projection: (..., 2F), gate first, to (..., F)."""
-    return fused_rowwise.swiglu(gate_up) if fused_rowwise.is_used("swiglu", gate_up) else swiglu_reference(gate_up)
-
-
-def swiglu_reference(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up

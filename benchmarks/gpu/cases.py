@@ -71,9 +71,6 @@ class Makers:
             yield "grpo", str(shape), partial(self.grpo, sequences, shape)
         for shape in shapes.decode:
             yield "decode", str(shape), partial(self.decode, shape)
-        for shape in shapes.rows:
-            for kind in ("rms_norm", "add_rms_norm", "rotary", "swiglu"):
-                yield kind, ",".join(map(str, shape)), partial(self.rows, kind, *shape)
 
     def _normal(self, *shape: int, scale: float = 1.0, grad: bool = True) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(sum(shape))
@@ -269,42 +266,6 @@ class Makers:
         blocks = create_block_mask(seen, shape.batch, None, 1, shape.capacity, device=self.device)
         function = self.compiled(flex_attention)
         return lambda q, k, v: function(q, k, v, block_mask=blocks, enable_gqa=True)
-
-    # ---- row-wise steps
-
-    def rows(self, kind: str, tokens: int, hidden: int, size: int) -> Case:
-        """Whether ours is 1.1 times as fast as torch.compile's, as kernels/fused_rowwise.py asks before it uses one."""
-        from llmkit.kernels import fused_rowwise, rowwise
-
-        gain, eps = self._normal(hidden), 1e-6
-        fused, plain = getattr(fused_rowwise, kind), getattr(rowwise, f"{kind}_reference", None)
-        if kind == "rotary":
-            angles = torch.randn(tokens, size // 2, device=self.device)
-            table = torch.stack((angles.cos(), angles.sin()), -1)
-            inputs = [self._normal(1, tokens, hidden // size, size)]
-            ours, theirs = (lambda x: fused(x, table)), (lambda x: plain(x, table))
-        elif kind == "swiglu":
-            inputs = [self._normal(tokens, 2 * hidden)]
-            ours, theirs = fused, plain
-        elif kind == "rms_norm":
-            inputs = [self._normal(tokens, hidden), gain]
-            ours, theirs = (lambda x, g: fused(x, g, eps)), (lambda x, g: plain(x, g, eps))
-        else:
-            inputs = [self._normal(tokens, hidden), self._normal(tokens, hidden, scale=2.0), gain]
-            ours = lambda x, r, g: fused(x, r, g, eps)  # noqa: E731
-            theirs = lambda x, r, g: (rowwise.rms_norm_reference(x + r, g, eps), x + r)  # noqa: E731
-        wide = [x.detach().float().requires_grad_() for x in inputs]
-        outputs = as_list(theirs(*wide))
-        upstream = [torch.ones_like(out).to(DTYPE) for out in outputs]
-        exact = [*(out.detach() for out in outputs), *torch.autograd.grad(outputs, wide, [u.float() for u in upstream])]
-        # rows read and written by a forward, and by forward and backward
-        moved, moved_both = {"rms_norm": (2, 5), "add_rms_norm": (4, 8), "rotary": (2, 4), "swiglu": (3, 8)}[kind]
-        row_bytes = float(tokens * hidden * inputs[0].element_size())
-        return Case(
-            kind, f"{tokens},{hidden},{size}", inputs, {OURS: ours, "torch.compile": self.compiled(theirs)},
-            lambda found: max(_off(x, y) for x, y in zip(found, exact, strict=True)), work=moved * row_bytes,
-            unit="TB/s", work_both=moved_both * row_bytes, upstream=upstream,
-        )  # fmt: skip
 
 
 def as_list(outputs: Tensor | tuple[Tensor, ...]) -> list[Tensor]:

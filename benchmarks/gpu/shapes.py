@@ -65,7 +65,6 @@ class Shapes:
     loss: tuple[Linear, ...]
     grpo: tuple[tuple[int, Linear], ...]  # sequences, and their tokens
     decode: tuple[Decode, ...]
-    rows: tuple[tuple[int, int, int], ...]  # tokens, hidden, head size
 
 
 FULL = Shapes(
@@ -78,14 +77,12 @@ FULL = Shapes(
     loss=(Linear(8192, 4096, 128256), Linear(65536, 768, 50304), Linear(16384, 1600, 50304)),
     grpo=((8, Linear(8192, 4096, 128256)),),
     decode=(Decode(1, 32, 8, 8192, 128), Decode(32, 32, 8, 8192, 128), Decode(256, 32, 8, 8192, 128)),
-    rows=((16384, 1600, 64), (8192, 4096, 128)),
 )
 SMOKE = Shapes(
     attention=(Attention(1, 2, 1, 40, 16),),
     loss=(Linear(40, 32, 100),),
     grpo=((2, Linear(40, 32, 100)),),
     decode=(Decode(2, 4, 2, 160, 16),),
-    rows=((6, 64, 16),),
 )
 
 # Tiles to choose from, by kernel: those of the tables come first by themselves. More would not pay the time: each costs

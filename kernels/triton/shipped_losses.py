@@ -1,11 +1,11 @@
-"""Losses, log-probabilities and row-wise kernels that are shipped, in the form of `shipped.ATTENTION`."""
+"""Losses and log-probabilities that are shipped, in the form of `shipped.ATTENTION`."""
 
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from llmkit.kernels.logit_chunks import Objective
-from llmkit.kernels.triton import cross_entropy, logprobs, rowwise
+from llmkit.kernels.triton import cross_entropy, logprobs
 
 TOKENS, HIDDEN = 4096, 1600  # of the examples; compiled in is whether they are divisible by 16
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -34,23 +34,6 @@ def launch_logprobs(hidden: int, dtype: torch.dtype, *, objective: Objective = P
     logprobs.logprobs(input, weight, _empty(TOKENS, dtype=torch.int64), objective)
 
 
-def launch_norm(size: int, dtype: torch.dtype, *, add: bool = False) -> None:
-    """Forward and backward, with a gain."""
-    x, gain = _empty(TOKENS, size, dtype=dtype), _empty(size, dtype=dtype)
-    rowwise.norm(x, x if add else None, gain, 1e-6)
-    rowwise.norm_backward(x, x if add else None, x, gain, _empty(TOKENS))
-
-
-def launch_rotary(size: int, dtype: torch.dtype, *, back: bool = False) -> None:
-    rowwise.turn(_empty(2, 1024, 12, size, dtype=dtype), _empty(1024, size // 2, 2), back)
-
-
-def launch_swiglu(size: int, dtype: torch.dtype) -> None:
-    gate_up = _empty(TOKENS, 2 * size, dtype=dtype)
-    rowwise.gate(gate_up)
-    rowwise.gate_backward(_empty(TOKENS, size, dtype=dtype), gate_up)
-
-
 def _named(what: str, function: Callable[..., None], sizes: tuple[int, ...], **details) -> dict[str, Callable]:
     return {
         f"{what} {size} {str(dtype).removeprefix('torch.')}": partial(function, size, dtype, **details)
@@ -65,11 +48,4 @@ LOSSES: dict[str, Callable[[], None]] = (
     | _named("loss alone", launch_cross_entropy, WORDS[:1], gradient=False)
     | _named("logprobs", launch_logprobs, (HIDDEN, HIDDEN + 16))
     | _named("logprobs and entropy, capped", launch_logprobs, (HIDDEN,), objective=EVERYTHING)
-)
-ROWWISE: dict[str, Callable[[], None]] = (
-    _named("rms_norm", launch_norm, (768, 8192))
-    | _named("add_rms_norm", launch_norm, (768, 8192), add=True)
-    | _named("rotary", launch_rotary, (64, 96, 128))
-    | _named("rotary back", launch_rotary, (128,), back=True)
-    | _named("swiglu", launch_swiglu, (2048, 14336))
 )

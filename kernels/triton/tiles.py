@@ -214,14 +214,9 @@ def decode_tiles(size: int, dtype: torch.dtype) -> DecodeTiles:
 
 
 def row_tiles(kernel: str, width: int) -> RowTiles:
-    """For rows of `width` numbers: 4,096 numbers at a time, of several rows where rows are shorter.
-
-    A norm needs the whole row at once, whatever its width.
-    """
+    """For rows of `width` numbers: 4,096 numbers at a time, of several rows where rows are shorter."""
     whole = _whole(width)
-    if kernel.startswith("rms_norm"):
-        usual = RowTiles(16 if target() == "interpreter" else max(1, 4096 // whole), whole, 8)
-    elif target() == "interpreter":
+    if target() == "interpreter":
         usual = RowTiles(16, min(whole, 1024), 4)
     else:
         block = min(whole, 4096)

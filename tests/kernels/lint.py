@@ -42,9 +42,9 @@ REPRESENTATIVE = {
 
 def cases() -> dict:
     from llmkit.kernels.triton.shipped import ATTENTION
-    from llmkit.kernels.triton.shipped_losses import LOSSES, ROWWISE
+    from llmkit.kernels.triton.shipped_losses import LOSSES
 
-    return ATTENTION | LOSSES | ROWWISE
+    return ATTENTION | LOSSES
 
 
 def figures(target: str, compiled) -> dict:
