@@ -1,4 +1,4 @@
-"""What the compilers make of the shipped kernels for GPUs that are not here, as figures, and the rules for them.
+"""What the compilers make of the kernels for GPUs that are not here, as figures, and the rules for them.
 
     python tests/kernels/lint.py --only "attention packed*" --target sm_90    # a table in Markdown
     python tests/kernels/lint.py --write                                      # the golden file of this Triton
@@ -41,8 +41,7 @@ REPRESENTATIVE = {
 
 
 def cases() -> dict:
-    from llmkit.kernels.triton.shipped import ATTENTION
-    from llmkit.kernels.triton.shipped_losses import LOSSES
+    from compile_cases import ATTENTION, LOSSES
 
     return ATTENTION | LOSSES
 

@@ -1,4 +1,4 @@
-"""The attention that is shipped, as cases to compile with no GPU at hand: by head size, dtype and kind.
+"""What is compiled with no GPU at hand: attention by head size, dtype and kind; losses and log-probabilities.
 
 >>> with compiling_for("sm_90") as kernels:             # doctest: +SKIP
 ...     ATTENTION["attention packed 128 bfloat16"]()    # `kernels` now holds the three kernels, compiled
@@ -8,7 +8,8 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from llmkit.kernels.triton import attention, attention_backward, decode
+from llmkit.kernels.logit_chunks import Objective
+from llmkit.kernels.triton import attention, attention_backward, cross_entropy, decode, logprobs
 from llmkit.kernels.triton.tiles import SIZES
 
 LENGTH = 1024  # of the examples: lengths are not compiled in, divisibility by 16 of strides is
@@ -21,9 +22,13 @@ KINDS = {
     "packed capped": {"packed": True, "softcap": 50.0},
     "full": {"is_causal": False},
 }
+TOKENS, HIDDEN = 4096, 1600  # of the examples; compiled in is whether they are divisible by 16
+WORDS = 50257, 128256  # no multiple of 16, and one
+PLAIN = Objective()
+EVERYTHING = Objective(label_smoothing=0.1, z_loss=1e-4, softcap=30.0, with_lse=True, with_entropy=True)
 
 
-def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
@@ -46,10 +51,26 @@ def launch_decode(size: int, dtype: torch.dtype, *, new: int = 1, group: int = 8
     decode.decode(query, key, key, _empty(2, dtype=torch.int64), size**-0.5, window, 0.0)
 
 
-def _named(what: str, function: Callable[..., None], **details) -> dict[str, Callable[[], None]]:
+def launch_cross_entropy(
+    words: int, dtype: torch.dtype, *, objective: Objective = PLAIN, gradient: bool = True
+) -> None:
+    """Start the kernel on a chunk without memory, within `compiling_for`; with class weights where all is asked."""
+    logits = _empty(TOKENS, -(-words // 64) * 64, dtype=dtype)[:, :words]
+    class_weight = _empty(words) if objective.label_smoothing else None
+    grad_entropy = _empty(TOKENS) if gradient and objective.with_entropy else None
+    target = _empty(TOKENS, dtype=torch.int64)
+    cross_entropy.turn(logits, target, class_weight, objective, _empty(TOKENS), grad_entropy, gradient)
+
+
+def launch_logprobs(hidden: int, dtype: torch.dtype, *, objective: Objective = PLAIN) -> None:
+    input, weight = _empty(TOKENS, hidden, dtype=dtype), _empty(WORDS[0], hidden, dtype=dtype)
+    logprobs.logprobs(input, weight, _empty(TOKENS, dtype=torch.int64), objective)
+
+
+def _named(what: str, function: Callable[..., None], sizes: tuple[int, ...] = SIZES, **details) -> dict[str, Callable]:
     return {
         f"{what} {size} {str(dtype).removeprefix('torch.')}": partial(function, size, dtype, **details)
-        for size in SIZES
+        for size in sizes
         for dtype in DTYPES
     }
 
@@ -58,3 +79,10 @@ ATTENTION: dict[str, Callable[[], None]] = {}
 for _kind, _details in KINDS.items():
     ATTENTION |= _named(f"attention {_kind}", launch_attention, **_details)
 ATTENTION |= _named("decode", launch_decode) | _named("decode windowed", launch_decode, window=512, new=4)
+LOSSES: dict[str, Callable[[], None]] = (
+    _named("loss and gradient", launch_cross_entropy, WORDS)
+    | _named("loss and gradient of every option", launch_cross_entropy, WORDS[:1], objective=EVERYTHING)
+    | _named("loss alone", launch_cross_entropy, WORDS[:1], gradient=False)
+    | _named("logprobs", launch_logprobs, (HIDDEN, HIDDEN + 16))
+    | _named("logprobs and entropy, capped", launch_logprobs, (HIDDEN,), objective=EVERYTHING)
+)
