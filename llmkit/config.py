@@ -137,6 +137,8 @@ class TrainingConfig(RecordsConfig, CommonConfig):
                 raise UserError(f"--{name}: needs the package {name}; pip install 'llmkit[{name}]'")
 
 
+MOST_RATE = 1  # of AdamW: a step of it moves each weight by as much
+MOST_DECAY = 10
 MICRO_BATCH_TOKENS = 8192  # of tuning, where --micro-batch-size is not given
 
 
@@ -150,8 +152,10 @@ class TuningConfig(TrainingConfig):
 
     max_steps: int | None = option(None, "Optimizer steps.", group="Horizon", unit="count", at_least=1)
     micro_batch_size: int | None = option(None, "Rows at a time.", group="Training", at_least=1)
-    learning_rate: float | None = option(None, "AdamW learning rate [by the width].", group="Training", above=0)
-    weight_decay: float = option(0.0, "Weight decay of the matrices.", group="Training", at_least=0)
+    learning_rate: float | None = option(
+        None, "AdamW learning rate [by the width].", group="Training", above=0, at_most=MOST_RATE
+    )
+    weight_decay: float = option(0.0, "Weight decay of the matrices.", group="Training", at_least=0, at_most=MOST_DECAY)
     warmup_steps: int | None = option(None, "Warm-up steps [a twentieth of the run].", group="Training", at_least=0)
     decay_fraction: float = option(
         0.9, "Share of the run over which the rate decays.", group="Training", at_least=0, at_most=1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import FrozenInstanceError, dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmkit.cli import COMMANDS
 from llmkit.config import (
     CommonConfig,
     argument,
@@ -263,3 +265,11 @@ def test_the_options_of_a_manifest_make_the_same_config_again(tmp_path_factory, 
     ]
     toml.write_text("\n".join(lines))
     assert resolve(Config, {}, str(toml)) == config
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "train-reward", "rl"])
+@pytest.mark.parametrize("flags", [{"learning_rate": "1e30"}, {"learning_rate": "50"}, {"weight_decay": "1000"}])
+def test_a_rate_that_no_training_survives_is_refused_by_its_option(stage: str, flags: dict[str, str]) -> None:
+    module, config, _ = COMMANDS[stage]
+    with pytest.raises(UserError, match=f"--{next(iter(flags)).replace('_', '-')}: expected at most 10?, found"):
+        resolve(getattr(importlib.import_module(module), config), flags)

@@ -13,6 +13,7 @@ Bernstein 2025 "Deriving Muon"; decoupled weight decay, Loshchilov and Hutter 20
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -243,6 +244,12 @@ class Optimizer:
         if self.stacks[0].sharded:  # all are, or none
             norm = torch.tensor(world().sum(float(norm) ** 2)[0] ** 0.5)
         return norm / divisor
+
+    def largest_weight(self) -> float:
+        """The largest magnitude among the masters of this process; infinity where one is not a finite number."""
+        bounds = [torch.stack(torch.aminmax(stack.master)) for stack in self.stacks if stack.master.numel()]
+        largest = float(torch.stack(bounds).abs().max()) if bounds else 0.0
+        return largest if math.isfinite(largest) else math.inf
 
     @torch.no_grad()
     def step(self, factor: float, momentum: float = 0.95, scale: Tensor | float = 1.0) -> None:

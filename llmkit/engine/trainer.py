@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,10 @@ from llmkit.metrics import METRICS, MetricsLog, read_metrics, trim_metrics
 from llmkit.progress import Progress, say
 
 FIRST_SAVE_SECONDS = 60.0  # a run that has nothing on disk loses all of itself
+LARGEST_WEIGHT = 65504.0  # of float16; what training makes of a usable learning rate is a thousand times smaller
+ABSURD_NATS = 10.0  # above the first loss: worse than a guess among the tokens of any tokenizer
+GROWN_NATS = 0.5  # above the first loss, at the end: what a note is worth
+RESTART = "start again with --force and a lower --learning-rate, or look at the data"
 
 # A batch is a tuple of arrays whose first dimension is rows; the trainer cuts it into micro-batches along that. Where
 # several processes share it, it has a method `nothing()`: one row that predicts nothing.
@@ -71,8 +76,9 @@ class TrainerSettings:
 
 
 class Trainer:
-    """See the module. Raises UserError when the loss is not a number or stays far above its average, and Interrupted
-    when SIGINT, SIGTERM or SIGHUP arrives. Whatever ends a run, the steps that it made are saved first."""
+    """See the module. Raises UserError when the loss is not a number or stays far above its average or its beginning,
+    or a weight outgrows half precision, and Interrupted when SIGINT, SIGTERM or SIGHUP arrives. Whatever ends a run,
+    the steps that it made are saved first, where their weights are fit for it."""
 
     def __init__(
         self,
@@ -92,7 +98,8 @@ class Trainer:
         self.checkpoints = Checkpoints(folder / "state")
         self.step, self.tokens, self.elapsed = 0, 0, 0.0
         self.micro_batch_rows = settings.micro_batch_rows
-        self.last_loss = self.average_loss = math.nan
+        self.first_loss = self.last_loss = self.average_loss = math.nan
+        self.recent_losses: deque[float] = deque(maxlen=settings.spike_patience)
         self.high_steps = 0
         self.scores: dict[str, float] = {}  # of the last evaluation
         self.evaluated_step = self.sampled_step = -1
@@ -118,6 +125,8 @@ class Trainer:
         self.step += 1
         self.tokens += size
         self.last_loss = metrics["loss"]
+        self.first_loss = self.last_loss if math.isnan(self.first_loss) else self.first_loss
+        self.recent_losses.append(self.last_loss)
         return metrics
 
     def _update(self, batch: Batch, factor: float) -> dict[str, float]:
@@ -191,9 +200,31 @@ class Trainer:
 
     def _stop(self, reason: str) -> None:
         self.optimizer.discard()
+        self._check_weights(f"{reason}; ")
         self.save(wait=True)
-        place = self.checkpoints.folder
-        raise SavedError(f"{reason}; saved in {place}; start again with a lower --learning-rate, or look at the data")
+        raise SavedError(f"{reason}; saved in {self.checkpoints.folder}; {RESTART}")
+
+    def _check_weights(self, reason: str = "") -> None:
+        """Raise SavedError where the last update left weights that nothing can go on with: they are not saved."""
+        (largest,) = world().largest(self.optimizer.largest_weight())
+        if largest <= LARGEST_WEIGHT:
+            return
+        found = f"a weight has grown to {largest:.2g}" if math.isfinite(largest) else "weights are not finite numbers"
+        self.checkpoints.wait()
+        kept = self.checkpoints.steps()
+        place = f"step {kept[-1]} is saved in {self.checkpoints.folder}" if kept else "nothing was saved"
+        raise SavedError(f"{reason}{found} after step {self.step}; {place}; {RESTART}")
+
+    def _check_growth(self) -> None:
+        """Stop at the end of a training whose loss is far above its beginning, and note one that is above it."""
+        if not self.recent_losses or math.isinf(self.settings.spike_nats):
+            return
+        final = sum(self.recent_losses) / len(self.recent_losses)
+        losses = f"the loss has grown from {self.first_loss:.2f} to {final:.2f}"
+        if final > self.first_loss + ABSURD_NATS:
+            self._stop(f"{losses} at step {self.step}")
+        if final > self.first_loss + GROWN_NATS:
+            say(f"{losses}: a lower --learning-rate may be better")
 
     # ---- many steps
 
@@ -252,6 +283,7 @@ class Trainer:
                     log.write(last)
                 bar.advance(progress() - reached, step=self.step, **{self.settings.shown: last[self.settings.shown]})
                 self._between_steps(stopped, late, evaluate, sample, log)
+            self._check_growth()
             self.save(wait=True)
             if evaluate is not None and self.evaluated_step != self.step:
                 self._evaluate(evaluate, log)
@@ -336,6 +368,8 @@ class Trainer:
             self.optimizer.discard()
             try:
                 self.save(wait=True)
+            except SavedError:  # the weights, which explain what ended the run
+                raise
             except Exception:  # a full disk: what ended the run says more
                 raise error from None
             saved = f"saved after step {self.step} in {self.checkpoints.folder}; go on with --resume"
@@ -347,8 +381,10 @@ class Trainer:
             raise
 
     def save(self, wait: bool = False) -> None:
-        """Write a checkpoint of the state after the last whole step, unless it stands already."""
+        """Write a checkpoint of the state after the last whole step, unless it stands already. Raises SavedError for
+        weights that nothing can go on with."""
         if self.saved_step != self.step:
+            self._check_weights()
             state = {
                 "tokens": self.tokens,
                 "elapsed": self.elapsed,
@@ -390,6 +426,8 @@ class Trainer:
             if world().leads:
                 trim_metrics(place, step)
             for row in read_metrics(place):
+                if math.isnan(self.first_loss):
+                    self.first_loss = row.get("loss", math.nan)
                 if scores := {name: value for name, value in row.items() if name.startswith("val_")}:
                     self.scores, self.evaluated_step = scores, int(row.get("step", -1))
                 if "sample" in row:

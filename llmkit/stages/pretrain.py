@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmkit.bad_records import BadRecords
-from llmkit.config import TrainingConfig, argument, as_options, flag_of, lasting_options, option, option_fields
+from llmkit.config import (
+    MOST_DECAY,
+    TrainingConfig,
+    argument,
+    as_options,
+    flag_of,
+    lasting_options,
+    option,
+    option_fields,
+)
 from llmkit.errors import UserError
 from llmkit.progress import duration, say
 from llmkit.rundir import RunFolder, check_model_folder
@@ -90,15 +99,16 @@ class PretrainConfig(TrainingConfig):
         "Muon learning rate of the matrices; with --from, AdamW's of all [by the plan].",
         group="Training",
         above=0,
+        at_most=10,
     )
     embedding_learning_rate: float | None = option(
-        None, "AdamW learning rate of the embedding [by the plan].", group="Training", above=0
+        None, "AdamW learning rate of the embedding [by the plan].", group="Training", above=0, at_most=10
     )
     head_learning_rate: float | None = option(
-        None, "AdamW learning rate of the output head [by the plan].", group="Training", above=0
+        None, "AdamW learning rate of the output head [by the plan].", group="Training", above=0, at_most=10
     )
     weight_decay: float | None = option(
-        None, "Weight decay of the matrices [by the plan].", group="Training", at_least=0
+        None, "Weight decay of the matrices [by the plan].", group="Training", at_least=0, at_most=MOST_DECAY
     )
     warmup_steps: int | None = option(None, "Warm-up steps [by the plan].", group="Training", at_least=0)
     decay_fraction: float = option(

@@ -1,6 +1,7 @@
 """The loop: micro-batches, memory back-off, guards, interruption, and resumption bit for bit."""
 
 import json
+import math
 import os
 import signal
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from torch import nn
 from llmkit.engine.optimizer import GroupSettings, Optimizer
 from llmkit.engine.schedule import Schedule
 from llmkit.engine.trainer import Trainer, TrainerSettings
-from llmkit.errors import Interrupted, UserError
+from llmkit.errors import Interrupted, SavedError, UserError
 
 
 class Toy(nn.Module):
@@ -172,7 +173,9 @@ def test_a_signal_saves_first(tmp_path):
 
 def test_a_loss_that_is_no_number_stops_before_the_update(tmp_path):
     trainer = make(tmp_path, source=lambda step: batches(step, poison_at=4))
-    with pytest.raises(UserError, match=r"the loss is (inf|nan) .* at step 4; saved in .*; start again with a lower"):
+    with pytest.raises(
+        UserError, match=r"the loss is (inf|nan) .* at step 4; saved in .*; start again with .* a lower"
+    ):
         trainer.fit(total_steps=10)
     assert torch.isfinite(trainer.model.weight).all()
     assert make(tmp_path).resume()
@@ -190,6 +193,51 @@ def test_a_lasting_spike_stops_and_a_short_one_does_not(tmp_path):
     make(tmp_path / "short", source=spikes(10, 3), spike_patience=5).fit(total_steps=30)
     with pytest.raises(UserError, match="nats above its average"):
         make(tmp_path / "long", source=spikes(10, 20), spike_patience=5).fit(total_steps=30)
+
+
+@pytest.mark.parametrize(("weight", "told"), [(math.nan, "not finite numbers"), (1e30, r"has grown to 1e\+30")])
+def test_weights_that_are_spoiled_are_told_and_not_saved(tmp_path, weight, told):
+    """The loss is a number all along, as that of a model with norms is whatever its weights are."""
+    trainer = make(tmp_path, save_every=2)
+
+    def loss(model, rows):
+        if trainer.step == 3:
+            model.weight.data.fill_(weight)
+        return (model.weight * 0).nan_to_num().sum(), 1
+
+    trainer.loss = loss
+    with pytest.raises(SavedError, match=f"{told} after step 4; step 2 is saved in .*lower --learning-rate"):
+        trainer.fit(total_steps=10)
+    resumed = make(tmp_path)
+    assert resumed.resume() and resumed.step == 2
+
+
+def test_what_ends_a_run_whose_weights_are_spoiled_is_told_as_that(tmp_path):
+    def failing(step):
+        for number, batch in enumerate(batches(step), step):
+            if number == 3:
+                trainer.model.weight.data.fill_(math.inf)
+                raise UserError("its logits are not finite")
+            yield batch
+
+    trainer = make(tmp_path, source=failing)
+    with pytest.raises(SavedError, match="weights are not finite numbers after step 3; nothing was saved"):
+        trainer.fit(total_steps=6)
+
+
+@pytest.mark.parametrize(("growth", "told"), [(0.0, ""), (1.0, "the loss has grown from 1.00 to 2.00"), (50.0, "51")])
+def test_a_loss_that_has_grown_is_told_at_the_end(tmp_path, capsys, growth, told):
+    def of_steps(model, rows):
+        return (model.weight * 0).sum() + 1 + growth * (trainer.step > 0), 1
+
+    trainer = make(tmp_path, spike_patience=4)
+    trainer.loss = of_steps
+    if growth > 10:
+        with pytest.raises(SavedError, match=r"has stayed 50\.00 nats above|has grown from 1\.00 to 51"):
+            trainer.fit(total_steps=8)
+    else:
+        trainer.fit(total_steps=8)
+        assert told in (err := capsys.readouterr().err) and bool(told) == bool(err)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
