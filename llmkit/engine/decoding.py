@@ -104,7 +104,7 @@ class Decoder:
         self._layers = [_Layer(layer, weights) for layer in model.layers]
         self._head = _product(model.head_weight, None, weights)
         self._rotary = RotaryTable(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
-        self._scale = self.config.qk_gain * self.config.head_dim**-0.5
+        self._scale = self.config.attention_scale
         self._eps = torch.tensor(self.config.rms_norm_eps, device=self.device)
         self._fused = backend(self.device.type) != "torch"
         self._slots = self._rows(slots)

@@ -3,6 +3,7 @@
 Knows nothing of files or tensors: `from_hf` takes the parsed dictionary, `to_hf` returns one.
 """
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -25,13 +26,32 @@ _DEFAULT_KEY_VALUE_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Stretched rotary frequencies: "linear" divides all by `factor`, "llama3" only those of long wavelengths."""
+    """Stretched rotary frequencies: "linear" divides all by `factor`, "llama3" and "yarn" those of long wavelengths.
+
+    "dynamic" divides only beyond `max_position_embeddings`, where no sequence of ours goes: it is kept for who reads
+    what we save. `attention_factor` multiplies cosines and sines.
+    """
 
     rope_type: str
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+
+# What each kind of scaling has in a config.json beside its name.
+_SCALING_FIELDS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": (
+        "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "truncate",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +112,12 @@ class ModelConfig:
         """The tokens that end a generation, of which a config names none, one or several."""
         ends = self.eos_token_id
         return ends if isinstance(ends, tuple) else () if ends is None else (ends,)
+
+    @property
+    def attention_scale(self) -> float:
+        """The factor of queries times keys, once they are rotated; yarn's stands in both of them."""
+        turned = 1.0 if self.rope_scaling is None else self.rope_scaling.attention_factor
+        return self.qk_gain * turned**2 * self.head_dim**-0.5
 
     @property
     def parameter_count(self) -> int:
@@ -202,9 +228,10 @@ class ModelConfig:
             raise UserError(f"{where}: expected integers for {', '.join(missing)}")
         sizes = {name: integer(values, name, where, at_most=most) for name, most in _REQUIRED.items()}
         if values.get("hidden_act", "silu") not in ("silu", "swish"):
-            raise UserError(f"{where}: expected hidden_act 'silu', found {shown(values['hidden_act'])}")
+            found = shown(values["hidden_act"])
+            raise UserError(f"{where}: expected hidden_act 'silu', which the four families have, found {found}")
         if values.get("mlp_bias"):
-            raise UserError(f"{where}: mlp_bias is not supported")
+            raise UserError(f"{where}: expected mlp_bias false: no biases in feed-forward layers are supported")
         theta, scaling = _rope_from_hf(values, where)
         heads = sizes["num_attention_heads"]
         without = "num_key_value_heads" not in values  # null is as many as there are heads
@@ -274,13 +301,17 @@ def _rope_from_hf(values: dict[str, Any], where: str) -> tuple[float, RopeScalin
     rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
     if rope_type == "default":
         return theta, None
-    if rope_type not in ("linear", "llama3"):
-        raise UserError(f"{where}: expected rope scaling default, linear or llama3, found {shown(rope_type)}")
-    names = ("factor", "low_freq_factor", "high_freq_factor")[: 1 if rope_type == "linear" else 3]
-    numbers = {name: number(parameters, name, where) for name in names}
-    if rope_type == "llama3":
+    if rope_type not in _SCALING_FIELDS:
+        known = ", ".join(("default", *_SCALING_FIELDS))
+        raise UserError(f"{where}: expected rope scaling {known}, found {shown(rope_type)}")
+    needed = _SCALING_FIELDS[rope_type][: 3 if rope_type == "llama3" else 1]
+    numbers = {name: number(parameters, name, where) for name in needed}
+    if rope_type in ("llama3", "yarn"):
         field, context = "original_max_position_embeddings", integer(values, "max_position_embeddings", where, 2048)
         numbers[field] = integer(values, field, where, integer(parameters, field, where, context))  # as transformers
+        if rope_type == "yarn":
+            numbers["factor"] = numbers["factor"] or context / numbers[field]
+            numbers |= _yarn_from_hf(parameters, numbers["factor"], where)
     missing = [name for name, value in numbers.items() if value is None]
     if missing:
         raise UserError(f"{where}: rope scaling {rope_type} needs {', '.join(missing)}")
@@ -289,12 +320,27 @@ def _rope_from_hf(values: dict[str, Any], where: str) -> tuple[float, RopeScalin
     return theta, RopeScaling(rope_type, **numbers)
 
 
+def _yarn_from_hf(parameters: dict[str, Any], factor: float, where: str) -> dict[str, Any]:
+    """What yarn may state, with transformers' defaults. Raises UserError."""
+
+    def grown(name: str) -> float:
+        return max(1.0, 0.1 * number(parameters, name, where, 1.0) * math.log(factor) + 1.0)
+
+    both = parameters.get("mscale") and parameters.get("mscale_all_dim")  # DeepSeek's; they may be 0
+    default = grown("mscale") / grown("mscale_all_dim") if both else max(1.0, 0.1 * math.log(factor) + 1.0)
+    return {
+        "attention_factor": number(parameters, "attention_factor", where, default),
+        "beta_fast": number(parameters, "beta_fast", where, 32.0),
+        "beta_slow": number(parameters, "beta_slow", where, 1.0),
+        "truncate": parameters.get("truncate") is None or switch(parameters, "truncate", where),
+    }
+
+
 def _rope_scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
     if scaling is None:
         return None
-    if scaling.rope_type == "linear":
-        return {"rope_type": "linear", "factor": scaling.factor}
-    return asdict(scaling)
+    names = ("rope_type", *_SCALING_FIELDS[scaling.rope_type])
+    return {name: getattr(scaling, name) for name in names}
 
 
 def _windows_from_hf(values: dict[str, Any], model_type: str, where: str) -> tuple[int | None, ...] | None:

@@ -7,6 +7,7 @@ Source: llama.cpp's convert_hf_to_gguf.py and src/models/.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -53,6 +54,8 @@ def for_gguf(config: ModelConfig, where: str) -> GgufModel:
     scaling = config.rope_scaling
     if scaling is not None and scaling.rope_type == "llama3" and ARCHITECTURES[config.model_type] != "llama":
         raise UserError(f"{where}: llama.cpp's {config.model_type} has no rope scaling llama3")
+    if scaling is not None and (scaling.beta_fast, scaling.beta_slow, scaling.truncate) != (32.0, 1.0, True):
+        raise UserError(f"{where}: llama.cpp has yarn with beta_fast 32, beta_slow 1 and truncate alone")
     windows = [window for window in config.layer_windows or () if window is not None]
     context = min([config.max_position_embeddings, *windows])
     notes = []
@@ -81,9 +84,14 @@ def add_model_keys(writer: GGUFWriter, model: GgufModel) -> None:
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    if config.rope_scaling is not None and config.rope_scaling.rope_type == "linear":
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(config.rope_scaling.factor)
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.rope_type in ("linear", "yarn"):
+        writer.add_rope_scaling_type(RopeScalingType(scaling.rope_type))
+        writer.add_rope_scaling_factor(scaling.factor)
+        if scaling.rope_type == "yarn":
+            writer.add_rope_scaling_orig_ctx_len(scaling.original_max_position_embeddings)
+            its_own = max(1.0, 0.1 * math.log(scaling.factor) + 1.0)  # by which llama.cpp multiplies what is stated
+            writer.add_rope_scaling_attn_factors(scaling.attention_factor / its_own)
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:

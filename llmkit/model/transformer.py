@@ -85,7 +85,7 @@ class Layer(nn.Module):
             q_gain=copied(self.q_norm, self.group), k_gain=copied(self.k_norm, self.group),
             eps=config.rms_norm_eps if config.qk_norm else None,
         )  # fmt: skip
-        scale = config.qk_gain * config.head_dim**-0.5
+        scale = config.attention_scale
         gqa = heads != kv_heads
         if isinstance(doc_ids, Branching):
             attended_BHTD = scaled_dot_product_attention(

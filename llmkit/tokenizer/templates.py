@@ -29,6 +29,7 @@ _MARKS, _EDGES = re.compile(f"[{BREAK}{BEGIN}{END}{CUT}]"), re.compile(f"[{BEGIN
 _RESERVED = re.compile(f"[{BREAK}{BEGIN}{END}{CUT}{RESERVED}]")
 _THOUGHT = "</think>"
 EACH, BETWEEN, NONE = "each answer", "an answer before another turn", "none"  # what a template ends by a special token
+_TAKEN_OUT = re.compile(r"""\breplace\(\s*(['"])([^'"]+)\1\s*,\s*(['"])\3\s*\)""")
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _GENERATION = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
 
@@ -50,6 +51,8 @@ class TemplateFormat(ChatFormat):
         self._escaped = {role: self._special for role in ("system", "user")}  # what a text may not make a token of
         self._escaped["assistant"] = _any_of(name for name in tokenizer.specials if name not in THOUGHTS)
         self._template = self._renderer()
+        # words by which people switch the model, as Nemotron's /no_think, and which are no part of what they say
+        self._switches = [found[2] for found in _TAKEN_OUT.finditer(tokenizer.chat_template or "")]
         self._whole = tokenizer.with_stand_ins(tokenizer.specials)
         named = {key: tokenizer.config.get(key) for key in _NAMED}
         texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
@@ -163,6 +166,14 @@ class TemplateFormat(ChatFormat):
         start = text.index(core, at) if core else len(text)
         return text[:start], core, text[start + len(core) :]
 
+    def _said(self, turn: Message, late: bool) -> tuple[str, str]:
+        """The text that is marked, and what is left of it where the template takes its switches out."""
+        core = left = self._core(turn, late)[1]
+        if turn.role != "assistant":
+            for switch in self._switches:
+                left = left.replace(switch, "")
+        return core, left.strip()
+
     def _rendered(self, messages: Sequence[Message], asked: bool) -> tuple[str, list[tuple[int, int]]]:
         """The text, and from where to where in it stands what each message says.
 
@@ -209,9 +220,10 @@ class TemplateFormat(ChatFormat):
         *pieces, rest = rendered.split(END)
         marked = [index for index in range(len(messages)) if index not in bare]
         for place, index in enumerate(marked):
-            core = self._core(messages[index], index in late)[1]
             piece = pieces[place] if place < len(pieces) else ""
-            if piece.count(BEGIN) != 1 or piece.partition(BEGIN)[2] != core:
+            core, left = self._said(messages[index], index in late)
+            shown = piece.partition(BEGIN)[2]
+            if piece.count(BEGIN) != 1 or (shown != core and shown.strip() != left):
                 return index
         return None if len(pieces) == len(marked) and BEGIN not in rest else marked[-1] if marked else len(messages) - 1
 
@@ -219,10 +231,13 @@ class TemplateFormat(ChatFormat):
         self, messages: Sequence[Message], asked: bool, late: Collection[int], index: int, text: str
     ) -> tuple[int, int]:
         """Where in the text an unmarked message stands: from where the text differs if it alone is marked."""
-        core = self._core(messages[index], index in late)[1]
+        core, left = self._said(messages[index], index in late)
         alone = self._render(messages, asked, late, [i for i in range(len(messages)) if i != index])
         differs = (place for place, (one, other) in enumerate(zip(text, alone, strict=False)) if one != other)
-        begin = text.find(core, next(differs, min(len(text), len(alone))))
+        start = next(differs, min(len(text), len(alone)))
+        begin = text.find(core, start)
+        if begin < 0:
+            begin, core = text.find(left, start), left
         if begin < 0 or BEGIN not in alone:
             raise self._leaves_out(messages, index)
         token = next((found for found in self._special.finditer(text) if found.start() < begin < found.end()), None)

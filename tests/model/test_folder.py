@@ -12,6 +12,7 @@ import transformers
 from families import FAMILIES, save, tokens
 from safetensors.torch import load_file, save_file
 
+from llmkit.engine.decoding import Decoder
 from llmkit.errors import UserError
 from llmkit.model.config import ModelConfig
 from llmkit.model.folder import load_config, load_model, save_model
@@ -118,9 +119,11 @@ def test_a_folder_with_a_wrong_tensor_is_refused_by_name(folder, change, message
     ("change", "message"),
     [
         ({"model_type": "gpt2"}, "expected model_type to be one of llama, mistral, qwen2, qwen3, found 'gpt2'"),
-        ({"hidden_act": "gelu"}, "expected hidden_act 'silu', found 'gelu'"),
-        ({"mlp_bias": True}, "mlp_bias is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope scaling .*, found 'yarn'"),
+        ({"hidden_act": "gelu"}, "expected hidden_act 'silu', .* found 'gelu'"),
+        ({"mlp_bias": True}, "expected mlp_bias false"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope scaling .*, found 'longrope'"),
+        ({"rope_scaling": {"type": "yarn", "factor": "4"}}, "expected a number above 0 for factor, found '4'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": 1}}, "expected true or false for truncate"),
         ({"quantization_config": {"bits": 4}}, "quantized"),
         ({"num_key_value_heads": 3}, "expected a multiple of num_key_value_heads=3, found 4"),
         ({"hidden_size": None}, "expected integers for hidden_size"),
@@ -179,6 +182,7 @@ def small(**options):
     )  # fmt: skip
 
 
+YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 EXTRAS = dict(normalize_embedding=True, residual_scales=True, norm_gains=False, qk_gain=1.3)
 
@@ -211,6 +215,14 @@ def test_what_we_train_becomes_a_stock_qwen3_with_the_same_logits(tmp_path, tied
             "Llama",
             {"rope_scaling": {"type": "llama3", "factor": 8.0, **LLAMA3}, "original_max_position_embeddings": 16},
         ),
+        ("Llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
+        ("Qwen2", {"rope_scaling": {"type": "yarn", **YARN}}),
+        ("Qwen3", {"rope_scaling": {"rope_type": "yarn", **YARN}}),
+        ("Llama", {"rope_scaling": {"type": "yarn", "factor": None, "original_max_position_embeddings": 16}}),
+        ("Llama", {"rope_scaling": {"type": "yarn", "factor": 4.0}}),
+        ("Mistral", {"rope_scaling": {"type": "yarn", **YARN, "attention_factor": 0.8, "truncate": False}}),
+        ("Llama", {"rope_scaling": {"type": "yarn", **YARN, "beta_fast": 4, "beta_slow": 0.5}}),
+        ("Llama", {"rope_scaling": {"type": "yarn", **YARN, "mscale": 0.7, "mscale_all_dim": 1.3}}),
     ],
 )
 @torch.no_grad()
@@ -226,7 +238,13 @@ def test_what_a_config_leaves_out_is_as_in_transformers(tmp_path, family, edit):
     path.write_text(json.dumps(json.loads(path.read_text()) | edit))
     stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     loaded = load_model(tmp_path)
-    assert (loaded.logits(loaded(tokens())) - stock(tokens()).logits).abs().max() < 1e-3
+    expected = stock(tokens()).logits
+    assert (loaded.logits(loaded(tokens())) - expected).abs().max() < 1e-3
+    row = tokens()[0].tolist()
+    assert (Decoder(loaded, 1).logits(row) - expected[0]).abs().max() < 1e-3
+    save_model(loaded, tmp_path / "saved")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert (again(tokens()).logits - expected).abs().max() < 1e-3
 
 
 def test_bfloat16_folders(tmp_path):

@@ -6,6 +6,7 @@ What llama.cpp itself makes of a file is in test_export_llama_cpp.py.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -123,6 +124,10 @@ def test_scaled_frequencies_and_windows(tmp_path: Path, capsys) -> None:
     folder = save_assistant(tmp_path / "linear", rope_scaling=RopeScaling("linear", 4.0))
     stated = keys(written(folder, tmp_path / "linear.gguf"))
     assert (stated["qwen3.rope.scaling.type"], stated["qwen3.rope.scaling.factor"]) == ("linear", 4.0)
+    yarn = RopeScaling("yarn", 4.0, original_max_position_embeddings=128, attention_factor=0.1 * math.log(4.0) + 1.0)
+    stated = keys(written(save_assistant(tmp_path / "yarn", rope_scaling=yarn), tmp_path / "yarn.gguf"))
+    found = [stated[f"qwen3.rope.scaling.{key}"] for key in ("type", "factor", "original_context_length")]
+    assert found == ["yarn", 4.0, 128] and abs(stated["qwen3.rope.scaling.attn_factor"] - 1) < 1e-6
     folder = save_assistant(tmp_path / "window", **FAMILIES["mistral"], layer_windows=(128, 128))
     assert keys(written(folder, tmp_path / "window.gguf"))["llama.context_length"] == 128
     assert "a context of 128 tokens, of 512: within its sliding window" in capsys.readouterr().err

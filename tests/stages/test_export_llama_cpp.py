@@ -129,6 +129,7 @@ def test_narrow_files_are_near(made: Path, dtype: str, off: float) -> None:
 ROPES = {
     "llama3": {**FAMILIES["llama"], "rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 64)},
     "linear": {"rope_scaling": RopeScaling("linear", 4.0)},
+    "yarn": {"rope_scaling": RopeScaling("yarn", 4.0, original_max_position_embeddings=64, attention_factor=1.2)},
     "window": {**FAMILIES["mistral"], "layer_windows": (128, 128)},
 }
 

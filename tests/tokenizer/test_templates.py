@@ -185,6 +185,23 @@ def test_a_template_that_changes_the_text_is_refused(tmp_path: Path, shown: str)
         chat_format(load_tokenizer(save(tmp_path, backwards))).encode(messages(3))
 
 
+@pytest.mark.parametrize("said", ["Sum it. /no_think", "/think Sum it.", "Explain </think> tags", "/no_think"])
+@pytest.mark.parametrize("role", ["system", "user"])
+def test_switches_that_a_template_takes_out_of_a_question(tmp_path: Path, said: str, role: str) -> None:
+    """Nemotron's template takes /think and /no_think out of what it shows of a question."""
+    from transformers import AutoTokenizer
+
+    taken = "m.content.replace('/think', '').replace(\"/no_think\", '').strip()"
+    shown = SHOWN.replace("m.content", f"({taken} if m.role != 'assistant' else m.content)")
+    tokenizer = load_tokenizer(save(tmp_path, shown))
+    turns = [message(role, said), message("user", "What?"), message("assistant", "Say /think.")]
+    found = chat_format(tokenizer).encode(turns)
+    rows = [{"role": turn.role, "content": turn.text} for turn in turns]
+    theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(rows, return_dict=False)
+    assert found.token_ids.tolist() == theirs
+    assert tokenizer.decode(found.token_ids[found.trained].tolist()).endswith("Say /think.<|im_end|>")
+
+
 def test_a_refusal_names_the_turn(tmp_path: Path) -> None:
     template = "{% for m in messages %}{% if 'Sure' in m.content %}{{ 1 / 0 }}{% endif %}{% endfor %}" + SHOWN
     with pytest.raises(UserError, match=r"ZeroDivisionError: division by zero \(at turn 3 \(user\)\)"):
