@@ -17,7 +17,7 @@ Tokens in, tokens out: `token_ids` are what the model saw and chose; text is onl
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -26,7 +26,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from llmkit.conversations import TOOLS
 from llmkit.engine.decoding import Decoder, Prefix
 from llmkit.engine.products import Weights
 from llmkit.engine.sampling import Sampling, choose_tokens, uniforms
@@ -184,13 +183,6 @@ class Generator:
         self._context = model.config.max_position_embeddings
         self._tools = tools
         self._prompts: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()  # the last ones
-        known = tokenizer.specials
-        assistant = known.get("<|im_end|>") in self._end_ids  # a base draws such tokens now and then
-        starts = {tool: known.get(f"<|{tool}_start|>") for tool in TOOLS if assistant}
-        self._others = {token: tool for tool, token in starts.items() if token is not None}
-        self.unavailable_calls: Counter[str] = (
-            Counter()
-        )  # by tool, of tools that were not given: text in the completion
         self.tokens = 0  # chosen so far
         self.steps = 0  # of the decoder
         self.rows = 0  # sequences in all of them
@@ -325,8 +317,8 @@ class Generator:
             open_call.token_ids.append(token.id)
             text = ""
         else:
-            if token.id in self._others:
-                self.unavailable_calls[self._others[token.id]] += 1
+            if tools is not None and token.id in tools.others:
+                tools.unavailable_calls[tools.others[token.id]] += 1
             text = sequence.stops.push(sequence.decoding.push([token.id]))
         self._give(sequence, text)
         if sequence.stops.stopped:

@@ -36,11 +36,16 @@ class OpenedModel:
     device: torch.device
     precision: Precision
 
+    @property
+    def end_ids(self) -> tuple[int | None, ...]:
+        """The tokens that end a turn or a text."""
+        return (*self.config.eos_token_ids, self.tokenizer.eos_id)
+
     @cached_property
     def chat(self) -> ChatFormat:
         """How conversations become tokens. Raises UserError for a base model: it would go on and on with a question."""
         chat = chat_format(self.tokenizer)
-        if chat.end_id not in (*self.config.eos_token_ids, self.tokenizer.eos_id):
+        if chat.end_id not in self.end_ids:
             raise UserError(
                 f"{self.folder}: a base model, which has not learnt to end a turn; tune it by llmkit sft, or ask it "
                 "by sample --as-assistant -p"

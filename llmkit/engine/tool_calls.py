@@ -5,7 +5,8 @@ The text of a result is encoded as text: whatever it spells, it holds no special
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from itertools import groupby, takewhile
@@ -33,11 +34,13 @@ class OpenCall(NamedTuple):
 class ToolUse:
     """The tools of a generator, and their tokens.
 
-    starts         start token -> tool, of those that are noticed
-    ends           tool -> end token
-    max_calls      of one completion; the next call ends it
-    result_tokens  a result is cut to this many
-    notice_others  whether a call of a tool that is not there is one, and ends the completion; else it is text
+    starts             start token -> tool, of calls that are no text
+    ends               tool -> end token
+    others             start token -> tool, of calls that are text, for the tool is not there
+    unavailable_calls  how many of them there were, by tool
+    max_calls          of one completion; the next call ends it
+    result_tokens      a result is cut to this many
+    end_at_others      whether a call of a tool that is not there ends the completion; else it is text
     """
 
     def __init__(
@@ -47,13 +50,15 @@ class ToolUse:
         max_calls: int = 8,
         result_tokens: int = 512,
         *,
-        notice_others: bool = False,
+        end_at_others: bool = False,
     ) -> None:
         self._chat = chat_format(tokenizer)
         tokens = self._chat.tool_tokens()
-        noticed = TOOLS if notice_others else toolbox.names
+        noticed = TOOLS if end_at_others else toolbox.names
         self.starts = {tokens[tool][0]: tool for tool in noticed}
         self.ends = {tool: tokens[tool][1] for tool in noticed}
+        self.others = {tokens[tool][0]: tool for tool in TOOLS if tool not in noticed}
+        self.unavailable_calls: Counter[str] = Counter()
         self.max_calls, self._result_tokens = max_calls, result_tokens
         self._toolbox, self._tokenizer, self._bounds = toolbox, tokenizer, tokens[RESULT]
 
@@ -109,18 +114,33 @@ def tools_flag(tool: str) -> str:
 
 
 def open_tools(
-    options: ToolConfig, tokenizer: Tokenizer, stack: ExitStack, notice_others: bool = False
+    options: ToolConfig,
+    tokenizer: Tokenizer,
+    stack: ExitStack,
+    end_ids: Collection[int | None],
+    end_at_others: bool = False,
 ) -> ToolUse | None:
-    """The tools that are wanted, closed with `stack`; None for none. Raises UserError as `Toolbox.parse` does.
+    """The tools that are wanted, closed with `stack`, and what tells the calls of others.
 
-    notice_others: tells also the calls of tools that are not wanted, where the tokenizer has tokens for them
+    None where no tool is wanted of a model that knows none, or that does not end a turn: a base writes such tokens
+    now and then. Raises UserError as `Toolbox.parse` does.
     """
     ours = has_chat_tokens(tokenizer) and not has_own_template(tokenizer)
-    if not options.tools and not (notice_others and ours):
+    if not options.tools and not (ours and tokenizer.specials["<|im_end|>"] in end_ids):
         return None
     toolbox = Toolbox.parse(options.tools, sandbox=options.sandbox, timeout=options.tool_timeout)
     toolbox = stack.enter_context(toolbox)
-    return ToolUse(toolbox, tokenizer, options.max_tool_calls, notice_others=notice_others)
+    return ToolUse(toolbox, tokenizer, options.max_tool_calls, end_at_others=end_at_others)
+
+
+def told_unavailable(counts: Sequence[Mapping[str, int]]) -> Iterator[str]:
+    """What to say of calls of tools that were not given, by tool, from the counts of each process."""
+    for tool in TOOLS:
+        if count := sum(one.get(tool, 0) for one in counts):
+            yield (
+                f"{count} call{'s' * (count != 1)} of {tool} {'are' if count != 1 else 'is'} text in the completions, "
+                f"for it was not given; {tools_flag(tool)} runs them"
+            )
 
 
 class CallQueue(Generic[Waiting]):

@@ -184,7 +184,7 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     from llmkit.engine.distributed import join
     from llmkit.engine.scaling import training_bytes
     from llmkit.engine.schedule import Schedule, warn_of_long_warmup
-    from llmkit.engine.tool_calls import open_tools
+    from llmkit.engine.tool_calls import open_tools, told_unavailable
     from llmkit.rewards.reward_models import ModelReward
     from llmkit.rl.actor import Actor, RolloutSettings
     from llmkit.rl.algorithms import adapted
@@ -230,7 +230,7 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     check_batch_memory(attempts * max_tokens, "lower --batch-size or --group", ATTEMPT_BYTES)
     _say_plan(config, horizon, rewards, len(problems), tuning.trained_parameters)
     warn_of_long_warmup(horizon.warmup_steps, horizon.steps, config.quiet)
-    tools = open_tools(config, tuning.tokenizer, stack)
+    tools = open_tools(config, tuning.tokenizer, stack, tuning.model.config.eos_token_ids)
     made_by = {"tools": tools, "served": None if config.dry_run else served}
     actor = Actor(tuning.model, tuning.tokenizer, rewards, slots=config.slots, name=str(config.model), **made_by)
     loss = PolicyLoss(algorithm, config.temperature, horizon.kl_coef, reference is not None)
@@ -310,6 +310,8 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     if trainer.step == 0:
         folder.abandon()
         raise UserError(collector.ended or "no step was made")
+    for line in told_unavailable(world.gather(tools.unavailable_calls if tools else {})):
+        say(line, config.quiet)
     if collector.ended:
         say(f"stopping after step {trainer.step}: {collector.ended}")
     if not held_out and not watch.has_collapsed:

@@ -152,7 +152,7 @@ def _run_here(config: SampleConfig, model: str, out: str) -> Summary | None:
     from llmkit.engine.sampling import Sampling
     from llmkit.engine.shots import STOP, load_shots, with_shots
     from llmkit.engine.terminal import converse
-    from llmkit.engine.tool_calls import open_tools, tools_flag
+    from llmkit.engine.tool_calls import open_tools, told_unavailable
 
     opened = open_model(model, config.device, config.dtype)
     tokenizer = opened.tokenizer
@@ -163,7 +163,7 @@ def _run_here(config: SampleConfig, model: str, out: str) -> Summary | None:
     shots = load_shots(config.shots, config.as_assistant)
     with opened.computing(), ExitStack() as stack:
         # build
-        tools = open_tools(config, tokenizer, stack, notice_others=config.chat)
+        tools = open_tools(config, tokenizer, stack, opened.end_ids, end_at_others=config.chat)
         sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
         stop = (*config.stop, *([STOP] if shots else []))
         generator = opened.generator(sampling, _slots(config), stop=stop, tools=tools)
@@ -198,9 +198,8 @@ def _run_here(config: SampleConfig, model: str, out: str) -> Summary | None:
 
     # summarise
     seconds = time.monotonic() - loaded
-    for tool, calls in generator.unavailable_calls.items():
-        missing = f"{calls} calls of {tool} are text in the completions, for it was not given"
-        say(f"{missing}; {tools_flag(tool)} runs them", config.quiet)
+    for line in told_unavailable([tools.unavailable_calls] if tools else []):
+        say(line, config.quiet)
     if not config.quiet:
         say(f"{describe(generator, seconds)}, after {loaded - STARTED:.1f} s of loading")
     return _summary(config, prompts, out, generator.tokens, seconds)

@@ -155,7 +155,13 @@ def calling(tokenizer, *tools, max_tool_calls=8, answers=True):
     for last, following in ((result, x), (x, ids["<|im_end|>"])) if answers else ((sep, start),):
         model.embed_tokens.data[last, 20 + last % 16] = 1.0
         model.lm_head.data[following, 20 + last % 16] = 10.0
-    use = open_tools(ToolConfig(tools=tools, max_tool_calls=max_tool_calls), tokenizer, ExitStack(), True)
+    use = open_tools(
+        ToolConfig(tools=tools, max_tool_calls=max_tool_calls),
+        tokenizer,
+        ExitStack(),
+        (tokenizer.specials["<|im_end|>"],),
+        True,
+    )
     generator = Generator(model, tokenizer, Sampling(temperature=0.0), slots=1, tools=use)
     return Chat(generator, ChatFormat(tokenizer), context=256, max_tokens=60, tools=use)
 

@@ -198,6 +198,20 @@ def test_a_call_too_many_ends_an_attempt_and_is_judged_by_what_was_said(unsure, 
     assert ends == {"tool_limit": 0, "stop": 1}
 
 
+def test_calls_of_a_tool_that_was_not_given_are_counted(unsure, tmp_path, capsys):
+    rows = [{"prompt": f"Sum {i}", "answer": "z", "verifier": "exact"} for i in range(8)]
+    problems = write(tmp_path / "p.jsonl", *rows)
+    start = load_tokenizer(unsure).specials["<|calc_start|>"]
+    for tools in ((), ("python",), ("calc",)):
+        out = tmp_path / f"p{len(tools) and tools[0]}"
+        train(unsure, problems, out, tools=tools, max_tokens=16)
+        calls = sum(row["token_ids"].count(start) for row in lines(out / "rollouts.jsonl"))
+        said = (
+            f"llmkit: {calls} calls of calc are text in the completions, for it was not given; --tools calc runs them"
+        )
+        assert (said in capsys.readouterr().err) == (tools != ("calc",)) and calls > 1
+
+
 # ---- a killed run
 
 
