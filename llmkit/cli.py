@@ -24,7 +24,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from llmkit import __version__
-from llmkit.config import flag_of, option_fields, option_of, resolve, value_type
+from llmkit.config import DROPPED, flag_of, option_fields, option_of, resolve, value_type
 from llmkit.display import write_message
 from llmkit.errors import Interrupted, LlmkitError, UserError
 from llmkit.launch import launch
@@ -153,6 +153,9 @@ def parse(arguments: list[str]) -> Callable[[], Any] | int:
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
+        flag = getattr(error, "option_name", "")
+        if hint := DROPPED.get(flag.lstrip("-").removeprefix("no-").replace("-", "_")):
+            raise UserError(f"{flag}: is no more; {hint}") from None
         message = error.format_message()  # type: ignore[attr-defined]  # typer's own click: a wrong flag
         message = f"{message[:1].lower()}{message[1:].rstrip('.')}".replace(". Did you mean", "; did you mean")
         raise UserError(f"{message} See --help" if message.endswith("?") else f"{message}; see --help") from None

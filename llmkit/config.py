@@ -45,6 +45,14 @@ LARGEST_INTEGER = 2**63 - 1  # of what generators take and JSON of 64 bits holds
 _EXAMPLES = {"count": "20000, 20k or 1.5M", "bytes": "1000000, 100MB or 2GiB", "duration": "90s, 10m or 2h"}
 _NAMES = {"count": "count", "bytes": "number of bytes", "duration": "duration"}
 
+# Options of the version before, by their names as fields: what to give in their place. For one version.
+DROPPED = {
+    "gpu_kind": "--dry-run tells the parameters, FLOPs and memory, and docs/scale.md how to reckon with them",
+    "gpus": "start several processes with torchrun (docs/scale.md)",
+    "nodes": "start several processes with torchrun (docs/scale.md)",
+    "gpu_price": "--dry-run tells the FLOPs, and docs/scale.md how to reckon with them",
+}
+
 
 @dataclass(frozen=True)
 class Option:
@@ -387,6 +395,8 @@ def _known_keys(config_file: str, known: Mapping[str, Field]) -> dict[str, Any]:
         name = key.replace("-", "_")
         name = by_flag.get(name, name)
         if name not in known:
+            if name in DROPPED:
+                raise UserError(f"{config_file}: '{key}': is no more; {DROPPED[name]}")
             near = get_close_matches(name, known, 1)
             hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(sorted(known))}"
             raise UserError(f"{config_file}: unknown key '{key}'; {hint}")

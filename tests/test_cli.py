@@ -19,7 +19,7 @@ import pytest
 
 from llmkit import __version__, cli
 from llmkit.cli import COMMANDS
-from llmkit.config import option_fields, option_of, value_type
+from llmkit.config import DROPPED, option_fields, option_of, value_type
 from llmkit.errors import UserError
 
 TOY = [sys.executable, str(Path(__file__).with_name("toy.py")), "toy"]
@@ -282,6 +282,13 @@ def test_a_mistake_in_the_file_is_named(tmp_path: Path, text: str | None, words:
     message = mistake(toy("-", "--config", tmp_path / "c.toml"))
     assert message.startswith(f"{tmp_path}/c.toml: ")
     assert words in message
+
+
+@pytest.mark.parametrize("given", [["--gpu-price", "2"], ["--gpu-price=2"], ["--config", "old.toml"]])
+def test_an_option_of_the_version_before_is_answered_with_what_to_do(tmp_path: Path, given: list[str]) -> None:
+    (tmp_path / "old.toml").write_text("gpu-price = 2\n")
+    message = mistake(toy("-", *given, cwd=tmp_path))
+    assert "gpu-price" in message and message.endswith(f": is no more; {DROPPED['gpu_price']}")
 
 
 # ---- completion

@@ -49,7 +49,6 @@ FIXED_BY_MODEL = (
     "head_learning_rate",
 )
 MANY = 20_000_000  # tokens, of which not every run is compared with those of --val: half the time
-GPU_KINDS = ("a100", "h100", "h200", "b200")  # of llmkit/engine/estimating.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,13 +116,6 @@ class PretrainConfig(TrainingConfig):
 
     prompt: str = option("The", "Prompt of the samples.", group="Log", free=True)
 
-    gpu_kind: str | None = option(
-        None, "With --dry-run: GPU model to estimate for.", group="Estimate", choices=GPU_KINDS, free=True
-    )
-    gpus: int = option(8, "GPUs of a machine.", group="Estimate", at_least=1, free=True)
-    nodes: int = option(1, "Machines.", group="Estimate", at_least=1, free=True)
-    gpu_price: float | None = option(None, "Price of a GPU hour.", group="Estimate", at_least=0, free=True)
-
     def reads_stdin(self) -> bool:
         """True if stdin is the input."""
         return not self.inputs or "-" in self.inputs
@@ -159,7 +151,6 @@ def run(config: PretrainConfig) -> Summary | None:
     from llmkit.engine import setup, speed
     from llmkit.engine.devices import check_batch_memory, check_memory, choose_device, choose_dtype
     from llmkit.engine.distributed import join
-    from llmkit.engine.estimating import estimate
     from llmkit.engine.evaluation import held_out_loss, next_token_loss
     from llmkit.engine.finetuning import check_finite
     from llmkit.engine.generation import continue_text
@@ -214,11 +205,6 @@ def run(config: PretrainConfig) -> Summary | None:
         say(f"--batch-tokens {config.batch_tokens:,} becomes {plan.batch_tokens:,}, {whole}", config.quiet)
     say(plan_table(plan), config.quiet)
     warn_of_long_warmup(plan.warmup_steps, plan.total_steps, config.quiet)
-    if config.gpu_kind is not None:
-        machines = config.gpu_kind, config.nodes, config.gpus, config.micro_batch_size, config.tensor_parallel
-        for line in estimate(plan, *machines).lines(config.gpu_price):
-            say(line, config.quiet)
-        return None
     check_memory(plan.training_memory(world.size, world.tensor_parallel_size), device)
     follows = "" if config.batch_tokens else ", which follows from the tokens of the whole training"
     check_batch_memory(plan.batch_tokens, f"lower --batch-tokens{follows}")
@@ -279,12 +265,6 @@ def run(config: PretrainConfig) -> Summary | None:
 
 def _checked_inputs(config: PretrainConfig) -> list[str]:
     """The documents. Raises UserError for files that are not there, also those of the other options."""
-    if config.gpu_kind is None and config.gpu_price is not None:
-        raise UserError("--gpu-price: needs --gpu-kind, of which the price is")
-    if config.gpu_kind is None and (config.gpus, config.nodes) != (8, 1):
-        raise UserError("--gpus and --nodes: need --gpu-kind; to train on several GPUs, start llmkit with torchrun")
-    if config.gpu_kind is not None and not config.dry_run:
-        raise UserError("--gpu-kind: needs --dry-run, which says what training would take there")
     inputs = list(config.inputs) or ["-"]
     for path in (*inputs, *config.val):
         if (Path(path) / "config.json").exists():

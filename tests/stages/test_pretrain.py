@@ -190,12 +190,6 @@ def test_what_a_batch_becomes_is_told(corpus, llmkit, tmp_path):
     assert "--batch-tokens 100 becomes 96, whole rows of 32" in done.stderr, done.stderr
 
 
-def test_gpus_of_an_estimate_are_not_taken_for_those_of_a_training(corpus, llmkit, tmp_path):
-    done = llmkit(*arguments(corpus, tmp_path / "base", "--tokens", "10k", "--gpus", "2"))
-    assert done.returncode == 2 and "--gpus and --nodes: need --gpu-kind" in done.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_dry_run_of_a_large_model_times_one_layer(corpus, tmp_path, monkeypatch, capsys):
     from llmkit.engine import speed
     from llmkit.stages.pretrain import PretrainConfig, run
