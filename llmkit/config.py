@@ -50,6 +50,7 @@ DROPPED = {
     "gpu_kind": "--dry-run tells the parameters, FLOPs and memory, and docs/scale.md how to reckon with them",
     "gpus": "start several processes with torchrun (docs/scale.md)",
     "nodes": "start several processes with torchrun (docs/scale.md)",
+    "tensor_parallel": "FSDP2 alone divides a model among the processes of torchrun (docs/scale.md)",
     "gpu_price": "--dry-run tells the FLOPs, and docs/scale.md how to reckon with them",
 }
 
@@ -121,9 +122,6 @@ class TrainingConfig(RecordsConfig, CommonConfig):
     process_timeout: float = option(
         600.0, "Seconds to wait for another process (torchrun).", unit="duration", above=0, free=True
     )
-
-    tensor_parallel: int = option(1, "Neighbouring processes that divide each layer (torchrun).", at_least=1, free=True)
-
     max_grad_norm: float | None = option(1.0, "Norm at which gradients are clipped.", group="Training", above=0)
     activation_checkpointing: bool = option(
         False, "Activations computed twice: less memory, a third more time.", group="Training"
@@ -172,8 +170,6 @@ class TuningConfig(TrainingConfig):
     def __post_init__(self) -> None:
         """Raises UserError for options of adapters where there are none, or which they do not go with."""
         super().__post_init__()
-        if self.lora_rank is not None and self.tensor_parallel > 1:
-            raise UserError("--tensor-parallel: expected no --lora-rank beside it; adapters are not divided")
         for name in ("lora_alpha", "lora_targets"):
             if self.lora_rank is None and getattr(self, name) != getattr(TuningConfig, name):
                 raise UserError(f"--{name.replace('_', '-')}: needs --lora-rank; there are no adapters otherwise")

@@ -29,12 +29,11 @@ from llmkit.engine import failures
 from llmkit.engine.devices import choose_dtype
 from llmkit.errors import UserError
 from llmkit.files import remove
-from llmkit.launch import Launch, launch
+from llmkit.launch import launch
 
 
 class World:
-    """The processes of this job: `rank` of `size`, `tensor_parallel_size` neighbours of which compute the same rows of
-    a batch, together; see the module."""
+    """The processes of this job: `rank` of `size`; see the module."""
 
     def __init__(
         self,
@@ -42,10 +41,8 @@ class World:
         size: int = 1,
         device: torch.device | None = None,
         watch: Any = None,
-        tensor_parallel_size: int = 1,
     ) -> None:
         self.rank, self.size, self.device = rank, size, device or torch.device("cpu")
-        self.tensor_parallel_size = tensor_parallel_size
         self._watch, self._numbers = watch, count()
 
     @property
@@ -56,10 +53,6 @@ class World:
     def sum(self, *values: float) -> tuple[float, ...]:
         """The sum over all processes of each number."""
         return values if self.size == 1 else self._reduce(values, "SUM")
-
-    def sum_shares(self, *values: float) -> tuple[float, ...]:
-        """The sum over the shares of a batch of each number, which all that compute a share have."""
-        return self.sum(*(value if self.rank % self.tensor_parallel_size == 0 else 0.0 for value in values))
 
     def largest(self, *values: float) -> tuple[float, ...]:
         """The largest of all processes of each number."""
@@ -165,28 +158,18 @@ class World:
 
     def check_rows(self, rows: int, what: str) -> None:
         """Raise UserError where a batch has fewer rows than shares; `what`: the option, and what it is."""
-        if rows < self.data_parallel_size:
-            who = "a process" if self.tensor_parallel_size == 1 else f"for {self.tensor_parallel_size} processes"
-            raise UserError(f"{what}: expected at least {self.data_parallel_size} in a batch, one {who}, found {rows}")
+        if rows < self.size:
+            raise UserError(f"{what}: expected at least {self.size} in a batch, one a process, found {rows}")
 
     # ---- what each process takes of the work
 
-    @property
-    def data_parallel_size(self) -> int:
-        """Into how many shares a batch is divided."""
-        return self.size // self.tensor_parallel_size
-
     def share(self, total: int) -> tuple[int, int]:
-        """The first of a batch's `total` rows that are this process's, and the first that is not; by rank."""
-        return _part(total, self.rank // self.tensor_parallel_size, self.data_parallel_size)
+        """The first of `total` rows or things that are this process's, and the first that is not; by rank."""
+        return self.rank * total // self.size, (self.rank + 1) * total // self.size
 
     def largest_share(self, total: int) -> int:
         """Of how many rows the largest share is."""
-        return -(-total // self.data_parallel_size)
-
-    def own(self, total: int) -> tuple[int, int]:
-        """As `share`, of things that each process does alone."""
-        return _part(total, self.rank, self.size)
+        return -(-total // self.size)
 
     def deal(self, batches: Iterable[Any]) -> Iterator[Any]:
         """This process's share of some batches, and as many as every other's: one that predicts nothing at the end."""
@@ -194,13 +177,8 @@ class World:
             yield from batches
             return
         batches = iter(batches)
-        while hand := list(islice(batches, self.data_parallel_size)):
-            place = self.rank // self.tensor_parallel_size
-            yield hand[place] if place < len(hand) else hand[0].nothing()
-
-
-def _part(total: int, index: int, count: int) -> tuple[int, int]:
-    return index * total // count, (index + 1) * total // count
+        while hand := list(islice(batches, self.size)):
+            yield hand[self.rank] if self.rank < len(hand) else hand[0].nothing()
 
 
 _world = World()
@@ -214,13 +192,10 @@ def world() -> World:
 def join(device: torch.device, config: TrainingConfig) -> World:
     """Join the other processes of this job, where there are any, to compute on `device` under the options of a stage.
 
-    Raises UserError where the options differ, where they name stdin, or the others cannot be reached, and where the
-    processes cannot divide layers as wanted.
+    Raises UserError where the options differ, where they name stdin, or the others cannot be reached.
     """
     global _world
     me = launch()
-    if not (config.dry_run and me.size == 1):
-        _check_size(config.tensor_parallel, me)
     if me.size == 1 or _world.size > 1:
         return _world
     import torch.distributed as dist
@@ -230,7 +205,7 @@ def join(device: torch.device, config: TrainingConfig) -> World:
         raise UserError("stdin: several processes cannot read it; give a file that all of them see")
     store = dist.PrefixStore("groups", watch.store.clone())  # type: ignore[reportPrivateImportUsage]
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    world = World(me.rank, me.size, device, watch, config.tensor_parallel)
+    world = World(me.rank, me.size, device, watch)
     machine = {"the version of torch": torch.__version__, "the kind of device": device.type}
     machine["the precision"] = str(choose_dtype(config.dtype, device))
     world.check_same({**machine, **options_by_flag(config)})
@@ -239,16 +214,6 @@ def join(device: torch.device, config: TrainingConfig) -> World:
     dist.init_process_group(backend, store=store, rank=me.rank, world_size=me.size, timeout=limit)
     _world = world
     return world
-
-
-def _check_size(count: int, me: Launch) -> None:
-    if me.size == 1 < count:
-        start = f"torchrun --nproc-per-node {count} -m llmkit"
-        raise UserError(f"--tensor-parallel: expected {count} processes at least, found one; start {start}")
-    if me.size % count:
-        fit = " or ".join(str(number) for number in range(1, me.size + 1) if me.size % number == 0)
-        divides = f"expected a number that divides the {me.size} processes"
-        raise UserError(f"--tensor-parallel: {divides}, found {count}; give {fit}")
 
 
 def new_group() -> Any:

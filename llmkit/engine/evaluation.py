@@ -56,5 +56,5 @@ def _summed_loss(model: Transformer, batches: Iterable[tuple[Any, ...]], quiet: 
             total, count = total + float(loss), count + targets
             progress.advance()
     model.train()
-    total, targets = world().sum_shares(total, count)
+    total, targets = world().sum(total, count)
     return total, int(targets)

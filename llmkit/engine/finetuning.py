@@ -37,7 +37,6 @@ from llmkit.files import write_json
 from llmkit.model.folder import load_model, save_model
 from llmkit.model.growth import grow_vocabulary
 from llmkit.model.lora import LoraAdapter
-from llmkit.model.tensor_parallel import check_divides
 from llmkit.model.transformer import Transformer
 from llmkit.progress import say
 from llmkit.tokenizer.chat import CHAT_SPECIALS, ChatFormat, has_own_template, write_chat_tokenizer
@@ -54,7 +53,6 @@ class Finetuning:
     """A model, its tokenizer and what is trained of it."""
 
     def __init__(self, folder: str, model: Transformer, tokenizer: Tokenizer, known_tokens: int | None) -> None:
-        check_divides(world().tensor_parallel_size, model.config)
         self.folder, self.model, self.tokenizer = folder, model, tokenizer
         self._known_tokens = known_tokens  # None: the model stays what it is
         self._turn_end: int | None = None  # of a template from elsewhere
@@ -201,10 +199,9 @@ class Finetuning:
 
     def check_memory(self, micro_batch_tokens: int) -> None:
         """Raise UserError where the parameters and a micro-batch do not fit into the memory of the device."""
-        devices, tensor = world().size, world().tensor_parallel_size
-        divided = 1 if self.adapter else devices
+        divided = 1 if self.adapter else world().size
         config, trained = self.model.config, self.trained_parameters
-        state, activations = training_memory(config, micro_batch_tokens, trained, divided, tensor)
+        state, activations = training_memory(config, micro_batch_tokens, trained, divided)
         smaller = "take a smaller model" if self.adapter else "take --lora-rank 16, or a smaller model"
         check_memory({smaller: state, "lower --micro-batch-size": activations}, self.device)
 

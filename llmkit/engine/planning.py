@@ -76,19 +76,19 @@ class Plan:
     def tokens(self) -> int:
         return self.total_steps * self.batch_tokens
 
-    def training_memory(self, devices: int = 1, tensor: int = 1) -> dict[str, float]:
-        """About the bytes that training takes, on each of some devices, of which `tensor` divide a layer; by advice."""
-        rows = min(self.micro_batch_rows, -(-self.batch_rows // (devices // tensor)))
+    def training_memory(self, devices: int = 1) -> dict[str, float]:
+        """About the bytes that training takes, on each of some devices; by advice."""
+        rows = min(self.micro_batch_rows, -(-self.batch_rows // devices))
         tokens = rows * self.sequence_length
-        state, activations = scaling.training_memory(self.model, tokens, devices=devices, tensor=tensor)
+        state, activations = scaling.training_memory(self.model, tokens, devices=devices)
         smaller = "lower --depth, --hidden-size or --intermediate-size"
         if self.recipe.optimizer == "adamw":
             smaller = "choose a smaller model for --from"
         return {smaller: state, "lower --micro-batch-size or --sequence-length": activations}
 
-    def training_bytes(self, devices: int = 1, tensor: int = 1) -> float:
+    def training_bytes(self) -> float:
         """The sum of `training_memory`."""
-        return sum(self.training_memory(devices, tensor).values())
+        return sum(self.training_memory().values())
 
     @property
     def flops(self) -> float:

@@ -122,22 +122,19 @@ def longer_context(shortest: int, room: int, documents_within: Callable[[int], f
 
 
 def training_memory(
-    config: ModelConfig, micro_batch_tokens: float, trained: int | None = None, devices: int = 1, tensor: int = 1
+    config: ModelConfig, micro_batch_tokens: float, trained: int | None = None, devices: int = 1
 ) -> tuple[float, float]:
     """About the bytes of training: those that belong to parameters, and those of activations.
 
     16 bytes a parameter (working copy, gradient, master, moments), 4 for one that is not among those `trained` [all],
     and, for each token of a micro-batch, the activations that the backward pass needs, 2 bytes each. What belongs to
-    parameters is divided among `devices`; activations, but for what enters and leaves the norms, among the `tensor`
-    that divide a layer (Korthikanti et al. 2022, arXiv 2205.05198, 4.1)."""
-    layer = 4 * config.hidden_size + (6 * config.hidden_size + 4 * config.intermediate_size) / tensor
+    parameters is divided among `devices`."""
+    layer = 10 * config.hidden_size + 4 * config.intermediate_size
     trained = config.parameter_count if trained is None else trained
     state = (4.0 * config.parameter_count + 12.0 * trained) / devices
     return state, 2.0 * micro_batch_tokens * config.num_hidden_layers * layer
 
 
-def training_bytes(
-    config: ModelConfig, micro_batch_tokens: float, trained: int | None = None, devices: int = 1, tensor: int = 1
-) -> float:
+def training_bytes(config: ModelConfig, micro_batch_tokens: float, trained: int | None = None) -> float:
     """The sum of `training_memory`."""
-    return sum(training_memory(config, micro_batch_tokens, trained, devices, tensor))
+    return sum(training_memory(config, micro_batch_tokens, trained))

@@ -131,7 +131,7 @@ class Trainer:
 
     def _update(self, batch: Batch, factor: float) -> dict[str, float]:
         own_total, own_targets = self._backward(batch)
-        total, targets = world().sum_shares(own_total, own_targets)
+        total, targets = world().sum(own_total, own_targets)
         loss, norm = total / max(1, targets), float(self.optimizer.gradient_norm(max(1, targets)))
         self._guard(loss, norm)
         limit = self.settings.max_grad_norm

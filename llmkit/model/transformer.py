@@ -33,7 +33,6 @@ from llmkit.kernels import (
 )
 from llmkit.model.config import ModelConfig
 from llmkit.model.rope import RotaryTable
-from llmkit.model.tensor_parallel import LayerGroup, copied, summed
 
 
 def _parameter(*shape: int, dtype: torch.dtype | None, device: torch.device | str | None) -> nn.Parameter:
@@ -46,7 +45,6 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig, index: int, new: Callable[..., nn.Parameter]):
         super().__init__()
         self.config = config
-        self.group: LayerGroup | None = None  # of processes that compute this layer together
         query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         hidden, intermediate = config.hidden_size, config.intermediate_size
         gain = new if config.norm_gains else (lambda size: None)
@@ -64,17 +62,12 @@ class Layer(nn.Module):
         self.residual_scale = new(2) if config.residual_scales else None
 
     def forward(self, x_BTC: Tensor, cos_sin: Tensor, doc_ids) -> Tensor:
-        eps, group = self.config.rms_norm_eps, self.group
-        out, down, out_bias = self.out, self.down, self.out_bias
+        eps, out, down = self.config.rms_norm_eps, self.out, self.down
         if self.residual_scale is not None:  # a product of the weight's size costs less than one of the batch's
-            scale = copied(self.residual_scale, group)
-            out, down = out * scale[0], down * scale[1]
-        if group is not None and out_bias is not None:
-            out_bias = copied(out_bias, group) / group.size  # each process adds its part
-        attended = self._attend(copied(rms_norm(x_BTC, self.input_norm, eps), group), cos_sin, doc_ids)
-        added = summed(linear(attended, out, out_bias), group)
-        normed, x_BTC = add_rms_norm(added, x_BTC, self.mlp_norm, eps)
-        return x_BTC + summed(swiglu_mlp(copied(normed, group), self.gate_up, down), group)
+            out, down = out * self.residual_scale[0], down * self.residual_scale[1]
+        attended = self._attend(rms_norm(x_BTC, self.input_norm, eps), cos_sin, doc_ids)
+        normed, x_BTC = add_rms_norm(linear(attended, out, self.out_bias), x_BTC, self.mlp_norm, eps)
+        return x_BTC + swiglu_mlp(normed, self.gate_up, down)
 
     def _attend(self, x_BTC: Tensor, cos_sin: Tensor, doc_ids) -> Tensor:
         config = self.config
@@ -82,7 +75,7 @@ class Layer(nn.Module):
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         query_BHTD, key_BKTD, value_BKTD = qkv_rotary(
             x_BTC, self.qkv, cos_sin, heads=heads, kv_heads=kv_heads, bias=self.qkv_bias,
-            q_gain=copied(self.q_norm, self.group), k_gain=copied(self.k_norm, self.group),
+            q_gain=self.q_norm, k_gain=self.k_norm,
             eps=config.rms_norm_eps if config.qk_norm else None,
         )  # fmt: skip
         scale = config.attention_scale

@@ -90,7 +90,7 @@ class Actor:
         Each process of a job makes and judges its share of them, and all get all: random numbers are those of a group
         and a sample, whoever draws them.
         """
-        first, stop = world().own(len(problems))
+        first, stop = world().share(len(problems))
         own: list[list[Rollout]] | UserError
         try:
             own = self._attempt(problems[first:stop], settings, step, first_group + first)

@@ -103,7 +103,7 @@ class PolicyLoss:
     @property
     def figures(self) -> dict[str, float]:
         """What the batch was like, in all processes, which ask for it together; see the class."""
-        sums = dict(zip(self._sums, world().sum_shares(*self._sums.values()), strict=True))
+        sums = dict(zip(self._sums, world().sum(*self._sums.values()), strict=True))
         sums["largest"] = world().largest(self._sums["largest"])[0]
         targets, first = max(1.0, sums["targets"]), max(1.0, sums["first"])
         found = {name: sums[name] / targets for name in ("policy_kl", "clipped", "ratio")}
@@ -133,7 +133,7 @@ def reference_logprobs(
     reference: Transformer, rollouts: Sequence[Rollout], temperature: float, share_prompts: bool
 ) -> None:
     """Give every attempt the log-probabilities of its tokens under another model; each process computes its share."""
-    first, stop = world().own(len(rollouts))
+    first, stop = world().share(len(rollouts))
     _own_reference_logprobs(reference, rollouts[first:stop], temperature, share_prompts)
     everywhere = world().gather([one.reference_logprobs for one in rollouts[first:stop]])
     for rollout, logprobs in zip(rollouts, chain.from_iterable(everywhere), strict=True):

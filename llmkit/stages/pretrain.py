@@ -159,7 +159,6 @@ def run(config: PretrainConfig) -> Summary | None:
     from llmkit.engine.sharding import shard, whole_model
     from llmkit.kernels import backend
     from llmkit.model.folder import load_config, load_model, save_model
-    from llmkit.model.tensor_parallel import check_divides
     from llmkit.model.transformer import Transformer
     from llmkit.tokenizer.encoding import load_tokenizer
 
@@ -192,7 +191,6 @@ def run(config: PretrainConfig) -> Summary | None:
     plan = (
         Plan.from_json(notes["plan"]) if notes else _plan(config, former, tokenizer, shards, val_shards, device, dtype)
     )
-    check_divides(config.tensor_parallel, plan.model, new=config.model is None)
     world.check_rows(plan.batch_rows, f"--batch-tokens: rows of {plan.sequence_length} tokens")
     if shards.tokens < plan.sequence_length:
         raise UserError(
@@ -205,7 +203,7 @@ def run(config: PretrainConfig) -> Summary | None:
         say(f"--batch-tokens {config.batch_tokens:,} becomes {plan.batch_tokens:,}, {whole}", config.quiet)
     say(plan_table(plan), config.quiet)
     warn_of_long_warmup(plan.warmup_steps, plan.total_steps, config.quiet)
-    check_memory(plan.training_memory(world.size, world.tensor_parallel_size), device)
+    check_memory(plan.training_memory(world.size), device)
     follows = "" if config.batch_tokens else ", which follows from the tokens of the whole training"
     check_batch_memory(plan.batch_tokens, f"lower --batch-tokens{follows}")
     if config.dry_run:
@@ -336,7 +334,7 @@ def _plan(
     from llmkit.engine.distributed import world
     from llmkit.engine.planning import Plan, make_plan
 
-    processes, tensor = world().size, world().tensor_parallel_size
+    processes = world().size
     if not world().leads:
         return Plan.from_json(world().broadcast(None))
 
@@ -355,7 +353,7 @@ def _plan(
         speed=rate,
         seconds_used=lambda: time.monotonic() - STARTED,
         closing_tokens=val_shards.tokens if val_shards else 0,
-        check_fits=lambda plan: check_memory(plan.training_memory(processes, tensor), device),
+        check_fits=lambda plan: check_memory(plan.training_memory(processes), device),
         special_ids=tokenizer.document_bounds(),
         model=former,
         documents_within=lambda length: float((shards.lengths <= length).mean()),
