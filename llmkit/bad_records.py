@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from llmkit.config import parse_max_bad
 from llmkit.errors import UserError
-from llmkit.progress import say
+from llmkit.progress import counted, say
 from llmkit.records import Row
 
 REPORTED_EACH = 3  # skipped records of a file that are reported one by one
@@ -123,16 +123,16 @@ class BadRecords:
         tally = self._tally(name)
         self._check(tally)
         if tally.bad and not tally.good:
-            more = f"; none of the {tally.bad} records of {name} can be used" if tally.bad > 1 else ""
+            more = f"; none of the {counted(tally.bad, 'record')} of {name} can be used" if tally.bad > 1 else ""
             raise UserError(f"{tally.first}{more}")
         self._print_pending(tally)
         if tally.bad > tally.reported:
             tally.reported = tally.bad
-            say(f"{name}: {tally.bad} of {tally.good + tally.bad} records skipped", self._quiet)
+            say(f"{name}: {tally.bad} of {counted(tally.good + tally.bad, 'record')} skipped", self._quiet)
         if tally.losses != tally.reported_losses:
             tally.reported_losses = Counter(tally.losses)
             counts = ", ".join(f"{loss} {count}" for loss, count in tally.losses.items())
-            say(f"{name}: of {tally.good} records: {counts}", self._quiet)
+            say(f"{name}: of {counted(tally.good, 'record')}: {counts}", self._quiet)
 
     def restore(self, saved: Iterable[Mapping[str, Any]]) -> None:
         """Take over the counts of files that an earlier run has read. Raises UserError beyond the bound."""
@@ -156,6 +156,6 @@ class BadRecords:
         seen = tally.good + tally.bad
         if tally.bad > (max(1, self._share * seen) if self._share is not None else self._count):
             raise UserError(
-                f"{tally.first}; {tally.bad} of {seen} records of {tally.name} cannot be used, more than "
+                f"{tally.first}; {tally.bad} of {counted(seen, 'record')} of {tally.name} cannot be used, more than "
                 f"--max-bad {self._most} allows"
             )

@@ -23,7 +23,7 @@ from llmkit.display import redacted
 from llmkit.errors import UserError
 from llmkit.files import write_json
 from llmkit.foreign import read_object
-from llmkit.progress import say
+from llmkit.progress import counted, say
 
 MANIFEST_VERSION, MANIFEST = 2, "manifest.json"
 OF_FILE = ".manifest.json"  # after the name of the file whose manifest it is
@@ -155,7 +155,7 @@ def write_manifest(
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "options": dict(options),
             "versions": versions,
-            "machine": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores",
+            "machine": f"{platform.machine()} {platform.system()}, {counted(os.cpu_count() or 1, 'core')}",
             "inputs": [dict(item) for item in inputs],
             "parents": [{"path": path, "manifest": _manifest_of_parent(path)} for path in parents],
             **({"output": dict(output)} if output else {}),

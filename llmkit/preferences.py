@@ -19,6 +19,7 @@ from typing import Any
 
 from llmkit.conversations import Message, find_prompt, read_messages, said_in
 from llmkit.errors import UserError
+from llmkit.progress import counted
 from llmkit.records import ANSWERS, CHOSEN, PROMPT_FIRST, SYSTEM, Row, fields_of, first_of, kind_of, not_used
 
 TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -131,9 +132,9 @@ def _ranked(row: Row) -> Comparison:
     prompt, candidates = read_prompt(row), _completions(row)
     ranking = row.value.get("ranking")
     if not isinstance(ranking, list) or len(ranking) != len(candidates):
-        found = f"{len(ranking)} numbers" if isinstance(ranking, list) else kind_of(ranking)
+        found = counted(len(ranking), "number") if isinstance(ranking, list) else kind_of(ranking)
         raise UserError(
-            f"{row.where}: expected 'ranking' to be {len(candidates)} ranks, one a completion, found {found}"
+            f"{row.where}: expected 'ranking' to be {counted(len(candidates), 'rank')}, one a completion, found {found}"
         )
     for rank in ranking:
         if isinstance(rank, bool) or not isinstance(rank, (int, float)) or not math.isfinite(rank):

@@ -22,6 +22,7 @@ from typing import Any
 
 from llmkit.conversations import Message, RecordPrompt, find_prompt, read_messages
 from llmkit.errors import UserError
+from llmkit.progress import counted
 from llmkit.questions import FRAME, answers_of
 from llmkit.records import PROMPT_FIELDS, Row, fields_of, kind_of, not_used
 
@@ -190,4 +191,4 @@ def _letter(row: Row, options: tuple[tuple[str, str], ...]) -> str | None:
         found = [letter for letter, text in options if said in (letter, f"({letter})", f"{letter})", text)]
         if len(found) == 1:
             return found[0]
-    raise UserError(f"{row.where}: expected {field!r} to be one of {len(options)} choices, found {value!r}")
+    raise UserError(f"{row.where}: expected {field!r} to be one of {counted(len(options), 'choice')}, found {value!r}")

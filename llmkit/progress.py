@@ -105,6 +105,11 @@ def duration(seconds: float) -> str:
     return f"{hours // 24}d{hours % 24:02d}h" if hours < 24_000 else "over 1000 days"
 
 
-def counted(number: int, noun: str) -> str:
+def counted(number: float, noun: str) -> str:
     """A number with what it counts: `counted(1, "page") == "1 page"`, `counted(1200, "page") == "1,200 pages"`."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+    shown = f"{int(number):,}" if float(number).is_integer() else f"{number:g}"
+    if number == 1:
+        return f"{shown} {noun}"
+    if noun.endswith("ry"):  # a retry, an entry
+        return f"{shown} {noun[:-1]}ies"
+    return f"{shown} {noun}{'es' if noun.endswith('s') else 's'}"

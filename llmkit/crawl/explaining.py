@@ -15,6 +15,7 @@ from llmkit.crawl.pipeline import DUPLICATES, Pipeline, all_records
 from llmkit.crawl.recipe import Recipe
 from llmkit.crawl.steps import Journey, Steps
 from llmkit.display import printable
+from llmkit.progress import counted
 
 SHOWN_MEASURES = 4  # on the terminal; the JSON has all
 
@@ -118,7 +119,7 @@ def show_explanation(told: dict[str, Any], to: TextIO) -> None:
         measures = list(row.get("measures", {}).items())
         details += [f"{key} {value:.4g}" for key, value in measures[:SHOWN_MEASURES]]
         details += ["..."] if len(measures) > SHOWN_MEASURES else []
-        size = f"{row['characters']:,} characters" if "characters" in row else ""
+        size = counted(row["characters"], "character") if "characters" in row else ""
         line = f"  {row['step']:<18} {row['verdict']:<24} {size:>18}  {', '.join(details)}"
         print(printable(line.rstrip()), file=to)
     verdict = "kept" if told["kept"] else f"dropped by {told['step']}: {told['reason']}"

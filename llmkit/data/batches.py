@@ -28,6 +28,7 @@ import numpy as np
 
 from llmkit.data.shards import TokenShards
 from llmkit.errors import UserError
+from llmkit.progress import counted
 
 _64_BITS = (1 << 64) - 1
 IGNORED = -100  # the target where nothing is predicted, as in torch's cross_entropy
@@ -62,8 +63,8 @@ class Batches:
     def __init__(self, shards: TokenShards, sequence_length: int, batch_size: int, seed: int = 0) -> None:
         if shards.tokens < sequence_length:
             raise UserError(
-                f"{shards.folder}: {shards.tokens:,} tokens in {shards.documents:,} documents are fewer than "
-                f"one context of {sequence_length:,}; give more text or a shorter context"
+                f"{shards.folder}: {counted(shards.tokens, 'token')} in {counted(shards.documents, 'document')} "
+                f"are fewer than one context of {sequence_length:,}; give more text or a shorter context"
             )
         self.shards, self.seed = shards, seed
         self.sequence_length, self.batch_size = sequence_length, batch_size

@@ -25,6 +25,7 @@ from llmkit.data.mixture import best_fit
 from llmkit.data.sources import OUTSIDE, encode_good
 from llmkit.errors import UserError, naming
 from llmkit.preferences import Comparison
+from llmkit.progress import counted
 
 READ_AT_ONCE = 1024  # comparisons: enough for the tokenizer's threads, little memory
 Turns = tuple[Message, ...]
@@ -214,7 +215,7 @@ def read_comparisons(
     if not source.held:
         reasons = ", ".join(f"{key} {count}" for key, count in source.counts.items() if key != "read")
         raise UserError(
-            f"{name}: nothing to learn from in {source.counts['read']} records ({reasons or 'it is empty'})"
+            f"{name}: nothing to learn from in {counted(source.counts['read'], 'record')} ({reasons or 'it is empty'})"
         )
     return source, digest.hexdigest()
 

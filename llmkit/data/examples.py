@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from llmkit.errors import UserError
+from llmkit.progress import counted
 
 CUT = "cut within a turn"  # a count: answers too long by themselves
 
@@ -107,7 +108,9 @@ class Examples:
         if not ids:
             read = examples.counts["read"]
             reasons = ", ".join(f"{key} {count}" for key, count in examples.counts.items() if key != "read")
-            raise UserError(f"{name}: nothing to train on in {read} conversations ({reasons or 'it is empty'})")
+            raise UserError(
+                f"{name}: nothing to train on in {counted(read, 'conversation')} ({reasons or 'it is empty'})"
+            )
         examples.lengths = np.array([len(part) for part in ids], np.int64)
         examples._token_ids, examples._trained = np.concatenate(ids), np.concatenate(trained)
         examples._ends = np.cumsum(examples.lengths)

@@ -18,7 +18,7 @@ import numpy as np
 
 from llmkit.data.batches import splitmix64
 from llmkit.data.shards import TokenShards
-from llmkit.progress import say
+from llmkit.progress import counted, say
 
 _ALONE = r"\u0e00-\u0eff\u1000-\u109f\u3040-\u30ff\u3400-\u9fff"  # letters of scripts without spaces between words
 WORD = re.compile(rf"[{_ALONE}]|[^\W{_ALONE}]+")
@@ -113,10 +113,11 @@ class Overlap:
     def report(self, quiet: bool) -> None:
         """Print the number of held-out records in training, if any."""
         if self.exact + self.near:
+            found = self.exact + self.near
             both = f"{self.exact} exactly, {self.near} nearly"
             say(
-                f"--val: {self.exact + self.near} of {self.records} records are in the training data, too ({both}), "
-                "so that the validation flatters; leave them out on one side",
+                f"--val: {found} of {counted(self.records, 'record')} {'is' if found == 1 else 'are'} in the training "
+                f"data, too ({both}), so that the validation flatters; leave them out on one side",
                 quiet,
             )
 

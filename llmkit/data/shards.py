@@ -24,6 +24,7 @@ from typing import IO, Any
 import numpy as np
 
 from llmkit.errors import UserError
+from llmkit.progress import counted
 
 FORMAT = "llmkit-tokens-1"
 TOKENS_PER_SHARD = 100_000_000  # a shard ends with the first document that reaches it
@@ -183,7 +184,9 @@ class Shard:
                 raise UserError(f"{path}: expected a token shard of format {FORMAT}, found {found}")
             expected = 8 + length + max(stops)
             if size != expected:
-                raise UserError(f"{path}: truncated: expected {expected} bytes, found {size}; make the shards anew")
+                raise UserError(
+                    f"{path}: truncated: expected {counted(expected, 'byte')}, found {size}; make the shards anew"
+                )
             data = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
         self.tokens, self.doc_ends, self.doc_bytes = (
             np.frombuffer(data, DTYPES[entry["dtype"]], entry["shape"][0], 8 + length + entry["data_offsets"][0])

@@ -23,6 +23,7 @@ from llmkit.engine.served_sampling import ServedSampler
 from llmkit.engine.tool_calls import ToolUse, tools_flag
 from llmkit.errors import UserError
 from llmkit.files import atomic_file
+from llmkit.progress import counted
 from llmkit.tokenizer.chat import ChatFormat
 
 LEAST_ANSWER = 32  # tokens of the context that stay free for an answer
@@ -156,7 +157,7 @@ class Chat:
             return f"stopped at its call {self._tools.max_calls + 1} of a tool; --max-tool-calls allows more"
         if made.finish_reason == "length":
             if self.max_tokens is not None and sum(made.sampled) >= self.max_tokens:
-                return f"cut after {self.max_tokens} tokens; --max-tokens allows more"
+                return f"cut after {counted(self.max_tokens, 'token')}; --max-tokens allows more"
             if self._context is None:
                 return f"cut by --max-tokens {self.max_tokens}, or by a limit of the server"
             return f"cut: {self._context} tokens of context"
@@ -181,25 +182,28 @@ class Chat:
             if cut is None:
                 if len(ids) < self._context:
                     break
-                raise UserError(f"the message is {len(ids)} tokens long and the model's context is {self._context}")
+                raise UserError(
+                    f"the message is {counted(len(ids), 'token')} long and the model's context is {self._context}"
+                )
             first = cut
         if left := first - self._first:
             longer = f"the conversation is longer than the context of {self._context} tokens"
-            say(f"{longer}: the model no longer sees its oldest {left} turns")
+            say(f"{longer}: the model no longer sees its oldest {counted(left, 'turn')}")
         self._first = first
         return ids
 
     def tokens(self) -> str:
         """Describe the length of the conversation in one line."""
         if self._chat is None:
-            return f"{len(self.turns)} turns; a server makes the tokens, and says no number of them"
+            return f"{counted(len(self.turns), 'turn')}; a server makes the tokens, and says no number of them"
         shown = self._shown(self._first)
         count = len(self._chat.encode(shown)) if shown else 0
-        left = f"; {len(self.turns) - len(shown)} older turns are not shown to the model" * (
-            len(self.turns) > len(shown)
+        unseen = len(self.turns) - len(shown)
+        left = f"; {counted(unseen, 'older turn')} {'is' if unseen == 1 else 'are'} not shown to the model" * (
+            unseen > 0
         )
         context = "" if self._context is None else f" of {self._context}"
-        return f"{count}{context} tokens in {len(shown)} turns{left}"
+        return f"{count}{context} tokens in {counted(len(shown), 'turn')}{left}"
 
     def save(self, path: str) -> None:
         """Append the conversation to a JSONL file, as a record for sft. Raises UserError, or OSError."""

@@ -28,7 +28,7 @@ from llmkit.files import PARTIAL, atomic_folder, remove, replace_folder, sync
 from llmkit.foreign import read_sealed, write_sealed
 from llmkit.manifest import file_sha256
 from llmkit.model.folder import write_tensors
-from llmkit.progress import say
+from llmkit.progress import counted, say
 from llmkit.rundir import CHECKPOINTS_KEPT, checkpoint_place, checkpoint_steps, keep_checkpoints
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
@@ -200,7 +200,7 @@ def _load_parts(place: Path, parts: int, like: Mapping[str, Tensor] | None) -> d
 
     found = sum(1 for _ in place.glob("*.safetensors"))
     if found != parts:
-        raise ValueError(f"expected {parts} files of tensors, found {found}")
+        raise ValueError(f"expected {counted(parts, 'file')} of tensors, found {found}")
     reader = HuggingFaceStorageReader(str(place))
     described: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
     if like is None:

@@ -12,6 +12,7 @@ import torch
 from llmkit.engine.products import Weights, can_narrow
 from llmkit.errors import UserError
 from llmkit.launch import launch
+from llmkit.progress import counted
 
 # 4 layers of 256 with a vocabulary of 8,192 (5M) take 1.4 ms a token on one thread, 1.5 ms on two, and 50 ms on two
 # that others keep busy
@@ -33,8 +34,8 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and (me := launch()).size > 1:
         if me.local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"{torch.cuda.device_count()} GPUs here, and this is process {me.local_rank + 1} of this machine; "
-                "start torchrun with a lower --nproc-per-node"
+                f"{counted(torch.cuda.device_count(), 'GPU')} here, and this is process {me.local_rank + 1} of this "
+                "machine; start torchrun with a lower --nproc-per-node"
             )
         torch.cuda.set_device(me.local_rank)
         return torch.device("cuda", me.local_rank)

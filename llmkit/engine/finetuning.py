@@ -38,7 +38,7 @@ from llmkit.model.folder import load_model, save_model
 from llmkit.model.growth import grow_vocabulary
 from llmkit.model.lora import LoraAdapter
 from llmkit.model.transformer import Transformer
-from llmkit.progress import say
+from llmkit.progress import counted, say
 from llmkit.tokenizer.chat import CHAT_SPECIALS, ChatFormat, has_own_template, write_chat_tokenizer
 from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
 from llmkit.tokenizer.templates import chat_format
@@ -285,7 +285,10 @@ class Finetuning:
             scores = keeping()
             without_gain = 0 if self.best_step == trainer.step else without_gain + 1
             if without_gain >= patience:
-                say(f"no gain in {patience} validations: stopping after step {trainer.step}", trainer.settings.quiet)
+                say(
+                    f"no gain in {counted(patience, 'validation')}: stopping after step {trainer.step}",
+                    trainer.settings.quiet,
+                )
                 trainer.stopping = True
             return scores
 

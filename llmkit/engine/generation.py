@@ -34,6 +34,7 @@ from llmkit.engine.stopping import StopMatcher
 from llmkit.engine.tool_calls import CallQueue, OpenCall, ToolUse
 from llmkit.errors import UserError
 from llmkit.model.transformer import Transformer
+from llmkit.progress import counted
 from llmkit.tokenizer.encoding import DecodeStream, Tokenizer
 from llmkit.tools.toolbox import ToolResult
 
@@ -237,7 +238,7 @@ class Generator:
                 raise UserError(f"{request.where}: an empty prompt, and no beginning token to start from")
             if length >= self._context:
                 raise UserError(
-                    f"{request.where}: the prompt is {length} tokens long and the model's context is "
+                    f"{request.where}: the prompt is {counted(length, 'token')} long and the model's context is "
                     f"{self._context}, a new token included; shorten the prompt"
                 )
             room = self._context - length

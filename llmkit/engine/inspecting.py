@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from llmkit.display import check_stdout, printable
+from llmkit.progress import counted
 from llmkit.tokenizer.chat import has_chat_tokens
 
 if TYPE_CHECKING:
@@ -34,7 +35,9 @@ def show_examples(sources: Sequence[Packable], tokenizer: Tokenizer, count: int)
         if index >= len(source):
             continue
         ids, trained = source[index]
-        heading = f"==> {source.name}, example {index + 1}: {len(ids)} tokens, {int(trained.sum())} trained on <=="
+        heading = (
+            f"==> {source.name}, example {index + 1}: {counted(len(ids), 'token')}, {int(trained.sum())} trained on <=="
+        )
         text = Text()
         pieces = zip(_roles(ids.tolist(), trained.tolist(), tokenizer), trained.tolist(), ids.tolist(), strict=True)
         stream = tokenizer.stream()  # a character of several tokens is shown with the last of them

@@ -16,6 +16,7 @@ from llmkit.engine.chat_models import ChatModel, Missing
 from llmkit.engine.matching import EVASIVE, RIGHT, UNREADABLE, WRONG, Answered, MatchJudge
 from llmkit.engine.served_models import shortened
 from llmkit.errors import UserError
+from llmkit.progress import counted
 
 TEMPERATURE = 0.3  # not 0: the second try must be able to say something else
 JUDGE_PROMPT = """\
@@ -74,8 +75,8 @@ def check_verdicts(counts: Mapping[str, int], model: ChatModel) -> None:
     """Raise UserError for a judge that said nothing which could be read, about answers that are right or wrong."""
     if counts[UNREADABLE] and not (counts[RIGHT] or counts[WRONG]):
         raise UserError(
-            f"--judge: no verdict of {model.name} could be read, in {counts[UNREADABLE]} judgements; it said, for "
-            f"example: {shortened(model.unread or '')!r}; start again with another judge and --force"
+            f"--judge: no verdict of {model.name} could be read, in {counted(counts[UNREADABLE], 'judgement')}; it "
+            f"said, for example: {shortened(model.unread or '')!r}; start again with another judge and --force"
         )
 
 

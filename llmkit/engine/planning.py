@@ -287,7 +287,7 @@ def _plan_for_time(
     if seconds <= 0:
         raise UserError(
             f"--time-budget {budget:g}s: nothing is left to train in, after {seconds_used():.0f} s of preparation and "
-            f"some {closing_tokens / (2.0 * rate):.0f} s for {closing_tokens:,} tokens of validation; "
+            f"some {closing_tokens / (2.0 * rate):.0f} s for {counted(closing_tokens, 'token')} of validation; "
             "give more time or less validation text"
         )
     if wishes.depth is None:

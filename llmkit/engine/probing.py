@@ -125,7 +125,7 @@ class Probe:
 def ask_all(probe: Probe, state: RunState, questions: Sequence[Question], quiet: bool) -> None:
     """Ask the questions that the state has not, into it."""
     if state.kept:
-        say(f"{state.path}: kept {state.kept} questions", quiet)
+        say(f"{state.path}: kept {counted(state.kept, 'question')}", quiet)
     found: Counter[str] = Counter()
     with Progress("probe", total=len(questions), unit="questions", quiet=quiet) as progress:
         progress.advance(state.kept)
@@ -146,10 +146,10 @@ def plan(
     """What is going to be asked, in a line for every run and one for those who want to know what it takes."""
     others = "".join(f"; left out: {reason} {count}" for reason, count in left_out.items())
     written = f", written by {writer} at most" if writer is not None else ""
-    limit = "the context" if max_tokens is None else f"{most * samples * max_tokens:,}"
+    limit = "a context of tokens each" if max_tokens is None else counted(most * samples * max_tokens, "token")
     return [
         f"{counted(most, 'question')}{written}, {counted(samples, 'answer')} each{others}",
-        f"at most {limit} tokens to be sampled, at temperature {temperature:g}; for example",
+        f"at most {limit} to be sampled, at temperature {temperature:g}; for example",
     ]
 
 

@@ -23,7 +23,7 @@ from llmkit.engine.generation import Completion, Request
 from llmkit.engine.sampling import request_number, seed_of_repeat
 from llmkit.errors import Interrupted, UserError, naming
 from llmkit.files import PARTIAL, create, cut_torn_line, read_json, remove, replace_file, write_json
-from llmkit.progress import say
+from llmkit.progress import counted, say
 from llmkit.records import PROMPT_FIELDS, PROMPT_FIRST, Row, fields_of, not_used, with_made
 from llmkit.rundir import check_identity
 from llmkit.stream import dump_json, json_row, open_bytes
@@ -118,8 +118,8 @@ class Prompts:
             ids = self._encode_messages(messages)
         if self._context is not None and len(ids) >= self._context:
             raise UserError(
-                f"{row.where}: the prompt is {len(ids)} tokens long and the model's context is {self._context}, a new "
-                "token included; shorten the prompt"
+                f"{row.where}: the prompt is {counted(len(ids), 'token')} long and the model's context is "
+                f"{self._context}, a new token included; shorten the prompt"
             )
         return ids, not_used(row.value, asked.used, PROMPT_FIELDS)
 

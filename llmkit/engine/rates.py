@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llmkit.progress import quantity
+from llmkit.progress import counted, quantity
 
 if TYPE_CHECKING:
     from llmkit.engine.generation import Generator
@@ -22,7 +22,7 @@ def describe(generator: Generator, seconds: float) -> str:
     The bandwidth is given for decoding on a CPU, of weights that no cache holds, for long enough: measuring what the
     memory can do takes 0.1 s. It counts what a step must read, weights, keys and values, by the time of the steps.
     """
-    parts = [f"{generator.tokens} tokens at {quantity(generator.tokens / max(seconds, 1e-9))} tok/s"]
+    parts = [f"{counted(generator.tokens, 'token')} at {quantity(generator.tokens / max(seconds, 1e-9))} tok/s"]
     if generator.steps and generator.slots > 1:
         parts.append(f"{generator.rows / (generator.steps * generator.slots):.0%} of the slots in use")
     decoder = generator.decoder

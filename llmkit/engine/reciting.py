@@ -14,7 +14,7 @@ from typing import Any
 
 from llmkit.engine.generation import Generator, Request
 from llmkit.errors import UserError
-from llmkit.progress import Progress
+from llmkit.progress import Progress, counted
 from llmkit.records import Row
 from llmkit.tokenizer.encoding import Tokenizer
 
@@ -143,5 +143,5 @@ def summarise(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
 def describe(groups: dict[str, dict[str, float]], tokens: int) -> Iterator[str]:
     """What `summarise` found, in lines for people; `tokens` were asked for of each document."""
     for name, one in groups.items():
-        found = f"{one['mean_share']:.1%} of {tokens} tokens on average, {one['whole']} recited whole"
+        found = f"{one['mean_share']:.1%} of {counted(tokens, 'token')} on average, {one['whole']} recited whole"
         yield f"documents found {name}: {one['documents']}; {found}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmkit.progress import say
+from llmkit.progress import counted, say
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ def warn_of_long_warmup(warmup_steps: int, total_steps: int | None, quiet: bool)
     """Say so where a run ends before its warm-up does."""
     if total_steps is not None and warmup_steps >= total_steps > 1:
         say(
-            f"--warmup-steps {warmup_steps}: the run has {total_steps} steps, and never reaches the full learning rate",
+            f"--warmup-steps {warmup_steps}: the run has {counted(total_steps, 'step')}, and never reaches the full "
+            "learning rate",
             quiet,
         )

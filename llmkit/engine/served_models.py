@@ -23,6 +23,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from llmkit.engine.served_connections import MOVED, open_http_client, text_of
 from llmkit.errors import UserError
+from llmkit.progress import counted
 
 SCHEME = "openai:"
 EXAMPLE = "openai:http://localhost:8000/v1#model-name"
@@ -116,7 +117,8 @@ class Usage:
 
     def __str__(self) -> str:
         left = "".join(f"; left out the {kind} of {count:,}" for kind, count in self.left_out.items())
-        return f"{self.requests:,} requests, {self.prompt_tokens:,} tokens in, {self.completion_tokens:,} out{left}"
+        tokens = f"{counted(self.prompt_tokens, 'token')} in, {self.completion_tokens:,} out"
+        return f"{counted(self.requests, 'request')}, {tokens}{left}"
 
 
 @dataclass(frozen=True)
@@ -308,7 +310,7 @@ class OpenAIClient:
         """An error of the client's, for people."""
         import openai
 
-        tries = f"after {self._retries} retries"
+        tries = f"after {counted(self._retries, 'retry')}"
         if isinstance(error, openai.APITimeoutError):
             return f"{self.place}: no answer within {self._timeout:g} s {tries}; is it overloaded? Raise --timeout"
         if isinstance(error, openai.APIConnectionError):

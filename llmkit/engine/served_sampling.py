@@ -25,6 +25,7 @@ from llmkit.engine.generation import Completion, Request, finished, prompt_ids
 from llmkit.engine.sampling import Sampling, uniforms
 from llmkit.engine.served_models import OpenAIClient, Prompt, PromptTooLong, Refused, Reply, ServerError, parse_address
 from llmkit.errors import UserError
+from llmkit.progress import counted
 from llmkit.tokenizer.chat import ChatFormat
 from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
 from llmkit.tokenizer.templates import chat_format
@@ -225,7 +226,8 @@ class ServedSampler:
         least = len(ids) if ids is not None else reply.tokens - 1  # some do not count the end token
         if self._needs_logprobs and logprobs is not None and len(logprobs) < least:
             raise ServerError(
-                f"{place}: {request.where}: expected log-probabilities of {least} tokens, found {len(logprobs)}"
+                f"{place}: {request.where}: expected log-probabilities of {counted(least, 'token')}, found "
+                f"{len(logprobs)}"
             )
         if self._end_ids and reply.finish_reason == "stop" and not self._stop and ids and ids[-1] not in self._end_ids:
             raise ServerError(
@@ -260,7 +262,7 @@ def _check_tokenizer(tokenizer: Tokenizer, sent: Any, reply: Reply, place: str) 
         return ServerError(f"{place}: has another tokenizer than {tokenizer.path.parent}: {said}; serve that folder")
 
     if reply.prompt_ids is not None and reply.prompt_ids != list(sent):
-        raise fault(f"it saw a prompt of {len(reply.prompt_ids)} tokens where other {len(sent)} were sent")
+        raise fault(f"it saw a prompt of {counted(len(reply.prompt_ids), 'token')} where other {len(sent)} were sent")
     if reply.token_ids is None:
         return
     if strange := [one for one in reply.token_ids if not 0 <= one < tokenizer.vocab_size]:

@@ -17,7 +17,7 @@ from llmkit.engine.trainer import Batch, Loss
 from llmkit.kernels import keep_freed_memory
 from llmkit.model.config import ModelConfig
 from llmkit.model.transformer import Transformer
-from llmkit.progress import quantity
+from llmkit.progress import counted, quantity
 
 LONGEST = 3.0  # seconds of timing before an estimate
 SHARE = 0.4  # of the rate of large products is about what steps reach
@@ -91,7 +91,7 @@ def expected_tokens_per_second(
     step_flops = recipe.batch_tokens * config.flops_per_token(sequence_length) + update_flops(config, recipe)
     return (
         recipe.batch_tokens * rate / step_flops,
-        f"one layer, timed here on {length} tokens at {quantity(rate)}FLOP/s",
+        f"one layer, timed here on {counted(length, 'token')} at {quantity(rate)}FLOP/s",
     )
 
 

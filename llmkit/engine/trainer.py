@@ -35,7 +35,7 @@ from llmkit.errors import Interrupted, LlmkitError, SavedError, SharedError, Use
 from llmkit.files import sync
 from llmkit.kernels import keep_freed_memory
 from llmkit.metrics import METRICS, MetricsLog, read_metrics, trim_metrics
-from llmkit.progress import Progress, say
+from llmkit.progress import Progress, counted, say
 
 FIRST_SAVE_SECONDS = 60.0  # a run that has nothing on disk loses all of itself
 LARGEST_WEIGHT = 65504.0  # of float16; what training makes of a usable learning rate is a thousand times smaller
@@ -171,7 +171,7 @@ class Trainer:
                     forget()
                 if world().size > 1:  # the others go on with more rows at a time
                     raise UserError(
-                        f"memory runs out with {at_once} rows at a time; lower --micro-batch-size, or use "
+                        f"memory runs out with {counted(at_once, 'row')} at a time; lower --micro-batch-size, or use "
                         "--activation-checkpointing"
                     ) from error
                 if at_once == 1:
@@ -180,7 +180,10 @@ class Trainer:
                         "or use --activation-checkpointing"
                     ) from error
                 at_once = self.micro_batch_rows = max(1, min(at_once, rows) // 2)
-                say(f"memory ran out; micro-batch is now {self.micro_batch_rows} sequences", self.settings.quiet)
+                say(
+                    f"memory ran out; micro-batch is now {counted(self.micro_batch_rows, 'sequence')}",
+                    self.settings.quiet,
+                )
 
     def _guard(self, loss: float, norm: float) -> None:
         """Stop before the update that would spoil the weights."""
@@ -191,7 +194,7 @@ class Trainer:
         if self.high_steps >= self.settings.spike_patience:
             self._stop(
                 f"the loss has stayed {loss - self.average_loss:.2f} nats above its average of "
-                f"{self.average_loss:.2f} for {self.high_steps} steps, at step {self.step}"
+                f"{self.average_loss:.2f} for {counted(self.high_steps, 'step')}, at step {self.step}"
             )
         if math.isnan(self.average_loss):
             self.average_loss = loss

@@ -19,7 +19,7 @@ from llmkit.engine.matching import holds
 from llmkit.engine.normalising import words
 from llmkit.engine.run_state import RunState
 from llmkit.errors import UserError
-from llmkit.progress import Progress, say
+from llmkit.progress import Progress, counted, say
 from llmkit.questions import Question, kind_of_question
 
 TEMPERATURE = 0.7
@@ -57,7 +57,11 @@ def write_all(
         reasons = ", ".join(f"{reason} {count}" for reason, count in left_out.items())
         raise UserError(f"--writer: no question of {model.name} can be asked ({reasons}); {cost(model)}")
     about = len({question.passage_id for question in questions})
-    say(f"{model.name} wrote {len(questions)} questions about {about} of {len(passages)} passages", quiet)
+    say(
+        f"{model.name} wrote {counted(len(questions), 'question')} about {about} of "
+        f"{counted(len(passages), 'passage')}",
+        quiet,
+    )
     return questions, left_out
 
 

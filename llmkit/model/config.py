@@ -9,6 +9,7 @@ from typing import Any
 
 from llmkit.errors import UserError
 from llmkit.foreign import integer, number, shown, switch
+from llmkit.progress import counted
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 ARCHITECTURES = {
@@ -104,7 +105,7 @@ class ModelConfig:
             raise UserError("qk_gain: needs qk_norm")
         if self.layer_windows is not None and len(self.layer_windows) != self.num_hidden_layers:
             raise UserError(
-                f"layer_windows: expected {self.num_hidden_layers} entries, found {len(self.layer_windows)}"
+                f"layer_windows: expected {counted(self.num_hidden_layers, 'entry')}, found {len(self.layer_windows)}"
             )
 
     @property

@@ -21,6 +21,7 @@ from llmkit.foreign import check_file, read_object, shown
 from llmkit.model.config import ModelConfig, token_ids
 from llmkit.model.transformer import Transformer
 from llmkit.model.weights import EMBEDDING, HEAD, export_state_dict, import_state_dict, stock_shapes
+from llmkit.progress import counted
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 SCORE = "score.weight"  # of a reward model
@@ -217,7 +218,7 @@ def _check(tensors: SavedTensors, config: ModelConfig, others: Mapping[str, tupl
     if tensors.where and config.num_hidden_layers > len(tensors.where):  # before names are made for all of them
         raise UserError(
             f"{tensors.folder}: expected the tensors of num_hidden_layers {config.num_hidden_layers}, "
-            f"found {len(tensors.where)} tensors in all"
+            f"found {counted(len(tensors.where), 'tensor')} in all"
         )
     shapes = {**stock_shapes(config), **others}
     if config.tie_word_embeddings:

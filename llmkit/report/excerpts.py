@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 
+from llmkit.progress import counted
 from llmkit.report.gathering import RecordsFile
 from llmkit.report.kinds import KINDS
 from llmkit.report.reading import is_number, parsed, raw_lines
@@ -33,7 +34,7 @@ def read_excerpts(
         else:
             rows.append(excerpt(record, file.kind, number))
     if bad:
-        note(f"{file.path}: {bad} of {len(chosen)} lines looked at are no JSON object and were left out")
+        note(f"{file.path}: {bad} of {counted(len(chosen), 'line')} looked at are no JSON object and were left out")
     return {"path": file.path, "kind": file.kind, "records": lines.count, "shown": len(rows), "rows": rows}
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from llmkit.errors import UserError
-from llmkit.progress import quantity
+from llmkit.progress import counted, quantity
 from llmkit.report.ancestry import rails
 from llmkit.report.drawing import COLOURS, STYLES, draw
 from llmkit.report.figures import given_runs, shorten
@@ -39,7 +39,8 @@ def render_page(figures: Mapping[str, Any], title: str) -> tuple[bytes, dict[str
         if len(page) < MOST_BYTES:
             return page, shown
     raise UserError(
-        f"{len(figures['runs'])} runs make a page of {len(page) / 1e6:.1f} MB; name fewer of them, or use --json"
+        f"the page of {counted(len(figures['runs']), 'run')} has {len(page) / 1e6:.1f} MB; name fewer of them, or "
+        "use --json"
     )
 
 

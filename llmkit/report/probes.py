@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any
 
+from llmkit.progress import counted
 from llmkit.report.reading import parsed, raw_lines
 
 NAMES = {"yes": "known", "no": "unknown", "mixed": "mixed", "evasive": "evasive"}
@@ -34,7 +35,7 @@ def read_probe(
         for name, found in makers.items():
             found.add(str(record.get(name, "")))
     if bad:
-        note(f"{path}: {bad} lines are no record of a probe and were left out")
+        note(f"{path}: left out {counted(bad, 'line')}: no record of a probe")
     totals = sum(kinds.values(), Counter[str]())
     ordered = sorted(kinds.items(), key=lambda kind: (-kind[1].total(), kind[0]))
     figures = {

@@ -20,6 +20,7 @@ import orjson
 
 from llmkit.conversations import as_record
 from llmkit.errors import UserError
+from llmkit.progress import counted
 from llmkit.records import kind_of
 from llmkit.rewards.reward import Attempt, Reward, finite
 from llmkit.stream import dump_json
@@ -56,7 +57,7 @@ class CommandReward(Reward):
             lines.pop()
         if len(lines) != len(attempts):
             raise UserError(
-                f"--reward {self.name}: expected {len(attempts)} lines, one a completion, found {len(lines)}"
+                f"--reward {self.name}: expected {counted(len(attempts), 'line')}, one a completion, found {len(lines)}"
             )
         return finite([self._number(line, place) for place, line in enumerate(lines, 1)], f"--reward {self.name}")
 
@@ -77,7 +78,9 @@ class CommandReward(Reward):
             except subprocess.TimeoutExpired as error:
                 _kill(process)
                 said = _last_line(error.stderr)
-                raise UserError(f"--reward {self.name}: no answer within {self.seconds:g} seconds{said}") from None
+                raise UserError(
+                    f"--reward {self.name}: no answer within {counted(self.seconds, 'second')}{said}"
+                ) from None
             except BaseException:
                 _kill(process)
                 raise

@@ -14,6 +14,7 @@ from llmkit.data.batches import shuffled
 from llmkit.engine.distributed import world
 from llmkit.errors import UserError
 from llmkit.model.transformer import Transformer
+from llmkit.progress import counted
 from llmkit.rewards import Weighted
 from llmkit.rl.actor import Actor, RolloutSettings
 from llmkit.rl.algorithms import Algorithm, advantages, is_informative, token_weights
@@ -154,8 +155,8 @@ class Collector:
             advice += ", or more --max-tokens"
         each = "each of " if self._algorithm.compares_within_groups else ""
         return (
-            f"nothing left to learn: all attempts at {each}{len(groups)} problems were worth the same (the mean "
-            f"reward is {figures['reward']:.3g}); give {advice}"
+            f"nothing left to learn: all attempts at {each}{counted(len(groups), 'problem')} were worth the same "
+            f"(the mean reward is {figures['reward']:.3g}); give {advice}"
         )
 
     def _teaches(self, group: Sequence[Rollout]) -> bool:
@@ -225,8 +226,8 @@ def describe(groups: Sequence[Sequence[Rollout]], rewards: Sequence[Weighted]) -
             weighted.reward.name for weighted in rewards if None in (one.rewards[weighted.reward.name] for one in every)
         ]
         raise UserError(
-            f"--reward {' and '.join(names)}: expected a number for some of {len(every)} attempts, found None, which "
-            "says that it cannot judge, for all"
+            f"--reward {' and '.join(names)}: expected a number for some of {counted(len(every), 'attempt')}, found "
+            "None, which says that it cannot judge, for all"
         )
     found: dict[str, Any] = {
         "reward": np.mean(_rewards(every)),

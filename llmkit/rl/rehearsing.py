@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmkit.engine.speed import batch_seconds
-from llmkit.progress import duration, quantity
+from llmkit.progress import counted, duration, quantity
 from llmkit.rl.actor import Actor, RolloutSettings
 from llmkit.rl.algorithms import Algorithm, is_informative
 from llmkit.rl.collecting import describe, handle_overlong
@@ -38,11 +38,11 @@ class Rehearsal:
                 "problems are solved by one of them"
             )
         step = self.sampling_seconds + updates * self.training_seconds
-        whole = "" if steps is None else f", {duration(steps * step)} or more for {steps} steps"
+        whole = "" if steps is None else f", {duration(steps * step)} or more for {counted(steps, 'step')}"
         return [
             f"a step tried: mean reward {figures['reward']:.3g}, length {figures['length']:.1f} tokens, "
             f"{figures['cut']:.0%} cut{solved}",
-            f"{self.informative} of {self.groups} groups tell attempts apart",
+            f"{self.informative} of {counted(self.groups, 'group')} tell attempts apart",
             f"about {memory / 1e9:.2f} GB of memory for training; a step takes {self.sampling_seconds:.1f} s of "
             f"sampling and judging and {updates * self.training_seconds:.1f} s of training on {quantity(self.tokens)} "
             f"tokens{whole}",

@@ -197,7 +197,7 @@ def run(config: CrawlFilterConfig) -> Summary | None:
     pages = funnel.records - funnel.dropped[READ].total()
     say(
         f"{counted(funnel.kept, 'document')} of {counted(pages, 'page')}, {pages / seconds:.1f} pages/s "
-        f"on {workers} process{'es' * (workers > 1)}",
+        f"on {counted(workers, 'process')}",
         config.quiet,
     )
     return None if out == "-" else Summary(out, config.rejects, **results, workers=workers, seconds=seconds)
@@ -306,7 +306,7 @@ def _say_plan(
                 pass
     size = f" ({quantity(total)}B)" if total is not None else ""
     about = f", about {duration(1 + total / BYTES_PER_PAGE / PAGES_PER_SECOND / workers)}" if total else ""
-    say(f"from {' '.join(inputs)}{size} to {out} on {workers} process{'es' * (workers > 1)}{about}")
+    say(f"from {' '.join(inputs)}{size} to {out} on {counted(workers, 'process')}{about}")
     say(f"recipe {_recipe_name(config, recipe)}")
     say(f"steps: {', '.join(recipe.taken) or 'none'}; --print-recipe shows their thresholds")
 
@@ -363,7 +363,7 @@ def _state(config: CrawlFilterConfig, out: str, recipe: Recipe, inputs: Sequence
     state = State(out, made_of)
     done = state.begin(config.resume, config.force)
     if config.resume:
-        say(f"{done} spans are done already", config.quiet)
+        say(f"{counted(done, 'span')} {'is' if done == 1 else 'are'} done already", config.quiet)
     return state
 
 

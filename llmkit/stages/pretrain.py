@@ -23,7 +23,7 @@ from llmkit.config import (
     option_fields,
 )
 from llmkit.errors import UserError
-from llmkit.progress import duration, say
+from llmkit.progress import counted, duration, say
 from llmkit.rundir import RunFolder, check_model_folder
 from llmkit.stream import check_inputs, names_of
 
@@ -194,8 +194,8 @@ def run(config: PretrainConfig) -> Summary | None:
     world.check_rows(plan.batch_rows, f"--batch-tokens: rows of {plan.sequence_length} tokens")
     if shards.tokens < plan.sequence_length:
         raise UserError(
-            f"{names_of(inputs)}: {shards.tokens:,} tokens in {shards.documents:,} documents are fewer than one "
-            f"context of {plan.sequence_length:,}; give more text or a shorter --sequence-length"
+            f"{names_of(inputs)}: {counted(shards.tokens, 'token')} in {counted(shards.documents, 'document')} "
+            f"are fewer than one context of {plan.sequence_length:,}; give more text or a shorter --sequence-length"
         )
     batches = Batches(shards, plan.sequence_length, plan.batch_rows, config.seed)
     if config.batch_tokens not in (None, plan.batch_tokens):

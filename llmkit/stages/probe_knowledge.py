@@ -14,7 +14,7 @@ from llmkit.config import CommonConfig, RecordsConfig, ServedConfig, argument, a
 from llmkit.errors import UserError
 from llmkit.files import check_output, check_unfinished
 from llmkit.manifest import write_file_manifest
-from llmkit.progress import say
+from llmkit.progress import counted, say
 from llmkit.questions import Question, all_questions
 from llmkit.rundir import check_finished, check_model_folder
 from llmkit.stream import check_inputs, name_of, names_of, open_output, read_documents, read_jsonl
@@ -379,7 +379,7 @@ def _read(config: ProbeKnowledgeConfig, bad: BadRecords) -> tuple[list[Passage],
         return passages, [], Counter()
     questions = ask_about(passages, names, config.per_passage, config.seed)
     asked_about = len({question.passage_id for question in questions})
-    say(f"{names}: {len(passages)} passages, {asked_about} of them with questions", config.quiet)
+    say(f"{names}: {counted(len(passages), 'passage')}, {asked_about} of them with questions", config.quiet)
     return passages, questions, Counter()
 
 
@@ -424,7 +424,7 @@ def _recite(config: ProbeKnowledgeConfig, path: str) -> Recited | None:
     documents = read_documents([path], config.limit, BadRecords(config.max_bad, config.quiet))
     context = opened.config.max_position_embeddings
     recital = Recital(documents, opened.tokenizer, config.prefix_tokens, config.max_tokens, context, name_of(path))
-    say(f"{name_of(path)}: {len(recital)} documents, {recital.too_short} more are too short", config.quiet)
+    say(f"{name_of(path)}: {counted(len(recital), 'document')}, {recital.too_short} more are too short", config.quiet)
     if config.dry_run:
         return None
     with opened.computing(), open_output(out, config.force) as write:

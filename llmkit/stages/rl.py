@@ -386,7 +386,8 @@ def _say_plan(config: RlConfig, horizon: Horizon, rewards: Sequence[Weighted], p
     )
     if config.batch_size > problems:
         say(
-            f"--batch-size {config.batch_size}: more than the {problems} problems, so a step repeats some", config.quiet
+            f"--batch-size {config.batch_size}: more than the {counted(problems, 'problem')}, so a step repeats some",
+            config.quiet,
         )
 
 

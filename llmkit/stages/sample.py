@@ -25,7 +25,7 @@ from llmkit.config import (
 from llmkit.conversations import Message
 from llmkit.errors import UserError
 from llmkit.files import PARTIAL, check_output, check_unfinished
-from llmkit.progress import Progress, quantity, say
+from llmkit.progress import Progress, counted, quantity, say
 from llmkit.records import Row
 from llmkit.rundir import check_model_folder
 from llmkit.stream import names_of, open_bytes, open_input, open_output, read_jsonl, read_text
@@ -266,7 +266,7 @@ def _asked(config: SampleConfig) -> dict[str, Any]:
 
 def _summary(config: SampleConfig, prompts: Prompts, out: str, tokens: int, seconds: float) -> Summary | None:
     if prompts.passed:
-        say(f"{out}: kept the completions of {prompts.passed} prompts", config.quiet)
+        say(f"{out}: kept the completions of {counted(prompts.passed, 'prompt')}", config.quiet)
     elif not prompts.count:
         say(f"{names_of(config.inputs or ['-'])}: no prompts, so no completions", config.quiet)
     if out == "-":
@@ -330,7 +330,7 @@ def _plan(config: SampleConfig, folder: str, model: ModelConfig, precision: Prec
     loading = f", {quantity(count * size)}B more while loading" if device == "cpu" else ""
     yield (
         f"memory: {quantity(count * packed)}B of weights{loading}, and up to "
-        f"{quantity(slots * context * a_token)}B of keys and values for {slots} sequences"
+        f"{quantity(slots * context * a_token)}B of keys and values for {counted(slots, 'sequence')}"
     )
     yield _wanted(config)
 

@@ -383,7 +383,11 @@ def _say_plan(config: SftConfig, mixture: Mixture, steps: int | None, parameters
     say(
         f"{horizon} of {counted(rows, 'row')} of {mixture.sequence_length} tokens; "
         f"{quantity(parameters)} parameters are trained"
-        + (f"; {new_tokens} tokens are new to the model" if new_tokens else ""),
+        + (
+            f"; {counted(new_tokens, 'token')} {'is' if new_tokens == 1 else 'are'} new to the model"
+            if new_tokens
+            else ""
+        ),
         config.quiet,
     )
     if steps is not None:

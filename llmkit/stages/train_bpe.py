@@ -13,7 +13,7 @@ from llmkit.errors import UserError
 from llmkit.files import atomic_folder, check_is_folder, check_output, output_folder, write_json
 from llmkit.launch import available_cores
 from llmkit.manifest import describe_inputs, write_manifest
-from llmkit.progress import Progress, duration, quantity, say
+from llmkit.progress import Progress, counted, duration, quantity, say
 from llmkit.stream import check_inputs, names_of
 
 BYTES_PER_SECOND = 30e6  # of English at a vocabulary of 32k, on two cores
@@ -78,10 +78,13 @@ def run(config: TrainBpeConfig) -> Summary | None:
     wanted = size - len(folder.SPECIALS)
     total = _megabytes_of(inputs, config.limit_bytes)
     if config.dry_run:
-        say(f"vocabulary {size}: 256 bytes, {wanted - 256} merges, {len(folder.SPECIALS)} special tokens", config.quiet)
+        say(
+            f"vocabulary {size}: 256 bytes, {wanted - 256:,} merges, {len(folder.SPECIALS)} special tokens",
+            config.quiet,
+        )
         say(f"pattern {pattern.name}: {pattern.regex}", config.quiet)
         time_needed = f", about {duration(1 + total * 1e6 / BYTES_PER_SECOND)}" if total else ""
-        say(f"from {' '.join(inputs)} on {available_cores()} cores to {out}{time_needed}", config.quiet)
+        say(f"from {' '.join(inputs)} on {counted(available_cores(), 'core')} to {out}{time_needed}", config.quiet)
         return None
 
     # count
@@ -98,7 +101,7 @@ def run(config: TrainBpeConfig) -> Summary | None:
     vocab_size = folder.SMALLEST_VOCABULARY + len(merges.pairs) + reserved
     if len(merges.tokens) < wanted:
         say(
-            f"only {len(merges.pairs)} merges of {wanted - 256}: no other pair occurs"
+            f"only {counted(len(merges.pairs), 'merge')} of {wanted - 256}: no other pair occurs"
             f"{f' {config.min_frequency} times' if config.min_frequency > 1 else ''}; the vocabulary is {vocab_size}",
             config.quiet,
         )

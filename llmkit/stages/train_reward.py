@@ -287,7 +287,7 @@ def _read_all(
     if config.val:
         return sources, held_out, digests
     parts = [source.split(config.val_fraction, config.seed) for source in sources]
-    say(f"held out: {sum(len(part) for _, part in parts)} comparisons (--val-fraction)", config.quiet)
+    say(f"held out: {counted(sum(len(part) for _, part in parts), 'comparison')} (--val-fraction)", config.quiet)
     return [training for training, _ in parts], [part for _, part in parts], digests
 
 
@@ -353,7 +353,10 @@ def _score(config: TrainRewardConfig) -> Scored | None:
     chat = chat_format(tokenizer)
     tokenizer.check_fits(model.config.vocab_size)
     if config.dry_run:
-        say(f"{folder}: {quantity(model.config.parameter_count)} parameters, {len(model.score)} heads", config.quiet)
+        say(
+            f"{folder}: {quantity(model.config.parameter_count)} parameters, {counted(len(model.score), 'head')}",
+            config.quiet,
+        )
         return None
     pad = chat.end_id
     if config.val:
@@ -392,9 +395,9 @@ def _say_evaluation(evaluation: dict[str, Any], quiet: bool) -> None:
         low, high = scores["accuracy_95"]
         doubt = " (of too few to be relied on)" if scores["comparisons"] < FEW else ""
         say(
-            f"{name}: accuracy {scores['accuracy']:.3f} (95%: {low:.3f} to {high:.3f}), {scores['comparisons']} "
-            f"comparisons; calibration error {scores['ece']:.3f}, {scores['ece_at_temperature']:.3f} at temperature "
-            f"{scores['temperature']:g}{doubt}",
+            f"{name}: accuracy {scores['accuracy']:.3f} (95%: {low:.3f} to {high:.3f}), "
+            f"{counted(scores['comparisons'], 'comparison')}; calibration error {scores['ece']:.3f}, "
+            f"{scores['ece_at_temperature']:.3f} at temperature {scores['temperature']:g}{doubt}",
             quiet,
         )
     for name, found in evaluation.get("biases", {}).items():

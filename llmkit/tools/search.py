@@ -34,6 +34,7 @@ from typing import Any
 from llmkit.display import redacted
 from llmkit.errors import UserError
 from llmkit.files import PARTIAL
+from llmkit.progress import counted
 from llmkit.stream import read_documents
 
 SUFFIX = ".fts5"
@@ -233,7 +234,7 @@ class SearchEngine:
             answer = said.get(timeout=self._timeout)
         except Empty:
             call.cut()  # ends the thread, however slowly the engine drips
-            answer = TimeoutError(f"no answer within {self._timeout:g} seconds")
+            answer = TimeoutError(f"no answer within {counted(self._timeout, 'second')}")
         if isinstance(answer, str):
             return answer
         if isinstance(answer, urllib.error.HTTPError):

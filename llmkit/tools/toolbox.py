@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from llmkit.conversations import TOOLS
 from llmkit.errors import UserError
+from llmkit.progress import counted
 from llmkit.records import kind_of
 from llmkit.tools.calc import CalculationError, calculate
 from llmkit.tools.python import Limits, check_sandbox, run_python
@@ -115,7 +116,7 @@ def _python(sandbox: bool, seconds: float) -> Callable[[str], ToolResult]:
         output = result.output.rstrip("\n")
         if result.ended in ("done", "error"):
             return ToolResult(output, failed=result.ended == "error")
-        reason = {"timeout": f"stopped after {seconds:g} seconds", "output": "stopped: too much output"}
+        reason = {"timeout": f"stopped after {counted(seconds, 'second')}", "output": "stopped: too much output"}
         return ToolResult(f"{output}\nerror: {reason.get(result.ended, 'killed')}".lstrip("\n"), failed=True)
 
     return run

@@ -91,7 +91,7 @@ def test_a_document_longer_than_a_row_is_split_without_loss(on_long, length):
 
 def test_a_source_that_teaches_nothing_is_an_error():
     silent = Chat(np.arange(10, dtype=np.int32), np.zeros(10, bool), (10,))
-    with pytest.raises(UserError, match=r"a.jsonl: nothing to train on in 1 conversations \(nothing trained 1\)"):
+    with pytest.raises(UserError, match=r"a.jsonl: nothing to train on in 1 conversation \(nothing trained 1\)"):
         Examples.gather("a.jsonl", [("a.jsonl:1", silent)], 16)
     with pytest.raises(UserError, match="it is empty"):
         Examples.gather("a.jsonl", [], 16)

@@ -70,9 +70,9 @@ def test_a_fault_that_passes_is_outlived(fault):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("429", r"--judge http://127.*/v1: too many requests after 1 retries \(429\); lower --concurrency: something"),
-        ("500", r"/v1: fails after 1 retries \(500\): something of 500"),
-        ("cut", "/v1: cannot be reached after 1 retries: .*disconnected"),
+        ("429", r"--judge http://127.*/v1: too many requests after 1 retry \(429\); lower --concurrency: something"),
+        ("500", r"/v1: fails after 1 retry \(500\): something of 500"),
+        ("cut", "/v1: cannot be reached after 1 retry: .*disconnected"),
         ("page", "/v1: expected a chat completion, found '<html>Bad gateway</html>'; is the URL right"),
         ("404", r"/v1: has no model 'tiny', or is another URL \(404\): something of 404"),
         ("400", r"/v1: refuses the request \(400\): something of 400"),
@@ -120,7 +120,7 @@ def test_a_server_that_is_down_is_found_before_the_work():
         server.faults = ["401"]
         with pytest.raises(ServerError, match="refuses the key"):
             open_chat_model(server.spec, "--judge", SETTINGS).check()
-    with pytest.raises(ServerError, match=r"cannot be reached after 1 retries: .*refused"):
+    with pytest.raises(ServerError, match=r"cannot be reached after 1 retry: .*refused"):
         open_chat_model(server.spec, "--judge", SETTINGS).check()
 
 

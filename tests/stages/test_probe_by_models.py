@@ -105,7 +105,7 @@ def test_a_server_that_dies_in_the_middle_is_resumed_to_the_same_bytes(babbler, 
     with ChatServer(clever) as server:
         models = {"writer": server.spec, "judge": server.spec}
         server.dies_after = dies_after
-        with pytest.raises(UserError, match=r"cannot be reached after 1 retries.*r.jsonl\.(written\.)?state has what"):
+        with pytest.raises(UserError, match=r"cannot be reached after 1 retry.*r.jsonl\.(written\.)?state has what"):
             probe(babbler, out, report=str(report), **options, **models)
         assert not out.exists() and not report.exists()
         kept = sum(path.read_bytes().count(b"\n") - 1 for path in tmp_path.glob("r.jsonl*.state"))
@@ -177,7 +177,7 @@ def test_the_server_as_judge_is_checked(tmp_path, llmkit):
         done = llmkit("probe-knowledge", "--judge-check", labels, "--judge", server.spec, *QUICK)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["kappa"] == 1.0 and "judge openai:#tiny: 2 requests" in done.stderr
-    with pytest.raises(UserError, match=r"/v1: cannot be reached after 1 retries: [^;]*$"):
+    with pytest.raises(UserError, match=r"/v1: cannot be reached after 1 retry: [^;]*$"):
         run(ProbeKnowledgeConfig(judge_check=str(labels), judge=server.spec, retries=1, quiet=True))
 
 

@@ -99,7 +99,7 @@ def test_a_server_that_dies_is_resumed_to_the_same_bytes(folder, prompts, tmp_pa
     out, options = tmp_path / "out.jsonl", {"inputs": [str(prompts)], "samples": "2", "concurrency": "2"}
     with ModelServer(folder) as server:
         server.dies_after = dies_after
-        with pytest.raises(UserError, match=r"cannot be reached after 1 retries.*--resume goes on \(.*out.jsonl.part"):
+        with pytest.raises(UserError, match=r"cannot be reached after 1 retry.*--resume goes on \(.*out.jsonl.part"):
             sample(folder, out, engine=server.spec, **options)
         assert not out.exists() and len(read_lines(tmp_path / "out.jsonl.partial")) >= 1
     with ModelServer(folder) as server:  # at another port
@@ -135,8 +135,8 @@ def test_faults_that_pass_change_nothing(folder, prompts, tmp_path):
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ("429", r"too many requests after 1 retries \(429\); lower --concurrency"),
-        ("500", r"fails after 1 retries \(500\)"),
+        ("429", r"too many requests after 1 retry \(429\); lower --concurrency"),
+        ("500", r"fails after 1 retry \(500\)"),
         ("404", r"has no model 'tiny', or is another URL \(404\)"),
         ("page", "expected a completion, found '<html>"),
         ("context", r"prompts.jsonl:1: the prompt, with --max-tokens 20, is longer than the context of tiny"),
@@ -210,7 +210,7 @@ def test_a_prompt_is_continued_on_a_pipe_and_on_a_terminal(folder, llmkit, on_te
         words = ["sample", str(folder), "--engine", server.spec, "-p", "It was", "--max-tokens", "30", "--top-k", "20"]
         piped = llmkit(*words)
         assert piped.returncode == 0, piped.stderr
-        assert piped.stderr.startswith("llmkit: openai:#tiny: 1 requests, ") and len(piped.stderr.splitlines()) == 1
+        assert piped.stderr.startswith("llmkit: openai:#tiny: 1 request, ") and len(piped.stderr.splitlines()) == 1
         shown = on_terminal(sys.executable, "-m", "llmkit", *words, "--quiet")
         assert server.requests[-1]["stream"] and "stream" not in server.requests[0]
         server.faults = ["cut stream"]

@@ -282,7 +282,7 @@ def test_the_plan_tells_when_a_step_takes_more_than_the_data(base, chats, tmp_pa
         ([{"title": "x"}], "chats.jsonl:1: expected messages"),
         ([{"prompt": "a", "completion": "b"}, {"messages": []}], "chats.jsonl:2: expected at least one message"),
         ([{"messages": [{"role": "narrator", "content": "x"}]}], "found 'narrator'"),
-        ([{"messages": [{"role": "user", "content": "x"}]}], "nothing to train on in 1 conversations"),
+        ([{"messages": [{"role": "user", "content": "x"}]}], "nothing to train on in 1 conversation"),
         ([{"messages": [{"role": "assistant", "content": "x", "weight": 0}]}], "nothing to train on"),
         ([], "nothing to train on in 0 conversations (it is empty)"),
         ([{"prompt": "a", "completion": "b\ud800"}], "no low surrogate"),

@@ -1,0 +1,73 @@
+"""The words of messages: counts agree with what they count, and commands that other programs have lead to ours."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+from llmkit.progress import counted
+
+ROOT = Path(__file__).parent.parent
+# never one: lengths of contexts and vocabularies, numbers that are tested to be more, and sentences about no count
+NEVER_ONE = re.compile(
+    r"[A-Z_]{4,}|context|sequence_length|row_tokens|vocab_size|batch_tokens|wanted|specials|SPECIALS|limit|^length$"
+    r"|heads|min_frequency|quantity\(|counted\(|known|tokens$|prefix_tokens|gpus|devices|shares|tensor|size|answers"
+)
+NEVER_ONE_HERE = {
+    "{len(text)} characters of ",
+    "{most} values, found ",
+    "{plan.batch_rows} rows in a batch are fewer than ",
+}
+NEVER_ONE_HERE |= {"{one.longest} tokens are more than the context of ", "{length - 1} tokens are more than the "}
+NEVER_ONE_HERE |= {"{results['bytes_per_token']} bytes per token over ", "{smallest - 256} special tokens), found "}
+VERBS = {
+    "is",
+    "as",
+    "was",
+    "has",
+    "this",
+    "its",
+    "us",
+    "does",
+    "needs",
+    "ends",
+    "comes",
+    "gives",
+    "names",
+    "allows",
+    "runs",
+}
+VERBS |= {"holds", "leaves", "compares", "promises", "becomes", "tells", "left", "process", "others", "has"}
+
+
+def bare_plurals(source: str) -> list[tuple[int, str]]:
+    """Line and text of each f-string in which a plain number stands before a plural: `f"{steps} steps"`."""
+    found = []
+    tree = ast.parse(source)
+    ours = {id(text) for one in ast.walk(tree) if isinstance(one, ast.Assert) and one.msg for text in ast.walk(one.msg)}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.JoinedStr) or id(node) in ours:  # what an assertion says is not for users
+            continue
+        for value, text in zip(node.values, node.values[1:], strict=False):
+            if not (isinstance(value, ast.FormattedValue) and isinstance(text, ast.Constant)):
+                continue
+            spec = ast.unparse(value.format_spec) if value.format_spec else ""
+            word = re.match(r" (?:[a-z-]+ )?([a-z-]+s|GPUs)\b", str(text.value))
+            number = ast.unparse(value.value)
+            plain = value.conversion == -1 and not re.search(r"[.%]|[<>]", spec)  # 1.00 nats
+            shown = f"{{{number}}}{text.value}"
+            exempt = NEVER_ONE.search(number) or any(shown.startswith(one) for one in NEVER_ONE_HERE)
+            if word and plain and word[1] not in VERBS and not exempt:
+                found.append((value.lineno, shown))
+    return found
+
+
+def test_a_count_of_one_is_singular():
+    assert counted(1, "process") == "1 process" and counted(2, "process") == "2 processes"
+    assert counted(1.0, "second") == "1 second" and counted(0.5, "second") == "0.5 seconds"
+    assert counted(6, "retry") == "6 retries" and counted(1234, "key") == "1,234 keys"
+    assert bare_plurals('f"{steps} steps, {rate:.2f} nats, {done} is"') == [(1, "{steps} steps, ")]
+    files = sorted((ROOT / "llmkit").rglob("*.py"))
+    places = [f"{file}:{line}: {text}" for file in files for line, text in bare_plurals(file.read_text())]
+    assert places == [], "use llmkit.progress.counted: " + "; ".join(places)
