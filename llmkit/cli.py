@@ -56,29 +56,50 @@ Example:
   llmkit pretrain docs.jsonl.gz --tokenizer tok/ --time-budget 10m -o base/
   llmkit sample base/ -p "It was a dark and" -n 3
 """
-# what other programs call a command of ours, or have and we have not
+# what other programs call a command of ours, or have and we have not: names, and where it is here
 ELSEWHERE = {
-    "chat": "llmkit sample MODEL --chat",
-    "generate": "llmkit sample MODEL -p PROMPT",
-    "infer": "llmkit sample MODEL -p PROMPT",
-    "eval": "--val of pretrain, sft, train-reward and rl, or llmkit probe-knowledge",
-    "evaluate": "--val of pretrain, sft, train-reward and rl, or llmkit probe-knowledge",
-    "serve": "docs/serving.md: a server of your own loads the folders of llmkit",
-    "dpo": "llmkit train-reward and then llmkit rl, which learn from preferences",
-    "grpo": "llmkit rl",
-    "ppo": "llmkit rl",
-    "tokenize": "llmkit pretrain, which tokenizes its documents itself, and llmkit train-bpe, which makes a tokenizer",
-    "train-tokenizer": "llmkit train-bpe",
-    "train": "llmkit pretrain or llmkit sft",
-    "finetune": "llmkit sft",
-    "fine-tune": "llmkit sft",
-    "lora": "llmkit sft --lora-rank 16",
-    "reward": "llmkit train-reward",
-    "convert": "llmkit export",
-    "quantize": "llmkit export --format gguf --dtype q8_0",
-    "crawl": "llmkit crawl-filter",
-    "filter": "llmkit crawl-filter",
-    "probe": "llmkit probe-knowledge",
+    name: hint
+    for names, hint in (
+        ("chat talk run repl interactive", "llmkit sample MODEL --chat"),
+        ("generate infer inference complete completion predict prompt", "llmkit sample MODEL -p PROMPT"),
+        (
+            "eval evaluate evaluation test validate benchmark bench",
+            "--val of llmkit pretrain, sft, train-reward and rl, or llmkit probe-knowledge",
+        ),
+        ("serve server api deploy", "docs/serving.md: a server of your own loads the folders that are made here"),
+        ("dpo orpo kto ipo simpo rlhf align", "llmkit train-reward and then llmkit rl, which learn from preferences"),
+        ("grpo ppo rloo dapo gspo reinforce rlvr rft", "llmkit rl, whose --algo chooses"),
+        (
+            "tokenize tokenise encode pack prepare preprocess",
+            "llmkit pretrain, which tokenizes its documents itself, and llmkit train-bpe, which makes a tokenizer",
+        ),
+        ("train-tokenizer tokenizer tokeniser bpe vocab train-tok", "llmkit train-bpe"),
+        ("train training trainer fit", "llmkit pretrain for documents, llmkit sft for conversations"),
+        ("continue cpt continued-pretraining", "llmkit pretrain --from MODEL"),
+        ("finetune fine-tune finetuning fine-tuning tune instruct", "llmkit sft"),
+        ("lora qlora peft adapter", "llmkit sft --lora-rank 16"),
+        ("reward reward-model train-rm rm preference", "llmkit train-reward"),
+        ("score rank judge", "llmkit train-reward, which makes a judge, and its --score, which asks one"),
+        ("merge merge-lora", "llmkit sft --lora-rank, which merges its adapter at the end"),
+        ("convert save hf gguf llama-cpp ollama", "llmkit export --format gguf or hf"),
+        ("quantize quantise quantization quant", "llmkit export --format gguf --dtype q8_0"),
+        (
+            "crawl filter extract clean dedup dedupe deduplicate minhash scrape warc pii language",
+            "llmkit crawl-filter",
+        ),
+        ("probe knowledge refusals hallucination hallucinations recite", "llmkit probe-knowledge"),
+        ("plot plots stats dashboard show visualize compare view", "llmkit report"),
+        ("version", "llmkit --version"),
+        ("list commands options usage", "llmkit --help"),
+        ("init new config setup", "llmkit COMMAND --help: a command needs no set-up, and --config takes a TOML file"),
+        ("demo example examples tutorial quickstart", "README.md, and make demo in a clone"),
+        (
+            "download pull push upload login fetch",
+            "the program hf of huggingface_hub, for no command of ours uses a network",
+        ),
+        ("resume", "--resume of each command"),
+    )
+    for name in names.split()
 }
 IN_PROCESSES = ("pretrain", "sft", "train-reward", "rl")  # which torchrun may start several times
 PIPE_CLOSED = 141
@@ -141,8 +162,8 @@ def parse(arguments: list[str]) -> Callable[[], Any] | int:
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:2], "--help"]
     name = _command_name(arguments)
-    if name in ELSEWHERE:
-        raise UserError(f"no such command {name!r}; see {ELSEWHERE[name]}")
+    if name is not None and (hint := ELSEWHERE.get(name.lower().replace("_", "-"))):
+        raise UserError(f"no such command {name!r}; see {hint}")
     command = typer.main.get_command(build_app(name))
     try:
         return command.main(args=arguments, prog_name="llmkit", standalone_mode=False) or 0

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
+import pytest
+
+from llmkit import cli
+from llmkit.config import flag_of, option_fields
+from llmkit.errors import UserError
 from llmkit.progress import counted
 
 ROOT = Path(__file__).parent.parent
@@ -71,3 +77,35 @@ def test_a_count_of_one_is_singular():
     files = sorted((ROOT / "llmkit").rglob("*.py"))
     places = [f"{file}:{line}: {text}" for file in files for line, text in bare_plurals(file.read_text())]
     assert places == [], "use llmkit.progress.counted: " + "; ".join(places)
+
+
+@pytest.mark.parametrize(
+    ("typed", "named"),
+    [
+        ("version", "--version"),
+        ("tokenise", "train-bpe"),
+        ("dedup", "crawl-filter"),
+        ("score", "--score"),
+        ("judge", "train-reward"),
+        ("merge", "--lora-rank"),
+        ("GGUF", "export --format gguf"),
+        ("fine_tune", "llmkit sft"),
+        ("dpo", "train-reward"),
+        ("chat", "llmkit sample MODEL --chat"),
+        ("serve", "docs/serving.md"),
+    ],
+)
+def test_a_command_of_other_programs_leads_to_ours(typed: str, named: str):
+    with pytest.raises(UserError, match=f"no such command '{typed}'; see .*{re.escape(named)}"):
+        cli.parse([typed, "--out", "x"])
+
+
+def test_hints_name_what_there_is():
+    assert not set(cli.ELSEWHERE) & set(cli.COMMANDS)
+    for hint in set(cli.ELSEWHERE.values()):
+        for name, words in re.findall(r"llmkit ([a-z][a-z-]+)([^,:]*)", hint):
+            module, config, _ = cli.COMMANDS[name]
+            flags = {flag_of(item) for item in option_fields(getattr(importlib.import_module(module), config))}
+            assert set(re.findall(r"--[a-z-]+", words)) <= flags, hint
+        for page in re.findall(r"\S+\.md", hint):
+            assert (ROOT / page).exists(), hint
