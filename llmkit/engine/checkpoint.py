@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from llmkit.engine.distributed import new_group, world
-from llmkit.engine.sharding import is_sharded, local, part_of
+from llmkit.engine.sharding import is_sharded, local, mesh, part_of
 from llmkit.errors import UserError
 from llmkit.files import PARTIAL, atomic_folder, remove, replace_folder, sync
 from llmkit.foreign import read_sealed, write_sealed
@@ -51,12 +51,19 @@ class Checkpoints:
     def _place(self, step: int) -> Path:
         return checkpoint_place(self.folder, step)
 
+    def prepare(self, tensors: Mapping[str, Tensor]) -> None:
+        """Make what writing them needs of all processes, which may not answer when it is wanted."""
+        if any(map(is_sharded, tensors.values())):
+            self._group = self._group or new_group()
+            mesh("cpu")
+
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], wait: bool = False) -> None:
         """Copy the tensors and write them in the background; `wait` returns when they are on disk. All processes of a
         job call it together.
 
         Raises what the former background write raised, such as an OSError for a full disk.
         """
+        self.prepare(tensors)
         self.wait()
         copies = {
             name: part_of(local(value.detach()).to("cpu", copy=True).contiguous(), value, "cpu")
@@ -64,7 +71,7 @@ class Checkpoints:
         }
         write = self._write
         if any(map(is_sharded, tensors.values())):
-            write, self._group = self._write_parts, self._group or new_group()
+            write = self._write_parts
         self._thread = threading.Thread(target=self._safely, args=(write, step, copies, dict(state)), daemon=False)
         self._thread.start()
         if wait:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import count, islice
@@ -120,6 +120,21 @@ class World:
         # no deadline: the watch ends this process where another one fails
         while not self._watch.store.check(keys):
             time.sleep(0.02)
+
+    @contextmanager
+    def saving_by(self, save: Callable[[Callable[[Any], bool]], bool]) -> Iterator[None]:
+        """While inside, `save` writes this process's part of what there is to save when another one fails, also in
+        another thread. It gets a function that tells if all processes have the same; it gives True if it has written.
+        """
+        if self.size > 1:
+            self._watch.save = save
+        yield
+        if self.size > 1:
+            self._watch.save = None
+
+    def call_for_saving(self) -> bool:
+        """Have all processes of a job do so, for this one ends. False where that cannot be."""
+        return self._watch.call_for_saving()
 
     def check_same(self, what: Mapping[str, Any]) -> None:
         """Raise UserError where this process was given something else than the first: values of JSON, by a name that

@@ -3,6 +3,9 @@
 A process that fails leaves a note in the job's store. The first to do so waits a moment for the notes of the others
 and speaks for all; a thread in each process sees the notes and ends it, also where its main thread waits for one that
 will never answer. Who left no note is gone; who hangs is whoever does not wait for others.
+
+Before that, a process that fails in a training calls for its steps to be saved. The threads of the others write their
+parts: none of them can update its weights without the one that failed, so all stand after the same step.
 """
 
 from __future__ import annotations
@@ -13,8 +16,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +28,7 @@ from llmkit.launch import Launch, launch
 
 POLL_SECONDS = 0.25
 NOTES_SECONDS = 4.0  # for the notes of the others; torchrun kills 30 s after its SIGTERM
+SAVING_SECONDS = 15.0  # for all to say after which step they stand: less than torchrun waits
 OWN_SECONDS = 1.5  # for the main thread to find out by itself what has happened
 PACKAGE = str(Path(__file__).parents[1])
 
@@ -53,6 +57,10 @@ class Watch(threading.Thread):
         self.store = connect(me, timeout)
         self._waiting_since: float | None = None
         self._over = threading.Event()
+        # writes this process's part of what there is to save, if all agree on what that is
+        self.save: Callable[[Callable[[Any], bool]], bool] | None = None
+        self._saved: bool | None = None
+        self._saving = threading.Lock()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -66,6 +74,8 @@ class Watch(threading.Thread):
     def run(self) -> None:
         while not self._over.wait(POLL_SECONDS):
             try:
+                if self.store.add("saving", 0) > 0:
+                    self.save_together()
                 failed = self.store.add("notes", 0) > 0
             except Exception:  # the store is gone, and with it the job: the main thread finds out
                 return
@@ -75,6 +85,38 @@ class Watch(threading.Thread):
                 _end({"kind": "ended", "place": whereabouts()}, self.me, self.store)
             elif since is not None and time.monotonic() - since > self.timeout:
                 _end(_lost(f"nobody answers for {self.timeout:g} s"), self.me, self.store)
+
+    def call_for_saving(self) -> bool:
+        """Have all processes save what they have, before this one ends. False where they cannot."""
+        self.store.add("saving", 1)
+        return self.save_together()
+
+    def save_together(self) -> bool:
+        """This process's part of it, once; False where not all have done theirs."""
+        with self._saving:
+            if self._saved is None:
+                self._saved = False
+                # in a thread, which may be left behind: a device may wait for one that will never answer
+                thread = threading.Thread(target=self._save, daemon=True)
+                thread.start()
+                thread.join(self.timeout)
+            return self._saved
+
+    def _save(self) -> None:
+        with suppress(Exception):  # what ended the job says more
+            done = self.save is not None and self.save(lambda value: self._agree("step", value, SAVING_SECONDS))
+            self._saved = self._agree("saved", done or None, self.timeout)
+
+    def _agree(self, what: str, value: Any, seconds: float) -> bool:
+        """True if all processes say the same within some seconds, and that is not None."""
+        self.store.set(f"{what}/{self.me.rank}", json.dumps(value))
+        keys = [f"{what}/{rank}" for rank in range(self.me.size)]
+        deadline = time.monotonic() + seconds
+        while not self.store.check(keys):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return value is not None and {self.store.get(key) for key in keys} == {json.dumps(value).encode()}
 
     def stop(self) -> None:
         """The job is done."""

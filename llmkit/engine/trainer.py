@@ -16,7 +16,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmkit.display import write_message
 from llmkit.engine.checkpoint import Checkpoints
 from llmkit.engine.distributed import world
+from llmkit.engine.failures import is_lost
 from llmkit.engine.mirrors import Mirror, MirroredLog
 from llmkit.engine.optimizer import Optimizer
 from llmkit.engine.schedule import Schedule
@@ -37,6 +39,7 @@ from llmkit.kernels import keep_freed_memory
 from llmkit.metrics import METRICS, MetricsLog, read_metrics, trim_metrics
 from llmkit.progress import Progress, counted, say
 
+LAST_UPDATE_SECONDS = 10.0  # to finish one that other processes have finished
 FIRST_SAVE_SECONDS = 60.0  # a run that has nothing on disk loses all of itself
 LARGEST_WEIGHT = 65504.0  # of float16; what training makes of a usable learning rate is a thousand times smaller
 ABSURD_NATS = 10.0  # above the first loss: worse than a guess among the tokens of any tokenizer
@@ -356,51 +359,75 @@ class Trainer:
 
     @contextmanager
     def _saving(self) -> Iterator[None]:
-        """Save the steps that were made where an error ends them, and say so.
-
-        Not in the middle of an update, and not where other processes would have to save with this one and go on.
-        """
+        """Save the steps that were made where an error ends them, in one process or in all, and say so. Not in the
+        middle of an update."""
+        self._updates = self.optimizer.count
+        self.checkpoints.prepare(self.optimizer.state_dict())
         try:
-            yield
+            with world().saving_by(self._save_with_others):
+                yield
         except (SavedError, Interrupted):
             raise
         except (Exception, KeyboardInterrupt) as error:
-            alone = world().size == 1 or isinstance(error, SharedError)
-            if self.step == 0 or not alone or self.optimizer.count != self._updates:
+            if self.step == 0 or self.optimizer.count != self._updates:
                 raise
-            self.optimizer.discard()
-            try:
-                self.save(wait=True)
-            except SavedError:  # the weights, which explain what ended the run
+            if world().size == 1 or isinstance(error, SharedError):
+                self.optimizer.discard()
+                try:
+                    self.save(wait=True)
+                except SavedError:  # the weights, which explain what ended the run
+                    raise
+                except Exception:  # a full disk: what ended the run says more
+                    raise error from None
+            elif is_lost(error) or not world().call_for_saving():
                 raise
-            except Exception:  # a full disk: what ended the run says more
-                raise error from None
             saved = f"saved after step {self.step} in {self.checkpoints.folder}; go on with --resume"
             if isinstance(error, KeyboardInterrupt):
                 raise Interrupted(f"stopped; {saved}") from None
             if isinstance(error, LlmkitError):
                 raise SavedError(f"{error}; {saved}") from error
-            say(saved)
+            write_message(f"llmkit: {saved}")
             raise
+
+    def _save_with_others(self, all_have: Callable[[Any], bool]) -> bool:
+        """Write this process's part of the steps that were made, where each process has as many and can go on from
+        them. Another thread may be in the middle of the next step, which does not come to its update."""
+        deadline = time.monotonic() + LAST_UPDATE_SECONDS
+        while self.optimizer.count != self._updates and time.monotonic() < deadline:
+            time.sleep(0.05)
+        device = next(self.model.parameters()).device
+        # what waits for the process that failed is in the way of all that follows it in its own stream
+        with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext():
+            sound = self.step > 0 and self.optimizer.largest_weight() <= LARGEST_WEIGHT
+            whole = sound and self.optimizer.count == self._updates
+            if not all_have([self.step, self.saved_step] if whole else None):
+                return False
+            if self.saved_step != self.step:
+                self._write()
+            self.checkpoints.wait()
+        return True
 
     def save(self, wait: bool = False) -> None:
         """Write a checkpoint of the state after the last whole step, unless it stands already. Raises SavedError for
         weights that nothing can go on with."""
         if self.saved_step != self.step:
             self._check_weights()
-            state = {
-                "tokens": self.tokens,
-                "elapsed": self.elapsed,
-                "last_loss": self.last_loss,
-                "average_loss": self.average_loss,
-                "high_steps": self.high_steps,
-            }
-            if world().leads and (self.folder / METRICS).exists():
-                sync(self.folder / METRICS)  # what a checkpoint goes on from tells of all the steps before it
-            self.checkpoints.save(self.step, self.optimizer.state_dict(), state)
-            self.saved_step, self.saved_at = self.step, time.monotonic()
+            self._write()
         if wait:
             self.checkpoints.wait()
+
+    def _write(self) -> None:
+        state = {
+            "tokens": self.tokens,
+            "elapsed": self.elapsed,
+            "last_loss": self.last_loss,
+            "average_loss": self.average_loss,
+            "high_steps": self.high_steps,
+        }
+        if world().leads and (self.folder / METRICS).exists():
+            sync(self.folder / METRICS)  # what a checkpoint goes on from tells of all the steps before it
+        self.checkpoints.save(self.step, self.optimizer.state_dict(), state)
+        self.saved_step, self.saved_at = self.step, time.monotonic()
 
     def resume(self) -> bool:
         """Load the newest checkpoint, if any. Raises UserError when it is of another model."""

@@ -210,6 +210,75 @@ def test_a_killed_rank_is_named_and_the_job_resumes_bit_for_bit(data, tmp_path):
     assert differences(tmp_path / "whole", tmp_path / "out", "loss") == (0, 0)
 
 
+FAULTS = {  # in rank 1 after 6 steps: where, what, and what is told
+    "a batch": ("next", "OSError(5, 'Input/output error', 'shard-3')", "shard-3: input/output error"),
+    "memory": ("_backward", "torch.OutOfMemoryError('CUDA out of memory')", "memory runs out with 4 rows at a time"),
+    "a mistake": ("next", "UserError('docs.jsonl:7: expected text, found a number')", "docs.jsonl:7: expected text"),
+    "a bug": ("next", "KeyError('x')", "a bug in llmkit"),
+    "an update": ("_muon", "MemoryError()", "not enough memory"),
+}
+FAULTY = """
+import sys, torch
+from llmkit.__main__ import main
+from llmkit.engine import distributed, optimizer, trainer
+from llmkit.errors import UserError
+
+where, error = sys.argv.pop(1), sys.argv.pop(1)
+running = []
+
+def failing(function):
+    def call(*arguments, **options):
+        if distributed.world().rank == 1 and running and running[0].step == 6:
+            raise eval(error)
+        return function(*arguments, **options)
+    return call
+
+class Trainer(trainer.Trainer):
+    def fit(self, **options):
+        running.append(self)
+        if where == "next":
+            batches = self.batches
+            self.batches = lambda step: map(failing(lambda batch: batch), batches(step))
+        return super().fit(**options)
+
+if where == "_backward":
+    torch.Tensor.backward = failing(torch.Tensor.backward)
+elif where == "_muon":
+    optimizer._Stack._muon = failing(optimizer._Stack._muon)
+trainer.Trainer = Trainer
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def twelve_steps(data, tmp_path_factory) -> Path:
+    """A run of two processes that nothing interrupts."""
+    out = tmp_path_factory.mktemp("twelve") / "steps"
+    assert run(2, *pretrain(data, out, "--max-steps", 12)).returncode == 0
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_error_in_one_rank_saves_the_steps_of_all(data, tmp_path, twelve_steps, fault):
+    where, error, told = FAULTS[fault]
+    command = pretrain(data, tmp_path / "out", "--max-steps", 12)
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "faulty.py")]
+    said = subprocess.run(
+        [*start, where, error, *map(str, command)], capture_output=True, text=True, timeout=300, env=environment()
+    ).stderr
+    errors = [line for line in said.splitlines() if line.startswith("llmkit: error")]
+    assert len(errors) == 1 and errors[0].startswith(f"llmkit: error: rank 1: {told}"), said
+    kept = sorted(place.name for place in (tmp_path / "out.partial" / "state").glob("step-*"))
+    if fault == "an update":  # half of the weights have moved
+        assert kept == []
+        return
+    assert kept == ["step-00000006"] and "saved after step 6" in said, said
+    assert run(2, *command, "--resume").returncode == 0
+    assert differences(twelve_steps, tmp_path / "out", "loss") == (0, 0)
+
+
 @pytest.mark.slow
 def test_a_rank_that_hangs_is_named(data, tmp_path):
     job = Running(2, tmp_path / "out", pretrain(data, tmp_path / "out", "--max-steps", 5000, "--process-timeout", 5))
