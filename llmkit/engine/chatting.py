@@ -36,7 +36,8 @@ commands:
                   without TEXT, on a terminal, change the message first
   /system [TEXT]  begin again with the system message TEXT, or without one
   /reset          begin again, with the system message that there is
-  /save FILE      append the whole conversation to a JSONL file, for sft
+  /save FILE      append the whole conversation to a JSONL file, for sft;
+                  again, put it in the place of what it was when last saved
   /tokens         how much of the context the conversation fills
   /help           this list
   /quit           end, as Ctrl-D does
@@ -54,6 +55,7 @@ class Chat:
     max_tokens  of an answer; None goes on until the model stops or the context is full
     seed        of the random numbers; each turn draws its own, and each try at it
     tools       those of the generator
+    greedy      whether each token is the likeliest, so that another try gives the same
     """
 
     def __init__(
@@ -66,7 +68,9 @@ class Chat:
         max_tokens: int | None = None,
         seed: int = 0,
         tools: ToolUse | None = None,
+        greedy: bool = False,
     ) -> None:
+        self._greedy = greedy
         self._generator, self._chat, self._context, self._tools = generator, chat, context, tools
         self.max_tokens, self.seed = max_tokens, seed
         self.turns: list[Message] = []
@@ -79,6 +83,7 @@ class Chat:
         self.asked: str | None = None  # the last message, answered or not
         self._answered = False
         self._tries = 0  # at it
+        self._saved: dict[str, bytes] = {}  # by file, the line that /save has written there
 
     @property
     def system(self) -> str | None:
@@ -97,6 +102,8 @@ class Chat:
 
     def retry(self, write: Say, say: Say) -> str:
         """Ask the last message again, with other random numbers. Raises UserError where there is none."""
+        if self._greedy and self._answered:
+            say("at --temperature 0 the answer is always the same; a higher one gives others")
         text, tries = self.take_back(), self._tries + 1
         self._tries = tries
         return self._ask(text, write, say)
@@ -188,30 +195,30 @@ class Chat:
             first = cut
         if left := first - self._first:
             longer = f"the conversation is longer than the context of {self._context} tokens"
-            say(f"{longer}: the model no longer sees its oldest {counted(left, 'turn')}")
+            say(f"{longer}: the model no longer sees its oldest {counted(left, 'message')}")
         self._first = first
         return ids
 
     def tokens(self) -> str:
         """Describe the length of the conversation in one line."""
         if self._chat is None:
-            return f"{counted(len(self.turns), 'turn')}; a server makes the tokens, and says no number of them"
+            return f"{counted(len(self.turns), 'message')}; a server makes the tokens, and says no number of them"
         shown = self._shown(self._first)
         count = len(self._chat.encode(shown)) if shown else 0
-        unseen = len(self.turns) - len(shown)
-        left = f"; {counted(unseen, 'older turn')} {'is' if unseen == 1 else 'are'} not shown to the model" * (
-            unseen > 0
-        )
+        older = len(self.turns) - len(shown)
+        left = f"; {counted(older, 'older message')} not shown to the model" if older else ""
         context = "" if self._context is None else f" of {self._context}"
-        return f"{count}{context} tokens in {counted(len(shown), 'turn')}{left}"
+        return f"{count}{context} tokens in {counted(len(shown), 'message')}{left}"
 
     def save(self, path: str) -> None:
-        """Append the conversation to a JSONL file, as a record for sft. Raises UserError, or OSError."""
+        """Append the conversation to a JSONL file, as a record for sft, or put it in the place of the record that it
+        was when last saved there. Raises UserError, or OSError."""
         if not any(turn.role == "assistant" for turn in self.turns):
             raise UserError("nothing was said yet")
         if path.endswith((".gz", ".zst")):
             raise UserError("expected a name of plain JSONL, without .gz or .zst")
-        line = json.dumps({"messages": as_record(self.turns)}, ensure_ascii=False) + "\n"
+        text = json.dumps({"messages": as_record(self.turns)}, ensure_ascii=False) + "\n"
+        line = text.encode("utf-8", "replace")
         folder = os.path.dirname(path)
         if folder and not os.path.isdir(folder):
             raise UserError(f"expected a folder {folder}, found none; make it, or choose another name")
@@ -220,8 +227,12 @@ class Chat:
             raise UserError("expected a JSONL file of conversations, or none; choose another name")
         if former and not former.endswith(b"\n"):
             former += b"\n"
+        lines, place = former.splitlines(keepends=True), os.path.realpath(path)
+        if (saved := self._saved.get(place)) in lines:
+            lines.remove(saved)
         with atomic_file(path) as handle:
-            handle.write(former + line.encode("utf-8", "replace"))
+            handle.write(b"".join([*lines, line]))
+        self._saved[place] = line
 
 
 def _is_of_conversations(content: bytes) -> bool:

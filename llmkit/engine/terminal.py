@@ -6,6 +6,9 @@ prompt is drawn on stdout, or on stderr where stdout is a file or a pipe, which 
 
 from __future__ import annotations
 
+import os
+import re
+import select
 import sys
 from collections.abc import Iterator
 from itertools import chain
@@ -110,7 +113,9 @@ class _Keyboard:
         """Messages and commands, each of one line or more; Ctrl-C takes one back, Ctrl-D on an empty one ends."""
         while True:
             try:
-                yield self._read("")
+                ahead = _typed_ahead()
+                # one line and its Enter are a message that is waiting; several, which were pasted, are to be sent
+                yield self._read(ahead.rstrip("\n"), sent=ahead.count("\n") == 1 and ahead.endswith("\n"))
             except EOFError:
                 return
             except KeyboardInterrupt:
@@ -123,6 +128,18 @@ class _Keyboard:
         except (EOFError, KeyboardInterrupt):
             return None
 
-    def _read(self, text: str) -> str:
-        typed = self._session.prompt(default=text)
+    def _read(self, text: str, sent: bool = False) -> str:
+        typed = self._session.prompt(default=text, accept_default=sent)
         return typed.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # bytes that are no character
+
+
+def _typed_ahead() -> str:
+    """What was typed or pasted while an answer came, without the keys that are no text."""
+    from prompt_toolkit.input.vt100 import raw_mode
+
+    waiting, found = sys.stdin.fileno(), b""
+    with raw_mode(waiting):  # or an unfinished line could not be read
+        while select.select([waiting], [], [], 0)[0] and (block := os.read(waiting, 65536)):
+            found += block
+    text = re.sub(r"\x1b(\[[0-9;?]*[ -/]*[@-~]|O.|.)?", "", found.decode("utf-8", "replace")).replace("\r", "\n")
+    return "".join(letter for letter in text if letter in "\n\t" or letter.isprintable())

@@ -180,6 +180,7 @@ def _run_here(config: SampleConfig, model: str, out: str) -> Summary | None:
                 max_tokens=config.max_tokens,
                 seed=config.seed,
                 tools=tools,
+                greedy=config.temperature == 0,
             )
             converse(chat, config.prompt, config.quiet)
             return None
@@ -238,6 +239,7 @@ def _run_served(config: SampleConfig, out: str) -> Summary | None:
             system=config.system,
             max_tokens=config.max_tokens,
             seed=config.seed,
+            greedy=config.temperature == 0,
         )
         converse(chat, config.prompt, config.quiet)
         return None

@@ -109,10 +109,27 @@ def test_mistakes_with_commands_are_told_and_asked_of_nobody(tokenizer, tmp_path
     assert (tmp_path / "tool.py").read_text() == "import os\n" and (tmp_path / "docs.jsonl").stat().st_size == 14
 
 
+def test_a_conversation_saved_again_is_one_record(tokenizer, tmp_path):
+    kept = tmp_path / "kept.jsonl"
+    kept.write_text('{"messages": [{"role": "user", "content": "old"}]}')
+    one = chat(tokenizer)
+    held(one, "hello", f"/save {kept}", f"/save {kept}", "more", f"/save {kept}")
+    assert [len(json.loads(line)["messages"]) for line in kept.read_text().splitlines()] == [1, 4]
+    held(one, "/reset", "hello", f"/save {kept}")
+    assert [len(json.loads(line)["messages"]) for line in kept.read_text().splitlines()] == [1, 4, 2]
+
+
+def test_another_try_at_temperature_0_says_that_it_is_the_same(tokenizer):
+    for greedy in (False, True):
+        _, said = held(chat(tokenizer, greedy=greedy), "/retry", "hello", "/retry")
+        assert said[0] == "error: nothing was asked yet"
+        assert sum("always the same" in line for line in said) == greedy
+
+
 def test_commands_before_there_is_anything(tokenizer, tmp_path):
     _, said = held(chat(tokenizer), "/retry", "/edit x", f"/save {tmp_path}/x.jsonl", "/tokens")
     assert said[:2] == ["error: nothing was asked yet"] * 2 and "nothing was said yet" in said[2]
-    assert said[3] == "0 of 256 tokens in 0 turns" and not list(tmp_path.iterdir())
+    assert said[3] == "0 of 256 tokens in 0 messages" and not list(tmp_path.iterdir())
 
 
 def test_a_path_and_an_escaped_command_are_messages(tokenizer):
@@ -200,10 +217,10 @@ def test_the_oldest_turns_leave_a_full_context_and_that_is_said(tokenizer):
     one = chat(tokenizer, context=128, system="Sys.")
     _, said = held(one, *["a message of some length here"] * 4)
     assert any(
-        "longer than the context of 128 tokens: the model no longer sees its oldest 2 turns" in line for line in said
+        "longer than the context of 128 tokens: the model no longer sees its oldest 2 messages" in line for line in said
     )
     assert len(one.turns) == 9  # and /save writes them all
-    assert "older turns are not shown to the model" in one.tokens()
+    assert "older messages not shown to the model" in one.tokens()
 
 
 def test_a_message_longer_than_the_context_is_an_error_and_forgotten(tokenizer):

@@ -103,7 +103,7 @@ def test_pasted_lines_are_one_message_and_tools_are_seen_and_saved(caller, tmp_p
     assert "/help tells the commands; Ctrl-D ends" in at.until()
     shown = at.type("\x1b[200~one\ntwo\nthree\x1b[201~")
     assert "calls calc: 7" in shown and "calc answers: 7" in shown and "x\r\n" in shown
-    assert "tokens in 2 turns" in at.type("/tokens")
+    assert "tokens in 2 messages" in at.type("/tokens")
     assert "there is no command /what" in at.type("/what")
     at.type("ha\x1b[D\x1b[Do")  # an arrow goes back: oha
     at.type("\x1b[A")  # history: the same again
@@ -129,8 +129,31 @@ def test_ctrl_c_stops_an_answer_and_takes_a_line_back(tmp_path):
     at.type("/edit")
     at.until(b"go")  # the last message, to be changed
     at.type("", "\x03")  # given up
-    assert "2 turns" in at.type("/tokens")
+    assert "2 messages" in at.type("/tokens")
     assert at.end() == 0
+
+
+def test_what_is_pasted_while_an_answer_comes_stands_at_the_next_prompt(tmp_path):
+    babbler = folder_of(tmp_path / "chat", "a", "b", "a", context=1 << 15)
+    at = Typist(babbler, "--chat", "--max-tokens", "3000", "--temperature", "0")
+    at.until()
+    os.write(at.fd, b"go\r")
+    at.until(b"\x1b[?2004l")
+    os.write(at.fd, "one\rtwo \x1b[Cé\rthree".encode())
+    at.until()
+    at.until(b"three")
+    at.type("!")
+    os.write(at.fd, b"next\r")
+    at.until(b"\x1b[?2004l")
+    os.write(at.fd, b"typed\r")
+    at.until()
+    at.until()  # the answer to it
+    at.type(f"/save {tmp_path / 'kept.jsonl'}")
+    at.type(f"/save {tmp_path / 'kept.jsonl'}")
+    assert at.end() == 0
+    (kept,) = (tmp_path / "kept.jsonl").read_text().splitlines()
+    said = [turn["content"] for turn in json.loads(kept)["messages"] if turn["role"] == "user"]
+    assert said == ["go", "one\ntwo é\nthree!", "next", "typed"]
 
 
 def test_a_piped_stdout_has_the_answers_alone(caller):
