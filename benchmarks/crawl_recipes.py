@@ -1,7 +1,7 @@
 """Both recipes beside 637 hand-labelled pages: which good and which bad ones each keeps.
 
-    llmkit crawl-filter PAGES.warc.gz --write-scores scores.jsonl -o docs.jsonl
-    python benchmarks/crawl_recipes.py scores.jsonl
+    llmkit crawl-filter PAGES.warc.gz --only extract,language -o texts.jsonl
+    python benchmarks/crawl_recipes.py texts.jsonl
 
 Good is prose, a thread or documentation that a careful person would train on. recipe_labels.jsonl has two sets of four
 archives of 1,349 pages. The first, 219 pages at random of what FineWeb's text filters dropped and 220 of what they
@@ -17,9 +17,9 @@ import argparse
 import json
 from pathlib import Path
 
+from llmkit.crawl.page import Page
 from llmkit.crawl.recipe import NAMED
-from llmkit.crawl.scores import open_scores, read_scores
-from llmkit.crawl.steps import Steps
+from llmkit.crawl.steps import Journey, Steps
 
 FILTERS = ("gopher_repetition", "gopher_quality", "c4", "fineweb")
 # pages of the archives that one labelled page stands for
@@ -30,21 +30,19 @@ FRESH = {"one": 144 / 99, "both": 584 / 50, "neither": 181 / 49}  # of the recip
 def main() -> None:
     """Print precision and recall of every recipe."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scores")
-    path = parser.parse_args().scores
+    parser.add_argument("texts")
+    with open(parser.parse_args().texts, encoding="utf-8") as lines:
+        texts = {row["url"]: row["text"] for row in map(json.loads, lines) if "url" in row}
     with open(Path(__file__).parent / "recipe_labels.jsonl", encoding="utf-8") as lines:
         labels = {row["url"]: row for row in map(json.loads, lines)}
     heads = f"{'set':7}{'recipe':9}{'good kept':>10}{'bad kept':>9}{'precision':>10}{'recall':>7}"
     print(heads + f"{'weighted precision':>20}{'recall':>7}")
     for name, make in NAMED.items():
-        recipe = make()
-        steps = Steps(recipe)
+        steps = Steps(make())
         kept = {}
-        for span in open_scores(path, recipe):
-            for page in read_scores(span):
-                url = getattr(getattr(page, "page", None), "url", None) or ""
-                if url in labels and page.text is not None and page.step is None:
-                    kept[url] = not any(getattr(steps, step)(page) for step in FILTERS)
+        for url in labels.keys() & texts.keys():
+            page = Journey(Page("", 0, url, None, None, texts[url], {}), texts[url])
+            kept[url] = not any(getattr(steps, step)(page) for step in FILTERS)
         for which in ("first", "fresh"):
             pages = [row for url, row in labels.items() if row["set"] == which and url in kept]
             figures = []

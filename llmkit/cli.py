@@ -31,7 +31,7 @@ from llmkit.launch import launch
 
 # name: (module, config class, help in one line), in the order of the pipeline
 OF_A_RUN = ("config.json", "manifest.json", "tokenizer.json")  # a folder with one of these is read as a whole
-OUTPUTS = ("out", "report", "rejects", "write_scores")  # options of what a stage writes
+OUTPUTS = ("out", "report", "rejects")  # options of what a stage writes
 COMMANDS = {
     "crawl-filter": ("llmkit.stages.crawl_filter", "CrawlFilterConfig", "Web archives to clean documents."),
     "train-bpe": ("llmkit.stages.train_bpe", "TrainBpeConfig", "Text to a byte-level BPE tokenizer."),

@@ -51,6 +51,8 @@ DROPPED = {
     "gpus": "start several processes with torchrun (docs/scale.md)",
     "nodes": "start several processes with torchrun (docs/scale.md)",
     "tensor_parallel": "FSDP2 alone divides a model among the processes of torchrun (docs/scale.md)",
+    "scores": "give the documents of `crawl-filter --only extract`, and try recipes on them",
+    "write_scores": "write the documents of `crawl-filter --only extract`, and try recipes on them",
     "gpu_price": "--dry-run tells the FLOPs, and docs/scale.md how to reckon with them",
 }
 

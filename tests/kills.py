@@ -29,8 +29,7 @@ OFTEN = "--max-steps 12 --save-every 1"
 ROWS = "--sequence-length 64 --batch-tokens 256 --dtype float32"
 CHOSEN = "language,extract,pii,exact_duplicates,near_duplicates"
 STAGES = {
-    "crawl-filter": f"pages.jsonl --workers 2 --only {CHOSEN} --rejects out.rejects.jsonl "
-    "--write-scores out.scores.jsonl -o out.jsonl",
+    "crawl-filter": f"pages.jsonl --workers 2 --only {CHOSEN} --rejects out.rejects.jsonl -o out.jsonl",
     "train-bpe": "docs.jsonl --vocab-size 448 -o out",
     "pretrain": "docs.jsonl --val docs.jsonl --tokenizer tok --depth 1 --hidden-size 64 --eval-every 4 "
     f"--sample-every 6 {ROWS} {OFTEN} -o out",

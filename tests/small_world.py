@@ -23,7 +23,7 @@ cp world/school.jsonl val.jsonl
 cp p.jsonl world/problems.jsonl && cp v.jsonl world/problems-val.jsonl
 cp world/blocklist.txt world/chats.jsonl world/tools.jsonl world/prefs.jsonl .
 cp world/exam.jsonl questions.jsonl && cp world/questions.jsonl q.jsonl && cp world/prefs.jsonl ours.jsonl
-llmkit crawl-filter crawl/ --write-scores scores.jsonl -o docs.jsonl
+llmkit crawl-filter crawl/ -o docs.jsonl && llmkit crawl-filter crawl/ --only url,extract -o texts.jsonl
 jq -r .text docs.jsonl > notes.txt && gzip -k docs.jsonl val.jsonl chats.jsonl && gzip -c prefs.jsonl > hh.jsonl.gz
 llmkit crawl-filter --print-recipe > loose.toml && cp loose.toml mine.toml
 llmkit train-bpe docs.jsonl val.jsonl -o tok/ && mkdir gpt2 && cp tok/tokenizer.json gpt2/

@@ -36,7 +36,6 @@ class Collector:
         recipe: Recipe,
         document: Write,
         reject: Write | None = None,
-        scores: Write | None = None,
         spill: Path | None = None,
         limit: int | None = None,
         records: int | None = None,
@@ -44,7 +43,7 @@ class Collector:
         """`limit`: take so many pages; `records`: so many records, those that are no pages among them."""
         self.funnel = Funnel([READ, *recipe.taken])
         self.read, self.pages, self.limit, self.records = 0, 0, limit, records
-        self._document, self._reject, self._scores = document, reject, scores
+        self._document, self._reject = document, reject
         self._names = Names(spill)
         self.duplicates: Any = None  # what says what repeats what: has add() of `Duplicates`
         self._last_step = recipe.taken[-1] if recipe.taken else READ
@@ -76,8 +75,6 @@ class Collector:
                 self._keep(outcome, next(repeats, None))
             else:
                 self._drop(outcome.step, outcome.reason, outcome.line)
-            if self._scores:
-                self._scores(outcome.scores)
             self.pages += outcome.step != READ
         self.read += part.read
 

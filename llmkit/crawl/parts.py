@@ -18,7 +18,6 @@ class Outcome:
     reason: str | None
     offset: int  # of the record in its input, as in `Page`
     line: bytes = b""  # JSON and a newline: the document, or what --rejects tells of it; empty where nobody asked
-    scores: bytes = b""  # its line for --write-scores; empty where nobody asked
 
 
 @dataclass(slots=True)
@@ -46,13 +45,13 @@ class Part:
         signatures = None if self.signatures is None else np.ascontiguousarray(self.signatures)
         header: dict[str, Any] = {
             "read": self.read,
-            "outcomes": [(o.step, o.reason, o.offset, len(o.line), len(o.scores)) for o in self.outcomes],
+            "outcomes": [(o.step, o.reason, o.offset, len(o.line)) for o in self.outcomes],
             "signatures": None if signatures is None else (signatures.dtype.descr, signatures.shape),
             "seconds": self.seconds,
             "bounds": (self.began, self.ended),
         }
         head = orjson.dumps(header)
-        body = [piece for outcome in self.outcomes for piece in (outcome.line, outcome.scores)]
+        body = [outcome.line for outcome in self.outcomes]
         last = b"" if signatures is None else signatures.tobytes()
         return b"".join([len(head).to_bytes(8, "little"), head, *body, last])
 
@@ -62,11 +61,9 @@ class Part:
         at = 8 + int.from_bytes(packed[:8], "little")
         header = orjson.loads(packed[8:at])
         outcomes = []
-        for step, reason, offset, line, scores in header["outcomes"]:
-            outcomes.append(
-                Outcome(step, reason, offset, packed[at : at + line], packed[at + line : at + line + scores])
-            )
-            at += line + scores
+        for step, reason, offset, size in header["outcomes"]:
+            outcomes.append(Outcome(step, reason, offset, packed[at : at + size]))
+            at += size
         signatures = None
         if header["signatures"]:
             names, shape = header["signatures"]

@@ -20,7 +20,6 @@ from llmkit.crawl.funnel import READ
 from llmkit.crawl.page import Page, Skipped, Span
 from llmkit.crawl.parts import Outcome, Part
 from llmkit.crawl.recipe import Recipe
-from llmkit.crawl.scores import KIND, read_scores, scores_of
 from llmkit.crawl.steps import Journey, Steps, source_of
 from llmkit.crawl.urls import UrlFilter
 from llmkit.files import JSON_LINE
@@ -33,10 +32,8 @@ DUPLICATES = ("exact_duplicates", "near_duplicates")
 class Pipeline:
     """What is done with a span: read its records, follow each through the steps, pack what comes out."""
 
-    def __init__(
-        self, recipe: Recipe, url_filter: UrlFilter | None = None, rejects: bool = False, scores: bool = False
-    ) -> None:
-        self.steps, self.rejects, self.scores = Steps(recipe, url_filter), rejects, scores
+    def __init__(self, recipe: Recipe, url_filter: UrlFilter | None = None, rejects: bool = False) -> None:
+        self.steps, self.rejects = Steps(recipe, url_filter), rejects
         self.duplicates = [step for step in DUPLICATES if step in recipe.steps]
         self.near = recipe.near_duplicates
         self.tell_language = "language" in recipe.steps
@@ -78,11 +75,11 @@ class Pipeline:
             step, reason, offset, told = READ, record.reason, record.offset, _told_of(record)
         else:
             if record.step is None:
-                self.steps.follow(record, seconds, self.scores)
+                self.steps.follow(record, seconds)
             step, reason, offset = record.step, record.reason, record.page.offset
             told = record.document(self.tell_language) if step is None else record.reject()
         line = _line(told) if step is None or self.rejects else b""
-        return Outcome(step, reason, offset, line, _line(scores_of(record)) if self.scores else b"")
+        return Outcome(step, reason, offset, line)
 
 
 def _told_of(record: Skipped) -> dict[str, Any]:
@@ -97,7 +94,7 @@ class Records:
     def __init__(self, span: Span) -> None:
         from llmkit.crawl.reading import read_span
 
-        self._source: Any = read_scores(span) if span.kind == KIND else read_span(span)
+        self._source: Any = read_span(span)
 
     began = property(lambda self: getattr(self._source, "began", None))
     ended = property(lambda self: getattr(self._source, "ended", None))

@@ -35,7 +35,6 @@ class Journey:
     step: str | None = None  # the one that dropped it
     reason: str | None = None
     score: float | None = None  # the measure that broke a threshold
-    extracted: str | None = None  # the text before the filters, where scores are kept
     measures: dict[str, dict[str, float]] = field(default_factory=dict)  # by step
     split: Split | None = None
 
@@ -94,46 +93,27 @@ class Steps:
         }
         self.in_order = [(name, known[name]) for name in recipe.taken if name in known]
 
-    def follow(self, journey: Journey, seconds: dict[str, float], keep_scores: bool = False) -> None:
-        """Take a page through the steps until one drops it; `seconds` of each step are added up.
-
-        keep_scores measures the page for all filters, whether or not a step has dropped it.
-        """
+    def follow(self, journey: Journey, seconds: dict[str, float]) -> None:
+        """Take a page through the steps until one drops it; `seconds` of each step are added up."""
         if journey.text is None and "extract" not in self.recipe.steps:
             journey.step, journey.reason = READ, "html_not_extracted"
             return
         page = journey.page.html if journey.page.html is not None else journey.page.text
         try:
             with work_limit(len(page or "")):
-                self._follow(journey, seconds, keep_scores)
+                self._follow(journey, seconds)
         except TooMuchWork:
             journey.step, journey.reason, journey.page.html = journey.step or READ, "too_slow", None
 
-    def _follow(self, journey: Journey, seconds: dict[str, float], keep_scores: bool) -> None:
+    def _follow(self, journey: Journey, seconds: dict[str, float]) -> None:
         for name, step in self.in_order:
             journey.step = name  # here already, for one that takes too long
-            if keep_scores and journey.extracted is None and name not in ("url", "extract"):
-                self.measure(journey)
             started = thread_time()
             journey.reason = step(journey)
             seconds[name] = seconds.get(name, 0.0) + thread_time() - started
             if journey.reason:
                 return
         journey.step = None
-        if keep_scores and journey.extracted is None:
-            self.measure(journey)
-
-    def measure(self, journey: Journey) -> None:
-        """Measure an extracted page for every filter, each on the text that the recipe would give it."""
-        journey.extracted = journey.text
-        self._identify(journey)
-        self._measured(journey, "gopher_repetition", lambda: measure_repetition(journey.words()))
-        self._measured(journey, "gopher_quality", lambda: measure_quality(journey.words(), journey.language or ""))
-        verdict = c4(journey.words(), self.recipe.c4)
-        journey.measures["c4"] = dict(verdict.measures)
-        split = Split(verdict.text) if "c4" in self.recipe.steps else journey.words()
-        length = self.recipe.fineweb.short_line_length
-        self._measured(journey, "fineweb", lambda: measure_fineweb(split, length))
 
     # ---- the steps
 

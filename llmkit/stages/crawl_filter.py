@@ -89,14 +89,6 @@ class CrawlFilterConfig(CommonConfig):
     explain: str | None = option(
         None, "Page to follow through all steps, and nothing else.", group="Reports", metavar="URL"
     )
-    write_scores: str | None = option(None, "Measurements of every page, as JSONL.", group="Reports", metavar="FILE")
-    scores: str | None = option(
-        None,
-        "File of --write-scores in place of INPUT, to try other thresholds.",
-        group="Reports",
-        metavar="FILE",
-        reads=True,
-    )
     workers: int | None = option(None, "Processes [all cores].", group="Running", at_least=1)
     engine: str = option("local", "Scheduler of the processes.", group="Running", choices=("local", "ray"))
     spill: str | None = option(None, "Folder on disk for what duplicates need.", group="Running", metavar="FOLDER")
@@ -105,7 +97,7 @@ class CrawlFilterConfig(CommonConfig):
 
     def reads_stdin(self) -> bool:
         """True if stdin is the input."""
-        return not self.print_recipe and not self.scores and (not self.inputs or "-" in self.inputs)
+        return not self.print_recipe and (not self.inputs or "-" in self.inputs)
 
 
 @dataclass(frozen=True)
@@ -127,7 +119,6 @@ def run(config: CrawlFilterConfig) -> Summary | None:
     from llmkit.crawl.funnel import READ
     from llmkit.crawl.pipeline import Pipeline
     from llmkit.crawl.recipe import as_json, recipe_toml
-    from llmkit.crawl.scores import scores_header
 
     # load
     started = time.monotonic()
@@ -148,28 +139,24 @@ def run(config: CrawlFilterConfig) -> Summary | None:
         return None
 
     # build
-    asked = {"rejects": config.rejects is not None, "scores": config.write_scores is not None}
-    make = partial(Pipeline, recipe, _url_filter(recipe), **asked)
+    make = partial(Pipeline, recipe, _url_filter(recipe), rejects=config.rejects is not None)
     state = _state(config, out, recipe, inputs)
-    spans = _spans(config, recipe, inputs)
+    spans = _spans(config, inputs)
 
     # do
     with _lines(out) as document:
         with (
             _unfinished_is_told(state),
             _asked_lines(config.rejects) as reject,
-            _asked_lines(config.write_scores) as scores,
             Progress("filter", total=total, unit="B", quiet=config.quiet) as progress,
-            Collector(recipe, document, reject, scores, _spill(config), config.limit) as collector,
+            Collector(recipe, document, reject, _spill(config), config.limit) as collector,
         ):
-            if scores:
-                scores(scores_header(recipe))
             if config.engine == "ray":
                 from llmkit.crawl.on_ray import work_on_ray
 
                 assert state, "checked with the options"
                 collector.duplicates = work_on_ray(spans, make, state, recipe, config.workers, config.limit)
-                spans = _spans(config, recipe, inputs)  # all finished now
+                spans = _spans(config, inputs)  # all finished now
             collect(spans, make, workers, collector, state, partial(_advance, progress, collector), _BadRecords(config))
 
         # save
@@ -254,20 +241,17 @@ def _recipe_name(config: CrawlFilterConfig, recipe: Recipe) -> str:
 def _checked(config: CrawlFilterConfig) -> tuple[list[str], str]:
     """The inputs and the output, which can be written."""
     out = config.out or "-"
-    if config.scores and (config.inputs or config.write_scores):
-        raise UserError("--scores: stands in place of INPUT, and cannot be had with --write-scores; leave one out")
     if config.engine == "ray" and (out == "-" or (os.path.exists(out) and not os.path.isfile(out))):
         raise UserError("--engine ray: expected an --out on storage that all machines share")
     if config.engine == "ray" and config.reads_stdin():
         raise UserError("--engine ray: expected files that all machines share, found stdin")
     if config.resume and out == "-":
         raise UserError("--resume: needs the --out of the unfinished run")
-    written = [path for path in (out, config.rejects, config.write_scores) if path]
-    for flag, path in (("--rejects", config.rejects), ("--write-scores", config.write_scores)):
-        if path == "-":
-            raise UserError(f"{flag}: expected a file, found -, where the documents go")
+    written = [path for path in (out, config.rejects) if path]
+    if config.rejects == "-":
+        raise UserError("--rejects: expected a file, found -, where the documents go")
     if len(set(map(os.path.realpath, written))) < len(written):
-        raise UserError("--out, --rejects and --write-scores: expected different files")
+        raise UserError("--out and --rejects: expected different files")
     from llmkit.crawl.state import SUFFIX
 
     folders = [path for path in config.inputs if os.path.isdir(path)]
@@ -282,7 +266,7 @@ def _checked(config: CrawlFilterConfig) -> tuple[list[str], str]:
             check_output(path, config.force, config.resume and os.path.isdir(f"{out}{SUFFIX}"))
             if os.path.isdir(path):
                 raise UserError(f"{path}: expected a file, found a folder; choose another --out")
-    return [config.scores] if config.scores else list(config.inputs) or ["-"], out
+    return list(config.inputs) or ["-"], out
 
 
 def _bytes_of(inputs: Sequence[str]) -> int | None:
@@ -318,7 +302,7 @@ def _explain(
     from llmkit.crawl.explaining import explain, show_explanation
 
     found = 0
-    spans = partial(_spans, config, recipe, inputs)
+    spans = partial(_spans, config, inputs)
     with _lines("-") as write:
         for page in explain(spans, recipe, make, config.explain or "", workers, again="-" not in inputs):
             found += 1
@@ -332,12 +316,8 @@ def _explain(
 # ---- build
 
 
-def _spans(config: CrawlFilterConfig, recipe: Recipe, inputs: Sequence[str]) -> Iterator[Span]:
+def _spans(config: CrawlFilterConfig, inputs: Sequence[str]) -> Iterator[Span]:
     """The inputs in pieces of a size that does not depend on the number of workers."""
-    if config.scores:
-        from llmkit.crawl.scores import open_scores
-
-        return open_scores(config.scores, recipe)
     from llmkit.crawl.reading import cut_spans
 
     alone = len(inputs) == 1 and not os.path.isdir(inputs[0])
@@ -358,7 +338,7 @@ def _state(config: CrawlFilterConfig, out: str, recipe: Recipe, inputs: Sequence
         "recipe": as_json(recipe),
         "blocklists": identities(recipe.url.blocklists),
         "own filters": identities(recipe.own_files()),
-        "options": {"limit": config.limit, "rejects": config.rejects, "write_scores": config.write_scores},
+        "options": {"limit": config.limit, "rejects": config.rejects},
     }
     state = State(out, made_of)
     done = state.begin(config.resume, config.force)

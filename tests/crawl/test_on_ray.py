@@ -42,11 +42,10 @@ def test_the_bytes_are_those_of_the_local_engine(tmp_path, llmkit):
     for engine in ("local", "ray"):
         out = tmp_path / engine
         out.mkdir()
-        reports = ("--rejects", out / "rejects.jsonl", "--write-scores", out / "scores.jsonl")
-        options = ("-o", out / "docs.jsonl", "--engine", engine, "--workers", "2")
-        done = llmkit("crawl-filter", *inputs, *options, *reports)
+        options = ("-o", out / "docs.jsonl", "--rejects", out / "rejects.jsonl", "--engine", engine, "--workers", "2")
+        done = llmkit("crawl-filter", *inputs, *options)
         assert done.returncode == 0, done.stderr
-    for name in ("docs", "rejects", "scores"):
+    for name in ("docs", "rejects"):
         local, ray = ((tmp_path / engine / f"{name}.jsonl").read_bytes() for engine in ("local", "ray"))
         assert local and local == ray, name
     told = [json.loads(line) for line in (tmp_path / "ray" / "rejects.jsonl").read_bytes().splitlines()]

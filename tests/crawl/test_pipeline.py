@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from web import SENTENCES, prose
 
 from llmkit.crawl import work_limit
 from llmkit.crawl.funnel import Funnel
-from llmkit.crawl.page import Page, Skipped
+from llmkit.crawl.page import Page
 from llmkit.crawl.recipe import STEPS, Recipe, as_json, read_recipe, recipe_toml
-from llmkit.crawl.scores import scores_of
 from llmkit.crawl.steps import Journey, Steps
 from llmkit.errors import UserError
 from tests.crawl.archives import http, record
@@ -24,9 +21,9 @@ def journey(text: str, **record) -> Journey:
     return Journey(Page("in.jsonl", 3, None, None, None, text, record), text)
 
 
-def follow(text: str, recipe: Recipe = Recipe(), keep_scores: bool = False) -> Journey:  # noqa: B008
+def follow(text: str, recipe: Recipe = Recipe()) -> Journey:  # noqa: B008
     page = journey(text)
-    Steps(recipe).follow(page, {}, keep_scores)
+    Steps(recipe).follow(page, {})
     return page
 
 
@@ -78,25 +75,6 @@ def test_a_document_keeps_what_it_came_with():
     }
     assert next(iter(document)) == "text" and "url" not in document
     assert journey("x").document() == {"text": "x", "id": "in.jsonl:3", "source": "in.jsonl"}
-
-
-def test_scores_hold_the_text_before_the_filters():
-    dropped = follow(
-        GOOD + "\nRead our privacy policy before you go on.\nMail me: a.b@mail.example.com", keep_scores=True
-    )
-    told = json.loads(json.dumps(scores_of(dropped)))
-    assert "privacy policy" in told["text"] and "a.b@mail" in told["text"]
-    assert told["measures"]["c4"]["policy_lines"] == 1
-    assert dropped.text is not None and "privacy policy" not in dropped.text and "a.b@mail" not in dropped.text
-    german = follow("Der alte Mann ging langsam durch den Wald und dachte an seine Kindheit.", keep_scores=True)
-    assert german.step == "language" and set(german.measures) == {
-        "gopher_repetition",
-        "gopher_quality",
-        "c4",
-        "fineweb",
-    }
-    skipped = scores_of(Skipped("a.warc", 9, "request"))
-    assert skipped == {"path": "a.warc", "offset": 9, "url": None, "step": "read", "reason": "request"}
 
 
 # ---- the recipe

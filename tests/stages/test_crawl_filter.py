@@ -41,12 +41,12 @@ def crawl(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def filtered(crawl, llmkit) -> Path:
-    """What becomes of mixed.warc.gz: docs.jsonl with its manifest, rejects.jsonl, scores.jsonl."""
+    """What becomes of mixed.warc.gz: docs.jsonl with its manifest, rejects.jsonl."""
     out = crawl / "filtered"
     out.mkdir()
     done = llmkit(
         *("crawl-filter", crawl / "mixed.warc.gz", "--blocklist", crawl / "blocked", "-o", out / "docs.jsonl"),
-        *("--rejects", out / "rejects.jsonl", "--write-scores", out / "scores.jsonl"),
+        *("--rejects", out / "rejects.jsonl"),
     )
     assert done.returncode == 0, done.stderr
     (out / "summary.json").write_text(done.stdout)
@@ -120,7 +120,7 @@ def test_the_funnel_is_shown(filtered):
 
 def test_what_was_written_is_all_there_is(filtered):
     names = {path.name for path in filtered.iterdir()} - {"summary.json", "stderr"}
-    assert names == {"docs.jsonl", "docs.jsonl.manifest.json", "rejects.jsonl", "scores.jsonl"}
+    assert names == {"docs.jsonl", "docs.jsonl.manifest.json", "rejects.jsonl"}
 
 
 # ---- the same bytes
@@ -344,51 +344,15 @@ def test_a_bad_recipe_is_refused_in_one_line(crawl, llmkit, tmp_path, content, m
     assert message in done.stderr
 
 
-# ---- scores
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        [],
-        pytest.param(["--min-language-score", "0.99"], marks=pytest.mark.slow),
-        pytest.param(["--language", "de"], marks=pytest.mark.slow),
-        ["--skip", "c4"],
-        ["--skip", "near_duplicates,gopher_repetition", "--pii", "off"],
-        ["--recipe", "loose.toml"],
-    ],
-    ids=" ".join,
-)
-def test_a_run_from_scores_gives_what_a_full_run_gives(crawl, filtered, llmkit, tmp_path, flags):
-    loose = "[gopher_quality]\nmin_words = 5\n[c4]\nmin_sentences = 1\ndrop_curly_bracket = false\n"
-    (tmp_path / "loose.toml").write_text(loose)
-    common = ["--blocklist", crawl / "blocked", *flags]
-    full = llmkit("crawl-filter", crawl / "mixed.warc.gz", *common, "--rejects", "full.jsonl", cwd=tmp_path)
-    again = llmkit(
-        "crawl-filter", "--scores", filtered / "scores.jsonl", *common, "--rejects", "re.jsonl", cwd=tmp_path
-    )
-    assert full.returncode == again.returncode == 0, again.stderr
-    assert again.stdout == full.stdout
-    assert (tmp_path / "re.jsonl").read_bytes() == (tmp_path / "full.jsonl").read_bytes()
-
-
-def test_scores_hold_every_measure(filtered):
-    header, *rows = read(filtered / "scores.jsonl")
-    assert header["recipe"]["c4"]["min_sentences"] == 5 and len(rows) == len(mixed_pages()) + 1
-    measured = [row for row in rows if "measures" in row]
-    assert len(measured) == 10
-    for row in measured:
-        assert set(row["measures"]) == {"gopher_repetition", "gopher_quality", "c4", "fineweb"}
-        assert row["text"] and 0 < row["language_score"] <= 1
-
-
-def test_scores_are_refused_where_they_cannot_tell(crawl, filtered, llmkit, tmp_path):
-    done = llmkit("crawl-filter", "--scores", filtered / "scores.jsonl")  # made with a blocklist
-    assert done.returncode == 2 and "made with another [url]" in done.stderr
-    done = llmkit("crawl-filter", "--scores", filtered / "docs.jsonl")
-    assert done.returncode == 2 and "docs.jsonl:1: not a scores file" in done.stderr
-    done = llmkit("crawl-filter", "--scores", filtered / "scores.jsonl", crawl / "mixed.warc.gz")
-    assert done.returncode == 2 and "in place of INPUT" in done.stderr
+def test_texts_that_were_extracted_once_are_filtered_as_in_a_full_run(crawl, llmkit, tmp_path):
+    loose = ["--recipe", "loose.toml"]
+    (tmp_path / "loose.toml").write_text("[gopher_quality]\nmin_words = 5\n[c4]\nmin_sentences = 1\n")
+    archive, once = crawl / "mixed.warc.gz", ["--only", "url,extract", "--blocklist", crawl / "blocked"]
+    full = llmkit("crawl-filter", archive, "--blocklist", crawl / "blocked", *loose, cwd=tmp_path)
+    assert llmkit("crawl-filter", archive, *once, "-o", "texts.jsonl", cwd=tmp_path).returncode == 0
+    again = llmkit("crawl-filter", "texts.jsonl", *loose, cwd=tmp_path)
+    rows = [[json.loads(line) for line in done.stdout.splitlines()] for done in (full, again)]
+    assert rows[0] == rows[1] and len(rows[0]) > 3
 
 
 # ---- explain
