@@ -114,7 +114,8 @@ def default_of(item: Field) -> str:
         return ""
     if item.default is True:
         return "on"
-    return f"`{', '.join(item.default) if isinstance(item.default, tuple) else item.default}`"
+    shown = f"{item.default:g}" if isinstance(item.default, float) else item.default
+    return f"`{', '.join(shown) if isinstance(shown, tuple) else shown}`"
 
 
 def escape(text: str) -> str:

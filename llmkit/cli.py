@@ -43,7 +43,7 @@ COMMANDS = {
         "What an assistant knows, and refusals of what it does not.",
     ),
     "train-reward": ("llmkit.stages.train_reward", "TrainRewardConfig", "Preferences to a judge of answers."),
-    "rl": ("llmkit.stages.rl", "RlConfig", "Problems and rewards to a policy that is better than its examples."),
+    "rl": ("llmkit.stages.rl", "RlConfig", "Problems and rewards to a policy better than its examples."),
     "sample": ("llmkit.stages.sample", "SampleConfig", "Text from a model: from a prompt, stdin or JSONL."),
     "export": ("llmkit.stages.export", "ExportConfig", "A model for other programs: GGUF, another precision, PEFT."),
     "report": ("llmkit.stages.report", "ReportConfig", "Runs to one page: what every stage did."),
@@ -377,6 +377,7 @@ def _annotation(item: Field, hint: Any) -> Any:
     if base is bool and item.default:
         flag = f"{flag}/{_negative(item)}"
     shown: Any = ", ".join(item.default) if isinstance(item.default, tuple) else item.default
+    shown = f"{shown:g}" if isinstance(shown, float) else shown
     words = details.choices
     unit = details.unit or {int: "integer", float: "number"}.get(base, "text")
     text = details.help

@@ -97,7 +97,7 @@ class CommonConfig:
     seed: int = option(0, "Random seed.", group="Common", at_least=0, at_most=LARGEST_INTEGER)
     limit: int | None = option(None, "Records to read, at most [all].", group="Common", unit="count", at_least=1)
     force: bool = option(False, "Replace an existing output.", group="Common", free=True)
-    dry_run: bool = option(False, "Say what would be done, and stop.", group="Common", free=True)
+    dry_run: bool = option(False, "Plan of the run, and nothing else.", group="Common", free=True)
     quiet: bool = option(False, "No progress on stderr.", group="Common", free=True)
 
 
@@ -106,7 +106,11 @@ class RecordsConfig:
     """Options that are spelled the same in every stage that reads users' records (bad_records.py)."""
 
     max_bad: str = option(
-        "1%", "Bad records of a file to skip; 0: none.", group="Common", metavar="SHARE|COUNT", free=True
+        "1%",
+        "Bad records skipped and counted in each file, at most; 0: none.",
+        group="Common",
+        metavar="SHARE|COUNT",
+        free=True,
     )
 
     def __post_init__(self) -> None:
@@ -122,11 +126,11 @@ class TrainingConfig(RecordsConfig, CommonConfig):
     dtype: str = option("auto", "Working precision; masters are float32.", choices=("auto", "float32", "bfloat16"))
     resume: bool = option(False, "Resume from the last checkpoint of --out.", free=True)
     process_timeout: float = option(
-        600.0, "Seconds to wait for another process (torchrun).", unit="duration", above=0, free=True
+        600.0, "With torchrun: longest wait for another process.", unit="duration", above=0, free=True
     )
-    max_grad_norm: float | None = option(1.0, "Norm at which gradients are clipped.", group="Training", above=0)
+    max_grad_norm: float | None = option(1.0, "Gradient norm to clip at.", group="Training", above=0)
     activation_checkpointing: bool = option(
-        False, "Activations computed twice: less memory, a third more time.", group="Training"
+        False, "Recomputation of activations: less memory, a third more time.", group="Training"
     )
     compile: str = option("auto", "torch.compile; auto: on GPUs.", group="Training", choices=("auto", "on", "off"))
     workers: int = option(1, "Threads that prepare batches.", group="Training", at_least=0, at_most=256, free=True)
@@ -134,8 +138,8 @@ class TrainingConfig(RecordsConfig, CommonConfig):
     eval_every: int | None = option(None, "Steps between validations [at the end].", group="Log", at_least=1, free=True)
     save_every: int | None = option(None, "Steps between checkpoints [10 minutes].", group="Log", at_least=1, free=True)
     sample_every: int | None = option(None, "Steps between samples [never].", group="Log", at_least=1, free=True)
-    tensorboard: bool = option(False, "Metrics for TensorBoard, too.", group="Log", free=True)
-    wandb: bool = option(False, "Metrics on Weights & Biases, too.", group="Log", free=True)
+    tensorboard: bool = option(False, "Copy of the metrics for TensorBoard.", group="Log", free=True)
+    wandb: bool = option(False, "Copy of the metrics on Weights & Biases.", group="Log", free=True)
 
     def __post_init__(self) -> None:
         """Raises UserError where a package that is asked for is missing."""
@@ -159,14 +163,18 @@ class TuningConfig(TrainingConfig):
     lora_targets: str = option("q,k,v,o,gate,up,down", "Projections with an adapter.", group="LoRA")
 
     max_steps: int | None = option(None, "Optimizer steps.", group="Horizon", unit="count", at_least=1)
-    micro_batch_size: int | None = option(None, "Rows at a time.", group="Training", at_least=1)
+    micro_batch_size: int | None = option(
+        None, "Rows in one forward pass [by their length].", group="Training", at_least=1
+    )
     learning_rate: float | None = option(
         None, "AdamW learning rate [by the width].", group="Training", above=0, at_most=MOST_RATE
     )
     weight_decay: float = option(0.0, "Weight decay of the matrices.", group="Training", at_least=0, at_most=MOST_DECAY)
-    warmup_steps: int | None = option(None, "Warm-up steps [a twentieth of the run].", group="Training", at_least=0)
+    warmup_steps: int | None = option(
+        None, "Steps of learning-rate warm-up [a twentieth of the run].", group="Training", at_least=0
+    )
     decay_fraction: float = option(
-        0.9, "Share of the run over which the rate decays.", group="Training", at_least=0, at_most=1
+        0.9, "Last part of the run, over which the learning rate decays.", group="Training", at_least=0, at_most=1
     )
 
     def __post_init__(self) -> None:
@@ -188,8 +196,8 @@ class ToolConfig:
         metavar="TOOL,...",
         reads=True,
     )
-    max_tool_calls: int = option(8, "Largest number of calls in a completion.", group="Tools", at_least=0)
-    tool_timeout: float = option(10.0, "Seconds that a call may take.", group="Tools", above=0)
+    max_tool_calls: int = option(8, "Tool calls per completion, at most.", group="Tools", at_least=0)
+    tool_timeout: float = option(10.0, "Longest tool call, in seconds.", group="Tools", above=0)
     sandbox: str = option("auto", "Sandbox of python; none: unprotected.", group="Tools", choices=("auto", "none"))
 
 

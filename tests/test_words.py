@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llmkit import cli
-from llmkit.config import flag_of, option_fields
+from llmkit.config import flag_of, option_fields, option_of
 from llmkit.errors import UserError
 from llmkit.progress import counted
 
@@ -109,3 +109,17 @@ def test_hints_name_what_there_is():
             assert set(re.findall(r"--[a-z-]+", words)) <= flags, hint
         for page in re.findall(r"\S+\.md", hint):
             assert (ROOT / page).exists(), hint
+
+
+def test_help_is_noun_phrases_and_says_what_becomes_of_bad_records():
+    """No option is explained by "this often", "so many" or a subject such as "what"; verbs that order are a few."""
+    vague = re.compile(
+        r"\bso many\b|\bthis (often|times)\b|\bat which to\b|\bwhat they\b|^(Try|Take|Leave|Say|Go on)\b"
+    )
+    for name, (module, config, _) in cli.COMMANDS.items():
+        config_class = getattr(importlib.import_module(module), config)
+        for item in option_fields(config_class):
+            text = option_of(item).help
+            assert text.endswith(".") and not vague.search(text), f"{name} {flag_of(item)}: {text}"
+    crawl = importlib.import_module("llmkit.stages.crawl_filter").CrawlFilterConfig
+    assert "skipped" in crawl.examples and "--max-bad" in crawl.examples and "--strict" in crawl.examples

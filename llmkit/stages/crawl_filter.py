@@ -50,6 +50,9 @@ class CrawlFilterConfig(CommonConfig):
           llmkit crawl-filter page.warc.gz | head -1 | jq -r .text
           llmkit crawl-filter crawl/ --language en,de --skip c4,pii -o docs.jsonl
           llmkit crawl-filter crawl.warc.gz --explain https://example.org/page
+
+        Bad files and records are skipped, and the funnel counts them by reason, as it counts the dropped pages; there
+        is no limit such as the --max-bad of other commands, but --strict ends the run at the first (docs/records.md).
     """
     following: ClassVar[str] = "llmkit train-bpe docs.jsonl -o tok/"
 
@@ -63,12 +66,12 @@ class CrawlFilterConfig(CommonConfig):
         metavar="fineweb|llmkit|FILE.toml",
         reads=True,
     )
-    print_recipe: bool = option(False, "Print the recipe as TOML, and stop.", group="Recipe")
-    only: tuple[str, ...] = option((), "Take these steps and no other.", group="Recipe", metavar="STEP,...")
-    skip: tuple[str, ...] = option((), "Leave these steps out.", group="Recipe", metavar="STEP,...")
-    language: tuple[str, ...] = option((), "Languages that stay, or all [en].", group="Recipe", metavar="en[,de]|all")
+    print_recipe: bool = option(False, "Recipe as TOML, and nothing else.", group="Recipe")
+    only: tuple[str, ...] = option((), "Steps to take, and no others.", group="Recipe", metavar="STEP,...")
+    skip: tuple[str, ...] = option((), "Steps to leave out.", group="Recipe", metavar="STEP,...")
+    language: tuple[str, ...] = option((), "Languages to keep, or all [en].", group="Recipe", metavar="en[,de]|all")
     min_language_score: float | None = option(
-        None, "How sure the language must be [0.65].", group="Recipe", at_least=0, at_most=1
+        None, "Least score of a page's language [0.65].", group="Recipe", at_least=0, at_most=1
     )
     extractor: str | None = option(
         None, "Extractor of the main text [model].", group="Recipe", choices=("model", "fast", "trafilatura")
@@ -91,9 +94,16 @@ class CrawlFilterConfig(CommonConfig):
     )
     workers: int | None = option(None, "Processes [all cores].", group="Running", at_least=1)
     engine: str = option("local", "Scheduler of the processes.", group="Running", choices=("local", "ray"))
-    spill: str | None = option(None, "Folder on disk for what duplicates need.", group="Running", metavar="FOLDER")
-    strict: bool = option(False, "End at the first file or record that is bad.", group="Running", free=True)
-    resume: bool = option(False, "Go on with an unfinished run.", group="Running")
+    spill: str | None = option(
+        None, "Folder for the index of duplicates, on disk and not in memory.", group="Running", metavar="FOLDER"
+    )
+    strict: bool = option(
+        False,
+        "End at the first bad file or record, which is skipped and counted otherwise.",
+        group="Running",
+        free=True,
+    )
+    resume: bool = option(False, "Resume a killed run.", group="Running")
 
     def reads_stdin(self) -> bool:
         """True if stdin is the input."""

@@ -35,9 +35,9 @@ class ExportConfig(CommonConfig):
           llmkit export chat/ --format hf --dtype bfloat16 --max-shard-size 2GB -o chat-bf16/
           llmkit export chat/ --format adapter -o adapter/
 
-        gguf: one file for llama.cpp and what is built on it, tokenizer and chat template included. hf: a folder for
-        transformers and vLLM, in another precision or in shards. adapter: the LoRA adapter that `llmkit sft
-        --lora-rank R --keep-adapter` kept, for PEFT. --dtype auto keeps the precision of the folder.
+        gguf: one file for llama.cpp and programs built on it, with tokenizer and chat template. hf: a folder for
+        transformers and vLLM, in another precision or in shards. adapter: for PEFT, the LoRA adapter of
+        `llmkit sft --lora-rank R --keep-adapter`. --dtype auto keeps the folder's precision.
     """
     following: ClassVar[str] = 'llmkit sample chat-bf16/ -p "Hello, who are you?" --chat'
 

@@ -83,19 +83,21 @@ class PretrainConfig(TrainingConfig):
     sequence_length: int | None = option(None, "Tokens of context [by the plan].", group="Model", at_least=8)
     tie_word_embeddings: bool = option(False, "Embedding shared with the output head.", group="Model")
 
-    tokens: int | None = option(None, "Tokens of the whole training.", group="Horizon", unit="count", at_least=1)
-    flops: float | None = option(None, "FLOPs of the whole training.", group="Horizon", unit="count", above=0)
+    tokens: int | None = option(None, "Tokens of training in all.", group="Horizon", unit="count", at_least=1)
+    flops: float | None = option(None, "FLOPs of training in all.", group="Horizon", unit="count", above=0)
     time_budget: float | None = option(None, "Wall-clock limit.", group="Horizon", unit="duration", above=0)
     max_steps: int | None = option(None, "Optimizer steps.", group="Horizon", unit="count", at_least=1)
     epochs: float | None = option(None, "Passes over the tokens [1 with --from].", group="Horizon", above=0)
 
     batch_tokens: int | None = option(
-        None, "Tokens of a step [by the plan].", group="Training", unit="count", at_least=8
+        None, "Tokens per step [by the plan].", group="Training", unit="count", at_least=8
     )
-    micro_batch_size: int | None = option(None, "Sequences at a time [by the plan].", group="Training", at_least=1)
+    micro_batch_size: int | None = option(
+        None, "Sequences in one forward pass [by the plan].", group="Training", at_least=1
+    )
     learning_rate: float | None = option(
         None,
-        "Muon learning rate of the matrices; with --from, AdamW's of all [by the plan].",
+        "Learning rate: Muon's of the matrices; with --from, AdamW's of all parameters [by the plan].",
         group="Training",
         above=0,
         at_most=10,
@@ -109,9 +111,11 @@ class PretrainConfig(TrainingConfig):
     weight_decay: float | None = option(
         None, "Weight decay of the matrices [by the plan].", group="Training", at_least=0, at_most=MOST_DECAY
     )
-    warmup_steps: int | None = option(None, "Warm-up steps [by the plan].", group="Training", at_least=0)
+    warmup_steps: int | None = option(
+        None, "Steps of learning-rate warm-up [by the plan].", group="Training", at_least=0
+    )
     decay_fraction: float = option(
-        0.6, "Share of the run over which the rate decays.", group="Training", at_least=0, at_most=1
+        0.6, "Last part of the run, over which the learning rate decays.", group="Training", at_least=0, at_most=1
     )
 
     prompt: str = option("The", "Prompt of the samples.", group="Log", free=True)

@@ -47,14 +47,13 @@ class ProbeKnowledgeConfig(RecordsConfig, CommonConfig, ServedConfig):
           llmkit probe-knowledge base/ --recite docs.jsonl -o recited.jsonl
           llmkit probe-knowledge chat/ --questions squad.json.gz | jq -r .known | sort | uniq -c
 
-        Every question is asked --samples times, without its passage, and every answer is judged: right, wrong, or
-        evasive (empty, "I don't know", the question again). A question is known where a share of --consistent of the
-        answers is right, mixed where fewer are; where none is, it is unknown if that share says something, else
-        evasive. Out come conversations: a refusal for what is unknown, the answer for what is known, nothing else.
-        --questions: {"question", "answer"}, SQuAD's JSON and others. --passages: documents, from whose sentences
-        questions are made by patterns of English, or by --writer. --resume goes on after a kill, from OUT.state.
-        --writer and --judge take an assistant's folder or a model behind an OpenAI-compatible server; --dry-run shows
-        their prompts, docs/probe-knowledge.md tells more.
+        Each question is asked --samples times, without its passage, and each answer is judged right, wrong or evasive
+        (empty, "I don't know", the question again). A question is known if at least --consistent of its answers are
+        right, and mixed if fewer are. With no right answer it is unknown if at least --consistent are wrong, else
+        evasive. The output is conversations for sft: a refusal of each unknown question, the answer to each known one.
+        --questions: {"question", "answer"}, SQuAD's JSON and others. --passages: documents; questions are made from
+        their sentences, by patterns of English or by --writer. --writer and --judge take an assistant's folder or
+        a model behind an OpenAI-compatible server; --dry-run shows their prompts. More: docs/probe-knowledge.md.
         --judge-check: {"question", "answer", "response", "label": "right", "wrong" or "evasive"}, or true and false.
     """
     following: ClassVar[str] = "llmkit sft base/ --data chats.jsonl:0.9 --data refusals.jsonl:0.1 -o chat2/"
@@ -64,29 +63,29 @@ class ProbeKnowledgeConfig(RecordsConfig, CommonConfig, ServedConfig):
     )
     questions: tuple[str, ...] = option((), "Questions with answers; repeatable [stdin].", metavar="FILE", reads=True)
     passages: tuple[str, ...] = option((), "Documents to make questions from; repeatable.", metavar="FILE", reads=True)
-    report: str | None = option(None, "Every question, its answers and what they say.", metavar="FILE", free=True)
+    report: str | None = option(
+        None, "File for every question with its answers and verdicts.", metavar="FILE", free=True
+    )
     recite: str | None = option(
         None, "Documents to test for memorisation, and nothing else.", metavar="FILE", reads=True
     )
-    prefix_tokens: int = option(32, "With --recite: tokens given of each document.", at_least=1)
+    prefix_tokens: int = option(32, "With --recite: tokens of each document in the prompt.", at_least=1)
     device: str = option("auto", "Compute device.", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = option(
         "auto",
         "Precision; auto: bfloat16 on GPUs, else float32; int8: on CPUs.",
         choices=("auto", "float32", "bfloat16", "int8"),
     )
-    batch_size: int = option(16, "Answers made at a time.", at_least=1, at_most=4096, free=True)
-    resume: bool = option(False, "Go on with what a killed run left.", free=True)
+    batch_size: int = option(16, "Answers generated at a time.", at_least=1, at_most=4096, free=True)
+    resume: bool = option(False, "Resume a killed run.", free=True)
 
-    max_passages: int = option(
-        200, "With --passages: largest sample of them, by --seed.", group="Questions", at_least=1
-    )
-    per_passage: int = option(3, "Questions made of each, at most.", group="Questions", at_least=1)
+    max_passages: int = option(200, "With --passages: passages to sample, at most.", group="Questions", at_least=1)
+    per_passage: int = option(3, "With --passages: questions per passage, at most.", group="Questions", at_least=1)
     writer: str | None = option(
         None, "Writer of the questions [patterns].", group="Questions", metavar="MODEL|openai:URL#NAME", reads=True
     )
 
-    samples: int = option(5, "Answers to each question.", short="-n", group="Answers", at_least=1, at_most=10**6)
+    samples: int = option(5, "Answers per question.", short="-n", group="Answers", at_least=1, at_most=10**6)
     max_tokens: int | None = option(64, "Tokens of an answer.", group="Answers", unit="count", at_least=1)
     temperature: float = option(0.8, "Sampling temperature.", group="Answers", at_least=0, at_most=100)
     top_p: float | None = option(None, "Nucleus sampling: cumulative probability.", group="Answers", above=0, at_most=1)
@@ -98,9 +97,11 @@ class ProbeKnowledgeConfig(RecordsConfig, CommonConfig, ServedConfig):
         metavar="match|MODEL|openai:URL#NAME",
         reads=True,
     )
-    match_f1: float = option(0.7, "Least F1 of words of a right answer.", group="Judge", above=0, at_most=1)
+    match_f1: float = option(
+        0.7, "With --judge match: least word F1 of a right answer.", group="Judge", above=0, at_most=1
+    )
     consistent: float = option(
-        0.8, "Share of agreeing answers that counts as consistent.", group="Judge", above=0, at_most=1
+        0.8, "Share of the answers to a question that must agree.", group="Judge", above=0, at_most=1
     )
 
     judge_check: str | None = option(
@@ -116,7 +117,11 @@ class ProbeKnowledgeConfig(RecordsConfig, CommonConfig, ServedConfig):
     reply_tokens: int = option(512, "Tokens of a writer's or judge's reply.", group="Servers", unit="count", at_least=8)
 
     balance: float | None = option(
-        1.0, "Known questions for each unknown one; none: all.", group="Lessons", above=0, free=True
+        1.0,
+        "Ratio of known to unknown questions, reached by leaving some out; none: all stay.",
+        group="Lessons",
+        above=0,
+        free=True,
     )
     refusals: str | None = option(
         None, 'Wordings of refusals: {"en": [...], ...} [ours].', group="Lessons", metavar="FILE", reads=True

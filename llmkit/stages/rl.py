@@ -65,8 +65,8 @@ class RlConfig(TuningConfig, ToolConfig, ServedConfig):
           jq -c 'select(.reward == 1)' policy/rollouts.jsonl | llmkit sft chat/ --data - -o better/
 
         A problem is {"prompt", "answer"}; also question, solution, messages, GSM8K's ####. Rewards, with weights:
-        verifier, rm:FOLDER, cmd:COMMAND, py:FILE.py:FUNCTION, format:REGEX, length (docs/rewards.md). Every attempt
-        stands in rollouts.jsonl with what it was worth.
+        verifier, rm:FOLDER, cmd:COMMAND, py:FILE.py:FUNCTION, format:REGEX, length (docs/rewards.md). rollouts.jsonl
+        records every attempt with its reward.
     """
     following: ClassVar[str] = "llmkit sample policy/ --chat"
 
@@ -83,7 +83,7 @@ class RlConfig(TuningConfig, ToolConfig, ServedConfig):
         group="Algorithm",
         choices=("grpo", "dr-grpo", "dapo", "rloo", "reinforce++", "gspo"),
     )
-    updates: int = option(1, "Updates with the attempts of a step.", group="Algorithm", at_least=1)
+    updates: int = option(1, "Optimizer updates per step, all on the same attempts.", group="Algorithm", at_least=1)
     clip_low: float | None = option(
         None, "Lower clip bound: 1 - VALUE [by algorithm].", group="Algorithm", above=0, at_most=1
     )
@@ -99,8 +99,8 @@ class RlConfig(TuningConfig, ToolConfig, ServedConfig):
         free=True,
     )
 
-    group: int = option(8, "Attempts at each problem.", group="Attempts", at_least=1, at_most=4096)
-    batch_size: int = option(16, "Problems of a step.", group="Attempts", at_least=1)
+    group: int = option(8, "Attempts per problem.", group="Attempts", at_least=1, at_most=4096)
+    batch_size: int = option(16, "Problems per step.", group="Attempts", at_least=1)
     max_tokens: int | None = option(
         None, "Tokens of an attempt [256, or what the context leaves].", group="Attempts", unit="count", at_least=1
     )
@@ -125,17 +125,19 @@ class RlConfig(TuningConfig, ToolConfig, ServedConfig):
     )
 
     gold: str | None = option(
-        None, "Reward that is watched and not trained on.", group="Watch", metavar="KIND", reads=True
+        None, "Reward to watch without training on it.", group="Watch", metavar="KIND", reads=True
     )
     stop_on_hack: bool = option(
         False, "Early stop where the reward rises and the gold one falls.", group="Watch", free=True
     )
-    max_kl: float | None = option(None, "KL in nats an attempt at which to stop.", group="Watch", above=0, free=True)
-    max_reward: float | None = option(None, "Mean reward at which to stop.", group="Watch", free=True)
+    max_kl: float | None = option(
+        None, "Early stop at this KL from MODEL, in nats per attempt [never].", group="Watch", above=0, free=True
+    )
+    max_reward: float | None = option(None, "Early stop at this mean reward [never].", group="Watch", free=True)
     eval_samples: int = option(1, "Samples per held-out problem; with 1, greedy decoding.", group="Watch", at_least=1)
 
     epochs: float | None = option(
-        None, "Passes over the problems, those of refills not counted [1].", group="Horizon", above=0
+        None, "Passes over the problems, not counting --refill [1].", group="Horizon", above=0
     )
     time_budget: float | None = option(None, "Wall-clock limit.", group="Horizon", unit="duration", above=0)
 

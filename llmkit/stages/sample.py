@@ -54,16 +54,16 @@ class SampleConfig(RecordsConfig, CommonConfig, ToolConfig, ServedConfig):
           llmkit sample base/ prompts.jsonl.gz --jsonl --stop "Question:" -o completions.jsonl
           llmkit sample --engine openai:http://localhost:8000/v1#qwen --jsonl prompts.jsonl -o completions.jsonl
 
-        One prompt: -p, or all of stdin as plain text, less a final newline; an empty one starts from the
-        model's beginning token. Out comes the continuation; several are headed ==> 1/3 <==.
-        --jsonl: {"prompt", ...} in, or {"messages": [...]} for the assistant to answer; the same with completion,
-        token_ids, finish_reason and seed out, in the order of the input; -n 3 makes three lines of one, with
-        `sample` 0 to 2. A record's own seed is used. --resume keeps what is whole in OUT.partial, of a run that
-        was killed, and makes the rest. --tools: what the model writes to a tool is run, and the result read by it.
-        The same prompt and seed give the same text, alone or among others, at any --batch-size (exactly so in
-        float32 and int8 on a CPU); a prompt that occurs again gets a seed of its own, which the output names.
-        --engine openai:URL#NAME: a model behind an OpenAI-compatible server generates. With MODEL its tokenizer and
-        chat format make the prompts, as token ids; without it the server's do, as text and messages (docs/serving.md).
+        The prompt is -p, or all of stdin as plain text without its final newline; an empty prompt starts from the
+        model's beginning token. The continuation goes to stdout; several have headings such as ==> 1/3 <==.
+        --jsonl reads {"prompt", ...}, or {"messages": [...]} for the assistant to answer, and adds completion,
+        token_ids, finish_reason and seed, in the order of the input; -n 3 writes three lines per record, with
+        `sample` 0 to 2. A record may have its own seed. --resume keeps the whole records of OUT.partial and makes the
+        rest. --tools runs the tool calls that the model writes, and shows it the results.
+        The same prompt and seed give the same text, whatever else is in the batch (exactly so in float32 and int8 on
+        a CPU); a repeated prompt gets another seed, which the output names.
+        --engine openai:URL#NAME: an OpenAI-compatible server generates. With MODEL, prompts are made here, as token
+        ids, by its tokenizer and chat format; without, the server gets text and messages (docs/serving.md).
     """
     following: ClassVar[str] = "llmkit sample base/ --jsonl < prompts.jsonl | jq -r .completion"
 
@@ -91,16 +91,16 @@ class SampleConfig(RecordsConfig, CommonConfig, ToolConfig, ServedConfig):
     batch_size: int = option(16, "Sequences decoded at a time.", at_least=1, at_most=4096, free=True)
 
     unordered: bool = option(False, "With --jsonl: records in the order of completion.", free=True)
-    resume: bool = option(False, "With --jsonl: go on with what a killed run left of --out.", free=True)
+    resume: bool = option(False, "With --jsonl: resume a killed run.", free=True)
     logprobs: bool = option(False, "With --jsonl: log-probabilities of the tokens, before and after truncation.")
 
-    samples: int = option(1, "Continuations of each prompt.", short="-n", group="Text", at_least=1, at_most=10**6)
+    samples: int = option(1, "Completions per prompt.", short="-n", group="Text", at_least=1, at_most=10**6)
     max_tokens: int | None = option(
         256, "Tokens of a continuation; none: up to the model's context.", group="Text", unit="count", at_least=1
     )
     stop: tuple[str, ...] = option((), "Stop string; repeatable.", group="Text", metavar="TEXT")
     temperature: float = option(0.8, "Sampling temperature; 0 is greedy.", group="Text", at_least=0, at_most=100)
-    top_k: int | None = option(None, "Only the k likeliest tokens.", group="Text", at_least=1)
+    top_k: int | None = option(None, "Top-k sampling: number of likeliest tokens.", group="Text", at_least=1)
     top_p: float | None = option(None, "Nucleus sampling: cumulative probability.", group="Text", above=0, at_most=1)
     min_p: float | None = option(
         None, "Least probability of a token, as a fraction of the likeliest one's.", group="Text", at_least=0, at_most=1

@@ -61,7 +61,7 @@ class SftConfig(TuningConfig):
         A record is {"messages": [{"role", "content"}]}, {"prompt", "completion"}, Alpaca's, ShareGPT's, or
         {"text"}, which is trained on whole; a file is JSONL or one JSON array, plain, gzip or zstd. The loss
         covers the assistant's words, its tool calls and the end-of-turn token; a message's "weight": 0
-        leaves it out. Weights share the tokens of training between files; without them each counts by its size.
+        leaves it out. A FILE's weight is its share of the training tokens; without weights a file counts by its size.
     """
     following: ClassVar[str] = 'llmkit sample chat/ -p "Hello, who are you?" --chat'
 
@@ -72,7 +72,8 @@ class SftConfig(TuningConfig):
     loss: str = option("assistant", "Tokens in the loss.", group="Data", choices=("assistant", "last", "all"))
     on_long: str = option(
         "truncate",
-        "Conversations longer than the context; truncate ends them after a turn. Documents are split.",
+        "Treatment of conversations longer than the context; truncate ends them after the last turn that fits. "
+        "Documents are always split.",
         group="Data",
         choices=("truncate", "drop", "split", "error"),
     )
@@ -80,25 +81,28 @@ class SftConfig(TuningConfig):
     identity: str | None = option(
         None, "Name and maker that the assistant learns to give.", group="Data", metavar='"name=...;maker=..."'
     )
-    identity_weight: float = option(0.1, "Weight of --identity, beside 1 for the data.", group="Data", above=0)
+    identity_weight: float = option(0.1, "Weight of --identity; all data together weigh 1.", group="Data", above=0)
     system: str | None = option(
-        None, "System message for conversations without one; `identity` for that of --identity.", group="Data"
+        None, "System message of conversations without one; `identity`: made of --identity.", group="Data"
     )
     inspect: int | None = option(
-        None, "Show the tokens of some examples, and stop.", group="Data", at_least=1, free=True
+        None, "Examples to show token by token, and nothing else.", group="Data", at_least=1, free=True
     )
 
-    keep_adapter: bool = option(False, "Adapters beside the merged model, in PEFT's format.", group="LoRA")
+    keep_adapter: bool = option(False, "Copy of the adapter, in PEFT's format, beside the merged model.", group="LoRA")
 
     epochs: float | None = option(None, "Passes over the data [2].", group="Horizon", above=0)
-    tokens: int | None = option(None, "Tokens of the whole training.", group="Horizon", unit="count", at_least=1)
+    tokens: int | None = option(None, "Tokens of training in all.", group="Horizon", unit="count", at_least=1)
     time_budget: float | None = option(None, "Wall-clock limit.", group="Horizon", unit="duration", above=0)
     patience: int | None = option(
-        None, "Validations without gain before an early stop, which keeps the best.", group="Horizon", at_least=1
+        None,
+        "Validations without improvement before an early stop; the best parameters are kept.",
+        group="Horizon",
+        at_least=1,
     )
 
     batch_tokens: int | None = option(
-        None, "Tokens of a step [by the data].", group="Training", unit="count", at_least=8
+        None, "Tokens per step [by the data].", group="Training", unit="count", at_least=8
     )
 
     prompt: tuple[str, ...] = option(PROMPTS, "Prompt of the samples; repeatable.", group="Log", free=True)

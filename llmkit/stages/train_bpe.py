@@ -33,9 +33,9 @@ class TrainBpeConfig(RecordsConfig, CommonConfig):
 
     inputs: tuple[str, ...] = argument("Documents: JSONL with `text`, plain text, or - for stdin.", metavar="INPUT...")
     vocab_size: int = option(
-        32768, "Tokens, special ones included; made a multiple of 64.", unit="count", at_most=2**24
+        32768, "Vocabulary size, special tokens included; rounded up to a multiple of 64.", unit="count", at_most=2**24
     )
-    pattern: str = option("qwen2", "How text is cut into pieces.", metavar="qwen2|llama3|gpt2|o200k|REGEX")
+    pattern: str = option("qwen2", "Pre-tokenization pattern.", metavar="qwen2|llama3|gpt2|o200k|REGEX")
     min_frequency: int = option(0, "Least frequency of a merged pair.", at_least=0)
     limit_bytes: int | None = option(None, "Bytes of text to read, at most.", unit="bytes", at_least=1)
     compare: tuple[str, ...] = option((), "Tokenizer to report beside ours; repeatable.", metavar="PATH", reads=True)

@@ -41,10 +41,10 @@ class TrainRewardConfig(TuningConfig):
           llmkit train-reward --score judge/ --rank completions.jsonl | jq -c 'select(.rank == 1)'
           llmkit train-reward --score judge/ --val held-out.jsonl --probe-biases
 
-        A record compares answers: {"prompt", "chosen", "rejected"}, with "margin" where it is known by how much; two
-        conversations that begin alike; hh-rlhf's transcripts; or {"prompt", "completions", "ranking"}, rank 1 the
-        best, equal ranks for ties. Without --val a share of the data is held out (--val-fraction).
-        --score FOLDER is a filter: {"prompt" or "messages", "completion"} in, the same with `reward` out, in order.
+        A record is {"prompt", "chosen", "rejected"}, if you like with the "margin" between them; two conversations
+        with the same beginning; a transcript of hh-rlhf; or {"prompt", "completions", "ranking"}, 1 for the best and
+        equal ranks for ties. Without --val, --val-fraction of the data is held out.
+        --score FOLDER is a filter: it reads {"prompt" or "messages", "completion"} and adds `reward`, in order.
     """
     following: ClassVar[str] = "llmkit sample chat/ --jsonl -n 8 < prompts.jsonl | llmkit train-reward --score judge/ -"
 
@@ -54,18 +54,20 @@ class TrainRewardConfig(TuningConfig):
     data: tuple[str, ...] = option((), "Preferences; repeatable [stdin].", metavar="FILE[:WEIGHT]", reads=True)
     val: tuple[str, ...] = option((), "Held-out preferences.", metavar="FILE", reads=True)
     score: str | None = option(None, "Score completions with this reward model.", metavar="FOLDER", reads=True)
-    rank: bool = option(False, "With --score: the completions of a prompt best first, and their ranks.")
+    rank: bool = option(False, "With --score: completions sorted best first within each prompt, with ranks.")
 
     val_fraction: float = option(0.1, "Share held out where there is no --val.", group="Data", above=0, at_most=0.5)
     on_long: str = option(
         "truncate",
-        "Answers longer than the context, prompt included; truncate drops the beginning of the prompt.",
+        "Treatment of comparisons longer than the context; truncate drops the beginning of the prompt.",
         group="Data",
         choices=("truncate", "drop", "error"),
     )
 
     center: float = option(0.01, "Weight of the squared sum of scores, which centres them.", group="Judge", at_least=0)
-    ensemble: int = option(1, "Heads; their spread is the uncertainty.", group="Judge", at_least=1, at_most=64)
+    ensemble: int = option(
+        1, "Heads of the ensemble; their spread is the uncertainty.", group="Judge", at_least=1, at_most=64
+    )
     baseline: str = option(
         "length", "Simple judge to compare with.", group="Judge", choices=("length", "none"), free=True
     )
@@ -73,11 +75,11 @@ class TrainRewardConfig(TuningConfig):
         False, "Correlation of the scores with length and formatting.", group="Judge", free=True
     )
     fail_under: float | None = option(
-        None, "Lowest accuracy; below it, exit code 3.", group="Judge", at_least=0, at_most=1, free=True
+        None, "Least accuracy; exit code 3 below it.", group="Judge", at_least=0, at_most=1, free=True
     )
 
     epochs: float = option(1.0, "Passes over the data.", group="Horizon", above=0)
-    batch_size: int = option(32, "Comparisons of a step, about.", group="Training", at_least=1)
+    batch_size: int = option(32, "Comparisons per step, approximately.", group="Training", at_least=1)
     sample_every: None = None  # of the trainer's options: a judge says nothing that could be shown
 
     def reads_stdin(self) -> bool:
