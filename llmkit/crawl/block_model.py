@@ -7,7 +7,7 @@ operations. `examples/train_extractor.py` trains it and writes the file.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -50,12 +50,21 @@ class BlockModel:
         scores = [self._scores(rows_FN[:, at : at + _AT_ONCE]) for at in range(0, rows_FN.shape[1], _AT_ONCE)]
         return 1 / (1 + np.exp(-np.concatenate(scores)))
 
+    @cached_property
+    def _splits(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The features and the borders of the distinct questions, and intp (depth, trees): which a level asks."""
+        pairs = np.stack([self.features.ravel(), self.borders.ravel()])
+        (features, borders), which = np.unique(pairs, axis=1, return_inverse=True)
+        return features.astype(np.intp), borders.astype(np.float32)[:, None], which.reshape(self.features.shape).T
+
     def _scores(self, rows_FN: np.ndarray) -> np.ndarray:
-        # numbers of a byte stay in the cache: for 100 trees and 250 blocks .2 ms, with intp 1.7
+        # 300 trees ask 1,300 questions; in numbers of a byte, which stay in the cache, 300 blocks take .24 ms
+        features, borders_Q1, which_DT = self._splits
+        above_QN = (rows_FN.take(features, axis=0) > borders_Q1).view(np.uint8)
         leaf_TN = np.zeros((len(self.features), rows_FN.shape[1]), np.uint8)
-        for level in range(self.features.shape[1]):
-            above_TN = rows_FN.take(self.features[:, level], axis=0) > self.borders[:, level, None]
-            leaf_TN |= above_TN.view(np.uint8) << np.uint8(level)
+        for of_level in which_DT[::-1]:
+            leaf_TN += leaf_TN
+            leaf_TN |= above_QN.take(of_level, axis=0)
         first_T1 = np.arange(len(self.features))[:, None] * self.leaves.shape[1]
         return self.leaves.ravel().take(leaf_TN + first_T1).sum(axis=0, dtype=np.float64) + self.bias
 

@@ -39,6 +39,15 @@ def test_scripts_styles_and_form_choices_are_no_text_and_noscript_is() -> None:
     assert texts(html + "<template><p>u</template><!-- c --><noscript><p>thread</noscript>") == ["thread"]
 
 
+def test_what_is_dropped_parts_no_text_and_ends_with_its_element() -> None:
+    icon = "<svg><g><title>x</title><text>y</text></g></svg>"
+    assert texts(f"<p>a{icon}b</p><div><p><b>c{icon}</b></p></div>d<div><select><option>o</select></div>") == [
+        "ab",
+        "c",
+        "d",
+    ]
+
+
 def test_a_block_knows_its_elements() -> None:
     tree = cut_blocks(b'<title> A\n title </title><nav><a href=x>Home</a></nav><article class="post Body"><p>Text')
     nav, paragraph = (tree.elements.tags[leaf] for leaf in tree.blocks.leaf)

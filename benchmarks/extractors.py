@@ -1,0 +1,72 @@
+"""Our extractors beside those that they are measured against: pages a CPU second, on the same pages of WARC files.
+
+    pip install trafilatura lxml_html_clean    # optional: a line more
+    python benchmarks/extractors.py crawl/*.warc.gz --pages 250 --rounds 5
+
+All take turns in one process and on one thread, from the bytes of a page to its main text, character set included. A
+ratio is the median over the rounds of CPU seconds, so that other work on the machine matters little.
+"""
+
+import argparse
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Callable
+
+from llmkit.crawl.charset import utf8_html
+from llmkit.crawl.extract import Extractor
+from llmkit.crawl.page import Page
+from llmkit.crawl.reading import cut_spans, read_span
+from llmkit.errors import UserError
+
+
+def contenders() -> dict[str, Callable[[Page], object]]:
+    """What is timed, by name; ours first."""
+    from resiliparse.extract.html2text import extract_plain_text
+    from resiliparse.parse.html import HTMLTree
+
+    def bare_resiliparse(page: Page) -> str:
+        tree = HTMLTree.parse_from_bytes(utf8_html(page.html or b"", page.content_type), "utf-8")
+        return extract_plain_text(tree, main_content=True)
+
+    def of(name: str) -> Callable[[Page], object]:
+        extractor = Extractor(name)
+        return lambda page: extractor.extract(page.html or b"", page.content_type, page.url)
+
+    found = {"llmkit, model": of("model"), "llmkit, fast": of("fast"), "resiliparse": bare_resiliparse}
+    try:
+        found["trafilatura"] = of("trafilatura")
+    except UserError as error:
+        print(error)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("archives", nargs="+", metavar="WARC")
+    parser.add_argument("--pages", type=int, default=250)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    records = itertools.chain.from_iterable(read_span(span) for span in cut_spans(options.archives))
+    pages = [record for record in records if isinstance(record, Page) and record.html]
+    pages = random.Random(0).sample(pages, min(options.pages, len(pages)))
+    timed = contenders()
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
+    for number in range(options.rounds + 1):  # the first reads the models
+        for name, extract in timed.items():
+            start = time.process_time()
+            for page in pages:
+                extract(page)
+            if number:
+                seconds[name].append(time.process_time() - start)
+    ours = seconds["llmkit, model"]
+    print(f"{len(pages)} pages, {options.rounds} rounds\n")
+    print("| | pages/CPU s | speed of llmkit's model to it |\n|---|--:|--:|")
+    for name, theirs in seconds.items():
+        ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
+        print(f"| {name} | {len(pages) / statistics.median(theirs):.0f} | {ratio:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
