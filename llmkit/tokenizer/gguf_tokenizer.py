@@ -10,11 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from llmkit.conversations import message
 from llmkit.errors import UserError
 from llmkit.tokenizer.chat import has_own_template
 from llmkit.tokenizer.encoding import Tokenizer
 from llmkit.tokenizer.patterns import PATTERNS
-from llmkit.tokenizer.templates import portable_template
+from llmkit.tokenizer.templates import chat_format, portable_template
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.h, `llama_token_type`
 
@@ -103,11 +104,20 @@ def for_gguf(tokenizer: Tokenizer, vocab_size: int, ends: tuple[int, ...]) -> Gg
         ends=tuple(ordered[:3]),
         pad_id=tokenizer.pad_id,
         unknown_id=None if unknown is None else tokens.index(unknown),
-        # llama.cpp puts it before conversations as well, where our assistants have never seen it
-        add_bos=tokenizer.add_bos and not assistant,
+        # llama.cpp puts it before conversations as well, where an assistant may never have seen it
+        add_bos=tokenizer.add_bos and not assistant and (template is None or _conversations_begin_with_bos(tokenizer)),
         chat_template=None if template is None else portable_template(template),
         notes=tuple(notes),
     )
+
+
+def _conversations_begin_with_bos(tokenizer: Tokenizer) -> bool:
+    """True if another model's chat template writes it, which llama.cpp then does not do again."""
+    try:
+        asked = chat_format(tokenizer).encode([message("user", "Hello")], prompt=True)
+    except UserError:  # a template that nobody can ask: llama.cpp's converter leaves what the configuration says
+        return True
+    return bool(asked.token_ids[0] == tokenizer.bos_id)
 
 
 # ---- splits

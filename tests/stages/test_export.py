@@ -169,6 +169,29 @@ def test_a_base_model_begins_with_bos_and_has_no_conversations(tmp_path: Path) -
     assert "tokenizer.chat_template" not in stated and "tokenizer.ggml.eot_token_id" not in stated
 
 
+@pytest.mark.parametrize("writes", [True, False])
+def test_conversations_of_a_template_from_elsewhere_begin_as_in_training(
+    tmp_path: Path, chat: Path, writes: bool
+) -> None:
+    """llama.cpp puts the beginning token before a conversation whose template writes none."""
+    from llmkit.conversations import message
+    from llmkit.tokenizer.templates import chat_format
+
+    folder = tmp_path / "chat"
+    shutil.copytree(chat, folder)
+    turn = "{{ '<|im_start|>' + m.role + ': ' + m.content + '<|im_end|>' }}"
+    template = "{{ bos_token }}" * writes + "{% for m in messages %}" + turn + "{% endfor %}"
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    details = json.loads((folder / "tokenizer_config.json").read_text())
+    details |= {"chat_template": template, "add_bos_token": True, "bos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(details))
+    tokenizer = load_tokenizer(folder)
+    first = chat_format(tokenizer).encode([message("user", "Hello")], prompt=True).token_ids[0]
+    assert tokenizer.add_bos and (first == tokenizer.bos_id) == writes
+    stated = keys(written(folder, tmp_path / "chat.gguf"))
+    assert stated["tokenizer.ggml.add_bos_token"] is writes and stated["tokenizer.chat_template"] == template
+
+
 def test_the_chat_template_needs_no_extension_and_renders_the_same(chat: Path, tmp_path: Path) -> None:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from transformers import AutoTokenizer
