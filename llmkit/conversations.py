@@ -256,9 +256,13 @@ def _role_of(entry: dict[str, Any]) -> str:
 # ---- messages
 
 
-def read_messages(row: Row, entries: list[dict[str, Any]]) -> tuple[Message, ...]:
-    """Messages from entries of role and content, of one record. Raises UserError as `read_conversation` does."""
-    return conversation_of(row, entries).messages
+def read_messages(row: Row, entries: list[dict[str, Any]], lost: list[str] | None = None) -> tuple[Message, ...]:
+    """Messages from entries of role and content, of one record; `lost` gets what of them is not used. Raises UserError
+    as `read_conversation` does."""
+    found = conversation_of(row, entries)
+    if lost is not None:
+        lost += (loss for loss in found.losses if loss not in lost)
+    return found.messages
 
 
 def conversation_of(row: Row, entries: list[dict[str, Any]]) -> Conversation:
@@ -274,6 +278,8 @@ def conversation_of(row: Row, entries: list[dict[str, Any]]) -> Conversation:
         parts = _parts(row, entry, role)
         if role != "assistant":
             lost += (f"{name!r} of others than the assistant not used" for name in THOUGHTS if entry.get(name))
+        if role in ("system", "user", "assistant") and entry.get("name"):  # a speaker's, which no template shows
+            lost.append("'name' of a message not used")
         if any(part.kind == FOREIGN for part in parts):
             foreign = True
             parts = _joined([Part("text", part.text) if part.kind == FOREIGN else part for part in parts])

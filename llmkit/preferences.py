@@ -73,12 +73,12 @@ def read_comparison(row: Row) -> Comparison | str:
     return found
 
 
-def read_prompt(row: Row) -> tuple[Message, ...]:
+def read_prompt(row: Row, lost: list[str] | None = None) -> tuple[Message, ...]:
     """The prompt of a record: `messages`, or a `prompt` of text or messages, or what else asks. Raises UserError."""
     asked = find_prompt(row, PROMPT_FIRST)
     if asked is None:
         raise UserError(f"{row.where}: expected field 'prompt' or 'messages', found {fields_of(row.value)}")
-    return read_messages(row, asked.entries)
+    return read_messages(row, asked.entries, lost)
 
 
 def read_answers(row: Row) -> list[tuple[Message, ...]]:
@@ -102,17 +102,17 @@ def _pair(row: Row) -> Comparison:
     margin = 0.0 if value.get("margin") is None else value["margin"]
     if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not 0 <= margin < math.inf:
         raise UserError(f"{row.where}: expected 'margin' to be a number from 0, found {margin!r}")
-    asked = find_prompt(row, STATED)
-    prompt = None if asked is None else read_messages(row, asked.entries)
+    asked, lost = find_prompt(row, STATED), list[str]()
+    prompt = None if asked is None else read_messages(row, asked.entries, lost)
     system = _system(row) if asked is None else ()
     used = SYSTEM if system else () if asked is None else asked.used
-    losses = not_used(value, (*used, "chosen", "rejected", "margin"))
+    unused = not_used(value, (*used, "chosen", "rejected", "margin"))
     if prompt is None and (texts := _continuations(value["chosen"], value["rejected"])):
         start, *answers = texts
         candidates = tuple(_messages(row, "chosen", text, "assistant") for text in answers)
         prompt = (*system, *_messages(row, "prompt", start, "user"))
-        return Comparison(prompt, candidates, (1, 2), float(margin), row.where, losses)
-    sides = [_side(row, side, whole=prompt is None) for side in ("chosen", "rejected")]
+        return Comparison(prompt, candidates, (1, 2), float(margin), row.where, unused)
+    sides = [_side(row, side, prompt is None, lost) for side in ("chosen", "rejected")]
     if prompt is None:
         prompt = _common_start(*sides)
         sides = [side[len(prompt) :] for side in sides]
@@ -125,11 +125,12 @@ def _pair(row: Row) -> Comparison:
             prompt = (*system, *prompt)
     else:
         sides = [_after(row, side, prompt, name) for side, name in zip(sides, ("chosen", "rejected"), strict=True)]
-    return Comparison(prompt, tuple(sides), (1, 2), float(margin), row.where, losses)
+    return Comparison(prompt, tuple(sides), (1, 2), float(margin), row.where, (*lost, *unused))
 
 
 def _ranked(row: Row) -> Comparison:
-    prompt, candidates = read_prompt(row), _completions(row)
+    lost: list[str] = []
+    prompt, candidates = read_prompt(row, lost), _completions(row, lost)
     ranking = row.value.get("ranking")
     if not isinstance(ranking, list) or len(ranking) != len(candidates):
         found = counted(len(ranking), "number") if isinstance(ranking, list) else kind_of(ranking)
@@ -142,16 +143,16 @@ def _ranked(row: Row) -> Comparison:
     levels = sorted(set(ranking))
     ranks = tuple(levels.index(rank) + 1 for rank in ranking)
     asked = find_prompt(row, PROMPT_FIRST)
-    losses = not_used(row.value, (*(asked.used if asked else ()), "completions", "ranking"))
-    return Comparison(prompt, tuple(candidates), ranks, 0.0, row.where, losses)
+    unused = not_used(row.value, (*(asked.used if asked else ()), "completions", "ranking"))
+    return Comparison(prompt, tuple(candidates), ranks, 0.0, row.where, (*lost, *unused))
 
 
-def _completions(row: Row) -> list[tuple[Message, ...]]:
+def _completions(row: Row, lost: list[str] | None = None) -> list[tuple[Message, ...]]:
     values = row.value["completions"]
     if not isinstance(values, list) or not values or ("ranking" in row.value and len(values) < 2):
         found = f"{len(values)}" if isinstance(values, list) else kind_of(values)
         raise UserError(f"{row.where}: expected 'completions' to be a list of answers, found {found}")
-    return [_messages(row, "completions", value, "assistant") for value in values]
+    return [_messages(row, "completions", value, "assistant", lost) for value in values]
 
 
 def _system(row: Row) -> tuple[Message, ...]:
@@ -173,11 +174,11 @@ def _continuations(chosen: Any, rejected: Any) -> tuple[str, str, str] | None:
     return chosen[:end], chosen[end:], rejected[end:]
 
 
-def _side(row: Row, name: str, whole: bool) -> tuple[Message, ...]:
+def _side(row: Row, name: str, whole: bool, lost: list[str]) -> tuple[Message, ...]:
     value = row.value[name]
     if isinstance(value, str) and whole:
         return _transcript(row, name, value)
-    return _messages(row, name, value, "assistant")
+    return _messages(row, name, value, "assistant", lost)
 
 
 def _transcript(row: Row, name: str, text: str) -> tuple[Message, ...]:
@@ -195,14 +196,18 @@ def _transcript(row: Row, name: str, text: str) -> tuple[Message, ...]:
     return read_messages(row, entries)
 
 
-def _messages(row: Row, name: str, value: Any, role: str) -> tuple[Message, ...]:
+def _messages(row: Row, name: str, value: Any, role: str, lost: list[str] | None = None) -> tuple[Message, ...]:
     """Messages from text said by `role`, from one message, or from a list of them (ShareGPT's, too)."""
     if isinstance(value, str):
         return read_messages(row, [{"role": role, "content": value}])
     entries = [value] if isinstance(value, dict) else value
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"{row.where}: expected {name!r} to be text or messages, found {kind_of(value)}")
-    return read_messages(row, entries)
+    messages = read_messages(row, entries, lost)
+    loss = "'weight' of a message not used"  # what is compared is compared whole
+    if lost is not None and loss not in lost and any(one.weight == 0 and one.role == "assistant" for one in messages):
+        lost.append(loss)
+    return messages
 
 
 def _common_start(one: tuple[Message, ...], other: tuple[Message, ...]) -> tuple[Message, ...]:

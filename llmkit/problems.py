@@ -65,8 +65,9 @@ def read_problem(row: Row) -> Problem:
     verifier = value.get("verifier")
     if not isinstance(verifier, (str, type(None))):
         raise UserError(f"{row.where}: expected 'verifier' to be a name, found {kind_of(verifier)}")
-    messages, prompt = _messages_and_text(row, asked)
-    losses = not_used(value, asked.used, PROMPT_FIELDS)
+    lost: list[str] = []
+    messages, prompt = _messages_and_text(row, asked, lost)
+    losses = (*lost, *not_used(value, asked.used, PROMPT_FIELDS))
     options = read_options(value, row.where)
     if options:
         if not messages and not all(text == letter for letter, text in options):  # else the question shows them
@@ -122,7 +123,7 @@ def last_boxed(text: str) -> str | None:
 # ---- fields
 
 
-def _messages_and_text(row: Row, asked: RecordPrompt) -> tuple[tuple[Message, ...], str]:
+def _messages_and_text(row: Row, asked: RecordPrompt, lost: list[str]) -> tuple[tuple[Message, ...], str]:
     """Return the prompt as messages, empty for plain text, and as text: of messages, the last one's."""
     name, value = asked.name, row.value[asked.name]
     if not isinstance(value, list):
@@ -133,8 +134,8 @@ def _messages_and_text(row: Row, asked: RecordPrompt) -> tuple[tuple[Message, ..
         text = text if name == "prompt" else text.strip()
         if len(asked.entries) == 1:
             return (), text
-        return read_messages(row, [*asked.entries[:-1], {"role": "user", "content": text}]), text
-    messages = read_messages(row, asked.entries)
+        return read_messages(row, [*asked.entries[:-1], {"role": "user", "content": text}], lost), text
+    messages = read_messages(row, asked.entries, lost)
     if messages[-1].role != "user":
         raise UserError(f"{row.where}: expected {name!r} to end with the user's message, found {messages[-1].role}'s")
     if not messages[-1].text.strip():

@@ -21,12 +21,16 @@ QUESTIONS = ("prompt", "question", "problem", "query", "instruction", "context",
 ASKING = (*CONVERSATIONS, *QUESTIONS)
 PROMPT_FIRST = ("prompt", *ASKING)  # of records with an answer, whose `messages` may hold it, too
 SYSTEM = ("system", "system_prompt")  # in front of what is asked, as is "history"
-PROMPT_FIELDS = (*ASKING, *SYSTEM, "history")  # all that a prompt is made of
+SHOWN = ("tools", "functions", "images", "image", "audio", "videos")  # beside a prompt, to models of another kind
+PROMPT_FIELDS = (*ASKING, *SYSTEM, "history", *SHOWN)  # all that a prompt is made of
+# what servers take with each prompt, and sample as options of a whole run
+SAMPLING = ("max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "stop", "n")
 ANSWERS = ("completion", "response", "output", "solution", "answer", "answers", "target", "continuation")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # before an answer
 CHOSEN = {"response_j": "chosen", "response_k": "rejected"}  # other names of what is compared
 COMPARED = ("chosen", "rejected", *CHOSEN, "completions", "ranking", "margin")
-OTHERS = ("text", "tools", "functions", "choices", "options", "images", "image", "audio", "videos")
+CHOICES = ("choices", "options")
+OTHERS = ("text", *CHOICES)
 KNOWN = frozenset((*PROMPT_FIELDS, *ANSWERS, *THOUGHTS, *COMPARED, *OTHERS))
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from llmkit.bad_records import BadRecords, good_records
 from llmkit.conversations import Message, Part, message, read_conversation
+from llmkit.engine.prompts import Prompts
 from llmkit.errors import UserError
 from llmkit.preferences import read_answers, read_comparison, read_prompt
 from llmkit.problems import read_problem
@@ -144,6 +145,47 @@ def test_other_forms_of_pairs_and_questions():
     assert read_problem(row(question="Who?", answer={"value": "Ada", "aliases": []})).answer == "Ada"
     shared = [{"from": "human", "value": "2 + 2?"}]
     assert read_problem(row(conversations=shared, answer="4")).messages == (ASKED,)
+
+
+MESSAGES = {  # what of messages is not used, whichever command reads them
+    "'name' of a message not used": [{"role": "user", "content": "a?", "name": "Ada"}],
+    "'reasoning_content' of others than the assistant not used": [
+        {"role": "user", "content": "a?", "reasoning_content": "Hm."}
+    ],
+    "calls of unknown tools as text": [
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "weather", "arguments": "{}"}}]},
+        {"role": "tool", "content": "yes"},
+        {"role": "user", "content": "a?"},
+    ],
+}
+
+
+@pytest.mark.parametrize("loss", MESSAGES)
+def test_what_of_messages_is_not_used_is_named_in_every_command(loss):
+    asked, answer, other = MESSAGES[loss], *({"role": "assistant", "content": text} for text in "bc")
+    assert read_conversation(row(messages=[*asked, answer])).losses == (loss,)
+    assert read_conversation(row(prompt=asked, completion="b")).losses == (loss,)
+    assert read_problem(row(messages=asked, answer="b")).losses == (loss,)
+    pairs = [row(prompt=asked, chosen="b", rejected="c"), row(chosen=[*asked, answer], rejected=[*asked, other])]
+    pairs.append(row(prompt=asked, completions=["b", "c"], ranking=[1, 2]))
+    for pair in pairs:
+        found = read_comparison(pair)
+        assert not isinstance(found, str) and found.losses == (loss,)
+    prompts = Prompts([row(prompt=asked)], list, lambda messages: [1], max_tokens=1, samples=1, seed=0, own_seeds=False)
+    assert len(list(prompts)) == 1 and prompts.left_out["not_used"] == {loss: 1}
+
+
+def test_a_weight_in_a_comparison_and_options_of_a_server_are_named():
+    sides = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": text, "weight": 0}] for text in "bc"]
+    found = read_comparison(row(chosen=sides[0], rejected=sides[1]))
+    assert not isinstance(found, str) and found.losses == ("'weight' of a message not used",)
+    given = {"prompt": "a", "temperature": 0.5, "choices": ["b", "c"], "images": ["x.png"], "tools": [{"name": "f"}]}
+    prompts = Prompts([row(**given)], list, list, max_tokens=1, samples=1, seed=0, own_seeds=False)
+    assert len(list(prompts)) == 1
+    unused = ("choices", "images", "temperature", "tools")
+    assert sorted(prompts.left_out["not_used"]) == [f"{name!r} not used" for name in unused]
+    assert read_problem(row(prompt="a", answer="b", images=["x.png"])).losses == ("'images' not used",)
 
 
 def test_what_is_not_used_is_told_and_counted(capsys):

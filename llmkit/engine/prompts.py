@@ -24,7 +24,7 @@ from llmkit.engine.sampling import request_number, seed_of_repeat
 from llmkit.errors import Interrupted, UserError, naming
 from llmkit.files import PARTIAL, create, cut_torn_line, read_json, remove, replace_file, write_json
 from llmkit.progress import counted, say
-from llmkit.records import PROMPT_FIELDS, PROMPT_FIRST, Row, fields_of, not_used, with_made
+from llmkit.records import CHOICES, PROMPT_FIELDS, PROMPT_FIRST, SAMPLING, Row, fields_of, not_used, with_made
 from llmkit.rundir import check_identity
 from llmkit.stream import dump_json, json_row, open_bytes
 
@@ -107,10 +107,11 @@ class Prompts:
             raise UserError(
                 f"{row.where}: expected field 'prompt' or 'messages' (a prompt), found {fields_of(row.value)}"
             )
+        lost: list[str] = []
         if len(asked.entries) == 1 and not isinstance(row.value[asked.name], list):
             ids = self._encode(asked.entries[0]["content"])
         else:
-            messages = read_messages(row, asked.entries)
+            messages = read_messages(row, asked.entries, lost)
             if messages[-1].role != "user":
                 raise UserError(
                     f"{row.where}: expected messages that end with the user's, found the {messages[-1].role}'s last"
@@ -121,7 +122,7 @@ class Prompts:
                 f"{row.where}: the prompt is {counted(len(ids), 'token')} long and the model's context is "
                 f"{self._context}, a new token included; shorten the prompt"
             )
-        return ids, not_used(row.value, asked.used, PROMPT_FIELDS)
+        return ids, (*lost, *not_used(row.value, asked.used, (*PROMPT_FIELDS, *CHOICES, *SAMPLING)))
 
     def take(self, index: int) -> tuple[Row, int]:
         """The record of a request and its seed, once."""
