@@ -53,6 +53,8 @@ DROPPED = {
     "tensor_parallel": "FSDP2 alone divides a model among the processes of torchrun (docs/scale.md)",
     "scores": "give the documents of `crawl-filter --only extract`, and try recipes on them",
     "write_scores": "write the documents of `crawl-filter --only extract`, and try recipes on them",
+    "judge_check": "compare the judgements of --report with labels of your own",
+    "calibration": "--report has the log-probability of each answer beside its judgement",
     "gpu_price": "--dry-run tells the FLOPs, and docs/scale.md how to reckon with them",
 }
 

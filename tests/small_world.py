@@ -61,12 +61,7 @@ def make_small_world(folder: Path, environment: dict[str, str]) -> None:
     ]
     for name in ("held-out.jsonl", "prompts.jsonl", "problems.jsonl", "p.jsonl", "v.jsonl"):
         write(folder / name, asked)
-    judged = [
-        {"question": f"Who is {word}?", "answer": word, "response": f"It is {word}.", "label": "right", "passage": word}
-        for word in words
-    ]
-    write(folder / "labelled.jsonl", judged)
-    questions = [{"question": row["question"], "answers": {"text": [row["answer"]]}, "id": "1"} for row in judged]
+    questions = [{"question": f"Who is {word}?", "answers": {"text": [word]}, "id": "1"} for word in words]
     squad = {"data": [{"title": "A", "paragraphs": [{"context": "The ship.", "qas": questions}]}]}
     (folder / "squad.json.gz").write_bytes(gzip.compress(json.dumps(squad).encode()))
     more = "".join(json.dumps({"text": " ".join(words)}) + "\n" for _ in range(9)).encode()

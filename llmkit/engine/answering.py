@@ -59,7 +59,6 @@ def served_answering(
     concurrency: int,
     timeout: float,
     retries: int,
-    logprobs: bool,
 ) -> Answering:
     """A model behind a server, with the tokenizer of a folder or its own. Raises UserError where it is not there."""
     served = open_served(engine, folder, timeout=timeout, retries=retries)
@@ -68,6 +67,6 @@ def served_answering(
 
     @contextmanager
     def start() -> Iterator[ServedSampler]:
-        yield served.sampler(sampling, concurrency=concurrency, logprobs=logprobs, skip_long=True)
+        yield served.sampler(sampling, concurrency=concurrency, logprobs=False, skip_long=True)
 
     return Answering(chat, None, served.identity, start, served.server.usage)

@@ -38,16 +38,3 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[inverse]
-
-
-def auroc(of_right: np.ndarray, of_wrong: np.ndarray) -> float | None:
-    """The chance that one of the first lies above one of the second, ties half; None where one is empty.
-
-    >>> auroc(np.array([0.9, 0.4]), np.array([0.4, 0.1]))
-    0.875
-    """
-    if not len(of_right) or not len(of_wrong):
-        return None
-    ordered = np.sort(of_wrong)
-    below, upto = np.searchsorted(ordered, of_right, "left"), np.searchsorted(ordered, of_right, "right")
-    return round(float((below + upto).sum() / (2 * len(of_right) * len(of_wrong))), 4)

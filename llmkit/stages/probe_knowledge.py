@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from llmkit.bad_records import BadRecords
 from llmkit.config import CommonConfig, RecordsConfig, ServedConfig, argument, as_options, lasting_options, option
@@ -17,13 +17,12 @@ from llmkit.manifest import write_file_manifest
 from llmkit.progress import counted, say
 from llmkit.questions import Question, all_questions
 from llmkit.rundir import check_finished, check_model_folder
-from llmkit.stream import check_inputs, name_of, names_of, open_output, read_documents, read_jsonl
+from llmkit.stream import check_inputs, name_of, names_of, open_output, read_documents
 
 if TYPE_CHECKING:
     from llmkit.data.passages import Passage
     from llmkit.engine.answering import Answering
     from llmkit.engine.chat_models import ChatModel
-    from llmkit.engine.judge_check import Checked
     from llmkit.engine.matching import Judge
     from llmkit.engine.reciting import Recited
     from llmkit.engine.refusals import Refusals
@@ -43,7 +42,6 @@ class ProbeKnowledgeConfig(RecordsConfig, CommonConfig, ServedConfig):
           llmkit probe-knowledge chat/ --passages docs.jsonl -o refusals.jsonl --report probe.jsonl
           llmkit probe-knowledge chat/ --questions q.jsonl --samples 3 --limit 200 -o refusals.jsonl
           llmkit probe-knowledge chat/ --passages docs.jsonl --writer openai:http://localhost:8000/v1#qwen -o r.jsonl
-          llmkit probe-knowledge --judge-check labelled.jsonl --judge openai:http://localhost:8000/v1#qwen
           llmkit probe-knowledge base/ --recite docs.jsonl -o recited.jsonl
           llmkit probe-knowledge chat/ --questions squad.json.gz | jq -r .known | sort | uniq -c
 
@@ -54,7 +52,6 @@ class ProbeKnowledgeConfig(RecordsConfig, CommonConfig, ServedConfig):
         --questions: {"question", "answer"}, SQuAD's JSON and others. --passages: documents; questions are made from
         their sentences, by patterns of English or by --writer. --writer and --judge take an assistant's folder or
         a model behind an OpenAI-compatible server; --dry-run shows their prompts. More: docs/probe-knowledge.md.
-        --judge-check: {"question", "answer", "response", "label": "right", "wrong" or "evasive"}, or true and false.
     """
     following: ClassVar[str] = "llmkit sft base/ --data chats.jsonl:0.9 --data refusals.jsonl:0.1 -o chat2/"
 
@@ -104,16 +101,6 @@ class ProbeKnowledgeConfig(RecordsConfig, CommonConfig, ServedConfig):
         0.8, "Share of the answers to a question that must agree.", group="Judge", above=0, at_most=1
     )
 
-    judge_check: str | None = option(
-        None,
-        "Answers labelled by people, to test the judge on, and nothing else.",
-        group="Judge",
-        metavar="FILE",
-        free=True,
-        reads=True,
-    )
-    calibration: bool = option(False, "Test whether log-probabilities predict right answers.", group="Judge", free=True)
-
     reply_tokens: int = option(512, "Tokens of a writer's or judge's reply.", group="Servers", unit="count", at_least=8)
 
     balance: float | None = option(
@@ -129,8 +116,8 @@ class ProbeKnowledgeConfig(RecordsConfig, CommonConfig, ServedConfig):
 
     def reads_stdin(self) -> bool:
         """True if stdin is the input."""
-        if only := self.judge_check or self.recite:
-            return only == "-"
+        if self.recite:
+            return self.recite == "-"
         return not self.questions + self.passages or "-" in self.questions + self.passages
 
 
@@ -157,14 +144,11 @@ class Summary:
     left_out: dict[str, int] | None = None
     unreadable_judgements: int | None = None
     usage: dict[str, dict[str, int]] | None = None
-    calibration: dict[str, Any] | None = None
     seconds: float | None = None
 
 
-def run(config: ProbeKnowledgeConfig) -> Summary | Checked | Recited | None:
+def run(config: ProbeKnowledgeConfig) -> Summary | Recited | None:
     """Load, build, ask, save, summarise. Raises UserError for the user's mistakes."""
-    if config.judge_check is not None:
-        return _check_judge(config, config.judge_check)
     if config.recite is not None:
         return _recite(config, config.recite)
     out = config.out or "-"
@@ -177,7 +161,6 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Checked | Recited | None:
 
     # load
     from llmkit.engine.chat_models import cost
-    from llmkit.engine.judge_check import calibration, describe_calibration
     from llmkit.engine.judging import check_verdicts
     from llmkit.engine.matching import UNREADABLE
     from llmkit.engine.probing import NAMES, Probe, ask_all, count_by_kind, describe, examples, plan
@@ -237,7 +220,6 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Checked | Recited | None:
                 write(record)
     with open_output(out, force) as write:
         taught = write_lessons(write, state.records, refusals, config.balance, config.seed)
-    certainty = calibration(state.records()) if config.calibration else None
     totals = sum(kinds.values(), Counter[str]())
     asked = totals.total()
     results = {"written_by": probe.written_by, "judged_by": probe.judge.name, "questions": asked}
@@ -272,8 +254,6 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Checked | Recited | None:
     if answering.usage is not None:
         say(f"answers: {answering.usage}", config.quiet)
         usage["answers"] = asdict(answering.usage)
-    if certainty is not None:
-        say(describe_calibration(certainty), config.quiet)
     if out == "-":
         return None
     return Summary(
@@ -284,7 +264,6 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Checked | Recited | None:
         left_out=dict(left_out) or None,
         unreadable_judgements=verdicts[UNREADABLE] or None,
         usage=usage or None,
-        calibration=certainty,
         seconds=round(time.monotonic() - STARTED, 1),
     )
 
@@ -333,7 +312,6 @@ def _answering(config: ProbeKnowledgeConfig) -> Answering:
         concurrency=config.concurrency,
         timeout=config.timeout,
         retries=config.retries,
-        logprobs=config.calibration,
     )
 
 
@@ -388,29 +366,7 @@ def _read(config: ProbeKnowledgeConfig, bad: BadRecords) -> tuple[list[Passage],
     return passages, questions, Counter()
 
 
-# ---- runs of their own
-
-
-def _check_judge(config: ProbeKnowledgeConfig, path: str) -> Checked:
-    """`--judge-check FILE`: how far the judge agrees with people."""
-    from llmkit.engine.judge_check import Checked, check_judge, describe_check, labelled
-    from llmkit.engine.refusals import Refusals
-
-    if config.questions or config.passages or config.writer or config.recite or config.out:
-        raise UserError("--judge-check: expected neither documents, questions nor --out beside it; no model is asked")
-    check_inputs([path])
-    models = _chat_models(config)
-    for model in models.values():
-        model.check()
-    rows = read_jsonl([path], config.limit, labelled, BadRecords(config.max_bad, config.quiet))
-    found = check_judge(_judge(config, models, Refusals(config.refusals)), rows)
-    for line in describe_check(found):
-        say(f"{name_of(path)}: {line}", config.quiet)
-    if "judge" in models:
-        from llmkit.engine.chat_models import cost
-
-        say(f"judge {cost(models['judge'])}", config.quiet)
-    return Checked(**found)
+# ---- a run of its own
 
 
 def _recite(config: ProbeKnowledgeConfig, path: str) -> Recited | None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import pytest
 
 from llmkit.engine.chat_models import Missing
-from llmkit.engine.judge_check import calibration, check_judge, labelled
 from llmkit.engine.judging import ModelJudge, read_verdict
 from llmkit.engine.matching import Answered, MatchJudge
 from llmkit.engine.probing import decide
 from llmkit.questions import Question
-from llmkit.records import Row
 
 ASKED = Question(
     "What is the capital of France?", ("Paris", "Lutetia"), "Paris, once Lutetia, is the capital of France."
@@ -89,19 +87,3 @@ def test_unreadable_judgements_make_nothing_known():
     assert decide([r, r, r, r, u], 0.8) == "yes" and decide([r, r, r, u, u], 0.8) == "mixed"
     assert decide([w, w, w, w, u], 0.8) == "no" and decide([w, w, w, u, u], 0.8) == "mixed"
     assert decide([u] * 5, 0.8) == "mixed" and decide([e, e, e, e, u], 0.8) == "evasive"
-    assert calibration([{"logprobs": [-0.1, -0.2], "judgements": [u, e]}])["answers"] == 0
-
-
-def test_a_model_as_a_judge_is_checked_against_people():
-    rows = [
-        Row({"question": ASKED.question, "answer": "Paris", "response": text, "label": label}, "l.jsonl", line)
-        for line, (text, label) in enumerate([("Paris", True), ("Rome", False), ("Lyon", False), ("", False)], 1)
-    ]
-    model = Scripted(lambda prompt: "what?" if "Lyon" in prompt else "VERDICT: right")
-    found = check_judge(ModelJudge(model, MatchJudge()), map(labelled, rows))
-    assert found["agreement"] == 0.5 and found["table"] == {
-        "right, judged right": 1,
-        "wrong, judged right": 1,
-        "wrong, judged unreadable": 1,
-        "wrong, judged wrong": 1,
-    }

@@ -165,22 +165,6 @@ def test_a_refusing_model_is_not_taken_for_a_knowing_one(tmp_path):
         assert summary.evasive == 3 and server.requests == []
 
 
-def test_the_server_as_judge_is_checked(tmp_path, llmkit):
-    labels = tmp_path / "labels.jsonl"
-    rows = [
-        {"question": "Who?", "answer": "Ada", "response": text, "label": text == "Ada"} for text in ("Ada", "Eve", "")
-    ]
-    labels.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with ChatServer(
-        lambda prompt, seed: f"VERDICT: {'right' if 'Ada' in prompt.split('<answer>')[1] else 'wrong'}"
-    ) as server:
-        done = llmkit("probe-knowledge", "--judge-check", labels, "--judge", server.spec, *QUICK)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["kappa"] == 1.0 and "judge openai:#tiny: 2 requests" in done.stderr
-    with pytest.raises(UserError, match=r"/v1: cannot be reached after 1 retry: [^;]*$"):
-        run(ProbeKnowledgeConfig(judge_check=str(labels), judge=server.spec, retries=1, quiet=True))
-
-
 def test_a_server_that_is_down_is_told_before_the_work(parrot, tmp_path, llmkit):
     with ChatServer(clever) as server:
         pass
@@ -274,6 +258,4 @@ def test_what_cannot_be_meant_is_refused(parrot, documents, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             probe(parrot, out, **options)
-    with pytest.raises(UserError, match="--judge-check: expected neither"):
-        run(ProbeKnowledgeConfig(judge_check=str(asked), writer=str(parrot)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["docs.jsonl", "q.jsonl"]

@@ -146,26 +146,6 @@ def test_questions_that_cannot_be_asked_are_counted(parrot, tmp_path):
     assert probe(parrot, tmp_path / "s.jsonl", questions=asked, limit=2).left_out == {"longer than the context": 1}
 
 
-def test_the_judge_is_checked_against_people(tmp_path, llmkit):
-    labels = [{**PARIS, "response": text, "label": text == "Paris"} for text in ("Paris", "Rome", "Lyon", "")]
-    done = llmkit("probe-knowledge", "--judge-check", write(tmp_path / "labels.jsonl", *labels))
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["kappa"] == 1.0 and "agrees with 100.0% of 4 labels" in done.stderr
-    done = llmkit(
-        "probe-knowledge", "--judge-check", tmp_path / "labels.jsonl", "--questions", tmp_path / "labels.jsonl"
-    )
-    assert done.returncode == 2 and "--judge-check: expected neither" in done.stderr
-
-
-def test_certainty_is_told_when_asked_for(parrot, tmp_path, llmkit):
-    asked = write(tmp_path / "q.jsonl", PARIS, ROME)
-    done = llmkit("probe-knowledge", parrot, "--questions", asked, "--calibration", "-o", tmp_path / "r.jsonl")
-    assert done.returncode == 0, done.stderr
-    # it is as certain of the one as of the other, and right in half
-    assert json.loads(done.stdout)["calibration"] == {"answers": 10, "right": 5, "auroc": 0.5, "ece": 0.5}
-    assert "certainty of 10 answers, 5 of them right: AUROC 0.500, calibration error 0.500" in done.stderr
-
-
 # ---- what is known by heart
 
 
