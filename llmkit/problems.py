@@ -28,7 +28,7 @@ from llmkit.records import PROMPT_FIELDS, Row, fields_of, kind_of, not_used
 
 ANSWERS = ("answer", "solution", "target", "continuation", "correct", "lSolutions", "answerKey", "gold", "output")
 MARKER = "####"
-BRACES = re.compile(r"(?P<box>\\f?boxed\s*)(?:(?P<brace>\{)|(?P<bare>[^\s\\{}$.,]+))|\\.|[{}]", re.DOTALL)
+BRACES = re.compile(r"(?P<box>\\(?:f?boxed|fbox)\s*)(?:(?P<brace>\{)|(?P<bare>[^\s\\{}$.,]+))|\\.|[{}]", re.DOTALL)
 LABEL = re.compile(r"\s*\(?([A-Z])\s*[).:]\s*")
 
 

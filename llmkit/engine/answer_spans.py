@@ -27,6 +27,8 @@ AGENTS = frozenset(["by", "von", "vom", "par", "por", "da", "door"])
 JOINS = frozenset(["and", "und", "et", "y", "e"])
 BASES = {form: entry.split()[0] for entry in KNOWN["irregular"] for form in entry.split()}
 MEASURES = {form: entry.split()[0] for entry in KNOWN["measures"] for form in entry.split()}
+# the sign of a unit: what it measures, and how many of the smallest unit it is
+FACTORS = {sign: (kind, factor) for kind, units in KNOWN["factors"].items() for sign, factor in units.items()}
 CURRENCIES = {form: entry.split()[0] for entry in KNOWN["currencies"] for form in entry.split()}
 
 

@@ -2,10 +2,13 @@
 
     >>> words("The U.S. paid $1,000,000 in Henry VIII's time.")
     ('us', 'paid', '#1000000', 'in', 'henry', '#8', 'time')
-    >>> words("one million") == words("1.0 million") == words("1,000,000")
+    >>> words("one million") == words("1.0 million") == words("1,000,000") == words("1M")
+    True
+    >>> words("three and a half") == words("3 1/2") == words("3\u00bd") == words("3.5")
     True
 
-A number is a word of its own, "#" and its value, from digits of any script, English number words and Roman numerals.
+A number is a word of its own, "#" and its value, from digits of any script, English number words, fractions and Roman
+numerals.
 Scripts without spaces (Chinese, Japanese, Thai, ...) give a word a character. Articles (a, an, the) are left out
 where anything else is said, and a plural's last s.
 """
@@ -16,7 +19,8 @@ import json
 import re
 import sys
 import unicodedata
-from decimal import Decimal
+from decimal import Context, Decimal
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,12 +33,13 @@ INITIALS = re.compile(r"(?:\b[^\W\d_]\.[ ]?){2,}")  # U.S., J. K.
 ROMAN = re.compile(r"(?=[IVXLC]{2}|[VX])(?:C{0,3}|XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})")
 
 KNOWN: dict[str, Any] = json.loads(Path(__file__).with_name("matching.json").read_text(encoding="utf-8"))
-LONGEST_NUMBER = 100  # characters
+LONGEST_NUMBER, LARGEST = 100, 10**60  # characters; in words
 ISO_DATE = re.compile(r"(?<![\d-])(\d{4})-(0[1-9]|1[0-2])-([0-3]\d)(?![\d-])")
 MONTHS = KNOWN["months"]  # the twelve first
 TEN_WORDS = [*KNOWN["tens"], *KNOWN["ordinal tens"]]
 TENS = {word: 20 + 10 * (place % 8) for place, word in enumerate(TEN_WORDS)}
 SMALL_NUMBERS = TENS | {word: value for name in ("units", "ordinals") for value, word in enumerate(KNOWN[name])}
+SMALL_NUMBERS |= {word: int(value) for value, some in KNOWN["numerals"].items() for word in some.split()}
 SCALES = {
     "hundred": 10**2,
     "hundredth": 10**2,
@@ -45,6 +50,9 @@ SCALES = {
     "trillion": 10**12,
     "dozen": 12,
 }
+SUFFIXES = {"k": 10**3, "K": 10**3, "M": 10**6, "mn": 10**6, "B": 10**9, "bn": 10**9}  # directly behind digits
+PARTS = {"half": Fraction(1, 2), "halves": Fraction(1, 2), "quarter": Fraction(1, 4), "quarters": Fraction(1, 4)}
+PARTS |= {word + end: Fraction(1, SMALL_NUMBERS[word]) for word in KNOWN["ordinals"][3:] for end in ("", "s")}
 
 
 class Token(NamedTuple):
@@ -68,6 +76,7 @@ def word_list(name: str) -> frozenset[str]:
 
 def tokens(text: str) -> list[Token]:
     """The words of a text with articles, and how they were written."""
+    text = re.sub("(?<=\\d)(?=[\u00bc-\u00be\u2150-\u215e])", " ", text)
     text = unicodedata.normalize("NFKC", text).translate(SPELLINGS)
     text = ACCENTS.sub("", unicodedata.normalize("NFD", text))
     text = INITIALS.sub(
@@ -111,7 +120,8 @@ def _pattern() -> re.Pattern[str]:
     # vowel signs of Indic and other scripts, which \w leaves out: without them words that differ become equal
     marks = "".join(chr(code) for code in range(0x370, 0x11000) if unicodedata.category(chr(code))[0] == "M")
     return re.compile(
-        r"(?P<number>(?:(?<![\w)\]])[-\u2212])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?)(?:(?:st|nd|rd|th)\b)?"
+        r"(?P<number>(?:(?<![\w)\]])[-\u2212])?(?:(?:\d{1,9} )?(?<![/\d])\d{1,9}[/\u2044][1-9]\d{0,2}(?![/\d])"
+        r"|(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?))(?:(?:st|nd|rd|th)\b|(?P<scale>[kKMB]|mn|bn)\b)?"
         rf"|(?P<percent>%)|(?P<character>[{SPACELESS}])"
         rf"|(?P<word>(?:[^\W\d_{SPACELESS}][{marks}]*)+(?:'[^\W\d_]+)*"
         r"(?:\+{1,2}|#|(?<=\b\w)[-\u2212](?!\w))?)"  # C++, C#, A+ and A- are other words than C and A
@@ -123,7 +133,10 @@ def _piece(found: re.Match[str]) -> str:
     if found["number"]:
         if len(found["number"]) > LONGEST_NUMBER:  # no answer, and the value of many digits costs their square
             return "#" + found["number"]
-        return _value(Decimal(found["number"].replace(",", "").replace("\u2212", "-")))
+        number = found["number"].replace(",", "").replace("\u2212", "-").replace("\u2044", "/")
+        whole, _, part = number.rpartition(" ")
+        value = Fraction(part) + (Fraction(whole or 0) if not whole.startswith("-") else Fraction(whole))
+        return _value(value * SUFFIXES.get(found["scale"] or "", 1))
     if found["percent"]:
         return "percent"
     if found["character"]:
@@ -135,9 +148,11 @@ def _piece(found: re.Match[str]) -> str:
     return bare.casefold().replace("'", "").replace("\u2212", "-")
 
 
-def _value(number: Decimal | int) -> str:
-    exact = Decimal(number)
-    return f"#{exact.to_integral_value()}" if exact == exact.to_integral_value() else f"#{exact.normalize():f}"
+def _value(number: Decimal | Fraction | int) -> str:
+    exact = Fraction(number)
+    if exact.denominator == 1:
+        return f"#{exact.numerator}"
+    return f"#{Context(LONGEST_NUMBER).divide(exact.numerator, exact.denominator).normalize():f}"
 
 
 def _roman(text: str) -> int:
@@ -146,30 +161,35 @@ def _roman(text: str) -> int:
     return sum(-one if one < after else one for one, after in zip(values, following, strict=True))
 
 
-def _number_at(pieces: list[str], at: int) -> tuple[Decimal, int]:
+def _number_at(pieces: list[str], at: int) -> tuple[Fraction, int]:
     """The number that begins at a piece, and where it ends; it ends where it begins if there is none.
 
     >>> _number_at("three hundred and five men".split(), 0)
-    (Decimal('305'), 4)
+    (Fraction(305, 1), 4)
     """
-    total, part, last, end = Decimal(0), Decimal(0), sys.maxsize, at
-    while end < len(pieces):
+    total, part, last, end = Fraction(0), Fraction(0), sys.maxsize, at
+    while end < len(pieces) and part < LARGEST:
         word = pieces[end]
         if word == "and" and last in SCALES.values() and end + 1 < len(pieces) and _small(pieces[end + 1]) is not None:
             end += 1
             continue
+        count, after = _part_at(pieces, end + (word == "and" and end > at))
+        if count and (end == at or word == "and"):  # "half a million", "three quarters", "two and a half"
+            part, last, end = part + count, 0, after
+            end += pieces[end : end + 1] == ["a"] and pieces[end + 1 : end + 2] != [] and pieces[end + 1] in SCALES
+            continue
         if is_number(word):
-            if end > at:
+            if end > at or len(word) > LONGEST_NUMBER:
                 break
-            part, last = Decimal(word[1:]), 0
+            part, last = Fraction(word[1:]), 0
         elif word in SCALES:
             scale = SCALES[word]
             if end == at:
-                part = Decimal(1)
+                part = Fraction(1)
             if scale == 100:
                 part *= scale
             else:
-                total, part = total + part * scale, Decimal(0)
+                total, part = total + part * scale, Fraction(0)
             last = scale
         else:
             small = _small(word)
@@ -179,6 +199,21 @@ def _number_at(pieces: list[str], at: int) -> tuple[Decimal, int]:
             part, last = part + small, 10 if word in TENS else 1
         end += 1
     return total + part, end
+
+
+def _part_at(pieces: list[str], at: int) -> tuple[Fraction, int]:
+    """The fraction in words that begins at a piece, 0 without one, and where it ends.
+
+    >>> [_part_at(text.split(), 0)[0] for text in ("half", "a third", "three quarters", "third", "three third")]
+    [Fraction(1, 2), Fraction(1, 3), Fraction(3, 4), Fraction(0, 1), Fraction(0, 1)]
+    """
+    first, second = [*pieces[at : at + 2], "", ""][:2]
+    if first in ("half", "halves"):
+        return PARTS[first], at + 1
+    count = 1 if first == "a" else SMALL_NUMBERS.get(first, 0) if first not in KNOWN["ordinals"] else 0
+    if second in PARTS and count and (count == 1 or second.endswith("s")):
+        return count * PARTS[second], at + 2
+    return Fraction(0), at
 
 
 def _small(word: str) -> int | None:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 
 FENCE = re.compile(
-    r"^(?P<indent>[ \t]*)(?P<fence>```|~~~)[ \t]*\{?\.?(?P<language>[\w+-]*)[^\n]*\n"
+    r"^(?P<indent>[ \t]*)(?P<fence>`{3,9}|~{3,9})[ \t]*\{?\.?(?P<language>[\w+-]*)[^\n]*\n"
     r"(?P<code>.*?)(?:^[ \t]*(?P=fence)[ \t]*$|\Z)",
     re.MULTILINE | re.DOTALL,
 )

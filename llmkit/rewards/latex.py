@@ -24,6 +24,7 @@ SPACES = re.compile(r"\s+|\\[,;:! ]|~")
 BASE = re.compile(r"(?<=[0-9])_\{?\s*([0-9]+)")  # math-verify takes 1101_4 for 1101_9
 # of MATH's answers math-verify cannot read `5,\!525` and `\frac \pi4`, nor a line break, nor a full stop
 GROUPS = re.compile(r"(?<=[0-9])(?:,\s*\\[!,:; ]|\{\s*,\s*\}|\\[!,:; ])\s*(?=[0-9]{3}(?![0-9]))")
+WRAPPED = re.compile(r"\\math(?:rm|bf|it|sf)\{(.*)\}\Z", re.DOTALL)
 UNBRACED = re.compile(r"\\[dtc]?frac\s*(\\pi|[0-9A-Za-z])\s*(\\pi|[0-9A-Za-z])")
 LEFT_OPEN = re.compile(r"\b(?:or|not)\b|\\(?:lor|vee|neq?|neg|pm|mp)\b")
 
@@ -34,6 +35,7 @@ def readable(text: str) -> str:
     >>> readable(r"\frac{12}{5,\!525}"), readable(r"\frac \pi4 + 1{,}000."), readable(r"(1,\! 20)")
     ('\\frac{12}{5525}', '\\frac{\\pi}{4} + 1000', '(1,\\! 20)')
     """
+    text = re.sub(r"\s*\u00b0", r"^\\circ", WRAPPED.sub(r"\1", text.strip()))
     text = UNBRACED.sub(r"\\frac{\1}{\2}", GROUPS.sub("", text))
     return " ".join(text.split()).removesuffix(".")
 

@@ -14,7 +14,7 @@ ANY_CASE = re.IGNORECASE
 
 # "the answer is (B)", "Answer: B", "The final answer is: B"; the last one counts
 ANNOUNCED = re.compile(
-    r"(?:\banswer\**(?:\s+is\b(?!\s+not\b)|\s*[:=])|\bans(?:wer)?\s*[.:=]|\u7b54\u6848(?:\u662f|\u4e3a|\u70ba)|\u7b54\u6848?\s*[:\uff1a]|\u7b54\u3048\u306f"
+    r"(?:\banswer\**(?:\s+is\b(?!\s+not\b)|\s*[:=])|\bans\s*[.:=]|\u7b54\u6848(?:\u662f|\u4e3a|\u70ba)|\u7b54\u6848?\s*[:\uff1a]|\u7b54\u3048\u306f"
     r"|\uc815?\ub2f5\uc740|\uc815?\ub2f5\s*[:\uff1a]|\u0e04\u0e33\u0e15\u0e2d\u0e1a\u0e04\u0e37\u0e2d"
     r"|\b(?:antwort|r\u00e9ponse|respuesta|risposta|resposta|antwoord|odpowied\u017a|\u043e\u0442\u0432\u0435\u0442)(?:\s+(?:ist|est|es|\u00e8|\u00e9|is)\b|\s*:))[\s:*]*",
     ANY_CASE,
@@ -45,7 +45,7 @@ OPERAND = re.compile(
     ANY_CASE,
 )
 # the argument of a function of one letter: f(3)
-APPLIED = re.compile(r"(?<![A-Za-z\\])[A-Za-z]\([ \t]*\Z")
+APPLIED = re.compile(r"(?<![A-Za-z\\])[A-Za-z]\([ \t]*\Z|(?<!\|)\|[-\u2212]\Z")
 # an operator, power, factorial or variable directly behind: 3 * x, 10^6, 5!, 2x
 OPERATED = re.compile(
     r"\s*(?:[\^\u00d7\u00f7\u00b7\u03c0\u221a\u00b1]|\\(?:times|cdot|div|pi|sqrt|pm|mp|theta|alpha)\b)|[xX][0-9]"
@@ -56,6 +56,7 @@ OPERATED = re.compile(
 LISTED = re.compile(
     r"[0-9%]\$?(?:[ \t]*[,;|&][ \t]*(?:or|and)?"
     r"|[ \t]+(?:or|and|nor|and/or|/|to|through|vs\.?|versus|until)|[ \t])[ \t]*\Z"
+    r"|[0-9]\s?(?:\u6216|\u8fd8\u662f|\u307e\u305f\u306f|\u304b|\ub610\ub294|\u0e2b\u0e23\u0e37\u0e2d|\u0623\u0648|\u092f\u093e|oder|ou|o|\u0438\u043b\u0438)\s?\Z"
     r"|[0-9]\S{0,12} or (?:maybe|perhaps|possibly|even|it is) \Z"
     r"|\b([A-Za-z])\s*=[^=\n]{1,25}?(?:,|;|\bor\b|\band\b)[\s$]*\1\s*=[\s$]*\Z"
     r"|\b(?:from|between)\s[^.\n]{0,40}[0-9][^.\n]{0,15}\s(?:to|and)\s+\Z",
@@ -74,8 +75,10 @@ BOUND = re.compile(
     r"|\\(?:leq?|geq?|lt|gt|leqslant|geqslant|ll|gg)\b"
     r"|\b(?P<words>(?:more|less|fewer|greater|larger|smaller|bigger|higher|lower|older|younger|longer|shorter) than"
     r"(?: or equal to)?|at least|at most|up to|(?:maximum|minimum|max|min) of|almost|nearly|close to"
-    r"|(?:(?<=is )|(?<=are )|(?<=was )|(?<=were )|(?<=has )|(?<=have )|(?<=thing )|(?<=where )|(?<=number )|(?<== ))"
-    r"(?:over|under|above|below|beyond|near)"
+    r"|(?:well|just|slightly|far|way|a little|a bit) (?:over|under|above|below|beyond|past)|upwards? of|in excess of"
+    r"|before|until|till|since|prior to"
+    r"|(?:\A|(?<=is )|(?<=are )|(?<=was )|(?<=were )|(?<=has )|(?<=have )|(?<=thing )|(?<=where )|(?<=number )|(?<== ))"
+    r"(?:over|under|above|below|beyond|near|after)"
     # other languages
     r"|mehr als|weniger als|mindestens|h\u00f6chstens|\u00fcber|unter"
     r"|plus de|moins de|au moins|au plus|m[a\u00e1]s de|menos de"
@@ -89,14 +92,15 @@ BOUND = re.compile(
 BOUND_BEHIND = re.compile(
     r"\s*(?P<words>or (?:more|less|fewer|higher|lower|above|below|over|under|greater)|and (?:up|above|over|below)"
     r"|at (?:least|most))\b"
-    r"|\s*(?:\u4ee5\u4e0a|\u4ee5\u4e0b|\u4ee5\u5185|\u672a\u6e80|\uc774\uc0c1|\uc774\ud558|\ubbf8\ub9cc|\ucd08\uacfc)|\+(?!\s*[\w(])",
+    r"|\s*(?:\u4ee5\u4e0a|\u4ee5\u4e0b|\u4ee5\u5185|\u672a\u6e80|\uc774\uc0c1|\uc774\ud558|\ubbf8\ub9cc|\ucd08\uacfc|\u3088\u308a[\u5927\u5c0f\u591a\u5c11]|\ubcf4\ub2e4|\u4ee5\u5916)|\+(?!\s*[\w(])",
     ANY_CASE,
 )
 
 # a denial before it, with up to four filler words between: "is not equal to 5", "the wrong answer is 5"
 DENIED = re.compile(
     r"(?:(?:\b(?:not|never|neither|nor|cannot|isnt|except|other than|rather than|instead of|anything but|far from"
-    r"|opposite of|doubt|false|no longer|suppose|imagine|(?:might|may|would|could) (?:think|guess|say|believe)"
+    r"|opposite of|doubt|false|no longer|suppose|imagine|unlikely to|if (?:it|that|this|the answer)"
+    r"|(?:might|may|would|could) (?:think|guess|say|believe)"
     r"|nicht|keine?|pas|no es|niet|non \u00e8|n\u00e3o \u00e9|\u043d\u0435)\b"
     r"|n['\u2019]t\b|\u2260|!=|\\neq?\b|<>)"
     r"(?:[\s*\"'(]+(?:equal(?:s|ed)?|to|the|an?|answer|number|value|result|be|being|is|it(?:['\u2019]s)?|that|as|really|were|was"
@@ -105,7 +109,7 @@ DENIED = re.compile(
     r"|\b(?:wrong|incorrect|mistaken|false) (?:answer|result|value|number|solution|guess|option|choice)\s+"
     r"(?:is|was|would be|might be|:|=)"
     r"|\bmistake (?:is|was|would be)(?: to (?:say|think|answer|get|write|take))?"
-    r"|\u4e0d\u662f|\u5e76\u975e|\u4e0d\u7b49\u4e8e|\u0e44\u0e21\u0e48\u0e43\u0e0a\u0e48)[\s*\"'(:=$]*\Z",
+    r"|\u4e0d\u662f|\u5e76\u975e|\u4e0d\u7b49\u4e8e|\u0e44\u0e21\u0e48\u0e43\u0e0a\u0e48|\u0644\u064a\u0633[\u062a\u0648]?)[\s*\"'(:=$]*\Z",
     ANY_CASE,
 )
 RIGHT = r"(?:right|correct|true|the (?:right |correct )?answer|it|possible|valid)\b"
@@ -114,13 +118,14 @@ DENIED_BEHIND = re.compile(
     r"[\s*\"'`)\]$]*(?:(?:is|was|would be|seems|looks)\s+(?:clearly |definitely |certainly |also |just |simply )?"
     rf"(?:not {RIGHT}|wrong\b|incorrect\b|false\b|impossible\b|too (?:many|few|much|little|big|small|high|low|large)\b)"
     rf"|(?:is|was)n['\u2019]?t {RIGHT}|can(?:not|['\u2019]t) be {RIGHT}"
-    r"|\u3067\u306f\u3042\u308a\u307e\u305b\u3093|\u3067\u306f\u306a\u3044|\u3058\u3083\u306a\u3044|(?:[\uc774\uac00]\s*)?\uc544[\ub2c8\ub2d9]|\u4e0d\u5bf9|\u4e0d\u5c0d|(?:\u2019\s*)?de\u011fil)",
+    r"|\u3067\u306f\u3042\u308a\u307e\u305b\u3093|\u3067\u306f\u306a\u3044|\u3058\u3083\u306a\u3044|(?:[\uc774\uac00]\s*)?\uc544[\ub2c8\ub2d9]|\u4e0d\u5bf9|\u4e0d\u5c0d|(?:\u2019\s*)?de\u011fil|\u0928\u0939\u0940\u0902)",
     ANY_CASE,
 )
 # doubt or a correction behind it: "5?", "5. Wait", "5, but that is not right"
 TAKEN_BACK = re.compile(
-    r"[^?.!\n]{0,20}\?|.{0,60}?(?:\b(?:that|this|it|which)(?:['\u2019]s| is| was)\s+(?:clearly |actually |certainly )?"
-    rf"(?:wrong|incorrect|false|not {RIGHT})|\bwait\b"
+    r"[^?.!\n]{0,20}\?|.{0,60}?(?:\b(?:(?:that|this|it|which)(?:['\u2019]s| is| was)|they(?:['\u2019]re| are| were))\s+"
+    r"(?:clearly |actually |certainly )?"
+    rf"(?:wrong|incorrect|false|not {RIGHT})|\bwait\b|\b(?:actually|sorry|correction|i mean[t]?)\b[^0-9]{{0,40}}[0-9]"
     r"|\b(?:but|except that) (?:it|that|this|there) ?(?:is|are|was|were)(?:n['\u2019]t| not)\b)",
     ANY_CASE | re.DOTALL,
 )

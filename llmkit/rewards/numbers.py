@@ -1,15 +1,16 @@
 r"""The number that a text gives as its answer, read without `eval` and compared as an exact fraction.
 
     >>> last_number("He has 3 + 4 = 7 apples, which cost $1,250.50 in all.")
-    Number(value=Fraction(2501, 2), percent=False, scale=1)
+    Number(value=Fraction(2501, 2), percent=False, scale=1, unit='$')
     >>> print(last_number("It is not 5"), last_number("9**9**9"), last_number("5 or 6"), last_number("on 3/4/2024"))
     None None None None
     >>> last_number("minus 7").value, last_number(r"-\frac14").value, last_number("答案是8").value
     (Fraction(-7, 1), Fraction(-1, 4), Fraction(8, 1))
 
-Read are digits of any script, thousands set off by commas (1,000; 1{,}000 in LaTeX), decimals after a point, signs and
-"minus", scientific notation, fractions (3/4, 2 1/2, \frac{3}{4}, ½), currency before and percent, "million" or a unit
-after. number_context.py tells where a number is no statement.
+Read are digits of any script, English number words where the statement has no digits, thousands and decimals by the
+conventions of several countries (1,000.5; 1.000.000,5; 1 000; 12,34,567; 1{,}000 in LaTeX), signs and "minus",
+scientific notation, fractions (3/4, 2 1/2, \frac{3}{4}, ½), currency before and percent, "million" or a unit after.
+number_context.py tells where a number is no statement.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 
+from llmkit.engine.answer_spans import CURRENCIES, FACTORS, MEASURED, MEASURES, SMALL
+from llmkit.engine.normalising import ROMAN, is_number, tokens
 from llmkit.rewards.number_context import (
     ANNOUNCED,
     CURRENCY,
@@ -45,7 +48,14 @@ RUN = re.compile(
     r"(?P<run>\.?[0-9]+(?:[.,:/\-\u2013\u2212][0-9]+)*(?:[eE][-+]?[0-9]+)?)"
     r"(?P<percent>\s{0,9}(?:\\?%|percent\b|per cent\b))?"
 )
-PLAIN = re.compile(r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
+PLAIN = re.compile(
+    r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}|[0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?"
+)
+# a point between thousands where a comma or a second point shows it, a comma before decimals
+CONTINENTAL = re.compile(
+    r"(?:[0-9]{1,3}(?:\.[0-9]{3}){2,}|[0-9]{1,3}(?:\.[0-9]{3})+(?=,)"
+    r"|[0-9]+(?=,[0-9]{1,2}\Z|,[0-9]{4})|0(?=,))(?:,[0-9]+)?"
+)
 FRACTION = re.compile(r"((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?)/([0-9]+(?:\.[0-9]+)?)")
 MIXED = re.compile(r"(?<![\w.,/])[0-9]+[ ]\Z")
 # "6, not 5" says 6
@@ -62,21 +72,43 @@ CIRCUMSTANCES = re.compile(
     r"(?=\W{0,3}(?:[^\W\d_]|\Z))(?!.*\b(?:so|then|thus|therefore|which|leaving|is|are|was|were|has|have|or|not|wrong|no|if)\b)[^,;:=?!<>\n]{0,200}\.?\s*",
     re.IGNORECASE,
 )
+VARIABLE = re.compile(r"[A-Za-z]\s*=(?!=)\s*\$?")
+# "square" and "degrees" say what is measured
+UNIT = re.compile(rf"\s*(?:(?:square|cubic|degrees?)\s+)?([A-Za-z]+|[{CURRENCY}])(?:(?:/| per )([A-Za-z]+))?")
+_HAN = "\u96f6\u3007\u4e00\u4e8c\u4e24\u4e09\u56db\u4e94\u516d\u4e03\u516b\u4e5d\u5341\u767e\u5343"
+# behind words one alone may be part of one of them
+HAN = re.compile(
+    rf"(?:\W*|.*[^{_HAN}](?!\u4e00(?![{_HAN}])))([{_HAN}]+)[\u3040-\u9fff]?[\u3040-\u30ff]{{0,2}}\W*\Z", re.DOTALL
+)
+LONGEST_STATEMENT = 2000  # characters in which number words are read
 JOINED = "\ue000"  # stands before a fraction that was one character, or LaTeX
 S = r"\s{0,9}"  # white space; without a bound long runs of it would cost their square
+MONTH = "(?:jan|feb|mar|apr|may|june?|july?|aug|sept?|oct|nov|dec)[a-z]{0,6}"
 PART = rf"(?:\{{{S}([-\u2212]?{S}[0-9.]+){S}\}}|([0-9]))"
 LATEX_FRACTION = re.compile(rf"\\[cdt]?frac{S}{PART}{S}{PART}")
 LATEX = (
     (r"<<[^<>]{0,200}>>", ""),  # GSM8K's marks of a calculator
     (r"</?[A-Za-z][A-Za-z0-9]{0,15}/?>", " "),
-    (r"(?<=[0-9])(?:\{,\}|,\\!|\\,(?=[0-9]{3})|[\u00a0\u2009\u202f](?=[0-9]{3}(?![0-9])))", ","),
-    # 1 000 000; one group alone could be two numbers
-    (r"(?<![0-9.,])(?<![0-9.,] )([0-9]{1,3}) ([0-9]{3}) ([0-9]{3})(?![0-9]| [0-9])", r"\1,\2,\3"),
+    (r"(?<=[0-9])(?:\{,\}|,\\!|\\,(?=[0-9]{3})|[\u00a0\u2009\u202f'\u2019_](?=[0-9]{3}(?![0-9])))", ","),
+    # 1 000 and 1 000 000, but no longer row of numbers
+    (r"(?<![0-9.,])(?<![0-9.,] )([1-9][0-9]{0,2}) ([0-9]{3})(?: ([0-9]{3}))?(?![0-9]| [0-9])", r"\1\2\3"),
+    (r"(?<=10)[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]{1,4}", lambda found: "^" + _normal(found[0])),
     (r"\\(?:[!,;: ]|left\b|right\b|displaystyle\b|quad\b)|~", " "),
     (rf"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname){S}\{{([^{{}}]{{0,200}})\}}", r" \1 "),
     (rf"{S}(?:\^{S}\{{?{S}\\circ{S}\}}?|\\degree\b|\u00b0)", " degrees "),
     # 10 to a power behind a factor
-    (rf"(?<=[0-9]){S}(?:\\times|\u00d7|\\cdot){S}10{S}\^{S}\{{?{S}([-\u2212]?){S}([0-9]{{1,3}}){S}\}}?", r"e\1\2"),
+    (
+        rf"(?<=[0-9]){S}(?:\\times|[xX*\u00d7\u00b7]|\\cdot){S}10{S}\^{S}\{{?{S}([-\u2212]?){S}([0-9]{{1,3}}){S}\}}?",
+        r"e\1\2",
+    ),
+    # or behind nothing
+    (
+        r"(?<![0-9A-Za-z.,^*/+)\u00d7\u00b7-])(?<![*/+)\u00d7\u00b7-] )"
+        rf"10{S}\^{S}\{{?{S}([-\u2212]?)([0-9]{{1,3}})\b{S}\}}?",
+        r"1e\1\2",
+    ),
+    (rf"(?i)\b({MONTH}\.?) [0-3]?[0-9](?:st|nd|rd|th)?,? (?=[0-9]{{4}}\b)", r"\1 "),
+    (r"(?<=[0-9]) and (?=[0-9]{1,3}/[0-9]{1,3}\b)", " "),
     # powers of units; a name of one letter is a variable, but for m and s
     (
         r"(?<![A-Za-z\\])(?!(?:sin|cos|tan|cot|log|ln|exp)\b)([A-Za-z]{2,12}|[ms])"
@@ -86,9 +118,10 @@ LATEX = (
 )
 LATEX_PATTERNS = tuple((re.compile(pattern), replacement) for pattern, replacement in LATEX)
 SCALE = re.compile(
-    r"\s*(?:(?i:thousand|million|billion|trillion|dozen)\b|[\u4e07\u842c\ub9cc\u4ebf\u5104\uc5b5])|[kK]\b"
+    r"\s*(?:(?i:(?:thousand|million|billion|trillion)s?|dozen|lakh|crore)\b|[\u4e07\u842c\ub9cc\u4ebf\u5104\uc5b5])|(?:[kKM]|mn|bn)\b"
 )
 SCALES = {
+    "m": 10**6, "mn": 10**6, "bn": 10**9, "lakh": 10**5, "crore": 10**7,
     "thousand": 10**3, "k": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
     "\u4e07": 10**4, "\u842c": 10**4, "\ub9cc": 10**4, "\u4ebf": 10**8, "\u5104": 10**8, "\uc5b5": 10**8,
 }  # fmt: skip
@@ -96,19 +129,24 @@ SCALES = {
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A value, and what stood behind it: 50% is 50 as well as 1/2, and of 2 million the scale is 10**6."""
+    """A value, and what stood beside it: 50% is 50 as well as 1/2.
+
+    scale  10**6 of 2 million
+    unit   the sign of a unit of measurement or a currency that llmkit knows
+    """
 
     value: Fraction
     percent: bool = False
     scale: int = 1
+    unit: str = ""
 
 
 def last_number(text: str, asked: str = "") -> Number | None:
     """The last number of a text, where it is a statement: not denied, not one of a list, no operand, no bound.
 
-    Deliberately strict: "1,5" and "1 000" are none (5 and 0 of something, or a number?), "10:30", "3-4" and dates are
-    none, and a text whose last number is none has none, whatever stood before. Only the last 100,000 characters count.
-    A bound that the question asks for ("at least") is the answer.
+    Deliberately strict: "10:30", "3-4" and dates are none, and a text whose last number is none has none,
+    whatever stood before. Only the last 100,000 characters count. A bound that the question asks
+    for ("at least") is the answer.
     """
     text = _plain(text[-READ_FROM_END:])
     text = text[:-BEFORE] + CONTRAST.sub(r"\1", text[-BEFORE:])
@@ -159,15 +197,43 @@ def only_number(text: str, asked: str = "") -> Number | None:
 
 
 def whole_number(text: str) -> Number | None:
-    """The number that a text is: nothing else stands there but white space and a final point."""
-    plain = _plain(text).strip().removesuffix(".").strip().strip("$").strip()
+    """The number that a text is: nothing else stands there but white space, a unit, `x =` before and a final point.
+
+    >>> [str(found and found.value) for found in map(whole_number, ("5 apples", "x = 5", "six", "1.2 million", "10^3"))]
+    ['5', '5', '6', '1200000', '1000']
+    >>> [whole_number(text) for text in ("7 Up", "Apollo 11", "5 pm", "2 of hearts", "5 or 6", "")]
+    [None, None, None, None, None, None]
+    """
+    plain = _plain(in_digits(VARIABLE.sub("", text.strip().removesuffix(".")))).strip()
+    plain = plain.strip("$").strip() if plain.endswith("$") else plain
     found = list(islice(RUN.finditer(plain), 3))
-    if not found or found[-1].end() != len(plain):
+    if not found or not _is_unit(plain[found[-1].end() :]):
         return None
     before = plain[: found[-1].start()]
     mixed = MIXED.search(before)
     before = before[: mixed.start()] if mixed and len(found) == 2 else before
     return _number(plain, found[-1], "", alone=True) if not before.strip(f"{CURRENCY}+{MINUS} ") else None
+
+
+def in_digits(text: str) -> str:
+    """A text with its number words as digits, if it has no digits: "twenty-one men" as "21 men"; but not "no one".
+
+    >>> in_digits("So she has minus two and a half."), in_digits("Six of 6"), in_digits("Wait a second, no one")
+    ('So she has -2.5.', 'Six of 6', 'Wait a second, no one')
+    """
+    if len(text) > LONGEST_STATEMENT or any(map(str.isdecimal, text)):
+        return text
+    if found := HAN.match(text):
+        return f"{text[: found.start(1)]}{_han(found[1])}{text[found.end(1) :]}"
+    every = tokens(f"{text}\nend")
+    made = []
+    for token in every[:-1]:
+        other = token.written.casefold() in ("second", "seconds") or (
+            token.written.casefold() == "one" and len(every) > 2
+        )
+        is_word = is_number(token.word) and not other and not ROMAN.fullmatch(token.written)
+        made.append(token.before + (token.word[1:] if is_word else token.written))
+    return "".join(made) + every[-1].before.removesuffix("\n") if made else text
 
 
 def same_number(said: Number, answer: Number) -> bool:
@@ -177,6 +243,11 @@ def same_number(said: Number, answer: Number) -> bool:
     >>> same_number(percent, half), same_number(percent, fifty), same_number(fifty, half)
     (True, True, False)
     """
+    if said.unit and answer.unit and said.unit != answer.unit:
+        one, other = FACTORS.get(said.unit), FACTORS.get(answer.unit)
+        if not one or not other or one[0] != other[0]:
+            return False
+        return _close(said.value * one[1], answer.value * other[1])
     if said.percent == answer.percent:
         return _close(said.value, answer.value)
     written = said.value if said.percent else answer.value
@@ -186,7 +257,7 @@ def same_number(said: Number, answer: Number) -> bool:
 
 def unscaled(number: Number, asked: str) -> Number:
     """The number without "million", where the question has that word: how many millions are there?"""
-    words = [word for word, scale in SCALES.items() if scale == number.scale and len(word) > 1]
+    words = [word for word, scale in SCALES.items() if scale == number.scale and len(word) > 2]
     named = any(word in asked.casefold() for word in words)
     return Number(number.value / number.scale, number.percent) if named else number
 
@@ -217,12 +288,51 @@ def _fraction(found: re.Match[str]) -> str:
     return f"{JOINED}{'-' if negative else ''}{above.strip(MINUS + ' ')}/{below.strip(MINUS + ' ')}"
 
 
+def _han(text: str) -> int:
+    """The number that Chinese numerals write.
+
+    >>> [_han(text) for text in ("\u516b", "\u5341\u4e8c", "\u4e8c\u5341", "\u4e09\u767e\u96f6\u4e94")]
+    [8, 12, 20, 305]
+    """
+    total = part = 0
+    for character in text.replace("\u4e24", "\u4e8c"):
+        value = int(unicodedata.numeric(character))
+        total, part = (total + (part or 1) * value, 0) if value >= 10 else (total, part * 10 + value)
+    return total + part
+
+
+def _normal(text: str) -> str:
+    return unicodedata.normalize("NFKC", text)
+
+
+def _is_unit(text: str) -> bool:
+    """True if what stands behind a number is a scale, a unit or what is counted: words in small letters, or none."""
+    rest = text[scale.end() :] if (scale := SCALE.match(text)) else text
+    named = rest.split()
+    return len(named) <= 4 and all(
+        _unit(word)
+        or (not re.search(r"[^\w/.%\u00b0-]|[A-Z0-9]", word) and (word == "per" or word not in SMALL | MEASURED))
+        for word in named
+    )
+
+
+def _unit(text: str) -> str:
+    """The sign of the unit of measurement or currency that a text begins with; "" without one."""
+    names = UNIT.match(text)
+    signs = []
+    for name in names.groups() if names else ():
+        word = name if name in (*"MKGTSH", None) else name.casefold()
+        forms = (word, word.removesuffix("s")) if word else ()
+        signs += [known[form] for known in (MEASURES, CURRENCIES) for form in forms if form in known][:1]
+    return "/".join(signs)
+
+
 def _ascii(character: str) -> str:
     digit = unicodedata.decimal(character, None)
     if digit is not None:
         return str(digit)
-    if "\uff01" <= character <= "\uff5e":  # full width
-        return chr(ord(character) - 0xFEE0)
+    if "\uff01" <= character <= "\uff5e" or "\ufe50" <= character <= "\ufe6b":  # full width, small forms
+        return unicodedata.normalize("NFKC", character)
     if unicodedata.decomposition(character).startswith("<fraction>"):
         return JOINED + unicodedata.normalize("NFKD", character).replace("\u2044", "/")
     return "/" if character in "\u2044\u2215" else character
@@ -247,7 +357,9 @@ def _number(text: str, found: re.Match[str], asked: str, alone: bool = False) ->
     scale = SCALE.match(after) if found["percent"] is None else None
     factor = SCALES[scale[0].strip().lower()] if scale else 1
     value = (value + whole) * factor
-    return Number(-value if signed.negative else value, found["percent"] is not None, factor)
+    currency = next((sign for sign in before[max(0, signed.start - 4) :] if sign in CURRENCY), "")
+    unit = currency or _unit(after[scale.end() :] if scale else after)
+    return Number(-value if signed.negative else value, found["percent"] is not None, factor, unit)
 
 
 def _value(run: str) -> Fraction | None:
@@ -257,6 +369,8 @@ def _value(run: str) -> Fraction | None:
     if fraction:
         below = Fraction(fraction[2])
         return Fraction(fraction[1].replace(",", "")) / below if below else None
+    if CONTINENTAL.fullmatch(run):
+        run = run.replace(".", "").replace(",", ".")
     if not PLAIN.fullmatch(run):
         return None
     exponent = re.split("[eE]", run)[1:]

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from llmkit.problems import last_boxed
-from llmkit.rewards.number_context import ANNOUNCED
+from llmkit.rewards.number_context import ANNOUNCED, SENTENCE_END
 
 MARK = re.compile("(?<!#)####(?!#)")
 # what follows #### in a heading rather than an answer: "Step 1", "Final Answer:" alone, "2. Compute"
@@ -22,10 +22,15 @@ THOUGHT = "</think>"
 TAG = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL | re.IGNORECASE)
 TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 DENIAL = re.compile(
-    r"\b(?:not|never|neither|nor|cannot|except|(?:all|any|anything) but|other than|wrong|incorrect|false)\b"
+    r"\b(?:not|never|neither|nor|cannot|except|(?:all|any|anything) but|other than|wrong|incorrect|false"
+    r"|eliminat|exclud|reject|ruled? out)"
     r"|n['\u2019]t\b",
     re.IGNORECASE,
 )
+INSTEAD = re.compile(
+    r",? (?:and |but )?(?:not|rather than|instead of) (?:[(\[]?[A-Z][)\]]?(?:,? (?:or|and) |\b))+(?=\W*\Z)"
+)
+CONCLUSION = re.compile(r"(?:so|thus|therefore|hence|that leaves|this leaves)\b", re.IGNORECASE)
 LETTER = r"A-Za-z0-9_\u00c0-\u024f'\u2019"  # other scripts set no space between words: 答案是B
 # a capital letter alone, but for the article A and the pronoun I before a word in small letters
 NAMED = re.compile(rf"(?<![{LETTER}])([A-Z])(?![{LETTER}])(?!(?<=[AI])\s+(?!(?:or|nor|and|but|is|was)\b)[a-z])")
@@ -97,6 +102,17 @@ def statement(completion: str) -> str:
     return lines[-1].strip() if lines else ""
 
 
+def last_sentence(completion: str) -> str:
+    """Return the last sentence of what a completion states in the end.
+
+    >>> last_sentence("2 + 3 = 5. The answer is five. "), last_sentence("Six.")
+    ('five.', 'Six.')
+    """
+    said = statement(completion)[-1000:]
+    ends = [one.end() for one in SENTENCE_END.finditer(said) if said[one.end() :].strip()]
+    return said[ends[-1] :] if ends else said
+
+
 def plain(text: str) -> str:
     """Text as it is compared: without case, quotes and emphasis around it and a final point, white space as one blank.
 
@@ -122,7 +138,10 @@ def chosen(completion: str, options: Sequence[tuple[str, str]]) -> str | None:
     Accepted are the letter ("B", "(b)", "B)", "B. text", "The answer is B"), and the text of an option alone. Of the
     last statement only one letter may be named, and nothing denied: "A or B", "not A, but B" choose nothing.
     """
-    said = statement(completion).strip(QUOTES)
+    said = unicodedata.normalize("NFKC", statement(completion)).strip(QUOTES)
+    said = INSTEAD.sub("", said)
+    ending = last_sentence(said).strip(QUOTES)
+    said = ending if CONCLUSION.match(ending) else said
     alone = re.fullmatch(r"(?i:(?:the )?(?:option|choice|letter|answer)\s+)?[(\[]?([A-Za-z])[)\].:\u3002]{0,2}", said)
     letters = [letter for letter, _ in options]
     if alone:

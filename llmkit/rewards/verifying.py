@@ -18,9 +18,18 @@ from llmkit.problems import Problem, read_options
 from llmkit.rewards.code import CodeTests, has_tests
 from llmkit.rewards.forms import check_pattern, check_schema, is_pattern_met, is_schema_met
 from llmkit.rewards.latex import LatexComparer
-from llmkit.rewards.numbers import announced_number, last_number, only_number, same_number, unscaled, whole_number
+from llmkit.rewards.numbers import (
+    Number,
+    announced_number,
+    in_digits,
+    last_number,
+    only_number,
+    same_number,
+    unscaled,
+    whole_number,
+)
 from llmkit.rewards.reward import Attempt, Reward
-from llmkit.rewards.statements import chosen, final, marked, plain, says, unasked
+from llmkit.rewards.statements import chosen, final, last_sentence, marked, plain, says, unasked
 
 SOLUTIONS = ("solution", "chain_of_thought", "rationale")
 
@@ -41,7 +50,7 @@ class Verifier:
 
 
 def _check_number(problem: Problem) -> None:
-    if only_number(_answer(problem)) is None:
+    if _number(_answer(problem)) is None:
         raise _unfit(problem, "number", "an answer that holds one number", problem.answer)
 
 
@@ -52,14 +61,24 @@ def is_number_right(problem: Problem, completion: str) -> bool:
     """
     if len(completion.split()) >= 3 and completion in problem.prompt:
         return False
-    said, asked, answer = marked(completion, numeric=True), problem.prompt, only_number(problem.answer or "")
-    if said is None:
+    said, asked, answer = marked(completion, numeric=True), problem.prompt, _number(problem.answer or "")
+    ending = last_sentence(completion) if said is None else said
+    if not ending.strip() and completion.rstrip().endswith((":", "=", "\uff1a")):
+        return False
+    in_words = in_digits(ending)
+    if in_words != ending:
+        number = last_number(in_words, asked)
+    elif said is None:
         number = announced_number(completion, asked) or last_number(completion, asked)
     else:
         number = only_number(said, asked) or only_number(said.rpartition("=")[2], asked)
     if number is None or answer is None:
         return False
     return same_number(number, answer) or same_number(unscaled(number, asked), answer)
+
+
+def _number(answer: str) -> Number | None:
+    return whole_number(answer) or only_number(answer)
 
 
 def is_gsm8k_right(problem: Problem, completion: str) -> bool:
@@ -94,14 +113,14 @@ def is_matching(problem: Problem, completion: str) -> bool:
 
 def _check_choice(problem: Problem) -> None:
     letters = [letter for letter, _ in _options(problem)]
-    if _answer(problem).strip(" ()") not in letters:
+    if _answer(problem).strip(" ().") not in letters:
         expected = f"an answer among {letters[0]} to {letters[-1]}"
         raise _unfit(problem, "choice", expected, problem.answer)
 
 
 def is_choice_right(problem: Problem, completion: str) -> bool:
     """The completion chooses the option of that letter; one of A to Z where the record lists no options."""
-    return chosen(completion, _options(problem)) == (problem.answer or "").strip(" ()")
+    return chosen(completion, _options(problem)) == (problem.answer or "").strip(" ().")
 
 
 def _options(problem: Problem) -> tuple[tuple[str, str], ...]:
@@ -137,8 +156,9 @@ def verifier_of(problem: Problem) -> str:
     """The name of the verifier that a problem asks for, or that its record calls for.
 
     `tests`, `json-schema`, `regex` and `choice` where it has unit tests, a schema, a pattern or options (or an answer
-    like "(B)"); `latex` where the answer has a backslash or is boxed in the record's solution; `number` where all of
-    it is a number, as GSM8K's are; else `exact`. `gsm8k`, which demands the marker, is never taken unasked.
+    like "(B)" or "B"); `latex` where the answer has a backslash or is boxed in the record's solution; `number` where
+    all of it is a number, as GSM8K's are, a unit or "x =" aside; else `exact`. `gsm8k`, which demands the marker, is
+    never taken unasked.
     """
     record = problem.record
     if problem.verifier is not None:
@@ -150,7 +170,7 @@ def verifier_of(problem: Problem) -> str:
     if isinstance(record.get("pattern"), str):
         return "regex"
     answer = problem.answer or ""
-    if read_options(record, problem.where) or re.fullmatch(r"\([A-Z]\)", answer):
+    if read_options(record, problem.where) or re.fullmatch(r"\(?[A-Z](?:\)|\.|)", answer.strip()):
         return "choice"
     answer = _answer(problem)
     if "\\" in answer or any("\\boxed" in str(record.get(name, "")) for name in SOLUTIONS):

@@ -50,6 +50,12 @@ RIGHT = [
     ("72", "#### 72\nShe sold 24 in May."), ("72", "#### $72.00"), ("72", "\\boxed{72} in 2 months"),
     ("5", "She did not eat more, so she has 5"), ("5", "It is not 4, it is 5"), ("5", "between 3 and 4 or so: 5"),
     ("5", "1 2 3 4\n5"), ("1000000", "1,000,000 people"), (".5", "0.5"), ("$18", "18"), ("18", "\u20ac18"),
+    ("0", "zero"), ("5", "five"), ("21", "Twenty-one."), ("0.5", "a half"), ("-2.5", "minus two and a half"),
+    ("2500000", "two and a half million"), ("5 apples", "5"), ("5 apples", "She has five."), ("12k", "12,000"),
+    ("1.2 million", "1,200,000"), ("10^3", "1000"), ("x=5", "5"), ("x = 5", "So x = 5."), ("six", "6"),
+    ("18 cm", "0.18 m"), ("18 cm", "18"), ("3 hours", "180 min"), ("1000", "1 000"), ("1000.5", "1.000,5"),
+    ("1234567", "1'234'567"), ("1234567", "12,34,567"), ("1.5", "1,5"), ("8", "\u7b54\u6848\uff1a\u516b"),
+    ("1969", "July 20, 1969"), ("6", "5. Actually, it's 6."),
 ]  # fmt: skip
 
 
@@ -60,8 +66,8 @@ def test_a_right_number_is_rewarded(answer, completion):
 
 WRONG = [
     # nothing, and what is no number
-    ("5", ""), ("5", " "), ("5", "\n\t\u00a0\u200b"), ("0", ""), ("0", "zero"), ("0", "None"), ("5", "five"),
-    ("0", "-"),
+    ("5", ""), ("5", " "), ("5", "\n\t\u00a0\u200b"), ("0", ""), ("0", "None"), ("0", "-"), ("1", "no one"),
+    ("5", "not five"), ("5", "four or five"), ("5", "more than five"),
     ("5", "NaN"), ("5", "Infinity"), ("5", "-inf"), ("5", "1e99999999"), ("5", "5e-99999999"), ("5", "1/0"),
     ("5", "5/0"), ("0", "0/0"), ("5", "x5"), ("5", "v5"), ("52", "5\u00b2"), ("0", "0x10"),
     # another value
@@ -78,6 +84,8 @@ WRONG = [
     ("9", "0 + 9"), ("5", "5 \u00d7 1"), ("2", "x^{2}"), ("5", "__import__('os').system('true')"),
     # what contains the answer
     ("2024", "3/4/2024"), ("30", "10:30"), ("2", "1.2.2"), ("5", "15"), ("5", "50"), ("5", "5,000"), ("5", "5.5.5"),
+    ("18 cm", "18 m"), ("$5", "\u20ac5"), ("1.2 million", "1.2"), ("12k", "12"), ("5 apples", "15"), ("6", "7\u62168"),
+    ("6", "over 6"), ("6", "unlikely to be 6"), ("6", "The answer is 6. Actually, it's 5."), ("1969", "before 1969"),
     # two results beside each other
     ("5", "2 + 3 = 5 6"), ("5", "2 + 3 = 5 5 6"), ("5", "2 + 3 = 5, 6"),
     # several ends
@@ -105,12 +113,31 @@ def test_the_marker_is_demanded_by_gsm8k_alone():
     assert score("#### 72", "gsm8k", answer="48 + 24 = 72\n#### 72") == 1
 
 
-@pytest.mark.parametrize("text", ["12 + 3", "2 apples", "3 4", "a", "", "x1", "1.2.3", "3-4", "ab 5"])
+@pytest.mark.parametrize("text", ["12 + 3", "2 Apples", "3 4", "a", "", "x1", "1.2.3", "3-4", "ab 5"])
 def test_what_is_more_than_a_number_is_no_whole_number(text):
     assert whole_number(text) is None
 
 
-@pytest.mark.parametrize("text", ["5", " 5. ", "$5", "$5$", "-5", "5%", "1,000", "2 1/2", "1/2", "\\frac{1}{2}", "1e5"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "5",
+        " 5. ",
+        "$5",
+        "$5$",
+        "-5",
+        "5%",
+        "1,000",
+        "2 1/2",
+        "1/2",
+        "\\frac{1}{2}",
+        "1e5",
+        "2 apples",
+        "x = 5",
+        "1.2 million",
+        "six",
+    ],
+)
 def test_what_is_a_whole_number(text):
     assert whole_number(text) is not None
 
@@ -322,7 +349,8 @@ def test_a_comparison_that_hangs_is_ended_and_the_next_one_works(monkeypatch):
     ("value", "name"),
     [
         ({"answer": "72"}, "number"), ({"answer": "x\n#### 1,000"}, "number"), ({"answer": "$5"}, "number"),
-        ({"answer": "yajo"}, "exact"), ({"answer": "5 apples"}, "exact"), ({"answer": "\\frac{1}{2}"}, "latex"),
+        ({"answer": "yajo"}, "exact"), ({"answer": "5 apples"}, "number"),
+        ({"answer": "7 Up"}, "exact"), ({"answer": "A"}, "choice"), ({"answer": "\\frac{1}{2}"}, "latex"),
         ({"answer": "149", "solution": "so \\boxed{149}"}, "latex"),
         ({"options": ["A)1", "B)2"], "correct": "A"}, "choice"),
         ({"schema": SCHEMA}, "json-schema"), ({"pattern": "a+"}, "regex"),
