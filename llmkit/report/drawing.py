@@ -40,9 +40,7 @@ def draw(chart: Mapping[str, Any]) -> dict[str, Any]:
         smooth = line["label"] == "training" and len(values) >= SMOOTHED_FROM
 
         def place(values: Sequence[float], line: Mapping[str, Any] = line) -> list[tuple[float, float]]:
-            return [
-                (x_of(step), y_of(min(value, high))) for (step, _), value in zip(line["points"], values, strict=True)
-            ]
+            return [(x_of(step), y_of(value)) for (step, _), value in zip(line["points"], values, strict=True)]
 
         places = place(values)
         own_style = line["label"] in STYLES
@@ -54,7 +52,7 @@ def draw(chart: Mapping[str, Any]) -> dict[str, Any]:
                 "classes": f"s{colour % COLOURS} {STYLES.get(line['label'], 'training')}",
                 "path": _path(place(smoothed(values, len(values) / SMOOTHED_OVER)) if smooth else places),
                 "raw": _path(places) if smooth else "",
-                "dots": places if few or len(places) == 1 else [],
+                "dots": [(x, max(y, TOP)) for x, y in places] if few or len(places) == 1 else [],
             }
         )
     return {
@@ -73,7 +71,20 @@ def draw(chart: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _path(places: Sequence[tuple[float, float]]) -> str:
-    return "M" + "L".join(f"{x:g} {y:g}" for x, y in places) if len(places) > 1 else ""
+    """The line through some places, as far as it lies in the frame.
+
+    >>> _path([(0, 0), (10, 40), (20, 50)])  # enters at half of the first stretch
+    'M5 20L10 40L20 50'
+    """
+    path, last = "", None
+    for (x, y), (to_x, to_y) in pairwise(places):
+        if max(y, to_y) < TOP:
+            continue
+        crossing = x + (to_x - x) * (TOP - y) / (to_y - y) if min(y, to_y) < TOP else x
+        start, end = ((crossing, TOP) if y < TOP else (x, y)), ((crossing, TOP) if to_y < TOP else (to_x, to_y))
+        path += ("" if start == last else f"M{start[0]:.5g} {start[1]:g}") + f"L{end[0]:.5g} {end[1]:g}"
+        last = end
+    return path
 
 
 def smoothed(values: Sequence[float], width: float) -> list[float]:

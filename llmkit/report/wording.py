@@ -21,12 +21,15 @@ FORMS = {"seconds": "seconds", **dict.fromkeys(SHARES, "share")}  # of figures, 
 
 
 def figure_text(value: Any, form: str = "") -> str:
-    """A number as people write it: thousands apart, four decimals at most; `form` is "share", "seconds" or "".
+    """A number as people write it: thousands apart, four decimals at most; `form` is "share", "seconds", "short" (three
+    digits, where a glance is enough) or "".
 
     >>> figure_text(1234567), figure_text(0.52630), figure_text(2.0), figure_text(0.000012)
     ('1,234,567', '0.5263', '2', '1.2e-05')
     >>> figure_text(0.61, "share"), figure_text(0.8125, "share"), figure_text(516.2, "seconds")
     ('61%', '81.2%', '8.6 min')
+    >>> figure_text(0.49921, "short"), figure_text(2.8052, "short"), figure_text(1234.5, "short")
+    ('0.499', '2.81', '1,234.5')
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
@@ -40,6 +43,8 @@ def figure_text(value: Any, form: str = "") -> str:
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
     if abs(value) < 0.001 or abs(value) >= 1e15:
+        return f"{value:.3g}"
+    if form == "short" and abs(value) < 1000:
         return f"{value:.3g}"
     return f"{value:,.4f}".rstrip("0").rstrip(".") if abs(value) < 1000 else f"{value:,.1f}"
 

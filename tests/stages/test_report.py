@@ -43,7 +43,7 @@ def numbers(page: LexborHTMLParser, section: str) -> list[float]:
     found = []
     for node in page.css(f"#{section} data"):
         value = json.loads(node.attributes["value"])
-        assert node.text() in {figure_text(value, form) for form in ("", "share", "seconds")}
+        assert node.text() in {figure_text(value, form) for form in ("", "share", "seconds", "short")}
         found.append(value)
     return found
 
@@ -163,7 +163,7 @@ def test_the_page_opens_with_the_figures_that_matter(pipeline, tmp_path):
     assert told["probe-knowledge", "questions known"]["value"] == pytest.approx(1 / 3)
     assert page.css_first("main > section").attributes["id"] == "summary"
     shown = text_of(page, "#summary")
-    assert all(text in shown for text in ("87.5%", "before: 30%", "1.5026", "says who it is", "0.97", "0.2625"))
+    assert all(text in shown for text in ("87.5%", "before: 30%", "1.5", "says who it is", "0.97", "before 0.263"))
     assert figures["scores"] == [{"path": str(scores), "effects": effects}]
 
 
