@@ -21,8 +21,8 @@ class FineWebQuality:
     short_line_length: int = 30  # characters
 
 
-def measure_fineweb(split: Split, short_line_length: int = 30) -> dict[str, float]:
-    """The measures that FineWebQuality bounds; a text without a line has no `terminal_line_fraction` to speak of: 0.
+def fineweb_quality(split: Split, thresholds: FineWebQuality) -> Verdict:
+    """Drop a page whose lines are those of a list, a menu or a copy; the `terminal_line_fraction` of no line is 0.
 
     A full stop counts behind a closing quotation mark or bracket too, as in `he said "no."`.
     """
@@ -31,14 +31,9 @@ def measure_fineweb(split: Split, short_line_length: int = 30) -> dict[str, floa
     terminal = sum(line.endswith(_ENDS) or line.rstrip(CLOSING).endswith(_ENDS) for line in lines)
     measures = {
         "terminal_line_fraction": terminal / count,
-        "short_line_fraction": sum(len(line) <= short_line_length for line in lines) / count,
+        "short_line_fraction": sum(len(line) <= thresholds.short_line_length for line in lines) / count,
         "duplicate_line_character_fraction": repeated(lines)[1] / characters,
         "newline_to_word_ratio": split.text.count("\n") * split.letters_per_word / max(1, split.word_count),
     }
-    return split.telling(measures)
-
-
-def fineweb_quality(split: Split, thresholds: FineWebQuality) -> Verdict:
-    """Drop a page whose lines are those of a list, a menu or a copy."""
-    measures = measure_fineweb(split, thresholds.short_line_length)
+    measures = split.telling(measures)
     return Verdict(*judge(measures, thresholds), split.text, measures)

@@ -1,7 +1,7 @@
 """Gopher's rules for repetition and for quality (Rae et al. 2021, section A1.1 and table A1).
 
-Each family is a dataclass of thresholds, whose defaults are the paper's and FineWeb's, a function that measures a
-text, and one that gives the verdict. A fraction of characters has all characters of the text beneath it. In a script
+Each family is a dataclass of thresholds, whose defaults are the paper's and FineWeb's, and a function that measures a
+text and gives the verdict. A fraction of characters has all characters of the text beneath it. In a script
 without spaces an n-gram has n times as many letters as a word has there (Split.letters_per_word).
 """
 
@@ -95,8 +95,8 @@ class GopherQuality:
     min_stop_words: int | None = 2  # different stop words of the page's language; see STOP_WORDS
 
 
-def measure_repetition(split: Split) -> dict[str, float]:
-    """The measures that GopherRepetition bounds; 0 for an empty text."""
+def gopher_repetition(split: Split, thresholds: GopherRepetition) -> Verdict:
+    """Drop a page of which too much repeats; all measures of an empty text are 0."""
     characters = max(1, len(split.text))
     paragraphs, paragraph_characters = repeated(split.paragraphs)
     lines, line_characters = repeated(split.lines)
@@ -108,12 +108,7 @@ def measure_repetition(split: Split) -> dict[str, float]:
     }
     top, duplicate = _n_gram_characters(split)
     measures |= {f"top_{n}_gram_character_fraction": top[n] / characters for n in TOP_N_GRAMS}
-    return measures | {f"duplicate_{n}_gram_character_fraction": duplicate[n] / characters for n in DUPLICATE_N_GRAMS}
-
-
-def gopher_repetition(split: Split, thresholds: GopherRepetition) -> Verdict:
-    """Drop a page of which too much repeats."""
-    measures = measure_repetition(split)
+    measures |= {f"duplicate_{n}_gram_character_fraction": duplicate[n] / characters for n in DUPLICATE_N_GRAMS}
     return Verdict(*judge(measures, thresholds), split.text, measures)
 
 
@@ -195,11 +190,11 @@ def _duplicate(starts: list[int], names: list[int], ends: np.ndarray, n: int) ->
     return characters
 
 
-def measure_quality(split: Split, language: str = "en") -> dict[str, float]:
-    """The measures that GopherQuality bounds.
+def gopher_quality(split: Split, thresholds: GopherQuality, language: str = "en") -> Verdict:
+    """Drop a page that does not look like prose in its language.
 
-    Without `stop_words` for a language that has no list, and without what LEFT_OUT says of the script. Of an empty
-    text only `words`, which is 0.
+    Without `stop_words` for a language that has no list, and without what LEFT_OUT says of the script. An empty text
+    has only `words`, which is 0.
     """
     import numpy as np
 
@@ -212,7 +207,7 @@ def measure_quality(split: Split, language: str = "en") -> dict[str, float]:
     words = int(counts[named].sum())
     measures: dict[str, float] = {"words": words // split.letters_per_word}
     if not words:
-        return measures
+        return Verdict(*judge(measures, thresholds), split.text, measures)
     total, lines = len(split.words), len(split.lines)
     measures |= {
         "mean_word_length": float((counts * split.lengths)[named].sum() / words),
@@ -224,10 +219,5 @@ def measure_quality(split: Split, language: str = "en") -> dict[str, float]:
     }
     if stop_words := STOP_WORDS.get(language):
         measures["stop_words"] = len(stop_words.intersection(map(str.lower, vocabulary)))
-    return split.telling(measures)
-
-
-def gopher_quality(split: Split, thresholds: GopherQuality, language: str = "en") -> Verdict:
-    """Drop a page that does not look like prose in its language."""
-    measures = measure_quality(split, language)
+    measures = split.telling(measures)
     return Verdict(*judge(measures, thresholds), split.text, measures)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,13 +10,13 @@ from time import thread_time
 from typing import Any
 
 from llmkit.crawl.c4 import c4
-from llmkit.crawl.fineweb import measure_fineweb
+from llmkit.crawl.fineweb import fineweb_quality
 from llmkit.crawl.funnel import READ
-from llmkit.crawl.gopher import measure_quality, measure_repetition
+from llmkit.crawl.gopher import gopher_quality, gopher_repetition
 from llmkit.crawl.page import Page
 from llmkit.crawl.recipe import OWN_FILTERS, Recipe
 from llmkit.crawl.urls import UrlFilter
-from llmkit.crawl.verdict import judge
+from llmkit.crawl.verdict import Verdict
 from llmkit.crawl.words import Split
 from llmkit.crawl.work_limit import TooMuchWork, work_limit
 from llmkit.errors import UserError
@@ -35,7 +35,7 @@ class Journey:
     step: str | None = None  # the one that dropped it
     reason: str | None = None
     score: float | None = None  # the measure that broke a threshold
-    measures: dict[str, dict[str, float]] = field(default_factory=dict)  # by step
+    measures: dict[str, Mapping[str, float]] = field(default_factory=dict)  # by step
     split: Split | None = None
 
     def words(self) -> Split:
@@ -155,12 +155,13 @@ class Steps:
 
     def gopher_repetition(self, journey: Journey) -> str | None:
         """Too much of the page repeats."""
-        return self._judged(journey, "gopher_repetition", lambda: measure_repetition(journey.words()))
+        return _judged(journey, "gopher_repetition", gopher_repetition(journey.words(), self.recipe.gopher_repetition))
 
     def gopher_quality(self, journey: Journey) -> str | None:
         """It does not look like prose in its language."""
         self._identify(journey)
-        return self._judged(journey, "gopher_quality", lambda: measure_quality(journey.words(), journey.language or ""))
+        verdict = gopher_quality(journey.words(), self.recipe.gopher_quality, journey.language or "")
+        return _judged(journey, "gopher_quality", verdict)
 
     def c4(self, journey: Journey) -> str | None:
         """Lines that are no sentences are taken out; too little is left, or a sign of no prose."""
@@ -174,8 +175,7 @@ class Steps:
 
     def fineweb(self, journey: Journey) -> str | None:
         """Its lines are those of a list, a menu or a copy."""
-        length = self.recipe.fineweb.short_line_length
-        return self._judged(journey, "fineweb", lambda: measure_fineweb(journey.words(), length))
+        return _judged(journey, "fineweb", fineweb_quality(journey.words(), self.recipe.fineweb))
 
     def own(self, journey: Journey) -> str | None:
         """The user's own filters, each shown the document as it would be written now."""
@@ -203,8 +203,6 @@ class Steps:
         journey.text = text
         return None
 
-    # ---- measured once
-
     def _identify(self, journey: Journey) -> None:
         if journey.language is None:
             from llmkit.crawl.language import identify
@@ -212,11 +210,8 @@ class Steps:
             language, score = identify(journey.text or "")
             journey.language, journey.language_score = language, round(float(score), 4)
 
-    def _measured(self, journey: Journey, name: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-        if name not in journey.measures:
-            journey.measures[name] = measure()
-        return journey.measures[name]
 
-    def _judged(self, journey: Journey, name: str, measure: Callable[[], dict[str, float]]) -> str | None:
-        reason, journey.score = judge(self._measured(journey, name, measure), getattr(self.recipe, name))
-        return reason
+def _judged(journey: Journey, step: str, verdict: Verdict) -> str | None:
+    """Note the measures of a filter, and return its reason."""
+    journey.measures[step], journey.score = verdict.measures, verdict.score
+    return verdict.reason

@@ -17,10 +17,7 @@ from llmkit.crawl.gopher import (
     GopherRepetition,
     gopher_quality,
     gopher_repetition,
-    measure_quality,
-    measure_repetition,
 )
-from llmkit.crawl.verdict import judge
 from llmkit.crawl.words import Split
 
 SUBJECTS = "The keeper", "A sailor", "My aunt", "That doctor", "Her neighbour", "Every child"
@@ -138,7 +135,7 @@ def test_next_to_nothing_is_measured_without_error(text: str) -> None:
 @given(st.lists(st.sampled_from(["a", "bb", "ccc", "ab", "b"]), max_size=60), st.sampled_from([" ", "\n"]))
 def test_n_grams_are_counted_as_a_plain_loop_counts_them(words: list[str], space: str) -> None:
     text = space.join(words)
-    measures = measure_repetition(Split(text))
+    measures = gopher_repetition(Split(text), GopherRepetition()).measures
     for n in TOP_N_GRAMS:
         assert measures[f"top_{n}_gram_character_fraction"] * max(1, len(text)) == pytest.approx(_top(words, n))
     for n in DUPLICATE_N_GRAMS:
@@ -163,10 +160,10 @@ def _duplicate(words: list[str], n: int) -> int:
     return characters
 
 
-def test_stored_measures_can_be_judged_again() -> None:
-    measures = measure_quality(Split(prose(5)))
-    assert judge(measures, GopherQuality()) == ("min_words", measures["words"])
-    assert judge(measures, GopherQuality(min_words=10)) == (None, None)
-    assert {f"{bound}{name}" for name in measures for bound in ("min_", "max_")} >= {
+def test_thresholds_bound_what_is_measured() -> None:
+    found = gopher_quality(Split(prose(5)), GopherQuality())
+    assert (found.reason, found.score) == ("min_words", found.measures["words"])
+    assert gopher_quality(Split(prose(5)), GopherQuality(min_words=10)).reason is None
+    assert {f"{bound}{name}" for name in found.measures for bound in ("min_", "max_")} >= {
         f.name for f in fields(GopherQuality)
     } - {"max_hash_to_word_ratio"}
