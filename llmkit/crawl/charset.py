@@ -5,6 +5,8 @@ from __future__ import annotations
 import codecs
 import re
 
+from webencodings import lookup
+
 _BOMS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 _SNIFFED_BYTES = 1024  # how far browsers look for <meta charset>
 _META = re.compile(rb"<meta\b[^>]*?\bcharset\s*=\s*[\"']?\s*([^\s\"'/>;]+)", re.IGNORECASE)
@@ -12,50 +14,21 @@ _XML = re.compile(rb"^\s*<\?xml\b[^>]*?\bencoding\s*=\s*[\"']([^\"'>]+)", re.IGN
 _HEADER = re.compile(r"\bcharset\s*=\s*[\"']?\s*([^\s\"';,]+)", re.IGNORECASE)
 _COMMENT = re.compile(rb"<!--.*?-->", re.DOTALL)
 
-# https://encoding.spec.whatwg.org/#names-and-labels: browsers read the first as the second, a superset of it
-_READ_AS = {
-    "ascii": "cp1252",
-    "iso8859-1": "cp1252",
-    "iso8859-9": "cp1254",
-    "iso8859-11": "cp874",
-    "tis-620": "cp874",
-    "gb2312": "gb18030",
-    "gbk": "gb18030",
-    "shift_jis": "cp932",
-    "euc_kr": "cp949",
-    "big5": "big5hkscs",
-}
-# labels that Python does not know
-_OTHER_LABELS = {
-    "windows-31j": "cp932",
-    "windows-874": "cp874",
-    "windows-949": "cp949",
-    "iso-8859-8-i": "iso8859-8",
-    "koi8-ru": "koi8-u",
-    "x-x-big5": "big5",
-    "unicode-1-1-utf-8": "utf-8",
-}
-_KNOWN_CODECS = (
-    "utf-8 utf-16-le utf-16-be cp866 cp874 cp932 cp949 gb18030 big5hkscs euc_jp iso2022_jp koi8-r koi8-u mac-roman "
-    "mac-cyrillic cp1250 cp1251 cp1252 cp1253 cp1254 cp1255 cp1256 cp1257 cp1258 iso8859-2 iso8859-3 iso8859-4 "
-    "iso8859-5 iso8859-6 iso8859-7 iso8859-8 iso8859-10 iso8859-13 iso8859-14 iso8859-15 iso8859-16"
-)
+# Python's codecs that read what browsers read under these names, which are supersets of what the names say
+_SUPERSETS = {"gbk": "gb18030", "shift_jis": "cp932", "euc-kr": "cp949", "big5": "big5hkscs"}
+_NO_TEXT = ("replacement", "x-user-defined")
 ASCII = frozenset(map(chr, range(128)))
-_KNOWN = frozenset(_KNOWN_CODECS.split())
 
 
 def codec_of(label: str) -> str | None:
-    """The Python codec that reads what browsers read under a label; None for a label that they do not know."""
-    label = label.strip().lower()
-    label = _OTHER_LABELS.get(label, label)
-    for name in (label, label.removeprefix("x-")):
-        try:
-            codec = codecs.lookup(name).name
-        except (LookupError, ValueError):  # ValueError: a NUL in the label
-            continue
-        codec = "utf-16-le" if codec == "utf-16" else _READ_AS.get(codec, codec)
-        return codec if codec in _KNOWN else None
-    return None
+    """The Python codec that reads what browsers read under a label; None for a label that they do not know.
+
+    https://encoding.spec.whatwg.org/#names-and-labels
+    """
+    found = lookup(label)
+    if found is None or found.name in _NO_TEXT:
+        return None
+    return _SUPERSETS.get(found.name, found.codec_info.name)
 
 
 def declared_codec(html: bytes, content_type: str | None) -> str | None:

@@ -31,6 +31,8 @@ def page(text: str, label: str, encoding: str) -> bytes:
         ("iso-8859-9", "cp1254", "İstanbul'da güneş"),
         ("tis-620", "cp874", "นี่คือประโยคภาษาไทย"),
         ("utf-8", "utf-8", "naïve 日本"),
+        ("csiso88598i", "iso8859-8", "שלום עולם"),  # names that Python does not know
+        ("x-mac-ukrainian", "mac-cyrillic", CYRILLIC),
     ],
 )
 def test_a_meta_tag_or_a_header_names_the_character_set(label: str, encoding: str, text: str) -> None:
@@ -67,7 +69,22 @@ def test_a_meta_tag_that_could_be_read_does_not_mean_utf16() -> None:
     assert decode_html(page("é", "utf-16", "utf-8"), None).endswith("é</body>")
 
 
-@pytest.mark.parametrize("label", ["utf-7", "rot13", "hex", "idna", "punycode", "unicode_escape", "\0", "", "x" * 300])
+@pytest.mark.parametrize(
+    "label",
+    [
+        "utf-7",
+        "iso-2022-kr",
+        "x-user-defined",
+        "rot13",
+        "hex",
+        "idna",
+        "punycode",
+        "unicode_escape",
+        "\0",
+        "",
+        "x" * 300,
+    ],
+)
 def test_labels_that_browsers_do_not_know_are_not_obeyed(label: str) -> None:
     assert codec_of(label) is None
     assert decode_html(b"<p>plain", f"text/html; charset={label}") == "<p>plain"
