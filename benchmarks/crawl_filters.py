@@ -19,10 +19,10 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from llmkit.crawl.c4 import C4, c4
-from llmkit.crawl.fineweb import FineWebQuality, fineweb_quality
-from llmkit.crawl.gopher import GopherQuality, GopherRepetition, gopher_quality, gopher_repetition
-from llmkit.crawl.words import Split
+from llmkit.crawl.filters.c4 import C4, c4
+from llmkit.crawl.filters.fineweb import FineWebQuality, fineweb_quality
+from llmkit.crawl.filters.gopher import GopherQuality, GopherRepetition, gopher_quality, gopher_repetition
+from llmkit.text.words import Split
 
 OURS: dict[str, Callable[[Split], str | None]] = {
     "gopher_repetition": lambda split: gopher_repetition(split, GopherRepetition()).reason,

@@ -27,8 +27,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llmkit.crawl.duplicates import THRESHOLD, Duplicates
-from llmkit.crawl.minhash import BANDS, ROWS, SHINGLE, signature_type, signatures
+from llmkit.crawl.dedup.duplicates import THRESHOLD, Duplicates
+from llmkit.crawl.dedup.minhash import BANDS, ROWS, SHINGLE, signature_type, signatures
 
 WORDS = 600  # of a document, as on an average web page
 SEED = 7

@@ -84,9 +84,9 @@ def mixed_work() -> list[tuple[int, int]]:
 def ours(folder: str, dtype: str, slots: int):
     import torch
 
-    from llmkit.engine.devices import choose_precision
-    from llmkit.engine.generation import Generator
-    from llmkit.engine.sampling import Sampling
+    from llmkit.generation.generator import Generator
+    from llmkit.generation.next_token import Sampling
+    from llmkit.model.devices import choose_precision
     from llmkit.model.folder import load_model
     from llmkit.tokenizer.encoding import load_tokenizer
 
@@ -100,7 +100,7 @@ def ours(folder: str, dtype: str, slots: int):
 def decode(folder: str, dtype: str, batch: int, new: int) -> dict:
     import torch
 
-    from llmkit.engine.generation import Request
+    from llmkit.generation.generator import Request
 
     generator, name = ours(folder, dtype, batch)
     times, step = [], generator._step
@@ -122,7 +122,7 @@ def decode(folder: str, dtype: str, batch: int, new: int) -> dict:
 def mixed(folder: str, dtype: str) -> dict:
     import torch
 
-    from llmkit.engine.generation import Request
+    from llmkit.generation.generator import Request
 
     generator, _ = ours(folder, dtype, 16)
     work = [Request([7] * length, max_tokens=new, number=i) for i, (length, new) in enumerate(mixed_work())]
@@ -252,7 +252,7 @@ def main() -> None:
             first_token(make_folder("tiny", Path(scratch, "tiny")), arguments)
     from torch.backends.cpu import get_cpu_capability
 
-    from llmkit.engine.devices import choose_precision, torch
+    from llmkit.model.devices import choose_precision, torch
 
     sixteen = choose_precision("bfloat16", torch.device("cpu")).name
     print(f"\n{platform.machine()} {get_cpu_capability()}, {arguments.threads} threads; bfloat16 is {sixteen} here")

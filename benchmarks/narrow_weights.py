@@ -28,9 +28,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
-    from llmkit.engine import decoding
+    from llmkit.generation import decode
+    from llmkit.io.jsonl import read_documents
     from llmkit.model.folder import load_model
-    from llmkit.stream import read_documents
     from llmkit.tokenizer.encoding import load_tokenizer
 
     model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
@@ -50,8 +50,8 @@ def main() -> None:
     print(f"{'':18}{'bits/byte':>10} {'more':>8} {'same best':>10}")
     first, best = math.nan, []
     for name, (weights, head) in contenders.items():
-        decoder = decoding.Decoder(model, 1, weights)
-        decoder._head = decoding._product(model.head_weight, None, head)
+        decoder = decode.Decoder(model, 1, weights)
+        decoder._head = decode._product(model.head_weight, None, head)
         total, choices = 0.0, []
         with torch.inference_mode():
             for ids in texts:

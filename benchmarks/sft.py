@@ -67,11 +67,11 @@ def peer(python: str, script: Path, model: Path, folder: Path) -> float:
 
 def filled(model: Path) -> float:
     """The share of places in our rows that hold a token."""
-    from llmkit.bad_records import BadRecords
-    from llmkit.conversations import read_conversation
     from llmkit.data.mixture import Mixture, Source
     from llmkit.data.sources import read_examples
-    from llmkit.stream import read_jsonl
+    from llmkit.formats.conversations import read_conversation
+    from llmkit.io.bad_records import BadRecords
+    from llmkit.io.jsonl import read_jsonl
     from llmkit.tokenizer.chat import ChatFormat, write_chat_tokenizer
     from llmkit.tokenizer.encoding import load_tokenizer
 

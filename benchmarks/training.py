@@ -99,14 +99,14 @@ def work(name: str, shape: Shape, steps: int, shards: str, tokenizer_vocab: int,
     """What `pretrain` does, with the optimizer or the kernels of a contender."""
     from llmkit.data.batches import Batches
     from llmkit.data.shards import TokenShards
-    from llmkit.engine import setup
-    from llmkit.engine.devices import choose_device, choose_dtype
-    from llmkit.engine.evaluation import next_token_loss
-    from llmkit.engine.optimizer import GroupSettings, Optimizer
-    from llmkit.engine.planning import Wishes, make_plan
-    from llmkit.engine.schedule import Schedule
-    from llmkit.engine.trainer import Trainer, TrainerSettings
+    from llmkit.model.devices import choose_device, choose_dtype
     from llmkit.model.transformer import Transformer
+    from llmkit.training import setup
+    from llmkit.training.evaluation import next_token_loss
+    from llmkit.training.optimizer import GroupSettings, Optimizer
+    from llmkit.training.plan import Wishes, make_plan
+    from llmkit.training.schedule import Schedule
+    from llmkit.training.trainer import Trainer, TrainerSettings
 
     _, precision, rule, options = CONTENDERS[name]
     if "--plain" in options:

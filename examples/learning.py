@@ -14,7 +14,7 @@ from pathlib import Path
 
 from running import llmkit, write
 
-from llmkit.metrics import write_curve
+from llmkit.io.metrics import write_curve
 
 Rows = list[dict]
 

@@ -1,7 +1,8 @@
 """Train the model that finds the main text of web pages, and measure it on domains that it has not seen.
 
     pip install catboost scikit-learn rapidfuzz          # for training alone
-    python examples/train_extractor.py --truth truth.jsonl.gz crawl/*.warc.gz -o llmkit/crawl/extractor.safetensors
+    python examples/train_extractor.py --truth truth.jsonl.gz crawl/*.warc.gz \
+        -o llmkit/crawl/extract/extractor.safetensors
 
 The truth is JSONL with `url`, `main_content` and `page_type`; pages without a `main_content` are left out. A block's
 label is the part of its words that the longest common subsequence of the page's and the truth's words takes. Two
@@ -28,16 +29,16 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from llmkit.crawl.block_features import NameWeights, block_features, key_tokens
-from llmkit.crawl.block_model import BlockModel, best_blocks, feature_rows
-from llmkit.crawl.blocks import BlockTree, cut_blocks
-from llmkit.crawl.charset import utf8_html
-from llmkit.crawl.extract import FAVOURS, Extractor, text_of
+from llmkit.crawl.extract.block_model import BlockModel, best_blocks, feature_rows
+from llmkit.crawl.extract.blocks import BlockTree, cut_blocks
+from llmkit.crawl.extract.charset import utf8_html
+from llmkit.crawl.extract.features import NameWeights, block_features, key_tokens
+from llmkit.crawl.extract.limits import PageLimitError
+from llmkit.crawl.extract.main_text import FAVOURS, Extractor, text_of
 from llmkit.crawl.page import Page
-from llmkit.crawl.page_limits import PageLimitError
-from llmkit.crawl.reading import cut_spans, read_span
+from llmkit.crawl.read.inputs import cut_spans, read_span
 from llmkit.errors import UserError
-from llmkit.stream import read_jsonl
+from llmkit.io.jsonl import read_jsonl
 
 WORD = re.compile(r"\w+")
 TREES = {"iterations": 100, "depth": 6, "learning_rate": 0.2, "rsm": 0.3, "subsample": 0.5, "l2_leaf_reg": 5}

@@ -27,7 +27,7 @@ from llmkit import __version__
 from llmkit.config import DROPPED, flag_of, option_fields, option_of, resolve, value_type
 from llmkit.display import write_message
 from llmkit.errors import Interrupted, LlmkitError, UserError
-from llmkit.launch import launch
+from llmkit.io.ranks import launch
 
 # name: (module, config class, help in one line), in the order of the pipeline
 OF_A_RUN = ("config.json", "manifest.json", "tokenizer.json")  # a folder with one of these is read as a whole
@@ -119,7 +119,7 @@ def run_command_line(arguments: list[str]) -> int:
             raise UserError(f"{name}: runs in one process; start it without torchrun, or with --nproc-per-node 1")
         summary = job()
         if launch().size > 1:
-            from llmkit.engine.distributed import leave
+            from llmkit.training.distributed import leave
 
             leave()
         if is_dataclass(summary) and not isinstance(summary, type) and launch().leads:
@@ -137,7 +137,7 @@ def run_command_line(arguments: list[str]) -> int:
     except MemoryError:
         return _fail("not enough memory for this input on this machine", UserError.exit_code)
     except Exception as error:
-        from llmkit.files import is_full_disk
+        from llmkit.io.files import is_full_disk
 
         if is_full_disk(error):
             _abandon_stdout()
@@ -146,7 +146,7 @@ def run_command_line(arguments: list[str]) -> int:
         if isinstance(error, OSError) and error.filename is not None:
             return _fail(f"{error.filename}: {str(error.strerror).lower()}", UserError.exit_code)
         if launch().size > 1:
-            from llmkit.engine.failures import is_lost, lose_together
+            from llmkit.training.failures import is_lost, lose_together
 
             if is_lost(error):
                 lose_together(error)
@@ -210,7 +210,7 @@ def _abandon_stdout() -> None:
 
 def _fail(message: str, code: int) -> int:
     if _several():  # one speaks for all
-        from llmkit.engine.failures import fail_together
+        from llmkit.training.failures import fail_together
 
         fail_together(message, code)
     write_message(f"llmkit: error: {' '.join(message.split())}")
@@ -324,7 +324,7 @@ def _run_alone(run: Callable[[Any], Any], config: Any) -> Any:
     _check_inputs_stay(config)
     if config.out in (None, "-") or config.dry_run or not launch().leads:
         return run(config)
-    from llmkit.files import sole_writer
+    from llmkit.io.files import sole_writer
 
     with sole_writer(config.out):
         return run(config)

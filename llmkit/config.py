@@ -122,7 +122,7 @@ class RecordsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig(RecordsConfig, CommonConfig):
-    """Options that are spelled the same in every stage that trains (engine/setup.py uses them)."""
+    """Options that are spelled the same in every stage that trains (training/setup.py uses them)."""
 
     device: str = option("auto", "Compute device.", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = option("auto", "Working precision; masters are float32.", choices=("auto", "float32", "bfloat16"))
@@ -158,7 +158,7 @@ MICRO_BATCH_TOKENS = 8192  # of tuning, where --micro-batch-size is not given
 
 @dataclass(frozen=True, kw_only=True)
 class TuningConfig(TrainingConfig):
-    """Options that are spelled the same in every stage that tunes a model on records (engine/finetuning.py)."""
+    """Options that are spelled the same in every stage that tunes a model on records (training/finetuning.py)."""
 
     lora_rank: int | None = option(None, "Rank of LoRA adapters, merged at the end.", group="LoRA", at_least=1)
     lora_alpha: float | None = option(None, "Scale of the adapters [2 x rank].", group="LoRA", above=0)
@@ -189,7 +189,7 @@ class TuningConfig(TrainingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ToolConfig:
-    """Options that are spelled the same in every stage in which a model may call tools (engine/tool_calls.py)."""
+    """Options that are spelled the same in every stage in which a model may call tools (generation/tool_calls.py)."""
 
     tools: tuple[str, ...] = option(
         (),
@@ -205,7 +205,7 @@ class ToolConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ServedConfig:
-    """Options that are spelled the same in every stage that may have a server generate (engine/served_sampling.py)."""
+    """Options spelled the same in every stage that may have a server generate (generation/served_sampler.py)."""
 
     engine: str = option(
         "local",

@@ -22,7 +22,7 @@ from llmkit.cli import COMMANDS
 from llmkit.config import DROPPED, option_fields, option_of, value_type
 from llmkit.errors import UserError
 
-TOY = [sys.executable, str(Path(__file__).with_name("toy.py")), "toy"]
+TOY = [sys.executable, str(Path(__file__).parent.joinpath("helpers", "toy.py")), "toy"]
 RECORD = '{"a":1}\n'
 
 

@@ -12,9 +12,9 @@ import pytest
 from damaged_states import COMMANDS
 
 from llmkit.crawl.state import State
-from llmkit.engine.run_state import RunState
 from llmkit.errors import UserError
-from llmkit.metrics import read_metrics, scan_metrics, trim_metrics
+from llmkit.io.metrics import read_metrics, scan_metrics, trim_metrics
+from llmkit.io.resume import RunState
 
 EVERY = 29  # of a thousand kinds of damage to each command's state
 
@@ -29,7 +29,8 @@ def folder(tmp_path_factory) -> Path:
 def test_a_command_goes_on_or_names_what_is_damaged(folder: Path, command: str) -> None:
     words = [sys.executable, "damaged_states.py", str(folder), command, str(EVERY), "3"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=Path(__file__).parent, env=env, capture_output=True, text=True, timeout=1100)
+    folder_of_script = Path(__file__).parent / "helpers"
+    done = subprocess.run(words, cwd=folder_of_script, env=env, capture_output=True, text=True, timeout=1100)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) > 15

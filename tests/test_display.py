@@ -46,8 +46,8 @@ def test_a_key_may_end_as_the_file_it_came_from(tmp_path, end):
 @pytest.mark.parametrize("key", [f"{SECRET}\nX-Other: 1", f"a\x00{SECRET}", f"{SECRET}é"])
 @pytest.mark.parametrize("name", ["OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"])
 def test_a_key_that_no_header_holds_is_refused_by_its_name(monkeypatch, name, key):
-    from llmkit.engine.served_models import parse_address
     from llmkit.errors import UserError
+    from llmkit.generation.served_models import parse_address
 
     monkeypatch.setattr(os, "environ", {**os.environ, name: key})  # which refuses a NUL itself
     with pytest.raises(UserError, match=f"^{name}: expected printable ASCII") as raised:
@@ -92,7 +92,7 @@ def test_a_secret_in_an_option_is_in_no_file_and_no_message(tmp_path):
 
 def test_a_manifest_has_no_secret_of_the_command_or_its_options(tmp_path, monkeypatch):
     from llmkit.config import as_options, lasting_options
-    from llmkit.manifest import write_manifest
+    from llmkit.io.manifest import write_manifest
     from llmkit.stages.sample import SampleConfig
 
     tools = f"search:https://ada:{SECRET}@host/s?q={SECRET},calc"

@@ -19,9 +19,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from readers import EXEMPT, REFUSALS, readers
 
-from tests.readers import EXEMPT, REFUSALS, readers
-from tests.test_floors import modules
+from tests.test_house import modules
 
 EXPONENT = 1.2  # of time over length, from the shortest text to the longest
 FLOOR = 0.010  # seconds: shorter times count as this, they are noise
@@ -31,7 +31,7 @@ TRIES = 4  # of a measurement that is beyond the limit: other processes disturb 
 SHORT, LONG = (4_000, 16_000, 64_000), (16_000, 64_000, 256_000)
 FEW = 5  # seeds of a function in the quick tier; other functions take others
 
-PIECES = json.loads(Path(__file__).with_name("fragments.json").read_text())
+PIECES = json.loads(Path(__file__).parent.joinpath("helpers", "fragments.json").read_text())
 PAIRS = (
     "()",
     "[]",
@@ -165,7 +165,7 @@ def test_the_measurement_finds_what_grows_with_the_square(monkeypatch: pytest.Mo
 
 
 def test_every_module_with_patterns_is_measured_or_exempt() -> None:
-    source = ast.parse(Path(__file__).with_name("readers.py").read_text())
+    source = ast.parse(Path(__file__).parent.joinpath("helpers", "readers.py").read_text())
     measured = {
         name
         for node in ast.walk(source)
@@ -177,7 +177,7 @@ def test_every_module_with_patterns_is_measured_or_exempt() -> None:
         used = {ast.unparse(node) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)}
         if any(one.startswith("re.") for one in used) and name not in measured:
             unmeasured.add(name)
-    assert not unmeasured - EXEMPT  # give them readers in tests/readers.py
+    assert not unmeasured - EXEMPT  # give them readers in tests/helpers/readers.py
 
 
 def test_time_grows_with_the_length() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llmkit.crawl import workers
-from llmkit.tokenizer import processes, rendering
+from llmkit.tokenizer import processes, template_worker
 from llmkit.tokenizer.patterns import find_pattern
 
 
@@ -31,7 +31,7 @@ def test_a_process_that_we_start_never_sees_ctrl_c(kind: str) -> None:
         child = processes._Child(find_pattern("llama3"))
         close = child.stop
     elif kind == "template":
-        child = rendering.Renderer("{{ messages }}")
+        child = template_worker.Renderer("{{ messages }}")
         child._start()
         close = child._process.kill
     else:

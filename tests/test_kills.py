@@ -15,7 +15,7 @@ SEED = os.environ.get("LLMKIT_KILLS_SEED", "0")
 
 @pytest.mark.slow
 def test_killed_at_random_moments_and_resumed_every_stage_leaves_the_same_bytes(tmp_path: Path) -> None:
-    command = [sys.executable, str(Path(__file__).with_name("kills.py")), MOMENTS, "--seed", SEED]
+    command = [sys.executable, str(Path(__file__).parent.joinpath("helpers", "kills.py")), MOMENTS, "--seed", SEED]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3600)
     print(done.stdout)

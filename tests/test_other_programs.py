@@ -61,7 +61,7 @@ def test_transformers_has_our_logits(made: Path, kind: str) -> None:
 def test_transformers_has_our_scores(made: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
-    from llmkit.model.reward import load_reward_model
+    from llmkit.reward_model.head import load_reward_model
 
     theirs, ours = AutoModelForSequenceClassification.from_pretrained(made / "judge"), load_reward_model(made / "judge")
     assert theirs.config.num_labels == 1
@@ -231,9 +231,9 @@ def test_sft_reads_trl_s_forms(made: Path, form: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", PREFERENCES)
 def test_train_reward_reads_trl_s_forms_as_trl_does(form: str) -> None:
-    from llmkit.conversations import as_record
-    from llmkit.preferences import Comparison, read_comparison
-    from llmkit.records import Row
+    from llmkit.formats.conversations import as_record
+    from llmkit.formats.preferences import Comparison, read_comparison
+    from llmkit.io.records import Row
 
     trl = pytest.importorskip("trl.data_utils", reason="TRL is not installed")
     found = read_comparison(Row(PREFERENCES[form], "prefs.jsonl", 1))

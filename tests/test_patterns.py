@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from llmkit.crawl.warc import looks_like_html
-from tests.test_floors import modules
+from llmkit.crawl.read.warc import looks_like_html
+from tests.test_house import modules
 
 try:
     from re import _constants as codes

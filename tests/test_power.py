@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from llmkit.engine.checkpoint import Checkpoints
+from llmkit.training.checkpoint import Checkpoints
 
 # Runs llmkit with a watch over its renames: all that gets a lasting name must be on the disk as it is then, and
 # nothing is deleted while a new name is not. What breaks that goes to the file WATCH.
 WATCHED = """
 import os, shutil, stat, sys
-from llmkit import files
+from llmkit.io import files
 from llmkit.__main__ import main
 problems, synced, unsynced_names = open(os.environ["WATCH"], "w"), {}, set()
 

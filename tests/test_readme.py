@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from documented import commands_of
 
-from llmkit.metrics import METRICS, read_metrics
+from llmkit.io.metrics import METRICS, read_metrics
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -12,7 +12,7 @@ import pytest
 from llmkit import cli
 from llmkit.config import flag_of, option_fields, option_of
 from llmkit.errors import UserError
-from llmkit.progress import counted
+from llmkit.io.progress import counted
 
 ROOT = Path(__file__).parent.parent
 # never one: lengths of contexts and vocabularies, numbers that are tested to be more, and sentences about no count
@@ -76,7 +76,7 @@ def test_a_count_of_one_is_singular():
     assert bare_plurals('f"{steps} steps, {rate:.2f} nats, {done} is"') == [(1, "{steps} steps, ")]
     files = sorted((ROOT / "llmkit").rglob("*.py"))
     places = [f"{file}:{line}: {text}" for file in files for line, text in bare_plurals(file.read_text())]
-    assert places == [], "use llmkit.progress.counted: " + "; ".join(places)
+    assert places == [], "use llmkit.io.progress.counted: " + "; ".join(places)
 
 
 @pytest.mark.parametrize(

@@ -156,8 +156,8 @@ def contest(runs: dict[str, Run | str], expected_BV, rounds: int) -> dict[str, d
 def ours(model, ids_BT, prompt: int, record) -> Run:
     import numpy as np
 
-    from llmkit.engine.decoding import Decoder
-    from llmkit.engine.sampling import Sampling, choose_tokens
+    from llmkit.generation.decode import Decoder
+    from llmkit.generation.next_token import Sampling, choose_tokens
 
     rows_BT = ids_BT.tolist()
     decoder = Decoder(model, len(rows_BT), record=record)

@@ -82,15 +82,15 @@ def work(name: str, kernels: str, steps: int) -> dict:
     import numpy as np
     import torch
 
-    from llmkit.engine import setup
-    from llmkit.engine.evaluation import next_token_loss
-    from llmkit.engine.scaling import recipe
-    from llmkit.engine.schedule import Schedule
-    from llmkit.engine.speed import peak_flops, synchronize
-    from llmkit.engine.trainer import Trainer, TrainerSettings
     from llmkit.kernels import backend
     from llmkit.model.config import ModelConfig
     from llmkit.model.transformer import Transformer
+    from llmkit.training import setup
+    from llmkit.training.evaluation import next_token_loss
+    from llmkit.training.scaling import recipe
+    from llmkit.training.schedule import Schedule
+    from llmkit.training.speed import peak_flops, synchronize
+    from llmkit.training.trainer import Trainer, TrainerSettings
 
     layers, hidden, intermediate, heads, words, length, micro_rows, micro_batches = MODELS[name]
     device = torch.device("cpu" if name == "smoke" else "cuda")

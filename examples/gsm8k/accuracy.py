@@ -11,9 +11,9 @@ import json
 import sys
 from pathlib import Path
 
-from llmkit.problems import read_problem
-from llmkit.records import Row
-from llmkit.rewards.verifying import is_number_right
+from llmkit.formats.problems import read_problem
+from llmkit.io.records import Row
+from llmkit.rewards.verifiers import is_number_right
 
 
 def accuracy(path: Path) -> dict:

@@ -23,8 +23,8 @@ from ledger import read_rows
 from problems import last_line
 from world import KINDS, TIERS
 
-from llmkit.engine.matching import EVASIVE, RIGHT, MatchJudge
-from llmkit.files import write_json
+from llmkit.io.files import write_json
+from llmkit.text.matching import EVASIVE, RIGHT, MatchJudge
 
 Row = dict[str, Any]
 BEFORE, CHAT, AFTER = "exam-chat.jsonl", "exam-assistant.jsonl", "exam-policy.jsonl"

@@ -28,16 +28,16 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from llmkit.crawl.duplicates import Repeat, band_firsts, join, keys
+from llmkit.crawl.dedup.duplicates import Repeat, band_firsts, join, keys
 from llmkit.crawl.funnel import READ
 from llmkit.crawl.page import Span
 from llmkit.crawl.parts import Part
-from llmkit.crawl.reading import Seam
+from llmkit.crawl.read.inputs import Seam
 from llmkit.crawl.recipe import Recipe
 from llmkit.crawl.state import State, write_span
 from llmkit.crawl.workers import AHEAD, Work, WorkerDied, place
 from llmkit.errors import UserError
-from llmkit.launch import available_cores
+from llmkit.io.ranks import available_cores
 
 RETRIES = 3
 CHUNK = 1 << 16  # keys read at once

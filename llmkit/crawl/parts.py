@@ -24,7 +24,7 @@ class Outcome:
 class Part:
     """Some outcomes in the order of their records, with the signatures (n, ...) of the n kept ones.
 
-    began and ended are those of the span's reader (`llmkit.crawl.reading.SpanReader`) when the part was made: the
+    began and ended are those of the span's reader (`llmkit.crawl.read.inputs.SpanReader`) when the part was made: the
     first part knows where the span's first record stood, the last where the next span's should.
     """
 

@@ -4,7 +4,7 @@
         ...
 
 Everything here is a function of the record and the recipe alone, so that it does not matter which process does it.
-What depends on other records (duplicates) is done where the parts come together, in `llmkit.crawl.collecting`.
+What depends on other records (duplicates) is done where the parts come together, in `llmkit.crawl.output`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 
 import orjson
 
+from llmkit.crawl.filters.urls import UrlFilter
 from llmkit.crawl.funnel import READ
 from llmkit.crawl.page import Page, Skipped, Span
 from llmkit.crawl.parts import Outcome, Part
 from llmkit.crawl.recipe import Recipe
 from llmkit.crawl.steps import Journey, Steps, source_of
-from llmkit.crawl.urls import UrlFilter
-from llmkit.files import JSON_LINE
+from llmkit.io.files import JSON_LINE
 
 PART_RECORDS = 64  # in one part
 FIRST_RECORDS = 1  # in the first, doubled from part to part, for a first document at once
@@ -62,7 +62,7 @@ class Pipeline:
     def _finished(self, part: Part, texts: list[str], records: Records) -> Part:
         part.began, part.ended = records.began, records.ended
         if self.duplicates and texts:
-            from llmkit.crawl.duplicates import signatures
+            from llmkit.crawl.dedup.duplicates import signatures
 
             started = thread_time()
             part.signatures = signatures(texts, self.near.bands, self.near.rows)
@@ -92,7 +92,7 @@ class Records:
     """The records of a span at the start of their journey; `began` and `ended` are those of the reader."""
 
     def __init__(self, span: Span) -> None:
-        from llmkit.crawl.reading import read_span
+        from llmkit.crawl.read.inputs import read_span
 
         self._source: Any = read_span(span)
 
@@ -109,7 +109,7 @@ class Records:
 
 def all_records(spans: Iterable[Span]) -> Iterator[tuple[int, Journey | Skipped]]:
     """The records of all spans with their spans' numbers, read in this process."""
-    from llmkit.crawl.reading import Seam
+    from llmkit.crawl.read.inputs import Seam
 
     seam = Seam()
     for span in spans:

@@ -19,13 +19,13 @@ from difflib import get_close_matches
 from typing import Any, get_type_hints
 
 from llmkit.config import value_type
-from llmkit.crawl.c4 import C4
-from llmkit.crawl.fineweb import FineWebQuality
-from llmkit.crawl.gopher import GopherQuality, GopherRepetition
-from llmkit.crawl.urls import UrlRules
+from llmkit.crawl.filters.c4 import C4
+from llmkit.crawl.filters.fineweb import FineWebQuality
+from llmkit.crawl.filters.gopher import GopherQuality, GopherRepetition
+from llmkit.crawl.filters.urls import UrlRules
 from llmkit.errors import UserError
-from llmkit.records import kind_of
-from llmkit.user_code import check_spelling
+from llmkit.io.records import kind_of
+from llmkit.tools.user_code import check_spelling
 
 STEPS = (
     "url",

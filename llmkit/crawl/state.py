@@ -11,9 +11,9 @@ import orjson
 
 from llmkit.crawl.parts import Part, read_parts, write_part
 from llmkit.errors import UserError
-from llmkit.files import atomic_file, check_unfinished, remove
-from llmkit.foreign import read_sealed, write_sealed
-from llmkit.progress import say
+from llmkit.io.files import atomic_file, check_unfinished, remove
+from llmkit.io.foreign import read_sealed, write_sealed
+from llmkit.io.progress import say
 
 SUFFIX = ".partial-state"
 

@@ -9,18 +9,18 @@ from pathlib import Path
 from time import thread_time
 from typing import Any
 
-from llmkit.crawl.c4 import c4
-from llmkit.crawl.fineweb import fineweb_quality
+from llmkit.crawl.filters.c4 import c4
+from llmkit.crawl.filters.fineweb import fineweb_quality
+from llmkit.crawl.filters.gopher import gopher_quality, gopher_repetition
+from llmkit.crawl.filters.urls import UrlFilter
+from llmkit.crawl.filters.verdict import Verdict
 from llmkit.crawl.funnel import READ
-from llmkit.crawl.gopher import gopher_quality, gopher_repetition
 from llmkit.crawl.page import Page
 from llmkit.crawl.recipe import OWN_FILTERS, Recipe
-from llmkit.crawl.urls import UrlFilter
-from llmkit.crawl.verdict import Verdict
-from llmkit.crawl.words import Split
 from llmkit.crawl.work_limit import TooMuchWork, work_limit
 from llmkit.errors import UserError
-from llmkit.user_code import UserFunction
+from llmkit.text.words import Split
+from llmkit.tools.user_code import UserFunction
 
 
 @dataclass(slots=True)
@@ -135,7 +135,7 @@ class Steps:
 
     @cached_property
     def _extractor(self) -> Any:
-        from llmkit.crawl.extract import Extractor
+        from llmkit.crawl.extract.main_text import Extractor
 
         wanted = self.recipe.extract
         return Extractor(wanted.extractor, wanted.favour, wanted.threshold)
@@ -194,7 +194,7 @@ class Steps:
 
     def pii(self, journey: Journey) -> str | None:
         """Personal data is replaced, or its page dropped."""
-        from llmkit.crawl.personal_data import redact
+        from llmkit.crawl.filters.personal_data import redact
 
         text, counts = redact(journey.text or "")
         if self.recipe.pii.mode == "drop":
@@ -205,7 +205,7 @@ class Steps:
 
     def _identify(self, journey: Journey) -> None:
         if journey.language is None:
-            from llmkit.crawl.language import identify
+            from llmkit.text.language import identify
 
             language, score = identify(journey.text or "")
             journey.language, journey.language_score = language, round(float(score), 4)

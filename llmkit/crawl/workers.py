@@ -21,7 +21,7 @@ from typing import IO, Any, Protocol
 
 from llmkit.crawl.parts import Part
 from llmkit.errors import LlmkitError, UserError
-from llmkit.launch import interrupts_held
+from llmkit.io.ranks import interrupts_held
 
 AHEAD = 2  # spans in flight for each process, so that a slow span does not leave the others idle
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}

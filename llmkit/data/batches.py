@@ -28,7 +28,7 @@ import numpy as np
 
 from llmkit.data.shards import TokenShards
 from llmkit.errors import UserError
-from llmkit.progress import counted
+from llmkit.io.progress import counted
 
 _64_BITS = (1 << 64) - 1
 IGNORED = -100  # the target where nothing is predicted, as in torch's cross_entropy

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from llmkit.errors import UserError
-from llmkit.progress import counted
+from llmkit.io.progress import counted
 
 CUT = "cut within a turn"  # a count: answers too long by themselves
 

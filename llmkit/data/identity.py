@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from itertools import count
 
-from llmkit.conversations import Conversation, message
 from llmkit.errors import UserError
+from llmkit.formats.conversations import Conversation, message
 
 GREETINGS = ("", "Hi! ", "Hello, ", "Hey there. ", "Good morning! ", "Quick question: ", "I was wondering, ")
 WHO = (

@@ -18,7 +18,7 @@ import numpy as np
 
 from llmkit.data.batches import splitmix64
 from llmkit.data.shards import TokenShards
-from llmkit.progress import counted, say
+from llmkit.io.progress import counted, say
 
 _ALONE = r"\u0e00-\u0eff\u1000-\u109f\u3040-\u30ff\u3400-\u9fff"  # letters of scripts without spaces between words
 WORD = re.compile(rf"[{_ALONE}]|[^\W{_ALONE}]+")

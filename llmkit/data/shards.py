@@ -24,7 +24,7 @@ from typing import IO, Any
 import numpy as np
 
 from llmkit.errors import UserError
-from llmkit.progress import counted
+from llmkit.io.progress import counted
 
 FORMAT = "llmkit-tokens-1"
 TOKENS_PER_SHARD = 100_000_000  # a shard ends with the first document that reaches it

@@ -11,10 +11,10 @@ from hashlib import sha256
 from itertools import islice
 from typing import TypeVar
 
-from llmkit.bad_records import BadRecords
-from llmkit.conversations import Conversation, Message, message
 from llmkit.data.examples import Encoded, Examples
 from llmkit.errors import UserError
+from llmkit.formats.conversations import Conversation, Message, message
+from llmkit.io.bad_records import BadRecords
 
 T = TypeVar("T")
 E = TypeVar("E")

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from llmkit.errors import UserError
-from llmkit.foreign import integer, number, shown, switch
-from llmkit.progress import counted
+from llmkit.io.foreign import integer, number, shown, switch
+from llmkit.io.progress import counted
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 ARCHITECTURES = {

@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmkit.errors import UserError
-from llmkit.files import atomic_file, write_json
-from llmkit.foreign import check_file, read_object, shown
+from llmkit.io.files import atomic_file, write_json
+from llmkit.io.foreign import check_file, read_object, shown
+from llmkit.io.progress import counted
 from llmkit.model.config import ModelConfig, token_ids
 from llmkit.model.transformer import Transformer
 from llmkit.model.weights import EMBEDDING, HEAD, export_state_dict, import_state_dict, stock_shapes
-from llmkit.progress import counted
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 SCORE = "score.weight"  # of a reward model

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from llmkit.errors import UserError
-from llmkit.files import atomic_file
+from llmkit.io.files import atomic_file
 from llmkit.model.config import ModelConfig
 from llmkit.model.folder import write_tensors
 from llmkit.model.transformer import Transformer

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmkit.manifest import flattened, manifest_digest
-from llmkit.report.gathering import RecordsFile, Run, changed
+from llmkit.io.manifest import flattened, manifest_digest
 from llmkit.report.kinds import KINDS
-from llmkit.report.reading import objects
+from llmkit.report.runs import RecordsFile, Run, changed
+from llmkit.report.values import objects
 
 
 @dataclass

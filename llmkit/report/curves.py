@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmkit.metrics import scan_metrics
-from llmkit.report.reading import is_number
-from llmkit.report.thinning import SPARE, Thinned, thinned
+from llmkit.io.metrics import scan_metrics
+from llmkit.report.even_sample import SPARE, Thinned, thinned
+from llmkit.report.values import is_number
 
 MOST_POINTS = 240  # of a line, whose frame is 300 pixels wide
 MOST_SAMPLES = 24  # over a training

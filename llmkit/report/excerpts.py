@@ -8,11 +8,11 @@ from typing import Any
 
 import orjson
 
-from llmkit.progress import counted
-from llmkit.report.gathering import RecordsFile
+from llmkit.io.progress import counted
+from llmkit.report.even_sample import SPARE, Thinned, thinned
 from llmkit.report.kinds import KINDS
-from llmkit.report.reading import is_number, parsed, raw_lines
-from llmkit.report.thinning import SPARE, Thinned, thinned
+from llmkit.report.runs import RecordsFile
+from llmkit.report.values import is_number, parsed, raw_lines
 
 LONGEST = {"input": 600, "output": 1200, "about": 200}  # characters shown
 

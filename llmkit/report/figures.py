@@ -20,17 +20,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llmkit import __version__
-from llmkit.files import read_json
-from llmkit.metrics import METRICS
+from llmkit.io.files import read_json
+from llmkit.io.metrics import METRICS
 from llmkit.report.ancestry import Graph, Node
 from llmkit.report.curves import MOST_SAMPLES, charts_of, read_series
+from llmkit.report.even_sample import thinned
 from llmkit.report.excerpts import read_excerpts
-from llmkit.report.gathering import Gathered
 from llmkit.report.kinds import KINDS
 from llmkit.report.probes import NAMES, changes, read_probe
-from llmkit.report.reading import as_object, as_text, is_number, numbers, objects, read_or_note
+from llmkit.report.runs import Gathered
 from llmkit.report.summary import STAGES, summarise
-from llmkit.report.thinning import thinned
+from llmkit.report.values import as_object, as_text, is_number, numbers, objects, read_or_note
 
 # what a manifest's results tell of a stage at a glance; of others, their first numbers
 KEY_FIGURES = {

@@ -15,11 +15,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from llmkit.errors import UserError
-from llmkit.progress import counted, quantity
+from llmkit.io.progress import counted, quantity
 from llmkit.report.ancestry import rails
-from llmkit.report.drawing import COLOURS, STYLES, draw
+from llmkit.report.charts import COLOURS, STYLES, draw
 from llmkit.report.figures import given_runs, shorten
-from llmkit.report.wording import FORMS, figure_text, percent, words
+from llmkit.report.numbers import FORMS, figure_text, percent, words
 
 TEMPLATES = Path(__file__).with_name("templates")
 MOST_BYTES = 1_000_000

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any
 
-from llmkit.progress import counted
-from llmkit.report.reading import parsed, raw_lines
+from llmkit.io.progress import counted
+from llmkit.report.values import parsed, raw_lines
 
 NAMES = {"yes": "known", "no": "unknown", "mixed": "mixed", "evasive": "evasive"}
 

@@ -4,7 +4,7 @@
     {"prompt": ..., "tests": ["assert f(1) == 2"], "test_setup_code"?: ""}          also "test_list", or one text
     {"prompt": ..., "tests": [{"input": "1\\n", "output": "2\\n"}]}                  a program, by stdin and stdout
 
-The program and the tests run in two processes, each in a jail of its own, joined by two pipes (calling.py): the
+The program and the tests run in two processes, each in a jail of its own, joined by two pipes (sandboxed_calls.py): the
 program never sees tests, expected values or the checker, so it can neither read nor patch them, and its exit, whether
 0 or by os._exit, atexit or a signal, only ends it. That all passed is said by a word of 128 random bits that the
 process of the tests alone knows. What remains: a program may know the inputs by heart, as any may.
@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.errors import UserError
-from llmkit.problems import Problem
-from llmkit.records import kind_of
+from llmkit.formats.problems import Problem
+from llmkit.io.records import kind_of
 from llmkit.rewards.code_blocks import code_of, defines
-from llmkit.rewards.statements import after_thinking
+from llmkit.rewards.final_answer import after_thinking
 from llmkit.tools.python import Limits, check_sandbox, room_for, run_python
 
 FIELDS = ("tests", "test_list")
@@ -45,7 +45,7 @@ def give(data):
     known = io.open
     io.open = builtins.open = lambda file, *rest, **named: known(0 if file == "/dev/stdin" else file, *rest, **named)
 """
-CALLING = Path(__file__).with_name("calling.py").read_text(encoding="utf-8")
+CALLING = Path(__file__).with_name("sandboxed_calls.py").read_text(encoding="utf-8")
 
 
 class CodeTests:

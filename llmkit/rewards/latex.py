@@ -14,9 +14,9 @@ import threading
 from importlib.util import find_spec
 
 from llmkit.errors import UserError
-from llmkit.launch import interrupts_held
-from llmkit.problems import Problem, last_boxed
-from llmkit.rewards.statements import after_thinking, tagged
+from llmkit.formats.problems import Problem, last_boxed
+from llmkit.io.ranks import interrupts_held
+from llmkit.rewards.final_answer import after_thinking, tagged
 
 START_SECONDS = 120  # sympy takes 1 to 3, and more on a busy machine
 LONGEST = 1000  # characters of an expression; answers of MATH have 70 at most

@@ -22,8 +22,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 
-from llmkit.engine.answer_spans import CURRENCIES, FACTORS, MEASURED, MEASURES, SMALL
-from llmkit.engine.normalising import ROMAN, is_number, tokens
 from llmkit.rewards.number_context import (
     ANNOUNCED,
     CURRENCY,
@@ -33,6 +31,8 @@ from llmkit.rewards.number_context import (
     is_no_statement,
     sign_before,
 )
+from llmkit.text.answer_spans import CURRENCIES, FACTORS, MEASURED, MEASURES, SMALL
+from llmkit.text.normalize import ROMAN, is_number, tokens
 
 # ten digits beyond what a double holds; whole numbers are compared exactly
 TOLERANCE = Fraction(1, 10**6)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmkit.errors import UserError
-from llmkit.problems import Problem
+from llmkit.formats.problems import Problem
 
 if TYPE_CHECKING:
     from llmkit.tokenizer.encoding import Tokenizer  # brings numpy, which a mistyped SPEC does without

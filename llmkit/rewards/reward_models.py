@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from llmkit.conversations import as_record
-from llmkit.engine.devices import choose_device, choose_dtype
-from llmkit.engine.reward_scoring import Scorer
 from llmkit.errors import UserError
-from llmkit.model.reward import load_reward_model
-from llmkit.records import Row
+from llmkit.formats.conversations import as_record
+from llmkit.io.records import Row
+from llmkit.model.devices import choose_device, choose_dtype
+from llmkit.reward_model.head import load_reward_model
+from llmkit.reward_model.scoring import Scorer
 from llmkit.rewards.reward import Attempt, Reward, finite
 from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
 from llmkit.tokenizer.templates import chat_format

@@ -14,22 +14,22 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llmkit.conversations import Part
-from llmkit.engine.devices import is_small, one_thread
-from llmkit.engine.distributed import world
-from llmkit.engine.generation import Completion, Generator, Request
-from llmkit.engine.sampling import Sampling
-from llmkit.engine.sharding import whole_model
-from llmkit.engine.tool_calls import ToolUse
 from llmkit.errors import SharedError, UserError
+from llmkit.formats.conversations import Part
+from llmkit.generation.generator import Completion, Generator, Request
+from llmkit.generation.next_token import Sampling
+from llmkit.generation.tool_calls import ToolUse
+from llmkit.model.devices import is_small, one_thread
 from llmkit.model.transformer import Transformer
 from llmkit.rewards import Attempt, Weighted, total
-from llmkit.rl.prompts import EncodedProblem
+from llmkit.rl.problems import EncodedProblem
 from llmkit.rl.rollouts import Rollout
 from llmkit.tokenizer.encoding import Tokenizer
+from llmkit.training.distributed import world
+from llmkit.training.sharding import whole_model
 
 if TYPE_CHECKING:
-    from llmkit.engine.served_sampling import ServedSampler
+    from llmkit.generation.served_sampler import ServedSampler
     from llmkit.rl.served_policy import ServedPolicy
 
 

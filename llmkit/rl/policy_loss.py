@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from llmkit.data.batches import IGNORED
-from llmkit.engine.distributed import world
 from llmkit.kernels import Branching, linear_logprobs
 from llmkit.model.transformer import Transformer
 from llmkit.rl.algorithms import Algorithm
 from llmkit.rl.rollouts import Rollout
 from llmkit.rl.rows import PolicyRows, pack_rollouts
+from llmkit.training.distributed import world
 
 TOKENS_AT_ONCE = 8192  # of a reference, without gradients
 LARGEST_LOG_RATIO = 20.0  # exp of more overflows a sum in float32

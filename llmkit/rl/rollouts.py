@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from llmkit.conversations import Message, Part, as_record, message
-from llmkit.engine.distributed import world
-from llmkit.engine.generation import Completion
-from llmkit.foreign import integer
-from llmkit.metrics import trim_metrics
-from llmkit.problems import Problem
-from llmkit.stream import dump_json
+from llmkit.formats.conversations import Message, Part, as_record, message
+from llmkit.formats.problems import Problem
+from llmkit.generation.generator import Completion
+from llmkit.io.foreign import integer
+from llmkit.io.jsonl import dump_json
+from llmkit.io.metrics import trim_metrics
+from llmkit.training.distributed import world
 
 ROLLOUTS = "rollouts.jsonl"
 

@@ -17,11 +17,11 @@ import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from llmkit.engine.sampling import Sampling
-from llmkit.engine.served_models import ServerError, shortened
-from llmkit.engine.served_sampling import Served, ServedSampler
 from llmkit.errors import UserError
-from llmkit.files import remove
+from llmkit.generation.next_token import Sampling
+from llmkit.generation.served_models import ServerError, shortened
+from llmkit.generation.served_sampler import Served, ServedSampler
+from llmkit.io.files import remove
 from llmkit.rl.actor import RolloutSettings
 
 KINDS = ("vllm", "sglang")  # by the owner of the model in the list of a server's models

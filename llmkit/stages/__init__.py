@@ -1,1 +1,1 @@
-"""Floor 4: one module a subcommand, each with a config dataclass and `run(config) -> Summary`."""
+"""One module a subcommand, each with a config dataclass and `run(config) -> Summary`."""

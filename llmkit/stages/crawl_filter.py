@@ -19,19 +19,19 @@ from llmkit import __version__
 from llmkit.config import CommonConfig, argument, as_options, option
 from llmkit.display import check_stdout
 from llmkit.errors import Interrupted, UserError
-from llmkit.files import JSON_LINE, check_output
-from llmkit.launch import available_cores
-from llmkit.manifest import write_file_manifest
-from llmkit.progress import Progress, counted, duration, quantity, say
-from llmkit.stream import check_inputs, open_bytes, open_input
+from llmkit.io.files import JSON_LINE, check_output
+from llmkit.io.jsonl import check_inputs, open_bytes, open_input
+from llmkit.io.manifest import write_file_manifest
+from llmkit.io.progress import Progress, counted, duration, quantity, say
+from llmkit.io.ranks import available_cores
 
 if TYPE_CHECKING:
-    from llmkit.crawl.collecting import Collector
+    from llmkit.crawl.filters.urls import UrlFilter
+    from llmkit.crawl.output import Collector
     from llmkit.crawl.page import Span
     from llmkit.crawl.pipeline import Pipeline
     from llmkit.crawl.recipe import Recipe
     from llmkit.crawl.state import State
-    from llmkit.crawl.urls import UrlFilter
 
 PAGES_PER_SECOND = 100  # of one core, with the model
 BYTES_PER_PAGE = 17_000  # of WARC.gz
@@ -125,8 +125,8 @@ class Summary:
 
 def run(config: CrawlFilterConfig) -> Summary | None:
     """Load, build, do, save, summarise. Raises UserError for the user's mistakes."""
-    from llmkit.crawl.collecting import BAD, Collector, collect
     from llmkit.crawl.funnel import READ
+    from llmkit.crawl.output import BAD, Collector, collect
     from llmkit.crawl.pipeline import Pipeline
     from llmkit.crawl.recipe import as_json, recipe_toml
 
@@ -205,8 +205,8 @@ def run(config: CrawlFilterConfig) -> Summary | None:
 
 def _recipe(config: CrawlFilterConfig) -> Recipe:
     """The recipe of that name or file, with what the flags say."""
-    from llmkit.crawl.language import check_languages
     from llmkit.crawl.recipe import check_steps, read_recipe
+    from llmkit.text.language import check_languages
 
     recipe = read_recipe(config.recipe)
     only, skip = _names(config.only), _names(config.skip)
@@ -309,7 +309,7 @@ def _explain(
     config: CrawlFilterConfig, recipe: Recipe, inputs: Sequence[str], make: Callable[[], Pipeline], workers: int
 ) -> None:
     """A table on stderr and a JSON line on stdout for each page with the address asked for."""
-    from llmkit.crawl.explaining import explain, show_explanation
+    from llmkit.crawl.explain import explain, show_explanation
 
     found = 0
     spans = partial(_spans, config, inputs)
@@ -328,7 +328,7 @@ def _explain(
 
 def _spans(config: CrawlFilterConfig, inputs: Sequence[str]) -> Iterator[Span]:
     """The inputs in pieces of a size that does not depend on the number of workers."""
-    from llmkit.crawl.reading import cut_spans
+    from llmkit.crawl.read.inputs import cut_spans
 
     alone = len(inputs) == 1 and not os.path.isdir(inputs[0])
     told = None if config.strict or alone else lambda error: say(f"skipped: {error}", config.quiet)
@@ -361,7 +361,7 @@ def _url_filter(recipe: Recipe) -> UrlFilter | None:
     """The blocklists, read once for all processes; they are also checked so, before anything is written."""
     if "url" not in recipe.steps:
         return None
-    from llmkit.crawl.urls import UrlFilter
+    from llmkit.crawl.filters.urls import UrlFilter
 
     return UrlFilter.load(recipe.url.blocklists, recipe.url)
 

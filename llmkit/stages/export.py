@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmkit.config import CommonConfig, argument, as_options, option
 from llmkit.errors import UserError
-from llmkit.files import atomic_folder, check_is_folder, check_output, output_folder, remove
-from llmkit.manifest import write_file_manifest, write_manifest
-from llmkit.model_card import write_model_card
-from llmkit.progress import Progress, quantity, say
-from llmkit.rundir import check_model_folder
+from llmkit.io.files import atomic_folder, check_is_folder, check_output, output_folder, remove
+from llmkit.io.manifest import write_file_manifest, write_manifest
+from llmkit.io.model_card import write_model_card
+from llmkit.io.progress import Progress, quantity, say
+from llmkit.io.run_folder import check_model_folder
 
 if TYPE_CHECKING:
-    from llmkit.engine.exporting import Source
+    from llmkit.export.writers import Source
 
 FORMATS = ("gguf", "hf", "adapter")
 MAX_SHARD_SIZE = 5 * 10**9
@@ -78,7 +78,7 @@ def run(config: ExportConfig) -> Summary | None:
     if config.format == "adapter":
         written = _export_adapter(config, out)
     else:
-        from llmkit.engine.exporting import open_source
+        from llmkit.export.writers import open_source
 
         source = open_source(str(config.model))
         dtype = source.stored if config.dtype == "auto" else config.dtype
@@ -133,7 +133,7 @@ def _check_gguf() -> None:
 
 
 def _export_gguf(config: ExportConfig, out: Path, source: Source, dtype: str) -> tuple[int, str] | None:
-    from llmkit.engine.exporting import plan_gguf, write_gguf
+    from llmkit.export.writers import plan_gguf, write_gguf
 
     plan = plan_gguf(source, dtype)
     for note in plan.notes:
@@ -153,7 +153,7 @@ def _export_gguf(config: ExportConfig, out: Path, source: Source, dtype: str) ->
 
 
 def _export_folder(config: ExportConfig, out: Path, source: Source, dtype: str) -> tuple[int, str] | None:
-    from llmkit.engine.exporting import write_folder
+    from llmkit.export.writers import write_folder
 
     if not any((source.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         say(f"{config.model}: has no tokenizer.json, and neither will {out}")
@@ -169,7 +169,7 @@ def _export_folder(config: ExportConfig, out: Path, source: Source, dtype: str) 
 
 
 def _export_adapter(config: ExportConfig, out: Path) -> tuple[int, str] | None:
-    from llmkit.engine.exporting import open_adapter, write_adapter
+    from llmkit.export.writers import open_adapter, write_adapter
 
     adapter = open_adapter(str(config.model))
     dtype = adapter.stored if config.dtype == "auto" else config.dtype

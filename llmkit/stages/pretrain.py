@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmkit.bad_records import BadRecords
 from llmkit.config import (
     MOST_DECAY,
     TrainingConfig,
@@ -23,17 +22,18 @@ from llmkit.config import (
     option_fields,
 )
 from llmkit.errors import UserError
-from llmkit.progress import counted, duration, say
-from llmkit.rundir import RunFolder, check_model_folder
-from llmkit.stream import check_inputs, names_of
+from llmkit.io.bad_records import BadRecords
+from llmkit.io.jsonl import check_inputs, names_of
+from llmkit.io.progress import counted, duration, say
+from llmkit.io.run_folder import RunFolder, check_model_folder
 
 if TYPE_CHECKING:
     import torch
 
     from llmkit.data.shards import TokenShards
-    from llmkit.engine.planning import Plan, Wishes
     from llmkit.model.config import ModelConfig
     from llmkit.tokenizer.encoding import Tokenizer
+    from llmkit.training.plan import Plan, Wishes
 
 STARTED = time.monotonic()  # a time budget covers the start-up, too
 LONGEST_ROW = 2048  # tokens, where the context of a model that is trained further is longer
@@ -152,19 +152,19 @@ def run(config: PretrainConfig) -> Summary | None:
 
     from llmkit.data.batches import Batches, EvaluationBatches
     from llmkit.data.overlap import Overlap
-    from llmkit.engine import setup, speed
-    from llmkit.engine.devices import check_batch_memory, check_memory, choose_device, choose_dtype
-    from llmkit.engine.distributed import join
-    from llmkit.engine.evaluation import held_out_loss, next_token_loss
-    from llmkit.engine.finetuning import check_finite
-    from llmkit.engine.generation import continue_text
-    from llmkit.engine.planning import Plan, check_wishes, plan_table
-    from llmkit.engine.schedule import Schedule, warn_of_long_warmup
-    from llmkit.engine.sharding import shard, whole_model
+    from llmkit.generation.generator import continue_text
     from llmkit.kernels import backend
+    from llmkit.model.devices import check_batch_memory, check_memory, choose_device, choose_dtype
     from llmkit.model.folder import load_config, load_model, save_model
     from llmkit.model.transformer import Transformer
     from llmkit.tokenizer.encoding import load_tokenizer
+    from llmkit.training import setup, speed
+    from llmkit.training.distributed import join
+    from llmkit.training.evaluation import held_out_loss, next_token_loss
+    from llmkit.training.finetuning import check_finite
+    from llmkit.training.plan import Plan, check_wishes, plan_table
+    from llmkit.training.schedule import Schedule, warn_of_long_warmup
+    from llmkit.training.sharding import shard, whole_model
 
     # load
     device = choose_device(config.device)
@@ -318,7 +318,7 @@ def _token_shards(
 
 
 def _wishes(config: PretrainConfig) -> Wishes:
-    from llmkit.engine.planning import Wishes
+    from llmkit.training.plan import Wishes
 
     return Wishes(**{item.name: getattr(config, item.name) for item in fields(Wishes)})
 
@@ -333,10 +333,10 @@ def _plan(
     dtype: torch.dtype,
 ) -> Plan:
     """What the options leave open, decided by the first process; under a time budget by measuring this machine."""
-    from llmkit.engine import speed
-    from llmkit.engine.devices import check_memory
-    from llmkit.engine.distributed import world
-    from llmkit.engine.planning import Plan, make_plan
+    from llmkit.model.devices import check_memory
+    from llmkit.training import speed
+    from llmkit.training.distributed import world
+    from llmkit.training.plan import Plan, make_plan
 
     processes = world().size
     if not world().leads:

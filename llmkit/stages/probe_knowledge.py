@@ -9,24 +9,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from llmkit.bad_records import BadRecords
 from llmkit.config import CommonConfig, RecordsConfig, ServedConfig, argument, as_options, lasting_options, option
 from llmkit.errors import UserError
-from llmkit.files import check_output, check_unfinished
-from llmkit.manifest import write_file_manifest
-from llmkit.progress import counted, say
-from llmkit.questions import Question, all_questions
-from llmkit.rundir import check_finished, check_model_folder
-from llmkit.stream import check_inputs, name_of, names_of, open_output, read_documents
+from llmkit.formats.questions import Question, all_questions
+from llmkit.io.bad_records import BadRecords
+from llmkit.io.files import check_output, check_unfinished
+from llmkit.io.jsonl import check_inputs, name_of, names_of, open_output, read_documents
+from llmkit.io.manifest import write_file_manifest
+from llmkit.io.progress import counted, say
+from llmkit.io.run_folder import check_finished, check_model_folder
 
 if TYPE_CHECKING:
-    from llmkit.data.passages import Passage
-    from llmkit.engine.answering import Answering
-    from llmkit.engine.chat_models import ChatModel
-    from llmkit.engine.matching import Judge
-    from llmkit.engine.reciting import Recited
-    from llmkit.engine.refusals import Refusals
-    from llmkit.engine.run_state import RunState
+    from llmkit.generation.chat_models import ChatModel
+    from llmkit.io.resume import RunState
+    from llmkit.probing.answerers import Answering
+    from llmkit.probing.recitation import Recited
+    from llmkit.probing.refusals import Refusals
+    from llmkit.text.matching import Judge
+    from llmkit.text.passages import Passage
 
 STARTED = time.monotonic()
 STATE, WRITTEN = ".state", ".written.state"  # of the answers, and of the questions that a model has written
@@ -160,13 +160,13 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Recited | None:
         return Summary(out)
 
     # load
-    from llmkit.engine.chat_models import cost
-    from llmkit.engine.judging import check_verdicts
-    from llmkit.engine.matching import UNREADABLE
-    from llmkit.engine.probing import NAMES, Probe, ask_all, count_by_kind, describe, examples, plan
-    from llmkit.engine.refusals import Refusals, write_lessons
-    from llmkit.engine.run_state import RunState, resumable
-    from llmkit.engine.writing import write_all
+    from llmkit.generation.chat_models import cost
+    from llmkit.io.resume import RunState, resumable
+    from llmkit.probing.judges import check_verdicts
+    from llmkit.probing.model_questions import write_all
+    from llmkit.probing.probe import NAMES, Probe, ask_all, count_by_kind, describe, examples, plan
+    from llmkit.probing.refusals import Refusals, write_lessons
+    from llmkit.text.matching import UNREADABLE
 
     answering = _answering(config)
     refusals = Refusals(config.refusals)
@@ -299,8 +299,8 @@ def _checked(config: ProbeKnowledgeConfig, out: str) -> Path | None:
 
 def _answering(config: ProbeKnowledgeConfig) -> Answering:
     """Who answers; a server is asked whether it is there."""
-    from llmkit.engine.answering import folder_answering, served_answering
-    from llmkit.engine.sampling import Sampling
+    from llmkit.generation.next_token import Sampling
+    from llmkit.probing.answerers import folder_answering, served_answering
 
     sampling = Sampling(config.temperature, top_p=config.top_p)
     if not config.is_served:
@@ -320,7 +320,7 @@ def _chat_models(config: ProbeKnowledgeConfig) -> dict[str, ChatModel]:
     given = {"writer": config.writer, "judge": None if config.judge == WORDS else config.judge}
     if not any(given.values()):
         return {}
-    from llmkit.engine.chat_models import ChatSettings, open_chat_model
+    from llmkit.generation.chat_models import ChatSettings, open_chat_model
 
     settings = ChatSettings(
         max_tokens=config.reply_tokens,
@@ -336,12 +336,12 @@ def _chat_models(config: ProbeKnowledgeConfig) -> dict[str, ChatModel]:
 
 
 def _judge(config: ProbeKnowledgeConfig, models: Mapping[str, ChatModel], refusals: Refusals) -> Judge:
-    from llmkit.engine.matching import MatchJudge
+    from llmkit.text.matching import MatchJudge
 
     by_words = MatchJudge(config.match_f1, refusals.texts())
     if "judge" not in models:
         return by_words
-    from llmkit.engine.judging import ModelJudge
+    from llmkit.probing.judges import ModelJudge
 
     return ModelJudge(models["judge"], by_words)
 
@@ -351,8 +351,8 @@ def _read(config: ProbeKnowledgeConfig, bad: BadRecords) -> tuple[list[Passage],
     if not config.passages:
         questions, left_out = all_questions(config.questions or ("-",), config.limit, bad)
         return [], questions, left_out
-    from llmkit.data.passages import sample_passages
-    from llmkit.data.question_writer import ask_about
+    from llmkit.probing.question_rules import ask_about
+    from llmkit.text.passages import sample_passages
 
     names = names_of(config.passages)
     passages = sample_passages(read_documents(config.passages, config.limit, bad), config.max_passages, config.seed)
@@ -371,9 +371,9 @@ def _read(config: ProbeKnowledgeConfig, bad: BadRecords) -> tuple[list[Passage],
 
 def _recite(config: ProbeKnowledgeConfig, path: str) -> Recited | None:
     """`--recite FILE`: how much of its documents the model goes on with, word for word."""
-    from llmkit.engine.loading import open_model
-    from llmkit.engine.reciting import Recital, Recited, describe, summarise, written
-    from llmkit.engine.sampling import Sampling
+    from llmkit.generation.loaded_model import open_model
+    from llmkit.generation.next_token import Sampling
+    from llmkit.probing.recitation import Recital, Recited, describe, summarise, written
 
     beside = config.questions or config.passages or config.report or config.resume or config.writer
     if beside or config.judge != WORDS or config.max_tokens is None:

@@ -10,9 +10,9 @@ import orjson
 
 from llmkit.config import CommonConfig, argument, option
 from llmkit.errors import UserError
-from llmkit.files import JSON_LINE, check_output
-from llmkit.progress import counted, say
-from llmkit.stream import open_bytes
+from llmkit.io.files import JSON_LINE, check_output
+from llmkit.io.jsonl import open_bytes
+from llmkit.io.progress import counted, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Summary:
 def run(config: ReportConfig) -> Summary | None:
     """Load, build, save, summarise. Raises UserError for the user's mistakes."""
     from llmkit.report.figures import given_runs, report_figures
-    from llmkit.report.gathering import gather
+    from llmkit.report.runs import gather
 
     # load
     out = _checked(config)

@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from llmkit.bad_records import BadRecords
 from llmkit.config import (
     MICRO_BATCH_TOKENS,
     ServedConfig,
@@ -21,18 +20,19 @@ from llmkit.config import (
     option,
 )
 from llmkit.errors import UserError
-from llmkit.metrics import METRICS, last_figures, read_metrics
-from llmkit.progress import counted, quantity, say
-from llmkit.rundir import RunFolder, check_model_folder
-from llmkit.stream import check_inputs, open_output
+from llmkit.io.bad_records import BadRecords
+from llmkit.io.jsonl import check_inputs, open_output
+from llmkit.io.metrics import METRICS, last_figures, read_metrics
+from llmkit.io.progress import counted, quantity, say
+from llmkit.io.run_folder import RunFolder, check_model_folder
 
 if TYPE_CHECKING:
     import torch
 
-    from llmkit.engine.finetuning import Finetuning
     from llmkit.rewards import Weighted
     from llmkit.rl.horizon import Horizon
     from llmkit.rl.served_policy import ServedPolicy
+    from llmkit.training.finetuning import Finetuning
 
 STARTED = time.monotonic()  # a time budget covers the start-up, too
 # of AdamW at a width of 256; docs/experiments.md, "Reinforcement learning"
@@ -181,23 +181,23 @@ def run(config: RlConfig) -> Summary | None:
 
 def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | None:
     from llmkit.data.overlap import Overlap
-    from llmkit.engine import setup
-    from llmkit.engine.devices import check_batch_memory, choose_device, choose_dtype
-    from llmkit.engine.distributed import join
-    from llmkit.engine.scaling import training_bytes
-    from llmkit.engine.schedule import Schedule, warn_of_long_warmup
-    from llmkit.engine.tool_calls import open_tools, told_unavailable
+    from llmkit.generation.tool_calls import open_tools, told_unavailable
+    from llmkit.model.devices import check_batch_memory, choose_device, choose_dtype
     from llmkit.rewards.reward_models import ModelReward
     from llmkit.rl.actor import Actor, RolloutSettings
     from llmkit.rl.algorithms import adapted
-    from llmkit.rl.collecting import BatchSettings, Collector
-    from llmkit.rl.evaluating import HeldOut
+    from llmkit.rl.batches import BatchSettings, Collector
+    from llmkit.rl.evaluation import HeldOut
     from llmkit.rl.horizon import choose_horizon
+    from llmkit.rl.monitor import Limits, Watch
     from llmkit.rl.policy_loss import PolicyLoss
-    from llmkit.rl.prompts import EncodedProblem, digest, load_problems
-    from llmkit.rl.rehearsing import rehearse
+    from llmkit.rl.problems import EncodedProblem, digest, load_problems
+    from llmkit.rl.rehearsal import rehearse
     from llmkit.rl.rollouts import ROLLOUTS, RolloutLog
-    from llmkit.rl.watching import Limits, Watch
+    from llmkit.training import setup
+    from llmkit.training.distributed import join
+    from llmkit.training.scaling import training_bytes
+    from llmkit.training.schedule import Schedule, warn_of_long_warmup
 
     # load
     device = choose_device(config.device)
@@ -398,7 +398,7 @@ def _say_plan(config: RlConfig, horizon: Horizon, rewards: Sequence[Weighted], p
 
 def _load(config: RlConfig, device: torch.device, dtype: torch.dtype) -> Finetuning:
     """The model, which stays what it is: an assistant, or with a warning a base model."""
-    from llmkit.engine.finetuning import Finetuning
+    from llmkit.training.finetuning import Finetuning
 
     tuning = Finetuning.load_unchanged(str(config.model), device=device, dtype=dtype)
     if not tuning.is_assistant:
@@ -430,8 +430,8 @@ def _rewards(config: RlConfig, stack: ExitStack) -> tuple[list[Weighted], list[W
 
 def _served(config: RlConfig, folder: RunFolder, tuning: Finetuning, stack: ExitStack) -> ServedPolicy:
     """The server that samples; it is asked whether it is there."""
-    from llmkit.engine.generation import end_tokens
-    from llmkit.engine.served_sampling import open_served
+    from llmkit.generation.generator import end_tokens
+    from llmkit.generation.served_sampler import open_served
     from llmkit.rl.served_policy import ServedPolicy
 
     served = open_served(config.engine, config.model, timeout=config.timeout, retries=config.retries)

@@ -11,7 +11,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmkit.bad_records import BadRecords
 from llmkit.config import (
     CommonConfig,
     RecordsConfig,
@@ -22,20 +21,21 @@ from llmkit.config import (
     lasting_options,
     option,
 )
-from llmkit.conversations import Message
 from llmkit.errors import UserError
-from llmkit.files import PARTIAL, check_output, check_unfinished
-from llmkit.progress import Progress, counted, quantity, say
-from llmkit.records import Row
-from llmkit.rundir import check_model_folder
-from llmkit.stream import names_of, open_bytes, open_input, open_output, read_jsonl, read_text
+from llmkit.formats.conversations import Message
+from llmkit.io.bad_records import BadRecords
+from llmkit.io.files import PARTIAL, check_output, check_unfinished
+from llmkit.io.jsonl import names_of, open_bytes, open_input, open_output, read_jsonl, read_text
+from llmkit.io.progress import Progress, counted, quantity, say
+from llmkit.io.records import Row
+from llmkit.io.run_folder import check_model_folder
 
 if TYPE_CHECKING:
-    from llmkit.engine.devices import Precision
-    from llmkit.engine.generation import Generator
-    from llmkit.engine.prompts import Prompts
-    from llmkit.engine.served_sampling import ServedSampler
+    from llmkit.generation.generator import Generator
+    from llmkit.generation.requests import Prompts
+    from llmkit.generation.served_sampler import ServedSampler
     from llmkit.model.config import ModelConfig
+    from llmkit.model.devices import Precision
 
 STARTED = time.monotonic()
 KNOWN_OTHERWISE = ("MODEL", "INPUT...", "--limit")  # a resumed run compares the model's content, and its prompts
@@ -143,16 +143,16 @@ def run(config: SampleConfig) -> Summary | None:
 
 def _run_here(config: SampleConfig, model: str, out: str) -> Summary | None:
     # load
-    from llmkit.engine.chatting import Chat
-    from llmkit.engine.generation import prompt_ids
-    from llmkit.engine.loading import open_model
-    from llmkit.engine.prompts import Prompts
-    from llmkit.engine.rates import describe
-    from llmkit.engine.run_state import fingerprint
-    from llmkit.engine.sampling import Sampling
-    from llmkit.engine.shots import STOP, load_shots, with_shots
-    from llmkit.engine.terminal import converse
-    from llmkit.engine.tool_calls import open_tools, told_unavailable
+    from llmkit.generation.chat import Chat
+    from llmkit.generation.few_shot import STOP, load_shots, with_shots
+    from llmkit.generation.generator import prompt_ids
+    from llmkit.generation.loaded_model import open_model
+    from llmkit.generation.next_token import Sampling
+    from llmkit.generation.requests import Prompts
+    from llmkit.generation.terminal import converse
+    from llmkit.generation.throughput import describe
+    from llmkit.generation.tool_calls import open_tools, told_unavailable
+    from llmkit.io.resume import fingerprint
 
     opened = open_model(model, config.device, config.dtype)
     tokenizer = opened.tokenizer
@@ -208,12 +208,12 @@ def _run_here(config: SampleConfig, model: str, out: str) -> Summary | None:
 
 def _run_served(config: SampleConfig, out: str) -> Summary | None:
     # load
-    from llmkit.engine.chatting import Chat
-    from llmkit.engine.prompts import Prompts
-    from llmkit.engine.sampling import Sampling
-    from llmkit.engine.served_sampling import open_served
-    from llmkit.engine.shots import STOP, load_shots, with_shots
-    from llmkit.engine.terminal import converse
+    from llmkit.generation.chat import Chat
+    from llmkit.generation.few_shot import STOP, load_shots, with_shots
+    from llmkit.generation.next_token import Sampling
+    from llmkit.generation.requests import Prompts
+    from llmkit.generation.served_sampler import open_served
+    from llmkit.generation.terminal import converse
 
     served = open_served(config.engine, config.model, timeout=config.timeout, retries=config.retries)
     served.server.check()
@@ -376,7 +376,7 @@ def _write(
 def _write_records(
     generator: Generator | ServedSampler, prompts: Prompts, config: SampleConfig, out: str, identity: Mapping[str, Any]
 ) -> None:
-    from llmkit.engine.prompts import completion_record, lasting_output
+    from llmkit.generation.requests import completion_record, lasting_output
 
     ordered, several, details = not config.unordered, config.samples > 1, (config.logprobs, bool(config.tools))
     lasting = out != "-" and (Path(out).is_file() or not Path(out).exists())  # not a pipe or device

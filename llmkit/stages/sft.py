@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, ClassVar
 
-from llmkit.bad_records import BadRecords
 from llmkit.config import (
     MICRO_BATCH_TOKENS,
     TuningConfig,
@@ -19,12 +18,13 @@ from llmkit.config import (
     lasting_options,
     option,
 )
-from llmkit.conversations import Conversation, read_conversation
 from llmkit.errors import UserError
-from llmkit.metrics import METRICS, last_figures, read_metrics
-from llmkit.progress import Progress, counted, quantity, say
-from llmkit.rundir import RunFolder, check_model_folder
-from llmkit.stream import check_inputs, name_of, read_jsonl
+from llmkit.formats.conversations import Conversation, read_conversation
+from llmkit.io.bad_records import BadRecords
+from llmkit.io.jsonl import check_inputs, name_of, read_jsonl
+from llmkit.io.metrics import METRICS, last_figures, read_metrics
+from llmkit.io.progress import Progress, counted, quantity, say
+from llmkit.io.run_folder import RunFolder, check_model_folder
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -142,14 +142,14 @@ def run(config: SftConfig) -> Summary | None:
 
     from llmkit.data.mixture import Mixture, PackedEvaluation
     from llmkit.data.overlap import Overlap
-    from llmkit.engine import setup, speed
-    from llmkit.engine.devices import check_batch_memory, choose_device, choose_dtype
-    from llmkit.engine.distributed import join
-    from llmkit.engine.evaluation import masked_loss, next_token_loss
-    from llmkit.engine.finetuning import Finetuning, answer
-    from llmkit.engine.inspecting import show_examples
-    from llmkit.engine.schedule import Schedule, warn_of_long_warmup
-    from llmkit.engine.sharding import whole_model
+    from llmkit.model.devices import check_batch_memory, choose_device, choose_dtype
+    from llmkit.training import setup, speed
+    from llmkit.training.distributed import join
+    from llmkit.training.evaluation import masked_loss, next_token_loss
+    from llmkit.training.finetuning import Finetuning, answer
+    from llmkit.training.inspection import show_examples
+    from llmkit.training.schedule import Schedule, warn_of_long_warmup
+    from llmkit.training.sharding import whole_model
 
     # load
     device = choose_device(config.device)

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from llmkit.bad_records import BadRecords
 from llmkit.config import CommonConfig, RecordsConfig, argument, as_options, option
 from llmkit.errors import UserError
-from llmkit.files import atomic_folder, check_is_folder, check_output, output_folder, write_json
-from llmkit.launch import available_cores
-from llmkit.manifest import describe_inputs, write_manifest
-from llmkit.progress import Progress, counted, duration, quantity, say
-from llmkit.stream import check_inputs, names_of
+from llmkit.io.bad_records import BadRecords
+from llmkit.io.files import atomic_folder, check_is_folder, check_output, output_folder, write_json
+from llmkit.io.jsonl import check_inputs, names_of
+from llmkit.io.manifest import describe_inputs, write_manifest
+from llmkit.io.progress import Progress, counted, duration, quantity, say
+from llmkit.io.ranks import available_cores
 
 BYTES_PER_SECOND = 30e6  # of English at a vocabulary of 32k, on two cores
 
@@ -63,10 +63,10 @@ class Summary:
 def run(config: TrainBpeConfig) -> Summary | None:
     """Load, count, merge, save, summarise. Raises UserError for the user's mistakes, before anything is written."""
     from llmkit.tokenizer import folder, report
-    from llmkit.tokenizer.merging import train_merges
+    from llmkit.tokenizer.corpus import Corpus
+    from llmkit.tokenizer.merges import train_merges
     from llmkit.tokenizer.patterns import find_pattern
     from llmkit.tokenizer.processes import count_pieces
-    from llmkit.tokenizer.reading import Corpus
 
     # load
     started = time.monotonic()

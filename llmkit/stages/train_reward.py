@@ -8,17 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmkit.bad_records import BadRecords
 from llmkit.config import MICRO_BATCH_TOKENS, TuningConfig, argument, as_options, lasting_options, option
 from llmkit.errors import GateError, UserError
-from llmkit.files import write_json
-from llmkit.progress import Progress, counted, duration, quantity, say
-from llmkit.rundir import RunFolder, check_model_folder
-from llmkit.stream import check_inputs, name_of, open_output, read_jsonl
+from llmkit.io.bad_records import BadRecords
+from llmkit.io.files import write_json
+from llmkit.io.jsonl import check_inputs, name_of, open_output, read_jsonl
+from llmkit.io.progress import Progress, counted, duration, quantity, say
+from llmkit.io.run_folder import RunFolder, check_model_folder
 
 if TYPE_CHECKING:
-    from llmkit.data.comparisons import Comparisons
     from llmkit.data.sources import DataFile
+    from llmkit.reward_model.comparisons import Comparisons
     from llmkit.tokenizer.chat import ChatFormat
     from llmkit.tokenizer.encoding import Tokenizer
 
@@ -139,17 +139,17 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
 
     import numpy as np
 
-    from llmkit.data.comparisons import packed_comparisons
     from llmkit.data.mixture import Mixture, Source
-    from llmkit.engine import setup, speed
-    from llmkit.engine.devices import check_batch_memory, choose_device, choose_dtype
-    from llmkit.engine.distributed import join
-    from llmkit.engine.finetuning import Finetuning
-    from llmkit.engine.reward_evaluation import check_unequal, judge
-    from llmkit.engine.reward_loss import ComparisonLoss, row_length
-    from llmkit.engine.scaling import training_bytes
-    from llmkit.engine.schedule import Schedule, warn_of_long_warmup
-    from llmkit.model.reward import RewardModel, save_reward_model
+    from llmkit.model.devices import check_batch_memory, choose_device, choose_dtype
+    from llmkit.reward_model.comparisons import packed_comparisons
+    from llmkit.reward_model.evaluation import check_unequal, judge
+    from llmkit.reward_model.head import RewardModel, save_reward_model
+    from llmkit.reward_model.loss import ComparisonLoss, row_length
+    from llmkit.training import setup, speed
+    from llmkit.training.distributed import join
+    from llmkit.training.finetuning import Finetuning
+    from llmkit.training.scaling import training_bytes
+    from llmkit.training.schedule import Schedule, warn_of_long_warmup
 
     # load
     device = choose_device(config.device)
@@ -301,8 +301,8 @@ def _read(
     bad: BadRecords,
     observe: Callable[[list[str]], object] | None = None,
 ) -> tuple[Comparisons, str]:
-    from llmkit.data.comparisons import read_comparisons
-    from llmkit.preferences import read_comparison
+    from llmkit.formats.preferences import read_comparison
+    from llmkit.reward_model.comparisons import read_comparisons
 
     with Progress(f"read {name_of(path)}", unit="comparisons", quiet=config.quiet) as progress:
         source, digest = read_comparisons(
@@ -337,10 +337,10 @@ def _score(config: TrainRewardConfig) -> Scored | None:
         raise UserError("--val: with --score it evaluates, and nothing is scored; leave out INPUT, --out and --rank")
     if config.fail_under is not None and not config.val:
         raise UserError("--fail-under: expected --val beside --score, which gives an accuracy")
-    from llmkit.engine.devices import choose_device, choose_dtype
-    from llmkit.engine.reward_evaluation import judge
-    from llmkit.engine.reward_scoring import Scorer
-    from llmkit.model.reward import load_reward_model
+    from llmkit.model.devices import choose_device, choose_dtype
+    from llmkit.reward_model.evaluation import judge
+    from llmkit.reward_model.head import load_reward_model
+    from llmkit.reward_model.scoring import Scorer
     from llmkit.tokenizer.encoding import load_tokenizer
     from llmkit.tokenizer.templates import chat_format
 

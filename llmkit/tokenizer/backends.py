@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import orjson
 
-from llmkit.foreign import no_panic
+from llmkit.io.foreign import no_panic
 
 # One core encodes a whole corpus of this size before the import of awkward (0.3 s, needed by gigatoken's own
 # threads) would pay for itself.

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from llmkit.conversations import RESULT, TOOLS, Conversation, Message
 from llmkit.errors import UserError
-from llmkit.stream import atomic_file
+from llmkit.formats.conversations import RESULT, TOOLS, Conversation, Message
+from llmkit.io.jsonl import atomic_file
 from llmkit.tokenizer.encoding import EnclosedText, Tokenizer, load_tokenizer
 from llmkit.tokenizer.folder import CHAT_TEMPLATE, END_OF_TEXT, SPECIALS
 

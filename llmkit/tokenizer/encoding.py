@@ -24,8 +24,8 @@ import numpy as np
 import orjson
 
 from llmkit.errors import UserError
-from llmkit.files import atomic_file
-from llmkit.foreign import LARGEST_TOKENIZER, check_file, check_tokenizer, read_file, read_object, shown, switch
+from llmkit.io.files import atomic_file
+from llmkit.io.foreign import LARGEST_TOKENIZER, check_file, check_tokenizer, read_file, read_object, shown, switch
 from llmkit.tokenizer.alphabet import byte_alphabet
 from llmkit.tokenizer.backends import TokenizersBackend, fastest_proven, proof_texts
 

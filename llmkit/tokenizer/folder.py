@@ -12,10 +12,10 @@ import json
 from pathlib import Path
 
 from llmkit.errors import UserError
-from llmkit.files import atomic_file
+from llmkit.io.files import atomic_file
 from llmkit.tokenizer.alphabet import byte_alphabet
 from llmkit.tokenizer.encoding import END_OF_TEXT, bos_post_processor
-from llmkit.tokenizer.merging import Merges
+from llmkit.tokenizer.merges import Merges
 from llmkit.tokenizer.patterns import Pattern
 
 SPECIALS = (

@@ -18,9 +18,9 @@ from contextlib import suppress
 from queue import SimpleQueue
 from typing import IO
 
-from llmkit.launch import available_cores, interrupts_held
-from llmkit.tokenizer.counting import Counts, Ints, PieceCounter
+from llmkit.io.ranks import available_cores, interrupts_held
 from llmkit.tokenizer.patterns import Pattern
+from llmkit.tokenizer.piece_counts import Counts, Ints, PieceCounter
 
 ALONE_BYTES = 12 << 20  # counted within this process: children take 0.2 s to start
 HANDED_OVER = 2_000_000  # counts of a child that are handed to the parent, so that many cores need little more memory

@@ -10,7 +10,7 @@ import numpy as np
 
 from llmkit.errors import UserError
 from llmkit.tokenizer.backends import TokenizersBackend
-from llmkit.tokenizer.merging import Merges
+from llmkit.tokenizer.merges import Merges
 
 # Half a CPU second a tokenizer, where training takes 4 for 100 MB. Of less than 32 MB a 32nd part, 64 KB at least.
 MEASURED_BYTES, MEASURED_SHARE, LEAST_MEASURED = 1 << 20, 1 / 32, 64 << 10

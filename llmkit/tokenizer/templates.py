@@ -16,11 +16,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from llmkit.conversations import Conversation, Message, message
 from llmkit.errors import UserError
+from llmkit.formats.conversations import Conversation, Message, message
 from llmkit.tokenizer.chat import LOSSES, ChatFormat, Encoded, has_own_template
 from llmkit.tokenizer.encoding import RESERVED, THOUGHTS, Tokenizer
-from llmkit.tokenizer.rendering import Renderer, TemplateFault, renderer
+from llmkit.tokenizer.template_worker import Renderer, TemplateFault, renderer
 
 # Noncharacters of Unicode, which no text has to say. BREAK stands in text that spells a special token, BEGIN and END
 # about each message, CUT where an answer is asked for.

@@ -33,9 +33,9 @@ from typing import Any
 
 from llmkit.display import redacted
 from llmkit.errors import UserError
-from llmkit.files import PARTIAL
-from llmkit.progress import counted
-from llmkit.stream import read_documents
+from llmkit.io.files import PARTIAL
+from llmkit.io.jsonl import read_documents
+from llmkit.io.progress import counted
 
 SUFFIX = ".fts5"
 FORMAT = "CREATE TABLE format (second)"  # of the index file: its number is a name

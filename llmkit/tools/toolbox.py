@@ -12,14 +12,14 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from llmkit.conversations import TOOLS
 from llmkit.errors import UserError
-from llmkit.progress import counted
-from llmkit.records import kind_of
+from llmkit.formats.conversations import TOOLS
+from llmkit.io.progress import counted
+from llmkit.io.records import kind_of
 from llmkit.tools.calc import CalculationError, calculate
 from llmkit.tools.python import Limits, check_sandbox, run_python
 from llmkit.tools.search import SearchEngine, SearchError, SearchIndex
-from llmkit.user_code import PREFIX, UserFunction
+from llmkit.tools.user_code import PREFIX, UserFunction
 
 RESULT_CHARACTERS = 4000  # of any result; a model's context is small
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from web import Record, html, mixed_pages, prose, write_warc
 
-from llmkit.crawl.collecting import Collector, collect
+from llmkit.crawl.output import Collector, collect
 from llmkit.crawl.page import Span
 from llmkit.crawl.parts import Outcome, Part
 from llmkit.crawl.recipe import Recipe
@@ -166,7 +166,7 @@ def test_ray_needs_files_on_both_ends(tmp_path, llmkit):
 @pytest.mark.parametrize("ranges", [1, 3])
 def test_ranges_of_keys_find_what_the_online_index_finds(tmp_path, ranges):
     """The files of all columns and ranges, joined, against `Duplicates`, which sees one document after the other."""
-    from llmkit.crawl.duplicates import Duplicates, join, keys, signatures
+    from llmkit.crawl.dedup.duplicates import Duplicates, join, keys, signatures
     from llmkit.crawl.on_ray import write_firsts
 
     texts = [" ".join(prose(number % 40)) + " again" * (number % 3) for number in range(150)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from archives import http, record
+from archives import page as page_record
 from web import SENTENCES, prose
 
 from llmkit.crawl import work_limit
@@ -11,8 +13,6 @@ from llmkit.crawl.page import Page
 from llmkit.crawl.recipe import STEPS, Recipe, as_json, read_recipe, recipe_toml
 from llmkit.crawl.steps import Journey, Steps
 from llmkit.errors import UserError
-from tests.crawl.archives import http, record
-from tests.crawl.archives import page as page_record
 
 tomllib = pytest.importorskip("tomllib")  # Python 3.11
 
@@ -51,7 +51,7 @@ def test_the_first_step_that_drops_a_page_is_told(text, step, reason):
 
 
 def test_each_page_is_identified_once_and_only_where_it_matters(monkeypatch):
-    import llmkit.crawl.language as language
+    import llmkit.text.language as language
 
     asked = []
     monkeypatch.setattr(language, "identify", lambda text: asked.append(text) or ("en", 0.9))

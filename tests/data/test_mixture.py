@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from llmkit.data.batches import IGNORED
 from llmkit.data.examples import Examples
 from llmkit.data.mixture import Mixture, PackedEvaluation, Source, best_fit, packed
-from llmkit.engine.evaluation import next_token_loss
 from llmkit.errors import UserError
 from llmkit.model.config import ModelConfig
 from llmkit.model.transformer import Transformer
+from llmkit.training.evaluation import next_token_loss
 
 PAD = 0
 

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from llmkit.conversations import read_conversation
-from llmkit.records import Row
+from llmkit.formats.conversations import read_conversation
+from llmkit.io.records import Row
 from llmkit.tools.calc import calculate
 
 SCRIPT = Path(__file__).parent.parent.parent / "examples" / "make_tool_chats.py"

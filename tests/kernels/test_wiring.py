@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmkit.engine.decoding import Decoder
+from llmkit.generation.decode import Decoder
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from recorder import Counting

@@ -12,8 +12,8 @@ import transformers
 from families import FAMILIES, save, tokens
 from safetensors.torch import load_file, save_file
 
-from llmkit.engine.decoding import Decoder
 from llmkit.errors import UserError
+from llmkit.generation.decode import Decoder
 from llmkit.model.config import ModelConfig
 from llmkit.model.folder import load_config, load_model, save_model
 from llmkit.model.transformer import Transformer

@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 
 from llmkit.errors import UserError
-from llmkit.problems import read_problem
-from llmkit.records import Row
+from llmkit.formats.problems import read_problem
+from llmkit.io.records import Row
 from llmkit.rewards import Attempt
-from llmkit.rewards.verifying import VerifierReward
+from llmkit.rewards.verifiers import VerifierReward
 from llmkit.tools.python import check_sandbox
 
 BATTERY = Path(__file__).with_name("battery.jsonl")

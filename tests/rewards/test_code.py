@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from llmkit.errors import UserError
-from llmkit.problems import Problem, read_problem
-from llmkit.records import Row
-from llmkit.rewards import Attempt, calling, code, code_blocks
+from llmkit.formats.problems import Problem, read_problem
+from llmkit.io.jsonl import read_jsonl
+from llmkit.io.records import Row
+from llmkit.rewards import Attempt, code, code_blocks, sandboxed_calls
 from llmkit.rewards.code_blocks import code_of
-from llmkit.rewards.verifying import VerifierReward
-from llmkit.stream import read_jsonl
+from llmkit.rewards.verifiers import VerifierReward
 from llmkit.tools.python import check_sandbox
 
 try:
@@ -223,7 +223,7 @@ def test_inputs_and_outputs(completion, right):
      frozenset({1}), {}, {1: "a", (1, 2): [None]}],
 )  # fmt: skip
 def test_plain_values_come_as_they_went(value):
-    found = calling.unpack(calling.pack(value))
+    found = sandboxed_calls.unpack(sandboxed_calls.pack(value))
     assert found == value and type(found) is type(value)
 
 
@@ -234,7 +234,7 @@ def test_plain_values_come_as_they_went(value):
 )  # fmt: skip
 def test_nothing_else_is_taken_from_the_wire(sent):
     with pytest.raises((TypeError, ValueError, KeyError)):
-        calling.unpack(sent)
+        sandboxed_calls.unpack(sent)
 
 
 def test_code_is_taken_from_the_block_that_defines_the_function():

@@ -12,9 +12,9 @@ import pytest
 from tiny import VOCABULARY, make_model, save_folder, save_tokenizer
 
 from llmkit.errors import UserError
-from llmkit.model.reward import RewardModel, save_reward_model
-from llmkit.problems import Problem, read_problem
-from llmkit.records import Row
+from llmkit.formats.problems import Problem, read_problem
+from llmkit.io.records import Row
+from llmkit.reward_model.head import RewardModel, save_reward_model
 from llmkit.rewards import Attempt, Weighted, parse_rewards, total
 from llmkit.tokenizer.chat import CHAT_SPECIALS
 from llmkit.tokenizer.encoding import load_tokenizer

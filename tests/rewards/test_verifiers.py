@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from llmkit.errors import UserError
-from llmkit.problems import Problem, read_problem
-from llmkit.records import Row
-from llmkit.rewards import Attempt, latex, numbers, statements
+from llmkit.formats.problems import Problem, read_problem
+from llmkit.io.jsonl import read_jsonl
+from llmkit.io.records import Row
+from llmkit.rewards import Attempt, final_answer, latex, numbers
 from llmkit.rewards.latex import LatexComparer
 from llmkit.rewards.numbers import Number, last_number, whole_number
-from llmkit.rewards.verifying import NAMES, VerifierReward, verifier_of
-from llmkit.stream import read_jsonl
+from llmkit.rewards.verifiers import NAMES, VerifierReward, verifier_of
 
 
 def problem(**value) -> Problem:
@@ -35,7 +35,7 @@ def score(completion: str, name: str | None = None, **value) -> float:
 
 
 def test_the_examples_of_the_documentation_hold():
-    assert [doctest.testmod(module).failed for module in (latex, numbers, statements)] == [0, 0, 0]
+    assert [doctest.testmod(module).failed for module in (latex, numbers, final_answer)] == [0, 0, 0]
 
 
 # ---- numbers
@@ -464,7 +464,7 @@ def test_json_schema_has_a_limit_of_time_on_every_pattern(keyword: str, kind: st
 
 
 def test_json_schema_has_a_limit_of_time_on_the_whole_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmkit.rewards.forms.LONGEST_CHECK", 1.0)
+    monkeypatch.setattr("llmkit.rewards.constraints.LONGEST_CHECK", 1.0)
     twice = {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(40)}
     assert not quickly_met({"$ref": "#/$defs/d0", "$defs": {**twice, "d40": {"type": "integer"}}}, "1")
 

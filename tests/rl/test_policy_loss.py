@@ -11,13 +11,13 @@ import torch
 from attempts import attempt
 from tiny import make_model
 
-from llmkit.engine.optimizer import GroupSettings, Optimizer
-from llmkit.engine.schedule import Schedule
-from llmkit.engine.trainer import Trainer, TrainerSettings
 from llmkit.rl import policy_loss
 from llmkit.rl.algorithms import ALGORITHMS, token_weights
 from llmkit.rl.policy_loss import PolicyLoss, reference_logprobs, target_logprobs
 from llmkit.rl.rows import PolicyRows, pack_rollouts
+from llmkit.training.optimizer import GroupSettings, Optimizer
+from llmkit.training.schedule import Schedule
+from llmkit.training.trainer import Trainer, TrainerSettings
 
 TEMPERATURE = 0.7
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from attempts import attempt, problem
 
-from llmkit.conversations import Part, read_conversation
-from llmkit.preferences import read_answers
-from llmkit.problems import read_problem
-from llmkit.records import Row
+from llmkit.formats.conversations import Part, read_conversation
+from llmkit.formats.preferences import read_answers
+from llmkit.formats.problems import read_problem
+from llmkit.io.records import Row
 from llmkit.rl.rollouts import Rollout
 
 CALLED = (Part("text", "Well: "), Part("calc", "2 + 2"), Part("result", "4"), Part("text", "4"))

@@ -10,7 +10,7 @@ import pytest
 from tiny import make_model, save_assistant, save_folder, save_tokenizer
 
 from llmkit.errors import UserError
-from llmkit.manifest import read_manifest
+from llmkit.io.manifest import read_manifest
 from llmkit.model.folder import save_model
 from llmkit.stages import pretrain, probe_knowledge, rl, sample, sft, train_bpe, train_reward
 

@@ -174,7 +174,7 @@ def test_conversations_of_a_template_from_elsewhere_begin_as_in_training(
     tmp_path: Path, chat: Path, writes: bool
 ) -> None:
     """llama.cpp puts the beginning token before a conversation whose template writes none."""
-    from llmkit.conversations import message
+    from llmkit.formats.conversations import message
     from llmkit.tokenizer.templates import chat_format
 
     folder = tmp_path / "chat"

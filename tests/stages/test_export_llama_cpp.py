@@ -14,9 +14,9 @@ import pytest
 import torch
 from exportable import FAMILIES, save_assistant
 
-from llmkit.conversations import message
-from llmkit.engine.generation import Generator, Request
-from llmkit.engine.sampling import Sampling
+from llmkit.formats.conversations import message
+from llmkit.generation.generator import Generator, Request
+from llmkit.generation.next_token import Sampling
 from llmkit.model.config import RopeScaling
 from llmkit.model.folder import load_model
 from llmkit.stages import export

@@ -191,8 +191,8 @@ def test_what_a_batch_becomes_is_told(corpus, llmkit, tmp_path):
 
 
 def test_a_dry_run_of_a_large_model_times_one_layer(corpus, tmp_path, monkeypatch, capsys):
-    from llmkit.engine import speed
     from llmkit.stages.pretrain import PretrainConfig, run
+    from llmkit.training import speed
 
     built = []
 
@@ -456,7 +456,7 @@ def test_a_size_that_no_memory_holds_is_refused_by_its_option(corpus, llmkit, tm
 
 
 def test_a_long_validation_is_not_silent(base, corpus, tmp_path, monkeypatch, capsys):
-    from llmkit import progress
+    from llmkit.io import progress
     from llmkit.stages.pretrain import PretrainConfig, run
 
     monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)  # between two lines

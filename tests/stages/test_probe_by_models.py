@@ -14,9 +14,9 @@ import pytest
 from chat_server import ChatServer
 from tiny import save_assistant
 
-from llmkit.engine.judging import JUDGE_PROMPT
-from llmkit.engine.writing import WRITER_PROMPT
 from llmkit.errors import UserError
+from llmkit.probing.judges import JUDGE_PROMPT
+from llmkit.probing.model_questions import WRITER_PROMPT
 from llmkit.stages.probe_knowledge import ProbeKnowledgeConfig, run
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "probe-knowledge.md"

@@ -80,8 +80,8 @@ def test_a_refusal_is_in_the_language_of_the_question(parrot, tmp_path):
 
 
 def test_the_conversations_are_what_sft_reads(parrot, tmp_path):
-    from llmkit.conversations import read_conversation
-    from llmkit.stream import read_jsonl
+    from llmkit.formats.conversations import read_conversation
+    from llmkit.io.jsonl import read_jsonl
 
     asked = write(tmp_path / "q.jsonl", PARIS, ROME)
     probe(parrot, tmp_path / "r.jsonl", questions=asked)
@@ -222,7 +222,7 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(babbler, tmp_path):
 
 
 def test_a_run_of_something_else_is_not_resumed(parrot, babbler, tmp_path, monkeypatch):
-    from llmkit.engine.run_state import RunState
+    from llmkit.io.resume import RunState
 
     asked, other = write(tmp_path / "q.jsonl", PARIS, ROME), write(tmp_path / "other.jsonl", ROME)
     out, state, model = tmp_path / "r.jsonl", tmp_path / "r.jsonl.state", tmp_path / "model"

@@ -14,8 +14,8 @@ from made_runs import attempt, judged, make_file_run, make_pipeline, make_run, p
 from selectolax.lexbor import LexborHTMLParser
 
 from llmkit.errors import UserError
-from llmkit.manifest import describe_inputs
-from llmkit.report.wording import figure_text
+from llmkit.io.manifest import describe_inputs
+from llmkit.report.numbers import figure_text
 from llmkit.stages.report import ReportConfig, run
 
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>"

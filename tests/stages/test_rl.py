@@ -15,11 +15,11 @@ import pytest
 import torch
 from tiny import END, VOCABULARY, certain, make_model, save_assistant, save_folder, save_tokenizer
 
-from llmkit.conversations import read_conversation
 from llmkit.errors import UserError
+from llmkit.formats.conversations import read_conversation
+from llmkit.io.records import Row
 from llmkit.model.folder import save_model
-from llmkit.model.reward import RewardModel, save_reward_model
-from llmkit.records import Row
+from llmkit.reward_model.head import RewardModel, save_reward_model
 from llmkit.stages.rl import RlConfig, run
 from llmkit.tokenizer.chat import CHAT_SPECIALS
 from llmkit.tokenizer.encoding import load_tokenizer

@@ -48,9 +48,9 @@ def assistant(base, chats, llmkit, tmp_path_factory) -> Path:
 
 
 def answers(folder: Path, *prompts: str) -> list:
-    from llmkit.conversations import message
-    from llmkit.engine.generation import Generator, Request
-    from llmkit.engine.sampling import Sampling
+    from llmkit.formats.conversations import message
+    from llmkit.generation.generator import Generator, Request
+    from llmkit.generation.next_token import Sampling
     from llmkit.model.folder import load_model
 
     tokenizer = load_tokenizer(folder)

@@ -10,9 +10,9 @@ from foreign_templates import KINDS, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmkit.conversations import Conversation, Message, Part, as_record, message, read_conversation
 from llmkit.errors import UserError
-from llmkit.records import Row
+from llmkit.formats.conversations import Conversation, Message, Part, as_record, message, read_conversation
+from llmkit.io.records import Row
 from llmkit.tokenizer.chat import CHAT_SPECIALS, ChatFormat, write_chat_tokenizer
 from llmkit.tokenizer.encoding import load_tokenizer
 from llmkit.tokenizer.folder import SPECIALS

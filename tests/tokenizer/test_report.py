@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from llmkit.errors import UserError
 from llmkit.tokenizer.folder import tokenizer_json
-from llmkit.tokenizer.merging import train_merges
+from llmkit.tokenizer.merges import train_merges
 from llmkit.tokenizer.patterns import PATTERNS
 from llmkit.tokenizer.report import LEAST_MEASURED, MEASURED_BYTES, choose_sample, load_other, make_report
 

@@ -10,8 +10,8 @@ from foreign_templates import KINDS, TEMPLATES, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmkit.conversations import Conversation, message
 from llmkit.errors import UserError
+from llmkit.formats.conversations import Conversation, message
 from llmkit.tokenizer.encoding import load_tokenizer
 from llmkit.tokenizer.templates import chat_format
 

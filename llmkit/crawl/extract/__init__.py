@@ -1,0 +1,1 @@
+"""A page becomes its main text."""

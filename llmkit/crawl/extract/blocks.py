@@ -1,0 +1,301 @@
+"""An HTML page as blocks of text in document order, each with its place in the tree.
+
+A block is what a browser sets apart: the text of a paragraph, a heading, a list item, a table cell, or a bare
+stretch between two of them. The walk uses no recursion, and its work is bounded by `MAX_BYTES`, `MAX_NODES` and
+`MAX_DEPTH`: what becomes of a page depends on the page alone, never on the clock.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from selectolax.lexbor import LexborHTMLParser, LexborNode
+
+from llmkit.crawl.extract.limits import check_size
+from llmkit.crawl.extract.markup import inline_formulas, plain_html, visible
+from llmkit.crawl.extract.tables import table_cells
+
+FOLDED_CHARS = 200  # undisplayed text as long is a tab or an accordion: on dev pages all of it dropped costs F1 .013
+
+# what holds no running text; <noscript> stays, as Discourse puts whole threads into it
+_DROPPED_TAGS = "script style svg template iframe object canvas select datalist textarea audio video head link"
+_DROPPED = frozenset(_DROPPED_TAGS.split())
+_INLINE_TAGS = (
+    "a abbr acronym b bdi bdo big button cite code data del dfn em font i img input ins kbd label mark math mi mn mo "
+    "mrow nobr q rp rt ruby s samp small span strike strong sub sup time tt u var wbr picture source"
+)
+_INLINE = frozenset(_INLINE_TAGS.split())
+_MARKED_TAGS = (
+    "p div section article main aside header footer nav form ul ol li dl dd tr td pre code blockquote figure "
+    "figcaption h1 h2 h3 h4 button noscript (hidden)"
+)
+TAG_BITS = {tag: 1 << bit for bit, tag in enumerate(_MARKED_TAGS.split())}  # at most 31: they live in an int32
+
+
+class ElementKey(NamedTuple):
+    """What tells one kind of element from another: a page has a few hundred kinds."""
+
+    tag: str
+    names: str = ""  # the attributes class, id, role and itemprop
+
+
+@dataclass(frozen=True, slots=True)
+class Elements:
+    """The elements of a page in document order, the body first: int32 arrays of their number, but for `keys`."""
+
+    keys: list[ElementKey]  # the kinds of elements
+    kind: np.ndarray  # into `keys`
+    parent: np.ndarray  # the body's is 0
+    depth: np.ndarray  # of the body 0
+    tags: np.ndarray  # TAG_BITS of the element and all above it
+    holder: np.ndarray  # the nearest element laid out as a block; itself if it is one
+    first_block: np.ndarray
+    end_block: np.ndarray  # the blocks within are range(first_block, end_block)
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """The blocks of a page in document order: int32 arrays of their number, but for `text`."""
+
+    text: list[str]
+    leaf: np.ndarray  # the element that holds the block's first letter
+    link_chars: np.ndarray
+    links: np.ndarray
+    pieces: np.ndarray  # text nodes
+    breaks: np.ndarray  # <br> within
+
+
+@dataclass(frozen=True, slots=True)
+class BlockTree:
+    """A page's blocks, its elements and its title."""
+
+    blocks: Blocks
+    elements: Elements
+    title: str | None
+    cells: np.ndarray | None = None  # `table_cells`: the table, row and column of each block in a table of data
+
+
+def cut_blocks(html: bytes) -> BlockTree:
+    """Parse a page of UTF-8 bytes and cut it into blocks. Raises PageLimitError."""
+    check_size(html)
+    html = plain_html(html)
+    tree = LexborHTMLParser(html)
+    title_node = tree.css_first("title")
+    title = " ".join(visible(title_node.text()).split()) if title_node is not None else ""
+    inline_formulas(tree, html)
+    walk = _Walk()
+    if tree.body is not None:  # a <frameset> has none
+        walk.run(tree.body)
+    blocks, elements = walk.blocks(), walk.elements()
+    return BlockTree(blocks, elements, title or None, _cells(blocks, elements))
+
+
+def _cells(blocks: Blocks, elements: Elements) -> np.ndarray | None:
+    tags = [key.tag for key in elements.keys]
+    if "td" not in tags and "th" not in tags:
+        return None
+    return table_cells(np.array(tags)[elements.kind], elements.parent, blocks.leaf)
+
+
+class _Walk:
+    """One pass over the nodes under the body. It notes no more than it must; numpy works out the rest."""
+
+    def __init__(self) -> None:
+        self.keys: list[ElementKey] = []
+        self.bits: list[int] = []  # of each kind
+        self.kinds, self.parents, self.firsts, self.ends = (array("i") for _ in range(4))
+        self.inlines: list[bool] = []  # of each kind
+        self.texts: list[str] = []
+        self.counts = array("i")  # leaf, link_chars, links, pieces and breaks of each block
+
+    def run(self, body: LexborNode) -> None:
+        """Walk; in one function, since a page has 2,000 nodes and methods for their kinds took half as long again."""
+        kinds, parents, firsts, ends, inlines = self.kinds, self.parents, self.firsts, self.ends, self.inlines
+        texts = self.texts
+        kind_of: dict[object, int] = {}
+        open_elements: list[int] = []
+        addresses: list[int] = []  # where they lie in memory, which is what tells them apart
+        parts: list[str] = []  # of the block being read
+        leaf = link = pre = -1  # the element of its first letter; the open <a href>; the open <pre>
+        unseen = folded = -1  # the open elements that are not displayed: an inline one, and one of blocks
+        link_chars = links = pieces = breaks = 0
+        text = ""
+        resume = 0  # where the node lies that follows a dropped element
+
+        def end_block() -> None:
+            nonlocal leaf, link_chars, links, pieces, breaks
+            if leaf >= 0:
+                texts.append(_preformatted(parts) if pre >= 0 else _flowing(parts, breaks))
+                self.counts.extend((leaf, link_chars, links, pieces, breaks))
+                leaf = -1
+                link_chars = links = pieces = breaks = 0
+            parts.clear()
+
+        for node in body.traverse(include_text=True):
+            if resume:
+                if node.mem_id != resume:
+                    continue
+                resume = 0
+            tag = node.tag
+            if tag == "-text":
+                text = node.text_content or ""
+                if not text.isascii():
+                    text = visible(text)
+                if text.isspace() or not text:
+                    if leaf >= 0:
+                        parts.append(text)
+                    continue
+            elif tag is None or tag == "-comment":
+                continue
+            elif tag in _DROPPED:  # a selector that finds them beforehand takes 5% of the page's time
+                resume = _following(node)
+                continue
+            if open_elements:
+                above = node.parent.mem_id  # pyright: ignore[reportOptionalMemberAccess]  # all but the body have one
+                while addresses[-1] != above:
+                    addresses.pop()
+                    closed = open_elements.pop()
+                    if parts and not inlines[kinds[closed]]:
+                        end_block()
+                    ends[closed] = len(texts)
+                    if closed == link:
+                        link = -1
+                    elif closed == pre:
+                        pre = -1
+                    if closed == unseen:
+                        unseen = -1
+                    elif closed == folded:
+                        folded = -1
+                        self._drop_if_short(closed)
+            if unseen >= 0 and (tag == "-text" or tag == "br"):
+                continue
+            if tag == "-text":
+                if leaf < 0:
+                    leaf = open_elements[-1]
+                parts.append(text)
+                pieces += 1
+                if link >= 0:
+                    link_chars += len(text.strip())
+                continue
+            if tag == "br":
+                if leaf >= 0:
+                    if breaks and _ends_in_break(parts):
+                        end_block()  # two in a row part paragraphs on pages that know no <p>
+                    else:
+                        parts.append(_BREAK)
+                        breaks += 1
+                continue
+            inline = tag in _INLINE
+            if parts and not inline:
+                end_block()
+            kind: object = tag
+            attributes = node.attributes
+            if attributes:
+                get = attributes.get
+                kind = (tag, get("class"), get("id"), get("role"), get("itemprop"), get("aria-hidden") == "true")
+                is_styled = "style" in attributes or "hidden" in attributes
+                if is_styled and unseen < 0 and parents and _is_undisplayed(attributes):
+                    if inline:
+                        unseen = len(parents)
+                    elif folded < 0:
+                        folded = len(parents)
+                if tag == "a" and link < 0 and "href" in attributes:
+                    link = len(parents)
+                    links += 1
+            if tag == "pre" and pre < 0:
+                pre = len(parents)
+            number = kind_of.get(kind)
+            if number is None:
+                number = kind_of[kind] = self._new_kind(tag, kind)
+            kinds.append(number)
+            parents.append(open_elements[-1] if open_elements else 0)
+            open_elements.append(len(firsts))
+            firsts.append(len(texts))
+            ends.append(0)
+            addresses.append(node.mem_id)
+        if parts:
+            end_block()
+        for number in open_elements:
+            ends[number] = len(texts)
+
+    def _drop_if_short(self, element: int) -> None:
+        """Drop the last blocks, which an undisplayed element holds, unless they look like a part shown on a click."""
+        first = self.firsts[element]
+        if sum(map(len, self.texts[first:])) >= FOLDED_CHARS:
+            return
+        del self.texts[first:], self.counts[5 * first :]
+        for number in range(element, len(self.firsts)):
+            self.firsts[number] = first
+            self.ends[number] = min(self.ends[number], first)
+
+    def _new_kind(self, tag: str, kind: object) -> int:
+        names, bits = "", TAG_BITS.get(tag, 0)
+        if isinstance(kind, tuple):
+            *values, hidden = kind[1:]
+            names = " ".join(filter(None, values))
+            bits |= TAG_BITS["(hidden)"] if hidden else 0
+        self.keys.append(ElementKey(tag, names))
+        self.bits.append(bits)
+        self.inlines.append(tag in _INLINE)
+        return len(self.bits) - 1
+
+    def blocks(self) -> Blocks:
+        return Blocks(self.texts, *np.frombuffer(self.counts, np.int32).reshape(-1, 5).T.copy())
+
+    def elements(self) -> Elements:
+        """Follow the parents of all elements at once, in steps that double the way: log2(depth) of them."""
+        kind, parent = np.frombuffer(self.kinds, np.int32), np.frombuffer(self.parents, np.int32)
+        tags = np.array(self.bits, np.int32)[kind]
+        numbers = np.arange(len(kind), dtype=np.int32)
+        holder = np.where(np.array(self.inlines, bool)[kind], parent, numbers)
+        depth = (numbers > 0).astype(np.int32)
+        above = parent
+        while above.any():
+            tags |= tags[above]
+            depth += depth[above]
+            holder = holder[holder]
+            above = above[above]
+        first, end = np.frombuffer(self.firsts, np.int32), np.frombuffer(self.ends, np.int32)
+        return Elements(self.keys, kind, parent, depth, tags, holder, first, end)
+
+
+def _following(node: LexborNode) -> int:
+    """Where the next node lies that is not within this one; -1 where there is none."""
+    above: LexborNode | None = node
+    while above is not None:
+        if above.next is not None:
+            return above.next.mem_id
+        above = above.parent
+    return -1
+
+
+_BREAK = "\v"  # <br>; `split` takes it for a space
+
+
+def _ends_in_break(parts: list[str]) -> bool:
+    for part in reversed(parts):
+        if part == _BREAK:
+            return True
+        if not part.isspace():
+            return False
+    return False
+
+
+def _is_undisplayed(attributes: dict[str, str | None]) -> bool:
+    if "style" in attributes and "display:none" in (attributes["style"] or "").replace(" ", "").lower():
+        return True
+    return "hidden" in attributes and attributes["hidden"] != "until-found"
+
+
+def _flowing(parts: list[str], breaks: int) -> str:
+    if not breaks:
+        return " ".join("".join(parts).split())
+    return "\n".join(line for part in "".join(parts).split(_BREAK) if (line := " ".join(part.split())))
+
+
+def _preformatted(parts: list[str]) -> str:
+    lines = [line.rstrip() for line in "".join(parts).replace(_BREAK, "\n").expandtabs().splitlines()]
+    return "\n".join(lines).strip("\n")

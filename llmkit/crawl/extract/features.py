@@ -1,0 +1,304 @@
+"""What is measured of each block of a page: its text, its place in the tree, and what stands around it.
+
+No feature asks for a word of some language: characters are classed by their Unicode category, and the words of scripts
+without spaces are counted from their letters. The words that stand in class names and ids, which are English on most
+pages of any language, count by learnt weights; one that was not met in training counts 0. Whole-page quantities let
+the trees tell an article from a thread or a list of products.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable
+from functools import cache
+
+import numpy as np
+
+from llmkit.crawl.extract.blocks import TAG_BITS, BlockTree, ElementKey
+
+LEVELS = 5  # ancestors looked at, each of which holds more blocks than the one below
+WINDOWS = (1, 2, 4, 8)  # blocks before and after
+_CACHED_NAMES = 200_000  # about 20 MB
+_WORD_OF_NAME = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[^\W\d_A-Za-z]+")
+
+
+def name_words(name: str) -> list[str]:
+    """The words of a class or an id: `postBody-list_item` is post, body, list, item."""
+    if name.islower():  # most are; splitting them so takes a fifth of the pattern's time
+        return name.replace("_", "-").split("-")
+    return [word.lower() for word in _WORD_OF_NAME.findall(name)]
+
+
+def key_tokens(key: ElementKey) -> list[str]:
+    """What speaks for or against the text in an element: its tag, and the words of its class, id, role and itemprop."""
+    return [f"<{key.tag}", *(word for name in key.names.split() for word in name_words(name))]
+
+
+class NameWeights(dict[str, float]):
+    """Learnt log-odds of the tags (`<p`) and of the names that elements bear; a name's are its words' sum, kept."""
+
+    def __init__(self, word_weights: dict[str, float]) -> None:
+        super().__init__()
+        self.word_weights = word_weights
+
+    def __missing__(self, name: str) -> float:
+        if len(self) >= _CACHED_NAMES:
+            self.clear()
+        known = self.word_weights
+        words = (name,) if name[0] == "<" else name_words(name)
+        self[name] = weight = sum([known[word] for word in words if word in known])
+        return weight
+
+    def of(self, keys: list[ElementKey]) -> list[float]:
+        """The sum over `key_tokens` of each key."""
+        get = self.__getitem__
+        weights = []
+        for tag, names in keys:
+            weight = get("<" + tag)
+            if names:
+                for name in names.split():
+                    weight += get(name)
+            weights.append(weight)
+        return weights
+
+
+_STOPS = ".!?\u3002\uff01\uff1f\u2026\u061f\u0964"  # also of Chinese and Japanese, Arabic and Hindi
+_COMMAS = ",;:\uff0c\u3001\uff1b\uff1a\u060c"
+
+# one bit for each class of characters
+_UPPER, _LOWER, _STOP, _COMMA, _MARK, _SPACE, _WIDE = (1 << bit for bit in range(7))
+
+
+@cache
+def _character_classes() -> np.ndarray:
+    """uint8 (65536,): the class of each character of the Basic Multilingual Plane; the last stands for all others."""
+    classes = np.zeros(1 << 16, np.uint8)
+    of_category = {"Ll": _LOWER, "Lu": _UPPER, "Lt": _UPPER, "Cc": _SPACE}
+    of_major = {"P": _MARK, "S": _MARK, "Z": _SPACE}
+    for code in range(1 << 16):
+        category = unicodedata.category(chr(code))
+        classes[code] = of_category.get(category) or of_major.get(category[0], 0)
+    for start, stop in ((0x0E00, 0x0EFF), (0x3040, 0x30FF), (0x3400, 0x9FFF)):  # Thai and Lao, kana, Han
+        classes[start:stop][classes[start:stop] == 0] = _WIDE
+    classes[[ord(mark) for mark in _STOPS]] = _STOP
+    classes[[ord(mark) for mark in _COMMAS]] = _COMMA
+    return classes
+
+
+class _Sums:
+    """Sums of a value over ranges of blocks."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.running = np.concatenate([[0.0], np.cumsum(values)])
+        self.total = max(float(self.running[-1]), 1e-9)
+
+    def over(self, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
+        return self.running[stop] - self.running[start]
+
+
+class _Text:
+    """Counts of each block's text, float64 (blocks,), from one pass over the joined text."""
+
+    def __init__(self, texts: list[str], link_chars: np.ndarray) -> None:
+        codes = np.frombuffer("\n".join([*texts, ""]).encode("utf-32-le", "replace"), np.uint32)
+        lengths = np.fromiter(map(len, texts), np.int64, len(texts))
+        starts = np.concatenate([[0], np.cumsum(lengths + 1)[:-1]])
+        classes = _character_classes()[np.minimum(codes, 0xFFFF)]
+        space = classes == _SPACE
+        word_starts = ~space
+        word_starts[1:] &= space[:-1]
+
+        def count(mask: np.ndarray) -> np.ndarray:
+            return np.add.reduceat(mask, starts, dtype=np.int32).astype(np.float64)
+
+        self.upper, self.stops, self.commas = (
+            count(classes == _UPPER),
+            count(classes == _STOP),
+            count(classes == _COMMA),
+        )
+        self.letters = self.upper + count(classes == _LOWER) + 1
+        self.marks = count(classes == _MARK)
+        # a word of Chinese, Japanese or Thai has about two letters
+        self.words = np.maximum(count(word_starts) + count(classes == _WIDE) / 2, 1)
+        self.chars = np.maximum(lengths, 1).astype(np.float64)
+        self.ends_in_stop = classes[starts + lengths - 1] == _STOP
+        self.link_chars = np.minimum(link_chars.astype(np.float64), self.chars)
+        self.link_share = self.link_chars / self.chars
+        self.prose = np.where((self.words >= 12) & (self.link_share < 0.4), self.words, 0.0)
+
+
+def block_features(tree: BlockTree, weights: NameWeights) -> dict[str, np.ndarray | float]:
+    """The features of a page of at least one block, by name: float (blocks,), or one number for the whole page."""
+    text = _Text(tree.blocks.text, tree.blocks.link_chars)
+    columns: dict[str, np.ndarray | float] = {}
+    columns.update(_of_text(tree, text))
+    columns.update(_of_place(text))
+    columns.update(_of_tree(tree, text, weights))
+    return columns
+
+
+def _of_text(tree: BlockTree, text: _Text) -> dict[str, np.ndarray | float]:
+    blocks, words, chars = tree.blocks, text.words, text.chars
+    times: dict[str, int] = {}
+    before = []
+    for block in blocks.text:
+        times[block] = met = times.get(block, 0) + 1
+        before.append(met > 1)
+    return {
+        "words": np.log1p(words),
+        "link_share": text.link_share,
+        "links": np.log1p(blocks.links),
+        "pieces": np.log1p(blocks.pieces),
+        "breaks": np.log1p(blocks.breaks),
+        "chars_per_word": chars / words,
+        "upper_share": text.upper / text.letters,
+        "stops": np.log1p(text.stops),
+        "commas": np.log1p(text.commas),
+        "mark_share": text.marks / chars,
+        "ends_in_stop": text.ends_in_stop,
+        "again": np.array(before),
+        "times": np.array([times[block] for block in blocks.text]),
+        "page_blocks": np.log1p(len(words)),
+        "page_words": np.log1p(words.sum()),
+        "page_prose": np.log1p(text.prose.sum()),
+        "page_prose_share": text.prose.sum() / words.sum(),
+        "page_link_share": text.link_chars.sum() / chars.sum(),
+        "page_longest": np.log1p(words.max()),
+    }
+
+
+def _of_place(text: _Text) -> dict[str, np.ndarray | float]:
+    n = len(text.words)
+    index = np.arange(n)
+    words, prose, links, chars = (_Sums(values) for values in (text.words, text.prose, text.link_chars, text.chars))
+    columns: dict[str, np.ndarray | float] = {
+        "index": np.log1p(index),
+        "index_from_end": np.log1p(n - index),
+        "place": index / n,
+        "words_before": words.running[:-1] / words.total,
+        "prose_before": prose.running[:-1] / prose.total,
+    }
+    width = np.array(WINDOWS)[:, None]
+    before = (np.maximum(index - width, 0), np.broadcast_to(index, (len(WINDOWS), n)))
+    after = (np.broadcast_to(index + 1, (len(WINDOWS), n)), np.minimum(index + 1 + width, n))
+    for side, span in (("before", before), ("after", after)):
+        near_words, near_prose = np.log1p(words.over(*span)), np.log1p(prose.over(*span))
+        near_links = links.over(*span) / np.maximum(chars.over(*span), 1)
+        for row, blocks in enumerate(WINDOWS):
+            columns[f"{blocks}_{side}_words"] = near_words[row]
+            columns[f"{blocks}_{side}_prose"] = near_prose[row]
+            columns[f"{blocks}_{side}_links"] = near_links[row]
+    return columns
+
+
+def _of_tree(tree: BlockTree, text: _Text, weights: NameWeights) -> dict[str, np.ndarray | float]:
+    elements = tree.elements
+    parent, kind, depth = elements.parent, elements.kind, elements.depth
+    first, end = elements.first_block, elements.end_block
+    leaf = tree.blocks.leaf
+    holder, tags = elements.holder[leaf], elements.tags[leaf]
+    own = np.array(weights.of(elements.keys))[kind]
+    path = _path_sums(parent, own)
+    marked = tags & np.fromiter(TAG_BITS.values(), np.int32, len(TAG_BITS))[:, None] > 0
+    columns: dict[str, np.ndarray | float] = {f"in_{tag}": row for tag, row in zip(TAG_BITS, marked, strict=True)}
+    columns["path_weight"], columns["leaf_weight"], columns["holder_weight"] = path[leaf], own[leaf], own[holder]
+    columns["depth"] = depth[holder]
+    columns.update(_of_ancestors(holder, _wider(parent, end - first), first, end, path, text))
+    columns.update(_of_main(first, end, depth, depth[holder], text))
+    makes = kind[holder].astype(np.int64) * len(elements.keys) + kind[leaf]
+    columns.update(_of_kin("kin", makes, text))
+    columns.update(_of_kin("near_kin", makes * len(elements.keys) + kind[parent[holder]], text))
+    columns.update(_of_headings(tags, text))
+    return columns
+
+
+def _path_sums(parent: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Sum each element's value and those above it but the body's, in log2(depth) steps that double the way."""
+    sums = values.copy()
+    sums[0] = 0.0
+    while parent.any():
+        sums += sums[parent]
+        parent = parent[parent]
+    return sums
+
+
+def _wider(parent: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """The nearest ancestor of each element that holds more blocks than it; the body where there is none."""
+    wider = parent.copy()
+    while len(same := np.flatnonzero((size[wider] == size) & (wider > 0))):
+        wider[same] = wider[wider[same]]
+    return wider
+
+
+def _of_ancestors(
+    holder: np.ndarray, wider: np.ndarray, first: np.ndarray, end: np.ndarray, path: np.ndarray, text: _Text
+) -> Iterable[tuple[str, np.ndarray]]:
+    ancestors = [holder]
+    for _ in range(LEVELS - 1):
+        ancestors.append(wider[ancestors[-1]])
+    above = np.stack(ancestors)
+    start, stop = first[above], end[above]
+    words, prose = _Sums(text.words), _Sums(text.prose)
+    held_words = words.over(start, stop)
+    blocks = np.maximum(stop - start, 1)
+    measures = {
+        "words": np.log1p(held_words),
+        "share": held_words / words.total,
+        "prose_share": prose.over(start, stop) / prose.total,
+        "links": _Sums(text.link_chars).over(start, stop) / np.maximum(_Sums(text.chars).over(start, stop), 1),
+        "blocks": np.log1p(blocks),
+        "words_per_block": np.log1p(held_words / blocks),
+        "stops": _Sums(text.stops + text.commas).over(start, stop) / np.maximum(held_words, 1),
+        "weight": path[above],
+        "place": (np.arange(len(holder)) - start) / blocks,
+    }
+    return ((f"up{level}_{name}", values[level]) for name, values in measures.items() for level in range(LEVELS))
+
+
+def _of_main(
+    first: np.ndarray, end: np.ndarray, depth: np.ndarray, own_depth: np.ndarray, text: _Text
+) -> dict[str, np.ndarray | float]:
+    """Where the block stands to the deepest element that holds half, or four fifths, of the page's prose."""
+    index = np.arange(len(own_depth))
+    words = _Sums(text.words)
+    sums = _Sums(text.prose) if text.prose.any() else words
+    columns: dict[str, np.ndarray | float] = {}
+    for name, portion in (("half", 0.5), ("most", 0.8)):
+        holds = np.flatnonzero(sums.over(first, end) >= portion * sums.total)
+        main = holds[np.argmax(depth[holds])] if len(holds) else 0
+        start, stop = int(first[main]), int(end[main])
+        columns[f"{name}_inside"] = (index >= start) & (index < stop)
+        columns[f"{name}_place"] = (index - start) / max(stop - start, 1)
+        columns[f"{name}_depth"] = own_depth - depth[main]
+        columns[f"{name}_share"] = float(words.running[stop] - words.running[start]) / words.total
+    return columns
+
+
+def _of_kin(name: str, makes: np.ndarray, text: _Text) -> dict[str, np.ndarray]:
+    """Of the blocks whose elements are of the same make: a page's paragraphs, its menu entries, its comments."""
+    _, group = np.unique(makes, return_inverse=True)
+    members, words = np.bincount(group), np.bincount(group, text.words)
+    measures = {
+        "blocks": np.log1p(members),
+        "share": members / len(makes),
+        "words": np.log1p(words / members),
+        "word_share": words / text.words.sum(),
+        "prose_share": np.bincount(group, text.prose) / max(float(text.prose.sum()), 1),
+        "links": np.bincount(group, text.link_chars) / np.bincount(group, text.chars),
+    }
+    return {f"{name}_{measure}": values[group] for measure, values in measures.items()}
+
+
+def _of_headings(tags: np.ndarray, text: _Text) -> dict[str, np.ndarray | float]:
+    index = np.arange(len(tags))
+    h1 = np.flatnonzero(tags & TAG_BITS["h1"])
+    headings = (tags & (TAG_BITS["h1"] | TAG_BITS["h2"] | TAG_BITS["h3"] | TAG_BITS["h4"])) > 0
+    last = np.maximum.accumulate(np.where(headings, index, -1))
+    return {
+        "since_h1": np.clip(index - (h1[0] if len(h1) else 0), -60, 200),
+        "since_last_h1": np.clip(index - (h1[-1] if len(h1) else 0), -60, 200),
+        "since_heading": np.where(last >= 0, np.minimum(index - last, 100), 101),
+        "page_h1": float(len(h1)),
+        "page_headings": float(np.log1p(headings.sum())),
+    }

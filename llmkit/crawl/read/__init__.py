@@ -1,0 +1,1 @@
+"""Archives, files and pipes become pages."""

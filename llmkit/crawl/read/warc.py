@@ -1,0 +1,223 @@
+"""A record of a WARC or ARC file as a page, or the reason why it is none.
+
+Sources: WARC 1.1 (ISO 28500:2017), the ARC 1.0 format of the Internet Archive, RFC 9112 (HTTP/1.1).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+
+from llmkit.crawl.page import Page, Skipped
+from llmkit.crawl.read.framing import BLANK_LINE, GZIP_ERRORS, MAX_HEADER, STEP, header_of, inflating
+from llmkit.io.jsonl import GZIP_MAGIC, ZSTD_MAGIC
+
+HTML_TYPES = ("text/html", "application/xhtml+xml", "application/vnd.wap.xhtml+xml", "text/xhtml")
+# types that servers send for want of a better one, or for XHTML: the body tells
+UNSURE_TYPES = ("", "unknown", "unk", "no-type", "application/octet-stream", "*/*", "text/xml", "application/xml")
+KNOWN_TYPES = ("warcinfo", "request", "revisit", "metadata", "continuation", "resource", "conversion", "response")
+
+_STATUS = re.compile(rb"HTTP/\d(?:\.\d)?[ \t]+(\d{3})(?!\d)")
+# the tags of https://mimesniff.spec.whatwg.org/#identifying-a-resource-with-an-unknown-mime-type
+_HTML = re.compile(
+    rb"(?i)(?:<!--(?:(?!-->).)*-->|<\?xml[^>]*>|\s)*"  # one way alone through many comments
+    rb"<(?:!doctype html|html|head|script|iframe|h1|div|font|table|a|style|title|b|body|br|p|meta|link)[\s/>]",
+    re.DOTALL,
+)
+_CHUNK = re.compile(rb"(?:\r?\n)?[ \t]*([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r?\n")
+
+
+def page_of(path: str, offset: int, data: bytes, max_bytes: int) -> Page | Skipped:
+    """What a record is, given the bytes of its header and block.
+
+    A `response` of status 200, or a `resource`, that is HTML by its Content-Type, or by its beginning where that
+    says nothing, is a page of `html`; a `conversion` to plain text is one of `text`. The reasons of the rest are
+    the record's type, `http_status`, `not_html`, `no_http` (a response without its header), `empty`, and
+    `too_large` (when unpacked).
+    """
+    fields, block = _head_of(data)
+    url = fields.get("warc-target-uri", "").strip("<>") or None
+    kind = fields.get("warc-type", "").lower()
+    record = {"id": fields.get("warc-record-id", "").strip("<>"), "date": fields.get("warc-date", "")}
+    page = Page(path, offset, url, None, None, None, {key: value for key, value in record.items() if value})
+    if kind == "response":
+        reason = _read_response(page, fields.get("content-type", ""), block, max_bytes)
+    elif kind == "resource":
+        reason = _read_html(page, fields.get("content-type", ""), bytes(block))
+    elif kind == "conversion":
+        reason = _read_text(page, fields.get("content-type", "text/plain"), block)
+    else:
+        reason = kind if kind in KNOWN_TYPES else "unknown_type"
+    return Skipped(path, offset, reason, url) if reason else page
+
+
+def _head_of(data: bytes) -> tuple[dict[str, str], memoryview]:
+    """The fields of a WARC header by their lower-cased names, and the block; an ARC header is put in WARC's terms."""
+    arc = not data.startswith(b"WARC/")
+    header = header_of(data, arc)
+    assert header, "a frame begins with a whole header"
+    block = memoryview(data)[header[0] : sum(header)]
+    if not arc:
+        return fields_of(data[: header[0]]), block
+    url, _, date, content_type, _ = data[: header[0]].decode("utf-8", "replace").rsplit(" ", 4)
+    if url.startswith("filedesc:"):
+        return {"warc-type": "warcinfo", "warc-target-uri": url}, block
+    http = url.startswith(("http:", "https:")) and _STATUS.match(block)
+    day, time = f"{date[:4]}-{date[4:6]}-{date[6:8]}", f"{date[8:10]}:{date[10:12]}:{date[12:14]}"
+    return {
+        "warc-type": "response" if http else "resource",
+        "warc-target-uri": url,
+        "warc-date": f"{day}T{time}Z" if len(date) == 14 else day,
+        "content-type": "application/http" if http else content_type,
+    }, block
+
+
+def fields_of(head: bytes) -> dict[str, str]:
+    """The fields of a header whose first line names the protocol; of a repeated field the first, folded lines joined.
+
+    >>> fields_of(b"HTTP/1.1 200 OK\\r\\nContent-Type: text/html;\\r\\n charset=x\\r\\nbad line")
+    {'content-type': 'text/html; charset=x'}
+    """
+    try:
+        text = head.decode("utf-8")
+    except UnicodeDecodeError:
+        text = head.decode("latin-1")
+    fields: dict[str, str] = {}
+    for line in re.sub(r"\r?\n[ \t]+", " ", text).split("\n")[1:]:
+        name, colon, value = line.partition(":")
+        if colon:
+            fields.setdefault(name.strip().lower(), value.strip())
+    return fields
+
+
+def _read_response(page: Page, content_type: str, block: memoryview, max_bytes: int) -> str | None:
+    if not content_type.lower().startswith("application/http"):
+        return _read_html(page, content_type, bytes(block))
+    status = _STATUS.match(block)
+    if status is None:
+        return _read_html(page, "", bytes(block)) and ("no_http" if bytes(block).strip() else "empty")
+    if status[1] != b"200":
+        return "http_status"
+    end = BLANK_LINE.search(block, 0, MAX_HEADER)
+    if end is None:
+        return "empty"
+    fields = fields_of(bytes(block[: end.start()]))
+    content_type = fields.get("content-type", "")
+    if not _may_be_html(content_type):
+        return "not_html"
+    body = decoded(bytes(block[end.end() :]), fields, max_bytes)
+    return "too_large" if len(body) > max_bytes else _read_html(page, content_type, body)
+
+
+def _may_be_html(content_type: str) -> bool:
+    return _media_type(content_type) in (*HTML_TYPES, *UNSURE_TYPES)
+
+
+def _media_type(content_type: str) -> str:
+    return content_type.partition(";")[0].partition(",")[0].strip().lower()
+
+
+def _read_html(page: Page, content_type: str, body: bytes) -> str | None:
+    """Make it a page of `html`, or return the reason why it is none."""
+    kind = _media_type(content_type)
+    if kind not in HTML_TYPES and not (kind in UNSURE_TYPES and looks_like_html(body)):
+        return "not_html"
+    if not body or body.isspace():
+        return "empty"
+    page.html, page.content_type = body, content_type or None
+    return None
+
+
+def _read_text(page: Page, content_type: str, block: memoryview) -> str | None:
+    if _media_type(content_type) != "text/plain":
+        return "not_html"
+    text = bytes(block).decode("utf-8", "replace").strip("\r\n")
+    if not text:
+        return "empty"
+    page.text = text
+    return None
+
+
+def looks_like_html(body: bytes) -> bool:
+    """True if bytes begin as HTML does, after byte order mark, space and comments; UTF-16 by its mark."""
+    head = body[:4096]
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        head = head.replace(b"\0", b"")[2:]
+    return bool(_HTML.match(head.removeprefix(b"\xef\xbb\xbf")))
+
+
+def decoded(body: bytes, fields: Mapping[str, str], max_bytes: int) -> bytes:
+    """An HTTP body without the chunks and packing that its header names and that it has, as far as it is whole.
+
+    The result is longer than `max_bytes` where the body would be: it is cut there.
+    """
+    if "chunked" in fields.get("transfer-encoding", "").lower():
+        body = without_chunks(body)
+    names = [name.strip() for name in fields.get("content-encoding", "").lower().split(",")]
+    for name in reversed(names):
+        if looks_like_html(body):  # archives often store the body unpacked and the header as it came
+            break
+        body = _unpacked(body, name, max_bytes + 1)
+    return body
+
+
+def without_chunks(body: bytes) -> bytes:
+    """A chunked body joined; as it is where it does not begin with a chunk.
+
+    >>> without_chunks(b"5\\r\\n<p>hi\\r\\n4;x=y\\r\\n</p>\\r\\n0\\r\\n\\r\\n")
+    b'<p>hi</p>'
+    """
+    parts: list[bytes] = []
+    at = 0
+    while size := _CHUNK.match(body, at):
+        start, at = size.end(), size.end() + int(size[1], 16)
+        if not parts and body[at : at + 2].strip(b"\r\n"):
+            return body  # the first line only looked like a length
+        parts.append(body[start:at])
+        if at == start or at >= len(body):
+            break
+    return b"".join(parts) if parts else body
+
+
+def _unpacked(body: bytes, name: str, most: int) -> bytes:
+    """The body unpacked, about `most` bytes at most, of a cut one what there is; as it is where it is not packed so."""
+    if body.startswith(GZIP_MAGIC):  # whatever the header says
+        return _inflated(body, 31, most)
+    if body.startswith(ZSTD_MAGIC):
+        return _unpacked_zstd(body, most)
+    if name == "deflate":  # with the header of zlib, as RFC 9110 says, or without, as many servers do
+        return _inflated(body, 15, most) or _inflated(body, -15, most) or body
+    if name == "br":
+        return _unpacked_brotli(body, most) or body
+    return body
+
+
+def _inflated(body: bytes, format: int, most: int) -> bytes:
+    inflater, parts, size = inflating.decompressobj(format), [], 0
+    with suppress(*GZIP_ERRORS):
+        for begin in range(0, len(body), STEP):
+            parts.append(inflater.decompress(body[begin : begin + STEP]))
+            size += len(parts[-1])
+            if inflater.eof or size > most:
+                break
+    return b"".join(parts)
+
+
+def _unpacked_brotli(body: bytes, most: int) -> bytes:
+    import brotli
+
+    unpacker, parts, size = brotli.Decompressor(), [], 0
+    with suppress(brotli.error):
+        parts.append(unpacker.process(body, output_buffer_limit=most))
+        while parts[-1] and not unpacker.is_finished() and (size := size + len(parts[-1])) < most:
+            parts.append(unpacker.process(b"", output_buffer_limit=most))  # of a cut body it gives 32 kB at a time
+    return b"".join(parts)
+
+
+def _unpacked_zstd(body: bytes, most: int) -> bytes:
+    from zstandard import ZstdDecompressor, ZstdError
+
+    with suppress(ZstdError):
+        return ZstdDecompressor().stream_reader(body, read_across_frames=True).read(most)
+    return b""

@@ -1,0 +1,1 @@
+"""A model folder for other programs: GGUF, another precision, the adapter alone."""

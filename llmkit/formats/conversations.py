@@ -1,0 +1,435 @@
+"""Conversations: every format that `sft` accepts, turned into one.
+
+    {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}   messages
+    {"prompt": "2 + 2?", "completion": "4"}                     also "response"; either may be a list of messages
+    {"instruction": "Add.", "input": "2 + 2", "output": "4"}    Alpaca; also "response"
+    {"conversations": [{"from": "human", "value": "2 + 2?"}]}   ShareGPT
+    {"text": "Once upon a time ..."}                            plain text, all of it trained on
+
+A message's content is a string or a list of parts, {"type": "text", "text": ...}. What the assistant writes to a tool
+is a part of type `calc`, `python` or `search`, what the tool answers one of type `result`; OpenAI's `tool_calls` and
+messages of role `tool` become such parts. An assistant that calls a tool, reads its result and goes on is one turn.
+`weight` (or `loss_weight`) 0 on a message keeps it out of the loss. `reasoning_content` stands before the answer,
+between <think> and </think>. A record whose `label` (or `kto_tag`) is false is one whose answer was rejected, as in
+data for KTO; `tools` and `functions`, definitions of what may be called, are not read.
+
+What asks and what answers has other names, too: the table is in records.py. `system` of a record goes in front,
+`history` before what is asked.
+
+Neighbours of the same role are merged, with a blank line between. An assistant may speak first.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llmkit.errors import UserError
+from llmkit.formats.questions import answers_of
+from llmkit.io.records import (
+    ANSWERS,
+    ASKING,
+    CONVERSATIONS,
+    SYSTEM,
+    THOUGHTS,
+    Row,
+    fields_of,
+    first_of,
+    kind_of,
+    not_used,
+)
+
+TOOLS = ("calc", "python", "search")
+RESULT = "result"
+FOREIGN = "foreign call"  # while messages are read: a call of a function that is none of our tools, in JSON
+ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "function_response", "ipython"), "tool"),
+    "function_call": "function_call",  # ShareGPT's: the assistant's, its value a call in JSON
+}
+TOOL_OF_FUNCTION = {"calc": "calc", "calculator": "calc", "python": "python", "search": "search"}
+FORMATS = "messages, conversations, prompt and completion, instruction and output, or text"
+ANSWERED_BY = {"instruction": ("output", *(name for name in ANSWERS if name != "output"))}  # else ANSWERS, in order
+REJECTED = ("false", "0", "0.0", "no", "bad", "undesirable")  # a label of KTO's, and the other ones
+ACCEPTED = ("true", "1", "1.0", "yes", "good", "desirable")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stretch of a message: `kind` is "text", a tool that is called with `text`, or "result", what it answered."""
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What one side says: `role` is "system", "user" or "assistant"; `weight` 0 keeps it out of the loss."""
+
+    role: str
+    parts: tuple[Part, ...]
+    weight: int = 1
+
+    @property
+    def text(self) -> str:
+        """What was said, without calls and results."""
+        return "".join(part.text for part in self.parts if part.kind == "text")
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages, or the `document` of a record of plain text.
+
+    where     its place in a file
+    rejected  whether its record calls the answer a bad one
+    losses    what of its record is not in the messages as it was meant, to be counted
+    """
+
+    messages: tuple[Message, ...]
+    where: str = ""
+    document: str | None = None
+    rejected: bool = False
+    losses: tuple[str, ...] = ()
+
+    @property
+    def said(self) -> str:
+        """All its words but those of the system message, which many have in common."""
+        return said_in(self.messages) if self.document is None else self.document
+
+
+def said_in(messages: Sequence[Message]) -> str:
+    """Join the texts of messages that are not the system's."""
+    return "\n".join(one.text for one in messages if one.role != "system")
+
+
+def message(role: str, text: str, weight: int = 1) -> Message:
+    """A message of one text."""
+    return Message(role, (Part("text", text),), weight)
+
+
+def as_record(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The messages as JSON, in the form that chat templates read."""
+
+    def content(parts: tuple[Part, ...]) -> Any:
+        if all(part.kind == "text" for part in parts):
+            return "".join(part.text for part in parts)
+        return [{"type": part.kind, "text": part.text} for part in parts]
+
+    return [{"role": one.role, "content": content(one.parts)} for one in messages]
+
+
+@dataclass(frozen=True, slots=True)
+class RecordPrompt:
+    """The prompt of a record: `entries` of role and content, from the field `name` and those `used` beside it."""
+
+    name: str
+    entries: list[dict[str, Any]]
+    used: tuple[str, ...]
+
+
+def find_prompt(row: Row, fields: Sequence[str] = ASKING) -> RecordPrompt | None:
+    """Read the prompt of a record from the first of some fields, after system message and history; None without one.
+
+    Raises UserError that names the place and what was expected.
+    """
+    value = row.value
+    name = first_of(value, fields)
+    if name is None:
+        return None
+    used, asked = [name], value[name]
+    if name in CONVERSATIONS or isinstance(asked, list):
+        entries = _listed(row, name)
+    elif name == "instruction":
+        entries = [{"role": "user", "content": alpaca_request(row)}]
+        used += ["input", "context"]
+    elif isinstance(asked, str):
+        entries = [{"role": "user", "content": asked}]
+    else:
+        raise UserError(f"{row.where}: expected {name!r} to be text or messages, found {kind_of(asked)}")
+    if name not in CONVERSATIONS and value.get("history"):
+        entries = [*_history(row), *entries]
+        used.append("history")
+    system = next((field for field in SYSTEM if value.get(field)), None)
+    if system is not None and (not entries or ROLES.get(_role_of(entries[0])) != "system"):
+        entries = [{"role": "system", "content": value[system]}, *entries]
+        used.append(system)
+    return RecordPrompt(name, entries, tuple(used))
+
+
+def read_conversation(row: Row) -> Conversation:
+    """The conversation in a record of any format. Raises UserError that names the place and what was expected."""
+    value = row.value
+    asked = find_prompt(row)
+    answer = first_of(value, ANSWERED_BY.get(asked.name, ANSWERS)) if asked is not None else None
+    if value.get("text") is not None and (asked is None or (answer is None and asked.name not in CONVERSATIONS)):
+        document = Conversation((), row.where, _plain_text(row))
+        return replace(document, losses=not_used(value, ("text",)))
+    if asked is None:
+        raise UserError(f"{row.where}: expected {FORMATS}, found {fields_of(value)}")
+    entries, used = asked.entries, [*asked.used]
+    if asked.name not in CONVERSATIONS:
+        if answer is None:
+            expected = ANSWERED_BY.get(asked.name, ANSWERS)[0]
+            raise UserError(f"{row.where}: expected field {expected!r} beside {asked.name!r}, found {fields_of(value)}")
+        thoughts = {name: value[name] for name in THOUGHTS if value.get(name)}
+        used += [answer, *thoughts]
+        entries = [*entries, *_answering(row, answer, thoughts)]
+    found = conversation_of(row, entries)
+    rejected, label = _label(value)
+    defined = ("tool definitions left out",) if value.get("tools") or value.get("functions") else ()
+    others = not_used(value, (*used, "tools", "functions"), said=found.said)
+    return replace(found, rejected=rejected, losses=defined + found.losses + others + label)
+
+
+# ---- formats
+
+
+def _answering(row: Row, name: str, thoughts: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries of an answer, which may be text, messages, a number, or the object or list of a set of questions."""
+    value = row.value[name]
+    if isinstance(value, list) and all(isinstance(one, dict) and ("role" in one or "from" in one) for one in value):
+        return _listed(row, name)
+    if name in ("answer", "answers", "target", "continuation", "output") and not isinstance(value, str):
+        value = answers_of(value, name, row.where)[0]
+    if not isinstance(value, str):
+        raise UserError(f"{row.where}: expected {name!r} to be a string or messages, found {kind_of(value)}")
+    return [{"role": "assistant", "content": value, **thoughts}]
+
+
+def _history(row: Row) -> list[dict[str, Any]]:
+    """Return the turns before an instruction, from messages or pairs of prompt and answer."""
+    pairs = row.value["history"]
+    entries: list[dict[str, Any]] = []
+    for pair in pairs if isinstance(pairs, list) else [None]:
+        if isinstance(pair, dict):
+            entries.append(pair)
+        elif isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair):
+            entries += ({"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True))
+        else:
+            raise UserError(f"{row.where}: expected 'history' to be a list of pairs of texts, found {kind_of(pairs)}")
+    return entries
+
+
+def _label(value: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
+    """Tell if a record's label rejects its answer, as in data for KTO; the second value names an unclear label."""
+    for name in ("label", "kto_tag"):
+        said = value.get(name)
+        text = str(said).strip().lower()
+        if text in REJECTED:
+            return True, ()
+        if said is not None and text not in ACCEPTED:
+            return False, (f"{name!r} not used",)
+    return False, ()
+
+
+def alpaca_request(row: Row) -> str:
+    """Join the instruction and the input of an Alpaca record; Dolly calls the input context."""
+    asked = [row.value[name] for name in ("instruction", "input", "context") if row.value.get(name)]
+    if not all(isinstance(text, str) for text in asked):
+        raise UserError(f"{row.where}: expected 'instruction' and 'input' to be strings")
+    return "\n\n".join(asked)
+
+
+def _plain_text(row: Row) -> str:
+    text = row.value["text"]
+    if not isinstance(text, str):
+        raise UserError(f"{row.where}: expected 'text' to be a string, found {kind_of(text)}")
+    return _checked(row, text)
+
+
+def _listed(row: Row, name: str) -> list[dict[str, Any]]:
+    value = row.value[name]
+    if not isinstance(value, list):
+        raise UserError(f"{row.where}: expected '{name}' to be a list of messages, found {kind_of(value)}")
+    for entry in value:
+        if not isinstance(entry, dict):
+            raise UserError(f"{row.where}: expected each of '{name}' to be an object, found {kind_of(entry)}")
+    return [_named(entry) for entry in value]
+
+
+def _named(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry of role and content, of ShareGPT's from and value, too."""
+    if "role" in entry and "content" in entry:
+        return entry
+    role, content = first_of(entry, ("role", "from")), first_of(entry, ("content", "value"))
+    found = {"content": entry[content]} if content else {"content": None} if {"content", "value"} & entry.keys() else {}
+    return {**entry, **({"role": entry[role]} if role else {}), **found}
+
+
+def _role_of(entry: dict[str, Any]) -> str:
+    return str(entry.get("role")).strip().lower()
+
+
+# ---- messages
+
+
+def read_messages(row: Row, entries: list[dict[str, Any]], lost: list[str] | None = None) -> tuple[Message, ...]:
+    """Messages from entries of role and content, of one record; `lost` gets what of them is not used. Raises UserError
+    as `read_conversation` does."""
+    found = conversation_of(row, entries)
+    if lost is not None:
+        lost += (loss for loss in found.losses if loss not in lost)
+    return found.messages
+
+
+def conversation_of(row: Row, entries: list[dict[str, Any]]) -> Conversation:
+    """Messages from entries of role and content: results and what follows them join the assistant's turn."""
+    if not entries:
+        raise UserError(f"{row.where}: expected at least one message, found none")
+    messages: list[Message] = []
+    after_result, foreign, lost = False, False, list[str]()
+    for entry in map(_named, entries):
+        role = ROLES.get(_role_of(entry))
+        if role is None:
+            raise UserError(f"{row.where}: expected a role among system, user, assistant, tool; found {_role(entry)}")
+        parts = _parts(row, entry, role)
+        if role != "assistant":
+            lost += (f"{name!r} of others than the assistant not used" for name in THOUGHTS if entry.get(name))
+        if role in ("system", "user", "assistant") and entry.get("name"):  # a speaker's, which no template shows
+            lost.append("'name' of a message not used")
+        if any(part.kind == FOREIGN for part in parts):
+            foreign = True
+            parts = _joined([Part("text", part.text) if part.kind == FOREIGN else part for part in parts])
+        if role == "tool":
+            if not messages or messages[-1].role != "assistant":
+                raise UserError(f"{row.where}: a tool's result that no assistant asked for; put it after the call")
+            _extend(messages, parts, "")
+        elif role in ("assistant", "function_call") and after_result:
+            _extend(messages, parts, "")
+        else:
+            role = "assistant" if role == "function_call" else role
+            weight = _weight(row, entry)
+            if messages and messages[-1].role == role and (messages[-1].weight == weight or role != "assistant"):
+                _extend(messages, parts, "\n\n")
+            else:
+                messages.append(Message(role, parts, weight))
+        after_result = role == "tool"
+    losses = ("calls of unknown tools as text",) if foreign else ()
+    return Conversation(tuple(messages), row.where, losses=losses + tuple(dict.fromkeys(lost)))
+
+
+def _extend(messages: list[Message], parts: tuple[Part, ...], between: str) -> None:
+    last = messages[-1]
+    glue = (Part("text", between),) if between and last.parts and parts else ()
+    messages[-1] = Message(last.role, _joined([*last.parts, *glue, *parts]), last.weight)
+
+
+def _joined(parts: list[Part]) -> tuple[Part, ...]:
+    """Neighbouring texts as one; empty ones left out."""
+    joined: list[Part] = []
+    for part in parts:
+        if part.kind == "text" and joined and joined[-1].kind == "text":
+            joined[-1] = Part("text", joined[-1].text + part.text)
+        elif part.text or part.kind != "text":
+            joined.append(part)
+    return tuple(joined)
+
+
+def _role(entry: dict[str, Any]) -> str:
+    return repr(entry["role"]) if entry.get("role") is not None else f"no role in {sorted(entry)}"
+
+
+def _weight(row: Row, entry: dict[str, Any]) -> int:
+    given = first_of(entry, ("weight", "loss_weight", "train"))
+    weight = 1 if given is None else entry[given]
+    if not isinstance(weight, (bool, int, float)) or weight not in (0, 1):
+        raise UserError(f"{row.where}: expected a message's weight to be 0 or 1, found {weight!r}")
+    return int(weight)
+
+
+def _parts(row: Row, entry: dict[str, Any], role: str) -> tuple[Part, ...]:
+    content, calls = entry.get("content"), entry.get("tool_calls") or []
+    if role == "function_call":
+        return (_call(row, content),)
+    if entry.get("function_call") and not calls:  # what OpenAI called it before there could be several
+        calls = [entry["function_call"]]
+    if content is None and role == "assistant":
+        content = entry.get("refusal")
+    if content is None and not calls:
+        found = "null" if "content" in entry else sorted(entry)
+        raise UserError(f"{row.where}: expected a message with 'content', found {found}")
+    kind = RESULT if role == "tool" else "text"
+    if isinstance(content, list):
+        parts = [_part(row, part, role) for part in content]
+    elif isinstance(content, str):
+        parts = [Part(kind, _checked(row, content))] if content else []
+    elif content is None:
+        parts = []
+    else:
+        raise UserError(f"{row.where}: expected 'content' to be a string or a list of parts, found {kind_of(content)}")
+    if role == "tool":
+        parts = [Part(RESULT, "".join(part.text for part in parts))]
+    thoughts = first_of(entry, THOUGHTS) if role == "assistant" else None
+    if thoughts is not None and not any("</think>" in part.text for part in parts):
+        if not isinstance(entry[thoughts], str):
+            raise UserError(f"{row.where}: expected {thoughts!r} to be a string, found {kind_of(entry[thoughts])}")
+        # as the templates of Qwen and DeepSeek write it
+        if thought := _checked(row, entry[thoughts]).strip("\n"):
+            parts = [Part("text", f"<think>\n{thought}\n</think>\n\n"), *parts]
+    if calls and (role != "assistant" or not isinstance(calls, list)):
+        raise UserError(f"{row.where}: expected 'tool_calls' to be a list, in an assistant's message")
+    for call in calls:
+        made = _call(row, call.get("function", call) if isinstance(call, dict) else call)
+        parts += [Part("text", "\n"), made] if made.kind == FOREIGN and parts else [made]
+    return _joined(parts)
+
+
+def _part(row: Row, part: Any, role: str) -> Part:
+    kind = part.get("type") if isinstance(part, dict) else None
+    text = part.get("text", part.get("value")) if isinstance(part, dict) else part
+    if kind == "tool_call" and role == "assistant":
+        return _call(row, text)
+    if kind in (*TOOLS, RESULT) and role != "assistant":
+        raise UserError(
+            f"{row.where}: expected a part of type {kind!r} in an assistant's message only, found one in {role}'s"
+        )
+    if kind not in ("text", "input_text", "output_text", "reasoning", *TOOLS, RESULT) or not isinstance(text, str):
+        found = f"type {kind!r}" if isinstance(part, dict) else kind_of(part)
+        raise UserError(f"{row.where}: expected content of text, found {found}; leave the record out")
+    if kind == "reasoning":  # before the answer, and apart from it
+        return Part("text", _checked(row, text) + "\n\n")
+    return Part(kind if kind in (*TOOLS, RESULT) else "text", _checked(row, text))
+
+
+def _call(row: Row, call: Any) -> Part:
+    """A call {"name", "arguments"}: to a tool of ours with its only argument, else in JSON as a line of text."""
+    if isinstance(call, str):
+        try:
+            call = json.loads(call)
+        except ValueError:
+            raise UserError(f"{row.where}: expected a tool call in JSON, found {call[:40]!r}") from None
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        raise UserError(f"{row.where}: expected a tool call with 'name' and 'arguments', found {kind_of(call)}")
+    arguments = call.get("arguments", {})
+    tool = TOOL_OF_FUNCTION.get(call["name"])
+    if isinstance(arguments, str) and (tool is None or arguments.lstrip()[:1] == "{"):
+        try:
+            json.loads(arguments or "{}")
+        except ValueError:
+            raise UserError(
+                f"{row.where}: expected the arguments of {call['name']!r} in JSON, found {arguments[:40]!r}"
+            ) from None
+    if tool is None:
+        written = (arguments or "{}") if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        name = json.dumps(call["name"], ensure_ascii=False)
+        return Part(FOREIGN, _checked(row, f'{{"name": {name}, "arguments": {written}}}'))
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            return Part(tool, _checked(row, arguments))
+    if not arguments:
+        raise UserError(f"{row.where}: expected an argument of {call['name']!r}, found none")
+    if isinstance(arguments, dict) and len(arguments) == 1:
+        (arguments,) = arguments.values()
+    return Part(tool, _checked(row, arguments if isinstance(arguments, str) else json.dumps(arguments)))
+
+
+def _checked(row: Row, text: str) -> str:
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"{row.where}: a lone surrogate in the text, which is no character; mend or remove the record")
+    return text

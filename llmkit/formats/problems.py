@@ -1,0 +1,195 @@
+"""Problems to train on by trying: every format that `rl` accepts, turned into one.
+
+    {"prompt": "2 + 2?", "answer": "4"}                         prompt: also question, problem, query, context, input,
+                                                                sQuestion; or messages, ShareGPT's, too
+    {"instruction": "Add.", "input": "2 + 2", "output": "4"}    Alpaca's, asked as sft trains on it
+    {"question": "...", "answer": "2 + 2 = 4.\\n#### 4"}         GSM8K's: the answer stands after the last ####
+    {"problem": "...", "solution": "... \\\\boxed{4}"}            MATH's: the answer is what is boxed last
+    {"question": "...", "options": ["A)3", "B)4"], "correct": "B"}          a choice; the options follow the question
+    {"query": "...", "choices": ["3", "4"], "gold": 1}          the same, right by its place, from 0; also "answer"
+    {"sQuestion": "...", "lSolutions": [4.0]}                   word problems with their solutions
+    {"task_id", "prompt", "test", "entry_point"}                HumanEval's: code that is tested
+
+The answer is `answer`, solution, target, continuation, correct or lSolutions, the first that there is; `verifier`
+names how it is to be judged. All else passes through.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from llmkit.errors import UserError
+from llmkit.formats.conversations import Message, RecordPrompt, find_prompt, read_messages
+from llmkit.formats.questions import FRAME, answers_of
+from llmkit.io.progress import counted
+from llmkit.io.records import PROMPT_FIELDS, Row, fields_of, kind_of, not_used
+
+ANSWERS = ("answer", "solution", "target", "continuation", "correct", "lSolutions", "answerKey", "gold", "output")
+MARKER = "####"
+BRACES = re.compile(r"(?P<box>\\(?:f?boxed|fbox)\s*)(?:(?P<brace>\{)|(?P<bare>[^\s\\{}$.,]+))|\\.|[{}]", re.DOTALL)
+LABEL = re.compile(r"\s*\(?([A-Z])\s*[).:]\s*")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What is asked, and what a completion is judged by.
+
+    messages  what is asked; empty where the record has only a prompt of text
+    prompt    its text: of messages, that of the last
+    answer    in short: what GSM8K has after ####, what is boxed, the letter of a choice; None without one
+    verifier  the record's own choice
+    record    the whole record: ids, tests, options, schema, ...
+    where     its place in a file
+    losses    what of the record might be asked, and is not
+    """
+
+    messages: tuple[Message, ...]
+    prompt: str
+    answer: str | None
+    verifier: str | None
+    record: dict[str, Any]
+    where: str
+    losses: tuple[str, ...] = ()
+
+
+def read_problem(row: Row) -> Problem:
+    """The problem in a record of any format. Raises UserError that names the place and what was expected."""
+    value = row.value
+    asked = find_prompt(row)
+    if asked is None:
+        raise UserError(
+            f"{row.where}: expected field 'prompt', 'question' or 'messages' (a problem), found {fields_of(value)}"
+        )
+    verifier = value.get("verifier")
+    if not isinstance(verifier, (str, type(None))):
+        raise UserError(f"{row.where}: expected 'verifier' to be a name, found {kind_of(verifier)}")
+    lost: list[str] = []
+    messages, prompt = _messages_and_text(row, asked, lost)
+    losses = (*lost, *not_used(value, asked.used, PROMPT_FIELDS))
+    options = read_options(value, row.where)
+    if options:
+        if not messages and not all(text == letter for letter, text in options):  # else the question shows them
+            prompt = FRAME.sub("", prompt) + "\n" + "".join(f"\n{letter}) {text}" for letter, text in options)
+        return Problem(messages, prompt, _letter(row, options), verifier, value, row.where, losses)
+    return Problem(messages, prompt, _answer(row), verifier, value, row.where, losses)
+
+
+def read_options(record: dict[str, Any], where: str) -> tuple[tuple[str, str], ...]:
+    """The options of a multiple choice as (letter, text), none where the record is no choice.
+
+    >>> read_options({"options": ["A)3", "B)4"]}, "p.jsonl:1"), read_options({"choices": ["3"]}, "p.jsonl:2")
+    ((('A', '3'), ('B', '4')), (('A', '3'),))
+    """
+    value = record.get("options", record.get("choices"))
+    if value is None:
+        return ()
+    texts, labels = (value.get("text"), value.get("label")) if isinstance(value, dict) else (value, None)
+    if not isinstance(texts, list) or not texts or not all(isinstance(one, str) for one in texts):
+        raise UserError(f"{where}: expected the choices to be a list of texts, found {kind_of(value)}")
+    letters = [chr(ord("A") + place) for place in range(len(texts))]
+    if len(letters) > 26:
+        raise UserError(f"{where}: expected at most 26 choices, found {len(letters)}")
+    if labels not in (None, letters, [str(place) for place in range(1, len(texts) + 1)]):
+        raise UserError(f"{where}: expected the labels A, B, ... or 1, 2, ..., found {labels!r}")
+    found = [LABEL.match(text) for text in texts]
+    if all(one and one[1] == letter for one, letter in zip(found, letters, strict=True)):
+        texts = [text[one.end() :] for text, one in zip(texts, found, strict=True) if one]
+    return tuple(zip(letters, (text.strip() for text in texts), strict=True))
+
+
+def last_boxed(text: str) -> str | None:
+    """Return the content of the last closed \\boxed{...} of a text, inner braces included; None without one.
+
+    >>> last_boxed(r"so \\boxed{\\frac{1}{2}}"), last_boxed(r"\\boxed{1} or \\boxed 7"), last_boxed(r"\\boxed{1")
+    ('\\\\frac{1}{2}', '7', None)
+    """
+    last = 0
+    found = None
+    open_braces: list[int | None] = []  # where the content of a box begins; None for any other brace
+    for mark in BRACES.finditer(text):
+        if mark["box"] and mark["brace"]:
+            open_braces.append(mark.end())
+        elif mark["bare"]:
+            last, found = mark.start(), mark.span("bare")
+        elif mark[0] == "{":
+            open_braces.append(None)
+        elif mark[0] == "}" and open_braces and (start := open_braces.pop() or 0) > last:
+            last, found = start, (start, mark.start())
+    return text[found[0] : found[1]].strip() if found else None
+
+
+# ---- fields
+
+
+def _messages_and_text(row: Row, asked: RecordPrompt, lost: list[str]) -> tuple[tuple[Message, ...], str]:
+    """Return the prompt as messages, empty for plain text, and as text: of messages, the last one's."""
+    name, value = asked.name, row.value[asked.name]
+    if not isinstance(value, list):
+        text = asked.entries[-1]["content"]
+        if not text.strip():
+            raise UserError(f"{row.where}: expected {name!r} to be text, found nothing in it")
+        # code that is to be continued ends where its author ended it
+        text = text if name == "prompt" else text.strip()
+        if len(asked.entries) == 1:
+            return (), text
+        return read_messages(row, [*asked.entries[:-1], {"role": "user", "content": text}], lost), text
+    messages = read_messages(row, asked.entries, lost)
+    if messages[-1].role != "user":
+        raise UserError(f"{row.where}: expected {name!r} to end with the user's message, found {messages[-1].role}'s")
+    if not messages[-1].text.strip():
+        raise UserError(f"{row.where}: expected {name!r} to ask something, found an empty message")
+    return messages, messages[-1].text
+
+
+def _answer(row: Row) -> str | None:
+    field = next((name for name in ANSWERS if row.value.get(name) is not None), None)
+    if field is None:
+        return None
+    value = row.value[field]
+    if field == "lSolutions":
+        if not isinstance(value, list) or len(value) != 1:
+            raise UserError(f"{row.where}: expected 'lSolutions' to hold one solution, found {value!r}")
+        value = value[0]
+    text = _as_text(row, field, value)
+    if MARKER in text:
+        text = text.rpartition(MARKER)[2]
+    elif field == "solution" and (found := last_boxed(text)) is not None:
+        text = found
+    return text.strip()
+
+
+def _as_text(row: Row, field: str, value: Any) -> str:
+    """
+    >>> [_as_text(Row({}, "p.jsonl", 1), "answer", value) for value in (43.0, 7, 0.5, True, "a b")]
+    ['43', '7', '0.5', 'true', 'a b']
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):  # TriviaQA's
+        value = answers_of(value, field, row.where)[0]
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if not isinstance(value, (str, int, float)):
+        raise UserError(f"{row.where}: expected {field!r} to be text or a number, found {kind_of(value)}")
+    return str(value)
+
+
+def _letter(row: Row, options: tuple[tuple[str, str], ...]) -> str | None:
+    """The letter of the right choice, from a letter, a place counted from 0, or the text of an option."""
+    field = next((name for name in ANSWERS if row.value.get(name) is not None), None)
+    if field is None:
+        return None
+    value = row.value[field]
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(options):
+        return options[value][0]
+    if isinstance(value, str):
+        said = value.strip()
+        letters = [letter for letter, _ in options]
+        if field == "answerKey" and said.isdecimal() and 0 < int(said) <= len(options):  # ARC's, counted from 1
+            return letters[int(said) - 1]
+        found = [letter for letter, text in options if said in (letter, f"({letter})", f"{letter})", text)]
+        if len(found) == 1:
+            return found[0]
+    raise UserError(f"{row.where}: expected {field!r} to be one of {counted(len(options), 'choice')}, found {value!r}")

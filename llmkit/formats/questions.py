@@ -1,0 +1,208 @@
+"""Questions with answers: every format that `probe-knowledge` accepts, turned into one.
+
+    {"question": "When did it open?", "answer": "1889"}         also "answers"; a list holds answers equally right
+    {"question": ..., "answers": {"text": ["1889"]}, "context": "..."}      SQuAD's rows; the context is the passage
+    {"version": ..., "data": [{"paragraphs": [{"context", "qas"}]}]}        SQuAD 1.1 and 2, one JSON object a file
+    {"context": "Question: ...?\\nAnswer:", "answer": "1889", "aliases": ["the year 1889"]}    llm-foundry's; also
+                                                                "continuation", after a sentence to be completed
+
+A record may name its `passage` (or `context`), `passage_id` (or `id`) and `language`, an ISO 639-1 code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import IO, Any
+
+import orjson
+
+from llmkit.errors import UserError
+from llmkit.io.bad_records import BadRecords, good_records
+from llmkit.io.jsonl import BYTE_ORDER_MARK, array_rows, line_rows, name_of, names_of, open_input, whole_json
+from llmkit.io.records import Row, fields_of, first_of, kind_of, not_used
+
+EXPECTED = "'question' and 'answer', or 'context' and 'continuation'"
+ANSWER_FIELDS = ("answer", "answers", "continuation")
+# what a prompt for base models puts around its question
+FRAME = re.compile(r"\A\s*(?:question|q):[ \t]*|\s*\n\s*(?:answer|a):\s*\Z", re.IGNORECASE)
+ASKED_BY = re.compile(r"\b(how many|how much|how|who|whom|whose|what|when|where|which|why)\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question and the answers that are right, the first of them the one to teach.
+
+    passage, passage_id  what it was made from, and its name
+    kind                 of what is asked: "who", "when", "how many", ...; "cloze: year", ...; else "other"
+    language             ISO 639-1; empty where the record does not name it
+    where                its place in a file
+    losses               what of its record is not used
+    """
+
+    question: str
+    answers: tuple[str, ...]
+    passage: str = ""
+    passage_id: str = ""
+    kind: str = "other"
+    language: str = ""
+    where: str = ""
+    losses: tuple[str, ...] = ()
+
+
+def read_questions(
+    paths: Sequence[str], limit: int | None = None, bad: BadRecords | None = None
+) -> Iterator[Question | str]:
+    """The questions of files, `-` for stdin, at most `limit` of them in all; why there is none, for those left out.
+
+    Left out are SQuAD 2's questions that their passage does not answer. Bad records are skipped as `bad` has it;
+    without that, the first raises UserError that names file and record.
+    """
+    left = limit
+    for path in paths:
+        if left == 0:
+            return
+        with open_input(path) as handle:
+            for found in good_records(_rows_of(handle, name_of(path)), read_question, name_of(path), bad, left):
+                yield found
+                left = None if left is None else left - 1
+
+
+def all_questions(
+    paths: Sequence[str], limit: int | None = None, bad: BadRecords | None = None
+) -> tuple[list[Question], Counter[str]]:
+    """Read the questions of files, and count by reason those left out. Raises UserError where none is left."""
+    read = list(read_questions(paths, limit, bad))
+    questions = [one for one in read if not isinstance(one, str)]
+    if not questions:
+        raise UserError(f"{names_of(paths)}: expected questions, found none that has an answer")
+    return questions, Counter(one for one in read if isinstance(one, str))
+
+
+def kind_of_question(text: str) -> str:
+    """Classify an English question by its first question word; "other" without one.
+
+    >>> kind_of_question("In which year did it open?"), kind_of_question("Kde to je?")
+    ('which', 'other')
+    """
+    found = ASKED_BY.search(text)
+    return found[1].lower() if found else "other"
+
+
+# ---- files
+
+
+def _rows_of(handle: IO[bytes], name: str) -> Iterator[Row | UserError]:
+    first = handle.readline()
+    whole = _whole_value(first, handle, name)
+    if isinstance(whole, dict) and "data" in whole:
+        yield from _squad(whole, name)
+    elif isinstance(whole, list):
+        yield from array_rows(whole, name)
+    elif whole is not None:
+        yield Row(whole, name, 1)
+    else:
+        yield from line_rows(chain([first], handle), name)
+
+
+def _whole_value(first: bytes, handle: IO[bytes], name: str) -> Any:
+    """The one JSON value that a file is, SQuAD's object or an array; None for a file of JSONL."""
+    start = first.removeprefix(BYTE_ORDER_MARK).strip()
+    if start.startswith(b"[") or start in (b"{", b""):
+        start += b"\n" + handle.read()
+        if not start.strip():
+            return None
+    elif b'"data"' not in start:
+        return None
+    try:
+        value = whole_json(start)
+    except orjson.JSONDecodeError as error:
+        if start.count(b"\n"):
+            hint = "expected JSONL without blank lines before it, an array or SQuAD's JSON"
+            raise UserError(f"{name}:{error.lineno}: {hint}: {error.msg}; mend or replace the file") from None
+        return None  # the line itself is told of with its number
+    return value if isinstance(value, list) or "data" in value else None
+
+
+def _squad(value: dict[str, Any], name: str) -> Iterator[Row | UserError]:
+    """The questions of SQuAD's JSON, each named by article and paragraph: "xquad.en.json:2.1" and its id."""
+    for article_number, article in enumerate(_listed(value, "data", name), 1):
+        place = f"{name}:{article_number}"
+        title = str(article.get("title") or article_number)
+        for number, paragraph in enumerate(_listed(article, "paragraphs", place), 1):
+            here = f"{place}.{number}"
+            for one in _listed(paragraph, "qas", here):
+                asked = {key: one.get(key) for key in ("question", "answers")}
+                unanswered = one.get("is_impossible") or one.get("answers") == []
+                passage = {"passage": paragraph.get("context"), "passage_id": f"{title}/{number}"}
+                yield Row({**asked, **passage, "is_impossible": unanswered}, f"{here}, id {one.get('id')}", 0)
+
+
+def _listed(value: dict[str, Any], field: str, where: str) -> list[dict[str, Any]]:
+    found = value.get(field)
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise UserError(f"{where}: expected {field!r} to be a list of objects, as in SQuAD, found {_found(found)}")
+    return found
+
+
+# ---- records
+
+
+def read_question(row: Row) -> Question | str:
+    """The question in a record, or why there is none. Raises UserError that names the place and what was expected."""
+    value, where = row.value, row.where
+    field = first_of(value, ANSWER_FIELDS)
+    asked = first_of(value, ("question", "context"))
+    if asked is None or field is None:
+        raise UserError(f"{where}: expected {EXPECTED}, found {fields_of(value)}")
+    if value.get("is_impossible") or (isinstance(value[field], dict) and value[field].get("text") == []):
+        return "no answer in the passage"
+    text = _text(value[asked], asked, where)
+    if asked == "context":
+        text = _text(FRAME.sub("", text), asked, where)
+    aliases = value.get("aliases") or []
+    answers = answers_of(value[field], field, where) + (answers_of(aliases, "aliases", where) if aliases else ())
+    named = first_of(value, ("passage", "context") if asked == "question" else ("passage",))
+    passage = None if named is None else _text(value[named], named, where)
+    name = value.get("passage_id", value.get("id"))
+    language = value.get("language") or ""
+    if not isinstance(language, str):
+        raise UserError(f"{where}: expected 'language' to be a code such as \"en\", found {kind_of(language)}")
+    return Question(
+        text,
+        tuple(dict.fromkeys(answers)),
+        passage or "",
+        "" if name is None else str(name),
+        kind_of_question(text) if asked == "question" or text.endswith("?") else "completion",
+        language,
+        where,
+        not_used(value, ("context", asked, field)),
+    )
+
+
+def answers_of(value: Any, field: str, where: str) -> tuple[str, ...]:
+    """The answers of a field: text, a number, a list of them, SQuAD's {"text": ...} and lists of it, or TriviaQA's
+    {"value": ..., "aliases": [...]}. Raises UserError for others."""
+    if isinstance(value, dict) and "text" in value:
+        value = value["text"]
+    elif isinstance(value, dict) and (name := first_of(value, ("value", "Value"))) is not None:
+        value = [value[name], *(value.get("aliases") or value.get("Aliases") or [])]
+    held = value if isinstance(value, list) else [value]
+    if not held:
+        raise UserError(f"{where}: expected an answer in {field!r}, found an empty list")
+    texts = [one.get("text") if isinstance(one, dict) else one for one in held]
+    numbers = [str(one) if isinstance(one, (int, float)) and not isinstance(one, bool) else one for one in texts]
+    return tuple(dict.fromkeys(_text(one, field, where) for one in numbers))
+
+
+def _text(value: Any, field: str, where: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}: expected {field!r} to be text, found {_found(value)}")
+    return value.strip()
+
+
+def _found(value: Any) -> str:
+    return "nothing in it" if isinstance(value, str) else "none" if value is None else kind_of(value)

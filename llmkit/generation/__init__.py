@@ -1,0 +1,1 @@
+"""Completions of prompts, by our decoder or by a server."""

@@ -1,0 +1,335 @@
+"""A conversation with a model, turn by turn: what `llmkit sample --chat` is made of.
+
+    chat = Chat(generator, opened.chat, context=2048, system="Be brief.", tools=tools)
+    chat.ask("Who are you?", write=print)
+
+It knows no terminal: messages and commands come as lines (generation/terminal.py reads them where somebody types),
+answers go to one function and all else that is said to another. Of a conversation that outgrows the context the oldest
+turns are no longer shown to the model, never the system message, and that is said; `/save` writes them all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmkit.errors import UserError
+from llmkit.formats.conversations import RESULT, Message, Part, as_record, message
+from llmkit.generation.generator import Completion, Generator, Request
+from llmkit.generation.served_sampler import ServedSampler
+from llmkit.generation.tool_calls import ToolUse, tools_flag
+from llmkit.io.files import atomic_file
+from llmkit.io.progress import counted
+from llmkit.tokenizer.chat import ChatFormat
+
+LEAST_ANSWER = 32  # tokens of the context that stay free for an answer
+SHOWN = 400  # characters of a call or of its result
+Say = Callable[[str], object]
+HELP = """\
+commands:
+  /retry          take the last answer back, and have another one
+  /edit [TEXT]    take the last message and its answer back, and send TEXT;
+                  without TEXT, on a terminal, change the message first
+  /system [TEXT]  begin again with the system message TEXT, or without one
+  /reset          begin again, with the system message that there is
+  /save FILE      append the whole conversation to a JSONL file, for sft;
+                  again, put it in the place of what it was when last saved
+  /tokens         how much of the context the conversation fills
+  /help           this list
+  /quit           end, as Ctrl-D does
+A line that ends in \\ goes on in the next one. On a terminal Alt-Enter begins a
+new line, what is pasted is one message, and Ctrl-C stops an answer. A space
+before / sends a command as a message."""
+COMMANDS = tuple(re.findall(r"^  (/[a-z]+)", HELP, re.MULTILINE))
+
+
+class Chat:
+    """One conversation.
+
+    chat        how turns become tokens; None where a server has them become tokens
+    context     tokens that the model can take; None where only the server knows, which then refuses
+    max_tokens  of an answer; None goes on until the model stops or the context is full
+    seed        of the random numbers; each turn draws its own, and each try at it
+    tools       those of the generator
+    greedy      whether each token is the likeliest, so that another try gives the same
+    """
+
+    def __init__(
+        self,
+        generator: Generator | ServedSampler,
+        chat: ChatFormat | None,
+        *,
+        context: int | None,
+        system: str | None = None,
+        max_tokens: int | None = None,
+        seed: int = 0,
+        tools: ToolUse | None = None,
+        greedy: bool = False,
+    ) -> None:
+        self._greedy = greedy
+        self._generator, self._chat, self._context, self._tools = generator, chat, context, tools
+        self.max_tokens, self.seed = max_tokens, seed
+        self.turns: list[Message] = []
+        self.reset(system)
+
+    def reset(self, system: str | None = None) -> None:
+        """Begin again, with a system message or without one."""
+        self.turns = [] if system is None else [message("system", system)]
+        self._first = len(self.turns)  # of the turns that the model is shown behind the system message
+        self.asked: str | None = None  # the last message, answered or not
+        self._answered = False
+        self._tries = 0  # at it
+        self._saved: dict[str, bytes] = {}  # by file, the line that /save has written there
+
+    @property
+    def system(self) -> str | None:
+        """The system message, if there is one."""
+        return self.turns[0].text if self.turns and self.turns[0].role == "system" else None
+
+    def ask(self, text: str, write: Say, say: Say = lambda line: None) -> str:
+        """Say something, pass the answer to `write` as it comes, and return it; `say` gets calls of tools, their
+        results, and why an answer ended otherwise than by the model's word.
+
+        An interrupted answer stays in the conversation as far as it came, and so does the interrupt. Raises UserError
+        for a message that alone is longer than the context.
+        """
+        self._tries = 0
+        return self._ask(text, write, say)
+
+    def retry(self, write: Say, say: Say) -> str:
+        """Ask the last message again, with other random numbers. Raises UserError where there is none."""
+        if self._greedy and self._answered:
+            say("at --temperature 0 the answer is always the same; a higher one gives others")
+        text, tries = self.take_back(), self._tries + 1
+        self._tries = tries
+        return self._ask(text, write, say)
+
+    def take_back(self) -> str:
+        """Take the last message and its answer out of the conversation. Raises UserError where there is none."""
+        if self.asked is None:
+            raise UserError("nothing was asked yet")
+        last = max((place for place, turn in enumerate(self.turns) if turn.role == "user"), default=0)
+        if self._answered:
+            del self.turns[last:]
+            self._answered = False
+        return self.asked
+
+    def _ask(self, text: str, write: Say, say: Say) -> str:
+        self.asked = text
+        self.turns.append(message("user", text))
+        parts: list[Part] = []
+
+        def take(request: int, sample: int, piece: str) -> None:
+            if parts and parts[-1].kind == "text":
+                parts[-1] = Part("text", parts[-1].text + piece)
+            else:
+                parts.append(Part("text", piece))
+            write(piece)
+
+        def call(request: int, sample: int, one: Mapping[str, Any], seen: str | None) -> None:
+            if seen is None:
+                say(f"calls {one['tool']}: {_shortened(one['input'])}")
+            else:
+                parts.extend((Part(one["tool"], one["input"]), Part(RESULT, seen)))
+                say(f"{one['tool']} {'fails' if one.get('failed') else 'answers'}: {_shortened(one['result'])}")
+
+        self._generator.on_text = take
+        if isinstance(self._generator, Generator):
+            self._generator.on_call = call
+        number = sum(turn.role == "user" for turn in self.turns)
+        try:
+            prompt = self._prompt(say)
+            request = Request(prompt, max_tokens=self.max_tokens, seed=self.seed + self._tries, number=number)
+            ((made,),) = self._generator.complete([request])
+            if reason := self._reason(made, bool(parts)):
+                say(reason)
+        finally:
+            self._answered = bool(parts)
+            if parts:
+                self.turns.append(Message("assistant", tuple(parts)))
+            else:
+                self.turns.pop()
+        return self.turns[-1].text if parts else ""
+
+    def _reason(self, made: Completion, answered: bool) -> str | None:
+        """Why an answer ended, where the model did not end it, or said nothing."""
+        if made.finish_reason == "no_tool" and self._tools is not None:
+            tool, text = self._tools.last_call(made.token_ids)
+            return f"calls {tool}, which it was not given: {_shortened(text)}; start it with {tools_flag(tool)}"
+        if made.finish_reason == "tool_limit" and self._tools is not None:
+            return f"stopped at its call {self._tools.max_calls + 1} of a tool; --max-tool-calls allows more"
+        if made.finish_reason == "length":
+            if self.max_tokens is not None and sum(made.sampled) >= self.max_tokens:
+                return f"cut after {counted(self.max_tokens, 'token')}; --max-tokens allows more"
+            if self._context is None:
+                return f"cut by --max-tokens {self.max_tokens}, or by a limit of the server"
+            return f"cut: {self._context} tokens of context"
+        if made.finish_reason != "stop":
+            return f"ended by {made.finish_reason or 'the server, for no reason given'}"
+        return None if answered else "no answer, so the message is taken back; /retry asks it again"
+
+    def _shown(self, first: int) -> list[Message]:
+        return [*self.turns[: self.system is not None], *self.turns[first:]]
+
+    def _prompt(self, say: Say) -> Sequence[Any]:
+        """The ids of the conversation so far, less its oldest turns where they do not fit."""
+        if self._chat is None:
+            return as_record(self.turns)
+        first = self._first
+        while True:
+            ids = self._chat.encode(self._shown(first), prompt=True).token_ids.tolist()
+            if self._context is None or len(ids) + LEAST_ANSWER <= self._context:
+                break
+            following = (i for i in range(first + 1, len(self.turns)) if self.turns[i].role == "user")
+            cut = next(following, None)
+            if cut is None:
+                if len(ids) < self._context:
+                    break
+                raise UserError(
+                    f"the message is {counted(len(ids), 'token')} long and the model's context is {self._context}"
+                )
+            first = cut
+        if left := first - self._first:
+            longer = f"the conversation is longer than the context of {self._context} tokens"
+            say(f"{longer}: the model no longer sees its oldest {counted(left, 'message')}")
+        self._first = first
+        return ids
+
+    def tokens(self) -> str:
+        """Describe the length of the conversation in one line."""
+        if self._chat is None:
+            return f"{counted(len(self.turns), 'message')}; a server makes the tokens, and says no number of them"
+        shown = self._shown(self._first)
+        count = len(self._chat.encode(shown)) if shown else 0
+        older = len(self.turns) - len(shown)
+        left = f"; {counted(older, 'older message')} not shown to the model" if older else ""
+        context = "" if self._context is None else f" of {self._context}"
+        return f"{count}{context} tokens in {counted(len(shown), 'message')}{left}"
+
+    def save(self, path: str) -> None:
+        """Append the conversation to a JSONL file, as a record for sft, or put it in the place of the record that it
+        was when last saved there. Raises UserError, or OSError."""
+        if not any(turn.role == "assistant" for turn in self.turns):
+            raise UserError("nothing was said yet")
+        if path.endswith((".gz", ".zst")):
+            raise UserError("expected a name of plain JSONL, without .gz or .zst")
+        text = json.dumps({"messages": as_record(self.turns)}, ensure_ascii=False) + "\n"
+        line = text.encode("utf-8", "replace")
+        folder = os.path.dirname(path)
+        if folder and not os.path.isdir(folder):
+            raise UserError(f"expected a folder {folder}, found none; make it, or choose another name")
+        former = Path(path).read_bytes() if os.path.exists(path) else b""
+        if former.strip() and not _is_of_conversations(former):
+            raise UserError("expected a JSONL file of conversations, or none; choose another name")
+        if former and not former.endswith(b"\n"):
+            former += b"\n"
+        lines, place = former.splitlines(keepends=True), os.path.realpath(path)
+        if (saved := self._saved.get(place)) in lines:
+            lines.remove(saved)
+        with atomic_file(path) as handle:
+            handle.write(b"".join([*lines, line]))
+        self._saved[place] = line
+
+
+def _is_of_conversations(content: bytes) -> bool:
+    """Whether the first line of a file is a record with `messages`."""
+    try:
+        first = json.loads(content.lstrip().split(b"\n", 1)[0])
+    except ValueError:
+        return False
+    return isinstance(first, dict) and "messages" in first
+
+
+def _shortened(text: Any) -> str:
+    """A call or a result as one line."""
+    line = " | ".join(str(text).splitlines())
+    return line if len(line) <= SHOWN else f"{line[:SHOWN]} ..."
+
+
+def talk(
+    chat: Chat,
+    lines: Iterator[str],
+    write: Say,
+    say: Say,
+    edit: Callable[[str], str | None] | None = None,
+) -> None:
+    """Hold a conversation: messages and commands in `lines`, answers to `write`, all else to `say`.
+
+    edit: lets somebody change a text, and returns None where it is given up; None where nobody types
+    """
+
+    def answer(ask: Callable[[], object]) -> None:
+        try:
+            ask()
+        except KeyboardInterrupt:
+            say("stopped")
+        except UserError as error:
+            say(f"error: {error}")
+        write("\n")
+
+    for line in lines:
+        text = line
+        while text.endswith("\\"):
+            text = text[:-1] + "\n" + next(lines, "")
+        if not text.strip():
+            continue
+        command, _, rest = text.partition(" ")
+        rest = rest.strip()
+        command = command.lower() if re.fullmatch(r"/[A-Za-z]*", command) else command
+        if not re.fullmatch(r"/[a-z]*\s*", command):  # a path begins with a slash, too
+            answer(lambda text=text: chat.ask(text, write, say))
+        elif command in ("/quit", "/exit"):
+            return
+        elif command == "/retry":
+            answer(lambda: chat.retry(write, say))
+        elif command == "/edit":
+            if (changed := _edited(chat, rest, edit, say)) is not None:
+                answer(lambda text=changed: chat.ask(text, write, say))
+        else:
+            _obey(chat, command, rest, say)
+
+
+def _edited(chat: Chat, text: str, edit: Callable[[str], str | None] | None, say: Say) -> str | None:
+    """Take the last message back and return its replacement; None without one."""
+    try:
+        if chat.asked is None:
+            raise UserError("nothing was asked yet")
+        if not text and edit is None:
+            raise UserError("/edit TEXT: expected the message to send in place of the last one")
+        changed = text or (edit(chat.asked) if edit is not None else None)
+        if changed is None or not changed.strip():
+            return None
+        chat.take_back()
+        return changed
+    except UserError as error:
+        say(f"error: {error}")
+        return None
+
+
+def _obey(chat: Chat, command: str, rest: str, say: Say) -> None:
+    """Carry out a command that asks the model nothing."""
+    if command == "/reset":
+        chat.reset(chat.system)
+        say("a new conversation")
+    elif command == "/system":
+        chat.reset(rest or None)
+        say("a new conversation, " + ("with that system message" if rest else "without a system message"))
+    elif command == "/tokens":
+        say(chat.tokens())
+    elif command == "/help":
+        say(HELP)
+    elif command == "/save":
+        path = os.path.expanduser(rest)
+        try:
+            if not path:
+                raise UserError("expected the name of a file behind it, such as /save chats.jsonl")
+            chat.save(path)
+            say(f"saved in {path}")
+        except (OSError, UserError) as error:
+            say(f"error: /save{' ' * bool(rest)}{rest}: {getattr(error, 'strerror', None) or error}")
+    else:
+        say(f"error: there is no command {command}; /help lists them, and a space before it sends it as a message")

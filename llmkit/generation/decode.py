@@ -1,0 +1,334 @@
+"""One new token for many sequences at a time: the model's decode step over a pool of slots.
+
+A slot holds the keys and values of one sequence. Sequences are at positions of their own; the first `n` slots are in
+use, so that a step computes no idle row. `prefill` runs a prompt through the model once, and `load` copies what it
+left into as many slots as there are samples.
+
+The mathematics is the model's own (a test compares the two) with fewer, larger operations and weights packed as
+`model/narrow_weights.py` and `kernels/packed.py` have it, for prompts and for steps: the model itself may go. In
+float32 on a CPU, and with int8 weights, a row's logits are the same bits whatever rows stand beside it:
+
+- packed products give a row the same bits among any number of rows but one (kernels/packed.py), so a single row gets
+  an idle neighbour; where weights cannot be packed, rows are filled up to a multiple of 8, as MKL wants it;
+- attention is a batched product over (row, head), not torch's flash kernel: that one has a scratch buffer per
+  thread, whose alignment changes MKL's last bit, so that a row depends on the thread it falls to (2 threads,
+  4 heads of 64: rows 0 and 16 of equal content differ by an ulp);
+- the positions that are looked at are rounded up and masked: sums over exact zeros at the end change nothing, as
+  long as the steps of summation stay the same. Values are therefore summed in blocks of 256 positions.
+
+On a GPU a step is recorded when it is first needed, and replayed as one launch (generation/step_graphs.py).
+
+L layers, R slots, B rows in use, H query heads, K key-value heads, G = H / K, S positions, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmkit.generation.step_graphs import CudaGraph, Record, StepGraphs, rounded_rows, rounded_seen
+from llmkit.kernels import attention_decode, backend, scaled_dot_product_attention
+from llmkit.kernels.packed import can_pack, packed_linear
+from llmkit.model.narrow_weights import Weights, narrow_linear
+from llmkit.model.rope import RotaryTable
+from llmkit.model.transformer import Transformer
+
+_Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, queries, keys, values of the new tokens)
+BLOCK = 256  # positions whose values are summed at once
+PACKED_ROWS, MKL_ROWS = 2, 8  # the fewest rows, or their multiple, at which a row's bits do not depend on the number
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What T tokens left behind: keys and values (L, K, T, D) and the logits of the token that follows.
+
+    The logits are (1, V), or (0, V) where nobody has computed them.
+    """
+
+    keys_LKTD: Tensor
+    values_LKTD: Tensor
+    logits_1V: Tensor
+
+    def __len__(self) -> int:
+        return self.keys_LKTD.shape[2]
+
+
+class _Layer:
+    """One layer's weights, as the decoder wants them."""
+
+    def __init__(self, layer, weights: Weights) -> None:
+        config = layer.config
+        out, down = layer.out.detach(), layer.down.detach()
+        if layer.residual_scale is not None:
+            out, down = out * layer.residual_scale[0], down * layer.residual_scale[1]
+        self.input_norm, self.mlp_norm, self.window = layer.input_norm, layer.mlp_norm, layer.window
+        self.qkv = _product(layer.qkv, layer.qkv_bias, weights)
+        self.out = _product(out, layer.out_bias, weights)
+        self.gate_up, self.down = _product(layer.gate_up, None, weights), _product(down, None, weights)
+        self.head_gains: Tensor | None = None  # (H + K, D)
+        if layer.q_norm is not None:
+            heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+            self.head_gains = torch.cat([layer.q_norm.expand(heads, -1), layer.k_norm.expand(kv_heads, -1)])
+
+
+def _product(weight: Tensor, bias: Tensor | None, weights: Weights) -> Callable[[Tensor], Tensor]:
+    narrow = None if weights == "dense" else narrow_linear(weight, bias, weights)
+    return narrow or packed_linear(weight, bias)
+
+
+class Decoder:
+    """The slots of one model.
+
+    `slots` sequences at most; `weights` says how matrices are held, and what is not "dense" wants a float32 model on
+    a CPU. The weights are copied where they are packed: build a new decoder when the model has been trained on.
+    `record` records steps, None never: "auto" is CUDA's graphs where attention is fused.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: Transformer,
+        slots: int,
+        weights: Weights = "dense",
+        record: Record | Literal["auto"] | None = "auto",
+    ) -> None:
+        self.config, self._embedding, self._final_norm = model.config, model.embed_tokens.detach(), model.norm
+        self.device, self.dtype, self._weights = self._embedding.device, self._embedding.dtype, weights
+        self._layers = [_Layer(layer, weights) for layer in model.layers]
+        self._head = _product(model.head_weight, None, weights)
+        self._rotary = RotaryTable(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
+        self._scale = self.config.attention_scale
+        self._eps = torch.tensor(self.config.rms_norm_eps, device=self.device)
+        self._fused = backend(self.device.type) != "torch"
+        self._slots = self._rows(slots)
+        if record == "auto":
+            record = CudaGraph if self._fused and self.device.type == "cuda" else None
+        self._graphs = None if record is None else StepGraphs(record, self._slots, self.device)
+        shape = self.config.num_hidden_layers, self._slots, self.config.num_key_value_heads, 0, self.config.head_dim
+        self._keys = torch.empty(shape, dtype=self.dtype, device=self.device)
+        self._values = torch.empty_like(self._keys)
+        self._viewed: tuple[int, int] | None = None
+        matrices = [matrix for layer in model.layers for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+        width = {"dense": self.dtype.itemsize, "half": 2, "int8": 1}[weights]
+        self.weight_bytes = width * sum(matrix.numel() for matrix in (*matrices, model.head_weight))
+        self._position_bytes = 2 * shape[0] * shape[2] * shape[4] * self.dtype.itemsize
+        self.bytes_read, self.seconds = 0, 0.0  # in all steps: of weights, keys and values; on a CPU
+
+    def _rows(self, used: int) -> int:
+        """The rows to compute for `used` slots: some more in float32 on a CPU, so that no row sees the number."""
+        if self.dtype != torch.float32 or self.device.type != "cpu" or self._weights != "dense":
+            return used
+        if can_pack(self.dtype, self.device.type):
+            return max(used, PACKED_ROWS)
+        return -(-used // MKL_ROWS) * MKL_ROWS
+
+    def prefill(self, token_ids: list[int]) -> Prefix:
+        """Run a prompt through the model by itself: what it leaves depends on nothing else."""
+        return self.extend(self._nothing(), token_ids)
+
+    def extend(self, prefix: Prefix, token_ids: list[int]) -> Prefix:
+        """Run more tokens through the model, by themselves again."""
+        hidden_TC, keys, values = self._run(prefix, token_ids)
+        return Prefix(keys, values, self._head(hidden_TC[-1:]))
+
+    def logits(self, token_ids: list[int]) -> Tensor:
+        """The logits (T, V) behind each of T tokens."""
+        return self._head(self._run(self._nothing(), token_ids)[0])
+
+    def _nothing(self) -> Prefix:
+        shape = self.config.num_hidden_layers, self.config.num_key_value_heads, 0, self.config.head_dim
+        empty = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return Prefix(empty, empty, empty)
+
+    @torch.no_grad()
+    def _run(self, prefix: Prefix, token_ids: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """The hidden states (T, hidden) of tokens behind a prefix, and the keys and values of both."""
+        held, new, config = len(prefix), len(token_ids), self.config
+        shape = config.num_hidden_layers, config.num_key_value_heads, held + new, config.head_dim
+        keys, values = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        keys[:, :, :held], values[:, :, :held] = prefix.keys_LKTD, prefix.values_LKTD
+        length_1 = torch.tensor([held + new], device=self.device)
+        gqa = config.num_attention_heads != config.num_key_value_heads
+
+        def attend(i: int, query_TJD: Tensor, key_TKD: Tensor, value_TKD: Tensor) -> Tensor:
+            keys[i, :, held:], values[i, :, held:] = key_TKD.transpose(0, 1), value_TKD.transpose(0, 1)
+            query_1HTD = query_TJD.transpose(0, 1).unsqueeze(0)
+            seen, details = (
+                (keys[i : i + 1], values[i : i + 1]),
+                {"scale": self._scale, "window": self._layers[i].window},
+            )
+            if held:
+                out_1HTD = attention_decode(query_1HTD, *seen, length_1, **details)
+            else:
+                out_1HTD = scaled_dot_product_attention(query_1HTD, *seen, is_causal=True, enable_gqa=gqa, **details)
+            return out_1HTD[0].transpose(0, 1)
+
+        turns = torch.view_as_complex(self._rotary(held + new, self.device))
+        hidden_TC = self._forward(torch.tensor(token_ids, device=self.device), turns[held:].unsqueeze(1), attend)
+        return hidden_TC, keys, values
+
+    def hold(self, slot: int, length: int) -> Prefix:
+        """A copy of the first `length` positions of a slot, to go on from later."""
+        keys, values = (held[:, slot, :, :length].clone() for held in (self._keys, self._values))
+        return Prefix(keys, values, keys.new_empty((0, self.config.vocab_size)))
+
+    @torch.no_grad()
+    def load(self, slot: int, prefix: Prefix) -> None:
+        """Let a slot begin where a prompt ended."""
+        self._reserve(len(prefix))
+        self._keys[:, slot, :, : len(prefix)] = prefix.keys_LKTD
+        self._values[:, slot, :, : len(prefix)] = prefix.values_LKTD
+
+    @torch.no_grad()
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of one slot into another."""
+        for held in (self._keys, self._values):
+            held[:, target, :, :length] = held[:, source, :, :length]
+
+    def _reserve(self, positions: int) -> None:
+        held = self._keys.shape[3]
+        if positions <= held:
+            return
+        grown = self._reach(max(positions, held + held // 2))
+        for name in ("_keys", "_values"):
+            old = getattr(self, name)
+            # zeros: an unwritten position is masked, but zero times NaN would be NaN
+            new = old.new_zeros((*old.shape[:3], grown, old.shape[4]))
+            new[:, :, :, :held] = old
+            setattr(self, name, new)
+        kv_heads = self.config.num_key_value_heads
+        self._all_first_RK = torch.arange(self._slots * kv_heads, device=self.device).view(-1, kv_heads) * grown
+        self._turns = torch.view_as_complex(self._rotary(grown, self.device))
+        self._viewed = None
+        if self._graphs is not None:
+            self._graphs.forget()
+
+    def _reach(self, positions: int) -> int:
+        """The positions that a step looks at so as to see so many."""
+        if self._graphs is None:
+            return _rounded(positions)
+        return rounded_seen(positions, _rounded(self.config.max_position_embeddings))
+
+    @torch.no_grad()
+    def step(self, tokens: list[int], positions: list[int]) -> Tensor:
+        """Feed slot i the token `tokens[i]`, which stands at `positions[i]`; the logits (B, V) of what follows."""
+        started, used, seen = time.perf_counter(), len(tokens), self._reach(max(positions) + 1)
+        self._reserve(seen)
+        rows = self._rows(used if self._graphs is None else min(rounded_rows(used), self._slots))
+        filler = [0] * (rows - used)
+        fed = [tokens + filler, positions + filler]
+        if self._graphs is None:
+            logits_BV = self._advance(rows, seen, *torch.tensor(fed, device=self.device))
+        else:
+            logits_BV = self._graphs.run(rows, seen, fed, partial(self._advance, rows, seen))
+        self.bytes_read += self.weight_bytes + rows * seen * self._position_bytes
+        self.seconds += time.perf_counter() - started
+        return logits_BV[:used]
+
+    def _advance(self, rows: int, seen: int, token_B: Tensor, position_B: Tensor) -> Tensor:
+        """The step itself, which may be recorded: but for `rows` and `seen` it knows no number of the host's."""
+        self._view(rows, seen)
+        kv_heads, size = self.config.num_key_value_heads, self.config.head_dim
+        write_at = (position_B.unsqueeze(1) + self._first_RK).view(-1)
+        windows = set() if self._fused else {layer.window for layer in self._layers}
+        masks = {window: self._mask(position_B, seen, window) for window in windows}
+        length_B = position_B + 1 if self._fused else position_B
+
+        def attend(i: int, query_BHD: Tensor, key_BKD: Tensor, value_BKD: Tensor) -> Tensor:
+            keys, values, seen_keys, seen_values = self._views[i]
+            keys.index_copy_(0, write_at, key_BKD.reshape(-1, size))
+            values.index_copy_(0, write_at, value_BKD.reshape(-1, size))
+            window = self._layers[i].window
+            if self._fused:
+                seen_cache = seen_keys, seen_values, length_B
+                return attention_decode(query_BHD.unsqueeze(2), *seen_cache, scale=self._scale, window=window)
+            query_XGD = query_BHD.reshape(rows * kv_heads, -1, size)
+            scores_XGS = torch.baddbmm(masks[window], query_XGD, seen_keys, alpha=self._scale)
+            return _weighted_sum(torch.softmax(scores_XGS, -1), seen_values)
+
+        return self._head(self._forward(token_B, self._turns[position_B].unsqueeze(1), attend))
+
+    def _forward(self, token_N: Tensor, turn_N1D: Tensor, attend: _Attend) -> Tensor:
+        """The hidden states (N, hidden) of N tokens, turned by `turn_N1D`, who see what `attend` lets them see."""
+        config, heads = self.config, self.config.num_attention_heads
+        rotated, rows, size = heads + config.num_key_value_heads, len(token_N), config.head_dim
+        x_NC = F.embedding(token_N, self._embedding)
+        if config.normalize_embedding:
+            x_NC = self._norm(x_NC, None)
+        for i, layer in enumerate(self._layers):
+            qkv_NJD = layer.qkv(self._norm(x_NC, layer.input_norm)).view(rows, -1, size)
+            qk_NJD = qkv_NJD[:, :rotated]
+            if config.qk_norm:
+                qk_NJD = self._norm(qk_NJD, None)
+                if layer.head_gains is not None:
+                    qk_NJD = qk_NJD * layer.head_gains
+            qk_NJD = qk_NJD.float().contiguous()
+            torch.view_as_complex(qk_NJD.view(rows, rotated, -1, 2)).mul_(turn_N1D)
+            qk_NJD = qk_NJD.to(self.dtype)
+            attended = attend(i, qk_NJD[:, :heads], qk_NJD[:, heads:], qkv_NJD[:, rotated:])
+            x_NC = x_NC.add_(layer.out(attended.reshape(rows, -1)))
+            gate, up = layer.gate_up(self._norm(x_NC, layer.mlp_norm)).chunk(2, -1)
+            x_NC = x_NC.add_(layer.down(F.silu(gate).mul_(up)))
+        return self._norm(x_NC, self._final_norm)
+
+    def _norm(self, x_NC: Tensor, gain: Tensor | None) -> Tensor:
+        """RMSNorm. On a CPU torch's own is 8 operations, 13 us for a row of 384; these are 5, and 9 us."""
+        if self.device.type != "cpu":
+            return F.rms_norm(x_NC, x_NC.shape[-1:], gain, self.config.rms_norm_eps)
+        length_N1 = torch.linalg.vector_norm(x_NC, 2, -1, keepdim=True, dtype=torch.float32)
+        y_NC = x_NC * torch.addcmul(self._eps, length_N1, length_N1, value=1 / x_NC.shape[-1]).rsqrt_()
+        y_NC = y_NC.to(self.dtype)
+        return y_NC if gain is None else y_NC.mul_(gain)
+
+    def _mask(self, position_B: Tensor, seen: int, window: int | None) -> Tensor:
+        """What is added to the scores: (B * K, 1, S), minus infinity where a key is not to be seen."""
+        key_S, last_B1 = torch.arange(seen, device=self.device), position_B.unsqueeze(1)
+        hidden_BS = key_S > last_B1
+        if window is not None:
+            hidden_BS |= key_S <= last_B1 - window
+        mask_BS = torch.zeros(hidden_BS.shape, dtype=self.dtype, device=self.device)
+        mask_BS.masked_fill_(hidden_BS, float("-inf"))
+        return mask_BS.repeat_interleave(self.config.num_key_value_heads, 0).unsqueeze(1)
+
+    def _view(self, rows: int, seen: int) -> None:
+        """Views of the slots in use, kept from step to step: making them costs as much as computing with them."""
+        if self._viewed == (rows, seen):
+            return
+        kv_heads, held, size = self._keys.shape[2:]
+        step = BLOCK if self.dtype == torch.float32 else seen
+        self._views = []  # (keys, values) of all slots, flat, and what a step looks at of them
+        for keys_RKSD, values_RKSD in zip(self._keys, self._values, strict=True):
+            flat = keys_RKSD.view(-1, size), values_RKSD.view(-1, size)
+            if self._fused:  # its splits are as many as `seen` has, whatever is held
+                self._views.append((*flat, keys_RKSD[:rows, :, :seen], values_RKSD[:rows, :, :seen]))
+                continue
+            used = [x[:rows].view(rows * kv_heads, held, size) for x in (keys_RKSD, values_RKSD)]
+            blocks = [used[1][:, at : min(at + step, seen)] for at in range(0, seen, step)]
+            self._views.append((*flat, used[0][:, :seen].mT, blocks))
+        self._first_RK = self._all_first_RK[:rows]
+        self._viewed = (rows, seen)
+
+
+def _weighted_sum(weights_XGS: Tensor, value_blocks: list[Tensor]) -> Tensor:
+    """The values by their weights, block after block: (X, G, D)."""
+    if len(value_blocks) == 1:
+        return torch.bmm(weights_XGS, value_blocks[0])
+    parts = weights_XGS.split(value_blocks[0].shape[1], -1)
+    total = torch.bmm(parts[0], value_blocks[0])
+    for part, block in zip(parts[1:], value_blocks[1:], strict=True):
+        total.baddbmm_(part, block)
+    return total
+
+
+def _rounded(positions: int) -> int:
+    """The positions that a step looks at: 64, 128, 256, and then whole blocks."""
+    if positions <= BLOCK:
+        return max(64, 1 << (positions - 1).bit_length())
+    return -(-positions // BLOCK) * BLOCK

@@ -1,0 +1,250 @@
+"""From the records of a run to requests, and from completions to records; a killed run's records are taken over.
+
+A request's number comes from its tokens, not from its place: other records do not change its text. What makes a
+record again is its prompt or messages and its seed; by these a resumed run finds what has been made already.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from llmkit.errors import Interrupted, UserError, naming
+from llmkit.formats.conversations import Message, find_prompt, read_messages
+from llmkit.generation.generator import Completion, Request
+from llmkit.generation.next_token import request_number, seed_of_repeat
+from llmkit.io.bad_records import BadRecords
+from llmkit.io.files import PARTIAL, create, cut_torn_line, read_json, remove, replace_file, write_json
+from llmkit.io.jsonl import dump_json, json_row, open_bytes
+from llmkit.io.progress import counted, say
+from llmkit.io.records import CHOICES, PROMPT_FIELDS, PROMPT_FIRST, SAMPLING, Row, fields_of, not_used, with_made
+from llmkit.io.run_folder import check_identity
+
+ASKED = (*PROMPT_FIELDS, "seed")  # what a record that is kept has in common with its input
+
+
+class Prompts:
+    """The requests of a run, made as they are asked for; `take` gives back the record that one came from.
+
+    rows        with `prompt` or `messages`; their own `seed` is used where `own_seeds` says so
+    encode      what a prompt's text becomes, and what a conversation becomes
+    samples, max_tokens, seed  of each request
+    context     of the model, where it is known: what is longer is a bad record
+    bad         skips bad records; without it, the first raises UserError
+    """
+
+    def __init__(
+        self,
+        rows: Iterable[Row],
+        encode: Callable[[str], Sequence[Any]],
+        encode_messages: Callable[[Sequence[Message]], Sequence[Any]],
+        *,
+        samples: int,
+        max_tokens: int | None,
+        seed: int,
+        own_seeds: bool,
+        context: int | None = None,
+        bad: BadRecords | None = None,
+    ) -> None:
+        self._given, self._encode, self._encode_messages = rows, encode, encode_messages
+        self._samples, self._max_tokens, self._seed, self._own_seeds = samples, max_tokens, seed, own_seeds
+        self._context, self._bad = context, BadRecords() if bad is None else bad
+        self.kept: _Kept | None = None  # what is made already
+        self._rows: dict[int, tuple[Row, int]] = {}
+        self._seen: Counter[int] = Counter()
+        self.count = 0
+        self.passed = 0  # those kept
+
+    def __iter__(self) -> Iterator[Request]:
+        for row in self._given:
+            where = row.where
+            try:
+                with naming(where):
+                    ids, losses = self._ids(row)
+                    number = request_number(ids)
+                    seed = self._seed_of(row, number, where)
+            except UserError as error:
+                self._bad.skip(error, row.path, was_good=True)
+                continue
+            self._bad.count_unused(row.path, losses)
+            if self.kept is not None and self.kept.has({**row.value, "seed": seed}, where):
+                self.passed += 1
+                continue
+            self._rows[self.count] = row, seed
+            self.count += 1
+            yield Request(ids, self._samples, self._max_tokens, seed, number, where)
+        for name in {tally.name: None for tally in self._bad.tallies}:
+            self._bad.report(name)
+        if self.kept is not None:
+            self.kept.check_all_found()
+
+    @property
+    def left_out(self) -> dict[str, Any]:
+        """Count the records that were skipped, and the fields of others that are not used."""
+        return self._bad.results
+
+    def _seed_of(self, row: Row, number: int, where: str) -> int:
+        seed = row.value.get("seed") if self._own_seeds else None
+        if seed is None:
+            seed = seed_of_repeat(self._seed, self._seen[number])
+            self._seen[number] += 1
+        elif isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise UserError(f"{where}: expected 'seed' to be a whole number from 0 to 2^63-1, found {seed!r}")
+        return seed
+
+    def _ids(self, row: Row) -> tuple[Sequence[Any], tuple[str, ...]]:
+        """Encode the prompt of a record; the second value names the fields that are not used."""
+        asked = find_prompt(row, PROMPT_FIRST)
+        if asked is None:
+            raise UserError(
+                f"{row.where}: expected field 'prompt' or 'messages' (a prompt), found {fields_of(row.value)}"
+            )
+        lost: list[str] = []
+        if len(asked.entries) == 1 and not isinstance(row.value[asked.name], list):
+            ids = self._encode(asked.entries[0]["content"])
+        else:
+            messages = read_messages(row, asked.entries, lost)
+            if messages[-1].role != "user":
+                raise UserError(
+                    f"{row.where}: expected messages that end with the user's, found the {messages[-1].role}'s last"
+                )
+            ids = self._encode_messages(messages)
+        if self._context is not None and len(ids) >= self._context:
+            raise UserError(
+                f"{row.where}: the prompt is {counted(len(ids), 'token')} long and the model's context is "
+                f"{self._context}, a new token included; shorten the prompt"
+            )
+        return ids, (*lost, *not_used(row.value, asked.used, (*PROMPT_FIELDS, *CHOICES, *SAMPLING)))
+
+    def take(self, index: int) -> tuple[Row, int]:
+        """The record of a request and its seed, once."""
+        return self._rows.pop(index)
+
+
+def completion_record(
+    row: Row, completion: Completion, seed: int, sample: int | None, logprobs: bool, tools: bool
+) -> dict[str, Any]:
+    """The record of one completion: what its prompt's record holds, and what was made, as `with_made` joins them."""
+    made: dict[str, Any] = {"completion": completion.text}
+    known = {"token_ids": completion.token_ids}
+    if logprobs:
+        known |= {"logprobs": completion.logprobs, "truncated_logprobs": completion.truncated_logprobs}
+    made |= {name: values for name, values in known.items() if values}  # a server need not tell
+    if tools:
+        made |= {"sampled": completion.sampled, "tool_calls": completion.tool_calls}
+    made |= {"finish_reason": completion.finish_reason, "seed": seed}
+    return with_made(row.value, made if sample is None else {**made, "sample": sample})
+
+
+# ---- an output that outlives a kill
+
+
+class _Kept:
+    """What an unfinished file holds: `has` tells whether a record is among it, in the order of the file or in any."""
+
+    def __init__(self, records: Iterator[dict[str, Any]], partial: Path, ordered: bool) -> None:
+        self._partial = partial
+        self._next = records if ordered else iter(())
+        self._left = Counter() if ordered else Counter(map(_identity, records))  # 16 bytes a prompt, and the table's
+
+    def has(self, asked: dict[str, Any], where: str) -> bool:
+        """True if a record has been made; `asked` names its seed. Raises UserError where another one stands."""
+        kept = next(self._next, None)
+        if kept is not None:
+            if _identity(kept) != _identity(asked):
+                raise UserError(
+                    f"{where}: {self._partial} was made of another prompt or --seed, or by --unordered; "
+                    "start again with --force"
+                )
+            return True
+        identity = _identity(asked)
+        if not self._left[identity]:
+            return False
+        self._left[identity] -= 1
+        return True
+
+    def check_all_found(self) -> None:
+        """Raises UserError where the file holds what was not asked for."""
+        more = self._left.total() + (next(self._next, None) is not None)
+        if more:
+            raise UserError(
+                f"{self._partial}: holds completions of prompts that the input does not have; start again with --force"
+            )
+
+
+def _identity(record: dict[str, Any]) -> bytes:
+    asked = {name: record[name] for name in ASKED if name in record}
+    return blake2b(dump_json(asked, orjson.OPT_SORT_KEYS), digest_size=16).digest()
+
+
+@contextmanager
+def lasting_output(
+    out: str, prompts: Prompts, samples: int, ordered: bool, resume: bool, identity: Mapping[str, Any]
+) -> Iterator[Callable[[dict[str, Any]], object]]:
+    """A file `out` + ".partial" that becomes `out` at the end; what is whole in it stays if this run ends early.
+
+    With `resume` the whole prompts of a former one are kept. `identity` is what decides the text beside the prompts,
+    JSON values by the names that a user knows: noted beside the file, and asked for again. Raises UserError where it is
+    another one, Interrupted where Ctrl-C ends the run.
+    """
+    partial, notes = Path(out + PARTIAL), Path(out + PARTIAL + ".json")
+    if resume and partial.exists():
+        if notes.exists():
+            check_identity(partial, read_json(notes), identity)
+    else:
+        if resume:
+            say(f"--resume: nothing stands at {partial} yet, so the run starts")
+        write_json(notes, identity)
+    if not (resume and partial.exists()):
+        create(partial).close()
+    try:
+        with _whole_prompts(partial, prompts, samples, ordered) as write:
+            yield write
+    except BaseException as error:
+        if not partial.stat().st_size:
+            partial.unlink()
+            remove(notes)
+        elif isinstance(error, (KeyboardInterrupt, UserError)) and "start again with --force" not in str(error):
+            interrupted = isinstance(error, KeyboardInterrupt)
+            said = f"{'interrupted' if interrupted else error}; the same command with --resume goes on ({partial})"
+            raise (Interrupted if interrupted else UserError)(said) from None
+        raise
+    if out.lower().endswith((".gz", ".zst")):
+        packed = f"{out}.packed{Path(out).suffix}"
+        with open_bytes(packed) as handle, partial.open("rb") as plain:
+            shutil.copyfileobj(plain, handle)
+        replace_file(packed, out)
+        partial.unlink()
+    else:
+        replace_file(partial, out)
+    remove(notes)
+
+
+@contextmanager
+def _whole_prompts(
+    partial: Path, prompts: Prompts, samples: int, ordered: bool
+) -> Iterator[Callable[[dict[str, Any]], object]]:
+    """Write behind the prompts all of whose samples are in the file."""
+    with partial.open("r+b") as handle, partial.open("rb") as former:
+        cut_torn_line(handle)
+        end = whole = 0
+        for number, line in enumerate(former, 1):
+            end += len(line)
+            if number % samples == 0:
+                whole = end
+        handle.truncate(whole)
+        handle.seek(whole)
+        former.seek(0)
+        firsts = islice(former, 0, None, samples)
+        records = (row.value for line in firsts if (row := json_row(line, str(partial), 2)) is not None)
+        prompts.kept = _Kept(records, partial, ordered)
+        yield lambda record: handle.write(dump_json(record) + b"\n")
+        handle.flush()

@@ -1,0 +1,436 @@
+"""A model behind an OpenAI-compatible server: vLLM, SGLang, llama.cpp, Ollama, a hosted one.
+
+    address = parse_address("openai:http://localhost:8000/v1#qwen", "--judge")
+    model = OpenAIClient(address, timeout=120, retries=6)
+    model.check()
+    asked = [{"role": "user", "content": "Who was Ada?"}]  # or text to continue, or the ids of its tokens
+    model.ask(asked, seed=0, max_tokens=64, temperature=0.3).text  # from as many threads as you like
+
+The package `openai` does the talking: it tries again after a timeout, a cut connection, a rate limit (429) and an
+error of the server (5xx), at intervals that double from half a second to eight, or as Retry-After says. The key is
+that of OPENAI_API_KEY, if there is one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from llmkit.errors import UserError
+from llmkit.generation.http import MOVED, open_http_client, text_of
+from llmkit.io.progress import counted
+
+SCHEME = "openai:"
+EXAMPLE = "openai:http://localhost:8000/v1#model-name"
+# OpenAI's code, vLLM's and SGLang's "maximum context length", llama.cpp's "available context size"
+BEYOND_CONTEXT = re.compile(r"context[ _](?:length|size|window)", re.IGNORECASE)
+SHOWN = 200  # characters of a server's message
+CHECK_SECONDS = 10.0  # to answer whether it is there
+IN_HEADERS = ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID")  # of the environment: what headers hold
+LOAD_SECONDS = 1800.0  # to load weights
+NEWER_LENGTH = "max_completion_tokens"
+# how others than OpenAI say why an answer ended: Anthropic's, Google's and TGI's words
+FINISHES = {
+    **dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "stop_sequence"), "stop"),
+    **dict.fromkeys(("length", "max_tokens", "max_length"), "length"),
+}
+MALFORMED = (ValueError, TypeError, AttributeError, KeyError, RecursionError)  # of reading bodies of other kinds
+TOKEN_ID = "token_id:"  # what stands before the number where vLLM gives ids as the tokens' names
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # text or token ids to continue, or messages to answer
+
+
+class ServerError(UserError):
+    """The server is down, or refuses; what was done until then is worth keeping."""
+
+
+class Refused(ServerError):
+    """The server will not have the request, or fails on it."""
+
+
+class PromptTooLong(Exception):
+    """The prompt does not fit the context of the model."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server is, and which of its models is meant; `flag` is the option that says so."""
+
+    url: str
+    model: str
+    flag: str
+
+    @property
+    def name(self) -> str:
+        """The model's name without its place, which may be another one tomorrow."""
+        return f"{SCHEME}#{self.model}"
+
+
+def parse_address(spec: str, flag: str) -> Address:
+    """Read `openai:URL#model`. Raises UserError, also where the package openai is missing."""
+    url, _, model = spec.removeprefix(SCHEME).partition("#")
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        raise UserError(f"{flag}: expected a server and its model, such as {EXAMPLE}, found {spec}") from None
+    if not spec.startswith(SCHEME) or parts.scheme not in ("http", "https") or not parts.hostname or not model:
+        raise UserError(f"{flag}: expected a server and its model, such as {EXAMPLE}, found {spec}")
+    if parts.username or parts.password or parts.query:
+        unwanted = "user and password" if parts.username or parts.password else "anything after a question mark"
+        raise UserError(f"{flag}: expected a URL without {unwanted}; the key goes into OPENAI_API_KEY")
+    for name in IN_HEADERS:
+        _header_value(name)
+    try:
+        import openai  # noqa: F401
+    except ImportError:
+        raise UserError(f"{flag} openai:...: needs the package openai; pip install 'llmkit[openai]'") from None
+    return Address(url, model, flag)
+
+
+def _header_value(name: str) -> str | None:
+    """What an environment variable gives a header, without the white space of the file it came from; None for nothing.
+
+    Raises UserError where no header can hold it, without its value, which is secret.
+    """
+    value = os.environ.get(name, "").strip()
+    if not value.isascii() or not value.isprintable():
+        raise UserError(f"{name}: expected printable ASCII characters on one line, found others; set it again")
+    return value or None
+
+
+@dataclass
+class Usage:
+    """What was asked for so far: answered requests, and tokens as the server counts them."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.left_out: dict[str, int] = {}  # answers of which something is not in the text, by what
+
+    def __str__(self) -> str:
+        left = "".join(f"; left out the {kind} of {count:,}" for kind, count in self.left_out.items())
+        tokens = f"{counted(self.prompt_tokens, 'token')} in, {self.completion_tokens:,} out"
+        return f"{counted(self.requests, 'request')}, {tokens}{left}"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a server has made of a prompt.
+
+    text, finish_reason  as it says them
+    tokens      in its count, the end token among them or not
+    token_ids   all tokens, the end token and those of a stop string among them; None where the server does not tell
+    logprobs    natural, of each token; None where the server gives none
+    prompt_ids  the prompt as the model saw it; None where the server does not tell
+    weights     the version of the weights; None where the server has no name for it
+    left_out    what else it says beside the text: reasoning, tool calls
+    """
+
+    text: str
+    finish_reason: str
+    tokens: int
+    token_ids: list[int] | None = None
+    logprobs: list[float] | None = None
+    prompt_ids: list[int] | None = None
+    weights: str | None = None
+    left_out: tuple[str, ...] = ()
+
+
+class OpenAIClient:
+    """Asks a server, from several threads at once where it is asked so.
+
+    timeout  seconds that a request may take
+    retries  of a request that failed, before it is given up
+    """
+
+    def __init__(self, address: Address, timeout: float = 120.0, retries: int = 6) -> None:
+        import openai
+
+        self.address, self.usage = address, Usage()
+        self._timeout, self._retries = timeout, retries
+        key, organization, project = map(_header_value, IN_HEADERS)
+        self._client = openai.OpenAI(
+            base_url=address.url,
+            api_key=key or "none",  # local servers want none, the client wants one
+            timeout=timeout,
+            max_retries=retries,
+            http_client=open_http_client(address.url, address.flag),
+        )
+        self._length = "max_tokens"  # of an answer: OpenAI's newer models refuse that name
+        self._client.organization, self._client.project = organization, project  # stripped
+        self._counting = threading.Lock()
+
+    def check(self) -> str | None:
+        """Ask for the server's models; who owns ours, in the server's words ("vllm", "sglang", "llamacpp"), or None.
+
+        Raises ServerError where it does not answer or refuses the key.
+        """
+        import openai
+
+        client = self._client.with_options(timeout=min(self._timeout, CHECK_SECONDS), max_retries=min(self._retries, 1))
+        try:
+            models = list(client.models.list())
+        except (openai.APIConnectionError, openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            raise ServerError(self._explain(error)) from error
+        except (openai.OpenAIError, *MALFORMED):
+            return None  # it is there, and need not have such a list; whether it has the model, the first request shows
+        owners = {getattr(one, "id", None): getattr(one, "owned_by", None) for one in models}
+        return owners.get(self.address.model, next(iter(owners.values()), None))
+
+    def ask(
+        self,
+        prompt: Prompt,
+        *,
+        seed: int,
+        max_tokens: int,
+        temperature: float,
+        logprobs: bool = False,
+        on_text: Callable[[str], object] | None = None,
+        **details: Any,
+    ) -> Reply:
+        """Messages answered, or text or token ids continued; `on_text` is given the text as it comes.
+
+        `details` are those of `openai`: top_p, stop, extra_body. Raises ServerError, and PromptTooLong.
+        """
+        import openai
+
+        answers = not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Mapping)
+        create = self._client.chat.completions.create if answers else self._client.completions.create
+        asked: dict[str, Any] = {"messages" if answers else "prompt": prompt if isinstance(prompt, str) else [*prompt]}
+        asked |= {"seed": seed % 2**31, "temperature": temperature, **details}
+        asked |= {"logprobs": True if answers else 1} if logprobs else {}
+        asked |= {} if on_text is None else {"stream": True}
+        found: Any = None
+        tries = 2  # what is no completion may be a proxy's page while the server starts
+        while tries:
+            tries -= 1
+            length = self._length
+            try:
+                found = create(model=self.address.model, **{length: max_tokens}, **asked)
+                if asked.get("stream"):
+                    assert on_text is not None
+                    if (reply := self._take_stream(found, on_text)) is not None:
+                        return reply
+                    tries += 1
+                    del asked["stream"]  # it may not know how to stream, or not answer at all
+                    continue
+            except openai.BadRequestError as error:
+                if answers and length == "max_tokens" and NEWER_LENGTH in error.message:
+                    self._length = NEWER_LENGTH
+                    tries += 1
+                    continue
+                if BEYOND_CONTEXT.search(f"{error.code} {error.message}"):
+                    raise PromptTooLong from None
+                raise Refused(self._explain(error)) from error
+            except openai.OpenAIError as error:
+                refused = isinstance(error, (openai.UnprocessableEntityError, openai.InternalServerError))
+                raise (Refused if refused else ServerError)(self._explain(error)) from error
+            except ServerError:
+                raise
+            except MALFORMED as error:  # a body of JSON that is none, or of other kinds
+                found = error
+            if (said := _error_in(found)) is not None:
+                raise ServerError(f"{self.place}: fails: {said}")
+            reply = _read(found)
+            if reply is not None:
+                self._count(getattr(found, "usage", None), reply.left_out)
+                if on_text is not None and reply.text:
+                    on_text(reply.text)
+                return reply
+        expected = "a chat completion" if answers else "a completion"
+        text = found.to_json(indent=None, warnings=False) if hasattr(found, "to_json") else str(found)
+        raise ServerError(f"{self.place}: expected {expected}, found {shortened(text)!r}; is the URL right?")
+
+    def _take_stream(self, chunks: Iterable[Any], on_text: Callable[[str], object]) -> Reply | None:
+        """The reply that is streamed; None where nothing is."""
+        pieces: list[str] = []
+        reason, reported = "", None
+        left_out: set[str] = set()
+        came = False
+        try:
+            for chunk in chunks:
+                came = True
+                reported = getattr(chunk, "usage", None) or reported
+                for choice in getattr(chunk, "choices", None) or ():
+                    delta = getattr(choice, "delta", None)
+                    text = text_of(getattr(choice, "text", None) if delta is None else delta.content)
+                    text = text or text_of(getattr(delta, "refusal", None))
+                    left_out |= {*_beside_text(delta)}
+                    reason = getattr(choice, "finish_reason", None) or reason
+                    if text:
+                        pieces.append(text)
+                        on_text(text)
+        except Exception as error:
+            if not type(error).__module__.startswith("http"):  # httpx is another package in each version of openai
+                raise
+            raise ServerError(f"{self.place}: was cut in the middle of an answer: {shortened(str(error))}") from error
+        if not reason and not came:
+            return None
+        if not reason:
+            raise ServerError(f"{self.place}: an answer has no end; was the server stopped?")
+        self._count(reported, left_out)
+        count = _count_of(reported, "completion_tokens") or len(pieces)
+        return Reply("".join(pieces), _finish(reason), count, left_out=tuple(sorted(left_out)))
+
+    def command(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """POST to a path beside the API, such as "/flush_cache": what it answers. Raises ServerError."""
+        import openai
+
+        parts = urlsplit(self.address.url)
+        url = urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/").removesuffix("/v1") + path, "", ""))
+        try:
+            return self._client.post(url, cast_to=object, body=body, options={"timeout": LOAD_SECONDS})
+        except ValueError:  # an empty body
+            return None
+        except openai.OpenAIError as error:
+            raise ServerError(f"{self._explain(error)} (POST {path.partition('?')[0]})") from error
+
+    @property
+    def place(self) -> str:
+        """The option and the URL, as errors begin."""
+        return f"{self.address.flag} {self.address.url}"
+
+    def _count(self, reported: Any, left_out: Iterable[str] = ()) -> None:
+        with self._counting:
+            self.usage.requests += 1
+            self.usage.prompt_tokens += _count_of(reported, "prompt_tokens")
+            self.usage.completion_tokens += _count_of(reported, "completion_tokens")
+            for kind in left_out:
+                self.usage.left_out[kind] = self.usage.left_out.get(kind, 0) + 1
+
+    def _explain(self, error: Any) -> str:
+        """An error of the client's, for people."""
+        import openai
+
+        tries = f"after {counted(self._retries, 'retry')}"
+        if isinstance(error, openai.APITimeoutError):
+            return f"{self.place}: no answer within {self._timeout:g} s {tries}; is it overloaded? Raise --timeout"
+        if isinstance(error, openai.APIConnectionError):
+            return f"{self.place}: cannot be reached {tries}: {shortened(str(error.__cause__ or error))}"
+        if isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError)):
+            key = self._client.api_key
+            words = _message(error) if key == "none" else _message(error).replace(key, "***")
+            return (
+                f"{self.place}: refuses the key ({error.status_code}); set OPENAI_API_KEY to one that it takes: {words}"
+            )
+        if isinstance(error, openai.RateLimitError):
+            return f"{self.place}: too many requests {tries} (429); lower --concurrency: {_message(error)}"
+        if isinstance(error, openai.NotFoundError):
+            return f"{self.place}: has no model {self.address.model!r}, or is another URL (404): {_message(error)}"
+        if isinstance(error, openai.InternalServerError):
+            return f"{self.place}: fails {tries} ({error.status_code}): {_message(error)}"
+        if isinstance(error, openai.APIStatusError) and (moved := error.response.headers.get(MOVED)):
+            moved = moved.rpartition("/chat/completions")[0] or moved.rpartition("/completions")[0] or moved
+            return f"{self.place}: has moved to {shortened(moved)} ({error.status_code}); give that URL"
+        if isinstance(error, openai.APIStatusError):
+            return f"{self.place}: refuses the request ({error.status_code}): {_message(error)}"
+        return f"{self.place}: {shortened(str(error))}"
+
+
+def _read(found: Any) -> Reply | None:
+    """The first choice of a completion; None where it is none."""
+    try:
+        choice = found.choices[0]
+        message = getattr(choice, "message", None)
+        text = text_of(choice.text if message is None else message.content)
+    except (AttributeError, IndexError, TypeError):
+        return None
+    token_ids, logprobs = _tokens(getattr(choice, "logprobs", None))
+    if (given := _ids(getattr(choice, "token_ids", None))) is not None:
+        token_ids = given
+    count = _count_of(getattr(found, "usage", None), "completion_tokens")
+    seen = getattr(choice, "prompt_token_ids", None) or getattr(found, "prompt_token_ids", None)
+    metadata = getattr(found, "metadata", None)
+    version = metadata.get("weight_version") if isinstance(metadata, Mapping) else None
+    return Reply(
+        text=text or text_of(getattr(message, "refusal", None)),
+        finish_reason=_finish(getattr(choice, "finish_reason", None)),
+        tokens=count or len(token_ids or ()),
+        token_ids=token_ids,
+        logprobs=logprobs,
+        prompt_ids=_ids(seen),
+        weights=None if version is None else str(version),
+        left_out=tuple(_beside_text(message)),
+    )
+
+
+def _beside_text(message: Any) -> Iterator[str]:
+    """What a message has that is no text of the answer."""
+    if getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None):
+        yield "reasoning"
+    if getattr(message, "tool_calls", None) or getattr(message, "function_call", None):
+        yield "tool calls"
+
+
+def _error_in(found: Any) -> str | None:
+    """The server's words where the body of an error came with status 200."""
+    said = getattr(found, "error", None)
+    if not said or getattr(found, "choices", None):
+        return None
+    return shortened(str(said.get("message") or said if isinstance(said, dict) else said))
+
+
+def _finish(reason: Any) -> str:
+    """Why an answer ended, in OpenAI's words; empty where the server does not say."""
+    said = reason if isinstance(reason, str) else ""
+    return FINISHES.get(said.lower(), said)
+
+
+def _count_of(reported: Any, name: str) -> int:
+    """A number of tokens; 0 where the server does not tell a plausible one."""
+    count = getattr(reported, name, None)
+    return count if isinstance(count, int) and 0 <= count < 2**53 else 0
+
+
+def _tokens(given: Any) -> tuple[list[int] | None, list[float] | None]:
+    """Ids and log-probabilities of tokens: in OpenAI's form for completions, or in that for messages, which llama.cpp
+    has for both, with ids."""
+    if isinstance(given, Mapping):
+        names, values = given.get("tokens"), given.get("token_logprobs")
+        each = given.get("content")
+    else:
+        names, values = getattr(given, "tokens", None), getattr(given, "token_logprobs", None)
+        each = getattr(given, "content", None)
+    if isinstance(each, list) and each and values is None:
+        each = [
+            one if isinstance(one, Mapping) else vars(one) | (getattr(one, "model_extra", None) or {}) for one in each
+        ]
+        names, values = [one.get("token") for one in each], [one.get("logprob") for one in each]
+        if (ids := _ids([one.get("id") for one in each])) is not None:
+            return ids, _numbers(values)
+    names = names if isinstance(names, list) else []
+    numbers = [str(one).removeprefix(TOKEN_ID) for one in names if str(one).startswith(TOKEN_ID)]
+    as_ids = bool(numbers) and len(numbers) == len(names) and all(number.isdigit() for number in numbers)
+    return [int(number) for number in numbers] if as_ids else None, _numbers(values)
+
+
+def _ids(values: Any) -> list[int] | None:
+    whole = isinstance(values, list) and all(isinstance(one, int) and not isinstance(one, bool) for one in values)
+    return list(values) if whole else None
+
+
+def _numbers(values: Any) -> list[float] | None:
+    """A list of finite numbers; None for any other."""
+    if not isinstance(values, list) or not all(isinstance(one, (int, float)) and abs(one) < 1e300 for one in values):
+        return None
+    return [float(one) for one in values]
+
+
+def _message(error: Any) -> str:
+    """What the server says of an error: as OpenAI does, as FastAPI does, or in its own way."""
+    body = error.body if isinstance(error.body, dict) else {}
+    return shortened(str(body.get("message") or body.get("detail") or error.response.text or error.message))
+
+
+def shortened(text: str) -> str:
+    """The beginning of a text, on one line."""
+    text = " ".join(text.split())
+    return text if len(text) <= SHOWN else text[:SHOWN] + "..."

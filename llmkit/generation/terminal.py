@@ -1,0 +1,145 @@
+"""A conversation at a terminal, or in a pipe: where its lines come from and its answers go.
+
+At a terminal prompt_toolkit reads them (editing, history, pasted text in one piece), and is imported there alone. Its
+prompt is drawn on stdout, or on stderr where stdout is a file or a pipe, which gets the answers and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import sys
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+from llmkit.display import check_stdout, printable
+from llmkit.errors import UserError
+from llmkit.generation.chat import COMMANDS, Chat, talk
+from llmkit.io.jsonl import open_input
+from llmkit.io.progress import say
+
+PROMPT = "> "
+
+
+def converse(chat: Chat, first: str | None, quiet: bool) -> None:
+    """Talk on the terminal, beginning with `first`; without a terminal each line of stdin is a turn, or `first` is."""
+    check_stdout()
+    shown, stream = printable, sys.stdout
+    begun = False  # a line on the terminal, which notes on stderr must not go on
+
+    if stream.isatty():
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # not every terminal has every character
+    else:
+        shown = str
+        stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+
+    def write(text: str) -> None:
+        nonlocal begun
+        stream.write(shown(text))
+        stream.flush()
+        begun = (not text.endswith("\n")) if text else begun
+
+    def tell(line: str) -> None:
+        if begun and stream.isatty():
+            write("\n")
+        say(line)
+
+    keyboard = _keyboard()
+    if keyboard is None:
+        typed = _piped_lines() if first is None else iter(())
+    else:
+        say("/help tells the commands; Ctrl-D ends", quiet)
+        typed = keyboard.lines()
+    lines = chain([] if first is None else [first], typed)
+    talk(chat, lines, write, tell, None if keyboard is None else keyboard.edit)
+
+
+def _piped_lines() -> Iterator[str]:
+    with open_input("-") as handle:
+        for number, line in enumerate(handle, 1):
+            try:
+                yield line.decode().rstrip("\r\n")
+            except UnicodeDecodeError:
+                raise UserError(f"stdin:{number}: expected UTF-8; convert the text first") from None
+
+
+def _keyboard() -> _Keyboard | None:
+    """Where somebody types and sees what they type; None where nobody does."""
+    if sys.stdin is None or not sys.stdin.isatty():
+        return None
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and stream.isatty():
+            return _Keyboard(stream)
+    return None
+
+
+class _Keyboard:
+    """Lines that somebody types at a prompt on `stream`."""
+
+    def __init__(self, stream: Any) -> None:
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.completion import WordCompleter
+        from prompt_toolkit.key_binding import KeyBindings
+        from prompt_toolkit.output import create_output
+        from prompt_toolkit.shortcuts import CompleteStyle
+
+        keys = KeyBindings()
+
+        @keys.add("enter")
+        def _(event: Any) -> None:
+            event.current_buffer.validate_and_handle()
+
+        @keys.add("escape", "enter")
+        def _(event: Any) -> None:
+            event.current_buffer.insert_text("\n")
+
+        output: Any = create_output(stdout=stream)
+        output.enable_cpr = False  # where the cursor stands matters to menus alone, and not every terminal tells
+        self._session: Any = PromptSession(
+            PROMPT,
+            multiline=True,  # what is pasted keeps its lines
+            prompt_continuation="  ",
+            key_bindings=keys,
+            completer=WordCompleter(list(COMMANDS), sentence=True),
+            complete_while_typing=False,
+            complete_style=CompleteStyle.READLINE_LIKE,
+            reserve_space_for_menu=0,
+            output=output,
+        )
+
+    def lines(self) -> Iterator[str]:
+        """Messages and commands, each of one line or more; Ctrl-C takes one back, Ctrl-D on an empty one ends."""
+        while True:
+            try:
+                ahead = _typed_ahead()
+                # one line and its Enter are a message that is waiting; several, which were pasted, are to be sent
+                yield self._read(ahead.rstrip("\n"), sent=ahead.count("\n") == 1 and ahead.endswith("\n"))
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                continue
+
+    def edit(self, text: str) -> str | None:
+        """A text as somebody has changed it; None where they gave up."""
+        try:
+            return self._read(text)
+        except (EOFError, KeyboardInterrupt):
+            return None
+
+    def _read(self, text: str, sent: bool = False) -> str:
+        typed = self._session.prompt(default=text, accept_default=sent)
+        return typed.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # bytes that are no character
+
+
+def _typed_ahead() -> str:
+    """What was typed or pasted while an answer came, without the keys that are no text."""
+    from prompt_toolkit.input.vt100 import raw_mode
+
+    waiting, found = sys.stdin.fileno(), b""
+    with raw_mode(waiting):  # or an unfinished line could not be read
+        while select.select([waiting], [], [], 0)[0] and (block := os.read(waiting, 65536)):
+            found += block
+    text = re.sub(r"\x1b(\[[0-9;?]*[ -/]*[@-~]|O.|.)?", "", found.decode("utf-8", "replace")).replace("\r", "\n")
+    return "".join(letter for letter in text if letter in "\n\t" or letter.isprintable())

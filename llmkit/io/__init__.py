@@ -1,0 +1,1 @@
+"""Files that appear whole, JSONL, run folders, metrics, progress, ranks and resumption."""

@@ -1,0 +1,385 @@
+"""Files and folders that appear whole or not at all, and the checks that a place is fit for one.
+
+    check_output("model/", force=False)  # before the work
+    with atomic_folder("model/") as folder:
+        write_json(folder / "config.json", {"hidden_size": 64})
+
+What is written stands beside its place, under its name + ".partial", until it is renamed. It is on the disk before
+that, and the new name is before the former content is deleted: a power cut at any moment leaves one of the two whole.
+Two processes that write one output would spoil each other's; `sole_writer` keeps the second away.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import orjson
+
+from llmkit.errors import UserError
+from llmkit.io.records import kind_of
+
+JSON_LINE = orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
+PARTIAL = ".partial"
+BLOCK = 1 << 16  # bytes read at a time
+OURS = ("manifest.json", "tokenizer.json")  # one of them stands in every folder that a stage writes
+
+
+# ---- is the place fit for an output?
+
+
+# formats that a name may promise and no stage writes
+NOT_WRITTEN = (".parquet", ".arrow", ".feather", ".csv", ".tsv", ".xlsx", ".bz2", ".xz", ".lz4", ".br", ".zip", ".7z")
+
+
+def check_output(path: str, force: bool, resume: bool = False) -> None:
+    """Raise UserError when `path` cannot become the output: call it before the work, not after.
+
+    It exists, is no empty folder, and neither `--force` nor `--resume` says what to do with it; or `--force` would
+    delete a folder that no stage has written; or it cannot be renamed to: a mount point, a link to nothing, a place
+    that cannot be written; or its name is that of a format that is not written. A missing parent folder is made later.
+    """
+    if path == "-" or _is_special(path):
+        return
+    if path.lower().endswith(NOT_WRITTEN):
+        kind = os.path.splitext(path)[1]
+        raise UserError(f"{path}: {kind} is not written; choose .jsonl, .jsonl.gz or .jsonl.zst")
+    if os.path.basename(os.path.normpath(path)) in ("", ".", ".."):
+        raise UserError(f"{path}: the result needs a name of its own; choose another --out")
+    final = os.path.realpath(path)
+    parent = os.path.dirname(final)
+    if os.path.islink(path) and not os.path.isdir(parent):
+        raise UserError(f"{path}: a link to {final}, whose folder does not exist; choose another --out")
+    if _is_mounted(final):
+        raise UserError(f"{path}: a mount point, which cannot be replaced; choose a place in it: --out {path}/result")
+    if os.path.exists(path) and not resume and not is_empty_folder(path):
+        if not force:
+            raise UserError(f"{path}: exists already; --force replaces it, or choose another --out")
+        if os.path.isdir(path) and os.listdir(path) and not any(os.path.exists(f"{path}/{name}") for name in OURS):
+            raise UserError(f"{path}: not a folder that llmkit wrote, so --force leaves it alone; choose another --out")
+    while not os.path.lexists(parent):
+        parent = os.path.dirname(parent)
+    if not os.path.isdir(parent):
+        raise UserError(f"{path}: expected a folder at {parent}, found a file; choose another --out")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: cannot be written: permission denied in {parent}; choose another --out")
+
+
+def is_empty_folder(path: str | os.PathLike[str]) -> bool:
+    """True if a folder stands there in which there is nothing: an output may take its place."""
+    return os.path.isdir(path) and not os.listdir(path)
+
+
+def _is_mounted(place: str) -> bool:
+    """True if a disk, or a folder or file of another place (as containers do it), is mounted there."""
+    if os.path.ismount(place):
+        return True
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return False
+    return place.replace(" ", "\\040") in {line.split()[4] for line in lines}
+
+
+def check_unfinished(force: bool, resume: bool, *left: str | Path) -> None:
+    """Raise UserError when a killed run has left one of these, and neither `--force` nor `--resume` is given."""
+    there = next(filter(os.path.exists, left), None)
+    if there is not None and not (force or resume):
+        raise UserError(f"{there}: an unfinished run; --resume goes on with it, --force starts again")
+
+
+def output_folder(out: str | None, example: str) -> Path:
+    """The --out of a stage that writes a folder; `example` is one. Raises UserError where it is none or `-`."""
+    if out is None:
+        raise UserError(f"--out is required: the folder for the result, such as -o {example}")
+    if out == "-":
+        raise UserError(f"--out: expected a folder, such as -o {example}, found -")
+    return Path(out.rstrip("/") or "/")
+
+
+def check_is_folder(path: Path, name: str) -> None:
+    """Raise UserError when a folder is to stand where a file stands, which --force does not allow either."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{name}: expected a folder, found a file; choose another --out")
+
+
+def _is_special(path: str | os.PathLike[str]) -> bool:
+    """True if `path` is a pipe or a device, to be written in place: /dev/null, >(command)."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+# ---- one writer at a time
+
+
+@contextmanager
+def sole_writer(path: str) -> Iterator[None]:
+    """Keep other processes from writing the output `path` meanwhile, by a lock on `path` + ".partial.lock".
+
+    The lock goes with its process, also after kill -9; where the place takes none, there is none. Raises UserError
+    where another process has it.
+    """
+    place = f"{os.path.realpath(path)}{PARTIAL}.lock"
+    made = [] if _is_special(path) or os.path.islink(path) else _make_parents(place)
+    handle = None if _is_special(path) else _lock(path, place)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            with suppress(OSError):
+                os.unlink(place)
+            handle.close()
+        for folder in made:  # a mistake leaves nothing behind
+            with suppress(OSError):
+                os.rmdir(folder)
+
+
+def _make_parents(place: str | os.PathLike[str]) -> list[str]:
+    """Make the folders above a place, and return those that were missing, the lowest first."""
+    missing, parent = [], os.path.dirname(os.path.abspath(place))
+    while not os.path.lexists(parent):
+        missing.append(parent)
+        parent = os.path.dirname(parent)
+    with suppress(OSError):  # whoever writes there says so
+        os.makedirs(os.path.dirname(os.path.abspath(place)), exist_ok=True)
+    return missing
+
+
+def _never_through_a_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def create(path: str | os.PathLike[str], mode: str = "wb") -> IO[Any]:
+    """Open a new file for writing in the place of what stands there, be it a link that somebody else has planted."""
+    with suppress(OSError):
+        os.unlink(path)
+    encoding = None if "b" in mode else "utf-8"
+    return open(
+        path, mode, encoding=encoding, opener=lambda name, flags: _never_through_a_link(name, flags | os.O_EXCL)
+    )
+
+
+def _lock(path: str, place: str) -> IO[bytes] | None:
+    while True:
+        try:
+            handle = open(place, "a+b", buffering=0, opener=_never_through_a_link)  # noqa: SIM115
+        except OSError as error:  # no such folder, or it cannot be written: whoever writes the output says so
+            if error.errno == errno.ELOOP:
+                raise UserError(f"{place}: a link, which no run has made; remove it, or choose another --out") from None
+            return None
+        found = os.fstat(handle.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            raise UserError(f"{place}: not a file that a run has made; remove it, or choose another --out")
+        try:
+            # of this process alone: flock's would pass to its forked workers, which may outlive it
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.stat(place).st_ino == os.fstat(handle.fileno()).st_ino:
+                handle.truncate(0)
+                handle.write(b"%d" % os.getpid())
+                return handle
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return handle  # a file system without locks, or a full one
+            handle.seek(0)
+            number = handle.read().decode() or "unknown"
+            raise UserError(
+                f"{path}: another run is writing it (process {number}); wait for it, or choose another --out"
+            ) from None
+        handle.close()  # its holder has removed it: begin again with a new one
+
+
+# ---- a file, a folder
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open `path` + ".partial" for writing and rename it to `path` at the end; remove it on an error.
+
+    A link is followed; a device or pipe is written in place; text is UTF-8.
+    """
+    encoding = None if "b" in mode else "utf-8"
+    if _is_special(path):
+        with _errors_name(path, path), open(path, mode, encoding=encoding) as handle:
+            yield handle
+        return
+    if os.path.isdir(path):
+        raise UserError(f"{os.fspath(path)}: expected a file, found a folder; choose another --out")
+    final = os.path.realpath(path)
+    partial = final + PARTIAL
+    _make_parents(final)
+    try:
+        with _errors_name(path, partial), create(partial, mode) as handle:
+            yield handle
+            handle.flush()
+            usual = os.fstat(handle.fileno()).st_mode & 0o777
+            if not os.path.samestat(os.stat(partial), os.fstat(handle.fileno())):
+                os.chmod(partial, usual)  # a library has put its own file there, safetensors one for the owner alone
+            replace_file(partial, final)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(partial)
+        raise
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str], force: bool = False) -> Iterator[Path]:
+    """Yield an empty folder `path` + ".partial"; at the end it replaces `path`, on an error it is removed."""
+    if not force:
+        check_output(os.fspath(path), force)
+    final = Path(os.path.realpath(path))
+    check_is_folder(final, os.fspath(path))
+    partial = final.with_name(final.name + PARTIAL)
+    remove(partial)  # left by a run that was killed
+    try:
+        with _errors_name(path, partial):
+            partial.mkdir(parents=True)
+            yield partial
+        replace_folder(partial, final)
+    except BaseException:
+        remove(partial)
+        raise
+
+
+@contextmanager
+def _errors_name(path: str | os.PathLike[str], partial: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors of writing `partial` name the output `path`; safetensors wraps the OSError of a full disk in its own."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, UserError) and is_full_disk(error):
+            raise UserError(f"{os.fspath(path)}: no space left there; make room and run it again") from error
+        if isinstance(error, OSError) and error.filename in (partial, os.fspath(partial)):
+            reason = str(error.strerror).lower()
+            raise UserError(f"{os.fspath(path)}: cannot be written: {reason}; choose another --out") from error
+        raise
+
+
+def is_full_disk(error: Exception) -> bool:
+    """True if a write failed for want of space, of quota, or at a limit on the size of files."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return getattr(error, "errno", None) in codes or any(os.strerror(code) in str(error) for code in codes)
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Return when the content of a file, or the names in a folder, have reached the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # some file systems of networks and of users have none for folders
+        if not (os.path.isdir(path) and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EBADF)):
+            raise
+    finally:
+        os.close(handle)
+
+
+def _sync_tree(folder: Path) -> None:
+    for place, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            if stat.S_ISREG(os.lstat(os.path.join(place, name)).st_mode):
+                sync(os.path.join(place, name))
+        sync(place)
+
+
+def replace_file(new: str | os.PathLike[str], old: str | os.PathLike[str]) -> None:
+    """Put a file in the place of another, which may exist, so that a power cut leaves one of them whole."""
+    sync(new)
+    os.replace(new, old)
+    sync(os.path.dirname(os.path.abspath(old)))
+
+
+def replace_folder(new: Path, old: Path) -> None:
+    """Put the folder `new` in the place of `old` (which may exist), so that `old` is always whole.
+
+    Linux and macOS exchange the two names in one step; on a file system that cannot, there is a moment in
+    which the former folder stands under `old` + ".former". It is deleted when the new one is on the disk.
+    """
+    _sync_tree(new)
+    former = None
+    if not old.exists():
+        os.rename(new, old)
+    elif _exchange(new, old):
+        former = new
+    else:
+        former = old.with_name(old.name + ".former")
+        remove(former)
+        os.rename(old, former)
+        os.rename(new, old)
+    sync(old.absolute().parent)
+    if former is not None:
+        remove(former)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    at_cwd, swap = -100, 2  # AT_FDCWD; RENAME_EXCHANGE and RENAME_SWAP
+    names = os.fsencode(first), os.fsencode(second)
+    libc = ctypes.CDLL(None) if os.name == "posix" else None
+    if hasattr(libc, "renameat2"):  # Linux with glibc or a recent musl
+        return libc.renameat2(at_cwd, names[0], at_cwd, names[1], swap) == 0
+    if hasattr(libc, "renamex_np"):  # macOS
+        return libc.renamex_np(*names, swap) == 0
+    return False
+
+
+# ---- a file that grows line by line
+
+
+def cut_torn_line(handle: IO[bytes]) -> None:
+    """Remove a last line that a kill cut in two, from a file open for reading and writing, which then is at its end."""
+    end = handle.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - BLOCK)
+        handle.seek(start)
+        if found := handle.read(end - start).rfind(b"\n") + 1:
+            end = start + found
+            break
+        end = start
+    handle.truncate(end)
+    handle.seek(end)
+
+
+# ---- a file of one JSON value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object that is a file's content. Raises UserError for any other content, OSError as `open` does."""
+    return parse_json(path, path.read_bytes())
+
+
+def parse_json(path: Path, content: bytes) -> dict[str, Any]:
+    """The JSON object that is the content of the file `path`. Raises UserError for any other."""
+    try:
+        value = orjson.loads(content)
+    except orjson.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON, at line {error.lineno}: {error.msg}; mend or replace the file") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {kind_of(value)}")
+    return value
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Make a JSON value the content of a file, whole or not at all; NaN becomes null, as JSON wants it."""
+    with atomic_file(path) as handle:
+        handle.write(orjson.dumps(value, option=orjson.OPT_INDENT_2 | JSON_LINE))

@@ -1,0 +1,204 @@
+"""What comes from elsewhere, read behind checks: the kind of a file, its size, the types and sizes of its values.
+
+A folder that somebody else made may hold anything. What is wrong with it is a UserError that names the file, what was
+expected and what was found, before memory or time is spent on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from llmkit.errors import UserError
+from llmkit.io.files import JSON_LINE, parse_json, write_json
+
+LARGEST_CONFIG, LARGEST_TOKENIZER = 16 << 20, 192 << 20  # bytes; Gemma's tokenizer.json has 33 MB
+LARGEST_SIZE = 2**31 - 1
+DEEPEST = 200  # levels of a JSON value: orjson writes 254
+LARGEST_VOCABULARY = 2**22  # ids of a tokenizer: the largest known has 1.0 million
+MOST_STEPS, LARGEST_TEXT, LARGEST_GROWTH = 1000, 20_000, 1000
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def check_file(path: str | os.PathLike[str], largest: int | None = None) -> None:
+    """Raise UserError where a file is a folder, a pipe, a Git LFS pointer or too large, OSError where there is none."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
+        raise UserError(f"{path}: expected a file, found {kind}; replace it by the file itself")
+    if largest is not None and found.st_size > largest:
+        raise UserError(f"{path}: expected at most {largest >> 20} MB, found {found.st_size >> 20} MB")
+    with open(path, "rb") as handle:
+        if handle.read(len(_POINTER)) == _POINTER:
+            raise UserError(
+                f"{path}: a Git LFS pointer, which stands for a file that was not downloaded; "
+                "run git lfs pull in its folder"
+            )
+
+
+def read_file(path: Path, largest: int = LARGEST_CONFIG) -> bytes:
+    """The content of a file of at most so many bytes. Raises UserError as `check_file` does."""
+    check_file(path, largest)
+    return path.read_bytes()
+
+
+def read_object(path: Path, largest: int = LARGEST_CONFIG) -> dict[str, Any]:
+    """The JSON object that is a file's content, as `files.read_json` does, of a file that may be anything."""
+    value = parse_json(path, read_file(path, largest))
+    level: list[Any] = [value]
+    for _ in range(DEEPEST):
+        inner = [one.values() if isinstance(one, dict) else one for one in level]
+        level = [one for many in inner for one in many if isinstance(one, dict | list)]
+        if not level:
+            return value
+    raise UserError(f"{path}: expected at most {DEEPEST} levels of lists and objects, found more")
+
+
+# ---- what a run has noted for its resumption, and goes on from unseen
+
+
+def write_sealed(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON object with a checksum of its values, for `read_sealed`."""
+    write_json(path, sealed(values))
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The values that `write_sealed` wrote, as JSON gives them back. Raises UserError where they are not."""
+    return unsealed(read_object(path), str(path))
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON values with a checksum of them, `seal`."""
+    content = orjson.dumps(dict(values), option=orjson.OPT_SORT_KEYS | JSON_LINE)
+    return {**values, "seal": hashlib.sha256(content).hexdigest()[:32]}
+
+
+def unsealed(found: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The values that `sealed` was given. Raises UserError where they are others."""
+    values = {name: value for name, value in found.items() if name != "seal"}
+    if sealed(values) != found:
+        raise UserError(f"{where}: damaged or edited: it does not have the checksum that it names")
+    return values
+
+
+# ---- values
+
+
+def integer(
+    values: Mapping[str, Any],
+    name: str,
+    where: str,
+    default: Any = None,
+    at_least: int = 1,
+    at_most: int = LARGEST_SIZE,
+) -> Any:
+    """An integer field within bounds; null and a missing one are `default`. Raises UserError."""
+    value = values.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or not at_least <= value <= at_most:
+        raise UserError(f"{where}: expected an integer from {at_least} to {at_most} for {name}, found {shown(value)}")
+    return value
+
+
+def number(values: Mapping[str, Any], name: str, where: str, default: Any = None, above: float = 0.0) -> Any:
+    """A finite number above `above`; null and a missing one are `default`. Raises UserError."""
+    value = values.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < 1e30:
+        raise UserError(f"{where}: expected a number above {above:g} for {name}, found {shown(value)}")
+    return float(value)
+
+
+def switch(values: Mapping[str, Any], name: str, where: str) -> bool:
+    """A field that is true or false; null and a missing one are false. Raises UserError."""
+    value = values.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise UserError(f"{where}: expected true or false for {name}, found {shown(value)}")
+    return bool(value)
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: on one line, and no longer than that."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    text = repr(value) if not isinstance(value, list | dict | tuple) or len(value) < 8 else f"a {type(value).__name__}"
+    return text if len(text) < 60 else f"{text[:56]}..."
+
+
+# ---- a tokenizer.json
+
+
+def check_tokenizer(spec: Any, where: str) -> None:
+    """Raise UserError for a parsed tokenizer.json with ids, steps or texts at which the library ends the process."""
+    if not isinstance(spec, dict) or not isinstance(spec.get("model"), dict):
+        raise UserError(f"{where}: not a tokenizer.json that tokenizers can read: it has no model")
+    vocabulary = spec["model"].get("vocab")
+    if isinstance(vocabulary, dict):
+        odd = next(
+            (one for one in vocabulary.values() if type(one) is not int or not 0 <= one < LARGEST_VOCABULARY), None
+        )
+        if odd is not None:
+            raise UserError(f"{where}: expected ids from 0 to {LARGEST_VOCABULARY - 1} in vocab, found {shown(odd)}")
+    elif not isinstance(vocabulary, list) or len(vocabulary) > LARGEST_VOCABULARY:
+        raise UserError(f"{where}: not a tokenizer.json that tokenizers can read: its vocab is {shown(vocabulary)}")
+    added = spec.get("added_tokens") or []
+    if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
+        raise UserError(f"{where}: expected a list of objects for added_tokens, found {shown(added)}")
+    for token in added:
+        if (
+            not isinstance(token.get("content"), str)
+            or integer(token, "id", where, None, 0, LARGEST_VOCABULARY) is None
+        ):
+            raise UserError(f"{where}: expected a text and an id of each added token, found {shown(token)}")
+        if not isinstance(token.get("special"), bool):
+            raise UserError(f"{where}: expected true or false for special of {shown(token['content'])}")
+    for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if not isinstance(spec.get(name), dict | None):
+            raise UserError(f"{where}: expected an object or null for {name}, found {shown(spec[name])}")
+        _check_steps(spec.get(name), f"{where}: {name}")
+
+
+def _check_steps(step: Any, where: str) -> None:
+    """Raise UserError for too many steps, one within the other or in a row, and for texts that multiply."""
+    waiting, count, growth = [step], 0, 1
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict | list):
+            waiting += one.values() if isinstance(one, dict) else one
+            count += 1
+        if isinstance(one, dict):
+            for key in ("content", "prepend"):  # what Replace and Prepend put in a text, for each place of it
+                growth *= max(1, len(one[key])) if isinstance(one.get(key), str) else 1
+            texts = [value for key, value in one.items() if isinstance(value, str) and key != "precompiled_charsmap"]
+            if max(map(len, texts), default=0) > LARGEST_TEXT:
+                raise UserError(f"{where}: expected texts of at most {LARGEST_TEXT} characters")
+        if count > MOST_STEPS or growth > LARGEST_GROWTH:
+            raise UserError(
+                f"{where}: expected at most {MOST_STEPS} steps, whose replacements make a text at most "
+                f"{LARGEST_GROWTH} times as long"
+            )
+
+
+# ---- libraries
+
+
+@contextmanager
+def no_panic(where: object, what: str) -> Iterator[None]:
+    """Make a panic of a library in Rust, which is no Exception and passes every handler, a UserError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(f"{where}: {what}: {reason}") from None

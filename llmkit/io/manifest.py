@@ -1,0 +1,192 @@
+"""The manifest of an output, a folder's or a single file's: how it was made, from what, back to the first ancestor.
+
+A manifest names the manifests of its parents and inputs by digest (`manifest_sha256`), and has those of all its
+ancestors in one list, `ancestors`: it grows by one for each. Before, they stood one within the other; `flattened` reads
+both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from llmkit.display import redacted
+from llmkit.errors import UserError
+from llmkit.io.files import write_json
+from llmkit.io.foreign import read_object
+from llmkit.io.progress import counted, say
+
+MANIFEST_VERSION, MANIFEST = 2, "manifest.json"
+OF_FILE = ".manifest.json"  # after the name of the file whose manifest it is
+SOURCES = ("parents", "inputs")  # of a manifest: what may have manifests of their own
+PACKAGES = ("llmkit", "torch", "triton", "numpy", "tokenizers", "safetensors")
+LARGEST_MANIFEST = 64 << 20  # bytes; of a run 2 to 4 kB, and 250 for each input
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file's bytes, as hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_manifest(made: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The manifest of a folder or of a single file, or None where one of foreign origin has none."""
+    path = Path(f"{os.fspath(made)}{OF_FILE}") if os.path.isfile(made) else Path(made) / MANIFEST
+    return read_object(path, LARGEST_MANIFEST) if path.exists() else None
+
+
+def sources(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """List the parents of a manifest, then its inputs."""
+    both = [manifest.get(kind) for kind in SOURCES]
+    return [item for items in both if isinstance(items, list) for item in items if isinstance(item, dict)]
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """The SHA-256 that identifies a manifest: of its own run, without its ancestors."""
+
+    def bare(item: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in item.items() if name != "manifest" or "manifest_sha256" not in item}
+
+    own = _with_sources(manifest, bare)
+    return hashlib.sha256(orjson.dumps(own, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def flattened(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """A manifest whose parents and inputs name theirs by digest alone, and all its ancestors' by digest, likewise."""
+    found: dict[str, dict[str, Any]] = {}
+    waiting: list[tuple[str, Mapping[str, Any]]] = [("", manifest)]
+    while waiting:
+        digest, one = waiting.pop()
+        if digest in found:
+            continue
+        within: list[tuple[str, Mapping[str, Any]]] = []
+
+        def named(item: Mapping[str, Any], within: list[tuple[str, Mapping[str, Any]]] = within) -> dict[str, Any]:
+            rest = {name: value for name, value in item.items() if name not in ("manifest", "manifest_sha256")}
+            whole, known = item.get("manifest"), item.get("manifest_sha256")
+            if isinstance(whole, dict):
+                # the oldest manifests name no digests, and are digested with all that is within them
+                known = known or manifest_digest(whole)
+                within.append((str(known), whole))
+            return {**rest, "manifest_sha256": str(known)} if known else rest
+
+        found[digest] = _with_sources(one, named)
+        listed = one.get("ancestors")
+        if isinstance(listed, dict):
+            within += [(name, other) for name, other in listed.items() if isinstance(other, dict)]
+        waiting += reversed(within)
+    return found.pop(""), found
+
+
+def _with_sources(manifest: Mapping[str, Any], change: Callable[[Mapping[str, Any]], Any]) -> dict[str, Any]:
+    """A copy of a manifest without its ancestors, each of its parents and inputs changed."""
+    changed = {name: value for name, value in manifest.items() if name != "ancestors"}
+    for kind in SOURCES:
+        if isinstance(manifest.get(kind), list):
+            changed[kind] = [change(item) if isinstance(item, dict) else item for item in manifest[kind]]
+    return changed
+
+
+# ---- writing
+
+
+def describe_inputs(paths: Iterable[str]) -> list[dict[str, Any]]:
+    """Path, size in bytes and SHA-256 of each input file, and the manifest of what a stage has written; stdin and
+    pipes are named alone."""
+    return [{"path": path, **_described(path)} if os.path.isfile(path) else {"path": path} for path in paths]
+
+
+def _described(path: str) -> dict[str, Any]:
+    content = _content(path)
+    try:
+        manifest = read_manifest(path)
+    except (UserError, OSError):  # after the work: what stands beside a file is no reason to lose it
+        manifest = None
+    # another file may have taken the place of what the stage had written
+    return {**content, "manifest": manifest} if manifest and manifest.get("output") == content else content
+
+
+def _content(path: str) -> dict[str, Any]:
+    return {"bytes": os.path.getsize(path), "sha256": file_sha256(path)}
+
+
+def write_manifest(
+    folder: Path,
+    stage: str,
+    options: Mapping[str, Any],
+    *,
+    inputs: Sequence[Mapping[str, Any]] = (),
+    parents: Sequence[str] = (),
+    results: Mapping[str, Any] | None = None,
+    name: str = MANIFEST,
+    packages: Sequence[str] = PACKAGES,
+    output: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write `manifest.json`, and return it.
+
+    name: of the manifest of a single file, which stands beside it, and output: its size and hash; packages: those
+    whose versions matter.
+    """
+    from importlib.metadata import PackageNotFoundError, version  # 11 ms that no --help need pay
+
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    own, ancestors = flattened(
+        {
+            "manifest_version": MANIFEST_VERSION,
+            "stage": stage,
+            "command": shlex.join(["llmkit", *map(redacted, sys.argv[1:])]),
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "options": dict(options),
+            "versions": versions,
+            "machine": f"{platform.machine()} {platform.system()}, {counted(os.cpu_count() or 1, 'core')}",
+            "inputs": [dict(item) for item in inputs],
+            "parents": [{"path": path, "manifest": _manifest_of_parent(path)} for path in parents],
+            **({"output": dict(output)} if output else {}),
+            "results": dict(results or {}),
+        }
+    )
+    manifest = {**own, "ancestors": ancestors}
+    write_json(folder / name, manifest)
+    return manifest
+
+
+def _manifest_of_parent(path: str) -> dict[str, Any] | None:
+    try:
+        return read_manifest(path)
+    except (UserError, OSError) as error:  # after the work, which it is no reason to lose
+        say(f"{error}; so the manifest does not tell how {path} was made")
+        return None
+
+
+def write_file_manifest(
+    out: str,
+    stage: str,
+    options: Mapping[str, Any],
+    *,
+    inputs: Iterable[str],
+    parents: Sequence[str] = (),
+    results: Mapping[str, Any],
+    packages: Sequence[str] = PACKAGES,
+) -> None:
+    """Write the manifest of a stage whose output is a single file, which is there: beside it, as `out` +
+    ".manifest.json"."""
+    place, described = Path(out).absolute(), describe_inputs(inputs)
+    details = {"inputs": described, "parents": parents, "results": results, "packages": packages}
+    write_manifest(place.parent, stage, options, name=place.name + OF_FILE, output=_content(out), **details)

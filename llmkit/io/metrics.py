@@ -1,0 +1,157 @@
+"""`metrics.jsonl` of a run: a row for each step that tells something, and the curves drawn from them.
+
+with MetricsLog(folder / METRICS) as log:
+    log.write({"step": 1, "loss": 2.5})
+write_curve(folder, "loss.svg", LOSS_CURVE)
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from llmkit.errors import UserError
+from llmkit.io.files import JSON_LINE, atomic_file, cut_torn_line
+from llmkit.io.foreign import check_file
+from llmkit.io.ranks import launch
+from llmkit.io.records import kind_of
+
+METRICS = "metrics.jsonl"
+LOSS_CURVE = {"training": "loss", "validation": "val_loss"}
+COLOURS = ("#3b6fb6", "#d1495b", "#3c9d6b", "#b07d2b", "#7a5ba8")
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one object a line, each on disk as soon as the first process has written it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.handle = open(path if launch().leads else os.devnull, "a+b", buffering=0)  # noqa: SIM115
+        if launch().leads:
+            cut_torn_line(self.handle)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        try:
+            self.handle.write(orjson.dumps(row, option=JSON_LINE))
+        except OSError as error:
+            error.filename = str(self.path)  # which the write of an open file does not know
+            raise
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.handle.close()
+
+
+def scan_metrics(path: Path, unreadable: Callable[[int, str], object] | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a metrics file, one at a time; a last line cut by a kill is left out.
+
+    A line that is no JSON object raises UserError, unless `unreadable` takes its number and what is wrong with it,
+    a cut last line too.
+    """
+    with open(path, "rb") as handle:
+        for number, line in enumerate(handle, 1):
+            if not line.endswith(b"\n"):
+                if unreadable is not None:
+                    unreadable(number, "cut")
+                return
+            try:
+                row = orjson.loads(line)
+                wrong = None if isinstance(row, dict) else f"expected a JSON object, found {kind_of(row)}"
+                if isinstance(row, dict) and not isinstance(row.get("step", 0), int):
+                    wrong = f"expected an integer for 'step', found {kind_of(row['step'])}"
+            except orjson.JSONDecodeError as error:
+                wrong = f"not JSON: {error}"
+            if wrong is None:
+                yield row
+            elif unreadable is None:
+                raise UserError(f"{path}:{number}: {wrong}; mend or remove the line")
+            else:
+                unreadable(number, wrong)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The figures of all whole rows of a metrics file, NaN for null, and the text of samples; none where there is no
+    file. Errors are those of `scan_metrics`."""
+    return [
+        {
+            name: math.nan if value is None else value
+            for name, value in row.items()
+            if isinstance(value, int | float | None) or name == "sample"
+        }
+        for row in (scan_metrics(path) if path.exists() else ())
+    ]
+
+
+def last_figures(rows: Sequence[Mapping[str, Any]], kept_step: int | None) -> dict[str, Any]:
+    """The last of each figure in the rows of `read_metrics`, and those of the evaluation whose parameters were kept."""
+    kept = (row for row in rows if row.get("step") == kept_step)
+    last = {name: value for row in rows for name, value in row.items()}
+    return last | {name: value for row in kept for name, value in row.items() if name.startswith("val_")}
+
+
+def trim_metrics(path: Path, step: int) -> dict[str, Any] | None:
+    """Drop rows after `step`, which a resumed run will write again; the last that stays, None where there is none."""
+    last = None
+    if path.exists():
+        check_file(path)
+        with atomic_file(path) as handle:
+            for row in scan_metrics(path):
+                if row.get("step", 0) <= step:
+                    handle.write(orjson.dumps(row, option=JSON_LINE))
+                    last = row
+    return last
+
+
+def write_curve(folder: Path, name: str, lines: Mapping[str, str]) -> None:
+    """Draw `name` from `metrics.jsonl`: a line for each key of `lines`, by the name that people read."""
+    rows = read_metrics(folder / METRICS)
+    curves = {label: _curve(rows, key) for label, key in lines.items()}
+    with atomic_file(folder / name, "w") as handle:
+        handle.write(_svg({label: points for label, points in curves.items() if points}))
+
+
+def _curve(rows: Iterable[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(step, value) where the value is a finite number; JSON holds NaN and infinity as null."""
+    return [(row["step"], row[key]) for row in rows if "step" in row and math.isfinite(row.get(key, math.nan))]
+
+
+def _svg(curves: Mapping[str, list[tuple[float, float]]], width: int = 720, height: int = 360) -> str:
+    colours = dict(zip(curves, COLOURS, strict=False))
+    left, right, top, bottom = 56, 28, 12, 40
+    points = [point for line in curves.values() for point in line] or [(0, 0)]
+    losses = sorted(loss for _, loss in points)
+    low, high = losses[0], losses[int(0.98 * (len(losses) - 1))]  # the first steps would flatten the rest
+    high = high if high > low else low + 1
+    last = max(step for step, _ in points) or 1
+
+    def place(step: float, loss: float) -> tuple[float, float]:
+        x = left + step / last * (width - left - right)
+        y = top + (1 - (min(loss, high) - low) / (high - low)) * (height - top - bottom)
+        return round(x, 1), round(y, 1)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        'font-family="sans-serif" font-size="12">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+    ]
+    for quarter in range(5):
+        step, loss = quarter / 4 * last, low + quarter / 4 * (high - low)
+        x, y = place(step, loss)
+        parts.append(f'<line x1="{left}" x2="{width - right}" y1="{y}" y2="{y}" stroke="#ddd"/>')
+        parts.append(f'<text x="{left - 6}" y="{y}" dy="4" text-anchor="end">{loss:.2f}</text>')
+        parts.append(f'<text x="{x}" y="{height - 22}" text-anchor="middle">{step:,.0f}</text>')
+    for number, (name, line) in enumerate(curves.items()):
+        thin = [*line[:-1][:: max(1, len(line) // 1000)], line[-1]]
+        path = " ".join(f"{x},{y}" for x, y in (place(*point) for point in thin))
+        mark = f'fill="none" stroke="{colours[name]}" stroke-width="1.5" points="{path}"'
+        parts.append(f"<polyline {mark}/>")
+        parts.append(f'<text x="{width - 90}" y="{28 + 16 * number}" fill="{colours[name]}">{name}</text>')
+    parts.append(f'<text x="{width / 2}" y="{height - 6}" text-anchor="middle">step</text></svg>')
+    return "\n".join(parts) + "\n"

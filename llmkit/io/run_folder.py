@@ -1,0 +1,214 @@
+"""A run folder, from the check of --out to its place, and what stands in it beside the model.
+
+That is the manifest (manifest.py), the model card, and the metrics with their curves (metrics.py). `RunFolder` is what
+a stage that trains uses; the functions serve other outputs, too.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from llmkit.config import flag_of, lasting_options, option_fields
+from llmkit.errors import UserError
+from llmkit.io.files import (
+    PARTIAL,
+    check_is_folder,
+    check_output,
+    check_unfinished,
+    is_empty_folder,
+    output_folder,
+    remove,
+    replace_folder,
+    sync,
+)
+from llmkit.io.foreign import read_object, read_sealed, write_sealed
+from llmkit.io.manifest import describe_inputs, read_manifest, write_manifest
+from llmkit.io.metrics import LOSS_CURVE, write_curve
+from llmkit.io.model_card import write_model_card
+from llmkit.io.progress import say
+from llmkit.io.ranks import launch
+
+STATE = "state"  # in a run folder: its checkpoints, and
+NOTES = "state/run.json"  # what a resumption asks for
+CHECKPOINTS_KEPT = 2  # while a run goes on: the newest may be damaged
+
+
+def check_model_folder(path: str | None, example: str) -> None:
+    """Raise UserError where no model folder is given, or none stands there; `example` is a command that has one."""
+    if path is None:
+        raise UserError(f"MODEL is missing: a model folder, such as {example}")
+    if not Path(path).is_dir():
+        found = "a file" if Path(path).exists() else "nothing"
+        raise UserError(f"{path}: expected a model folder, found {found}")
+
+
+# ---- checkpoints, which training/checkpoint.py writes and reads
+
+
+def checkpoint_place(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step stands."""
+    return folder / f"step-{step:08d}"
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """The steps at which checkpoints stand, ascending."""
+    if not folder.is_dir():
+        return []
+    found = [re.fullmatch(r"step-(\d{8,})", place.name) for place in folder.iterdir() if place.is_dir()]
+    return sorted(int(match[1]) for match in found if match)
+
+
+def keep_checkpoints(folder: Path, keep: int, newest: int | None = None) -> None:
+    """Remove all but the last checkpoints up to the step `newest`. Later ones were damaged, and are written again."""
+    steps = checkpoint_steps(folder)
+    kept = [step for step in steps if newest is None or step <= newest][-keep:]
+    for step in set(steps).difference(kept):
+        remove(checkpoint_place(folder, step))
+
+
+# ---- a run in the making
+
+
+def check_identity(place: str | Path, noted: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise UserError naming the first part of a resumed run's identity that is not what was noted of the run."""
+    for name, value in orjson.loads(orjson.dumps(now)).items():  # as JSON has given back what was noted
+        if noted.get(name) != value:
+            former, new = ("none" if one is None else one for one in (noted.get(name), value))
+            raise UserError(
+                f"{place}: another run: {name} was {former} and is now {new}; "
+                "resume with the same options and inputs, or start again with --force"
+            )
+
+
+def check_finished(place: str | Path, config: Any) -> None:
+    """Raise UserError where the manifest of a finished run tells that it had other options than what resumes it."""
+    noted, now = (read_manifest(place) or {}).get("options", {}), lasting_options(config)
+    former = {flag_of(item): noted[item.name] for item in option_fields(type(config)) if item.name in noted}
+    check_identity(place, {**now, **former}, now)
+
+
+class RunFolder:
+    """The folder of a training run: it is made as `out` + ".partial" and takes its place, whole, at the end.
+
+        folder = RunFolder(config.out, "base/", resume=config.resume, force=config.force)  # is --out fit for it?
+        if folder.is_finished:
+            return Summary(path=str(folder.out), **folder.results("pretrain", config))
+        notes = folder.notes(identity) or {"plan": make_plan()}  # those of the run that is resumed
+        folder.begin(identity, notes)
+        with folder.training(lambda: trainer.has_begun):
+            ...  # the trainer works in folder.work
+        folder.document("pretrain", options, inputs=inputs, parents=[tokenizer], results=results)
+        ...  # the model is saved in folder.work
+        folder.finish()
+
+    identity: what a run and its resumption must have in common, by the name that the user knows it by: flags
+    (`lasting_options`), and what was in the files that they name. JSON values.
+
+    The first process alone writes. A job that torchrun starts again resumes the run that it had begun, always.
+    """
+
+    def __init__(self, out: str | None, example: str, *, resume: bool, force: bool, dry_run: bool = False) -> None:
+        """Raises UserError when --out is missing, when something stands there or a run is unfinished and neither
+        --resume nor --force was given. With nothing to resume the run starts. A dry run may stand anywhere."""
+        self.out = output_folder(out, example)
+        # beside what a link leads to: the folder there is replaced, not the link
+        self.work = Path(f"{os.path.realpath(self.out) if self.out.is_symlink() else self.out}{PARTIAL}")
+        self.resume = resume = resume or self._begun_by_this_job()
+        if dry_run:
+            return
+        check_is_folder(self.out, str(self.out))
+        check_output(str(self.out), force, resume)
+        if resume and not self.work.is_dir() and (not self.out.is_dir() or is_empty_folder(self.out)):
+            self.resume = resume = False
+            say(f"--resume: nothing stands at {self.work} yet, so the run starts")
+        check_unfinished(force, resume, self.work)
+
+    def _begun_by_this_job(self) -> bool:
+        """True if a former attempt of this job, which failed, has begun the run."""
+        notes = next((place / NOTES for place in (self.work, self.out) if (place / NOTES).exists()), None)
+        return launch().restarts > 0 and notes is not None and read_object(notes).get("job") == launch().job
+
+    @property
+    def is_finished(self) -> bool:
+        """True if the run to be resumed is done: that is no work, and no mistake."""
+        return self.resume and self.out.is_dir() and not self.work.is_dir()
+
+    def results(self, stage: str, config: Any) -> dict[str, Any]:
+        """The results of the finished run. Raises UserError for a folder from elsewhere, and for other options."""
+        manifest = read_manifest(self.out) or {}
+        if manifest.get("stage") != stage:
+            raise UserError(f"{self.out}: not a finished {stage} run; choose another --out, or replace it with --force")
+        check_finished(self.out, config)
+        return manifest["results"]
+
+    def notes(self, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What `begin` noted for the run that is resumed; None for a new run.
+
+        Raises UserError naming the first part of the identity that is not what it was.
+        """
+        if not self.resume or not (self.work / NOTES).exists():
+            if self.resume and checkpoint_steps(self.work / STATE):
+                place = self.work / NOTES
+                raise UserError(f"{place}: missing, so that nobody knows what was begun; start again with --force")
+            return None
+        try:
+            noted = read_sealed(self.work / NOTES)
+        except UserError as error:
+            raise UserError(f"{error}; start again with --force") from None
+        check_identity(self.work, noted["identity"], identity)
+        return noted["notes"]
+
+    def begin(self, identity: Mapping[str, Any], notes: Mapping[str, Any] | None = None) -> None:
+        """Make `work`, empty, or as it is for a resumed run, and note what a resumption will ask for."""
+        if not launch().leads:
+            return
+        if not self.resume:
+            remove(self.work)
+        (self.work / NOTES).parent.mkdir(parents=True, exist_ok=True)
+        write_sealed(self.work / NOTES, {"identity": identity, "notes": notes, "job": launch().job})
+        sync(self.work)  # and its own name: the checkpoints are lost without them
+        sync(self.work.absolute().parent)
+
+    def document(
+        self,
+        stage: str,
+        options: Mapping[str, Any],
+        *,
+        inputs: Sequence[str],
+        parents: Sequence[str],
+        results: Mapping[str, Any],
+        curves: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> None:
+        """Write all that stands beside the model: manifest, loss curve and others (see `write_curve`), model card."""
+        described = describe_inputs(inputs)
+        manifest = write_manifest(self.work, stage, options, inputs=described, parents=parents, results=results)
+        for name, lines in {"loss.svg": LOSS_CURVE, **(curves or {})}.items():
+            write_curve(self.work, name, lines)
+        write_model_card(self.work, manifest)
+
+    @contextmanager
+    def training(self, has_begun: Callable[[], bool]) -> Iterator[None]:
+        """Abandon a new run that a UserError ends before it has begun: the mended command shall not be refused."""
+        try:
+            yield
+        except UserError:
+            if not self.resume and not has_begun():
+                self.abandon()
+            raise
+
+    def abandon(self) -> None:
+        """Remove what was begun and holds nothing."""
+        if launch().leads:
+            remove(self.work)
+
+    def finish(self) -> None:
+        """Put the finished folder in its place, whole; of the checkpoints the last stays."""
+        replace_folder(self.work, Path(os.path.realpath(self.out)))
+        keep_checkpoints(self.out / STATE, 1)

@@ -1,0 +1,129 @@
+"""Device, precision and threads of a computation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple
+
+import torch
+
+from llmkit.errors import UserError
+from llmkit.io.progress import counted
+from llmkit.io.ranks import launch
+from llmkit.model.narrow_weights import Weights, can_narrow
+
+# 4 layers of 256 with a vocabulary of 8,192 (5M) take 1.4 ms a token on one thread, 1.5 ms on two, and 50 ms on two
+# that others keep busy
+ONE_THREAD_PARAMETERS = 20_000_000
+BATCH_BYTES = 80  # a token of a step: its id, target and document, 20 bytes, in the four batches that are made ahead
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is a GPU, else the CPU; of several GPUs the first, or in a job of several processes this process's own.
+
+    Raises UserError for a device that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU found here; use --device cpu")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: not available here; use --device cpu")
+    if name == "cuda" and (me := launch()).size > 1:
+        if me.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"{counted(torch.cuda.device_count(), 'GPU')} here, and this is process {me.local_rank + 1} of this "
+                "machine; start torchrun with a lower --nproc-per-node"
+            )
+        torch.cuda.set_device(me.local_rank)
+        return torch.device("cuda", me.local_rank)
+    return torch.device(name)
+
+
+def is_small(parameters: int, device: torch.device) -> bool:
+    """True if a model has less to do for a second thread than that has to wait for."""
+    return device.type == "cpu" and parameters < ONE_THREAD_PARAMETERS
+
+
+def one_thread(wanted: bool) -> AbstractContextManager[None]:
+    """Compute on one thread for a while, where that is wanted."""
+    return threads(1 if wanted else torch.get_num_threads())
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Compute on so many threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the hardware multiplies it (GPUs, CPUs with AVX512-BF16 or AMX), else float32."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if device.type == "cpu":
+        return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+class Precision(NamedTuple):
+    """dtype: of the parameters and of what is computed from them; weights: how the decoder holds matrices."""
+
+    dtype: torch.dtype
+    weights: Weights
+
+    @property
+    def name(self) -> str:
+        """For people: "float32", "bfloat16", "half precision", "int8"."""
+        return {"dense": str(self.dtype).removeprefix("torch."), "half": "half precision"}.get(self.weights, "int8")
+
+
+def choose_precision(name: str, device: torch.device) -> Precision:
+    """What --dtype means for sampling. `auto` on a CPU is float32: narrower is faster, but only float32 and int8 give
+    a text its bits whatever is sampled beside it, and int8 costs quality; a resumed run must go on as it began.
+
+    bfloat16 on a CPU that cannot multiply it is half precision (model/narrow_weights.py), where that is to be had.
+    """
+    if name == "int8":
+        if device.type != "cpu" or not can_narrow():
+            raise UserError("--dtype int8: expected an x86 CPU; use bfloat16")
+        return Precision(torch.float32, "int8")
+    if device.type == "cpu":
+        if name == "bfloat16" and not _cpu_has_bfloat16() and can_narrow():
+            return Precision(torch.float32, "half")
+        return Precision(torch.bfloat16 if name == "bfloat16" else torch.float32, "dense")
+    return Precision(choose_dtype(name, device), "dense")
+
+
+def _cpu_has_bfloat16() -> bool:
+    """True if the CPU multiplies bfloat16, and torch may use it: ATEN_CPU_CAPABILITY=avx2 forbids that."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    allowed = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return allowed and any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+
+
+def check_memory(wanted: Mapping[str, float], device: torch.device) -> None:
+    """Raise UserError where training would take more bytes than the device has, with what the most of them say to do.
+
+    wanted: bytes by advice, such as {"lower --depth": 1e9, "lower --batch-tokens": 1e6}
+    """
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    else:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = sum(wanted.values())
+    if total > there:
+        size = f"about {total / 1e9:,.0f}" if total < 1e15 else "over a million"
+        advice = max(wanted, key=lambda part: wanted[part])
+        raise UserError(f"training takes {size} GB of memory, and {device} has {there / 1e9:,.0f}; {advice}")
+
+
+def check_batch_memory(tokens: float, advice: str, token_bytes: int = BATCH_BYTES) -> None:
+    """Raise UserError with the advice where this machine cannot hold the tokens of the batches of some steps."""
+    check_memory({advice: float(tokens) * token_bytes}, torch.device("cpu"))

@@ -1,0 +1,1 @@
+"""What a model knows: questions, judges, lessons, recitation."""

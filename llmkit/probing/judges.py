@@ -1,0 +1,90 @@
+"""`--judge MODEL`: a chat model reads passage, reference and answer, and says whether the answer is right.
+
+    judge = ModelJudge(model, MatchJudge())
+    for answered, verdicts in judge.judge_each([Answered(question, ["Paris", "Rome"])]): ...
+
+What is empty or evasive by its words is never shown to the model, so that it cannot take it for right. A reply that
+cannot be read twice is no verdict.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+from llmkit.errors import UserError
+from llmkit.generation.chat_models import ChatModel, Missing
+from llmkit.generation.served_models import shortened
+from llmkit.io.progress import counted
+from llmkit.text.matching import EVASIVE, RIGHT, UNREADABLE, WRONG, Answered, MatchJudge
+
+TEMPERATURE = 0.3  # not 0: the second try must be able to say something else
+JUDGE_PROMPT = """\
+Judge an answer to a question, by the passage and the reference answer alone.
+
+Passage:
+{passage}
+
+Question: {question}
+Reference answer: {reference}
+
+Answer to judge:
+<answer>
+{answer}
+</answer>
+
+right: the answer says what the reference answer says, or what the passage says in reply to the question.
+wrong: the answer says something else, or something beside it that is false by the passage.
+evasive: the answer does not reply: it refuses, does not know, leaves a choice open or repeats the question.
+
+Reply with one line and nothing else: VERDICT: right, or VERDICT: wrong, or VERDICT: evasive"""
+NO_PASSAGE = "(not given)"
+VERDICT = re.compile(r"^[^\w\n]*verdict\W+(right|wrong|evasive)[^\w\n]*$", re.IGNORECASE | re.MULTILINE)
+
+
+class ModelJudge:
+    """Judges by asking a chat model; `words` tells what is evasive beyond doubt."""
+
+    def __init__(self, model: ChatModel, words: MatchJudge) -> None:
+        self._model, self._words, self.name = model, words, model.name
+
+    def judge_each(self, answered: Iterable[Answered]) -> Iterator[tuple[Answered, list[str]]]:
+        """Each question with the verdicts on its responses, one of `VERDICTS` or `UNREADABLE`, in order."""
+        for (one, asked), found in self._model.ask(map(self._prompts, answered), read_verdict, TEMPERATURE):
+            verdicts = dict(zip(asked, found, strict=True))
+            yield one, [_verdict(verdicts.get(response.strip(), EVASIVE)) for response in one.responses]
+
+    def _prompts(self, one: Answered) -> tuple[tuple[Answered, list[str]], list[str]]:
+        """What is asked about the responses of a question, each of them once, and which they are."""
+        question = one.question
+        unlike = list(dict.fromkeys(response.strip() for response in one.responses))
+        asked = [text for text in unlike if self._words(text, question.question, question.answers) != EVASIVE]
+        shown = {
+            "passage": question.passage or NO_PASSAGE,
+            "question": question.question,
+            "reference": " | ".join(question.answers),
+        }
+        return (one, asked), [JUDGE_PROMPT.format(answer=text, **shown) for text in asked]
+
+
+def _verdict(found: str | Missing) -> str:
+    return UNREADABLE if isinstance(found, Missing) else found
+
+
+def check_verdicts(counts: Mapping[str, int], model: ChatModel) -> None:
+    """Raise UserError for a judge that said nothing which could be read, about answers that are right or wrong."""
+    if counts[UNREADABLE] and not (counts[RIGHT] or counts[WRONG]):
+        raise UserError(
+            f"--judge: no verdict of {model.name} could be read, in {counted(counts[UNREADABLE], 'judgement')}; it "
+            f"said, for example: {shortened(model.unread or '')!r}; start again with another judge and --force"
+        )
+
+
+def read_verdict(reply: str) -> str | None:
+    """The verdict that stands alone on a line; None where there is none, or two that differ.
+
+    >>> read_verdict("**VERDICT: Right.**"), read_verdict("VERDICT: right or VERDICT: wrong"), read_verdict("right")
+    ('right', None, None)
+    """
+    found = {one.lower() for one in VERDICT.findall(reply)}
+    return found.pop() if len(found) == 1 else None

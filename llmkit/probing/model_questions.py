@@ -1,0 +1,151 @@
+"""Questions with answers that a chat model writes about passages, and which of them are kept.
+
+for passage, reply in write_about(model, passages, most=3): state.append(reply)
+questions, left_out = written_questions(state.records(), passages)
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from hashlib import blake2b
+from typing import Any
+
+import orjson
+
+from llmkit.errors import UserError
+from llmkit.formats.questions import Question, kind_of_question
+from llmkit.generation.chat_models import ChatModel, Missing, cost
+from llmkit.io.progress import Progress, counted, say
+from llmkit.io.resume import RunState
+from llmkit.text.matching import holds
+from llmkit.text.normalize import words
+from llmkit.text.passages import Passage
+
+TEMPERATURE = 0.7
+WRITER_PROMPT = """\
+Read the passage and write {most} short questions about facts that it states.
+
+Somebody who cannot see the passage must understand each question: name whom or what it is about.
+Each answer is a name, a date, a number or a few words, copied from the passage word for word.
+A question must not contain its answer. Write in the language of the passage.
+
+Passage:
+{passage}
+
+Reply with JSON and nothing else, in this form:
+{{"questions": [{{"question": "...", "answer": "..."}}]}}"""
+
+Pair = tuple[str, str]  # question, answer
+
+
+def write_all(
+    model: ChatModel, passages: Sequence[Passage], most: int, state: RunState, quiet: bool
+) -> tuple[list[Question], Counter[str]]:
+    """Have questions written about the passages that the state has not, into it; then what `written_questions` says.
+
+    Raises UserError where there is none.
+    """
+    with Progress("write", total=len(passages), unit="passages", quiet=quiet) as progress:
+        progress.advance(state.kept)
+        for record in write_about(model, state.remaining(passages, written_about), most):
+            state.append(record)
+            progress.advance()
+    questions, left_out = written_questions(state.records(), passages)
+    if not questions:
+        state.remove()
+        reasons = ", ".join(f"{reason} {count}" for reason, count in left_out.items())
+        raise UserError(f"--writer: no question of {model.name} can be asked ({reasons}); {cost(model)}")
+    about = len({question.passage_id for question in questions})
+    say(
+        f"{model.name} wrote {counted(len(questions), 'question')} about {about} of "
+        f"{counted(len(passages), 'passage')}",
+        quiet,
+    )
+    return questions, left_out
+
+
+def write_about(model: ChatModel, passages: Iterable[Passage], most: int) -> Iterator[dict[str, Any]]:
+    """A record of each passage, in order: the `pairs` that the model wrote, or why there are none (`missing`)."""
+    prompts = ((one, [WRITER_PROMPT.format(most=most, passage=one.text)]) for one in passages)
+    for passage, (reply,) in model.ask(prompts, read_pairs, TEMPERATURE):
+        made = {"missing": reply.value} if isinstance(reply, Missing) else {"pairs": reply[:most]}
+        yield {"passage": _key(passage), "where": passage.where, **made}
+
+
+def written_about(record: dict[str, Any], passage: Passage) -> bool:
+    """True if a record is that of a passage."""
+    return record["passage"] == _key(passage)
+
+
+def _key(passage: Passage) -> str:
+    return f"{passage.name} {blake2b(passage.text.encode(), digest_size=8).hexdigest()}"
+
+
+def read_pairs(reply: str) -> list[Pair] | None:
+    """The questions of a reply, whatever is said around the JSON; None where there are none to be read.
+
+    >>> read_pairs('Sure! {"questions": [{"question": "Who?", "answer": "Ada"}]}')
+    [('Who?', 'Ada')]
+    """
+    start, end = reply.find("{"), reply.rfind("}")
+    try:
+        value = orjson.loads(reply[start : end + 1])
+    except orjson.JSONDecodeError:
+        return None
+    listed = value.get("questions") if isinstance(value, dict) else None
+    if not isinstance(listed, list):
+        return None
+    pairs = [(_text(one.get("question")), _text(one.get("answer"))) for one in listed if isinstance(one, dict)]
+    return [pair for pair in pairs if all(pair)] or None
+
+
+def _text(value: Any) -> str:
+    """A field that is text, or a number as text; empty for anything else."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    return " ".join(value.split()) if isinstance(value, str) else ""
+
+
+def written_questions(
+    records: Iterable[dict[str, Any]], passages: Sequence[Passage]
+) -> tuple[list[Question], Counter[str]]:
+    """The questions that can be asked, and how many passages and questions are left out, by reason.
+
+    `records` are those of the passages, in their order.
+    """
+    questions: list[Question] = []
+    left_out: Counter[str] = Counter()
+    asked: set[tuple[str, ...]] = set()
+    for record, passage in zip(records, passages, strict=True):
+        if "missing" in record:
+            left_out[f"passages: {record['missing']}"] += 1
+        for question, answer in record.get("pairs", ()):
+            reason = unfit(question, answer, passage.text)
+            if reason is None and words(question) in asked:
+                reason = "asked before"
+            if reason is not None:
+                left_out[reason] += 1
+                continue
+            asked.add(words(question))
+            where = f"{passage.where}, {passage.name}"
+            kind = kind_of_question(question)
+            questions.append(Question(question, (answer,), passage.text, passage.name, kind, "", where))
+    return questions, left_out
+
+
+def unfit(question: str, answer: str, passage: str) -> str | None:
+    """Why a question cannot be asked, or None.
+
+    >>> unfit("When did the mill of Arden open?", "1889", "The mill of Arden opened in 1889.")
+    >>> unfit("Did it open in 1889?", "1889", "The mill of Arden opened in 1889.")
+    'holds its answer'
+    """
+    asked, said, there = words(question), words(answer), words(passage)
+    if not said or not holds(there, said):
+        return "answer not in the passage"
+    if holds(asked, said):
+        return "holds its answer"
+    if "passage" in asked and "passage" not in there:
+        return "asks about the passage itself"
+    return None

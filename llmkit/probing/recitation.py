@@ -1,0 +1,147 @@
+"""How much of a text a model reproduces: given a document's first tokens, does greedy decoding go on as it does?
+
+The procedure is that of Carlini et al. 2022 (arXiv:2202.07646). Documents that begin alike, up to the last token
+that is compared, are asked once and counted: what is repeated is learnt by heart.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from typing import Any
+
+from llmkit.errors import UserError
+from llmkit.generation.generator import Generator, Request
+from llmkit.io.progress import Progress, counted
+from llmkit.io.records import Row
+from llmkit.tokenizer.encoding import Tokenizer
+
+CHARACTERS_A_TOKEN = 32  # read of a document for each token that is wanted: no vocabulary has so long ones on average
+REPEATS = ((1, "once"), (2, "2 to 9 times"), (10, "10 times or more"))
+
+
+@dataclass
+class _Beginning:
+    """The first tokens of a document, and in how many it is found."""
+
+    name: str
+    where: str
+    prefix: list[int]
+    following: list[int]
+    repeats: int = 1
+
+
+class Recital:
+    """The beginnings of documents, ready to be asked for.
+
+    prefix_tokens  given to the model
+    max_tokens     compared with what it says, at most
+    context        of the model, in tokens
+    source         names the documents in errors: UserError where none is long enough, or the context too short
+    too_short      documents that end with their prefix
+    """
+
+    def __init__(
+        self,
+        documents: Iterable[Row],
+        tokenizer: Tokenizer,
+        prefix_tokens: int,
+        max_tokens: int,
+        context: int,
+        source: str,
+    ) -> None:
+        if 1 + prefix_tokens + max_tokens > context:
+            raise UserError(
+                f"--prefix-tokens {prefix_tokens} and --max-tokens {max_tokens}: expected less than the model's "
+                f"context of {context} tokens in all"
+            )
+        self._start = tokenizer.document_bounds()[0]
+        self._tokenizer = tokenizer
+        self._held: dict[tuple[int, ...], _Beginning] = {}
+        self.too_short = 0
+        wanted = prefix_tokens + max_tokens
+        for number, row in enumerate(documents, 1):
+            ids = tokenizer.encode(row.value["text"][: wanted * CHARACTERS_A_TOKEN])[:wanted]
+            if len(ids) <= prefix_tokens:
+                self.too_short += 1
+            elif known := self._held.get(tuple(ids)):
+                known.repeats += 1
+            else:
+                name = str(row.value.get("id") or row.value.get("url") or number)
+                self._held[tuple(ids)] = _Beginning(name, row.where, ids[:prefix_tokens], ids[prefix_tokens:])
+        if not self._held:
+            raise UserError(f"{source}: expected documents of more than {prefix_tokens} tokens, found none")
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def recite(self, generator: Generator) -> Iterator[dict[str, Any]]:
+        """A record of each: `matched` tokens from the first on, the `longest` run, and the `share` that matched.
+
+        The generator decodes greedily and knows no end tokens, so that it says as much as is compared.
+        """
+        held = list(self._held.values())
+        requests = (Request([self._start, *one.prefix], max_tokens=len(one.following), where=one.where) for one in held)
+        for one, (completion,) in zip(held, generator.complete(requests), strict=True):
+            said = completion.token_ids
+            unlike = (place for place, token in enumerate(one.following) if said[place] != token)
+            matched = next(unlike, len(said))
+            longest = SequenceMatcher(None, said, one.following, autojunk=False).find_longest_match()
+            yield {
+                "id": one.name,
+                "repeats": one.repeats,
+                "tokens": len(one.following),
+                "matched": matched,
+                "longest": longest.size,
+                "share": round(matched / len(one.following), 4),
+                "prefix": self._tokenizer.decode(one.prefix),
+                "completion": completion.text,
+                "where": one.where,
+            }
+
+
+@dataclass(frozen=True)
+class Recited:
+    """What the command line prints when the records went to a file; see `summarise`."""
+
+    path: str
+    documents: int
+    by_repeats: dict[str, dict[str, float]]
+    too_short: int
+
+
+def written(
+    records: Iterable[dict[str, Any]], write: Callable[[dict[str, Any]], object], total: int, quiet: bool
+) -> Iterator[dict[str, Any]]:
+    """The records once they are written, with progress."""
+    with Progress("recite", total=total, unit="documents", quiet=quiet) as progress:
+        for record in records:
+            write(record)
+            yield record
+            progress.advance()
+
+
+def summarise(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """By how often a document occurs: how many there are, their mean share, and how many are recited whole."""
+    counts: Counter[str] = Counter()
+    shares: Counter[str] = Counter()
+    whole: Counter[str] = Counter()
+    for record in records:
+        (*_, group) = (name for least, name in REPEATS if record["repeats"] >= least)
+        counts[group] += 1
+        shares[group] += record["share"]
+        whole[group] += record["share"] == 1
+    return {
+        name: {"documents": counts[name], "mean_share": round(shares[name] / counts[name], 4), "whole": whole[name]}
+        for _, name in REPEATS
+        if counts[name]
+    }
+
+
+def describe(groups: dict[str, dict[str, float]], tokens: int) -> Iterator[str]:
+    """What `summarise` found, in lines for people; `tokens` were asked for of each document."""
+    for name, one in groups.items():
+        found = f"{one['mean_share']:.1%} of {counted(tokens, 'token')} on average, {one['whole']} recited whole"
+        yield f"documents found {name}: {one['documents']}; {found}"

@@ -1,0 +1,110 @@
+"""What a probe teaches: refusals where the model does not know, the correct answer where it does.
+
+The wordings of refusals stand in refusals.json, by language; a file of the same form takes their place.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from llmkit.errors import UserError
+from llmkit.formats.questions import Question
+from llmkit.io.files import read_json
+from llmkit.text.language import identify
+
+OURS = Path(__file__).with_name("refusals.json")
+FALLBACK = "en"
+# fastText's certainty from which on a short question's language is believed, and a passage's: FineWeb's threshold
+SURE_OF_QUESTION, SURE_OF_PASSAGE = 0.8, 0.65
+
+
+def language_of(question: Question) -> str:
+    """The ISO 639-1 code that the record names, or that the text shows; empty where neither is clear."""
+    if question.language:
+        return question.language
+    for text, sure in ((question.question, SURE_OF_QUESTION), (question.passage, SURE_OF_PASSAGE)):
+        language, score = identify(text)
+        if score >= sure:
+            return language
+    return ""
+
+
+class Refusals:
+    """Wordings of a refusal, from a JSON file: {"en": ["I don't know.", ...], "de": [...]}. Raises UserError."""
+
+    def __init__(self, path: str | None = None) -> None:
+        name = path or str(OURS)
+        try:
+            self._wordings = read_json(Path(name))
+        except OSError as error:
+            reason = str(error.strerror).lower()
+            raise UserError(f"{name}: expected a file of refusals that can be read: {reason}") from None
+        for language, texts in self._wordings.items():
+            if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
+                raise UserError(f'{name}: {language}: expected a list of refusals, such as ["I don\'t know."]')
+        if not self._wordings:
+            raise UserError(f'{name}: expected refusals by language, such as {{"en": ["I don\'t know."]}}, found none')
+
+    def texts(self) -> list[str]:
+        """All wordings, in every language."""
+        return [text for texts in self._wordings.values() for text in texts]
+
+    def choose(self, question: str, language: str, seed: int) -> str:
+        """A wording in the language, in English or in the file's first where it has none; the same every time."""
+        texts = self._wordings.get(language) or self._wordings.get(FALLBACK) or next(iter(self._wordings.values()))
+        return texts[_draw(seed, question) % len(texts)]
+
+
+def balanced(known: Sequence[str], balance: float | None, seed: int) -> set[int]:
+    """Which records are taught: of those that are "yes" or "no", as many that `balance` are "yes" for each "no".
+
+    The side that has too many is thinned by a draw. All are kept without `balance`, and where a side is empty.
+    """
+    sides = {side: [place for place, one in enumerate(known) if one == side] for side in ("yes", "no")}
+    confirmed, refused = len(sides["yes"]), len(sides["no"])
+    if balance is not None and confirmed and refused:
+        wanted = {"yes": min(confirmed, round(balance * refused)), "no": min(refused, round(confirmed / balance))}
+        sides = {
+            side: sorted(places, key=lambda place: _draw(seed, str(place)))[: max(1, wanted[side])]
+            for side, places in sides.items()
+        }
+    return {*sides["yes"], *sides["no"]}
+
+
+def lesson(record: dict[str, Any], refusals: Refusals, seed: int) -> dict[str, Any]:
+    """The conversation that a probe's record teaches: its first answer if it is known, else a refusal."""
+    question, answer = record["question"], record["answer"]
+    if record["known"] == "yes":
+        said = answer if isinstance(answer, str) else answer[0]
+    else:
+        said = refusals.choose(question, record["language"], seed)
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": said}]
+    return {"messages": messages, "known": record["known"], "source": "probe-knowledge"}
+
+
+def write_lessons(
+    write: Callable[[dict[str, Any]], object],
+    records: Callable[[], Iterable[dict[str, Any]]],
+    refusals: Refusals,
+    balance: float | None,
+    seed: int,
+) -> Counter[str]:
+    """Write the conversations that the records of a probe teach, balanced; how many confirm ("yes") and refuse ("no").
+
+    `records` gives the records, twice.
+    """
+    chosen = balanced([record["known"] for record in records()], balance, seed)
+    taught: Counter[str] = Counter()
+    for place, record in enumerate(records()):
+        if place in chosen:
+            taught[record["known"]] += 1
+            write(lesson(record, refusals, seed))
+    return taught
+
+
+def _draw(seed: int, text: str) -> int:
+    return int.from_bytes(blake2b(f"{seed} {text}".encode(), digest_size=8).digest(), "little")

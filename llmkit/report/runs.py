@@ -1,0 +1,213 @@
+"""What stands behind the paths that a user gave: runs by their manifests, and files of records by what is in them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from llmkit.errors import UserError
+from llmkit.io.files import PARTIAL, read_json
+from llmkit.io.foreign import read_object
+from llmkit.io.manifest import LARGEST_MANIFEST, MANIFEST, OF_FILE, read_manifest
+from llmkit.io.metrics import METRICS
+from llmkit.io.run_folder import NOTES
+from llmkit.report.kinds import kind_of_record
+from llmkit.report.values import is_number, objects, parsed, raw_lines, read_or_note
+
+LOOKED_AT = 100  # lines, for one that tells what a file holds
+RECORDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson")
+# an option that one stage alone has, by which a run that is not finished is known
+STAGE_OF_FLAG = {"--depth": "pretrain", "--identity": "sft", "--ensemble": "train-reward", "--algo": "rl"}
+
+
+@dataclass
+class Run:
+    """One run: what its manifest says, and where its files are.
+
+    manifest  of an unfinished run what can be told of it; None for a model folder of foreign origin
+    state     "finished", "unfinished", "foreign", or "file" for records that no manifest tells of
+    folder    None where the run wrote a single file
+    output    that file, or the folder
+    """
+
+    path: str
+    manifest: dict[str, Any] | None
+    state: str
+    folder: Path | None
+    output: Path
+
+
+@dataclass(frozen=True)
+class RecordsFile:
+    """A file of JSONL: `kind` is one of kinds.KINDS; `run` the path of the run that wrote it, where that is known."""
+
+    path: str
+    kind: str
+    run: str | None = None
+
+
+@dataclass
+class Gathered:
+    """The material of a report: `evaluations`, `tokenizers` and `scores` are reports given as files, by path; `notes`
+    name what was left out."""
+
+    runs: list[Run] = field(default_factory=list)
+    files: list[RecordsFile] = field(default_factory=list)
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tokenizers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    scores: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def is_empty(self) -> bool:
+        """True if nothing was found."""
+        return not (self.runs or self.files or self.evaluations or self.tokenizers or self.scores)
+
+
+def gather(paths: Sequence[str]) -> Gathered:
+    """What is behind run folders, folders that hold some, and files that stages write.
+
+    What cannot be read or is of no stage becomes a note. Raises UserError for a path where nothing stands, and where
+    nothing at all was found.
+    """
+    found = Gathered()
+    for path in paths:
+        if not os.path.exists(path):
+            raise UserError(f"{path}: expected a run folder, or a file that a stage has written; found nothing there")
+        read_or_note(found.notes, lambda path=path: _gather_one(found, path, listed=False))
+    _once(found)
+    if found.is_empty:
+        more = f"; so for {len(found.notes) - 1} more" if len(found.notes) > 1 else ""
+        raise UserError((found.notes or ["expected a run folder, found none"])[0] + more)
+    return found
+
+
+def _once(found: Gathered) -> None:
+    """Each thing once, however it was named."""
+    found.runs = list({run.output.resolve(): run for run in found.runs}.values())
+    found.files = list({Path(file.path).resolve(): file for file in found.files}.values())
+
+
+def _gather_one(found: Gathered, path: str, listed: bool) -> None:
+    """`listed`: it is in a folder that was given, and may be anything."""
+    place = Path(path)
+    if place.is_dir():
+        if not _gather_run(found, place, path) and not listed:
+            _gather_folder(found, place, path)
+    elif not place.is_file():
+        raise UserError(f"{path}: expected a file or a folder, found a pipe or a device, which cannot be read twice")
+    elif place.name in (MANIFEST, METRICS):
+        _gather_run(found, place.parent, str(place.parent))
+    elif place.name.endswith(OF_FILE):
+        _gather_file_run(found, place, path.removesuffix(OF_FILE))
+    elif place.name.endswith(".json"):
+        _gather_json(found, place, path, listed)
+    else:
+        beside = Path(path + OF_FILE)
+        if beside.is_file():
+            _gather_file_run(found, beside, path)
+        elif not listed or place.name.endswith(RECORDS):
+            _gather_records(found, path, None, listed)
+
+
+def _gather_run(found: Gathered, folder: Path, path: str) -> bool:
+    """Note the run whose folder this is; False where it is none."""
+    if (folder / MANIFEST).is_file():
+        manifest = read_manifest(folder)
+        found.runs.append(Run(path, _checked(manifest, folder / MANIFEST), "finished", folder, folder))
+    elif (folder / NOTES).is_file() and folder.name.endswith(PARTIAL):
+        identity = read_json(folder / NOTES).get("identity")
+        options = identity if isinstance(identity, dict) else {}
+        stage = next((stage for flag, stage in STAGE_OF_FLAG.items() if flag in options), "training")
+        parents = [_parent(folder, options[name]) for name in ("MODEL", "--tokenizer") if options.get(name)]
+        described = {"stage": stage, "options": options, "parents": parents}
+        found.runs.append(Run(path, described, "unfinished", folder, folder))
+    elif (folder / "config.json").is_file():
+        found.runs.append(Run(path, None, "foreign", folder, folder))
+        if (folder / METRICS).is_file():
+            found.notes.append(f"{path}: no {MANIFEST} beside its {METRICS}: what made the model is not known")
+    elif (folder / METRICS).is_file():
+        raise UserError(f"{path}: expected {MANIFEST} beside {METRICS}, found none; name the folder as the run left it")
+    else:
+        return False
+    for name in ("rollouts.jsonl", "disagreements.jsonl"):
+        if (folder / name).is_file():
+            read_or_note(found.notes, lambda name=name: _gather_records(found, str(folder / name), path, listed=True))
+    return True
+
+
+def _parent(folder: Path, path: Any) -> dict[str, Any]:
+    """What an unfinished run begins with, as its manifest will have it."""
+    places = (place for place in (Path(str(path)), folder.parent / str(path)) if (place / MANIFEST).is_file())
+    place = next(places, None)
+    return {"path": str(path), "manifest": read_manifest(place) if place else None}
+
+
+def changed(path: Path) -> str:
+    """When a file, or the metrics of a run, was last written, in the form of a manifest's `created`."""
+    metrics = path / METRICS
+    stamp = (metrics if metrics.is_file() else path).stat().st_mtime
+    return datetime.fromtimestamp(stamp, timezone.utc).isoformat(timespec="seconds")
+
+
+def _checked(manifest: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(manifest.get("stage"), str):
+        raise UserError(f"{path}: expected a manifest that llmkit wrote, with 'stage', found {sorted(manifest)[:8]}")
+    return manifest
+
+
+def _gather_file_run(found: Gathered, manifest: Path, output: str) -> None:
+    """A run that wrote a single file."""
+    found.runs.append(
+        Run(output, _checked(read_object(manifest, LARGEST_MANIFEST), manifest), "finished", None, Path(output))
+    )
+    if output.endswith(RECORDS) and os.path.isfile(output):  # not a .gguf, whose lines have no end
+        _gather_records(found, output, output, listed=True)
+
+
+def _gather_folder(found: Gathered, folder: Path, path: str) -> None:
+    """The runs and files in a folder that is no run."""
+    before = len(found.runs) + len(found.files)
+    for child in sorted(folder.iterdir(), key=lambda child: (changed(child), child.name)):
+        if not child.name.startswith("."):
+            read_or_note(found.notes, lambda child=child: _gather_one(found, str(child), listed=True))
+    if len(found.runs) + len(found.files) == before:
+        raise UserError(f"{path}: expected a run folder (with {MANIFEST}), or a folder of some; found none")
+
+
+def _gather_json(found: Gathered, place: Path, path: str, listed: bool) -> None:
+    value = read_json(place)
+    evaluation = value.get("evaluation", value)
+    if "stage" in value and "manifest_version" in value:
+        _gather_run(found, place.parent, str(place.parent))
+    elif isinstance(evaluation, dict) and isinstance(evaluation.get("overall"), dict):
+        found.evaluations[path] = evaluation
+    elif "bytes_per_token" in value and "sample" in value:
+        found.tokenizers[path] = value
+    elif scores := [one for one in objects(value.get("effects")) if _is_score(one)]:
+        found.scores[path] = scores
+    elif not listed:
+        raise UserError(
+            f"{path}: expected a manifest, evaluation.json, report.json or effects.json, found {sorted(value)[:8]}"
+        )
+
+
+def _is_score(one: dict[str, Any]) -> bool:
+    """True if this is a row of effects.json: a figure of a stage, its value, and what it is held against."""
+    named = all(isinstance(one.get(name), str) for name in ("stage", "figure", "against"))
+    return named and all(one.get(name) is None or is_number(one[name]) for name in ("value", "beside"))
+
+
+def _gather_records(found: Gathered, path: str, run: str | None, listed: bool) -> None:
+    fields = next((row for _, line in islice(raw_lines(path), LOOKED_AT) if (row := parsed(line)) is not None), None)
+    kind = None if fields is None else kind_of_record(fields)
+    if kind is not None:
+        found.files.append(RecordsFile(path, kind, run))
+    elif not listed:
+        told = f"a record with {sorted(fields)[:8]}" if fields else "no JSON object a line"
+        raise UserError(f"{path}: expected a file that a stage has written, found {told}")

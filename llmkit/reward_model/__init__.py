@@ -1,0 +1,1 @@
+"""Learning rewards from preferences: head, comparisons, loss, evaluation, scoring."""

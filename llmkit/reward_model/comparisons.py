@@ -1,0 +1,287 @@
+"""Encoded comparisons of one source, and rows of them: a prompt once, each of its answers after it.
+
+    token ids     prompt p p p | answer a a a | answer b b | next prompt ...
+    branch ids           0 0 0          1 1 1          2 2          0
+    positions            0 1 2          3 4 5          3 4          0
+
+A score is read at the last token of each answer. Nothing is padded but the end of a row.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+
+from llmkit.data.batches import shuffled
+from llmkit.data.mixture import best_fit
+from llmkit.data.sources import OUTSIDE, encode_good
+from llmkit.errors import UserError, naming
+from llmkit.formats.conversations import Message
+from llmkit.formats.preferences import Comparison
+from llmkit.io.bad_records import BadRecords
+from llmkit.io.progress import counted
+
+READ_AT_ONCE = 1024  # comparisons: enough for the tokenizer's threads, little memory
+Turns = tuple[Message, ...]
+# the ids of prompts, each with those of the answers that may follow it (llmkit/tokenizer/chat.py)
+EncodeBranches = Callable[
+    [Sequence[tuple[Turns, Sequence[Turns]]]], Sequence[tuple[np.ndarray, tuple[np.ndarray, ...]]]
+]
+NO_RANK = np.inf  # where a comparison has fewer answers than its neighbours
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """A prompt and its answers in tokens.
+
+    prompt, answers  int32, each
+    ranks            of the answers, the smaller the better
+    margin           of a pair
+    number           of the comparison in its source
+    """
+
+    prompt: np.ndarray
+    answers: tuple[np.ndarray, ...]
+    ranks: tuple[int, ...]
+    margin: float = 0.0
+    number: int = 0
+
+    @property
+    def size(self) -> int:
+        """Tokens of a row that it takes."""
+        return len(self.prompt) + sum(map(len, self.answers))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest answer with its prompt."""
+        return len(self.prompt) + max(map(len, self.answers))
+
+    def spans(self, tokens: int) -> Iterator[tuple[int, int]]:
+        """The answers in runs (first, last) that take, with the prompt, so many tokens at most, or are one answer."""
+        first, size = 0, len(self.prompt)
+        for number, answer in enumerate(self.answers):
+            if number > first and size + len(answer) > tokens:
+                yield first, number
+                first, size = number, len(self.prompt)
+            size += len(answer)
+        yield first, len(self.answers)
+
+
+@dataclass
+class Comparisons:
+    """The comparisons of one source, each answer of which fits the context; `counts` says what became of the others."""
+
+    name: str
+    held: list[Candidates] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+    def __getitem__(self, index: int) -> Candidates:
+        return self.held[index]
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Tokens that each takes of a row, (N,) int64."""
+        return np.array([one.size for one in self.held], np.int64)
+
+    @property
+    def inputs(self) -> int:
+        """Tokens of rows that all of them take, each once."""
+        return int(self.sizes.sum())
+
+    def split(self, fraction: float, seed: int) -> tuple[Comparisons, Comparisons]:
+        """Those to learn from, and about a `fraction` of the prompts, drawn by the seed, with all their comparisons.
+
+        Raises UserError where there is one prompt alone.
+        """
+        prompts = {one.prompt.tobytes(): number for number, one in enumerate(self.held)}
+        if len(prompts) < 2:
+            raise UserError(f"{self.name}: the comparisons of one prompt cannot be split; name held-out ones by --val")
+        drawn = shuffled(len(prompts), seed, 0)[: min(max(1, round(fraction * len(prompts))), len(prompts) - 1)]
+        names = list(prompts)
+        chosen = {names[place] for place in drawn}
+        parts: tuple[list[Candidates], list[Candidates]] = [], []
+        for one in self.held:
+            parts[one.prompt.tobytes() in chosen].append(one)
+        return Comparisons(self.name, parts[0], self.counts), Comparisons(self.name, parts[1])
+
+
+class ComparisonRows(NamedTuple):
+    """Rows of packed comparisons: B rows of T tokens, M comparisons in a row, K answers in a comparison.
+
+    token_ids, doc_ids, branch_ids, position_ids  int64 (B, T)
+    ends     int64 (B, M, K): where each answer's last token is; 0 where there is none
+    ranks    float32 (B, M, K): NO_RANK where there is no answer
+    margins  float32 (B, M)
+    numbers  int64 (B, M): of the comparisons in their source; -1 where there is none
+    """
+
+    token_ids: np.ndarray
+    doc_ids: np.ndarray
+    branch_ids: np.ndarray
+    position_ids: np.ndarray
+    ends: np.ndarray
+    ranks: np.ndarray
+    margins: np.ndarray
+    numbers: np.ndarray
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Tokens of each row that are no padding, (B,)."""
+        held = (self.numbers >= 0).sum(1, keepdims=True)
+        return (self.doc_ids < held).sum(1)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are no padding."""
+        return int(self.sizes.sum())
+
+    def nothing(self) -> ComparisonRows:
+        """One row without a comparison, for a process that has no more rows where others have."""
+        one = ComparisonRows(*(array[:1] for array in self))
+        return one._replace(numbers=np.full_like(one.numbers, -1))
+
+    def by_size(self) -> Iterator[ComparisonRows]:
+        """The rows in parts of about equal length, longest first, each without the padding that all its rows have.
+
+        Attention takes the square of a row's length, so that one row of 4,000 tokens costs as much as 61 of 512.
+        """
+        sizes = self.sizes
+        order = np.argsort(-sizes, kind="stable")
+        first = 0
+        for place in range(1, len(order) + 1):
+            if place == len(order) or 2 * sizes[order[place]] < sizes[order[first]]:
+                rows, length = order[first:place], max(1, int(sizes[order[first]]))
+                tokens = (array[rows, :length] for array in self[:4])
+                yield ComparisonRows(*tokens, *(array[rows] for array in self[4:]))
+                first = place
+
+
+def encode_comparisons(comparisons: Sequence[Comparison], encode: EncodeBranches) -> list[Candidates]:
+    """Prompts and answers in tokens."""
+    with naming(comparisons[0].where if len(comparisons) == 1 else ""):
+        encoded = encode([(one.prompt, one.candidates) for one in comparisons])
+    return [
+        Candidates(prompt, answers, one.ranks, one.margin)
+        for one, (prompt, answers) in zip(comparisons, encoded, strict=True)
+    ]
+
+
+def read_comparisons(
+    name: str,
+    comparisons: Iterator[Comparison | str],
+    encode: EncodeBranches,
+    context: int,
+    on_long: str,
+    bad: BadRecords,
+    unknown: int | None = None,
+    observe: Callable[[list[str]], object] | None = None,
+    progress: Callable[[int], object] = lambda count: None,
+) -> tuple[Comparisons, str]:
+    """The comparisons of one source, and a digest of what they are made of.
+
+    Those with an answer that is longer than the context, prompt included, lose the beginning of the prompt where that
+    is enough ("truncate"), or are left out; what `encode` refuses is a bad record. `observe` receives the texts. Raises
+    UserError for one that is too long under "error", and where nothing is left.
+    """
+    source, digest = Comparisons(name), sha256()
+    while chunk := list(islice(comparisons, READ_AT_ONCE)):
+        source.counts["read"] += len(chunk)
+        source.counts.update(f"skipped: {one}" for one in chunk if isinstance(one, str))
+        usable = [one for one in chunk if not isinstance(one, str)]
+        if observe is not None:
+            observe([one.said for one in usable])
+        encoded = encode_good(usable, lambda some: encode_comparisons(some, encode), name, bad)
+        for comparison, candidates in encoded:
+            if unknown is not None and any((ids == unknown).any() for ids in (candidates.prompt, *candidates.answers)):
+                bad.count_unused(name, (OUTSIDE,))
+            kept = fitted(candidates, context, on_long, comparison.where, source.counts)
+            if kept is None:
+                continue
+            for ids in (kept.prompt, *kept.answers):
+                digest.update(ids.tobytes())
+            digest.update(repr((kept.ranks, kept.margin)).encode())
+            source.held.append(replace(kept, number=len(source.held)))
+        progress(len(chunk))
+    bad.report(name)
+    if not source.held:
+        reasons = ", ".join(f"{key} {count}" for key, count in source.counts.items() if key != "read")
+        raise UserError(
+            f"{name}: nothing to learn from in {counted(source.counts['read'], 'record')} ({reasons or 'it is empty'})"
+        )
+    return source, digest.hexdigest()
+
+
+def fitted(one: Candidates, context: int, on_long: str, where: str, counts: Counter[str]) -> Candidates | None:
+    """A comparison whose every answer fits the context with its prompt; None where it cannot be made to.
+
+    Raises UserError under "error" for one that does not fit.
+    """
+    excess = one.longest - context
+    if excess <= 0:
+        return one
+    if on_long == "error":
+        raise UserError(
+            f"{where}: {one.longest} tokens are more than the context of {context}; "
+            "shorten it, or choose --on-long truncate or drop"
+        )
+    if on_long == "drop" or excess >= len(one.prompt):
+        counts["dropped: too long"] += 1
+        return None
+    counts["prompt cut at its beginning"] += 1
+    return replace(one, prompt=one.prompt[excess:])
+
+
+def packed_comparisons(rows: Sequence[Sequence[Candidates]], length: int, pad: int) -> ComparisonRows:
+    """Comparisons side by side in rows of `length` tokens, or of as many as the longest takes."""
+    length = max([length, *(sum(one.size for one in row) for row in rows)])
+    most = max(1, max(map(len, rows)))
+    widest = max((len(one.answers) for row in rows for one in row), default=1)
+    shape = len(rows), length
+    token_ids = np.full(shape, pad, np.int64)
+    doc_ids, branch_ids, position_ids = (np.zeros(shape, np.int64) for _ in range(3))
+    ends = np.zeros((len(rows), most, widest), np.int64)
+    ranks = np.full(ends.shape, NO_RANK, np.float32)
+    margins, numbers = np.zeros(ends.shape[:2], np.float32), np.full(ends.shape[:2], -1, np.int64)
+    for row, comparisons in enumerate(rows):
+        at = 0
+        for place, one in enumerate(comparisons):
+            start = len(one.prompt)
+            for branch, part in enumerate((one.prompt, *one.answers)):
+                span = slice(at, at + len(part))
+                token_ids[row, span], doc_ids[row, span], branch_ids[row, span] = part, place, branch
+                first = start if branch else 0
+                position_ids[row, span] = np.arange(first, first + len(part))
+                at += len(part)
+                if branch:
+                    ends[row, place, branch - 1] = at - 1
+            ranks[row, place, : len(one.ranks)] = one.ranks
+            margins[row, place], numbers[row, place] = one.margin, one.number
+        doc_ids[row, at:] = len(comparisons)
+    return ComparisonRows(token_ids, doc_ids, branch_ids, position_ids, ends, ranks, margins, numbers)
+
+
+def evaluation_rows(
+    comparisons: Sequence[Candidates], tokens: int, length: int, pad: int
+) -> Iterator[tuple[ComparisonRows, list[list[int]]]]:
+    """All comparisons in batches of about `tokens` tokens, with the number of each in its row.
+
+    Rows have `length` tokens; what is longer has a row of its own, beside others as long.
+    """
+    bins = best_fit([min(one.size, length) for one in comparisons], length)
+    sizes = [max(length, sum(comparisons[i].size for i in row)) for row in bins]
+    order = sorted(range(len(bins)), key=lambda row: -sizes[row])
+    while order:
+        longest = sizes[order[0]]
+        most = max(1, tokens // longest)
+        chosen = [bins[row] for row in order[:most] if 2 * sizes[row] >= longest]
+        order = order[len(chosen) :]
+        yield packed_comparisons([[comparisons[i] for i in row] for row in chosen], longest, pad), chosen

@@ -1,0 +1,150 @@
+"""How good a judge is: accuracy with its interval, calibration, and what else its scores follow."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from llmkit.errors import UserError
+from llmkit.reward_model.comparisons import Candidates, Comparisons
+from llmkit.reward_model.head import RewardModel
+from llmkit.reward_model.loss import ROW_TOKENS, score_comparisons
+from llmkit.reward_model.statistics import calibration_error, correlation, wilson
+
+MARKDOWN = re.compile(r"\*\*|__|`|^#{1,6} |^[^\S\n]*(?:[-*+]|\d+[.)]) |^\|", re.MULTILINE)
+FEATURES = ("length", "formatting")
+
+
+def judge(
+    model: RewardModel,
+    sources: Sequence[Comparisons],
+    pad: int,
+    *,
+    baseline: bool = False,
+    read: Callable[[np.ndarray], str] | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The evaluation of a reward model on held-out comparisons: "overall", "by_source" and what is asked for.
+
+    With `baseline`, "baseline_length" evaluates the number of tokens of an answer (or its negative, where that is
+    right more often) as its score. `read` turns the tokens of an answer into text, and asks for "biases". Raises
+    UserError where no comparison has a better and a worse answer.
+    """
+    check_unequal(sources)
+    shuffled = [shuffled_answers(source.held, seed) for source in sources]
+    scores = [_rewards(model, held, pad) for held in shuffled]
+    held = [one for part in shuffled for one in part]
+    rewards = [one for part in scores for one in part]
+    found: dict[str, Any] = {"overall": evaluate(rewards, held), "by_source": {}}
+    for source, part, its_scores in zip(sources, shuffled, scores, strict=True):
+        if any(len(set(one.ranks)) > 1 for one in part):
+            found["by_source"][source.name] = evaluate(its_scores, part)
+    if baseline:
+        lengths = [np.array([len(answer) for answer in one.answers], float) for one in held]
+        both = [evaluate([sign * length for length in lengths], held) for sign in (1, -1)]
+        found["baseline_length"] = max(both, key=lambda scored: scored["accuracy"])
+    if read is not None:
+        found["biases"] = biases(rewards, held, read, seed)
+    return found
+
+
+def check_unequal(sources: Sequence[Comparisons]) -> None:
+    """Raise UserError unless some comparison has a better and a worse answer."""
+    if not any(len(set(one.ranks)) > 1 for source in sources for one in source.held):
+        names = ", ".join(source.name for source in sources)
+        raise UserError(f"{names}: nothing to evaluate on: no held-out comparison has a better and a worse answer")
+
+
+def _rewards(model: RewardModel, held: Sequence[Candidates], pad: int) -> list[np.ndarray]:
+    """(K,) of each comparison: the mean of the heads."""
+    scored = dict(score_comparisons(model, held, ROW_TOKENS, pad))
+    return [scored[number].mean(-1) for number in range(len(held))]
+
+
+def evaluate(scores: Sequence[np.ndarray], comparisons: Sequence[Candidates]) -> dict[str, Any]:
+    """Accuracy on pairs of unequal rank, its 95% interval, and the calibration of its confidence.
+
+    accuracy, accuracy_95  over comparisons
+    loss                   over pairs, in nats: Bradley-Terry's, without margins and centring
+    ece                    expected calibration error, over pairs
+    temperature            that fits these pairs best, and so flatters `ece_at_temperature`, measured on the same
+
+    scores: (K,) for each comparison. A comparison of several answers counts once, by the share of its pairs that are
+    in order; equal scores are half right. Comparisons of ties alone are left out.
+    """
+    differences = [np.array(list(_differences(s, one))) for s, one in zip(scores, comparisons, strict=True)]
+    differences = [d for d in differences if len(d)]
+    right = float(np.mean([np.mean((d > 0) + 0.5 * (d == 0)) for d in differences]))
+    low, high = wilson(right, len(differences))
+    every = np.concatenate(differences)
+    temperature = fitted_temperature(every)
+    return {
+        "comparisons": len(differences),
+        "accuracy": round(right, 4),
+        "accuracy_95": [round(low, 4), round(high, 4)],
+        "loss": round(float(np.logaddexp(0, -every).mean()), 4),
+        "ece": round(confidence_error(every), 4),
+        "temperature": round(temperature, 3),
+        "ece_at_temperature": round(confidence_error(every / temperature), 4),
+    }
+
+
+def _differences(scores: np.ndarray, one: Candidates) -> Iterator[float]:
+    """Of every pair of unequal rank: the score of the better less that of the other."""
+    for i, rank in enumerate(one.ranks):
+        yield from (float(scores[i] - scores[j]) for j, other in enumerate(one.ranks) if rank < other)
+
+
+def confidence_error(differences: np.ndarray) -> float:
+    """The calibration error of sigmoid(|difference|) as the chance of being right."""
+    confidence, right = 1 / (1 + np.exp(-np.abs(differences))), (differences > 0) + 0.5 * (differences == 0)
+    return calibration_error(confidence, right, lowest=0.5)
+
+
+def fitted_temperature(differences: np.ndarray) -> float:
+    """The temperature, of 0.01 to 100, at which sigmoid(difference / temperature) is likeliest."""
+    tried = np.logspace(-2, 2, 401)
+    losses = [np.logaddexp(0, -differences / temperature).mean() for temperature in tried]
+    return float(tried[int(np.argmin(losses))])
+
+
+def shuffled_answers(comparisons: Sequence[Candidates], seed: int) -> list[Candidates]:
+    """The comparisons with the answers of each in an order drawn for it: files put the better one first."""
+    rng = np.random.default_rng(seed)
+    mixed = []
+    for one in comparisons:
+        order = rng.permutation(len(one.answers))
+        answers, ranks = tuple(one.answers[i] for i in order), tuple(one.ranks[i] for i in order)
+        mixed.append(replace(one, answers=answers, ranks=ranks))
+    return mixed
+
+
+def biases(
+    scores: Sequence[np.ndarray], comparisons: Sequence[Candidates], read: Callable[[np.ndarray], str], seed: int
+) -> dict[str, Any]:
+    """What differences of scores go with, by Spearman's rank correlation over the pairs of unequal rank.
+
+    `length` is in tokens, `formatting` counts Markdown's marks in the text that `read` makes of an answer. Beside each
+    the same correlation of the labels, which a perfect judge would show. The place of an answer needs no figure: its
+    score is computed as if it stood alone.
+    """
+    rng = np.random.default_rng(seed)
+    rows: list[tuple[float, ...]] = []
+    for scored, one in zip(scores, comparisons, strict=True):
+        features = [(len(ids), len(MARKDOWN.findall(read(ids)))) for ids in one.answers]
+        for i, j in combinations(range(len(one.answers)), 2):
+            if one.ranks[i] != one.ranks[j]:
+                i, j = (i, j) if rng.random() < 0.5 else (j, i)  # else a place would always be taken from a later one
+                label = 1.0 if one.ranks[i] < one.ranks[j] else -1.0
+                more = (first - second for first, second in zip(features[i], features[j], strict=True))
+                rows.append((float(scored[i] - scored[j]), label, *more))
+    score, label, *columns = np.array(rows).T
+    return {
+        name: {"score": correlation(score, column), "label": correlation(label, column)}
+        for name, column in zip(FEATURES, columns, strict=True)
+    }

@@ -1,0 +1,135 @@
+"""`llmkit train-reward --score`: a filter that gives completions a reward, as they come."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice
+from operator import itemgetter
+from typing import Any
+
+import numpy as np
+
+from llmkit.errors import naming
+from llmkit.formats.conversations import Message
+from llmkit.formats.preferences import Comparison, read_answers, read_prompt
+from llmkit.io.records import Row, with_made
+from llmkit.reward_model.comparisons import Candidates, encode_comparisons, fitted
+from llmkit.reward_model.head import RewardModel
+from llmkit.reward_model.loss import ROW_TOKENS, score_comparisons
+from llmkit.tokenizer.chat import ChatFormat
+
+RECORDS_AT_ONCE = 256  # records: enough to fill batches, few enough to answer soon
+
+
+@dataclass
+class _Asked:
+    """Neighbouring records with the same prompt: `answers` of all of them, as many of each as `counts` says."""
+
+    prompt: tuple[Message, ...]
+    rows: list[Row]
+    answers: list[tuple[Message, ...]]
+    counts: list[int]
+
+
+class Scorer:
+    """Rewards of completions; those of one prompt that follow one another share its computation.
+
+    counts  of completions: "scored", "prompt cut at its beginning", and "dropped: too long" for one that does not fit
+            the model's context, whose reward is null
+    """
+
+    def __init__(self, model: RewardModel, chat: ChatFormat, pad: int) -> None:
+        self.model, self.chat, self.pad = model, chat, pad
+        self.counts: Counter[str] = Counter()
+
+    def score(self, rows: Iterable[Row], *, rank: bool = False) -> Iterator[dict[str, Any]]:
+        """The records with `reward`, and with several heads `reward_std`; lists of them beside `completions`.
+
+        With `rank` the records of a prompt come best first, `rank` 1 and on; beside `completions` stands `ranking`.
+        Raises UserError for a record without prompt or completion.
+        """
+        for groups in _chunks(_grouped(rows)):
+            for asked, scores in zip(groups, self._scores(groups), strict=True):
+                yield from _records(asked, scores, rank)
+
+    def checked(self, row: Row) -> Row:
+        """The row. Raises UserError that names it for one without prompt or completion, and one that has no tokens."""
+        prompt = read_prompt(row)
+        for answer in read_answers(row):
+            if type(self.chat) is not ChatFormat:  # a template from elsewhere, which may refuse it
+                with naming(row.where):
+                    self.chat.encode_branches([(prompt, [answer])])
+        return row
+
+    def _scores(self, groups: Sequence[_Asked]) -> list[list[np.ndarray | None]]:
+        """(heads,) of each answer of each group, None for one that is too long."""
+        context = self.model.config.max_position_embeddings
+        compared = [Comparison(asked.prompt, tuple(asked.answers), (0,) * len(asked.answers)) for asked in groups]
+        scores: list[list[np.ndarray | None]] = [[None] * len(asked.answers) for asked in groups]
+        units: list[tuple[Candidates, list[tuple[int, int]]]] = []  # what is scored, and where its scores go
+        for group, one in enumerate(encode_comparisons(compared, self.chat.encode_branches)):
+            for first, last in one.spans(max(ROW_TOKENS, context)):  # attention costs the square of a row
+                part = Candidates(one.prompt, one.answers[first:last], one.ranks[first:last])
+                places = [(group, answer) for answer in range(first, last)]
+                if part.longest <= context:
+                    units.append((part, places))
+                    continue
+                for place, answer in zip(places, part.answers, strict=True):  # each with as much of the prompt as fits
+                    kept = fitted(Candidates(one.prompt, (answer,), (0,)), context, "truncate", "", self.counts)
+                    units += [] if kept is None else [(kept, [place])]
+        for unit, found in score_comparisons(self.model, [one for one, _ in units], ROW_TOKENS, self.pad):
+            self.counts["scored"] += len(found)
+            for (group, answer), score in zip(units[unit][1], found, strict=True):
+                scores[group][answer] = score
+        return scores
+
+
+def _grouped(rows: Iterable[Row]) -> Iterator[_Asked]:
+    """Neighbours with the same prompt, and of the same form: one completion a record, or several."""
+    read = ((read_prompt(row), "completions" in row.value, row, read_answers(row)) for row in rows)
+    for (prompt, _), neighbours in groupby(read, key=itemgetter(0, 1)):
+        held = list(neighbours)
+        answers = [answer for *_, some in held for answer in some]
+        yield _Asked(prompt, [row for _, _, row, _ in held], answers, [len(some) for *_, some in held])
+
+
+def _chunks(groups: Iterator[_Asked]) -> Iterator[list[_Asked]]:
+    """Whole prompts, of RECORDS_AT_ONCE records or a few more."""
+    held: list[_Asked] = []
+    for asked in groups:
+        held.append(asked)
+        if sum(len(one.rows) for one in held) >= RECORDS_AT_ONCE:
+            yield held
+            held = []
+    if held:
+        yield held
+
+
+def _records(asked: _Asked, scores: Sequence[np.ndarray | None], rank: bool) -> Iterator[dict[str, Any]]:
+    remaining = iter(scores)
+    records = []
+    for row, count in zip(asked.rows, asked.counts, strict=True):
+        own = list(islice(remaining, count))
+        means = [None if one is None else round(float(one.mean()), 6) for one in own]
+        spreads = [None if one is None else round(float(one.std()), 6) for one in own]
+        several = any(one is not None and len(one) > 1 for one in own)
+        if "completions" in row.value:
+            made: dict[str, Any] = {"rewards": means} | ({"reward_stds": spreads} if several else {})
+            made |= {"ranking": _ranking(means)} if rank else {}
+        else:
+            made = {"reward": means[0]} | ({"reward_std": spreads[0]} if several else {})
+        records.append(with_made(row.value, made))
+    if not rank or "completions" in asked.rows[0].value:
+        return iter(records)
+    ranking = _ranking([record["reward"] for record in records])
+    order = sorted(range(len(records)), key=lambda i: ranking[i])
+    return iter([{**records[i], "rank": ranking[i]} for i in order])
+
+
+def _ranking(rewards: Sequence[float | None]) -> list[int]:
+    """1 for the highest reward, and on; equal ones share a rank, and what has none comes last."""
+    known = [-math.inf if reward is None else reward for reward in rewards]
+    return [1 + sum(other > reward for other in known) for reward in known]

@@ -1,0 +1,237 @@
+"""The form of a completion: regular expressions with a limit of time, and JSON that fits a schema."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
+from types import ModuleType
+from typing import Any
+
+from llmkit.errors import UserError
+from llmkit.formats.problems import Problem
+from llmkit.io.foreign import shown
+from llmkit.rewards.reward import Attempt, Reward
+
+SECONDS = 1.0  # for one completion: (a+)+$ on forty letters takes a day
+LONGEST_CHECK = 10.0  # of the processor: JSON of a megabyte takes a second
+_deadline = threading.local()  # of the check by a schema under way
+FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?```", re.DOTALL | re.IGNORECASE)
+
+
+@lru_cache(1024)
+def _compiled(pattern: str) -> Any:
+    import regex
+
+    return regex.compile(pattern)
+
+
+def compiled(pattern: str, where: str) -> Any:
+    """A pattern of the `regex` package. Raises UserError for one that it does not know."""
+    import regex
+
+    try:
+        return _compiled(pattern)
+    except (regex.error, RecursionError, MemoryError, OverflowError) as error:
+        raise UserError(f"{where}: expected a regular expression, found {shown(pattern)}: {error}") from None
+
+
+def matches_whole(pattern: Any, text: str) -> bool:
+    """True if all of a text matches; False where that takes longer than `SECONDS`, or too much memory ((?R))."""
+    try:
+        return pattern.fullmatch(text, timeout=SECONDS, concurrent=True) is not None
+    except (TimeoutError, MemoryError):
+        return False
+
+
+class FormatReward(Reward):
+    """`format:REGEX`: 1 for a completion that matches as a whole, 0 for any other; an empty one has 0.
+
+    White space around the completion does not count. A dot takes line breaks only with (?s).
+    """
+
+    def __init__(self, pattern: str) -> None:
+        self.name = f"format:{pattern}"
+        self._pattern = compiled(pattern, f"--reward {self.name}")
+
+    def score(self, attempts: Sequence[Attempt]) -> list[float]:
+        """1.0 or 0.0 for each attempt."""
+        said = [one.completion.strip() for one in attempts]
+        return [float(bool(text) and matches_whole(self._pattern, text)) for text in said]
+
+
+class LengthReward(Reward):
+    """`length`: the share of --max-tokens that was sampled, 0 to 1; a negative weight makes for brevity."""
+
+    name = "length"
+
+    def score(self, attempts: Sequence[Attempt]) -> list[float]:
+        """Sampled tokens over those that could have been."""
+        return [one.token_count / one.max_tokens for one in attempts]
+
+
+# ---- the verifier regex
+
+
+def check_pattern(problem: Problem) -> None:
+    """Raise UserError for a problem without a pattern."""
+    compiled(_pattern_of(problem), problem.where)
+
+
+def is_pattern_met(problem: Problem, completion: str) -> bool:
+    """The completion as a whole matches `pattern`, else the answer: .* must be written where it is meant."""
+    return matches_whole(compiled(_pattern_of(problem), problem.where), completion)
+
+
+def _pattern_of(problem: Problem) -> str:
+    pattern = problem.record.get("pattern", problem.answer)
+    if not isinstance(pattern, str) or not pattern:
+        expected = "expected field 'pattern' for the verifier 'regex'"
+        raise UserError(f"{problem.where}: {expected}, found {sorted(problem.record)}")
+    return pattern
+
+
+# ---- the verifier json-schema
+
+
+def check_schema(problem: Problem) -> None:
+    """Raise UserError for a problem without a valid schema, or without jsonschema."""
+    schema = problem.record.get("schema")
+    if not isinstance(schema, dict):
+        raise UserError(f"{problem.where}: expected field 'schema', an object, found {sorted(problem.record)}")
+    if not schema:
+        raise UserError(f"{problem.where}: expected 'schema' to ask for something, found {{}}, which all JSON fits")
+    try:
+        import jsonschema
+        from jsonschema import validators
+        from referencing.exceptions import Unresolvable
+    except ImportError:
+        raise UserError(
+            f"{problem.where}: the verifier 'json-schema' needs jsonschema; pip install 'llmkit[json-schema]'"
+        ) from None
+    try:
+        if not isinstance(schema.get("$schema", ""), str):
+            raise jsonschema.SchemaError(f"its '$schema' is {shown(schema['$schema'])}")
+        validators.validator_for(schema, jsonschema.Draft202012Validator).check_schema(schema)
+        _check_references(schema)
+    except jsonschema.SchemaError as error:
+        raise UserError(f"{problem.where}: expected 'schema' to be a JSON schema: {error.message[:200]}") from None
+    except RecursionError:
+        raise UserError(
+            f"{problem.where}: expected 'schema' to be less deep; Python ends at a thousand levels"
+        ) from None
+    except Unresolvable as error:
+        raise UserError(f"{problem.where}: expected 'schema' to refer to its own parts: {error}") from None
+
+
+def _check_references(schema: dict[str, Any]) -> None:
+    """Raise Unresolvable for a reference to what is not there, which a completion may come upon much later."""
+    from jsonschema_specifications import REGISTRY
+    from referencing.jsonschema import DRAFT202012, specification_with
+
+    kind = specification_with(schema.get("$schema", ""), default=DRAFT202012)
+    root = kind.create_resource(schema)
+    waiting = [(root, REGISTRY.resolver_with_root(root))]
+    while waiting:
+        part, resolver = waiting.pop()
+        if isinstance(part.contents, dict):
+            for name in ("$ref", "$dynamicRef"):
+                if isinstance(part.contents.get(name), str):
+                    resolver.lookup(part.contents[name])
+        waiting += ((inner, resolver.in_subresource(inner)) for inner in part.subresources())
+
+
+def is_schema_met(problem: Problem, completion: str) -> bool:
+    """The completion is JSON that fits `schema`; alone, or as the one fenced block that it consists of.
+
+    Deliberately strict: text around it, a key twice, NaN and Infinity are no JSON. Nothing is fetched for a `$ref`.
+    """
+    from referencing.exceptions import Unresolvable
+
+    fenced = FENCED.fullmatch(completion)
+    try:
+        said = fenced[1] if fenced else completion
+        value = json.loads(said, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+        _deadline.at = time.thread_time() + LONGEST_CHECK
+        return _validator(problem.record["schema"]).is_valid(value)
+    # ArithmeticError: a quotient beyond floats of multipleOf
+    except (ValueError, ArithmeticError, RecursionError, TimeoutError, MemoryError):
+        return False
+    except Unresolvable as error:
+        raise UserError(f"{problem.where}: expected 'schema' to refer to its own parts: {error}") from None
+
+
+def _validator(schema: dict[str, Any]) -> Any:
+    from jsonschema import Draft202012Validator, validators
+    from referencing import Registry
+
+    return _bounded_validator(validators.validator_for(schema, Draft202012Validator))(schema, registry=Registry())
+
+
+@cache
+def _bounded_validator(known: Any) -> Any:
+    """A validator of jsonschema's with a limit of time on all that it does, and on every pattern."""
+    from jsonschema import validators
+
+    bounded = ModuleType("re")
+    vars(bounded).update(vars(re))
+    bounded.search = _search  # type: ignore[attr-defined]
+    for name, module in list(sys.modules.items()):
+        if name.startswith("jsonschema.") and getattr(module, "re", None) is re:
+            module.re = bounded  # type: ignore[attr-defined]
+    keywords = {name: _with_deadline(keyword) for name, keyword in known.VALIDATORS.items()}
+    return validators.extend(known, {**keywords, "uniqueItems": _unique_items})
+
+
+def _search(pattern: str, text: str) -> Any:
+    return _compiled(pattern).search(text, timeout=SECONDS, concurrent=True)
+
+
+def _with_deadline(keyword: Callable[..., Any]) -> Callable[..., Any]:
+    """A keyword of a schema that ends the check where it has taken too long: `allOf` may double at each level."""
+
+    def checked(*arguments: Any) -> Any:
+        if time.thread_time() > _deadline.at:
+            raise TimeoutError
+        yield from keyword(*arguments) or ()
+
+    return checked
+
+
+def _unique_items(validator: Any, wanted: bool, instance: Any, schema: Any) -> Any:
+    import jsonschema
+
+    if wanted and isinstance(instance, list) and len(set(map(_hashable, instance))) < len(instance):
+        yield jsonschema.ValidationError("two items are equal")
+
+
+def _hashable(value: Any) -> Any:
+    """A JSON value as one that has a hash, equal where JSON Schema's are: 1 and 1.0, but not 1 and true."""
+    if isinstance(value, dict):
+        return frozenset((key, _hashable(inner)) for key, inner in value.items())
+    if isinstance(value, list):
+        return tuple(map(_hashable, value))
+    return ("boolean", value) if isinstance(value, bool) else value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text} is beyond a float")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("a key twice")
+    return made
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")

@@ -1,0 +1,161 @@
+"""What a completion says in the end: its answer as text or as the letter of a choice."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import deque
+from collections.abc import Sequence
+
+from llmkit.formats.problems import last_boxed
+from llmkit.rewards.number_context import ANNOUNCED, SENTENCE_END
+
+MARK = re.compile("(?<!#)####(?!#)")
+# what follows #### in a heading rather than an answer: "Step 1", "Final Answer:" alone, "2. Compute"
+HEADING = re.compile(
+    r"[\W\d_]*(?:(?:step|part|case|solution|conclusion|explanation|reasoning|summary|given|verification|check"
+    r"|calculation|method|approach|question|problem|plan|thought|analysis|example)s?\b"
+    r"|(?:final )?(?:answer|result)[\W_]*\Z)|[\W_]*\d+[.)]\s+[^\W\d_]",
+    re.IGNORECASE,
+)
+THOUGHT = "</think>"
+TAG = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL | re.IGNORECASE)
+TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
+DENIAL = re.compile(
+    r"\b(?:not|never|neither|nor|cannot|except|(?:all|any|anything) but|other than|wrong|incorrect|false"
+    r"|eliminat|exclud|reject|ruled? out)"
+    r"|n['\u2019]t\b",
+    re.IGNORECASE,
+)
+INSTEAD = re.compile(
+    r",? (?:and |but )?(?:not|rather than|instead of) (?:[(\[]?[A-Z][)\]]?(?:,? (?:or|and) |\b))+(?=\W*\Z)"
+)
+CONCLUSION = re.compile(r"(?:so|thus|therefore|hence|that leaves|this leaves)\b", re.IGNORECASE)
+LETTER = r"A-Za-z0-9_\u00c0-\u024f'\u2019"  # other scripts set no space between words: 答案是B
+# a capital letter alone, but for the article A and the pronoun I before a word in small letters
+NAMED = re.compile(rf"(?<![{LETTER}])([A-Z])(?![{LETTER}])(?!(?<=[AI])\s+(?!(?:or|nor|and|but|is|was)\b)[a-z])")
+QUOTES = " \t\r\n\"'`*_\u201c\u201d\u2018\u2019\u00ab\u00bb"
+
+
+def unasked(completion: str, prompt: str) -> str:
+    """The completion without repetitions of the whole prompt, where that is three words or more."""
+    asked = prompt.strip()
+    return completion.replace(asked, "\n") if len(asked.split()) >= 3 else completion
+
+
+def after_thinking(completion: str) -> str:
+    """Return the text after the last </think>, or all of it where nothing follows."""
+    rest = completion.rpartition(THOUGHT)[2]
+    return rest if rest.strip() else completion
+
+
+def tagged(completion: str) -> str | None:
+    """Return the text in the last <answer>...</answer>, which may be open; None without one."""
+    return next(reversed(TAG.findall(completion)), None)
+
+
+def final(completion: str) -> str:
+    """The part of a completion that answers: what follows its thinking, in <answer> where there is one.
+
+    >>> final("<think>4?</think> So <answer>5</answer>."), final("5")
+    ('5', '5')
+    """
+    text = after_thinking(completion)
+    found = tagged(text)
+    return text if found is None else found
+
+
+def marked(completion: str, numeric: bool = False) -> str | None:
+    """Return the text after ####, "" where several differ; else the last box, as in MATH's solutions.
+
+    Headings ("#### Step 1", and if `numeric` any without a digit) mark nothing.
+
+    >>> marked("2 + 2 = 4\\n#### 4"), marked("#### 4\\n#### 5"), marked(r"\\boxed{3} \\boxed{4}"), marked("four")
+    ('4', '', '4', None)
+    """
+    parts = [part.strip(" \t").partition("\n") for part in MARK.split(completion)[1:]]
+    lines = [
+        line.strip()
+        for place, (line, _, rest) in enumerate(parts, 1)
+        if not (
+            (rest.strip() or place < len(parts))
+            and (HEADING.match(line) or (numeric and line.strip() and not any(map(str.isdecimal, line))))
+        )
+    ]
+    if not lines:
+        said = last_boxed(completion)
+        return None if said is None else TEXT.sub(r"\1", said)
+    found = {line[start.end() :] if (start := ANNOUNCED.search(line)) else line for line in lines}
+    return found.pop() if len(found) == 1 else ""
+
+
+def statement(completion: str) -> str:
+    """Return the final statement: the marked text, else what "the answer is" announces, else the last line."""
+    said = marked(completion)
+    if said is not None:
+        return said
+    places = deque(ANNOUNCED.finditer(completion), maxlen=1)
+    if places:
+        rest = completion[places[-1].end() :].strip()
+        return rest.splitlines()[0] if rest else ""
+    lines = completion.strip().splitlines()
+    return lines[-1].strip() if lines else ""
+
+
+def last_sentence(completion: str) -> str:
+    """Return the last sentence of what a completion states in the end.
+
+    >>> last_sentence("2 + 3 = 5. The answer is five. "), last_sentence("Six.")
+    ('five.', 'Six.')
+    """
+    said = statement(completion)[-1000:]
+    ends = [one.end() for one in SENTENCE_END.finditer(said) if said[one.end() :].strip()]
+    return said[ends[-1] :] if ends else said
+
+
+def plain(text: str) -> str:
+    """Text as it is compared: without case, quotes and emphasis around it and a final point, white space as one blank.
+
+    >>> plain(' **"Yes  indeed."** ')
+    'yes indeed'
+    """
+    text = " ".join(unicodedata.normalize("NFC", text).replace("\u2019", "'").split()).strip(QUOTES)
+    return (text[:-1] if text.endswith((".", "!", "\u3002")) and len(text) > 1 else text).strip(QUOTES).casefold()
+
+
+def says(completion: str, answer: str) -> bool:
+    """True if the answer is the whole completion, or what it says in the end.
+
+    Deliberately strict: "It is Paris" is not "Paris"; the verifier `match` takes both.
+    """
+    wanted = plain(answer)
+    return bool(wanted) and wanted in (plain(completion), plain(statement(completion)))
+
+
+def chosen(completion: str, options: Sequence[tuple[str, str]]) -> str | None:
+    """The letter of the option that a completion chooses; None where it chooses none, or leaves it open.
+
+    Accepted are the letter ("B", "(b)", "B)", "B. text", "The answer is B"), and the text of an option alone. Of the
+    last statement only one letter may be named, and nothing denied: "A or B", "not A, but B" choose nothing.
+    """
+    said = unicodedata.normalize("NFKC", statement(completion)).strip(QUOTES)
+    said = INSTEAD.sub("", said)
+    ending = last_sentence(said).strip(QUOTES)
+    said = ending if CONCLUSION.match(ending) else said
+    alone = re.fullmatch(r"(?i:(?:the )?(?:option|choice|letter|answer)\s+)?[(\[]?([A-Za-z])[)\].:\u3002]{0,2}", said)
+    letters = [letter for letter, _ in options]
+    if alone:
+        return alone[1].upper() if alone[1].upper() in letters else None
+    texts = [letter for letter, text in options if plain(text) and plain(text) == plain(said)]
+    if texts:
+        return texts[0] if len(texts) == 1 else None
+    labelled = re.match(r"[(\[]?([A-Z])[)\].:]{1,2}\s*(.+)", said, re.DOTALL)
+    if labelled and any(letter == labelled[1] and plain(text) == plain(labelled[2]) for letter, text in options):
+        return labelled[1]
+    reasoned = re.match(r"[(\[*]*([A-Z])[)\]*.:]*[ \t]*,?[ \t]*(?:because|since|as|for)\b", said)
+    if reasoned and reasoned[1] in letters:
+        return reasoned[1]
+    # an A before a word in small letters is an article, and an I a pronoun
+    named = NAMED.findall(said)
+    found = {letter for letter in named if letter in letters}
+    return found.pop() if len(found) == 1 and not DENIAL.search(said) else None

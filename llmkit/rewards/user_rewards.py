@@ -1,0 +1,155 @@
+"""Rewards of the user's own: a command that reads JSON lines, or a function in a Python file.
+
+cmd:./score.py            one process a batch; the record with `completion`, `finish_reason` and `token_count` a
+                          line comes in, a number or {"reward": number} a line goes out; null: cannot judge
+py:score.py:reward        reward(record) -> float | None, of the same record, in this process
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+import orjson
+
+from llmkit.errors import UserError
+from llmkit.formats.conversations import as_record
+from llmkit.io.jsonl import dump_json
+from llmkit.io.progress import counted
+from llmkit.io.records import kind_of
+from llmkit.rewards.reward import Attempt, Reward, finite
+from llmkit.tools.user_code import UserFunction
+
+
+def record_of(attempt: Attempt) -> dict[str, Any]:
+    """What a command or a function is given: the problem's record, its prompt, and what came of it."""
+    problem = attempt.problem
+    return {
+        **problem.record,
+        "prompt": as_record(problem.messages) if problem.messages else problem.prompt,
+        "answer": problem.answer,
+        "completion": attempt.completion,
+        "finish_reason": attempt.finish_reason,
+        "token_count": attempt.token_count,
+    }
+
+
+class CommandReward(Reward):
+    """`cmd:COMMAND`: a process for each batch, which must answer within `seconds`."""
+
+    def __init__(self, command: str, seconds: float) -> None:
+        self.name, self.seconds = f"cmd:{command}", seconds
+        self._words = split_command(command)
+
+    def score(self, attempts: Sequence[Attempt]) -> list[float | None]:
+        """The numbers that the command printed. Raises UserError where it fails, hangs or prints anything else."""
+        if not attempts:
+            return []
+        data = b"".join(dump_json(record_of(one)) + b"\n" for one in attempts)
+        lines = self._run(data).split(b"\n")
+        if lines[-1].strip() == b"":
+            lines.pop()
+        if len(lines) != len(attempts):
+            raise UserError(
+                f"--reward {self.name}: expected {counted(len(attempts), 'line')}, one a completion, found {len(lines)}"
+            )
+        return finite([self._number(line, place) for place, line in enumerate(lines, 1)], f"--reward {self.name}")
+
+    def _run(self, data: bytes) -> bytes:
+        try:
+            process = subprocess.Popen(
+                self._words,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise UserError(f"--reward {self.name}: expected a command that runs: {error.strerror}") from None
+        with process:
+            try:
+                out, err = process.communicate(data, timeout=self.seconds)
+            except subprocess.TimeoutExpired as error:
+                _kill(process)
+                said = _last_line(error.stderr)
+                raise UserError(
+                    f"--reward {self.name}: no answer within {counted(self.seconds, 'second')}{said}"
+                ) from None
+            except BaseException:
+                _kill(process)
+                raise
+        if process.returncode:
+            ended = f"exit status {process.returncode}"
+            if process.returncode < 0:
+                ended = f"signal {signal.Signals(-process.returncode).name}"
+            raise UserError(f"--reward {self.name}: expected exit status 0, found {ended}{_last_line(err)}")
+        return out
+
+    def _number(self, line: bytes, place: int) -> float | None:
+        where = f"--reward {self.name}: line {place}"
+        try:
+            value = orjson.loads(line)
+        except orjson.JSONDecodeError:  # NaN is no JSON either
+            text = line[:60].decode("utf-8", "replace")
+            raise UserError(f'{where}: expected a number or {{"reward": number}}, found {text!r}') from None
+        value = value["reward"] if isinstance(value, dict) and "reward" in value else value
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise UserError(f'{where}: expected a number or {{"reward": number}}, found {kind_of(value)}')
+        return float(value)
+
+
+def split_command(command: str) -> list[str]:
+    """The words of a command. Raises UserError where its program cannot be run."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise UserError(f"--reward cmd:{command}: expected a command: {error}") from None
+    if not words:
+        raise UserError("--reward cmd: expected a command, such as cmd:./score.py")
+    if shutil.which(words[0]) is None:
+        found = "a file that is not executable; chmod +x it" if os.path.isfile(words[0]) else "none of that name"
+        raise UserError(f"--reward cmd:{command}: expected a program {words[0]!r}, found {found}")
+    return words
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        process.kill()
+
+
+def _last_line(stderr: bytes | None) -> str:
+    lines = (stderr or b"").decode("utf-8", "replace").strip().splitlines()
+    return f": {lines[-1].strip()[:300]}" if lines else ""
+
+
+class FunctionReward(Reward):
+    """`py:FILE.py:FUNCTION`: a function of the user's, called once for each completion."""
+
+    def __init__(self, spec: str) -> None:
+        self.name = spec
+        self._function = UserFunction(spec, f"--reward {spec}")
+
+    def score(self, attempts: Sequence[Attempt]) -> list[float | None]:
+        """What the function gives. Raises UserError with the problem, and file and line of the user's code, where it
+        raises."""
+        return finite([self._call(one) for one in attempts], f"--reward {self.name}")
+
+    def _call(self, attempt: Attempt) -> float | None:
+        value = self._function(record_of(attempt), attempt.problem.where)
+        if value is None:
+            return None
+        if not isinstance(value, Real):
+            raise UserError(
+                f"--reward {self.name}: expected a number, found {kind_of(value)} for {attempt.problem.where}"
+            )
+        return float(value)

@@ -1,0 +1,233 @@
+"""`--reward verifier`: 1 for a right completion, 0 for any other, by rules that cannot be talked round.
+
+    verifier=NAME forces one for all problems; else a problem's own `verifier`, else the one that its answer calls for
+
+An empty completion is never right, and nothing that a model wrote is ever evaluated here: programs run in a sandbox.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from string import ascii_uppercase
+
+from llmkit.errors import UserError
+from llmkit.formats.problems import Problem, read_options
+from llmkit.rewards.code import CodeTests, has_tests
+from llmkit.rewards.constraints import check_pattern, check_schema, is_pattern_met, is_schema_met
+from llmkit.rewards.final_answer import chosen, final, last_sentence, marked, plain, says, unasked
+from llmkit.rewards.latex import LatexComparer
+from llmkit.rewards.numbers import (
+    Number,
+    announced_number,
+    in_digits,
+    last_number,
+    only_number,
+    same_number,
+    unscaled,
+    whole_number,
+)
+from llmkit.rewards.reward import Attempt, Reward
+
+SOLUTIONS = ("solution", "chain_of_thought", "rationale")
+
+
+@dataclass(frozen=True)
+class Verifier:
+    """A rule.
+
+    check  raises UserError for a problem that it cannot judge
+    judge  whether a completion, which is not empty, is right; None where that cannot be told
+    """
+
+    check: Callable[[Problem], None]
+    judge: Callable[[Problem, str], bool | None]
+
+
+# ---- numbers
+
+
+def _check_number(problem: Problem) -> None:
+    if _number(_answer(problem)) is None:
+        raise _unfit(problem, "number", "an answer that holds one number", problem.answer)
+
+
+def is_number_right(problem: Problem, completion: str) -> bool:
+    """The number that is marked by #### or \\boxed, else announced by "the answer is", else the last, is the answer.
+
+    Three words or more that the question holds as they stand are the question said again, and no answer.
+    """
+    if len(completion.split()) >= 3 and completion in problem.prompt:
+        return False
+    said, asked, answer = marked(completion, numeric=True), problem.prompt, _number(problem.answer or "")
+    ending = last_sentence(completion) if said is None else said
+    if not ending.strip() and completion.rstrip().endswith((":", "=", "\uff1a")):
+        return False
+    in_words = in_digits(ending)
+    if in_words != ending:
+        number = last_number(in_words, asked)
+    elif said is None:
+        number = announced_number(completion, asked) or last_number(completion, asked)
+    else:
+        number = only_number(said, asked) or only_number(said.rpartition("=")[2], asked)
+    if number is None or answer is None:
+        return False
+    return same_number(number, answer) or same_number(unscaled(number, asked), answer)
+
+
+def _number(answer: str) -> Number | None:
+    return whole_number(answer) or only_number(answer)
+
+
+def is_gsm8k_right(problem: Problem, completion: str) -> bool:
+    """The number after #### is the answer. Deliberately strict: without the marker nothing is right."""
+    return (
+        marked(completion, numeric=True) is not None and "####" in completion and is_number_right(problem, completion)
+    )
+
+
+# ---- text
+
+
+def _check_text(problem: Problem) -> None:
+    if not plain(_answer(problem)):
+        raise _unfit(problem, "exact", "an answer of words", problem.answer)
+
+
+def is_text_right(problem: Problem, completion: str) -> bool:
+    """The answer is the whole completion or its last statement, but for case and white space."""
+    return says(completion, problem.answer or "")
+
+
+def is_matching(problem: Problem, completion: str) -> bool:
+    """The answer's words are those of the completion, as `probe-knowledge --judge match` compares them."""
+    from llmkit.text.matching import RIGHT, MatchJudge
+
+    return MatchJudge()(completion, problem.prompt, [problem.answer or ""]) == RIGHT
+
+
+# ---- choices
+
+
+def _check_choice(problem: Problem) -> None:
+    letters = [letter for letter, _ in _options(problem)]
+    if _answer(problem).strip(" ().") not in letters:
+        expected = f"an answer among {letters[0]} to {letters[-1]}"
+        raise _unfit(problem, "choice", expected, problem.answer)
+
+
+def is_choice_right(problem: Problem, completion: str) -> bool:
+    """The completion chooses the option of that letter; one of A to Z where the record lists no options."""
+    return chosen(completion, _options(problem)) == (problem.answer or "").strip(" ().")
+
+
+def _options(problem: Problem) -> tuple[tuple[str, str], ...]:
+    return read_options(problem.record, problem.where) or tuple((letter, "") for letter in ascii_uppercase)
+
+
+# ---- which
+
+
+NAMES = ("number", "gsm8k", "exact", "match", "choice", "regex", "latex", "json-schema", "tests")
+WHOLE = ("regex", "json-schema", "latex")  # are given thinking and tags, too
+TEXT_VERIFIERS = {
+    "number": Verifier(_check_number, is_number_right),
+    "gsm8k": Verifier(_check_number, is_gsm8k_right),
+    "exact": Verifier(_check_text, is_text_right),
+    "match": Verifier(_check_text, is_matching),
+    "choice": Verifier(_check_choice, is_choice_right),
+    "regex": Verifier(check_pattern, is_pattern_met),
+    "json-schema": Verifier(check_schema, is_schema_met),
+}
+
+
+def check_name(name: str, where: str) -> str:
+    """The name of a verifier. Raises UserError for one that there is not."""
+    if name in NAMES:
+        return name
+    near = get_close_matches(name, NAMES, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise UserError(f"{where}: expected a verifier among {', '.join(NAMES)}, found {name!r}{hint}")
+
+
+def verifier_of(problem: Problem) -> str:
+    """The name of the verifier that a problem asks for, or that its record calls for.
+
+    `tests`, `json-schema`, `regex` and `choice` where it has unit tests, a schema, a pattern or options (or an answer
+    like "(B)" or "B"); `latex` where the answer has a backslash or is boxed in the record's solution; `number` where
+    all of it is a number, as GSM8K's are, a unit or "x =" aside; else `exact`. `gsm8k`, which demands the marker, is
+    never taken unasked.
+    """
+    record = problem.record
+    if problem.verifier is not None:
+        return check_name(problem.verifier, f"{problem.where}, 'verifier'")
+    if has_tests(record):
+        return "tests"
+    if isinstance(record.get("schema"), dict):
+        return "json-schema"
+    if isinstance(record.get("pattern"), str):
+        return "regex"
+    answer = problem.answer or ""
+    if read_options(record, problem.where) or re.fullmatch(r"\(?[A-Z](?:\)|\.|)", answer.strip()):
+        return "choice"
+    answer = _answer(problem)
+    if "\\" in answer or any("\\boxed" in str(record.get(name, "")) for name in SOLUTIONS):
+        return "latex"
+    return "exact" if whole_number(answer) is None else "number"
+
+
+class VerifierReward(Reward):
+    """1 for a right completion, 0 for any other.
+
+    forced   the verifier for all problems
+    sandbox  whether unit tests run in the sandbox, for `seconds` at most
+    """
+
+    verifies = True
+
+    def __init__(self, forced: str | None = None, *, sandbox: bool = True, seconds: float = 10.0) -> None:
+        self.name = "verifier" if forced is None else f"verifier={forced}"
+        self._forced = forced
+        self._tests, self._latex = CodeTests(sandbox, seconds), LatexComparer()
+        self._verifiers = {**TEXT_VERIFIERS, "latex": Verifier(self._latex.check, self._latex.is_right)}
+
+    def check(self, problem: Problem) -> None:
+        """Raise UserError for a problem without what its verifier needs."""
+        name = self._forced or verifier_of(problem)
+        (self._tests if name == "tests" else self._verifiers[name]).check(problem)
+
+    def score(self, attempts: Sequence[Attempt]) -> list[float | None]:
+        """1.0, 0.0 or None for each attempt; equal completions of a problem are judged once."""
+        problems = {id(one.problem): one.problem for one in attempts}
+        asked = list(dict.fromkeys((id(one.problem), one.completion) for one in attempts if one.completion.strip()))
+        tested = [key for key in asked if (self._forced or verifier_of(problems[key[0]])) == "tests"]
+        found: dict[tuple[int, str], bool | None]
+        found = dict(zip(tested, self._tests.judge_all([(problems[key], said) for key, said in tested]), strict=True))
+        for key in asked:
+            if key not in found:
+                found[key] = self._judge(problems[key[0]], key[1])
+        verdicts = [found.get((id(one.problem), one.completion), False) for one in attempts]
+        return [None if verdict is None else float(verdict) for verdict in verdicts]
+
+    def _judge(self, problem: Problem, completion: str) -> bool | None:
+        said, name = unasked(completion, problem.prompt).strip(), self._forced or verifier_of(problem)
+        said = said if name in WHOLE else final(said).strip()
+        return bool(said) and self._verifiers[name].judge(problem, said)
+
+    def close(self) -> None:
+        """End what compares LaTeX."""
+        self._latex.close()
+
+
+def _answer(problem: Problem) -> str:
+    if problem.answer is None:
+        found = "null" if "answer" in problem.record else sorted(problem.record)
+        expected = f"expected field 'answer' for the verifier, found {found}"
+        raise UserError(f"{problem.where}: {expected}; add one, or use another --reward")
+    return problem.answer
+
+
+def _unfit(problem: Problem, name: str, expected: str, found: str | None) -> UserError:
+    return UserError(f"{problem.where}: expected {expected} for the verifier {name!r}, found {(found or '')[:80]!r}")

@@ -1,0 +1,100 @@
+"""Problems as the policy reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+
+from llmkit.data.sources import OUTSIDE
+from llmkit.errors import UserError, naming
+from llmkit.formats.conversations import message
+from llmkit.formats.problems import Problem, read_problem
+from llmkit.generation.generator import prompt_ids
+from llmkit.io.bad_records import BadRecords
+from llmkit.io.jsonl import dump_json, names_of, read_jsonl
+from llmkit.io.progress import counted, say
+from llmkit.io.records import Row
+from llmkit.rewards import Weighted
+from llmkit.training.finetuning import Finetuning
+
+MAX_TOKENS = 256  # of an attempt, where the context has room for them
+MAX_TOKENS_SHARE = (
+    0.95  # of the problems keep their room beside the default; a few long ones do not shorten all attempts
+)
+
+
+@dataclass(frozen=True)
+class EncodedProblem:
+    """A problem, as the policy is asked it, and its tokens."""
+
+    problem: Problem
+    prompt_ids: Sequence[int]
+    losses: tuple[str, ...] = ()  # what of the problem's record is not asked
+
+
+def load_problems(
+    paths: Sequence[str],
+    limit: int | None,
+    tuning: Finetuning,
+    rewards: Sequence[Weighted],
+    system: str | None,
+    max_tokens: int | None,
+    bad: BadRecords,
+    quiet: bool,
+) -> tuple[list[EncodedProblem], int]:
+    """The problems of files in tokens, and the tokens of an attempt, which `max_tokens` None leaves to the context.
+
+    An assistant is asked in its format, with `system` before problems that have no system message; a base model's
+    prompt is text. A problem that with its attempt is longer than the context is left out, and counted. Bad records are
+    those that a reward cannot judge, and conversations with a base model, too.
+
+    Raises UserError for a reward that cannot judge this policy, and where no problem is left.
+    """
+    for weighted in rewards:
+        weighted.reward.check_policy(tuning.tokenizer)
+
+    def encoded_problem(row: Row) -> EncodedProblem:
+        problem = read_problem(row)
+        for weighted in rewards:
+            weighted.reward.check(problem)
+        encoded = _encode(problem, tuning, system)
+        outside = (OUTSIDE,) if tuning.tokenizer.unk_id in encoded.prompt_ids else ()
+        return replace(encoded, losses=problem.losses + outside)
+
+    read = list(read_jsonl(paths, limit, encoded_problem, bad))
+    if max_tokens is None:
+        lengths = sorted(len(one.prompt_ids) for one in read) or [0]
+        max_tokens = max(1, min(MAX_TOKENS, tuning.context - lengths[int(MAX_TOKENS_SHARE * (len(lengths) - 1))]))
+        if max_tokens < MAX_TOKENS:
+            say(f"--max-tokens {max_tokens}: what the context of {tuning.context} leaves beside the problems", quiet)
+    encoded = [one for one in read if len(one.prompt_ids) + max_tokens <= tuning.context]
+    too_long = len(read) - len(encoded)
+    left_out = f"{too_long} longer than the context of {tuning.context} with --max-tokens {max_tokens}"
+    if not encoded:
+        raise UserError(f"{names_of(paths)}: expected problems, found {left_out if too_long else 'none'}")
+    say(f"{names_of(paths)}: {counted(len(encoded), 'problem')}{f', {left_out} left out' if too_long else ''}", quiet)
+    return encoded, max_tokens
+
+
+def _encode(problem: Problem, tuning: Finetuning, system: str | None) -> EncodedProblem:
+    if not tuning.is_assistant:
+        if problem.messages:
+            raise UserError(
+                f"{problem.where}: a conversation, and {tuning.folder} is a base model; tune it by llmkit sft"
+            )
+        return EncodedProblem(problem, prompt_ids(tuning.tokenizer, problem.prompt))
+    messages = problem.messages or (message("user", problem.prompt),)
+    if system is not None and messages[0].role != "system":
+        messages = (message("system", system), *messages)
+        problem = replace(problem, messages=messages)
+    with naming(problem.where):
+        return EncodedProblem(problem, tuning.chat.encode(messages, prompt=True).token_ids.tolist())
+
+
+def digest(encoded: Iterable[EncodedProblem]) -> str:
+    """A hash of what is asked, and of all that it is judged by."""
+    found = sha256()
+    for one in encoded:
+        found.update(dump_json([list(one.prompt_ids), one.problem.record], default=str))
+    return found.hexdigest()

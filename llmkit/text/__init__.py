@@ -1,0 +1,1 @@
+"""What text is made of: words, passages, languages, and whether two answers agree."""

@@ -1,0 +1,258 @@
+"""Where a known answer stands in a sentence, and whether the words around it leave it the answer.
+
+    said, asked, answer = map(Sentence.of, ("It was built in 1902 by Otto Feld.", "Who built it?", "Otto Feld"))
+    gives_answer(said, asked, answer)  # True
+
+What is said may be more than the answer ("in 1902", ", the novelist"), but not another thing: "Ada Byrne's brother" and
+"New York" are not "Ada Byrne" and "York". The lists of words stand in matching.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from llmkit.text.normalize import ARTICLES, KNOWN, Token, is_number, is_spaceless, tokens, word_list
+
+MOST = 3  # places of an answer in one sentence; more is guessing
+
+SMALL, MONTHS = word_list("small"), word_list("months")
+TITLES, NAMES_OF, BOUNDS, MEASURED = (word_list(name) for name in ("titles", "names of", "bounds", "measured"))
+CHANGERS = word_list("changers")
+KINDS = {entry.split()[0]: frozenset(entry.split()) for entry in KNOWN["kinds"]}
+DETERMINERS = frozenset(KNOWN["determiners"])
+AUXILIARIES = word_list("auxiliaries")
+AGENTS = frozenset(["by", "von", "vom", "par", "por", "da", "door"])
+JOINS = frozenset(["and", "und", "et", "y", "e"])
+BASES = {form: entry.split()[0] for entry in KNOWN["irregular"] for form in entry.split()}
+MEASURES = {form: entry.split()[0] for entry in KNOWN["measures"] for form in entry.split()}
+# the sign of a unit: what it measures, and how many of the smallest unit it is
+FACTORS = {sign: (kind, factor) for kind, units in KNOWN["factors"].items() for sign, factor in units.items()}
+CURRENCIES = {form: entry.split()[0] for entry in KNOWN["currencies"] for form in entry.split()}
+
+
+def stem(word: str) -> str:
+    """A word without the endings that verbs and nouns take.
+
+    >>> {stem(word) for word in ("paint", "painted", "painter", "painting")}, stem("sung") == stem("sing")
+    ({'paint'}, True)
+    """
+    if word in BASES:
+        return BASES[word]
+    for ending in ("ing", "ied", "ed", "er", "es", "s"):
+        if word.endswith(ending) and len(word) - len(ending) >= 3:
+            word = word[: -len(ending)]
+            break
+    word = word[:-1] if len(word) > 3 and word[-1] in "ey" else word
+    return word[:-1] if len(word) > 3 and word[-1] == word[-2] else word
+
+
+OPPOSITES: dict[str, set[str]] = {}
+for _pair in KNOWN["opposites"]:
+    _one, _other = map(stem, _pair.split())
+    OPPOSITES.setdefault(_one, set()).add(_other)
+    OPPOSITES.setdefault(_other, set()).add(_one)
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A text as its words."""
+
+    text: str
+    tokens: tuple[Token, ...]
+
+    @classmethod
+    def of(cls, text: str) -> Sentence:
+        """The words of a text; units behind a number by their sign."""
+        every: list[Token] = []
+        measured = False  # whether a unit may follow
+        for token in tokens(text):
+            is_unit = measured and token.word in MEASURES
+            if not (measured and token.word in ("per", "degree")):
+                every.append(token._replace(word=MEASURES[token.word]) if is_unit else token)
+                measured = is_unit or is_number(token.word)
+        return cls(text, tuple(every))
+
+    @cached_property
+    def words(self) -> tuple[str, ...]:
+        """The words without articles, as `normalising.words` gives them."""
+        every = [token.word for token in self.tokens]
+        return tuple(word for word in every if word not in ARTICLES) or tuple(every)
+
+    @cached_property
+    def known(self) -> frozenset[str]:
+        return frozenset(self.words)
+
+    @cached_property
+    def stems(self) -> frozenset[str]:
+        return frozenset(map(stem, self.words))
+
+    @cached_property
+    def currencies(self) -> set[str]:
+        """The currencies named, by their signs."""
+        named = {CURRENCIES[token.word] for token in self.tokens if token.word in CURRENCIES}
+        return named | {sign for sign in CURRENCIES.values() if sign in self.text}
+
+    def echoes(self, word: str) -> bool:
+        """True if a word is one of these, or another form of one: "scored" of "score", "sang" of "sung"."""
+        return word in self.known or (len(word) > 2 and stem(word) in self.stems)
+
+
+def is_opposed(said: Sentence, asked: Sentence, answer: Sentence) -> bool:
+    """True if a word of the question is replaced by its opposite, "lost" for "won", or an office by another, "vice"."""
+    unlike = said.stems - asked.stems - answer.stems
+    if said.known & CHANGERS - asked.known - answer.known:
+        return True
+    return any(OPPOSITES.get(one, frozenset()) & unlike for one in asked.stems - said.stems)
+
+
+def bare_answer(answer: Sentence) -> tuple[str, ...]:
+    """The words of an answer without small ones before them: "May" of "in May", "cheese" of "its cheese"."""
+    said = answer.words
+    start = next((place for place, word in enumerate(said) if word not in SMALL or word in MONTHS), 0)
+    return said[start:]
+
+
+def shorter_forms(answer: Sentence, asked: Sentence) -> Iterator[Sentence]:
+    """Yield shorter forms of an answer: the last name to who, the place without its country to where."""
+    if asked.known & {"where"} and "," in answer.text:
+        yield Sentence.of(answer.text.partition(",")[0])
+    names = [token for token in answer.tokens if token.word not in ARTICLES]
+    if (
+        asked.known & {"who", "whom", "whose"}
+        and len(names) > 1
+        and all(name.written[:1].isupper() and not is_number(name.word) for name in names)
+        and any(word not in SMALL for word in asked.words)
+    ):
+        yield Sentence.of(names[-1].written)
+    if len(names) > 1 and names[0].word in KINDS and (asked.known & KINDS[names[0].word]):
+        yield Sentence.of(" ".join(name.written for name in names[1:]))
+    if "percent" in answer.words:
+        yield Sentence.of(answer.text.replace("%", ""))
+
+
+def gives_answer(said: Sentence, asked: Sentence, answer: Sentence) -> bool | None:
+    """True if a sentence gives an answer by its place in it; None where its words are not there together."""
+    wanted = bare_answer(answer)
+    every, before = [], ""
+    for token in said.tokens:
+        before += token.before
+        if token.word not in ARTICLES:
+            every.append(token._replace(before=before))
+            before = ""
+    places = [place for place in range(len(every)) if every[place].word == wanted[0]]
+    places = [place for place in places if tuple(one.word for one in every[place : place + len(wanted)]) == wanted]
+    if not places:
+        return None
+    if len(places) > MOST:
+        return False
+    context = _Context(every, asked, answer, _with_articles(said))
+    return any(context.keeps_answer(place, place + len(wanted)) for place in places)
+
+
+def _with_articles(said: Sentence) -> set[int]:
+    """The places, articles not counted, before which an article or another determiner stands."""
+    found, place = set(), 0
+    for before, token in zip((None, *said.tokens), said.tokens, strict=False):
+        if token.word in ARTICLES:
+            continue
+        if before is not None and before.word in DETERMINERS:
+            found.add(place)
+        place += 1
+    return found
+
+
+class _Context:
+    """The words of a sentence around an answer."""
+
+    def __init__(self, every: Sequence[Token], asked: Sentence, answer: Sentence, determined: set[int]) -> None:
+        self._every, self._asked, self._answer, self._determined = every, asked, answer, determined
+        self._is_name = any(token.written[:1].isupper() for token in answer.tokens if token.word not in ARTICLES)
+        self._is_number = any(map(is_number, answer.words))
+        first = asked.words[:2]
+        self._wants_agent = first[:1] == ("who",) and len(first) > 1 and first[1] not in AUXILIARIES
+        self._where = "where" in asked.known
+
+    def keeps_answer(self, start: int, stop: int) -> bool:
+        """True if what stands before and behind leaves the words from start to stop the answer."""
+        return self._before(start) and self._behind(start, stop)
+
+    def _plain(self, token: Token) -> bool:
+        return token.word in SMALL or self._asked.echoes(token.word) or token.word in self._answer.known
+
+    def _before(self, start: int) -> bool:
+        if start == 0:
+            return True
+        left, own = self._every[start - 1], self._every[start]
+        if left.word in BOUNDS - self._asked.known and not (left.word == "since" and "when" in self._asked.known):
+            return False
+        if left.word == "from" and start > 1 and self._every[start - 2].word in (*MEASURES.values(), "far", "away"):
+            return False
+        apart = own.before.strip(" \"'*`(\u00ab\u201c")
+        if left.word in JOINS and not apart and start > 1:
+            return self._every[start - 2].word in self._answer.known or self._plain(self._every[start - 2])
+        if left.word == "of" and not self._where and self._is_name:
+            head = self._every[start - 2].word if start > 1 else ""
+            return head in NAMES_OF or self._asked.echoes(head) or is_number(head)
+        if self._wants_agent and self._is_name and not apart and left.word not in self._answer.known:
+            if left.word in ("with", "for", "to", "from", "at"):
+                return False
+            if self._asked.echoes(left.word) and left.word not in SMALL and not left.written[:1].isupper():
+                return left.written.lower() in self._asked.text.lower() and stem(left.word) != stem(
+                    self._asked.words[1]
+                )
+        is_kind = bool(KINDS.get(left.word, frozenset()) & self._asked.known)  # "Mount", asked for a mountain
+        if self._plain(left) or left.word in TITLES or left.word.endswith("ly") or is_kind:
+            return True
+        if apart in (":", "-", "\u2013", "\u2014", "=", "?", "!", ";", "."):
+            return True
+        if self._is_number and left.word in MONTHS:
+            return True
+        if left.written[:1].isupper() and start > 1:
+            return False
+        if apart == ",":
+            return not left.written[:1].isupper()
+        if self._is_number:
+            return True
+        return (
+            not self._is_name or start - 1 in self._determined or (start > 1 and self._every[start - 2].word in ("by",))
+        )
+
+    def _behind(self, start: int, stop: int) -> bool:
+        if self._every[stop - 1].written.endswith(("'s", "s'")) and not self._answer.text.rstrip(".").endswith(
+            ("'s", "s'")
+        ):
+            return all(self._plain(one) for one in self._every[stop:])
+        if stop == len(self._every):
+            return True
+        right = self._every[stop]
+        apart = right.before.strip(" \"'*`)\u00bb\u201d")
+        is_capital = right.written[:1].isupper() and stop not in self._determined
+        if right.word in JOINS and not apart:
+            after = self._every[stop + 1] if stop + 1 < len(self._every) else None
+            return after is None or self._plain(after) or after.word in ("nothing", "other")
+        if right.word in ("or", "than"):
+            return right.word == "than" and self._asked.echoes("than")
+        if self._plain(right) or is_spaceless(right.word):
+            return self._plain(right)
+        if apart:
+            return not (apart == "," and is_capital and not self._where and not self._is_number)
+        if self._is_number:
+            years = right.word == MEASURES["year"] and bool(self._asked.known & {"old", "age"})
+            return (
+                years
+                or right.word in MEASURED
+                or right.word in MONTHS
+                or right.word in CURRENCIES
+                or is_number(right.word)
+            )
+        if is_number(right.word):
+            return True
+        if is_capital:
+            return False
+        after = self._every[stop + 1] if stop + 1 < len(self._every) else None
+        if self._is_name and start > 0 and self._every[start - 1].word in AGENTS:
+            return True
+        acts = right.word in BASES or right.word.endswith("ed") or right.word.endswith("ly")
+        return acts or (self._is_name and after is not None and (after.word in SMALL or stop + 1 in self._determined))

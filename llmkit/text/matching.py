@@ -1,0 +1,251 @@
+"""`--judge match`: is an answer right, wrong or no answer, by comparing words with the answers that are known.
+
+    judge = MatchJudge()
+    judge("The capital of France is Paris.", "What is the capital of France?", ["Paris"])   # "right"
+
+An answer is right where its words are those of an accepted answer; or where, small words and words of the question
+left out,
+- one of the two has all words of the other: words may be missing or added, none may be replaced;
+- the F1 of their words (Rajpurkar et al. 2016, arXiv:1606.05250) is at least `f1`;
+or where an accepted answer stands in a sentence whose words around it leave it the answer (answer_spans.py), unless
+`f1` is 1. In all cases
+- their numbers are the same, in the same order; where a year is the answer, a date in that year will do;
+- their currencies are;
+- nothing is denied (`not`, `never`), no choice is left open (`or`), no word of the question replaced by its opposite.
+Compared is all that was said, and its first sentence where the rest takes nothing back. `evasive` is an answer that
+is empty, says that it does not know, or says no more than the question did; it is never right. The phrases of
+evasion stand in matching.json, by language.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from typing import Any, NamedTuple, Protocol
+
+from llmkit.formats.questions import Question
+from llmkit.text.answer_spans import (
+    BASES,
+    MONTHS,
+    SMALL,
+    Sentence,
+    bare_answer,
+    gives_answer,
+    is_opposed,
+    shorter_forms,
+)
+from llmkit.text.normalize import KNOWN, is_number, is_sign, is_spaceless, word_list, words
+
+RIGHT, WRONG, EVASIVE = "right", "wrong", "evasive"
+VERDICTS = (RIGHT, WRONG, EVASIVE)
+UNREADABLE = "unreadable"  # no verdict: the reply of a model that judges could not be read
+# one word missing of three passes (0.8), one of two does not (0.67): "Kennedy" is not "Robert Kennedy"
+F1 = 0.7
+REPEATED = 3  # words of the question in a row, all of it, from which on it is a repetition
+
+DENIALS = word_list("denials")  # with the words that leave a choice open
+TAKEN_BACK = DENIALS | word_list("retractions")
+FILLERS = word_list("fillers")
+YES, NO = frozenset(["yes", "yeah", "yep"]), frozenset(["no", "nope", "nah"])
+SENTENCE_END = re.compile("(?<=\\w{3}[.!?])\\s+|(?<=[\u3002\uff01\uff1f\u0964])|\\s*\\n\\s*")
+CLAUSE = re.compile(r", (?=(?:of which|of whom|which|who|where|including|with|because|as)\b)")
+LABEL = re.compile(r"\W*(?:(?:the |final )*answer|a)\W*:\W*(?=\w)", re.IGNORECASE)
+
+
+class Answered(NamedTuple):
+    """A question and responses to it; `details` are of whoever has them judged."""
+
+    question: Question
+    responses: Sequence[str]
+    details: Any = None
+
+
+class Judge(Protocol):
+    """Judges answers; `name` is for reports."""
+
+    name: str
+
+    def judge_each(self, answered: Iterable[Answered]) -> Iterator[tuple[Answered, list[str]]]:
+        """Each question with the verdicts on its responses, one of `VERDICTS` or `UNREADABLE`, in order."""
+        ...
+
+
+class MatchJudge:
+    """Judges by comparing words; `f1` is the least F1 that passes, `refusals` are answers that say nothing."""
+
+    name = "match"
+
+    def __init__(self, f1: float = F1, refusals: Iterable[str] = ()) -> None:
+        self.f1, self._refusals = f1, {words(text) for text in refusals}
+
+    def __call__(self, response: str, question: str, answers: Sequence[str]) -> str:
+        """One of `VERDICTS`."""
+        response = LABEL.sub("", response, count=1) if LABEL.match(response) else response
+        said, asked = Sentence.of(response), Sentence.of(question)
+        accepted = [one for one in map(Sentence.of, answers) if one.words]
+        if not said.words:
+            same = is_sign(response) and response.strip() in answers
+            return RIGHT if same else EVASIVE
+        if any(said.words == one.words and _same_currency(said, one) for one in accepted):
+            return RIGHT
+        if said.words in self._refusals:
+            return EVASIVE
+        if any(
+            holds(said.words, phrase) and not any(holds(one.words, phrase) for one in accepted) for phrase in evasions()
+        ):
+            names_unknown = any("unknown" in one.known for one in accepted)
+            return RIGHT if names_unknown and "unknown" in said.known else EVASIVE
+        if not _content(_without(said.words, asked.words)):
+            return EVASIVE
+        accepted += [other for one in accepted for other in shorter_forms(one, asked)]
+        readings = [said, *(Sentence.of(text) for text in _leading_parts(response))]
+        if any(self._matches(reading, asked, one) for reading in readings for one in accepted):
+            return RIGHT
+        offered = any(one.known <= asked.known for one in accepted)
+        beyond = [word for word in _content(said.words) if not asked.echoes(word) and word not in FILLERS]
+        return WRONG if offered or beyond or any(one.known & YES | one.known & NO for one in accepted) else EVASIVE
+
+    def judge_each(self, answered: Iterable[Answered]) -> Iterator[tuple[Answered, list[str]]]:
+        """See `Judge`."""
+        for one in answered:
+            yield one, [self(response, one.question.question, one.question.answers) for response in one.responses]
+
+    def _matches(self, said: Sentence, asked: Sentence, answer: Sentence) -> bool:
+        """True if a sentence gives one accepted answer, by its place in it or by its words."""
+        if answer.known <= YES or answer.known <= NO:
+            return _agrees(said, asked, answer)
+        if DENIALS & said.known - answer.known - asked.known or not _same_currency(said, answer):
+            return False
+        if is_opposed(said, asked, answer):
+            return False
+        rest = _without(said.words, asked.words)
+        if answer.known <= asked.known:  # a choice that the question offers
+            if self._same(_content(rest), _content(answer.words)):
+                return True
+        elif self._has_words(rest, asked, answer) and gives_answer(said, asked, answer) is not False:
+            return True
+        if (
+            self.f1 >= 1
+            or TAKEN_BACK & said.known - answer.known - asked.known
+            or not _same_numbers(said, asked, answer)
+        ):
+            return False
+        found = gives_answer(said, asked, answer)
+        if answer.known <= asked.known:  # "the Tarn is longer", but not both of them
+            return bool(found) and _is_offered_alone(said, asked, answer)
+        return bool(found)
+
+    def _has_words(self, said: tuple[str, ...], asked: Sentence, answer: Sentence) -> bool:
+        """True if the words said are those of an answer, all but for small words and the question's."""
+        forms = {BASES[word]: word for word in answer.words if word in BASES}
+        said = tuple(forms.get(BASES.get(word, ""), word) for word in said)  # "had frozen" for "froze"
+        said = tuple(word for word in said if word in answer.known or not asked.echoes(word))
+        beyond = tuple(
+            word for word in _content(answer.words) if word not in asked.known
+        )  # "24" of "24 points", asked how many points
+        return self._same(_content(said), _content(answer.words)) or (
+            bool(beyond) and self._same(_content(said), beyond)
+        )
+
+    def _same(self, said: tuple[str, ...], answer: tuple[str, ...]) -> bool:
+        if len(answer) == 1 and _is_year(answer[0]) and MONTHS & set(said):
+            said = tuple(word for word in said if word not in MONTHS and not _is_day(word))
+        if [*filter(is_number, said)] != [*filter(is_number, answer)]:
+            return False
+        if any(map(is_spaceless, answer)) and not holds(said, answer):
+            return False  # characters in another order are another word
+        one, other = Counter(said), Counter(answer)
+        shared = (one & other).total()
+        if shared < min(one.total(), other.total()):
+            return False
+        return shared > 0 and 2 * shared / (one.total() + other.total()) >= self.f1
+
+
+def _same_currency(said: Sentence, answer: Sentence) -> bool:
+    return not (said.currencies and answer.currencies) or bool(said.currencies & answer.currencies)
+
+
+def _same_numbers(said: Sentence, asked: Sentence, answer: Sentence) -> bool:
+    """True if the numbers said, the question's aside, are those of the answer.
+
+    For an answer without numbers, true if none replaces one of the question ("the second" for "the first").
+    """
+    numbers = [word for word in said.words if is_number(word) and (word in answer.known or word not in asked.known)]
+    wanted = [word for word in answer.words if is_number(word)]
+    if not wanted:
+        return not numbers or not any(is_number(word) and word not in said.known for word in asked.words)
+    pairs = zip(said.words, said.words[1:], strict=False)
+    counted = [word for word, noun in pairs if is_number(word) and noun not in SMALL and asked.echoes(noun)]
+    if len(wanted) == 1 and counted == wanted:  # "8 legs and 6 eyes", asked how many legs
+        return True
+    if len(wanted) == 1 and _is_year(wanted[0]) and said.known & MONTHS:
+        numbers = [number for number in numbers if not _is_day(number)]
+    return numbers == wanted
+
+
+def _agrees(said: Sentence, asked: Sentence, answer: Sentence) -> bool:
+    """True if a sentence says yes where the answer does, or no; without either word, if it affirms or denies alike."""
+    first = said.words[0]
+    if first in YES or first in NO:
+        return (first in YES) == (answer.known <= YES) and not (said.known & YES and said.known & NO)
+    opposed = is_opposed(said, asked, answer)
+    if not opposed and not any(asked.echoes(word) for word in said.words if word not in SMALL):
+        return False
+    return (bool(DENIALS & said.known - asked.known) != opposed) == (answer.known <= NO)
+
+
+def _is_offered_alone(said: Sentence, asked: Sentence, answer: Sentence) -> bool:
+    """True if a sentence begins with a choice that the question offers, and does not join it to another."""
+    start = bare_answer(answer)
+    return (
+        said.words[: len(start)] == start
+        and "and" not in said.known
+        and any(word not in SMALL for word in said.words[len(start) :])
+    )
+
+
+@cache
+def evasions() -> tuple[tuple[str, ...], ...]:
+    """The words of every phrase of evasion in matching.json."""
+    return tuple(dict.fromkeys(words(phrase) for some in KNOWN["evasions"].values() for phrase in some))
+
+
+def _leading_parts(response: str) -> Iterable[str]:
+    """The first sentence, and what of it stands before a relative clause, unless the rest takes it back."""
+    text = response.strip()
+    for end in (SENTENCE_END, CLAUSE):
+        first, *rest = end.split(text, maxsplit=1)
+        if rest and not TAKEN_BACK.intersection(words(rest[0])):
+            yield first
+            text = first
+
+
+def _content(said: tuple[str, ...]) -> tuple[str, ...]:
+    """The words less the small ones; all of them where none is left."""
+    return tuple(word for word in said if word not in SMALL) or said
+
+
+def _without(said: tuple[str, ...], asked: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the words said without a repetition of the whole question."""
+    if len(asked) >= REPEATED:
+        for start in range(len(said) - len(asked) + 1):
+            if said[start : start + len(asked)] == asked:
+                return said[:start] + said[start + len(asked) :]
+    return () if said == asked else said
+
+
+def holds(said: tuple[str, ...], phrase: tuple[str, ...]) -> bool:
+    """True if the words of a phrase stand in what was said, one after the other."""
+    if phrase[0] not in said:
+        return False
+    return any(said[start : start + len(phrase)] == phrase for start in range(len(said) - len(phrase) + 1))
+
+
+def _is_year(word: str) -> bool:
+    return is_number(word) and len(word) == 5 and word[1:].isdigit() and 1000 <= int(word[1:]) <= 2100
+
+
+def _is_day(word: str) -> bool:
+    return is_number(word) and len(word) <= 3 and word[1:].isdigit() and 1 <= int(word[1:]) <= 31

@@ -1,0 +1,70 @@
+"""Passages of documents: cut at paragraph borders, and some of them drawn by a seed.
+
+for passage in sample_passages(read_documents(["docs.jsonl"]), count=200, seed=0): ...
+"""
+
+from __future__ import annotations
+
+import heapq
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from llmkit.io.records import Row
+
+CHARACTERS = 1500  # of a passage, at most, where its paragraphs allow it: about 300 words
+BLANK_LINE = re.compile(r"\n[^\S\n]*\n\s*")
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A passage: `name` is its document's id, url or number, and its place in it; `where` its document's place."""
+
+    text: str
+    name: str
+    where: str
+
+
+def cut_passages(text: str, characters: int = CHARACTERS) -> Iterator[str]:
+    """Neighbouring paragraphs, together at most so long; a longer paragraph stands alone.
+
+    A text with blank lines has its paragraphs between them, any other a paragraph a line.
+
+    >>> list(cut_passages("One.\\nTwo.\\nThree.", characters=10))
+    ['One.\\nTwo.', 'Three.']
+    """
+    text = text.replace("\r\n", "\n").strip()
+    border = BLANK_LINE if BLANK_LINE.search(text) else re.compile(r"\n")
+    joint = "\n\n" if border is BLANK_LINE else "\n"
+    held = ""
+    for paragraph in filter(None, map(str.strip, border.split(text))):
+        if held and len(held) + len(joint) + len(paragraph) > characters:
+            yield held
+            held = ""
+        held = held + joint + paragraph if held else paragraph
+    if held:
+        yield held
+
+
+def sample_passages(documents: Iterable[Row], count: int, seed: int) -> list[Passage]:
+    """`count` passages of all that the documents have, each as likely as another, in the order of the documents.
+
+    What is drawn depends on the seed, the texts and their order alone; no more than `count` are held.
+    """
+    held: list[tuple[bytes, int, Passage]] = []
+    for order, passage in enumerate(_passages(documents)):
+        key = blake2b(f"{seed} {order} {passage.text}".encode(), digest_size=8).digest()
+        entry = (bytes(255 - byte for byte in key), -order, passage)  # the heap's first is the next to go
+        if len(held) < count:
+            heapq.heappush(held, entry)
+        else:
+            heapq.heappushpop(held, entry)
+    return [passage for _, _, passage in sorted(held, key=lambda entry: -entry[1])]
+
+
+def _passages(documents: Iterable[Row]) -> Iterator[Passage]:
+    for number, row in enumerate(documents, 1):
+        document = row.value.get("id") or row.value.get("url") or number
+        for place, text in enumerate(cut_passages(row.value["text"]), 1):
+            yield Passage(text, f"{document}/{place}", row.where)

@@ -1,0 +1,227 @@
+"""Training state on disk: everything that a resumed run needs to go on bit for bit, and no pickle.
+
+`state/step-00000120/` holds `tensors.safetensors` (masters, moments) and `state.json` (step, tokens, loss, seconds, and
+the checksum of each file). A checkpoint is written beside its place and renamed; two of them stay, and an older one
+goes when the new one is on the disk, so that a kill or a power cut at any moment leaves a whole one. Where the newest
+is damaged, that is said, and the one before it is loaded. Writing happens in a thread, on a copy.
+
+In a job of several processes each writes its parts of the tensors to a safetensors file of its own, by
+torch.distributed.checkpoint in its Hugging Face form: that one keeps the places of the parts in the files' headers,
+where its other form has a pickle. Any number of processes reads what any number wrote.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmkit.errors import UserError
+from llmkit.io.files import PARTIAL, atomic_folder, remove, replace_folder, sync
+from llmkit.io.foreign import read_sealed, write_sealed
+from llmkit.io.manifest import file_sha256
+from llmkit.io.progress import counted, say
+from llmkit.io.run_folder import CHECKPOINTS_KEPT, checkpoint_place, checkpoint_steps, keep_checkpoints
+from llmkit.model.folder import write_tensors
+from llmkit.training.distributed import new_group, world
+from llmkit.training.sharding import is_sharded, local, mesh, part_of
+
+TENSORS, STATE = "tensors.safetensors", "state.json"
+
+
+class Checkpoints:
+    """The checkpoints of one run, newest last; `keep` of them stay."""
+
+    def __init__(self, folder: Path, keep: int = CHECKPOINTS_KEPT) -> None:
+        self.folder, self.keep = folder, keep
+        self._whole: dict[int, dict[str, Any]] = {}  # states of those whose checksums were found right
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._group: Any = None  # the thread must not mix its messages with those of the training
+
+    def steps(self) -> list[int]:
+        """The steps at which checkpoints stand, ascending."""
+        return checkpoint_steps(self.folder)
+
+    def _place(self, step: int) -> Path:
+        return checkpoint_place(self.folder, step)
+
+    def prepare(self, tensors: Mapping[str, Tensor]) -> None:
+        """Make what writing them needs of all processes, which may not answer when it is wanted."""
+        if any(map(is_sharded, tensors.values())):
+            self._group = self._group or new_group()
+            mesh("cpu")
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], wait: bool = False) -> None:
+        """Copy the tensors and write them in the background; `wait` returns when they are on disk. All processes of a
+        job call it together.
+
+        Raises what the former background write raised, such as an OSError for a full disk.
+        """
+        self.prepare(tensors)
+        self.wait()
+        copies = {
+            name: part_of(local(value.detach()).to("cpu", copy=True).contiguous(), value, "cpu")
+            for name, value in tensors.items()
+        }
+        write = self._write
+        if any(map(is_sharded, tensors.values())):
+            write = self._write_parts
+        self._thread = threading.Thread(target=self._safely, args=(write, step, copies, dict(state)), daemon=False)
+        self._thread.start()
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when no write is under way; raises what it raised."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _safely(self, write: Callable[..., None], step: int, *what: Any) -> None:
+        try:
+            write(step, *what)
+            self._whole.pop(step, None)
+            if world().leads:
+                keep_checkpoints(self.folder, self.keep, step)
+        except BaseException as error:
+            self._error = error
+
+    def _write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        if not world().leads:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with atomic_folder(self._place(step), force=True) as partial:
+            write_tensors(partial / TENSORS, tensors)
+            digests = {TENSORS: file_sha256(partial / TENSORS)}
+            write_sealed(partial / STATE, {**state, "step": step, "sha256": digests})
+
+    def _write_parts(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        import torch.distributed as dist
+        from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+        from torch.distributed.checkpoint.state_dict_saver import save
+
+        partial, group = Path(f"{self._place(step)}{PARTIAL}"), self._group
+        if world().leads:
+            remove(partial)  # left by a run that was killed
+            partial.mkdir(parents=True)
+        dist.barrier(group)
+        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        try:
+            save(tensors, storage_writer=writer, process_group=group)  # type: ignore[arg-type]
+        except CheckpointException as error:
+            rank, (first, _) = min(error.failures.items())
+            raise UserError(f"{partial}: rank {rank} cannot write there: {first}; make room, and --resume") from error
+        # each syncs and sums its own, for a file that another machine wrote may not be seen at once
+        own = list(partial.glob(f"shard-{world().rank + 1:05d}-*.safetensors"))
+        for part in own:
+            sync(part)
+        found: list[dict[str, str]] = [{}] * world().size
+        dist.all_gather_object(found, {part.name: file_sha256(part) for part in own}, group=group)
+        digests = {name: digest for parts in found for name, digest in parts.items()}
+        if world().leads:
+            noted = {**state, "step": step, "parts": len(digests), "sha256": digests}
+            write_sealed(partial / STATE, noted)
+            replace_folder(partial, self._place(step))
+        dist.barrier(group)
+
+    def state(self) -> dict[str, Any] | None:
+        """The newest whole checkpoint's state alone, with its `step`; None where there is none."""
+        found = world().broadcast(self._newest() if world().leads else None)
+        return found and found[1]
+
+    def _newest(self) -> tuple[int, dict[str, Any]] | None:
+        """Step and state of the newest whole checkpoint, and a line on stderr for each damaged one that is newer.
+
+        Raises UserError where there are checkpoints and all of them are damaged.
+        """
+        damaged: list[str] = []
+        for step in reversed(self.steps()):
+            place = self._place(step)
+            try:
+                if step not in self._whole:
+                    self._whole[step] = _checked(place, step)
+            except (OSError, ValueError) as error:
+                reason = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error)
+                damaged.append(f"{place}: damaged checkpoint ({reason})")
+                continue
+            for line in damaged:
+                say(f"{line}; going on from the one of step {step}")
+            return step, self._whole[step]
+        if damaged:
+            raise UserError(f"{damaged[0]}; start again with --force")
+        return None
+
+    def load(self, like: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The newest whole checkpoint's tensors and state, or None where there is none.
+
+        like: tensors of the same names and shapes, which are overwritten where they are parts of larger ones
+
+        Raises UserError where all checkpoints are damaged, or for one of parts of other shapes than those of `like`.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        found = self._newest() if like is None or world().leads else None
+        found = found if like is None else world().broadcast(found)
+        if found is None:
+            return None
+        place, state = self._place(found[0]), found[1]
+        try:
+            divided = like is not None and any(map(is_sharded, like.values()))
+            if divided or "parts" in state:
+                return _load_parts(place, state.get("parts", 1), like), state
+            return load_file(place / TENSORS), state
+        except LookupError as error:
+            message = f"{place}: a checkpoint of another model: {error}"
+            raise UserError(f"{message}; choose another --out, or start again with --force") from error
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{place}: damaged checkpoint ({error}); start again with --force") from error
+
+
+def _checked(place: Path, step: int) -> dict[str, Any]:
+    """The state of the checkpoint of a step. Raises ValueError or OSError where it is not what was written."""
+    state = read_sealed(place / STATE)
+    if state.get("step") != step:
+        raise ValueError(f"{STATE} is of another step")
+    for name, digest in state["sha256"].items():
+        if file_sha256(place / name) != digest:
+            raise ValueError(f"{name} does not have the checksum that {STATE} names")
+    return state
+
+
+def _load_parts(place: Path, parts: int, like: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The tensors of a checkpoint in parts; without `like` all of them, whole."""
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    found = sum(1 for _ in place.glob("*.safetensors"))
+    if found != parts:
+        raise ValueError(f"expected {counted(parts, 'file')} of tensors, found {found}")
+    reader = HuggingFaceStorageReader(str(place))
+    described: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
+    if like is None:
+        tensors = {name: torch.empty(one.size, dtype=one.properties.dtype) for name, one in described.items()}
+    else:
+        tensors = {name: value if is_sharded(value) else torch.empty_like(value) for name, value in like.items()}
+        for name, value in tensors.items():
+            there = tuple(described[name].size) if name in described else None
+            if there != tuple(value.shape):
+                raise LookupError(f"{name} is {there or 'missing'} there and {tuple(value.shape)} here")
+    try:
+        with warnings.catch_warnings():  # each process reads its parts by itself, and that is meant
+            warnings.filterwarnings("ignore", ".*assuming the intent is to load in a single process")
+            load(tensors, storage_reader=reader, no_dist=True)  # type: ignore[arg-type]
+    except CheckpointException as error:
+        raise ValueError(str(next(iter(error.failures.values()))[0])) from error
+    return tensors

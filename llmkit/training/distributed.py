@@ -1,0 +1,249 @@
+"""Several processes that train one model: what they tell one another, and what each takes of the work.
+
+    world = join(choose_device("auto"), config)                  # where torchrun has started several processes
+    with world.in_turn():                                        # the first does the work, the others find it done
+        shards = tokenize_documents(...)
+    world.check_same({"the number of tokens": shards.tokens})
+    shard(model)                                                 # llmkit/training/sharding.py
+    loss, targets = world.sum(loss, targets)
+
+In a job of one process every method gives back what it was given, and costs nothing. What is said here goes through
+the processors, few numbers at a time (gloo); parameters and gradients go from device to device (nccl on GPUs).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmkit.config import TrainingConfig, options_by_flag
+from llmkit.errors import UserError
+from llmkit.io.files import remove
+from llmkit.io.ranks import launch
+from llmkit.model.devices import choose_dtype
+from llmkit.training import failures
+
+
+class World:
+    """The processes of this job: `rank` of `size`; see the module."""
+
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        device: torch.device | None = None,
+        watch: Any = None,
+    ) -> None:
+        self.rank, self.size, self.device = rank, size, device or torch.device("cpu")
+        self._watch, self._numbers = watch, count()
+
+    @property
+    def leads(self) -> bool:
+        """True if this process speaks and writes for all."""
+        return self.rank == 0
+
+    def sum(self, *values: float) -> tuple[float, ...]:
+        """The sum over all processes of each number."""
+        return values if self.size == 1 else self._reduce(values, "SUM")
+
+    def largest(self, *values: float) -> tuple[float, ...]:
+        """The largest of all processes of each number."""
+        return values if self.size == 1 else self._reduce(values, "MAX")
+
+    def _reduce(self, values: tuple[float, ...], how: str) -> tuple[float, ...]:
+        import torch.distributed as dist
+
+        tensor = torch.tensor(values, dtype=torch.float64)
+        with self._watch.waiting():
+            dist.all_reduce(tensor, op=getattr(dist.ReduceOp, how))
+        return tuple(tensor.tolist())
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        """Sum a tensor over all processes, in place, on its device."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.all_reduce(tensor)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of each process, by rank, in every process, however long each takes to have it."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        self.barrier()
+        found: list[Any] = [None] * self.size
+        with self._watch.waiting():
+            dist.all_gather_object(found, value)
+        return found
+
+    def broadcast(self, value: Any) -> Any:
+        """The first process's value, which is JSON, whenever it comes."""
+        if self.size == 1:
+            return value
+        return self._publish(value, next(self._numbers))
+
+    def _publish(self, value: Any, number: int) -> Any:
+        key = f"said/{number}"
+        if self.leads:
+            self._watch.store.set(key, json.dumps(value))
+            return value
+        self._await([key])
+        return json.loads(self._watch.store.get(key))
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """The first process does what is inside, however long it takes, then the others do."""
+        number = next(self._numbers)
+        if not self.leads:
+            self._publish(None, number)
+        yield
+        if self.leads and self.size > 1:
+            self._publish(None, number)
+
+    def barrier(self) -> None:
+        """Wait until all processes are here, however long that takes."""
+        if self.size > 1:
+            number = next(self._numbers)
+            self._watch.store.set(f"here/{number}/{self.rank}", "1")
+            self._await([f"here/{number}/{rank}" for rank in range(self.size)])
+
+    def _await(self, keys: list[str]) -> None:
+        # no deadline: the watch ends this process where another one fails
+        while not self._watch.store.check(keys):
+            time.sleep(0.02)
+
+    @contextmanager
+    def saving_by(self, save: Callable[[Callable[[Any], bool]], bool]) -> Iterator[None]:
+        """While inside, `save` writes this process's part of what there is to save when another one fails, also in
+        another thread. It gets a function that tells if all processes have the same; it gives True if it has written.
+        """
+        if self.size > 1:
+            self._watch.save = save
+        yield
+        if self.size > 1:
+            self._watch.save = None
+
+    def call_for_saving(self) -> bool:
+        """Have all processes of a job do so, for this one ends. False where that cannot be."""
+        return self._watch.call_for_saving()
+
+    def check_same(self, what: Mapping[str, Any]) -> None:
+        """Raise UserError where this process was given something else than the first: values of JSON, by a name that
+        the user knows."""
+        for name, value in self.broadcast(dict(what)).items():
+            if (own := json.loads(json.dumps(what.get(name)))) != value:
+                raise UserError(
+                    f"{name} is {own} here and {value} at rank 0; start all processes with the same options and data"
+                )
+        self.barrier()  # nobody goes on where one is refused
+
+    def check_folder(self, folder: Path, name: str, fresh: bool) -> None:
+        """Raise UserError in all processes unless each sees the file `name` that the first has put into a folder, and
+        can write there itself; a `fresh` folder is removed then."""
+        if self.size == 1:
+            return
+        self.barrier()
+        problems = self.gather(self._problem_with(folder, name))
+        wrong = next((f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem), None)
+        if wrong is not None:
+            if self.leads and fresh:
+                remove(folder)
+            raise UserError(wrong)
+
+    def _problem_with(self, folder: Path, name: str) -> str | None:
+        if not (folder / name).exists():
+            return f"{folder}: not to be seen from here; --out must be on a disk that all machines share"
+        mine = folder / f"rank-{self.rank}.probe"
+        try:
+            mine.write_bytes(b"")
+            mine.unlink()
+        except OSError as error:
+            reason = str(error.strerror).lower()
+            return f"{folder}: cannot be written: {reason}; all processes write checkpoints there"
+        return None
+
+    def check_rows(self, rows: int, what: str) -> None:
+        """Raise UserError where a batch has fewer rows than shares; `what`: the option, and what it is."""
+        if rows < self.size:
+            raise UserError(f"{what}: expected at least {self.size} in a batch, one a process, found {rows}")
+
+    # ---- what each process takes of the work
+
+    def share(self, total: int) -> tuple[int, int]:
+        """The first of `total` rows or things that are this process's, and the first that is not; by rank."""
+        return self.rank * total // self.size, (self.rank + 1) * total // self.size
+
+    def largest_share(self, total: int) -> int:
+        """Of how many rows the largest share is."""
+        return -(-total // self.size)
+
+    def deal(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """This process's share of some batches, and as many as every other's: one that predicts nothing at the end."""
+        if self.size == 1:
+            yield from batches
+            return
+        batches = iter(batches)
+        while hand := list(islice(batches, self.size)):
+            yield hand[self.rank] if self.rank < len(hand) else hand[0].nothing()
+
+
+_world = World()
+
+
+def world() -> World:
+    """The job that this process has joined, or a job of one."""
+    return _world
+
+
+def join(device: torch.device, config: TrainingConfig) -> World:
+    """Join the other processes of this job, where there are any, to compute on `device` under the options of a stage.
+
+    Raises UserError where the options differ, where they name stdin, or the others cannot be reached.
+    """
+    global _world
+    me = launch()
+    if me.size == 1 or _world.size > 1:
+        return _world
+    import torch.distributed as dist
+
+    watch = failures.watch(config.process_timeout)
+    if config.reads_stdin():  # type: ignore[attr-defined]  # every stage that trains has it
+        raise UserError("stdin: several processes cannot read it; give a file that all of them see")
+    store = dist.PrefixStore("groups", watch.store.clone())  # type: ignore[reportPrivateImportUsage]
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    world = World(me.rank, me.size, device, watch)
+    machine = {"the version of torch": torch.__version__, "the kind of device": device.type}
+    machine["the precision"] = str(choose_dtype(config.dtype, device))
+    world.check_same({**machine, **options_by_flag(config)})
+    # a wait that the watch does not see, such as that of FSDP, ends by itself, a little later
+    limit = timedelta(seconds=config.process_timeout + 2.0)
+    dist.init_process_group(backend, store=store, rank=me.rank, world_size=me.size, timeout=limit)
+    _world = world
+    return world
+
+
+def new_group() -> Any:
+    """All processes again, for messages from another thread; all of them call it together."""
+    import torch.distributed as dist
+
+    return dist.new_group(backend="gloo")
+
+
+def leave() -> None:
+    """The work is done: stop watching over the others, who may have ended."""
+    global _world
+    if _world.size > 1:
+        import torch.distributed as dist
+
+        failures.stop_watching()
+        dist.destroy_process_group()
+        _world = World()

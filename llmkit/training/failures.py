@@ -1,0 +1,249 @@
+"""How a job of several processes ends when one of them fails, hangs or goes away: soon, and in one line.
+
+A process that fails leaves a note in the job's store. The first to do so waits a moment for the notes of the others
+and speaks for all; a thread in each process sees the notes and ends it, also where its main thread waits for one that
+will never answer. Who left no note is gone; who hangs is whoever does not wait for others.
+
+Before that, a process that fails in a training calls for its steps to be saved. The threads of the others write their
+parts: none of them can update its weights without the one that failed, so all stand after the same step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+from llmkit.display import write_message
+from llmkit.errors import Interrupted, UserError
+from llmkit.io.ranks import Launch, launch
+
+POLL_SECONDS = 0.25
+NOTES_SECONDS = 4.0  # for the notes of the others; torchrun kills 30 s after its SIGTERM
+SAVING_SECONDS = 15.0  # for all to say after which step they stand: less than torchrun waits
+OWN_SECONDS = 1.5  # for the main thread to find out by itself what has happened
+PACKAGE = str(Path(__file__).parents[1])
+
+_watch: Watch | None = None
+_ending = threading.Lock()
+
+
+def connect(me: Launch, timeout: float) -> Any:
+    """A connection of its own to the store of the job. Raises UserError where there is none."""
+    import torch.distributed as dist
+
+    try:
+        connected = dist.rendezvous("env://", timeout=timedelta(seconds=timeout))  # type: ignore[reportPrivateImportUsage]
+        store, _, _ = next(connected)
+    except Exception as error:
+        raise UserError(f"the processes cannot reach one another: {error}; start them by torchrun") from None
+    return dist.PrefixStore(f"llmkit/{me.restarts}", store)  # type: ignore[reportPrivateImportUsage]
+
+
+class Watch(threading.Thread):
+    """Ends this process when another has failed, and when it has waited for others longer than `timeout` seconds."""
+
+    def __init__(self, me: Launch, timeout: float) -> None:
+        super().__init__(name="watch over the other processes", daemon=True)
+        self.me, self.timeout = me, timeout
+        self.store = connect(me, timeout)
+        self._waiting_since: float | None = None
+        self._over = threading.Event()
+        # writes this process's part of what there is to save, if all agree on what that is
+        self.save: Callable[[Callable[[Any], bool]], bool] | None = None
+        self._saved: bool | None = None
+        self._saving = threading.Lock()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around everything in which this process waits for others that should come at once."""
+        self._waiting_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waiting_since = None
+
+    def run(self) -> None:
+        while not self._over.wait(POLL_SECONDS):
+            try:
+                if self.store.add("saving", 0) > 0:
+                    self.save_together()
+                failed = self.store.add("notes", 0) > 0
+            except Exception:  # the store is gone, and with it the job: the main thread finds out
+                return
+            since = self._waiting_since
+            if failed:
+                time.sleep(OWN_SECONDS)
+                _end({"kind": "ended", "place": whereabouts()}, self.me, self.store)
+            elif since is not None and time.monotonic() - since > self.timeout:
+                _end(_lost(f"nobody answers for {self.timeout:g} s"), self.me, self.store)
+
+    def call_for_saving(self) -> bool:
+        """Have all processes save what they have, before this one ends. False where they cannot."""
+        self.store.add("saving", 1)
+        return self.save_together()
+
+    def save_together(self) -> bool:
+        """This process's part of it, once; False where not all have done theirs."""
+        with self._saving:
+            if self._saved is None:
+                self._saved = False
+                # in a thread, which may be left behind: a device may wait for one that will never answer
+                thread = threading.Thread(target=self._save, daemon=True)
+                thread.start()
+                thread.join(self.timeout)
+            return self._saved
+
+    def _save(self) -> None:
+        with suppress(Exception):  # what ended the job says more
+            done = self.save is not None and self.save(lambda value: self._agree("step", value, SAVING_SECONDS))
+            self._saved = self._agree("saved", done or None, self.timeout)
+
+    def _agree(self, what: str, value: Any, seconds: float) -> bool:
+        """True if all processes say the same within some seconds, and that is not None."""
+        self.store.set(f"{what}/{self.me.rank}", json.dumps(value))
+        keys = [f"{what}/{rank}" for rank in range(self.me.size)]
+        deadline = time.monotonic() + seconds
+        while not self.store.check(keys):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return value is not None and {self.store.get(key) for key in keys} == {json.dumps(value).encode()}
+
+    def stop(self) -> None:
+        """The job is done."""
+        self._over.set()
+
+
+def watch(timeout: float) -> Watch:
+    """Begin to watch over the other processes."""
+    global _watch
+    _watch = Watch(launch(), timeout)
+    _watch.start()
+    return _watch
+
+
+def stop_watching() -> None:
+    """This process has done its part."""
+    if _watch is not None:
+        _watch.stop()
+        _watch.join()  # a thread in torch's code while Python shuts down aborts the process
+        _watch.store.set(f"note/{_watch.me.rank}", json.dumps({"kind": "done"}))
+
+
+def fail_together(message: str, code: int) -> NoReturn:
+    """End all processes; one says the message, with the rank of this process where it is not that of all."""
+    kind = "interrupted" if code == Interrupted.exit_code and message == "interrupted" else "error"
+    _end({"kind": kind, "message": message, "code": code})
+
+
+def lose_together(error: Exception) -> NoReturn:
+    """End all processes after another one did not answer; one says which that is."""
+    _end(_lost(str(error)))
+
+
+def is_lost(error: BaseException) -> bool:
+    """True if an error tells that another process did not answer."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "Gloo", "NCCL"))
+
+
+def _lost(message: str) -> dict[str, Any]:
+    return {"kind": "lost", "message": " ".join(message.split()), "code": UserError.exit_code}
+
+
+def _end(note: dict[str, Any], me: Launch | None = None, store: Any = None) -> NoReturn:
+    me = me or launch()
+    if not _ending.acquire(blocking=False):  # another thread is at it
+        time.sleep(3600)
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):  # torchrun's, to those that are left
+            signal.signal(number, signal.SIG_IGN)
+    code = note.get("code", UserError.exit_code)
+    try:
+        if store is None:
+            store = _watch.store if _watch is not None else connect(me, 30.0)
+        code = _speak(note, me, store, code)
+    except Exception:  # the store is gone
+        _say(f"rank {me.rank}: {note.get('message', 'the others are gone')}")
+    if sys.stderr is not None:
+        sys.stderr.flush()
+    os._exit(code)  # threads and groups of torch would wait for the others for ever
+
+
+def _speak(note: dict[str, Any], me: Launch, store: Any, code: int) -> int:
+    """Leave the note; the first says what happened, the others wait until that is done. The code to exit with."""
+    store.set(f"note/{me.rank}", json.dumps(note))
+    first = store.add("notes", 1) == 1
+    deadline = time.monotonic() + NOTES_SECONDS
+    if first:
+        keys = {rank: f"note/{rank}" for rank in range(me.size)}
+        while not store.check([*keys.values()]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        notes = {rank: json.loads(store.get(key)) for rank, key in keys.items() if store.check([key])}
+        message, code = verdict(notes, me.size)
+        _say(message)
+        store.set("spoken", str(code))
+        return code
+    while not store.check(["spoken"]) and time.monotonic() < deadline + 2 * POLL_SECONDS:
+        time.sleep(0.05)
+    return int(store.get("spoken")) if store.check(["spoken"]) else code
+
+
+def _say(message: str) -> None:
+    write_message(f"llmkit: error: {' '.join(message.split())}")
+
+
+def verdict(notes: Mapping[int, Mapping[str, Any]], size: int) -> tuple[str, int]:
+    """What is said of the notes of some processes, by rank, and the exit code.
+
+    >>> verdict({1: {"kind": "error", "message": "no x", "code": 2}, 0: {"kind": "ended", "place": None}}, size=2)
+    ('rank 1: no x', 2)
+    """
+    errors = {rank: note for rank, note in sorted(notes.items()) if note["kind"] == "error"}
+    if errors:
+        rank, note = next(iter(errors.items()))
+        done = sum(other["kind"] == "done" for other in notes.values())
+        common = len(errors) + done == size and len({other["message"] for other in errors.values()}) == 1
+        return note["message"] if common else f"rank {rank}: {note['message']}", note["code"]
+    gone = [rank for rank in range(size) if rank not in notes]
+    if gone:
+        return f"{_ranks(gone)}: no answer: killed, stopped or cut off; --resume goes on", UserError.exit_code
+    if all(note["kind"] == "interrupted" for note in notes.values()):
+        return "interrupted", Interrupted.exit_code
+    lost = [note for note in notes.values() if note["kind"] == "lost"]
+    why = lost[0]["message"] if lost else "interrupted"
+    places = {rank: note["place"] for rank, note in notes.items() if note["kind"] == "ended" and note["place"]}
+    if lost and places:
+        where = ", ".join(dict.fromkeys(places.values()))
+        return f"{_ranks(sorted(places))}: the others waited in vain while it ran {where}", UserError.exit_code
+    return f"the processes have lost contact: {why}", UserError.exit_code
+
+
+def _ranks(numbers: list[int]) -> str:
+    return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+
+
+def whereabouts() -> str | None:
+    """Where in llmkit the main thread is, such as "data/batches.py:88"; None where it waits for other processes."""
+    frame: Any = sys._current_frames().get(threading.main_thread().ident or 0)
+    if _watch is not None and _watch._waiting_since is not None:
+        return None
+    place = None
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if "torch/distributed" in name:
+            return None
+        if place is None and name.startswith(PACKAGE):
+            place = f"{name[len(PACKAGE) + 1 :]}:{frame.f_lineno}"
+        frame = frame.f_back
+    return place or "no place in llmkit"

@@ -1,0 +1,122 @@
+"""How fast this machine is: its rate of matrix products, and the tokens a second of a model on it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from llmkit.io.progress import counted, quantity
+from llmkit.kernels import keep_freed_memory
+from llmkit.model.config import ModelConfig
+from llmkit.model.transformer import Transformer
+from llmkit.training.evaluation import next_token_loss
+from llmkit.training.scaling import Recipe
+from llmkit.training.setup import build_optimizer
+from llmkit.training.trainer import Batch, Loss
+
+LONGEST = 3.0  # seconds of timing before an estimate
+SHARE = 0.4  # of the rate of large products is about what steps reach
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def best_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """The shortest of `repeats` runs of `work`, after one that does not count."""
+    work()
+    synchronize(device)
+    best = float("inf")
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product here: what MFU is measured against. Takes about 0.1 s on a CPU."""
+    size = 8192 if device.type == "cuda" else 1024
+    left = torch.randn(size, size, device=device).to(dtype)
+    return 2 * size**3 / best_seconds(lambda: left @ left, device, repeats=5)
+
+
+def tokens_per_second(
+    config: ModelConfig, recipe: Recipe, rows: int, sequence_length: int, device: torch.device, dtype: torch.dtype
+) -> float:
+    """Training speed of a model of this shape: the best of 2 steps on random tokens, the update included."""
+    keep_freed_memory()  # as the trainer does
+    model = Transformer(config, seed=0).to(device=device, dtype=dtype)
+    optimizer = build_optimizer(model, recipe)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (rows, sequence_length))
+    batch = (tokens, tokens, np.zeros_like(tokens, dtype=np.int32))
+
+    def step() -> None:
+        next_token_loss(model, batch)[0].backward()
+        optimizer.accumulate()
+        optimizer.step(factor=0.0, scale=1e-6)
+
+    return rows * sequence_length / best_seconds(step, device, repeats=2)
+
+
+def expected_tokens_per_second(
+    config: ModelConfig, recipe: Recipe, rows: int, sequence_length: int, device: torch.device, dtype: torch.dtype
+) -> tuple[float, str]:
+    """Training speed after `LONGEST` seconds of work at most, about, and what it rests on, in words.
+
+    That is `tokens_per_second` of a small model. Of a larger one the passes of a single layer are timed, on as many
+    tokens as the time allows, and its FLOP/s are taken for those of the whole, the update included.
+    """
+    reachable = SHARE * peak_flops(device, dtype)
+    step_flops = rows * sequence_length * config.flops_per_token(sequence_length) + update_flops(config, recipe)
+    if 3 * step_flops < LONGEST * reachable:  # one step to warm up, and the best of two
+        return tokens_per_second(config, recipe, rows, sequence_length, device, dtype), "whole steps, timed here"
+    windows = config.layer_windows and config.layer_windows[:1]
+    layer = replace(
+        config, num_hidden_layers=1, vocab_size=256, bos_token_id=None, eos_token_id=None, layer_windows=windows
+    )
+    affordable = LONGEST / 2 * reachable / layer.flops_per_token(sequence_length)
+    length = min(sequence_length, max(16, int(affordable)))
+    tokens = np.random.default_rng(0).integers(0, layer.vocab_size, (1, length))
+    model = Transformer(layer, seed=0).to(device=device, dtype=dtype)
+    batch = (tokens, tokens, np.zeros_like(tokens, dtype=np.int32))
+    rate = length * layer.flops_per_token(length) / batch_seconds(model, next_token_loss, batch, 1, device)
+    step_flops = recipe.batch_tokens * config.flops_per_token(sequence_length) + update_flops(config, recipe)
+    return (
+        recipe.batch_tokens * rate / step_flops,
+        f"one layer, timed here on {counted(length, 'token')} at {quantity(rate)}FLOP/s",
+    )
+
+
+def update_flops(config: ModelConfig, recipe: Recipe) -> float:
+    """FLOPs of an update: Muon's five iterations on the matrices of the layers (`orthogonalise`), two products of M x M
+    by M x N and one of M x M by M x M each. AdamW has none to speak of."""
+    if recipe.optimizer != "muon":
+        return 0.0
+    hidden, wide = config.hidden_size, config.intermediate_size
+    query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    sides = [(min(hidden, other), max(hidden, other)) for other in (query, query, key, key, wide, wide, wide)]
+    return config.num_hidden_layers * 5.0 * sum(m * m * (4 * n + 2 * m) for m, n in sides)
+
+
+def batch_seconds(model: nn.Module, loss: Loss, batch: Batch, micro_batch_rows: int, device: torch.device) -> float:
+    """Seconds of the forward and backward pass of a batch, by one that comes after a first of a micro-batch."""
+    keep_freed_memory()
+    parts = [
+        tuple(array[start : start + micro_batch_rows] for array in batch)
+        for start in range(0, len(batch[0]), micro_batch_rows)
+    ]
+    for timed in (parts[:1], parts):
+        started = time.perf_counter()
+        for rows in timed:
+            loss(model, rows)[0].backward()
+        synchronize(device)
+        model.zero_grad()
+    return time.perf_counter() - started

@@ -1,0 +1,496 @@
+"""The training loop under pretrain, sft, train-reward and rl: batches in, an updated model and metrics out.
+
+It knows a model, an optimizer, batches from a step on and a folder for its state. It does not know what a document
+or a conversation is, nor what the loss means: `loss(model, rows)` returns a sum and the number of its targets. In a job
+of several processes each takes its share of a batch's rows, and the first decides all that depends on a clock.
+
+    trainer = Trainer(model, optimizer, schedule, batches=from_step, loss=next_token_loss, folder=work, settings=...)
+    trainer.resume()
+    trainer.fit(total_steps=1000, evaluate=bits_per_byte)
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmkit.display import write_message
+from llmkit.errors import Interrupted, LlmkitError, SavedError, SharedError, UserError
+from llmkit.io.files import sync
+from llmkit.io.metrics import METRICS, MetricsLog, read_metrics, trim_metrics
+from llmkit.io.progress import Progress, counted, say
+from llmkit.io.trackers import Mirror, MirroredLog
+from llmkit.kernels import keep_freed_memory
+from llmkit.training.checkpoint import Checkpoints
+from llmkit.training.distributed import world
+from llmkit.training.failures import is_lost
+from llmkit.training.optimizer import Optimizer
+from llmkit.training.schedule import Schedule
+from llmkit.training.sharding import begin_backward
+from llmkit.training.threads import StepThreads
+
+LAST_UPDATE_SECONDS = 10.0  # to finish one that other processes have finished
+FIRST_SAVE_SECONDS = 60.0  # a run that has nothing on disk loses all of itself
+LARGEST_WEIGHT = 65504.0  # of float16; what training makes of a usable learning rate is a thousand times smaller
+ABSURD_NATS = 10.0  # above the first loss: worse than a guess among the tokens of any tokenizer
+GROWN_NATS = 0.5  # above the first loss, at the end: what a note is worth
+RESTART = "start again with --force and a lower --learning-rate, or look at the data"
+
+# A batch is a tuple of arrays whose first dimension is rows; the trainer cuts it into micro-batches along that. Where
+# several processes share it, it has a method `nothing()`: one row that predicts nothing.
+Batch = tuple[Any, ...]
+# The summed loss of some rows, and over how many targets it was summed. One that keeps figures of a batch has a method
+# `forget()`, called before the batch is begun again.
+Loss = Callable[[nn.Module, Any], tuple[Tensor, int]]
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """Numbers of the loop. Steps and seconds of None mean never."""
+
+    micro_batch_rows: int
+    max_grad_norm: float | None = 1.0
+    momentum: float = 0.95
+    momentum_warmup_steps: int = 300
+    log_every: int = 1
+    eval_every: int | None = None
+    save_every: int | None = None
+    sample_every: int | None = None
+    save_seconds: float | None = 600.0
+    spike_nats: float = 1.5
+    spike_patience: int = 20
+    updates_per_batch: int = 1
+    micro_batch_tokens: int | None = None  # fewer rows at a time where rows are so long that these are exceeded
+    memory_advice: str = "lower --sequence-length or --depth"
+    shown: str = "loss"  # the metric beside the progress bar
+    mirrors: tuple[Callable[[], Mirror], ...] = ()  # of the metrics
+    most_threads: int = 1  # to choose from; 1 leaves what torch has
+    quiet: bool = False
+
+
+class Trainer:
+    """See the module. Raises UserError when the loss is not a number or stays far above its average or its beginning,
+    or a weight outgrows half precision, and Interrupted when SIGINT, SIGTERM or SIGHUP arrives. Whatever ends a run,
+    the steps that it made are saved first, where their weights are fit for it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        schedule: Schedule,
+        *,
+        batches: Callable[[int], Iterator[Batch]],
+        loss: Loss,
+        folder: Path,
+        settings: TrainerSettings,
+    ) -> None:
+        keep_freed_memory()
+        self.model, self.optimizer, self.schedule = model, optimizer, schedule
+        self.batches, self.loss, self.folder, self.settings = batches, loss, folder, settings
+        self.threads = StepThreads(settings.most_threads)
+        self.checkpoints = Checkpoints(folder / "state")
+        self.step, self.tokens, self.elapsed = 0, 0, 0.0
+        self.micro_batch_rows = settings.micro_batch_rows
+        self.first_loss = self.last_loss = self.average_loss = math.nan
+        self.recent_losses: deque[float] = deque(maxlen=settings.spike_patience)
+        self.high_steps = 0
+        self.scores: dict[str, float] = {}  # of the last evaluation
+        self.evaluated_step = self.sampled_step = -1
+        self.saved_step, self.saved_at = -1, time.monotonic()
+        self._updates = 0  # of the optimizer, when the last step was whole
+        self.stopping = False  # set by an evaluation that has seen enough
+
+    @property
+    def has_begun(self) -> bool:
+        """True if there is anything that a resumption goes on with: a step, a checkpoint or an evaluation."""
+        return self.step > 0 or self.saved_step >= 0 or self.evaluated_step >= 0
+
+    # ---- one step
+
+    def train_step(self, batch: Batch, progress: float) -> dict[str, float]:
+        """Forward, backward and update on one batch at a progress in [0, 1], as often as the settings say; returns
+        the metrics of the last update."""
+        metrics: dict[str, float] = {}
+        size = getattr(batch, "tokens", batch[0].size)
+        with self.threads.step(size):
+            for _ in range(self.settings.updates_per_batch):
+                metrics = self._update(batch, self.schedule.factor(self.step, progress))
+        self.step += 1
+        self.tokens += size
+        self.last_loss = metrics["loss"]
+        self.first_loss = self.last_loss if math.isnan(self.first_loss) else self.first_loss
+        self.recent_losses.append(self.last_loss)
+        return metrics
+
+    def _update(self, batch: Batch, factor: float) -> dict[str, float]:
+        own_total, own_targets = self._backward(batch)
+        total, targets = world().sum(own_total, own_targets)
+        loss, norm = total / max(1, targets), float(self.optimizer.gradient_norm(max(1, targets)))
+        self._guard(loss, norm)
+        limit = self.settings.max_grad_norm
+        clip = 1.0 if limit is None or norm <= limit else limit / norm
+        ramp = min(1.0, self.step / max(1, self.settings.momentum_warmup_steps))
+        momentum = self.settings.momentum - 0.1 * (1 - ramp)
+        self.optimizer.step(factor, momentum, clip / max(1, targets))
+        return {"loss": loss, "grad_norm": norm, "lr_factor": factor, "targets": int(targets)}
+
+    def _backward(self, batch: Batch) -> tuple[float, int]:
+        """Summed loss and targets of this process's rows, gradients accumulated; halves the micro-batch when memory
+        runs out."""
+        (first, stop), rows = world().share(len(batch[0])), world().largest_share(len(batch[0]))
+        at_once = self.micro_batch_rows
+        if self.settings.micro_batch_tokens is not None:
+            at_once = max(1, min(at_once, self.settings.micro_batch_tokens // batch[0].shape[1]))
+        while True:
+            try:
+                totals, targets = [], 0
+                for done in range(0, rows, at_once):
+                    start, last = first + done, done + at_once >= rows
+                    part = tuple(array[start : min(start + at_once, stop)] for array in batch)
+                    if not len(part[0]):  # FSDP wants all processes to compute as often
+                        part = tuple(batch.nothing())  # type: ignore[attr-defined]
+                    begin_backward(self.model, last)
+                    loss, count = self.loss(self.model, part)
+                    loss.backward()
+                    self.optimizer.accumulate(last)
+                    totals.append(loss.detach())
+                    targets += count
+                return float(torch.stack(totals).sum()), targets
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                self.optimizer.discard()
+                if forget := getattr(self.loss, "forget", None):
+                    forget()
+                if world().size > 1:  # the others go on with more rows at a time
+                    raise UserError(
+                        f"memory runs out with {counted(at_once, 'row')} at a time; lower --micro-batch-size, or use "
+                        "--activation-checkpointing"
+                    ) from error
+                if at_once == 1:
+                    raise UserError(
+                        f"memory runs out with one sequence at a time; {self.settings.memory_advice}, "
+                        "or use --activation-checkpointing"
+                    ) from error
+                at_once = self.micro_batch_rows = max(1, min(at_once, rows) // 2)
+                say(
+                    f"memory ran out; micro-batch is now {counted(self.micro_batch_rows, 'sequence')}",
+                    self.settings.quiet,
+                )
+
+    def _guard(self, loss: float, norm: float) -> None:
+        """Stop before the update that would spoil the weights."""
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._stop(f"the loss is {loss:.3g} and the gradient norm {norm:.3g} at step {self.step}")
+        high = self.average_loss + self.settings.spike_nats
+        self.high_steps = self.high_steps + 1 if loss > high else 0
+        if self.high_steps >= self.settings.spike_patience:
+            self._stop(
+                f"the loss has stayed {loss - self.average_loss:.2f} nats above its average of "
+                f"{self.average_loss:.2f} for {counted(self.high_steps, 'step')}, at step {self.step}"
+            )
+        if math.isnan(self.average_loss):
+            self.average_loss = loss
+        elif self.high_steps == 0:
+            self.average_loss += 0.05 * (loss - self.average_loss)
+
+    def _stop(self, reason: str) -> None:
+        self.optimizer.discard()
+        self._check_weights(f"{reason}; ")
+        self.save(wait=True)
+        raise SavedError(f"{reason}; saved in {self.checkpoints.folder}; {RESTART}")
+
+    def _check_weights(self, reason: str = "") -> None:
+        """Raise SavedError where the last update left weights that nothing can go on with: they are not saved."""
+        (largest,) = world().largest(self.optimizer.largest_weight())
+        if largest <= LARGEST_WEIGHT:
+            return
+        found = f"a weight has grown to {largest:.2g}" if math.isfinite(largest) else "weights are not finite numbers"
+        self.checkpoints.wait()
+        kept = self.checkpoints.steps()
+        place = f"step {kept[-1]} is saved in {self.checkpoints.folder}" if kept else "nothing was saved"
+        raise SavedError(f"{reason}{found} after step {self.step}; {place}; {RESTART}")
+
+    def _check_growth(self) -> None:
+        """Stop at the end of a training whose loss is far above its beginning, and note one that is above it."""
+        if not self.recent_losses or math.isinf(self.settings.spike_nats):
+            return
+        final = sum(self.recent_losses) / len(self.recent_losses)
+        losses = f"the loss has grown from {self.first_loss:.2f} to {final:.2f}"
+        if final > self.first_loss + ABSURD_NATS:
+            self._stop(f"{losses} at step {self.step}")
+        if final > self.first_loss + GROWN_NATS:
+            say(f"{losses}: a lower --learning-rate may be better")
+
+    # ---- many steps
+
+    def fit(
+        self,
+        *,
+        total_steps: int | None = None,
+        seconds: float | None = None,
+        evaluate: Callable[[], Mapping[str, float]] | None = None,
+        sample: Callable[[], str] | None = None,
+        describe: Callable[[], Mapping[str, float]] | None = None,
+        evaluate_first: bool = False,
+        flops_per_token: float | None = None,
+        peak_flops: float | None = None,
+    ) -> dict[str, float]:
+        """Train to `total_steps`, until `seconds` of this run have passed (after a step at least), or to the end of
+        the batches, and return the last metrics. `describe` gives more metrics of the step just made.
+
+        With `seconds`, the clock is the progress that the learning rate follows: a machine that slows down half-way
+        still ends in time with the rate at its end, but no two runs are equal.
+        """
+
+        seconds = world().broadcast(seconds)
+
+        def progress() -> float:
+            return self.elapsed / max(seconds, 1e-9) if seconds is not None else self.step / (total_steps or 1)
+
+        started, before = time.monotonic(), self.elapsed
+        log = MirroredLog(self.folder / METRICS, self.settings.mirrors)
+        since, since_tokens, last = started, self.tokens, {}
+        batches = self.batches(self.step)
+        bar = Progress("training", 1.0, quiet=self.settings.quiet)
+        with log, interruptible() as interrupted, self._saving(), bar:
+            bar.advance(progress())
+            if evaluate is not None and self._evaluation_due(evaluate_first) and self.evaluated_step != self.step:
+                self._evaluate(evaluate, log)
+            if sample is not None and self.step > 0 and self._due(self.settings.sample_every):
+                self._sample(sample, log)
+            while not self.stopping and (reached := progress()) < 1:
+                self._updates = self.optimizer.count
+                batch = next(batches, None)
+                if batch is None:
+                    break
+                last = self.train_step(batch, reached)
+                self._updates = self.optimizer.count
+                last |= describe() if describe is not None else {}
+                now = time.monotonic()
+                stopped, late = self._agree(interrupted(), before + now - started)
+                if self.step % self.settings.log_every == 0:
+                    rate = (self.tokens - since_tokens) / max(now - since, 1e-9)
+                    since, since_tokens = now, self.tokens
+                    last |= {"step": self.step, "tokens": self.tokens, "seconds": round(self.elapsed, 3)}
+                    last["tokens_per_second"] = round(rate, 1)
+                    if flops_per_token and peak_flops:
+                        last["mfu"] = round(rate * flops_per_token / peak_flops, 4)
+                    log.write(last)
+                bar.advance(progress() - reached, step=self.step, **{self.settings.shown: last[self.settings.shown]})
+                self._between_steps(stopped, late, evaluate, sample, log)
+            self._check_growth()
+            self.save(wait=True)
+            if evaluate is not None and self.evaluated_step != self.step:
+                self._evaluate(evaluate, log)
+        self.checkpoints.wait()
+        return last
+
+    def _evaluation_due(self, first: bool) -> bool:
+        """True if an evaluation belongs before the next step: one that a kill has prevented, or that of step 0."""
+        return first if self.step == 0 else self._due(self.settings.eval_every)
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.step % every == 0
+
+    def _agree(self, interrupted: bool, elapsed: float) -> tuple[bool, bool]:
+        """Tell if a signal has come to any process, and if a checkpoint is due, by the clock of the first."""
+        limit = self.settings.save_seconds
+        if limit is not None and self.saved_step < 0:
+            limit = min(limit, FIRST_SAVE_SECONDS)
+        late = limit is not None and time.monotonic() - self.saved_at > limit
+        clock = (elapsed, late) if world().leads else (0.0, 0.0)
+        signals, self.elapsed, late = world().sum(float(interrupted), *clock)
+        return signals > 0, late > 0
+
+    def _between_steps(
+        self,
+        interrupted: bool,
+        late: bool,
+        evaluate: Callable[[], Mapping[str, float]] | None,
+        sample: Callable[[], str] | None,
+        log: MetricsLog,
+    ) -> None:
+        settings = self.settings
+        if interrupted:
+            self.save(wait=True)
+            raise Interrupted(
+                f"stopped after step {self.step}; saved in {self.checkpoints.folder}; go on with --resume"
+            )
+
+        evaluates = evaluate is not None and self._due(settings.eval_every)
+        # a run that dies in its evaluation must not lose its training: save first (nanochat #446)
+        if evaluates or late or self._due(settings.save_every):
+            self.save(wait=evaluates)
+        if evaluates and evaluate is not None:
+            self._evaluate(evaluate, log)
+        if sample is not None and self._due(settings.sample_every):
+            self._sample(sample, log)
+
+    def _evaluate(self, evaluate: Callable[[], Mapping[str, float]], log: MetricsLog) -> None:
+        self.scores, self.evaluated_step = dict(evaluate()), self.step
+        log.write({"step": self.step, "tokens": self.tokens, **self.scores})
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in self.scores.items())
+        say(f"step {self.step}: {figures}", self.settings.quiet)
+
+    def _sample(self, sample: Callable[[], str], log: MetricsLog) -> None:
+        if self.sampled_step == self.step:
+            return
+        text, self.sampled_step = sample(), self.step
+        log.write({"step": self.step, "sample": text})
+        say(f"step {self.step} sample: {text!r}", self.settings.quiet)
+
+    def results(self) -> dict[str, Any]:
+        """What the summary of a stage tells of the training: steps, tokens, last loss, last scores."""
+        figures = {"loss": self.last_loss, **self.scores}
+        return {"steps": self.step, "tokens": self.tokens, **{k: round(v, 4) for k, v in figures.items()}}
+
+    # ---- state
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Save the steps that were made where an error ends them, in one process or in all, and say so. Not in the
+        middle of an update."""
+        self._updates = self.optimizer.count
+        self.checkpoints.prepare(self.optimizer.state_dict())
+        try:
+            with world().saving_by(self._save_with_others):
+                yield
+        except (SavedError, Interrupted):
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            if self.step == 0 or self.optimizer.count != self._updates:
+                raise
+            if world().size == 1 or isinstance(error, SharedError):
+                self.optimizer.discard()
+                try:
+                    self.save(wait=True)
+                except SavedError:  # the weights, which explain what ended the run
+                    raise
+                except Exception:  # a full disk: what ended the run says more
+                    raise error from None
+            elif is_lost(error) or not world().call_for_saving():
+                raise
+            saved = f"saved after step {self.step} in {self.checkpoints.folder}; go on with --resume"
+            if isinstance(error, KeyboardInterrupt):
+                raise Interrupted(f"stopped; {saved}") from None
+            if isinstance(error, LlmkitError):
+                raise SavedError(f"{error}; {saved}") from error
+            write_message(f"llmkit: {saved}")
+            raise
+
+    def _save_with_others(self, all_have: Callable[[Any], bool]) -> bool:
+        """Write this process's part of the steps that were made, where each process has as many and can go on from
+        them. Another thread may be in the middle of the next step, which does not come to its update."""
+        deadline = time.monotonic() + LAST_UPDATE_SECONDS
+        while self.optimizer.count != self._updates and time.monotonic() < deadline:
+            time.sleep(0.05)
+        device = next(self.model.parameters()).device
+        # what waits for the process that failed is in the way of all that follows it in its own stream
+        with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext():
+            sound = self.step > 0 and self.optimizer.largest_weight() <= LARGEST_WEIGHT
+            whole = sound and self.optimizer.count == self._updates
+            if not all_have([self.step, self.saved_step] if whole else None):
+                return False
+            if self.saved_step != self.step:
+                self._write()
+            self.checkpoints.wait()
+        return True
+
+    def save(self, wait: bool = False) -> None:
+        """Write a checkpoint of the state after the last whole step, unless it stands already. Raises SavedError for
+        weights that nothing can go on with."""
+        if self.saved_step != self.step:
+            self._check_weights()
+            self._write()
+        if wait:
+            self.checkpoints.wait()
+
+    def _write(self) -> None:
+        state = {
+            "tokens": self.tokens,
+            "elapsed": self.elapsed,
+            "last_loss": self.last_loss,
+            "average_loss": self.average_loss,
+            "high_steps": self.high_steps,
+        }
+        if world().leads and (self.folder / METRICS).exists():
+            sync(self.folder / METRICS)  # what a checkpoint goes on from tells of all the steps before it
+        self.checkpoints.save(self.step, self.optimizer.state_dict(), state)
+        self.saved_step, self.saved_at = self.step, time.monotonic()
+
+    def resume(self) -> bool:
+        """Load the newest checkpoint, if any. Raises UserError when it is of another model."""
+        found = self.checkpoints.load(self.optimizer.state_dict())
+        if found is None:  # killed before the first one: begin again
+            self._restore_evaluation(0)
+            return False
+        tensors, state = found
+        try:
+            self.optimizer.load_state_dict(tensors)
+        except (KeyError, RuntimeError) as error:
+            raise UserError(f"{self.checkpoints.folder}: a checkpoint of another model ({error})") from error
+        self.step, self.tokens, self.elapsed = state["step"], state["tokens"], state["elapsed"]
+        # JSON has no NaN, the average of no step
+        self.last_loss, self.average_loss = (
+            math.nan if state[name] is None else state[name] for name in ("last_loss", "average_loss")
+        )
+        self.high_steps, self.saved_step = state["high_steps"], self.step
+        self._restore_evaluation(self.step)
+        return True
+
+    def _restore_evaluation(self, step: int) -> None:
+        """Drop the metrics of later steps, and know the last evaluation and sample on disk, which stand already."""
+        place = self.folder / METRICS
+        with world().in_turn():
+            if world().leads:
+                trim_metrics(place, step)
+            for row in read_metrics(place):
+                if math.isnan(self.first_loss):
+                    self.first_loss = row.get("loss", math.nan)
+                if scores := {name: value for name, value in row.items() if name.startswith("val_")}:
+                    self.scores, self.evaluated_step = scores, int(row.get("step", -1))
+                if "sample" in row:
+                    self.sampled_step = int(row.get("step", -1))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return "can't allocate memory" in str(error) or "out of memory" in str(error)
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Yield a function that tells whether SIGINT, SIGTERM or SIGHUP (a closed terminal) has arrived; a second Ctrl-C
+    acts at once. SIGHUP stays ignored where it is, as under nohup."""
+    arrived: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        arrived.append(number)
+        if world().size == 1:  # torchrun sends a second one on its own
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    try:
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        former = {number: signal.signal(number, note) for number in numbers}
+    except ValueError:  # not in the main thread: the caller's signals are not ours
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(arrived)
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

@@ -1,0 +1,319 @@
+"""Exact and near duplicates: against a count of all pairs, online and from files, in any batches and processes."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+import llmkit.crawl.dedup.band_index as band_index
+import llmkit.crawl.dedup.spill as spill
+from llmkit.crawl.dedup.band_index import NOBODY, BandIndex
+from llmkit.crawl.dedup.duplicates import THRESHOLD, Duplicates, Repeat, band_firsts, join, keys
+from llmkit.crawl.dedup.minhash import BANDS, ROWS, SHINGLE, signature_type, signatures, similarity
+from llmkit.crawl.recipe import NearDuplicates
+
+Words = list[str]
+
+
+# ---- documents, and what is true of them
+
+
+def document(rng: random.Random, length: int) -> Words:
+    """Words as they are distributed in a language: the tenth is ten times as rare as the first."""
+    return [f"w{int(3000 ** rng.random())}" for _ in range(length)]
+
+
+def edited(words: Words, fraction: float, rng: random.Random) -> Words:
+    """A fraction of the words replaced, left out, or with a new one before them, anywhere."""
+    found = list(words)
+    for place in sorted(rng.sample(range(len(words)), round(fraction * len(words))), reverse=True):
+        kind = rng.choice(("replace", "insert", "delete"))
+        found[place : place + (kind != "insert")] = [] if kind == "delete" else [f"new{rng.randrange(1000)}"]
+    return found
+
+
+def replaced(words: Words, fraction: float, rng: random.Random) -> Words:
+    """A fraction of the words replaced by others: the edits that leave least."""
+    places = set(rng.sample(range(len(words)), round(fraction * len(words))))
+    return [f"new{rng.randrange(1000)}" if at in places else word for at, word in enumerate(words)]
+
+
+def jaccard(some: Words, others: Words) -> float:
+    a, b = ({tuple(words[at : at + SHINGLE]) for at in range(len(words) - SHINGLE + 1)} for words in (some, others))
+    return len(a & b) / len(a | b)
+
+
+def family(rng: random.Random, count: int) -> list[Words]:
+    """Documents of which half are edited copies of one before, by 0 to 12% of the words."""
+    found: list[Words] = []
+    for _ in range(count):
+        if found and rng.random() < 0.5:
+            found.append(edited(rng.choice(found), rng.choice((0, 0.005, 0.01, 0.02, 0.04, 0.08, 0.12)), rng))
+        else:
+            found.append(document(rng, rng.randint(60, 250)))
+    return found
+
+
+def joined(documents: list[Words]) -> list[str]:
+    return [" ".join(words) for words in documents]
+
+
+def in_batches(found: np.ndarray, sizes: Sequence[int], duplicates: Duplicates) -> list[Repeat | None]:
+    repeats: list[Repeat | None] = []
+    while len(repeats) < len(found):
+        for size in sizes:
+            repeats += duplicates.add(found[len(repeats) : len(repeats) + size])
+    return repeats
+
+
+def from_files(found: np.ndarray, **asked) -> list[Repeat | None]:
+    """The way over files, as a cluster takes it."""
+    firsts = np.stack([band_firsts(column) for column in keys(found).T], 1)
+    return join(firsts, found, **asked)
+
+
+# ---- the truth
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_what_is_joined_is_what_a_comparison_of_all_pairs_joins(seed: int) -> None:
+    documents = family(random.Random(seed), 150)
+    repeats = Duplicates().add(signatures(joined(documents)))
+    assert sum(repeat is not None for repeat in repeats) > 30
+    for number, repeat in enumerate(repeats):
+        alike = [jaccard(documents[number], other) for other in documents[:number]]
+        best = max(alike, default=0.0)
+        if repeat is None:
+            assert best < 0.9, f"document {number} repeats one before by {best:.2f} and is kept"
+            continue
+        assert best >= 0.5, f"document {number} is like none before by more than {best:.2f} and is dropped"
+        assert repeats[repeat.index] is None and repeat.index < number
+        assert min(abs(repeat.similarity - one) for one in alike) < 0.15
+        same = documents.index(documents[number])
+        assert (repeat.kind == "exact") == (same < number)
+        if same < number:
+            assert repeat.similarity == 1.0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_rule_is_the_one_that_is_written_down(seed: int) -> None:
+    """A dictionary for each band, and the most similar of those that were first with a key."""
+    found = signatures(joined(family(random.Random(100 + seed), 150)))
+    first: dict[int, int] = {}
+    roots: list[int] = []
+    for number, own in enumerate(keys(found).tolist()):
+        others = {first.setdefault(key, number) for key in own} - {number}
+        score = {other: float(similarity(found[[number]], found[[other]])[0]) for other in others}
+        exact = [other for other in others if (found["exact"][other] == found["exact"][number]).all()]
+        near = [other for other in others if score[other] >= THRESHOLD]
+        best = min(exact, default=min(near, key=lambda other: (-score[other], other), default=number))
+        roots.append(roots[best] if best < number else number)
+    answers = Duplicates().add(found)
+    assert [repeat.index if repeat else number for number, repeat in enumerate(answers)] == roots
+
+
+def test_of_pairs_with_2_percent_of_words_edited_97_of_100_are_found() -> None:
+    rng = random.Random(7)
+    first = [document(rng, rng.randint(100, 1000)) for _ in range(700)]
+    second = [replaced(words, 0.02, rng) for words in first]
+    repeats = Duplicates().add(signatures(joined(first + second)))
+    assert all(repeat is None for repeat in repeats[:700])
+    found = sum(repeat is not None and repeat.index == number for number, repeat in enumerate(repeats[700:]))
+    print(f"found: {found} of 700")
+    assert found >= 0.97 * 700
+
+
+def test_the_recipe_asks_for_the_bands_that_find_these() -> None:
+    assert (NearDuplicates().bands, NearDuplicates().rows) == (BANDS, ROWS)
+    assert NearDuplicates().min_similarity == THRESHOLD
+
+
+def test_no_pair_below_half_is_joined() -> None:
+    rng = random.Random(8)
+    pairs = []
+    while len(pairs) < 250:
+        words = document(rng, rng.randint(100, 400))
+        other = edited(words, rng.uniform(0.09, 0.16), rng)
+        if 0.35 <= jaccard(words, other) < 0.5:
+            pairs.append((words, other))
+    repeats = Duplicates().add(signatures(joined([words for pair in pairs for words in pair])))
+    assert not any(repeats)
+
+
+def test_the_estimate_of_the_similarity_is_unbiased() -> None:
+    rng = random.Random(9)
+    first = [document(rng, 300) for _ in range(200)]
+    second = [edited(words, rng.uniform(0, 0.2), rng) for words in first]
+    true = np.array([jaccard(*pair) for pair in zip(first, second, strict=True)])
+    errors = similarity(signatures(joined(first)), signatures(joined(second))) - true
+    assert abs(errors.mean()) < 4 * 0.047 / 200**0.5
+    assert np.abs(errors).max() < 0.2
+
+
+# ---- the same, however it is done
+
+
+@pytest.fixture
+def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that is spilled, merged or released in pieces of a few rows."""
+    for module, name, size in (
+        (band_index, "IN_FILE", 16),
+        (band_index, "CHUNK", 64),
+        (band_index, "LOOKED_UP", 100),
+        (band_index, "TOUCHED", 300),
+        (spill, "BLOCK", 8),
+        (spill, "TOUCHED", 10),
+    ):
+        monkeypatch.setattr(module, name, size)
+
+
+@pytest.mark.parametrize("sizes", [(1,), (7,), (64, 3, 1), (1000,)])
+@pytest.mark.parametrize("asked", [{}, {"exact": False}, {"near": False}, {"threshold": 0.9}])
+def test_online_spilled_and_from_files_are_the_same(tmp_path, small_files, sizes, asked) -> None:
+    texts = joined(family(random.Random(42), 200))
+    found = signatures([*texts, "", texts[3], "one", "", "Two", "two"])
+    online = Duplicates(**asked).add(found)
+    assert sum(repeat is not None for repeat in online) > 10
+    assert in_batches(found, sizes, Duplicates(tmp_path, **asked)) == online
+    assert from_files(found, **asked) == online
+    assert list(tmp_path.iterdir()) == []  # the files have no name: not even a killed run leaves any
+
+
+def test_many_signatures_spilled_and_in_memory(tmp_path, small_files) -> None:
+    """Signatures as of documents that share bands at random, so that chains are long and runs are merged often."""
+    rng = np.random.default_rng(5)
+    found = np.zeros(1500, signature_type())
+    found["exact"] = rng.integers(0, 700, (1500, 1), np.uint64)
+    found["bands"] = (rng.integers(0, 200, (1500, BANDS), np.uint64) << np.uint64(40)) | np.arange(
+        BANDS, dtype=np.uint64
+    )
+    found["minima"] = rng.integers(0, 2, (1500, BANDS * ROWS), np.uint8)
+    asked = {"threshold": 0.5}
+    online = in_batches(found, (400,), Duplicates(**asked))
+    assert {repeat.kind for repeat in online if repeat} == {"exact", "near"}
+    assert in_batches(found, (13, 101), Duplicates(tmp_path, **asked)) == online
+    assert from_files(found, **asked) == online
+
+
+@pytest.mark.parametrize("spilled", [False, True])
+def test_the_index_is_a_dictionary(tmp_path, small_files, spilled) -> None:
+    rng = np.random.default_rng(3)
+    index, known = BandIndex(tmp_path if spilled else None), {}
+    for _ in range(60):
+        asked = np.unique(rng.integers(0, 4000, rng.integers(0, 200), np.uint64) << np.uint64(rng.choice((0, 52))))
+        found = index.find(asked)
+        assert found.tolist() == [known.get(key, NOBODY) for key in asked.tolist()]
+        new = asked[found == NOBODY]
+        documents = rng.integers(0, 1 << 20, len(new), np.uint32)
+        index.insert(new, documents)
+        known.update(zip(new.tolist(), documents.tolist(), strict=True))
+    assert len(known) > 3000
+
+
+def test_a_signature_depends_on_its_text_alone() -> None:
+    texts = joined(family(random.Random(1), 40))
+    together = signatures(texts)
+    assert all(signatures([text])[0] == one for text, one in zip(texts, together, strict=True))
+    assert (signatures(texts[::-1])[::-1] == together).all()
+
+
+# ---- who stays
+
+
+def test_the_earlier_one_stays_and_is_named() -> None:
+    rng = random.Random(2)
+    words = document(rng, 400)
+    copies = joined([words, edited(words, 0.005, rng), edited(words, 0.005, rng)])
+    for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
+        repeats = Duplicates().add(signatures([copies[number] for number in order]))
+        assert [repeat and repeat.index for repeat in repeats] == [None, 0, 0]
+
+
+def chain(links: int) -> list[Words]:
+    """Documents of which each is much like its neighbours, .86, and the last has hardly a word of the first."""
+    rng = random.Random(4)
+    words = document(rng, 400 + 30 * links)
+    return [words[30 * link : 30 * link + 400] for link in range(links)]
+
+
+def test_at_the_end_of_a_chain_stands_the_one_that_stays() -> None:
+    documents = chain(10)
+    assert jaccard(documents[0], documents[-1]) < 0.2
+    repeats = Duplicates().add(signatures(joined(documents)))
+    assert [repeat and repeat.index for repeat in repeats] == [None] + [0] * 9
+    assert all(repeat.similarity > 0.7 for repeat in repeats[1:] if repeat)
+
+
+def test_each_dropped_document_names_its_twin_with_any_number_of_processes(tmp_path, llmkit) -> None:
+    """Three spans: what stands beside the text makes them long enough."""
+    rng = random.Random(6)
+    documents = family(rng, 350)
+    texts = joined([*documents, *chain(10), documents[3], documents[0]])
+    padding = "x" * 24_000
+    with (tmp_path / "in.jsonl").open("w") as handle:
+        for number, text in enumerate(texts):
+            handle.write(json.dumps({"id": f"d{number}", "text": text, "padding": padding}) + "\n")
+    written = []
+    for workers in (1, 3):
+        out, rejects = tmp_path / f"{workers}.jsonl", tmp_path / f"{workers}.rejects.jsonl"
+        asked = ("--only", "exact_duplicates,near_duplicates", "--rejects", rejects, "--workers", workers)
+        done = llmkit("crawl-filter", tmp_path / "in.jsonl", "-o", out, *asked, "--quiet")
+        assert done.returncode == 0, done.stderr
+        written.append((out.read_bytes(), rejects.read_bytes()))
+    assert written[0] == written[1]
+    kept, dropped = ([json.loads(line) for line in lines.splitlines()] for lines in written[0])
+    expected = Duplicates().add(signatures(texts))
+    assert [row["id"] for row in kept] == [f"d{number}" for number, found in enumerate(expected) if found is None]
+    told = [(row["id"], row["step"], row["reason"], row["repeats"], row["score"]) for row in dropped]
+    assert told == [
+        (f"d{number}", f"{found.kind}_duplicates", "repeats", f"d{found.index}", round(found.similarity, 4))
+        for number, found in enumerate(expected)
+        if found is not None
+    ]
+
+
+# ---- short texts and other scripts
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "kind"),
+    [
+        ("", "", "exact"),
+        ("", " \n\t ", "exact"),  # white space is nothing
+        ("", "word", None),
+        ("", "!", None),
+        ("!", "?", None),  # no words: compared as they are
+        ("!", " !\n", "exact"),
+        ("one", "one", "exact"),
+        ("one", "One!", "near"),  # the same words
+        ("one", "two", None),
+        ("one two three four", "four three two one", "near"),  # below 5 words they are compared as a set
+        ("one two three four", "one two three five", None),
+        ("one two three four five", "five four three two one", None),  # from 5 on their order counts
+        ("caf\u00e9 au lait", "cafe\u0301 au lait", "exact"),  # one letter or two characters
+        ("a  b\n\nc", "a b c", "exact"),
+        ("\ud800", "\ud800", "exact"),  # lone surrogates, as some JSONL has them
+        ("\ud800", "\udfff", None),
+    ],
+)
+def test_empty_and_short_texts(first: str, second: str, kind: str | None) -> None:
+    repeats = Duplicates().add(signatures([first, second]))
+    assert repeats[0] is None
+    assert (repeats[1] and repeats[1].kind) == kind
+
+
+def test_no_documents() -> None:
+    assert Duplicates().add(signatures([])) == []
+    assert from_files(signatures([])) == []
+
+
+def test_scripts_without_spaces_are_compared_by_letters() -> None:
+    rng = random.Random(11)
+    text = "".join(chr(rng.randrange(0x4E00, 0x5200)) for _ in range(500))
+    other = "".join(chr(rng.randrange(0x4E00, 0x5200)) for _ in range(500))
+    repeats = Duplicates().add(signatures([text, other, text[:250] + "\u4e00" + text[251:]]))
+    assert [repeat and repeat.index for repeat in repeats] == [None, None, 0]

@@ -1,0 +1,196 @@
+"""One table of forms for every reader: what is used of a record, and what is not is counted by name."""
+
+from __future__ import annotations
+
+import pytest
+
+from llmkit.errors import UserError
+from llmkit.formats.conversations import Message, Part, message, read_conversation
+from llmkit.formats.preferences import read_answers, read_comparison, read_prompt
+from llmkit.formats.problems import read_problem
+from llmkit.formats.questions import read_question
+from llmkit.generation.requests import Prompts
+from llmkit.io.bad_records import BadRecords, good_records
+from llmkit.io.records import Row, check_document
+
+ASKED, ANSWERED = message("user", "2 + 2?"), message("assistant", "4")
+FRENCH = message("system", "Answer in French.")
+EARLIER = (message("user", "What is 1 + 1?"), message("assistant", "2"))
+
+
+def row(**value) -> Row:
+    return Row(value, "d.jsonl", 3)
+
+
+QUESTIONS = [
+    {"prompt": "2 + 2?"},
+    {"messages": None, "prompt": "2 + 2?"},
+    {"prompt": [{"role": "User", "content": "2 + 2?"}]},
+    {"question": "2 + 2?"},
+    {"problem": "2 + 2?"},
+    {"query": "2 + 2?"},
+    {"instruction": "2 + 2?", "input": ""},
+]
+
+
+@pytest.mark.parametrize("asked", QUESTIONS)
+@pytest.mark.parametrize("beside", [{}, {"system": "Answer in French."}, {"history": [["What is 1 + 1?", "2"]]}])
+def test_every_reader_asks_the_same(asked, beside):
+    before = (*([FRENCH] if "system" in beside else []), *(EARLIER if "history" in beside else []))
+    expected = (*before, ASKED)
+    assert read_conversation(row(**asked, **beside, response="4")).messages == (*expected, ANSWERED)
+    compared = read_comparison(row(**asked, **beside, chosen="4", rejected="5"))
+    assert compared.prompt == expected and compared.losses == ()
+    assert read_prompt(row(**asked, **beside)) == expected
+    problem = read_problem(row(**asked, **beside, answer="4"))
+    assert (problem.messages or (ASKED,)) == expected and problem.prompt == "2 + 2?" and problem.losses == ()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [{"completion": "4"}, {"response": "4"}, {"output": "4"}, {"solution": "4"}, {"answer": 4},
+     {"answers": ["4", "four"]}, {"answer": {"value": "4", "aliases": ["four"], "type": "Number"}},
+     {"completion": None, "response": "4"}],
+)  # fmt: skip
+def test_what_answers(answer):
+    found = read_conversation(row(question="2 + 2?", **answer))
+    assert found.messages == (ASKED, ANSWERED) and found.losses == ()
+    assert not any(name in answer for name in ("completion", "response")) or read_answers(row(prompt="?", **answer))
+
+
+def test_a_system_message_goes_in_front_or_is_counted():
+    turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+    assert read_conversation(row(system="Answer in French.", messages=turns)).messages == (FRENCH, ASKED, ANSWERED)
+    assert (
+        read_conversation(row(system_prompt="Answer in French.", question="2 + 2?", response="4")).messages[0] == FRENCH
+    )
+    own = [{"role": "system", "content": "Be brief."}, *turns]
+    found = read_conversation(row(system="Answer in French.", messages=own))
+    assert len(found.messages) == 3 and found.losses == ("'system' not used",)
+    pair = {"chosen": turns, "rejected": [turns[0], {"role": "assistant", "content": "5"}]}
+    assert read_comparison(row(system="Answer in French.", **pair)).prompt == (FRENCH, ASKED)
+    assert read_comparison(row(system="Answer in French.", prompt="2 + 2?", **pair)).prompt == (FRENCH, ASKED)
+
+
+def test_thoughts_stand_before_the_answer():
+    thought = "<think>\nTwo and two make four.\n</think>\n\n4"
+    for name in ("reasoning_content", "reasoning", "thinking"):
+        said = {"role": "assistant", name: "Two and two make four.\n", "content": "4"}
+        turns = [{"role": "user", "content": "2 + 2?"}, said]
+        assert read_conversation(row(messages=turns)).messages[1].text == thought
+        flat = row(prompt="2 + 2?", completion="4", **{name: "Two and two make four."})
+        assert read_conversation(flat).messages[1].text == thought and read_conversation(flat).losses == ()
+
+
+def test_a_call_of_the_old_form_is_kept():
+    call = {"name": "get_weather", "arguments": '{"city": "Bergen"}'}
+    turns = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "", "function_call": call},
+        {"role": "function", "name": "get_weather", "content": "rain"},
+        {"role": "assistant", "content": "It rains."},
+    ]
+    parts = read_conversation(row(messages=turns)).messages[1].parts
+    assert parts[0].text == '{"name": "get_weather", "arguments": {"city": "Bergen"}}' and len(parts) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [
+        ("f", "{broken}", "expected the arguments of 'f' in JSON, found '{broken}'"),
+        ("calculator", "{broken", "expected the arguments of 'calculator' in JSON"),
+        ("calculator", "{}", "expected an argument of 'calculator', found none"),
+    ],
+)
+def test_broken_arguments_make_a_bad_record(name, arguments, expected):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": name, "arguments": arguments}}]}
+    with pytest.raises(UserError, match=f"d.jsonl:3: {expected}"):
+        read_conversation(row(messages=[{"role": "user", "content": "?"}, call]))
+
+
+def test_plain_arguments_and_nulls_are_read():
+    call = {"function": {"name": "calculator", "arguments": "2+2"}}
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    assert read_conversation(row(messages=turns)).messages[1] == Message("assistant", (Part("calc", "2+2"),))
+    nulls = {"tool_calls": None, "function_call": None, "name": None, "weight": None, "reasoning_content": None}
+    turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4", **nulls}]
+    assert read_conversation(row(messages=turns)).messages == (ASKED, ANSWERED)
+
+
+def test_what_is_known_and_not_used_is_named():
+    assert read_conversation(row(prompt="a", completion="b", text="a b", images=["x"])).losses == (
+        "'text' not used",
+        "'images' not used",
+    )
+    turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "It is 4."}]
+    assert read_conversation(row(messages=turns, prompt="2 + 2?", answer="4", choices=["3", "4"])).losses == (
+        "'choices' not used",
+    )
+    assert read_conversation(row(text="Once", prompt="Tell.")).losses == ("'prompt' not used",)
+    assert read_conversation(row(prompt="a", completion="b", label="other")).losses == ("'label' not used",)
+    assert check_document(row(text="Once", id=3, messages=[1])).losses == ("'messages' not used",)
+    assert read_comparison(row(prompt="a", chosen="b", rejected="c", messages=[1])).losses == ("'messages' not used",)
+    asked = read_question(row(question="Who?", answer="I", prompt="?"))
+    assert not isinstance(asked, str) and asked.losses == ("'prompt' not used",)
+
+
+def test_other_forms_of_pairs_and_questions():
+    pair = read_comparison(row(question="q", response_j="a", response_k="b"))
+    assert not isinstance(pair, str) and pair.losses == ()
+    assert [side[0].text for side in pair.candidates] == ["a", "b"]
+    dolly = read_conversation(row(instruction="Sum up.", context="Long.", response="Short.", category="x"))
+    assert dolly.messages[0].text == "Sum up.\n\nLong." and dolly.losses == ()
+    trivia = read_question(row(question="Who?", answer={"value": "Ada", "aliases": ["Ada Byrne"], "type": "x"}))
+    assert not isinstance(trivia, str) and trivia.answers == ("Ada", "Ada Byrne")
+    assert read_problem(row(question="Who?", answer={"value": "Ada", "aliases": []})).answer == "Ada"
+    shared = [{"from": "human", "value": "2 + 2?"}]
+    assert read_problem(row(conversations=shared, answer="4")).messages == (ASKED,)
+
+
+MESSAGES = {  # what of messages is not used, whichever command reads them
+    "'name' of a message not used": [{"role": "user", "content": "a?", "name": "Ada"}],
+    "'reasoning_content' of others than the assistant not used": [
+        {"role": "user", "content": "a?", "reasoning_content": "Hm."}
+    ],
+    "calls of unknown tools as text": [
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "weather", "arguments": "{}"}}]},
+        {"role": "tool", "content": "yes"},
+        {"role": "user", "content": "a?"},
+    ],
+}
+
+
+@pytest.mark.parametrize("loss", MESSAGES)
+def test_what_of_messages_is_not_used_is_named_in_every_command(loss):
+    asked, answer, other = MESSAGES[loss], *({"role": "assistant", "content": text} for text in "bc")
+    assert read_conversation(row(messages=[*asked, answer])).losses == (loss,)
+    assert read_conversation(row(prompt=asked, completion="b")).losses == (loss,)
+    assert read_problem(row(messages=asked, answer="b")).losses == (loss,)
+    pairs = [row(prompt=asked, chosen="b", rejected="c"), row(chosen=[*asked, answer], rejected=[*asked, other])]
+    pairs.append(row(prompt=asked, completions=["b", "c"], ranking=[1, 2]))
+    for pair in pairs:
+        found = read_comparison(pair)
+        assert not isinstance(found, str) and found.losses == (loss,)
+    prompts = Prompts([row(prompt=asked)], list, lambda messages: [1], max_tokens=1, samples=1, seed=0, own_seeds=False)
+    assert len(list(prompts)) == 1 and prompts.left_out["not_used"] == {loss: 1}
+
+
+def test_a_weight_in_a_comparison_and_options_of_a_server_are_named():
+    sides = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": text, "weight": 0}] for text in "bc"]
+    found = read_comparison(row(chosen=sides[0], rejected=sides[1]))
+    assert not isinstance(found, str) and found.losses == ("'weight' of a message not used",)
+    given = {"prompt": "a", "temperature": 0.5, "choices": ["b", "c"], "images": ["x.png"], "tools": [{"name": "f"}]}
+    prompts = Prompts([row(**given)], list, list, max_tokens=1, samples=1, seed=0, own_seeds=False)
+    assert len(list(prompts)) == 1
+    unused = ("choices", "images", "temperature", "tools")
+    assert sorted(prompts.left_out["not_used"]) == [f"{name!r} not used" for name in unused]
+    assert read_problem(row(prompt="a", answer="b", images=["x.png"])).losses == ("'images' not used",)
+
+
+def test_what_is_not_used_is_told_and_counted(capsys):
+    rows = [Row({"prompt": "a", "completion": "b", "text": "a b"}, "d.jsonl", line) for line in (1, 2)]
+    bad = BadRecords("1%")
+    assert len(list(good_records(rows, read_conversation, "d.jsonl", bad))) == 2
+    assert "llmkit: d.jsonl: of 2 records: 'text' not used 2\n" in capsys.readouterr().err
+    assert bad.results == {"bad_records": 0, "not_used": {"'text' not used": 2}}

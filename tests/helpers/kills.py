@@ -1,0 +1,214 @@
+"""Kills every stage at random moments, goes on with --resume, and compares what comes out with an uninterrupted run.
+
+    python tests/helpers/kills.py 20              # moments of each stage: kill -9, then --resume
+    python tests/helpers/kills.py 20 pretrain rl --seed 7
+
+Each run is a fork of a process that has imported everything, so that the moments lie in the work and not in the start.
+Compared are the bytes of all that a run leaves, but for seconds, rates, the time of day and that it was resumed. Exits
+with 1 where a trial differs, leaves something behind or ends with an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+OFTEN = "--max-steps 12 --save-every 1"
+ROWS = "--sequence-length 64 --batch-tokens 256 --dtype float32"
+CHOSEN = "language,extract,pii,exact_duplicates,near_duplicates"
+STAGES = {
+    "crawl-filter": f"pages.jsonl --workers 2 --only {CHOSEN} --rejects out.rejects.jsonl -o out.jsonl",
+    "train-bpe": "docs.jsonl --vocab-size 448 -o out",
+    "pretrain": "docs.jsonl --val docs.jsonl --tokenizer tok --depth 1 --hidden-size 64 --eval-every 4 "
+    f"--sample-every 6 {ROWS} {OFTEN} -o out",
+    "sft": f"base --data chats.jsonl --val chats.jsonl --eval-every 4 {ROWS} {OFTEN} -o out",
+    "train-reward": f"chat --data prefs.jsonl --dtype float32 {OFTEN} -o out",
+    "rl": f"chat --data problems.jsonl --reward format:(?s).*e.* --group 4 --batch-size 2 "
+    f"--max-tokens 6 {OFTEN} -o out",
+    "sample": "chat --jsonl prompts.jsonl -n 2 --batch-size 4 --max-tokens 24 -o out.jsonl",
+    "probe-knowledge": "chat --questions questions.jsonl --samples 2 --max-tokens 8 --batch-size 4 "
+    "--report out.report.jsonl -o out.jsonl",
+}
+STARTS_ANEW = ("train-bpe",)  # has no --resume: a killed run is begun again
+
+
+def make_inputs(folder: Path) -> None:
+    """What the stages read, a little more than tests/helpers/pipeline.py makes."""
+    from pipeline import WORDS, documents, make_models, page, write
+
+    make_models(folder)
+    write(folder / "pages.jsonl", [page(number % 350) for number in range(400)])
+    write(folder / "docs.jsonl", documents(600, seed=0))
+    write(
+        folder / "prefs.jsonl",
+        [{"prompt": f"Say {i}", "chosen": "sea " * (1 + i % 3), "rejected": "no"} for i in range(40)],
+    )
+    write(folder / "problems.jsonl", [{"prompt": f"1+{i}", "answer": str(1 + i)} for i in range(8)])
+    write(folder / "questions.jsonl", [{"question": f"Who is {word}?", "answer": "Ada"} for word in 3 * WORDS.split()])
+    write(folder / "prompts.jsonl", [{"prompt": f"The {word}", "id": i} for i, word in enumerate(4 * WORDS.split())])
+
+
+def start(stage: str, place: Path, inputs: Path) -> int:
+    """The process of a stage in a folder of its own, which links to the inputs."""
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        os.setsid()  # none of the terminal's signals
+        place.mkdir(exist_ok=True)
+        os.chdir(place)
+        for one in inputs.iterdir():
+            if not os.path.lexists(one.name):
+                os.symlink(one, one.name)
+        log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        more = ["--force"] if stage in STARTS_ANEW else ["--resume"]
+        sys.argv = ["llmkit", stage, *STAGES[stage].split(), "--quiet", *more]
+
+        from llmkit.cli import run_command_line
+
+        code = run_command_line(sys.argv[1:])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def ended(child: int, seconds: float) -> int | None:
+    """The exit code of a child within so many seconds, None where it is still running."""
+    until = time.monotonic() + seconds
+    while True:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > until:
+            return None
+        time.sleep(0.002)
+
+
+def contents(place: Path) -> dict[str, bytes]:
+    """The files that a run left, without seconds."""
+    found = {}
+    for path in sorted(place.rglob("out*")) + sorted((place / "out").rglob("*")):
+        if path.is_file():
+            name, data = str(path.relative_to(place)), path.read_bytes()
+            if path.suffix in (".json", ".jsonl") and path.name != "out.jsonl":
+                data = b"\n".join(json.dumps(without_seconds(json.loads(line))).encode() for line in parts(path, data))
+            elif path.suffix == ".md":
+                data = b"\n".join(line for line in data.splitlines() if b"seconds" not in line)
+            found[name] = data
+    return found
+
+
+def parts(path: Path, data: bytes) -> list[bytes]:
+    return data.splitlines() if path.suffix == ".jsonl" else [data]
+
+
+def without_seconds(value: Any) -> Any:
+    """A JSON value without what a clock says."""
+    if isinstance(value, dict):
+        clock = ("created", "mfu", "elapsed", "seal", "resume")  # seal: of the state with its seconds
+        return {k: without_seconds(v) for k, v in value.items() if "second" not in k and k not in clock}
+    return [without_seconds(one) for one in value] if isinstance(value, list) else value
+
+
+def trials(stage: str, moments: int, seed: int, folder: Path, say: Callable[[str], object]) -> list[str]:
+    """What went wrong in killing a stage at so many moments."""
+    rng = random.Random(f"{seed} {stage}")
+    inputs, faults = folder / "inputs", []
+    whole = folder / f"{stage}-whole"
+    began = time.monotonic()
+    code = ended(start(stage, whole, inputs), 600)
+    length = time.monotonic() - began
+    if code != 0:
+        return [f"{stage}: the uninterrupted run ended with {code}: {(whole / 'log').read_text()[-1000:]}"]
+    wanted, names = contents(whole), sorted(one.name for one in whole.iterdir())
+    kills = equal = trial = 0
+    while kills < moments:
+        trial += 1
+        place, told = folder / f"{stage}-{trial}", []
+        for again in (False, True):  # a run that is resumed is killed, too, now and then
+            moment = rng.uniform(0, length)
+            if kills == moments or (again and rng.random() < 0.6):
+                break
+            child = start(stage, place, inputs)
+            if (code := ended(child, moment)) is not None:
+                break
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            kills += 1
+            told.append(f"{moment:.2f}")
+        if not told:
+            shutil.rmtree(place)  # it was faster than the moment
+            continue
+        code = ended(start(stage, place, inputs), 600)
+        stood = code == 2 and "exists already" in (place / "log").read_text()  # finished before it was killed
+        if code != 0 and not stood:
+            faults.append(f"{stage}: killed at {told} of {length:.2f} s, --resume ended with {code}")
+            faults[-1] += f": {(place / 'log').read_text()[-1000:]}"
+            continue
+        found, left = contents(place), sorted(one.name for one in place.iterdir())
+        unlike = [name for name in sorted(found.keys() | wanted.keys()) if found.get(name) != wanted.get(name)]
+        log = (place / "log").read_text()
+        if unlike or left != names or "Traceback" in log:
+            more = sorted(set(left) ^ set(names))
+            faults.append(f"{stage}: killed at {told} of {length:.2f} s: differ {unlike}, left {more}: {log[-500:]}")
+        else:
+            equal += 1
+            shutil.rmtree(place)
+    say(f"{stage}: killed at {kills} moments of {length:.2f} s in {trial} trials, {equal} equal, {len(faults)} not")
+    return faults
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("moments", type=int, help="moments of each stage")
+    parser.add_argument("stages", nargs="*", help=f"some of {', '.join(STAGES)}; all by default")
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    sys.path[:0] = [str(ROOT)]
+    from warm import warm_up
+
+    warm_up()
+    folder = Path(tempfile.mkdtemp(prefix="kills-"))
+    (folder / "inputs").mkdir()
+    maker = os.fork()
+    if maker == 0:
+        make_inputs(folder / "inputs")
+        os._exit(0)
+    if ended(maker, 600) != 0:
+        return 1
+    print(f"seed {asked.seed}", flush=True)
+    faults = [
+        fault
+        for stage in asked.stages or STAGES
+        for fault in trials(stage, asked.moments, asked.seed, folder, lambda line: print(line, flush=True))
+    ]
+    for fault in faults:
+        print(fault)
+    if not faults:
+        shutil.rmtree(folder)
+    else:
+        print(f"what is left lies in {folder}")
+    return bool(faults)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,361 @@
+"""Every function of the package that reads text of models, servers or the web, by name, as a function of that text.
+
+What is bounded before it is read (a URL, an expression, a query) is given all of the text, so that the bound is tested,
+too. EXEMPT names the modules that use regular expressions on nothing but what the user or llmkit wrote.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from typing import Any
+
+from llmkit.errors import LlmkitError
+
+Reader = Callable[[str], Any]
+EXEMPT = {
+    "llmkit.config",  # options
+    "llmkit.crawl.recipe",
+    "llmkit.data.overlap",  # words one by one
+    "llmkit.generation.chat",  # what is typed
+    "llmkit.training.checkpoint",  # names of files
+    "llmkit.rewards.code",  # tests of a problem
+    "llmkit.rewards.number_context",  # by way of numbers
+    "llmkit.rewards.specs",
+    "llmkit.io.run_folder",  # steps of checkpoints
+    "llmkit.stages.crawl_filter",
+}
+
+
+def octets(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+def crawl_readers() -> dict[str, Reader]:
+    from selectolax.lexbor import LexborHTMLParser
+
+    from llmkit.crawl.dedup import minhash
+    from llmkit.crawl.extract import charset, features, limits, markup
+    from llmkit.crawl.extract.main_text import Extractor
+    from llmkit.crawl.filters import c4, fineweb, gopher, personal_data, phones, urls
+    from llmkit.crawl.read import framing, inputs, warc
+    from llmkit.text import language, words
+
+    by_model, fast, blocklist = cache(Extractor), cache(lambda: Extractor("fast")), cache(urls.UrlFilter.load)
+
+    def frames(kind: str) -> Reader:
+        def read(text: str) -> None:
+            head = {"warc.gz": b"\x1f\x8b\x08\x00", "arc": b""}.get(kind, b"")
+            for _, data in framing.Frames(framing.Window(io.BytesIO(head + text.encode("latin-1", "replace"))), kind):
+                if isinstance(data, bytes) and kind == "warc":
+                    warc.page_of("a.warc", 0, data, 1 << 30)
+
+        return read
+
+    def record(text: str) -> None:
+        http = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n" + octets(text)
+        head = (
+            f"WARC/1.0\r\nWARC-Type: response\r\nContent-Length: {len(http)}\r\nContent-Type: application/http\r\n\r\n"
+        )
+        warc.page_of("a.warc", 0, head.encode() + http, 1 << 30)
+
+    def formulas(text: str) -> None:
+        html = (
+            b'<math alttext=""></math><script type="math/tex">'
+            + octets(text[:1000])
+            + b"</script><math>"
+            + octets(text)
+        )
+        with suppress(limits.PageLimitError):
+            limits.check_size(html)
+            markup.inline_formulas(LexborHTMLParser(html), html)
+
+    def extracted(extractor: Callable[[], Extractor]) -> Reader:
+        def read(text: str) -> None:
+            with suppress(limits.PageLimitError):
+                extractor().extract(b"<html><body><p>" + octets(text))
+
+        return read
+
+    return {
+        "page_limits.check_size": lambda text: suppressed(
+            lambda: limits.check_size(octets(text)), limits.PageLimitError
+        ),
+        "block_features.name_words": features.name_words,
+        "c4": lambda text: c4.c4(words.Split(text), c4.C4()),
+        "charset.declared_codec": lambda text: charset.declared_codec(octets(text), None),
+        "charset.declared_codec of a header": lambda text: charset.declared_codec(b"", text),
+        "charset.decode_html": lambda text: charset.decode_html(octets(text)),
+        "charset.utf8_html": lambda text: charset.utf8_html(text.encode("utf-16-le", "surrogatepass")),
+        "extract by the model": extracted(by_model),
+        "extract fast": extracted(fast),
+        "fineweb": lambda text: fineweb.measure_fineweb(words.Split(text)),
+        "framing of warc": frames("warc"),
+        "framing of warc.gz": frames("warc.gz"),
+        "framing of warc with a long head": lambda text: frames("warc")(
+            f"WARC/1.0\r\nWARC-Type: response\r\nA: {text}\r\nContent-Length: 0\r\n\r\n"
+        ),
+        "framing of arc": frames("arc"),
+        "gopher.measure_quality": lambda text: gopher.measure_quality(words.Split(text)),
+        "gopher.measure_repetition": lambda text: gopher.measure_repetition(words.Split(text)),
+        "language.identify": language.identify,
+        "markup.article_body": lambda text: markup.article_body(
+            b'<script type="application/ld+json">' + octets(json.dumps({"articleBody": text})) + b"</script>"
+        ),
+        "markup.article_body of JSON": lambda text: markup.article_body(
+            b'articleBody<script type="application/ld+json">' + octets(text)
+        ),
+        "markup.inline_formulas": formulas,
+        "markup.inline_formulas of a script": lambda text: markup.inline_formulas(
+            LexborHTMLParser(script := b'<script type="math/mml">' + octets(text) + b"</script>"), script
+        ),
+        "markup.plain_html": lambda text: markup.plain_html(b"<?xml shadowroot" + octets(text)),
+        "markup.visible": markup.visible,
+        "minhash": lambda text: minhash.signatures([text.encode("utf-8", "replace").decode()]),
+        "personal_data.find": personal_data.find,
+        "personal_data.redact": personal_data.redact,
+        "phones.find_phones": lambda text: list(phones.find_phones(text)),
+        "reading of a line": lambda text: inputs._page_of_line(b"{" + octets(text), "a.jsonl", 1),
+        "urls.reason of a host": lambda text: blocklist().reason("http://" + text),
+        "urls.reason of a path": lambda text: blocklist().reason("http://a.example/" + text),
+        "urls.split_url": urls.split_url,
+        "warc.decoded": lambda text: warc.decoded(octets(text), {"content-encoding": "gzip"}, 1 << 30),
+        "warc.fields_of": lambda text: warc.fields_of(b"HTTP/1.1 200\r\n" + octets(text)),
+        "warc.looks_like_html": lambda text: warc.looks_like_html(octets(text)),
+        "warc.page_of": record,
+        "warc.without_chunks": lambda text: warc.without_chunks(octets(text)),
+        "words": lambda text: (words.Split(text).words, words.Split(text).paragraphs, words.Split(text).script),
+        "words.count_sentences": words.count_sentences,
+    }
+
+
+def data_readers() -> dict[str, Reader]:
+    from llmkit import display
+    from llmkit.formats import conversations, preferences, problems, questions
+    from llmkit.io import jsonl
+    from llmkit.io.records import Row
+    from llmkit.probing import question_rules
+    from llmkit.report import excerpts, page
+    from llmkit.text import passages
+
+    def row(**value: Any) -> Row:
+        return Row(value, "a.jsonl", 1)
+
+    def passage(text: str) -> passages.Passage:
+        return passages.Passage(text, "a", "a.jsonl:1")
+
+    return {
+        "conversations": lambda text: conversations.read_conversation(row(prompt=text, completion=text)),
+        "conversations of messages": lambda text: conversations.read_conversation(
+            row(messages=[{"role": "user", "content": text}, {"role": "assistant", "content": text}])
+        ),
+        "display.printable": display.printable,
+        "display.redacted": display.redacted,
+        "display.redacted of a URL": lambda text: display.redacted(f"search:http://a.example/?{text}"),
+        "display.redacted of URLs": lambda text: display.redacted(f"a://{text}"),
+        "passages.cut_passages": lambda text: list(passages.cut_passages(text)),
+        "preferences of transcripts": lambda text: preferences.read_comparison(
+            row(chosen=f"\n\nHuman: {text}\n\nAssistant: a", rejected=f"\n\nHuman: {text}\n\nAssistant: b")
+        ),
+        "preferences of texts": lambda text: preferences.read_comparison(row(chosen=f"{text} a", rejected=f"{text} b")),
+        "problems": lambda text: problems.read_problem(row(question=text, answer=text)),
+        "problems.last_boxed": problems.last_boxed,
+        "question_writer": lambda text: question_rules.write_questions(passage(text), 5, 0),
+        "question_writer.sentences": lambda text: list(question_rules.sentences(text)),
+        "questions": lambda text: questions.read_question(row(question=text, answer=text)),
+        "questions of a context": lambda text: questions.read_question(row(context=text, answer="a")),
+        "report excerpts": lambda text: excerpts.excerpt(
+            {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]},
+            "conversations",
+            1,
+        ),
+        "report page.clean": page.clean,
+        "stream.json_rows": lambda text: list(jsonl.json_rows(io.BufferedReader(io.BytesIO(octets(text))), "a.jsonl")),
+        "stream.json_rows of an array": lambda text: list(
+            jsonl.json_rows(io.BufferedReader(io.BytesIO(b"[" + octets(text))), "a.json")
+        ),
+        "stream.read_text": lambda text: jsonl.read_text(io.BytesIO(octets(text)), "a.txt"),
+    }
+
+
+def reply_readers() -> dict[str, Reader]:
+    from llmkit.formats.questions import Question
+    from llmkit.generation import chat_models, http, served_models, stop_strings
+    from llmkit.probing import judges, refusals
+    from llmkit.reward_model import evaluation
+    from llmkit.text import matching, normalize
+    from llmkit.tools import calc, search
+
+    judge = matching.MatchJudge()
+
+    def stopped(text: str) -> str:
+        matcher = stop_strings.StopMatcher([text[:1000] + "\0", "\n\nUser:", "1 1 1 2"])
+        return "".join(matcher.push(text[at : at + 3]) for at in range(0, len(text), 3)) + matcher.finish()
+
+    def calculated(text: str) -> None:
+        with suppress(calc.CalculationError):
+            calc.calculate(text)
+
+    @cache
+    def index() -> search.SearchIndex:
+        connection = search.sqlite3.connect(":memory:")
+        connection.execute(search.PASSAGES)
+        connection.execute("INSERT INTO passages VALUES ('A', 'Ada was 1 of a few.')")
+        return search.SearchIndex("a.jsonl", connection)
+
+    def searched(text: str) -> None:
+        """What an engine that answers with this text would give."""
+        body = json.dumps({"results": [{"title": text, "content": text}]}).encode()
+
+        class Answer(io.BytesIO):
+            def open(self, *rest: Any, **named: Any) -> Answer:
+                return self
+
+        call = type("Call", (), {"opener": Answer(body)})()
+        search.SearchEngine("http://localhost/")._ask(call, "a", 3)
+
+    return {
+        "calc": calculated,
+        "calc of a call": lambda text: calculated(f"max({text})"),
+        "judging.read_verdict": judges.read_verdict,
+        "judging.read_verdict of one": lambda text: judges.read_verdict(f"VERDICT: right{text}"),
+        "matching of a response": lambda text: judge(text, "Who is it?", ["Ada Lovelace", "1 1"]),
+        "matching with an answer": lambda text: judge("It is Ada 1.", "Who is it?", [text]),
+        "matching with itself": lambda text: judge(f"{text} a", text, [f"{text} b"]),
+        "normalising.words": normalize.words,
+        "markdown of an answer": evaluation.MARKDOWN.findall,
+        "refusals.language_of": lambda text: refusals.language_of(Question(text, ("a",), text, "", "who", "", "a:1")),
+        "search a query": lambda text: index().search(text),
+        "search an engine's answer": searched,
+        "search.cut_passages": lambda text: list(search.cut_passages(text)),
+        "served a message": http.text_of,
+        "served_models.shortened": served_models.shortened,
+        "stopping": stopped,
+        "thoughts": chat_models.without_thoughts,
+        "thoughts that end": lambda text: chat_models.without_thoughts(f"<think>{text}</think> Yes."),
+    }
+
+
+def reward_readers() -> dict[str, Reader]:
+    from llmkit.formats.problems import read_problem
+    from llmkit.io.records import Row
+    from llmkit.rewards import code_blocks, final_answer, latex, numbers, verifiers
+
+    def verified(verifier: str, **record: Any) -> Reader:
+        problem = read_problem(Row({"prompt": "What is it?", "verifier": verifier, **record}, "a.jsonl", 1))
+        reward = verifiers.VerifierReward()
+        return lambda text: reward._judge(problem, text)
+
+    return {
+        "code_blocks.code_of": lambda text: code_blocks.code_of(text, ["f"]),
+        "code_blocks.code_of a block": lambda text: code_blocks.code_of(f"```python\n{text}", ["f"]),
+        "code_blocks.defines": lambda text: code_blocks.defines(text, "f"),
+        "latex": lambda text: (
+            latex.SPACES.sub("", text),
+            latex.BASE.findall(text),
+            latex.LEFT_OPEN.findall(text),
+        ),
+        "numbers.last_number": numbers.last_number,
+        "numbers.only_number": numbers.only_number,
+        "numbers.whole_number": numbers.whole_number,
+        "statements.chosen": lambda text: final_answer.chosen(text, [("A", "one"), ("B", "two")]),
+        "statements.says": lambda text: final_answer.says(text, "one"),
+        "numbers.announced_number": numbers.announced_number,
+        "statements.after_thinking": final_answer.after_thinking,
+        "statements.final": final_answer.final,
+        "statements.tagged": final_answer.tagged,
+        "verifier choice": verified("choice", answer="B", choices=["one", "two"]),
+        "verifier exact": verified("exact", answer="one"),
+        "verifier gsm8k": verified("gsm8k", answer="#### 5"),
+        "verifier match": verified("match", answer="Ada Lovelace"),
+        "verifier number": verified("number", answer="1/3"),
+    }
+
+
+def schema_readers() -> dict[str, Reader]:
+    from llmkit.formats.problems import read_problem
+    from llmkit.io.records import Row
+    from llmkit.rewards import constraints
+
+    def met(schema: dict[str, Any]) -> Reader:
+        problem = read_problem(Row({"prompt": "JSON", "schema": schema, "verifier": "json-schema"}, "a.jsonl", 1))
+        return lambda text: constraints.is_schema_met(problem, text)
+
+    as_text, as_object = met({"type": "string", "pattern": "^[a-z ]+$", "maxLength": 10}), met({"type": "object"})
+    items = met({"type": "array", "items": {"type": "integer"}, "uniqueItems": True})
+    return {
+        "json-schema": as_object,
+        "json-schema of a string": lambda text: as_text(json.dumps(text)),
+        "json-schema of a block": lambda text: as_object(f"```json\n{text}```"),
+        "json-schema of different items": lambda text: items(json.dumps(list(range(len(text) // 16)))),
+        "json-schema of keys": lambda text: as_object(json.dumps({f"{at}": text[:8] for at in range(len(text) // 16)})),
+    }
+
+
+def tokenizer_readers() -> dict[str, Reader]:
+    import tempfile
+    from pathlib import Path
+
+    from tiny import save_tokenizer
+
+    from llmkit.formats.conversations import message
+    from llmkit.tokenizer import corpus, patterns, piece_counts, templates
+    from llmkit.tokenizer.chat import CHAT_SPECIALS
+    from llmkit.tokenizer.encoding import load_tokenizer
+
+    @cache
+    def tokenizer() -> Any:
+        with tempfile.TemporaryDirectory() as folder:
+            save_tokenizer(Path(folder), *CHAT_SPECIALS)
+            return load_tokenizer(folder)
+
+    def counted(name: str) -> Reader:
+        def read(text: str) -> None:
+            counter = piece_counts.PieceCounter(patterns.find_pattern(name))
+            counter.add(octets(text.encode("utf-8", "replace").decode()) + piece_counts.END)
+            counter.result()
+
+        return read
+
+    def streamed(text: str) -> None:
+        jsonl = tokenizer().stream()
+        for token in tokenizer().encode(text.encode("utf-8", "replace").decode()):
+            jsonl.push([token])
+        jsonl.finish()
+
+    def plain(text: str) -> None:
+        for _ in corpus.plain_text(
+            io.BufferedReader(io.BytesIO(octets(text))), "a.txt", patterns.find_pattern("llama3")
+        ):
+            pass
+
+    def chatted(text: str) -> None:
+        text = text.encode("utf-8", "replace").decode()
+        templates.chat_format(tokenizer()).encode([message("user", text), message("assistant", text)])
+
+    return {
+        "tokenizer of a chat": chatted,
+        "tokenizer streaming": streamed,
+        "tokenizer.counting gpt2": counted("gpt2"),
+        "tokenizer.counting gpt4": counted("gpt4"),
+        "tokenizer.counting llama3": counted("llama3"),
+        "tokenizer.plain_text": plain,
+        "templates.portable_template": templates.portable_template,
+    }
+
+
+def suppressed(call: Callable[[], Any], *errors: type[BaseException]) -> None:
+    with suppress(*errors):
+        call()
+
+
+PARTS = (crawl_readers, data_readers, reply_readers, reward_readers, schema_readers, tokenizer_readers)
+REFUSALS = (LlmkitError, ValueError)  # what a reader may answer; TypeError and the like are mistakes of ours
+
+
+@cache
+def readers() -> dict[str, Reader]:
+    return {name: reader for part in PARTS for name, reader in part().items()}

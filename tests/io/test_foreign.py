@@ -1,0 +1,194 @@
+"""Model folders from elsewhere that hold anything: a line about each, no traceback, hang or memory without bound."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from odd_values import MORE_KEYS
+
+HELPERS = Path(__file__).parents[1] / "helpers"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A small assistant from elsewhere, with an adapter."""
+    import torch
+    from foreign_templates import TEMPLATES, save
+    from safetensors.torch import save_file
+    from tiny import make_model
+
+    from llmkit.io.manifest import write_manifest
+    from llmkit.model.folder import save_model
+
+    place = save(tmp_path / "model", TEMPLATES["chatml"])
+    save_model(make_model(vocab_size=320, hidden_size=16, intermediate_size=16), place)
+    (place / "adapter").mkdir()
+    (place / "adapter" / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(place), "r": 2, "target_modules": ["q_proj"]})
+    )
+    save_file({"a": torch.zeros(2)}, place / "adapter" / "adapter_model.safetensors")
+    write_manifest(place, "sft", {"a": 1})
+    return place
+
+
+def outcomes(folder: Path, name: str, every: int) -> Counter[str]:
+    """How often each outcome came; fails at what must not come."""
+    done = subprocess.run(
+        [sys.executable, str(HELPERS / "odd_values.py"), str(folder), name, str(every)],
+        capture_output=True, text=True, timeout=3000,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HELPERS)},
+    )  # fmt: skip
+    lines = [line.split(maxsplit=3) for line in done.stdout.splitlines()]
+    assert done.returncode == 0, done.stderr[-500:]
+    bad = [" ".join(line) for line in lines if line[0] not in ("ok", "UserError") or float(line[1]) > 5]
+    found = Counter(line[0] for line in lines)
+    print(f"{name}: {dict(found)}, slowest {max(float(line[1]) for line in lines):.2f} s, {lines[-1][2]} MB at most")
+    assert not bad, "\n".join(bad[:30])
+    return found
+
+
+@pytest.mark.parametrize("name", MORE_KEYS)
+def test_odd_values_in_a_folder_from_elsewhere_are_a_line(folder: Path, name: str) -> None:
+    every = 29 if name == "tokenizer.json" else 5
+    assert outcomes(folder, name, every)["UserError"] or name in ("manifest.json", "adapter/adapter_config.json")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_what_is_no_file_of_the_model_is_named(folder: Path, name: str) -> None:
+    from llmkit.errors import UserError
+    from llmkit.model.folder import load_model
+
+    place = folder / name
+    place.unlink()
+    os.mkfifo(place)
+    with pytest.raises(UserError, match="expected a file, found a pipe"):
+        load_model(folder)
+    place.unlink()
+    place.mkdir()
+    with pytest.raises(UserError, match="expected a file, found a folder"):
+        load_model(folder)
+    place.rmdir()
+    place.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(UserError, match=r"a Git LFS pointer, .* run git lfs pull"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("odd", [5, None, "", ".", "..", "a\0b", "a" * 5000, ["model.safetensors"], {}])
+def test_an_index_of_wrong_kinds_is_named(folder: Path, odd: object) -> None:
+    from llmkit.errors import UserError
+    from llmkit.model.folder import load_model
+
+    (folder / "model.safetensors").rename(folder / "one.safetensors")
+    index = {"weight_map": {"model.norm.weight": "one.safetensors", "lm_head.weight": odd}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"index\.json: expected a file of this folder|expected a file, found a folder"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("model-q4.gguf", "llama.cpp's; download"), ("consolidated.safetensors", "rename it to")]
+)
+def test_other_weights_say_the_way_on(folder: Path, name: str, words: str) -> None:
+    from llmkit.errors import UserError
+    from llmkit.model.folder import load_model
+
+    (folder / "model.safetensors").rename(folder / name)
+    with pytest.raises(UserError, match=f"found neither, but {name}.*{words}"):
+        load_model(folder)
+
+
+def test_rope_scaling_wins_over_rope_parameters_as_in_transformers(folder: Path) -> None:
+    from llmkit.model.config import RopeScaling
+    from llmkit.model.folder import load_config
+
+    values = json.loads((folder / "config.json").read_text())
+    values |= {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    values["rope_scaling"] = {"type": "linear", "factor": 4.0}
+    (folder / "config.json").write_text(json.dumps(values))
+    config = load_config(folder)
+    assert config.rope_scaling == RopeScaling("linear", 4.0) and config.rope_theta == values["rope_theta"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE_KEYS)
+def test_every_odd_value_in_a_folder_from_elsewhere_is_a_line(folder: Path, name: str) -> None:
+    outcomes(folder, name, 1)
+
+
+def _replaced(times: int) -> dict:
+    return {"type": "Replace", "pattern": {"String": "l"}, "content": "l" * times}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda spec: spec["model"]["vocab"].update(zzz=2**31), "expected ids from 0 to"),
+        (lambda spec: spec["model"]["vocab"].update(zzz=-1), "expected ids from 0 to"),
+        (lambda spec: spec["added_tokens"][0].update(id=4 * 10**9), "expected an integer from 0 to"),
+        (lambda spec: spec["added_tokens"][0].pop("special"), "expected true or false for special"),
+        (lambda spec: spec.update(normalizer=_replaced(10**7)), "expected texts of at most"),
+        (
+            lambda spec: spec.update(normalizer={"type": "Sequence", "normalizers": [_replaced(20)] * 4}),
+            "replacements make a text at most",
+        ),
+        (
+            lambda spec: spec.update(normalizer={"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "b"}),
+            "tokenizers cannot encode a text by it",
+        ),
+        (lambda spec: spec.update(decoder=["a"]), "expected an object or null for decoder, found"),
+        (
+            lambda spec: spec.update(
+                post_processor={
+                    "type": "TemplateProcessing",
+                    "single": [{"SpecialToken": {"id": "<q>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+                    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+                    "special_tokens": {},
+                }
+            ),
+            "expected special_tokens of post_processor to have '<q>'",
+        ),
+    ],
+)
+def test_a_tokenizer_that_would_end_the_process_is_named(folder: Path, change, words: str) -> None:
+    from llmkit.errors import UserError
+    from llmkit.tokenizer.encoding import load_tokenizer
+
+    place = folder / "tokenizer.json"
+    spec = json.loads(place.read_text())
+    change(spec)
+    place.write_text(json.dumps(spec))
+    with pytest.raises(UserError, match=words):
+        load_tokenizer(folder).encode("a" * 40 + "! hello")
+
+
+def test_a_tokenizer_without_a_decoder_gives_its_text(folder: Path) -> None:
+    from llmkit.tokenizer.encoding import load_tokenizer
+
+    place = folder / "tokenizer.json"
+    place.write_text(json.dumps({**json.loads(place.read_text()), "decoder": None}))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.decode(tokenizer.encode("hello"))
+
+
+def test_a_pattern_that_panics_is_a_line(tmp_path: Path, llmkit) -> None:
+    (tmp_path / "text.txt").write_text("a" * 40 + "!\n")
+    command = ("train-bpe", tmp_path / "text.txt", "--pattern", "(a+)+$", "--vocab-size", "320", "-o", tmp_path / "t")
+    done = llmkit(*command)
+    assert done.returncode == 2 and "--pattern: a regular expression that takes too long" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "model.gguf", "tekken.json"])
+def test_another_form_of_tokenizer_says_the_way_on(folder: Path, name: str) -> None:
+    from llmkit.errors import UserError
+    from llmkit.tokenizer.encoding import load_tokenizer
+
+    (folder / "tokenizer.json").rename(folder / name)
+    with pytest.raises(UserError, match=r"expected tokenizer\.json, found .*; transformers makes one: python -c"):
+        load_tokenizer(folder)

@@ -1,0 +1,132 @@
+"""TensorBoard and Weights & Biases show what metrics.jsonl has, after kills and resumptions, too."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+from tiny import save_folder
+
+from llmkit.errors import UserError
+from llmkit.io.metrics import read_metrics, trim_metrics
+from llmkit.io.trackers import MirroredLog, TensorBoard, WeightsAndBiases, numbers
+from llmkit.stages.sft import SftConfig, run
+
+ROWS = [{"step": step, "loss": 3 / step, "seconds": 0.5 * step, "tokens": 9 * step} for step in range(1, 8)]
+ROWS.insert(3, {"step": 3, "tokens": 27, "val_loss": 1.25})
+ROWS.insert(5, {"step": 4, "sample": "some text", "grad_norm": math.nan})
+
+
+def in_tensorboard(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """The curves as TensorBoard reads them: (step, value) of each tag."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    seen = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(one.step, one.value) for one in seen.Scalars(tag)] for tag in seen.Tags()["scalars"]}
+
+
+def in_the_file(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    found: dict[str, list[tuple[int, float]]] = {}
+    for row in read_metrics(folder / "metrics.jsonl"):
+        for name, value in numbers(row).items():
+            found.setdefault(name, []).append((row["step"], pytest.approx(value, rel=1e-6)))
+    return found
+
+
+def write(folder: Path, rows: list[dict], mirror) -> None:
+    with MirroredLog(folder / "metrics.jsonl", [partial(mirror, folder)]) as log:
+        for row in rows:
+            log.write(row)
+
+
+def test_tensorboard_shows_what_the_file_has(tmp_path):
+    pytest.importorskip("tensorboard")
+    write(tmp_path, ROWS, TensorBoard)
+    shown = in_tensorboard(tmp_path)
+    assert shown == in_the_file(tmp_path) and set(shown) == {"loss", "seconds", "tokens", "val_loss"}
+    assert len(shown["loss"]) == 7 and shown["val_loss"] == [(3, 1.25)]
+
+
+def test_a_killed_run_goes_on_without_steps_that_are_doubled_or_torn(tmp_path):
+    pytest.importorskip("tensorboard")
+    log = MirroredLog(tmp_path / "metrics.jsonl", [partial(TensorBoard, tmp_path)])
+    for row in ROWS[:6]:
+        log.write(row)
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    events.write_bytes(events.read_bytes()[:-7])  # killed, with its last checkpoint after step 2
+    with (tmp_path / "metrics.jsonl").open("ab") as handle:
+        handle.write(b'{"step": 5, "lo')
+    trim_metrics(tmp_path / "metrics.jsonl", 2)
+    write(tmp_path, ROWS[2:], TensorBoard)
+    assert in_tensorboard(tmp_path) == in_the_file(tmp_path)
+    assert [step for step, _ in in_tensorboard(tmp_path)["loss"]] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_stage_writes_it_into_its_folder(tmp_path):
+    pytest.importorskip("tensorboard")
+    data = tmp_path / "c.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"Throw {i}", "completion": "heads"}) + "\n" for i in range(8)))
+    base = save_folder(tmp_path / "base")
+    quick = {"max_steps": 3, "sequence_length": 64, "quiet": True, "tensorboard": True}
+    summary = run(SftConfig(model=str(base), data=(str(data),), out=str(tmp_path / "chat"), **quick))
+    assert summary is not None and summary.steps == 3
+    shown = in_tensorboard(tmp_path / "chat")
+    assert shown == in_the_file(tmp_path / "chat") and [step for step, _ in shown["loss"]] == [1, 2, 3]
+
+
+def test_weights_and_biases_has_it_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    mirror = partial(WeightsAndBiases, options={"seed": 3}, quiet=True)
+    write(tmp_path, ROWS[:6], mirror)
+    trim_metrics(tmp_path / "metrics.jsonl", 2)
+    write(tmp_path, ROWS[2:], mirror)
+    former, later = sorted((tmp_path / "wandb").glob("offline-run-*"))
+    assert former.name.rpartition("-")[2] == later.name.rpartition("-")[2]  # one run to Weights & Biases
+    rows = read_wandb(later)
+    assert [row["_step"] for row in rows] == [1, 2, 3, 4, 5, 6, 7]
+    assert [row["loss"] for row in rows] == [pytest.approx(3 / step) for step in range(1, 8)]
+    assert rows[2]["val_loss"] == 1.25
+
+
+def read_wandb(folder: Path) -> list[dict]:
+    """The rows of an offline run, once its last record is there: its package's other process writes them."""
+    rows: list[dict] = []
+    for _ in range(600):
+        (file,) = folder.glob("*.wandb")
+        records = list(wandb_records(file.read_bytes()))
+        if records and records[-1].WhichOneof("record_type") == "exit":
+            histories = [one.history.item for one in records if one.WhichOneof("record_type") == "history"]
+            rows = [{".".join(item.nested_key): json.loads(item.value_json) for item in items} for items in histories]
+            break
+        time.sleep(0.1)
+    return rows
+
+
+def wandb_records(data: bytes):
+    """Records in the format of LevelDB's log, none of them beyond its first block here."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    at = 7
+    while at + 7 <= len(data) < 32768:
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        assert kind == 1
+        if at + 7 + length > len(data):
+            return
+        yield Record.FromString(data[at + 7 : at + 7 + length])
+        at += 7 + length
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+def test_a_missing_package_is_named_before_the_work(monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(
+        UserError, match=rf"--{package}: needs the package {package}; pip install 'llmkit\[{package}\]'"
+    ):
+        SftConfig(model="base/", **{package: True})

@@ -1,0 +1,322 @@
+"""The loop: micro-batches, memory back-off, guards, interruption, and resumption bit for bit."""
+
+import json
+import math
+import os
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from llmkit.errors import Interrupted, SavedError, UserError
+from llmkit.training.optimizer import GroupSettings, Optimizer
+from llmkit.training.schedule import Schedule
+from llmkit.training.trainer import Trainer, TrainerSettings
+
+
+class Toy(nn.Module):
+    """Learns y = x @ weight from rows of 4 numbers; can pretend to run out of memory."""
+
+    def __init__(self, most_rows: int | None = None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.most_rows = most_rows
+
+    def forward(self, x):
+        if self.most_rows is not None and len(x) > self.most_rows:
+            raise torch.OutOfMemoryError("out of memory")
+        return x @ self.weight
+
+
+def batches(step, poison_at=None):
+    while True:
+        x = np.random.default_rng(step).standard_normal((8, 4)).astype(np.float32)
+        yield (x * np.inf if step == poison_at else x), 2 * x
+        step += 1
+
+
+def die_at(step, source):
+    for number, batch in enumerate(source):
+        yield batch if number != step else 1 / 0
+
+
+def squared_error(model, rows):
+    x, y = (torch.from_numpy(part) for part in rows)
+    return (model(x) - y).square().sum(), x.numel()
+
+
+def make(folder, model=None, *, rows=8, source=batches, **settings):
+    model = model or Toy()
+    optimizer = Optimizer([("weight", model.weight, GroupSettings("adamw", 0.05))])
+    folder.mkdir(exist_ok=True)
+    return Trainer(
+        model,
+        optimizer,
+        Schedule(warmup_steps=2, decay_fraction=0.5),
+        batches=source,
+        loss=squared_error,
+        folder=folder,
+        settings=TrainerSettings(micro_batch_rows=rows, quiet=True, **settings),
+    )
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [
+        (UserError("the reward failed"), "the reward failed; saved after step 3 in .*; go on with --resume"),
+        (KeyboardInterrupt(), "stopped; saved after step 3 in .*; go on with --resume"),
+        (ZeroDivisionError("division by zero"), "division by zero"),
+    ],
+)
+def test_whatever_ends_a_run_its_steps_are_kept(tmp_path, failure, told):
+    def failing(step):
+        for number, batch in enumerate(batches(step), step):
+            if number == 3:
+                raise failure
+            yield batch
+
+    make(tmp_path / "whole").fit(total_steps=6)
+    with pytest.raises(BaseException, match=told):
+        make(tmp_path / "cut", source=failing).fit(total_steps=6)
+    resumed = make(tmp_path / "cut")
+    assert resumed.resume() and resumed.step == 3
+    resumed.fit(total_steps=6)
+    whole, again = make(tmp_path / "whole"), resumed
+    assert whole.resume() and torch.equal(whole.model.weight, again.model.weight)
+
+
+def test_half_an_update_is_not_kept(tmp_path):
+    """Two updates of a step; the second fails, and only the steps before are what a run can go on from."""
+    trainer = make(tmp_path, updates_per_batch=2, save_every=1)
+    loss, calls = trainer.loss, []
+
+    def failing(model, rows):
+        calls.append(1)
+        if len(calls) == 6:
+            raise UserError("no")
+        return loss(model, rows)
+
+    trainer.loss = failing
+    with pytest.raises(UserError, match=r"^no$"):
+        trainer.fit(total_steps=6)
+    trainer.checkpoints.wait()
+    resumed = make(tmp_path)
+    assert resumed.resume() and resumed.step == 2
+
+
+def test_it_learns_and_writes_metrics(tmp_path):
+    make(tmp_path).fit(total_steps=60)
+    rows = metrics(tmp_path)
+    assert [row["step"] for row in rows] == list(range(1, 61))
+    assert rows[-1]["loss"] < 0.2 * rows[0]["loss"]
+    assert rows[-1]["tokens"] == 60 * 32
+
+
+def test_micro_batches_give_the_step_of_the_whole_batch(tmp_path):
+    whole, parts = make(tmp_path / "a", rows=8), make(tmp_path / "b", rows=3)
+    whole.fit(total_steps=5)
+    parts.fit(total_steps=5)
+    torch.testing.assert_close(whole.model.weight, parts.model.weight, rtol=1e-5, atol=1e-6)
+
+
+def test_memory_back_off_halves_the_micro_batch_and_loses_nothing(tmp_path):
+    plain, tight = make(tmp_path / "a"), make(tmp_path / "b", Toy(most_rows=3))
+    plain.fit(total_steps=5)
+    tight.fit(total_steps=5)
+    assert tight.micro_batch_rows == 2
+    torch.testing.assert_close(plain.model.weight, tight.model.weight, rtol=1e-5, atol=1e-6)
+
+
+def test_memory_for_not_one_row_is_a_clear_error(tmp_path):
+    with pytest.raises(UserError, match="memory runs out with one sequence at a time"):
+        make(tmp_path, Toy(most_rows=0)).fit(total_steps=1)
+
+
+def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path):
+    whole = make(tmp_path / "whole")
+    whole.fit(total_steps=20)
+    killed = make(tmp_path / "cut", source=lambda step: die_at(12, batches(step)), save_every=7)
+    with pytest.raises(ZeroDivisionError):
+        killed.fit(total_steps=20)
+    killed.checkpoints.wait()
+    resumed = make(tmp_path / "cut")
+    assert resumed.resume() and resumed.step == 12
+    resumed.fit(total_steps=20)
+    assert torch.equal(whole.model.weight, resumed.model.weight)
+    pairs = zip(metrics(tmp_path / "whole"), metrics(tmp_path / "cut"), strict=True)
+    assert all(a["step"] == b["step"] and a["loss"] == b["loss"] for a, b in pairs)
+
+
+def test_a_signal_saves_first(tmp_path):
+    def source(step):
+        for batch in batches(step):
+            if step == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            step += 1
+            yield batch
+
+    trainer = make(tmp_path, source=source)
+    with pytest.raises(Interrupted, match=r"stopped after step 6; saved in .*state; go on with --resume"):
+        trainer.fit(total_steps=100)
+    resumed = make(tmp_path)
+    assert resumed.resume() and resumed.step == 6
+    assert torch.equal(resumed.model.weight, trainer.model.weight)
+
+
+def test_a_loss_that_is_no_number_stops_before_the_update(tmp_path):
+    trainer = make(tmp_path, source=lambda step: batches(step, poison_at=4))
+    with pytest.raises(
+        UserError, match=r"the loss is (inf|nan) .* at step 4; saved in .*; start again with .* a lower"
+    ):
+        trainer.fit(total_steps=10)
+    assert torch.isfinite(trainer.model.weight).all()
+    assert make(tmp_path).resume()
+
+
+def test_a_lasting_spike_stops_and_a_short_one_does_not(tmp_path):
+    def spikes(first, count):
+        def source(step):
+            for x, y in batches(step):
+                yield (x, y + 100 * (first <= step < first + count))
+                step += 1
+
+        return source
+
+    make(tmp_path / "short", source=spikes(10, 3), spike_patience=5).fit(total_steps=30)
+    with pytest.raises(UserError, match="nats above its average"):
+        make(tmp_path / "long", source=spikes(10, 20), spike_patience=5).fit(total_steps=30)
+
+
+@pytest.mark.parametrize(("weight", "told"), [(math.nan, "not finite numbers"), (1e30, r"has grown to 1e\+30")])
+def test_weights_that_are_spoiled_are_told_and_not_saved(tmp_path, weight, told):
+    """The loss is a number all along, as that of a model with norms is whatever its weights are."""
+    trainer = make(tmp_path, save_every=2)
+
+    def loss(model, rows):
+        if trainer.step == 3:
+            model.weight.data.fill_(weight)
+        return (model.weight * 0).nan_to_num().sum(), 1
+
+    trainer.loss = loss
+    with pytest.raises(SavedError, match=f"{told} after step 4; step 2 is saved in .*lower --learning-rate"):
+        trainer.fit(total_steps=10)
+    resumed = make(tmp_path)
+    assert resumed.resume() and resumed.step == 2
+
+
+def test_what_ends_a_run_whose_weights_are_spoiled_is_told_as_that(tmp_path):
+    def failing(step):
+        for number, batch in enumerate(batches(step), step):
+            if number == 3:
+                trainer.model.weight.data.fill_(math.inf)
+                raise UserError("its logits are not finite")
+            yield batch
+
+    trainer = make(tmp_path, source=failing)
+    with pytest.raises(SavedError, match="weights are not finite numbers after step 3; nothing was saved"):
+        trainer.fit(total_steps=6)
+
+
+@pytest.mark.parametrize(("growth", "told"), [(0.0, ""), (1.0, "the loss has grown from 1.00 to 2.00"), (50.0, "51")])
+def test_a_loss_that_has_grown_is_told_at_the_end(tmp_path, capsys, growth, told):
+    def of_steps(model, rows):
+        return (model.weight * 0).sum() + 1 + growth * (trainer.step > 0), 1
+
+    trainer = make(tmp_path, spike_patience=4)
+    trainer.loss = of_steps
+    if growth > 10:
+        with pytest.raises(SavedError, match=r"has stayed 50\.00 nats above|has grown from 1\.00 to 51"):
+            trainer.fit(total_steps=8)
+    else:
+        trainer.fit(total_steps=8)
+        assert told in (err := capsys.readouterr().err) and bool(told) == bool(err)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    make(tmp_path).fit(total_steps=2)
+    other = Toy()
+    other.weight = nn.Parameter(torch.zeros(3, 3))
+    with pytest.raises(UserError, match="a checkpoint of another model"):
+        make(tmp_path, other).resume()
+
+
+def test_a_run_resumed_at_its_end_has_the_results_of_the_whole(tmp_path):
+    whole = make(tmp_path)
+    whole.fit(total_steps=3, evaluate=lambda: {"val_loss": 0.123456})
+    again = make(tmp_path)
+    again.resume()
+    again.fit(total_steps=3, evaluate=lambda: {"val_loss": 0.123456})
+    assert again.results() == whole.results()
+    assert whole.results() == {"steps": 3, "tokens": 96, "loss": round(whole.last_loss, 4), "val_loss": 0.1235}
+
+
+def test_it_saves_before_it_evaluates(tmp_path):
+    def evaluate():
+        raise MemoryError("evaluation ran out of memory")
+
+    with pytest.raises(MemoryError):
+        make(tmp_path, eval_every=3).fit(total_steps=9, evaluate=evaluate)
+    resumed = make(tmp_path)
+    assert resumed.resume() and resumed.step == 3
+
+
+def test_a_time_budget_ends_with_the_rate_at_its_end(tmp_path, monkeypatch):
+    """Also on a machine that slows down to a twentieth half-way: the clock is ours, a step takes 1 ms, then 20."""
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr("llmkit.training.trainer.time", clock)
+
+    def source(step):
+        for batch in batches(step):
+            clock.now += 0.02 if step > 20 else 0.001
+            step += 1
+            yield batch
+
+    trainer = make(tmp_path, source=source)
+    last = trainer.fit(seconds=0.5)
+    assert 0.5 <= trainer.elapsed < 0.53 and trainer.step > 21
+    assert last["lr_factor"] < 0.1
+
+
+def test_the_evaluation_and_sample_that_a_kill_prevented_are_made_after_the_resumption(tmp_path):
+    def rows(folder):
+        return [
+            (row["step"], *(key for key in ("loss", "val_loss", "sample") if key in row)) for row in metrics(folder)
+        ]
+
+    asked = {"total_steps": 6, "evaluate": lambda: {"val_loss": 1.0}, "sample": lambda: "text"}
+    every = {"eval_every": 2, "sample_every": 3, "save_every": 1}
+    make(tmp_path / "whole", **every).fit(**asked)
+    for calls in (2, 3, 4, 5):  # the one of these that ends the run: of samples or evaluations
+        for kind in ("evaluate", "sample"):
+            left = iter(range(calls - 1))
+            folder = tmp_path / f"{kind}{calls}"
+
+            def ending(kind=kind, left=left):
+                if next(left, None) is None:
+                    raise ZeroDivisionError
+                return asked[kind]()
+
+            try:
+                make(folder, **every).fit(**{**asked, kind: ending})
+            except ZeroDivisionError:
+                resumed = make(folder, **every)
+                resumed.resume()
+                resumed.fit(**asked)
+            assert rows(folder) == rows(tmp_path / "whole")
+
+
+def test_a_resumed_time_budget_counts_the_time_before(tmp_path):
+    first = make(tmp_path)
+    first.fit(seconds=0.3)
+    second = make(tmp_path)
+    assert second.resume() and second.elapsed >= 0.3
+    second.fit(seconds=0.3)
+    assert second.step == first.step
