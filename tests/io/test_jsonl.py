@@ -270,7 +270,7 @@ def test_a_share_of_bad_records_bears_one_in_a_small_file_and_is_judged_while_re
         read(1, 2, 3, 4)
     size = 5000
     assert read(*range(1, 11), 2000) == 4989
-    with pytest.raises(UserError, match="11 of 1000 records"):  # not at the end
+    with pytest.raises(UserError, match="11 of 1,000 records"):  # not at the end
         read(*range(1, 11), 1000)
     with pytest.raises(UserError, match="3 of 3 records"):  # a count at once
         read(1, 2, 3, 4, most="2")
