@@ -74,7 +74,7 @@ def test_metrics_that_were_edited_are_named_or_read_as_far_as_they_are_figures(t
         ('{"step": "x"}', "a string"),
         ('{"step": []}', "a list"),
         ("5", "a number"),
-        ("\0", "not JSON"),
+        ("\0", "expected JSON"),
     ):
         place.write_text(f'{{"step": 1}}\n{line}\n')
         with pytest.raises(UserError, match=rf"metrics\.jsonl:2: .*{found}.*; mend or remove the line"):

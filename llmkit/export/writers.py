@@ -21,7 +21,7 @@ from torch import Tensor
 from llmkit.errors import UserError
 from llmkit.export import gguf_model, gguf_tokenizer
 from llmkit.io.files import atomic_file, write_json
-from llmkit.io.foreign import check_file, read_object, shown
+from llmkit.io.foreign import check_file, check_no_adapter, read_object, shown
 from llmkit.model.config import ModelConfig
 from llmkit.model.folder import CONFIG, GENERATION, SavedTensors, load_config, save_tensors, write_tensors
 from llmkit.model.weights import stock_shapes
@@ -280,6 +280,7 @@ def open_adapter(folder: str) -> Adapter:
     Raises UserError where there is none, and where it lacks rows that the model has and the base has not.
     """
     place = Path(folder) / ADAPTER
+    check_no_adapter(folder)
     if not (place / ADAPTER_CONFIG).is_file() or not (place / ADAPTER_WEIGHTS).is_file():
         raise UserError(
             f"{folder}: expected {ADAPTER}/{ADAPTER_CONFIG} and {ADAPTER}/{ADAPTER_WEIGHTS}, found no adapter; "

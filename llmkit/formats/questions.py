@@ -22,6 +22,7 @@ import orjson
 
 from llmkit.errors import UserError
 from llmkit.io.bad_records import BadRecords, good_records
+from llmkit.io.files import found_instead
 from llmkit.io.jsonl import BYTE_ORDER_MARK, array_rows, line_rows, name_of, names_of, open_input, whole_json
 from llmkit.io.records import Row, fields_of, first_of, kind_of, not_used
 
@@ -122,7 +123,9 @@ def _whole_value(first: bytes, handle: IO[bytes], name: str) -> Any:
     except orjson.JSONDecodeError as error:
         if start.count(b"\n"):
             hint = "expected JSONL without blank lines before it, an array or SQuAD's JSON"
-            raise UserError(f"{name}:{error.lineno}: {hint}: {error.msg}; mend or replace the file") from None
+            raise UserError(
+                f"{name}:{error.lineno}: {hint}, {found_instead(error)}; mend or replace the file"
+            ) from None
         return None  # the line itself is told of with its number
     return value if isinstance(value, list) or "data" in value else None
 

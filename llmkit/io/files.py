@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import json
 import os
 import shutil
 import stat
@@ -368,12 +369,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_json(path, path.read_bytes())
 
 
+def found_instead(error: json.JSONDecodeError) -> str:
+    """What stands where JSON would go on, for a message: `found '}' at column 15 (trailing comma is not allowed)`."""
+    if "UTF-8" in error.msg:
+        return "found bytes that are not UTF-8"
+    if "end of data" in error.msg or not error.doc.strip():
+        return "found the end of the text before that of the JSON"
+    return f"found {error.doc[error.pos :][:12]!r} at column {error.colno} ({error.msg})"
+
+
 def parse_json(path: Path, content: bytes) -> dict[str, Any]:
     """The JSON object that is the content of the file `path`. Raises UserError for any other."""
     try:
         value = orjson.loads(content)
     except orjson.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON, at line {error.lineno}: {error.msg}; mend or replace the file") from None
+        raise UserError(
+            f"{path}:{error.lineno}: expected JSON, {found_instead(error)}; mend or replace the file"
+        ) from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {kind_of(value)}")
     return value

@@ -50,6 +50,22 @@ def read_file(path: Path, largest: int = LARGEST_CONFIG) -> bytes:
     return path.read_bytes()
 
 
+def check_no_adapter(folder: str | os.PathLike[str]) -> None:
+    """Raise UserError for the folder of an adapter, where a whole model is wanted."""
+    place = Path(folder)
+    if not (place / "adapter_config.json").is_file() or (place / "config.json").is_file():
+        return
+    merged = place.absolute().parent
+    if (merged / "config.json").is_file():
+        way = f"give {os.path.relpath(merged)}, into which it is merged; llmkit export --format adapter copies it alone"
+    else:
+        way = (
+            "give the folder of llmkit sft --lora-rank R --keep-adapter, into which it is merged, or merge it by "
+            "peft's merge_and_unload and save_pretrained"
+        )
+    raise UserError(f"{folder}: expected a whole model, found an adapter without its base; {way}")
+
+
 def read_object(path: Path, largest: int = LARGEST_CONFIG) -> dict[str, Any]:
     """The JSON object that is a file's content, as `files.read_json` does, of a file that may be anything."""
     value = parse_json(path, read_file(path, largest))

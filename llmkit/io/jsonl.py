@@ -26,7 +26,7 @@ import orjson
 from llmkit.display import stdout_bytes
 from llmkit.errors import UserError
 from llmkit.io.bad_records import BadRecords, good_records
-from llmkit.io.files import atomic_file, check_output
+from llmkit.io.files import atomic_file, check_output, found_instead
 from llmkit.io.records import Row, check_document, kind_of
 
 GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
@@ -252,7 +252,9 @@ def json_rows(handle: io.BufferedReader, path: str) -> Iterator[Row | UserError]
     except ValueError as error:
         if head[:1] == b"{":
             raise UserError(f"{name}:1: expected one JSON object a line, found {{ alone ({error})") from None
-        raise UserError(f"{name}: expected JSONL or one JSON array: {error}") from None
+        broken = isinstance(error, json.JSONDecodeError)
+        place, found = (f"{name}:{error.lineno}", found_instead(error)) if broken else (name, f"found {error}")
+        raise UserError(f"{place}: expected JSONL or one JSON array, {found}; mend or replace the file") from None
     if isinstance(values, dict):
         held = next((values[key] for key in ("examples", "data") if isinstance(values.get(key), list)), None)
         if held is None:
@@ -342,12 +344,12 @@ def json_row(line: bytes, name: str, number: int) -> Row | None:
     try:
         value = load_json(line)
     except orjson.JSONDecodeError as error:
-        found = "not UTF-8" if "UTF-8" in str(error) else str(error).split(": line ")[0]
+        found = found_instead(error)
     else:
         if isinstance(value, dict):
             return Row(value, name, number)
         found = f"found {kind_of(value)}"
-    raise UserError(f"{name}:{number}: expected one JSON object a line: {found}; mend or remove the line")
+    raise UserError(f"{name}:{number}: expected one JSON object a line, {found}; mend or remove the line")
 
 
 def _plain_document(handle: io.BufferedReader, path: str) -> Iterator[Row]:

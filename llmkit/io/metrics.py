@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 
 from llmkit.errors import UserError
-from llmkit.io.files import JSON_LINE, atomic_file, cut_torn_line
+from llmkit.io.files import JSON_LINE, atomic_file, cut_torn_line, found_instead
 from llmkit.io.foreign import check_file
 from llmkit.io.ranks import launch
 from llmkit.io.records import kind_of
@@ -67,7 +67,7 @@ def scan_metrics(path: Path, unreadable: Callable[[int, str], object] | None = N
                 if isinstance(row, dict) and not isinstance(row.get("step", 0), int):
                     wrong = f"expected an integer for 'step', found {kind_of(row['step'])}"
             except orjson.JSONDecodeError as error:
-                wrong = f"not JSON: {error}"
+                wrong = f"expected JSON, {found_instead(error)}"
             if wrong is None:
                 yield row
             elif unreadable is None:

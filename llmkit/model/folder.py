@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llmkit.errors import UserError
 from llmkit.io.files import atomic_file, write_json
-from llmkit.io.foreign import check_file, read_object, shown
+from llmkit.io.foreign import check_file, check_no_adapter, read_object, shown
 from llmkit.io.progress import counted
 from llmkit.model.config import ModelConfig, token_ids
 from llmkit.model.transformer import Transformer
@@ -40,6 +40,7 @@ def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
     try:
         values = read_object(path)
     except FileNotFoundError:
+        check_no_adapter(folder)
         raise UserError(f"{path}: not found; expected a model folder with {CONFIG}") from None
     if values.get("quantization_config"):
         raise UserError(f"{path}: a quantized checkpoint is not supported; load the original")

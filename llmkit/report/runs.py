@@ -12,7 +12,7 @@ from typing import Any
 
 from llmkit.errors import UserError
 from llmkit.io.files import PARTIAL, read_json
-from llmkit.io.foreign import read_object
+from llmkit.io.foreign import check_no_adapter, read_object
 from llmkit.io.manifest import LARGEST_MANIFEST, MANIFEST, OF_FILE, read_manifest
 from llmkit.io.metrics import METRICS
 from llmkit.io.run_folder import NOTES
@@ -177,6 +177,7 @@ def _gather_folder(found: Gathered, folder: Path, path: str) -> None:
         if not child.name.startswith("."):
             read_or_note(found.notes, lambda child=child: _gather_one(found, str(child), listed=True))
     if len(found.runs) + len(found.files) == before:
+        check_no_adapter(path)
         raise UserError(f"{path}: expected a run folder (with {MANIFEST}), or a folder of some; found none")
 
 

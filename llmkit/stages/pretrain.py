@@ -274,7 +274,10 @@ def _checked_inputs(config: PretrainConfig) -> list[str]:
     if config.model is not None:
         for item in option_fields(PretrainConfig):
             if item.name in FIXED_BY_MODEL and getattr(config, item.name) not in (None, False):
-                raise UserError(f"{flag_of(item)}: comes from the model of --from {config.model}; leave it out")
+                fixed = f"comes from the model of --from {config.model}"
+                if item.name.endswith("learning_rate"):
+                    fixed = "with --from one --learning-rate is AdamW's for all parameters"
+                raise UserError(f"{flag_of(item)}: {fixed}; leave it out")
         check_model_folder(config.model, "llmkit pretrain docs.jsonl --from base/")
     elif config.tokenizer is None:
         raise UserError("--tokenizer is required: a folder from llmkit train-bpe, such as --tokenizer tok/")

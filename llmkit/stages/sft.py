@@ -23,7 +23,7 @@ from llmkit.formats.conversations import Conversation, read_conversation
 from llmkit.io.bad_records import BadRecords
 from llmkit.io.jsonl import check_inputs, name_of, read_jsonl
 from llmkit.io.metrics import METRICS, last_figures, read_metrics
-from llmkit.io.progress import Progress, counted, quantity, say
+from llmkit.io.progress import Progress, counted, duration, quantity, say
 from llmkit.io.run_folder import RunFolder, check_model_folder
 
 if TYPE_CHECKING:
@@ -148,6 +148,7 @@ def run(config: SftConfig) -> Summary | None:
     from llmkit.training.evaluation import masked_loss, next_token_loss
     from llmkit.training.finetuning import Finetuning, answer
     from llmkit.training.inspection import show_examples
+    from llmkit.training.scaling import training_bytes
     from llmkit.training.schedule import Schedule, warn_of_long_warmup
     from llmkit.training.sharding import whole_model
 
@@ -179,7 +180,13 @@ def run(config: SftConfig) -> Summary | None:
     _say_plan(config, mixture, steps, tuning.trained_parameters, tuning.new_tokens)
     warmup_steps = (steps or STEPS_OF_A_RUN) // 20 if config.warmup_steps is None else config.warmup_steps
     warn_of_long_warmup(warmup_steps, steps, config.quiet)
+    micro_rows = config.micro_batch_size or max(1, MICRO_BATCH_TOKENS // row_tokens)
     if config.dry_run:
+        some = mixture.rows(0, 0, min(micro_rows, mixture.batch_size))
+        seconds = speed.batch_seconds(tuning.model, next_token_loss, some, len(some[0]), device)
+        memory = training_bytes(tuning.model.config, len(some[0]) * row_tokens, tuning.trained_parameters)
+        whole = "" if steps is None else f", {duration(steps * seconds * mixture.batch_size / len(some[0]))} to train"
+        say(f"about {memory / 1e9:.2f} GB of memory{whole}", config.quiet)
         return None
     identity = lasting_options(config) | {"the data": digests}
     world.check_same(identity)
@@ -193,7 +200,7 @@ def run(config: SftConfig) -> Summary | None:
         Schedule(warmup_steps, config.decay_fraction),
         batches=lambda step: mixture.prefetch(step, None, workers=config.workers),
         loss=next_token_loss,
-        micro_batch_rows=config.micro_batch_size or max(1, MICRO_BATCH_TOKENS // row_tokens),
+        micro_batch_rows=micro_rows,
         flops=flops_per_token * mixture.batch_size * row_tokens * (steps or STEPS_OF_A_RUN),
         folder=folder.work,
         options=config,

@@ -25,7 +25,16 @@ import orjson
 
 from llmkit.errors import UserError
 from llmkit.io.files import atomic_file
-from llmkit.io.foreign import LARGEST_TOKENIZER, check_file, check_tokenizer, read_file, read_object, shown, switch
+from llmkit.io.foreign import (
+    LARGEST_TOKENIZER,
+    check_file,
+    check_no_adapter,
+    check_tokenizer,
+    read_file,
+    read_object,
+    shown,
+    switch,
+)
 from llmkit.tokenizer.alphabet import byte_alphabet
 from llmkit.tokenizer.backends import TokenizersBackend, fastest_proven, proof_texts
 
@@ -356,6 +365,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not file.is_file():
         if file.exists():
             check_file(file)
+        check_no_adapter(path)
         names = sorted(os.listdir(path)) if path.is_dir() else []
         if any(name in OTHER_FORMS or name.endswith(".gguf") for name in names):
             convert = (

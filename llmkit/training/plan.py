@@ -285,10 +285,12 @@ def _plan_for_time(
     assert best is not None
     _, model, tokens, seconds = best
     if seconds <= 0:
+        scoring = (
+            f" and some {closing_tokens / (2.0 * rate):.0f} s for {counted(closing_tokens, 'token')} of validation"
+        )
         raise UserError(
-            f"--time-budget {budget:g}s: nothing is left to train in, after {seconds_used():.0f} s of preparation and "
-            f"some {closing_tokens / (2.0 * rate):.0f} s for {counted(closing_tokens, 'token')} of validation; "
-            "give more time or less validation text"
+            f"--time-budget {budget:g}s: nothing is left to train in, after {seconds_used():.0f} s of preparation"
+            f"{scoring if closing_tokens else ''}; give more time{' or less validation text' if closing_tokens else ''}"
         )
     if wishes.depth is None:
         seconds -= time.monotonic() - started

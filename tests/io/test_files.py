@@ -222,7 +222,7 @@ def test_a_json_file_holds_one_object_and_says_what_it_holds_instead(tmp_path: P
     write_json(path, {"a": 1, "b": [math.nan], "c": "ü"})
     assert read_json(path) == {"a": 1, "b": [None], "c": "ü"}
     path.write_text('{"a": 1,\n "b"}')
-    with pytest.raises(UserError, match=r"a\.json: not JSON, at line 2: .*; mend or replace the file"):
+    with pytest.raises(UserError, match=r"a\.json:2: expected JSON, found .*; mend or replace the file"):
         read_json(path)
     path.write_text("[1]")
     with pytest.raises(UserError, match=r"a\.json: expected a JSON object, found a list"):

@@ -181,7 +181,7 @@ def test_a_parent_whose_manifest_is_damaged_ends_no_run(tmp_path: Path, capsys) 
     chat = make(tmp_path / "chat", "sft", tmp_path / "base")
     assert chat["parents"] == [{"path": str(tmp_path / "base")}]
     told = capsys.readouterr().err
-    assert "manifest.json: not JSON" in told and "the manifest does not tell how" in told
+    assert "manifest.json:1: expected JSON, found" in told and "the manifest does not tell how" in told
 
 
 def test_a_file_that_is_no_longer_what_a_stage_wrote_has_no_ancestors(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_file_that_is_no_longer_what_a_stage_wrote_has_no_ancestors(tmp_path: 
 def test_a_folder_without_a_manifest_or_with_a_broken_one(tmp_path: Path) -> None:
     assert read_manifest(tmp_path) is None
     (tmp_path / "manifest.json").write_text('{"stage": ')
-    with pytest.raises(UserError, match=r"manifest\.json: not JSON, at line 1: .*; mend or replace the file"):
+    with pytest.raises(UserError, match=r"manifest\.json:1: expected JSON, found .*; mend or replace the file"):
         read_manifest(tmp_path)
 
 
@@ -274,7 +274,7 @@ def test_a_run_is_made_beside_its_place_and_can_be_resumed(tmp_path: Path, capsy
 def test_notes_that_no_run_wrote_are_one_line(tmp_path: Path, noted: str) -> None:
     folder_of(tmp_path / "base").begin({"--seed": 0})
     (tmp_path / "base.partial" / "state" / "run.json").write_text(noted)
-    with pytest.raises(UserError, match=r"base\.partial/state/run\.json: .*; start again with --force"):
+    with pytest.raises(UserError, match=r"base\.partial/state/run\.json(:1)?: .*; start again with --force"):
         folder_of(tmp_path / "base", resume=True).notes({"--seed": 0})
 
 

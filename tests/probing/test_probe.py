@@ -93,7 +93,7 @@ def test_the_language_is_the_records_or_what_its_text_shows():
     [
         (None, "r.json: expected a file of refusals that can be read: no such file"),
         ("[]", "r.json: expected a JSON object, found a list"),
-        ("{", "r.json: not JSON, at line 1"),
+        ("{", "r.json:1: expected JSON, found"),
         ("{}", "r.json: expected refusals by language, .* found none"),
         ('{"en": []}', "r.json: en: expected a list of refusals"),
         ('{"en": "No."}', "r.json: en: expected a list of refusals"),

@@ -17,11 +17,11 @@ from foreign_templates import TEMPLATES
 from foreign_templates import save as save_with_template
 from model_server import ModelServer
 from safetensors.torch import load_file, save_file
-from tiny import make_model
+from tiny import make_model, save_assistant
 
 from llmkit.errors import UserError
 from llmkit.model.folder import load_model, save_model
-from llmkit.stages import export, probe_knowledge, rl, sample, sft, train_reward
+from llmkit.stages import export, pretrain, probe_knowledge, report, rl, sample, sft, train_reward
 from llmkit.tokenizer.encoding import load_tokenizer
 
 SMALL = {
@@ -288,3 +288,27 @@ def test_the_real_folder_enters_every_stage(shared_data: Path, tmp_path: Path) -
         for form, out in (("hf", "wide"), ("gguf", "model.gguf")):
             done = export.run(export.ExportConfig(model=model, format=form, out=str(tmp_path / out), **RUN))
             assert done is not None and done.bytes > 2_000_000
+
+
+def test_the_folder_of_an_adapter_is_told_in_every_command(tmp_path):
+    """Beside the model that it is merged into, and alone, as `export --format adapter` and PEFT write it."""
+    chat = save_assistant(tmp_path / "chat", "4")
+    data = str(tmp_path / "d.jsonl")
+    Path(data).write_text('{"prompt": "2 + 2?", "answer": "4", "completion": "4", "text": "Four."}\n')
+    for place in (chat / "adapter", tmp_path / "alone"):
+        place.mkdir()
+        (place / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+        (place / "tokenizer.json").write_bytes((chat / "tokenizer.json").read_bytes())
+        way = "give .*chat, into which it is merged" if place.parent == chat else "--keep-adapter"
+        adapter, out = str(place), str(tmp_path / "out")
+        for run, config in (
+            (sample.run, sample.SampleConfig(model=adapter, prompt="x", out=out)),
+            (export.run, export.ExportConfig(model=adapter, format="gguf", out=f"{out}.gguf")),
+            (export.run, export.ExportConfig(model=adapter, format="adapter", out=out)),
+            (report.run, report.ReportConfig(runs=(adapter,), out=f"{out}.html")),
+            (rl.run, rl.RlConfig(model=adapter, data=(data,), out=out)),
+            (sft.run, sft.SftConfig(model=adapter, data=(data,), out=out)),
+            (pretrain.run, pretrain.PretrainConfig(model=adapter, inputs=(data,), out=out)),
+        ):
+            with pytest.raises(UserError, match=f"(adapter|alone): expected a whole model, found an adapter.*{way}"):
+                run(config)

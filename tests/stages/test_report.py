@@ -474,7 +474,7 @@ def test_what_is_broken_is_counted(tmp_path):
     assert "1 value was not finite" in text_of(page, ".chart .small")
     notes = "\n".join(figures["notes"])
     assert "metrics.jsonl: the last line is cut" in notes and "lines left out: 2" in notes
-    assert "rows without a step, left out: 1" in notes and "report.json: not JSON" in notes
+    assert "rows without a step, left out: 1" in notes and "report.json:1: expected JSON" in notes
     assert "said.jsonl: 1 of 2 lines looked at are no JSON object" in notes
     assert all(note.replace(f"{tmp_path}/", "") in text_of(page, "#notes") for note in figures["notes"])
 
@@ -527,7 +527,7 @@ def test_a_folder_of_runs_stands_for_them(pipeline, tmp_path):
         ("gone", None, "found nothing there"),
         ("empty", {}, "expected a run folder"),
         ("tool", {"manifest.json": '{"name": "app", "icons": []}'}, "expected a manifest that llmkit wrote"),
-        ("torn", {"manifest.json": '{"stage": "rl"'}, "not JSON"),
+        ("torn", {"manifest.json": '{"stage": "rl"'}, "expected JSON"),
         ("list", {"manifest.json": "[]"}, "expected a JSON object, found a list"),
         ("notes.txt", "hello", "expected a file that a stage has written, found no JSON object a line"),
         ("data.jsonl", '{"a": 1}\n', "expected a file that a stage has written, found a record with ['a']"),

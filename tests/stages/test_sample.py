@@ -446,7 +446,7 @@ def test_a_run_of_another_model_or_other_options_is_not_resumed(folder, tmp_path
     ("line", "message"),
     [
         ("{", r"bad.jsonl:2: expected one JSON object"),
-        ("[1]", r"bad.jsonl:2: expected one JSON object a line: found a list"),
+        ("[1]", r"bad.jsonl:2: expected one JSON object a line, found a list"),
         ('{"text": "a"}', r"bad.jsonl:2: expected field 'prompt' .*found \['text'\]"),
         ('{"prompt": 3}', r"bad.jsonl:2: expected 'prompt' to be text or messages, found a number"),
         ('{"prompt": null}', r"bad.jsonl:2: expected field 'prompt' or 'messages'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -259,6 +260,11 @@ def test_dry_run_says_what_would_be_done(base, chats, llmkit):
     done = llmkit("sft", base, "--data", chats, "--dry-run")
     assert done.returncode == 0 and not done.stdout
     assert "parameters are trained; 11 tokens are new to the model" in done.stderr
+    assert re.search(r"about 0\.\d+ GB of memory, \d+s to train", done.stderr)
+    long = llmkit("sft", base, "--data", chats, "--tokens", "9e18", "--dry-run").stderr
+    assert "GB of memory, over 1000 days to train" in long
+    told = llmkit("sft", base, "--data", chats, "--loss", "all", "--limit", "3", "--dry-run").stderr
+    assert re.search(r"examples?, (\d+) tokens, \1 of them", told)  # the first is predicted by nothing
 
 
 def test_the_plan_tells_when_a_step_takes_more_than_the_data(base, chats, tmp_path, llmkit):

@@ -140,7 +140,7 @@ def test_a_small_corpus_gives_a_smaller_vocabulary_padded_to_a_multiple_of_64(ll
         (b'{"text": "a"}\n\nhello\n', "docs.jsonl:3: expected one JSON object a line"),
         (b'{"text": "a"}\n{"body": "b"}\n', "docs.jsonl:2: expected field 'text' (a document), found ['body']"),
         (b'{"text": ["a"]}\n', "docs.jsonl:1: expected 'text' to be a string, found a list"),
-        (b'{"text": "caf\xe9"}\n', "docs.jsonl:1: expected one JSON object a line: not UTF-8"),
+        (b'{"text": "caf\xe9"}\n', "docs.jsonl:1: expected one JSON object a line, found bytes that are not UTF-8"),
         (b'{"text": "a"}\n{"text": "\\ud800"}\n', "docs.jsonl:2: "),
     ],
 )

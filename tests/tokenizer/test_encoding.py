@@ -306,7 +306,7 @@ def test_what_is_no_tokenizer_is_refused_by_name(tmp_path):
             load_tokenizer(tmp_path)
     byte_level().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(UserError, match=r"tokenizer_config\.json: not JSON"):
+    with pytest.raises(UserError, match=r"tokenizer_config\.json:1: expected JSON"):
         load_tokenizer(tmp_path)
 
 

@@ -107,7 +107,7 @@ def test_contradicting_horizons_are_refused():
 
 
 def test_a_budget_that_is_over_before_training_is_refused():
-    with pytest.raises(UserError, match="--time-budget 5s: nothing is left to train in, after 6 s of preparation"):
+    with pytest.raises(UserError, match=r"after 6 s of preparation; give more time$"):
         plan(speed=machine(1e11), time_budget=5, used=6.0)
 
 
