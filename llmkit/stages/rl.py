@@ -83,7 +83,9 @@ class RlConfig(TuningConfig, ToolConfig, ServedConfig):
         group="Algorithm",
         choices=("grpo", "dr-grpo", "dapo", "rloo", "reinforce++", "gspo"),
     )
-    updates: int = option(1, "Optimizer updates per step, all on the same attempts.", group="Algorithm", at_least=1)
+    updates: int = option(
+        1, "Optimizer updates per step, all on the same attempts.", group="Algorithm", at_least=1, at_most=100
+    )
     clip_low: float | None = option(
         None, "Lower clip bound: 1 - VALUE [by algorithm].", group="Algorithm", above=0, at_most=1
     )

@@ -20,6 +20,9 @@ REPEATS_WORTH = 15.4  # epochs, see predicted_loss
 TOKENS_PER_PARAMETER = 20
 LONGEST_CONTEXT, ROWS_OF_STEP = 2048, 8  # of a context that is chosen by the documents
 ANCHOR_TOKENS, ANCHOR_BATCH = 20e6, 8192  # about where the rates were tried [x]
+# Above it a batch saves no steps, it only costs tokens (McCandlish et al. 2018, arXiv 1812.06162: the critical batch).
+# The rule for it is known up to the longest trainings, of 36T tokens (Qwen3): 2M. At 1e18 it would say 103M.
+LARGEST_BATCH = 2**21
 ADAMW_RATE, ADAMW_WIDTH = 2e-3, 256  # of a model that has been trained, falling with the root of the width [x]
 
 
@@ -84,7 +87,7 @@ class Recipe:
 def recipe(tokens: float, hidden_size: int, sequence_length: int, batch_tokens: int | None = None) -> Recipe:
     """Batch ~ tokens^0.383 (nanochat, after Power Lines, arXiv 2505.13738), rates ~ sqrt(batch), anchors [x]."""
     if batch_tokens is None:
-        batch_tokens = round(ANCHOR_BATCH * (tokens / ANCHOR_TOKENS) ** 0.383)
+        batch_tokens = min(LARGEST_BATCH, round(ANCHOR_BATCH * (tokens / ANCHOR_TOKENS) ** 0.383))
     batch_tokens = max(1, round(batch_tokens / sequence_length)) * sequence_length
     boost = math.sqrt(batch_tokens / ANCHOR_BATCH)
     width = (hidden_size / 256) ** -0.5

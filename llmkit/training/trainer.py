@@ -80,8 +80,9 @@ class TrainerSettings:
 
 class Trainer:
     """See the module. Raises UserError when the loss is not a number or stays far above its average or its beginning,
-    or a weight outgrows half precision, and Interrupted when SIGINT, SIGTERM or SIGHUP arrives. Whatever ends a run,
-    the steps that it made are saved first, where their weights are fit for it."""
+    or a weight outgrows half precision, and Interrupted when SIGINT, SIGTERM or SIGHUP arrives: the step in which it
+    comes is given up. Whatever ends a run, the steps that it made are saved first, where their weights are fit for it.
+    """
 
     def __init__(
         self,
@@ -108,6 +109,7 @@ class Trainer:
         self.evaluated_step = self.sampled_step = -1
         self.saved_step, self.saved_at = -1, time.monotonic()
         self._updates = 0  # of the optimizer, when the last step was whole
+        self._signals = Signals()
         self.stopping = False  # set by an evaluation that has seen enough
 
     @property
@@ -155,6 +157,7 @@ class Trainer:
             try:
                 totals, targets = [], 0
                 for done in range(0, rows, at_once):
+                    self._heed_signals()
                     start, last = first + done, done + at_once >= rows
                     part = tuple(array[start : min(start + at_once, stop)] for array in batch)
                     if not len(part[0]):  # FSDP wants all processes to compute as often
@@ -187,6 +190,11 @@ class Trainer:
                     f"memory ran out; micro-batch is now {counted(self.micro_batch_rows, 'sequence')}",
                     self.settings.quiet,
                 )
+
+    def _heed_signals(self) -> None:
+        """Give the step up where a signal has come to any process, unless it has updated the weights already."""
+        if self.optimizer.count == self._updates and world().sum(float(self._signals.arrived))[0] > 0:
+            raise StepGivenUp
 
     def _guard(self, loss: float, norm: float) -> None:
         """Stop before the update that would spoil the weights."""
@@ -263,22 +271,22 @@ class Trainer:
         since, since_tokens, last = started, self.tokens, {}
         batches = self.batches(self.step)
         bar = Progress("training", 1.0, quiet=self.settings.quiet)
-        with log, interruptible() as interrupted, self._saving(), bar:
+        with log, self._signals.noted(), self._saving(), bar:
             bar.advance(progress())
             if evaluate is not None and self._evaluation_due(evaluate_first) and self.evaluated_step != self.step:
                 self._evaluate(evaluate, log)
             if sample is not None and self.step > 0 and self._due(self.settings.sample_every):
                 self._sample(sample, log)
             while not self.stopping and (reached := progress()) < 1:
-                self._updates = self.optimizer.count
-                batch = next(batches, None)
+                with self._signals.at_once():
+                    batch = next(batches, None)
                 if batch is None:
                     break
                 last = self.train_step(batch, reached)
                 self._updates = self.optimizer.count
                 last |= describe() if describe is not None else {}
                 now = time.monotonic()
-                stopped, late = self._agree(interrupted(), before + now - started)
+                stopped, late = self._agree(self._signals.arrived, before + now - started)
                 if self.step % self.settings.log_every == 0:
                     rate = (self.tokens - since_tokens) / max(now - since, 1e-9)
                     since, since_tokens = now, self.tokens
@@ -323,10 +331,7 @@ class Trainer:
     ) -> None:
         settings = self.settings
         if interrupted:
-            self.save(wait=True)
-            raise Interrupted(
-                f"stopped after step {self.step}; saved in {self.checkpoints.folder}; go on with --resume"
-            )
+            raise StepGivenUp  # the next one
 
         evaluates = evaluate is not None and self._due(settings.eval_every)
         # a run that dies in its evaluation must not lose its training: save first (nanochat #446)
@@ -338,7 +343,9 @@ class Trainer:
             self._sample(sample, log)
 
     def _evaluate(self, evaluate: Callable[[], Mapping[str, float]], log: MetricsLog) -> None:
-        self.scores, self.evaluated_step = dict(evaluate()), self.step
+        with self._signals.at_once():
+            scores = dict(evaluate())
+        self.scores, self.evaluated_step = scores, self.step
         log.write({"step": self.step, "tokens": self.tokens, **self.scores})
         figures = ", ".join(f"{name} {value:.4f}" for name, value in self.scores.items())
         say(f"step {self.step}: {figures}", self.settings.quiet)
@@ -346,7 +353,9 @@ class Trainer:
     def _sample(self, sample: Callable[[], str], log: MetricsLog) -> None:
         if self.sampled_step == self.step:
             return
-        text, self.sampled_step = sample(), self.step
+        with self._signals.at_once():
+            text = sample()
+        self.sampled_step = self.step
         log.write({"step": self.step, "sample": text})
         say(f"step {self.step} sample: {text!r}", self.settings.quiet)
 
@@ -369,9 +378,12 @@ class Trainer:
         except (SavedError, Interrupted):
             raise
         except (Exception, KeyboardInterrupt) as error:
+            shared = world().size == 1 or isinstance(error, SharedError | StepGivenUp)
+            if shared and self.step == 0 and isinstance(error, KeyboardInterrupt):
+                raise Interrupted("stopped in the first step, so nothing is saved; --resume begins again") from None
             if self.step == 0 or self.optimizer.count != self._updates:
                 raise
-            if world().size == 1 or isinstance(error, SharedError):
+            if shared:
                 self.optimizer.discard()
                 try:
                     self.save(wait=True)
@@ -470,27 +482,49 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return "can't allocate memory" in str(error) or "out of memory" in str(error)
 
 
-@contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Yield a function that tells whether SIGINT, SIGTERM or SIGHUP (a closed terminal) has arrived; a second Ctrl-C
-    acts at once. SIGHUP stays ignored where it is, as under nohup."""
-    arrived: list[int] = []
+class StepGivenUp(KeyboardInterrupt):
+    """Raised between two micro-batches, or two steps, in all processes of a job alike, where a signal has come."""
 
-    def note(number: int, frame: object) -> None:
-        arrived.append(number)
+
+class Signals:
+    """Whether SIGINT, SIGTERM or SIGHUP (a closed terminal) has arrived."""
+
+    def __init__(self) -> None:
+        self.arrived = self._acts = False
+
+    def _note(self, number: int, frame: object) -> None:
+        self.arrived = True
         if world().size == 1:  # torchrun sends a second one on its own
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self._acts:
+            raise KeyboardInterrupt
 
-    try:
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            numbers.append(signal.SIGHUP)
-        former = {number: signal.signal(number, note) for number in numbers}
-    except ValueError:  # not in the main thread: the caller's signals are not ours
-        yield lambda: False
-        return
-    try:
-        yield lambda: bool(arrived)
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note signals that come meanwhile; a second Ctrl-C acts at once. SIGHUP stays ignored where it is, as under
+        nohup."""
+        try:
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+                numbers.append(signal.SIGHUP)
+            former = {number: signal.signal(number, self._note) for number in numbers}
+        except ValueError:  # not in the main thread: the caller's signals are not ours
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Let a signal end what is inside, which may take hours and changes no weights, as Ctrl-C does. In a job of
+        several processes, which must agree, it waits."""
+        self._acts = world().size == 1
+        try:
+            if self._acts and self.arrived:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._acts = False

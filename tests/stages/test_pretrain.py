@@ -158,9 +158,29 @@ def test_sigterm_saves_and_exits_130(corpus, llmkit, tmp_path):
     process.send_signal(signal.SIGTERM)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 130
-    assert "saved in" in error and "--resume" in error.splitlines()[-1] and "Traceback" not in error
+    assert "saved after step" in error and "--resume" in error.splitlines()[-1] and "Traceback" not in error
     assert list((tmp_path / "base.partial" / "state").glob("step-*"))
     assert not out.exists()
+
+
+def test_sigterm_in_a_long_step_gives_it_up_and_the_resumed_run_is_equal(corpus, llmkit, tmp_path):
+    """It waited for the end of the step, which a batch of millions of tokens made endless."""
+    long = ["--max-steps", "2", "--batch-tokens", "40k", "--micro-batch-size", "8"]
+    assert llmkit(*arguments(corpus, tmp_path / "whole", *long)).returncode == 0
+    out = tmp_path / "base"
+    command = [sys.executable, "-m", "llmkit", *arguments(corpus, out, *long)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "base.partial" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, error
+    assert "stopped; saved after step 1 in" in error.splitlines()[-1] and "Traceback" not in error
+    assert len(metrics.read_text().splitlines()) == 1
+    assert llmkit(*command[3:], "--resume").returncode == 0
+    assert weights(out) == weights(tmp_path / "whole")
+    assert losses(out) == losses(tmp_path / "whole")
 
 
 def test_resuming_a_finished_run_is_no_work_and_no_mistake(base, corpus, llmkit):

@@ -116,6 +116,12 @@ def test_rates_grow_with_the_root_of_the_batch():
     assert large.matrix_learning_rate == pytest.approx(2 * small.matrix_learning_rate)
 
 
+def test_no_number_of_tokens_makes_a_batch_of_a_hundred_million() -> None:
+    assert scaling.recipe(15e12, 256, 256).batch_tokens < scaling.LARGEST_BATCH
+    assert scaling.recipe(1e18, 256, 256).batch_tokens == scaling.LARGEST_BATCH
+    assert scaling.recipe(1e18, 256, 256, 2**23).batch_tokens == 2**23  # what is asked for is asked for
+
+
 def test_active_parameters_are_those_of_the_matrices():
     from llmkit.model.transformer import Transformer
 

@@ -155,20 +155,56 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path):
     assert all(a["step"] == b["step"] and a["loss"] == b["loss"] for a, b in pairs)
 
 
-def test_a_signal_saves_first(tmp_path):
-    def source(step):
-        for batch in batches(step):
-            if step == 5:
-                os.kill(os.getpid(), signal.SIGTERM)
-            step += 1
-            yield batch
+def signal_at(call, made):
+    """A function that sends SIGTERM to this process at its call of that number, and gives back what `made` does."""
+    calls = []
 
-    trainer = make(tmp_path, source=source)
-    with pytest.raises(Interrupted, match=r"stopped after step 6; saved in .*state; go on with --resume"):
-        trainer.fit(total_steps=100)
-    resumed = make(tmp_path)
+    def called(*arguments):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return made(*arguments)
+
+    return called
+
+
+@pytest.mark.parametrize("moment", ["a batch is made", "between micro-batches", "an evaluation", "a sample"])
+def test_a_signal_gives_up_what_is_begun_and_keeps_the_steps_before(tmp_path, moment):
+    make(tmp_path / "whole").fit(total_steps=9)
+    trainer = make(tmp_path / "cut", rows=4, sample_every=6, eval_every=6)
+    more = {}
+    if moment == "a batch is made":
+        trainer.batches = lambda step: map(signal_at(7, lambda batch: batch), batches(step))
+    elif moment == "between micro-batches":
+        trainer.loss = signal_at(13, squared_error)
+    elif moment == "an evaluation":
+        more["evaluate"] = signal_at(1, dict)
+    else:
+        more["sample"] = signal_at(1, str)
+    with pytest.raises(Interrupted, match=r"stopped; saved after step 6 in .*state; go on with --resume"):
+        trainer.fit(total_steps=9, **more)
+    resumed = make(tmp_path / "cut")
     assert resumed.resume() and resumed.step == 6
     assert torch.equal(resumed.model.weight, trainer.model.weight)
+    resumed.fit(total_steps=9)
+    whole = make(tmp_path / "whole")
+    assert whole.resume()
+    torch.testing.assert_close(whole.model.weight, resumed.model.weight)
+
+
+def test_a_signal_in_the_first_step_leaves_nothing_to_go_on_from(tmp_path):
+    trainer = make(tmp_path, rows=4)
+    trainer.loss = signal_at(1, squared_error)
+    with pytest.raises(Interrupted, match=r"stopped in the first step, so nothing is saved; --resume begins again"):
+        trainer.fit(total_steps=9)
+    assert not make(tmp_path).resume()
+
+
+def test_a_step_whose_weights_are_updated_is_finished_first(tmp_path):
+    trainer = make(tmp_path, updates_per_batch=3)
+    trainer.loss = signal_at(5, squared_error)
+    with pytest.raises(Interrupted, match=r"saved after step 2"):
+        trainer.fit(total_steps=9)
 
 
 def test_a_loss_that_is_no_number_stops_before_the_update(tmp_path):
