@@ -37,6 +37,10 @@ STEP = 1 << 16  # of compressed bytes unpacked at once: at most 68 MB come out
 MAX_HEADER = 1 << 16
 OVERLAP = 1 << 13  # the start of a record that lies across two blocks; the longest header line of an ARC file
 FOREVER = 1 << 62
+# Members that turn out to be none may cost so many bytes of unpacking for each byte passed over, an attempt at least
+# 16 kB, beyond a first 64 MB: what begins like a member every ten bytes, or like one that is damaged far behind, would
+# take minutes. Of noise, four bytes in 2^29 begin so.
+WASTE, LEAST_WASTE, FIRST_WASTE = 16, 1 << 14, 1 << 26
 
 GZIP_START = re.compile(rb"\x1f\x8b\x08[\x00-\x1f]")
 BLANK_LINE = re.compile(rb"\n\r?\n")
@@ -187,16 +191,11 @@ def beginning(window: Window) -> bytes:
         return bytes(ahead[:STEP])
     unpacked, inflater = b"", inflating.decompressobj(31)
     with suppress(*GZIP_ERRORS):
-        for begin in range(0, min(len(ahead), STEP), 512):
+        for begin in range(0, min(len(ahead), OVERLAP), 512):
             unpacked += inflater.decompress(ahead[begin : begin + 512])
             if inflater.eof or len(unpacked) > OVERLAP:
                 break
     return unpacked
-
-
-def bytes_without_member(window: Window, arc: bool) -> int:
-    """0 where a gzip member starts ahead that begins with a record, else 1."""
-    return 0 if (ARC_START if arc else WARC_START).match(beginning(window)) else 1
 
 
 class Frames:
@@ -217,6 +216,7 @@ class Frames:
         self.ended: int | None = None
         self._start = _ARC_LINE if self.arc else WARC_START
         self._exact, self._lost = exact, False
+        self._wasted, self._wasted_until = 0, window.position  # bytes unpacked in vain, and where that was counted
 
     def __iter__(self) -> Iterator[Frame]:
         window, data = self.window, None
@@ -321,10 +321,12 @@ class Frames:
         while not inflater.eof:
             step = window.look(at + STEP)[at : at + STEP]
             if not step:
+                self._wasted += max(at, size)
                 return "truncated"
             try:
                 part = inflater.decompress(step)
             except GZIP_ERRORS:
+                self._wasted += max(at + len(step), size)
                 return "damaged"
             at += len(step) - len(inflater.unused_data)
             size += len(part)
@@ -338,8 +340,19 @@ class Frames:
 
     def _find(self) -> bool:
         if self.packed:
-            return find(self.window, self.stop, GZIP_START, lambda window: bytes_without_member(window, self.arc))
+            return find(self.window, self.stop, GZIP_START, self._bytes_without_member)
         return find(self.window, self.stop, self._start, lambda window: bytes_without_record(window, self.arc))
+
+    def _bytes_without_member(self, window: Window) -> int:
+        """0 where a gzip member starts ahead that begins with a record, else how many bytes are passed over."""
+        self._wasted = max(0, self._wasted - WASTE * (window.position - self._wasted_until))
+        self._wasted_until = window.position
+        if self._wasted > FIRST_WASTE:
+            return 1 + (self._wasted - FIRST_WASTE) // WASTE
+        if (ARC_START if self.arc else WARC_START).match(beginning(window)):
+            return 0
+        self._wasted += LEAST_WASTE
+        return 1
 
     def _resume(self) -> None:
         """Look for the next record, past a byte that starts none."""

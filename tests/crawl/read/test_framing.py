@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import io
 import random
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkit.crawl.page import Page, Skipped
+from llmkit.crawl.read import framing
 from llmkit.crawl.read.inputs import Seam, cut_spans, read_span
 from llmkit.errors import UserError
 
@@ -275,3 +278,37 @@ def test_real_pages_are_those_that_fastwarc_reads(shared_data, span_bytes):
         else:
             expected.append((one.stream_pos, str(one.record_type)))
     assert read(path, span_bytes=span_bytes) == expected
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        b"\x1f\x8b\x08\x00",
+        b"\x1f\x8b\x08\x08" + bytes(6) + b"name",
+        b"\x1f\x8b\x08\x04" + bytes(6) + b"\xff\xff",
+        # a stored block of 65,535 bytes, whose end meets the header of another one, and so on to the end of the file
+        b"\x1f\x8b\x08\x00" + bytes(6) + b"\x00\xff\xff\x00\x00WARC/1.0\r\nWARC-Type: a\r\n".ljust(43, b"x"),
+    ],
+)
+def test_what_begins_like_members_a_million_times_is_passed_over(monkeypatch: pytest.MonkeyPatch, piece: bytes) -> None:
+    """Each was unpacked as far as it went: 3 s a megabyte, and of the last kind the square of the length."""
+    member = gzip.compress(b"WARC/1.0\r\nWARC-Type: response\r\nContent-Length: 4\r\n\r\nabcd\r\n\r\n")
+    given = 0
+
+    class Counting:
+        def __init__(self, bits: int) -> None:
+            self.inflater = zlib.decompressobj(bits)
+            self.eof, self.unused_data = False, b""
+
+        def decompress(self, data: bytes) -> bytes:
+            nonlocal given
+            given += len(data)
+            found = self.inflater.decompress(data)
+            self.eof, self.unused_data = self.inflater.eof, self.inflater.unused_data
+            return found
+
+    monkeypatch.setattr(framing, "inflating", type("Library", (), {"decompressobj": Counting}))
+    hostile = piece * (3_000_000 // len(piece))
+    found = [data for _, data in framing.Frames(framing.Window(io.BytesIO(member + hostile + member * 50)), "warc.gz")]
+    assert isinstance(found[0], bytes) and isinstance(found[-1], bytes)
+    assert given < 120_000_000 + 17 * len(hostile)
