@@ -9,7 +9,7 @@ import numpy as np
 from selectolax.lexbor import LexborHTMLParser
 
 from llmkit.crawl.extract.block_model import best_blocks, shipped_model
-from llmkit.crawl.extract.blocks import BlockTree, cut_blocks
+from llmkit.crawl.extract.blocks import TAG_BITS, BlockTree, cut_blocks
 from llmkit.crawl.extract.charset import decode_html, utf8_html
 from llmkit.crawl.extract.features import NameWeights
 from llmkit.crawl.extract.limits import PageLimitError, check_size
@@ -21,6 +21,9 @@ __all__ = ["EXTRACTORS", "FAVOURS", "Extraction", "Extractor", "decode_html"]
 EXTRACTORS = ("model", "fast", "trafilatura")
 # the beta of the F score that the model's choice of blocks aims at
 FAVOURS = {"balance": 1.0, "precision": 0.5, "recall": 2.0}
+# a page of so few blocks does not say again what its heading says; what the model learnt from mostly has none
+_FEW_BLOCKS = 3
+_HEADINGS = sum(TAG_BITS[tag] for tag in ("h1", "h2", "h3", "h4"))
 # the page's text gives way to its JSON-LD's where it is shorter than this part of it
 ARTICLE_SHARE = 0.5
 _BOILERPLATE = "script,style,noscript,template,svg,head,nav,header,footer,aside,form,button,iframe,select,textarea"
@@ -77,11 +80,18 @@ class Extractor:
         return told if len(text) < ARTICLE_SHARE * len(told) else text, tree.title
 
     def keep(self, tree: BlockTree, probabilities: np.ndarray) -> np.ndarray:
-        """bool (blocks,): which blocks of a page are its main text, given the model's probabilities."""
+        """bool (blocks,): which blocks of a page are its main text, given the model's probabilities.
+
+        A heading right above the text of a short page is kept with it.
+        """
         if self.threshold is not None or len(probabilities) == 0:
             return probabilities >= (self.threshold or 0)
         words = np.array([1 + text.count(" ") for text in tree.blocks.text])
-        return best_blocks(probabilities, words, FAVOURS[self.favour])
+        keep = best_blocks(probabilities, words, FAVOURS[self.favour])
+        if keep.sum() <= _FEW_BLOCKS:
+            heading = tree.elements.tags[tree.blocks.leaf] & _HEADINGS > 0
+            keep[:-1] |= heading[:-1] & keep[1:] & ~heading[1:]
+        return keep
 
     def _by_trafilatura(self, page: bytes, url: str | None) -> tuple[str, str | None]:
         check_size(page)

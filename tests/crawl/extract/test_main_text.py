@@ -127,6 +127,14 @@ def test_the_threshold_and_what_is_favoured_move_how_much_is_kept() -> None:
     assert kept["precision"] < kept["recall"]
 
 
+@pytest.mark.parametrize("tag", ["h1", "h2"])
+def test_a_page_of_two_sentences_keeps_its_heading(tag: str) -> None:
+    text = "Flour, water, salt, and a night of patience: that is all it takes. Write to the baker for the rest."
+    menu, footer = "<nav>Home | Shop | About us | Log in</nav>", "<footer>\u00a9 2026 All rights reserved</footer>"
+    page = f"{menu}<article><{tag}>Bread</{tag}> <p>{text}</p></article><h2>Newsletter</h2>{footer}"
+    assert Extractor().extract(page).text == f"Bread\n{text}"
+
+
 def test_blocks_are_chosen_for_the_best_f1_that_can_be_expected() -> None:
     """Against all subsets: with independent blocks the sums give the F1 of expectations exactly."""
     generator = np.random.default_rng(0)
