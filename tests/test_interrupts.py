@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from llmkit.crawl import workers
-from llmkit.tokenizer import processes, template_worker
-from llmkit.tokenizer.patterns import find_pattern
+from llmkit.io import pool
+from llmkit.tokenizer import template_worker
 
 
 def held(pid: int) -> bool:
@@ -21,15 +20,12 @@ def held(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc here")
-@pytest.mark.parametrize("kind", ["crawl", "counting", "template", "latex"])
+@pytest.mark.parametrize("kind", ["pool", "template", "latex"])
 def test_a_process_that_we_start_never_sees_ctrl_c(kind: str) -> None:
     """One that was still importing ended with a traceback between our messages."""
-    if kind == "crawl":
-        child = workers._Child(dict)
+    if kind == "pool":
+        child = pool.Child(dict)
         close = child.close
-    elif kind == "counting":
-        child = processes._Child(find_pattern("llama3"))
-        close = child.stop
     elif kind == "template":
         child = template_worker.Renderer("{{ messages }}")
         child._start()
@@ -49,7 +45,6 @@ def test_a_process_that_we_start_never_sees_ctrl_c(kind: str) -> None:
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
-@pytest.mark.parametrize("code", [workers._CHILD, processes._CHILD])
-def test_a_process_whose_parent_was_interrupted_says_nothing(code: str) -> None:
-    done = subprocess.run([sys.executable, "-c", code], input=b"", capture_output=True)
+def test_a_process_whose_parent_was_interrupted_says_nothing() -> None:
+    done = subprocess.run([sys.executable, "-c", pool.CHILD], input=b"", capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")

@@ -35,8 +35,8 @@ from llmkit.crawl.parts import Part
 from llmkit.crawl.read.inputs import Seam
 from llmkit.crawl.recipe import Recipe
 from llmkit.crawl.state import State, write_span
-from llmkit.crawl.workers import AHEAD, Work, WorkerDied, place
 from llmkit.errors import UserError
+from llmkit.io.pool import AHEAD, Work, WorkerDied
 from llmkit.io.ranks import available_cores
 
 RETRIES = 3
@@ -169,9 +169,9 @@ def _got(ray: Any, span: Span, reference: Any) -> Worked:
     try:
         worked = ray.get(reference)
     except ray.exceptions.WorkerCrashedError:
-        raise WorkerDied(f"{place(span)}: the process that worked on this was ended {RETRIES + 1} times") from None
+        raise WorkerDied(f"{span}: the process that worked on this was ended {RETRIES + 1} times") from None
     except ray.exceptions.OutOfMemoryError:
-        raise WorkerDied(f"{place(span)}: not enough memory for this; fewer --workers need less") from None
+        raise WorkerDied(f"{span}: not enough memory for this; fewer --workers need less") from None
     if worked.mistake is not None:
         raise UserError(worked.mistake)
     return worked
@@ -188,7 +188,7 @@ def _work_on(span: Span, made: list[Any], file: str, folder: str) -> Worked:
     try:
         if made[0] not in _works:
             _works[made[0]] = pickle.loads(ray.get(made[0]))()
-        return _worked(write_span(Path(file), span, _works[made[0]].parts(span)))
+        return _worked(write_span(Path(file), span, _works[made[0]](span)))
     except UserError as error:
         return Worked(None, None, 0, None, str(error))
 

@@ -19,9 +19,9 @@ from llmkit.crawl.pipeline import DUPLICATES
 from llmkit.crawl.read.inputs import Seam
 from llmkit.crawl.recipe import Recipe
 from llmkit.crawl.state import State
-from llmkit.crawl.workers import Work, in_order
 from llmkit.io.files import JSON_LINE
 from llmkit.io.jsonl import dump_json, load_json, name_of
+from llmkit.io.pool import Work, in_order
 
 BAD = ("bad_json", "no_text", "bad_file", "truncated", "damaged")  # reasons of records that were to be read
 
@@ -130,7 +130,7 @@ def collect(
     """
     done = state.has if state else lambda span: False
     seam = Seam()
-    for span, parts in in_order(spans, make, workers, done):
+    for span, parts in in_order(spans, make, workers, finished=done):
         if done(span):
             parts = state.load(span) if state else parts
         else:
@@ -163,7 +163,7 @@ def _standing(seam: Seam, span: Span, parts: Iterator[Part], make: Callable[[], 
         return
     for _ in parts:
         pass
-    yield from make().parts(again)
+    yield from make()(again)
 
 
 def size_of(span: Span) -> int:

@@ -60,3 +60,10 @@ class Span:
     def payload(self) -> bytes:
         """What travels along, as bytes: it tells the span of a pipe from another."""
         return b"".join(data if isinstance(data, bytes) else data.encode() for _, data in self.frames or ())
+
+    def __str__(self) -> str:
+        """The span as errors name it."""
+        name = "stdin" if self.path == "-" else self.path
+        if self.files:
+            return f"{self.files[0]} to {self.files[-1]}"
+        return f"{name}: from {self.start} on" if self.stop <= self.start else f"{name}: {self.start} to {self.stop}"

@@ -1,6 +1,6 @@
 """One process's side of the work: the records of a span go through the steps of the recipe, one by one.
 
-    for part in Pipeline(Recipe()).parts(span):
+    for part in Pipeline(Recipe())(span):
         ...
 
 Everything here is a function of the record and the recipe alone, so that it does not matter which process does it.
@@ -38,8 +38,8 @@ class Pipeline:
         self.near = recipe.near_duplicates
         self.tell_language = "language" in recipe.steps
 
-    def parts(self, span: Span) -> Iterator[Part]:
-        """The outcomes of a span's records, in order, a few at a time."""
+    def __call__(self, span: Span) -> Iterator[Part]:
+        """Yield the outcomes of a span's records, in order, a few at a time."""
         records = Records(span)
         size, part = FIRST_RECORDS, Part(0, [])
         texts: list[str] = []

@@ -66,7 +66,7 @@ def run(config: TrainBpeConfig) -> Summary | None:
     from llmkit.tokenizer.corpus import Corpus
     from llmkit.tokenizer.merges import train_merges
     from llmkit.tokenizer.patterns import find_pattern
-    from llmkit.tokenizer.processes import count_pieces
+    from llmkit.tokenizer.piece_counts import count_pieces
 
     # load
     started = time.monotonic()

@@ -12,23 +12,73 @@ which no places to cut are known, the pattern is asked at once and pieces are ke
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llmkit.io.pool import in_order
+from llmkit.io.ranks import available_cores
 from llmkit.tokenizer.patterns import Pattern, piece_finder
 
 END = b"\xff"
 SLICE = 4 << 20  # bytes looked at together; 1 MB and 16 MB are slower (cache, number of calls)
 KEPT_BYTES = 16 << 20  # of long chunks, before they are cut into pieces
 PENDING = 1 << 19  # counts of a slice that wait to be added up
+ALONE_BYTES = 12 << 20  # counted within this process: others take 0.2 s to start
+HANDED_OVER = 2_000_000  # counts of a process that are handed to the parent, so that many cores need little more memory
 
 Words = NDArray[np.uint64]
 Ints = NDArray[np.int64]
 Counts = tuple[Words, Words, Ints, dict[bytes, int], dict[bytes, int]]  # see PieceCounter.counts
 _MASK = np.array([(1 << 8 * i) - 1 for i in range(9)], np.uint64)  # the first i bytes of a little-endian integer
 _LETTER, _NOT_SPACE, _AFTER_END, _ANY = 1, 2, 4, 8
+
+
+def count_pieces(
+    blocks: Iterable[bytes],
+    pattern: Pattern,
+    processes: int | None = None,
+    on_progress: Callable[[int], object] = lambda size: None,
+    alone: int = ALONE_BYTES,
+    handed_over: int = HANDED_OVER,
+) -> tuple[list[bytes], Ints]:
+    """The different pieces of all blocks and how often each occurs; the work of all cores, unless told otherwise.
+
+    on_progress gets the bytes of each block once it is counted. An error raised by `blocks` passes through.
+    alone: bytes that this process counts before it starts others.
+    handed_over: counts with which another process sends what it has.
+    """
+    processes = available_cores() if processes is None else processes
+    counter, counted = PieceCounter(pattern), 0
+    blocks = iter(blocks)
+    for block in blocks:
+        counter.add(block)
+        counted += len(block)
+        on_progress(len(block))
+        if counted >= alone and processes > 1:
+            break
+    make = partial(_BlockCounter, pattern, handed_over)
+    for block, results in in_order(blocks, make, processes, name=lambda block: "counting pieces", rest=True):
+        for counts in results:
+            counter.merge(counts)
+        on_progress(len(block or b""))
+    return counter.result()
+
+
+class _BlockCounter:
+    """Counts block after block in a process of the pool; gives its counts when there are many, and at the end."""
+
+    def __init__(self, pattern: Pattern, handed_over: int) -> None:
+        self._counter, self._handed_over = PieceCounter(pattern), handed_over
+
+    def __call__(self, block: bytes | None) -> Iterator[Counts]:
+        if block is not None:
+            self._counter.add(block)
+        if block is None or self._counter.rows > self._handed_over:
+            yield self._counter.counts()
+            self._counter = PieceCounter(self._counter.pattern)
 
 
 class PieceCounter:

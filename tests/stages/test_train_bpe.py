@@ -217,10 +217,10 @@ def test_a_pattern_with_gaps_and_options_from_a_file(llmkit, corpus: Path, tmp_p
 
 def test_a_script_without_a_main_guard_may_train_in_several_processes(corpus: Path, tmp_path: Path) -> None:
     script = f"""
+from functools import partial
 from llmkit.stages.train_bpe import TrainBpeConfig, run
-from llmkit.tokenizer import processes
-processes.ALONE_BYTES = 1
-processes.available_cores = lambda: 2
+from llmkit.tokenizer import piece_counts
+piece_counts.count_pieces = partial(piece_counts.count_pieces, processes=2, alone=1)
 run(TrainBpeConfig(inputs=({str(corpus)!r},) * 3, out={str(tmp_path / "tok")!r}, vocab_size=320, quiet=True))
 """
     (tmp_path / "train.py").write_text(script)

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from llmkit.errors import UserError
 from llmkit.io.jsonl import read_jsonl
-from llmkit.tokenizer import piece_counts, processes
+from llmkit.tokenizer import piece_counts
 from llmkit.tokenizer.merges import train_merges
 from llmkit.tokenizer.patterns import NAMES, PATTERNS, Pattern, find_pattern
-from llmkit.tokenizer.piece_counts import END, PieceCounter
+from llmkit.tokenizer.piece_counts import END, PieceCounter, count_pieces
 
 GAPS = r"[a-z]+|\d"  # leaves gaps, which are pieces too
 # What the patterns treat differently, and what is easily mistaken for it.
@@ -75,36 +75,26 @@ def test_slices_and_early_cutting_change_nothing(texts: list[str], name: str, si
         assert counted(texts, pattern) == hf_pieces(texts, pattern.regex)
 
 
-@pytest.mark.parametrize("handed_over", ["2_000_000", "5"])
+@pytest.mark.parametrize("handed_over", [2_000_000, 5])
 @pytest.mark.parametrize("name", ["qwen2", GAPS])
-def test_several_processes_count_the_same(monkeypatch: pytest.MonkeyPatch, name: str, handed_over: str) -> None:
+def test_several_processes_count_the_same(name: str, handed_over: int) -> None:
     pattern = find_pattern(name)
     texts = [f"{word} number {i}, \u65e5\u672c {'long' * 9}\n" for i in range(40) for word in ("One", "zw\u00f6lf")]
     blocks = [b"".join(text.encode() + END for text in texts[i : i + 8]) for i in range(0, 80, 8)]
-    alone = processes.count_pieces(blocks, pattern, processes=1)
-    monkeypatch.setattr(processes, "ALONE_BYTES", 1)
-    start = "from llmkit.tokenizer.processes import count_in_child"
-    patched = f"from llmkit.tokenizer import processes; processes.HANDED_OVER = {handed_over}; {start}"
-    monkeypatch.setattr(processes, "_CHILD", processes._CHILD.replace(start, patched))
+    alone = count_pieces(blocks, pattern, processes=1)
     seen: list[int] = []
-    shared = processes.count_pieces(iter(blocks), pattern, processes=3, on_progress=seen.append)
+    shared = count_pieces(iter(blocks), pattern, 3, seen.append, alone=1, handed_over=handed_over)
     assert dict(zip(*alone, strict=True)) == dict(zip(*shared, strict=True)) == hf_pieces(texts, pattern.regex)
     assert sum(seen) == sum(map(len, blocks))
 
 
-def test_a_process_that_dies_is_an_error_and_a_bad_block_passes_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "ALONE_BYTES", 1)
-    blocks = [b"a" + END] * 3
-    with pytest.raises(RuntimeError, match="process that counts pieces ended"), monkeypatch.context() as patch:
-        patch.setattr(processes, "_CHILD", "import sys; sys.exit(3)")
-        processes.count_pieces(blocks, PATTERNS["qwen2"], processes=2)
-
+def test_a_bad_block_passes_through() -> None:
     def failing():
-        yield from blocks
+        yield from [b"a" + END] * 3
         raise UserError("docs.jsonl:4: no")
 
     with pytest.raises(UserError, match=r"docs\.jsonl:4"):
-        processes.count_pieces(failing(), PATTERNS["qwen2"], processes=2)
+        count_pieces(failing(), PATTERNS["qwen2"], processes=2, alone=1)
 
 
 def test_a_bad_regular_expression_is_the_users_mistake() -> None:

@@ -13,8 +13,8 @@ import pytest
 
 from llmkit.crawl.page import Span
 from llmkit.crawl.parts import Outcome, Part
-from llmkit.crawl.workers import WorkerDied, in_order
 from llmkit.errors import UserError
+from llmkit.io.pool import WorkerDied, in_order
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Echo:
     at: int = -1
     act: str = ""
 
-    def parts(self, span: Span):
+    def __call__(self, span: Span):
         for number in range(3):
             if span.index == self.at and number == 1:
                 self.misbehave()
@@ -96,7 +96,7 @@ def test_what_ends_a_process_is_told_after_what_came_before(act, error, message)
 def test_processes_end_with_the_one_who_asks():
     found = in_order(spans(50), Echo, 2)
     next(found)
-    children = [int(pid) for pid in os.popen(f"pgrep -P {os.getpid()} -f [c]rawl.workers").read().split()]
+    children = [int(pid) for pid in os.popen(f"pgrep -P {os.getpid()} -f [l]lmkit.io.pool").read().split()]
     assert len(children) == 2
     found.close()  # pyright: ignore
     for pid in children:
