@@ -27,6 +27,10 @@ class SharedError(UserError):
     """Raised in all processes of a job alike."""
 
 
+class ServerError(UserError):
+    """A server is down, or refuses; what was done until then is worth keeping."""
+
+
 class GateError(LlmkitError):
     """A gate that the user asked for (`--fail-under`, `--fail-over`) was not met."""
 

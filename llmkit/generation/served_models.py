@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from llmkit.errors import UserError
+from llmkit.errors import ServerError, UserError
 from llmkit.generation.http import MOVED, open_http_client, text_of
 from llmkit.io.progress import counted
 
@@ -43,10 +43,6 @@ MALFORMED = (ValueError, TypeError, AttributeError, KeyError, RecursionError)  #
 TOKEN_ID = "token_id:"  # what stands before the number where vLLM gives ids as the tokens' names
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # text or token ids to continue, or messages to answer
-
-
-class ServerError(UserError):
-    """The server is down, or refuses; what was done until then is worth keeping."""
 
 
 class Refused(ServerError):

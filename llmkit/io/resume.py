@@ -19,8 +19,7 @@ from typing import IO, Any, TypeVar
 
 import orjson
 
-from llmkit.errors import Interrupted, UserError
-from llmkit.generation.served_models import ServerError
+from llmkit.errors import Interrupted, ServerError, UserError
 from llmkit.io.files import cut_torn_line
 from llmkit.io.foreign import check_file, sealed, unsealed
 from llmkit.io.progress import say

@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,37 +16,17 @@ from llmkit.errors import SharedError, UserError
 from llmkit.formats.conversations import Part
 from llmkit.generation.generator import Completion, Generator, Request
 from llmkit.generation.next_token import Sampling
+from llmkit.generation.served_sampler import ServedSampler
 from llmkit.generation.tool_calls import ToolUse
 from llmkit.model.devices import is_small, one_thread
 from llmkit.model.transformer import Transformer
 from llmkit.rewards import Attempt, Weighted, total
 from llmkit.rl.problems import EncodedProblem
-from llmkit.rl.rollouts import Rollout
+from llmkit.rl.rollouts import Rollout, RolloutSettings
+from llmkit.rl.served_policy import ServedPolicy
 from llmkit.tokenizer.encoding import Tokenizer
 from llmkit.training.distributed import world
 from llmkit.training.sharding import whole_model
-
-if TYPE_CHECKING:
-    from llmkit.generation.served_sampler import ServedSampler
-    from llmkit.rl.served_policy import ServedPolicy
-
-
-@dataclass(frozen=True)
-class RolloutSettings:
-    """How attempts are made.
-
-    group_size   attempts at each problem
-    max_tokens   of an attempt
-    temperature  of sampling; nothing is truncated, so that log-probabilities are those of what was drawn from
-    stop         strings that end an attempt, beside the model's end tokens
-    seed         with a group's number and a sample's, of the random numbers
-    """
-
-    group_size: int
-    max_tokens: int
-    temperature: float = 1.0
-    stop: tuple[str, ...] = ()
-    seed: int = 0
 
 
 class Actor:

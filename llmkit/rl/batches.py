@@ -15,11 +15,11 @@ from llmkit.errors import UserError
 from llmkit.io.progress import counted
 from llmkit.model.transformer import Transformer
 from llmkit.rewards import Weighted
-from llmkit.rl.actor import Actor, RolloutSettings
+from llmkit.rl.actor import Actor
 from llmkit.rl.algorithms import Algorithm, advantages, is_informative, token_weights
 from llmkit.rl.policy_loss import PolicyLoss, reference_logprobs
 from llmkit.rl.problems import EncodedProblem
-from llmkit.rl.rollouts import Rollout, RolloutLog
+from llmkit.rl.rollouts import Rollout, RolloutLog, RolloutSettings
 from llmkit.rl.rows import PolicyRows, pack_rollouts
 from llmkit.training.distributed import world
 

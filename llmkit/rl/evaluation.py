@@ -10,10 +10,10 @@ import numpy as np
 
 from llmkit.errors import UserError
 from llmkit.rewards import Weighted, total
-from llmkit.rl.actor import Actor, RolloutSettings, score
+from llmkit.rl.actor import Actor, score
 from llmkit.rl.batches import describe
 from llmkit.rl.problems import EncodedProblem
-from llmkit.rl.rollouts import Rollout
+from llmkit.rl.rollouts import Rollout, RolloutSettings
 from llmkit.training.distributed import world
 
 FIRST_GROUP = 1 << 62  # request numbers of an evaluation, which no group in training has

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmkit.io.progress import counted, duration, quantity
-from llmkit.rl.actor import Actor, RolloutSettings
+from llmkit.rl.actor import Actor
 from llmkit.rl.algorithms import Algorithm, is_informative
 from llmkit.rl.batches import describe, handle_overlong
 from llmkit.rl.policy_loss import PolicyLoss
 from llmkit.rl.problems import EncodedProblem
+from llmkit.rl.rollouts import RolloutSettings
 from llmkit.rl.rows import pack_rollouts
 from llmkit.training.speed import batch_seconds
 

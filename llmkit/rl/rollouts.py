@@ -25,6 +25,24 @@ from llmkit.training.distributed import world
 ROLLOUTS = "rollouts.jsonl"
 
 
+@dataclass(frozen=True)
+class RolloutSettings:
+    """How attempts are made.
+
+    group_size   attempts at each problem
+    max_tokens   of an attempt
+    temperature  of sampling; nothing is truncated, so that log-probabilities are those of what was drawn from
+    stop         strings that end an attempt, beside the model's end tokens
+    seed         with a group's number and a sample's, of the random numbers
+    """
+
+    group_size: int
+    max_tokens: int
+    temperature: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+
 @dataclass
 class Rollout:
     """One attempt at a problem.

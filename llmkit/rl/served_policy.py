@@ -17,12 +17,12 @@ import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from llmkit.errors import UserError
+from llmkit.errors import ServerError, UserError
 from llmkit.generation.next_token import Sampling
-from llmkit.generation.served_models import ServerError, shortened
+from llmkit.generation.served_models import shortened
 from llmkit.generation.served_sampler import Served, ServedSampler
 from llmkit.io.files import remove
-from llmkit.rl.actor import RolloutSettings
+from llmkit.rl.rollouts import RolloutSettings
 
 KINDS = ("vllm", "sglang")  # by the owner of the model in the list of a server's models
 

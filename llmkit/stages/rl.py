@@ -186,7 +186,7 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     from llmkit.generation.tool_calls import open_tools, told_unavailable
     from llmkit.model.devices import check_batch_memory, choose_device, choose_dtype
     from llmkit.rewards.reward_models import ModelReward
-    from llmkit.rl.actor import Actor, RolloutSettings
+    from llmkit.rl.actor import Actor
     from llmkit.rl.algorithms import adapted
     from llmkit.rl.batches import BatchSettings, Collector
     from llmkit.rl.evaluation import HeldOut
@@ -195,7 +195,7 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     from llmkit.rl.policy_loss import PolicyLoss
     from llmkit.rl.problems import EncodedProblem, digest, load_problems
     from llmkit.rl.rehearsal import rehearse
-    from llmkit.rl.rollouts import ROLLOUTS, RolloutLog
+    from llmkit.rl.rollouts import ROLLOUTS, RolloutLog, RolloutSettings
     from llmkit.training import setup
     from llmkit.training.distributed import join
     from llmkit.training.scaling import training_bytes

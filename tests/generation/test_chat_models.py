@@ -9,9 +9,9 @@ import pytest
 from chat_server import ChatServer
 from tiny import save_assistant, save_folder
 
-from llmkit.errors import UserError
+from llmkit.errors import ServerError, UserError
 from llmkit.generation.chat_models import ChatSettings, Missing, open_chat_model, without_thoughts
-from llmkit.generation.served_models import ServerError, parse_address
+from llmkit.generation.served_models import parse_address
 
 SETTINGS = ChatSettings(max_tokens=32, seed=5, timeout=5.0, retries=1, concurrency=4)
 

@@ -12,8 +12,8 @@ from importlib.util import find_spec
 import pytest
 from chat_server import ChatServer
 
-from llmkit.errors import UserError
-from llmkit.generation.served_models import OpenAIClient, ServerError, parse_address
+from llmkit.errors import ServerError, UserError
+from llmkit.generation.served_models import OpenAIClient, parse_address
 
 ASKED = [{"role": "user", "content": "Hi"}]
 WANTED = {"seed": 1, "max_tokens": 8, "temperature": 0.8}

@@ -10,12 +10,11 @@ from attempts import attempt, problem
 
 from llmkit.errors import UserError
 from llmkit.rewards import Reward, Weighted
-from llmkit.rl.actor import RolloutSettings
 from llmkit.rl.algorithms import ALGORITHMS
 from llmkit.rl.batches import BatchSettings, Collector, describe, handle_overlong
 from llmkit.rl.policy_loss import PolicyLoss
 from llmkit.rl.problems import EncodedProblem
-from llmkit.rl.rollouts import RolloutLog
+from llmkit.rl.rollouts import RolloutLog, RolloutSettings
 
 
 class Verifier(Reward):

@@ -8,12 +8,12 @@ import pytest
 from attempts import attempt
 
 from llmkit.rewards import parse_rewards
-from llmkit.rl.actor import RolloutSettings
 from llmkit.rl.algorithms import ALGORITHMS
 from llmkit.rl.batches import describe
 from llmkit.rl.evaluation import HeldOut
 from llmkit.rl.monitor import Limits, Watch
 from llmkit.rl.policy_loss import PolicyLoss
+from llmkit.rl.rollouts import RolloutSettings
 
 REWARDS = [0.1, 0.9, 0.8, 0.5]  # of attempts of 2, 4, 6 and 8 tokens
 HOW = RolloutSettings(1, 8)
