@@ -1,39 +1,46 @@
-"""The laws of the house: imports go up one list, nothing heavy is imported at start, and files stay short."""
+"""The laws of the house: imports go up one list without circles, and rooms, files, functions and options stay few."""
 
 from __future__ import annotations
 
 import ast
+from collections import Counter
+from graphlib import TopologicalSorter
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from llmkit.cli import COMMANDS
+from llmkit.config import option_fields
+
 ROOT = Path(__file__).parent.parent
-# A room may import itself and the rooms above it
-ROOMS = (
-    "errors",
-    "display",
-    "config",
-    "kernels",
-    "io",
-    "formats",
-    "text",
-    "tokenizer",
-    "model",
-    "tools",
-    "report",
-    "crawl",
-    "data",
-    "generation",
-    "training",
-    "reward_model",
-    "probing",
-    "rewards",
-    "rl",
-    "export",
-    "stages",
-    "cli",
-    "__main__",
-)
+# A room may import itself and the rooms above it; its ceiling in lines, and the lines of today where these are more
+ROOMS = {
+    "errors": (60, 0),
+    "display": (90, 0),
+    "config": (420, 600),
+    "kernels": (3000, 3420),
+    "io": (1700, 2800),
+    "formats": (950, 1220),
+    "text": (600, 1240),
+    "tokenizer": (1900, 2700),
+    "model": (1350, 1680),
+    "tools": (1100, 1640),
+    "report": (1250, 1740),
+    "crawl": (4300, 5660),
+    "data": (1100, 1620),
+    "generation": (2100, 3380),
+    "training": (2500, 3180),
+    "reward_model": (800, 960),
+    "probing": (900, 1120),
+    "rewards": (1400, 2440),
+    "rl": (1350, 1760),
+    "export": (600, 800),
+    "stages": (2400, 3480),
+    "cli": (380, 560),
+    "__main__": (40, 0),
+}
+ORDER = list(ROOMS)
 AT_START = {
     "errors",
     "display",
@@ -46,9 +53,34 @@ AT_START = {
 }  # `llmkit --help` imports these
 LATER = {"stages", "cli", "__main__"}  # import the other rooms when a command runs
 HEAVY = {"torch", "numpy", "triton", "transformers", "tokenizers", "safetensors"}
-TOO_LONG: set[str] = set()  # files that may have more than 600 lines: none
-# Imports that still go down the list
-KNOWN = {"llmkit.io.resume imports llmkit.generation.served_models.ServerError, which stands below"}
+MOST_LINES, MOST_FILES = 600, 14  # of a file; of a folder
+LONGEST = 60  # lines of a function in stages/
+# What still breaks a law; each entry goes when its cause does
+CROWDED = {"generation", "training"}  # folders
+LONG = {
+    "crawl_filter.run",
+    "pretrain.run",
+    "probe_knowledge.run",
+    "rl._run",
+    "sample._run_here",
+    "sft.run",
+    "train_bpe.run",
+    "train_reward.run",
+}
+SPLATS = {"llmkit.stages.pretrain"}
+OPTIONS = {
+    "crawl-filter": 25,
+    "train-bpe": 13,
+    "pretrain": 46,
+    "sft": 46,
+    "probe-knowledge": 34,
+    "train-reward": 42,
+    "rl": 61,
+    "sample": 36,
+    "export": 9,
+    "report": 10,
+}
+DISTINCT = 144
 
 
 def modules() -> dict[str, str]:
@@ -112,7 +144,7 @@ def violations(sources: dict[str, str]) -> list[str]:
             if other is None:
                 continue
             another_stage = room == other == "stages" and target.split(".")[:3] != name.split(".")
-            if ROOMS.index(other) > ROOMS.index(room) or another_stage:
+            if ORDER.index(other) > ORDER.index(room) or another_stage:
                 wrong.append(f"{name} imports {target}, which stands below")
         start = [target for node in at_start(tree) for target in imported(name, node)]
         if room in AT_START:
@@ -124,7 +156,7 @@ def violations(sources: dict[str, str]) -> list[str]:
 
 
 def test_imports_go_up_the_list() -> None:
-    assert set(violations(modules())) == KNOWN
+    assert violations(modules()) == []
 
 
 @pytest.mark.parametrize(
@@ -167,6 +199,60 @@ def test_what_is_allowed_is_not_reported(name: str, source: str) -> None:
     assert violations({name: source}) == []
 
 
-def test_files_stay_under_600_lines() -> None:
-    long = {name for name, source in modules().items() if source.count("\n") >= 600}
-    assert long == TOO_LONG
+def test_imports_make_no_circle() -> None:
+    sources = modules()
+    asked = {
+        name: {
+            target if target in sources else target.rpartition(".")[0]
+            for node in ast.walk(ast.parse(source))
+            for target in imported(name, node)
+        }
+        & (sources.keys() - {name})
+        for name, source in sources.items()
+    }
+    TopologicalSorter(asked).prepare()  # CycleError names the circle
+
+
+def test_rooms_stay_under_their_ceilings() -> None:
+    lines = Counter[str]()
+    for name, source in modules().items():
+        lines[room_of(name) or ""] += source.count("\n")
+    assert {room: lines[room] for room, most in ROOMS.items() if lines[room] > max(most)} == {}
+
+
+def test_files_are_short_and_folders_are_small() -> None:
+    assert [name for name, source in modules().items() if source.count("\n") >= MOST_LINES] == []
+    folders = Counter(path.parent for path in (ROOT / "llmkit").rglob("*.py") if path.name != "__init__.py")
+    assert {path.name for path, count in folders.items() if count > MOST_FILES} == CROWDED
+
+
+def test_functions_of_stages_fit_a_screen() -> None:
+    long = {
+        f"{path.stem}.{node.name}"
+        for path in (ROOT / "llmkit" / "stages").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= LONGEST
+    }
+    assert long == LONG
+
+
+def test_no_option_is_handed_on_by_its_name_alone() -> None:
+    splats = {
+        name
+        for name, source in modules().items()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call)
+        for keyword in node.keywords
+        if keyword.arg is None and isinstance(keyword.value, ast.DictComp) and "getattr(config" in ast.unparse(keyword)
+    }
+    assert splats == SPLATS
+
+
+def test_the_options_of_a_command_are_counted() -> None:
+    """One more changes its number in the same commit, with the reason."""
+    names = {
+        command: [item.name for item in option_fields(getattr(import_module(module), config))]
+        for command, (module, config, _) in COMMANDS.items()
+    }
+    assert {command: len(of_command) for command, of_command in names.items()} == OPTIONS
+    assert len({name for of_command in names.values() for name in of_command}) == DISTINCT

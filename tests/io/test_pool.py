@@ -105,7 +105,7 @@ def test_processes_end_with_the_one_who_asks():
 
 
 def test_a_part_comes_through_bytes_as_it_was():
-    outcomes = [Outcome(None, None, 7, b'{"text": "\xc3\xa9\\n"}\n', b"{}\n"), Outcome("c4", "min_sentences", 9)]
+    outcomes = [Outcome(None, None, 7, b'{"text": "\xc3\xa9\\n"}\n'), Outcome("c4", "min_sentences", 9)]
     for signatures in (None, np.arange(6, dtype=np.uint64).reshape(2, 3), np.zeros(2, [("a", "u8"), ("b", "u4", 3)])):
         part = Part(2, outcomes, signatures, {"read": 0.25})
         back = Part.unpack(part.pack())
