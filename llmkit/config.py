@@ -55,6 +55,11 @@ DROPPED = {
     "write_scores": "write the documents of `crawl-filter --only extract`, and try recipes on them",
     "judge_check": "compare the judgements of --report with labels of your own",
     "calibration": "--report has the log-probability of each answer beside its judgement",
+    "match_f1": "0.7 is fixed; --judge MODEL judges otherwise",
+    "top_p": "answers are sampled at --temperature alone",
+    "center": "the weight is fixed at 0.01",
+    "min_language_score": "set [language] min_score in a recipe: --recipe FILE.toml",
+    "embedding_learning_rate": "it follows from the plan; --head-learning-rate and --learning-rate can be set",
     "gpu_price": "--dry-run tells the FLOPs, and docs/scale.md how to reckon with them",
 }
 

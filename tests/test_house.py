@@ -69,18 +69,18 @@ LONG = {
 }
 SPLATS = {"llmkit.stages.pretrain"}
 OPTIONS = {
-    "crawl-filter": 25,
+    "crawl-filter": 24,
     "train-bpe": 13,
-    "pretrain": 46,
+    "pretrain": 45,
     "sft": 46,
-    "probe-knowledge": 34,
-    "train-reward": 42,
+    "probe-knowledge": 32,
+    "train-reward": 41,
     "rl": 61,
     "sample": 36,
     "export": 9,
     "report": 10,
 }
-DISTINCT = 144
+DISTINCT = 140
 
 
 def modules() -> dict[str, str]:

@@ -26,17 +26,19 @@ def row_length(sizes: np.ndarray) -> int:
     return max(ROW_TOKENS, int(np.quantile(sizes, FITTING, method="higher")))
 
 
+# of the squared sum of a pair's scores, which holds them about 0: Eisenstein et al. 2023 (arXiv 2312.09244), section 2
+CENTER = 0.01
+
+
 class ComparisonLoss:
     """The summed loss of some rows of comparisons, and their number, as the trainer wants it.
 
-    center  weight of the squared sum of a pair's scores, which holds them about 0: Eisenstein et al. 2023
-            (arXiv 2312.09244), section 2
     seed    of the weights by which the heads of an ensemble differ: each sees a comparison a Poisson number of times,
             a bootstrap that needs no copy of the data (Oza and Russell 2001)
     """
 
-    def __init__(self, center: float, seed: int) -> None:
-        self.center, self.seed = center, seed
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
 
     def __call__(self, model: Any, rows: tuple[np.ndarray, ...]) -> tuple[Tensor, int]:
         batch = ComparisonRows(*rows)
@@ -52,10 +54,9 @@ class ComparisonLoss:
         ranks = torch.from_numpy(batch.ranks)[present].to(scores.device)
         margins = torch.from_numpy(batch.margins)[present].to(scores.device)
         loss = plackett_luce(scores, ranks, margins)
-        if self.center > 0:
-            there = ranks.isfinite().unsqueeze(-1)
-            mean = torch.where(there, scores, 0.0).sum(1) / there.sum(1)
-            loss = loss + self.center * (2 * mean).square()
+        there = ranks.isfinite().unsqueeze(-1)
+        mean = torch.where(there, scores, 0.0).sum(1) / there.sum(1)
+        loss = loss + CENTER * (2 * mean).square()
         if heads > 1:
             weights = bootstrap_weights(batch.numbers[batch.numbers >= 0], heads, self.seed)
             loss = loss * torch.from_numpy(weights).to(loss)

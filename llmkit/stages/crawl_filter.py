@@ -70,9 +70,6 @@ class CrawlFilterConfig(CommonConfig):
     only: tuple[str, ...] = option((), "Steps to take, and no others.", group="Recipe", metavar="STEP,...")
     skip: tuple[str, ...] = option((), "Steps to leave out.", group="Recipe", metavar="STEP,...")
     language: tuple[str, ...] = option((), "Languages to keep, or all [en].", group="Recipe", metavar="en[,de]|all")
-    min_language_score: float | None = option(
-        None, "Least score of a page's language [0.65].", group="Recipe", at_least=0, at_most=1
-    )
     extractor: str | None = option(
         None, "Extractor of the main text [model].", group="Recipe", choices=("model", "fast", "trafilatura")
     )
@@ -223,8 +220,6 @@ def _recipe(config: CrawlFilterConfig) -> Recipe:
         languages = () if languages == ("all",) else languages
         check_languages(languages)
         recipe = recipe.changed("language", languages=languages)
-    if config.min_language_score is not None:
-        recipe = recipe.changed("language", min_score=config.min_language_score)
     if config.extractor:
         recipe = recipe.changed("extract", extractor=config.extractor)
     if config.precision and config.recall:

@@ -45,7 +45,6 @@ FIXED_BY_MODEL = (
     "num_attention_heads",
     "num_key_value_heads",
     "tie_word_embeddings",
-    "embedding_learning_rate",
     "head_learning_rate",
 )
 MANY = 20_000_000  # tokens, of which not every run is compared with those of --val: half the time
@@ -101,9 +100,6 @@ class PretrainConfig(TrainingConfig):
         group="Training",
         above=0,
         at_most=10,
-    )
-    embedding_learning_rate: float | None = option(
-        None, "AdamW learning rate of the embedding [by the plan].", group="Training", above=0, at_most=10
     )
     head_learning_rate: float | None = option(
         None, "AdamW learning rate of the output head [by the plan].", group="Training", above=0, at_most=10

@@ -85,7 +85,6 @@ class ProbeKnowledgeConfig(RecordsConfig, CommonConfig, ServedConfig):
     samples: int = option(5, "Answers per question.", short="-n", group="Answers", at_least=1, at_most=10**6)
     max_tokens: int | None = option(64, "Tokens of an answer.", group="Answers", unit="count", at_least=1)
     temperature: float = option(0.8, "Sampling temperature.", group="Answers", at_least=0, at_most=100)
-    top_p: float | None = option(None, "Nucleus sampling: cumulative probability.", group="Answers", above=0, at_most=1)
 
     judge: str = option(
         "match",
@@ -94,13 +93,9 @@ class ProbeKnowledgeConfig(RecordsConfig, CommonConfig, ServedConfig):
         metavar="match|MODEL|openai:URL#NAME",
         reads=True,
     )
-    match_f1: float = option(
-        0.7, "With --judge match: least word F1 of a right answer.", group="Judge", above=0, at_most=1
-    )
     consistent: float = option(
         0.8, "Share of the answers to a question that must agree.", group="Judge", above=0, at_most=1
     )
-
     reply_tokens: int = option(512, "Tokens of a writer's or judge's reply.", group="Servers", unit="count", at_least=8)
 
     balance: float | None = option(
@@ -302,7 +297,7 @@ def _answering(config: ProbeKnowledgeConfig) -> Answering:
     from llmkit.generation.next_token import Sampling
     from llmkit.probing.answerers import folder_answering, served_answering
 
-    sampling = Sampling(config.temperature, top_p=config.top_p)
+    sampling = Sampling(config.temperature)
     if not config.is_served:
         return folder_answering(str(config.model), config.device, config.dtype, sampling, config.batch_size)
     return served_answering(
@@ -338,7 +333,7 @@ def _chat_models(config: ProbeKnowledgeConfig) -> dict[str, ChatModel]:
 def _judge(config: ProbeKnowledgeConfig, models: Mapping[str, ChatModel], refusals: Refusals) -> Judge:
     from llmkit.text.matching import MatchJudge
 
-    by_words = MatchJudge(config.match_f1, refusals.texts())
+    by_words = MatchJudge(refusals=refusals.texts())
     if "judge" not in models:
         return by_words
     from llmkit.probing.judges import ModelJudge

@@ -64,7 +64,6 @@ class TrainRewardConfig(TuningConfig):
         choices=("truncate", "drop", "error"),
     )
 
-    center: float = option(0.01, "Weight of the squared sum of scores, which centres them.", group="Judge", at_least=0)
     ensemble: int = option(
         1, "Heads of the ensemble; their spread is the uncertainty.", group="Judge", at_least=1, at_most=64
     )
@@ -183,7 +182,7 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
     )
     warmup_steps = steps // 20 if config.warmup_steps is None else config.warmup_steps
     warn_of_long_warmup(warmup_steps, steps, config.quiet)
-    loss = ComparisonLoss(config.center, config.seed)
+    loss = ComparisonLoss(config.seed)
     micro_rows = config.micro_batch_size or max(1, MICRO_BATCH_TOKENS // row_tokens)
     flops_per_token = tuning.model.config.flops_per_token(row_tokens)
     flops = flops_per_token * rows * row_tokens * steps

@@ -44,7 +44,6 @@ class Wishes:
     batch_tokens: int | None = None
     micro_batch_size: int | None = None
     learning_rate: float | None = None
-    embedding_learning_rate: float | None = None
     head_learning_rate: float | None = None
     weight_decay: float | None = None
     warmup_steps: int | None = None
@@ -316,7 +315,6 @@ def _filled(
     steps = wishes.max_steps or max(1, round(tokens / (rows * length)))
     chosen = {
         "matrix_learning_rate": wishes.learning_rate,
-        "embedding_learning_rate": wishes.embedding_learning_rate,
         "head_learning_rate": wishes.head_learning_rate,
         "weight_decay": wishes.weight_decay,
     }

@@ -300,9 +300,9 @@ def test_a_printed_recipe_is_read_back_and_changes_nothing(crawl, filtered, llmk
 def test_a_flag_wins_over_the_recipe_and_the_recipe_over_the_default(llmkit, tmp_path):
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
     (tmp_path / "r.toml").write_text('[language]\nlanguages = ["de", "fr"]\nmin_score = 0.3\n[c4]\nmin_sentences = 2\n')
-    arguments = ["--recipe", tmp_path / "r.toml", "--min-language-score", "0.5", "--pii", "off", "--skip", "url"]
+    arguments = ["--recipe", tmp_path / "r.toml", "--language", "de", "--pii", "off", "--skip", "url"]
     printed = tomllib.loads(llmkit("crawl-filter", *arguments, "--print-recipe").stdout)
-    assert printed["language"] == {"languages": ["de", "fr"], "min_score": 0.5}
+    assert printed["language"] == {"languages": ["de"], "min_score": 0.3}
     assert printed["c4"]["min_sentences"] == 2 and printed["c4"]["min_words_per_line"] == 3
     assert "pii" not in printed["steps"] and "url" not in printed["steps"] and "c4" in printed["steps"]
 
