@@ -22,6 +22,7 @@ NEVER_ONE = re.compile(
 )
 NEVER_ONE_HERE = {
     "{len(text)} characters of ",
+    "{longest} tokens of long answers",
     "{most} values, found ",
     "{plan.batch_rows} rows in a batch are fewer than ",
 }

@@ -17,6 +17,7 @@ names how it is to be judged. All else passes through.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,11 @@ class Problem:
     record: dict[str, Any]
     where: str
     losses: tuple[str, ...] = ()
+
+
+def answer_text(record: Mapping[str, Any]) -> str:
+    """The longest text under which a record has an answer or solution, "" where none is text."""
+    return max((value for name in ANSWERS if isinstance(value := record.get(name), str)), key=len, default="")
 
 
 def read_problem(row: Row) -> Problem:

@@ -9,7 +9,7 @@ from hashlib import sha256
 from llmkit.data.sources import OUTSIDE
 from llmkit.errors import UserError, naming
 from llmkit.formats.conversations import message
-from llmkit.formats.problems import Problem, read_problem
+from llmkit.formats.problems import Problem, answer_text, read_problem
 from llmkit.generation.generator import prompt_ids
 from llmkit.io.bad_records import BadRecords
 from llmkit.io.jsonl import dump_json, names_of, read_jsonl
@@ -18,10 +18,8 @@ from llmkit.io.records import Row
 from llmkit.rewards import Weighted
 from llmkit.training.finetuning import Finetuning
 
-MAX_TOKENS = 256  # of an attempt, where the context has room for them
-MAX_TOKENS_SHARE = (
-    0.95  # of the problems keep their room beside the default; a few long ones do not shorten all attempts
-)
+LEAST_MAX_TOKENS = 256  # of an attempt, where the context has room: short answers do not say how long a model reasons
+MAX_TOKENS_SHARE = 0.95  # of the problems, and of the answers, decide the default; a few long ones do not
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,8 @@ def load_problems(
     bad: BadRecords,
     quiet: bool,
 ) -> tuple[list[EncodedProblem], int]:
-    """The problems of files in tokens, and the tokens of an attempt, which `max_tokens` None leaves to the context.
+    """The problems of files in tokens, and the tokens of an attempt. These are, where `max_tokens` is None, twice those
+    of the answers, 256 at least, as far as the context has room for them.
 
     An assistant is asked in its format, with `system` before problems that have no system message; a base model's
     prompt is text. A problem that with its attempt is longer than the context is left out, and counted. Bad records are
@@ -64,10 +63,14 @@ def load_problems(
 
     read = list(read_jsonl(paths, limit, encoded_problem, bad))
     if max_tokens is None:
-        lengths = sorted(len(one.prompt_ids) for one in read) or [0]
-        max_tokens = max(1, min(MAX_TOKENS, tuning.context - lengths[int(MAX_TOKENS_SHARE * (len(lengths) - 1))]))
-        if max_tokens < MAX_TOKENS:
+        _, counts = tuning.tokenizer.encode_batch([answer_text(one.problem.record) for one in read])
+        longest = _at_share(counts.tolist())
+        room = max(1, tuning.context - _at_share([len(one.prompt_ids) for one in read]))
+        max_tokens = min(room, max(LEAST_MAX_TOKENS, 2 * longest))
+        if max_tokens == room:
             say(f"--max-tokens {max_tokens}: what the context of {tuning.context} leaves beside the problems", quiet)
+        elif max_tokens > LEAST_MAX_TOKENS:
+            say(f"--max-tokens {max_tokens}: twice the {longest} tokens of long answers in the data", quiet)
     encoded = [one for one in read if len(one.prompt_ids) + max_tokens <= tuning.context]
     too_long = len(read) - len(encoded)
     left_out = f"{too_long} longer than the context of {tuning.context} with --max-tokens {max_tokens}"
@@ -75,6 +78,11 @@ def load_problems(
         raise UserError(f"{names_of(paths)}: expected problems, found {left_out if too_long else 'none'}")
     say(f"{names_of(paths)}: {counted(len(encoded), 'problem')}{f', {left_out} left out' if too_long else ''}", quiet)
     return encoded, max_tokens
+
+
+def _at_share(lengths: Sequence[int]) -> int:
+    """The length that a share of `MAX_TOKENS_SHARE` does not exceed."""
+    return sorted(lengths)[int(MAX_TOKENS_SHARE * (len(lengths) - 1))] if lengths else 0
 
 
 def _encode(problem: Problem, tuning: Finetuning, system: str | None) -> EncodedProblem:

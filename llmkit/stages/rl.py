@@ -104,7 +104,11 @@ class RlConfig(TuningConfig, ToolConfig, ServedConfig):
     group: int = option(8, "Attempts per problem.", group="Attempts", at_least=1, at_most=4096)
     batch_size: int = option(16, "Problems per step.", group="Attempts", at_least=1)
     max_tokens: int | None = option(
-        None, "Tokens of an attempt [256, or what the context leaves].", group="Attempts", unit="count", at_least=1
+        None,
+        "Tokens per attempt [twice the data's answers, 256 at least, within the context].",
+        group="Attempts",
+        unit="count",
+        at_least=1,
     )
     temperature: float = option(1.0, "Sampling temperature.", group="Attempts", at_least=0.05, at_most=10)
     stop: tuple[str, ...] = option((), "Stop string; repeatable.", group="Attempts", metavar="TEXT")
@@ -232,7 +236,7 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     attempts = config.batch_size * config.group
     tuning.check_memory(min(config.micro_batch_size or 1, attempts) * max_tokens)
     check_batch_memory(attempts * max_tokens, "lower --batch-size or --group", ATTEMPT_BYTES)
-    _say_plan(config, horizon, rewards, len(problems), tuning.trained_parameters)
+    _say_plan(config, horizon, rewards, len(problems), max_tokens, tuning.trained_parameters)
     warn_of_long_warmup(horizon.warmup_steps, horizon.steps, config.quiet)
     tools = open_tools(config, tuning.tokenizer, stack, tuning.model.config.eos_token_ids)
     made_by = {"tools": tools, "served": None if config.dry_run else served}
@@ -379,12 +383,14 @@ def _check(config: RlConfig) -> None:
         raise UserError("--group 1 --batch-size 1: expected two attempts a step at least, to compare")
 
 
-def _say_plan(config: RlConfig, horizon: Horizon, rewards: Sequence[Weighted], problems: int, parameters: int) -> None:
+def _say_plan(
+    config: RlConfig, horizon: Horizon, rewards: Sequence[Weighted], problems: int, max_tokens: int, parameters: int
+) -> None:
     length = f"{config.time_budget:.0f} s" if horizon.steps is None else counted(horizon.steps, "step")
     parts = ", ".join(f"{weighted.weight:g} x {weighted.reward.name}" for weighted in rewards)
     say(
         f"{length} of {counted(config.batch_size, 'problem')} of {problems:,}, {counted(config.group, 'attempt')} at "
-        f"each; reward: {parts}; "
+        f"each, of {max_tokens} tokens at most; reward: {parts}; "
         f"{config.algo}, KL weight {horizon.kl_coef:g}; {quantity(parameters)} parameters are trained",
         config.quiet,
     )

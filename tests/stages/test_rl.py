@@ -324,6 +324,16 @@ def test_an_attempt_has_the_room_that_the_context_leaves(problems, tmp_path, cap
     assert "8 problems\n" in said and "--batch-size 16: more than the 8 problems" in said
 
 
+def test_long_answers_in_the_data_ask_for_longer_attempts(tmp_path, capsys):
+    """Twice the tokens of nearly all answers, 256 at least; the plan says what was taken."""
+    chat = save_assistant(tmp_path / "chat", context=2048)
+    for length, said in ((300, "--max-tokens 600: twice the 300 tokens"), (3, "each, of 256 tokens at most; reward: ")):
+        rows = [{"prompt": f"Throw {i}", "solution": "h" * length, "answer": "h"} for i in range(8)]
+        data = write(tmp_path / f"{length}.jsonl", *rows)
+        train(chat, data, tmp_path / "policy", max_tokens=None, group=2, batch_size=1, dry_run=True)
+        assert said in capsys.readouterr().err
+
+
 MISTAKES = [
     ({"data": "{nothing}"}, "nothing.jsonl: expected a file that can be read: no such file"),
     ({"data": "{empty}"}, "empty.jsonl: expected problems, found none"),
