@@ -134,7 +134,7 @@ class _Keyboard:
 
 
 def _typed_ahead() -> str:
-    """What was typed or pasted while an answer came, without the keys that are no text."""
+    """What was typed or pasted while an answer came, without the keys that are no text. Raises EOFError for Ctrl-D."""
     from prompt_toolkit.input.vt100 import raw_mode
 
     waiting, found = sys.stdin.fileno(), b""
@@ -142,4 +142,7 @@ def _typed_ahead() -> str:
         while select.select([waiting], [], [], 0)[0] and (block := os.read(waiting, 65536)):
             found += block
     text = re.sub(r"\x1b(\[[0-9;?]*[ -/]*[@-~]|O.|.)?", "", found.decode("utf-8", "replace")).replace("\r", "\n")
-    return "".join(letter for letter in text if letter in "\n\t" or letter.isprintable())
+    text = "".join(letter for letter in text if letter in "\n\t" or letter.isprintable())
+    if not text and {0, 4} & set(found):  # a terminal keeps a Ctrl-D as the one or the other
+        raise EOFError
+    return text

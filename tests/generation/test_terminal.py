@@ -156,6 +156,15 @@ def test_what_is_pasted_while_an_answer_comes_stands_at_the_next_prompt(tmp_path
     assert said == ["go", "one\ntwo é\nthree!", "next", "typed"]
 
 
+def test_ctrl_d_while_an_answer_comes_ends_behind_it(tmp_path):
+    babbler = folder_of(tmp_path / "chat", "a", "b", "a", context=1 << 15)
+    at = Typist(babbler, "--chat", "--max-tokens", "2000", "--temperature", "0")
+    at.until()
+    os.write(at.fd, b"go\r")
+    at.until(b"\x1b[?2004l")
+    assert at.end() == 0
+
+
 def test_a_piped_stdout_has_the_answers_alone(caller):
     reading, writing = os.pipe()
     at = Typist(caller, "--chat", "--temperature", "0", stdout=writing)
