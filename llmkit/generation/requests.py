@@ -22,11 +22,11 @@ from llmkit.formats.conversations import Message, find_prompt, read_messages
 from llmkit.generation.generator import Completion, Request
 from llmkit.generation.next_token import request_number, seed_of_repeat
 from llmkit.io.bad_records import BadRecords
-from llmkit.io.files import PARTIAL, create, cut_torn_line, read_json, remove, replace_file, write_json
+from llmkit.io.files import PARTIAL, create, cut_torn_line, replace_file
 from llmkit.io.jsonl import dump_json, json_row, open_bytes
 from llmkit.io.progress import counted, say
 from llmkit.io.records import CHOICES, PROMPT_FIELDS, PROMPT_FIRST, SAMPLING, Row, fields_of, not_used, with_made
-from llmkit.io.run_folder import check_identity
+from llmkit.io.resume import RunState
 
 ASKED = (*PROMPT_FIELDS, "seed")  # what a record that is kept has in common with its input
 
@@ -192,26 +192,23 @@ def lasting_output(
     """A file `out` + ".partial" that becomes `out` at the end; what is whole in it stays if this run ends early.
 
     With `resume` the whole prompts of a former one are kept. `identity` is what decides the text beside the prompts,
-    JSON values by the names that a user knows: noted beside the file, and asked for again. Raises UserError where it is
-    another one, Interrupted where Ctrl-C ends the run.
+    JSON values by the names that a user knows: noted beside the file, with a checksum of its lines, and asked for
+    again. Raises UserError where one of them is another, Interrupted where Ctrl-C ends the run.
     """
-    partial, notes = Path(out + PARTIAL), Path(out + PARTIAL + ".json")
-    if resume and partial.exists():
-        if notes.exists():
-            check_identity(partial, read_json(notes), identity)
-    else:
+    partial = Path(out + PARTIAL)
+    if not (resume and partial.exists()):
         if resume:
             say(f"--resume: nothing stands at {partial} yet, so the run starts")
-        write_json(notes, identity)
-    if not (resume and partial.exists()):
+        resume = False
         create(partial).close()
+    state = RunState(Path(out + PARTIAL + ".state"), dict(identity), resume)
     try:
-        with _whole_prompts(partial, prompts, samples, ordered) as write:
+        with _whole_prompts(partial, state, prompts, samples, ordered) as write:
             yield write
     except BaseException as error:
         if not partial.stat().st_size:
             partial.unlink()
-            remove(notes)
+            state.remove()
         elif isinstance(error, (KeyboardInterrupt, UserError)) and "start again with --force" not in str(error):
             interrupted = isinstance(error, KeyboardInterrupt)
             said = f"{'interrupted' if interrupted else error}; the same command with --resume goes on ({partial})"
@@ -225,26 +222,58 @@ def lasting_output(
         partial.unlink()
     else:
         replace_file(partial, out)
-    remove(notes)
+    state.remove()
 
 
 @contextmanager
 def _whole_prompts(
-    partial: Path, prompts: Prompts, samples: int, ordered: bool
+    partial: Path, state: RunState, prompts: Prompts, samples: int, ordered: bool
 ) -> Iterator[Callable[[dict[str, Any]], object]]:
-    """Write behind the prompts all of whose samples are in the file."""
-    with partial.open("r+b") as handle, partial.open("rb") as former:
+    """Write behind the prompts all of whose samples are in the file, each line before its checksum is noted.
+
+    Lines without one are kept where nothing is noted, else not: a kill came between.
+    """
+    sums: list[str] = []
+    for noted in state.records():  # fewer lines than before: a resumed run has cut the file there
+        del sums[noted["lines"] :]
+        sums += [""] * (noted["lines"] - len(sums))
+        sums[-1:] = [noted["checksum"]] * bool(sums)
+    with partial.open("r+b") as handle:
         cut_torn_line(handle)
-        end = whole = 0
-        for number, line in enumerate(former, 1):
+        handle.seek(0)
+        end = whole = count = 0
+        checksum = found = ""
+        for number, line in enumerate(handle, 1):
+            if state.kept and number > len(sums):
+                break
+            found = _checksum(found, line)
+            if state.kept and sums[number - 1] not in ("", found):
+                raise UserError(
+                    f"{partial}:{number}: damaged or edited; keep the lines before it alone, "
+                    "or start again with --force"
+                )
             end += len(line)
             if number % samples == 0:
-                whole = end
+                whole, count, checksum = end, number, found
         handle.truncate(whole)
         handle.seek(whole)
-        former.seek(0)
-        firsts = islice(former, 0, None, samples)
-        records = (row.value for line in firsts if (row := json_row(line, str(partial), 2)) is not None)
-        prompts.kept = _Kept(records, partial, ordered)
-        yield lambda record: handle.write(dump_json(record) + b"\n")
-        handle.flush()
+        state.append({"lines": count, "checksum": checksum})
+
+        def write(record: dict[str, Any]) -> None:
+            nonlocal count, checksum
+            line = dump_json(record) + b"\n"
+            handle.write(line)
+            handle.flush()
+            count, checksum = count + 1, _checksum(checksum, line)
+            state.append({"lines": count, "checksum": checksum})
+
+        with partial.open("rb") as former:
+            firsts = islice(former, 0, None, samples)
+            records = (row.value for line in firsts if (row := json_row(line, str(partial), 2)) is not None)
+            prompts.kept = _Kept(records, partial, ordered)
+            yield write
+
+
+def _checksum(before: str, line: bytes) -> str:
+    """Of a line and all lines before it, whose checksum is given."""
+    return blake2b(before.encode() + line, digest_size=8).hexdigest()

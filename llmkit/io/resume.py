@@ -20,7 +20,7 @@ from typing import IO, Any, TypeVar
 import orjson
 
 from llmkit.errors import Interrupted, ServerError, UserError
-from llmkit.io.files import cut_torn_line
+from llmkit.io.files import create, cut_torn_line
 from llmkit.io.foreign import check_file, sealed, unsealed
 from llmkit.io.progress import say
 from llmkit.io.run_folder import check_identity
@@ -43,7 +43,9 @@ class RunState:
             check_file(str(path))
         if resume and not begun:
             say(f"--resume: nothing stands at {path} yet, so the run starts")
-        self._file: IO[bytes] = io.BytesIO() if path is None else path.open("r+b" if begun else "w+b")
+        self._file: IO[bytes] = io.BytesIO()
+        if path is not None:
+            self._file = path.open("r+b") if begun else create(path, "w+b")
         self._start, self.kept = self._take_over(identity) if begun else (0, 0)
         if not self._start:  # a new one, or killed before its first line was whole
             self._start = self._file.write(orjson.dumps({"run": identity}) + b"\n")

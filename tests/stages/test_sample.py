@@ -332,6 +332,37 @@ def test_an_interrupted_run_says_how_to_go_on_and_is_not_thrown_away(folder, tmp
     assert partial.read_bytes() == kept and not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("what", "edit"),
+    [
+        ("a text", lambda lines: [lines[0], lines[1].replace(b'"completion":"', b'"completion":"No. ', 1), *lines[2:]]),
+        ("a line", lambda lines: [lines[0], *lines[2:]]),
+        ("an order", lambda lines: [lines[0], lines[2], lines[1], *lines[3:]]),
+    ],
+)
+def test_an_unfinished_output_that_was_edited_is_not_gone_on_with(folder, tmp_path, what, edit):
+    """The text went into the finished file, as if the model had said it."""
+    given = write_lines(tmp_path / "prompts.jsonl", [{"prompt": PROMPTS[n % 8]} for n in range(6)])
+    out, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    whole = sample_jsonl(folder, out, given)
+    out.unlink()
+    good = given.read_text()
+    given.write_text(good + '{"prompt": 3}\n')
+    with pytest.raises(UserError, match=r"prompts\.jsonl:7"):
+        sample_jsonl(folder, out, given, batch_size="1", max_bad="0")
+    given.write_text(good)
+    lines = partial.read_bytes().splitlines(keepends=True)
+    assert len(lines) > 3
+    partial.write_bytes(b"".join(edit(lines)))
+    with pytest.raises(
+        UserError, match=r"out\.jsonl\.partial:2: damaged or edited; keep the lines before it alone, or"
+    ):
+        sample_jsonl(folder, out, given, resume=True)
+    partial.write_bytes(lines[0])  # as it says
+    sample_jsonl(folder, out, given, resume=True)
+    assert read_lines(out) == whole and not list(tmp_path.glob("out.jsonl.partial*"))
+
+
 def test_a_base_model_is_not_asked_in_turns(tmp_path, llmkit):
     from tiny import save_tokenizer
 
@@ -401,10 +432,12 @@ def test_a_run_of_other_prompts_is_not_resumed(folder, prompts, tmp_path):
     records = sample_jsonl(folder, out, prompts)
     out.rename(tmp_path / "out.jsonl.partial")
     for other in ({"seed": "3"}, {"inputs": [str(write_lines(tmp_path / "other.jsonl", [{"prompt": "x"}]))]}):
+        (tmp_path / "out.jsonl.partial.state").unlink(missing_ok=True)  # without it, what stands is believed
         with pytest.raises(UserError, match=r"prompts?.jsonl:1|other.jsonl:1"):
             sample(
                 folder, out, **{"inputs": [str(prompts)], "jsonl": True, "max_tokens": "20", "resume": True, **other}
             )
+    (tmp_path / "out.jsonl.partial.state").unlink()
     run(resolve(SampleConfig, {"model": str(folder), "inputs": [str(prompts)], "jsonl": True, "max_tokens": "20",
                                "out": str(out), "resume": True, "quiet": True}))  # fmt: skip
     assert read_lines(out) == records
@@ -413,7 +446,7 @@ def test_a_run_of_other_prompts_is_not_resumed(folder, prompts, tmp_path):
 def test_a_run_of_another_model_or_other_options_is_not_resumed(folder, tmp_path, llmkit):
     good, bad = [{"prompt": PROMPTS[n % 8], "id": n} for n in range(40)], '{"prompt": 3}\n'
     given, out = write_lines(tmp_path / "prompts.jsonl", good), tmp_path / "out.jsonl"
-    partial, notes = tmp_path / "out.jsonl.partial", tmp_path / "out.jsonl.partial.json"
+    partial, notes = tmp_path / "out.jsonl.partial", tmp_path / "out.jsonl.partial.state"
     whole = sample_jsonl(folder, out, given)
     out.unlink()
     given.write_text(given.read_text() + bad)
