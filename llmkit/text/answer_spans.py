@@ -9,16 +9,19 @@ What is said may be more than the answer ("in 1902", ", the novelist"), but not 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cached_property
 
-from llmkit.text.normalize import ARTICLES, KNOWN, Token, is_number, is_spaceless, tokens, word_list
+from llmkit.text.normalize import ARTICLES, KNOWN, MAY, ROMAN, Token, is_number, is_spaceless, tokens, word_list
 
 MOST = 3  # places of an answer in one sentence; more is guessing
 
-SMALL, MONTHS = word_list("small"), word_list("months")
+SMALL, MONTHS = word_list("small"), word_list("months") | {MAY}
 TITLES, NAMES_OF, BOUNDS, MEASURED = (word_list(name) for name in ("titles", "names of", "bounds", "measured"))
+ORIGINS, DIRECTIONS, COMPANIES = word_list("origins"), word_list("directions"), word_list("companies")
 CHANGERS = word_list("changers")
 KINDS = {entry.split()[0]: frozenset(entry.split()) for entry in KNOWN["kinds"]}
 DETERMINERS = frozenset(KNOWN["determiners"])
@@ -128,8 +131,54 @@ def shorter_forms(answer: Sentence, asked: Sentence) -> Iterator[Sentence]:
         yield Sentence.of(names[-1].written)
     if len(names) > 1 and names[0].word in KINDS and (asked.known & KINDS[names[0].word]):
         yield Sentence.of(" ".join(name.written for name in names[1:]))
-    if "percent" in answer.words:
-        yield Sentence.of(answer.text.replace("%", ""))
+    yield from _other_units(answer)
+    yield from _name_forms(answer, names, asked)
+    number = next(iter(answer.words), "")
+    counted = [token.written for token in answer.tokens[1:]]
+    if "many" in asked.known and is_number(number) and counted and _are_counted(counted):
+        yield Sentence.of(answer.tokens[0].written)
+
+
+def _are_counted(written: Sequence[str]) -> bool:
+    return not any(one[:1].isupper() or one in MEASURES or one in CURRENCIES or is_number(one) for one in written)
+
+
+def _other_units(answer: Sentence) -> Iterator[Sentence]:
+    """Yield a number in other units: 4.5 t as 4500 kg, 1/2 as 50%."""
+    if not answer.words or not is_number(answer.words[0]) or len(answer.words) > 2 or len(answer.words[0]) > 30:
+        return
+    value, unit = Decimal(answer.words[0][1:]), answer.words[1:]
+    if unit == ("percent",):
+        yield from (Sentence.of(f"{value:f}"), Sentence.of(f"{value / 100:f}"))
+    elif not unit and 0 < value < 1:
+        yield Sentence.of(f"{(value * 100).normalize():f} percent")
+    elif unit and unit[0] in ("c", "f"):
+        yield Sentence.of(f"{value:f} degrees")
+    elif unit and unit[0] in FACTORS:
+        kind, factor = FACTORS[unit[0]]
+        for sign, (other, size) in FACTORS.items():
+            if other == kind and sign != unit[0]:
+                yield Sentence.of(f"{(value * factor / size).normalize():f} {sign}")
+
+
+def _name_forms(answer: Sentence, names: Sequence[Token], asked: Sentence) -> Iterator[Sentence]:
+    """Yield a name without titles and endings such as Ltd, without and with initials, and the last name first."""
+    kept = [name for name in names if name.word not in TITLES | COMPANIES]
+    if not kept or not all(name.written[:1].isupper() or name.word in JOINS for name in kept):
+        return
+    if len(kept) < len(names):
+        yield Sentence.of(" ".join(name.written for name in kept))
+    if not asked.known & {"who", "whom", "whose"}:
+        return
+    parts = [part.split() for part in re.split(r",| and | & ", answer.text) if part.strip()]
+    if len(parts) > 1 and all(len(part) > 1 for part in parts):
+        yield Sentence.of(" and ".join(part[-1] for part in parts))
+    elif 2 <= len(kept) <= 5:
+        given, last = [name.written for name in kept[:-1]], kept[-1].written
+        initials = [f"{name[0]}." for name in given]
+        yield from (Sentence.of(f"{some} {last}") for some in {given[0], " ".join(initials), initials[0]})
+        yield Sentence.of(f"{given[0]} {' '.join(initials[1:])} {last}")
+        yield from (Sentence.of(f"{last} {some}") for some in {given[0], " ".join(given)})
 
 
 def gives_answer(said: Sentence, asked: Sentence, answer: Sentence) -> bool | None:
@@ -176,7 +225,20 @@ class _Context:
 
     def keeps_answer(self, start: int, stop: int) -> bool:
         """True if what stands before and behind leaves the words from start to stop the answer."""
-        return self._before(start) and self._behind(start, stop)
+        return self._before(start) and self._behind(start, stop) and not self._is_left(start, stop)
+
+    def _is_left(self, start: int, stop: int) -> bool:
+        """True for what is left or over: "from Paris to Lyon", "the capital until 1950; now it is Brant"."""
+        behind = [token.word for token in self._every[stop:]]
+        if start and (self._every[start - 1].word == "from" or stem(self._every[start - 1].word) == stem("leave")):
+            return bool({"to", "for"} & set(behind)) and not any(map(self._asked.echoes, ORIGINS))
+        if start and self._every[start - 1].word == "to" and "from" in self._asked.known:
+            return any(token.word == "from" for token in self._every[:start])
+        if "now" in behind and "now" not in self._asked.known:
+            return bool({"was", "were", "used", "until"} & {token.word for token in self._every})
+        # "Alaric was killed by the dragon", asked who killed it
+        passive = behind[:1] and behind[0] in AUXILIARIES and "by" in behind[1:4]
+        return bool(passive) and self._wants_agent
 
     def _plain(self, token: Token) -> bool:
         return token.word in SMALL or self._asked.echoes(token.word) or token.word in self._answer.known
@@ -192,7 +254,9 @@ class _Context:
         apart = own.before.strip(" \"'*`(\u00ab\u201c")
         if left.word in JOINS and not apart and start > 1:
             return self._every[start - 2].word in self._answer.known or self._plain(self._every[start - 2])
-        if left.word == "of" and not self._where and self._is_name:
+        if left.word == "of" and start > 1 and self._every[start - 2].word in DIRECTIONS - self._asked.known:
+            return False
+        if left.word in ("of", "de", "di", "del", "du") and not self._where and self._is_name:
             head = self._every[start - 2].word if start > 1 else ""
             return head in NAMES_OF or self._asked.echoes(head) or is_number(head)
         if self._wants_agent and self._is_name and not apart and left.word not in self._answer.known:
@@ -205,6 +269,8 @@ class _Context:
         is_kind = bool(KINDS.get(left.word, frozenset()) & self._asked.known)  # "Mount", asked for a mountain
         if self._plain(left) or left.word in TITLES or left.word.endswith("ly") or is_kind:
             return True
+        if apart == "." and len(left.written) == 1:  # an initial
+            return False
         if apart in (":", "-", "\u2013", "\u2014", "=", "?", "!", ";", "."):
             return True
         if self._is_number and left.word in MONTHS:
@@ -227,17 +293,22 @@ class _Context:
         if stop == len(self._every):
             return True
         right = self._every[stop]
-        apart = right.before.strip(" \"'*`)\u00bb\u201d")
+        apart = right.before.strip(" \"'*`)\u00bb\u201d\u00b0")
         is_capital = right.written[:1].isupper() and stop not in self._determined
         if right.word in JOINS and not apart:
             after = self._every[stop + 1] if stop + 1 < len(self._every) else None
-            return after is None or self._plain(after) or after.word in ("nothing", "other")
+            acts = after is not None and (after.word in BASES or (len(after.word) > 4 and after.word.endswith("ed")))
+            return after is None or acts or self._plain(after) or after.word in ("nothing", "other")
         if right.word in ("or", "than"):
             return right.word == "than" and self._asked.echoes("than")
+        if right.word in ("\u7684", "\u306e") and not apart and stop + 1 < len(self._every):
+            return self._plain(self._every[stop + 1])  # somebody's brother
         if self._plain(right) or is_spaceless(right.word):
             return self._plain(right)
         if apart:
             return not (apart == "," and is_capital and not self._where and not self._is_number)
+        if self._is_number and "many" in self._asked.known and _are_counted([right.written]):
+            return True  # "350 students", asked how many pupils
         if self._is_number:
             years = right.word == MEASURES["year"] and bool(self._asked.known & {"old", "age"})
             return (
@@ -248,11 +319,11 @@ class _Context:
                 or is_number(right.word)
             )
         if is_number(right.word):
-            return True
+            return right.before != "" and not ROMAN.fullmatch(right.written)
         if is_capital:
             return False
         after = self._every[stop + 1] if stop + 1 < len(self._every) else None
         if self._is_name and start > 0 and self._every[start - 1].word in AGENTS:
             return True
-        acts = right.word in BASES or right.word.endswith("ed") or right.word.endswith("ly")
+        acts = right.word in BASES or right.word.endswith("ed") or right.word.endswith(("ly", "\ub2e4", "\uc694"))
         return acts or (self._is_name and after is not None and (after.word in SMALL or stop + 1 in self._determined))

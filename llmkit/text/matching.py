@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, Protocol
 from llmkit.formats.questions import Question
 from llmkit.text.answer_spans import (
     BASES,
+    JOINS,
     MONTHS,
     SMALL,
     Sentence,
@@ -47,6 +48,24 @@ REPEATED = 3  # words of the question in a row, all of it, from which on it is a
 
 DENIALS = word_list("denials")  # with the words that leave a choice open
 TAKEN_BACK = DENIALS | word_list("retractions")
+SPEAKERS, KNOWING, LACKING = word_list("speakers"), word_list("knowing"), word_list("lacking")
+KNOWING_ELSEWHERE = word_list("knowing elsewhere")
+SENTENCE = re.compile(r"[.!?]\s")
+ADVERBS = word_list("adverbs")
+# "bronze, not iron" and "not iron, but bronze" say bronze
+NOT_ONE = re.compile(r"\A\W*not (?:[^,.;]{1,60}),? but ", re.IGNORECASE)
+NOT_OTHER = re.compile(
+    r"(?:,? (?:and |but )?(?:rather than|instead of)|, (?:and |but )?not) [^,.;]{1,60}(?=[,.;]|\Z)", re.IGNORECASE
+)
+GUESS = re.compile(
+    r"\W*(?:i (?:think|believe|guess|suspect|would say|would guess)|i['\u2019]d (?:say|guess)"
+    r"|my (?:best )?guess|perhaps|maybe|probably|possibly|it (?:is|was)|it['\u2019]s)\b",
+    re.IGNORECASE,
+)
+DENIED_IN_JAPANESE = re.compile(
+    "\u3067\u306f\u3042\u308a|\u3067\u306f\u306a|\u3058\u3083\u306a|\u3058\u3083\u3042\u308a"
+)
+UMLAUTS = str.maketrans({"\u00e4": "ae", "\u00f6": "oe", "\u00fc": "ue", "\u00f8": "oe", "\u00e5": "aa"})
 FILLERS = word_list("fillers")
 YES, NO = frozenset(["yes", "yeah", "yep"]), frozenset(["no", "nope", "nah"])
 SENTENCE_END = re.compile("(?<=\\w{3}[.!?])\\s+|(?<=[\u3002\uff01\uff1f\u0964])|\\s*\\n\\s*")
@@ -84,7 +103,7 @@ class MatchJudge:
         """One of `VERDICTS`."""
         response = LABEL.sub("", response, count=1) if LABEL.match(response) else response
         said, asked = Sentence.of(response), Sentence.of(question)
-        accepted = [one for one in map(Sentence.of, answers) if one.words]
+        accepted = [one for one in map(Sentence.of, _spelt(answers)) if one.words]
         if not said.words:
             same = is_sign(response) and response.strip() in answers
             return RIGHT if same else EVASIVE
@@ -92,28 +111,47 @@ class MatchJudge:
             return RIGHT
         if said.words in self._refusals:
             return EVASIVE
-        if any(
-            holds(said.words, phrase) and not any(holds(one.words, phrase) for one in accepted) for phrase in evasions()
-        ):
+        doubt, _, guess = response.partition(" but ")
+        if GUESS.match(guess) and self._is_evasive(Sentence.of(doubt), accepted):  # "I'm not sure, but I think it is"
+            return self(guess, question, answers)
+        if self._is_evasive(said, accepted):
             names_unknown = any("unknown" in one.known for one in accepted)
             return RIGHT if names_unknown and "unknown" in said.known else EVASIVE
         if not _content(_without(said.words, asked.words)):
             return EVASIVE
-        accepted += [other for one in accepted for other in shorter_forms(one, asked)]
-        readings = [said, *(Sentence.of(text) for text in _leading_parts(response))]
-        if any(self._matches(reading, asked, one) for reading in readings for one in accepted):
+        shorter = [other for one in accepted for other in shorter_forms(one, asked) if other.words]
+        if DENIED_IN_JAPANESE.search(response) and not DENIED_IN_JAPANESE.search(question):
+            return WRONG
+        plain = NOT_OTHER.sub("", NOT_ONE.sub("", response))
+        texts = {text: None for one in _spelt([response, plain]) for text in (one, *_leading_parts(one))}
+        forms = [(one, True) for one in accepted] + [(one, False) for one in shorter]
+        readings = [said, *map(Sentence.of, texts)]
+        if any(self._matches(reading, asked, one, whole) for reading in readings for one, whole in forms):
             return RIGHT
+        accepted += shorter
         offered = any(one.known <= asked.known for one in accepted)
         beyond = [word for word in _content(said.words) if not asked.echoes(word) and word not in FILLERS]
+        if _lacks_knowledge(said, asked):
+            return EVASIVE
         return WRONG if offered or beyond or any(one.known & YES | one.known & NO for one in accepted) else EVASIVE
+
+    @staticmethod
+    def _is_evasive(said: Sentence, accepted: Sequence[Sentence]) -> bool:
+        bare = tuple(word for word in said.words if word not in ADVERBS)
+        return said.words == ("unknown",) or any(
+            holds(one, phrase) and not any(holds(other.words, phrase) for other in accepted)
+            for one in (said.words, bare)
+            if one
+            for phrase in evasions()
+        )
 
     def judge_each(self, answered: Iterable[Answered]) -> Iterator[tuple[Answered, list[str]]]:
         """See `Judge`."""
         for one in answered:
             yield one, [self(response, one.question.question, one.question.answers) for response in one.responses]
 
-    def _matches(self, said: Sentence, asked: Sentence, answer: Sentence) -> bool:
-        """True if a sentence gives one accepted answer, by its place in it or by its words."""
+    def _matches(self, said: Sentence, asked: Sentence, answer: Sentence, whole: bool) -> bool:
+        """True if a sentence gives one accepted answer, by its place in it or, if that is `whole`, by its words."""
         if answer.known <= YES or answer.known <= NO:
             return _agrees(said, asked, answer)
         if DENIALS & said.known - answer.known - asked.known or not _same_currency(said, answer):
@@ -124,8 +162,11 @@ class MatchJudge:
         if answer.known <= asked.known:  # a choice that the question offers
             if self._same(_content(rest), _content(answer.words)):
                 return True
-        elif self._has_words(rest, asked, answer) and gives_answer(said, asked, answer) is not False:
-            return True
+        elif self._has_words(rest, asked, answer):
+            found = gives_answer(said, asked, answer)
+            same = whole or Counter(rest) - Counter(JOINS) == Counter(answer.words) - Counter(JOINS)
+            if found or (found is None and same):
+                return True
         if (
             self.f1 >= 1
             or TAKEN_BACK & said.known - answer.known - asked.known
@@ -142,6 +183,10 @@ class MatchJudge:
         forms = {BASES[word]: word for word in answer.words if word in BASES}
         said = tuple(forms.get(BASES.get(word, ""), word) for word in said)  # "had frozen" for "froze"
         said = tuple(word for word in said if word in answer.known or not asked.echoes(word))
+        if JOINS & answer.known and Counter(_content(said)) != Counter(_content(answer.words)):
+            return False  # a list
+        if {"who", "whom"} & asked.known and answer.words[-1] not in said and answer.text.istitle():
+            return False  # a name without its last part
         beyond = tuple(
             word for word in _content(answer.words) if word not in asked.known
         )  # "24" of "24 points", asked how many points
@@ -210,6 +255,22 @@ def _is_offered_alone(said: Sentence, asked: Sentence, answer: Sentence) -> bool
 def evasions() -> tuple[tuple[str, ...], ...]:
     """The words of every phrase of evasion in matching.json."""
     return tuple(dict.fromkeys(words(phrase) for some in KNOWN["evasions"].values() for phrase in some))
+
+
+def _lacks_knowledge(said: Sentence, asked: Sentence) -> bool:
+    """True if a speaker says in other words than those of matching.json that something is not known."""
+    first = said.words[: next((at for at, one in enumerate(said.tokens) if at and SENTENCE.search(one.before)), None)]
+    lacks = next((at for at, word in enumerate(first) if word in LACKING), None)
+    if lacks is not None and first[0] in SPEAKERS:
+        behind = first[lacks : lacks + 9]
+        return bool(KNOWING & set(behind) - asked.known) or behind[0] in ("dunno", "idk", "unknown")
+    return len(first) <= 12 and bool(DENIALS & set(first)) and bool(KNOWING_ELSEWHERE & set(first) - asked.known)
+
+
+def _spelt(texts: Iterable[str]) -> list[str]:
+    """Texts, and those with umlauts in two letters, too."""
+    every = list(texts)
+    return list(dict.fromkeys([*every, *(text.translate(UMLAUTS) for text in every)]))
 
 
 def _leading_parts(response: str) -> Iterable[str]:

@@ -35,21 +35,26 @@ ROMAN = re.compile(r"(?=[IVXLC]{2}|[VX])(?:C{0,3}|XC|XL|L?X{0,3})(?:IX|IV|V?I{0,
 KNOWN: dict[str, Any] = json.loads(Path(__file__).with_name("matching.json").read_text(encoding="utf-8"))
 LONGEST_NUMBER, LARGEST = 100, 10**60  # characters; in words
 ISO_DATE = re.compile(r"(?<![\d-])(\d{4})-(0[1-9]|1[0-2])-([0-3]\d)(?![\d-])")
+DOTTED_DATE = re.compile(r"(?<![\d.])([0-3]?\d)\.(0?[1-9]|1[0-2])\.(\d{4})(?![\d.])")
 MONTHS = KNOWN["months"]  # the twelve first
+MAY = "maymonth"  # beside a number; else it is a verb as often
+MONTH_OF = {
+    form: MAY if number == 4 else MONTHS[number]
+    for number, some in enumerate(KNOWN["month names"])
+    for form in some.split()
+}
+BEFORE_MONTHS, AMBIGUOUS_MONTHS = set(KNOWN["before months"]), set(KNOWN["ambiguous months"])  # "may", "march"
+ABBREVIATED = {"st": "saint", "mt": "mount"}  # before a name
+# of Korean: one syllable is taken from two at least
+PARTICLES = re.compile(
+    rf"(?<=[\uac00-\ud7a3])(?:{KNOWN['endings']})\Z|(?<=[\uac00-\ud7a3]{{2}})[{KNOWN['particles']}]\Z"
+)
+LETTERS = str.maketrans(KNOWN["letters"])
 TEN_WORDS = [*KNOWN["tens"], *KNOWN["ordinal tens"]]
 TENS = {word: 20 + 10 * (place % 8) for place, word in enumerate(TEN_WORDS)}
 SMALL_NUMBERS = TENS | {word: value for name in ("units", "ordinals") for value, word in enumerate(KNOWN[name])}
 SMALL_NUMBERS |= {word: int(value) for value, some in KNOWN["numerals"].items() for word in some.split()}
-SCALES = {
-    "hundred": 10**2,
-    "hundredth": 10**2,
-    "thousand": 10**3,
-    "thousandth": 10**3,
-    "million": 10**6,
-    "billion": 10**9,
-    "trillion": 10**12,
-    "dozen": 12,
-}
+SCALES: dict[str, int] = KNOWN["scales"]
 SUFFIXES = {"k": 10**3, "K": 10**3, "M": 10**6, "mn": 10**6, "B": 10**9, "bn": 10**9}  # directly behind digits
 PARTS = {"half": Fraction(1, 2), "halves": Fraction(1, 2), "quarter": Fraction(1, 4), "quarters": Fraction(1, 4)}
 PARTS |= {word + end: Fraction(1, SMALL_NUMBERS[word]) for word in KNOWN["ordinals"][3:] for end in ("", "s")}
@@ -82,7 +87,9 @@ def tokens(text: str) -> list[Token]:
     text = INITIALS.sub(
         lambda found: found[0].replace(".", "").replace(" ", "") + " ", unicodedata.normalize("NFC", text)
     )
-    text = re.sub(r"(?i)\bper cent\b", "percent", text)
+    text = re.sub(r"(?i)\bper cent\b", "percent", text.translate(LETTERS))
+    text = re.sub(r"\b(?:kph|kmh|kmph)\b", "km/h", re.sub(r"\bmph\b", "mi/h", text))
+    text = DOTTED_DATE.sub(lambda found: f"{int(found[1])} {MONTHS[int(found[2]) - 1]} {found[3]}", text)
     text = ISO_DATE.sub(lambda found: f"{int(found[3])} {MONTHS[int(found[2]) - 1]} {found[1]}", text)
     found = list(_pattern().finditer(text))
     pieces = [_piece(one) for one in found]
@@ -95,6 +102,14 @@ def tokens(text: str) -> list[Token]:
         # a number in words, or digits and a scale, is one word; so is "minus 5"
         word = _value(-value if sign else value) if end > at + sign else _singular(pieces[at])
         end = end if end > at + sign else at + 1
+        following = pieces[end] if end < len(pieces) else ""
+        if word in MONTH_OF or word == "march":
+            beside = is_number(following) or any(is_number(one.word) for one in made[-1:])
+            alone = len(pieces) == 1 or pieces[max(0, at - 1)] in BEFORE_MONTHS
+            beside = beside or (alone and found[at][0][:1].isupper())
+            word = MONTH_OF.get(word, word) if beside or word not in AMBIGUOUS_MONTHS else word
+        elif word in ABBREVIATED and following and found[end][0][:1].isupper():
+            word = ABBREVIATED[word]
         made.append(Token(word, text[found[at].start() : found[end - 1].end()], text[last : found[at].start()]))
         at, last = end, found[end - 1].end()
     return made
@@ -145,7 +160,7 @@ def _piece(found: re.Match[str]) -> str:
     bare = word.removesuffix("'s")
     if ROMAN.fullmatch(bare):
         return _value(_roman(bare))
-    return bare.casefold().replace("'", "").replace("\u2212", "-")
+    return PARTICLES.sub("", bare.casefold().replace("'", "").replace("\u2212", "-"))
 
 
 def _value(number: Decimal | Fraction | int) -> str:
