@@ -144,7 +144,12 @@ class Chat:
         try:
             prompt = self._prompt(say)
             request = Request(prompt, max_tokens=self.max_tokens, seed=self.seed + self._tries, number=number)
+            left_out = {} if isinstance(self._generator, Generator) else self._generator.left_out
+            before = dict(left_out)
             ((made,),) = self._generator.complete([request])
+            for kind in left_out:
+                if left_out[kind] > before.get(kind, 0):
+                    say(f"left out: the server's {kind}")
             if reason := self._reason(made, bool(parts)):
                 say(reason)
         finally:

@@ -122,6 +122,11 @@ class ServedSampler:
         self.weights: str | None = None  # the version that answers must be of, where the server names one
         self.on_text: Callable[[int, int, str], None] | None = None  # (request, sample, text) as text comes
 
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Of how many answers something is not in the text, by what."""
+        return self._server.usage.left_out
+
     def complete(self, requests: Iterable[Request]) -> Iterator[list[Completion]]:
         """The samples of each request, in the order of the requests."""
         return (samples for _, samples in self.complete_each(requests))
