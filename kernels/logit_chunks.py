@@ -33,36 +33,26 @@ TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Objective:
-    """What is asked of a row of logits z with the target y; p = softmax(z), lse = logsumexp(z), w class weights.
-
-    z is first capped, c * tanh(z / c), then divided by the temperature. The loss is
-    (1 - e) w[y] (lse - z[y]) + e / V * sum_k w[k] (lse - z[k]) + z_loss * w[y] * lse^2, e being the label smoothing.
-    """
+    """What is asked of a row of logits z with the target y: the loss logsumexp(z / t) - z[y] / t, t the temperature."""
 
     ignore_index: int = -100
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-    softcap: float = 0.0  # 0 is none
     temperature: float = 1.0
-    with_lse: bool = False
     with_entropy: bool = False
 
 
 class Rows(NamedTuple):
-    """Per token, in float32 or float64: 0 where the target is ignored; lse and entropy where they were asked for."""
+    """Per token, in float32 or float64: 0 where the target is ignored; the entropy where it was asked for."""
 
     loss: Tensor
-    lse: Tensor | None
     entropy: Tensor | None
 
 
 @dataclass
 class Gradients:
-    """Of the losses' sum weighted by `upstream`: to input (N, D) in its dtype, to the others in float32 or float64."""
+    """Of the losses' sum weighted by `upstream`: to input (N, D) in its dtype, to weight in float32 or float64."""
 
     input: Tensor | None = None
     weight: Tensor | None = None
-    bias: Tensor | None = None
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -83,23 +73,21 @@ def auto_chunk_tokens(weight: Tensor) -> int:
 def rows_and_gradients(
     input: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
     target: Tensor,
-    class_weight: Tensor | None,
     objective: Objective,
     chunk_tokens: int,
     *,
     upstream: Tensor | None = None,
     grad_entropy: Tensor | None = None,
-    need: tuple[bool, bool, bool] = (False, False, False),
+    need: tuple[bool, bool] = (False, False),
 ) -> tuple[Rows, Gradients]:
-    """Rows of every token, and the gradients to input, weight and bias that `need` names. No autograd.
+    """Rows of every token, and the gradients to input and weight that `need` names. No autograd.
 
-    input (N, D), weight (V, D), bias (V,), target (N,). `upstream`, (N,) or a scalar on the device, is the gradient
+    input (N, D), weight (V, D), target (N,). `upstream`, (N,) or a scalar on the device, is the gradient
     of each loss, 1 if None; `grad_entropy` (N,) is that of each entropy. Raises IndexError for a target outside
     [0, V) on CPU; on a GPU, where nothing is read back, the loss of such a token is NaN.
     """
-    chunks = _Chunks(input, weight, bias, class_weight, objective, min(chunk_tokens, max(1, input.shape[0])))
+    chunks = _Chunks(input, weight, objective, min(chunk_tokens, max(1, input.shape[0])))
     if upstream is not None:
         upstream = upstream.to(accumulation_dtype(input.dtype)).expand(input.shape[0])
     if chunks.on_host:
@@ -137,22 +125,18 @@ def _counted_tokens_only(chunks: _Chunks, input, target, upstream, grad_entropy,
 class _Chunks:
     """The loop over chunks, and the one buffer of logits."""
 
-    def __init__(self, input: Tensor, weight: Tensor, bias, class_weight, objective: Objective, chunk_tokens: int):
-        self.weight, self.bias, self.objective, self.chunk_tokens = weight, bias, objective, chunk_tokens
+    def __init__(self, input: Tensor, weight: Tensor, objective: Objective, chunk_tokens: int):
+        self.weight, self.objective, self.chunk_tokens = weight, objective, chunk_tokens
         self.dtype = accumulation_dtype(input.dtype)
-        self.class_weight = None if class_weight is None else class_weight.to(self.dtype).contiguous()
         self.fused = uses_triton(input)
         self.on_host = input.device.type == "cpu" and not self.fused
         self.plain = (  # the probabilities alone tell it; those of float16 end at 6e-8
-            self.on_host
-            and class_weight is None
-            and input.dtype != torch.float16
-            and objective == Objective(objective.ignore_index, temperature=objective.temperature)
+            self.on_host and input.dtype != torch.float16 and not objective.with_entropy
         )
         self._buffer: Tensor | None = None
 
     def run(self, input, target, upstream, grad_entropy, need) -> tuple[Rows, Gradients]:
-        tokens, asked = input.shape[0], (True, self.objective.with_lse, self.objective.with_entropy)
+        tokens, asked = input.shape[0], (True, self.objective.with_entropy)
         rows = Rows(*(input.new_empty(tokens, dtype=self.dtype) if each else None for each in asked))  # type: ignore
         gradients = Gradients(torch.empty_like(input, memory_format=torch.contiguous_format) if need[0] else None)
         turn = self._turn_plainly if self.plain and any(need) else self._turn
@@ -169,18 +153,14 @@ class _Chunks:
             self._repair(rows.loss, input, target)
         if tokens == 0:
             gradients.weight = self.weight.new_zeros(self.weight.shape, dtype=self.dtype) if need[1] else None
-            gradients.bias = self.weight.new_zeros(self.weight.shape[0], dtype=self.dtype) if need[2] else None
         return rows, gradients
 
     def _logits(self, input: Tensor) -> Tensor:
         if not self.fused:
-            logits_NV = matmul_nt(input, self.weight)
-            return logits_NV if self.bias is None else logits_NV.add_(self.bias)
+            return matmul_nt(input, self.weight)
         vocab = self.weight.shape[0]
         out = self._space(input, -(-vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT)[:, :vocab]
-        if self.bias is None:
-            return torch.mm(input, self.weight.t(), out=out)
-        return torch.addmm(self.bias, input, self.weight.t(), out=out)
+        return torch.mm(input, self.weight.t(), out=out)
 
     def _space(self, like: Tensor, width: int) -> Tensor:
         """As many rows as `like` has, of the one buffer."""
@@ -189,7 +169,7 @@ class _Chunks:
         return self._buffer[: like.shape[0]]
 
     def _turn(self, logits_NV, target, upstream, grad_entropy, need_gradient) -> tuple[Rows, Tensor | None]:
-        arguments = logits_NV, target, self.class_weight, self.objective, upstream, grad_entropy, need_gradient
+        arguments = logits_NV, target, self.objective, upstream, grad_entropy, need_gradient
         if self.fused:
             rows = Rows(*triton_module("cross_entropy").turn(*arguments))
             return rows, logits_NV if need_gradient else None
@@ -199,7 +179,7 @@ class _Chunks:
         """torch's softmax has an exponential several times faster than `exp` by itself on CPU.
 
         It computes in float32 and rounds once to the dtype of the products; the loss is -log of the target's
-        probability. lse is not computed.
+        probability.
         """
         if self.objective.temperature != 1.0:
             logits_NV.div_(self.objective.temperature)
@@ -211,12 +191,12 @@ class _Chunks:
         grad_NV[row, target] = probability - 1
         if upstream is not None:
             grad_NV.mul_(upstream.unsqueeze(1).to(grad_NV.dtype))
-        return Rows(-probability.to(self.dtype).log(), None, None), grad_NV
+        return Rows(-probability.to(self.dtype).log(), None), grad_NV
 
     def _repair(self, losses: Tensor, input: Tensor, target: Tensor) -> None:
         unlikely = losses > -math.log(LEAST_PROBABILITY)
         if unlikely.any():
-            losses[unlikely] = self.run(input[unlikely], target[unlikely], None, None, (False,) * 3)[0].loss
+            losses[unlikely] = self.run(input[unlikely], target[unlikely], None, None, (False,) * 2)[0].loss
 
     def _add_gradients(self, gradients: Gradients, part: slice, grad_NV: Tensor, input: Tensor, need) -> None:
         if need[0]:
@@ -227,9 +207,6 @@ class _Chunks:
                 torch.mm(grad_NV, self.weight, out=gradients.input[part])
         if need[1]:
             gradients.weight = self._sum_of_products(gradients.weight, grad_NV, input)
-        if need[2]:
-            bias = grad_NV.sum(0, dtype=self.dtype)
-            gradients.bias = bias if gradients.bias is None else gradients.bias.add_(bias)
 
     def _sum_of_products(self, total: Tensor | None, grad_NV: Tensor, input: Tensor) -> Tensor:
         """`total` + grad_NV.T @ input in the accumulation dtype; total may be overwritten, None is zero."""
@@ -263,45 +240,26 @@ def _adds_in_float32(dtype: torch.dtype) -> bool:
 def turn_reference(
     logits_NV: Tensor,
     target: Tensor,
-    class_weight: Tensor | None,
     objective: Objective,
     upstream: Tensor | None,
     grad_entropy: Tensor | None,
     need_gradient: bool,
 ) -> tuple[Rows, Tensor | None]:
     """Rows of a chunk of logits and the gradient of the logits, step by step in float32 or float64."""
-    dtype = accumulation_dtype(logits_NV.dtype)
-    z_NV, capped = logits_NV.to(dtype), None
-    if objective.softcap:
-        capped = torch.tanh(z_NV / objective.softcap)
-        z_NV = capped * objective.softcap
+    z_NV = logits_NV.to(accumulation_dtype(logits_NV.dtype))
     if objective.temperature != 1.0:
         z_NV = z_NV / objective.temperature
-    lse = torch.logsumexp(z_NV, -1)
     log_p = torch.log_softmax(z_NV, -1)
     ignored = target == objective.ignore_index
     y = target.masked_fill(ignored, 0).long().unsqueeze(1)
-    weight_y = torch.ones_like(lse) if class_weight is None else class_weight[y.squeeze(1)]
-    kept, spread = 1.0 - objective.label_smoothing, None
-    losses = -kept * weight_y * log_p.gather(1, y).squeeze(1)
-    attention = kept * weight_y  # what a row's lse is multiplied by
-    if objective.label_smoothing:
-        spread = torch.ones_like(z_NV[0]) if class_weight is None else class_weight
-        spread = spread * (objective.label_smoothing / z_NV.shape[1])
-        losses = losses - log_p @ spread
-        attention = attention + spread.sum()
-    if objective.z_loss:
-        losses = losses + objective.z_loss * weight_y * lse.square()
-        attention = attention + 2 * objective.z_loss * weight_y * lse
+    losses = -log_p.gather(1, y).squeeze(1)
     p_NV = log_p.exp() if need_gradient or objective.with_entropy else None
     entropy = torch.special.entr(p_NV).sum(-1) if p_NV is not None and objective.with_entropy else None
     gradient = None
     if need_gradient:
         assert p_NV is not None
-        gradient = p_NV * attention.unsqueeze(1)
-        if spread is not None:
-            gradient -= spread
-        gradient.scatter_add_(1, y, (-kept * weight_y).unsqueeze(1))
+        gradient = p_NV.clone()
+        gradient.scatter_add_(1, y, torch.full_like(losses, -1.0).unsqueeze(1))
         if upstream is not None:
             gradient *= upstream.unsqueeze(1)
         if grad_entropy is not None:
@@ -309,9 +267,6 @@ def turn_reference(
             gradient += grad_entropy.unsqueeze(1) * (torch.special.entr(p_NV) - p_NV * entropy.unsqueeze(1))
         if objective.temperature != 1.0:
             gradient /= objective.temperature
-        if capped is not None:
-            gradient *= 1 - capped.square()
         gradient = gradient.masked_fill_(ignored.unsqueeze(1), 0.0).to(logits_NV.dtype)
-    asked = losses, lse if objective.with_lse else None, entropy
-    rows = (None if x is None else x.masked_fill(ignored, 0.0) for x in asked)
+    rows = (None if x is None else x.masked_fill(ignored, 0.0) for x in (losses, entropy))
     return Rows(*rows), gradient  # type: ignore[arg-type]

@@ -28,14 +28,11 @@ def linear_logprobs_reference(
     target: Tensor,
     *,
     temperature: float = 1.0,
-    softcap: float | None = None,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies with all logits held, differentiable: the truth for the tests."""
     logits = F.linear(input, linear_weight)
     logits = logits.to(accumulation_dtype(logits.dtype))
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
     log_p = torch.log_softmax(logits / temperature, -1)
     counted = target != ignore_index
     picked = log_p.gather(-1, (target * counted).unsqueeze(-1)).squeeze(-1)
@@ -48,17 +45,16 @@ def _compute(
     linear_weight: Tensor,
     target: Tensor,
     temperature: float,
-    softcap: float,
     ignore_index: int,
     chunk_tokens: int,
     return_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (N,) and entropies (N,), the latter empty unless asked for. softcap 0 is none."""
-    objective = Objective(ignore_index, softcap=softcap, temperature=temperature, with_entropy=return_entropy)
+    """Log-probabilities (N,) and entropies (N,), the latter empty unless asked for."""
+    objective = Objective(ignore_index, temperature, with_entropy=return_entropy)
     if uses_triton(input) and input.shape[1] % 16 == 0:  # else rows begin at no 16-byte boundary
         picked, entropy = triton_module("logprobs").logprobs(input, linear_weight, target, objective)
     else:
-        rows, _ = rows_and_gradients(input, linear_weight, None, target, None, objective, chunk_tokens)
+        rows, _ = rows_and_gradients(input, linear_weight, target, objective, chunk_tokens)
         picked, entropy = rows.loss.neg_(), rows.entropy
     return picked, picked.new_empty(0) if entropy is None else entropy
 
@@ -67,7 +63,7 @@ _logprobs = torch.library.custom_op("llmkit::linear_logprobs", _compute, mutates
 
 
 @_logprobs.register_fake
-def _(input, linear_weight, target, temperature, softcap, ignore_index, chunk_tokens, return_entropy):
+def _(input, linear_weight, target, temperature, ignore_index, chunk_tokens, return_entropy):
     picked = input.new_empty(target.shape, dtype=accumulation_dtype(input.dtype))
     return picked, torch.empty_like(picked) if return_entropy else picked.new_empty(0)
 
@@ -79,7 +75,6 @@ def _gradients(
     linear_weight: Tensor,
     target: Tensor,
     temperature: float,
-    softcap: float,
     ignore_index: int,
     chunk_tokens: int,
     need_input: bool,
@@ -87,12 +82,12 @@ def _gradients(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of input and weight in their dtypes, empty where not needed."""
     with_entropy = grad_entropy is not None
-    objective = Objective(ignore_index, softcap=softcap, temperature=temperature, with_entropy=with_entropy)
+    objective = Objective(ignore_index, temperature, with_entropy=with_entropy)
     dtype = accumulation_dtype(input.dtype)
     upstream = input.new_zeros(target.shape, dtype=dtype) if grad is None else -grad.to(dtype)
     _, gradients = rows_and_gradients(
-        input, linear_weight, None, target, None, objective, chunk_tokens,
-        upstream=upstream, grad_entropy=grad_entropy, need=(need_input, need_weight, False),
+        input, linear_weight, target, objective, chunk_tokens,
+        upstream=upstream, grad_entropy=grad_entropy, need=(need_input, need_weight),
     )  # fmt: skip
     found = gradients.input, gradients.weight
     return tuple(input.new_empty(0) if x is None else x.to(input.dtype) for x in found)  # type: ignore[return-value]
@@ -103,7 +98,7 @@ _gradients_in_a_graph = torch.library.custom_op("llmkit::linear_logprobs_backwar
 
 @_gradients_in_a_graph.register_fake
 def _(
-    grad, grad_entropy, input, linear_weight, target, temperature, softcap, ignore_index, chunk_tokens, need_input,
+    grad, grad_entropy, input, linear_weight, target, temperature, ignore_index, chunk_tokens, need_input,
     need_weight,
 ):  # fmt: skip
     pairs = (input.shape, need_input), (linear_weight.shape, need_weight)
@@ -122,9 +117,9 @@ def _backward(ctx, grad, grad_entropy, gradients: Callable = _gradients_in_a_gra
     if not ctx.return_entropy:
         grad_entropy = None
     if grad is None and grad_entropy is None:
-        return (None,) * 8
+        return (None,) * 7
     found = gradients(grad, grad_entropy, *ctx.saved_tensors, *ctx.options, *need)
-    return *(x if each else None for x, each in zip(found, need, strict=True)), *(None,) * 6
+    return *(x if each else None for x, each in zip(found, need, strict=True)), *(None,) * 5
 
 
 _logprobs.register_autograd(_backward, setup_context=_save)
@@ -151,26 +146,23 @@ def linear_logprobs(
     target: Tensor,
     *,
     temperature: float = 1.0,
-    softcap: float | None = None,
     ignore_index: int = -100,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each target under softmax(`input @ linear_weight.T` / temperature).
 
     input (..., D), linear_weight (V, D), target (...) of integers -> float32 of the shape of `target` (float64 for
-    float64). With `softcap` a logit z becomes softcap * tanh(z / softcap) before it is divided by the temperature.
+    float64).
     With `return_entropy` the entropies of the whole distributions, in nats, come second. Both are differentiable in
     input and linear_weight, once. Ignored positions give 0.0 and no gradient. A target outside [0, V) that is not
     ignored raises IndexError on CPU and gives NaN on a GPU.
     """
     if temperature <= 0:
         raise ValueError(f"linear_logprobs: expected a positive temperature, found {temperature}")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"linear_logprobs: expected a positive softcap, found {softcap}")
     compute = _Eagerly.apply if by_hand(input) else _logprobs
     picked, entropy = compute(
-        input.reshape(-1, input.shape[-1]), linear_weight, target.reshape(-1), float(temperature),
-        float(softcap or 0.0), ignore_index, auto_chunk_tokens(linear_weight), return_entropy,
+        input.reshape(-1, input.shape[-1]), linear_weight, target.reshape(-1), float(temperature), ignore_index,
+        auto_chunk_tokens(linear_weight), return_entropy,
     )  # fmt: skip
     picked = picked.view(target.shape)
     return (picked, entropy.view(target.shape)) if return_entropy else picked

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from llmkit.kernels.logit_chunks import Objective
-from llmkit.kernels.triton.cross_entropy import add_to_softmax, adjust
+from llmkit.kernels.triton.cross_entropy import add_to_softmax
 from llmkit.kernels.triton.launch import launch
 from llmkit.kernels.triton.tiles import product_tiles
 from torch import Tensor
@@ -21,9 +21,8 @@ MERGED = 64  # tokens a program of `merge_splits`
 @triton.jit(do_not_specialize=["tokens"])
 def linear_logsumexp(
     x_ptr, w_ptr, target_ptr, highest_ptr, total_ptr, moment_ptr, picked_ptr, stride_x, stride_w, tokens, vocab,
-    hidden, cap, inverse_cap, inverse_temperature, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr, EVEN_D: tl.constexpr, SOFTCAP: tl.constexpr,
-    ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
+    hidden, inverse_temperature, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPLIT: tl.constexpr, GROUP: tl.constexpr, EVEN_D: tl.constexpr, ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N tokens and SPLIT blocks of the vocabulary.
 
@@ -55,7 +54,7 @@ def linear_logsumexp(
                 mask = local_d[None, :] < hidden - d0
                 x, w = tl.load(x_base + d0, mask=mask, other=0.0), tl.load(w_base + d0, mask=mask, other=0.0)
             z = tl.dot(x, tl.trans(w), z, input_precision=PRECISION)
-        z = adjust(z, cap, inverse_cap, inverse_temperature, SOFTCAP)
+        z *= inverse_temperature
         column = v0 + local_v
         row = n0 + local_n
         # read again for every block: held over the products, it would push two registers to memory
@@ -119,12 +118,11 @@ def logprobs(
     highest, total = input.new_empty(2, splits, tokens, dtype=torch.float32)
     moment = torch.empty_like(highest) if objective.with_entropy else None
     picked = highest.new_full((tokens,), float("nan"))  # stays so where no word is the target
-    cap = objective.softcap
     launch(
         linear_logsumexp, (triton.cdiv(tokens, chosen.block_n) * splits,), input, linear_weight, target, highest,
-        total, moment, picked, input.stride(0), linear_weight.stride(0), tokens, vocab, hidden, cap,
-        1.0 / cap if cap else 0.0, 1.0 / objective.temperature, GROUP=GROUP, EVEN_D=hidden % chosen.block_d == 0,
-        SOFTCAP=cap > 0, ENTROPY=objective.with_entropy, PRECISION="ieee", **chosen.options(),
+        total, moment, picked, input.stride(0), linear_weight.stride(0), tokens, vocab, hidden,
+        1.0 / objective.temperature, GROUP=GROUP, EVEN_D=hidden % chosen.block_d == 0, ENTROPY=objective.with_entropy,
+        PRECISION="ieee", **chosen.options(),
     )  # fmt: skip
     logprob = torch.empty_like(picked)
     entropy = torch.empty_like(picked) if objective.with_entropy else None

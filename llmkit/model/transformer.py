@@ -232,8 +232,7 @@ class Transformer(nn.Module):
         chunk_tokens: int | str = "auto",
     ) -> Tensor:
         """Cross-entropy of the targets, which the caller has shifted: targets[b, t] follows token_ids[b, t]."""
-        loss = linear_cross_entropy(
+        return linear_cross_entropy(
             self(token_ids_BT, doc_ids=doc_ids), self.head_weight, targets_BT,
             reduction=reduction, ignore_index=ignore_index, chunk_tokens=chunk_tokens,
         )  # fmt: skip
-        return cast("Tensor", loss)  # a pair only with return_lse

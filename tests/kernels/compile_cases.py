@@ -25,7 +25,7 @@ KINDS = {
 TOKENS, HIDDEN = 4096, 1600  # of the examples; compiled in is whether they are divisible by 16
 WORDS = 50257, 128256  # no multiple of 16, and one
 PLAIN = Objective()
-EVERYTHING = Objective(label_smoothing=0.1, z_loss=1e-4, softcap=30.0, with_lse=True, with_entropy=True)
+ENTROPY = Objective(with_entropy=True)
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -54,12 +54,11 @@ def launch_decode(size: int, dtype: torch.dtype, *, new: int = 1, group: int = 8
 def launch_cross_entropy(
     words: int, dtype: torch.dtype, *, objective: Objective = PLAIN, gradient: bool = True
 ) -> None:
-    """Start the kernel on a chunk without memory, within `compiling_for`; with class weights where all is asked."""
+    """Start the kernel on a chunk without memory, within `compiling_for`."""
     logits = _empty(TOKENS, -(-words // 64) * 64, dtype=dtype)[:, :words]
-    class_weight = _empty(words) if objective.label_smoothing else None
     grad_entropy = _empty(TOKENS) if gradient and objective.with_entropy else None
     target = _empty(TOKENS, dtype=torch.int64)
-    cross_entropy.turn(logits, target, class_weight, objective, _empty(TOKENS), grad_entropy, gradient)
+    cross_entropy.turn(logits, target, objective, _empty(TOKENS), grad_entropy, gradient)
 
 
 def launch_logprobs(hidden: int, dtype: torch.dtype, *, objective: Objective = PLAIN) -> None:
@@ -81,8 +80,8 @@ for _kind, _details in KINDS.items():
 ATTENTION |= _named("decode", launch_decode) | _named("decode windowed", launch_decode, window=512, new=4)
 LOSSES: dict[str, Callable[[], None]] = (
     _named("loss and gradient", launch_cross_entropy, WORDS)
-    | _named("loss and gradient of every option", launch_cross_entropy, WORDS[:1], objective=EVERYTHING)
+    | _named("loss, entropy and gradients", launch_cross_entropy, WORDS[:1], objective=ENTROPY)
     | _named("loss alone", launch_cross_entropy, WORDS[:1], gradient=False)
     | _named("logprobs", launch_logprobs, (HIDDEN, HIDDEN + 16))
-    | _named("logprobs and entropy, capped", launch_logprobs, (HIDDEN,), objective=EVERYTHING)
+    | _named("logprobs and entropy", launch_logprobs, (HIDDEN,), objective=ENTROPY)
 )

@@ -29,7 +29,7 @@ def relative_error(found, expected):
 def test_loss_and_gradients_match_torch(dtype, reduction, ignored, chunk_tokens):
     x, weight, target = example(dtype, ignored=ignored)
     exact = [x.double().clone().requires_grad_(), weight.double().clone().requires_grad_()]
-    expected, _ = linear_cross_entropy_reference(*exact, target, reduction=reduction)
+    expected = linear_cross_entropy_reference(*exact, target, reduction=reduction)
     upstream = torch.randn(expected.shape, dtype=torch.float64)
     expected.backward(upstream)
     ours = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
@@ -66,7 +66,7 @@ def test_a_target_of_vanishing_probability_has_a_finite_exact_loss(dtype):
     x, weight, target = example(dtype)
     x[7] *= 200
     target[7] = (x[7].double() @ weight.double().t()).argmin()
-    expected, _ = linear_cross_entropy_reference(x.double(), weight.double(), target, reduction="sum")
+    expected = linear_cross_entropy_reference(x.double(), weight.double(), target, reduction="sum")
     found = linear_cross_entropy(x.requires_grad_(), weight, target, reduction="sum")
     found.backward()
     assert expected > 500 and relative_error(found, expected) < TOLERANCE[dtype]
@@ -105,62 +105,18 @@ def test_the_shape_of_the_batch_does_not_matter():
     assert shaped.shape == (3, 100) and torch.equal(shaped.flatten(), flat)
 
 
-OPTIONS = [{"label_smoothing": 0.2}, {"z_loss": 0.1}, {"softcap": 2.0}, {"weight": True}, {"linear_bias": True}]
-OPTIONS += [{key: value for option in OPTIONS for key, value in option.items()}]
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: " ".join(o) if len(o) == 1 else "all")
-def test_every_option_matches_torch(dtype, reduction, options):
-    x, weight, target = example(dtype, tokens=100, ignored=0.3)
-    leaves, options = [x, weight], dict(options)
-    if "weight" in options:
-        options["weight"] = torch.rand(123, dtype=torch.float64).to(dtype)
-    if "linear_bias" in options:
-        leaves.append(torch.randn(123, dtype=torch.float64).to(dtype))
-    exact, ours = [x.double().clone().requires_grad_() for x in leaves], [x.clone().requires_grad_() for x in leaves]
-    upstream = torch.randn(100 if reduction == "none" else ())
-    results = []
-    for function, inputs in ((linear_cross_entropy_reference, exact), (linear_cross_entropy, ours)):
-        own = {**options, **({"linear_bias": inputs[2]} if len(inputs) > 2 else {})}
-        extra = {"chunk_tokens": 32, "return_lse": True} if function is linear_cross_entropy else {}
-        loss, lse = function(*inputs[:2], target, reduction=reduction, **own, **extra)
-        loss.backward(upstream.to(loss.dtype))
-        results.append([loss, lse, *(x.grad for x in inputs)])
-    tolerance = {torch.float16: 2e-3, torch.bfloat16: 1.5e-2}.get(dtype, TOLERANCE[torch.float32])
-    assert not results[1][1].requires_grad
-    for found, expected in zip(results[1], results[0], strict=True):
-        assert relative_error(found, expected) < (1e-12 if dtype == torch.float64 else tolerance)
-
-
-def test_asking_for_the_lse_changes_no_loss():
-    x, weight, target = example(torch.float32, ignored=0.3)
-    loss, lse = linear_cross_entropy(x, weight, target.view(3, 100), return_lse=True)
-    assert lse.shape == (3, 100) and not lse.view(-1)[target == -100].any()
-    torch.testing.assert_close(loss, linear_cross_entropy(x, weight, target))
-
-
-def test_class_weights_that_sum_to_zero_give_no_loss():
-    x, weight, target = example(torch.float32)
-    loss = linear_cross_entropy(x.requires_grad_(), weight, target, weight=torch.zeros(123))
-    loss.backward()
-    assert loss == 0 and not x.grad.any()
-
-
 def test_probabilities_too_small_for_float16_have_an_exact_loss():
     x, weight, target = example(torch.float16)
     x *= 3
-    expected, _ = linear_cross_entropy_reference(x.double(), weight.double(), target, reduction="sum")
+    expected = linear_cross_entropy_reference(x.double(), weight.double(), target, reduction="sum")
     found = linear_cross_entropy(x.requires_grad_(), weight, target, reduction="sum")
     assert expected > 15 * len(target) and relative_error(found, expected) < 1e-4
 
 
 def test_a_mistake_in_the_options_is_named():
     x, weight, target = example(torch.float32)
-    for option in ({"softcap": 0.0}, {"label_smoothing": 1.5}, {"reduction": "median"}):
-        with pytest.raises(ValueError, match=next(iter(option))):
-            linear_cross_entropy(x, weight, target, **option)
+    with pytest.raises(ValueError, match="reduction"):
+        linear_cross_entropy(x, weight, target, reduction="median")
     for wrong in (-1, 123):
         target[5] = wrong
         with pytest.raises(IndexError, match=f"target {wrong} is out of bounds with 123 classes"):

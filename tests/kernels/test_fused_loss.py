@@ -16,15 +16,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-EVERY_OPTION = {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 3.0, "weighted": True, "biased": True}
 
 
-def example(tokens, vocab, hidden=32, dtype=torch.float32, ignored=0.3, biased=False, seed=0):
-    """Input, weight and maybe bias, and the target; rounded first, so that errors are the kernels' own."""
+def example(tokens, vocab, hidden=32, dtype=torch.float32, ignored=0.3, seed=0):
+    """Input, weight, and the target; rounded first, so that errors are the kernels' own."""
     generator = torch.Generator().manual_seed(seed + tokens + vocab)
-    shapes = [(tokens, hidden), (vocab, hidden)] + [(vocab,)] * biased
-    scales = 1.0, 2 * hidden**-0.5, 1.0  # logits of about 2
-    made = [(torch.randn(s, generator=generator) * k).to(dtype) for s, k in zip(shapes, scales, strict=False)]
+    pairs = ((tokens, hidden), 1.0), ((vocab, hidden), 2 * hidden**-0.5)  # logits of about 2
+    made = [(torch.randn(shape, generator=generator) * scale).to(dtype) for shape, scale in pairs]
     target = torch.randint(0, vocab, (tokens,), generator=generator)
     target[torch.rand(tokens, generator=generator) < ignored] = -100
     return made, target
@@ -65,28 +63,21 @@ def assert_as_good_as_torch(ours, torchs, exact, values):
 
 
 def check_loss(tokens, vocab, dtype=torch.float32, *, hidden=32, ignored=0.3, reduction="mean", chunk_tokens=64,
-               biased=False, weighted=False, seed=0, **options):  # fmt: skip
-    inputs, target = example(tokens, vocab, hidden, dtype, ignored, biased, seed)
+               seed=0):  # fmt: skip
+    inputs, target = example(tokens, vocab, hidden, dtype, ignored, seed)
     generator = torch.Generator().manual_seed(1)
-    class_weight = torch.rand(vocab, generator=generator) + 0.1 if weighted else None
     upstream = [torch.randn(tokens, generator=generator)] if reduction == "none" else None
 
-    def ours(x, w, b=None):
-        return linear_cross_entropy(
-            x, w, target, linear_bias=b, weight=class_weight, reduction=reduction, chunk_tokens=chunk_tokens,
-            return_lse=True, **options,
-        )  # fmt: skip
+    def ours(x, w):
+        return linear_cross_entropy(x, w, target, reduction=reduction, chunk_tokens=chunk_tokens)
 
-    def reference(x, w, b=None):
-        loss, lse = linear_cross_entropy_reference(
-            x, w, target, linear_bias=b, weight=class_weight, reduction=reduction, **options
-        )
-        return loss, lse.detach()
+    def reference(x, w):
+        return linear_cross_entropy_reference(x, w, target, reduction=reduction)
 
     found = values_and_gradients(ours, inputs, upstream)
-    assert found[0].dtype == torch.float32 and all(x.dtype == dtype for x in found[2:])
+    assert found[0].dtype == torch.float32 and all(x.dtype == dtype for x in found[1:])
     expected = values_and_gradients(reference, [x.double() for x in inputs], upstream)
-    return assert_as_good_as_torch(found, values_and_gradients(reference, inputs, upstream), expected, 2)
+    return assert_as_good_as_torch(found, values_and_gradients(reference, inputs, upstream), expected, 1)
 
 
 def check_logprobs(tokens, vocab, dtype=torch.float32, *, hidden=32, ignored=0.3, entropy=True, **options):
@@ -119,20 +110,14 @@ def test_loss_and_gradients_of_any_number_of_tokens(tokens, ignored):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2}, EVERY_OPTION], ids=["plain", "smoothed", "every"])
-def test_loss_and_gradients_of_any_option(dtype, reduction, options):
-    check_loss(100, 123, dtype, reduction=reduction, **options)
+def test_loss_and_gradients_of_any_reduction(dtype, reduction):
+    check_loss(100, 123, dtype, reduction=reduction)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_over_many_examples_16_bits_cost_no_more_than_they_cost_torch(dtype):
-    ratios = [check_loss(24, 60, dtype, seed=1000 * n, **EVERY_OPTION)[2:] for n in range(16)]
+    ratios = [check_loss(24, 60, dtype, seed=1000 * n)[1:] for n in range(16)]
     assert torch.tensor(ratios).log().mean(0).exp().max() < 1.005
-
-
-@pytest.mark.parametrize("option", [{"z_loss": 0.1}, {"softcap": 2.0}, {"weighted": True}, {"biased": True}])
-def test_loss_and_gradients_of_one_option(option):
-    check_loss(33, 200, reduction="none", **option)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -149,9 +134,9 @@ def test_logprobs_and_gradients_of_any_number_of_tokens(tokens, ignored):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hidden", [48, 72, 160])
-@pytest.mark.parametrize("options", [{"temperature": 0.6}, {"temperature": 1.7, "softcap": 2.0}])
-def test_logprobs_and_gradients_of_any_option(dtype, hidden, options):
-    check_logprobs(40, 300, dtype, hidden=hidden, **options)
+@pytest.mark.parametrize("temperature", [0.6, 1.7])
+def test_logprobs_and_gradients_at_any_temperature(dtype, hidden, temperature):
+    check_logprobs(40, 300, dtype, hidden=hidden, temperature=temperature)
 
 
 def test_every_number_of_the_results_is_written():
@@ -160,7 +145,7 @@ def test_every_number_of_the_results_is_written():
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(3).isnan().all() and torch.zeros(1).new_empty(3).isnan().all()
-        check_loss(70, 123, reduction="none", **EVERY_OPTION)
+        check_loss(70, 123, reduction="none")
         check_loss(70, 123, ignored=1.0)
         check_logprobs(70, 523)
     finally:
@@ -189,39 +174,21 @@ def test_inputs_may_lie_in_memory_as_they_like():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_common_offset_of_thousands_changes_no_loss(dtype):
-    inputs, target = example(40, 123, dtype=dtype, biased=True)
-    for bias in (-3e4, 3e4, -torch.inf):
-        shifted = inputs[2] * 0
-        shifted[slice(None) if abs(bias) < torch.inf else slice(0, 70)] = bias
-        target[target < 70] = -100 if bias == -torch.inf else 5
-
-        def ours(x, w, shifted=shifted):
-            return linear_cross_entropy(x, w, target, linear_bias=shifted, reduction="none", return_lse=True)
-
-        def reference(x, w, shifted=shifted):
-            loss, lse = linear_cross_entropy_reference(x, w, target, linear_bias=shifted.to(x.dtype), reduction="none")
-            return loss, lse.detach()
-
-        found = values_and_gradients(ours, inputs[:2])
-        theirs = values_and_gradients(reference, inputs[:2])
-        exact = values_and_gradients(reference, [x.double() for x in inputs[:2]])
+    (x, w), target = example(40, 123, dtype=dtype)
+    for offset in (-3e4, 3e4):
+        x[:, -1], w[:, -1] = 1, offset
+        found = values_and_gradients(lambda x, w: linear_cross_entropy(x, w, target, reduction="none"), (x, w))
+        reference = lambda x, w: linear_cross_entropy_reference(x, w, target, reduction="none")  # noqa: E731
+        theirs = values_and_gradients(reference, (x, w))
+        exact = values_and_gradients(reference, (x.double(), w.double()))
         for mine, limit in zip(errors(found, exact), errors(theirs, exact), strict=True):
-            assert mine <= 1.02 * limit + 1e-6
-
-
-def test_the_slope_of_a_capped_logit_keeps_its_digits_where_the_cap_is_reached():
-    logits = torch.linspace(-9, 9, 64)[:, None].requires_grad_()
-    exact = logits.detach().double().requires_grad_()
-    one, target = torch.ones(1, 1), torch.zeros(1, dtype=torch.long)
-    (-linear_cross_entropy(one, logits, target, softcap=1.0)).backward()
-    linear_logprobs_reference(one.double(), exact, target, softcap=1.0)[0].backward()
-    assert ((logits.grad - exact.grad) / exact.grad).abs().max() < 2e-6  # of torch's in float32 0.96
+            assert mine <= 1.5 * limit + 1e-6  # the roundings of the products differ
 
 
 def test_a_sure_prediction_has_an_exact_small_loss():
     weight = torch.eye(16)
     x = torch.eye(16)[:5] * 15
-    expected, _ = linear_cross_entropy_reference(x.double(), weight.double(), torch.arange(5), reduction="none")
+    expected = linear_cross_entropy_reference(x.double(), weight.double(), torch.arange(5), reduction="none")
     found = linear_cross_entropy(x, weight, torch.arange(5), reduction="none")
     assert expected.max() < 1e-5
     torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=0)  # 1 + 5e-6 has 6 bits of the 5e-6
@@ -255,7 +222,7 @@ def test_float16_gradients_of_a_mean_survive_a_loss_scale():
         return x.grad.double() / scale
 
     function = lambda x: linear_cross_entropy(x, w.to(x.dtype), target)  # noqa: E731
-    exact = gradient(x.double(), lambda x: linear_cross_entropy_reference(x, w.double(), target)[0], 1.0)
+    exact = gradient(x.double(), lambda x: linear_cross_entropy_reference(x, w.double(), target), 1.0)
     assert errors([gradient(x, function, 65536.0)], [exact])[0] < 2e-3
     assert errors([gradient(x, function, 1.0)], [exact])[0] > 2e-3  # which is why there are loss scales
 
@@ -298,13 +265,8 @@ problems = {
 losses = {
     "reduction": st.sampled_from(["mean", "sum", "none"]),
     "chunk_tokens": st.integers(1, 80),
-    "label_smoothing": st.sampled_from([0.0, 0.1, 1.0]),
-    "z_loss": st.sampled_from([0.0, 0.1]),
-    "softcap": st.sampled_from([None, 1.0, 30.0]),
-    "weighted": st.booleans(),
-    "biased": st.booleans(),
 }
-logprobs = {"temperature": st.floats(0.2, 3.0), "softcap": st.sampled_from([None, 2.0]), "entropy": st.booleans()}
+logprobs = {"temperature": st.floats(0.2, 3.0), "entropy": st.booleans()}
 quiet = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
 
@@ -342,5 +304,4 @@ def test_any_logprobs_at_length(**problem):
 def test_every_shape(dtype, vocab, tokens, ignored):
     for reduction in ("mean", "none"):
         check_loss(tokens, vocab, dtype, ignored=ignored, reduction=reduction)
-        check_loss(tokens, vocab, dtype, ignored=ignored, reduction=reduction, **EVERY_OPTION)
     check_logprobs(tokens, vocab, dtype, ignored=ignored, temperature=0.8)

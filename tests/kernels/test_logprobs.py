@@ -20,7 +20,7 @@ def example(dtype, tokens=90, hidden=24, vocab=123):
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("entropy", [True, False])
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"softcap": 2.0}, {"temperature": 1.4, "softcap": 3.0}])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"temperature": 1.4}])
 def test_values_and_gradients_match_torch(dtype, entropy, options):
     x, weight, target = example(dtype)
     exact, ours = [[t.to(d).requires_grad_() for t in (x, weight)] for d in (torch.float64, dtype)]
@@ -55,8 +55,7 @@ def test_it_is_the_loss_with_the_sign_turned_and_any_shape():
 
 def test_mistakes_are_named():
     x, weight, target = example(torch.float32)
-    for option in ({"temperature": 0.0}, {"softcap": -1.0}):
-        with pytest.raises(ValueError, match=next(iter(option))):
-            linear_logprobs(x, weight, target, **option)
+    with pytest.raises(ValueError, match="temperature"):
+        linear_logprobs(x, weight, target, temperature=0.0)
     with pytest.raises(IndexError, match="target 123 is out of bounds with 123 classes"):
         linear_logprobs(x, weight, target.masked_fill(target == target[1], 123))

@@ -18,7 +18,7 @@ def kernels(request, monkeypatch):
 
 def example(tokens=20, vocab=37, hidden=16, dtype=torch.float32):
     generator = torch.Generator().manual_seed(tokens)
-    shapes = (tokens, hidden), (vocab, hidden), (vocab,)
+    shapes = (tokens, hidden), (vocab, hidden)
     made = [torch.randn(s, generator=generator, dtype=dtype) * 0.5 for s in shapes]
     target = torch.randint(0, vocab, (tokens,), generator=generator)
     target[1::4] = -100
@@ -27,28 +27,18 @@ def example(tokens=20, vocab=37, hidden=16, dtype=torch.float32):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_torch_accepts_the_loss(kernels, reduction):
-    (x, w, b), target = example()
-    class_weight = torch.rand(37)
-    options = -100, 0.1, 0.01, 3.0, 8
-    torch.library.opcheck(
-        cross_entropy._loss_and_gradients, (x, w, b, class_weight, target, reduction, *options, True, True, True, True)
-    )
-    torch.library.opcheck(
-        cross_entropy._loss_and_gradients,
-        (x, w.detach(), None, None, target, reduction, -100, 0.0, 0.0, 0.0, 8, False, True, False, False),
-    )
-    held = [t.detach() for t in (x, w, b)]
-    grad = torch.randn(20)
-    torch.library.opcheck(
-        cross_entropy._gradients_of_each, (grad, *held, class_weight, target, *options, True, True, False)
-    )
+    (x, w), target = example()
+    for weight, needs in ((w, (True, True)), (w.detach(), (True, False))):
+        torch.library.opcheck(cross_entropy._loss_and_gradients, (x, weight, target, reduction, -100, 8, *needs))
+    held = [t.detach() for t in (x, w)]
+    torch.library.opcheck(cross_entropy._gradients_of_each, (torch.randn(20), *held, target, -100, 8, True, True))
     torch.library.opcheck(cross_entropy._scaled_in_a_graph, (held[0], torch.tensor(2.0), held[0].half()))
 
 
 @pytest.mark.parametrize("entropy", [True, False])
 def test_torch_accepts_the_logprobs(kernels, entropy):
-    (x, w, _), target = example()
-    options = 0.8, 3.0, -100, 8
+    (x, w), target = example()
+    options = 0.8, -100, 8
     torch.library.opcheck(logprobs_module._logprobs, (x, w, target, *options, entropy))
     grads = torch.randn(20), torch.randn(20) if entropy else None
     torch.library.opcheck(
@@ -58,35 +48,31 @@ def test_torch_accepts_the_logprobs(kernels, entropy):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_the_gradients_of_the_loss_are_those_of_its_values(reduction):
-    (x, w, b), target = example(5, 7, 3, torch.float64)
-    every = {"weight": torch.rand(7).double(), "label_smoothing": 0.1, "z_loss": 0.1, "softcap": 2.0}
-    for options in ({}, every):
-        torch.autograd.gradcheck(
-            lambda x, w, b, o=options: linear_cross_entropy(
-                x, w, target, linear_bias=b, reduction=reduction, chunk_tokens=3, **o
-            ),
-            (x, w, b),
-        )
+    inputs, target = example(5, 7, 3, torch.float64)
+    torch.autograd.gradcheck(
+        lambda x, w: linear_cross_entropy(x, w, target, reduction=reduction, chunk_tokens=3), tuple(inputs)
+    )
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "softcap": 2.0}])
-def test_the_gradients_of_the_logprobs_are_those_of_their_values(options):
-    (x, w, _), target = example(5, 7, 3, torch.float64)
-    torch.autograd.gradcheck(lambda x, w: linear_logprobs(x, w, target, return_entropy=True, **options), (x, w))
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_gradients_of_the_logprobs_are_those_of_their_values(temperature):
+    (x, w), target = example(5, 7, 3, torch.float64)
+    torch.autograd.gradcheck(
+        lambda x, w: linear_logprobs(x, w, target, temperature=temperature, return_entropy=True), (x, w)
+    )
 
 
-def loss(x, w, b, target):
-    return linear_cross_entropy(x, w, target, linear_bias=b, label_smoothing=0.1, chunk_tokens=8)
+def loss(x, w, target):
+    return linear_cross_entropy(x, w, target, chunk_tokens=8)
 
 
-def losses(x, w, b, target):
-    values, lse = linear_cross_entropy(x, w, target, linear_bias=b, reduction="none", return_lse=True, chunk_tokens=8)
-    return values.square().sum() + lse.sum().detach()
+def losses(x, w, target):
+    return linear_cross_entropy(x, w, target, reduction="none", chunk_tokens=8).square().sum()
 
 
-def logprobs(x, w, b, target):
+def logprobs(x, w, target):
     values, entropy = linear_logprobs(x, w, target, temperature=0.9, return_entropy=True)
-    return values.sum() + 0.1 * entropy.sum() + 0 * b.sum()
+    return values.sum() + 0.1 * entropy.sum()
 
 
 @pytest.mark.parametrize("function", [loss, losses, logprobs])
