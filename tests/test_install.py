@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import glob
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from documented import commands_of, made_small
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ("llmkit", "kernels", "pyproject.toml", "README.md", "LICENSE")
@@ -51,8 +55,9 @@ def start(site: Path, folder: Path, *words: str) -> str:
     """What a Python with the installed llmkit prints when it is started in a folder."""
     environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *words]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    details = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run(command, cwd=folder, env=environment, **details)
+    assert done.returncode == 0, f"{' '.join(words)}\n{done.stderr}"
     return done.stdout
 
 
@@ -72,3 +77,27 @@ def test_torchrun_starts_it_in_the_clone(site: Path, clone: Path) -> None:
     command = [sys.executable, *run, *stage]
     done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, timeout=300)
     assert "found no tok/" in done.stderr and "llmkit.kernels" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("site", ["clone"], indirect=True)
+def test_the_first_commands_and_transformers_run_in_the_clone(
+    site: Path, clone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The README's blocks at small sizes; test_readme.py has them as they stand."""
+    readme = (ROOT / "README.md").read_text()
+    shutil.copytree(ROOT / "examples", clone / "examples")
+    monkeypatch.chdir(clone)
+    start(site, clone, "examples/tinyworld/make.py", "world/", "--quick")
+    asked = [{"prompt": f"Say {n}", "answer": "any", "pattern": "(?s).*[aeiou].*"} for n in range(8)]
+    for name in ("problems", "problems-val"):  # which an untrained model solves now and then
+        (clone / f"world/{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in asked))
+    first = readme.split("\n## A first assistant\n")[1].split("\n## ")[0]
+    for command in commands_of(first, "README.md")[1:]:
+        if len(command.stages) == 1:  # not in a pipe
+            words = [path for word in command.stages[0] for path in sorted(glob.glob(word)) or [word]]
+            start(site, clone, "-m", "llmkit", *made_small(words))
+    loading = re.search(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert loading is not None
+    shown = start(site, clone, "-c", loading[1] + "print(tokenizer.decode(model.generate(max_new_tokens=2)[0]))")
+    assert shown.strip()

@@ -24,6 +24,7 @@ NEVER_ONE_HERE = {
     "{len(text)} characters of ",
     "{longest} tokens of long answers",
     "{most} values, found ",
+    "{value} degrees",
     "{plan.batch_rows} rows in a batch are fewer than ",
 }
 NEVER_ONE_HERE |= {"{one.longest} tokens are more than the context of ", "{length - 1} tokens are more than the "}
