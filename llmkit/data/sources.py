@@ -15,10 +15,10 @@ from llmkit.data.examples import Encoded, Examples
 from llmkit.errors import UserError
 from llmkit.formats.conversations import Conversation, Message, message
 from llmkit.io.bad_records import BadRecords
+from llmkit.io.records import OUTSIDE
 
 T = TypeVar("T")
 E = TypeVar("E")
-OUTSIDE = "characters outside the vocabulary"  # of the tokenizer, which become <unk>
 READ_AT_ONCE = 2048  # conversations: enough for the tokenizer's threads, little memory
 
 

@@ -21,12 +21,12 @@ from typing import Protocol
 import numpy as np
 
 from llmkit.data.shards import FORMAT, ShardInfo, ShardWriter, TokenShards, is_shard_folder
-from llmkit.data.sources import OUTSIDE
 from llmkit.errors import UserError
 from llmkit.io.bad_records import BadRecords
 from llmkit.io.files import atomic_file, atomic_folder, write_json
 from llmkit.io.jsonl import name_of, names_of, read_documents
 from llmkit.io.progress import Progress
+from llmkit.io.records import OUTSIDE
 
 GROUP_CHARACTERS = 4 << 20  # documents encoded together: enough for all cores, little to hold
 HASHES = "inputs.json"

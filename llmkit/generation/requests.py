@@ -25,7 +25,17 @@ from llmkit.io.bad_records import BadRecords
 from llmkit.io.files import PARTIAL, create, cut_torn_line, replace_file
 from llmkit.io.jsonl import dump_json, json_row, open_bytes
 from llmkit.io.progress import counted, say
-from llmkit.io.records import CHOICES, PROMPT_FIELDS, PROMPT_FIRST, SAMPLING, Row, fields_of, not_used, with_made
+from llmkit.io.records import (
+    CHOICES,
+    OUTSIDE,
+    PROMPT_FIELDS,
+    PROMPT_FIRST,
+    SAMPLING,
+    Row,
+    fields_of,
+    not_used,
+    with_made,
+)
 from llmkit.io.resume import RunState
 
 ASKED = (*PROMPT_FIELDS, "seed")  # what a record that is kept has in common with its input
@@ -38,6 +48,7 @@ class Prompts:
     encode      what a prompt's text becomes, and what a conversation becomes
     samples, max_tokens, seed  of each request
     context     of the model, where it is known: what is longer is a bad record
+    unknown     the token of characters outside the vocabulary
     bad         skips bad records; without it, the first raises UserError
     """
 
@@ -52,10 +63,12 @@ class Prompts:
         seed: int,
         own_seeds: bool,
         context: int | None = None,
+        unknown: int | None = None,
         bad: BadRecords | None = None,
     ) -> None:
         self._given, self._encode, self._encode_messages = rows, encode, encode_messages
         self._samples, self._max_tokens, self._seed, self._own_seeds = samples, max_tokens, seed, own_seeds
+        self._unknown = unknown
         self._context, self._bad = context, BadRecords() if bad is None else bad
         self.kept: _Kept | None = None  # what is made already
         self._rows: dict[int, tuple[Row, int]] = {}
@@ -122,6 +135,8 @@ class Prompts:
                 f"{row.where}: the prompt is {counted(len(ids), 'token')} long and the model's context is "
                 f"{self._context}, a new token included; shorten the prompt"
             )
+        if self._unknown is not None and self._unknown in ids:
+            lost.append(OUTSIDE)
         return ids, (*lost, *not_used(row.value, asked.used, (*PROMPT_FIELDS, *CHOICES, *SAMPLING)))
 
     def take(self, index: int) -> tuple[Row, int]:

@@ -31,6 +31,7 @@ CHOSEN = {"response_j": "chosen", "response_k": "rejected"}  # other names of wh
 COMPARED = ("chosen", "rejected", *CHOSEN, "completions", "ranking", "margin")
 CHOICES = ("choices", "options")
 OTHERS = ("text", *CHOICES)
+OUTSIDE = "characters outside the vocabulary"  # of the tokenizer, which become <unk>; told as what is not used
 KNOWN = frozenset((*PROMPT_FIELDS, *ANSWERS, *THOUGHTS, *COMPARED, *OTHERS))
 
 

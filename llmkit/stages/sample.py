@@ -190,7 +190,8 @@ def _run_here(config: SampleConfig, model: str, out: str) -> Summary | None:
 
         bad = BadRecords(config.max_bad if config.jsonl else "0", config.quiet)
         context = opened.config.max_position_embeddings
-        prompts = Prompts(_rows(config, bad), encode, encode_messages, **_asked(config), context=context, bad=bad)
+        details = {"context": context, "unknown": tokenizer.unk_id, "bad": bad, **_asked(config)}
+        prompts = Prompts(_rows(config, bad), encode, encode_messages, **details)
         loaded = time.monotonic()
 
         # generate

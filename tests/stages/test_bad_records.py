@@ -207,9 +207,10 @@ def letters(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", ["pretrain", "sft", "train-reward"])
+@pytest.mark.parametrize("command", ["pretrain", "sft", "train-reward", "sample"])
 def test_characters_outside_the_vocabulary_are_counted_and_not_learnt(letters, tmp_path, capsys, command):
     others = {"text": "das Café am Meer. " * 4, "completion": "日本語 ok", "chosen": "É", "prompt": "who?"}
+    others |= {"prompt": "日本?"} if command == "sample" else {}
     good = {"text": "the sea is blue. " * 4, "completion": "a man", "chosen": "a", "prompt": "who?"}
     rows = [{name: row[name] for name in row if name in GOOD[command]} | (
         {"rejected": "b"} if command == "train-reward" else {}) for row in (good, others, good)]  # fmt: skip
