@@ -1,7 +1,8 @@
 """The time of every function that reads text of models, servers or the web grows no faster than the text.
 
 Each is given texts of three lengths that are made of repeated seeds, and its processor time is measured in a child with
-a limit of time and memory. Slow: `pytest -m slow tests/test_growth.py` takes all 300 seeds, and prints what is slowest.
+a limit of time and memory. Slow: `pytest -m slow tests/test_growth.py` takes all 392 seeds in 80 minutes or more, and
+prints what is slowest.
 """
 
 from __future__ import annotations
@@ -24,10 +25,14 @@ from readers import EXEMPT, REFUSALS, readers
 from tests.test_house import modules
 
 EXPONENT = 1.2  # of time over length, from the shortest text to the longest
-FLOOR = 0.010  # seconds: shorter times count as this, they are noise
+# A word of a quarter of a million characters: the library's heap of merges is n log n, and leaves the caches (.45 us a
+# byte at 48 kB, .6 at 768 kB, 1.2 at 3 MB). Cut into pieces it would have other tokens.
+EXPONENTS = {"tokenizer of a chat": 1.4}
+FLOOR = 0.020  # seconds: shorter times count as this, they are noise
 SECONDS = 20  # of the processor, for one text of 256,000 characters, before the child is killed
 MEMORY = 2 << 30  # bytes that a reader may take beside what was there
-TRIES = 4  # of a measurement that is beyond the limit: other processes disturb even the processor's time
+TRIES = 6  # of a measurement that is beyond the limit: other processes disturb even the processor's time
+PAUSE = 0.5  # seconds before another one, in which they may end
 SHORT, LONG = (4_000, 16_000, 64_000), (16_000, 64_000, 256_000)
 FEW = 5  # seeds of a function in the quick tier; other functions take others
 
@@ -90,13 +95,15 @@ def exponent(times: dict[int, float]) -> float:
 def measured(name: str, seed: tuple[str, str, str], sizes: tuple[int, ...]) -> dict[int, float]:
     """The times by length, the least of several tries where they are beyond the limit."""
     times: dict[int, float] = {}
-    for _ in range(TRIES):
+    limit = EXPONENTS.get(name, EXPONENT)
+    for attempt in range(TRIES):
+        time.sleep(PAUSE if attempt else 0)
         for size in sizes:
             times[size] = min(times.get(size, math.inf), seconds(name, text_of(seed, size)))
             tried = {length: found for length, found in times.items() if length <= size}
             if size > sizes[0] and exponent(tried) > 1.6:
                 break  # the next would take too long to be told by
-        if exponent(times) <= EXPONENT:
+        if exponent(times) <= limit:
             break
     return times
 
@@ -146,20 +153,24 @@ def faults(name: str, chosen: list[tuple[str, str, str]], sizes: tuple[int, ...]
             continue
         slowest = max(slowest, (told[max(told)], repr(seed)))
         steepest = max(steepest, (exponent(told), repr(seed)))
-        if exponent(told) > EXPONENT:
+        if exponent(told) > EXPONENTS.get(name, EXPONENT):
             found.append(f"{name}: {seed!r}: exponent {exponent(told):.2f}, seconds by length {told}")
     print(f"{name}: slowest {slowest[0]:.3f} s {slowest[1]}, exponent at most {steepest[0]:.2f} {steepest[1]}")
     return found
 
 
 def test_the_measurement_finds_what_grows_with_the_square(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(readers(), "square", lambda text: sum(range(len(text) ** 2 // 400)))
+    monkeypatch.setitem(readers(), "square", lambda text: sum(range(len(text) ** 2 // 20)))
+    monkeypatch.setitem(readers(), "n^1.5", lambda text: sum(range(int(len(text) ** 1.5))))
+    monkeypatch.setattr("tests.test_growth.EXPONENTS", {"n^1.5": 1.4})
     monkeypatch.setitem(readers(), "hangs", lambda text: [None for _ in iter(int, 1)] if len(text) > 99 else None)
     monkeypatch.setitem(readers(), "raises", lambda text: text + 1)
-    monkeypatch.setattr("tests.test_growth.SECONDS", 1)
+    for constant, value in (("SECONDS", 2), ("TRIES", 2), ("PAUSE", 0)):
+        monkeypatch.setattr(f"tests.test_growth.{constant}", value)
     assert len(SEEDS) >= 300
     assert len(set(SEEDS)) > 290
-    assert "exponent" in faults("square", SEEDS[:1], (16_000, 64_000))[0]
+    assert "exponent" in faults("square", SEEDS[:1], (4_000, 16_000))[0]
+    assert "exponent" in faults("n^1.5", SEEDS[:1], (16_000, 64_000))[0]
     assert len(faults("hangs", SEEDS[:2], SHORT)) == 2
     assert "TypeError" in faults("raises", SEEDS[:1], SHORT)[0]
 

@@ -21,6 +21,7 @@ EXEMPT = {
     "llmkit.crawl.recipe",
     "llmkit.data.overlap",  # words one by one
     "llmkit.generation.chat",  # what is typed
+    "llmkit.generation.terminal",  # the same
     "llmkit.training.checkpoint",  # names of files
     "llmkit.rewards.code",  # tests of a problem
     "llmkit.rewards.number_context",  # by way of numbers
@@ -92,15 +93,15 @@ def crawl_readers() -> dict[str, Reader]:
         "charset.utf8_html": lambda text: charset.utf8_html(text.encode("utf-16-le", "surrogatepass")),
         "extract by the model": extracted(by_model),
         "extract fast": extracted(fast),
-        "fineweb": lambda text: fineweb.measure_fineweb(words.Split(text)),
+        "fineweb": lambda text: fineweb.fineweb_quality(words.Split(text), fineweb.FineWebQuality()),
         "framing of warc": frames("warc"),
         "framing of warc.gz": frames("warc.gz"),
         "framing of warc with a long head": lambda text: frames("warc")(
             f"WARC/1.0\r\nWARC-Type: response\r\nA: {text}\r\nContent-Length: 0\r\n\r\n"
         ),
         "framing of arc": frames("arc"),
-        "gopher.measure_quality": lambda text: gopher.measure_quality(words.Split(text)),
-        "gopher.measure_repetition": lambda text: gopher.measure_repetition(words.Split(text)),
+        "gopher.gopher_quality": lambda text: gopher.gopher_quality(words.Split(text), gopher.GopherQuality()),
+        "gopher.gopher_repetition": lambda text: gopher.gopher_repetition(words.Split(text), gopher.GopherRepetition()),
         "language.identify": language.identify,
         "markup.article_body": lambda text: markup.article_body(
             b'<script type="application/ld+json">' + octets(json.dumps({"articleBody": text})) + b"</script>"
