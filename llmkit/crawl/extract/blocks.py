@@ -23,6 +23,12 @@ FOLDED_CHARS = 200  # undisplayed text as long is a tab or an accordion: on dev 
 # what holds no running text; <noscript> stays, as Discourse puts whole threads into it
 _DROPPED_TAGS = "script style svg template iframe object canvas select datalist textarea audio video head link"
 _DROPPED = frozenset(_DROPPED_TAGS.split())
+# ids of the dialogs that ask for consent to cookies: text that a site's every page has, shown or not
+_CONSENT_IDS = (
+    "onetrust-consent-sdk qc-cmp2-container CybotCookiebotDialog didomi-host usercentrics-root truste-consent-track "
+    "cmplz-cookiebanner-container"
+)
+_CONSENT = frozenset(_CONSENT_IDS.split())
 _INLINE_TAGS = (
     "a abbr acronym b bdi bdo big button cite code data del dfn em font i img input ins kbd label mark math mi mn mo "
     "mrow nobr q rp rt ruby s samp small span strike strong sub sup time tt u var wbr picture source"
@@ -195,6 +201,9 @@ class _Walk:
             attributes = node.attributes
             if attributes:
                 get = attributes.get
+                if get("id") in _CONSENT:
+                    resume = _following(node)
+                    continue
                 kind = (tag, get("class"), get("id"), get("role"), get("itemprop"), get("aria-hidden") == "true")
                 is_styled = "style" in attributes or "hidden" in attributes
                 if is_styled and unseen < 0 and parents and _is_undisplayed(attributes):

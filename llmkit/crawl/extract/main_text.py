@@ -19,8 +19,9 @@ from llmkit.errors import UserError
 __all__ = ["EXTRACTORS", "FAVOURS", "Extraction", "Extractor", "decode_html"]
 
 EXTRACTORS = ("model", "fast", "trafilatura")
-# the beta of the F score that the model's choice of blocks aims at
-FAVOURS = {"balance": 1.0, "precision": 0.5, "recall": 2.0}
+# the beta of the F score that the model's choice of blocks aims at; on domains that it has not seen there is a little
+# less main text than it expects: F1 of .8808 at .85, .8794 at 1 and .8801 at .75
+FAVOURS = {"balance": 0.85, "precision": 0.5, "recall": 2.0}
 # a page of so few blocks does not say again what its heading says; what the model learnt from mostly has none
 _FEW_BLOCKS = 3
 _HEADINGS = sum(TAG_BITS[tag] for tag in ("h1", "h2", "h3", "h4"))

@@ -39,6 +39,11 @@ def test_scripts_styles_and_form_choices_are_no_text_and_noscript_is() -> None:
     assert texts(html + "<template><p>u</template><!-- c --><noscript><p>thread</noscript>") == ["thread"]
 
 
+def test_a_consent_dialog_is_no_text() -> None:
+    dialog = "<div id=onetrust-consent-sdk><div><p>We value your privacy</p><button>Accept</button></div></div>"
+    assert texts(f"<main><p>a</p>{dialog}<p>b</p></main>{dialog}") == ["a", "b"]
+
+
 def test_what_is_dropped_parts_no_text_and_ends_with_its_element() -> None:
     icon = "<svg><g><title>x</title><text>y</text></g></svg>"
     assert texts(f"<p>a{icon}b</p><div><p><b>c{icon}</b></p></div>d<div><select><option>o</select></div>") == [
