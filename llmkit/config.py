@@ -60,6 +60,9 @@ DROPPED = {
     "center": "the weight is fixed at 0.01",
     "min_language_score": "set [language] min_score in a recipe: --recipe FILE.toml",
     "embedding_learning_rate": "it follows from the plan; --head-learning-rate and --learning-rate can be set",
+    "lora_targets": "every projection gets an adapter",
+    "decay_fraction": "the rate decays over the last 0.6 of a pretraining and the last 0.9 of a tuning",
+    "max_reward": "--max-steps, --time-budget and --max-kl end a run",
     "gpu_price": "--dry-run tells the FLOPs, and docs/scale.md how to reckon with them",
 }
 
@@ -158,6 +161,7 @@ class TrainingConfig(RecordsConfig, CommonConfig):
 
 MOST_RATE = 1  # of AdamW: a step of it moves each weight by as much
 MOST_DECAY = 10
+DECAY_FRACTION = 0.9  # of tuning: the last part of the run, over which the learning rate decays
 MICRO_BATCH_TOKENS = 8192  # of tuning, where --micro-batch-size is not given
 
 
@@ -167,7 +171,6 @@ class TuningConfig(TrainingConfig):
 
     lora_rank: int | None = option(None, "Rank of LoRA adapters, merged at the end.", group="LoRA", at_least=1)
     lora_alpha: float | None = option(None, "Scale of the adapters [2 x rank].", group="LoRA", above=0)
-    lora_targets: str = option("q,k,v,o,gate,up,down", "Projections with an adapter.", group="LoRA")
 
     max_steps: int | None = option(None, "Optimizer steps.", group="Horizon", unit="count", at_least=1)
     micro_batch_size: int | None = option(
@@ -180,16 +183,12 @@ class TuningConfig(TrainingConfig):
     warmup_steps: int | None = option(
         None, "Steps of learning-rate warm-up [a twentieth of the run].", group="Training", at_least=0
     )
-    decay_fraction: float = option(
-        0.9, "Last part of the run, over which the learning rate decays.", group="Training", at_least=0, at_most=1
-    )
 
     def __post_init__(self) -> None:
         """Raises UserError for options of adapters where there are none, or which they do not go with."""
         super().__post_init__()
-        for name in ("lora_alpha", "lora_targets"):
-            if self.lora_rank is None and getattr(self, name) != getattr(TuningConfig, name):
-                raise UserError(f"--{name.replace('_', '-')}: needs --lora-rank; there are no adapters otherwise")
+        if self.lora_rank is None and self.lora_alpha is not None:
+            raise UserError("--lora-alpha: needs --lora-rank; there are no adapters otherwise")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,16 +71,16 @@ SPLATS = {"llmkit.stages.pretrain"}
 OPTIONS = {
     "crawl-filter": 24,
     "train-bpe": 13,
-    "pretrain": 45,
-    "sft": 46,
+    "pretrain": 44,
+    "sft": 44,
     "probe-knowledge": 32,
-    "train-reward": 41,
-    "rl": 61,
+    "train-reward": 39,
+    "rl": 58,
     "sample": 36,
     "export": 9,
     "report": 10,
 }
-DISTINCT = 140
+DISTINCT = 137
 
 
 def modules() -> dict[str, str]:

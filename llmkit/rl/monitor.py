@@ -21,11 +21,10 @@ COLLAPSED = "collapsed"
 @dataclass(frozen=True)
 class Limits:
     """Where a run ends: `difference` between sampler and trainer (nats a token, an error), `kl` from the reference
-    (nats an attempt), mean `reward`."""
+    (nats an attempt)."""
 
     difference: float
     kl: float | None = None
-    reward: float | None = None
 
 
 class Watch:
@@ -78,8 +77,6 @@ class Watch:
             raise SavedError(f"{apart}; saved in {place}; --resume with a higher bound, or begin again in float32")
         if limits.kl is not None and figures["kl_per_attempt"] > limits.kl:
             self._stop(f"the policy is {figures['kl_per_attempt']:.3g} nats an attempt from its beginning (--max-kl)")
-        if limits.reward is not None and figures["reward"] >= limits.reward:
-            self._stop(f"the mean reward is {figures['reward']:.3g} (--max-reward)")
         if collapsed := self._collapse.note(figures):
             self._stop(f"{COLLAPSED}: {collapsed}; try a lower --learning-rate")
 

@@ -110,10 +110,6 @@ class PretrainConfig(TrainingConfig):
     warmup_steps: int | None = option(
         None, "Steps of learning-rate warm-up [by the plan].", group="Training", at_least=0
     )
-    decay_fraction: float = option(
-        0.6, "Last part of the run, over which the learning rate decays.", group="Training", at_least=0, at_most=1
-    )
-
     prompt: str = option("The", "Prompt of the samples.", group="Log", free=True)
 
     def reads_stdin(self) -> bool:

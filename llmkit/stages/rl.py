@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from llmkit.config import (
+    DECAY_FRACTION,
     MICRO_BATCH_TOKENS,
     ServedConfig,
     ToolConfig,
@@ -139,7 +140,6 @@ class RlConfig(TuningConfig, ToolConfig, ServedConfig):
     max_kl: float | None = option(
         None, "Early stop at this KL from MODEL, in nats per attempt [never].", group="Watch", above=0, free=True
     )
-    max_reward: float | None = option(None, "Early stop at this mean reward [never].", group="Watch", free=True)
     eval_samples: int = option(1, "Samples per held-out problem; with 1, greedy decoding.", group="Watch", at_least=1)
 
     epochs: float | None = option(
@@ -232,7 +232,7 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     algorithm = adapted(config.algo, config.overlong, config.clip_low, config.clip_high)
     reference = tuning.frozen_copy() if horizon.kl_coef or config.max_kl is not None else None
     if config.lora_rank is not None:
-        tuning.add_adapter(config.lora_rank, config.lora_alpha, config.lora_targets.split(","), config.seed)
+        tuning.add_adapter(config.lora_rank, config.lora_alpha, config.seed)
     attempts = config.batch_size * config.group
     tuning.check_memory(min(config.micro_batch_size or 1, attempts) * max_tokens)
     check_batch_memory(attempts * max_tokens, "lower --batch-size or --group", ATTEMPT_BYTES)
@@ -272,7 +272,7 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
         tuning.build_optimizer(
             config.learning_rate, config.weight_decay, anchor=LEARNING_RATE, lora_anchor=LORA_LEARNING_RATE
         ),
-        Schedule(horizon.warmup_steps, config.decay_fraction),
+        Schedule(horizon.warmup_steps, DECAY_FRACTION),
         batches=collector.batches,
         loss=loss,
         micro_batch_rows=config.micro_batch_size or MICRO_BATCH_TOKENS,
@@ -286,7 +286,7 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
         shown="reward",
     )
     difference = config.max_difference or (SERVED_DIFFERENCE if served else DIFFERENCES[str(dtype)])
-    limits = Limits(difference, config.max_kl, config.max_reward)
+    limits = Limits(difference, config.max_kl)
     watch = Watch(trainer, collector, loss, limits, read_metrics(folder.work / METRICS))
     likeliest = {} if config.eval_samples > 1 else {"temperature": 0.0}
     how = replace(settings, group_size=config.eval_samples, **likeliest)

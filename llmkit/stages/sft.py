@@ -10,6 +10,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, ClassVar
 
 from llmkit.config import (
+    DECAY_FRACTION,
     MICRO_BATCH_TOKENS,
     TuningConfig,
     argument,
@@ -172,7 +173,7 @@ def run(config: SftConfig) -> Summary | None:
     # build
     rows = _batch_rows(config, sources, row_tokens)
     if config.lora_rank is not None:
-        tuning.add_adapter(config.lora_rank, config.lora_alpha, config.lora_targets.split(","), config.seed)
+        tuning.add_adapter(config.lora_rank, config.lora_alpha, config.seed)
     tuning.check_memory(min(config.micro_batch_size or 1, rows) * row_tokens)
     check_batch_memory(rows * row_tokens, "lower --batch-tokens")
     mixture = Mixture(sources, row_tokens, rows, tuning.pad_id, config.seed)
@@ -197,7 +198,7 @@ def run(config: SftConfig) -> Summary | None:
     trainer = setup.build_trainer(
         tuning.model,
         tuning.build_optimizer(config.learning_rate, config.weight_decay),
-        Schedule(warmup_steps, config.decay_fraction),
+        Schedule(warmup_steps, DECAY_FRACTION),
         batches=lambda step: mixture.prefetch(step, None, workers=config.workers),
         loss=next_token_loss,
         micro_batch_rows=micro_rows,

@@ -8,7 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmkit.config import MICRO_BATCH_TOKENS, TuningConfig, argument, as_options, lasting_options, option
+from llmkit.config import (
+    DECAY_FRACTION,
+    MICRO_BATCH_TOKENS,
+    TuningConfig,
+    argument,
+    as_options,
+    lasting_options,
+    option,
+)
 from llmkit.errors import GateError, UserError
 from llmkit.io.bad_records import BadRecords
 from llmkit.io.files import write_json
@@ -169,7 +177,7 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
     rows = max(1, round(config.batch_size * sum(source.inputs for source in training) / comparisons / row_tokens))
     sources = [Source(one, file.weight or float(one.inputs)) for one, file in zip(training, files, strict=True)]
     if config.lora_rank is not None:
-        tuning.add_adapter(config.lora_rank, config.lora_alpha, config.lora_targets.split(","), config.seed)
+        tuning.add_adapter(config.lora_rank, config.lora_alpha, config.seed)
     tuning.check_memory(min(config.micro_batch_size or 1, rows) * row_tokens)
     check_batch_memory(rows * row_tokens, "lower --batch-size")
     mixture = Mixture(sources, row_tokens, rows, pad, config.seed, packed_comparisons)
@@ -199,7 +207,7 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
     trainer = setup.build_trainer(
         model,
         tuning.build_optimizer(config.learning_rate, config.weight_decay, anchor=LEARNING_RATE),
-        Schedule(warmup_steps, config.decay_fraction),
+        Schedule(warmup_steps, DECAY_FRACTION),
         batches=lambda step: mixture.prefetch(step, None, workers=config.workers),
         loss=loss,
         micro_batch_rows=micro_rows,

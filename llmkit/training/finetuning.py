@@ -1,7 +1,7 @@
 """A loaded model made ready for tuning on conversations: vocabulary, adapters, optimizer, and the folder at the end.
 
 tuning = Finetuning.load("base/", device=..., dtype=...)
-tuning.add_adapter(rank=16, alpha=32, targets=("q", "v"), seed=0)        # or all parameters are trained
+tuning.add_adapter(rank=16, alpha=32, seed=0)        # or all parameters are trained
 optimizer = tuning.build_optimizer(learning_rate=None, weight_decay=0.0)
 trainer = build_trainer(tuning.model, optimizer, schedule, ...)          # llmkit/training/setup.py
 trainer.fit(...)
@@ -187,13 +187,13 @@ class Finetuning:
             return parameters
         return [*self.adapter.parameters(), *(pair for pair in parameters if pair[0] in self._own)]
 
-    def add_adapter(self, rank: int, alpha: float | None, targets: Sequence[str], seed: int) -> None:
+    def add_adapter(self, rank: int, alpha: float | None, seed: int) -> None:
         """Train low-rank adapters in place of the model's own parameters; `alpha` is twice the rank unless given.
 
         So are the rows of the tokens of conversations that a base never saw, or it would not learn to stop.
         """
         alpha = 2.0 * rank if alpha is None else alpha
-        self.adapter = LoraAdapter(self.model, rank, alpha, targets, seed, self._unlearnt)
+        self.adapter = LoraAdapter(self.model, rank, alpha, seed=seed, token_ids=self._unlearnt)
         for _, parameter in self._trained():
             parameter.requires_grad_(True)
 

@@ -22,6 +22,7 @@ MICRO_BATCH_TOKENS = {"cpu": 8192, "cuda": 65536, "mps": 16384}
 RATES = ("matrix", "embedding", "head", "gain")  # that a recipe has
 SEARCH_SHARE = 0.03  # of a time budget may go into measuring the machine
 Speed = Callable[[ModelConfig, Recipe, int, int], float]  # (model, recipe, rows, sequence_length) -> tokens/s
+DECAY_FRACTION = 0.6  # the last part of the run, over which the learning rate decays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,6 @@ class Wishes:
     head_learning_rate: float | None = None
     weight_decay: float | None = None
     warmup_steps: int | None = None
-    decay_fraction: float = 0.6
 
 
 @dataclass(frozen=True)
@@ -330,7 +330,7 @@ def _filled(
         total_steps=steps,
         seconds=seconds,
         warmup_steps=wishes.warmup_steps if wishes.warmup_steps is not None else min(50, steps // 10),
-        decay_fraction=wishes.decay_fraction,
+        decay_fraction=DECAY_FRACTION,
         corpus_tokens=corpus_tokens,
         kernels=backend(device),
         reasons=reasons,

@@ -38,14 +38,14 @@ def test_what_the_user_fixed_stays():
     found = plan(
         depth=3, hidden_size=96, num_attention_heads=4, num_key_value_heads=2, intermediate_size=100,
         sequence_length=64, batch_tokens=640, learning_rate=0.5, weight_decay=0.25, warmup_steps=7,
-        decay_fraction=0.2, micro_batch_size=3, max_steps=11,
+        micro_batch_size=3, max_steps=11,
     )  # fmt: skip
     model = found.model
     assert (model.num_hidden_layers, model.hidden_size, model.intermediate_size) == (3, 96, 100)
     assert (model.num_attention_heads, model.num_key_value_heads, model.head_dim) == (4, 2, 24)
     assert (found.sequence_length, found.batch_rows, found.micro_batch_rows) == (64, 10, 3)
     assert (found.recipe.matrix_learning_rate, found.recipe.weight_decay) == (0.5, 0.25)
-    assert (found.warmup_steps, found.decay_fraction, found.total_steps) == (7, 0.2, 11)
+    assert (found.warmup_steps, found.total_steps) == (7, 11)
 
 
 @pytest.mark.parametrize("horizon", [{"tokens": 3_000_000}, {"epochs": 0.15}, {"flops": 3e6 * 24117248}])
