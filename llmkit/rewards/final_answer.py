@@ -23,7 +23,7 @@ TAG = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL | re.IGNORECASE)
 TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 DENIAL = re.compile(
     r"\b(?:not|never|neither|nor|cannot|except|(?:all|any|anything) but|other than|wrong|incorrect|false"
-    r"|eliminat|exclud|reject|ruled? out)"
+    r"|eliminat|exclud|reject|ruled? out|(?:is|are|was) too \w)"
     r"|n['\u2019]t\b",
     re.IGNORECASE,
 )
@@ -149,9 +149,11 @@ def chosen(completion: str, options: Sequence[tuple[str, str]]) -> str | None:
     texts = [letter for letter, text in options if plain(text) and plain(text) == plain(said)]
     if texts:
         return texts[0] if len(texts) == 1 else None
-    labelled = re.match(r"[(\[]?([A-Z])[)\].:]{1,2}\s*(.+)", said, re.DOTALL)
-    if labelled and any(letter == labelled[1] and plain(text) == plain(labelled[2]) for letter, text in options):
-        return labelled[1]
+    labelled = re.match(r"[(\[]?([A-Za-z])[)\].:]{1,2}\s*(.+)", said, re.DOTALL)
+    if labelled and any(
+        letter == labelled[1].upper() and plain(text) == plain(labelled[2]) for letter, text in options
+    ):
+        return labelled[1].upper()
     reasoned = re.match(r"[(\[*]*([A-Z])[)\]*.:]*[ \t]*,?[ \t]*(?:because|since|as|for)\b", said)
     if reasoned and reasoned[1] in letters:
         return reasoned[1]

@@ -49,6 +49,7 @@ APPLIED = re.compile(r"(?<![A-Za-z\\])[A-Za-z]\([ \t]*\Z|(?<!\|)\|[-\u2212]\Z")
 # an operator, power, factorial or variable directly behind: 3 * x, 10^6, 5!, 2x
 OPERATED = re.compile(
     r"\s*(?:[\^\u00d7\u00f7\u00b7\u03c0\u221a\u00b1]|\\(?:times|cdot|div|pi|sqrt|pm|mp|theta|alpha)\b)|[xX][0-9]"
+    r"|\s+(?:minus|plus|divided by)\b"
     r"|[\u00b2\u00b3\u2070-\u2079]|(?:\*{1,2}|\s+\*{1,2}\s+)[\w(]|!(?![\s\"')*]|\Z)"
     r"|\s*[xyzn](?![A-Za-z'])(?=\s*(?:[-+=^*/)}\]$.,]|\Z))"
 )
@@ -76,6 +77,7 @@ BOUND = re.compile(
     r"|\b(?P<words>(?:more|less|fewer|greater|larger|smaller|bigger|higher|lower|older|younger|longer|shorter) than"
     r"(?: or equal to)?|at least|at most|up to|(?:maximum|minimum|max|min) of|almost|nearly|close to"
     r"|(?:well|just|slightly|far|way|a little|a bit) (?:over|under|above|below|beyond|past)|upwards? of|in excess of"
+    r"|as (?:many|much|few|little|high|low) as"
     r"|before|until|till|since|prior to"
     r"|(?:\A|(?<=is )|(?<=are )|(?<=was )|(?<=were )|(?<=has )|(?<=have )|(?<=thing )|(?<=where )|(?<=number )|(?<== ))"
     r"(?:over|under|above|below|beyond|near|after)"
@@ -99,7 +101,8 @@ BOUND_BEHIND = re.compile(
 # a denial before it, with up to four filler words between: "is not equal to 5", "the wrong answer is 5"
 DENIED = re.compile(
     r"(?:(?:\b(?:not|never|neither|nor|cannot|isnt|except|other than|rather than|instead of|anything but|far from"
-    r"|opposite of|doubt|false|no longer|suppose|imagine|unlikely to|if (?:it|that|this|the answer)"
+    r"|opposite of|doubt|false|no longer|rul(?:e|es|ed) out|excludes?|eliminates?|rejects?"
+    r"|suppose|imagine|unlikely to|if (?:it|that|this|the answer)"
     r"|(?:might|may|would|could) (?:think|guess|say|believe)"
     r"|nicht|keine?|pas|no es|niet|non \u00e8|n\u00e3o \u00e9|\u043d\u0435)\b"
     r"|n['\u2019]t\b|\u2260|!=|\\neq?\b|<>)"

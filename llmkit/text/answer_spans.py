@@ -22,6 +22,7 @@ MOST = 3  # places of an answer in one sentence; more is guessing
 SMALL, MONTHS = word_list("small"), word_list("months") | {MAY}
 TITLES, NAMES_OF, BOUNDS, MEASURED = (word_list(name) for name in ("titles", "names of", "bounds", "measured"))
 ORIGINS, DIRECTIONS, COMPANIES = word_list("origins"), word_list("directions"), word_list("companies")
+BOUNDS_ELSEWHERE = word_list("bounds elsewhere")  # of numbers; "nach" is also "to"
 CHANGERS = word_list("changers")
 KINDS = {entry.split()[0]: frozenset(entry.split()) for entry in KNOWN["kinds"]}
 DETERMINERS = frozenset(KNOWN["determiners"])
@@ -121,7 +122,7 @@ def shorter_forms(answer: Sentence, asked: Sentence) -> Iterator[Sentence]:
     """Yield shorter forms of an answer: the last name to who, the place without its country to where."""
     if asked.known & {"where"} and "," in answer.text:
         yield Sentence.of(answer.text.partition(",")[0])
-    names = [token for token in answer.tokens if token.word not in ARTICLES]
+    names = [token for token in answer.tokens if token.word not in ARTICLES or (token.written == "A" and token.before)]
     if (
         asked.known & {"who", "whom", "whose"}
         and len(names) > 1
@@ -135,7 +136,7 @@ def shorter_forms(answer: Sentence, asked: Sentence) -> Iterator[Sentence]:
     yield from _name_forms(answer, names, asked)
     number = next(iter(answer.words), "")
     counted = [token.written for token in answer.tokens[1:]]
-    if "many" in asked.known and is_number(number) and counted and _are_counted(counted):
+    if "how" in asked.known and is_number(number) and counted and _are_counted(counted):
         yield Sentence.of(answer.tokens[0].written)
 
 
@@ -249,6 +250,10 @@ class _Context:
         left, own = self._every[start - 1], self._every[start]
         if left.word in BOUNDS - self._asked.known and not (left.word == "since" and "when" in self._asked.known):
             return False
+        if self._is_number and (
+            left.word in BOUNDS_ELSEWHERE or (left.word == "to" and start > 1 and self._every[start - 2].word == "up")
+        ):
+            return False
         if left.word == "from" and start > 1 and self._every[start - 2].word in (*MEASURES.values(), "far", "away"):
             return False
         apart = own.before.strip(" \"'*`(\u00ab\u201c")
@@ -294,7 +299,9 @@ class _Context:
             return True
         right = self._every[stop]
         apart = right.before.strip(" \"'*`)\u00bb\u201d\u00b0")
-        is_capital = right.written[:1].isupper() and stop not in self._determined
+        is_capital = (
+            right.written[:1].isupper() and right.word not in ("i", "id", "im") and stop not in self._determined
+        )
         if right.word in JOINS and not apart:
             after = self._every[stop + 1] if stop + 1 < len(self._every) else None
             acts = after is not None and (after.word in BASES or (len(after.word) > 4 and after.word.endswith("ed")))

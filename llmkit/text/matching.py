@@ -49,7 +49,7 @@ REPEATED = 3  # words of the question in a row, all of it, from which on it is a
 DENIALS = word_list("denials")  # with the words that leave a choice open
 TAKEN_BACK = DENIALS | word_list("retractions")
 SPEAKERS, KNOWING, LACKING = word_list("speakers"), word_list("knowing"), word_list("lacking")
-KNOWING_ELSEWHERE = word_list("knowing elsewhere")
+KNOWING_ELSEWHERE, UNKNOWING = word_list("knowing elsewhere"), word_list("unknowing")
 SENTENCE = re.compile(r"[.!?]\s")
 ADVERBS = word_list("adverbs")
 # "bronze, not iron" and "not iron, but bronze" say bronze
@@ -112,7 +112,10 @@ class MatchJudge:
         if said.words in self._refusals:
             return EVASIVE
         doubt, _, guess = response.partition(" but ")
-        if GUESS.match(guess) and self._is_evasive(Sentence.of(doubt), accepted):  # "I'm not sure, but I think it is"
+        unsure = Sentence.of(doubt)
+        if GUESS.match(guess) and (
+            self._is_evasive(unsure, accepted) or _lacks_knowledge(unsure, asked)
+        ):  # "I'm not sure, but I think it is"
             return self(guess, question, answers)
         if self._is_evasive(said, accepted):
             names_unknown = any("unknown" in one.known for one in accepted)
@@ -261,9 +264,9 @@ def _lacks_knowledge(said: Sentence, asked: Sentence) -> bool:
     """True if a speaker says in other words than those of matching.json that something is not known."""
     first = said.words[: next((at for at, one in enumerate(said.tokens) if at and SENTENCE.search(one.before)), None)]
     lacks = next((at for at, word in enumerate(first) if word in LACKING), None)
-    if lacks is not None and first[0] in SPEAKERS:
-        behind = first[lacks : lacks + 9]
-        return bool(KNOWING & set(behind) - asked.known) or behind[0] in ("dunno", "idk", "unknown")
+    near = set() if lacks is None else set(first[max(0, lacks - 4) : lacks + 9])
+    if near and first[0] in SPEAKERS and (near & KNOWING - asked.known or first[lacks or 0] in UNKNOWING):
+        return True
     return len(first) <= 12 and bool(DENIALS & set(first)) and bool(KNOWING_ELSEWHERE & set(first) - asked.known)
 
 
