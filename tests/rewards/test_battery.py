@@ -4,9 +4,9 @@
 
 A line is {"kind", "half", "problem", "said", "right"}; `source` is what a kind's completions are modelled on. The cases
 were written before the code was tried on them; the half "held" was tried only when the code for the other was finished,
-and "fresh" written after that, then "second", "third", "fourth". At the first try precision and recall of "second" were .924
-and .752 (answers with units, in words, as equations and as a letter were compared as text), of
-"third", written after the mends, .967 and .967, of "fourth" .968 and .987.
+and "fresh" written after that, then "second", "third" and "fourth". At the first try precision and recall of "second"
+were .924 and .752 (answers with units, in words, as equations and as a letter were compared as text), of "third",
+written after the mends, .967 and .967, of "fourth" .968 and .987.
 """
 
 from __future__ import annotations
