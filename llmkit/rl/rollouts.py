@@ -7,17 +7,22 @@ as they read any other file; sft reads the `messages` of an attempt that called 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from llmkit.errors import UserError
 from llmkit.formats.conversations import Message, Part, as_record, message
 from llmkit.formats.problems import Problem
 from llmkit.generation.generator import Completion
-from llmkit.io.foreign import integer
+from llmkit.io.files import BLOCK
+from llmkit.io.foreign import check_file, integer, read_sealed, write_sealed
 from llmkit.io.jsonl import dump_json
 from llmkit.io.metrics import trim_metrics
 from llmkit.training.distributed import world
@@ -113,22 +118,54 @@ class Rollout:
 
 
 class RolloutLog:
-    """The log of a run. A step's lines are on disk before its update is."""
+    """The log of a run. A step's lines are on disk before its update is, and their checksum stands in state/."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._note = path, path.parent / "state" / "rollouts.json"
+        self._size, self._digest = 0, blake2b(digest_size=16)
 
     def trim(self, steps: int) -> int:
-        """Drop what a killed run has left of later steps, and half a line; the number of the next group."""
-        last = trim_metrics(self.path, steps) if world().leads else None
+        """Drop what a killed run has left of later steps, and half a line; the number of the next group. Raises
+        UserError where lines are others than were written."""
+        last = self._trim(steps) if world().leads else None
         return world().broadcast(0 if last is None else integer(last, "group", str(self.path), 0, at_least=0) + 1)
+
+    def _trim(self, steps: int) -> dict[str, Any] | None:
+        if self._note.exists():
+            noted = read_sealed(self._note)
+            if self.path.exists():
+                check_file(self.path)
+            self._read(noted["bytes"])
+            if (self._size, self._digest.hexdigest()) != (noted["bytes"], noted["checksum"]):
+                raise UserError(f"{self.path}: damaged or edited; put back what was there, or start again with --force")
+            self._note.unlink()  # a kill leaves a shorter file, of which nothing is noted
+        last = trim_metrics(self.path, steps)
+        self._read()
+        if self._size:
+            self._write_note()
+        return last
+
+    def _read(self, most: int = sys.maxsize) -> None:
+        """Take the size and checksum of the file's beginning."""
+        self._size, self._digest = 0, blake2b(digest_size=16)
+        with suppress(FileNotFoundError), self.path.open("rb") as handle:
+            while block := handle.read(min(BLOCK, most - self._size)):
+                self._digest.update(block)
+                self._size += len(block)
+
+    def _write_note(self) -> None:
+        self._note.parent.mkdir(exist_ok=True)
+        write_sealed(self._note, {"bytes": self._size, "checksum": self._digest.hexdigest()})
 
     def write(self, rollouts: Iterable[Rollout]) -> None:
         """Add the attempts of a step; the first process does."""
         if not world().leads:
             return
+        lines = b"".join(dump_json(rollout.record()) + b"\n" for rollout in rollouts)
         with self.path.open("ab") as handle:
-            for rollout in rollouts:
-                handle.write(dump_json(rollout.record()) + b"\n")
+            handle.write(lines)
             handle.flush()
             os.fsync(handle.fileno())
+        self._size += len(lines)
+        self._digest.update(lines)
+        self._write_note()

@@ -229,8 +229,11 @@ def test_killed_and_resumed_it_is_bit_for_bit_the_same(coin, problems, llmkit, t
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    with log.open("ab") as handle:
-        handle.write(b'{"step": 7, "group": 999')  # a line cut in two
+    good = log.read_bytes()
+    log.write_bytes(good.replace(b'"prompt":"', b'"prompt":"x', 1))
+    done = llmkit("rl", coin, *arguments, "-o", out, "--resume")
+    assert done.returncode == 2 and f"{log}: damaged or edited; put back what was there, or start" in done.stderr
+    log.write_bytes(good + b'{"step": 7, "group": 999')  # a line cut in two
     assert llmkit("rl", coin, *arguments, "-o", out, "--resume").returncode == 0
     whole = tmp_path / "whole"
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
