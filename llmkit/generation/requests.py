@@ -23,6 +23,7 @@ from llmkit.generation.generator import Completion, Request
 from llmkit.generation.next_token import request_number, seed_of_repeat
 from llmkit.io.bad_records import BadRecords
 from llmkit.io.files import PARTIAL, create, cut_torn_line, replace_file
+from llmkit.io.foreign import check_file
 from llmkit.io.jsonl import dump_json, json_row, open_bytes
 from llmkit.io.progress import counted, say
 from llmkit.io.records import (
@@ -216,6 +217,7 @@ def lasting_output(
             say(f"--resume: nothing stands at {partial} yet, so the run starts")
         resume = False
         create(partial).close()
+    check_file(partial)
     state = RunState(Path(out + PARTIAL + ".state"), dict(identity), resume)
     try:
         with _whole_prompts(partial, state, prompts, samples, ordered) as write:

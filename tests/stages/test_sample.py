@@ -358,6 +358,11 @@ def test_an_unfinished_output_that_was_edited_is_not_gone_on_with(folder, tmp_pa
         UserError, match=r"out\.jsonl\.partial:2: damaged or edited; keep the lines before it alone, or"
     ):
         sample_jsonl(folder, out, given, resume=True)
+    partial.unlink()
+    os.mkfifo(partial)
+    with pytest.raises(UserError, match=r"out\.jsonl\.partial: expected a file, found a pipe"):
+        sample_jsonl(folder, out, given, resume=True)
+    partial.unlink()
     partial.write_bytes(lines[0])  # as it says
     sample_jsonl(folder, out, given, resume=True)
     assert read_lines(out) == whole and not list(tmp_path.glob("out.jsonl.partial*"))
