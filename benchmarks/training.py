@@ -103,9 +103,8 @@ def work(name: str, shape: Shape, steps: int, shards: str, tokenizer_vocab: int,
     from llmkit.model.transformer import Transformer
     from llmkit.training import setup
     from llmkit.training.evaluation import next_token_loss
-    from llmkit.training.optimizer import GroupSettings, Optimizer
+    from llmkit.training.optimizer import GroupSettings, Optimizer, Schedule
     from llmkit.training.plan import Wishes, make_plan
-    from llmkit.training.schedule import Schedule
     from llmkit.training.trainer import Trainer, TrainerSettings
 
     _, precision, rule, options = CONTENDERS[name]

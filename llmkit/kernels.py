@@ -11,12 +11,10 @@ _INSTALLED = Path(__file__).with_suffix("")
 # package of either
 __path__ = [str(_INSTALLED if _INSTALLED.is_dir() else _INSTALLED.parents[1] / "kernels")]
 
-from llmkit.kernels.allocator import keep_freed_memory
-from llmkit.kernels.attention import Packing, scaled_dot_product_attention
-from llmkit.kernels.branching import Branching
+from llmkit.kernels.attention import Branching, Packing, scaled_dot_product_attention
 from llmkit.kernels.cross_entropy import linear_cross_entropy
 from llmkit.kernels.decode import attention_decode
-from llmkit.kernels.dispatch import BACKENDS, backend
+from llmkit.kernels.dispatch import BACKENDS, backend, keep_freed_memory
 from llmkit.kernels.linear import linear
 from llmkit.kernels.logprobs import linear_logprobs
 from llmkit.kernels.projections import qkv_rotary, swiglu_mlp

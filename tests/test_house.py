@@ -18,26 +18,26 @@ ROOT = Path(__file__).parent.parent
 ROOMS = {
     "errors": (60, 0),
     "display": (90, 0),
-    "config": (420, 600),
-    "kernels": (3000, 3420),
-    "io": (1700, 2800),
-    "formats": (950, 1220),
-    "text": (600, 1240),
-    "tokenizer": (1900, 2700),
-    "model": (1350, 1680),
-    "tools": (1100, 1640),
-    "report": (1250, 1740),
-    "crawl": (4300, 5660),
-    "data": (1100, 1620),
-    "generation": (2100, 3380),
-    "training": (2500, 3180),
-    "reward_model": (800, 960),
-    "probing": (900, 1120),
-    "rewards": (1400, 2440),
-    "rl": (1350, 1760),
-    "export": (600, 800),
-    "stages": (2400, 3480),
-    "cli": (380, 560),
+    "config": (420, 500),
+    "kernels": (3000, 3140),
+    "io": (1700, 2740),
+    "formats": (950, 1140),
+    "text": (600, 1280),
+    "tokenizer": (1900, 2600),
+    "model": (1350, 1560),
+    "tools": (1100, 1540),
+    "report": (1250, 1620),
+    "crawl": (4300, 5560),
+    "data": (1100, 1520),
+    "generation": (2100, 3300),
+    "training": (2500, 3100),
+    "reward_model": (800, 860),
+    "probing": (900, 1020),
+    "rewards": (1400, 2340),
+    "rl": (1350, 1700),
+    "export": (600, 700),
+    "stages": (2400, 3380),
+    "cli": (380, 460),
     "__main__": (40, 0),
 }
 ORDER = list(ROOMS)
@@ -56,7 +56,6 @@ HEAVY = {"torch", "numpy", "triton", "transformers", "tokenizers", "safetensors"
 MOST_LINES, MOST_FILES = 600, 14  # of a file; of a folder
 LONGEST = 60  # lines of a function in stages/
 # What still breaks a law; each entry goes when its cause does
-CROWDED = {"generation", "training"}  # folders
 LONG = {
     "crawl_filter.run",
     "pretrain.run",
@@ -164,8 +163,8 @@ def test_imports_go_up_the_list() -> None:
     [
         ("llmkit.io.jsonl", "from llmkit.training import trainer"),
         ("llmkit.io.jsonl", "def f():\n    import llmkit.cli"),
-        ("llmkit.model.rope", "from llmkit.generation.generator import Generator"),
-        ("llmkit.model.rope", "from ..data import shards"),
+        ("llmkit.model.transformer", "from llmkit.generation.generator import Generator"),
+        ("llmkit.model.transformer", "from ..data import shards"),
         ("llmkit.kernels.attention", "from llmkit import model"),
         ("llmkit.stages.sample", "def run(config):\n    from llmkit.stages.pretrain import run"),
         ("llmkit.stages.sample", "def run(config):\n    from llmkit.stages import pretrain"),
@@ -189,8 +188,8 @@ def test_a_planted_violation_is_caught(name: str, source: str) -> None:
         ("llmkit.stages.sample", "def run(config):\n    import torch\n    from llmkit.generation import generator"),
         ("llmkit.stages.sample", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"),
         ("llmkit.stages.sample", "from llmkit.config import option\nfrom llmkit.io.jsonl import read_jsonl"),
-        ("llmkit.model.rope", "import torch\nfrom llmkit.kernels import dispatch\nfrom llmkit.model.config import X"),
-        ("llmkit.training.trainer", "from llmkit.model import transformer\nfrom llmkit.training.schedule import Pace"),
+        ("llmkit.model.transformer", "from llmkit.kernels import dispatch\nfrom llmkit.model.config import C"),
+        ("llmkit.training.trainer", "from llmkit.model import transformer\nfrom llmkit.training.optimizer import Pace"),
         ("llmkit.io.run_folder", "from llmkit.io.jsonl import atomic_file"),
         ("llmkit.cli", "from llmkit import __version__"),
     ],
@@ -223,7 +222,7 @@ def test_rooms_stay_under_their_ceilings() -> None:
 def test_files_are_short_and_folders_are_small() -> None:
     assert [name for name, source in modules().items() if source.count("\n") >= MOST_LINES] == []
     folders = Counter(path.parent for path in (ROOT / "llmkit").rglob("*.py") if path.name != "__init__.py")
-    assert {path.name for path, count in folders.items() if count > MOST_FILES} == CROWDED
+    assert [path.name for path, count in folders.items() if count > MOST_FILES] == []
 
 
 def test_functions_of_stages_fit_a_screen() -> None:

@@ -87,8 +87,8 @@ def work(name: str, kernels: str, steps: int) -> dict:
     from llmkit.model.transformer import Transformer
     from llmkit.training import setup
     from llmkit.training.evaluation import next_token_loss
+    from llmkit.training.optimizer import Schedule
     from llmkit.training.scaling import recipe
-    from llmkit.training.schedule import Schedule
     from llmkit.training.speed import peak_flops, synchronize
     from llmkit.training.trainer import Trainer, TrainerSettings
 

@@ -30,8 +30,7 @@ import numpy as np
 
 from llmkit.crawl.dedup.duplicates import Repeat, band_firsts, join, keys
 from llmkit.crawl.funnel import READ
-from llmkit.crawl.page import Span
-from llmkit.crawl.parts import Part
+from llmkit.crawl.page import Part, Span
 from llmkit.crawl.read.inputs import Seam
 from llmkit.crawl.recipe import Recipe
 from llmkit.crawl.state import State, write_span

@@ -13,8 +13,7 @@ from typing import Any
 import orjson
 
 from llmkit.crawl.funnel import READ, Funnel
-from llmkit.crawl.page import Span
-from llmkit.crawl.parts import Outcome, Part
+from llmkit.crawl.page import Outcome, Part, Span
 from llmkit.crawl.pipeline import DUPLICATES
 from llmkit.crawl.read.inputs import Seam
 from llmkit.crawl.recipe import Recipe

@@ -18,8 +18,7 @@ import orjson
 
 from llmkit.crawl.filters.urls import UrlFilter
 from llmkit.crawl.funnel import READ
-from llmkit.crawl.page import Page, Skipped, Span
-from llmkit.crawl.parts import Outcome, Part
+from llmkit.crawl.page import Outcome, Page, Part, Skipped, Span
 from llmkit.crawl.recipe import Recipe
 from llmkit.crawl.steps import Journey, Steps, source_of
 from llmkit.io.files import JSON_LINE

@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from llmkit.crawl.parts import Part, read_parts, write_part
+from llmkit.crawl.page import Part, read_parts, write_part
 from llmkit.errors import UserError
 from llmkit.io.files import atomic_file, check_unfinished, remove
 from llmkit.io.foreign import read_sealed, write_sealed

@@ -18,7 +18,7 @@ from torch import Tensor
 from llmkit.errors import UserError
 from llmkit.model.config import ModelConfig
 from llmkit.model.folder import SavedTensors
-from llmkit.model.rope import rotary_frequencies
+from llmkit.model.transformer import rotary_frequencies
 from llmkit.model.weights import pairs_together, stock_shapes
 
 if TYPE_CHECKING:

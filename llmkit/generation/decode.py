@@ -37,8 +37,7 @@ from llmkit.generation.step_graphs import CudaGraph, Record, StepGraphs, rounded
 from llmkit.kernels import attention_decode, backend, scaled_dot_product_attention
 from llmkit.kernels.packed import can_pack, packed_linear
 from llmkit.model.narrow_weights import Weights, narrow_linear
-from llmkit.model.rope import RotaryTable
-from llmkit.model.transformer import Transformer
+from llmkit.model.transformer import RotaryTable, Transformer
 
 _Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, queries, keys, values of the new tokens)
 BLOCK = 256  # positions whose values are summed at once

@@ -17,6 +17,7 @@ Tokens in, tokens out: `token_ids` are what the model saw and chose; text is onl
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,9 +31,8 @@ from llmkit.errors import UserError
 from llmkit.generation.decode import Decoder, Prefix
 from llmkit.generation.next_token import Sampling, choose_tokens, uniforms
 from llmkit.generation.step_graphs import Record
-from llmkit.generation.stop_strings import StopMatcher
 from llmkit.generation.tool_calls import CallQueue, OpenCall, ToolUse
-from llmkit.io.progress import counted
+from llmkit.io.progress import counted, quantity
 from llmkit.model.narrow_weights import Weights
 from llmkit.model.transformer import Transformer
 from llmkit.tokenizer.encoding import DecodeStream, Tokenizer
@@ -41,6 +41,48 @@ from llmkit.tools.toolbox import ToolResult
 OPEN_REQUESTS = 16  # times the slots: how far reading may run ahead of a completion that is not done
 DRAWS = 128  # random numbers made at a time
 KEPT_PROMPTS = 4  # whose keys and values wait for an equal prompt
+BEYOND_CACHES = 64 * 2**20  # bytes of weights: fewer stay in a processor's cache, and memory is not what they wait for
+WORTH_MEASURING = 1.0  # seconds of decoding
+
+
+class StopMatcher:
+    """Finds stop strings in text that comes in pieces, and gives out no text that could still become one.
+
+    The stop string that is complete first wins, so the result does not depend on where the pieces end.
+
+    >>> matcher = StopMatcher(["\\n\\n", "END"])
+    >>> matcher.push("one\\n"), matcher.push("two E"), matcher.push("N"), matcher.push("D three"), matcher.stopped
+    ('one', '\\ntwo ', '', '', True)
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """Take more text; return what is certain to be in front of any stop string."""
+        if not self._stops or self.stopped:
+            return "" if self.stopped else text
+        text = self._held + text
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)[1]]
+        hold = max(_overlap(text, stop) for stop in self._stops)
+        self._held = text[len(text) - hold :]
+        return text[: len(text) - hold]
+
+    def finish(self) -> str:
+        """What was held back, when no more text comes."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest end of `text` that is a beginning of `stop`, short of all of it."""
+    longest = min(len(stop) - 1, len(text))
+    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
 
 
 @dataclass(frozen=True)
@@ -408,3 +450,29 @@ def continue_text(
     generator = Generator(model, tokenizer, Sampling(temperature), slots=1)
     request = Request(prompt_ids(tokenizer, prompt), max_tokens=max_tokens, seed=seed)
     return next(generator.complete([request]))[0].text
+
+
+def describe_throughput(generator: Generator, seconds: float) -> str:
+    """Such as "1.2k tokens at 96 tok/s, 91% of the slots in use, 18.3 GB/s: 84% of the memory's bandwidth".
+
+    The bandwidth is given for decoding on a CPU, of weights that no cache holds, for long enough: measuring what the
+    memory can do takes 0.1 s. It counts what a step must read, weights, keys and values, by the time of the steps.
+    """
+    parts = [f"{counted(generator.tokens, 'token')} at {quantity(generator.tokens / max(seconds, 1e-9))} tok/s"]
+    if generator.steps and generator.slots > 1:
+        parts.append(f"{generator.rows / (generator.steps * generator.slots):.0%} of the slots in use")
+    decoder = generator.decoder
+    if decoder.device.type == "cpu" and decoder.weight_bytes > BEYOND_CACHES and decoder.seconds > WORTH_MEASURING:
+        rate = decoder.bytes_read / decoder.seconds
+        parts.append(f"{rate / 1e9:.1f} GB/s: {rate / read_bandwidth():.0%} of the memory's bandwidth")
+    return ", ".join(parts)
+
+
+def read_bandwidth(size: int = 1 << 27) -> float:
+    """Bytes a second at which the threads in use read memory, the best of three: 128 MiB, more than caches hold."""
+    data, best = torch.ones(size // 4), 0.0
+    for _ in range(3):
+        started = time.perf_counter()
+        data.sum()
+        best = max(best, size / (time.perf_counter() - started))
+    return best

@@ -12,6 +12,7 @@ B batch, T tokens, H query heads, K key-value heads, D head size, V vocabulary.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -31,8 +32,62 @@ from llmkit.kernels import (
     scaled_dot_product_attention,
     swiglu_mlp,
 )
-from llmkit.model.config import ModelConfig
-from llmkit.model.rope import RotaryTable
+from llmkit.model.config import ModelConfig, RopeScaling
+
+MULTIPLE = 64  # of rows, where the base kept it: 16-byte loads of the output matrix
+
+
+def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
+    """Radians per position of each of the head_dim / 2 pairs, float64. Scaling as transformers defines it."""
+    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
+    if scaling is None or scaling.rope_type == "dynamic":
+        return frequencies
+    if scaling.rope_type == "linear":
+        return frequencies / scaling.factor
+    if scaling.rope_type == "yarn":
+        kept = _yarn_kept(head_dim, theta, scaling)
+        return frequencies * kept + frequencies / scaling.factor * (1 - kept)
+    # llama3: long wavelengths are stretched, short ones kept, and those between interpolated.
+    wavelengths = 2 * math.pi / frequencies
+    turns = scaling.original_max_position_embeddings / wavelengths
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0.0, 1.0)
+    return frequencies * kept + frequencies / scaling.factor * (1 - kept)
+
+
+def _yarn_kept(head_dim: int, theta: float, scaling: RopeScaling) -> Tensor:
+    """The share of each frequency that yarn keeps: all of those that turn `beta_fast` times in the first context."""
+
+    def pair_that_turns(times: float) -> float:
+        context = scaling.original_max_position_embeddings
+        return head_dim * math.log(context / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    high += 0.001 * (low == high)
+    return 1 - ((torch.arange(head_dim // 2, dtype=torch.float64) - low) / (high - low)).clamp(0, 1)
+
+
+class RotaryTable:
+    """Cosines and sines of positions 0 ... length - 1, grown on demand and kept on each device asked for.
+
+    Float32 whatever the model computes in: bfloat16 would round every cosine by up to 0.4%.
+    """
+
+    def __init__(self, head_dim: int, theta: float, scaling: RopeScaling | None = None):
+        self._frequencies = rotary_frequencies(head_dim, theta, scaling)
+        self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def __call__(self, length: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(length, head_dim / 2, 2): cosine and sine side by side."""
+        key = (device, torch.float64 if dtype == torch.float64 else torch.float32)
+        if key not in self._tables or self._tables[key].shape[0] < length:
+            rows = 256 * math.ceil(length / 256)
+            angles = torch.arange(rows, dtype=torch.float64, device="cpu").unsqueeze(1) * self._frequencies
+            self._tables[key] = torch.stack((angles.cos(), angles.sin()), -1).to(*key)
+        return self._tables[key][:length]
 
 
 def _parameter(*shape: int, dtype: torch.dtype | None, device: torch.device | str | None) -> nn.Parameter:
@@ -236,3 +291,31 @@ class Transformer(nn.Module):
             self(token_ids_BT, doc_ids=doc_ids), self.head_weight, targets_BT,
             reduction=reduction, ignore_index=ignore_index, chunk_tokens=chunk_tokens,
         )  # fmt: skip
+
+
+@torch.no_grad()
+def grow_vocabulary(model: Transformer, known: int, wanted: int) -> Transformer:
+    """A model in which ids `known` to `wanted` - 1 start from the mean of the ids below.
+
+    A base may have rows for them already, that no token has used: they start from the mean as well. The mean makes a
+    new token about as likely as an average one, whatever the context (Hewitt 2021, "Initializing new word embeddings
+    for pretrained language models"). The embedding and an untied head grow in step; the same model is returned where
+    no token is new.
+    """
+    if wanted <= known:
+        return model
+    rows = model.embed_tokens.shape[0]
+    if wanted > rows:
+        multiple = MULTIPLE if rows % MULTIPLE == 0 else 1
+        grown = Transformer(
+            replace(model.config, vocab_size=-(-wanted // multiple) * multiple),
+            dtype=model.embed_tokens.dtype,
+            device=model.embed_tokens.device,
+        )
+        theirs = dict(grown.named_parameters())
+        for name, parameter in model.named_parameters():
+            theirs[name][: len(parameter)].copy_(parameter)
+        model = grown.train(model.training)
+    for table in {model.embed_tokens, model.head_weight}:
+        table[known:] = table[:known].float().mean(0)
+    return model

@@ -4,12 +4,19 @@
     for record in probe.ask(questions): ...
 
 The procedure is that of "The Llama 3 Herd of Models" (arXiv:2407.21783), section 4.3.6.
+
+Who answers the questions of a probe: an assistant's folder, or a model behind a server.
+
+answering = folder_answering("chat/", "auto", "auto", Sampling(0.8), slots=16)
+with answering.start() as generator: ...
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from llmkit.errors import naming
@@ -17,10 +24,12 @@ from llmkit.formats.conversations import as_record, message
 from llmkit.formats.questions import Question
 from llmkit.generation.chat_models import ChatModel
 from llmkit.generation.generator import Completion, Generator, Request
-from llmkit.generation.next_token import request_number
-from llmkit.generation.served_sampler import ServedSampler
+from llmkit.generation.loaded_model import open_model
+from llmkit.generation.next_token import Sampling, request_number
+from llmkit.generation.served_models import Usage
+from llmkit.generation.served_sampler import ServedSampler, open_served
 from llmkit.io.progress import Progress, counted, say
-from llmkit.io.resume import RunState
+from llmkit.io.resume import RunState, fingerprint
 from llmkit.probing.judges import JUDGE_PROMPT
 from llmkit.probing.model_questions import WRITER_PROMPT
 from llmkit.probing.refusals import language_of
@@ -28,6 +37,58 @@ from llmkit.text.matching import RIGHT, UNREADABLE, WRONG, Answered, Judge
 from llmkit.tokenizer.chat import ChatFormat
 
 NAMES = {"yes": "known", "no": "unknown", "mixed": "mixed", "evasive": "evasive"}  # what people call a question
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How questions become completions.
+
+    chat      the tokens of a conversation; None where a server has messages become tokens
+    context   tokens that the model takes; None where only its server knows
+    identity  what a resumed run must have in common
+    start     makes the generator, for as long as it is used
+    usage     what a server was asked so far
+    """
+
+    chat: ChatFormat | None
+    context: int | None
+    identity: dict[str, Any]
+    start: Callable[[], AbstractContextManager[Generator | ServedSampler]]
+    usage: Usage | None = None
+
+
+def folder_answering(folder: str, device: str, dtype: str, sampling: Sampling, slots: int) -> Answering:
+    """An assistant's folder. Raises UserError for a base model."""
+    opened = open_model(folder, device, dtype)
+    chat = opened.chat
+
+    @contextmanager
+    def start() -> Iterator[Generator]:
+        with opened.computing():
+            yield opened.generator(sampling, slots)
+
+    return Answering(chat, opened.config.max_position_embeddings, {"the model": fingerprint(folder)}, start)
+
+
+def served_answering(
+    engine: str,
+    folder: str | None,
+    sampling: Sampling,
+    *,
+    concurrency: int,
+    timeout: float,
+    retries: int,
+) -> Answering:
+    """A model behind a server, with the tokenizer of a folder or its own. Raises UserError where it is not there."""
+    served = open_served(engine, folder, timeout=timeout, retries=retries)
+    chat = served.chat
+    served.server.check()
+
+    @contextmanager
+    def start() -> Iterator[ServedSampler]:
+        yield served.sampler(sampling, concurrency=concurrency, logprobs=False, skip_long=True)
+
+    return Answering(chat, None, served.identity, start, served.server.usage)
 
 
 def decide(judgements: Sequence[str], consistent: float) -> str:

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.io.manifest import flattened, manifest_digest
-from llmkit.report.kinds import KINDS
-from llmkit.report.runs import RecordsFile, Run, changed
+from llmkit.report.runs import KINDS, RecordsFile, Run, changed
 from llmkit.report.values import objects
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.io.metrics import scan_metrics
-from llmkit.report.even_sample import SPARE, Thinned, thinned
-from llmkit.report.values import is_number
+from llmkit.report.values import SPARE, Thinned, is_number, thinned
 
 MOST_POINTS = 240  # of a line, whose frame is 300 pixels wide
 MOST_SAMPLES = 24  # over a training

@@ -9,10 +9,8 @@ from typing import Any
 import orjson
 
 from llmkit.io.progress import counted
-from llmkit.report.even_sample import SPARE, Thinned, thinned
-from llmkit.report.kinds import KINDS
-from llmkit.report.runs import RecordsFile
-from llmkit.report.values import is_number, parsed, raw_lines
+from llmkit.report.runs import KINDS, RecordsFile
+from llmkit.report.values import SPARE, Thinned, is_number, parsed, raw_lines, thinned
 
 LONGEST = {"input": 600, "output": 1200, "about": 200}  # characters shown
 

@@ -16,22 +16,47 @@ notes        what was left out, and why
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from llmkit import __version__
 from llmkit.io.files import read_json
 from llmkit.io.metrics import METRICS
+from llmkit.io.progress import counted
 from llmkit.report.ancestry import Graph, Node
 from llmkit.report.curves import MOST_SAMPLES, charts_of, read_series
-from llmkit.report.even_sample import thinned
 from llmkit.report.excerpts import read_excerpts
-from llmkit.report.kinds import KINDS
-from llmkit.report.probes import NAMES, changes, read_probe
-from llmkit.report.runs import Gathered
-from llmkit.report.summary import STAGES, summarise
-from llmkit.report.values import as_object, as_text, is_number, numbers, objects, read_or_note
+from llmkit.report.runs import KINDS, Gathered
+from llmkit.report.values import (
+    as_object,
+    as_text,
+    is_number,
+    numbers,
+    objects,
+    parsed,
+    raw_lines,
+    read_or_note,
+    thinned,
+)
 
+NAMES = {"yes": "known", "no": "unknown", "mixed": "mixed", "evasive": "evasive"}
+STAGES = ("crawl-filter", "train-bpe", "pretrain", "sft", "probe-knowledge", "train-reward", "rl", "sample")
+# of a stage's curves, what its latest run is summarised by: the metric, its name, and its form on the page
+MEASURES = {
+    "pretrain": (("val_bits_per_byte", "bits per byte, held out", ""), ("val_loss", "loss, held out", "")),
+    "sft": (("val_loss", "loss, held out", ""),),
+    "rl": (
+        ("val_success", "right answers, held out", "share"),
+        ("success", "right answers, in training", "share"),
+        ("val_gold", "gold reward, held out", ""),
+        ("val_reward", "reward, held out", ""),
+        ("reward", "reward, in training", ""),
+    ),
+}
+MOST_POLICIES = 3  # of rl the latest runs; of the other stages the latest one
+BEFORE_AND_AFTER = ("rl",)  # stages whose first value was measured before the first step
 # what a manifest's results tell of a stage at a glance; of others, their first numbers
 KEY_FIGURES = {
     "crawl-filter": ("records", "documents"),
@@ -43,6 +68,109 @@ KEY_FIGURES = {
     "rl": ("steps", "attempts", "success", "val_success", "reward", "val_reward", "val_gold", "kept_step", "seconds"),
 }
 MOST_KEY_FIGURES = 7
+
+
+def read_probe(
+    path: str, note: Callable[[str], object], limit: int | None = None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The figures of a report (`probe-knowledge --report`), and what each question was found to be."""
+    kinds: dict[str, Counter[str]] = defaultdict(Counter)
+    verdicts: Counter[str] = Counter()
+    makers: dict[str, set[str]] = {"written_by": set(), "judged_by": set()}
+    known_of: dict[str, str] = {}
+    bad = 0
+    for _, line in islice(raw_lines(path), limit):
+        record = parsed(line)
+        known = NAMES.get(str(record.get("known"))) if record else None
+        if record is None or known is None or not isinstance(record.get("question"), str):
+            bad += 1
+            continue
+        kinds[str(record.get("kind", "other"))][known] += 1
+        known_of[record["question"]] = known
+        judgements = record.get("judgements")
+        verdicts.update(map(str, judgements if isinstance(judgements, list) else ()))
+        for name, found in makers.items():
+            found.add(str(record.get(name, "")))
+    if bad:
+        note(f"{path}: left out {counted(bad, 'line')}: no record of a probe")
+    totals = sum(kinds.values(), Counter[str]())
+    ordered = sorted(kinds.items(), key=lambda kind: (-kind[1].total(), kind[0]))
+    figures = {
+        "path": path,
+        "questions": totals.total(),
+        **{name: totals[name] for name in NAMES.values()},
+        "by_kind": {kind: {name: counts[name] for name in NAMES.values()} for kind, counts in ordered},
+        "answers": dict(verdicts.most_common()),
+        **{name: sorted(found - {""}) for name, found in makers.items()},
+    }
+    return figures, known_of
+
+
+def changes(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, Any]:
+    """Of the questions in both reports: how many went from what to what, {"known": {"known": 3, ...}, ...}."""
+    both = [question for question in before if question in after]
+    moved = Counter((before[question], after[question]) for question in both)
+    names = list(NAMES.values())
+    return {"questions": len(both), "table": {old: {new: moved[old, new] for new in names} for old in names}}
+
+
+def summarise(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """`stage`, `path`, `figure`, `value` and `form` ("share" or ""), with `before` where the same was measured before
+    the stage, `of` where the value is a count, and `interval` (95%) where there is one."""
+    found = [*_made(figures), *_trained(figures), *_asked(figures)]
+    return sorted(found, key=lambda one: STAGES.index(one["stage"]))
+
+
+def _made(figures: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for funnel in figures["funnels"][-1:]:
+        kept = {"figure": "documents kept", "value": funnel["documents"], "of": funnel["records"], "form": ""}
+        yield {"stage": "crawl-filter", "path": funnel["path"], **kept}
+    for tokenizer in figures["tokenizers"][-1:]:
+        value = tokenizer["rows"][0]["bytes_per_token"]
+        yield {
+            "stage": "train-bpe",
+            "path": tokenizer["path"],
+            "figure": "bytes per token, of a sample",
+            "value": value,
+            "form": "",
+        }
+
+
+def _trained(figures: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for training in figures["trainings"]:
+        stage, lines = training["stage"], [line for chart in training["charts"] for line in chart["lines"]]
+        measures = MEASURES.get(stage, ())
+        names = {metric for metric, _, _ in measures}
+        measured = [run for run in training["runs"] if _metrics(lines, run) & names]
+        for run in measured[-(MOST_POLICIES if stage == "rl" else 1) :]:
+            known = [measure for measure in measures if measure[0] in _metrics(lines, run)]
+            # right answers beside a reward; of each the first that was measured
+            right = [measure for measure in known if "success" in measure[0]]
+            others = [measure for measure in known if "success" not in measure[0]]
+            for metric, figure, form in (*right[:1], *others[:1]):
+                line = next(line for line in lines if (line["run"], line["metric"]) == (run["run"], metric))
+                before = {"before": line["first"]} if stage in BEFORE_AND_AFTER and line["values"] > 1 else {}
+                shown = {"figure": figure, "value": line["last"], "form": form, **before}
+                yield {"stage": stage, "path": run["path"], **shown}
+
+
+def _metrics(lines: Sequence[Mapping[str, Any]], run: Mapping[str, Any]) -> set[str]:
+    return {line["metric"] for line in lines if line["run"] == run["run"]}
+
+
+def _asked(figures: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for probe in figures["probes"][-1:]:
+        asked = [one for one in (figures["probes"][0], probe) if one["questions"]]
+        shares = [one["known"] / one["questions"] for one in asked]
+        if shares:
+            before = {"before": shares[0]} if len(figures["probes"]) > 1 else {}
+            known = {"figure": "questions known", "value": shares[-1], "form": "share", **before}
+            yield {"stage": "probe-knowledge", "path": probe["path"], **known}
+    for judge in figures["judges"][-1:]:
+        row = judge["rows"][0]
+        interval = {"interval": row["accuracy_95"]} if "accuracy_95" in row else {}
+        shown = {"figure": "judge's accuracy", "value": row["accuracy"], "form": "share", **interval}
+        yield {"stage": "train-reward", "path": judge["path"], **shown}
 
 
 def report_figures(found: Gathered, *, samples: int = 40, limit: int | None = None) -> dict[str, Any]:

@@ -17,9 +17,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from llmkit.errors import UserError
 from llmkit.io.progress import counted, quantity
 from llmkit.report.ancestry import rails
-from llmkit.report.charts import COLOURS, STYLES, draw
+from llmkit.report.charts import COLOURS, FORMS, STYLES, draw, figure_text, percent, words
 from llmkit.report.figures import given_runs, shorten
-from llmkit.report.numbers import FORMS, figure_text, percent, words
 
 TEMPLATES = Path(__file__).with_name("templates")
 MOST_BYTES = 1_000_000

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from itertools import islice
@@ -16,13 +16,65 @@ from llmkit.io.foreign import check_no_adapter, read_object
 from llmkit.io.manifest import LARGEST_MANIFEST, MANIFEST, OF_FILE, read_manifest
 from llmkit.io.metrics import METRICS
 from llmkit.io.run_folder import NOTES
-from llmkit.report.kinds import kind_of_record
 from llmkit.report.values import is_number, objects, parsed, raw_lines, read_or_note
 
 LOOKED_AT = 100  # lines, for one that tells what a file holds
 RECORDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson")
 # an option that one stage alone has, by which a run that is not finished is known
 STAGE_OF_FLAG = {"--depth": "pretrain", "--identity": "sft", "--ensemble": "train-reward", "--algo": "rl"}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Fields by which a record is known and shown.
+
+    has     all of which a record of the kind has
+    input, output, worth  what went in, what came out, what it was worth
+    about   told beside, by their names
+    stage   that alone writes such files
+    """
+
+    has: tuple[str, ...]
+    input: str
+    output: str
+    worth: str
+    about: tuple[str, ...]
+    stage: str | None = None
+
+
+# by what people call them: a record is of the first kind whose fields it has; a page has files in this order
+KINDS = {
+    "rollouts": Kind(
+        ("prompt", "completion", "reward", "group", "step"),
+        "prompt", "completion", "reward", ("answer", "finish_reason"),
+    ),
+    "disagreements": Kind(
+        ("prompt", "completion", "gold", "difference"),
+        "prompt", "completion", "reward", ("gold", "difference"),
+    ),
+    "recitations": Kind(
+        ("prefix", "completion", "matched"),
+        "prefix", "completion", "share", ("repeats",), "probe-knowledge",
+    ),
+    "completions": Kind(
+        ("completion", "finish_reason"),
+        "prompt", "completion", "reward", ("finish_reason",), "sample",
+    ),
+    "probed questions": Kind(
+        ("question", "responses", "judgements", "known"),
+        "question", "responses", "known", ("answer", "judgements"), "probe-knowledge",
+    ),
+    # that people have written, as those of sft are
+    "examples": Kind(("prompt", "completion"), "prompt", "completion", "reward", ("source",)),
+    "conversations": Kind(("messages",), "messages", "messages", "known", ("source",)),
+    "rejected documents": Kind(("source", "step", "reason"), "url", "text", "reason", ("step", "score")),
+    "documents": Kind(("text",), "url", "text", "reward", ("language", "source")),
+}  # fmt: skip
+
+
+def kind_of_record(record: Mapping[str, Any]) -> str | None:
+    """Which of KINDS a record is; None for none."""
+    return next((name for name, kind in KINDS.items() if all(field in record for field in kind.has)), None)
 
 
 @dataclass

@@ -154,8 +154,8 @@ def run(config: PretrainConfig) -> Summary | None:
     from llmkit.training.distributed import join
     from llmkit.training.evaluation import held_out_loss, next_token_loss
     from llmkit.training.finetuning import check_finite
+    from llmkit.training.optimizer import Schedule, warn_of_long_warmup
     from llmkit.training.plan import Plan, check_wishes, plan_table
-    from llmkit.training.schedule import Schedule, warn_of_long_warmup
     from llmkit.training.sharding import shard, whole_model
 
     # load

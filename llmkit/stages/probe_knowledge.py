@@ -22,7 +22,7 @@ from llmkit.io.run_folder import check_finished, check_model_folder
 if TYPE_CHECKING:
     from llmkit.generation.chat_models import ChatModel
     from llmkit.io.resume import RunState
-    from llmkit.probing.answerers import Answering
+    from llmkit.probing.probe import Answering
     from llmkit.probing.recitation import Recited
     from llmkit.probing.refusals import Refusals
     from llmkit.text.matching import Judge
@@ -295,7 +295,7 @@ def _checked(config: ProbeKnowledgeConfig, out: str) -> Path | None:
 def _answering(config: ProbeKnowledgeConfig) -> Answering:
     """Who answers; a server is asked whether it is there."""
     from llmkit.generation.next_token import Sampling
-    from llmkit.probing.answerers import folder_answering, served_answering
+    from llmkit.probing.probe import folder_answering, served_answering
 
     sampling = Sampling(config.temperature)
     if not config.is_served:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
 
     from llmkit.rewards import Weighted
-    from llmkit.rl.horizon import Horizon
+    from llmkit.rl.algorithms import Horizon
     from llmkit.rl.served_policy import ServedPolicy
     from llmkit.training.finetuning import Finetuning
 
@@ -191,10 +191,9 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     from llmkit.model.devices import check_batch_memory, choose_device, choose_dtype
     from llmkit.rewards.reward_models import ModelReward
     from llmkit.rl.actor import Actor
-    from llmkit.rl.algorithms import adapted
+    from llmkit.rl.algorithms import adapted, choose_horizon
     from llmkit.rl.batches import BatchSettings, Collector
     from llmkit.rl.evaluation import HeldOut
-    from llmkit.rl.horizon import choose_horizon
     from llmkit.rl.monitor import Limits, Watch
     from llmkit.rl.policy_loss import PolicyLoss
     from llmkit.rl.problems import EncodedProblem, digest, load_problems
@@ -202,8 +201,8 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     from llmkit.rl.rollouts import ROLLOUTS, RolloutLog, RolloutSettings
     from llmkit.training import setup
     from llmkit.training.distributed import join
+    from llmkit.training.optimizer import Schedule, warn_of_long_warmup
     from llmkit.training.scaling import training_bytes
-    from llmkit.training.schedule import Schedule, warn_of_long_warmup
 
     # load
     device = choose_device(config.device)

@@ -144,13 +144,11 @@ def run(config: SampleConfig) -> Summary | None:
 def _run_here(config: SampleConfig, model: str, out: str) -> Summary | None:
     # load
     from llmkit.generation.chat import Chat
-    from llmkit.generation.few_shot import STOP, load_shots, with_shots
-    from llmkit.generation.generator import prompt_ids
+    from llmkit.generation.generator import describe_throughput, prompt_ids
     from llmkit.generation.loaded_model import open_model
     from llmkit.generation.next_token import Sampling
-    from llmkit.generation.requests import Prompts
+    from llmkit.generation.requests import STOP, Prompts, load_shots, with_shots
     from llmkit.generation.terminal import converse
-    from llmkit.generation.throughput import describe
     from llmkit.generation.tool_calls import open_tools, told_unavailable
     from llmkit.io.resume import fingerprint
 
@@ -203,16 +201,15 @@ def _run_here(config: SampleConfig, model: str, out: str) -> Summary | None:
     for line in told_unavailable([tools.unavailable_calls] if tools else []):
         say(line, config.quiet)
     if not config.quiet:
-        say(f"{describe(generator, seconds)}, after {loaded - STARTED:.1f} s of loading")
+        say(f"{describe_throughput(generator, seconds)}, after {loaded - STARTED:.1f} s of loading")
     return _summary(config, prompts, out, generator.tokens, seconds)
 
 
 def _run_served(config: SampleConfig, out: str) -> Summary | None:
     # load
     from llmkit.generation.chat import Chat
-    from llmkit.generation.few_shot import STOP, load_shots, with_shots
     from llmkit.generation.next_token import Sampling
-    from llmkit.generation.requests import Prompts
+    from llmkit.generation.requests import STOP, Prompts, load_shots, with_shots
     from llmkit.generation.served_sampler import open_served
     from llmkit.generation.terminal import converse
 

@@ -149,8 +149,8 @@ def run(config: SftConfig) -> Summary | None:
     from llmkit.training.evaluation import masked_loss, next_token_loss
     from llmkit.training.finetuning import Finetuning, answer
     from llmkit.training.inspection import show_examples
+    from llmkit.training.optimizer import Schedule, warn_of_long_warmup
     from llmkit.training.scaling import training_bytes
-    from llmkit.training.schedule import Schedule, warn_of_long_warmup
     from llmkit.training.sharding import whole_model
 
     # load

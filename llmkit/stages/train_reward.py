@@ -155,8 +155,8 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
     from llmkit.training import setup, speed
     from llmkit.training.distributed import join
     from llmkit.training.finetuning import Finetuning
+    from llmkit.training.optimizer import Schedule, warn_of_long_warmup
     from llmkit.training.scaling import training_bytes
-    from llmkit.training.schedule import Schedule, warn_of_long_warmup
 
     # load
     device = choose_device(config.device)

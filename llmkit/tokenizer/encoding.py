@@ -35,8 +35,8 @@ from llmkit.io.foreign import (
     shown,
     switch,
 )
-from llmkit.tokenizer.alphabet import byte_alphabet
 from llmkit.tokenizer.backends import TokenizersBackend, fastest_proven, proof_texts
+from llmkit.tokenizer.patterns import byte_alphabet
 
 END_OF_TEXT = "<|endoftext|>"  # of our own tokenizers: begins every document and ends it
 END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # where no tokenizer_config.json names one

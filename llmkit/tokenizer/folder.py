@@ -13,10 +13,9 @@ from pathlib import Path
 
 from llmkit.errors import UserError
 from llmkit.io.files import atomic_file
-from llmkit.tokenizer.alphabet import byte_alphabet
 from llmkit.tokenizer.encoding import END_OF_TEXT, bos_post_processor
 from llmkit.tokenizer.merges import Merges
-from llmkit.tokenizer.patterns import Pattern
+from llmkit.tokenizer.patterns import Pattern, byte_alphabet
 
 SPECIALS = (
     END_OF_TEXT,

@@ -30,9 +30,8 @@ from llmkit.io.files import write_json
 from llmkit.io.progress import counted, say
 from llmkit.model.devices import check_memory
 from llmkit.model.folder import load_model, save_model
-from llmkit.model.growth import grow_vocabulary
 from llmkit.model.lora import LoraAdapter
-from llmkit.model.transformer import Transformer
+from llmkit.model.transformer import Transformer, grow_vocabulary
 from llmkit.tokenizer.chat import CHAT_SPECIALS, ChatFormat, has_own_template, write_chat_tokenizer
 from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
 from llmkit.tokenizer.templates import chat_format

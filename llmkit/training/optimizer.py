@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from llmkit.io.progress import counted, say
 from llmkit.kernels.linear import matmul_nn, matmul_nt
 from llmkit.training.distributed import world
 from llmkit.training.sharding import (
@@ -41,6 +42,37 @@ _OPTIMAL = (
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
 )
 POLAR_EXPRESS = tuple((a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in _OPTIMAL)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Warm-up, then constant, then linear decay: the factor on the learning rates at a progress in [0, 1].
+
+    Warmup-stable-decay, Hu et al. 2024 (arXiv 2404.06395); linear decay to zero, Defazio et al. 2023
+    (arXiv 2310.07831).
+    """
+
+    warmup_steps: int
+    decay_fraction: float
+    final_factor: float = 0.0
+
+    def factor(self, step: int, progress: float) -> float:
+        """The factor for the update that is number `step` (from 0) and begins at `progress`."""
+        warmup = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        left = max(0.0, 1.0 - progress)
+        if self.decay_fraction <= 0 or left >= self.decay_fraction:
+            return warmup
+        return warmup * (self.final_factor + (1 - self.final_factor) * left / self.decay_fraction)
+
+
+def warn_of_long_warmup(warmup_steps: int, total_steps: int | None, quiet: bool) -> None:
+    """Say so where a run ends before its warm-up does."""
+    if total_steps is not None and warmup_steps >= total_steps > 1:
+        say(
+            f"--warmup-steps {warmup_steps}: the run has {counted(total_steps, 'step')}, and never reaches the full "
+            "learning rate",
+            quiet,
+        )
 
 
 def orthogonalise(update_KMN: Tensor, steps: int = 5) -> Tensor:

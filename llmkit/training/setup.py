@@ -15,9 +15,8 @@ from llmkit.io.run_folder import NOTES
 from llmkit.io.trackers import mirrors
 from llmkit.model.transformer import Transformer
 from llmkit.training.distributed import world
-from llmkit.training.optimizer import GroupSettings, Optimizer
+from llmkit.training.optimizer import GroupSettings, Optimizer, Schedule
 from llmkit.training.scaling import Recipe
-from llmkit.training.schedule import Schedule
 from llmkit.training.sharding import is_sharded
 from llmkit.training.threads import most_threads
 from llmkit.training.trainer import Batch, Loss, Trainer, TrainerSettings

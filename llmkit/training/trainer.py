@@ -34,8 +34,7 @@ from llmkit.kernels import keep_freed_memory
 from llmkit.training.checkpoint import Checkpoints
 from llmkit.training.distributed import world
 from llmkit.training.failures import is_lost
-from llmkit.training.optimizer import Optimizer
-from llmkit.training.schedule import Schedule
+from llmkit.training.optimizer import Optimizer, Schedule
 from llmkit.training.sharding import begin_backward
 from llmkit.training.threads import StepThreads
 

@@ -19,8 +19,7 @@ import pytest
 from web import Record, html, mixed_pages, prose, write_warc
 
 from llmkit.crawl.output import Collector, collect
-from llmkit.crawl.page import Span
-from llmkit.crawl.parts import Outcome, Part
+from llmkit.crawl.page import Outcome, Part, Span
 from llmkit.crawl.recipe import Recipe
 from llmkit.crawl.state import State
 from llmkit.errors import UserError

@@ -13,9 +13,8 @@ from tiny import END, certain, make_model, save_tokenizer
 from llmkit.errors import UserError
 from llmkit.generation import decode
 from llmkit.generation.decode import Decoder
-from llmkit.generation.generator import Generator, Request, continue_text, end_tokens, prompt_ids
+from llmkit.generation.generator import Generator, Request, StopMatcher, continue_text, end_tokens, prompt_ids
 from llmkit.generation.next_token import Sampling
-from llmkit.generation.stop_strings import StopMatcher
 from llmkit.model.devices import one_thread
 from llmkit.tokenizer.encoding import load_tokenizer
 

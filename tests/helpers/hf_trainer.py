@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-from llmkit.tokenizer.alphabet import byte_alphabet
+from llmkit.tokenizer.patterns import byte_alphabet
 
 CHARACTER = {byte: character for character, byte in byte_alphabet()}
 BYTE = {character: byte for character, byte in byte_alphabet()}

@@ -41,7 +41,7 @@ def crawl_readers() -> dict[str, Reader]:
     from llmkit.crawl.dedup import minhash
     from llmkit.crawl.extract import charset, features, limits, markup
     from llmkit.crawl.extract.main_text import Extractor
-    from llmkit.crawl.filters import c4, fineweb, gopher, personal_data, phones, urls
+    from llmkit.crawl.filters import c4, fineweb, gopher, personal_data, urls
     from llmkit.crawl.read import framing, inputs, warc
     from llmkit.text import language, words
 
@@ -118,7 +118,7 @@ def crawl_readers() -> dict[str, Reader]:
         "minhash": lambda text: minhash.signatures([text.encode("utf-8", "replace").decode()]),
         "personal_data.find": personal_data.find,
         "personal_data.redact": personal_data.redact,
-        "phones.find_phones": lambda text: list(phones.find_phones(text)),
+        "phones.find_phones": lambda text: list(personal_data.find_phones(text)),
         "reading of a line": lambda text: inputs._page_of_line(b"{" + octets(text), "a.jsonl", 1),
         "urls.reason of a host": lambda text: blocklist().reason("http://" + text),
         "urls.reason of a path": lambda text: blocklist().reason("http://a.example/" + text),
@@ -184,7 +184,7 @@ def data_readers() -> dict[str, Reader]:
 
 def reply_readers() -> dict[str, Reader]:
     from llmkit.formats.questions import Question
-    from llmkit.generation import chat_models, http, served_models, stop_strings
+    from llmkit.generation import chat_models, generator, http, served_models
     from llmkit.probing import judges, refusals
     from llmkit.reward_model import evaluation
     from llmkit.text import matching, normalize
@@ -193,7 +193,7 @@ def reply_readers() -> dict[str, Reader]:
     judge = matching.MatchJudge()
 
     def stopped(text: str) -> str:
-        matcher = stop_strings.StopMatcher([text[:1000] + "\0", "\n\nUser:", "1 1 1 2"])
+        matcher = generator.StopMatcher([text[:1000] + "\0", "\n\nUser:", "1 1 1 2"])
         return "".join(matcher.push(text[at : at + 3]) for at in range(0, len(text), 3)) + matcher.finish()
 
     def calculated(text: str) -> None:

@@ -11,8 +11,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from llmkit.crawl.page import Span
-from llmkit.crawl.parts import Outcome, Part
+from llmkit.crawl.page import Outcome, Part, Span
 from llmkit.errors import UserError
 from llmkit.io.pool import WorkerDied, in_order
 

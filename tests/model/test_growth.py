@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from llmkit.model.config import ModelConfig
-from llmkit.model.growth import grow_vocabulary
-from llmkit.model.transformer import Transformer
+from llmkit.model.transformer import Transformer, grow_vocabulary
 
 CONFIG = ModelConfig(
     vocab_size=100, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,

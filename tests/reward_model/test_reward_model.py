@@ -12,7 +12,7 @@ from tiny import VOCABULARY, make_model
 from llmkit.data.mixture import Mixture, Source
 from llmkit.errors import UserError
 from llmkit.reward_model.comparisons import Candidates, Comparisons, packed_comparisons
-from llmkit.reward_model.evaluation import biases, confidence_error, evaluate, fitted_temperature
+from llmkit.reward_model.evaluation import biases, confidence_error, correlation, evaluate, fitted_temperature, wilson
 from llmkit.reward_model.head import RewardModel
 from llmkit.reward_model.loss import (
     ComparisonLoss,
@@ -22,7 +22,6 @@ from llmkit.reward_model.loss import (
     row_length,
     score_comparisons,
 )
-from llmkit.reward_model.statistics import correlation, wilson
 
 PAD = 0
 

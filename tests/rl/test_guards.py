@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llmkit.rl.guards import CollapseGuard, HackWatch, difference_beyond
+from llmkit.rl.monitor import CollapseGuard, HackWatch, difference_beyond
 
 
 def test_a_difference_above_the_bound_is_told():

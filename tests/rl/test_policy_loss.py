@@ -15,8 +15,7 @@ from llmkit.rl import policy_loss
 from llmkit.rl.algorithms import ALGORITHMS, token_weights
 from llmkit.rl.policy_loss import PolicyLoss, reference_logprobs, target_logprobs
 from llmkit.rl.rows import PolicyRows, pack_rollouts
-from llmkit.training.optimizer import GroupSettings, Optimizer
-from llmkit.training.schedule import Schedule
+from llmkit.training.optimizer import GroupSettings, Optimizer, Schedule
 from llmkit.training.trainer import Trainer, TrainerSettings
 
 TEMPERATURE = 0.7

@@ -15,7 +15,7 @@ from selectolax.lexbor import LexborHTMLParser
 
 from llmkit.errors import UserError
 from llmkit.io.manifest import describe_inputs
-from llmkit.report.numbers import figure_text
+from llmkit.report.charts import figure_text
 from llmkit.stages.report import ReportConfig, run
 
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>"

@@ -10,7 +10,7 @@ from hf_trainer import hf_merges
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmkit.tokenizer import merges, queue
+from llmkit.tokenizer import merges
 from llmkit.tokenizer.merges import Merges, train_merges
 
 
@@ -73,7 +73,7 @@ def test_a_batch_equals_one_at_a_time(monkeypatch: pytest.MonkeyPatch, alphabet:
 def test_a_small_front_of_the_queue_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     pieces = random_words(2, 3000, b"abcdefghij")
     expected = train(pieces, 2000)
-    monkeypatch.setattr(queue, "FRONT", 1)
+    monkeypatch.setattr(merges, "FRONT", 1)
     assert train(pieces, 2000).pairs == expected.pairs
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llmkit.training.schedule import Schedule
+from llmkit.training.optimizer import Schedule
 
 
 def test_factor_rises_stays_and_falls_to_the_end():

@@ -14,7 +14,7 @@ import torch
 from llmkit.model.transformer import Transformer
 from llmkit.training import scaling
 from llmkit.training.evaluation import next_token_loss
-from llmkit.training.schedule import Schedule
+from llmkit.training.optimizer import Schedule
 from llmkit.training.setup import build_optimizer
 from llmkit.training.threads import StepThreads, most_threads
 from llmkit.training.trainer import Trainer, TrainerSettings

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from llmkit.errors import Interrupted, SavedError, UserError
-from llmkit.training.optimizer import GroupSettings, Optimizer
-from llmkit.training.schedule import Schedule
+from llmkit.training.optimizer import GroupSettings, Optimizer, Schedule
 from llmkit.training.trainer import Trainer, TrainerSettings
 
 

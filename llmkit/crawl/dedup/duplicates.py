@@ -28,9 +28,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmkit.crawl.dedup.band_index import NOBODY, BandIndex
+from llmkit.crawl.dedup.band_index import NOBODY, BandIndex, Rows
 from llmkit.crawl.dedup.minhash import numbered, signatures, similarity
-from llmkit.crawl.dedup.spill import Rows
 from llmkit.errors import UserError
 
 __all__ = ["Duplicates", "Repeat", "band_firsts", "join", "keys", "signatures"]

@@ -3,6 +3,10 @@
 A block is what a browser sets apart: the text of a paragraph, a heading, a list item, a table cell, or a bare
 stretch between two of them. The walk uses no recursion, and its work is bounded by `MAX_BYTES`, `MAX_NODES` and
 `MAX_DEPTH`: what becomes of a page depends on the page alone, never on the clock.
+
+The cells of a page's data tables, which are kept or dropped whole.
+
+Many pages lay out their columns by tables, too: there a cell is a part of the page and not of a row.
 """
 
 from __future__ import annotations
@@ -16,8 +20,8 @@ from selectolax.lexbor import LexborHTMLParser, LexborNode
 
 from llmkit.crawl.extract.limits import check_size
 from llmkit.crawl.extract.markup import inline_formulas, plain_html, visible
-from llmkit.crawl.extract.tables import table_cells
 
+MAX_CELL_BLOCKS = 3  # a cell of more is a part of the page
 FOLDED_CHARS = 200  # undisplayed text as long is a tab or an accordion: on dev pages all of it dropped costs F1 .013
 
 # what holds no running text; <noscript> stays, as Discourse puts whole threads into it
@@ -39,6 +43,47 @@ _MARKED_TAGS = (
     "figcaption h1 h2 h3 h4 button noscript (hidden)"
 )
 TAG_BITS = {tag: 1 << bit for bit, tag in enumerate(_MARKED_TAGS.split())}  # at most 31: they live in an int32
+
+
+def table_cells(tags: np.ndarray, parent: np.ndarray, leaf: np.ndarray) -> np.ndarray | None:
+    """int32 (3, blocks): the elements of the table and the row, and the column from 0, of each block; or -1 each.
+
+    tags: (elements,) of strings, parent: of each element, leaf: the element of each block. Only rows of data count:
+    with text in two cells or more, at most MAX_CELL_BLOCKS blocks in each of them, and no table within. None: the page
+    has no cells.
+    """
+    is_row = tags == "tr"
+    is_cell = (tags == "td") | (tags == "th")
+    is_cell = is_cell & is_row[parent]
+    cells = np.flatnonzero(is_cell)
+    if len(cells) == 0 or len(leaf) == 0:
+        return None
+    nearest = _nearest(is_cell, parent)
+    rows = parent[cells]
+    holds_table = np.zeros(len(parent), bool)
+    holds_table[parent[nearest[rows]]] = nearest[rows] > 0
+    # a cell's column is its place among its row's
+    order = np.argsort(rows, kind="stable")
+    _, first, members = np.unique(rows[order], return_index=True, return_counts=True)
+    column = np.zeros(len(parent), np.int32)
+    column[cells[order]] = np.arange(len(cells)) - np.repeat(first, members)
+
+    cell = nearest[leaf]
+    row = np.where(cell > 0, parent[cell], 0)
+    blocks_of = np.bincount(cell, minlength=len(parent))
+    filled = np.bincount(rows, blocks_of[cells] > 0, minlength=len(parent))
+    crowded = np.bincount(rows, blocks_of[cells] > MAX_CELL_BLOCKS, minlength=len(parent))
+    of_data = (row > 0) & ~holds_table[row] & (filled[row] >= 2) & (crowded[row] == 0)
+    table = _nearest(tags == "table", parent)[row]
+    return np.where(of_data, np.stack([table, row, column[cell]]), -1).astype(np.int32)
+
+
+def _nearest(wanted: np.ndarray, parent: np.ndarray) -> np.ndarray:
+    """The nearest wanted element of each, itself if it is one, in steps that double the way; 0 where there is none."""
+    nearest = np.where(wanted, np.arange(len(parent)), parent)
+    while not np.array_equal(further := nearest[nearest], nearest):
+        nearest = further
+    return nearest
 
 
 class ElementKey(NamedTuple):

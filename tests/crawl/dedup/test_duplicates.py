@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import llmkit.crawl.dedup.band_index as band_index
-import llmkit.crawl.dedup.spill as spill
 from llmkit.crawl.dedup.band_index import NOBODY, BandIndex
 from llmkit.crawl.dedup.duplicates import THRESHOLD, Duplicates, Repeat, band_firsts, join, keys
 from llmkit.crawl.dedup.minhash import BANDS, ROWS, SHINGLE, signature_type, signatures, similarity
@@ -165,8 +164,8 @@ def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
         (band_index, "CHUNK", 64),
         (band_index, "LOOKED_UP", 100),
         (band_index, "TOUCHED", 300),
-        (spill, "BLOCK", 8),
-        (spill, "TOUCHED", 10),
+        (band_index, "BLOCK", 8),
+        (band_index, "TOUCHED_ROWS", 10),
     ):
         monkeypatch.setattr(module, name, size)
 
