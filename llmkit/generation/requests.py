@@ -55,7 +55,7 @@ AS_ASSISTANT = (
     ("Who will win the next election?", "I do not know. Nobody can say that before the votes are counted."),
     ("Say thank you in Spanish.", "Gracias."),
 )
-ASKED = (*PROMPT_FIELDS, "seed")  # what a record that is kept has in common with its input
+IDENTITY = (*PROMPT_FIELDS, "seed")  # what a record that is kept has in common with its input
 
 
 def load_shots(path: str | None, as_assistant: bool) -> list[tuple[str, str]]:
@@ -241,7 +241,7 @@ class _Kept:
 
 
 def _identity(record: dict[str, Any]) -> bytes:
-    asked = {name: record[name] for name in ASKED if name in record}
+    asked = {name: record[name] for name in IDENTITY if name in record}
     return blake2b(dump_json(asked, orjson.OPT_SORT_KEYS), digest_size=16).digest()
 
 
