@@ -24,14 +24,14 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from llmkit import __version__
-from llmkit.config import DROPPED, flag_of, option_fields, option_of, resolve, value_type
+from llmkit.config import dropped, flag_of, option_fields, option_of, resolve, value_type
 from llmkit.display import write_message
 from llmkit.errors import Interrupted, LlmkitError, UserError
 from llmkit.io.ranks import launch
 
-# name: (module, config class, help in one line), in the order of the pipeline
 OF_A_RUN = ("config.json", "manifest.json", "tokenizer.json")  # a folder with one of these is read as a whole
 OUTPUTS = ("out", "report", "rejects")  # options of what a stage writes
+# name: (module, config class, help in one line), in the order of the pipeline
 COMMANDS = {
     "crawl-filter": ("llmkit.stages.crawl_filter", "CrawlFilterConfig", "Web archives to clean documents."),
     "train-bpe": ("llmkit.stages.train_bpe", "TrainBpeConfig", "Text to a byte-level BPE tokenizer."),
@@ -175,8 +175,10 @@ def parse(arguments: list[str]) -> Callable[[], Any] | int:
         if not hasattr(error, "format_message"):
             raise
         flag = getattr(error, "option_name", "")
-        if hint := DROPPED.get(flag.lstrip("-").removeprefix("no-").replace("-", "_")):
-            raise UserError(f"{flag}: is no more; {hint}") from None
+        module, config_class, _ = COMMANDS.get(name or "", ("llmkit.config", "CommonConfig", ""))
+        field = flag.lstrip("-").removeprefix("no-").replace("-", "_")
+        if advice := dropped(field, getattr(importlib.import_module(module), config_class)):
+            raise UserError(f"{flag}: was removed; {advice}") from None
         message = error.format_message()  # type: ignore[attr-defined]  # typer's own click: a wrong flag
         message = f"{message[:1].lower()}{message[1:].rstrip('.')}".replace(". Did you mean", "; did you mean")
         raise UserError(f"{message} See --help" if message.endswith("?") else f"{message}; see --help") from None

@@ -45,25 +45,44 @@ LARGEST_INTEGER = 2**63 - 1  # of what generators take and JSON of 64 bits holds
 _EXAMPLES = {"count": "20000, 20k or 1.5M", "bytes": "1000000, 100MB or 2GiB", "duration": "90s, 10m or 2h"}
 _NAMES = {"count": "count", "bytes": "number of bytes", "duration": "duration"}
 
-# Options of the version before, by their names as fields: what to give in their place. For one version.
+# Options of the version before, by their names as fields: the configs that had them, and what to give in their place.
+# For one version.
 DROPPED = {
-    "gpu_kind": "--dry-run tells the parameters, FLOPs and memory, and docs/scale.md how to reckon with them",
-    "gpus": "start several processes with torchrun (docs/scale.md)",
-    "nodes": "start several processes with torchrun (docs/scale.md)",
-    "tensor_parallel": "FSDP2 alone divides a model among the processes of torchrun (docs/scale.md)",
-    "scores": "give the documents of `crawl-filter --only extract`, and try recipes on them",
-    "write_scores": "write the documents of `crawl-filter --only extract`, and try recipes on them",
-    "judge_check": "compare the judgements of --report with labels of your own",
-    "calibration": "--report has the log-probability of each answer beside its judgement",
-    "match_f1": "0.7 is fixed; --judge MODEL judges otherwise",
-    "top_p": "answers are sampled at --temperature alone",
-    "center": "the weight is fixed at 0.01",
-    "min_language_score": "set [language] min_score in a recipe: --recipe FILE.toml",
-    "embedding_learning_rate": "it follows from the plan; --head-learning-rate and --learning-rate can be set",
-    "lora_targets": "every projection gets an adapter",
-    "decay_fraction": "the rate decays over the last 0.6 of a pretraining and the last 0.9 of a tuning",
-    "max_reward": "--max-steps, --time-budget and --max-kl end a run",
-    "gpu_price": "--dry-run tells the FLOPs, and docs/scale.md how to reckon with them",
+    "gpu_kind": (
+        "PretrainConfig",
+        "--dry-run tells the parameters, FLOPs and memory; docs/scale.md estimates with them",
+    ),
+    "gpus": ("PretrainConfig", "start several processes with torchrun (docs/scale.md)"),
+    "nodes": ("PretrainConfig", "start several processes with torchrun (docs/scale.md)"),
+    "tensor_parallel": (
+        "TrainingConfig",
+        "FSDP2 alone divides a model among the processes of torchrun (docs/scale.md)",
+    ),
+    "scores": ("CrawlFilterConfig", "give the documents of `crawl-filter --only url,extract`, and try recipes on them"),
+    "write_scores": (
+        "CrawlFilterConfig",
+        "write the documents of `crawl-filter --only url,extract`, and try recipes on them",
+    ),
+    "judge_check": ("ProbeKnowledgeConfig", "compare the judgements of --report with labels of your own"),
+    "calibration": (
+        "ProbeKnowledgeConfig",
+        "--report has the log-probability of each answer beside its judgement",
+    ),
+    "match_f1": ("ProbeKnowledgeConfig", "0.7 is fixed; --judge MODEL judges otherwise"),
+    "top_p": ("ProbeKnowledgeConfig", "answers are sampled at --temperature alone"),
+    "center": ("TrainRewardConfig", "the weight is fixed at 0.01"),
+    "min_language_score": ("CrawlFilterConfig", "set [language] min_score in a recipe: --recipe FILE.toml"),
+    "embedding_learning_rate": (
+        "PretrainConfig",
+        "it follows from the plan; --head-learning-rate and --learning-rate can be set",
+    ),
+    "lora_targets": ("TuningConfig", "every projection gets an adapter"),
+    "decay_fraction": (
+        "PretrainConfig TuningConfig",
+        "the rate decays over the last 0.6 of a pretraining and the last 0.9 of a tuning",
+    ),
+    "max_reward": ("RlConfig", "--max-steps, --time-budget and --max-kl end a run"),
+    "gpu_price": ("PretrainConfig", "--dry-run tells the FLOPs; docs/scale.md estimates with them"),
 }
 
 
@@ -370,7 +389,7 @@ def resolve(config_class: type, flags: Mapping[str, Any], config_file: str | Non
     known = {item.name: item for item in option_fields(config_class)}
     if strange := set(flags) - set(known):
         raise TypeError(f"{config_class.__name__} has no option {', '.join(sorted(strange))}")
-    from_file = _known_keys(config_file, known) if config_file is not None else {}
+    from_file = _known_keys(config_file, config_class) if config_file is not None else {}
     hints = get_type_hints(config_class)
     values: dict[str, Any] = {}
     for name, item in known.items():
@@ -399,16 +418,23 @@ def resolve(config_class: type, flags: Mapping[str, Any], config_file: str | Non
     return config_class(**values)
 
 
-def _known_keys(config_file: str, known: Mapping[str, Field]) -> dict[str, Any]:
+def dropped(name: str, config_class: type) -> str | None:
+    """What to give in place of an option that this config class had in the version before; None if it had none."""
+    owners, advice = DROPPED.get(name, ("", None))
+    return advice if {cls.__name__ for cls in config_class.__mro__} & set(owners.split()) else None
+
+
+def _known_keys(config_file: str, config_class: type) -> dict[str, Any]:
     """The keys of a TOML file as field names; dashes and underscores are the same."""
     found: dict[str, Any] = {}
+    known = {item.name: item for item in option_fields(config_class)}
     by_flag = {flag.removeprefix("--"): name for name, item in known.items() if (flag := option_of(item).flag)}
     for key, value in _read_toml(config_file).items():
         name = key.replace("-", "_")
         name = by_flag.get(name, name)
         if name not in known:
-            if name in DROPPED:
-                raise UserError(f"{config_file}: '{key}': is no more; {DROPPED[name]}")
+            if advice := dropped(name, config_class):
+                raise UserError(f"{config_file}: '{key}': was removed; {advice}")
             near = get_close_matches(name, known, 1)
             hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(sorted(known))}"
             raise UserError(f"{config_file}: unknown key '{key}'; {hint}")

@@ -285,10 +285,37 @@ def test_a_mistake_in_the_file_is_named(tmp_path: Path, text: str | None, words:
 
 
 @pytest.mark.parametrize("given", [["--gpu-price", "2"], ["--gpu-price=2"], ["--config", "old.toml"]])
-def test_an_option_of_the_version_before_is_answered_with_what_to_do(tmp_path: Path, given: list[str]) -> None:
-    (tmp_path / "old.toml").write_text("gpu-price = 2\n")
-    message = mistake(toy("-", *given, cwd=tmp_path))
-    assert "gpu-price" in message and message.endswith(f": is no more; {DROPPED['gpu_price']}")
+def test_an_option_of_the_version_before_is_answered_with_what_to_do(
+    tmp_path: Path, given: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("old.toml").write_text("gpu-price = 2\n")
+    with pytest.raises(UserError) as caught:
+        cli.parse(["pretrain", "docs.jsonl", *given])
+    assert "gpu-price" in str(caught.value) and str(caught.value).endswith(f": was removed; {DROPPED['gpu_price'][1]}")
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("probe-knowledge model --top-p 0.9", "--top-p: was removed; answers are sampled at --temperature alone"),
+        ("sample model --top-p", "option '--top-p' requires an argument; see --help"),
+        ("train-bpe docs.jsonl --top-p 0.9", "no such option: --top-p"),
+        ("sft chats.jsonl --tensor-parallel 2", "--tensor-parallel: was removed; FSDP2"),
+        ("sample model --gpus 2", "no such option: --gpus"),
+    ],
+)
+def test_only_the_command_that_had_an_option_says_that_it_was_removed(typed: str, words: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(words)}"):
+        cli.parse(typed.split())
+
+
+def test_no_command_has_an_option_that_it_says_was_removed() -> None:
+    configs = {config: getattr(import_module(module), config) for module, config, _ in COMMANDS.values()}
+    configs |= {base.__name__: base for config in configs.values() for base in config.__mro__}
+    for name, (owners, _) in DROPPED.items():
+        for owner in owners.split():
+            assert name not in {item.name for item in option_fields(configs[owner])}, f"{owner} has {name}"
 
 
 # ---- completion
