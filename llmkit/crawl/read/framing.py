@@ -5,7 +5,8 @@
         ...
 
 A record that cannot be read, and bytes that are no record, become one frame with a reason: `truncated` (the file
-ends inside of it), `damaged`, `too_large` or `garbage`; reading goes on at the next record. The libraries for WARC
+ends inside of it), `damaged`, `too_large` or `garbage`; reading goes on at the next record, and bytes that are not
+searched for one, since that would take minutes, become a frame `unsearched`. The libraries for WARC
 do not do this: FastWARC 2.0 takes a record cut at the end of its file for a whole one, and ends for good at garbage.
 """
 
@@ -217,13 +218,15 @@ class Frames:
         self._start = _ARC_LINE if self.arc else WARC_START
         self._exact, self._lost = exact, False
         self._wasted, self._wasted_until = 0, window.position  # bytes unpacked in vain, and where that was counted
+        self._unpacked_to = window.position  # in vain: what begins behind it unpacks nothing again
+        self._unsearched = False
 
     def __iter__(self) -> Iterator[Frame]:
         window, data = self.window, None
-        if not self._exact and not self._find():
-            return
-        self.began = window.position if window.position < self.stop else None
-        while not self._lost:
+        start, found = window.position, self._exact or self._find()
+        self.began = window.position if found and window.position < self.stop else None
+        yield from ((start, reason) for reason in self._told_unsearched())
+        while found and not self._lost:
             window.skip_over(b"\0" if self.packed else b"\r\n")
             if window.position >= self.stop or not window.look(1):
                 break
@@ -232,7 +235,7 @@ class Frames:
                 yield offset, data
         if window.cut and data != "truncated":
             yield window.position, "truncated"
-        self.ended = None if self._lost else window.position
+        self.ended = window.position if found and not self._lost else None
 
     def _record(self) -> Iterator[bytes | str]:
         """The record that starts here."""
@@ -242,7 +245,7 @@ class Frames:
         if header is None:
             begun = b"\n" not in head if self.arc else head[:5] == b"WARC/"[: len(head)] and not BLANK_LINE.search(head)
             yield "truncated" if begun and len(head) < MAX_HEADER else "garbage"
-            self._resume()
+            yield from self._resume()
             return
         size = sum(header)
         if header[1] > self.max_bytes:
@@ -251,7 +254,7 @@ class Frames:
         ahead = window.look(size + 1)
         if len(ahead) < size:
             yield "truncated"
-            self._resume()
+            yield from self._resume()
             return
         if not self._is_followed(0, *header):
             ahead = window.look(size + OVERLAP)
@@ -297,13 +300,13 @@ class Frames:
         magic = bytes(window.look(4)[:4])
         if not GZIP_START.match(magic):
             yield "truncated" if GZIP_MAGIC.startswith(magic[:2]) and len(magic) < 4 else "garbage"
-            self._resume()
+            yield from self._resume()
             return
         data = self._unpack()
         if isinstance(data, str):
             yield data
             if data != "too_large":
-                self._resume()
+                yield from self._resume()
             return
         header = header_of(data, self.arc)
         size = sum(header) if header else 0
@@ -316,17 +319,17 @@ class Frames:
     def _unpack(self) -> bytes | str:
         """The bytes of the gzip member that starts here, the window then being behind it; or why there are none."""
         window, inflater = self.window, inflating.decompressobj(31)
-        parts, size, at = [], 0, 0
+        parts, size, at, start = [], 0, 0, window.position
         most = self.max_bytes + 2 * MAX_HEADER
         while not inflater.eof:
             step = window.look(at + STEP)[at : at + STEP]
             if not step:
-                self._wasted += max(at, size)
+                self._note_vain(start, at, min(size, most))
                 return "truncated"
             try:
                 part = inflater.decompress(step)
             except GZIP_ERRORS:
-                self._wasted += max(at + len(step), size)
+                self._note_vain(start, at + len(step), min(size, most))
                 return "damaged"
             at += len(step) - len(inflater.unused_data)
             size += len(part)
@@ -338,6 +341,12 @@ class Frames:
         window.skip(at)
         return b"".join(parts) if size <= most else "too_large"
 
+    def _note_vain(self, start: int, ahead: int, unpacked: int) -> None:
+        """Count what a member that is none has cost, unless it shares no byte with those before: those are not many."""
+        if start < self._unpacked_to:
+            self._wasted += max(ahead, unpacked)
+        self._unpacked_to = max(self._unpacked_to, self.window.position + ahead)
+
     def _find(self) -> bool:
         if self.packed:
             return find(self.window, self.stop, GZIP_START, self._bytes_without_member)
@@ -348,16 +357,23 @@ class Frames:
         self._wasted = max(0, self._wasted - WASTE * (window.position - self._wasted_until))
         self._wasted_until = window.position
         if self._wasted > FIRST_WASTE:
+            self._unsearched = True
             return 1 + (self._wasted - FIRST_WASTE) // WASTE
         if (ARC_START if self.arc else WARC_START).match(beginning(window)):
             return 0
         self._wasted += LEAST_WASTE
         return 1
 
-    def _resume(self) -> None:
-        """Look for the next record, past a byte that starts none."""
+    def _resume(self) -> Iterator[str]:
+        """Look for the next record, past a byte that starts none, and tell of bytes that were not searched."""
         self.window.skip(1)
         self._lost = not self._find() and bool(self.window.look(1))
+        yield from self._told_unsearched()
+
+    def _told_unsearched(self) -> Iterator[str]:
+        if self._unsearched:
+            self._unsearched = False
+            yield "unsearched"
 
 
 def is_one_stream(window: Window, arc: bool, max_bytes: int = MAX_PAGE_BYTES) -> bool:
