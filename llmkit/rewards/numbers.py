@@ -118,7 +118,7 @@ LATEX = (
 )
 LATEX_PATTERNS = tuple((re.compile(pattern), replacement) for pattern, replacement in LATEX)
 SCALE = re.compile(
-    r"\s*(?:(?i:(?:thousand|million|billion|trillion)s?|dozen|lakh|crore)\b|[\u4e07\u842c\ub9cc\u4ebf\u5104\uc5b5])|(?:[kKM]|mn|bn)\b"
+    r"\s*(?:(?i:thousand|million|billion|trillion|dozen|lakh|crore)(?i:s?)\b|[\u4e07\u842c\ub9cc\u4ebf\u5104\uc5b5])|(?:[kKM]|mn|bn)\b"
 )
 SCALES = {
     "m": 10**6, "mn": 10**6, "bn": 10**9, "lakh": 10**5, "crore": 10**7,
@@ -355,7 +355,7 @@ def _number(text: str, found: re.Match[str], asked: str, alone: bool = False) ->
     if value is None:
         return None
     scale = SCALE.match(after) if found["percent"] is None else None
-    factor = SCALES[scale[0].strip().lower()] if scale else 1
+    factor = SCALES[scale[0].strip().lower().removesuffix("s")] if scale else 1
     value = (value + whole) * factor
     currency = next((sign for sign in before[max(0, signed.start - 4) :] if sign in CURRENCY), "")
     unit = currency or _unit(after[scale.end() :] if scale else after)

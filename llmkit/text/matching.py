@@ -128,7 +128,7 @@ class MatchJudge:
         plain = NOT_OTHER.sub("", NOT_ONE.sub("", response))
         texts = {text: None for one in _spelt([response, plain]) for text in (one, *_leading_parts(one))}
         forms = [(one, True) for one in accepted] + [(one, False) for one in shorter]
-        readings = [said, *map(Sentence.of, texts)]
+        readings = [said, *(one for one in map(Sentence.of, texts) if one.words)]
         if any(self._matches(reading, asked, one, whole) for reading in readings for one, whole in forms):
             return RIGHT
         accepted += shorter

@@ -197,8 +197,8 @@ def _number_at(pieces: list[str], at: int) -> tuple[Fraction, int]:
             if end > at or len(word) > LONGEST_NUMBER:
                 break
             part, last = Fraction(word[1:]), 0
-        elif word in SCALES:
-            scale = SCALES[word]
+        elif word in SCALES or (end > at and word.removesuffix("s") in SCALES and not word.endswith("ths")):
+            scale = SCALES[word.removesuffix("s")]
             if end == at:
                 part = Fraction(1)
             if scale == 100:
