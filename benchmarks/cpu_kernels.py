@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmkit.kernels import (
-    keep_freed_memory,
     linear,
     linear_cross_entropy,
     qkv_rotary,
@@ -23,6 +22,7 @@ from llmkit.kernels import (
     scaled_dot_product_attention,
     swiglu_mlp,
 )
+from llmkit.model.devices import keep_freed_memory
 
 # rows, tokens a row, hidden, intermediate, heads, head size, vocabulary
 SHAPES = {

@@ -1,19 +1,13 @@
-"""Which implementation of the kernels runs: one switch, read from `LLMKIT_KERNELS` when it is needed.
+"""Choose the implementation of the kernels that runs: one switch, read from `LLMKIT_KERNELS` when it is needed.
 
 - `torch`: eager PyTorch; runs everywhere, and is what a CPU is best served by.
 - `triton`: the kernels of `kernels/triton/`, compiled for the GPU that is there.
 - `interpret`: the same kernels run by Triton's interpreter on CPU tensors: slow, for tests and for finding faults.
 - `auto`: `triton` on a GPU that it compiles for (NVIDIA sm_80 and later, AMD gfx9), `torch` elsewhere.
 
-Triton is imported when a kernel is first run, never before: who computes on a CPU pays for torch alone.
-
-Keep freed memory in the process: training frees and takes the same tensors every step.
-
-glibc hands a large block back to the kernel when it is freed, and the next step pays a page fault for each of its
-4 KiB pages again: 240,000 faults and a seventh of the time of a step of 16,384 tokens x 320 hidden, 4 layers.
+Triton is imported when a kernel is first run, never before: a computation on a CPU pays for torch alone.
 """
 
-import ctypes
 import importlib
 import importlib.util
 import os
@@ -25,20 +19,7 @@ import torch
 
 from llmkit.errors import UserError
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 BACKENDS = ("auto", "triton", "torch", "interpret")
-
-
-def keep_freed_memory() -> bool:
-    """Tell glibc to keep what is freed for the next allocation; False where the C library is another one.
-
-    For the length of the process. Resident memory then stays at its peak, which a training process needs anyway.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return False
-    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
 
 
 def backend(device_type: str = "cpu") -> str:

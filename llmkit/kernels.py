@@ -14,7 +14,7 @@ __path__ = [str(_INSTALLED if _INSTALLED.is_dir() else _INSTALLED.parents[1] / "
 from llmkit.kernels.attention import Branching, Packing, scaled_dot_product_attention
 from llmkit.kernels.cross_entropy import linear_cross_entropy
 from llmkit.kernels.decode import attention_decode
-from llmkit.kernels.dispatch import BACKENDS, backend, keep_freed_memory
+from llmkit.kernels.dispatch import BACKENDS, backend
 from llmkit.kernels.linear import linear
 from llmkit.kernels.logprobs import linear_logprobs
 from llmkit.kernels.projections import qkv_rotary, swiglu_mlp
@@ -27,7 +27,6 @@ __all__ = [
     "add_rms_norm",
     "attention_decode",
     "backend",
-    "keep_freed_memory",
     "linear",
     "linear_cross_entropy",
     "linear_logprobs",

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from llmkit.io.progress import counted, quantity
-from llmkit.kernels import keep_freed_memory
 from llmkit.model.config import ModelConfig
+from llmkit.model.devices import keep_freed_memory
 from llmkit.model.transformer import Transformer
 from llmkit.training.evaluation import next_token_loss
 from llmkit.training.scaling import Recipe

@@ -30,7 +30,7 @@ from llmkit.io.files import sync
 from llmkit.io.metrics import METRICS, MetricsLog, read_metrics, trim_metrics
 from llmkit.io.progress import Progress, counted, say
 from llmkit.io.trackers import Mirror, MirroredLog
-from llmkit.kernels import keep_freed_memory
+from llmkit.model.devices import keep_freed_memory
 from llmkit.training.checkpoint import Checkpoints
 from llmkit.training.distributed import world
 from llmkit.training.failures import is_lost
