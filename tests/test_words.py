@@ -17,8 +17,10 @@ from llmkit.io.progress import counted
 ROOT = Path(__file__).parent.parent
 # never one: lengths of contexts and vocabularies, numbers that are tested to be more, and sentences about no count
 NEVER_ONE = re.compile(
-    r"[A-Z_]{4,}|context|sequence_length|row_tokens|vocab_size|batch_tokens|wanted|specials|SPECIALS|limit|^length$"
-    r"|heads|min_frequency|quantity\(|counted\(|known|tokens$|prefix_tokens|gpus|devices|shares|tensor|size|answers"
+    r"(?:\w+\.)*(?:[A-Z_]{4,}|_?context|sequence_length|row_tokens|max_tokens|prefix_tokens|batch_tokens|vocab_size)"
+    r"|length|heads|model\.num_key_value_heads|known|tokens|sizes\[item\]|(?:quantity|counted)\(.*\)"
+    r"|int\(NOBODY\)|RETRIES \+ 1|len\(folder\.SPECIALS\)|other\['vocab_size'\]|rows \* mixture\.sequence_length"
+    r"|config\.min_frequency"  # told where it is above 1
 )
 NEVER_ONE_HERE = {
     "{len(text)} characters of ",
@@ -46,7 +48,7 @@ VERBS = {
     "allows",
     "runs",
 }
-VERBS |= {"holds", "leaves", "compares", "promises", "becomes", "tells", "left", "process", "others", "has"}
+VERBS |= {"holds", "leaves", "compares", "promises", "becomes", "tells", "left", "process", "others"}
 
 
 def bare_plurals(source: str) -> list[tuple[int, str]]:
@@ -65,7 +67,7 @@ def bare_plurals(source: str) -> list[tuple[int, str]]:
             number = ast.unparse(value.value)
             plain = value.conversion == -1 and not re.search(r"[.%]|[<>]", spec)  # 1.00 nats
             shown = f"{{{number}}}{text.value}"
-            exempt = NEVER_ONE.search(number) or any(shown.startswith(one) for one in NEVER_ONE_HERE)
+            exempt = NEVER_ONE.fullmatch(number) or any(shown.startswith(one) for one in NEVER_ONE_HERE)
             if word and plain and word[1] not in VERBS and not exempt:
                 found.append((value.lineno, shown))
     return found

@@ -172,7 +172,9 @@ class Shard:
             head = handle.read(8)
             length = int.from_bytes(head, "little")
             if len(head) < 8 or length > size - 8:
-                raise UserError(f"{path}: truncated or no safetensors file: {size} bytes; make the shards anew")
+                raise UserError(
+                    f"{path}: truncated or no safetensors file: {counted(size, 'byte')}; make the shards anew"
+                )
             try:
                 header = json.loads(handle.read(length))
                 self.metadata: dict[str, str] = header.pop("__metadata__", {})

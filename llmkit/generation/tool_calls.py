@@ -15,6 +15,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from llmkit.config import ToolConfig
 from llmkit.formats.conversations import RESULT, TOOLS, Part
+from llmkit.io.progress import counted
 from llmkit.tokenizer.chat import has_chat_tokens, has_own_template
 from llmkit.tokenizer.encoding import Tokenizer
 from llmkit.tokenizer.templates import chat_format
@@ -138,7 +139,7 @@ def told_unavailable(counts: Sequence[Mapping[str, int]]) -> Iterator[str]:
     for tool in TOOLS:
         if count := sum(one.get(tool, 0) for one in counts):
             yield (
-                f"{count} call{'s' * (count != 1)} of {tool} {'are' if count != 1 else 'is'} text in the completions, "
+                f"{counted(count, 'call')} of {tool} {'is' if count == 1 else 'are'} text in the completions, "
                 f"for it was not given; {tools_flag(tool)} runs them"
             )
 

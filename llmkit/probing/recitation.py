@@ -72,7 +72,7 @@ class Recital:
                 name = str(row.value.get("id") or row.value.get("url") or number)
                 self._held[tuple(ids)] = _Beginning(name, row.where, ids[:prefix_tokens], ids[prefix_tokens:])
         if not self._held:
-            raise UserError(f"{source}: expected documents of more than {prefix_tokens} tokens, found none")
+            raise UserError(f"{source}: expected documents of more than {counted(prefix_tokens, 'token')}, found none")
 
     def __len__(self) -> int:
         return len(self._held)

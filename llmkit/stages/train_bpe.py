@@ -79,7 +79,7 @@ def run(config: TrainBpeConfig) -> Summary | None:
     total = _megabytes_of(inputs, config.limit_bytes)
     if config.dry_run:
         say(
-            f"vocabulary {size}: 256 bytes, {wanted - 256:,} merges, {len(folder.SPECIALS)} special tokens",
+            f"vocabulary {size}: 256 bytes, {counted(wanted - 256, 'merge')}, {len(folder.SPECIALS)} special tokens",
             config.quiet,
         )
         say(f"pattern {pattern.name}: {pattern.regex}", config.quiet)

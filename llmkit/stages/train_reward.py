@@ -184,8 +184,8 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
     steps = config.max_steps or mixture.steps_for(config.epochs * mixture.inputs)
     say(
         f"{counted(steps, 'step')} of {counted(rows, 'row')} of {row_tokens} tokens, "
-        f"{comparisons * rows * row_tokens // mixture.inputs} "
-        f"comparisons or so each; {quantity(tuning.trained_parameters)} parameters trained",
+        f"{counted(comparisons * rows * row_tokens // mixture.inputs, 'comparison')} or so each; "
+        f"{quantity(tuning.trained_parameters)} parameters trained",
         config.quiet,
     )
     warmup_steps = steps // 20 if config.warmup_steps is None else config.warmup_steps
