@@ -255,14 +255,19 @@ def lasting_output(
     JSON values by the names that a user knows: noted beside the file, with a checksum of its lines, and asked for
     again. Raises UserError where one of them is another, Interrupted where Ctrl-C ends the run.
     """
-    partial = Path(out + PARTIAL)
-    if not (resume and partial.exists()):
+    partial, notes = Path(out + PARTIAL), Path(out + PARTIAL + ".state")
+    if resume and partial.exists():
+        check_file(partial)
+        if partial.stat().st_size and not (notes.exists() and notes.stat().st_size):
+            raise UserError(f"{partial}: no notes of this unfinished run stand at {notes}; start again with --force")
+        resume = notes.exists()
+    else:
         if resume:
             say(f"--resume: nothing stands at {partial} yet, so the run starts")
         resume = False
         create(partial).close()
-    check_file(partial)
-    state = RunState(Path(out + PARTIAL + ".state"), dict(identity), resume)
+        Path(out + PARTIAL + ".json").unlink(missing_ok=True)  # the notes of an older version
+    state = RunState(notes, dict(identity), resume)
     try:
         with _whole_prompts(partial, state, prompts, samples, ordered) as write:
             yield write
@@ -294,21 +299,22 @@ def _whole_prompts(
 
     Lines without one are kept where nothing is noted, else not: a kill came between.
     """
-    sums: list[str] = []
-    for noted in state.records():  # fewer lines than before: a resumed run has cut the file there
-        del sums[noted["lines"] :]
-        sums += [""] * (noted["lines"] - len(sums))
-        sums[-1:] = [noted["checksum"]] * bool(sums)
+    checksums: dict[int, str] = {}  # of the first lines, by their number
+    for noted in state.records():
+        while checksums and next(reversed(checksums)) >= noted["lines"]:  # a resumed run has cut the file there
+            checksums.popitem()
+        checksums[noted["lines"]] = noted["checksum"]
+    most = max(checksums, default=0)
     with partial.open("r+b") as handle:
         cut_torn_line(handle)
         handle.seek(0)
         end = whole = count = 0
         checksum = found = ""
         for number, line in enumerate(handle, 1):
-            if state.kept and number > len(sums):
+            if state.kept and number > most:
                 break
             found = _checksum(found, line)
-            if state.kept and sums[number - 1] not in ("", found):
+            if checksums.get(number, found) != found:
                 raise UserError(
                     f"{partial}:{number}: damaged or edited; keep the lines before it alone, "
                     "or start again with --force"
@@ -336,5 +342,5 @@ def _whole_prompts(
 
 
 def _checksum(before: str, line: bytes) -> str:
-    """Of a line and all lines before it, whose checksum is given."""
+    """Return the checksum of a line chained to the one before it."""
     return blake2b(before.encode() + line, digest_size=8).hexdigest()

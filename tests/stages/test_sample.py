@@ -382,7 +382,38 @@ def test_a_base_model_is_not_asked_in_turns(tmp_path, llmkit):
     assert done.returncode == 2 and "a base model, which has not learnt to end a turn" in done.stderr
 
 
-def test_an_unordered_run_is_resumed_to_the_same_records(folder, tmp_path):
+@pytest.mark.parametrize("notes", [None, b""])
+def test_an_unfinished_output_without_notes_is_not_gone_on_with(folder, tmp_path, llmkit, notes):
+    """It was kept, whatever had made it, after "nothing stands there yet, so the run starts"."""
+    given = write_lines(tmp_path / "prompts.jsonl", [{"prompt": text} for text in PROMPTS])
+    out, partial, older = (tmp_path / f"out.jsonl{end}" for end in ("", ".partial", ".partial.json"))
+    whole = sample_jsonl(folder, out, given)
+    out.rename(partial)
+    older.write_text("{}")
+    if notes is not None:
+        (tmp_path / "out.jsonl.partial.state").write_bytes(notes)
+    words = ["sample", folder, given, "--jsonl", "--max-tokens", "20", "--quiet", "-o", out]
+    done = llmkit(*words, "--resume")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert f"no notes of this unfinished run stand at {partial}.state; start again with --force" in done.stderr
+    assert len(read_lines(partial)) == len(whole)
+    done = llmkit(*words, "--force")
+    assert done.returncode == 0 and read_lines(out) == whole and not list(tmp_path.glob("out.jsonl.*"))
+
+
+def keep_notes(monkeypatch):
+    """The notes of what is finished stay, so that it can be made unfinished again."""
+    monkeypatch.setattr("llmkit.io.resume.RunState.remove", lambda state: state._file.close())
+
+
+def forget_lines(partial):
+    """Leave of its notes what the run is alone, as a kill before the first line does: what stands is believed."""
+    notes = partial.with_name(partial.name + ".state")
+    notes.write_bytes(notes.read_bytes().splitlines(keepends=True)[0])
+
+
+def test_an_unordered_run_is_resumed_to_the_same_records(folder, tmp_path, monkeypatch):
+    keep_notes(monkeypatch)
     given = write_lines(tmp_path / "prompts.jsonl", [{"prompt": PROMPTS[n % 8], "id": n} for n in range(24)])
     out, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
     options = {"samples": "2", "seed": "5", "batch_size": "3"}
@@ -392,10 +423,12 @@ def test_an_unordered_run_is_resumed_to_the_same_records(folder, tmp_path):
     lines = [json.dumps(record).encode() + b"\n" for n in range(23, -1, -1) for record in whole[2 * n : 2 * n + 2]]
     out.unlink()
     partial.write_bytes(b"".join(lines[:21]) + b'{"prompt": "cut')  # ten prompts, and half of another
+    forget_lines(partial)
     resumed = sample_jsonl(folder, out, given, unordered=True, resume=True, **options)
     assert resumed[:20] == [json.loads(line) for line in lines[:20]] and not partial.exists()
     assert sorted(resumed, key=lambda record: (record["id"], record["sample"])) == whole
     out.rename(partial)
+    forget_lines(partial)
     with pytest.raises(UserError, match=r"prompts.jsonl:\d+: .* by --unordered"):
         sample_jsonl(folder, out, given, resume=True, **options)
     fewer = write_lines(tmp_path / "fewer.jsonl", [{"prompt": text} for text in PROMPTS[:3]])
@@ -432,17 +465,16 @@ def test_narrow_weights_make_text_too(folder, prompts, tmp_path):
             assert alike == texts["int8"]
 
 
-def test_a_run_of_other_prompts_is_not_resumed(folder, prompts, tmp_path):
+def test_a_run_of_other_prompts_is_not_resumed(folder, prompts, tmp_path, monkeypatch):
+    keep_notes(monkeypatch)
     out = tmp_path / "out.jsonl"
     records = sample_jsonl(folder, out, prompts)
     out.rename(tmp_path / "out.jsonl.partial")
     for other in ({"seed": "3"}, {"inputs": [str(write_lines(tmp_path / "other.jsonl", [{"prompt": "x"}]))]}):
-        (tmp_path / "out.jsonl.partial.state").unlink(missing_ok=True)  # without it, what stands is believed
-        with pytest.raises(UserError, match=r"prompts?.jsonl:1|other.jsonl:1"):
+        with pytest.raises(UserError, match=r"--seed was 0 and is now 3|other.jsonl:1"):
             sample(
                 folder, out, **{"inputs": [str(prompts)], "jsonl": True, "max_tokens": "20", "resume": True, **other}
             )
-    (tmp_path / "out.jsonl.partial.state").unlink()
     run(resolve(SampleConfig, {"model": str(folder), "inputs": [str(prompts)], "jsonl": True, "max_tokens": "20",
                                "out": str(out), "resume": True, "quiet": True}))  # fmt: skip
     assert read_lines(out) == records
