@@ -80,7 +80,7 @@ class Sentence:
 
     @cached_property
     def words(self) -> tuple[str, ...]:
-        """The words without articles, as `normalising.words` gives them."""
+        """The words without articles, as `normalize.words` gives them."""
         every = [token.word for token in self.tokens]
         return tuple(word for word in every if word not in ARTICLES) or tuple(every)
 

@@ -6,15 +6,16 @@
 An answer is right where its words are those of an accepted answer; or where, small words and words of the question
 left out,
 - one of the two has all words of the other: words may be missing or added, none may be replaced;
-- the F1 of their words (Rajpurkar et al. 2016, arXiv:1606.05250) is at least `f1`;
-or where an accepted answer stands in a sentence whose words around it leave it the answer (answer_spans.py), unless
-`f1` is 1. In all cases
+- the F1 of their words (Rajpurkar et al. 2016, arXiv:1606.05250) is at least 0.7;
+or where an accepted answer stands in a sentence whose words around it leave it the answer (answer_spans.py). In all
+cases
 - their numbers are the same, in the same order; where a year is the answer, a date in that year will do;
 - their currencies are;
 - nothing is denied (`not`, `never`), no choice is left open (`or`), no word of the question replaced by its opposite.
 Compared is all that was said, and its first sentence where the rest takes nothing back. `evasive` is an answer that
-is empty, says that it does not know, or says no more than the question did; it is never right. The phrases of
-evasion stand in matching.json, by language.
+is empty, says that it does not know, or says no more than the question did; it is never right. A guess after such
+words ("I'm not sure, but I think it's Paris") is an answer, and so is one before what else is not known ("1874; the
+cause is unknown"). The phrases of evasion stand in matching.json, by language.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from llmkit.text.answer_spans import (
     is_opposed,
     shorter_forms,
 )
-from llmkit.text.normalize import KNOWN, is_number, is_sign, is_spaceless, word_list, words
+from llmkit.text.normalize import KNOWN, Token, is_number, is_sign, is_spaceless, word_list, words
 
 RIGHT, WRONG, EVASIVE = "right", "wrong", "evasive"
 VERDICTS = (RIGHT, WRONG, EVASIVE)
@@ -49,6 +50,7 @@ REPEATED = 3  # words of the question in a row, all of it, from which on it is a
 DENIALS = word_list("denials")  # with the words that leave a choice open
 TAKEN_BACK = DENIALS | word_list("retractions")
 SPEAKERS, KNOWING, LACKING = word_list("speakers"), word_list("knowing"), word_list("lacking")
+INFORMING = word_list("informing")
 KNOWING_ELSEWHERE, UNKNOWING = word_list("knowing elsewhere"), word_list("unknowing")
 SENTENCE = re.compile(r"[.!?]\s")
 ADVERBS = word_list("adverbs")
@@ -57,11 +59,17 @@ NOT_ONE = re.compile(r"\A\W*not (?:[^,.;]{1,60}),? but ", re.IGNORECASE)
 NOT_OTHER = re.compile(
     r"(?:,? (?:and |but )?(?:rather than|instead of)|, (?:and |but )?not) [^,.;]{1,60}(?=[,.;]|\Z)", re.IGNORECASE
 )
+# where a guess begins behind words of doubt
 GUESS = re.compile(
-    r"\W*(?:i (?:think|believe|guess|suspect|would say|would guess)|i['\u2019]d (?:say|guess)"
-    r"|my (?:best )?guess|perhaps|maybe|probably|possibly|it (?:is|was)|it['\u2019]s)\b",
+    r"(?:(?:[.,;:!\u2014-]|\s)\s*(?:but|though|although|however|yet|still|aber|doch|mais|pero|ma|mas|maar)\b|[.;!\u2014])[\s,]*(?="
+    r"(?:(?:if i had to guess|if pressed|perhaps|maybe|probably|possibly|vielleicht|peut-\u00eatre|quiz\u00e1s?|forse"
+    r"|talvez|misschien)\b|(?:i (?:think|believe|guess|suspect|assume|would (?:say|guess))|i['\u2019]d (?:say|guess)"
+    r"|my (?:best )?guess|it (?:is|was)|it['\u2019]s"
+    r"|ich (?:glaube|denke|vermute)|je (?:crois|pense)|creo que|credo|penso|acho que|ik (?:denk|geloof))\b[\s,]*\w))",
     re.IGNORECASE,
 )
+AFTERTHOUGHT = re.compile(r";|, (?=(?:but|although|though|who|which|and|while|for|with|as)\b)|(?<=\w{3})[.!]\s")
+DOUBT = word_list("doubt")
 DENIED_IN_JAPANESE = re.compile(
     "\u3067\u306f\u3042\u308a|\u3067\u306f\u306a|\u3058\u3083\u306a|\u3058\u3083\u3042\u308a"
 )
@@ -92,12 +100,12 @@ class Judge(Protocol):
 
 
 class MatchJudge:
-    """Judges by comparing words; `f1` is the least F1 that passes, `refusals` are answers that say nothing."""
+    """Judges by comparing words; `refusals` are answers that say nothing."""
 
     name = "match"
 
-    def __init__(self, f1: float = F1, refusals: Iterable[str] = ()) -> None:
-        self.f1, self._refusals = f1, {words(text) for text in refusals}
+    def __init__(self, refusals: Iterable[str] = ()) -> None:
+        self._refusals = {words(text) for text in refusals}
 
     def __call__(self, response: str, question: str, answers: Sequence[str]) -> str:
         """One of `VERDICTS`."""
@@ -111,15 +119,21 @@ class MatchJudge:
             return RIGHT
         if said.words in self._refusals:
             return EVASIVE
-        doubt, _, guess = response.partition(" but ")
-        unsure = Sentence.of(doubt)
-        if GUESS.match(guess) and (
-            self._is_evasive(unsure, accepted) or _lacks_knowledge(unsure, asked)
-        ):  # "I'm not sure, but I think it is"
-            return self(guess, question, answers)
-        if self._is_evasive(said, accepted):
-            names_unknown = any("unknown" in one.known for one in accepted)
-            return RIGHT if names_unknown and "unknown" in said.known else EVASIVE
+        if guess := GUESS.search(response):  # "I'm not sure, but I think it is"
+            unsure = Sentence.of(response[: guess.start()])
+            if unsure.words and (self._is_evasive(unsure, accepted) or _lacks_knowledge(unsure, asked)):
+                return self(response[guess.end() :], question, answers)
+        is_evasive = self._is_evasive(said, accepted)
+        if is_evasive and "unknown" in said.known and any("unknown" in one.known for one in accepted):
+            return RIGHT
+        if is_evasive or _lacks_knowledge(said, asked):
+            answer, *more = AFTERTHOUGHT.split(response, maxsplit=1)
+            if more and not DOUBT.intersection(words(more[0])):
+                verdict = self(answer, question, answers)
+                if verdict == RIGHT or (verdict == WRONG and _names(Sentence.of(answer).tokens, asked)):
+                    return verdict
+            if is_evasive:
+                return EVASIVE
         if not _content(_without(said.words, asked.words)):
             return EVASIVE
         shorter = [other for one in accepted for other in shorter_forms(one, asked) if other.words]
@@ -170,11 +184,7 @@ class MatchJudge:
             same = whole or Counter(rest) - Counter(JOINS) == Counter(answer.words) - Counter(JOINS)
             if found or (found is None and same):
                 return True
-        if (
-            self.f1 >= 1
-            or TAKEN_BACK & said.known - answer.known - asked.known
-            or not _same_numbers(said, asked, answer)
-        ):
+        if TAKEN_BACK & said.known - answer.known - asked.known or not _same_numbers(said, asked, answer):
             return False
         found = gives_answer(said, asked, answer)
         if answer.known <= asked.known:  # "the Tarn is longer", but not both of them
@@ -208,7 +218,7 @@ class MatchJudge:
         shared = (one & other).total()
         if shared < min(one.total(), other.total()):
             return False
-        return shared > 0 and 2 * shared / (one.total() + other.total()) >= self.f1
+        return shared > 0 and 2 * shared / (one.total() + other.total()) >= F1
 
 
 def _same_currency(said: Sentence, answer: Sentence) -> bool:
@@ -265,9 +275,23 @@ def _lacks_knowledge(said: Sentence, asked: Sentence) -> bool:
     first = said.words[: next((at for at, one in enumerate(said.tokens) if at and SENTENCE.search(one.before)), None)]
     lacks = next((at for at, word in enumerate(first) if word in LACKING), None)
     near = set() if lacks is None else set(first[max(0, lacks - 4) : lacks + 9])
-    if near and first[0] in SPEAKERS and (near & KNOWING - asked.known or first[lacks or 0] in UNKNOWING):
+    if (
+        near
+        and (first[0] in SPEAKERS or near & {"i", "me"})
+        and (near & KNOWING - asked.known or first[lacks or 0] in UNKNOWING)
+    ):
         return True
+    if lacks is not None and any(
+        word in INFORMING and not asked.echoes(word) for word in first[lacks + 1 : lacks + 6]
+    ):  # "No date is given", but not where a name or number is
+        return not _names(said.tokens[: len(first)], asked)
     return len(first) <= 12 and bool(DENIALS & set(first)) and bool(KNOWING_ELSEWHERE & set(first) - asked.known)
+
+
+def _names(said: Sequence[Token], asked: Sentence) -> bool:
+    """True if a number stands there, or a name behind the first word, that the question does not hold."""
+    named = (one.word for at, one in enumerate(said) if is_number(one.word) or (at and one.written[:1].isupper()))
+    return any(word not in SMALL and not asked.echoes(word) for word in named)
 
 
 def _spelt(texts: Iterable[str]) -> list[str]:

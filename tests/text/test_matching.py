@@ -166,11 +166,6 @@ def test_evasive_answers_are_never_right(response, answer, question):
     assert verdict(response, answer, question) == "evasive"
 
 
-def test_a_stricter_threshold_wants_every_word():
-    assert MatchJudge(f1=1.0)("Sir Winston Churchill", "Who was it?", ["Winston Churchill"]) == "wrong"
-    assert MatchJudge(f1=1.0)("He was Winston Churchill", "Who was it?", ["Winston Churchill"]) == "right"
-
-
 def test_every_phrase_of_the_data_is_evasive():
     assert len(evasions()) > 100 and all(len(phrase) > 0 for phrase in evasions())
 
@@ -191,12 +186,12 @@ def test_real_answers_are_right_and_those_of_others_are_not(shared_data, languag
     assert sum(others) < len(asked) / 50
 
 
-@pytest.mark.parametrize("half", ["seen", "held", "fresh", "second", "third", "fourth"])
+@pytest.mark.parametrize("half", ["seen", "held", "fresh", "second", "third", "fourth", "fifth"])
 def test_agreement_with_the_labels_of_the_battery(half, capsys):
     """judge_battery.jsonl: invented questions and answers, labelled by hand before the judge was tried on them; the
     half "held" was tried only when the code for the other was finished, and "fresh" written after that; then "second",
     which agreed in .852 of its pairs at the first try, and after mends "third", .939, and
-    "fourth", .924 (refusals in other words)."""
+    "fourth", .924 (refusals in other words); "fifth" has refusals and what is near them, .734 at the first try."""
     path = Path(__file__).with_name("judge_battery.jsonl")
     pairs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert len(pairs) >= 300
