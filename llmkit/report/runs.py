@@ -96,7 +96,7 @@ class Run:
 
 @dataclass(frozen=True)
 class RecordsFile:
-    """A file of JSONL: `kind` is one of kinds.KINDS; `run` the path of the run that wrote it, where that is known."""
+    """A file of JSONL: `kind` is one of KINDS; `run` the path of the run that wrote it, where that is known."""
 
     path: str
     kind: str

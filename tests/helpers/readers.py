@@ -22,6 +22,7 @@ EXEMPT = {
     "llmkit.data.overlap",  # words one by one
     "llmkit.generation.chat",  # what is typed
     "llmkit.generation.terminal",  # the same
+    "llmkit.text.answer_spans",  # by way of matching
     "llmkit.training.checkpoint",  # names of files
     "llmkit.rewards.code",  # tests of a problem
     "llmkit.rewards.number_context",  # by way of numbers
@@ -82,10 +83,8 @@ def crawl_readers() -> dict[str, Reader]:
         return read
 
     return {
-        "page_limits.check_size": lambda text: suppressed(
-            lambda: limits.check_size(octets(text)), limits.PageLimitError
-        ),
-        "block_features.name_words": features.name_words,
+        "limits.check_size": lambda text: suppressed(lambda: limits.check_size(octets(text)), limits.PageLimitError),
+        "features.name_words": features.name_words,
         "c4": lambda text: c4.c4(words.Split(text), c4.C4()),
         "charset.declared_codec": lambda text: charset.declared_codec(octets(text), None),
         "charset.declared_codec of a header": lambda text: charset.declared_codec(b"", text),
@@ -118,7 +117,7 @@ def crawl_readers() -> dict[str, Reader]:
         "minhash": lambda text: minhash.signatures([text.encode("utf-8", "replace").decode()]),
         "personal_data.find": personal_data.find,
         "personal_data.redact": personal_data.redact,
-        "phones.find_phones": lambda text: list(personal_data.find_phones(text)),
+        "personal_data.find_phones": lambda text: list(personal_data.find_phones(text)),
         "reading of a line": lambda text: inputs._page_of_line(b"{" + octets(text), "a.jsonl", 1),
         "urls.reason of a host": lambda text: blocklist().reason("http://" + text),
         "urls.reason of a path": lambda text: blocklist().reason("http://a.example/" + text),
@@ -165,7 +164,7 @@ def data_readers() -> dict[str, Reader]:
         "problems": lambda text: problems.read_problem(row(question=text, answer=text)),
         "problems.last_boxed": problems.last_boxed,
         "question_writer": lambda text: question_rules.write_questions(passage(text), 5, 0),
-        "question_writer.sentences": lambda text: list(question_rules.sentences(text)),
+        "question_rules.sentences": lambda text: list(question_rules.sentences(text)),
         "questions": lambda text: questions.read_question(row(question=text, answer=text)),
         "questions of a context": lambda text: questions.read_question(row(context=text, answer="a")),
         "report excerpts": lambda text: excerpts.excerpt(
@@ -174,11 +173,11 @@ def data_readers() -> dict[str, Reader]:
             1,
         ),
         "report page.clean": page.clean,
-        "stream.json_rows": lambda text: list(jsonl.json_rows(io.BufferedReader(io.BytesIO(octets(text))), "a.jsonl")),
-        "stream.json_rows of an array": lambda text: list(
+        "jsonl.json_rows": lambda text: list(jsonl.json_rows(io.BufferedReader(io.BytesIO(octets(text))), "a.jsonl")),
+        "jsonl.json_rows of an array": lambda text: list(
             jsonl.json_rows(io.BufferedReader(io.BytesIO(b"[" + octets(text))), "a.json")
         ),
-        "stream.read_text": lambda text: jsonl.read_text(io.BytesIO(octets(text)), "a.txt"),
+        "jsonl.read_text": lambda text: jsonl.read_text(io.BytesIO(octets(text)), "a.txt"),
     }
 
 
@@ -221,12 +220,12 @@ def reply_readers() -> dict[str, Reader]:
     return {
         "calc": calculated,
         "calc of a call": lambda text: calculated(f"max({text})"),
-        "judging.read_verdict": judges.read_verdict,
-        "judging.read_verdict of one": lambda text: judges.read_verdict(f"VERDICT: right{text}"),
+        "judges.read_verdict": judges.read_verdict,
+        "judges.read_verdict of one": lambda text: judges.read_verdict(f"VERDICT: right{text}"),
         "matching of a response": lambda text: judge(text, "Who is it?", ["Ada Lovelace", "1 1"]),
         "matching with an answer": lambda text: judge("It is Ada 1.", "Who is it?", [text]),
         "matching with itself": lambda text: judge(f"{text} a", text, [f"{text} b"]),
-        "normalising.words": normalize.words,
+        "normalize.words": normalize.words,
         "markdown of an answer": evaluation.MARKDOWN.findall,
         "refusals.language_of": lambda text: refusals.language_of(Question(text, ("a",), text, "", "who", "", "a:1")),
         "search a query": lambda text: index().search(text),
@@ -262,12 +261,12 @@ def reward_readers() -> dict[str, Reader]:
         "numbers.last_number": numbers.last_number,
         "numbers.only_number": numbers.only_number,
         "numbers.whole_number": numbers.whole_number,
-        "statements.chosen": lambda text: final_answer.chosen(text, [("A", "one"), ("B", "two")]),
-        "statements.says": lambda text: final_answer.says(text, "one"),
+        "final_answer.chosen": lambda text: final_answer.chosen(text, [("A", "one"), ("B", "two")]),
+        "final_answer.says": lambda text: final_answer.says(text, "one"),
         "numbers.announced_number": numbers.announced_number,
-        "statements.after_thinking": final_answer.after_thinking,
-        "statements.final": final_answer.final,
-        "statements.tagged": final_answer.tagged,
+        "final_answer.after_thinking": final_answer.after_thinking,
+        "final_answer.final": final_answer.final,
+        "final_answer.tagged": final_answer.tagged,
         "verifier choice": verified("choice", answer="B", choices=["one", "two"]),
         "verifier exact": verified("exact", answer="one"),
         "verifier gsm8k": verified("gsm8k", answer="#### 5"),
@@ -322,10 +321,10 @@ def tokenizer_readers() -> dict[str, Reader]:
         return read
 
     def streamed(text: str) -> None:
-        jsonl = tokenizer().stream()
+        stream = tokenizer().stream()
         for token in tokenizer().encode(text.encode("utf-8", "replace").decode()):
-            jsonl.push([token])
-        jsonl.finish()
+            stream.push([token])
+        stream.finish()
 
     def plain(text: str) -> None:
         for _ in corpus.plain_text(
@@ -340,10 +339,10 @@ def tokenizer_readers() -> dict[str, Reader]:
     return {
         "tokenizer of a chat": chatted,
         "tokenizer streaming": streamed,
-        "tokenizer.counting gpt2": counted("gpt2"),
-        "tokenizer.counting gpt4": counted("gpt4"),
-        "tokenizer.counting llama3": counted("llama3"),
-        "tokenizer.plain_text": plain,
+        "piece_counts gpt2": counted("gpt2"),
+        "piece_counts gpt4": counted("gpt4"),
+        "piece_counts llama3": counted("llama3"),
+        "corpus.plain_text": plain,
         "templates.portable_template": templates.portable_template,
     }
 
