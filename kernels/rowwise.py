@@ -1,8 +1,8 @@
-"""Row-wise kernels in eager torch: RMSNorm, rotary embedding with per-head norm, SwiGLU.
+"""Row-wise kernels in eager torch: RMSNorm, alone and of a sum, rotary embedding, SwiGLU.
 
 On CPU each is one autograd node with its backward written by hand: fewer passes over memory and fewer nodes than
 torch's composition of the same steps. Everywhere else, and under `torch.compile`, the plain formula runs and the
-compiler fuses it. The plain formulas (`..._reference`) are what the tests compare with.
+compiler fuses it.
 
 B batch, T tokens, H heads, D head size, F intermediate size.
 """
@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 
 def by_hand(x: Tensor) -> bool:
-    """Whether the hand-written CPU path is to run for this input."""
+    """True if the hand-written CPU path is to run for this input."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 

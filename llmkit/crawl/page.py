@@ -1,4 +1,10 @@
-"""What reading hands on: pages, records that are no pages, and the spans in which an input is read."""
+"""The records between the steps of a crawl.
+
+Reading yields a `Page`, or `Skipped` for a record that is no page; a `Span` is the piece of an input that one worker
+reads. Filtering turns each record into an `Outcome`, kept or dropped. A `Part` packs the outcomes of a few records,
+with the signatures of the kept ones, as bytes: a worker's answer, and a piece of the state on disk (`write_part`,
+`read_parts`).
+"""
 
 from __future__ import annotations
 

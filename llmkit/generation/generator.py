@@ -13,6 +13,8 @@ A sequence that has called a tool leaves its slot with its keys and values. The 
 on; its result is prefilled behind the call, and the sequence takes the next free slot.
 
 Tokens in, tokens out: `token_ids` are what the model saw and chose; text is only ever made from them.
+
+`StopMatcher` holds back text that may become a stop string; `describe_throughput` sets the speed beside the memory's.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ WORTH_MEASURING = 1.0  # seconds of decoding
 
 
 class StopMatcher:
-    """Finds stop strings in text that comes in pieces, and gives out no text that could still become one.
+    """Finds stop strings in text that comes in pieces, and holds back an end that may be the beginning of one.
 
     The stop string that is complete first wins, so the result does not depend on where the pieces end.
 
@@ -74,7 +76,7 @@ class StopMatcher:
         return text[: len(text) - hold]
 
     def finish(self) -> str:
-        """What was held back, when no more text comes."""
+        """Return the text that was held back, after the last piece."""
         held, self._held = self._held, ""
         return held
 

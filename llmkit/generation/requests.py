@@ -1,11 +1,10 @@
-"""From the records of a run to requests, and from completions to records; a killed run's records are taken over.
+"""Requests from the records of a run, and records from their completions.
 
-A request's number comes from its tokens, not from its place: other records do not change its text. What makes a
-record again is its prompt or messages and its seed; by these a resumed run finds what has been made already.
+A request's number comes from its tokens, not from its position: other records do not change its text. Prompt or
+messages and the seed identify a record; a resumed run finds by these which records an unfinished output already holds.
 
-Prompts that make a base model answer: examples in front of a question.
-
-A base model goes on with the document that it sees. A document of questions and answers is gone on with an answer.
+A base model continues the document that it sees. Given a document of questions and answers (`with_shots`), it continues
+with an answer.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ class ServedSampler:
 
     @property
     def left_out(self) -> dict[str, int]:
-        """Of how many answers something is not in the text, by what."""
+        """Answers of which a part is not in the text, counted by that part: reasoning, or calls of tools."""
         return self._server.usage.left_out
 
     def complete(self, requests: Iterable[Request]) -> Iterator[list[Completion]]:

@@ -1,8 +1,9 @@
 """The decoder that every stage trains and samples: the Llama and Qwen family in one file.
 
 Token ids come in, hidden states go out; `logits` and `loss` finish them. RMSNorm, rotary positions, grouped queries,
-SwiGLU, optional per-head norm of queries and keys, optional projection biases, tied or untied embeddings. The model
-computes in the dtype of its parameters; who keeps float32 masters of them is the trainer's business.
+SwiGLU, optional per-head norm of queries and keys, optional projection biases, tied or untied embeddings, and
+`rope_scaling` linear, dynamic, yarn and llama3 for longer contexts. `grow_vocabulary` adds tokens to a trained model.
+The model computes in the dtype of its parameters; float32 masters are kept by the trainer.
 
 Query, key and value projections are one matrix, so are gate and up: one product each. `export_state_dict` takes them
 apart into a stock Hugging Face model's tensors.

@@ -1,14 +1,13 @@
-"""Asking a model what it knows: every question several times, each answer judged, and what that says of it.
+"""Ask a model what it knows: each question several times, with each answer judged.
 
-    probe = Probe(generator, chat, MatchJudge(), context=512, samples=5, max_tokens=64, seed=0, consistent=0.8)
-    for record in probe.ask(questions): ...
+    answering = folder_answering("chat/", "auto", "auto", Sampling(0.8), slots=16)
+    with answering.start() as generator:
+        probe = Probe(generator, answering.chat, MatchJudge(), context=512, samples=5, max_tokens=64, seed=0, ...)
+        for record in probe.ask(questions):
+            ...
 
-The procedure is that of "The Llama 3 Herd of Models" (arXiv:2407.21783), section 4.3.6.
-
-Who answers the questions of a probe: an assistant's folder, or a model behind a server.
-
-answering = folder_answering("chat/", "auto", "auto", Sampling(0.8), slots=16)
-with answering.start() as generator: ...
+`Answering` is the model under test: an assistant's folder, or a model behind a server. The procedure is that of "The
+Llama 3 Herd of Models" (arXiv:2407.21783), section 4.3.6.
 """
 
 from __future__ import annotations

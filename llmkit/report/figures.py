@@ -1,6 +1,6 @@
 """All figures of a report, as one JSON object: the page shows them and computes none of its own.
 
-figures = report_figures(gather(["tok/", "base/", "probe.jsonl"]))
+    figures = report_figures(gather(["tok/", "base/", "probe.jsonl"]))
 
 summary      of each stage the figure that tells how well it went
 scores       effects.json, the scores of a whole pipeline
@@ -12,6 +12,8 @@ probes       what is known by kind of question; `probe_changes` from the first r
 judges       evaluation.json of train-reward
 samples      records to browse, by file
 notes        what was left out, and why
+
+`summarise` makes the summary of the figures, and `shorten` cuts records and points where the page grows too long.
 """
 
 from __future__ import annotations
@@ -107,7 +109,7 @@ def read_probe(
 
 
 def changes(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, Any]:
-    """Of the questions in both reports: how many went from what to what, {"known": {"known": 3, ...}, ...}."""
+    """Count the questions of both reports by what they were and are: {"known": {"unknown": 3, ...}, ...}."""
     both = [question for question in before if question in after]
     moved = Counter((before[question], after[question]) for question in both)
     names = list(NAMES.values())

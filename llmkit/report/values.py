@@ -1,4 +1,8 @@
-"""Reading what may be anything: files of records line by line, and JSON values that need not be what they should."""
+"""Read files and JSON values of unknown content: lines of a file, values of the wrong type, and samples of many values.
+
+`as_object`, `as_text`, `objects` and `numbers` return a value of the expected type, or an empty one; `Thinned` and
+`thinned` keep a few evenly spaced values.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import orjson
 from llmkit.errors import UserError
 from llmkit.io.jsonl import BYTE_ORDER_MARK, open_input
 
-SPARE = 4  # a sample of so many times as many is thinned again at the end, to be as long as is wished
+SPARE = 4  # first collect this many times the wanted values, then thin them to the exact number
 T = TypeVar("T")
 
 

@@ -127,7 +127,7 @@ def evaluate(scores: Sequence[np.ndarray], comparisons: Sequence[Candidates]) ->
 
 
 def _differences(scores: np.ndarray, one: Candidates) -> Iterator[float]:
-    """Of every pair of unequal rank: the score of the better less that of the other."""
+    """Yield the better candidate's score minus the worse one's, for each pair of unequal rank."""
     for i, rank in enumerate(one.ranks):
         yield from (float(scores[i] - scores[j]) for j, other in enumerate(one.ranks) if rank < other)
 

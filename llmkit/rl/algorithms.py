@@ -1,10 +1,10 @@
-"""What the algorithms of `llmkit rl` differ in: the advantage, and four choices in one loss (rl/policy_loss.py).
+"""The algorithms of `llmkit rl`: an advantage and four choices in one loss (rl/policy_loss.py); the `Horizon` of a run.
 
 The loss of a token, for its ratio r of the policy's probability to that under which it was sampled, is
 
     -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)
 
-and the loss of a batch is a weighted mean over tokens; `weighting` says how.
+and the loss of a batch is a mean over tokens, weighted by `weighting`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SMALLEST_DEVIATION = 1e-6  # of rewards; below it, all are equal
 
 @dataclass(frozen=True)
 class Horizon:
-    """Steps in all, None where the clock decides; those to the full rate; the weight of the divergence."""
+    """Length of a run: steps (None: as the time budget allows), warm-up steps, and the KL coefficient."""
 
     steps: int | None
     warmup_steps: int
@@ -46,7 +46,7 @@ def choose_horizon(
     warmup_steps: int | None,
     kl_coef: float | None,
 ) -> Horizon:
-    """What follows from the options, where None is what was not given, and from the rewards."""
+    """Fill in options that are None. With a reward model, defaults are a KL penalty and a fixed number of steps."""
     with_model = any(isinstance(weighted.reward, ModelReward) for weighted in rewards)
     if kl_coef is None:
         kl_coef = KL_COEF if with_model else 0.0

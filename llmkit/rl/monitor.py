@@ -1,8 +1,8 @@
-"""A policy's training watched: metrics of every step, evaluations, and what ends it early.
+"""Guards of a policy's training, which end a run that goes wrong.
 
-What stops a run that goes wrong: sampler and trainer that disagree, a collapse, a reward that is gamed.
-
-The guards see metrics alone, so that a resumed run feeds them the rows of `metrics.jsonl` and goes on as it was.
+Three faults are looked for: log-probabilities of sampler and trainer that disagree, rewards that collapse, and a reward
+that is gamed. The guards read metrics alone, so that a resumed run feeds them the rows of `metrics.jsonl` and goes on
+with the same state. `Watch` gives them the metrics of every step, and evaluates.
 """
 
 from __future__ import annotations

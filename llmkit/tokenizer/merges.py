@@ -22,12 +22,10 @@ one did the string is no token: so when (l, r) is merged, l r is what stands at 
 token. Hence a merged pair never comes back, a pair with a new token is new itself, and every pair is filed once, with
 all its occurrences. The trainer's heap has provisions for all of these; from single bytes they are never used.
 
-The queue of candidate pairs of a BPE training run, as flat arrays: which pairs are merged next?
-
-A pair ranks by its count, highest first, then by its two ids, lowest first: the order of Hugging Face's trainer. Counts
-only fall once a pair is filed. So it is enough to look at a *front*, the pairs that counted at least `threshold` when
-they were filed or when the threshold was lowered; the others cannot rank above it. A step costs the size of the front
-(thousands), not of the queue (millions).
+Candidate pairs wait in a queue of flat arrays, `PairQueue`. A pair ranks by its count, highest first, then by its two
+ids, lowest first: the order of Hugging Face's trainer. Counts only fall once a pair is filed. So it is enough to look
+at a *front*, the pairs that counted at least `threshold` when they were filed or when the threshold was lowered; the
+others cannot rank above it. A step costs the size of the front (thousands), not of the queue (millions).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Muon for matrices and AdamW for the rest, over fp32 masters.
+"""Muon for matrices and AdamW for the rest, over fp32 masters, and the `Schedule` of their learning rates.
 
 Parameters of one shape are stacked, so that a step is a few batched operations whatever the depth: at 4 layers of
 128 on a CPU, a step per parameter spends more time in dispatch than in arithmetic. The model may hold a

@@ -1,4 +1,4 @@
-"""Which document had a key first: sorted runs of (key, document), merged as they grow, in memory or in files.
+"""Index of the document that had each key first: sorted runs of (key, document), merged as they grow.
 
     index = BandIndex()
     index.find(keys)                 # the document of each key, or NOBODY
@@ -7,6 +7,9 @@
 A log-structured merge tree (O'Neil et al., 1996) of numpy arrays: 13 bytes a key, and while the largest runs are merged
 in memory 26. A Python dict takes 100. Keys are hashes, so that a table of where each 1/m of their range begins in a run
 leaves few to look at: a binary search in 6 million keys took 5 times as long, most of it waiting for memory.
+
+All of it lies in memory, or in files of a folder where one is given: `ArrayWriter` writes an array from front to back,
+and `Rows` holds rows that are appended and read by number.
 """
 
 from __future__ import annotations

@@ -2,11 +2,10 @@
 
 A block is what a browser sets apart: the text of a paragraph, a heading, a list item, a table cell, or a bare
 stretch between two of them. The walk uses no recursion, and its work is bounded by `MAX_BYTES`, `MAX_NODES` and
-`MAX_DEPTH`: what becomes of a page depends on the page alone, never on the clock.
+`MAX_DEPTH`: the blocks of a page depend on the page alone, never on the clock.
 
-The cells of a page's data tables, which are kept or dropped whole.
-
-Many pages lay out their columns by tables, too: there a cell is a part of the page and not of a row.
+`table_cells` finds the blocks in data tables, which are kept or dropped as a whole. Many pages lay out their columns by
+tables, too; a cell of such a table is a part of the page and not of a row.
 """
 
 from __future__ import annotations

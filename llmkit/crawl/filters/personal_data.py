@@ -4,7 +4,7 @@
 |---|---|---|
 | email | addresses, `name (at) host (dot) org` too | `email@example.com` |
 | ip | public IPv4 and IPv6, but no version numbers and no public resolvers | `192.0.2.1`, `2001:db8::1` |
-| phone | see llmkit.crawl.filters.personal_data | `+1 202 555 0100` |
+| phone | telephone numbers, as below | `+1 202 555 0100` |
 | ssn | US social security numbers with hyphens | `000-00-0000` |
 | card | payment cards by prefix, length and Luhn's digit | `0000 0000 0000 0000` |
 | iban | accounts by country, length and check digits (mod 97) | `XX00 0000 0000 0000` |
@@ -12,11 +12,9 @@
 The text stays natural, and what was replaced is never found again. All patterns read a text once: a million digits,
 dots or @ cost a second at most.
 
-Which runs of digits in a text are telephone numbers.
-
-A number with its country's code is one if its length is possible there. Without, it must be valid in one of the
-regions below and written as they write it, or stand behind a word such as `Tel.`; what stands behind `Order no.`,
-dates, prices, ISBNs and parts of longer codes are none.
+Digits with a country's code are a telephone number if their length is possible there. Without a code, they must be
+valid in one of the regions below and written as people there write them, or stand behind a word such as `Tel.`. Digits
+behind `Order no.`, dates, prices, ISBNs and parts of longer codes are no telephone numbers.
 """
 
 from __future__ import annotations

@@ -38,9 +38,9 @@ STEP = 1 << 16  # of compressed bytes unpacked at once: at most 68 MB come out
 MAX_HEADER = 1 << 16
 OVERLAP = 1 << 13  # the start of a record that lies across two blocks; the longest header line of an ARC file
 FOREVER = 1 << 62
-# Members that turn out to be none may cost so many bytes of unpacking for each byte passed over, an attempt at least
-# 16 kB, beyond a first 64 MB: what begins like a member every ten bytes, or like one that is damaged far behind, would
-# take minutes. Of noise, four bytes in 2^29 begin so.
+# Budget for unpacking what turns out to be no gzip member: WASTE bytes for each byte passed over, beyond the first
+# 64 MB; each attempt counts as 16 kB at least. Otherwise input that looks like a member every ten bytes, or members
+# damaged near their end, would take minutes. In noise, one position in 2^29 looks like a member.
 WASTE, LEAST_WASTE, FIRST_WASTE = 16, 1 << 14, 1 << 26
 
 GZIP_START = re.compile(rb"\x1f\x8b\x08[\x00-\x1f]")
