@@ -11,7 +11,7 @@ import ast
 import statistics
 import sys
 from collections import Counter
-from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -60,9 +60,14 @@ def called_once(trees: list[ast.Module]) -> int:
 
 def options() -> tuple[int, int]:
     """The options of all commands: their sum, and how many names there are."""
-    from llmkit.cli import STAGES, load_config
+    from llmkit.cli import COMMANDS
+    from llmkit.config import option_fields
 
-    names = [field.name for name in STAGES for field in fields(load_config(name))]
+    names = [
+        item.name
+        for module, config, _ in COMMANDS.values()
+        for item in option_fields(getattr(import_module(module), config))
+    ]
     return len(names), len(set(names))
 
 
@@ -75,6 +80,7 @@ def table(root: Path = ROOT) -> dict[str, int | float]:
         folder: sum(source.count("\n") for source in sources(root, folder).values())
         for folder in ("llmkit", "kernels", "tests")
     }
+    summed, distinct = options()
     return {
         **{f"lines of {folder}/": count for folder, count in lines.items()},
         "files": len(package),
@@ -83,6 +89,8 @@ def table(root: Path = ROOT) -> dict[str, int | float]:
         "median body": statistics.median(map(body_lines, every)),
         "private helpers called once": called_once(trees),
         "vague bindings": sum(map(vague, trees)),
+        "options of all commands": summed,
+        "names of options": distinct,
     }
 
 
