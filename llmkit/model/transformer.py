@@ -243,21 +243,19 @@ class Transformer(nn.Module):
         token_ids_BT: Tensor,
         *,
         doc_ids: Tensor | Packing | Branching | None = None,
-        position_ids: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (B, T, hidden), normed, ready for the head.
 
         `doc_ids` (B, T): equal neighbours are one document, and attention stays within it; a `Branching` of them lets
-        several answers share a prompt. `position_ids` (T,) or (B, T) default to 0 ... T - 1, and to a Branching's own;
-        they need not restart at documents, for rotary attention depends on differences alone.
+        several answers share a prompt. Positions do not restart at documents: rotary attention depends on differences
+        alone.
         """
         eager = not (self._compiled_layers or torch.compiler.is_compiling())
         x_BTC = F.embedding(token_ids_BT, self.embed_tokens)
         if self.config.normalize_embedding:
             x_BTC = rms_norm(x_BTC, None, self.config.rms_norm_eps)
-        if isinstance(doc_ids, Branching):
-            position_ids = doc_ids.position_ids if position_ids is None else position_ids
-        elif eager and doc_ids is not None and not isinstance(doc_ids, Packing):
+        position_ids = doc_ids.position_ids if isinstance(doc_ids, Branching) else None
+        if eager and doc_ids is not None and not isinstance(doc_ids, (Packing, Branching)):
             doc_ids = Packing(doc_ids)
         cos_sin = self._cos_sin(x_BTC, position_ids)
         for layer in self.layers:

@@ -71,14 +71,6 @@ def test_packed_documents_give_the_loss_and_gradients_of_separate_ones(dtype):
         assert (gradients[name] - parameter.grad).norm() < 2 * tolerance * parameter.grad.norm() + 1e-6, name
 
 
-def test_positions_may_restart_at_documents_or_not():
-    model, ids = shaken(small()), tokens(1, 12)
-    doc_ids = torch.tensor([[0] * 5 + [1] * 7])
-    restarted = torch.tensor([[*range(5), *range(7)]])
-    through = model(ids, doc_ids=doc_ids)
-    assert (model(ids, doc_ids=doc_ids, position_ids=restarted) - through).abs().max() < 1e-5
-
-
 def test_activation_checkpointing_changes_no_gradient():
     model, ids = shaken(small(residual_scales=True)).train(), tokens(2, 20)
     model.loss(ids, ids.roll(-1, 1)).backward()
