@@ -128,7 +128,7 @@ class World:
         """
         if self.size > 1:
             self._watch.save = save
-        yield
+        yield  # no try: where this process fails, too, its part is still to be written, by the watch, on the way out
         if self.size > 1:
             self._watch.save = None
 

@@ -60,6 +60,7 @@ class Watch(threading.Thread):
         # writes this process's part of what there is to save, if all agree on what that is
         self.save: Callable[[Callable[[Any], bool]], bool] | None = None
         self._saved: bool | None = None
+        self._agreed = False
         self._saving = threading.Lock()
 
     @contextmanager
@@ -99,13 +100,19 @@ class Watch(threading.Thread):
                 # in a thread, which may be left behind: a device may wait for one that will never answer
                 thread = threading.Thread(target=self._save, daemon=True)
                 thread.start()
-                thread.join(self.timeout)
+                thread.join(SAVING_SECONDS)
+                if self._agreed:  # on what to write, which takes long where it is much
+                    thread.join(self.timeout)
             return self._saved
 
     def _save(self) -> None:
         with suppress(Exception):  # what ended the job says more
-            done = self.save is not None and self.save(lambda value: self._agree("step", value, SAVING_SECONDS))
+            done = self.save is not None and self.save(self._agree_on_step)
             self._saved = self._agree("saved", done or None, self.timeout)
+
+    def _agree_on_step(self, value: Any) -> bool:
+        self._agreed = self._agree("step", value, SAVING_SECONDS)
+        return self._agreed
 
     def _agree(self, what: str, value: Any, seconds: float) -> bool:
         """True if all processes say the same within some seconds, and that is not None."""

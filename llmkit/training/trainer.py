@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -41,8 +42,9 @@ from llmkit.training.threads import StepThreads
 LAST_UPDATE_SECONDS = 10.0  # to finish one that other processes have finished
 FIRST_SAVE_SECONDS = 60.0  # a run that has nothing on disk loses all of itself
 LARGEST_WEIGHT = 65504.0  # of float16; what training makes of a usable learning rate is a thousand times smaller
-ABSURD_NATS = 10.0  # above the first loss: worse than a guess among the tokens of any tokenizer
-GROWN_NATS = 0.5  # above the first loss, at the end: what a note is worth
+FIRST_STEPS = 8  # whose mean loss is the beginning: one batch may be easier than all others
+ABSURD_NATS = 10.0  # above the beginning: worse than a guess among the tokens of any tokenizer
+GROWN_NATS = 0.5  # above the beginning, at the end: what a note is worth
 RESTART = "start again with --force and a lower --learning-rate, or look at the data"
 
 # A batch is a tuple of arrays whose first dimension is rows; the trainer cuts it into micro-batches along that. Where
@@ -101,12 +103,14 @@ class Trainer:
         self.checkpoints = Checkpoints(folder / "state")
         self.step, self.tokens, self.elapsed = 0, 0, 0.0
         self.micro_batch_rows = settings.micro_batch_rows
-        self.first_loss = self.last_loss = self.average_loss = math.nan
+        self.last_loss = self.average_loss = math.nan
+        self.first_losses: list[float] = []
         self.recent_losses: deque[float] = deque(maxlen=settings.spike_patience)
         self.high_steps = 0
         self.scores: dict[str, float] = {}  # of the last evaluation
         self.evaluated_step = self.sampled_step = -1
         self.saved_step, self.saved_at = -1, time.monotonic()
+        self._writing = threading.RLock()  # writes in two threads would mix their messages to the other processes
         self._updates = 0  # of the optimizer, when the last step was whole
         self._signals = Signals()
         self.stopping = False  # set by an evaluation that has seen enough
@@ -129,8 +133,9 @@ class Trainer:
         self.step += 1
         self.tokens += size
         self.last_loss = metrics["loss"]
-        self.first_loss = self.last_loss if math.isnan(self.first_loss) else self.first_loss
         self.recent_losses.append(self.last_loss)
+        if len(self.first_losses) < FIRST_STEPS:
+            self.first_losses.append(self.last_loss)
         return metrics
 
     def _update(self, batch: Batch, factor: float) -> dict[str, float]:
@@ -214,7 +219,8 @@ class Trainer:
     def _stop(self, reason: str) -> None:
         self.optimizer.discard()
         self._check_weights(f"{reason}; ")
-        self.save(wait=True)
+        self._write()
+        self.checkpoints.wait()
         raise SavedError(f"{reason}; saved in {self.checkpoints.folder}; {RESTART}")
 
     def _check_weights(self, reason: str = "") -> None:
@@ -230,13 +236,13 @@ class Trainer:
 
     def _check_growth(self) -> None:
         """Stop at the end of a training whose loss is far above its beginning, and note one that is above it."""
-        if not self.recent_losses or math.isinf(self.settings.spike_nats):
+        if not self.recent_losses or not self.first_losses or math.isinf(self.settings.spike_nats):
             return
-        final = sum(self.recent_losses) / len(self.recent_losses)
-        losses = f"the loss has grown from {self.first_loss:.2f} to {final:.2f}"
-        if final > self.first_loss + ABSURD_NATS:
+        first, final = (sum(some) / len(some) for some in (self.first_losses, self.recent_losses))
+        losses = f"the loss has grown from {first:.2f} to {final:.2f}"
+        if final > first + ABSURD_NATS:
             self._stop(f"{losses} at step {self.step}")
-        if final > self.first_loss + GROWN_NATS:
+        if final > first + GROWN_NATS:
             say(f"{losses}: a lower --learning-rate may be better")
 
     # ---- many steps
@@ -406,6 +412,15 @@ class Trainer:
         deadline = time.monotonic() + LAST_UPDATE_SECONDS
         while self.optimizer.count != self._updates and time.monotonic() < deadline:
             time.sleep(0.05)
+        if not self._writing.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            all_have(None)
+            return False
+        try:
+            return self._write_agreed(all_have)
+        finally:
+            self._writing.release()
+
+    def _write_agreed(self, all_have: Callable[[Any], bool]) -> bool:
         device = next(self.model.parameters()).device
         # what waits for the process that failed is in the way of all that follows it in its own stream
         with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext():
@@ -413,8 +428,7 @@ class Trainer:
             whole = sound and self.optimizer.count == self._updates
             if not all_have([self.step, self.saved_step] if whole else None):
                 return False
-            if self.saved_step != self.step:
-                self._write()
+            self._write()
             self.checkpoints.wait()
         return True
 
@@ -423,17 +437,25 @@ class Trainer:
         weights that nothing can go on with."""
         if self.saved_step != self.step:
             self._check_weights()
-            self._write()
+        self._write()
         if wait:
             self.checkpoints.wait()
 
     def _write(self) -> None:
+        """Begin to write the state after the last whole step, unless it stands already."""
+        with self._writing:
+            if self.saved_step != self.step:
+                self._begin_to_write()
+
+    def _begin_to_write(self) -> None:
         state = {
             "tokens": self.tokens,
             "elapsed": self.elapsed,
             "last_loss": self.last_loss,
             "average_loss": self.average_loss,
             "high_steps": self.high_steps,
+            "first_losses": self.first_losses,
+            "recent_losses": list(self.recent_losses),
         }
         if world().leads and (self.folder / METRICS).exists():
             sync(self.folder / METRICS)  # what a checkpoint goes on from tells of all the steps before it
@@ -457,6 +479,8 @@ class Trainer:
             math.nan if state[name] is None else state[name] for name in ("last_loss", "average_loss")
         )
         self.high_steps, self.saved_step = state["high_steps"], self.step
+        self.first_losses = list(state.get("first_losses", []))
+        self.recent_losses.extend(state.get("recent_losses", []))
         self._restore_evaluation(self.step)
         return True
 
@@ -467,8 +491,6 @@ class Trainer:
             if world().leads:
                 trim_metrics(place, step)
             for row in read_metrics(place):
-                if math.isnan(self.first_loss):
-                    self.first_loss = row.get("loss", math.nan)
                 if scores := {name: value for name, value in row.items() if name.startswith("val_")}:
                     self.scores, self.evaluated_step = scores, int(row.get("step", -1))
                 if "sample" in row:

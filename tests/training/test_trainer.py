@@ -4,6 +4,8 @@ import json
 import math
 import os
 import signal
+import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -260,19 +262,68 @@ def test_what_ends_a_run_whose_weights_are_spoiled_is_told_as_that(tmp_path):
         trainer.fit(total_steps=6)
 
 
-@pytest.mark.parametrize(("growth", "told"), [(0.0, ""), (1.0, "the loss has grown from 1.00 to 2.00"), (50.0, "51")])
-def test_a_loss_that_has_grown_is_told_at_the_end(tmp_path, capsys, growth, told):
-    def of_steps(model, rows):
-        return (model.weight * 0).sum() + 1 + growth * (trainer.step > 0), 1
+def constant(trainer, loss_at):
+    """A loss that is a function of the step alone."""
+    trainer.loss = lambda model, rows: ((model.weight * 0).sum() + loss_at(trainer.step), 1)
+    return trainer
 
-    trainer = make(tmp_path, spike_patience=4)
-    trainer.loss = of_steps
-    if growth > 10:
-        with pytest.raises(SavedError, match=r"has stayed 50\.00 nats above|has grown from 1\.00 to 51"):
-            trainer.fit(total_steps=8)
-    else:
-        trainer.fit(total_steps=8)
-        assert told in (err := capsys.readouterr().err) and bool(told) == bool(err)
+
+@pytest.mark.parametrize(
+    ("loss_at", "told"),
+    [
+        (lambda step: 1, ""),
+        (lambda step: 1 + (step >= 8), "the loss has grown from 1.00 to 1.80: a lower --learning-rate"),
+        (lambda step: 2 - 1.2 * (step == 0), ""),  # an easy first batch
+    ],
+)
+def test_a_loss_that_has_grown_is_told_at_the_end(tmp_path, capsys, loss_at, told):
+    constant(make(tmp_path, spike_patience=15), loss_at).fit(total_steps=20)
+    assert told in (err := capsys.readouterr().err) and bool(told) == bool(err)
+
+
+def test_a_loss_that_has_grown_beyond_a_guess_ends_the_run_at_its_end(tmp_path):
+    trainer = constant(make(tmp_path, spike_patience=15), lambda step: 1 + 50 * (step >= 8))
+    with pytest.raises(SavedError, match=r"^the loss has grown from 1\.00 to 41\.00 at step 20; saved in .*lower"):
+        trainer.fit(total_steps=20)
+
+
+def test_a_resumed_run_is_judged_by_the_losses_before_it_too(tmp_path, capsys):
+    """One batch alone was: its last, which may be harder than all others."""
+
+    def loss_at(step):
+        return 1 + (step == 19)
+
+    trainer = constant(make(tmp_path), loss_at)
+    trainer.batches = lambda step: die_at(19, batches(step))
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit(total_steps=20)
+    resumed = constant(make(tmp_path), loss_at)
+    assert resumed.resume() and resumed.step == 19
+    capsys.readouterr()
+    resumed.fit(total_steps=20)
+    assert not capsys.readouterr().err
+
+
+def test_two_threads_do_not_write_at_once(tmp_path):
+    """The one that saves when another process fails, while this process is at it itself."""
+    trainer, at_once, most = make(tmp_path), [], []
+    write = trainer.checkpoints.save
+
+    def slow(*what):
+        at_once.append(1)
+        most.append(len(at_once))
+        time.sleep(0.3)
+        write(*what)
+        at_once.pop()
+
+    trainer.checkpoints.save = slow
+    trainer.step, trainer._updates = 1, trainer.optimizer.count
+    main = threading.Thread(target=trainer.save)
+    main.start()
+    time.sleep(0.1)
+    assert trainer._save_with_others(lambda value: value == [1, 1])
+    main.join()
+    assert most == [1]
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
