@@ -24,6 +24,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
+from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 from llmkit.formats.questions import Question
@@ -50,7 +51,7 @@ REPEATED = 3  # words of the question in a row, all of it, from which on it is a
 DENIALS = word_list("denials")  # with the words that leave a choice open
 TAKEN_BACK = DENIALS | word_list("retractions")
 SPEAKERS, KNOWING, LACKING = word_list("speakers"), word_list("knowing"), word_list("lacking")
-INFORMING = word_list("informing")
+INFORMING, SELF = word_list("informing"), frozenset(["i", "im", "ive", "id", "me", "my", "we", "us", "our"])
 KNOWING_ELSEWHERE, UNKNOWING = word_list("knowing elsewhere"), word_list("unknowing")
 SENTENCE = re.compile(r"[.!?]\s")
 ADVERBS = word_list("adverbs")
@@ -59,13 +60,18 @@ NOT_ONE = re.compile(r"\A\W*not (?:[^,.;]{1,60}),? but ", re.IGNORECASE)
 NOT_OTHER = re.compile(
     r"(?:,? (?:and |but )?(?:rather than|instead of)|, (?:and |but )?not) [^,.;]{1,60}(?=[,.;]|\Z)", re.IGNORECASE
 )
+HEDGE = re.compile(
+    r"(?:(?:if (?:i had to guess|pressed)|as far as i (?:know|recall|can tell)|perhaps|maybe|probably|possibly"
+    r"|vielleicht|vermutlich|peut-\u00eatre|quiz\u00e1s?|forse|talvez|misschien"
+    r"|i (?:think|believe|guess|suspect|assume|would (?:say|guess))|i['\u2019]d (?:say|guess)|my (?:best )?guess is"
+    r"|ich (?:glaube|denke|vermute)|je (?:crois|pense)(?: que)?|creo que|credo|penso|acho que|ik (?:denk|geloof))"
+    r"\b[\s,]{0,3}(?:that\s)?)+(?=\w)",
+    re.IGNORECASE,
+)
 # where a guess begins behind words of doubt
 GUESS = re.compile(
-    r"(?:(?:[.,;:!\u2014-]|\s)\s*(?:but|though|although|however|yet|still|aber|doch|mais|pero|ma|mas|maar)\b|[.;!\u2014])[\s,]*(?="
-    r"(?:(?:if i had to guess|if pressed|perhaps|maybe|probably|possibly|vielleicht|peut-\u00eatre|quiz\u00e1s?|forse"
-    r"|talvez|misschien)\b|(?:i (?:think|believe|guess|suspect|assume|would (?:say|guess))|i['\u2019]d (?:say|guess)"
-    r"|my (?:best )?guess|it (?:is|was)|it['\u2019]s"
-    r"|ich (?:glaube|denke|vermute)|je (?:crois|pense)|creo que|credo|penso|acho que|ik (?:denk|geloof))\b[\s,]*\w))",
+    r"(?:\b(?:but|though|although|however|yet|still|aber|doch|mais|pero|ma|mas|maar)\b|[.;!\u2014])[\s,]{0,3}"
+    rf"(?={HEDGE.pattern}|my (?:best )?guess|(?:it (?:is|was)|it['\u2019]s)\b)",
     re.IGNORECASE,
 )
 AFTERTHOUGHT = re.compile(r";|, (?=(?:but|although|though|who|which|and|while|for|with|as)\b)|(?<=\w{3})[.!]\s")
@@ -119,10 +125,11 @@ class MatchJudge:
             return RIGHT
         if said.words in self._refusals:
             return EVASIVE
-        if guess := GUESS.search(response):  # "I'm not sure, but I think it is"
-            unsure = Sentence.of(response[: guess.start()])
+        guesses = list(islice(GUESS.finditer(response), 9))
+        if 0 < len(guesses) < 9:  # "I'm not sure, but I think it is"
+            unsure = Sentence.of(response[: guesses[0].start()])
             if unsure.words and (self._is_evasive(unsure, accepted) or _lacks_knowledge(unsure, asked)):
-                return self(response[guess.end() :], question, answers)
+                return self(response[guesses[0].end() :], question, answers)
         is_evasive = self._is_evasive(said, accepted)
         if is_evasive and "unknown" in said.known and any("unknown" in one.known for one in accepted):
             return RIGHT
@@ -148,9 +155,12 @@ class MatchJudge:
         accepted += shorter
         offered = any(one.known <= asked.known for one in accepted)
         beyond = [word for word in _content(said.words) if not asked.echoes(word) and word not in FILLERS]
-        if _lacks_knowledge(said, asked):
+        is_choice = offered or any(one.known & YES | one.known & NO for one in accepted)
+        if _lacks_knowledge(said, asked, is_choice):
             return EVASIVE
-        return WRONG if offered or beyond or any(one.known & YES | one.known & NO for one in accepted) else EVASIVE
+        if (hedge := HEDGE.match(response)) and self(response[hedge.end() :], question, answers) == RIGHT:
+            return RIGHT
+        return WRONG if is_choice or beyond else EVASIVE
 
     @staticmethod
     def _is_evasive(said: Sentence, accepted: Sequence[Sentence]) -> bool:
@@ -270,7 +280,7 @@ def evasions() -> tuple[tuple[str, ...], ...]:
     return tuple(dict.fromkeys(words(phrase) for some in KNOWN["evasions"].values() for phrase in some))
 
 
-def _lacks_knowledge(said: Sentence, asked: Sentence) -> bool:
+def _lacks_knowledge(said: Sentence, asked: Sentence, is_choice: bool = False) -> bool:
     """True if a speaker says in other words than those of matching.json that something is not known."""
     first = said.words[: next((at for at, one in enumerate(said.tokens) if at and SENTENCE.search(one.before)), None)]
     lacks = next((at for at, word in enumerate(first) if word in LACKING), None)
@@ -281,9 +291,11 @@ def _lacks_knowledge(said: Sentence, asked: Sentence) -> bool:
         and (near & KNOWING - asked.known or first[lacks or 0] in UNKNOWING)
     ):
         return True
-    if lacks is not None and any(
-        word in INFORMING and not asked.echoes(word) for word in first[lacks + 1 : lacks + 6]
-    ):  # "No date is given", but not where a name or number is
+    is_own = not is_choice and bool(near & SELF - asked.known) and not near & {"think", "believe"}
+    uninformed = any(
+        word in INFORMING and not asked.echoes(word) for word in first[(lacks or 0) + 1 : (lacks or 0) + 6]
+    )
+    if near and (is_own or uninformed):  # "No date is given", but not where a name or number is
         return not _names(said.tokens[: len(first)], asked)
     return len(first) <= 12 and bool(DENIALS & set(first)) and bool(KNOWING_ELSEWHERE & set(first) - asked.known)
 
@@ -291,7 +303,7 @@ def _lacks_knowledge(said: Sentence, asked: Sentence) -> bool:
 def _names(said: Sequence[Token], asked: Sentence) -> bool:
     """True if a number stands there, or a name behind the first word, that the question does not hold."""
     named = (one.word for at, one in enumerate(said) if is_number(one.word) or (at and one.written[:1].isupper()))
-    return any(word not in SMALL and not asked.echoes(word) for word in named)
+    return any(word not in SMALL | SELF and not asked.echoes(word) for word in named)
 
 
 def _spelt(texts: Iterable[str]) -> list[str]:
