@@ -262,6 +262,7 @@ class ModelConfig:
 
 
 _WIDEST = 2**24
+LEAST_TURNS = 1e-6  # of yarn's; a context divided by much less is beyond all numbers
 # the sizes that every config.json has, and the most of each: what is larger is a mistake, and would be built first
 _REQUIRED = {
     "vocab_size": _WIDEST,
@@ -311,6 +312,8 @@ def _rope_from_hf(values: dict[str, Any], where: str) -> tuple[float, RopeScalin
         field, context = "original_max_position_embeddings", integer(values, "max_position_embeddings", where, 2048)
         numbers[field] = integer(values, field, where, integer(parameters, field, where, context))  # as transformers
         if rope_type == "yarn":
+            if theta <= 1:
+                raise UserError(f"{where}: expected a number above 1 for rope_theta with yarn, found {shown(theta)}")
             numbers["factor"] = numbers["factor"] or context / numbers[field]
             numbers |= _yarn_from_hf(parameters, numbers["factor"], where)
     missing = [name for name, value in numbers.items() if value is None]
@@ -331,8 +334,8 @@ def _yarn_from_hf(parameters: dict[str, Any], factor: float, where: str) -> dict
     default = grown("mscale") / grown("mscale_all_dim") if both else max(1.0, 0.1 * math.log(factor) + 1.0)
     return {
         "attention_factor": number(parameters, "attention_factor", where, default),
-        "beta_fast": number(parameters, "beta_fast", where, 32.0),
-        "beta_slow": number(parameters, "beta_slow", where, 1.0),
+        "beta_fast": number(parameters, "beta_fast", where, 32.0, above=LEAST_TURNS),
+        "beta_slow": number(parameters, "beta_slow", where, 1.0, above=LEAST_TURNS),
         "truncate": parameters.get("truncate") is None or switch(parameters, "truncate", where),
     }
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmkit.config import (
     MOST_DECAY,
+    MOST_RATE,
     TrainingConfig,
     argument,
     as_options,
@@ -102,7 +103,7 @@ class PretrainConfig(TrainingConfig):
         at_most=10,
     )
     head_learning_rate: float | None = option(
-        None, "AdamW learning rate of the output head [by the plan].", group="Training", above=0, at_most=10
+        None, "AdamW learning rate of the output head [by the plan].", group="Training", above=0, at_most=MOST_RATE
     )
     weight_decay: float | None = option(
         None, "Weight decay of the matrices [by the plan].", group="Training", at_least=0, at_most=MOST_DECAY
@@ -270,6 +271,11 @@ def _checked_inputs(config: PretrainConfig) -> list[str]:
                 if item.name.endswith("learning_rate"):
                     fixed = "with --from one --learning-rate is AdamW's for all parameters"
                 raise UserError(f"{flag_of(item)}: {fixed}; leave it out")
+        if config.learning_rate is not None and config.learning_rate > MOST_RATE:
+            raise UserError(
+                f"--learning-rate: expected at most {MOST_RATE} with --from, for it is AdamW's, "
+                f"found {config.learning_rate:g}"
+            )
         check_model_folder(config.model, "llmkit pretrain docs.jsonl --from base/")
     elif config.tokenizer is None:
         raise UserError("--tokenizer is required: a folder from llmkit train-bpe, such as --tokenizer tok/")

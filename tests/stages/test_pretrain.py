@@ -438,6 +438,7 @@ def test_a_model_from_elsewhere_stays_of_its_family(corpus, llmkit, tmp_path, fa
         (["--tie-word-embeddings"], "--tie-word-embeddings: comes from the model"),
         (["--tokenizer", "tok/"], "--tokenizer: comes from the model"),
         (["--head-learning-rate", "1"], "--head-learning-rate: with --from one --learning-rate is AdamW's for all"),
+        (["--learning-rate", "1.5"], "--learning-rate: expected at most 1 with --from, for it is AdamW's, found 1.5"),
         (["--sequence-length", "64"], "is 32, found 64"),
         (["--from", "nowhere/"], "nowhere/: expected a model folder, found nothing"),
         (["--from", "{corpus}/tok"], "config.json: not found"),
