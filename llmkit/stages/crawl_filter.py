@@ -109,7 +109,7 @@ class CrawlFilterConfig(CommonConfig):
 
 @dataclass(frozen=True)
 class Summary:
-    """What the command line prints."""
+    """Figures that the command prints."""
 
     path: str
     rejects: str | None
@@ -275,7 +275,7 @@ def _checked(config: CrawlFilterConfig) -> tuple[list[str], str]:
 
 
 def _bytes_of(inputs: Sequence[str]) -> int | None:
-    """How much there is to read, about; None when a pipe is among the inputs."""
+    """Estimate the bytes to read; None when a pipe is among the inputs."""
     from llmkit.crawl.state import files_of
 
     files = files_of(inputs)
@@ -288,7 +288,7 @@ def _bytes_of(inputs: Sequence[str]) -> int | None:
 def _say_plan(
     config: CrawlFilterConfig, recipe: Recipe, inputs: Sequence[str], out: str, workers: int, total: int | None
 ) -> None:
-    """What would be done; opens what would be read."""
+    """Print the plan of the run, after opening each input once."""
     for path in inputs:
         if path != "-" and not os.path.isdir(path):
             with open_input(path):
@@ -331,7 +331,7 @@ def _spans(config: CrawlFilterConfig, inputs: Sequence[str]) -> Iterator[Span]:
 
 
 def _state(config: CrawlFilterConfig, out: str, recipe: Recipe, inputs: Sequence[str]) -> State | None:
-    """Where finished spans are kept; None when the output is no file."""
+    """Open the folder of finished spans; None when the output is no file."""
     if out == "-" or (os.path.exists(out) and not os.path.isfile(out)):
         return None
     from llmkit.crawl.recipe import as_json
@@ -405,7 +405,7 @@ class _BadRecords:
 
 @contextmanager
 def _unfinished_is_told(state: State | None) -> Iterator[None]:
-    """What can be gone on with is kept and told of."""
+    """Keep a resumable state and say so where the work ends early; otherwise delete it."""
     try:
         yield
     except KeyboardInterrupt:

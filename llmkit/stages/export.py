@@ -60,7 +60,7 @@ class ExportConfig(CommonConfig):
 
 @dataclass(frozen=True)
 class Summary:
-    """What the command line prints."""
+    """Figures that the command prints."""
 
     path: str
     format: str

@@ -120,7 +120,7 @@ class PretrainConfig(TrainingConfig):
 
 @dataclass(frozen=True)
 class Summary:
-    """What the command line prints."""
+    """Figures that the command prints."""
 
     path: str
     steps: int
@@ -333,7 +333,7 @@ def _plan(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Plan:
-    """What the options leave open, decided by the first process; under a time budget by measuring this machine."""
+    """Derive what the options leave open, in the first process; under a time budget by measuring this machine."""
     from llmkit.model.devices import check_memory
     from llmkit.training import speed
     from llmkit.training.distributed import world

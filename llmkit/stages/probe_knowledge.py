@@ -118,8 +118,10 @@ class ProbeKnowledgeConfig(RecordsConfig, CommonConfig, ServedConfig):
 
 @dataclass(frozen=True)
 class Summary:
-    """What the command line prints when the conversations went to a file; `left_out` counts questions by reason,
-    `usage` has the requests and tokens of the writer and the judge in this run."""
+    """Figures that the command prints when the conversations went to a file.
+
+    `left_out` counts questions by reason; `usage` has the requests and tokens of the writer and the judge in this run.
+    """
 
     path: str
     report: str | None = None
@@ -267,7 +269,7 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Recited | None:
 
 
 def _checked(config: ProbeKnowledgeConfig, out: str) -> Path | None:
-    """Where the state of the run stands (None for nowhere), once all that can be known before the work is in order."""
+    """Check the options before any work; return the path of the run's state, None where it has none."""
     if not config.is_served or config.model is not None:
         check_model_folder(config.model, "llmkit probe-knowledge chat/ --questions q.jsonl")
     if config.is_served and (config.max_tokens is None or config.recite):
@@ -293,7 +295,7 @@ def _checked(config: ProbeKnowledgeConfig, out: str) -> Path | None:
 
 
 def _answering(config: ProbeKnowledgeConfig) -> Answering:
-    """Who answers; a server is asked whether it is there."""
+    """Open the model under test; of a server, check that it replies."""
     from llmkit.generation.next_token import Sampling
     from llmkit.probing.probe import folder_answering, served_answering
 

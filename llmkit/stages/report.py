@@ -43,7 +43,7 @@ class ReportConfig(CommonConfig):
 
 @dataclass(frozen=True)
 class Summary:
-    """What the command line prints: `runs` that were given, and `notes` that tell of what was left out."""
+    """Figures that the command prints: the number of `runs` given, and `notes` on what was left out."""
 
     path: str
     bytes: int
@@ -89,7 +89,7 @@ def run(config: ReportConfig) -> Summary | None:
 
 
 def _checked(config: ReportConfig) -> str:
-    """Where the result goes, once all that can be known before the work is in order."""
+    """Check the options before any work; return the output path."""
     if not config.runs:
         raise UserError("RUN is missing: run folders and files, such as llmkit report tok/ base/ chat/ -o report.html")
     if config.out is None and not config.json:

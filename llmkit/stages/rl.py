@@ -157,7 +157,7 @@ class RlConfig(TuningConfig, ToolConfig, ServedConfig):
 
 @dataclass(frozen=True)
 class Summary:
-    """What the command line prints. `success` is the share of right attempts in the last step, where rewards verify."""
+    """Figures that the command prints. `success` is the share of right attempts in the last step, with verifiers."""
 
     path: str
     steps: int

@@ -107,7 +107,7 @@ class SampleConfig(RecordsConfig, CommonConfig, ToolConfig, ServedConfig):
     )
 
     def __post_init__(self) -> None:
-        """Where a server generates, MODEL may be left out: a first argument that is no folder is an input."""
+        """Take a first argument that is no folder for an input where a server generates: MODEL may be left out then."""
         super().__post_init__()
         if self.is_served and self.model is not None and not Path(self.model).is_dir():
             object.__setattr__(self, "inputs", (self.model, *self.inputs))
@@ -120,7 +120,7 @@ class SampleConfig(RecordsConfig, CommonConfig, ToolConfig, ServedConfig):
 
 @dataclass(frozen=True)
 class Summary:
-    """What the command line prints when the text went to a file."""
+    """Figures that the command prints when the text went to a file."""
 
     path: str
     prompts: int
@@ -259,7 +259,7 @@ def _run_served(config: SampleConfig, out: str) -> Summary | None:
 
 
 def _asked(config: SampleConfig) -> dict[str, Any]:
-    """What every request has in common, for `Prompts`."""
+    """Collect the options that all requests share, for `Prompts`."""
     common = {name: getattr(config, name) for name in ("samples", "max_tokens", "seed")}
     return {**common, "own_seeds": config.jsonl}
 
@@ -318,7 +318,7 @@ def _slots(config: SampleConfig) -> int:
 
 
 def _plan(config: SampleConfig, folder: str, model: ModelConfig, precision: Precision, device: str) -> Iterator[str]:
-    """What `--dry-run` says."""
+    """Yield the lines of `--dry-run`."""
     size = precision.dtype.itemsize
     packed = {"dense": size, "half": 2, "int8": 1}[precision.weights]
     slots = _slots(config)
@@ -336,7 +336,7 @@ def _plan(config: SampleConfig, folder: str, model: ModelConfig, precision: Prec
 
 
 def _wanted(config: SampleConfig) -> str:
-    """What is asked for, in a line."""
+    """Describe the requests in one line."""
     source = "--prompt" if config.prompt is not None else " ".join(config.inputs) or "stdin"
     kept = ("samples", "max_tokens", "stop", "temperature", "top_k", "top_p", "min_p", "seed", "limit")
     options = ", ".join(f"{name} {value}" for name, value in as_options(config).items() if name in kept)
@@ -356,7 +356,7 @@ def _rows(config: SampleConfig, bad: BadRecords) -> Iterator[Row]:
 
 
 def _identity(config: SampleConfig, shots: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """What decides the text beside the prompts and who generates: the options that last."""
+    """Collect the options that decide the text, for the check on resuming; model and prompts are compared elsewhere."""
     shown = sha256(repr(list(shots)).encode()).hexdigest()[:16] if shots else None
     kept = {name: value for name, value in lasting_options(config).items() if name not in KNOWN_OTHERWISE}
     return {"what is in --shots": shown} | kept

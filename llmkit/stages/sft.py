@@ -115,7 +115,7 @@ class SftConfig(TuningConfig):
 
 @dataclass(frozen=True)
 class Summary:
-    """What the command line prints; under --patience `val_loss` is that of `kept_step`, whose parameters are saved."""
+    """Figures that the command prints; with --patience, `val_loss` is that of `kept_step`, the saved parameters."""
 
     path: str
     steps: int
@@ -251,7 +251,7 @@ def run(config: SftConfig) -> Summary | None:
 
 
 def _kept(config: SftConfig, work: Path, step: int | None) -> dict[str, float]:
-    """What the summary tells of the parameters that are saved, where those of a step were kept."""
+    """Return `val_loss` and `kept_step` of the best parameters, for the summary; nothing without --patience."""
     if step is None:
         return {}
     loss = round(last_figures(read_metrics(work / METRICS), step).get("val_loss", math.nan), 4)

@@ -47,7 +47,7 @@ class TrainBpeConfig(RecordsConfig, CommonConfig):
 
 @dataclass(frozen=True)
 class Summary:
-    """What the command line prints."""
+    """Figures that the command prints."""
 
     path: str
     vocab_size: int
@@ -152,7 +152,7 @@ def _checked(config: TrainBpeConfig, smallest: int, multiple: int) -> tuple[Path
 
 
 def _megabytes_of(inputs: list[str], limit_bytes: int | None) -> float | None:
-    """How much text there is at most; None for pipes and compressed files, which do not say."""
+    """Return an upper bound of the text in megabytes; None for pipes and compressed files without a limit."""
     files = [Path(path) for path in inputs if Path(path).is_file() and not path.endswith((".gz", ".zst"))]
     if len(files) < len(inputs):
         return limit_bytes / 1e6 if limit_bytes else None

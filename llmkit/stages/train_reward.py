@@ -98,7 +98,7 @@ class TrainRewardConfig(TuningConfig):
 
 @dataclass(frozen=True)
 class Summary:
-    """What the command line prints."""
+    """Figures that the command prints."""
 
     path: str
     steps: int
@@ -117,7 +117,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Scored:
-    """What the command line prints when the records went to a file, or when only an evaluation was asked for."""
+    """Figures that the command prints when the records went to a file, or after an evaluation alone."""
 
     path: str | None = None
     counts: dict[str, int] | None = None
@@ -392,7 +392,7 @@ def _score(config: TrainRewardConfig) -> Scored | None:
 
 
 def _asked_for(config: TrainRewardConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What an evaluation covers beside the accuracy."""
+    """Collect the options of an evaluation."""
     read = (lambda ids: tokenizer.decode(ids.tolist(), skip_specials=True)) if config.probe_biases else None
     return {"baseline": config.baseline == "length", "read": read, "seed": config.seed}
 
