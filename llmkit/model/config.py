@@ -153,12 +153,9 @@ class ModelConfig:
             qk_gain=1.0,
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Every field, for the trainer's own state; `ModelConfig.from_dict` reads it back."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
+        """Read back what `dataclasses.asdict` made of a configuration, and JSON of that."""
         values = dict(values)
         if values.get("rope_scaling"):
             values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
