@@ -183,7 +183,7 @@ class World:
         return self.rank * total // self.size, (self.rank + 1) * total // self.size
 
     def largest_share(self, total: int) -> int:
-        """Of how many rows the largest share is."""
+        """Return the rows of the largest share."""
         return -(-total // self.size)
 
     def deal(self, batches: Iterable[Any]) -> Iterator[Any]:

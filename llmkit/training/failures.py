@@ -1,8 +1,8 @@
-"""How a job of several processes ends when one of them fails, hangs or goes away: soon, and in one line.
+"""End a job of several processes soon, and in one line, when one of them fails, hangs or goes away.
 
 A process that fails leaves a note in the job's store. The first to do so waits a moment for the notes of the others
 and speaks for all; a thread in each process sees the notes and ends it, also where its main thread waits for one that
-will never answer. Who left no note is gone; who hangs is whoever does not wait for others.
+will never answer. A process without a note is gone; one that does not wait for others hangs.
 
 Before that, a process that fails in a training calls for its steps to be saved. The threads of the others write their
 parts: none of them can update its weights without the one that failed, so all stand after the same step.
@@ -211,7 +211,7 @@ def _say(message: str) -> None:
 
 
 def verdict(notes: Mapping[int, Mapping[str, Any]], size: int) -> tuple[str, int]:
-    """What is said of the notes of some processes, by rank, and the exit code.
+    """Turn the notes of some processes, by rank, into one message and an exit code.
 
     >>> verdict({1: {"kind": "error", "message": "no x", "code": 2}, 0: {"kind": "ended", "place": None}}, size=2)
     ('rank 1: no x', 2)
@@ -241,7 +241,7 @@ def _ranks(numbers: list[int]) -> str:
 
 
 def whereabouts() -> str | None:
-    """Where in llmkit the main thread is, such as "data/batches.py:88"; None where it waits for other processes."""
+    """Locate the main thread in llmkit, such as "data/batches.py:88"; None where it waits for other processes."""
     frame: Any = sys._current_frames().get(threading.main_thread().ident or 0)
     if _watch is not None and _watch._waiting_since is not None:
         return None

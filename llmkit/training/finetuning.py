@@ -309,7 +309,7 @@ class Finetuning:
             write_json(folder / "tokenizer_config.json", {**written.config, "pad_token": names[pad_id]})
 
     def trained_values(self) -> dict[str, torch.Tensor]:
-        """What `save` wants: the best parameters where there was a watch for them, else the last, whole and float32.
+        """Return the values to save, whole and float32: the best ones if they were watched for, else the last ones.
 
         All processes call it; the first gets them, the others none.
         """

@@ -105,7 +105,7 @@ def _polar_factor(x_MN: Tensor, steps: int) -> Tensor:
 
 @dataclass(frozen=True)
 class GroupSettings:
-    """How one group of parameters is updated. `kind` is "muon" or "adamw"; rates are at schedule factor 1."""
+    """Settings of one group of parameters. `kind` is "muon" or "adamw"; rates are at schedule factor 1."""
 
     kind: str
     learning_rate: float

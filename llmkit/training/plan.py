@@ -1,4 +1,4 @@
-"""What a pretraining run will be: shape, horizon and hyperparameters, derived from what the user fixed.
+"""Plan of a pretraining run: shape, horizon and hyperparameters, derived from what the user fixed.
 
 plan = make_plan(Wishes(depth=4, tokens=10_000_000), vocab_size=8192, corpus_tokens=20_000_000, ...)
 print(plan_table(plan))
@@ -27,7 +27,7 @@ DECAY_FRACTION = 0.6  # the last part of the run, over which the learning rate d
 
 @dataclass(frozen=True, kw_only=True)
 class Wishes:
-    """What the user fixed; None is ours to derive. The fields are options of `pretrain`."""
+    """Options of `pretrain` that fix a part of the plan; those that are None are derived."""
 
     model: str | None = None
     depth: int | None = None

@@ -70,7 +70,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def begin_backward(model: nn.Module, last: bool) -> None:
-    """Of several micro-batches only the last sends its gradients, with those of the others."""
+    """Reduce gradients across processes only after the last micro-batch."""
     if hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(last)  # type: ignore[operator]
 
@@ -114,7 +114,7 @@ def _chunk(rows: Tensor, index: int, count: int) -> Tensor:
 
 
 def _exchange(parts: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-    """What each process sends to this one, of given shapes; `parts` go to each."""
+    """Exchange tensors with all processes: send `parts`, one to each, and return what they sent, of these shapes."""
     import torch.distributed as dist
 
     inward = [prod(shape) for shape in shapes]

@@ -1,4 +1,4 @@
-"""How fast this machine is: its rate of matrix products, and the tokens a second of a model on it."""
+"""Speed of this machine: its rate of matrix products, and the tokens a second of a model on it."""
 
 from __future__ import annotations
 

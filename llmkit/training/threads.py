@@ -1,8 +1,8 @@
-"""How many threads compute a training step: as many as there are where they bring something, else one.
+"""Choose the number of threads of a training step: all of them where that is faster, else one.
 
 Threads wait for each other hundreds of times a step. On cores that others use too, a second thread may cost more than
-it brings, so that both are timed on steps of the training itself: at its start, when steps slow down, and now and
-then. The numbers that come out are the same on one thread and on several (tests/training/test_threads.py).
+it gains, so both numbers are timed on steps of the training itself: at its start, when steps slow down, and now and
+then. Results are the same on one thread and on several (tests/training/test_threads.py).
 """
 
 from __future__ import annotations
@@ -86,8 +86,11 @@ class StepThreads:
 
 
 def most_threads(device: torch.device, processes: int, compiled: bool) -> int:
-    """How many threads there are to choose from; 1 where nothing is to choose: on a GPU, beside processes of the same
-    job, under torch.compile, which compiles anew for another number, and where the user has set a number."""
+    """Return the largest number of threads to try.
+
+    It is 1 on a GPU, beside processes of the same job, where the user set a number, and under torch.compile, which
+    compiles anew for another number.
+    """
     if device.type != "cpu" or processes > 1 or compiled or "OMP_NUM_THREADS" in os.environ:
         return 1
     return torch.get_num_threads()

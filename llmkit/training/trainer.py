@@ -365,7 +365,7 @@ class Trainer:
         say(f"step {self.step} sample: {text!r}", self.settings.quiet)
 
     def results(self) -> dict[str, Any]:
-        """What the summary of a stage tells of the training: steps, tokens, last loss, last scores."""
+        """Return figures for the summary of a stage: steps, tokens, last loss, last scores."""
         figures = {"loss": self.last_loss, **self.scores}
         return {"steps": self.step, "tokens": self.tokens, **{k: round(v, 4) for k, v in figures.items()}}
 
@@ -508,7 +508,7 @@ class StepGivenUp(KeyboardInterrupt):
 
 
 class Signals:
-    """Whether SIGINT, SIGTERM or SIGHUP (a closed terminal) has arrived."""
+    """Notes whether SIGINT, SIGTERM or SIGHUP (a closed terminal) has arrived."""
 
     def __init__(self) -> None:
         self.arrived = self._acts = False
