@@ -4,7 +4,7 @@ Knows nothing of files or tensors: `from_hf` takes the parsed dictionary, `to_hf
 """
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from llmkit.errors import UserError
