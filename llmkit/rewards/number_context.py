@@ -128,7 +128,10 @@ DENIED_BEHIND = re.compile(
 TAKEN_BACK = re.compile(
     r"[^?.!\n]{0,20}\?|.{0,60}?(?:\b(?:(?:that|this|it|which)(?:['\u2019]s| is| was)|they(?:['\u2019]re| are| were))\s+"
     r"(?:clearly |actually |certainly )?"
-    rf"(?:wrong|incorrect|false|not {RIGHT})|\bwait\b|\b(?:actually|sorry|correction|i mean[t]?)\b[^0-9]{{0,40}}[0-9]"
+    rf"(?:wrong|incorrect|false|not {RIGHT})|\bwait\b"
+    r"|\b(?:no|nope|oops|hmm+)\b[^\w\n]{1,3}"
+    r"(?:(?:it|that|this)(?:['\u2019]s| is) |make (?:it|that) |the answer is )?[-$]?[0-9]"
+    r"|\b(?:actually|sorry|correction|i mean[t]?)\b[^0-9]{0,40}[0-9]"
     r"|\b(?:but|except that) (?:it|that|this|there) ?(?:is|are|was|were)(?:n['\u2019]t| not)\b)",
     ANY_CASE | re.DOTALL,
 )

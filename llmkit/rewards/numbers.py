@@ -69,7 +69,7 @@ CALLED = re.compile(r" is the (?:final |correct |right )?answer\b", re.IGNORECAS
 RESULT = re.compile(rf"(?<=[0-9)%])\s?=\s?[{CURRENCY}]?\Z")
 # what may follow a result: words, without a conclusion, a denial or another statement
 CIRCUMSTANCES = re.compile(
-    r"(?=\W{0,3}(?:[^\W\d_]|\Z))(?!.*\b(?:so|then|thus|therefore|which|leaving|is|are|was|were|has|have|or|not|wrong|no|if)\b)[^,;:=?!<>\n]{0,200}\.?\s*",
+    r"(?=\W{0,3}(?:[^\W\d_]|\Z))(?!.*\b(?:so|then|thus|therefore|which|leaving|is|are|was|were|has|have|or|not|wrong|no|if|but|except|minus|plus|less|times|until|later|and\s+[0-9])\b)[^,;:=?!<>\n]{0,200}\.?\s*",
     re.IGNORECASE,
 )
 VARIABLE = re.compile(r"[A-Za-z]\s*=(?!=)\s*\$?")
@@ -93,6 +93,12 @@ LATEX = (
     # 1 000 and 1 000 000, but no longer row of numbers
     (r"(?<![0-9.,])(?<![0-9.,] )([1-9][0-9]{0,2}) ([0-9]{3})(?: ([0-9]{3}))?(?![0-9]| [0-9])", r"\1\2\3"),
     (r"(?<=10)[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]{1,4}", lambda found: "^" + _normal(found[0])),
+    # per second: m s^{-1}
+    (
+        r"(?<=[A-Za-z])(?:\s|\\[,;: ]|\\cdot|\u00b7|~){1,3}(s|h|min)(?:\^\{?[-\u2212][12]\b\}?|\u207b[\u00b9\u00b2])",
+        r"/\1",
+    ),
+    (r"\$(?=[^$\n]{0,80}\\[A-Za-z ,;])([^$\n]{1,160}?)\$", r"\1"),  # the signs around LaTeX are no dollars
     (r"\\(?:[!,;: ]|left\b|right\b|displaystyle\b|quad\b)|~", " "),
     (rf"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname){S}\{{([^{{}}]{{0,200}})\}}", r" \1 "),
     (rf"{S}(?:\^{S}\{{?{S}\\circ{S}\}}?|\\degree\b|\u00b0)", " degrees "),
