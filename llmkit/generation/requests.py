@@ -25,7 +25,7 @@ from llmkit.formats.conversations import Conversation, Message, find_prompt, rea
 from llmkit.generation.generator import Completion, Request
 from llmkit.generation.next_token import request_number, seed_of_repeat
 from llmkit.io.bad_records import BadRecords
-from llmkit.io.files import PARTIAL, create, cut_torn_line, replace_file
+from llmkit.io.files import PARTIAL, create, cut_torn_line, errors_name, replace_file
 from llmkit.io.foreign import check_file
 from llmkit.io.jsonl import dump_json, json_row, open_bytes, read_jsonl
 from llmkit.io.progress import counted, say
@@ -268,7 +268,7 @@ def lasting_output(
         Path(out + PARTIAL + ".json").unlink(missing_ok=True)  # the notes of an older version
     state = RunState(notes, dict(identity), resume)
     try:
-        with _whole_prompts(partial, state, prompts, samples, ordered) as write:
+        with errors_name(out, partial), _whole_prompts(partial, state, prompts, samples, ordered) as write:
             yield write
     except BaseException as error:
         if not partial.stat().st_size:
@@ -281,7 +281,7 @@ def lasting_output(
         raise
     if out.lower().endswith((".gz", ".zst")):
         packed = f"{out}.packed{Path(out).suffix}"
-        with open_bytes(packed) as handle, partial.open("rb") as plain:
+        with errors_name(out, packed), open_bytes(packed) as handle, partial.open("rb") as plain:
             shutil.copyfileobj(plain, handle)
         replace_file(packed, out)
         partial.unlink()

@@ -213,7 +213,7 @@ def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
     """
     encoding = None if "b" in mode else "utf-8"
     if _is_special(path):
-        with _errors_name(path, path), open(path, mode, encoding=encoding) as handle:
+        with errors_name(path, path), open(path, mode, encoding=encoding) as handle:
             yield handle
         return
     if os.path.isdir(path):
@@ -222,7 +222,7 @@ def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
     partial = final + PARTIAL
     _make_parents(final)
     try:
-        with _errors_name(path, partial), create(partial, mode) as handle:
+        with errors_name(path, partial), create(partial, mode) as handle:
             yield handle
             handle.flush()
             usual = os.fstat(handle.fileno()).st_mode & 0o777
@@ -245,7 +245,7 @@ def atomic_folder(path: str | os.PathLike[str], force: bool = False) -> Iterator
     partial = final.with_name(final.name + PARTIAL)
     remove(partial)  # left by a run that was killed
     try:
-        with _errors_name(path, partial):
+        with errors_name(path, partial):
             partial.mkdir(parents=True)
             yield partial
         replace_folder(partial, final)
@@ -255,7 +255,7 @@ def atomic_folder(path: str | os.PathLike[str], force: bool = False) -> Iterator
 
 
 @contextmanager
-def _errors_name(path: str | os.PathLike[str], partial: str | os.PathLike[str]) -> Iterator[None]:
+def errors_name(path: str | os.PathLike[str], partial: str | os.PathLike[str]) -> Iterator[None]:
     """Errors of writing `partial` name the output `path`; safetensors wraps the OSError of a full disk in its own."""
     try:
         yield

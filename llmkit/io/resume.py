@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -20,7 +20,7 @@ from typing import IO, Any, TypeVar
 import orjson
 
 from llmkit.errors import Interrupted, ServerError, UserError
-from llmkit.io.files import create, cut_torn_line
+from llmkit.io.files import create, cut_torn_line, errors_name
 from llmkit.io.foreign import check_file, sealed, unsealed
 from llmkit.io.progress import say
 from llmkit.io.run_folder import check_identity
@@ -48,8 +48,7 @@ class RunState:
             self._file = path.open("r+b") if begun else create(path, "w+b")
         self._start, self.kept = self._take_over(identity) if begun else (0, 0)
         if not self._start:  # a new one, or killed before its first line was whole
-            self._start = self._file.write(orjson.dumps({"run": identity}) + b"\n")
-            self._file.flush()
+            self._start = self._write(orjson.dumps({"run": identity}) + b"\n")
 
     def _take_over(self, identity: dict[str, Any]) -> tuple[int, int]:
         """Where the records begin and how many there are."""
@@ -77,8 +76,13 @@ class RunState:
     def append(self, record: dict[str, Any]) -> None:
         """Add a record; it is there as soon as this returns, whatever becomes of the process."""
         self._file.seek(0, os.SEEK_END)
-        self._file.write(orjson.dumps(sealed(record)) + b"\n")
-        self._file.flush()
+        self._write(orjson.dumps(sealed(record)) + b"\n")
+
+    def _write(self, line: bytes) -> int:
+        with errors_name(self.path or "memory", self.path or "memory"):
+            self._file.write(line)
+            self._file.flush()
+        return len(line)
 
     def records(self) -> Iterator[dict[str, Any]]:
         """All records, from the first."""
@@ -95,7 +99,8 @@ class RunState:
 
     def remove(self) -> None:
         """The work is done."""
-        self._file.close()
+        with suppress(OSError):  # a full disk, which has been told
+            self._file.close()
         if self.path is not None:
             self.path.unlink()
 

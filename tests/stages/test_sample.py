@@ -382,6 +382,38 @@ def test_a_base_model_is_not_asked_in_turns(tmp_path, llmkit):
     assert done.returncode == 2 and "a base model, which has not learnt to end a turn" in done.stderr
 
 
+NOTES_ON_A_FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from llmkit.errors import UserError
+from llmkit.io.resume import RunState
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+state = RunState(Path(sys.argv[1]), {}, False)
+try:
+    for number in range(1000):
+        state.append({"number": number})
+except UserError as error:
+    state.remove()
+    print(error)
+"""
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_file(folder, tmp_path):
+    given = write_lines(tmp_path / "prompts.jsonl", [{"prompt": PROMPTS[n % 8]} for n in range(200)])
+    out, notes = tmp_path / "out.jsonl", tmp_path / "answers.state"
+    words = [sys.executable, "-m", "llmkit", "sample", folder, given, "--jsonl", "--quiet", "--max-tokens", "20"]
+    words = [*map(str, words), "-o", str(out)]
+    limited = ["bash", "-c", 'ulimit -f 8; exec "$@"', "bash", *words]
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert f"{out}: no space left there; make room" in done.stderr
+    done = subprocess.run([*words, "--resume"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and len(read_lines(out)) == 200, done.stderr
+    words = [sys.executable, "-c", NOTES_ON_A_FULL_DISK, str(notes)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"{notes}: no space left there; make room and run it again\n" and not done.stderr
+
+
 @pytest.mark.parametrize("notes", [None, b""])
 def test_an_unfinished_output_without_notes_is_not_gone_on_with(folder, tmp_path, llmkit, notes):
     """It was kept, whatever had made it, after "nothing stands there yet, so the run starts"."""
