@@ -241,7 +241,7 @@ class Chat:
 
 
 def _is_of_conversations(content: bytes) -> bool:
-    """Whether the first line of a file is a record with `messages`."""
+    """True if the first line of a file is a record with `messages`."""
     try:
         first = json.loads(content.lstrip().split(b"\n", 1)[0])
     except ValueError:

@@ -59,7 +59,7 @@ Answers = Iterator[tuple[K, "list[T | Missing]"]]
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """How chat models are asked.
+    """Settings of requests to chat models.
 
     max_tokens            of an answer
     seed                  of the first try; the second has the next one
@@ -219,7 +219,7 @@ class FolderChatModel:
 
 
 def cost(model: ChatModel) -> str:
-    """What was asked of a model, and what of its replies could not be read."""
+    """Describe the cost of a model's replies, with an example of those that could not be read."""
     unread = "" if model.unread is None else f"; unreadable, for example: {shortened(model.unread)!r}"
     return f"{model.name}: {model.usage}{unread}"
 

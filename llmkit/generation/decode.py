@@ -46,7 +46,7 @@ PACKED_ROWS, MKL_ROWS = 2, 8  # the fewest rows, or their multiple, at which a r
 
 @dataclass(frozen=True)
 class Prefix:
-    """What T tokens left behind: keys and values (L, K, T, D) and the logits of the token that follows.
+    """Cache of T tokens: keys and values (L, K, T, D), and the logits of the token that follows.
 
     The logits are (1, V), or (0, V) where nobody has computed them.
     """
@@ -287,7 +287,7 @@ class Decoder:
         return y_NC if gain is None else y_NC.mul_(gain)
 
     def _mask(self, position_B: Tensor, seen: int, window: int | None) -> Tensor:
-        """What is added to the scores: (B * K, 1, S), minus infinity where a key is not to be seen."""
+        """Return the attention mask (B * K, 1, S): minus infinity for keys that are not to be seen, else 0."""
         key_S, last_B1 = torch.arange(seen, device=self.device), position_B.unsqueeze(1)
         hidden_BS = key_S > last_B1
         if window is not None:

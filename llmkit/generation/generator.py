@@ -165,7 +165,7 @@ class _Running:
 
     @property
     def position(self) -> int:
-        """Where the last token stands; its slot holds all before it."""
+        """Position of the last token; its slot holds all before it."""
         return len(self.request.prompt_ids) + len(self.token_ids) - 1
 
     @property
@@ -294,7 +294,7 @@ class Generator:
                 yield _Running(index, sample, request, limit, room, decoding, StopMatcher(self._stop)), prefix
 
     def _prefill(self, prompt: tuple[int, ...]) -> Prefix:
-        """What a prompt leaves; equal prompts that follow closely share it."""
+        """Prefill a prompt; equal prompts that follow closely share the result."""
         prefix = self._prompts.pop(prompt, None) or self.decoder.prefill(list(prompt))
         self._prompts[prompt] = prefix
         if len(self._prompts) > KEPT_PROMPTS:

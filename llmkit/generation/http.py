@@ -107,7 +107,7 @@ def text_of(content: Any) -> str:
 
 
 def _mappings(parts: Iterable[Any]) -> Iterable[dict[str, Any]]:
-    """Those parts that have fields: JSON objects, or what `openai` makes of them."""
+    """Yield the fields of parts that have any: JSON objects, or what `openai` makes of them."""
     for part in parts:
         fields = part if isinstance(part, dict) else getattr(part, "__dict__", None)
         if isinstance(fields, dict):

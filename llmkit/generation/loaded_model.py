@@ -43,7 +43,7 @@ class OpenedModel:
 
     @cached_property
     def chat(self) -> ChatFormat:
-        """How conversations become tokens. Raises UserError for a base model: it would go on and on with a question."""
+        """Chat format of the model. Raises UserError for a base model: it would continue a question, not answer it."""
         chat = chat_format(self.tokenizer)
         if chat.end_id not in self.end_ids:
             raise UserError(

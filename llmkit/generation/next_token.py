@@ -24,7 +24,7 @@ HEAD_TOKENS = 256  # most likely tokens looked at first for top-p: sorting 32,00
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which distribution is drawn from: temperature, then top-k, top-p of what is left, and min-p.
+    """Distribution to sample from: temperature, then top-k, top-p of what is left, and min-p.
 
     temperature  divides the logits; 0 always takes the most likely token
     top_k        keep the k most likely tokens
@@ -163,8 +163,10 @@ def uniforms(seed: int, request: int, sample: int, start: int, count: int) -> np
 
 
 def request_number(ids: Sequence[Any]) -> int:
-    """What tells a prompt's request from others with its seed, wherever it stands: 64 bits of its tokens, or of its
-    text or messages where a server makes the tokens."""
+    """Hash a prompt to 64 bits, which tell its request from others with its seed at any position.
+
+    Hashed are its tokens, or its text or messages where a server makes the tokens.
+    """
     return int.from_bytes(blake2b(",".join(map(str, ids)).encode(), digest_size=8).digest(), "little")
 
 

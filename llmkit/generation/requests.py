@@ -207,7 +207,7 @@ def completion_record(
 
 
 class _Kept:
-    """What an unfinished file holds: `has` tells whether a record is among it, in the order of the file or in any."""
+    """Records of an unfinished file: `has` tells whether a record is among them, in the order of the file or in any."""
 
     def __init__(self, records: Iterator[dict[str, Any]], partial: Path, ordered: bool) -> None:
         self._partial = partial

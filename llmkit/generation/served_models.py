@@ -55,7 +55,7 @@ class PromptTooLong(Exception):
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server is, and which of its models is meant; `flag` is the option that says so."""
+    """Address of a server, and the name of one of its models; `flag` is the option that gave them."""
 
     url: str
     model: str
@@ -90,7 +90,7 @@ def parse_address(spec: str, flag: str) -> Address:
 
 
 def _header_value(name: str) -> str | None:
-    """What an environment variable gives a header, without the white space of the file it came from; None for nothing.
+    """Read a header's value from an environment variable, without white space around it; None for nothing.
 
     Raises UserError where no header can hold it, without its value, which is secret.
     """
@@ -102,7 +102,7 @@ def _header_value(name: str) -> str | None:
 
 @dataclass
 class Usage:
-    """What was asked for so far: answered requests, and tokens as the server counts them."""
+    """Usage so far: answered requests, and tokens as the server counts them."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -119,7 +119,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a server has made of a prompt.
+    """Completion of a prompt by a server.
 
     text, finish_reason  as it says them
     tokens      in its count, the end token among them or not
@@ -359,7 +359,7 @@ def _read(found: Any) -> Reply | None:
 
 
 def _beside_text(message: Any) -> Iterator[str]:
-    """What a message has that is no text of the answer."""
+    """Yield the kinds of content that a message has beside the text of the answer."""
     if getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None):
         yield "reasoning"
     if getattr(message, "tool_calls", None) or getattr(message, "function_call", None):
@@ -421,7 +421,7 @@ def _numbers(values: Any) -> list[float] | None:
 
 
 def _message(error: Any) -> str:
-    """What the server says of an error: as OpenAI does, as FastAPI does, or in its own way."""
+    """Extract a server's error message, in the form of OpenAI, of FastAPI, or its own."""
     body = error.body if isinstance(error.body, dict) else {}
     return shortened(str(body.get("message") or body.get("detail") or error.response.text or error.message))
 

@@ -58,7 +58,7 @@ class Served:
 
     @cached_property
     def chat(self) -> ChatFormat | None:
-        """How conversations become tokens here; None where the server has them become tokens."""
+        """Chat format of the tokenizer here; None where the server makes tokens of messages."""
         try:
             return None if self.tokenizer is None else chat_format(self.tokenizer)
         except UserError as error:
@@ -74,7 +74,7 @@ class Served:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must have in common."""
+        """Values that a resumed run must have in common with its beginning."""
         return {
             "the model": self.server.address.name,
             "the tokenizer": None if self.tokenizer is None else self.tokenizer.sha256[:16],
@@ -250,7 +250,7 @@ class ServedSampler:
 
 
 def _details(sampling: Sampling, stop: Sequence[str], by_tokens: bool) -> dict[str, Any]:
-    """What a request has beside prompt, seed, length, temperature and log-probabilities.
+    """Collect the fields of a request beside prompt, seed, length, temperature and log-probabilities.
 
     Servers that take token ids know the fields beyond OpenAI's, and have defaults of their own for them (vLLM those
     of the model's generation_config.json): there all are named. Others may refuse a field that they do not know, so

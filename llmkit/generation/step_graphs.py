@@ -23,7 +23,7 @@ MOST_GRAPHS = 48  # held at once: of a 48-layer model each has some 700 nodes, a
 
 
 class Recording(Protocol):
-    """What a function of no arguments did; `out` is what it returned, and `replay` makes it anew in its place."""
+    """Recorded work of a function without arguments: `out` is its result; `replay` computes it again in place."""
 
     out: Tensor
 

@@ -66,7 +66,7 @@ def _piped_lines() -> Iterator[str]:
 
 
 def _keyboard() -> _Keyboard | None:
-    """Where somebody types and sees what they type; None where nobody does."""
+    """Open the terminal at which somebody types and sees the typing; None where there is none."""
     if sys.stdin is None or not sys.stdin.isatty():
         return None
     for stream in (sys.stdout, sys.stderr):
@@ -134,7 +134,7 @@ class _Keyboard:
 
 
 def _typed_ahead() -> str:
-    """What was typed or pasted while an answer came, without the keys that are no text. Raises EOFError for Ctrl-D."""
+    """Read what was typed or pasted during an answer, without control keys. Raises EOFError for Ctrl-D."""
     from prompt_toolkit.input.vt100 import raw_mode
 
     waiting, found = sys.stdin.fileno(), b""

@@ -73,7 +73,7 @@ class ToolUse:
         return self.starts[token_ids[start]], self._tokenizer.decode(token_ids[start + 1 : -1], skip_specials=True)
 
     def input_of(self, call: OpenCall) -> str:
-        """What the model wrote to the tool."""
+        """Return the input that the model wrote for the tool."""
         return self._tokenizer.decode(call.token_ids, skip_specials=True)
 
     def run(self, tool: str, text: str) -> ToolResult:
@@ -91,7 +91,7 @@ class ToolUse:
     def parts(
         self, token_ids: Sequence[int], sampled: Sequence[bool], calls: Sequence[Mapping[str, Any]]
     ) -> tuple[Part, ...]:
-        """What a completion with calls consists of: texts, calls and results as they follow one another.
+        """Split a completion with calls into texts, calls and results, in their order.
 
         A result is what was not sampled, whatever tokens the model writes around words of its own. A call that has no
         result is left out: it was cut, or one too many.
@@ -135,7 +135,7 @@ def open_tools(
 
 
 def told_unavailable(counts: Sequence[Mapping[str, int]]) -> Iterator[str]:
-    """What to say of calls of tools that were not given, by tool, from the counts of each process."""
+    """Yield a note for each tool that was called without being given, from the counts of each process."""
     for tool in TOOLS:
         if count := sum(one.get(tool, 0) for one in counts):
             yield (
@@ -163,7 +163,7 @@ class CallQueue(Generic[Waiting]):
         self._waiting[self._pool.submit(self._use.run, tool, text)] = waiting
 
     def answered(self, at_least_one: bool) -> Iterator[tuple[Waiting, ToolResult]]:
-        """Those whose answers have come; with `at_least_one`, wait for the first."""
+        """Yield the calls whose answers have come; with `at_least_one`, wait for the first."""
         if at_least_one and self._waiting:
             wait(self._waiting, return_when=FIRST_COMPLETED)
         for future in [future for future in self._waiting if future.done()]:
