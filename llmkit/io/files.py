@@ -370,7 +370,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def found_instead(error: json.JSONDecodeError) -> str:
-    """What stands where JSON would go on, for a message: `found '}' at column 15 (trailing comma is not allowed)`."""
+    """Describe where JSON fails, for a message: `found '}' at column 15 (trailing comma is not allowed)`."""
     if "UTF-8" in error.msg:
         return "found bytes that are not UTF-8"
     if "end of data" in error.msg or not error.doc.strip():

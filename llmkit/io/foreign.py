@@ -1,7 +1,7 @@
-"""What comes from elsewhere, read behind checks: the kind of a file, its size, the types and sizes of its values.
+"""Read files from elsewhere behind checks of kind and size, and of the types and sizes of their values.
 
-A folder that somebody else made may hold anything. What is wrong with it is a UserError that names the file, what was
-expected and what was found, before memory or time is spent on it.
+A folder that somebody else made may hold anything. A fault raises UserError, with the file, the expected and the found,
+before memory or time is spent on it.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ serve(make)
 
 
 class Work(Protocol):
-    """What is done with an item, built once in each process; with None, after the last item, it gives what is left."""
+    """Work on one item, built once in each process; None, after the last item, asks for what is left."""
 
     def __call__(self, item: Any) -> Iterable[Any]: ...
 

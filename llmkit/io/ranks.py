@@ -1,8 +1,8 @@
-"""Which of several processes this one is, as torchrun tells it: the one place where the environment is read.
+"""Rank and world size of this process, as torchrun sets them: the one place where the environment is read.
 
     torchrun --nproc-per-node 8 -m llmkit pretrain docs.jsonl --tokenizer tok/ --depth 12 -o base/
 
-A process that nobody started beside others is rank 0 of 1. Source: the variables that torchrun sets,
+Without torchrun, rank is 0 and world size is 1. Source: the variables that torchrun sets,
 https://docs.pytorch.org/docs/stable/elastic/run.html
 """
 
@@ -42,7 +42,7 @@ class Launch:
 
 
 def read_launch(environment: Mapping[str, str]) -> Launch:
-    """What the variables tell; all of them count, or none. Raises UserError for values that are no numbers."""
+    """Read torchrun's variables; without all of them, none count. Raises UserError for values that are no numbers."""
     if any(name not in environment for name in NEEDED):
         return Launch()
     names = {"LOCAL_RANK": "0", "TORCHELASTIC_RESTART_COUNT": "0", **environment}

@@ -1,4 +1,4 @@
-"""What a run has made so far, in a file that outlives a kill: a line that tells what the run is, then a record a line.
+"""Keep a run's records in a file that outlives a kill: a line that identifies the run, then a line for each record.
 
 state = RunState(Path("out.jsonl.state"), {"--seed": 0}, resume=True)
 for question in state.remaining(questions, made_of):
@@ -51,7 +51,7 @@ class RunState:
             self._start = self._write(orjson.dumps({"run": identity}) + b"\n")
 
     def _take_over(self, identity: dict[str, Any]) -> tuple[int, int]:
-        """Where the records begin and how many there are."""
+        """Check the file's first line; return the offset of the first record and the number of records."""
         cut_torn_line(self._file)
         self._file.seek(0)
         first = self._file.readline()
@@ -64,7 +64,7 @@ class RunState:
         return self._file.tell(), sum(1 for _ in iter(self._file.readline, b""))
 
     def remaining(self, given: Sequence[T], made_of: Callable[[dict[str, Any], T], bool]) -> Iterator[T]:
-        """What is behind all that has a record, as `made_of` tells. Raises UserError for any other's."""
+        """Yield the items after the last that has a record, by `made_of`. Raises UserError for a record of no item."""
         left = iter(given)
         for record in list(self.records()):
             if next((one for one in left if made_of(record, one)), None) is None:
@@ -107,7 +107,7 @@ class RunState:
 
 @contextmanager
 def resumable(*paths: Path | None) -> Iterator[None]:
-    """Where Ctrl-C or a server ends the work, say how to go on with the first of the files that is there."""
+    """Say, where Ctrl-C or a server ends the work, how to resume from the first of the files that exists."""
     try:
         yield
     except (KeyboardInterrupt, ServerError) as error:
@@ -121,7 +121,7 @@ def resumable(*paths: Path | None) -> Iterator[None]:
 
 
 def fingerprint(folder: str) -> str:
-    """What tells a model from another one, without reading all of its weights."""
+    """Hash a model's configuration, tokenizer and the ends of its weights, which tell it from another model."""
     digest = sha256()
     for path in sorted(Path(folder).iterdir()):
         if path.name in ("config.json", "tokenizer.json") or path.suffix == ".safetensors":

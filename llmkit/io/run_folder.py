@@ -53,7 +53,7 @@ def check_model_folder(path: str | None, example: str) -> None:
 
 
 def checkpoint_place(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step stands."""
+    """Return the path of a step's checkpoint."""
     return folder / f"step-{step:08d}"
 
 
@@ -149,7 +149,7 @@ class RunFolder:
         return manifest["results"]
 
     def notes(self, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-        """What `begin` noted for the run that is resumed; None for a new run.
+        """Return the notes of `begin` for the run that is resumed; None for a new run.
 
         Raises UserError naming the first part of the identity that is not what it was.
         """

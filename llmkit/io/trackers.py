@@ -37,7 +37,7 @@ class Mirror(Protocol):
 
 
 def mirrors(options: TrainingConfig, folder: Path) -> list[Callable[[], Mirror]]:
-    """What opens the mirrors that the options ask for, of a run in a folder."""
+    """Return functions that open the mirrors that the options ask for, of a run in a folder."""
     found: list[Callable[[], Mirror]] = []
     if options.tensorboard:
         found.append(partial(TensorBoard, folder))
