@@ -29,7 +29,9 @@ from llmkit.io.records import PROMPT_FIELDS, Row, fields_of, kind_of, not_used
 
 ANSWERS = ("answer", "solution", "target", "continuation", "correct", "lSolutions", "answerKey", "gold", "output")
 MARKER = "####"
-BRACES = re.compile(r"(?P<box>\\(?:f?boxed|fbox)\s*)(?:(?P<brace>\{)|(?P<bare>[^\s\\{}$.,]+))|\\.|[{}]", re.DOTALL)
+BRACES = re.compile(
+    r"(?P<box>\\(?:boxed|(?P<frame>fbox|fboxed))\s*)(?:(?P<brace>\{)|(?P<bare>[^\s\\{}$.,]+))|\\.|[{}]", re.DOTALL
+)
 LABEL = re.compile(r"\s*\(?([A-Z])\s*[).:]\s*")
 
 
@@ -106,24 +108,28 @@ def read_options(record: dict[str, Any], where: str) -> tuple[tuple[str, str], .
 
 
 def last_boxed(text: str) -> str | None:
-    """Return the content of the last closed \\boxed{...} of a text, inner braces included; None without one.
+    """Return the content of the last closed \\boxed{...}, or \\fbox{...} where nothing is boxed; None without one.
 
     >>> last_boxed(r"so \\boxed{\\frac{1}{2}}"), last_boxed(r"\\boxed{1} or \\boxed 7"), last_boxed(r"\\boxed{1")
     ('\\\\frac{1}{2}', '7', None)
     """
-    last = 0
-    found = None
-    open_braces: list[int | None] = []  # where the content of a box begins; None for any other brace
+    last = {"box": 0, "frame": 0}  # where the content of the last one begins
+    found: dict[str, tuple[int, int]] = {}
+    open_braces: list[tuple[str, int]] = []  # what a brace belongs to, and where its content begins
     for mark in BRACES.finditer(text):
+        kind = "frame" if mark["frame"] else "box"
         if mark["box"] and mark["brace"]:
-            open_braces.append(mark.end())
+            open_braces.append((kind, mark.end()))
         elif mark["bare"]:
-            last, found = mark.start(), mark.span("bare")
+            last[kind], found[kind] = mark.start(), mark.span("bare")
         elif mark[0] == "{":
-            open_braces.append(None)
-        elif mark[0] == "}" and open_braces and (start := open_braces.pop() or 0) > last:
-            last, found = start, (start, mark.start())
-    return text[found[0] : found[1]].strip() if found else None
+            open_braces.append(("", 0))
+        elif mark[0] == "}" and open_braces:
+            kind, start = open_braces.pop()
+            if kind and start > last[kind]:
+                last[kind], found[kind] = start, (start, mark.start())
+    span = found.get("box") or found.get("frame")
+    return text[span[0] : span[1]].strip() if span else None
 
 
 # ---- fields

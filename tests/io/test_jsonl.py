@@ -99,7 +99,7 @@ def test_a_huge_line_and_unicode_pass(tmp_path: Path) -> None:
     ("line", "message"),
     [
         (b"not json", "expected one JSON object a line"),
-        (b'{"text": ', "unexpected end of data"),
+        (b'{"text": ', "found the end of the text before that of the JSON"),
         (b'["a"]', "found a list"),
         (b'"a"', "found a string"),
         (b"null", "found null"),
