@@ -1,11 +1,11 @@
-"""A conversation with a model, turn by turn: what `llmkit sample --chat` is made of.
+"""A conversation with a model, turn by turn, for `llmkit sample --chat`.
 
     chat = Chat(generator, opened.chat, context=2048, system="Be brief.", tools=tools)
     chat.ask("Who are you?", write=print)
 
 It knows no terminal: messages and commands come as lines (generation/terminal.py reads them where somebody types),
-answers go to one function and all else that is said to another. Of a conversation that outgrows the context the oldest
-turns are no longer shown to the model, never the system message, and that is said; `/save` writes them all.
+answers go to one function and notes to another. Of a conversation that outgrows the context the model no longer sees
+the oldest turns, but always the system message, and a note says so; `/save` writes them all.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Prompts in, answers out, whoever gives them: an assistant's folder, or a model behind a server.
+"""Prompts in, answers out, from an assistant's folder or a model behind a server.
 
     model = open_chat_model("judge/", "--judge", settings)
     model.check()
     for name, answers in model.ask([("first", ["Is 7 prime? Say yes or no."])], yes_or_no, temperature=0.3): ...
 
-A prompt whose answer `read` cannot read is asked once again, with another seed. What a model thinks aloud between
-<think> and </think> is no part of its answer.
+A prompt whose answer `read` cannot read is asked once again, with another seed. Text between <think>
+and </think> is no part of an answer.
 """
 
 from __future__ import annotations

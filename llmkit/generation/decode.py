@@ -129,7 +129,7 @@ class Decoder:
         return -(-used // MKL_ROWS) * MKL_ROWS
 
     def prefill(self, token_ids: list[int]) -> Prefix:
-        """Run a prompt through the model by itself: what it leaves depends on nothing else."""
+        """Run a prompt through the model by itself; the result depends on nothing else."""
         return self.extend(self._nothing(), token_ids)
 
     def extend(self, prefix: Prefix, token_ids: list[int]) -> Prefix:

@@ -1,4 +1,4 @@
-"""A model folder opened for generation: what it is first, its weights when they are needed.
+"""Open a model folder for generation: its configuration first, its weights when they are needed.
 
 opened = open_model("chat/", device="auto", dtype="auto")
 with opened.computing():

@@ -86,7 +86,7 @@ def choose_tokens(
 
 
 def truncate(probabilities_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities with zeros where top-k, top-p or min-p cut; what is left is not scaled up.
+    """Set probabilities to zero where top-k, top-p or min-p cut, without scaling up the others.
 
     Every rule comes down to the smallest probability that a row keeps, and the strictest one holds.
     """

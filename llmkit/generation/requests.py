@@ -91,7 +91,7 @@ class Prompts:
     rows        with `prompt` or `messages`; their own `seed` is used where `own_seeds` says so
     encode      what a prompt's text becomes, and what a conversation becomes
     samples, max_tokens, seed  of each request
-    context     of the model, where it is known: what is longer is a bad record
+    context     of the model, where it is known: a longer prompt is a bad record
     unknown     the token of characters outside the vocabulary
     bad         skips bad records; without it, the first raises UserError
     """
@@ -191,7 +191,7 @@ class Prompts:
 def completion_record(
     row: Row, completion: Completion, seed: int, sample: int | None, logprobs: bool, tools: bool
 ) -> dict[str, Any]:
-    """The record of one completion: what its prompt's record holds, and what was made, as `with_made` joins them."""
+    """Join the record of a prompt with one completion (`with_made`)."""
     made: dict[str, Any] = {"completion": completion.text}
     known = {"token_ids": completion.token_ids}
     if logprobs:
@@ -248,11 +248,11 @@ def _identity(record: dict[str, Any]) -> bytes:
 def lasting_output(
     out: str, prompts: Prompts, samples: int, ordered: bool, resume: bool, identity: Mapping[str, Any]
 ) -> Iterator[Callable[[dict[str, Any]], object]]:
-    """A file `out` + ".partial" that becomes `out` at the end; what is whole in it stays if this run ends early.
+    """Write a file `out` + ".partial" that becomes `out` at the end; its whole lines stay if this run ends early.
 
-    With `resume` the whole prompts of a former one are kept. `identity` is what decides the text beside the prompts,
-    JSON values by the names that a user knows: noted beside the file, with a checksum of its lines, and asked for
-    again. Raises UserError where one of them is another, Interrupted where Ctrl-C ends the run.
+    With `resume` the whole prompts of a former one are kept. `identity` decides the text beside the prompts,
+    JSON values by the names that a user knows: noted beside the file, with a checksum of its lines, and compared
+    on resuming. Raises UserError where one of them differs, Interrupted where Ctrl-C ends the run.
     """
     partial, notes = Path(out + PARTIAL), Path(out + PARTIAL + ".state")
     if resume and partial.exists():

@@ -165,7 +165,7 @@ class OpenAIClient:
         self._counting = threading.Lock()
 
     def check(self) -> str | None:
-        """Ask for the server's models; who owns ours, in the server's words ("vllm", "sglang", "llamacpp"), or None.
+        """Ask for the server's models; return the owner of ours ("vllm", "sglang", "llamacpp"), or None.
 
         Raises ServerError where it does not answer or refuses the key.
         """
@@ -277,7 +277,7 @@ class OpenAIClient:
         return Reply("".join(pieces), _finish(reason), count, left_out=tuple(sorted(left_out)))
 
     def command(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """POST to a path beside the API, such as "/flush_cache": what it answers. Raises ServerError."""
+        """POST to a path beside the API, such as "/flush_cache", and return the reply. Raises ServerError."""
         import openai
 
         parts = urlsplit(self.address.url)

@@ -1,4 +1,4 @@
-"""Completions from a server: what `Generator` does with a folder, done by a model behind `openai:URL#NAME`.
+"""Completions from a model behind `openai:URL#NAME`, with the interface of `Generator`.
 
     served = open_served("openai:http://localhost:8000/v1#qwen", "chat/", timeout=120, retries=6)
     sampler = served.sampler(Sampling(temperature=0.8), concurrency=8)

@@ -2,7 +2,7 @@
 
 A recorded step is one launch. It knows nothing of the host but what it was recorded with, so it is a function of
 tensors that stay in their place: the tokens and positions fed, and what its decoder holds. One is recorded for each
-number of rows and of positions seen, both rounded up; whoever moves what a step reads has to `forget` them all.
+number of rows and of positions seen, both rounded up. After the tensors that a step reads were moved, `forget` all.
 """
 
 from __future__ import annotations
@@ -73,13 +73,13 @@ class StepGraphs:
         self._graphs: OrderedDict[tuple[int, int], Recording] = OrderedDict()
 
     def forget(self) -> None:
-        """Drop all recordings: what they read is somewhere else now."""
+        """Drop all recordings, after the tensors that they read were moved."""
         self._graphs.clear()
 
     def run(self, rows: int, seen: int, fed: list[list[int]], compute: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """`compute(token_B, position_B)` of what is `fed`, (2, rows), over `seen` positions: the caller's own logits.
 
-        What cannot be recorded, for want of memory or by its nature, is computed, now and from then on.
+        A step that cannot be recorded, for want of memory or by its nature, is computed, now and from then on.
         """
         on_gpu = self._fed_2R.device.type == "cuda"
         token_B, position_B = self._fed_2R[:, :rows]
