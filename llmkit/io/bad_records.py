@@ -31,7 +31,7 @@ def good_records(
     bad: BadRecords | None = None,
     limit: int | None = None,
 ) -> Iterator[T]:
-    """Yield what `read` makes of the records of one file, at most `limit`; those that are bad are skipped.
+    """Yield what `read` makes of the records of one file, at most `limit`; skip bad ones.
 
     A bad record is a UserError among `rows`, or one that `read` refuses by a UserError. `bad` counts and reports it,
     and raises UserError beyond its bound; without `bad` the first one is raised.

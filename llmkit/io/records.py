@@ -50,7 +50,7 @@ def not_used(
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One record and the place it came from; line 0 where `path` says it all. `losses`: what of it is not used."""
+    """One record and the place it came from; line 0 where `path` says it all. `losses`: its unused parts."""
 
     value: dict[str, Any]
     path: str
@@ -77,7 +77,7 @@ def kind_of(value: Any) -> str:
 
 
 def with_made(given: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
-    """A record with what was made of it; what it has held under the same names stands under `given`.
+    """Add fields to a record; values that it had under their names move to `given`.
 
     >>> with_made({"prompt": "2+2?", "completion": "4"}, {"completion": "Four.", "seed": 0})
     {'prompt': '2+2?', 'completion': 'Four.', 'seed': 0, 'given': {'completion': '4'}}

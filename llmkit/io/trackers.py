@@ -135,7 +135,7 @@ class WeightsAndBiases:
 
 
 def numbers(row: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of a row but its step; what is no finite number has no place in a curve."""
+    """Return the figures of a row but its step, without numbers that are not finite."""
     return {
         name: value
         for name, value in row.items()

@@ -1,4 +1,4 @@
-"""`llmkit probe-knowledge`: what a model knows and what it does not, and conversations that teach it to say so."""
+"""`llmkit probe-knowledge`: test a model's knowledge, and write conversations that teach it to admit what it lacks."""
 
 from __future__ import annotations
 

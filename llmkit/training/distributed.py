@@ -1,4 +1,4 @@
-"""Several processes that train one model: what they tell one another, and what each takes of the work.
+"""Several processes that train one model: their messages to each other, and each one's share of the work.
 
     world = join(choose_device("auto"), config)                  # where torchrun has started several processes
     with world.in_turn():                                        # the first does the work, the others find it done
@@ -7,8 +7,8 @@
     shard(model)                                                 # llmkit/training/sharding.py
     loss, targets = world.sum(loss, targets)
 
-In a job of one process every method gives back what it was given, and costs nothing. What is said here goes through
-the processors, few numbers at a time (gloo); parameters and gradients go from device to device (nccl on GPUs).
+In a job of one process every method returns its argument, and costs nothing. Messages go through the processors, few
+numbers at a time (gloo); parameters and gradients go from device to device (nccl on GPUs).
 """
 
 from __future__ import annotations

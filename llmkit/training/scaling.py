@@ -127,11 +127,11 @@ def longer_context(shortest: int, room: int, documents_within: Callable[[int], f
 def training_memory(
     config: ModelConfig, micro_batch_tokens: float, trained: int | None = None, devices: int = 1
 ) -> tuple[float, float]:
-    """About the bytes of training: those that belong to parameters, and those of activations.
+    """Estimate the bytes of training: those of parameters, and those of activations.
 
     16 bytes a parameter (working copy, gradient, master, moments), 4 for one that is not among those `trained` [all],
-    and, for each token of a micro-batch, the activations that the backward pass needs, 2 bytes each. What belongs to
-    parameters is divided among `devices`."""
+    and, for each token of a micro-batch, the activations that the backward pass needs, 2 bytes each. Bytes
+    of parameters are divided among `devices`."""
     layer = 10 * config.hidden_size + 4 * config.intermediate_size
     trained = config.parameter_count if trained is None else trained
     state = (4.0 * config.parameter_count + 12.0 * trained) / devices

@@ -104,7 +104,7 @@ def build_trainer(
 
 
 def float32_copy(model: Transformer, optimizer: Optimizer) -> Transformer | None:
-    """The model with the optimizer's fp32 masters for parameters, on the CPU: what is saved, by the first process.
+    """Copy the model to the CPU with the optimizer's fp32 masters for parameters, for the first process to save.
 
     All processes call it; the others get None.
     """

@@ -95,7 +95,7 @@ def on_whole_matrices(part_KmN: Tensor, rows: int, work: Callable[[Tensor], Tens
     """`work` on K matrices of `rows` rows, of which this process has some: each process works on its share of the
     matrices, and gets its rows of all the results.
 
-    What is sent is twice the matrices, all told: gathering them everywhere would be as many times as there are
+    This sends twice the matrices, all told: gathering them everywhere would be as many times as there are
     processes.
     """
     count, own, columns = part_KmN.shape
