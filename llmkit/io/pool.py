@@ -60,6 +60,7 @@ def in_order(
     name: Callable[[Any], str] = str,
     finished: Callable[[Any], bool] = lambda item: False,
     rest: bool = False,
+    advice: str = "fewer processes (--workers) need less",
 ) -> Iterator[tuple[Any, Iterator[Any]]]:
     """Yield (item, its results) in the order of `items`; the results must be used up before the next is asked for.
 
@@ -67,6 +68,7 @@ def in_order(
     name: an item as errors name it.
     finished: says that an item needs no work; its results are then empty.
     rest: (None, its results of None) follow for each process.
+    advice: what helps where a process was ended for want of memory.
     Raises what the work raises; WorkerDied, naming the item, when a process is killed.
     """
     if workers == 1:
@@ -80,7 +82,7 @@ def in_order(
         if rest and work:
             yield None, iter(work(None))
         return
-    pool = _Pool(make, workers, name)
+    pool = _Pool(make, workers, name, advice)
     waiting: deque[tuple[Any, SimpleQueue | None]] = deque()
     try:
         for item in items:
@@ -116,8 +118,8 @@ def _answered(answers: SimpleQueue) -> Iterator[Any]:
 class _Pool:
     """Threads that each hold one child and give it items."""
 
-    def __init__(self, make: Callable[[], Work], workers: int, name: Callable[[Any], str]) -> None:
-        self.make, self.workers, self.name = make, workers, name
+    def __init__(self, make: Callable[[], Work], workers: int, name: Callable[[Any], str], advice: str) -> None:
+        self.make, self.workers, self.name, self.advice = make, workers, name, advice
         self.children: list[Child] = []
         self.threads: list[Thread] = []
         self.tasks: SimpleQueue[tuple[Any, SimpleQueue] | None] = SimpleQueue()
@@ -125,7 +127,7 @@ class _Pool:
     def submit(self, item: Any) -> SimpleQueue:
         """Have an item worked on; the queue gets ("result", result), then None, or ("error", exception)."""
         if len(self.children) < self.workers:
-            child = Child(self.make, self.name)
+            child = Child(self.make, self.name, self.advice)
             self.children.append(child)
             self.threads.append(Thread(target=self._serve, args=(child,), daemon=True))
             self.threads[-1].start()
@@ -160,8 +162,8 @@ class _Pool:
 class Child:
     """A process that works on one item after another."""
 
-    def __init__(self, make: Callable[[], Work], name: Callable[[Any], str] = str) -> None:
-        self.name = name
+    def __init__(self, make: Callable[[], Work], name: Callable[[Any], str] = str, advice: str = "") -> None:
+        self.name, self.advice = name, advice
         command = [sys.executable, "-c", CHILD]
         environment = {**os.environ, **ONE_THREAD}
         with interrupts_held():
@@ -197,7 +199,7 @@ class Child:
         if code < 0:
             with suppress(ValueError):
                 ending = signal.Signals(-code).name
-        cause = "; not enough memory? fewer processes (--workers) need less" if code == -signal.SIGKILL else ""
+        cause = f"; not enough memory? {self.advice}" if code == -signal.SIGKILL else ""
         return f"{self.name(item)}: the process that worked on this was ended by {ending}{cause}"
 
     def close(self) -> None:

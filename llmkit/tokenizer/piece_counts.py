@@ -60,7 +60,10 @@ def count_pieces(
         if counted >= alone and processes > 1:
             break
     make = partial(_BlockCounter, pattern, handed_over)
-    for block, results in in_order(blocks, make, processes, name=lambda block: "counting pieces", rest=True):
+    advice = "on fewer cores (taskset) it needs less"
+    for block, results in in_order(
+        blocks, make, processes, name=lambda block: "a block of text", rest=True, advice=advice
+    ):
         for counts in results:
             counter.merge(counts)
         on_progress(len(block or b""))

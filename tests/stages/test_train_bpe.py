@@ -219,10 +219,31 @@ def test_a_script_without_a_main_guard_may_train_in_several_processes(corpus: Pa
     script = f"""
 from functools import partial
 from llmkit.stages.train_bpe import TrainBpeConfig, run
-from llmkit.tokenizer import piece_counts
+from llmkit.tokenizer import corpus, piece_counts
+corpus.BLOCK = 4000  # so that there is more than one
 piece_counts.count_pieces = partial(piece_counts.count_pieces, processes=2, alone=1)
 run(TrainBpeConfig(inputs=({str(corpus)!r},) * 3, out={str(tmp_path / "tok")!r}, vocab_size=320, quiet=True))
 """
     (tmp_path / "train.py").write_text(script)
     subprocess.run([sys.executable, str(tmp_path / "train.py")], check=True, timeout=120)
     assert (tmp_path / "tok/tokenizer.json").exists()
+
+
+def test_a_process_that_dies_while_it_counts_is_told_in_one_line(corpus: Path, tmp_path: Path) -> None:
+    script = """
+from functools import partial
+from llmkit.__main__ import main
+from llmkit.io import pool
+from llmkit.tokenizer import corpus, piece_counts
+corpus.BLOCK = 4000  # so that there is more than one
+piece_counts.count_pieces = partial(piece_counts.count_pieces, processes=2, alone=1)
+pool.CHILD = pool.CHILD.replace("serve(make)", "import os; os.kill(os.getpid(), 9)")
+main()
+"""
+    words = ["train-bpe", corpus, corpus, corpus, "-o", tmp_path / "tok", "--vocab-size", "320", "--quiet"]
+    done = subprocess.run([sys.executable, "-c", script, *map(str, words)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr == (
+        "llmkit: error: a block of text: the process that worked on this was ended by SIGKILL; not enough memory? "
+        "on fewer cores (taskset) it needs less\n"
+    )
+    assert not (tmp_path / "tok").exists()
