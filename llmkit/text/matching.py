@@ -81,6 +81,7 @@ DENIED_IN_JAPANESE = re.compile(
 )
 UMLAUTS = str.maketrans({"\u00e4": "ae", "\u00f6": "oe", "\u00fc": "ue", "\u00f8": "oe", "\u00e5": "aa"})
 FILLERS = word_list("fillers")
+NAME = re.compile(r"\b[A-Z][^\W\d_]{4,30}\b")
 YES, NO = frozenset(["yes", "yeah", "yep"]), frozenset(["no", "nope", "nah"])
 SENTENCE_END = re.compile("(?<=\\w{3}[.!?])\\s+|(?<=[\u3002\uff01\uff1f\u0964])|\\s*\\n\\s*")
 CLAUSE = re.compile(r", (?=(?:of which|of whom|which|who|where|including|with|because|as)\b)")
@@ -147,7 +148,8 @@ class MatchJudge:
         if DENIED_IN_JAPANESE.search(response) and not DENIED_IN_JAPANESE.search(question):
             return WRONG
         plain = NOT_OTHER.sub("", NOT_ONE.sub("", response))
-        texts = {text: None for one in _spelt([response, plain]) for text in (one, *_leading_parts(one))}
+        same_names = [_with_names_of(answer, response) for answer in answers]
+        texts = {text: None for one in _spelt([response, plain, *same_names]) for text in (one, *_leading_parts(one))}
         forms = [(one, True) for one in accepted] + [(one, False) for one in shorter]
         readings = [said, *(one for one in map(Sentence.of, texts) if one.words)]
         if any(self._matches(reading, asked, one, whole) for reading in readings for one, whole in forms):
@@ -310,6 +312,26 @@ def _spelt(texts: Iterable[str]) -> list[str]:
     """Texts, and those with umlauts in two letters, too."""
     every = list(texts)
     return list(dict.fromkeys([*every, *(text.translate(UMLAUTS) for text in every)]))
+
+
+def _with_names_of(answer: str, response: str) -> str:
+    """A response with names spelt as in an answer: other transcriptions of them, and middle names as its initials."""
+    names = {_transcribed(name): name for name in NAME.findall(answer)}
+    response = NAME.sub(lambda found: names.get(_transcribed(found[0]), found[0]), response)
+    parts = answer.replace(".", ". ").split()
+    if len(response) > 1000 or not any(map(NAME.fullmatch, parts)) or not any(part[1:] == "." for part in parts):
+        return response
+    pattern = r"\W{1,2}".join(
+        rf"{re.escape(part[0])}[^\W\d_]*" if part[1:] == "." else re.escape(part) for part in parts
+    )
+    return re.sub(rf"\b{pattern}\b", lambda _: answer, response)
+
+
+def _transcribed(name: str) -> str:
+    name = name.casefold()
+    for pattern, replacement in KNOWN["transcriptions"].items():
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def _leading_parts(response: str) -> Iterable[str]:
