@@ -156,13 +156,13 @@ class Actor:
 
 
 def score(rollouts: Sequence[Rollout], rewards: Sequence[Weighted], max_tokens: int) -> list[dict[str, float | None]]:
-    """What each reward gives each attempt, by the reward's name."""
+    """Score attempts by each reward: for each attempt, values by the reward's name."""
     attempts = [as_attempt(rollout, max_tokens) for rollout in rollouts]
     columns = {weighted.reward.name: weighted.reward.score(attempts) for weighted in rewards}
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def as_attempt(rollout: Rollout, max_tokens: int) -> Attempt:
-    """What a reward sees of an attempt."""
+    """Make a rollout the `Attempt` that rewards take."""
     made = rollout.completion
     return Attempt(rollout.problem, made.text, rollout.token_count, made.finish_reason, max_tokens)

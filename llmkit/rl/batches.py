@@ -29,7 +29,7 @@ ROUNDS_WITHOUT_SIGNAL = 8  # of attempts, all worth the same within their groups
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """How batches are made.
+    """Settings of batches.
 
     problems       of a step
     refill         at most so many times as many more, in place of groups whose rewards are all equal

@@ -1,4 +1,4 @@
-"""How good a policy is on problems that it is not trained on, by its own rewards and by one that it never sees."""
+"""Evaluate a policy on held-out problems, by its own rewards and by a gold reward that it never sees."""
 
 from __future__ import annotations
 

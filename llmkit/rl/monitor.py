@@ -191,7 +191,7 @@ class Watch:
         return self._collapse.is_best
 
     def evaluation(self, held_out: HeldOut, stop_on_hack: bool) -> Callable[[], dict[str, float]]:
-        """What evaluates the policy; with `stop_on_hack` it ends the run where the reward is gamed."""
+        """Return a function that evaluates the policy; with `stop_on_hack` it ends the run if the reward is gamed."""
 
         def evaluate() -> dict[str, float]:
             scores = held_out.evaluate()

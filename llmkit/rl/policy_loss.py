@@ -102,7 +102,7 @@ class PolicyLoss:
 
     @property
     def figures(self) -> dict[str, float]:
-        """What the batch was like, in all processes, which ask for it together; see the class."""
+        """Return figures of the batch over all processes, which all call this together; see the class."""
         sums = dict(zip(self._sums, world().sum(*self._sums.values()), strict=True))
         sums["largest"] = world().largest(self._sums["largest"])[0]
         targets, first = max(1.0, sums["targets"]), max(1.0, sums["first"])

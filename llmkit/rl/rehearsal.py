@@ -30,7 +30,7 @@ class Rehearsal:
     tokens: int
 
     def lines(self, steps: int | None, updates: int, memory: float) -> list[str]:
-        """What a user wants to know before a run of so many steps, whose training takes `memory` bytes."""
+        """Describe a run of `steps` steps, whose training takes `memory` bytes: rewards, time and memory."""
         figures = self.figures
         solved = ""
         if "success" in figures:

@@ -32,7 +32,7 @@ ROLLOUTS = "rollouts.jsonl"
 
 @dataclass(frozen=True)
 class RolloutSettings:
-    """How attempts are made.
+    """Settings of rollouts.
 
     group_size   attempts at each problem
     max_tokens   of an attempt

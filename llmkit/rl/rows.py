@@ -98,7 +98,7 @@ def pack_rollouts(
 
 
 def _fill(rows: PolicyRows, place: Place, rollout: Rollout, weight: float) -> None:
-    """What is known of each token of a completion."""
+    """Write the tokens of a completion, and the values of each, at their place in the rows."""
     made, chosen = np.array(rollout.completion.token_ids, np.int64), np.array(rollout.completion.sampled, bool)
     row, where = place
     rows.token_ids[row, where.start + 1 : where.stop] = made[:-1]

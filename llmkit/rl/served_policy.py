@@ -58,7 +58,7 @@ class ServedPolicy:
             )
 
     def sampler(self, settings: RolloutSettings) -> ServedSampler:
-        """What makes attempts by the weights that were handed over last."""
+        """Return a sampler with the weights that were handed over last."""
         sampler = self._served.sampler(
             Sampling(settings.temperature),
             concurrency=self._concurrency,
