@@ -1,4 +1,4 @@
-"""How good a judge is: accuracy with its interval, calibration, and what else its scores follow."""
+"""Evaluate a judge: accuracy with its interval, calibration, and biases of its scores."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def shuffled_answers(comparisons: Sequence[Candidates], seed: int) -> list[Candi
 def biases(
     scores: Sequence[np.ndarray], comparisons: Sequence[Candidates], read: Callable[[np.ndarray], str], seed: int
 ) -> dict[str, Any]:
-    """What differences of scores go with, by Spearman's rank correlation over the pairs of unequal rank.
+    """Correlate differences of scores with length and formatting (Spearman), over the pairs of unequal rank.
 
     `length` is in tokens, `formatting` counts Markdown's marks in the text that `read` makes of an answer. Beside each
     the same correlation of the labels, which a perfect judge would show. The place of an answer needs no figure: its
