@@ -1,4 +1,4 @@
-"""What a completion is worth: rewards by verifiers, reward models, commands and functions (docs/rewards.md)."""
+"""Rewards of completions: verifiers, reward models, commands and functions (docs/rewards.md)."""
 
 from llmkit.rewards.reward import Attempt, Reward, Weighted, total
 from llmkit.rewards.specs import parse_rewards

@@ -1,4 +1,4 @@
-"""What a completion says in the end: its answer as text or as the letter of a choice."""
+"""Extract the final answer of a completion, as text or as the letter of a choice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every reward has in common: attempts go in, one finite number each comes out."""
+"""Interface of all rewards: attempts go in, one finite number each comes out."""
 
 from __future__ import annotations
 

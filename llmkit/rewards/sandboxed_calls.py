@@ -37,7 +37,7 @@ def pack(value):
 
 
 def unpack(value):
-    """What `pack` packed. Raises ValueError or TypeError for anything else."""
+    """Reverse `pack`. Raises ValueError or TypeError for anything else."""
     if value is None or isinstance(value, (bool, str)):
         return value
     kind, *held = value

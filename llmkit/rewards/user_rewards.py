@@ -28,7 +28,7 @@ from llmkit.tools.user_code import UserFunction
 
 
 def record_of(attempt: Attempt) -> dict[str, Any]:
-    """What a command or a function is given: the problem's record, its prompt, and what came of it."""
+    """Build the record that a command or function gets: the problem's record, its prompt, and its completion."""
     problem = attempt.problem
     return {
         **problem.record,
@@ -140,8 +140,7 @@ class FunctionReward(Reward):
         self._function = UserFunction(spec, f"--reward {spec}")
 
     def score(self, attempts: Sequence[Attempt]) -> list[float | None]:
-        """What the function gives. Raises UserError with the problem, and file and line of the user's code, where it
-        raises."""
+        """Call the function on each attempt. Raises UserError if it raises, with the problem, file and line."""
         return finite([self._call(one) for one in attempts], f"--reward {self.name}")
 
     def _call(self, attempt: Attempt) -> float | None:
