@@ -1,1 +1,1 @@
-"""What a model knows: questions, judges, lessons, recitation."""
+"""Test a model's knowledge: questions, judges, lessons, recitation."""

@@ -55,7 +55,7 @@ class ModelJudge:
             yield one, [_verdict(verdicts.get(response.strip(), EVASIVE)) for response in one.responses]
 
     def _prompts(self, one: Answered) -> tuple[tuple[Answered, list[str]], list[str]]:
-        """What is asked about the responses of a question, each of them once, and which they are."""
+        """Build a judge's prompts for the distinct responses to a question, and list these responses."""
         question = one.question
         unlike = list(dict.fromkeys(response.strip() for response in one.responses))
         asked = [text for text in unlike if self._words(text, question.question, question.answers) != EVASIVE]

@@ -40,7 +40,7 @@ NAMES = {"yes": "known", "no": "unknown", "mixed": "mixed", "evasive": "evasive"
 
 @dataclass(frozen=True)
 class Answering:
-    """How questions become completions.
+    """Model under test, which turns questions into completions.
 
     chat      the tokens of a conversation; None where a server has messages become tokens
     context   tokens that the model takes; None where only its server knows
@@ -91,7 +91,7 @@ def served_answering(
 
 
 def decide(judgements: Sequence[str], consistent: float) -> str:
-    """What the judgements of one question say, where `consistent` is the share that must agree.
+    """Sum up the judgements of one question, of which the share `consistent` must agree.
 
     "yes"      that share is right
     "mixed"    some are right, fewer than that; or none, and judgements that could not be read leave it open
@@ -203,7 +203,7 @@ def made_of(record: dict[str, Any], question: Question) -> bool:
 def plan(
     most: int, samples: int, max_tokens: int | None, temperature: float, writer: str | None, left_out: Mapping[str, int]
 ) -> list[str]:
-    """What is going to be asked, in a line for every run and one for those who want to know what it takes."""
+    """Describe the run in two lines: the questions and their answers, and the tokens that these take."""
     others = "".join(f"; left out: {reason} {count}" for reason, count in left_out.items())
     written = f", written by {writer} at most" if writer is not None else ""
     limit = "a context of tokens each" if max_tokens is None else counted(most * samples * max_tokens, "token")
@@ -238,7 +238,7 @@ def table(kinds: Mapping[str, Counter[str]]) -> Iterator[str]:
 def describe(
     kinds: Mapping[str, Counter[str]], left_out: Counter[str], taught: Counter[str], balance: float | None
 ) -> Iterator[str]:
-    """What a probe found and what is taught of it, in lines; `taught` counts by "yes" and "no"."""
+    """Describe the results of a probe and its lessons in lines; `taught` counts by "yes" and "no"."""
     totals = sum(kinds.values(), Counter[str]())
     yield from table(kinds)
     yield from (f"left out: {reason} {count}" for reason, count in left_out.items())

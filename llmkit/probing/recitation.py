@@ -1,4 +1,4 @@
-"""How much of a text a model reproduces: given a document's first tokens, does greedy decoding go on as it does?
+"""Measure how much of a text a model reproduces by greedy decoding, given a document's first tokens.
 
 The procedure is that of Carlini et al. 2022 (arXiv:2202.07646). Documents that begin alike, up to the last token
 that is compared, are asked once and counted: what is repeated is learnt by heart.
@@ -104,7 +104,7 @@ class Recital:
 
 @dataclass(frozen=True)
 class Recited:
-    """What the command line prints when the records went to a file; see `summarise`."""
+    """Figures that the command prints when the records went to a file; see `summarise`."""
 
     path: str
     documents: int
@@ -141,7 +141,7 @@ def summarise(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def describe(groups: dict[str, dict[str, float]], tokens: int) -> Iterator[str]:
-    """What `summarise` found, in lines for people; `tokens` were asked for of each document."""
+    """Describe the results of `summarise` in lines; `tokens` were asked for of each document."""
     for name, one in groups.items():
         found = f"{one['mean_share']:.1%} of {counted(tokens, 'token')} on average, {one['whole']} recited whole"
         yield f"documents found {name}: {one['documents']}; {found}"

@@ -1,4 +1,4 @@
-"""What a probe teaches: refusals where the model does not know, the correct answer where it does.
+"""Lessons of a probe: refusals where the model does not know, the correct answer where it does.
 
 The wordings of refusals stand in refusals.json, by language; a file of the same form takes their place.
 """
@@ -60,7 +60,7 @@ class Refusals:
 
 
 def balanced(known: Sequence[str], balance: float | None, seed: int) -> set[int]:
-    """Which records are taught: of those that are "yes" or "no", as many that `balance` are "yes" for each "no".
+    """Choose the records to teach, among "yes" and "no": `balance` of "yes" for each "no".
 
     The side that has too many is thinned by a draw. All are kept without `balance`, and where a side is empty.
     """
