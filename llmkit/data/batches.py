@@ -97,7 +97,7 @@ class Batches:
         return _pack(self.shards, self.shards.tokens, self._order, place, 1, self.sequence_length, end)
 
     def epoch(self, step: int) -> float:
-        """How many times the corpus has been gone through before this step."""
+        """Return the number of passes through the corpus before this step."""
         return step * self.batch_size * self.sequence_length / self.shards.tokens
 
     def prefetch(

@@ -118,7 +118,7 @@ class Examples:
 
 
 def _places(one: Encoded, longest: int, on_long: str, where: str, counts: Counter[str]) -> list[np.ndarray]:
-    """What is kept of a conversation: for each example of it, the places of its tokens."""
+    """Return, for each example of a conversation, the places of its tokens that are kept."""
     length = len(one.token_ids)
     if length <= longest:
         return [np.arange(length)]

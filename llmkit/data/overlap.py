@@ -33,7 +33,7 @@ def words(text: str) -> np.ndarray:
 
 
 class Overlap:
-    """Which of some held-out sequences stand in training.
+    """Finds held-out sequences that stand in training data.
 
     run    numbers of a run, a power of 2
     every  of about so many runs one is looked at: enough where sequences are long
@@ -62,7 +62,7 @@ class Overlap:
 
     @classmethod
     def of_texts(cls, texts: Iterable[str]) -> Overlap:
-        """Of held-out texts, by their words."""
+        """Index held-out texts by their words."""
         return cls(map(words, texts))
 
     @property

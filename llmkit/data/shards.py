@@ -34,7 +34,7 @@ DTYPES = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4"), "I64": np.dtype("<i8")
 
 @dataclass(frozen=True, kw_only=True)
 class ShardInfo:
-    """What all shards of a corpus share.
+    """Information that all shards of a corpus share.
 
     start, end: the id in front of every document, and the id that the last token of a document predicts.
     """
@@ -248,7 +248,7 @@ class TokenShards:
 
     @property
     def digest(self) -> str:
-        """What tells these tokens from others, by the length of every document and the tokens at the shards' ends."""
+        """Hash the length of every document and the tokens at the shards' ends."""
         digest = hashlib.blake2b(self.lengths.tobytes(), digest_size=8)
         for shard in self._shards:
             digest.update(shard.tokens[:DIGEST_TOKENS].tobytes() + shard.tokens[-DIGEST_TOKENS:].tobytes())

@@ -34,7 +34,7 @@ LEFT_OUT = "left-out.json"  # beside the shards: what of the documents they do n
 
 
 class Encoder(Protocol):
-    """What is needed of a tokenizer (llmkit.tokenizer.encoding.Tokenizer)."""
+    """Part of a tokenizer that is needed here (llmkit.tokenizer.encoding.Tokenizer)."""
 
     sha256: str
     vocab_size: int
