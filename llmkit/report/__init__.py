@@ -1,1 +1,1 @@
-"""What run folders tell of themselves, as figures and as one page."""
+"""Run folders as figures and as one page."""

@@ -112,7 +112,7 @@ def _name_of_report(node: Node) -> str:
 
 
 def _identity(item: Mapping[str, Any]) -> tuple[str, int]:
-    """Of a manifest's input. To compare hashes would be to read every corpus again."""
+    """Identify a manifest's input by name and size. To compare hashes would be to read every corpus again."""
     size = item.get("bytes")
     return os.path.basename(str(item.get("path"))), size if isinstance(size, int) else -1
 
@@ -145,7 +145,7 @@ def _in_order(nodes: Mapping[str, Node]) -> list[Node]:
 
 @dataclass(frozen=True)
 class Rail:
-    """What is drawn beside one node, by lanes from 0.
+    """Lines beside one node of the graph, by lanes from 0.
 
     lane      of the node
     incoming  lanes of its parents, from above

@@ -18,7 +18,7 @@ MOST_LINES = 12  # of a chart; their figures stand in its table all the same
 
 @dataclass(frozen=True)
 class Chart:
-    """What is drawn in one frame: `lines` are names for people by the key in metrics.jsonl."""
+    """One frame with curves: `lines` are names for people by the key in metrics.jsonl."""
 
     title: str
     unit: str
@@ -87,7 +87,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Metrics:
-    """What the metrics of one run hold: series by key, samples over the training, and how many rows there are."""
+    """Metrics of one run: series by key, samples over the training, and the number of rows."""
 
     series: dict[str, Series]
     samples: Thinned[dict[str, Any]]

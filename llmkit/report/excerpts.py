@@ -63,7 +63,7 @@ def excerpt(record: Mapping[str, Any], kind: str, line: int) -> dict[str, Any]:
 
 
 def text_of(value: Any) -> str:
-    """What people read of a JSON value: a text; messages by their roles; the parts of a message."""
+    """Return a JSON value as text for people: a text; messages by their roles; the parts of a message."""
     if isinstance(value, str):
         return value
     if isinstance(value, list):

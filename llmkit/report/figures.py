@@ -253,7 +253,7 @@ def _run(node: Node) -> dict[str, Any]:
 
 
 def key_figures(stage: str, results: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run's results tell at a glance."""
+    """Choose a few figures among a run's results."""
     found = {name: value for name, value in results.items() if is_number(value)}
     names = [name for name in KEY_FIGURES.get(stage, ()) if name in found] or list(found)
     return {name: found[name] for name in names[:MOST_KEY_FIGURES]}

@@ -94,7 +94,7 @@ def relative_to_folder(figures: Mapping[str, Any]) -> tuple[dict[str, Any], str]
 
 
 def _policy(style: str, script: str) -> str:
-    """What the page may do: run this script, use this style, and nothing else."""
+    """Content security policy of the page: this script, this style, and nothing else."""
     style_hash, script_hash = (
         base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)
     )

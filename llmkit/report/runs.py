@@ -1,4 +1,4 @@
-"""What stands behind the paths that a user gave: runs by their manifests, and files of records by what is in them."""
+"""Read the paths that a user gave: runs by their manifests, and files of records by their fields."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ KINDS = {
 
 
 def kind_of_record(record: Mapping[str, Any]) -> str | None:
-    """Which of KINDS a record is; None for none."""
+    """Return the name of a record's kind in KINDS, or None."""
     return next((name for name, kind in KINDS.items() if all(field in record for field in kind.has)), None)
 
 
@@ -122,7 +122,7 @@ class Gathered:
 
 
 def gather(paths: Sequence[str]) -> Gathered:
-    """What is behind run folders, folders that hold some, and files that stages write.
+    """Gather run folders, folders that hold some, and files that stages write.
 
     What cannot be read or is of no stage becomes a note. Raises UserError for a path where nothing stands, and where
     nothing at all was found.
@@ -194,7 +194,7 @@ def _gather_run(found: Gathered, folder: Path, path: str) -> bool:
 
 
 def _parent(folder: Path, path: Any) -> dict[str, Any]:
-    """What an unfinished run begins with, as its manifest will have it."""
+    """Return a parent of an unfinished run in the form that its manifest will have."""
     places = (place for place in (Path(str(path)), folder.parent / str(path)) if (place / MANIFEST).is_file())
     place = next(places, None)
     return {"path": str(path), "manifest": read_manifest(place) if place else None}

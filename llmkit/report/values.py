@@ -66,7 +66,7 @@ def thinned(values: Sequence[T], most: int) -> list[T]:
 
 
 def read_or_note(notes: list[str], read: Callable[[], T]) -> T | None:
-    """What is read; None, with a note, where it cannot be."""
+    """Call `read`; where that fails, add a note and return None."""
     try:
         return read()
     except UserError as error:
@@ -99,12 +99,12 @@ def is_number(value: Any) -> bool:
 
 
 def as_object(value: Any) -> dict[str, Any]:
-    """What should be an object, empty where it is none."""
+    """Return a value if it is an object, else an empty one."""
     return value if isinstance(value, dict) else {}
 
 
 def as_text(value: Any) -> str | None:
-    """What should be a string, None where it is none."""
+    """Return a value if it is a string, else None."""
     return value if isinstance(value, str) else None
 
 
