@@ -1,1 +1,1 @@
-"""What a web page is: reading archives, main text, language, filters, duplicates, personal data."""
+"""From web archives to documents: reading, main text, language, filters, duplicates, personal data."""

@@ -1,4 +1,4 @@
-"""What became of one page: each step's verdict and measures, and whether the page repeats an earlier one."""
+"""Explain one page: each step's verdict and measures, and whether the page repeats an earlier one."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ RANGE_KEYS = 1 << 25  # sorted at once by a task, in 3 GB
 
 
 class Worked(NamedTuple):
-    """What a span's task hands back; the rest is in its file."""
+    """Result of a span's task; the rest is in its file."""
 
     began: int | None
     ended: int | None
@@ -60,7 +60,7 @@ class KnownRepeats:
         self._repeats = iter(repeats)
 
     def add(self, signatures: np.ndarray) -> list[Repeat | None]:
-        """What each of the next documents repeats."""
+        """Return the repeat of each of the next documents, or None."""
         return [next(self._repeats) for _ in signatures]
 
 
@@ -133,7 +133,7 @@ def _cluster(ray: Any, workers: int | None) -> Iterator[int]:
 
 
 def _in_order(ray: Any, spans: Iterable[Span], make: Callable[[], Work], state: State, count: int) -> Iterator[Worked]:
-    """What came of each span, in order, when its file is in place."""
+    """Yield the result of each span, in order, when its file is in place."""
     task = ray.remote(num_cpus=1, max_retries=RETRIES)(_work_on)
     made = [ray.put(pickle.dumps(make))]  # in a list, or Ray would hand its content to every task
     submit = lambda span: task.remote(span, made, str(_unchecked(state, span)), os.getcwd())  # noqa: E731
@@ -234,7 +234,7 @@ class _SignatureFiles:
 
 
 def _find_repeats(ray: Any, files: _SignatureFiles, recipe: Recipe) -> list[Repeat | None]:
-    """What each document repeats."""
+    """Return the repeat of each document, or None."""
     folder, documents = files.folder, files.documents
     parts = -(-documents // RANGE_KEYS)
     task = ray.remote(num_cpus=1, max_retries=RETRIES)(write_firsts)

@@ -105,7 +105,7 @@ class Collector:
             self._reject(line)
 
     def _repeats(self, outcome: Outcome, repeat: Any, step: str) -> bytes:
-        """What --rejects tells of a document that repeats an earlier one."""
+        """Return the line of --rejects for a document that repeats an earlier one."""
         found = load_json(outcome.line)
         told = {key: found[key] for key in ("id", "url", "source") if key in found}
         told |= {"offset": outcome.offset, "step": step, "reason": "repeats"}

@@ -20,7 +20,7 @@ MAX_PAGE_BYTES = 50_000_000
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of one record: kept so far when `step` is None, else dropped by that step for that reason."""
+    """Fate of one record: kept so far when `step` is None, else dropped by that step for that reason."""
 
     step: str | None
     reason: str | None

@@ -29,7 +29,7 @@ DUPLICATES = ("exact_duplicates", "near_duplicates")
 
 
 class Pipeline:
-    """What is done with a span: read its records, follow each through the steps, pack what comes out."""
+    """Process a span: read its records, follow each through the steps, pack the outcomes."""
 
     def __init__(self, recipe: Recipe, url_filter: UrlFilter | None = None, rejects: bool = False) -> None:
         self.steps, self.rejects = Steps(recipe, url_filter), rejects
@@ -69,7 +69,7 @@ class Pipeline:
         return part
 
     def _outcome(self, record: Journey | Skipped, seconds: dict[str, float]) -> Outcome:
-        """What becomes of one record."""
+        """Follow one record to its outcome."""
         if isinstance(record, Skipped):
             step, reason, offset, told = READ, record.reason, record.offset, _told_of(record)
         else:
@@ -82,7 +82,7 @@ class Pipeline:
 
 
 def _told_of(record: Skipped) -> dict[str, Any]:
-    """What --rejects tells of a record that is no page."""
+    """Return the entry of --rejects for a record that is no page."""
     told = {"url": record.url} if record.url is not None else {}
     return told | {"source": source_of(record.path), "offset": record.offset, "step": READ, "reason": record.reason}
 

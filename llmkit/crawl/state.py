@@ -1,4 +1,4 @@
-"""What an unfinished run leaves on disk, so that --resume need not do it again: one file for each finished span."""
+"""State of an unfinished run on disk for --resume: one file for each finished span."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def files_of(paths: Iterable[str]) -> list[Path]:
 
 
 def identities(paths: Iterable[str]) -> list[dict[str, Any]]:
-    """What tells whether these are the files that were read before: path, size and time of change."""
+    """Identify files by path, size and time of change, to compare them on resuming."""
     found = []
     for path in files_of(paths):
         status = path.stat() if path.is_file() else None
@@ -139,7 +139,7 @@ def identities(paths: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def _digest(span: Any) -> bytes:
-    """What tells a span of a pipe from another; of a file, path, size and time are in run.json."""
+    """Hash the content of a pipe's span; files are identified by path, size and time in run.json."""
     return hashlib.sha256(span.payload).digest()
 
 

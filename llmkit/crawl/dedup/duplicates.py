@@ -1,4 +1,4 @@
-"""Which documents repeat an earlier one: exactly, or with a MinHash signature that is much like it.
+"""Find documents that repeat an earlier one: exactly, or with a similar MinHash signature.
 
     duplicates = Duplicates()
     for texts in batches:
@@ -39,7 +39,7 @@ JOINED = 1 << 16  # documents joined at once
 
 
 class Repeat(NamedTuple):
-    """What a dropped document repeats.
+    """Earlier document that a dropped one repeats.
 
     `index`: the document that was kept; `kind`: "exact" or "near"; `similarity`: the estimate for the document that
     it was found by, which was dropped itself if it is not `index`; 1.0 for an exact repeat.
@@ -68,7 +68,7 @@ class Duplicates:
         self._count = 0
 
     def add(self, signatures: np.ndarray) -> list[Repeat | None]:
-        """What each of the next documents (n,) repeats; None for those to keep. Batches of thousands are fastest."""
+        """Return the repeat of each of the next documents (n,), or None. Batches of thousands are fastest."""
         start, stop = self._count, self._count + len(signatures)
         if stop > int(NOBODY):
             raise UserError(f"expected at most {int(NOBODY):,} documents, found more; filter them in several runs")
@@ -100,7 +100,7 @@ class Duplicates:
 
 
 def keys(signatures: np.ndarray) -> np.ndarray:
-    """What documents are compared by: (n, bands + 1) uint64, the last column that of exact repeats."""
+    """Return the keys by which documents are compared: (n, bands + 1) uint64, the last column for exact repeats."""
     bands = signatures["bands"]
     exact = numbered(signatures["exact"][:, :1], np.uint64(bands.shape[1]))
     return np.concatenate([bands, exact], 1)
@@ -122,7 +122,7 @@ def band_firsts(keys: np.ndarray) -> np.ndarray:
 def join(
     firsts: np.ndarray, signatures: np.ndarray, threshold: float = THRESHOLD, exact: bool = True, near: bool = True
 ) -> list[Repeat | None]:
-    """What `Duplicates` says of all documents, from the columns of `band_firsts` (n, bands + 1) and signatures (n,).
+    """Find repeats as `Duplicates` does, from the columns of `band_firsts` (n, bands + 1) and signatures (n,).
 
     Both can be memory-mapped files.
     """

@@ -86,7 +86,7 @@ def _nearest(wanted: np.ndarray, parent: np.ndarray) -> np.ndarray:
 
 
 class ElementKey(NamedTuple):
-    """What tells one kind of element from another: a page has a few hundred kinds."""
+    """Kind of an element; a page has a few hundred kinds."""
 
     tag: str
     names: str = ""  # the attributes class, id, role and itemprop

@@ -1,4 +1,4 @@
-"""What is measured of each block of a page: its text, its place in the tree, and what stands around it.
+"""Features of each block of a page: its text, its place in the tree, and its surroundings.
 
 No feature asks for a word of some language: characters are classed by their Unicode category, and the words of scripts
 without spaces are counted from their letters. The words that stand in class names and ids, which are English on most
@@ -31,7 +31,7 @@ def name_words(name: str) -> list[str]:
 
 
 def key_tokens(key: ElementKey) -> list[str]:
-    """What speaks for or against the text in an element: its tag, and the words of its class, id, role and itemprop."""
+    """Return tokens for or against an element's text: its tag, and the words of its class, id, role and itemprop."""
     return [f"<{key.tag}", *(word for name in key.names.split() for word in name_words(name))]
 
 
@@ -276,7 +276,7 @@ def _of_main(
 
 
 def _of_kin(name: str, makes: np.ndarray, text: _Text) -> dict[str, np.ndarray]:
-    """Of the blocks whose elements are of the same make: a page's paragraphs, its menu entries, its comments."""
+    """Measure the blocks whose elements are of the same make: a page's paragraphs, its menu entries, its comments."""
     _, group = np.unique(makes, return_inverse=True)
     members, words = np.bincount(group), np.bincount(group, text.words)
     measures = {

@@ -1,4 +1,4 @@
-"""Which pages are dropped for their address: blocklists of domains and URLs, and words (FineWeb's first step).
+"""Drop pages by their address: blocklists of domains and URLs, and words (FineWeb's first step).
 
 A blocklist is read once into sorted 64-bit hashes, 10 bytes an entry: a list of 4.6 million domains, as UT1's for
 adults, takes 46 MB. Of 10^13 addresses that are not in a list of a million, about one is taken for one that is.
@@ -47,7 +47,7 @@ class UrlFilter:
     """The lists and rules, ready for use; small to pickle."""
 
     def __init__(self, entries: Iterable[tuple[str, str, Sequence[str]]], rules: UrlRules) -> None:
-        """Of (category, kind, entries), kinds as in KINDS; an entry that stands in two categories is of the first."""
+        """Index (category, kind, entries), kinds as in KINDS; an entry of two categories belongs to the first."""
         self.rules = rules
         lists: dict[str, list[tuple[str, int]]] = {kind: [] for kind in KINDS}
         numbers: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""What a filter says of a page, and how measures are held against thresholds."""
+"""Verdicts of filters on a page, by measures compared with thresholds."""
 
 from __future__ import annotations
 

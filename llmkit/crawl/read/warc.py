@@ -29,7 +29,7 @@ _CHUNK = re.compile(rb"(?:\r?\n)?[ \t]*([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r?
 
 
 def page_of(path: str, offset: int, data: bytes, max_bytes: int) -> Page | Skipped:
-    """What a record is, given the bytes of its header and block.
+    """Read a record as a page, or the reason why it is none, from the bytes of its header and block.
 
     A `response` of status 200, or a `resource`, that is HTML by its Content-Type, or by its beginning where that
     says nothing, is a page of `html`; a `conversion` to plain text is one of `text`. The reasons of the rest are
