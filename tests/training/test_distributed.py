@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from tiny import save_folder
 
 from llmkit.errors import UserError
 from llmkit.io.ranks import Launch, read_launch
+from llmkit.training import failures
 from llmkit.training.distributed import World
 from llmkit.training.failures import verdict
 
@@ -371,6 +373,17 @@ def test_what_is_said_of_the_notes_of_processes():
     interrupted = {"kind": "interrupted", "message": "interrupted", "code": 130}
     assert verdict({0: interrupted, 1: interrupted}, 2) == ("interrupted", 130)
     assert "rank 1" in verdict({0: interrupted}, 2)[0]
+
+
+def test_a_process_that_cannot_save_tells_soon_why_it_failed(monkeypatch):
+    """It waited for the thread that saves as long as --process-timeout."""
+    monkeypatch.setattr(failures, "SAVING_SECONDS", 0.2)
+    monkeypatch.setattr(failures, "connect", lambda me, timeout: None)
+    watch, stuck = failures.Watch(Launch(0, 2), 600.0), threading.Event()
+    watch.save = lambda all_have: stuck.wait(300)  # on a device that waits for one that will never answer
+    began = time.monotonic()
+    assert not watch.save_together() and time.monotonic() - began < 60
+    stuck.set()
 
 
 def test_a_process_knows_its_place_from_torchrun_alone():

@@ -35,6 +35,7 @@ Bytes = bytes | bytearray
 
 BLOCK = 1 << 18
 STEP = 1 << 16  # of compressed bytes unpacked at once: at most 68 MB come out
+FIRST_STEP = 1 << 12  # of a member; those behind it in the file are no part of it
 MAX_HEADER = 1 << 16
 OVERLAP = 1 << 13  # the start of a record that lies across two blocks; the longest header line of an ARC file
 FOREVER = 1 << 62
@@ -320,9 +321,10 @@ class Frames:
         """The bytes of the gzip member that starts here, the window then being behind it; or why there are none."""
         window, inflater = self.window, inflating.decompressobj(31)
         parts, size, at, start = [], 0, 0, window.position
-        most = self.max_bytes + 2 * MAX_HEADER
+        most, count = self.max_bytes + 2 * MAX_HEADER, FIRST_STEP
         while not inflater.eof:
-            step = window.look(at + STEP)[at : at + STEP]
+            step = window.look(at + count)[at : at + count]
+            count = min(2 * count, STEP)
             if not step:
                 self._note_vain(start, at, min(size, most))
                 return "truncated"

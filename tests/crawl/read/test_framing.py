@@ -322,6 +322,14 @@ def damaged_member(unpacked: int) -> bytes:
     return whole[:-8] + bytes(8)
 
 
+def test_small_damaged_members_in_a_row_hide_no_record_behind_them() -> None:
+    """Each counted as 64 kB that were unpacked again, for so much of the file was looked at."""
+    bad = b"".join(gzip.compress(page(noise(number, 900)))[:-8] + bytes(8) for number in range(3000))
+    good = [page(noise(number, 300)) for number in range(300)]
+    frames = framing.Frames(framing.Window(io.BytesIO(bad + members(good))), "warc.gz")
+    assert [data for _, data in frames] == ["damaged"] * 3000 + good
+
+
 @pytest.mark.parametrize("sizes", [[200_000_000], [40_000_000] * 4, [60_000_000, 40_000_000] * 2])
 def test_damaged_members_that_unpack_to_much_hide_no_record_behind_them(tmp_path: Path, sizes: list[int]) -> None:
     """What was unpacked of them was counted in full, and a sixteenth of that in the file was not searched for records.
