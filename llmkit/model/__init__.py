@@ -1,1 +1,1 @@
-"""What a model is: its configuration, its arithmetic, its cache and its folder."""
+"""Decoders: configuration, arithmetic, adapters, folders and devices."""

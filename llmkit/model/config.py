@@ -1,4 +1,4 @@
-"""What a model is made of, in the names of a Hugging Face `config.json`.
+"""Configuration of a model, in the names of a Hugging Face `config.json`.
 
 Knows nothing of files or tensors: `from_hf` takes the parsed dictionary, `to_hf` returns one.
 """
@@ -322,7 +322,7 @@ def _rope_from_hf(values: dict[str, Any], where: str) -> tuple[float, RopeScalin
 
 
 def _yarn_from_hf(parameters: dict[str, Any], factor: float, where: str) -> dict[str, Any]:
-    """What yarn may state, with transformers' defaults. Raises UserError."""
+    """Read yarn's parameters, with transformers' defaults. Raises UserError."""
 
     def grown(name: str) -> float:
         return max(1.0, 0.1 * number(parameters, name, where, 1.0) * math.log(factor) + 1.0)

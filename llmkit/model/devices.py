@@ -87,8 +87,10 @@ class Precision(NamedTuple):
 
 
 def choose_precision(name: str, device: torch.device) -> Precision:
-    """What --dtype means for sampling. `auto` on a CPU is float32: narrower is faster, but only float32 and int8 give
-    a text its bits whatever is sampled beside it, and int8 costs quality; a resumed run must go on as it began.
+    """Choose the precision of sampling by --dtype.
+
+    `auto` on a CPU is float32: narrower is faster, but only float32 and int8 give a text its bits whatever is sampled
+    beside it, and int8 costs quality; a resumed run must go on as it began.
 
     bfloat16 on a CPU that cannot multiply it is half precision (model/narrow_weights.py), where that is to be had.
     """

@@ -41,7 +41,7 @@ PEFT_TABLES = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
 
 
 class _LowRankSum(nn.Module):
-    """What a stacked parameter becomes: itself plus a product for each adapted matrix of it."""
+    """Adds to a stacked parameter a low-rank product for each adapted matrix of it."""
 
     def __init__(self, weight: Tensor, rows: dict[str, int], adapted: Sequence[str], rank: int, scale: float, draw):
         super().__init__()
