@@ -1,1 +1,1 @@
-"""What text is made of: words, passages, languages, and whether two answers agree."""
+"""Parts of text: words, passages and languages; and whether two answers agree."""

@@ -102,7 +102,7 @@ class Split:
 
     @cached_property
     def paragraphs(self) -> list[str]:
-        """What blank lines part."""
+        """Paragraphs, which blank lines separate."""
         return [part for part in map(str.strip, re.split(r"\n\s*\n", self.text)) if part]
 
     @cached_property
@@ -112,7 +112,7 @@ class Split:
 
     @cached_property
     def word_count(self) -> int:
-        """How many words there are, symbols among them."""
+        """Number of words, symbols among them."""
         return len(self.words)
 
     @cached_property
@@ -133,7 +133,7 @@ class Split:
 
     @property
     def letters_per_word(self) -> int:
-        """How many of the words, each a letter, make up a word of a script without spaces; 1 for all others."""
+        """Return how many one-letter words make up a word of a script without spaces; 1 for other scripts."""
         return LETTERS_PER_WORD.get(self.script or "", 1)
 
     def telling(self, measures: dict[str, float]) -> dict[str, float]:
@@ -159,7 +159,7 @@ class Split:
 
     @cached_property
     def counts(self) -> np.ndarray:
-        """How often each word of the vocabulary occurs: int64, (vocabulary,)."""
+        """Count the words of the vocabulary: int64, (vocabulary,)."""
         import numpy as np
 
         return np.bincount(self.ids, minlength=len(self.vocabulary))
@@ -173,6 +173,6 @@ class Split:
 
 
 def repeated(parts: list[str]) -> tuple[int, int]:
-    """How many of the parts stood before, and how many characters these have."""
+    """Count the parts that repeat an earlier one, and their characters."""
     unique = set(parts)
     return len(parts) - len(unique), sum(map(len, parts)) - sum(map(len, unique))
