@@ -135,8 +135,11 @@ def without_specials(tokenizer_json: bytes) -> bytes:
 
 
 def proof_texts(documents: Sequence[str], added_tokens: Sequence[str]) -> list[str]:
-    """What a backend must encode as `tokenizers` does: hostile strings, the tokenizer's own added tokens in
-    several neighbourhoods, the heads of the first documents."""
+    """Collect texts that a backend must encode as `tokenizers` does.
+
+    These are hostile strings, the tokenizer's own added tokens in several neighbourhoods, and the heads of the first
+    documents.
+    """
     templates = ("{0}", "a{0}b", " {0} {0}\n")
     neighbourhoods = [template.format(token) for token in added_tokens for template in templates]
     heads = [document[:PROOF_CHARACTERS] for document in documents[:PROOF_DOCUMENTS]]

@@ -31,7 +31,7 @@ CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text(encodi
 
 
 def reserved_tokens(learned: int) -> list[str]:
-    """What fills a vocabulary of bytes, `learned` tokens and specials up to the next multiple of 64."""
+    """Name the tokens that fill a vocabulary of bytes, `learned` tokens and specials up to the next multiple of 64."""
     return [f"<|reserved_{i}|>" for i in range(-(SMALLEST_VOCABULARY + learned) % MULTIPLE)]
 
 

@@ -364,7 +364,7 @@ class _Trainer:
         return falls, _Changes(*(column[order] for column in changes))
 
     def _before_outranked(self, top: Ints, created: Ints, keys: Ints, created_in: Ints) -> int:
-        """How many rounds pass before a pair that counts `created` from round `created_in` on has its turn."""
+        """Return how many rounds pass before the turn of a pair that counts `created` from round `created_in` on."""
         counts = self.queue.count[top]
         rival = np.flatnonzero(created >= counts[-1])
         if len(rival) == 0:
@@ -387,7 +387,7 @@ class _Trainer:
 
 
 def _every_other(found: _Occurrences, step: int) -> NDArray[np.bool_]:
-    """Of the occurrences of one pair (a, a) in "a a a a": the first, the third and so on, as one merges rightwards."""
+    """Keep the first, third and so on of the occurrences of a pair (a, a) in "a a a a", as one merges rightwards."""
     order = np.argsort(found.position)
     position = found.position[order]
     run = np.flatnonzero(np.diff(position, prepend=-1 - step) != step)

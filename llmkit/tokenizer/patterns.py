@@ -38,7 +38,7 @@ def byte_alphabet() -> list[tuple[str, int]]:
 
 @dataclass(frozen=True)
 class Pattern:
-    """How text is cut into pieces.
+    """Pattern that cuts text into pieces.
 
     regex       in Oniguruma's syntax, which is what tokenizer.json holds
     ascii_regex the same for chunks of ASCII, for `re` on bytes, which is ten times faster; None: unknown

@@ -1,4 +1,4 @@
-"""How often each piece of text occurs in a corpus: cut in bulk, count what is equal, ask the pattern once.
+"""Count the pieces of text in a corpus: cut in bulk, count equal ones, apply the pattern once to each.
 
 Text comes in *blocks*: documents in UTF-8 one after another, each followed by END, a byte that UTF-8 does not have.
 Numpy finds the places where text may be cut (patterns.py) and loads each chunk of up to 16 bytes, 99.8% of those in
@@ -176,7 +176,7 @@ class PieceCounter:
 
     @property
     def rows(self) -> int:
-        """How many counts are held."""
+        """Number of counts held."""
         pending = sum(len(count) for _, _, count in self._pending)
         return len(self._count) + pending + len(self._long) + len(self.pieces)
 

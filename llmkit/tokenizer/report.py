@@ -1,4 +1,4 @@
-"""How good a tokenizer is: bytes per token by source, beside other tokenizers, and what its tokens are like."""
+"""Evaluate a tokenizer: bytes per token by source, beside other tokenizers, and figures of its tokens."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def _ratio(size: int, tokens: int) -> float:
 
 
 def tokens_report(merges: Merges) -> dict[str, Any]:
-    """What the learned tokens are like: how many never stand in the encoded corpus, which are the longest."""
+    """Describe the learned tokens: the number that never occur in the encoded corpus, and the longest."""
     learned = np.arange(256, len(merges.tokens))
     unused = learned[merges.counts[256:] == 0]
     longest = sorted(learned.tolist(), key=lambda i: (-len(merges.tokens[i]), i))[:20]

@@ -28,7 +28,7 @@ _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "PYTHONHOME", "TZ", "LANG", "LC_ALL",
 
 
 class TemplateFault(Exception):
-    """What came of a template in place of a text; `refused` where the template itself says no, `ended` at a limit."""
+    """Failure of a template; `refused` where the template itself says no, `ended` at a limit."""
 
     def __init__(self, reason: str, refused: bool = False, ended: bool = False) -> None:
         super().__init__(reason)

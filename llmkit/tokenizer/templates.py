@@ -35,7 +35,7 @@ _GENERATION = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
 
 
 def chat_format(tokenizer: Tokenizer) -> ChatFormat:
-    """How a folder's conversations become tokens. Raises UserError for one that knows none."""
+    """Return the chat format of a tokenizer's folder. Raises UserError for one that has none."""
     return TemplateFormat(tokenizer) if has_own_template(tokenizer) else ChatFormat(tokenizer)
 
 
@@ -153,7 +153,7 @@ class TemplateFormat(ChatFormat):
             raise UserError(f"{self._tokenizer.path.parent}: its chat template {verb}: {error} (at {turn})") from None
 
     def _core(self, turn: Message, late: bool) -> tuple[str, str, str]:
-        """What stands before the text that is marked, that text, and what follows: white space, and thoughts."""
+        """Split a text into the part before the marked one, the marked one, and the rest: white space, and thoughts."""
         if any(part.kind != "text" for part in turn.parts):
             raise UserError(
                 f"{self._tokenizer.path.parent}: calls of tools need llmkit's own chat format, "
