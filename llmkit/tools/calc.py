@@ -49,7 +49,7 @@ Number = Fraction | float
 
 
 class CalculationError(ValueError):
-    """What is wrong with an expression, in a few words that the model can read."""
+    """Fault of an expression, in a few words that the model can read."""
 
 
 def calculate(expression: str) -> str:

@@ -35,7 +35,7 @@ GRACE_SECONDS = 1.0  # after which a program whose clock here has not ended it e
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use. Its files count against the memory of the machine, twice `file_bytes` at most."""
+    """Limits of a program. Its files count against the memory of the machine, twice `file_bytes` at most."""
 
     wall_seconds: float = 10.0
     cpu_seconds: int = 5
@@ -46,7 +46,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class PythonResult:
-    """What became of a program.
+    """Result of a program.
 
     output   what it wrote on stdout and stderr, in its order, `output_bytes` at most
     ended    "done", "error" (an exception or a non-zero exit), "timeout" (of the clock or of

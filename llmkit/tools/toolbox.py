@@ -26,7 +26,7 @@ RESULT_CHARACTERS = 4000  # of any result; a model's context is small
 
 @dataclass(frozen=True)
 class ToolResult:
-    """What a tool answers.
+    """Answer of a tool.
 
     text    for the model
     failed  whether it is the reason of a failure

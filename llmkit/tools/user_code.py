@@ -45,7 +45,7 @@ class UserFunction:
         self._function = self._load(path, function)
 
     def __call__(self, argument: Any, record: object) -> Any:
-        """What the function gives. Raises UserError with file and line of the user's code where it raises.
+        """Call the function. Raises UserError with file and line of the user's code where it raises.
 
         record: what names the argument in errors, such as its id or `problems.jsonl:5`
         """
