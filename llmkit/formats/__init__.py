@@ -1,1 +1,1 @@
-"""What a record is: conversations, preferences, problems, questions."""
+"""Records: conversations, preferences, problems, questions."""

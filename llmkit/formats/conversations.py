@@ -68,7 +68,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What one side says: `role` is "system", "user" or "assistant"; `weight` 0 keeps it out of the loss."""
+    """Message of one side: `role` is "system", "user" or "assistant"; `weight` 0 keeps it out of the loss."""
 
     role: str
     parts: tuple[Part, ...]
@@ -76,7 +76,7 @@ class Message:
 
     @property
     def text(self) -> str:
-        """What was said, without calls and results."""
+        """Text of the message, without calls and results."""
         return "".join(part.text for part in self.parts if part.kind == "text")
 
 

@@ -211,7 +211,7 @@ def _messages(row: Row, name: str, value: Any, role: str, lost: list[str] | None
 
 
 def _common_start(one: tuple[Message, ...], other: tuple[Message, ...]) -> tuple[Message, ...]:
-    """What two conversations begin with, up to the answers that are compared."""
+    """Return the common beginning of two conversations, up to the answers that are compared."""
     same = 0
     while same < min(len(one), len(other)) and one[same] == other[same]:
         same += 1

@@ -37,7 +37,7 @@ LABEL = re.compile(r"\s*\(?([A-Z])\s*[).:]\s*")
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What is asked, and what a completion is judged by.
+    """Problem for rl: a prompt, and the data that a completion is judged by.
 
     messages  what is asked; empty where the record has only a prompt of text
     prompt    its text: of messages, that of the last
