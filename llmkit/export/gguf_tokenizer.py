@@ -33,7 +33,7 @@ ENDS_BY_NAME = (
 
 @dataclass(frozen=True)
 class GgufTokenizer:
-    """What the keys `tokenizer.*` of a GGUF file hold.
+    """Values of the keys `tokenizer.*` of a GGUF file.
 
     model    "gpt2", byte-level BPE, or "llama", SentencePiece's
     pre      llama.cpp's name of the split
