@@ -29,7 +29,7 @@ LONGEST_FLASH_MASK = 128
 
 
 class Branching:
-    """Which keys a query sees where documents branch: computed once a batch, used by every layer.
+    """Mask of keys for each query where documents branch: computed once a batch, used by every layer.
 
     doc_ids (B, T)       equal numbers are one document
     branch_ids (B, T)    0 on what all branches of a document share, 1, 2, ... on each of them
@@ -76,7 +76,7 @@ class Packing:
 
     @cached_property
     def is_single(self) -> bool:
-        """Whether no row has a second document; read on the host."""
+        """True if no row has a second document; read on the host."""
         return not bool(self.starts.any())
 
     @cached_property
@@ -384,7 +384,7 @@ def _attention_by_torch(query, key, value, is_causal, scale, enable_gqa, doc_ids
 
 
 def _blocks_pay(query: Tensor, keys: int) -> bool:
-    """Whether this is the case that `_BlockAttention` is for: bfloat16 training on CPU with queries = keys."""
+    """True in the case that `_BlockAttention` is for: bfloat16 training on CPU with queries = keys."""
     return (
         query.dtype == torch.bfloat16
         and query.device.type == "cpu"

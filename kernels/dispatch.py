@@ -53,7 +53,7 @@ def _triton_is_installed() -> bool:
 
 @cache
 def _obstacle(device_type: str) -> str | None:
-    """What keeps Triton's compiled kernels from running there, or None."""
+    """Return the reason why Triton's compiled kernels cannot run there, or None."""
     if device_type != "cuda" or not torch.cuda.is_available():
         return f"expected a GPU, found {device_type}"
     if not _triton_is_installed():

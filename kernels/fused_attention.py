@@ -20,7 +20,7 @@ LOG2_E = math.log2(math.e)
 
 
 def can_run(query: Tensor, key: Tensor, value: Tensor, scale: float) -> bool:
-    """Whether the Triton kernels are to compute this attention here."""
+    """True if the Triton kernels are to compute this attention here."""
     return (
         backend(query.device.type) in ("triton", "interpret")
         and query.dim() == key.dim() == value.dim() == 4

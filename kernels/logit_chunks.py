@@ -33,7 +33,7 @@ TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Objective:
-    """What is asked of a row of logits z with the target y: the loss logsumexp(z / t) - z[y] / t, t the temperature."""
+    """Loss of a row of logits z with the target y: logsumexp(z / t) - z[y] / t, t the temperature."""
 
     ignore_index: int = -100
     temperature: float = 1.0
@@ -49,7 +49,7 @@ class Rows(NamedTuple):
 
 @dataclass
 class Gradients:
-    """Of the losses' sum weighted by `upstream`: to input (N, D) in its dtype, to weight in float32 or float64."""
+    """Gradients of the losses' sum weighted by `upstream`: input (N, D) in its dtype, weight in float32 or float64."""
 
     input: Tensor | None = None
     weight: Tensor | None = None
@@ -223,7 +223,7 @@ class _Chunks:
 
 @cache
 def _adds_in_float32(dtype: torch.dtype) -> bool:
-    """Whether cuBLAS adds a product of this dtype onto a float32 matrix here: torch 2.11 lets it, ROCm does not.
+    """True if cuBLAS adds a product of this dtype onto a float32 matrix here: torch 2.11 lets it, ROCm does not.
 
     Without it each chunk's part of the weight gradient is rounded to the dtype before it is added.
     """

@@ -17,7 +17,7 @@ PACKED_FOR = 16  # rows that the layout is chosen for; it serves any number
 
 @cache
 def can_pack(dtype: torch.dtype, device_type: str) -> bool:
-    """Whether `packed_linear` packs here, or falls back to plain weights."""
+    """True if `packed_linear` packs here; otherwise it falls back to plain weights."""
     if device_type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return False
     if not torch.backends.mkldnn.is_available():

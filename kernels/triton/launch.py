@@ -28,7 +28,7 @@ def interpreting() -> bool:
 
 
 def compiling() -> bool:
-    """Whether this is within `compiling_for`."""
+    """True within `compiling_for`."""
     return _compiling is not None
 
 
@@ -62,7 +62,7 @@ def launch(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages:
 
 
 class _AbsentGPU:
-    """What Triton asks a driver for while it compiles."""
+    """Answers what Triton asks a driver for while it compiles."""
 
     def __init__(self, name: str):
         self.name = name

@@ -80,7 +80,7 @@ _tried: dict[str, Tiles | DecodeTiles | RowTiles | ProductTiles] = {}
 
 
 def gpu_name() -> str:
-    """Of this process's GPU, the name that tuned tiles are kept under; "interpreter" without one."""
+    """Name of this process's GPU, under which tuned tiles are kept; "interpreter" without one."""
     return "interpreter" if interpreting() else torch.cuda.get_device_name()
 
 
@@ -171,7 +171,7 @@ def _size_index(size: int) -> int:
 
 
 def sized_name(kernel: str, size: int, dtype: torch.dtype) -> str:
-    """What the tiles of an attention kernel are called in a file of tuned ones: "attention_forward 128 bfloat16"."""
+    """Name the tiles of an attention kernel for a file of tuned ones: "attention_forward 128 bfloat16"."""
     return f"{kernel} {SIZES[_size_index(size)]} {_dtype_name(dtype)}"
 
 
