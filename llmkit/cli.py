@@ -155,7 +155,7 @@ def run_command_line(arguments: list[str]) -> int:
 
 
 def parse(arguments: list[str]) -> Callable[[], Any] | int:
-    """What the arguments ask for: the work, still to be done, or an exit code when typer has said it all.
+    """Parse the arguments: return the work, still to be done, or an exit code when typer has said it all.
 
     The work is not done inside typer, which takes an EOFError for an interrupt and a broken pipe for exit 1.
     """

@@ -88,7 +88,7 @@ DROPPED = {
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of one option beside its name, type and default."""
+    """Details of one option beside its name, type and default."""
 
     help: str
     group: str = "Options"
@@ -419,7 +419,7 @@ def resolve(config_class: type, flags: Mapping[str, Any], config_file: str | Non
 
 
 def dropped(name: str, config_class: type) -> str | None:
-    """What to give in place of an option that this config class had in the version before; None if it had none."""
+    """Advice for an option that this config class had in the version before; None if it had none."""
     owners, advice = DROPPED.get(name, ("", None))
     return advice if {cls.__name__ for cls in config_class.__mro__} & set(owners.split()) else None
 

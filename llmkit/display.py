@@ -1,4 +1,4 @@
-"""What people are shown: text of others without control characters, and no credentials.
+"""Text for people: text of others without control characters, and no credentials.
 
 Every message goes through `write_message`, and what a terminal is given on stdout through `printable`. Text of models,
 servers, documents, file names and exceptions could otherwise move the cursor, set the title or fill the clipboard
