@@ -74,8 +74,8 @@ GUESS = re.compile(
     rf"(?={HEDGE.pattern}|my (?:best )?guess|(?:it (?:is|was)|it['\u2019]s)\b)",
     re.IGNORECASE,
 )
-AFTERTHOUGHT = re.compile(r";|, (?=(?:but|although|though|who|which|and|while|for|with|as)\b)|(?<=\w{3})[.!]\s")
-DOUBT = word_list("doubt")
+AFTERTHOUGHT = re.compile(r";|, (?=(?:but|although|though|who|which|and|while|for|with|as)\b)|(?<=\w\w)[.!]\s")
+DOUBT, ASPECTS = word_list("doubt"), word_list("aspects")
 DENIED_IN_JAPANESE = re.compile(
     "\u3067\u306f\u3042\u308a|\u3067\u306f\u306a|\u3058\u3083\u306a|\u3058\u3083\u3042\u308a"
 )
@@ -136,7 +136,8 @@ class MatchJudge:
             return RIGHT
         if is_evasive or _lacks_knowledge(said, asked):
             answer, *more = AFTERTHOUGHT.split(response, maxsplit=1)
-            if more and not DOUBT.intersection(words(more[0])):
+            rest = set(words(" ".join(more)))
+            if more and (not DOUBT & rest or ASPECTS & rest - asked.known):  # "1874, but I don't know why"
                 verdict = self(answer, question, answers)
                 if verdict == RIGHT or (verdict == WRONG and _names(Sentence.of(answer).tokens, asked)):
                     return verdict

@@ -186,13 +186,14 @@ def test_real_answers_are_right_and_those_of_others_are_not(shared_data, languag
     assert sum(others) < len(asked) / 50
 
 
-@pytest.mark.parametrize("half", ["seen", "held", "fresh", "second", "third", "fourth", "fifth", "sixth"])
+@pytest.mark.parametrize("half", ["seen", "held", "fresh", "second", "third", "fourth", "fifth", "sixth", "seventh"])
 def test_agreement_with_the_labels_of_the_battery(half, capsys):
     """judge_battery.jsonl: invented questions and answers, labelled by hand before the judge was tried on them; the
     half "held" was tried only when the code for the other was finished, and "fresh" written after that; then "second",
     which agreed in .852 of its pairs at the first try, and after mends "third", .939, and
     "fourth", .924 (refusals in other words); "fifth" has refusals and what is near them, .734 at the
-    first try, and "sixth", written after the mends for it, .642."""
+    first try, and "sixth", written after the mends for it, .642, and
+    then "seventh", .871."""
     path = Path(__file__).with_name("judge_battery.jsonl")
     pairs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert len(pairs) >= 300
@@ -202,7 +203,7 @@ def test_agreement_with_the_labels_of_the_battery(half, capsys):
     with capsys.disabled():
         print(f"\n{half}: {len(judged)} pairs, agreement {agreement:.4f}, {dict(table)}")
     unlike = [(one["question"], one["response"], said) for one, said in judged if one["label"] != said]
-    assert agreement >= (0.93 if half == "sixth" else 0.97), unlike
+    assert agreement >= (0.93 if half in ("sixth", "seventh") else 0.97), unlike
 
 
 def test_a_number_of_many_digits_is_a_word_like_any_other():
@@ -210,7 +211,9 @@ def test_a_number_of_many_digits_is_a_word_like_any_other():
     assert verdict(f"July {'9' * 5000}, 1969", "1969", "In what year was it?") == "wrong"
 
 
-@pytest.mark.parametrize("said", ["a ", "1 ", "Paris ", "what is ", "U.S. ", "1-", "hundred "])
+@pytest.mark.parametrize(
+    "said", ["a ", "1 ", "Paris ", "what is ", "U.S. ", "1-", "hundred ", "not sure, but maybe ", "   "]
+)
 def test_the_time_of_a_long_answer_is_linear(said):
     start = time.process_time()
     assert verdict(said * (100_000 // len(said)), "Paris", CAPITAL) != "right"
