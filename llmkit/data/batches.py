@@ -11,8 +11,8 @@ the row at the end of an epoch runs into the next epoch.
     doc_ids_BT     int32   0, 1, 2 ... along each row: attention stays within one number
 
 So in every epoch each token is an input once; each token but the `start` of a document is predicted once,
-from its own document; and so is the `end` of each document. What goes on in another row has lost its context
-there. Nothing depends on the number of processes, micro-batches or workers: a process takes
+from its own document; and so is the `end` of each document. A document that continues in another row loses its
+context there. Nothing depends on the number of processes, micro-batches or workers: a process takes
 `rows(step, start, stop)`, and a run resumes by asking for its next step.
 """
 

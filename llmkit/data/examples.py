@@ -1,8 +1,8 @@
 """Encoded conversations of one source, held in memory, each short enough for a row of training.
 
-5 bytes a token: a million conversations of 300 tokens take 1.5 GB. What does not fit a row is truncated at the end of a
-turn, dropped, split before a question or refused; a document is split without loss. What nothing would be learnt from
-is left out; all is counted.
+5 bytes a token: a million conversations of 300 tokens take 1.5 GB. A conversation longer than a row is truncated at the
+end of a turn, dropped, split before a question or refused; a document is split without loss. Examples without a token
+to learn are left out; all is counted.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ Row = list[tuple[int, int]]  # of a row: (source, example) pairs, side by side
 
 
 class Packable(Protocol):
-    """Examples that are packed whole: what each is, and how many tokens of a row it takes, `inputs` in all."""
+    """Examples that are packed whole: each one, and its tokens of a row, `inputs` in all."""
 
     @property
     def name(self) -> str: ...

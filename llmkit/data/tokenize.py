@@ -63,8 +63,8 @@ def tokenize_documents(
     cache:  folder for the shards, made when absent; a corpus lies in `name`-HASH below it, one that came
             through a pipe in `name`-stream
     limit:  the number of documents to take
-    resume: what came through a pipe was read by the run that is resumed: take the shards that it left; without
-            this a pipe is read and encoded anew each time
+    resume: take the shards of a pipe that the resumed run read; without this a pipe is read and encoded anew each
+            time
     bad:    skips bad records, also those that the cache has left out; without it, the first raises UserError
 
     In a job of several processes let one call this, and the others after it. A killed call leaves nothing

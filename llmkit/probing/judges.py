@@ -3,8 +3,8 @@
     judge = ModelJudge(model, MatchJudge())
     for answered, verdicts in judge.judge_each([Answered(question, ["Paris", "Rome"])]): ...
 
-What is empty or evasive by its words is never shown to the model, so that it cannot take it for right. A reply that
-cannot be read twice is no verdict.
+Responses that are empty, or evasive by their words, are never shown to the model, so that it cannot judge them right.
+A reply that cannot be read, twice, is no verdict.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Measure how much of a text a model reproduces by greedy decoding, given a document's first tokens.
 
 The procedure is that of Carlini et al. 2022 (arXiv:2202.07646). Documents that begin alike, up to the last token
-that is compared, are asked once and counted: what is repeated is learnt by heart.
+that is compared, are asked once and counted: repeated text is learnt by heart.
 """
 
 from __future__ import annotations

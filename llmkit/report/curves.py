@@ -95,8 +95,7 @@ class Metrics:
 
 
 def read_series(path: Path, stage: str, note: Callable[[str], object], limit: int | None = None) -> Metrics:
-    """Read what is drawn of a stage from metrics.jsonl, in one pass; what cannot be read is counted and told to
-    `note`."""
+    """Read the curves of a stage from metrics.jsonl, in one pass; `note` hears of rows that cannot be read."""
     drawn = {key for chart in CHARTS.get(stage, (LOSS,)) for key in chart.lines}
     series: dict[str, Series] = {}
     others: set[str] = set()

@@ -79,7 +79,7 @@ def kind_of_record(record: Mapping[str, Any]) -> str | None:
 
 @dataclass
 class Run:
-    """One run: what its manifest says, and where its files are.
+    """One run: its manifest, and the paths of its files.
 
     manifest  of an unfinished run what can be told of it; None for a model folder of foreign origin
     state     "finished", "unfinished", "foreign", or "file" for records that no manifest tells of
@@ -124,7 +124,7 @@ class Gathered:
 def gather(paths: Sequence[str]) -> Gathered:
     """Gather run folders, folders that hold some, and files that stages write.
 
-    What cannot be read or is of no stage becomes a note. Raises UserError for a path where nothing stands, and where
+    A file that cannot be read, or is of no stage, becomes a note. Raises UserError for a missing path, and where
     nothing at all was found.
     """
     found = Gathered()

@@ -190,7 +190,7 @@ def read_comparisons(
     """The comparisons of one source, and a digest of what they are made of.
 
     Those with an answer that is longer than the context, prompt included, lose the beginning of the prompt where that
-    is enough ("truncate"), or are left out; what `encode` refuses is a bad record. `observe` receives the texts. Raises
+    is enough ("truncate"), or are left out; a record that `encode` refuses is bad. `observe` receives the texts. Raises
     UserError for one that is too long under "error", and where nothing is left.
     """
     source, digest = Comparisons(name), sha256()
@@ -275,7 +275,7 @@ def evaluation_rows(
 ) -> Iterator[tuple[ComparisonRows, list[list[int]]]]:
     """All comparisons in batches of about `tokens` tokens, with the number of each in its row.
 
-    Rows have `length` tokens; what is longer has a row of its own, beside others as long.
+    Rows have `length` tokens; a longer comparison has a row of its own, beside others as long.
     """
     bins = best_fit([min(one.size, length) for one in comparisons], length)
     sizes = [max(length, sum(comparisons[i].size for i in row)) for row in bins]

@@ -55,7 +55,7 @@ def tagged(completion: str) -> str | None:
 
 
 def final(completion: str) -> str:
-    """The part of a completion that answers: what follows its thinking, in <answer> where there is one.
+    """Return the part of a completion that answers: the text after its thinking, in <answer> if there is one.
 
     >>> final("<think>4?</think> So <answer>5</answer>."), final("5")
     ('5', '5')

@@ -1,4 +1,4 @@
-"""The verifier `latex`: what is boxed last equals the answer, as math-verify compares expressions.
+"""The verifier `latex`: the last boxed expression equals the answer, as math-verify compares them.
 
 Deliberately strict: without \\boxed nothing is right, and an "or" leaves the answer open.
 """
@@ -59,7 +59,7 @@ class LatexComparer:
             raise UserError(f"{problem.where}: expected an answer for the verifier 'latex', found none")
 
     def is_right(self, problem: Problem, completion: str) -> bool | None:
-        """True if what is boxed is the answer; None where math-verify cannot read the answer."""
+        """True if the boxed expression is the answer; None where math-verify cannot read the answer."""
         completion = after_thinking(completion)
         tag = tagged(completion)
         said = last_boxed(completion if tag is None else tag)

@@ -200,8 +200,10 @@ def _divergence(rollout: Rollout) -> float:
 
 
 def handle_overlong(rollout: Rollout, overlong: str, max_tokens: int) -> None:
-    """What becomes of an attempt that was cut: "keep", "mask" (no part in the loss), or "penalise": up to 1 is taken
-    away over the last fifth of the length (Yu et al. 2025, arXiv 2503.14476, equation 13)."""
+    """Treat an attempt that was cut: "keep", "mask" (no part in the loss), or "penalise".
+
+    The penalty takes up to 1 away over the last fifth of the length (Yu et al. 2025, arXiv 2503.14476, equation 13).
+    """
     if overlong == "mask":
         rollout.trained &= rollout.completion.finish_reason != "length"
     elif overlong == "penalise":
