@@ -150,6 +150,9 @@ class MatchJudge:
             return WRONG
         plain = NOT_OTHER.sub("", NOT_ONE.sub("", response))
         same_names = [_with_names_of(answer, response) for answer in answers]
+        if "who" in asked.known:  # "it was Hans Müller", where the answer is a last name alone
+            lasts = "|".join(answer for answer in answers if NAME.fullmatch(answer))
+            same_names += [re.sub(rf"(?<=[a-z] )[A-Z][a-z]+ (?=(?:{lasts})\b)", "", response)] if lasts else []
         texts = {text: None for one in _spelt([response, plain, *same_names]) for text in (one, *_leading_parts(one))}
         forms = [(one, True) for one in accepted] + [(one, False) for one in shorter]
         readings = [said, *(one for one in map(Sentence.of, texts) if one.words)]
