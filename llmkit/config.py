@@ -43,6 +43,7 @@ _SCALES: dict[str, dict[str, int]] = {
 }
 LARGEST_INTEGER = 2**63 - 1  # of what generators take and JSON of 64 bits holds
 _EXAMPLES = {"count": "20000, 20k or 1.5M", "bytes": "1000000, 100MB or 2GiB", "duration": "90s, 10m or 2h"}
+PATHS = ("PATH", "FILE", "FOLDER")
 _NAMES = {"count": "count", "bytes": "number of bytes", "duration": "duration"}
 
 # Options of the version before, by their names as fields: the configs that had them, and what to give in their place.
@@ -320,8 +321,11 @@ def _convert(value: Any, base: type, details: Option) -> Any:
             return value
         raise ValueError("expected true or false")
     if base is str:
-        if value == "" and (details.reads or details.metavar == "PATH"):
-            raise ValueError("expected a path")  # a shell's variable that is not set
+        shape = details.metavar or ""  # what may be empty, a prompt or a title, has none
+        if "," in shape and isinstance(value, str) and not value.strip(", "):
+            raise ValueError("expected a name at least")  # a shell's variable that is not set
+        if value == "" and (details.reads or shape):
+            raise ValueError("expected a path" if details.reads or shape in PATHS else "expected text")
         if isinstance(value, (str, Path)) and _is_utf8(str(value)):
             return str(value)
         if details.metavar == "SHARE|COUNT" and isinstance(value, (int, float)) and not isinstance(value, bool):

@@ -6,6 +6,7 @@ import importlib
 import json
 from dataclasses import FrozenInstanceError, dataclass, field
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 from hypothesis import given
@@ -19,8 +20,10 @@ from llmkit.config import (
     flag_of,
     option,
     option_fields,
+    option_of,
     parse_quantity,
     resolve,
+    value_type,
 )
 from llmkit.errors import UserError
 
@@ -148,6 +151,29 @@ def test_an_option_without_default_is_required() -> None:
 
 def test_an_empty_path_is_a_mistake() -> None:
     assert fails({"inputs": ["a"], "out": ""}) == "--out: expected a path, found ''"
+
+
+def _options_of_text() -> list[tuple[type, str]]:
+    """Each option of a command that takes names, paths or another form of text, as its metavar says."""
+    found = []
+    for module, config_name, _ in COMMANDS.values():
+        config_class = getattr(importlib.import_module(module), config_name)
+        hints = get_type_hints(config_class)
+        for item in option_fields(config_class):
+            if value_type(hints[item.name])[0] is str and (option_of(item).metavar or option_of(item).choices):
+                found.append((config_class, item.name))
+    return found
+
+
+@pytest.mark.parametrize(("config_class", "name"), _options_of_text())
+def test_an_option_given_nothing_as_by_a_variable_that_is_not_set_is_a_mistake(config_class: type, name: str) -> None:
+    many = value_type(get_type_hints(config_class)[name])[2]
+    (item,) = [item for item in option_fields(config_class) if item.name == name]
+    is_list = many and "," in (option_of(item).metavar or "")
+    for text in ("", ",", " , ") if is_list else ("",):
+        with pytest.raises(UserError, match="expected") as caught:
+            resolve(config_class, {name: [text] if many else text})
+        assert str(caught.value).startswith(flag_of(item)) and "\n" not in str(caught.value)
 
 
 def test_a_flag_that_the_class_does_not_have_is_a_programming_error() -> None:

@@ -210,8 +210,8 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     world = join(device, config)
     if config.is_served and world.size > 1:
         raise UserError("--engine: expected one process, for one server gets the weights; start it without torchrun")
+    rewards, gold = _rewards(config, stack)  # whose names are looked at before the model is read
     tuning = _load(config, device, dtype)
-    rewards, gold = _rewards(config, stack)
     served = _served(config, folder, tuning, stack) if config.is_served else None
     asked, system, quiet = config.data or ("-",), config.system, config.quiet
     bad = BadRecords(config.max_bad, quiet)
@@ -371,8 +371,9 @@ def _check(config: RlConfig) -> None:
         raise UserError("--tools: expected no --engine beside it; tools are called where attempts are made here")
     check_inputs([*config.data, *config.val])
 
-    from llmkit.rl.algorithms import ALGORITHMS  # brings numpy, which --help does without
+    from llmkit.rl.algorithms import ALGORITHMS, adapted  # brings numpy, which --help does without
 
+    adapted(config.algo, config.overlong, config.clip_low, config.clip_high)
     if config.group == 1 and ALGORITHMS[config.algo].compares_within_groups:
         raise UserError(
             f"--group 1: --algo {config.algo} compares the attempts at a problem with one another and needs 2 or more; "

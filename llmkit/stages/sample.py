@@ -291,8 +291,6 @@ def _check_options(config: SampleConfig, out: str) -> None:
         raise UserError(f"{config.inputs[0]}: an input file needs --jsonl; give one prompt by -p or on stdin")
     if config.inputs and config.prompt is not None:
         raise UserError(f"-p and {config.inputs[0]}: expected one or the other, found both")
-    if "" in config.stop:
-        raise UserError("--stop: expected text, found nothing")
     if config.resume and (not config.jsonl or out == "-"):
         raise UserError("--resume: expected --jsonl and --out, whose unfinished file is gone on with")
     if config.shots is not None and config.as_assistant:

@@ -14,6 +14,7 @@ from llmkit.config import (
     TuningConfig,
     argument,
     as_options,
+    check_one_horizon,
     lasting_options,
     option,
 )
@@ -85,7 +86,7 @@ class TrainRewardConfig(TuningConfig):
         None, "Least accuracy; exit code 3 below it.", group="Judge", at_least=0, at_most=1, free=True
     )
 
-    epochs: float = option(1.0, "Passes over the data.", group="Horizon", above=0)
+    epochs: float | None = option(None, "Passes over the data [1].", group="Horizon", above=0)
     batch_size: int = option(32, "Comparisons per step, approximately.", group="Training", at_least=1)
     sample_every: None = None  # of the trainer's options: a judge says nothing that could be shown
 
@@ -181,7 +182,7 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
     tuning.check_memory(min(config.micro_batch_size or 1, rows) * row_tokens)
     check_batch_memory(rows * row_tokens, "lower --batch-size")
     mixture = Mixture(sources, row_tokens, rows, pad, config.seed, packed_comparisons)
-    steps = config.max_steps or mixture.steps_for(config.epochs * mixture.inputs)
+    steps = config.max_steps or mixture.steps_for((config.epochs or 1) * mixture.inputs)
     say(
         f"{counted(steps, 'step')} of {counted(rows, 'row')} of {row_tokens} tokens, "
         f"{counted(comparisons * rows * row_tokens // mixture.inputs, 'comparison')} or so each; "
@@ -268,6 +269,7 @@ def _checked(config: TrainRewardConfig) -> list[DataFile]:
             f"MODEL: expected one model folder, such as llmkit train-reward chat/ --data prefs.jsonl, found {found}"
         )
     check_model_folder(config.inputs[0], "llmkit train-reward chat/ --data prefs.jsonl")
+    check_one_horizon(config, ("epochs", "max_steps"))
     if config.rank:
         raise UserError("--rank: expected --score, whose completions are ranked")
     from llmkit.data.sources import parse_data  # brings numpy, which --help does without

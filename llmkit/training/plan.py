@@ -126,13 +126,10 @@ def make_plan(
     model: that of `wishes.model`, which is trained further, with rows for its context
     documents_within: the share of the documents that a context holds whole
 
-    Raises UserError for contradicting wishes, or a budget too short to train in.
+    Raises UserError for a shape that no model can have, or a budget too short to train in.
     """
     horizons = ("tokens", "flops", "time_budget", "max_steps", "epochs")
-    given = [name for name in horizons if getattr(wishes, name) is not None]
-    if len(given) > 1:
-        flags = " and ".join("--" + name.replace("_", "-") for name in given)
-        raise UserError(f"{flags}: give one horizon, not {len(given)}")
+    given = any(getattr(wishes, name) is not None for name in horizons)
 
     def shape(depth: int) -> ModelConfig:
         return model or _shape(wishes, depth, vocab_size, special_ids)
@@ -165,9 +162,11 @@ def _with_context(
     reasons = plan.reasons
     if longer >= 0.01:
         more = next((more for more in (512, 1024, 2048, 4096) if more > length and documents_within(more) >= 0.9), 8192)
-        cut = f"{longer:.0%} of the documents are longer than the context of {length} tokens, at which sft cuts answers"
+        cut = (
+            f"{longer:.0%} of the documents are longer than the context of {length} tokens, and sft cuts answers there"
+        )
         advice = f"; --sequence-length {more} holds {documents_within(more):.0%} whole"
-        reasons += (cut + (advice if wishes.model is None else ", which the model fixes"),)
+        reasons += (cut + (advice if wishes.model is None else "; the model of --from has no longer one"),)
     return _filled(wishes, model, tokens, plan.seconds, plan.corpus_tokens, device, reasons)
 
 
@@ -214,6 +213,12 @@ def _shape(wishes: Wishes, depth: int, vocab_size: int, special_ids: tuple[int |
     kv_heads = wishes.num_key_value_heads or heads
     if hidden % heads:
         raise UserError(f"--hidden-size {hidden}: not a multiple of {heads} attention heads; choose another")
+    if (hidden // heads) % 2:  # rotary positions turn channels in pairs
+        flag = f"--hidden-size {hidden}" if wishes.hidden_size else f"--num-attention-heads {heads}"
+        raise UserError(
+            f"{flag}: expected heads of an even number of channels, found {counted(heads, 'head')} of {hidden // heads}"
+            f"; choose a --hidden-size that is a multiple of {2 * heads}, or another --num-attention-heads"
+        )
     if heads % kv_heads:
         raise UserError(f"--num-key-value-heads {kv_heads}: {heads} attention heads are no multiple; choose another")
     return replace(

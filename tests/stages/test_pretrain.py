@@ -253,7 +253,6 @@ def test_a_time_budget_chooses_for_itself_and_keeps_to_it(corpus, llmkit, tmp_pa
 @pytest.mark.parametrize(
     "change, message",
     [
-        (["--tokens", "1k", "--max-steps", "3"], "--tokens and --max-steps: give one horizon, not 2"),
         (["--hidden-size", "100", "--num-attention-heads", "3"], "--hidden-size 100: not a multiple of 3"),
         (["--sequence-length", "100000"], "fewer than one context of 100,000"),
         (["--learning-rate", "0"], "--learning-rate: expected more than 0"),
@@ -269,9 +268,17 @@ def test_a_users_mistake_is_one_line(corpus, llmkit, tmp_path, change, message):
     assert {path.name for path in tmp_path.iterdir()} <= {"base.tokens"}
 
 
-def test_a_missing_held_out_file_is_told_before_the_documents_are_read(corpus, llmkit, tmp_path):
-    done = llmkit(*arguments(corpus, tmp_path / "base", "--val", "nowhere.jsonl"))
-    assert done.returncode == 2 and "nowhere.jsonl: expected a file that can be read" in done.stderr
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--val", "nowhere.jsonl"], "nowhere.jsonl: expected a file that can be read"),
+        (["--epochs", "2", "--max-steps", "3"], "--max-steps and --epochs: expected one way to say how long to train"),
+        (["--hidden-size", "33", "--num-attention-heads", "1"], "--hidden-size 33: expected heads of an even number"),
+    ],
+)
+def test_what_needs_no_documents_is_told_before_they_are_read(corpus, llmkit, tmp_path, change, message):
+    done = llmkit(*arguments(corpus, tmp_path / "base", *change))
+    assert done.returncode == 2 and message in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -101,9 +101,16 @@ def test_a_small_corpus_seen_over_and_over_asks_for_a_smaller_model():
     assert small == pytest.approx(scaling.predicted_loss(2e6, 1000e6, corpus_tokens=1e6), abs=1e-2)
 
 
-def test_contradicting_horizons_are_refused():
-    with pytest.raises(UserError, match="--tokens and --flops: give one horizon, not 2"):
-        plan(tokens=5, flops=7.0)
+@pytest.mark.parametrize(
+    "wishes, said",
+    [
+        ({"depth": 1, "hidden_size": 33}, "--hidden-size 33: expected heads of an even .* 1 head of 33; .* of 2"),
+        ({"depth": 1, "num_attention_heads": 64}, "--num-attention-heads 64: expected .* 64 heads of 1; .* of 128"),
+    ],
+)
+def test_a_head_of_an_odd_width_is_told_by_the_option_that_asks_for_it(wishes, said):
+    with pytest.raises(UserError, match=said):
+        check_wishes(Wishes(**wishes), vocab_size=500)
 
 
 def test_a_budget_that_is_over_before_training_is_refused():
@@ -175,5 +182,5 @@ def test_the_context_follows_from_the_documents_as_far_as_a_step_has_room(wishes
         documents_within=lambda length: min(1.0, length / longest),
     )
     assert found.sequence_length == found.model.max_position_embeddings == context
-    told = [reason for reason in found.reasons if "at which sft cuts answers; --sequence-length" in reason]
+    told = [reason for reason in found.reasons if "sft cuts answers there; --sequence-length" in reason]
     assert len(told) == (context < longest)
