@@ -25,6 +25,7 @@ from llmkit.io.records import ANSWERS, CHOSEN, PROMPT_FIRST, SYSTEM, Row, fields
 TURN = re.compile(r"\n\n(Human|Assistant):")
 WORD_END = re.compile(r"(?<=\S)\s+\S*\Z")  # where the last whole word of a text ends
 STATED = ("prompt", "conversations", "question", "problem", "query", "instruction")  # messages hold the answer, too
+LARGEST_MARGIN = 10_000  # between scores; beyond it the loss is no number that training could lower
 EXPECTED = "'chosen' and 'rejected', or 'completions' and 'ranking'"
 
 
@@ -100,8 +101,8 @@ def _pair(row: Row) -> Comparison:
     if missing:
         raise UserError(f"{row.where}: expected {EXPECTED}, found no {missing[0]!r} in {fields_of(value)}")
     margin = 0.0 if value.get("margin") is None else value["margin"]
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not 0 <= margin < math.inf:
-        raise UserError(f"{row.where}: expected 'margin' to be a number from 0, found {margin!r}")
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not 0 <= margin <= LARGEST_MARGIN:
+        raise UserError(f"{row.where}: expected 'margin' to be a number from 0 to {LARGEST_MARGIN}, found {margin!r}")
     asked, lost = find_prompt(row, STATED), list[str]()
     prompt = None if asked is None else read_messages(row, asked.entries, lost)
     system = _system(row) if asked is None else ()

@@ -24,6 +24,7 @@ from llmkit.io.records import kind_of
 METRICS = "metrics.jsonl"
 LOSS_CURVE = {"training": "loss", "validation": "val_loss"}
 COLOURS = ("#3b6fb6", "#d1495b", "#3c9d6b", "#b07d2b", "#7a5ba8")
+FARTHEST = 1e300  # drawn of a value: differences of larger ones are no floats
 
 
 class MetricsLog:
@@ -125,10 +126,13 @@ def _curve(rows: Iterable[Mapping[str, Any]], key: str) -> list[tuple[float, flo
 def _svg(curves: Mapping[str, list[tuple[float, float]]], width: int = 720, height: int = 360) -> str:
     colours = dict(zip(curves, COLOURS, strict=False))
     left, right, top, bottom = 56, 28, 12, 40
+    curves = {
+        name: [(step, max(-FARTHEST, min(FARTHEST, loss))) for step, loss in line] for name, line in curves.items()
+    }
     points = [point for line in curves.values() for point in line] or [(0, 0)]
     losses = sorted(loss for _, loss in points)
     low, high = losses[0], losses[int(0.98 * (len(losses) - 1))]  # the first steps would flatten the rest
-    high = high if high > low else low + 1
+    high = high if high > low else low + max(1, abs(low))
     last = max(step for step, _ in points) or 1
 
     def place(step: float, loss: float) -> tuple[float, float]:
@@ -145,7 +149,9 @@ def _svg(curves: Mapping[str, list[tuple[float, float]]], width: int = 720, heig
         step, loss = quarter / 4 * last, low + quarter / 4 * (high - low)
         x, y = place(step, loss)
         parts.append(f'<line x1="{left}" x2="{width - right}" y1="{y}" y2="{y}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 6}" y="{y}" dy="4" text-anchor="end">{loss:.2f}</text>')
+        parts.append(
+            f'<text x="{left - 6}" y="{y}" dy="4" text-anchor="end">{loss:{".2f" if abs(loss) < 1e6 else ".2g"}}</text>'
+        )
         parts.append(f'<text x="{x}" y="{height - 22}" text-anchor="middle">{step:,.0f}</text>')
     for number, (name, line) in enumerate(curves.items()):
         thin = [*line[:-1][:: max(1, len(line) // 1000)], line[-1]]

@@ -13,6 +13,8 @@ from llmkit.formats.problems import Problem
 if TYPE_CHECKING:
     from llmkit.tokenizer.encoding import Tokenizer  # brings numpy, which a mistyped SPEC does without
 
+LARGEST = 1e9  # of rewards and weights: squares of their sums stay finite in float32
+
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
@@ -69,7 +71,7 @@ class Weighted:
 def total(parts: Sequence[Mapping[str, float | None]], weighted: Sequence[Weighted]) -> list[float | None]:
     """The weighted sum for each attempt of what each reward gave it, by its name; None where one could not judge it.
 
-    Raises UserError for a number that is not finite.
+    Raises UserError for a number that is not finite, or too large.
     """
     for one in weighted:
         finite([given[one.reward.name] for given in parts], f"--reward {one.reward.name}")
@@ -80,8 +82,9 @@ def total(parts: Sequence[Mapping[str, float | None]], weighted: Sequence[Weight
 
 
 def finite(values: Sequence[float | None], what: str) -> list[float | None]:
-    """The values. Raises UserError that names the first which is NaN or infinite."""
+    """The values. Raises UserError that names the first which is NaN, infinite or beyond `LARGEST`."""
     for place, value in enumerate(values, 1):
-        if value is not None and not math.isfinite(value):
-            raise UserError(f"{what}: expected finite rewards, found {value} for completion {place} of {len(values)}")
+        if value is not None and not abs(value) <= LARGEST:
+            expected = f"rewards from {-LARGEST:g} to {LARGEST:g}" if math.isfinite(value) else "finite rewards"
+            raise UserError(f"{what}: expected {expected}, found {value} for completion {place} of {len(values)}")
     return list(values)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llmkit.errors import UserError
-from llmkit.rewards.reward import Reward, Weighted
+from llmkit.rewards.reward import LARGEST, Reward, Weighted
 from llmkit.tools.user_code import check_spelling
 
 EXPECTED = "verifier, verifier=NAME, rm:FOLDER, spread:FOLDER, cmd:COMMAND, py:FILE.py:FUNCTION, format:REGEX or length"
@@ -33,8 +33,8 @@ def parse_rewards(
     sandbox, timeout  of unit tests: "auto" or "none", and seconds for those of one completion
     batch_timeout     seconds that a command has for a batch
     device, dtype     of reward models
-    Raises UserError for a SPEC that there is not, one given twice, and a weight that is zero or not finite: before
-    anything is loaded.
+    Raises UserError for a SPEC that there is not, one given twice, and a weight that is zero, too large or not
+    finite: before anything is loaded.
     """
     builders: list[tuple[Callable[[], Reward], float]] = []
     names: set[str] = set()
@@ -72,6 +72,8 @@ def _weighted(text: str, flag: str) -> tuple[str, float]:
     weight = float(found[2])
     if not math.isfinite(weight) or weight == 0:
         raise UserError(f"{flag} {text}: expected a weight that is finite and not 0, found {found[2]}")
+    if abs(weight) > LARGEST:
+        raise UserError(f"{flag} {text}: expected a weight from {-LARGEST:g} to {LARGEST:g}, found {found[2]}")
     return found[1], weight
 
 

@@ -8,10 +8,12 @@ py:score.py:reward        reward(record) -> float | None, of the same record, in
 from __future__ import annotations
 
 import os
+import selectors
 import shlex
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -25,6 +27,10 @@ from llmkit.io.progress import counted
 from llmkit.io.records import kind_of
 from llmkit.rewards.reward import Attempt, Reward, finite
 from llmkit.tools.user_code import UserFunction
+
+BLOCK = 1 << 16  # bytes read at once, and kept of what a command says on standard error
+LONGEST_LINE = 1 << 20  # bytes of one that a command prints
+LONGEST_WAIT = 3600.0  # seconds at a time: epoll takes no more than 24 days
 
 
 def record_of(attempt: Attempt) -> dict[str, Any]:
@@ -52,16 +58,14 @@ class CommandReward(Reward):
         if not attempts:
             return []
         data = b"".join(dump_json(record_of(one)) + b"\n" for one in attempts)
-        lines = self._run(data).split(b"\n")
+        lines = self._run(data, len(attempts)).split(b"\n")
         if lines[-1].strip() == b"":
             lines.pop()
         if len(lines) != len(attempts):
-            raise UserError(
-                f"--reward {self.name}: expected {counted(len(attempts), 'line')}, one a completion, found {len(lines)}"
-            )
+            raise self._miscounted(len(attempts), str(len(lines)))
         return finite([self._number(line, place) for place, line in enumerate(lines, 1)], f"--reward {self.name}")
 
-    def _run(self, data: bytes) -> bytes:
+    def _run(self, data: bytes, lines: int) -> bytes:
         try:
             process = subprocess.Popen(
                 self._words,
@@ -74,13 +78,7 @@ class CommandReward(Reward):
             raise UserError(f"--reward {self.name}: expected a command that runs: {error.strerror}") from None
         with process:
             try:
-                out, err = process.communicate(data, timeout=self.seconds)
-            except subprocess.TimeoutExpired as error:
-                _kill(process)
-                said = _last_line(error.stderr)
-                raise UserError(
-                    f"--reward {self.name}: no answer within {counted(self.seconds, 'second')}{said}"
-                ) from None
+                out, err = self._exchange(process, data, lines)
             except BaseException:
                 _kill(process)
                 raise
@@ -90,6 +88,63 @@ class CommandReward(Reward):
                 ended = f"signal {signal.Signals(-process.returncode).name}"
             raise UserError(f"--reward {self.name}: expected exit status 0, found {ended}{_last_line(err)}")
         return out
+
+    def _exchange(self, process: subprocess.Popen[bytes], data: bytes, lines: int) -> tuple[bytes, bytes]:
+        """Feed a process and return what it printed, and the end of its errors. Raises UserError for too much of it.
+
+        `communicate` would hold whatever it prints: `yes` fills 20 GB within a minute.
+        """
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        deadline = time.monotonic() + self.seconds
+        out, err, ended, written = bytearray(), b"", 0, 0
+        with selectors.DefaultSelector() as selector:
+            os.set_blocking(process.stdin.fileno(), False)
+            selector.register(process.stdin, selectors.EVENT_WRITE)
+            selector.register(process.stdout, selectors.EVENT_READ)
+            selector.register(process.stderr, selectors.EVENT_READ)
+            while selector.get_map():
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise self._late(err)
+                for key, _ in selector.select(min(left, LONGEST_WAIT)):
+                    stream: Any = key.fileobj
+                    part = b""
+                    if stream is process.stdin:
+                        try:
+                            written += os.write(stream.fileno(), data[written : written + BLOCK])
+                        except BlockingIOError:
+                            continue
+                        except BrokenPipeError:  # it may answer before it has read all
+                            written = len(data)
+                        if written < len(data):
+                            continue
+                    else:
+                        part = os.read(stream.fileno(), BLOCK)
+                    if not part:
+                        selector.unregister(stream)
+                        stream.close()
+                    elif stream is process.stderr:
+                        err = (err + part)[-BLOCK:]
+                    else:
+                        out += part
+                        ended += part.count(b"\n")
+                        last = out[out.rfind(b"\n") + 1 :]
+                        if ended > lines or (ended == lines and last.strip()):
+                            raise self._miscounted(lines, "more")
+                        if len(last) > LONGEST_LINE:
+                            where = f"--reward {self.name}: line {ended + 1}"
+                            raise UserError(f"{where}: expected at most {LONGEST_LINE} bytes, found more")
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:  # it closed its output and goes on
+            raise self._late(err) from None
+        return bytes(out), err
+
+    def _late(self, err: bytes) -> UserError:
+        return UserError(f"--reward {self.name}: no answer within {counted(self.seconds, 'second')}{_last_line(err)}")
+
+    def _miscounted(self, lines: int, found: str) -> UserError:
+        return UserError(f"--reward {self.name}: expected {counted(lines, 'line')}, one a completion, found {found}")
 
     def _number(self, line: bytes, place: int) -> float | None:
         where = f"--reward {self.name}: line {place}"
@@ -127,8 +182,8 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         process.kill()
 
 
-def _last_line(stderr: bytes | None) -> str:
-    lines = (stderr or b"").decode("utf-8", "replace").strip().splitlines()
+def _last_line(stderr: bytes) -> str:
+    lines = stderr.decode("utf-8", "replace").strip().splitlines()
     return f": {lines[-1].strip()[:300]}" if lines else ""
 
 
@@ -151,4 +206,10 @@ class FunctionReward(Reward):
             raise UserError(
                 f"--reward {self.name}: expected a number, found {kind_of(value)} for {attempt.problem.where}"
             )
-        return float(value)
+        try:
+            return float(value)
+        except Exception as error:  # 10**400, or a number of the user's own class
+            raise UserError(
+                f"--reward {self.name}: expected a finite number, found one that is no float "
+                f"({type(error).__name__}) for {attempt.problem.where}"
+            ) from None

@@ -90,9 +90,11 @@ class RlConfig(TuningConfig, ToolConfig, ServedConfig):
     clip_low: float | None = option(
         None, "Lower clip bound: 1 - VALUE [by algorithm].", group="Algorithm", above=0, at_most=1
     )
-    clip_high: float | None = option(None, "Upper clip bound: 1 + VALUE [by algorithm].", group="Algorithm", above=0)
+    clip_high: float | None = option(
+        None, "Upper clip bound: 1 + VALUE [by algorithm].", group="Algorithm", above=0, at_most=1000
+    )
     kl_coef: float | None = option(
-        None, "Weight of the KL divergence from MODEL [0; 0.05 with rm:].", group="Algorithm", at_least=0
+        None, "Weight of the KL divergence from MODEL [0; 0.05 with rm:].", group="Algorithm", at_least=0, at_most=1000
     )
     max_difference: float | None = option(
         None,
@@ -119,6 +121,7 @@ class RlConfig(TuningConfig, ToolConfig, ServedConfig):
         "Extra batches a step, at most, to replace groups whose rewards are all equal.",
         group="Attempts",
         at_least=0,
+        at_most=1000,
     )
     overlong: str = option(
         "auto",

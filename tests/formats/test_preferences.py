@@ -81,8 +81,9 @@ def test_equal_answers_teach_nothing():
         ({"prompt": "?", "chosen": "a", "rejected": 5}, "'rejected' to be text or messages, found a number"),
         (
             {"prompt": "?", "chosen": "a", "rejected": "b", "margin": "big"},
-            "'margin' to be a number from 0, found 'big'",
+            "'margin' to be a number from 0 to 10000, found 'big'",
         ),
+        ({"prompt": "?", "chosen": "a", "rejected": "b", "margin": 1e300}, "from 0 to 10000, found 1e+300"),
         ({"prompt": "?", "completions": ["a", "b"], "ranking": [1]}, "2 ranks, one a completion, found 1"),
         ({"prompt": "?", "completions": ["a", "b"]}, "2 ranks, one a completion, found null"),
         ({"prompt": "?", "completions": ["a"], "ranking": [1]}, "a list of answers, found 1"),

@@ -83,9 +83,12 @@ def test_the_curve_shows_training_and_validation(tmp_path: Path) -> None:
         [{"step": 1, "loss": math.nan}],
         [{"step": 1, "loss": 2.0}],
         [{"step": 0, "loss": 2.0}, {"step": 0, "val_loss": 2.0}],
+        [{"step": 1, "loss": 1e300}],
+        [{"step": 1, "loss": 1e20}, {"step": 2, "val_loss": 1e20}],
+        [{"step": 1, "loss": -1.7e308}, {"step": 2, "loss": 1.7e308}, {"step": 3, "loss": 1.7e308}],
         [{"step": 1, "loss": 2.0}, {"step": 2, "loss": math.inf}, {"step": 3, "loss": 1.0}, {"sample": "x"}],
     ],
-    ids=["none", "nan", "one", "step-0", "inf"],
+    ids=["none", "nan", "one", "step-0", "large", "flat", "far", "inf"],
 )
 def test_a_curve_of_little_or_strange_data_is_still_a_picture(tmp_path: Path, rows: list[dict]) -> None:
     svg = draw(tmp_path, rows)
