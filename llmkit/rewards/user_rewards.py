@@ -8,12 +8,10 @@ py:score.py:reward        reward(record) -> float | None, of the same record, in
 from __future__ import annotations
 
 import os
-import selectors
 import shlex
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -26,11 +24,10 @@ from llmkit.io.jsonl import dump_json
 from llmkit.io.progress import counted
 from llmkit.io.records import kind_of
 from llmkit.rewards.reward import Attempt, Reward, finite
+from llmkit.tools.exchange import exchange
 from llmkit.tools.user_code import UserFunction
 
-BLOCK = 1 << 16  # bytes read at once, and kept of what a command says on standard error
 LONGEST_LINE = 1 << 20  # bytes of one that a command prints
-LONGEST_WAIT = 3600.0  # seconds at a time: epoll takes no more than 24 days
 
 
 def record_of(attempt: Attempt) -> dict[str, Any]:
@@ -78,7 +75,10 @@ class CommandReward(Reward):
             raise UserError(f"--reward {self.name}: expected a command that runs: {error.strerror}") from None
         with process:
             try:
-                out, err = self._exchange(process, data, lines)
+                out, err, how = exchange(process, data, self.seconds, lambda read: self._is_too_much(read, lines))
+                if how == "timeout":
+                    late = f"no answer within {counted(self.seconds, 'second')}{_last_line(err)}"
+                    raise UserError(f"--reward {self.name}: {late}")
             except BaseException:
                 _kill(process)
                 raise
@@ -89,59 +89,15 @@ class CommandReward(Reward):
             raise UserError(f"--reward {self.name}: expected exit status 0, found {ended}{_last_line(err)}")
         return out
 
-    def _exchange(self, process: subprocess.Popen[bytes], data: bytes, lines: int) -> tuple[bytes, bytes]:
-        """Feed a process and return what it printed, and the end of its errors. Raises UserError for too much of it.
-
-        `communicate` would hold whatever it prints: `yes` fills 20 GB within a minute.
-        """
-        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
-        deadline = time.monotonic() + self.seconds
-        out, err, ended, written = bytearray(), b"", 0, 0
-        with selectors.DefaultSelector() as selector:
-            os.set_blocking(process.stdin.fileno(), False)
-            selector.register(process.stdin, selectors.EVENT_WRITE)
-            selector.register(process.stdout, selectors.EVENT_READ)
-            selector.register(process.stderr, selectors.EVENT_READ)
-            while selector.get_map():
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise self._late(err)
-                for key, _ in selector.select(min(left, LONGEST_WAIT)):
-                    stream: Any = key.fileobj
-                    part = b""
-                    if stream is process.stdin:
-                        try:
-                            written += os.write(stream.fileno(), data[written : written + BLOCK])
-                        except BlockingIOError:
-                            continue
-                        except BrokenPipeError:  # it may answer before it has read all
-                            written = len(data)
-                        if written < len(data):
-                            continue
-                    else:
-                        part = os.read(stream.fileno(), BLOCK)
-                    if not part:
-                        selector.unregister(stream)
-                        stream.close()
-                    elif stream is process.stderr:
-                        err = (err + part)[-BLOCK:]
-                    else:
-                        out += part
-                        ended += part.count(b"\n")
-                        last = out[out.rfind(b"\n") + 1 :]
-                        if ended > lines or (ended == lines and last.strip()):
-                            raise self._miscounted(lines, "more")
-                        if len(last) > LONGEST_LINE:
-                            where = f"--reward {self.name}: line {ended + 1}"
-                            raise UserError(f"{where}: expected at most {LONGEST_LINE} bytes, found more")
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:  # it closed its output and goes on
-            raise self._late(err) from None
-        return bytes(out), err
-
-    def _late(self, err: bytes) -> UserError:
-        return UserError(f"--reward {self.name}: no answer within {counted(self.seconds, 'second')}{_last_line(err)}")
+    def _is_too_much(self, read: bytearray, lines: int) -> bool:
+        """Raise UserError for a line more than expected, or one that is too long."""
+        ended, last = read.count(b"\n"), read[read.rfind(b"\n") + 1 :]
+        if ended > lines or (ended == lines and last.strip()):
+            raise self._miscounted(lines, "more")
+        if len(last) > LONGEST_LINE:
+            where = f"--reward {self.name}: line {ended + 1}"
+            raise UserError(f"{where}: expected at most {LONGEST_LINE} bytes, found more")
+        return False
 
     def _miscounted(self, lines: int, found: str) -> UserError:
         return UserError(f"--reward {self.name}: expected {counted(lines, 'line')}, one a completion, found {found}")

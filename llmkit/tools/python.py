@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import os
-import selectors
 import signal
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from llmkit.errors import UserError
+from llmkit.tools.exchange import exchange
 
 LONGEST_PROGRAM = 1 << 18  # bytes
 OUTPUT_BYTES = 1 << 16
@@ -192,54 +192,14 @@ def _run(command: list[str], data: bytes, limits: Limits, folder: str, descripto
         raise
     with started as child:
         try:
-            output, ended = _exchange(child, data, limits)
+            most = limits.output_bytes
+            output, _, ended = exchange(child, data, limits.wall_seconds, lambda read: len(read) > most)
         finally:
             _end_group(child)
     if ended == "done" and child.returncode:
         out_of_time = child.returncode == 128 + signal.SIGXCPU
         ended = "timeout" if out_of_time else "killed" if child.returncode > 128 or child.returncode < 0 else "error"
-    return PythonResult(output.decode("utf-8", "replace"), ended)
-
-
-def _exchange(child: subprocess.Popen[bytes], data: bytes, limits: Limits) -> tuple[bytes, str]:
-    assert child.stdin is not None and child.stdout is not None
-    deadline = time.monotonic() + limits.wall_seconds
-    output, written = bytearray(), 0
-    with selectors.DefaultSelector() as selector:
-        os.set_blocking(child.stdin.fileno(), False)
-        selector.register(child.stdin, selectors.EVENT_WRITE)
-        selector.register(child.stdout, selectors.EVENT_READ)
-        while True:
-            events = selector.select(max(0.0, deadline - time.monotonic()))
-            if not events:
-                return bytes(output), "timeout"
-            for key, _ in events:
-                if key.fileobj is child.stdin:
-                    try:
-                        written += os.write(child.stdin.fileno(), data[written : written + (1 << 16)])
-                    except BlockingIOError:
-                        continue
-                    except BrokenPipeError:
-                        written = len(data)
-                    if written == len(data):
-                        selector.unregister(child.stdin)
-                        child.stdin.close()
-                    continue
-                part = os.read(child.stdout.fileno(), 1 << 16)
-                if not part:
-                    return bytes(output), _wait(child, deadline)
-                output += part
-                if len(output) > limits.output_bytes:
-                    return bytes(output[: limits.output_bytes]), "output"
-
-
-def _wait(child: subprocess.Popen[bytes], deadline: float) -> str:
-    """A program may close its output and go on."""
-    try:
-        child.wait(max(0.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        return "timeout"
-    return "done"
+    return PythonResult(output[:most].decode("utf-8", "replace"), ended)
 
 
 def _end_group(child: subprocess.Popen[bytes]) -> None:

@@ -270,13 +270,13 @@ def test_a_program_dies_with_us(delay, sandbox):
 def test_a_program_has_a_clock_of_its_own(monkeypatch):
     """Where ours does not end it, as when llmkit is stopped."""
 
-    def waits(child, data, limits):
+    def waits(child, data, seconds, is_enough):
         child.stdin.write(data)
         child.stdin.close()
         child.wait(30)
-        return b"", "done"
+        return b"", b"", "done"
 
-    monkeypatch.setattr(python, "_exchange", waits)
+    monkeypatch.setattr(python, "exchange", waits)
     assert run_python("while True: pass", Limits(wall_seconds=0.5, cpu_seconds=30)).ended == "killed"
 
 
