@@ -121,7 +121,6 @@ class RlConfig(TuningConfig, ToolConfig, ServedConfig):
         "Extra batches a step, at most, to replace groups whose rewards are all equal.",
         group="Attempts",
         at_least=0,
-        at_most=1000,
     )
     overlong: str = option(
         "auto",
@@ -145,9 +144,7 @@ class RlConfig(TuningConfig, ToolConfig, ServedConfig):
     )
     eval_samples: int = option(1, "Samples per held-out problem; with 1, greedy decoding.", group="Watch", at_least=1)
 
-    epochs: float | None = option(
-        None, "Passes over the problems, not counting --refill [1].", group="Horizon", above=0
-    )
+    epochs: float | None = option(None, "Passes over the problems, without --refill [1].", group="Horizon", above=0)
     time_budget: float | None = option(None, "Wall-clock limit.", group="Horizon", unit="duration", above=0)
 
     compile: str = "off"  # of the trainer's options: rows differ in length from step to step, and it was never tried
