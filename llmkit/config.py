@@ -17,7 +17,7 @@ import math
 import re
 import sys
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from decimal import Decimal
@@ -172,8 +172,12 @@ class TrainingConfig(RecordsConfig, CommonConfig):
     wandb: bool = option(False, "Copy of the metrics on Weights & Biases.", group="Log", free=True)
 
     def __post_init__(self) -> None:
-        """Raises UserError where a package that is asked for is missing."""
+        """Raises UserError where two options say how long to train, or a package that is asked for is missing."""
         super().__post_init__()
+        lengths = [item for item in option_fields(type(self)) if option_of(item).group == "Horizon"]
+        given = [flag_of(item) for item in lengths if getattr(self, item.name) is not None and item.name != "patience"]
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(given)}: expected one way to say how long to train, found {len(given)}")
         for name in ("tensorboard", "wandb"):
             if getattr(self, name) and find_spec(name) is None:
                 raise UserError(f"--{name}: needs the package {name}; pip install 'llmkit[{name}]'")
@@ -446,13 +450,6 @@ def _known_keys(config_file: str, config_class: type) -> dict[str, Any]:
             raise UserError(f"{config_file}: '{key}' is given twice")
         found[name] = value
     return found
-
-
-def check_one_horizon(config: Any, names: Sequence[str]) -> None:
-    """Raise UserError where more than one of the options that say how long to train was given."""
-    given = ["--" + name.replace("_", "-") for name in names if getattr(config, name) is not None]
-    if len(given) > 1:
-        raise UserError(f"{' and '.join(given)}: expected one way to say how long to train, found {len(given)}")
 
 
 def lasting_options(config: Any) -> dict[str, Any]:

@@ -176,6 +176,13 @@ def test_an_option_given_nothing_as_by_a_variable_that_is_not_set_is_a_mistake(c
         assert str(caught.value).startswith(flag_of(item)) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "train-reward", "rl"])
+def test_two_ways_to_say_how_long_to_train_are_a_mistake_before_any_work(stage: str) -> None:
+    module, config_name, _ = COMMANDS[stage]
+    with pytest.raises(UserError, match=r"--epochs.*: expected one way to say how long to train, found 2"):
+        resolve(getattr(importlib.import_module(module), config_name), {"epochs": "1", "max_steps": "3"})
+
+
 def test_a_flag_that_the_class_does_not_have_is_a_programming_error() -> None:
     with pytest.raises(TypeError, match="no option dpeth"):
         resolve(Config, {"dpeth": "4"})

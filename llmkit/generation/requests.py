@@ -85,13 +85,26 @@ def with_shots(shots: Sequence[tuple[str, str]], question: str) -> str:
     return f"{pairs}{ASKED}{question}\n{ANSWERED.rstrip()}"
 
 
+def fitting_shots(encode: Callable[[str], Sequence[Any]], context: int, quiet: bool) -> list[tuple[str, str]]:
+    """The built-in examples, without the longest until three quarters of a context hold them; UserError for none."""
+    shots = list(AS_ASSISTANT)
+    while shots and len(encode(with_shots(shots, ""))) > 0.75 * context:
+        shots.remove(max(shots, key=lambda shot: len("".join(shot))))
+    said = f"{len(shots)} of the {len(AS_ASSISTANT)} built-in examples fit the model's context of {context} tokens"
+    if not shots:
+        raise UserError(f"--as-assistant: {said}; give shorter ones by --shots, or take a model with a longer context")
+    if len(shots) < len(AS_ASSISTANT):
+        say(f"--as-assistant: {said}; --shots takes shorter ones", quiet)
+    return shots
+
+
 class Prompts:
     """The requests of a run, made as they are asked for; `take` gives back the record that one came from.
 
     rows        with `prompt` or `messages`; their own `seed` is used where `own_seeds` says so
     encode      what a prompt's text becomes, and what a conversation becomes
     samples, max_tokens, seed  of each request
-    context     of the model, where it is known: a longer prompt is a bad record
+    context     of the model, where it is known: a longer prompt, with the `shots` before it, is a bad record
     unknown     the token of characters outside the vocabulary
     bad         skips bad records; without it, the first raises UserError
     """
@@ -107,18 +120,19 @@ class Prompts:
         seed: int,
         own_seeds: bool,
         context: int | None = None,
+        shots: int = 0,
         unknown: int | None = None,
         bad: BadRecords | None = None,
     ) -> None:
         self._given, self._encode, self._encode_messages = rows, encode, encode_messages
         self._samples, self._max_tokens, self._seed, self._own_seeds = samples, max_tokens, seed, own_seeds
-        self._unknown = unknown
+        self._unknown, self._shots = unknown, shots
         self._context, self._bad = context, BadRecords() if bad is None else bad
         self.kept: _Kept | None = None  # what is made already
         self._rows: dict[int, tuple[Row, int]] = {}
         self._seen: Counter[int] = Counter()
         self.count = 0
-        self.passed = 0  # those kept
+        self.passed = self.kept_tokens = 0  # prompts kept, and tokens of their completions
 
     def __iter__(self) -> Iterator[Request]:
         for row in self._given:
@@ -175,9 +189,10 @@ class Prompts:
                 )
             ids = self._encode_messages(messages)
         if self._context is not None and len(ids) >= self._context:
+            of = f" with its {counted(self._shots, 'example')}" if self._shots else ""
             raise UserError(
-                f"{row.where}: the prompt is {counted(len(ids), 'token')} long and the model's context is "
-                f"{self._context}, a new token included; shorten the prompt"
+                f"{row.where}: the prompt{of} is {counted(len(ids), 'token')} long and the model's context is "
+                f"{self._context}, a new token included; {'give shorter --shots, or ' if of else ''}shorten the prompt"
             )
         if self._unknown is not None and self._unknown in ids:
             lost.append(OUTSIDE)
@@ -307,7 +322,7 @@ def _whole_prompts(
     with partial.open("r+b") as handle:
         cut_torn_line(handle)
         handle.seek(0)
-        end = whole = count = 0
+        end = whole = count = tokens = 0
         checksum = found = ""
         for number, line in enumerate(handle, 1):
             if state.kept and number > most:
@@ -319,8 +334,9 @@ def _whole_prompts(
                     "or start again with --force"
                 )
             end += len(line)
+            tokens += len(orjson.loads(line).get("token_ids", ()))
             if number % samples == 0:
-                whole, count, checksum = end, number, found
+                whole, count, checksum, prompts.kept_tokens = end, number, found, tokens
         handle.truncate(whole)
         handle.seek(whole)
         state.append({"lines": count, "checksum": checksum})

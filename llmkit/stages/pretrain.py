@@ -17,7 +17,6 @@ from llmkit.config import (
     TrainingConfig,
     argument,
     as_options,
-    check_one_horizon,
     flag_of,
     lasting_options,
     option,
@@ -261,7 +260,6 @@ def run(config: PretrainConfig) -> Summary | None:
 
 def _checked_inputs(config: PretrainConfig) -> list[str]:
     """The documents. Raises UserError for files that are not there, also those of the other options."""
-    check_one_horizon(config, ("tokens", "flops", "time_budget", "max_steps", "epochs"))
     inputs = list(config.inputs) or ["-"]
     for path in (*inputs, *config.val):
         if (Path(path) / "config.json").exists():

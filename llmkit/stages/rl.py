@@ -16,7 +16,6 @@ from llmkit.config import (
     TuningConfig,
     argument,
     as_options,
-    check_one_horizon,
     lasting_options,
     option,
 )
@@ -360,7 +359,6 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
 def _check(config: RlConfig) -> None:
     """Raise UserError for what can be known to be wrong before the work."""
     check_model_folder(config.model, "llmkit rl chat/ --data problems.jsonl")
-    check_one_horizon(config, ("epochs", "max_steps", "time_budget"))
     if not config.val and (config.gold or config.eval_every):
         raise UserError(f"{'--gold' if config.gold else '--eval-every'}: needs --val, problems to look at")
     if config.stop_on_hack and not (config.gold and config.eval_every):

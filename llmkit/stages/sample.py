@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -137,7 +138,8 @@ def run(config: SampleConfig) -> Summary | None:
     _check_options(config, out)
     if config.resume and Path(out).exists() and not Path(out + PARTIAL).exists():
         say(f"{out}: finished, so there is nothing to do; without --resume, --force makes it again", config.quiet)
-        return Summary(out, 0, 0, 0, 0.0)
+        sizes = [len(row.value.get("token_ids", ())) for row in read_jsonl([out])]
+        return Summary(out, len(sizes) // config.samples, len(sizes), sum(sizes), 0.0)
     return _run_served(config, out) if config.is_served else _run_here(config, str(config.model), out)
 
 
@@ -147,7 +149,7 @@ def _run_here(config: SampleConfig, model: str, out: str) -> Summary | None:
     from llmkit.generation.generator import describe_throughput, prompt_ids
     from llmkit.generation.loaded_model import open_model
     from llmkit.generation.next_token import Sampling
-    from llmkit.generation.requests import STOP, Prompts, load_shots, with_shots
+    from llmkit.generation.requests import STOP, Prompts, fitting_shots, load_shots, with_shots
     from llmkit.generation.terminal import converse
     from llmkit.generation.tool_calls import open_tools, told_unavailable
     from llmkit.io.resume import fingerprint
@@ -186,9 +188,11 @@ def _run_here(config: SampleConfig, model: str, out: str) -> Summary | None:
         def encode(text: str) -> list[int]:
             return prompt_ids(tokenizer, with_shots(shots, text) if shots else text)
 
-        bad = BadRecords(config.max_bad if config.jsonl else "0", config.quiet)
         context = opened.config.max_position_embeddings
-        details = {"context": context, "unknown": tokenizer.unk_id, "bad": bad, **_asked(config)}
+        if config.as_assistant:
+            shots = fitting_shots(partial(prompt_ids, tokenizer), context, config.quiet)
+        bad = BadRecords(config.max_bad if config.jsonl else "0", config.quiet)
+        details = {"context": context, "shots": len(shots), "unknown": tokenizer.unk_id, "bad": bad, **_asked(config)}
         prompts = Prompts(_rows(config, bad), encode, encode_messages, **details)
         loaded = time.monotonic()
 
@@ -271,8 +275,9 @@ def _summary(config: SampleConfig, prompts: Prompts, out: str, tokens: int, seco
         say(f"{names_of(config.inputs or ['-'])}: no prompts, so no completions", config.quiet)
     if out == "-":
         return None
-    done = prompts.count * config.samples
-    return Summary(out, prompts.count, done, tokens, round(seconds, 3), **prompts.left_out)
+    done = prompts.passed + prompts.count
+    tokens += prompts.kept_tokens
+    return Summary(out, done, done * config.samples, tokens, round(seconds, 3), **prompts.left_out)
 
 
 def _check_options(config: SampleConfig, out: str) -> None:

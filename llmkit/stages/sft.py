@@ -15,7 +15,6 @@ from llmkit.config import (
     TuningConfig,
     argument,
     as_options,
-    check_one_horizon,
     lasting_options,
     option,
 )
@@ -265,7 +264,6 @@ def _kept(config: SftConfig, work: Path, step: int | None) -> dict[str, float]:
 def _checked(config: SftConfig) -> list[DataFile]:
     """The files of --data, once all that can be known before the work is in order."""
     check_model_folder(config.model, "llmkit sft base/ --data chats.jsonl")
-    check_one_horizon(config, ("epochs", "tokens", "max_steps", "time_budget"))
     if config.patience is not None and not (config.val and config.eval_every):
         raise UserError("--patience: needs --val and --eval-every, to see whether there is a gain")
     if config.eval_every is not None and not config.val:

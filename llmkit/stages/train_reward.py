@@ -14,7 +14,6 @@ from llmkit.config import (
     TuningConfig,
     argument,
     as_options,
-    check_one_horizon,
     lasting_options,
     option,
 )
@@ -269,7 +268,6 @@ def _checked(config: TrainRewardConfig) -> list[DataFile]:
             f"MODEL: expected one model folder, such as llmkit train-reward chat/ --data prefs.jsonl, found {found}"
         )
     check_model_folder(config.inputs[0], "llmkit train-reward chat/ --data prefs.jsonl")
-    check_one_horizon(config, ("epochs", "max_steps"))
     if config.rank:
         raise UserError("--rank: expected --score, whose completions are ranked")
     from llmkit.data.sources import parse_data  # brings numpy, which --help does without

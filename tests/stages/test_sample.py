@@ -58,6 +58,31 @@ def sample_jsonl(folder: Path, out: Path, prompts: Path, **options) -> list[dict
 # ---- text
 
 
+def test_as_many_built_in_examples_are_shown_as_fit_the_context(tmp_path, llmkit):
+    """A byte is a token here, so the five of them are some 480 tokens long."""
+    folder = save_folder(tmp_path / "base", make_model(context=256))
+    done = llmkit("sample", folder, "--as-assistant", "-p", "Who are you?", "--max-tokens", "5")
+    assert done.returncode == 0, done.stderr
+    assert "--as-assistant: 2 of the 5 built-in examples fit the model's context of 256 tokens" in done.stderr
+    prompts = write_lines(tmp_path / "p.jsonl", [{"prompt": "Who?"}, {"prompt": "Where?"}, {"prompt": "Who are we?"}])
+    done = llmkit("sample", folder, prompts, "--jsonl", "--as-assistant", "--max-tokens", "5")
+    assert len(done.stdout.splitlines()) == 3 and done.stderr.count("built-in examples fit") == 1
+
+
+def test_where_the_examples_do_not_fit_they_are_blamed_and_not_the_prompt(tmp_path, llmkit):
+    folder = save_folder(tmp_path / "base", make_model(context=64))
+    shots = write_lines(tmp_path / "shots.jsonl", [{"prompt": "a?" * 20, "completion": "b" * 40}])
+    for given, told in (
+        (
+            ["--as-assistant"],
+            "--as-assistant: 0 of the 5 built-in examples fit the model's context of 64 tokens; give ",
+        ),
+        (["--shots", shots], "the prompt with its 1 example is 132 tokens long and the model's context is 64, a new "),
+    ):
+        done = llmkit("sample", folder, *given, "-p", "Who are you?", "--max-tokens", "5")
+        assert done.returncode == 2 and told in done.stderr and "shorter" in done.stderr
+
+
 def test_a_prompt_is_continued(folder, llmkit):
     done = llmkit("sample", folder, "-p", "It was", "--max-tokens", "12", "--seed", "3")
     assert done.returncode == 0, done.stderr
@@ -306,8 +331,9 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(folder, tmp_path):
     kept = partial.read_bytes()
     done = subprocess.run([*command, "--resume"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    made = json.loads(done.stdout)
-    assert 0 < made["prompts"] < 160 and not partial.exists()
+    summary, tokens = json.loads(done.stdout), sum(len(record["token_ids"]) for record in read_lines(out))
+    assert [summary[name] for name in ("prompts", "completions", "tokens")] == [160, 320, tokens]
+    assert not partial.exists()
     assert out.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1][:15000])
     subprocess.run([*command[:-1], str(whole)], check=True, capture_output=True)
     assert out.read_bytes() == whole.read_bytes()
@@ -475,7 +501,8 @@ def test_a_finished_run_has_nothing_to_resume(folder, prompts, tmp_path, llmkit)
     made = out.read_bytes()
     again = llmkit(*words)
     assert again.returncode == 0 and "nothing to do" in again.stderr and out.read_bytes() == made
-    assert json.loads(again.stdout)["tokens"] == 0
+    summary = json.loads(again.stdout)
+    assert [summary[name] for name in ("prompts", "completions", "tokens")] == [8, 8, 24]
 
 
 def test_narrow_weights_make_text_too(folder, prompts, tmp_path):
