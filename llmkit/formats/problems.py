@@ -10,8 +10,8 @@
     {"sQuestion": "...", "lSolutions": [4.0]}                   word problems with their solutions
     {"task_id", "prompt", "test", "entry_point"}                HumanEval's: code that is tested
 
-The answer is `answer`, solution, target, continuation, correct or lSolutions, the first that there is; `verifier`
-names how it is to be judged. All else passes through.
+The answer is `answer`, answers, solution, target, continuation, correct or lSolutions, the first that there is; of a
+list each is right. `verifier` names how it is to be judged. All else passes through.
 """
 
 from __future__ import annotations
@@ -27,7 +27,18 @@ from llmkit.formats.questions import FRAME, answers_of
 from llmkit.io.progress import counted
 from llmkit.io.records import PROMPT_FIELDS, Row, fields_of, kind_of, not_used
 
-ANSWERS = ("answer", "solution", "target", "continuation", "correct", "lSolutions", "answerKey", "gold", "output")
+ANSWERS = (
+    "answer",
+    "answers",
+    "solution",
+    "target",
+    "continuation",
+    "correct",
+    "lSolutions",
+    "answerKey",
+    "gold",
+    "output",
+)
 MARKER = "####"
 BRACES = re.compile(
     r"(?P<box>\\(?:boxed|(?P<frame>fbox|fboxed))\s*)(?:(?P<brace>\{)|(?P<bare>[^\s\\{}$.,]+))|\\.|[{}]", re.DOTALL
@@ -46,6 +57,7 @@ class Problem:
     record    the whole record: ids, tests, options, schema, ...
     where     its place in a file
     losses    what of the record might be asked, and is not
+    alternatives  answers that are as right as `answer`
     """
 
     messages: tuple[Message, ...]
@@ -55,6 +67,7 @@ class Problem:
     record: dict[str, Any]
     where: str
     losses: tuple[str, ...] = ()
+    alternatives: tuple[str, ...] = ()
 
 
 def answer_text(record: Mapping[str, Any]) -> str:
@@ -81,7 +94,9 @@ def read_problem(row: Row) -> Problem:
         if not messages and not all(text == letter for letter, text in options):  # else the question shows them
             prompt = FRAME.sub("", prompt) + "\n" + "".join(f"\n{letter}) {text}" for letter, text in options)
         return Problem(messages, prompt, _letter(row, options), verifier, value, row.where, losses)
-    return Problem(messages, prompt, _answer(row), verifier, value, row.where, losses)
+    answers = _answers(row)
+    answer = answers[0] if answers else None
+    return Problem(messages, prompt, answer, verifier, value, row.where, losses, answers[1:])
 
 
 def read_options(record: dict[str, Any], where: str) -> tuple[tuple[str, str], ...]:
@@ -155,32 +170,36 @@ def _messages_and_text(row: Row, asked: RecordPrompt, lost: list[str]) -> tuple[
     return messages, messages[-1].text
 
 
-def _answer(row: Row) -> str | None:
+def _answers(row: Row) -> tuple[str, ...]:
+    """Return the answers that are right, the first that stands there first; none without a field of them."""
     field = next((name for name in ANSWERS if row.value.get(name) is not None), None)
     if field is None:
-        return None
+        return ()
     value = row.value[field]
-    if field == "lSolutions":
-        if not isinstance(value, list) or len(value) != 1:
-            raise UserError(f"{row.where}: expected 'lSolutions' to hold one solution, found {value!r}")
-        value = value[0]
-    text = _as_text(row, field, value)
-    if MARKER in text:
-        text = text.rpartition(MARKER)[2]
-    elif field == "solution" and (found := last_boxed(text)) is not None:
-        text = found
-    return text.strip()
+    if field == "lSolutions" and (not isinstance(value, list) or len(value) != 1):
+        raise UserError(f"{row.where}: expected 'lSolutions' to hold one solution, found {value!r}")
+    held = value if isinstance(value, list) else [value]
+    if not held or any(isinstance(one, dict) for one in held):  # SQuAD's, TriviaQA's
+        held = answers_of(value, field, row.where)
+    found: dict[str, None] = {}
+    for one in held:
+        text = _as_text(row, field, one)
+        if MARKER in text:
+            text = text.rpartition(MARKER)[2]
+        elif field == "solution" and (boxed := last_boxed(text)) is not None:
+            text = boxed
+        found[text.strip()] = None
+    return tuple(found)
 
 
 def _as_text(row: Row, field: str, value: Any) -> str:
     """
-    >>> [_as_text(Row({}, "p.jsonl", 1), "answer", value) for value in (43.0, 7, 0.5, True, "a b")]
-    ['43', '7', '0.5', 'true', 'a b']
+    >>> [_as_text(Row({}, "p.jsonl", 1), "answer", value) for value in (43.0, 7, 0.5, "a b")]
+    ['43', '7', '0.5', 'a b']
     """
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, dict):  # TriviaQA's
-        value = answers_of(value, field, row.where)[0]
+    if isinstance(value, bool):  # a model says "yes" or "true", which nobody can tell from here
+        expected = f"expected {field!r} to be text or a number, found a boolean"
+        raise UserError(f'{row.where}: {expected}; write the word that is right, such as "yes" or "true"')
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     if not isinstance(value, (str, int, float)):
@@ -194,6 +213,8 @@ def _letter(row: Row, options: tuple[tuple[str, str], ...]) -> str | None:
     if field is None:
         return None
     value = row.value[field]
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(options):
         return options[value][0]
     if isinstance(value, str):

@@ -196,7 +196,7 @@ def answers_of(value: Any, field: str, where: str) -> tuple[str, ...]:
     held = value if isinstance(value, list) else [value]
     if not held:
         raise UserError(f"{where}: expected an answer in {field!r}, found an empty list")
-    texts = [one.get("text") if isinstance(one, dict) else one for one in held]
+    texts = [one["text"] if isinstance(one, dict) and "text" in one else one for one in held]
     numbers = [str(one) if isinstance(one, (int, float)) and not isinstance(one, bool) else one for one in texts]
     return tuple(dict.fromkeys(_text(one, field, where) for one in numbers))
 

@@ -37,6 +37,7 @@ def record_of(attempt: Attempt) -> dict[str, Any]:
         **problem.record,
         "prompt": as_record(problem.messages) if problem.messages else problem.prompt,
         "answer": problem.answer,
+        **({"answers": [problem.answer, *problem.alternatives]} if problem.alternatives else {}),
         "completion": attempt.completion,
         "finish_reason": attempt.finish_reason,
         "token_count": attempt.token_count,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from string import ascii_uppercase
 
@@ -195,8 +195,9 @@ class VerifierReward(Reward):
 
     def check(self, problem: Problem) -> None:
         """Raise UserError for a problem without what its verifier needs."""
-        name = self._forced or verifier_of(problem)
-        (self._tests if name == "tests" else self._verifiers[name]).check(problem)
+        for one in _each_answer(problem):
+            name = self._forced or verifier_of(one)
+            (self._tests if name == "tests" else self._verifiers[name]).check(one)
 
     def score(self, attempts: Sequence[Attempt]) -> list[float | None]:
         """1.0, 0.0 or None for each attempt; equal completions of a problem are judged once."""
@@ -212,13 +213,24 @@ class VerifierReward(Reward):
         return [None if verdict is None else float(verdict) for verdict in verdicts]
 
     def _judge(self, problem: Problem, completion: str) -> bool | None:
-        said, name = unasked(completion, problem.prompt).strip(), self._forced or verifier_of(problem)
-        said = said if name in WHOLE else final(said).strip()
-        return bool(said) and self._verifiers[name].judge(problem, said)
+        asked, verdict = unasked(completion, problem.prompt).strip(), False
+        for one in _each_answer(problem):
+            name = self._forced or verifier_of(one)
+            said = asked if name in WHOLE else final(asked).strip()
+            found = bool(said) and self._verifiers[name].judge(one, said)
+            if found:
+                return True
+            verdict = None if found is None else verdict
+        return verdict
 
     def close(self) -> None:
         """End what compares LaTeX."""
         self._latex.close()
+
+
+def _each_answer(problem: Problem) -> list[Problem]:
+    """Return the problem with each of its answers alone."""
+    return [problem, *(replace(problem, answer=one) for one in problem.alternatives)]
 
 
 def _answer(problem: Problem) -> str:

@@ -1,7 +1,4 @@
-"""Text to a process and what it prints back, within a time and no longer than its reader wants.
-
-`communicate` of subprocess would hold whatever is printed: `yes` fills 20 GB within a minute.
-"""
+"""What a process is fed and prints back, bounded: `communicate` holds all of it, and `yes` fills 20 GB in a minute."""
 
 from __future__ import annotations
 

@@ -65,7 +65,8 @@ class SearchIndex:
         be read.
         """
         if not os.path.isfile(documents):
-            raise UserError(f"{documents}: expected a file of documents to search, found no such file")
+            found = "a folder" if os.path.isdir(documents) else "no such file"
+            raise UserError(f"{documents}: expected a file of documents to search, found {found}")
         place = Path(documents + SUFFIX)
         return cls(documents, _kept(documents, place) or _build(documents, place))
 

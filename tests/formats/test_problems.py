@@ -56,6 +56,20 @@ def test_every_format_is_a_prompt_and_an_answer(value, prompt, answer):
     assert found.record == value and found.messages == ()
 
 
+@pytest.mark.parametrize(
+    ("value", "answers"),
+    [
+        ({"answers": ["4", "5"]}, ("4", "5")), ({"answer": ["4", 5.0, "4"]}, ("4", "5")), ({"target": ["a"]}, ("a",)),
+        ({"answer": {"value": "Ada", "aliases": ["Ada L.", "Lovelace"]}}, ("Ada", "Ada L.", "Lovelace")),
+        ({"answers": {"text": ["1889", "in 1889"], "answer_start": [0, 3]}}, ("1889", "in 1889")),
+        ({"answers": [{"text": "1889"}]}, ("1889",)), ({"solution": ["\\boxed{1}", "2"]}, ("1", "2")),
+    ],
+)  # fmt: skip
+def test_of_a_list_of_answers_each_is_right(value, answers):
+    found = problem(question="?", **value)
+    assert (found.answer, *found.alternatives) == answers
+
+
 def test_fields_that_might_be_asked_and_are_not_are_told():
     assert problem(question="Who?", context="It was Ada.", answer="Ada").losses == ("'context' not used",)
     assert problem(instruction="Add.", input="2 + 2", output="4").losses == problem(input="2", answer="2").losses == ()
@@ -78,7 +92,10 @@ def test_messages_are_a_prompt_whose_text_is_the_last_ones(name):
         ({"prompt": []}, "at least one message"),
         ({"prompt": ["2 + 2?"]}, "each of 'prompt' to be an object"),
         ({"messages": [{"role": "user", "content": "2?"}, {"role": "model", "content": ""}]}, "found assistant's"),
-        ({"prompt": "2?", "answer": ["4"]}, "'answer' to be text or a number, found a list"),
+        ({"prompt": "2?", "answer": []}, "expected an answer in 'answer', found an empty list"),
+        ({"prompt": "2?", "answers": ["4", ["5"]]}, "'answers' to be text or a number, found a list"),
+        ({"prompt": "2?", "answer": {"x": 1}}, "'answer' to be text, found an object"),
+        ({"prompt": "Is it?", "answer": True}, "found a boolean; write the word that is right, such as \"yes\""),
         ({"prompt": "2?", "answer": "4", "verifier": 1}, "'verifier' to be a name, found a number"),
         ({"sQuestion": "2?", "lSolutions": [1, 2]}, "one solution"),
         ({"question": "2?", "choices": ["3", "4"], "answer": 2}, "one of 2 choices, found 2"),

@@ -130,6 +130,21 @@ def test_one_completion_of_many_is_judged_once_and_all_have_their_score():
     assert scores("verifier") == []
 
 
+def test_a_completion_is_right_by_any_of_the_answers():
+    for field in ("answer", "answers"):
+        problem = read_problem(Row({"question": "Which?", field: ["4", "six", "Ada Lovelace"]}, "p.jsonl", 1))
+        said = ["It is 4.", "#### 6", "ada lovelace", "5", "Ada"]
+        assert scores("verifier", *[attempt(one, problem) for one in said]) == [1, 1, 1, 0, 0]
+    with pytest.raises(UserError, match=r"p.jsonl:1: expected an answer that holds one number .* found 'Ada Lovelace'"):
+        only("verifier=number").reward.check(problem)
+
+
+def test_a_command_has_all_answers(tmp_path: Path):
+    problem = read_problem(Row({"question": "?", "answer": ["4", "four"]}, "p.jsonl", 1))
+    spec = script(tmp_path, "r = json.loads(input()); print(int((r['answer'], r['answers']) == ('4', ['4', 'four'])))")
+    assert scores(spec, attempt("4", problem)) == [1]
+
+
 # ---- commands
 
 

@@ -145,6 +145,8 @@ def test_where_the_folder_cannot_be_written_the_index_is_in_memory(documents, mo
 def test_bad_documents_are_named(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         SearchIndex.open(str(tmp_path / "none.jsonl"))
+    with pytest.raises(UserError, match="found a folder"):
+        SearchIndex.open(str(tmp_path))
     path = tmp_path / "docs.jsonl"
     path.write_text('{"text": "a"}\n{"title": "b"}\n')
     with pytest.raises(UserError, match=r"docs.jsonl:2: expected field 'text'"):
