@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import signal
 import subprocess
 import sys
@@ -45,6 +46,8 @@ def test_a_process_that_we_start_never_sees_ctrl_c(kind: str) -> None:
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
-def test_a_process_whose_parent_was_interrupted_says_nothing() -> None:
-    done = subprocess.run([sys.executable, "-c", pool.CHILD], input=b"", capture_output=True)
+@pytest.mark.parametrize("cut", [0, 40, -500])
+def test_a_process_whose_parent_was_interrupted_says_nothing(cut: int) -> None:
+    sent = pickle.dumps(sys.path) + pickle.dumps(dict) + pickle.dumps(b"x" * 1000)
+    done = subprocess.run([sys.executable, "-c", pool.CHILD], input=sent[:cut], capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")

@@ -34,7 +34,7 @@ try:
     sys.path[:] = pickle.load(sys.stdin.buffer)
     from llmkit.io.pool import serve
     make = pickle.load(sys.stdin.buffer)
-except EOFError:  # the parent was interrupted
+except (EOFError, pickle.UnpicklingError):  # the parent was interrupted
     sys.exit()
 serve(make)
 """
@@ -222,7 +222,7 @@ def serve(make: Callable[[], Work]) -> None:
         while True:
             try:
                 item = pickle.load(source)
-            except EOFError:  # the parent is done, or gone
+            except (EOFError, pickle.UnpicklingError):  # the parent is done, or gone in the midst of an item
                 return
             try:
                 work = work or make()

@@ -76,7 +76,10 @@ class Collector:
 
     def batches(self, steps: int) -> Iterator[PolicyRows]:
         """The batches that follow so many steps, each made when it is asked for, until nothing can be learnt."""
-        self.groups = self._log.trim(steps)
+        self.groups = self._log.trim(steps)  # also where no step follows: what was sampled is told at the end
+        return self._batches(steps)
+
+    def _batches(self, steps: int) -> Iterator[PolicyRows]:
         while (batch := self._collect(steps + 1)) is not None:
             first, stop = world().share(len(batch.token_ids))
             self._loss.start(stop - first, self.rollouts)

@@ -61,6 +61,14 @@ def logged(tmp_path):
     return [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
 
 
+def test_a_run_that_goes_on_at_its_end_knows_what_it_has_sampled(tmp_path):
+    made, _ = collector(lambda number: (0, 1), tmp_path)
+    next(made.batches(0))
+    again, _ = collector(lambda number: (0, 1), tmp_path)
+    again.batches(1)  # no step follows
+    assert again.groups == made.groups == 4
+
+
 def test_groups_without_signal_are_replaced(tmp_path):
     made, actor = collector(lambda number: (0, number % 2), tmp_path)
     batch = next(made.batches(0))
