@@ -103,7 +103,7 @@ class Conversation:
 
 def said_in(messages: Sequence[Message]) -> str:
     """Join the texts of messages that are not the system's."""
-    return "\n".join(one.text for one in messages if one.role != "system")
+    return "\n".join(message.text for message in messages if message.role != "system")
 
 
 def message(role: str, text: str, weight: int = 1) -> Message:
@@ -119,7 +119,7 @@ def as_record(messages: Sequence[Message]) -> list[dict[str, Any]]:
             return "".join(part.text for part in parts)
         return [{"type": part.kind, "text": part.text} for part in parts]
 
-    return [{"role": one.role, "content": content(one.parts)} for one in messages]
+    return [{"role": message.role, "content": content(message.parts)} for message in messages]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,16 +140,16 @@ def find_prompt(row: Row, fields: Sequence[str] = ASKING) -> RecordPrompt | None
     name = first_of(value, fields)
     if name is None:
         return None
-    used, asked = [name], value[name]
-    if name in CONVERSATIONS or isinstance(asked, list):
+    used, prompt = [name], value[name]
+    if name in CONVERSATIONS or isinstance(prompt, list):
         entries = _listed(row, name)
     elif name == "instruction":
         entries = [{"role": "user", "content": alpaca_request(row)}]
         used += ["input", "context"]
-    elif isinstance(asked, str):
-        entries = [{"role": "user", "content": asked}]
+    elif isinstance(prompt, str):
+        entries = [{"role": "user", "content": prompt}]
     else:
-        raise UserError(f"{row.where}: expected {name!r} to be text or messages, found {kind_of(asked)}")
+        raise UserError(f"{row.where}: expected {name!r} to be text or messages, found {kind_of(prompt)}")
     if name not in CONVERSATIONS and value.get("history"):
         entries = [*_history(row), *entries]
         used.append("history")
@@ -163,26 +163,28 @@ def find_prompt(row: Row, fields: Sequence[str] = ASKING) -> RecordPrompt | None
 def read_conversation(row: Row) -> Conversation:
     """The conversation in a record of any format. Raises UserError that names the place and what was expected."""
     value = row.value
-    asked = find_prompt(row)
-    answer = first_of(value, ANSWERED_BY.get(asked.name, ANSWERS)) if asked is not None else None
-    if value.get("text") is not None and (asked is None or (answer is None and asked.name not in CONVERSATIONS)):
+    prompt = find_prompt(row)
+    answer = first_of(value, ANSWERED_BY.get(prompt.name, ANSWERS)) if prompt is not None else None
+    if value.get("text") is not None and (prompt is None or (answer is None and prompt.name not in CONVERSATIONS)):
         document = Conversation((), row.where, _plain_text(row))
         return replace(document, losses=not_used(value, ("text",)))
-    if asked is None:
+    if prompt is None:
         raise UserError(f"{row.where}: expected {FORMATS}, found {fields_of(value)}")
-    entries, used = asked.entries, [*asked.used]
-    if asked.name not in CONVERSATIONS:
+    entries, used = prompt.entries, [*prompt.used]
+    if prompt.name not in CONVERSATIONS:
         if answer is None:
-            expected = ANSWERED_BY.get(asked.name, ANSWERS)[0]
-            raise UserError(f"{row.where}: expected field {expected!r} beside {asked.name!r}, found {fields_of(value)}")
+            expected = ANSWERED_BY.get(prompt.name, ANSWERS)[0]
+            raise UserError(
+                f"{row.where}: expected field {expected!r} beside {prompt.name!r}, found {fields_of(value)}"
+            )
         thoughts = {name: value[name] for name in THOUGHTS if value.get(name)}
         used += [answer, *thoughts]
         entries = [*entries, *_answering(row, answer, thoughts)]
-    found = conversation_of(row, entries)
+    conversation = conversation_of(row, entries)
     rejected, label = _label(value)
     defined = ("tool definitions left out",) if value.get("tools") or value.get("functions") else ()
-    others = not_used(value, (*used, "tools", "functions"), said=found.said)
-    return replace(found, rejected=rejected, losses=defined + found.losses + others + label)
+    others = not_used(value, (*used, "tools", "functions"), shown_text=conversation.said)
+    return replace(conversation, rejected=rejected, losses=defined + conversation.losses + others + label)
 
 
 # ---- formats
@@ -191,7 +193,9 @@ def read_conversation(row: Row) -> Conversation:
 def _answering(row: Row, name: str, thoughts: dict[str, Any]) -> list[dict[str, Any]]:
     """The entries of an answer, which may be text, messages, a number, or the object or list of a set of questions."""
     value = row.value[name]
-    if isinstance(value, list) and all(isinstance(one, dict) and ("role" in one or "from" in one) for one in value):
+    if isinstance(value, list) and all(
+        isinstance(entry, dict) and ("role" in entry or "from" in entry) for entry in value
+    ):
         return _listed(row, name)
     if name in ("answer", "answers", "target", "continuation", "output") and not isinstance(value, str):
         value = answers_of(value, name, row.where)[0]
@@ -217,21 +221,21 @@ def _history(row: Row) -> list[dict[str, Any]]:
 def _label(value: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
     """Tell if a record's label rejects its answer, as in data for KTO; the second value names an unclear label."""
     for name in ("label", "kto_tag"):
-        said = value.get(name)
-        text = str(said).strip().lower()
+        label = value.get(name)
+        text = str(label).strip().lower()
         if text in REJECTED:
             return True, ()
-        if said is not None and text not in ACCEPTED:
+        if label is not None and text not in ACCEPTED:
             return False, (f"{name!r} not used",)
     return False, ()
 
 
 def alpaca_request(row: Row) -> str:
     """Join the instruction and the input of an Alpaca record; Dolly calls the input context."""
-    asked = [row.value[name] for name in ("instruction", "input", "context") if row.value.get(name)]
-    if not all(isinstance(text, str) for text in asked):
+    texts = [row.value[name] for name in ("instruction", "input", "context") if row.value.get(name)]
+    if not all(isinstance(text, str) for text in texts):
         raise UserError(f"{row.where}: expected 'instruction' and 'input' to be strings")
-    return "\n\n".join(asked)
+    return "\n\n".join(texts)
 
 
 def _plain_text(row: Row) -> str:
@@ -256,8 +260,8 @@ def _named(entry: dict[str, Any]) -> dict[str, Any]:
     if "role" in entry and "content" in entry:
         return entry
     role, content = first_of(entry, ("role", "from")), first_of(entry, ("content", "value"))
-    found = {"content": entry[content]} if content else {"content": None} if {"content", "value"} & entry.keys() else {}
-    return {**entry, **({"role": entry[role]} if role else {}), **found}
+    text = {"content": entry[content]} if content else {"content": None} if {"content", "value"} & entry.keys() else {}
+    return {**entry, **({"role": entry[role]} if role else {}), **text}
 
 
 def _role_of(entry: dict[str, Any]) -> str:
@@ -270,10 +274,10 @@ def _role_of(entry: dict[str, Any]) -> str:
 def read_messages(row: Row, entries: list[dict[str, Any]], lost: list[str] | None = None) -> tuple[Message, ...]:
     """Messages from entries of role and content, of one record; `lost` gets what of them is not used. Raises UserError
     as `read_conversation` does."""
-    found = conversation_of(row, entries)
+    conversation = conversation_of(row, entries)
     if lost is not None:
-        lost += (loss for loss in found.losses if loss not in lost)
-    return found.messages
+        lost += (loss for loss in conversation.losses if loss not in lost)
+    return conversation.messages
 
 
 def conversation_of(row: Row, entries: list[dict[str, Any]]) -> Conversation:
@@ -350,8 +354,8 @@ def _parts(row: Row, entry: dict[str, Any], role: str) -> tuple[Part, ...]:
     if content is None and role == "assistant":
         content = entry.get("refusal")
     if content is None and not calls:
-        found = "null" if "content" in entry else sorted(entry)
-        raise UserError(f"{row.where}: expected a message with 'content', found {found}")
+        instead = "null" if "content" in entry else sorted(entry)
+        raise UserError(f"{row.where}: expected a message with 'content', found {instead}")
     kind = RESULT if role == "tool" else "text"
     if isinstance(content, list):
         parts = [_part(row, part, role) for part in content]
@@ -373,8 +377,8 @@ def _parts(row: Row, entry: dict[str, Any], role: str) -> tuple[Part, ...]:
     if calls and (role != "assistant" or not isinstance(calls, list)):
         raise UserError(f"{row.where}: expected 'tool_calls' to be a list, in an assistant's message")
     for call in calls:
-        made = _call(row, call.get("function", call) if isinstance(call, dict) else call)
-        parts += [Part("text", "\n"), made] if made.kind == FOREIGN and parts else [made]
+        request = _call(row, call.get("function", call) if isinstance(call, dict) else call)
+        parts += [Part("text", "\n"), request] if request.kind == FOREIGN and parts else [request]
     return _joined(parts)
 
 
@@ -388,8 +392,8 @@ def _part(row: Row, part: Any, role: str) -> Part:
             f"{row.where}: expected a part of type {kind!r} in an assistant's message only, found one in {role}'s"
         )
     if kind not in ("text", "input_text", "output_text", "reasoning", *TOOLS, RESULT) or not isinstance(text, str):
-        found = f"type {kind!r}" if isinstance(part, dict) else kind_of(part)
-        raise UserError(f"{row.where}: expected content of text, found {found}; leave the record out")
+        instead = f"type {kind!r}" if isinstance(part, dict) else kind_of(part)
+        raise UserError(f"{row.where}: expected content of text, found {instead}; leave the record out")
     if kind == "reasoning":  # before the answer, and apart from it
         return Part("text", _checked(row, text) + "\n\n")
     return Part(kind if kind in (*TOOLS, RESULT) else "text", _checked(row, text))

@@ -60,26 +60,26 @@ def read_comparison(row: Row) -> Comparison | str:
     Raises UserError that names the place and what was expected.
     """
     value = row.value
-    renamed = {CHOSEN.get(name, name): found for name, found in value.items()}
+    renamed = {CHOSEN.get(name, name): content for name, content in value.items()}
     if len(renamed) == len(value):  # of StackExchange's pairs; else a record has both, and ours are used
         value, row = renamed, replace(row, value=renamed)
     if value.get("completions") is not None:
-        found = _ranked(row)
+        comparison = _ranked(row)
     elif "chosen" in value or "rejected" in value:
-        found = _pair(row)
+        comparison = _pair(row)
     else:
         raise UserError(f"{row.where}: expected {EXPECTED}, found {fields_of(value)}")
-    if all(candidate == found.candidates[0] for candidate in found.candidates):
+    if all(candidate == comparison.candidates[0] for candidate in comparison.candidates):
         return "chosen equals rejected" if "completions" not in value else "all completions equal"
-    return found
+    return comparison
 
 
 def read_prompt(row: Row, lost: list[str] | None = None) -> tuple[Message, ...]:
     """The prompt of a record: `messages`, or a `prompt` of text or messages, or what else asks. Raises UserError."""
-    asked = find_prompt(row, PROMPT_FIRST)
-    if asked is None:
+    prompt = find_prompt(row, PROMPT_FIRST)
+    if prompt is None:
         raise UserError(f"{row.where}: expected field 'prompt' or 'messages', found {fields_of(row.value)}")
-    return read_messages(row, asked.entries, lost)
+    return read_messages(row, prompt.entries, lost)
 
 
 def read_answers(row: Row) -> list[tuple[Message, ...]]:
@@ -103,10 +103,10 @@ def _pair(row: Row) -> Comparison:
     margin = 0.0 if value.get("margin") is None else value["margin"]
     if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not 0 <= margin <= LARGEST_MARGIN:
         raise UserError(f"{row.where}: expected 'margin' to be a number from 0 to {LARGEST_MARGIN}, found {margin!r}")
-    asked, lost = find_prompt(row, STATED), list[str]()
-    prompt = None if asked is None else read_messages(row, asked.entries, lost)
-    system = _system(row) if asked is None else ()
-    used = SYSTEM if system else () if asked is None else asked.used
+    stated, lost = find_prompt(row, STATED), list[str]()
+    prompt = None if stated is None else read_messages(row, stated.entries, lost)
+    system = _system(row) if stated is None else ()
+    used = SYSTEM if system else () if stated is None else stated.used
     unused = not_used(value, (*used, "chosen", "rejected", "margin"))
     if prompt is None and (texts := _continuations(value["chosen"], value["rejected"])):
         start, *answers = texts
@@ -134,25 +134,25 @@ def _ranked(row: Row) -> Comparison:
     prompt, candidates = read_prompt(row, lost), _completions(row, lost)
     ranking = row.value.get("ranking")
     if not isinstance(ranking, list) or len(ranking) != len(candidates):
-        found = counted(len(ranking), "number") if isinstance(ranking, list) else kind_of(ranking)
+        got = counted(len(ranking), "number") if isinstance(ranking, list) else kind_of(ranking)
         raise UserError(
-            f"{row.where}: expected 'ranking' to be {counted(len(candidates), 'rank')}, one a completion, found {found}"
+            f"{row.where}: expected 'ranking' to be {counted(len(candidates), 'rank')}, one a completion, found {got}"
         )
     for rank in ranking:
         if isinstance(rank, bool) or not isinstance(rank, (int, float)) or not math.isfinite(rank):
             raise UserError(f"{row.where}: expected 'ranking' to hold numbers, 1 the best, found {rank!r}")
     levels = sorted(set(ranking))
     ranks = tuple(levels.index(rank) + 1 for rank in ranking)
-    asked = find_prompt(row, PROMPT_FIRST)
-    unused = not_used(row.value, (*(asked.used if asked else ()), "completions", "ranking"))
+    stated = find_prompt(row, PROMPT_FIRST)
+    unused = not_used(row.value, (*(stated.used if stated else ()), "completions", "ranking"))
     return Comparison(prompt, tuple(candidates), ranks, 0.0, row.where, (*lost, *unused))
 
 
 def _completions(row: Row, lost: list[str] | None = None) -> list[tuple[Message, ...]]:
     values = row.value["completions"]
     if not isinstance(values, list) or not values or ("ranking" in row.value and len(values) < 2):
-        found = f"{len(values)}" if isinstance(values, list) else kind_of(values)
-        raise UserError(f"{row.where}: expected 'completions' to be a list of answers, found {found}")
+        instead = f"{len(values)}" if isinstance(values, list) else kind_of(values)
+        raise UserError(f"{row.where}: expected 'completions' to be a list of answers, found {instead}")
     return [_messages(row, "completions", value, "assistant", lost) for value in values]
 
 
@@ -167,7 +167,7 @@ def _continuations(chosen: Any, rejected: Any) -> tuple[str, str, str] | None:
     if not (isinstance(chosen, str) and isinstance(rejected, str)) or TURN.search(chosen) or TURN.search(rejected):
         return None
     pairs = enumerate(zip(chosen, rejected, strict=False))
-    same = next((i for i, (one, other) in pairs if one != other), min(len(chosen), len(rejected)))
+    same = next((i for i, (first, other) in pairs if first != other), min(len(chosen), len(rejected)))
     alike = WORD_END.search(chosen[:same])
     if alike is None:
         return None
@@ -192,7 +192,7 @@ def _transcript(row: Row, name: str, text: str) -> tuple[Message, ...]:
         )
     roles = {"Human": "user", "Assistant": "assistant"}
     entries = [
-        {"role": roles[speaker], "content": said.strip()} for speaker, said in zip(turns[::2], turns[1::2], strict=True)
+        {"role": roles[speaker], "content": turn.strip()} for speaker, turn in zip(turns[::2], turns[1::2], strict=True)
     ]
     return read_messages(row, entries)
 
@@ -206,19 +206,23 @@ def _messages(row: Row, name: str, value: Any, role: str, lost: list[str] | None
         raise UserError(f"{row.where}: expected {name!r} to be text or messages, found {kind_of(value)}")
     messages = read_messages(row, entries, lost)
     loss = "'weight' of a message not used"  # what is compared is compared whole
-    if lost is not None and loss not in lost and any(one.weight == 0 and one.role == "assistant" for one in messages):
+    if (
+        lost is not None
+        and loss not in lost
+        and any(entry.weight == 0 and entry.role == "assistant" for entry in messages)
+    ):
         lost.append(loss)
     return messages
 
 
-def _common_start(one: tuple[Message, ...], other: tuple[Message, ...]) -> tuple[Message, ...]:
+def _common_start(first: tuple[Message, ...], second: tuple[Message, ...]) -> tuple[Message, ...]:
     """Return the common beginning of two conversations, up to the answers that are compared."""
     same = 0
-    while same < min(len(one), len(other)) and one[same] == other[same]:
+    while same < min(len(first), len(second)) and first[same] == second[same]:
         same += 1
-    if same == len(one) == len(other) and one[-1].role == "assistant":
+    if same == len(first) == len(second) and first[-1].role == "assistant":
         same -= 1
-    return one[:same]
+    return first[:same]
 
 
 def _after(row: Row, side: tuple[Message, ...], prompt: tuple[Message, ...], name: str) -> tuple[Message, ...]:

@@ -78,8 +78,8 @@ def answer_text(record: Mapping[str, Any]) -> str:
 def read_problem(row: Row) -> Problem:
     """The problem in a record of any format. Raises UserError that names the place and what was expected."""
     value = row.value
-    asked = find_prompt(row)
-    if asked is None:
+    request = find_prompt(row)
+    if request is None:
         raise UserError(
             f"{row.where}: expected field 'prompt', 'question' or 'messages' (a problem), found {fields_of(value)}"
         )
@@ -87,8 +87,8 @@ def read_problem(row: Row) -> Problem:
     if not isinstance(verifier, (str, type(None))):
         raise UserError(f"{row.where}: expected 'verifier' to be a name, found {kind_of(verifier)}")
     lost: list[str] = []
-    messages, prompt = _messages_and_text(row, asked, lost)
-    losses = (*lost, *not_used(value, asked.used, PROMPT_FIELDS))
+    messages, prompt = _messages_and_text(row, request, lost)
+    losses = (*lost, *not_used(value, request.used, PROMPT_FIELDS))
     options = read_options(value, row.where)
     if options:
         if not messages and not all(text == letter for letter, text in options):  # else the question shows them
@@ -109,16 +109,16 @@ def read_options(record: dict[str, Any], where: str) -> tuple[tuple[str, str], .
     if value is None:
         return ()
     texts, labels = (value.get("text"), value.get("label")) if isinstance(value, dict) else (value, None)
-    if not isinstance(texts, list) or not texts or not all(isinstance(one, str) for one in texts):
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{where}: expected the choices to be a list of texts, found {kind_of(value)}")
-    letters = [chr(ord("A") + place) for place in range(len(texts))]
+    letters = [chr(ord("A") + index) for index in range(len(texts))]
     if len(letters) > 26:
         raise UserError(f"{where}: expected at most 26 choices, found {len(letters)}")
-    if labels not in (None, letters, [str(place) for place in range(1, len(texts) + 1)]):
+    if labels not in (None, letters, [str(number) for number in range(1, len(texts) + 1)]):
         raise UserError(f"{where}: expected the labels A, B, ... or 1, 2, ..., found {labels!r}")
-    found = [LABEL.match(text) for text in texts]
-    if all(one and one[1] == letter for one, letter in zip(found, letters, strict=True)):
-        texts = [text[one.end() :] for text, one in zip(texts, found, strict=True) if one]
+    text_labels = [LABEL.match(text) for text in texts]
+    if all(label and label[1] == letter for label, letter in zip(text_labels, letters, strict=True)):
+        texts = [text[label.end() :] for text, label in zip(texts, text_labels, strict=True) if label]
     return tuple(zip(letters, (text.strip() for text in texts), strict=True))
 
 
@@ -129,40 +129,40 @@ def last_boxed(text: str) -> str | None:
     ('\\\\frac{1}{2}', '7', None)
     """
     last = {"box": 0, "frame": 0}  # where the content of the last one begins
-    found: dict[str, tuple[int, int]] = {}
+    spans: dict[str, tuple[int, int]] = {}
     open_braces: list[tuple[str, int]] = []  # what a brace belongs to, and where its content begins
     for mark in BRACES.finditer(text):
         kind = "frame" if mark["frame"] else "box"
         if mark["box"] and mark["brace"]:
             open_braces.append((kind, mark.end()))
         elif mark["bare"]:
-            last[kind], found[kind] = mark.start(), mark.span("bare")
+            last[kind], spans[kind] = mark.start(), mark.span("bare")
         elif mark[0] == "{":
             open_braces.append(("", 0))
         elif mark[0] == "}" and open_braces:
             kind, start = open_braces.pop()
             if kind and start > last[kind]:
-                last[kind], found[kind] = start, (start, mark.start())
-    span = found.get("box") or found.get("frame")
+                last[kind], spans[kind] = start, (start, mark.start())
+    span = spans.get("box") or spans.get("frame")
     return text[span[0] : span[1]].strip() if span else None
 
 
 # ---- fields
 
 
-def _messages_and_text(row: Row, asked: RecordPrompt, lost: list[str]) -> tuple[tuple[Message, ...], str]:
+def _messages_and_text(row: Row, request: RecordPrompt, lost: list[str]) -> tuple[tuple[Message, ...], str]:
     """Return the prompt as messages, empty for plain text, and as text: of messages, the last one's."""
-    name, value = asked.name, row.value[asked.name]
+    name, value = request.name, row.value[request.name]
     if not isinstance(value, list):
-        text = asked.entries[-1]["content"]
+        text = request.entries[-1]["content"]
         if not text.strip():
             raise UserError(f"{row.where}: expected {name!r} to be text, found nothing in it")
         # code that is to be continued ends where its author ended it
         text = text if name == "prompt" else text.strip()
-        if len(asked.entries) == 1:
+        if len(request.entries) == 1:
             return (), text
-        return read_messages(row, [*asked.entries[:-1], {"role": "user", "content": text}], lost), text
-    messages = read_messages(row, asked.entries, lost)
+        return read_messages(row, [*request.entries[:-1], {"role": "user", "content": text}], lost), text
+    messages = read_messages(row, request.entries, lost)
     if messages[-1].role != "user":
         raise UserError(f"{row.where}: expected {name!r} to end with the user's message, found {messages[-1].role}'s")
     if not messages[-1].text.strip():
@@ -178,18 +178,18 @@ def _answers(row: Row) -> tuple[str, ...]:
     value = row.value[field]
     if field == "lSolutions" and (not isinstance(value, list) or len(value) != 1):
         raise UserError(f"{row.where}: expected 'lSolutions' to hold one solution, found {value!r}")
-    held = value if isinstance(value, list) else [value]
-    if not held or any(isinstance(one, dict) for one in held):  # SQuAD's, TriviaQA's
-        held = answers_of(value, field, row.where)
-    found: dict[str, None] = {}
-    for one in held:
-        text = _as_text(row, field, one)
+    items = value if isinstance(value, list) else [value]
+    if not items or any(isinstance(item, dict) for item in items):  # SQuAD's, TriviaQA's
+        items = answers_of(value, field, row.where)
+    answers: dict[str, None] = {}
+    for item in items:
+        text = _as_text(row, field, item)
         if MARKER in text:
             text = text.rpartition(MARKER)[2]
         elif field == "solution" and (boxed := last_boxed(text)) is not None:
             text = boxed
-        found[text.strip()] = None
-    return tuple(found)
+        answers[text.strip()] = None
+    return tuple(answers)
 
 
 def _as_text(row: Row, field: str, value: Any) -> str:
@@ -218,11 +218,11 @@ def _letter(row: Row, options: tuple[tuple[str, str], ...]) -> str | None:
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(options):
         return options[value][0]
     if isinstance(value, str):
-        said = value.strip()
+        answer = value.strip()
         letters = [letter for letter, _ in options]
-        if field == "answerKey" and said.isdecimal() and 0 < int(said) <= len(options):  # ARC's, counted from 1
-            return letters[int(said) - 1]
-        found = [letter for letter, text in options if said in (letter, f"({letter})", f"{letter})", text)]
-        if len(found) == 1:
-            return found[0]
+        if field == "answerKey" and answer.isdecimal() and 0 < int(answer) <= len(options):  # ARC's, counted from 1
+            return letters[int(answer) - 1]
+        matching = [letter for letter, text in options if answer in (letter, f"({letter})", f"{letter})", text)]
+        if len(matching) == 1:
+            return matching[0]
     raise UserError(f"{row.where}: expected {field!r} to be one of {counted(len(options), 'choice')}, found {value!r}")

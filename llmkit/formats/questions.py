@@ -67,8 +67,8 @@ def read_questions(
         if left == 0:
             return
         with open_input(path) as handle:
-            for found in good_records(_rows_of(handle, name_of(path)), read_question, name_of(path), bad, left):
-                yield found
+            for question in good_records(_rows_of(handle, name_of(path)), read_question, name_of(path), bad, left):
+                yield question
                 left = None if left is None else left - 1
 
 
@@ -77,10 +77,10 @@ def all_questions(
 ) -> tuple[list[Question], Counter[str]]:
     """Read the questions of files, and count by reason those left out. Raises UserError where none is left."""
     read = list(read_questions(paths, limit, bad))
-    questions = [one for one in read if not isinstance(one, str)]
+    questions = [item for item in read if not isinstance(item, str)]
     if not questions:
         raise UserError(f"{names_of(paths)}: expected questions, found none that has an answer")
-    return questions, Counter(one for one in read if isinstance(one, str))
+    return questions, Counter(item for item in read if isinstance(item, str))
 
 
 def kind_of_question(text: str) -> str:
@@ -89,8 +89,8 @@ def kind_of_question(text: str) -> str:
     >>> kind_of_question("In which year did it open?"), kind_of_question("Kde to je?")
     ('which', 'other')
     """
-    found = ASKED_BY.search(text)
-    return found[1].lower() if found else "other"
+    match = ASKED_BY.search(text)
+    return match[1].lower() if match else "other"
 
 
 # ---- files
@@ -133,22 +133,22 @@ def _whole_value(first: bytes, handle: IO[bytes], name: str) -> Any:
 def _squad(value: dict[str, Any], name: str) -> Iterator[Row | UserError]:
     """The questions of SQuAD's JSON, each named by article and paragraph: "xquad.en.json:2.1" and its id."""
     for article_number, article in enumerate(_listed(value, "data", name), 1):
-        place = f"{name}:{article_number}"
+        where = f"{name}:{article_number}"
         title = str(article.get("title") or article_number)
-        for number, paragraph in enumerate(_listed(article, "paragraphs", place), 1):
-            here = f"{place}.{number}"
-            for one in _listed(paragraph, "qas", here):
-                asked = {key: one.get(key) for key in ("question", "answers")}
-                unanswered = one.get("is_impossible") or one.get("answers") == []
+        for number, paragraph in enumerate(_listed(article, "paragraphs", where), 1):
+            here = f"{where}.{number}"
+            for entry in _listed(paragraph, "qas", here):
+                question = {key: entry.get(key) for key in ("question", "answers")}
+                unanswered = entry.get("is_impossible") or entry.get("answers") == []
                 passage = {"passage": paragraph.get("context"), "passage_id": f"{title}/{number}"}
-                yield Row({**asked, **passage, "is_impossible": unanswered}, f"{here}, id {one.get('id')}", 0)
+                yield Row({**question, **passage, "is_impossible": unanswered}, f"{here}, id {entry.get('id')}", 0)
 
 
 def _listed(value: dict[str, Any], field: str, where: str) -> list[dict[str, Any]]:
-    found = value.get(field)
-    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
-        raise UserError(f"{where}: expected {field!r} to be a list of objects, as in SQuAD, found {_found(found)}")
-    return found
+    objects = value.get(field)
+    if not isinstance(objects, list) or not all(isinstance(item, dict) for item in objects):
+        raise UserError(f"{where}: expected {field!r} to be a list of objects, as in SQuAD, found {_found(objects)}")
+    return objects
 
 
 # ---- records
@@ -158,17 +158,17 @@ def read_question(row: Row) -> Question | str:
     """The question in a record, or why there is none. Raises UserError that names the place and what was expected."""
     value, where = row.value, row.where
     field = first_of(value, ANSWER_FIELDS)
-    asked = first_of(value, ("question", "context"))
-    if asked is None or field is None:
+    asking = first_of(value, ("question", "context"))
+    if asking is None or field is None:
         raise UserError(f"{where}: expected {EXPECTED}, found {fields_of(value)}")
     if value.get("is_impossible") or (isinstance(value[field], dict) and value[field].get("text") == []):
         return "no answer in the passage"
-    text = _text(value[asked], asked, where)
-    if asked == "context":
-        text = _text(FRAME.sub("", text), asked, where)
+    text = _text(value[asking], asking, where)
+    if asking == "context":
+        text = _text(FRAME.sub("", text), asking, where)
     aliases = value.get("aliases") or []
     answers = answers_of(value[field], field, where) + (answers_of(aliases, "aliases", where) if aliases else ())
-    named = first_of(value, ("passage", "context") if asked == "question" else ("passage",))
+    named = first_of(value, ("passage", "context") if asking == "question" else ("passage",))
     passage = None if named is None else _text(value[named], named, where)
     name = value.get("passage_id", value.get("id"))
     language = value.get("language") or ""
@@ -179,10 +179,10 @@ def read_question(row: Row) -> Question | str:
         tuple(dict.fromkeys(answers)),
         passage or "",
         "" if name is None else str(name),
-        kind_of_question(text) if asked == "question" or text.endswith("?") else "completion",
+        kind_of_question(text) if asking == "question" or text.endswith("?") else "completion",
         language,
         where,
-        not_used(value, ("context", asked, field)),
+        not_used(value, ("context", asking, field)),
     )
 
 
@@ -193,12 +193,12 @@ def answers_of(value: Any, field: str, where: str) -> tuple[str, ...]:
         value = value["text"]
     elif isinstance(value, dict) and (name := first_of(value, ("value", "Value"))) is not None:
         value = [value[name], *(value.get("aliases") or value.get("Aliases") or [])]
-    held = value if isinstance(value, list) else [value]
-    if not held:
+    items = value if isinstance(value, list) else [value]
+    if not items:
         raise UserError(f"{where}: expected an answer in {field!r}, found an empty list")
-    texts = [one["text"] if isinstance(one, dict) and "text" in one else one for one in held]
-    numbers = [str(one) if isinstance(one, (int, float)) and not isinstance(one, bool) else one for one in texts]
-    return tuple(dict.fromkeys(_text(one, field, where) for one in numbers))
+    texts = [item["text"] if isinstance(item, dict) and "text" in item else item for item in items]
+    numbers = [str(text) if isinstance(text, (int, float)) and not isinstance(text, bool) else text for text in texts]
+    return tuple(dict.fromkeys(_text(text, field, where) for text in numbers))
 
 
 def _text(value: Any, field: str, where: str) -> str:

@@ -43,14 +43,14 @@ def good_records(
         try:
             if isinstance(row, UserError):
                 raise row
-            found = read(row)
+            record = read(row)
         except UserError as error:
             bad.skip(error, name)
             continue
         tally.good += 1
-        if losses := getattr(found, "losses", ()):
+        if losses := getattr(record, "losses", ()):
             tally.losses.update(losses)
-        yield found
+        yield record
         given += 1
         if given == limit:
             break
@@ -91,8 +91,8 @@ class BadRecords:
     def results(self) -> dict[str, Any]:
         """The counts for a manifest and a summary."""
         losses = sum((tally.losses for tally in self.tallies), Counter[str]())
-        found: dict[str, Any] = {"bad_records": sum(tally.bad for tally in self.tallies)}
-        return {**found, "not_used": dict(losses)} if losses else found
+        results: dict[str, Any] = {"bad_records": sum(tally.bad for tally in self.tallies)}
+        return {**results, "not_used": dict(losses)} if losses else results
 
     def begin(self, name: str) -> Tally:
         """Begin the counts of a file, anew if it is read again."""

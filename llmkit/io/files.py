@@ -79,15 +79,15 @@ def is_empty_folder(path: str | os.PathLike[str]) -> bool:
     return os.path.isdir(path) and not os.listdir(path)
 
 
-def _is_mounted(place: str) -> bool:
+def _is_mounted(path: str) -> bool:
     """True if a disk, or a folder or file of another place (as containers do it), is mounted there."""
-    if os.path.ismount(place):
+    if os.path.ismount(path):
         return True
     try:
         lines = Path("/proc/self/mountinfo").read_text(errors="replace").splitlines()
     except OSError:
         return False
-    return place.replace(" ", "\\040") in {line.split()[4] for line in lines}
+    return path.replace(" ", "\\040") in {line.split()[4] for line in lines}
 
 
 def check_unfinished(force: bool, resume: bool, *left: str | Path) -> None:
@@ -131,29 +131,29 @@ def sole_writer(path: str) -> Iterator[None]:
     The lock goes with its process, also after kill -9; where the place takes none, there is none. Raises UserError
     where another process has it.
     """
-    place = f"{os.path.realpath(path)}{PARTIAL}.lock"
-    made = [] if _is_special(path) or os.path.islink(path) else _make_parents(place)
-    handle = None if _is_special(path) else _lock(path, place)
+    lock = f"{os.path.realpath(path)}{PARTIAL}.lock"
+    new_folders = [] if _is_special(path) or os.path.islink(path) else _make_parents(lock)
+    handle = None if _is_special(path) else _lock(path, lock)
     try:
         yield
     finally:
         if handle is not None:
             with suppress(OSError):
-                os.unlink(place)
+                os.unlink(lock)
             handle.close()
-        for folder in made:  # a mistake leaves nothing behind
+        for folder in new_folders:  # a mistake leaves nothing behind
             with suppress(OSError):
                 os.rmdir(folder)
 
 
-def _make_parents(place: str | os.PathLike[str]) -> list[str]:
+def _make_parents(path: str | os.PathLike[str]) -> list[str]:
     """Make the folders above a place, and return those that were missing, the lowest first."""
-    missing, parent = [], os.path.dirname(os.path.abspath(place))
+    missing, parent = [], os.path.dirname(os.path.abspath(path))
     while not os.path.lexists(parent):
         missing.append(parent)
         parent = os.path.dirname(parent)
     with suppress(OSError):  # whoever writes there says so
-        os.makedirs(os.path.dirname(os.path.abspath(place)), exist_ok=True)
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     return missing
 
 
@@ -171,21 +171,21 @@ def create(path: str | os.PathLike[str], mode: str = "wb") -> IO[Any]:
     )
 
 
-def _lock(path: str, place: str) -> IO[bytes] | None:
+def _lock(path: str, lock: str) -> IO[bytes] | None:
     while True:
         try:
-            handle = open(place, "a+b", buffering=0, opener=_never_through_a_link)  # noqa: SIM115
+            handle = open(lock, "a+b", buffering=0, opener=_never_through_a_link)  # noqa: SIM115
         except OSError as error:  # no such folder, or it cannot be written: whoever writes the output says so
             if error.errno == errno.ELOOP:
-                raise UserError(f"{place}: a link, which no run has made; remove it, or choose another --out") from None
+                raise UserError(f"{lock}: a link, which no run has made; remove it, or choose another --out") from None
             return None
-        found = os.fstat(handle.fileno())
-        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-            raise UserError(f"{place}: not a file that a run has made; remove it, or choose another --out")
+        status = os.fstat(handle.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            raise UserError(f"{lock}: not a file that a run has made; remove it, or choose another --out")
         try:
             # of this process alone: flock's would pass to its forked workers, which may outlive it
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.stat(place).st_ino == os.fstat(handle.fileno()).st_ino:
+            if os.stat(lock).st_ino == os.fstat(handle.fileno()).st_ino:
                 handle.truncate(0)
                 handle.write(b"%d" % os.getpid())
                 return handle
@@ -288,11 +288,11 @@ def sync(path: str | os.PathLike[str]) -> None:
 
 
 def _sync_tree(folder: Path) -> None:
-    for place, _, names in os.walk(folder, topdown=False):
+    for parent, _, names in os.walk(folder, topdown=False):
         for name in names:
-            if stat.S_ISREG(os.lstat(os.path.join(place, name)).st_mode):
-                sync(os.path.join(place, name))
-        sync(place)
+            if stat.S_ISREG(os.lstat(os.path.join(parent, name)).st_mode):
+                sync(os.path.join(parent, name))
+        sync(parent)
 
 
 def replace_file(new: str | os.PathLike[str], old: str | os.PathLike[str]) -> None:
@@ -353,8 +353,8 @@ def cut_torn_line(handle: IO[bytes]) -> None:
     while end:
         start = max(0, end - BLOCK)
         handle.seek(start)
-        if found := handle.read(end - start).rfind(b"\n") + 1:
-            end = start + found
+        if whole_lines := handle.read(end - start).rfind(b"\n") + 1:
+            end = start + whole_lines
             break
         end = start
     handle.truncate(end)

@@ -30,12 +30,12 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 
 def check_file(path: str | os.PathLike[str], largest: int | None = None) -> None:
     """Raise UserError where a file is a folder, a pipe, a Git LFS pointer or too large, OSError where there is none."""
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode):
-        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
         raise UserError(f"{path}: expected a file, found {kind}; replace it by the file itself")
-    if largest is not None and found.st_size > largest:
-        raise UserError(f"{path}: expected at most {largest >> 20} MB, found {found.st_size >> 20} MB")
+    if largest is not None and status.st_size > largest:
+        raise UserError(f"{path}: expected at most {largest >> 20} MB, found {status.st_size >> 20} MB")
     with open(path, "rb") as handle:
         if handle.read(len(_POINTER)) == _POINTER:
             raise UserError(
@@ -52,10 +52,10 @@ def read_file(path: Path, largest: int = LARGEST_CONFIG) -> bytes:
 
 def check_no_adapter(folder: str | os.PathLike[str]) -> None:
     """Raise UserError for the folder of an adapter, where a whole model is wanted."""
-    place = Path(folder)
-    if not (place / "adapter_config.json").is_file() or (place / "config.json").is_file():
+    adapter = Path(folder)
+    if not (adapter / "adapter_config.json").is_file() or (adapter / "config.json").is_file():
         return
-    merged = place.absolute().parent
+    merged = adapter.absolute().parent
     if (merged / "config.json").is_file():
         way = f"give {os.path.relpath(merged)}, into which it is merged; llmkit export --format adapter copies it alone"
     else:
@@ -71,8 +71,8 @@ def read_object(path: Path, largest: int = LARGEST_CONFIG) -> dict[str, Any]:
     value = parse_json(path, read_file(path, largest))
     level: list[Any] = [value]
     for _ in range(DEEPEST):
-        inner = [one.values() if isinstance(one, dict) else one for one in level]
-        level = [one for many in inner for one in many if isinstance(one, dict | list)]
+        inner = [value.values() if isinstance(value, dict) else value for value in level]
+        level = [value for many in inner for value in many if isinstance(value, dict | list)]
         if not level:
             return value
     raise UserError(f"{path}: expected at most {DEEPEST} levels of lists and objects, found more")
@@ -97,10 +97,10 @@ def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "seal": hashlib.sha256(content).hexdigest()[:32]}
 
 
-def unsealed(found: Mapping[str, Any], where: str) -> dict[str, Any]:
+def unsealed(content: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The values that `sealed` was given. Raises UserError where they are others."""
-    values = {name: value for name, value in found.items() if name != "seal"}
-    if sealed(values) != found:
+    values = {name: value for name, value in content.items() if name != "seal"}
+    if sealed(values) != content:
         raise UserError(f"{where}: damaged or edited: it does not have the checksum that it names")
     return values
 
@@ -161,7 +161,7 @@ def check_tokenizer(spec: Any, where: str) -> None:
     vocabulary = spec["model"].get("vocab")
     if isinstance(vocabulary, dict):
         odd = next(
-            (one for one in vocabulary.values() if type(one) is not int or not 0 <= one < LARGEST_VOCABULARY), None
+            (item for item in vocabulary.values() if type(item) is not int or not 0 <= item < LARGEST_VOCABULARY), None
         )
         if odd is not None:
             raise UserError(f"{where}: expected ids from 0 to {LARGEST_VOCABULARY - 1} in vocab, found {shown(odd)}")
@@ -188,14 +188,14 @@ def _check_steps(step: Any, where: str) -> None:
     """Raise UserError for too many steps, one within the other or in a row, and for texts that multiply."""
     waiting, count, growth = [step], 0, 1
     while waiting:
-        one = waiting.pop()
-        if isinstance(one, dict | list):
-            waiting += one.values() if isinstance(one, dict) else one
+        node = waiting.pop()
+        if isinstance(node, dict | list):
+            waiting += node.values() if isinstance(node, dict) else node
             count += 1
-        if isinstance(one, dict):
+        if isinstance(node, dict):
             for key in ("content", "prepend"):  # what Replace and Prepend put in a text, for each place of it
-                growth *= max(1, len(one[key])) if isinstance(one.get(key), str) else 1
-            texts = [value for key, value in one.items() if isinstance(value, str) and key != "precompiled_charsmap"]
+                growth *= max(1, len(node[key])) if isinstance(node.get(key), str) else 1
+            texts = [value for key, value in node.items() if isinstance(value, str) and key != "precompiled_charsmap"]
             if max(map(len, texts), default=0) > LARGEST_TEXT:
                 raise UserError(f"{where}: expected texts of at most {LARGEST_TEXT} characters")
         if count > MOST_STEPS or growth > LARGEST_GROWTH:

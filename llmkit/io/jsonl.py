@@ -179,12 +179,12 @@ class ZstdFrames(io.RawIOBase):
         if bytes(self._input[:4]) != ZSTD_DICTIONARY_MAGIC:
             return self._zstandard.ZstdDecompressor()
         size = int.from_bytes(self._input[4:8], "little")
-        held = bytearray(self._input[8:])
-        while len(held) < min(size, LARGEST_DICTIONARY) and (more := self._raw.read(1 << 16)):
-            held += more
-        if size > LARGEST_DICTIONARY or len(held) < size:
+        dictionary_bytes = bytearray(self._input[8:])
+        while len(dictionary_bytes) < min(size, LARGEST_DICTIONARY) and (more := self._raw.read(1 << 16)):
+            dictionary_bytes += more
+        if size > LARGEST_DICTIONARY or len(dictionary_bytes) < size:
             raise DamagedData(f"{self._name}: damaged or cut zstd data: its dictionary is not whole")
-        dictionary, self._input = bytes(held[:size]), memoryview(bytes(held[size:]))
+        dictionary, self._input = bytes(dictionary_bytes[:size]), memoryview(bytes(dictionary_bytes[size:]))
         if dictionary.startswith(ZSTD_MAGIC):
             packed = self._zstandard.ZstdDecompressor().stream_reader(dictionary)
             dictionary = packed.read(LARGEST_DICTIONARY)
@@ -231,8 +231,8 @@ def _good_records_of(
         if left == 0:
             return
         with open_input(path) as handle:
-            for found in good_records(rows_of(handle, path), read, name_of(path), bad, left):
-                yield found
+            for record in good_records(rows_of(handle, path), read, name_of(path), bad, left):
+                yield record
                 left = None if left is None else left - 1
 
 
@@ -253,13 +253,13 @@ def json_rows(handle: io.BufferedReader, path: str) -> Iterator[Row | UserError]
         if head[:1] == b"{":
             raise UserError(f"{name}:1: expected one JSON object a line, found {{ alone ({error})") from None
         broken = isinstance(error, json.JSONDecodeError)
-        place, found = (f"{name}:{error.lineno}", found_instead(error)) if broken else (name, f"found {error}")
-        raise UserError(f"{place}: expected JSONL or one JSON array, {found}; mend or replace the file") from None
+        where, instead = (f"{name}:{error.lineno}", found_instead(error)) if broken else (name, f"found {error}")
+        raise UserError(f"{where}: expected JSONL or one JSON array, {instead}; mend or replace the file") from None
     if isinstance(values, dict):
-        held = next((values[key] for key in ("examples", "data") if isinstance(values.get(key), list)), None)
-        if held is None:
+        array = next((values[key] for key in ("examples", "data") if isinstance(values.get(key), list)), None)
+        if array is None:
             raise UserError(f"{name}: expected JSONL or one JSON array, found an object over several lines")
-        values = held
+        values = array
     yield from array_rows(values, name)
 
 
@@ -307,11 +307,11 @@ def load_json(data: bytes) -> Any:
     """The value of JSON, its integers exact: orjson makes floats of those beyond 64 bits."""
     value = orjson.loads(data)
     waiting = [value]
-    for one in waiting:
-        if type(one) is float and abs(one) >= 2**63:
+    for item in waiting:
+        if type(item) is float and abs(item) >= 2**63:
             with suppress(RecursionError):
                 return json.loads(data)
-        inner = one.values() if type(one) is dict else one if type(one) is list else ()
+        inner = item.values() if type(item) is dict else item if type(item) is list else ()
         waiting += [another for another in inner if type(another) in (dict, list, float)]
     return value
 
@@ -328,9 +328,9 @@ def dump_json(value: Any, option: int = 0, default: Callable[[Any], Any] | None 
 
 def _exact(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _exact(one) for name, one in value.items()}
+        return {name: _exact(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_exact(one) for one in value]
+        return [_exact(item) for item in value]
     large = type(value) is int and not -(2**63) <= value < 2**64
     return orjson.Fragment(str(value)) if large else value
 
@@ -344,12 +344,12 @@ def json_row(line: bytes, name: str, number: int) -> Row | None:
     try:
         value = load_json(line)
     except orjson.JSONDecodeError as error:
-        found = found_instead(error)
+        instead = found_instead(error)
     else:
         if isinstance(value, dict):
             return Row(value, name, number)
-        found = f"found {kind_of(value)}"
-    raise UserError(f"{name}:{number}: expected one JSON object a line, {found}; mend or remove the line")
+        instead = f"found {kind_of(value)}"
+    raise UserError(f"{name}:{number}: expected one JSON object a line, {instead}; mend or remove the line")
 
 
 def _plain_document(handle: io.BufferedReader, path: str) -> Iterator[Row]:

@@ -41,9 +41,9 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def read_manifest(made: str | os.PathLike[str]) -> dict[str, Any] | None:
+def read_manifest(output: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The manifest of a folder or of a single file, or None where one of foreign origin has none."""
-    path = Path(f"{os.fspath(made)}{OF_FILE}") if os.path.isfile(made) else Path(made) / MANIFEST
+    path = Path(f"{os.fspath(output)}{OF_FILE}") if os.path.isfile(output) else Path(output) / MANIFEST
     return read_object(path, LARGEST_MANIFEST) if path.exists() else None
 
 
@@ -65,11 +65,11 @@ def manifest_digest(manifest: Mapping[str, Any]) -> str:
 
 def flattened(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """A manifest whose parents and inputs name theirs by digest alone, and all its ancestors' by digest, likewise."""
-    found: dict[str, dict[str, Any]] = {}
+    ancestors: dict[str, dict[str, Any]] = {}
     waiting: list[tuple[str, Mapping[str, Any]]] = [("", manifest)]
     while waiting:
-        digest, one = waiting.pop()
-        if digest in found:
+        digest, current = waiting.pop()
+        if digest in ancestors:
             continue
         within: list[tuple[str, Mapping[str, Any]]] = []
 
@@ -82,12 +82,12 @@ def flattened(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, di
                 within.append((str(known), whole))
             return {**rest, "manifest_sha256": str(known)} if known else rest
 
-        found[digest] = _with_sources(one, named)
-        listed = one.get("ancestors")
+        ancestors[digest] = _with_sources(current, named)
+        listed = current.get("ancestors")
         if isinstance(listed, dict):
             within += [(name, other) for name, other in listed.items() if isinstance(other, dict)]
         waiting += reversed(within)
-    return found.pop(""), found
+    return ancestors.pop(""), ancestors
 
 
 def _with_sources(manifest: Mapping[str, Any], change: Callable[[Mapping[str, Any]], Any]) -> dict[str, Any]:
@@ -187,6 +187,6 @@ def write_file_manifest(
 ) -> None:
     """Write the manifest of a stage whose output is a single file, which is there: beside it, as `out` +
     ".manifest.json"."""
-    place, described = Path(out).absolute(), describe_inputs(inputs)
+    output, described = Path(out).absolute(), describe_inputs(inputs)
     details = {"inputs": described, "parents": parents, "results": results, "packages": packages}
-    write_manifest(place.parent, stage, options, name=place.name + OF_FILE, output=_content(out), **details)
+    write_manifest(output.parent, stage, options, name=output.name + OF_FILE, output=_content(out), **details)

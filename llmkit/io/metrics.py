@@ -92,9 +92,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def last_figures(rows: Sequence[Mapping[str, Any]], kept_step: int | None) -> dict[str, Any]:
     """The last of each figure in the rows of `read_metrics`, and those of the evaluation whose parameters were kept."""
-    kept = (row for row in rows if row.get("step") == kept_step)
+    best_rows = (row for row in rows if row.get("step") == kept_step)
     last = {name: value for row in rows for name, value in row.items()}
-    return last | {name: value for row in kept for name, value in row.items() if name.startswith("val_")}
+    return last | {name: value for row in best_rows for name, value in row.items() if name.startswith("val_")}
 
 
 def trim_metrics(path: Path, step: int) -> dict[str, Any] | None:
@@ -140,7 +140,7 @@ def _svg(curves: Mapping[str, list[tuple[float, float]]], width: int = 720, heig
         y = top + (1 - (min(loss, high) - low) / (high - low)) * (height - top - bottom)
         return round(x, 1), round(y, 1)
 
-    parts = [
+    elements = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         'font-family="sans-serif" font-size="12">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
@@ -148,16 +148,16 @@ def _svg(curves: Mapping[str, list[tuple[float, float]]], width: int = 720, heig
     for quarter in range(5):
         step, loss = quarter / 4 * last, low + quarter / 4 * (high - low)
         x, y = place(step, loss)
-        parts.append(f'<line x1="{left}" x2="{width - right}" y1="{y}" y2="{y}" stroke="#ddd"/>')
-        parts.append(
+        elements.append(f'<line x1="{left}" x2="{width - right}" y1="{y}" y2="{y}" stroke="#ddd"/>')
+        elements.append(
             f'<text x="{left - 6}" y="{y}" dy="4" text-anchor="end">{loss:{".2f" if abs(loss) < 1e6 else ".2g"}}</text>'
         )
-        parts.append(f'<text x="{x}" y="{height - 22}" text-anchor="middle">{step:,.0f}</text>')
+        elements.append(f'<text x="{x}" y="{height - 22}" text-anchor="middle">{step:,.0f}</text>')
     for number, (name, line) in enumerate(curves.items()):
         thin = [*line[:-1][:: max(1, len(line) // 1000)], line[-1]]
         path = " ".join(f"{x},{y}" for x, y in (place(*point) for point in thin))
         mark = f'fill="none" stroke="{colours[name]}" stroke-width="1.5" points="{path}"'
-        parts.append(f"<polyline {mark}/>")
-        parts.append(f'<text x="{width - 90}" y="{28 + 16 * number}" fill="{colours[name]}">{name}</text>')
-    parts.append(f'<text x="{width / 2}" y="{height - 6}" text-anchor="middle">step</text></svg>')
-    return "\n".join(parts) + "\n"
+        elements.append(f"<polyline {mark}/>")
+        elements.append(f'<text x="{width - 90}" y="{28 + 16 * number}" fill="{colours[name]}">{name}</text>')
+    elements.append(f'<text x="{width / 2}" y="{height - 6}" text-anchor="middle">step</text></svg>')
+    return "\n".join(elements) + "\n"

@@ -69,31 +69,31 @@ or with transformers:
 def _commands(manifest: Mapping[str, Any]) -> list[str]:
     """The commands that led to a manifest, ancestors first, its own last."""
     own, ancestors = flattened(manifest)
-    made = {**ancestors, "": own}
+    manifests = {**ancestors, "": own}
     commands: list[str] = []
     seen: set[str] = set()
     waiting = [("", False)]
     while waiting:
         digest, sources_listed = waiting.pop()
         if sources_listed:
-            command = made[digest].get("command")
+            command = manifests[digest].get("command")
             commands += [command] if isinstance(command, str) else []
-        elif digest in made and digest not in seen:
+        elif digest in manifests and digest not in seen:
             seen.add(digest)
             waiting.append((digest, True))
-            waiting += [(item.get("manifest_sha256", "?"), False) for item in reversed(sources(made[digest]))]
+            waiting += [(item.get("manifest_sha256", "?"), False) for item in reversed(sources(manifests[digest]))]
     return commands
 
 
 def _kind(manifest: Mapping[str, Any]) -> str:
     """A key of USES, by the stages that led here, each from its first parent."""
-    one, ancestors = flattened(manifest)
+    current, ancestors = flattened(manifest)
     stages: list[str] = []
-    while one:
-        stages.append(one.get("stage", "?"))
-        first = next(iter(sources({"parents": one.get("parents")})), {})
-        one = ancestors.pop(first.get("manifest_sha256", ""), {})  # a file that was edited may have circles
-    made = [stage for stage in stages if stage != "export"]
-    if made[:1] == ["train-reward"]:
+    while current:
+        stages.append(current.get("stage", "?"))
+        first = next(iter(sources({"parents": current.get("parents")})), {})
+        current = ancestors.pop(first.get("manifest_sha256", ""), {})  # a file that was edited may have circles
+    training_stages = [stage for stage in stages if stage != "export"]
+    if training_stages[:1] == ["train-reward"]:
         return "judge"
-    return "assistant" if "sft" in made else "base"
+    return "assistant" if "sft" in training_stages else "base"

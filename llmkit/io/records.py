@@ -36,15 +36,15 @@ KNOWN = frozenset((*PROMPT_FIELDS, *ANSWERS, *THOUGHTS, *COMPARED, *OTHERS))
 
 
 def not_used(
-    value: dict[str, Any], used: Collection[str], known: Collection[str] = KNOWN, said: str = ""
+    value: dict[str, Any], used: Collection[str], known: Collection[str] = KNOWN, shown_text: str = ""
 ) -> tuple[str, ...]:
-    """List the fields of a record that have a known name and are not used; text that `said` contains does not count.
+    """List the fields of a record that have a known name and are not used; text within `shown_text` does not count.
 
     >>> not_used({"text": "Once", "id": 7, "prompt": "Tell a story.", "tools": []}, ["text"])
     ("'prompt' not used",)
     """
     unused = [name for name in value if name in known and name not in used and value[name]]
-    lost = [name for name in unused if not (isinstance(value[name], str) and value[name].strip() in said)]
+    lost = [name for name in unused if not (isinstance(value[name], str) and value[name].strip() in shown_text)]
     return tuple(f"{name!r} not used" for name in lost)
 
 
@@ -76,16 +76,16 @@ def kind_of(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def with_made(given: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
+def with_made(given: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     """Add fields to a record; values that it had under their names move to `given`.
 
     >>> with_made({"prompt": "2+2?", "completion": "4"}, {"completion": "Four.", "seed": 0})
     {'prompt': '2+2?', 'completion': 'Four.', 'seed': 0, 'given': {'completion': '4'}}
     """
-    taken = {name: given[name] for name in made if given.get(name) not in (None, made[name])}
+    taken = {name: given[name] for name in fields if given.get(name) not in (None, fields[name])}
     if taken and "given" in given:
         taken["given"] = given["given"]
-    return {**given, **made, **({"given": taken} if taken else {})}
+    return {**given, **fields, **({"given": taken} if taken else {})}
 
 
 def check_document(row: Row) -> Row:

@@ -67,7 +67,7 @@ class RunState:
         """Yield the items after the last that has a record, by `made_of`. Raises UserError for a record of no item."""
         left = iter(given)
         for record in list(self.records()):
-            if next((one for one in left if made_of(record, one)), None) is None:
+            if next((item for item in left if made_of(record, item)), None) is None:
                 raise UserError(
                     f"{self.path}: has a record that the input does not: {record['where']}; start again with --force"
                 )
@@ -114,10 +114,10 @@ def resumable(*paths: Path | None) -> Iterator[None]:
         there = [path for path in paths if path is not None and path.exists()]
         if not there:
             raise
-        kept = f"{there[0]} has what was asked, and --resume goes on with it"
+        advice = f"{there[0]} has what was asked, and --resume goes on with it"
         if isinstance(error, KeyboardInterrupt):
-            raise Interrupted(f"interrupted; {kept}") from None
-        raise UserError(f"{error}; {kept}") from error
+            raise Interrupted(f"interrupted; {advice}") from None
+        raise UserError(f"{error}; {advice}") from error
 
 
 def fingerprint(folder: str) -> str:

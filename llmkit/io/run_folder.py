@@ -45,8 +45,8 @@ def check_model_folder(path: str | None, example: str) -> None:
     if path is None:
         raise UserError(f"MODEL is missing: a model folder, such as {example}")
     if not Path(path).is_dir():
-        found = "a file" if Path(path).exists() else "nothing"
-        raise UserError(f"{path}: expected a model folder, found {found}")
+        instead = "a file" if Path(path).exists() else "nothing"
+        raise UserError(f"{path}: expected a model folder, found {instead}")
 
 
 # ---- checkpoints, which training/checkpoint.py writes and reads
@@ -61,37 +61,37 @@ def checkpoint_steps(folder: Path) -> list[int]:
     """The steps at which checkpoints stand, ascending."""
     if not folder.is_dir():
         return []
-    found = [re.fullmatch(r"step-(\d{8,})", place.name) for place in folder.iterdir() if place.is_dir()]
-    return sorted(int(match[1]) for match in found if match)
+    matches = [re.fullmatch(r"step-(\d{8,})", path.name) for path in folder.iterdir() if path.is_dir()]
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def keep_checkpoints(folder: Path, keep: int, newest: int | None = None) -> None:
     """Remove all but the last checkpoints up to the step `newest`. Later ones were damaged, and are written again."""
     steps = checkpoint_steps(folder)
-    kept = [step for step in steps if newest is None or step <= newest][-keep:]
-    for step in set(steps).difference(kept):
+    lasting = [step for step in steps if newest is None or step <= newest][-keep:]
+    for step in set(steps).difference(lasting):
         remove(checkpoint_place(folder, step))
 
 
 # ---- a run in the making
 
 
-def check_identity(place: str | Path, noted: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_identity(folder: str | Path, noted: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise UserError naming the first part of a resumed run's identity that is not what was noted of the run."""
     for name, value in orjson.loads(orjson.dumps(now)).items():  # as JSON has given back what was noted
         if noted.get(name) != value:
-            former, new = ("none" if one is None else one for one in (noted.get(name), value))
+            former, new = ("none" if setting is None else setting for setting in (noted.get(name), value))
             raise UserError(
-                f"{place}: another run: {name} was {former} and is now {new}; "
+                f"{folder}: another run: {name} was {former} and is now {new}; "
                 "resume with the same options and inputs, or start again with --force"
             )
 
 
-def check_finished(place: str | Path, config: Any) -> None:
+def check_finished(folder: str | Path, config: Any) -> None:
     """Raise UserError where the manifest of a finished run tells that it had other options than what resumes it."""
-    noted, now = (read_manifest(place) or {}).get("options", {}), lasting_options(config)
+    noted, now = (read_manifest(folder) or {}).get("options", {}), lasting_options(config)
     former = {flag_of(item): noted[item.name] for item in option_fields(type(config)) if item.name in noted}
-    check_identity(place, {**now, **former}, now)
+    check_identity(folder, {**now, **former}, now)
 
 
 class RunFolder:
@@ -132,7 +132,7 @@ class RunFolder:
 
     def _begun_by_this_job(self) -> bool:
         """True if a former attempt of this job, which failed, has begun the run."""
-        notes = next((place / NOTES for place in (self.work, self.out) if (place / NOTES).exists()), None)
+        notes = next((folder / NOTES for folder in (self.work, self.out) if (folder / NOTES).exists()), None)
         return launch().restarts > 0 and notes is not None and read_object(notes).get("job") == launch().job
 
     @property
@@ -155,8 +155,8 @@ class RunFolder:
         """
         if not self.resume or not (self.work / NOTES).exists():
             if self.resume and checkpoint_steps(self.work / STATE):
-                place = self.work / NOTES
-                raise UserError(f"{place}: missing, so that nobody knows what was begun; start again with --force")
+                path = self.work / NOTES
+                raise UserError(f"{path}: missing, so that nobody knows what was begun; start again with --force")
             return None
         try:
             noted = read_sealed(self.work / NOTES)

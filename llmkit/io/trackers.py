@@ -38,12 +38,12 @@ class Mirror(Protocol):
 
 def mirrors(options: TrainingConfig, folder: Path) -> list[Callable[[], Mirror]]:
     """Return functions that open the mirrors that the options ask for, of a run in a folder."""
-    found: list[Callable[[], Mirror]] = []
+    trackers: list[Callable[[], Mirror]] = []
     if options.tensorboard:
-        found.append(partial(TensorBoard, folder))
+        trackers.append(partial(TensorBoard, folder))
     if options.wandb:
-        found.append(partial(WeightsAndBiases, folder, as_options(options), options.quiet))
-    return found
+        trackers.append(partial(WeightsAndBiases, folder, as_options(options), options.quiet))
+    return trackers
 
 
 class MirroredLog(MetricsLog):
