@@ -168,7 +168,7 @@ def library_folders():
 
     folders = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), os.path.join(sys.base_prefix, "lib")}
     folders |= {folder for folder in sys.path if os.path.isdir(folder) and folder != os.path.dirname(__file__)}
-    folders |= {place for place in ("/lib", "/lib64", "/usr/lib", "/usr/lib64") if os.path.isdir(place)}
+    folders |= {folder for folder in ("/lib", "/lib64", "/usr/lib", "/usr/lib64") if os.path.isdir(folder)}
     real = {os.path.realpath(folder) for folder in folders if os.path.isdir(folder)}
     outermost = {f for f in real if not any(f != other and f.startswith(other + "/") for other in real)}
     links = {f: os.path.realpath(f) for f in folders if os.path.islink(f)}
@@ -191,9 +191,9 @@ def enter_root(file_bytes):
     mount(None, "/", None, MS_REC | MS_PRIVATE)
     base = "/tmp" if os.path.isdir("/tmp") else "/mnt"
     # bound before the tmpfs covers a Python that lives below it
-    held = {folder: os.open(folder, os.O_PATH | os.O_DIRECTORY) for folder in folders}
+    descriptors = {folder: os.open(folder, os.O_PATH | os.O_DIRECTORY) for folder in folders}
     mount("llmkit", base, "tmpfs", MS_NOSUID | MS_NODEV, f"size={2 * file_bytes},mode=755,nr_inodes=4096")
-    for folder, descriptor in held.items():
+    for folder, descriptor in descriptors.items():
         target = base + folder
         os.makedirs(target, exist_ok=True)
         mount(f"/proc/self/fd/{descriptor}", target, None, MS_BIND | MS_REC)
@@ -392,14 +392,14 @@ def close_jail(status, parent, memory_bytes, cpu_seconds, file_bytes):
     try:
         root = enter_namespaces()
         die_with(parent)  # again: a change of rights may clear it
-        alive, kept = os.pipe()
+        alive, write_end = os.pipe()
         child = os.fork()  # the first process of the new PID namespace
         if child:
             for descriptor in (status, alive, 0, 1, 2):
                 os.close(descriptor)
             _, ended = os.waitpid(child, 0)
             os._exit(os.WEXITSTATUS(ended) if os.WIFEXITED(ended) else 128 + os.WTERMSIG(ended))
-        os.close(kept)
+        os.close(write_end)
         work = enter_root(file_bytes)
         drop_rights(root, alive, memory_bytes, cpu_seconds, file_bytes)
         restrict_files(work)

@@ -75,8 +75,8 @@ def _missing() -> str | None:
     except UserError as error:
         return str(error)
     if result != PythonResult("done\n", "done"):
-        said = (result.output.strip().splitlines() or ["nothing"])[-1]
-        return f"expected a program to print 'done' in it, found {said[:200]!r} ({result.ended})"
+        last_line = (result.output.strip().splitlines() or ["nothing"])[-1]
+        return f"expected a program to print 'done' in it, found {last_line[:200]!r} ({result.ended})"
     return None
 
 

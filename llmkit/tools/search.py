@@ -65,10 +65,10 @@ class SearchIndex:
         be read.
         """
         if not os.path.isfile(documents):
-            found = "a folder" if os.path.isdir(documents) else "no such file"
-            raise UserError(f"{documents}: expected a file of documents to search, found {found}")
-        place = Path(documents + SUFFIX)
-        return cls(documents, _kept(documents, place) or _build(documents, place))
+            instead = "a folder" if os.path.isdir(documents) else "no such file"
+            raise UserError(f"{documents}: expected a file of documents to search, found {instead}")
+        index = Path(documents + SUFFIX)
+        return cls(documents, _kept(documents, index) or _build(documents, index))
 
     def search(self, query: str, passages: int = 3) -> str:
         """The best passages for a query, best first, numbered; `nothing found` where no word of it occurs."""
@@ -81,12 +81,12 @@ class SearchIndex:
         )
         with self._lock:
             try:
-                found = self._connection.execute(statement, (wanted, passages)).fetchall()
+                rows = self._connection.execute(statement, (wanted, passages)).fetchall()
             except sqlite3.Error:  # the file is damaged where only a search looks
                 self._connection.close()
                 self._connection = _in_memory(self._documents)
-                found = self._connection.execute(statement, (wanted, passages)).fetchall()
-        return _listed(found)
+                rows = self._connection.execute(statement, (wanted, passages)).fetchall()
+        return _listed(rows)
 
     def close(self) -> None:
         """Release the file."""
@@ -99,32 +99,32 @@ class SearchIndex:
         self.close()
 
 
-def _listed(found: list[tuple[str, str]]) -> str:
-    lines = [f"[{number}] {f'{title}: ' if title else ''}{text}" for number, (title, text) in enumerate(found, 1)]
+def _listed(passages: list[tuple[str, str]]) -> str:
+    lines = [f"[{number}] {f'{title}: ' if title else ''}{text}" for number, (title, text) in enumerate(passages, 1)]
     return "\n".join(lines) or NOTHING
 
 
-def _open_read_only(place: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(f"{place.resolve().as_uri()}?mode=ro", uri=True, check_same_thread=False)
+def _open_read_only(index: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(f"{index.resolve().as_uri()}?mode=ro", uri=True, check_same_thread=False)
     connection.execute("PRAGMA trusted_schema = OFF")
     return connection
 
 
-def _kept(documents: str, place: Path) -> sqlite3.Connection | None:
+def _kept(documents: str, index: Path) -> sqlite3.Connection | None:
     """The index that stands there; None where there is none, or where it is damaged, old or not of these documents.
 
     Others may have put it there: what a search can return is compared with the documents. That takes a tenth of the
     time of making it.
     """
-    if not place.is_file():
+    if not index.is_file():
         return None
     connection = None
     try:
-        connection = _open_read_only(place)
+        connection = _open_read_only(index)
         tables = dict(connection.execute("SELECT name, sql FROM sqlite_master WHERE name IN ('passages', 'format')"))
         if tables == {"passages": PASSAGES, "format": FORMAT}:
             stands = connection.execute("SELECT title, text FROM passages ORDER BY rowid")
-            if all(one == other for one, other in zip_longest(stands, _passages(documents))):
+            if all(kept_passage == other for kept_passage, other in zip_longest(stands, _passages(documents))):
                 return connection
     except sqlite3.Error:
         pass
@@ -143,10 +143,10 @@ def _in_memory(documents: str) -> sqlite3.Connection:
     return connection
 
 
-def _build(documents: str, place: Path) -> sqlite3.Connection:
+def _build(documents: str, index: Path) -> sqlite3.Connection:
     """Make the index at `place`, or in memory where that cannot be written, and return a connection to it."""
     try:
-        handle, partial = tempfile.mkstemp(prefix=f"{place.name}{PARTIAL}.", dir=place.parent)
+        handle, partial = tempfile.mkstemp(prefix=f"{index.name}{PARTIAL}.", dir=index.parent)
         os.close(handle)
     except OSError:
         return _in_memory(documents)
@@ -155,8 +155,8 @@ def _build(documents: str, place: Path) -> sqlite3.Connection:
         with closing(sqlite3.connect(partial)) as connection:
             connection.execute("PRAGMA journal_mode = OFF")
             _fill(connection, documents)
-        os.replace(partial, place)
-        return _open_read_only(place)
+        os.replace(partial, index)
+        return _open_read_only(index)
     except (OSError, sqlite3.Error):  # a full disk, a folder in its place
         return _in_memory(documents)
     finally:
@@ -180,22 +180,22 @@ def _passages(documents: str) -> Iterator[tuple[str, str]]:
 
 def cut_passages(text: str) -> Iterator[str]:
     """The text in pieces of about PASSAGE_CHARACTERS, cut at the ends of lines and sentences, white space evened."""
-    held = ""
+    passage = ""
     for piece in re.split(r"(?<=[.!?。])\s+|\n+", text):
         piece = " ".join(piece.split())
         while len(piece) > LONGEST_PASSAGE:
             cut = piece.rfind(" ", 1, LONGEST_PASSAGE) + 1 or LONGEST_PASSAGE
-            if held:
-                yield held
-                held = ""
+            if passage:
+                yield passage
+                passage = ""
             yield piece[:cut].rstrip()
             piece = piece[cut:]
-        held = f"{held} {piece}".strip()
-        if len(held) >= PASSAGE_CHARACTERS:
-            yield held
-            held = ""
-    if held:
-        yield held
+        passage = f"{passage} {piece}".strip()
+        if len(passage) >= PASSAGE_CHARACTERS:
+            yield passage
+            passage = ""
+    if passage:
+        yield passage
 
 
 class SearchEngine:
@@ -207,32 +207,32 @@ class SearchEngine:
 
     def __init__(self, url: str, timeout: float = 10.0) -> None:
         try:
-            parts = urllib.parse.urlsplit(url)
-            port = f":{parts.port}" if parts.port is not None else ""
+            address = urllib.parse.urlsplit(url)
+            port = f":{address.port}" if address.port is not None else ""
         except ValueError:
-            parts, port = urllib.parse.urlsplit(""), ""
-        if not parts.hostname or not url.isascii() or not url.isprintable() or " " in url:
+            address, port = urllib.parse.urlsplit(""), ""
+        if not address.hostname or not url.isascii() or not url.isprintable() or " " in url:
             raise UserError(f"search:{url}: expected a URL of printable ASCII, such as http://localhost:8888/search")
-        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-        self._url = urllib.parse.urlunsplit((parts.scheme, host + port, parts.path, parts.query, ""))
-        user = urllib.parse.unquote(f"{parts.username or ''}:{parts.password or ''}")
+        host = f"[{address.hostname}]" if ":" in address.hostname else address.hostname
+        self._url = urllib.parse.urlunsplit((address.scheme, host + port, address.path, address.query, ""))
+        user = urllib.parse.unquote(f"{address.username or ''}:{address.password or ''}")
         self._user = None if user == ":" else base64.b64encode(user.encode()).decode()
-        self._timeout, self._is_near = timeout, is_this_machine(parts.hostname)
+        self._timeout, self._is_near = timeout, is_this_machine(address.hostname)
 
     def search(self, query: str, passages: int = 3) -> str:
         """The first results, numbered, with title and content. Raises SearchError when the engine does not answer."""
         call = _Call(self._is_near)
-        said: SimpleQueue[str | BaseException] = SimpleQueue()
+        outcome: SimpleQueue[str | BaseException] = SimpleQueue()
 
         def work() -> None:
             try:
-                said.put(self._ask(call, query, passages))
+                outcome.put(self._ask(call, query, passages))
             except BaseException as error:
-                said.put(error)
+                outcome.put(error)
 
         threading.Thread(target=work, daemon=True).start()
         try:
-            answer = said.get(timeout=self._timeout)
+            answer = outcome.get(timeout=self._timeout)
         except Empty:
             call.cut()  # ends the thread, however slowly the engine drips
             answer = TimeoutError(f"no answer within {counted(self._timeout, 'second')}")
@@ -250,17 +250,17 @@ class SearchEngine:
     def _ask(self, call: _Call, query: str, passages: int) -> str:
         words = query.encode("utf-8", "replace")  # a model may write half a character
         separator = "&" if urllib.parse.urlsplit(self._url).query else "?"
-        asked = f"{self._url}{separator}{urllib.parse.urlencode({'q': words, 'format': 'json'})}"
-        request = urllib.request.Request(asked, headers={"Accept": "application/json", "User-Agent": "llmkit"})
+        address = f"{self._url}{separator}{urllib.parse.urlencode({'q': words, 'format': 'json'})}"
+        request = urllib.request.Request(address, headers={"Accept": "application/json", "User-Agent": "llmkit"})
         if self._user is not None:
             request.add_unredirected_header("Authorization", f"Basic {self._user}")
         with call.opener.open(request, timeout=self._timeout) as answer:
             results = json.loads(answer.read(LARGEST_ANSWER))["results"]
-        found = [
-            (_whole(str(one.get("title") or "")), _whole(" ".join(str(one.get("content") or "").split())))
-            for one in results
+        passages_found = [
+            (_whole(str(result.get("title") or "")), _whole(" ".join(str(result.get("content") or "").split())))
+            for result in results
         ]
-        return _listed(found[:passages])
+        return _listed(passages_found[:passages])
 
 
 def _whole(text: str) -> str:
@@ -318,6 +318,6 @@ class _Call:
     def cut(self) -> None:
         """End the request now."""
         self._is_cut = True
-        for one in self._sockets:
+        for connection in self._sockets:
             with suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
+                connection.shutdown(socket.SHUT_RDWR)

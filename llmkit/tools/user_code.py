@@ -63,21 +63,21 @@ class UserFunction:
             spec.loader.exec_module(module)
         except (Exception, SystemExit) as error:
             raise self._failed(error) from None
-        found = getattr(module, function, None)
-        if not callable(found):
-            names = sorted(name for name, one in vars(module).items() if callable(one) and not name.startswith("_"))
+        loaded = getattr(module, function, None)
+        if not callable(loaded):
+            names = sorted(name for name, value in vars(module).items() if callable(value) and not name.startswith("_"))
             raise UserError(f"{self._where}: expected a function {function!r} in {path}, found {names}")
-        return found
+        return loaded
 
     def _failed(self, error: BaseException, of_record: str = "") -> UserError:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if os.path.realpath(frame.filename) == self._path]
         if isinstance(error, SyntaxError):
             lines = [error.lineno]
-        place = f"{self._path}:{lines[-1]}" if lines else self._path
+        where = f"{self._path}:{lines[-1]}" if lines else self._path
         try:
-            said = " ".join(str(error).split())[:300]
+            message = " ".join(str(error).split())[:300]
         except Exception as other:
-            said = f"its text raises {type(other).__name__}"
-        told = f"{type(error).__name__}: {said}" if said else type(error).__name__
-        return UserError(f"{self._where}: {place}: {told}{of_record}")
+            message = f"its text raises {type(other).__name__}"
+        failure = f"{type(error).__name__}: {message}" if message else type(error).__name__
+        return UserError(f"{self._where}: {where}: {failure}{of_record}")
