@@ -103,45 +103,45 @@ class Sentence:
         return word in self.known or (len(word) > 2 and stem(word) in self.stems)
 
 
-def is_opposed(said: Sentence, asked: Sentence, answer: Sentence) -> bool:
+def is_opposed(reply: Sentence, question: Sentence, answer: Sentence) -> bool:
     """True if a word of the question is replaced by its opposite, "lost" for "won", or an office by another, "vice"."""
-    unlike = said.stems - asked.stems - answer.stems
-    if said.known & CHANGERS - asked.known - answer.known:
+    unlike = reply.stems - question.stems - answer.stems
+    if reply.known & CHANGERS - question.known - answer.known:
         return True
-    return any(OPPOSITES.get(one, frozenset()) & unlike for one in asked.stems - said.stems)
+    return any(OPPOSITES.get(stem, frozenset()) & unlike for stem in question.stems - reply.stems)
 
 
 def bare_answer(answer: Sentence) -> tuple[str, ...]:
     """The words of an answer without small ones before them: "May" of "in May", "cheese" of "its cheese"."""
-    said = answer.words
-    start = next((place for place, word in enumerate(said) if word not in SMALL or word in MONTHS), 0)
-    return said[start:]
+    words = answer.words
+    start = next((index for index, word in enumerate(words) if word not in SMALL or word in MONTHS), 0)
+    return words[start:]
 
 
-def shorter_forms(answer: Sentence, asked: Sentence) -> Iterator[Sentence]:
+def shorter_forms(answer: Sentence, question: Sentence) -> Iterator[Sentence]:
     """Yield shorter forms of an answer: the last name to who, the place without its country to where."""
-    if asked.known & {"where"} and "," in answer.text:
+    if question.known & {"where"} and "," in answer.text:
         yield Sentence.of(answer.text.partition(",")[0])
     names = [token for token in answer.tokens if token.word not in ARTICLES or (token.written == "A" and token.before)]
     if (
-        asked.known & {"who", "whom", "whose"}
+        question.known & {"who", "whom", "whose"}
         and len(names) > 1
         and all(name.written[:1].isupper() and not is_number(name.word) for name in names)
-        and any(word not in SMALL for word in asked.words)
+        and any(word not in SMALL for word in question.words)
     ):
         yield Sentence.of(names[-1].written)
-    if len(names) > 1 and names[0].word in KINDS and (asked.known & KINDS[names[0].word]):
+    if len(names) > 1 and names[0].word in KINDS and (question.known & KINDS[names[0].word]):
         yield Sentence.of(" ".join(name.written for name in names[1:]))
     yield from _other_units(answer)
-    yield from _name_forms(answer, names, asked)
+    yield from _name_forms(answer, names, question)
     number = next(iter(answer.words), "")
     counted = [token.written for token in answer.tokens[1:]]
-    if "how" in asked.known and is_number(number) and counted and _are_counted(counted):
+    if "how" in question.known and is_number(number) and counted and _are_counted(counted):
         yield Sentence.of(answer.tokens[0].written)
 
 
 def _are_counted(written: Sequence[str]) -> bool:
-    return not any(one[:1].isupper() or one in MEASURES or one in CURRENCIES or is_number(one) for one in written)
+    return not any(word[:1].isupper() or word in MEASURES or word in CURRENCIES or is_number(word) for word in written)
 
 
 def _other_units(answer: Sentence) -> Iterator[Sentence]:
@@ -162,67 +162,67 @@ def _other_units(answer: Sentence) -> Iterator[Sentence]:
                 yield Sentence.of(f"{(value * factor / size).normalize():f} {sign}")
 
 
-def _name_forms(answer: Sentence, names: Sequence[Token], asked: Sentence) -> Iterator[Sentence]:
+def _name_forms(answer: Sentence, names: Sequence[Token], question: Sentence) -> Iterator[Sentence]:
     """Yield a name without titles and endings such as Ltd, without and with initials, and the last name first."""
-    kept = [name for name in names if name.word not in TITLES | COMPANIES]
-    if not kept or not all(name.written[:1].isupper() or name.word in JOINS for name in kept):
+    plain_names = [name for name in names if name.word not in TITLES | COMPANIES]
+    if not plain_names or not all(name.written[:1].isupper() or name.word in JOINS for name in plain_names):
         return
-    if len(kept) < len(names):
-        yield Sentence.of(" ".join(name.written for name in kept))
-    if not asked.known & {"who", "whom", "whose"}:
+    if len(plain_names) < len(names):
+        yield Sentence.of(" ".join(name.written for name in plain_names))
+    if not question.known & {"who", "whom", "whose"}:
         return
-    parts = [part.split() for part in re.split(r",| and | & ", answer.text) if part.strip()]
-    if len(parts) > 1 and all(len(part) > 1 for part in parts):
-        yield Sentence.of(" and ".join(part[-1] for part in parts))
-    elif 2 <= len(kept) <= 5:
-        given, last = [name.written for name in kept[:-1]], kept[-1].written
+    people = [part.split() for part in re.split(r",| and | & ", answer.text) if part.strip()]
+    if len(people) > 1 and all(len(part) > 1 for part in people):
+        yield Sentence.of(" and ".join(part[-1] for part in people))
+    elif 2 <= len(plain_names) <= 5:
+        given, last = [name.written for name in plain_names[:-1]], plain_names[-1].written
         initials = [f"{name[0]}." for name in given]
         yield from (Sentence.of(f"{some} {last}") for some in {given[0], " ".join(initials), initials[0]})
         yield Sentence.of(f"{given[0]} {' '.join(initials[1:])} {last}")
         yield from (Sentence.of(f"{last} {some}") for some in {given[0], " ".join(given)})
 
 
-def gives_answer(said: Sentence, asked: Sentence, answer: Sentence) -> bool | None:
+def gives_answer(reply: Sentence, question: Sentence, answer: Sentence) -> bool | None:
     """True if a sentence gives an answer by its place in it; None where its words are not there together."""
     wanted = bare_answer(answer)
     every, before = [], ""
-    for token in said.tokens:
+    for token in reply.tokens:
         before += token.before
         if token.word not in ARTICLES:
             every.append(token._replace(before=before))
             before = ""
-    places = [place for place in range(len(every)) if every[place].word == wanted[0]]
-    places = [place for place in places if tuple(one.word for one in every[place : place + len(wanted)]) == wanted]
+    places = [start for start in range(len(every)) if every[start].word == wanted[0]]
+    places = [start for start in places if tuple(token.word for token in every[start : start + len(wanted)]) == wanted]
     if not places:
         return None
     if len(places) > MOST:
         return False
-    context = _Context(every, asked, answer, _with_articles(said))
-    return any(context.keeps_answer(place, place + len(wanted)) for place in places)
+    context = _Context(every, question, answer, _with_articles(reply))
+    return any(context.keeps_answer(start, start + len(wanted)) for start in places)
 
 
-def _with_articles(said: Sentence) -> set[int]:
+def _with_articles(reply: Sentence) -> set[int]:
     """The places, articles not counted, before which an article or another determiner stands."""
-    found, place = set(), 0
-    for before, token in zip((None, *said.tokens), said.tokens, strict=False):
+    determined, index = set(), 0
+    for before, token in zip((None, *reply.tokens), reply.tokens, strict=False):
         if token.word in ARTICLES:
             continue
         if before is not None and before.word in DETERMINERS:
-            found.add(place)
-        place += 1
-    return found
+            determined.add(index)
+        index += 1
+    return determined
 
 
 class _Context:
     """The words of a sentence around an answer."""
 
-    def __init__(self, every: Sequence[Token], asked: Sentence, answer: Sentence, determined: set[int]) -> None:
-        self._every, self._asked, self._answer, self._determined = every, asked, answer, determined
+    def __init__(self, every: Sequence[Token], question: Sentence, answer: Sentence, determined: set[int]) -> None:
+        self._every, self._asked, self._answer, self._determined = every, question, answer, determined
         self._is_name = any(token.written[:1].isupper() for token in answer.tokens if token.word not in ARTICLES)
         self._is_number = any(map(is_number, answer.words))
-        first = asked.words[:2]
+        first = question.words[:2]
         self._wants_agent = first[:1] == ("who",) and len(first) > 1 and first[1] not in AUXILIARIES
-        self._where = "where" in asked.known
+        self._where = "where" in question.known
 
     def keeps_answer(self, start: int, stop: int) -> bool:
         """True if what stands before and behind leaves the words from start to stop the answer."""
@@ -294,7 +294,7 @@ class _Context:
         if self._every[stop - 1].written.endswith(("'s", "s'")) and not self._answer.text.rstrip(".").endswith(
             ("'s", "s'")
         ):
-            return all(self._plain(one) for one in self._every[stop:])
+            return all(self._plain(token) for token in self._every[stop:])
         if stop == len(self._every):
             return True
         right = self._every[stop]

@@ -68,8 +68,8 @@ def check_languages(codes: Sequence[str]) -> None:
 def _ask_fasttext(text: str, count: int) -> list[tuple[str, float]]:
     """The `count` likeliest languages, or all for -1, with their probabilities."""
     threshold = 0.0 if count > 0 else -1.0  # 0 leaves out the unlikely, and so finds the first in half the time
-    found = zip(*_fasttext_model().predict(text, k=count, threshold=threshold), strict=True)
-    return [(label.removeprefix("__label__"), min(1.0, float(score))) for label, score in found]
+    predictions = zip(*_fasttext_model().predict(text, k=count, threshold=threshold), strict=True)
+    return [(label.removeprefix("__label__"), min(1.0, float(score))) for label, score in predictions]
 
 
 @cache
@@ -92,9 +92,9 @@ def _ask_cld2(text: str) -> tuple[str, float]:
     except ImportError:
         return "und", 0.0
     try:
-        _, _, found = pycld2.detect(text, isPlainText=True, bestEffort=True)
+        _, _, languages = pycld2.detect(text, isPlainText=True, bestEffort=True)
     except pycld2.error:
         return "und", 0.0
-    code, percent = str(found[0][1]), float(found[0][2])
+    code, percent = str(languages[0][1]), float(languages[0][2])
     code = _CLD2_CODES.get(code, code)
     return ("und", 0.0) if code == "un" or code.startswith("xx") else (code, percent / 100)

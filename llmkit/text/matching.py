@@ -117,166 +117,167 @@ class MatchJudge:
     def __call__(self, response: str, question: str, answers: Sequence[str]) -> str:
         """One of `VERDICTS`."""
         response = LABEL.sub("", response, count=1) if LABEL.match(response) else response
-        said, asked = Sentence.of(response), Sentence.of(question)
-        accepted = [one for one in map(Sentence.of, _spelt(answers)) if one.words]
-        if not said.words:
+        reply, query = Sentence.of(response), Sentence.of(question)
+        accepted = [spelling for spelling in map(Sentence.of, _spelt(answers)) if spelling.words]
+        if not reply.words:
             same = is_sign(response) and response.strip() in answers
             return RIGHT if same else EVASIVE
-        if any(said.words == one.words and _same_currency(said, one) for one in accepted):
+        if any(reply.words == right.words and _same_currency(reply, right) for right in accepted):
             return RIGHT
-        if said.words in self._refusals:
+        if reply.words in self._refusals:
             return EVASIVE
         guesses = list(islice(GUESS.finditer(response), 9))
         if 0 < len(guesses) < 9:  # "I'm not sure, but I think it is"
             unsure = Sentence.of(response[: guesses[0].start()])
-            if unsure.words and (self._is_evasive(unsure, accepted) or _lacks_knowledge(unsure, asked)):
+            if unsure.words and (self._is_evasive(unsure, accepted) or _lacks_knowledge(unsure, query)):
                 return self(response[guesses[0].end() :], question, answers)
-        is_evasive = self._is_evasive(said, accepted)
-        if is_evasive and "unknown" in said.known and any("unknown" in one.known for one in accepted):
+        is_evasive = self._is_evasive(reply, accepted)
+        if is_evasive and "unknown" in reply.known and any("unknown" in right.known for right in accepted):
             return RIGHT
-        if is_evasive or _lacks_knowledge(said, asked):
+        if is_evasive or _lacks_knowledge(reply, query):
             answer, *more = AFTERTHOUGHT.split(response, maxsplit=1)
             rest = set(words(" ".join(more)))
-            if more and (not DOUBT & rest or ASPECTS & rest - asked.known):  # "1874, but I don't know why"
+            if more and (not DOUBT & rest or ASPECTS & rest - query.known):  # "1874, but I don't know why"
                 verdict = self(answer, question, answers)
-                if verdict == RIGHT or (verdict == WRONG and _names(Sentence.of(answer).tokens, asked)):
+                if verdict == RIGHT or (verdict == WRONG and _names(Sentence.of(answer).tokens, query)):
                     return verdict
             if is_evasive:
                 return EVASIVE
-        if not _content(_without(said.words, asked.words)):
+        if not _content(_without(reply.words, query.words)):
             return EVASIVE
-        shorter = [other for one in accepted for other in shorter_forms(one, asked) if other.words]
+        shorter = [other for right in accepted for other in shorter_forms(right, query) if other.words]
         if DENIED_IN_JAPANESE.search(response) and not DENIED_IN_JAPANESE.search(question):
             return WRONG
         plain = NOT_OTHER.sub("", NOT_ONE.sub("", response))
         same_names = [_with_names_of(answer, response) for answer in answers]
-        if "who" in asked.known:  # "it was Hans Müller", where the answer is a last name alone
+        if "who" in query.known:  # "it was Hans Müller", where the answer is a last name alone
             lasts = "|".join(answer for answer in answers if NAME.fullmatch(answer))
             same_names += [re.sub(rf"(?<=[a-z] )[A-Z][a-z]+ (?=(?:{lasts})\b)", "", response)] if lasts else []
-        texts = {text: None for one in _spelt([response, plain, *same_names]) for text in (one, *_leading_parts(one))}
-        forms = [(one, True) for one in accepted] + [(one, False) for one in shorter]
-        readings = [said, *(one for one in map(Sentence.of, texts) if one.words)]
-        if any(self._matches(reading, asked, one, whole) for reading in readings for one, whole in forms):
+        spelt = _spelt([response, plain, *same_names])
+        texts = {text: None for written in spelt for text in (written, *_leading_parts(written))}
+        forms = [(right, True) for right in accepted] + [(right, False) for right in shorter]
+        readings = [reply, *(sentence for sentence in map(Sentence.of, texts) if sentence.words)]
+        if any(self._matches(reading, query, form, whole) for reading in readings for form, whole in forms):
             return RIGHT
         accepted += shorter
-        offered = any(one.known <= asked.known for one in accepted)
-        beyond = [word for word in _content(said.words) if not asked.echoes(word) and word not in FILLERS]
-        is_choice = offered or any(one.known & YES | one.known & NO for one in accepted)
-        if _lacks_knowledge(said, asked, is_choice):
+        offered = any(right.known <= query.known for right in accepted)
+        beyond = [word for word in _content(reply.words) if not query.echoes(word) and word not in FILLERS]
+        is_choice = offered or any(right.known & YES | right.known & NO for right in accepted)
+        if _lacks_knowledge(reply, query, is_choice):
             return EVASIVE
         if (hedge := HEDGE.match(response)) and self(response[hedge.end() :], question, answers) == RIGHT:
             return RIGHT
         return WRONG if is_choice or beyond else EVASIVE
 
     @staticmethod
-    def _is_evasive(said: Sentence, accepted: Sequence[Sentence]) -> bool:
-        bare = tuple(word for word in said.words if word not in ADVERBS)
-        return said.words == ("unknown",) or any(
-            holds(one, phrase) and not any(holds(other.words, phrase) for other in accepted)
-            for one in (said.words, bare)
-            if one
+    def _is_evasive(reply: Sentence, accepted: Sequence[Sentence]) -> bool:
+        bare = tuple(word for word in reply.words if word not in ADVERBS)
+        return reply.words == ("unknown",) or any(
+            holds(words, phrase) and not any(holds(other.words, phrase) for other in accepted)
+            for words in (reply.words, bare)
+            if words
             for phrase in evasions()
         )
 
     def judge_each(self, answered: Iterable[Answered]) -> Iterator[tuple[Answered, list[str]]]:
         """See `Judge`."""
-        for one in answered:
-            yield one, [self(response, one.question.question, one.question.answers) for response in one.responses]
+        for item in answered:
+            yield item, [self(response, item.question.question, item.question.answers) for response in item.responses]
 
-    def _matches(self, said: Sentence, asked: Sentence, answer: Sentence, whole: bool) -> bool:
+    def _matches(self, reply: Sentence, question: Sentence, answer: Sentence, whole: bool) -> bool:
         """True if a sentence gives one accepted answer, by its place in it or, if that is `whole`, by its words."""
         if answer.known <= YES or answer.known <= NO:
-            return _agrees(said, asked, answer)
-        if DENIALS & said.known - answer.known - asked.known or not _same_currency(said, answer):
+            return _agrees(reply, question, answer)
+        if DENIALS & reply.known - answer.known - question.known or not _same_currency(reply, answer):
             return False
-        if is_opposed(said, asked, answer):
+        if is_opposed(reply, question, answer):
             return False
-        rest = _without(said.words, asked.words)
-        if answer.known <= asked.known:  # a choice that the question offers
+        rest = _without(reply.words, question.words)
+        if answer.known <= question.known:  # a choice that the question offers
             if self._same(_content(rest), _content(answer.words)):
                 return True
-        elif self._has_words(rest, asked, answer):
-            found = gives_answer(said, asked, answer)
+        elif self._has_words(rest, question, answer):
+            given = gives_answer(reply, question, answer)
             same = whole or Counter(rest) - Counter(JOINS) == Counter(answer.words) - Counter(JOINS)
-            if found or (found is None and same):
+            if given or (given is None and same):
                 return True
-        if TAKEN_BACK & said.known - answer.known - asked.known or not _same_numbers(said, asked, answer):
+        if TAKEN_BACK & reply.known - answer.known - question.known or not _same_numbers(reply, question, answer):
             return False
-        found = gives_answer(said, asked, answer)
-        if answer.known <= asked.known:  # "the Tarn is longer", but not both of them
-            return bool(found) and _is_offered_alone(said, asked, answer)
-        return bool(found)
+        given = gives_answer(reply, question, answer)
+        if answer.known <= question.known:  # "the Tarn is longer", but not both of them
+            return bool(given) and _is_offered_alone(reply, question, answer)
+        return bool(given)
 
-    def _has_words(self, said: tuple[str, ...], asked: Sentence, answer: Sentence) -> bool:
+    def _has_words(self, words: tuple[str, ...], question: Sentence, answer: Sentence) -> bool:
         """True if the words said are those of an answer, all but for small words and the question's."""
         forms = {BASES[word]: word for word in answer.words if word in BASES}
-        said = tuple(forms.get(BASES.get(word, ""), word) for word in said)  # "had frozen" for "froze"
-        said = tuple(word for word in said if word in answer.known or not asked.echoes(word))
-        if JOINS & answer.known and Counter(_content(said)) != Counter(_content(answer.words)):
+        words = tuple(forms.get(BASES.get(word, ""), word) for word in words)  # "had frozen" for "froze"
+        words = tuple(word for word in words if word in answer.known or not question.echoes(word))
+        if JOINS & answer.known and Counter(_content(words)) != Counter(_content(answer.words)):
             return False  # a list
-        if {"who", "whom"} & asked.known and answer.words[-1] not in said and answer.text.istitle():
+        if {"who", "whom"} & question.known and answer.words[-1] not in words and answer.text.istitle():
             return False  # a name without its last part
         beyond = tuple(
-            word for word in _content(answer.words) if word not in asked.known
+            word for word in _content(answer.words) if word not in question.known
         )  # "24" of "24 points", asked how many points
-        return self._same(_content(said), _content(answer.words)) or (
-            bool(beyond) and self._same(_content(said), beyond)
+        return self._same(_content(words), _content(answer.words)) or (
+            bool(beyond) and self._same(_content(words), beyond)
         )
 
-    def _same(self, said: tuple[str, ...], answer: tuple[str, ...]) -> bool:
-        if len(answer) == 1 and _is_year(answer[0]) and MONTHS & set(said):
-            said = tuple(word for word in said if word not in MONTHS and not _is_day(word))
-        if [*filter(is_number, said)] != [*filter(is_number, answer)]:
+    def _same(self, words: tuple[str, ...], answer: tuple[str, ...]) -> bool:
+        if len(answer) == 1 and _is_year(answer[0]) and MONTHS & set(words):
+            words = tuple(word for word in words if word not in MONTHS and not _is_day(word))
+        if [*filter(is_number, words)] != [*filter(is_number, answer)]:
             return False
-        if any(map(is_spaceless, answer)) and not holds(said, answer):
+        if any(map(is_spaceless, answer)) and not holds(words, answer):
             return False  # characters in another order are another word
-        one, other = Counter(said), Counter(answer)
-        shared = (one & other).total()
-        if shared < min(one.total(), other.total()):
+        word_counts, other = Counter(words), Counter(answer)
+        shared = (word_counts & other).total()
+        if shared < min(word_counts.total(), other.total()):
             return False
-        return shared > 0 and 2 * shared / (one.total() + other.total()) >= F1
+        return shared > 0 and 2 * shared / (word_counts.total() + other.total()) >= F1
 
 
-def _same_currency(said: Sentence, answer: Sentence) -> bool:
-    return not (said.currencies and answer.currencies) or bool(said.currencies & answer.currencies)
+def _same_currency(reply: Sentence, answer: Sentence) -> bool:
+    return not (reply.currencies and answer.currencies) or bool(reply.currencies & answer.currencies)
 
 
-def _same_numbers(said: Sentence, asked: Sentence, answer: Sentence) -> bool:
+def _same_numbers(reply: Sentence, question: Sentence, answer: Sentence) -> bool:
     """True if the numbers said, the question's aside, are those of the answer.
 
     For an answer without numbers, true if none replaces one of the question ("the second" for "the first").
     """
-    numbers = [word for word in said.words if is_number(word) and (word in answer.known or word not in asked.known)]
+    numbers = [word for word in reply.words if is_number(word) and (word in answer.known or word not in question.known)]
     wanted = [word for word in answer.words if is_number(word)]
     if not wanted:
-        return not numbers or not any(is_number(word) and word not in said.known for word in asked.words)
-    pairs = zip(said.words, said.words[1:], strict=False)
-    counted = [word for word, noun in pairs if is_number(word) and noun not in SMALL and asked.echoes(noun)]
+        return not numbers or not any(is_number(word) and word not in reply.known for word in question.words)
+    pairs = zip(reply.words, reply.words[1:], strict=False)
+    counted = [word for word, noun in pairs if is_number(word) and noun not in SMALL and question.echoes(noun)]
     if len(wanted) == 1 and counted == wanted:  # "8 legs and 6 eyes", asked how many legs
         return True
-    if len(wanted) == 1 and _is_year(wanted[0]) and said.known & MONTHS:
+    if len(wanted) == 1 and _is_year(wanted[0]) and reply.known & MONTHS:
         numbers = [number for number in numbers if not _is_day(number)]
     return numbers == wanted
 
 
-def _agrees(said: Sentence, asked: Sentence, answer: Sentence) -> bool:
+def _agrees(reply: Sentence, question: Sentence, answer: Sentence) -> bool:
     """True if a sentence says yes where the answer does, or no; without either word, if it affirms or denies alike."""
-    first = said.words[0]
+    first = reply.words[0]
     if first in YES or first in NO:
-        return (first in YES) == (answer.known <= YES) and not (said.known & YES and said.known & NO)
-    opposed = is_opposed(said, asked, answer)
-    if not opposed and not any(asked.echoes(word) for word in said.words if word not in SMALL):
+        return (first in YES) == (answer.known <= YES) and not (reply.known & YES and reply.known & NO)
+    opposed = is_opposed(reply, question, answer)
+    if not opposed and not any(question.echoes(word) for word in reply.words if word not in SMALL):
         return False
-    return (bool(DENIALS & said.known - asked.known) != opposed) == (answer.known <= NO)
+    return (bool(DENIALS & reply.known - question.known) != opposed) == (answer.known <= NO)
 
 
-def _is_offered_alone(said: Sentence, asked: Sentence, answer: Sentence) -> bool:
+def _is_offered_alone(reply: Sentence, question: Sentence, answer: Sentence) -> bool:
     """True if a sentence begins with a choice that the question offers, and does not join it to another."""
     start = bare_answer(answer)
     return (
-        said.words[: len(start)] == start
-        and "and" not in said.known
-        and any(word not in SMALL for word in said.words[len(start) :])
+        reply.words[: len(start)] == start
+        and "and" not in reply.known
+        and any(word not in SMALL for word in reply.words[len(start) :])
     )
 
 
@@ -286,30 +287,33 @@ def evasions() -> tuple[tuple[str, ...], ...]:
     return tuple(dict.fromkeys(words(phrase) for some in KNOWN["evasions"].values() for phrase in some))
 
 
-def _lacks_knowledge(said: Sentence, asked: Sentence, is_choice: bool = False) -> bool:
+def _lacks_knowledge(reply: Sentence, question: Sentence, is_choice: bool = False) -> bool:
     """True if a speaker says in other words than those of matching.json that something is not known."""
-    first = said.words[: next((at for at, one in enumerate(said.tokens) if at and SENTENCE.search(one.before)), None)]
+    end = next((at for at, token in enumerate(reply.tokens) if at and SENTENCE.search(token.before)), None)
+    first = reply.words[:end]
     lacks = next((at for at, word in enumerate(first) if word in LACKING), None)
     near = set() if lacks is None else set(first[max(0, lacks - 4) : lacks + 9])
     if (
         near
         and (first[0] in SPEAKERS or near & {"i", "me"})
-        and (near & KNOWING - asked.known or first[lacks or 0] in UNKNOWING)
+        and (near & KNOWING - question.known or first[lacks or 0] in UNKNOWING)
     ):
         return True
-    is_own = not is_choice and bool(near & SELF - asked.known) and not near & {"think", "believe"}
+    is_own = not is_choice and bool(near & SELF - question.known) and not near & {"think", "believe"}
     uninformed = any(
-        word in INFORMING and not asked.echoes(word) for word in first[(lacks or 0) + 1 : (lacks or 0) + 6]
+        word in INFORMING and not question.echoes(word) for word in first[(lacks or 0) + 1 : (lacks or 0) + 6]
     )
     if near and (is_own or uninformed):  # "No date is given", but not where a name or number is
-        return not _names(said.tokens[: len(first)], asked)
-    return len(first) <= 12 and bool(DENIALS & set(first)) and bool(KNOWING_ELSEWHERE & set(first) - asked.known)
+        return not _names(reply.tokens[: len(first)], question)
+    return len(first) <= 12 and bool(DENIALS & set(first)) and bool(KNOWING_ELSEWHERE & set(first) - question.known)
 
 
-def _names(said: Sequence[Token], asked: Sentence) -> bool:
+def _names(tokens: Sequence[Token], question: Sentence) -> bool:
     """True if a number stands there, or a name behind the first word, that the question does not hold."""
-    named = (one.word for at, one in enumerate(said) if is_number(one.word) or (at and one.written[:1].isupper()))
-    return any(word not in SMALL | SELF and not asked.echoes(word) for word in named)
+    named = (
+        token.word for at, token in enumerate(tokens) if is_number(token.word) or (at and token.written[:1].isupper())
+    )
+    return any(word not in SMALL | SELF and not question.echoes(word) for word in named)
 
 
 def _spelt(texts: Iterable[str]) -> list[str]:
@@ -321,12 +325,12 @@ def _spelt(texts: Iterable[str]) -> list[str]:
 def _with_names_of(answer: str, response: str) -> str:
     """A response with names spelt as in an answer: other transcriptions of them, and middle names as its initials."""
     names = {_transcribed(name): name for name in NAME.findall(answer)}
-    response = NAME.sub(lambda found: names.get(_transcribed(found[0]), found[0]), response)
-    parts = answer.replace(".", ". ").split()
-    if len(response) > 1000 or not any(map(NAME.fullmatch, parts)) or not any(part[1:] == "." for part in parts):
+    response = NAME.sub(lambda match: names.get(_transcribed(match[0]), match[0]), response)
+    pieces = answer.replace(".", ". ").split()
+    if len(response) > 1000 or not any(map(NAME.fullmatch, pieces)) or not any(part[1:] == "." for part in pieces):
         return response
     pattern = r"\W{1,2}".join(
-        rf"{re.escape(part[0])}[^\W\d_]*" if part[1:] == "." else re.escape(part) for part in parts
+        rf"{re.escape(part[0])}[^\W\d_]*" if part[1:] == "." else re.escape(part) for part in pieces
     )
     return re.sub(rf"\b{pattern}\b", lambda _: answer, response)
 
@@ -348,25 +352,25 @@ def _leading_parts(response: str) -> Iterable[str]:
             text = first
 
 
-def _content(said: tuple[str, ...]) -> tuple[str, ...]:
+def _content(words: tuple[str, ...]) -> tuple[str, ...]:
     """The words less the small ones; all of them where none is left."""
-    return tuple(word for word in said if word not in SMALL) or said
+    return tuple(word for word in words if word not in SMALL) or words
 
 
-def _without(said: tuple[str, ...], asked: tuple[str, ...]) -> tuple[str, ...]:
+def _without(words: tuple[str, ...], question: tuple[str, ...]) -> tuple[str, ...]:
     """Return the words said without a repetition of the whole question."""
-    if len(asked) >= REPEATED:
-        for start in range(len(said) - len(asked) + 1):
-            if said[start : start + len(asked)] == asked:
-                return said[:start] + said[start + len(asked) :]
-    return () if said == asked else said
+    if len(question) >= REPEATED:
+        for start in range(len(words) - len(question) + 1):
+            if words[start : start + len(question)] == question:
+                return words[:start] + words[start + len(question) :]
+    return () if words == question else words
 
 
-def holds(said: tuple[str, ...], phrase: tuple[str, ...]) -> bool:
+def holds(words: tuple[str, ...], phrase: tuple[str, ...]) -> bool:
     """True if the words of a phrase stand in what was said, one after the other."""
-    if phrase[0] not in said:
+    if phrase[0] not in words:
         return False
-    return any(said[start : start + len(phrase)] == phrase for start in range(len(said) - len(phrase) + 1))
+    return any(words[start : start + len(phrase)] == phrase for start in range(len(words) - len(phrase) + 1))
 
 
 def _is_year(word: str) -> bool:

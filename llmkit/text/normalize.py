@@ -51,7 +51,7 @@ PARTICLES = re.compile(
 )
 LETTERS = str.maketrans(KNOWN["letters"])
 TEN_WORDS = [*KNOWN["tens"], *KNOWN["ordinal tens"]]
-TENS = {word: 20 + 10 * (place % 8) for place, word in enumerate(TEN_WORDS)}
+TENS = {word: 20 + 10 * (index % 8) for index, word in enumerate(TEN_WORDS)}
 SMALL_NUMBERS = TENS | {word: value for name in ("units", "ordinals") for value, word in enumerate(KNOWN[name])}
 SMALL_NUMBERS |= {word: int(value) for value, some in KNOWN["numerals"].items() for word in some.split()}
 SCALES: dict[str, int] = KNOWN["scales"]
@@ -85,15 +85,15 @@ def tokens(text: str) -> list[Token]:
     text = unicodedata.normalize("NFKC", text).translate(SPELLINGS)
     text = ACCENTS.sub("", unicodedata.normalize("NFD", text))
     text = INITIALS.sub(
-        lambda found: found[0].replace(".", "").replace(" ", "") + " ", unicodedata.normalize("NFC", text)
+        lambda match: match[0].replace(".", "").replace(" ", "") + " ", unicodedata.normalize("NFC", text)
     )
     text = re.sub(r"(?i)\bper cent\b", "percent", text.translate(LETTERS))
     text = re.sub(r"\b(?:kph|kmh|kmph)\b", "km/h", re.sub(r"\bmph\b", "mi/h", text))
-    text = DOTTED_DATE.sub(lambda found: f"{int(found[1])} {MONTHS[int(found[2]) - 1]} {found[3]}", text)
-    text = ISO_DATE.sub(lambda found: f"{int(found[3])} {MONTHS[int(found[2]) - 1]} {found[1]}", text)
-    found = list(_pattern().finditer(text))
-    pieces = [_piece(one) for one in found]
-    made: list[Token] = []
+    text = DOTTED_DATE.sub(lambda match: f"{int(match[1])} {MONTHS[int(match[2]) - 1]} {match[3]}", text)
+    text = ISO_DATE.sub(lambda match: f"{int(match[3])} {MONTHS[int(match[2]) - 1]} {match[1]}", text)
+    matches = list(_pattern().finditer(text))
+    pieces = [_piece(match) for match in matches]
+    result: list[Token] = []
     at = last = 0
     while at < len(pieces):
         sign = pieces[at] in ("minus", "negative") and at + 1 < len(pieces)
@@ -104,15 +104,15 @@ def tokens(text: str) -> list[Token]:
         end = end if end > at + sign else at + 1
         following = pieces[end] if end < len(pieces) else ""
         if word in MONTH_OF or word == "march":
-            beside = is_number(following) or any(is_number(one.word) for one in made[-1:])
+            beside = is_number(following) or any(is_number(token.word) for token in result[-1:])
             alone = len(pieces) == 1 or pieces[max(0, at - 1)] in BEFORE_MONTHS
-            beside = beside or (alone and found[at][0][:1].isupper())
+            beside = beside or (alone and matches[at][0][:1].isupper())
             word = MONTH_OF.get(word, word) if beside or word not in AMBIGUOUS_MONTHS else word
-        elif word in ABBREVIATED and following and found[end][0][:1].isupper():
+        elif word in ABBREVIATED and following and matches[end][0][:1].isupper():
             word = ABBREVIATED[word]
-        made.append(Token(word, text[found[at].start() : found[end - 1].end()], text[last : found[at].start()]))
-        at, last = end, found[end - 1].end()
-    return made
+        result.append(Token(word, text[matches[at].start() : matches[end - 1].end()], text[last : matches[at].start()]))
+        at, last = end, matches[end - 1].end()
+    return result
 
 
 def is_number(word: str) -> bool:
@@ -143,20 +143,20 @@ def _pattern() -> re.Pattern[str]:
     )
 
 
-def _piece(found: re.Match[str]) -> str:
+def _piece(match: re.Match[str]) -> str:
     """The word of a match: a number as "#" and its value, a word without case, possessive and plural s."""
-    if found["number"]:
-        if len(found["number"]) > LONGEST_NUMBER:  # no answer, and the value of many digits costs their square
-            return "#" + found["number"]
-        number = found["number"].replace(",", "").replace("\u2212", "-").replace("\u2044", "/")
+    if match["number"]:
+        if len(match["number"]) > LONGEST_NUMBER:  # no answer, and the value of many digits costs their square
+            return "#" + match["number"]
+        number = match["number"].replace(",", "").replace("\u2212", "-").replace("\u2044", "/")
         whole, _, part = number.rpartition(" ")
         value = Fraction(part) + (Fraction(whole or 0) if not whole.startswith("-") else Fraction(whole))
-        return _value(value * SUFFIXES.get(found["scale"] or "", 1))
-    if found["percent"]:
+        return _value(value * SUFFIXES.get(match["scale"] or "", 1))
+    if match["percent"]:
         return "percent"
-    if found["character"]:
-        return found["character"]
-    word = found["word"]
+    if match["character"]:
+        return match["character"]
+    word = match["word"]
     bare = word.removesuffix("'s")
     if ROMAN.fullmatch(bare):
         return _value(_roman(bare))
@@ -173,7 +173,7 @@ def _value(number: Decimal | Fraction | int) -> str:
 def _roman(text: str) -> int:
     values = [{"I": 1, "V": 5, "X": 10, "L": 50, "C": 100}[letter] for letter in text]
     following = [*values[1:], 0]
-    return sum(-one if one < after else one for one, after in zip(values, following, strict=True))
+    return sum(-value if value < after else value for value, after in zip(values, following, strict=True))
 
 
 def _number_at(pieces: list[str], at: int) -> tuple[Fraction, int]:

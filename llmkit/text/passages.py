@@ -37,14 +37,14 @@ def cut_passages(text: str, characters: int = CHARACTERS) -> Iterator[str]:
     text = text.replace("\r\n", "\n").strip()
     border = BLANK_LINE if BLANK_LINE.search(text) else re.compile(r"\n")
     joint = "\n\n" if border is BLANK_LINE else "\n"
-    held = ""
+    passage = ""
     for paragraph in filter(None, map(str.strip, border.split(text))):
-        if held and len(held) + len(joint) + len(paragraph) > characters:
-            yield held
-            held = ""
-        held = held + joint + paragraph if held else paragraph
-    if held:
-        yield held
+        if passage and len(passage) + len(joint) + len(paragraph) > characters:
+            yield passage
+            passage = ""
+        passage = passage + joint + paragraph if passage else paragraph
+    if passage:
+        yield passage
 
 
 def sample_passages(documents: Iterable[Row], count: int, seed: int) -> list[Passage]:
@@ -52,19 +52,19 @@ def sample_passages(documents: Iterable[Row], count: int, seed: int) -> list[Pas
 
     What is drawn depends on the seed, the texts and their order alone; no more than `count` are held.
     """
-    held: list[tuple[bytes, int, Passage]] = []
+    sample: list[tuple[bytes, int, Passage]] = []
     for order, passage in enumerate(_passages(documents)):
         key = blake2b(f"{seed} {order} {passage.text}".encode(), digest_size=8).digest()
         entry = (bytes(255 - byte for byte in key), -order, passage)  # the heap's first is the next to go
-        if len(held) < count:
-            heapq.heappush(held, entry)
+        if len(sample) < count:
+            heapq.heappush(sample, entry)
         else:
-            heapq.heappushpop(held, entry)
-    return [passage for _, _, passage in sorted(held, key=lambda entry: -entry[1])]
+            heapq.heappushpop(sample, entry)
+    return [passage for _, _, passage in sorted(sample, key=lambda entry: -entry[1])]
 
 
 def _passages(documents: Iterable[Row]) -> Iterator[Passage]:
     for number, row in enumerate(documents, 1):
         document = row.value.get("id") or row.value.get("url") or number
-        for place, text in enumerate(cut_passages(row.value["text"]), 1):
-            yield Passage(text, f"{document}/{place}", row.where)
+        for order, text in enumerate(cut_passages(row.value["text"]), 1):
+            yield Passage(text, f"{document}/{order}", row.where)

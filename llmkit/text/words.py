@@ -124,12 +124,12 @@ class Split:
         """
         if self.text.isascii() or not _ANY_SCRIPT.search(self.text):
             return None
-        found: Counter[str | None] = Counter()
+        letters: Counter[str | None] = Counter()
         for word, number in zip(self.vocabulary, self.counts.tolist(), strict=True):
             script = _ANY_SCRIPT.match(word)
-            found[script.lastgroup if script else None] += number * word[0].isalnum()
-        script, number = found.most_common(1)[0]
-        return script if 2 * number > found.total() else None
+            letters[script.lastgroup if script else None] += number * word[0].isalnum()
+        script, number = letters.most_common(1)[0]
+        return script if 2 * number > letters.total() else None
 
     @property
     def letters_per_word(self) -> int:
@@ -172,7 +172,7 @@ class Split:
         return np.fromiter(map(len, self.vocabulary), np.int64, len(self.vocabulary))
 
 
-def repeated(parts: list[str]) -> tuple[int, int]:
+def repeated(pieces: list[str]) -> tuple[int, int]:
     """Count the parts that repeat an earlier one, and their characters."""
-    unique = set(parts)
-    return len(parts) - len(unique), sum(map(len, parts)) - sum(map(len, unique))
+    unique = set(pieces)
+    return len(pieces) - len(unique), sum(map(len, pieces)) - sum(map(len, unique))
