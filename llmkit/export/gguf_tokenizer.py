@@ -114,10 +114,10 @@ def for_gguf(tokenizer: Tokenizer, vocab_size: int, ends: tuple[int, ...]) -> Gg
 def _conversations_begin_with_bos(tokenizer: Tokenizer) -> bool:
     """True if another model's chat template writes it, which llama.cpp then does not do again."""
     try:
-        asked = chat_format(tokenizer).encode([message("user", "Hello")], prompt=True)
+        encoded = chat_format(tokenizer).encode([message("user", "Hello")], prompt=True)
     except UserError:  # a template that nobody can ask: llama.cpp's converter leaves what the configuration says
         return True
-    return bool(asked.token_ids[0] == tokenizer.bos_id)
+    return bool(encoded.token_ids[0] == tokenizer.bos_id)
 
 
 # ---- splits
@@ -197,8 +197,8 @@ def _tokens(spec: dict[str, Any], vocab_size: int, pieces: bool) -> tuple[list[s
 def _scores(tokens: list[str], types: list[int], merges: list[str]) -> list[float]:
     """SentencePiece merges the neighbours that make the token of the highest score: here, of the earliest merge."""
     rank: dict[str, int] = {}
-    for place, merge in enumerate(merges):
-        rank.setdefault(merge.replace(" ", "", 1), place)
+    for order, merge in enumerate(merges):
+        rank.setdefault(merge.replace(" ", "", 1), order)
     lowest = -float(len(merges) + 1)
     return [
         -float(rank.get(token, len(merges))) if kind == NORMAL else 0.0 if kind == BYTE else lowest

@@ -279,26 +279,26 @@ def open_adapter(folder: str) -> Adapter:
 
     Raises UserError where there is none, and where it lacks rows that the model has and the base has not.
     """
-    place = Path(folder) / ADAPTER
+    adapter = Path(folder) / ADAPTER
     check_no_adapter(folder)
-    if not (place / ADAPTER_CONFIG).is_file() or not (place / ADAPTER_WEIGHTS).is_file():
+    if not (adapter / ADAPTER_CONFIG).is_file() or not (adapter / ADAPTER_WEIGHTS).is_file():
         raise UserError(
             f"{folder}: expected {ADAPTER}/{ADAPTER_CONFIG} and {ADAPTER}/{ADAPTER_WEIGHTS}, found no adapter; "
             "llmkit sft --lora-rank 16 --keep-adapter keeps one, --format hf exports the whole model"
         )
-    config = read_object(place / ADAPTER_CONFIG)
-    check_file(place / ADAPTER_WEIGHTS)
+    config = read_object(adapter / ADAPTER_CONFIG)
+    check_file(adapter / ADAPTER_WEIGHTS)
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str):
         raise UserError(
-            f"{place / ADAPTER_CONFIG}: expected a folder or a name for base_model_name_or_path, found {shown(base)}"
+            f"{adapter / ADAPTER_CONFIG}: expected a folder or a name for base_model_name_or_path, found {shown(base)}"
         )
     notes: tuple[str, ...] = ()
     if os.path.isfile(f"{base}/{CONFIG}"):
         known, tokens = load_config(base).vocab_size, load_tokenizer(folder).vocab_size
         rows = config.get("trainable_token_indices") or {}
-        held = rows.get("embed_tokens", ()) if isinstance(rows, dict) else rows
-        if not {*range(known, tokens)} <= {*held}:
+        trained_rows = rows.get("embed_tokens", ()) if isinstance(rows, dict) else rows
+        if not {*range(known, tokens)} <= {*trained_rows}:
             raise UserError(
                 f"{folder}: its base {base} has {known} tokens and it has {tokens}, whose rows the adapter does not "
                 "hold; --format hf exports the whole model"
@@ -309,9 +309,9 @@ def open_adapter(folder: str) -> Adapter:
                 f"room by itself, elsewhere model.resize_token_embeddings({tokens}) comes before PeftModel",
             )
     try:
-        return Adapter(place, Path(folder), config, load_file(place / ADAPTER_WEIGHTS), notes)
+        return Adapter(adapter, Path(folder), config, load_file(adapter / ADAPTER_WEIGHTS), notes)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{place / ADAPTER_WEIGHTS}: damaged or cut safetensors file: {error}") from None
+        raise UserError(f"{adapter / ADAPTER_WEIGHTS}: damaged or cut safetensors file: {error}") from None
 
 
 def write_adapter(work: Path, adapter: Adapter, dtype: str) -> None:

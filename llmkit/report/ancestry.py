@@ -49,7 +49,7 @@ class Graph:
         given = self._writers()
         waiting = list(self.nodes.values())
         while waiting:
-            waiting = [found for node in waiting for found in self._add_parents(node, given)]
+            waiting = [parent for node in waiting for parent in self._add_parents(node, given)]
         self._add_files(files)
         self._link_files()
         self.nodes = {node.name: node for node in _in_order(self.nodes)}
@@ -74,10 +74,10 @@ class Graph:
             before, manifest = len(self.nodes), self._told.get(digest)
             # the run itself may have been given, and its descendant's manifest have been edited
             key = os.path.normpath(path) if manifest is None and digest not in self._name_of else digest
-            found = self._add(key, manifest or {}, path, "foreign" if manifest is None else "told")
-            if found.name not in node.parents:
-                node.parents.append(found.name)
-            new += [found] if len(self.nodes) > before else []
+            parent = self._add(key, manifest or {}, path, "foreign" if manifest is None else "told")
+            if parent.name not in node.parents:
+                node.parents.append(parent.name)
+            new += [parent] if len(self.nodes) > before else []
         return new
 
     def _add_files(self, files: Iterable[RecordsFile]) -> None:
@@ -123,11 +123,11 @@ def _identity_of(path: Path) -> tuple[str, int]:
 
 def _in_order(nodes: Mapping[str, Node]) -> list[Node]:
     """Parents first; of those that are free, a child of the latest, so that a chain stays together, else the oldest."""
-    place = {name: number for number, name in enumerate(nodes)}
+    position = {name: number for number, name in enumerate(nodes)}
 
     def age(name: str) -> tuple[str, int]:
         run, created = nodes[name].run, nodes[name].manifest.get("created")
-        return str(created or (changed(run.output) if run and run.output.exists() else "")), place[name]
+        return str(created or (changed(run.output) if run and run.output.exists() else "")), position[name]
 
     done: dict[str, int] = {}
     waiting = sorted(nodes, key=age)
@@ -166,20 +166,20 @@ def rails(parents_of: Mapping[str, Sequence[str]]) -> list[Rail]:
     lanes: list[str | None] = []
     drawn: list[Rail] = []
     for node, parents in parents_of.items():
-        held = {name: lane for lane, name in enumerate(lanes) if name is not None}
-        drawn_above = [name for name in parents if name in held]
-        incoming = tuple(held[name] for name in drawn_above)
+        lane_of = {name: lane for lane, name in enumerate(lanes) if name is not None}
+        drawn_above = [name for name in parents if name in lane_of]
+        incoming = tuple(lane_of[name] for name in drawn_above)
         for name in parents:
             waiting[name] -= 1
         for name in drawn_above:
             if not waiting[name]:
-                lanes[held[name]] = None
+                lanes[lane_of[name]] = None
         ended = [lane for lane in incoming if lanes[lane] is None]
         free = [lane for lane, name in enumerate(lanes) if name is None] + [len(lanes)]
         lane = min(ended or free)
         if lane == len(lanes):
             lanes.append(None)
-        passing = tuple(place for place, name in enumerate(lanes) if name is not None)
+        passing = tuple(lane for lane, name in enumerate(lanes) if name is not None)
         leaving = waiting[node] > 0
         lanes[lane] = node if leaving else None
         drawn.append(Rail(lane, incoming, passing, leaving))

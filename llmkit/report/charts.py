@@ -189,7 +189,7 @@ def ticks(low: float, high: float, most: int, whole: bool = False, share: bool =
     step = max(step, 1) if whole else step
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     places = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
-    values = [round(place * step, 12) for place in places]
+    values = [round(multiple * step, 12) for multiple in places]
     if share:
         return [(value, f"{100 * value:.{max(0, decimals - 2)}f}%") for value in values]
     return [(value, short(value, decimals)) for value in values]
@@ -213,17 +213,17 @@ def _bands(
     edges = [LEFT, *((a + b) / 2 for a, b in pairwise(middles)), WIDTH - RIGHT]
     bands = []
     for number, step in enumerate(chosen):
-        found = [f"step {step:,}"]
+        notes = [f"step {step:,}"]
         for line, name in zip(lines, names, strict=True):
             at, value = _nearest(line["points"], step)
             beside = "" if at == step else f" at step {at:,}"
-            found.append(f"{name} {figure_text(value, form) if form else f'{value:.6g}'}{beside}")
+            notes.append(f"{name} {figure_text(value, form) if form else f'{value:.6g}'}{beside}")
         left, right = edges[number], edges[number + 1]
-        bands.append({"x": round(left, 1), "width": max(0.5, round(right - left, 1)), "text": "\n".join(found)})
+        bands.append({"x": round(left, 1), "width": max(0.5, round(right - left, 1)), "text": "\n".join(notes)})
     return bands
 
 
 def _nearest(points: Sequence[Sequence[float]], step: float) -> Sequence[float]:
-    place = bisect_left(points, step, key=lambda point: point[0])
-    around = points[max(0, place - 1) : place + 1]
+    index = bisect_left(points, step, key=lambda point: point[0])
+    around = points[max(0, index - 1) : index + 1]
     return min(around, key=lambda point: abs(point[0] - step))

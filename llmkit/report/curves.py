@@ -136,10 +136,10 @@ def charts_of(stage: str, runs: Sequence[tuple[str, str, Metrics]]) -> list[dict
     without a line are left out."""
     charts = []
     own = [[key for key in metrics.series if key.startswith(PART)] for _, _, metrics in runs]
-    parts = sorted({key for keys in own if len(keys) > 1 for key in keys})
+    part_keys = sorted({key for keys in own if len(keys) > 1 for key in keys})
     known = CHARTS.get(stage, (LOSS,))
-    if parts:
-        lines = {key: key.removeprefix(PART) for key in parts}
+    if part_keys:
+        lines = {key: key.removeprefix(PART) for key in part_keys}
         known = (*known, Chart("Parts of the reward", "before their weights", lines))
     for chart in known:
         lines = []

@@ -39,26 +39,26 @@ def read_excerpts(
 def excerpt(record: Mapping[str, Any], kind: str, line: int) -> dict[str, Any]:
     """One record in brief; `cut` tells how many characters were left out."""
     fields = KINDS[kind]
-    said = record.get(fields.output)
+    output = record.get(fields.output)
     given = record.get(fields.input, record.get("messages", record.get("id", "")))
-    if kind == "conversations" and isinstance(said, list):
-        given, said = said[:-1], said[-1:]
-        said = said[0].get("content") if said and isinstance(said[0], dict) else said
-    elif kind == "probed questions" and isinstance(said, list):
-        said = "\n".join(f"{place}. {text_of(one)}" for place, one in enumerate(said, 1))
+    if kind == "conversations" and isinstance(output, list):
+        given, output = output[:-1], output[-1:]
+        output = output[0].get("content") if output and isinstance(output[0], dict) else output
+    elif kind == "probed questions" and isinstance(output, list):
+        output = "\n".join(f"{number}. {text_of(answer)}" for number, answer in enumerate(output, 1))
     row: dict[str, Any] = {"line": line}
     if is_number(record.get("step")):
         row["step"] = record["step"]
-    for name, value in (("input", given), ("output", said)):
+    for name, value in (("input", given), ("output", output)):
         text = text_of(value)
         row[name] = text[: LONGEST[name]]
         if len(text) > LONGEST[name]:
             row[f"{name}_cut"] = len(text) - LONGEST[name]
-    found = record.get(fields.worth)
-    if is_number(found) or isinstance(found, str):
-        row["worth"] = found
-    told = [name for name in fields.about if record.get(name) not in (None, "", [])]
-    row["about"] = {name: text_of(record[name])[: LONGEST["about"]] for name in told}
+    worth = record.get(fields.worth)
+    if is_number(worth) or isinstance(worth, str):
+        row["worth"] = worth
+    about = [name for name in fields.about if record.get(name) not in (None, "", [])]
+    row["about"] = {name: text_of(record[name])[: LONGEST["about"]] for name in about}
     return row
 
 
@@ -73,8 +73,8 @@ def text_of(value: Any) -> str:
         if messages and len(messages) == len(value):
             return "\n".join(f"{item.get('role', '?')}: {text_of(item['content'])}" for item in messages)
         if value and all(isinstance(item, dict) and isinstance(item.get("text"), str) for item in value):
-            parts = ((str(item.get("type", "text")), item["text"]) for item in value)
-            return "".join(text if kind == "text" else f"[{kind}: {text}]" for kind, text in parts)
+            pieces = ((str(item.get("type", "text")), item["text"]) for item in value)
+            return "".join(text if kind == "text" else f"[{kind}: {text}]" for kind, text in pieces)
         if all(isinstance(item, str) for item in value):
             return " | ".join(value)
     return "" if value is None else orjson.dumps(value).decode()

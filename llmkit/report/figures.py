@@ -91,8 +91,8 @@ def read_probe(
         known_of[record["question"]] = known
         judgements = record.get("judgements")
         verdicts.update(map(str, judgements if isinstance(judgements, list) else ()))
-        for name, found in makers.items():
-            found.add(str(record.get(name, "")))
+        for name, values in makers.items():
+            values.add(str(record.get(name, "")))
     if bad:
         note(f"{path}: left out {counted(bad, 'line')}: no record of a probe")
     totals = sum(kinds.values(), Counter[str]())
@@ -103,7 +103,7 @@ def read_probe(
         **{name: totals[name] for name in NAMES.values()},
         "by_kind": {kind: {name: counts[name] for name in NAMES.values()} for kind, counts in ordered},
         "answers": dict(verdicts.most_common()),
-        **{name: sorted(found - {""}) for name, found in makers.items()},
+        **{name: sorted(values - {""}) for name, values in makers.items()},
     }
     return figures, known_of
 
@@ -119,14 +119,14 @@ def changes(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, An
 def summarise(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
     """`stage`, `path`, `figure`, `value` and `form` ("share" or ""), with `before` where the same was measured before
     the stage, `of` where the value is a count, and `interval` (95%) where there is one."""
-    found = [*_made(figures), *_trained(figures), *_asked(figures)]
-    return sorted(found, key=lambda one: STAGES.index(one["stage"]))
+    rows = [*_made(figures), *_trained(figures), *_asked(figures)]
+    return sorted(rows, key=lambda row: STAGES.index(row["stage"]))
 
 
 def _made(figures: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for funnel in figures["funnels"][-1:]:
-        kept = {"figure": "documents kept", "value": funnel["documents"], "of": funnel["records"], "form": ""}
-        yield {"stage": "crawl-filter", "path": funnel["path"], **kept}
+        documents = {"figure": "documents kept", "value": funnel["documents"], "of": funnel["records"], "form": ""}
+        yield {"stage": "crawl-filter", "path": funnel["path"], **documents}
     for tokenizer in figures["tokenizers"][-1:]:
         value = tokenizer["rows"][0]["bytes_per_token"]
         yield {
@@ -162,8 +162,8 @@ def _metrics(lines: Sequence[Mapping[str, Any]], run: Mapping[str, Any]) -> set[
 
 def _asked(figures: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for probe in figures["probes"][-1:]:
-        asked = [one for one in (figures["probes"][0], probe) if one["questions"]]
-        shares = [one["known"] / one["questions"] for one in asked]
+        reports = [report for report in (figures["probes"][0], probe) if report["questions"]]
+        shares = [report["known"] / report["questions"] for report in reports]
         if shares:
             before = {"before": shares[0]} if len(figures["probes"]) > 1 else {}
             known = {"figure": "questions known", "value": shares[-1], "form": "share", **before}
@@ -175,32 +175,32 @@ def _asked(figures: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"stage": "train-reward", "path": judge["path"], **shown}
 
 
-def report_figures(found: Gathered, *, samples: int = 40, limit: int | None = None) -> dict[str, Any]:
+def report_figures(gathered: Gathered, *, samples: int = 40, limit: int | None = None) -> dict[str, Any]:
     """The figures of all that was gathered.
 
     samples  records to browse of a file, at most
     limit    of records that are read of a file
     """
-    notes = list(found.notes)
-    graph = Graph(found.runs, found.files)
+    notes = list(gathered.notes)
+    graph = Graph(gathered.runs, gathered.files)
     nodes = list(graph.nodes.values())
     probes = [
         (file, read_or_note(notes, lambda file=file: read_probe(file.path, notes.append, limit)))
-        for file in found.files
+        for file in gathered.files
         if file.kind == "probed questions"
     ]
     probes = [(file, read) for file, read in probes if read]
     figures: dict[str, Any] = {
         "llmkit": __version__,
         "summary": [],
-        "scores": [{"path": path, "effects": rows} for path, rows in found.scores.items()],
+        "scores": [{"path": path, "effects": rows} for path, rows in gathered.scores.items()],
         "runs": [_run(node) for node in nodes],
         "funnels": list(_funnels(nodes)),
-        "tokenizers": list(_tokenizers(nodes, found.tokenizers, notes)),
+        "tokenizers": list(_tokenizers(nodes, gathered.tokenizers, notes)),
         "trainings": list(_trainings(nodes, notes, limit)),
         "probes": [read[0] for _, read in probes],
         "probe_changes": None,
-        "judges": list(_judges(nodes, found.evaluations, notes)),
+        "judges": list(_judges(nodes, gathered.evaluations, notes)),
         "samples": [],
         "notes": notes,
     }
@@ -208,12 +208,12 @@ def report_figures(found: Gathered, *, samples: int = 40, limit: int | None = No
         (first, (_, before)), (last, (_, after)) = probes[0], probes[-1]
         figures["probe_changes"] = {"before": first.path, "after": last.path, **changes(before, after)}
     for run in figures["runs"]:
-        probe = next((one for one in figures["probes"] if one["path"] == run["path"]), None)
+        probe = next((candidate for candidate in figures["probes"] if candidate["path"] == run["path"]), None)
         if probe and not run["key_figures"]:
             run["key_figures"] = {name: probe[name] for name in ("questions", *NAMES.values())}
     figures["summary"] = summarise(figures)
     kinds = list(KINDS)
-    for file in sorted(found.files, key=lambda file: kinds.index(file.kind)):
+    for file in sorted(gathered.files, key=lambda file: kinds.index(file.kind)):
         read = read_or_note(notes, lambda file=file: read_excerpts(file, samples, notes.append, limit))
         if read and read["rows"]:
             figures["samples"].append(read)
@@ -254,9 +254,9 @@ def _run(node: Node) -> dict[str, Any]:
 
 def key_figures(stage: str, results: Mapping[str, Any]) -> dict[str, Any]:
     """Choose a few figures among a run's results."""
-    found = {name: value for name, value in results.items() if is_number(value)}
-    names = [name for name in KEY_FIGURES.get(stage, ()) if name in found] or list(found)
-    return {name: found[name] for name in names[:MOST_KEY_FIGURES]}
+    numeric = {name: value for name, value in results.items() if is_number(value)}
+    names = [name for name in KEY_FIGURES.get(stage, ()) if name in numeric] or list(numeric)
+    return {name: numeric[name] for name in names[:MOST_KEY_FIGURES]}
 
 
 def _says_something(value: Any) -> bool:
@@ -301,7 +301,10 @@ def _tokenizers(
         if report is None or not is_number(sample.get("bytes_per_token")):
             continue
         ours = {"tokenizer": path, "vocab_size": report.get("vocab_size"), **sample}
-        others = [{"tokenizer": other, **as_object(one)} for other, one in as_object(report.get("compared")).items()]
+        others = [
+            {"tokenizer": other, **as_object(comparison)}
+            for other, comparison in as_object(report.get("compared")).items()
+        ]
         yield {
             "run": name,
             "path": path,
@@ -327,8 +330,8 @@ def _tokenizers(
 
 def _report_of(node: Node, name: str, notes: list[str]) -> dict[str, Any] | None:
     """A report that stands in the folder of a run."""
-    place = node.run.folder / name if node.run and node.run.folder else None
-    return read_or_note(notes, lambda: read_json(place)) if place is not None and place.is_file() else None
+    path = node.run.folder / name if node.run and node.run.folder else None
+    return read_or_note(notes, lambda: read_json(path)) if path is not None and path.is_file() else None
 
 
 def _trainings(nodes: Sequence[Node], notes: list[str], limit: int | None) -> Iterator[dict[str, Any]]:
@@ -345,7 +348,7 @@ def _trainings(nodes: Sequence[Node], notes: list[str], limit: int | None) -> It
     for node in nodes:
         if node.name in read:
             of_stage.setdefault(node.stage, []).append(node)
-    order = {stage: place for place, stage in enumerate(STAGES)}
+    order = {stage: position for position, stage in enumerate(STAGES)}
     for stage, trained in sorted(of_stage.items(), key=lambda item: order.get(item[0], len(order))):
         charts = charts_of(stage, [(node.name, node.path, read[node.name]) for node in trained])
         samples = [
@@ -364,30 +367,30 @@ def _trainings(nodes: Sequence[Node], notes: list[str], limit: int | None) -> It
 
 
 def _judges(nodes: Sequence[Node], given: Mapping[str, dict[str, Any]], notes: list[str]) -> Iterator[dict[str, Any]]:
-    found = [(node.name, node.path, _report_of(node, "evaluation.json", notes)) for node in nodes]
-    for name, path, report in [*found, *((None, path, report) for path, report in given.items())]:
+    reports = [(node.name, node.path, _report_of(node, "evaluation.json", notes)) for node in nodes]
+    for name, path, report in [*reports, *((None, path, report) for path, report in given.items())]:
         if report is None:
             continue
         rows = {"held out": report.get("overall"), **as_object(report.get("by_source"))}
         if "baseline_length" in report:
             rows["baseline: length"] = report["baseline_length"]
-        kept = [{"of": of, **_judged(as_object(row))} for of, row in rows.items()]
-        kept = [row for row in kept if "accuracy" in row]
+        judged = [{"of": of, **_judged(as_object(row))} for of, row in rows.items()]
+        judged = [row for row in judged if "accuracy" in row]
         biases = [
             {"feature": of, **{name: value for name, value in as_object(row).items() if is_number(value)}}
             for of, row in as_object(report.get("biases")).items()
         ]
-        if kept:
-            yield {"run": name, "path": path, "rows": kept, "biases": biases}
+        if judged:
+            yield {"run": name, "path": path, "rows": judged, "biases": biases}
 
 
 def _judged(row: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers of one part of an evaluation, and the interval, where it is one."""
-    found = {name: value for name, value in row.items() if is_number(value)}
+    figures = {name: value for name, value in row.items() if is_number(value)}
     interval = row.get("accuracy_95")
     if isinstance(interval, list) and len(interval) == 2 and all(map(is_number, interval)):
-        found["accuracy_95"] = interval
-    return found
+        figures["accuracy_95"] = interval
+    return figures
 
 
 # ---- to fit

@@ -73,10 +73,10 @@ def _render(figures: Mapping[str, Any], title: str) -> bytes:
 def relative_to_folder(figures: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """The figures with the folder that holds most runs and files taken off their paths, commands and notes, and that
     folder; "" where no folder holds two of them. The text of records stays as it is."""
-    paths = [one["path"] for kind in ("runs", "samples", "probes") for one in figures[kind]]
+    paths = [entry["path"] for kind in ("runs", "samples", "probes") for entry in figures[kind]]
     folders = Counter(os.path.dirname(path.rstrip("/")) for path in paths)
-    folder, held = max(folders.items(), key=lambda one: (one[1], -len(one[0])), default=("", 0))
-    if held < 2 or folder in ("", "/", "."):
+    folder, count = max(folders.items(), key=lambda entry: (entry[1], -len(entry[0])), default=("", 0))
+    if count < 2 or folder in ("", "/", "."):
         return dict(figures), ""
     prefix = re.compile(rf"(?<![\w./-]){re.escape(folder)}/(?=[^\s/])")
 
@@ -85,9 +85,10 @@ def relative_to_folder(figures: Mapping[str, Any]) -> tuple[dict[str, Any], str]
             return prefix.sub("", value)
         if isinstance(value, Mapping):
             return {
-                prefix.sub("", key): one if key in ("text", "token") else shortened(one) for key, one in value.items()
+                prefix.sub("", key): item if key in ("text", "token") else shortened(item)
+                for key, item in value.items()
             }
-        return [shortened(one) for one in value] if isinstance(value, (list, tuple)) else value
+        return [shortened(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     records = [{**file, "path": shortened(file["path"])} for file in figures["samples"]]
     return {**shortened({**figures, "samples": []}), "samples": records}, folder
@@ -110,4 +111,4 @@ def clean(text: str) -> str:
     >>> clean("a\\x00b")
     'a\\\\x00b'
     """
-    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

@@ -127,77 +127,81 @@ def gather(paths: Sequence[str]) -> Gathered:
     A file that cannot be read, or is of no stage, becomes a note. Raises UserError for a missing path, and where
     nothing at all was found.
     """
-    found = Gathered()
+    gathered = Gathered()
     for path in paths:
         if not os.path.exists(path):
             raise UserError(f"{path}: expected a run folder, or a file that a stage has written; found nothing there")
-        read_or_note(found.notes, lambda path=path: _gather_one(found, path, listed=False))
-    _once(found)
-    if found.is_empty:
-        more = f"; so for {len(found.notes) - 1} more" if len(found.notes) > 1 else ""
-        raise UserError((found.notes or ["expected a run folder, found none"])[0] + more)
-    return found
+        read_or_note(gathered.notes, lambda path=path: _gather_one(gathered, path, listed=False))
+    _once(gathered)
+    if gathered.is_empty:
+        more = f"; so for {len(gathered.notes) - 1} more" if len(gathered.notes) > 1 else ""
+        raise UserError((gathered.notes or ["expected a run folder, found none"])[0] + more)
+    return gathered
 
 
-def _once(found: Gathered) -> None:
+def _once(gathered: Gathered) -> None:
     """Each thing once, however it was named."""
-    found.runs = list({run.output.resolve(): run for run in found.runs}.values())
-    found.files = list({Path(file.path).resolve(): file for file in found.files}.values())
+    gathered.runs = list({run.output.resolve(): run for run in gathered.runs}.values())
+    gathered.files = list({Path(file.path).resolve(): file for file in gathered.files}.values())
 
 
-def _gather_one(found: Gathered, path: str, listed: bool) -> None:
+def _gather_one(gathered: Gathered, path: str, listed: bool) -> None:
     """`listed`: it is in a folder that was given, and may be anything."""
-    place = Path(path)
-    if place.is_dir():
-        if not _gather_run(found, place, path) and not listed:
-            _gather_folder(found, place, path)
-    elif not place.is_file():
+    location = Path(path)
+    if location.is_dir():
+        if not _gather_run(gathered, location, path) and not listed:
+            _gather_folder(gathered, location, path)
+    elif not location.is_file():
         raise UserError(f"{path}: expected a file or a folder, found a pipe or a device, which cannot be read twice")
-    elif place.name in (MANIFEST, METRICS):
-        _gather_run(found, place.parent, str(place.parent))
-    elif place.name.endswith(OF_FILE):
-        _gather_file_run(found, place, path.removesuffix(OF_FILE))
-    elif place.name.endswith(".json"):
-        _gather_json(found, place, path, listed)
+    elif location.name in (MANIFEST, METRICS):
+        _gather_run(gathered, location.parent, str(location.parent))
+    elif location.name.endswith(OF_FILE):
+        _gather_file_run(gathered, location, path.removesuffix(OF_FILE))
+    elif location.name.endswith(".json"):
+        _gather_json(gathered, location, path, listed)
     else:
         beside = Path(path + OF_FILE)
         if beside.is_file():
-            _gather_file_run(found, beside, path)
-        elif not listed or place.name.endswith(RECORDS):
-            _gather_records(found, path, None, listed)
+            _gather_file_run(gathered, beside, path)
+        elif not listed or location.name.endswith(RECORDS):
+            _gather_records(gathered, path, None, listed)
 
 
-def _gather_run(found: Gathered, folder: Path, path: str) -> bool:
+def _gather_run(gathered: Gathered, folder: Path, path: str) -> bool:
     """Note the run whose folder this is; False where it is none."""
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder)
-        found.runs.append(Run(path, _checked(manifest, folder / MANIFEST), "finished", folder, folder))
+        gathered.runs.append(Run(path, _checked(manifest, folder / MANIFEST), "finished", folder, folder))
     elif (folder / NOTES).is_file() and folder.name.endswith(PARTIAL):
         identity = read_json(folder / NOTES).get("identity")
         options = identity if isinstance(identity, dict) else {}
         stage = next((stage for flag, stage in STAGE_OF_FLAG.items() if flag in options), "training")
         parents = [_parent(folder, options[name]) for name in ("MODEL", "--tokenizer") if options.get(name)]
         described = {"stage": stage, "options": options, "parents": parents}
-        found.runs.append(Run(path, described, "unfinished", folder, folder))
+        gathered.runs.append(Run(path, described, "unfinished", folder, folder))
     elif (folder / "config.json").is_file():
-        found.runs.append(Run(path, None, "foreign", folder, folder))
+        gathered.runs.append(Run(path, None, "foreign", folder, folder))
         if (folder / METRICS).is_file():
-            found.notes.append(f"{path}: no {MANIFEST} beside its {METRICS}: what made the model is not known")
+            gathered.notes.append(f"{path}: no {MANIFEST} beside its {METRICS}: what made the model is not known")
     elif (folder / METRICS).is_file():
         raise UserError(f"{path}: expected {MANIFEST} beside {METRICS}, found none; name the folder as the run left it")
     else:
         return False
     for name in ("rollouts.jsonl", "disagreements.jsonl"):
         if (folder / name).is_file():
-            read_or_note(found.notes, lambda name=name: _gather_records(found, str(folder / name), path, listed=True))
+            read_or_note(
+                gathered.notes, lambda name=name: _gather_records(gathered, str(folder / name), path, listed=True)
+            )
     return True
 
 
 def _parent(folder: Path, path: Any) -> dict[str, Any]:
     """Return a parent of an unfinished run in the form that its manifest will have."""
-    places = (place for place in (Path(str(path)), folder.parent / str(path)) if (place / MANIFEST).is_file())
-    place = next(places, None)
-    return {"path": str(path), "manifest": read_manifest(place) if place else None}
+    places = (
+        candidate for candidate in (Path(str(path)), folder.parent / str(path)) if (candidate / MANIFEST).is_file()
+    )
+    location = next(places, None)
+    return {"path": str(path), "manifest": read_manifest(location) if location else None}
 
 
 def changed(path: Path) -> str:
@@ -213,54 +217,54 @@ def _checked(manifest: Any, path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _gather_file_run(found: Gathered, manifest: Path, output: str) -> None:
+def _gather_file_run(gathered: Gathered, manifest: Path, output: str) -> None:
     """A run that wrote a single file."""
-    found.runs.append(
+    gathered.runs.append(
         Run(output, _checked(read_object(manifest, LARGEST_MANIFEST), manifest), "finished", None, Path(output))
     )
     if output.endswith(RECORDS) and os.path.isfile(output):  # not a .gguf, whose lines have no end
-        _gather_records(found, output, output, listed=True)
+        _gather_records(gathered, output, output, listed=True)
 
 
-def _gather_folder(found: Gathered, folder: Path, path: str) -> None:
+def _gather_folder(gathered: Gathered, folder: Path, path: str) -> None:
     """The runs and files in a folder that is no run."""
-    before = len(found.runs) + len(found.files)
+    before = len(gathered.runs) + len(gathered.files)
     for child in sorted(folder.iterdir(), key=lambda child: (changed(child), child.name)):
         if not child.name.startswith("."):
-            read_or_note(found.notes, lambda child=child: _gather_one(found, str(child), listed=True))
-    if len(found.runs) + len(found.files) == before:
+            read_or_note(gathered.notes, lambda child=child: _gather_one(gathered, str(child), listed=True))
+    if len(gathered.runs) + len(gathered.files) == before:
         check_no_adapter(path)
         raise UserError(f"{path}: expected a run folder (with {MANIFEST}), or a folder of some; found none")
 
 
-def _gather_json(found: Gathered, place: Path, path: str, listed: bool) -> None:
-    value = read_json(place)
+def _gather_json(gathered: Gathered, location: Path, path: str, listed: bool) -> None:
+    value = read_json(location)
     evaluation = value.get("evaluation", value)
     if "stage" in value and "manifest_version" in value:
-        _gather_run(found, place.parent, str(place.parent))
+        _gather_run(gathered, location.parent, str(location.parent))
     elif isinstance(evaluation, dict) and isinstance(evaluation.get("overall"), dict):
-        found.evaluations[path] = evaluation
+        gathered.evaluations[path] = evaluation
     elif "bytes_per_token" in value and "sample" in value:
-        found.tokenizers[path] = value
-    elif scores := [one for one in objects(value.get("effects")) if _is_score(one)]:
-        found.scores[path] = scores
+        gathered.tokenizers[path] = value
+    elif scores := [effect for effect in objects(value.get("effects")) if _is_score(effect)]:
+        gathered.scores[path] = scores
     elif not listed:
         raise UserError(
             f"{path}: expected a manifest, evaluation.json, report.json or effects.json, found {sorted(value)[:8]}"
         )
 
 
-def _is_score(one: dict[str, Any]) -> bool:
+def _is_score(effect: dict[str, Any]) -> bool:
     """True if this is a row of effects.json: a figure of a stage, its value, and what it is held against."""
-    named = all(isinstance(one.get(name), str) for name in ("stage", "figure", "against"))
-    return named and all(one.get(name) is None or is_number(one[name]) for name in ("value", "beside"))
+    named = all(isinstance(effect.get(name), str) for name in ("stage", "figure", "against"))
+    return named and all(effect.get(name) is None or is_number(effect[name]) for name in ("value", "beside"))
 
 
-def _gather_records(found: Gathered, path: str, run: str | None, listed: bool) -> None:
+def _gather_records(gathered: Gathered, path: str, run: str | None, listed: bool) -> None:
     fields = next((row for _, line in islice(raw_lines(path), LOOKED_AT) if (row := parsed(line)) is not None), None)
     kind = None if fields is None else kind_of_record(fields)
     if kind is not None:
-        found.files.append(RecordsFile(path, kind, run))
+        gathered.files.append(RecordsFile(path, kind, run))
     elif not listed:
-        told = f"a record with {sorted(fields)[:8]}" if fields else "no JSON object a line"
-        raise UserError(f"{path}: expected a file that a stage has written, found {told}")
+        content = f"a record with {sorted(fields)[:8]}" if fields else "no JSON object a line"
+        raise UserError(f"{path}: expected a file that a stage has written, found {content}")

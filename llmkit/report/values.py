@@ -62,7 +62,7 @@ def thinned(values: Sequence[T], most: int) -> list[T]:
         return list(values)
     if most < 2:
         return list(values[:most])
-    return [values[place * (len(values) - 1) // (most - 1)] for place in range(most)]
+    return [values[index * (len(values) - 1) // (most - 1)] for index in range(most)]
 
 
 def read_or_note(notes: list[str], read: Callable[[], T]) -> T | None:
@@ -115,5 +115,5 @@ def objects(value: Any) -> list[dict[str, Any]]:
 
 def numbers(value: Any, *names: str) -> dict[str, Any] | None:
     """Those numbers of what should be an object; None where one is missing."""
-    found = {name: as_object(value).get(name) for name in names}
-    return found if all(map(is_number, found.values())) else None
+    figures = {name: as_object(value).get(name) for name in names}
+    return figures if all(map(is_number, figures.values())) else None
