@@ -79,8 +79,8 @@ class Batches:
         shape = stop - start, self.sequence_length
         batch = Batch(np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, np.int32))
         for row in range(stop - start):
-            one = self._row(self.place(step * self.batch_size + start + row))
-            for whole, part in zip(batch, one, strict=True):
+            row_batch = self._row(self.place(step * self.batch_size + start + row))
+            for whole, part in zip(batch, row_batch, strict=True):
                 whole[row] = part[0]
         return batch
 
@@ -92,9 +92,9 @@ class Batches:
         count = -(-(epoch + 1) * tokens // length) - first
         return first + permuted(index - first, count, self.seed, epoch)
 
-    def _row(self, place: int) -> Batch:
+    def _row(self, index: int) -> Batch:
         end = self.shards.info.end
-        return _pack(self.shards, self.shards.tokens, self._order, place, 1, self.sequence_length, end)
+        return _pack(self.shards, self.shards.tokens, self._order, index, 1, self.sequence_length, end)
 
     def epoch(self, step: int) -> float:
         """Return the number of passes through the corpus before this step."""

@@ -96,15 +96,15 @@ class Examples:
         Raises UserError for a conversation that is too long under "error", and where nothing at all is trained on.
         """
         examples, ids, trained = cls(name, counts=Counter() if counts is None else counts), [], []
-        for where, one in encoded:
+        for where, example in encoded:
             examples.counts["read"] += 1
-            places = _places(one, longest, on_long, where, examples.counts)
+            places = _places(example, longest, on_long, where, examples.counts)
             # the first token of an example is never a target
-            taught = [place for place in places if one.trained[place[1:]].any()]
+            taught = [positions for positions in places if example.trained[positions[1:]].any()]
             if places and not taught:
                 examples.counts["nothing trained"] += 1
-            ids += [one.token_ids[place] for place in taught]
-            trained += [one.trained[place] for place in taught]
+            ids += [example.token_ids[positions] for positions in taught]
+            trained += [example.trained[positions] for positions in taught]
         if not ids:
             read = examples.counts["read"]
             reasons = ", ".join(f"{key} {count}" for key, count in examples.counts.items() if key != "read")
@@ -117,9 +117,9 @@ class Examples:
         return examples
 
 
-def _places(one: Encoded, longest: int, on_long: str, where: str, counts: Counter[str]) -> list[np.ndarray]:
+def _places(example: Encoded, longest: int, on_long: str, where: str, counts: Counter[str]) -> list[np.ndarray]:
     """Return, for each example of a conversation, the places of its tokens that are kept."""
-    length = len(one.token_ids)
+    length = len(example.token_ids)
     if length <= longest:
         return [np.arange(length)]
     if on_long == "error":
@@ -130,28 +130,29 @@ def _places(one: Encoded, longest: int, on_long: str, where: str, counts: Counte
     if on_long == "drop":
         counts["dropped: too long"] += 1
         return []
-    if not one.questions and len(one.turn_ends) == 1 and one.trained[1:].all():  # a document: nothing in it is lost
+    # a document: nothing in it is lost
+    if not example.questions and len(example.turn_ends) == 1 and example.trained[1:].all():
         counts["documents split"] += 1  # pieces share a token, for the first of an example is never a target
         return [np.arange(begin, min(begin + longest, length)) for begin in range(0, length - 1, longest - 1)]
-    if on_long == "split" and (pieces := _pieces(one, longest)) is not None:
+    if on_long == "split" and (pieces := _pieces(example, longest)) is not None:
         counts["split"] += 1
         if any(len(piece) > longest for piece in pieces):  # an answer that is too long by itself
             counts[CUT] += 1
         return [piece[:longest] for piece in pieces]
-    end = max((end for end in one.turn_ends if end <= longest), default=0)
-    if not one.trained[1:end].any():  # the first answer is the one that is too long
+    end = max((end for end in example.turn_ends if end <= longest), default=0)
+    if not example.trained[1:end].any():  # the first answer is the one that is too long
         counts[CUT] += 1
         return [np.arange(longest)]
     counts["truncated"] += 1
     return [np.arange(end)]
 
 
-def _pieces(one: Encoded, longest: int) -> list[np.ndarray] | None:
+def _pieces(example: Encoded, longest: int) -> list[np.ndarray] | None:
     """The places of a conversation's parts, each from a question on, behind the system message; None for one part."""
-    ends = [*(place for place in one.questions if place > one.preamble), len(one.token_ids)]
-    pieces, begin = [], one.preamble
+    ends = [*(question for question in example.questions if question > example.preamble), len(example.token_ids)]
+    pieces, begin = [], example.preamble
     for end, following in zip(ends, [*ends[1:], math.inf], strict=True):
-        if one.preamble + following - begin > longest:
-            pieces.append(np.concatenate([np.arange(one.preamble), np.arange(begin, end)]))
+        if example.preamble + following - begin > longest:
+            pieces.append(np.concatenate([np.arange(example.preamble), np.arange(begin, end)]))
             begin = end
     return pieces if len(pieces) > 1 else None

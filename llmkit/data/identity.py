@@ -84,16 +84,16 @@ def system_message(facts: dict[str, str]) -> str:
 
 def identity_conversations(facts: dict[str, str]) -> list[Conversation]:
     """The conversations, some of them with the system message in front."""
-    asked = [(questions, answers, {}) for questions, answers in (WHO, MAKER, OTHERS, HUMAN)]
-    asked += [(*FACT, {"key": key, "value": value}) for key, value in facts.items() if key not in ("name", "maker")]
+    topics = [(questions, answers, {}) for questions, answers in (WHO, MAKER, OTHERS, HUMAN)]
+    topics += [(*FACT, {"key": key, "value": value}) for key, value in facts.items() if key not in ("name", "maker")]
     system, number, conversations = system_message(facts), count(), []
-    for questions, answers, fact in asked:
+    for questions, answers, fact in topics:
         for question in questions:
             for greeting in GREETINGS:
                 turn = next(number)
                 filled = {"name": facts["name"], "maker": facts["maker"], **fact}
-                said = (greeting + question).format(**filled), answers[turn % len(answers)].format(**filled)
-                messages = [message("user", said[0]), message("assistant", said[1])]
+                turn_texts = (greeting + question).format(**filled), answers[turn % len(answers)].format(**filled)
+                messages = [message("user", turn_texts[0]), message("assistant", turn_texts[1])]
                 if turn % 5 == 0:
                     messages.insert(0, message("system", system))
                 conversations.append(Conversation(tuple(messages), f"--identity:{turn + 1}"))

@@ -41,13 +41,13 @@ class Overlap:
 
     def __init__(self, held_out: Iterable[np.ndarray], run: int = 2, every: int = 1) -> None:
         self._run, self._every = run, np.uint64(every)
-        held = [np.asarray(one, np.int64) for one in held_out]
-        self.records = len(held)
+        records = [np.asarray(tokens, np.int64) for tokens in held_out]
+        self.records = len(records)
         self._places: dict[bytes, list[int]] = defaultdict(list)
-        for number, one in enumerate(held):
-            if len(one):
-                self._places[one.tobytes()].append(number)
-        runs, owners = self._runs_of(held)
+        for number, record in enumerate(records):
+            if len(record):
+                self._places[record.tobytes()].append(number)
+        runs, owners = self._runs_of(records)
         order = np.lexsort((owners, runs))
         runs, owners = runs[order], owners[order]
         new = np.ones(len(runs), bool)  # a run counts once in a record
@@ -57,8 +57,8 @@ class Overlap:
         rare = self._counts <= COMMON
         self._runs, self._first, self._counts = self._runs[rare], self._first[rare], self._counts[rare]
         _, of_rare = self._held_with(np.arange(len(self._runs)), np.zeros(len(self._runs), np.int64))
-        self._sizes = np.bincount(of_rare, minlength=len(held))
-        self._exact, self._near = np.zeros(len(held), bool), np.zeros(len(held), bool)
+        self._sizes = np.bincount(of_rare, minlength=len(records))
+        self._exact, self._near = np.zeros(len(records), bool), np.zeros(len(records), bool)
 
     @classmethod
     def of_texts(cls, texts: Iterable[str]) -> Overlap:
@@ -78,10 +78,10 @@ class Overlap:
     def compare(self, training: Sequence[np.ndarray]) -> None:
         """Search some training sequences for the held-out ones."""
         lengths = {len(whole) // 8 for whole in self._places}
-        for one in training:
-            if len(one) not in lengths:
+        for sequence in training:
+            if len(sequence) not in lengths:
                 continue
-            self._exact[self._places.get(np.asarray(one, np.int64).tobytes(), [])] = True
+            self._exact[self._places.get(np.asarray(sequence, np.int64).tobytes(), [])] = True
         if not len(self._runs):
             return
         runs, seen_in = self._runs_of(training)
@@ -89,11 +89,11 @@ class Overlap:
         places[places == len(self._runs)] = 0
         hit = self._runs[places] == runs
         pairs = np.unique(seen_in[hit] * len(self._runs) + places[hit])
-        seen_in, found = self._held_with(pairs % len(self._runs), pairs // len(self._runs))
-        both, counts = np.unique(seen_in * self.records + found, return_counts=True)
-        found = both % self.records
-        same = (counts >= NEAR * self._sizes[found]) & (self._sizes[found] >= FEWEST)
-        self._near[found[same]] = True
+        seen_in, records = self._held_with(pairs % len(self._runs), pairs // len(self._runs))
+        both, counts = np.unique(seen_in * self.records + records, return_counts=True)
+        records = both % self.records
+        same = (counts >= NEAR * self._sizes[records]) & (self._sizes[records] >= FEWEST)
+        self._near[records[same]] = True
 
     def compare_texts(self, training: Iterable[str]) -> None:
         """Search some training texts for the held-out ones."""
@@ -101,22 +101,22 @@ class Overlap:
 
     def compare_shards(self, training: TokenShards) -> None:
         """Search the training shards for the held-out documents."""
-        held: list[np.ndarray] = []
+        documents: list[np.ndarray] = []
         size = 0
         for document in range(len(training)):
-            held.append(training[document])
-            size += len(held[-1])
+            documents.append(training[document])
+            size += len(documents[-1])
             if size >= AT_ONCE or document + 1 == len(training):
-                self.compare(held)
-                held, size = [], 0
+                self.compare(documents)
+                documents, size = [], 0
 
     def report(self, quiet: bool) -> None:
         """Print the number of held-out records in training, if any."""
         if self.exact + self.near:
-            found = self.exact + self.near
+            count = self.exact + self.near
             both = f"{self.exact} exactly, {self.near} nearly"
             say(
-                f"--val: {found} of {counted(self.records, 'record')} {'is' if found == 1 else 'are'} in the training "
+                f"--val: {count} of {counted(self.records, 'record')} {'is' if count == 1 else 'are'} in the training "
                 f"data, too ({both}), so that the validation flatters; leave them out on one side",
                 quiet,
             )
@@ -128,15 +128,15 @@ class Overlap:
             for turn in range(int(self._counts.max(initial=0)))
             if (some := self._counts[places] > turn).any()
         ]
-        one, other = zip(*pairs, strict=True) if pairs else ([seen_in[:0]], [seen_in[:0]])
-        return np.concatenate(one), np.concatenate(other)
+        seen, held_out = zip(*pairs, strict=True) if pairs else ([seen_in[:0]], [seen_in[:0]])
+        return np.concatenate(seen), np.concatenate(held_out)
 
     def _runs_of(self, sequences: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Hashes of the runs of sequences, and of which sequence each is."""
-        owners = np.repeat(np.arange(len(sequences)), [len(one) for one in sequences])
+        owners = np.repeat(np.arange(len(sequences)), [len(sequence) for sequence in sequences])
         if len(owners) < self._run:
             return np.zeros(0, np.uint64), np.zeros(0, np.int64)
-        hashes = splitmix64(np.concatenate([np.asarray(one, np.int64) for one in sequences]).view(np.uint64))
+        hashes = splitmix64(np.concatenate([np.asarray(sequence, np.int64) for sequence in sequences]).view(np.uint64))
         size = 1
         while size < self._run:
             hashes = hashes[:-size] * np.uint64(2 * size + 1) + hashes[size:]

@@ -146,17 +146,17 @@ def _write_safetensors(
     """Write one-dimensional arrays, each given in parts, as a safetensors file."""
     header: dict[str, Any] = {"__metadata__": {key: str(value) for key, value in metadata.items()}}
     position = 0
-    for name, (dtype, parts) in layout.items():
-        size = sum(map(len, parts))
+    for name, (dtype, pieces) in layout.items():
+        size = sum(map(len, pieces))
         stop = position + size * DTYPES[dtype].itemsize
         header[name] = {"dtype": dtype, "shape": [size], "data_offsets": [position, stop]}
         position = stop
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     handle.write(len(encoded).to_bytes(8, "little") + encoded)
-    for _, parts in layout.values():
-        for part in parts:
-            handle.write(np.ascontiguousarray(part).data)
+    for _, pieces in layout.values():
+        for piece in pieces:
+            handle.write(np.ascontiguousarray(piece).data)
 
 
 # ---- reading
@@ -182,8 +182,8 @@ class Shard:
             except (ValueError, AttributeError, TypeError, KeyError):
                 raise UserError(f"{path}: no safetensors header; expected a token shard") from None
             if self.metadata.get("format") != FORMAT or set(header) != {"tokens", "doc_ends", "doc_bytes"}:
-                found = self.metadata.get("format") or sorted(header)[:4]
-                raise UserError(f"{path}: expected a token shard of format {FORMAT}, found {found}")
+                instead = self.metadata.get("format") or sorted(header)[:4]
+                raise UserError(f"{path}: expected a token shard of format {FORMAT}, found {instead}")
             expected = 8 + length + max(stops)
             if size != expected:
                 raise UserError(

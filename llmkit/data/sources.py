@@ -83,18 +83,18 @@ def read_examples(
 
     def encoded() -> Iterator[tuple[str, Encoded]]:
         while chunk := list(islice(conversations, READ_AT_ONCE)):
-            chosen = [_with_system(one, system) for one in chunk if not one.rejected]
+            chosen = [_with_system(conversation, system) for conversation in chunk if not conversation.rejected]
             if rejected := len(chunk) - len(chosen):
                 counts.update({"read": rejected, "rejected by its label": rejected})
             if observe is not None:
-                observe([one.said for one in chosen])
-            for conversation, one in encode_good(chosen, encode, name, bad):
-                if unknown is not None and (outside := one.token_ids == unknown).any():
+                observe([conversation.said for conversation in chosen])
+            for conversation, example in encode_good(chosen, encode, name, bad):
+                if unknown is not None and (outside := example.token_ids == unknown).any():
                     bad.count_unused(name, (OUTSIDE,))
-                    one.trained[outside] = False  # nothing is gained by learning to say <unk>
-                digest.update(one.token_ids.tobytes())
-                digest.update(one.trained.tobytes())
-                yield conversation.where, one
+                    example.trained[outside] = False  # nothing is gained by learning to say <unk>
+                digest.update(example.token_ids.tobytes())
+                digest.update(example.trained.tobytes())
+                yield conversation.where, example
             progress(len(chunk))
         bad.report(name)
 

@@ -76,7 +76,7 @@ def tokenize_documents(
     info = ShardInfo(tokenizer_sha256=encoder.sha256, vocab_size=encoder.vocab_size, start=start, end=end)
     if len(paths) == 1 and is_shard_folder(paths[0]):
         return _ready_shards(paths[0], info)
-    made = not cache.exists()
+    is_new = not cache.exists()
     cache.mkdir(parents=True, exist_ok=True)
     if all(Path(path).is_file() for path in paths):
         folder = cache / f"{name}-{_cache_key(paths, info, limit, cache)}"
@@ -99,7 +99,7 @@ def tokenize_documents(
             _write_shards(paths, encoder, ShardWriter(partial, info), limit, bad, quiet)
             write_json(partial / LEFT_OUT, bad.as_json(before))
     except UserError:
-        if made:  # a mistake leaves nothing behind
+        if is_new:  # a mistake leaves nothing behind
             shutil.rmtree(cache, ignore_errors=True)
         raise
     return TokenShards(folder)

@@ -226,8 +226,8 @@ class ModelConfig:
             raise UserError(f"{where}: expected integers for {', '.join(missing)}")
         sizes = {name: integer(values, name, where, at_most=most) for name, most in _REQUIRED.items()}
         if values.get("hidden_act", "silu") not in ("silu", "swish"):
-            found = shown(values["hidden_act"])
-            raise UserError(f"{where}: expected hidden_act 'silu', which the four families have, found {found}")
+            hidden_act = shown(values["hidden_act"])
+            raise UserError(f"{where}: expected hidden_act 'silu', which the four families have, found {hidden_act}")
         if values.get("mlp_bias"):
             raise UserError(f"{where}: expected mlp_bias false: no biases in feed-forward layers are supported")
         theta, scaling = _rope_from_hf(values, where)
@@ -276,13 +276,13 @@ def _token_id(values: dict[str, Any], name: str, where: str) -> int | None:
 
 def token_ids(values: dict[str, Any], name: str, where: str) -> int | tuple[int, ...] | None:
     """A field of one token id or several. Raises UserError."""
-    found = values.get(name)
-    if not isinstance(found, list):
+    value = values.get(name)
+    if not isinstance(value, list):
         return _token_id(values, name, where)
-    if len(found) > 1000:
-        raise UserError(f"{where}: expected at most 1000 ids for {name}, found {len(found)}")
-    ids = [_token_id({name: one}, name, where) for one in found]
-    return tuple(one for one in ids if one is not None)
+    if len(value) > 1000:
+        raise UserError(f"{where}: expected at most 1000 ids for {name}, found {len(value)}")
+    ids = [_token_id({name: item}, name, where) for item in value]
+    return tuple(token_id for token_id in ids if token_id is not None)
 
 
 def _rope_from_hf(values: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:

@@ -195,15 +195,15 @@ class SavedTensors:
 def _no_weights(folder: Path) -> str:
     pickles = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in folder.glob(pattern))
     if not pickles:
-        found = f"{folder}: expected {WEIGHTS} or {INDEX}, found neither"
+        message = f"{folder}: expected {WEIGHTS} or {INDEX}, found neither"
         others = sorted(path.name for pattern in ("*.gguf", "*.safetensors") for path in folder.glob(pattern))
         if not others:
-            return found
+            return message
         if others[0].endswith(".gguf"):
-            return f"{found}, but {others[0]}, which is llama.cpp's; download the model's safetensors files"
+            return f"{message}, but {others[0]}, which is llama.cpp's; download the model's safetensors files"
         if (folder / "adapter_config.json").exists():
-            return f"{found}, but an adapter, {others[0]}; merge it into its base: peft's merge_and_unload"
-        return f"{found}, but {others[0]}; rename it to {WEIGHTS} where that is what it is"
+            return f"{message}, but an adapter, {others[0]}; merge it into its base: peft's merge_and_unload"
+        return f"{message}, but {others[0]}; rename it to {WEIGHTS} where that is what it is"
     convert = (
         "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
         f"[kind.from_pretrained({str(folder)!r}).save_pretrained('NEW_FOLDER') for kind in (M, T)]"
@@ -258,9 +258,9 @@ def _find_tied_embedding(tensors: SavedTensors, shape: tuple[int, ...]) -> None:
 
 
 def _check_shape(tensors: SavedTensors, name: str, expected: tuple[int, ...]) -> None:
-    where, found = tensors.where[name], tensors.shape(name)
-    if found != expected:
-        raise UserError(f"{where}: tensor {name}: expected shape {list(expected)}, found {list(found)}")
+    where, shape = tensors.where[name], tensors.shape(name)
+    if shape != expected:
+        raise UserError(f"{where}: tensor {name}: expected shape {list(expected)}, found {list(shape)}")
     if tensors.stored_dtype(name) not in _FLOATS:
         raise UserError(
             f"{where}: tensor {name}: expected dtype {', '.join(_FLOATS)}, found {tensors.stored_dtype(name)}"

@@ -35,8 +35,8 @@ STACKED = {
     "gate_up": (("gate", "mlp.gate_proj"), ("up", "mlp.up_proj")),
     "down": (("down", "mlp.down_proj"),),
 }
-TARGETS = tuple(name for parts in STACKED.values() for name, _ in parts)
-MODULES = dict(part for parts in STACKED.values() for part in parts)
+TARGETS = tuple(name for projections in STACKED.values() for name, _ in projections)
+MODULES = dict(part for projections in STACKED.values() for part in projections)
 PEFT_TABLES = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
 
 
@@ -55,11 +55,11 @@ class _LowRankSum(nn.Module):
         if list(self.down) == list(self.rows):
             change = [self.up[name] @ self.down[name] for name in self.rows]
             return torch.add(weight, torch.cat(change) if len(change) > 1 else change[0], alpha=self.scale)
-        parts = weight.split(list(self.rows.values()))
+        slices = weight.split(list(self.rows.values()))
         return torch.cat(
             [
                 torch.add(part, self.up[name] @ self.down[name], alpha=self.scale) if name in self.down else part
-                for name, part in zip(self.rows, parts, strict=True)
+                for name, part in zip(self.rows, slices, strict=True)
             ]
         )
 
@@ -110,11 +110,11 @@ class LoraAdapter:
 
         model.requires_grad_(False)
         for layer in model.layers:
-            for stacked, parts in STACKED.items():
-                adapted = [name for name, _ in parts if name in targets]
+            for stacked, projections in STACKED.items():
+                adapted = [name for name, _ in projections if name in targets]
                 if adapted:
                     weight = getattr(layer, stacked)
-                    sizes = {name: rows[name] for name, _ in parts}
+                    sizes = {name: rows[name] for name, _ in projections}
                     low_rank = _LowRankSum(weight, sizes, adapted, rank, alpha / rank, draw)
                     parametrize.register_parametrization(layer, stacked, low_rank, unsafe=True)
         for table in self._tables:
@@ -163,12 +163,12 @@ class LoraAdapter:
         Rows of ids from `tokens` on, which PEFT's model has not, are left out.
         """
         tensors = {}
-        kept = [token for token in self.token_ids if tokens is None or token < tokens]
+        saved_ids = [token for token in self.token_ids if tokens is None or token < tokens]
         for name, parameter in self.parameters():
             value = parameter.detach().to("cpu", torch.float32)
             if name.endswith(".rows"):
                 module = PEFT_TABLES[name.removesuffix(".rows")]
-                tensors[f"base_model.model.{module}.token_adapter.trainable_tokens_delta"] = value[: len(kept)]
+                tensors[f"base_model.model.{module}.token_adapter.trainable_tokens_delta"] = value[: len(saved_ids)]
                 continue
             _, index, target, side = name.split(".")
             if side == "up" and target in ("q", "k"):
@@ -187,8 +187,8 @@ class LoraAdapter:
             "bias": "none",
             "target_modules": [MODULES[name].split(".")[1] for name in self.targets],
         }
-        if kept:
-            config["trainable_token_indices"] = {table: kept for table in self._tables}
+        if saved_ids:
+            config["trainable_token_indices"] = {table: saved_ids for table in self._tables}
         folder.mkdir(exist_ok=True)
         with atomic_file(folder / "adapter_config.json", "w") as handle:
             json.dump(config, handle, indent=2)
@@ -196,7 +196,7 @@ class LoraAdapter:
 
 
 def _columns(model: Transformer, target: str) -> int:
-    stacked = next(name for name, parts in STACKED.items() if target in dict(parts))
+    stacked = next(name for name, projections in STACKED.items() if target in dict(projections))
     return getattr(model.layers[0], stacked).shape[1]
 
 

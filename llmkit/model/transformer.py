@@ -46,14 +46,14 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None 
     if scaling.rope_type == "linear":
         return frequencies / scaling.factor
     if scaling.rope_type == "yarn":
-        kept = _yarn_kept(head_dim, theta, scaling)
-        return frequencies * kept + frequencies / scaling.factor * (1 - kept)
+        unscaled = _yarn_kept(head_dim, theta, scaling)
+        return frequencies * unscaled + frequencies / scaling.factor * (1 - unscaled)
     # llama3: long wavelengths are stretched, short ones kept, and those between interpolated.
     wavelengths = 2 * math.pi / frequencies
     turns = scaling.original_max_position_embeddings / wavelengths
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = kept.clamp(0.0, 1.0)
-    return frequencies * kept + frequencies / scaling.factor * (1 - kept)
+    unscaled = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    unscaled = unscaled.clamp(0.0, 1.0)
+    return frequencies * unscaled + frequencies / scaling.factor * (1 - unscaled)
 
 
 def _yarn_kept(head_dim: int, theta: float, scaling: RopeScaling) -> Tensor:
@@ -211,9 +211,9 @@ class Transformer(nn.Module):
             for zero in (layer.out, layer.down, layer.qkv_bias, layer.out_bias):
                 if zero is not None:
                     zero.data.zero_()
-            for one in (layer.input_norm, layer.mlp_norm, layer.q_norm, layer.k_norm, layer.residual_scale):
-                if one is not None:
-                    one.data.fill_(1.0)
+            for scale in (layer.input_norm, layer.mlp_norm, layer.q_norm, layer.k_norm, layer.residual_scale):
+                if scale is not None:
+                    scale.data.fill_(1.0)
         if self.norm is not None:
             self.norm.data.fill_(1.0)
 
