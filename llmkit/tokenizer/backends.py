@@ -121,9 +121,9 @@ FASTEST_FIRST: tuple[Callable[[bytes], Backend], ...] = (GigatokenBackend, Fasto
 NAMES = ("gigatoken", "fastokens", "tokenizers")
 
 
-def _joined(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    lengths = np.array([len(part) for part in parts], np.int64)
-    return (np.concatenate(parts) if parts else np.empty(0, np.uint32)).astype(np.uint32, copy=False), lengths
+def _joined(pieces: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.array([len(part) for part in pieces], np.int64)
+    return (np.concatenate(pieces) if pieces else np.empty(0, np.uint32)).astype(np.uint32, copy=False), lengths
 
 
 def without_specials(tokenizer_json: bytes) -> bytes:

@@ -97,18 +97,18 @@ class ChatFormat:
         """
         if loss not in LOSSES:
             raise ValueError(f"loss: expected one of {LOSSES}, found {loss!r}")
-        held = list(conversations)
-        texts = [text for conversation in held for text in _texts(conversation)]
+        listed = list(conversations)
+        texts = [text for conversation in listed for text in _texts(conversation)]
         pieces = iter(self._encode_texts(texts))
-        return [self._assemble(conversation, pieces, loss) for conversation in held]
+        return [self._assemble(conversation, pieces, loss) for conversation in listed]
 
     def encode_branches(
         self, branches: Sequence[tuple[Sequence[Message], Sequence[Sequence[Message]]]]
     ) -> list[tuple[np.ndarray, tuple[np.ndarray, ...]]]:
         """The ids of prompts, each with those of the answers that may follow it; of no turns, there are none."""
         turns = [tuple(messages) for prompt, answers in branches for messages in (prompt, *answers)]
-        told = iter(self.encode_many(Conversation(one) for one in turns if one))
-        ids = iter([next(told).token_ids if one else np.zeros(0, np.int32) for one in turns])
+        encoded = iter(self.encode_many(Conversation(turn) for turn in turns if turn))
+        ids = iter([next(encoded).token_ids if turn else np.zeros(0, np.int32) for turn in turns])
         return [(next(ids), tuple(next(ids) for _ in answers)) for _, answers in branches]
 
     def encode_result(self, text: str) -> list[int]:
@@ -145,7 +145,7 @@ class ChatFormat:
             put(next(pieces), True)
             put([end], True)
             ends.append(length)
-        last = max((i for i, one in enumerate(conversation.messages) if one.role == "assistant"), default=-1)
+        last = max((i for i, message in enumerate(conversation.messages) if message.role == "assistant"), default=-1)
         for index, message in enumerate(conversation.messages):
             counts = message.role == "assistant" and message.weight > 0 and (loss != "last" or index == last)
             if message.role == "user":

@@ -44,7 +44,7 @@ class Corpus:
     def blocks(self) -> Iterator[bytes]:
         """Documents in UTF-8, each followed by END, in blocks of at least BLOCK bytes; documents without text are
         left out. Bad records are skipped as `bad` has it; without that, the first raises UserError."""
-        parts: list[bytes] = []
+        pieces: list[bytes] = []
         size = 0
         for text, source in self._texts():
             data = text.encode()
@@ -53,16 +53,16 @@ class Corpus:
                 text = data[: (self.limit_bytes or 0) - self.bytes].decode(errors="ignore")  # no half characters
                 data = text.encode()
             self._note(text, len(data), source)
-            parts += (data, END)
+            pieces += (data, END)
             size += len(data)
             if size >= BLOCK or last:
-                yield b"".join(parts)
-                parts.clear()
+                yield b"".join(pieces)
+                pieces.clear()
                 size = 0
             if last:
                 return
         if size:
-            yield b"".join(parts)
+            yield b"".join(pieces)
 
     def _texts(self) -> Iterator[tuple[str, str]]:
         for path in self.paths:

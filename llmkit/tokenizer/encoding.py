@@ -138,7 +138,7 @@ class Tokenizer:
 
     def same_vocabulary(self, other: Tokenizer) -> bool:
         """True if both have the same tokens under the same ids."""
-        vocabularies = [one._reference.tokenizer.get_vocab(with_added_tokens=True) for one in (self, other)]
+        vocabularies = [tokenizer._reference.tokenizer.get_vocab(with_added_tokens=True) for tokenizer in (self, other)]
         return self.sha256 == other.sha256 or vocabularies[0] == vocabularies[1]
 
     @property
@@ -303,13 +303,13 @@ class StandIns:
         ]
         ids, lengths = self._backend.encode_batch(wholes)
         keep, ends = ~np.isin(ids, list(self.special_ids)), np.cumsum(lengths)
-        kept = np.concatenate([[0], np.cumsum(keep)])
-        return ids[keep], kept[ends] - kept[ends - lengths]
+        kept_before = np.concatenate([[0], np.cumsum(keep)])
+        return ids[keep], kept_before[ends] - kept_before[ends - lengths]
 
     def placed_tokens(self, text: str) -> list[tuple[int, int, int]]:
         """(first character, end, id) of each token of a text; the tokens of one character have the same place."""
         encoding = self._backend.encode(check_text(text))
-        return [(*place, token) for place, token in zip(encoding.offsets, encoding.ids, strict=True)]
+        return [(*span, token) for span, token in zip(encoding.offsets, encoding.ids, strict=True)]
 
 
 class DecodeStream:
@@ -371,9 +371,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             convert = (
                 f"from transformers import AutoTokenizer as T; T.from_pretrained({str(path)!r}).save_pretrained('NEW')"
             )
-            found = ", ".join(names[:8])
+            present = ", ".join(names[:8])
             raise UserError(
-                f'{path}: expected tokenizer.json, found {found}; transformers makes one: python -c "{convert}"'
+                f'{path}: expected tokenizer.json, found {present}; transformers makes one: python -c "{convert}"'
             )
         raise UserError(f"{path}: expected a folder with tokenizer.json, found {', '.join(names[:8]) or 'nothing'}")
     config: dict[str, Any] = {}
@@ -392,7 +392,9 @@ def _chat_template(file: Path, config: dict[str, Any]) -> str | None:
             raise UserError(f"{jinja}: expected UTF-8, found another encoding at byte {error.start}") from None
     template = config.get("chat_template")
     if isinstance(template, list):  # named templates
-        named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict) and _named(one)}
+        named = {
+            entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict) and _named(entry)
+        }
         if len(named) == len(template):
             template = named.get("default")
     if template is not None and not isinstance(template, str):
@@ -403,8 +405,8 @@ def _chat_template(file: Path, config: dict[str, Any]) -> str | None:
     return template
 
 
-def _named(one: dict[str, Any]) -> bool:
-    return isinstance(one.get("name"), str) and isinstance(one.get("template"), str)
+def _named(entry: dict[str, Any]) -> bool:
+    return isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str)
 
 
 def check_text(text: str) -> str:

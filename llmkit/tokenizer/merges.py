@@ -260,38 +260,38 @@ class _Trainer:
     def _merge(self, top: Ints, pairs: Ints) -> int:
         """Merge as many of the top pairs (ids: pairs[:, 0], pairs[:, 1]) as are certain, at least one."""
         base = len(self.tokens)
-        found = self._find(top, pairs)
+        occurrences = self._find(top, pairs)
         if pairs[0, 0] == pairs[0, 1]:
-            found = found.where(_every_other(found, int(self.token_length[pairs[0, 0]])))
+            occurrences = occurrences.where(_every_other(occurrences, int(self.token_length[pairs[0, 0]])))
         else:
-            found, top = self._without_overlaps(found, top)
+            occurrences, top = self._without_overlaps(occurrences, top)
         self.token_length[base : base + len(top)] = self.token_length[pairs[: len(top)]].sum(axis=1)
-        falls, changes = self._replace(found, pairs, base, len(top))
+        falls, changes = self._replace(occurrences, pairs, base, len(top))
         start = _group_starts(changes.key)
         created_in = np.maximum(changes.key >> 32, changes.key & 0xFFFFFFFF) - base
         created = _sums(np.where(changes.round == created_in, changes.weight, 0), start)
-        kept = self._before_outranked(top, created, changes.key[start], created_in[start])
-        if kept < len(top):
-            undone = found.where(found.round >= kept)
+        rounds = self._before_outranked(top, created, changes.key[start], created_in[start])
+        if rounds < len(top):
+            undone = occurrences.where(occurrences.round >= rounds)
             self.symbol[undone.position] = pairs[undone.round, 0]
             self.symbol[undone.after - 1] = pairs[undone.round, 1]
-            found = found.where(found.round < kept)
-            falls = _Falls(*(column[falls.round < kept] for column in falls))
-            changes = _Changes(*(column[changes.round < kept] for column in changes))
+            occurrences = occurrences.where(occurrences.round < rounds)
+            falls = _Falls(*(column[falls.round < rounds] for column in falls))
+            changes = _Changes(*(column[changes.round < rounds] for column in changes))
             start = _group_starts(changes.key)
 
-        made = pairs[:kept].tolist()
-        self.tokens += [self.tokens[left] + self.tokens[right] for left, right in made]
-        self.pairs += map(tuple, made)
-        times = np.bincount(found.round, self.weight[found.position], minlength=kept).astype(np.int64)
-        self.token_count[base : base + kept] = times
-        np.subtract.at(self.token_count, pairs[:kept], times[:, None])
+        merged = pairs[:rounds].tolist()
+        self.tokens += [self.tokens[left] + self.tokens[right] for left, right in merged]
+        self.pairs += map(tuple, merged)
+        times = np.bincount(occurrences.round, self.weight[occurrences.position], minlength=rounds).astype(np.int64)
+        self.token_count[base : base + rounds] = times
+        np.subtract.at(self.token_count, pairs[:rounds], times[:, None])
         np.subtract.at(self.queue.count, falls.pair, falls.weight)
-        self.queue.count[top[:kept]] = 0
-        self.pair_at[found.position] = NO_PAIR
-        self.pair_at[found.second] = NO_PAIR
-        self._file(changes, start, kept)
-        return kept
+        self.queue.count[top[:rounds]] = 0
+        self.pair_at[occurrences.position] = NO_PAIR
+        self.pair_at[occurrences.second] = NO_PAIR
+        self._file(changes, start, rounds)
+        return rounds
 
     def _find(self, top: Ints, pairs: Ints) -> _Occurrences:
         """Where the pairs stand now, by round, then by position as noted."""
@@ -304,20 +304,20 @@ class _Trainer:
         second = position + lengths[round_, 0]
         return _Occurrences(position, second, second + lengths[round_, 1], round_)
 
-    def _without_overlaps(self, found: _Occurrences, top: Ints) -> tuple[_Occurrences, Ints]:
+    def _without_overlaps(self, occurrences: _Occurrences, top: Ints) -> tuple[_Occurrences, Ints]:
         """The longest prefix of the batch in which no occurrence overlaps another."""
         if self.queue.size >= len(self.round_of_pair):
             self.round_of_pair = np.full(self.queue.size * 3 // 2, NO_PAIR, np.int32)
         self.round_of_pair[top] = np.arange(len(top))
-        other = self.round_of_pair[self.pair_at[found.second]]
+        other = self.round_of_pair[self.pair_at[occurrences.second]]
         self.round_of_pair[top] = NO_PAIR
         hit = np.flatnonzero(other != NO_PAIR)
         if len(hit) == 0:
-            return found, top
-        size = int(np.maximum(other[hit], found.round[hit]).min())
-        return found.where(found.round < size), top[:size]
+            return occurrences, top
+        size = int(np.maximum(other[hit], occurrences.round[hit]).min())
+        return occurrences.where(occurrences.round < size), top[:size]
 
-    def _replace(self, found: _Occurrences, pairs: Ints, base: int, size: int) -> tuple[_Falls, _Changes]:
+    def _replace(self, occurrences: _Occurrences, pairs: Ints, base: int, size: int) -> tuple[_Falls, _Changes]:
         """Write the batch's tokens (ids from `base`) into the text; return what this does to the counts.
 
         Merging (a, b) to x in "l a b r" takes away (l, a) and (b, r) and brings (l, x) and (x, r). Beside another
@@ -325,7 +325,7 @@ class _Trainer:
         (or in the same one: a round goes from left to right), else the part that it will swallow, and then (l, x) is
         gone again in that round. (l, a) was there before the batch only if l was.
         """
-        position, second, after, round_ = found
+        position, second, after, round_ = occurrences
         new = base + round_
         weight = self.weight[position].astype(np.int64)
         left_before, right_before = self.symbol[position - 1], self.symbol[after]
@@ -375,25 +375,25 @@ class _Trainer:
         turn = np.maximum(before[len(top) :], created_in[rival] + 1)
         return min(len(top), int(turn.min()))
 
-    def _file(self, changes: _Changes, start: Ints, kept: int) -> None:
+    def _file(self, changes: _Changes, start: Ints, rounds: int) -> None:
         """File the pairs that the batch made, and name them in the text."""
         gain = changes.weight > 0
         ids = self.queue.file(
             changes.key[start], _sums(changes.weight, start), _sums(gain, start), changes.position[gain]
         )
-        stays = gain & (changes.until >= kept)
+        stays = gain & (changes.until >= rounds)
         pair = np.repeat(ids, np.diff(start, append=len(changes.key)))
         self.pair_at[changes.position[stays]] = pair[stays]
 
 
-def _every_other(found: _Occurrences, step: int) -> NDArray[np.bool_]:
+def _every_other(occurrences: _Occurrences, step: int) -> NDArray[np.bool_]:
     """Keep the first, third and so on of the occurrences of a pair (a, a) in "a a a a", as one merges rightwards."""
-    order = np.argsort(found.position)
-    position = found.position[order]
+    order = np.argsort(occurrences.position)
+    position = occurrences.position[order]
     run = np.flatnonzero(np.diff(position, prepend=-1 - step) != step)
-    place = np.arange(len(position)) - np.repeat(run, np.diff(run, append=len(position)))
+    rank = np.arange(len(position)) - np.repeat(run, np.diff(run, append=len(position)))
     mask = np.empty(len(position), bool)
-    mask[order] = place % 2 == 0
+    mask[order] = rank % 2 == 0
     return mask
 
 

@@ -38,9 +38,9 @@ class TemplateFault(Exception):
 @lru_cache(maxsize=16)
 def renderer(template: str) -> Renderer:
     """The process for a template, started with the first text. Raises TemplateFault where it is no valid Jinja."""
-    found = Renderer(template)
-    found.ask(None)
-    return found
+    prepared = Renderer(template)
+    prepared.ask(None)
+    return prepared
 
 
 class Renderer:

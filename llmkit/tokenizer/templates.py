@@ -52,7 +52,7 @@ class TemplateFormat(ChatFormat):
         self._escaped["assistant"] = _any_of(name for name in tokenizer.specials if name not in THOUGHTS)
         self._template = self._renderer()
         # words by which people switch the model, as Nemotron's /no_think, and which are no part of what they say
-        self._switches = [found[2] for found in _TAKEN_OUT.finditer(tokenizer.chat_template or "")]
+        self._switches = [match[2] for match in _TAKEN_OUT.finditer(tokenizer.chat_template or "")]
         self._whole = tokenizer.with_stand_ins(tokenizer.specials)
         named = {key: tokenizer.config.get(key) for key in _NAMED}
         texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
@@ -68,27 +68,27 @@ class TemplateFormat(ChatFormat):
     def _end(self) -> tuple[int, str]:
         """The token that ends an answer, and after which answers the template writes one: EACH, BETWEEN, NONE."""
         turns, ends = [message("user", "Hello"), message("assistant", "Hello")], EACH
-        found = self._after_answer(turns)
-        if found is None:
+        special = self._after_answer(turns)
+        if special is None:
             with suppress(UserError):
-                found = self._after_answer([*turns, message("user", "Hello")])
-            ends = NONE if found is None else BETWEEN
-            if self._tokenizer.eos_id is not None and (found is None or found == self._header()):
+                special = self._after_answer([*turns, message("user", "Hello")])
+            ends = NONE if special is None else BETWEEN
+            if self._tokenizer.eos_id is not None and (special is None or special == self._header()):
                 return self._tokenizer.eos_id, ends
-        if found is None:
+        if special is None:
             raise UserError(self._endless)
-        return self._tokenizer.specials[found], ends
+        return self._tokenizer.specials[special], ends
 
     def _after_answer(self, turns: Sequence[Message]) -> str | None:
         """The special token between the second turn, an answer, and the third."""
-        pieces = self._render(turns, asked=False).split(END)
-        found = self._special.search(pieces[2].partition(BEGIN)[0]) if len(pieces) > 2 else None
-        return found and found[0]
+        pieces = self._render(turns, prompt=False).split(END)
+        match = self._special.search(pieces[2].partition(BEGIN)[0]) if len(pieces) > 2 else None
+        return match and match[0]
 
     def _header(self) -> str | None:
         """The special token that begins a turn of the user."""
-        found = self._special.findall(self._render([message("user", "Hello")], asked=False).partition(BEGIN)[0])
-        return found[-1] if found else None
+        specials = self._special.findall(self._render([message("user", "Hello")], prompt=False).partition(BEGIN)[0])
+        return specials[-1] if specials else None
 
     @property
     def _endless(self) -> str:
@@ -96,7 +96,7 @@ class TemplateFormat(ChatFormat):
 
     def encode(self, messages: Sequence[Message], *, loss: str = "assistant", prompt: bool = False) -> Encoded:
         """As `ChatFormat.encode`. Raises UserError for what the template refuses."""
-        encoded = self._encode(Conversation(tuple(messages)), loss, asked=prompt)
+        encoded = self._encode(Conversation(tuple(messages)), loss, prompt=prompt)
         return replace(encoded, trained=np.zeros(len(encoded), bool)) if prompt and loss != "all" else encoded
 
     def encode_many(self, conversations: Iterable[Conversation], *, loss: str = "assistant") -> list[Encoded]:
@@ -107,7 +107,7 @@ class TemplateFormat(ChatFormat):
 
     def _encode_record(self, conversation: Conversation, loss: str) -> Encoded:
         try:
-            return self._encode(conversation, loss, asked=False)
+            return self._encode(conversation, loss, prompt=False)
         except UserError as error:
             raise UserError(f"{conversation.where}: {error}" if conversation.where else str(error)) from None
 
@@ -115,13 +115,16 @@ class TemplateFormat(ChatFormat):
         self, branches: Sequence[tuple[Sequence[Message], Sequence[Sequence[Message]]]]
     ) -> list[tuple[np.ndarray, tuple[np.ndarray, ...]]]:
         """As `ChatFormat.encode_branches`; each answer is encoded with its prompt: a template may know none alone."""
-        found = []
+        encoded_branches = []
         for prompt, answers in branches:
             wholes = self.encode_many(Conversation((*prompt, *answer)) for answer in answers)
-            parts = [one.token_ids[: one.turn_ends[len(prompt) - 1]] if prompt else one.token_ids[:0] for one in wholes]
-            shared = parts[0][: _alike(parts)]
-            found.append((shared, tuple(one.token_ids[len(shared) :] for one in wholes)))
-        return found
+            prompts = [
+                whole.token_ids[: whole.turn_ends[len(prompt) - 1]] if prompt else whole.token_ids[:0]
+                for whole in wholes
+            ]
+            shared = prompts[0][: _alike(prompts)]
+            encoded_branches.append((shared, tuple(whole.token_ids[len(shared) :] for whole in wholes)))
+        return encoded_branches
 
     def tool_tokens(self) -> dict[str, tuple[int, int]]:
         """Raises UserError: the tokens of calls are those of our own format."""
@@ -133,23 +136,23 @@ class TemplateFormat(ChatFormat):
     # ---- text
 
     def _render(
-        self, messages: Sequence[Message], asked: bool, late: Collection[int] = (), bare: Collection[int] = ()
+        self, messages: Sequence[Message], prompt: bool, late: Collection[int] = (), bare: Collection[int] = ()
     ) -> str:
         """Render some messages; `late` are marked after their thoughts, `bare` not at all."""
         turns = []
         for index, turn in enumerate(messages):
             before, core, after = self._core(turn, index in late)
-            said = core if index in bare else f"{BEGIN}{core}{END}"
-            turns.append({"role": turn.role, "content": before + said + after})
+            content = core if index in bare else f"{BEGIN}{core}{END}"
+            turns.append({"role": turn.role, "content": before + content + after})
         # transformers gives both, and a template may ask whether they are defined
-        given = {"messages": turns, "tools": None, "documents": None, "add_generation_prompt": asked}
+        given = {"messages": turns, "tools": None, "documents": None, "add_generation_prompt": prompt}
         try:
             return self._template.ask(given | self._names)
         except TemplateFault as error:
             turn = f"turn {len(messages)} ({messages[-1].role})" if messages else "no turn"
             verb = "refuses this" if error.refused else "fails"
             if len(messages) > 1 and not error.ended:
-                self._render(messages[:-1], asked=False)  # where an earlier turn is at fault, that is named
+                self._render(messages[:-1], prompt=False)  # where an earlier turn is at fault, that is named
             raise UserError(f"{self._tokenizer.path.parent}: its chat template {verb}: {error} (at {turn})") from None
 
     def _core(self, turn: Message, late: bool) -> tuple[str, str, str]:
@@ -160,7 +163,7 @@ class TemplateFormat(ChatFormat):
                 "and this model has a chat template of its own"
             )
         text = _RESERVED.sub("", "".join(part.text for part in turn.parts))
-        text = self._escaped[turn.role].sub(lambda found: found[0][:1] + BREAK + found[0][1:], text)
+        text = self._escaped[turn.role].sub(lambda match: match[0][:1] + BREAK + match[0][1:], text)
         at = text.rindex(_THOUGHT) + len(_THOUGHT) if late else 0
         core = text[at:].strip()  # within white space, which some templates strip
         start = text.index(core, at) if core else len(text)
@@ -174,7 +177,7 @@ class TemplateFormat(ChatFormat):
                 left = left.replace(switch, "")
         return core, left.strip()
 
-    def _rendered(self, messages: Sequence[Message], asked: bool) -> tuple[str, list[tuple[int, int]]]:
+    def _rendered(self, messages: Sequence[Message], prompt: bool) -> tuple[str, list[tuple[int, int]]]:
         """The text, and from where to where in it stands what each message says.
 
         Raises UserError for a template that changes what they say.
@@ -182,7 +185,7 @@ class TemplateFormat(ChatFormat):
         everyone = range(len(messages))
         late: set[int] = set()  # whose thoughts the template takes or moves
         bare = {index for index in everyone if not self._core(messages[index], False)[1]}  # marks would fill them
-        marked = self._render(messages, asked, late, bare)
+        marked = self._render(messages, prompt, late, bare)
         while (wrong := self._changed(messages, marked, late, bare)) is not None:
             turn = messages[wrong]
             if turn.role == "assistant" and _THOUGHT in turn.text and wrong not in late:
@@ -192,14 +195,14 @@ class TemplateFormat(ChatFormat):
                 bare.add(wrong)
             else:
                 raise self._leaves_out(messages, wrong)
-            marked = self._render(messages, asked, late, bare)
-        text = self._render(messages, asked, late, everyone)
+            marked = self._render(messages, prompt, late, bare)
+        text = self._render(messages, prompt, late, everyone)
         if _EDGES.sub("", marked) != text:  # it looks at what is said
             bare = set(everyone)
-        edges = [found.start() - count for count, found in enumerate(_EDGES.finditer(marked))]
+        edges = [match.start() - count for count, match in enumerate(_EDGES.finditer(marked))]
         about = zip(edges[::2], edges[1::2], strict=True)
         places = dict(zip((i for i in everyone if i not in bare), about, strict=False))
-        places |= {index: self._place(messages, asked, late, index, text) for index in bare}
+        places |= {index: self._place(messages, prompt, late, index, text) for index in bare}
         for index in everyone[1:]:
             if places[index][0] < places[index - 1][1]:
                 if index > 1 or messages[0].role != "system":
@@ -219,8 +222,8 @@ class TemplateFormat(ChatFormat):
         """The first marked message that does not stand in the text as it was said, between its marks."""
         *pieces, rest = rendered.split(END)
         marked = [index for index in range(len(messages)) if index not in bare]
-        for place, index in enumerate(marked):
-            piece = pieces[place] if place < len(pieces) else ""
+        for position, index in enumerate(marked):
+            piece = pieces[position] if position < len(pieces) else ""
             core, left = self._said(messages[index], index in late)
             shown = piece.partition(BEGIN)[2]
             if piece.count(BEGIN) != 1 or (shown != core and shown.strip() != left):
@@ -228,32 +231,32 @@ class TemplateFormat(ChatFormat):
         return None if len(pieces) == len(marked) and BEGIN not in rest else marked[-1] if marked else len(messages) - 1
 
     def _place(
-        self, messages: Sequence[Message], asked: bool, late: Collection[int], index: int, text: str
+        self, messages: Sequence[Message], prompt: bool, late: Collection[int], index: int, text: str
     ) -> tuple[int, int]:
         """Where in the text an unmarked message stands: from where the text differs if it alone is marked."""
         core, left = self._said(messages[index], index in late)
-        alone = self._render(messages, asked, late, [i for i in range(len(messages)) if i != index])
-        differs = (place for place, (one, other) in enumerate(zip(text, alone, strict=False)) if one != other)
+        alone = self._render(messages, prompt, late, [i for i in range(len(messages)) if i != index])
+        differs = (offset for offset, (char, other) in enumerate(zip(text, alone, strict=False)) if char != other)
         start = next(differs, min(len(text), len(alone)))
         begin = text.find(core, start)
         if begin < 0:
             begin, core = text.find(left, start), left
         if begin < 0 or BEGIN not in alone:
             raise self._leaves_out(messages, index)
-        token = next((found for found in self._special.finditer(text) if found.start() < begin < found.end()), None)
+        token = next((match for match in self._special.finditer(text) if match.start() < begin < match.end()), None)
         begin = begin if token is None else token.start()
         return begin, begin + len(core)
 
     # ---- tokens
 
-    def _encode(self, conversation: Conversation, loss: str, asked: bool) -> Encoded:
+    def _encode(self, conversation: Conversation, loss: str, prompt: bool) -> Encoded:
         if conversation.document is not None:
             return self._document(conversation.document)
-        if not asked and self._ended == NONE:
+        if not prompt and self._ended == NONE:
             raise UserError(self._endless)
         messages = conversation.messages
-        text, places = self._rendered(messages, asked)
-        answers = [index for index, one in enumerate(messages) if one.role == "assistant"]
+        text, places = self._rendered(messages, prompt)
+        answers = [index for index, turn in enumerate(messages) if turn.role == "assistant"]
         learnt = {i for i in answers if messages[i].weight > 0 and (loss != "last" or i == answers[-1])}
         ids: list[int] = []
         trained: list[bool] = []
@@ -276,13 +279,13 @@ class TemplateFormat(ChatFormat):
                 if kind == "special" and done:
                     ends.append(len(ids))
                     learning = done = False
-        if not asked:
+        if not prompt:
             if self._ended == BETWEEN and done and messages[-1].role == "assistant":
                 ids.append(self.end_id)
                 trained.append(learning)
             ends[len(messages) - 1 :] = [len(ids)]  # what follows the last end token belongs to it
         starts = [0, *ends]
-        questions = tuple(starts[i] for i, one in enumerate(messages) if one.role == "user" and i < len(starts))
+        questions = tuple(starts[i] for i, turn in enumerate(messages) if turn.role == "user" and i < len(starts))
         preamble = ends[0] if messages[0].role == "system" and ends else 0
         flags = np.ones(len(ids), bool) if loss == "all" else np.array(trained, bool)
         return Encoded(np.array(ids, np.int32), flags, tuple(ends), questions, preamble)
@@ -298,12 +301,12 @@ class TemplateFormat(ChatFormat):
         marks: list[tuple[int, str]] = []
         for index, (begin, end) in enumerate(places):
             if index and index in answers:
-                asked = self._render(messages[:index], asked=True, bare=range(index))
-                if asked and text.startswith(asked) and len(asked) <= begin:
-                    marks.append((len(asked), CUT))
+                opening = self._render(messages[:index], prompt=True, bare=range(index))
+                if opening and text.startswith(opening) and len(opening) <= begin:
+                    marks.append((len(opening), CUT))
             marks += [(begin, BEGIN), (end, END)]
-        for place, mark in reversed(sorted(marks, key=lambda one: one[0])):
-            text = f"{text[:place]}{mark}{text[place:]}"
+        for position, mark in reversed(sorted(marks, key=lambda mark: mark[0])):
+            text = f"{text[:position]}{mark}{text[position:]}"
         return text
 
     def _document(self, text: str) -> Encoded:
@@ -313,9 +316,9 @@ class TemplateFormat(ChatFormat):
 
     def _events(self, rendered: str) -> Iterator[tuple[str, int]]:
         """A mark, or "special" or "text" with a token's id, in the order of the text, which is encoded whole."""
-        text = self._special.sub(lambda found: self._whole.stand_ins[found[0]], rendered)
-        marks = [(found.start() - count, found[0]) for count, found in enumerate(_MARKS.finditer(text))]
-        waiting = deque((place, mark) for place, mark in marks if mark != BREAK)
+        text = self._special.sub(lambda match: self._whole.stand_ins[match[0]], rendered)
+        marks = [(match.start() - count, match[0]) for count, match in enumerate(_MARKS.finditer(text))]
+        waiting = deque((position, mark) for position, mark in marks if mark != BREAK)
         for start, stop, token in self._whole.placed_tokens(_MARKS.sub("", text)):
             special = self._whole.special_ids.get(token)
             # a token of a header's last space and an answer's first word is the answer's: the model has to say it;
