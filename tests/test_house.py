@@ -30,7 +30,7 @@ ROOMS = {
     "report": (1250, 1580),
     "crawl": (4300, 5540),
     "data": (1100, 1480),
-    "generation": (2100, 3280),
+    "generation": (2100, 3300),
     "training": (2500, 3100),
     "reward_model": (800, 820),
     "probing": (900, 980),

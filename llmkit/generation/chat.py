@@ -45,6 +45,7 @@ A line that ends in \\ goes on in the next one. On a terminal Alt-Enter begins a
 new line, what is pasted is one message, and Ctrl-C stops an answer. A space
 before / sends a command as a message."""
 COMMANDS = tuple(re.findall(r"^  (/[a-z]+)", HELP, re.MULTILINE))
+BARE = (*re.findall(r"^  (/[a-z]+)  ", HELP, re.MULTILINE), "/exit")  # take no text
 
 
 class Chat:
@@ -287,6 +288,8 @@ def talk(
         command = command.lower() if re.fullmatch(r"/[A-Za-z]*", command) else command
         if not re.fullmatch(r"/[a-z]*\s*", command):  # a path begins with a slash, too
             answer(lambda text=text: chat.ask(text, write, say))
+        elif rest and command in BARE:
+            say(f"error: there is no command {text!r}, only {command}; a space before it sends it as a message")
         elif command in ("/quit", "/exit"):
             return
         elif command == "/retry":

@@ -95,6 +95,9 @@ class _Keyboard:
         def _(event: Any) -> None:
             event.current_buffer.insert_text("\n")
 
+        # a colour's \x1b[31m is taken for the mouse, which nothing here asks for, and found malformed
+        keys.add("<vt100-mouse-event>")(lambda event: None)
+
         output: Any = create_output(stdout=stream)
         output.enable_cpr = False  # where the cursor stands matters to menus alone, and not every terminal tells
         self._session: Any = PromptSession(

@@ -75,6 +75,14 @@ def test_commands(tokenizer, tmp_path):
     assert written == ""
 
 
+@pytest.mark.parametrize("name", ["/quit", "/exit", "/retry", "/reset", "/tokens", "/help"])
+def test_a_command_with_words_that_it_does_not_take_is_none(tokenizer, name):
+    one = chat(tokenizer)
+    _, said = held(one, "hello", f"{name} now", "asked")
+    assert f"error: there is no command '{name} now', only {name}; a space before it sends it as a message" in said
+    assert [turn.text for turn in one.turns[::2]] == ["hello", "asked"]
+
+
 def test_help_lists_what_there_is(tokenizer):
     """Every command that it names is one, and does not end in an error of its own making."""
     for name in COMMANDS:

@@ -105,12 +105,14 @@ def test_pasted_lines_are_one_message_and_tools_are_seen_and_saved(caller, tmp_p
     assert "calls calc: 7" in shown and "calc answers: 7" in shown and "x\r\n" in shown
     assert "tokens in 2 messages" in at.type("/tokens")
     assert "there is no command /what" in at.type("/what")
+    shown = at.type("wh\x1b[31my\x1b[0m\x1b[1;3m\x1b[<1M")  # colours, as other programs print them
+    assert "> why" in shown and "x\r\n" in shown and "Unhandled" not in shown
     at.type("ha\x1b[D\x1b[Do")  # an arrow goes back: oha
     at.type("\x1b[A")  # history: the same again
     assert "saved in" in at.type(f"/save {kept}")
     assert at.end() == 0
     turns = json.loads(kept.read_text())["messages"]
-    assert [turn["content"] for turn in turns[::2]] == ["one\ntwo\nthree", "oha", "oha"]
+    assert [turn["content"] for turn in turns[::2]] == ["one\ntwo\nthree", "why", "oha", "oha"]
     said = [{"type": "calc", "text": "7"}, {"type": "result", "text": "7"}, {"type": "text", "text": "x"}]
     assert all(turn["content"] == said for turn in turns[1::2])
 
