@@ -125,9 +125,9 @@ class Checkpoints:
         own = list(partial.glob(f"shard-{world().rank + 1:05d}-*.safetensors"))
         for part in own:
             sync(part)
-        found: list[dict[str, str]] = [{}] * world().size
-        dist.all_gather_object(found, {part.name: file_sha256(part) for part in own}, group=group)
-        digests = {name: digest for parts in found for name, digest in parts.items()}
+        gathered: list[dict[str, str]] = [{}] * world().size
+        dist.all_gather_object(gathered, {part.name: file_sha256(part) for part in own}, group=group)
+        digests = {name: digest for checksums in gathered for name, digest in checksums.items()}
         if world().leads:
             noted = {**state, "step": step, "parts": len(digests), "sha256": digests}
             write_sealed(partial / STATE, noted)
@@ -136,8 +136,8 @@ class Checkpoints:
 
     def state(self) -> dict[str, Any] | None:
         """The newest whole checkpoint's state alone, with its `step`; None where there is none."""
-        found = world().broadcast(self._newest() if world().leads else None)
-        return found and found[1]
+        newest = world().broadcast(self._newest() if world().leads else None)
+        return newest and newest[1]
 
     def _newest(self) -> tuple[int, dict[str, Any]] | None:
         """Step and state of the newest whole checkpoint, and a line on stderr for each damaged one that is newer.
@@ -146,13 +146,13 @@ class Checkpoints:
         """
         damaged: list[str] = []
         for step in reversed(self.steps()):
-            place = self._place(step)
+            folder = self._place(step)
             try:
                 if step not in self._whole:
-                    self._whole[step] = _checked(place, step)
+                    self._whole[step] = _checked(folder, step)
             except (OSError, ValueError) as error:
                 reason = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error)
-                damaged.append(f"{place}: damaged checkpoint ({reason})")
+                damaged.append(f"{folder}: damaged checkpoint ({reason})")
                 continue
             for line in damaged:
                 say(f"{line}; going on from the one of step {step}")
@@ -171,47 +171,47 @@ class Checkpoints:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        found = self._newest() if like is None or world().leads else None
-        found = found if like is None else world().broadcast(found)
-        if found is None:
+        newest = self._newest() if like is None or world().leads else None
+        newest = newest if like is None else world().broadcast(newest)
+        if newest is None:
             return None
-        place, state = self._place(found[0]), found[1]
+        folder, state = self._place(newest[0]), newest[1]
         try:
             divided = like is not None and any(map(is_sharded, like.values()))
             if divided or "parts" in state:
-                return _load_parts(place, state.get("parts", 1), like), state
-            return load_file(place / TENSORS), state
+                return _load_parts(folder, state.get("parts", 1), like), state
+            return load_file(folder / TENSORS), state
         except LookupError as error:
-            message = f"{place}: a checkpoint of another model: {error}"
+            message = f"{folder}: a checkpoint of another model: {error}"
             raise UserError(f"{message}; choose another --out, or start again with --force") from error
         except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{place}: damaged checkpoint ({error}); start again with --force") from error
+            raise UserError(f"{folder}: damaged checkpoint ({error}); start again with --force") from error
 
 
-def _checked(place: Path, step: int) -> dict[str, Any]:
+def _checked(folder: Path, step: int) -> dict[str, Any]:
     """The state of the checkpoint of a step. Raises ValueError or OSError where it is not what was written."""
-    state = read_sealed(place / STATE)
+    state = read_sealed(folder / STATE)
     if state.get("step") != step:
         raise ValueError(f"{STATE} is of another step")
     for name, digest in state["sha256"].items():
-        if file_sha256(place / name) != digest:
+        if file_sha256(folder / name) != digest:
             raise ValueError(f"{name} does not have the checksum that {STATE} names")
     return state
 
 
-def _load_parts(place: Path, parts: int, like: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+def _load_parts(folder: Path, count: int, like: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """The tensors of a checkpoint in parts; without `like` all of them, whole."""
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    found = sum(1 for _ in place.glob("*.safetensors"))
-    if found != parts:
-        raise ValueError(f"expected {counted(parts, 'file')} of tensors, found {found}")
-    reader = HuggingFaceStorageReader(str(place))
+    files = sum(1 for _ in folder.glob("*.safetensors"))
+    if files != count:
+        raise ValueError(f"expected {counted(count, 'file')} of tensors, found {files}")
+    reader = HuggingFaceStorageReader(str(folder))
     described: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
     if like is None:
-        tensors = {name: torch.empty(one.size, dtype=one.properties.dtype) for name, one in described.items()}
+        tensors = {name: torch.empty(meta.size, dtype=meta.properties.dtype) for name, meta in described.items()}
     else:
         tensors = {name: value if is_sharded(value) else torch.empty_like(value) for name, value in like.items()}
         for name, value in tensors.items():

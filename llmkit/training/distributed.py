@@ -58,12 +58,12 @@ class World:
         """The largest of all processes of each number."""
         return values if self.size == 1 else self._reduce(values, "MAX")
 
-    def _reduce(self, values: tuple[float, ...], how: str) -> tuple[float, ...]:
+    def _reduce(self, values: tuple[float, ...], operation: str) -> tuple[float, ...]:
         import torch.distributed as dist
 
         tensor = torch.tensor(values, dtype=torch.float64)
         with self._watch.waiting():
-            dist.all_reduce(tensor, op=getattr(dist.ReduceOp, how))
+            dist.all_reduce(tensor, op=getattr(dist.ReduceOp, operation))
         return tuple(tensor.tolist())
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
@@ -80,10 +80,10 @@ class World:
         import torch.distributed as dist
 
         self.barrier()
-        found: list[Any] = [None] * self.size
+        values: list[Any] = [None] * self.size
         with self._watch.waiting():
-            dist.all_gather_object(found, value)
-        return found
+            dist.all_gather_object(values, value)
+        return values
 
     def broadcast(self, value: Any) -> Any:
         """The first process's value, which is JSON, whenever it comes."""

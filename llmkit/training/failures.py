@@ -245,12 +245,12 @@ def whereabouts() -> str | None:
     frame: Any = sys._current_frames().get(threading.main_thread().ident or 0)
     if _watch is not None and _watch._waiting_since is not None:
         return None
-    place = None
+    location = None
     while frame is not None:
         name = frame.f_code.co_filename
         if "torch/distributed" in name:
             return None
-        if place is None and name.startswith(PACKAGE):
-            place = f"{name[len(PACKAGE) + 1 :]}:{frame.f_lineno}"
+        if location is None and name.startswith(PACKAGE):
+            location = f"{name[len(PACKAGE) + 1 :]}:{frame.f_lineno}"
         frame = frame.f_back
-    return place or "no place in llmkit"
+    return location or "no place in llmkit"

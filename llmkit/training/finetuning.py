@@ -86,8 +86,8 @@ class Finetuning:
                 tuning._unlearnt = tuple(sorted(used & set(base.specials.values())))
             tuning.model = _ending_at(model, turn)
             return tuning.train()
-        with tempfile.TemporaryDirectory(prefix="llmkit-") as place:
-            tokenizer = write_chat_tokenizer(base, Path(place))
+        with tempfile.TemporaryDirectory(prefix="llmkit-") as temporary:
+            tokenizer = write_chat_tokenizer(base, Path(temporary))
         check_finite(model, folder)
         known = base.vocab_size
         tuning = cls(folder, model, tokenizer, known)
@@ -239,8 +239,8 @@ class Finetuning:
         They outlive a kill: they lie beside the checkpoints.
         """
         best = self._open_best(trainer.folder)
-        kept = best.state()
-        highest = -math.inf if kept is None else kept["score"]
+        best_state = best.state()
+        highest = -math.inf if best_state is None else best_state["score"]
 
         def watched() -> Mapping[str, float]:
             nonlocal highest
@@ -269,8 +269,8 @@ class Finetuning:
     def _open_best(self, folder: Path) -> Checkpoints:
         if self._best is None:
             self._best = Checkpoints(folder / "state" / "best", keep=1)
-            kept = self._best.state()
-            self.best_step = None if kept is None else kept["step"]
+            state = self._best.state()
+            self.best_step = None if state is None else state["step"]
         return self._best
 
     def stop_early(
@@ -317,8 +317,8 @@ class Finetuning:
         if self._best is not None:
             self._best.wait()
         if self._best is not None and self.best_step is not None:
-            kept = self._best.load() if world().leads else None
-            return kept[0] if kept else {}
+            loaded = self._best.load() if world().leads else None
+            return loaded[0] if loaded else {}
         return self.optimizer.whole_masters()
 
     def save(self, folder: Path, values: Mapping[str, torch.Tensor], *, keep_adapter: bool = False) -> None:
@@ -379,10 +379,10 @@ def _ending_at(model: Transformer, turn: int, text: int | None = None) -> Transf
 def answer(model: Transformer, chat: ChatFormat, tokenizer: Tokenizer, prompts: Sequence[str], max_tokens: int) -> str:
     """The likeliest answers to some questions, for a look at a model in training: "question -> answer" by line."""
     room = model.config.max_position_embeddings
-    asked = [chat.encode([message("user", prompt)], prompt=True).token_ids.tolist() for prompt in prompts]
-    fitting = [(prompt, ids) for prompt, ids in zip(prompts, asked, strict=True) if len(ids) < room]
+    encoded = [chat.encode([message("user", prompt)], prompt=True).token_ids.tolist() for prompt in prompts]
+    fitting = [(prompt, ids) for prompt, ids in zip(prompts, encoded, strict=True) if len(ids) < room]
     requests = [Request(ids, max_tokens=max_tokens) for _, ids in fitting]
     generator = Generator(model, tokenizer, Sampling(temperature=0.0), slots=max(1, len(requests)))
     with torch.no_grad():
         answers = [samples[0] for samples in generator.complete(requests)]
-    return "\n".join(f"{prompt} -> {one.text}" for (prompt, _), one in zip(fitting, answers, strict=True))
+    return "\n".join(f"{prompt} -> {completion.text}" for (prompt, _), completion in zip(fitting, answers, strict=True))

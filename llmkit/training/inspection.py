@@ -59,10 +59,10 @@ def _roles(ids: Sequence[int], trained: Sequence[bool], tokenizer: Tokenizer) ->
     start, separator, end = (tokenizer.specials[name] for name in ("<|im_start|>", "<|im_sep|>", "<|im_end|>"))
     result = tokenizer.specials["<|result_start|>"], tokenizer.specials["<|result_end|>"]
     roles, role, inside = [], "", False
-    for place, token in enumerate(ids):
+    for index, token in enumerate(ids):
         if token == start:
-            until = next((i for i in range(place, len(ids)) if ids[i] == separator), place)
-            role = tokenizer.decode(ids[place + 1 : until])
+            until = next((i for i in range(index, len(ids)) if ids[i] == separator), index)
+            role = tokenizer.decode(ids[index + 1 : until])
         inside = inside or token == result[0]
         roles.append("result" if inside else role if role in COLOURS else "")
         if token == result[1]:

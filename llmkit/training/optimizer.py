@@ -290,12 +290,12 @@ class Optimizer:
 
     def whole_masters(self) -> dict[str, Tensor]:
         """fp32 master of each parameter by name, whole, in the first process; the others get none. All call it."""
-        found = {}
+        masters = {}
         for name, value in self.masters().items():
             whole = full_tensor(value)
             if world().leads:
-                found[name] = whole.cpu() if is_sharded(value) else whole
-        return found
+                masters[name] = whole.cpu() if is_sharded(value) else whole
+        return masters
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything needed to go on exactly: `master.NAME`, `momentum.NAME`, `second_moment.NAME`, `count`."""

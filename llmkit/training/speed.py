@@ -109,11 +109,11 @@ def update_flops(config: ModelConfig, recipe: Recipe) -> float:
 def batch_seconds(model: nn.Module, loss: Loss, batch: Batch, micro_batch_rows: int, device: torch.device) -> float:
     """Seconds of the forward and backward pass of a batch, by one that comes after a first of a micro-batch."""
     keep_freed_memory()
-    parts = [
+    micro_batches = [
         tuple(array[start : start + micro_batch_rows] for array in batch)
         for start in range(0, len(batch[0]), micro_batch_rows)
     ]
-    for timed in (parts[:1], parts):
+    for timed in (micro_batches[:1], micro_batches):
         started = time.perf_counter()
         for rows in timed:
             loss(model, rows)[0].backward()

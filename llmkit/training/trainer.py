@@ -228,11 +228,11 @@ class Trainer:
         (largest,) = world().largest(self.optimizer.largest_weight())
         if largest <= LARGEST_WEIGHT:
             return
-        found = f"a weight has grown to {largest:.2g}" if math.isfinite(largest) else "weights are not finite numbers"
+        fault = f"a weight has grown to {largest:.2g}" if math.isfinite(largest) else "weights are not finite numbers"
         self.checkpoints.wait()
-        kept = self.checkpoints.steps()
-        place = f"step {kept[-1]} is saved in {self.checkpoints.folder}" if kept else "nothing was saved"
-        raise SavedError(f"{reason}{found} after step {self.step}; {place}; {RESTART}")
+        steps = self.checkpoints.steps()
+        saved = f"step {steps[-1]} is saved in {self.checkpoints.folder}" if steps else "nothing was saved"
+        raise SavedError(f"{reason}{fault} after step {self.step}; {saved}; {RESTART}")
 
     def _check_growth(self) -> None:
         """Stop at the end of a training whose loss is far above its beginning, and note one that is above it."""
@@ -464,11 +464,11 @@ class Trainer:
 
     def resume(self) -> bool:
         """Load the newest checkpoint, if any. Raises UserError when it is of another model."""
-        found = self.checkpoints.load(self.optimizer.state_dict())
-        if found is None:  # killed before the first one: begin again
+        loaded = self.checkpoints.load(self.optimizer.state_dict())
+        if loaded is None:  # killed before the first one: begin again
             self._restore_evaluation(0)
             return False
-        tensors, state = found
+        tensors, state = loaded
         try:
             self.optimizer.load_state_dict(tensors)
         except (KeyError, RuntimeError) as error:
@@ -486,11 +486,11 @@ class Trainer:
 
     def _restore_evaluation(self, step: int) -> None:
         """Drop the metrics of later steps, and know the last evaluation and sample on disk, which stand already."""
-        place = self.folder / METRICS
+        path = self.folder / METRICS
         with world().in_turn():
             if world().leads:
-                trim_metrics(place, step)
-            for row in read_metrics(place):
+                trim_metrics(path, step)
+            for row in read_metrics(path):
                 if scores := {name: value for name, value in row.items() if name.startswith("val_")}:
                     self.scores, self.evaluated_step = scores, int(row.get("step", -1))
                 if "sample" in row:
