@@ -36,7 +36,7 @@ def explain(
     be read a second time. `make` is a pipeline of the recipe that writes rejects.
     """
     steps = make().steps
-    asked = [step for step in DUPLICATES if step in recipe.steps]
+    dedups = [step for step in DUPLICATES if step in recipe.steps]
     for number, (span, record) in enumerate(all_records(spans())):
         if isinstance(record, Skipped):
             if record.url == wanted:
@@ -44,19 +44,19 @@ def explain(
             continue
         if wanted not in (record.page.url, record.identity):
             continue
-        told = _followed(record, steps)
-        if told["kept"] and asked:
+        entry = _followed(record, steps)
+        if entry["kept"] and dedups:
             if again:
-                _add_duplicates(told, islice(spans(), span + 1), recipe, make, number, workers)
+                _add_duplicates(entry, islice(spans(), span + 1), recipe, make, number, workers)
             else:
-                told["steps"] += [{"step": step, "verdict": "not looked for: read once"} for step in asked]
-        yield told
+                entry["steps"] += [{"step": step, "verdict": "not looked for: read once"} for step in dedups]
+        yield entry
 
 
 def _explained_skip(record: Skipped) -> dict[str, Any]:
     verdict = {"step": "read", "verdict": record.reason}
-    told = {"url": record.url, "source": record.path, "offset": record.offset, "kept": False}
-    return told | {"step": "read", "reason": record.reason, "steps": [verdict]}
+    entry = {"url": record.url, "source": record.path, "offset": record.offset, "kept": False}
+    return entry | {"step": "read", "reason": record.reason, "steps": [verdict]}
 
 
 def _followed(journey: Journey, steps: Steps) -> dict[str, Any]:
@@ -77,13 +77,13 @@ def _followed(journey: Journey, steps: Steps) -> dict[str, Any]:
         if journey.reason:
             journey.step = name
             break
-    told = journey.reject()
-    text = {"text": told.pop("text")} if "text" in told else {}
-    return {**told, "kept": journey.step is None, "steps": rows, **text}
+    entry = journey.reject()
+    text = {"text": entry.pop("text")} if "text" in entry else {}
+    return {**entry, "kept": journey.step is None, "steps": rows, **text}
 
 
 def _add_duplicates(
-    told: dict[str, Any],
+    entry: dict[str, Any],
     spans: Iterable[Span],
     recipe: Recipe,
     make: Callable[[], Pipeline],
@@ -99,20 +99,20 @@ def _add_duplicates(
     collector = Collector(recipe, keep_last, keep_last, records=number + 1)
     with collector:
         collect(spans, make, workers, collector)
-    found = orjson.loads(last[0])
+    outcome = orjson.loads(last[0])
     for step in (step for step in DUPLICATES if step in recipe.steps):
-        dropped = found.get("step") == step
-        row = {"step": step, "verdict": found["reason"] if dropped else "kept"}
-        told["steps"].append(row | {key: found[key] for key in ("score", "repeats") if dropped})
+        dropped = outcome.get("step") == step
+        row = {"step": step, "verdict": outcome["reason"] if dropped else "kept"}
+        entry["steps"].append(row | {key: outcome[key] for key in ("score", "repeats") if dropped})
         if dropped:
-            told |= {key: found[key] for key in ("step", "reason", "score", "repeats")} | {"kept": False}
+            entry |= {key: outcome[key] for key in ("step", "reason", "score", "repeats")} | {"kept": False}
             return
 
 
-def show_explanation(told: dict[str, Any], to: TextIO) -> None:
+def show_explanation(entry: dict[str, Any], to: TextIO) -> None:
     """A readable table of one explanation."""
-    print(printable(f"{told.get('url') or told.get('id')}  ({told['source']}, {told['offset']})"), file=to)
-    for row in told["steps"]:
+    print(printable(f"{entry.get('url') or entry.get('id')}  ({entry['source']}, {entry['offset']})"), file=to)
+    for row in entry["steps"]:
         details = [f"{row['language']} {row['language_score']}"] if "language" in row else []
         details += [f"score {row['score']:.4g}"] if "score" in row else []
         details += [f"repeats {row['repeats']}"] if "repeats" in row else []
@@ -122,5 +122,5 @@ def show_explanation(told: dict[str, Any], to: TextIO) -> None:
         size = counted(row["characters"], "character") if "characters" in row else ""
         line = f"  {row['step']:<18} {row['verdict']:<24} {size:>18}  {', '.join(details)}"
         print(printable(line.rstrip()), file=to)
-    verdict = "kept" if told["kept"] else f"dropped by {told['step']}: {told['reason']}"
+    verdict = "kept" if entry["kept"] else f"dropped by {entry['step']}: {entry['reason']}"
     print(printable(f"  {verdict}"), file=to, flush=True)

@@ -48,11 +48,11 @@ class Funnel:
         """One object a step, in order: `{"step", "in", "kept", "dropped": {reason: count}, "seconds"}`."""
         rows, left = [], self.records
         for step, counts in self.dropped.items():
-            kept = left - counts.total()
+            passed = left - counts.total()
             reasons = dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
-            rows.append({"step": step, "in": left, "kept": kept, "dropped": reasons})
+            rows.append({"step": step, "in": left, "kept": passed, "dropped": reasons})
             rows[-1]["seconds"] = round(self.seconds[step], 3)
-            left = kept
+            left = passed
         assert left == self.kept, f"{left} records left the last step, {self.kept} were kept"
         return rows
 

@@ -135,8 +135,8 @@ def _cluster(ray: Any, workers: int | None) -> Iterator[int]:
 def _in_order(ray: Any, spans: Iterable[Span], make: Callable[[], Work], state: State, count: int) -> Iterator[Worked]:
     """Yield the result of each span, in order, when its file is in place."""
     task = ray.remote(num_cpus=1, max_retries=RETRIES)(_work_on)
-    made = [ray.put(pickle.dumps(make))]  # in a list, or Ray would hand its content to every task
-    submit = lambda span: task.remote(span, made, str(_unchecked(state, span)), os.getcwd())  # noqa: E731
+    pickled = [ray.put(pickle.dumps(make))]  # in a list, or Ray would hand its content to every task
+    submit = lambda span: task.remote(span, pickled, str(_unchecked(state, span)), os.getcwd())  # noqa: E731
     seam, waiting = Seam(), deque[tuple[Span, Any]]()
 
     def next_one() -> Worked:
@@ -179,27 +179,27 @@ def _got(ray: Any, span: Span, reference: Any) -> Worked:
 _works: dict[Any, Work] = {}
 
 
-def _work_on(span: Span, made: list[Any], file: str, folder: str) -> Worked:
+def _work_on(span: Span, pickled: list[Any], file: str, folder: str) -> Worked:
     """The task: work on a span, leave its parts in the file."""
     import ray
 
     os.chdir(folder)  # the driver's: paths are relative to it
     try:
-        if made[0] not in _works:
-            _works[made[0]] = pickle.loads(ray.get(made[0]))()
-        return _worked(write_span(Path(file), span, _works[made[0]](span)))
+        if pickled[0] not in _works:
+            _works[pickled[0]] = pickle.loads(ray.get(pickled[0]))()
+        return _worked(write_span(Path(file), span, _works[pickled[0]](span)))
     except UserError as error:
         return Worked(None, None, 0, None, str(error))
 
 
 def _worked(parts: Iterable[Part]) -> Worked:
-    found, part, pages = [], None, 0
+    signatures, part, pages = [], None, 0
     for part in parts:
         pages += sum(outcome.step != READ for outcome in part.outcomes)
         if part.signatures is not None:
-            found.append(part.signatures)
+            signatures.append(part.signatures)
     assert part, "a span has a part at least"
-    return Worked(part.began, part.ended, pages, np.concatenate(found) if found else None)
+    return Worked(part.began, part.ended, pages, np.concatenate(signatures) if signatures else None)
 
 
 # ---- duplicates
@@ -216,13 +216,13 @@ class _SignatureFiles:
 
     def write(self, signatures: np.ndarray) -> None:
         """Add those of the next documents (n,)."""
-        found = keys(signatures)
+        band_keys = keys(signatures)
         if not self._handles:
-            self.dtype, self.columns = signatures.dtype, found.shape[1]
+            self.dtype, self.columns = signatures.dtype, band_keys.shape[1]
             names = ["signatures", *(f"keys-{column}" for column in range(self.columns))]
             self._handles = [self._files.enter_context((self.folder / name).open("wb")) for name in names]
         self._handles[0].write(signatures.tobytes())
-        for handle, column in zip(self._handles[1:], found.T, strict=True):
+        for handle, column in zip(self._handles[1:], band_keys.T, strict=True):
             handle.write(column.tobytes())
         self.documents += len(signatures)
 
@@ -257,14 +257,14 @@ def write_firsts(folder: str, column: int, part: int, parts: int) -> str:
     part: of the keys by their upper 32 bits, whose range is cut into as many as `parts`.
     """
     column_keys = np.memmap(Path(folder, f"keys-{column}"), np.uint64, "r")
-    rows, found = [], []
+    rows, selected = [], []
     for start in range(0, len(column_keys), CHUNK):
         chunk = column_keys[start : start + CHUNK]
         chosen = np.flatnonzero((chunk >> np.uint64(32)) * np.uint64(parts) >> np.uint64(32) == part)
         rows.append(chosen + start)
-        found.append(chunk[chosen])
+        selected.append(chunk[chosen])
     numbers = np.concatenate(rows)
-    firsts = numbers[band_firsts(np.concatenate(found))]
+    firsts = numbers[band_firsts(np.concatenate(selected))]
     repeated = firsts != numbers
     out = Path(folder, f"firsts-{column}-{part}.npy")
     np.save(out, np.stack([numbers[repeated], firsts[repeated]]))

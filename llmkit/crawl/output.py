@@ -46,11 +46,11 @@ class Collector:
         self._names = Names(spill)
         self.duplicates: Any = None  # what says what repeats what: has add() of `Duplicates`
         self._last_step = recipe.taken[-1] if recipe.taken else READ
-        asked = [step for step in DUPLICATES if step in recipe.steps]
-        if asked:
+        wanted = [step for step in DUPLICATES if step in recipe.steps]
+        if wanted:
             from llmkit.crawl.dedup.duplicates import Duplicates
 
-            exact, near = (step in asked for step in DUPLICATES)
+            exact, near = (step in wanted for step in DUPLICATES)
             self.duplicates = Duplicates(spill, recipe.near_duplicates.min_similarity, exact, near)
 
     @property
@@ -94,8 +94,8 @@ class Collector:
             self._document(outcome.line)
         else:
             step = f"{repeat.kind}_duplicates"
-            told = self._repeats(outcome, repeat, step) if self._reject else b""
-            self._drop(step, "repeats", told)
+            line = self._repeats(outcome, repeat, step) if self._reject else b""
+            self._drop(step, "repeats", line)
         if self.duplicates is not None:
             self._names.add(outcome.line)
 
@@ -106,11 +106,11 @@ class Collector:
 
     def _repeats(self, outcome: Outcome, repeat: Any, step: str) -> bytes:
         """Return the line of --rejects for a document that repeats an earlier one."""
-        found = load_json(outcome.line)
-        told = {key: found[key] for key in ("id", "url", "source") if key in found}
-        told |= {"offset": outcome.offset, "step": step, "reason": "repeats"}
-        told |= {"score": round(repeat.similarity, 4), "repeats": self._names[repeat.index], "text": found["text"]}
-        return dump_json(told, JSON_LINE)
+        document = load_json(outcome.line)
+        entry = {key: document[key] for key in ("id", "url", "source") if key in document}
+        entry |= {"offset": outcome.offset, "step": step, "reason": "repeats"}
+        entry |= {"score": round(repeat.similarity, 4), "repeats": self._names[repeat.index], "text": document["text"]}
+        return dump_json(entry, JSON_LINE)
 
 
 def collect(
@@ -120,7 +120,7 @@ def collect(
     collector: Collector,
     state: State | None = None,
     on_progress: Callable[[int], object] = lambda amount: None,
-    on_bad: Callable[[str, str], object] = lambda place, reason: None,
+    on_bad: Callable[[str, str], object] = lambda where, reason: None,
 ) -> None:
     """Have the spans worked on and their parts collected in order.
 

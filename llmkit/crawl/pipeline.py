@@ -71,20 +71,20 @@ class Pipeline:
     def _outcome(self, record: Journey | Skipped, seconds: dict[str, float]) -> Outcome:
         """Follow one record to its outcome."""
         if isinstance(record, Skipped):
-            step, reason, offset, told = READ, record.reason, record.offset, _told_of(record)
+            step, reason, offset, entry = READ, record.reason, record.offset, _told_of(record)
         else:
             if record.step is None:
                 self.steps.follow(record, seconds)
             step, reason, offset = record.step, record.reason, record.page.offset
-            told = record.document(self.tell_language) if step is None else record.reject()
-        line = _line(told) if step is None or self.rejects else b""
+            entry = record.document(self.tell_language) if step is None else record.reject()
+        line = _line(entry) if step is None or self.rejects else b""
         return Outcome(step, reason, offset, line)
 
 
 def _told_of(record: Skipped) -> dict[str, Any]:
     """Return the entry of --rejects for a record that is no page."""
-    told = {"url": record.url} if record.url is not None else {}
-    return told | {"source": source_of(record.path), "offset": record.offset, "step": READ, "reason": record.reason}
+    entry = {"url": record.url} if record.url is not None else {}
+    return entry | {"source": source_of(record.path), "offset": record.offset, "step": READ, "reason": record.reason}
 
 
 class Records:

@@ -157,11 +157,11 @@ def own_recipe() -> Recipe:
 NAMED = {"fineweb": Recipe, "llmkit": own_recipe}
 
 
-def check_steps(names: tuple[str, ...], place: str) -> tuple[str, ...]:
+def check_steps(names: tuple[str, ...], prefix: str) -> tuple[str, ...]:
     """The names, each of a step; raises UserError with the nearest name otherwise."""
     for name in names:
         if name not in STEPS:
-            raise UserError(f"{place}: unknown step '{name}'; {_nearest(name, STEPS)}")
+            raise UserError(f"{prefix}: unknown step '{name}'; {_nearest(name, STEPS)}")
     return names
 
 
@@ -191,19 +191,19 @@ def read_recipe(path: str) -> Recipe:
     return _with_values(Recipe(), content, path)
 
 
-def _with_values(target: Any, content: dict[str, Any], place: str) -> Any:
+def _with_values(target: Any, content: dict[str, Any], prefix: str) -> Any:
     """A dataclass with the values of a TOML table in place of its own."""
     names = [item.name for item in fields(target)]
     hints = get_type_hints(type(target))
     values = {}
     for key, value in content.items():
         if key not in names:
-            raise UserError(f"{place}: unknown key '{key}'; {_nearest(key, names)}")
-        where, own = f"{place}: {key}", getattr(target, key)
+            raise UserError(f"{prefix}: unknown key '{key}'; {_nearest(key, names)}")
+        where, own = f"{prefix}: {key}", getattr(target, key)
         if is_dataclass(own):
             if not isinstance(value, dict):
                 raise UserError(f"{where}: expected a table [{key}], found {kind_of(value)}")
-            values[key] = _with_values(own, value, f"{place}: [{key}]")
+            values[key] = _with_values(own, value, f"{prefix}: [{key}]")
         else:
             values[key] = _value(value, hints[key], where)
             _check_choice(type(target), key, values[key], where)
@@ -276,4 +276,4 @@ def _comments(table: type) -> dict[str, str]:
         source = "".join(inspect.getsource(kind) for kind in table.__mro__ if is_dataclass(kind))
     except OSError:  # no source beside the byte code
         return {}
-    return {found[1]: found[2] for found in re.finditer(r"^ {4}(\w+): [^#\n]*# (.+)$", source, re.MULTILINE)}
+    return {match[1]: match[2] for match in re.finditer(r"^ {4}(\w+): [^#\n]*# (.+)$", source, re.MULTILINE)}

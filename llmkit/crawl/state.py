@@ -130,12 +130,12 @@ def files_of(paths: Iterable[str]) -> list[Path]:
 
 def identities(paths: Iterable[str]) -> list[dict[str, Any]]:
     """Identify files by path, size and time of change, to compare them on resuming."""
-    found = []
+    files = []
     for path in files_of(paths):
         status = path.stat() if path.is_file() else None
         known = {"bytes": status.st_size, "modified": status.st_mtime_ns} if status else {}
-        found.append({"path": str(path), **known})
-    return found
+        files.append({"path": str(path), **known})
+    return files
 
 
 def _digest(span: Any) -> bytes:

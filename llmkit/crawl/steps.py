@@ -52,21 +52,21 @@ class Journey:
 
     def document(self, tell_language: bool = True) -> dict[str, Any]:
         """The record of a kept page: ours first, then what passes through."""
-        told = {"text": self.text, "id": self.identity, "url": self.page.url, "source": source_of(self.page.path)}
+        record = {"text": self.text, "id": self.identity, "url": self.page.url, "source": source_of(self.page.path)}
         own = self.page.record
         if tell_language:
-            told |= {"language": self.language, "language_score": self.language_score}
-            own = {key: value for key, value in own.items() if key not in told or key in ("id", "url", "source")}
-        told["title"] = self.title
-        return {key: value for key, value in told.items() if value is not None} | own
+            record |= {"language": self.language, "language_score": self.language_score}
+            own = {key: value for key, value in own.items() if key not in record or key in ("id", "url", "source")}
+        record["title"] = self.title
+        return {key: value for key, value in record.items() if value is not None} | own
 
     def reject(self) -> dict[str, Any]:
         """The record of a dropped page, with its text where it came so far."""
-        found = self.document()
-        told = {key: found[key] for key in ("id", "url", "source") if key in found}
-        told |= {"offset": self.page.offset, "step": self.step, "reason": self.reason, "score": self.score}
-        told |= {"language": self.language, "language_score": self.language_score, "text": self.text}
-        return {key: value for key, value in told.items() if value is not None}
+        document = self.document()
+        record = {key: document[key] for key in ("id", "url", "source") if key in document}
+        record |= {"offset": self.page.offset, "step": self.step, "reason": self.reason, "score": self.score}
+        record |= {"language": self.language, "language_score": self.language_score, "text": self.text}
+        return {key: value for key, value in record.items() if value is not None}
 
 
 def source_of(path: str) -> str:
@@ -128,10 +128,10 @@ class Steps:
         page = journey.page
         if page.html is None:
             return None
-        found = self._extractor.extract(page.html, page.content_type, page.url)
-        journey.text, journey.title = found.text, found.title
+        extracted = self._extractor.extract(page.html, page.content_type, page.url)
+        journey.text, journey.title = extracted.text, extracted.title
         page.html = None  # the biggest part of a page, and done with
-        return found.reason
+        return extracted.reason
 
     @cached_property
     def _extractor(self) -> Any:

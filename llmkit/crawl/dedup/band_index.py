@@ -105,17 +105,17 @@ class Rows:
 
     def take(self, numbers: np.ndarray) -> np.ndarray:
         """The rows of these numbers (n,), in their order."""
-        found = np.empty(len(numbers), self._last.dtype)
+        taken = np.empty(len(numbers), self._last.dtype)
         blocks = numbers // BLOCK
         for block in np.unique(blocks):
             wanted = blocks == block
             rows = self._blocks[block] if block < len(self._blocks) else self._last
-            found[wanted] = rows[numbers[wanted] % BLOCK]
+            taken[wanted] = rows[numbers[wanted] % BLOCK]
             self._touched += np.count_nonzero(wanted)
             if self._touched >= TOUCHED_ROWS:
                 release(self._blocks)
                 self._touched = 0
-        return found
+        return taken
 
 
 class Pairs(NamedTuple):
@@ -136,8 +136,8 @@ class Run(NamedTuple):
         """The places of those keys (n,) that the run holds, and their documents."""
         buckets = _buckets(keys, len(self.starts))
         at = self.starts[buckets][:, None] + np.arange(self.width)
-        place, column = np.nonzero(self.pairs.keys.take(at, mode="clip") == keys[:, None])
-        return place, self.pairs.documents.take(at[place, column], mode="clip")
+        index, column = np.nonzero(self.pairs.keys.take(at, mode="clip") == keys[:, None])
+        return index, self.pairs.documents.take(at[index, column], mode="clip")
 
 
 class BandIndex:
@@ -150,17 +150,17 @@ class BandIndex:
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """The document of each key (n,) uint64, NOBODY where it is new: (n,) uint32. Sorted keys are found faster."""
-        found = np.full(len(keys), NOBODY)
+        firsts = np.full(len(keys), NOBODY)
         for start in range(0, len(keys), LOOKED_UP):
             some = keys[start : start + LOOKED_UP]
             for run in self._runs:
-                place, documents = run.find(some)
-                found[start + place] = documents
+                index, documents = run.find(some)
+                firsts[start + index] = documents
             self._touched += len(some)
             if self._touched >= TOUCHED:
                 release(array for run in self._runs for array in run.pairs)
                 self._touched = 0
-        return found
+        return firsts
 
     def insert(self, keys: np.ndarray, documents: np.ndarray) -> None:
         """Add new keys (n,) uint64, sorted and distinct, with their documents (n,) uint32."""

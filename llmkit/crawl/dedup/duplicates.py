@@ -72,19 +72,19 @@ class Duplicates:
         start, stop = self._count, self._count + len(signatures)
         if stop > int(NOBODY):
             raise UserError(f"expected at most {int(NOBODY):,} documents, found more; filter them in several runs")
-        found = keys(signatures)
-        firsts = self._firsts(found.ravel(), found.shape[1]).reshape(found.shape)
+        band_keys = keys(signatures)
+        firsts = self._firsts(band_keys.ravel(), band_keys.shape[1]).reshape(band_keys.shape)
         if self._rows is None:
             fields = ("exact", "minima")
             self._rows = Rows(np.dtype([(name, signatures.dtype[name]) for name in fields]), self._spill)
         self._rows.append(signatures[["exact", "minima"]])
         self._count = stop
-        found = _matches(firsts, signatures, start, self._rows.take, self._asked)
+        matches = _matches(firsts, signatures, start, self._rows.take, self._asked)
         if stop > len(self._roots):
             self._roots = np.concatenate([self._roots, np.empty(max(stop, len(self._roots)), np.uint32)])
-        self._roots[start:stop] = found.parents
+        self._roots[start:stop] = matches.parents
         _follow(self._roots[:stop], start)
-        return _told(self._roots[start:stop], found, start)
+        return _told(self._roots[start:stop], matches, start)
 
     def _firsts(self, keys: np.ndarray, columns: int) -> np.ndarray:
         """The first document with each of the batch's keys (n * columns,): int64."""
@@ -126,17 +126,17 @@ def join(
 
     Both can be memory-mapped files.
     """
-    asked = _Asked(threshold, exact, near)
-    parts = [
-        _matches(firsts[start : start + JOINED], signatures[start : start + JOINED], start, signatures.take, asked)
+    rules = _Asked(threshold, exact, near)
+    chunks = [
+        _matches(firsts[start : start + JOINED], signatures[start : start + JOINED], start, signatures.take, rules)
         for start in range(0, len(signatures), JOINED)
     ]
-    if not parts:
+    if not chunks:
         return []
-    found = _Matches(*map(np.concatenate, zip(*parts, strict=True)))
-    roots = found.parents.copy()
+    matches = _Matches(*map(np.concatenate, zip(*chunks, strict=True)))
+    roots = matches.parents.copy()
     _follow(roots, 0)
-    return _told(roots, found, 0)
+    return _told(roots, matches, 0)
 
 
 # ---- the rule
@@ -157,11 +157,11 @@ class _Matches(NamedTuple):
 
 
 def _matches(
-    firsts: np.ndarray, signatures: np.ndarray, start: int, take: Callable[[np.ndarray], np.ndarray], asked: _Asked
+    firsts: np.ndarray, signatures: np.ndarray, start: int, take: Callable[[np.ndarray], np.ndarray], rules: _Asked
 ) -> _Matches:
     """The matches of the documents from number `start` on; take: the signatures of any earlier or equal numbers."""
     own = np.arange(start, start + len(signatures))
-    found = _Matches(own.copy(), np.zeros(len(own), bool), np.zeros(len(own)))
+    matches = _Matches(own.copy(), np.zeros(len(own), bool), np.zeros(len(own)))
     row, column = np.nonzero(firsts < own[:, None])
     # each pair once, however many bands it shares; 2^32 rows of 2^32 documents fit
     row, other = np.divmod(np.unique((row << 32) | firsts[row, column]), 1 << 32)
@@ -169,13 +169,13 @@ def _matches(
     alike = similarity(mine, theirs)
     exact = (mine["exact"] == theirs["exact"]).all(1)
     alike[exact] = 1.0
-    exact &= asked.exact
-    held = np.flatnonzero(exact | (asked.near & (alike >= asked.threshold)))
-    order = held[np.lexsort((other[held], -alike[held], ~exact[held], row[held]))]
+    exact &= rules.exact
+    hits = np.flatnonzero(exact | (rules.near & (alike >= rules.threshold)))
+    order = hits[np.lexsort((other[hits], -alike[hits], ~exact[hits], row[hits]))]
     rows, best = np.unique(row[order], return_index=True)
-    for values, of_pairs in zip(found, (other, exact, alike), strict=True):
+    for values, of_pairs in zip(matches, (other, exact, alike), strict=True):
         values[rows] = of_pairs[order[best]]
-    return found
+    return matches
 
 
 def _follow(parents: np.ndarray, start: int) -> None:
@@ -190,10 +190,10 @@ def _follow(parents: np.ndarray, start: int) -> None:
         parents[start:] = further
 
 
-def _told(roots: np.ndarray, found: _Matches, start: int) -> list[Repeat | None]:
+def _told(roots: np.ndarray, matches: _Matches, start: int) -> list[Repeat | None]:
     """The answers for the documents from number `start` on."""
     repeats: list[Repeat | None] = [None] * len(roots)
-    for row in np.flatnonzero(found.parents != np.arange(start, start + len(roots))).tolist():
-        kind = "exact" if found.exact[row] else "near"
-        repeats[row] = Repeat(int(roots[row]), kind, float(found.similarity[row]))
+    for row in np.flatnonzero(matches.parents != np.arange(start, start + len(roots))).tolist():
+        kind = "exact" if matches.exact[row] else "near"
+        repeats[row] = Repeat(int(roots[row]), kind, float(matches.similarity[row]))
     return repeats

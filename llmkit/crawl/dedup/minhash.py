@@ -55,16 +55,16 @@ def signatures(texts: Sequence[str], bands: int = BANDS, rows: int = ROWS) -> np
     words for shingles, one without words itself.
     """
     assert bands < 255, "the lowest byte of a key numbers its band"
-    found = np.zeros(len(texts), signature_type(bands, rows))
+    records = np.zeros(len(texts), signature_type(bands, rows))
     minima = np.empty((len(texts), bands * rows), np.uint32)
     for row, text in enumerate(texts):
         normal = unicodedata.normalize("NFC", text)
         digest = _digest(normal)
-        found["exact"][row] = np.frombuffer(digest, "<u8")
+        records["exact"][row] = np.frombuffer(digest, "<u8")
         minima[row] = _minima(_shingles(normal, digest), bands * rows)
-    found["minima"] = (minima * np.uint32(0x9E3779B1)) >> np.uint32(24)  # the low bits of a minimum, mixed
-    found["bands"] = _band_keys(minima.reshape(-1, bands, rows))
-    return found
+    records["minima"] = (minima * np.uint32(0x9E3779B1)) >> np.uint32(24)  # the low bits of a minimum, mixed
+    records["bands"] = _band_keys(minima.reshape(-1, bands, rows))
+    return records
 
 
 def similarity(some: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -87,8 +87,8 @@ class _WordHashes(dict[str, int]):
     def __missing__(self, word: str) -> int:
         if len(self) >= KNOWN_WORDS:
             self.clear()
-        self[word] = found = zlib.crc32(word.encode("utf-8", "surrogatepass"))
-        return found
+        self[word] = checksum = zlib.crc32(word.encode("utf-8", "surrogatepass"))
+        return checksum
 
 
 _hashes = _WordHashes()
@@ -109,8 +109,8 @@ def _shingles(text: str, digest: bytes) -> np.ndarray:
     count = len(words) - length + 1
     factors = _numbers("shingles", SHINGLE + 1)
     total = hashes[:count] * factors[0] + factors[SHINGLE]
-    for place in range(1, length):
-        total += hashes[place : place + count] * factors[place]
+    for offset in range(1, length):
+        total += hashes[offset : offset + count] * factors[offset]
     return (total >> np.uint64(32)).astype(np.uint32)
 
 
@@ -123,8 +123,8 @@ def _minima(shingles: np.ndarray, permutations: int) -> np.ndarray:
     for start in range(0, len(shingles), CHUNK):
         permuted = odd * shingles[start : start + CHUNK]
         permuted += shift
-        found = permuted.min(1)
-        minima = found if minima is None else np.minimum(minima, found)
+        lowest = permuted.min(1)
+        minima = lowest if minima is None else np.minimum(minima, lowest)
     assert minima is not None, "a text has a shingle"
     return minima
 

@@ -25,10 +25,10 @@ def codec_of(label: str) -> str | None:
 
     https://encoding.spec.whatwg.org/#names-and-labels
     """
-    found = lookup(label)
-    if found is None or found.name in _NO_TEXT:
+    codec = lookup(label)
+    if codec is None or codec.name in _NO_TEXT:
         return None
-    return _SUPERSETS.get(found.name, found.codec_info.name)
+    return _SUPERSETS.get(codec.name, codec.codec_info.name)
 
 
 def declared_codec(html: bytes, content_type: str | None) -> str | None:

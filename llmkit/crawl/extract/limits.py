@@ -58,8 +58,8 @@ def check_size(html: bytes) -> None:
 
 def _attributes(html: bytes, start: int) -> int:
     """At most how many attributes the tag has that starts there."""
-    found = _WHOLE_TAG.match(html, start, start + (1 << 20))
-    return len(_QUOTED.sub(b"", found[0]).split()) if found else 0
+    tag = _WHOLE_TAG.match(html, start, start + (1 << 20))
+    return len(_QUOTED.sub(b"", tag[0]).split()) if tag else 0
 
 
 def _nesting(html: bytes) -> int:

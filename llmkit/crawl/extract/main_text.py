@@ -77,8 +77,8 @@ class Extractor:
     def _by_model(self, page: bytes, url: str | None) -> tuple[str, str | None]:
         tree = cut_blocks(page)
         text = text_of(tree, self.keep(tree, self.model.probabilities(tree, self.names)))
-        told = article_body(page)
-        return told if len(text) < ARTICLE_SHARE * len(told) else text, tree.title
+        article = article_body(page)
+        return article if len(text) < ARTICLE_SHARE * len(article) else text, tree.title
 
     def keep(self, tree: BlockTree, probabilities: np.ndarray) -> np.ndarray:
         """bool (blocks,): which blocks of a page are its main text, given the model's probabilities.
@@ -106,24 +106,24 @@ def text_of(tree: BlockTree, keep: np.ndarray) -> str:
 
     An empty cell before another leaves its place, so that what stands below it can be told: `| Q1 | Q2`, `a | | c`.
     """
-    kept = np.flatnonzero(keep)
+    numbers = np.flatnonzero(keep)
     texts = tree.blocks.text
     if tree.cells is None:
-        return "\n".join([texts[number] for number in kept.tolist()])
-    parts: list[str] = []
+        return "\n".join([texts[number] for number in numbers.tolist()])
+    pieces: list[str] = []
     last_row, last_column = -1, 0
-    for number, row, column in zip(kept.tolist(), *tree.cells[1:, kept].tolist(), strict=True):
+    for number, row, column in zip(numbers.tolist(), *tree.cells[1:, numbers].tolist(), strict=True):
         text = texts[number]
         if row >= 0:
             text = text.replace("\n", " ")
         if row < 0 or row != last_row:
-            parts.append("\n" if parts else "")
-            parts.append("| " * column)  # -1 outside of tables
+            pieces.append("\n" if pieces else "")
+            pieces.append("| " * column)  # -1 outside of tables
         else:
-            parts.append(" |" * (column - last_column) + " ")
-        parts.append(text)
+            pieces.append(" |" * (column - last_column) + " ")
+        pieces.append(text)
         last_row, last_column = row, column
-    return "".join(parts)
+    return "".join(pieces)
 
 
 def _by_resiliparse(page: bytes, url: str | None) -> tuple[str, str | None]:

@@ -46,21 +46,21 @@ def plain_html(html: bytes) -> bytes:
     return html
 
 
-def _closed(found: re.Match[bytes]) -> bytes:
-    if found["cdata"] is not None:
-        return found["cdata"].replace(b"&", b"&amp;").replace(b"<", b"&lt;")
-    if found["tag"] is None:
-        return found[0]
-    return b"<%s%s></%s>" % (found["tag"], found["attributes"] or b"", found["tag"])
+def _closed(match: re.Match[bytes]) -> bytes:
+    if match["cdata"] is not None:
+        return match["cdata"].replace(b"&", b"&amp;").replace(b"<", b"&lt;")
+    if match["tag"] is None:
+        return match[0]
+    return b"<%s%s></%s>" % (match["tag"], match["attributes"] or b"", match["tag"])
 
 
-def _root(found: re.Match[bytes], roots: list[bool]) -> bytes:
-    if found["rest"] is None:
-        return found[0]
-    if found["end"]:
-        return b"</div>" if roots and roots.pop() else found[0]
-    roots.append(b"shadowroot" in found["rest"])
-    return b"<div>" if roots[-1] else found[0]
+def _root(match: re.Match[bytes], roots: list[bool]) -> bytes:
+    if match["rest"] is None:
+        return match[0]
+    if match["end"]:
+        return b"</div>" if roots and roots.pop() else match[0]
+    roots.append(b"shadowroot" in match["rest"])
+    return b"<div>" if roots[-1] else match[0]
 
 
 def inline_formulas(tree: LexborHTMLParser, html: bytes) -> None:
@@ -77,8 +77,8 @@ def inline_formulas(tree: LexborHTMLParser, html: bytes) -> None:
             source = node.text() or ""
             if "mml" in (node.attributes["type"] or ""):
                 inner = _parsed(source)
-                found = inner.css_first("math") if inner is not None else None
-                source = _formula(found) if found is not None else ""
+                formula = inner.css_first("math") if inner is not None else None
+                source = _formula(formula) if formula is not None else ""
             node.replace_with(_one_line(source))
     if b"<math" not in html:
         return
@@ -88,12 +88,12 @@ def inline_formulas(tree: LexborHTMLParser, html: bytes) -> None:
         if node.prev is not None and node.prev.tag == "span":
             node.decompose()
     for node in reversed(tree.css("math")):
-        place, text = node, _one_line(_formula(node))
+        element, text = node, _one_line(_formula(node))
         # Wikipedia's is for screen readers, hidden behind an image
         above = node.parent
         if above is not None and above.tag == "span" and "display" in (above.attributes.get("style") or ""):
-            place = above if len(above.css("math")) == 1 else node
-        place.replace_with(text)
+            element = above if len(above.css("math")) == 1 else node
+        element.replace_with(text)
 
 
 def _parsed(html: str) -> LexborHTMLParser | None:
@@ -127,21 +127,21 @@ def _flat(node: LexborNode, depth: int) -> str:
     children = [child for child in node.iter() if child.tag not in ("annotation", "annotation-xml")]
     if not children:
         return "".join((node.text() or "").split()) if node.tag != "mtext" else node.text()
-    parts = [_flat(child, depth + 1) for child in children]
+    texts = [_flat(child, depth + 1) for child in children]
     script = {"msup": "^", "msub": "_", "mover": "^", "munder": "_"}.get(node.tag or "")
-    if script and len(parts) == 2:
-        return parts[0] + script + _group(parts[1], "{}")
-    if node.tag in ("msubsup", "munderover") and len(parts) == 3:
-        return f"{parts[0]}_{_group(parts[1], '{}')}^{_group(parts[2], '{}')}"
-    if node.tag == "mfrac" and len(parts) == 2:
-        return f"{_group(parts[0], '()')}/{_group(parts[1], '()')}"
+    if script and len(texts) == 2:
+        return texts[0] + script + _group(texts[1], "{}")
+    if node.tag in ("msubsup", "munderover") and len(texts) == 3:
+        return f"{texts[0]}_{_group(texts[1], '{}')}^{_group(texts[2], '{}')}"
+    if node.tag == "mfrac" and len(texts) == 2:
+        return f"{_group(texts[0], '()')}/{_group(texts[1], '()')}"
     if node.tag == "msqrt":
-        return f"sqrt({''.join(parts)})"
-    if node.tag == "mroot" and len(parts) == 2:
-        return f"root({parts[0]}, {parts[1]})"
+        return f"sqrt({''.join(texts)})"
+    if node.tag == "mroot" and len(texts) == 2:
+        return f"root({texts[0]}, {texts[1]})"
     if node.tag == "mtr":
-        return ", ".join(parts)
-    return ("; " if node.tag == "mtable" else "").join(parts)
+        return ", ".join(texts)
+    return ("; " if node.tag == "mtable" else "").join(texts)
 
 
 def _group(text: str, brackets: str) -> str:

@@ -41,7 +41,7 @@ def c4(split: Split, rules: C4) -> Verdict:
     """
     page = split.text.lower()
     suspects = tuple(phrase for phrase in PHRASES if phrase in page)  # few pages have any: spares looking line by line
-    kept: list[str] = []
+    lines: list[str] = []
     measures: dict[str, float] = {}
     sentences = lost = 0
     for line in map(str.strip, split.text.split("\n")):
@@ -58,11 +58,11 @@ def c4(split: Split, rules: C4) -> Verdict:
             lost += len(split_words(line)) if line else 0
             continue
         sentences += count_sentences(line)
-        kept.append(line)
+        lines.append(line)
     measures |= {"sentences": sentences, "words": split.word_count - lost}
     measures = split.telling(measures)
     short = rules.min_sentences is not None and measures.get("sentences", rules.min_sentences) < rules.min_sentences
-    text = "\n".join(kept).strip()
+    text = "\n".join(lines).strip()
     return Verdict("min_sentences" if short else None, sentences if short else None, text, measures)
 
 

@@ -184,14 +184,14 @@ def find(text: str) -> list[Found]:
         if sum(map(str.isdigit, stretch[0])) >= FEWEST_DIGITS or stretch[0].count(".") > 2:
             taken += [Found(kind, *span) for kind, finder in _FINDERS.items() for span in finder(text, start, stop)]
     order = list(PLACEHOLDERS)  # of two that overlap, the kind with the stricter check
-    kept: list[Found] = []
-    for found in sorted(taken, key=lambda found: (found.start, order.index(found.kind))):
-        if kept and found.start < kept[-1].stop:
-            if order.index(found.kind) < order.index(kept[-1].kind):
-                kept[-1] = found
+    apart: list[Found] = []
+    for item in sorted(taken, key=lambda item: (item.start, order.index(item.kind))):
+        if apart and item.start < apart[-1].stop:
+            if order.index(item.kind) < order.index(apart[-1].kind):
+                apart[-1] = item
             continue
-        kept.append(found)
-    return kept
+        apart.append(item)
+    return apart
 
 
 def redact(text: str) -> tuple[str, dict[str, int]]:

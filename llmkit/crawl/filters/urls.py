@@ -75,10 +75,10 @@ class UrlFilter:
         if not url:
             return None
         host, path = split_url(url[:LONGEST_URL])
-        if (found := self._domains.find(_parents(host))) is not None:
-            return f"blocked_domain:{self.categories[found]}"
-        if (found := self._urls.find(_prefixes(host, path))) is not None:
-            return f"blocked_url:{self.categories[found]}"
+        if (number := self._domains.find(_parents(host))) is not None:
+            return f"blocked_domain:{self.categories[number]}"
+        if (number := self._urls.find(_prefixes(host, path))) is not None:
+            return f"blocked_url:{self.categories[number]}"
         return self._word_reason(_NO_LETTER.split(host + path))
 
     def _word_reason(self, words: list[str]) -> str | None:
@@ -103,8 +103,8 @@ def split_url(url: str) -> tuple[str, str]:
     ('xn--bcher-kva.example', '/neu hier/?q=1')
     """
     url = _SCHEME.sub("", url.strip())
-    place = re.match(r"[^/?#\\]*", url)
-    host = place[0] if place else ""
+    match = re.match(r"[^/?#\\]*", url)
+    host = match[0] if match else ""
     path = unquote(url[len(host) :], errors="replace").lower()
     host = host.rpartition("@")[2].lower()
     host = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
@@ -148,15 +148,15 @@ def _all_entries(blocklists: Sequence[str | Path], rules: UrlRules) -> Iterator[
         yield from _own_entries()
     yield "custom", "word", [word.lower() for word in rules.banned_words]
     yield "custom", "soft", [word.lower() for word in rules.soft_banned_words]
-    for place in map(Path, blocklists):
-        if not place.is_dir():
-            yield from _file_entries(place, place.name.removesuffix(".gz"), None)
+    for path in map(Path, blocklists):
+        if not path.is_dir():
+            yield from _file_entries(path, path.name.removesuffix(".gz"), None)
             continue
-        lists = _lists_in(place)
+        lists = _lists_in(path)
         if not lists:
             raise UserError(
-                f"{place}: expected a blocklist, a folder that holds `domains` or `urls` or folders of these, "
-                f"found {sorted(child.name for child in place.iterdir())[:5]}; name hosts files one by one"
+                f"{path}: expected a blocklist, a folder that holds `domains` or `urls` or folders of these, "
+                f"found {sorted(child.name for child in path.iterdir())[:5]}; name hosts files one by one"
             )
         for file in lists:
             yield from _file_entries(file, file.parent.name, "domain" if file.name.startswith("domains") else "url")
@@ -165,7 +165,7 @@ def _all_entries(blocklists: Sequence[str | Path], rules: UrlRules) -> Iterator[
 def _lists_in(folder: Path) -> list[Path]:
     names = ("domains", "urls", "domains.gz", "urls.gz")
     places = [folder, *sorted(child for child in folder.iterdir() if child.is_dir())]
-    return [place / name for place in places for name in names if (place / name).is_file()]
+    return [parent / name for parent in places for name in names if (parent / name).is_file()]
 
 
 def _own_entries() -> Iterator[tuple[str, str, Sequence[str]]]:
@@ -179,17 +179,17 @@ def _file_entries(path: Path, category: str, kind: str | None) -> Iterator[tuple
     """The entries of one file. Without a kind it is a hosts file, or holds a domain or a URL in each line."""
     tokens: list[str] = []
     for number, line in enumerate(_lines(path), 1):
-        found = line.split()
-        if len(found) == 2 and found[0] == "0.0.0.0" and kind is None:  # nearly every line of a hosts file
-            tokens.append(found[1])
+        words = line.split()
+        if len(words) == 2 and words[0] == "0.0.0.0" and kind is None:  # nearly every line of a hosts file
+            tokens.append(words[1])
             continue
         if kind is None and "#" in line:
-            found = line.partition("#")[0].split()
-        if not found or found[0].startswith("#"):
+            words = line.partition("#")[0].split()
+        if not words or words[0].startswith("#"):
             continue
-        if len(found) > 1 and (kind is not None or not _is_address(found.pop(0))):
+        if len(words) > 1 and (kind is not None or not _is_address(words.pop(0))):
             raise UserError(f"{path}:{number}: expected one domain or URL, or a line of a hosts file, found {line!r}")
-        tokens += found
+        tokens += words
     if kind is None:
         slashed = [token for token in tokens if "/" in token]
         yield category, "url", list(map(_plain_url, slashed))

@@ -320,7 +320,7 @@ class Frames:
     def _unpack(self) -> bytes | str:
         """The bytes of the gzip member that starts here, the window then being behind it; or why there are none."""
         window, inflater = self.window, inflating.decompressobj(31)
-        parts, size, at, start = [], 0, 0, window.position
+        chunks, size, at, start = [], 0, 0, window.position
         most, count = self.max_bytes + 2 * MAX_HEADER, FIRST_STEP
         while not inflater.eof:
             step = window.look(at + count)[at : at + count]
@@ -335,13 +335,13 @@ class Frames:
                 return "damaged"
             at += len(step) - len(inflater.unused_data)
             size += len(part)
-            parts.append(part)
+            chunks.append(part)
             if size > most:  # on to its end, keeping nothing
-                parts.clear()
+                chunks.clear()
                 window.skip(at)
                 at = 0
         window.skip(at)
-        return b"".join(parts) if size <= most else "too_large"
+        return b"".join(chunks) if size <= most else "too_large"
 
     def _note_vain(self, start: int, ahead: int, unpacked: int) -> None:
         """Count what a member that is none has cost, unless it shares no byte with those before: those are not many."""

@@ -185,8 +185,8 @@ def _kind_of(name: str, head: bytes) -> str:
         return "jsonl"
     if begins.startswith(b"<") or looks_like_html(head):
         return "html"
-    found = f"one that begins with {bytes(head[:16])!r}" if head else "nothing in it"
-    raise UserError(f"{name}: expected WARC, ARC, WET, HTML or JSONL, found {found}; convert or leave out the file")
+    content = f"one that begins with {bytes(head[:16])!r}" if head else "nothing in it"
+    raise UserError(f"{name}: expected WARC, ARC, WET, HTML or JSONL, found {content}; convert or leave out the file")
 
 
 def _first_record(frames: Iterator[Frame], name: str, kind: str, head: bytes) -> list[Frame]:
@@ -198,12 +198,12 @@ def _first_record(frames: Iterator[Frame], name: str, kind: str, head: bytes) ->
             return first
     what = {"jsonl": "JSON lines", "html": "page"}.get(kind, kind.split(".")[0].upper() + " records")
     if not head:
-        found = "the file is empty"
+        reason = "the file is empty"
     elif first and first[0][1] == "truncated":
-        found = "it is cut off inside the first"
+        reason = "it is cut off inside the first"
     else:
-        found = f"it begins with {bytes(head[:16])!r}"
-    raise UserError(f"{name}: no {what}: {found}; mend or leave out the file")
+        reason = f"it begins with {bytes(head[:16])!r}"
+    raise UserError(f"{name}: no {what}: {reason}; mend or leave out the file")
 
 
 def _lines(window: Window, max_bytes: int) -> Iterator[Frame]:

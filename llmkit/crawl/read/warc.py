@@ -168,16 +168,16 @@ def without_chunks(body: bytes) -> bytes:
     >>> without_chunks(b"5\\r\\n<p>hi\\r\\n4;x=y\\r\\n</p>\\r\\n0\\r\\n\\r\\n")
     b'<p>hi</p>'
     """
-    parts: list[bytes] = []
+    chunks: list[bytes] = []
     at = 0
     while size := _CHUNK.match(body, at):
         start, at = size.end(), size.end() + int(size[1], 16)
-        if not parts and body[at : at + 2].strip(b"\r\n"):
+        if not chunks and body[at : at + 2].strip(b"\r\n"):
             return body  # the first line only looked like a length
-        parts.append(body[start:at])
+        chunks.append(body[start:at])
         if at == start or at >= len(body):
             break
-    return b"".join(parts) if parts else body
+    return b"".join(chunks) if chunks else body
 
 
 def _unpacked(body: bytes, name: str, most: int) -> bytes:
@@ -194,25 +194,25 @@ def _unpacked(body: bytes, name: str, most: int) -> bytes:
 
 
 def _inflated(body: bytes, format: int, most: int) -> bytes:
-    inflater, parts, size = inflating.decompressobj(format), [], 0
+    inflater, chunks, size = inflating.decompressobj(format), [], 0
     with suppress(*GZIP_ERRORS):
         for begin in range(0, len(body), STEP):
-            parts.append(inflater.decompress(body[begin : begin + STEP]))
-            size += len(parts[-1])
+            chunks.append(inflater.decompress(body[begin : begin + STEP]))
+            size += len(chunks[-1])
             if inflater.eof or size > most:
                 break
-    return b"".join(parts)
+    return b"".join(chunks)
 
 
 def _unpacked_brotli(body: bytes, most: int) -> bytes:
     import brotli
 
-    unpacker, parts, size = brotli.Decompressor(), [], 0
+    unpacker, chunks, size = brotli.Decompressor(), [], 0
     with suppress(brotli.error):
-        parts.append(unpacker.process(body, output_buffer_limit=most))
-        while parts[-1] and not unpacker.is_finished() and (size := size + len(parts[-1])) < most:
-            parts.append(unpacker.process(b"", output_buffer_limit=most))  # of a cut body it gives 32 kB at a time
-    return b"".join(parts)
+        chunks.append(unpacker.process(body, output_buffer_limit=most))
+        while chunks[-1] and not unpacker.is_finished() and (size := size + len(chunks[-1])) < most:
+            chunks.append(unpacker.process(b"", output_buffer_limit=most))  # of a cut body it gives 32 kB at a time
+    return b"".join(chunks)
 
 
 def _unpacked_zstd(body: bytes, most: int) -> bytes:
