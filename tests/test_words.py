@@ -29,7 +29,10 @@ NEVER_ONE_HERE = {
     "{value} degrees",
     "{plan.batch_rows} rows in a batch are fewer than ",
 }
-NEVER_ONE_HERE |= {"{one.longest} tokens are more than the context of ", "{length - 1} tokens are more than the "}
+NEVER_ONE_HERE |= {
+    "{candidates.longest} tokens are more than the context of ",
+    "{length - 1} tokens are more than the ",
+}
 NEVER_ONE_HERE |= {"{results['bytes_per_token']} bytes per token over ", "{smallest - 256} special tokens), found "}
 VERBS = {
     "is",

@@ -91,7 +91,7 @@ class Comparisons:
     @property
     def sizes(self) -> np.ndarray:
         """Tokens that each takes of a row, (N,) int64."""
-        return np.array([one.size for one in self.held], np.int64)
+        return np.array([candidates.size for candidates in self.held], np.int64)
 
     @property
     def inputs(self) -> int:
@@ -103,16 +103,16 @@ class Comparisons:
 
         Raises UserError where there is one prompt alone.
         """
-        prompts = {one.prompt.tobytes(): number for number, one in enumerate(self.held)}
+        prompts = {candidates.prompt.tobytes(): number for number, candidates in enumerate(self.held)}
         if len(prompts) < 2:
             raise UserError(f"{self.name}: the comparisons of one prompt cannot be split; name held-out ones by --val")
         drawn = shuffled(len(prompts), seed, 0)[: min(max(1, round(fraction * len(prompts))), len(prompts) - 1)]
         names = list(prompts)
-        chosen = {names[place] for place in drawn}
-        parts: tuple[list[Candidates], list[Candidates]] = [], []
-        for one in self.held:
-            parts[one.prompt.tobytes() in chosen].append(one)
-        return Comparisons(self.name, parts[0], self.counts), Comparisons(self.name, parts[1])
+        chosen = {names[index] for index in drawn}
+        halves: tuple[list[Candidates], list[Candidates]] = [], []
+        for candidates in self.held:
+            halves[candidates.prompt.tobytes() in chosen].append(candidates)
+        return Comparisons(self.name, halves[0], self.counts), Comparisons(self.name, halves[1])
 
 
 class ComparisonRows(NamedTuple):
@@ -137,8 +137,8 @@ class ComparisonRows(NamedTuple):
     @property
     def sizes(self) -> np.ndarray:
         """Tokens of each row that are no padding, (B,)."""
-        held = (self.numbers >= 0).sum(1, keepdims=True)
-        return (self.doc_ids < held).sum(1)
+        counts = (self.numbers >= 0).sum(1, keepdims=True)
+        return (self.doc_ids < counts).sum(1)
 
     @property
     def tokens(self) -> int:
@@ -147,8 +147,8 @@ class ComparisonRows(NamedTuple):
 
     def nothing(self) -> ComparisonRows:
         """One row without a comparison, for a process that has no more rows where others have."""
-        one = ComparisonRows(*(array[:1] for array in self))
-        return one._replace(numbers=np.full_like(one.numbers, -1))
+        row = ComparisonRows(*(array[:1] for array in self))
+        return row._replace(numbers=np.full_like(row.numbers, -1))
 
     def by_size(self) -> Iterator[ComparisonRows]:
         """The rows in parts of about equal length, longest first, each without the padding that all its rows have.
@@ -158,21 +158,21 @@ class ComparisonRows(NamedTuple):
         sizes = self.sizes
         order = np.argsort(-sizes, kind="stable")
         first = 0
-        for place in range(1, len(order) + 1):
-            if place == len(order) or 2 * sizes[order[place]] < sizes[order[first]]:
-                rows, length = order[first:place], max(1, int(sizes[order[first]]))
+        for stop in range(1, len(order) + 1):
+            if stop == len(order) or 2 * sizes[order[stop]] < sizes[order[first]]:
+                rows, length = order[first:stop], max(1, int(sizes[order[first]]))
                 tokens = (array[rows, :length] for array in self[:4])
                 yield ComparisonRows(*tokens, *(array[rows] for array in self[4:]))
-                first = place
+                first = stop
 
 
 def encode_comparisons(comparisons: Sequence[Comparison], encode: EncodeBranches) -> list[Candidates]:
     """Prompts and answers in tokens."""
     with naming(comparisons[0].where if len(comparisons) == 1 else ""):
-        encoded = encode([(one.prompt, one.candidates) for one in comparisons])
+        encoded = encode([(comparison.prompt, comparison.candidates) for comparison in comparisons])
     return [
-        Candidates(prompt, answers, one.ranks, one.margin)
-        for one, (prompt, answers) in zip(comparisons, encoded, strict=True)
+        Candidates(prompt, answers, comparison.ranks, comparison.margin)
+        for comparison, (prompt, answers) in zip(comparisons, encoded, strict=True)
     ]
 
 
@@ -196,21 +196,21 @@ def read_comparisons(
     source, digest = Comparisons(name), sha256()
     while chunk := list(islice(comparisons, READ_AT_ONCE)):
         source.counts["read"] += len(chunk)
-        source.counts.update(f"skipped: {one}" for one in chunk if isinstance(one, str))
-        usable = [one for one in chunk if not isinstance(one, str)]
+        source.counts.update(f"skipped: {item}" for item in chunk if isinstance(item, str))
+        usable = [item for item in chunk if not isinstance(item, str)]
         if observe is not None:
-            observe([one.said for one in usable])
+            observe([item.said for item in usable])
         encoded = encode_good(usable, lambda some: encode_comparisons(some, encode), name, bad)
         for comparison, candidates in encoded:
             if unknown is not None and any((ids == unknown).any() for ids in (candidates.prompt, *candidates.answers)):
                 bad.count_unused(name, (OUTSIDE,))
-            kept = fitted(candidates, context, on_long, comparison.where, source.counts)
-            if kept is None:
+            fitting = fitted(candidates, context, on_long, comparison.where, source.counts)
+            if fitting is None:
                 continue
-            for ids in (kept.prompt, *kept.answers):
+            for ids in (fitting.prompt, *fitting.answers):
                 digest.update(ids.tobytes())
-            digest.update(repr((kept.ranks, kept.margin)).encode())
-            source.held.append(replace(kept, number=len(source.held)))
+            digest.update(repr((fitting.ranks, fitting.margin)).encode())
+            source.held.append(replace(fitting, number=len(source.held)))
         progress(len(chunk))
     bad.report(name)
     if not source.held:
@@ -221,31 +221,31 @@ def read_comparisons(
     return source, digest.hexdigest()
 
 
-def fitted(one: Candidates, context: int, on_long: str, where: str, counts: Counter[str]) -> Candidates | None:
+def fitted(candidates: Candidates, context: int, on_long: str, where: str, counts: Counter[str]) -> Candidates | None:
     """A comparison whose every answer fits the context with its prompt; None where it cannot be made to.
 
     Raises UserError under "error" for one that does not fit.
     """
-    excess = one.longest - context
+    excess = candidates.longest - context
     if excess <= 0:
-        return one
+        return candidates
     if on_long == "error":
         raise UserError(
-            f"{where}: {one.longest} tokens are more than the context of {context}; "
+            f"{where}: {candidates.longest} tokens are more than the context of {context}; "
             "shorten it, or choose --on-long truncate or drop"
         )
-    if on_long == "drop" or excess >= len(one.prompt):
+    if on_long == "drop" or excess >= len(candidates.prompt):
         counts["dropped: too long"] += 1
         return None
     counts["prompt cut at its beginning"] += 1
-    return replace(one, prompt=one.prompt[excess:])
+    return replace(candidates, prompt=candidates.prompt[excess:])
 
 
 def packed_comparisons(rows: Sequence[Sequence[Candidates]], length: int, pad: int) -> ComparisonRows:
     """Comparisons side by side in rows of `length` tokens, or of as many as the longest takes."""
-    length = max([length, *(sum(one.size for one in row) for row in rows)])
+    length = max([length, *(sum(candidates.size for candidates in row) for row in rows)])
     most = max(1, max(map(len, rows)))
-    widest = max((len(one.answers) for row in rows for one in row), default=1)
+    widest = max((len(candidates.answers) for row in rows for candidates in row), default=1)
     shape = len(rows), length
     token_ids = np.full(shape, pad, np.int64)
     doc_ids, branch_ids, position_ids = (np.zeros(shape, np.int64) for _ in range(3))
@@ -254,18 +254,18 @@ def packed_comparisons(rows: Sequence[Sequence[Candidates]], length: int, pad: i
     margins, numbers = np.zeros(ends.shape[:2], np.float32), np.full(ends.shape[:2], -1, np.int64)
     for row, comparisons in enumerate(rows):
         at = 0
-        for place, one in enumerate(comparisons):
-            start = len(one.prompt)
-            for branch, part in enumerate((one.prompt, *one.answers)):
+        for index, candidates in enumerate(comparisons):
+            start = len(candidates.prompt)
+            for branch, part in enumerate((candidates.prompt, *candidates.answers)):
                 span = slice(at, at + len(part))
-                token_ids[row, span], doc_ids[row, span], branch_ids[row, span] = part, place, branch
+                token_ids[row, span], doc_ids[row, span], branch_ids[row, span] = part, index, branch
                 first = start if branch else 0
                 position_ids[row, span] = np.arange(first, first + len(part))
                 at += len(part)
                 if branch:
-                    ends[row, place, branch - 1] = at - 1
-            ranks[row, place, : len(one.ranks)] = one.ranks
-            margins[row, place], numbers[row, place] = one.margin, one.number
+                    ends[row, index, branch - 1] = at - 1
+            ranks[row, index, : len(candidates.ranks)] = candidates.ranks
+            margins[row, index], numbers[row, index] = candidates.margin, candidates.number
         doc_ids[row, at:] = len(comparisons)
     return ComparisonRows(token_ids, doc_ids, branch_ids, position_ids, ends, ranks, margins, numbers)
 
@@ -277,7 +277,7 @@ def evaluation_rows(
 
     Rows have `length` tokens; a longer comparison has a row of its own, beside others as long.
     """
-    bins = best_fit([min(one.size, length) for one in comparisons], length)
+    bins = best_fit([min(candidates.size, length) for candidates in comparisons], length)
     sizes = [max(length, sum(comparisons[i].size for i in row)) for row in bins]
     order = sorted(range(len(bins)), key=lambda row: -sizes[row])
     while order:

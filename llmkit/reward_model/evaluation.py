@@ -38,11 +38,11 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray, lowest: float =
     return sum(gaps) / len(confidence)
 
 
-def correlation(one: np.ndarray, other: np.ndarray) -> float:
+def correlation(first: np.ndarray, other: np.ndarray) -> float:
     """Spearman's rank correlation; 0 where one of the two is constant."""
-    if np.ptp(one) == 0 or np.ptp(other) == 0:
+    if np.ptp(first) == 0 or np.ptp(other) == 0:
         return 0.0
-    return round(float(np.corrcoef(_ranks(one), _ranks(other))[0, 1]), 4)
+    return round(float(np.corrcoef(_ranks(first), _ranks(other))[0, 1]), 4)
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
@@ -69,33 +69,33 @@ def judge(
     """
     check_unequal(sources)
     shuffled = [shuffled_answers(source.held, seed) for source in sources]
-    scores = [_rewards(model, held, pad) for held in shuffled]
-    held = [one for part in shuffled for one in part]
-    rewards = [one for part in scores for one in part]
-    found: dict[str, Any] = {"overall": evaluate(rewards, held), "by_source": {}}
+    scores = [_rewards(model, comparisons, pad) for comparisons in shuffled]
+    comparisons = [candidates for part in shuffled for candidates in part]
+    rewards = [reward for part in scores for reward in part]
+    figures: dict[str, Any] = {"overall": evaluate(rewards, comparisons), "by_source": {}}
     for source, part, its_scores in zip(sources, shuffled, scores, strict=True):
-        if any(len(set(one.ranks)) > 1 for one in part):
-            found["by_source"][source.name] = evaluate(its_scores, part)
+        if any(len(set(candidates.ranks)) > 1 for candidates in part):
+            figures["by_source"][source.name] = evaluate(its_scores, part)
     if baseline:
-        lengths = [np.array([len(answer) for answer in one.answers], float) for one in held]
-        both = [evaluate([sign * length for length in lengths], held) for sign in (1, -1)]
-        found["baseline_length"] = max(both, key=lambda scored: scored["accuracy"])
+        lengths = [np.array([len(answer) for answer in candidates.answers], float) for candidates in comparisons]
+        both = [evaluate([sign * length for length in lengths], comparisons) for sign in (1, -1)]
+        figures["baseline_length"] = max(both, key=lambda scored: scored["accuracy"])
     if read is not None:
-        found["biases"] = biases(rewards, held, read, seed)
-    return found
+        figures["biases"] = biases(rewards, comparisons, read, seed)
+    return figures
 
 
 def check_unequal(sources: Sequence[Comparisons]) -> None:
     """Raise UserError unless some comparison has a better and a worse answer."""
-    if not any(len(set(one.ranks)) > 1 for source in sources for one in source.held):
+    if not any(len(set(candidates.ranks)) > 1 for source in sources for candidates in source.held):
         names = ", ".join(source.name for source in sources)
         raise UserError(f"{names}: nothing to evaluate on: no held-out comparison has a better and a worse answer")
 
 
-def _rewards(model: RewardModel, held: Sequence[Candidates], pad: int) -> list[np.ndarray]:
+def _rewards(model: RewardModel, comparisons: Sequence[Candidates], pad: int) -> list[np.ndarray]:
     """(K,) of each comparison: the mean of the heads."""
-    scored = dict(score_comparisons(model, held, ROW_TOKENS, pad))
-    return [scored[number].mean(-1) for number in range(len(held))]
+    scored = dict(score_comparisons(model, comparisons, ROW_TOKENS, pad))
+    return [scored[number].mean(-1) for number in range(len(comparisons))]
 
 
 def evaluate(scores: Sequence[np.ndarray], comparisons: Sequence[Candidates]) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def evaluate(scores: Sequence[np.ndarray], comparisons: Sequence[Candidates]) ->
     scores: (K,) for each comparison. A comparison of several answers counts once, by the share of its pairs that are
     in order; equal scores are half right. Comparisons of ties alone are left out.
     """
-    differences = [np.array(list(_differences(s, one))) for s, one in zip(scores, comparisons, strict=True)]
+    differences = [np.array(list(_differences(s, group))) for s, group in zip(scores, comparisons, strict=True)]
     differences = [d for d in differences if len(d)]
     right = float(np.mean([np.mean((d > 0) + 0.5 * (d == 0)) for d in differences]))
     low, high = wilson(right, len(differences))
@@ -126,10 +126,10 @@ def evaluate(scores: Sequence[np.ndarray], comparisons: Sequence[Candidates]) ->
     }
 
 
-def _differences(scores: np.ndarray, one: Candidates) -> Iterator[float]:
+def _differences(scores: np.ndarray, candidates: Candidates) -> Iterator[float]:
     """Yield the better candidate's score minus the worse one's, for each pair of unequal rank."""
-    for i, rank in enumerate(one.ranks):
-        yield from (float(scores[i] - scores[j]) for j, other in enumerate(one.ranks) if rank < other)
+    for i, rank in enumerate(candidates.ranks):
+        yield from (float(scores[i] - scores[j]) for j, other in enumerate(candidates.ranks) if rank < other)
 
 
 def confidence_error(differences: np.ndarray) -> float:
@@ -149,10 +149,10 @@ def shuffled_answers(comparisons: Sequence[Candidates], seed: int) -> list[Candi
     """The comparisons with the answers of each in an order drawn for it: files put the better one first."""
     rng = np.random.default_rng(seed)
     mixed = []
-    for one in comparisons:
-        order = rng.permutation(len(one.answers))
-        answers, ranks = tuple(one.answers[i] for i in order), tuple(one.ranks[i] for i in order)
-        mixed.append(replace(one, answers=answers, ranks=ranks))
+    for candidates in comparisons:
+        order = rng.permutation(len(candidates.answers))
+        answers, ranks = tuple(candidates.answers[i] for i in order), tuple(candidates.ranks[i] for i in order)
+        mixed.append(replace(candidates, answers=answers, ranks=ranks))
     return mixed
 
 
@@ -167,12 +167,12 @@ def biases(
     """
     rng = np.random.default_rng(seed)
     rows: list[tuple[float, ...]] = []
-    for scored, one in zip(scores, comparisons, strict=True):
-        features = [(len(ids), len(MARKDOWN.findall(read(ids)))) for ids in one.answers]
-        for i, j in combinations(range(len(one.answers)), 2):
-            if one.ranks[i] != one.ranks[j]:
+    for scored, candidates in zip(scores, comparisons, strict=True):
+        features = [(len(ids), len(MARKDOWN.findall(read(ids)))) for ids in candidates.answers]
+        for i, j in combinations(range(len(candidates.answers)), 2):
+            if candidates.ranks[i] != candidates.ranks[j]:
                 i, j = (i, j) if rng.random() < 0.5 else (j, i)  # else a place would always be taken from a later one
-                label = 1.0 if one.ranks[i] < one.ranks[j] else -1.0
+                label = 1.0 if candidates.ranks[i] < candidates.ranks[j] else -1.0
                 more = (first - second for first, second in zip(features[i], features[j], strict=True))
                 rows.append((float(scored[i] - scored[j]), label, *more))
     score, label, *columns = np.array(rows).T

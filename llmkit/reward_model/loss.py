@@ -43,8 +43,8 @@ class ComparisonLoss:
     def __call__(self, model: Any, rows: tuple[np.ndarray, ...]) -> tuple[Tensor, int]:
         batch = ComparisonRows(*rows)
         # FSDP wants all processes to compute as often
-        parts = [batch] if is_sharded(model.embed_tokens) else batch.by_size()
-        losses, counts = zip(*(self._loss(model, part) for part in parts), strict=True)
+        batches = [batch] if is_sharded(model.embed_tokens) else batch.by_size()
+        losses, counts = zip(*(self._loss(model, part) for part in batches), strict=True)
         return torch.stack(losses).sum(), sum(counts)
 
     def _loss(self, model: Any, batch: ComparisonRows) -> tuple[Tensor, int]:
@@ -107,7 +107,7 @@ def score_comparisons(
         for batch, places in evaluation_rows(comparisons, SCORED_TOKENS, row_tokens, pad):
             scores = answer_scores(model, batch).cpu().numpy()
             for row, numbers in enumerate(places):
-                for place, number in enumerate(numbers):
-                    yield number, scores[row, place, : len(comparisons[number].answers)]
+                for index, number in enumerate(numbers):
+                    yield number, scores[row, index, : len(comparisons[number].answers)]
     finally:
         model.train(training)

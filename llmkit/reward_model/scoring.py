@@ -52,8 +52,8 @@ class Scorer:
         Raises UserError for a record without prompt or completion.
         """
         for groups in _chunks(_grouped(rows)):
-            for asked, scores in zip(groups, self._scores(groups), strict=True):
-                yield from _records(asked, scores, rank)
+            for group, scores in zip(groups, self._scores(groups), strict=True):
+                yield from _records(group, scores, rank)
 
     def checked(self, row: Row) -> Row:
         """The row. Raises UserError that names it for one without prompt or completion, and one that has no tokens."""
@@ -67,22 +67,22 @@ class Scorer:
     def _scores(self, groups: Sequence[_Asked]) -> list[list[np.ndarray | None]]:
         """(heads,) of each answer of each group, None for one that is too long."""
         context = self.model.config.max_position_embeddings
-        compared = [Comparison(asked.prompt, tuple(asked.answers), (0,) * len(asked.answers)) for asked in groups]
-        scores: list[list[np.ndarray | None]] = [[None] * len(asked.answers) for asked in groups]
+        compared = [Comparison(group.prompt, tuple(group.answers), (0,) * len(group.answers)) for group in groups]
+        scores: list[list[np.ndarray | None]] = [[None] * len(group.answers) for group in groups]
         units: list[tuple[Candidates, list[tuple[int, int]]]] = []  # what is scored, and where its scores go
-        for group, one in enumerate(encode_comparisons(compared, self.chat.encode_branches)):
-            for first, last in one.spans(max(ROW_TOKENS, context)):  # attention costs the square of a row
-                part = Candidates(one.prompt, one.answers[first:last], one.ranks[first:last])
+        for group, whole in enumerate(encode_comparisons(compared, self.chat.encode_branches)):
+            for first, last in whole.spans(max(ROW_TOKENS, context)):  # attention costs the square of a row
+                part = Candidates(whole.prompt, whole.answers[first:last], whole.ranks[first:last])
                 places = [(group, answer) for answer in range(first, last)]
                 if part.longest <= context:
                     units.append((part, places))
                     continue
                 for place, answer in zip(places, part.answers, strict=True):  # each with as much of the prompt as fits
-                    kept = fitted(Candidates(one.prompt, (answer,), (0,)), context, "truncate", "", self.counts)
-                    units += [] if kept is None else [(kept, [place])]
-        for unit, found in score_comparisons(self.model, [one for one, _ in units], ROW_TOKENS, self.pad):
-            self.counts["scored"] += len(found)
-            for (group, answer), score in zip(units[unit][1], found, strict=True):
+                    fits = fitted(Candidates(whole.prompt, (answer,), (0,)), context, "truncate", "", self.counts)
+                    units += [] if fits is None else [(fits, [place])]
+        for unit, values in score_comparisons(self.model, [part for part, _ in units], ROW_TOKENS, self.pad):
+            self.counts["scored"] += len(values)
+            for (group, answer), score in zip(units[unit][1], values, strict=True):
                 scores[group][answer] = score
         return scores
 
@@ -91,38 +91,38 @@ def _grouped(rows: Iterable[Row]) -> Iterator[_Asked]:
     """Neighbours with the same prompt, and of the same form: one completion a record, or several."""
     read = ((read_prompt(row), "completions" in row.value, row, read_answers(row)) for row in rows)
     for (prompt, _), neighbours in groupby(read, key=itemgetter(0, 1)):
-        held = list(neighbours)
-        answers = [answer for *_, some in held for answer in some]
-        yield _Asked(prompt, [row for _, _, row, _ in held], answers, [len(some) for *_, some in held])
+        records = list(neighbours)
+        answers = [answer for *_, some in records for answer in some]
+        yield _Asked(prompt, [row for _, _, row, _ in records], answers, [len(some) for *_, some in records])
 
 
 def _chunks(groups: Iterator[_Asked]) -> Iterator[list[_Asked]]:
     """Whole prompts, of RECORDS_AT_ONCE records or a few more."""
-    held: list[_Asked] = []
-    for asked in groups:
-        held.append(asked)
-        if sum(len(one.rows) for one in held) >= RECORDS_AT_ONCE:
-            yield held
-            held = []
-    if held:
-        yield held
+    chunk: list[_Asked] = []
+    for group in groups:
+        chunk.append(group)
+        if sum(len(each.rows) for each in chunk) >= RECORDS_AT_ONCE:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
 
 
-def _records(asked: _Asked, scores: Sequence[np.ndarray | None], rank: bool) -> Iterator[dict[str, Any]]:
+def _records(group: _Asked, scores: Sequence[np.ndarray | None], rank: bool) -> Iterator[dict[str, Any]]:
     remaining = iter(scores)
     records = []
-    for row, count in zip(asked.rows, asked.counts, strict=True):
+    for row, count in zip(group.rows, group.counts, strict=True):
         own = list(islice(remaining, count))
-        means = [None if one is None else round(float(one.mean()), 6) for one in own]
-        spreads = [None if one is None else round(float(one.std()), 6) for one in own]
-        several = any(one is not None and len(one) > 1 for one in own)
+        means = [None if values is None else round(float(values.mean()), 6) for values in own]
+        spreads = [None if values is None else round(float(values.std()), 6) for values in own]
+        several = any(values is not None and len(values) > 1 for values in own)
         if "completions" in row.value:
-            made: dict[str, Any] = {"rewards": means} | ({"reward_stds": spreads} if several else {})
-            made |= {"ranking": _ranking(means)} if rank else {}
+            fields: dict[str, Any] = {"rewards": means} | ({"reward_stds": spreads} if several else {})
+            fields |= {"ranking": _ranking(means)} if rank else {}
         else:
-            made = {"reward": means[0]} | ({"reward_std": spreads[0]} if several else {})
-        records.append(with_made(row.value, made))
-    if not rank or "completions" in asked.rows[0].value:
+            fields = {"reward": means[0]} | ({"reward_std": spreads[0]} if several else {})
+        records.append(with_made(row.value, fields))
+    if not rank or "completions" in group.rows[0].value:
         return iter(records)
     ranking = _ranking([record["reward"] for record in records])
     order = sorted(range(len(records)), key=lambda i: ranking[i])
