@@ -50,25 +50,25 @@ class ModelJudge:
 
     def judge_each(self, answered: Iterable[Answered]) -> Iterator[tuple[Answered, list[str]]]:
         """Each question with the verdicts on its responses, one of `VERDICTS` or `UNREADABLE`, in order."""
-        for (one, asked), found in self._model.ask(map(self._prompts, answered), read_verdict, TEMPERATURE):
-            verdicts = dict(zip(asked, found, strict=True))
-            yield one, [_verdict(verdicts.get(response.strip(), EVASIVE)) for response in one.responses]
+        for (item, judged), replies in self._model.ask(map(self._prompts, answered), read_verdict, TEMPERATURE):
+            verdicts = dict(zip(judged, replies, strict=True))
+            yield item, [_verdict(verdicts.get(response.strip(), EVASIVE)) for response in item.responses]
 
-    def _prompts(self, one: Answered) -> tuple[tuple[Answered, list[str]], list[str]]:
+    def _prompts(self, answered: Answered) -> tuple[tuple[Answered, list[str]], list[str]]:
         """Build a judge's prompts for the distinct responses to a question, and list these responses."""
-        question = one.question
-        unlike = list(dict.fromkeys(response.strip() for response in one.responses))
-        asked = [text for text in unlike if self._words(text, question.question, question.answers) != EVASIVE]
+        question = answered.question
+        unlike = list(dict.fromkeys(response.strip() for response in answered.responses))
+        judged = [text for text in unlike if self._words(text, question.question, question.answers) != EVASIVE]
         shown = {
             "passage": question.passage or NO_PASSAGE,
             "question": question.question,
             "reference": " | ".join(question.answers),
         }
-        return (one, asked), [JUDGE_PROMPT.format(answer=text, **shown) for text in asked]
+        return (answered, judged), [JUDGE_PROMPT.format(answer=text, **shown) for text in judged]
 
 
-def _verdict(found: str | Missing) -> str:
-    return UNREADABLE if isinstance(found, Missing) else found
+def _verdict(reply: str | Missing) -> str:
+    return UNREADABLE if isinstance(reply, Missing) else reply
 
 
 def check_verdicts(counts: Mapping[str, int], model: ChatModel) -> None:
@@ -86,5 +86,5 @@ def read_verdict(reply: str) -> str | None:
     >>> read_verdict("**VERDICT: Right.**"), read_verdict("VERDICT: right or VERDICT: wrong"), read_verdict("right")
     ('right', None, None)
     """
-    found = {one.lower() for one in VERDICT.findall(reply)}
-    return found.pop() if len(found) == 1 else None
+    verdicts = {verdict.lower() for verdict in VERDICT.findall(reply)}
+    return verdicts.pop() if len(verdicts) == 1 else None

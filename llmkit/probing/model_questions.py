@@ -67,10 +67,10 @@ def write_all(
 
 def write_about(model: ChatModel, passages: Iterable[Passage], most: int) -> Iterator[dict[str, Any]]:
     """A record of each passage, in order: the `pairs` that the model wrote, or why there are none (`missing`)."""
-    prompts = ((one, [WRITER_PROMPT.format(most=most, passage=one.text)]) for one in passages)
+    prompts = ((passage, [WRITER_PROMPT.format(most=most, passage=passage.text)]) for passage in passages)
     for passage, (reply,) in model.ask(prompts, read_pairs, TEMPERATURE):
-        made = {"missing": reply.value} if isinstance(reply, Missing) else {"pairs": reply[:most]}
-        yield {"passage": _key(passage), "where": passage.where, **made}
+        result = {"missing": reply.value} if isinstance(reply, Missing) else {"pairs": reply[:most]}
+        yield {"passage": _key(passage), "where": passage.where, **result}
 
 
 def written_about(record: dict[str, Any], passage: Passage) -> bool:
@@ -96,7 +96,7 @@ def read_pairs(reply: str) -> list[Pair] | None:
     listed = value.get("questions") if isinstance(value, dict) else None
     if not isinstance(listed, list):
         return None
-    pairs = [(_text(one.get("question")), _text(one.get("answer"))) for one in listed if isinstance(one, dict)]
+    pairs = [(_text(item.get("question")), _text(item.get("answer"))) for item in listed if isinstance(item, dict)]
     return [pair for pair in pairs if all(pair)] or None
 
 
@@ -116,18 +116,18 @@ def written_questions(
     """
     questions: list[Question] = []
     left_out: Counter[str] = Counter()
-    asked: set[tuple[str, ...]] = set()
+    seen: set[tuple[str, ...]] = set()
     for record, passage in zip(records, passages, strict=True):
         if "missing" in record:
             left_out[f"passages: {record['missing']}"] += 1
         for question, answer in record.get("pairs", ()):
             reason = unfit(question, answer, passage.text)
-            if reason is None and words(question) in asked:
+            if reason is None and words(question) in seen:
                 reason = "asked before"
             if reason is not None:
                 left_out[reason] += 1
                 continue
-            asked.add(words(question))
+            seen.add(words(question))
             where = f"{passage.where}, {passage.name}"
             kind = kind_of_question(question)
             questions.append(Question(question, (answer,), passage.text, passage.name, kind, "", where))
@@ -141,11 +141,11 @@ def unfit(question: str, answer: str, passage: str) -> str | None:
     >>> unfit("Did it open in 1889?", "1889", "The mill of Arden opened in 1889.")
     'holds its answer'
     """
-    asked, said, there = words(question), words(answer), words(passage)
-    if not said or not holds(there, said):
+    question_words, answer_words, passage_words = words(question), words(answer), words(passage)
+    if not answer_words or not holds(passage_words, answer_words):
         return "answer not in the passage"
-    if holds(asked, said):
+    if holds(question_words, answer_words):
         return "holds its answer"
-    if "passage" in asked and "passage" not in there:
+    if "passage" in question_words and "passage" not in passage_words:
         return "asks about the passage itself"
     return None

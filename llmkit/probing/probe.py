@@ -138,23 +138,23 @@ class Probe:
         """The record of each question that was asked, in order."""
         waiting: dict[int, Question] = {}
         completed = self._generator.complete_each(self._requests(questions, waiting))
-        found = ((waiting.pop(index), completions) for index, completions in completed)
+        finished = ((waiting.pop(index), completions) for index, completions in completed)
         answered = (
-            Answered(question, [one.text.strip() for one in completions], completions)
-            for question, completions in found
+            Answered(question, [reply.text.strip() for reply in completions], completions)
+            for question, completions in finished
             if completions  # there are none where it was too long for a server
         )
-        for one, judgements in self.judge.judge_each(answered):
-            yield self._record(one, judgements)
+        for item, judgements in self.judge.judge_each(answered):
+            yield self._record(item, judgements)
 
     def _requests(self, questions: Iterable[Question], waiting: dict[int, Question]) -> Iterator[Request]:
         index = 0
         for question in questions:
-            asked = [message("user", question.question)]
-            ids: Sequence[Any] = as_record(asked)
+            messages = [message("user", question.question)]
+            ids: Sequence[Any] = as_record(messages)
             if self._chat is not None:
                 with naming(question.where):
-                    ids = self._chat.encode(asked, prompt=True).token_ids.tolist()
+                    ids = self._chat.encode(messages, prompt=True).token_ids.tolist()
             if self._context is not None and len(ids) >= self._context:
                 continue
             waiting[index] = question
@@ -172,7 +172,7 @@ class Probe:
             "judgements": judgements,
             "known": decide(judgements, self._consistent),
             "logprobs": [
-                round(sum(one.logprobs) / len(one.logprobs), 4) if one.logprobs else None for one in completions
+                round(sum(reply.logprobs) / len(reply.logprobs), 4) if reply.logprobs else None for reply in completions
             ],
             "kind": question.kind,
             "language": language_of(question),
@@ -186,13 +186,13 @@ def ask_all(probe: Probe, state: RunState, questions: Sequence[Question], quiet:
     """Ask the questions that the state has not, into it."""
     if state.kept:
         say(f"{state.path}: kept {counted(state.kept, 'question')}", quiet)
-    found: Counter[str] = Counter()
+    tally: Counter[str] = Counter()
     with Progress("probe", total=len(questions), unit="questions", quiet=quiet) as progress:
         progress.advance(state.kept)
         for record in probe.ask(state.remaining(questions, made_of)):
             state.append(record)
-            found[NAMES[record["known"]]] += 1
-            progress.advance(**found)
+            tally[NAMES[record["known"]]] += 1
+            progress.advance(**tally)
 
 
 def made_of(record: dict[str, Any], question: Question) -> bool:

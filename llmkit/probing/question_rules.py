@@ -83,8 +83,8 @@ def write_questions(passage: Passage, most: int, seed: int) -> list[Question]:
 
     Questions proper come before blanks, which come in where there are too few.
     """
-    found = [written for sentence in sentences(passage.text) if (written := write_question(sentence))]
-    unlike = {written.question: written for written in found}  # a sentence may be there twice
+    drafts = [written for sentence in sentences(passage.text) if (written := write_question(sentence))]
+    unlike = {written.question: written for written in drafts}  # a sentence may be there twice
 
     def drawn(written: Written) -> tuple[bool, bytes]:
         key = blake2b(f"{seed} {passage.name} {written.question}".encode(), digest_size=8).digest()
@@ -107,7 +107,7 @@ def sentences(text: str) -> Iterator[str]:
     ['Dr. Ada B. Lovelace wrote it', 'It ran in 1843']
     """
     for paragraph in re.split(r"\n\s*\n", text):
-        ends = [(found.start(), found.end()) for found in SENTENCE_END.finditer(paragraph)]
+        ends = [(mark.start(), mark.end()) for mark in SENTENCE_END.finditer(paragraph)]
         starts = [0, *(end for _, end in ends)]
         for start, stop in zip(starts, [*(end for _, end in ends), len(paragraph)], strict=True):
             sentence = " ".join(paragraph[start:stop].split())
@@ -127,8 +127,8 @@ answer='50,000', kind='cloze: number')
     if not FEWEST <= len(sentence.split()) <= MOST or POINTING.match(sentence) or QUOTED.search(sentence):
         return None
     for build in BUILDS:
-        if found := build.pattern.fullmatch(sentence):
-            written = build.write(found)
+        if match := build.pattern.fullmatch(sentence):
+            written = build.write(match)
             if _keeps_its_answer(written):
                 return written
     return _blanked(sentence)
@@ -136,9 +136,9 @@ answer='50,000', kind='cloze: number')
 
 def _blanked(sentence: str) -> Written | None:
     for kind, pattern in BLANKS:
-        for found in pattern.finditer(sentence):
-            answer = found["answer"]
-            text = f"{CLOZE}{sentence[: found.start('answer')]}{BLANK}{sentence[found.end('answer') :]}."
+        for match in pattern.finditer(sentence):
+            answer = match["answer"]
+            text = f"{CLOZE}{sentence[: match.start('answer')]}{BLANK}{sentence[match.end('answer') :]}."
             written = Written(text, answer, f"cloze: {kind}")
             if _keeps_its_answer(written):
                 return written
@@ -152,28 +152,28 @@ def _keeps_its_answer(written: Written) -> bool:
 
 def _inside(subject: str) -> str:
     """A subject in the middle of a sentence: "The tower" becomes "the tower"."""
-    return re.sub(r"\A(?:The|An?)\b", lambda found: found[0].lower(), subject)
+    return re.sub(r"\A(?:The|An?)\b", lambda match: match[0].lower(), subject)
 
 
-def _when(found: re.Match[str]) -> Written:
-    return Written(f"When {found['verb']} {_inside(found['thing'])} {found['rest']}?", found["answer"], "when")
+def _when(match: re.Match[str]) -> Written:
+    return Written(f"When {match['verb']} {_inside(match['thing'])} {match['rest']}?", match["answer"], "when")
 
 
-def _where(found: re.Match[str]) -> Written:
-    return Written(f"Where {found['verb']} {_inside(found['thing'])} {found['rest']}?", found["answer"], "where")
+def _where(match: re.Match[str]) -> Written:
+    return Written(f"Where {match['verb']} {_inside(match['thing'])} {match['rest']}?", match["answer"], "where")
 
 
-def _who(found: re.Match[str]) -> Written:
-    return Written(f"Who or what {found['verb']} {found['rest']}?", found["answer"], "who")
+def _who(match: re.Match[str]) -> Written:
+    return Written(f"Who or what {match['verb']} {match['rest']}?", match["answer"], "who")
 
 
-def _how_many(found: re.Match[str]) -> Written:
-    did = {"has": "does", "have": "do", "had": "did"}[found["verb"]]
-    return Written(f"How many {found['rest']} {did} {_inside(found['thing'])} have?", found["answer"], "how many")
+def _how_many(match: re.Match[str]) -> Written:
+    did = {"has": "does", "have": "do", "had": "did"}[match["verb"]]
+    return Written(f"How many {match['rest']} {did} {_inside(match['thing'])} have?", match["answer"], "how many")
 
 
-def _how_many_there(found: re.Match[str]) -> Written:
-    return Written(f"How many {found['rest']} {found['verb']} there{found['more']}?", found["answer"], "how many")
+def _how_many_there(match: re.Match[str]) -> Written:
+    return Written(f"How many {match['rest']} {match['verb']} there{match['more']}?", match["answer"], "how many")
 
 
 REST = r"(?P<rest>[a-z][^,;:()]*?)"

@@ -82,23 +82,25 @@ class Recital:
 
         The generator decodes greedily and knows no end tokens, so that it says as much as is compared.
         """
-        held = list(self._held.values())
-        requests = (Request([self._start, *one.prefix], max_tokens=len(one.following), where=one.where) for one in held)
-        for one, (completion,) in zip(held, generator.complete(requests), strict=True):
-            said = completion.token_ids
-            unlike = (place for place, token in enumerate(one.following) if said[place] != token)
-            matched = next(unlike, len(said))
-            longest = SequenceMatcher(None, said, one.following, autojunk=False).find_longest_match()
+        items = list(self._held.values())
+        requests = (
+            Request([self._start, *item.prefix], max_tokens=len(item.following), where=item.where) for item in items
+        )
+        for item, (completion,) in zip(items, generator.complete(requests), strict=True):
+            recited = completion.token_ids
+            unlike = (index for index, token in enumerate(item.following) if recited[index] != token)
+            matched = next(unlike, len(recited))
+            longest = SequenceMatcher(None, recited, item.following, autojunk=False).find_longest_match()
             yield {
-                "id": one.name,
-                "repeats": one.repeats,
-                "tokens": len(one.following),
+                "id": item.name,
+                "repeats": item.repeats,
+                "tokens": len(item.following),
                 "matched": matched,
                 "longest": longest.size,
-                "share": round(matched / len(one.following), 4),
-                "prefix": self._tokenizer.decode(one.prefix),
+                "share": round(matched / len(item.following), 4),
+                "prefix": self._tokenizer.decode(item.prefix),
                 "completion": completion.text,
-                "where": one.where,
+                "where": item.where,
             }
 
 
@@ -142,6 +144,6 @@ def summarise(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def describe(groups: dict[str, dict[str, float]], tokens: int) -> Iterator[str]:
     """Describe the results of `summarise` in lines; `tokens` were asked for of each document."""
-    for name, one in groups.items():
-        found = f"{one['mean_share']:.1%} of {counted(tokens, 'token')} on average, {one['whole']} recited whole"
-        yield f"documents found {name}: {one['documents']}; {found}"
+    for name, group in groups.items():
+        shares = f"{group['mean_share']:.1%} of {counted(tokens, 'token')} on average, {group['whole']} recited whole"
+        yield f"documents found {name}: {group['documents']}; {shares}"

@@ -64,12 +64,12 @@ def balanced(known: Sequence[str], balance: float | None, seed: int) -> set[int]
 
     The side that has too many is thinned by a draw. All are kept without `balance`, and where a side is empty.
     """
-    sides = {side: [place for place, one in enumerate(known) if one == side] for side in ("yes", "no")}
+    sides = {side: [index for index, label in enumerate(known) if label == side] for side in ("yes", "no")}
     confirmed, refused = len(sides["yes"]), len(sides["no"])
     if balance is not None and confirmed and refused:
         wanted = {"yes": min(confirmed, round(balance * refused)), "no": min(refused, round(confirmed / balance))}
         sides = {
-            side: sorted(places, key=lambda place: _draw(seed, str(place)))[: max(1, wanted[side])]
+            side: sorted(places, key=lambda index: _draw(seed, str(index)))[: max(1, wanted[side])]
             for side, places in sides.items()
         }
     return {*sides["yes"], *sides["no"]}
@@ -79,10 +79,10 @@ def lesson(record: dict[str, Any], refusals: Refusals, seed: int) -> dict[str, A
     """The conversation that a probe's record teaches: its first answer if it is known, else a refusal."""
     question, answer = record["question"], record["answer"]
     if record["known"] == "yes":
-        said = answer if isinstance(answer, str) else answer[0]
+        reply = answer if isinstance(answer, str) else answer[0]
     else:
-        said = refusals.choose(question, record["language"], seed)
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": said}]
+        reply = refusals.choose(question, record["language"], seed)
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
     return {"messages": messages, "known": record["known"], "source": "probe-knowledge"}
 
 
@@ -99,8 +99,8 @@ def write_lessons(
     """
     chosen = balanced([record["known"] for record in records()], balance, seed)
     taught: Counter[str] = Counter()
-    for place, record in enumerate(records()):
-        if place in chosen:
+    for index, record in enumerate(records()):
+        if index in chosen:
             taught[record["known"]] += 1
             write(lesson(record, refusals, seed))
     return taught
