@@ -76,11 +76,11 @@ class Actor:
             if world().size == 1:
                 raise
             own = error
-        parts = world().gather(own)
-        for part in parts:
+        gathered = world().gather(own)
+        for part in gathered:
             if isinstance(part, UserError):
                 raise SharedError(str(part))
-        return [group for part in parts for group in part]
+        return [group for part in gathered for group in part]
 
     def _attempt(
         self, problems: Sequence[EncodedProblem], settings: RolloutSettings, step: int, first_group: int
@@ -93,21 +93,21 @@ class Actor:
             before = generator.tokens
             requests = (
                 Request(
-                    one.prompt_ids,
+                    encoded.prompt_ids,
                     settings.group_size,
                     settings.max_tokens,
                     settings.seed,
                     first_group + i,
-                    one.problem.where,
+                    encoded.problem.where,
                 )
-                for i, one in enumerate(problems)
+                for i, encoded in enumerate(problems)
             )
-            made = list(generator.complete(requests))
+            sampled = list(generator.complete(requests))
         groups = [
             [
                 Rollout(
-                    one.problem,
-                    one.prompt_ids,
+                    encoded.problem,
+                    encoded.prompt_ids,
                     completion,
                     step,
                     first_group + i,
@@ -116,14 +116,14 @@ class Actor:
                 )
                 for sample, completion in enumerate(completions)
             ]
-            for i, (one, completions) in enumerate(zip(problems, made, strict=True))
+            for i, (encoded, completions) in enumerate(zip(problems, sampled, strict=True))
         ]
         self.tokens += generator.tokens - before
         self.seconds += time.monotonic() - started
         started = time.monotonic()
         rollouts = [rollout for group in groups for rollout in group]
-        parts = score(rollouts, self.rewards, settings.max_tokens)
-        for rollout, rewards, reward in zip(rollouts, parts, total(parts, self.rewards), strict=True):
+        scores = score(rollouts, self.rewards, settings.max_tokens)
+        for rollout, rewards, reward in zip(rollouts, scores, total(scores, self.rewards), strict=True):
             rollout.rewards = rewards
             rollout.judged = rollout.trained = reward is not None
             rollout.reward = math.nan if reward is None else reward
@@ -149,10 +149,10 @@ class Actor:
         with torch.inference_mode():
             return Generator(model, self.tokenizer, Sampling(settings.temperature), **details)
 
-    def _parts(self, made: Completion) -> tuple[Part, ...]:
-        if self._tools is None or not made.tool_calls:
+    def _parts(self, completion: Completion) -> tuple[Part, ...]:
+        if self._tools is None or not completion.tool_calls:
             return ()
-        return self._tools.parts(made.token_ids, made.sampled, made.tool_calls)
+        return self._tools.parts(completion.token_ids, completion.sampled, completion.tool_calls)
 
 
 def score(rollouts: Sequence[Rollout], rewards: Sequence[Weighted], max_tokens: int) -> list[dict[str, float | None]]:
@@ -164,5 +164,5 @@ def score(rollouts: Sequence[Rollout], rewards: Sequence[Weighted], max_tokens: 
 
 def as_attempt(rollout: Rollout, max_tokens: int) -> Attempt:
     """Make a rollout the `Attempt` that rewards take."""
-    made = rollout.completion
-    return Attempt(rollout.problem, made.text, rollout.token_count, made.finish_reason, max_tokens)
+    completion = rollout.completion
+    return Attempt(rollout.problem, completion.text, rollout.token_count, completion.finish_reason, max_tokens)

@@ -131,15 +131,15 @@ def advantages(algorithm: Algorithm, rewards: Sequence[Sequence[float]]) -> list
     Where rewards are all equal the advantages are 0.
     """
     every = np.concatenate([np.asarray(group, np.float64) for group in rewards])
-    found = []
+    normalised = []
     for group in (np.asarray(group, np.float64) for group in rewards):
         centred = group - (every if algorithm.baseline == "batch" else group).mean()
         if algorithm.baseline == "others":
             centred = centred * len(group) / max(1, len(group) - 1)
         deviation = {"group": group.std(), "batch": every.std(), None: 1.0}[algorithm.scale]
         # equal rewards differ by their mean's rounding, which a division would blow up
-        found.append(centred / deviation if deviation > SMALLEST_DEVIATION else np.zeros_like(centred))
-    return found
+        normalised.append(centred / deviation if deviation > SMALLEST_DEVIATION else np.zeros_like(centred))
+    return normalised
 
 
 def is_informative(rewards: Sequence[float]) -> bool:

@@ -102,7 +102,7 @@ class Collector:
             reference_logprobs(self._reference, rollouts, temperature, settings.share_prompts)
         self._set_advantages(groups)
         trained = [rollout for rollout in rollouts if rollout.trained]
-        weights = token_weights(self._algorithm.weighting, [one.token_count for one in trained], max_tokens)
+        weights = token_weights(self._algorithm.weighting, [rollout.token_count for rollout in trained], max_tokens)
         batch, _ = pack_rollouts(trained, weights.tolist(), self._pad, settings.share_prompts)
         self.rollouts = [rollout for group in all_groups for rollout in group]
         self._log.write(self.rollouts)
@@ -177,16 +177,16 @@ class Collector:
 
     def _problem(self, number: int) -> EncodedProblem:
         """The problem of a group; in every epoch they have another order."""
-        epoch, place = divmod(number, len(self._problems))
+        epoch, index = divmod(number, len(self._problems))
         if self._order[0] != epoch:
             self._order = epoch, shuffled(len(self._problems), self._settings.seed, epoch)
-        return self._problems[self._order[1][place]]
+        return self._problems[self._order[1][index]]
 
     def _set_advantages(self, groups: Sequence[Sequence[Rollout]]) -> None:
         penalty = self._settings.kl_coef if self._algorithm.kl == "reward" else 0.0
-        worth = [[one.reward - penalty * _divergence(one) for one in group] for group in groups]
-        for group, found in zip(groups, advantages(self._algorithm, worth), strict=True):
-            for rollout, advantage in zip(group, found.tolist(), strict=True):
+        worth = [[rollout.reward - penalty * _divergence(rollout) for rollout in group] for group in groups]
+        for group, values in zip(groups, advantages(self._algorithm, worth), strict=True):
+            for rollout, advantage in zip(group, values.tolist(), strict=True):
                 rollout.advantage = advantage
 
 
@@ -234,24 +234,24 @@ def describe(groups: Sequence[Sequence[Rollout]], rewards: Sequence[Weighted]) -
             f"--reward {' and '.join(names)}: expected a number for some of {counted(len(every), 'attempt')}, found "
             "None, which says that it cannot judge, for all"
         )
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "reward": np.mean(_rewards(every)),
-        "length": np.mean([one.token_count for one in every]),
-        "cut": np.mean([one.completion.finish_reason == "length" for one in every]),
+        "length": np.mean([rollout.token_count for rollout in every]),
+        "cut": np.mean([rollout.completion.finish_reason == "length" for rollout in every]),
     }
     if len(judged) < len(every):
-        found["unjudged"] = 1 - len(judged) / len(every)
-    called = [bool(one.completion.tool_calls) for one in every]
+        figures["unjudged"] = 1 - len(judged) / len(every)
+    called = [bool(rollout.completion.tool_calls) for rollout in every]
     if any(called):
-        found["called"] = np.mean(called)
-        calls = [call for one in every for call in one.completion.tool_calls]
-        found["calls_failed"] = np.mean([call.get("failed", False) for call in calls])
+        figures["called"] = np.mean(called)
+        calls = [call for rollout in every for call in rollout.completion.tool_calls]
+        figures["calls_failed"] = np.mean([call.get("failed", False) for call in calls])
     for weighted in rewards:
         name = weighted.reward.name
-        found[f"reward/{name}"] = np.mean([one.rewards[name] or 0.0 for one in judged])
+        figures[f"reward/{name}"] = np.mean([rollout.rewards[name] or 0.0 for rollout in judged])
     verifier = next((weighted.reward.name for weighted in rewards if weighted.reward.verifies), None)
     if verifier is not None:
-        right = [[(one.rewards[verifier] or 0.0) >= 1.0 for one in group if one.judged] for group in groups]
-        found["success"] = np.mean([one for group in right for one in group])
-        found["pass_at_group"] = np.mean([any(group) for group in right])
-    return {name: round(float(value), 5) for name, value in found.items()}
+        right = [[(rollout.rewards[verifier] or 0.0) >= 1.0 for rollout in group if rollout.judged] for group in groups]
+        figures["success"] = np.mean([solved for group in right for solved in group])
+        figures["pass_at_group"] = np.mean([any(group) for group in right])
+    return {name: round(float(value), 5) for name, value in figures.items()}

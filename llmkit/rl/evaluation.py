@@ -43,7 +43,7 @@ class HeldOut:
         self._actor.renew()
         groups = self._actor.attempt(self._problems, self._settings, step=0, first_group=FIRST_GROUP)
         self.rollouts = [rollout for group in groups for rollout in group]
-        found = {f"val_{name}": value for name, value in describe(groups, self._actor.rewards).items()}
+        figures = {f"val_{name}": value for name, value in describe(groups, self._actor.rewards).items()}
         if self._gold is not None:
             self.gold_rewards = world().broadcast(self._gold_rewards(self._gold) if world().leads else None)
             by_group = np.array(self.gold_rewards).reshape(len(groups), -1)
@@ -53,13 +53,13 @@ class HeldOut:
                 raise UserError(
                     f"--gold {self._gold.reward.name}: expected a number for some attempt, found None for all"
                 )
-            found["val_gold"] = round(float(means.mean()), 5)
-            found["val_gold_se"] = round(float(means.std() / math.sqrt(len(means))), 5)
-        return found
+            figures["val_gold"] = round(float(means.mean()), 5)
+            figures["val_gold_se"] = round(float(means.std() / math.sqrt(len(means))), 5)
+        return figures
 
     def _gold_rewards(self, gold: Weighted) -> list[float]:
-        found = total(score(self.rollouts, [gold], self._settings.max_tokens), [gold])
-        return [math.nan if value is None else value for value in found]
+        rewards = total(score(self.rollouts, [gold], self._settings.max_tokens), [gold])
+        return [math.nan if value is None else value for value in rewards]
 
     def disagreements(self, count: int) -> list[dict[str, Any]]:
         """The attempts of the last evaluation that the rewards think most of in comparison with the gold one.

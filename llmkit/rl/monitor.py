@@ -160,21 +160,21 @@ class Watch:
         """
         seconds, loss, batch = time.monotonic() - self._collector.handed_over, self._loss.figures, self._collector
         tokens = self._trainer.settings.updates_per_batch * batch.figures["batch_tokens"]
-        found = {
+        figures = {
             **batch.figures,
             **{name: float(f"{value:.6g}") for name, value in loss.items()},
             "training_seconds": round(seconds, 3),
             "trained_tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
         }
-        self._check(found)
-        return found
+        self._check(figures)
+        return figures
 
     def _check(self, figures: Mapping[str, float]) -> None:
         limits = self._limits
         if apart := difference_beyond(figures, limits.difference):
             self._trainer.save(wait=True)
-            place = self._trainer.checkpoints.folder
-            raise SavedError(f"{apart}; saved in {place}; --resume with a higher bound, or begin again in float32")
+            folder = self._trainer.checkpoints.folder
+            raise SavedError(f"{apart}; saved in {folder}; --resume with a higher bound, or begin again in float32")
         if limits.kl is not None and figures["kl_per_attempt"] > limits.kl:
             self._stop(f"the policy is {figures['kl_per_attempt']:.3g} nats an attempt from its beginning (--max-kl)")
         if collapsed := self._collapse.note(figures):

@@ -106,11 +106,11 @@ class PolicyLoss:
         sums = dict(zip(self._sums, world().sum(*self._sums.values()), strict=True))
         sums["largest"] = world().largest(self._sums["largest"])[0]
         targets, first = max(1.0, sums["targets"]), max(1.0, sums["first"])
-        found = {name: sums[name] / targets for name in ("policy_kl", "clipped", "ratio")}
-        found |= {"entropy": sums["entropy"] / first, "logprob_difference": sums["gap"] / first}
+        figures = {name: sums[name] / targets for name in ("policy_kl", "clipped", "ratio")}
+        figures |= {"entropy": sums["entropy"] / first, "logprob_difference": sums["gap"] / first}
         if self.with_reference:
-            found |= {"kl": sums["kl"] / first, "kl_per_attempt": sums["kl"] / self._attempts}
-        return {**found, "logprob_difference_max": sums["largest"]}
+            figures |= {"kl": sums["kl"] / first, "kl_per_attempt": sums["kl"] / self._attempts}
+        return {**figures, "logprob_difference_max": sums["largest"]}
 
 
 def target_logprobs(model: Transformer, batch: PolicyRows, temperature: float) -> tuple[Tensor, Tensor, np.ndarray]:
@@ -135,7 +135,7 @@ def reference_logprobs(
     """Give every attempt the log-probabilities of its tokens under another model; each process computes its share."""
     first, stop = world().share(len(rollouts))
     _own_reference_logprobs(reference, rollouts[first:stop], temperature, share_prompts)
-    everywhere = world().gather([one.reference_logprobs for one in rollouts[first:stop]])
+    everywhere = world().gather([rollout.reference_logprobs for rollout in rollouts[first:stop]])
     for rollout, logprobs in zip(rollouts, chain.from_iterable(everywhere), strict=True):
         rollout.reference_logprobs = logprobs
 
@@ -146,14 +146,14 @@ def _own_reference_logprobs(
     if not rollouts:
         return
     rows, places = pack_rollouts(rollouts, [1.0] * len(rollouts), 0, share_prompts)
-    found = np.zeros_like(rows.logprobs)
+    filled = np.zeros_like(rows.logprobs)
     rows_at_once = max(1, TOKENS_AT_ONCE // rows.token_ids.shape[1])
-    for start in range(0, len(found), rows_at_once):
+    for start in range(0, len(filled), rows_at_once):
         part = PolicyRows(*(array[start : start + rows_at_once] for array in rows))
         logprobs, _, where = target_logprobs(reference, part, temperature)
-        found[start : start + rows_at_once][where] = logprobs.float().cpu().numpy()
+        filled[start : start + rows_at_once][where] = logprobs.float().cpu().numpy()
     for rollout, place in zip(rollouts, places, strict=True):
-        rollout.reference_logprobs = found[place.row, place.completion]
+        rollout.reference_logprobs = filled[place.row, place.completion]
 
 
 def _k3(log_ratio: Tensor) -> Tensor:

@@ -62,15 +62,15 @@ def load_problems(
 
     read = list(read_jsonl(paths, limit, encoded_problem, bad))
     if max_tokens is None:
-        _, counts = tuning.tokenizer.encode_batch([answer_text(one.problem.record) for one in read])
+        _, counts = tuning.tokenizer.encode_batch([answer_text(item.problem.record) for item in read])
         longest = _at_share(counts.tolist())
-        room = max(1, tuning.context - _at_share([len(one.prompt_ids) for one in read]))
+        room = max(1, tuning.context - _at_share([len(item.prompt_ids) for item in read]))
         max_tokens = min(room, max(LEAST_MAX_TOKENS, 2 * longest))
         if max_tokens == room:
             say(f"--max-tokens {max_tokens}: what the context of {tuning.context} leaves beside the problems", quiet)
         elif max_tokens > LEAST_MAX_TOKENS:
             say(f"--max-tokens {max_tokens}: twice the {longest} tokens of long answers in the data", quiet)
-    encoded = [one for one in read if len(one.prompt_ids) + max_tokens <= tuning.context]
+    encoded = [item for item in read if len(item.prompt_ids) + max_tokens <= tuning.context]
     too_long = len(read) - len(encoded)
     left_out = f"{too_long} longer than the context of {tuning.context} with --max-tokens {max_tokens}"
     if not encoded:
@@ -101,7 +101,7 @@ def _encode(problem: Problem, tuning: Finetuning, system: str | None) -> Encoded
 
 def digest(encoded: Iterable[EncodedProblem]) -> str:
     """A hash of what is asked, and of all that it is judged by."""
-    found = sha256()
-    for one in encoded:
-        found.update(dump_json([list(one.prompt_ids), one.problem.record], default=str))
-    return found.hexdigest()
+    hasher = sha256()
+    for item in encoded:
+        hasher.update(dump_json([list(item.prompt_ids), item.problem.record], default=str))
+    return hasher.hexdigest()

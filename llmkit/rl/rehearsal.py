@@ -71,5 +71,5 @@ def rehearse(
     rows_at_once = max(1, micro_batch_tokens // rows.token_ids.shape[1])
     training = batch_seconds(actor.model, loss, rows, rows_at_once, actor.model.embed_tokens.device)
     compared = groups if algorithm.compares_within_groups else [rollouts]
-    informative = sum(is_informative([one.reward for one in some if one.judged]) for some in compared)
+    informative = sum(is_informative([rollout.reward for rollout in some if rollout.judged]) for some in compared)
     return Rehearsal(describe(groups, actor.rewards), len(compared), informative, sampling, training, rows.tokens)

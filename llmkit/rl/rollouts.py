@@ -90,7 +90,7 @@ class Rollout:
     def record(self) -> dict[str, Any]:
         """The line of the log. Where a tool was called it has `messages`, which teach sft the call, as the text of
         the completion would not."""
-        problem, made = self.problem, self.completion
+        problem, completion = self.problem, self.completion
         prompt: Any = problem.prompt
         if len(problem.messages) > 1:
             prompt = as_record(problem.messages)
@@ -103,17 +103,17 @@ class Rollout:
             **known,
             "prompt": prompt,
             "answer": problem.answer,
-            "completion": made.text,
+            "completion": completion.text,
             **({"messages": as_record(messages)} if self.parts else {}),
             "reward": round(self.reward, 6) if self.judged else None,
             "rewards": {name: None if value is None else round(value, 6) for name, value in self.rewards.items()},
             "advantage": round(self.advantage, 6),
             "trained": self.trained,
-            "finish_reason": made.finish_reason,
-            "tool_calls": made.tool_calls,
-            "token_ids": made.token_ids,
-            "logprobs": [round(value, 6) for value in made.logprobs],
-            "sampled": made.sampled if made.tool_calls else None,
+            "finish_reason": completion.finish_reason,
+            "tool_calls": completion.tool_calls,
+            "token_ids": completion.token_ids,
+            "logprobs": [round(value, 6) for value in completion.logprobs],
+            "sampled": completion.sampled if completion.tool_calls else None,
         }
 
 

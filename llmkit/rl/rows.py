@@ -47,8 +47,8 @@ class PolicyRows(NamedTuple):
 
     def nothing(self) -> PolicyRows:
         """One row that predicts nothing, for a process that has no more rows where others have."""
-        one = PolicyRows(*(array[:1] for array in self))
-        return one._replace(targets=np.full_like(one.targets, IGNORED))
+        row = PolicyRows(*(array[:1] for array in self))
+        return row._replace(targets=np.full_like(row.targets, IGNORED))
 
 
 class Place(NamedTuple):
@@ -99,10 +99,10 @@ def pack_rollouts(
 
 def _fill(rows: PolicyRows, place: Place, rollout: Rollout, weight: float) -> None:
     """Write the tokens of a completion, and the values of each, at their place in the rows."""
-    made, chosen = np.array(rollout.completion.token_ids, np.int64), np.array(rollout.completion.sampled, bool)
+    ids, chosen = np.array(rollout.completion.token_ids, np.int64), np.array(rollout.completion.sampled, bool)
     row, where = place
-    rows.token_ids[row, where.start + 1 : where.stop] = made[:-1]
-    rows.targets[place] = np.where(chosen, made, IGNORED)
+    rows.token_ids[row, where.start + 1 : where.stop] = ids[:-1]
+    rows.targets[place] = np.where(chosen, ids, IGNORED)
     rows.logprobs[place] = rollout.completion.logprobs
     rows.advantages[place] = rollout.advantage
     rows.weights[place] = weight

@@ -74,29 +74,29 @@ class ServedPolicy:
     def hand_over(self) -> None:
         """Have the server load the policy as it is now. Raises ServerError unless it says that it has."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        place = Path(tempfile.mkdtemp(prefix="policy-", dir=self._folder.resolve()))
-        place.chmod(0o755)  # the server may be another user's
-        self._write(place)
+        folder = Path(tempfile.mkdtemp(prefix="policy-", dir=self._folder.resolve()))
+        folder.chmod(0o755)  # the server may be another user's
+        self._write(folder)
         try:
-            self._load(place)
+            self._load(folder)
         except ServerError as error:
             dev_mode = "was it started with VLLM_SERVER_DEV_MODE=1, and " if self.kind == "vllm" else ""
             raise ServerError(
                 f"{error}: it did not load the policy, and would sample from an older one; {dev_mode}does it see "
-                f"{place}?"
+                f"{folder}?"
             ) from None
         if self._held is not None:
             remove(self._held)
-        self._held = place
+        self._held = folder
 
-    def _load(self, place: Path) -> None:
+    def _load(self, folder: Path) -> None:
         command = self._served.server.command
         if self.kind == "vllm":
-            command("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(place)}})
+            command("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
             # without the flag vLLM keeps a prefix that a request still holds
             command("/reset_prefix_cache?reset_running_requests=true")
             return
-        answer = command("/update_weights_from_disk", {"model_path": str(place), "weight_version": place.name})
+        answer = command("/update_weights_from_disk", {"model_path": str(folder), "weight_version": folder.name})
         if not isinstance(answer, dict) or not answer.get("success"):
             raise ServerError(f"{self._served.server.place}: refuses the weights: {shortened(str(answer))}")
 
