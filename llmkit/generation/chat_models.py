@@ -141,10 +141,10 @@ class ServedChatModel:
     def _answer(self, prompt: str, read: Read[T], temperature: float) -> T | Missing:
         settings = self._settings
         details: dict[str, Any] = {"max_tokens": settings.max_tokens, "temperature": temperature}
-        asked = [{"role": "user", "content": prompt}]
+        messages = [{"role": "user", "content": prompt}]
         for seed in (settings.seed, settings.seed + 1):
             try:
-                reply = self._server.ask(asked, seed=seed, **details).text
+                reply = self._server.ask(messages, seed=seed, **details).text
             except PromptTooLong:
                 return Missing.TOO_LONG
             answer = read(without_thoughts(reply))
@@ -155,12 +155,12 @@ class ServedChatModel:
 
 
 def _ready(waiting: tuple[Any, list[AsyncResult[T]]]) -> bool:
-    return all(one.ready() for one in waiting[1])
+    return all(result.ready() for result in waiting[1])
 
 
 def _collected(waiting: tuple[K, list[AsyncResult[T]]]) -> tuple[K, list[T]]:
     name, results = waiting
-    return name, [one.get() for one in results]
+    return name, [result.get() for result in results]
 
 
 class FolderChatModel:
@@ -180,21 +180,21 @@ class FolderChatModel:
         """See `ChatModel`."""
         settings, most = self._settings, OPEN_PROMPTS * self._settings.slots
         generator = self._opened.generator(Sampling(temperature), settings.slots)
-        held: list[tuple[K, Sequence[str]]] = []
+        batch: list[tuple[K, Sequence[str]]] = []
         for name, prompts in groups:
-            held.append((name, prompts))
-            if max(len(held), sum(len(some) for _, some in held)) >= most:
-                yield from self._ask_all(generator, held, read)
-                held = []
-        yield from self._ask_all(generator, held, read)
+            batch.append((name, prompts))
+            if max(len(batch), sum(len(some) for _, some in batch)) >= most:
+                yield from self._ask_all(generator, batch, read)
+                batch = []
+        yield from self._ask_all(generator, batch, read)
 
     def _ask_all(self, generator: Generator, groups: Sequence[tuple[K, Sequence[str]]], read: Read[T]) -> Answers[K, T]:
         prompts = [text for _, texts in groups for text in texts]
         answers = self._answers(generator, prompts, read, self._settings.seed)
-        again = [place for place, answer in enumerate(answers) if answer is Missing.UNREADABLE]
-        second = self._answers(generator, [prompts[place] for place in again], read, self._settings.seed + 1)
-        for place, answer in zip(again, second, strict=True):
-            answers[place] = answer
+        again = [index for index, answer in enumerate(answers) if answer is Missing.UNREADABLE]
+        second = self._answers(generator, [prompts[index] for index in again], read, self._settings.seed + 1)
+        for index, answer in zip(again, second, strict=True):
+            answers[index] = answer
         following = iter(answers)
         for name, texts in groups:
             yield name, [next(following) for _ in texts]
@@ -202,19 +202,19 @@ class FolderChatModel:
     def _answers(self, generator: Generator, prompts: Sequence[str], read: Read[T], seed: int) -> list[T | Missing]:
         answers: list[T | Missing] = [Missing.TOO_LONG] * len(prompts)
         requests: dict[int, Request] = {}
-        for place, text in enumerate(prompts):
+        for index, text in enumerate(prompts):
             ids = self._chat.encode([message("user", text)], prompt=True).token_ids.tolist()
             if len(ids) < self._opened.config.max_position_embeddings:
-                requests[place] = Request(ids, 1, self._settings.max_tokens, seed, request_number(ids))
+                requests[index] = Request(ids, 1, self._settings.max_tokens, seed, request_number(ids))
         with torch.inference_mode(), threads(self._threads):
-            completions = [one for (one,) in generator.complete(requests.values())]
-        for place, completion in zip(requests, completions, strict=True):
+            completions = [completion for (completion,) in generator.complete(requests.values())]
+        for index, completion in zip(requests, completions, strict=True):
             answer = read(without_thoughts(completion.text))
-            answers[place] = Missing.UNREADABLE if answer is None else answer
+            answers[index] = Missing.UNREADABLE if answer is None else answer
             self.unread = completion.text if answer is None else self.unread
         self.usage.requests += len(requests)
-        self.usage.prompt_tokens += sum(len(one.prompt_ids) for one in requests.values())
-        self.usage.completion_tokens += sum(len(one.token_ids) for one in completions)
+        self.usage.prompt_tokens += sum(len(request.prompt_ids) for request in requests.values())
+        self.usage.completion_tokens += sum(len(completion.token_ids) for completion in completions)
         return answers
 
 

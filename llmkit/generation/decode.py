@@ -149,33 +149,33 @@ class Decoder:
     @torch.no_grad()
     def _run(self, prefix: Prefix, token_ids: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """The hidden states (T, hidden) of tokens behind a prefix, and the keys and values of both."""
-        held, new, config = len(prefix), len(token_ids), self.config
-        shape = config.num_hidden_layers, config.num_key_value_heads, held + new, config.head_dim
+        past, new, config = len(prefix), len(token_ids), self.config
+        shape = config.num_hidden_layers, config.num_key_value_heads, past + new, config.head_dim
         keys, values = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
-        keys[:, :, :held], values[:, :, :held] = prefix.keys_LKTD, prefix.values_LKTD
-        length_1 = torch.tensor([held + new], device=self.device)
+        keys[:, :, :past], values[:, :, :past] = prefix.keys_LKTD, prefix.values_LKTD
+        length_1 = torch.tensor([past + new], device=self.device)
         gqa = config.num_attention_heads != config.num_key_value_heads
 
         def attend(i: int, query_TJD: Tensor, key_TKD: Tensor, value_TKD: Tensor) -> Tensor:
-            keys[i, :, held:], values[i, :, held:] = key_TKD.transpose(0, 1), value_TKD.transpose(0, 1)
+            keys[i, :, past:], values[i, :, past:] = key_TKD.transpose(0, 1), value_TKD.transpose(0, 1)
             query_1HTD = query_TJD.transpose(0, 1).unsqueeze(0)
             seen, details = (
                 (keys[i : i + 1], values[i : i + 1]),
                 {"scale": self._scale, "window": self._layers[i].window},
             )
-            if held:
+            if past:
                 out_1HTD = attention_decode(query_1HTD, *seen, length_1, **details)
             else:
                 out_1HTD = scaled_dot_product_attention(query_1HTD, *seen, is_causal=True, enable_gqa=gqa, **details)
             return out_1HTD[0].transpose(0, 1)
 
-        turns = torch.view_as_complex(self._rotary(held + new, self.device))
-        hidden_TC = self._forward(torch.tensor(token_ids, device=self.device), turns[held:].unsqueeze(1), attend)
+        turns = torch.view_as_complex(self._rotary(past + new, self.device))
+        hidden_TC = self._forward(torch.tensor(token_ids, device=self.device), turns[past:].unsqueeze(1), attend)
         return hidden_TC, keys, values
 
     def hold(self, slot: int, length: int) -> Prefix:
         """A copy of the first `length` positions of a slot, to go on from later."""
-        keys, values = (held[:, slot, :, :length].clone() for held in (self._keys, self._values))
+        keys, values = (cache[:, slot, :, :length].clone() for cache in (self._keys, self._values))
         return Prefix(keys, values, keys.new_empty((0, self.config.vocab_size)))
 
     @torch.no_grad()
@@ -188,19 +188,19 @@ class Decoder:
     @torch.no_grad()
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of one slot into another."""
-        for held in (self._keys, self._values):
-            held[:, target, :, :length] = held[:, source, :, :length]
+        for cache in (self._keys, self._values):
+            cache[:, target, :, :length] = cache[:, source, :, :length]
 
     def _reserve(self, positions: int) -> None:
-        held = self._keys.shape[3]
-        if positions <= held:
+        capacity = self._keys.shape[3]
+        if positions <= capacity:
             return
-        grown = self._reach(max(positions, held + held // 2))
+        grown = self._reach(max(positions, capacity + capacity // 2))
         for name in ("_keys", "_values"):
             old = getattr(self, name)
             # zeros: an unwritten position is masked, but zero times NaN would be NaN
             new = old.new_zeros((*old.shape[:3], grown, old.shape[4]))
-            new[:, :, :, :held] = old
+            new[:, :, :, :capacity] = old
             setattr(self, name, new)
         kv_heads = self.config.num_key_value_heads
         self._all_first_RK = torch.arange(self._slots * kv_heads, device=self.device).view(-1, kv_heads) * grown
@@ -300,7 +300,7 @@ class Decoder:
         """Views of the slots in use, kept from step to step: making them costs as much as computing with them."""
         if self._viewed == (rows, seen):
             return
-        kv_heads, held, size = self._keys.shape[2:]
+        kv_heads, capacity, size = self._keys.shape[2:]
         step = BLOCK if self.dtype == torch.float32 else seen
         self._views = []  # (keys, values) of all slots, flat, and what a step looks at of them
         for keys_RKSD, values_RKSD in zip(self._keys, self._values, strict=True):
@@ -308,7 +308,7 @@ class Decoder:
             if self._fused:  # its splits are as many as `seen` has, whatever is held
                 self._views.append((*flat, keys_RKSD[:rows, :, :seen], values_RKSD[:rows, :, :seen]))
                 continue
-            used = [x[:rows].view(rows * kv_heads, held, size) for x in (keys_RKSD, values_RKSD)]
+            used = [x[:rows].view(rows * kv_heads, capacity, size) for x in (keys_RKSD, values_RKSD)]
             blocks = [used[1][:, at : min(at + step, seen)] for at in range(0, seen, step)]
             self._views.append((*flat, used[0][:, :seen].mT, blocks))
         self._first_RK = self._all_first_RK[:rows]
@@ -319,9 +319,9 @@ def _weighted_sum(weights_XGS: Tensor, value_blocks: list[Tensor]) -> Tensor:
     """The values by their weights, block after block: (X, G, D)."""
     if len(value_blocks) == 1:
         return torch.bmm(weights_XGS, value_blocks[0])
-    parts = weights_XGS.split(value_blocks[0].shape[1], -1)
-    total = torch.bmm(parts[0], value_blocks[0])
-    for part, block in zip(parts[1:], value_blocks[1:], strict=True):
+    weight_blocks = weights_XGS.split(value_blocks[0].shape[1], -1)
+    total = torch.bmm(weight_blocks[0], value_blocks[0])
+    for part, block in zip(weight_blocks[1:], value_blocks[1:], strict=True):
         total.baddbmm_(part, block)
     return total
 

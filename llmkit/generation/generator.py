@@ -67,18 +67,18 @@ class StopMatcher:
         if not self._stops or self.stopped:
             return "" if self.stopped else text
         text = self._held + text
-        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
-        if found:
+        matches = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if matches:
             self.stopped, self._held = True, ""
-            return text[: min(found)[1]]
+            return text[: min(matches)[1]]
         hold = max(_overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - hold :]
         return text[: len(text) - hold]
 
     def finish(self) -> str:
         """Return the text that was held back, after the last piece."""
-        held, self._held = self._held, ""
-        return held
+        rest, self._held = self._held, ""
+        return rest
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -189,8 +189,8 @@ class _Running:
         return self._draws[1][at]
 
     def completion(self, reason: str) -> Completion:
-        made = self.logprobs, self.truncated_logprobs, self.sampled, self.tool_calls
-        return Completion("".join(self.texts), self.token_ids, reason, *made)
+        fields = self.logprobs, self.truncated_logprobs, self.sampled, self.tool_calls
+        return Completion("".join(self.texts), self.token_ids, reason, *fields)
 
 
 _Held = tuple[_Running, Prefix]
@@ -323,8 +323,8 @@ class Generator:
             sequence = running[slot]
             reason = self._take(sequence, tokens[slot])
             if reason is not None:
-                held = self.decoder.hold(slot, sequence.position) if reason == CALL else None
-                self._leave(sequence, reason, held, done, calls)
+                prefix = self.decoder.hold(slot, sequence.position) if reason == CALL else None
+                self._leave(sequence, reason, prefix, done, calls)
                 last = running.pop()
                 if slot < len(running):
                     self.decoder.move(len(running), slot, last.position)
@@ -385,23 +385,23 @@ class Generator:
                 self.on_text(sequence.index, sequence.sample, text)
 
     def _leave(
-        self, sequence: _Running, reason: str, held: Prefix | None, done: _Open, calls: CallQueue[_Held]
+        self, sequence: _Running, reason: str, prefix: Prefix | None, done: _Open, calls: CallQueue[_Held]
     ) -> None:
         """A sequence is done, or waits for a tool with its keys and values."""
         if reason != CALL:
             done[sequence.index][sequence.sample] = sequence.completion(reason)
             return
-        assert self._tools is not None and sequence.call is not None and held is not None
+        assert self._tools is not None and sequence.call is not None and prefix is not None
         text = self._tools.input_of(sequence.call)
         sequence.tool_calls.append({"tool": sequence.call.tool, "input": text})
         if self.on_call is not None:
             self.on_call(sequence.index, sequence.sample, sequence.tool_calls[-1], None)
-        calls.submit(sequence.call.tool, text, (sequence, held))
+        calls.submit(sequence.call.tool, text, (sequence, prefix))
         sequence.call = None
 
     def _resume(self, waiting: _Held, result: ToolResult, done: _Open) -> _Held | None:
         """Prefill a tool's result behind the call; None where it leaves no room for a token more."""
-        sequence, held = waiting
+        sequence, earlier = waiting
         assert self._tools is not None
         sequence.tool_calls[-1] |= {"result": result.text, **({"failed": True} if result.failed else {})}
         ids = self._tools.result_ids(result, sequence.room - len(sequence.token_ids) - 1)
@@ -411,7 +411,7 @@ class Generator:
         if not ids:
             done[sequence.index][sequence.sample] = sequence.completion(self._last_text(sequence, "length"))
             return None
-        prefix = self.decoder.extend(held, [sequence.token_ids[-1], *ids])
+        prefix = self.decoder.extend(earlier, [sequence.token_ids[-1], *ids])
         for token in ids:
             sequence.append(_Token(token, 0.0, 0.0), sampled=False)
         return sequence, prefix
@@ -460,14 +460,14 @@ def describe_throughput(generator: Generator, seconds: float) -> str:
     The bandwidth is given for decoding on a CPU, of weights that no cache holds, for long enough: measuring what the
     memory can do takes 0.1 s. It counts what a step must read, weights, keys and values, by the time of the steps.
     """
-    parts = [f"{counted(generator.tokens, 'token')} at {quantity(generator.tokens / max(seconds, 1e-9))} tok/s"]
+    phrases = [f"{counted(generator.tokens, 'token')} at {quantity(generator.tokens / max(seconds, 1e-9))} tok/s"]
     if generator.steps and generator.slots > 1:
-        parts.append(f"{generator.rows / (generator.steps * generator.slots):.0%} of the slots in use")
+        phrases.append(f"{generator.rows / (generator.steps * generator.slots):.0%} of the slots in use")
     decoder = generator.decoder
     if decoder.device.type == "cpu" and decoder.weight_bytes > BEYOND_CACHES and decoder.seconds > WORTH_MEASURING:
         rate = decoder.bytes_read / decoder.seconds
-        parts.append(f"{rate / 1e9:.1f} GB/s: {rate / read_bandwidth():.0%} of the memory's bandwidth")
-    return ", ".join(parts)
+        phrases.append(f"{rate / 1e9:.1f} GB/s: {rate / read_bandwidth():.0%} of the memory's bandwidth")
+    return ", ".join(phrases)
 
 
 def read_bandwidth(size: int = 1 << 27) -> float:

@@ -67,7 +67,7 @@ class OpenedModel:
 
 def open_model(folder: str, device: str, dtype: str) -> OpenedModel:
     """Read all of a model folder but its weights. Raises UserError where tokenizer and model do not fit."""
-    place = choose_device(device)
+    chosen = choose_device(device)
     config, tokenizer = load_config(folder), load_tokenizer(folder)
     tokenizer.check_fits(config.vocab_size)
-    return OpenedModel(folder, config, tokenizer, place, choose_precision(dtype, place))
+    return OpenedModel(folder, config, tokenizer, chosen, choose_precision(dtype, chosen))

@@ -62,18 +62,18 @@ def load_shots(path: str | None, as_assistant: bool) -> list[tuple[str, str]]:
     if path is None:
         return list(AS_ASSISTANT) if as_assistant else []
     conversations = read_jsonl([path], None, read_conversation)
-    return shots_of([one for one in conversations if not one.rejected], path)
+    return shots_of([conversation for conversation in conversations if not conversation.rejected], path)
 
 
 def shots_of(conversations: Sequence[Conversation], path: str) -> list[tuple[str, str]]:
     """The first question and its answer of each conversation. Raises UserError for one that has none."""
     shots = []
-    for one in conversations:
-        roles = [turn.role for turn in one.messages]
+    for conversation in conversations:
+        roles = [turn.role for turn in conversation.messages]
         if "user" not in roles or "assistant" not in roles[roles.index("user") :]:
-            raise UserError(f"{one.where}: expected a question and an answer")
-        asked = roles.index("user")
-        shots.append((one.messages[asked].text, one.messages[roles.index("assistant", asked)].text))
+            raise UserError(f"{conversation.where}: expected a question and an answer")
+        start = roles.index("user")
+        shots.append((conversation.messages[start].text, conversation.messages[roles.index("assistant", start)].text))
     if not shots:
         raise UserError(f"{path}: expected examples, found none")
     return shots
@@ -81,7 +81,7 @@ def shots_of(conversations: Sequence[Conversation], path: str) -> list[tuple[str
 
 def with_shots(shots: Sequence[tuple[str, str]], question: str) -> str:
     """A document of questions and answers that ends where the answer to `question` begins."""
-    pairs = "".join(f"{ASKED}{asked}\n{ANSWERED}{answered}\n\n" for asked, answered in shots)
+    pairs = "".join(f"{ASKED}{query}\n{ANSWERED}{answered}\n\n" for query, answered in shots)
     return f"{pairs}{ASKED}{question}\n{ANSWERED.rstrip()}"
 
 
@@ -173,16 +173,16 @@ class Prompts:
 
     def _ids(self, row: Row) -> tuple[Sequence[Any], tuple[str, ...]]:
         """Encode the prompt of a record; the second value names the fields that are not used."""
-        asked = find_prompt(row, PROMPT_FIRST)
-        if asked is None:
+        prompt = find_prompt(row, PROMPT_FIRST)
+        if prompt is None:
             raise UserError(
                 f"{row.where}: expected field 'prompt' or 'messages' (a prompt), found {fields_of(row.value)}"
             )
         lost: list[str] = []
-        if len(asked.entries) == 1 and not isinstance(row.value[asked.name], list):
-            ids = self._encode(asked.entries[0]["content"])
+        if len(prompt.entries) == 1 and not isinstance(row.value[prompt.name], list):
+            ids = self._encode(prompt.entries[0]["content"])
         else:
-            messages = read_messages(row, asked.entries, lost)
+            messages = read_messages(row, prompt.entries, lost)
             if messages[-1].role != "user":
                 raise UserError(
                     f"{row.where}: expected messages that end with the user's, found the {messages[-1].role}'s last"
@@ -196,7 +196,7 @@ class Prompts:
             )
         if self._unknown is not None and self._unknown in ids:
             lost.append(OUTSIDE)
-        return ids, (*lost, *not_used(row.value, asked.used, (*PROMPT_FIELDS, *CHOICES, *SAMPLING)))
+        return ids, (*lost, *not_used(row.value, prompt.used, (*PROMPT_FIELDS, *CHOICES, *SAMPLING)))
 
     def take(self, index: int) -> tuple[Row, int]:
         """The record of a request and its seed, once."""
@@ -207,15 +207,15 @@ def completion_record(
     row: Row, completion: Completion, seed: int, sample: int | None, logprobs: bool, tools: bool
 ) -> dict[str, Any]:
     """Join the record of a prompt with one completion (`with_made`)."""
-    made: dict[str, Any] = {"completion": completion.text}
+    fields: dict[str, Any] = {"completion": completion.text}
     known = {"token_ids": completion.token_ids}
     if logprobs:
         known |= {"logprobs": completion.logprobs, "truncated_logprobs": completion.truncated_logprobs}
-    made |= {name: values for name, values in known.items() if values}  # a server need not tell
+    fields |= {name: values for name, values in known.items() if values}  # a server need not tell
     if tools:
-        made |= {"sampled": completion.sampled, "tool_calls": completion.tool_calls}
-    made |= {"finish_reason": completion.finish_reason, "seed": seed}
-    return with_made(row.value, made if sample is None else {**made, "sample": sample})
+        fields |= {"sampled": completion.sampled, "tool_calls": completion.tool_calls}
+    fields |= {"finish_reason": completion.finish_reason, "seed": seed}
+    return with_made(row.value, fields if sample is None else {**fields, "sample": sample})
 
 
 # ---- an output that outlives a kill
@@ -229,17 +229,17 @@ class _Kept:
         self._next = records if ordered else iter(())
         self._left = Counter() if ordered else Counter(map(_identity, records))  # 16 bytes a prompt, and the table's
 
-    def has(self, asked: dict[str, Any], where: str) -> bool:
-        """True if a record has been made; `asked` names its seed. Raises UserError where another one stands."""
-        kept = next(self._next, None)
-        if kept is not None:
-            if _identity(kept) != _identity(asked):
+    def has(self, record: dict[str, Any], where: str) -> bool:
+        """True if a record has been made; `record` names its seed. Raises UserError where another one stands."""
+        existing = next(self._next, None)
+        if existing is not None:
+            if _identity(existing) != _identity(record):
                 raise UserError(
                     f"{where}: {self._partial} was made of another prompt or --seed, or by --unordered; "
                     "start again with --force"
                 )
             return True
-        identity = _identity(asked)
+        identity = _identity(record)
         if not self._left[identity]:
             return False
         self._left[identity] -= 1
@@ -255,8 +255,8 @@ class _Kept:
 
 
 def _identity(record: dict[str, Any]) -> bytes:
-    asked = {name: record[name] for name in IDENTITY if name in record}
-    return blake2b(dump_json(asked, orjson.OPT_SORT_KEYS), digest_size=16).digest()
+    identity = {name: record[name] for name in IDENTITY if name in record}
+    return blake2b(dump_json(identity, orjson.OPT_SORT_KEYS), digest_size=16).digest()
 
 
 @contextmanager
@@ -291,8 +291,8 @@ def lasting_output(
             state.remove()
         elif isinstance(error, (KeyboardInterrupt, UserError)) and "start again with --force" not in str(error):
             interrupted = isinstance(error, KeyboardInterrupt)
-            said = f"{'interrupted' if interrupted else error}; the same command with --resume goes on ({partial})"
-            raise (Interrupted if interrupted else UserError)(said) from None
+            text = f"{'interrupted' if interrupted else error}; the same command with --resume goes on ({partial})"
+            raise (Interrupted if interrupted else UserError)(text) from None
         raise
     if out.lower().endswith((".gz", ".zst")):
         packed = f"{out}.packed{Path(out).suffix}"
@@ -323,12 +323,12 @@ def _whole_prompts(
         cut_torn_line(handle)
         handle.seek(0)
         end = whole = count = tokens = 0
-        checksum = found = ""
+        checksum = digest = ""
         for number, line in enumerate(handle, 1):
             if state.kept and number > most:
                 break
-            found = _checksum(found, line)
-            if checksums.get(number, found) != found:
+            digest = _checksum(digest, line)
+            if checksums.get(number, digest) != digest:
                 raise UserError(
                     f"{partial}:{number}: damaged or edited; keep the lines before it alone, "
                     "or start again with --force"
@@ -336,7 +336,7 @@ def _whole_prompts(
             end += len(line)
             tokens += len(orjson.loads(line).get("token_ids", ()))
             if number % samples == 0:
-                whole, count, checksum, prompts.kept_tokens = end, number, found, tokens
+                whole, count, checksum, prompts.kept_tokens = end, number, digest, tokens
         handle.truncate(whole)
         handle.seek(whole)
         state.append({"lines": count, "checksum": checksum})

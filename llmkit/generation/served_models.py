@@ -71,14 +71,14 @@ def parse_address(spec: str, flag: str) -> Address:
     """Read `openai:URL#model`. Raises UserError, also where the package openai is missing."""
     url, _, model = spec.removeprefix(SCHEME).partition("#")
     try:
-        parts = urlsplit(url)
-        _ = parts.port
+        split = urlsplit(url)
+        _ = split.port
     except ValueError:
         raise UserError(f"{flag}: expected a server and its model, such as {EXAMPLE}, found {spec}") from None
-    if not spec.startswith(SCHEME) or parts.scheme not in ("http", "https") or not parts.hostname or not model:
+    if not spec.startswith(SCHEME) or split.scheme not in ("http", "https") or not split.hostname or not model:
         raise UserError(f"{flag}: expected a server and its model, such as {EXAMPLE}, found {spec}")
-    if parts.username or parts.password or parts.query:
-        unwanted = "user and password" if parts.username or parts.password else "anything after a question mark"
+    if split.username or split.password or split.query:
+        unwanted = "user and password" if split.username or split.password else "anything after a question mark"
         raise UserError(f"{flag}: expected a URL without {unwanted}; the key goes into OPENAI_API_KEY")
     for name in IN_HEADERS:
         _header_value(name)
@@ -178,7 +178,7 @@ class OpenAIClient:
             raise ServerError(self._explain(error)) from error
         except (openai.OpenAIError, *MALFORMED):
             return None  # it is there, and need not have such a list; whether it has the model, the first request shows
-        owners = {getattr(one, "id", None): getattr(one, "owned_by", None) for one in models}
+        owners = {getattr(model, "id", None): getattr(model, "owned_by", None) for model in models}
         return owners.get(self.address.model, next(iter(owners.values()), None))
 
     def ask(
@@ -200,23 +200,23 @@ class OpenAIClient:
 
         answers = not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Mapping)
         create = self._client.chat.completions.create if answers else self._client.completions.create
-        asked: dict[str, Any] = {"messages" if answers else "prompt": prompt if isinstance(prompt, str) else [*prompt]}
-        asked |= {"seed": seed % 2**31, "temperature": temperature, **details}
-        asked |= {"logprobs": True if answers else 1} if logprobs else {}
-        asked |= {} if on_text is None else {"stream": True}
-        found: Any = None
+        body: dict[str, Any] = {"messages" if answers else "prompt": prompt if isinstance(prompt, str) else [*prompt]}
+        body |= {"seed": seed % 2**31, "temperature": temperature, **details}
+        body |= {"logprobs": True if answers else 1} if logprobs else {}
+        body |= {} if on_text is None else {"stream": True}
+        response: Any = None
         tries = 2  # what is no completion may be a proxy's page while the server starts
         while tries:
             tries -= 1
             length = self._length
             try:
-                found = create(model=self.address.model, **{length: max_tokens}, **asked)
-                if asked.get("stream"):
+                response = create(model=self.address.model, **{length: max_tokens}, **body)
+                if body.get("stream"):
                     assert on_text is not None
-                    if (reply := self._take_stream(found, on_text)) is not None:
+                    if (reply := self._take_stream(response, on_text)) is not None:
                         return reply
                     tries += 1
-                    del asked["stream"]  # it may not know how to stream, or not answer at all
+                    del body["stream"]  # it may not know how to stream, or not answer at all
                     continue
             except openai.BadRequestError as error:
                 if answers and length == "max_tokens" and NEWER_LENGTH in error.message:
@@ -232,17 +232,17 @@ class OpenAIClient:
             except ServerError:
                 raise
             except MALFORMED as error:  # a body of JSON that is none, or of other kinds
-                found = error
-            if (said := _error_in(found)) is not None:
-                raise ServerError(f"{self.place}: fails: {said}")
-            reply = _read(found)
+                response = error
+            if (fault := _error_in(response)) is not None:
+                raise ServerError(f"{self.place}: fails: {fault}")
+            reply = _read(response)
             if reply is not None:
-                self._count(getattr(found, "usage", None), reply.left_out)
+                self._count(getattr(response, "usage", None), reply.left_out)
                 if on_text is not None and reply.text:
                     on_text(reply.text)
                 return reply
         expected = "a chat completion" if answers else "a completion"
-        text = found.to_json(indent=None, warnings=False) if hasattr(found, "to_json") else str(found)
+        text = response.to_json(indent=None, warnings=False) if hasattr(response, "to_json") else str(response)
         raise ServerError(f"{self.place}: expected {expected}, found {shortened(text)!r}; is the URL right?")
 
     def _take_stream(self, chunks: Iterable[Any], on_text: Callable[[str], object]) -> Reply | None:
@@ -280,8 +280,8 @@ class OpenAIClient:
         """POST to a path beside the API, such as "/flush_cache", and return the reply. Raises ServerError."""
         import openai
 
-        parts = urlsplit(self.address.url)
-        url = urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/").removesuffix("/v1") + path, "", ""))
+        split = urlsplit(self.address.url)
+        url = urlunsplit((split.scheme, split.netloc, split.path.rstrip("/").removesuffix("/v1") + path, "", ""))
         try:
             return self._client.post(url, cast_to=object, body=body, options={"timeout": LOAD_SECONDS})
         except ValueError:  # an empty body
@@ -331,10 +331,10 @@ class OpenAIClient:
         return f"{self.place}: {shortened(str(error))}"
 
 
-def _read(found: Any) -> Reply | None:
+def _read(response: Any) -> Reply | None:
     """The first choice of a completion; None where it is none."""
     try:
-        choice = found.choices[0]
+        choice = response.choices[0]
         message = getattr(choice, "message", None)
         text = text_of(choice.text if message is None else message.content)
     except (AttributeError, IndexError, TypeError):
@@ -342,9 +342,9 @@ def _read(found: Any) -> Reply | None:
     token_ids, logprobs = _tokens(getattr(choice, "logprobs", None))
     if (given := _ids(getattr(choice, "token_ids", None))) is not None:
         token_ids = given
-    count = _count_of(getattr(found, "usage", None), "completion_tokens")
-    seen = getattr(choice, "prompt_token_ids", None) or getattr(found, "prompt_token_ids", None)
-    metadata = getattr(found, "metadata", None)
+    count = _count_of(getattr(response, "usage", None), "completion_tokens")
+    seen = getattr(choice, "prompt_token_ids", None) or getattr(response, "prompt_token_ids", None)
+    metadata = getattr(response, "metadata", None)
     version = metadata.get("weight_version") if isinstance(metadata, Mapping) else None
     return Reply(
         text=text or text_of(getattr(message, "refusal", None)),
@@ -366,18 +366,18 @@ def _beside_text(message: Any) -> Iterator[str]:
         yield "tool calls"
 
 
-def _error_in(found: Any) -> str | None:
+def _error_in(response: Any) -> str | None:
     """The server's words where the body of an error came with status 200."""
-    said = getattr(found, "error", None)
-    if not said or getattr(found, "choices", None):
+    error = getattr(response, "error", None)
+    if not error or getattr(response, "choices", None):
         return None
-    return shortened(str(said.get("message") or said if isinstance(said, dict) else said))
+    return shortened(str(error.get("message") or error if isinstance(error, dict) else error))
 
 
 def _finish(reason: Any) -> str:
     """Why an answer ended, in OpenAI's words; empty where the server does not say."""
-    said = reason if isinstance(reason, str) else ""
-    return FINISHES.get(said.lower(), said)
+    name = reason if isinstance(reason, str) else ""
+    return FINISHES.get(name.lower(), name)
 
 
 def _count_of(reported: Any, name: str) -> int:
@@ -399,25 +399,25 @@ def _tokens(given: Any) -> tuple[list[int] | None, list[float] | None]:
         each = [
             one if isinstance(one, Mapping) else vars(one) | (getattr(one, "model_extra", None) or {}) for one in each
         ]
-        names, values = [one.get("token") for one in each], [one.get("logprob") for one in each]
-        if (ids := _ids([one.get("id") for one in each])) is not None:
+        names, values = [entry.get("token") for entry in each], [entry.get("logprob") for entry in each]
+        if (ids := _ids([entry.get("id") for entry in each])) is not None:
             return ids, _numbers(values)
     names = names if isinstance(names, list) else []
-    numbers = [str(one).removeprefix(TOKEN_ID) for one in names if str(one).startswith(TOKEN_ID)]
+    numbers = [str(name).removeprefix(TOKEN_ID) for name in names if str(name).startswith(TOKEN_ID)]
     as_ids = bool(numbers) and len(numbers) == len(names) and all(number.isdigit() for number in numbers)
     return [int(number) for number in numbers] if as_ids else None, _numbers(values)
 
 
 def _ids(values: Any) -> list[int] | None:
-    whole = isinstance(values, list) and all(isinstance(one, int) and not isinstance(one, bool) for one in values)
+    whole = isinstance(values, list) and all(isinstance(item, int) and not isinstance(item, bool) for item in values)
     return list(values) if whole else None
 
 
 def _numbers(values: Any) -> list[float] | None:
     """A list of finite numbers; None for any other."""
-    if not isinstance(values, list) or not all(isinstance(one, (int, float)) and abs(one) < 1e300 for one in values):
+    if not isinstance(values, list) or not all(isinstance(item, (int, float)) and abs(item) < 1e300 for item in values):
         return None
-    return [float(one) for one in values]
+    return [float(item) for item in values]
 
 
 def _message(error: Any) -> str:

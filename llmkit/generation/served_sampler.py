@@ -139,7 +139,7 @@ class ServedSampler:
         Raises ServerError where a request has failed for good, UserError for a prompt that is too long.
         """
         done: dict[int, list[Completion | None]] = {}
-        made: SimpleQueue[tuple[int, int, Completion | BaseException]] = SimpleQueue()
+        results: SimpleQueue[tuple[int, int, Completion | BaseException]] = SimpleQueue()
         stopped, running = threading.Event(), 0
 
         def work(index: int, sample: int, request: Request) -> None:
@@ -150,19 +150,19 @@ class ServedSampler:
                 self.on_text(index, sample, text)
 
             try:
-                made.put((index, sample, self._sample(request, sample, None if self.on_text is None else give)))
+                results.put((index, sample, self._sample(request, sample, None if self.on_text is None else give)))
             except BaseException as error:
-                made.put((index, sample, error))
+                results.put((index, sample, error))
 
         def take() -> None:
-            index, sample, one = made.get()
-            if isinstance(one, PromptTooLong) and self._skip_long:
+            index, sample, result = results.get()
+            if isinstance(result, PromptTooLong) and self._skip_long:
                 done.update({index: []} if index in done else {})  # the first of its samples says so
-            elif isinstance(one, BaseException):
-                raise one
+            elif isinstance(result, BaseException):
+                raise result
             elif done.get(index):
-                done[index][sample] = one
-                self.tokens += len(one.token_ids)
+                done[index][sample] = result
+                self.tokens += len(result.token_ids)
 
         # its threads are daemons: who interrupts the program does not wait for the server
         with ThreadPool(self._concurrency) as pool:
@@ -176,11 +176,11 @@ class ServedSampler:
                         take()
                         running -= 1
                         for number in finished(done, ordered):
-                            yield number, [one for one in done.pop(number) if one is not None]
+                            yield number, [completion for completion in done.pop(number) if completion is not None]
                 for _ in range(running):
                     take()
                     for number in finished(done, ordered):
-                        yield number, [one for one in done.pop(number) if one is not None]
+                        yield number, [completion for completion in done.pop(number) if completion is not None]
             finally:
                 stopped.set()
 
@@ -218,33 +218,33 @@ class ServedSampler:
 
     def _check(self, request: Request, reply: Reply) -> None:
         """Raise ServerError for an answer that is not what was asked for."""
-        ids, logprobs, place = reply.token_ids, reply.logprobs, self._server.place
+        ids, logprobs, where = reply.token_ids, reply.logprobs, self._server.place
         strange = reply.finish_reason not in ("stop", "length")
         if strange and (self._needs_ids or reply.finish_reason in ("abort", "error")):
             raise ServerError(
-                f"{place}: {request.where}: expected a completion that ends by stop or length, found "
+                f"{where}: {request.where}: expected a completion that ends by stop or length, found "
                 f"{reply.finish_reason or 'none'!r}"
             )
         if self.weights is not None and reply.weights not in (None, self.weights):
-            raise ServerError(f"{place}: answers by weights {reply.weights!r}, expected {self.weights!r}")
+            raise ServerError(f"{where}: answers by weights {reply.weights!r}, expected {self.weights!r}")
         if self._needs_ids and not ids:
             raise ServerError(
-                f"{place}: expected the ids of tokens, found none; serve the model by vLLM or SGLang of 2026, which "
+                f"{where}: expected the ids of tokens, found none; serve the model by vLLM or SGLang of 2026, which "
                 "give them (return_token_ids)"
             )
         if self._tokenizer is not None:
-            _check_tokenizer(self._tokenizer, request.prompt_ids, reply, place)
+            _check_tokenizer(self._tokenizer, request.prompt_ids, reply, where)
         if self._needs_logprobs and logprobs is None:
-            raise ServerError(f"{place}: expected log-probabilities, found none; the server does not give them")
+            raise ServerError(f"{where}: expected log-probabilities, found none; the server does not give them")
         least = len(ids) if ids is not None else reply.tokens - 1  # some do not count the end token
         if self._needs_logprobs and logprobs is not None and len(logprobs) < least:
             raise ServerError(
-                f"{place}: {request.where}: expected log-probabilities of {counted(least, 'token')}, found "
+                f"{where}: {request.where}: expected log-probabilities of {counted(least, 'token')}, found "
                 f"{len(logprobs)}"
             )
         if self._end_ids and reply.finish_reason == "stop" and not self._stop and ids and ids[-1] not in self._end_ids:
             raise ServerError(
-                f"{place}: {request.where}: expected an end token last ({sorted(self._end_ids)}), found {ids[-1]}: "
+                f"{where}: {request.where}: expected an end token last ({sorted(self._end_ids)}), found {ids[-1]}: "
                 "a policy that never sees it does not learn to stop"
             )
 
@@ -268,17 +268,17 @@ def _details(sampling: Sampling, stop: Sequence[str], by_tokens: bool) -> dict[s
     return details | ({"extra_body": extra} if extra else {})
 
 
-def _check_tokenizer(tokenizer: Tokenizer, sent: Any, reply: Reply, place: str) -> None:
+def _check_tokenizer(tokenizer: Tokenizer, sent: Any, reply: Reply, where: str) -> None:
     """Raise ServerError where the server's tokens are not those of the tokenizer here."""
 
-    def fault(said: str) -> ServerError:
-        return ServerError(f"{place}: has another tokenizer than {tokenizer.path.parent}: {said}; serve that folder")
+    def fault(reason: str) -> ServerError:
+        return ServerError(f"{where}: has another tokenizer than {tokenizer.path.parent}: {reason}; serve that folder")
 
     if reply.prompt_ids is not None and reply.prompt_ids != list(sent):
         raise fault(f"it saw a prompt of {counted(len(reply.prompt_ids), 'token')} where other {len(sent)} were sent")
     if reply.token_ids is None:
         return
-    if strange := [one for one in reply.token_ids if not 0 <= one < tokenizer.vocab_size]:
+    if strange := [token for token in reply.token_ids if not 0 <= token < tokenizer.vocab_size]:
         raise fault(f"it answers with token {strange[0]} of {tokenizer.vocab_size}")
     stream = tokenizer.stream(sent, skip_specials=True)
     ours, theirs = stream.push(reply.token_ids) + stream.finish(), reply.text

@@ -69,7 +69,7 @@ class ToolUse:
 
     def last_call(self, token_ids: Sequence[int]) -> tuple[str, str]:
         """The tool and the input of the last call in some tokens, which its end token ends."""
-        start = max(place for place, token in enumerate(token_ids) if token in self.starts)
+        start = max(index for index, token in enumerate(token_ids) if token in self.starts)
         return self.starts[token_ids[start]], self._tokenizer.decode(token_ids[start + 1 : -1], skip_specials=True)
 
     def input_of(self, call: OpenCall) -> str:
@@ -137,7 +137,7 @@ def open_tools(
 def told_unavailable(counts: Sequence[Mapping[str, int]]) -> Iterator[str]:
     """Yield a note for each tool that was called without being given, from the counts of each process."""
     for tool in TOOLS:
-        if count := sum(one.get(tool, 0) for one in counts):
+        if count := sum(used.get(tool, 0) for used in counts):
             yield (
                 f"{counted(count, 'call')} of {tool} {'is' if count == 1 else 'are'} text in the completions, "
                 f"for it was not given; {tools_flag(tool)} runs them"
