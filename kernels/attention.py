@@ -45,11 +45,11 @@ class Branching:
 
     @cached_property
     def _seen(self) -> Tensor:
-        place = torch.arange(self.doc_ids.shape[1], device=self.doc_ids.device)
+        position = torch.arange(self.doc_ids.shape[1], device=self.doc_ids.device)
         same = self.doc_ids.unsqueeze(2) == self.doc_ids.unsqueeze(1)
         key_branch = self.branch_ids.unsqueeze(1)
         own = (key_branch == 0) | (key_branch == self.branch_ids.unsqueeze(2))
-        return same & own & (place <= place.unsqueeze(1))
+        return same & own & (position <= position.unsqueeze(1))
 
     def mask(self, window: int | None = None) -> Tensor:
         """Boolean (B, 1, T, T), true where a key is seen; `window` leaves the last so many positions of a branch."""
@@ -166,22 +166,22 @@ class _BlockAttention(torch.autograd.Function):
         key_XSD = key.reshape(batch * kv_heads, length, size)
         value_XSD = value.reshape(batch * kv_heads, length, size)
         out = torch.empty(batch, length, query.shape[1], size, dtype=query.dtype, device=query.device).transpose(1, 2)
-        kept = []
+        saved = []
         for block in blocks:
             q = _grouped(query, block, kv_heads)
             p = _probabilities(q, key_XSD[:, block.k0 : block.q1].mT, block, scale, batch, kv_heads)
             o = torch.bmm(p, value_XSD[:, block.k0 : block.q1])
             out[:, :, block.q0 : block.q1] = o.view(batch, -1, block.q1 - block.q0, size)
             if keep:
-                kept.append(p)
-        ctx.save_for_backward(query, key_XSD, value_XSD, *kept)
+                saved.append(p)
+        ctx.save_for_backward(query, key_XSD, value_XSD, *saved)
         ctx.scale, ctx.blocks, ctx.kv_heads = scale, blocks, kv_heads
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        query, key_XSD, value_XSD, *kept = ctx.saved_tensors
+        query, key_XSD, value_XSD, *saved = ctx.saved_tensors
         batch, heads, length, size = query.shape
         grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
         grad_key, grad_value = torch.empty_like(key_XSD), torch.empty_like(value_XSD)
@@ -196,7 +196,7 @@ class _BlockAttention(torch.autograd.Function):
             beta = 0.0 if i == last and block.k0 == 0 else 1.0
             q, do = (_grouped(x, block, ctx.kv_heads) for x in (query, grad))
             k, v = key_XSD[:, keys], value_XSD[:, keys]
-            p = kept[i] if kept else _probabilities(q, k.mT, block, ctx.scale, batch, ctx.kv_heads)
+            p = saved[i] if saved else _probabilities(q, k.mT, block, ctx.scale, batch, ctx.kv_heads)
             grad_value[:, keys].baddbmm_(p.mT, do, beta=beta)
             ds = torch.ops.aten._softmax_backward_data(torch.bmm(do, v.mT), p, -1, p.dtype)
             # The scale goes into the products: one pass less over the scores.

@@ -110,8 +110,8 @@ def _gradients_of_each(
         input, linear_weight, target, Objective(ignore_index), chunk_tokens,
         upstream=grad, need=(need_input, need_weight),
     )  # fmt: skip
-    found = gradients.input, gradients.weight
-    return tuple(input.new_empty(0) if x is None else x.to(input.dtype) for x in found)  # type: ignore[return-value]
+    pair = gradients.input, gradients.weight
+    return tuple(input.new_empty(0) if x is None else x.to(input.dtype) for x in pair)  # type: ignore[return-value]
 
 
 @_gradients_of_each.register_fake
@@ -151,13 +151,13 @@ def _backward(ctx, grad, *_):
     *options, need_input, need_weight = ctx.options
     needs = need_input, need_weight
     if ctx.reduction == "none":
-        found = _gradients_of_each(grad, *ctx.saved_tensors, *options, *needs)
+        grads = _gradients_of_each(grad, *ctx.saved_tensors, *options, *needs)
     else:
         linear_weight, grad_input, grad_weight, scale = ctx.saved_tensors
         known = (grad_input, grad_input), (grad_weight, linear_weight)
         factor, scaled = grad * scale, _scaled if by_hand(grad) else _scaled_in_a_graph
-        found = tuple(scaled(x, factor, like) if need else None for (x, like), need in zip(known, needs, strict=True))
-    return *(x if need else None for x, need in zip(found, needs, strict=True)), *(None,) * 6
+        grads = tuple(scaled(x, factor, like) if need else None for (x, like), need in zip(known, needs, strict=True))
+    return *(x if need else None for x, need in zip(grads, needs, strict=True)), *(None,) * 6
 
 
 _loss_and_gradients.register_autograd(_backward, setup_context=_save)

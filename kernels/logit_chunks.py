@@ -100,24 +100,24 @@ def _counted_tokens_only(chunks: _Chunks, input, target, upstream, grad_entropy,
     target = target.long()
     counted = target != chunks.objective.ignore_index
     everything = bool(counted.all())
-    kept = None if everything else counted.nonzero().squeeze(1)
-    found = target if kept is None else target.index_select(0, kept)
-    if found.numel():
-        low, high = (int(x) for x in torch.aminmax(found))
+    selected = None if everything else counted.nonzero().squeeze(1)
+    targets = target if selected is None else target.index_select(0, selected)
+    if targets.numel():
+        low, high = (int(x) for x in torch.aminmax(targets))
         if low < 0 or high >= chunks.weight.shape[0]:
             raise IndexError(
                 f"target {low if low < 0 else high} is out of bounds with {chunks.weight.shape[0]} classes"
             )
-    if kept is None:
+    if selected is None:
         return chunks.run(input, target, upstream, grad_entropy, need)
 
     def select(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.index_select(0, kept)
+        return None if x is None else x.index_select(0, selected)
 
     def spread(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.new_zeros(target.shape + x.shape[1:]).index_copy_(0, kept, x)
+        return None if x is None else x.new_zeros(target.shape + x.shape[1:]).index_copy_(0, selected, x)
 
-    rows, gradients = chunks.run(select(input), found, select(upstream), select(grad_entropy), need)
+    rows, gradients = chunks.run(select(input), targets, select(upstream), select(grad_entropy), need)
     gradients.input = spread(gradients.input)
     return Rows(*map(spread, rows)), gradients  # type: ignore[arg-type]
 
@@ -136,15 +136,15 @@ class _Chunks:
         self._buffer: Tensor | None = None
 
     def run(self, input, target, upstream, grad_entropy, need) -> tuple[Rows, Gradients]:
-        tokens, asked = input.shape[0], (True, self.objective.with_entropy)
-        rows = Rows(*(input.new_empty(tokens, dtype=self.dtype) if each else None for each in asked))  # type: ignore
+        tokens, wanted = input.shape[0], (True, self.objective.with_entropy)
+        rows = Rows(*(input.new_empty(tokens, dtype=self.dtype) if each else None for each in wanted))  # type: ignore
         gradients = Gradients(torch.empty_like(input, memory_format=torch.contiguous_format) if need[0] else None)
         turn = self._turn_plainly if self.plain and any(need) else self._turn
         for start in range(0, tokens, self.chunk_tokens):
             part = slice(start, min(start + self.chunk_tokens, tokens))
             above, above_entropy = (None if x is None else x[part] for x in (upstream, grad_entropy))
-            found, grad_NV = turn(self._logits(input[part]), target[part], above, above_entropy, any(need))
-            for whole, piece in zip(rows, found, strict=True):
+            pieces, grad_NV = turn(self._logits(input[part]), target[part], above, above_entropy, any(need))
+            for whole, piece in zip(rows, pieces, strict=True):
                 if whole is not None and piece is not None:
                     whole[part] = piece
             if grad_NV is not None:

@@ -89,8 +89,8 @@ def _gradients(
         input, linear_weight, target, objective, chunk_tokens,
         upstream=upstream, grad_entropy=grad_entropy, need=(need_input, need_weight),
     )  # fmt: skip
-    found = gradients.input, gradients.weight
-    return tuple(input.new_empty(0) if x is None else x.to(input.dtype) for x in found)  # type: ignore[return-value]
+    pair = gradients.input, gradients.weight
+    return tuple(input.new_empty(0) if x is None else x.to(input.dtype) for x in pair)  # type: ignore[return-value]
 
 
 _gradients_in_a_graph = torch.library.custom_op("llmkit::linear_logprobs_backward", _gradients, mutates_args=())
@@ -118,8 +118,8 @@ def _backward(ctx, grad, grad_entropy, gradients: Callable = _gradients_in_a_gra
         grad_entropy = None
     if grad is None and grad_entropy is None:
         return (None,) * 7
-    found = gradients(grad, grad_entropy, *ctx.saved_tensors, *ctx.options, *need)
-    return *(x if each else None for x, each in zip(found, need, strict=True)), *(None,) * 5
+    grads = gradients(grad, grad_entropy, *ctx.saved_tensors, *ctx.options, *need)
+    return *(x if each else None for x, each in zip(grads, need, strict=True)), *(None,) * 5
 
 
 _logprobs.register_autograd(_backward, setup_context=_save)

@@ -102,7 +102,7 @@ def turn(
     width = logits_NV.stride(0)
     assert logits_NV.stride(1) == 1 and width % 16 == 0 and width >= vocab
     rows = [
-        logits_NV.new_empty(tokens, dtype=torch.float32) if asked else None for asked in (True, objective.with_entropy)
+        logits_NV.new_empty(tokens, dtype=torch.float32) if each else None for each in (True, objective.with_entropy)
     ]
     chosen = row_tiles("cross_entropy", width)
     launch(

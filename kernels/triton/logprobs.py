@@ -31,10 +31,10 @@ def linear_logsumexp(
     blocks = tl.cdiv(tokens, BLOCK_N)
     splits = tl.cdiv(vocab, BLOCK_V * SPLIT)
     group = tl.program_id(0) // (GROUP * splits) * GROUP
-    place = tl.program_id(0) % (GROUP * splits)
+    slot = tl.program_id(0) % (GROUP * splits)
     group_size = tl.minimum(blocks - group, GROUP)
-    n0 = (group + place % group_size) * BLOCK_N
-    split = place // group_size
+    n0 = (group + slot % group_size) * BLOCK_N
+    split = slot // group_size
     local_n, local_v, local_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_D)
     # rows beyond the last are read as the last: no mask on the tiles
     x_base = x_ptr + tl.cast(n0, tl.int64) * stride_x
@@ -60,8 +60,8 @@ def linear_logsumexp(
         # read again for every block: held over the products, it would push two registers to memory
         target = tl.load(target_ptr + row, mask=row < tokens, other=-1)
         hit = column[None, :] == target[:, None]
-        found = (row < tokens) & (target >= v0) & (target < tl.minimum(v0 + BLOCK_V, vocab))
-        tl.store(picked_ptr + row, tl.sum(tl.where(hit, z, 0.0), 1), mask=found)
+        inside = (row < tokens) & (target >= v0) & (target < tl.minimum(v0 + BLOCK_V, vocab))
+        tl.store(picked_ptr + row, tl.sum(tl.where(hit, z, 0.0), 1), mask=inside)
         z = tl.where(column[None, :] < vocab, z, float("-inf"))
         highest, total, moment = add_to_softmax(z, highest, total, moment, ENTROPY)
     row = n0 + local_n

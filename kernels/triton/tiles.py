@@ -88,8 +88,8 @@ def gpu_name() -> str:
 def _tuned(path: str, gpu: str) -> dict[str, dict[str, int]]:
     """Tiles by kernel and what else they depend on. Raises UserError for a file that holds something else."""
     try:
-        kept = json.loads(Path(path).read_text()).get(gpu, {}).get("tiles", {})
-        return {str(name): {str(k): int(v) for k, v in one.items()} for name, one in kept.items()}
+        table = json.loads(Path(path).read_text()).get(gpu, {}).get("tiles", {})
+        return {str(name): {str(k): int(v) for k, v in tile.items()} for name, tile in table.items()}
     except FileNotFoundError:
         if path == str(TUNED):
             return {}
