@@ -41,6 +41,7 @@ from llmkit.io.records import (
     not_used,
 )
 
+EMPTY = "empty answers, learnt as such"  # counted with what of a record is lost
 TOOLS = ("calc", "python", "search")
 RESULT = "result"
 FOREIGN = "foreign call"  # while messages are read: a call of a function that is none of our tools, in JSON
@@ -183,6 +184,8 @@ def read_conversation(row: Row) -> Conversation:
     conversation = conversation_of(row, entries)
     rejected, label = _label(value)
     defined = ("tool definitions left out",) if value.get("tools") or value.get("functions") else ()
+    if any(m.role == "assistant" and not any(part.text.strip() for part in m.parts) for m in conversation.messages):
+        defined += (EMPTY,)
     others = not_used(value, (*used, "tools", "functions"), shown_text=conversation.said)
     return replace(conversation, rejected=rejected, losses=defined + conversation.losses + others + label)
 

@@ -22,8 +22,8 @@ POISSON = np.cumsum([0.36787944, 0.36787944, 0.18393972, 0.06131324, 0.01532831,
 
 
 def row_length(sizes: np.ndarray) -> int:
-    """Tokens of a row in which most comparisons of these sizes (N,) fit."""
-    return max(ROW_TOKENS, int(np.quantile(sizes, FITTING, method="higher")))
+    """Tokens of a row in which most comparisons of these sizes (N,) fit; not more than all of them take."""
+    return max(min(ROW_TOKENS, int(sizes.sum())), int(np.quantile(sizes, FITTING, method="higher")))
 
 
 # of the squared sum of a pair's scores, which holds them about 0: Eisenstein et al. 2023 (arXiv 2312.09244), section 2

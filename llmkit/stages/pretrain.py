@@ -198,6 +198,9 @@ def run(config: PretrainConfig) -> Summary | None:
     if config.batch_tokens not in (None, plan.batch_tokens):
         whole = f"whole rows of {plan.sequence_length:,}"
         say(f"--batch-tokens {config.batch_tokens:,} becomes {plan.batch_tokens:,}, {whole}", config.quiet)
+    if (config.batch_tokens or 0) > shards.tokens:
+        few = f"more than the {counted(shards.tokens, 'token')} of the documents, so a step repeats some"
+        say(f"--batch-tokens {config.batch_tokens:,}: {few}", config.quiet)
     say(plan_table(plan), config.quiet)
     warn_of_long_warmup(plan.warmup_steps, plan.total_steps, config.quiet)
     check_memory(plan.training_memory(world.size), device)

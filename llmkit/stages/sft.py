@@ -322,8 +322,10 @@ def _read_sources(
     from llmkit.data.mixture import Source
 
     sources, digests = [], []
-    for file in files:
+    for place, file in enumerate(files):
         examples, digest = _read_file(config, file.path, chat, row_tokens, bad, observe)
+        if before := [other.path for other in files[:place]].count(file.path):
+            examples.name += f" ({before + 1})"  # of a file that is given again, figures of its own
         sources.append(Source(examples, file.weight or float(examples.inputs)))
         digests.append(digest)
     if config.identity is not None:
@@ -377,29 +379,26 @@ def _read(
         config.quiet,
     )
     if cut := examples.counts[CUT]:
-        longer = (
-            "a longer --sequence-length" if config.sequence_length else f"pretrain --sequence-length {4 * row_tokens}"
-        )
-        say(
-            f"{name}: {counted(cut, 'answer')} cut at the context of {row_tokens} tokens; {longer} gives more",
-            config.quiet,
-        )
+        longer = "a longer" if config.sequence_length else "pretrain with a longer"
+        place = f"cut at the context of {row_tokens} tokens"
+        say(f"{name}: {counted(cut, 'answer')} {place}; {longer} --sequence-length gives more", config.quiet)
     return examples, digest
 
 
 def _say_plan(config: SftConfig, mixture: Mixture, steps: int | None, parameters: int, new_tokens: int) -> None:
     horizon = f"{config.time_budget:.0f} s" if steps is None else counted(steps, "step")
     rows = mixture.batch_size
+    new = (
+        f"; {counted(new_tokens, 'token')} {'is' if new_tokens == 1 else 'are'} new to the model" if new_tokens else ""
+    )
     say(
         f"{horizon} of {counted(rows, 'row')} of {mixture.sequence_length} tokens; "
-        f"{quantity(parameters)} parameters are trained"
-        + (
-            f"; {counted(new_tokens, 'token')} {'is' if new_tokens == 1 else 'are'} new to the model"
-            if new_tokens
-            else ""
-        ),
+        f"{quantity(parameters)} parameters are trained{new}",
         config.quiet,
     )
+    if (config.batch_tokens or 0) > mixture.inputs:
+        few = f"more than the {counted(mixture.inputs, 'token')} of the data, so a step repeats some"
+        say(f"--batch-tokens {config.batch_tokens:,}: {few}", config.quiet)
     if steps is not None:
         parts = list(zip(mixture.sources, mixture.epochs(steps), strict=True))
         shares = ", ".join(f"{source.examples.name} {epochs:.2f}" for source, epochs in parts)

@@ -147,7 +147,7 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
     import numpy as np
 
     from llmkit.data.mixture import Mixture, Source
-    from llmkit.model.devices import check_batch_memory, choose_device, choose_dtype
+    from llmkit.model.devices import choose_device, choose_dtype
     from llmkit.reward_model.comparisons import packed_comparisons
     from llmkit.reward_model.evaluation import check_unequal, judge
     from llmkit.reward_model.head import RewardModel, save_reward_model
@@ -174,12 +174,13 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
     # build
     row_tokens = row_length(np.concatenate([source.sizes for source in training]))
     comparisons = sum(map(len, training))
-    rows = max(1, round(config.batch_size * sum(source.inputs for source in training) / comparisons / row_tokens))
+    if (batch := min(config.batch_size, comparisons)) < config.batch_size:
+        say(f"--batch-size {config.batch_size:,} becomes {batch:,}, for there are no more comparisons", config.quiet)
+    rows = max(1, round(batch * sum(source.inputs for source in training) / comparisons / row_tokens))
     sources = [Source(one, file.weight or float(one.inputs)) for one, file in zip(training, files, strict=True)]
     if config.lora_rank is not None:
         tuning.add_adapter(config.lora_rank, config.lora_alpha, config.seed)
     tuning.check_memory(min(config.micro_batch_size or 1, rows) * row_tokens)
-    check_batch_memory(rows * row_tokens, "lower --batch-size")
     mixture = Mixture(sources, row_tokens, rows, pad, config.seed, packed_comparisons)
     steps = config.max_steps or mixture.steps_for((config.epochs or 1) * mixture.inputs)
     say(

@@ -208,6 +208,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(corpus, llmkit, tmp_path):
 def test_what_a_batch_becomes_is_told(corpus, llmkit, tmp_path):
     done = llmkit(*arguments(corpus, tmp_path / "base", "--tokens", "10k", "--batch-tokens", "100", "--dry-run"))
     assert "--batch-tokens 100 becomes 96, whole rows of 32" in done.stderr, done.stderr
+    done = llmkit(*arguments(corpus, tmp_path / "base", "--max-steps", "2", "--batch-tokens", "64k", "--dry-run"))
+    assert "tokens of the documents, so a step repeats some" in done.stderr, done.stderr
 
 
 def test_a_dry_run_of_a_large_model_times_one_layer(corpus, tmp_path, monkeypatch, capsys):

@@ -284,6 +284,22 @@ def test_the_plan_tells_when_a_step_takes_more_than_the_data(base, chats, tmp_pa
         assert "were asked for" not in llmkit("sft", base, "--data", *options, "--dry-run").stderr
 
 
+def test_a_batch_larger_than_the_data_is_told(base, chats, llmkit):
+    said = llmkit("sft", base, "--data", chats, "--max-steps", "3", "--batch-tokens", "4k", "--dry-run").stderr
+    assert re.search(r"--batch-tokens 4,000: more than the \d+ tokens of the data, so a step repeats some", said)
+
+
+def test_a_file_given_twice_has_figures_of_its_own_and_empty_answers_are_counted(base, tmp_path, llmkit):
+    data = write(tmp_path / "some.jsonl", *({"instruction": f"Say {n}", "output": "x" * (n % 3)} for n in range(6)))
+    words = ["--data", f"{data}:0.7", "--data", f"{data}:0.3", "--max-steps", "2", *SPEED, "-o", tmp_path / "chat"]
+    done = llmkit("sft", base, *words)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert list(summary["epochs"]) == [str(data), f"{data} (2)"]
+    assert summary["not_used"] == {"empty answers, learnt as such": 4}  # two of each reading
+    assert f"{data}: of 6 records: empty answers, learnt as such 2" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("rows", "reason"),
     [

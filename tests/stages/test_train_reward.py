@@ -265,10 +265,16 @@ def test_a_record_that_cannot_be_scored_is_named(judge, llmkit, tmp_path):
     assert done.returncode == 2 and "stdin:2: expected field 'completion'" in done.stderr
 
 
-def test_a_batch_that_no_memory_holds_is_refused_by_its_option(base, data, llmkit, tmp_path):
-    done = llmkit("train-reward", base, "--data", data, "--batch-size", "1e13", "-o", tmp_path / "judge")
-    assert done.returncode == 2 and done.stderr.endswith("; lower --batch-size\n"), done.stderr
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("size", ["200", "1e13"])
+def test_a_batch_larger_than_the_data_becomes_the_data(base, data, llmkit, tmp_path, size):
+    """It was silently made of repeats: one step of 201 comparisons where there were 18, or of rows without end."""
+    words = ["--data", data, "--limit", "20", "--batch-size", size, "-o", tmp_path / "judge"]
+    done = llmkit("train-reward", base, *words)
+    assert done.returncode == 0, done.stderr
+    comparisons = json.loads(done.stdout)["comparisons"]
+    assert f" becomes {comparisons}, for there are no more comparisons" in done.stderr
+    said = re.search(r", (\d+) comparisons or so each", done.stderr)
+    assert said is not None and int(said[1]) <= 1.5 * comparisons, done.stderr
 
 
 def test_a_judge_in_the_place_of_a_model_that_writes_says_what_it_is(trained, llmkit):
