@@ -90,11 +90,11 @@ def fitting_shots(encode: Callable[[str], Sequence[Any]], context: int, quiet: b
     shots = list(AS_ASSISTANT)
     while shots and len(encode(with_shots(shots, ""))) > 0.75 * context:
         shots.remove(max(shots, key=lambda shot: len("".join(shot))))
-    said = f"{len(shots)} of the {len(AS_ASSISTANT)} built-in examples fit the model's context of {context} tokens"
+    note = f"{len(shots)} of the {len(AS_ASSISTANT)} built-in examples fit the model's context of {context} tokens"
     if not shots:
-        raise UserError(f"--as-assistant: {said}; give shorter ones by --shots, or take a model with a longer context")
+        raise UserError(f"--as-assistant: {note}; give shorter ones by --shots, or take a model with a longer context")
     if len(shots) < len(AS_ASSISTANT):
-        say(f"--as-assistant: {said}; --shots takes shorter ones", quiet)
+        say(f"--as-assistant: {note}; --shots takes shorter ones", quiet)
     return shots
 
 
