@@ -67,7 +67,7 @@ LONG = {
     "train_bpe.run",
     "train_reward.run",
 }
-SPLATS = {"llmkit.stages.pretrain", "llmkit.stages.rl", "llmkit.stages.sample"}
+SPLATS = {"llmkit.stages.pretrain", "llmkit.stages.rl"}
 STARS = 88  # names and attributes unpacked into positional arguments; may only fall
 OPTIONS = {
     "crawl-filter": 24,

@@ -8,7 +8,7 @@ with opened.computing():
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -51,6 +51,13 @@ class OpenedModel:
                 "by sample --as-assistant -p"
             )
         return chat
+
+    @cached_property
+    def is_assistant(self) -> bool:
+        """True if the model has a chat format."""
+        with suppress(UserError):
+            return self.chat is not None
+        return False
 
     def generator(self, sampling: Sampling, slots: int, **details: Any) -> Generator:
         """Load the weights, to generate with them; `details` are those of `Generator`."""

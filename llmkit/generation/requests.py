@@ -106,6 +106,7 @@ class Prompts:
     samples, max_tokens, seed  of each request
     context     of the model, where it is known: a longer prompt, with the `shots` before it, is a bad record
     unknown     the token of characters outside the vocabulary
+    is_assistant  whether text under other fields than `prompt`, such as `question`, is asked; else it is continued
     bad         skips bad records; without it, the first raises UserError
     """
 
@@ -122,17 +123,17 @@ class Prompts:
         context: int | None = None,
         shots: int = 0,
         unknown: int | None = None,
+        is_assistant: Callable[[], bool] = lambda: False,
         bad: BadRecords | None = None,
     ) -> None:
         self._given, self._encode, self._encode_messages = rows, encode, encode_messages
         self._samples, self._max_tokens, self._seed, self._own_seeds = samples, max_tokens, seed, own_seeds
-        self._unknown, self._shots = unknown, shots
+        self._unknown, self._shots, self._is_assistant = unknown, shots, is_assistant
         self._context, self._bad = context, BadRecords() if bad is None else bad
         self.kept: _Kept | None = None  # what is made already
         self._rows: dict[int, tuple[Row, int]] = {}
         self._seen: Counter[int] = Counter()
-        self.count = 0
-        self.passed = self.kept_tokens = 0  # prompts kept, and tokens of their completions
+        self.count = self.passed = self.kept_tokens = 0  # prompts made, prompts kept, and tokens of these
 
     def __iter__(self) -> Iterator[Request]:
         for row in self._given:
@@ -179,7 +180,8 @@ class Prompts:
                 f"{row.where}: expected field 'prompt' or 'messages' (a prompt), found {fields_of(row.value)}"
             )
         lost: list[str] = []
-        if len(prompt.entries) == 1 and not isinstance(row.value[prompt.name], list):
+        alone = len(prompt.entries) == 1 and not isinstance(row.value[prompt.name], list)
+        if alone and (prompt.name == "prompt" or not self._is_assistant()):
             ids = self._encode(prompt.entries[0]["content"])
         else:
             messages = read_messages(row, prompt.entries, lost)

@@ -34,7 +34,7 @@ from llmkit.generation.served_models import (
     parse_address,
 )
 from llmkit.io.progress import counted
-from llmkit.tokenizer.chat import ChatFormat
+from llmkit.tokenizer.chat import ChatFormat, has_chat_tokens, has_own_template
 from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
 from llmkit.tokenizer.templates import chat_format
 
@@ -63,6 +63,11 @@ class Served:
             return None if self.tokenizer is None else chat_format(self.tokenizer)
         except UserError as error:
             raise UserError(f"{error}; or leave MODEL out, so that the server's own template is used") from None
+
+    @property
+    def is_assistant(self) -> bool:
+        """True unless the tokenizer here has no chat format."""
+        return self.tokenizer is None or has_own_template(self.tokenizer) or has_chat_tokens(self.tokenizer)
 
     def encode(self, text: str) -> Prompt:
         """A text to continue, as it is sent."""

@@ -57,7 +57,7 @@ class SampleConfig(RecordsConfig, CommonConfig, ToolConfig, ServedConfig):
 
         The prompt is -p, or all of stdin as plain text without its final newline; an empty prompt starts from the
         model's beginning token. The continuation goes to stdout; several have headings such as ==> 1/3 <==.
-        --jsonl reads {"prompt", ...}, or {"messages": [...]} for the assistant to answer, and adds completion,
+        --jsonl reads {"prompt", ...}, or {"messages"}, {"question"} ... for the assistant to answer, adds completion,
         token_ids, finish_reason and seed, in the order of the input; -n 3 writes three lines per record, with
         `sample` 0 to 2. A record may have its own seed. --resume keeps the whole records of OUT.partial and makes the
         rest. --tools runs the tool calls that the model writes, and shows it the results.
@@ -193,6 +193,7 @@ def _run_here(config: SampleConfig, model: str, out: str) -> Summary | None:
             shots = fitting_shots(partial(prompt_ids, tokenizer), context, config.quiet)
         bad = BadRecords(config.max_bad if config.jsonl else "0", config.quiet)
         details = {"context": context, "shots": len(shots), "unknown": tokenizer.unk_id, "bad": bad, **_asked(config)}
+        details["is_assistant"] = lambda: not shots and opened.is_assistant
         prompts = Prompts(_rows(config, bad), encode, encode_messages, **details)
         loaded = time.monotonic()
 
@@ -250,7 +251,8 @@ def _run_served(config: SampleConfig, out: str) -> Summary | None:
         return served.encode(with_shots(shots, text) if shots else text)
 
     bad = BadRecords(config.max_bad if config.jsonl else "0", config.quiet)
-    prompts = Prompts(_rows(config, bad), encode, served.encode_messages, **_asked(config), bad=bad)
+    details = {"is_assistant": lambda: not shots and served.is_assistant, "bad": bad, **_asked(config)}
+    prompts = Prompts(_rows(config, bad), encode, served.encode_messages, **details)
     started = time.monotonic()
 
     # generate
@@ -264,8 +266,7 @@ def _run_served(config: SampleConfig, out: str) -> Summary | None:
 
 def _asked(config: SampleConfig) -> dict[str, Any]:
     """Collect the options that all requests share, for `Prompts`."""
-    common = {name: getattr(config, name) for name in ("samples", "max_tokens", "seed")}
-    return {**common, "own_seeds": config.jsonl}
+    return {"samples": config.samples, "max_tokens": config.max_tokens, "seed": config.seed, "own_seeds": config.jsonl}
 
 
 def _summary(config: SampleConfig, prompts: Prompts, out: str, tokens: int, seconds: float) -> Summary | None:

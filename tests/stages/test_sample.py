@@ -278,6 +278,23 @@ def test_conversations_are_answered_with_tools(assistant, tmp_path):
     assert record["finish_reason"] == "tool_limit"
 
 
+@pytest.mark.parametrize("field", ["question", "problem", "query", "instruction", "context", "input", "sQuestion"])
+def test_an_assistant_is_asked_by_all_but_the_text_of_a_prompt(assistant, tmp_path, field):
+    asked = [{"role": "user", "content": "6 times 7?"}]
+    given = write_lines(tmp_path / "all.jsonl", [{field: "6 times 7?"}, {"messages": asked}, {"prompt": "6 times 7?"}])
+    found = sample_jsonl(assistant, tmp_path / "out.jsonl", given, seed=3, temperature=0.0)
+    assert found[0]["token_ids"] == found[1]["token_ids"] != found[2]["token_ids"]
+    shots = write_lines(tmp_path / "shots.jsonl", [{"prompt": "a?", "completion": "b"}])
+    found = sample_jsonl(assistant, tmp_path / "out.jsonl", given, temperature=0.0, shots=str(shots))
+    assert found[0]["token_ids"] == found[2]["token_ids"]
+
+
+def test_a_base_model_continues_a_question(folder, tmp_path):
+    given = write_lines(tmp_path / "all.jsonl", [{"question": "Who?"}, {"prompt": "Who?"}])
+    found = sample_jsonl(folder, tmp_path / "out.jsonl", given, temperature=0.0)
+    assert found[0]["token_ids"] == found[1]["token_ids"]
+
+
 def test_calls_of_a_tool_that_was_not_given_are_counted(assistant, tmp_path, capsys):
     given = write_lines(tmp_path / "chats.jsonl", [{"messages": [{"role": "user", "content": "6 times 7?"}]}] * 2)
     for tools, told in (([], True), (["python"], True), (["calc"], False)):
