@@ -242,6 +242,8 @@ def json_rows(handle: io.BufferedReader, path: str) -> Iterator[Row | UserError]
     The array may stand under `examples` or `data` of an object that begins on a line of its own. In the place of a
     record that cannot be read stands a UserError; for a file that is none of these it is raised.
     """
+    if handle.peek(1)[:1] not in (b"{", b"["):
+        check_no_archive(handle, path)
     name = name_of(path)
     head = handle.peek(64).removeprefix(BYTE_ORDER_MARK).lstrip()
     if head[:1] != b"[" and head.split(b"\n")[0].rstrip() != b"{":

@@ -311,6 +311,8 @@ def _rope_from_hf(values: dict[str, Any], where: str) -> tuple[float, RopeScalin
         if rope_type == "yarn":
             if theta <= 1:
                 raise UserError(f"{where}: expected a number above 1 for rope_theta with yarn, found {shown(theta)}")
+            if numbers["factor"] is None and numbers[field] == context:
+                raise UserError(f"{where}: rope scaling yarn needs factor, or {field} other than {context}")
             numbers["factor"] = numbers["factor"] or context / numbers[field]
             numbers |= _yarn_from_hf(parameters, numbers["factor"], where)
     missing = [name for name, value in numbers.items() if value is None]

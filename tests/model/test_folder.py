@@ -123,6 +123,7 @@ def test_a_folder_with_a_wrong_tensor_is_refused_by_name(folder, change, message
         ({"mlp_bias": True}, "expected mlp_bias false"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope scaling .*, found 'longrope'"),
         ({"rope_scaling": {"type": "yarn", "factor": "4"}}, "expected a number above 0 for factor, found '4'"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope scaling yarn needs factor, or original_max"),
         (
             {"rope_scaling": {"type": "yarn", "factor": 4.0, "rope_theta": 1}},
             "above 1 for rope_theta with yarn, found 1",
