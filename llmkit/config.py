@@ -334,7 +334,8 @@ def _convert(value: Any, base: type, details: Option) -> Any:
             return str(value)
         if details.metavar == "SHARE|COUNT" and isinstance(value, (int, float)) and not isinstance(value, bool):
             return str(value) if isinstance(value, int) else f"{value:%}"
-        raise ValueError("expected text in UTF-8")
+        named = isinstance(value, (str, Path)) and (details.reads or shape in PATHS)
+        raise ValueError("expected a file whose name is in UTF-8" if named else "expected text in UTF-8")
     expected = "expected a whole number" if base is int else "expected a number"
     number = parse_quantity(value, details.unit) if details.unit else value
     if isinstance(number, bool) or not isinstance(number, (int, float, str)):

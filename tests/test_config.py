@@ -183,6 +183,11 @@ def test_two_ways_to_say_how_long_to_train_are_a_mistake_before_any_work(stage: 
         resolve(getattr(importlib.import_module(module), config_name), {"epochs": "1", "max_steps": "3"})
 
 
+def test_a_file_whose_name_is_not_utf8_is_told_by_its_name() -> None:
+    for flags in ({"inputs": ["a\udcff.jsonl"]}, {"inputs": ["a"], "out": "b\udcff/"}):
+        assert ": expected a file whose name is in UTF-8, found" in fails(flags)
+
+
 def test_a_flag_that_the_class_does_not_have_is_a_programming_error() -> None:
     with pytest.raises(TypeError, match="no option dpeth"):
         resolve(Config, {"dpeth": "4"})
