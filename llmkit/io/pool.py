@@ -43,7 +43,7 @@ serve(make)
 class Work(Protocol):
     """Work on one item, built once in each process; None, after the last item, asks for what is left."""
 
-    def __call__(self, item: Any) -> Iterable[Any]: ...
+    def __call__(self, item: Any, /) -> Iterable[Any]: ...
 
 
 class WorkerDied(LlmkitError):
