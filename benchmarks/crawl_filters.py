@@ -19,9 +19,16 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from llmkit.crawl.filters.c4 import C4, c4
-from llmkit.crawl.filters.fineweb import FineWebQuality, fineweb_quality
-from llmkit.crawl.filters.gopher import GopherQuality, GopherRepetition, gopher_quality, gopher_repetition
+from llmkit.crawl.filters.quality import (
+    C4,
+    FineWebQuality,
+    GopherQuality,
+    GopherRepetition,
+    c4,
+    fineweb_quality,
+    gopher_quality,
+    gopher_repetition,
+)
 from llmkit.text.words import Split
 
 OURS: dict[str, Callable[[Split], str | None]] = {

@@ -14,8 +14,8 @@ import statistics
 import time
 from collections.abc import Callable
 
-from llmkit.crawl.extract.charset import utf8_html
 from llmkit.crawl.extract.main_text import Extractor
+from llmkit.crawl.extract.markup import utf8_html
 from llmkit.crawl.page import Page
 from llmkit.crawl.read.inputs import cut_spans, read_span
 from llmkit.errors import UserError

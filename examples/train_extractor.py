@@ -29,12 +29,10 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from llmkit.crawl.extract.block_model import BlockModel, best_blocks, feature_rows
 from llmkit.crawl.extract.blocks import BlockTree, cut_blocks
-from llmkit.crawl.extract.charset import utf8_html
 from llmkit.crawl.extract.features import NameWeights, block_features, key_tokens
-from llmkit.crawl.extract.limits import PageLimitError
-from llmkit.crawl.extract.main_text import FAVOURS, Extractor, text_of
+from llmkit.crawl.extract.main_text import FAVOURS, BlockModel, Extractor, best_blocks, feature_rows, text_of
+from llmkit.crawl.extract.markup import PageLimitError, utf8_html
 from llmkit.crawl.page import Page
 from llmkit.crawl.read.inputs import cut_spans, read_span
 from llmkit.errors import UserError

@@ -19,9 +19,7 @@ from difflib import get_close_matches
 from typing import Any, get_type_hints
 
 from llmkit.config import value_type
-from llmkit.crawl.filters.c4 import C4
-from llmkit.crawl.filters.fineweb import FineWebQuality
-from llmkit.crawl.filters.gopher import GopherQuality, GopherRepetition
+from llmkit.crawl.filters.quality import C4, FineWebQuality, GopherQuality, GopherRepetition
 from llmkit.crawl.filters.urls import UrlRules
 from llmkit.errors import UserError
 from llmkit.io.records import kind_of

@@ -9,11 +9,8 @@ from pathlib import Path
 from time import thread_time
 from typing import Any
 
-from llmkit.crawl.filters.c4 import c4
-from llmkit.crawl.filters.fineweb import fineweb_quality
-from llmkit.crawl.filters.gopher import gopher_quality, gopher_repetition
+from llmkit.crawl.filters.quality import Verdict, c4, fineweb_quality, gopher_quality, gopher_repetition
 from llmkit.crawl.filters.urls import UrlFilter
-from llmkit.crawl.filters.verdict import Verdict
 from llmkit.crawl.funnel import READ
 from llmkit.crawl.page import Page
 from llmkit.crawl.recipe import OWN_FILTERS, Recipe

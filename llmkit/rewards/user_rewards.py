@@ -24,7 +24,7 @@ from llmkit.io.jsonl import dump_json
 from llmkit.io.progress import counted
 from llmkit.io.records import kind_of
 from llmkit.rewards.reward import Attempt, Reward, finite
-from llmkit.tools.exchange import exchange
+from llmkit.tools.python import exchange
 from llmkit.tools.user_code import UserFunction
 
 LONGEST_LINE = 1 << 20  # bytes of one that a command prints

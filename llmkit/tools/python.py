@@ -11,26 +11,79 @@ from __future__ import annotations
 
 import errno
 import os
+import selectors
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from llmkit.errors import UserError
-from llmkit.tools.exchange import exchange
 
+BLOCK = 1 << 16  # bytes read at once, and kept of what is said on standard error
+LONGEST_WAIT = 3600.0  # seconds at a time: epoll takes no more than 24 days
 LONGEST_PROGRAM = 1 << 18  # bytes
 OUTPUT_BYTES = 1 << 16
 PAUSES = (0.05, 0.1, 0.2, 0.5, 1, 2, 4)  # seconds before another try, where the machine is out of processes or memory
 LEAVING_SECONDS = 0.5  # that a killed program on a busy machine may take to be gone
 GRACE_SECONDS = 1.0  # after which a program whose clock here has not ended it ends itself
+
+
+def exchange(
+    process: subprocess.Popen[bytes], data: bytes, seconds: float, is_enough: Callable[[bytearray], bool]
+) -> tuple[bytes, bytes, str]:
+    """Feed a process and return what it printed, the end of its errors, and "done", "output" or "timeout".
+
+    is_enough  asked after each block of what was printed so far; True stops the reading with "output"
+    """
+    assert process.stdin is not None and process.stdout is not None
+    deadline = time.monotonic() + seconds
+    outputs: list[Any] = [stream for stream in (process.stdout, process.stderr) if stream is not None]
+    out, err, written = bytearray(), b"", 0
+    with selectors.DefaultSelector() as selector:
+        os.set_blocking(process.stdin.fileno(), False)
+        selector.register(process.stdin, selectors.EVENT_WRITE)
+        for stream in outputs:
+            selector.register(stream, selectors.EVENT_READ)
+        while outputs:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return bytes(out), err, "timeout"
+            for key, _ in selector.select(min(left, LONGEST_WAIT)):
+                stream: Any = key.fileobj
+                if stream is process.stdin:
+                    try:
+                        written += os.write(stream.fileno(), data[written : written + BLOCK])
+                    except BlockingIOError:
+                        continue
+                    except BrokenPipeError:  # it may answer before it has read all
+                        written = len(data)
+                    if written == len(data):
+                        selector.unregister(stream)
+                        stream.close()
+                    continue
+                part = os.read(stream.fileno(), BLOCK)
+                if not part:
+                    selector.unregister(stream)
+                    outputs.remove(stream)
+                elif stream is process.stderr:
+                    err = (err + part)[-BLOCK:]
+                else:
+                    out += part
+                    if is_enough(out):
+                        return bytes(out), err, "output"
+    try:
+        process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:  # it closed its output and goes on
+        return bytes(out), err, "timeout"
+    return bytes(out), err, "done"
 
 
 @dataclass(frozen=True)

@@ -40,9 +40,9 @@ def crawl_readers() -> dict[str, Reader]:
     from selectolax.lexbor import LexborHTMLParser
 
     from llmkit.crawl.dedup import minhash
-    from llmkit.crawl.extract import charset, features, limits, markup
+    from llmkit.crawl.extract import features, markup
     from llmkit.crawl.extract.main_text import Extractor
-    from llmkit.crawl.filters import c4, fineweb, gopher, personal_data, urls
+    from llmkit.crawl.filters import personal_data, quality, urls
     from llmkit.crawl.read import framing, inputs, warc
     from llmkit.text import language, words
 
@@ -71,36 +71,38 @@ def crawl_readers() -> dict[str, Reader]:
             + b"</script><math>"
             + octets(text)
         )
-        with suppress(limits.PageLimitError):
-            limits.check_size(html)
+        with suppress(markup.PageLimitError):
+            markup.check_size(html)
             markup.inline_formulas(LexborHTMLParser(html), html)
 
     def extracted(extractor: Callable[[], Extractor]) -> Reader:
         def read(text: str) -> None:
-            with suppress(limits.PageLimitError):
+            with suppress(markup.PageLimitError):
                 extractor().extract(b"<html><body><p>" + octets(text))
 
         return read
 
     return {
-        "limits.check_size": lambda text: suppressed(lambda: limits.check_size(octets(text)), limits.PageLimitError),
+        "limits.check_size": lambda text: suppressed(lambda: markup.check_size(octets(text)), markup.PageLimitError),
         "features.name_words": features.name_words,
-        "c4": lambda text: c4.c4(words.Split(text), c4.C4()),
-        "charset.declared_codec": lambda text: charset.declared_codec(octets(text), None),
-        "charset.declared_codec of a header": lambda text: charset.declared_codec(b"", text),
-        "charset.decode_html": lambda text: charset.decode_html(octets(text)),
-        "charset.utf8_html": lambda text: charset.utf8_html(text.encode("utf-16-le", "surrogatepass")),
+        "c4": lambda text: quality.c4(words.Split(text), quality.C4()),
+        "charset.declared_codec": lambda text: markup.declared_codec(octets(text), None),
+        "charset.declared_codec of a header": lambda text: markup.declared_codec(b"", text),
+        "charset.decode_html": lambda text: markup.decode_html(octets(text)),
+        "charset.utf8_html": lambda text: markup.utf8_html(text.encode("utf-16-le", "surrogatepass")),
         "extract by the model": extracted(by_model),
         "extract fast": extracted(fast),
-        "fineweb": lambda text: fineweb.fineweb_quality(words.Split(text), fineweb.FineWebQuality()),
+        "fineweb": lambda text: quality.fineweb_quality(words.Split(text), quality.FineWebQuality()),
         "framing of warc": frames("warc"),
         "framing of warc.gz": frames("warc.gz"),
         "framing of warc with a long head": lambda text: frames("warc")(
             f"WARC/1.0\r\nWARC-Type: response\r\nA: {text}\r\nContent-Length: 0\r\n\r\n"
         ),
         "framing of arc": frames("arc"),
-        "gopher.gopher_quality": lambda text: gopher.gopher_quality(words.Split(text), gopher.GopherQuality()),
-        "gopher.gopher_repetition": lambda text: gopher.gopher_repetition(words.Split(text), gopher.GopherRepetition()),
+        "gopher.gopher_quality": lambda text: quality.gopher_quality(words.Split(text), quality.GopherQuality()),
+        "gopher.gopher_repetition": lambda text: quality.gopher_repetition(
+            words.Split(text), quality.GopherRepetition()
+        ),
         "language.identify": language.identify,
         "markup.article_body": lambda text: markup.article_body(
             b'<script type="application/ld+json">' + octets(json.dumps({"articleBody": text})) + b"</script>"

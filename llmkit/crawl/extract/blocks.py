@@ -17,8 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from selectolax.lexbor import LexborHTMLParser, LexborNode
 
-from llmkit.crawl.extract.limits import check_size
-from llmkit.crawl.extract.markup import inline_formulas, plain_html, visible
+from llmkit.crawl.extract.markup import check_size, inline_formulas, plain_html, visible
 
 MAX_CELL_BLOCKS = 3  # a cell of more is a part of the page
 FOLDED_CHARS = 200  # undisplayed text as long is a tab or an accordion: on dev pages all of it dropped costs F1 .013

@@ -10,7 +10,7 @@ import pytest
 
 from llmkit.crawl.extract.blocks import TAG_BITS, ElementKey, cut_blocks
 from llmkit.crawl.extract.features import NameWeights, block_features, key_tokens, name_words
-from llmkit.crawl.extract.limits import MAX_BYTES, MAX_DEPTH, MAX_NODES, PageLimitError
+from llmkit.crawl.extract.markup import MAX_BYTES, MAX_DEPTH, MAX_NODES, PageLimitError
 
 
 def texts(html: str) -> list[str]:

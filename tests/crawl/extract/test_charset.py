@@ -6,7 +6,7 @@ import codecs
 
 import pytest
 
-from llmkit.crawl.extract.charset import codec_of, decode_html, utf8_html
+from llmkit.crawl.extract.markup import codec_of, decode_html, utf8_html
 
 CYRILLIC = "Привет, как дела? Сегодня хорошая погода, и мы пойдём гулять в парк."
 

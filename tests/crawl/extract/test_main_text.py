@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmkit.crawl.extract.block_model import BlockModel, best_blocks, shipped_model
-from llmkit.crawl.extract.limits import MAX_BYTES
-from llmkit.crawl.extract.main_text import EXTRACTORS, FAVOURS, Extractor
+from llmkit.crawl.extract.main_text import EXTRACTORS, FAVOURS, BlockModel, Extractor, best_blocks, shipped_model
+from llmkit.crawl.extract.markup import MAX_BYTES
 from llmkit.errors import UserError
 
 MENU = "<nav><ul>" + "".join(f"<li><a href=/{n}>Section {n}</a>" for n in range(12)) + "</ul></nav>"

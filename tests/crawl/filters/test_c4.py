@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmkit.crawl.filters.c4 import C4, c4
-from llmkit.crawl.filters.verdict import Verdict
+from llmkit.crawl.filters.quality import C4, Verdict, c4
 from llmkit.text.words import Split
 
 FIVE = "The boat came in. Nobody saw it.\nIt was late! Was it?\nThe lamp went out."

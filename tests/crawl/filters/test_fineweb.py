@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from llmkit.crawl.filters.fineweb import FineWebQuality, fineweb_quality
+from llmkit.crawl.filters.quality import FineWebQuality, fineweb_quality
 from llmkit.text.words import Split
 
 LINE = "The {} boat came into the quiet harbour late at night."

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmkit.crawl.filters.gopher import (
+from llmkit.crawl.filters.quality import (
     DUPLICATE_N_GRAMS,
     STOP_WORDS,
     TOP_N_GRAMS,

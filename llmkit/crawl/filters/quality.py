@@ -1,23 +1,38 @@
-"""Gopher's rules for repetition and for quality (Rae et al. 2021, section A1.1 and table A1).
+"""FineWeb's own rules for quality (Penedo et al. 2024, section 3.6), with its thresholds.
+
+C4's rules (Raffel et al. 2020, section 2.2), with the choices of FineWeb: terminal punctuation is not asked for.
+
+Lines are taken out of the text one by one; a page is dropped for a placeholder text, for a curly bracket, or when
+too few sentences are left.
+
+Gopher's rules for repetition and for quality (Rae et al. 2021, section A1.1 and table A1).
 
 Each family is a dataclass of thresholds, whose defaults are the paper's and FineWeb's, and a function that measures a
 text and gives the verdict. A fraction of characters has all characters of the text beneath it. In a script
 without spaces an n-gram has n times as many letters as a word has there (Split.letters_per_word).
 """
 
-# ruff: noqa: RUF001 -- words of other scripts look like ours
-
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 
-from llmkit.crawl.filters.verdict import Verdict, judge
-from llmkit.text.words import Split, repeated
+# ruff: noqa: RUF001 -- words of other scripts look like ours
+from typing import TYPE_CHECKING, Any
+
+from llmkit.text.words import CLOSING, TERMINAL, Split, count_sentences, repeated, split_words
 
 if TYPE_CHECKING:
     import numpy as np
 
+
+_ENDS = tuple(TERMINAL)
+CITATION = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]")
+POLICIES = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
+LOREM_IPSUM, JAVASCRIPT = "lorem ipsum", "javascript"
+PHRASES = (LOREM_IPSUM, JAVASCRIPT, *POLICIES)
+C4_ENDS = (".", "?", "!", '"', "'", "\u201d", "\u2019")  # quotation marks count, as in C4
 TOP_N_GRAMS = range(2, 5)
 DUPLICATE_N_GRAMS = range(5, 11)
 BULLETS = ("•", "-", "‣", "◦", "●", "▪", "■", "*", "–", "·")
@@ -58,6 +73,141 @@ _STOP_WORDS = {
     "hi": "के का की है में से को और पर ने यह भी",
 }
 STOP_WORDS = {language: frozenset(words.split()) for language, words in _STOP_WORDS.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """`reason` is None for a page that stays; otherwise it is the threshold's name (`min_words`) or a rule's.
+
+    `score` is the measure that broke the threshold, `text` what is left of the text, `measures` all that the
+    filter measured, from which other thresholds can be tried (`judge`).
+    """
+
+    reason: str | None
+    score: float | None
+    text: str
+    measures: Mapping[str, float] = field(default_factory=dict)
+
+
+def judge(measures: Mapping[str, float], thresholds: Any) -> tuple[str | None, float | None]:
+    """The first threshold that the measures break, in the order of its dataclass, and the measure.
+
+    A field `max_NAME` is broken by a measure NAME above it, `min_NAME` by one below it; None is off.
+
+    >>> from llmkit.crawl.filters.quality import GopherQuality
+    >>> judge({"words": 12, "mean_word_length": 4.5}, GopherQuality())
+    ('min_words', 12)
+    """
+    for limit in fields(thresholds):
+        bound, measure = getattr(thresholds, limit.name), measures.get(limit.name[4:])
+        if bound is None or measure is None:
+            continue
+        above, below = limit.name.startswith("max_"), limit.name.startswith("min_")
+        if (above and measure > bound) or (below and measure < bound):
+            return limit.name, measure
+    return None, None
+
+
+@dataclass(frozen=True, slots=True)
+class FineWebQuality:
+    """What a page of prose looks like line by line; None switches a rule off."""
+
+    min_terminal_line_fraction: float | None = 0.12  # lines that end a sentence
+    max_short_line_fraction: float | None = 0.67  # lines of at most `short_line_length`
+    max_duplicate_line_character_fraction: float | None = 0.01  # of lines that stood before; the paper says 0.1
+    max_newline_to_word_ratio: float | None = 0.3
+    short_line_length: int = 30  # characters
+
+
+def fineweb_quality(split: Split, thresholds: FineWebQuality) -> Verdict:
+    """Drop a page whose lines are those of a list, a menu or a copy; the `terminal_line_fraction` of no line is 0.
+
+    A full stop counts behind a closing quotation mark or bracket too, as in `he said "no."`.
+    """
+    lines = split.lines
+    count, characters = max(1, len(lines)), max(1, sum(map(len, lines)))
+    terminal = sum(line.endswith(_ENDS) or line.rstrip(CLOSING).endswith(_ENDS) for line in lines)
+    measures = {
+        "terminal_line_fraction": terminal / count,
+        "short_line_fraction": sum(len(line) <= thresholds.short_line_length for line in lines) / count,
+        "duplicate_line_character_fraction": repeated(lines)[1] / characters,
+        "newline_to_word_ratio": split.text.count("\n") * split.letters_per_word / max(1, split.word_count),
+    }
+    measures = split.telling(measures)
+    return Verdict(*judge(measures, thresholds), split.text, measures)
+
+
+@dataclass(frozen=True, slots=True)
+class C4:
+    """Which lines and pages go; False or None switches a rule off."""
+
+    min_sentences: int | None = 5  # in the lines that are left
+    min_words_per_line: int | None = 3
+    max_word_length: int | None = 1000  # characters; a line with a longer word goes
+    remove_citations: bool = True  # [12], [edit] and [citation needed] go, the line stays
+    remove_javascript_lines: bool = True  # lines that say "javascript"
+    remove_policy_lines: bool = True  # lines that say "privacy policy", "use cookies" and the like
+    remove_unterminated_lines: bool = False  # lines that end in no . ? ! or quotation mark; FineWeb keeps them
+    drop_lorem_ipsum: bool = True  # pages with the printers' placeholder text
+    drop_curly_bracket: bool = True  # pages with a "{" in a line that would stay: code
+
+
+def c4(split: Split, rules: C4) -> Verdict:
+    """The text without the lines that go, or the reason why the page is dropped.
+
+    The measures count the lines removed by each rule (`javascript_lines`, ...), and the `sentences` and `words` left.
+    """
+    page = split.text.lower()
+    suspects = tuple(phrase for phrase in PHRASES if phrase in page)  # few pages have any: spares looking line by line
+    lines: list[str] = []
+    measures: dict[str, float] = {}
+    sentences = lost = 0
+    for line in map(str.strip, split.text.split("\n")):
+        if rules.remove_citations and "[" in line:
+            whole, line = line, CITATION.sub("", line).strip()
+            lost += len(split_words(whole)) - len(split_words(line))
+        rule = _rule(line, rules, split.letters_per_word) or (_phrase_rule(line.lower(), rules) if suspects else None)
+        if rule == "lorem_ipsum":
+            return Verdict(rule, None, split.text, measures)
+        if not rule and rules.drop_curly_bracket and "{" in line:
+            return Verdict("curly_bracket", None, split.text, measures)
+        if rule:
+            measures[rule] = measures.get(rule, 0) + 1
+            lost += len(split_words(line)) if line else 0
+            continue
+        sentences += count_sentences(line)
+        lines.append(line)
+    measures |= {"sentences": sentences, "words": split.word_count - lost}
+    measures = split.telling(measures)
+    short = rules.min_sentences is not None and measures.get("sentences", rules.min_sentences) < rules.min_sentences
+    text = "\n".join(lines).strip()
+    return Verdict("min_sentences" if short else None, sentences if short else None, text, measures)
+
+
+def _rule(line: str, rules: C4, letters_per_word: int) -> str | None:
+    """The rule on the form of a line that takes it out. Where a letter counts as a word, no word is long."""
+    longest, least = rules.max_word_length, rules.min_words_per_line
+    if letters_per_word > 1:
+        few = least is not None and len(split_words(line)) < least * letters_per_word
+        return "short_lines" if few else None
+    if longest is not None and len(line) > longest < max(map(len, line.split())):
+        return "long_word_lines"
+    if rules.remove_unterminated_lines and (not line.endswith(C4_ENDS) or line.endswith("...")):
+        return "unterminated_lines"
+    if least is not None and len(line.split(None, least)) < least:
+        return "short_lines"
+    return None
+
+
+def _phrase_rule(line: str, rules: C4) -> str | None:
+    """The rule on what a line, in lower case, says that takes it out or drops its page."""
+    if rules.drop_lorem_ipsum and LOREM_IPSUM in line:
+        return "lorem_ipsum"
+    if rules.remove_javascript_lines and JAVASCRIPT in line:
+        return "javascript_lines"
+    if rules.remove_policy_lines and any(policy in line for policy in POLICIES):
+        return "policy_lines"
+    return None
 
 
 @dataclass(frozen=True, slots=True)
