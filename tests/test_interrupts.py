@@ -48,6 +48,6 @@ def test_a_process_that_we_start_never_sees_ctrl_c(kind: str) -> None:
 
 @pytest.mark.parametrize("cut", [0, 40, -500])
 def test_a_process_whose_parent_was_interrupted_says_nothing(cut: int) -> None:
-    sent = pickle.dumps(sys.path) + pickle.dumps(dict) + pickle.dumps(b"x" * 1000)
+    sent = pickle.dumps(sys.path) + pickle.dumps((dict, None)) + pickle.dumps(b"x" * 1000)
     done = subprocess.run([sys.executable, "-c", pool.CHILD], input=sent[:cut], capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")

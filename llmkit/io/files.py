@@ -80,7 +80,6 @@ def is_empty_folder(path: str | os.PathLike[str]) -> bool:
 
 
 def _is_mounted(path: str) -> bool:
-    """True if a disk, or a folder or file of another place (as containers do it), is mounted there."""
     if os.path.ismount(path):
         return True
     try:
@@ -113,7 +112,6 @@ def check_is_folder(path: Path, name: str) -> None:
 
 
 def _is_special(path: str | os.PathLike[str]) -> bool:
-    """True if `path` is a pipe or a device, to be written in place: /dev/null, >(command)."""
     try:
         mode = os.stat(path).st_mode
     except OSError:

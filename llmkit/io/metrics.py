@@ -1,4 +1,4 @@
-"""`metrics.jsonl` of a run: a row for each step that tells something, and the curves drawn from them.
+"""`metrics.jsonl` of a run: a row for each step that has figures, copies for trackers, and curves of them.
 
 with MetricsLog(folder / METRICS) as log:
     log.write({"step": 1, "loss": 2.5})
@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import math
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from llmkit.config import TrainingConfig, as_options
 from llmkit.errors import UserError
-from llmkit.io.files import JSON_LINE, atomic_file, cut_torn_line, found_instead
+from llmkit.io.files import JSON_LINE, PARTIAL, atomic_file, cut_torn_line, found_instead, remove
 from llmkit.io.foreign import check_file
 from llmkit.io.ranks import launch
 from llmkit.io.records import kind_of
@@ -28,13 +32,19 @@ FARTHEST = 1e300  # drawn of a value: differences of larger ones are no floats
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one object a line, each on disk as soon as the first process has written it."""
+    """`metrics.jsonl`: one object a line, each on disk as soon as the first process has written it.
 
-    def __init__(self, path: Path) -> None:
+    mirrors open copies (see `mirrors`), which are given the rows that the file has, those of a resumed run among them
+    """
+
+    def __init__(self, path: Path, mirrors: Iterable[Callable[[], TensorBoard | WeightsAndBiases]] = ()) -> None:
         self.path = path
         self.handle = open(path if launch().leads else os.devnull, "a+b", buffering=0)  # noqa: SIM115
+        self.mirrors = [make() for make in mirrors] if launch().leads else []
         if launch().leads:
             cut_torn_line(self.handle)
+        for row in read_metrics(path) if self.mirrors else ():
+            self._copy(row)
 
     def write(self, row: Mapping[str, Any]) -> None:
         try:
@@ -42,12 +52,19 @@ class MetricsLog:
         except OSError as error:
             error.filename = str(self.path)  # which the write of an open file does not know
             raise
+        self._copy(row)
+
+    def _copy(self, row: Mapping[str, Any]) -> None:
+        for mirror in self.mirrors:
+            mirror.write(row)
 
     def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.handle.close()
+        for mirror in self.mirrors:
+            mirror.close()
 
 
 def scan_metrics(path: Path, unreadable: Callable[[int, str], object] | None = None) -> Iterator[dict[str, Any]]:
@@ -161,3 +178,85 @@ def _svg(curves: Mapping[str, list[tuple[float, float]]], width: int = 720, heig
         elements.append(f'<text x="{width - 90}" y="{28 + 16 * number}" fill="{colours[name]}">{name}</text>')
     elements.append(f'<text x="{width / 2}" y="{height - 6}" text-anchor="middle">step</text></svg>')
     return "\n".join(elements) + "\n"
+
+
+# ---- trackers
+
+
+def mirrors(options: TrainingConfig, folder: Path) -> list[Callable[[], TensorBoard | WeightsAndBiases]]:
+    """Return functions that open the copies that the options ask for, of a run in a folder."""
+    trackers: list[Callable[[], TensorBoard | WeightsAndBiases]] = []
+    if options.tensorboard:
+        trackers.append(partial(TensorBoard, folder))
+    if options.wandb:
+        trackers.append(partial(WeightsAndBiases, folder, as_options(options), options.quiet))
+    return trackers
+
+
+class TensorBoard:
+    """An event file in the run's folder, of the tensorboard package's own writer.
+
+    Files of a former start are replaced: a kill may have torn them, and they hold steps that are made again.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        remove(folder / "tensorboard")
+        self._writer = EventFileWriter(str(folder / "tensorboard"))
+        self._started: float | None = None
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        # their names are made as they are imported
+        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+
+        # what is shown over time is shown over the seconds of the run, whenever they were
+        self._started = self._started or time.time() - row.get("seconds", 0.0)
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers(row).items()]
+        if values:
+            at = self._started + row["seconds"] if "seconds" in row else time.time()
+            self._writer.add_event(Event(wall_time=at, step=row["step"], summary=Summary(value=values)))
+            self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases, which goes by the folder's name; its project is WANDB_PROJECT's, or llmkit.
+
+    A resumed run is the same run there, which passes over steps that it has.
+    """
+
+    def __init__(self, folder: Path, options: Mapping[str, Any], quiet: bool) -> None:
+        import wandb
+
+        known = folder / "state/wandb-id.txt"
+        if not known.exists():
+            known.parent.mkdir(parents=True, exist_ok=True)
+            known.write_text(uuid.uuid4().hex[:12])
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "llmkit"),
+            name=folder.name.removesuffix(PARTIAL),
+            id=known.read_text(),
+            resume="allow",
+            dir=str(folder),
+            config=dict(options),
+            settings=wandb.Settings(console="off", silent=quiet),
+        )
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self._run.log(numbers(row), step=row["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return the finite figures of a row but its step."""
+    return {
+        name: value
+        for name, value in row.items()
+        if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    }

@@ -67,7 +67,6 @@ or with transformers:
 
 
 def _commands(manifest: Mapping[str, Any]) -> list[str]:
-    """The commands that led to a manifest, ancestors first, its own last."""
     own, ancestors = flattened(manifest)
     manifests = {**ancestors, "": own}
     commands: list[str] = []

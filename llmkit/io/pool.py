@@ -1,7 +1,8 @@
-"""One pool of processes: items worked on in several, their results handed back in the order of the items.
+"""Processes that work on items: a pool that hands results back in the order of the items, and a worker for one item.
 
     for path, results in in_order(paths, make, workers=4):
         for result in results: ...
+    text = Worker(make, seconds=3).call(item)
 
 Plain child processes with pipes, not `multiprocessing`: that would run the caller's script again in each child, which
 a script without `if __name__ == "__main__"` does not survive, or fork a parent that has threads. A child is started
@@ -16,27 +17,29 @@ import signal
 import subprocess
 import sys
 import traceback
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from queue import SimpleQueue
-from threading import Thread
+from queue import Empty, SimpleQueue
+from threading import Lock, Thread
 from typing import IO, Any, Protocol
 
 from llmkit.errors import LlmkitError, UserError
 from llmkit.io.ranks import interrupts_held
 
 AHEAD = 2  # items in flight for each process, so that a slow item does not leave the others idle
+END = object()  # after the results of an item
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 CHILD = """
 import pickle, sys
 try:
     sys.path[:] = pickle.load(sys.stdin.buffer)
     from llmkit.io.pool import serve
-    make = pickle.load(sys.stdin.buffer)
+    make, seconds = pickle.load(sys.stdin.buffer)
 except (EOFError, pickle.UnpicklingError):  # the parent was interrupted
     sys.exit()
-serve(make)
+serve(make, seconds)
 """
 
 
@@ -50,6 +53,10 @@ class WorkerDied(LlmkitError):
     """A process ended in the midst of an item."""
 
     exit_code = UserError.exit_code
+
+
+class TimeLimitError(WorkerDied):
+    """An item took more time of the processor than it may."""
 
 
 def in_order(
@@ -76,104 +83,139 @@ def in_order(
         for item in items:
             if finished(item):
                 yield item, iter(())
-                continue
-            work = work or make()
-            yield item, iter(work(item))
+            else:
+                work = work or make()
+                yield item, iter(work(item))
         if rest and work:
             yield None, iter(work(None))
         return
-    pool = _Pool(make, workers, name, advice)
-    waiting: deque[tuple[Any, SimpleQueue | None]] = deque()
+    children: list[Child] = []
+    threads: list[Thread] = []
+    tasks: SimpleQueue[tuple[Any, SimpleQueue] | None] = SimpleQueue()
+    waiting: deque[tuple[Any, SimpleQueue]] = deque()
     try:
         for item in items:
-            waiting.append((item, None if finished(item) else pool.submit(item)))
+            answers: SimpleQueue = SimpleQueue()
+            waiting.append((item, answers))
+            if finished(item):
+                answers.put(END)
+            else:
+                if len(children) < workers:
+                    children.append(Child(make, name, advice))
+                    threads.append(Thread(target=_work_on, args=(tasks, children[-1]), daemon=True))
+                    threads[-1].start()
+                tasks.put((item, answers))
             # what is ready goes out before more is read: the input may be a slow pipe
-            while len(waiting) >= AHEAD * workers or (waiting and _ready(waiting[0][1])):
-                yield _taken(waiting.popleft())
-        while waiting:
-            yield _taken(waiting.popleft())
-        for child in pool.children if rest else ():
+            while len(waiting) >= AHEAD * workers or (waiting and not waiting[0][1].empty()):
+                item, answers = waiting.popleft()
+                yield item, _results(answers)
+        for item, answers in waiting:
+            yield item, _results(answers)
+        for child in children if rest else ():
             yield None, child.work(None)
     finally:
-        pool.stop()
-
-
-def _ready(answers: SimpleQueue | None) -> bool:
-    return answers is None or not answers.empty()
-
-
-def _taken(waiting: tuple[Any, SimpleQueue | None]) -> tuple[Any, Iterator[Any]]:
-    item, answers = waiting
-    return item, iter(()) if answers is None else _answered(answers)
-
-
-def _answered(answers: SimpleQueue) -> Iterator[Any]:
-    while (answer := answers.get()) is not None:
-        kind, content = answer
-        if kind == "error":
-            raise content
-        yield content
-
-
-class _Pool:
-    """Threads that each hold one child and give it items."""
-
-    def __init__(self, make: Callable[[], Work], workers: int, name: Callable[[Any], str], advice: str) -> None:
-        self.make, self.workers, self.name, self.advice = make, workers, name, advice
-        self.children: list[Child] = []
-        self.threads: list[Thread] = []
-        self.tasks: SimpleQueue[tuple[Any, SimpleQueue] | None] = SimpleQueue()
-
-    def submit(self, item: Any) -> SimpleQueue:
-        """Have an item worked on; the queue gets ("result", result), then None, or ("error", exception)."""
-        if len(self.children) < self.workers:
-            child = Child(self.make, self.name, self.advice)
-            self.children.append(child)
-            self.threads.append(Thread(target=self._serve, args=(child,), daemon=True))
-            self.threads[-1].start()
-        answers: SimpleQueue = SimpleQueue()
-        self.tasks.put((item, answers))
-        return answers
-
-    def _serve(self, child: Child) -> None:
-        while (task := self.tasks.get()) is not None:
-            item, answers = task
-            try:
-                for result in child.work(item):
-                    answers.put(("result", result))
-                answers.put(None)
-            except BaseException as error:  # raised again where the answers are read
-                answers.put(("error", error))
-
-    def stop(self) -> None:
-        for child in self.children:
+        for child in children:
             child.process.kill()
-        with suppress(Exception):
-            while True:
-                self.tasks.get_nowait()
-        for _ in self.threads:
-            self.tasks.put(None)
-        for thread in self.threads:
+        while not tasks.empty():
+            with suppress(Empty):
+                tasks.get_nowait()
+        for _ in threads:
+            tasks.put(None)
+        for thread in threads:
             thread.join()
-        for child in self.children:
+        for child in children:
             child.close()
+
+
+def _work_on(tasks: SimpleQueue[tuple[Any, SimpleQueue] | None], child: Child) -> None:
+    """Have a child work on items; the queue of each gets its results, then END or an exception."""
+    while (task := tasks.get()) is not None:
+        item, answers = task
+        try:
+            for result in child.work(item):
+                answers.put(result)
+            answers.put(END)
+        except BaseException as error:
+            answers.put(error)
+
+
+def _results(answers: SimpleQueue) -> Iterator[Any]:
+    while (answer := answers.get()) is not END:
+        if isinstance(answer, BaseException):
+            raise answer
+        yield answer
+
+
+class Worker:
+    """A process for one item at a time, started for the first and replaced after it ended, or in a fork of this one.
+
+    make: as of `in_order`; its work yields one result. What it prints goes nowhere.
+    seconds: processor time of an item, so that a busy machine does not change results; None: no limit.
+    """
+
+    def __init__(
+        self, make: Callable[[], Work], seconds: float | None = None, name: Callable[[Any], str] = str
+    ) -> None:
+        self._make, self._seconds, self._name = make, seconds, name
+        self._child: Child | None = None
+        self._lock = Lock()
+
+    def call(self, item: Any) -> Any:
+        """Return the result of an item.
+
+        Raises UserError of the work, RuntimeError for its bugs; WorkerDied, naming the item, when the process ends,
+        TimeLimitError at the limit of time.
+        """
+        with self._lock:
+            if self._child is None or self._child.owner != os.getpid():
+                self._child = Child(self._make, self._name, seconds=self._seconds, silent=True)
+                weakref.finalize(self, self._child.close)
+            try:
+                (result,) = self._child.work(item)
+            except UserError:
+                raise
+            except BaseException:  # the answer may be on its way, and belongs to no later item
+                self._child.close()
+                self._child = None
+                raise
+        return result
+
+    def close(self) -> None:
+        """End the process; another call starts a new one."""
+        with self._lock:
+            if self._child is not None:
+                self._child.close()
+                self._child = None
 
 
 class Child:
     """A process that works on one item after another."""
 
-    def __init__(self, make: Callable[[], Work], name: Callable[[Any], str] = str, advice: str = "") -> None:
-        self.name, self.advice = name, advice
+    def __init__(
+        self,
+        make: Callable[[], Work],
+        name: Callable[[Any], str] = str,
+        advice: str = "",
+        seconds: float | None = None,
+        silent: bool = False,
+    ) -> None:
+        self.name, self.advice, self.seconds, self.owner = name, advice, seconds, os.getpid()
         command = [sys.executable, "-c", CHILD]
         environment = {**os.environ, **ONE_THREAD}
         with interrupts_held():
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL if silent else None,
+                env=environment,
+            )
         assert self.process.stdin and self.process.stdout
         self._requests: IO[bytes] = self.process.stdin
         self._answers: IO[bytes] = self.process.stdout
         with suppress(BrokenPipeError):  # told better by the exit code at the first item
             pickle.dump(sys.path, self._requests)
-            pickle.dump(make, self._requests)
+            pickle.dump((make, seconds), self._requests)
 
     def work(self, item: Any) -> Iterator[Any]:
         """Yield the results of an item."""
@@ -184,7 +226,7 @@ class Child:
             try:
                 kind, content = pickle.load(self._answers)
             except (EOFError, pickle.UnpicklingError):
-                raise WorkerDied(self._death(item)) from None
+                raise self._death(item) from None
             if kind == "end":
                 return
             if kind == "user error":
@@ -193,17 +235,21 @@ class Child:
                 raise RuntimeError(f"in the process that worked on {self.name(item)}:\n{content}")
             yield content
 
-    def _death(self, item: Any) -> str:
+    def _death(self, item: Any) -> WorkerDied:
         code = self.process.wait()
+        if code == -signal.SIGPROF:
+            return TimeLimitError(f"{self.name(item)}: took more than {self.seconds:g} s")
         ending = f"exit code {code}"
         if code < 0:
             with suppress(ValueError):
                 ending = signal.Signals(-code).name
         cause = f"; not enough memory? {self.advice}" if code == -signal.SIGKILL else ""
-        return f"{self.name(item)}: the process that worked on this was ended by {ending}{cause}"
+        return WorkerDied(f"{self.name(item)}: the process that worked on this was ended by {ending}{cause}")
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, if it is ours and not that of the process which we are a fork of."""
+        if self.owner != os.getpid():
+            return
         self.process.kill()
         with suppress(OSError):
             self._requests.close()
@@ -211,12 +257,17 @@ class Child:
         self.process.wait()
 
 
-def serve(make: Callable[[], Work]) -> None:
+def serve(make: Callable[[], Work], seconds: float | None) -> None:
     """Work on items from stdin until there are no more, and answer each on stdout: the loop of a child."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too; its parent ends it
     source = sys.stdin.buffer
     sink = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer
+
+    def answer(kind: str, content: Any) -> None:
+        pickle.dump((kind, content), sink, protocol=5)
+        sink.flush()
+
     try:
         work = None
         while True:
@@ -226,21 +277,19 @@ def serve(make: Callable[[], Work]) -> None:
                 return
             try:
                 work = work or make()
+                signal.setitimer(signal.ITIMER_PROF, seconds or 0)  # SIGPROF ends us, also within one long operation
                 for result in work(item):
-                    _answer(sink, "result", result)
-                _answer(sink, "end", None)
+                    answer("result", result)
+                answer("end", None)
             except BrokenPipeError:
                 raise
             except UserError as error:
-                _answer(sink, "user error", str(error))
+                answer("user error", str(error))
             except MemoryError:
                 os._exit(1)
             except Exception:
-                _answer(sink, "error", traceback.format_exc())
+                answer("error", traceback.format_exc())
+            finally:
+                signal.setitimer(signal.ITIMER_PROF, 0)
     except BrokenPipeError:
         os._exit(1)  # without another try to write what is left in the buffer
-
-
-def _answer(sink: IO[bytes], kind: str, content: Any) -> None:
-    pickle.dump((kind, content), sink, protocol=5)
-    sink.flush()

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from llmkit.config import TrainingConfig
+from llmkit.io.metrics import mirrors
 from llmkit.io.progress import say
 from llmkit.io.run_folder import NOTES
-from llmkit.io.trackers import mirrors
 from llmkit.model.transformer import Transformer
 from llmkit.training.distributed import world
 from llmkit.training.optimizer import GroupSettings, Optimizer, Schedule

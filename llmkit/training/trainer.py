@@ -30,7 +30,6 @@ from llmkit.errors import Interrupted, LlmkitError, SavedError, SharedError, Use
 from llmkit.io.files import sync
 from llmkit.io.metrics import METRICS, MetricsLog, read_metrics, trim_metrics
 from llmkit.io.progress import Progress, counted, say
-from llmkit.io.trackers import Mirror, MirroredLog
 from llmkit.model.devices import keep_freed_memory
 from llmkit.training.checkpoint import Checkpoints
 from llmkit.training.distributed import world
@@ -74,7 +73,7 @@ class TrainerSettings:
     micro_batch_tokens: int | None = None  # fewer rows at a time where rows are so long that these are exceeded
     memory_advice: str = "lower --sequence-length or --depth"
     shown: str = "loss"  # the metric beside the progress bar
-    mirrors: tuple[Callable[[], Mirror], ...] = ()  # of the metrics
+    mirrors: tuple[Callable[[], Any], ...] = ()  # of the metrics
     most_threads: int = 1  # to choose from; 1 leaves what torch has
     quiet: bool = False
 
@@ -272,7 +271,7 @@ class Trainer:
             return self.elapsed / max(seconds, 1e-9) if seconds is not None else self.step / (total_steps or 1)
 
         started, before = time.monotonic(), self.elapsed
-        log = MirroredLog(self.folder / METRICS, self.settings.mirrors)
+        log = MetricsLog(self.folder / METRICS, self.settings.mirrors)
         since, since_tokens, last = started, self.tokens, {}
         batches = self.batches(self.step)
         bar = Progress("training", 1.0, quiet=self.settings.quiet)

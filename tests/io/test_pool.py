@@ -13,7 +13,7 @@ import pytest
 
 from llmkit.crawl.page import Outcome, Part, Span
 from llmkit.errors import UserError
-from llmkit.io.pool import WorkerDied, in_order
+from llmkit.io.pool import TimeLimitError, Worker, WorkerDied, in_order
 
 
 @dataclass
@@ -101,6 +101,45 @@ def test_processes_end_with_the_one_who_asks():
     for pid in children:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+@dataclass
+class Division:
+    """Ten divided by the item; for an odd one see the code."""
+
+    def __call__(self, item: int):
+        if item == 99:
+            while True:
+                pass
+        if item == 98:
+            os._exit(7)
+        if item == 97:
+            raise UserError("no 97")
+        yield os.getpid(), 10 / item
+
+
+def test_a_worker_that_ends_is_replaced():
+    worker = Worker(Division, seconds=0.2, name=lambda item: f"item {item}")
+    first, result = worker.call(5)
+    assert result == 2
+    with pytest.raises(UserError, match=r"^no 97$"):
+        worker.call(97)
+    assert worker.call(1) == (first, 10)
+    with pytest.raises(TimeLimitError, match=r"item 99: took more than 0.2 s"):
+        worker.call(99)
+    second, result = worker.call(2)
+    assert second != first and result == 5
+    with pytest.raises(WorkerDied, match=r"item 98: .*exit code 7"):
+        worker.call(98)
+    with pytest.raises(RuntimeError, match=r"(?s)item 0.*ZeroDivisionError"):
+        worker.call(0)
+    third, _ = worker.call(1)
+    if not (fork := os.fork()):
+        os._exit(worker.call(1)[0] == third)
+    assert os.waitpid(fork, 0)[1] == 0 and worker.call(1)[0] == third
+    del worker
+    with pytest.raises(ProcessLookupError):
+        os.kill(third, 0)
 
 
 def test_a_part_comes_through_bytes_as_it_was():

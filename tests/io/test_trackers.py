@@ -14,8 +14,7 @@ import pytest
 from tiny import save_folder
 
 from llmkit.errors import UserError
-from llmkit.io.metrics import read_metrics, trim_metrics
-from llmkit.io.trackers import MirroredLog, TensorBoard, WeightsAndBiases, numbers
+from llmkit.io.metrics import MetricsLog, TensorBoard, WeightsAndBiases, numbers, read_metrics, trim_metrics
 from llmkit.stages.sft import SftConfig, run
 
 ROWS = [{"step": step, "loss": 3 / step, "seconds": 0.5 * step, "tokens": 9 * step} for step in range(1, 8)]
@@ -40,7 +39,7 @@ def in_the_file(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def write(folder: Path, rows: list[dict], mirror) -> None:
-    with MirroredLog(folder / "metrics.jsonl", [partial(mirror, folder)]) as log:
+    with MetricsLog(folder / "metrics.jsonl", [partial(mirror, folder)]) as log:
         for row in rows:
             log.write(row)
 
@@ -55,7 +54,7 @@ def test_tensorboard_shows_what_the_file_has(tmp_path):
 
 def test_a_killed_run_goes_on_without_steps_that_are_doubled_or_torn(tmp_path):
     pytest.importorskip("tensorboard")
-    log = MirroredLog(tmp_path / "metrics.jsonl", [partial(TensorBoard, tmp_path)])
+    log = MetricsLog(tmp_path / "metrics.jsonl", [partial(TensorBoard, tmp_path)])
     for row in ROWS[:6]:
         log.write(row)
     (events,) = (tmp_path / "tensorboard").iterdir()
