@@ -1,4 +1,4 @@
-"""The pipeline as a graph: every run, every ancestor that a manifest tells of, and what was made from what."""
+"""The pipeline as a graph: every run, every ancestor that a manifest knows of, and what was made from what."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.io.manifest import flattened, manifest_digest
-from llmkit.report.runs import KINDS, RecordsFile, Run, changed
-from llmkit.report.values import objects
+from llmkit.report.records import KINDS, RecordsFile, objects
+from llmkit.report.runs import Run, changed
 
 
 @dataclass
@@ -33,82 +33,62 @@ class Node:
     run: Run | None = None
 
 
-class Graph:
-    """The nodes by name, parents before children."""
+def ancestry(runs: Sequence[Run], files: Iterable[RecordsFile]) -> list[Node]:
+    """Return the runs, their ancestors, and the files that only a stage can have written, parents before children."""
+    nodes: dict[str, Node] = {}  # by the digest of the manifest, or by the path of a folder without one
+    manifests: dict[str, dict[str, Any]] = {}  # of ancestors, by digest
 
-    def __init__(self, runs: Sequence[Run], files: Iterable[RecordsFile]) -> None:
-        self.nodes: dict[str, Node] = {}
-        self._name_of: dict[str, str] = {}  # digest of a manifest, or path of a folder without one
-        self._told: dict[str, dict[str, Any]] = {}  # the manifests of ancestors, by digest
-        for run in runs:  # before their ancestors, which are often among them
-            own, ancestors = flattened(run.manifest or {})
-            key = os.path.normpath(run.path) if run.manifest is None else manifest_digest(run.manifest)
-            node = self._add(key, own, run.path, run.state)
-            node.run = node.run or run
-            self._told = {**ancestors, **self._told}
-        given = self._writers()
-        waiting = list(self.nodes.values())
-        while waiting:
-            waiting = [parent for node in waiting for parent in self._add_parents(node, given)]
-        self._add_files(files)
-        self._link_files()
-        self.nodes = {node.name: node for node in _in_order(self.nodes)}
+    def add(key: str, manifest: Mapping[str, Any], path: str, state: str) -> Node:
+        stage = str(manifest.get("stage", "model"))
+        return nodes.setdefault(key, Node(f"run-{len(nodes) + 1}", stage, state, path, manifest))
 
-    def _add(self, key: str, manifest: Mapping[str, Any], path: str, state: str) -> Node:
-        if key not in self._name_of:
-            name = f"run-{len(self.nodes) + 1}"
-            self._name_of[key] = name
-            self.nodes[name] = Node(name, str(manifest.get("stage", "model")), state, path, manifest)
-        return self.nodes[self._name_of[key]]
-
-    def _add_parents(self, node: Node, given: Mapping[tuple[str, int], str]) -> list[Node]:
-        """Add what a node was made from, and return what was not there. `given`: what `_link_files` knows."""
+    for run in runs:  # before their ancestors, which are often among them
+        own, ancestors = flattened(run.manifest or {})
+        key = os.path.normpath(run.path) if run.manifest is None else manifest_digest(run.manifest)
+        node = add(key, own, run.path, run.state)
+        node.run = node.run or run
+        manifests = {**ancestors, **manifests}
+    given = _writers(nodes.values())
+    queue = list(nodes.values())
+    for node in queue:  # which grows by the parents that are new
         read = [
             item
             for item in objects(node.manifest.get("inputs"))
-            if item.get("manifest_sha256") in self._told and _identity(item) not in given
+            if item.get("manifest_sha256") in manifests and _identity(item) not in given
         ]
-        new = []
         for item in (*objects(node.manifest.get("parents")), *read):
             path, digest = str(item.get("path")), item.get("manifest_sha256", "")
-            before, manifest = len(self.nodes), self._told.get(digest)
+            known, manifest = len(nodes), manifests.get(digest)
             # the run itself may have been given, and its descendant's manifest have been edited
-            key = os.path.normpath(path) if manifest is None and digest not in self._name_of else digest
-            parent = self._add(key, manifest or {}, path, "foreign" if manifest is None else "told")
+            key = os.path.normpath(path) if manifest is None and digest not in nodes else digest
+            parent = add(key, manifest or {}, path, "foreign" if manifest is None else "told")
             if parent.name not in node.parents:
                 node.parents.append(parent.name)
-            new += [parent] if len(self.nodes) > before else []
-        return new
-
-    def _add_files(self, files: Iterable[RecordsFile]) -> None:
-        """Those that only a stage can have written, where no run tells of them."""
-        reports = {_name_of_report(node) for node in self.nodes.values()}
-        for file in files:
-            stage = KINDS[file.kind].stage
-            if file.run is None and stage is not None and os.path.basename(file.path) not in reports:
-                name = f"run-{len(self.nodes) + 1}"
-                run = Run(file.path, None, "file", None, Path(file.path))
-                self.nodes[name] = Node(name, stage, "file", file.path, run=run)
-
-    def _link_files(self) -> None:
-        """A run that has read a file is a child of what wrote it: a file of that name and of that size."""
-        writer = self._writers()
-        for node in self.nodes.values():
-            for item in objects(node.manifest.get("inputs")):
-                name = writer.get(_identity(item))
-                if name not in (None, node.name, *node.parents):
-                    node.parents.append(str(name))
-
-    def _writers(self) -> dict[tuple[str, int], str]:
-        """The nodes that wrote a file that was given, by what tells it."""
-        given = {name: node.run for name, node in self.nodes.items() if node.run is not None}
-        return {_identity_of(run.output): name for name, run in given.items() if run.folder is None}
+            if len(nodes) > known:
+                queue.append(parent)
+    reports = {_name_of_report(node) for node in nodes.values()}
+    for file in files:
+        stage = KINDS[file.kind].stage
+        if file.run is None and stage is not None and os.path.basename(file.path) not in reports:
+            run = Run(file.path, None, "file", None, Path(file.path))
+            name = f"run-{len(nodes) + 1}"
+            nodes[name] = Node(name, stage, "file", file.path, run=run)
+    writers = _writers(nodes.values())
+    for node in nodes.values():  # a run that has read a file is a child of what wrote it
+        for item in objects(node.manifest.get("inputs")):
+            writer = writers.get(_identity(item))
+            if writer not in (None, node.name, *node.parents):
+                node.parents.append(str(writer))
+    return _in_order({node.name: node for node in nodes.values()})
 
 
-def _name_of_report(node: Node) -> str:
-    """The name of the file that a run of probe-knowledge has written beside its conversations."""
-    options = node.manifest.get("options")
-    return os.path.basename(str(options.get("report"))) if isinstance(options, dict) else ""
+def _writers(nodes: Iterable[Node]) -> dict[tuple[str, int], str]:
+    """Map what identifies a file to the name of the node that wrote it."""
+    return {
+        (node.run.output.name, node.run.output.stat().st_size if node.run.output.is_file() else -2): node.name
+        for node in nodes
+        if node.run is not None and node.run.folder is None
+    }
 
 
 def _identity(item: Mapping[str, Any]) -> tuple[str, int]:
@@ -117,8 +97,10 @@ def _identity(item: Mapping[str, Any]) -> tuple[str, int]:
     return os.path.basename(str(item.get("path"))), size if isinstance(size, int) else -1
 
 
-def _identity_of(path: Path) -> tuple[str, int]:
-    return path.name, path.stat().st_size if path.is_file() else -2
+def _name_of_report(node: Node) -> str:
+    """The name of the file that a run of probe-knowledge has written beside its conversations."""
+    options = node.manifest.get("options")
+    return os.path.basename(str(options.get("report"))) if isinstance(options, dict) else ""
 
 
 def _in_order(nodes: Mapping[str, Node]) -> list[Node]:
@@ -150,7 +132,7 @@ class Rail:
     lane      of the node
     incoming  lanes of its parents, from above
     passing   lanes that go by
-    leaving   whether a line goes on from the node
+    leaving   True if a line goes on from the node
     """
 
     lane: int
@@ -160,8 +142,8 @@ class Rail:
 
 
 def rails(parents_of: Mapping[str, Sequence[str]]) -> list[Rail]:
-    """The drawing beside each node: names of its parents by its name, parents before children. A lane is held from a
-    node to its last child."""
+    """Draw the lines beside each node, given the names of its parents, parents before children. A node occupies its
+    lane until its last child."""
     waiting = Counter(parent for parents in parents_of.values() for parent in parents)
     lanes: list[str | None] = []
     drawn: list[Rail] = []

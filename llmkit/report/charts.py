@@ -1,15 +1,159 @@
-"""The geometry of charts: from figures to coordinates in an SVG frame, which a template writes out."""
+"""Charts of trainings: which figures a stage logs, an even sample of each over the steps, and their geometry.
+
+Figures become coordinates in an SVG frame, which a template writes out.
+"""
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
-from llmkit.report.curves import MOST_LINES
-from llmkit.report.values import thinned
+from llmkit.io.metrics import scan_metrics
+from llmkit.io.progress import duration
+from llmkit.report.records import SPARE, Thinned, is_number, thinned
+
+MOST_POINTS = 240  # of a line, whose frame is 300 pixels wide
+MOST_SAMPLES = 24  # over a training
+MOST_LINES = 12  # of a chart; their figures stand in its table all the same
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One frame with curves: `lines` are names for people by the key in metrics.jsonl."""
+
+    title: str
+    unit: str
+    lines: dict[str, str]
+
+
+LOSS = Chart("Loss", "nats a token", {"loss": "training", "val_loss": "held out"})
+CHARTS = {
+    "pretrain": (LOSS, Chart("Bits per byte", "of held-out text", {"val_bits_per_byte": "held out"})),
+    "sft": (LOSS,),
+    "train-reward": (
+        Chart("Loss", "nats a pair", {"loss": "training", "val_loss": "held out"}),
+        Chart("Accuracy", "share of held-out comparisons", {"val_accuracy": "held out"}),
+    ),
+    "rl": (
+        Chart("Success", "share of attempts that are right", {"success": "training", "val_success": "held out"}),
+        Chart(
+            "Reward",
+            "mean of attempts; gold is not trained on",
+            {"reward": "training", "val_reward": "held out", "val_gold": "gold"},
+        ),
+        Chart("Length", "tokens of an attempt", {"length": "training", "val_length": "held out"}),
+        Chart("Calls", "share of attempts that call a tool", {"called": "training", "val_called": "held out"}),
+        Chart("Divergence", "nats an attempt, from the beginning", {"kl_per_attempt": "training"}),
+        Chart("Entropy", "nats a token", {"entropy": "training"}),
+    ),
+}
+PART = "reward/"  # of a reward's name, where several are added up
+
+
+class Series:
+    """One figure over the steps of one run: its points, thinned, and what is exact of all of them."""
+
+    def __init__(self) -> None:
+        self._points: Thinned[tuple[float, float]] = Thinned(SPARE * MOST_POINTS)
+        self._low, self._high = math.inf, -math.inf
+        self._not_finite = 0
+
+    def add(self, step: float, value: Any) -> None:
+        """Add a value; null is what JSON makes of NaN and infinity. Written for a million rows: 0.5 us each."""
+        kind = type(value)
+        if kind is not float and kind is not int:
+            self._not_finite += value is None
+            return
+        self._points.add((step, value))
+        if value < self._low:
+            self._low = value
+        if value > self._high:
+            self._high = value
+
+    def figures(self) -> dict[str, Any] | None:
+        """Return the points and what is shown of them; None without a finite value."""
+        if not self._points.count:
+            return None
+        points = thinned(self._points.values(), MOST_POINTS)
+        return {
+            "points": [list(point) for point in points],
+            "values": self._points.count,
+            "first": points[0][1],
+            "last": points[-1][1],
+            "lowest": self._low,
+            "highest": self._high,
+            "not_finite": self._not_finite,
+        }
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Metrics of one run: series by key, samples over the training, and the number of rows."""
+
+    series: dict[str, Series]
+    samples: Thinned[dict[str, Any]]
+    rows: int
+
+
+def read_series(path: Path, stage: str, note: Callable[[str], object], limit: int | None = None) -> Metrics:
+    """Read the curves of a stage from metrics.jsonl, in one pass; `note` hears of rows that cannot be read."""
+    drawn = {key for chart in CHARTS.get(stage, (LOSS,)) for key in chart.lines}
+    series: dict[str, Series] = defaultdict(Series)
+    samples: Thinned[dict[str, Any]] = Thinned(SPARE * MOST_SAMPLES)
+    bad: list[tuple[int, str]] = []
+    rows = without_step = 0
+    for row in scan_metrics(path, lambda number, wrong: bad.append((number, wrong))):
+        rows += 1
+        step: Any = row.get("step")
+        if not is_number(step):
+            without_step += 1
+        elif isinstance(row.get("sample"), str):
+            samples.add({"step": step, "text": row["sample"]})
+        else:
+            for key, value in row.items():
+                if key in drawn or key.startswith(PART):
+                    series[key].add(step, value)
+        if rows == limit:
+            break
+    cut = sum(wrong == "cut" for _, wrong in bad)
+    if cut:
+        note(f"{path}: the last line is cut and was left out")
+    if len(bad) > cut:
+        note(f"{path}: lines left out: {len(bad) - cut}, the first {path.name}:{bad[0][0]}: {bad[0][1]}")
+    if without_step:
+        note(f"{path}: rows without a step, left out: {without_step}")
+    return Metrics(series, samples, rows)
+
+
+def charts_of(stage: str, runs: Sequence[tuple[str, str, Metrics]]) -> list[dict[str, Any]]:
+    """The charts of a stage with the curves of its runs, each (name of its node, name for people, metrics); charts
+    without a line are left out."""
+    charts = []
+    own = [[key for key in metrics.series if key.startswith(PART)] for _, _, metrics in runs]
+    part_keys = sorted({key for keys in own if len(keys) > 1 for key in keys})
+    known = CHARTS.get(stage, (LOSS,))
+    if part_keys:
+        lines = {key: key.removeprefix(PART) for key in part_keys}
+        known = (*known, Chart("Parts of the reward", "before their weights", lines))
+    for chart in known:
+        lines = []
+        for node, name, metrics in runs:
+            for key, label in chart.lines.items():
+                figures = metrics.series[key].figures() if key in metrics.series else None
+                if figures is not None:
+                    lines.append({"run": node, "name": name, "metric": key, "label": label, **figures})
+        if lines:
+            names = [node for node, _, _ in runs]
+            charts.append({"title": chart.title, "unit": chart.unit, "runs": names, "lines": lines})
+    return charts
+
+
+# ---- numbers and coordinates
 
 WORDS = {  # what people call a figure, where its key does not say it
     "val_loss": "held-out loss",
@@ -37,13 +181,13 @@ COLOURS = 6  # of the style sheet, in turn
 
 
 def figure_text(value: Any, form: str = "") -> str:
-    """A number as people write it: thousands apart, four decimals at most; `form` is "share", "seconds", "short" (three
+    """Write a number for people: thousands apart, four decimals at most; `form` is "share", "seconds", "short" (three
     digits, where a glance is enough) or "".
 
     >>> figure_text(1234567), figure_text(0.52630), figure_text(2.0), figure_text(0.000012)
     ('1,234,567', '0.5263', '2', '1.2e-05')
     >>> figure_text(0.61, "share"), figure_text(0.8125, "share"), figure_text(516.2, "seconds")
-    ('61%', '81.2%', '8.6 min')
+    ('61%', '81.2%', '8m36s')
     >>> figure_text(0.49921, "short"), figure_text(2.8052, "short"), figure_text(1234.5, "short")
     ('0.499', '2.81', '1,234.5')
     """
@@ -52,10 +196,7 @@ def figure_text(value: Any, form: str = "") -> str:
     if form == "share":
         return f"{100 * value:.1f}".removesuffix(".0") + "%"
     if form == "seconds":
-        for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
-            if value >= 1.5 * length:
-                return f"{value / length:.1f}".removesuffix(".0") + f" {unit}"
-        return f"{value:.3g} s"
+        return duration(value)
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
     if abs(value) < 0.001 or abs(value) >= 1e15:
@@ -66,12 +207,12 @@ def figure_text(value: Any, form: str = "") -> str:
 
 
 def words(key: str) -> str:
-    """A key of results as people say it."""
+    """Return a key of results in words for people."""
     return WORDS.get(key, key.replace("_", " "))
 
 
 def percent(part: float, whole: float) -> str:
-    """A share, such as 12.5%; nothing of nothing."""
+    """Write a share, such as 12.5%; nothing of nothing."""
     return f"{part / whole:.1%}" if whole else ""
 
 
@@ -89,31 +230,26 @@ def draw(chart: Mapping[str, Any]) -> dict[str, Any]:
     drawn = []
     for number, line in enumerate(lines):
         values = [value for _, value in line["points"]]
-        smooth = line["label"] == "training" and len(values) >= SMOOTHED_FROM
-
-        def place(values: Sequence[float], line: Mapping[str, Any] = line) -> list[tuple[float, float]]:
-            return [(x_of(step), y_of(value)) for (step, _), value in zip(line["points"], values, strict=True)]
-
-        places = place(values)
+        xs, ys = [x_of(step) for step, _ in line["points"]], list(map(y_of, values))
         own_style = line["label"] in STYLES
-        colour = runs.index(line["run"]) if own_style else number
-        few = len(places) <= 30 and line["label"] in ("held out", "gold")
+        smooth = line["label"] == "training" and len(values) >= SMOOTHED_FROM
+        bold = list(map(y_of, smoothed(values, len(values) / SMOOTHED_OVER))) if smooth else ys
+        few = len(values) <= 30 and line["label"] in ("held out", "gold")
         drawn.append(
             {
                 "name": f"{line['name']}, {line['label']}" if len(runs) > 1 else line["label"],
-                "classes": f"s{colour % COLOURS} {STYLES.get(line['label'], 'training')}",
-                "path": _path(place(smoothed(values, len(values) / SMOOTHED_OVER)) if smooth else places),
-                "raw": _path(places) if smooth else "",
-                "dots": [(x, max(y, TOP)) for x, y in places] if few or len(places) == 1 else [],
+                "classes": f"s{(runs.index(line['run']) if own_style else number) % COLOURS} "
+                + STYLES.get(line["label"], "training"),
+                "path": _path(xs, bold),
+                "raw": _path(xs, ys) if smooth else "",
+                "dots": [(x, max(y, TOP)) for x, y in zip(xs, ys, strict=True)] if few or len(values) == 1 else [],
             }
         )
     return {
         "width": WIDTH,
         "height": HEIGHT,
         "lines": drawn,
-        "own_legend": any(
-            line["label"] not in STYLES for line in lines
-        ),  # colours that the stage's legend does not tell
+        "own_legend": any(line["label"] not in STYLES for line in lines),  # colours that the stage's does not tell
         "above": sum(value > high for _, value in points),
         "bands": _bands(lines, [line["name"] for line in drawn], x_of, form),
         "x_ticks": [(x_of(tick), text) for tick, text in ticks(first, last, 4, whole=True)],
@@ -122,14 +258,14 @@ def draw(chart: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _path(places: Sequence[tuple[float, float]]) -> str:
-    """The line through some places, as far as it lies in the frame.
+def _path(xs: Sequence[float], ys: Sequence[float]) -> str:
+    """The line through some points, as far as it lies in the frame.
 
-    >>> _path([(0, 0), (10, 40), (20, 50)])  # enters at half of the first stretch
+    >>> _path([0, 10, 20], [0, 40, 50])  # enters at half of the first stretch
     'M5 20L10 40L20 50'
     """
     path, last = "", None
-    for (x, y), (to_x, to_y) in pairwise(places):
+    for (x, y), (to_x, to_y) in pairwise(zip(xs, ys, strict=True)):
         if max(y, to_y) < TOP:
             continue
         crossing = x + (to_x - x) * (TOP - y) / (to_y - y) if min(y, to_y) < TOP else x
@@ -207,23 +343,15 @@ def _bands(
     lines: Sequence[Mapping[str, Any]], names: Sequence[str], x_of: Callable[[float], float], form: str
 ) -> list[dict[str, Any]]:
     """Stripes over the frame, each with the values of all lines at the step in its middle, or nearest to it."""
-    steps = sorted({step for line in lines for step, _ in line["points"]})
-    chosen = thinned(steps, MOST_BANDS)
+    chosen = thinned(sorted({step for line in lines for step, _ in line["points"]}), MOST_BANDS)
     middles = [x_of(step) for step in chosen]
     edges = [LEFT, *((a + b) / 2 for a, b in pairwise(middles)), WIDTH - RIGHT]
     bands = []
-    for number, step in enumerate(chosen):
+    for step, (left, right) in zip(chosen, pairwise(edges), strict=True):
         notes = [f"step {step:,}"]
         for line, name in zip(lines, names, strict=True):
-            at, value = _nearest(line["points"], step)
+            at, value = min(line["points"], key=lambda point: abs(point[0] - step))
             beside = "" if at == step else f" at step {at:,}"
             notes.append(f"{name} {figure_text(value, form) if form else f'{value:.6g}'}{beside}")
-        left, right = edges[number], edges[number + 1]
         bands.append({"x": round(left, 1), "width": max(0.5, round(right - left, 1)), "text": "\n".join(notes)})
     return bands
-
-
-def _nearest(points: Sequence[Sequence[float]], step: float) -> Sequence[float]:
-    index = bisect_left(points, step, key=lambda point: point[0])
-    around = points[max(0, index - 1) : index + 1]
-    return min(around, key=lambda point: abs(point[0] - step))

@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from llmkit.errors import UserError
-from llmkit.io.progress import counted, quantity
+from llmkit.io.progress import counted
 from llmkit.report.ancestry import rails
 from llmkit.report.charts import COLOURS, FORMS, STYLES, draw, figure_text, percent, words
 from llmkit.report.figures import given_runs, shorten
@@ -52,10 +52,11 @@ def _render(figures: Mapping[str, Any], title: str) -> bytes:
         lstrip_blocks=True,
         finalize=lambda value: clean(value) if type(value) is str else value,
     )
-    environment.filters.update(figure=figure_text, words=words, percent=percent, quantity=quantity, json=json.dumps)
+    environment.filters.update(figure=figure_text, words=words, percent=percent, json=json.dumps)
     environment.globals.update(draw=draw, forms=FORMS, styles=STYLES, colours=COLOURS)
     figures, folder = relative_to_folder(figures)
     style, script = ((TEMPLATES / name).read_text("utf-8") for name in ("page.css", "page.js"))
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
     text = environment.get_template("page.html").render(
         figures=figures,
         given=given_runs(figures),
@@ -63,7 +64,9 @@ def _render(figures: Mapping[str, Any], title: str) -> bytes:
         folder=folder,
         style=style,
         script=script,
-        policy=_policy(style, script),
+        # this script, this style, and nothing else
+        policy=f"default-src 'none'; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; "
+        "img-src data:; base-uri 'none'; form-action 'none'",
         rails=rails({run["name"]: run["parents"] for run in figures["runs"]}),
         path_of={run["name"]: run["path"] for run in figures["runs"]},
     )
@@ -71,7 +74,7 @@ def _render(figures: Mapping[str, Any], title: str) -> bytes:
 
 
 def relative_to_folder(figures: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """The figures with the folder that holds most runs and files taken off their paths, commands and notes, and that
+    """Take the folder that holds most runs and files off their paths, commands and notes; return the figures and that
     folder; "" where no folder holds two of them. The text of records stays as it is."""
     paths = [entry["path"] for kind in ("runs", "samples", "probes") for entry in figures[kind]]
     folders = Counter(os.path.dirname(path.rstrip("/")) for path in paths)
@@ -80,33 +83,21 @@ def relative_to_folder(figures: Mapping[str, Any]) -> tuple[dict[str, Any], str]
         return dict(figures), ""
     prefix = re.compile(rf"(?<![\w./-]){re.escape(folder)}/(?=[^\s/])")
 
-    def shortened(value: Any) -> Any:
+    def shortened(value: Any, key: str = "") -> Any:
+        if key in ("text", "token"):
+            return value
         if isinstance(value, str):
             return prefix.sub("", value)
         if isinstance(value, Mapping):
-            return {
-                prefix.sub("", key): item if key in ("text", "token") else shortened(item)
-                for key, item in value.items()
-            }
+            return {prefix.sub("", key): shortened(item, key) for key, item in value.items()}
         return [shortened(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     records = [{**file, "path": shortened(file["path"])} for file in figures["samples"]]
     return {**shortened({**figures, "samples": []}), "samples": records}, folder
 
 
-def _policy(style: str, script: str) -> str:
-    """Content security policy of the page: this script, this style, and nothing else."""
-    style_hash, script_hash = (
-        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)
-    )
-    return (
-        f"default-src 'none'; style-src 'sha256-{style_hash}'; script-src 'sha256-{script_hash}'; "
-        "img-src data:; base-uri 'none'; form-action 'none'"
-    )
-
-
 def clean(text: str) -> str:
-    """Text with what cannot be shown as `\\xNN`.
+    """Write what cannot be shown as `\\xNN`.
 
     >>> clean("a\\x00b")
     'a\\\\x00b'
