@@ -24,9 +24,8 @@ EXEMPT = {
     "llmkit.generation.terminal",  # the same
     "llmkit.text.answer_spans",  # by way of matching
     "llmkit.training.checkpoint",  # names of files
-    "llmkit.rewards.code",  # tests of a problem
     "llmkit.rewards.number_context",  # by way of numbers
-    "llmkit.rewards.specs",
+    "llmkit.rewards",
     "llmkit.io.run_folder",  # steps of checkpoints
     "llmkit.stages.crawl_filter",
 }
@@ -244,7 +243,7 @@ def reply_readers() -> dict[str, Reader]:
 def reward_readers() -> dict[str, Reader]:
     from llmkit.formats.problems import read_problem
     from llmkit.io.records import Row
-    from llmkit.rewards import code_blocks, final_answer, latex, numbers, verifiers
+    from llmkit.rewards import code, final_answer, latex, numbers, verifiers
 
     def verified(verifier: str, **record: Any) -> Reader:
         problem = read_problem(Row({"prompt": "What is it?", "verifier": verifier, **record}, "a.jsonl", 1))
@@ -252,9 +251,9 @@ def reward_readers() -> dict[str, Reader]:
         return lambda text: reward._judge(problem, text)
 
     return {
-        "code_blocks.code_of": lambda text: code_blocks.code_of(text, ["f"]),
-        "code_blocks.code_of a block": lambda text: code_blocks.code_of(f"```python\n{text}", ["f"]),
-        "code_blocks.defines": lambda text: code_blocks.defines(text, "f"),
+        "code.code_of": lambda text: code.code_of(text, ["f"]),
+        "code.code_of a block": lambda text: code.code_of(f"```python\n{text}", ["f"]),
+        "code.defines": lambda text: code.defines(text, "f"),
         "latex": lambda text: (
             latex.SPACES.sub("", text),
             latex.BASE.findall(text),

@@ -12,8 +12,8 @@ from llmkit.errors import UserError
 from llmkit.formats.problems import Problem, read_problem
 from llmkit.io.jsonl import read_jsonl
 from llmkit.io.records import Row
-from llmkit.rewards import Attempt, code, code_blocks, sandboxed_calls
-from llmkit.rewards.code_blocks import code_of
+from llmkit.rewards import Attempt, code, sandboxed_calls
+from llmkit.rewards.code import code_of
 from llmkit.rewards.verifiers import VerifierReward
 from llmkit.tools.python import check_sandbox
 
@@ -50,7 +50,7 @@ def passes(completion: str, **value) -> float:
 
 
 def test_the_examples_of_the_documentation_hold():
-    assert doctest.testmod(code).failed == doctest.testmod(code_blocks).failed == 0
+    assert doctest.testmod(code).failed == 0
 
 
 @pytest.mark.parametrize(

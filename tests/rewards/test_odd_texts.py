@@ -12,7 +12,7 @@ from llmkit.errors import UserError
 from llmkit.formats.problems import Problem, read_problem
 from llmkit.io.records import Row
 from llmkit.rewards import Attempt
-from llmkit.rewards.code_blocks import code_of
+from llmkit.rewards.code import code_of
 from llmkit.rewards.constraints import FormatReward
 from llmkit.rewards.numbers import SCALES, last_number
 from llmkit.rewards.verifiers import NAMES, VerifierReward
