@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.io.metrics import scan_metrics
-from llmkit.io.progress import duration
-from llmkit.report.records import SPARE, Thinned, is_number, thinned
+from llmkit.io.progress import duration, quantity
+from llmkit.report.records import Thinned, is_number, thinned
 
 MOST_POINTS = 240  # of a line, whose frame is 300 pixels wide
 MOST_SAMPLES = 24  # over a training
@@ -59,7 +59,7 @@ class Series:
     """One figure over the steps of one run: its points, thinned, and what is exact of all of them."""
 
     def __init__(self) -> None:
-        self._points: Thinned[tuple[float, float]] = Thinned(SPARE * MOST_POINTS)
+        self._points: Thinned[tuple[float, float]] = Thinned(MOST_POINTS)
         self._low, self._high = math.inf, -math.inf
         self._not_finite = 0
 
@@ -79,7 +79,7 @@ class Series:
         """Return the points and what is shown of them; None without a finite value."""
         if not self._points.count:
             return None
-        points = thinned(self._points.values(), MOST_POINTS)
+        points = self._points.values()
         return {
             "points": [list(point) for point in points],
             "values": self._points.count,
@@ -104,7 +104,7 @@ def read_series(path: Path, stage: str, note: Callable[[str], object], limit: in
     """Read the curves of a stage from metrics.jsonl, in one pass; `note` hears of rows that cannot be read."""
     drawn = {key for chart in CHARTS.get(stage, (LOSS,)) for key in chart.lines}
     series: dict[str, Series] = defaultdict(Series)
-    samples: Thinned[dict[str, Any]] = Thinned(SPARE * MOST_SAMPLES)
+    samples: Thinned[dict[str, Any]] = Thinned(MOST_SAMPLES)
     bad: list[tuple[int, str]] = []
     rows = without_step = 0
     for row in scan_metrics(path, lambda number, wrong: bad.append((number, wrong))):
@@ -217,7 +217,7 @@ def percent(part: float, whole: float) -> str:
 
 
 def draw(chart: Mapping[str, Any]) -> dict[str, Any]:
-    """A chart of `curves.charts_of` as coordinates: `lines` with `path` and `dots`, `bands` that tell the values at a
+    """A chart of `charts_of` as coordinates: `lines` with `path` and `dots`, `bands` that tell the values at a
     step when they are pointed at, and the ticks of both axes."""
     lines = chart["lines"][:MOST_LINES]
     points = [point for line in lines for point in line["points"]]
@@ -253,7 +253,7 @@ def draw(chart: Mapping[str, Any]) -> dict[str, Any]:
         "above": sum(value > high for _, value in points),
         "bands": _bands(lines, [line["name"] for line in drawn], x_of, form),
         "x_ticks": [(x_of(tick), text) for tick, text in ticks(first, last, 4, whole=True)],
-        "y_ticks": [(y_of(tick), text) for tick, text in ticks(low, high, 5, share=form == "share")],
+        "y_ticks": [(y_of(tick), text) for tick, text in ticks(low, high, 5, form)],
         "frame": {"left": LEFT, "right": WIDTH - RIGHT, "top": TOP, "bottom": HEIGHT - BOTTOM},
     }
 
@@ -308,9 +308,8 @@ def _scale(low: float, high: float, start: float, end: float) -> Callable[[float
     return lambda value: round(start + (value - low) / span * (end - start), 1)
 
 
-def ticks(low: float, high: float, most: int, whole: bool = False, share: bool = False) -> list[tuple[float, str]]:
-    """Round numbers from `low` to `high`, at most `most` or one more, with their text; with `whole`, no fractions, with
-    `share`, in percent.
+def ticks(low: float, high: float, most: int, form: str = "", whole: bool = False) -> list[tuple[float, str]]:
+    """Round numbers from `low` to `high`, at most `most` or one more, with their text; no fractions if `whole`.
 
     >>> ticks(0, 97, 4)
     [(0, '0'), (50, '50')]
@@ -323,20 +322,9 @@ def ticks(low: float, high: float, most: int, whole: bool = False, share: bool =
     power = 10 ** math.floor(math.log10(span / most))
     step = next(factor * power for factor in (1, 2, 5, 10, 20) if span / (factor * power) <= most)
     step = max(step, 1) if whole else step
-    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    places = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
-    values = [round(multiple * step, 12) for multiple in places]
-    if share:
-        return [(value, f"{100 * value:.{max(0, decimals - 2)}f}%") for value in values]
-    return [(value, short(value, decimals)) for value in values]
-
-
-def short(value: float, decimals: int) -> str:
-    """A number on an axis, such as 2.5, 400 or 12k."""
-    for scale, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= 10 * scale or (abs(value) >= scale and value % (scale / 10) == 0):
-            return f"{value / scale:.4g}{letter}"
-    return f"{value:.{decimals}f}" if decimals < 7 else f"{value:.2g}"
+    multiples = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    values = [round(multiple * step, 12) for multiple in multiples]
+    return [(value, figure_text(value, form) if abs(value) < 1e6 else quantity(value)) for value in values]
 
 
 def _bands(

@@ -28,7 +28,7 @@ from llmkit.io.files import read_json
 from llmkit.io.metrics import METRICS
 from llmkit.io.progress import counted
 from llmkit.report.ancestry import Node, ancestry
-from llmkit.report.charts import MOST_SAMPLES, Metrics, charts_of, read_series
+from llmkit.report.charts import Metrics, charts_of, read_series
 from llmkit.report.records import (
     KINDS,
     as_object,
@@ -58,7 +58,6 @@ MEASURES = {
     ),
 }
 MOST_POLICIES = 3  # of rl the latest runs; of the other stages the latest one
-BEFORE_AND_AFTER = ("rl",)  # stages whose first value was measured before the first step
 # what a manifest's results tell of a stage at a glance; of others, their first numbers
 KEY_FIGURES = {
     "crawl-filter": ("records", "documents"),
@@ -248,7 +247,7 @@ def _trainings(nodes: Sequence[Node], notes: list[str], limit: int | None) -> It
                 "run": node.name,
                 "path": node.path,
                 "samples": metrics.samples.count,
-                "rows": thinned(metrics.samples.values(), MOST_SAMPLES),
+                "rows": metrics.samples.values(),
             }
             for node, metrics in trained
             if metrics.samples.count
@@ -355,7 +354,8 @@ def _trained(figures: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         for run, chosen in measured[-(MOST_POLICIES if stage == "rl" else 1) :]:
             for metric, figure, form in chosen:
                 line = lines[run["run"], metric]
-                before = {"before": line["first"]} if stage in BEFORE_AND_AFTER and line["values"] > 1 else {}
+                # rl's first value was measured before its first step
+                before = {"before": line["first"]} if stage == "rl" and line["values"] > 1 else {}
                 shown = {"figure": figure, "value": line["last"], "form": form, **before}
                 yield {"stage": stage, "path": run["path"], **shown}
 

@@ -134,35 +134,33 @@ def parsed(line: bytes) -> dict[str, Any] | None:
 
 
 class Thinned(Generic[T]):
-    """Keeps every n-th of the values added, n such that at most `most` (2 or more) are kept; the first and the last
-    are always among them.
+    """Keeps `most` of the values added, nearly evenly spaced, the first and the last among them, and counts them all.
 
-    >>> thinned = Thinned(4)
-    >>> for value in range(10):
-    ...     thinned.add(value)
-    >>> thinned.values(), thinned.count
-    ([0, 4, 8, 9], 10)
+    >>> sample = Thinned(3)
+    >>> for value in range(1000):
+    ...     sample.add(value)
+    >>> sample.values(), sample.count
+    ([0, 512, 999], 1000)
     """
 
     def __init__(self, most: int) -> None:
         self.count = 0
-        self._most, self._every, self._next = max(2, most), 1, 0
-        self._values: list[T] = []
+        self._most, self._every = most, 1
+        self._values: list[T] = []  # every n-th, of which SPARE times as many as are wanted
         self._last: Any = None
 
     def add(self, value: T) -> None:
-        if self.count == self._next:
-            if len(self._values) == self._most - 1:  # a place is left for the last one
+        if self.count % self._every == 0:
+            if len(self._values) == SPARE * self._most - 1:  # a place is left for the last one
                 self._values, self._every = self._values[::2], 2 * self._every
             if self.count % self._every == 0:
                 self._values.append(value)
-            self._next = len(self._values) * self._every
         self._last = value
         self.count += 1
 
     def values(self) -> list[T]:
         ends_with_last = self.count == 0 or (self.count - 1) % self._every == 0
-        return self._values if ends_with_last else [*self._values, self._last]
+        return thinned(self._values if ends_with_last else [*self._values, self._last], self._most)
 
 
 def thinned(values: Sequence[T], most: int) -> list[T]:
@@ -185,10 +183,10 @@ def read_excerpts(
     file: RecordsFile, most: int, note: Callable[[str], object], limit: int | None = None
 ) -> dict[str, Any]:
     """Sample at most `most` records of a file, evenly spaced, out of `records`. Only those are parsed."""
-    lines: Thinned[tuple[int, bytes]] = Thinned(SPARE * most)
+    lines: Thinned[tuple[int, bytes]] = Thinned(most)
     for numbered in islice(raw_lines(file.path), limit):
         lines.add(numbered)
-    chosen = thinned(lines.values(), most)
+    chosen = lines.values()
     records = [(number, parsed(line)) for number, line in chosen]
     rows = [_excerpt(record, file.kind, number) for number, record in records if record is not None]
     if bad := len(chosen) - len(rows):
