@@ -28,6 +28,7 @@ from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from llmkit.crawl.extract.blocks import BlockTree, cut_blocks
 from llmkit.crawl.extract.features import NameWeights, block_features, key_tokens
@@ -222,6 +223,21 @@ def fit_trees(
     return features, borders, leaves, float(bias[0])
 
 
+def save(model: BlockModel, path: Path) -> None:
+    """Write the file that `BlockModel.load` reads."""
+    names = sorted(model.name_weights)
+    tensors = {
+        "features": model.features.astype(np.int16),
+        "borders": model.borders.astype(np.float32),
+        "leaves": model.leaves.astype(np.float32),
+        "bias": np.array([model.bias]),
+        "feature_names": np.frombuffer("\n".join(model.feature_names).encode(), np.uint8),
+        "names": np.frombuffer("\n".join(names).encode(), np.uint8),
+        "name_weights": np.array([model.name_weights[name] for name in names], np.float32),
+    }
+    save_file(tensors, path)
+
+
 # ---- measuring
 
 
@@ -256,10 +272,9 @@ def cross_validate(samples: list[Sample], folds: int) -> dict[str, list[tuple[fl
     for fold in range(folds):
         start = time.process_time()
         model = fit([s for s, p in zip(samples, part, strict=True) if p != fold], seed=0)
-        names = NameWeights(model.name_weights)
         for at in np.flatnonzero(part == fold).tolist():
             sample = samples[at]
-            probabilities = model.probabilities(sample.tree, names)
+            probabilities = model.probabilities(sample.tree)
             words = np.array([1 + text.count(" ") for text in sample.tree.blocks.text])
             for name, rule in rules.items():
                 results[name][at] = f1(text_of(sample.tree, rule(probabilities, words)), sample.truth)
@@ -283,13 +298,13 @@ def main() -> None:
     parser.add_argument("--truth", required=True, metavar="JSONL")
     parser.add_argument("-o", "--out", type=Path, help="where the model is written; without it, only measure")
     parser.add_argument("--folds", type=int, default=5, help="0: do not cross-validate")
-    parser.add_argument("--compare", nargs="*", default=[], metavar="NAME", help="fast, trafilatura; model: as shipped")
+    parser.add_argument("--compare", nargs="*", default=[], choices=["model", "fast", "trafilatura"], help="beside it")
     options = parser.parse_args()
     samples = read_samples(options.truth, options.archives)
     print(f"{len(samples)} pages of {len({s.domain for s in samples})} domains", file=sys.stderr)
     results = cross_validate(samples, options.folds) if options.folds else {}
     if options.out:
-        fit(samples, seed=0).save(options.out)
+        save(fit(samples, seed=0), options.out)
         print(f"{options.out}: {options.out.stat().st_size:,} bytes", file=sys.stderr)
     for name in options.compare:
         results[name if name != "model" else "model (seen)"] = by_extractor(samples, name)

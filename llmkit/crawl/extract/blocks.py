@@ -22,20 +22,21 @@ from llmkit.crawl.extract.markup import check_size, inline_formulas, plain_html,
 MAX_CELL_BLOCKS = 3  # a cell of more is a part of the page
 FOLDED_CHARS = 200  # undisplayed text as long is a tab or an accordion: on dev pages all of it dropped costs F1 .013
 
+# ruff: noqa: SIM905 -- lists of words
+
 # what holds no running text; <noscript> stays, as Discourse puts whole threads into it
-_DROPPED_TAGS = "script style svg template iframe object canvas select datalist textarea audio video head link"
-_DROPPED = frozenset(_DROPPED_TAGS.split())
+_DROPPED = frozenset(
+    "script style svg template iframe object canvas select datalist textarea audio video head link".split()
+)
 # ids of the dialogs that ask for consent to cookies: text that a site's every page has, shown or not
-_CONSENT_IDS = (
+_CONSENT = frozenset(
     "onetrust-consent-sdk qc-cmp2-container CybotCookiebotDialog didomi-host usercentrics-root truste-consent-track "
-    "cmplz-cookiebanner-container"
+    "cmplz-cookiebanner-container".split()
 )
-_CONSENT = frozenset(_CONSENT_IDS.split())
-_INLINE_TAGS = (
+_INLINE = frozenset(
     "a abbr acronym b bdi bdo big button cite code data del dfn em font i img input ins kbd label mark math mi mn mo "
-    "mrow nobr q rp rt ruby s samp small span strike strong sub sup time tt u var wbr picture source"
+    "mrow nobr q rp rt ruby s samp small span strike strong sub sup time tt u var wbr picture source".split()
 )
-_INLINE = frozenset(_INLINE_TAGS.split())
 _MARKED_TAGS = (
     "p div section article main aside header footer nav form ul ol li dl dd tr td pre code blockquote figure "
     "figcaption h1 h2 h3 h4 button noscript (hidden)"
@@ -50,9 +51,7 @@ def table_cells(tags: np.ndarray, parent: np.ndarray, leaf: np.ndarray) -> np.nd
     with text in two cells or more, at most MAX_CELL_BLOCKS blocks in each of them, and no table within. None: the page
     has no cells.
     """
-    is_row = tags == "tr"
-    is_cell = (tags == "td") | (tags == "th")
-    is_cell = is_cell & is_row[parent]
+    is_cell = ((tags == "td") | (tags == "th")) & (tags == "tr")[parent]
     cells = np.flatnonzero(is_cell)
     if len(cells) == 0 or len(leaf) == 0:
         return None
@@ -139,14 +138,11 @@ def cut_blocks(html: bytes) -> BlockTree:
     if tree.body is not None:  # a <frameset> has none
         walk.run(tree.body)
     blocks, elements = walk.blocks(), walk.elements()
-    return BlockTree(blocks, elements, title or None, _cells(blocks, elements))
-
-
-def _cells(blocks: Blocks, elements: Elements) -> np.ndarray | None:
     tags = [key.tag for key in elements.keys]
-    if "td" not in tags and "th" not in tags:
-        return None
-    return table_cells(np.array(tags)[elements.kind], elements.parent, blocks.leaf)
+    cells = None
+    if "td" in tags or "th" in tags:
+        cells = table_cells(np.array(tags)[elements.kind], elements.parent, blocks.leaf)
+    return BlockTree(blocks, elements, title or None, cells)
 
 
 class _Walk:

@@ -17,6 +17,7 @@ import numpy as np
 
 from llmkit.crawl.extract.blocks import TAG_BITS, BlockTree, ElementKey
 
+Columns = dict[str, np.ndarray | float]  # features by name: of each block, or one number for the page
 LEVELS = 5  # ancestors looked at, each of which holds more blocks than the one below
 WINDOWS = (1, 2, 4, 8)  # blocks before and after
 _CACHED_NAMES = 200_000  # about 20 MB
@@ -45,20 +46,17 @@ class NameWeights(dict[str, float]):
     def __missing__(self, name: str) -> float:
         if len(self) >= _CACHED_NAMES:
             self.clear()
-        known = self.word_weights
         words = (name,) if name[0] == "<" else name_words(name)
-        self[name] = weight = sum([known[word] for word in words if word in known])
+        self[name] = weight = sum([self.word_weights.get(word, 0) for word in words])
         return weight
 
     def of(self, keys: list[ElementKey]) -> list[float]:
         """The sum over `key_tokens` of each key."""
-        get = self.__getitem__
         weights = []
         for tag, names in keys:
-            weight = get("<" + tag)
-            if names:
-                for name in names.split():
-                    weight += get(name)
+            weight = self["<" + tag]
+            for name in names.split():
+                weight += self[name]
             weights.append(weight)
         return weights
 
@@ -112,13 +110,8 @@ class _Text:
         def count(mask: np.ndarray) -> np.ndarray:
             return np.add.reduceat(mask, starts, dtype=np.int32).astype(np.float64)
 
-        self.upper, self.stops, self.commas = (
-            count(classes == _UPPER),
-            count(classes == _STOP),
-            count(classes == _COMMA),
-        )
+        self.upper, self.stops, self.commas, self.marks = (count(classes == c) for c in (_UPPER, _STOP, _COMMA, _MARK))
         self.letters = self.upper + count(classes == _LOWER) + 1
-        self.marks = count(classes == _MARK)
         # a word of Chinese, Japanese or Thai has about two letters
         self.words = np.maximum(count(word_starts) + count(classes == _WIDE) / 2, 1)
         self.chars = np.maximum(lengths, 1).astype(np.float64)
@@ -128,23 +121,19 @@ class _Text:
         self.prose = np.where((self.words >= 12) & (self.link_share < 0.4), self.words, 0.0)
 
 
-def block_features(tree: BlockTree, weights: NameWeights) -> dict[str, np.ndarray | float]:
+def block_features(tree: BlockTree, weights: NameWeights) -> Columns:
     """The features of a page of at least one block, by name: float (blocks,), or one number for the whole page."""
     text = _Text(tree.blocks.text, tree.blocks.link_chars)
-    columns: dict[str, np.ndarray | float] = {}
-    columns.update(_of_text(tree, text))
-    columns.update(_of_place(text))
-    columns.update(_of_tree(tree, text, weights))
-    return columns
+    return {**_of_text(tree, text), **_of_place(text), **_of_tree(tree, text, weights)}
 
 
-def _of_text(tree: BlockTree, text: _Text) -> dict[str, np.ndarray | float]:
+def _of_text(tree: BlockTree, text: _Text) -> Columns:
     blocks, words, chars = tree.blocks, text.words, text.chars
     times: dict[str, int] = {}
-    before = []
+    again = []
     for block in blocks.text:
-        times[block] = met = times.get(block, 0) + 1
-        before.append(met > 1)
+        again.append(block in times)
+        times[block] = times.get(block, 0) + 1
     return {
         "words": np.log1p(words),
         "link_share": text.link_share,
@@ -157,7 +146,7 @@ def _of_text(tree: BlockTree, text: _Text) -> dict[str, np.ndarray | float]:
         "commas": np.log1p(text.commas),
         "mark_share": text.marks / chars,
         "ends_in_stop": text.ends_in_stop,
-        "again": np.array(before),
+        "again": np.array(again),
         "times": np.array([times[block] for block in blocks.text]),
         "page_blocks": np.log1p(len(words)),
         "page_words": np.log1p(words.sum()),
@@ -168,11 +157,11 @@ def _of_text(tree: BlockTree, text: _Text) -> dict[str, np.ndarray | float]:
     }
 
 
-def _of_place(text: _Text) -> dict[str, np.ndarray | float]:
+def _of_place(text: _Text) -> Columns:
     n = len(text.words)
     index = np.arange(n)
     words, prose, links, chars = (_Sums(values) for values in (text.words, text.prose, text.link_chars, text.chars))
-    columns: dict[str, np.ndarray | float] = {
+    columns: Columns = {
         "index": np.log1p(index),
         "index_from_end": np.log1p(n - index),
         "place": index / n,
@@ -192,7 +181,7 @@ def _of_place(text: _Text) -> dict[str, np.ndarray | float]:
     return columns
 
 
-def _of_tree(tree: BlockTree, text: _Text, weights: NameWeights) -> dict[str, np.ndarray | float]:
+def _of_tree(tree: BlockTree, text: _Text, weights: NameWeights) -> Columns:
     elements = tree.elements
     parent, kind, depth = elements.parent, elements.kind, elements.depth
     first, end = elements.first_block, elements.end_block
@@ -201,7 +190,7 @@ def _of_tree(tree: BlockTree, text: _Text, weights: NameWeights) -> dict[str, np
     own = np.array(weights.of(elements.keys))[kind]
     path = _path_sums(parent, own)
     marked = tags & np.fromiter(TAG_BITS.values(), np.int32, len(TAG_BITS))[:, None] > 0
-    columns: dict[str, np.ndarray | float] = {f"in_{tag}": row for tag, row in zip(TAG_BITS, marked, strict=True)}
+    columns: Columns = {f"in_{tag}": row for tag, row in zip(TAG_BITS, marked, strict=True)}
     columns["path_weight"], columns["leaf_weight"], columns["holder_weight"] = path[leaf], own[leaf], own[holder]
     columns["depth"] = depth[holder]
     columns.update(_of_ancestors(holder, _wider(parent, end - first), first, end, path, text))
@@ -256,14 +245,12 @@ def _of_ancestors(
     return ((f"up{level}_{name}", values[level]) for name, values in measures.items() for level in range(LEVELS))
 
 
-def _of_main(
-    first: np.ndarray, end: np.ndarray, depth: np.ndarray, own_depth: np.ndarray, text: _Text
-) -> dict[str, np.ndarray | float]:
+def _of_main(first: np.ndarray, end: np.ndarray, depth: np.ndarray, own_depth: np.ndarray, text: _Text) -> Columns:
     """Where the block stands to the deepest element that holds half, or four fifths, of the page's prose."""
     index = np.arange(len(own_depth))
     words = _Sums(text.words)
     sums = _Sums(text.prose) if text.prose.any() else words
-    columns: dict[str, np.ndarray | float] = {}
+    columns: Columns = {}
     for name, portion in (("half", 0.5), ("most", 0.8)):
         holds = np.flatnonzero(sums.over(first, end) >= portion * sums.total)
         main = holds[np.argmax(depth[holds])] if len(holds) else 0
@@ -290,7 +277,7 @@ def _of_kin(name: str, makes: np.ndarray, text: _Text) -> dict[str, np.ndarray]:
     return {f"{name}_{measure}": values[group] for measure, values in measures.items()}
 
 
-def _of_headings(tags: np.ndarray, text: _Text) -> dict[str, np.ndarray | float]:
+def _of_headings(tags: np.ndarray, text: _Text) -> Columns:
     index = np.arange(len(tags))
     h1 = np.flatnonzero(tags & TAG_BITS["h1"])
     headings = (tags & (TAG_BITS["h1"] | TAG_BITS["h2"] | TAG_BITS["h3"] | TAG_BITS["h4"])) > 0

@@ -1,9 +1,8 @@
 """The main text of an HTML page: by our model over its blocks, by resiliparse (`fast`), or by trafilatura.
 
-The model that says of each block of a page how surely it is main text: oblivious trees, run by numpy alone.
-
-A tree asks the same question of all blocks at each of its levels, so that a page goes through all trees in a few array
-operations. `examples/train_extractor.py` trains it and writes the file.
+The model says how surely each block is main text: oblivious trees, run by numpy alone. Such a tree asks one question of
+all blocks at each of its levels, so that a page goes through all trees in a few array operations.
+`examples/train_extractor.py` trains it.
 """
 
 from __future__ import annotations
@@ -15,27 +14,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from selectolax.lexbor import LexborHTMLParser
 
 from llmkit.crawl.extract.blocks import TAG_BITS, BlockTree, cut_blocks
 from llmkit.crawl.extract.features import NameWeights, block_features
-from llmkit.crawl.extract.markup import (
-    PageLimitError,
-    article_body,
-    check_size,
-    decode_html,
-    plain_html,
-    utf8_html,
-    visible,
-)
+from llmkit.crawl.extract.markup import PageLimitError, article_body, check_size, plain_html, utf8_html, visible
 from llmkit.errors import UserError
 
-_FILE = Path(__file__).with_name("extractor.safetensors")
+MODEL = Path(__file__).with_name("extractor.safetensors")
 _AT_ONCE = 4096  # blocks: bounds the memory of a huge page to about 10 MB
-__all__ = ["EXTRACTORS", "FAVOURS", "Extraction", "Extractor", "decode_html"]
-
-EXTRACTORS = ("model", "fast", "trafilatura")
 # the beta of the F score that the model's choice of blocks aims at; on domains that it has not seen there is a little
 # less main text than it expects: F1 of .8808 at .85, .8794 at 1 and .8801 at .75
 FAVOURS = {"balance": 0.85, "precision": 0.5, "recall": 2.0}
@@ -58,24 +46,28 @@ class BlockModel:
     bias: float
     name_weights: dict[str, float]
 
-    def probabilities(self, tree: BlockTree, names: NameWeights) -> np.ndarray:
-        """float64 (blocks,): how surely each block is main text; `names` are `NameWeights(self.name_weights)`.
+    @classmethod
+    @cache
+    def load(cls, path: Path = MODEL) -> BlockModel:
+        """Read the file of a model, once a process."""
+        tensors = load_file(path)
 
-        The blocks of a table of data share the highest mean of its rows, so that it is kept or dropped whole; chosen
-        for themselves, cells went missing in 82 of 222 pages with such tables.
-        """
-        n = len(tree.blocks.text)
-        if n == 0:
-            return np.zeros(0)
-        probabilities = self.of_features(feature_rows(block_features(tree, names), self.feature_names, n))
-        if tree.cells is not None:
-            _even_tables(probabilities, tree.cells, np.fromiter(map(len, tree.blocks.text), np.int64, n))
-        return probabilities
+        def strings(name: str) -> list[str]:
+            return tensors[name].tobytes().decode().split("\n")
 
-    def of_features(self, rows_FN: np.ndarray) -> np.ndarray:
-        """float64 (N,) for float32 features (F, N)."""
-        scores = [self._scores(rows_FN[:, at : at + _AT_ONCE]) for at in range(0, rows_FN.shape[1], _AT_ONCE)]
-        return 1 / (1 + np.exp(-np.concatenate(scores)))
+        return cls(
+            tuple(strings("feature_names")),
+            tensors["features"].astype(np.intp),
+            tensors["borders"],
+            tensors["leaves"],
+            float(tensors["bias"][0]),
+            dict(zip(strings("names"), tensors["name_weights"].tolist(), strict=True)),
+        )
+
+    @cached_property
+    def names(self) -> NameWeights:
+        """The weights with those of the names met so far."""
+        return NameWeights(self.name_weights)
 
     @cached_property
     def _splits(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -84,44 +76,35 @@ class BlockModel:
         (features, borders), which = np.unique(pairs, axis=1, return_inverse=True)
         return features.astype(np.intp), borders.astype(np.float32)[:, None], which.reshape(self.features.shape).T
 
-    def _scores(self, rows_FN: np.ndarray) -> np.ndarray:
+    def probabilities(self, tree: BlockTree) -> np.ndarray:
+        """float64 (blocks,): how surely each block is main text.
+
+        The blocks of a table of data share the highest mean of its rows, so that it is kept or dropped whole; chosen
+        for themselves, cells went missing in 82 of 222 pages with such tables.
+        """
+        n = len(tree.blocks.text)
+        if n == 0:
+            return np.zeros(0)
+        rows = feature_rows(block_features(tree, self.names), self.feature_names, n)
+        probabilities = self.of_features(rows)
+        if tree.cells is not None:
+            _even_tables(probabilities, tree.cells, np.fromiter(map(len, tree.blocks.text), np.int64, n))
+        return probabilities
+
+    def of_features(self, rows_FN: np.ndarray) -> np.ndarray:
+        """float64 (N,): how surely each block is main text, from float32 features (F, N)."""
         # 300 trees ask 1,300 questions; in numbers of a byte, which stay in the cache, 300 blocks take .24 ms
         features, borders_Q1, which_DT = self._splits
-        above_QN = (rows_FN.take(features, axis=0) > borders_Q1).view(np.uint8)
-        leaf_TN = np.zeros((len(self.features), rows_FN.shape[1]), np.uint8)
-        for of_level in which_DT[::-1]:
-            leaf_TN += leaf_TN
-            leaf_TN |= above_QN.take(of_level, axis=0)
         first_T1 = np.arange(len(self.features))[:, None] * self.leaves.shape[1]
-        return self.leaves.ravel().take(leaf_TN + first_T1).sum(axis=0, dtype=np.float64) + self.bias
-
-    def save(self, path: Path) -> None:
-        """Write the model as one safetensors file."""
-        names = sorted(self.name_weights)
-        tensors = {
-            "features": self.features.astype(np.int16),
-            "borders": self.borders.astype(np.float32),
-            "leaves": self.leaves.astype(np.float32),
-            "bias": np.array([self.bias]),
-            "feature_names": _packed(self.feature_names),
-            "names": _packed(names),
-            "name_weights": np.array([self.name_weights[name] for name in names], np.float32),
-        }
-        save_file(tensors, path)
-
-    @classmethod
-    def load(cls, path: Path = _FILE) -> BlockModel:
-        """Read what `save` wrote; without a path, the model that comes with the package."""
-        tensors = load_file(path)
-        weights = tensors["name_weights"].tolist()
-        return cls(
-            tuple(_unpacked(tensors["feature_names"])),
-            tensors["features"].astype(np.intp),
-            tensors["borders"],
-            tensors["leaves"],
-            float(tensors["bias"][0]),
-            dict(zip(_unpacked(tensors["names"]), weights, strict=True)),
-        )
+        scores = []
+        for start in range(0, rows_FN.shape[1], _AT_ONCE):
+            above_QN = (rows_FN[:, start : start + _AT_ONCE].take(features, axis=0) > borders_Q1).view(np.uint8)
+            leaf_TN = np.zeros((len(self.features), above_QN.shape[1]), np.uint8)
+            for of_level in which_DT[::-1]:
+                leaf_TN += leaf_TN
+                leaf_TN |= above_QN.take(of_level, axis=0)
+            scores.append(self.leaves.ravel().take(leaf_TN + first_T1).sum(axis=0, dtype=np.float64) + self.bias)
+        return 1 / (1 + np.exp(-np.concatenate(scores)))
 
 
 def feature_rows(columns: dict[str, np.ndarray | float], names: tuple[str, ...], n: int) -> np.ndarray:
@@ -130,12 +113,6 @@ def feature_rows(columns: dict[str, np.ndarray | float], names: tuple[str, ...],
     for row, name in enumerate(names):
         rows[row] = columns[name]
     return rows
-
-
-@cache
-def shipped_model() -> BlockModel:
-    """The model that comes with the package, read once a process."""
-    return BlockModel.load()
 
 
 def best_blocks(probabilities: np.ndarray, words: np.ndarray, beta: float) -> np.ndarray:
@@ -167,14 +144,6 @@ def _even_tables(probabilities: np.ndarray, cells: np.ndarray, chars: np.ndarray
     probabilities[members] = highest[of_row]
 
 
-def _packed(strings: tuple[str, ...] | list[str]) -> np.ndarray:
-    return np.frombuffer("\n".join(strings).encode(), np.uint8)
-
-
-def _unpacked(packed: np.ndarray) -> list[str]:
-    return packed.tobytes().decode().split("\n")
-
-
 class Extraction(NamedTuple):
     """What was found; `reason` says why a page has no text: "empty", "too_large", "too_many_nodes" or "too_deep"."""
 
@@ -187,29 +156,17 @@ class Extractor:
     """Finds the main text of pages. Cheap to make; the model is read once a process."""
 
     def __init__(self, name: str = "model", favour: str = "balance", threshold: float | None = None) -> None:
-        """name: of EXTRACTORS; favour: of FAVOURS, which `fast` does not heed.
+        """name: "model", "fast" or "trafilatura"; favour: of FAVOURS, which `fast` does not heed.
 
         With a `threshold` the model keeps the blocks that it gives at least this probability, whatever is favoured;
-        without, it chooses one for each page.
-
-        Raises UserError for an unknown name, and for trafilatura where it is not installed.
+        without, it chooses one for each page. Raises UserError for trafilatura where it is not installed.
         """
-        if name not in EXTRACTORS:
-            raise UserError(f"--extractor: expected {', '.join(EXTRACTORS)}, found {name!r}")
-        if favour not in FAVOURS:
-            raise UserError(f"extract.favour: expected {', '.join(FAVOURS)}, found {favour!r}")
         self.threshold, self.favour = threshold, favour
+        finders = {"model": self._by_model, "fast": _by_resiliparse, "trafilatura": self._by_trafilatura}
         # each begins with check_size, as cut_blocks does
-        self._find: Callable[[bytes, str | None], tuple[str, str | None]]
-        if name == "model":
-            self.model = shipped_model()
-            self.names = NameWeights(self.model.name_weights)
-            self._find = self._by_model
-        elif name == "fast":
-            self._find = _by_resiliparse
-        else:
+        self._find: Callable[[bytes, str | None], tuple[str, str | None]] = finders[name]
+        if name == "trafilatura":
             _trafilatura()
-            self._find = self._by_trafilatura
 
     def extract(self, html: bytes | str, content_type: str | None = None, url: str | None = None) -> Extraction:
         """The main text and the title of a page, blocks parted by newlines. Never raises for what a page holds."""
@@ -221,7 +178,7 @@ class Extractor:
 
     def _by_model(self, page: bytes, url: str | None) -> tuple[str, str | None]:
         tree = cut_blocks(page)
-        text = text_of(tree, self.keep(tree, self.model.probabilities(tree, self.names)))
+        text = text_of(tree, self.keep(tree, BlockModel.load().probabilities(tree)))
         article = article_body(page)
         return article if len(text) < ARTICLE_SHARE * len(article) else text, tree.title
 

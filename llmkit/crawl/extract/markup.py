@@ -1,14 +1,13 @@
-"""Limits on HTML before it is parsed: size, elements, attributes and depth, measured on its bytes.
+"""The bytes of a page before they are parsed: their character set, limits, and markup that a parser of HTML gets wrong.
 
+    html = utf8_html(body, "text/html; charset=koi8-r")
     check_size(html)    # raises PageLimitError
-    LexborHTMLParser(html)
+    tree = LexborHTMLParser(plain_html(html))
+    inline_formulas(tree, html)
 
-The parser's work grows with the square of some of these, so that all HTML of others is checked before it is parsed,
-that which stands in JSON or in scripts, too.
-
-Markup that a parser of HTML alone gets wrong: XHTML's closed tags, shadow roots, formulas, and text in JSON-LD.
-
-Each function looks for a few bytes first, so that the many pages without any of these cost next to nothing.
+The parser's work grows with the square of what the limits bound, so that all HTML is checked before it is parsed, also
+that in JSON or in scripts. What mends the markup of a few pages looks for some bytes first and costs the others next to
+nothing.
 """
 
 from __future__ import annotations
@@ -23,15 +22,12 @@ from webencodings import lookup
 
 _BOMS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 _SNIFFED_BYTES = 1024  # how far browsers look for <meta charset>
+_HEADER = re.compile(r"\bcharset\s*=\s*[\"']?\s*([^\s\"';,]+)", re.IGNORECASE)
 _META = re.compile(rb"<meta\b[^>]*?\bcharset\s*=\s*[\"']?\s*([^\s\"'/>;]+)", re.IGNORECASE)
 _XML = re.compile(rb"^\s*<\?xml\b[^>]*?\bencoding\s*=\s*[\"']([^\"'>]+)", re.IGNORECASE)
-_HEADER = re.compile(r"\bcharset\s*=\s*[\"']?\s*([^\s\"';,]+)", re.IGNORECASE)
 _COMMENT = re.compile(rb"<!--.*?-->", re.DOTALL)
-
 # Python's codecs that read what browsers read under these names, which are supersets of what the names say
 _SUPERSETS = {"gbk": "gb18030", "shift_jis": "cp932", "euc-kr": "cp949", "big5": "big5hkscs"}
-_NO_TEXT = ("replacement", "x-user-defined")
-ASCII = frozenset(map(chr, range(128)))
 MAX_BYTES = 16_000_000  # Common Crawl cuts pages at 5 MiB
 MAX_NODES = 500_000
 MAX_DEPTH = 1_000  # the parser's work grows with the square of the depth: 100,000 nested <div> take it 20 s
@@ -66,13 +62,16 @@ _INVISIBLE = re.compile("[\u200b\u00ad\ufeff\u2060]|(?<![^\x00-\x7f])[\u200c\u20
 _PERHAPS_INVISIBLE = re.compile("[\u200b\u00ad\ufeff\u2060\u200c\u200d]")  # in a fifth of the time
 
 
+# ---- character sets
+
+
 def codec_of(label: str) -> str | None:
     """The Python codec that reads what browsers read under a label; None for a label that they do not know.
 
     https://encoding.spec.whatwg.org/#names-and-labels
     """
     codec = lookup(label)
-    if codec is None or codec.name in _NO_TEXT:
+    if codec is None or codec.name in ("replacement", "x-user-defined"):
         return None
     return _SUPERSETS.get(codec.name, codec.codec_info.name)
 
@@ -82,8 +81,8 @@ def declared_codec(html: bytes, content_type: str | None) -> str | None:
     for mark, codec in _BOMS:
         if html.startswith(mark):
             return codec
-    named = _HEADER.search(content_type or "")
-    if named and (codec := codec_of(named[1])):
+    match = _HEADER.search(content_type or "")
+    if match and (codec := codec_of(match[1])):
         return codec
     start = _COMMENT.sub(b"", html[:_SNIFFED_BYTES])
     for pattern in (_META, _XML):
@@ -93,44 +92,36 @@ def declared_codec(html: bytes, content_type: str | None) -> str | None:
     return None
 
 
-def decode_html(html: bytes | str, content_type: str | None = None) -> str:
-    """Decode a page as browsers do: what is declared, else UTF-8 if it is, but for single bytes, else a guess.
+def utf8_html(html: bytes | str, content_type: str | None = None) -> bytes:
+    """Recode a page to UTF-8 as browsers read it: as declared, as UTF-8 if it is but for single bytes, or by a guess.
 
-    Bytes that the character set does not know become U+FFFD, as do lone surrogates of a `str`.
+    Bytes that the character set does not know become U+FFFD, lone surrogates of a `str` question marks.
     """
     if isinstance(html, str):
-        return html.encode("utf-8", "replace").decode("utf-8")
+        return html.encode("utf-8", "replace")
     codec = declared_codec(html, content_type)
-    if codec is None:
-        try:
-            return html.decode("utf-8")
-        except UnicodeDecodeError:
-            text = html.decode("utf-8", "replace")
-            bad = text.count("\ufffd")
-            # text in another character set has next to no sequence of bytes that is UTF-8
-            if sum(map(text.count, set(text) - ASCII)) - bad > 4 * bad:
-                return text.removeprefix("\ufeff")
-            codec = _guess(html)
-    return html.decode(codec, "replace").removeprefix("\ufeff")
-
-
-def utf8_html(html: bytes | str, content_type: str | None = None) -> bytes:
-    """The page of `decode_html` in UTF-8, without recoding what is UTF-8 already."""
-    if isinstance(html, bytes) and declared_codec(html, content_type) in ("utf-8", None):
+    if codec in ("utf-8", None):
         try:
             html.decode("utf-8")
-        except UnicodeDecodeError:
-            pass
-        else:
             return html.removeprefix(codecs.BOM_UTF8)
-    return decode_html(html, content_type).encode("utf-8")
+        except UnicodeDecodeError:
+            codec = codec or _guess(html)
+    return html.decode(codec, "replace").removeprefix("\ufeff").encode("utf-8")
 
 
 def _guess(html: bytes) -> str:
     from resiliparse.parse.encoding import detect_encoding
 
+    text = html.decode("utf-8", "replace")
+    bad = text.count("\ufffd")
+    # text in another character set has next to no sequence of bytes that is UTF-8
+    if sum(text.count(character) for character in set(text) if not character.isascii()) - bad > 4 * bad:
+        return "utf-8"
     codec = codec_of(detect_encoding(html) or "")
-    return codec if codec and codec != "utf-8" else "cp1252"  # it is not valid UTF-8
+    return codec if codec and codec != "utf-8" else "cp1252"
+
+
+# ---- limits
 
 
 class PageLimitError(Exception):
@@ -184,6 +175,9 @@ def _nesting(html: bytes) -> int:
     return deepest
 
 
+# ---- markup
+
+
 def visible(text: str) -> str:
     """The text without characters that take no room and carry no meaning."""
     return text if text.isascii() or not _PERHAPS_INVISIBLE.search(text) else _INVISIBLE.sub("", text)
@@ -191,30 +185,27 @@ def visible(text: str) -> str:
 
 def plain_html(html: bytes) -> bytes:
     """The page with XHTML's self-closed elements closed, CDATA as text, and declarative shadow roots as elements."""
+    open_roots: list[bool] = []  # of each open template
+
+    def closed(match: re.Match[bytes]) -> bytes:
+        if match["cdata"] is not None:
+            return match["cdata"].replace(b"&", b"&amp;").replace(b"<", b"&lt;")
+        if match["tag"] is None:
+            return match[0]
+        return b"<%s%s></%s>" % (match["tag"], match["attributes"] or b"", match["tag"])
+
+    def without_root(match: re.Match[bytes]) -> bytes:
+        if match["rest"] is None:
+            return match[0]
+        if match["end"]:
+            return b"</div>" if open_roots and open_roots.pop() else match[0]
+        open_roots.append(b"shadowroot" in match["rest"])
+        return b"<div>" if open_roots[-1] else match[0]
+
     head = html[:1000]
     if b"<?xml" in head or b"http://www.w3.org/1999/xhtml" in head:
-        html = _XHTML.sub(_closed, html)
-    if b"shadowroot" in html:
-        roots: list[bool] = []  # of the open templates
-        html = _TEMPLATE.sub(lambda tag: _root(tag, roots), html)
-    return html
-
-
-def _closed(match: re.Match[bytes]) -> bytes:
-    if match["cdata"] is not None:
-        return match["cdata"].replace(b"&", b"&amp;").replace(b"<", b"&lt;")
-    if match["tag"] is None:
-        return match[0]
-    return b"<%s%s></%s>" % (match["tag"], match["attributes"] or b"", match["tag"])
-
-
-def _root(match: re.Match[bytes], roots: list[bool]) -> bytes:
-    if match["rest"] is None:
-        return match[0]
-    if match["end"]:
-        return b"</div>" if roots and roots.pop() else match[0]
-    roots.append(b"shadowroot" in match["rest"])
-    return b"<div>" if roots[-1] else match[0]
+        html = _XHTML.sub(closed, html)
+    return _TEMPLATE.sub(without_root, html) if b"shadowroot" in html else html
 
 
 def inline_formulas(tree: LexborHTMLParser, html: bytes) -> None:

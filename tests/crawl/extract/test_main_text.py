@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from llmkit.crawl.extract.main_text import EXTRACTORS, FAVOURS, BlockModel, Extractor, best_blocks, shipped_model
+from llmkit.crawl.extract.main_text import FAVOURS, MODEL, BlockModel, Extractor, best_blocks
 from llmkit.crawl.extract.markup import MAX_BYTES
 from llmkit.errors import UserError
 
@@ -37,7 +39,7 @@ def article(body: str) -> str:
 
 
 def story() -> str:
-    return article("".join(f"<p>{paragraph}</p>" for paragraph in STORY))
+    return article("<p>" + "<p>".join(STORY))
 
 
 @pytest.mark.parametrize("name", ["model", "fast"])
@@ -61,23 +63,11 @@ def test_trafilatura_extracts_or_says_how_to_install_it() -> None:
         assert STORY[0] in Extractor("trafilatura").extract(story(), None, None).text
 
 
-def test_unknown_names_are_refused() -> None:
-    with pytest.raises(UserError, match="expected model, fast, trafilatura, found 'magic'"):
-        Extractor("magic")
-    with pytest.raises(UserError, match="found 'speed'"):
-        Extractor("model", "speed")
-
-
 def test_blocks_come_in_order_on_lines_of_their_own() -> None:
-    table = "<table><tr><th>Year<th>Cost</tr><tr><td>2027<td>4 million</tr></table>"
     code = "<pre>def cross():\n    return 'north bank'</pre>"
-    paragraphs = "".join(f"<p>{paragraph}</p>" for paragraph in STORY)
-    found = Extractor(threshold=0.0).extract(article(f"{paragraphs}<h2>Costs</h2>{table}{code}<ul><li>one<li>two</ul>"))
-    at = found.text.index(STORY[0])
-    lines = found.text[at:].split("\n")
-    assert lines[: len(STORY)] == STORY
-    tail = ["Costs", "Year | Cost", "2027 | 4 million", "def cross():", "    return 'north bank'", "one", "two"]
-    assert lines[len(STORY) : len(STORY) + len(tail)] == tail
+    page = article(f"<p>{'<p>'.join(STORY)}<h2>Costs</h2>{code}<ul><li>one<li>two</ul>")
+    text = Extractor(threshold=0.0).extract(page).text
+    assert "\n".join([*STORY, "Costs", "def cross():", "    return 'north bank'", "one", "two\n"]) in text
 
 
 DOSES = "<table><thead><tr><th>Drug<th>Dose<th>Taken<tbody>" + "".join(
@@ -86,20 +76,20 @@ DOSES = "<table><thead><tr><th>Drug<th>Dose<th>Taken<tbody>" + "".join(
 )
 
 
+ROWS = ["Drug | Dose | Taken", "aspirin | 100 mg | daily", "ibuprofen | | 8 h", "insulin | 4 IU"]
+
+
 def test_a_table_stays_whole_with_its_cells_apart() -> None:
-    paragraphs = "".join(f"<p>{paragraph}</p>" for paragraph in STORY)
     last = "The nurses of the town hand these out in the hall, where a list of what they gave hangs on the wall."
-    lines = Extractor().extract(article(f"{paragraphs}{DOSES}</table><p>{last}")).text.split("\n")
-    rows = ["Drug | Dose | Taken", "aspirin | 100 mg | daily", "ibuprofen | | 8 h", "insulin | 4 IU"]
-    assert lines[-6:] == [STORY[-1], *rows, last]
+    lines = Extractor().extract(article(f"<p>{'<p>'.join(STORY)}{DOSES}</table><p>{last}")).text.split("\n")
+    assert lines[-6:] == [STORY[-1], *ROWS, last]
 
 
 def test_a_table_for_layout_is_no_row() -> None:
     """The columns of a page, of which one holds a table."""
     columns = f"<table><tr><td><p>{'<p>'.join(STORY)}{DOSES}</table><td>{MENU}</table>"
     lines = Extractor(threshold=0.0).extract(columns).text.split("\n")
-    rows = ["Drug | Dose | Taken", "aspirin | 100 mg | daily", "ibuprofen | | 8 h", "insulin | 4 IU"]
-    assert lines == [*STORY, *rows, *(f"Section {n}" for n in range(12))]
+    assert lines == [*STORY, *ROWS, *(f"Section {n}" for n in range(12))]
 
 
 def test_lines_and_paragraphs_in_a_cell_share_its_row_and_an_empty_corner_has_a_place() -> None:
@@ -148,16 +138,12 @@ def test_blocks_are_chosen_for_the_best_f1_that_can_be_expected() -> None:
         assert score(best_blocks(probabilities, words, 1.0)) == pytest.approx(max(map(score, subsets)))
 
 
-def test_the_model_is_small_and_survives_a_round_trip(tmp_path: Path) -> None:
-    model = shipped_model()
-    path = tmp_path / "model.safetensors"
-    model.save(path)
-    assert path.stat().st_size < 1_000_000
+def test_the_model_is_small_and_a_score_does_not_depend_on_what_is_computed_beside_it() -> None:
+    assert MODEL.stat().st_size < 1_000_000
+    model = BlockModel.load()
     rows = np.random.default_rng(0).normal(size=(len(model.feature_names), 5000)).astype(np.float32)
-    again = BlockModel.load(path).of_features(rows)
-    assert np.array_equal(model.of_features(rows), again)
     alone = np.concatenate([model.of_features(rows[:, at : at + 1]) for at in range(0, 5000, 500)])
-    assert np.array_equal(alone, again[::500])  # a block's score does not depend on what is computed beside it
+    assert np.array_equal(alone, model.of_features(rows)[::500])
 
 
 @pytest.mark.parametrize(
@@ -202,28 +188,22 @@ def test_odd_pages_end_soon(name: str) -> None:
 
 
 def test_pages_in_other_character_sets() -> None:
-    body = "".join(
-        f"<p>{'Сегодня городской совет решил восстановить старый каменный мост, закрытый после паводка. ' * 2}"
-        for _ in range(4)
-    )
-    page = article(body).replace("charset=utf-8", "charset=windows-1251").encode("cp1251")
+    line = "Сегодня городской совет решил восстановить старый каменный мост, закрытый после паводка. " * 2
+    page = article(f"<p>{line}" * 4).replace("charset=utf-8", "charset=windows-1251").encode("cp1251")
     for extractor in map(Extractor, ("model", "fast")):
         assert "восстановить старый каменный мост" in extractor.extract(page, "text/html", None).text
 
 
-def test_the_first_page_needs_no_torch_and_little_time() -> None:
+def test_the_first_page_needs_no_torch() -> None:
     script = (
-        "import sys, time\nfrom llmkit.crawl.extract.main_text import Extractor\nstart = time.process_time()\n"
-        f"Extractor().extract({story()!r})\n"
-        "print(time.process_time() - start, [m for m in ('torch', 'resiliparse', 'trafilatura') if m in sys.modules])"
+        f"import sys\nfrom llmkit.crawl.extract.main_text import Extractor\nExtractor().extract({story()!r})\n"
+        "print([name for name in ('torch', 'resiliparse', 'trafilatura') if name in sys.modules])"
     )
-    printed = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
-    seconds, modules = printed.split(" ", 1)
-    assert modules.strip() == "[]"
-    assert float(seconds) < 0.6  # 0.1 s on an idle machine
+    ended = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert ended.stdout == "[]\n"
 
 
-@pytest.mark.parametrize("name", EXTRACTORS[:2])
+@pytest.mark.parametrize("name", ["model", "fast"])
 def test_a_page_gives_the_same_text_whatever_came_before_it(name: str) -> None:
     fresh = Extractor(name).extract(story())
     used = Extractor(name)
@@ -231,25 +211,28 @@ def test_a_page_gives_the_same_text_whatever_came_before_it(name: str) -> None:
     assert used.extract(story()) == fresh
 
 
-@pytest.mark.shared
-def test_word_f1_on_the_development_pages(shared_data: Path) -> None:
-    """The model has seen these pages, so this guards what runs, not what was learnt: that is the training's table."""
-    import gzip
-
+def extracted(archive: Path, limit: int | None = None) -> Iterator[tuple[str, str]]:
+    """Address and main text of an archive's HTML pages."""
     from llmkit.crawl.page import Page
     from llmkit.crawl.read.inputs import cut_spans, read_span
 
+    extractor = Extractor()
+    for span in cut_spans([str(archive)], limit=limit):
+        for page in read_span(span):
+            if isinstance(page, Page) and page.html is not None:
+                yield page.url or "", extractor.extract(page.html, page.content_type, page.url).text
+
+
+@pytest.mark.shared
+def test_word_f1_on_the_development_pages(shared_data: Path) -> None:
+    """The model has seen these pages, so this guards what runs, not what was learnt: that is the training's table."""
     with gzip.open(shared_data / "web" / "dev.truth.jsonl.gz", "rt", encoding="utf-8") as lines:
         truth = {row["url"]: row.get("main_content") for row in map(json.loads, lines)}
-    extractor, scores = Extractor(), []
-    for span in cut_spans([str(shared_data / "web" / "dev-03.warc.gz")], limit=120):
-        for page in read_span(span):
-            if isinstance(page, Page) and page.html is not None and truth.get(page.url):
-                found = Counter(
-                    re.findall(r"\w+", extractor.extract(page.html, page.content_type, page.url).text.lower())
-                )
-                true = Counter(re.findall(r"\w+", truth[page.url].lower()))
-                scores.append(2 * (found & true).total() / (found.total() + true.total()))
+    scores = []
+    for url, text in extracted(shared_data / "web" / "dev-03.warc.gz", limit=120):
+        if truth.get(url):
+            words, true = (Counter(re.findall(r"\w+", side.lower())) for side in (text, truth[url]))
+            scores.append(2 * (words & true).total() / (words.total() + true.total()))
     assert len(scores) > 100
     assert np.mean(scores) > 0.87
 
@@ -257,28 +240,14 @@ def test_word_f1_on_the_development_pages(shared_data: Path) -> None:
 @pytest.mark.shared
 def test_pages_of_many_languages(shared_data: Path) -> None:
     """Strings that belong to the main text of pages which no training saw, and strings that do not."""
-    from llmkit.crawl.page import Page
-    from llmkit.crawl.read.inputs import cut_spans, read_span
-
     with (shared_data / "web" / "intl.labels.jsonl").open(encoding="utf-8") as lines:
         labels = {row["url"]: row for row in map(json.loads, lines)}
-    extractor = Extractor()
-    wanted = unwanted = kept = leaked = empty = pages = 0
-    for span in cut_spans([str(shared_data / "web" / "intl.warc.gz")]):
-        for page in read_span(span):
-            if not isinstance(page, Page) or page.html is None:
-                continue
-            found = extractor.extract(page.html, page.content_type, page.url)
-            pages += 1
-            empty += found.reason is not None
-            text = " ".join(found.text.split())
-            label = labels.get(page.url or "", {})
-            for string in label.get("with", []):
-                wanted += 1
-                kept += " ".join(string.split()) in text
-            for string in label.get("without", []):
-                unwanted += 1
-                leaked += " ".join(string.split()) in text
-    assert pages > 200 and empty < 0.03 * pages
-    assert kept / wanted > 0.93  # .967
-    assert leaked / unwanted < 0.22  # .167; resiliparse leaks .320
+    pages = dict(extracted(shared_data / "web" / "intl.warc.gz"))
+    assert len(pages) > 200 and sum(not text for text in pages.values()) < 0.03 * len(pages)
+
+    def share(kind: str) -> float:
+        wanted = [(url, string) for url in pages for string in labels.get(url, {}).get(kind, [])]
+        return sum(" ".join(string.split()) in " ".join(pages[url].split()) for url, string in wanted) / len(wanted)
+
+    assert share("with") > 0.93  # .967
+    assert share("without") < 0.22  # .167; resiliparse leaks .320
