@@ -7,6 +7,7 @@ Source: llama.cpp's src/llama-vocab.cpp, `llm_tokenizer_bpe`, and gguf's constan
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,6 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.h, `
 # merges, as in Llama 3's own tokenizer; "smaug-bpe" is the same expression with merges. o200k is not here: llama.cpp
 # approximates its classes of letters, and cuts words with accents elsewhere.
 _NAMES = {"qwen2": "qwen2", "gpt2": "gpt-2", "llama3": "smaug-bpe"}
-_NAME_WITHOUT_MERGES = {"llama3": "llama-bpe"}
 # what llama.cpp takes for an end whatever the file says
 ENDS_BY_NAME = (
     "<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "</s>", "<eos>",
@@ -59,8 +59,8 @@ class GgufTokenizer:
     notes: tuple[str, ...]
 
 
-def for_gguf(tokenizer: Tokenizer, vocab_size: int, ends: tuple[int, ...]) -> GgufTokenizer:
-    """The tokenizer of a model of `vocab_size` tokens that ends a generation at one of `ends`.
+def gguf_tokenizer(tokenizer: Tokenizer, vocab_size: int, ends: Sequence[int]) -> GgufTokenizer:
+    """Return the tokenizer of a model of `vocab_size` tokens that ends a generation at one of `ends`.
 
     Raises UserError for one that llama.cpp has no way to follow.
     """
@@ -124,7 +124,7 @@ def _conversations_begin_with_bos(tokenizer: Tokenizer) -> bool:
 
 
 def _split_name(spec: dict[str, Any], name: str) -> str:
-    """llama.cpp's name for the split of a byte-level tokenizer."""
+    """Return llama.cpp's name for the split of a byte-level tokenizer."""
     steps = _steps(spec.get("pre_tokenizer"), "pretokenizers")
     if any(step.get("add_prefix_space") for step in steps):
         raise UserError(f"{name}: add_prefix_space has no equal in llama.cpp")
@@ -135,9 +135,9 @@ def _split_name(spec: dict[str, Any], name: str) -> str:
             "--pattern, or starcoder's), found another expression; --format hf needs no such name"
         )
     if spec["model"].get("ignore_merges"):
-        if split not in _NAME_WITHOUT_MERGES:
+        if split != "llama3":
             raise UserError(f"{name}: ignore_merges with the split {split} has no equal in llama.cpp")
-        return _NAME_WITHOUT_MERGES[split]
+        return "llama-bpe"
     return _NAMES.get(split, split)
 
 
@@ -164,8 +164,7 @@ def _check_sentencepiece(spec: dict[str, Any], name: str) -> str:
     normal = _steps(spec.get("normalizer"), "normalizers")
     steps = _steps(spec.get("pre_tokenizer"), "pretokenizers")
     prepended = [step["type"] for step in normal] == ["Prepend", "Replace"] and not steps
-    metaspace = len(steps) == 1 and steps[0]["type"] == "Metaspace" and not normal
-    if metaspace:
+    if len(steps) == 1 and steps[0]["type"] == "Metaspace" and not normal:
         prepended = steps[0].get("prepend_scheme") != "never" and not steps[0].get("split", True)
     if not prepended:
         raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -114,7 +115,8 @@ def _checked(config: ExportConfig) -> Path:
         out = Path(config.out)
         if out.is_dir() or config.out.endswith("/"):
             raise UserError(f"{config.out}: expected a file such as -o {example}, found a folder")
-        _check_gguf()
+        if find_spec("gguf") is None:
+            raise UserError("--format gguf: needs the package gguf; pip install 'llmkit[gguf]'")
     else:
         out = output_folder(config.out, example)
         check_is_folder(out, str(out))
@@ -125,15 +127,8 @@ def _checked(config: ExportConfig) -> Path:
     return out
 
 
-def _check_gguf() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("gguf") is None:
-        raise UserError("--format gguf: needs the package gguf; pip install 'llmkit[gguf]'")
-
-
 def _export_gguf(config: ExportConfig, out: Path, source: Source, dtype: str) -> tuple[int, str] | None:
-    from llmkit.export.writers import plan_gguf, write_gguf
+    from llmkit.export.gguf_file import plan_gguf, write_gguf
 
     plan = plan_gguf(source, dtype)
     for note in plan.notes:
@@ -174,7 +169,7 @@ def _export_adapter(config: ExportConfig, out: Path) -> tuple[int, str] | None:
     adapter = open_adapter(str(config.model))
     dtype = adapter.stored if config.dtype == "auto" else config.dtype
     say(
-        f"{adapter.place}: rank {adapter.config['r']} on {', '.join(adapter.config['target_modules'])} of "
+        f"{adapter.folder}: rank {adapter.config['r']} on {', '.join(adapter.config['target_modules'])} of "
         f"{adapter.config['base_model_name_or_path']}; to {out} in {dtype}",
         config.quiet,
     )

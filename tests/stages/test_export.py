@@ -393,9 +393,7 @@ def test_mistakes_are_one_line(chat: Path, tmp_path: Path, options: dict, words:
 
 
 def test_the_missing_package_is_named(chat: Path, tmp_path: Path, monkeypatch) -> None:
-    import importlib.util
-
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
     assert "pip install 'llmkit[gguf]'" in refused(chat, tmp_path / "m.gguf")
 
 
