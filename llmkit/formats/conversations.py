@@ -42,9 +42,9 @@ from llmkit.io.records import (
 )
 
 EMPTY = "empty answers, learnt as such"  # counted with what of a record is lost
+UNKNOWN_TOOLS = "calls of unknown tools as text"
 TOOLS = ("calc", "python", "search")
 RESULT = "result"
-FOREIGN = "foreign call"  # while messages are read: a call of a function that is none of our tools, in JSON
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -142,73 +142,87 @@ def find_prompt(row: Row, fields: Sequence[str] = ASKING) -> RecordPrompt | None
     if name is None:
         return None
     used, prompt = [name], value[name]
-    if name in CONVERSATIONS or isinstance(prompt, list):
-        entries = _listed(row, name)
-    elif name == "instruction":
-        entries = [{"role": "user", "content": alpaca_request(row)}]
+    if name == "instruction" and not isinstance(prompt, list):
+        texts = [value[field] for field in ("instruction", "input", "context") if value.get(field)]  # Dolly has context
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(f"{row.where}: expected 'instruction' and 'input' to be strings")
+        entries = [{"role": "user", "content": "\n\n".join(texts)}]
         used += ["input", "context"]
-    elif isinstance(prompt, str):
-        entries = [{"role": "user", "content": prompt}]
     else:
-        raise UserError(f"{row.where}: expected {name!r} to be text or messages, found {kind_of(prompt)}")
+        entries = entries_of(row, name, prompt, "user")
     if name not in CONVERSATIONS and value.get("history"):
         entries = [*_history(row), *entries]
         used.append("history")
     system = next((field for field in SYSTEM if value.get(field)), None)
-    if system is not None and (not entries or ROLES.get(_role_of(entries[0])) != "system"):
+    if system is not None and (not entries or _role(_named(entries[0])) != "system"):
         entries = [{"role": "system", "content": value[system]}, *entries]
         used.append(system)
     return RecordPrompt(name, entries, tuple(used))
 
 
 def read_conversation(row: Row) -> Conversation:
-    """The conversation in a record of any format. Raises UserError that names the place and what was expected."""
+    """Read the conversation in a record of any format. Raises UserError that names the place and what was expected."""
     value = row.value
     prompt = find_prompt(row)
-    answer = first_of(value, ANSWERED_BY.get(prompt.name, ANSWERS)) if prompt is not None else None
+    answered_by = ANSWERED_BY.get(prompt.name, ANSWERS) if prompt is not None else ()
+    answer = first_of(value, answered_by)
     if value.get("text") is not None and (prompt is None or (answer is None and prompt.name not in CONVERSATIONS)):
-        document = Conversation((), row.where, _plain_text(row))
-        return replace(document, losses=not_used(value, ("text",)))
+        if not isinstance(value["text"], str):
+            raise UserError(f"{row.where}: expected 'text' to be a string, found {kind_of(value['text'])}")
+        _check_unicode(row, value["text"])
+        return Conversation((), row.where, value["text"], losses=not_used(value, ("text",)))
     if prompt is None:
         raise UserError(f"{row.where}: expected {FORMATS}, found {fields_of(value)}")
     entries, used = prompt.entries, [*prompt.used]
     if prompt.name not in CONVERSATIONS:
         if answer is None:
-            expected = ANSWERED_BY.get(prompt.name, ANSWERS)[0]
             raise UserError(
-                f"{row.where}: expected field {expected!r} beside {prompt.name!r}, found {fields_of(value)}"
+                f"{row.where}: expected field {answered_by[0]!r} beside {prompt.name!r}, found {fields_of(value)}"
             )
         thoughts = {name: value[name] for name in THOUGHTS if value.get(name)}
         used += [answer, *thoughts]
         entries = [*entries, *_answering(row, answer, thoughts)]
-    conversation = conversation_of(row, entries)
+    lost = ["tool definitions left out"] if value.get("tools") or value.get("functions") else []
+    of_messages: list[str] = []
+    messages = read_messages(row, entries, of_messages)
+    if any(turn.role == "assistant" and not any(part.text.strip() for part in turn.parts) for turn in messages):
+        lost.append(EMPTY)
     rejected, label = _label(value)
-    defined = ("tool definitions left out",) if value.get("tools") or value.get("functions") else ()
-    if any(m.role == "assistant" and not any(part.text.strip() for part in m.parts) for m in conversation.messages):
-        defined += (EMPTY,)
-    others = not_used(value, (*used, "tools", "functions"), shown_text=conversation.said)
-    return replace(conversation, rejected=rejected, losses=defined + conversation.losses + others + label)
+    others = not_used(value, (*used, "tools", "functions"), shown_text=said_in(messages))
+    return Conversation(messages, row.where, rejected=rejected, losses=(*lost, *of_messages, *others, *label))
 
 
 # ---- formats
 
 
+def entries_of(row: Row, name: str, value: Any, role: str) -> list[dict[str, Any]]:
+    """Return entries of role and content from field `name`: text said by `role`, or a list of messages.
+
+    Raises UserError for other values.
+    """
+    if isinstance(value, str) and name not in CONVERSATIONS:
+        return [{"role": role, "content": value}]
+    if not isinstance(value, list):
+        expected = "a list of messages" if name in CONVERSATIONS else "text or messages"
+        raise UserError(f"{row.where}: expected {name!r} to be {expected}, found {kind_of(value)}")
+    for entry in value:
+        if not isinstance(entry, dict):
+            raise UserError(f"{row.where}: expected each of {name!r} to be an object, found {kind_of(entry)}")
+    return value
+
+
 def _answering(row: Row, name: str, thoughts: dict[str, Any]) -> list[dict[str, Any]]:
-    """The entries of an answer, which may be text, messages, a number, or the object or list of a set of questions."""
     value = row.value[name]
-    if isinstance(value, list) and all(
-        isinstance(entry, dict) and ("role" in entry or "from" in entry) for entry in value
-    ):
-        return _listed(row, name)
-    if name in ("answer", "answers", "target", "continuation", "output") and not isinstance(value, str):
+    turns = value if isinstance(value, list) else [None]
+    are_messages = all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns)
+    may_be_right = name in ("answer", "answers", "target", "continuation", "output")  # a number, or right answers
+    if may_be_right and not are_messages and not isinstance(value, str):
         value = answers_of(value, name, row.where)[0]
-    if not isinstance(value, str):
-        raise UserError(f"{row.where}: expected {name!r} to be a string or messages, found {kind_of(value)}")
-    return [{"role": "assistant", "content": value, **thoughts}]
+    entries = entries_of(row, name, value, "assistant")
+    return [{**entries[0], **thoughts}] if isinstance(value, str) else entries
 
 
 def _history(row: Row) -> list[dict[str, Any]]:
-    """Return the turns before an instruction, from messages or pairs of prompt and answer."""
     pairs = row.value["history"]
     entries: list[dict[str, Any]] = []
     for pair in pairs if isinstance(pairs, list) else [None]:
@@ -233,31 +247,6 @@ def _label(value: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
     return False, ()
 
 
-def alpaca_request(row: Row) -> str:
-    """Join the instruction and the input of an Alpaca record; Dolly calls the input context."""
-    texts = [row.value[name] for name in ("instruction", "input", "context") if row.value.get(name)]
-    if not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{row.where}: expected 'instruction' and 'input' to be strings")
-    return "\n\n".join(texts)
-
-
-def _plain_text(row: Row) -> str:
-    text = row.value["text"]
-    if not isinstance(text, str):
-        raise UserError(f"{row.where}: expected 'text' to be a string, found {kind_of(text)}")
-    return _checked(row, text)
-
-
-def _listed(row: Row, name: str) -> list[dict[str, Any]]:
-    value = row.value[name]
-    if not isinstance(value, list):
-        raise UserError(f"{row.where}: expected '{name}' to be a list of messages, found {kind_of(value)}")
-    for entry in value:
-        if not isinstance(entry, dict):
-            raise UserError(f"{row.where}: expected each of '{name}' to be an object, found {kind_of(entry)}")
-    return [_named(entry) for entry in value]
-
-
 def _named(entry: dict[str, Any]) -> dict[str, Any]:
     """An entry of role and content, of ShareGPT's from and value, too."""
     if "role" in entry and "content" in entry:
@@ -267,66 +256,63 @@ def _named(entry: dict[str, Any]) -> dict[str, Any]:
     return {**entry, **({"role": entry[role]} if role else {}), **text}
 
 
-def _role_of(entry: dict[str, Any]) -> str:
-    return str(entry.get("role")).strip().lower()
+def _role(entry: dict[str, Any]) -> str | None:
+    return ROLES.get(str(entry.get("role")).strip().lower())
 
 
 # ---- messages
 
 
 def read_messages(row: Row, entries: list[dict[str, Any]], lost: list[str] | None = None) -> tuple[Message, ...]:
-    """Messages from entries of role and content, of one record; `lost` gets what of them is not used. Raises UserError
-    as `read_conversation` does."""
-    conversation = conversation_of(row, entries)
-    if lost is not None:
-        lost += (loss for loss in conversation.losses if loss not in lost)
-    return conversation.messages
+    """Read messages from a record's entries of role and content; add what of them is not used to `lost`.
 
-
-def conversation_of(row: Row, entries: list[dict[str, Any]]) -> Conversation:
-    """Messages from entries of role and content: results and what follows them join the assistant's turn."""
+    A tool's results, and what follows them, join the assistant's turn. Raises UserError as `read_conversation` does.
+    """
     if not entries:
         raise UserError(f"{row.where}: expected at least one message, found none")
     messages: list[Message] = []
-    after_result, foreign, lost = False, False, list[str]()
+    losses: list[str] = []
+    after_result = False
     for entry in map(_named, entries):
-        role = ROLES.get(_role_of(entry))
+        role = _role(entry)
         if role is None:
-            raise UserError(f"{row.where}: expected a role among system, user, assistant, tool; found {_role(entry)}")
-        parts = _parts(row, entry, role)
+            instead = repr(entry["role"]) if entry.get("role") is not None else f"no role in {sorted(entry)}"
+            raise UserError(f"{row.where}: expected a role among system, user, assistant, tool; found {instead}")
+        parts = _parts(row, entry, role, losses)
+        for part in parts:
+            _check_unicode(row, part.text)
         if role != "assistant":
-            lost += (f"{name!r} of others than the assistant not used" for name in THOUGHTS if entry.get(name))
+            losses += (f"{name!r} of others than the assistant not used" for name in THOUGHTS if entry.get(name))
         if role in ("system", "user", "assistant") and entry.get("name"):  # a speaker's, which no template shows
-            lost.append("'name' of a message not used")
-        if any(part.kind == FOREIGN for part in parts):
-            foreign = True
-            parts = _joined([Part("text", part.text) if part.kind == FOREIGN else part for part in parts])
-        if role == "tool":
-            if not messages or messages[-1].role != "assistant":
-                raise UserError(f"{row.where}: a tool's result that no assistant asked for; put it after the call")
-            _extend(messages, parts, "")
-        elif role in ("assistant", "function_call") and after_result:
-            _extend(messages, parts, "")
+            losses.append("'name' of a message not used")
+        if role == "tool" and (not messages or messages[-1].role != "assistant"):
+            raise UserError(f"{row.where}: a tool's result that no assistant asked for; put it after the call")
+        if role == "tool" or (after_result and role in ("assistant", "function_call")):
+            _extend(messages, parts)
         else:
-            role = "assistant" if role == "function_call" else role
-            weight = _weight(row, entry)
-            if messages and messages[-1].role == role and (messages[-1].weight == weight or role != "assistant"):
-                _extend(messages, parts, "\n\n")
+            named = first_of(entry, ("weight", "loss_weight", "train"))
+            weight = 1 if named is None else entry[named]
+            if not isinstance(weight, (bool, int, float)) or weight not in (0, 1):
+                raise UserError(f"{row.where}: expected a message's weight to be 0 or 1, found {weight!r}")
+            speaker = "assistant" if role == "function_call" else role
+            if messages and messages[-1].role == speaker and (messages[-1].weight == weight or speaker != "assistant"):
+                blank_line = (Part("text", "\n\n"),) if messages[-1].parts and parts else ()
+                _extend(messages, (*blank_line, *parts))
             else:
-                messages.append(Message(role, parts, weight))
+                messages.append(Message(speaker, parts, int(weight)))
         after_result = role == "tool"
-    losses = ("calls of unknown tools as text",) if foreign else ()
-    return Conversation(tuple(messages), row.where, losses=losses + tuple(dict.fromkeys(lost)))
+    if lost is not None:
+        losses.sort(key=UNKNOWN_TOOLS.__ne__)  # first
+        lost += (loss for loss in dict.fromkeys(losses) if loss not in lost)
+    return tuple(messages)
 
 
-def _extend(messages: list[Message], parts: tuple[Part, ...], between: str) -> None:
-    last = messages[-1]
-    glue = (Part("text", between),) if between and last.parts and parts else ()
-    messages[-1] = Message(last.role, _joined([*last.parts, *glue, *parts]), last.weight)
+def _extend(messages: list[Message], parts: tuple[Part, ...]) -> None:
+    messages[-1] = replace(messages[-1], parts=_joined([*messages[-1].parts, *parts]))
 
 
 def _joined(parts: list[Part]) -> tuple[Part, ...]:
-    """Neighbouring texts as one; empty ones left out."""
+    """Join neighbouring texts, and leave empty ones out."""
     joined: list[Part] = []
     for part in parts:
         if part.kind == "text" and joined and joined[-1].kind == "text":
@@ -336,22 +322,10 @@ def _joined(parts: list[Part]) -> tuple[Part, ...]:
     return tuple(joined)
 
 
-def _role(entry: dict[str, Any]) -> str:
-    return repr(entry["role"]) if entry.get("role") is not None else f"no role in {sorted(entry)}"
-
-
-def _weight(row: Row, entry: dict[str, Any]) -> int:
-    given = first_of(entry, ("weight", "loss_weight", "train"))
-    weight = 1 if given is None else entry[given]
-    if not isinstance(weight, (bool, int, float)) or weight not in (0, 1):
-        raise UserError(f"{row.where}: expected a message's weight to be 0 or 1, found {weight!r}")
-    return int(weight)
-
-
-def _parts(row: Row, entry: dict[str, Any], role: str) -> tuple[Part, ...]:
+def _parts(row: Row, entry: dict[str, Any], role: str, lost: list[str]) -> tuple[Part, ...]:
     content, calls = entry.get("content"), entry.get("tool_calls") or []
     if role == "function_call":
-        return (_call(row, content),)
+        return (_call(row, content, lost),)
     if entry.get("function_call") and not calls:  # what OpenAI called it before there could be several
         calls = [entry["function_call"]]
     if content is None and role == "assistant":
@@ -359,13 +333,10 @@ def _parts(row: Row, entry: dict[str, Any], role: str) -> tuple[Part, ...]:
     if content is None and not calls:
         instead = "null" if "content" in entry else sorted(entry)
         raise UserError(f"{row.where}: expected a message with 'content', found {instead}")
-    kind = RESULT if role == "tool" else "text"
     if isinstance(content, list):
-        parts = [_part(row, part, role) for part in content]
-    elif isinstance(content, str):
-        parts = [Part(kind, _checked(row, content))] if content else []
-    elif content is None:
-        parts = []
+        parts = [_part(row, part, role, lost) for part in content]
+    elif content is None or isinstance(content, str):
+        parts = [Part("text", content)] if content else []
     else:
         raise UserError(f"{row.where}: expected 'content' to be a string or a list of parts, found {kind_of(content)}")
     if role == "tool":
@@ -375,21 +346,21 @@ def _parts(row: Row, entry: dict[str, Any], role: str) -> tuple[Part, ...]:
         if not isinstance(entry[thoughts], str):
             raise UserError(f"{row.where}: expected {thoughts!r} to be a string, found {kind_of(entry[thoughts])}")
         # as the templates of Qwen and DeepSeek write it
-        if thought := _checked(row, entry[thoughts]).strip("\n"):
+        if thought := entry[thoughts].strip("\n"):
             parts = [Part("text", f"<think>\n{thought}\n</think>\n\n"), *parts]
     if calls and (role != "assistant" or not isinstance(calls, list)):
         raise UserError(f"{row.where}: expected 'tool_calls' to be a list, in an assistant's message")
     for call in calls:
-        request = _call(row, call.get("function", call) if isinstance(call, dict) else call)
-        parts += [Part("text", "\n"), request] if request.kind == FOREIGN and parts else [request]
+        request = _call(row, call.get("function", call) if isinstance(call, dict) else call, lost)
+        parts += [Part("text", "\n"), request] if request.kind == "text" and parts else [request]
     return _joined(parts)
 
 
-def _part(row: Row, part: Any, role: str) -> Part:
+def _part(row: Row, part: Any, role: str, lost: list[str]) -> Part:
     kind = part.get("type") if isinstance(part, dict) else None
     text = part.get("text", part.get("value")) if isinstance(part, dict) else part
     if kind == "tool_call" and role == "assistant":
-        return _call(row, text)
+        return _call(row, text, lost)
     if kind in (*TOOLS, RESULT) and role != "assistant":
         raise UserError(
             f"{row.where}: expected a part of type {kind!r} in an assistant's message only, found one in {role}'s"
@@ -398,12 +369,12 @@ def _part(row: Row, part: Any, role: str) -> Part:
         instead = f"type {kind!r}" if isinstance(part, dict) else kind_of(part)
         raise UserError(f"{row.where}: expected content of text, found {instead}; leave the record out")
     if kind == "reasoning":  # before the answer, and apart from it
-        return Part("text", _checked(row, text) + "\n\n")
-    return Part(kind if kind in (*TOOLS, RESULT) else "text", _checked(row, text))
+        return Part("text", text + "\n\n")
+    return Part(kind if kind in (*TOOLS, RESULT) else "text", text)
 
 
-def _call(row: Row, call: Any) -> Part:
-    """A call {"name", "arguments"}: to a tool of ours with its only argument, else in JSON as a line of text."""
+def _call(row: Row, call: Any, lost: list[str]) -> Part:
+    """Read a call {"name", "arguments"}: to a tool of ours with its only argument, else in JSON as a line of text."""
     if isinstance(call, str):
         try:
             call = json.loads(call)
@@ -411,32 +382,34 @@ def _call(row: Row, call: Any) -> Part:
             raise UserError(f"{row.where}: expected a tool call in JSON, found {call[:40]!r}") from None
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         raise UserError(f"{row.where}: expected a tool call with 'name' and 'arguments', found {kind_of(call)}")
-    arguments = call.get("arguments", {})
-    tool = TOOL_OF_FUNCTION.get(call["name"])
-    if isinstance(arguments, str) and (tool is None or arguments.lstrip()[:1] == "{"):
+    name, arguments = call["name"], call.get("arguments", {})
+    tool, written = TOOL_OF_FUNCTION.get(name), isinstance(arguments, str)
+    if written and (tool is None or arguments.lstrip()[:1] == "{"):
         try:
-            json.loads(arguments or "{}")
+            arguments = json.loads(arguments or "{}")
         except ValueError:
-            raise UserError(
-                f"{row.where}: expected the arguments of {call['name']!r} in JSON, found {arguments[:40]!r}"
-            ) from None
+            instead = f"found {arguments[:40]!r}"
+            raise UserError(f"{row.where}: expected the arguments of {name!r} in JSON, {instead}") from None
     if tool is None:
-        written = (arguments or "{}") if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        name = json.dumps(call["name"], ensure_ascii=False)
-        return Part(FOREIGN, _checked(row, f'{{"name": {name}, "arguments": {written}}}'))
+        text = (call["arguments"] or "{}") if written else json.dumps(arguments, ensure_ascii=False)
+        lost.append(UNKNOWN_TOOLS)
+        return Part("text", f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": {text}}}')
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
         except ValueError:
-            return Part(tool, _checked(row, arguments))
+            return Part(tool, arguments)
     if not arguments:
-        raise UserError(f"{row.where}: expected an argument of {call['name']!r}, found none")
+        raise UserError(f"{row.where}: expected an argument of {name!r}, found none")
     if isinstance(arguments, dict) and len(arguments) == 1:
         (arguments,) = arguments.values()
-    return Part(tool, _checked(row, arguments if isinstance(arguments, str) else json.dumps(arguments)))
+    return Part(tool, arguments if isinstance(arguments, str) else json.dumps(arguments))
 
 
-def _checked(row: Row, text: str) -> str:
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise UserError(f"{row.where}: a lone surrogate in the text, which is no character; mend or remove the record")
-    return text
+def _check_unicode(row: Row, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{row.where}: a lone surrogate in the text, which is no character; mend or remove the record"
+        ) from None

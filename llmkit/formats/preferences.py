@@ -15,10 +15,11 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, replace
+from os.path import commonprefix
 from typing import Any
 
 from llmkit.errors import UserError
-from llmkit.formats.conversations import Message, find_prompt, read_messages, said_in
+from llmkit.formats.conversations import Message, entries_of, find_prompt, read_messages, said_in
 from llmkit.io.progress import counted
 from llmkit.io.records import ANSWERS, CHOSEN, PROMPT_FIRST, SYSTEM, Row, fields_of, first_of, kind_of, not_used
 
@@ -26,6 +27,8 @@ TURN = re.compile(r"\n\n(Human|Assistant):")
 WORD_END = re.compile(r"(?<=\S)\s+\S*\Z")  # where the last whole word of a text ends
 STATED = ("prompt", "conversations", "question", "problem", "query", "instruction")  # messages hold the answer, too
 LARGEST_MARGIN = 10_000  # between scores; beyond it the loss is no number that training could lower
+SIDES = ("chosen", "rejected")
+Messages = tuple[Message, ...]
 EXPECTED = "'chosen' and 'rejected', or 'completions' and 'ranking'"
 
 
@@ -41,8 +44,8 @@ class Comparison:
     losses      what of its record is not used
     """
 
-    prompt: tuple[Message, ...]
-    candidates: tuple[tuple[Message, ...], ...]
+    prompt: Messages
+    candidates: tuple[Messages, ...]
     ranks: tuple[int, ...]
     margin: float = 0.0
     where: str = ""
@@ -74,7 +77,7 @@ def read_comparison(row: Row) -> Comparison | str:
     return comparison
 
 
-def read_prompt(row: Row, lost: list[str] | None = None) -> tuple[Message, ...]:
+def read_prompt(row: Row, lost: list[str] | None = None) -> Messages:
     """The prompt of a record: `messages`, or a `prompt` of text or messages, or what else asks. Raises UserError."""
     prompt = find_prompt(row, PROMPT_FIRST)
     if prompt is None:
@@ -82,7 +85,7 @@ def read_prompt(row: Row, lost: list[str] | None = None) -> tuple[Message, ...]:
     return read_messages(row, prompt.entries, lost)
 
 
-def read_answers(row: Row) -> list[tuple[Message, ...]]:
+def read_answers(row: Row) -> list[Messages]:
     """The answer of a record, `completion` or `response`, or all its `completions`. Raises UserError."""
     if row.value.get("completions") is not None:
         return _completions(row)
@@ -97,36 +100,52 @@ def read_answers(row: Row) -> list[tuple[Message, ...]]:
 
 def _pair(row: Row) -> Comparison:
     value = row.value
-    missing = [side for side in ("chosen", "rejected") if value.get(side) is None]
+    missing = [side for side in SIDES if value.get(side) is None]
     if missing:
         raise UserError(f"{row.where}: expected {EXPECTED}, found no {missing[0]!r} in {fields_of(value)}")
     margin = 0.0 if value.get("margin") is None else value["margin"]
     if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not 0 <= margin <= LARGEST_MARGIN:
         raise UserError(f"{row.where}: expected 'margin' to be a number from 0 to {LARGEST_MARGIN}, found {margin!r}")
-    stated, lost = find_prompt(row, STATED), list[str]()
-    prompt = None if stated is None else read_messages(row, stated.entries, lost)
-    system = _system(row) if stated is None else ()
-    used = SYSTEM if system else () if stated is None else stated.used
-    unused = not_used(value, (*used, "chosen", "rejected", "margin"))
-    if prompt is None and (texts := _continuations(value["chosen"], value["rejected"])):
-        start, *answers = texts
-        candidates = tuple(_messages(row, "chosen", text, "assistant") for text in answers)
-        prompt = (*system, *_messages(row, "prompt", start, "user"))
-        return Comparison(prompt, candidates, (1, 2), float(margin), row.where, unused)
-    sides = [_side(row, side, prompt is None, lost) for side in ("chosen", "rejected")]
-    if prompt is None:
-        prompt = _common_start(*sides)
-        sides = [side[len(prompt) :] for side in sides]
-        short = [name for name, side in zip(("chosen", "rejected"), sides, strict=True) if not side]
-        if short and sides[0] != sides[1]:
-            raise UserError(f"{row.where}: expected an answer of its own in {short[0]!r}, found only the prompt")
-        if sides[0] != sides[1] and any(side[0].role != "assistant" for side in sides):
-            raise UserError(f"{row.where}: expected 'chosen' and 'rejected' to begin with the same prompt; they differ")
-        if not prompt or prompt[0].role != "system":
-            prompt = (*system, *prompt)
+    lost: list[str] = []
+    stated = find_prompt(row, STATED)
+    if stated is None:
+        prompt, sides, used = _split(row, lost)
     else:
-        sides = [_after(row, side, prompt, name) for side, name in zip(sides, ("chosen", "rejected"), strict=True)]
-    return Comparison(prompt, tuple(sides), (1, 2), float(margin), row.where, (*lost, *unused))
+        prompt, used = read_messages(row, stated.entries, lost), stated.used
+        sides = [_after(row, _messages(row, name, value[name], "assistant", lost), prompt, name) for name in SIDES]
+    lost += not_used(value, (*used, *SIDES, "margin"))
+    return Comparison(prompt, tuple(sides), (1, 2), float(margin), row.where, tuple(lost))
+
+
+def _split(row: Row, lost: list[str]) -> tuple[Messages, list[Messages], tuple[str, ...]]:
+    """Split two sides into the prompt that both begin with and the answers; name the fields used beside them."""
+    value = row.value
+    name = next((name for name in SYSTEM if value.get(name)), None)
+    system = () if name is None else _messages(row, name, value[name], "system")
+    used = SYSTEM if system else ()
+    if texts := _continuations(value["chosen"], value["rejected"]):
+        start, *answers = texts
+        prompt = (*system, *_messages(row, "prompt", start, "user"))
+        return prompt, [_messages(row, "chosen", text, "assistant") for text in answers], used
+    first, second = (
+        _transcript(row, name, value[name])
+        if isinstance(value[name], str)
+        else _messages(row, name, value[name], "assistant", lost)
+        for name in SIDES
+    )
+    same = 0
+    while same < min(len(first), len(second)) and first[same] == second[same]:
+        same += 1
+    if first == second and first[-1].role == "assistant":
+        same -= 1
+    prompt, sides = first[:same], [first[same:], second[same:]]
+    if first != second:
+        for name, side in zip(SIDES, sides, strict=True):
+            if not side:
+                raise UserError(f"{row.where}: expected an answer of its own in {name!r}, found only the prompt")
+        if any(side[0].role != "assistant" for side in sides):
+            raise UserError(f"{row.where}: expected 'chosen' and 'rejected' to begin with the same prompt; they differ")
+    return prompt if prompt and prompt[0].role == "system" else (*system, *prompt), sides, used
 
 
 def _ranked(row: Row) -> Comparison:
@@ -148,7 +167,7 @@ def _ranked(row: Row) -> Comparison:
     return Comparison(prompt, tuple(candidates), ranks, 0.0, row.where, (*lost, *unused))
 
 
-def _completions(row: Row, lost: list[str] | None = None) -> list[tuple[Message, ...]]:
+def _completions(row: Row, lost: list[str] | None = None) -> list[Messages]:
     values = row.value["completions"]
     if not isinstance(values, list) or not values or ("ranking" in row.value and len(values) < 2):
         instead = f"{len(values)}" if isinstance(values, list) else kind_of(values)
@@ -156,33 +175,18 @@ def _completions(row: Row, lost: list[str] | None = None) -> list[tuple[Message,
     return [_messages(row, "completions", value, "assistant", lost) for value in values]
 
 
-def _system(row: Row) -> tuple[Message, ...]:
-    """The system message of a record whose sides begin with their prompt."""
-    name = next((name for name in SYSTEM if row.value.get(name)), None)
-    return () if name is None else _messages(row, name, row.value[name], "system")
-
-
 def _continuations(chosen: Any, rejected: Any) -> tuple[str, str, str] | None:
     """Prompt and answers of two texts that begin alike: TRL's implicit prompt, up to a word. None for other values."""
     if not (isinstance(chosen, str) and isinstance(rejected, str)) or TURN.search(chosen) or TURN.search(rejected):
         return None
-    pairs = enumerate(zip(chosen, rejected, strict=False))
-    same = next((i for i, (first, other) in pairs if first != other), min(len(chosen), len(rejected)))
-    alike = WORD_END.search(chosen[:same])
+    alike = WORD_END.search(commonprefix([chosen, rejected]))  # noqa: RUF071  (of characters, as it should be)
     if alike is None:
         return None
     end = alike.start()
     return chosen[:end], chosen[end:], rejected[end:]
 
 
-def _side(row: Row, name: str, whole: bool, lost: list[str]) -> tuple[Message, ...]:
-    value = row.value[name]
-    if isinstance(value, str) and whole:
-        return _transcript(row, name, value)
-    return _messages(row, name, value, "assistant", lost)
-
-
-def _transcript(row: Row, name: str, text: str) -> tuple[Message, ...]:
+def _transcript(row: Row, name: str, text: str) -> Messages:
     """The turns of "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
     begin, *turns = TURN.split(text)
     if begin.strip() or not turns:
@@ -197,35 +201,16 @@ def _transcript(row: Row, name: str, text: str) -> tuple[Message, ...]:
     return read_messages(row, entries)
 
 
-def _messages(row: Row, name: str, value: Any, role: str, lost: list[str] | None = None) -> tuple[Message, ...]:
-    """Messages from text said by `role`, from one message, or from a list of them (ShareGPT's, too)."""
-    if isinstance(value, str):
-        return read_messages(row, [{"role": role, "content": value}])
-    entries = [value] if isinstance(value, dict) else value
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise UserError(f"{row.where}: expected {name!r} to be text or messages, found {kind_of(value)}")
-    messages = read_messages(row, entries, lost)
+def _messages(row: Row, name: str, value: Any, role: str, lost: list[str] | None = None) -> Messages:
+    messages = read_messages(row, entries_of(row, name, [value] if isinstance(value, dict) else value, role), lost)
     loss = "'weight' of a message not used"  # what is compared is compared whole
-    if (
-        lost is not None
-        and loss not in lost
-        and any(entry.weight == 0 and entry.role == "assistant" for entry in messages)
-    ):
+    unlearnt = any(turn.weight == 0 and turn.role == "assistant" for turn in messages)
+    if unlearnt and lost is not None and loss not in lost:
         lost.append(loss)
     return messages
 
 
-def _common_start(first: tuple[Message, ...], second: tuple[Message, ...]) -> tuple[Message, ...]:
-    """Return the common beginning of two conversations, up to the answers that are compared."""
-    same = 0
-    while same < min(len(first), len(second)) and first[same] == second[same]:
-        same += 1
-    if same == len(first) == len(second) and first[-1].role == "assistant":
-        same -= 1
-    return first[:same]
-
-
-def _after(row: Row, side: tuple[Message, ...], prompt: tuple[Message, ...], name: str) -> tuple[Message, ...]:
+def _after(row: Row, side: Messages, prompt: Messages, name: str) -> Messages:
     """A side without the prompt, which it may repeat."""
     if side and side[0].role == "assistant":
         return side

@@ -25,20 +25,8 @@ from llmkit.errors import UserError
 from llmkit.formats.conversations import Message, RecordPrompt, find_prompt, read_messages
 from llmkit.formats.questions import FRAME, answers_of
 from llmkit.io.progress import counted
-from llmkit.io.records import PROMPT_FIELDS, Row, fields_of, kind_of, not_used
+from llmkit.io.records import PROMPT_FIELDS, SOLVED_BY, Row, fields_of, first_of, kind_of, not_used
 
-ANSWERS = (
-    "answer",
-    "answers",
-    "solution",
-    "target",
-    "continuation",
-    "correct",
-    "lSolutions",
-    "answerKey",
-    "gold",
-    "output",
-)
 MARKER = "####"
 BRACES = re.compile(
     r"(?P<box>\\(?:boxed|(?P<frame>fbox|fboxed))\s*)(?:(?P<brace>\{)|(?P<bare>[^\s\\{}$.,]+))|\\.|[{}]", re.DOTALL
@@ -72,7 +60,7 @@ class Problem:
 
 def answer_text(record: Mapping[str, Any]) -> str:
     """The longest text under which a record has an answer or solution, "" where none is text."""
-    return max((value for name in ANSWERS if isinstance(value := record.get(name), str)), key=len, default="")
+    return max((value for name in SOLVED_BY if isinstance(value := record.get(name), str)), key=len, default="")
 
 
 def read_problem(row: Row) -> Problem:
@@ -172,7 +160,7 @@ def _messages_and_text(row: Row, request: RecordPrompt, lost: list[str]) -> tupl
 
 def _answers(row: Row) -> tuple[str, ...]:
     """Return the answers that are right, the first that stands there first; none without a field of them."""
-    field = next((name for name in ANSWERS if row.value.get(name) is not None), None)
+    field = first_of(row.value, SOLVED_BY)
     if field is None:
         return ()
     value = row.value[field]
@@ -209,7 +197,7 @@ def _as_text(row: Row, field: str, value: Any) -> str:
 
 def _letter(row: Row, options: tuple[tuple[str, str], ...]) -> str | None:
     """The letter of the right choice, from a letter, a place counted from 0, or the text of an option."""
-    field = next((name for name in ANSWERS if row.value.get(name) is not None), None)
+    field = first_of(row.value, SOLVED_BY)
     if field is None:
         return None
     value = row.value[field]

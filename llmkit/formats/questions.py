@@ -11,23 +11,19 @@ A record may name its `passage` (or `context`), `passage_id` (or `id`) and `lang
 
 from __future__ import annotations
 
+import io
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import IO, Any
-
-import orjson
+from typing import Any
 
 from llmkit.errors import UserError
-from llmkit.io.bad_records import BadRecords, good_records
-from llmkit.io.files import found_instead
-from llmkit.io.jsonl import BYTE_ORDER_MARK, array_rows, line_rows, name_of, names_of, open_input, whole_json
-from llmkit.io.records import Row, fields_of, first_of, kind_of, not_used
+from llmkit.io.bad_records import BadRecords
+from llmkit.io.jsonl import json_rows, names_of, records_of
+from llmkit.io.records import FACTS, Row, fields_of, first_of, kind_of, not_used
 
 EXPECTED = "'question' and 'answer', or 'context' and 'continuation'"
-ANSWER_FIELDS = ("answer", "answers", "continuation")
 # what a prompt for base models puts around its question
 FRAME = re.compile(r"\A\s*(?:question|q):[ \t]*|\s*\n\s*(?:answer|a):\s*\Z", re.IGNORECASE)
 ASKED_BY = re.compile(r"\b(how many|how much|how|who|whom|whose|what|when|where|which|why)\b", re.IGNORECASE)
@@ -57,19 +53,22 @@ class Question:
 def read_questions(
     paths: Sequence[str], limit: int | None = None, bad: BadRecords | None = None
 ) -> Iterator[Question | str]:
-    """The questions of files, `-` for stdin, at most `limit` of them in all; why there is none, for those left out.
+    """Yield the questions of files, `-` for stdin, at most `limit` in all; for those left out, why there is none.
 
     Left out are SQuAD 2's questions that their passage does not answer. Bad records are skipped as `bad` has it;
     without that, the first raises UserError that names file and record.
     """
-    left = limit
-    for path in paths:
-        if left == 0:
-            return
-        with open_input(path) as handle:
-            for question in good_records(_rows_of(handle, name_of(path)), read_question, name_of(path), bad, left):
-                yield question
-                left = None if left is None else left - 1
+
+    def rows_of(handle: io.BufferedReader, path: str) -> Iterator[Row | UserError]:
+        for row in json_rows(handle, path):
+            if isinstance(row, Row) and "paragraphs" in row.value:  # SQuAD over many lines
+                yield from _squad([row.value], row.path, row.line)
+            elif isinstance(row, Row) and "data" in row.value and "question" not in row.value:
+                yield from _squad(_listed(row.value, "data", row.path), row.path)
+            else:
+                yield row
+
+    return records_of(paths, rows_of, read_question, limit, bad)
 
 
 def all_questions(
@@ -93,46 +92,12 @@ def kind_of_question(text: str) -> str:
     return match[1].lower() if match else "other"
 
 
-# ---- files
+# ---- SQuAD
 
 
-def _rows_of(handle: IO[bytes], name: str) -> Iterator[Row | UserError]:
-    first = handle.readline()
-    whole = _whole_value(first, handle, name)
-    if isinstance(whole, dict) and "data" in whole:
-        yield from _squad(whole, name)
-    elif isinstance(whole, list):
-        yield from array_rows(whole, name)
-    elif whole is not None:
-        yield Row(whole, name, 1)
-    else:
-        yield from line_rows(chain([first], handle), name)
-
-
-def _whole_value(first: bytes, handle: IO[bytes], name: str) -> Any:
-    """The one JSON value that a file is, SQuAD's object or an array; None for a file of JSONL."""
-    start = first.removeprefix(BYTE_ORDER_MARK).strip()
-    if start.startswith(b"[") or start in (b"{", b""):
-        start += b"\n" + handle.read()
-        if not start.strip():
-            return None
-    elif b'"data"' not in start:
-        return None
-    try:
-        value = whole_json(start)
-    except orjson.JSONDecodeError as error:
-        if start.count(b"\n"):
-            hint = "expected JSONL without blank lines before it, an array or SQuAD's JSON"
-            raise UserError(
-                f"{name}:{error.lineno}: {hint}, {found_instead(error)}; mend or replace the file"
-            ) from None
-        return None  # the line itself is told of with its number
-    return value if isinstance(value, list) or "data" in value else None
-
-
-def _squad(value: dict[str, Any], name: str) -> Iterator[Row | UserError]:
-    """The questions of SQuAD's JSON, each named by article and paragraph: "xquad.en.json:2.1" and its id."""
-    for article_number, article in enumerate(_listed(value, "data", name), 1):
+def _squad(articles: Iterable[dict[str, Any]], name: str, first: int = 1) -> Iterator[Row]:
+    """Yield the questions of SQuAD's articles, named by article and paragraph: "xquad.en.json:2.1" and its id."""
+    for article_number, article in enumerate(articles, first):
         where = f"{name}:{article_number}"
         title = str(article.get("title") or article_number)
         for number, paragraph in enumerate(_listed(article, "paragraphs", where), 1):
@@ -157,7 +122,7 @@ def _listed(value: dict[str, Any], field: str, where: str) -> list[dict[str, Any
 def read_question(row: Row) -> Question | str:
     """The question in a record, or why there is none. Raises UserError that names the place and what was expected."""
     value, where = row.value, row.where
-    field = first_of(value, ANSWER_FIELDS)
+    field = first_of(value, FACTS)
     asking = first_of(value, ("question", "context"))
     if asking is None or field is None:
         raise UserError(f"{where}: expected {EXPECTED}, found {fields_of(value)}")

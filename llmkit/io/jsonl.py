@@ -202,7 +202,7 @@ def read_jsonl(
     A bad record is one that `read` refuses by a UserError, or a line that is not a JSON object, is not UTF-8, or holds
     a lone surrogate. It is skipped as `bad` has it; without that, the first raises UserError naming file and line.
     """
-    yield from _good_records_of(paths, json_rows, read, limit, bad)
+    yield from records_of(paths, json_rows, read, limit, bad)
 
 
 def read_documents(paths: Sequence[str], limit: int | None = None, bad: BadRecords | None = None) -> Iterator[Row]:
@@ -216,10 +216,10 @@ def read_documents(paths: Sequence[str], limit: int | None = None, bad: BadRecor
     def rows(handle: io.BufferedReader, path: str) -> Iterator[Row | UserError]:
         return (json_rows if is_jsonl(handle, path) else _plain_document)(handle, path)
 
-    yield from _good_records_of(paths, rows, check_document, limit, bad)
+    yield from records_of(paths, rows, check_document, limit, bad)
 
 
-def _good_records_of(
+def records_of(
     paths: Sequence[str],
     rows_of: Callable[[io.BufferedReader, str], Iterator[Row | UserError]],
     read: Callable[[Row], T],

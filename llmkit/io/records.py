@@ -25,7 +25,10 @@ SHOWN = ("tools", "functions", "images", "image", "audio", "videos")  # beside a
 PROMPT_FIELDS = (*ASKING, *SYSTEM, "history", *SHOWN)  # all that a prompt is made of
 # what servers take with each prompt, and sample as options of a whole run
 SAMPLING = ("max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "stop", "n")
+# Answers in the order in which they are looked for: what is said, at length first; what is right, the short form first
 ANSWERS = ("completion", "response", "output", "solution", "answer", "answers", "target", "continuation")
+FACTS = ("answer", "answers", "continuation")  # the whole text is right
+SOLVED_BY = (*FACTS[:2], "solution", "target", "continuation", "correct", "lSolutions", "answerKey", "gold", "output")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # before an answer
 CHOSEN = {"response_j": "chosen", "response_k": "rejected"}  # other names of what is compared
 COMPARED = ("chosen", "rejected", *CHOSEN, "completions", "ranking", "margin")
@@ -64,15 +67,8 @@ class Row:
 
 def kind_of(value: Any) -> str:
     """Name the type of a JSON value, for messages: "a list", "null"."""
-    names = {
-        str: "a string",
-        type(None): "null",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        list: "a list",
-        dict: "an object",
-    }
+    numbers = {int: "a number", float: "a number"}
+    names = {str: "a string", type(None): "null", bool: "a boolean", list: "a list", dict: "an object", **numbers}
     return names.get(type(value), type(value).__name__)
 
 
