@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from llmkit.errors import UserError
@@ -32,42 +33,60 @@ def parse_rewards(
     device: str = "auto",
     dtype: str = "auto",
 ) -> list[Weighted]:
-    """The rewards of `--reward verifier --reward length:-0.1`; a number after the last colon is the weight.
+    """Build the rewards of `--reward verifier --reward length:-0.1`; a number after the last colon is the weight.
 
     flag              that they come from, for errors
     sandbox, timeout  of unit tests: "auto" or "none", and seconds for those of one completion
     batch_timeout     seconds that a command has for a batch
     device, dtype     of reward models
-    Raises UserError for a SPEC that there is not, one given twice, and a weight that is zero, too large or not
-    finite: before anything is loaded.
+    Raises UserError for an unknown SPEC, one given twice, and a weight that is zero, too large or not finite: before
+    anything is loaded.
     """
-    builders: list[tuple[Callable[[], Reward], float]] = []
-    names: set[str] = set()
+    builders: dict[str, tuple[Callable[[], Reward], float]] = {}
     for text in specs:
         spec, weight = _weighted(text, flag)
         if spec.startswith(("rm:", "spread:")):
             spec = spec.rstrip("/")  # one judge has one name
-        if spec in names:
+        if spec in builders:
             raise UserError(f"{flag}: expected each reward once, found {spec} twice")
-        names.add(spec)
         kind = re.split("[:=]", spec, maxsplit=1)[0]
-        rest, where = spec[len(kind) + 1 :], f"{flag} {text}"
-        if kind == "verifier" and not spec.startswith("verifier:"):
-            build = _verifier(rest if spec != kind else None, where, sandbox != "none", timeout)
-        elif kind in ("rm", "spread") and rest and ":" in spec:
-            build = _model(kind, rest, where, device, dtype)
-        elif kind == "cmd" and rest and ":" in spec:
-            build = _command(rest, batch_timeout)
-        elif kind == "py" and rest and ":" in spec:
-            build = _function(spec, where)
-        elif kind == "format" and rest and ":" in spec:
-            build = _format(rest)
+        mark, rest = spec[len(kind) :][:1], spec[len(kind) + 1 :]
+        build: Callable[[], Reward]
+        if kind == "verifier" and mark != ":":
+            from llmkit.rewards.verifiers import VerifierReward, check_name
+
+            forced = check_name(rest, f"{flag} {text}") if mark else None
+            build = partial(VerifierReward, forced, sandbox=sandbox != "none", seconds=timeout)
         elif spec == "length":
-            build = _length
-        else:
+            from llmkit.rewards.constraints import LengthReward
+
+            build = LengthReward
+        elif mark != ":" or not rest:
             raise UserError(f"{flag} {text or repr(text)}: expected {EXPECTED}")
-        builders.append((build, weight))
-    return [Weighted(build(), weight) for build, weight in builders]
+        elif kind in ("rm", "spread"):
+            if not Path(rest).is_dir():
+                found = "a file" if Path(rest).exists() else "nothing"
+                raise UserError(f"{flag} {text}: expected a reward model's folder, found {found}")
+            build = partial(_model, rest, device, dtype, kind == "spread")
+        elif kind == "cmd":
+            from llmkit.rewards.user_rewards import CommandReward, split_command
+
+            split_command(rest)
+            build = partial(CommandReward, rest, batch_timeout)
+        elif kind == "py":
+            from llmkit.rewards.user_rewards import FunctionReward
+
+            check_spelling(spec, f"{flag} {text}")
+            build = partial(FunctionReward, spec)
+        elif kind == "format":
+            from llmkit.rewards.constraints import FormatReward, compiled
+
+            compiled(rest, f"--reward {spec}")
+            build = partial(FormatReward, rest)
+        else:
+            raise UserError(f"{flag} {text}: expected {EXPECTED}")
+        builders[spec] = build, weight
+    return [Weighted(build(), weight) for build, weight in builders.values()]
 
 
 def _weighted(text: str, flag: str) -> tuple[str, float]:
@@ -82,55 +101,7 @@ def _weighted(text: str, flag: str) -> tuple[str, float]:
     return found[1], weight
 
 
-# ---- each checks its spelling, and gives what builds it
+def _model(folder: str, device: str, dtype: str, spread: bool) -> Reward:
+    from llmkit.rewards.reward_models import ModelReward  # brings torch
 
-
-def _verifier(name: str | None, where: str, sandbox: bool, seconds: float) -> Callable[[], Reward]:
-    from llmkit.rewards.verifiers import VerifierReward, check_name
-
-    forced = None if name is None else check_name(name, where)
-    return lambda: VerifierReward(forced, sandbox=sandbox, seconds=seconds)
-
-
-def _model(kind: str, folder: str, where: str, device: str, dtype: str) -> Callable[[], Reward]:
-    if not Path(folder).is_dir():
-        found = "a file" if Path(folder).exists() else "nothing"
-        raise UserError(f"{where}: expected a reward model's folder, found {found}")
-
-    def build() -> Reward:
-        from llmkit.rewards.reward_models import ModelReward, SpreadReward
-
-        return (SpreadReward if kind == "spread" else ModelReward)(folder, device, dtype)
-
-    return build
-
-
-def _command(command: str, seconds: float) -> Callable[[], Reward]:
-    from llmkit.rewards.user_rewards import CommandReward
-
-    reward = CommandReward(command, seconds)
-    return lambda: reward
-
-
-def _function(spec: str, where: str) -> Callable[[], Reward]:
-    check_spelling(spec, where)
-
-    def build() -> Reward:
-        from llmkit.rewards.user_rewards import FunctionReward
-
-        return FunctionReward(spec)
-
-    return build
-
-
-def _format(pattern: str) -> Callable[[], Reward]:
-    from llmkit.rewards.constraints import FormatReward
-
-    reward = FormatReward(pattern)
-    return lambda: reward
-
-
-def _length() -> Reward:
-    from llmkit.rewards.constraints import LengthReward
-
-    return LengthReward()
+    return ModelReward(folder, device, dtype, spread=spread)

@@ -1,24 +1,24 @@
 """The verifier `latex`: the last boxed expression equals the answer, as math-verify compares them.
 
-Deliberately strict: without \\boxed nothing is right, and an "or" leaves the answer open.
+Deliberately strict: without \\boxed nothing is right, and an "or" leaves the answer open. math-verify parses with the
+grammar of latex2sympy; its other parser, which lets sympy evaluate Python, is not used.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import re
-import selectors
-import subprocess
-import sys
-import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 
 from llmkit.errors import UserError
 from llmkit.formats.problems import Problem, last_boxed
-from llmkit.io.ranks import interrupts_held
+from llmkit.io.pool import TimeLimitError, Worker, WorkerDied
 from llmkit.rewards.final_answer import after_thinking, tagged
 
-START_SECONDS = 120  # sympy takes 1 to 3, and more on a busy machine
+SECONDS = 3  # for parsing and for comparing, each; math-verify stops itself by SIGALRM, but not in one long operation
+MEMORY = 4 << 30  # bytes of address space
 LONGEST = 1000  # characters of an expression; answers of MATH have 70 at most
 SPACES = re.compile(r"\s+|\\[,;:! ]|~")
 BASE = re.compile(r"(?<=[0-9])_\{?\s*([0-9]+)")  # math-verify takes 1101_4 for 1101_9
@@ -41,15 +41,10 @@ def readable(text: str) -> str:
 
 
 class LatexComparer:
-    """Compares with a process that is started when it is first needed, and anew when it hangs or dies.
-
-    seconds  of one comparison; the process stops itself after 3 for each of two expressions and 3 to compare them
-    """
+    """Compares in a process of its own; `seconds` of the processor for one comparison."""
 
     def __init__(self, seconds: float = 10.0) -> None:
-        self.seconds = seconds
-        self._process: subprocess.Popen[str] | None = None
-        self._one_at_a_time = threading.Lock()
+        self.worker = Worker(start_comparing, seconds)
 
     def check(self, problem: Problem) -> None:
         """Raise UserError for a problem without an answer, and without math-verify."""
@@ -62,69 +57,48 @@ class LatexComparer:
         """True if the boxed expression is the answer; None where math-verify cannot read the answer."""
         completion = after_thinking(completion)
         tag = tagged(completion)
-        said = last_boxed(completion if tag is None else tag)
-        said = (tag or "").strip().strip("$") if said is None else said
-        squeezed = SPACES.sub("", said)
-        held = last_boxed(problem.answer or "")
-        answer = (problem.answer or "").strip().strip("$") if held is None else held
-        if not squeezed or len(said) > LONGEST:
+        boxed, boxed_answer = last_boxed(completion if tag is None else tag), last_boxed(problem.answer or "")
+        expression = (tag or "").strip().strip("$") if boxed is None else boxed
+        answer = (problem.answer or "").strip().strip("$") if boxed_answer is None else boxed_answer
+        squeezed = SPACES.sub("", expression)
+        if not squeezed or len(expression) > LONGEST:
             return False
         if squeezed == SPACES.sub("", answer):
             return True
-        if set(LEFT_OPEN.findall(said)) - set(LEFT_OPEN.findall(answer)):
+        if set(LEFT_OPEN.findall(expression)) - set(LEFT_OPEN.findall(answer)):
             return False
-        bases = [BASE.findall(text) for text in (said, answer)]
-        if all(bases) and bases[0] != bases[1]:
+        base, base_of_answer = BASE.findall(expression), BASE.findall(answer)
+        if base and base_of_answer and base != base_of_answer:
             return False
-        return self._compare(readable(answer), readable(said))
+        pair = readable(answer), readable(expression)
+        for _ in range(2):  # the process may have been ended by others: two deaths are the expression's
+            try:
+                return self.worker.call(pair)
+            except TimeLimitError:
+                break
+            except WorkerDied:
+                continue
+        return False
 
-    def _compare(self, answer: str, said: str) -> bool | None:
-        asked = json.dumps({"answer": answer, "said": said}) + "\n"
-        with self._one_at_a_time:
-            line = self._ask(asked)
-            if line == "":  # the process was dead, or died of it
-                line = self._ask(asked)
-            return None if line == "null\n" else line == "true\n"
 
-    def _ask(self, asked: str) -> str | None:
-        """The line that comes back; "" from a process that ended, None from one that was ended for its time."""
-        process = self._process = self._process or self._start()
-        assert process.stdin is not None
+def start_comparing() -> Callable[[tuple[str, str]], Iterator[bool | None]]:
+    """Load math-verify into this process, with a limit of memory; what comes back compares (answer, expression)."""
+    with suppress(ImportError, ValueError, OSError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    logging.disable()
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    def parsed(text: str) -> list:
+        return parse(f"${text}$", [LatexExtractionConfig()], "no_fallback", "first_match", parsing_timeout=SECONDS)
+
+    def compare(pair: tuple[str, str]) -> Iterator[bool | None]:
         try:
-            process.stdin.write(asked)
-            process.stdin.flush()
-            line = self._read(process, self.seconds)
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            self._end()
-        return line
+            answer = parsed(pair[0])
+            expression = parsed(pair[1]) if answer else []
+            yield (bool(expression) and bool(verify(answer, expression, timeout_seconds=SECONDS))) if answer else None
+        except Exception:
+            yield False
 
-    @staticmethod
-    def _read(process: subprocess.Popen[str], seconds: float) -> str | None:
-        assert process.stdout is not None
-        with selectors.DefaultSelector() as selector:
-            selector.register(process.stdout, selectors.EVENT_READ)
-            return process.stdout.readline() if selector.select(seconds) else None
-
-    def _start(self) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "llmkit.rewards.latex_worker"]
-        with interrupts_held():  # a training saves and ends after the step in which Ctrl-C comes
-            process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1
-            )
-        if self._read(process, START_SECONDS) != "ready\n":
-            process.kill()
-            raise UserError("the verifier 'latex': math-verify does not start; try python -c 'import math_verify'")
-        return process
-
-    def _end(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
-
-    def close(self) -> None:
-        """End the process."""
-        with self._one_at_a_time:
-            self._end()
+    return compare

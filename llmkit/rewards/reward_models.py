@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -19,19 +18,25 @@ from llmkit.tokenizer.templates import chat_format
 
 
 class ModelReward(Reward):
-    """The score of a reward model, the mean of its heads; a truncated completion is scored as it stands."""
+    """The score of a reward model, the mean of its heads; a truncated completion is scored as it stands.
 
-    KIND = "rm"
+    spread  give minus the standard deviation over the heads instead: low where they have learnt nothing that holds
+            (Coste et al. 2023, arXiv 2310.02743, take it for the uncertainty of a judge)
+    """
 
-    def __init__(self, folder: str, device: str = "auto", dtype: str = "auto") -> None:
-        self.name, self.folder = f"{self.KIND}:{folder}", folder
-        place = choose_device(device)
+    def __init__(self, folder: str, device: str = "auto", dtype: str = "auto", spread: bool = False) -> None:
+        self.name, self.folder, self._spread = f"{'spread' if spread else 'rm'}:{folder}", folder, spread
+        processor = choose_device(device)
         self.tokenizer = load_tokenizer(folder)
-        model = load_reward_model(folder, dtype=choose_dtype(dtype, place), device=place)
+        model = load_reward_model(folder, dtype=choose_dtype(dtype, processor), device=processor)
         self.tokenizer.check_fits(model.config.vocab_size)
+        if spread and len(model.score) < 2:
+            raise UserError(
+                f"--reward {self.name}: expected a reward model of several heads, found one; train it with "
+                "llmkit train-reward --ensemble 4"
+            )
         chat = chat_format(self.tokenizer)
         self.context = model.config.max_position_embeddings
-        self.heads = len(model.score)
         self._scorer = Scorer(model, chat, chat.end_id)
 
     def check_policy(self, tokenizer: Tokenizer) -> None:
@@ -43,49 +48,24 @@ class ModelReward(Reward):
             )
 
     def score(self, attempts: Sequence[Attempt]) -> list[float | None]:
-        """The reward of each. Raises UserError for a completion that does not fit the model's context."""
-        rows = [Row(_asked(one), one.problem.where, 0) for one in attempts]
+        """Return the reward of each. Raises UserError for a completion that does not fit the model's context."""
+        problems = [attempt.problem for attempt in attempts]
+        prompts = [as_record(problem.messages) if problem.messages else problem.prompt for problem in problems]
+        rows = [
+            Row({"prompt": prompt, "completion": attempt.completion}, attempt.problem.where, 0)
+            for attempt, prompt in zip(attempts, prompts, strict=True)
+        ]
         with torch.inference_mode():
             records = list(self._scorer.score(rows))
-        rewards = []
         for attempt, record in zip(attempts, records, strict=True):
             if record["reward"] is None:
                 raise UserError(
                     f"--reward {self.name}: expected completions that fit its context of {self.context} tokens, found "
                     f"one of {attempt.token_count}; lower --max-tokens"
                 )
-            rewards.append(self._of(record))
+        rewards = [-record["reward_std"] if self._spread else record["reward"] for record in records]
         return finite(rewards, f"--reward {self.name}")
-
-    def _of(self, record: dict[str, Any]) -> float:
-        return record["reward"]
 
     def close(self) -> None:
         """Let the model go."""
         del self._scorer
-
-
-class SpreadReward(ModelReward):
-    """Minus the standard deviation over the heads of a reward model: low where they have learnt nothing that holds.
-
-    Coste et al. 2023 (arXiv 2310.02743) take it for the uncertainty of a judge.
-    """
-
-    KIND = "spread"
-
-    def __init__(self, folder: str, device: str = "auto", dtype: str = "auto") -> None:
-        super().__init__(folder, device, dtype)
-        if self.heads < 2:
-            raise UserError(
-                f"--reward {self.name}: expected a reward model of several heads, found one; train it with "
-                "llmkit train-reward --ensemble 4"
-            )
-
-    def _of(self, record: dict[str, Any]) -> float:
-        return -record["reward_std"]
-
-
-def _asked(attempt: Attempt) -> dict[str, object]:
-    problem = attempt.problem
-    prompt = as_record(problem.messages) if problem.messages else problem.prompt
-    return {"prompt": prompt, "completion": attempt.completion}

@@ -52,69 +52,67 @@ class CommandReward(Reward):
         self._words = split_command(command)
 
     def score(self, attempts: Sequence[Attempt]) -> list[float | None]:
-        """The numbers that the command printed. Raises UserError where it fails, hangs or prints anything else."""
+        """Return the numbers that the command printed. Raises UserError where it fails, hangs or prints otherwise."""
         if not attempts:
             return []
-        data = b"".join(dump_json(record_of(one)) + b"\n" for one in attempts)
-        lines = self._run(data, len(attempts)).split(b"\n")
+        lines = self._run(attempts).split(b"\n")
         if lines[-1].strip() == b"":
             lines.pop()
         if len(lines) != len(attempts):
             raise self._miscounted(len(attempts), str(len(lines)))
-        return finite([self._number(line, place) for place, line in enumerate(lines, 1)], f"--reward {self.name}")
+        return finite([self._number(line, number) for number, line in enumerate(lines, 1)], f"--reward {self.name}")
 
-    def _run(self, data: bytes, lines: int) -> bytes:
+    def _run(self, attempts: Sequence[Attempt]) -> bytes:
+        data = b"".join(dump_json(record_of(attempt)) + b"\n" for attempt in attempts)
+
+        def check_size(printed: bytearray) -> bool:
+            ended, last = printed.count(b"\n"), printed[printed.rfind(b"\n") + 1 :]
+            if ended > len(attempts) or (ended == len(attempts) and last.strip()):
+                raise self._miscounted(len(attempts), "more")
+            if len(last) > LONGEST_LINE:
+                where = f"--reward {self.name}: line {ended + 1}"
+                raise UserError(f"{where}: expected at most {LONGEST_LINE} bytes, found more")
+            return False
+
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         try:
-            process = subprocess.Popen(
-                self._words,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-            )
+            process = subprocess.Popen(self._words, start_new_session=True, **pipes)
         except OSError as error:
             raise UserError(f"--reward {self.name}: expected a command that runs: {error.strerror}") from None
         with process:
             try:
-                out, err, how = exchange(process, data, self.seconds, lambda read: self._is_too_much(read, lines))
-                if how == "timeout":
-                    late = f"no answer within {counted(self.seconds, 'second')}{_last_line(err)}"
+                out, err, ending = exchange(process, data, self.seconds, check_size)
+                said = err.decode("utf-8", "replace").strip().splitlines()[-1:]
+                last_words = f": {said[0].strip()[:300]}" if said else ""
+                if ending == "timeout":
+                    late = f"no answer within {counted(self.seconds, 'second')}{last_words}"
                     raise UserError(f"--reward {self.name}: {late}")
             except BaseException:
-                _kill(process)
+                try:
+                    os.killpg(process.pid, signal.SIGKILL)
+                except (ProcessLookupError, PermissionError):
+                    process.kill()
                 raise
         if process.returncode:
-            ended = f"exit status {process.returncode}"
-            if process.returncode < 0:
-                ended = f"signal {signal.Signals(-process.returncode).name}"
-            raise UserError(f"--reward {self.name}: expected exit status 0, found {ended}{_last_line(err)}")
+            code = process.returncode
+            ended = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+            raise UserError(f"--reward {self.name}: expected exit status 0, found {ended}{last_words}")
         return out
-
-    def _is_too_much(self, read: bytearray, lines: int) -> bool:
-        """Raise UserError for a line more than expected, or one that is too long."""
-        ended, last = read.count(b"\n"), read[read.rfind(b"\n") + 1 :]
-        if ended > lines or (ended == lines and last.strip()):
-            raise self._miscounted(lines, "more")
-        if len(last) > LONGEST_LINE:
-            where = f"--reward {self.name}: line {ended + 1}"
-            raise UserError(f"{where}: expected at most {LONGEST_LINE} bytes, found more")
-        return False
 
     def _miscounted(self, lines: int, found: str) -> UserError:
         return UserError(f"--reward {self.name}: expected {counted(lines, 'line')}, one a completion, found {found}")
 
-    def _number(self, line: bytes, place: int) -> float | None:
-        where = f"--reward {self.name}: line {place}"
+    def _number(self, line: bytes, number: int) -> float | None:
+        expected = f'--reward {self.name}: line {number}: expected a number or {{"reward": number}}, found'
         try:
             value = orjson.loads(line)
         except orjson.JSONDecodeError:  # NaN is no JSON either
-            text = line[:60].decode("utf-8", "replace")
-            raise UserError(f'{where}: expected a number or {{"reward": number}}, found {text!r}') from None
+            raise UserError(f"{expected} {line[:60].decode('utf-8', 'replace')!r}") from None
         value = value["reward"] if isinstance(value, dict) and "reward" in value else value
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise UserError(f'{where}: expected a number or {{"reward": number}}, found {kind_of(value)}')
+            raise UserError(f"{expected} {kind_of(value)}")
         return float(value)
 
 
@@ -132,18 +130,6 @@ def split_command(command: str) -> list[str]:
     return words
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        process.kill()
-
-
-def _last_line(stderr: bytes) -> str:
-    lines = stderr.decode("utf-8", "replace").strip().splitlines()
-    return f": {lines[-1].strip()[:300]}" if lines else ""
-
-
 class FunctionReward(Reward):
     """`py:FILE.py:FUNCTION`: a function of the user's, called once for each completion."""
 
@@ -153,7 +139,7 @@ class FunctionReward(Reward):
 
     def score(self, attempts: Sequence[Attempt]) -> list[float | None]:
         """Call the function on each attempt. Raises UserError if it raises, with the problem, file and line."""
-        return finite([self._call(one) for one in attempts], f"--reward {self.name}")
+        return finite([self._call(attempt) for attempt in attempts], f"--reward {self.name}")
 
     def _call(self, attempt: Attempt) -> float | None:
         value = self._function(record_of(attempt), attempt.problem.where)

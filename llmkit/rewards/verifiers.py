@@ -225,7 +225,7 @@ class VerifierReward(Reward):
 
     def close(self) -> None:
         """End what compares LaTeX."""
-        self._latex.close()
+        self._latex.worker.close()
 
 
 def _each_answer(problem: Problem) -> list[Problem]:
