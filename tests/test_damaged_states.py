@@ -14,7 +14,7 @@ from damaged_states import COMMANDS
 from llmkit.crawl.state import State
 from llmkit.errors import UserError
 from llmkit.io.metrics import read_metrics, scan_metrics, trim_metrics
-from llmkit.io.resume import RunState
+from llmkit.io.resume import Kept
 
 EVERY = 29  # of a thousand kinds of damage to each command's state
 
@@ -51,16 +51,17 @@ def test_the_notes_of_a_crawl_that_are_not_what_was_written_are_named(tmp_path: 
 @pytest.mark.parametrize("line", ["", "5", "[]", "{}", "\\xff{", '{"known": "yes"}', "edited"])
 def test_a_record_of_an_unfinished_run_that_is_not_what_was_written_is_named(tmp_path: Path, line: str) -> None:
     place = tmp_path / "out.jsonl.state"
-    state = RunState(place, {"--seed": 0}, resume=False)
+    state = Kept(place, {"--seed": 0}, resume=False)
     for number in range(3):
-        state.append({"known": "yes", "number": number, "share": 0.1, "where": f"q:{number}"})
-    again = RunState(place, {"--seed": 0}, resume=True)
-    assert [record["number"] for record in again.records()] == [0, 1, 2] and "seal" not in next(again.records())
+        state.add(f"q:{number}", {"known": "yes", "number": number, "share": 0.1})
+    again = Kept(place, {"--seed": 0}, resume=True)
+    assert [record["number"] for record in again.values()] == [0, 1, 2] and "q:1" in again and "q:3" not in again
     lines = place.read_text().splitlines()
-    lines[2] = lines[2].replace("yes", "no") if line == "edited" else line
+    changed = 4 if line == "edited" else 3
+    lines[changed] = lines[changed].replace("yes", "no") if line == "edited" else line
     place.write_text("\n".join(lines) + "\n")
-    with pytest.raises(UserError, match=r"out\.jsonl\.state:3: damaged or edited; .*--force"):
-        list(RunState(place, {"--seed": 0}, resume=True).records())
+    with pytest.raises(UserError, match=r"out\.jsonl\.state: record [23]: damaged or edited; .*--force"):
+        list(Kept(place, {"--seed": 0}, resume=True).values())
 
 
 def test_metrics_that_were_edited_are_named_or_read_as_far_as_they_are_figures(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import orjson
 from llmkit.crawl.page import Part, read_parts, write_part
 from llmkit.errors import UserError
 from llmkit.io.files import atomic_file, check_unfinished, remove
-from llmkit.io.foreign import read_sealed, write_sealed
 from llmkit.io.progress import say
+from llmkit.io.resume import read_sealed, write_sealed
 
 SUFFIX = ".partial-state"
 

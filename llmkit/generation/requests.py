@@ -40,7 +40,7 @@ from llmkit.io.records import (
     not_used,
     with_made,
 )
-from llmkit.io.resume import RunState
+from llmkit.io.resume import Kept
 
 ASKED, ANSWERED = "Question: ", "Answer: "
 STOP = "\n" + ASKED.rstrip()  # where the model would ask the next question itself
@@ -283,7 +283,7 @@ def lasting_output(
         resume = False
         create(partial).close()
         Path(out + PARTIAL + ".json").unlink(missing_ok=True)  # the notes of an older version
-    state = RunState(notes, dict(identity), resume)
+    state = Kept(notes, identity, resume=resume)
     try:
         with errors_name(out, partial), _whole_prompts(partial, state, prompts, samples, ordered) as write:
             yield write
@@ -309,17 +309,17 @@ def lasting_output(
 
 @contextmanager
 def _whole_prompts(
-    partial: Path, state: RunState, prompts: Prompts, samples: int, ordered: bool
+    partial: Path, state: Kept, prompts: Prompts, samples: int, ordered: bool
 ) -> Iterator[Callable[[dict[str, Any]], object]]:
     """Write behind the prompts all of whose samples are in the file, each line before its checksum is noted.
 
     Lines without one are kept where nothing is noted, else not: a kill came between.
     """
     checksums: dict[int, str] = {}  # of the first lines, by their number
-    for noted in state.records():
-        while checksums and next(reversed(checksums)) >= noted["lines"]:  # a resumed run has cut the file there
+    for count, noted in state.items():
+        while checksums and next(reversed(checksums)) >= int(count):  # a resumed run has cut the file there
             checksums.popitem()
-        checksums[noted["lines"]] = noted["checksum"]
+        checksums[int(count)] = noted.decode()
     most = max(checksums, default=0)
     with partial.open("r+b") as handle:
         cut_torn_line(handle)
@@ -327,7 +327,7 @@ def _whole_prompts(
         end = whole = count = tokens = 0
         checksum = digest = ""
         for number, line in enumerate(handle, 1):
-            if state.kept and number > most:
+            if state and number > most:
                 break
             digest = _checksum(digest, line)
             if checksums.get(number, digest) != digest:
@@ -341,7 +341,7 @@ def _whole_prompts(
                 whole, count, checksum, prompts.kept_tokens = end, number, digest, tokens
         handle.truncate(whole)
         handle.seek(whole)
-        state.append({"lines": count, "checksum": checksum})
+        state.add(str(count), checksum.encode())
 
         def write(record: dict[str, Any]) -> None:
             nonlocal count, checksum
@@ -349,7 +349,7 @@ def _whole_prompts(
             handle.write(line)
             handle.flush()
             count, checksum = count + 1, _checksum(checksum, line)
-            state.append({"lines": count, "checksum": checksum})
+            state.add(str(count), checksum.encode())
 
         with partial.open("rb") as former:
             firsts = islice(former, 0, None, samples)

@@ -6,7 +6,6 @@ before memory or time is spent on it.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import stat
@@ -15,10 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from llmkit.errors import UserError
-from llmkit.io.files import JSON_LINE, parse_json, write_json
+from llmkit.io.files import parse_json
 
 LARGEST_CONFIG, LARGEST_TOKENIZER = 16 << 20, 192 << 20  # bytes; Gemma's tokenizer.json has 33 MB
 LARGEST_SIZE = 2**31 - 1
@@ -76,33 +73,6 @@ def read_object(path: Path, largest: int = LARGEST_CONFIG) -> dict[str, Any]:
         if not level:
             return value
     raise UserError(f"{path}: expected at most {DEEPEST} levels of lists and objects, found more")
-
-
-# ---- what a run has noted for its resumption, and goes on from unseen
-
-
-def write_sealed(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON object with a checksum of its values, for `read_sealed`."""
-    write_json(path, sealed(values))
-
-
-def read_sealed(path: Path) -> dict[str, Any]:
-    """The values that `write_sealed` wrote, as JSON gives them back. Raises UserError where they are not."""
-    return unsealed(read_object(path), str(path))
-
-
-def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON values with a checksum of them, `seal`."""
-    content = orjson.dumps(dict(values), option=orjson.OPT_SORT_KEYS | JSON_LINE)
-    return {**values, "seal": hashlib.sha256(content).hexdigest()[:32]}
-
-
-def unsealed(content: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The values that `sealed` was given. Raises UserError where they are others."""
-    values = {name: value for name, value in content.items() if name != "seal"}
-    if sealed(values) != content:
-        raise UserError(f"{where}: damaged or edited: it does not have the checksum that it names")
-    return values
 
 
 # ---- values

@@ -1,108 +1,164 @@
-"""Keep a run's records in a file that outlives a kill: a line that identifies the run, then a line for each record.
+"""Resumption: what identifies a run, notes with a checksum, and records that outlive a kill.
 
-state = RunState(Path("out.jsonl.state"), {"--seed": 0}, resume=True)
-for question in state.remaining(questions, made_of):
-    state.append(answer(question))
-write(state.records())
-state.remove()
+kept = Kept(Path("out.jsonl.state"), {"--seed": 0}, resume=True)
+for question in kept.missing(questions, key_of):
+    kept.add(key_of(question), answer(question))
+write(kept.values())
+kept.remove()
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import orjson
 
 from llmkit.errors import Interrupted, ServerError, UserError
-from llmkit.io.files import create, cut_torn_line, errors_name
-from llmkit.io.foreign import check_file, sealed, unsealed
+from llmkit.io.files import JSON_LINE, create, errors_name, write_json
+from llmkit.io.foreign import check_file, read_object
 from llmkit.io.progress import say
-from llmkit.io.run_folder import check_identity
 
 WEIGHTS_READ = 1 << 20  # bytes at the end of a file of weights that tell it from another
 
 T = TypeVar("T")
 
 
-class RunState:
-    """The records of a run on their way; without a path, in memory.
+class Kept:
+    """Records of an unfinished run, in the order in which they were added; without a path, in memory.
 
-    identity  what decides the records; a resumed run must have the same. Raises UserError for another
+    The file has a line {"run": identity}, then for each record a line [key, bytes, checksum], its bytes and a line end.
+    A record is there as soon as `add` returns, whatever becomes of the process; one that a kill cut is removed.
+
+    identity: what decides the records, JSON values by the names that a user knows.
+    Raises UserError for a run with another identity, and where the file is not what was written.
     """
 
-    def __init__(self, path: Path | None, identity: dict[str, Any], resume: bool) -> None:
+    def __init__(self, path: Path | None, identity: Mapping[str, Any], *, resume: bool) -> None:
         self.path = path
+        self._places: list[tuple[str, int, int, str]] = []  # key, offset, bytes, checksum
+        self._newest: dict[str, int] = {}  # key to index in places
         begun = resume and path is not None and path.exists()
         if begun:
             check_file(str(path))
-        if resume and not begun:
+        elif resume:
             say(f"--resume: nothing stands at {path} yet, so the run starts")
         self._file: IO[bytes] = io.BytesIO()
         if path is not None:
             self._file = path.open("r+b") if begun else create(path, "w+b")
-        self._start, self.kept = self._take_over(identity) if begun else (0, 0)
-        if not self._start:  # a new one, or killed before its first line was whole
-            self._start = self._write(orjson.dumps({"run": identity}) + b"\n")
+        if not (begun and self._take_over(identity)):
+            self._write(orjson.dumps({"run": identity}) + b"\n")
 
-    def _take_over(self, identity: dict[str, Any]) -> tuple[int, int]:
-        """Check the file's first line; return the offset of the first record and the number of records."""
-        cut_torn_line(self._file)
+    def _take_over(self, identity: Mapping[str, Any]) -> bool:
+        """Find the records of the file; False where a kill came before its first line was whole."""
+        size = self._file.seek(0, os.SEEK_END)
         self._file.seek(0)
         first = self._file.readline()
-        if first:
+        if not first.endswith(b"\n"):
+            self._file.truncate(self._file.seek(0))
+            return False
+        try:
+            noted = dict(orjson.loads(first)["run"])
+        except (ValueError, TypeError, LookupError):
+            raise UserError(f"{self.path}: does not begin as an unfinished run; start again with --force") from None
+        check_identity(str(self.path), noted, identity)
+        end = len(first)
+        while (line := self._file.readline()).endswith(b"\n"):
             try:
-                noted = dict(orjson.loads(first)["run"])
-            except (ValueError, TypeError, LookupError):
-                raise UserError(f"{self.path}: does not begin as an unfinished run; start again with --force") from None
-            check_identity(str(self.path), noted, identity)
-        return self._file.tell(), sum(1 for _ in iter(self._file.readline, b""))
+                head = orjson.loads(line)
+            except ValueError:
+                head = None
+            match head:
+                case [str(key), int(length), str(checksum)] if length >= 0:
+                    start = end + len(line)
+                case _:
+                    raise self._damaged(len(self))
+            if start + length >= size:
+                break  # a kill cut this one
+            self._note(key, start, length, checksum)
+            end = self._file.seek(start + length + 1)
+        self._file.truncate(end)
+        return True
 
-    def remaining(self, given: Sequence[T], made_of: Callable[[dict[str, Any], T], bool]) -> Iterator[T]:
-        """Yield the items after the last that has a record, by `made_of`. Raises UserError for a record of no item."""
-        left = iter(given)
-        for record in list(self.records()):
-            if next((item for item in left if made_of(record, item)), None) is None:
-                raise UserError(
-                    f"{self.path}: has a record that the input does not: {record['where']}; start again with --force"
-                )
-        yield from left
+    def _note(self, key: str, start: int, length: int, checksum: str) -> None:
+        self._newest[key] = len(self._places)
+        self._places.append((key, start, length, checksum))
 
-    def append(self, record: dict[str, Any]) -> None:
-        """Add a record; it is there as soon as this returns, whatever becomes of the process."""
-        self._file.seek(0, os.SEEK_END)
-        self._write(orjson.dumps(sealed(record)) + b"\n")
+    def _damaged(self, index: int) -> UserError:
+        return UserError(f"{self.path}: record {index + 1}: damaged or edited; start again with --force")
 
-    def _write(self, line: bytes) -> int:
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._newest
+
+    def __getitem__(self, key: str) -> bytes:
+        """Return the newest record of a key."""
+        return self._read(self._newest[key])
+
+    def items(self) -> Iterator[tuple[str, bytes]]:
+        """Yield the key and the bytes of each record."""
+        for index in range(len(self._places)):
+            yield self._places[index][0], self._read(index)
+
+    def values(self) -> Iterator[Any]:
+        """Yield the records, which are JSON."""
+        for _, record in self.items():
+            yield orjson.loads(record)
+
+    def _read(self, index: int) -> bytes:
+        key, start, length, checksum = self._places[index]
+        self._file.seek(start)
+        record = self._file.read(length)
+        if _checksum(key, record) != checksum:
+            raise self._damaged(index)
+        return record
+
+    def missing(self, items: Sequence[T], key: Callable[[T], str]) -> Iterator[T]:
+        """Yield the items without a record: two of one key need two. Raises UserError for a record of no item."""
+        left = Counter(known for known, *_ in self._places)
+        if strange := left - Counter(map(key, items)):
+            where = next(iter(strange))
+            raise UserError(f"{self.path}: has a record that the input does not: {where}; start again with --force")
+        for item in items:
+            if left[key(item)]:
+                left[key(item)] -= 1
+            else:
+                yield item
+
+    def add(self, key: str, record: bytes | Mapping[str, Any]) -> None:
+        """Add bytes, or an object as JSON."""
+        record = record if isinstance(record, bytes) else orjson.dumps(record)
+        checksum = _checksum(key, record)
+        head = orjson.dumps([key, len(record), checksum]) + b"\n"
+        start = self._file.seek(0, os.SEEK_END) + len(head)
+        self._write(head + record + b"\n")
+        self._note(key, start, len(record), checksum)
+
+    def _write(self, content: bytes) -> None:
         with errors_name(self.path or "memory", self.path or "memory"):
-            self._file.write(line)
+            self._file.write(content)
             self._file.flush()
-        return len(line)
-
-    def records(self) -> Iterator[dict[str, Any]]:
-        """All records, from the first."""
-        self._file.seek(self._start)
-        for number, line in enumerate(iter(self._file.readline, b""), 2):
-            try:
-                record = unsealed(dict(orjson.loads(line)), "")
-            except (ValueError, TypeError):
-                raise UserError(
-                    f"{self.path}:{number}: damaged or edited; keep the lines before it alone, "
-                    "or start again with --force"
-                ) from None
-            yield record
 
     def remove(self) -> None:
-        """The work is done."""
+        """Delete the file: the work is done."""
         with suppress(OSError):  # a full disk, which has been told
             self._file.close()
         if self.path is not None:
             self.path.unlink()
+
+
+def _checksum(key: str, record: bytes) -> str:
+    digest = hashlib.blake2b(key.encode() + b"\n", digest_size=8)
+    digest.update(record)
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -120,9 +176,29 @@ def resumable(*paths: Path | None) -> Iterator[None]:
         raise UserError(f"{error}; {advice}") from error
 
 
+# ---- what identifies a run
+
+
+def check_identity(place: str | Path, noted: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise UserError naming the first value of a resumed run's identity, which may be nested, that is not as noted."""
+    now = orjson.loads(orjson.dumps(now))  # as JSON has given back what was noted
+    for name in now:
+        former, new = noted.get(name), now.get(name)
+        if former == new:
+            continue
+        while isinstance(former, dict) and isinstance(new, dict):
+            inner = next(key for key in {**new, **former} if former.get(key) != new.get(key))
+            name, former, new = f"{name}.{inner}", former.get(inner), new.get(inner)
+        former, new = ("none" if value is None else str(value)[:200] for value in (former, new))
+        raise UserError(
+            f"{place}: another run: {name} was {former} and is now {new}; "
+            "resume with the same options and inputs, or start again with --force"
+        )
+
+
 def fingerprint(folder: str) -> str:
     """Hash a model's configuration, tokenizer and the ends of its weights, which tell it from another model."""
-    digest = sha256()
+    digest = hashlib.sha256()
     for path in sorted(Path(folder).iterdir()):
         if path.name in ("config.json", "tokenizer.json") or path.suffix == ".safetensors":
             digest.update(f"{path.name} {path.stat().st_size} ".encode())
@@ -130,3 +206,24 @@ def fingerprint(folder: str) -> str:
                 handle.seek(max(0, path.stat().st_size - WEIGHTS_READ))
                 digest.update(handle.read())
     return digest.hexdigest()[:16]
+
+
+# ---- notes, from which a run goes on unseen
+
+
+def write_sealed(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON object with a checksum of its values, for `read_sealed`."""
+    write_json(path, {**values, "seal": _seal(values)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Return the values that `write_sealed` wrote, as JSON gives them back. Raises UserError where they are not."""
+    values = read_object(path)
+    if values.pop("seal", None) != _seal(values):
+        raise UserError(f"{path}: damaged or edited: it does not have the checksum that it names")
+    return values
+
+
+def _seal(values: Mapping[str, Any]) -> str:
+    content = orjson.dumps(dict(values), option=orjson.OPT_SORT_KEYS | JSON_LINE)
+    return hashlib.sha256(content).hexdigest()[:32]

@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from llmkit.config import flag_of, lasting_options, option_fields
 from llmkit.errors import UserError
 from llmkit.io.files import (
@@ -28,12 +26,13 @@ from llmkit.io.files import (
     replace_folder,
     sync,
 )
-from llmkit.io.foreign import read_object, read_sealed, write_sealed
+from llmkit.io.foreign import read_object
 from llmkit.io.manifest import describe_inputs, read_manifest, write_manifest
 from llmkit.io.metrics import LOSS_CURVE, write_curve
 from llmkit.io.model_card import write_model_card
 from llmkit.io.progress import say
 from llmkit.io.ranks import launch
+from llmkit.io.resume import check_identity, read_sealed, write_sealed
 
 STATE = "state"  # in a run folder: its checkpoints, and
 NOTES = "state/run.json"  # what a resumption asks for
@@ -74,17 +73,6 @@ def keep_checkpoints(folder: Path, keep: int, newest: int | None = None) -> None
 
 
 # ---- a run in the making
-
-
-def check_identity(folder: str | Path, noted: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise UserError naming the first part of a resumed run's identity that is not what was noted of the run."""
-    for name, value in orjson.loads(orjson.dumps(now)).items():  # as JSON has given back what was noted
-        if noted.get(name) != value:
-            former, new = ("none" if setting is None else setting for setting in (noted.get(name), value))
-            raise UserError(
-                f"{folder}: another run: {name} was {former} and is now {new}; "
-                "resume with the same options and inputs, or start again with --force"
-            )
 
 
 def check_finished(folder: str | Path, config: Any) -> None:

@@ -1,7 +1,6 @@
 """Questions with answers that a chat model writes about passages, and which of them are kept.
 
-for passage, reply in write_about(model, passages, most=3): state.append(reply)
-questions, left_out = written_questions(state.records(), passages)
+questions, left_out = written_questions(write_about(model, passages, most=3), passages)
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from llmkit.errors import UserError
 from llmkit.formats.questions import Question, kind_of_question
 from llmkit.generation.chat_models import ChatModel, Missing, cost
 from llmkit.io.progress import Progress, counted, say
-from llmkit.io.resume import RunState
+from llmkit.io.resume import Kept
 from llmkit.text.matching import holds
 from llmkit.text.normalize import words
 from llmkit.text.passages import Passage
@@ -40,18 +39,18 @@ Pair = tuple[str, str]  # question, answer
 
 
 def write_all(
-    model: ChatModel, passages: Sequence[Passage], most: int, state: RunState, quiet: bool
+    model: ChatModel, passages: Sequence[Passage], most: int, state: Kept, quiet: bool
 ) -> tuple[list[Question], Counter[str]]:
     """Have questions written about the passages that the state has not, into it; then what `written_questions` says.
 
     Raises UserError where there is none.
     """
     with Progress("write", total=len(passages), unit="passages", quiet=quiet) as progress:
-        progress.advance(state.kept)
-        for record in write_about(model, state.remaining(passages, written_about), most):
-            state.append(record)
+        progress.advance(len(state))
+        for record in write_about(model, state.missing(passages, _key), most):
+            state.add(record["passage"], record)
             progress.advance()
-    questions, left_out = written_questions(state.records(), passages)
+    questions, left_out = written_questions(state.values(), passages)
     if not questions:
         state.remove()
         reasons = ", ".join(f"{reason} {count}" for reason, count in left_out.items())
@@ -71,11 +70,6 @@ def write_about(model: ChatModel, passages: Iterable[Passage], most: int) -> Ite
     for passage, (reply,) in model.ask(prompts, read_pairs, TEMPERATURE):
         result = {"missing": reply.value} if isinstance(reply, Missing) else {"pairs": reply[:most]}
         yield {"passage": _key(passage), "where": passage.where, **result}
-
-
-def written_about(record: dict[str, Any], passage: Passage) -> bool:
-    """True if a record is that of a passage."""
-    return record["passage"] == _key(passage)
 
 
 def _key(passage: Passage) -> str:

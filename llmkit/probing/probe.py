@@ -28,7 +28,7 @@ from llmkit.generation.next_token import Sampling, request_number
 from llmkit.generation.served_models import Usage
 from llmkit.generation.served_sampler import ServedSampler, open_served
 from llmkit.io.progress import Progress, counted, say
-from llmkit.io.resume import RunState, fingerprint
+from llmkit.io.resume import Kept, fingerprint
 from llmkit.probing.judges import JUDGE_PROMPT
 from llmkit.probing.model_questions import WRITER_PROMPT
 from llmkit.probing.refusals import language_of
@@ -182,22 +182,17 @@ class Probe:
         }
 
 
-def ask_all(probe: Probe, state: RunState, questions: Sequence[Question], quiet: bool) -> None:
+def ask_all(probe: Probe, state: Kept, questions: Sequence[Question], quiet: bool) -> None:
     """Ask the questions that the state has not, into it."""
-    if state.kept:
-        say(f"{state.path}: kept {counted(state.kept, 'question')}", quiet)
+    if state:
+        say(f"{state.path}: kept {counted(len(state), 'question')}", quiet)
     tally: Counter[str] = Counter()
     with Progress("probe", total=len(questions), unit="questions", quiet=quiet) as progress:
-        progress.advance(state.kept)
-        for record in probe.ask(state.remaining(questions, made_of)):
-            state.append(record)
+        progress.advance(len(state))
+        for record in probe.ask(state.missing(questions, lambda question: f"{question.where} {question.question}")):
+            state.add(f"{record['where']} {record['question']}", record)
             tally[NAMES[record["known"]]] += 1
             progress.advance(**tally)
-
-
-def made_of(record: dict[str, Any], question: Question) -> bool:
-    """True if a record is that of a question."""
-    return (question.question, question.where) == (record["question"], record["where"])
 
 
 def plan(

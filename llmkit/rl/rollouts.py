@@ -22,9 +22,10 @@ from llmkit.formats.conversations import Message, Part, as_record, message
 from llmkit.formats.problems import Problem
 from llmkit.generation.generator import Completion
 from llmkit.io.files import BLOCK
-from llmkit.io.foreign import check_file, integer, read_sealed, write_sealed
+from llmkit.io.foreign import check_file, integer
 from llmkit.io.jsonl import dump_json
 from llmkit.io.metrics import trim_metrics
+from llmkit.io.resume import read_sealed, write_sealed
 from llmkit.training.distributed import world
 
 ROLLOUTS = "rollouts.jsonl"

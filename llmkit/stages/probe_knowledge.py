@@ -21,7 +21,7 @@ from llmkit.io.run_folder import check_finished, check_model_folder
 
 if TYPE_CHECKING:
     from llmkit.generation.chat_models import ChatModel
-    from llmkit.io.resume import RunState
+    from llmkit.io.resume import Kept
     from llmkit.probing.probe import Answering
     from llmkit.probing.recitation import Recited
     from llmkit.probing.refusals import Refusals
@@ -158,7 +158,7 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Recited | None:
 
     # load
     from llmkit.generation.chat_models import cost
-    from llmkit.io.resume import RunState, resumable
+    from llmkit.io.resume import Kept, resumable
     from llmkit.probing.judges import check_verdicts
     from llmkit.probing.model_questions import write_all
     from llmkit.probing.probe import NAMES, Probe, ask_all, count_by_kind, describe, examples, plan
@@ -183,14 +183,14 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Recited | None:
         model.check()
     identity = lasting_options(config) | {f"--{name}": model.identity for name, model in models.items()}
     identity |= answering.identity
-    written: RunState | None = None
+    written: Kept | None = None
 
     # ask
     with resumable(state_path, written_path):
         if "writer" in models:
-            written = RunState(written_path, identity, config.resume)
+            written = Kept(written_path, identity, resume=config.resume)
             questions, left_out = write_all(models["writer"], passages, config.per_passage, written, config.quiet)
-        state = RunState(state_path, identity, config.resume)
+        state = Kept(state_path, identity, resume=config.resume)
         with answering.start() as generator:
             probe = Probe(
                 generator,
@@ -204,8 +204,8 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Recited | None:
                 written_by=models["writer"].name if "writer" in models else "embedded" if passages else "given",
             )
             ask_all(probe, state, questions, config.quiet)
-    kinds = count_by_kind(state.records())
-    verdicts = Counter(verdict for record in state.records() for verdict in record["judgements"])
+    kinds = count_by_kind(state.values())
+    verdicts = Counter(verdict for record in state.values() for verdict in record["judgements"])
     if "judge" in models:
         check_verdicts(verdicts, models["judge"])
 
@@ -213,10 +213,10 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Recited | None:
     force = config.force or config.resume
     if config.report is not None:
         with open_output(config.report, force) as write:
-            for record in state.records():
+            for record in state.values():
                 write(record)
     with open_output(out, force) as write:
-        taught = write_lessons(write, state.records, refusals, config.balance, config.seed)
+        taught = write_lessons(write, state.values, refusals, config.balance, config.seed)
     totals = sum(kinds.values(), Counter[str]())
     asked = totals.total()
     results = {"written_by": probe.written_by, "judged_by": probe.judge.name, "questions": asked}

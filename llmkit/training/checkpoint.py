@@ -23,9 +23,9 @@ from torch import Tensor
 
 from llmkit.errors import UserError
 from llmkit.io.files import PARTIAL, atomic_folder, remove, replace_folder, sync
-from llmkit.io.foreign import read_sealed, write_sealed
 from llmkit.io.manifest import file_sha256
 from llmkit.io.progress import counted, say
+from llmkit.io.resume import read_sealed, write_sealed
 from llmkit.io.run_folder import CHECKPOINTS_KEPT, checkpoint_place, checkpoint_steps, keep_checkpoints
 from llmkit.model.folder import write_tensors
 from llmkit.training.distributed import new_group, world

@@ -7,7 +7,7 @@ import doctest
 import pytest
 
 from llmkit.probing import judges, model_questions
-from llmkit.probing.model_questions import read_pairs, unfit, written_about, written_questions
+from llmkit.probing.model_questions import read_pairs, unfit, written_questions
 from llmkit.text.passages import Passage
 
 MILL = Passage("The mill of Arden opened in 1889. It has 1,200 windows, and Ada Roe built it.", "d1/1", "docs.jsonl:1")
@@ -79,9 +79,3 @@ def test_what_is_left_out_is_counted():
         ("Who built it?", ("Ada Roe",), "d1/1", "who"),
     ]
     assert left_out == {"answer not in the passage": 1, "passages: unreadable reply": 1, "asked before": 1}
-
-
-def test_a_record_is_that_of_its_passage_as_long_as_its_text_is_the_same():
-    record = {"passage": model_questions._key(MILL)}
-    assert written_about(record, MILL)
-    assert not written_about(record, Passage(MILL.text + " ", MILL.name, MILL.where))

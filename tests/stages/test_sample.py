@@ -429,12 +429,12 @@ NOTES_ON_A_FULL_DISK = """
 import resource, sys
 from pathlib import Path
 from llmkit.errors import UserError
-from llmkit.io.resume import RunState
+from llmkit.io.resume import Kept
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-state = RunState(Path(sys.argv[1]), {}, False)
+state = Kept(Path(sys.argv[1]), {}, resume=False)
 try:
     for number in range(1000):
-        state.append({"number": number})
+        state.add(str(number), b"{}")
 except UserError as error:
     state.remove()
     print(error)
@@ -478,7 +478,7 @@ def test_an_unfinished_output_without_notes_is_not_gone_on_with(folder, tmp_path
 
 def keep_notes(monkeypatch):
     """The notes of what is finished stay, so that it can be made unfinished again."""
-    monkeypatch.setattr("llmkit.io.resume.RunState.remove", lambda state: state._file.close())
+    monkeypatch.setattr("llmkit.io.resume.Kept.remove", lambda state: state._file.close())
 
 
 def forget_lines(partial):
