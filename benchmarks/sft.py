@@ -70,8 +70,8 @@ def filled(model: Path) -> float:
     from llmkit.data.mixture import Mixture, Source
     from llmkit.data.sources import read_examples
     from llmkit.formats.conversations import read_conversation
-    from llmkit.io.bad_records import BadRecords
     from llmkit.io.jsonl import read_jsonl
+    from llmkit.io.records import BadRecords
     from llmkit.tokenizer.chat import ChatFormat, write_chat_tokenizer
     from llmkit.tokenizer.encoding import load_tokenizer
 

@@ -133,7 +133,7 @@ class CommonConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RecordsConfig:
-    """Options that are spelled the same in every stage that reads users' records (bad_records.py)."""
+    """Options that are spelled the same in every stage that reads users' records."""
 
     max_bad: str = option(
         "1%",

@@ -14,8 +14,7 @@ from typing import TypeVar
 from llmkit.data.examples import Encoded, Examples
 from llmkit.errors import UserError
 from llmkit.formats.conversations import Conversation, Message, message
-from llmkit.io.bad_records import BadRecords
-from llmkit.io.records import OUTSIDE
+from llmkit.io.records import OUTSIDE, BadRecords
 
 T = TypeVar("T")
 E = TypeVar("E")

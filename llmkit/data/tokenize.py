@@ -22,11 +22,10 @@ import numpy as np
 
 from llmkit.data.shards import FORMAT, ShardInfo, ShardWriter, TokenShards, is_shard_folder
 from llmkit.errors import UserError
-from llmkit.io.bad_records import BadRecords
 from llmkit.io.files import atomic_file, atomic_folder, write_json
 from llmkit.io.jsonl import name_of, names_of, read_documents
 from llmkit.io.progress import Progress
-from llmkit.io.records import OUTSIDE
+from llmkit.io.records import OUTSIDE, BadRecords
 
 GROUP_CHARACTERS = 4 << 20  # documents encoded together: enough for all cores, little to hold
 HASHES = "inputs.json"

@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmkit.errors import UserError
-from llmkit.io.bad_records import BadRecords
 from llmkit.io.jsonl import json_rows, names_of, records_of
-from llmkit.io.records import FACTS, Row, fields_of, first_of, kind_of, not_used
+from llmkit.io.records import FACTS, BadRecords, Row, fields_of, first_of, kind_of, not_used
 
 EXPECTED = "'question' and 'answer', or 'context' and 'continuation'"
 # what a prompt for base models puts around its question

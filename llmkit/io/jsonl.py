@@ -25,9 +25,8 @@ import orjson
 
 from llmkit.display import stdout_bytes
 from llmkit.errors import UserError
-from llmkit.io.bad_records import BadRecords, good_records
 from llmkit.io.files import atomic_file, check_output, found_instead
-from llmkit.io.records import Row, check_document, kind_of
+from llmkit.io.records import BadRecords, Row, check_document, good_records, kind_of
 
 GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 ZSTD_DICTIONARY_MAGIC = b"\x5d\x2a\x4d\x18"  # https://iipc.github.io/warc-specifications/ : WARC with zstd

@@ -27,9 +27,8 @@ from llmkit.io.files import (
     sync,
 )
 from llmkit.io.foreign import read_object
-from llmkit.io.manifest import describe_inputs, read_manifest, write_manifest
+from llmkit.io.manifest import describe_inputs, read_manifest, write_manifest, write_model_card
 from llmkit.io.metrics import LOSS_CURVE, write_curve
-from llmkit.io.model_card import write_model_card
 from llmkit.io.progress import say
 from llmkit.io.ranks import launch
 from llmkit.io.resume import check_identity, read_sealed, write_sealed

@@ -24,9 +24,8 @@ from llmkit.data.sources import encode_good
 from llmkit.errors import UserError, naming
 from llmkit.formats.conversations import Message
 from llmkit.formats.preferences import Comparison
-from llmkit.io.bad_records import BadRecords
 from llmkit.io.progress import counted
-from llmkit.io.records import OUTSIDE
+from llmkit.io.records import OUTSIDE, BadRecords
 
 READ_AT_ONCE = 1024  # comparisons: enough for the tokenizer's threads, little memory
 Turns = tuple[Message, ...]

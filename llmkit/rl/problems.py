@@ -10,10 +10,9 @@ from llmkit.errors import UserError, naming
 from llmkit.formats.conversations import message
 from llmkit.formats.problems import Problem, answer_text, read_problem
 from llmkit.generation.generator import prompt_ids
-from llmkit.io.bad_records import BadRecords
 from llmkit.io.jsonl import dump_json, names_of, read_jsonl
 from llmkit.io.progress import counted, say
-from llmkit.io.records import OUTSIDE, Row
+from llmkit.io.records import OUTSIDE, BadRecords, Row
 from llmkit.rewards import Weighted
 from llmkit.training.finetuning import Finetuning
 

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from llmkit.config import CommonConfig, argument, as_options, option
 from llmkit.errors import UserError
 from llmkit.io.files import atomic_folder, check_is_folder, check_output, output_folder, remove
-from llmkit.io.manifest import write_file_manifest, write_manifest
-from llmkit.io.model_card import write_model_card
+from llmkit.io.manifest import write_file_manifest, write_manifest, write_model_card
 from llmkit.io.progress import Progress, quantity, say
 from llmkit.io.run_folder import check_model_folder
 

@@ -23,9 +23,9 @@ from llmkit.config import (
     option_fields,
 )
 from llmkit.errors import UserError
-from llmkit.io.bad_records import BadRecords
 from llmkit.io.jsonl import check_inputs, names_of
 from llmkit.io.progress import counted, duration, say
+from llmkit.io.records import BadRecords
 from llmkit.io.run_folder import RunFolder, check_model_folder
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, ClassVar
 from llmkit.config import CommonConfig, RecordsConfig, ServedConfig, argument, as_options, lasting_options, option
 from llmkit.errors import UserError
 from llmkit.formats.questions import Question, all_questions
-from llmkit.io.bad_records import BadRecords
 from llmkit.io.files import check_output, check_unfinished
 from llmkit.io.jsonl import check_inputs, name_of, names_of, open_output, read_documents
 from llmkit.io.manifest import write_file_manifest
 from llmkit.io.progress import counted, say
+from llmkit.io.records import BadRecords
 from llmkit.io.run_folder import check_finished, check_model_folder
 
 if TYPE_CHECKING:

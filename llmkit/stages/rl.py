@@ -20,10 +20,10 @@ from llmkit.config import (
     option,
 )
 from llmkit.errors import UserError
-from llmkit.io.bad_records import BadRecords
 from llmkit.io.jsonl import check_inputs, open_output
 from llmkit.io.metrics import METRICS, last_figures, read_metrics
 from llmkit.io.progress import counted, quantity, say
+from llmkit.io.records import BadRecords
 from llmkit.io.run_folder import RunFolder, check_model_folder
 
 if TYPE_CHECKING:

@@ -24,11 +24,10 @@ from llmkit.config import (
 )
 from llmkit.errors import UserError
 from llmkit.formats.conversations import Message
-from llmkit.io.bad_records import BadRecords
 from llmkit.io.files import PARTIAL, check_output, check_unfinished
 from llmkit.io.jsonl import names_of, open_bytes, open_input, open_output, read_jsonl, read_text
 from llmkit.io.progress import Progress, counted, quantity, say
-from llmkit.io.records import Row
+from llmkit.io.records import BadRecords, Row
 from llmkit.io.run_folder import check_model_folder
 
 if TYPE_CHECKING:

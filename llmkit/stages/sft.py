@@ -20,10 +20,10 @@ from llmkit.config import (
 )
 from llmkit.errors import UserError
 from llmkit.formats.conversations import Conversation, read_conversation
-from llmkit.io.bad_records import BadRecords
 from llmkit.io.jsonl import check_inputs, name_of, read_jsonl
 from llmkit.io.metrics import METRICS, last_figures, read_metrics
 from llmkit.io.progress import Progress, counted, duration, quantity, say
+from llmkit.io.records import BadRecords
 from llmkit.io.run_folder import RunFolder, check_model_folder
 
 if TYPE_CHECKING:

@@ -9,12 +9,12 @@ from typing import ClassVar
 
 from llmkit.config import CommonConfig, RecordsConfig, argument, as_options, option
 from llmkit.errors import UserError
-from llmkit.io.bad_records import BadRecords
 from llmkit.io.files import atomic_folder, check_is_folder, check_output, output_folder, write_json
 from llmkit.io.jsonl import check_inputs, names_of
 from llmkit.io.manifest import describe_inputs, write_manifest
 from llmkit.io.progress import Progress, counted, duration, quantity, say
 from llmkit.io.ranks import available_cores
+from llmkit.io.records import BadRecords
 
 BYTES_PER_SECOND = 30e6  # of English at a vocabulary of 32k, on two cores
 

@@ -18,10 +18,10 @@ from llmkit.config import (
     option,
 )
 from llmkit.errors import GateError, UserError
-from llmkit.io.bad_records import BadRecords
 from llmkit.io.files import write_json
 from llmkit.io.jsonl import check_inputs, name_of, open_output, read_jsonl
 from llmkit.io.progress import Progress, counted, duration, quantity, say
+from llmkit.io.records import BadRecords
 from llmkit.io.run_folder import RunFolder, check_model_folder
 
 if TYPE_CHECKING:

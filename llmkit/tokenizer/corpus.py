@@ -8,9 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from llmkit.errors import UserError
-from llmkit.io.bad_records import BadRecords, good_records
 from llmkit.io.jsonl import BYTE_ORDER_MARK, check_no_archive, is_jsonl, json_rows, name_of, open_input
-from llmkit.io.records import check_document
+from llmkit.io.records import BadRecords, check_document, good_records
 from llmkit.tokenizer.patterns import Pattern
 from llmkit.tokenizer.piece_counts import END
 

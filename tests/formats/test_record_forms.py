@@ -10,8 +10,7 @@ from llmkit.formats.preferences import read_answers, read_comparison, read_promp
 from llmkit.formats.problems import read_problem
 from llmkit.formats.questions import read_question
 from llmkit.generation.requests import Prompts
-from llmkit.io.bad_records import BadRecords, good_records
-from llmkit.io.records import Row, check_document
+from llmkit.io.records import BadRecords, Row, check_document, good_records
 
 ASKED, ANSWERED = message("user", "2 + 2?"), message("assistant", "4")
 FRENCH = message("system", "Answer in French.")

@@ -16,8 +16,8 @@ import pytest
 import zstandard
 
 from llmkit.errors import UserError
-from llmkit.io.bad_records import BadRecords
 from llmkit.io.jsonl import check_inputs, open_input, open_output, read_documents, read_jsonl
+from llmkit.io.records import BadRecords
 
 LINES = b'{"text":"one"}\n{"text":"two","id":2}\n'
 ROWS = [{"text": "one"}, {"text": "two", "id": 2}]

@@ -21,8 +21,8 @@ from llmkit.io.manifest import (
     sources,
     write_file_manifest,
     write_manifest,
+    write_model_card,
 )
-from llmkit.io.model_card import write_model_card
 from llmkit.io.run_folder import RunFolder
 
 CONFIG = TrainingConfig()
