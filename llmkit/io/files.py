@@ -32,11 +32,6 @@ JSON_LINE = orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
 PARTIAL = ".partial"
 BLOCK = 1 << 16  # bytes read at a time
 OURS = ("manifest.json", "tokenizer.json")  # one of them stands in every folder that a stage writes
-
-
-# ---- is the place fit for an output?
-
-
 # formats that a name may promise and no stage writes
 NOT_WRITTEN = (".parquet", ".arrow", ".feather", ".csv", ".tsv", ".xlsx", ".bz2", ".xz", ".lz4", ".br", ".zip", ".7z")
 
@@ -97,18 +92,15 @@ def check_unfinished(force: bool, resume: bool, *left: str | Path) -> None:
 
 
 def output_folder(out: str | None, example: str) -> Path:
-    """The --out of a stage that writes a folder; `example` is one. Raises UserError where it is none or `-`."""
+    """The folder that a stage is to write, such as `example`. Raises UserError where it is none, `-` or a file."""
     if out is None:
         raise UserError(f"--out is required: the folder for the result, such as -o {example}")
     if out == "-":
         raise UserError(f"--out: expected a folder, such as -o {example}, found -")
-    return Path(out.rstrip("/") or "/")
-
-
-def check_is_folder(path: Path, name: str) -> None:
-    """Raise UserError when a folder is to stand where a file stands, which --force does not allow either."""
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{name}: expected a folder, found a file; choose another --out")
+    folder = Path(out.rstrip("/") or "/")
+    if folder.exists() and not folder.is_dir():  # which --force does not allow either
+        raise UserError(f"{folder}: expected a folder, found a file; choose another --out")
+    return folder
 
 
 def _is_special(path: str | os.PathLike[str]) -> bool:
@@ -238,8 +230,7 @@ def atomic_folder(path: str | os.PathLike[str], force: bool = False) -> Iterator
     """Yield an empty folder `path` + ".partial"; at the end it replaces `path`, on an error it is removed."""
     if not force:
         check_output(os.fspath(path), force)
-    final = Path(os.path.realpath(path))
-    check_is_folder(final, os.fspath(path))
+    final = Path(os.path.realpath(output_folder(os.fspath(path), "")))
     partial = final.with_name(final.name + PARTIAL)
     remove(partial)  # left by a run that was killed
     try:
@@ -285,14 +276,6 @@ def sync(path: str | os.PathLike[str]) -> None:
         os.close(handle)
 
 
-def _sync_tree(folder: Path) -> None:
-    for parent, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            if stat.S_ISREG(os.lstat(os.path.join(parent, name)).st_mode):
-                sync(os.path.join(parent, name))
-        sync(parent)
-
-
 def replace_file(new: str | os.PathLike[str], old: str | os.PathLike[str]) -> None:
     """Put a file in the place of another, which may exist, so that a power cut leaves one of them whole."""
     sync(new)
@@ -306,7 +289,11 @@ def replace_folder(new: Path, old: Path) -> None:
     Linux and macOS exchange the two names in one step; on a file system that cannot, there is a moment in
     which the former folder stands under `old` + ".former". It is deleted when the new one is on the disk.
     """
-    _sync_tree(new)
+    for parent, _, names in os.walk(new, topdown=False):
+        for name in names:
+            if stat.S_ISREG(os.lstat(os.path.join(parent, name)).st_mode):
+                sync(os.path.join(parent, name))
+        sync(parent)
     former = None
     if not old.exists():
         os.rename(new, old)
@@ -342,9 +329,6 @@ def _exchange(first: Path, second: Path) -> bool:
     return False
 
 
-# ---- a file that grows line by line
-
-
 def cut_torn_line(handle: IO[bytes]) -> None:
     """Remove a last line that a kill cut in two, from a file open for reading and writing, which then is at its end."""
     end = handle.seek(0, os.SEEK_END)
@@ -357,9 +341,6 @@ def cut_torn_line(handle: IO[bytes]) -> None:
         end = start
     handle.truncate(end)
     handle.seek(end)
-
-
-# ---- a file of one JSON value
 
 
 def read_json(path: Path) -> dict[str, Any]:

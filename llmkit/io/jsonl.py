@@ -40,9 +40,6 @@ _stdin_taken: Any = None
 T = TypeVar("T")
 
 
-# ---- reading
-
-
 def name_of(path: str) -> str:
     """Name an input for messages: its path, or stdin for `-`."""
     return "stdin" if path == "-" else path
@@ -398,7 +395,8 @@ def open_output(path: str, force: bool = False) -> Iterator[Callable[[Mapping[st
 
     check_output(path, force)
     # flushed, so that the reader of a pipe sees each record as it comes
-    with open_bytes(path) as handle, jsonlines.Writer(handle, dumps=_dumps, flush=path == "-") as writer:  # type: ignore
+    dumps: Any = lambda record: dump_json(record, orjson.OPT_SERIALIZE_NUMPY)  # noqa: E731
+    with open_bytes(path) as handle, jsonlines.Writer(handle, dumps=dumps, flush=path == "-") as writer:  # type: ignore
         yield writer.write
 
 
@@ -419,7 +417,3 @@ def open_bytes(path: str) -> Iterator[IO[bytes]]:
                 yield packed  # type: ignore[misc]
         else:
             yield handle
-
-
-def _dumps(record: Mapping[str, Any]) -> bytes:
-    return dump_json(record, orjson.OPT_SERIALIZE_NUMPY)

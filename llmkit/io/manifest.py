@@ -13,6 +13,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -127,17 +128,16 @@ def _with_sources(manifest: Mapping[str, Any], change: Callable[[Mapping[str, An
 def describe_inputs(paths: Iterable[str]) -> list[dict[str, Any]]:
     """Path, size in bytes and SHA-256 of each input file, and the manifest of what a stage has written; stdin and
     pipes are named alone."""
-    return [{"path": path, **_described(path)} if os.path.isfile(path) else {"path": path} for path in paths]
-
-
-def _described(path: str) -> dict[str, Any]:
-    content = _content(path)
-    try:
-        manifest = read_manifest(path)
-    except (UserError, OSError):  # after the work: what stands beside a file is no reason to lose it
-        manifest = None
-    # another file may have taken the place of what the stage had written
-    return {**content, "manifest": manifest} if manifest and manifest.get("output") == content else content
+    described = []
+    for path in paths:
+        content = _content(path) if os.path.isfile(path) else {}
+        described.append({"path": path, **content})
+        with suppress(UserError, OSError):  # after the work: what stands beside a file is no reason to lose it
+            manifest = read_manifest(path) if content else None
+            # another file may have taken the place of what the stage had written
+            if manifest and manifest.get("output") == content:
+                described[-1]["manifest"] = manifest
+    return described
 
 
 def _content(path: str) -> dict[str, Any]:
@@ -169,6 +169,12 @@ def write_manifest(
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
+    above: list[dict[str, Any]] = [{"path": path, "manifest": None} for path in parents]
+    for parent in above:
+        try:
+            parent["manifest"] = read_manifest(parent["path"])
+        except (UserError, OSError) as error:  # after the work, which it is no reason to lose
+            say(f"{error}; so the manifest does not tell how {parent['path']} was made")
     own, ancestors = flattened(
         {
             "manifest_version": MANIFEST_VERSION,
@@ -179,7 +185,7 @@ def write_manifest(
             "versions": versions,
             "machine": f"{platform.machine()} {platform.system()}, {counted(os.cpu_count() or 1, 'core')}",
             "inputs": [dict(item) for item in inputs],
-            "parents": [{"path": path, "manifest": _manifest_of_parent(path)} for path in parents],
+            "parents": above,
             **({"output": dict(output)} if output else {}),
             "results": dict(results or {}),
         }
@@ -187,14 +193,6 @@ def write_manifest(
     manifest = {**own, "ancestors": ancestors}
     write_json(folder / name, manifest)
     return manifest
-
-
-def _manifest_of_parent(path: str) -> dict[str, Any] | None:
-    try:
-        return read_manifest(path)
-    except (UserError, OSError) as error:  # after the work, which it is no reason to lose
-        say(f"{error}; so the manifest does not tell how {path} was made")
-        return None
 
 
 def write_file_manifest(
@@ -207,11 +205,18 @@ def write_file_manifest(
     results: Mapping[str, Any],
     packages: Sequence[str] = PACKAGES,
 ) -> None:
-    """Write the manifest of a stage whose output is a single file, which is there: beside it, as `out` +
-    ".manifest.json"."""
-    output, described = Path(out).absolute(), describe_inputs(inputs)
-    details = {"inputs": described, "parents": parents, "results": results, "packages": packages}
-    write_manifest(output.parent, stage, options, name=output.name + OF_FILE, output=_content(out), **details)
+    """Write `out` + ".manifest.json", the manifest of a single file, which is there."""
+    write_manifest(
+        Path(out).absolute().parent,
+        stage,
+        options,
+        inputs=describe_inputs(inputs),
+        parents=parents,
+        results=results,
+        name=Path(out).name + OF_FILE,
+        packages=packages,
+        output=_content(out),
+    )
 
 
 def write_model_card(folder: Path, manifest: Mapping[str, Any]) -> None:

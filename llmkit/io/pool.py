@@ -23,12 +23,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from llmkit.errors import LlmkitError, UserError
 from llmkit.io.ranks import interrupts_held
 
 AHEAD = 2  # items in flight for each process, so that a slow item does not leave the others idle
+Work = Callable[[Any], Iterable[Any]]  # on one item; None, after the last, asks for what is left
 END = object()  # after the results of an item
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 CHILD = """
@@ -41,12 +42,6 @@ except (EOFError, pickle.UnpicklingError):  # the parent was interrupted
     sys.exit()
 serve(make, seconds)
 """
-
-
-class Work(Protocol):
-    """Work on one item, built once in each process; None, after the last item, asks for what is left."""
-
-    def __call__(self, item: Any, /) -> Iterable[Any]: ...
 
 
 class WorkerDied(LlmkitError):

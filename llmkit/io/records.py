@@ -81,9 +81,8 @@ class Row:
 
 def kind_of(value: Any) -> str:
     """Name the type of a JSON value, for messages: "a list", "null"."""
-    numbers = {int: "a number", float: "a number"}
-    names = {str: "a string", type(None): "null", bool: "a boolean", list: "a list", dict: "an object", **numbers}
-    return names.get(type(value), type(value).__name__)
+    names = {str: "a string", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
 def with_made(given: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from llmkit.config import flag_of, lasting_options, option_fields
 from llmkit.errors import UserError
 from llmkit.io.files import (
     PARTIAL,
-    check_is_folder,
     check_output,
     check_unfinished,
     is_empty_folder,
@@ -84,9 +83,8 @@ def check_finished(folder: str | Path, config: Any) -> None:
 class RunFolder:
     """The folder of a training run: it is made as `out` + ".partial" and takes its place, whole, at the end.
 
-        folder = RunFolder(config.out, "base/", resume=config.resume, force=config.force)  # is --out fit for it?
-        if folder.is_finished:
-            return Summary(path=str(folder.out), **folder.results("pretrain", config))
+        folder = RunFolder(config.out, "base/", resume=config.resume, force=config.force)
+        if folder.is_finished: ...
         notes = folder.notes(identity) or {"plan": make_plan()}  # those of the run that is resumed
         folder.begin(identity, notes)
         with folder.training(lambda: trainer.has_begun):
@@ -110,7 +108,6 @@ class RunFolder:
         self.resume = resume = resume or self._begun_by_this_job()
         if dry_run:
             return
-        check_is_folder(self.out, str(self.out))
         check_output(str(self.out), force, resume)
         if resume and not self.work.is_dir() and (not self.out.is_dir() or is_empty_folder(self.out)):
             self.resume = resume = False

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmkit.config import CommonConfig, argument, as_options, option
 from llmkit.errors import UserError
-from llmkit.io.files import atomic_folder, check_is_folder, check_output, output_folder, remove
+from llmkit.io.files import atomic_folder, check_output, output_folder, remove
 from llmkit.io.manifest import write_file_manifest, write_manifest, write_model_card
 from llmkit.io.progress import Progress, quantity, say
 from llmkit.io.run_folder import check_model_folder
@@ -118,7 +118,6 @@ def _checked(config: ExportConfig) -> Path:
             raise UserError("--format gguf: needs the package gguf; pip install 'llmkit[gguf]'")
     else:
         out = output_folder(config.out, example)
-        check_is_folder(out, str(out))
     if out.resolve() == Path(str(config.model)).resolve():
         raise UserError(f"{out}: is the model itself; choose another --out")
     if not config.dry_run:

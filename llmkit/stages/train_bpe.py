@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from llmkit.config import CommonConfig, RecordsConfig, argument, as_options, option
 from llmkit.errors import UserError
-from llmkit.io.files import atomic_folder, check_is_folder, check_output, output_folder, write_json
+from llmkit.io.files import atomic_folder, check_output, output_folder, write_json
 from llmkit.io.jsonl import check_inputs, names_of
 from llmkit.io.manifest import describe_inputs, write_manifest
 from llmkit.io.progress import Progress, counted, duration, quantity, say
@@ -135,7 +135,6 @@ def run(config: TrainBpeConfig) -> Summary | None:
 def _checked(config: TrainBpeConfig, smallest: int, multiple: int) -> tuple[Path, list[str], int]:
     """The output, the inputs and the vocabulary size, as they will be used."""
     out = output_folder(config.out, example="tok/")
-    check_is_folder(out, str(out))
     if not config.dry_run:
         check_output(str(out), config.force)
     inputs = list(config.inputs) or ["-"]
