@@ -33,7 +33,7 @@ PARTIAL = ".partial"
 BLOCK = 1 << 16  # bytes read at a time
 OURS = ("manifest.json", "tokenizer.json")  # one of them stands in every folder that a stage writes
 # formats that a name may promise and no stage writes
-NOT_WRITTEN = (".parquet", ".arrow", ".feather", ".csv", ".tsv", ".xlsx", ".bz2", ".xz", ".lz4", ".br", ".zip", ".7z")
+NOT_WRITTEN = (".arrow", ".feather", ".csv", ".tsv", ".xlsx", ".bz2", ".xz", ".lz4", ".br", ".zip", ".7z")
 
 
 def check_output(path: str, force: bool, resume: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Records in and out: JSONL from plain files, gzip, zstd and stdin, to a file or stdout.
+"""Records in and out: JSONL or a table, from plain files, gzip, zstd and stdin, to a file or stdout.
 
     with open_output("kept.jsonl") as write:
         for row in read_jsonl(["docs.jsonl.gz", "-"]):
@@ -15,6 +15,7 @@ import io
 import json
 import os
 import sys
+import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -27,13 +28,14 @@ from llmkit.display import stdout_bytes
 from llmkit.errors import UserError
 from llmkit.io.files import atomic_file, check_output, found_instead
 from llmkit.io.records import BadRecords, Row, check_document, good_records, kind_of
+from llmkit.io.tables import DELIMITERS, PARQUET_MAGIC, Lines, csv_lines, parquet_lines, write_parquet
 
 GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 ZSTD_DICTIONARY_MAGIC = b"\x5d\x2a\x4d\x18"  # https://iipc.github.io/warc-specifications/ : WARC with zstd
 LARGEST_DICTIONARY = 1 << 25
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BLOCK = 1 << 20
-TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".xlsx")
+NOT_READ = (".arrow", ".feather", ".xlsx")
 STDIN_ONCE = "stdin: '-' can be read only once; save one of the inputs to a file"
 _stdin_taken: Any = None
 
@@ -107,12 +109,19 @@ def _take_stdin() -> io.BufferedReader:
 
 
 def unpacked(raw: io.BufferedReader, name: str) -> io.BufferedReader:
-    """The bytes of an open gzip or zstd archive, or of any other file as they are; `name` is for errors."""
+    """The bytes of an open file, of a gzip or zstd archive what it holds, of a table its rows as lines of JSON.
+
+    Parquet is known by its first bytes, CSV and TSV by the name, which is also for errors.
+    """
     magic = raw.peek(4)[:4]
+    if magic == PARQUET_MAGIC:
+        return io.BufferedReader(Lines(parquet_lines(raw, name)), BLOCK)
     if magic.startswith(GZIP_MAGIC):
-        return io.BufferedReader(gzip.GzipFile(fileobj=raw), BLOCK)  # type: ignore[arg-type]
-    if is_zstd(magic):
-        return io.BufferedReader(ZstdFrames(raw, name), BLOCK)
+        raw = io.BufferedReader(gzip.GzipFile(fileobj=raw), BLOCK)  # type: ignore[arg-type]
+    elif is_zstd(magic):
+        raw = io.BufferedReader(ZstdFrames(raw, name), BLOCK)
+    if delimiter := DELIMITERS.get(os.path.splitext(name.lower().removesuffix(".gz").removesuffix(".zst"))[1]):
+        return io.BufferedReader(Lines(csv_lines(raw, name, delimiter)), BLOCK)
     return raw
 
 
@@ -357,10 +366,10 @@ def _plain_document(handle: io.BufferedReader, path: str) -> Iterator[Row]:
 
 
 def check_no_archive(handle: io.BufferedReader, path: str) -> None:
-    """Raise UserError for a web archive or a table, which may be text by its bytes and is none."""
-    if path.lower().endswith(TABLES) or handle.peek(4)[:4] == b"PAR1":
-        kind = os.path.splitext(path)[1].lower() if path.lower().endswith(TABLES) else "Parquet"
-        raise UserError(f"{name_of(path)}: expected JSONL or text, found {kind}; convert it to JSONL first")
+    """Raise UserError for a web archive or a table of another kind, which may be text by its bytes and is none."""
+    if path.lower().endswith(NOT_READ):
+        kind = os.path.splitext(path)[1].lower()
+        raise UserError(f"{name_of(path)}: expected JSONL, a table or text, found {kind}; convert it to Parquet first")
     if handle.peek(5)[:5] == b"WARC/":
         raise UserError(f"{name_of(path)}: expected text, found a web archive; run llmkit crawl-filter on it first")
 
@@ -402,7 +411,7 @@ def open_output(path: str, force: bool = False) -> Iterator[Callable[[Mapping[st
 
 @contextmanager
 def open_bytes(path: str) -> Iterator[IO[bytes]]:
-    """Open a file that appears when all is written, packed where its name ends in .gz or .zst; stdout for `-`."""
+    """Open a file that appears when all is written, packed as its name says (.gz .zst .parquet); stdout for `-`."""
     if path == "-":
         yield stdout_bytes()
         return
@@ -415,5 +424,9 @@ def open_bytes(path: str) -> Iterator[IO[bytes]]:
 
             with zstandard.ZstdCompressor(write_checksum=True).stream_writer(handle, closefd=False) as packed:
                 yield packed  # type: ignore[misc]
+        elif path.lower().endswith(".parquet"):
+            with tempfile.TemporaryFile(dir=os.path.dirname(path) or ".") as lines:
+                yield lines
+                write_parquet(lines, handle, path)
         else:
             yield handle

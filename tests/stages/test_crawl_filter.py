@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from pyarrow import parquet
 from web import SENTENCES, Record, html, mixed_pages, prose, write_warc
 
 LLMKIT = [sys.executable, "-m", "llmkit", "crawl-filter"]
@@ -563,5 +564,8 @@ def test_documents_and_rejects_are_packed_by_their_names(llmkit, tmp_path):
     assert done.returncode == 0, done.stderr
     for name, line in (("d.jsonl.gz", b'"text":"one"'), ("r.jsonl.gz", b'"reason":"bad_json"')):
         assert line in gzip.decompress((tmp_path / name).read_bytes())
-    refused = llmkit("crawl-filter", "-", "-o", tmp_path / "d.parquet", stdin='{"text": "one"}\n')
-    assert refused.returncode == 2 and "d.parquet: .parquet is not written" in refused.stderr
+    done = llmkit("crawl-filter", "-", "--only", "pii", "-o", tmp_path / "d.parquet", stdin='{"text": "one"}\n')
+    assert done.returncode == 0, done.stderr
+    assert parquet.read_table(tmp_path / "d.parquet")["text"].to_pylist() == ["one"]
+    refused = llmkit("crawl-filter", "-", "-o", tmp_path / "d.arrow", stdin='{"text": "one"}\n')
+    assert refused.returncode == 2 and "d.arrow: .arrow is not written" in refused.stderr

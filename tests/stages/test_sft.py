@@ -284,11 +284,18 @@ def test_the_plan_tells_when_a_step_takes_more_than_the_data(base, chats, tmp_pa
         assert "were asked for" not in llmkit("sft", base, "--data", *options, "--dry-run").stderr
 
 
-@pytest.mark.parametrize("name, start", [("a.csv", b"q,a\n"), ("a.jsonl", b"PAR1\x15\x04"), ("a.xlsx", b"PK\x03\x04")])
-def test_a_table_in_the_place_of_conversations_is_told_what_to_do(base, tmp_path, llmkit, name, start):
+@pytest.mark.parametrize(
+    "name, start, told",
+    [
+        ("a.csv", b"q,a\n1,2,3\n", "a.csv:1: expected 2 fields"),
+        ("a.jsonl", b"PAR1\x15\x04", "a.jsonl: damaged or cut Parquet"),
+        ("a.xlsx", b"PK\x03\x04", "; convert it to Parquet first"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_told_what_to_do(base, tmp_path, llmkit, name, start, told):
     (tmp_path / name).write_bytes(start)
     done = llmkit("sft", base, "--data", tmp_path / name, "-o", tmp_path / "chat")
-    assert done.returncode == 2 and "; convert it to JSONL first" in done.stderr, done.stderr
+    assert done.returncode == 2 and told in done.stderr, done.stderr
 
 
 def test_a_batch_larger_than_the_data_is_told(base, chats, llmkit):

@@ -1,0 +1,174 @@
+"""Parquet, CSV and TSV in the place of JSONL, in and out."""
+
+from __future__ import annotations
+
+import datetime
+import io
+import json
+import random
+import sys
+from decimal import Decimal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from llmkit.errors import UserError
+from llmkit.io.jsonl import open_output, read_documents, read_jsonl
+from llmkit.io.records import BadRecords
+
+ROWS = [{"text": "one", "n": 1, "messages": [{"role": "user", "content": "a"}]}, {"text": "zwei ß", "n": None}]
+
+
+def write(path: Path, **columns) -> str:
+    parquet.write_table(pa.table(columns), path)
+    return str(path)
+
+
+def values(path: str | Path, **details) -> list[dict]:
+    return [row.value for row in read_jsonl([str(path)], **details)]
+
+
+def test_what_is_written_as_parquet_is_read_again_by_us_and_by_pyarrow(tmp_path: Path) -> None:
+    out = tmp_path / "d.parquet"
+    with open_output(str(out)) as write_record:
+        for row in ROWS:
+            write_record(row)
+        assert not out.exists()
+    whole = [ROWS[0], {**ROWS[1], "messages": None}]
+    assert values(out) == whole == parquet.read_table(out).to_pylist()
+    assert [(row.value, row.where) for row in read_documents([str(out)])] == list(
+        zip(whole, [f"{out}:1", f"{out}:2"], strict=True)
+    )
+    assert parquet.ParquetFile(out).metadata.row_group(0).column(0).compression == "ZSTD"
+    with open_output(str(tmp_path / "none.parquet")):
+        pass
+    assert values(tmp_path / "none.parquet") == []
+
+
+def test_the_types_of_columns_become_json(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "d.parquet",
+        when=[datetime.datetime(2020, 1, 31)],
+        price=[Decimal("1.5")],
+        raw=["é".encode()],
+        score=[float("nan")],
+        map=pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64())),
+        kind=pa.array(["x"]).dictionary_encode(),
+        large=pa.array(["l"], pa.large_string()),
+    )
+    assert values(path) == [
+        {
+            "when": "2020-01-31T00:00:00",
+            "price": 1.5,
+            "raw": "é",
+            "score": None,
+            "map": {"k": 1},
+            "kind": "x",
+            "large": "l",
+        }
+    ]
+
+
+def test_bytes_that_are_no_text(tmp_path: Path, capsys) -> None:
+    """A row of them is a bad record; a column of images is left out, which is told."""
+    path = write(tmp_path / "d.parquet", text=[b"one", b"\xff", b"three"], image=[{"bytes": b"\x89PNG\xff"}] * 3)
+    assert values(path, bad=BadRecords("1")) == [{"text": "one"}, {"text": "three"}]
+    printed = capsys.readouterr().err
+    assert "the columns image" in printed and f"{path}:2" in printed
+
+
+def test_a_parquet_from_a_pipe_and_under_any_name(tmp_path: Path, monkeypatch) -> None:
+    data = Path(write(tmp_path / "d.parquet", text=["one", "two"])).read_bytes()
+    (tmp_path / "nameless").write_bytes(data)
+    assert values(tmp_path / "nameless") == [{"text": "one"}, {"text": "two"}]
+    pipe = io.BufferedReader(io.BytesIO(data))  # type: ignore[arg-type]
+    pipe.seekable = lambda: False  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=pipe))
+    assert values("-") == [{"text": "one"}, {"text": "two"}]
+
+
+def test_a_damaged_parquet_is_one_line(tmp_path: Path) -> None:
+    data = Path(write(tmp_path / "d.parquet", text=[f"text {number}" for number in range(500)])).read_bytes()
+    chance = random.Random(0)
+    failed = 0
+    for trial in range(200):
+        damaged = bytearray(data[: len(data) - trial * 7])
+        for _ in range(3):
+            damaged[chance.randrange(4, len(damaged))] = chance.randrange(256)
+        (tmp_path / "x.parquet").write_bytes(damaged)
+        try:
+            values(tmp_path / "x.parquet", bad=BadRecords("1000"))
+        except UserError as error:
+            assert str(error).startswith(f"{tmp_path / 'x.parquet'}: damaged or cut Parquet") and "\n" not in str(error)
+            failed += 1
+    assert failed > 150
+
+
+def test_a_row_group_of_any_size_is_streamed(tmp_path: Path) -> None:
+    """The memory of reading does not grow with the row group: pages are read one after another."""
+    path = tmp_path / "large.parquet"
+    texts = ["".join(random.Random(number).choices("abcdefgh ", k=4000)) for number in range(10_000)]
+    parquet.write_table(pa.table({"text": texts}), path, row_group_size=10_000, use_dictionary=False)
+    before = pa.default_memory_pool().bytes_allocated()
+    most = 0
+    for row in read_jsonl([str(path)]):
+        assert len(row.value["text"]) == 4000
+        most = max(most, pa.default_memory_pool().bytes_allocated() - before)
+    assert most < 20e6 < path.stat().st_size / 1.2
+
+
+@pytest.mark.parametrize("values_of_one", [["a", ["b"]], [{"k": 1}, 2], ["a", 1]])
+def test_a_field_of_several_types_has_no_column(tmp_path: Path, values_of_one) -> None:
+    out = tmp_path / "d.parquet"
+    with pytest.raises(UserError, match=r"d\.parquet: .*write \.jsonl"), open_output(str(out)) as write_record:
+        for value in values_of_one:
+            write_record({"field": value})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "separator"), [("d.csv", ","), ("d.tsv", "\t"), ("D.CSV", ",")])
+def test_csv_and_tsv(tmp_path: Path, name: str, separator: str) -> None:
+    path = tmp_path / name
+    path.write_text('\ufefftext,n\n"one, or\ntwo",1\n\n"say ""so""",\n'.replace(",", separator), encoding="utf-8")
+    assert values(path) == [{"text": f"one{separator} or\ntwo", "n": "1"}, {"text": 'say "so"', "n": ""}]
+    assert [row.where for row in read_documents([str(path)])] == [f"{path}:1", f"{path}:2"]
+    path.write_text(f"text{separator}n\na{separator}1\nb{separator}2{separator}3\n")
+    with pytest.raises(UserError, match=rf"{name}:2: expected 2 fields"):
+        values(path)
+    path.write_bytes(b"text\n\xff\n")
+    with pytest.raises(UserError, match=rf"{name}: damaged after row"):
+        values(path)
+
+
+LAYOUTS = {  # of the hub: FineWeb; messages with calls; UltraChat; GSM8K
+    "train-bpe": {"text": "a text of the web", "id": "<urn:uuid:1>", "dump": "CC-MAIN-2013-20", "url": "http://a.b/",
+                  "date": "2013-05-18T05:48:54Z", "language_score": 0.98, "token_count": 42},
+    "sft": [
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]},
+        {"prompt": "Hi", "prompt_id": "1f", "messages": [{"content": "Hi", "role": "user"},
+                                                       {"content": "Hello!", "role": "assistant"}]},
+        {"question": "2 + 2?", "answer": "It is <<2+2=4>>4.\n#### 4"},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS["sft"])
+def test_layouts_of_the_hub_are_conversations_with_no_option(tmp_path: Path, layout) -> None:
+    from llmkit.formats.conversations import read_conversation
+
+    path = tmp_path / "d.parquet"
+    parquet.write_table(pa.Table.from_pylist([layout] * 3), path)
+    (tmp_path / "d.jsonl").write_text(json.dumps(layout) + "\n")
+    of_table, of_lines = (
+        list(read_jsonl([str(tmp_path / name)], read=read_conversation)) for name in ("d.parquet", "d.jsonl")
+    )
+    assert len(of_table) == 3 and of_table[0].messages == of_lines[0].messages
+
+
+def test_the_layout_of_fineweb_is_documents(tmp_path: Path) -> None:
+    path = tmp_path / "d.parquet"
+    parquet.write_table(pa.Table.from_pylist([LAYOUTS["train-bpe"]]), path)
+    assert [row.value for row in read_documents([str(path)])] == [LAYOUTS["train-bpe"]]
