@@ -34,7 +34,7 @@ from llmkit.text.words import Split
 OURS: dict[str, Callable[[Split], str | None]] = {
     "gopher_repetition": lambda split: gopher_repetition(split, GopherRepetition()).reason,
     "gopher_quality": lambda split: gopher_quality(split, GopherQuality()).reason,
-    "c4": lambda split: c4(split, C4()).reason,
+    "c4": lambda split: c4(split, C4())[1].reason,
     "fineweb": lambda split: fineweb_quality(split, FineWebQuality()).reason,
 }
 

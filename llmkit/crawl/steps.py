@@ -117,7 +117,7 @@ class Steps:
     def url(self, journey: Journey) -> str | None:
         """Blocklists and rules for the address."""
         if self.url_filter is None:
-            self.url_filter = UrlFilter.load(self.recipe.url.blocklists, self.recipe.url)
+            self.url_filter = UrlFilter(self.recipe.url.blocklists, self.recipe.url)
         return self.url_filter.reason(journey.page.url)
 
     def extract(self, journey: Journey) -> str | None:
@@ -162,12 +162,12 @@ class Steps:
 
     def c4(self, journey: Journey) -> str | None:
         """Lines that are no sentences are taken out; too little is left, or a sign of no prose."""
-        verdict = c4(journey.words(), self.recipe.c4)
+        text, verdict = c4(journey.words(), self.recipe.c4)
         journey.score = verdict.score
-        if verdict.text != journey.text:
-            journey.text = verdict.text
+        if text != journey.text:
+            journey.text = text
             if not verdict.reason:  # else it was not counted to the end
-                journey.split = Split(verdict.text, int(verdict.measures["words"]))
+                journey.split = Split(text, int(verdict.measures["words"]))
         return verdict.reason
 
     def fineweb(self, journey: Journey) -> str | None:

@@ -358,7 +358,7 @@ def _url_filter(recipe: Recipe) -> UrlFilter | None:
         return None
     from llmkit.crawl.filters.urls import UrlFilter
 
-    return UrlFilter.load(recipe.url.blocklists, recipe.url)
+    return UrlFilter(recipe.url.blocklists, recipe.url)
 
 
 def _spill(config: CrawlFilterConfig) -> Path | None:

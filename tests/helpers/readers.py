@@ -45,7 +45,7 @@ def crawl_readers() -> dict[str, Reader]:
     from llmkit.crawl.read import framing, inputs, warc
     from llmkit.text import language, words
 
-    by_model, fast, blocklist = cache(Extractor), cache(lambda: Extractor("fast")), cache(urls.UrlFilter.load)
+    by_model, fast, blocklist = cache(Extractor), cache(lambda: Extractor("fast")), cache(urls.UrlFilter)
 
     def frames(kind: str) -> Reader:
         def read(text: str) -> None:
@@ -118,7 +118,6 @@ def crawl_readers() -> dict[str, Reader]:
         "minhash": lambda text: minhash.signatures([text.encode("utf-8", "replace").decode()]),
         "personal_data.find": personal_data.find,
         "personal_data.redact": personal_data.redact,
-        "personal_data.find_phones": lambda text: list(personal_data.find_phones(text)),
         "reading of a line": lambda text: inputs._page_of_line(b"{" + octets(text), "a.jsonl", 1),
         "urls.reason of a host": lambda text: blocklist().reason("http://" + text),
         "urls.reason of a path": lambda text: blocklist().reason("http://a.example/" + text),

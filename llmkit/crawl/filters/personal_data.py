@@ -21,8 +21,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from ipaddress import IPv6Address, ip_address
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from ipaddress import ip_address
 from typing import NamedTuple
 
 from llmkit.text.words import JOINED
@@ -111,9 +112,8 @@ _CARD_GROUPS = re.compile(r"\d{13,19}|\d{4}([ -])\d{4}\1\d{4}\1\d{1,7}|\d{4}([ -
 _IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d\d(?: ?[A-Z0-9]){11,30}")
 
 
-def find_phones(text: str, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
-    """Where each telephone number begins and ends, between two places of the text."""
-    for match in NUMBER.finditer(text, start, len(text) if stop is None else stop):
+def _phones(text: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    for match in NUMBER.finditer(text, start, stop):
         if match.end() - match.start() > LONGEST:
             continue
         begin = match.start() + (match[0].startswith("(") and ")" not in match[0])
@@ -132,38 +132,29 @@ def _is_phone(text: str, start: int, written: str, digits: str) -> bool:
         return False
     cue = bool(_CUE.search(before))
     if written.startswith(("+", "(+")):
-        return _is_possible("+" + digits)
+        return _is_valid("+" + digits, [None])
     if not cue and _OTHER.search(before):
         return False
     if digits.startswith("00") and len(digits) > 9:
-        return _is_possible("+" + digits[2:])
+        return _is_valid("+" + digits[2:], [None])
     if cue:
         return len(digits) <= 12
     if _AMERICAN.fullmatch(written):
-        return _is_valid(digits, ("US",))
+        return _is_valid(digits, ["US"])
     if _TRUNK.fullmatch(written) and 9 <= len(digits) <= 12 and not _COUNTING.fullmatch(written):
         return _is_valid(digits, _TRUNK_REGIONS)
-    return bool(_BRACKETED.fullmatch(written)) and _is_valid(digits, ("US", "BR", "MX"))
+    return bool(_BRACKETED.fullmatch(written)) and _is_valid(digits, ["US", "BR", "MX"])
 
 
-def _is_possible(number: str) -> bool:
-    import phonenumbers
-
-    try:
-        return phonenumbers.is_possible_number(phonenumbers.parse(number))
-    except phonenumbers.NumberParseException:
-        return False
-
-
-def _is_valid(number: str, regions: tuple[str, ...]) -> bool:
+def _is_valid(number: str, regions: Sequence[str | None]) -> bool:
+    """True if a number is valid in one of the regions; for None it is written with its country's code, and possible."""
     import phonenumbers
 
     for region in regions:
-        try:
-            if phonenumbers.is_valid_number(phonenumbers.parse(number, region)):
+        with suppress(phonenumbers.NumberParseException):
+            parsed = phonenumbers.parse(number, region)
+            if phonenumbers.is_valid_number(parsed) if region else phonenumbers.is_possible_number(parsed):
                 return True
-        except phonenumbers.NumberParseException:
-            continue
     return False
 
 
@@ -264,15 +255,8 @@ def _is_public(address: str) -> bool:
         parsed = ip_address(address)
     except ValueError:
         return False
-    return parsed.is_global and not parsed.is_multicast and str(parsed) not in RESOLVERS and _assigned(parsed)
-
-
-def _assigned(address: object) -> bool:
-    return not isinstance(address, IPv6Address) or address.packed[0] >> 5 == 1  # 2000::/3
-
-
-def _ssns(text: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    return (match.span() for match in _SSN.finditer(text, start, stop))
+    is_assigned = parsed.version == 4 or parsed.packed[0] >> 5 == 1  # 2000::/3
+    return parsed.is_global and not parsed.is_multicast and str(parsed) not in RESOLVERS and is_assigned
 
 
 def _cards(text: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
@@ -303,7 +287,7 @@ def _ibans(text: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
 _FINDERS: dict[str, Callable[[str, int, int], Iterator[tuple[int, int]]]] = {
     "iban": _ibans,
     "card": _cards,
-    "ssn": _ssns,
+    "ssn": lambda text, start, stop: (match.span() for match in _SSN.finditer(text, start, stop)),
     "ip": _ipv4,
-    "phone": find_phones,
+    "phone": _phones,
 }

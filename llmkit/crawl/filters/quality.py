@@ -1,38 +1,34 @@
-"""FineWeb's own rules for quality (Penedo et al. 2024, section 3.6), with its thresholds.
+"""Rules for the quality of a text: Gopher's, C4's and FineWeb's.
 
-C4's rules (Raffel et al. 2020, section 2.2), with the choices of FineWeb: terminal punctuation is not asked for.
+Gopher's are those of Rae et al. 2021 (section A1.1 and table A1), C4's those of Raffel et al. 2020 (section 2.2) with
+FineWeb's choices, FineWeb's own those of Penedo et al. 2024 (section 3.6). Each family is a dataclass of thresholds,
+whose defaults are the papers' and FineWeb's, and a function that measures a text and gives the verdict:
 
-Lines are taken out of the text one by one; a page is dropped for a placeholder text, for a curly bracket, or when
-too few sentences are left.
+    verdict = gopher_quality(Split(text), GopherQuality())
 
-Gopher's rules for repetition and for quality (Rae et al. 2021, section A1.1 and table A1).
-
-Each family is a dataclass of thresholds, whose defaults are the paper's and FineWeb's, and a function that measures a
-text and gives the verdict. A fraction of characters has all characters of the text beneath it. In a script
-without spaces an n-gram has n times as many letters as a word has there (Split.letters_per_word).
+A fraction of characters has all characters of the text beneath it. In a script without spaces an n-gram has n times as
+many letters as a word has there (Split.letters_per_word).
 """
+
+# ruff: noqa: RUF001 -- words of other scripts look like ours
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-
-# ruff: noqa: RUF001 -- words of other scripts look like ours
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmkit.text.words import CLOSING, TERMINAL, Split, count_sentences, repeated, split_words
 
 if TYPE_CHECKING:
     import numpy as np
 
-
-_ENDS = tuple(TERMINAL)
+FINEWEB_ENDS = tuple(TERMINAL)
+C4_ENDS = (".", "?", "!", '"', "'", "\u201d", "\u2019")  # quotation marks count, as in C4
 CITATION = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]")
 POLICIES = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
 LOREM_IPSUM, JAVASCRIPT = "lorem ipsum", "javascript"
-PHRASES = (LOREM_IPSUM, JAVASCRIPT, *POLICIES)
-C4_ENDS = (".", "?", "!", '"', "'", "\u201d", "\u2019")  # quotation marks count, as in C4
 TOP_N_GRAMS = range(2, 5)
 DUPLICATE_N_GRAMS = range(5, 11)
 BULLETS = ("•", "-", "‣", "◦", "●", "▪", "■", "*", "–", "·")
@@ -75,27 +71,23 @@ _STOP_WORDS = {
 STOP_WORDS = {language: frozenset(words.split()) for language, words in _STOP_WORDS.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """`reason` is None for a page that stays; otherwise it is the threshold's name (`min_words`) or a rule's.
+class Verdict(NamedTuple):
+    """Why a page is dropped: a threshold's name (`min_words`) or a rule's, and the measure that broke it.
 
-    `score` is the measure that broke the threshold, `text` what is left of the text, `measures` all that the
-    filter measured, from which other thresholds can be tried (`judge`).
+    The reason is None for a page that stays. `measures` are all that the filter measured.
     """
 
     reason: str | None
     score: float | None
-    text: str
-    measures: Mapping[str, float] = field(default_factory=dict)
+    measures: Mapping[str, float]
 
 
-def judge(measures: Mapping[str, float], thresholds: Any) -> tuple[str | None, float | None]:
-    """The first threshold that the measures break, in the order of its dataclass, and the measure.
+def judge(measures: Mapping[str, float], thresholds: Any) -> Verdict:
+    """Find the first threshold, in the order of its dataclass, that the measures break.
 
     A field `max_NAME` is broken by a measure NAME above it, `min_NAME` by one below it; None is off.
 
-    >>> from llmkit.crawl.filters.quality import GopherQuality
-    >>> judge({"words": 12, "mean_word_length": 4.5}, GopherQuality())
+    >>> judge({"words": 12, "mean_word_length": 4.5}, GopherQuality())[:2]
     ('min_words', 12)
     """
     for limit in fields(thresholds):
@@ -104,8 +96,8 @@ def judge(measures: Mapping[str, float], thresholds: Any) -> tuple[str | None, f
             continue
         above, below = limit.name.startswith("max_"), limit.name.startswith("min_")
         if (above and measure > bound) or (below and measure < bound):
-            return limit.name, measure
-    return None, None
+            return Verdict(limit.name, measure, measures)
+    return Verdict(None, None, measures)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,15 +118,14 @@ def fineweb_quality(split: Split, thresholds: FineWebQuality) -> Verdict:
     """
     lines = split.lines
     count, characters = max(1, len(lines)), max(1, sum(map(len, lines)))
-    terminal = sum(line.endswith(_ENDS) or line.rstrip(CLOSING).endswith(_ENDS) for line in lines)
+    terminal = sum(line.endswith(FINEWEB_ENDS) or line.rstrip(CLOSING).endswith(FINEWEB_ENDS) for line in lines)
     measures = {
         "terminal_line_fraction": terminal / count,
         "short_line_fraction": sum(len(line) <= thresholds.short_line_length for line in lines) / count,
         "duplicate_line_character_fraction": repeated(lines)[1] / characters,
         "newline_to_word_ratio": split.text.count("\n") * split.letters_per_word / max(1, split.word_count),
     }
-    measures = split.telling(measures)
-    return Verdict(*judge(measures, thresholds), split.text, measures)
+    return judge(split.telling(measures), thresholds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,13 +143,13 @@ class C4:
     drop_curly_bracket: bool = True  # pages with a "{" in a line that would stay: code
 
 
-def c4(split: Split, rules: C4) -> Verdict:
-    """The text without the lines that go, or the reason why the page is dropped.
+def c4(split: Split, rules: C4) -> tuple[str, Verdict]:
+    """The text without the lines that go, whole where its page is dropped for one of them; and the verdict.
 
     The measures count the lines removed by each rule (`javascript_lines`, ...), and the `sentences` and `words` left.
     """
     page = split.text.lower()
-    suspects = tuple(phrase for phrase in PHRASES if phrase in page)  # few pages have any: spares looking line by line
+    is_suspect = any(phrase in page for phrase in (LOREM_IPSUM, JAVASCRIPT, *POLICIES))
     lines: list[str] = []
     measures: dict[str, float] = {}
     sentences = lost = 0
@@ -166,11 +157,9 @@ def c4(split: Split, rules: C4) -> Verdict:
         if rules.remove_citations and "[" in line:
             whole, line = line, CITATION.sub("", line).strip()
             lost += len(split_words(whole)) - len(split_words(line))
-        rule = _rule(line, rules, split.letters_per_word) or (_phrase_rule(line.lower(), rules) if suspects else None)
-        if rule == "lorem_ipsum":
-            return Verdict(rule, None, split.text, measures)
-        if not rule and rules.drop_curly_bracket and "{" in line:
-            return Verdict("curly_bracket", None, split.text, measures)
+        rule = _c4_rule(line, rules, split.letters_per_word, is_suspect)
+        if rule in ("lorem_ipsum", "curly_bracket"):
+            return split.text, Verdict(rule, None, measures)
         if rule:
             measures[rule] = measures.get(rule, 0) + 1
             lost += len(split_words(line)) if line else 0
@@ -178,36 +167,33 @@ def c4(split: Split, rules: C4) -> Verdict:
         sentences += count_sentences(line)
         lines.append(line)
     measures |= {"sentences": sentences, "words": split.word_count - lost}
-    measures = split.telling(measures)
-    short = rules.min_sentences is not None and measures.get("sentences", rules.min_sentences) < rules.min_sentences
-    text = "\n".join(lines).strip()
-    return Verdict("min_sentences" if short else None, sentences if short else None, text, measures)
+    return "\n".join(lines).strip(), judge(split.telling(measures), rules)
 
 
-def _rule(line: str, rules: C4, letters_per_word: int) -> str | None:
-    """The rule on the form of a line that takes it out. Where a letter counts as a word, no word is long."""
+def _c4_rule(line: str, rules: C4, letters_per_word: int, is_suspect: bool) -> str | None:
+    """Name the rule that takes a line out or drops its page. Where a letter counts as a word, no word is long.
+
+    Few pages have any of the phrases; in the others, which are no suspects, they need not be looked for in each line.
+    """
     longest, least = rules.max_word_length, rules.min_words_per_line
     if letters_per_word > 1:
-        few = least is not None and len(split_words(line)) < least * letters_per_word
-        return "short_lines" if few else None
-    if longest is not None and len(line) > longest < max(map(len, line.split())):
+        if least is not None and len(split_words(line)) < least * letters_per_word:
+            return "short_lines"
+    elif longest is not None and len(line) > longest < max(map(len, line.split())):
         return "long_word_lines"
-    if rules.remove_unterminated_lines and (not line.endswith(C4_ENDS) or line.endswith("...")):
+    elif rules.remove_unterminated_lines and (not line.endswith(C4_ENDS) or line.endswith("...")):
         return "unterminated_lines"
-    if least is not None and len(line.split(None, least)) < least:
+    elif least is not None and len(line.split(None, least)) < least:
         return "short_lines"
-    return None
-
-
-def _phrase_rule(line: str, rules: C4) -> str | None:
-    """The rule on what a line, in lower case, says that takes it out or drops its page."""
-    if rules.drop_lorem_ipsum and LOREM_IPSUM in line:
-        return "lorem_ipsum"
-    if rules.remove_javascript_lines and JAVASCRIPT in line:
-        return "javascript_lines"
-    if rules.remove_policy_lines and any(policy in line for policy in POLICIES):
-        return "policy_lines"
-    return None
+    if is_suspect:
+        lowered = line.lower()
+        if rules.drop_lorem_ipsum and LOREM_IPSUM in lowered:
+            return "lorem_ipsum"
+        if rules.remove_javascript_lines and JAVASCRIPT in lowered:
+            return "javascript_lines"
+        if rules.remove_policy_lines and any(policy in lowered for policy in POLICIES):
+            return "policy_lines"
+    return "curly_bracket" if rules.drop_curly_bracket and "{" in line else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +245,7 @@ def gopher_repetition(split: Split, thresholds: GopherRepetition) -> Verdict:
     top, duplicate = _n_gram_characters(split)
     measures |= {f"top_{n}_gram_character_fraction": top[n] / characters for n in TOP_N_GRAMS}
     measures |= {f"duplicate_{n}_gram_character_fraction": duplicate[n] / characters for n in DUPLICATE_N_GRAMS}
-    return Verdict(*judge(measures, thresholds), split.text, measures)
+    return judge(measures, thresholds)
 
 
 def _n_gram_characters(split: Split) -> tuple[dict[int, int], dict[int, int]]:
@@ -357,7 +343,7 @@ def gopher_quality(split: Split, thresholds: GopherQuality, language: str = "en"
     words = int(counts[named].sum())
     measures: dict[str, float] = {"words": words // split.letters_per_word}
     if not words:
-        return Verdict(*judge(measures, thresholds), split.text, measures)
+        return judge(measures, thresholds)
     total, lines = len(split.words), len(split.lines)
     measures |= {
         "mean_word_length": float((counts * split.lengths)[named].sum() / words),
@@ -369,5 +355,4 @@ def gopher_quality(split: Split, thresholds: GopherQuality, language: str = "en"
     }
     if stop_words := STOP_WORDS.get(language):
         measures["stop_words"] = len(stop_words.intersection(map(str.lower, vocabulary)))
-    measures = split.telling(measures)
-    return Verdict(*judge(measures, thresholds), split.text, measures)
+    return judge(split.telling(measures), thresholds)

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from hashlib import blake2b
 from importlib.resources import files
 from ipaddress import ip_address
 from pathlib import Path
@@ -23,10 +24,10 @@ from llmkit.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
+Entries = tuple[str, str, Sequence[str]]  # category, kind, entries
 KINDS = ("domain", "url", "word", "soft", "part")
 LONGEST_URL = 2000  # characters looked at, and at most so many prefixes of it
 MOST_PREFIXES = 64
-_BATCH = 100_000  # entries hashed at a time: bounds the memory for it at about 60 MB
 _BOUNDARY = re.compile(r"[/?#&=;,.]|$")  # where an entry may end inside a URL
 _SCHEME = re.compile(r"^(?:[a-z][a-z0-9+.-]*:)?//", re.I)
 _PLAIN = re.compile(r"[a-z][a-z0-9_-]{0,62}(?:\.[a-z0-9_-]{1,63}){1,8}")
@@ -46,29 +47,22 @@ class UrlRules:
 class UrlFilter:
     """The lists and rules, ready for use; small to pickle."""
 
-    def __init__(self, entries: Iterable[tuple[str, str, Sequence[str]]], rules: UrlRules) -> None:
-        """Index (category, kind, entries), kinds as in KINDS; an entry of two categories belongs to the first."""
-        self.rules = rules
-        lists: dict[str, list[tuple[str, int]]] = {kind: [] for kind in KINDS}
-        numbers: dict[str, int] = {}
-        for category, kind, texts in entries:
-            number = numbers.setdefault(category, len(numbers))
-            lists[kind].extend((text, number) for text in texts)
-        self.categories = list(numbers)
-        self._domains = _HashTable(lists["domain"])
-        self._urls = _HashTable(lists["url"])
-        self._words, self._soft = dict(lists["word"]), dict(lists["soft"])
-        self._parts = dict(lists["part"])
-        self._part = re.compile("|".join(map(re.escape, self._parts)) or "(?!)")
-
-    @classmethod
-    def load(cls, blocklists: Sequence[str | Path] = (), rules: UrlRules | None = None) -> UrlFilter:
+    def __init__(self, blocklists: Sequence[str | Path] = (), rules: UrlRules | None = None) -> None:
         """Read UT1 folders (`category/{domains,urls}`, one category or a folder of them) and hosts files.
 
-        Each may be gzipped. Raises UserError where a list cannot be read or is none.
+        Each may be gzipped; an entry of two categories belongs to the first. Raises UserError where a list cannot be
+        read or is none.
         """
         rules = rules or UrlRules()
-        return cls(_all_entries(blocklists, rules), rules)
+        lists: dict[str, list[tuple[str, int]]] = {kind: [] for kind in KINDS}
+        numbers: dict[str, int] = {}
+        for category, kind, texts in _entries(blocklists, rules):
+            number = numbers.setdefault(category, len(numbers))
+            lists[kind].extend((text, number) for text in texts)
+        self.categories, self.fewest_soft = list(numbers), rules.min_soft_banned_words
+        self._domains, self._urls = _HashTable(lists["domain"]), _HashTable(lists["url"])
+        self._words, self._soft, self._parts = dict(lists["word"]), dict(lists["soft"]), dict(lists["part"])
+        self._part = re.compile("|".join(map(re.escape, self._parts)) or "(?!)")
 
     def reason(self, url: str | None) -> str | None:
         """Why the page is dropped, such as `blocked_domain:gambling`, or None."""
@@ -79,18 +73,16 @@ class UrlFilter:
             return f"blocked_domain:{self.categories[number]}"
         if (number := self._urls.find(_prefixes(host, path))) is not None:
             return f"blocked_url:{self.categories[number]}"
-        return self._word_reason(_NO_LETTER.split(host + path))
-
-    def _word_reason(self, words: list[str]) -> str | None:
+        words = _NO_LETTER.split(host + path)
         soft: dict[int, set[str]] = {}
         for word in words:
             if word in self._words:
                 return f"banned_word:{self.categories[self._words[word]]}"
             if word in self._soft:
                 soft.setdefault(self._soft[word], set()).add(word)
-        for category, different in soft.items():
-            if len(different) >= self.rules.min_soft_banned_words:
-                return f"soft_banned_words:{self.categories[category]}"
+        for number, different in soft.items():
+            if len(different) >= self.fewest_soft:
+                return f"soft_banned_words:{self.categories[number]}"
         if part := self._part.search("".join(words)):
             return f"banned_word:{self.categories[self._parts[part[0]]]}"
         return None
@@ -143,16 +135,21 @@ def _prefixes(host: str, path: str) -> list[str]:
 # ---- reading lists
 
 
-def _all_entries(blocklists: Sequence[str | Path], rules: UrlRules) -> Iterator[tuple[str, str, Sequence[str]]]:
+def _entries(blocklists: Sequence[str | Path], rules: UrlRules) -> Iterator[Entries]:
     if rules.own_blocklist:
-        yield from _own_entries()
+        for line in files("llmkit.crawl.filters").joinpath("blocklist.txt").read_text(encoding="utf-8").splitlines():
+            if line and not line.startswith("#"):
+                category, kind, *entries = line.split()
+                yield category, kind, [entry.removeprefix(".") for entry in entries]
     yield "custom", "word", [word.lower() for word in rules.banned_words]
     yield "custom", "soft", [word.lower() for word in rules.soft_banned_words]
     for path in map(Path, blocklists):
         if not path.is_dir():
             yield from _file_entries(path, path.name.removesuffix(".gz"), None)
             continue
-        lists = _lists_in(path)
+        folders = [path, *sorted(child for child in path.iterdir() if child.is_dir())]
+        names = ("domains", "urls", "domains.gz", "urls.gz")
+        lists = [folder / name for folder in folders for name in names if (folder / name).is_file()]
         if not lists:
             raise UserError(
                 f"{path}: expected a blocklist, a folder that holds `domains` or `urls` or folders of these, "
@@ -162,20 +159,7 @@ def _all_entries(blocklists: Sequence[str | Path], rules: UrlRules) -> Iterator[
             yield from _file_entries(file, file.parent.name, "domain" if file.name.startswith("domains") else "url")
 
 
-def _lists_in(folder: Path) -> list[Path]:
-    names = ("domains", "urls", "domains.gz", "urls.gz")
-    places = [folder, *sorted(child for child in folder.iterdir() if child.is_dir())]
-    return [parent / name for parent in places for name in names if (parent / name).is_file()]
-
-
-def _own_entries() -> Iterator[tuple[str, str, Sequence[str]]]:
-    for line in files("llmkit.crawl.filters").joinpath("blocklist.txt").read_text(encoding="utf-8").splitlines():
-        if line and not line.startswith("#"):
-            category, kind, *entries = line.split()
-            yield category, kind, [entry.removeprefix(".") for entry in entries]
-
-
-def _file_entries(path: Path, category: str, kind: str | None) -> Iterator[tuple[str, str, Sequence[str]]]:
+def _file_entries(path: Path, category: str, kind: str | None) -> Iterator[Entries]:
     """The entries of one file. Without a kind it is a hosts file, or holds a domain or a URL in each line."""
     tokens: list[str] = []
     for number, line in enumerate(_lines(path), 1):
@@ -241,15 +225,8 @@ class _HashTable:
     def __init__(self, items: list[tuple[str, int]]) -> None:
         import numpy as np
 
-        hashes = [
-            _hashes([text for text, _ in items[start : start + _BATCH]]) for start in range(0, len(items), _BATCH)
-        ]
-        joined = np.concatenate(hashes) if hashes else np.empty(0, np.uint64)
-        self._keys, first = np.unique(joined, return_index=True)
+        self._keys, first = np.unique(_hashes(text for text, _ in items), return_index=True)
         self._numbers = np.array([number for _, number in items], np.uint16)[first]
-
-    def __len__(self) -> int:
-        return len(self._keys)
 
     def find(self, texts: list[str]) -> int | None:
         """The number of the first of the texts that is in the table."""
@@ -261,25 +238,9 @@ class _HashTable:
         return int(self._numbers[places[hits[0]]]) if len(hits) else None
 
 
-def _hashes(texts: list[str]) -> np.ndarray:
-    """A 64-bit polynomial hash for each text: uint64, (texts,). All are hashed in one pass of numpy."""
+def _hashes(texts: Iterable[str]) -> np.ndarray:
+    """uint64 (texts,): 8 bytes of BLAKE2b each."""
     import numpy as np
 
-    encoded = [text.encode("utf-8", "replace") for text in texts]
-    lengths = np.fromiter(map(len, encoded), np.int64, len(encoded)) + 1  # the one behind marks the end
-    starts = np.cumsum(lengths) - lengths
-    values, powers = _hash_tables()
-    data = np.frombuffer(b"\0".join([*encoded, b""]), np.uint8)
-    position = np.arange(len(data)) - np.repeat(starts, lengths)
-    return np.add.reduceat(values[data] * powers[position], starts)
-
-
-@cache
-def _hash_tables() -> tuple[np.ndarray, np.ndarray]:
-    """A random number for each byte, and one for each position."""
-    import numpy as np
-
-    random = np.random.Generator(np.random.PCG64(20240601))
-    values = random.integers(0, 1 << 64, 256, np.uint64)
-    powers = random.integers(0, 1 << 63, 16 * LONGEST_URL, np.uint64) * np.uint64(2) + np.uint64(1)
-    return values, powers
+    digests = (blake2b(text.encode("utf-8", "replace"), digest_size=8).digest() for text in texts)
+    return np.fromiter((int.from_bytes(digest, "little") for digest in digests), np.uint64)
