@@ -12,16 +12,13 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from llmkit.kernels.attention import scaled_dot_product_attention
+from llmkit.kernels.cross_entropy import linear_cross_entropy
+from llmkit.kernels.linear import linear
+from llmkit.kernels.projections import qkv_rotary, swiglu_mlp
+from llmkit.kernels.rowwise import rms_norm
 from torch import Tensor
 
-from llmkit.kernels import (
-    linear,
-    linear_cross_entropy,
-    qkv_rotary,
-    rms_norm,
-    scaled_dot_product_attention,
-    swiglu_mlp,
-)
 from llmkit.model.devices import keep_freed_memory
 
 # rows, tokens a row, hidden, intermediate, heads, head size, vocabulary

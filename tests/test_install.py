@@ -62,7 +62,7 @@ def start(site: Path, folder: Path, *words: str) -> str:
 
 
 def test_it_starts_in_the_clone_and_elsewhere(site: Path, clone: Path, tmp_path: Path) -> None:
-    kernels = "import llmkit.kernels.triton as k; from llmkit.kernels import linear; print(k.__file__)"
+    kernels = "import llmkit.kernels.triton as k; from llmkit.kernels.linear import linear; print(k.__file__)"
     assert start(site, clone, "-c", kernels).strip() == str(clone / "kernels/triton/__init__.py")
     assert start(site, tmp_path, "-c", kernels).strip() == str(site / "llmkit/kernels/triton/__init__.py")
     for folder in (clone, tmp_path):

@@ -57,8 +57,7 @@ def main() -> int:
         options.model, options.batches, options.new, options.rounds = ["smoke"], [1, 2], 2, 1
     import torch
     from clock import Clock
-
-    from llmkit.kernels import backend
+    from llmkit.kernels.dispatch import backend
 
     if not options.smoke and not torch.cuda.is_available():
         print("generation.py: no GPU here; --smoke runs it on a CPU", file=sys.stderr)

@@ -46,12 +46,10 @@ def main() -> int:
     import torch
     from cases import Makers
     from clock import Clock
-    from llmkit.kernels.dispatch import triton_module
+    from llmkit.kernels.dispatch import backend, triton_module
     from measuring import markdown, measure
     from shapes import CANDIDATES, FULL, SMOKE, SMOKE_CANDIDATES
     from tuning import tune
-
-    from llmkit.kernels import backend
 
     device = "cpu" if options.smoke else "cuda"
     if not options.smoke and not torch.cuda.is_available():

@@ -81,8 +81,8 @@ def run(model: str, kernels: str, steps: int, seconds: float) -> dict:
 def work(name: str, kernels: str, steps: int) -> dict:
     import numpy as np
     import torch
+    from llmkit.kernels.dispatch import backend
 
-    from llmkit.kernels import backend
     from llmkit.model.config import ModelConfig
     from llmkit.model.transformer import Transformer
     from llmkit.training import setup

@@ -34,7 +34,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmkit.generation.step_graphs import CudaGraph, Record, StepGraphs, rounded_rows, rounded_seen
-from llmkit.kernels import attention_decode, backend, scaled_dot_product_attention
+from llmkit.kernels.attention import scaled_dot_product_attention
+from llmkit.kernels.decode import attention_decode
+from llmkit.kernels.dispatch import backend
 from llmkit.kernels.packed import can_pack, packed_linear
 from llmkit.model.narrow_weights import Weights, narrow_linear
 from llmkit.model.transformer import RotaryTable, Transformer
@@ -60,8 +62,6 @@ class Prefix:
 
 
 class _Layer:
-    """One layer's weights, as the decoder wants them."""
-
     def __init__(self, layer, weights: Weights) -> None:
         config = layer.config
         out, down = layer.out.detach(), layer.down.detach()

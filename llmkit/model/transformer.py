@@ -22,17 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llmkit.kernels import (
-    Branching,
-    Packing,
-    add_rms_norm,
-    linear,
-    linear_cross_entropy,
-    qkv_rotary,
-    rms_norm,
-    scaled_dot_product_attention,
-    swiglu_mlp,
-)
+from llmkit.kernels.attention import Branching, Packing, scaled_dot_product_attention
+from llmkit.kernels.cross_entropy import linear_cross_entropy
+from llmkit.kernels.linear import linear
+from llmkit.kernels.projections import qkv_rotary, swiglu_mlp
+from llmkit.kernels.rowwise import add_rms_norm, rms_norm
 from llmkit.model.config import ModelConfig, RopeScaling
 
 MULTIPLE = 64  # of rows, where the base kept it: 16-byte loads of the output matrix

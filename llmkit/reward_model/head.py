@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from llmkit.kernels import linear
+from llmkit.kernels.linear import linear
 from llmkit.model.config import ModelConfig
 from llmkit.model.folder import SCORE, SavedTensors, load_config, save_tensors
 from llmkit.model.transformer import Transformer

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmkit.data.batches import splitmix64
-from llmkit.kernels import Branching
+from llmkit.kernels.attention import Branching
 from llmkit.reward_model.comparisons import Candidates, ComparisonRows, evaluation_rows
 from llmkit.reward_model.head import RewardModel
 from llmkit.training.sharding import is_sharded

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from llmkit.data.batches import IGNORED
-from llmkit.kernels import Branching, linear_logprobs
+from llmkit.kernels.attention import Branching
+from llmkit.kernels.logprobs import linear_logprobs
 from llmkit.model.transformer import Transformer
 from llmkit.rl.algorithms import Algorithm
 from llmkit.rl.rollouts import Rollout

@@ -146,7 +146,7 @@ def run(config: PretrainConfig) -> Summary | None:
     from llmkit.data.batches import Batches, EvaluationBatches
     from llmkit.data.overlap import Overlap
     from llmkit.generation.generator import continue_text
-    from llmkit.kernels import backend
+    from llmkit.kernels.dispatch import backend
     from llmkit.model.devices import check_batch_memory, check_memory, choose_device, choose_dtype
     from llmkit.model.folder import load_config, load_model, save_model
     from llmkit.model.transformer import Transformer

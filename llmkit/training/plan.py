@@ -13,7 +13,7 @@ from typing import Any
 
 from llmkit.errors import UserError
 from llmkit.io.progress import counted, quantity
-from llmkit.kernels import backend
+from llmkit.kernels.dispatch import backend
 from llmkit.model.config import ModelConfig
 from llmkit.training import scaling
 from llmkit.training.scaling import Recipe

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llmkit.kernels.attention import attention_mask
+from llmkit.kernels.attention import Packing, attention_mask, scaled_dot_product_attention
 
-from llmkit.kernels import Packing, attention, scaled_dot_product_attention
+from llmkit.kernels import attention
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from llmkit.kernels.cross_entropy import linear_cross_entropy_reference
+from llmkit.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 
-from llmkit.kernels import linear_cross_entropy, logit_chunks
+from llmkit.kernels import logit_chunks
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from llmkit.kernels.decode import attention_decode_reference
+from llmkit.kernels.attention import scaled_dot_product_attention
+from llmkit.kernels.decode import attention_decode, attention_decode_reference
 
-from llmkit.kernels import attention_decode, fused_attention, scaled_dot_product_attention
+from llmkit.kernels import fused_attention
 
 SPLIT = 128  # keys a program takes in the interpreter
 

@@ -5,10 +5,9 @@ import sys
 
 import pytest
 import torch
-from llmkit.kernels.dispatch import triton_module
+from llmkit.kernels.dispatch import backend, triton_module
 
 from llmkit.errors import UserError
-from llmkit.kernels import backend
 
 
 @pytest.mark.parametrize("value", ["auto", "torch", ""])

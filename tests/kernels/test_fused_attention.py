@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from llmkit.kernels.attention import attention_mask, attention_reference
+from llmkit.kernels.attention import Packing, attention_mask, attention_reference, scaled_dot_product_attention
 
-from llmkit.kernels import Packing, fused_attention, scaled_dot_product_attention
+from llmkit.kernels import fused_attention
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 HALF = [torch.float16, torch.bfloat16]

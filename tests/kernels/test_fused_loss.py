@@ -4,11 +4,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from llmkit.kernels.cross_entropy import linear_cross_entropy_reference
+from llmkit.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from llmkit.kernels.dispatch import triton_module
-from llmkit.kernels.logprobs import linear_logprobs_reference
-
-from llmkit.kernels import linear_cross_entropy, linear_logprobs
+from llmkit.kernels.logprobs import linear_logprobs, linear_logprobs_reference
 
 pytestmark = [
     pytest.mark.usefixtures("interpreted"),

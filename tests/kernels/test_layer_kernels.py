@@ -3,10 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from llmkit.kernels.projections import qkv_rotary_reference
-from llmkit.kernels.rowwise import rms_norm_reference
-
-from llmkit.kernels import add_rms_norm, linear, qkv_rotary, rms_norm, swiglu, swiglu_mlp
+from llmkit.kernels.linear import linear
+from llmkit.kernels.projections import qkv_rotary, qkv_rotary_reference, swiglu_mlp
+from llmkit.kernels.rowwise import add_rms_norm, rms_norm, rms_norm_reference, swiglu
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
 DTYPES = list(TOLERANCE)

@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from llmkit.kernels.logprobs import linear_logprobs_reference
-
-from llmkit.kernels import linear_logprobs
+from llmkit.kernels.logprobs import linear_logprobs, linear_logprobs_reference
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
 

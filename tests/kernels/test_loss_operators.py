@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from llmkit.kernels.cross_entropy import linear_cross_entropy
+from llmkit.kernels.logprobs import linear_logprobs
 
-from llmkit.kernels import cross_entropy, linear_cross_entropy, linear_logprobs
+from llmkit.kernels import cross_entropy
 from llmkit.kernels import logprobs as logprobs_module
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from llmkit.kernels.attention import scaled_dot_product_attention
 from llmkit.kernels.dispatch import triton_module
+from llmkit.kernels.logprobs import linear_logprobs
 
 from llmkit.errors import UserError
-from llmkit.kernels import linear_logprobs, scaled_dot_product_attention
 
 FORWARD = {"block_m": 16, "block_n": 16, "num_warps": 4, "num_stages": 1}
 PRODUCT = {"block_n": 16, "block_v": 32, "block_d": 16, "split": 3, "num_warps": 4, "num_stages": 1}

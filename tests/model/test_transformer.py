@@ -6,9 +6,9 @@ from dataclasses import asdict
 import pytest
 import torch
 from families import FAMILIES, make, save, tokens
+from llmkit.kernels.cross_entropy import linear_cross_entropy
 
 from llmkit.errors import UserError
-from llmkit.kernels import linear_cross_entropy
 from llmkit.model.config import ModelConfig, RopeScaling
 from llmkit.model.transformer import Transformer
 
