@@ -34,7 +34,7 @@ ROOMS = {
     "training": (2500, 3100),
     "reward_model": (800, 820),
     "probing": (900, 980),
-    "rewards": (1400, 2220),
+    "rewards": (1400, 2160),
     "rl": (1350, 1660),
     "export": (600, 640),
     "stages": (2400, 3340),

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from llmkit.formats.problems import last_boxed
-from llmkit.rewards.number_context import ANNOUNCED, SENTENCE_END
+from llmkit.rewards.numbers import ANNOUNCED, SENTENCE_END
 
 MARK = re.compile("(?<!#)####(?!#)")
 # what follows #### in a heading rather than an answer: "Step 1", "Final Answer:" alone, "2. Compute"

@@ -10,30 +10,129 @@ r"""The number that a text gives as its answer, read without `eval` and compared
 Read are digits of any script, English number words where the statement has no digits, thousands and decimals by the
 conventions of several countries (1,000.5; 1.000.000,5; 1 000; 12,34,567; 1{,}000 in LaTeX), signs and "minus",
 scientific notation, fractions (3/4, 2 1/2, \frac{3}{4}, ½), currency before and percent, "million" or a unit after.
-number_context.py tells where a number is no statement.
+What stands around a number gives its sign, or makes it no statement (operand, bound, one of a list, denial): each of
+these patterns is tried on at most 200 characters before a number or 160 behind it. phrases.json has the words of
+several languages.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections import deque
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
+from pathlib import Path
 
-from llmkit.rewards.number_context import (
-    ANNOUNCED,
-    CURRENCY,
-    MINUS,
-    SENTENCE_END,
-    goes_on,
-    is_no_statement,
-    sign_before,
-)
 from llmkit.text.answer_spans import CURRENCIES, FACTORS, MEASURED, MEASURES, SMALL
 from llmkit.text.normalize import ROMAN, is_number, tokens
 
+MINUS = "\u2212\u2013-"  # the hyphen last, for classes of regexes
+CURRENCY = "$\u20ac\u00a3\u00a5\u20b9"
+ANY_CASE = re.IGNORECASE
+PHRASES: dict[str, list[str]] = json.loads(Path(__file__).with_name("phrases.json").read_text(encoding="utf-8"))
+ANY = {name: "|".join(phrases) for name, phrases in PHRASES.items()}
+
+# "the answer is (B)", "Answer: B", "The final answer is: B"; the last one counts
+ANNOUNCED = re.compile(
+    rf"(?:\banswer\**(?:\s+is\b(?!\s+not\b)|\s*[:=])|\bans\s*[.:=]|{ANY['the answer is']}"
+    rf"|\b(?:{ANY['answer']})(?:\s+(?:ist|est|es|\u00e8|\u00e9|is)\b|\s*:))[\s:*]*",
+    ANY_CASE,
+)
+SENTENCE_END = re.compile(r"[.!?](?:[\s*\"')]|\Z)|\n|[\u3002\uff01\uff1f]")
+
+WORD = rf"(?:minus|negative|plus|positive|moins|menos|meno)\b|{ANY['minus']}"
+SIGN = re.compile(rf"(?P<word>{WORD})|(?P<mark>[+{MINUS}])(?P<apart>[ \t]*)", ANY_CASE)
+# signs, currencies and brackets directly before a number
+LEAD = re.compile(rf"(?:(?:(?<![A-Za-z])(?:{WORD})|[+{MINUS}]|\\?[{CURRENCY}]|[(\[{{])[ \t]*)*\Z", ANY_CASE)
+NEGATIVE = re.compile(rf"minus|negative|moins|menos|meno|{ANY['minus']}|[{MINUS}]", ANY_CASE)
+# after these a sign apart from its number is one all the same
+STATES = re.compile(
+    rf"(?:[=:<>\u2248,(\[{{{CURRENCY}*\"'`&|]|\\approx|\b(?:is|are|was|were|equals?|be|gives?|gets?|ist|es|est))"
+    r"[ \t]*\Z",
+    ANY_CASE,
+)
+NUMERAL = r"one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|thirty|forty|fifty|hundred|thousand"
+# "ten minus 3": what a sign in words subtracts from
+OPERAND_OF_WORD = re.compile(rf"(?:[0-9)\]}}%]|\b[A-Za-z]|\b(?:{NUMERAL}))[ \t]*\Z", ANY_CASE)
+
+# what makes a number the operand of an expression that nobody has worked out, or the argument of a function
+OPERAND = re.compile(
+    r"(?:[\^\u00d7\u00f7\u00b7_\u221a\u221b\u00b1]|\\(?:times|cdot|div|pm|mp)|[0-9)]\s*x|[\w)\]}]\s*/|\+\s*/\s*-"
+    r"|(?<![A-Za-z])\\?(?:sqrt|log|ln|lg|sin|cos|tan|exp|overline|bar|square root of)\b)\s*[{(\[]?\s*\Z"
+    r"|[\w)\]}](?:\*{1,2}|\s+\*{1,2}\s+)\Z",  # **5** is bold, 9**5 is not
+    ANY_CASE,
+)
+# the argument of a function of one letter: f(3)
+APPLIED = re.compile(r"(?<![A-Za-z\\])[A-Za-z]\([ \t]*\Z|(?<!\|)\|[-\u2212]\Z")
+# an operator, power, factorial or variable directly behind: 3 * x, 10^6, 5!, 2x
+OPERATED = re.compile(
+    r"\s*(?:[\^\u00d7\u00f7\u00b7\u03c0\u221a\u00b1]|\\(?:times|cdot|div|pi|sqrt|pm|mp|theta|alpha)\b)|[xX][0-9]"
+    r"|\s+(?:minus|plus|divided by)\b"
+    r"|[\u00b2\u00b3\u2070-\u2079]|(?:\*{1,2}|\s+\*{1,2}\s+)[\w(]|!(?![\s\"')*]|\Z)"
+    r"|\s*[xyzn](?![A-Za-z'])(?=\s*(?:[-+=^*/)}\]$.,]|\Z))"
+)
+# one of several: "4 or 5", "from 4 to 5", "x = 4 or x ="
+LISTED = re.compile(
+    r"[0-9%]\$?(?:[ \t]*[,;|&][ \t]*(?:or|and)?"
+    r"|[ \t]+(?:or|and|nor|and/or|/|to|through|vs\.?|versus|until)|[ \t])[ \t]*\Z"
+    rf"|[0-9]\s?(?:{ANY['or']})\s?\Z"
+    r"|[0-9]\S{0,12} or (?:maybe|perhaps|possibly|even|it is) \Z"
+    r"|\b([A-Za-z])\s*=[^=\n]{1,25}?(?:,|;|\bor\b|\band\b)[\s$]*\1\s*=[\s$]*\Z"
+    r"|\b(?:from|between)\s[^.\n]{0,40}[0-9][^.\n]{0,15}\s(?:to|and)\s+\Z",
+    ANY_CASE,
+)
+# another number follows: ", 5", "or 5", "to 5", "+ 5"
+GOES_ON = re.compile(
+    rf"\$?\s*(?:[,;/&|+*{MINUS}]|\\(?:times|cdot|div|text)|(?:or|and|to|through|vs\.?|versus|plus|minus|times)\b)"
+    rf"\s*(?:(?:or|and|maybe|perhaps|even)\s+)?[-(]?[{CURRENCY}]?\s*[0-9]",
+    ANY_CASE,
+)
+
+# a limit before the number: "> 5", "more than 5", "at least 5", "is over 5"; or behind it: "5 or more", "5+"
+BOUND = re.compile(
+    r"(?:[^\s=>-][ \t]*>=?|(?:\A|\s)>=?\Z|<=?|[\u2264\u2265\u226a\u226b]"
+    rf"|\\(?:leq?|geq?|lt|gt|leqslant|geqslant|ll|gg)\b|\b(?P<words>{ANY['bounds']})"
+    rf"|{ANY['bounds without spaces']})[\s*\"'(]*\Z",
+    ANY_CASE,
+)
+BOUND_BEHIND = re.compile(
+    rf"\s*(?P<words>{ANY['bounds behind']})\b|\s*(?:{ANY['bounds behind without spaces']})|\+(?!\s*[\w(])", ANY_CASE
+)
+
+# a denial before it, with up to four filler words between: "is not equal to 5", "the wrong answer is 5"
+DENIED = re.compile(
+    rf"(?:(?:\b(?:{ANY['denials']})\b|n['\u2019]t\b|\u2260|!=|\\neq?\b|<>)"
+    rf"(?:[\s*\"'(]+(?:{ANY['between a denial and its number']})){{0,4}}"
+    r"|\b(?:wrong|incorrect|mistaken|false) (?:answer|result|value|number|solution|guess|option|choice)\s+"
+    r"(?:is|was|would be|might be|:|=)"
+    r"|\bmistake (?:is|was|would be)(?: to (?:say|think|answer|get|write|take))?"
+    rf"|{ANY['denials without spaces']})[\s*\"'(:=$]*\Z",
+    ANY_CASE,
+)
+RIGHT = r"(?:right|correct|true|the (?:right |correct )?answer|it|possible|valid)\b"
+# a denial behind it: "5 is wrong", "5 cannot be right", "5 is too many"
+DENIED_BEHIND = re.compile(
+    r"[\s*\"'`)\]$]*(?:(?:is|was|would be|seems|looks)\s+(?:clearly |definitely |certainly |also |just |simply )?"
+    rf"(?:not {RIGHT}|wrong\b|incorrect\b|false\b|impossible\b|too (?:many|few|much|little|big|small|high|low|large)\b)"
+    rf"|(?:is|was)n['\u2019]?t {RIGHT}|can(?:not|['\u2019]t) be {RIGHT}|{ANY['denials behind']})",
+    ANY_CASE,
+)
+# doubt or a correction behind it: "5?", "5. Wait", "5, but that is not right"
+TAKEN_BACK = re.compile(
+    r"[^?.!\n]{0,20}\?|.{0,60}?(?:\b(?:(?:that|this|it|which)(?:['\u2019]s| is| was)|they(?:['\u2019]re| are| were))\s+"
+    r"(?:clearly |actually |certainly )?"
+    rf"(?:wrong|incorrect|false|not {RIGHT})|\bwait\b"
+    r"|\b(?:no|nope|oops|hmm+)\b[^\w\n]{1,3}"
+    r"(?:(?:it|that|this)(?:['\u2019]s| is) |make (?:it|that) |the answer is )?[-$]?[0-9]"
+    r"|\b(?:actually|sorry|correction|i mean[t]?)\b[^0-9]{0,40}[0-9]"
+    r"|\b(?:but|except that) (?:it|that|this|there) ?(?:is|are|was|were)(?:n['\u2019]t| not)\b)",
+    ANY_CASE | re.DOTALL,
+)
+# "would be 5", which an "if" behind makes a supposition
+SUPPOSED = re.compile(r"\b(?:would|could|might) (?:be|have been) [\s*\"'(]*\Z", ANY_CASE)
 # ten digits beyond what a double holds; whole numbers are compared exactly
 TOLERANCE = Fraction(1, 10**6)
 LONGEST = 400  # characters of one number: more is nobody's answer, and integers of many digits cost their square
@@ -92,7 +191,10 @@ LATEX = (
     (r"(?<=[0-9])(?:\{,\}|,\\!|\\,(?=[0-9]{3})|[\u00a0\u2009\u202f'\u2019_](?=[0-9]{3}(?![0-9])))", ","),
     # 1 000 and 1 000 000, but no longer row of numbers
     (r"(?<![0-9.,])(?<![0-9.,] )([1-9][0-9]{0,2}) ([0-9]{3})(?: ([0-9]{3}))?(?![0-9]| [0-9])", r"\1\2\3"),
-    (r"(?<=10)[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]{1,4}", lambda found: "^" + _normal(found[0])),
+    (
+        r"(?<=10)[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]{1,4}",
+        lambda found: "^" + unicodedata.normalize("NFKC", found[0]),
+    ),
     # per second: m s^{-1}
     (
         r"(?<=[A-Za-z])(?:\s|\\[,;: ]|\\cdot|\u00b7|~){1,3}(s|h|min)(?:\^\{?[-\u2212][12]\b\}?|\u207b[\u00b9\u00b2])",
@@ -131,6 +233,57 @@ SCALES = {
     "thousand": 10**3, "k": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
     "\u4e07": 10**4, "\u842c": 10**4, "\ub9cc": 10**4, "\u4ebf": 10**8, "\u5104": 10**8, "\uc5b5": 10**8,
 }  # fmt: skip
+
+
+def sign_before(before: str, alone: bool) -> tuple[bool, int] | None:
+    """True if a number is negative, and where its signs, currencies and brackets begin in the text before it.
+
+    None where the sign is an operator. alone: there is nothing else, so a hyphen is no bullet.
+    """
+    lead = LEAD.search(before)
+    assert lead is not None
+    start = lead.start()
+    signs = list(SIGN.finditer(lead[0]))
+    if not signs:
+        return False, start
+    head = before[: start + signs[0].start()]
+    first = signs[0]
+    if first["word"]:
+        if OPERAND_OF_WORD.search(head):
+            return None
+    elif re.search(r"[0-9)\]}%][ \t]*\Z|[\w.!]\Z", head):  # 10 - 7, x-7, Covid-19
+        return None
+    elif first["apart"]:
+        line = head.rpartition("\n")[2]
+        if not line.strip():
+            if not alone:  # a bullet
+                signs = signs[1:]
+        elif not STATES.search(head):
+            return None
+    negative = sum(NEGATIVE.fullmatch(one["word"] or one["mark"]) is not None for one in signs) % 2 == 1
+    return negative, len(head)
+
+
+def is_no_statement(head: str, before: str, after: str, asked: str) -> bool:
+    """True if a number is denied, bounded, taken back, one of several or part of an expression.
+
+    head    what stands before its signs, currencies and brackets
+    before  what stands before the number
+    """
+    for bound in (BOUND.search(head), BOUND_BEHIND.match(after)):
+        if bound and not (bound["words"] and bound["words"].casefold() in asked.casefold()):
+            return True
+    if SUPPOSED.search(head) and re.match(r"[^.\n]{0,20}\b(?:if|were|had)\b", after):
+        return True
+    return bool(
+        OPERAND.search(head)
+        or APPLIED.search(before)
+        or OPERATED.match(after)
+        or LISTED.search(head)
+        or DENIED.search(head)
+        or DENIED_BEHIND.match(after)
+        or TAKEN_BACK.match(after)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,12 +335,12 @@ def announced_number(text: str, asked: str = "") -> Number | None:
     for found in RUN.finditer(plain, start, min(stop, start + 1000)):
         if len(re.findall(r"[^\W\d_]+", plain[start : found.start()])) > 3:
             return None
-        rest = plain[found.end() : found.end() + AFTER]
+        rest, sentence = plain[found.end() : found.end() + AFTER], plain[found.end() : stop]
         number = _number(plain, found, asked)
-        if number is not None and not goes_on(rest, plain[found.end() : stop]):
+        if number is not None and not GOES_ON.match(rest) and not re.match(r"[^,.;]{0,40}=", sentence):
             begins = not plain[: places[0].start()].strip(" \t\r\n*#")
-            return None if begins and len(plain[found.end() : stop].split()) > 3 and RUN.search(plain, stop) else number
-        if "=" not in plain[found.end() : stop]:
+            return None if begins and len(sentence.split()) > 3 and RUN.search(plain, stop) else number
+        if "=" not in sentence:
             return None
         start = plain.rindex("=", found.end(), stop)
     return None
@@ -307,10 +460,6 @@ def _han(text: str) -> int:
     return total + part
 
 
-def _normal(text: str) -> str:
-    return unicodedata.normalize("NFKC", text)
-
-
 def _is_unit(text: str) -> bool:
     """True if what stands behind a number is a scale, a unit or what is counted: words in small letters, or none."""
     rest = text[scale.end() :] if (scale := SCALE.match(text)) else text
@@ -355,17 +504,18 @@ def _number(text: str, found: re.Match[str], asked: str, alone: bool = False) ->
         whole, before = int(mixed[0]), before[: mixed.start()]
     alone = alone or not (text[: found.start()].strip(f" {CURRENCY}{MINUS}") or after.strip(" .$\n"))
     signed = sign_before(before, alone)
-    if signed is None or is_no_statement(before[: signed.start], before, after, asked):
+    if signed is None or is_no_statement(before[: signed[1]], before, after, asked):
         return None
+    negative, start = signed
     value = _value(found["run"])
     if value is None:
         return None
     scale = SCALE.match(after) if found["percent"] is None else None
     factor = SCALES[scale[0].strip().lower().removesuffix("s")] if scale else 1
     value = (value + whole) * factor
-    currency = next((sign for sign in before[max(0, signed.start - 4) :] if sign in CURRENCY), "")
+    currency = next((sign for sign in before[max(0, start - 4) :] if sign in CURRENCY), "")
     unit = currency or _unit(after[scale.end() :] if scale else after)
-    return Number(-value if signed.negative else value, found["percent"] is not None, factor, unit)
+    return Number(-value if negative else value, found["percent"] is not None, factor, unit)
 
 
 def _value(run: str) -> Fraction | None:

@@ -24,7 +24,7 @@ EXEMPT = {
     "llmkit.generation.terminal",  # the same
     "llmkit.text.answer_spans",  # by way of matching
     "llmkit.training.checkpoint",  # names of files
-    "llmkit.rewards.number_context",  # by way of numbers
+    "llmkit.rewards.numbers",  # by way of numbers
     "llmkit.rewards",
     "llmkit.io.run_folder",  # steps of checkpoints
     "llmkit.stages.crawl_filter",
