@@ -95,24 +95,16 @@ class PairQueue:
                 counts = counts[counts >= self.threshold]
             if len(self.front) or self.threshold <= at_least:
                 break
-            self._lower_threshold(at_least)
+            every = self.count[: self.size]
+            waiting = np.flatnonzero((every >= at_least) & (every < self.threshold))
+            cut = len(waiting) - FRONT
+            self.threshold = int(np.partition(every[waiting], cut)[cut]) if cut > 0 else at_least
+            self.front = waiting[every[waiting] >= self.threshold]
         least = at_least
         if size < len(counts):  # sort no more than needed
             least = max(least, np.partition(counts, len(counts) - size)[len(counts) - size])
         pairs = self.front[counts >= least]
         return pairs[rank_order(self.count[pairs], self.key[pairs])][:size]
-
-    def _lower_threshold(self, at_least: int) -> None:
-        counts = self.count[: self.size]
-        waiting = np.flatnonzero((counts >= at_least) & (counts < self.threshold))
-        cut = len(waiting) - FRONT
-        self.threshold = int(np.partition(counts[waiting], cut)[cut]) if cut > 0 else at_least
-        self.front = waiting[counts[waiting] >= self.threshold]
-
-    def places(self, pairs: Ints) -> list[NDArray]:
-        """The positions noted for each pair; it may have gone from some of them since."""
-        bounds = zip(self.start[pairs].tolist(), self.stop[pairs].tolist(), strict=True)
-        return [self.positions[start:stop] for start, stop in bounds]
 
 
 def _grown(array: NDArray, size: int) -> NDArray:
@@ -217,15 +209,10 @@ class _Trainer:
         self.weight[1:] = np.repeat(counts, lengths + 1)
 
         self.token_count = np.zeros(len(self.token_length), np.int64)  # below 2**53, bincount's floats are exact
-        by_id = np.bincount(self.symbol + 1, self.weight, minlength=257)
-        self.token_count[:256] = by_id[1:]
+        self.token_count[:256] = np.bincount(self.symbol + 1, self.weight, minlength=257)[1:]
 
         self.queue = PairQueue(np.int32 if len(inside) < 2**31 else np.int64)
         self.pair_at = np.full(len(inside), NO_PAIR, np.int32)
-        self._file_pairs_of_bytes()
-        self.round_of_pair = np.full(self.queue.size + 1, NO_PAIR, np.int32)  # scratch; the last is for NO_PAIR
-
-    def _file_pairs_of_bytes(self) -> None:
         left, right = self.symbol[:-1], self.symbol[1:]
         position = np.flatnonzero((left != GAP) & (right != GAP)).astype(self.queue.positions.dtype)
         both = (left[position] * 256 + right[position]).astype(np.uint16)
@@ -235,9 +222,9 @@ class _Trainer:
         start = _group_starts(both)
         lengths = np.diff(start, append=len(both))
         first = both[start].astype(np.int64)
-        counts = _sums(self.weight[position], start)
-        ids = self.queue.file(first // 256 << 32 | first % 256, counts, lengths, position)
+        ids = self.queue.file(first // 256 << 32 | first % 256, _sums(self.weight[position], start), lengths, position)
         self.pair_at[position] = np.repeat(ids.astype(np.int32), lengths)
+        self.round_of_pair = np.full(self.queue.size + 1, NO_PAIR, np.int32)  # scratch; the last is for NO_PAIR
 
     def step(self) -> int:
         """Merge the next batch; return how many merges it was, 0 at the end."""
@@ -260,7 +247,13 @@ class _Trainer:
     def _merge(self, top: Ints, pairs: Ints) -> int:
         """Merge as many of the top pairs (ids: pairs[:, 0], pairs[:, 1]) as are certain, at least one."""
         base = len(self.tokens)
-        occurrences = self._find(top, pairs)
+        start, stop = self.queue.start[top], self.queue.stop[top]
+        noted = [self.queue.positions[i:j] for i, j in zip(start.tolist(), stop.tolist(), strict=True)]
+        position, round_ = np.concatenate(noted).astype(np.int64), np.repeat(np.arange(len(top)), stop - start)
+        there = self.pair_at[position] == top[round_]  # a pair may have gone from there since
+        position, round_ = position[there], round_[there]
+        second = position + self.token_length[pairs[round_, 0]]
+        occurrences = _Occurrences(position, second, second + self.token_length[pairs[round_, 1]], round_)
         if pairs[0, 0] == pairs[0, 1]:
             occurrences = occurrences.where(_every_other(occurrences, int(self.token_length[pairs[0, 0]])))
         else:
@@ -290,19 +283,13 @@ class _Trainer:
         self.queue.count[top[:rounds]] = 0
         self.pair_at[occurrences.position] = NO_PAIR
         self.pair_at[occurrences.second] = NO_PAIR
-        self._file(changes, start, rounds)
+        gain = changes.weight > 0
+        sums, gains = _sums(changes.weight, start), _sums(gain, start)
+        ids = self.queue.file(changes.key[start], sums, gains, changes.position[gain])
+        stays = gain & (changes.until >= rounds)
+        pair = np.repeat(ids, np.diff(start, append=len(changes.key)))
+        self.pair_at[changes.position[stays]] = pair[stays]
         return rounds
-
-    def _find(self, top: Ints, pairs: Ints) -> _Occurrences:
-        """Where the pairs stand now, by round, then by position as noted."""
-        places = self.queue.places(top)
-        round_ = np.repeat(np.arange(len(top)), [len(positions) for positions in places])
-        position = np.concatenate(places).astype(np.int64)
-        there = self.pair_at[position] == top[round_]
-        position, round_ = position[there], round_[there]
-        lengths = self.token_length[pairs]
-        second = position + lengths[round_, 0]
-        return _Occurrences(position, second, second + lengths[round_, 1], round_)
 
     def _without_overlaps(self, occurrences: _Occurrences, top: Ints) -> tuple[_Occurrences, Ints]:
         """The longest prefix of the batch in which no occurrence overlaps another."""
@@ -374,16 +361,6 @@ class _Trainer:
         before[order] = np.cumsum(order < len(top))
         turn = np.maximum(before[len(top) :], created_in[rival] + 1)
         return min(len(top), int(turn.min()))
-
-    def _file(self, changes: _Changes, start: Ints, rounds: int) -> None:
-        """File the pairs that the batch made, and name them in the text."""
-        gain = changes.weight > 0
-        ids = self.queue.file(
-            changes.key[start], _sums(changes.weight, start), _sums(gain, start), changes.position[gain]
-        )
-        stays = gain & (changes.until >= rounds)
-        pair = np.repeat(ids, np.diff(start, append=len(changes.key)))
-        self.pair_at[changes.position[stays]] = pair[stays]
 
 
 def _every_other(occurrences: _Occurrences, step: int) -> NDArray[np.bool_]:
