@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from llmkit.io import pool
-from llmkit.tokenizer import template_worker
 
 
 def held(pid: int) -> bool:
@@ -21,21 +20,13 @@ def held(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc here")
-@pytest.mark.parametrize("kind", ["pool", "template"])
-def test_a_process_that_we_start_never_sees_ctrl_c(kind: str) -> None:
+def test_a_process_that_we_start_never_sees_ctrl_c() -> None:
     """One that was still importing ended with a traceback between our messages."""
-    if kind == "pool":
-        child = pool.Child(dict)
-        close = child.close
-    else:
-        child = template_worker.Renderer("{{ messages }}")
-        child._start()
-        close = child._process.kill
+    child = pool.Child(dict)
     try:
-        process = child.process if hasattr(child, "process") else child._process
-        assert held(process.pid)
+        assert held(child.process.pid)
     finally:
-        close()
+        child.close()
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 

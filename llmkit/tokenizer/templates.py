@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ from llmkit.errors import UserError
 from llmkit.formats.conversations import Conversation, Message, message
 from llmkit.tokenizer.chat import LOSSES, ChatFormat, Encoded, has_own_template
 from llmkit.tokenizer.encoding import RESERVED, THOUGHTS, Tokenizer
-from llmkit.tokenizer.template_worker import Renderer, TemplateFault, renderer
+from llmkit.tokenizer.template_worker import TemplateFault, renderer
 
 # Noncharacters of Unicode, which no text has to say. BREAK stands in text that spells a special token, BEGIN and END
 # about each message, CUT where an answer is asked for.
@@ -59,7 +59,7 @@ class TemplateFormat(ChatFormat):
         self._names = {key: value for key, value in texts.items() if value is not None}  # null is undefined
         self.end_id, self._ended = self._end()
 
-    def _renderer(self) -> Renderer:
+    def _renderer(self) -> Callable[..., str]:
         try:
             return renderer(portable_template(self._tokenizer.chat_template or ""))
         except TemplateFault as error:
@@ -147,7 +147,7 @@ class TemplateFormat(ChatFormat):
         # transformers gives both, and a template may ask whether they are defined
         given = {"messages": turns, "tools": None, "documents": None, "add_generation_prompt": prompt}
         try:
-            return self._template.ask(given | self._names)
+            return self._template(given | self._names)
         except TemplateFault as error:
             turn = f"turn {len(messages)} ({messages[-1].role})" if messages else "no turn"
             verb = "refuses this" if error.refused else "fails"
