@@ -63,10 +63,9 @@ class Summary:
 def run(config: TrainBpeConfig) -> Summary | None:
     """Load, count, merge, save, summarise. Raises UserError for the user's mistakes, before anything is written."""
     from llmkit.tokenizer import folder, report
-    from llmkit.tokenizer.corpus import Corpus
+    from llmkit.tokenizer.corpus import Corpus, count_pieces
     from llmkit.tokenizer.merges import train_merges
     from llmkit.tokenizer.patterns import find_pattern
-    from llmkit.tokenizer.piece_counts import count_pieces
 
     # load
     started = time.monotonic()

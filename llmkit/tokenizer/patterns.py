@@ -10,7 +10,7 @@ runs at 4 MB/s. But in the four patterns known by name a piece always ends
 
 and no alternative looks back, or ahead except after white space. So text may be cut at these places, and each cut-out
 *chunk* has the pieces that it has within the text. English has one chunk per 5 bytes and the same ones again and again:
-the pattern has to look at each only once (piece_counts.py).
+the pattern has to look at each only once (corpus.py).
 """
 
 from __future__ import annotations

@@ -302,7 +302,7 @@ def tokenizer_readers() -> dict[str, Reader]:
     from tiny import save_tokenizer
 
     from llmkit.formats.conversations import message
-    from llmkit.tokenizer import corpus, patterns, piece_counts, templates
+    from llmkit.tokenizer import corpus, patterns, templates
     from llmkit.tokenizer.chat import CHAT_SPECIALS
     from llmkit.tokenizer.encoding import load_tokenizer
 
@@ -314,8 +314,8 @@ def tokenizer_readers() -> dict[str, Reader]:
 
     def counted(name: str) -> Reader:
         def read(text: str) -> None:
-            counter = piece_counts.PieceCounter(patterns.find_pattern(name))
-            counter.add(octets(text.encode("utf-8", "replace").decode()) + piece_counts.END)
+            counter = corpus.PieceCounter(patterns.find_pattern(name))
+            counter.add(octets(text.encode("utf-8", "replace").decode()) + corpus.END)
             counter.result()
 
         return read
@@ -339,9 +339,9 @@ def tokenizer_readers() -> dict[str, Reader]:
     return {
         "tokenizer of a chat": chatted,
         "tokenizer streaming": streamed,
-        "piece_counts gpt2": counted("gpt2"),
-        "piece_counts gpt4": counted("gpt4"),
-        "piece_counts llama3": counted("llama3"),
+        "pieces gpt2": counted("gpt2"),
+        "pieces gpt4": counted("gpt4"),
+        "pieces llama3": counted("llama3"),
         "corpus.plain_text": plain,
         "templates.portable_template": templates.portable_template,
     }

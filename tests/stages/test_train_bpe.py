@@ -219,9 +219,9 @@ def test_a_script_without_a_main_guard_may_train_in_several_processes(corpus: Pa
     script = f"""
 from functools import partial
 from llmkit.stages.train_bpe import TrainBpeConfig, run
-from llmkit.tokenizer import corpus, piece_counts
+from llmkit.tokenizer import corpus
 corpus.BLOCK = 4000  # so that there is more than one
-piece_counts.count_pieces = partial(piece_counts.count_pieces, processes=2, alone=1)
+corpus.count_pieces = partial(corpus.count_pieces, processes=2, alone=1)
 run(TrainBpeConfig(inputs=({str(corpus)!r},) * 3, out={str(tmp_path / "tok")!r}, vocab_size=320, quiet=True))
 """
     (tmp_path / "train.py").write_text(script)
@@ -234,10 +234,10 @@ def test_a_process_that_dies_while_it_counts_is_told_in_one_line(corpus: Path, t
 from functools import partial
 from llmkit.__main__ import main
 from llmkit.io import pool
-from llmkit.tokenizer import corpus, piece_counts
+from llmkit.tokenizer import corpus
 corpus.BLOCK = 4000  # so that there is more than one
-piece_counts.count_pieces = partial(piece_counts.count_pieces, processes=2, alone=1)
-pool.CHILD = pool.CHILD.replace("serve(make)", "import os; os.kill(os.getpid(), 9)")
+corpus.count_pieces = partial(corpus.count_pieces, processes=2, alone=1)
+pool.CHILD = "import os; os.kill(os.getpid(), 9)"
 main()
 """
     words = ["train-bpe", corpus, corpus, corpus, "-o", tmp_path / "tok", "--vocab-size", "320", "--quiet"]

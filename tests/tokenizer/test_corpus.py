@@ -13,9 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkit.errors import UserError
-from llmkit.tokenizer.corpus import Corpus, plain_text
+from llmkit.tokenizer.corpus import END, Corpus, plain_text
 from llmkit.tokenizer.patterns import find_pattern
-from llmkit.tokenizer.piece_counts import END
 
 QWEN2 = find_pattern("qwen2")
 

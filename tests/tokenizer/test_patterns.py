@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from llmkit.errors import UserError
 from llmkit.io.jsonl import read_jsonl
-from llmkit.tokenizer import piece_counts
+from llmkit.tokenizer import corpus
+from llmkit.tokenizer.corpus import END, PieceCounter, count_pieces
 from llmkit.tokenizer.merges import train_merges
 from llmkit.tokenizer.patterns import NAMES, PATTERNS, Pattern, find_pattern
-from llmkit.tokenizer.piece_counts import END, PieceCounter, count_pieces
 
 GAPS = r"[a-z]+|\d"  # leaves gaps, which are pieces too
 # What the patterns treat differently, and what is easily mistaken for it.
@@ -69,9 +69,9 @@ def test_every_two_and_three_ascii_characters(name: str) -> None:
 def test_slices_and_early_cutting_change_nothing(texts: list[str], name: str, size: int) -> None:
     pattern = find_pattern(name)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(piece_counts, "SLICE", size)
-        patch.setattr(piece_counts, "KEPT_BYTES", size)
-        patch.setattr(piece_counts, "PENDING", size)
+        patch.setattr(corpus, "SLICE", size)
+        patch.setattr(corpus, "KEPT_BYTES", size)
+        patch.setattr(corpus, "PENDING", size)
         assert counted(texts, pattern) == hf_pieces(texts, pattern.regex)
 
 
