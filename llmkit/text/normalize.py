@@ -21,18 +21,25 @@ import sys
 import unicodedata
 from decimal import Context, Decimal
 from fractions import Fraction
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llmkit.text.words import MARKS, UNSPACED
+
 ARTICLES = {"a", "an", "the"}
-SPACELESS = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
 SPELLINGS = str.maketrans({**dict.fromkeys("\u2018\u2019\u02bc\u00b4`", "'"), "\u0131": "i"})  # dotless i: Turkish
 ACCENTS = re.compile("[\u0300-\u036f]")
 INITIALS = re.compile(r"(?:\b[^\W\d_]\.[ ]?){2,}")  # U.S., J. K.
 ROMAN = re.compile(r"(?=[IVXLC]{2}|[VX])(?:C{0,3}|XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})")
 
 KNOWN: dict[str, Any] = json.loads(Path(__file__).with_name("matching.json").read_text(encoding="utf-8"))
+PIECE = re.compile(
+    r"(?P<number>(?:(?<![\w)\]])[-\u2212])?(?:(?:\d{1,9} )?(?<![/\d])\d{1,9}[/\u2044][1-9]\d{0,2}(?![/\d])"
+    r"|(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?))(?:(?:st|nd|rd|th)\b|(?P<scale>[kKMB]|mn|bn)\b)?"
+    rf"|(?P<percent>%)|(?P<character>[{UNSPACED}])"
+    rf"|(?P<word>(?:[^\W\d_{UNSPACED}][{MARKS}]*)+(?:'[^\W\d_]+)*"
+    r"(?:\+{1,2}|#|(?<=\b\w)[-\u2212](?!\w))?)"  # C++, C#, A+ and A- are other words than C and A
+)
 LONGEST_NUMBER, LARGEST = 100, 10**60  # characters; in words
 ISO_DATE = re.compile(r"(?<![\d-])(\d{4})-(0[1-9]|1[0-2])-([0-3]\d)(?![\d-])")
 DOTTED_DATE = re.compile(r"(?<![\d.])([0-3]?\d)\.(0?[1-9]|1[0-2])\.(\d{4})(?![\d.])")
@@ -91,7 +98,7 @@ def tokens(text: str) -> list[Token]:
     text = re.sub(r"\b(?:kph|kmh|kmph)\b", "km/h", re.sub(r"\bmph\b", "mi/h", text))
     text = DOTTED_DATE.sub(lambda match: f"{int(match[1])} {MONTHS[int(match[2]) - 1]} {match[3]}", text)
     text = ISO_DATE.sub(lambda match: f"{int(match[3])} {MONTHS[int(match[2]) - 1]} {match[1]}", text)
-    matches = list(_pattern().finditer(text))
+    matches = list(PIECE.finditer(text))
     pieces = [_piece(match) for match in matches]
     result: list[Token] = []
     at = last = 0
@@ -100,8 +107,10 @@ def tokens(text: str) -> list[Token]:
         value, end = _number_at(pieces, at + sign)
         sign &= end > at + 1
         # a number in words, or digits and a scale, is one word; so is "minus 5"
-        word = _value(-value if sign else value) if end > at + sign else _singular(pieces[at])
-        end = end if end > at + sign else at + 1
+        if end > at + sign:
+            word = _value(-value if sign else value)
+        else:
+            word, end = re.sub(r"(?<=..[^s])s\Z", "", pieces[at]), at + 1  # a plural's
         following = pieces[end] if end < len(pieces) else ""
         if word in MONTH_OF or word == "march":
             beside = is_number(following) or any(is_number(token.word) for token in result[-1:])
@@ -127,20 +136,7 @@ def is_sign(text: str) -> bool:
 
 def is_spaceless(word: str) -> bool:
     """True if a word is a character of a script without spaces."""
-    return re.fullmatch(f"[{SPACELESS}]", word) is not None
-
-
-@cache
-def _pattern() -> re.Pattern[str]:
-    # vowel signs of Indic and other scripts, which \w leaves out: without them words that differ become equal
-    marks = "".join(chr(code) for code in range(0x370, 0x11000) if unicodedata.category(chr(code))[0] == "M")
-    return re.compile(
-        r"(?P<number>(?:(?<![\w)\]])[-\u2212])?(?:(?:\d{1,9} )?(?<![/\d])\d{1,9}[/\u2044][1-9]\d{0,2}(?![/\d])"
-        r"|(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?))(?:(?:st|nd|rd|th)\b|(?P<scale>[kKMB]|mn|bn)\b)?"
-        rf"|(?P<percent>%)|(?P<character>[{SPACELESS}])"
-        rf"|(?P<word>(?:[^\W\d_{SPACELESS}][{marks}]*)+(?:'[^\W\d_]+)*"
-        r"(?:\+{1,2}|#|(?<=\b\w)[-\u2212](?!\w))?)"  # C++, C#, A+ and A- are other words than C and A
-    )
+    return re.fullmatch(f"[{UNSPACED}]", word) is not None
 
 
 def _piece(match: re.Match[str]) -> str:
@@ -159,7 +155,10 @@ def _piece(match: re.Match[str]) -> str:
     word = match["word"]
     bare = word.removesuffix("'s")
     if ROMAN.fullmatch(bare):
-        return _value(_roman(bare))
+        values = [{"I": 1, "V": 5, "X": 10, "L": 50, "C": 100}[letter] for letter in bare]
+        return _value(
+            sum(-value if value < after else value for value, after in zip(values, [*values[1:], 0], strict=True))
+        )
     return PARTICLES.sub("", bare.casefold().replace("'", "").replace("\u2212", "-"))
 
 
@@ -168,12 +167,6 @@ def _value(number: Decimal | Fraction | int) -> str:
     if exact.denominator == 1:
         return f"#{exact.numerator}"
     return f"#{Context(LONGEST_NUMBER).divide(exact.numerator, exact.denominator).normalize():f}"
-
-
-def _roman(text: str) -> int:
-    values = [{"I": 1, "V": 5, "X": 10, "L": 50, "C": 100}[letter] for letter in text]
-    following = [*values[1:], 0]
-    return sum(-value if value < after else value for value, after in zip(values, following, strict=True))
 
 
 def _number_at(pieces: list[str], at: int) -> tuple[Fraction, int]:
@@ -185,7 +178,7 @@ def _number_at(pieces: list[str], at: int) -> tuple[Fraction, int]:
     total, part, last, end = Fraction(0), Fraction(0), sys.maxsize, at
     while end < len(pieces) and part < LARGEST:
         word = pieces[end]
-        if word == "and" and last in SCALES.values() and end + 1 < len(pieces) and _small(pieces[end + 1]) is not None:
+        if word == "and" and last in SCALES.values() and end + 1 < len(pieces) and pieces[end + 1] in SMALL_NUMBERS:
             end += 1
             continue
         count, after = _part_at(pieces, end + (word == "and" and end > at))
@@ -207,7 +200,7 @@ def _number_at(pieces: list[str], at: int) -> tuple[Fraction, int]:
                 total, part = total + part * scale, Fraction(0)
             last = scale
         else:
-            small = _small(word)
+            small = SMALL_NUMBERS.get(word)
             # "twenty one" and "hundred five" go on; "five six" are two numbers, and so are "nineteen eighty"
             if small is None or not (last >= 100 or (last == 10 and small < 10)):
                 break
@@ -229,11 +222,3 @@ def _part_at(pieces: list[str], at: int) -> tuple[Fraction, int]:
     if second in PARTS and count and (count == 1 or second.endswith("s")):
         return count * PARTS[second], at + 2
     return Fraction(0), at
-
-
-def _small(word: str) -> int | None:
-    return SMALL_NUMBERS.get(word)
-
-
-def _singular(word: str) -> str:
-    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
