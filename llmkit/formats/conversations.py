@@ -164,7 +164,7 @@ def read_conversation(row: Row) -> Conversation:
     """Read the conversation in a record of any format. Raises UserError that names the place and what was expected."""
     value = row.value
     prompt = find_prompt(row)
-    answered_by = ANSWERED_BY.get(prompt.name, ANSWERS) if prompt is not None else ()
+    answered_by: tuple[str, ...] = ANSWERED_BY.get(prompt.name, ANSWERS) if prompt is not None else ()
     answer = first_of(value, answered_by)
     if value.get("text") is not None and (prompt is None or (answer is None and prompt.name not in CONVERSATIONS)):
         if not isinstance(value["text"], str):

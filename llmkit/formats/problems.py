@@ -60,7 +60,8 @@ class Problem:
 
 def answer_text(record: Mapping[str, Any]) -> str:
     """The longest text under which a record has an answer or solution, "" where none is text."""
-    return max((value for name in SOLVED_BY if isinstance(value := record.get(name), str)), key=len, default="")
+    texts = [record[name] for name in SOLVED_BY if isinstance(record.get(name), str)]
+    return max(texts, key=len, default="")
 
 
 def read_problem(row: Row) -> Problem:

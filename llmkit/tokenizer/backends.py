@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import orjson
@@ -39,20 +39,13 @@ HOSTILE = (
 # fmt: on
 
 
-class Backend(Protocol):
-    """Encodes raw text: special tokens that stand in the text are plain text, nothing is added around it."""
-
-    name: str
-
-    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The token ids of all texts end to end (uint32) and the number of ids of each (int64)."""
-        ...
+# Encodes raw texts, in which special tokens are plain text and around which nothing is added, to the ids of all end to
+# end (uint32) and the number of ids of each (int64)
+EncodeBatch = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
 
 
 class TokenizersBackend:
     """Hugging Face tokenizers: always there, the reference."""
-
-    name = "tokenizers"
 
     def __init__(self, tokenizer_json: bytes) -> None:
         from tokenizers import Tokenizer
@@ -64,74 +57,65 @@ class TokenizersBackend:
         self.tokenizer.encode_special_tokens = True  # a literal <|im_start|> in a text is encoded as text
 
     def encode(self, text: str) -> Any:
-        """The `tokenizers.Encoding` of one text: ids, offsets in characters."""
+        """Return the `tokenizers.Encoding` of one text: ids, offsets in characters."""
         with no_panic("tokenizer.json", CANNOT_ENCODE):
             return self.tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int], skip_specials: bool) -> str:
-        """The text of some ids by the tokenizer's own decoder."""
+        """Return the text of some ids by the tokenizer's own decoder."""
         with no_panic("tokenizer.json", "its decoder fails"):
             return self.tokenizer.decode(ids, skip_special_tokens=skip_specials)
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """As EncodeBatch."""
         with no_panic("tokenizer.json", CANNOT_ENCODE):
             encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return _joined([np.array(encoding.ids, np.uint32) for encoding in encodings])
 
 
-class FastokensBackend:
-    """fastokens: uses all cores by itself (RAYON_NUM_THREADS limits it)."""
+def fastokens(tokenizer_json: bytes) -> EncodeBatch:
+    """Encode with fastokens, which uses all cores by itself (RAYON_NUM_THREADS limits it)."""
+    import fastokens as library
 
-    name = "fastokens"
+    plain = orjson.dumps({**orjson.loads(tokenizer_json), "post_processor": None})  # which would add tokens
+    tokenizer = library.Tokenizer.from_json_str(plain.decode())
 
-    def __init__(self, tokenizer_json: bytes) -> None:
-        import fastokens
-
-        plain = orjson.dumps({**orjson.loads(tokenizer_json), "post_processor": None})  # which would add tokens
-        self.tokenizer = fastokens.Tokenizer.from_json_str(plain.decode())
-
-    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        ids, offsets = self.tokenizer.encode_batch_flat(list(texts), split_special_tokens=True)
+    def encode_batch(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        ids, offsets = tokenizer.encode_batch_flat(list(texts), split_special_tokens=True)
         return np.frombuffer(ids, np.uint32), np.diff(np.frombuffer(offsets, np.uint64).astype(np.int64))
 
+    return encode_batch
 
-class GigatokenBackend:
-    """gigatoken: one thread at first, its own threads once the corpus is large."""
 
-    name = "gigatoken"
+def gigatoken(tokenizer_json: bytes) -> EncodeBatch:
+    """Encode with gigatoken: one thread at first, its own threads once the corpus is large."""
+    import gigatoken as library
 
-    def __init__(self, tokenizer_json: bytes) -> None:
-        import gigatoken
+    spec = orjson.loads(tokenizer_json)  # it has no switch for special tokens
+    spec["added_tokens"] = [token for token in spec.get("added_tokens") or [] if not token["special"]]
+    spec["post_processor"] = spec["truncation"] = spec["padding"] = None
+    tokenizer = library.Tokenizer.from_json(orjson.dumps(spec))
+    seen, many_cores = 0, (os.cpu_count() or 1) > 2
 
-        self.tokenizer = gigatoken.Tokenizer.from_json(without_specials(tokenizer_json))
-        self.seen_bytes = 0
-        self.many_cores = (os.cpu_count() or 1) > 2
-
-    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        if self.many_cores and self.seen_bytes > GIGATOKEN_THREADS_FROM_BYTES:
-            layout: Any = self.tokenizer.encode_batch(list(texts)).layout  # awkward's list of variable lengths
+    def encode_batch(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        nonlocal seen
+        if many_cores and seen > GIGATOKEN_THREADS_FROM_BYTES:
+            layout: Any = tokenizer.encode_batch(list(texts)).layout  # awkward's list of variable lengths
             offsets = np.asarray(layout.offsets.data)
             ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
             return ids, np.diff(offsets).astype(np.int64)
-        self.seen_bytes += sum(map(len, texts))
-        return _joined([self.tokenizer.encode(text) for text in texts])
+        seen += sum(map(len, texts))
+        return _joined([tokenizer.encode(text) for text in texts])
+
+    return encode_batch
 
 
-FASTEST_FIRST: tuple[Callable[[bytes], Backend], ...] = (GigatokenBackend, FastokensBackend)
-NAMES = ("gigatoken", "fastokens", "tokenizers")
+FASTEST_FIRST: tuple[Callable[[bytes], EncodeBatch], ...] = (gigatoken, fastokens)
 
 
 def _joined(pieces: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     lengths = np.array([len(part) for part in pieces], np.int64)
     return (np.concatenate(pieces) if pieces else np.empty(0, np.uint32)).astype(np.uint32, copy=False), lengths
-
-
-def without_specials(tokenizer_json: bytes) -> bytes:
-    """The tokenizer.json without special added tokens and post-processor, for libraries without a switch."""
-    spec: dict[str, Any] = orjson.loads(tokenizer_json)
-    spec["added_tokens"] = [token for token in spec.get("added_tokens") or [] if not token["special"]]
-    spec["post_processor"] = spec["truncation"] = spec["padding"] = None
-    return orjson.dumps(spec)
 
 
 def proof_texts(documents: Sequence[str], added_tokens: Sequence[str]) -> list[str]:
@@ -146,30 +130,30 @@ def proof_texts(documents: Sequence[str], added_tokens: Sequence[str]) -> list[s
     return [*HOSTILE, *neighbourhoods, *heads]
 
 
-def same_ids(backend: Backend, reference: Backend, texts: Sequence[str]) -> bool:
+def same_ids(encode_batch: EncodeBatch, reference: TokenizersBackend, texts: Sequence[str]) -> bool:
     """True if both give the same ids, text for text."""
     expected_ids, expected_lengths = reference.encode_batch(texts)
-    ids, lengths = backend.encode_batch(texts)
+    ids, lengths = encode_batch(texts)
     return np.array_equal(lengths, expected_lengths) and np.array_equal(ids, expected_ids)
 
 
 def fastest_proven(
-    tokenizer_json: bytes, reference: Backend, texts: Sequence[str], only: str | None = None
-) -> tuple[Backend, dict[str, str]]:
-    """The fastest backend that is installed, takes this tokenizer, and proves the reference's ids on `texts`.
+    tokenizer_json: bytes, reference: TokenizersBackend, texts: Sequence[str], only: str | None = None
+) -> tuple[str, EncodeBatch, dict[str, str]]:
+    """Find the fastest library that is installed, takes this tokenizer, and proves the reference's ids on `texts`.
 
-    Returns it with the reason why each faster one was passed over. `only` names the one backend to consider
-    beside the reference.
+    Returns its name, its function, and the reason why each faster one was passed over. `only` names the one library to
+    consider beside the reference.
     """
     passed_over: dict[str, str] = {}
     for make in FASTEST_FIRST:
-        name = make.name  # type: ignore[attr-defined]
+        name = make.__name__
         if only is not None and only != name:
             continue
         try:
-            backend = make(tokenizer_json)
-            if same_ids(backend, reference, texts):
-                return backend, passed_over
+            encode_batch = make(tokenizer_json)
+            if same_ids(encode_batch, reference, texts):
+                return name, encode_batch, passed_over
             passed_over[name] = "its ids differ from those of tokenizers"
         except ImportError:
             passed_over[name] = "not installed"
@@ -177,4 +161,4 @@ def fastest_proven(
             raise
         except BaseException as error:  # a panic in a Rust library is no Exception
             passed_over[name] = str(error).strip().split("\n")[0]
-    return reference, passed_over
+    return "tokenizers", reference.encode_batch, passed_over

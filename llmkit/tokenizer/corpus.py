@@ -309,7 +309,8 @@ class PieceCounter:
         self._cut_long()
         chunks = np.stack([self._head, self._tail], axis=1).astype("<u8", copy=False).view("S16")[:, 0]
         counts, pieces = self._count, self._pieces
-        self._head = self._tail = self._count = np.empty(0, np.uint64)  # memory
+        self._head = self._tail = np.empty(0, np.uint64)  # memory for the pieces
+        self._count = np.empty(0, np.int64)
         for i in range(0, len(chunks), PENDING):  # S16 drops the zero bytes at the end
             self._cut(zip(chunks[i : i + PENDING].tolist(), counts[i : i + PENDING].tolist(), strict=True))
         self._clear()

@@ -68,6 +68,8 @@ class Tokenizer:
     end_of_text_id   the end of a document
     chat_template    Jinja text, or None
     sha256           of the bytes of tokenizer.json
+    backend          the library that encodes batches: `tokenizers` until a faster one has proved its ids on a batch
+    passed_over      why each faster library is not taken
     """
 
     def __init__(self, path: Path, data: bytes, config: dict[str, Any], chat_template: str | None) -> None:
@@ -81,10 +83,10 @@ class Tokenizer:
             raise UserError(f"{path}: not a tokenizer.json that tokenizers can read: {str(error)[:200]}") from None
         self.path, self.config, self.chat_template = path, config, chat_template
         self.sha256 = hashlib.sha256(data).hexdigest()
-        self._data, self._backend, self.passed_over = data, None, dict[str, str]()
-        self._decoder: dict[str, Any] = spec.get("decoder") or {}
+        self._data, self._encode_batch, self.backend, self.passed_over = data, None, "tokenizers", dict[str, str]()
         added = spec.get("added_tokens") or []
         self._added: dict[str, int] = {token["content"]: token["id"] for token in added}
+        self._stripping = {token["content"] for token in added if any(token.get(flag) for flag in _FLAGS[:3])}
         vocab = spec["model"]["vocab"]
         last = len(vocab) - 1 if isinstance(vocab, list) else max(vocab.values(), default=-1)
         self.vocab_size: int = 1 + max(last, *self._added.values(), -1)
@@ -95,30 +97,31 @@ class Tokenizer:
         kinds = {step.get("type") for step in steps.get("pretokenizers", [steps])}
         normal = (spec.get("normalizer") or {}).get("type")
         self._bytewise = kinds <= {"ByteLevel", "Split", "Digits"} and normal in (None, "NFC", "NFKC", "NFD", "NFKD")
-        self._stripping = {token["content"] for token in added if any(token.get(flag) for flag in _FLAGS[:3])}
-        written = _template_bos(spec.get("post_processor"), path)
-        self.bos_id, self.add_bos = self._beginning(written)
+        decoder = spec.get("decoder") or {}
+        self._decoders: list[dict[str, Any]] = decoder.get("decoders", [decoder])
+        self._strips_first_space = any(
+            (step.get("type") == "Strip" and step.get("start"))
+            or (step.get("type") == "Metaspace" and step.get("prepend_scheme") != "never")
+            for step in self._decoders
+        )
+        written, where = _template_bos(spec.get("post_processor"), path), f"{path.parent}/tokenizer_config.json"
+        bos = self._configured("bos_token", where)
+        if config.get("add_bos_token") is not None:  # else the tokenizer.json itself decides
+            self.add_bos = switch(config, "add_bos_token", where)
+        else:
+            self.add_bos = written is not None
+        self.bos_id = written if bos is None and self.add_bos else bos
+        self.add_bos = self.add_bos and self.bos_id is not None
         self._begins_as_config = written == (self.bos_id if self.add_bos else None)
-        self.eos_id, self.pad_id = self._configured("eos_token"), self._configured("pad_token")
+        self.eos_id, self.pad_id = self._configured("eos_token", where), self._configured("pad_token", where)
         named = next((self.specials[name] for name in END_NAMES if name in self.specials), None)
         self.end_of_text_id = self.specials.get(END_OF_TEXT, named if self.eos_id is None else self.eos_id)
 
-    def _beginning(self, template_bos: int | None) -> tuple[int | None, bool]:
-        """bos_id and add_bos: what the config says, else what the tokenizer.json itself puts in front."""
-        bos, wanted = self._configured("bos_token"), template_bos is not None
-        if self.config.get("add_bos_token") is not None:
-            wanted = switch(self.config, "add_bos_token", f"{self.path.parent}/tokenizer_config.json")
-        if bos is None and wanted:
-            bos = template_bos
-        return bos, bool(wanted) and bos is not None
-
-    def _configured(self, key: str) -> int | None:
+    def _configured(self, key: str, where: str) -> int | None:
         token = self.config.get(key)
         text = token.get("content") if isinstance(token, dict) else token
         if text is not None and not isinstance(text, str):
-            raise UserError(
-                f"{self.path.parent}/tokenizer_config.json: expected a token's text for {key}, found {shown(token)}"
-            )
+            raise UserError(f"{where}: expected a token's text for {key}, found {shown(token)}")
         return None if text is None else self._reference.tokenizer.token_to_id(text)
 
     @property
@@ -141,16 +144,13 @@ class Tokenizer:
         vocabularies = [tokenizer._reference.tokenizer.get_vocab(with_added_tokens=True) for tokenizer in (self, other)]
         return self.sha256 == other.sha256 or vocabularies[0] == vocabularies[1]
 
-    @property
-    def backend(self) -> str:
-        """The library that encodes batches: `tokenizers` until a batch has let a faster one prove its ids."""
-        return (self._backend or self._reference).name
-
     def choose_backend(self, documents: Sequence[str], only: str | None = None) -> str:
-        """Choose the fastest backend that proves the ids of `tokenizers` on hostile strings and the heads of
-        these documents; `passed_over` then says why each faster one was not taken."""
+        """Choose the fastest library that proves the ids of `tokenizers` on hostile strings and the heads of documents.
+
+        `only` names the one to consider.
+        """
         texts = proof_texts(documents, list(self._added)[:64])
-        self._backend, self.passed_over = fastest_proven(self._data, self._reference, texts, only)
+        self.backend, self._encode_batch, self.passed_over = fastest_proven(self._data, self._reference, texts, only)
         return self.backend
 
     def encode(self, text: str) -> list[int]:
@@ -162,20 +162,20 @@ class Tokenizer:
         return self._bytewise and self._stripping.isdisjoint(specials)
 
     def with_stand_ins(self, specials: Iterable[str]) -> StandIns:
-        """A tokenizer for whole texts, in which a stand-in is written for each special token, and only that is one."""
-        return StandIns(self._as_in_transformers(), specials)
+        """Return a tokenizer for whole texts, in which a stand-in is written for each special token.
 
-    def _as_in_transformers(self) -> bytes:
-        """tokenizer.json with the steps that transformers 5 takes in place of its own for the class LlamaTokenizer."""
+        It has the steps that transformers 5 takes in place of those in tokenizer.json for the class LlamaTokenizer.
+        """
         spec, beside = self.content, self.path.with_name("config.json")
         family = read_object(beside).get("model_type") if beside.is_file() else None
         steps = orjson.dumps([spec.get("pre_tokenizer"), spec.get("decoder")])
-        if _class_of(self.config) != "LlamaTokenizer" or family == "mistral" or b'"ByteLevel"' in steps:
-            return self._data
+        named = str(self.config.get("tokenizer_class")).removesuffix("Fast")
+        if named != "LlamaTokenizer" or family == "mistral" or b'"ByteLevel"' in steps:
+            return StandIns(self._data, specials)
         scheme = "always" if self.config.get("legacy") else "first"
         scheme = "never" if self.config.get("add_prefix_space") is False else scheme
         metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
-        return orjson.dumps({**spec, "normalizer": None, "pre_tokenizer": metaspace})
+        return StandIns(orjson.dumps({**spec, "normalizer": None, "pre_tokenizer": metaspace}), specials)
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of all texts end to end (uint32) and the number of ids of each (int64).
@@ -183,9 +183,9 @@ class Tokenizer:
         The first call chooses the backend by `choose_backend(texts)`. Raises UserError for a lone surrogate.
         """
         try:
-            if self._backend is None:
+            if self._encode_batch is None:
                 self.choose_backend(texts)
-            return (self._backend or self._reference).encode_batch(texts)
+            return (self._encode_batch or self._reference.encode_batch)(texts)
         except (UnicodeEncodeError, TypeError):  # what the libraries say to a lone surrogate
             for text in texts:
                 check_text(text)
@@ -220,27 +220,21 @@ class Tokenizer:
     @cached_property
     def token_bytes(self) -> list[bytes] | None:
         """The bytes that each id stands for, or None where the decoder is not a concatenation of bytes."""
-        decoders = self._decoder.get("decoders", [self._decoder])
-        kinds = {decoder.get("type") for decoder in decoders}
-        if kinds == {"ByteLevel"}:
-            piece_bytes = _byte_level_piece
-        elif kinds <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"} and kinds:
-            piece_bytes = _byte_fallback_piece
-        else:
+        kinds = {step.get("type") for step in self._decoders}
+        byte_level = kinds == {"ByteLevel"}
+        if not byte_level and not (kinds and kinds <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}):
             return None
-        table = [b""] * self.vocab_size
+        byte_of, table = dict(byte_alphabet()), []
         for index in range(self.vocab_size):
-            piece = self._reference.tokenizer.id_to_token(index)
-            table[index] = b"" if piece is None else piece_bytes(piece)
+            piece = self._reference.tokenizer.id_to_token(index) or ""
+            if byte_level:
+                known = all(character in byte_of for character in piece)
+                table.append(bytes(map(byte_of.__getitem__, piece)) if known else piece.encode())
+            elif len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+                table.append(bytes([int(piece[3:5], 16)]))
+            else:
+                table.append(piece.replace("▁", " ").encode())
         return table
-
-    @cached_property
-    def _strips_first_space(self) -> bool:
-        steps = self._decoder.get("decoders", [self._decoder])
-        strips = any(step.get("type") == "Strip" and step.get("start") for step in steps)
-        return strips or any(
-            step.get("type") == "Metaspace" and step.get("prepend_scheme") != "never" for step in steps
-        )
 
     def decode(self, ids: Iterable[int], skip_specials: bool = False) -> str:
         """The text of some ids; bytes that are not UTF-8 become U+FFFD, ids without a token nothing."""
@@ -280,20 +274,15 @@ class StandIns:
         from tokenizers import AddedToken
 
         begin, end = RESERVED
-        self._backend, self.stand_ins = (
-            TokenizersBackend(data),
-            {name: f"{begin}{number}{end}" for number, name in enumerate(specials)},
-        )
-        named = [token for token in orjson.loads(data).get("added_tokens") or [] if token["content"] in self.stand_ins]
-        tokenizer = self._backend.tokenizer
-        tokenizer.add_tokens(
-            [
-                AddedToken(self.stand_ins[token["content"]], **{flag: bool(token.get(flag)) for flag in _FLAGS})
-                for token in named
-            ]
-        )
-        ids = {token["id"]: tokenizer.token_to_id(self.stand_ins[token["content"]]) for token in named}
-        self.special_ids = {stand_in: original for original, stand_in in ids.items()}
+        self._backend = TokenizersBackend(data)
+        self.stand_ins = {name: f"{begin}{number}{end}" for number, name in enumerate(specials)}
+        tokenizer, self.special_ids = self._backend.tokenizer, dict[int, int]()  # of a stand-in: that of its token
+        for token in orjson.loads(data).get("added_tokens") or []:
+            if stand_in := self.stand_ins.get(token["content"]):
+                tokenizer.add_tokens([AddedToken(stand_in, **{flag: bool(token.get(flag)) for flag in _FLAGS})])
+                number = tokenizer.token_to_id(stand_in)
+                assert number is not None
+                self.special_ids[number] = token["id"]
 
     def encode_enclosed(self, texts: Sequence[EnclosedText]) -> tuple[np.ndarray, np.ndarray]:
         """As `Tokenizer.encode_batch`, of texts between special tokens, without the ids of these."""
@@ -309,7 +298,7 @@ class StandIns:
     def placed_tokens(self, text: str) -> list[tuple[int, int, int]]:
         """(first character, end, id) of each token of a text; the tokens of one character have the same place."""
         encoding = self._backend.encode(check_text(text))
-        return [(*span, token) for span, token in zip(encoding.offsets, encoding.ids, strict=True)]
+        return [(start, stop, token) for (start, stop), token in zip(encoding.offsets, encoding.ids, strict=True)]
 
 
 class DecodeStream:
@@ -392,21 +381,15 @@ def _chat_template(file: Path, config: dict[str, Any]) -> str | None:
             raise UserError(f"{jinja}: expected UTF-8, found another encoding at byte {error.start}") from None
     template = config.get("chat_template")
     if isinstance(template, list):  # named templates
-        named = {
-            entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict) and _named(entry)
-        }
-        if len(named) == len(template):
-            template = named.get("default")
+        entries = [entry if isinstance(entry, dict) else {} for entry in template]
+        if all(isinstance(entry.get(key), str) for entry in entries for key in ("name", "template")):
+            template = {entry["name"]: entry["template"] for entry in entries}.get("default")
     if template is not None and not isinstance(template, str):
         raise UserError(
             f"{file.parent}/tokenizer_config.json: expected a text or a list of named texts for chat_template, "
             f"found {shown(template)}"
         )
     return template
-
-
-def _named(entry: dict[str, Any]) -> bool:
-    return isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str)
 
 
 def check_text(text: str) -> str:
@@ -417,10 +400,6 @@ def check_text(text: str) -> str:
         code = f"U+{ord(text[error.start]):04X}"
         raise UserError(f"text is not valid Unicode: lone surrogate {code} at character {error.start}") from None
     return text
-
-
-def _class_of(config: dict[str, Any]) -> str:
-    return str(config.get("tokenizer_class")).removesuffix("Fast")
 
 
 def copy_companions(source: Path, folder: Path) -> None:
@@ -457,17 +436,3 @@ def _template_bos(post_processor: dict[str, Any] | None, where: Path) -> int | N
                 raise UserError(f"{where}: expected special_tokens of post_processor to have {shown(name)}")
             return next(iter(known[name]["ids"]), None)
     return None
-
-
-_BYTE = dict(byte_alphabet())
-
-
-def _byte_level_piece(piece: str) -> bytes:
-    values = [_BYTE.get(character) for character in piece]
-    return piece.encode() if None in values else bytes(values)  # type: ignore[arg-type]
-
-
-def _byte_fallback_piece(piece: str) -> bytes:
-    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-        return bytes([int(piece[3:5], 16)])
-    return piece.replace("▁", " ").encode()

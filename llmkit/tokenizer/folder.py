@@ -58,7 +58,7 @@ def tokenizer_json(merges: Merges, pattern: Pattern) -> str:
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in added])
     spec = json.loads(tokenizer.to_str())
-    spec["post_processor"] = bos_post_processor(END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))
+    spec["post_processor"] = bos_post_processor(END_OF_TEXT, len(tokens))
     return json.dumps(spec, indent=2, ensure_ascii=False)
 
 
