@@ -23,7 +23,7 @@ from ledger import read_rows
 from problems import last_line
 from world import KINDS, TIERS
 
-from llmkit.io.files import write_json
+from llmkit.io.jsonl import write_json
 from llmkit.text.matching import EVASIVE, RIGHT, MatchJudge
 
 Row = dict[str, Any]

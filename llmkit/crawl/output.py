@@ -18,8 +18,7 @@ from llmkit.crawl.pipeline import DUPLICATES
 from llmkit.crawl.read.inputs import Seam
 from llmkit.crawl.recipe import Recipe
 from llmkit.crawl.state import State
-from llmkit.io.files import JSON_LINE
-from llmkit.io.jsonl import dump_json, load_json, name_of
+from llmkit.io.jsonl import JSON_LINE, dump_json, load_json, name_of
 from llmkit.io.pool import Work, in_order
 
 BAD = ("bad_json", "no_text", "bad_file", "truncated", "damaged")  # reasons of records that were to be read

@@ -21,7 +21,7 @@ from llmkit.crawl.funnel import READ
 from llmkit.crawl.page import Outcome, Page, Part, Skipped, Span
 from llmkit.crawl.recipe import Recipe
 from llmkit.crawl.steps import Journey, Steps, source_of
-from llmkit.io.files import JSON_LINE
+from llmkit.io.jsonl import JSON_LINE
 
 PART_RECORDS = 64  # in one part
 FIRST_RECORDS = 1  # in the first, doubled from part to part, for a first document at once

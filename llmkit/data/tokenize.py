@@ -22,8 +22,8 @@ import numpy as np
 
 from llmkit.data.shards import FORMAT, ShardInfo, ShardWriter, TokenShards, is_shard_folder
 from llmkit.errors import UserError
-from llmkit.io.files import atomic_file, atomic_folder, write_json
-from llmkit.io.jsonl import name_of, names_of, read_documents
+from llmkit.io.files import atomic_file, atomic_folder
+from llmkit.io.jsonl import name_of, names_of, read_documents, write_json
 from llmkit.io.progress import Progress
 from llmkit.io.records import OUTSIDE, BadRecords
 

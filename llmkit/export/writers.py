@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llmkit.errors import UserError
-from llmkit.io.files import write_json
-from llmkit.io.foreign import check_file, check_no_adapter, read_object, shown
+from llmkit.io.files import check_file
+from llmkit.io.foreign import check_no_adapter, shown
+from llmkit.io.jsonl import read_object, write_json
 from llmkit.model.config import ModelConfig
 from llmkit.model.folder import CONFIG, GENERATION, SavedTensors, load_config, save_tensors, write_tensors
 from llmkit.model.weights import stock_shapes

@@ -24,8 +24,7 @@ from llmkit.errors import Interrupted, UserError, naming
 from llmkit.formats.conversations import Conversation, Message, find_prompt, read_conversation, read_messages
 from llmkit.generation.generator import Completion, Request
 from llmkit.generation.next_token import request_number, seed_of_repeat
-from llmkit.io.files import PARTIAL, create, cut_torn_line, errors_name, replace_file
-from llmkit.io.foreign import check_file
+from llmkit.io.files import PARTIAL, check_file, create, cut_torn_line, errors_name, replace_file
 from llmkit.io.jsonl import dump_json, json_row, open_bytes, read_jsonl
 from llmkit.io.progress import counted, say
 from llmkit.io.records import (

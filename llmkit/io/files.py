@@ -2,7 +2,7 @@
 
     check_output("model/", force=False)  # before the work
     with atomic_folder("model/") as folder:
-        write_json(folder / "config.json", {"hidden_size": 64})
+        (folder / "README.md").write_text("Mine")
 
 What is written stands beside its place, under its name + ".partial", until it is renamed. It is on the disk before
 that, and the new name is before the former content is deleted: a power cut at any moment leaves one of the two whole.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import json
 import os
 import shutil
 import stat
@@ -23,13 +22,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-import orjson
-
 from llmkit.errors import UserError
-from llmkit.io.records import kind_of
 
-JSON_LINE = orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
 PARTIAL = ".partial"
+_POINTER = b"version https://git-lfs.github.com/spec/"
 BLOCK = 1 << 16  # bytes read at a time
 OURS = ("manifest.json", "tokenizer.json")  # one of them stands in every folder that a stage writes
 # formats that a name may promise and no stage writes
@@ -343,34 +339,26 @@ def cut_torn_line(handle: IO[bytes]) -> None:
     handle.seek(end)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object that is a file's content. Raises UserError for any other content, OSError as `open` does."""
-    return parse_json(path, path.read_bytes())
+# ---- a file that may be anything
 
 
-def found_instead(error: json.JSONDecodeError) -> str:
-    """Describe where JSON fails, for a message: `found '}' at column 15 (trailing comma is not allowed)`."""
-    if "UTF-8" in error.msg:
-        return "found bytes that are not UTF-8"
-    if "end of data" in error.msg or not error.doc.strip():
-        return "found the end of the text before that of the JSON"
-    return f"found {error.doc[error.pos :][:12]!r} at column {error.colno} ({error.msg})"
+def check_file(path: str | os.PathLike[str], largest: int | None = None) -> None:
+    """Raise UserError where a file is a folder, a pipe, a Git LFS pointer or too large, OSError where there is none."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
+        raise UserError(f"{path}: expected a file, found {kind}; replace it by the file itself")
+    if largest is not None and status.st_size > largest:
+        raise UserError(f"{path}: expected at most {largest >> 20} MB, found {status.st_size >> 20} MB")
+    with open(path, "rb") as handle:
+        if handle.read(len(_POINTER)) == _POINTER:
+            raise UserError(
+                f"{path}: a Git LFS pointer, which stands for a file that was not downloaded; "
+                "run git lfs pull in its folder"
+            )
 
 
-def parse_json(path: Path, content: bytes) -> dict[str, Any]:
-    """The JSON object that is the content of the file `path`. Raises UserError for any other."""
-    try:
-        value = orjson.loads(content)
-    except orjson.JSONDecodeError as error:
-        raise UserError(
-            f"{path}:{error.lineno}: expected JSON, {found_instead(error)}; mend or replace the file"
-        ) from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {kind_of(value)}")
-    return value
-
-
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Make a JSON value the content of a file, whole or not at all; NaN becomes null, as JSON wants it."""
-    with atomic_file(path) as handle:
-        handle.write(orjson.dumps(value, option=orjson.OPT_INDENT_2 | JSON_LINE))
+def read_file(path: Path, largest: int = 16 << 20) -> bytes:
+    """The content of a file of at most so many bytes. Raises UserError as `check_file` does."""
+    check_file(path, largest)
+    return path.read_bytes()

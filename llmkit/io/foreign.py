@@ -8,43 +8,17 @@ from __future__ import annotations
 
 import math
 import os
-import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from llmkit.errors import UserError
-from llmkit.io.files import parse_json
 
-LARGEST_CONFIG, LARGEST_TOKENIZER = 16 << 20, 192 << 20  # bytes; Gemma's tokenizer.json has 33 MB
+LARGEST_TOKENIZER = 192 << 20  # bytes; Gemma's tokenizer.json has 33 MB
 LARGEST_SIZE = 2**31 - 1
-DEEPEST = 200  # levels of a JSON value: orjson writes 254
 LARGEST_VOCABULARY = 2**22  # ids of a tokenizer: the largest known has 1.0 million
 MOST_STEPS, LARGEST_TEXT, LARGEST_GROWTH = 1000, 20_000, 1000
-_POINTER = b"version https://git-lfs.github.com/spec/"
-
-
-def check_file(path: str | os.PathLike[str], largest: int | None = None) -> None:
-    """Raise UserError where a file is a folder, a pipe, a Git LFS pointer or too large, OSError where there is none."""
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
-        raise UserError(f"{path}: expected a file, found {kind}; replace it by the file itself")
-    if largest is not None and status.st_size > largest:
-        raise UserError(f"{path}: expected at most {largest >> 20} MB, found {status.st_size >> 20} MB")
-    with open(path, "rb") as handle:
-        if handle.read(len(_POINTER)) == _POINTER:
-            raise UserError(
-                f"{path}: a Git LFS pointer, which stands for a file that was not downloaded; "
-                "run git lfs pull in its folder"
-            )
-
-
-def read_file(path: Path, largest: int = LARGEST_CONFIG) -> bytes:
-    """The content of a file of at most so many bytes. Raises UserError as `check_file` does."""
-    check_file(path, largest)
-    return path.read_bytes()
 
 
 def check_no_adapter(folder: str | os.PathLike[str]) -> None:
@@ -61,18 +35,6 @@ def check_no_adapter(folder: str | os.PathLike[str]) -> None:
             "peft's merge_and_unload and save_pretrained"
         )
     raise UserError(f"{folder}: expected a whole model, found an adapter without its base; {way}")
-
-
-def read_object(path: Path, largest: int = LARGEST_CONFIG) -> dict[str, Any]:
-    """The JSON object that is a file's content, as `files.read_json` does, of a file that may be anything."""
-    value = parse_json(path, read_file(path, largest))
-    level: list[Any] = [value]
-    for _ in range(DEEPEST):
-        inner = [value.values() if isinstance(value, dict) else value for value in level]
-        level = [value for many in inner for value in many if isinstance(value, dict | list)]
-        if not level:
-            return value
-    raise UserError(f"{path}: expected at most {DEEPEST} levels of lists and objects, found more")
 
 
 # ---- values

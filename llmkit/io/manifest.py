@@ -22,8 +22,8 @@ import orjson
 
 from llmkit.display import redacted
 from llmkit.errors import UserError
-from llmkit.io.files import PARTIAL, atomic_file, write_json
-from llmkit.io.foreign import read_object
+from llmkit.io.files import PARTIAL, atomic_file
+from llmkit.io.jsonl import read_object, write_json
 from llmkit.io.progress import counted, say
 
 MANIFEST_VERSION, MANIFEST = 2, "manifest.json"

@@ -20,8 +20,8 @@ import orjson
 
 from llmkit.config import TrainingConfig, as_options
 from llmkit.errors import UserError
-from llmkit.io.files import JSON_LINE, PARTIAL, atomic_file, cut_torn_line, found_instead, remove
-from llmkit.io.foreign import check_file
+from llmkit.io.files import PARTIAL, atomic_file, check_file, cut_torn_line, remove
+from llmkit.io.jsonl import JSON_LINE, json_row
 from llmkit.io.ranks import launch
 from llmkit.io.records import kind_of
 
@@ -67,31 +67,30 @@ class MetricsLog:
             mirror.close()
 
 
-def scan_metrics(path: Path, unreadable: Callable[[int, str], object] | None = None) -> Iterator[dict[str, Any]]:
+def scan_metrics(path: Path, unreadable: Callable[[str], object] | None = None) -> Iterator[dict[str, Any]]:
     """The rows of a metrics file, one at a time; a last line cut by a kill is left out.
 
-    A line that is no JSON object raises UserError, unless `unreadable` takes its number and what is wrong with it,
-    a cut last line too.
+    A line that is no row raises UserError, unless `unreadable` takes its message; "cut" for a cut last line.
     """
     with open(path, "rb") as handle:
         for number, line in enumerate(handle, 1):
             if not line.endswith(b"\n"):
                 if unreadable is not None:
-                    unreadable(number, "cut")
+                    unreadable("cut")
                 return
             try:
-                row = orjson.loads(line)
-                wrong = None if isinstance(row, dict) else f"expected a JSON object, found {kind_of(row)}"
-                if isinstance(row, dict) and not isinstance(row.get("step", 0), int):
-                    wrong = f"expected an integer for 'step', found {kind_of(row['step'])}"
-            except orjson.JSONDecodeError as error:
-                wrong = f"expected JSON, {found_instead(error)}"
-            if wrong is None:
-                yield row
-            elif unreadable is None:
-                raise UserError(f"{path}:{number}: {wrong}; mend or remove the line")
-            else:
-                unreadable(number, wrong)
+                row = json_row(line, str(path), number)
+                if row is not None and not isinstance(step := row.value.get("step", 0), int):
+                    raise UserError(
+                        f"{row.where}: expected an integer for 'step', found {kind_of(step)}; mend the line"
+                    )
+            except UserError as error:
+                if unreadable is None:
+                    raise
+                unreadable(str(error))
+                continue
+            if row is not None:
+                yield row.value
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -21,8 +21,8 @@ from typing import IO, Any, TypeVar
 import orjson
 
 from llmkit.errors import Interrupted, ServerError, UserError
-from llmkit.io.files import JSON_LINE, create, errors_name, write_json
-from llmkit.io.foreign import check_file, read_object
+from llmkit.io.files import check_file, create, errors_name
+from llmkit.io.jsonl import JSON_LINE, read_object, write_json
 from llmkit.io.progress import say
 
 WEIGHTS_READ = 1 << 20  # bytes at the end of a file of weights that tell it from another

@@ -25,7 +25,7 @@ from llmkit.io.files import (
     replace_folder,
     sync,
 )
-from llmkit.io.foreign import read_object
+from llmkit.io.jsonl import read_object
 from llmkit.io.manifest import describe_inputs, read_manifest, write_manifest, write_model_card
 from llmkit.io.metrics import LOSS_CURVE, write_curve
 from llmkit.io.progress import say

@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmkit.errors import UserError
-from llmkit.io.files import atomic_file, write_json
-from llmkit.io.foreign import check_file, check_no_adapter, read_object, shown
+from llmkit.io.files import atomic_file, check_file
+from llmkit.io.foreign import check_no_adapter, shown
+from llmkit.io.jsonl import read_object, write_json
 from llmkit.io.progress import counted
 from llmkit.model.config import ModelConfig, token_ids
 from llmkit.model.transformer import Transformer

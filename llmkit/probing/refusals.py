@@ -13,7 +13,7 @@ from typing import Any
 
 from llmkit.errors import UserError
 from llmkit.formats.questions import Question
-from llmkit.io.files import read_json
+from llmkit.io.jsonl import object_of
 from llmkit.text.language import identify
 
 OURS = Path(__file__).with_name("refusals.json")
@@ -39,7 +39,7 @@ class Refusals:
     def __init__(self, path: str | None = None) -> None:
         name = path or str(OURS)
         try:
-            self._wordings = read_json(Path(name))
+            self._wordings = object_of(Path(name).read_bytes(), name)
         except OSError as error:
             reason = str(error.strerror).lower()
             raise UserError(f"{name}: expected a file of refusals that can be read: {reason}") from None

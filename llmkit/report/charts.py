@@ -105,9 +105,9 @@ def read_series(path: Path, stage: str, note: Callable[[str], object], limit: in
     drawn = {key for chart in CHARTS.get(stage, (LOSS,)) for key in chart.lines}
     series: dict[str, Series] = defaultdict(Series)
     samples: Thinned[dict[str, Any]] = Thinned(MOST_SAMPLES)
-    bad: list[tuple[int, str]] = []
+    bad: list[str] = []
     rows = without_step = 0
-    for row in scan_metrics(path, lambda number, wrong: bad.append((number, wrong))):
+    for row in scan_metrics(path, bad.append):
         rows += 1
         step: Any = row.get("step")
         if not is_number(step):
@@ -120,11 +120,11 @@ def read_series(path: Path, stage: str, note: Callable[[str], object], limit: in
                     series[key].add(step, value)
         if rows == limit:
             break
-    cut = sum(wrong == "cut" for _, wrong in bad)
+    cut = bad.count("cut")
     if cut:
         note(f"{path}: the last line is cut and was left out")
     if len(bad) > cut:
-        note(f"{path}: lines left out: {len(bad) - cut}, the first {path.name}:{bad[0][0]}: {bad[0][1]}")
+        note(f"{path}: lines left out: {len(bad) - cut}, the first: {bad[0]}")
     if without_step:
         note(f"{path}: rows without a step, left out: {without_step}")
     return Metrics(series, samples, rows)

@@ -24,7 +24,7 @@ from itertools import islice
 from typing import Any
 
 from llmkit import __version__
-from llmkit.io.files import read_json
+from llmkit.io.jsonl import read_object
 from llmkit.io.metrics import METRICS
 from llmkit.io.progress import counted
 from llmkit.report.ancestry import Node, ancestry
@@ -192,7 +192,7 @@ def _reports(
         path = node.run.folder / name if node.run and node.run.folder else None
         if path is not None and path.is_file():
             with noting(notes):
-                yield {"run": node.name, "path": node.path}, read_json(path)
+                yield {"run": node.name, "path": node.path}, read_object(path)
     for path, report in given.items():
         yield {"run": None, "path": path}, report
 

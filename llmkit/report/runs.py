@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.errors import UserError
-from llmkit.io.files import PARTIAL, read_json
-from llmkit.io.foreign import check_no_adapter, read_object
+from llmkit.io.files import PARTIAL
+from llmkit.io.foreign import check_no_adapter
+from llmkit.io.jsonl import read_object
 from llmkit.io.manifest import LARGEST_MANIFEST, MANIFEST, OF_FILE, read_manifest
 from llmkit.io.metrics import METRICS
 from llmkit.io.run_folder import NOTES
@@ -112,7 +113,7 @@ class Gathered:
             manifest = _checked(read_manifest(folder), folder / MANIFEST)
             self.runs.append(Run(path, manifest, "finished", folder, folder))
         elif (folder / NOTES).is_file() and folder.name.endswith(PARTIAL):
-            identity = read_json(folder / NOTES).get("identity")
+            identity = read_object(folder / NOTES).get("identity")
             options = identity if isinstance(identity, dict) else {}
             stage = next((stage for flag, stage in STAGE_OF_FLAG.items() if flag in options), "training")
             parents = [_parent(folder, options[name]) for name in ("MODEL", "--tokenizer") if options.get(name)]
@@ -142,7 +143,7 @@ class Gathered:
             self._add_records(output, output, listed=True)
 
     def _add_json(self, location: Path, path: str, listed: bool) -> None:
-        value = read_json(location)
+        value = read_object(location)
         evaluation = value.get("evaluation", value)
         if "stage" in value and "manifest_version" in value:
             self._add_run(location.parent, str(location.parent))

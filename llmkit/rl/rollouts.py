@@ -21,8 +21,8 @@ from llmkit.errors import UserError
 from llmkit.formats.conversations import Message, Part, as_record, message
 from llmkit.formats.problems import Problem
 from llmkit.generation.generator import Completion
-from llmkit.io.files import BLOCK
-from llmkit.io.foreign import check_file, integer
+from llmkit.io.files import BLOCK, check_file
+from llmkit.io.foreign import integer
 from llmkit.io.jsonl import dump_json
 from llmkit.io.metrics import trim_metrics
 from llmkit.io.resume import read_sealed, write_sealed

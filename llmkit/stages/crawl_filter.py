@@ -19,8 +19,8 @@ from llmkit import __version__
 from llmkit.config import CommonConfig, argument, as_options, option
 from llmkit.display import check_stdout
 from llmkit.errors import Interrupted, UserError
-from llmkit.io.files import JSON_LINE, check_output
-from llmkit.io.jsonl import check_inputs, open_bytes, open_input
+from llmkit.io.files import check_output
+from llmkit.io.jsonl import JSON_LINE, check_inputs, open_bytes, open_input
 from llmkit.io.manifest import write_file_manifest
 from llmkit.io.progress import Progress, counted, duration, quantity, say
 from llmkit.io.ranks import available_cores

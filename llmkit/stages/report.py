@@ -10,8 +10,8 @@ import orjson
 
 from llmkit.config import CommonConfig, argument, option
 from llmkit.errors import UserError
-from llmkit.io.files import JSON_LINE, check_output
-from llmkit.io.jsonl import open_bytes
+from llmkit.io.files import check_output
+from llmkit.io.jsonl import JSON_LINE, open_bytes
 from llmkit.io.progress import counted, say
 
 

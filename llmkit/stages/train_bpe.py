@@ -9,8 +9,8 @@ from typing import ClassVar
 
 from llmkit.config import CommonConfig, RecordsConfig, argument, as_options, option
 from llmkit.errors import UserError
-from llmkit.io.files import atomic_folder, check_output, output_folder, write_json
-from llmkit.io.jsonl import check_inputs, names_of
+from llmkit.io.files import atomic_folder, check_output, output_folder
+from llmkit.io.jsonl import check_inputs, names_of, write_json
 from llmkit.io.manifest import describe_inputs, write_manifest
 from llmkit.io.progress import Progress, counted, duration, quantity, say
 from llmkit.io.ranks import available_cores

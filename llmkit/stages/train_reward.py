@@ -18,8 +18,7 @@ from llmkit.config import (
     option,
 )
 from llmkit.errors import GateError, UserError
-from llmkit.io.files import write_json
-from llmkit.io.jsonl import check_inputs, name_of, open_output, read_jsonl
+from llmkit.io.jsonl import check_inputs, name_of, open_output, read_jsonl, write_json
 from llmkit.io.progress import Progress, counted, duration, quantity, say
 from llmkit.io.records import BadRecords
 from llmkit.io.run_folder import RunFolder, check_model_folder

@@ -24,17 +24,9 @@ import numpy as np
 import orjson
 
 from llmkit.errors import UserError
-from llmkit.io.files import atomic_file
-from llmkit.io.foreign import (
-    LARGEST_TOKENIZER,
-    check_file,
-    check_no_adapter,
-    check_tokenizer,
-    read_file,
-    read_object,
-    shown,
-    switch,
-)
+from llmkit.io.files import atomic_file, check_file, read_file
+from llmkit.io.foreign import LARGEST_TOKENIZER, check_no_adapter, check_tokenizer, shown, switch
+from llmkit.io.jsonl import read_object
 from llmkit.tokenizer.backends import TokenizersBackend, fastest_proven, proof_texts
 from llmkit.tokenizer.patterns import byte_alphabet
 

@@ -26,7 +26,7 @@ from llmkit.errors import UserError
 from llmkit.formats.conversations import message
 from llmkit.generation.generator import Generator, Request
 from llmkit.generation.next_token import Sampling
-from llmkit.io.files import write_json
+from llmkit.io.jsonl import write_json
 from llmkit.io.progress import counted, say
 from llmkit.model.devices import check_memory
 from llmkit.model.folder import load_model, save_model

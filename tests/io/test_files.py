@@ -23,12 +23,10 @@ from llmkit.io.files import (
     check_output,
     cut_torn_line,
     output_folder,
-    read_json,
     replace_folder,
     sole_writer,
-    write_json,
 )
-from llmkit.io.jsonl import open_output
+from llmkit.io.jsonl import open_output, read_object, write_json
 
 
 def test_a_file_appears_when_all_is_written(tmp_path: Path) -> None:
@@ -220,13 +218,13 @@ def test_a_folder_needs_a_name(out: str | None, message: str) -> None:
 def test_a_json_file_holds_one_object_and_says_what_it_holds_instead(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_json(path, {"a": 1, "b": [math.nan], "c": "ü"})
-    assert read_json(path) == {"a": 1, "b": [None], "c": "ü"}
+    assert read_object(path) == {"a": 1, "b": [None], "c": "ü"}
     path.write_text('{"a": 1,\n "b"}')
     with pytest.raises(UserError, match=r"a\.json:2: expected JSON, found .*; mend or replace the file"):
-        read_json(path)
+        read_object(path)
     path.write_text("[1]")
     with pytest.raises(UserError, match=r"a\.json: expected a JSON object, found a list"):
-        read_json(path)
+        read_object(path)
 
 
 @pytest.mark.parametrize(

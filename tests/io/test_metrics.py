@@ -42,7 +42,7 @@ def test_rows_after_the_step_that_is_resumed_are_dropped(tmp_path: Path) -> None
 def test_missing_metrics_are_none_and_broken_ones_are_named(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.jsonl") == []
     (tmp_path / "metrics.jsonl").write_text('{"step":1}\nnonsense\n{"step":3}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl:2: expected JSON"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: expected one JSON"):
         read_metrics(tmp_path / "metrics.jsonl")
 
 

@@ -25,7 +25,8 @@ from llmkit.crawl.read.framing import ARC_START, WARC_START, Frame, Frames, Gzip
 from llmkit.crawl.read.warc import looks_like_html, page_of
 from llmkit.crawl.work_limit import TooMuchWork, work_limit
 from llmkit.errors import UserError
-from llmkit.io.jsonl import BYTE_ORDER_MARK, GZIP_MAGIC, ZstdFrames, is_zstd, json_row, name_of, open_packed
+from llmkit.io.jsonl import BYTE_ORDER_MARK, GZIP_MAGIC, is_zstd, json_row, name_of, open_packed, zstd_frames
+from llmkit.io.tables import Lines
 
 SPAN_BYTES = 4 << 20
 SPAN_FILES = 256
@@ -125,7 +126,7 @@ class _Cutter:
         with open_packed(path) as handle:
             window = Window(handle)
             if zstd := is_zstd(window.look(4)[:4]):
-                window = Window(ZstdFrames(_buffered(window), name))
+                window = Window(Lines(zstd_frames(_buffered(window), name)))
             head, packed = beginning(window), window.look(2).startswith(GZIP_MAGIC)
             kind = _kind_of(name, head)
             if packed and kind in ("warc", "arc") and not is_one_stream(window, kind == "arc", self.max_bytes):
