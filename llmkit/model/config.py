@@ -12,12 +12,6 @@ from llmkit.io.foreign import integer, number, shown, switch
 from llmkit.io.progress import counted
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 # What each family takes for granted when its config.json is silent (transformers' own defaults).
 _DEFAULT_ROPE_THETA = 10000.0
 _DEFAULT_WINDOW = 4096
@@ -169,9 +163,9 @@ class ModelConfig:
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
         """The `config.json` of the exported model, as transformers writes it, readable by releases 4 and 5."""
-        config = self.folded()
+        config, ends = self.folded(), self.eos_token_id
         out: dict[str, Any] = {
-            "architectures": [ARCHITECTURES[config.model_type]],
+            "architectures": [f"{config.model_type.capitalize()}ForCausalLM"],
             "model_type": config.model_type,
             "vocab_size": config.vocab_size,
             "hidden_size": config.hidden_size,
@@ -184,34 +178,32 @@ class ModelConfig:
             "max_position_embeddings": config.max_position_embeddings,
             "rms_norm_eps": config.rms_norm_eps,
             "rope_theta": config.rope_theta,
-            "rope_scaling": _rope_scaling_to_hf(config.rope_scaling),
+            "rope_scaling": None,
             "tie_word_embeddings": config.tie_word_embeddings,
             "attention_dropout": 0.0,
             "initializer_range": 0.02,
             "use_cache": True,
             "bos_token_id": config.bos_token_id,
-            "eos_token_id": list(config.eos_token_id)
-            if isinstance(config.eos_token_id, tuple)
-            else config.eos_token_id,
+            "eos_token_id": list(ends) if isinstance(ends, tuple) else ends,
             "torch_dtype": dtype,
         }
+        if scaling := config.rope_scaling:
+            names = ("rope_type", *_SCALING_FIELDS[scaling.rope_type])
+            out["rope_scaling"] = {name: getattr(scaling, name) for name in names}
         if config.model_type in ("llama", "qwen3"):
             out["attention_bias"] = config.attention_bias
-        return out | self._windows_to_hf()
-
-    def _windows_to_hf(self) -> dict[str, Any]:
         windows = self.layer_windows or (None,) * self.num_hidden_layers
         width = next((window for window in windows if window is not None), None)
-        if self.model_type == "llama":
-            return {}
         if self.model_type == "mistral":
-            return {"sliding_window": width}
-        return {
-            "use_sliding_window": width is not None,
-            "sliding_window": width,
-            "max_window_layers": self.num_hidden_layers,
-            "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
-        }
+            out["sliding_window"] = width
+        elif self.model_type != "llama":
+            out |= {
+                "use_sliding_window": width is not None,
+                "sliding_window": width,
+                "max_window_layers": self.num_hidden_layers,
+                "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
+            }
+        return out
 
     @classmethod
     def from_hf(cls, values: dict[str, Any], where: str = "config.json") -> "ModelConfig":
@@ -337,13 +329,6 @@ def _yarn_from_hf(parameters: dict[str, Any], factor: float, where: str) -> dict
         "beta_slow": number(parameters, "beta_slow", where, 1.0, above=LEAST_TURNS),
         "truncate": parameters.get("truncate") is None or switch(parameters, "truncate", where),
     }
-
-
-def _rope_scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    if scaling is None:
-        return None
-    names = ("rope_type", *_SCALING_FIELDS[scaling.rope_type])
-    return {name: getattr(scaling, name) for name in names}
 
 
 def _windows_from_hf(values: dict[str, Any], model_type: str, where: str) -> tuple[int | None, ...] | None:

@@ -182,15 +182,62 @@ class SavedTensors:
             raise UserError(f"{self.folder}: expected {what}, found no tensor {name}")
         return self.shape(name)[0]
 
-    def check(self, config: ModelConfig, others: Mapping[str, tuple[int, ...]] | None = None) -> None:
-        """Raise UserError unless the tensors are those of the model and the `others`, in their shapes."""
-        _check(self, config, others or {})
-
     def _slice(self, name: str) -> Any:
         return self._open_files[self.where[name]].get_slice(self.stored_as.get(name, name))
 
     def read(self, name: str) -> Tensor:
         return self._open_files[self.where[name]].get_tensor(self.stored_as.get(name, name))
+
+    def check(self, config: ModelConfig, others: Mapping[str, tuple[int, ...]] | None = None) -> None:
+        """Raise UserError unless the tensors are those of the model and the `others`, in their shapes, and no more.
+
+        A tied embedding may have either of its names.
+        """
+        if self.where and config.num_hidden_layers > len(self.where):  # before names are made for all of them
+            raise UserError(
+                f"{self.folder}: expected the tensors of num_hidden_layers {config.num_hidden_layers}, "
+                f"found {counted(len(self.where), 'tensor')} in all"
+            )
+        shapes = {**stock_shapes(config), **(others or {})}
+        if config.tie_word_embeddings and HEAD in self.where:
+            self._find_tied_embedding(shapes[EMBEDDING])
+        if SCORE in self.where and SCORE not in shapes:
+            raise UserError(
+                f"{self.folder}: expected a model that writes, found a reward model, which scores; "
+                f"llmkit train-reward --score {self.folder}"
+            )
+        missing = [name for name in shapes if name not in self.where]
+        if missing:
+            raise UserError(f"{self.folder}: missing tensor {_first(missing)}")
+        extra = [name for name in self.where if name not in shapes and not name.endswith(_IGNORED_SUFFIXES)]
+        if extra:
+            raise UserError(
+                f"{self.where[extra[0]]}: unexpected tensor {_first(extra)} for model_type {config.model_type}"
+            )
+        for name, shape in shapes.items():
+            self._check_shape(name, shape)
+
+    def _find_tied_embedding(self, shape: tuple[int, ...]) -> None:
+        """Let the one matrix of a tied model be found as the embedding, though the file calls it the head."""
+        if EMBEDDING in self.where:
+            self._check_shape(EMBEDDING, shape)
+            self._check_shape(HEAD, shape)
+            if not torch.equal(self.read(EMBEDDING), self.read(HEAD)):
+                raise UserError(
+                    f"{self.where[HEAD]}: {EMBEDDING} and {HEAD} differ, but {CONFIG} has tie_word_embeddings true"
+                )
+        else:
+            self.where[EMBEDDING], self.stored_as[EMBEDDING] = self.where[HEAD], HEAD
+        del self.where[HEAD]
+
+    def _check_shape(self, name: str, expected: tuple[int, ...]) -> None:
+        where, shape = self.where[name], self.shape(name)
+        if shape != expected:
+            raise UserError(f"{where}: tensor {name}: expected shape {list(expected)}, found {list(shape)}")
+        if self.stored_dtype(name) not in _FLOATS:
+            raise UserError(
+                f"{where}: tensor {name}: expected dtype {', '.join(_FLOATS)}, found {self.stored_dtype(name)}"
+            )
 
 
 def _no_weights(folder: Path) -> str:
@@ -213,59 +260,6 @@ def _no_weights(folder: Path) -> str:
         f"{folder / pickles[0]}: a pickle can run code, so it is not read; "
         f'convert it where you trust it: python -c "{convert}"'
     )
-
-
-def _check(tensors: SavedTensors, config: ModelConfig, others: Mapping[str, tuple[int, ...]]) -> None:
-    """Every expected tensor there with its shape, and no other; a tied embedding under either of its names."""
-    if tensors.where and config.num_hidden_layers > len(tensors.where):  # before names are made for all of them
-        raise UserError(
-            f"{tensors.folder}: expected the tensors of num_hidden_layers {config.num_hidden_layers}, "
-            f"found {counted(len(tensors.where), 'tensor')} in all"
-        )
-    shapes = {**stock_shapes(config), **others}
-    if config.tie_word_embeddings:
-        _find_tied_embedding(tensors, shapes[EMBEDDING])
-    if SCORE in tensors.where and SCORE not in shapes:
-        raise UserError(
-            f"{tensors.folder}: expected a model that writes, found a reward model, which scores; "
-            f"llmkit train-reward --score {tensors.folder}"
-        )
-    missing = [name for name in shapes if name not in tensors.where]
-    if missing:
-        raise UserError(f"{tensors.folder}: missing tensor {_first(missing)}")
-    extra = [name for name in tensors.where if name not in shapes and not name.endswith(_IGNORED_SUFFIXES)]
-    if extra:
-        raise UserError(
-            f"{tensors.where[extra[0]]}: unexpected tensor {_first(extra)} for model_type {config.model_type}"
-        )
-    for name, shape in shapes.items():
-        _check_shape(tensors, name, shape)
-
-
-def _find_tied_embedding(tensors: SavedTensors, shape: tuple[int, ...]) -> None:
-    """Let the one matrix of a tied model be found as the embedding, whichever of its names the file uses."""
-    if HEAD not in tensors.where:
-        return
-    if EMBEDDING in tensors.where:
-        _check_shape(tensors, EMBEDDING, shape)
-        _check_shape(tensors, HEAD, shape)
-        if not torch.equal(tensors.read(EMBEDDING), tensors.read(HEAD)):
-            raise UserError(
-                f"{tensors.where[HEAD]}: {EMBEDDING} and {HEAD} differ, but {CONFIG} has tie_word_embeddings true"
-            )
-    else:
-        tensors.where[EMBEDDING], tensors.stored_as[EMBEDDING] = tensors.where[HEAD], HEAD
-    del tensors.where[HEAD]
-
-
-def _check_shape(tensors: SavedTensors, name: str, expected: tuple[int, ...]) -> None:
-    where, shape = tensors.where[name], tensors.shape(name)
-    if shape != expected:
-        raise UserError(f"{where}: tensor {name}: expected shape {list(expected)}, found {list(shape)}")
-    if tensors.stored_dtype(name) not in _FLOATS:
-        raise UserError(
-            f"{where}: tensor {name}: expected dtype {', '.join(_FLOATS)}, found {tensors.stored_dtype(name)}"
-        )
 
 
 def _first(names: list[str]) -> str:

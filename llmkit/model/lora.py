@@ -23,7 +23,6 @@ from torch.nn.utils import parametrize
 
 from llmkit.errors import UserError
 from llmkit.io.files import atomic_file
-from llmkit.model.config import ModelConfig
 from llmkit.model.folder import write_tensors
 from llmkit.model.transformer import Transformer
 from llmkit.model.weights import pairs_apart
@@ -94,8 +93,15 @@ class LoraAdapter:
         seed: int = 0,
         token_ids: Sequence[int] = (),
     ):
-        rows = _rows(model.config)
-        largest = max(min(rows[name], _columns(model, name)) for name in targets)
+        matrices = []
+        for name, weight, rows in model.matrices():
+            _, index, stacked = name.split(".")
+            sizes = dict(zip((target for target, _ in STACKED[stacked]), rows, strict=True))
+            adapted = [target for target in sizes if target in targets]
+            matrices += [(model.layers[int(index)], stacked, weight, sizes, adapted)] if adapted else []
+        largest = max(
+            min(sizes[name], weight.shape[1]) for _, _, weight, sizes, adapted in matrices for name in adapted
+        )
         if rank > largest:
             raise UserError(
                 f"--lora-rank: expected at most {largest}, the smaller side of the matrices that get an adapter, "
@@ -109,14 +115,9 @@ class LoraAdapter:
             return torch.rand(shape, generator=generator).mul_(2 * bound).sub_(bound)
 
         model.requires_grad_(False)
-        for layer in model.layers:
-            for stacked, projections in STACKED.items():
-                adapted = [name for name, _ in projections if name in targets]
-                if adapted:
-                    weight = getattr(layer, stacked)
-                    sizes = {name: rows[name] for name, _ in projections}
-                    low_rank = _LowRankSum(weight, sizes, adapted, rank, alpha / rank, draw)
-                    parametrize.register_parametrization(layer, stacked, low_rank, unsafe=True)
+        for layer, stacked, weight, sizes, adapted in matrices:
+            low_rank = _LowRankSum(weight, sizes, adapted, rank, alpha / rank, draw)
+            parametrize.register_parametrization(layer, stacked, low_rank, unsafe=True)
         for table in self._tables:
             parametrize.register_parametrization(model, table, _Rows(getattr(model, table), token_ids), unsafe=True)
 
@@ -193,14 +194,3 @@ class LoraAdapter:
         with atomic_file(folder / "adapter_config.json", "w") as handle:
             json.dump(config, handle, indent=2)
         write_tensors(folder / "adapter_model.safetensors", tensors)
-
-
-def _columns(model: Transformer, target: str) -> int:
-    stacked = next(name for name, projections in STACKED.items() if target in dict(projections))
-    return getattr(model.layers[0], stacked).shape[1]
-
-
-def _rows(config: ModelConfig) -> dict[str, int]:
-    query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    wide = config.intermediate_size
-    return dict(zip(TARGETS, (query, key, key, config.hidden_size, wide, wide, config.hidden_size), strict=True))
