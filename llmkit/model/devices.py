@@ -45,18 +45,18 @@ def choose_device(name: str) -> torch.device:
 
 
 def is_small(parameters: int, device: torch.device) -> bool:
-    """True if a model has less to do for a second thread than that has to wait for."""
+    """True if the model is too small for a second thread to pay off."""
     return device.type == "cpu" and parameters < ONE_THREAD_PARAMETERS
 
 
 def one_thread(wanted: bool) -> AbstractContextManager[None]:
-    """Compute on one thread for a while, where that is wanted."""
+    """Compute on one thread if `wanted`."""
     return threads(1 if wanted else torch.get_num_threads())
 
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Compute on so many threads for a while."""
+    """Compute on `count` threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -19,8 +19,7 @@ B rows, K inputs, N outputs.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal
 
@@ -39,22 +38,18 @@ def can_narrow() -> bool:
     return "fbgemm" in torch.backends.quantized.supported_engines
 
 
-@contextmanager
-def _fbgemm() -> Iterator[None]:
-    """Pack for FBGEMM: torch's own choice depends on the processor."""
-    before = torch.backends.quantized.engine
-    torch.backends.quantized.engine = "fbgemm"
-    try:
-        yield
-    finally:
-        torch.backends.quantized.engine = before
-
-
 def narrow_linear(weight: Tensor, bias: Tensor | None, weights: Weights) -> Callable[[Tensor], Tensor] | None:
     """`x_BK -> x_BK @ weight_NK.T + bias` in float32, or None for weights that half precision cannot hold."""
     weight = weight.detach().float()
     bias = None if bias is None else bias.detach().float()
-    return _half_linear(weight, bias) if weights == "half" else _int8_linear(weight, bias)
+    if weights == "half" and not bool(weight.abs().max() <= LARGEST_HALF):  # or NaN, which packing would hide
+        return None
+    engine = torch.backends.quantized.engine
+    torch.backends.quantized.engine = "fbgemm"  # torch's own choice depends on the processor
+    try:
+        return _half_linear(weight, bias) if weights == "half" else _int8_linear(weight, bias)
+    finally:
+        torch.backends.quantized.engine = engine
 
 
 def _without_checks(op: Any) -> Callable[..., Tensor]:
@@ -62,11 +57,8 @@ def _without_checks(op: Any) -> Callable[..., Tensor]:
     return getattr(op, "_op", op)
 
 
-def _half_linear(weight_NK: Tensor, bias_N: Tensor | None) -> Callable[[Tensor], Tensor] | None:
-    if not bool(weight_NK.abs().max() <= LARGEST_HALF):  # or NaN, which packing would hide
-        return None
-    with _fbgemm():
-        packed = torch.ops.quantized.linear_prepack_fp16(weight_NK, bias_N)
+def _half_linear(weight_NK: Tensor, bias_N: Tensor | None) -> Callable[[Tensor], Tensor]:
+    packed = torch.ops.quantized.linear_prepack_fp16(weight_NK, bias_N)
     product = _without_checks(torch.ops.quantized.linear_dynamic_fp16.default)
     return lambda x_BK: product(x_BK, packed)
 
@@ -74,7 +66,7 @@ def _half_linear(weight_NK: Tensor, bias_N: Tensor | None) -> Callable[[Tensor],
 def _int8_linear(weight_NK: Tensor, bias_N: Tensor | None) -> Callable[[Tensor], Tensor]:
     scale_N = (weight_NK.abs().amax(1) / WEIGHT_LEVELS).clamp_min(SMALLEST_SCALE)
     zero_N = torch.zeros(len(weight_NK), dtype=torch.long)
-    with _fbgemm(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*quantize_per_channel.* deprecated")
         narrow = torch.quantize_per_channel(weight_NK, scale_N.double(), zero_N, 0, torch.qint8)
         packed = torch.ops.quantized.linear_prepack(narrow, None)

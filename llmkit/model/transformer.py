@@ -14,7 +14,6 @@ B batch, T tokens, H query heads, K key-value heads, D head size, V vocabulary.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import cast
 
 import torch
@@ -83,10 +82,6 @@ class RotaryTable:
             angles = torch.arange(rows, dtype=torch.float64, device="cpu").unsqueeze(1) * self._frequencies
             self._tables[key] = torch.stack((angles.cos(), angles.sin()), -1).to(*key)
         return self._tables[key][:length]
-
-
-def _parameter(*shape: int, dtype: torch.dtype | None, device: torch.device | str | None) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
 
 
 class Layer(nn.Module):
@@ -163,7 +158,10 @@ class Transformer(nn.Module):
         """With a seed the parameters are initialised for training; without one they are left unset, at no cost."""
         super().__init__()
         self.config = config
-        new = partial(_parameter, dtype=dtype, device=device)
+
+        def new(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+
         self.embed_tokens = new(config.vocab_size, config.hidden_size)
         layers = nn.ModuleList(Layer(config, i, new) for i in range(config.num_hidden_layers))
         self.layers = cast("Sequence[Layer]", layers)  # what iterating a ModuleList gives, for the type checker
@@ -232,12 +230,7 @@ class Transformer(nn.Module):
             yield f"layers.{i}.gate_up", layer.gate_up, (config.intermediate_size,) * 2
             yield f"layers.{i}.down", layer.down, (config.hidden_size,)
 
-    def forward(
-        self,
-        token_ids_BT: Tensor,
-        *,
-        doc_ids: Tensor | Packing | Branching | None = None,
-    ) -> Tensor:
+    def forward(self, token_ids_BT: Tensor, *, doc_ids: Tensor | Packing | Branching | None = None) -> Tensor:
         """Hidden states (B, T, hidden), normed, ready for the head.
 
         `doc_ids` (B, T): equal neighbours are one document, and attention stays within it; a `Branching` of them lets
@@ -248,22 +241,19 @@ class Transformer(nn.Module):
         x_BTC = F.embedding(token_ids_BT, self.embed_tokens)
         if self.config.normalize_embedding:
             x_BTC = rms_norm(x_BTC, None, self.config.rms_norm_eps)
-        position_ids = doc_ids.position_ids if isinstance(doc_ids, Branching) else None
-        if eager and doc_ids is not None and not isinstance(doc_ids, (Packing, Branching)):
-            doc_ids = Packing(doc_ids)
-        cos_sin = self._cos_sin(x_BTC, position_ids)
+        if isinstance(doc_ids, Branching):
+            positions = doc_ids.position_ids
+            cos_sin = self._rotary(int(positions.max()) + 1, x_BTC.device, x_BTC.dtype)[positions]
+        else:
+            cos_sin = self._rotary(x_BTC.shape[1], x_BTC.device, x_BTC.dtype)
+            if eager and isinstance(doc_ids, Tensor):
+                doc_ids = Packing(doc_ids)
         for layer in self.layers:
             if self.checkpoint_layers and self.training and torch.is_grad_enabled():
                 x_BTC = checkpoint(layer, x_BTC, cos_sin, doc_ids, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_BTC = layer(x_BTC, cos_sin, doc_ids)
         return rms_norm(x_BTC, self.norm, self.config.rms_norm_eps)
-
-    def _cos_sin(self, x_BTC: Tensor, position_ids: Tensor | None) -> Tensor:
-        device, dtype = x_BTC.device, x_BTC.dtype
-        if position_ids is None:
-            return self._rotary(x_BTC.shape[1], device, dtype)
-        return self._rotary(int(position_ids.max()) + 1, device, dtype)[position_ids]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., hidden) -> (..., V)."""
