@@ -24,6 +24,7 @@ from llmkit.tokenizer.folder import CHAT_TEMPLATE, END_OF_TEXT, SPECIALS
 CHAT_SPECIALS = tuple(name for name in SPECIALS if name != END_OF_TEXT)
 LOSSES = ("assistant", "last", "all")
 ENCODED_AT_ONCE = 4096  # texts
+Turn = list[tuple[np.ndarray | EnclosedText, bool]]  # ids or a text between special tokens, and whether it is learnt
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,16 @@ class ChatFormat:
                 f"{tokenizer.path}: expected the special tokens of conversations, found no {missing[0]}; "
                 "fine-tune the model with llmkit sft, which adds them"
             )
-        self._tokenizer, self._id = tokenizer, tokenizer.specials
-        self.end_id = self._id["<|im_end|>"]
+        self._tokenizer = tokenizer
+        self._tokens = {name: np.array([tokenizer.specials[name]], np.int32) for name in CHAT_SPECIALS}
+        self.end_id = tokenizer.specials["<|im_end|>"]
         # SentencePiece's tokenizers cut a text behind a special token otherwise than alone
         self._whole = None if tokenizer.encodes_alone(CHAT_SPECIALS) else tokenizer.with_stand_ins(CHAT_SPECIALS)
+        begin, end = "<|im_start|>", "<|im_sep|>"
         roles = ("system", "user", "assistant")
-        named = self._encode_texts([("<|im_start|>", role, "<|im_sep|>") for role in roles])
+        named = self._encode_texts([(begin, role, end) for role in roles])
         self._headers = {
-            role: [self._id["<|im_start|>"], *ids.tolist(), self._id["<|im_sep|>"]]
+            role: np.concatenate([self._tokens[begin], ids, self._tokens[end]])
             for role, ids in zip(roles, named, strict=True)
         }
 
@@ -85,7 +88,7 @@ class ChatFormat:
         (encoded,) = self.encode_many([Conversation(tuple(messages))], loss=loss)
         if not prompt:
             return encoded
-        header = np.array(self._headers["assistant"], np.int32)
+        header = self._headers["assistant"]
         ids = np.concatenate([encoded.token_ids, header])
         trained = np.concatenate([encoded.trained, np.zeros(len(header), bool)])
         return replace(encoded, token_ids=ids, trained=trained)
@@ -97,10 +100,10 @@ class ChatFormat:
         """
         if loss not in LOSSES:
             raise ValueError(f"loss: expected one of {LOSSES}, found {loss!r}")
-        listed = list(conversations)
-        texts = [text for conversation in listed for text in _texts(conversation)]
-        pieces = iter(self._encode_texts(texts))
-        return [self._assemble(conversation, pieces, loss) for conversation in listed]
+        listed = [(conversation, self._turns(conversation, loss)) for conversation in conversations]
+        texts = [piece for _, turns in listed for turn in turns for piece, _ in turn if isinstance(piece, tuple)]
+        encoded = iter(self._encode_texts(texts))
+        return [_joined(conversation.messages, turns, encoded) for conversation, turns in listed]
 
     def encode_branches(
         self, branches: Sequence[tuple[Sequence[Message], Sequence[Sequence[Message]]]]
@@ -128,69 +131,57 @@ class ChatFormat:
             pieces += np.split(ids.astype(np.int32), np.cumsum(lengths)[:-1])
         return pieces
 
-    def _assemble(self, conversation: Conversation, pieces, loss: str) -> Encoded:
-        runs: list[tuple[Sequence[int] | np.ndarray, bool]] = []
-        ends: list[int] = []
-        questions: list[int] = []
-        length = 0
-
-        def put(ids: Sequence[int] | np.ndarray, trained: bool) -> None:
-            nonlocal length
-            runs.append((ids, trained or loss == "all"))
-            length += len(ids)
-
+    def _turns(self, conversation: Conversation, loss: str) -> list[Turn]:
+        """Lay out a conversation as turns of ids and texts, each with whether it is learnt."""
         if conversation.document is not None:
             start, end = self._tokenizer.document_bounds()
-            put([start], False)
-            put(next(pieces), True)
-            put([end], True)
-            ends.append(length)
+            first, last = np.array([start], np.int32), np.array([end], np.int32)
+            return [[(first, loss == "all"), (("", conversation.document, ""), True), (last, True)]]
         last = max((i for i, message in enumerate(conversation.messages) if message.role == "assistant"), default=-1)
+        turns: list[Turn] = []
         for index, message in enumerate(conversation.messages):
-            counts = message.role == "assistant" and message.weight > 0 and (loss != "last" or index == last)
-            if message.role == "user":
-                questions.append(length)
-            put(self._headers[message.role], False)
-            for kind, _ in _stretches(message):
-                ids = next(pieces)
+            said = message.role == "assistant" and message.weight > 0 and (loss != "last" or index == last)
+            trained = said or loss == "all"
+            turn: Turn = [(self._headers[message.role], loss == "all")]
+            stretches: list[tuple[str, str]] = []  # neighbouring texts as one
+            for kind, run in groupby(message.parts, key=lambda part: part.kind):
+                texts = [part.text for part in run]
+                stretches += [(kind, "".join(texts))] if kind == "text" else [(kind, text) for text in texts]
+            before = "<|im_sep|>"
+            for (kind, text), (following, _) in pairwise([*stretches, ("im", "")]):
+                start, end = f"<|{kind}_start|>", f"<|{kind}_end|>"
                 if kind == "text":
-                    put(ids, counts)
+                    after = "<|im_end|>" if following == "im" else f"<|{following}_start|>"
+                    turn.append(((before, text, after), trained))
                 else:
-                    put([self._id[f"<|{kind}_start|>"]], counts and kind != RESULT)
-                    put(ids, counts and kind != RESULT)
-                    put([self._id[f"<|{kind}_end|>"]], counts and kind != RESULT)
-            put([self.end_id], counts)
-            ends.append(length)
-        token_ids = np.concatenate([np.asarray(ids, np.int32) for ids, _ in runs])
-        trained = np.repeat([flag for _, flag in runs], [len(ids) for ids, _ in runs])
-        begins_with_system = bool(conversation.messages) and conversation.messages[0].role == "system"
-        return Encoded(token_ids, trained, tuple(ends), tuple(questions), ends[0] if begins_with_system else 0)
+                    flag = trained and (kind != RESULT or loss == "all")
+                    turn += [(self._tokens[start], flag), ((start, text, end), flag), (self._tokens[end], flag)]
+                before = end
+            turn.append((self._tokens["<|im_end|>"], trained))
+            turns.append(turn)
+        return turns
 
     def tool_tokens(self) -> dict[str, tuple[int, int]]:
         """The start and end ids of each tool's call, and of `result`."""
-        return {kind: (self._id[f"<|{kind}_start|>"], self._id[f"<|{kind}_end|>"]) for kind in (*TOOLS, RESULT)}
+        ids = self._tokenizer.specials
+        return {kind: (ids[f"<|{kind}_start|>"], ids[f"<|{kind}_end|>"]) for kind in (*TOOLS, RESULT)}
 
 
-def _stretches(message: Message) -> Iterator[tuple[str, str]]:
-    """Kind and text of the parts of a message, neighbouring texts as one."""
-    for kind, run in groupby(message.parts, key=lambda part: part.kind):
-        if kind == "text":
-            yield kind, "".join(part.text for part in run)
-        else:
-            yield from ((kind, part.text) for part in run)
-
-
-def _texts(conversation: Conversation) -> Iterator[EnclosedText]:
-    if conversation.document is not None:
-        yield "", conversation.document, ""
-    for message in conversation.messages:
-        before = "<|im_sep|>"
-        for (kind, text), (following, _) in pairwise([*_stretches(message), ("im", "")]):
-            if kind == "text":
-                yield before, text, f"<|{following}_{'end' if following == 'im' else 'start'}|>"
-            else:
-                yield f"<|{kind}_start|>", text, f"<|{kind}_end|>"
-            before = f"<|{kind}_end|>"
+def _joined(messages: Sequence[Message], turns: Sequence[Turn], encoded: Iterator[np.ndarray]) -> Encoded:
+    """Join the pieces of a conversation; `encoded` gives the ids of its texts."""
+    pieces: list[np.ndarray] = []
+    flags: list[bool] = []
+    ends: list[int] = []
+    for turn in turns:
+        of_turn = [next(encoded) if isinstance(piece, tuple) else piece for piece, _ in turn]
+        pieces += of_turn
+        flags += [trained for _, trained in turn]
+        ends.append((ends[-1] if ends else 0) + sum(map(len, of_turn)))
+    starts = [0, *ends]
+    questions = tuple(starts[i] for i, message in enumerate(messages) if message.role == "user")
+    preamble = ends[0] if messages and messages[0].role == "system" else 0
+    trained = np.repeat(flags, [len(piece) for piece in pieces])
+    return Encoded(np.concatenate(pieces), trained, tuple(ends), questions, preamble)
 
 
 def has_own_template(tokenizer: Tokenizer) -> bool:
