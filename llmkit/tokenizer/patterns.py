@@ -67,25 +67,23 @@ _REGEX = {
         r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     ),
 }
-_ASCII_REGEX = {
-    "qwen2": (
-        rb"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\nA-Za-z0-9]?[A-Za-z]+|[0-9]"
-        rb"| ?[^\sA-Za-z0-9]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    ),
-    "llama3": (
-        rb"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\nA-Za-z0-9]?[A-Za-z]+|[0-9]{1,3}"
-        rb"| ?[^\sA-Za-z0-9]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    ),
-    "gpt2": rb"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+",
-    "o200k": (
-        rb"[^\r\nA-Za-z0-9]?[A-Z]*[a-z]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-        rb"|[^\r\nA-Za-z0-9]?[A-Z]+[a-z]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-        rb"|[0-9]{1,3}| ?[^\sA-Za-z0-9]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    ),
-}
+_ASCII = {"L": "A-Za-z", "N": "0-9", "Lu": "A-Z", "Ll": "a-z"}
+_CATEGORY = re.compile(r"\\p\{(\w+)\}")
+
+
+def _ascii_regex(regex: str) -> bytes:
+    """Rewrite a regular expression for ASCII, with ranges of characters for Unicode's categories.
+
+    >>> _ascii_regex(r" ?[^\\s\\p{L}]+|\\p{N}{1,3}")
+    b' ?[^\\\\sA-Za-z]+|[0-9]{1,3}'
+    """
+    classes = re.sub(r"\[[^]]*\]", lambda match: _CATEGORY.sub(lambda name: _ASCII.get(name[1], ""), match[0]), regex)
+    return _CATEGORY.sub(lambda name: f"[{_ASCII[name[1]]}]", classes).encode()
+
+
 NAMES = tuple(_REGEX)
 PATTERNS = {
-    name: Pattern(name, regex, _ASCII_REGEX[name], b"'" if name == "o200k" else b"") for name, regex in _REGEX.items()
+    name: Pattern(name, regex, _ascii_regex(regex), b"'" if name == "o200k" else b"") for name, regex in _REGEX.items()
 }
 
 
