@@ -62,7 +62,7 @@ class Summary:
 
 def run(config: TrainBpeConfig) -> Summary | None:
     """Load, count, merge, save, summarise. Raises UserError for the user's mistakes, before anything is written."""
-    from llmkit.tokenizer import folder, report
+    from llmkit.tokenizer import folder
     from llmkit.tokenizer.corpus import Corpus, count_pieces
     from llmkit.tokenizer.merges import train_merges
     from llmkit.tokenizer.patterns import find_pattern
@@ -71,16 +71,13 @@ def run(config: TrainBpeConfig) -> Summary | None:
     started = time.monotonic()
     out, inputs, size = _checked(config, folder.SMALLEST_VOCABULARY, folder.MULTIPLE)
     pattern = find_pattern(config.pattern)
-    others = {path: report.load_other(path) for path in config.compare}
+    others = {path: folder.load_other(path) for path in config.compare}
     bad = BadRecords(config.max_bad, config.quiet)
     corpus = Corpus(inputs, pattern, config.limit, config.limit_bytes, bad)
-    wanted = size - len(folder.SPECIALS)
-    total = _megabytes_of(inputs, config.limit_bytes)
+    specials, total = len(folder.SPECIALS), _megabytes_of(inputs, config.limit_bytes)
+    wanted = size - specials - 256  # merges
     if config.dry_run:
-        say(
-            f"vocabulary {size}: 256 bytes, {counted(wanted - 256, 'merge')}, {len(folder.SPECIALS)} special tokens",
-            config.quiet,
-        )
+        say(f"vocabulary {size}: 256 bytes, {counted(wanted, 'merge')}, {specials} special tokens", config.quiet)
         say(f"pattern {pattern.name}: {pattern.regex}", config.quiet)
         time_needed = f", about {duration(1 + total * 1e6 / BYTES_PER_SECOND)}" if total else ""
         say(f"from {' '.join(inputs)} on {counted(available_cores(), 'core')} to {out}{time_needed}", config.quiet)
@@ -88,47 +85,41 @@ def run(config: TrainBpeConfig) -> Summary | None:
 
     # count
     with Progress("count", total=total, unit="MB", quiet=config.quiet) as progress:
-        advance = lambda size: progress.advance(size / 1e6)  # noqa: E731
-        pieces, counts = count_pieces(corpus.blocks(), pattern, on_progress=advance)
+        pieces, counts = count_pieces(corpus.blocks(), pattern, on_progress=lambda size: progress.advance(size / 1e6))
     if not pieces:
         raise UserError(f"{names_of(inputs)}: no text to train on; expected JSONL with 'text', or plain text")
 
     # merge
-    with Progress("merge", total=wanted - 256, unit="merges", quiet=config.quiet) as progress:
-        merges = train_merges(pieces, counts, wanted, config.min_frequency, progress.advance)
-    reserved = len(folder.reserved_tokens(len(merges.pairs)))
-    vocab_size = folder.SMALLEST_VOCABULARY + len(merges.pairs) + reserved
-    if len(merges.tokens) < wanted:
-        say(
-            f"only {counted(len(merges.pairs), 'merge')} of {wanted - 256}: no other pair occurs"
-            f"{f' {config.min_frequency} times' if config.min_frequency > 1 else ''}; the vocabulary is {vocab_size}",
-            config.quiet,
-        )
-
-    # save
+    with Progress("merge", total=wanted, unit="merges", quiet=config.quiet) as progress:
+        merges = train_merges(pieces, counts, wanted + 256, config.min_frequency, progress.advance)
+    made = len(merges.pairs)
     results = {
-        "vocab_size": vocab_size,
-        "merges": len(merges.pairs),
+        "vocab_size": len(merges.tokens) + specials + len(folder.reserved_tokens(made)),
+        "merges": made,
         "documents": corpus.documents,
         "bytes": corpus.bytes,
         "bytes_per_token": round(corpus.bytes / int(merges.counts.sum()), 4),
         **bad.results,
     }
+    if made < wanted:
+        times = f" {config.min_frequency} times" if config.min_frequency > 1 else ""
+        vocabulary = f"the vocabulary is {results['vocab_size']}"
+        say(f"only {counted(made, 'merge')} of {wanted}: no other pair occurs{times}; {vocabulary}", config.quiet)
+
+    # save
     with atomic_folder(out, config.force) as partial:
         text = folder.tokenizer_json(merges, pattern)
         folder.write_tokenizer(partial, text)
-        sample = report.choose_sample(corpus.sample, corpus.bytes_of_source)
-        found = report.make_report(text, merges, reserved, sample, others)
-        write_json(partial / "report.json", {"pattern": pattern.regex, **results, **found})
+        report = folder.make_report(text, merges, folder.choose_sample(corpus.sample, corpus.bytes_of_source), others)
+        write_json(partial / "report.json", {"pattern": pattern.regex, **results, **report})
         write_manifest(partial, "train-bpe", as_options(config), inputs=describe_inputs(inputs), results=results)
 
     # summarise
-    for path, other in found["compared"].items():
-        ratio = found["sample"]["bytes_per_token"] / other["bytes_per_token"]
+    for path, other in report["compared"].items():
+        ratio = report["sample"]["bytes_per_token"] / other["bytes_per_token"]
         say(f"{ratio:.3f} x the bytes per token of {path} ({other['vocab_size']} tokens)", config.quiet)
-    seconds = round(time.monotonic() - started, 2)
     say(f"{results['bytes_per_token']} bytes per token over {quantity(corpus.bytes)}B of text", config.quiet)
-    return Summary(path=str(out), **results, seconds=seconds)
+    return Summary(path=str(out), **results, seconds=round(time.monotonic() - started, 2))
 
 
 def _checked(config: TrainBpeConfig, smallest: int, multiple: int) -> tuple[Path, list[str], int]:
@@ -139,10 +130,8 @@ def _checked(config: TrainBpeConfig, smallest: int, multiple: int) -> tuple[Path
     inputs = list(config.inputs) or ["-"]
     check_inputs(inputs)
     if config.vocab_size < smallest:
-        raise UserError(
-            f"--vocab-size: expected at least {smallest} (256 bytes and {smallest - 256} special tokens), "
-            f"found {config.vocab_size}"
-        )
+        needed = f"(256 bytes and {smallest - 256} special tokens)"
+        raise UserError(f"--vocab-size: expected at least {smallest} {needed}, found {config.vocab_size}")
     size = -(-config.vocab_size // multiple) * multiple
     if size != config.vocab_size:
         say(f"--vocab-size {config.vocab_size} becomes {size}, a multiple of {multiple}", config.quiet)

@@ -1,4 +1,4 @@
-"""A tokenizer folder from trained merges: tokenizer.json and tokenizer_config.json, as Hugging Face reads them.
+"""What training writes: tokenizer.json and tokenizer_config.json, as Hugging Face reads them, and a report.
 
 The vocabulary is the 256 bytes, the tokens learned, the special tokens and, up to a multiple of 64 (16-byte loads of
 the output matrix), reserved tokens. Specials and reserved tokens come last, so that the ids of text never depend on
@@ -9,10 +9,15 @@ them, and are not in the BPE model: raw text that spells one is encoded as text 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from llmkit.errors import UserError
 from llmkit.io.files import atomic_file
+from llmkit.tokenizer.backends import TokenizersBackend
 from llmkit.tokenizer.encoding import END_OF_TEXT, bos_post_processor
 from llmkit.tokenizer.merges import Merges
 from llmkit.tokenizer.patterns import Pattern, byte_alphabet
@@ -26,8 +31,23 @@ SPECIALS = (
 )
 MULTIPLE = 64
 SMALLEST_VOCABULARY = 256 + len(SPECIALS)
-
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8").strip()
+CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": END_OF_TEXT,
+    "eos_token": END_OF_TEXT,
+    "pad_token": END_OF_TEXT,
+    "add_bos_token": True,
+    "clean_up_tokenization_spaces": False,
+    "chat_template": CHAT_TEMPLATE,
+}
+
+# Half a CPU second a tokenizer, where training takes 4 for 100 MB. Of less than 32 MB a 32nd part, 64 KB at least.
+MEASURED_BYTES, MEASURED_SHARE, LEAST_MEASURED = 1 << 20, 1 / 32, 64 << 10
+LISTED_SOURCES = 50
+OTHERS = "(other sources)"
+
+Sample = dict[str, list[str]]  # source -> texts
 
 
 def reserved_tokens(learned: int) -> list[str]:
@@ -36,7 +56,7 @@ def reserved_tokens(learned: int) -> list[str]:
 
 
 def tokenizer_json(merges: Merges, pattern: Pattern) -> str:
-    """The text of tokenizer.json. Raises UserError when a learned token spells a special one."""
+    """Make the text of tokenizer.json. Raises UserError when a learned token spells a special one."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     character = {byte: letter for letter, byte in byte_alphabet()}
@@ -47,8 +67,7 @@ def tokenizer_json(merges: Merges, pattern: Pattern) -> str:
             f"--pattern: pieces that contain {taken.pop()} became a token; choose one that cuts at '<' and '|'"
         )
     pairs = [(tokens[left], tokens[right]) for left, right in merges.pairs]
-    model = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=pairs)
-    tokenizer = Tokenizer(model)
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=pairs))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
         [
             pre_tokenizers.Split(Regex(pattern.regex), "isolated"),
@@ -62,22 +81,124 @@ def tokenizer_json(merges: Merges, pattern: Pattern) -> str:
     return json.dumps(spec, indent=2, ensure_ascii=False)
 
 
-def tokenizer_config() -> dict[str, object]:
-    """The content of tokenizer_config.json."""
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": END_OF_TEXT,
-        "eos_token": END_OF_TEXT,
-        "pad_token": END_OF_TEXT,
-        "add_bos_token": True,
-        "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
-    }
-
-
 def write_tokenizer(folder: Path, tokenizer: str) -> None:
     """Write tokenizer_config.json, then tokenizer.json."""
-    config = json.dumps(tokenizer_config(), indent=2, ensure_ascii=False)
+    config = json.dumps(CONFIG, indent=2, ensure_ascii=False)
     for name, text in (("tokenizer_config.json", config), ("tokenizer.json", tokenizer)):
         with atomic_file(folder / name, "w") as handle:
             handle.write(text + "\n")
+
+
+# ---- report
+
+
+class Measured(NamedTuple):
+    """A tokenizer that is only asked how many tokens each of some texts has."""
+
+    vocab_size: int
+    count: Callable[[Sequence[str]], Sequence[int]]
+
+
+def make_report(tokenizer: str, merges: Merges, sample: Sample, others: Mapping[str, Measured]) -> dict[str, Any]:
+    """Report bytes per token by source, beside other tokenizers, and figures of the tokens, of a tokenizer.json."""
+    backend = TokenizersBackend(tokenizer.encode())
+    texts = [text for texts in sample.values() for text in texts]
+    ids, lengths = backend.encode_batch(texts)
+    back = backend.tokenizer.decode_batch(
+        [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])], skip_special_tokens=False
+    )
+    lost = [text[:80] for text, again in zip(texts, back, strict=True) if text != again]
+    learned = np.arange(256, len(merges.tokens))
+    unused = learned[merges.counts[256:] == 0].tolist()
+    longest = sorted(learned.tolist(), key=lambda i: (-len(merges.tokens[i]), i))[:20]
+    shown = [token.decode(errors="backslashreplace") for token in merges.tokens]
+    return {
+        "reserved_tokens": len(reserved_tokens(len(merges.pairs))),
+        "sample": {"bytes": sum(map(_size, texts)), **_bytes_per_token(sample, lengths.tolist())},
+        "round_trip": {"texts": len(texts), "lost": len(lost), "first_lost": lost[:3]},
+        "compared": {
+            path: {"vocab_size": other.vocab_size, **_bytes_per_token(sample, other.count(texts))}
+            for path, other in others.items()
+        },
+        "unused_tokens": {
+            "count": len(unused),
+            "meaning": "learned tokens that only ever stand within longer ones in the training text",
+            "first": [shown[i] for i in unused[:20]],
+        },
+        "longest_tokens": [
+            {"token": shown[i], "bytes": len(merges.tokens[i]), "count": int(merges.counts[i])} for i in longest
+        ],
+    }
+
+
+def _size(text: str) -> int:
+    return len(text.encode())
+
+
+def _bytes_per_token(sample: Sample, lengths: Sequence[int]) -> dict[str, Any]:
+    length = iter(lengths)
+    sizes = {source: (sum(map(_size, texts)), sum(next(length) for _ in texts)) for source, texts in sample.items()}
+    ratios = {source: round(size / max(tokens, 1), 4) for source, (size, tokens) in sizes.items()}
+    size, tokens = map(sum, zip(*sizes.values(), strict=True))
+    return {"bytes_per_token": round(size / max(tokens, 1), 4), "bytes_per_token_by_source": ratios}
+
+
+def choose_sample(texts_of_source: Mapping[str, list[str]], bytes_of_source: Mapping[str, int]) -> Sample:
+    """Choose at most MEASURED_BYTES of text, as even over the sources as they allow; the smallest are put together."""
+    by_size = sorted(texts_of_source, key=lambda source: -bytes_of_source[source])
+    sample: Sample = {source: texts_of_source[source] for source in by_size[:LISTED_SOURCES]}
+    if len(by_size) > LISTED_SOURCES:
+        sample[OTHERS] = [text for source in by_size[LISTED_SOURCES:] for text in texts_of_source[source][:1]]
+    left = min(MEASURED_BYTES, max(LEAST_MEASURED, int(MEASURED_SHARE * sum(bytes_of_source.values()))))
+    chosen: Sample = {source: [] for source in sample}
+    available = {source: sum(map(_size, texts)) for source, texts in sample.items()}
+    for i, source in enumerate(sorted(sample, key=available.__getitem__)):
+        room = left // (len(sample) - i)
+        for text in sample[source]:
+            head = text.encode()[:room].decode(errors="ignore")
+            if not head:
+                break
+            chosen[source].append(head)
+            room -= _size(head)
+            left -= _size(head)
+    return chosen
+
+
+def load_other(path: str) -> Measured:
+    """Load a tokenizer to compare with, of any common form.
+
+    path: a tokenizer.json or its folder, GPT-2's encoder.json (vocab.bpe beside it), a SentencePiece .model.
+    Raises UserError when it cannot be read.
+    """
+    from tokenizers import ByteLevelBPETokenizer
+
+    file = Path(path)
+    if file.is_dir():
+        file /= "tokenizer.json"
+    if not file.is_file():
+        raise UserError(f"{file}: no such tokenizer; --compare takes a tokenizer.json, encoder.json or .model")
+    if file.suffix == ".model":
+        try:
+            import sentencepiece  # pyright: ignore[reportMissingImports]
+
+            processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        except ImportError:
+            raise UserError(f"{file}: needs the package sentencepiece: pip install sentencepiece") from None
+        except Exception as error:
+            raise UserError(f"{file}: not a SentencePiece model: {error}") from None
+        return Measured(processor.vocab_size(), lambda texts: [len(ids) for ids in processor.encode(list(texts))])
+    try:
+        if file.name.endswith("encoder.json"):
+            merges = file.with_name(file.name.removesuffix("encoder.json") + "vocab.bpe")
+            if not merges.is_file():
+                raise UserError(f"{merges}: expected GPT-2's merges beside {file.name}, found nothing")
+            data = ByteLevelBPETokenizer.from_file(str(file), str(merges)).to_str().encode()
+        else:
+            data = file.read_bytes()
+        backend = TokenizersBackend(data)
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exception
+        message = str(error).replace("\n", " ")[:200]
+        raise UserError(f"{file}: not a tokenizer that tokenizers can read: {message}") from None
+    return Measured(backend.tokenizer.get_vocab_size(), lambda texts: backend.encode_batch(texts)[1].tolist())

@@ -11,10 +11,16 @@ import pytest
 from tokenizers import Tokenizer
 
 from llmkit.errors import UserError
-from llmkit.tokenizer.folder import tokenizer_json
+from llmkit.tokenizer.folder import (
+    LEAST_MEASURED,
+    MEASURED_BYTES,
+    choose_sample,
+    load_other,
+    make_report,
+    tokenizer_json,
+)
 from llmkit.tokenizer.merges import train_merges
 from llmkit.tokenizer.patterns import PATTERNS
-from llmkit.tokenizer.report import LEAST_MEASURED, MEASURED_BYTES, choose_sample, load_other, make_report
 
 MERGES = train_merges([b"abc", b"ab", b" cd"], np.array([5, 2, 3]), 260)
 TOKENIZER = tokenizer_json(MERGES, PATTERNS["qwen2"])
@@ -23,7 +29,7 @@ TOKENIZER = tokenizer_json(MERGES, PATTERNS["qwen2"])
 def test_bytes_per_token_by_source_and_beside_itself(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(TOKENIZER)
     sample = {"web": ["abc abc", "ab"], "books": ["é <|im_start|>"]}
-    found = make_report(TOKENIZER, MERGES, 7, sample, {"it": load_other(str(tmp_path))})
+    found = make_report(TOKENIZER, MERGES, sample, {"it": load_other(str(tmp_path))})
     assert [MERGES.tokens[i] for i in range(256, 260)] == [b"ab", b"abc", b"cd", b" cd"]
     ours = found["sample"]
     assert ours["bytes"] == 7 + 2 + 15
