@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from os.path import commonprefix
 
 import numpy as np
 
-from llmkit.errors import UserError
+from llmkit.errors import UserError, naming
 from llmkit.formats.conversations import Conversation, Message, message
 from llmkit.tokenizer.chat import LOSSES, ChatFormat, Encoded, has_own_template
 from llmkit.tokenizer.encoding import RESERVED, THOUGHTS, Tokenizer
@@ -34,6 +35,22 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 _GENERATION = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
 
 
+@dataclass(frozen=True)
+class _Turn:
+    """A message as text: what is marked in it, within white space and perhaps after thoughts, and what is about that.
+
+    left   the marked text without words that the template takes out
+    late   whether the marked text begins after the thoughts
+    """
+
+    role: str
+    before: str
+    core: str
+    after: str
+    left: str
+    late: bool
+
+
 def chat_format(tokenizer: Tokenizer) -> ChatFormat:
     """Return the chat format of a tokenizer's folder. Raises UserError for one that has none."""
     return TemplateFormat(tokenizer) if has_own_template(tokenizer) else ChatFormat(tokenizer)
@@ -46,53 +63,43 @@ class TemplateFormat(ChatFormat):
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:  # not that of our format, which asks for its special tokens
-        self._tokenizer = tokenizer
+        self._tokenizer, self._folder, template = tokenizer, tokenizer.path.parent, tokenizer.chat_template or ""
         self._special = _any_of(tokenizer.specials)
         self._escaped = {role: self._special for role in ("system", "user")}  # what a text may not make a token of
         self._escaped["assistant"] = _any_of(name for name in tokenizer.specials if name not in THOUGHTS)
-        self._template = self._renderer()
+        try:
+            self._template = renderer(portable_template(template))
+        except TemplateFault as error:
+            raise UserError(f"{self._folder}: its chat template is no valid Jinja: {error}") from None
         # words by which people switch the model, as Nemotron's /no_think, and which are no part of what they say
-        self._switches = [match[2] for match in _TAKEN_OUT.finditer(tokenizer.chat_template or "")]
+        self._switches = [match[2] for match in _TAKEN_OUT.finditer(template)]
         self._whole = tokenizer.with_stand_ins(tokenizer.specials)
         named = {key: tokenizer.config.get(key) for key in _NAMED}
         texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
         self._names = {key: value for key, value in texts.items() if value is not None}  # null is undefined
+        self._endless = f"{self._folder}: its chat template ends an answer with no special token"
         self.end_id, self._ended = self._end()
 
-    def _renderer(self) -> Callable[..., str]:
-        try:
-            return renderer(portable_template(self._tokenizer.chat_template or ""))
-        except TemplateFault as error:
-            raise UserError(f"{self._tokenizer.path.parent}: its chat template is no valid Jinja: {error}") from None
-
     def _end(self) -> tuple[int, str]:
-        """The token that ends an answer, and after which answers the template writes one: EACH, BETWEEN, NONE."""
-        turns, ends = [message("user", "Hello"), message("assistant", "Hello")], EACH
-        special = self._after_answer(turns)
+        """Find the token that ends an answer, and after which answers the template writes one: EACH, BETWEEN, NONE."""
+        asked, answered = self._turn(message("user", "Hello")), self._turn(message("assistant", "Hello"))
+
+        def after_answer(*more: _Turn) -> str | None:
+            pieces = self._render([asked, answered, *more], prompt=False).split(END)
+            match = self._special.search(pieces[2].partition(BEGIN)[0]) if len(pieces) > 2 else None
+            return match and match[0]
+
+        special, ends = after_answer(), EACH
         if special is None:
             with suppress(UserError):
-                special = self._after_answer([*turns, message("user", "Hello")])
+                special = after_answer(asked)
             ends = NONE if special is None else BETWEEN
-            if self._tokenizer.eos_id is not None and (special is None or special == self._header()):
+            header = self._special.findall(self._render([asked], prompt=False).partition(BEGIN)[0])
+            if self._tokenizer.eos_id is not None and (special is None or [special] == header[-1:]):
                 return self._tokenizer.eos_id, ends
         if special is None:
             raise UserError(self._endless)
         return self._tokenizer.specials[special], ends
-
-    def _after_answer(self, turns: Sequence[Message]) -> str | None:
-        """The special token between the second turn, an answer, and the third."""
-        pieces = self._render(turns, prompt=False).split(END)
-        match = self._special.search(pieces[2].partition(BEGIN)[0]) if len(pieces) > 2 else None
-        return match and match[0]
-
-    def _header(self) -> str | None:
-        """The special token that begins a turn of the user."""
-        specials = self._special.findall(self._render([message("user", "Hello")], prompt=False).partition(BEGIN)[0])
-        return specials[-1] if specials else None
-
-    @property
-    def _endless(self) -> str:
-        return f"{self._tokenizer.path.parent}: its chat template ends an answer with no special token"
 
     def encode(self, messages: Sequence[Message], *, loss: str = "assistant", prompt: bool = False) -> Encoded:
         """As `ChatFormat.encode`. Raises UserError for what the template refuses."""
@@ -103,13 +110,11 @@ class TemplateFormat(ChatFormat):
         """As `ChatFormat.encode_many`."""
         if loss not in LOSSES:
             raise ValueError(f"loss: expected one of {LOSSES}, found {loss!r}")
-        return [self._encode_record(conversation, loss) for conversation in conversations]
-
-    def _encode_record(self, conversation: Conversation, loss: str) -> Encoded:
-        try:
-            return self._encode(conversation, loss, prompt=False)
-        except UserError as error:
-            raise UserError(f"{conversation.where}: {error}" if conversation.where else str(error)) from None
+        encoded = []
+        for conversation in conversations:
+            with naming(conversation.where):
+                encoded.append(self._encode(conversation, loss, prompt=False))
+        return encoded
 
     def encode_branches(
         self, branches: Sequence[tuple[Sequence[Message], Sequence[Sequence[Message]]]]
@@ -118,131 +123,104 @@ class TemplateFormat(ChatFormat):
         encoded_branches = []
         for prompt, answers in branches:
             wholes = self.encode_many(Conversation((*prompt, *answer)) for answer in answers)
-            prompts = [
-                whole.token_ids[: whole.turn_ends[len(prompt) - 1]] if prompt else whole.token_ids[:0]
-                for whole in wholes
-            ]
-            shared = prompts[0][: _alike(prompts)]
-            encoded_branches.append((shared, tuple(whole.token_ids[len(shared) :] for whole in wholes)))
+            end = len(prompt) - 1
+            prompts = [whole.token_ids[: whole.turn_ends[end] if prompt else 0].tolist() for whole in wholes]
+            shared = len(commonprefix(prompts))  # noqa: RUF071  (of ids)
+            branch = tuple(whole.token_ids[shared:] for whole in wholes)
+            encoded_branches.append((wholes[0].token_ids[:shared], branch))
         return encoded_branches
 
     def tool_tokens(self) -> dict[str, tuple[int, int]]:
         """Raises UserError: the tokens of calls are those of our own format."""
         raise UserError(
-            f"{self._tokenizer.path.parent}: --tools needs the special tokens of llmkit's own chat format, "
+            f"{self._folder}: --tools needs the special tokens of llmkit's own chat format, "
             "and this model has a chat template of its own"
         )
 
     # ---- text
 
-    def _render(
-        self, messages: Sequence[Message], prompt: bool, late: Collection[int] = (), bare: Collection[int] = ()
-    ) -> str:
-        """Render some messages; `late` are marked after their thoughts, `bare` not at all."""
-        turns = []
-        for index, turn in enumerate(messages):
-            before, core, after = self._core(turn, index in late)
-            content = core if index in bare else f"{BEGIN}{core}{END}"
-            turns.append({"role": turn.role, "content": before + content + after})
-        # transformers gives both, and a template may ask whether they are defined
-        given = {"messages": turns, "tools": None, "documents": None, "add_generation_prompt": prompt}
-        try:
-            return self._template(given | self._names)
-        except TemplateFault as error:
-            turn = f"turn {len(messages)} ({messages[-1].role})" if messages else "no turn"
-            verb = "refuses this" if error.refused else "fails"
-            if len(messages) > 1 and not error.ended:
-                self._render(messages[:-1], prompt=False)  # where an earlier turn is at fault, that is named
-            raise UserError(f"{self._tokenizer.path.parent}: its chat template {verb}: {error} (at {turn})") from None
-
-    def _core(self, turn: Message, late: bool) -> tuple[str, str, str]:
-        """Split a text into the part before the marked one, the marked one, and the rest: white space, and thoughts."""
+    def _turn(self, turn: Message, late: bool = False) -> _Turn:
         if any(part.kind != "text" for part in turn.parts):
             raise UserError(
-                f"{self._tokenizer.path.parent}: calls of tools need llmkit's own chat format, "
+                f"{self._folder}: calls of tools need llmkit's own chat format, "
                 "and this model has a chat template of its own"
             )
-        text = _RESERVED.sub("", "".join(part.text for part in turn.parts))
+        text = _RESERVED.sub("", turn.text)
         text = self._escaped[turn.role].sub(lambda match: match[0][:1] + BREAK + match[0][1:], text)
         at = text.rindex(_THOUGHT) + len(_THOUGHT) if late else 0
-        core = text[at:].strip()  # within white space, which some templates strip
+        core = left = text[at:].strip()  # within white space, which some templates strip
         start = text.index(core, at) if core else len(text)
-        return text[:start], core, text[start + len(core) :]
-
-    def _said(self, turn: Message, late: bool) -> tuple[str, str]:
-        """The text that is marked, and what is left of it where the template takes its switches out."""
-        core = left = self._core(turn, late)[1]
         if turn.role != "assistant":
             for switch in self._switches:
                 left = left.replace(switch, "")
-        return core, left.strip()
+        return _Turn(turn.role, text[:start], core, text[start + len(core) :], left.strip(), late)
 
-    def _rendered(self, messages: Sequence[Message], prompt: bool) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and from where to where in it stands what each message says.
+    def _render(self, turns: Sequence[_Turn], prompt: bool, bare: Collection[int] = ()) -> str:
+        """Render turns, marked but for those that are `bare`."""
+        messages = []
+        for index, turn in enumerate(turns):
+            content = turn.core if index in bare else f"{BEGIN}{turn.core}{END}"
+            messages.append({"role": turn.role, "content": turn.before + content + turn.after})
+        # transformers gives both, and a template may ask whether they are defined
+        given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": prompt}
+        try:
+            return self._template(given | self._names)
+        except TemplateFault as error:
+            last = f"turn {len(turns)} ({turns[-1].role})" if turns else "no turn"
+            verb = "refuses this" if error.refused else "fails"
+            if len(turns) > 1 and not error.ended:
+                self._render(turns[:-1], prompt=False)  # where an earlier turn is at fault, that is named
+            raise UserError(f"{self._folder}: its chat template {verb}: {error} (at {last})") from None
+
+    def _rendered(self, messages: Sequence[Message], prompt: bool) -> tuple[list[_Turn], str, list[tuple[int, int]]]:
+        """Return the turns, the text, and from where to where in it stands what each of them says.
 
         Raises UserError for a template that changes what they say.
         """
-        everyone = range(len(messages))
-        late: set[int] = set()  # whose thoughts the template takes or moves
-        bare = {index for index in everyone if not self._core(messages[index], False)[1]}  # marks would fill them
-        marked = self._render(messages, prompt, late, bare)
-        while (wrong := self._changed(messages, marked, late, bare)) is not None:
-            turn = messages[wrong]
-            if turn.role == "assistant" and _THOUGHT in turn.text and wrong not in late:
-                late.add(wrong)
-                bare |= {wrong} if not self._core(turn, True)[1] else set()
+        turns, everyone = list(map(self._turn, messages)), range(len(messages))
+        bare = {index for index in everyone if not turns[index].core}  # marks would fill them
+        marked = self._render(turns, prompt, bare)
+        while (wrong := _changed(turns, marked, bare)) is not None:
+            turn = turns[wrong]
+            if turn.role == "assistant" and _THOUGHT in messages[wrong].text and not turn.late:  # it moves thoughts
+                turns[wrong] = self._turn(messages[wrong], late=True)
+                bare |= {wrong} if not turns[wrong].core else set()
             elif turn.role == "system" and wrong not in bare:  # some put it into a turn of the user, as Mistral's
                 bare.add(wrong)
             else:
-                raise self._leaves_out(messages, wrong)
-            marked = self._render(messages, prompt, late, bare)
-        text = self._render(messages, prompt, late, everyone)
+                raise self._leaves_out(turns, wrong)
+            marked = self._render(turns, prompt, bare)
+        text = self._render(turns, prompt, everyone)
         if _EDGES.sub("", marked) != text:  # it looks at what is said
             bare = set(everyone)
         edges = [match.start() - count for count, match in enumerate(_EDGES.finditer(marked))]
         about = zip(edges[::2], edges[1::2], strict=True)
         places = dict(zip((i for i in everyone if i not in bare), about, strict=False))
-        places |= {index: self._place(messages, prompt, late, index, text) for index in bare}
+        places |= {index: self._place(turns, prompt, index, text) for index in bare}
         for index in everyone[1:]:
             if places[index][0] < places[index - 1][1]:
-                if index > 1 or messages[0].role != "system":
-                    raise self._leaves_out(messages, index)
+                if index > 1 or turns[0].role != "system":
+                    raise self._leaves_out(turns, index)
                 places[0] = (0, 0)
-        return text, [places[index] for index in everyone]
+        return turns, text, [places[index] for index in everyone]
 
-    def _leaves_out(self, messages: Sequence[Message], index: int) -> UserError:
+    def _leaves_out(self, turns: Sequence[_Turn], index: int) -> UserError:
         return UserError(
-            f"{self._tokenizer.path.parent}: its chat template leaves messages out or changes them: "
-            f"turn {index + 1} ({messages[index].role}); use conversations that it shows whole"
+            f"{self._folder}: its chat template leaves messages out or changes them: "
+            f"turn {index + 1} ({turns[index].role}); use conversations that it shows whole"
         )
 
-    def _changed(
-        self, messages: Sequence[Message], rendered: str, late: Collection[int], bare: Collection[int]
-    ) -> int | None:
-        """The first marked message that does not stand in the text as it was said, between its marks."""
-        *pieces, rest = rendered.split(END)
-        marked = [index for index in range(len(messages)) if index not in bare]
-        for position, index in enumerate(marked):
-            piece = pieces[position] if position < len(pieces) else ""
-            core, left = self._said(messages[index], index in late)
-            shown = piece.partition(BEGIN)[2]
-            if piece.count(BEGIN) != 1 or (shown != core and shown.strip() != left):
-                return index
-        return None if len(pieces) == len(marked) and BEGIN not in rest else marked[-1] if marked else len(messages) - 1
-
-    def _place(
-        self, messages: Sequence[Message], prompt: bool, late: Collection[int], index: int, text: str
-    ) -> tuple[int, int]:
-        """Where in the text an unmarked message stands: from where the text differs if it alone is marked."""
-        core, left = self._said(messages[index], index in late)
-        alone = self._render(messages, prompt, late, [i for i in range(len(messages)) if i != index])
-        differs = (offset for offset, (char, other) in enumerate(zip(text, alone, strict=False)) if char != other)
-        start = next(differs, min(len(text), len(alone)))
+    def _place(self, turns: Sequence[_Turn], prompt: bool, index: int, text: str) -> tuple[int, int]:
+        """Find where in the text an unmarked message stands: from where the text differs if it alone is marked."""
+        alone = self._render(turns, prompt, [i for i in range(len(turns)) if i != index])
+        start = len(commonprefix([text, alone]))  # noqa: RUF071  (of characters)
+        core = turns[index].core
         begin = text.find(core, start)
         if begin < 0:
-            begin, core = text.find(left, start), left
+            core = turns[index].left
+            begin = text.find(core, start)
         if begin < 0 or BEGIN not in alone:
-            raise self._leaves_out(messages, index)
+            raise self._leaves_out(turns, index)
         token = next((match for match in self._special.finditer(text) if match.start() < begin < match.end()), None)
         begin = begin if token is None else token.start()
         return begin, begin + len(core)
@@ -251,18 +229,20 @@ class TemplateFormat(ChatFormat):
 
     def _encode(self, conversation: Conversation, loss: str, prompt: bool) -> Encoded:
         if conversation.document is not None:
-            return self._document(conversation.document)
+            start, end = self._tokenizer.document_bounds()
+            whole = np.array([start, *self._tokenizer.encode(conversation.document), end], np.int32)
+            return Encoded(whole, np.arange(len(whole)) > 0, (len(whole),))
         if not prompt and self._ended == NONE:
             raise UserError(self._endless)
         messages = conversation.messages
-        text, places = self._rendered(messages, prompt)
+        turns, text, places = self._rendered(messages, prompt)
         answers = [index for index, turn in enumerate(messages) if turn.role == "assistant"]
         learnt = {i for i in answers if messages[i].weight > 0 and (loss != "last" or i == answers[-1])}
         ids: list[int] = []
         trained: list[bool] = []
         ends: list[int] = []  # of turns: after the special token that follows a text, or where the next text begins
         current, learning, done = -1, False, False  # the message, whether it is learnt, whether its text is over
-        for kind, token in self._events(self._marked(text, places, messages, answers)):
+        for kind, token in self._events(self._marked(text, places, turns)):
             if kind == CUT:
                 learning = current + 1 in learnt
             elif kind == BEGIN:
@@ -290,29 +270,18 @@ class TemplateFormat(ChatFormat):
         flags = np.ones(len(ids), bool) if loss == "all" else np.array(trained, bool)
         return Encoded(np.array(ids, np.int32), flags, tuple(ends), questions, preamble)
 
-    def _marked(
-        self,
-        text: str,
-        places: Sequence[tuple[int, int]],
-        messages: Sequence[Message],
-        answers: Sequence[int],
-    ) -> str:
-        """The text with marks about each message, and CUT before each answer that it asks for with the same words."""
+    def _marked(self, text: str, places: Sequence[tuple[int, int]], turns: Sequence[_Turn]) -> str:
+        """Put marks about each message, and CUT before each answer that the text asks for with the same words."""
         marks: list[tuple[int, str]] = []
         for index, (begin, end) in enumerate(places):
-            if index and index in answers:
-                opening = self._render(messages[:index], prompt=True, bare=range(index))
+            if index and turns[index].role == "assistant":
+                opening = self._render(turns[:index], prompt=True, bare=range(index))
                 if opening and text.startswith(opening) and len(opening) <= begin:
                     marks.append((len(opening), CUT))
             marks += [(begin, BEGIN), (end, END)]
         for position, mark in reversed(sorted(marks, key=lambda mark: mark[0])):
             text = f"{text[:position]}{mark}{text[position:]}"
         return text
-
-    def _document(self, text: str) -> Encoded:
-        start, end = self._tokenizer.document_bounds()
-        ids = np.array([start, *self._tokenizer.encode(text), end], np.int32)
-        return Encoded(ids, np.arange(len(ids)) > 0, (len(ids),))
 
     def _events(self, rendered: str) -> Iterator[tuple[str, int]]:
         """A mark, or "special" or "text" with a token's id, in the order of the text, which is encoded whole."""
@@ -336,11 +305,16 @@ def _any_of(names: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
 
 
-def _alike(rows: Sequence[np.ndarray]) -> int:
-    """With how many elements all rows begin alike."""
-    length = min(map(len, rows))
-    differs = np.any([row[:length] != rows[0][:length] for row in rows], axis=0)
-    return int(differs.argmax()) if differs.any() else length
+def _changed(turns: Sequence[_Turn], rendered: str, bare: Collection[int]) -> int | None:
+    """Find the first marked turn that does not stand in the text as it was said, between its marks."""
+    *pieces, rest = rendered.split(END)
+    marked = [index for index in range(len(turns)) if index not in bare]
+    for position, index in enumerate(marked):
+        piece = pieces[position] if position < len(pieces) else ""
+        shown = piece.partition(BEGIN)[2]
+        if piece.count(BEGIN) != 1 or (shown != turns[index].core and shown.strip() != turns[index].left):
+            return index
+    return None if len(pieces) == len(marked) and BEGIN not in rest else marked[-1] if marked else len(turns) - 1
 
 
 def portable_template(template: str) -> str:
