@@ -32,7 +32,7 @@ from llmkit.tokenizer.patterns import byte_alphabet
 
 END_OF_TEXT = "<|endoftext|>"  # of our own tokenizers: begins every document and ends it
 END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # where no tokenizer_config.json names one
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 MORE_TEMPLATES = "additional_chat_templates"  # a folder of transformers'
 _TERMS = re.compile(
     r"(licen[cs]e|notice|copying|copyright|(acceptable[-_ ])?use[-_ ]policy|usage[-_ ]policy|terms)([-_. ].*)?",
@@ -136,17 +136,13 @@ class Tokenizer:
         vocabularies = [tokenizer._reference.tokenizer.get_vocab(with_added_tokens=True) for tokenizer in (self, other)]
         return self.sha256 == other.sha256 or vocabularies[0] == vocabularies[1]
 
-    def choose_backend(self, documents: Sequence[str], only: str | None = None) -> str:
-        """Choose the fastest library that proves the ids of `tokenizers` on hostile strings and the heads of documents.
-
-        `only` names the one to consider.
-        """
+    def choose_backend(self, documents: Sequence[str], only: str | None = None) -> None:
+        """Choose the fastest library, or `only` the one named, that proves its ids on these documents."""
         texts = proof_texts(documents, list(self._added)[:64])
         self.backend, self._encode_batch, self.passed_over = fastest_proven(self._data, self._reference, texts, only)
-        return self.backend
 
     def encode(self, text: str) -> list[int]:
-        """The ids of one text, with nothing added. Special tokens written in the text are plain text."""
+        """Encode one text, with nothing added. Special tokens written in it are plain text."""
         return self._reference.encode(check_text(text)).ids
 
     def encodes_alone(self, specials: Iterable[str]) -> bool:
@@ -170,9 +166,9 @@ class Tokenizer:
         return StandIns(orjson.dumps({**spec, "normalizer": None, "pre_tokenizer": metaspace}), specials)
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of all texts end to end (uint32) and the number of ids of each (int64).
+        """Encode texts: the ids of all end to end (uint32), and the number of ids of each (int64).
 
-        The first call chooses the backend by `choose_backend(texts)`. Raises UserError for a lone surrogate.
+        The first call chooses the backend. Raises UserError for a lone surrogate.
         """
         try:
             if self._encode_batch is None:
@@ -184,17 +180,14 @@ class Tokenizer:
             raise
 
     def encode_prompt(self, text: str) -> list[int]:
-        """The ids of a text to continue: with the beginning token where the config asks for one."""
-        return self.with_bos(self.encode(text))
-
-    def with_bos(self, ids: Sequence[int]) -> list[int]:
-        """`ids` with the beginning token in front, where the config asks for one; never twice."""
-        if not self.add_bos or self.bos_id is None or (len(ids) and ids[0] == self.bos_id):
-            return list(ids)
+        """Encode a text to continue: with the beginning token in front where the config asks for one, never twice."""
+        ids = self.encode(text)
+        if not self.add_bos or self.bos_id is None or ids[:1] == [self.bos_id]:
+            return ids
         return [self.bos_id, *ids]
 
     def document_bounds(self) -> tuple[int, int]:
-        """The id that starts every document in training and the id that its last token must predict.
+        """Return the id that starts every document in training and the id that its last token must predict.
 
         For our own tokenizers both are `<|endoftext|>`. Raises UserError when there is no such token.
         """
@@ -229,12 +222,12 @@ class Tokenizer:
         return table
 
     def decode(self, ids: Iterable[int], skip_specials: bool = False) -> str:
-        """The text of some ids; bytes that are not UTF-8 become U+FFFD, ids without a token nothing."""
+        """Decode ids; bytes that are not UTF-8 become U+FFFD, ids without a token nothing."""
         stream = self.stream(skip_specials=skip_specials)
         return stream.push(ids) + stream.finish()
 
     def stream(self, after: Sequence[int] = (), skip_specials: bool = False) -> DecodeStream:
-        """An incremental decoder of ids that follow the ids `after` (a prompt)."""
+        """Decode ids that follow the ids `after` (a prompt) as they come."""
         return DecodeStream(self, after, skip_specials)
 
     def copy_to(self, folder: Path) -> None:
@@ -322,18 +315,15 @@ class DecodeStream:
         return "" if self._table is None else self._trimmed(self._utf8.decode(b"", final=True))
 
     def _trimmed(self, text: str) -> str:
-        if text and self._at_start:
-            self._at_start = False
-            return text[1:] if self._tokenizer._strips_first_space and text[0] == " " else text
-        return text
+        strips = self._at_start and self._tokenizer._strips_first_space and text[:1] == " "
+        self._at_start = self._at_start and not text
+        return text[1:] if strips else text
 
     def _push_whole(self, ids: Iterable[int]) -> str:
         # Decoders that are no concatenation (WordPiece and the like): decode all and give out what is new.
         self._ids.extend(map(int, ids))  # numpy's, too
-        text = self._tokenizer._reference.decode(self._ids, bool(self._skipped))
-        new = text[len(self._given) :]
-        self._given = text
-        return new
+        before, self._given = self._given, self._tokenizer._reference.decode(self._ids, bool(self._skipped))
+        return self._given[len(before) :]
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -348,15 +338,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             check_file(file)
         check_no_adapter(path)
         names = sorted(os.listdir(path)) if path.is_dir() else []
+        instead = ", ".join(names[:8]) or "nothing"
         if any(name in OTHER_FORMS or name.endswith(".gguf") for name in names):
-            convert = (
-                f"from transformers import AutoTokenizer as T; T.from_pretrained({str(path)!r}).save_pretrained('NEW')"
-            )
-            present = ", ".join(names[:8])
-            raise UserError(
-                f'{path}: expected tokenizer.json, found {present}; transformers makes one: python -c "{convert}"'
-            )
-        raise UserError(f"{path}: expected a folder with tokenizer.json, found {', '.join(names[:8]) or 'nothing'}")
+            convert = f"AutoTokenizer as T; T.from_pretrained({str(path)!r}).save_pretrained('NEW')"
+            makes = f'transformers makes one: python -c "from transformers import {convert}"'
+            raise UserError(f"{path}: expected tokenizer.json, found {instead}; {makes}")
+        raise UserError(f"{path}: expected a folder with tokenizer.json, found {instead}")
     config: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if file.with_name(name).exists():
@@ -398,7 +385,7 @@ def copy_companions(source: Path, folder: Path) -> None:
     """Copy what goes with a tokenizer.json: its configuration, chat templates, and the terms of use."""
     terms = [path.name for path in source.iterdir() if _TERMS.fullmatch(path.name)]
     templates = [str(path.relative_to(source)) for path in source.glob(f"{MORE_TEMPLATES}/*.jinja")]
-    for name in (*FILES[1:], *sorted(templates), *sorted(terms)):
+    for name in (*COMPANIONS, *sorted(templates), *sorted(terms)):
         if (source / name).is_file() and (source / name).resolve() != (folder / name).resolve():
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, folder / name)

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -158,9 +158,6 @@ class _Occurrences(NamedTuple):
     after: Ints  # where the pair ends
     round: Ints
 
-    def where(self, mask: NDArray[np.bool_]) -> _Occurrences:
-        return _Occurrences(*(column[mask] for column in self))
-
 
 class _Falls(NamedTuple):
     """Pairs from before the batch that lose an occurrence of this weight in this round."""
@@ -178,6 +175,13 @@ class _Changes(NamedTuple):
     round: Ints
     position: Ints
     until: Ints  # the round that takes a gained occurrence away again
+
+
+Table = TypeVar("Table", _Occurrences, _Falls, _Changes)
+
+
+def _where(table: Table, mask: NDArray[np.bool_]) -> Table:
+    return type(table)(*(column[mask] for column in table))
 
 
 class _Trainer:
@@ -255,7 +259,7 @@ class _Trainer:
         second = position + self.token_length[pairs[round_, 0]]
         occurrences = _Occurrences(position, second, second + self.token_length[pairs[round_, 1]], round_)
         if pairs[0, 0] == pairs[0, 1]:
-            occurrences = occurrences.where(_every_other(occurrences, int(self.token_length[pairs[0, 0]])))
+            occurrences = _where(occurrences, _every_other(occurrences, int(self.token_length[pairs[0, 0]])))
         else:
             occurrences, top = self._without_overlaps(occurrences, top)
         self.token_length[base : base + len(top)] = self.token_length[pairs[: len(top)]].sum(axis=1)
@@ -265,12 +269,12 @@ class _Trainer:
         created = _sums(np.where(changes.round == created_in, changes.weight, 0), start)
         rounds = self._before_outranked(top, created, changes.key[start], created_in[start])
         if rounds < len(top):
-            undone = occurrences.where(occurrences.round >= rounds)
+            undone = _where(occurrences, occurrences.round >= rounds)
             self.symbol[undone.position] = pairs[undone.round, 0]
             self.symbol[undone.after - 1] = pairs[undone.round, 1]
-            occurrences = occurrences.where(occurrences.round < rounds)
-            falls = _Falls(*(column[falls.round < rounds] for column in falls))
-            changes = _Changes(*(column[changes.round < rounds] for column in changes))
+            occurrences = _where(occurrences, occurrences.round < rounds)
+            falls = _where(falls, falls.round < rounds)
+            changes = _where(changes, changes.round < rounds)
             start = _group_starts(changes.key)
 
         merged = pairs[:rounds].tolist()
@@ -302,7 +306,7 @@ class _Trainer:
         if len(hit) == 0:
             return occurrences, top
         size = int(np.maximum(other[hit], occurrences.round[hit]).min())
-        return occurrences.where(occurrences.round < size), top[:size]
+        return _where(occurrences, occurrences.round < size), top[:size]
 
     def _replace(self, occurrences: _Occurrences, pairs: Ints, base: int, size: int) -> tuple[_Falls, _Changes]:
         """Write the batch's tokens (ids from `base`) into the text; return what this does to the counts.

@@ -234,7 +234,6 @@ def test_the_beginning_token_is_set_once(llama):
     ids = llama.encode("a")
     assert 1 not in ids
     assert llama.encode_prompt("a") == [1, *ids]
-    assert llama.with_bos(llama.with_bos(ids)) == [1, *ids]
     assert llama.encode_prompt("<s>a").count(1) == 1
     assert llama.document_bounds() == (1, 2)
 
