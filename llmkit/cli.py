@@ -110,7 +110,7 @@ PIPE_CLOSED = 141
 
 def run_command_line(arguments: list[str]) -> int:
     """Run one subcommand and return the exit code; every ending is handled here and nowhere else."""
-    _let_sigterm_clean_up()
+    _interrupt_on_signals()
     try:
         job = parse(arguments)
         if isinstance(job, int):
@@ -141,8 +141,7 @@ def run_command_line(arguments: list[str]) -> int:
 
         if is_full_disk(error):
             _abandon_stdout()
-            place = getattr(error, "filename", None) or "output"
-            return _fail(f"{place}: no space left there", UserError.exit_code)
+            return _fail(f"{getattr(error, 'filename', None) or 'output'}: no space left there", UserError.exit_code)
         if isinstance(error, OSError) and error.filename is not None:
             return _fail(f"{error.filename}: {str(error.strerror).lower()}", UserError.exit_code)
         if launch().size > 1:
@@ -151,11 +150,14 @@ def run_command_line(arguments: list[str]) -> int:
             if is_lost(error):
                 lose_together(error)
         write_message(traceback.format_exc().rstrip("\n"))
-        return _bug()
+        if _several():
+            return _fail("a bug in llmkit; please report the lines above", 1)
+        write_message(f"llmkit {__version__}: a bug in llmkit; please report the lines above")
+        return 1
 
 
 def parse(arguments: list[str]) -> Callable[[], Any] | int:
-    """Parse the arguments: return the work, still to be done, or an exit code when typer has said it all.
+    """Return the work, still to be done, or an exit code when typer has said it all.
 
     The work is not done inside typer, which takes an EOFError for an interrupt and a broken pipe for exit 1.
     """
@@ -188,9 +190,8 @@ def _command_name(arguments: list[str]) -> str | None:
     return next((word for word in arguments if not word.startswith("-")), None)
 
 
-def _let_sigterm_clean_up() -> None:
+def _interrupt_on_signals() -> None:
     """SIGTERM and SIGHUP end the work as Ctrl-C does, so that no half-written output stays; training saves first."""
-
     process = os.getpid()
 
     def interrupt(number: int, frame: object) -> None:
@@ -219,13 +220,6 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _bug() -> int:
-    if _several():
-        return _fail("a bug in llmkit; please report the lines above", 1)
-    write_message(f"llmkit {__version__}: a bug in llmkit; please report the lines above")
-    return 1
-
-
 def _several() -> bool:
     """True if other processes run beside this one. What torchrun did not set stands for no others."""
     with suppress(UserError):
@@ -237,10 +231,7 @@ def _several() -> bool:
 
 
 def build_app(wanted: str | None) -> typer.Typer:
-    """The typer application; only the subcommand `wanted` is imported, the others are names with their help.
-
-    A shell that asks for completions gets them all.
-    """
+    """The typer application; only the subcommand `wanted` is imported, or all where a shell asks for completions."""
     app = typer.Typer(
         help=OVERVIEW,
         epilog="Next: llmkit train-bpe --help",
@@ -266,8 +257,7 @@ def _on_terminal() -> bool:
 
 
 def _literal(text: str) -> str:
-    """Help text as it stands: on a terminal rich would take `[words]` for its markup."""
-    return text.replace("[", "\\[") if _on_terminal() else text
+    return text.replace("[", "\\[") if _on_terminal() else text  # rich would take `[words]` for its markup
 
 
 def _top(
@@ -300,7 +290,7 @@ def _command(config_class: type, run: Callable[[Any], Any]) -> Callable[..., Any
     hints = get_type_hints(config_class)
     annotations = {item.name: _annotation(item, hints[item.name]) for item in option_fields(config_class)}
     for negative, item in off.items():
-        annotations[negative] = Annotated[bool | None, typer.Option(_negative(item), hidden=True)]
+        annotations[negative] = Annotated[bool | None, typer.Option(f"--no-{flag_of(item)[2:]}", hidden=True)]
     annotations["config_file"] = Annotated[
         str | None,
         typer.Option(
@@ -319,10 +309,7 @@ def _command(config_class: type, run: Callable[[Any], Any]) -> Callable[..., Any
 
 
 def _run_alone(run: Callable[[Any], Any], config: Any) -> Any:
-    """Run a stage while no other run writes its --out; of several processes the first sees to it.
-
-    Raises UserError where it would write over what it reads.
-    """
+    """Run a stage while no other run writes its --out; of several processes the first sees to it."""
     _check_inputs_stay(config)
     if config.out in (None, "-") or config.dry_run or not launch().leads:
         return run(config)
@@ -333,37 +320,27 @@ def _run_alone(run: Callable[[Any], Any], config: Any) -> Any:
 
 
 def _check_inputs_stay(config: Any) -> None:
-    """Raise UserError where an output, which `--force` would replace, is what an option reads, holds it, or lies in the
-    folder of a model or a run that is read."""
-    written = [value for name in OUTPUTS if (value := getattr(config, name, None)) not in (None, "-")]
-    places = {os.path.realpath(path): path for path in written if os.path.exists(path) and not _is_device(path)}
-    read = [item for item in option_fields(type(config)) if places and option_of(item).reads]
-    for item in read:
-        value = getattr(config, item.name)
-        for text in value if isinstance(value, tuple) else (value or "",):
-            for path in filter(os.path.exists, _paths_in(text)):
-                real = os.path.realpath(path)
-                for place, shown in places.items():
-                    if f"{real}/".startswith(f"{place}/"):
-                        raise UserError(f"{shown}: is an input, and would be lost; choose another --out")
-                    if place.startswith(f"{real}/") and any(os.path.isfile(f"{real}/{name}") for name in OF_A_RUN):
-                        raise UserError(f"{shown}: lies in the input {path}, and would be lost; choose another --out")
+    """Raise UserError where an output would replace an input, or lies in the folder of a model that is read."""
+    outputs = [value for name in OUTPUTS if (value := getattr(config, name, None)) not in (None, "-")]
+    outputs = [path for path in outputs if os.path.isfile(path) or os.path.isdir(path)]  # no device
+    values = [getattr(config, item.name) for item in option_fields(type(config)) if option_of(item).reads]
+    texts = [text for value in values for text in (value if isinstance(value, tuple) else [value or ""])]
+    inputs = [path for text in texts for path in _paths_in(text) if os.path.exists(path)] if outputs else []
+    for path, out in itertools.product(inputs, outputs):
+        read, written = os.path.realpath(path), os.path.realpath(out)
+        if f"{read}/".startswith(f"{written}/"):
+            raise UserError(f"{out}: is an input, and would be lost; choose another --out")
+        if written.startswith(f"{read}/") and any(os.path.isfile(f"{read}/{name}") for name in OF_A_RUN):
+            raise UserError(f"{out}: lies in the input {path}, and would be lost; choose another --out")
 
 
 def _paths_in(text: str) -> Iterator[str]:
-    """Yield each part of an option's value that may be a path: all of it, and what colons and commas enclose.
-
-    A kind may stand before a path, a weight or a function behind it.
-    """
+    """Yield each part of an option's value that may be a path, between a kind before it and a weight behind it."""
     for part in dict.fromkeys((text, *text.split(","))):
         words = part.split(":")[:8]
         for start, stop in itertools.combinations(range(len(words) + 1), 2):
             if 0 < len(path := ":".join(words[start:stop])) < 4096 and "\0" not in path:
                 yield path
-
-
-def _is_device(path: str) -> bool:
-    return not (os.path.isfile(path) or os.path.isdir(path))
 
 
 def _annotation(item: Field, hint: Any) -> Any:
@@ -377,7 +354,7 @@ def _annotation(item: Field, hint: Any) -> Any:
         return Annotated[kind | None, info]
     flag = flag_of(item)
     if base is bool and item.default:
-        flag = f"{flag}/{_negative(item)}"
+        flag = f"{flag}/--no-{flag[2:]}"
     shown: Any = ", ".join(item.default) if isinstance(item.default, tuple) else item.default
     shown = f"{shown:g}" if isinstance(shown, float) else shown
     words = details.choices
@@ -396,11 +373,6 @@ def _annotation(item: Field, hint: Any) -> Any:
     return Annotated[kind | None, info]
 
 
-def _negative(item: Field) -> str:
-    return "--no-" + flag_of(item).removeprefix("--")
-
-
 def _waits_for_a_terminal(config: Any) -> bool:
-    """True if the stage would read stdin although a person, not a pipe, is at the other end."""
     reads = getattr(config, "reads_stdin", None)
     return bool(reads is not None and reads() and sys.stdin is not None and sys.stdin.isatty())

@@ -7,8 +7,7 @@
 
     config = resolve(PretrainConfig, {"depth": "4"}, config_file=None)
 
-Values come from a flag, else the TOML file, else the default; `None` means off or automatic. This module
-knows neither typer nor any stage.
+Values come from a flag, else the TOML file, else the default; `None` means off or automatic.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import math
 import re
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from decimal import Decimal
@@ -35,8 +34,7 @@ Unit = Literal["count", "bytes", "duration"]
 _SCALES: dict[str, dict[str, int]] = {
     "count": {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12},
     "bytes": {
-        **{letter: 1000**power for power, letter in enumerate(("", "k", "m", "g", "t"))},
-        **{letter + "b": 1000**power for power, letter in enumerate(("", "k", "m", "g", "t"))},
+        **{letter + end: 1000**power for power, letter in enumerate(("", "k", "m", "g", "t")) for end in ("", "b")},
         **{letter + "ib": 1024**power for power, letter in enumerate(("k", "m", "g", "t"), 1)},
     },
     "duration": {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400},
@@ -46,44 +44,27 @@ _EXAMPLES = {"count": "20000, 20k or 1.5M", "bytes": "1000000, 100MB or 2GiB", "
 PATHS = ("PATH", "FILE", "FOLDER")
 _NAMES = {"count": "count", "bytes": "number of bytes", "duration": "duration"}
 
-# Options of the version before, by their names as fields: the configs that had them, and what to give in their place.
-# For one version.
+# Options of the version before, for one version: the configs that had them, and what to give in their place
 DROPPED = {
-    "gpu_kind": (
-        "PretrainConfig",
-        "--dry-run tells the parameters, FLOPs and memory; docs/scale.md estimates with them",
-    ),
+    "gpu_kind": ("PretrainConfig", "--dry-run has parameters, FLOPs and memory; docs/scale.md estimates with them"),
     "gpus": ("PretrainConfig", "start several processes with torchrun (docs/scale.md)"),
     "nodes": ("PretrainConfig", "start several processes with torchrun (docs/scale.md)"),
-    "tensor_parallel": (
-        "TrainingConfig",
-        "FSDP2 alone divides a model among the processes of torchrun (docs/scale.md)",
-    ),
+    "tensor_parallel": ("TrainingConfig", "FSDP2 divides a model among the processes of torchrun (docs/scale.md)"),
     "scores": ("CrawlFilterConfig", "give the documents of `crawl-filter --only url,extract`, and try recipes on them"),
-    "write_scores": (
-        "CrawlFilterConfig",
-        "write the documents of `crawl-filter --only url,extract`, and try recipes on them",
-    ),
+    "write_scores": ("CrawlFilterConfig", "write the documents of `--only url,extract`, and try recipes on them"),
     "judge_check": ("ProbeKnowledgeConfig", "compare the judgements of --report with labels of your own"),
-    "calibration": (
-        "ProbeKnowledgeConfig",
-        "--report has the log-probability of each answer beside its judgement",
-    ),
+    "calibration": ("ProbeKnowledgeConfig", "--report has the log-probability of each answer and its judgement"),
     "match_f1": ("ProbeKnowledgeConfig", "0.7 is fixed; --judge MODEL judges otherwise"),
     "top_p": ("ProbeKnowledgeConfig", "answers are sampled at --temperature alone"),
     "center": ("TrainRewardConfig", "the weight is fixed at 0.01"),
     "min_language_score": ("CrawlFilterConfig", "set [language] min_score in a recipe: --recipe FILE.toml"),
-    "embedding_learning_rate": (
-        "PretrainConfig",
-        "it follows from the plan; --head-learning-rate and --learning-rate can be set",
-    ),
+    "embedding_learning_rate": ("PretrainConfig", "it follows from the plan; --learning-rate can be set"),
     "lora_targets": ("TuningConfig", "every projection gets an adapter"),
-    "decay_fraction": (
-        "PretrainConfig TuningConfig",
-        "the rate decays over the last 0.6 of a pretraining and the last 0.9 of a tuning",
-    ),
+    "decay_fraction": ("PretrainConfig TuningConfig", "the rate decays over the last 0.6 of pretrain, 0.9 of others"),
     "max_reward": ("RlConfig", "--max-steps, --time-budget and --max-kl end a run"),
-    "gpu_price": ("PretrainConfig", "--dry-run tells the FLOPs; docs/scale.md estimates with them"),
+    "tensorboard": ("TrainingConfig", "--log-to tensorboard"),
+    "wandb": ("TrainingConfig", "--log-to wandb"),
+    "gpu_price": ("PretrainConfig", "--dry-run has the FLOPs; docs/scale.md estimates with them"),
 }
 
 
@@ -118,7 +99,7 @@ def argument(help: str, *, metavar: str, default: Any = ()) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class CommonConfig:
-    """Options that are spelled the same in every subcommand that has them."""
+    """Options of every command."""
 
     examples: ClassVar[str] = ""
     following: ClassVar[str] = ""
@@ -127,20 +108,16 @@ class CommonConfig:
     seed: int = option(0, "Random seed.", group="Common", at_least=0, at_most=LARGEST_INTEGER)
     limit: int | None = option(None, "Records to read, at most [all].", group="Common", unit="count", at_least=1)
     force: bool = option(False, "Replace an existing output.", group="Common", free=True)
-    dry_run: bool = option(False, "Plan of the run, and nothing else.", group="Common", free=True)
+    dry_run: bool = option(False, "Plan of the run without the run.", group="Common", free=True)
     quiet: bool = option(False, "No progress on stderr.", group="Common", free=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecordsConfig:
-    """Options that are spelled the same in every stage that reads users' records."""
+    """Options of every stage that reads users' records."""
 
     max_bad: str = option(
-        "1%",
-        "Bad records skipped and counted in each file, at most; 0: none.",
-        group="Common",
-        metavar="SHARE|COUNT",
-        free=True,
+        "1%", "Bad records skipped in each file, at most.", group="Common", metavar="SHARE|COUNT", free=True
     )
 
     def __post_init__(self) -> None:
@@ -150,7 +127,7 @@ class RecordsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig(RecordsConfig, CommonConfig):
-    """Options that are spelled the same in every stage that trains (training/setup.py uses them)."""
+    """Options of every stage that trains."""
 
     device: str = option("auto", "Compute device.", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = option("auto", "Working precision; masters are float32.", choices=("auto", "float32", "bfloat16"))
@@ -159,28 +136,27 @@ class TrainingConfig(RecordsConfig, CommonConfig):
         600.0, "With torchrun: longest wait for another process.", unit="duration", above=0, free=True
     )
     max_grad_norm: float | None = option(1.0, "Gradient norm to clip at.", group="Training", above=0)
-    activation_checkpointing: bool = option(
-        False, "Recomputation of activations: less memory, a third more time.", group="Training"
-    )
+    activation_checkpointing: bool = option(False, "Recomputation of activations, a third slower.", group="Training")
     compile: str = option("auto", "torch.compile; auto: on GPUs.", group="Training", choices=("auto", "on", "off"))
     workers: int = option(1, "Threads that prepare batches.", group="Training", at_least=0, at_most=256, free=True)
 
     eval_every: int | None = option(None, "Steps between validations [at the end].", group="Log", at_least=1, free=True)
     save_every: int | None = option(None, "Steps between checkpoints [10 minutes].", group="Log", at_least=1, free=True)
     sample_every: int | None = option(None, "Steps between samples [never].", group="Log", at_least=1, free=True)
-    tensorboard: bool = option(False, "Copy of the metrics for TensorBoard.", group="Log", free=True)
-    wandb: bool = option(False, "Copy of the metrics on Weights & Biases.", group="Log", free=True)
+    log_to: tuple[str, ...] = option(
+        (), "Copy of the metrics; repeatable.", group="Log", choices=("tensorboard", "wandb"), free=True
+    )
 
     def __post_init__(self) -> None:
-        """Raises UserError where two options say how long to train, or a package that is asked for is missing."""
+        """Raises UserError for two options of the length of training, and for a missing package."""
         super().__post_init__()
         lengths = [item for item in option_fields(type(self)) if option_of(item).group == "Horizon"]
         given = [flag_of(item) for item in lengths if getattr(self, item.name) is not None and item.name != "patience"]
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)}: expected one way to say how long to train, found {len(given)}")
-        for name in ("tensorboard", "wandb"):
-            if getattr(self, name) and find_spec(name) is None:
-                raise UserError(f"--{name}: needs the package {name}; pip install 'llmkit[{name}]'")
+        for name in self.log_to:
+            if find_spec(name) is None:
+                raise UserError(f"--log-to {name}: needs the package {name}; pip install 'llmkit[{name}]'")
 
 
 MOST_RATE = 1  # of AdamW: a step of it moves each weight by as much
@@ -191,25 +167,21 @@ MICRO_BATCH_TOKENS = 8192  # of tuning, where --micro-batch-size is not given
 
 @dataclass(frozen=True, kw_only=True)
 class TuningConfig(TrainingConfig):
-    """Options that are spelled the same in every stage that tunes a model on records (training/finetuning.py)."""
+    """Options of every stage that tunes a model on records."""
 
     lora_rank: int | None = option(None, "Rank of LoRA adapters, merged at the end.", group="LoRA", at_least=1)
     lora_alpha: float | None = option(None, "Scale of the adapters [2 x rank].", group="LoRA", above=0)
 
     max_steps: int | None = option(None, "Optimizer steps.", group="Horizon", unit="count", at_least=1)
-    micro_batch_size: int | None = option(
-        None, "Rows in one forward pass [by their length].", group="Training", at_least=1
-    )
+    micro_batch_size: int | None = option(None, "Rows of a forward pass [by length].", group="Training", at_least=1)
     learning_rate: float | None = option(
         None, "AdamW learning rate [by the width].", group="Training", above=0, at_most=MOST_RATE
     )
     weight_decay: float = option(0.0, "Weight decay of the matrices.", group="Training", at_least=0, at_most=MOST_DECAY)
-    warmup_steps: int | None = option(
-        None, "Steps of learning-rate warm-up [a twentieth of the run].", group="Training", at_least=0
-    )
+    warmup_steps: int | None = option(None, "Steps of warm-up [a twentieth of the run].", group="Training", at_least=0)
 
     def __post_init__(self) -> None:
-        """Raises UserError for options of adapters where there are none, or which they do not go with."""
+        """Raises UserError for options of adapters where there are none."""
         super().__post_init__()
         if self.lora_rank is None and self.lora_alpha is not None:
             raise UserError("--lora-alpha: needs --lora-rank; there are no adapters otherwise")
@@ -217,11 +189,11 @@ class TuningConfig(TrainingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ToolConfig:
-    """Options that are spelled the same in every stage in which a model may call tools (generation/tool_calls.py)."""
+    """Options of every stage in which a model may call tools."""
 
     tools: tuple[str, ...] = option(
         (),
-        "Tools of the model: calc, python, search:DOCS.jsonl, search:URL or search:py:FILE.py:FUNCTION.",
+        "Tools of the model: calc, python, search:DOCS.jsonl, search:URL, search:py:FILE.py:FUNCTION.",
         group="Tools",
         metavar="TOOL,...",
         reads=True,
@@ -233,14 +205,10 @@ class ToolConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ServedConfig:
-    """Options spelled the same in every stage that may have a server generate (generation/served_sampler.py)."""
+    """Options of every stage that may have a server generate."""
 
     engine: str = option(
-        "local",
-        "Generator: this program, or a server.",
-        group="Servers",
-        metavar="local|openai:URL#NAME",
-        free=True,
+        "local", "Generator: this program or a server.", group="Servers", metavar="local|openai:URL#NAME", free=True
     )
     concurrency: int = option(8, "Requests to a server at a time.", group="Servers", at_least=1, at_most=999, free=True)
     timeout: float = option(120, "Longest wait for a reply.", group="Servers", unit="duration", above=0, free=True)
@@ -259,9 +227,9 @@ def option_of(item: Field) -> Option:
 
 def option_fields(config_class: type) -> list[Field]:
     """The fields of a config class that are options: its own as declared, then those of each class above it."""
-    above = {name: place for place, cls in enumerate(config_class.__mro__) for name in get_annotations(cls)}
-    found = [item for item in fields(config_class) if "option" in item.metadata]
-    return sorted(found, key=lambda item: above[item.name])
+    depth = {name: index for index, cls in enumerate(config_class.__mro__) for name in get_annotations(cls)}
+    options = [item for item in fields(config_class) if "option" in item.metadata]
+    return sorted(options, key=lambda item: depth[item.name])
 
 
 def flag_of(item: Field) -> str:
@@ -281,10 +249,10 @@ def parse_quantity(text: str | int | float, unit: Unit) -> int | float:
     Raises ValueError with what was expected.
     """
     pattern = r"([0-9][0-9_]*(?:\.[0-9]*)?(?:e[+-]?[0-9]{1,2})?|\.[0-9]+)\s*([a-z]*)"
-    found = re.fullmatch(pattern, str(text).lower().strip())
-    if not found or found[2] not in _SCALES[unit]:
+    match = re.fullmatch(pattern, str(text).lower().strip())
+    if not match or match[2] not in _SCALES[unit]:
         raise ValueError(f"expected a {_NAMES[unit]} such as {_EXAMPLES[unit]}")
-    exact = Decimal(found[1].replace("_", "")) * _SCALES[unit][found[2]]
+    exact = Decimal(match[1].replace("_", "")) * _SCALES[unit][match[2]]
     return int(exact) if exact == exact.to_integral_value() else float(exact)
 
 
@@ -330,8 +298,10 @@ def _convert(value: Any, base: type, details: Option) -> Any:
             raise ValueError("expected a name at least")  # a shell's variable that is not set
         if value == "" and (details.reads or shape):
             raise ValueError("expected a path" if details.reads or shape in PATHS else "expected text")
-        if isinstance(value, (str, Path)) and _is_utf8(str(value)):
-            return str(value)
+        if isinstance(value, (str, Path)):
+            with suppress(UnicodeEncodeError):  # what Python makes of other bytes on the command line; no JSON holds it
+                str(value).encode()
+                return str(value)
         if details.metavar == "SHARE|COUNT" and isinstance(value, (int, float)) and not isinstance(value, bool):
             return str(value) if isinstance(value, int) else f"{value:%}"
         named = isinstance(value, (str, Path)) and (details.reads or shape in PATHS)
@@ -352,40 +322,18 @@ def _convert(value: Any, base: type, details: Option) -> Any:
     return base(number)
 
 
-def _is_utf8(text: str) -> bool:
-    """False for what Python makes of bytes on the command line that are not UTF-8; no JSON could hold it."""
-    try:
-        return bool(text.encode()) or not text
-    except UnicodeEncodeError:
-        return False
-
-
 def _check_range(value: Any, details: Option) -> None:
     if details.choices is not None and value not in details.choices:
         raise ValueError(f"expected one of {', '.join(details.choices)}")
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if details.at_least is not None and value < details.at_least:
-            raise ValueError(f"expected at least {details.at_least}")
-        if details.at_most is not None and value > details.at_most:
-            raise ValueError(f"expected at most {details.at_most}")
-        if details.at_most is None and isinstance(value, int) and value > LARGEST_INTEGER:
-            raise ValueError(f"expected at most {LARGEST_INTEGER:,}")
-        if details.above is not None and value <= details.above:
-            raise ValueError(f"expected more than {details.above}")
-
-
-def _read_toml(path: str) -> dict[str, Any]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib  # pyright: ignore[reportMissingImports]
-    try:
-        with open(path, "rb") as handle:
-            return tomllib.load(handle)
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the config file: {str(error.strerror).lower()}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not TOML: {error}") from error
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    if details.at_least is not None and value < details.at_least:
+        raise ValueError(f"expected at least {details.at_least}")
+    most = LARGEST_INTEGER if details.at_most is None and isinstance(value, int) else details.at_most
+    if most is not None and value > most:
+        raise ValueError(f"expected at most {most:,}")
+    if details.above is not None and value <= details.above:
+        raise ValueError(f"expected more than {details.above}")
 
 
 def resolve(config_class: type, flags: Mapping[str, Any], config_file: str | None = None) -> Any:
@@ -398,16 +346,15 @@ def resolve(config_class: type, flags: Mapping[str, Any], config_file: str | Non
     known = {item.name: item for item in option_fields(config_class)}
     if strange := set(flags) - set(known):
         raise TypeError(f"{config_class.__name__} has no option {', '.join(sorted(strange))}")
-    from_file = _known_keys(config_file, config_class) if config_file is not None else {}
+    from_file = _read_toml(config_file, config_class) if config_file is not None else {}
     hints = get_type_hints(config_class)
     values: dict[str, Any] = {}
     for name, item in known.items():
-        given, place = flags.get(name), flag_of(item)
+        given, source = flags.get(name), flag_of(item)
         if given is None or given == [] or given == ():
-            if name in from_file:
-                given, place = from_file[name], f"{config_file}: {name}"
-            else:
+            if name not in from_file:
                 continue
+            given, source = from_file[name], f"{config_file}: {name}"
         base, optional, many = value_type(hints[name])
         if optional and given in ("none", ["none"], ("none",)):
             values[name] = None
@@ -418,7 +365,7 @@ def resolve(config_class: type, flags: Mapping[str, Any], config_file: str | Non
                 value = _convert(part, base, option_of(item))
                 _check_range(value, option_of(item))
             except ValueError as error:
-                raise UserError(f"{place}: {error}, found {part!r}") from None
+                raise UserError(f"{source}: {error}, found {part!r}") from None
             converted.append(value)
         values[name] = tuple(converted) if many else converted[0]
     for name, item in known.items():
@@ -433,12 +380,23 @@ def dropped(name: str, config_class: type) -> str | None:
     return advice if {cls.__name__ for cls in config_class.__mro__} & set(owners.split()) else None
 
 
-def _known_keys(config_file: str, config_class: type) -> dict[str, Any]:
-    """The keys of a TOML file as field names; dashes and underscores are the same."""
-    found: dict[str, Any] = {}
+def _read_toml(config_file: str, config_class: type) -> dict[str, Any]:
+    """The values of a TOML file by field names; dashes and underscores are the same."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib  # pyright: ignore[reportMissingImports]
+    try:
+        with open(config_file, "rb") as handle:
+            content = tomllib.load(handle)
+    except OSError as error:
+        raise UserError(f"{config_file}: cannot read the config file: {str(error.strerror).lower()}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{config_file}: not TOML: {error}") from error
     known = {item.name: item for item in option_fields(config_class)}
     by_flag = {flag.removeprefix("--"): name for name, item in known.items() if (flag := option_of(item).flag)}
-    for key, value in _read_toml(config_file).items():
+    values: dict[str, Any] = {}
+    for key, value in content.items():
         name = key.replace("-", "_")
         name = by_flag.get(name, name)
         if name not in known:
@@ -447,27 +405,25 @@ def _known_keys(config_file: str, config_class: type) -> dict[str, Any]:
             near = get_close_matches(name, known, 1)
             hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(sorted(known))}"
             raise UserError(f"{config_file}: unknown key '{key}'; {hint}")
-        if name in found:
+        if name in values:
             raise UserError(f"{config_file}: '{key}' is given twice")
-        found[name] = value
-    return found
+        values[name] = value
+    return values
 
 
 def lasting_options(config: Any) -> dict[str, Any]:
     """The options, by flag, that a run and its resumption have in common: those that decide what is computed."""
-    return options_by_flag(config, lambda item: not option_of(item).free)
+    return options_by_flag(config, free=False)
 
 
-def options_by_flag(config: Any, wanted: Callable[[Field], bool] = lambda item: True) -> dict[str, Any]:
-    """The resolved options, by flag, as plain JSON values: those that are `wanted`."""
-    values = as_options(config)
-    return {flag_of(item): values[item.name] for item in option_fields(type(config)) if wanted(item)}
+def options_by_flag(config: Any, free: bool = True) -> dict[str, Any]:
+    """The resolved options, by flag, as plain JSON values; without `free` ones where these do not count."""
+    values, items = as_options(config), option_fields(type(config))
+    return {flag_of(item): values[item.name] for item in items if free or not option_of(item).free}
 
 
 def as_options(config: Any) -> dict[str, Any]:
     """The resolved options as plain JSON values without credentials, for the manifest and `--dry-run`."""
-    shown = lambda value: redacted(value) if isinstance(value, str) else value  # noqa: E731
-    return {
-        name: [shown(one) for one in value] if isinstance(value, tuple) else shown(value)
-        for name, value in asdict(config).items()
-    }
+    plain = lambda value: redacted(value) if isinstance(value, str) else value  # noqa: E731
+    values = asdict(config).items()
+    return {name: list(map(plain, value)) if isinstance(value, tuple) else plain(value) for name, value in values}

@@ -169,7 +169,7 @@ def test_a_person_at_the_terminal_gets_the_help_instead_of_waiting(on_terminal) 
         (["--size"], ["--size", "argument"]),
         (["--size", "many"], ["--size: expected a count such as 20000, 20k or 1.5M, found 'many'"]),
         (["--size", "2"], ["--size: expected at least 10, found '2'"]),
-        (["--size", "2M"], ["--size: expected at most 1000000, found '2M'"]),
+        (["--size", "2M"], ["--size: expected at most 1,000,000, found '2M'"]),
         (["--seed", "-1"], ["--seed: expected at least 0, found '-1'"]),
         (["--limit", "0"], ["--limit: expected at least 1"]),
         (["--act", "dance"], ["--act: expected one of copy, folder, ", "found 'dance'"]),

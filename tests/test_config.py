@@ -207,7 +207,7 @@ def test_the_common_options_come_last() -> None:
     ("flags", "message"),
     [
         ({"vocab_size": "255"}, "--vocab-size: expected at least 256, found '255'"),
-        ({"vocab_size": "1T"}, "--vocab-size: expected at most 10000000, found '1T'"),
+        ({"vocab_size": "1T"}, "--vocab-size: expected at most 10,000,000, found '1T'"),
         ({"vocab_size": "300.5"}, "--vocab-size: expected a whole number, found '300.5'"),
         ({"vocab_size": "big"}, "--vocab-size: expected a count such as 20000, 20k or 1.5M, found 'big'"),
         ({"rate": "0"}, "--rate: expected more than 0, found '0'"),
@@ -216,7 +216,7 @@ def test_the_common_options_come_last() -> None:
         ({"seed": "1.5"}, "--seed: expected a whole number, found '1.5'"),
         ({"seed": ""}, "--seed: expected a whole number, found ''"),
         ({"seed": "-1"}, "--seed: expected at least 0, found '-1'"),
-        ({"seed": str(2**63)}, f"--seed: expected at most {2**63 - 1}, found '{2**63}'"),
+        ({"seed": str(2**63)}, f"--seed: expected at most {2**63 - 1:,}, found '{2**63}'"),
         ({"sizes": "1e30"}, "--sizes: expected at most 9,223,372,036,854,775,807, found '1e30'"),
         ({"seed": "1e400"}, "--seed: expected a whole number, found '1e400'"),
         ({"dtype": "float16"}, "--dtype: expected one of auto, float32, found 'float16'"),

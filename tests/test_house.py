@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = {
     "errors": (60, 0),
     "display": (90, 0),
-    "config": (420, 480),
+    "config": (420, 460),
     "kernels": (3000, 3080),
     "io": (1870, 2840),
     "formats": (950, 1060),
@@ -38,7 +38,7 @@ ROOMS = {
     "rl": (1350, 1660),
     "export": (600, 640),
     "stages": (2400, 3340),
-    "cli": (380, 420),
+    "cli": (380, 0),
     "__main__": (40, 0),
 }
 ORDER = list(ROOMS)
@@ -71,16 +71,16 @@ STARS = 85  # names and attributes unpacked into positional arguments; may only 
 OPTIONS = {
     "crawl-filter": 24,
     "train-bpe": 13,
-    "pretrain": 44,
-    "sft": 44,
+    "pretrain": 43,
+    "sft": 43,
     "probe-knowledge": 32,
-    "train-reward": 39,
-    "rl": 58,
+    "train-reward": 38,
+    "rl": 57,
     "sample": 36,
     "export": 9,
     "report": 10,
 }
-DISTINCT = 137
+DISTINCT = 136
 
 
 def modules() -> dict[str, str]:

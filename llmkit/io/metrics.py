@@ -185,9 +185,9 @@ def _svg(curves: Mapping[str, list[tuple[float, float]]], width: int = 720, heig
 def mirrors(options: TrainingConfig, folder: Path) -> list[Callable[[], TensorBoard | WeightsAndBiases]]:
     """Return functions that open the copies that the options ask for, of a run in a folder."""
     trackers: list[Callable[[], TensorBoard | WeightsAndBiases]] = []
-    if options.tensorboard:
+    if "tensorboard" in options.log_to:
         trackers.append(partial(TensorBoard, folder))
-    if options.wandb:
+    if "wandb" in options.log_to:
         trackers.append(partial(WeightsAndBiases, folder, as_options(options), options.quiet))
     return trackers
 

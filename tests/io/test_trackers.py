@@ -72,7 +72,7 @@ def test_a_stage_writes_it_into_its_folder(tmp_path):
     data = tmp_path / "c.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"Throw {i}", "completion": "heads"}) + "\n" for i in range(8)))
     base = save_folder(tmp_path / "base")
-    quick = {"max_steps": 3, "sequence_length": 64, "quiet": True, "tensorboard": True}
+    quick = {"max_steps": 3, "sequence_length": 64, "quiet": True, "log_to": ("tensorboard",)}
     summary = run(SftConfig(model=str(base), data=(str(data),), out=str(tmp_path / "chat"), **quick))
     assert summary is not None and summary.steps == 3
     shown = in_tensorboard(tmp_path / "chat")
@@ -126,6 +126,6 @@ def wandb_records(data: bytes):
 def test_a_missing_package_is_named_before_the_work(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(
-        UserError, match=rf"--{package}: needs the package {package}; pip install 'llmkit\[{package}\]'"
+        UserError, match=rf"--log-to {package}: needs the package {package}; pip install 'llmkit\[{package}\]'"
     ):
-        SftConfig(model="base/", **{package: True})
+        SftConfig(model="base/", log_to=(package,))

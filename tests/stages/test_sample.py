@@ -666,7 +666,7 @@ def test_a_bad_model_folder_is_named(folder, tmp_path, how, message):
         ({"prompt": "a", "temperature": "-1"}, "--temperature: expected at least 0"),
         ({"prompt": "a", "top_p": "0"}, "--top-p: expected more than 0"),
         ({"prompt": "a", "stop": [""]}, "--stop: expected text"),
-        ({"prompt": "a", "seed": str(2**63)}, "--seed: expected at most 9223372036854775807"),
+        ({"prompt": "a", "seed": str(2**63)}, "--seed: expected at most 9,223,372,036,854,775,807"),
         ({"prompt": "a", "shots": "x.jsonl", "as_assistant": True}, "--shots and --as-assistant: expected one or the"),
         ({"prompt": "a", "unordered": True}, "--unordered: expected --jsonl"),
         ({"prompt": "a", "device": "cuda"}, "--device cuda: no GPU"),
