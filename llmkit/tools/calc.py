@@ -14,12 +14,14 @@ import re
 from collections.abc import Callable
 from decimal import Context, Decimal, localcontext
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 LONGEST_EXPRESSION = 1000  # characters
 LARGEST_BITS = 4096  # of a numerator or denominator: 1,233 digits
 SHOWN_DIGITS = 12  # of a number that does not end
+FLOAT_FUNCTIONS = ("exp", "sin", "cos", "tan", "log10", "log2", "asin", "acos", "atan", "radians", "degrees")
+CONSTANTS = {"pi": math.pi, "e": math.e}
 
 GRAMMAR = r"""
 ?start: sum "="?
@@ -64,8 +66,11 @@ def calculate(expression: str) -> str:
         raise CalculationError(f"the expression is longer than {LONGEST_EXPRESSION} characters")
     from lark.exceptions import UnexpectedCharacters, UnexpectedEOF, UnexpectedInput, UnexpectedToken, VisitError
 
+    plain = expression.lower()
+    if not re.search(r"[a-z]\s*\(", plain):  # no function whose values commas part: 1,234,567 is one number
+        plain = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", plain)
     try:
-        value = _parser().parse(_without_thousands(expression.lower()))
+        value = _parser().parse(plain)
     except UnexpectedEOF:
         raise CalculationError("the expression is not finished") from None
     except (UnexpectedToken, UnexpectedCharacters) as error:
@@ -79,37 +84,19 @@ def calculate(expression: str) -> str:
     return _written(value)  # type: ignore[arg-type]  # the transformer leaves a number, not a tree
 
 
-def _without_thousands(expression: str) -> str:
-    """1,234,567 as one number, where no function's parentheses make the comma a separator."""
-    return expression if re.search(r"[a-z]\s*\(", expression) else re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", expression)
-
-
 def _written(value: Number) -> str:
     if isinstance(value, float):
         return str(int(value)) if value.is_integer() and abs(value) < 2**53 else f"{value:.{SHOWN_DIGITS}g}"
     if value.denominator == 1:
         return str(value.numerator)
-    rest = value.denominator
-    for prime in (2, 5):
-        while rest % prime == 0:
-            rest //= prime
     digits = value.denominator.bit_length()  # at least as many as the decimals of a number that ends
-    if rest == 1 and digits <= 64:
-        whole = abs(value.numerator) * 10**digits // value.denominator
-        text = str(whole).rjust(digits + 1, "0")
-        return ("-" if value < 0 else "") + f"{text[:-digits]}.{text[-digits:]}".rstrip("0")
-    with localcontext(Context(prec=SHOWN_DIGITS)):
-        return f"{Decimal(value.numerator) / Decimal(value.denominator):.{SHOWN_DIGITS}g}"
+    ends = digits <= 64 and 10**digits % value.denominator == 0
+    with localcontext(Context(prec=LARGEST_BITS if ends else SHOWN_DIGITS)):
+        quotient = Decimal(value.numerator) / Decimal(value.denominator)
+        return f"{quotient:f}" if ends else f"{quotient:.{SHOWN_DIGITS}g}"
 
 
 # ---- values
-
-
-def _float(value: Number) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        raise CalculationError("the result is too large") from None
 
 
 def _bounded(value: Number) -> Number:
@@ -147,7 +134,7 @@ def _power(base: Number, exponent: Number) -> Number:
 
 def _of_floats(function: Callable[..., float], *values: Number) -> float:
     try:
-        return function(*map(_float, values))
+        return function(*map(float, values))
     except (ValueError, ZeroDivisionError):
         raise CalculationError("no value there") from None
     except OverflowError:
@@ -158,7 +145,7 @@ def _divided(left: Number, right: Number, floor: bool = False) -> Number:
     if right == 0:
         raise CalculationError("division by zero")
     if isinstance(left, float) or isinstance(right, float):
-        left, right = _float(left), _float(right)
+        left, right = float(left), float(right)
     return Fraction(math.floor(left / right)) if floor else left / right
 
 
@@ -192,10 +179,6 @@ def _rounded(value: Number, digits: Number = Fraction(0)) -> Number:
     return Fraction(nearest if scaled >= 0 else -nearest) / Fraction(10) ** places
 
 
-def _float_function(function: Callable[..., float]) -> Callable[..., Number]:
-    return lambda *values: _of_floats(function, *values)
-
-
 # name: (function, fewest and most arguments)
 FUNCTIONS: dict[str, tuple[Callable[..., Any], int, int]] = {
     "sqrt": (_square_root, 1, 1),
@@ -209,17 +192,15 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], int, int]] = {
     "factorial": (_factorial, 1, 1),
     "gcd": (lambda *values: Fraction(math.gcd(*map(_whole, values))), 1, 100),
     "lcm": (lambda *values: Fraction(math.lcm(*map(_whole, values))), 1, 8),
-    **{name: (_float_function(getattr(math, name)), 1, 1) for name in ("exp", "sin", "cos", "tan", "log10", "log2")},
-    **{name: (_float_function(getattr(math, name)), 1, 1) for name in ("asin", "acos", "atan", "radians", "degrees")},
-    "ln": (_float_function(math.log), 1, 1),
-    "log": (_float_function(math.log), 1, 2),
+    "ln": (partial(_of_floats, math.log), 1, 1),
+    "log": (partial(_of_floats, math.log), 1, 2),
+    **{name: (partial(_of_floats, getattr(math, name)), 1, 1) for name in FLOAT_FUNCTIONS},
 }
-CONSTANTS = {"pi": math.pi, "e": math.e}
 
 
 def _call(name: str, *values: Number) -> Number:
     if name not in FUNCTIONS:
-        raise CalculationError(f"no function {name!r}; there are {', '.join(sorted(FUNCTIONS))}")
+        raise CalculationError(f"no function {str(name)!r}; there are {', '.join(sorted(FUNCTIONS))}")
     function, fewest, most = FUNCTIONS[name]
     if not fewest <= len(values) <= most:
         raise CalculationError(f"{name}: expected {fewest} to {most} values, found {len(values)}")
@@ -228,42 +209,38 @@ def _call(name: str, *values: Number) -> Number:
 
 def _constant(name: str) -> Number:
     if name not in CONSTANTS:
-        raise CalculationError(f"no constant {name!r}; there are pi and e")
+        raise CalculationError(f"no constant {str(name)!r}; there are pi and e")
     return CONSTANTS[name]
 
 
-def _step(step: Callable[..., Number], children: list[Any]) -> Number:
-    """One rule of the grammar; exact values beyond a float's range meet floats in any of them."""
-    try:
-        return _bounded(step(*children))
-    except OverflowError:
-        raise CalculationError("the result is too large") from None
+# what becomes of a rule of the grammar, while it is read; lark's tokens are strings
+STEPS: dict[str, Callable[..., Number]] = {
+    "number": _number,
+    "constant": _constant,
+    "call": _call,
+    "add": lambda left, right: left + right,
+    "subtract": lambda left, right: left - right,
+    "multiply": lambda left, right: left * right,
+    "divide": _divided,
+    "floor_divide": lambda left, right: _divided(left, right, floor=True),
+    "modulo": lambda left, right: left - right * _divided(left, right, floor=True),
+    "negate": lambda value: -value,
+    "power": _power,
+}
 
 
 @lru_cache(1)
 def _parser() -> Any:
     import lark
 
-    steps: dict[str, Callable[..., Number]] = {
-        "number": lambda token: _number(str(token)),
-        "constant": lambda token: _constant(str(token)),
-        "call": lambda token, *values: _call(str(token), *values),
-        "add": lambda left, right: left + right,
-        "subtract": lambda left, right: left - right,
-        "multiply": lambda left, right: left * right,
-        "divide": _divided,
-        "floor_divide": lambda left, right: _divided(left, right, floor=True),
-        "modulo": lambda left, right: left - right * _divided(left, right, floor=True),
-        "negate": lambda value: -value,
-        "power": _power,
-    }
+    def values_of(step: Callable[..., Number]) -> Callable[[Any, list[Any]], Number]:
+        def value(transformer: Any, children: list[Any]) -> Number:
+            try:
+                return _bounded(step(*children))
+            except OverflowError:  # exact values beyond a float's range meet floats in any step
+                raise CalculationError("the result is too large") from None
 
-    class Values(lark.Transformer):
-        """Numbers in place of every rule, while the grammar is read."""
+        return value
 
-        def __getattr__(self, name: str) -> Any:
-            if name not in steps:
-                raise AttributeError(name)
-            return lambda children: _step(steps[name], children)
-
-    return lark.Lark(GRAMMAR, parser="lalr", transformer=Values())
+    values = type("Values", (lark.Transformer,), {name: values_of(step) for name, step in STEPS.items()})
+    return lark.Lark(GRAMMAR, parser="lalr", transformer=values())

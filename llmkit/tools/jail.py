@@ -28,14 +28,8 @@ import signal
 import struct
 import sys
 
-CLONE_NEW = {
-    "NS": 0x20000,
-    "UTS": 0x4000000,
-    "IPC": 0x8000000,
-    "USER": 0x10000000,
-    "PID": 0x20000000,
-    "NET": 0x40000000,
-}
+# CLONE_NEW NS | UTS | IPC | USER | PID | NET
+NAMESPACES = 0x20000 | 0x4000000 | 0x8000000 | 0x10000000 | 0x20000000 | 0x40000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 4096, 16384, 1 << 18
 MNT_DETACH, AT_FDCWD, AT_RECURSIVE = 2, -100, 0x8000
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 22, 24, 38
@@ -72,7 +66,6 @@ ALLOWED_CALLS = {
     "getgid": (104, 176), "geteuid": (107, 175), "getegid": (108, 177), "uname": (63, 160), "sysinfo": (99, 179),
     "getrusage": (98, 165), "getrlimit": (97, 163),
 }  # fmt: skip
-CLONE, CLONE3, IOCTL, PRLIMIT64 = (56, 220), (435, 435), (16, 29), (302, 261)
 TERMINAL_QUESTIONS = (0x5401, 0x5413, 0x5450, 0x5451)  # TCGETS, TIOCGWINSZ, FIONCLEX, FIOCLEX
 CLONE_THREAD = 0x10000
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH
@@ -84,19 +77,15 @@ libc.syscall.restype = ctypes.c_long
 class Refused(Exception):
     """A step of the setup that this machine does not allow."""
 
-    errno = None
+    errno = 0
 
 
 def checked(what, result):
     if result < 0:
-        raise refusal(what, ctypes.get_errno())
+        error = Refused(f"{what}: {os.strerror(ctypes.get_errno())}")
+        error.errno = ctypes.get_errno()
+        raise error
     return result
-
-
-def refusal(what, number):
-    error = Refused(f"{what}: {os.strerror(number)}")
-    error.errno = number
-    return error
 
 
 def column():
@@ -139,15 +128,13 @@ def enter_namespaces():
             except OSError as error:
                 os.write(done[1], f"user namespace: {error}".encode())
         os._exit(0)
-    flags = 0
-    for flag in CLONE_NEW.values():
-        flags |= flag
-    unshared = libc.unshare(flags)
-    number = ctypes.get_errno()
-    os.write(ready[1], b"r" if unshared == 0 else b"n")
-    if unshared < 0:
+    try:
+        checked("namespaces", libc.unshare(NAMESPACES))
+    except Refused:
+        os.write(ready[1], b"n")
         os.waitpid(writer, 0)
-        raise refusal("namespaces", number)
+        raise
+    os.write(ready[1], b"r")
     answer = os.read(done[0], 200)
     os.waitpid(writer, 0)
     for end in (*ready, *done):
@@ -175,19 +162,12 @@ def library_folders():
     return sorted(outermost), links
 
 
-def working_folder(folders):
-    """A folder that is none of those of Python, and holds none of them."""
-    taken = {folder.split("/")[1] for folder in folders}
-    number = 0
-    while (name := WORK + "-" * number).strip("/") in taken:
-        number += 1
-    return name
-
-
 def enter_root(file_bytes):
     """Make the root: library folders, read-only, and the working folder, which is given back; all else is gone."""
     folders, links = library_folders()
-    work = working_folder(folders)
+    work = WORK
+    while work.strip("/") in {folder.split("/")[1] for folder in folders}:
+        work += "-"  # a folder that is none of those of Python, and holds none of them
     mount(None, "/", None, MS_REC | MS_PRIVATE)
     base = "/tmp" if os.path.isdir("/tmp") else "/mnt"
     # bound before the tmpfs covers a Python that lives below it
@@ -296,6 +276,7 @@ def restrict_calls():
     load, equal, bits, give = 0x20, 0x15, 0x45, 0x06  # LD|W|ABS, JEQ|K, JSET|K, RET|K
     allow, denied, unknown = 0x7FFF0000, 0x00050001, 0x00050026  # ALLOW, ERRNO(EPERM), ERRNO(ENOSYS)
     at_number, at_architecture, at_argument = 0, 4, 16
+    refuse = (give, 0, 0, denied)
 
     def when(call_numbers, steps):
         """`steps` for one call, which end in a return; the others jump over them."""
@@ -310,19 +291,17 @@ def restrict_calls():
     ]
     for numbers in ALLOWED_CALLS.values():
         program += when(numbers, [(give, 0, 0, allow)])
-    program += when(CLONE3, [(give, 0, 0, unknown)])  # its flags lie in memory; glibc goes on with clone
-    thread_only = [(load, 0, 0, at_argument), (bits, 0, 1, CLONE_THREAD), (give, 0, 0, allow), (give, 0, 0, denied)]
-    program += when(CLONE, thread_only)
-    questions = [(load, 0, 0, at_argument + 8)]
-    for question in TERMINAL_QUESTIONS:
-        questions += [(equal, 0, 1, question), (give, 0, 0, allow)]
-    program += when(IOCTL, [*questions, (give, 0, 0, denied)])
+    clone3, clone, ioctl, prlimit64 = (435, 435), (56, 220), (16, 29), (302, 261)
+    program += when(clone3, [(give, 0, 0, unknown)])  # its flags lie in memory; glibc goes on with clone
+    program += when(clone, [(load, 0, 0, at_argument), (bits, 0, 1, CLONE_THREAD), (give, 0, 0, allow), refuse])
+    questions = [step for number in TERMINAL_QUESTIONS for step in ((equal, 0, 1, number), (give, 0, 0, allow))]
+    program += when(ioctl, [(load, 0, 0, at_argument + 8), *questions, refuse])
     only_asks = [
         (load, 0, 0, at_argument + 16), (equal, 0, 3, 0), (load, 0, 0, at_argument + 20), (equal, 0, 1, 0),
-        (give, 0, 0, allow), (give, 0, 0, denied),
+        (give, 0, 0, allow), refuse,
     ]  # fmt: skip
-    program += when(PRLIMIT64, only_asks)
-    program.append((give, 0, 0, denied))
+    program += when(prlimit64, only_asks)
+    program.append(refuse)
 
     code = b"".join(struct.pack("HBBI", *step) for step in program)
     buffer = ctypes.create_string_buffer(code, len(code))

@@ -30,7 +30,6 @@ from llmkit.errors import UserError
 BLOCK = 1 << 16  # bytes read at once, and kept of what is said on standard error
 LONGEST_WAIT = 3600.0  # seconds at a time: epoll takes no more than 24 days
 LONGEST_PROGRAM = 1 << 18  # bytes
-OUTPUT_BYTES = 1 << 16
 PAUSES = (0.05, 0.1, 0.2, 0.5, 1, 2, 4)  # seconds before another try, where the machine is out of processes or memory
 LEAVING_SECONDS = 0.5  # that a killed program on a busy machine may take to be gone
 GRACE_SECONDS = 1.0  # after which a program whose clock here has not ended it ends itself
@@ -68,15 +67,13 @@ def exchange(
                     if written == len(data):
                         selector.unregister(stream)
                         stream.close()
-                    continue
-                part = os.read(stream.fileno(), BLOCK)
-                if not part:
+                elif not (block := os.read(stream.fileno(), BLOCK)):
                     selector.unregister(stream)
                     outputs.remove(stream)
                 elif stream is process.stderr:
-                    err = (err + part)[-BLOCK:]
+                    err = (err + block)[-BLOCK:]
                 else:
-                    out += part
+                    out += block
                     if is_enough(out):
                         return bytes(out), err, "output"
     try:
@@ -94,7 +91,7 @@ class Limits:
     cpu_seconds: int = 5
     memory_bytes: int = 512 << 20
     file_bytes: int = 16 << 20
-    output_bytes: int = OUTPUT_BYTES
+    output_bytes: int = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -133,25 +130,6 @@ def _missing() -> str | None:
     return None
 
 
-class _Room:
-    """The memory of all programs that run at a time, of which each takes what it may use before it starts."""
-
-    def __init__(self) -> None:
-        self._changed, self._taken = threading.Condition(), 0
-
-    @contextmanager
-    def take(self, size: int) -> Iterator[None]:
-        with self._changed:
-            self._changed.wait_for(lambda: self._taken == 0 or self._taken + size <= _memory())
-            self._taken += size
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._taken -= size
-                self._changed.notify_all()
-
-
 @lru_cache(1)
 def _memory() -> int:
     """Three quarters of the memory that this machine, or this container, has for each process of a training."""
@@ -162,14 +140,24 @@ def _memory() -> int:
     return total * 3 // 4 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-_ROOM = _Room()
+_taken = 0  # of `_memory`, by the programs that run
+_taken_changed = threading.Condition()
 
 
 @contextmanager
 def room_for(limits: Limits, programs: int) -> Iterator[None]:
-    """Wait until programs that need one another have room beside all others; then they run with `descriptors`."""
-    with _ROOM.take(programs * (limits.memory_bytes + 2 * limits.file_bytes)):
+    """Wait until programs that need one another have memory beside all others; then they run with `descriptors`."""
+    global _taken
+    size = programs * (limits.memory_bytes + 2 * limits.file_bytes)
+    with _taken_changed:
+        _taken_changed.wait_for(lambda: _taken == 0 or _taken + size <= _memory())
+        _taken += size
+    try:
         yield
+    finally:
+        with _taken_changed:
+            _taken -= size
+            _taken_changed.notify_all()
 
 
 def run_python(
@@ -204,10 +192,10 @@ class _BusyError(Exception):
 def _run_in(data: bytes, limits: Limits, sandbox: bool, descriptors: tuple[int, ...]) -> PythonResult:
     if not sandbox:
         with TemporaryDirectory(prefix="llmkit-") as folder:
-            return _run(_command(-1, limits), data, limits, folder, descriptors)
+            return _run(data, limits, -1, folder, descriptors)
     status, theirs = os.pipe()
     try:
-        result = _run(_command(theirs, limits), data, limits, "/", (theirs, *descriptors))
+        result = _run(data, limits, theirs, "/", (theirs, *descriptors))
     finally:
         os.close(theirs)
         refusal = os.read(status, 500).decode("utf-8", "replace")
@@ -219,18 +207,14 @@ def _run_in(data: bytes, limits: Limits, sandbox: bool, descriptors: tuple[int, 
     return result
 
 
-def _command(status: int, limits: Limits) -> list[str]:
-    jail = str(Path(__file__).with_name("jail.py"))
+def _run(data: bytes, limits: Limits, status: int, folder: str, descriptors: tuple[int, ...]) -> PythonResult:
+    """Start jail.py, feed it `data`, read what it writes up to the limits, and end its whole group."""
     milliseconds = round((limits.wall_seconds + GRACE_SECONDS) * 1000)
     numbers = (status, os.getpid(), milliseconds, limits.memory_bytes, limits.cpu_seconds, limits.file_bytes)
-    return [sys.executable, "-I", "-S", "-B", "-X", "utf8", jail, *map(str, numbers)]
-
-
-def _run(command: list[str], data: bytes, limits: Limits, folder: str, descriptors: tuple[int, ...]) -> PythonResult:
-    """Start a command, feed it `data`, read what it writes up to the limits, and end its whole group."""
+    jail = str(Path(__file__).with_name("jail.py"))
     try:
         started = subprocess.Popen(
-            command,
+            [sys.executable, "-I", "-S", "-B", "-X", "utf8", jail, *map(str, numbers)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -243,9 +227,9 @@ def _run(command: list[str], data: bytes, limits: Limits, folder: str, descripto
         if error.errno in (errno.EAGAIN, errno.ENOMEM):
             raise _BusyError(f"no new process: {error.strerror}") from None
         raise
+    most = limits.output_bytes
     with started as child:
         try:
-            most = limits.output_bytes
             output, _, ended = exchange(child, data, limits.wall_seconds, lambda read: len(read) > most)
         finally:
             _end_group(child)

@@ -1,6 +1,6 @@
 """Search for models: passages of the user's own documents by BM25, or an HTTP engine that the user names.
 
-    with SearchIndex.open("docs.jsonl") as index:
+    with closing(SearchIndex("docs.jsonl")) as index:
         print(index.search("who built the lighthouse"))
 
 The index is an SQLite FTS5 table in one file beside the documents, `docs.jsonl.fts5`, made again where it does not hold
@@ -10,7 +10,6 @@ their passages, word for word: it may be old, damaged, or another's.
 from __future__ import annotations
 
 import base64
-import http.client
 import ipaddress
 import json
 import os
@@ -20,16 +19,17 @@ import sqlite3
 import ssl
 import tempfile
 import threading
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import ExitStack, closing, suppress
+from http.client import HTTPConnection, HTTPSConnection
 from itertools import zip_longest
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from threading import Lock
 from typing import Any
+from urllib import request as urllib_request
+from urllib.error import HTTPError
 
 from llmkit.display import redacted
 from llmkit.errors import UserError
@@ -54,12 +54,8 @@ class SearchError(Exception):
 class SearchIndex:
     """Passages of documents in an FTS5 table. Safe to use from several threads."""
 
-    def __init__(self, documents: str, connection: sqlite3.Connection) -> None:
-        self._documents, self._connection, self._lock = documents, connection, Lock()
-
-    @classmethod
-    def open(cls, documents: str) -> SearchIndex:
-        """The index of a JSONL file, made now where there is none that holds the file's passages, word for word.
+    def __init__(self, documents: str) -> None:
+        """Open the index of a JSONL file, made now where there is none that holds the file's passages, word for word.
 
         Where the folder cannot be written the index is held in memory. Raises UserError for documents that cannot
         be read.
@@ -67,8 +63,9 @@ class SearchIndex:
         if not os.path.isfile(documents):
             instead = "a folder" if os.path.isdir(documents) else "no such file"
             raise UserError(f"{documents}: expected a file of documents to search, found {instead}")
-        index = Path(documents + SUFFIX)
-        return cls(documents, _kept(documents, index) or _build(documents, index))
+        self._documents, self._path = documents, Path(documents + SUFFIX)
+        self._lock = threading.Lock()
+        self._connection = self._open_existing() or self._build()
 
     def search(self, query: str, passages: int = 3) -> str:
         """The best passages for a query, best first, numbered; `nothing found` where no word of it occurs."""
@@ -84,7 +81,7 @@ class SearchIndex:
                 rows = self._connection.execute(statement, (wanted, passages)).fetchall()
             except sqlite3.Error:  # the file is damaged where only a search looks
                 self._connection.close()
-                self._connection = _in_memory(self._documents)
+                self._connection = self._filled(":memory:")
                 rows = self._connection.execute(statement, (wanted, passages)).fetchall()
         return _listed(rows)
 
@@ -92,90 +89,68 @@ class SearchIndex:
         """Release the file."""
         self._connection.close()
 
-    def __enter__(self) -> SearchIndex:
-        return self
+    def _open(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(f"{self._path.resolve().as_uri()}?mode=ro", uri=True, check_same_thread=False)
+        connection.execute("PRAGMA trusted_schema = OFF")
+        return connection
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def _open_existing(self) -> sqlite3.Connection | None:
+        """The index that stands there; None where there is none, or where it is damaged, old or not of these documents.
+
+        Others may have put it there: what a search can return is compared with the documents. That takes a tenth of
+        the time of making it.
+        """
+        if not self._path.is_file():
+            return None
+        with suppress(sqlite3.Error), ExitStack() as stack:
+            connection = stack.enter_context(closing(self._open()))
+            schema = "SELECT name, sql FROM sqlite_master WHERE name IN ('passages', 'format')"
+            if dict(connection.execute(schema)) == {"passages": PASSAGES, "format": FORMAT}:
+                rows = connection.execute("SELECT title, text FROM passages ORDER BY rowid")
+                if all(row == passage for row, passage in zip_longest(rows, self._passages())):
+                    stack.pop_all()
+                    return connection
+        return None
+
+    def _build(self) -> sqlite3.Connection:
+        """Make the index in its place, or in memory where that cannot be written, and return a connection to it."""
+        try:
+            handle, partial = tempfile.mkstemp(prefix=f"{self._path.name}{PARTIAL}.", dir=self._path.parent)
+            os.close(handle)
+        except OSError:
+            return self._filled(":memory:")
+        try:
+            os.chmod(partial, 0o644)  # as any other file, for those who share the documents
+            self._filled(partial).close()
+            os.replace(partial, self._path)
+            return self._open()
+        except (OSError, sqlite3.Error):  # a full disk, a folder in its place
+            return self._filled(":memory:")
+        finally:
+            with suppress(OSError):
+                os.unlink(partial)
+
+    def _filled(self, name: str) -> sqlite3.Connection:
+        with ExitStack() as stack:
+            connection = stack.enter_context(closing(sqlite3.connect(name, check_same_thread=False)))
+            connection.execute("PRAGMA journal_mode = OFF")
+            connection.execute(PASSAGES)
+            connection.execute(FORMAT)
+            connection.executemany("INSERT INTO passages VALUES (?, ?)", self._passages())
+            connection.commit()
+            stack.pop_all()
+        return connection
+
+    def _passages(self) -> Iterator[tuple[str, str]]:
+        for row in read_documents([self._documents]):
+            title = row.value.get("title")
+            for passage in cut_passages(row.value["text"]):
+                yield title if isinstance(title, str) else "", passage
 
 
 def _listed(passages: list[tuple[str, str]]) -> str:
     lines = [f"[{number}] {f'{title}: ' if title else ''}{text}" for number, (title, text) in enumerate(passages, 1)]
     return "\n".join(lines) or NOTHING
-
-
-def _open_read_only(index: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(f"{index.resolve().as_uri()}?mode=ro", uri=True, check_same_thread=False)
-    connection.execute("PRAGMA trusted_schema = OFF")
-    return connection
-
-
-def _kept(documents: str, index: Path) -> sqlite3.Connection | None:
-    """The index that stands there; None where there is none, or where it is damaged, old or not of these documents.
-
-    Others may have put it there: what a search can return is compared with the documents. That takes a tenth of the
-    time of making it.
-    """
-    if not index.is_file():
-        return None
-    connection = None
-    try:
-        connection = _open_read_only(index)
-        tables = dict(connection.execute("SELECT name, sql FROM sqlite_master WHERE name IN ('passages', 'format')"))
-        if tables == {"passages": PASSAGES, "format": FORMAT}:
-            stands = connection.execute("SELECT title, text FROM passages ORDER BY rowid")
-            if all(kept_passage == other for kept_passage, other in zip_longest(stands, _passages(documents))):
-                return connection
-    except sqlite3.Error:
-        pass
-    except BaseException:
-        if connection is not None:
-            connection.close()
-        raise
-    if connection is not None:
-        connection.close()
-    return None
-
-
-def _in_memory(documents: str) -> sqlite3.Connection:
-    connection = sqlite3.connect(":memory:", check_same_thread=False)
-    _fill(connection, documents)
-    return connection
-
-
-def _build(documents: str, index: Path) -> sqlite3.Connection:
-    """Make the index at `place`, or in memory where that cannot be written, and return a connection to it."""
-    try:
-        handle, partial = tempfile.mkstemp(prefix=f"{index.name}{PARTIAL}.", dir=index.parent)
-        os.close(handle)
-    except OSError:
-        return _in_memory(documents)
-    try:
-        os.chmod(partial, 0o644)  # as any other file, for those who share the documents
-        with closing(sqlite3.connect(partial)) as connection:
-            connection.execute("PRAGMA journal_mode = OFF")
-            _fill(connection, documents)
-        os.replace(partial, index)
-        return _open_read_only(index)
-    except (OSError, sqlite3.Error):  # a full disk, a folder in its place
-        return _in_memory(documents)
-    finally:
-        with suppress(OSError):
-            os.unlink(partial)
-
-
-def _fill(connection: sqlite3.Connection, documents: str) -> None:
-    connection.execute(PASSAGES)
-    connection.execute(FORMAT)
-    connection.executemany("INSERT INTO passages VALUES (?, ?)", _passages(documents))
-    connection.commit()
-
-
-def _passages(documents: str) -> Iterator[tuple[str, str]]:
-    for row in read_documents([documents]):
-        title = row.value.get("title")
-        for passage in cut_passages(row.value["text"]):
-            yield title if isinstance(title, str) else "", passage
 
 
 def cut_passages(text: str) -> Iterator[str]:
@@ -208,64 +183,53 @@ class SearchEngine:
     def __init__(self, url: str, timeout: float = 10.0) -> None:
         try:
             address = urllib.parse.urlsplit(url)
-            port = f":{address.port}" if address.port is not None else ""
+            host, _ = address.hostname, address.port  # which raises for what is no number
         except ValueError:
-            address, port = urllib.parse.urlsplit(""), ""
-        if not address.hostname or not url.isascii() or not url.isprintable() or " " in url:
+            address, host = urllib.parse.urlsplit(""), None
+        if not host or not url.isascii() or not url.isprintable() or " " in url:
             raise UserError(f"search:{url}: expected a URL of printable ASCII, such as http://localhost:8888/search")
-        host = f"[{address.hostname}]" if ":" in address.hostname else address.hostname
-        self._url = urllib.parse.urlunsplit((address.scheme, host + port, address.path, address.query, ""))
+        self.url = address._replace(netloc=address.netloc.rpartition("@")[2], fragment="").geturl()
         user = urllib.parse.unquote(f"{address.username or ''}:{address.password or ''}")
         self._user = None if user == ":" else base64.b64encode(user.encode()).decode()
-        self._timeout, self._is_near = timeout, is_this_machine(address.hostname)
+        self._timeout, self._is_near = timeout, is_this_machine(host)
 
     def search(self, query: str, passages: int = 3) -> str:
         """The first results, numbered, with title and content. Raises SearchError when the engine does not answer."""
-        call = _Call(self._is_near)
-        outcome: SimpleQueue[str | BaseException] = SimpleQueue()
+        call, outcome = _Call(self._is_near), Future[str]()
 
         def work() -> None:
             try:
-                outcome.put(self._ask(call, query, passages))
+                outcome.set_result(self._ask(call, query, passages))
             except BaseException as error:
-                outcome.put(error)
+                outcome.set_exception(error)
 
         threading.Thread(target=work, daemon=True).start()
         try:
-            answer = outcome.get(timeout=self._timeout)
-        except Empty:
+            return outcome.result(self._timeout)
+        except HTTPError as error:
+            reason = f"answered {error.code}"
+        except (TimeoutError, FutureTimeout):
             call.cut()  # ends the thread, however slowly the engine drips
-            answer = TimeoutError(f"no answer within {counted(self._timeout, 'second')}")
-        if isinstance(answer, str):
-            return answer
-        if isinstance(answer, urllib.error.HTTPError):
-            raise SearchError(f"the search engine answered {answer.code}") from None
-        if isinstance(answer, OSError):
-            reason = redacted(str(getattr(answer, "reason", answer)))
-            raise SearchError(f"the search engine cannot be reached: {reason}") from None
-        if isinstance(answer, Exception):
+            reason = f"cannot be reached: no answer within {counted(self._timeout, 'second')}"
+        except OSError as error:
+            reason = f"cannot be reached: {redacted(str(getattr(error, 'reason', error)))}"
+        except Exception:
             raise SearchError("the search engine's answer is not in SearXNG's JSON form") from None
-        raise answer
+        raise SearchError(f"the search engine {reason}")
 
     def _ask(self, call: _Call, query: str, passages: int) -> str:
         words = query.encode("utf-8", "replace")  # a model may write half a character
-        separator = "&" if urllib.parse.urlsplit(self._url).query else "?"
-        address = f"{self._url}{separator}{urllib.parse.urlencode({'q': words, 'format': 'json'})}"
-        request = urllib.request.Request(address, headers={"Accept": "application/json", "User-Agent": "llmkit"})
+        separator = "&" if urllib.parse.urlsplit(self.url).query else "?"
+        address = f"{self.url}{separator}{urllib.parse.urlencode({'q': words, 'format': 'json'})}"
+        request = urllib_request.Request(address, headers={"Accept": "application/json", "User-Agent": "llmkit"})
         if self._user is not None:
             request.add_unredirected_header("Authorization", f"Basic {self._user}")
         with call.opener.open(request, timeout=self._timeout) as answer:
             results = json.loads(answer.read(LARGEST_ANSWER))["results"]
-        passages_found = [
-            (_whole(str(result.get("title") or "")), _whole(" ".join(str(result.get("content") or "").split())))
-            for result in results
+        rows = [
+            (str(result.get("title") or ""), " ".join(str(result.get("content") or "").split())) for result in results
         ]
-        return _listed(passages_found[:passages])
-
-
-def _whole(text: str) -> str:
-    """A text without halves of characters, which no file takes."""
-    return text.encode("utf-8", "replace").decode()
+        return _listed(rows[:passages]).encode("utf-8", "replace").decode()  # halves of characters, which no file takes
 
 
 def is_this_machine(host: str) -> bool:
@@ -283,37 +247,32 @@ class _Call:
     def __init__(self, is_near: bool) -> None:
         self._sockets: list[socket.socket] = []
         self._is_cut = False
-        call = self
 
-        def noted(kind: type[http.client.HTTPConnection]) -> type[http.client.HTTPConnection]:
-            class Connection(kind):  # type: ignore[misc, valid-type]
-                def connect(self) -> None:
-                    super().connect()
-                    call._sockets.append(self.sock)
-                    if call._is_cut:
-                        call.cut()
+        def tracked(kind: type[HTTPConnection]) -> type[HTTPConnection]:
+            def connect(connection: HTTPConnection) -> None:
+                kind.connect(connection)
+                self._sockets.append(connection.sock)
+                if self._is_cut:
+                    self.cut()
 
-            return Connection
+            return type("Connection", (kind,), {"connect": connect})
 
-        class Plain(urllib.request.HTTPHandler):
-            def http_open(self, request: urllib.request.Request) -> Any:
-                return self.do_open(noted(http.client.HTTPConnection), request)
+        class Plain(urllib_request.HTTPHandler):
+            def http_open(self, request: urllib_request.Request) -> Any:
+                return self.do_open(tracked(HTTPConnection), request)
 
-        class Secure(urllib.request.HTTPSHandler):
-            def https_open(self, request: urllib.request.Request) -> Any:
-                return self.do_open(noted(http.client.HTTPSConnection), request, context=ssl.create_default_context())
+        class Secure(urllib_request.HTTPSHandler):
+            def https_open(self, request: urllib_request.Request) -> Any:
+                return self.do_open(tracked(HTTPSConnection), request, context=ssl.create_default_context())
 
         # neither ftp: nor file: nor data:, to which a redirect might lead
-        self.opener = urllib.request.OpenerDirector()
-        kinds = (urllib.request.HTTPRedirectHandler, urllib.request.HTTPErrorProcessor, urllib.request.UnknownHandler)
-        for handler in (
-            urllib.request.ProxyHandler({} if is_near else None),
-            Plain(),
-            Secure(),
-            urllib.request.HTTPDefaultErrorHandler(),
-            *(kind() for kind in kinds),
+        self.opener = urllib_request.OpenerDirector()
+        self.opener.add_handler(urllib_request.ProxyHandler({} if is_near else None))
+        for kind in (
+            *(Plain, Secure, urllib_request.HTTPDefaultErrorHandler, urllib_request.HTTPRedirectHandler),
+            *(urllib_request.HTTPErrorProcessor, urllib_request.UnknownHandler),
         ):
-            self.opener.add_handler(handler)
+            self.opener.add_handler(kind())
 
     def cut(self) -> None:
         """End the request now."""

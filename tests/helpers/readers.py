@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import io
 import json
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from llmkit.errors import LlmkitError
@@ -199,12 +201,13 @@ def reply_readers() -> dict[str, Reader]:
         with suppress(calc.CalculationError):
             calc.calculate(text)
 
+    folder = tempfile.TemporaryDirectory()  # there as long as the function that reads from it
+
     @cache
     def index() -> search.SearchIndex:
-        connection = search.sqlite3.connect(":memory:")
-        connection.execute(search.PASSAGES)
-        connection.execute("INSERT INTO passages VALUES ('A', 'Ada was 1 of a few.')")
-        return search.SearchIndex("a.jsonl", connection)
+        path = Path(folder.name, "docs.jsonl")
+        path.write_text('{"title": "A", "text": "Ada was 1 of a few."}\n')
+        return search.SearchIndex(str(path))
 
     def searched(text: str) -> None:
         """What an engine that answers with this text would give."""
@@ -296,9 +299,6 @@ def schema_readers() -> dict[str, Reader]:
 
 
 def tokenizer_readers() -> dict[str, Reader]:
-    import tempfile
-    from pathlib import Path
-
     from tiny import save_tokenizer
 
     from llmkit.formats.conversations import message

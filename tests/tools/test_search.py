@@ -24,6 +24,11 @@ DOCUMENTS = [
 ]
 
 
+def found(documents, query, passages=3):
+    with closing(SearchIndex(str(documents))) as index:
+        return index.search(query, passages)
+
+
 @pytest.fixture
 def documents(tmp_path):
     path = tmp_path / "docs.jsonl"
@@ -32,27 +37,25 @@ def documents(tmp_path):
 
 
 def test_finds_the_passage_and_its_title(documents):
-    with SearchIndex.open(str(documents)) as index:
-        first = index.search("Who built the lighthouse?", passages=1)
-    assert first == "[1] Morvane: The lighthouse of Morvane was built by Ana Teld in 1871. It is painted green."
-
-
-def test_forms_of_a_word_and_accents_are_found(documents):
-    with SearchIndex.open(str(documents)) as index:
-        assert "Bees" in index.search("bee flowering")
-        assert "Orlinsk" in index.search("Órlinsk")
+    first = "[1] Morvane: The lighthouse of Morvane was built by Ana Teld in 1871. It is painted green."
+    assert found(documents, "Who built the lighthouse?", passages=1) == first
+    assert "Bees" in found(documents, "bee flowering")  # forms of a word
+    assert "Orlinsk" in found(documents, "Órlinsk")  # accents
+    packed = documents.with_name("docs.jsonl.gz")
+    packed.write_bytes(gzip.compress(documents.read_bytes()))
+    assert found(packed, "lighthouse", passages=1) == first
 
 
 def test_index_is_used_again_until_the_file_changes(documents):
-    SearchIndex.open(str(documents)).close()
+    found(documents, "x")
     place = documents.with_name("docs.jsonl.fts5")
-    before = place.stat().st_ino
-    SearchIndex.open(str(documents)).close()
+    before, written = place.stat().st_ino, documents.stat()
+    found(documents, "x")
     assert place.stat().st_ino == before
-    documents.write_text(json.dumps({"text": "Now about comets."}) + "\n")
-    with SearchIndex.open(str(documents)) as index:
-        assert index.search("lighthouse") == NOTHING
-        assert "comets" in index.search("comet")
+    documents.write_bytes(documents.read_bytes().replace(b"lighthouse", b"powerhouse"))
+    os.utime(documents, ns=(written.st_atime_ns, written.st_mtime_ns))  # a change that leaves size and time
+    assert found(documents, "lighthouse") == NOTHING
+    assert "powerhouse" in found(documents, "powerhouse")
     assert sorted(path.name for path in documents.parent.iterdir()) == ["docs.jsonl", "docs.jsonl.fts5"]
 
 
@@ -60,36 +63,30 @@ def test_index_is_used_again_until_the_file_changes(documents):
     "query", ["", "?!", '"', "a AND OR NOT (", "NEAR(a b, 3)", "title:x", "*", "'; DROP TABLE passages"]
 )
 def test_whatever_a_model_writes_is_a_query(documents, query):
-    with SearchIndex.open(str(documents)) as index:
+    with closing(SearchIndex(str(documents))) as index:
         assert isinstance(index.search(query), str)
-        assert "lighthouse" in index.search("lighthouse")
-
-
-def test_damaged_index_is_made_again(documents):
-    documents.with_name("docs.jsonl.fts5").write_bytes(b"not a database" * 100)
-    with SearchIndex.open(str(documents)) as index:
         assert "lighthouse" in index.search("lighthouse")
 
 
 def test_an_index_with_any_bits_flipped_is_made_again_or_right(documents):
     place = documents.with_name("docs.jsonl.fts5")
-    with SearchIndex.open(str(documents)) as index:
-        right = index.search("lighthouse Ana Orlinsk")
+    right = found(documents, "lighthouse Ana Orlinsk")
     good, chance = place.read_bytes(), random.Random(3)
     for trial in range(60):
         bad = bytearray(good if trial else good[: len(good) // 2])
         for _ in range(20):
             bad[chance.randrange(100, len(bad))] ^= 1 << chance.randrange(8)
         place.write_bytes(bad)
-        with SearchIndex.open(str(documents)) as index:
-            said = index.search("lighthouse Ana Orlinsk").splitlines()
-        assert all(line[4:] in right for line in said) or said == [NOTHING], trial
+        lines = found(documents, "lighthouse Ana Orlinsk").splitlines()
+        assert all(line[4:] in right for line in lines) or lines == [NOTHING], trial
+    place.write_bytes(b"not a database" * 100)
+    assert found(documents, "lighthouse Ana Orlinsk") == right
 
 
 @pytest.mark.parametrize("schema", ["same", "table", "view"])
 def test_a_planted_index_is_not_believed(documents, schema):
     place = documents.with_name("docs.jsonl.fts5")
-    SearchIndex.open(str(documents)).close()
+    SearchIndex(str(documents)).close()
     with closing(sqlite3.connect(place)) as connection:
         if schema != "same":
             connection.execute("DROP TABLE passages")
@@ -102,34 +99,16 @@ def test_a_planted_index_is_not_believed(documents, schema):
         if schema != "view":
             connection.execute("INSERT INTO passages VALUES ('', 'lighthouse POISONED')")
         connection.commit()
-    with SearchIndex.open(str(documents)) as index:
-        assert "lighthouse of Morvane" in index.search("lighthouse")
-        assert "POISONED" not in index.search("lighthouse")
+    assert "lighthouse of Morvane" in found(documents, "lighthouse")
+    assert "POISONED" not in found(documents, "lighthouse")
 
 
 @pytest.mark.parametrize("kind", ["folder", "dangling link"])
 def test_where_something_else_has_the_place_of_the_index(documents, kind):
     place = documents.with_name("docs.jsonl.fts5")
     place.mkdir() if kind == "folder" else place.symlink_to(documents.parent / "elsewhere")
-    with SearchIndex.open(str(documents)) as index:
-        assert "lighthouse" in index.search("lighthouse")
+    assert "lighthouse" in found(documents, "lighthouse")
     assert sorted(os.listdir(documents.parent)) == ["docs.jsonl", "docs.jsonl.fts5"]
-
-
-def test_a_change_that_leaves_size_and_time_is_seen(documents):
-    SearchIndex.open(str(documents)).close()
-    before = documents.stat()
-    documents.write_bytes(documents.read_bytes().replace(b"lighthouse", b"powerhouse"))
-    os.utime(documents, ns=(before.st_atime_ns, before.st_mtime_ns))
-    with SearchIndex.open(str(documents)) as index:
-        assert "powerhouse" in index.search("powerhouse")
-
-
-def test_compressed_documents(tmp_path):
-    path = tmp_path / "docs.jsonl.gz"
-    path.write_bytes(gzip.compress(json.dumps(DOCUMENTS[0]).encode()))
-    with SearchIndex.open(str(path)) as index:
-        assert "Morvane" in index.search("lighthouse")
 
 
 def test_where_the_folder_cannot_be_written_the_index_is_in_memory(documents, monkeypatch):
@@ -137,20 +116,19 @@ def test_where_the_folder_cannot_be_written_the_index_is_in_memory(documents, mo
         raise PermissionError("read-only")
 
     monkeypatch.setattr(tempfile, "mkstemp", refuse)
-    with SearchIndex.open(str(documents)) as index:
-        assert "lighthouse" in index.search("lighthouse")
+    assert "lighthouse" in found(documents, "lighthouse")
     assert not documents.with_name("docs.jsonl.fts5").exists()
 
 
 def test_bad_documents_are_named(tmp_path):
     with pytest.raises(UserError, match="no such file"):
-        SearchIndex.open(str(tmp_path / "none.jsonl"))
+        SearchIndex(str(tmp_path / "none.jsonl"))
     with pytest.raises(UserError, match="found a folder"):
-        SearchIndex.open(str(tmp_path))
+        SearchIndex(str(tmp_path))
     path = tmp_path / "docs.jsonl"
     path.write_text('{"text": "a"}\n{"title": "b"}\n')
     with pytest.raises(UserError, match=r"docs.jsonl:2: expected field 'text'"):
-        SearchIndex.open(str(path))
+        SearchIndex(str(path))
     assert [entry.name for entry in tmp_path.iterdir()] == ["docs.jsonl"]
 
 
@@ -292,14 +270,12 @@ def test_a_broken_engine_is_a_failed_search_and_in_time(kind):
 def test_halves_of_characters_harm_nothing(engine, documents):
     Answers.reply = 200, b'{"results":[{"content":"a\\ud800b","title":null}]}'
     assert engine.search("\ud800") == "[1] a?b"
-    with SearchIndex.open(str(documents)) as index:
-        assert "lighthouse" in index.search("lighthouse \ud800")
+    assert "lighthouse" in found(documents, "lighthouse \ud800")
 
 
 def test_a_user_and_a_password_are_sent_as_http_has_it(engine):
     Answers.reply = 200, b'{"results":[]}'
-    port = engine._url.rpartition(":")[2]
-    assert SearchEngine(f"http://ada:p%40w@127.0.0.1:{port}").search("x") == NOTHING
+    assert SearchEngine(engine.url.replace("//", "//ada:p%40w@")).search("x") == NOTHING
     assert Answers.authorization == "Basic YWRhOnBAdw=="
 
 

@@ -36,10 +36,10 @@ def test_a_defect_of_a_tool_is_one_failed_call(monkeypatch, documents):
     def broken(*given, **named):
         raise ZeroDivisionError("a defect")
 
+    monkeypatch.setattr(toolbox, "calculate", broken)
+    monkeypatch.setattr(toolbox, "run_python", broken)
+    monkeypatch.setattr(toolbox.SearchIndex, "search", broken)
     with Toolbox.parse([f"calc,python,search:{documents}"], sandbox="none") as tools:
-        monkeypatch.setattr(toolbox, "calculate", broken)
-        monkeypatch.setattr(toolbox, "run_python", broken)
-        monkeypatch.setattr(toolbox.SearchIndex, "search", broken)
         for name in tools.names:
             assert tools.run(name, "x") == ToolResult(f"error: {name} failed (ZeroDivisionError)", failed=True)
 
