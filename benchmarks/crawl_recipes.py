@@ -17,9 +17,9 @@ import argparse
 import json
 from pathlib import Path
 
-from llmkit.crawl.page import Page
+from llmkit.crawl.judge import Judge
+from llmkit.crawl.page import Document, Page
 from llmkit.crawl.recipe import NAMED
-from llmkit.crawl.steps import Journey, Steps
 
 FILTERS = ("gopher_repetition", "gopher_quality", "c4", "fineweb")
 # pages of the archives that one labelled page stands for
@@ -38,11 +38,11 @@ def main() -> None:
     heads = f"{'set':7}{'recipe':9}{'good kept':>10}{'bad kept':>9}{'precision':>10}{'recall':>7}"
     print(heads + f"{'weighted precision':>20}{'recall':>7}")
     for name, make in NAMED.items():
-        steps = Steps(make())
+        judge = Judge(make())
         kept = {}
         for url in labels.keys() & texts.keys():
-            page = Journey(Page("", 0, url, None, None, texts[url], {}), texts[url])
-            kept[url] = not any(getattr(steps, step)(page) for step in FILTERS)
+            page = Document(Page("", 0, url, None, None, texts[url], {}), texts[url])
+            kept[url] = not any(getattr(judge, step)(page) for step in FILTERS)
         for which in ("first", "fresh"):
             pages = [row for url, row in labels.items() if row["set"] == which and url in kept]
             figures = []

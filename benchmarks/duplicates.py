@@ -27,8 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmkit.crawl.dedup.duplicates import THRESHOLD, Duplicates
-from llmkit.crawl.dedup.minhash import BANDS, ROWS, SHINGLE, signature_type, signatures
+from llmkit.crawl.dedup.duplicates import BANDS, ROWS, SHINGLE, THRESHOLD, Duplicates, signature_type, signatures
 
 WORDS = 600  # of a document, as on an average web page
 SEED = 7
@@ -99,7 +98,7 @@ def run_memory(count: int, batch: int, spill: Path | None) -> None:
         more = synthetic(rng, min(batch, count - start), before)
         before = more.copy() if before is None else before
         started = time.process_time()
-        repeats += sum(repeat is not None for repeat in duplicates.add(more))
+        repeats += sum(repeat is not None for repeat in duplicates.seen(more))
         seconds += time.process_time() - started
         peak = {name: max(peak[name], size) for name, size in resident().items()}
     peak["VmRSS"] = max(peak["VmRSS"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)
@@ -140,7 +139,7 @@ def found_share(pairs: list[tuple[list[str], list[str]]]) -> float:
     """The share of the pairs of documents of which the second is found to repeat the first."""
     found = 0
     for pair in pairs:
-        found += Duplicates().add(signatures([" ".join(words) for words in pair]))[1] is not None
+        found += Duplicates().seen(signatures([" ".join(words) for words in pair]))[1] is not None
     return found / len(pairs)
 
 

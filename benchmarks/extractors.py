@@ -8,7 +8,6 @@ ratio is the median over the rounds of CPU seconds, so that other work on the ma
 """
 
 import argparse
-import itertools
 import random
 import statistics
 import time
@@ -17,7 +16,8 @@ from collections.abc import Callable
 from llmkit.crawl.extract.main_text import Extractor
 from llmkit.crawl.extract.markup import utf8_html
 from llmkit.crawl.page import Page
-from llmkit.crawl.read.inputs import cut_spans, read_span
+from llmkit.crawl.read.frames import Reader
+from llmkit.crawl.read.pages import page_of
 from llmkit.errors import UserError
 
 
@@ -48,8 +48,7 @@ def main() -> None:
     parser.add_argument("--pages", type=int, default=250)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    records = itertools.chain.from_iterable(read_span(span) for span in cut_spans(options.archives))
-    pages = [record for record in records if isinstance(record, Page) and record.html]
+    pages = [page for page in map(page_of, Reader(options.archives)) if isinstance(page, Page) and page.html]
     pages = random.Random(0).sample(pages, min(options.pages, len(pages)))
     timed = contenders()
     seconds: dict[str, list[float]] = {name: [] for name in timed}

@@ -35,7 +35,8 @@ from llmkit.crawl.extract.features import NameWeights, block_features, key_token
 from llmkit.crawl.extract.main_text import FAVOURS, BlockModel, Extractor, best_blocks, feature_rows, text_of
 from llmkit.crawl.extract.markup import PageLimitError, utf8_html
 from llmkit.crawl.page import Page
-from llmkit.crawl.read.inputs import cut_spans, read_span
+from llmkit.crawl.read.frames import Reader
+from llmkit.crawl.read.pages import page_of
 from llmkit.errors import UserError
 from llmkit.io.jsonl import read_jsonl
 
@@ -100,8 +101,7 @@ def read_samples(truth_path: str, archives: list[str]) -> list[Sample]:
 
 
 def pages_of(archives: list[str]) -> Iterator[Page]:
-    for span in cut_spans(archives):
-        yield from (record for record in read_span(span) if isinstance(record, Page))
+    return (page for page in map(page_of, Reader(archives)) if isinstance(page, Page))
 
 
 def block_labels(blocks: list[list[str]], truth: list[str]) -> np.ndarray:

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from damaged_states import COMMANDS
 
-from llmkit.crawl.state import State
 from llmkit.errors import UserError
 from llmkit.io.metrics import read_metrics, scan_metrics, trim_metrics
 from llmkit.io.resume import Kept
@@ -35,17 +34,6 @@ def test_a_command_goes_on_or_names_what_is_damaged(folder: Path, command: str) 
     lines = done.stdout.splitlines()
     assert len(lines) > 15
     assert [line for line in lines if line.split()[0] not in ("ok", "UserError")] == []
-
-
-@pytest.mark.parametrize("content", ["", "5", "[]", "{}", '{"recipe": {}}', "null", "[" * 2000, "edited"])
-def test_the_notes_of_a_crawl_that_are_not_what_was_written_are_named(tmp_path: Path, content: str) -> None:
-    run = {"inputs": [{"path": "a"}], "options": {"limit": None}}
-    State(str(tmp_path / "out.jsonl"), run).start()
-    notes = tmp_path / "out.jsonl.partial-state" / "run.json"
-    assert State(str(tmp_path / "out.jsonl"), run).begin(resume=True, force=False) == 0
-    notes.write_text(notes.read_text().replace('"a"', '"b"') if content == "edited" else content)
-    with pytest.raises(UserError, match=r"partial-state/run\.json(:1)?: .*; start again with --force"):
-        State(str(tmp_path / "out.jsonl"), run).begin(resume=True, force=False)
 
 
 @pytest.mark.parametrize("line", ["", "5", "[]", "{}", "\\xff{", '{"known": "yes"}', "edited"])

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from llmkit.crawl.read.warc import looks_like_html
+from llmkit.crawl.read.pages import looks_like_html
 from tests.test_house import modules
 
 try:

@@ -2,111 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
-from time import perf_counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
 import orjson
 
-from llmkit.crawl.output import Collector, collect
-from llmkit.crawl.page import Skipped, Span
-from llmkit.crawl.pipeline import DUPLICATES, Pipeline, all_records
+from llmkit.crawl.judge import DUPLICATES, Judge, Reason, Worker
+from llmkit.crawl.output import Collector, parts_of
+from llmkit.crawl.page import Document, Dropped, Page, Part, Skipped
+from llmkit.crawl.read.frames import Reader
+from llmkit.crawl.read.pages import page_of
 from llmkit.crawl.recipe import Recipe
-from llmkit.crawl.steps import Journey, Steps
 from llmkit.display import printable
+from llmkit.errors import UserError
 from llmkit.io.progress import counted
 
 SHOWN_MEASURES = 4  # on the terminal; the JSON has all
 
 
 def explain(
-    spans: Callable[[], Iterable[Span]],
+    inputs: Sequence[str],
     recipe: Recipe,
-    make: Callable[[], Pipeline],
+    make: Callable[[], Worker],
     wanted: str,
     workers: int,
-    again: bool = True,
+    on_bad: Callable[[UserError], object] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield what became of each page whose address or id is `wanted`.
 
     `{"id", "url", "source", "offset", "kept", "step"?, "reason"?, "steps": [{"step", "verdict", "score"?,
     "measures"?, "characters", "seconds"}], "text"?}`. Duplicates depend on all earlier documents: for a page that
-    comes so far they are filtered too, which takes as long as a run up to there; `again` says that the spans can
-    be read a second time. `make` is a pipeline of the recipe that writes rejects.
+    comes so far they are filtered too, which takes as long as a run up to there, unless the input is stdin. `make`
+    makes a worker of the recipe that writes rejects.
     """
-    steps = make().steps
-    dedups = [step for step in DUPLICATES if step in recipe.steps]
-    for number, (span, record) in enumerate(all_records(spans())):
-        if isinstance(record, Skipped):
-            if record.url == wanted:
-                yield _explained_skip(record)
-            continue
-        if wanted not in (record.page.url, record.identity):
-            continue
-        entry = _followed(record, steps)
-        if entry["kept"] and dedups:
-            if again:
-                _add_duplicates(entry, islice(spans(), span + 1), recipe, make, number, workers)
-            else:
-                entry["steps"] += [{"step": step, "verdict": "not looked for: read once"} for step in dedups]
-        yield entry
+    judge = make().judge
+    duplicates = [step for step in DUPLICATES if step in recipe.steps]
+    for number, frame in enumerate(Reader(inputs, on_bad=on_bad)):
+        page = page_of(frame)
+        if isinstance(page, Skipped):
+            if page.url == wanted:
+                entry = {"url": page.url, "source": page.path, "offset": page.offset, "kept": False, "step": "read"}
+                yield {**entry, "reason": page.reason, "steps": [{"step": "read", "verdict": page.reason}]}
+        elif wanted in (page.url, Document(page).identity):
+            entry = _judged(page, judge)
+            if entry["kept"] and "-" not in inputs:
+                parts = parts_of(inputs, make, workers, on_bad=on_bad)
+                _add_duplicates(entry, duplicates, recipe, parts, number)
+            elif entry["kept"]:
+                entry["steps"] += [{"step": step, "verdict": "not looked for: read once"} for step in duplicates]
+            yield entry
 
 
-def _explained_skip(record: Skipped) -> dict[str, Any]:
-    verdict = {"step": "read", "verdict": record.reason}
-    entry = {"url": record.url, "source": record.path, "offset": record.offset, "kept": False}
-    return entry | {"step": "read", "reason": record.reason, "steps": [verdict]}
-
-
-def _followed(journey: Journey, steps: Steps) -> dict[str, Any]:
+def _judged(page: Page, judge: Judge) -> dict[str, Any]:
     """Take a page through the steps, and note each."""
     rows: list[dict[str, Any]] = []
-    for name, step in steps.in_order if journey.step is None else ():
-        started = perf_counter()
-        journey.reason = step(journey)
-        row: dict[str, Any] = {"step": name, "verdict": journey.reason or "kept"}
-        row |= {"score": journey.score} if journey.score is not None else {}
-        if name == "language":
-            row |= {"language": journey.language, "language_score": journey.language_score}
-        if name in journey.measures:
-            row["measures"] = {key: round(value, 4) for key, value in journey.measures[name].items()}
-        row["characters"] = len(journey.text) if journey.text is not None else None
-        row["seconds"] = round(perf_counter() - started, 4)
+
+    def note(step: str, document: Document, reason: Reason, seconds: float) -> None:
+        row: dict[str, Any] = {"step": step, "verdict": reason[0] if reason else "kept"}
+        row["score"] = reason[1] if reason else None
+        if step == "language":
+            row |= {"language": document.language, "language_score": document.language_score}
+        if step in document.measures:
+            row["measures"] = {key: round(value, 4) for key, value in document.measures[step].items()}
+        row["characters"] = len(document.text) if document.text is not None else None
+        row["seconds"] = round(seconds, 4)
         rows.append({key: value for key, value in row.items() if value is not None})
-        if journey.reason:
-            journey.step = name
-            break
-    entry = journey.reject()
+
+    judged = judge(page, note)
+    entry = judged.reject() if isinstance(judged, Dropped) else judged.entry()
     text = {"text": entry.pop("text")} if "text" in entry else {}
-    return {**entry, "kept": journey.step is None, "steps": rows, **text}
+    return {**entry, "kept": isinstance(judged, Document), "steps": rows, **text}
 
 
 def _add_duplicates(
-    entry: dict[str, Any],
-    spans: Iterable[Span],
-    recipe: Recipe,
-    make: Callable[[], Pipeline],
-    number: int,
-    workers: int,
+    entry: dict[str, Any], steps: list[str], recipe: Recipe, parts: Iterable[tuple[Any, Part]], number: int
 ) -> None:
-    """Filter everything up to record `number`, and note whether that one repeats an earlier document."""
-    last: list[bytes] = []
+    """Collect everything up to record `number`, and note whether that one repeats an earlier document."""
+    last = b""
 
     def keep_last(line: bytes) -> None:
-        last[:] = [line]
+        nonlocal last
+        last = line
 
     collector = Collector(recipe, keep_last, keep_last, records=number + 1)
-    with collector:
-        collect(spans, make, workers, collector)
-    outcome = orjson.loads(last[0])
-    for step in (step for step in DUPLICATES if step in recipe.steps):
-        dropped = outcome.get("step") == step
-        row = {"step": step, "verdict": outcome["reason"] if dropped else "kept"}
-        entry["steps"].append(row | {key: outcome[key] for key in ("score", "repeats") if dropped})
-        if dropped:
-            entry |= {key: outcome[key] for key in ("step", "reason", "score", "repeats")} | {"kept": False}
-            return
+    for _, part in parts:
+        collector.add(part)
+        if collector.full:
+            break
+    outcome = orjson.loads(last)
+    for step in steps:
+        if outcome.get("step") != step:
+            entry["steps"].append({"step": step, "verdict": "kept"})
+            continue
+        entry |= {key: outcome[key] for key in ("step", "reason", "score", "repeats")} | {"kept": False}
+        row = {"step": step, "verdict": outcome["reason"]}
+        entry["steps"].append(row | {key: outcome[key] for key in ("score", "repeats")})
+        return
 
 
 def show_explanation(entry: dict[str, Any], to: TextIO) -> None:

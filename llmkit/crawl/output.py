@@ -2,28 +2,71 @@
 
 from __future__ import annotations
 
-import os
+import io
 import tempfile
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from time import thread_time
-from typing import Any
+from typing import IO, Any, TextIO
 
 import orjson
 
-from llmkit.crawl.funnel import READ, Funnel
-from llmkit.crawl.page import Outcome, Part, Span
-from llmkit.crawl.pipeline import DUPLICATES
-from llmkit.crawl.read.inputs import Seam
+from llmkit.crawl.judge import DUPLICATES
+from llmkit.crawl.page import READ, Outcome, Part
+from llmkit.crawl.read.frames import Reader, batches
 from llmkit.crawl.recipe import Recipe
-from llmkit.crawl.state import State
-from llmkit.io.jsonl import JSON_LINE, dump_json, load_json, name_of
+from llmkit.display import printable
+from llmkit.errors import UserError
+from llmkit.io.jsonl import JSON_LINE, dump_json, load_json
 from llmkit.io.pool import Work, in_order
+from llmkit.io.resume import Kept
 
 BAD = ("bad_json", "no_text", "bad_file", "truncated", "damaged")  # reasons of records that were to be read
 
 Write = Callable[[bytes], object]
+
+
+def parts_of(
+    inputs: Sequence[str],
+    make: Callable[[], Work],
+    workers: int,
+    *,
+    state: Kept | None = None,
+    engine: str = "local",
+    on_bad: Callable[[UserError], object] | None = None,
+) -> Iterator[tuple[Any, Part]]:
+    """Yield all work, which has a `size` in bytes, with its part, in the order of the input.
+
+    make: makes the worker of batches. state: keeps the parts, and has those of an earlier run.
+    on_bad: as in `Reader`; with Ray, what it would be told is in the part alone.
+    """
+    works: Iterable[Any] = batches(Reader(inputs, on_bad=on_bad))
+    pool: Callable[..., Iterator[tuple[Any, Iterable[Part]]]] = in_order
+    if engine == "ray":
+        from llmkit.crawl import on_ray
+
+        works, pool = on_ray.files_of(inputs), on_ray.in_order
+        make = partial(on_ray.FilesWorker, make, strict=on_bad is None)
+    is_first = True
+
+    def is_done(work: Any) -> bool:
+        nonlocal is_first
+        done = state is not None and work.key in state
+        if state and is_first and not done:
+            raise UserError(f"{state.path}: {work}: not what the unfinished run has read; start again with --force")
+        is_first = False
+        return done
+
+    for work, made in pool(works, make, workers, finished=is_done):
+        parts = list(made)
+        if state is not None and not parts:
+            parts = [Part.unpack(state[work.key])]
+        elif state is not None:
+            state.add(work.key, parts[0].pack())
+        yield work, parts[0]
 
 
 class Collector:
@@ -37,138 +80,69 @@ class Collector:
         spill: Path | None = None,
         limit: int | None = None,
         records: int | None = None,
+        on_bad: Callable[[str, str, int], object] = lambda where, reason, count: None,
     ) -> None:
-        """`limit`: take so many pages; `records`: so many records, those that are no pages among them."""
+        """`limit`: take so many pages; `records`: so many records, those that are no pages among them.
+
+        on_bad is told the place and the reason of each record that is not what it should be, and how many there were.
+        """
         self.funnel = Funnel([READ, *recipe.taken])
-        self.read, self.pages, self.limit, self.records = 0, 0, limit, records
+        self.bad, self.limit, self.records, self.on_bad = 0, limit, records, on_bad
         self._document, self._reject = document, reject
-        self._names = Names(spill)
-        self.duplicates: Any = None  # what says what repeats what: has add() of `Duplicates`
+        self._names = Names(spill) if reject else None
         self._last_step = recipe.taken[-1] if recipe.taken else READ
-        wanted = [step for step in DUPLICATES if step in recipe.steps]
-        if wanted:
+        exact, near = (step in recipe.steps for step in DUPLICATES)
+        if exact or near:
             from llmkit.crawl.dedup.duplicates import Duplicates
 
-            exact, near = (step in wanted for step in DUPLICATES)
-            self.duplicates = Duplicates(spill, recipe.near_duplicates.min_similarity, exact, near)
+            self._duplicates = Duplicates(spill, recipe.near_duplicates.min_similarity, exact, near)
 
     @property
     def full(self) -> bool:
         """True if as many pages or records were taken as are wanted."""
         if self.records is not None and self.funnel.records >= self.records:
             return True
-        return self.limit is not None and self.pages >= self.limit
+        return self.limit is not None and self.funnel.pages >= self.limit
 
     def add(self, part: Part) -> None:
         """Take the next part."""
-        started = thread_time()
-        repeats = iter(self.duplicates.add(part.signatures) if part.signatures is not None else ())
         self.funnel.spend(part.seconds)
+        repeats: Iterator[Any] = iter(())
         if part.signatures is not None:
+            started = thread_time()
+            repeats = iter(self._duplicates.seen(part.signatures))
             self.funnel.spend({self._last_step: thread_time() - started})
         for outcome in part.outcomes:
             if self.full:
                 return
             if outcome.step is None:
-                self._keep(outcome, next(repeats, None))
+                self._add_document(outcome, next(repeats, None))
             else:
                 self._drop(outcome.step, outcome.reason, outcome.line)
-            self.pages += outcome.step != READ
-        self.read += part.read
+            if outcome.step == READ and outcome.reason in BAD:
+                self.bad += 1
+                self.on_bad(f"{outcome.path}:{outcome.offset}", outcome.reason, self.bad)
 
-    def __enter__(self) -> Collector:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._names.close()
-
-    def finish(self) -> None:
-        """All parts were taken: check that nothing was lost on the way."""
-        records = self.funnel.records
-        assert self.full or records == self.read, f"{self.read} records were read, {records} are accounted for"
-
-    def _keep(self, outcome: Outcome, repeat: Any) -> None:
+    def _add_document(self, outcome: Outcome, repeat: Any) -> None:
         if repeat is None:
             self.funnel.count(None, None)
             self._document(outcome.line)
         else:
-            step = f"{repeat.kind}_duplicates"
-            line = self._repeats(outcome, repeat, step) if self._reject else b""
+            step, line = f"{repeat.kind}_duplicates", b""
+            if self._names is not None:
+                document = load_json(outcome.line)
+                entry = {key: document[key] for key in ("id", "url", "source") if key in document}
+                entry |= {"offset": outcome.offset, "step": step, "reason": "repeats"}
+                entry |= {"score": round(repeat.similarity, 4), "repeats": self._names[repeat.index]}
+                line = dump_json({**entry, "text": document["text"]}, JSON_LINE)
             self._drop(step, "repeats", line)
-        if self.duplicates is not None:
+        if self._names is not None:
             self._names.add(outcome.line)
 
     def _drop(self, step: str, reason: str | None, line: bytes) -> None:
         self.funnel.count(step, reason)
         if self._reject:
             self._reject(line)
-
-    def _repeats(self, outcome: Outcome, repeat: Any, step: str) -> bytes:
-        """Return the line of --rejects for a document that repeats an earlier one."""
-        document = load_json(outcome.line)
-        entry = {key: document[key] for key in ("id", "url", "source") if key in document}
-        entry |= {"offset": outcome.offset, "step": step, "reason": "repeats"}
-        entry |= {"score": round(repeat.similarity, 4), "repeats": self._names[repeat.index], "text": document["text"]}
-        return dump_json(entry, JSON_LINE)
-
-
-def collect(
-    spans: Iterable[Span],
-    make: Callable[[], Work],
-    workers: int,
-    collector: Collector,
-    state: State | None = None,
-    on_progress: Callable[[int], object] = lambda amount: None,
-    on_bad: Callable[[str, str], object] = lambda where, reason: None,
-) -> None:
-    """Have the spans worked on and their parts collected in order.
-
-    state: keeps finished spans and gives back those of an earlier run. on_progress gets the bytes done, part by part;
-    on_bad the place of each record that is not what it should be, and the reason.
-    """
-    done = state.has if state else lambda span: False
-    seam = Seam()
-    for span, parts in in_order(spans, make, workers, finished=done):
-        if done(span):
-            parts = state.load(span) if state else parts
-        else:
-            parts = _standing(seam, span, parts, make)
-            parts = state.saving(span, parts) if state and span.kind != "bad" else parts  # it may be read the next time
-        began, ended, position = None, None, span.start
-        for part in parts:
-            for outcome in part.outcomes:
-                if outcome.step == READ and outcome.reason in BAD:
-                    on_bad(f"{name_of(span.path)}:{outcome.offset}", outcome.reason)
-            collector.add(part)
-            if collector.full:
-                return
-            began, ended = part.began, part.ended
-            reached = part.outcomes[-1].offset if part.outcomes and span.frames is None else position
-            on_progress(max(0, reached - position))
-            position = max(position, reached)
-        seam.passed(span, began, ended)
-        on_progress(max(0, size_of(span) - (position - span.start)))
-    collector.finish()
-
-
-def _standing(seam: Seam, span: Span, parts: Iterator[Part], make: Callable[[], Work]) -> Iterator[Part]:
-    """The parts of a span, read again from the right place where it did not begin at the end of the one before."""
-    first = next(parts)
-    again = seam.check(span, first.began)
-    if again is None:
-        yield first
-        yield from parts
-        return
-    for _ in parts:
-        pass
-    yield from make()(again)
-
-
-def size_of(span: Span) -> int:
-    """The bytes of input in a span."""
-    if span.files:
-        return sum(os.path.getsize(path) for path in span.files if os.path.isfile(path))
-    return sum(len(data) for _, data in span.frames) if span.frames is not None else span.stop - span.start
 
 
 class Names:
@@ -179,26 +153,92 @@ class Names:
 
     def __init__(self, spill: Path | None) -> None:
         self._ends = array("Q", [0])
-        self._bytes = bytearray()
-        self._file = tempfile.TemporaryFile(dir=spill) if spill else None  # noqa: SIM115
+        self._file: IO[bytes] = tempfile.TemporaryFile(dir=spill) if spill else io.BytesIO()  # noqa: SIM115
 
     def add(self, line: bytes) -> None:
         """The id of the next document, given its line."""
-        name = dump_json(load_json(line)["id"])
-        self._ends.append(self._ends[-1] + len(name))
-        if self._file:
-            self._file.write(name)
-        else:
-            self._bytes += name
+        self._file.seek(self._ends[-1])
+        self._ends.append(self._ends[-1] + self._file.write(dump_json(load_json(line)["id"])))
 
     def __getitem__(self, number: int) -> Any:
-        start, end = self._ends[number], self._ends[number + 1]
-        if self._file is None:
-            return orjson.loads(self._bytes[start:end])
-        self._file.flush()
-        return orjson.loads(os.pread(self._file.fileno(), end - start, start))
+        start = self._file.seek(self._ends[number])
+        return orjson.loads(self._file.read(self._ends[number + 1] - start))
 
-    def close(self) -> None:
-        """Give the file back."""
-        if self._file:
-            self._file.close()
+
+class Funnel:
+    """Counts of records by the step and reason that dropped them.
+
+    >>> funnel = Funnel(["read", "language"])
+    >>> funnel.count(None, None), funnel.count("language", "other_language")
+    (None, None)
+    >>> funnel.as_json()[1]
+    {'step': 'language', 'in': 2, 'kept': 1, 'dropped': {'other_language': 1}, 'seconds': 0.0}
+    """
+
+    def __init__(self, steps: Sequence[str]) -> None:
+        self.kept = 0
+        self.dropped: dict[str, Counter[str]] = {step: Counter() for step in steps}
+        self.seconds = dict.fromkeys(steps, 0.0)
+
+    @property
+    def records(self) -> int:
+        """All records seen."""
+        return self.kept + sum(counts.total() for counts in self.dropped.values())
+
+    @property
+    def pages(self) -> int:
+        """The records that were pages."""
+        return self.records - self.dropped[READ].total()
+
+    def count(self, step: str | None, reason: str | None) -> None:
+        """One record more: kept when `step` is None, else dropped by that step for that reason."""
+        if step is None:
+            self.kept += 1
+        else:
+            assert reason, f"{step} dropped a record and did not say why"
+            self.dropped[step][reason] += 1
+
+    def spend(self, seconds: Mapping[str, float]) -> None:
+        """Add the seconds of the processor that steps took, summed over processes."""
+        for step, amount in seconds.items():
+            self.seconds[step] += amount
+
+    def as_json(self) -> list[dict[str, Any]]:
+        """One object a step, in order: `{"step", "in", "kept", "dropped": {reason: count}, "seconds"}`."""
+        rows, left = [], self.records
+        for step, counts in self.dropped.items():
+            passed = left - counts.total()
+            reasons = dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+            rows.append({"step": step, "in": left, "kept": passed, "dropped": reasons})
+            rows[-1]["seconds"] = round(self.seconds[step], 3)
+            left = passed
+        assert left == self.kept, f"{left} records left the last step, {self.kept} were kept"
+        return rows
+
+    def show(self, to: TextIO, recipe: str) -> None:
+        """Print the recipe's name and the table: with rich on a terminal, plain columns elsewhere."""
+        rows: list[tuple[str, ...]] = [("step", "in", "kept", "dropped", "share", "seconds")]
+        for step in self.as_json():
+            share = lambda count, step=step: f"{count / step['in']:.1%}" if step["in"] else ""  # noqa: E731
+            dropped = sum(step["dropped"].values())
+            counts = [f"{count:,}" for count in (step["in"], step["kept"], dropped)]
+            rows.append((step["step"], *counts, share(dropped), f"{step['seconds']:.2f}"))
+            for reason, count in step["dropped"].items():
+                rows.append((f"  {printable(reason)}", "", "", f"{count:,}", share(count), ""))
+        print(f"recipe {printable(recipe)}", file=to)
+        if to.isatty():
+            from rich.console import Console
+            from rich.table import Table
+
+            table = Table(box=None, pad_edge=False, header_style="bold")
+            for number, name in enumerate(rows[0]):
+                table.add_column(name, justify="right" if number else "left", no_wrap=True)
+            for row in rows[1:]:
+                table.add_row(*row, style="dim" if row[0].startswith(" ") else "")
+            Console(file=to, markup=False).print(table)
+            return
+        first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for name, *cells in rows:
+            cells = [cell.rjust(width) for cell, width in zip(cells, others, strict=True)]
+            print("  ".join([name.ljust(first), *cells]).rstrip(), file=to)
+        to.flush()

@@ -1,96 +1,43 @@
-"""The records between the steps of a crawl.
+"""What passes from step to step of a crawl, and the bound on the work for one page.
 
-Reading yields a `Page`, or `Skipped` for a record that is no page; a `Span` is the piece of an input that one worker
-reads. Filtering turns each record into an `Outcome`, kept or dropped. A `Part` packs the outcomes of a few records,
-with the signatures of the kept ones, as bytes: a worker's answer, and a piece of the state on disk (`write_part`,
-`read_parts`).
+    read      Frame -> Page | Skipped           the bytes of a record become a page
+    judge     Page -> Document | Dropped        a page becomes a text that stays, or goes for a reason
+    seen      Document -> Repeat | None         (llmkit.crawl.dedup.duplicates)
+
+A `Batch` of frames is the work of one process at a time, the `Part` made of it its answer, and a piece of the state on
+disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import io
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import IO, Any
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+from zlib import crc32
 
 import numpy as np
 import orjson
 
+from llmkit.text.words import Split
+
 MAX_PAGE_BYTES = 50_000_000
+READ = "read"  # the step before all others: a record that is no page ends there
+SECONDS, BYTES_PER_SECOND = 30.0, 30_000  # of the processor: for every page, and more for a long one
 
 
-@dataclass(slots=True)
-class Outcome:
-    """Fate of one record: kept so far when `step` is None, else dropped by that step for that reason."""
+class Frame(NamedTuple):
+    """The bytes of one record, or the reason why there are none."""
 
-    step: str | None
-    reason: str | None
-    offset: int  # of the record in its input, as in `Page`
-    line: bytes = b""  # JSON and a newline: the document, or what --rejects tells of it; empty where nobody asked
-
-
-@dataclass(slots=True)
-class Part:
-    """Some outcomes in the order of their records, with the signatures (n, ...) of the n kept ones.
-
-    began and ended are those of the span's reader (`llmkit.crawl.read.inputs.SpanReader`) when the part was made: the
-    first part knows where the span's first record stood, the last where the next span's should.
-    """
-
-    read: int  # records taken from the input, counted where they are read: the check on nothing being lost
-    outcomes: list[Outcome]
-    signatures: np.ndarray | None = None
-    seconds: dict[str, float] = field(default_factory=dict)  # of the processor, by step
-    began: int | None = None
-    ended: int | None = None
-
-    def pack(self) -> bytes:
-        """The part as bytes: the size of a JSON header, the header, then its lines and signatures as they are.
-
-        >>> part = Part(2, [Outcome(None, None, 0, b"{}\\n"), Outcome("language", "other", 9)], None, {"read": 0.5})
-        >>> Part.unpack(part.pack()) == part
-        True
-        """
-        signatures = None if self.signatures is None else np.ascontiguousarray(self.signatures)
-        header: dict[str, Any] = {
-            "read": self.read,
-            "outcomes": [(o.step, o.reason, o.offset, len(o.line)) for o in self.outcomes],
-            "signatures": None if signatures is None else (signatures.dtype.descr, signatures.shape),
-            "seconds": self.seconds,
-            "bounds": (self.began, self.ended),
-        }
-        head = orjson.dumps(header)
-        body = [outcome.line for outcome in self.outcomes]
-        last = b"" if signatures is None else signatures.tobytes()
-        return b"".join([len(head).to_bytes(8, "little"), head, *body, last])
-
-    @classmethod
-    def unpack(cls, packed: bytes) -> Part:
-        """The part that `pack` made."""
-        at = 8 + int.from_bytes(packed[:8], "little")
-        header = orjson.loads(packed[8:at])
-        outcomes = []
-        for step, reason, offset, size in header["outcomes"]:
-            outcomes.append(Outcome(step, reason, offset, packed[at : at + size]))
-            at += size
-        signatures = None
-        if header["signatures"]:
-            names, shape = header["signatures"]
-            dtype = np.dtype([tuple(name) for name in names]) if names[0][0] else np.dtype(names[0][1])
-            signatures = np.frombuffer(packed, dtype, offset=at).reshape(shape)
-        return cls(header["read"], outcomes, signatures, header["seconds"], *header["bounds"])
-
-
-def write_part(handle: IO[bytes], part: Part) -> None:
-    """Append a part to a file."""
-    packed = part.pack()
-    handle.write(len(packed).to_bytes(8, "little"))
-    handle.write(packed)
-
-
-def read_parts(handle: IO[bytes]) -> Iterator[Part]:
-    """The parts of a file, in order."""
-    while size := handle.read(8):
-        yield Part.unpack(handle.read(int.from_bytes(size, "little")))
+    path: str
+    kind: str  # warc (and arc), jsonl, html
+    offset: int  # as in `Page`
+    data: bytes | str
 
 
 @dataclass(slots=True)
@@ -120,35 +67,181 @@ class Skipped:
     reason: str
     url: str | None = None
 
+    def reject(self) -> dict[str, Any]:
+        """The entry of --rejects."""
+        entry = {"url": self.url} if self.url is not None else {}
+        return entry | {"source": Path(self.path).name, "offset": self.offset, "step": READ, "reason": self.reason}
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """A piece of one input, of a size that never depends on the number of workers; cheap to pickle.
 
-    A span of a file that can be sought owns the records that start at byte `start` or after and before `stop`.
-    What cannot be sought travels along in `frames`: (offset, the bytes of a record), or (offset, reason) where
-    the bytes were passed over. A span of HTML files names them in `files`.
-    """
+@dataclass(slots=True)
+class Document:
+    """A page with what the steps have found of it so far: after the last, a document."""
 
-    path: str
-    index: int  # over all inputs, from 0
-    kind: str  # warc, warc.gz, arc, arc.gz, jsonl, html
-    start: int = 0
-    stop: int = 0
-    exact: bool = False  # a record is known to start at `start`; otherwise the first one after it is looked for
-    frames: tuple[tuple[int, bytes | str], ...] | None = None
-    files: tuple[str, ...] = ()
-    limit: int | None = None  # at most so many pages are wanted of it
-    max_page_bytes: int = MAX_PAGE_BYTES
+    page: Page
+    text: str | None = None
+    title: str | None = None
+    language: str | None = None
+    language_score: float | None = None
+    measures: dict[str, Mapping[str, float]] = field(default_factory=dict)  # by step
+    split: Split | None = None
+
+    def words(self) -> Split:
+        """The text with its words, split once for all filters until a step changes the text."""
+        if self.split is None or self.split.text is not self.text:
+            self.split = Split(self.text or "")
+        return self.split
 
     @property
-    def payload(self) -> bytes:
-        """What travels along, as bytes: it tells the span of a pipe from another."""
-        return b"".join(data if isinstance(data, bytes) else data.encode() for _, data in self.frames or ())
+    def identity(self) -> Any:
+        """The record's own id, or where it stands."""
+        page = self.page
+        return page.record.get("id", f"{page.path}:{page.offset}" if page.offset else page.path)
+
+    def record(self, tell_language: bool = True) -> dict[str, Any]:
+        """The line of the output: our fields first, then what passes through."""
+        record = {"text": self.text, "id": self.identity, "url": self.page.url, "source": Path(self.page.path).name}
+        own = self.page.record
+        if tell_language:
+            record |= {"language": self.language, "language_score": self.language_score}
+            own = {key: value for key, value in own.items() if key not in record or key in ("id", "url", "source")}
+        record["title"] = self.title
+        return {key: value for key, value in record.items() if value is not None} | own
+
+    def entry(self, step: str | None = None, reason: str | None = None, score: float | None = None) -> dict[str, Any]:
+        """The entry of --rejects for a page that is dropped here, with its text where it came so far."""
+        record = self.record()
+        entry = {key: record[key] for key in ("id", "url", "source") if key in record}
+        entry |= {"offset": self.page.offset, "step": step, "reason": reason, "score": score}
+        entry |= {"language": self.language, "language_score": self.language_score, "text": self.text}
+        return {key: value for key, value in entry.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A page that goes, with what was found of it: by which step, for which reason, by which measure."""
+
+    document: Document
+    step: str
+    reason: str
+    score: float | None = None
+
+    def reject(self) -> dict[str, Any]:
+        """The entry of --rejects."""
+        return self.document.entry(self.step, self.reason, self.score)
+
+
+# ---- to the processes and back
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Frames in a row; which ones depends on the input alone, never on the number of processes."""
+
+    frames: list[Frame]
+    size: int  # bytes of the input that they were read from
+    seconds: float  # of the processor that reading them took
+
+    @cached_property
+    def key(self) -> str:
+        """CRC-32 of all that decides what becomes of the batch."""
+        checksum = 0
+        for path, kind, offset, data in self.frames:
+            checksum = crc32(f"{path} {kind} {offset} {len(data)}\n".encode("utf-8", "surrogateescape"), checksum)
+            checksum = crc32(data if isinstance(data, bytes) else data.encode(), checksum)
+        return f"{checksum:08x}"
 
     def __str__(self) -> str:
-        """The span as errors name it."""
-        name = "stdin" if self.path == "-" else self.path
-        if self.files:
-            return f"{self.files[0]} to {self.files[-1]}"
-        return f"{name}: from {self.start} on" if self.stop <= self.start else f"{name}: {self.start} to {self.stop}"
+        """The batch as errors name it."""
+        first, last = self.frames[0], self.frames[-1]
+        end = f"{last.offset}" if first.path == last.path else f"{last.path}: {last.offset}"
+        return f"{first.path}: {first.offset} to {end}"
+
+
+@dataclass(slots=True)
+class Outcome:
+    """Fate of one record: kept so far when `step` is None, else dropped by that step for that reason."""
+
+    step: str | None
+    reason: str | None
+    path: str
+    offset: int
+    line: bytes = b""  # JSON and a newline: the document, or the entry of --rejects; empty where nobody asked
+
+
+@dataclass(slots=True)
+class Part:
+    """Outcomes in the order of their records, with the signatures (n,) of the n kept ones."""
+
+    outcomes: list[Outcome]
+    signatures: np.ndarray | None = None
+    seconds: dict[str, float] = field(default_factory=dict)  # of the processor, by step
+
+    def pack(self) -> bytes:
+        """The part as bytes: the size of a JSON header, the header, the lines, the signatures.
+
+        >>> part = Part([Outcome(None, None, "a", 0, b"{}\\n"), Outcome("c4", "few", "a", 9)], None, {"c4": 0.5})
+        >>> Part.unpack(part.pack()) == part
+        True
+        """
+        outcomes = [(o.step, o.reason, o.path, o.offset, len(o.line)) for o in self.outcomes]
+        head = orjson.dumps({"outcomes": outcomes, "seconds": self.seconds})
+        packed = io.BytesIO()
+        packed.write(len(head).to_bytes(8, "little") + head)
+        packed.writelines(outcome.line for outcome in self.outcomes)
+        if self.signatures is not None:
+            np.save(packed, self.signatures, allow_pickle=False)
+        return packed.getvalue()
+
+    @classmethod
+    def unpack(cls, packed: bytes) -> Part:
+        """The part that `pack` made."""
+        at = 8 + int.from_bytes(packed[:8], "little")
+        header = orjson.loads(packed[8:at])
+        outcomes = []
+        for step, reason, path, offset, size in header["outcomes"]:
+            outcomes.append(Outcome(step, reason, path, offset, packed[at : at + size]))
+            at += size
+        signatures = np.load(io.BytesIO(packed[at:]), allow_pickle=False) if at < len(packed) else None
+        return cls(outcomes, signatures, header["seconds"])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Part]) -> Part:
+        """Several parts, in order, as one."""
+        signatures = [part.signatures for part in parts if part.signatures is not None]
+        seconds: dict[str, float] = {}
+        for part in parts:
+            for step, amount in part.seconds.items():
+                seconds[step] = seconds.get(step, 0.0) + amount
+        outcomes = [outcome for part in parts for outcome in part.outcomes]
+        return cls(outcomes, np.concatenate(signatures) if signatures else None, seconds)
+
+
+# ---- no page stops a crawl
+
+
+class TooMuchWork(BaseException):
+    """A page took more than its time; no `except Exception` of a library may take it for its own."""
+
+
+@contextmanager
+def work_limit(size: int) -> Iterator[None]:
+    """Raise TooMuchWork inside the block when a page of `size` bytes takes far longer than any should.
+
+    The bound is a hundred times what slow pages take, so that what is kept does not depend on the machine. Without
+    effect outside of the main thread, and where the system has no such clock.
+    """
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, frame: Any) -> None:
+        raise TooMuchWork
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    # raised again each second, for a library that calls back into Python and prints what is raised there
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS + size / BYTES_PER_SECOND, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before or signal.SIG_DFL)

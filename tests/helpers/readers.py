@@ -44,7 +44,9 @@ def crawl_readers() -> dict[str, Reader]:
     from llmkit.crawl.extract import features, markup
     from llmkit.crawl.extract.main_text import Extractor
     from llmkit.crawl.filters import personal_data, quality, urls
-    from llmkit.crawl.read import framing, inputs, warc
+    from llmkit.crawl.page import Frame
+    from llmkit.crawl.read import frames as framing
+    from llmkit.crawl.read import pages
     from llmkit.text import language, words
 
     by_model, fast, blocklist = cache(Extractor), cache(lambda: Extractor("fast")), cache(urls.UrlFilter)
@@ -52,9 +54,9 @@ def crawl_readers() -> dict[str, Reader]:
     def frames(kind: str) -> Reader:
         def read(text: str) -> None:
             head = {"warc.gz": b"\x1f\x8b\x08\x00", "arc": b""}.get(kind, b"")
-            for _, data in framing.Frames(framing.Window(io.BytesIO(head + text.encode("latin-1", "replace"))), kind):
+            for _, data in framing.Records(framing.Window(io.BytesIO(head + text.encode("latin-1", "replace"))), kind):
                 if isinstance(data, bytes) and kind == "warc":
-                    warc.page_of("a.warc", 0, data, 1 << 30)
+                    pages.page_of(Frame("a.warc", "warc", 0, data))
 
         return read
 
@@ -63,7 +65,7 @@ def crawl_readers() -> dict[str, Reader]:
         head = (
             f"WARC/1.0\r\nWARC-Type: response\r\nContent-Length: {len(http)}\r\nContent-Type: application/http\r\n\r\n"
         )
-        warc.page_of("a.warc", 0, head.encode() + http, 1 << 30)
+        pages.page_of(Frame("a.warc", "warc", 0, head.encode() + http))
 
     def formulas(text: str) -> None:
         html = (
@@ -120,15 +122,15 @@ def crawl_readers() -> dict[str, Reader]:
         "minhash": lambda text: minhash.signatures([text.encode("utf-8", "replace").decode()]),
         "personal_data.find": personal_data.find,
         "personal_data.redact": personal_data.redact,
-        "reading of a line": lambda text: inputs._page_of_line(b"{" + octets(text), "a.jsonl", 1),
+        "reading of a line": lambda text: pages.page_of(Frame("a.jsonl", "jsonl", 1, b"{" + octets(text))),
         "urls.reason of a host": lambda text: blocklist().reason("http://" + text),
         "urls.reason of a path": lambda text: blocklist().reason("http://a.example/" + text),
         "urls.split_url": urls.split_url,
-        "warc.decoded": lambda text: warc.decoded(octets(text), {"content-encoding": "gzip"}, 1 << 30),
-        "warc.fields_of": lambda text: warc.fields_of(b"HTTP/1.1 200\r\n" + octets(text)),
-        "warc.looks_like_html": lambda text: warc.looks_like_html(octets(text)),
-        "warc.page_of": record,
-        "warc.without_chunks": lambda text: warc.without_chunks(octets(text)),
+        "pages.decoded": lambda text: pages.decoded(octets(text), {"content-encoding": "gzip"}, 1 << 30),
+        "pages.fields_of": lambda text: pages.fields_of(b"HTTP/1.1 200\r\n" + octets(text)),
+        "pages.looks_like_html": lambda text: pages.looks_like_html(octets(text)),
+        "pages.page_of": record,
+        "pages.without_chunks": lambda text: pages.without_chunks(octets(text)),
         "words": lambda text: (words.Split(text).words, words.Split(text).paragraphs, words.Split(text).script),
         "words.count_sentences": words.count_sentences,
     }

@@ -25,7 +25,7 @@ cp world/blocklist.txt world/chats.jsonl world/tools.jsonl world/prefs.jsonl .
 cp world/exam.jsonl questions.jsonl && cp world/questions.jsonl q.jsonl && cp world/prefs.jsonl ours.jsonl
 llmkit crawl-filter crawl/ -o docs.jsonl && llmkit crawl-filter crawl/ --only url,extract -o texts.jsonl
 jq -r .text docs.jsonl > notes.txt && gzip -k docs.jsonl val.jsonl chats.jsonl && gzip -c prefs.jsonl > hh.jsonl.gz
-llmkit crawl-filter --print-recipe > loose.toml && cp loose.toml mine.toml
+llmkit crawl-filter --dry-run > loose.toml && cp loose.toml mine.toml
 llmkit train-bpe docs.jsonl val.jsonl -o tok/ && mkdir gpt2 && cp tok/tokenizer.json gpt2/
 llmkit pretrain docs.jsonl --tokenizer tok/ --save-every 1 -o base/
 llmkit sft base/ --data chats.jsonl --lora-rank 4 --keep-adapter -o chat/

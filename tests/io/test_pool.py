@@ -1,36 +1,33 @@
-"""Spans go through processes and come back in order, whatever the processes do; parts survive the way."""
+"""Items go through processes and come back in order, whatever the processes do."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import pytest
 
-from llmkit.crawl.page import Outcome, Part, Span
 from llmkit.errors import UserError
 from llmkit.io.pool import TimeLimitError, Worker, WorkerDied, in_order
 
 
 @dataclass
 class Echo:
-    """Hands back the span's number three times; what it does at one number is told by `at` and `act`."""
+    """Hands back the item three times; what it does at one number is told by `at` and `act`."""
 
     at: int = -1
     act: str = ""
 
-    def __call__(self, span: Span):
+    def __call__(self, item: int):
         for number in range(3):
-            if span.index == self.at and number == 1:
+            if item == self.at and number == 1:
                 self.misbehave()
-            time.sleep(0.02 if span.index % 3 == 0 else 0)  # the first of three is the last to be ready
-            line = f"{span.index}.{number}\n".encode()
+            time.sleep(0.02 if item % 3 == 0 else 0)  # the first of three is the last to be ready
             print("a library that prints is not taken for an answer")
-            yield Part(1, [Outcome(None, None, span.index, line)], np.full((1, 2), span.index, np.uint32))
+            yield f"{item}.{number}"
 
     def misbehave(self):
         if self.act == "killed":
@@ -40,23 +37,19 @@ class Echo:
         raise {"mistake": UserError("a.warc:9: wrong"), "bug": KeyError("lost")}[self.act]
 
 
-def spans(count: int) -> list[Span]:
-    return [Span("a.warc.gz", index, "test", index * 10, index * 10 + 10) for index in range(count)]
-
-
 def lines(found) -> list[str]:
-    return [outcome.line.decode().strip() for _, parts in found for part in parts for outcome in part.outcomes]
+    return [line for _, results in found for line in results]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
-def test_parts_come_in_the_order_of_the_spans(workers):
+def test_results_come_in_the_order_of_the_items(workers):
     expected = [f"{index}.{number}" for index in range(11) for number in range(3)]
-    assert lines(in_order(spans(11), Echo, workers)) == expected
+    assert lines(in_order(range(11), Echo, workers)) == expected
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_finished_spans_are_not_worked_on(workers):
-    found = in_order(spans(6), partial(Echo, 2, "bug"), workers, finished=lambda span: span.index % 2 == 0)
+def test_finished_items_are_not_worked_on(workers):
+    found = in_order(range(6), partial(Echo, 2, "bug"), workers, finished=lambda item: item % 2 == 0)
     assert lines(found) == [f"{index}.{number}" for index in (1, 3, 5) for number in range(3)]
 
 
@@ -64,9 +57,9 @@ def test_no_more_is_read_than_the_processes_are_busy_with():
     taken = []
 
     def watched():
-        for span in spans(1000):
-            taken.append(span.index)
-            yield span
+        for item in range(1000):
+            taken.append(item)
+            yield item
 
     found = in_order(watched(), Echo, 2)
     next(found)
@@ -77,23 +70,23 @@ def test_no_more_is_read_than_the_processes_are_busy_with():
 @pytest.mark.parametrize(
     ("act", "error", "message"),
     [
-        ("killed", WorkerDied, "a.warc.gz: 40 to 50: .* ended by SIGKILL; not enough memory"),
-        ("exit", WorkerDied, "a.warc.gz: 40 to 50: .* ended by exit code 7"),
+        ("killed", WorkerDied, "item 4: .* ended by SIGKILL; not enough memory"),
+        ("exit", WorkerDied, "item 4: .* ended by exit code 7"),
         ("mistake", UserError, "^a.warc:9: wrong$"),
-        ("bug", RuntimeError, "(?s)a.warc.gz: 40 to 50.*KeyError: 'lost'"),
+        ("bug", RuntimeError, "(?s)item 4.*KeyError: 'lost'"),
     ],
 )
 def test_what_ends_a_process_is_told_after_what_came_before(act, error, message):
     got = []
     with pytest.raises(error, match=message):
-        for _, parts in in_order(spans(9), partial(Echo, 4, act), 2):
-            for part in parts:
-                got += [outcome.line.decode().strip() for outcome in part.outcomes]
+        for _, results in in_order(range(9), partial(Echo, 4, act), 2, name=lambda item: f"item {item}"):
+            for result in results:
+                got.append(result)
     assert got == [f"{index}.{number}" for index in range(4) for number in range(3)] + ["4.0"]
 
 
 def test_processes_end_with_the_one_who_asks():
-    found = in_order(spans(50), Echo, 2)
+    found = in_order(range(50), Echo, 2)
     next(found)
     children = [int(pid) for pid in os.popen(f"pgrep -P {os.getpid()} -f [l]lmkit.io.pool").read().split()]
     assert len(children) == 2
@@ -140,15 +133,3 @@ def test_a_worker_that_ends_is_replaced():
     del worker
     with pytest.raises(ProcessLookupError):
         os.kill(third, 0)
-
-
-def test_a_part_comes_through_bytes_as_it_was():
-    outcomes = [Outcome(None, None, 7, b'{"text": "\xc3\xa9\\n"}\n'), Outcome("c4", "min_sentences", 9)]
-    for signatures in (None, np.arange(6, dtype=np.uint64).reshape(2, 3), np.zeros(2, [("a", "u8"), ("b", "u4", 3)])):
-        part = Part(2, outcomes, signatures, {"read": 0.25})
-        back = Part.unpack(part.pack())
-        assert replace(back, signatures=None) == replace(part, signatures=None)
-        assert (back.signatures is None) == (signatures is None)
-        if signatures is not None:
-            assert back.signatures is not None and back.signatures.dtype == signatures.dtype
-            assert np.array_equal(back.signatures, signatures)

@@ -1,4 +1,4 @@
-"""Exact and near duplicates: against a count of all pairs, online and from files, in any batches and processes."""
+"""Exact and near duplicates: against a count of all pairs, in any batches and processes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,18 @@ import pytest
 
 import llmkit.crawl.dedup.band_index as band_index
 from llmkit.crawl.dedup.band_index import NOBODY, BandIndex
-from llmkit.crawl.dedup.duplicates import THRESHOLD, Duplicates, Repeat, band_firsts, join, keys
-from llmkit.crawl.dedup.minhash import BANDS, ROWS, SHINGLE, signature_type, signatures, similarity
+from llmkit.crawl.dedup.duplicates import (
+    BANDS,
+    ROWS,
+    SHINGLE,
+    THRESHOLD,
+    Duplicates,
+    Repeat,
+    keys,
+    signature_type,
+    signatures,
+    similarity,
+)
 from llmkit.crawl.recipe import NearDuplicates
 
 Words = list[str]
@@ -65,14 +75,8 @@ def in_batches(found: np.ndarray, sizes: Sequence[int], duplicates: Duplicates) 
     repeats: list[Repeat | None] = []
     while len(repeats) < len(found):
         for size in sizes:
-            repeats += duplicates.add(found[len(repeats) : len(repeats) + size])
+            repeats += duplicates.seen(found[len(repeats) : len(repeats) + size])
     return repeats
-
-
-def from_files(found: np.ndarray, **asked) -> list[Repeat | None]:
-    """The way over files, as a cluster takes it."""
-    firsts = np.stack([band_firsts(column) for column in keys(found).T], 1)
-    return join(firsts, found, **asked)
 
 
 # ---- the truth
@@ -81,7 +85,7 @@ def from_files(found: np.ndarray, **asked) -> list[Repeat | None]:
 @pytest.mark.parametrize("seed", range(2))
 def test_what_is_joined_is_what_a_comparison_of_all_pairs_joins(seed: int) -> None:
     documents = family(random.Random(seed), 150)
-    repeats = Duplicates().add(signatures(joined(documents)))
+    repeats = Duplicates().seen(signatures(joined(documents)))
     assert sum(repeat is not None for repeat in repeats) > 30
     for number, repeat in enumerate(repeats):
         alike = [jaccard(documents[number], other) for other in documents[:number]]
@@ -111,7 +115,7 @@ def test_the_rule_is_the_one_that_is_written_down(seed: int) -> None:
         near = [other for other in others if score[other] >= THRESHOLD]
         best = min(exact, default=min(near, key=lambda other: (-score[other], other), default=number))
         roots.append(roots[best] if best < number else number)
-    answers = Duplicates().add(found)
+    answers = Duplicates().seen(found)
     assert [repeat.index if repeat else number for number, repeat in enumerate(answers)] == roots
 
 
@@ -119,7 +123,7 @@ def test_of_pairs_with_2_percent_of_words_edited_97_of_100_are_found() -> None:
     rng = random.Random(7)
     first = [document(rng, rng.randint(100, 1000)) for _ in range(700)]
     second = [replaced(words, 0.02, rng) for words in first]
-    repeats = Duplicates().add(signatures(joined(first + second)))
+    repeats = Duplicates().seen(signatures(joined(first + second)))
     assert all(repeat is None for repeat in repeats[:700])
     found = sum(repeat is not None and repeat.index == number for number, repeat in enumerate(repeats[700:]))
     print(f"found: {found} of 700")
@@ -139,7 +143,7 @@ def test_no_pair_below_half_is_joined() -> None:
         other = edited(words, rng.uniform(0.09, 0.16), rng)
         if 0.35 <= jaccard(words, other) < 0.5:
             pairs.append((words, other))
-    repeats = Duplicates().add(signatures(joined([words for pair in pairs for words in pair])))
+    repeats = Duplicates().seen(signatures(joined([words for pair in pairs for words in pair])))
     assert not any(repeats)
 
 
@@ -172,13 +176,12 @@ def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("sizes", [(1,), (7,), (64, 3, 1), (1000,)])
 @pytest.mark.parametrize("asked", [{}, {"exact": False}, {"near": False}, {"threshold": 0.9}])
-def test_online_spilled_and_from_files_are_the_same(tmp_path, small_files, sizes, asked) -> None:
+def test_batches_of_any_size_spilled_or_in_memory_are_the_same(tmp_path, small_files, sizes, asked) -> None:
     texts = joined(family(random.Random(42), 200))
     found = signatures([*texts, "", texts[3], "one", "", "Two", "two"])
-    online = Duplicates(**asked).add(found)
+    online = Duplicates(**asked).seen(found)
     assert sum(repeat is not None for repeat in online) > 10
     assert in_batches(found, sizes, Duplicates(tmp_path, **asked)) == online
-    assert from_files(found, **asked) == online
     assert list(tmp_path.iterdir()) == []  # the files have no name: not even a killed run leaves any
 
 
@@ -195,7 +198,6 @@ def test_many_signatures_spilled_and_in_memory(tmp_path, small_files) -> None:
     online = in_batches(found, (400,), Duplicates(**asked))
     assert {repeat.kind for repeat in online if repeat} == {"exact", "near"}
     assert in_batches(found, (13, 101), Duplicates(tmp_path, **asked)) == online
-    assert from_files(found, **asked) == online
 
 
 @pytest.mark.parametrize("spilled", [False, True])
@@ -228,7 +230,7 @@ def test_the_earlier_one_stays_and_is_named() -> None:
     words = document(rng, 400)
     copies = joined([words, edited(words, 0.005, rng), edited(words, 0.005, rng)])
     for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
-        repeats = Duplicates().add(signatures([copies[number] for number in order]))
+        repeats = Duplicates().seen(signatures([copies[number] for number in order]))
         assert [repeat and repeat.index for repeat in repeats] == [None, 0, 0]
 
 
@@ -242,7 +244,7 @@ def chain(links: int) -> list[Words]:
 def test_at_the_end_of_a_chain_stands_the_one_that_stays() -> None:
     documents = chain(10)
     assert jaccard(documents[0], documents[-1]) < 0.2
-    repeats = Duplicates().add(signatures(joined(documents)))
+    repeats = Duplicates().seen(signatures(joined(documents)))
     assert [repeat and repeat.index for repeat in repeats] == [None] + [0] * 9
     assert all(repeat.similarity > 0.7 for repeat in repeats[1:] if repeat)
 
@@ -265,7 +267,7 @@ def test_each_dropped_document_names_its_twin_with_any_number_of_processes(tmp_p
         written.append((out.read_bytes(), rejects.read_bytes()))
     assert written[0] == written[1]
     kept, dropped = ([json.loads(line) for line in lines.splitlines()] for lines in written[0])
-    expected = Duplicates().add(signatures(texts))
+    expected = Duplicates().seen(signatures(texts))
     assert [row["id"] for row in kept] == [f"d{number}" for number, found in enumerate(expected) if found is None]
     told = [(row["id"], row["step"], row["reason"], row["repeats"], row["score"]) for row in dropped]
     assert told == [
@@ -300,19 +302,18 @@ def test_each_dropped_document_names_its_twin_with_any_number_of_processes(tmp_p
     ],
 )
 def test_empty_and_short_texts(first: str, second: str, kind: str | None) -> None:
-    repeats = Duplicates().add(signatures([first, second]))
+    repeats = Duplicates().seen(signatures([first, second]))
     assert repeats[0] is None
     assert (repeats[1] and repeats[1].kind) == kind
 
 
 def test_no_documents() -> None:
-    assert Duplicates().add(signatures([])) == []
-    assert from_files(signatures([])) == []
+    assert Duplicates().seen(signatures([])) == []
 
 
 def test_scripts_without_spaces_are_compared_by_letters() -> None:
     rng = random.Random(11)
     text = "".join(chr(rng.randrange(0x4E00, 0x5200)) for _ in range(500))
     other = "".join(chr(rng.randrange(0x4E00, 0x5200)) for _ in range(500))
-    repeats = Duplicates().add(signatures([text, other, text[:250] + "\u4e00" + text[251:]]))
+    repeats = Duplicates().seen(signatures([text, other, text[:250] + "\u4e00" + text[251:]]))
     assert [repeat and repeat.index for repeat in repeats] == [None, None, 0]

@@ -213,8 +213,9 @@ def test_a_page_gives_the_same_text_whatever_came_before_it(name: str) -> None:
 
 def extracted(archive: Path, limit: int | None = None) -> Iterator[tuple[str, str]]:
     """Address and main text of an archive's HTML pages."""
-    from llmkit.crawl.page import Page
     from llmkit.crawl.read.inputs import cut_spans, read_span
+
+    from llmkit.crawl.page import Page
 
     extractor = Extractor()
     for span in cut_spans([str(archive)], limit=limit):

@@ -18,17 +18,17 @@ import zstandard
 from archives import ARC_HEAD, HTML, arc, http, members, page, record
 
 from llmkit.crawl.page import Page, Skipped
-from llmkit.crawl.read.inputs import cut_spans, read_span
+from llmkit.crawl.read.frames import Reader, batches
+from llmkit.crawl.read.pages import page_of
 from llmkit.errors import UserError
 
 TEXTS = [b"one", b"two" * 400, b"three"]
 
 
-def read(*paths: Path | str, **options) -> list[Page | Skipped]:
-    """All records of some inputs, by way of a worker: a span is pickled."""
-    spans = [pickle.loads(pickle.dumps(span)) for span in cut_spans([str(path) for path in paths], **options)]
-    assert [span.index for span in spans] == list(range(len(spans)))
-    return [one for span in spans for one in read_span(span)]
+def read(*paths: Path | str, page_bytes: int = 1 << 30, **options) -> list[Page | Skipped]:
+    """All records of some inputs, by way of a worker: a batch is pickled."""
+    work = [pickle.loads(pickle.dumps(batch)) for batch in batches(Reader(map(str, paths), **options))]
+    return [page_of(frame, page_bytes) for batch in work for frame in batch.frames]
 
 
 def from_stdin(monkeypatch, data: bytes, **options) -> list[Page | Skipped]:
@@ -58,13 +58,12 @@ ARCHIVES = {
 
 
 @pytest.mark.parametrize("name", ARCHIVES)
-@pytest.mark.parametrize("span_bytes", [200, 1 << 22])
-def test_an_archive_is_the_same_from_a_file_a_pipe_and_stdin(monkeypatch, tmp_path, name, span_bytes):
+def test_an_archive_is_the_same_from_a_file_a_pipe_and_stdin(monkeypatch, tmp_path, name):
     (tmp_path / name).write_bytes(ARCHIVES[name])
-    from_file = read(tmp_path / name, span_bytes=span_bytes)
+    from_file = read(tmp_path / name)
     assert bodies(from_file) == [HTML % text for text in TEXTS]
     assert reasons(from_file) == ["warcinfo"]
-    piped = from_stdin(monkeypatch, ARCHIVES[name], span_bytes=span_bytes)
+    piped = from_stdin(monkeypatch, ARCHIVES[name])
     assert [(one.offset, one.url) for one in piped] == [(one.offset, one.url) for one in from_file]
     assert bodies(piped) == bodies(from_file)
     assert {one.path for one in piped} == {"stdin"}
@@ -94,13 +93,12 @@ LINES = [
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.jsonl.zst", "x.ndjson", "nameless"])
-@pytest.mark.parametrize("span_bytes", [1, 50, 1 << 22])
-def test_lines_of_json_keep_what_is_unknown_and_their_numbers(tmp_path, name, span_bytes):
+def test_lines_of_json_keep_what_is_unknown_and_their_numbers(tmp_path, name):
     data = b"\xef\xbb\xbf" + b"\n".join([*map(orjson.dumps, LINES[:2]), b"", b"  ", *map(orjson.dumps, LINES[2:])])
     pack = {"gz": gzip.compress, "zst": zstandard.compress}.get(name.rpartition(".")[2], bytes)
     (tmp_path / name).write_bytes(pack(data))
     path = str(tmp_path / name)
-    assert read(path, span_bytes=span_bytes) == [
+    assert read(path) == [
         Page(path, 1, "http://a.example/", "<p>ä", None, None, {"id": 7, "mine": {"x": [1]}}),
         Page(path, 2, None, None, None, "words", {"lang": "en"}),
         Page(path, 5, None, None, None, "more", {}),
@@ -124,7 +122,7 @@ def test_lines_of_json_keep_what_is_unknown_and_their_numbers(tmp_path, name, sp
 )
 def test_a_bad_line_is_skipped_with_its_place(tmp_path, line, reason):
     (tmp_path / "x.jsonl").write_bytes(b'{"text": "fine"}\n' + line + b'\n{"text": "fine too"}\n')
-    first, bad, last = read(tmp_path / "x.jsonl", span_bytes=1)
+    first, bad, last = read(tmp_path / "x.jsonl")
     assert (first.text, last.text) == ("fine", "fine too")
     assert (bad.offset, bad.reason) == (2, reason)
 
@@ -165,11 +163,11 @@ def test_one_bad_file_among_good_ones_is_a_record_that_is_skipped(tmp_path):
     (tmp_path / "d.jsonl").write_bytes(b'{"text": "d"}\n')
     told: list[UserError] = []
     paths = [str(tmp_path / name) for name in ("a.jsonl", "b.warc.gz", "c.pdf", "gone.jsonl", "d.jsonl")]
-    records = [one for span in cut_spans(paths, on_bad=told.append) for one in read_span(span)]
+    records = read(*paths, on_bad=told.append)
     assert [getattr(one, "reason", "page") for one in records] == ["page", *["bad_file"] * 3, "page"]
     assert "b.warc.gz: no WARC records: the file is empty" in str(told[0]) and len(told) == 3
     with pytest.raises(UserError, match="the file is empty"):
-        list(cut_spans(paths[1:4], on_bad=told.append))
+        read(*paths)
 
 
 def test_a_zstd_bomb_comes_out_in_steps(tmp_path):
@@ -213,7 +211,6 @@ def test_a_folder_is_walked_in_order_and_nothing_in_it_is_lost(tmp_path):
         ("gone.html", "unreadable"),
         ("pipe", "unreadable"),
     ]
-    assert read(tmp_path, span_bytes=1) == records
 
 
 def test_a_page_may_come_by_itself(monkeypatch, tmp_path):
@@ -256,12 +253,6 @@ def test_a_missing_file_and_an_empty_folder_are_named(monkeypatch, tmp_path):
         from_stdin(monkeypatch, b"")
 
 
-@pytest.mark.parametrize("limit", [1, 2])
-def test_no_span_gives_more_pages_than_the_limit(tmp_path, limit):
-    (tmp_path / "x.warc.gz").write_bytes(members(RECORDS))
-    assert bodies(read(tmp_path / "x.warc.gz", limit=limit)) == [HTML % text for text in TEXTS[:limit]]
-
-
 def test_what_is_too_large_is_passed_over_in_every_kind(tmp_path):
     large = b"<p>" + b"x" * 5000
     (tmp_path / "a.html").write_bytes(large)
@@ -273,11 +264,21 @@ def test_what_is_too_large_is_passed_over_in_every_kind(tmp_path):
     assert bodies(records) == ["small", HTML % b"small", HTML % b"small"]
 
 
+def test_batches_grow_and_end_with_what_was_read_before_an_error(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"".join(b'{"text": "%d"}\n' % number for number in range(200)))
+    reader, sizes = Reader([str(tmp_path / "a.jsonl"), str(tmp_path / "gone.jsonl")]), []
+    with pytest.raises(UserError, match=r"gone\.jsonl: expected a file"):
+        for batch in batches(reader):
+            sizes.append(len(batch.frames))
+    assert sizes == [1, 2, 4, 8, 16, 32, 64, 64, 9]
+    assert reader.position == (tmp_path / "a.jsonl").stat().st_size
+
+
 def test_the_first_records_of_a_pipe_are_there_before_the_last(tmp_path):
     script = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from llmkit.crawl.read.inputs import cut_spans, read_span\n"
-        "print(next(read_span(next(cut_spans(['-'])))).text, flush=True)\n"
+        "from llmkit.crawl.read.frames import Reader, batches\n"
+        "print(next(batches(Reader(['-']))).frames[0].data.decode(), end='', flush=True)\n"
         "sys.stdin.buffer.read()"
     )
     command = [sys.executable, "-c", script, str(Path(__file__).parents[3])]
@@ -285,7 +286,7 @@ def test_the_first_records_of_a_pipe_are_there_before_the_last(tmp_path):
         assert process.stdin and process.stdout
         process.stdin.write(b'{"text": "first"}\n' + b'{"text": "more and more words"}\n' * 12_000)
         process.stdin.flush()
-        assert process.stdout.readline() == b"first\n"  # while stdin is still open
+        assert process.stdout.readline() == b'{"text": "first"}\n'  # while stdin is still open
         process.stdin.close()
 
 

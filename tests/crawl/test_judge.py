@@ -1,4 +1,4 @@
-"""One page's way through the steps, where parts come together, the funnel, the recipe and the scores."""
+"""One page's way through the steps, the recipe and the funnel."""
 
 from __future__ import annotations
 
@@ -7,32 +7,30 @@ from archives import http, record
 from archives import page as page_record
 from web import SENTENCES, prose
 
-from llmkit.crawl import work_limit
-from llmkit.crawl.funnel import Funnel
-from llmkit.crawl.page import Page
-from llmkit.crawl.recipe import STEPS, Recipe, as_json, read_recipe, recipe_toml
-from llmkit.crawl.steps import Journey, Steps
+from llmkit.crawl import page as page_module
+from llmkit.crawl.judge import Judge, Worker
+from llmkit.crawl.output import Funnel
+from llmkit.crawl.page import Batch, Document, Dropped, Frame, Outcome, Page, Part
+from llmkit.crawl.recipe import NAMED, STEPS, Recipe, as_json, read_recipe, recipe_toml
 from llmkit.errors import UserError
 
 tomllib = pytest.importorskip("tomllib")  # Python 3.11
 
 
-def journey(text: str, **record) -> Journey:
-    return Journey(Page("in.jsonl", 3, None, None, None, text, record), text)
+def page_with(text: str, **record) -> Page:
+    return Page("in.jsonl", 3, None, None, None, text, record)
 
 
-def follow(text: str, recipe: Recipe = Recipe()) -> Journey:  # noqa: B008
-    page = journey(text)
-    Steps(recipe).follow(page, {})
-    return page
+def judged(text: str, recipe: Recipe = Recipe()) -> Document | Dropped:  # noqa: B008
+    return Judge(recipe)(page_with(text))
 
 
 GOOD = "\n".join(prose(1))
 
 
 def test_prose_stays():
-    page = follow(GOOD)
-    assert (page.step, page.reason, page.text, page.language) == (None, None, GOOD, "en")
+    document = judged(GOOD)
+    assert isinstance(document, Document) and (document.text, document.language) == (GOOD, "en")
 
 
 @pytest.mark.parametrize(
@@ -45,9 +43,8 @@ def test_prose_stays():
     ],
 )
 def test_the_first_step_that_drops_a_page_is_told(text, step, reason):
-    page = follow(text)
-    assert page.step == step
-    assert page.reason == reason
+    dropped = judged(text)
+    assert isinstance(dropped, Dropped) and (dropped.step, dropped.reason) == (step, reason)
 
 
 def test_each_page_is_identified_once_and_only_where_it_matters(monkeypatch):
@@ -55,26 +52,35 @@ def test_each_page_is_identified_once_and_only_where_it_matters(monkeypatch):
 
     asked = []
     monkeypatch.setattr(language, "identify", lambda text: asked.append(text) or ("en", 0.9))
-    follow(GOOD)
+    judged(GOOD)
     assert len(asked) == 1
-    follow(GOOD, Recipe(steps=("c4", "fineweb")))
+    judged(GOOD, Recipe(steps=("c4", "fineweb")))
     assert len(asked) == 1
 
 
 def test_a_document_keeps_what_it_came_with():
-    page = journey(GOOD, id=7, source="books", title="Ours", deep={"a": [None]}, language="xx", empty=None)
-    page.language, page.language_score = "en", 0.9
-    document = page.document()
-    assert document["language"] == "en" and page.document(tell_language=False)["language"] == "xx"
-    assert {key: document[key] for key in ("id", "source", "title", "deep", "empty")} == {
-        "id": 7,
-        "source": "books",
-        "title": "Ours",
-        "deep": {"a": [None]},
-        "empty": None,
-    }
-    assert next(iter(document)) == "text" and "url" not in document
-    assert journey("x").document() == {"text": "x", "id": "in.jsonl:3", "source": "in.jsonl"}
+    own = {"id": 7, "source": "books", "title": "Ours", "deep": {"a": [None]}, "empty": None}
+    document = Document(page_with(GOOD, **own, language="xx"), GOOD, language="en", language_score=0.9)
+    record = document.record()
+    assert record["language"] == "en" and document.record(tell_language=False)["language"] == "xx"
+    assert {key: record[key] for key in own} == own
+    assert next(iter(record)) == "text" and "url" not in record
+    assert Document(page_with("x"), "x").record() == {"text": "x", "id": "in.jsonl:3", "source": "in.jsonl"}
+
+
+def test_a_part_comes_through_bytes_as_it_was():
+    frames = [Frame("a.jsonl", "jsonl", number, b'{"text": "%d"}' % number) for number in (1, 2)]
+    (part,) = Worker(Recipe(steps=("near_duplicates",)))(Batch(frames, 0, 0.5))
+    assert [outcome.line for outcome in part.outcomes] == [
+        b'{"text":"1","id":"a.jsonl:1","source":"a.jsonl"}\n',
+        b'{"text":"2","id":"a.jsonl:2","source":"a.jsonl"}\n',
+    ]
+    skipped = Part([Outcome("read", "bad_json", "a.jsonl", 9)], seconds={"read": 0.25})
+    for whole in (part, skipped, Part.joined([part, skipped, part])):
+        back = Part.unpack(whole.pack())
+        assert (back.outcomes, back.seconds) == (whole.outcomes, whole.seconds)
+        assert (back.signatures is None) == (whole.signatures is None)
+        assert whole.signatures is None or (back.signatures == whole.signatures).all()
 
 
 # ---- the recipe
@@ -123,18 +129,16 @@ def test_the_funnel_adds_up():
 
 
 def test_a_page_that_takes_for_ever_is_dropped_and_the_next_one_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(work_limit, "SECONDS", 0.1)
+    monkeypatch.setattr(page_module, "SECONDS", 0.1)
     (tmp_path / "mine.py").write_text(
         "import re\n\ndef slow(document):\n"
         "    try:\n        re.match('(a+)+b', 'a' * 40) if document['id'] == 'slow' else None\n"
         "    except Exception:\n        pass\n"
     )
-    steps = Steps(Recipe(steps=("own",)).changed("own", filters=(f"py:{tmp_path}/mine.py:slow",)))
-    stopped, next_one = journey(GOOD, id="slow"), journey(GOOD, id="good")
-    steps.follow(stopped, {})
-    steps.follow(next_one, {})
-    assert (stopped.step, stopped.reason) == ("own", "too_slow")
-    assert (next_one.step, next_one.reason) == (None, None)
+    judge = Judge(Recipe(steps=("own",)).changed("own", filters=(f"py:{tmp_path}/mine.py:slow",)))
+    stopped = judge(page_with(GOOD, id="slow"))
+    assert isinstance(stopped, Dropped) and (stopped.step, stopped.reason) == ("own", "too_slow")
+    assert isinstance(judge(page_with(GOOD, id="good")), Document)
 
 
 def test_a_page_of_many_comments_does_not_stop_a_crawl(tmp_path, llmkit):
@@ -146,10 +150,8 @@ def test_a_page_of_many_comments_does_not_stop_a_crawl(tmp_path, llmkit):
 
 
 def test_the_recipe_of_our_own_keeps_documentation_and_drops_lists():
-    page = GOOD + "\nconst port = { a: 1 };\nfor (item of list) { total += item.price; }"
-    assert follow(page).reason == "curly_bracket"
-    assert follow(page, read_recipe("llmkit")).reason is None
+    code = GOOD + "\nconst port = { a: 1 };\nfor (item of list) { total += item.price; }"
     menu = "\n".join(line.rstrip(".") if number % 4 else line for number, line in enumerate(prose(1)))
-    assert follow(menu).reason is None
-    assert follow(menu, read_recipe("llmkit")).reason == "min_terminal_line_fraction"
+    reasons = [getattr(judged(text, read_recipe(name)), "reason", None) for name in NAMED for text in (code, menu)]
+    assert reasons == ["curly_bracket", None, None, "min_terminal_line_fraction"]
     assert read_recipe("fineweb") == Recipe()

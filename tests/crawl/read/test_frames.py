@@ -1,4 +1,4 @@
-"""Records found whole in archives that are cut into spans, cut off, damaged and mixed with garbage."""
+"""Records found whole in archives that are cut off, damaged and mixed with garbage."""
 
 from __future__ import annotations
 
@@ -14,33 +14,20 @@ from archives import ARC_HEAD, HTML, arc, http, members, page, record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmkit.crawl.page import Page, Skipped
-from llmkit.crawl.read import framing
-from llmkit.crawl.read.inputs import Seam, cut_spans, read_span
+from llmkit.crawl.page import Skipped
+from llmkit.crawl.read import frames, pages
+from llmkit.crawl.read.frames import Reader, Records, Window
+from llmkit.crawl.read.pages import page_of
 from llmkit.errors import UserError
 
 
-def told(one: Page | Skipped) -> tuple:
-    """What tells records apart, without the name of the file."""
-    return (one.offset, one.reason) if isinstance(one, Skipped) else (one.offset, one.html, one.url, one.text)
-
-
 def read(path: Path | str, **options) -> list[tuple]:
-    """All records, as the command reads them: span by span, each checked against the one before."""
-    found, seam = [], Seam()
-    for span in cut_spans([str(path)], **options):
-        reader = read_span(span)
-        records = [told(one) for one in reader]
-        if again := seam.check(span, reader.began):
-            reader = read_span(again)
-            records = [told(one) for one in reader]
-            span = again
-        seam.passed(span, reader.began, reader.ended)
-        found += records
-    return found
+    """All records: (offset, reason), or (offset, html, url, text) of a page."""
+    found = [page_of(frame) for frame in Reader([str(path)], **options)]
+    return [(p.offset, p.reason) if isinstance(p, Skipped) else (p.offset, p.html, p.url, p.text) for p in found]
 
 
-def pages(records: list[tuple]) -> list[bytes]:
+def htmls(records: list[tuple]) -> list[bytes]:
     return [html for _, html, *_ in records if isinstance(html, bytes)]
 
 
@@ -70,19 +57,8 @@ RECORDS = st.lists(
 
 @pytest.mark.parametrize("packed", [True, False])
 @settings(max_examples=60, deadline=None)
-@given(records=RECORDS, span_bytes=st.integers(50, 9000))
-def test_spans_of_any_size_give_the_records_of_one_pass(tmp_path_factory, packed, records, span_bytes):
-    path = tmp_path_factory.mktemp("a") / ("x.warc.gz" if packed else "x.warc")
-    path.write_bytes(members(records) if packed else b"".join(records))
-    whole = read(path, span_bytes=1 << 30)
-    assert len(whole) == len(records)
-    assert read(path, span_bytes=span_bytes) == whole
-
-
-@pytest.mark.parametrize("packed", [True, False])
-@settings(max_examples=60, deadline=None)
-@given(records=RECORDS, where=st.randoms(use_true_random=False), span_bytes=st.integers(50, 9000))
-def test_garbage_between_records_is_one_skip_and_costs_no_record(tmp_path_factory, packed, records, where, span_bytes):
+@given(records=RECORDS, where=st.randoms(use_true_random=False))
+def test_garbage_between_records_is_one_skip_and_costs_no_record(tmp_path_factory, packed, records, where):
     pieces = [gzip.compress(one) for one in records] if packed else records
     mixed, strange = pieces[:1], 0
     for piece in pieces[1:]:
@@ -92,10 +68,9 @@ def test_garbage_between_records_is_one_skip_and_costs_no_record(tmp_path_factor
         mixed.append(piece)
     path = tmp_path_factory.mktemp("a") / ("x.warc.gz" if packed else "x.warc")
     path.write_bytes(b"".join(mixed))
-    whole = read(path, span_bytes=1 << 30)
-    assert len(whole) == len(records) + strange
-    assert [reason for _, reason, *_ in whole].count("garbage") == strange
-    assert read(path, span_bytes=span_bytes) == whole
+    found = read(path)
+    assert len(found) == len(records) + strange
+    assert [reason for _, reason, *_ in found].count("garbage") == strange
 
 
 @pytest.mark.parametrize("garbage", GARBAGE)
@@ -104,7 +79,7 @@ def test_any_garbage_is_passed_over(tmp_path, name, garbage):
     records = [page(b"one"), page(b"two")]
     first, second = map(gzip.compress, records) if name.endswith("gz") else records
     (tmp_path / name).write_bytes(first + garbage + second + garbage)
-    assert pages(read(tmp_path / name)) == [HTML % b"one", HTML % b"two"]
+    assert htmls(read(tmp_path / name)) == [HTML % b"one", HTML % b"two"]
 
 
 KINDS = ["x.warc.gz", "x.warc", "one.warc.gz", "x.arc", "x.arc.gz"]
@@ -135,11 +110,11 @@ def test_a_file_cut_anywhere_gives_what_came_before_and_one_skip(tmp_path, name)
     ]:
         (tmp_path / name).write_bytes(whole[:end])
         try:
-            records = read(tmp_path / name, span_bytes=chance.choice([100, 5000, 1 << 22]))
+            records = read(tmp_path / name)
         except UserError as error:
             assert "no " in str(error) and end < 500  # cut within the first record
             continue
-        found = pages(records)
+        found = htmls(records)
         assert found == [HTML % text for text in TEXTS][: len(found)]
         reasons = [reason for _, reason, *_ in records if isinstance(reason, str)]
         assert reasons.count("truncated") <= 1 and set(reasons) <= {"warcinfo", "truncated"}
@@ -157,7 +132,7 @@ def test_a_flipped_bit_costs_one_record_and_damages_none(tmp_path):
         damaged = bytearray(whole)
         damaged[chance.randrange(len(gzip.compress(records[0])), len(whole))] ^= 1 << chance.randrange(8)
         (tmp_path / "x.warc.gz").write_bytes(damaged)
-        found = pages(read(tmp_path / "x.warc.gz", span_bytes=chance.choice([1000, 1 << 22])))
+        found = htmls(read(tmp_path / "x.warc.gz"))
         assert len(found) >= len(TEXTS) - 1
         assert set(found) <= {HTML % text for text in TEXTS}
 
@@ -166,22 +141,10 @@ def test_an_archive_within_an_archive_is_not_taken_apart(tmp_path):
     inner = members([page(noise(number, 900)) for number in range(40)], level=0)  # stored: its members lie bare
     outer = members([page(b"one"), record(inner, "resource", Content_Type="application/warc"), page(b"two")], level=0)
     (tmp_path / "x.warc.gz").write_bytes(outer)
-    for span_bytes in (300, 2000, 9000, 30_000):
-        records = read(tmp_path / "x.warc.gz", span_bytes=span_bytes)
-        assert [one[1] for one in records] == [HTML % b"one", "not_html", HTML % b"two"]
-        spans = cut_spans([str(tmp_path / "x.warc.gz")], span_bytes=span_bytes)
-        unchecked = [told(one) for span in spans for one in read_span(span)]
-        assert len(unchecked) > 3  # the seams are what has kept it whole
+    assert [one[1] for one in read(tmp_path / "x.warc.gz")] == [HTML % b"one", "not_html", HTML % b"two"]
 
 
-def test_a_length_that_is_too_long_costs_its_own_record_alone(tmp_path):
-    wrong = page(b"wrong", Content_Length="200")
-    (tmp_path / "x.warc").write_bytes(page(b"one") + wrong + page(b"two") * 3)
-    assert pages(read(tmp_path / "x.warc")) == [HTML % b"one"] + [HTML % b"two"] * 3
-    assert [reason for _, reason, *_ in read(tmp_path / "x.warc")].count("damaged") == 1
-
-
-@pytest.mark.parametrize("length", [2_000, 10**6, 10**18 - 1])
+@pytest.mark.parametrize("length", [200, 2_000, 10**6, 10**18 - 1])
 @pytest.mark.parametrize("name", ["x.warc", "x.arc"])
 def test_a_length_beyond_all_that_follows_costs_its_own_record_alone(tmp_path, name, length):
     def right(text):
@@ -197,7 +160,7 @@ def test_a_length_beyond_all_that_follows_costs_its_own_record_alone(tmp_path, n
     parts = [right(b"one"), wrong(b"wrong"), right(b"two"), right(b"three"), wrong(b"last")]
     (tmp_path / name).write_bytes(begin + b"".join(parts))
     found = read(tmp_path / name, max_page_bytes=100_000)
-    assert pages(found) == [HTML % b"one", HTML % b"two", HTML % b"three"]
+    assert htmls(found) == [HTML % b"one", HTML % b"two", HTML % b"three"]
     reasons = [reason for _, reason, *_ in found if isinstance(reason, str) and reason != "warcinfo"]
     assert len(reasons) == 2 and set(reasons) <= {"damaged", "truncated"}
 
@@ -208,7 +171,7 @@ def test_a_length_that_ends_anywhere_in_the_next_record_costs_its_own_record_alo
     for more in range(5, len(after) - 1):
         wrong = record(block, Content_Length=str(len(block) + more))
         (tmp_path / "x.warc").write_bytes(page(b"one") + wrong + after * 3)
-        assert pages(read(tmp_path / "x.warc")) == [HTML % b"one"] + [HTML % b"two"] * 3, more
+        assert htmls(read(tmp_path / "x.warc")) == [HTML % b"one"] + [HTML % b"two"] * 3, more
 
 
 @pytest.mark.parametrize(
@@ -220,7 +183,7 @@ def test_text_that_begins_like_records_without_end_is_read_in_one_pass(tmp_path,
     (tmp_path / "x.warc").write_bytes(page(b"one") + text * (8_000_000 // len(text)) + b"\r\n\r\n" + page(b"two"))
     began = time.process_time()
     found = read(tmp_path / "x.warc")
-    assert pages(found) == [HTML % b"one", HTML % b"two"]
+    assert htmls(found) == [HTML % b"one", HTML % b"two"]
     assert time.process_time() - began < 15
 
 
@@ -229,7 +192,7 @@ def test_a_length_that_is_too_short_costs_no_other_record(tmp_path):
     wrong = record(block, Content_Length=str(len(block) - 20))
     (tmp_path / "x.warc").write_bytes(page(b"one") + wrong + page(b"two"))
     found = read(tmp_path / "x.warc")
-    assert pages(found) == [HTML % b"one", (HTML % b"short")[:-20], HTML % b"two"]
+    assert htmls(found) == [HTML % b"one", (HTML % b"short")[:-20], HTML % b"two"]
     assert [reason for _, reason, *_ in found].count("garbage") == 1
 
 
@@ -264,11 +227,10 @@ def test_lines_may_end_without_carriage_return(tmp_path, name):
     blocks = [http(HTML % text).replace(b"\r\n", b"\n") for text in (b"one", b"two")]
     records = [record(block).replace(b"\r\n", b"\n") for block in blocks]
     (tmp_path / name).write_bytes(members(records) if name.endswith("gz") else b"".join(records))
-    assert pages(read(tmp_path / name, span_bytes=100)) == [HTML % b"one", HTML % b"two"]
+    assert htmls(read(tmp_path / name)) == [HTML % b"one", HTML % b"two"]
 
 
-@pytest.mark.parametrize("span_bytes", [50_000, 1 << 22])
-def test_real_pages_are_those_that_fastwarc_reads(shared_data, span_bytes):
+def test_real_pages_are_those_that_fastwarc_reads(shared_data):
     fastwarc = pytest.importorskip("fastwarc")
     path = shared_data / "web" / "dev-03.warc.gz"
     expected = []
@@ -277,7 +239,7 @@ def test_real_pages_are_those_that_fastwarc_reads(shared_data, span_bytes):
             expected.append((one.stream_pos, one.reader.read(), one.headers["WARC-Target-URI"], None))
         else:
             expected.append((one.stream_pos, str(one.record_type)))
-    assert read(path, span_bytes=span_bytes) == expected
+    assert read(path) == expected
 
 
 @pytest.mark.parametrize(
@@ -307,9 +269,10 @@ def test_what_begins_like_members_a_million_times_is_passed_over(monkeypatch: py
             self.eof, self.unused_data = self.inflater.eof, self.inflater.unused_data
             return found
 
-    monkeypatch.setattr(framing, "inflating", type("Library", (), {"decompressobj": Counting}))
+    for module in (frames, pages):
+        monkeypatch.setattr(module, "inflating", type("Library", (), {"decompressobj": Counting}))
     hostile = piece * (3_000_000 // len(piece))
-    found = [data for _, data in framing.Frames(framing.Window(io.BytesIO(member + hostile + member * 50)), "warc.gz")]
+    found = [data for _, data in Records(Window(io.BytesIO(member + hostile + member * 50)), "warc.gz")]
     assert sum(isinstance(data, bytes) for data in found) > 45 and "unsearched" in found  # what is passed over is told
     assert given < 120_000_000 + 17 * len(hostile)
 
@@ -326,8 +289,8 @@ def test_small_damaged_members_in_a_row_hide_no_record_behind_them() -> None:
     """Each counted as 64 kB that were unpacked again, for so much of the file was looked at."""
     bad = b"".join(gzip.compress(page(noise(number, 900)))[:-8] + bytes(8) for number in range(3000))
     good = [page(noise(number, 300)) for number in range(300)]
-    frames = framing.Frames(framing.Window(io.BytesIO(bad + members(good))), "warc.gz")
-    assert [data for _, data in frames] == ["damaged"] * 3000 + good
+    found = Records(Window(io.BytesIO(bad + members(good))), "warc.gz")
+    assert [data for _, data in found] == ["damaged"] * 3000 + good
 
 
 @pytest.mark.parametrize("sizes", [[200_000_000], [40_000_000] * 4, [60_000_000, 40_000_000] * 2])
@@ -338,6 +301,6 @@ def test_damaged_members_that_unpack_to_much_hide_no_record_behind_them(tmp_path
     """
     pieces = [damaged_member(size) + members([page(noise(size, 300))] * 300) for size in sizes]
     (tmp_path / "x.warc.gz").write_bytes(members([page(b"first")]) + b"".join(pieces))
-    found = [told(one) for span in cut_spans([str(tmp_path / "x.warc.gz")]) for one in read_span(span)]
-    assert len(pages(found)) == 1 + 300 * len(sizes)
+    found = read(tmp_path / "x.warc.gz")
+    assert len(htmls(found)) == 1 + 300 * len(sizes)
     assert [one[1] for one in found if len(one) == 2] == ["damaged"] * len(sizes)

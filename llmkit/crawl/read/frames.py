@@ -1,56 +1,64 @@
-"""Where the records of WARC and ARC files begin and end, in whole, cut and damaged files.
+"""From what a user names to the bytes of records: WARC, ARC, WET, HTML files and folders of them, JSONL, stdin.
 
-    frames = Frames(Window(handle), "warc.gz")
-    for offset, data in frames:    # data: the bytes of one record and perhaps blank ones, or why there are none
+    for frame in Reader(["crawl.warc.gz", "pages/", "-"]):
+        frame.path, frame.offset, frame.data    # data: the bytes of one record, or why there are none
+    for batch in batches(Reader(paths)):
         ...
 
 A record that cannot be read, and bytes that are no record, become one frame with a reason: `truncated` (the file
 ends inside of it), `damaged`, `too_large` or `garbage`; reading goes on at the next record, and bytes that are not
 searched for one, since that would take minutes, become a frame `unsearched`. The libraries for WARC
 do not do this: FastWARC 2.0 takes a record cut at the end of its file for a whole one, and ends for good at garbage.
+
+One process reads for all: 1,360 pages of 118 kB took 0.4 s of the processor where all steps take 16 s, so that one
+reader feeds 35 others, and spares the search for records in the midst of a file.
 """
 
 from __future__ import annotations
 
-import gzip
 import io
+import os
 import re
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from typing import Any
+from itertools import chain
+from time import thread_time
+from typing import Any, NamedTuple
 
-from llmkit.crawl.page import MAX_PAGE_BYTES
-from llmkit.io.jsonl import GZIP_MAGIC, DamagedData
+from llmkit.crawl.page import MAX_PAGE_BYTES, Batch, Frame
+from llmkit.crawl.read.pages import (
+    ARC_START,
+    BLANK_LINE,
+    GZIP_ERRORS,
+    MAX_HEADER,
+    OVERLAP,
+    STEP,
+    WARC_START,
+    header_of,
+    inflating,
+    looks_like_html,
+)
+from llmkit.errors import UserError
+from llmkit.io.jsonl import BYTE_ORDER_MARK, GZIP_MAGIC, DamagedData, is_zstd, name_of, open_packed, zstd_frames
+from llmkit.io.tables import Lines
 
-try:
-    from isal import isal_zlib as inflating  # unpacks twice as fast as zlib
-except ImportError:  # no wheels for this machine
-    inflating = zlib
-
-GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile, getattr(inflating, "error", zlib.error))
 PACKING_ERRORS = (*GZIP_ERRORS, DamagedData)
-Frame = tuple[int, bytes | str]
-Bytes = bytes | bytearray
+Record = tuple[int, bytes | str]  # where it begins, and its bytes or the reason why there are none
 
 BLOCK = 1 << 18
-STEP = 1 << 16  # of compressed bytes unpacked at once: at most 68 MB come out
 FIRST_STEP = 1 << 12  # of a member; those behind it in the file are no part of it
-MAX_HEADER = 1 << 16
-OVERLAP = 1 << 13  # the start of a record that lies across two blocks; the longest header line of an ARC file
 FOREVER = 1 << 62
+BATCH_FRAMES, BATCH_BYTES = 64, 4 << 20  # in one batch; its bytes are those unpacked
+HTML_NAMES = (".html", ".htm", ".xhtml")
+_JSONL_NAME = re.compile(r"\.(jsonl|ndjson)(\.gz|\.zst)?$")
+_ARCHIVE_NAME = re.compile(r"\.w?arc(\.w[ea]t)?(\.gz|\.zst)?$")
 # Budget for unpacking what turns out to be no gzip member: WASTE bytes for each byte passed over, beyond the first
 # 64 MB; each attempt counts as 16 kB at least. Otherwise input that looks like a member every ten bytes, or members
 # damaged near their end, would take minutes. In noise, one position in 2^29 looks like a member.
 WASTE, LEAST_WASTE, FIRST_WASTE = 16, 1 << 14, 1 << 26
 
 GZIP_START = re.compile(rb"\x1f\x8b\x08[\x00-\x1f]")
-BLANK_LINE = re.compile(rb"\n\r?\n")
-WARC_START = re.compile(rb"WARC/\d\.\d+\r?\n(?=[A-Za-z-]+:)")
-_WARC_LENGTH = re.compile(rb"(?im)^content-length:[ \t]*(\d{1,18})[ \t]*\r?$")
 _WARC_TYPE = re.compile(rb"(?im)^warc-type:")
-# URL, address, date, type, length; a URL may hold spaces
-ARC_START = re.compile(rb"[a-z][a-z0-9+.-]*:[^\n]* [0-9a-f.:]+ \d{8,14} [^ \n]+ (\d{1,18})\r?$", re.MULTILINE)
 _ARC_LINE = re.compile(rb"(?<=\n)" + ARC_START.pattern, re.MULTILINE)  # not from the midst of a line
 
 
@@ -157,18 +165,6 @@ def find(window: Window, stop: int, start: re.Pattern[bytes], bytes_without: Cal
     return False
 
 
-def header_of(ahead: Bytes, arc: bool) -> tuple[int, int] | None:
-    """The bytes of the header with which a record begins and of its block; None where no record begins."""
-    if arc:
-        match = ARC_START.match(ahead, 0, OVERLAP)
-        return (match.end() + 1, int(match[1])) if match else None
-    if not WARC_START.match(ahead):
-        return None
-    end = BLANK_LINE.search(ahead, 0, MAX_HEADER)
-    length = _WARC_LENGTH.search(ahead, 0, end.end()) if end else None
-    return (end.end(), int(length[1])) if end and length else None
-
-
 def bytes_without_record(window: Window, arc: bool) -> int:
     """Count the bytes ahead in which no record begins; 0 where one does, by its whole header: pages quote first lines.
 
@@ -200,43 +196,30 @@ def beginning(window: Window) -> bytes:
     return unpacked
 
 
-class Frames:
-    """The records of a file or of a span of it, in order: those that start before `stop`.
+class Records:
+    """The records of a file, in order, each with the offset at which it begins.
 
-    kind: "warc" or "arc", with ".gz" where each record is a gzip member of its own. With `exact`, a record starts at
-    the window's position, or nothing does; otherwise the first one after it is looked for.
-    began, ended: the offset of the first record, None where there is none before `stop`; the offset of the first
-    record that is not of the span, None where bytes that are no record lie across its end.
+    kind: "warc" or "arc", with ".gz" where each record is a gzip member of its own
     """
 
-    def __init__(
-        self, window: Window, kind: str, exact: bool = True, stop: int = FOREVER, max_bytes: int = MAX_PAGE_BYTES
-    ) -> None:
-        self.window, self.stop, self.max_bytes = window, stop, max_bytes
+    def __init__(self, window: Window, kind: str, max_bytes: int = MAX_PAGE_BYTES) -> None:
+        self.window, self.max_bytes = window, max_bytes
         self.arc, self.packed = kind.startswith("arc"), kind.endswith(".gz")
-        self.began: int | None = None
-        self.ended: int | None = None
         self._start = _ARC_LINE if self.arc else WARC_START
-        self._exact, self._lost = exact, False
         self._wasted, self._wasted_until = 0, window.position  # bytes unpacked in vain, and where that was counted
         self._unpacked_to = window.position  # in vain: what begins behind it unpacks nothing again
         self._unsearched = False
 
-    def __iter__(self) -> Iterator[Frame]:
+    def __iter__(self) -> Iterator[Record]:
         window, data = self.window, None
-        start, found = window.position, self._exact or self._find()
-        self.began = window.position if found and window.position < self.stop else None
-        yield from ((start, reason) for reason in self._told_unsearched())
-        while found and not self._lost:
-            window.skip_over(b"\0" if self.packed else b"\r\n")
-            if window.position >= self.stop or not window.look(1):
-                break
+        window.skip_over(b"\0" if self.packed else b"\r\n")
+        while window.look(1):
             offset = window.position
             for data in self._member() if self.packed else self._record():
                 yield offset, data
+            window.skip_over(b"\0" if self.packed else b"\r\n")
         if window.cut and data != "truncated":
             yield window.position, "truncated"
-        self.ended = window.position if found and not self._lost else None
 
     def _record(self) -> Iterator[bytes | str]:
         """The record that starts here."""
@@ -314,7 +297,7 @@ class Frames:
         if header and header[1] <= self.max_bytes and size <= len(data) and not data[size:].strip(b"\r\n"):
             yield data  # as all others would be read too, three copies later
             return
-        for _, record in Frames(Window(io.BytesIO(data)), "arc" if self.arc else "warc", max_bytes=self.max_bytes):
+        for _, record in Records(Window(io.BytesIO(data)), "arc" if self.arc else "warc", self.max_bytes):
             yield record
 
     def _unpack(self) -> bytes | str:
@@ -349,11 +332,6 @@ class Frames:
             self._wasted += max(ahead, unpacked)
         self._unpacked_to = max(self._unpacked_to, self.window.position + ahead)
 
-    def _find(self) -> bool:
-        if self.packed:
-            return find(self.window, self.stop, GZIP_START, self._bytes_without_member)
-        return find(self.window, self.stop, self._start, lambda window: bytes_without_record(window, self.arc))
-
     def _bytes_without_member(self, window: Window) -> int:
         """0 where a gzip member starts ahead that begins with a record, else how many bytes are passed over."""
         self._wasted = max(0, self._wasted - WASTE * (window.position - self._wasted_until))
@@ -368,11 +346,12 @@ class Frames:
 
     def _resume(self) -> Iterator[str]:
         """Look for the next record, past a byte that starts none, and tell of bytes that were not searched."""
-        self.window.skip(1)
-        self._lost = not self._find() and bool(self.window.look(1))
-        yield from self._told_unsearched()
-
-    def _told_unsearched(self) -> Iterator[str]:
+        window = self.window
+        window.skip(1)
+        if self.packed:
+            find(window, FOREVER, GZIP_START, self._bytes_without_member)
+        else:
+            find(window, FOREVER, self._start, lambda window: bytes_without_record(window, self.arc))
         if self._unsearched:
             self._unsearched = False
             yield "unsearched"
@@ -394,3 +373,197 @@ def is_one_stream(window: Window, arc: bool, max_bytes: int = MAX_PAGE_BYTES) ->
         if not step or (header is None and len(unpacked) >= MAX_HEADER):
             return False
     return False
+
+
+# ---- files, folders and pipes
+
+
+class Source(NamedTuple):
+    """A file, or `-` for stdin; `page`: it is one page by its name, or by where it lies."""
+
+    path: str
+    page: bool = False
+
+
+def sources(paths: Iterable[str]) -> Iterator[Source]:
+    """Yield the files named, and those of the folders named, which are walked in sorted order.
+
+    Archives and JSONL in a folder are known by their names; what else lies there is a page or passed over.
+    """
+    for path in paths:
+        if path == "-" or not os.path.isdir(path):
+            yield Source(path, path.lower().endswith(HTML_NAMES) and os.path.isfile(path))
+            continue
+        closed: list[str] = []
+        walk = os.walk(path, onerror=lambda error, closed=closed: closed.append(error.filename))
+        names = sorted([os.path.join(folder, name) for folder, _, names in walk for name in names])
+        for name in sorted([*names, *closed]) or [path]:
+            lowered = name.lower()
+            known = _JSONL_NAME.search(lowered) or _ARCHIVE_NAME.search(lowered) or os.path.isdir(name)
+            yield Source(name, page=not known)
+
+
+class Reader:
+    """The frames of files, folders and stdin, in the order in which they are named; iterated once.
+
+    max_page_bytes: larger records are passed over as `too_large`.
+    on_bad: is told of a missing file, a folder without files, a file of a kind that is not read, and one that holds
+    no records; each gives one frame `bad_file`. Without it the UserError is raised.
+    """
+
+    def __init__(
+        self,
+        paths: Iterable[str | Source],
+        max_page_bytes: int = MAX_PAGE_BYTES,
+        on_bad: Callable[[UserError], object] | None = None,
+    ) -> None:
+        self.paths, self.max_bytes, self.on_bad = paths, max_page_bytes, on_bad
+        self._read, self._window = 0, None
+
+    @property
+    def position(self) -> int:
+        """Bytes read so far, of the files as they lie."""
+        return self._read + (self._window.position if self._window else 0)
+
+    def __iter__(self) -> Iterator[Frame]:
+        for path in self.paths:
+            for source in [path] if isinstance(path, Source) else sources([path]):
+                try:
+                    yield from self._page(source.path) if source.page else self._file(source.path)
+                except UserError as error:
+                    if self.on_bad is None:
+                        raise
+                    self.on_bad(error)
+                    yield Frame(name_of(source.path), "bad", 0, "bad_file")
+                self._read, self._window = self.position, None
+
+    def _page(self, path: str) -> Iterator[Frame]:
+        """A file that is one page."""
+        html: bytes | str = "unreadable"
+        with suppress(OSError):
+            if os.path.isfile(path):  # a pipe would be waited for
+                with open(path, "rb") as handle:
+                    html = handle.read(self.max_bytes + 1)
+        if isinstance(html, bytes):
+            self._read += len(html)
+            if not path.lower().endswith(HTML_NAMES) and not looks_like_html(html):
+                html = "not_html"
+            elif len(html) > self.max_bytes:
+                html = "too_large"
+            elif not html.strip():
+                html = "empty"
+        yield Frame(path, "html", 0, html)
+
+    def _file(self, path: str) -> Iterator[Frame]:
+        """The frames of one file, or of stdin."""
+        name = name_of(path)
+        if path != "-" and os.path.isdir(path):
+            raise UserError(f"{path}: expected files in this folder, found none that can be read")
+        with open_packed(path) as handle:
+            window = self._window = Window(handle)
+            if is_zstd(window.look(4)[:4]):
+                window = Window(Lines(zstd_frames(_buffered(window), name)))
+            head, packed = beginning(window), window.look(2).startswith(GZIP_MAGIC)
+            kind = _kind_of(name, head)
+            if packed and kind in ("warc", "arc") and not is_one_stream(window, kind == "arc", self.max_bytes):
+                kind += ".gz"
+            elif packed:
+                window = Window(GzipStream(window))
+            if kind == "jsonl":
+                records = _lines(window, self.max_bytes)
+            elif kind == "html":
+                records = _single_page(window, self.max_bytes)
+            else:
+                records = iter(Records(window, kind, self.max_bytes))
+            kind = kind.removesuffix(".gz")
+            for offset, data in chain(_first_record(records, name, kind, head), records):
+                yield Frame(name, kind, offset, data)
+
+
+def _buffered(window: Window) -> io.BufferedReader:
+    return io.BufferedReader(window, 1 << 18)
+
+
+def _kind_of(name: str, head: bytes) -> str:
+    """The kind of a file by its name or, where that says nothing, by its first bytes (unpacked)."""
+    archive = _ARCHIVE_NAME.search(name.lower())
+    if WARC_START.match(head) or ARC_START.match(head) or archive:
+        arc = ARC_START.match(head) or (archive and archive[0].startswith(".arc") and not WARC_START.match(head))
+        return "arc" if arc else "warc"
+    begins = head.removeprefix(BYTE_ORDER_MARK).lstrip()
+    if _JSONL_NAME.search(name.lower()) or begins.startswith(b"{"):
+        return "jsonl"
+    if begins.startswith(b"<") or looks_like_html(head):
+        return "html"
+    content = f"one that begins with {bytes(head[:16])!r}" if head else "nothing in it"
+    raise UserError(f"{name}: expected WARC, ARC, WET, HTML or JSONL, found {content}; convert or leave out the file")
+
+
+def _first_record(records: Iterator[Record], name: str, kind: str, head: bytes) -> list[Record]:
+    """The records up to the first whole one. Raises UserError where there is none at all."""
+    first: list[Record] = []
+    for record in records:
+        first.append(record)
+        if isinstance(record[1], bytes) or record[1] == "too_large":
+            return first
+    what = {"jsonl": "JSON lines", "html": "page"}.get(kind, kind.upper() + " records")
+    if not head:
+        reason = "the file is empty"
+    elif first and first[0][1] == "truncated":
+        reason = "it is cut off inside the first"
+    else:
+        reason = f"it begins with {bytes(head[:16])!r}"
+    raise UserError(f"{name}: no {what}: {reason}; mend or leave out the file")
+
+
+def _lines(window: Window, max_bytes: int) -> Iterator[Record]:
+    """The lines of a file that are not blank, by number; the last of a cut file is `truncated`."""
+    source, number = _buffered(window), 0
+    while line := source.readline(max_bytes + 1):
+        number += 1
+        if len(line) > max_bytes:
+            while line and not line.endswith(b"\n"):
+                line = source.readline(max_bytes)
+            yield number, "too_large"
+        elif window.cut and not line.endswith(b"\n"):
+            number -= 1
+        elif not line.isspace():
+            yield number, line
+    if window.cut:
+        yield number + 1, "truncated"
+
+
+def _single_page(window: Window, max_bytes: int) -> Iterator[Record]:
+    """The whole file as one page."""
+    page = bytes(window.look(max_bytes + 1))
+    if page.strip() or window.cut:
+        yield 0, "truncated" if window.cut else page if len(page) <= max_bytes else "too_large"
+
+
+# ---- the work of the processes
+
+
+def batches(reader: Reader) -> Iterator[Batch]:
+    """Yield the frames in batches of at most 64, the first of one and then of twice as many each, or of 4 MB.
+
+    What was read before an error is yielded before it is raised.
+    """
+    frames: list[Frame] = []
+    most, size, position, started = 1, 0, 0, thread_time()
+    source, error = iter(reader), None
+    while True:
+        try:
+            frame = next(source, None)
+        except UserError as raised:
+            frame, error = None, raised
+        if frame is not None:
+            frames.append(frame)
+            size += len(frame.data)
+        if frames and (frame is None or len(frames) == most or size >= BATCH_BYTES):
+            yield Batch(frames, reader.position - position, thread_time() - started)
+            frames, most, size = [], min(2 * most, BATCH_FRAMES), 0
+            position, started = reader.position, thread_time()
+        if error:
+            raise error
+        if frame is None:
+            return

@@ -12,15 +12,15 @@ from archives import HTML, arc, http, record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmkit.crawl.page import Page, Skipped
-from llmkit.crawl.read.warc import looks_like_html, page_of, without_chunks
+from llmkit.crawl.page import Frame, Page, Skipped
+from llmkit.crawl.read.pages import looks_like_html, page_of, without_chunks
 
 BODY = HTML % ("Grüße, 世界. ".encode() * 30)
 MOST = 1_000_000
 
 
 def of(data: bytes, most: int = MOST) -> Page | Skipped:
-    return page_of("x.warc", 7, data, most)
+    return page_of(Frame("x.warc", "warc", 7, data), most)
 
 
 def html_of(data: bytes) -> bytes | str | None:

@@ -1,17 +1,34 @@
-"""A record of a WARC or ARC file as a page, or the reason why it is none.
+"""The bytes of a record as a page, or the reason why it is none.
 
 Sources: WARC 1.1 (ISO 28500:2017), the ARC 1.0 format of the Internet Archive, RFC 9112 (HTTP/1.1).
 """
 
 from __future__ import annotations
 
+import gzip
 import re
+import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 
-from llmkit.crawl.page import Page, Skipped
-from llmkit.crawl.read.framing import BLANK_LINE, GZIP_ERRORS, MAX_HEADER, STEP, header_of, inflating
-from llmkit.io.jsonl import GZIP_MAGIC, ZSTD_MAGIC
+from llmkit.crawl.page import MAX_PAGE_BYTES, Frame, Page, Skipped, TooMuchWork, work_limit
+from llmkit.errors import UserError
+from llmkit.io.jsonl import GZIP_MAGIC, ZSTD_MAGIC, json_row
+
+try:
+    from isal import isal_zlib as inflating  # unpacks twice as fast as zlib
+except ImportError:  # no wheels for this machine
+    inflating = zlib
+
+GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile, getattr(inflating, "error", zlib.error))
+STEP = 1 << 16  # of compressed bytes unpacked at once: at most 68 MB come out
+MAX_HEADER = 1 << 16
+OVERLAP = 1 << 13  # the start of a record that lies across two blocks; the longest header line of an ARC file
+BLANK_LINE = re.compile(rb"\n\r?\n")
+WARC_START = re.compile(rb"WARC/\d\.\d+\r?\n(?=[A-Za-z-]+:)")
+_WARC_LENGTH = re.compile(rb"(?im)^content-length:[ \t]*(\d{1,18})[ \t]*\r?$")
+# URL, address, date, type, length; a URL may hold spaces
+ARC_START = re.compile(rb"[a-z][a-z0-9+.-]*:[^\n]* [0-9a-f.:]+ \d{8,14} [^ \n]+ (\d{1,18})\r?$", re.MULTILINE)
 
 HTML_TYPES = ("text/html", "application/xhtml+xml", "application/vnd.wap.xhtml+xml", "text/xhtml")
 # types that servers send for want of a better one, or for XHTML: the body tells
@@ -28,8 +45,42 @@ _HTML = re.compile(
 _CHUNK = re.compile(rb"(?:\r?\n)?[ \t]*([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r?\n")
 
 
-def page_of(path: str, offset: int, data: bytes, max_bytes: int) -> Page | Skipped:
-    """Read a record as a page, or the reason why it is none, from the bytes of its header and block.
+def page_of(frame: Frame, max_bytes: int = MAX_PAGE_BYTES) -> Page | Skipped:
+    """Read a frame as a page, or the reason why it is none.
+
+    A line of JSONL that is no JSON object in UTF-8 is skipped as `bad_json`, one without a string under `html` or
+    `text` as `no_text`. For records of archives see `page_of_record`.
+    """
+    path, kind, offset, data = frame
+    if isinstance(data, str):
+        return Skipped(path, offset, data)
+    if kind == "html":
+        return Page(path, offset, None, data, None, None, {})
+    if kind == "jsonl":
+        return _page_of_line(path, offset, data)
+    try:
+        with work_limit(len(data)):
+            return page_of_record(path, offset, data, max_bytes)
+    except TooMuchWork:
+        return Skipped(path, offset, "too_slow")
+
+
+def _page_of_line(path: str, number: int, line: bytes) -> Page | Skipped:
+    try:
+        row = json_row(line, path, number)
+    except UserError:
+        return Skipped(path, number, "bad_json")
+    assert row is not None, "blank lines are no frames"
+    values = dict(row.value)
+    html, text = values.pop("html", None), values.pop("text", None)
+    if not isinstance(text if html is None else html, str):
+        return Skipped(path, number, "no_text")
+    url = values.pop("url") if isinstance(values.get("url"), str) else None
+    return Page(path, number, url, html, None, None if html is not None else text, values)
+
+
+def page_of_record(path: str, offset: int, data: bytes, max_bytes: int) -> Page | Skipped:
+    """Read a record of WARC or ARC as a page, from the bytes of its header and block.
 
     A `response` of status 200, or a `resource`, that is HTML by its Content-Type, or by its beginning where that
     says nothing, is a page of `html`; a `conversion` to plain text is one of `text`. The reasons of the rest are
@@ -50,6 +101,18 @@ def page_of(path: str, offset: int, data: bytes, max_bytes: int) -> Page | Skipp
     else:
         reason = kind if kind in KNOWN_TYPES else "unknown_type"
     return Skipped(path, offset, reason, url) if reason else page
+
+
+def header_of(ahead: bytes | bytearray, arc: bool) -> tuple[int, int] | None:
+    """The bytes of the header with which a record begins and of its block; None where no record begins."""
+    if arc:
+        match = ARC_START.match(ahead, 0, OVERLAP)
+        return (match.end() + 1, int(match[1])) if match else None
+    if not WARC_START.match(ahead):
+        return None
+    end = BLANK_LINE.search(ahead, 0, MAX_HEADER)
+    length = _WARC_LENGTH.search(ahead, 0, end.end()) if end else None
+    return (end.end(), int(length[1])) if end and length else None
 
 
 def _head_of(data: bytes) -> tuple[dict[str, str], memoryview]:

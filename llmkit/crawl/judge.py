@@ -1,0 +1,209 @@
+"""What one process does: frames become pages, and each page goes through the steps that look at it alone.
+
+    judge = Judge(Recipe())
+    judge(page)             # Document | Dropped
+    Worker(Recipe())(batch)     # the outcomes of a batch of frames
+
+Everything here is a function of the record and the recipe alone, so that it does not matter which process does it.
+What depends on other records (duplicates) is done where the parts come together, in `llmkit.crawl.output`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from time import thread_time
+from typing import Any
+
+import orjson
+
+from llmkit.crawl.filters.quality import Verdict, c4, fineweb_quality, gopher_quality, gopher_repetition
+from llmkit.crawl.filters.urls import UrlFilter
+from llmkit.crawl.page import READ, Batch, Document, Dropped, Outcome, Page, Part, Skipped, TooMuchWork, work_limit
+from llmkit.crawl.read.pages import page_of
+from llmkit.crawl.recipe import OWN_FILTERS, Recipe
+from llmkit.errors import UserError
+from llmkit.io.jsonl import JSON_LINE
+from llmkit.text.words import Split
+from llmkit.tools.user_code import UserFunction
+
+DUPLICATES = ("exact_duplicates", "near_duplicates")
+Reason = tuple[str, float | None] | None  # why a page goes, and the measure that broke a threshold; None: it stays
+OnStep = Callable[[str, Document, Reason, float], object]  # step, the document after it, its verdict, seconds
+
+
+class Judge:
+    """The steps of a recipe, each a method from a document to the reason for dropping it."""
+
+    def __init__(self, recipe: Recipe, url_filter: UrlFilter | None = None) -> None:
+        """url_filter: the blocklists of the recipe, where they are loaded already."""
+        self.recipe, self.url_filter = recipe, url_filter
+        self.steps: list[tuple[str, Callable[[Document], Reason]]] = [
+            (name, getattr(self, name)) for name in recipe.taken if name not in DUPLICATES
+        ]
+
+    def __call__(self, page: Page, on_step: OnStep = lambda *of_step: None) -> Document | Dropped:
+        """Take a page through the steps until one drops it. on_step is told of each, with its CPU seconds."""
+        document, name = Document(page, page.text), READ
+        if document.text is None and "extract" not in self.recipe.steps:
+            return Dropped(document, READ, "html_not_extracted")
+        try:
+            with work_limit(len(page.text if page.html is None else page.html)):  # pyright: ignore[reportArgumentType]
+                for name, step in self.steps:
+                    started = thread_time()
+                    reason = step(document)
+                    on_step(name, document, reason, thread_time() - started)
+                    if reason is not None:
+                        return Dropped(document, name, reason[0], reason[1])
+        except TooMuchWork:
+            page.html = None
+            return Dropped(document, name, "too_slow")
+        return document
+
+    # ---- the steps
+
+    def url(self, document: Document) -> Reason:
+        """Blocklists and rules for the address."""
+        if self.url_filter is None:
+            self.url_filter = UrlFilter(self.recipe.url.blocklists, self.recipe.url)
+        reason = self.url_filter.reason(document.page.url)
+        return (reason, None) if reason else None
+
+    def extract(self, document: Document) -> Reason:
+        """The main text of an HTML page; text that came as text stays."""
+        page = document.page
+        if page.html is None:
+            return None
+        extracted = self._extractor.extract(page.html, page.content_type, page.url)
+        document.text, document.title = extracted.text, extracted.title
+        page.html = None  # the biggest part of a page, and done with
+        return (extracted.reason, None) if extracted.reason else None
+
+    @cached_property
+    def _extractor(self) -> Any:
+        from llmkit.crawl.extract.main_text import Extractor
+
+        wanted = self.recipe.extract
+        return Extractor(wanted.extractor, wanted.favour, wanted.threshold)
+
+    def language(self, document: Document) -> Reason:
+        """Only pages that are surely in one of the languages."""
+        wanted, score = self.recipe.language, self._identified(document)
+        if wanted.languages and document.language not in wanted.languages:
+            return "other_language", score
+        return ("min_score", score) if wanted.min_score is not None and score < wanted.min_score else None
+
+    def _identified(self, document: Document) -> float:
+        """Note the language of the text as it is now, if none is noted; its score."""
+        if document.language_score is None:
+            from llmkit.text.language import identify
+
+            document.language, score = identify(document.text or "")
+            document.language_score = round(float(score), 4)
+        return document.language_score
+
+    def gopher_repetition(self, document: Document) -> Reason:
+        """Too much of the page repeats."""
+        verdict = gopher_repetition(document.words(), self.recipe.gopher_repetition)
+        return _noted(document, "gopher_repetition", verdict)
+
+    def gopher_quality(self, document: Document) -> Reason:
+        """It does not look like prose in its language."""
+        self._identified(document)
+        verdict = gopher_quality(document.words(), self.recipe.gopher_quality, document.language or "")
+        return _noted(document, "gopher_quality", verdict)
+
+    def c4(self, document: Document) -> Reason:
+        """Lines that are no sentences are taken out; too little is left, or a sign of no prose."""
+        text, verdict = c4(document.words(), self.recipe.c4)
+        if text != document.text:
+            document.text = text
+            if not verdict.reason:  # else it was not counted to the end
+                document.split = Split(text, int(verdict.measures["words"]))
+        return (verdict.reason, verdict.score) if verdict.reason else None
+
+    def fineweb(self, document: Document) -> Reason:
+        """Its lines are those of a list, a menu or a copy."""
+        return _noted(document, "fineweb", fineweb_quality(document.words(), self.recipe.fineweb))
+
+    def own(self, document: Document) -> Reason:
+        """The user's own filters, each shown the document as it would be written now."""
+        for spec, reason_of in self._own:
+            reason = reason_of(document.record(), document.identity)
+            if reason is not None and not (isinstance(reason, str) and reason):
+                where = f"{OWN_FILTERS}: {spec}: expected None or the reason in a string"
+                raise UserError(f"{where}, found {reason!r} for {document.identity}")
+            if reason is not None:
+                return reason, None
+        return None
+
+    @cached_property
+    def _own(self) -> list[tuple[str, UserFunction]]:
+        return [(spec, UserFunction(spec, f"{OWN_FILTERS}: {spec}")) for spec in self.recipe.own.filters]
+
+    def pii(self, document: Document) -> Reason:
+        """Personal data is replaced, or its page dropped."""
+        from llmkit.crawl.filters.personal_data import redact
+
+        text, counts = redact(document.text or "")
+        if self.recipe.pii.mode == "drop":
+            kind = next((kind for kind, count in counts.items() if count), None)
+            return (kind, sum(counts.values())) if kind else None
+        document.text = text
+        return None
+
+
+def _noted(document: Document, step: str, verdict: Verdict) -> Reason:
+    """Note the measures of a filter, and return its reason."""
+    document.measures[step] = verdict.measures
+    return (verdict.reason, verdict.score) if verdict.reason else None
+
+
+class Worker:
+    """Makes a batch of frames a part: what became of each record, and the signatures of the documents."""
+
+    def __init__(self, recipe: Recipe, url_filter: UrlFilter | None = None, rejects: bool = False) -> None:
+        """rejects: entries of --rejects are wanted."""
+        self.judge, self.rejects = Judge(recipe, url_filter), rejects
+        self.near = recipe.near_duplicates
+        self.duplicates = [step for step in DUPLICATES if step in recipe.steps]
+        self.tell_language = "language" in recipe.steps
+
+    def __call__(self, batch: Batch) -> tuple[Part]:
+        """Return the part of a batch."""
+        part, texts = Part([], seconds={READ: batch.seconds}), []
+
+        def spend(step: str, seconds: float) -> None:
+            part.seconds[step] = part.seconds.get(step, 0.0) + seconds
+
+        for frame in batch.frames:
+            started = thread_time()
+            page = page_of(frame)
+            spend(READ, thread_time() - started)
+            judged = page
+            if isinstance(page, Page):
+                judged = self.judge(page, lambda step, document, reason, seconds: spend(step, seconds))
+            if isinstance(judged, Document):
+                texts.append(judged.text or "")
+                line = _line(judged.record(self.tell_language))
+                part.outcomes.append(Outcome(None, None, frame.path, frame.offset, line))
+            else:
+                step = READ if isinstance(judged, Skipped) else judged.step
+                line = _line(judged.reject()) if self.rejects else b""
+                part.outcomes.append(Outcome(step, judged.reason, frame.path, frame.offset, line))
+        if self.duplicates and texts:
+            from llmkit.crawl.dedup.duplicates import signatures
+
+            started = thread_time()
+            part.signatures = signatures(texts, self.near.bands, self.near.rows)
+            spend(self.duplicates[-1], thread_time() - started)
+        return (part,)
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(record, option=JSON_LINE)
+    except TypeError:  # half of a surrogate pair, which no UTF-8 can hold
+        text = json.dumps(record, ensure_ascii=False)
+        return text.encode("utf-8", "replace") + b"\n"
