@@ -246,15 +246,9 @@ def _attention_by_segments(query, key, value, scale, packing: Packing, window) -
 
 
 def attention_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float,
-    mask: Tensor | None = None,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Output (B, H, T, D) and log of the sum of exponentials (B, H, T), step by step: the truth for the tests.
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float, mask: Tensor | None = None
+) -> Tensor:
+    """Attention (B, H, T, D) step by step: the truth for the tests.
 
     `mask` is true where a key is seen and broadcasts to (B, H, T, S). Scores and softmax are taken in float32, or
     in float64 where the inputs are; all T x S scores are held.
@@ -264,12 +258,10 @@ def attention_reference(
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     dtype = torch.promote_types(query.dtype, torch.float32)
     scores_BHTS = query.to(dtype) @ key.to(dtype).mT * scale
-    if softcap is not None:
-        scores_BHTS = softcap * torch.tanh(scores_BHTS / softcap)
     if mask is not None:
         scores_BHTS = scores_BHTS.masked_fill(~mask, -math.inf)
-    lse = torch.logsumexp(scores_BHTS, -1)
-    return (torch.exp(scores_BHTS - lse.unsqueeze(-1)) @ value.to(dtype)).to(query.dtype), lse
+    lse = torch.logsumexp(scores_BHTS, -1, keepdim=True)
+    return (torch.exp(scores_BHTS - lse) @ value.to(dtype)).to(query.dtype)
 
 
 def _torch_attention(query, key, value, mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
@@ -285,8 +277,7 @@ def _torch_attention(query, key, value, mask=None, dropout_p=0.0, is_causal=Fals
         )
 
 
-def _fused_attention(query, key, value, is_causal, scale, doc_ids, window, softcap) -> tuple[Tensor, Tensor]:
-    """Output and log of the sum of exponentials from the Triton kernels."""
+def _fused_attention(query, key, value, is_causal, scale, doc_ids, window) -> Tensor:
     lo = hi = None
     if isinstance(doc_ids, Packing):
         lo, hi = doc_ids.bounds(window)
@@ -297,8 +288,7 @@ def _fused_attention(query, key, value, is_causal, scale, doc_ids, window, softc
         lo, hi = fused_attention.bounds(None, window, query.shape[2], query.device)
     elif window is not None:
         lo, hi = fused_attention.window_bounds(window, query.shape[2], query.device)
-    out, lse = fused_attention.attention(query, key, value, lo, hi, scale, is_causal, softcap or 0.0)
-    return out, lse * math.log(2)
+    return fused_attention.attention(query, key, value, lo, hi, scale, is_causal)[0]
 
 
 def scaled_dot_product_attention(
@@ -313,22 +303,17 @@ def scaled_dot_product_attention(
     *,
     doc_ids: "Tensor | Packing | None" = None,
     window: int | None = None,
-    softcap: float | None = None,
-    return_lse: bool = False,
 ) -> Tensor:
-    """Attention with torch's names and order, and packed documents, sliding windows and capped scores besides.
+    """Attention with torch's names and order, and packed documents and sliding windows besides.
 
     query (B, H, T, D), key and value (B, K, S, D) -> (B, H, T, D). With `doc_ids` (B, T), or a `Packing` of them, a
     query sees its own document only; with `window` only the last `window` positions, itself among them. Both need
-    `is_causal` and T = S. With `softcap` a score s becomes softcap * tanh(s / softcap). With `return_lse` the log of
-    each query's sum of exponentials (B, H, T), differentiable, in float32 or float64, comes second.
-
-    `attn_mask` and `dropout_p` are torch's own business; with one of the four additions they raise
-    NotImplementedError by name. On CPU `softcap` and `return_lse` hold all T x S scores.
+    `is_causal` and T = S. `attn_mask` and `dropout_p` are torch's own business; with one of the two additions they
+    raise NotImplementedError by name.
     """
     length, keys = query.shape[2], key.shape[2]
     if attn_mask is not None or dropout_p > 0:
-        given = {"doc_ids": doc_ids, "window": window, "softcap": softcap, "return_lse": return_lse or None}
+        given = {"doc_ids": doc_ids, "window": window}
         added = " and ".join(name for name, value in given.items() if value is not None)
         if added:
             name = "dropout_p" if attn_mask is None else "attn_mask"
@@ -338,25 +323,13 @@ def scaled_dot_product_attention(
         raise ValueError("doc_ids and window need is_causal=True and as many queries as keys")
     if window is not None and window < 1:
         raise ValueError(f"window: expected at least 1, found {window}")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap: expected a positive number, found {softcap}")
     if query.shape[1] != key.shape[1] and not enable_gqa:
         raise ValueError(f"{query.shape[1]} query and {key.shape[1]} key heads need enable_gqa=True")
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     if window is not None and window >= length:
         window = None
     if fused_attention.can_run(query, key, value, factor) and (length == keys or not is_causal):
-        out, lse = _fused_attention(query, key, value, is_causal, factor, doc_ids, window, softcap)
-        return (out, lse) if return_lse else out  # type: ignore[return-value]  # a pair only where asked for
-    if softcap is not None or return_lse:
-        ids = doc_ids.doc_ids if isinstance(doc_ids, Packing) else doc_ids
-        mask = None
-        if is_causal and length == keys:
-            mask = attention_mask(length, keys, ids, window, query.device)
-        elif is_causal:
-            mask = torch.ones(length, keys, dtype=torch.bool, device=query.device).tril()
-        out, lse = attention_reference(query, key, value, scale=factor, mask=mask, softcap=softcap)
-        return (out, lse) if return_lse else out  # type: ignore[return-value]  # a pair only where asked for
+        return _fused_attention(query, key, value, is_causal, factor, doc_ids, window)
     return _attention_by_torch(query, key, value, is_causal, factor, enable_gqa, doc_ids, window)
 
 

@@ -1,8 +1,8 @@
 """Linear layer and cross-entropy as one step: from hidden states to loss and gradients, chunk by chunk.
 
 An operator of torch on every machine, `llmkit::linear_cross_entropy`, so that a compiled graph sees neither the loop
-over chunks nor its number. The gradients of a mean or a sum are computed beside the loss, from the same logits; those
-of reduction "none" come with backward, which computes the logits again. N tokens, D hidden, V vocabulary.
+over chunks nor its number. The gradients are computed beside the loss, from the same logits. N tokens, D hidden, V
+vocabulary.
 """
 
 import torch
@@ -32,8 +32,6 @@ def linear_cross_entropy_reference(
     losses = F.cross_entropy(
         logits.to(accumulation_dtype(logits.dtype)), target, reduction="none", ignore_index=ignore_index
     )
-    if reduction == "none":
-        return losses
     return losses.sum() / ((target != ignore_index).sum().clamp(min=1) if reduction == "mean" else 1)
 
 
@@ -64,11 +62,9 @@ def _compute(
             later = scale  # in eager to divide at once costs a pass over the logits
     rows, gradients = rows_and_gradients(
         input, linear_weight, target, Objective(ignore_index), chunk_tokens, upstream=upstream,
-        need=(False, False) if reduction == "none" else (need_input, need_weight),
+        need=(need_input, need_weight),
     )  # fmt: skip
-    loss = rows.loss
-    if reduction != "none":
-        loss = loss.sum() if scale is None else loss.sum() * scale
+    loss = rows.loss.sum() if scale is None else rows.loss.sum() * scale
     nothing = input.new_empty
     return (
         loss,
@@ -85,41 +81,13 @@ _loss_and_gradients = torch.library.custom_op("llmkit::linear_cross_entropy", _c
 def _(
     input, linear_weight, target, reduction, ignore_index, chunk_tokens, need_input, need_weight,
 ):  # fmt: skip
-    dtype, now = accumulation_dtype(input.dtype), reduction != "none"
+    dtype = accumulation_dtype(input.dtype)
     return (
-        input.new_empty((() if now else target.shape), dtype=dtype),
-        input.new_empty(input.shape if now and need_input else (0,)),
-        input.new_empty(linear_weight.shape if now and need_weight else (0,), dtype=dtype),
+        input.new_empty((), dtype=dtype),
+        input.new_empty(input.shape if need_input else (0,)),
+        input.new_empty(linear_weight.shape if need_weight else (0,), dtype=dtype),
         input.new_empty((), dtype=dtype),
     )
-
-
-@torch.library.custom_op("llmkit::linear_cross_entropy_backward", mutates_args=())
-def _gradients_of_each(
-    grad: Tensor,
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    ignore_index: int,
-    chunk_tokens: int,
-    need_input: bool,
-    need_weight: bool,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of reduction "none", given that of each loss (N,), in the dtypes of input and weight."""
-    _, gradients = rows_and_gradients(
-        input, linear_weight, target, Objective(ignore_index), chunk_tokens,
-        upstream=grad, need=(need_input, need_weight),
-    )  # fmt: skip
-    pair = gradients.input, gradients.weight
-    return tuple(input.new_empty(0) if x is None else x.to(input.dtype) for x in pair)  # type: ignore[return-value]
-
-
-@_gradients_of_each.register_fake
-def _(
-    grad, input, linear_weight, target, ignore_index, chunk_tokens, need_input, need_weight,
-):  # fmt: skip
-    pairs = (input.shape, need_input), (linear_weight.shape, need_weight)
-    return tuple(input.new_empty(shape if need else (0,)) for shape, need in pairs)
 
 
 def _scaled(x: Tensor, factor: Tensor, like: Tensor) -> Tensor:
@@ -136,28 +104,21 @@ def _(x, factor, like):
 
 
 def _save(ctx, inputs, output):
-    input, linear_weight, target, ctx.reduction, *ctx.options = inputs
+    _, linear_weight, *_, need_input, need_weight = inputs
+    ctx.needs = need_input, need_weight
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    if ctx.reduction == "none":
-        ctx.save_for_backward(input, linear_weight, target)
-    else:
-        ctx.save_for_backward(linear_weight, *output[1:])  # of the weight backward wants the dtype alone
+    ctx.save_for_backward(linear_weight, *output[1:])  # of the weight backward wants the dtype alone
 
 
 def _backward(ctx, grad, *_):
     if grad is None:
         return (None,) * 8
-    *options, need_input, need_weight = ctx.options
-    needs = need_input, need_weight
-    if ctx.reduction == "none":
-        grads = _gradients_of_each(grad, *ctx.saved_tensors, *options, *needs)
-    else:
-        linear_weight, grad_input, grad_weight, scale = ctx.saved_tensors
-        known = (grad_input, grad_input), (grad_weight, linear_weight)
-        factor, scaled = grad * scale, _scaled if by_hand(grad) else _scaled_in_a_graph
-        grads = tuple(scaled(x, factor, like) if need else None for (x, like), need in zip(known, needs, strict=True))
-    return *(x if need else None for x, need in zip(grads, needs, strict=True)), *(None,) * 6
+    linear_weight, grad_input, grad_weight, scale = ctx.saved_tensors
+    known = (grad_input, grad_input), (grad_weight, linear_weight)
+    factor, scaled = grad * scale, _scaled if by_hand(grad) else _scaled_in_a_graph
+    grads = (scaled(x, factor, like) if need else None for (x, like), need in zip(known, ctx.needs, strict=True))
+    return *grads, *(None,) * 6
 
 
 _loss_and_gradients.register_autograd(_backward, setup_context=_save)
@@ -190,7 +151,7 @@ def linear_cross_entropy(
     """Cross-entropy of `input @ linear_weight.T` against `target`, holding one chunk of logits at most.
 
     input (..., D), linear_weight (V, D), target (...) of integers. The loss is float32 whatever the
-    inputs are (float64 for float64): a scalar for "mean" and "sum", the shape of `target` for "none".
+    inputs are (float64 for float64).
 
     Where every token is ignored the loss is 0, and the gradients are zeros, not NaN as in torch.
 
@@ -198,8 +159,8 @@ def linear_cross_entropy(
     dominates. A target outside [0, V) that is not ignored raises IndexError on CPU and
     makes the loss NaN on a GPU, which is never waited for. Hidden states of ignored tokens must be finite there.
     """
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"linear_cross_entropy: expected reduction mean, sum or none, found {reduction!r}")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"linear_cross_entropy: expected reduction mean or sum, found {reduction!r}")
     grad = torch.is_grad_enabled()
     chunk = auto_chunk_tokens(linear_weight) if chunk_tokens == "auto" else int(chunk_tokens)
     compute = _Eagerly.apply if by_hand(input) else _loss_and_gradients
@@ -207,4 +168,4 @@ def linear_cross_entropy(
         input.reshape(-1, input.shape[-1]), linear_weight, target.reshape(-1), reduction, ignore_index, chunk,
         grad and input.requires_grad, grad and linear_weight.requires_grad,
     )  # fmt: skip
-    return loss.view(target.shape) if reduction == "none" else loss
+    return loss

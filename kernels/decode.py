@@ -14,27 +14,24 @@ def attention_decode(
     *,
     scale: float | None = None,
     window: int | None = None,
-    softcap: float | None = None,
 ) -> Tensor:
     """Attention of the last T tokens of each row to all tokens of their row up to themselves: (B, H, T, D).
 
     query (B, H, T, D): one new token a row in decoding, a few in extending a prefix. key_cache and value_cache
     (B, K, S, D), H a multiple of K, already hold the new tokens' keys and values; `lengths` (B,) counts the
-    positions in use, the new ones among them. Query t stands at lengths - T + t. `window` and `softcap` are those of
+    positions in use, the new ones among them. Query t stands at lengths - T + t. `window` is that of
     `scaled_dot_product_attention`. A query with no key, in a row shorter than T, gives zeros. No gradients.
 
     On a GPU a sequence's result has the same bits whatever the batch and the capacity S.
     """
     if lengths.shape != query.shape[:1]:
         raise ValueError(f"lengths: expected {query.shape[0]} of them, found shape {tuple(lengths.shape)}")
-    if (window is not None and window < 1) or (softcap is not None and softcap <= 0):
-        raise ValueError(f"window and softcap: expected positive numbers, found {window} and {softcap}")
+    if window is not None and window < 1:
+        raise ValueError(f"window: expected at least 1, found {window}")
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     if fused_attention.can_run(query, key_cache, value_cache, factor):
-        return fused_attention.attention_decode(
-            query, key_cache, value_cache, lengths, factor, window or 0, softcap or 0.0
-        )
-    return attention_decode_reference(query, key_cache, value_cache, lengths, factor, window, softcap)
+        return fused_attention.attention_decode(query, key_cache, value_cache, lengths, factor, window or 0)
+    return attention_decode_reference(query, key_cache, value_cache, lengths, factor, window)
 
 
 def attention_decode_reference(
@@ -44,7 +41,6 @@ def attention_decode_reference(
     lengths: Tensor,
     scale: float,
     window: int | None,
-    softcap: float | None,
 ) -> Tensor:
     """The same step by step, with all scores held."""
     new, capacity = query.shape[2], key_cache.shape[2]
@@ -56,5 +52,5 @@ def attention_decode_reference(
     mask = seen.unsqueeze(1)
     # a query with no key: let it see all, for a softmax over nothing is NaN, and blank its output
     empty = ~mask.any(-1, keepdim=True)
-    out, _ = attention_reference(query, key_cache, value_cache, scale=scale, mask=mask | empty, softcap=softcap)
+    out = attention_reference(query, key_cache, value_cache, scale=scale, mask=mask | empty)
     return out.masked_fill(empty, 0.0)

@@ -79,25 +79,22 @@ def attention(
     hi: Tensor | None,
     scale: float,
     is_causal: bool,
-    softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, H, T, D), in memory (B, T, H, D), and log2 of the sum of 2^scores (B, H, T) in float32.
-
-    `lo` and `hi` are those of `bounds`, with `is_causal`; softcap 0 is none.
+    """Output (B, H, T, D), in memory (B, T, H, D), and log2 of the sum of 2^scores (B, H, T) in float32, which has no
+    gradient. `lo` and `hi` are those of `bounds`, with `is_causal`.
     """
     query, key, value = _rows_contiguous(query, key, value)
-    return triton_module("attention").forward(query, key, value, lo, scale, is_causal, softcap)
+    return triton_module("attention").forward(query, key, value, lo, scale, is_causal)
 
 
 @attention.register_fake
-def _(query, key, value, lo, hi, scale, is_causal, softcap):
+def _(query, key, value, lo, hi, scale, is_causal):
     return empty_as_used(query.shape, query), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("llmkit::attention_backward", mutates_args=())
 def attention_backward(
     grad: Tensor,
-    grad_lse: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -107,34 +104,26 @@ def attention_backward(
     hi: Tensor | None,
     scale: float,
     is_causal: bool,
-    softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value; `grad_lse` is that of the natural logarithm."""
+    """Gradients of query, key and value."""
     grad, query, key, value, out = _rows_contiguous(grad, query, key, value, out)
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    arguments = grad, grad_lse, query, key, value, out, lse.contiguous(), lo, hi, scale, is_causal, softcap
-    return triton_module("attention_backward").backward(*arguments)
+    backward = triton_module("attention_backward").backward
+    return backward(grad, query, key, value, out, lse.contiguous(), lo, hi, scale, is_causal)
 
 
 @attention_backward.register_fake
-def _(grad, grad_lse, query, key, value, out, lse, lo, hi, scale, is_causal, softcap):
+def _(grad, query, key, value, out, lse, lo, hi, scale, is_causal):
     return empty_as_used(query.shape, query), empty_as_used(key.shape, query), empty_as_used(key.shape, query)
 
 
 def _save(ctx, inputs, output):
     query, key, value, lo, hi, *ctx.options = inputs
-    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(query, key, value, *output, lo, hi)
 
 
-def _backward(ctx, grad, grad_lse):
-    query, key, value, out, lse, lo, hi = ctx.saved_tensors
-    if grad is None:
-        grad = torch.zeros_like(out)
-    # from the gradient of log2(sum) to that of log(sum)
-    grad_lse = None if grad_lse is None else grad_lse * LOG2_E
-    gradients = attention_backward(grad, grad_lse, query, key, value, out, lse, lo, hi, *ctx.options)
-    return *gradients, None, None, None, None, None
+def _backward(ctx, grad, _):
+    return *attention_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
 
 
 attention.register_autograd(_backward, setup_context=_save)
@@ -142,13 +131,13 @@ attention.register_autograd(_backward, setup_context=_save)
 
 @torch.library.custom_op("llmkit::attention_decode", mutates_args=())
 def attention_decode(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, scale: float, window: int, softcap: float
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, scale: float, window: int
 ) -> Tensor:
-    """Output (B, H, T, D), in memory (B, T, H, D); window 0 and softcap 0 are none. No backward."""
+    """Output (B, H, T, D), in memory (B, T, H, D); window 0 is none. No backward."""
     query, key_cache, value_cache = _rows_contiguous(query, key_cache, value_cache)
-    return triton_module("decode").decode(query, key_cache, value_cache, lengths, scale, window, softcap)
+    return triton_module("decode").decode(query, key_cache, value_cache, lengths, scale, window)
 
 
 @attention_decode.register_fake
-def _(query, key_cache, value_cache, lengths, scale, window, softcap):
+def _(query, key_cache, value_cache, lengths, scale, window):
     return empty_as_used(query.shape, query)

@@ -239,7 +239,7 @@ class Makers:
         def error(found: list[Tensor]) -> float:
             first = slice(0, 1)
             parts = [x[first].float() for x in (query, key, value)]
-            return _off(found[0][first], attention_decode_reference(*parts, lengths[first], D**-0.5, None, None))
+            return _off(found[0][first], attention_decode_reference(*parts, lengths[first], D**-0.5, None))
 
         return Case(
             "decode", str(shape), [query, key, value],

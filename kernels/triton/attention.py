@@ -21,16 +21,6 @@ from torch import Tensor
 
 
 @triton.jit
-def _tanh(x):
-    # Below 0.625 the quotient cancels; there a polynomial of Cephes' tanhf, to 1e-7.
-    z = x * x
-    near = ((((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1) * z) * z
-    near = x + x * (near - 3.33332819422e-1 * z)
-    far = 1.0 - 2.0 / (1.0 + tl.exp2(2.8853900817779268 * tl.abs(x)))
-    return tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0, -far, far))
-
-
-@triton.jit
 def load_tile(base, row, stride, limit, size, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, MASKED: tl.constexpr):
     """Rows `row` of a matrix with rows of `size` numbers: (rows, BLOCK_D), zero beyond `limit` rows and `size`."""
     column = tl.arange(0, BLOCK_D)
@@ -50,17 +40,6 @@ def store_tile(base, tile, row, stride, limit, size, BLOCK_D: tl.constexpr):
     column = tl.arange(0, BLOCK_D)
     pointer = base + row[:, None] * stride + column[None, :]
     tl.store(pointer, tile.to(base.dtype.element_ty), mask=(row[:, None] < limit) & (column[None, :] < size))
-
-
-@triton.jit
-def base2_scores(products, score_scale, cap, SOFTCAP: tl.constexpr):
-    """Products of queries and keys to scores in base 2, and tanh where they are capped."""
-    if SOFTCAP:
-        turned = _tanh(products * score_scale)
-        return turned * cap, turned
-    else:
-        scores = products * score_scale
-        return scores, scores
 
 
 @triton.jit
@@ -100,9 +79,8 @@ def seen_keys(query, key, lo, keys, CAUSAL: tl.constexpr, HAS_LO: tl.constexpr):
 
 @triton.jit
 def _attend(total, weight, highest, q, query, lo, k_base, v_base, stride_k, stride_v, first, firsts, second,
-            blocks, keys, size, score_scale, cap, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
-            CAUSAL: tl.constexpr, HAS_LO: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-            MASKED: tl.constexpr):  # fmt: skip
+            blocks, keys, size, score_scale, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+            CAUSAL: tl.constexpr, HAS_LO: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """Add `blocks` blocks of keys, `firsts` from `first` on and the others from `second` on, to the weighted sum."""
     column = tl.arange(0, BLOCK_N)
     for i in tl.range(0, blocks):
@@ -111,21 +89,13 @@ def _attend(total, weight, highest, q, query, lo, k_base, v_base, stride_k, stri
         v_block = v_base + tl.cast(n0, tl.int64) * stride_v
         k = load_tile(k_block, column, stride_k, keys - n0, size, BLOCK_D, EVEN_D, MASKED)
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        if SOFTCAP:
-            scores, _ = base2_scores(products, score_scale, cap, SOFTCAP)
-            if MASKED:
-                scores = tl.where(seen_keys(query, n0 + column, lo, keys, CAUSAL, HAS_LO), scores, float("-inf"))
-            now = tl.maximum(highest, tl.max(scores, 1))
-            anchor = tl.where(now == float("-inf"), 0.0, now) if MASKED else now
-            p = tl.exp2(scores - anchor[:, None])
-        else:
-            # The scale is positive: it goes into one multiply-add with the maximum.
-            if MASKED:
-                products = tl.where(seen_keys(query, n0 + column, lo, keys, CAUSAL, HAS_LO), products, float("-inf"))
-            now = tl.maximum(highest, tl.max(products, 1) * score_scale)
-            # a row that has seen no key yet: exp2(-inf - 0) = 0 where exp2(-inf + inf) is NaN
-            anchor = tl.where(now == float("-inf"), 0.0, now) if MASKED else now
-            p = tl.exp2(products * score_scale - anchor[:, None])
+        # The scale is positive: it goes into one multiply-add with the maximum.
+        if MASKED:
+            products = tl.where(seen_keys(query, n0 + column, lo, keys, CAUSAL, HAS_LO), products, float("-inf"))
+        now = tl.maximum(highest, tl.max(products, 1) * score_scale)
+        # a row that has seen no key yet: exp2(-inf - 0) = 0 where exp2(-inf + inf) is NaN
+        anchor = tl.where(now == float("-inf"), 0.0, now) if MASKED else now
+        p = tl.exp2(products * score_scale - anchor[:, None])
         decay = tl.exp2(highest - anchor)
         weight = weight * decay + tl.sum(p, 1)
         v = load_tile(v_block, column, stride_v, keys - n0, size, BLOCK_D, EVEN_D, MASKED)
@@ -138,8 +108,8 @@ def _attend(total, weight, highest, q, query, lo, k_base, v_base, stride_k, stri
 def attention_forward(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, lo_ptr, stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_ot, stride_lo, heads, queries, keys, size,
-    score_scale, cap, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    EVEN_D: tl.constexpr, CAUSAL: tl.constexpr, HAS_LO: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    score_scale, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr, CAUSAL: tl.constexpr, HAS_LO: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head. Writes outputs, and log2 of the sum of 2^scores (B, H, T)."""
     blocks = tl.cdiv(queries, BLOCK_M)
@@ -164,13 +134,13 @@ def attention_forward(
     firsts = (every - begin) // BLOCK_N
     total, weight, highest = _attend(
         total, weight, highest, q, query, lo, k_base, v_base, stride_ks, stride_vs, begin, firsts, some,
-        firsts + tl.cdiv(end - some, BLOCK_N), keys, size, score_scale, cap, BLOCK_N, BLOCK_D, EVEN_D, CAUSAL,
-        HAS_LO, SOFTCAP, PRECISION, True,
+        firsts + tl.cdiv(end - some, BLOCK_N), keys, size, score_scale, BLOCK_N, BLOCK_D, EVEN_D, CAUSAL,
+        HAS_LO, PRECISION, True,
     )  # fmt: skip
     total, weight, highest = _attend(
         total, weight, highest, q, query, lo, k_base, v_base, stride_ks, stride_vs, every, 0, every,
-        (some - every) // BLOCK_N, keys, size, score_scale, cap, BLOCK_N, BLOCK_D, EVEN_D, CAUSAL,
-        HAS_LO, SOFTCAP, PRECISION, False,
+        (some - every) // BLOCK_N, keys, size, score_scale, BLOCK_N, BLOCK_D, EVEN_D, CAUSAL,
+        HAS_LO, PRECISION, False,
     )  # fmt: skip
     o_base = o_ptr + b * stride_ob + h * stride_oh + tl.cast(m0, tl.int64) * stride_ot
     store_tile(o_base, total / weight[:, None], local, stride_ot, queries - m0, size, BLOCK_D)
@@ -187,39 +157,37 @@ def three_strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def shared_arguments(query: Tensor, key: Tensor, scale: float, is_causal: bool, softcap: float, has_lo: bool):
-    """The scalars and constants that the three kernels have in common: score_scale, cap; then the constants."""
+def shared_constants(query: Tensor, key: Tensor, is_causal: bool, has_lo: bool) -> dict:
+    """The constants that the three kernels have in common."""
     size = query.shape[-1]
     padded = max(16, triton.next_power_of_2(size))
-    scales = (scale / softcap, softcap * LOG2_E) if softcap > 0 else (scale * LOG2_E, 0.0)
-    return scales, {
+    return {
         "GROUP": query.shape[1] // key.shape[1],
         "BLOCK_D": padded,
         "EVEN_D": padded == size,
         "CAUSAL": is_causal,
         "HAS_LO": has_lo,
-        "SOFTCAP": softcap > 0,
         # float32 in full on CUDA's ordinary cores; tensor cores would round it to 10 bits
         "PRECISION": "ieee",
     }
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, lo: Tensor | None, scale: float, is_causal: bool, softcap: float
+    query: Tensor, key: Tensor, value: Tensor, lo: Tensor | None, scale: float, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
     """Output (B, H, T, D) and log2 of the sum of 2^scores (B, H, T) in float32.
 
-    The last dimension of every tensor is contiguous; lo (B or 1, T) int32; softcap 0 is none.
+    The last dimension of every tensor is contiguous; lo (B or 1, T) int32.
     """
     batch, heads, queries, size = query.shape
     keys = key.shape[2]
     out = empty_as_used(query.shape, query)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
-    scales, constants = shared_arguments(query, key, scale, is_causal, softcap, lo is not None)
+    constants = shared_constants(query, key, is_causal, lo is not None)
     chosen = tiles("attention_forward", size, query.dtype)
     grid = (triton.cdiv(queries, chosen.block_m) * heads * batch,)
     launch(
         attention_forward, grid, query, key, value, out, lse, lo, *three_strides(query, key, value, out),
-        batch_stride(lo), heads, queries, keys, size, *scales, **constants, **chosen.options(),
+        batch_stride(lo), heads, queries, keys, size, scale * LOG2_E, **constants, **chosen.options(),
     )  # fmt: skip
     return out, lse

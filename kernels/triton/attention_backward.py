@@ -6,15 +6,14 @@ The words are those of kernels/triton/attention.py; `delta` is sum(output * its 
 import torch
 import triton
 import triton.language as tl
-from llmkit.kernels.fused_attention import empty_as_used
+from llmkit.kernels.fused_attention import LOG2_E, empty_as_used
 from llmkit.kernels.triton.attention import (
-    base2_scores,
     batch_stride,
     block_start,
     key_ranges,
     load_tile,
     seen_keys,
-    shared_arguments,
+    shared_constants,
     store_tile,
     three_strides,
 )
@@ -25,8 +24,8 @@ from torch import Tensor
 
 @triton.jit
 def _add_grad_query(grad_q, q, grad, lse, delta, query, lo, k_base, v_base, stride_k, stride_v, first, firsts, second,
-                    blocks, keys, size, score_scale, cap, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                    EVEN_D: tl.constexpr, CAUSAL: tl.constexpr, HAS_LO: tl.constexpr, SOFTCAP: tl.constexpr,
+                    blocks, keys, size, score_scale, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+                    EVEN_D: tl.constexpr, CAUSAL: tl.constexpr, HAS_LO: tl.constexpr, 
                     PRECISION: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     column = tl.arange(0, BLOCK_N)
     for i in tl.range(0, blocks):
@@ -36,12 +35,9 @@ def _add_grad_query(grad_q, q, grad, lse, delta, query, lo, k_base, v_base, stri
         k = load_tile(k_block, column, stride_k, keys - n0, size, BLOCK_D, EVEN_D, MASKED)
         v = load_tile(v_block, column, stride_v, keys - n0, size, BLOCK_D, EVEN_D, MASKED)
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        scores, turned = base2_scores(products, score_scale, cap, SOFTCAP)
-        p = tl.exp2(scores - lse[:, None])
+        p = tl.exp2(products * score_scale - lse[:, None])
         if MASKED:
             p = tl.where(seen_keys(query, n0 + column, lo, keys, CAUSAL, HAS_LO), p, 0.0)
-        if SOFTCAP:
-            p *= 1.0 - turned * turned
         grad_p = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         grad_s = p * (grad_p - delta[:, None])
         grad_q = tl.dot(grad_s.to(k.dtype), k, grad_q, input_precision=PRECISION)
@@ -50,17 +46,17 @@ def _add_grad_query(grad_q, q, grad, lse, delta, query, lo, k_base, v_base, stri
 
 @triton.jit(do_not_specialize=["queries", "keys", "heads"])
 def attention_grad_query(
-    q_ptr, k_ptr, v_ptr, o_ptr, grad_ptr, lse_ptr, grad_lse_ptr, delta_ptr, grad_q_ptr, lo_ptr,
+    q_ptr, k_ptr, v_ptr, o_ptr, grad_ptr, lse_ptr, delta_ptr, grad_q_ptr, lo_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt, stride_dqb, stride_dqh, stride_dqt, stride_lo,
-    heads, queries, keys, size, scale, score_scale, cap, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
+    heads, queries, keys, size, scale, score_scale, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, CAUSAL: tl.constexpr, HAS_LO: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head. Writes their gradient, and `delta` (B, H, T) for the other kernel.
 
-    With p = exp(s - lse), dL/ds = p (dL/dp - delta), delta being the sum of output times its gradient; a gradient of
-    lse itself is taken off it. Keys outside [lo, q] are not read.
+    With p = exp(s - lse), dL/ds = p (dL/dp - delta), delta being the sum of output times its gradient. Keys outside
+    [lo, q] are not read.
     """
     blocks = tl.cdiv(queries, BLOCK_M)
     m0 = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
@@ -80,8 +76,6 @@ def attention_grad_query(
     at = tl.cast(row, tl.int64) * queries + query
     lse = tl.load(lse_ptr + at, mask=query < queries, other=0.0)
     delta = tl.sum(o.to(tl.float32) * grad.to(tl.float32), 1)
-    if HAS_GRAD_LSE:
-        delta -= tl.load(grad_lse_ptr + at, mask=query < queries, other=0.0)
     tl.store(delta_ptr + at, delta, mask=query < queries)
     lo = query
     if HAS_LO:
@@ -92,13 +86,13 @@ def attention_grad_query(
     firsts = (every - begin) // BLOCK_N
     grad_q = _add_grad_query(
         grad_q, q, grad, lse, delta, query, lo, k_base, v_base, stride_ks, stride_vs, begin, firsts, some,
-        firsts + tl.cdiv(end - some, BLOCK_N), keys, size, score_scale, cap, BLOCK_N, BLOCK_D, EVEN_D, CAUSAL,
-        HAS_LO, SOFTCAP, PRECISION, True,
+        firsts + tl.cdiv(end - some, BLOCK_N), keys, size, score_scale, BLOCK_N, BLOCK_D, EVEN_D, CAUSAL,
+        HAS_LO, PRECISION, True,
     )  # fmt: skip
     grad_q = _add_grad_query(
         grad_q, q, grad, lse, delta, query, lo, k_base, v_base, stride_ks, stride_vs, every, 0, every,
-        (some - every) // BLOCK_N, keys, size, score_scale, cap, BLOCK_N, BLOCK_D, EVEN_D, CAUSAL,
-        HAS_LO, SOFTCAP, PRECISION, False,
+        (some - every) // BLOCK_N, keys, size, score_scale, BLOCK_N, BLOCK_D, EVEN_D, CAUSAL,
+        HAS_LO, PRECISION, False,
     )  # fmt: skip
     grad_q_base = grad_q_ptr + b * stride_dqb + h * stride_dqh + first * stride_dqt
     store_tile(grad_q_base, grad_q * scale, local, stride_dqt, left, size, BLOCK_D)
@@ -122,9 +116,9 @@ def _query_ranges(hi_ptr, n0, queries, keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.
 
 @triton.jit
 def _add_grad_key_value(grad_k, grad_v, k, v, key, hi, q_base, grad_base, lse_base, delta_base, stride_qh, stride_qt,
-                        stride_gh, stride_gt, first, firsts, second, blocks, queries, size, score_scale, cap,
+                        stride_gh, stride_gt, first, firsts, second, blocks, queries, size, score_scale,
                         GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
-                        CAUSAL: tl.constexpr, HAS_LO: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+                        CAUSAL: tl.constexpr, HAS_LO: tl.constexpr, PRECISION: tl.constexpr,
                         MASKED: tl.constexpr):  # fmt: skip
     """Of `blocks` blocks of queries of each head of the group, which one loop runs through.
 
@@ -147,16 +141,13 @@ def _add_grad_key_value(grad_k, grad_v, k, v, key, hi, q_base, grad_base, lse_ba
             lse = tl.load(lse_base + g * queries + query)
             delta = tl.load(delta_base + g * queries + query)
         products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        scores, turned = base2_scores(products, score_scale, cap, SOFTCAP)
-        p = tl.exp2(scores - lse[None, :])
+        p = tl.exp2(products * score_scale - lse[None, :])
         if MASKED and CAUSAL:
             seen = key[:, None] <= query[None, :]
             if HAS_LO:
                 seen = seen & (query[None, :] <= hi[:, None])
             p = tl.where(seen, p, 0.0)
         grad_v = tl.dot(p.to(grad.dtype), grad, grad_v, input_precision=PRECISION)
-        if SOFTCAP:
-            p *= 1.0 - turned * turned
         grad_p = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
         grad_s = p * (grad_p - delta[None, :])
         grad_k = tl.dot(grad_s.to(q.dtype), q, grad_k, input_precision=PRECISION)
@@ -168,9 +159,9 @@ def attention_grad_key_value(
     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, grad_k_ptr, grad_v_ptr, hi_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_gb, stride_gh, stride_gt, stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs, stride_hi,
-    heads, queries, keys, size, scale, score_scale, cap, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
+    heads, queries, keys, size, scale, score_scale, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, CAUSAL: tl.constexpr, HAS_LO: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N keys of one key-value head, and the queries of all heads of its group. No atomics."""
     blocks = tl.cdiv(keys, BLOCK_N)
@@ -199,13 +190,13 @@ def attention_grad_key_value(
     firsts = tl.cdiv(every - begin, BLOCK_M)
     grad_k, grad_v = _add_grad_key_value(
         grad_k, grad_v, k, v, key, hi, q_base, grad_base, lse_base, delta_base, stride_qh, stride_qt, stride_gh,
-        stride_gt, begin, firsts, whole, firsts + tl.cdiv(end - whole, BLOCK_M), queries, size, score_scale, cap,
-        GROUP, BLOCK_M, BLOCK_D, EVEN_D, CAUSAL, HAS_LO, SOFTCAP, PRECISION, True,
+        stride_gt, begin, firsts, whole, firsts + tl.cdiv(end - whole, BLOCK_M), queries, size, score_scale,
+        GROUP, BLOCK_M, BLOCK_D, EVEN_D, CAUSAL, HAS_LO, PRECISION, True,
     )  # fmt: skip
     grad_k, grad_v = _add_grad_key_value(
         grad_k, grad_v, k, v, key, hi, q_base, grad_base, lse_base, delta_base, stride_qh, stride_qt, stride_gh,
-        stride_gt, every, 0, every, tl.cdiv(whole - every, BLOCK_M), queries, size, score_scale, cap,
-        GROUP, BLOCK_M, BLOCK_D, EVEN_D, CAUSAL, HAS_LO, SOFTCAP, PRECISION, False,
+        stride_gt, every, 0, every, tl.cdiv(whole - every, BLOCK_M), queries, size, score_scale,
+        GROUP, BLOCK_M, BLOCK_D, EVEN_D, CAUSAL, HAS_LO, PRECISION, False,
     )  # fmt: skip
     grad_k_base = grad_k_ptr + b * stride_dkb + h * stride_dkh + first * stride_dks
     grad_v_base = grad_v_ptr + b * stride_dvb + h * stride_dvh + first * stride_dvs
@@ -214,28 +205,28 @@ def attention_grad_key_value(
 
 
 def backward(
-    grad: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-    lo: Tensor | None, hi: Tensor | None, scale: float, is_causal: bool, softcap: float,
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    lo: Tensor | None, hi: Tensor | None, scale: float, is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of query, key and value; grad_lse (B, H, T) is that of `lse` in natural units, if any."""
+    """Gradients of query, key and value."""
     batch, heads, queries, size = query.shape
     kv_heads, keys = key.shape[1:3]
     grad_query = empty_as_used(query.shape, query)
     grad_key, grad_value = (empty_as_used(key.shape, query) for _ in range(2))
     delta = torch.empty_like(lse)
-    scales, constants = shared_arguments(query, key, scale, is_causal, softcap, lo is not None)
+    constants = shared_constants(query, key, is_causal, lo is not None)
     chosen = tiles("attention_grad_query", size, query.dtype)
     grid = (triton.cdiv(queries, chosen.block_m) * heads * batch,)
     launch(
-        attention_grad_query, grid, query, key, value, out, grad, lse, grad_lse, delta, grad_query, lo,
+        attention_grad_query, grid, query, key, value, out, grad, lse, delta, grad_query, lo,
         *three_strides(query, key, value, out, grad, grad_query), batch_stride(lo), heads, queries, keys, size,
-        scale, *scales, HAS_GRAD_LSE=grad_lse is not None, **constants, **chosen.options(),
+        scale, scale * LOG2_E, **constants, **chosen.options(),
     )  # fmt: skip
     chosen = tiles("attention_grad_key_value", size, query.dtype)
     grid = (triton.cdiv(keys, chosen.block_n) * kv_heads * batch,)
     launch(
         attention_grad_key_value, grid, query, key, value, grad, lse, delta, grad_key, grad_value, hi,
         *three_strides(query, key, value, grad, grad_key, grad_value), batch_stride(hi), heads, queries, keys, size,
-        scale, *scales, **constants, **chosen.options(),
+        scale, scale * LOG2_E, **constants, **chosen.options(),
     )  # fmt: skip
     return grad_query, grad_key, grad_value

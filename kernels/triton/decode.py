@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from llmkit.kernels.fused_attention import LOG2_E, empty_as_used
-from llmkit.kernels.triton.attention import base2_scores, load_tile
+from llmkit.kernels.triton.attention import load_tile
 from llmkit.kernels.triton.launch import launch
 from llmkit.kernels.triton.tiles import decode_tiles
 from torch import Tensor
@@ -28,9 +28,9 @@ def _store_rows(base, tile, offset, valid, size, BLOCK_D: tl.constexpr):
 def attention_decode(
     q_ptr, k_ptr, v_ptr, lengths_ptr, o_ptr, part_ptr, lse_ptr, stride_qb, stride_qh, stride_qt, stride_kb, stride_kh,
     stride_ks, stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_ot, kv_heads, new, capacity, splits, size,
-    window, score_scale, cap, GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    window, score_scale, GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLIT_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, WINDOWED: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, ONE_SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr, ONE_SPLIT: tl.constexpr,
 ):  # fmt: skip
     """One program: up to BLOCK_R queries of one key-value head, and SPLIT_KEYS keys.
 
@@ -65,12 +65,11 @@ def attention_decode(
         for n0 in tl.range(begin, end, BLOCK_N):
             k = load_tile(k_base, local, stride_ks, end - n0, size, BLOCK_D, EVEN_D, True)
             products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            scores, _ = base2_scores(products, score_scale, cap, SOFTCAP)
             key = n0 + local
             seen = key[None, :] <= last[:, None]
             if WINDOWED:
                 seen = seen & (key[None, :] > last[:, None] - window)
-            scores = tl.where(seen, scores, float("-inf"))
+            scores = tl.where(seen, products * score_scale, float("-inf"))
             now = tl.maximum(highest, tl.max(scores, 1))
             anchor = tl.where(now == float("-inf"), 0.0, now)
             p = tl.exp2(scores - anchor[:, None])
@@ -128,9 +127,7 @@ def attention_merge(
     tl.store(o_base + column, total.to(o_ptr.dtype.element_ty), mask=column < size)
 
 
-def decode(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, scale: float, window: int, softcap: float
-) -> Tensor:
+def decode(query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, scale: float, window: int) -> Tensor:
     """Output (B, H, T, D) of T new tokens, the last of the `lengths` (B,) positions of each row. 0 is no window."""
     batch, heads, new, size = query.shape
     kv_heads, capacity = key_cache.shape[1:3]
@@ -144,14 +141,13 @@ def decode(
     if splits > 1:
         parts = query.new_empty((batch, kv_heads, new * group, splits, size), dtype=torch.float32)
         lse = query.new_empty(parts.shape[:-1], dtype=torch.float32)
-    scales = (scale / softcap, softcap * LOG2_E) if softcap > 0 else (scale * LOG2_E, 0.0)
     counts = kv_heads, new, capacity, splits, size, window
     constants = {"GROUP": group, "SPLIT_KEYS": chosen.split_keys, "BLOCK_D": padded, "WINDOWED": window > 0}
     launch(
         attention_decode, (splits, triton.cdiv(new * group, block_r), batch * kv_heads), query, key_cache, value_cache,
         lengths, out, parts, lse, *query.stride()[:3], *key_cache.stride()[:3], *value_cache.stride()[:3],
-        *out.stride()[:3], *counts, *scales, BLOCK_R=block_r, BLOCK_N=chosen.block_n, EVEN_D=padded == size,
-        SOFTCAP=softcap > 0, PRECISION="ieee", ONE_SPLIT=splits == 1, **constants, num_warps=chosen.num_warps,
+        *out.stride()[:3], *counts, scale * LOG2_E, BLOCK_R=block_r, BLOCK_N=chosen.block_n, EVEN_D=padded == size,
+        PRECISION="ieee", ONE_SPLIT=splits == 1, **constants, num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
     )  # fmt: skip
     if splits > 1:

@@ -14,12 +14,11 @@ from llmkit.kernels.triton.tiles import SIZES
 
 LENGTH = 1024  # of the examples: lengths are not compiled in, divisibility by 16 of strides is
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# What is compiled in besides head size and dtype: grouped queries, bounds (documents or windows), capped scores.
+# What is compiled in besides head size and dtype: grouped queries, bounds (documents or windows).
 KINDS = {
     "causal": {},
     "packed": {"packed": True},
     "packed grouped": {"packed": True, "group": 8},
-    "packed capped": {"packed": True, "softcap": 50.0},
     "full": {"is_causal": False},
 }
 TOKENS, HIDDEN = 4096, 1600  # of the examples; compiled in is whether they are divisible by 16
@@ -33,22 +32,21 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def launch_attention(
-    size: int, dtype: torch.dtype, *, packed: bool = False, group: int = 1, softcap: float = 0.0, is_causal: bool = True
+    size: int, dtype: torch.dtype, *, packed: bool = False, group: int = 1, is_causal: bool = True
 ) -> None:
     """Start forward and backward on tensors without memory, within `compiling_for`."""
     query = _empty(2, 8 * group, LENGTH, size, dtype=dtype)
     key = _empty(2, 8, LENGTH, size, dtype=dtype)
     bounds = _empty(2, LENGTH, dtype=torch.int32) if packed else None
-    options = size**-0.5, is_causal, softcap
-    out, lse = attention.forward(query, key, key, bounds, *options)
-    attention_backward.backward(out, None, query, key, key, out, lse, bounds, bounds, *options)
+    out, lse = attention.forward(query, key, key, bounds, size**-0.5, is_causal)
+    attention_backward.backward(out, query, key, key, out, lse, bounds, bounds, size**-0.5, is_causal)
 
 
 def launch_decode(size: int, dtype: torch.dtype, *, new: int = 1, group: int = 8, window: int = 0) -> None:
     """The same for attention to a cache."""
     query = _empty(2, 8 * group, new, size, dtype=dtype)
     key = _empty(2, 8, LENGTH, size, dtype=dtype)
-    decode.decode(query, key, key, _empty(2, dtype=torch.int64), size**-0.5, window, 0.0)
+    decode.decode(query, key, key, _empty(2, dtype=torch.int64), size**-0.5, window)
 
 
 def launch_cross_entropy(

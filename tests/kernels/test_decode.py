@@ -23,45 +23,33 @@ def example(new, lengths, *, heads=(4, 2), size=16, capacity=300, dtype=torch.fl
     return query, key, value, torch.tensor(lengths)
 
 
-def check(new, lengths, *, window=None, softcap=None, scale=None, **shape):
+def check(new, lengths, *, window=None, **shape):
     inputs = example(new, lengths, **shape)
     query, key, value = (x.double().nan_to_num() for x in inputs[:3])
-    options = {"window": window, "softcap": softcap}
-    expected = attention_decode_reference(query, key, value, inputs[3], scale or query.shape[-1] ** -0.5, **options)
-    found = attention_decode(*inputs, scale=scale, **options)
+    expected = attention_decode_reference(query, key, value, inputs[3], query.shape[-1] ** -0.5, window)
+    found = attention_decode(*inputs, window=window)
     assert found.shape == expected.shape and found.dtype == inputs[0].dtype
     bound = {torch.float32: 1e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}[found.dtype]
     assert (found.double() - expected).norm() <= bound * expected.norm()
 
 
-@pytest.mark.parametrize("new", [1, 3])
-@pytest.mark.parametrize("window", [None, 1, 48, 200, 1000])
-def test_rows_of_different_lengths(interpreted, new, window):
-    check(new, [3, 129, 300], window=window)
-
-
-@pytest.mark.parametrize("heads", [(1, 1), (2, 1), (4, 1), (8, 1), (8, 2)])
-def test_grouped_queries(interpreted, heads):
-    check(1, [100, 257], heads=heads)
+@pytest.mark.parametrize(
+    ("new", "lengths", "options"),
+    [
+        *((new, [3, 129, 300], {"window": window}) for new in (1, 3) for window in (None, 1, 48, 200, 1000)),
+        *((1, [100, 257], {"heads": heads}) for heads in ((1, 1), (2, 1), (4, 1), (8, 1), (8, 2))),
+        *((40, [40, 150], {"window": window}) for window in (None, 7)),  # a prefix is extended
+        (1, [1, 60], {"capacity": 60}),  # a cache of one split
+    ],
+)
+def test_any_rows_heads_and_windows(interpreted, new, lengths, options):
+    check(new, lengths, **options)
 
 
 @pytest.mark.parametrize("size", [24, 32, 64, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_any_head_size(interpreted, size, dtype):
     check(1, [130], size=size, capacity=130, dtype=dtype)
-
-
-@pytest.mark.parametrize("window", [None, 7])
-def test_a_prefix_is_extended_by_many_tokens(interpreted, window):
-    check(40, [40, 150], window=window)
-
-
-def test_capped_scores(interpreted):
-    check(2, [140, 70], softcap=2.0, scale=1.0)
-
-
-def test_a_cache_of_one_split(interpreted):
-    check(1, [1, 60], capacity=60)
 
 
 def test_a_query_without_keys_gives_zeros(interpreted, monkeypatch):
@@ -113,7 +101,7 @@ def test_any_lengths_and_window(interpreted, new, lengths, window, heads, dtype)
 
 def test_torch_accepts_the_operator(interpreted):
     query, key, value, lengths = example(2, [20, 9], capacity=20)
-    arguments = query, key.nan_to_num(), value.nan_to_num(), lengths, 0.25, 5, 0.0
+    arguments = query, key.nan_to_num(), value.nan_to_num(), lengths, 0.25, 5
     torch.library.opcheck(fused_attention.attention_decode, arguments)
 
 

@@ -27,14 +27,12 @@ def example(tokens=20, vocab=37, hidden=16, dtype=torch.float32):
     return [x.requires_grad_() for x in made], target
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_torch_accepts_the_loss(kernels, reduction):
+def test_torch_accepts_the_loss(kernels):
     (x, w), target = example()
     for weight, needs in ((w, (True, True)), (w.detach(), (True, False))):
-        torch.library.opcheck(cross_entropy._loss_and_gradients, (x, weight, target, reduction, -100, 8, *needs))
-    held = [t.detach() for t in (x, w)]
-    torch.library.opcheck(cross_entropy._gradients_of_each, (torch.randn(20), *held, target, -100, 8, True, True))
-    torch.library.opcheck(cross_entropy._scaled_in_a_graph, (held[0], torch.tensor(2.0), held[0].half()))
+        torch.library.opcheck(cross_entropy._loss_and_gradients, (x, weight, target, "mean", -100, 8, *needs))
+    x = x.detach()
+    torch.library.opcheck(cross_entropy._scaled_in_a_graph, (x, torch.tensor(2.0), x.half()))
 
 
 @pytest.mark.parametrize("entropy", [True, False])
@@ -48,7 +46,7 @@ def test_torch_accepts_the_logprobs(kernels, entropy):
     )
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_the_gradients_of_the_loss_are_those_of_its_values(reduction):
     inputs, target = example(5, 7, 3, torch.float64)
     torch.autograd.gradcheck(
@@ -68,16 +66,12 @@ def loss(x, w, target):
     return linear_cross_entropy(x, w, target, chunk_tokens=8)
 
 
-def losses(x, w, target):
-    return linear_cross_entropy(x, w, target, reduction="none", chunk_tokens=8).square().sum()
-
-
 def logprobs(x, w, target):
     values, entropy = linear_logprobs(x, w, target, temperature=0.9, return_entropy=True)
     return values.sum() + 0.1 * entropy.sum()
 
 
-@pytest.mark.parametrize("function", [loss, losses, logprobs])
+@pytest.mark.parametrize("function", [loss, logprobs])
 def test_compiled_it_is_the_same_and_another_length_is_no_other_graph(kernels, function):
     torch._dynamo.reset()
     operators = []
