@@ -32,7 +32,7 @@ from llmkit.io.run_folder import check_model_folder
 
 if TYPE_CHECKING:
     from llmkit.generation.generator import Generator
-    from llmkit.generation.requests import Prompts
+    from llmkit.generation.prompts import Prompts
     from llmkit.generation.served_sampler import ServedSampler
     from llmkit.model.config import ModelConfig
     from llmkit.model.devices import Precision
@@ -148,7 +148,7 @@ def _run_here(config: SampleConfig, model: str, out: str) -> Summary | None:
     from llmkit.generation.generator import describe_throughput, prompt_ids
     from llmkit.generation.loaded_model import open_model
     from llmkit.generation.next_token import Sampling
-    from llmkit.generation.requests import STOP, Prompts, fitting_shots, load_shots, with_shots
+    from llmkit.generation.prompts import STOP, Prompts, fitting_shots, load_shots, with_shots
     from llmkit.generation.terminal import converse
     from llmkit.generation.tool_calls import open_tools, told_unavailable
     from llmkit.io.resume import fingerprint
@@ -213,7 +213,7 @@ def _run_served(config: SampleConfig, out: str) -> Summary | None:
     # load
     from llmkit.generation.chat import Chat
     from llmkit.generation.next_token import Sampling
-    from llmkit.generation.requests import STOP, Prompts, load_shots, with_shots
+    from llmkit.generation.prompts import STOP, Prompts, load_shots, with_shots
     from llmkit.generation.served_sampler import open_served
     from llmkit.generation.terminal import converse
 
@@ -377,7 +377,7 @@ def _write(
 def _write_records(
     generator: Generator | ServedSampler, prompts: Prompts, config: SampleConfig, out: str, identity: Mapping[str, Any]
 ) -> None:
-    from llmkit.generation.requests import completion_record, lasting_output
+    from llmkit.generation.prompts import completion_record, lasting_output
 
     ordered, several, details = not config.unordered, config.samples > 1, (config.logprobs, bool(config.tools))
     lasting = out != "-" and (Path(out).is_file() or not Path(out).exists())  # not a pipe or device

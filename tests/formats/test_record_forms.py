@@ -9,7 +9,7 @@ from llmkit.formats.conversations import Message, Part, message, read_conversati
 from llmkit.formats.preferences import read_answers, read_comparison, read_prompt
 from llmkit.formats.problems import read_problem
 from llmkit.formats.questions import read_question
-from llmkit.generation.requests import Prompts
+from llmkit.generation.prompts import Prompts
 from llmkit.io.records import BadRecords, Row, check_document, good_records
 
 ASKED, ANSWERED = message("user", "2 + 2?"), message("assistant", "4")

@@ -14,7 +14,7 @@ from llmkit.formats.conversations import Conversation, Part, message, read_conve
 from llmkit.generation.chat import COMMANDS, Chat, talk
 from llmkit.generation.generator import Generator
 from llmkit.generation.next_token import Sampling
-from llmkit.generation.requests import STOP, load_shots, shots_of, with_shots
+from llmkit.generation.prompts import STOP, load_shots, shots_of, with_shots
 from llmkit.generation.tool_calls import open_tools
 from llmkit.io.records import Row
 from llmkit.tokenizer.chat import ChatFormat, write_chat_tokenizer
