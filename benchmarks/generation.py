@@ -98,38 +98,32 @@ def ours(folder: str, dtype: str, slots: int):
 
 
 def decode(folder: str, dtype: str, batch: int, new: int) -> dict:
-    import torch
-
-    from llmkit.generation.generator import Request
+    from llmkit.generation.requests import Request
 
     generator, name = ours(folder, dtype, batch)
-    times, step = [], generator._step
+    times, step = [], generator.decoder.step
 
-    def timed(*arguments) -> None:
-        step(*arguments)
+    def timed(*arguments):
         times[-1].append(time.perf_counter())
+        return step(*arguments)
 
-    generator._step = timed
-    with torch.inference_mode():
-        for turn in range(3):
-            times.append([])
-            prompts = [[random.randrange(257) for _ in range(PROMPT)] for _ in range(batch)]
-            list(generator.complete(Request(ids, max_tokens=new, number=turn) for ids in prompts))
+    generator.decoder.step = timed
+    for turn in range(3):
+        times.append([])
+        prompts = [[random.randrange(257) for _ in range(PROMPT)] for _ in range(batch)]
+        list(generator.complete(Request(ids, max_tokens=new, number=turn) for ids in prompts))
     steps = [1000 * (after - before) for turn in times for before, after in pairwise(turn)]
     return {"least": min(steps), "median": statistics.median(steps), "name": name}
 
 
 def mixed(folder: str, dtype: str) -> dict:
-    import torch
-
-    from llmkit.generation.generator import Request
+    from llmkit.generation.requests import Request
 
     generator, _ = ours(folder, dtype, 16)
     work = [Request([7] * length, max_tokens=new, number=i) for i, (length, new) in enumerate(mixed_work())]
-    with torch.inference_mode():
-        list(generator.complete(work[:4]))
-        started = time.process_time()
-        tokens = sum(len(samples[0].token_ids) for samples in generator.complete(work))
+    list(generator.complete(work[:4]))
+    started = time.process_time()
+    tokens = sum(len(samples[0].token_ids) for samples in generator.complete(work))
     return {"cpu": time.process_time() - started, "tokens": tokens}
 
 

@@ -54,6 +54,11 @@ DROPPED = {
     "write_scores": ("CrawlFilterConfig", "write the documents of `--only url,extract`, and try recipes on them"),
     "judge_check": ("ProbeKnowledgeConfig", "compare the judgements of --report with labels of your own"),
     "calibration": ("ProbeKnowledgeConfig", "--report has the log-probability of each answer and its judgement"),
+    "retries": ("ServedConfig", "6 is fixed: 0.5 to 8 seconds lie between them, or as long as the server asks for"),
+    "unordered": ("SampleConfig", "records come in the order of the input; --resume goes on where a run has ended"),
+    "consistent": ("ProbeKnowledgeConfig", "two thirds of the answers must agree"),
+    "prefix_tokens": ("ProbeKnowledgeConfig", "32 is fixed"),
+    "reply_tokens": ("ProbeKnowledgeConfig", "2,048 is fixed"),
     "match_f1": ("ProbeKnowledgeConfig", "0.7 is fixed; --judge MODEL judges otherwise"),
     "top_p": ("ProbeKnowledgeConfig", "answers are sampled at --temperature alone"),
     "center": ("TrainRewardConfig", "the weight is fixed at 0.01"),
@@ -216,7 +221,6 @@ class ServedConfig:
     )
     concurrency: int = option(8, "Requests to a server at a time.", group="Servers", at_least=1, at_most=999, free=True)
     timeout: float = option(120, "Longest wait for a reply.", group="Servers", unit="duration", above=0, free=True)
-    retries: int = option(6, "Retries of one request.", group="Servers", at_least=0, at_most=50, free=True)
 
     @property
     def is_served(self) -> bool:

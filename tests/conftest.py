@@ -51,6 +51,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.shared)
 
 
+@pytest.fixture
+def one_retry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request to a server that failed is tried once more, and not six times."""
+    monkeypatch.setattr("llmkit.generation.served_models.RETRIES", 1)
+
+
 @pytest.fixture(scope="session")
 def llmkit() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run the command line in a process of its own: `llmkit("sample", "base/", stdin="...")`.

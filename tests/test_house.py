@@ -30,14 +30,14 @@ ROOMS = {
     "report": (1250, 1480),
     "crawl": (4300, 4720),
     "data": (1100, 1480),
-    "generation": (2100, 3300),
+    "generation": (2100, 3200),
     "training": (2500, 3100),
     "reward_model": (800, 820),
     "probing": (900, 980),
     "rewards": (1400, 2160),
     "rl": (1350, 1660),
     "export": (600, 640),
-    "stages": (2400, 3300),
+    "stages": (2400, 3200),
     "cli": (380, 0),
     "__main__": (40, 0),
 }
@@ -61,25 +61,24 @@ LONG = {
     "pretrain.run",
     "probe_knowledge.run",
     "rl._run",
-    "sample._run_here",
     "sft.run",
     "train_reward.run",
 }
 SPLATS = {"llmkit.stages.pretrain", "llmkit.stages.rl"}
-STARS = 76  # names and attributes unpacked into positional arguments; may only fall
+STARS = 74  # names and attributes unpacked into positional arguments; may only fall
 OPTIONS = {
     "crawl-filter": 20,
     "train-bpe": 13,
     "pretrain": 43,
     "sft": 43,
-    "probe-knowledge": 32,
+    "probe-knowledge": 28,
     "train-reward": 38,
-    "rl": 57,
-    "sample": 36,
+    "rl": 56,
+    "sample": 34,
     "export": 9,
     "report": 10,
 }
-DISTINCT = 132
+DISTINCT = 127
 
 
 def modules() -> dict[str, str]:

@@ -1,6 +1,6 @@
 """A conversation with a model, turn by turn, for `llmkit sample --chat`.
 
-    chat = Chat(generator, opened.chat, context=2048, system="Be brief.", tools=tools)
+    chat = Chat(sampler, system="Be brief.")
     chat.ask("Who are you?", write=print)
 
 It knows no terminal: messages and commands come as lines (generation/terminal.py reads them where somebody types),
@@ -13,18 +13,17 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from llmkit.errors import UserError
 from llmkit.formats.conversations import RESULT, Message, Part, as_record, message
-from llmkit.generation.generator import Completion, Generator, Request
-from llmkit.generation.served_sampler import ServedSampler
-from llmkit.generation.tool_calls import ToolUse, tools_flag
+from llmkit.generation.requests import Completion, Prompt, Request
+from llmkit.generation.sampler import Sampler
+from llmkit.generation.tool_calls import tools_flag
 from llmkit.io.files import atomic_file
 from llmkit.io.progress import counted
-from llmkit.tokenizer.chat import ChatFormat
 
 LEAST_ANSWER = 32  # tokens of the context that stay free for an answer
 SHOWN = 400  # characters of a call or of its result
@@ -51,28 +50,21 @@ BARE = (*re.findall(r"^  (/[a-z]+)  ", HELP, re.MULTILINE), "/exit")  # take no 
 class Chat:
     """One conversation.
 
-    chat        how turns become tokens; None where a server has them become tokens
-    context     tokens that the model can take; None where only the server knows, which then refuses
     max_tokens  of an answer; None goes on until the model stops or the context is full
     seed        of the random numbers; each turn draws its own, and each try at it
-    tools       those of the generator
     greedy      whether each token is the likeliest, so that another try gives the same
     """
 
     def __init__(
         self,
-        generator: Generator | ServedSampler,
-        chat: ChatFormat | None,
+        sampler: Sampler,
         *,
-        context: int | None,
         system: str | None = None,
         max_tokens: int | None = None,
         seed: int = 0,
-        tools: ToolUse | None = None,
         greedy: bool = False,
     ) -> None:
-        self._greedy = greedy
-        self._generator, self._chat, self._context, self._tools = generator, chat, context, tools
+        self._greedy, self._sampler, self._chat, self._context = greedy, sampler, sampler.chat, sampler.context
         self.max_tokens, self.seed = max_tokens, seed
         self.turns: list[Message] = []
         self.reset(system)
@@ -138,16 +130,19 @@ class Chat:
                 parts.extend((Part(one["tool"], one["input"]), Part(RESULT, seen)))
                 say(f"{one['tool']} {'fails' if one.get('failed') else 'answers'}: {_shortened(one['result'])}")
 
-        self._generator.on_text = take
-        if isinstance(self._generator, Generator):
-            self._generator.on_call = call
         number = sum(turn.role == "user" for turn in self.turns)
         try:
             prompt = self._prompt(say)
             request = Request(prompt, max_tokens=self.max_tokens, seed=self.seed + self._tries, number=number)
-            left_out = {} if isinstance(self._generator, Generator) else self._generator.left_out
+            left_out = self._sampler.usage.left_out
             before = dict(left_out)
-            ((made,),) = self._generator.complete([request])
+            (samples,) = self._sampler.complete([request], on_text=take, on_call=call)
+            if not samples:
+                raise UserError(
+                    f"{request.where}: the prompt, with --max-tokens {self.max_tokens}, is longer than the context of "
+                    f"{self._sampler.name}; shorten the prompt"
+                )
+            (made,) = samples
             for kind in left_out:
                 if left_out[kind] > before.get(kind, 0):
                     say(f"left out: the server's {kind}")
@@ -163,11 +158,12 @@ class Chat:
 
     def _reason(self, made: Completion, answered: bool) -> str | None:
         """Why an answer ended, where the model did not end it, or said nothing."""
-        if made.finish_reason == "no_tool" and self._tools is not None:
-            tool, text = self._tools.last_call(made.token_ids)
+        tools = self._sampler.tools
+        if made.finish_reason == "no_tool" and tools is not None:
+            tool, text = tools.last_call(made.token_ids)
             return f"calls {tool}, which it was not given: {_shortened(text)}; start it with {tools_flag(tool)}"
-        if made.finish_reason == "tool_limit" and self._tools is not None:
-            return f"stopped at its call {self._tools.max_calls + 1} of a tool; --max-tool-calls allows more"
+        if made.finish_reason == "tool_limit" and tools is not None:
+            return f"stopped at its call {tools.max_calls + 1} of a tool; --max-tool-calls allows more"
         if made.finish_reason == "length":
             if self.max_tokens is not None and sum(made.sampled) >= self.max_tokens:
                 return f"cut after {counted(self.max_tokens, 'token')}; --max-tokens allows more"
@@ -181,13 +177,11 @@ class Chat:
     def _shown(self, first: int) -> list[Message]:
         return [*self.turns[: self.system is not None], *self.turns[first:]]
 
-    def _prompt(self, say: Say) -> Sequence[Any]:
+    def _prompt(self, say: Say) -> Prompt:
         """The ids of the conversation so far, less its oldest turns where they do not fit."""
-        if self._chat is None:
-            return as_record(self.turns)
         first = self._first
         while True:
-            ids = self._chat.encode(self._shown(first), prompt=True).token_ids.tolist()
+            ids = self._sampler.encode(self._shown(first))
             if self._context is None or len(ids) + LEAST_ANSWER <= self._context:
                 break
             following = (i for i in range(first + 1, len(self.turns)) if self.turns[i].role == "user")

@@ -10,7 +10,7 @@ with an answer.
 from __future__ import annotations
 
 import shutil
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
@@ -21,9 +21,10 @@ from typing import Any
 import orjson
 
 from llmkit.errors import Interrupted, UserError, naming
-from llmkit.formats.conversations import Conversation, Message, find_prompt, read_conversation, read_messages
-from llmkit.generation.generator import Completion, Request
+from llmkit.formats.conversations import Conversation, find_prompt, read_conversation, read_messages
 from llmkit.generation.next_token import request_number, seed_of_repeat
+from llmkit.generation.requests import Completion, Prompt, Request
+from llmkit.generation.sampler import Sampler
 from llmkit.io.files import PARTIAL, check_file, create, cut_torn_line, errors_name, replace_file
 from llmkit.io.jsonl import dump_json, json_row, open_bytes, read_jsonl
 from llmkit.io.progress import counted, say
@@ -56,12 +57,27 @@ AS_ASSISTANT = (
 IDENTITY = (*PROMPT_FIELDS, "seed")  # what a record that is kept has in common with its input
 
 
-def load_shots(path: str | None, as_assistant: bool) -> list[tuple[str, str]]:
-    """The examples in a file, or the built-in ones, or none."""
-    if path is None:
-        return list(AS_ASSISTANT) if as_assistant else []
-    conversations = read_jsonl([path], None, read_conversation)
-    return shots_of([conversation for conversation in conversations if not conversation.rejected], path)
+def load_shots(path: str | None, as_assistant: bool, sampler: Sampler, quiet: bool) -> list[tuple[str, str]]:
+    """The examples in a file; or the built-in ones, as many as fit three quarters of the context; or none.
+
+    Raises UserError where not one fits.
+    """
+    if path is not None:
+        conversations = read_jsonl([path], None, read_conversation)
+        return shots_of([conversation for conversation in conversations if not conversation.rejected], path)
+    shots = list(AS_ASSISTANT) if as_assistant else []
+    if not shots or sampler.context is None:
+        return shots
+    while shots and len(sampler.encode(with_shots(shots, ""))) > 0.75 * sampler.context:
+        shots.remove(max(shots, key=lambda shot: len("".join(shot))))
+    note = (
+        f"{len(shots)} of the {len(AS_ASSISTANT)} built-in examples fit the model's context of {sampler.context} tokens"
+    )
+    if not shots:
+        raise UserError(f"--as-assistant: {note}; give shorter ones by --shots, or take a model with a longer context")
+    if len(shots) < len(AS_ASSISTANT):
+        say(f"--as-assistant: {note}; --shots takes shorter ones", quiet)
+    return shots
 
 
 def shots_of(conversations: Sequence[Conversation], path: str) -> list[tuple[str, str]]:
@@ -84,53 +100,34 @@ def with_shots(shots: Sequence[tuple[str, str]], question: str) -> str:
     return f"{pairs}{ASKED}{question}\n{ANSWERED.rstrip()}"
 
 
-def fitting_shots(encode: Callable[[str], Sequence[Any]], context: int, quiet: bool) -> list[tuple[str, str]]:
-    """The built-in examples, without the longest until three quarters of a context hold them; UserError for none."""
-    shots = list(AS_ASSISTANT)
-    while shots and len(encode(with_shots(shots, ""))) > 0.75 * context:
-        shots.remove(max(shots, key=lambda shot: len("".join(shot))))
-    note = f"{len(shots)} of the {len(AS_ASSISTANT)} built-in examples fit the model's context of {context} tokens"
-    if not shots:
-        raise UserError(f"--as-assistant: {note}; give shorter ones by --shots, or take a model with a longer context")
-    if len(shots) < len(AS_ASSISTANT):
-        say(f"--as-assistant: {note}; --shots takes shorter ones", quiet)
-    return shots
-
-
 class Prompts:
-    """The requests of a run, made as they are asked for; `take` gives back the record that one came from.
+    """The requests of a run, made as they are asked for; `waiting` has the records of those not completed.
 
     rows        with `prompt` or `messages`; their own `seed` is used where `own_seeds` says so
-    encode      what a prompt's text becomes, and what a conversation becomes
+    sampler     encodes them; a prompt, with the `shots` before it, that is longer than its context is a bad record
     samples, max_tokens, seed  of each request
-    context     of the model, where it is known: a longer prompt, with the `shots` before it, is a bad record
-    unknown     the token of characters outside the vocabulary
-    is_assistant  whether text under other fields than `prompt`, such as `question`, is asked; else it is continued
+    shots       examples before the text of a prompt; without them an assistant is asked the text of other fields than
+                `prompt`, such as `question`
     bad         skips bad records; without it, the first raises UserError
     """
 
     def __init__(
         self,
         rows: Iterable[Row],
-        encode: Callable[[str], Sequence[Any]],
-        encode_messages: Callable[[Sequence[Message]], Sequence[Any]],
+        sampler: Sampler,
         *,
         samples: int,
         max_tokens: int | None,
         seed: int,
         own_seeds: bool,
-        context: int | None = None,
-        shots: int = 0,
-        unknown: int | None = None,
-        is_assistant: Callable[[], bool] = lambda: False,
+        shots: Sequence[tuple[str, str]] = (),
         bad: BadRecords | None = None,
     ) -> None:
-        self._given, self._encode, self._encode_messages = rows, encode, encode_messages
+        self._given, self._sampler, self._shots = rows, sampler, shots
         self._samples, self._max_tokens, self._seed, self._own_seeds = samples, max_tokens, seed, own_seeds
-        self._unknown, self._shots, self._is_assistant = unknown, shots, is_assistant
-        self._context, self._bad = context, BadRecords() if bad is None else bad
-        self.kept: _Kept | None = None  # what is made already
-        self._rows: dict[int, tuple[Row, int]] = {}
+        self._bad = BadRecords() if bad is None else bad
+        self.kept: _Former | None = None  # what is made already
+        self.waiting: deque[tuple[Row, int]] = deque()  # the record and the seed of each request not completed
         self._seen: Counter[int] = Counter()
         self.count = self.passed = self.kept_tokens = 0  # prompts made, prompts kept, and tokens of these
 
@@ -149,7 +146,7 @@ class Prompts:
             if self.kept is not None and self.kept.has({**row.value, "seed": seed}, where):
                 self.passed += 1
                 continue
-            self._rows[self.count] = row, seed
+            self.waiting.append((row, seed))
             self.count += 1
             yield Request(ids, self._samples, self._max_tokens, seed, number, where)
         for name in {tally.name: None for tally in self._bad.tallies}:
@@ -171,7 +168,7 @@ class Prompts:
             raise UserError(f"{where}: expected 'seed' to be a whole number from 0 to 2^63-1, found {seed!r}")
         return seed
 
-    def _ids(self, row: Row) -> tuple[Sequence[Any], tuple[str, ...]]:
+    def _ids(self, row: Row) -> tuple[Prompt, tuple[str, ...]]:
         """Encode the prompt of a record; the second value names the fields that are not used."""
         prompt = find_prompt(row, PROMPT_FIRST)
         if prompt is None:
@@ -180,28 +177,27 @@ class Prompts:
             )
         lost: list[str] = []
         alone = len(prompt.entries) == 1 and not isinstance(row.value[prompt.name], list)
-        if alone and (prompt.name == "prompt" or not self._is_assistant()):
-            ids = self._encode(prompt.entries[0]["content"])
+        asks = prompt.name != "prompt" and not self._shots and self._sampler.is_assistant
+        if alone and not asks:
+            text = prompt.entries[0]["content"]
+            ids = self._sampler.encode(with_shots(self._shots, text) if self._shots else text)
         else:
             messages = read_messages(row, prompt.entries, lost)
             if messages[-1].role != "user":
                 raise UserError(
                     f"{row.where}: expected messages that end with the user's, found the {messages[-1].role}'s last"
                 )
-            ids = self._encode_messages(messages)
-        if self._context is not None and len(ids) >= self._context:
-            of = f" with its {counted(self._shots, 'example')}" if self._shots else ""
+            ids = self._sampler.encode(messages)
+        context, tokenizer = self._sampler.context, self._sampler.tokenizer
+        if context is not None and len(ids) >= context:
+            of = f" with its {counted(len(self._shots), 'example')}" if self._shots else ""
             raise UserError(
                 f"{row.where}: the prompt{of} is {counted(len(ids), 'token')} long and the model's context is "
-                f"{self._context}, a new token included; {'give shorter --shots, or ' if of else ''}shorten the prompt"
+                f"{context}, a new token included; {'give shorter --shots, or ' if of else ''}shorten the prompt"
             )
-        if self._unknown is not None and self._unknown in ids:
+        if tokenizer is not None and tokenizer.unk_id is not None and tokenizer.unk_id in ids:
             lost.append(OUTSIDE)
         return ids, (*lost, *not_used(row.value, prompt.used, (*PROMPT_FIELDS, *CHOICES, *SAMPLING)))
-
-    def take(self, index: int) -> tuple[Row, int]:
-        """The record of a request and its seed, once."""
-        return self._rows.pop(index)
 
 
 def completion_record(
@@ -222,47 +218,34 @@ def completion_record(
 # ---- an output that outlives a kill
 
 
-class _Kept:
-    """Records of an unfinished file: `has` tells whether a record is among them, in the order of the file or in any."""
+class _Former:
+    """Records of an unfinished file, in the order of its input."""
 
-    def __init__(self, records: Iterator[dict[str, Any]], partial: Path, ordered: bool) -> None:
-        self._partial = partial
-        self._next = records if ordered else iter(())
-        self._left = Counter() if ordered else Counter(map(_identity, records))  # 16 bytes a prompt, and the table's
+    def __init__(self, records: Iterator[dict[str, Any]], partial: Path) -> None:
+        self._records, self._partial = records, partial
 
     def has(self, record: dict[str, Any], where: str) -> bool:
         """True if a record has been made; `record` names its seed. Raises UserError where another one stands."""
-        existing = next(self._next, None)
-        if existing is not None:
-            if _identity(existing) != _identity(record):
-                raise UserError(
-                    f"{where}: {self._partial} was made of another prompt or --seed, or by --unordered; "
-                    "start again with --force"
-                )
-            return True
-        identity = _identity(record)
-        if not self._left[identity]:
-            return False
-        self._left[identity] -= 1
-        return True
+        existing = next(self._records, None)
+        if existing is not None and _identity(existing) != _identity(record):
+            raise UserError(f"{where}: {self._partial} was made of another prompt or --seed; start again with --force")
+        return existing is not None
 
     def check_all_found(self) -> None:
         """Raises UserError where the file holds what was not asked for."""
-        more = self._left.total() + (next(self._next, None) is not None)
-        if more:
+        if next(self._records, None) is not None:
             raise UserError(
                 f"{self._partial}: holds completions of prompts that the input does not have; start again with --force"
             )
 
 
-def _identity(record: dict[str, Any]) -> bytes:
-    identity = {name: record[name] for name in IDENTITY if name in record}
-    return blake2b(dump_json(identity, orjson.OPT_SORT_KEYS), digest_size=16).digest()
+def _identity(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: record[name] for name in IDENTITY if name in record}
 
 
 @contextmanager
 def lasting_output(
-    out: str, prompts: Prompts, samples: int, ordered: bool, resume: bool, identity: Mapping[str, Any]
+    out: str, prompts: Prompts, samples: int, resume: bool, identity: Mapping[str, Any]
 ) -> Iterator[Callable[[dict[str, Any]], object]]:
     """Write a file `out` + ".partial" that becomes `out` at the end; its whole lines stay if this run ends early.
 
@@ -284,7 +267,7 @@ def lasting_output(
         Path(out + PARTIAL + ".json").unlink(missing_ok=True)  # the notes of an older version
     state = Kept(notes, identity, resume=resume)
     try:
-        with errors_name(out, partial), _whole_prompts(partial, state, prompts, samples, ordered) as write:
+        with errors_name(out, partial), _whole_prompts(partial, state, prompts, samples) as write:
             yield write
     except BaseException as error:
         if not partial.stat().st_size:
@@ -308,17 +291,17 @@ def lasting_output(
 
 @contextmanager
 def _whole_prompts(
-    partial: Path, state: Kept, prompts: Prompts, samples: int, ordered: bool
+    partial: Path, state: Kept, prompts: Prompts, samples: int
 ) -> Iterator[Callable[[dict[str, Any]], object]]:
     """Write behind the prompts all of whose samples are in the file, each line before its checksum is noted.
 
     Lines without one are kept where nothing is noted, else not: a kill came between.
     """
     checksums: dict[int, str] = {}  # of the first lines, by their number
-    for count, noted in state.items():
-        while checksums and next(reversed(checksums)) >= int(count):  # a resumed run has cut the file there
+    for lines, noted in state.items():
+        while checksums and next(reversed(checksums)) >= int(lines):  # a resumed run has cut the file there
             checksums.popitem()
-        checksums[int(count)] = noted.decode()
+        checksums[int(lines)] = noted.decode()
     most = max(checksums, default=0)
     with partial.open("r+b") as handle:
         cut_torn_line(handle)
@@ -353,7 +336,7 @@ def _whole_prompts(
         with partial.open("rb") as former:
             firsts = islice(former, 0, None, samples)
             records = (row.value for line in firsts if (row := json_row(line, str(partial), 2)) is not None)
-            prompts.kept = _Kept(records, partial, ordered)
+            prompts.kept = _Former(records, partial)
             yield write
 
 

@@ -16,13 +16,14 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from llmkit.errors import ServerError, UserError
 from llmkit.generation.http import MOVED, open_http_client, text_of
+from llmkit.generation.requests import Prompt, Usage
 from llmkit.io.progress import counted
 
 SCHEME = "openai:"
@@ -30,6 +31,7 @@ EXAMPLE = "openai:http://localhost:8000/v1#model-name"
 # OpenAI's code, vLLM's and SGLang's "maximum context length", llama.cpp's "available context size"
 BEYOND_CONTEXT = re.compile(r"context[ _](?:length|size|window)", re.IGNORECASE)
 SHOWN = 200  # characters of a server's message
+RETRIES = 6  # of a request, with 0.5 to 8 seconds between
 CHECK_SECONDS = 10.0  # to answer whether it is there
 IN_HEADERS = ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID")  # of the environment: what headers hold
 LOAD_SECONDS = 1800.0  # to load weights
@@ -41,8 +43,6 @@ FINISHES = {
 }
 MALFORMED = (ValueError, TypeError, AttributeError, KeyError, RecursionError)  # of reading bodies of other kinds
 TOKEN_ID = "token_id:"  # what stands before the number where vLLM gives ids as the tokens' names
-
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # text or token ids to continue, or messages to answer
 
 
 class Refused(ServerError):
@@ -100,23 +100,6 @@ def _header_value(name: str) -> str | None:
     return value or None
 
 
-@dataclass
-class Usage:
-    """Usage so far: answered requests, and tokens as the server counts them."""
-
-    requests: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        self.left_out: dict[str, int] = {}  # answers of which something is not in the text, by what
-
-    def __str__(self) -> str:
-        left = "".join(f"; left out the {kind} of {count:,}" for kind, count in self.left_out.items())
-        tokens = f"{counted(self.prompt_tokens, 'token')} in, {self.completion_tokens:,} out"
-        return f"{counted(self.requests, 'request')}, {tokens}{left}"
-
-
 @dataclass(frozen=True)
 class Reply:
     """Completion of a prompt by a server.
@@ -147,8 +130,10 @@ class OpenAIClient:
     retries  of a request that failed, before it is given up
     """
 
-    def __init__(self, address: Address, timeout: float = 120.0, retries: int = 6) -> None:
+    def __init__(self, address: Address, timeout: float = 120.0, retries: int | None = None) -> None:
         import openai
+
+        retries = RETRIES if retries is None else retries
 
         self.address, self.usage = address, Usage()
         self._timeout, self._retries = timeout, retries

@@ -1,20 +1,20 @@
-"""Completions from a model behind `openai:URL#NAME`, with the interface of `Generator`.
+"""Completions from a model behind a server: a `Sampler` (generation/sampler.py).
 
-    served = open_served("openai:http://localhost:8000/v1#qwen", "chat/", timeout=120, retries=6)
-    sampler = served.sampler(Sampling(temperature=0.8), concurrency=8)
-    for samples in sampler.complete([Request(served.encode("Once upon"), samples=3, max_tokens=64)]): ...
+    server = OpenAIClient(parse_address("openai:http://localhost:8000/v1#qwen", "--engine"), timeout=120)
+    sampler = ServedSampler(server, Sampling(temperature=0.8), tokenizer=load_tokenizer("chat/"))
+    for samples in sampler.complete([Request(sampler.encode("Once upon"), samples=3, max_tokens=64)]): ...
 
-With a folder prompts are sent as ids of its tokenizer, and ids come back where the server tells them; the two must
-have one tokenizer, which is checked by what comes back. Without a folder text is continued and messages are answered,
-by the server's own tokenizer and template. Each sample is a request of its own with a seed of its own, which comes
-from (seed, request, sample): where a server honours seeds, a text does not depend on its neighbours.
+With a tokenizer prompts are sent as its ids, and ids come back where the server tells them; the two must have one
+tokenizer, which is checked by what comes back. Without one text is continued and messages are answered, by the
+server's own tokenizer and template. Each sample is a request of its own with a seed of its own, which comes from
+(seed, request, sample): where a server honours seeds, a text does not depend on its neighbours.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from multiprocessing.pool import ThreadPool
 from queue import SimpleQueue
@@ -22,20 +22,14 @@ from typing import Any
 
 from llmkit.errors import UserError
 from llmkit.formats.conversations import Message, as_record
-from llmkit.generation.generator import Completion, Request, finished, prompt_ids
+from llmkit.generation.generator import prompt_ids
 from llmkit.generation.next_token import Sampling, uniforms
-from llmkit.generation.served_models import (
-    OpenAIClient,
-    Prompt,
-    PromptTooLong,
-    Refused,
-    Reply,
-    ServerError,
-    parse_address,
-)
+from llmkit.generation.requests import Completion, OnCall, OnText, Prompt, Request, finished
+from llmkit.generation.served_models import SCHEME, OpenAIClient, PromptTooLong, Refused, Reply, ServerError
+from llmkit.generation.tool_calls import ToolUse
 from llmkit.io.progress import counted
 from llmkit.tokenizer.chat import ChatFormat, has_chat_tokens, has_own_template
-from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
+from llmkit.tokenizer.encoding import Tokenizer
 from llmkit.tokenizer.templates import chat_format
 
 OPEN_SAMPLES, OPEN_REQUESTS = 2, 16  # times the requests at a time: asked for ahead, and read ahead of one not done
@@ -43,18 +37,43 @@ SHOWN = 60  # characters of a text that is not what was expected
 UNKNOWN = "\ufffd"  # in place of bytes that are no character
 
 
-def open_served(engine: str, folder: str | None, *, timeout: float, retries: int, flag: str = "--engine") -> Served:
-    """The model behind `openai:URL#NAME`, and the tokenizer of a folder. Raises UserError; asks the server nothing."""
-    server = OpenAIClient(parse_address(engine, flag), timeout, retries)
-    return Served(server, None if folder is None else load_tokenizer(folder))
+class ServedSampler:
+    """Completes prompts with a model behind a server.
 
+    tokenizer    of prompts that are sent as token ids; None where text and messages are
+    concurrency  requests under way at most
+    stop         strings that end a completion and are left out of it
+    logprobs     whether the log-probabilities of tokens are needed: under softmax(logits / temperature) or
+                 softmax(logits), as the server has it
+    token_ids    whether the ids of tokens are needed
+    end_ids      where ids are needed: the tokens of which one ends each completion that ends by itself
+    """
 
-@dataclass(frozen=True)
-class Served:
-    """A model behind a server, and its tokenizer where it is known."""
+    context: int | None = None  # only the server knows
+    tools: ToolUse | None = None
 
-    server: OpenAIClient
-    tokenizer: Tokenizer | None
+    def __init__(
+        self,
+        server: OpenAIClient,
+        sampling: Sampling,
+        *,
+        tokenizer: Tokenizer | None = None,
+        concurrency: int = 8,
+        stop: Sequence[str] = (),
+        logprobs: bool = False,
+        token_ids: bool = False,
+        end_ids: Collection[int] = (),
+    ) -> None:
+        self.server, self.tokenizer, self.usage, self.name = server, tokenizer, server.usage, server.address.name
+        self._temperature, self._concurrency, self._stop = sampling.temperature, concurrency, stop
+        self._needs_logprobs, self._needs_ids, self._end_ids = logprobs, token_ids, frozenset(end_ids)
+        self._details = _details(sampling, stop, tokenizer is not None)
+        self._seconds = 0.0
+        self.weights: str | None = None  # the version that answers must be of, where the server names one
+        self.identity: Mapping[str, Any] = {
+            "the model": self.name,
+            "the tokenizer": None if tokenizer is None else tokenizer.sha256[:16],
+        }
 
     @cached_property
     def chat(self) -> ChatFormat | None:
@@ -69,105 +88,49 @@ class Served:
         """True unless the tokenizer here has no chat format."""
         return self.tokenizer is None or has_own_template(self.tokenizer) or has_chat_tokens(self.tokenizer)
 
-    def encode(self, text: str) -> Prompt:
-        """A text to continue, as it is sent."""
-        return text if self.tokenizer is None else prompt_ids(self.tokenizer, text)
+    def check(self) -> None:
+        """Raise ServerError where the server does not answer."""
+        self.server.check()
 
-    def encode_messages(self, messages: Sequence[Message]) -> Prompt:
-        """A conversation to answer, as it is sent."""
-        return as_record(messages) if self.chat is None else self.chat.encode(messages, prompt=True).token_ids.tolist()
+    def encode(self, prompt: str | Sequence[Message]) -> Prompt:
+        """A text to continue, or a conversation to answer, as it is sent."""
+        if isinstance(prompt, str):
+            return prompt if self.tokenizer is None else prompt_ids(self.tokenizer, prompt)
+        return as_record(prompt) if self.chat is None else self.chat.encode(prompt, prompt=True).token_ids.tolist()
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Values that a resumed run must have in common with its beginning."""
-        return {
-            "the model": self.server.address.name,
-            "the tokenizer": None if self.tokenizer is None else self.tokenizer.sha256[:16],
-        }
-
-    def sampler(self, sampling: Sampling, **details: Any) -> ServedSampler:
-        """`details` are those of `ServedSampler`."""
-        return ServedSampler(self.server, sampling, tokenizer=self.tokenizer, **details)
-
-
-class ServedSampler:
-    """Continues prompts with a model behind a server; for its users it is a `Generator`.
-
-    concurrency  requests under way at most
-    stop         strings that end a completion and are left out of it
-    tokenizer    of the prompts where they are token ids; None where they are text or messages
-    logprobs     whether the log-probabilities of tokens are needed: under softmax(logits / temperature) or
-                 softmax(logits), as the server has it
-    token_ids    whether the ids of tokens are needed
-    end_ids      where ids are needed: the tokens of which one ends each completion that ends by itself
-    skip_long    have no samples of a prompt that is longer than the server's context, instead of an error
-
-    Where the server does not tell them, `token_ids`, `logprobs` and `sampled` of a completion are empty;
-    `truncated_logprobs` always are.
-    """
-
-    def __init__(
+    def complete(
         self,
-        server: OpenAIClient,
-        sampling: Sampling,
+        requests: Iterable[Request],
         *,
-        concurrency: int,
-        stop: Sequence[str] = (),
-        tokenizer: Tokenizer | None = None,
-        logprobs: bool = False,
-        token_ids: bool = False,
-        end_ids: Collection[int] = (),
-        skip_long: bool = False,
-    ) -> None:
-        self._server, self._concurrency, self._stop, self._tokenizer = server, concurrency, stop, tokenizer
-        self._temperature, self._skip_long = sampling.temperature, skip_long
-        self._needs_logprobs, self._needs_ids, self._end_ids = logprobs, token_ids, frozenset(end_ids)
-        self._details = _details(sampling, stop, tokenizer is not None)
-        self.tokens = 0  # chosen so far
-        self.weights: str | None = None  # the version that answers must be of, where the server names one
-        self.on_text: Callable[[int, int, str], None] | None = None  # (request, sample, text) as text comes
-
-    @property
-    def left_out(self) -> dict[str, int]:
-        """Answers of which a part is not in the text, counted by that part: reasoning, or calls of tools."""
-        return self._server.usage.left_out
-
-    def complete(self, requests: Iterable[Request]) -> Iterator[list[Completion]]:
-        """The samples of each request, in the order of the requests."""
-        return (samples for _, samples in self.complete_each(requests))
-
-    def complete_each(
-        self, requests: Iterable[Request], ordered: bool = True
-    ) -> Iterator[tuple[int, list[Completion]]]:
-        """(number, samples) of each request, which are read as there is room; in their order, or as they end.
-
-        Raises ServerError where a request has failed for good, UserError for a prompt that is too long.
-        """
+        on_text: OnText | None = None,
+        on_call: OnCall | None = None,
+    ) -> Iterator[list[Completion]]:
+        """See `Sampler.complete`; a server calls no tools. Raises ServerError where a request has failed for good."""
         done: dict[int, list[Completion | None]] = {}
         results: SimpleQueue[tuple[int, int, Completion | BaseException]] = SimpleQueue()
-        stopped, running = threading.Event(), 0
+        stopped, running, started = threading.Event(), 0, time.monotonic()
 
         def work(index: int, sample: int, request: Request) -> None:
-            def give(text: str) -> None:
+            def give(request: int, sample: int, text: str) -> None:
                 if stopped.is_set():
                     raise InterruptedError  # ends the stream, which nobody reads any more
-                assert self.on_text is not None
-                self.on_text(index, sample, text)
+                assert on_text is not None
+                on_text(request, sample, text)
 
             try:
-                results.put((index, sample, self._sample(request, sample, None if self.on_text is None else give)))
+                results.put((index, sample, self._sample(request, index, sample, None if on_text is None else give)))
             except BaseException as error:
                 results.put((index, sample, error))
 
-        def take() -> None:
+        def take() -> Iterator[list[Completion]]:
             index, sample, result = results.get()
-            if isinstance(result, PromptTooLong) and self._skip_long:
+            if isinstance(result, PromptTooLong):
                 done.update({index: []} if index in done else {})  # the first of its samples says so
             elif isinstance(result, BaseException):
                 raise result
             elif done.get(index):
                 done[index][sample] = result
-                self.tokens += len(result.token_ids)
+            yield from finished(done)
 
         # its threads are daemons: who interrupts the program does not wait for the server
         with ThreadPool(self._concurrency) as pool:
@@ -178,41 +141,31 @@ class ServedSampler:
                         pool.apply_async(work, (index, sample, request))
                     running += request.samples
                     while running > OPEN_SAMPLES * self._concurrency or len(done) > OPEN_REQUESTS * self._concurrency:
-                        take()
                         running -= 1
-                        for number in finished(done, ordered):
-                            yield number, [completion for completion in done.pop(number) if completion is not None]
+                        yield from take()
                 for _ in range(running):
-                    take()
-                    for number in finished(done, ordered):
-                        yield number, [completion for completion in done.pop(number) if completion is not None]
+                    yield from take()
             finally:
                 stopped.set()
+                self._seconds += time.monotonic() - started
 
-    def _sample(self, request: Request, sample: int, on_text: Callable[[str], object] | None) -> Completion:
+    def _sample(self, request: Request, index: int, sample: int, on_text: OnText | None) -> Completion:
         if request.max_tokens is None:
             raise UserError(f"{request.where}: --max-tokens none: a server needs a number")
-        if not request.prompt_ids:
+        if not request.prompt:
             raise UserError(f"{request.where}: an empty prompt, which a server has nothing to answer to")
         try:
-            reply = self._server.ask(
-                request.prompt_ids,
+            reply = self.server.ask(
+                request.prompt,
                 seed=sample_seed(request.seed, request.number, sample),
                 max_tokens=request.max_tokens,
                 temperature=self._temperature,
                 logprobs=self._needs_logprobs,
-                on_text=on_text,
+                on_text=None if on_text is None else lambda text: on_text(index, sample, text),
                 **self._details,
             )
-        except PromptTooLong:
-            if self._skip_long:
-                raise
-            raise UserError(
-                f"{request.where}: the prompt, with --max-tokens {request.max_tokens}, is longer than the context of "
-                f"{self._server.address.model}; shorten the prompt"
-            ) from None
         except Refused as error:
-            if self._tokenizer is None:
+            if self.tokenizer is None:
                 raise
             raise Refused(f"{error}; does it take token ids? Without MODEL it is sent text") from None
         self._check(request, reply)
@@ -221,9 +174,19 @@ class ServedSampler:
             reply.text, ids, reply.finish_reason, logprobs if self._needs_logprobs else [], [], [True] * len(ids), []
         )
 
+    def plan(self) -> Iterator[str]:
+        """Describe in a line how prompts are sent."""
+        as_ = "text and messages" if self.tokenizer is None else f"token ids of {self.tokenizer.path.parent}"
+        spec = f"{SCHEME}{self.server.address.url}#{self.server.address.model}"
+        yield f"{spec}: it answers; prompts go to it as {as_}, {self._concurrency} at a time"
+
+    def describe(self) -> Iterator[str]:
+        """Describe in a line what was asked."""
+        yield f"{self.name}: {self.usage}, in {self._seconds:.1f} s"
+
     def _check(self, request: Request, reply: Reply) -> None:
         """Raise ServerError for an answer that is not what was asked for."""
-        ids, logprobs, where = reply.token_ids, reply.logprobs, self._server.place
+        ids, logprobs, where = reply.token_ids, reply.logprobs, self.server.place
         strange = reply.finish_reason not in ("stop", "length")
         if strange and (self._needs_ids or reply.finish_reason in ("abort", "error")):
             raise ServerError(
@@ -237,8 +200,8 @@ class ServedSampler:
                 f"{where}: expected the ids of tokens, found none; serve the model by vLLM or SGLang of 2026, which "
                 "give them (return_token_ids)"
             )
-        if self._tokenizer is not None:
-            _check_tokenizer(self._tokenizer, request.prompt_ids, reply, where)
+        if self.tokenizer is not None:
+            _check_tokenizer(self.tokenizer, request.prompt, reply, where)
         if self._needs_logprobs and logprobs is None:
             raise ServerError(f"{where}: expected log-probabilities, found none; the server does not give them")
         least = len(ids) if ids is not None else reply.tokens - 1  # some do not count the end token

@@ -13,9 +13,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 
 from llmkit.errors import UserError
-from llmkit.generation.chat_models import ChatModel, Missing
 from llmkit.generation.served_models import shortened
 from llmkit.io.progress import counted
+from llmkit.probing.chat_model import ChatModel, Missing
 from llmkit.text.matching import EVASIVE, RIGHT, UNREADABLE, WRONG, Answered, MatchJudge
 
 TEMPERATURE = 0.3  # not 0: the second try must be able to say something else
@@ -46,11 +46,11 @@ class ModelJudge:
     """Judges by asking a chat model; `words` tells what is evasive beyond doubt."""
 
     def __init__(self, model: ChatModel, words: MatchJudge) -> None:
-        self._model, self._words, self.name = model, words, model.name
+        self._model, self._words, self.name = model, words, model.sampler.name
 
     def judge_each(self, answered: Iterable[Answered]) -> Iterator[tuple[Answered, list[str]]]:
         """Each question with the verdicts on its responses, one of `VERDICTS` or `UNREADABLE`, in order."""
-        for (item, judged), replies in self._model.ask(map(self._prompts, answered), read_verdict, TEMPERATURE):
+        for (item, judged), replies in self._model.ask(map(self._prompts, answered), read_verdict):
             verdicts = dict(zip(judged, replies, strict=True))
             yield item, [_verdict(verdicts.get(response.strip(), EVASIVE)) for response in item.responses]
 
@@ -75,8 +75,9 @@ def check_verdicts(counts: Mapping[str, int], model: ChatModel) -> None:
     """Raise UserError for a judge that said nothing which could be read, about answers that are right or wrong."""
     if counts[UNREADABLE] and not (counts[RIGHT] or counts[WRONG]):
         raise UserError(
-            f"--judge: no verdict of {model.name} could be read, in {counted(counts[UNREADABLE], 'judgement')}; it "
-            f"said, for example: {shortened(model.unread or '')!r}; start again with another judge and --force"
+            f"--judge: no verdict of {model.sampler.name} could be read, in "
+            f"{counted(counts[UNREADABLE], 'judgement')}; it said, for example: {shortened(model.unread or '')!r}; "
+            "start again with another judge and --force"
         )
 
 

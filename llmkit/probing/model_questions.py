@@ -14,9 +14,9 @@ import orjson
 
 from llmkit.errors import UserError
 from llmkit.formats.questions import Question, kind_of_question
-from llmkit.generation.chat_models import ChatModel, Missing, cost
 from llmkit.io.progress import Progress, counted, say
 from llmkit.io.resume import Kept
+from llmkit.probing.chat_model import ChatModel, Missing
 from llmkit.text.matching import holds
 from llmkit.text.normalize import words
 from llmkit.text.passages import Passage
@@ -54,10 +54,10 @@ def write_all(
     if not questions:
         state.remove()
         reasons = ", ".join(f"{reason} {count}" for reason, count in left_out.items())
-        raise UserError(f"--writer: no question of {model.name} can be asked ({reasons}); {cost(model)}")
+        raise UserError(f"--writer: no question of {model.sampler.name} can be asked ({reasons}); {model.cost()}")
     about = len({question.passage_id for question in questions})
     say(
-        f"{model.name} wrote {counted(len(questions), 'question')} about {about} of "
+        f"{model.sampler.name} wrote {counted(len(questions), 'question')} about {about} of "
         f"{counted(len(passages), 'passage')}",
         quiet,
     )
@@ -67,7 +67,7 @@ def write_all(
 def write_about(model: ChatModel, passages: Iterable[Passage], most: int) -> Iterator[dict[str, Any]]:
     """A record of each passage, in order: the `pairs` that the model wrote, or why there are none (`missing`)."""
     prompts = ((passage, [WRITER_PROMPT.format(most=most, passage=passage.text)]) for passage in passages)
-    for passage, (reply,) in model.ask(prompts, read_pairs, TEMPERATURE):
+    for passage, (reply,) in model.ask(prompts, read_pairs):
         result = {"missing": reply.value} if isinstance(reply, Missing) else {"pairs": reply[:most]}
         yield {"passage": _key(passage), "where": passage.where, **result}
 

@@ -13,11 +13,12 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from llmkit.errors import UserError
-from llmkit.generation.generator import Generator, Request
+from llmkit.generation.requests import Request
+from llmkit.generation.sampler import Sampler
 from llmkit.io.progress import Progress, counted
 from llmkit.io.records import Row
-from llmkit.tokenizer.encoding import Tokenizer
 
+PREFIX_TOKENS = 32  # of a document, which the model is given
 CHARACTERS_A_TOKEN = 32  # read of a document for each token that is wanted: no vocabulary has so long ones on average
 REPEATS = ((1, "once"), (2, "2 to 9 times"), (10, "10 times or more"))
 
@@ -36,57 +37,46 @@ class _Beginning:
 class Recital:
     """The beginnings of documents, ready to be asked for.
 
-    prefix_tokens  given to the model
-    max_tokens     compared with what it says, at most
-    context        of the model, in tokens
-    source         names the documents in errors: UserError where none is long enough, or the context too short
-    too_short      documents that end with their prefix
+    sampler     of a folder; it decodes greedily and knows no end tokens, so that it says as much as is compared
+    max_tokens  compared with what it says, at most
+    source      names the documents in errors: UserError where none is long enough, or the context too short
+    too_short   documents that end with their first `PREFIX_TOKENS` tokens, which the model is given
     """
 
-    def __init__(
-        self,
-        documents: Iterable[Row],
-        tokenizer: Tokenizer,
-        prefix_tokens: int,
-        max_tokens: int,
-        context: int,
-        source: str,
-    ) -> None:
-        if 1 + prefix_tokens + max_tokens > context:
+    def __init__(self, documents: Iterable[Row], sampler: Sampler, max_tokens: int, source: str) -> None:
+        tokenizer, context = sampler.tokenizer, sampler.context
+        assert tokenizer is not None and context is not None
+        if 1 + PREFIX_TOKENS + max_tokens > context:
             raise UserError(
-                f"--prefix-tokens {prefix_tokens} and --max-tokens {max_tokens}: expected less than the model's "
-                f"context of {context} tokens in all"
+                f"--max-tokens {max_tokens}: expected less than the model's context of {context} tokens, with the "
+                f"{PREFIX_TOKENS} that it is given"
             )
-        self._start = tokenizer.document_bounds()[0]
-        self._tokenizer = tokenizer
+        self._start, self._tokenizer, self._sampler = tokenizer.document_bounds()[0], tokenizer, sampler
         self._held: dict[tuple[int, ...], _Beginning] = {}
         self.too_short = 0
-        wanted = prefix_tokens + max_tokens
+        wanted = PREFIX_TOKENS + max_tokens
         for number, row in enumerate(documents, 1):
             ids = tokenizer.encode(row.value["text"][: wanted * CHARACTERS_A_TOKEN])[:wanted]
-            if len(ids) <= prefix_tokens:
+            if len(ids) <= PREFIX_TOKENS:
                 self.too_short += 1
             elif known := self._held.get(tuple(ids)):
                 known.repeats += 1
             else:
                 name = str(row.value.get("id") or row.value.get("url") or number)
-                self._held[tuple(ids)] = _Beginning(name, row.where, ids[:prefix_tokens], ids[prefix_tokens:])
+                self._held[tuple(ids)] = _Beginning(name, row.where, ids[:PREFIX_TOKENS], ids[PREFIX_TOKENS:])
         if not self._held:
-            raise UserError(f"{source}: expected documents of more than {counted(prefix_tokens, 'token')}, found none")
+            raise UserError(f"{source}: expected documents of more than {counted(PREFIX_TOKENS, 'token')}, found none")
 
     def __len__(self) -> int:
         return len(self._held)
 
-    def recite(self, generator: Generator) -> Iterator[dict[str, Any]]:
-        """A record of each: `matched` tokens from the first on, the `longest` run, and the `share` that matched.
-
-        The generator decodes greedily and knows no end tokens, so that it says as much as is compared.
-        """
+    def recite(self) -> Iterator[dict[str, Any]]:
+        """A record of each: `matched` tokens from the first on, the `longest` run, and the `share` that matched."""
         items = list(self._held.values())
         requests = (
             Request([self._start, *item.prefix], max_tokens=len(item.following), where=item.where) for item in items
         )
-        for item, (completion,) in zip(items, generator.complete(requests), strict=True):
+        for item, (completion,) in zip(items, self._sampler.complete(requests), strict=True):
             recited = completion.token_ids
             unlike = (index for index, token in enumerate(item.following) if recited[index] != token)
             matched = next(unlike, len(recited))

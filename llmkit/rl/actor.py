@@ -14,8 +14,9 @@ import torch
 
 from llmkit.errors import SharedError, UserError
 from llmkit.formats.conversations import Part
-from llmkit.generation.generator import Completion, Generator, Request
+from llmkit.generation.generator import Generator
 from llmkit.generation.next_token import Sampling
+from llmkit.generation.requests import Completion, Request
 from llmkit.generation.served_sampler import ServedSampler
 from llmkit.generation.tool_calls import ToolUse
 from llmkit.model.devices import is_small, one_thread
@@ -90,7 +91,6 @@ class Actor:
         if not problems:
             return []
         with torch.inference_mode(), one_thread(self._small):
-            before = generator.tokens
             requests = (
                 Request(
                     encoded.prompt_ids,
@@ -103,6 +103,10 @@ class Actor:
                 for i, encoded in enumerate(problems)
             )
             sampled = list(generator.complete(requests))
+        for encoded, completions in zip(problems, sampled, strict=True):
+            if not completions:
+                raise UserError(f"{encoded.problem.where}: the prompt is longer than the context of {generator.name}")
+            self.tokens += sum(sum(completion.sampled) for completion in completions)
         groups = [
             [
                 Rollout(
@@ -118,7 +122,6 @@ class Actor:
             ]
             for i, (encoded, completions) in enumerate(zip(problems, sampled, strict=True))
         ]
-        self.tokens += generator.tokens - before
         self.seconds += time.monotonic() - started
         started = time.monotonic()
         rollouts = [rollout for group in groups for rollout in group]

@@ -20,7 +20,7 @@ import numpy as np
 from llmkit.errors import UserError
 from llmkit.formats.conversations import Message, Part, as_record, message
 from llmkit.formats.problems import Problem
-from llmkit.generation.generator import Completion
+from llmkit.generation.requests import Completion
 from llmkit.io.files import BLOCK, check_file
 from llmkit.io.foreign import integer
 from llmkit.io.jsonl import dump_json

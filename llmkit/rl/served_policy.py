@@ -1,6 +1,6 @@
 """A server that samples from the policy as it is: weights are handed over before each batch, attempts made by ids.
 
-    served = ServedPolicy(open_served(...), end_ids=..., folder=work / "served", write=tuning.save_now, concurrency=64)
+    served = ServedPolicy(server, tokenizer, end_ids=..., folder=work / "served", write=tuning.save_now, concurrency=64)
     served.hand_over()
     for samples in served.sampler(settings).complete(requests): ...
 
@@ -19,10 +19,11 @@ from pathlib import Path
 
 from llmkit.errors import ServerError, UserError
 from llmkit.generation.next_token import Sampling
-from llmkit.generation.served_models import shortened
-from llmkit.generation.served_sampler import Served, ServedSampler
+from llmkit.generation.served_models import OpenAIClient, shortened
+from llmkit.generation.served_sampler import ServedSampler
 from llmkit.io.files import remove
 from llmkit.rl.rollouts import RolloutSettings
+from llmkit.tokenizer.encoding import Tokenizer
 
 KINDS = ("vllm", "sglang")  # by the owner of the model in the list of a server's models
 
@@ -40,27 +41,30 @@ class ServedPolicy:
 
     def __init__(
         self,
-        served: Served,
+        server: OpenAIClient,
+        tokenizer: Tokenizer,
         *,
         end_ids: Collection[int],
         folder: Path,
         write: Callable[[Path], None],
         concurrency: int,
     ) -> None:
-        self._served, self._end_ids, self._concurrency = served, end_ids, concurrency
+        self._server, self._tokenizer, self._end_ids, self._concurrency = server, tokenizer, end_ids, concurrency
         self._folder, self._write = folder, write
         self._held: Path | None = None  # what the server has loaded
-        self.kind = served.server.check()
+        self.kind = server.check()
         if self.kind not in KINDS:
             raise UserError(
-                f"{served.server.place}: expected vLLM or SGLang, which load new weights, found a server of "
+                f"{server.place}: expected vLLM or SGLang, which load new weights, found a server of "
                 f"{self.kind or 'unknown kind'}; sample from the folder instead, without --engine"
             )
 
     def sampler(self, settings: RolloutSettings) -> ServedSampler:
         """Return a sampler with the weights that were handed over last."""
-        sampler = self._served.sampler(
+        sampler = ServedSampler(
+            self._server,
             Sampling(settings.temperature),
+            tokenizer=self._tokenizer,
             concurrency=self._concurrency,
             stop=settings.stop,
             logprobs=True,
@@ -90,7 +94,7 @@ class ServedPolicy:
         self._held = folder
 
     def _load(self, folder: Path) -> None:
-        command = self._served.server.command
+        command = self._server.command
         if self.kind == "vllm":
             command("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
             # without the flag vLLM keeps a prefix that a request still holds
@@ -98,7 +102,7 @@ class ServedPolicy:
             return
         answer = command("/update_weights_from_disk", {"model_path": str(folder), "weight_version": folder.name})
         if not isinstance(answer, dict) or not answer.get("success"):
-            raise ServerError(f"{self._served.server.place}: refuses the weights: {shortened(str(answer))}")
+            raise ServerError(f"{self._server.place}: refuses the weights: {shortened(str(answer))}")
 
     def close(self) -> None:
         """Remove what was written for the server."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmkit.config import CommonConfig, RecordsConfig, ServedConfig, argument, as_options, lasting_options, option
 from llmkit.errors import UserError
@@ -20,9 +21,9 @@ from llmkit.io.records import BadRecords
 from llmkit.io.run_folder import check_finished, check_model_folder
 
 if TYPE_CHECKING:
-    from llmkit.generation.chat_models import ChatModel
+    from llmkit.generation.sampler import Sampler
     from llmkit.io.resume import Kept
-    from llmkit.probing.probe import Answering
+    from llmkit.probing.chat_model import ChatModel
     from llmkit.probing.recitation import Recited
     from llmkit.probing.refusals import Refusals
     from llmkit.text.matching import Judge
@@ -46,9 +47,9 @@ class ProbeKnowledgeConfig(RecordsConfig, CommonConfig, ServedConfig):
           llmkit probe-knowledge chat/ --questions squad.json.gz | jq -r .known | sort | uniq -c
 
         Each question is asked --samples times, without its passage, and each answer is judged right, wrong or evasive
-        (empty, "I don't know", the question again). A question is known if at least --consistent of its answers are
-        right, and mixed if fewer are. With no right answer it is unknown if at least --consistent are wrong, else
-        evasive. The output is conversations for sft: a refusal of each unknown question, the answer to each known one.
+        (empty, "I don't know", the question again). A question is known if two thirds of its answers are right, and
+        mixed if fewer are. With no right answer it is unknown if two thirds are wrong, else evasive. The output is
+        conversations for sft: a refusal of each unknown question, the answer to each known one.
         --questions: {"question", "answer"}, SQuAD's JSON and others. --passages: documents; questions are made from
         their sentences, by patterns of English or by --writer. --writer and --judge take an assistant's folder or
         a model behind an OpenAI-compatible server; --dry-run shows their prompts. More: docs/probe-knowledge.md.
@@ -66,7 +67,6 @@ class ProbeKnowledgeConfig(RecordsConfig, CommonConfig, ServedConfig):
     recite: str | None = option(
         None, "Documents to test for memorisation, and nothing else.", metavar="FILE", reads=True
     )
-    prefix_tokens: int = option(32, "With --recite: tokens of each document in the prompt.", at_least=1)
     device: str = option("auto", "Compute device.", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = option(
         "auto",
@@ -93,11 +93,6 @@ class ProbeKnowledgeConfig(RecordsConfig, CommonConfig, ServedConfig):
         metavar="match|MODEL|openai:URL#NAME",
         reads=True,
     )
-    consistent: float = option(
-        0.8, "Share of the answers to a question that must agree.", group="Judge", above=0, at_most=1
-    )
-    reply_tokens: int = option(512, "Tokens of a writer's or judge's reply.", group="Servers", unit="count", at_least=8)
-
     balance: float | None = option(
         1.0,
         "Ratio of known to unknown questions, reached by leaving some out; none: all stay.",
@@ -157,59 +152,88 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Recited | None:
         return Summary(out)
 
     # load
-    from llmkit.generation.chat_models import cost
     from llmkit.io.resume import Kept, resumable
-    from llmkit.probing.judges import check_verdicts
+    from llmkit.probing.judges import TEMPERATURE as JUDGE_TEMPERATURE
+    from llmkit.probing.model_questions import TEMPERATURE as WRITER_TEMPERATURE
     from llmkit.probing.model_questions import write_all
-    from llmkit.probing.probe import NAMES, Probe, ask_all, count_by_kind, describe, examples, plan
-    from llmkit.probing.refusals import Refusals, write_lessons
+    from llmkit.probing.probe import Probe, ask_all, examples, plan
+    from llmkit.probing.refusals import Refusals
+
+    refusals = Refusals(config.refusals)
+    with ExitStack() as stack, ExitStack() as until_written:
+        sampler = stack.enter_context(_sampler(config, config.temperature))
+        models: dict[str, ChatModel] = {}
+        if config.writer is not None:
+            models["writer"] = _chat_model(config, config.writer, "writer", WRITER_TEMPERATURE, until_written)
+        if config.judge != WORDS:
+            models["judge"] = _chat_model(config, config.judge, "judge", JUDGE_TEMPERATURE, stack)
+        _ = sampler.chat  # a base model has none, and says so now
+        sampler.check()
+        bad = BadRecords(config.max_bad, config.quiet)
+        passages, questions, left_out = _read(config, bad)
+        most = len(passages) * config.per_passage if "writer" in models else len(questions)
+        writer = models["writer"].sampler.name if "writer" in models else None
+        lines = plan(most, config.samples, config.max_tokens, config.temperature, writer, left_out)
+        for line in [*lines, *examples(questions, models)] if config.dry_run else lines[:1]:
+            say(line, config.quiet)
+        if config.dry_run:
+            return None
+
+        # build
+        for model in models.values():
+            model.sampler.check()
+        identity = lasting_options(config) | {**sampler.identity}
+        identity |= {f"--{name}": model.sampler.identity["the model"] for name, model in models.items()}
+        judge, written_by = _judge(models, refusals), writer or ("embedded" if passages else "given")
+        probe = Probe(sampler, judge, config.samples, config.max_tokens, config.seed, written_by)
+
+        # ask
+        with resumable(state_path, written_path):
+            written = Kept(written_path, identity, resume=config.resume) if writer else None
+            if written is not None:
+                questions, left_out = write_all(models["writer"], passages, config.per_passage, written, config.quiet)
+                until_written.close()
+            state = Kept(state_path, identity, resume=config.resume)
+            asked = ask_all(probe, state, questions, config.quiet)
+
+    # save and summarise
+    if asked < len(questions):
+        left_out["longer than the context"] += len(questions) - asked
+    names = {"written_by": written_by, "judged_by": judge.name, **bad.results}
+    summary = _save(config, out, state, refusals, models, names, left_out)
+    state.remove()
+    if written is not None:
+        written.remove()
+    usage = {name: model.sampler.usage for name, model in models.items()}
+    for name, model in models.items():
+        say(f"{name} {model.cost()}", config.quiet)
+    if config.is_served:
+        say(f"answers: {sampler.usage}", config.quiet)
+        usage["answers"] = sampler.usage
+    seconds = round(time.monotonic() - STARTED, 1)
+    usage = {name: asdict(used) for name, used in usage.items()} or None
+    return None if out == "-" else replace(summary, usage=usage, seconds=seconds)
+
+
+def _save(
+    config: ProbeKnowledgeConfig,
+    out: str,
+    state: Kept,
+    refusals: Refusals,
+    models: Mapping[str, ChatModel],
+    names: Mapping[str, Any],
+    left_out: Counter[str],
+) -> Summary:
+    """Write the report, the conversations and their manifest, and say what was found."""
+    from llmkit.probing.judges import check_verdicts
+    from llmkit.probing.probe import NAMES, count_by_kind, describe
+    from llmkit.probing.refusals import write_lessons
     from llmkit.text.matching import UNREADABLE
 
-    answering = _answering(config)
-    refusals = Refusals(config.refusals)
-    models = _chat_models(config)
-    bad = BadRecords(config.max_bad, config.quiet)
-    passages, questions, left_out = _read(config, bad)
-    most = len(passages) * config.per_passage if "writer" in models else len(questions)
-    writer = models["writer"].name if "writer" in models else None
-    lines = plan(most, config.samples, config.max_tokens, config.temperature, writer, left_out)
-    for line in [*lines, *examples(questions, models)] if config.dry_run else lines[:1]:
-        say(line, config.quiet)
-    if config.dry_run:
-        return None
-
-    # build
-    for model in models.values():
-        model.check()
-    identity = lasting_options(config) | {f"--{name}": model.identity for name, model in models.items()}
-    identity |= answering.identity
-    written: Kept | None = None
-
-    # ask
-    with resumable(state_path, written_path):
-        if "writer" in models:
-            written = Kept(written_path, identity, resume=config.resume)
-            questions, left_out = write_all(models["writer"], passages, config.per_passage, written, config.quiet)
-        state = Kept(state_path, identity, resume=config.resume)
-        with answering.start() as generator:
-            probe = Probe(
-                generator,
-                answering.chat,
-                _judge(config, models, refusals),
-                context=answering.context,
-                samples=config.samples,
-                max_tokens=config.max_tokens,
-                seed=config.seed,
-                consistent=config.consistent,
-                written_by=models["writer"].name if "writer" in models else "embedded" if passages else "given",
-            )
-            ask_all(probe, state, questions, config.quiet)
     kinds = count_by_kind(state.values())
     verdicts = Counter(verdict for record in state.values() for verdict in record["judgements"])
     if "judge" in models:
         check_verdicts(verdicts, models["judge"])
-
-    # save
     force = config.force or config.resume
     if config.report is not None:
         with open_output(config.report, force) as write:
@@ -219,40 +243,18 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Recited | None:
         taught = write_lessons(write, state.values, refusals, config.balance, config.seed)
     totals = sum(kinds.values(), Counter[str]())
     asked = totals.total()
-    results = {"written_by": probe.written_by, "judged_by": probe.judge.name, "questions": asked}
-    results |= {"responses": asked * config.samples, **{name: totals[name] for name in NAMES.values()}}
-    results |= {"confirmations": taught["yes"], "refusals": taught["no"], **bad.results}
+    results: dict[str, Any] = {"questions": asked, "responses": asked * config.samples}
+    results |= {name: totals[name] for name in NAMES.values()}
+    results |= {"confirmations": taught["yes"], "refusals": taught["no"], **names}
     if Path(out).is_file():
-        inputs = [*config.questions, *config.passages]
-        write_file_manifest(
-            out,
-            "probe-knowledge",
-            as_options(config),
-            inputs=inputs,
-            parents=[config.model] if config.model else [],
-            results=results,
-        )
-    state.remove()
-    if written is not None:
-        written.remove()
-
-    # summarise
-    if asked < len(questions):
-        left_out["longer than the context"] += len(questions) - asked
+        inputs, parents = [*config.questions, *config.passages], [config.model] if config.model else []
+        write_file_manifest(out, "probe-knowledge", as_options(config), inputs=inputs, parents=parents, results=results)
     for line in describe(kinds, left_out, taught, config.balance):
         say(line, config.quiet)
-    if passages and not models.get("writer"):
+    if names["written_by"] == "embedded":
         say("the questions were made by patterns: some are clumsy (written_by: embedded)", config.quiet)
     if verdicts[UNREADABLE]:
         say(f"judgements that could not be read: {verdicts[UNREADABLE]} of {verdicts.total()}", config.quiet)
-    for name, model in models.items():
-        say(f"{name} {cost(model)}", config.quiet)
-    usage = {name: asdict(model.usage) for name, model in models.items()}
-    if answering.usage is not None:
-        say(f"answers: {answering.usage}", config.quiet)
-        usage["answers"] = asdict(answering.usage)
-    if out == "-":
-        return None
     return Summary(
         path=out,
         report=config.report,
@@ -260,8 +262,6 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Recited | None:
         by_kind={kind: dict(counts) for kind, counts in kinds.items()},
         left_out=dict(left_out) or None,
         unreadable_judgements=verdicts[UNREADABLE] or None,
-        usage=usage or None,
-        seconds=round(time.monotonic() - STARTED, 1),
     )
 
 
@@ -294,53 +294,56 @@ def _checked(config: ProbeKnowledgeConfig, out: str) -> Path | None:
     return Path(out + STATE)
 
 
-def _answering(config: ProbeKnowledgeConfig) -> Answering:
-    """Open the model under test; of a server, check that it replies."""
+def _sampler(
+    config: ProbeKnowledgeConfig, temperature: float, end_ids: Collection[int] | None = None
+) -> AbstractContextManager[Sampler]:
+    """The model under test."""
     from llmkit.generation.next_token import Sampling
-    from llmkit.probing.probe import folder_answering, served_answering
+    from llmkit.generation.sampler import open_sampler
 
-    sampling = Sampling(config.temperature)
-    if not config.is_served:
-        return folder_answering(str(config.model), config.device, config.dtype, sampling, config.batch_size)
-    return served_answering(
-        config.engine,
-        config.model,
-        sampling,
+    return open_sampler(
+        config.engine if config.is_served else str(config.model),
+        Sampling(temperature),
+        flag="--engine" if config.is_served else "MODEL",
+        folder=config.model,
+        device=config.device,
+        dtype=config.dtype,
+        slots=config.batch_size,
+        end_ids=end_ids,
         concurrency=config.concurrency,
         timeout=config.timeout,
-        retries=config.retries,
     )
 
 
-def _chat_models(config: ProbeKnowledgeConfig) -> dict[str, ChatModel]:
-    """The models that write and judge, by "writer" and "judge", where there are any; not asked yet."""
-    given = {"writer": config.writer, "judge": None if config.judge == WORDS else config.judge}
-    if not any(given.values()):
-        return {}
-    from llmkit.generation.chat_models import ChatSettings, open_chat_model
+def _chat_model(
+    config: ProbeKnowledgeConfig, source: str, name: str, temperature: float, stack: ExitStack
+) -> ChatModel:
+    """The model that writes or judges, by `name`; not asked yet."""
+    from llmkit.generation.next_token import Sampling
+    from llmkit.generation.sampler import open_sampler
+    from llmkit.probing.chat_model import ChatModel
 
-    settings = ChatSettings(
-        max_tokens=config.reply_tokens,
-        seed=config.seed,
-        dtype=config.dtype,
+    sampler = open_sampler(
+        source,
+        Sampling(temperature),
+        flag=f"--{name}",
         device=config.device,
+        dtype=config.dtype,
         slots=config.batch_size,
         concurrency=config.concurrency,
         timeout=config.timeout,
-        retries=config.retries,
     )
-    return {name: open_chat_model(spec, f"--{name}", settings) for name, spec in given.items() if spec is not None}
+    model = ChatModel(stack.enter_context(sampler), config.seed)
+    _ = model.sampler.chat  # a base model has none, and says so now
+    return model
 
 
-def _judge(config: ProbeKnowledgeConfig, models: Mapping[str, ChatModel], refusals: Refusals) -> Judge:
+def _judge(models: Mapping[str, ChatModel], refusals: Refusals) -> Judge:
+    from llmkit.probing.judges import ModelJudge
     from llmkit.text.matching import MatchJudge
 
     by_words = MatchJudge(refusals=refusals.texts())
-    if "judge" not in models:
-        return by_words
-    from llmkit.probing.judges import ModelJudge
-
-    return ModelJudge(models["judge"], by_words)
+    return ModelJudge(models["judge"], by_words) if "judge" in models else by_words
 
 
 def _read(config: ProbeKnowledgeConfig, bad: BadRecords) -> tuple[list[Passage], list[Question], Counter[str]]:
@@ -368,8 +371,6 @@ def _read(config: ProbeKnowledgeConfig, bad: BadRecords) -> tuple[list[Passage],
 
 def _recite(config: ProbeKnowledgeConfig, path: str) -> Recited | None:
     """`--recite FILE`: how much of its documents the model goes on with, word for word."""
-    from llmkit.generation.loaded_model import open_model
-    from llmkit.generation.next_token import Sampling
     from llmkit.probing.recitation import Recital, Recited, describe, summarise, written
 
     beside = config.questions or config.passages or config.report or config.resume or config.writer
@@ -378,16 +379,15 @@ def _recite(config: ProbeKnowledgeConfig, path: str) -> Recited | None:
     out = config.out or "-"
     _checked(config, out)
     check_inputs([path])
-    opened = open_model(str(config.model), config.device, config.dtype)
     documents = read_documents([path], config.limit, BadRecords(config.max_bad, config.quiet))
-    context = opened.config.max_position_embeddings
-    recital = Recital(documents, opened.tokenizer, config.prefix_tokens, config.max_tokens, context, name_of(path))
-    say(f"{name_of(path)}: {counted(len(recital), 'document')}, {recital.too_short} more are too short", config.quiet)
-    if config.dry_run:
-        return None
-    with opened.computing(), open_output(out, config.force) as write:
-        records = recital.recite(opened.generator(Sampling(0.0), config.batch_size, end_ids=()))
-        groups = summarise(written(records, write, len(recital), config.quiet))
+    with _sampler(config, temperature=0.0, end_ids=()) as sampler:
+        recital = Recital(documents, sampler, config.max_tokens, name_of(path))
+        beginnings = counted(len(recital), "document")
+        say(f"{name_of(path)}: {beginnings}, {recital.too_short} more are too short", config.quiet)
+        if config.dry_run:
+            return None
+        with open_output(out, config.force) as write:
+            groups = summarise(written(recital.recite(), write, len(recital), config.quiet))
     for line in describe(groups, config.max_tokens):
         say(line, config.quiet)
     return None if out == "-" else Recited(out, len(recital), groups, recital.too_short)

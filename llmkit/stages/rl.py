@@ -437,11 +437,13 @@ def _rewards(config: RlConfig, stack: ExitStack) -> tuple[list[Weighted], list[W
 def _served(config: RlConfig, folder: RunFolder, tuning: Finetuning, stack: ExitStack) -> ServedPolicy:
     """The server that samples; it is asked whether it is there."""
     from llmkit.generation.generator import end_tokens
-    from llmkit.generation.served_sampler import open_served
+    from llmkit.generation.served_models import OpenAIClient, parse_address
     from llmkit.rl.served_policy import ServedPolicy
 
-    served = open_served(config.engine, config.model, timeout=config.timeout, retries=config.retries)
-    ends, place = end_tokens(tuning.model, tuning.tokenizer), folder.work / "served"
-    policy = ServedPolicy(served, end_ids=ends, folder=place, write=tuning.save_now, concurrency=config.concurrency)
+    server = OpenAIClient(parse_address(config.engine, "--engine"), config.timeout)
+    ends, place = end_tokens(tuning.model.config, tuning.tokenizer), folder.work / "served"
+    policy = ServedPolicy(
+        server, tuning.tokenizer, end_ids=ends, folder=place, write=tuning.save_now, concurrency=config.concurrency
+    )
     stack.callback(policy.close)
     return policy

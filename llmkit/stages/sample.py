@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -23,23 +22,19 @@ from llmkit.config import (
     option,
 )
 from llmkit.errors import UserError
-from llmkit.formats.conversations import Message
 from llmkit.io.files import PARTIAL, check_output, check_unfinished
 from llmkit.io.jsonl import names_of, open_bytes, open_input, open_output, read_jsonl, read_text
-from llmkit.io.progress import Progress, counted, quantity, say
+from llmkit.io.progress import Progress, counted, say
 from llmkit.io.records import BadRecords, Row
 from llmkit.io.run_folder import check_model_folder
 
 if TYPE_CHECKING:
-    from llmkit.generation.generator import Generator
     from llmkit.generation.prompts import Prompts
-    from llmkit.generation.served_sampler import ServedSampler
-    from llmkit.model.config import ModelConfig
-    from llmkit.model.devices import Precision
+    from llmkit.generation.requests import Completion
+    from llmkit.generation.sampler import Sampler
 
-STARTED = time.monotonic()
 KNOWN_OTHERWISE = ("MODEL", "INPUT...", "--limit")  # a resumed run compares the model's content, and its prompts
-OURS, THEIRS = ("device", "dtype", "batch_size", "tools"), ("concurrency", "timeout", "retries")  # here, on a server
+OURS, THEIRS = ("device", "dtype", "batch_size", "tools"), ("concurrency", "timeout")  # here, on a server
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +85,6 @@ class SampleConfig(RecordsConfig, CommonConfig, ToolConfig, ServedConfig):
     )
     batch_size: int = option(16, "Sequences decoded at a time.", at_least=1, at_most=4096, free=True)
 
-    unordered: bool = option(False, "With --jsonl: records in the order of completion.", free=True)
     resume: bool = option(False, "With --jsonl: resume a killed run.", free=True)
     logprobs: bool = option(False, "With --jsonl: log-probabilities of the tokens, before and after truncation.")
 
@@ -139,133 +133,74 @@ def run(config: SampleConfig) -> Summary | None:
         say(f"{out}: finished, so there is nothing to do; without --resume, --force makes it again", config.quiet)
         sizes = [len(row.value.get("token_ids", ())) for row in read_jsonl([out])]
         return Summary(out, len(sizes) // config.samples, len(sizes), sum(sizes), 0.0)
-    return _run_served(config, out) if config.is_served else _run_here(config, str(config.model), out)
 
-
-def _run_here(config: SampleConfig, model: str, out: str) -> Summary | None:
     # load
     from llmkit.generation.chat import Chat
-    from llmkit.generation.generator import describe_throughput, prompt_ids
-    from llmkit.generation.loaded_model import open_model
-    from llmkit.generation.next_token import Sampling
-    from llmkit.generation.prompts import STOP, Prompts, fitting_shots, load_shots, with_shots
+    from llmkit.generation.prompts import Prompts, load_shots
     from llmkit.generation.terminal import converse
-    from llmkit.generation.tool_calls import open_tools, told_unavailable
-    from llmkit.io.resume import fingerprint
 
-    opened = open_model(model, config.device, config.dtype)
-    tokenizer = opened.tokenizer
-    if config.dry_run:
-        for line in _plan(config, model, opened.config, opened.precision, str(opened.device)):
-            say(line, config.quiet)
-        return None
-    shots = load_shots(config.shots, config.as_assistant)
-    with opened.computing(), ExitStack() as stack:
-        # build
-        tools = open_tools(config, tokenizer, stack, opened.end_ids, end_at_others=config.chat)
-        sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
-        stop = (*config.stop, *([STOP] if shots else []))
-        generator = opened.generator(sampling, _slots(config), stop=stop, tools=tools)
-
-        def encode_messages(messages: Sequence[Message]) -> list[int]:
-            return opened.chat.encode(messages, prompt=True).token_ids.tolist()
-
+    with _sampler(config) as sampler:
+        sampler.check()
+        if config.dry_run:
+            for line in [*sampler.plan(), _wanted(config)]:
+                say(line, config.quiet)
+            return None
         if config.chat:
-            chat = Chat(
-                generator,
-                opened.chat,
-                context=opened.config.max_position_embeddings,
-                system=config.system,
-                max_tokens=config.max_tokens,
-                seed=config.seed,
-                tools=tools,
-                greedy=config.temperature == 0,
-            )
+            greedy = config.temperature == 0
+            chat = Chat(sampler, system=config.system, max_tokens=config.max_tokens, seed=config.seed, greedy=greedy)
             converse(chat, config.prompt, config.quiet)
             return None
 
-        def encode(text: str) -> list[int]:
-            return prompt_ids(tokenizer, with_shots(shots, text) if shots else text)
-
-        context = opened.config.max_position_embeddings
-        if config.as_assistant:
-            shots = fitting_shots(partial(prompt_ids, tokenizer), context, config.quiet)
+        # build
         bad = BadRecords(config.max_bad if config.jsonl else "0", config.quiet)
-        details = {"context": context, "shots": len(shots), "unknown": tokenizer.unk_id, "bad": bad, **_asked(config)}
-        details["is_assistant"] = lambda: not shots and opened.is_assistant
-        prompts = Prompts(_rows(config, bad), encode, encode_messages, **details)
-        loaded = time.monotonic()
-
-        # generate
-        identity = {"the model": fingerprint(model), "the precision": opened.precision.name}
-        _write(generator, prompts, config, out, identity | _identity(config, shots))
-
-    # summarise
-    seconds = time.monotonic() - loaded
-    for line in told_unavailable([tools.unavailable_calls] if tools else []):
-        say(line, config.quiet)
-    if not config.quiet:
-        say(f"{describe_throughput(generator, seconds)}, after {loaded - STARTED:.1f} s of loading")
-    return _summary(config, prompts, out, generator.tokens, seconds)
-
-
-def _run_served(config: SampleConfig, out: str) -> Summary | None:
-    # load
-    from llmkit.generation.chat import Chat
-    from llmkit.generation.next_token import Sampling
-    from llmkit.generation.prompts import STOP, Prompts, load_shots, with_shots
-    from llmkit.generation.served_sampler import open_served
-    from llmkit.generation.terminal import converse
-
-    served = open_served(config.engine, config.model, timeout=config.timeout, retries=config.retries)
-    served.server.check()
-    shots = load_shots(config.shots, config.as_assistant)
-    if config.dry_run:
-        prompts_as = "text and messages" if config.model is None else f"token ids of {config.model}"
-        say(
-            f"{config.engine}: it answers; prompts go to it as {prompts_as}, {config.concurrency} at a time",
-            config.quiet,
-        )
-        say(_wanted(config), config.quiet)
-        return None
-
-    # build
-    sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
-    stop = (*config.stop, *([STOP] if shots else []))
-    sampler = served.sampler(sampling, concurrency=config.concurrency, stop=stop, logprobs=config.logprobs)
-    if config.chat:
-        chat = Chat(
+        shots = load_shots(config.shots, config.as_assistant, sampler, config.quiet)
+        prompts = Prompts(
+            _rows(config, bad),
             sampler,
-            served.chat,
-            context=None,
-            system=config.system,
+            samples=config.samples,
             max_tokens=config.max_tokens,
             seed=config.seed,
-            greedy=config.temperature == 0,
+            own_seeds=config.jsonl,
+            shots=shots,
+            bad=bad,
         )
-        converse(chat, config.prompt, config.quiet)
-        return None
+        started = time.monotonic()
 
-    def encode(text: str) -> Sequence[Any]:
-        return served.encode(with_shots(shots, text) if shots else text)
+        # generate
+        if config.jsonl:
+            _write_records(sampler, prompts, config, out, {**sampler.identity, **_identity(config, shots)})
+        else:
+            _write_text(sampler, prompts, config, out)
 
-    bad = BadRecords(config.max_bad if config.jsonl else "0", config.quiet)
-    details = {"is_assistant": lambda: not shots and served.is_assistant, "bad": bad, **_asked(config)}
-    prompts = Prompts(_rows(config, bad), encode, served.encode_messages, **details)
-    started = time.monotonic()
-
-    # generate
-    _write(sampler, prompts, config, out, served.identity | _identity(config, shots))
-
-    # summarise
-    seconds = time.monotonic() - started
-    say(f"{served.server.address.name}: {served.server.usage}, in {seconds:.1f} s", config.quiet)
-    return _summary(config, prompts, out, served.server.usage.completion_tokens, seconds)
+        # summarise
+        seconds = time.monotonic() - started
+        if not config.quiet:
+            for line in sampler.describe():
+                say(line)
+        return _summary(config, prompts, out, sampler.usage.completion_tokens, seconds)
 
 
-def _asked(config: SampleConfig) -> dict[str, Any]:
-    """Collect the options that all requests share, for `Prompts`."""
-    return {"samples": config.samples, "max_tokens": config.max_tokens, "seed": config.seed, "own_seeds": config.jsonl}
+def _sampler(config: SampleConfig) -> AbstractContextManager[Sampler]:
+    from llmkit.generation.next_token import Sampling
+    from llmkit.generation.prompts import STOP
+    from llmkit.generation.sampler import open_sampler
+
+    one_prompt = config.chat or config.prompt is not None or not config.jsonl
+    return open_sampler(
+        config.engine if config.is_served else str(config.model),
+        Sampling(config.temperature, config.top_k, config.top_p, config.min_p),
+        flag="--engine" if config.is_served else "MODEL",
+        folder=config.model,
+        device=config.device,
+        dtype=config.dtype,
+        slots=min(config.batch_size, config.samples) if one_prompt else config.batch_size,
+        stop=(*config.stop, *([STOP] if config.shots or config.as_assistant else [])),
+        tools=None if config.dry_run else config,
+        end_at_others=config.chat,
+        concurrency=config.concurrency,
+        timeout=config.timeout,
+        logprobs=config.logprobs,
+    )
 
 
 def _summary(config: SampleConfig, prompts: Prompts, out: str, tokens: int, seconds: float) -> Summary | None:
@@ -308,34 +243,9 @@ def _check_options(config: SampleConfig, out: str) -> None:
         )
     if config.system is not None and not config.chat:
         raise UserError("--system: expected --chat; in JSONL, put a system message into the record's messages")
-    if config.unordered and not config.jsonl:
-        raise UserError("--unordered: expected --jsonl beside it")
     check_output(out, config.force, config.resume)
     if config.jsonl and not config.dry_run:
         check_unfinished(config.force, config.resume, out + PARTIAL)
-
-
-def _slots(config: SampleConfig) -> int:
-    one_prompt = config.chat or config.prompt is not None or not config.jsonl
-    return min(config.batch_size, config.samples) if one_prompt else config.batch_size
-
-
-def _plan(config: SampleConfig, folder: str, model: ModelConfig, precision: Precision, device: str) -> Iterator[str]:
-    """Yield the lines of `--dry-run`."""
-    size = precision.dtype.itemsize
-    packed = {"dense": size, "half": 2, "int8": 1}[precision.weights]
-    slots = _slots(config)
-    a_token = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * size
-    context, count = model.max_position_embeddings, model.parameter_count
-    yield (
-        f"{folder}: {model.model_type}, {quantity(count)} parameters, context {context}, {precision.name} on {device}"
-    )
-    loading = f", {quantity(count * size)}B more while loading" if device == "cpu" else ""
-    yield (
-        f"memory: {quantity(count * packed)}B of weights{loading}, and up to "
-        f"{quantity(slots * context * a_token)}B of keys and values for {counted(slots, 'sequence')}"
-    )
-    yield _wanted(config)
 
 
 def _wanted(config: SampleConfig) -> str:
@@ -365,36 +275,28 @@ def _identity(config: SampleConfig, shots: Sequence[tuple[str, str]]) -> dict[st
     return {"what is in --shots": shown} | kept
 
 
-def _write(
-    generator: Generator | ServedSampler, prompts: Prompts, config: SampleConfig, out: str, identity: Mapping[str, Any]
-) -> None:
-    if config.jsonl:
-        _write_records(generator, prompts, config, out, identity)
-    else:
-        _write_text(generator, prompts, config, out)
-
-
 def _write_records(
-    generator: Generator | ServedSampler, prompts: Prompts, config: SampleConfig, out: str, identity: Mapping[str, Any]
+    sampler: Sampler, prompts: Prompts, config: SampleConfig, out: str, identity: Mapping[str, Any]
 ) -> None:
     from llmkit.generation.prompts import completion_record, lasting_output
 
-    ordered, several, details = not config.unordered, config.samples > 1, (config.logprobs, bool(config.tools))
+    several, details = config.samples > 1, (config.logprobs, bool(config.tools))
     lasting = out != "-" and (Path(out).is_file() or not Path(out).exists())  # not a pipe or device
     with (
-        lasting_output(out, prompts, config.samples, ordered, config.resume, identity)
+        lasting_output(out, prompts, config.samples, config.resume, identity)
         if lasting
         else open_output(out, config.force) as write,
         Progress("sample", unit="tok", quiet=config.quiet) as progress,
     ):
-        for done, (index, samples) in enumerate(generator.complete_each(prompts, ordered), 1):
-            row, seed = prompts.take(index)
+        for done, samples in enumerate(sampler.complete(prompts), 1):
+            row, seed = prompts.waiting.popleft()
+            _check_room(row, samples, sampler, config)
             for number, completion in enumerate(samples):
                 write(completion_record(row, completion, seed, number if several else None, *details))
                 progress.advance(len(completion.token_ids), prompts=done)
 
 
-def _write_text(generator: Generator | ServedSampler, prompts: Prompts, config: SampleConfig, out: str) -> None:
+def _write_text(sampler: Sampler, prompts: Prompts, config: SampleConfig, out: str) -> None:
     with open_bytes(out) as handle:
 
         def write(text: str) -> None:
@@ -402,12 +304,21 @@ def _write_text(generator: Generator | ServedSampler, prompts: Prompts, config: 
             handle.flush()
 
         streams = out == "-" and config.samples == 1 and sys.stdout.isatty()
-        if streams:
-            generator.on_text = lambda request, sample, text: write(text)
-        (samples,) = generator.complete(prompts)
+        on_text = (lambda request, sample, text: write(text)) if streams else None
+        (samples,) = sampler.complete(prompts, on_text=on_text)
+        _check_room(prompts.waiting.popleft()[0], samples, sampler, config)
         if streams:
             write("\n")
             return
         for number, completion in enumerate(samples, 1):
             heading = f"==> {number}/{len(samples)} <==\n" if len(samples) > 1 else ""
             write(f"{'' if number == 1 or not heading else chr(10)}{heading}{completion.text}\n")
+
+
+def _check_room(row: Row, samples: Sequence[Completion], sampler: Sampler, config: SampleConfig) -> None:
+    """Raise UserError for a prompt that a server finds too long."""
+    if not samples:
+        raise UserError(
+            f"{row.where}: the prompt, with --max-tokens {config.max_tokens}, is longer than the context of "
+            f"{sampler.name}; shorten the prompt"
+        )

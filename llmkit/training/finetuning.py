@@ -24,8 +24,9 @@ import torch
 
 from llmkit.errors import UserError
 from llmkit.formats.conversations import message
-from llmkit.generation.generator import Generator, Request
+from llmkit.generation.generator import Generator
 from llmkit.generation.next_token import Sampling
+from llmkit.generation.requests import Request
 from llmkit.io.jsonl import write_json
 from llmkit.io.progress import counted, say
 from llmkit.model.devices import check_memory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from scripted import ScriptedSampler
 
 from llmkit.errors import UserError
 from llmkit.formats.conversations import Message, Part, message, read_conversation
@@ -171,7 +172,7 @@ def test_what_of_messages_is_not_used_is_named_in_every_command(loss):
     for pair in pairs:
         found = read_comparison(pair)
         assert not isinstance(found, str) and found.losses == (loss,)
-    prompts = Prompts([row(prompt=asked)], list, lambda messages: [1], max_tokens=1, samples=1, seed=0, own_seeds=False)
+    prompts = Prompts([row(prompt=asked)], ScriptedSampler(), max_tokens=1, samples=1, seed=0, own_seeds=False)
     assert len(list(prompts)) == 1 and prompts.left_out["not_used"] == {loss: 1}
 
 
@@ -180,7 +181,7 @@ def test_a_weight_in_a_comparison_and_options_of_a_server_are_named():
     found = read_comparison(row(chosen=sides[0], rejected=sides[1]))
     assert not isinstance(found, str) and found.losses == ("'weight' of a message not used",)
     given = {"prompt": "a", "temperature": 0.5, "choices": ["b", "c"], "images": ["x.png"], "tools": [{"name": "f"}]}
-    prompts = Prompts([row(**given)], list, list, max_tokens=1, samples=1, seed=0, own_seeds=False)
+    prompts = Prompts([row(**given)], ScriptedSampler(), max_tokens=1, samples=1, seed=0, own_seeds=False)
     assert len(list(prompts)) == 1
     unused = ("choices", "images", "temperature", "tools")
     assert sorted(prompts.left_out["not_used"]) == [f"{name!r} not used" for name in unused]

@@ -6,6 +6,7 @@ import json
 from contextlib import ExitStack
 
 import pytest
+from scripted import ScriptedSampler
 from tiny import END, certain, make_model, save_tokenizer
 
 from llmkit.config import ToolConfig
@@ -17,7 +18,7 @@ from llmkit.generation.next_token import Sampling
 from llmkit.generation.prompts import STOP, load_shots, shots_of, with_shots
 from llmkit.generation.tool_calls import open_tools
 from llmkit.io.records import Row
-from llmkit.tokenizer.chat import ChatFormat, write_chat_tokenizer
+from llmkit.tokenizer.chat import write_chat_tokenizer
 from llmkit.tokenizer.encoding import load_tokenizer
 
 
@@ -30,8 +31,12 @@ def tokenizer(tmp_path_factory):
 
 def chat(tokenizer, *, context=256, max_tokens=8, **options):
     model = make_model(context=context, vocab_size=tokenizer.vocab_size)
-    generator = Generator(model, tokenizer, Sampling(temperature=0.7), slots=1)
-    return Chat(generator, ChatFormat(tokenizer), context=context, max_tokens=max_tokens, **options)
+    generator = Generator(model, tokenizer, Sampling(temperature=0.7), slots=1, end_ids=ends(tokenizer))
+    return Chat(generator, max_tokens=max_tokens, **options)
+
+
+def ends(tokenizer):
+    return END, tokenizer.specials["<|im_end|>"]
 
 
 def held(one, *lines):
@@ -188,7 +193,7 @@ def calling(tokenizer, *tools, max_tool_calls=8, answers=True):
         True,
     )
     generator = Generator(model, tokenizer, Sampling(temperature=0.0), slots=1, tools=use)
-    return Chat(generator, ChatFormat(tokenizer), context=256, max_tokens=60, tools=use)
+    return Chat(generator, max_tokens=60)
 
 
 def test_calls_are_shown_kept_and_saved(tokenizer, tmp_path):
@@ -258,7 +263,7 @@ def test_a_rejected_answer_is_no_shot(tmp_path):
     path.write_text(
         '{"prompt": "a?", "completion": "b", "label": false}\n{"prompt": "c?", "completion": "d", "label": true}\n'
     )
-    assert load_shots(str(path), False) == [("c?", "d")]
+    assert load_shots(str(path), False, ScriptedSampler(), True) == [("c?", "d")]
 
 
 def test_shots_make_a_document_of_questions_and_answers():

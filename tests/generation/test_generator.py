@@ -13,8 +13,9 @@ from tiny import END, certain, make_model, save_tokenizer
 from llmkit.errors import UserError
 from llmkit.generation import decode
 from llmkit.generation.decode import Decoder
-from llmkit.generation.generator import Generator, Request, StopMatcher, continue_text, end_tokens, prompt_ids
+from llmkit.generation.generator import Generator, continue_text, end_tokens, prompt_ids
 from llmkit.generation.next_token import Sampling
+from llmkit.generation.requests import Request, StopMatcher
 from llmkit.model.devices import one_thread
 from llmkit.tokenizer.encoding import load_tokenizer
 
@@ -164,9 +165,9 @@ def test_log_probabilities_are_those_of_the_whole_forward(model, tokenizer):
     sampling = Sampling(0.7, top_k=20)
     for request in list(requests_of(tokenizer, 6)):
         (completion, *_) = next(Generator(model, tokenizer, sampling, slots=3).complete([request]))
-        ids = [*request.prompt_ids, *completion.token_ids]
+        ids = [*request.prompt, *completion.token_ids]
         with torch.no_grad():
-            logits = model.logits(model(torch.tensor([ids[:-1]])))[0, len(request.prompt_ids) - 1 :]
+            logits = model.logits(model(torch.tensor([ids[:-1]])))[0, len(request.prompt) - 1 :]
         whole = torch.log_softmax(logits / 0.7, -1)
         made = torch.tensor(completion.token_ids)
         rows = torch.arange(len(made))
@@ -209,20 +210,11 @@ def test_results_come_in_order_and_reading_does_not_run_ahead(model, tokenizer, 
     assert [len(samples[0].token_ids) for samples in results] == [2] * 59
 
 
-def test_results_come_as_they_are_done_where_order_does_not_matter(model, tokenizer):
-    requests = [Request([END, number], max_tokens=60 if number == 0 else 3, number=number) for number in range(12)]
-    made = list(Generator(model, tokenizer, Sampling(1.0), slots=2, end_ids=()).complete_each(requests, ordered=False))
-    assert [index for index, _ in made] == [*range(1, 12), 0]
-    ordered = list(Generator(model, tokenizer, Sampling(1.0), slots=2, end_ids=()).complete(requests))
-    assert sorted(index for index, _ in made) == list(range(12))
-    assert all(samples == ordered[index] for index, samples in made)
-
-
 def test_slots_are_filled_again_at_once(model, tokenizer):
     generator = Generator(model, tokenizer, Sampling(1.0), slots=4, end_ids=())
     lengths = [41, 11, 11, 11, 11, 31, 21, 21]  # 158 tokens, of which the decoder makes 150
     list(generator.complete(Request([END], max_tokens=n, number=n) for n in lengths))
-    assert generator.tokens == 158 and generator.steps <= 50  # padded batches of 4 would take 40 + 30
+    assert generator.usage.completion_tokens == 158 and generator.steps <= 50  # padded batches of 4 would take 40 + 30
 
 
 def test_our_own_greedy_text_is_that_of_transformers(tmp_path, tokenizer):
@@ -265,8 +257,8 @@ def speller(tokenizer):
         model = certain(make_model(), END, *ids, *([END] if end else []))
         pieces = []
         generator = Generator(model, tokenizer, Sampling(0.0), stop=stop)
-        generator.on_text = lambda request, sample, piece: pieces.append(piece)
-        (completion,) = next(generator.complete([Request([END], max_tokens=max_tokens)]))
+        asked = [Request([END], max_tokens=max_tokens)]
+        ((completion,),) = generator.complete(asked, on_text=lambda request, sample, piece: pieces.append(piece))
         assert "".join(pieces) == completion.text
         return completion, pieces, ids
 
@@ -335,11 +327,11 @@ def test_the_context_ends_a_text(tokenizer):
         assert len(completion.token_ids) == 40 - length and completion.finish_reason == "length"
 
 
-@pytest.mark.parametrize("length", [40, 100])
-def test_a_prompt_without_room_is_refused_by_name(tokenizer, length):
+@pytest.mark.parametrize("length", [0, 40, 100])
+def test_a_prompt_without_room_has_no_samples(tokenizer, length):
     generator = Generator(make_model(context=40), tokenizer, Sampling(1.0))
-    with pytest.raises(UserError, match=rf"^a.jsonl:3: the prompt is {length} tokens long and .* 40"):
-        list(generator.complete([Request([END] * length, where="a.jsonl:3")]))
+    asked = [Request([END] * size, max_tokens=1) for size in (1, length, 2)]
+    assert [len(samples) for samples in generator.complete(asked)] == [1, 0, 1]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -368,8 +360,8 @@ def test_a_prompt_begins_once_and_an_empty_one_is_the_beginning(tokenizer):
 
 
 def test_end_tokens_are_those_of_model_and_tokenizer(tokenizer):
-    assert end_tokens(make_model(eos_token_id=(3, 4)), tokenizer) == {3, 4, END}
-    assert end_tokens(make_model(eos_token_id=None), tokenizer) == {END}
+    assert end_tokens(make_model(eos_token_id=(3, 4)).config, tokenizer) == {3, 4, END}
+    assert end_tokens(make_model(eos_token_id=None).config, tokenizer) == {END}
 
 
 def test_the_trainers_sample_leaves_a_model_that_trains_on(tokenizer):

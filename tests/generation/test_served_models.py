@@ -107,7 +107,7 @@ def body(content: object, status: bytes = b"200 OK", more: bytes = b"") -> bytes
 def test_what_a_chat_leaves_out_is_said_with_the_answer(delta):
     from llmkit.generation.chat import Chat
     from llmkit.generation.next_token import Sampling
-    from llmkit.generation.served_sampler import open_served
+    from llmkit.generation.sampler import open_sampler
 
     chunks = [
         {"choices": [{"index": 0, "delta": one, "finish_reason": end}]} for one, end in ((delta, None), ({}, "stop"))
@@ -115,9 +115,9 @@ def test_what_a_chat_leaves_out_is_said_with_the_answer(delta):
     events = b"".join(b"data: " + json.dumps({"id": "x", **chunk}).encode() + b"\n\n" for chunk in chunks)
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
     with raw_server(head + events + b"data: [DONE]\n\n") as address:
-        served, said = open_served(address, None, timeout=60, retries=0), []
-        talker = Chat(served.sampler(Sampling(), concurrency=1), None, context=None, max_tokens=9)
-        talker.ask("Hi", lambda text: None, said.append)
+        said: list[str] = []
+        with open_sampler(address, Sampling()) as sampler:
+            Chat(sampler, max_tokens=9).ask("Hi", lambda text: None, said.append)
     kind = "reasoning" if "reasoning_content" in delta else "tool calls"
     assert said[0] == f"left out: the server's {kind}" and said[1].startswith("no answer")
 

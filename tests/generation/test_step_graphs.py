@@ -7,8 +7,9 @@ from tiny import END, make_model, save_tokenizer
 
 from llmkit.generation import step_graphs
 from llmkit.generation.decode import Decoder
-from llmkit.generation.generator import Generator, Request
+from llmkit.generation.generator import Generator
 from llmkit.generation.next_token import Sampling
+from llmkit.generation.requests import Request
 from llmkit.model.devices import one_thread
 from llmkit.tokenizer.encoding import load_tokenizer
 

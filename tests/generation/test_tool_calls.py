@@ -12,8 +12,9 @@ from tiny import END, certain, make_model, save_tokenizer
 
 from llmkit.errors import UserError
 from llmkit.formats.conversations import Message, Part, message
-from llmkit.generation.generator import Generator, Request
+from llmkit.generation.generator import Generator
 from llmkit.generation.next_token import Sampling
+from llmkit.generation.requests import Request
 from llmkit.generation.tool_calls import ToolUse
 from llmkit.tokenizer.chat import CHAT_SPECIALS, ChatFormat
 from llmkit.tokenizer.encoding import load_tokenizer
@@ -57,8 +58,8 @@ def complete(model, tokenizer, toolbox, request=None, *, max_calls=8, result_tok
     tools = ToolUse(toolbox, tokenizer, max_calls, result_tokens)
     generator = Generator(model, tokenizer, Sampling(0.0), tools=tools, **details)
     pieces = []
-    generator.on_text = lambda index, sample, piece: pieces.append(piece)
-    (completion,) = next(generator.complete([request or Request([END], max_tokens=100)]))
+    asked = [request or Request([END], max_tokens=100)]
+    ((completion,),) = generator.complete(asked, on_text=lambda index, sample, piece: pieces.append(piece))
     assert "".join(pieces) == completion.text
     return completion
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmkit.formats.problems import Problem
-from llmkit.generation.generator import Completion
+from llmkit.generation.requests import Completion
 from llmkit.rl.rollouts import Rollout
 
 

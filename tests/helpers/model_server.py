@@ -17,8 +17,9 @@ import torch
 from chat_server import ChatServer
 
 from llmkit.formats.conversations import message
-from llmkit.generation.generator import Generator, Request, prompt_ids
+from llmkit.generation.generator import Generator, prompt_ids
 from llmkit.generation.next_token import Sampling
+from llmkit.generation.requests import Request
 from llmkit.model.folder import load_model
 from llmkit.tokenizer.chat import ChatFormat
 from llmkit.tokenizer.encoding import load_tokenizer

@@ -187,8 +187,8 @@ def data_readers() -> dict[str, Reader]:
 
 def reply_readers() -> dict[str, Reader]:
     from llmkit.formats.questions import Question
-    from llmkit.generation import chat_models, generator, http, served_models
-    from llmkit.probing import judges, refusals
+    from llmkit.generation import http, requests, served_models
+    from llmkit.probing import chat_model, judges, refusals
     from llmkit.reward_model import evaluation
     from llmkit.text import matching, normalize
     from llmkit.tools import calc, search
@@ -196,7 +196,7 @@ def reply_readers() -> dict[str, Reader]:
     judge = matching.MatchJudge()
 
     def stopped(text: str) -> str:
-        matcher = generator.StopMatcher([text[:1000] + "\0", "\n\nUser:", "1 1 1 2"])
+        matcher = requests.StopMatcher([text[:1000] + "\0", "\n\nUser:", "1 1 1 2"])
         return "".join(matcher.push(text[at : at + 3]) for at in range(0, len(text), 3)) + matcher.finish()
 
     def calculated(text: str) -> None:
@@ -239,8 +239,8 @@ def reply_readers() -> dict[str, Reader]:
         "served a message": http.text_of,
         "served_models.shortened": served_models.shortened,
         "stopping": stopped,
-        "thoughts": chat_models.without_thoughts,
-        "thoughts that end": lambda text: chat_models.without_thoughts(f"<think>{text}</think> Yes."),
+        "thoughts": lambda text: chat_model.THOUGHTS.sub("", text),
+        "thoughts that end": lambda text: chat_model.THOUGHTS.sub("", f"<think>{text}</think> Yes."),
     }
 
 

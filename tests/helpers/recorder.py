@@ -38,6 +38,9 @@ class Recorder(TorchDispatchMode):
         if operation is torch.ops.aten._local_scalar_dense.default:
             raise RuntimeError("operation not permitted when stream is capturing")
         given = args, kwargs or {}
+        with self:  # under inference mode what is made of several operations comes here whole
+            if (parts := operation.decompose(*args, **given[1])) is not NotImplemented:
+                return parts
         result = operation(*args, **given[1])
         aliases = [returned.alias_info for returned in operation._schema.returns if returned.alias_info]
         writes = any(alias.is_write for alias in aliases)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from scripted import ScriptedSampler
 
 from llmkit.formats.questions import Question
-from llmkit.generation.chat_models import Missing
+from llmkit.probing.chat_model import ChatModel
 from llmkit.probing.judges import ModelJudge, read_verdict
 from llmkit.probing.probe import decide
 from llmkit.text.matching import Answered, MatchJudge
@@ -15,24 +16,10 @@ ASKED = Question(
 )
 
 
-class Scripted:
-    """A chat model that replies what `reply` makes of a prompt; `prompts` has those that came."""
-
-    name, identity = "scripted", ""
-
-    def __init__(self, reply) -> None:
-        self.reply, self.prompts = reply, []
-
-    def ask(self, groups, read, temperature):
-        for name, prompts in groups:
-            self.prompts += prompts
-            yield name, [read(self.reply(text)) or Missing.UNREADABLE for text in prompts]
-
-
 def judged(reply, *responses: str, question: Question = ASKED) -> tuple[list[str], list[str]]:
-    model = Scripted(reply)
-    ((_, verdicts),) = ModelJudge(model, MatchJudge()).judge_each([Answered(question, responses)])
-    return verdicts, model.prompts
+    sampler = ScriptedSampler(reply)
+    ((_, verdicts),) = ModelJudge(ChatModel(sampler, 0), MatchJudge()).judge_each([Answered(question, responses)])
+    return verdicts, sampler.prompts
 
 
 def test_a_model_judges_each_answer_once():
@@ -84,6 +71,6 @@ def test_braces_in_a_passage_are_text():
 
 def test_unreadable_judgements_make_nothing_known():
     r, w, e, u = "right", "wrong", "evasive", "unreadable"
-    assert decide([r, r, r, r, u], 0.8) == "yes" and decide([r, r, r, u, u], 0.8) == "mixed"
-    assert decide([w, w, w, w, u], 0.8) == "no" and decide([w, w, w, u, u], 0.8) == "mixed"
-    assert decide([u] * 5, 0.8) == "mixed" and decide([e, e, e, e, u], 0.8) == "evasive"
+    assert decide([r, r, r, r, u]) == "yes" and decide([r, r, r, u, u]) == "mixed"
+    assert decide([w, w, w, w, u]) == "no" and decide([w, w, w, u, u]) == "mixed"
+    assert decide([u] * 5) == "mixed" and decide([e, e, e, e, u]) == "evasive"

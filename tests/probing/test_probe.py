@@ -29,17 +29,14 @@ from llmkit.text.matching import MatchJudge
         ("eeeee", "evasive"),
         ("r", "yes"),
         ("w", "no"),
-        ("rrw", "mixed"),
+        ("rrw", "yes"),
+        ("rww", "mixed"),
+        ("rrrww", "mixed"),
     ],
 )
 def test_a_question_is_known_by_its_answers(judgements, known):
     names = {"r": "right", "w": "wrong", "e": "evasive"}
-    assert decide([names[one] for one in judgements], consistent=0.8) == known
-
-
-def test_all_must_agree_where_that_is_asked():
-    assert decide(["right"] * 9 + ["wrong"], consistent=1.0) == "mixed"
-    assert decide(["right"] * 7 + ["wrong"] * 3, consistent=0.7) == "yes"
+    assert decide([names[one] for one in judgements]) == known
 
 
 def test_both_sides_are_thinned_to_the_balance():

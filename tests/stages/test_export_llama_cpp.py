@@ -15,8 +15,9 @@ import torch
 from exportable import FAMILIES, save_assistant
 
 from llmkit.formats.conversations import message
-from llmkit.generation.generator import Generator, Request
+from llmkit.generation.generator import Generator
 from llmkit.generation.next_token import Sampling
+from llmkit.generation.requests import Request
 from llmkit.model.config import RopeScaling
 from llmkit.model.folder import load_model
 from llmkit.stages import export
@@ -95,7 +96,9 @@ def prompts(folder: Path) -> list[list[int]]:
 
 def our_greedy(folder: Path, asked: list[list[int]], count: int) -> list[list[int]]:
     generator = Generator(load_model(folder), load_tokenizer(folder), Sampling(temperature=0.0))
-    return [list(one[0].token_ids) for one in generator.complete([Request(ids, max_tokens=count) for ids in asked])]
+    return [
+        list(samples[0].token_ids) for samples in generator.complete([Request(ids, max_tokens=count) for ids in asked])
+    ]
 
 
 # ---- what it says

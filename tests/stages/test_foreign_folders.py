@@ -182,10 +182,10 @@ def test_probe_knowledge_asks_by_its_template(templated: Path) -> None:
     probe_knowledge.run(probe_knowledge.ProbeKnowledgeConfig(**options))
     assert json.loads(report.read_text())["responses"] == [expected]
     with ModelServer(templated) as server:
-        probe_knowledge.run(probe_knowledge.ProbeKnowledgeConfig(engine=server.spec, retries=1, **options))
+        probe_knowledge.run(probe_knowledge.ProbeKnowledgeConfig(engine=server.spec, **options))
     assert json.loads(report.read_text())["responses"] == [expected]
     with pytest.raises(UserError, match=r"no verdict of .* could be read"):  # it is asked, and babbles
-        probe_knowledge.run(probe_knowledge.ProbeKnowledgeConfig(judge=str(templated), reply_tokens=8, **options))
+        probe_knowledge.run(probe_knowledge.ProbeKnowledgeConfig(judge=str(templated), **options))
 
 
 def test_a_judge_reads_by_its_template_and_rewards_its_policy(templated: Path) -> None:

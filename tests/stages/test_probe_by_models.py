@@ -21,7 +21,8 @@ from llmkit.stages.probe_knowledge import ProbeKnowledgeConfig, run
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "probe-knowledge.md"
 TOWNS = [f"The mill of {chr(65 + n)}rden was built in {1800 + n} by Ada Roe." for n in range(12)]
-QUICK = ["--retries", "1", "--timeout", "5"]
+QUICK = ["--timeout", "5"]
+pytestmark = pytest.mark.usefixtures("one_retry")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def lines(path: Path) -> list[dict]:
 
 def probe(model: Path, out: Path, **options):
     given = {name: (str(value),) if name in ("questions", "passages") else value for name, value in options.items()}
-    given = {"quiet": True, "retries": 1, "timeout": 60} | given
+    given = {"quiet": True, "timeout": 60} | given
     return run(ProbeKnowledgeConfig(model=str(model), out=str(out), **given))
 
 
@@ -121,7 +122,8 @@ def test_a_server_that_dies_in_the_middle_is_resumed_to_the_same_bytes(babbler, 
     assert out.read_bytes() == whole[0].read_bytes() and report.read_bytes() == whole[1].read_bytes()
 
 
-def test_faults_that_pass_change_nothing(babbler, documents, tmp_path):
+def test_faults_that_pass_change_nothing(babbler, documents, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmkit.generation.served_models.RETRIES", 5)  # one request may meet all the faults
     options = {"passages": documents, "samples": 2, "max_tokens": 9, "max_passages": 5}
     made = []
     for faults in ([], ["429", "500", "cut", "429", "page"]):
@@ -129,8 +131,7 @@ def test_faults_that_pass_change_nothing(babbler, documents, tmp_path):
             server.faults = faults
             report = tmp_path / f"p{len(made)}.jsonl"
             models = {"writer": server.spec, "judge": server.spec}
-            # one request may meet all the faults
-            probe(babbler, tmp_path / f"r{len(made)}.jsonl", report=str(report), retries=5, **options, **models)
+            probe(babbler, tmp_path / f"r{len(made)}.jsonl", report=str(report), **options, **models)
             made.append(report.read_bytes())
             assert server.faults == []
     assert made[0] == made[1] and made[0].count(b"\n") == 10
@@ -144,7 +145,7 @@ def test_garbage_is_counted_and_never_right(parrot, documents, tmp_path, llmkit)
         assert len(server.requests) == 6  # each of the three once more
         assert "--judge: no verdict of openai:#tiny could be read, in 15 judgements" in done.stderr
         assert "'right right right {]'" in done.stderr
-        server.answer = lambda prompt, seed: "right {]" if len(server.requests) < 9 else "VERDICT: right"
+        server.answer = lambda prompt, seed: "right {]" if "number 0" in prompt else "VERDICT: right"
         again = probe(parrot, tmp_path / "r", questions=asked, judge=server.spec, force=True, concurrency=1)
         assert (again.known, again.mixed, again.unreadable_judgements) == (2, 1, 5)
         server.answer = lambda prompt, seed: "right right right {]"
@@ -204,13 +205,13 @@ def test_a_folder_judges(parrot, tmp_path):
 
 def test_what_a_folder_babbles_is_counted(parrot, documents, tmp_path):
     babbler = save_assistant(tmp_path / "babbler", context=2048)
-    options = {"questions": questions(tmp_path / "q.jsonl"), "reply_tokens": 8, "samples": 2}
+    options = {"questions": questions(tmp_path / "q.jsonl"), "samples": 2}
     with pytest.raises(UserError, match=r"--judge: no verdict of .*babbler could be read, in 6 judgements"):
         probe(parrot, tmp_path / "r.jsonl", judge=str(babbler), **options)
     with pytest.raises(UserError, match=r"--writer: no question of .*passages: unreadable reply 12"):
-        probe(parrot, tmp_path / "s.jsonl", passages=documents, writer=str(babbler), reply_tokens=8)
+        probe(parrot, tmp_path / "s.jsonl", passages=documents, writer=str(babbler))
     with pytest.raises(UserError, match=r"--writer: no question of .*passages: longer than the model's context 12"):
-        probe(parrot, tmp_path / "s.jsonl", passages=documents, writer=str(parrot), reply_tokens=8)
+        probe(parrot, tmp_path / "s.jsonl", passages=documents, writer=str(parrot))
 
 
 def test_another_judge_does_not_go_on_with_a_run(parrot, tmp_path):

@@ -157,15 +157,17 @@ def test_what_a_model_recites(tmp_path, llmkit):
 
     ids = load_tokenizer(model).encode("+abcdefgh")
     save_model(certain(make_model(context=64), *ids), model)
-    texts = ["12+abcdefgh, and so on", "34+abcdXfgh, and so on", "99+0000000000000", "1", "12+abcdefgh, and so on"]
+    start = "0" * 29
+    texts = [start + text for text in ("12+abcdefgh, and so on", "34+abcdXfgh, and so on", "99+0000000000000", "1")]
+    texts.append(texts[0])
     documents = write(tmp_path / "docs.jsonl", *({"text": text, "id": f"d{n}"} for n, text in enumerate(texts)))
     out = tmp_path / "recited.jsonl"
-    options = ["--prefix-tokens", "3", "--max-tokens", "8", "-o", out]
+    options = ["--max-tokens", "8", "-o", out]
     done = llmkit("probe-knowledge", model, "--recite", documents, *options)
     assert done.returncode == 0, done.stderr
     found = [[one[name] for name in ("id", "repeats", "matched", "longest", "share")] for one in lines(out)]
     assert found == [["d0", 2, 8, 8, 1.0], ["d1", 1, 4, 4, 0.5], ["d2", 1, 0, 0, 0.0]]
-    assert lines(out)[0]["prefix"] == "12+" and lines(out)[0]["completion"] == "abcdefgh"
+    assert lines(out)[0]["prefix"] == start + "12+" and lines(out)[0]["completion"] == "abcdefgh"
     summary = json.loads(done.stdout)
     assert summary["by_repeats"] == {
         "once": {"documents": 2, "mean_share": 0.25, "whole": 0},
@@ -178,7 +180,7 @@ def test_recitals_that_cannot_be(babbler, tmp_path):
     documents = write(tmp_path / "docs.jsonl", {"text": "short"})
     for options, message in (
         ({}, "docs.jsonl: expected documents of more than 32 tokens, found none"),
-        ({"prefix_tokens": 200}, r"expected less than the model's context of 256 tokens"),
+        ({"max_tokens": 250}, r"expected less than the model's context of 256 tokens"),
         ({"max_tokens": None}, "--recite: expected neither"),
         ({"questions": documents}, "--recite: expected neither"),
     ):

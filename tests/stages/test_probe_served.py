@@ -12,6 +12,8 @@ from tiny import save_assistant
 from llmkit.errors import UserError
 from llmkit.stages.probe_knowledge import ProbeKnowledgeConfig, run
 
+pytestmark = pytest.mark.usefixtures("one_retry")
+
 
 @pytest.fixture(scope="module")
 def babbler(tmp_path_factory) -> Path:
@@ -33,7 +35,7 @@ def lines(path: Path) -> list[dict]:
 def probe(model: Path | None, questions: Path, name: str, **options) -> list[dict]:
     """The records of a report."""
     out, report = questions.with_name(name), questions.with_name(f"{name}.report")
-    served = {"retries": 1, "timeout": 120, "concurrency": 2} if "engine" in options else {}
+    served = {"timeout": 120, "concurrency": 2} if "engine" in options else {}
     given = {"samples": 2, "max_tokens": 8, "questions": (str(questions),), "quiet": True, **served, **options}
     folder = None if model is None else str(model)
     summary = run(ProbeKnowledgeConfig(model=folder, out=str(out), report=str(report), **given))

@@ -13,7 +13,8 @@ from llmkit.errors import UserError
 from llmkit.stages.rl import RlConfig, run
 
 QUICK = {"group": 4, "batch_size": 4, "max_tokens": 6, "learning_rate": 0.01, "warmup_steps": 0, "max_steps": 3}
-SERVED = {"retries": 1, "timeout": 120.0, "concurrency": 4, "max_difference": 0.001, "quiet": True}
+pytestmark = pytest.mark.usefixtures("one_retry")
+SERVED = {"timeout": 120.0, "concurrency": 4, "max_difference": 0.001, "quiet": True}
 
 
 @pytest.fixture(scope="module")
@@ -136,10 +137,11 @@ def test_a_server_that_dies_leaves_a_run_that_goes_on(base, problems, dies_after
     assert [row["step"] for row in lines(Path(summary.path) / "rollouts.jsonl")] == [1] * 16 + [2] * 16 + [3] * 16
 
 
-def test_faults_that_pass_are_outlived(base, problems):
+def test_faults_that_pass_are_outlived(base, problems, monkeypatch):
+    monkeypatch.setattr("llmkit.generation.served_models.RETRIES", 6)
     with ModelServer(base) as server:
         server.faults = ["429", "500", "cut", "page", "429", "500"]
-        summary = train(base, problems, server, retries=6)
+        summary = train(base, problems, server)
     assert summary is not None and summary.steps == 3
 
 

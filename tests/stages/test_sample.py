@@ -487,30 +487,6 @@ def forget_lines(partial):
     notes.write_bytes(notes.read_bytes().splitlines(keepends=True)[0])
 
 
-def test_an_unordered_run_is_resumed_to_the_same_records(folder, tmp_path, monkeypatch):
-    keep_notes(monkeypatch)
-    given = write_lines(tmp_path / "prompts.jsonl", [{"prompt": PROMPTS[n % 8], "id": n} for n in range(24)])
-    out, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
-    options = {"samples": "2", "seed": "5", "batch_size": "3"}
-    whole = sample_jsonl(folder, out, given, **options)
-    unordered = sample_jsonl(folder, out, given, unordered=True, **options)
-    assert sorted(unordered, key=lambda record: (record["id"], record["sample"])) == whole
-    lines = [json.dumps(record).encode() + b"\n" for n in range(23, -1, -1) for record in whole[2 * n : 2 * n + 2]]
-    out.unlink()
-    partial.write_bytes(b"".join(lines[:21]) + b'{"prompt": "cut')  # ten prompts, and half of another
-    forget_lines(partial)
-    resumed = sample_jsonl(folder, out, given, unordered=True, resume=True, **options)
-    assert resumed[:20] == [json.loads(line) for line in lines[:20]] and not partial.exists()
-    assert sorted(resumed, key=lambda record: (record["id"], record["sample"])) == whole
-    out.rename(partial)
-    forget_lines(partial)
-    with pytest.raises(UserError, match=r"prompts.jsonl:\d+: .* by --unordered"):
-        sample_jsonl(folder, out, given, resume=True, **options)
-    fewer = write_lines(tmp_path / "fewer.jsonl", [{"prompt": text} for text in PROMPTS[:3]])
-    with pytest.raises(UserError, match=r"partial: holds completions of prompts that the input does not have"):
-        sample_jsonl(folder, out, fewer, unordered=True, resume=True, **options)
-
-
 def test_a_finished_run_has_nothing_to_resume(folder, prompts, tmp_path, llmkit):
     out = tmp_path / "out.jsonl"
     words = ["sample", folder, prompts, "--jsonl", "--max-tokens", "3", "-o", out, "--resume"]
@@ -668,7 +644,6 @@ def test_a_bad_model_folder_is_named(folder, tmp_path, how, message):
         ({"prompt": "a", "stop": [""]}, "--stop: expected text"),
         ({"prompt": "a", "seed": str(2**63)}, "--seed: expected at most 9,223,372,036,854,775,807"),
         ({"prompt": "a", "shots": "x.jsonl", "as_assistant": True}, "--shots and --as-assistant: expected one or the"),
-        ({"prompt": "a", "unordered": True}, "--unordered: expected --jsonl"),
         ({"prompt": "a", "device": "cuda"}, "--device cuda: no GPU"),
     ],
 )

@@ -50,8 +50,9 @@ def assistant(base, chats, llmkit, tmp_path_factory) -> Path:
 
 def answers(folder: Path, *prompts: str) -> list:
     from llmkit.formats.conversations import message
-    from llmkit.generation.generator import Generator, Request
+    from llmkit.generation.generator import Generator
     from llmkit.generation.next_token import Sampling
+    from llmkit.generation.requests import Request
     from llmkit.model.folder import load_model
 
     tokenizer = load_tokenizer(folder)

@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 from chat_server import ChatServer
-from tiny import save_assistant, save_folder
+from scripted import ScriptedSampler
+from tiny import save_assistant
 
 from llmkit.errors import ServerError, UserError
-from llmkit.generation.chat_models import ChatSettings, Missing, open_chat_model, without_thoughts
+from llmkit.generation.next_token import Sampling
+from llmkit.generation.sampler import open_sampler
 from llmkit.generation.served_models import parse_address
+from llmkit.probing.chat_model import ChatModel, Missing
 
-SETTINGS = ChatSettings(max_tokens=32, seed=5, timeout=5.0, retries=1, concurrency=4)
+pytestmark = pytest.mark.usefixtures("one_retry")
 
 
-def ask(server: ChatServer, *prompts: str, read=str, settings: ChatSettings = SETTINGS) -> list:
+@contextmanager
+def opened(source, *, temperature=0.3, seed=5, max_tokens=32, concurrency=4, timeout=5.0, **options):
+    sampler = open_sampler(
+        str(source), Sampling(temperature), flag="--judge", concurrency=concurrency, timeout=timeout, **options
+    )
+    with sampler as sampler:
+        yield ChatModel(sampler, seed, max_tokens)
+
+
+def ask(server: ChatServer, *prompts: str, read=str, **options) -> list:
     """The answers to some prompts, each a group of its own."""
-    model = open_chat_model(server.spec, "--judge", settings)
-    answered = list(model.ask(((number, [text]) for number, text in enumerate(prompts)), read, 0.3))
+    with opened(server.spec, **options) as model:
+        answered = list(model.ask(((number, [text]) for number, text in enumerate(prompts)), read))
     assert [name for name, _ in answered] == list(range(len(prompts)))
     return [answer for _, (answer,) in answered]
 
@@ -33,12 +46,11 @@ def test_answers_come_in_order_from_several_requests_at_a_time():
         assert ask(server, *map(str, range(20))) == [f"<{number}>" for number in range(20)]
         assert 2 <= server.most_open <= 4
         (first, *_) = sorted(server.requests, key=lambda body: int(body["messages"][0]["content"]))
-    assert first == {
+    assert first.pop("seed") >= 0 and first == {
         "model": "tiny",
         "messages": [{"role": "user", "content": "0"}],
         "max_tokens": 32,
         "temperature": 0.3,
-        "seed": 5,
     }
 
 
@@ -52,18 +64,18 @@ def test_asking_does_not_run_far_ahead_of_the_answers():
 
     with ChatServer(shout) as server:
         server.pause = 0.03
-        model = open_chat_model(server.spec, "--judge", SETTINGS)
-        answered = model.ask(prompts(), str, 0.3)
-        next(answered)
-        assert len(given) <= 10
-        answered.close()
+        with opened(server.spec) as model:
+            answered = model.ask(prompts(), str)
+            next(answered)
+            assert len(given) <= 14
+            answered.close()
 
 
 @pytest.mark.parametrize("fault", ["429", "500", "cut", "slow", "page"])
 def test_a_fault_that_passes_is_outlived(fault):
     with ChatServer(shout) as server:
         server.faults, server.slow = [fault], 1.0
-        assert ask(server, "a", settings=ChatSettings(max_tokens=32, seed=5, timeout=0.4, retries=1)) == ["A"]
+        assert ask(server, "a", timeout=0.4) == ["A"]
         assert len(server.requests) == 2
 
 
@@ -107,39 +119,48 @@ def test_a_server_that_hangs_is_not_waited_for():
     with ChatServer(shout) as server:
         server.faults, server.slow = ["slow"] * 9, 3.0
         started = time.monotonic()
-        with pytest.raises(ServerError, match=r"no answer within 0.3 s after 0 retries; is it overloaded\?"):
-            ask(
-                server, *"abcdefgh", settings=ChatSettings(max_tokens=32, seed=5, timeout=0.3, retries=0, concurrency=2)
-            )
-        assert time.monotonic() - started < 2.5
+        with pytest.raises(ServerError, match=r"no answer within 0.3 s after 1 retry; is it overloaded\?"):
+            ask(server, *"abcdefgh", timeout=0.3, concurrency=2)
+        assert time.monotonic() - started < 2.9
+
+
+def check(server: ChatServer) -> None:
+    with opened(server.spec) as model:
+        model.sampler.check()
 
 
 def test_a_server_that_is_down_is_found_before_the_work():
     with ChatServer(shout) as server:
-        open_chat_model(server.spec, "--judge", SETTINGS).check()
+        check(server)
         server.faults = ["401"]
         with pytest.raises(ServerError, match="refuses the key"):
-            open_chat_model(server.spec, "--judge", SETTINGS).check()
+            check(server)
     with pytest.raises(ServerError, match=r"cannot be reached after 1 retry: .*refused"):
-        open_chat_model(server.spec, "--judge", SETTINGS).check()
+        check(server)
 
 
 def test_the_key_is_the_users_or_none(monkeypatch):
     with ChatServer(shout) as server:
         monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-        open_chat_model(server.spec, "--judge", SETTINGS).check()
+        check(server)
         monkeypatch.setenv("OPENAI_API_KEY", "sesame")
-        open_chat_model(server.spec, "--judge", SETTINGS).check()
+        check(server)
         assert server.keys == {"Bearer none", "Bearer sesame"}
 
 
 def test_an_unreadable_answer_is_asked_for_once_more_with_another_seed():
-    def only_even(text: str) -> str | None:
-        return text if text.endswith(("0", "2", "4", "6", "8")) else None
+    seen: list[int] = []
 
-    with ChatServer(lambda prompt, seed: f"{prompt}{seed}" if prompt == "a" else "7") as server:
-        assert ask(server, "a", "b", read=only_even) == ["a6", Missing.UNREADABLE]
-        assert sorted(body["seed"] for body in server.requests) == [5, 5, 6, 6]
+    def other_seed(prompt: str, seed: int) -> str:
+        seen.append(seed)
+        return "yes" if prompt == "a" and seen[0] != seed else "7"
+
+    with ChatServer(other_seed) as server:
+        assert ask(server, "a", "b", read=lambda text: None if text == "7" else text, concurrency=1) == [
+            "yes",
+            Missing.UNREADABLE,
+        ]
+    assert len(set(seen)) == 4
 
 
 def test_a_prompt_beyond_the_context_is_missing_and_no_fault():
@@ -165,16 +186,15 @@ def test_a_message_without_text_is_an_empty_answer(content):
 
 
 def test_requests_and_tokens_are_counted():
-    with ChatServer(shout) as server:
-        model = open_chat_model(server.spec, "--judge", SETTINGS)
-        list(model.ask([("x", list("abc")), ("y", [])], str, 0.3))
-    assert str(model.usage) == "3 requests, 300 tokens in, 21 out"
-    assert model.name == "openai:#tiny"
+    with ChatServer(shout) as server, opened(server.spec) as model:
+        list(model.ask([("x", list("abc")), ("y", [])], str))
+    assert model.cost() == "openai:#tiny: 3 requests, 300 tokens in, 21 out"
 
 
 def test_what_is_thought_aloud_is_no_part_of_the_answer():
-    assert without_thoughts("<think>a\nb</think>\nyes") == "\nyes"
-    assert without_thoughts("<think>never done") == "" and without_thoughts("no thought") == "no thought"
+    with ChatServer(lambda prompt, seed: prompt) as server:
+        thoughts = "<think>a\nb</think>\nyes", "<think>never done", "no thought"
+        assert ask(server, *thoughts) == ["\nyes", "", "no thought"]
 
 
 @pytest.mark.parametrize(
@@ -196,32 +216,28 @@ def test_a_missing_package_is_named(monkeypatch):
     with pytest.raises(
         UserError, match=r"--judge openai:\.\.\.: needs the package openai; pip install 'llmkit\[openai\]'"
     ):
-        open_chat_model("openai:http://localhost:8000/v1#m", "--judge", SETTINGS)
+        opened("openai:http://localhost:8000/v1#m").__enter__()
 
 
 def test_what_is_neither_folder_nor_server_is_named():
     with pytest.raises(UserError, match=r"--judge: expected the folder of a model, or openai:http.*, found mtach"):
-        open_chat_model("mtach", "--judge", SETTINGS)
+        opened("mtach").__enter__()
 
 
 # ---- folders
 
 
 def test_a_folder_answers_whatever_the_order_and_the_company(tmp_path):
-    folder = save_assistant(tmp_path / "babbler")
-    model = open_chat_model(str(folder), "--judge", ChatSettings(max_tokens=8, seed=5, slots=3))
-    model.check()
-    prompts = [str(number) for number in range(9)]
-    together = [
-        one
-        for _, answers in model.ask([("a", prompts[:4]), ("b", []), ("c", prompts[4:])], str, 0.7)
-        for one in answers
-    ]
-    alone = [answers[0] for _, answers in model.ask(((text, [text]) for text in reversed(prompts)), str, 0.7)]
+    folder, prompts = save_assistant(tmp_path / "babbler"), [str(number) for number in range(9)]
+    with opened(folder, temperature=0.7, max_tokens=8, slots=3) as model:
+        groups = [("a", prompts[:4]), ("b", []), ("c", prompts[4:])]
+        together = [one for _, answers in model.ask(groups, str) for one in answers]
+        alone = [answers[0] for _, answers in model.ask(((text, [text]) for text in reversed(prompts)), str)]
     assert together == alone[::-1] and len(set(together)) > 1
-    assert model.usage.requests == 18 and 18 <= model.usage.completion_tokens <= 18 * 8
-    other = open_chat_model(str(folder), "--judge", ChatSettings(max_tokens=8, seed=6))
-    assert [answers for _, answers in other.ask([("a", prompts)], str, 0.7)] != [together]
+    usage = model.sampler.usage
+    assert usage.requests == 18 and 18 <= usage.completion_tokens <= 18 * 8
+    with opened(folder, temperature=0.7, max_tokens=8, seed=6) as other:
+        assert [answers for _, answers in other.ask([("a", prompts)], str)] != [together]
 
 
 def test_a_folder_is_asked_once_more_with_another_seed_and_told_what_is_too_long(tmp_path):
@@ -231,21 +247,15 @@ def test_a_folder_is_asked_once_more_with_another_seed_and_told_what_is_too_long
         seen.append(text)
         return text if len(seen) > 2 else None
 
-    folder = save_assistant(tmp_path / "babbler", context=64)
-    model = open_chat_model(str(folder), "--judge", ChatSettings(max_tokens=8, seed=5))
-    ((_, found),) = model.ask([("x", ["a", "b", "long " * 30])], second_time, 0.7)
-    assert found == [seen[2], seen[3], Missing.TOO_LONG] and seen[2:] != seen[:2]
-    ((_, found),) = model.ask([("x", ["a"])], lambda text: None, 0.7)
-    assert found == [Missing.UNREADABLE]
+    with opened(save_assistant(tmp_path / "babbler", context=64), temperature=0.7, max_tokens=8) as model:
+        ((_, found),) = model.ask([("x", ["a", "b", "long " * 30])], second_time)
+        assert found == [seen[2], seen[3], Missing.TOO_LONG] and seen[2:] != seen[:2]
+        ((_, found),) = model.ask([("x", ["a"])], lambda text: None)
+        assert found == [Missing.UNREADABLE]
 
 
-def test_groups_without_prompts_are_not_held_back(tmp_path):
-    model = open_chat_model(str(save_assistant(tmp_path / "m")), "--judge", ChatSettings(max_tokens=8, seed=5, slots=2))
+def test_groups_without_prompts_are_not_held_back():
     given = []
-    answered = model.ask(((given.append(number) or number, []) for number in range(100)), str, 0.7)
+    answered = ChatModel(ScriptedSampler(), 0).ask(((given.append(number) or number, []) for number in range(100)), str)
     assert next(answered) == (0, []) and len(given) < 10
-
-
-def test_a_base_model_cannot_be_asked(tmp_path):
-    with pytest.raises(UserError, match=r"expected the special tokens of conversations.*llmkit sft"):
-        open_chat_model(str(save_folder(tmp_path / "base")), "--judge", SETTINGS)
+    assert len(list(answered)) == 99

@@ -1,0 +1,137 @@
+"""Who completes prompts: a model here (`Generator`), or one behind a server (`ServedSampler`).
+
+with open_sampler("chat/", Sampling(temperature=0.8)) as sampler:  # or "openai:http://localhost:8000/v1#qwen"
+    for samples in sampler.complete([Request(sampler.encode("Once upon"), samples=3, max_tokens=64)]):
+        print([sample.text for sample in samples])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from llmkit.config import ToolConfig
+from llmkit.errors import UserError
+from llmkit.formats.conversations import Message
+from llmkit.generation.generator import Generator, ModelFolder, end_tokens
+from llmkit.generation.next_token import Sampling
+from llmkit.generation.requests import Completion, OnCall, OnText, Prompt, Request, Usage
+from llmkit.generation.served_models import EXAMPLE, SCHEME, OpenAIClient, parse_address
+from llmkit.generation.served_sampler import ServedSampler
+from llmkit.generation.tool_calls import ToolUse, open_tools
+from llmkit.io.resume import fingerprint
+from llmkit.model.devices import choose_device, choose_precision
+from llmkit.model.folder import load_config
+from llmkit.tokenizer.chat import ChatFormat
+from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
+
+
+class Sampler(Protocol):
+    """Completes prompts.
+
+    name          of the model, for people and reports
+    identity      what a resumed run must have in common with its beginning, by the names that a user knows
+    context       tokens that the model takes; None where only its server knows
+    tokenizer     None where a server makes the tokens
+    chat          tokens of a conversation; None where a server makes them. Raises UserError for a base model
+    is_assistant  whether conversations can be answered
+    tools         what the model may call
+    usage         requests and tokens so far
+    """
+
+    name: str
+    identity: Mapping[str, Any]
+    context: int | None
+    tools: ToolUse | None
+    usage: Usage
+
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+    @cached_property
+    def chat(self) -> ChatFormat | None: ...
+    @property
+    def is_assistant(self) -> bool: ...
+
+    def check(self) -> None:
+        """Raise ServerError where a server does not answer."""
+        ...
+
+    def encode(self, prompt: str | Sequence[Message]) -> Prompt:
+        """A text to continue, or a conversation to answer, as a request has it. Raises UserError for what cannot be."""
+        ...
+
+    def complete(
+        self,
+        requests: Iterable[Request],
+        *,
+        on_text: OnText | None = None,
+        on_call: OnCall | None = None,
+    ) -> Iterator[list[Completion]]:
+        """The samples of each request, in order; none where the prompt leaves no room in the context.
+
+        Requests are read as there is room: a few times those that are under way, ahead of the first that is not done.
+        """
+        ...
+
+    def plan(self) -> Iterator[str]:
+        """Describe in lines, for --dry-run, what would generate."""
+        ...
+
+    def describe(self) -> Iterator[str]:
+        """Describe in lines what was done."""
+        ...
+
+
+@contextmanager
+def open_sampler(
+    source: str,
+    sampling: Sampling,
+    *,
+    flag: str = "MODEL",
+    folder: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    slots: int = 16,
+    stop: Sequence[str] = (),
+    end_ids: Collection[int] | None = None,
+    tools: ToolConfig | None = None,
+    end_at_others: bool = False,
+    concurrency: int = 8,
+    timeout: float = 120.0,
+    logprobs: bool = False,
+) -> Iterator[Sampler]:
+    """The sampler of a model folder, or of `openai:URL#NAME`. A folder's weights are loaded at the first completion.
+
+    flag                      names the source in errors; --engine takes no folder
+    stop                      strings that end a completion and are left out of it
+    device, dtype, slots, end_ids, tools, end_at_others  of a folder: see `Generator` and `open_tools`
+    folder, concurrency, timeout, logprobs  of a server: see `ServedSampler`; `folder` has the tokenizer
+
+    Raises UserError for what is neither, and where a folder's tokenizer and model do not fit; asks a server nothing.
+    """
+    if source.startswith(SCHEME) or flag == "--engine":
+        server = OpenAIClient(parse_address(source, flag), timeout)
+        tokenizer = None if folder is None else load_tokenizer(folder)
+        yield ServedSampler(
+            server, sampling, tokenizer=tokenizer, concurrency=concurrency, stop=stop, logprobs=logprobs
+        )
+        return
+    if not Path(source).is_dir():
+        raise UserError(f"{flag}: expected the folder of a model, or {EXAMPLE}, found {source}")
+    chosen = choose_device(device)
+    config, tokenizer = load_config(source), load_tokenizer(source)
+    tokenizer.check_fits(config.vocab_size)
+    model = ModelFolder(source, config, chosen, choose_precision(dtype, chosen))
+    with ExitStack() as stack:
+        use = None
+        if tools is not None:
+            use = open_tools(tools, tokenizer, stack, end_tokens(config, tokenizer), end_at_others)
+        generator = Generator(
+            model, tokenizer, sampling, slots=slots, stop=stop, end_ids=end_ids, name=source, tools=use
+        )
+        generator.identity = {"the model": fingerprint(source), "the precision": model.precision.name}
+        yield generator
+    generator.__dict__.pop("decoder", None)  # the weights go; what was counted stays
