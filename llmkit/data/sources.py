@@ -15,6 +15,7 @@ from llmkit.data.examples import Encoded, Examples
 from llmkit.errors import UserError
 from llmkit.formats.conversations import Conversation, Message, message
 from llmkit.io.records import OUTSIDE, BadRecords
+from llmkit.io.remote import is_remote, open_remote
 
 T = TypeVar("T")
 E = TypeVar("E")
@@ -51,6 +52,9 @@ def parse_data(wanted: Sequence[str]) -> list[DataFile]:
             raise UserError(f"--data {text}: expected a weight above 0, found {weight}")
         files.append(DataFile(path, value))
     for file in files:
+        if is_remote(file.path):
+            open_remote(file.path).close()
+            continue
         if os.path.isdir(file.path):
             raise UserError(f"--data {file.path}: expected a file, found a folder")
         if file.path != "-" and not os.path.exists(file.path):

@@ -23,6 +23,7 @@ from llmkit.generation.requests import Completion, Prompt, Request
 from llmkit.generation.sampler import Sampler
 from llmkit.generation.tool_calls import tools_flag
 from llmkit.io.files import atomic_file
+from llmkit.io.jsonl import PACKED
 from llmkit.io.progress import counted
 
 LEAST_ANSWER = 32  # tokens of the context that stay free for an answer
@@ -215,8 +216,8 @@ class Chat:
         was when last saved there. Raises UserError, or OSError."""
         if not any(turn.role == "assistant" for turn in self.turns):
             raise UserError("nothing was said yet")
-        if path.endswith((".gz", ".zst")):
-            raise UserError("expected a name of plain JSONL, without .gz or .zst")
+        if path.endswith(PACKED):
+            raise UserError("expected a name of plain JSONL, without .gz, .zst or .parquet")
         text = json.dumps({"messages": as_record(self.turns)}, ensure_ascii=False) + "\n"
         line = text.encode("utf-8", "replace")
         folder = os.path.dirname(path)

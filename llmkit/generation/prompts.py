@@ -26,7 +26,7 @@ from llmkit.generation.next_token import request_number, seed_of_repeat
 from llmkit.generation.requests import Completion, Prompt, Request
 from llmkit.generation.sampler import Sampler
 from llmkit.io.files import PARTIAL, check_file, create, cut_torn_line, errors_name, replace_file
-from llmkit.io.jsonl import dump_json, json_row, open_bytes, read_jsonl
+from llmkit.io.jsonl import PACKED, dump_json, json_row, open_bytes, read_jsonl
 from llmkit.io.progress import counted, say
 from llmkit.io.records import (
     CHOICES,
@@ -278,7 +278,7 @@ def lasting_output(
             text = f"{'interrupted' if interrupted else error}; the same command with --resume goes on ({partial})"
             raise (Interrupted if interrupted else UserError)(text) from None
         raise
-    if out.lower().endswith((".gz", ".zst")):
+    if out.lower().endswith(PACKED):
         packed = f"{out}.packed{Path(out).suffix}"
         with errors_name(out, packed), open_bytes(packed) as handle, partial.open("rb") as plain:
             shutil.copyfileobj(plain, handle)

@@ -43,7 +43,7 @@ def check_output(path: str, force: bool, resume: bool = False) -> None:
         return
     if path.lower().endswith(NOT_WRITTEN):
         kind = os.path.splitext(path)[1]
-        raise UserError(f"{path}: {kind} is not written; choose .jsonl, .jsonl.gz or .jsonl.zst")
+        raise UserError(f"{path}: {kind} is not written; choose .jsonl, .jsonl.gz, .jsonl.zst or .parquet")
     if os.path.basename(os.path.normpath(path)) in ("", ".", ".."):
         raise UserError(f"{path}: the result needs a name of its own; choose another --out")
     final = os.path.realpath(path)

@@ -28,6 +28,7 @@ from llmkit.display import stdout_bytes
 from llmkit.errors import UserError
 from llmkit.io.files import atomic_file, check_output, read_file
 from llmkit.io.records import BadRecords, Row, check_document, good_records, kind_of
+from llmkit.io.remote import is_remote, open_remote
 from llmkit.io.tables import DELIMITERS, PARQUET_MAGIC, Lines, csv_lines, parquet_lines, write_parquet
 
 GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
@@ -36,6 +37,7 @@ LARGEST_DICTIONARY = 1 << 25
 ZSTD_STEP = 1 << 11  # compressed bytes at once: at most 64 MB come out, of which a frame of 4 bytes may hold 128 kB
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BLOCK = 1 << 20
+PACKED = (".gz", ".zst", ".parquet")  # ends of names of outputs that are not JSONL as it stands
 NOT_READ = (".arrow", ".feather", ".xlsx")
 STDIN_ONCE = "stdin: '-' can be read only once; save one of the inputs to a file"
 JSON_LINE = orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
@@ -59,10 +61,16 @@ def names_of(paths: Sequence[str]) -> str:
 
 
 def check_inputs(paths: Sequence[str]) -> None:
-    """Raise the UserError that reading these files would raise at its start; nothing is opened, be it a pipe."""
+    """Raise the UserError that reading these files would raise at its start; nothing is opened, be it a pipe.
+
+    An address is asked for, so that a wrong one ends the work before it begins.
+    """
     if paths.count("-") > 1:
         raise UserError(STDIN_ONCE)
     for path in paths:
+        if is_remote(path):
+            open_remote(path).close()
+            continue
         if path != "-" and not os.path.exists(path):
             raise _unreadable(path, errno.ENOENT)
         if path != "-" and (os.path.isdir(path) or not os.access(path, os.R_OK)):
@@ -76,7 +84,7 @@ def _unreadable(path: str, number: int | None) -> UserError:
 
 @contextmanager
 def open_input(path: str) -> Iterator[io.BufferedReader]:
-    """Open a file, or stdin for `-`, as bytes: what gzip and zstd hold, and the rows of a table as lines of JSON.
+    """Open a file, an address, or stdin for `-`: what gzip and zstd hold, and the rows of a table as lines of JSON.
 
     Compression and Parquet are known by the first bytes, CSV and TSV by the name.
     Raises UserError when it cannot be opened, when stdin is asked for a second time, and when the reading
@@ -100,6 +108,9 @@ def open_packed(path: str) -> Iterator[io.BufferedReader]:
     try:
         if path == "-":
             yield _take_stdin()
+        elif is_remote(path):
+            with open_remote(path) as raw:
+                yield raw
         else:
             with open(path, "rb", buffering=BLOCK) as raw:
                 yield raw

@@ -25,6 +25,7 @@ from llmkit.errors import UserError
 from llmkit.io.files import PARTIAL, atomic_file
 from llmkit.io.jsonl import read_object, write_json
 from llmkit.io.progress import counted, say
+from llmkit.io.remote import is_remote, open_remote
 
 MANIFEST_VERSION, MANIFEST = 2, "manifest.json"
 OF_FILE = ".manifest.json"  # after the name of the file whose manifest it is
@@ -127,9 +128,14 @@ def _with_sources(manifest: Mapping[str, Any], change: Callable[[Mapping[str, An
 
 def describe_inputs(paths: Iterable[str]) -> list[dict[str, Any]]:
     """Path, size in bytes and SHA-256 of each input file, and the manifest of what a stage has written; stdin and
-    pipes are named alone."""
+    pipes are named alone, addresses with size and version (ETag)."""
     described = []
     for path in paths:
+        if is_remote(path):
+            described.append({"path": path})
+            with suppress(UserError), open_remote(path) as file:
+                described[-1] |= {"bytes": file.raw.size, "version": file.raw.version}
+            continue
         content = _content(path) if os.path.isfile(path) else {}
         described.append({"path": path, **content})
         with suppress(UserError, OSError):  # after the work: what stands beside a file is no reason to lose it

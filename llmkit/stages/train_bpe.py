@@ -10,7 +10,7 @@ from typing import ClassVar
 from llmkit.config import CommonConfig, RecordsConfig, argument, as_options, option
 from llmkit.errors import UserError
 from llmkit.io.files import atomic_folder, check_output, output_folder
-from llmkit.io.jsonl import check_inputs, names_of, write_json
+from llmkit.io.jsonl import PACKED, check_inputs, names_of, write_json
 from llmkit.io.manifest import describe_inputs, write_manifest
 from llmkit.io.progress import Progress, counted, duration, quantity, say
 from llmkit.io.ranks import available_cores
@@ -140,7 +140,7 @@ def _checked(config: TrainBpeConfig, smallest: int, multiple: int) -> tuple[Path
 
 def _megabytes_of(inputs: list[str], limit_bytes: int | None) -> float | None:
     """Return an upper bound of the text in megabytes; None for pipes and compressed files without a limit."""
-    files = [Path(path) for path in inputs if Path(path).is_file() and not path.endswith((".gz", ".zst"))]
+    files = [Path(path) for path in inputs if Path(path).is_file() and not path.endswith(PACKED)]
     if len(files) < len(inputs):
         return limit_bytes / 1e6 if limit_bytes else None
     size = sum(file.stat().st_size for file in files)

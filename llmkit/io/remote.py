@@ -1,0 +1,238 @@
+"""Files at addresses, `https:// s3:// gs:// hf://` and what else fsspec knows, read forward or by seeking.
+
+    with open_remote("s3://commoncrawl/crawl-data/.../CC-MAIN-...warc.gz") as file:
+        file.read(1 << 20)
+
+Credentials are those that the libraries behind an address find by themselves; a bucket is read without, where there are
+none. After a cut connection, or where a server is busy, the bytes that are missing are asked for again, with growing
+pauses.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from llmkit import __version__
+from llmkit.errors import UserError
+
+BLOCK = 8 << 20  # bytes asked for at once from a bucket, while the block before is read
+TRIES = 6  # in a row, with pauses of 1/4 s to 4 s between them
+PAUSE, LONGEST_PAUSE, TIMEOUT = 0.25, 30.0, 60.0  # s; the second where a server asks for more
+LASTING = {400, 401, 403, 404, 405, 410, 416, 451}  # answers that asking again does not change
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://")
+
+T = TypeVar("T")
+
+
+def is_remote(path: str) -> bool:
+    """True for an address, whether something lies there or not."""
+    return _ADDRESS.match(path) is not None
+
+
+def open_remote(address: str) -> io.BufferedReader:
+    """Open what lies at an address; it can be sought in unless its server sends all or nothing.
+
+    Raises UserError, also while it is read, where nothing lies there, where it cannot be read, and where it changes.
+    """
+    source = _Http(address) if address.startswith(("http://", "https://")) else _Bucket(address)
+    return io.BufferedReader(RemoteFile(address, source), 1 << 20)
+
+
+def matching(pattern: str) -> list[str]:
+    """The addresses of the files that a pattern such as `hf://datasets/org/name/**/*.parquet` names, sorted."""
+    system, path = _file_system(pattern)
+    return sorted(map(system.unstrip_protocol, _retried(pattern, lambda: system.glob(path))))
+
+
+class RemoteFile(io.RawIOBase):
+    """A file at an address; `size` in bytes and `version` (ETag or time), where its server tells them."""
+
+    def __init__(self, address: str, source: _Http | _Bucket) -> None:
+        self.address, self._source, self._position = address, source, 0
+        self.size, self.version, self._can_seek = _retried(address, source.describe)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._can_seek
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size or 0}[whence]
+        self._position = base + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        data = _retried(self.address, lambda: self._read(len(buffer)))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def _read(self, count: int) -> bytes:
+        data = self._source.read(self._position, count)
+        if self._source.now != (self.size, self.version):
+            raise UserError(f"{self.address}: changed while it was read; start again")
+        if not data and self.size is not None and self._position < self.size:
+            raise ConnectionError(f"it ended at byte {self._position:,} of {self.size:,}")
+        return data
+
+    def close(self) -> None:
+        self._source.close()
+        super().close()
+
+
+class _Http:
+    """A web server: one request from a position on, read as far as it comes."""
+
+    def __init__(self, address: str) -> None:
+        import urllib.request  # .03 s of the start, for those alone who use it
+
+        self._request = urllib.request
+        self._address = address
+        self._response: Any = None
+        self._position = 0  # of the response's next byte
+        self.now: tuple[int | None, str] = (None, "")
+
+    def describe(self) -> tuple[int | None, str, bool]:
+        self._ask(0)
+        return *self.now, self._response.status == 206
+
+    def read(self, position: int, count: int) -> bytes:
+        if self.now[0] == position:
+            return b""
+        if self._response is None or self._position != position:
+            self._ask(position)
+        try:
+            while self._position < position and (
+                passed := self._response.read(min(position - self._position, 1 << 20))
+            ):
+                self._position += len(passed)
+            data = self._response.read(count)
+        except Exception:
+            self.close()
+            raise
+        if not data:
+            self.close()
+        self._position += len(data)
+        return data
+
+    def _ask(self, position: int) -> None:
+        self.close()
+        headers = {"Range": f"bytes={position}-", "User-Agent": f"llmkit/{__version__}", "Accept-Encoding": "identity"}
+        request = self._request.Request(self._address, headers=headers)
+        try:
+            self._response = self._request.urlopen(request, timeout=TIMEOUT)  # a redirection is followed
+        except self._request.HTTPError as error:
+            if error.code != 416 or position:  # of an empty file not even the range from 0 on is there
+                raise
+            self._response = error
+        headers = self._response.headers
+        total = (headers.get("Content-Range") or "").rpartition("/")[2] or headers.get("Content-Length") or ""
+        version = headers.get("ETag") or headers.get("Last-Modified") or ""
+        self.now = int(total) if total.isdigit() else None, version.strip('"')
+        self._position = 0 if self._response.status == 200 else position
+
+    def close(self) -> None:
+        if self._response is not None:
+            self._response.close()
+        self._response = None
+
+
+class _Bucket:
+    """A file system of fsspec: blocks, each asked for while the one before is read."""
+
+    def __init__(self, address: str) -> None:
+        from concurrent.futures import Future, ThreadPoolExecutor
+
+        self._system, self._path = _file_system(address)
+        self._threads = ThreadPoolExecutor(1)
+        self._ahead: tuple[int, Future[bytes]] | None = None
+        self._start, self._data = 0, b""  # of the block that is read
+        self.now: tuple[int | None, str] = (None, "")
+
+    def describe(self) -> tuple[int | None, str, bool]:
+        self._system.invalidate_cache()
+        info = self._system.info(self._path)
+        if info.get("type") == "directory":
+            raise IsADirectoryError("a folder")
+        names = ("ETag", "etag", "blob_id", "LastModified", "last_commit")
+        version = next((str(info[name]) for name in names if info.get(name)), "")
+        self.now = info.get("size"), version.strip('"')
+        return *self.now, True
+
+    def read(self, position: int, count: int) -> bytes:
+        size = self.now[0] or 0
+        if not self._start <= position < self._start + len(self._data):
+            if position >= size:
+                self.describe()  # whether it is still the same
+                return b""
+            start, ahead = self._ahead or (-1, None)
+            self._ahead = None
+            self._data = ahead.result() if ahead is not None and start == position else self._block(position)
+            self._start = position
+            if (after := position + len(self._data)) < size:
+                self._ahead = after, self._threads.submit(self._block, after)
+        first = position - self._start
+        return self._data[first : first + count]
+
+    def _block(self, start: int) -> bytes:
+        end = min(start + BLOCK, self.now[0] or 0)
+        data = self._system.cat_file(self._path, start=start, end=end)
+        if len(data) != end - start:
+            raise ConnectionError(f"{len(data):,} bytes came of {end - start:,}")
+        return data
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _file_system(address: str) -> tuple[Any, str]:
+    """The file system of fsspec that an address names, and the path in it."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it tells of each connection that a server has cut
+    try:
+        import fsspec
+
+        options = {}
+        if address.startswith("s3"):
+            import botocore.session
+
+            options["anon"] = botocore.session.get_session().get_credentials() is None
+        return fsspec.core.url_to_fs(address, **options)
+    except ImportError as error:
+        raise UserError(f'{address}: {error}; pip install "llmkit[remote]"') from None
+    except ValueError as error:
+        raise UserError(f"{address}: expected https:// s3:// gs:// or hf:// in front ({error})") from None
+
+
+def _retried(address: str, ask: Callable[[], T]) -> T:
+    """What `ask` returns, asked again where network or server may be better soon. Raises UserError."""
+    for attempt in range(TRIES):
+        try:
+            return ask()
+        except UserError:
+            raise
+        except ImportError as error:
+            raise UserError(f'{address}: {error}; pip install "llmkit[remote]"') from None
+        except (FileNotFoundError, IsADirectoryError) as error:
+            what = "a folder" if isinstance(error, IsADirectoryError) else "none there"
+            raise UserError(f"{address}: expected a file, found {what}") from None
+        except Exception as error:  # each library has errors of its own
+            status = getattr(error, "code", getattr(error, "status", None))
+            told = (str(error).splitlines() or [""])[0] or type(error).__name__
+            if status == 404:
+                raise UserError(f"{address}: expected a file, found none there (404)") from None
+            if status in (401, 403) or isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
+                raise UserError(f"{address}: not allowed ({told}); check the credentials") from None
+            if status in LASTING or attempt + 1 == TRIES:
+                raise UserError(f"{address}: cannot be read, tried {attempt + 1} times ({told})") from None
+            asked = (getattr(error, "headers", None) or {}).get("Retry-After") or ""
+            time.sleep(min(int(asked), LONGEST_PAUSE) if asked.isdigit() else PAUSE * 2**attempt)
+    raise AssertionError

@@ -1,0 +1,74 @@
+"""A web server that behaves as servers do: it has no ranges, is busy, cuts connections, and lies about lengths."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class FileServer(ThreadingHTTPServer):
+    """Serves `files` (path to bytes) at `address`; `ways` say how, `requests` has the Range of each GET.
+
+    norange  sends all, whatever range is asked for
+    cut      every other answer ends after two thirds
+    short    every answer ends after 700 kB
+    busy     of three requests two are answered by 503
+    lie      promises 1,000 bytes more than there are
+    """
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Answer)
+        self.files: dict[str, bytes] = {}
+        self.version = "1"
+        self.ways: set[str] = set()
+        self.requests: list[str] = []
+        self.address = f"http://127.0.0.1:{self.server_port}/"
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Say nothing of connections that are cut on purpose."""
+
+
+class _Answer(BaseHTTPRequestHandler):
+    server: FileServer
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        server, asked = self.server, self.headers.get("Range", "")
+        server.requests.append(asked)
+        data = server.files.get(self.path.lstrip("/"))
+        if data is None or ("busy" in server.ways and len(server.requests) % 3):
+            self.send_response(404 if data is None else 503)
+            self.send_header("Retry-After", "0")
+            self.end_headers()
+            return
+        size, start = len(data), re.match(r"bytes=(\d+)-", asked)
+        ranged = start is not None and "norange" not in server.ways
+        if ranged:
+            data = data[int(start[1]) :]
+        self.send_response(416 if ranged and not data else 206 if ranged else 200)
+        self.send_header("ETag", f'"{server.version}"')
+        self.send_header("Content-Length", str(len(data) + 1000 * ("lie" in server.ways)))
+        if ranged:
+            self.send_header("Content-Range", f"bytes {start[1]}-{size - 1}/{size}")
+        self.end_headers()
+        if "short" in server.ways:
+            data = data[:700_000]
+        elif "cut" in server.ways and len(server.requests) % 2:
+            data = data[: len(data) * 2 // 3]
+        self.wfile.write(data)
+
+
+@contextmanager
+def file_server() -> Iterator[FileServer]:
+    """Run a server in a thread."""
+    with FileServer() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()

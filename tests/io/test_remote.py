@@ -1,0 +1,163 @@
+"""Files at addresses, from real servers on this machine."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from llmkit.errors import UserError
+from llmkit.io import remote
+from llmkit.io.jsonl import check_inputs, read_jsonl
+from llmkit.io.manifest import describe_inputs
+from llmkit.io.remote import matching, open_remote
+from tests.helpers.file_server import FileServer, file_server
+
+DATA = random.Random(0).randbytes(3_000_000)
+ROWS = [{"text": f"text {number}"} for number in range(2000)]
+LINES = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
+
+
+@pytest.fixture
+def server(monkeypatch) -> Iterator[FileServer]:
+    monkeypatch.setattr(remote, "PAUSE", 0.001)
+    with file_server() as server:
+        server.files["f"] = DATA
+        yield server
+
+
+def read(address: str) -> bytes:
+    with open_remote(address) as file:
+        return b"".join(iter(lambda: file.read(1 << 18), b""))
+
+
+@pytest.mark.parametrize("ways", ["", "norange", "cut", "cut norange", "short", "busy", "busy cut"])
+def test_every_byte_comes_once_from_whatever_server(server: FileServer, ways: str) -> None:
+    server.ways = set(ways.split())
+    assert read(server.address + "f") == DATA
+    if not ways:
+        assert server.requests == ["bytes=0-"]  # a whole file costs one request
+
+
+def test_a_file_can_be_sought_in_where_the_server_has_ranges(server: FileServer) -> None:
+    with open_remote(server.address + "f") as file:
+        assert file.seekable()
+        file.seek(-1000, 2)
+        assert file.read() == DATA[-1000:]
+        file.seek(100)
+        assert file.read(100) == DATA[100:200]
+    server.ways = {"norange"}
+    with open_remote(server.address + "f") as file:
+        assert not file.seekable()
+    server.files["empty"] = b""
+    server.ways = set()
+    assert read(server.address + "empty") == b""
+
+
+@pytest.mark.parametrize(
+    ("path", "ways", "message"),
+    [
+        ("none", "", r"/none: expected a file, found none there \(404\)"),
+        ("f", "lie norange", r"/f: cannot be read, tried 6 times \(it ended at byte 3,000,000 of 3,001,000\)"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line(server: FileServer, path: str, ways: str, message: str) -> None:
+    server.ways = set(ways.split())
+    with pytest.raises(UserError, match=message):
+        read(server.address + path)
+
+
+def test_a_file_that_changes_while_it_is_read(server: FileServer) -> None:
+    server.ways = {"short"}
+    with pytest.raises(UserError, match="/f: changed while it was read"), open_remote(server.address + "f") as file:
+        file.read(1 << 18)
+        server.version = "2"
+        file.read()
+
+
+def test_no_server_and_no_such_kind_of_address(monkeypatch) -> None:
+    monkeypatch.setattr(remote, "PAUSE", 0.001)
+    with pytest.raises(UserError, match=r"^http://127.0.0.1:9/f: cannot be read, tried 6 times"):
+        check_inputs(["http://127.0.0.1:9/f"])
+    pytest.importorskip("fsspec")
+    with pytest.raises(UserError, match=r"^ftpx://a/b: expected https:// s3:// gs:// or hf://"):
+        check_inputs(["ftpx://a/b"])
+
+
+def test_records_are_read_from_addresses(server: FileServer, tmp_path) -> None:
+    """JSONL, packed or not, and Parquet, from a server with ranges and from one without."""
+    parquet.write_table(pa.Table.from_pylist(ROWS), tmp_path / "d.parquet")
+    server.files = {
+        "d.jsonl": LINES,
+        "d.jsonl.gz": gzip.compress(LINES),
+        "d.parquet": (tmp_path / "d.parquet").read_bytes(),
+    }
+    for server.ways in (set(), {"norange"}):
+        for name in server.files:
+            address = server.address + name
+            check_inputs([address])
+            assert [row.value for row in read_jsonl([address])] == ROWS
+    assert describe_inputs([server.address + "d.jsonl"]) == [
+        {"path": server.address + "d.jsonl", "bytes": len(LINES), "version": "1"}
+    ]
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """The address of an S3 server that has read.bin and two tables in a bucket that is not public."""
+    boto3, moto = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    address = "http://{}:{}".format(*server.get_host_and_port())
+    client = boto3.client(
+        "s3", endpoint_url=address, aws_access_key_id="a", aws_secret_access_key="b", region_name="us-east-1"
+    )
+    client.create_bucket(Bucket="bucket")
+    for name, data in (("read.bin", DATA), ("t/a.jsonl", LINES), ("t/u/b.jsonl", LINES)):
+        client.put_object(Bucket="bucket", Key=name, Body=data)
+    yield address
+    server.stop()
+
+
+@pytest.fixture
+def credentials(bucket: str, monkeypatch) -> None:
+    pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()
+    monkeypatch.setattr(remote, "PAUSE", 0.001)
+    monkeypatch.setattr(remote, "BLOCK", 1 << 20)
+    for name, value in {
+        "AWS_ENDPOINT_URL": bucket,
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_bucket_is_read_in_blocks(credentials) -> None:
+    assert read("s3://bucket/read.bin") == DATA
+    with open_remote("s3://bucket/read.bin") as file:
+        file.seek(1_500_000)
+        assert file.read(10) == DATA[1_500_000:1_500_010]
+    assert matching("s3://bucket/**/*.jsonl") == ["s3://bucket/t/a.jsonl", "s3://bucket/t/u/b.jsonl"]
+    assert [row.value for row in read_jsonl(["s3://bucket/t/a.jsonl"])] == ROWS
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [("s3://bucket/none", "found none there"), ("s3://no-bucket/a", "found none there"), ("s3://bucket/t", "a folder")],
+)
+def test_what_a_bucket_has_not(credentials, address: str, message: str) -> None:
+    with pytest.raises(UserError, match=rf"^{address}: expected a file, .*{message}"):
+        check_inputs([address])
+
+
+def test_a_bucket_without_credentials_is_asked_for_as_anybody(credentials, monkeypatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(UserError, match=r"^s3://bucket/read.bin: not allowed .*check the credentials"):
+        check_inputs(["s3://bucket/read.bin"])
