@@ -17,8 +17,7 @@ from llmkit.formats.questions import Question, kind_of_question
 from llmkit.io.progress import Progress, counted, say
 from llmkit.io.resume import Kept
 from llmkit.probing.chat_model import ChatModel, Missing
-from llmkit.text.matching import holds
-from llmkit.text.normalize import words
+from llmkit.text.normalize import places, words
 from llmkit.text.passages import Passage
 
 TEMPERATURE = 0.7
@@ -136,9 +135,9 @@ def unfit(question: str, answer: str, passage: str) -> str | None:
     'holds its answer'
     """
     question_words, answer_words, passage_words = words(question), words(answer), words(passage)
-    if not answer_words or not holds(passage_words, answer_words):
+    if not answer_words or not places(passage_words, answer_words):
         return "answer not in the passage"
-    if holds(question_words, answer_words):
+    if places(question_words, answer_words):
         return "holds its answer"
     if "passage" in question_words and "passage" not in passage_words:
         return "asks about the passage itself"

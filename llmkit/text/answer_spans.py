@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property
 
-from llmkit.text.normalize import ARTICLES, KNOWN, MAY, ROMAN, Token, is_number, is_spaceless, tokens, word_list
+from llmkit.text.normalize import ARTICLES, KNOWN, MAY, ROMAN, Token, is_number, is_spaceless, places, tokens, word_list
 
 MOST = 3  # places of an answer in one sentence; more is guessing
 
@@ -191,14 +191,13 @@ def gives_answer(reply: Sentence, question: Sentence, answer: Sentence) -> bool 
         if token.word not in ARTICLES:
             every.append(token._replace(before=before))
             before = ""
-    places = [start for start in range(len(every)) if every[start].word == wanted[0]]
-    places = [start for start in places if tuple(token.word for token in every[start : start + len(wanted)]) == wanted]
-    if not places:
+    starts = places(tuple(token.word for token in every), wanted)
+    if not starts:
         return None
-    if len(places) > MOST:
+    if len(starts) > MOST:
         return False
     context = _Context(every, question, answer, _with_articles(reply))
-    return any(context.keeps_answer(start, start + len(wanted)) for start in places)
+    return any(context.keeps_answer(start, start + len(wanted)) for start in starts)
 
 
 def _with_articles(reply: Sentence) -> set[int]:

@@ -39,7 +39,7 @@ from llmkit.text.answer_spans import (
     is_opposed,
     shorter_forms,
 )
-from llmkit.text.normalize import KNOWN, Token, is_number, is_sign, is_spaceless, word_list, words
+from llmkit.text.normalize import KNOWN, Token, is_number, is_sign, is_spaceless, places, word_list, words
 
 RIGHT, WRONG, EVASIVE = "right", "wrong", "evasive"
 VERDICTS = (RIGHT, WRONG, EVASIVE)
@@ -173,7 +173,7 @@ class MatchJudge:
     def _is_evasive(reply: Sentence, accepted: Sequence[Sentence]) -> bool:
         bare = tuple(word for word in reply.words if word not in ADVERBS)
         return reply.words == ("unknown",) or any(
-            holds(words, phrase) and not any(holds(other.words, phrase) for other in accepted)
+            places(words, phrase) and not any(places(other.words, phrase) for other in accepted)
             for words in (reply.words, bare)
             if words
             for phrase in evasions()
@@ -229,7 +229,7 @@ class MatchJudge:
             words = tuple(word for word in words if word not in MONTHS and not _is_day(word))
         if [*filter(is_number, words)] != [*filter(is_number, answer)]:
             return False
-        if any(map(is_spaceless, answer)) and not holds(words, answer):
+        if any(map(is_spaceless, answer)) and not places(words, answer):
             return False  # characters in another order are another word
         word_counts, other = Counter(words), Counter(answer)
         shared = (word_counts & other).total()
@@ -359,18 +359,9 @@ def _content(words: tuple[str, ...]) -> tuple[str, ...]:
 
 def _without(words: tuple[str, ...], question: tuple[str, ...]) -> tuple[str, ...]:
     """Return the words said without a repetition of the whole question."""
-    if len(question) >= REPEATED:
-        for start in range(len(words) - len(question) + 1):
-            if words[start : start + len(question)] == question:
-                return words[:start] + words[start + len(question) :]
+    for start in places(words, question)[:1] if len(question) >= REPEATED else ():
+        return words[:start] + words[start + len(question) :]
     return () if words == question else words
-
-
-def holds(words: tuple[str, ...], phrase: tuple[str, ...]) -> bool:
-    """True if the words of a phrase stand in what was said, one after the other."""
-    if phrase[0] not in words:
-        return False
-    return any(words[start : start + len(phrase)] == phrase for start in range(len(words) - len(phrase) + 1))
 
 
 def _is_year(word: str) -> bool:

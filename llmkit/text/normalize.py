@@ -19,6 +19,7 @@ import json
 import re
 import sys
 import unicodedata
+from collections.abc import Sequence
 from decimal import Context, Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -79,6 +80,13 @@ def words(text: str) -> tuple[str, ...]:
     """The words of a text, in order; equal words mean the same."""
     every = [token.word for token in tokens(text)]
     return tuple(word for word in every if word not in ARTICLES) or tuple(every)
+
+
+def places(words: Sequence[str], phrase: Sequence[str]) -> list[int]:
+    """Where the words of a phrase stand in others, one after the other: the index of the first."""
+    if not phrase or phrase[0] not in words:
+        return []
+    return [at for at in range(len(words) - len(phrase) + 1) if words[at : at + len(phrase)] == phrase]
 
 
 def word_list(name: str) -> frozenset[str]:
