@@ -9,14 +9,8 @@
 A message's content is a string or a list of parts, {"type": "text", "text": ...}. What the assistant writes to a tool
 is a part of type `calc`, `python` or `search`, what the tool answers one of type `result`; OpenAI's `tool_calls` and
 messages of role `tool` become such parts. An assistant that calls a tool, reads its result and goes on is one turn.
-`weight` (or `loss_weight`) 0 on a message keeps it out of the loss. `reasoning_content` stands before the answer,
-between <think> and </think>. A record whose `label` (or `kto_tag`) is false is one whose answer was rejected, as in
-data for KTO; `tools` and `functions`, definitions of what may be called, are not read.
-
-What asks and what answers has other names, too: the table is in records.py. `system` of a record goes in front,
-`history` before what is asked.
-
-Neighbours of the same role are merged, with a blank line between. An assistant may speak first.
+Neighbours of the same role are merged, with a blank line between. Other names of the fields stand in io/records.py, and
+what they mean in docs/records.md.
 """
 
 from __future__ import annotations
@@ -27,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llmkit.errors import UserError
-from llmkit.formats.questions import answers_of
+from llmkit.formats.questions import answers_of, placed
 from llmkit.io.records import (
     ANSWERS,
     ASKING,
@@ -113,14 +107,13 @@ def message(role: str, text: str, weight: int = 1) -> Message:
 
 
 def as_record(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The messages as JSON, in the form that chat templates read."""
-
-    def content(parts: tuple[Part, ...]) -> Any:
-        if all(part.kind == "text" for part in parts):
-            return "".join(part.text for part in parts)
-        return [{"type": part.kind, "text": part.text} for part in parts]
-
-    return [{"role": message.role, "content": content(message.parts)} for message in messages]
+    """Write messages as JSON, in the form that chat templates read."""
+    entries = []
+    for message in messages:
+        parts = [{"type": part.kind, "text": part.text} for part in message.parts]
+        is_text = all(part.kind == "text" for part in message.parts)
+        entries.append({"role": message.role, "content": message.text if is_text else parts})
+    return entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +125,7 @@ class RecordPrompt:
     used: tuple[str, ...]
 
 
+@placed
 def find_prompt(row: Row, fields: Sequence[str] = ASKING) -> RecordPrompt | None:
     """Read the prompt of a record from the first of some fields, after system message and history; None without one.
 
@@ -145,13 +139,13 @@ def find_prompt(row: Row, fields: Sequence[str] = ASKING) -> RecordPrompt | None
     if name == "instruction" and not isinstance(prompt, list):
         texts = [value[field] for field in ("instruction", "input", "context") if value.get(field)]  # Dolly has context
         if not all(isinstance(text, str) for text in texts):
-            raise UserError(f"{row.where}: expected 'instruction' and 'input' to be strings")
+            raise UserError("expected 'instruction' and 'input' to be strings")
         entries = [{"role": "user", "content": "\n\n".join(texts)}]
         used += ["input", "context"]
     else:
-        entries = entries_of(row, name, prompt, "user")
+        entries = entries_of(name, prompt, "user")
     if name not in CONVERSATIONS and value.get("history"):
-        entries = [*_history(row), *entries]
+        entries = [*_history(value["history"]), *entries]
         used.append("history")
     system = next((field for field in SYSTEM if value.get(field)), None)
     if system is not None and (not entries or _role(_named(entries[0])) != "system"):
@@ -160,25 +154,24 @@ def find_prompt(row: Row, fields: Sequence[str] = ASKING) -> RecordPrompt | None
     return RecordPrompt(name, entries, tuple(used))
 
 
+@placed
 def read_conversation(row: Row) -> Conversation:
     """Read the conversation in a record of any format. Raises UserError that names the place and what was expected."""
     value = row.value
     prompt = find_prompt(row)
-    answered_by: tuple[str, ...] = ANSWERED_BY.get(prompt.name, ANSWERS) if prompt is not None else ()
-    answer = first_of(value, answered_by)
+    answered_by = ANSWERED_BY.get(prompt.name if prompt is not None else "", ANSWERS)
+    answer = None if prompt is None else first_of(value, answered_by)
     if value.get("text") is not None and (prompt is None or (answer is None and prompt.name not in CONVERSATIONS)):
         if not isinstance(value["text"], str):
-            raise UserError(f"{row.where}: expected 'text' to be a string, found {kind_of(value['text'])}")
-        _check_unicode(row, value["text"])
+            raise UserError(f"expected 'text' to be a string, found {kind_of(value['text'])}")
+        _check_unicode(value["text"])
         return Conversation((), row.where, value["text"], losses=not_used(value, ("text",)))
     if prompt is None:
-        raise UserError(f"{row.where}: expected {FORMATS}, found {fields_of(value)}")
+        raise UserError(f"expected {FORMATS}, found {fields_of(value)}")
     entries, used = prompt.entries, [*prompt.used]
     if prompt.name not in CONVERSATIONS:
         if answer is None:
-            raise UserError(
-                f"{row.where}: expected field {answered_by[0]!r} beside {prompt.name!r}, found {fields_of(value)}"
-            )
+            raise UserError(f"expected field {answered_by[0]!r} beside {prompt.name!r}, found {fields_of(value)}")
         thoughts = {name: value[name] for name in THOUGHTS if value.get(name)}
         used += [answer, *thoughts]
         entries = [*entries, *_answering(row, answer, thoughts)]
@@ -195,7 +188,7 @@ def read_conversation(row: Row) -> Conversation:
 # ---- formats
 
 
-def entries_of(row: Row, name: str, value: Any, role: str) -> list[dict[str, Any]]:
+def entries_of(name: str, value: Any, role: str) -> list[dict[str, Any]]:
     """Return entries of role and content from field `name`: text said by `role`, or a list of messages.
 
     Raises UserError for other values.
@@ -204,10 +197,10 @@ def entries_of(row: Row, name: str, value: Any, role: str) -> list[dict[str, Any
         return [{"role": role, "content": value}]
     if not isinstance(value, list):
         expected = "a list of messages" if name in CONVERSATIONS else "text or messages"
-        raise UserError(f"{row.where}: expected {name!r} to be {expected}, found {kind_of(value)}")
+        raise UserError(f"expected {name!r} to be {expected}, found {kind_of(value)}")
     for entry in value:
         if not isinstance(entry, dict):
-            raise UserError(f"{row.where}: expected each of {name!r} to be an object, found {kind_of(entry)}")
+            raise UserError(f"expected each of {name!r} to be an object, found {kind_of(entry)}")
     return value
 
 
@@ -217,26 +210,25 @@ def _answering(row: Row, name: str, thoughts: dict[str, Any]) -> list[dict[str, 
     are_messages = all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns)
     may_be_right = name in ("answer", "answers", "target", "continuation", "output")  # a number, or right answers
     if may_be_right and not are_messages and not isinstance(value, str):
-        value = answers_of(value, name, row.where)[0]
-    entries = entries_of(row, name, value, "assistant")
+        value = answers_of(value, name)[0]
+    entries = entries_of(name, value, "assistant")
     return [{**entries[0], **thoughts}] if isinstance(value, str) else entries
 
 
-def _history(row: Row) -> list[dict[str, Any]]:
-    pairs = row.value["history"]
+def _history(pairs: Any) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
     for pair in pairs if isinstance(pairs, list) else [None]:
         if isinstance(pair, dict):
             entries.append(pair)
         elif isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair):
-            entries += ({"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True))
+            entries += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
         else:
-            raise UserError(f"{row.where}: expected 'history' to be a list of pairs of texts, found {kind_of(pairs)}")
+            raise UserError(f"expected 'history' to be a list of pairs of texts, found {kind_of(pairs)}")
     return entries
 
 
 def _label(value: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
-    """Tell if a record's label rejects its answer, as in data for KTO; the second value names an unclear label."""
+    """Tell if a record's label rejects its answer, as in data for KTO; name an unclear label."""
     for name in ("label", "kto_tag"):
         label = value.get(name)
         text = str(label).strip().lower()
@@ -263,13 +255,14 @@ def _role(entry: dict[str, Any]) -> str | None:
 # ---- messages
 
 
+@placed
 def read_messages(row: Row, entries: list[dict[str, Any]], lost: list[str] | None = None) -> tuple[Message, ...]:
     """Read messages from a record's entries of role and content; add what of them is not used to `lost`.
 
     A tool's results, and what follows them, join the assistant's turn. Raises UserError as `read_conversation` does.
     """
     if not entries:
-        raise UserError(f"{row.where}: expected at least one message, found none")
+        raise UserError("expected at least one message, found none")
     messages: list[Message] = []
     losses: list[str] = []
     after_result = False
@@ -277,23 +270,23 @@ def read_messages(row: Row, entries: list[dict[str, Any]], lost: list[str] | Non
         role = _role(entry)
         if role is None:
             instead = repr(entry["role"]) if entry.get("role") is not None else f"no role in {sorted(entry)}"
-            raise UserError(f"{row.where}: expected a role among system, user, assistant, tool; found {instead}")
-        parts = _parts(row, entry, role, losses)
+            raise UserError(f"expected a role among system, user, assistant, tool; found {instead}")
+        parts = _parts(entry, role, losses)
         for part in parts:
-            _check_unicode(row, part.text)
+            _check_unicode(part.text)
         if role != "assistant":
             losses += (f"{name!r} of others than the assistant not used" for name in THOUGHTS if entry.get(name))
         if role in ("system", "user", "assistant") and entry.get("name"):  # a speaker's, which no template shows
             losses.append("'name' of a message not used")
         if role == "tool" and (not messages or messages[-1].role != "assistant"):
-            raise UserError(f"{row.where}: a tool's result that no assistant asked for; put it after the call")
+            raise UserError("a tool's result that no assistant asked for; put it after the call")
         if role == "tool" or (after_result and role in ("assistant", "function_call")):
             _extend(messages, parts)
         else:
             named = first_of(entry, ("weight", "loss_weight", "train"))
             weight = 1 if named is None else entry[named]
             if not isinstance(weight, (bool, int, float)) or weight not in (0, 1):
-                raise UserError(f"{row.where}: expected a message's weight to be 0 or 1, found {weight!r}")
+                raise UserError(f"expected a message's weight to be 0 or 1, found {weight!r}")
             speaker = "assistant" if role == "function_call" else role
             if messages and messages[-1].role == speaker and (messages[-1].weight == weight or speaker != "assistant"):
                 blank_line = (Part("text", "\n\n"),) if messages[-1].parts and parts else ()
@@ -322,66 +315,64 @@ def _joined(parts: list[Part]) -> tuple[Part, ...]:
     return tuple(joined)
 
 
-def _parts(row: Row, entry: dict[str, Any], role: str, lost: list[str]) -> tuple[Part, ...]:
+def _parts(entry: dict[str, Any], role: str, lost: list[str]) -> tuple[Part, ...]:
     content, calls = entry.get("content"), entry.get("tool_calls") or []
     if role == "function_call":
-        return (_call(row, content, lost),)
+        return (_call(content, lost),)
     if entry.get("function_call") and not calls:  # what OpenAI called it before there could be several
         calls = [entry["function_call"]]
     if content is None and role == "assistant":
         content = entry.get("refusal")
     if content is None and not calls:
         instead = "null" if "content" in entry else sorted(entry)
-        raise UserError(f"{row.where}: expected a message with 'content', found {instead}")
+        raise UserError(f"expected a message with 'content', found {instead}")
     if isinstance(content, list):
-        parts = [_part(row, part, role, lost) for part in content]
+        parts = [_part(part, role, lost) for part in content]
     elif content is None or isinstance(content, str):
         parts = [Part("text", content)] if content else []
     else:
-        raise UserError(f"{row.where}: expected 'content' to be a string or a list of parts, found {kind_of(content)}")
+        raise UserError(f"expected 'content' to be a string or a list of parts, found {kind_of(content)}")
     if role == "tool":
         parts = [Part(RESULT, "".join(part.text for part in parts))]
     thoughts = first_of(entry, THOUGHTS) if role == "assistant" else None
     if thoughts is not None and not any("</think>" in part.text for part in parts):
         if not isinstance(entry[thoughts], str):
-            raise UserError(f"{row.where}: expected {thoughts!r} to be a string, found {kind_of(entry[thoughts])}")
+            raise UserError(f"expected {thoughts!r} to be a string, found {kind_of(entry[thoughts])}")
         # as the templates of Qwen and DeepSeek write it
         if thought := entry[thoughts].strip("\n"):
             parts = [Part("text", f"<think>\n{thought}\n</think>\n\n"), *parts]
     if calls and (role != "assistant" or not isinstance(calls, list)):
-        raise UserError(f"{row.where}: expected 'tool_calls' to be a list, in an assistant's message")
+        raise UserError("expected 'tool_calls' to be a list, in an assistant's message")
     for call in calls:
-        request = _call(row, call.get("function", call) if isinstance(call, dict) else call, lost)
+        request = _call(call.get("function", call) if isinstance(call, dict) else call, lost)
         parts += [Part("text", "\n"), request] if request.kind == "text" and parts else [request]
     return _joined(parts)
 
 
-def _part(row: Row, part: Any, role: str, lost: list[str]) -> Part:
+def _part(part: Any, role: str, lost: list[str]) -> Part:
     kind = part.get("type") if isinstance(part, dict) else None
     text = part.get("text", part.get("value")) if isinstance(part, dict) else part
     if kind == "tool_call" and role == "assistant":
-        return _call(row, text, lost)
+        return _call(text, lost)
     if kind in (*TOOLS, RESULT) and role != "assistant":
-        raise UserError(
-            f"{row.where}: expected a part of type {kind!r} in an assistant's message only, found one in {role}'s"
-        )
+        raise UserError(f"expected a part of type {kind!r} in an assistant's message only, found one in {role}'s")
     if kind not in ("text", "input_text", "output_text", "reasoning", *TOOLS, RESULT) or not isinstance(text, str):
         instead = f"type {kind!r}" if isinstance(part, dict) else kind_of(part)
-        raise UserError(f"{row.where}: expected content of text, found {instead}; leave the record out")
+        raise UserError(f"expected content of text, found {instead}; leave the record out")
     if kind == "reasoning":  # before the answer, and apart from it
         return Part("text", text + "\n\n")
     return Part(kind if kind in (*TOOLS, RESULT) else "text", text)
 
 
-def _call(row: Row, call: Any, lost: list[str]) -> Part:
+def _call(call: Any, lost: list[str]) -> Part:
     """Read a call {"name", "arguments"}: to a tool of ours with its only argument, else in JSON as a line of text."""
     if isinstance(call, str):
         try:
             call = json.loads(call)
         except ValueError:
-            raise UserError(f"{row.where}: expected a tool call in JSON, found {call[:40]!r}") from None
+            raise UserError(f"expected a tool call in JSON, found {call[:40]!r}") from None
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        raise UserError(f"{row.where}: expected a tool call with 'name' and 'arguments', found {kind_of(call)}")
+        raise UserError(f"expected a tool call with 'name' and 'arguments', found {kind_of(call)}")
     name, arguments = call["name"], call.get("arguments", {})
     tool, written = TOOL_OF_FUNCTION.get(name), isinstance(arguments, str)
     if written and (tool is None or arguments.lstrip()[:1] == "{"):
@@ -389,7 +380,7 @@ def _call(row: Row, call: Any, lost: list[str]) -> Part:
             arguments = json.loads(arguments or "{}")
         except ValueError:
             instead = f"found {arguments[:40]!r}"
-            raise UserError(f"{row.where}: expected the arguments of {name!r} in JSON, {instead}") from None
+            raise UserError(f"expected the arguments of {name!r} in JSON, {instead}") from None
     if tool is None:
         text = (call["arguments"] or "{}") if written else json.dumps(arguments, ensure_ascii=False)
         lost.append(UNKNOWN_TOOLS)
@@ -400,16 +391,14 @@ def _call(row: Row, call: Any, lost: list[str]) -> Part:
         except ValueError:
             return Part(tool, arguments)
     if not arguments:
-        raise UserError(f"{row.where}: expected an argument of {name!r}, found none")
+        raise UserError(f"expected an argument of {name!r}, found none")
     if isinstance(arguments, dict) and len(arguments) == 1:
         (arguments,) = arguments.values()
     return Part(tool, arguments if isinstance(arguments, str) else json.dumps(arguments))
 
 
-def _check_unicode(row: Row, text: str) -> None:
+def _check_unicode(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UserError(
-            f"{row.where}: a lone surrogate in the text, which is no character; mend or remove the record"
-        ) from None
+        raise UserError("a lone surrogate in the text, which is no character; mend or remove the record") from None

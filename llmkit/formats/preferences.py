@@ -20,6 +20,7 @@ from typing import Any
 
 from llmkit.errors import UserError
 from llmkit.formats.conversations import Message, entries_of, find_prompt, read_messages, said_in
+from llmkit.formats.questions import placed
 from llmkit.io.progress import counted
 from llmkit.io.records import ANSWERS, CHOSEN, PROMPT_FIRST, SYSTEM, Row, fields_of, first_of, kind_of, not_used
 
@@ -57,11 +58,9 @@ class Comparison:
         return "\n".join(map(said_in, (self.prompt, *self.candidates)))
 
 
+@placed
 def read_comparison(row: Row) -> Comparison | str:
-    """The comparison in a record of any format, or why there is nothing to learn from it.
-
-    Raises UserError that names the place and what was expected.
-    """
+    """Read the comparison in a record, or why there is nothing to learn from it. Raises UserError that names it."""
     value = row.value
     renamed = {CHOSEN.get(name, name): content for name, content in value.items()}
     if len(renamed) == len(value):  # of StackExchange's pairs; else a record has both, and ours are used
@@ -71,27 +70,29 @@ def read_comparison(row: Row) -> Comparison | str:
     elif "chosen" in value or "rejected" in value:
         comparison = _pair(row)
     else:
-        raise UserError(f"{row.where}: expected {EXPECTED}, found {fields_of(value)}")
+        raise UserError(f"expected {EXPECTED}, found {fields_of(value)}")
     if all(candidate == comparison.candidates[0] for candidate in comparison.candidates):
         return "chosen equals rejected" if "completions" not in value else "all completions equal"
     return comparison
 
 
+@placed
 def read_prompt(row: Row, lost: list[str] | None = None) -> Messages:
     """The prompt of a record: `messages`, or a `prompt` of text or messages, or what else asks. Raises UserError."""
     prompt = find_prompt(row, PROMPT_FIRST)
     if prompt is None:
-        raise UserError(f"{row.where}: expected field 'prompt' or 'messages', found {fields_of(row.value)}")
+        raise UserError(f"expected field 'prompt' or 'messages', found {fields_of(row.value)}")
     return read_messages(row, prompt.entries, lost)
 
 
+@placed
 def read_answers(row: Row) -> list[Messages]:
     """The answer of a record, `completion` or `response`, or all its `completions`. Raises UserError."""
     if row.value.get("completions") is not None:
         return _completions(row)
     name = first_of(row.value, ANSWERS)
     if name is None:
-        raise UserError(f"{row.where}: expected field 'completion' or 'completions', found {fields_of(row.value)}")
+        raise UserError(f"expected field 'completion' or 'completions', found {fields_of(row.value)}")
     return [_messages(row, name, row.value[name], "assistant")]
 
 
@@ -102,17 +103,17 @@ def _pair(row: Row) -> Comparison:
     value = row.value
     missing = [side for side in SIDES if value.get(side) is None]
     if missing:
-        raise UserError(f"{row.where}: expected {EXPECTED}, found no {missing[0]!r} in {fields_of(value)}")
+        raise UserError(f"expected {EXPECTED}, found no {missing[0]!r} in {fields_of(value)}")
     margin = 0.0 if value.get("margin") is None else value["margin"]
     if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not 0 <= margin <= LARGEST_MARGIN:
-        raise UserError(f"{row.where}: expected 'margin' to be a number from 0 to {LARGEST_MARGIN}, found {margin!r}")
+        raise UserError(f"expected 'margin' to be a number from 0 to {LARGEST_MARGIN}, found {margin!r}")
     lost: list[str] = []
     stated = find_prompt(row, STATED)
     if stated is None:
         prompt, sides, used = _split(row, lost)
     else:
         prompt, used = read_messages(row, stated.entries, lost), stated.used
-        sides = [_after(row, _messages(row, name, value[name], "assistant", lost), prompt, name) for name in SIDES]
+        sides = [_after(_messages(row, name, value[name], "assistant", lost), prompt, name) for name in SIDES]
     lost += not_used(value, (*used, *SIDES, "margin"))
     return Comparison(prompt, tuple(sides), (1, 2), float(margin), row.where, tuple(lost))
 
@@ -142,9 +143,9 @@ def _split(row: Row, lost: list[str]) -> tuple[Messages, list[Messages], tuple[s
     if first != second:
         for name, side in zip(SIDES, sides, strict=True):
             if not side:
-                raise UserError(f"{row.where}: expected an answer of its own in {name!r}, found only the prompt")
+                raise UserError(f"expected an answer of its own in {name!r}, found only the prompt")
         if any(side[0].role != "assistant" for side in sides):
-            raise UserError(f"{row.where}: expected 'chosen' and 'rejected' to begin with the same prompt; they differ")
+            raise UserError("expected 'chosen' and 'rejected' to begin with the same prompt; they differ")
     return prompt if prompt and prompt[0].role == "system" else (*system, *prompt), sides, used
 
 
@@ -154,12 +155,10 @@ def _ranked(row: Row) -> Comparison:
     ranking = row.value.get("ranking")
     if not isinstance(ranking, list) or len(ranking) != len(candidates):
         got = counted(len(ranking), "number") if isinstance(ranking, list) else kind_of(ranking)
-        raise UserError(
-            f"{row.where}: expected 'ranking' to be {counted(len(candidates), 'rank')}, one a completion, found {got}"
-        )
+        raise UserError(f"expected 'ranking' to be {counted(len(candidates), 'rank')}, one a completion, found {got}")
     for rank in ranking:
         if isinstance(rank, bool) or not isinstance(rank, (int, float)) or not math.isfinite(rank):
-            raise UserError(f"{row.where}: expected 'ranking' to hold numbers, 1 the best, found {rank!r}")
+            raise UserError(f"expected 'ranking' to hold numbers, 1 the best, found {rank!r}")
     levels = sorted(set(ranking))
     ranks = tuple(levels.index(rank) + 1 for rank in ranking)
     stated = find_prompt(row, PROMPT_FIRST)
@@ -170,8 +169,8 @@ def _ranked(row: Row) -> Comparison:
 def _completions(row: Row, lost: list[str] | None = None) -> list[Messages]:
     values = row.value["completions"]
     if not isinstance(values, list) or not values or ("ranking" in row.value and len(values) < 2):
-        instead = f"{len(values)}" if isinstance(values, list) else kind_of(values)
-        raise UserError(f"{row.where}: expected 'completions' to be a list of answers, found {instead}")
+        instead = len(values) if isinstance(values, list) else kind_of(values)
+        raise UserError(f"expected 'completions' to be a list of answers, found {instead}")
     return [_messages(row, "completions", value, "assistant", lost) for value in values]
 
 
@@ -179,11 +178,8 @@ def _continuations(chosen: Any, rejected: Any) -> tuple[str, str, str] | None:
     """Prompt and answers of two texts that begin alike: TRL's implicit prompt, up to a word. None for other values."""
     if not (isinstance(chosen, str) and isinstance(rejected, str)) or TURN.search(chosen) or TURN.search(rejected):
         return None
-    alike = WORD_END.search(commonprefix([chosen, rejected]))  # noqa: RUF071  (of characters, as it should be)
-    if alike is None:
-        return None
-    end = alike.start()
-    return chosen[:end], chosen[end:], rejected[end:]
+    end = WORD_END.search(commonprefix([chosen, rejected]))  # noqa: RUF071  (of characters, as it should be)
+    return end and (chosen[: end.start()], chosen[end.start() :], rejected[end.start() :])
 
 
 def _transcript(row: Row, name: str, text: str) -> Messages:
@@ -191,18 +187,14 @@ def _transcript(row: Row, name: str, text: str) -> Messages:
     begin, *turns = TURN.split(text)
     if begin.strip() or not turns:
         raise UserError(
-            f"{row.where}: expected 'prompt' beside {name!r}, or {name!r} to begin with '\\n\\nHuman:', "
-            f"found {text[:30]!r}"
+            f"expected 'prompt' beside {name!r}, or {name!r} to begin with '\\n\\nHuman:', found {text[:30]!r}"
         )
-    roles = {"Human": "user", "Assistant": "assistant"}
-    entries = [
-        {"role": roles[speaker], "content": turn.strip()} for speaker, turn in zip(turns[::2], turns[1::2], strict=True)
-    ]
-    return read_messages(row, entries)
+    pairs = zip(turns[::2], turns[1::2], strict=True)  # Human is a role, too
+    return read_messages(row, [{"role": speaker, "content": turn.strip()} for speaker, turn in pairs])
 
 
 def _messages(row: Row, name: str, value: Any, role: str, lost: list[str] | None = None) -> Messages:
-    messages = read_messages(row, entries_of(row, name, [value] if isinstance(value, dict) else value, role), lost)
+    messages = read_messages(row, entries_of(name, [value] if isinstance(value, dict) else value, role), lost)
     loss = "'weight' of a message not used"  # what is compared is compared whole
     unlearnt = any(turn.weight == 0 and turn.role == "assistant" for turn in messages)
     if unlearnt and lost is not None and loss not in lost:
@@ -210,14 +202,14 @@ def _messages(row: Row, name: str, value: Any, role: str, lost: list[str] | None
     return messages
 
 
-def _after(row: Row, side: Messages, prompt: Messages, name: str) -> Messages:
+def _after(side: Messages, prompt: Messages, name: str) -> Messages:
     """A side without the prompt, which it may repeat."""
     if side and side[0].role == "assistant":
         return side
     if prompt[0].role == "system" and side[0].role != "system":  # that of the record, which the side does not repeat
         prompt = prompt[1:]
     if side[: len(prompt)] != prompt:
-        raise UserError(f"{row.where}: expected {name!r} to be an answer, or to begin with the prompt; it does neither")
+        raise UserError(f"expected {name!r} to be an answer, or to begin with the prompt; it does neither")
     if len(side) == len(prompt):
-        raise UserError(f"{row.where}: expected an answer in {name!r}, found only the prompt")
+        raise UserError(f"expected an answer in {name!r}, found only the prompt")
     return side[len(prompt) :]

@@ -19,11 +19,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from string import ascii_uppercase
 from typing import Any
 
 from llmkit.errors import UserError
 from llmkit.formats.conversations import Message, RecordPrompt, find_prompt, read_messages
-from llmkit.formats.questions import FRAME, answers_of
+from llmkit.formats.questions import FRAME, answers_of, placed
 from llmkit.io.progress import counted
 from llmkit.io.records import PROMPT_FIELDS, SOLVED_BY, Row, fields_of, first_of, kind_of, not_used
 
@@ -64,21 +65,20 @@ def answer_text(record: Mapping[str, Any]) -> str:
     return max(texts, key=len, default="")
 
 
+@placed
 def read_problem(row: Row) -> Problem:
     """The problem in a record of any format. Raises UserError that names the place and what was expected."""
     value = row.value
     request = find_prompt(row)
     if request is None:
-        raise UserError(
-            f"{row.where}: expected field 'prompt', 'question' or 'messages' (a problem), found {fields_of(value)}"
-        )
+        raise UserError(f"expected field 'prompt', 'question' or 'messages' (a problem), found {fields_of(value)}")
     verifier = value.get("verifier")
     if not isinstance(verifier, (str, type(None))):
-        raise UserError(f"{row.where}: expected 'verifier' to be a name, found {kind_of(verifier)}")
+        raise UserError(f"expected 'verifier' to be a name, found {kind_of(verifier)}")
     lost: list[str] = []
     messages, prompt = _messages_and_text(row, request, lost)
     losses = (*lost, *not_used(value, request.used, PROMPT_FIELDS))
-    options = read_options(value, row.where)
+    options = read_options(value)
     if options:
         if not messages and not all(text == letter for letter, text in options):  # else the question shows them
             prompt = FRAME.sub("", prompt) + "\n" + "".join(f"\n{letter}) {text}" for letter, text in options)
@@ -88,10 +88,10 @@ def read_problem(row: Row) -> Problem:
     return Problem(messages, prompt, answer, verifier, value, row.where, losses, answers[1:])
 
 
-def read_options(record: dict[str, Any], where: str) -> tuple[tuple[str, str], ...]:
+def read_options(record: dict[str, Any]) -> tuple[tuple[str, str], ...]:
     """The options of a multiple choice as (letter, text), none where the record is no choice.
 
-    >>> read_options({"options": ["A)3", "B)4"]}, "p.jsonl:1"), read_options({"choices": ["3"]}, "p.jsonl:2")
+    >>> read_options({"options": ["A)3", "B)4"]}), read_options({"choices": ["3"]})
     ((('A', '3'), ('B', '4')), (('A', '3'),))
     """
     value = record.get("options", record.get("choices"))
@@ -99,12 +99,12 @@ def read_options(record: dict[str, Any], where: str) -> tuple[tuple[str, str], .
         return ()
     texts, labels = (value.get("text"), value.get("label")) if isinstance(value, dict) else (value, None)
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{where}: expected the choices to be a list of texts, found {kind_of(value)}")
-    letters = [chr(ord("A") + index) for index in range(len(texts))]
-    if len(letters) > 26:
-        raise UserError(f"{where}: expected at most 26 choices, found {len(letters)}")
+        raise UserError(f"expected the choices to be a list of texts, found {kind_of(value)}")
+    if len(texts) > 26:
+        raise UserError(f"expected at most 26 choices, found {len(texts)}")
+    letters = list(ascii_uppercase[: len(texts)])
     if labels not in (None, letters, [str(number) for number in range(1, len(texts) + 1)]):
-        raise UserError(f"{where}: expected the labels A, B, ... or 1, 2, ..., found {labels!r}")
+        raise UserError(f"expected the labels A, B, ... or 1, 2, ..., found {labels!r}")
     text_labels = [LABEL.match(text) for text in texts]
     if all(label and label[1] == letter for label, letter in zip(text_labels, letters, strict=True)):
         texts = [text[label.end() :] for text, label in zip(texts, text_labels, strict=True) if label]
@@ -145,7 +145,7 @@ def _messages_and_text(row: Row, request: RecordPrompt, lost: list[str]) -> tupl
     if not isinstance(value, list):
         text = request.entries[-1]["content"]
         if not text.strip():
-            raise UserError(f"{row.where}: expected {name!r} to be text, found nothing in it")
+            raise UserError(f"expected {name!r} to be text, found nothing in it")
         # code that is to be continued ends where its author ended it
         text = text if name == "prompt" else text.strip()
         if len(request.entries) == 1:
@@ -153,9 +153,9 @@ def _messages_and_text(row: Row, request: RecordPrompt, lost: list[str]) -> tupl
         return read_messages(row, [*request.entries[:-1], {"role": "user", "content": text}], lost), text
     messages = read_messages(row, request.entries, lost)
     if messages[-1].role != "user":
-        raise UserError(f"{row.where}: expected {name!r} to end with the user's message, found {messages[-1].role}'s")
+        raise UserError(f"expected {name!r} to end with the user's message, found {messages[-1].role}'s")
     if not messages[-1].text.strip():
-        raise UserError(f"{row.where}: expected {name!r} to ask something, found an empty message")
+        raise UserError(f"expected {name!r} to ask something, found an empty message")
     return messages, messages[-1].text
 
 
@@ -166,13 +166,13 @@ def _answers(row: Row) -> tuple[str, ...]:
         return ()
     value = row.value[field]
     if field == "lSolutions" and (not isinstance(value, list) or len(value) != 1):
-        raise UserError(f"{row.where}: expected 'lSolutions' to hold one solution, found {value!r}")
+        raise UserError(f"expected 'lSolutions' to hold one solution, found {value!r}")
     items = value if isinstance(value, list) else [value]
     if not items or any(isinstance(item, dict) for item in items):  # SQuAD's, TriviaQA's
-        items = answers_of(value, field, row.where)
+        items = answers_of(value, field)
     answers: dict[str, None] = {}
     for item in items:
-        text = _as_text(row, field, item)
+        text = _as_text(field, item)
         if MARKER in text:
             text = text.rpartition(MARKER)[2]
         elif field == "solution" and (boxed := last_boxed(text)) is not None:
@@ -181,18 +181,18 @@ def _answers(row: Row) -> tuple[str, ...]:
     return tuple(answers)
 
 
-def _as_text(row: Row, field: str, value: Any) -> str:
+def _as_text(field: str, value: Any) -> str:
     """
-    >>> [_as_text(Row({}, "p.jsonl", 1), "answer", value) for value in (43.0, 7, 0.5, "a b")]
+    >>> [_as_text("answer", value) for value in (43.0, 7, 0.5, "a b")]
     ['43', '7', '0.5', 'a b']
     """
     if isinstance(value, bool):  # a model says "yes" or "true", which nobody can tell from here
         expected = f"expected {field!r} to be text or a number, found a boolean"
-        raise UserError(f'{row.where}: {expected}; write the word that is right, such as "yes" or "true"')
+        raise UserError(f'{expected}; write the word that is right, such as "yes" or "true"')
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     if not isinstance(value, (str, int, float)):
-        raise UserError(f"{row.where}: expected {field!r} to be text or a number, found {kind_of(value)}")
+        raise UserError(f"expected {field!r} to be text or a number, found {kind_of(value)}")
     return str(value)
 
 
@@ -214,4 +214,4 @@ def _letter(row: Row, options: tuple[tuple[str, str], ...]) -> str | None:
         matching = [letter for letter, text in options if answer in (letter, f"({letter})", f"{letter})", text)]
         if len(matching) == 1:
             return matching[0]
-    raise UserError(f"{row.where}: expected {field!r} to be one of {counted(len(options), 'choice')}, found {value!r}")
+    raise UserError(f"expected {field!r} to be one of {counted(len(options), 'choice')}, found {value!r}")

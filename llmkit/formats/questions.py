@@ -14,18 +14,31 @@ from __future__ import annotations
 import io
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, cast
 
-from llmkit.errors import UserError
+from llmkit.errors import UserError, naming
 from llmkit.io.jsonl import json_rows, names_of, records_of
 from llmkit.io.records import FACTS, BadRecords, Row, fields_of, first_of, kind_of, not_used
 
+F = TypeVar("F", bound=Callable[..., Any])
 EXPECTED = "'question' and 'answer', or 'context' and 'continuation'"
 # what a prompt for base models puts around its question
 FRAME = re.compile(r"\A\s*(?:question|q):[ \t]*|\s*\n\s*(?:answer|a):\s*\Z", re.IGNORECASE)
 ASKED_BY = re.compile(r"\b(how many|how much|how|who|whom|whose|what|when|where|which|why)\b", re.IGNORECASE)
+
+
+def placed(read: F) -> F:
+    """Put the place of a row, the first argument of a function, before the UserErrors that the function raises."""
+
+    @wraps(read)
+    def read_placed(row: Row, *arguments: Any) -> Any:
+        with naming(row.where):
+            return read(row, *arguments)
+
+    return cast(F, read_placed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +64,11 @@ class Question:
 
 def read_questions(
     paths: Sequence[str], limit: int | None = None, bad: BadRecords | None = None
-) -> Iterator[Question | str]:
-    """Yield the questions of files, `-` for stdin, at most `limit` in all; for those left out, why there is none.
+) -> tuple[list[Question], Counter[str]]:
+    """Read the questions of files, `-` for stdin, at most `limit` records in all; count by reason those left out.
 
     Left out are SQuAD 2's questions that their passage does not answer. Bad records are skipped as `bad` has it;
-    without that, the first raises UserError that names file and record.
+    without that, the first raises UserError that names file and record. Raises UserError where no question is left.
     """
 
     def rows_of(handle: io.BufferedReader, path: str) -> Iterator[Row | UserError]:
@@ -67,14 +80,7 @@ def read_questions(
             else:
                 yield row
 
-    return records_of(paths, rows_of, read_question, limit, bad)
-
-
-def all_questions(
-    paths: Sequence[str], limit: int | None = None, bad: BadRecords | None = None
-) -> tuple[list[Question], Counter[str]]:
-    """Read the questions of files, and count by reason those left out. Raises UserError where none is left."""
-    read = list(read_questions(paths, limit, bad))
+    read = list(records_of(paths, rows_of, read_question, limit, bad))
     questions = [item for item in read if not isinstance(item, str)]
     if not questions:
         raise UserError(f"{names_of(paths)}: expected questions, found none that has an answer")
@@ -118,26 +124,27 @@ def _listed(value: dict[str, Any], field: str, where: str) -> list[dict[str, Any
 # ---- records
 
 
+@placed
 def read_question(row: Row) -> Question | str:
-    """The question in a record, or why there is none. Raises UserError that names the place and what was expected."""
-    value, where = row.value, row.where
+    """Read the question in a record, or why there is none. Raises UserError that names the place and the expected."""
+    value = row.value
     field = first_of(value, FACTS)
     asking = first_of(value, ("question", "context"))
     if asking is None or field is None:
-        raise UserError(f"{where}: expected {EXPECTED}, found {fields_of(value)}")
+        raise UserError(f"expected {EXPECTED}, found {fields_of(value)}")
     if value.get("is_impossible") or (isinstance(value[field], dict) and value[field].get("text") == []):
         return "no answer in the passage"
-    text = _text(value[asking], asking, where)
+    text = _text(value[asking], asking)
     if asking == "context":
-        text = _text(FRAME.sub("", text), asking, where)
+        text = _text(FRAME.sub("", text), asking)
     aliases = value.get("aliases") or []
-    answers = answers_of(value[field], field, where) + (answers_of(aliases, "aliases", where) if aliases else ())
+    answers = answers_of(value[field], field) + (answers_of(aliases, "aliases") if aliases else ())
     named = first_of(value, ("passage", "context") if asking == "question" else ("passage",))
-    passage = None if named is None else _text(value[named], named, where)
+    passage = None if named is None else _text(value[named], named)
     name = value.get("passage_id", value.get("id"))
     language = value.get("language") or ""
     if not isinstance(language, str):
-        raise UserError(f"{where}: expected 'language' to be a code such as \"en\", found {kind_of(language)}")
+        raise UserError(f"expected 'language' to be a code such as \"en\", found {kind_of(language)}")
     return Question(
         text,
         tuple(dict.fromkeys(answers)),
@@ -145,12 +152,12 @@ def read_question(row: Row) -> Question | str:
         "" if name is None else str(name),
         kind_of_question(text) if asking == "question" or text.endswith("?") else "completion",
         language,
-        where,
+        row.where,
         not_used(value, ("context", asking, field)),
     )
 
 
-def answers_of(value: Any, field: str, where: str) -> tuple[str, ...]:
+def answers_of(value: Any, field: str) -> tuple[str, ...]:
     """The answers of a field: text, a number, a list of them, SQuAD's {"text": ...} and lists of it, or TriviaQA's
     {"value": ..., "aliases": [...]}. Raises UserError for others."""
     if isinstance(value, dict) and "text" in value:
@@ -159,15 +166,15 @@ def answers_of(value: Any, field: str, where: str) -> tuple[str, ...]:
         value = [value[name], *(value.get("aliases") or value.get("Aliases") or [])]
     items = value if isinstance(value, list) else [value]
     if not items:
-        raise UserError(f"{where}: expected an answer in {field!r}, found an empty list")
+        raise UserError(f"expected an answer in {field!r}, found an empty list")
     texts = [item["text"] if isinstance(item, dict) and "text" in item else item for item in items]
     numbers = [str(text) if isinstance(text, (int, float)) and not isinstance(text, bool) else text for text in texts]
-    return tuple(dict.fromkeys(_text(text, field, where) for text in numbers))
+    return tuple(dict.fromkeys(_text(text, field) for text in numbers))
 
 
-def _text(value: Any, field: str, where: str) -> str:
+def _text(value: Any, field: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: expected {field!r} to be text, found {_found(value)}")
+        raise UserError(f"expected {field!r} to be text, found {_found(value)}")
     return value.strip()
 
 

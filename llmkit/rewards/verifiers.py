@@ -124,7 +124,7 @@ def is_choice_right(problem: Problem, completion: str) -> bool:
 
 
 def _options(problem: Problem) -> tuple[tuple[str, str], ...]:
-    return read_options(problem.record, problem.where) or tuple((letter, "") for letter in ascii_uppercase)
+    return read_options(problem.record) or tuple((letter, "") for letter in ascii_uppercase)
 
 
 # ---- which
@@ -170,7 +170,7 @@ def verifier_of(problem: Problem) -> str:
     if isinstance(record.get("pattern"), str):
         return "regex"
     answer = problem.answer or ""
-    if read_options(record, problem.where) or re.fullmatch(r"\(?[A-Z](?:\)|\.|)", answer.strip()):
+    if read_options(record) or re.fullmatch(r"\(?[A-Z](?:\)|\.|)", answer.strip()):
         return "choice"
     answer = _answer(problem)
     if "\\" in answer or any("\\boxed" in str(record.get(name, "")) for name in SOLUTIONS):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmkit.config import CommonConfig, RecordsConfig, ServedConfig, argument, as_options, lasting_options, option
 from llmkit.errors import UserError
-from llmkit.formats.questions import Question, all_questions
+from llmkit.formats.questions import Question, read_questions
 from llmkit.io.files import check_output, check_unfinished
 from llmkit.io.jsonl import check_inputs, name_of, names_of, open_output, read_documents
 from llmkit.io.manifest import write_file_manifest
@@ -349,7 +349,7 @@ def _judge(models: Mapping[str, ChatModel], refusals: Refusals) -> Judge:
 def _read(config: ProbeKnowledgeConfig, bad: BadRecords) -> tuple[list[Passage], list[Question], Counter[str]]:
     """The passages, the questions unless a model is to write them, and why others are left out. Raises UserError."""
     if not config.passages:
-        questions, left_out = all_questions(config.questions or ("-",), config.limit, bad)
+        questions, left_out = read_questions(config.questions or ("-",), config.limit, bad)
         return [], questions, left_out
     from llmkit.probing.question_rules import ask_about
     from llmkit.text.passages import sample_passages

@@ -287,7 +287,8 @@ class PieceCounter:
                 self._cut_long()
 
     def _add_pending(self) -> None:
-        head, tail, count = map(np.concatenate, zip((self._head, self._tail, self._count), *self._pending, strict=True))
+        tables = [(self._head, self._tail, self._count), *self._pending]
+        head, tail, count = (np.concatenate([table[column] for table in tables]) for column in range(3))
         self._pending.clear()
         self._head, self._tail, self._count = _add_up(head, tail, count)
 

@@ -68,8 +68,8 @@ def test_answers_passage_and_language_are_kept():
 def test_squad_in_one_line_or_many_plain_or_packed(tmp_path, indent, pack):
     path = tmp_path / "squad.json"
     path.write_bytes(pack(json.dumps(SQUAD, indent=indent).encode()))
-    question, left_out = read_questions([str(path)])
-    assert left_out == "no answer in the passage"
+    (question,), left_out = read_questions([str(path)])
+    assert left_out == {"no answer in the passage": 1}
     assert question == Question(
         "When did it open?", ("1889",), "The tower opened in 1889.", "Tower/1", "when", "", f"{path}:1.1, id a"
     )
@@ -80,7 +80,7 @@ def test_jsonl_arrays_and_a_limit(tmp_path):
     lines, array = tmp_path / "q.jsonl", tmp_path / "q.json"
     lines.write_text("".join(json.dumps(one) + "\n\n" for one in rows))
     array.write_text(json.dumps(rows, indent=1))
-    found = list(read_questions([str(lines), str(array)], 6))
+    found, _ = read_questions([str(lines), str(array)], 6)
     assert [only(one).answers for one in found] == [("0",), ("1",), ("2",), ("3",), ("0",), ("1",)]
     assert only(found[1]).where == f"{lines}:3" and only(found[5]).where == f"{array}:2"
 
@@ -122,12 +122,13 @@ def test_a_bad_file_is_named(tmp_path, content, message):
     path = tmp_path / "q.json"
     path.write_text(content)
     with pytest.raises(UserError, match=message):
-        list(read_questions([str(path)]))
+        read_questions([str(path)])
 
 
 def test_an_empty_file_has_no_questions(tmp_path):
     (tmp_path / "q.jsonl").write_text("")
-    assert list(read_questions([str(tmp_path / "q.jsonl")])) == []
+    with pytest.raises(UserError, match=r"q\.jsonl: expected questions, found none"):
+        read_questions([str(tmp_path / "q.jsonl")])
 
 
 @pytest.mark.shared
@@ -137,5 +138,5 @@ def test_an_empty_file_has_no_questions(tmp_path):
      ("jeopardy_all.jsonl.gz", 1648), ("triviaqa_sm_sub.jsonl.gz", 2379), ("wikidata.jsonl.gz", 16208)],
 )  # fmt: skip
 def test_real_files_are_read_whole(shared_data, name, count):
-    found = list(read_questions([str(shared_data / "qa" / name)]))
+    found, _ = read_questions([str(shared_data / "qa" / name)])
     assert len(found) == count and all(isinstance(one, Question) for one in found)
