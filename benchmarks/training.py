@@ -101,9 +101,8 @@ def work(name: str, shape: Shape, steps: int, shards: str, tokenizer_vocab: int,
     from llmkit.data.shards import TokenShards
     from llmkit.model.devices import choose_device, choose_dtype
     from llmkit.model.transformer import Transformer
-    from llmkit.training import setup
-    from llmkit.training.evaluation import next_token_loss
-    from llmkit.training.optimizer import GroupSettings, Optimizer, Schedule
+    from llmkit.training.loss import next_token_loss
+    from llmkit.training.optimizer import GroupSettings, Optimizer, Schedule, build_optimizer
     from llmkit.training.plan import Wishes, make_plan
     from llmkit.training.trainer import Trainer, TrainerSettings
 
@@ -126,19 +125,18 @@ def work(name: str, shape: Shape, steps: int, shards: str, tokenizer_vocab: int,
         settings = GroupSettings("adamw", 1e-3)
         optimizer = Optimizer((key, parameter, settings) for key, parameter in model.named_parameters())
     else:
-        optimizer = setup.build_optimizer(model, plan.recipe)
+        optimizer = build_optimizer(model, plan.recipe)
     batches = Batches(tokens, plan.sequence_length, plan.batch_rows, seed=0)
     out.mkdir()
     trainer = Trainer(
         model,
         optimizer,
         Schedule(plan.warmup_steps, plan.decay_fraction),
-        batches=lambda step: batches.prefetch(step, steps),
-        loss=next_token_loss,
+        next_token_loss,
         folder=out,
         settings=TrainerSettings(micro_batch_rows=plan.micro_batch_rows, quiet=True),
     )
-    trainer.fit(total_steps=steps)
+    trainer.fit(batches.prefetch(0, steps), total_steps=steps)
 
 
 def _plain_kernels() -> None:

@@ -83,11 +83,11 @@ def work(name: str, kernels: str, steps: int) -> dict:
     import torch
     from llmkit.kernels.dispatch import backend
 
+    from llmkit.data.batches import TokenRows
     from llmkit.model.config import ModelConfig
     from llmkit.model.transformer import Transformer
-    from llmkit.training import setup
-    from llmkit.training.evaluation import next_token_loss
-    from llmkit.training.optimizer import Schedule
+    from llmkit.training.loss import next_token_loss
+    from llmkit.training.optimizer import Schedule, build_optimizer
     from llmkit.training.scaling import recipe
     from llmkit.training.speed import peak_flops, synchronize
     from llmkit.training.trainer import Trainer, TrainerSettings
@@ -103,20 +103,20 @@ def work(name: str, kernels: str, steps: int) -> dict:
     rows = micro_rows * micro_batches
     dtype = torch.float32 if name == "smoke" else torch.bfloat16
     model = Transformer(config, seed=0).to(device=device, dtype=dtype)
-    optimizer = setup.build_optimizer(model, recipe(1e9, hidden, length, rows * length))
+    optimizer = build_optimizer(model, recipe(1e9, hidden, length, rows * length))
     numbers = np.random.default_rng(0)
     tokens = numbers.integers(0, words, (rows, length))
     documents = np.zeros((rows, length), np.int32)
     loss = next_token_loss if name == "smoke" else torch.compile(next_token_loss, dynamic=False)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
-            model, optimizer, Schedule(0, 0.2), batches=lambda step: iter(()), loss=loss, folder=Path(folder),
+            model, optimizer, Schedule(0, 0.2), loss, folder=Path(folder),
             settings=TrainerSettings(micro_batch_rows=micro_rows, quiet=True),
         )  # fmt: skip
         seconds, losses = [], []
-        for step in range(steps + (0 if name == "smoke" else 3)):
+        for _ in range(steps + (0 if name == "smoke" else 3)):
             started = time.perf_counter()
-            losses.append(trainer.train_step((tokens, np.roll(tokens, -1, 1), documents), step / (steps + 3))["loss"])
+            losses.append(trainer.train_step(TokenRows(tokens, np.roll(tokens, -1, 1), documents))["loss"])
             synchronize(device)
             seconds.append(time.perf_counter() - started)
     rate = rows * length / statistics.median(seconds[-steps:])

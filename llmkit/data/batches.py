@@ -37,16 +37,21 @@ IGNORED = -100  # the target where nothing is predicted, as in torch's cross_ent
 Order: TypeAlias = tuple[np.ndarray, np.ndarray]
 
 
-class Batch(NamedTuple):
+class TokenRows(NamedTuple):
     """Rows of token ids, targets and document numbers, all [B, T]; see the docstring of the module."""
 
     token_ids_BT: np.ndarray
     targets_BT: np.ndarray
     doc_ids_BT: np.ndarray
 
-    def nothing(self) -> Batch:
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows, with padding."""
+        return self.token_ids_BT.size
+
+    def nothing(self) -> TokenRows:
         """One row that predicts nothing, for a process that has no more rows where others have."""
-        return Batch(self.token_ids_BT[:1], np.full_like(self.targets_BT[:1], IGNORED), self.doc_ids_BT[:1])
+        return TokenRows(self.token_ids_BT[:1], np.full_like(self.targets_BT[:1], IGNORED), self.doc_ids_BT[:1])
 
 
 class Batches:
@@ -70,14 +75,14 @@ class Batches:
         self.sequence_length, self.batch_size = sequence_length, batch_size
         self._order = lru_cache(maxsize=2)(self._draw_order)
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> TokenRows:
         """All rows of a step."""
         return self.rows(step, 0, self.batch_size)
 
-    def rows(self, step: int, start: int, stop: int) -> Batch:
+    def rows(self, step: int, start: int, stop: int) -> TokenRows:
         """Rows start:stop of a step: the share of one process or one micro-batch."""
         shape = stop - start, self.sequence_length
-        batch = Batch(np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, np.int32))
+        batch = TokenRows(np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, np.int32))
         for row in range(stop - start):
             row_batch = self._row(self.place(step * self.batch_size + start + row))
             for whole, part in zip(batch, row_batch, strict=True):
@@ -92,7 +97,7 @@ class Batches:
         count = -(-(epoch + 1) * tokens // length) - first
         return first + permuted(index - first, count, self.seed, epoch)
 
-    def _row(self, index: int) -> Batch:
+    def _row(self, index: int) -> TokenRows:
         end = self.shards.info.end
         return _pack(self.shards, self.shards.tokens, self._order, index, 1, self.sequence_length, end)
 
@@ -102,7 +107,7 @@ class Batches:
 
     def prefetch(
         self, first_step: int, last_step: int | None, start: int = 0, stop: int | None = None, workers: int = 1
-    ) -> Iterator[Batch]:
+    ) -> Iterator[TokenRows]:
         """`rows(step, start, stop)` of steps first_step ... last_step - 1, made ahead of time by threads.
 
         None for the last step, which nobody knows under a time budget, goes on without an end.
@@ -128,7 +133,7 @@ class EvaluationBatches:
     bytes:      UTF-8 bytes of the text of those documents
     targets:    number of tokens predicted
 
-    `len(batches)`, `batches[k]` and iteration are over Batch; process r of w takes the k with k % w == r.
+    `len(batches)`, `batches[k]` and iteration are over TokenRows; process r of w takes the k with k % w == r.
     """
 
     def __init__(
@@ -147,28 +152,30 @@ class EvaluationBatches:
     def __len__(self) -> int:
         return -(-self.tokens // (self.sequence_length * self.batch_size))
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> TokenRows:
         if not 0 <= index < len(self):
             raise IndexError(index)
         first_row = index * self.batch_size
         rows = min(self.batch_size, -(-self.tokens // self.sequence_length) - first_row)
         return _pack(self.shards, self.tokens, self._order, first_row, rows, self.sequence_length, IGNORED)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[TokenRows]:
         return (self[index] for index in range(len(self)))
 
     def _order(self, epoch: int) -> Order | None:
         return self._documents if epoch == 0 else None
 
 
-def prefetched(make: Callable[[int], Batch], first_step: int, last_step: int | None, workers: int) -> Iterator[Batch]:
+def prefetched(
+    make: Callable[[int], TokenRows], first_step: int, last_step: int | None, workers: int
+) -> Iterator[TokenRows]:
     """`make(step)` of steps first_step ... last_step - 1, in order, made ahead of time by threads (0: by none)."""
     last_step = sys.maxsize if last_step is None else last_step
     if workers == 0:
         yield from map(make, range(first_step, last_step))
         return
     with ThreadPoolExecutor(workers, thread_name_prefix="batches") as pool:
-        ahead: list[Future[Batch]] = []
+        ahead: list[Future[TokenRows]] = []
         try:
             for step in range(first_step, last_step):
                 while len(ahead) <= 2 * workers and step + len(ahead) < last_step:
@@ -187,7 +194,7 @@ def _pack(
     rows: int,
     sequence_length: int,
     end_target: int,
-) -> Batch:
+) -> TokenRows:
     """Rows first_row ... of the stream of all epochs; after the last epoch, padding that predicts nothing."""
     token_ids = np.full(rows * sequence_length, shards.info.end, np.int64)
     targets = np.full_like(token_ids, IGNORED)
@@ -217,7 +224,7 @@ def _pack(
     doc_ids_BT = doc_ids.reshape(rows, sequence_length)
     doc_ids_BT[:, 0] = 0
     np.cumsum(doc_ids_BT, axis=1, out=doc_ids_BT)
-    return Batch(token_ids.reshape(doc_ids_BT.shape), targets.reshape(doc_ids_BT.shape), doc_ids_BT)
+    return TokenRows(token_ids.reshape(doc_ids_BT.shape), targets.reshape(doc_ids_BT.shape), doc_ids_BT)
 
 
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from llmkit.data.batches import IGNORED, Batch, prefetched, shuffled
+from llmkit.data.batches import IGNORED, TokenRows, prefetched, shuffled
 from llmkit.data.examples import Examples
 
 WINDOW_ROWS = 64
@@ -105,18 +105,18 @@ class Mixture:
             for count, source in zip(taken, self.sources, strict=True)
         ]
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> TokenRows:
         """All rows of a step."""
         return self.rows(step, 0, self.batch_size)
 
-    def rows(self, step: int, start: int, stop: int) -> Batch:
+    def rows(self, step: int, start: int, stop: int) -> TokenRows:
         """Rows start:stop of a step: the share of one process or one micro-batch."""
         first = step * self.batch_size
         planned = self._planned(first + stop)[first + start : first + stop]
         rows = [[self.sources[s].examples[i] for s, i in row] for row in planned]
         return self._pack(rows, self.sequence_length, self._pad)
 
-    def prefetch(self, first_step: int, last_step: int | None, workers: int = 1) -> Iterator[Batch]:
+    def prefetch(self, first_step: int, last_step: int | None, workers: int = 1) -> Iterator[TokenRows]:
         """The batches of steps first_step ... last_step - 1, made ahead of time by threads; equal for any number."""
         return prefetched(self.batch, first_step, last_step, workers)
 
@@ -167,7 +167,7 @@ class PackedEvaluation:
     def __len__(self) -> int:
         return -(-len(self._rows) // self._size)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[TokenRows]:
         for start in range(0, len(self._rows), self._size):
             rows = [[self._examples[i] for i in row] for row in self._rows[start : start + self._size]]
             yield packed(rows, self._length, self._pad)
@@ -194,7 +194,7 @@ def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def packed(rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], sequence_length: int, pad: int) -> Batch:
+def packed(rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], sequence_length: int, pad: int) -> TokenRows:
     """(token ids, trained) pairs side by side in each row: inputs, the next tokens as targets, document numbers."""
     shape = len(rows), sequence_length
     token_ids, targets = np.full(shape, pad, np.int64), np.full(shape, IGNORED, np.int64)
@@ -208,4 +208,4 @@ def packed(rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], sequence_len
             doc_ids[row, at:end] = number
             at = end
         doc_ids[row, at:] = len(examples) if at else 0
-    return Batch(token_ids, targets, doc_ids)
+    return TokenRows(token_ids, targets, doc_ids)

@@ -13,6 +13,7 @@ from llmkit.data.batches import splitmix64
 from llmkit.kernels.attention import Branching
 from llmkit.reward_model.comparisons import Candidates, ComparisonRows, evaluation_rows
 from llmkit.reward_model.head import RewardModel
+from llmkit.training.loss import Summed
 from llmkit.training.sharding import is_sharded
 
 ROW_TOKENS = 512  # of a row, unless many comparisons are longer
@@ -40,12 +41,11 @@ class ComparisonLoss:
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def __call__(self, model: Any, rows: tuple[np.ndarray, ...]) -> tuple[Tensor, int]:
-        batch = ComparisonRows(*rows)
+    def __call__(self, model: Any, batch: ComparisonRows) -> Summed:
         # FSDP wants all processes to compute as often
         batches = [batch] if is_sharded(model.embed_tokens) else batch.by_size()
         losses, counts = zip(*(self._loss(model, part) for part in batches), strict=True)
-        return torch.stack(losses).sum(), sum(counts)
+        return Summed(torch.stack(losses).sum(), sum(counts))
 
     def _loss(self, model: Any, batch: ComparisonRows) -> tuple[Tensor, int]:
         scores = answer_scores(model, batch)

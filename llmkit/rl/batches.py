@@ -17,7 +17,7 @@ from llmkit.model.transformer import Transformer
 from llmkit.rewards import Weighted
 from llmkit.rl.actor import Actor
 from llmkit.rl.algorithms import Algorithm, advantages, is_informative, token_weights
-from llmkit.rl.policy_loss import PolicyLoss, reference_logprobs
+from llmkit.rl.policy_loss import reference_logprobs
 from llmkit.rl.problems import EncodedProblem
 from llmkit.rl.rollouts import Rollout, RolloutLog, RolloutSettings
 from llmkit.rl.rows import PolicyRows, pack_rollouts
@@ -59,14 +59,13 @@ class Collector:
         rollout_settings: RolloutSettings,
         settings: BatchSettings,
         *,
-        loss: PolicyLoss,
         log: RolloutLog,
         pad: int,
         reference: Transformer | None = None,
     ) -> None:
         self._actor, self._problems, self._algorithm = actor, problems, algorithm
         self._rollout_settings, self._settings = rollout_settings, settings
-        self._loss, self._log, self._pad, self._reference = loss, log, pad, reference
+        self._log, self._pad, self._reference = log, pad, reference
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))  # of an epoch
         self.groups = 0
         self.figures: dict[str, float] = {}
@@ -81,8 +80,6 @@ class Collector:
 
     def _batches(self, steps: int) -> Iterator[PolicyRows]:
         while (batch := self._collect(steps + 1)) is not None:
-            first, stop = world().share(len(batch.token_ids))
-            self._loss.start(stop - first, self.rollouts)
             self.handed_over = time.monotonic()
             yield batch
             steps += 1

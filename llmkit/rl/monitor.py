@@ -18,7 +18,7 @@ from llmkit.errors import SavedError
 from llmkit.io.progress import say
 from llmkit.rl.batches import Collector
 from llmkit.rl.evaluation import HeldOut
-from llmkit.rl.policy_loss import PolicyLoss
+from llmkit.rl.policy_loss import policy_figures
 from llmkit.training.trainer import Trainer
 
 COLLAPSED = "collapsed"
@@ -138,12 +138,13 @@ class Watch:
         self,
         trainer: Trainer,
         collector: Collector,
-        loss: PolicyLoss,
+        with_reference: bool,
         limits: Limits,
         rows: Iterable[Mapping[str, Any]] = (),
     ) -> None:
         rows = list(rows)
-        self._trainer, self._collector, self._loss, self._limits = trainer, collector, loss, limits
+        self._trainer, self._collector, self._limits = trainer, collector, limits
+        self._with_reference = with_reference
         self._collapse, self._hack = CollapseGuard(rows), HackWatch(rows)
         self._warned = False
         self._stopped: str | None = None
@@ -158,7 +159,9 @@ class Watch:
 
         Raises UserError, after a checkpoint, where sampler and trainer disagree.
         """
-        seconds, loss, batch = time.monotonic() - self._collector.handed_over, self._loss.figures, self._collector
+        seconds, batch = time.monotonic() - self._collector.handed_over, self._collector
+        attempts = sum(rollout.trained for rollout in batch.rollouts)
+        loss = policy_figures(self._trainer.figures, attempts, self._with_reference)
         tokens = self._trainer.settings.updates_per_batch * batch.figures["batch_tokens"]
         figures = {
             **batch.figures,

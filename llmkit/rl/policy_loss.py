@@ -5,7 +5,7 @@ N targets, B rows of T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -21,6 +21,7 @@ from llmkit.rl.algorithms import Algorithm
 from llmkit.rl.rollouts import Rollout
 from llmkit.rl.rows import PolicyRows, pack_rollouts
 from llmkit.training.distributed import world
+from llmkit.training.loss import Summed
 
 TOKENS_AT_ONCE = 8192  # of a reference, without gradients
 LARGEST_LOG_RATIO = 20.0  # exp of more overflows a sum in float32
@@ -34,34 +35,15 @@ class PolicyLoss:
                  divergence"), which is never negative; not here where the algorithm has it in the reward
     with_reference  whether the attempts know their log-probabilities under a reference
 
-    `figures` tells of the batch since `start`: `entropy` (nats a token), `policy_kl` to the policy that sampled,
-    `clipped` (share of tokens), `ratio`, where there is a reference `kl` to it (nats a token) and `kl_per_attempt`;
-    before the first update, `logprob_difference` and `logprob_difference_max`: how far the sampler's log-probabilities
-    are from ours. Divergences are estimated by k3.
+    Its figures are sums over the targets, for `policy_figures`.
     """
 
     def __init__(self, algorithm: Algorithm, temperature: float, kl_coef: float, with_reference: bool) -> None:
         self.temperature, self.clip, self.with_reference = temperature, algorithm.clip, with_reference
         self.kl_coef = kl_coef if algorithm.kl == "loss" else 0.0
         self._by_sequence = algorithm.ratio == "sequence"
-        self._rows = self._seen = self._attempts = 0
-        self._sums: dict[str, float] = {}
-        self._before: tuple[int, dict[str, float]] = 0, {}  # when the batch was begun
 
-    def start(self, rows: int, rollouts: Sequence[Rollout]) -> None:
-        """A new batch of so many rows, those of this process, made of these attempts of all processes, which is gone
-        through once or several times."""
-        self._rows, self._seen, self._attempts = rows, 0, max(1, sum(rollout.trained for rollout in rollouts))
-        self._sums = dict.fromkeys(("targets", "entropy", "kl", "policy_kl", "clipped", "ratio", "first", "gap"), 0.0)
-        self._sums["largest"] = 0.0
-        self._before = 0, dict(self._sums)
-
-    def forget(self) -> None:
-        """The batch is gone through again from its beginning: leave this time out of the figures."""
-        self._seen, self._sums = self._before[0], dict(self._before[1])
-
-    def __call__(self, model: Any, rows: tuple[np.ndarray, ...]) -> tuple[Tensor, int]:
-        batch = PolicyRows(*rows)
+    def __call__(self, model: Any, batch: PolicyRows) -> Summed:
         logprobs, entropy, where = target_logprobs(model, batch, self.temperature)
 
         def picked(array: np.ndarray) -> Tensor:
@@ -80,38 +62,41 @@ class PolicyLoss:
         if self.kl_coef:
             loss = loss + self.kl_coef * divergence
         with torch.no_grad():
-            clipped = (gain != ratio * advantage).float()
-            self._note(len(rows[0]), entropy, divergence, _k3(log_ratio), clipped, ratio, log_ratio)
-        return (weight * loss).sum(), len(logprobs)
+            sums = {
+                "entropy": entropy,
+                "kl": divergence,
+                "policy_kl": _k3(log_ratio),
+                "clipped": (gain != ratio * advantage).float(),
+                "ratio": ratio,
+                "gap": log_ratio.abs(),
+            }
+            figures = {name: float(values.sum()) for name, values in sums.items()}
+            figures["largest"] = float(log_ratio.abs().max()) if len(logprobs) else 0.0
+        return Summed((weight * loss).sum(), len(logprobs), {"targets": len(logprobs), **figures})
 
-    def _note(
-        self, rows: int, entropy: Tensor, kl: Tensor, policy_kl: Tensor, clipped: Tensor, ratio: Tensor, gap: Tensor
-    ) -> None:
-        sums, count = self._sums, len(gap)
-        sums["targets"] += count
-        for name, values in (("policy_kl", policy_kl), ("clipped", clipped), ("ratio", ratio)):
-            sums[name] += float(values.sum())
-        if self._seen < self._rows:
-            sums["first"] += count
-            sums["kl"] += float(kl.sum())
-            sums["entropy"] += float(entropy.sum())
-            sums["gap"] += float(gap.abs().sum())
-            sums["largest"] = max(sums["largest"], float(gap.abs().max()) if count else 0.0)
-        self._seen += rows
-        if self._seen % max(1, self._rows) == 0:
-            self._before = self._seen, dict(sums)
 
-    @property
-    def figures(self) -> dict[str, float]:
-        """Return figures of the batch over all processes, which all call this together; see the class."""
-        sums = dict(zip(self._sums, world().sum(*self._sums.values()), strict=True))
-        sums["largest"] = world().largest(self._sums["largest"])[0]
-        targets, first = max(1.0, sums["targets"]), max(1.0, sums["first"])
-        figures = {name: sums[name] / targets for name in ("policy_kl", "clipped", "ratio")}
-        figures |= {"entropy": sums["entropy"] / first, "logprob_difference": sums["gap"] / first}
-        if self.with_reference:
-            figures |= {"kl": sums["kl"] / first, "kl_per_attempt": sums["kl"] / self._attempts}
-        return {**figures, "logprob_difference_max": sums["largest"]}
+def policy_figures(
+    updates: Sequence[Sequence[Mapping[str, float]]], attempts: int, with_reference: bool
+) -> dict[str, float]:
+    """Return the figures of a step over all processes, which all call this together.
+
+    updates: those of `PolicyLoss` for each micro-batch of each update; attempts: trained on, in all processes
+
+    Of all updates `policy_kl` to the policy that sampled, `clipped` (share of tokens) and `ratio`; of the first one
+    `entropy` (nats a token), `logprob_difference` and `logprob_difference_max`, how far the sampler's log-probabilities
+    are from ours, and where there is a reference `kl` to it (nats a token) and `kl_per_attempt`.
+    """
+    every = [figures for update in updates for figures in update]
+    own = [sum(figures[name] for figures in every) for name in ("policy_kl", "clipped", "ratio", "targets")]
+    own += [sum(figures[name] for figures in updates[0]) for name in ("entropy", "gap", "kl", "targets")]
+    policy_kl, clipped, ratio, targets, entropy, gap, kl, first = world().sum(*own)
+    targets, first = max(1.0, targets), max(1.0, first)
+    figures = {"policy_kl": policy_kl / targets, "clipped": clipped / targets, "ratio": ratio / targets}
+    figures |= {"entropy": entropy / first, "logprob_difference": gap / first}
+    if with_reference:
+        figures |= {"kl": kl / first, "kl_per_attempt": kl / max(1, attempts)}
+    largest = world().largest(max((figures["largest"] for figures in updates[0]), default=0.0))[0]
+    return {**figures, "logprob_difference_max": largest}
 
 
 def target_logprobs(model: Transformer, batch: PolicyRows, temperature: float) -> tuple[Tensor, Tensor, np.ndarray]:

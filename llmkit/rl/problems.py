@@ -14,7 +14,7 @@ from llmkit.io.jsonl import dump_json, names_of, read_jsonl
 from llmkit.io.progress import counted, say
 from llmkit.io.records import OUTSIDE, BadRecords, Row
 from llmkit.rewards import Weighted
-from llmkit.training.finetuning import Finetuning
+from llmkit.training.finetuning import Tuning
 
 LEAST_MAX_TOKENS = 256  # of an attempt, where the context has room: short answers do not say how long a model reasons
 MAX_TOKENS_SHARE = 0.95  # of the problems, and of the answers, decide the default; a few long ones do not
@@ -32,7 +32,7 @@ class EncodedProblem:
 def load_problems(
     paths: Sequence[str],
     limit: int | None,
-    tuning: Finetuning,
+    tuning: Tuning,
     rewards: Sequence[Weighted],
     system: str | None,
     max_tokens: int | None,
@@ -83,7 +83,7 @@ def _at_share(lengths: Sequence[int]) -> int:
     return sorted(lengths)[int(MAX_TOKENS_SHARE * (len(lengths) - 1))] if lengths else 0
 
 
-def _encode(problem: Problem, tuning: Finetuning, system: str | None) -> EncodedProblem:
+def _encode(problem: Problem, tuning: Tuning, system: str | None) -> EncodedProblem:
     if not tuning.is_assistant:
         if problem.messages:
             raise UserError(

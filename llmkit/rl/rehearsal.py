@@ -67,7 +67,6 @@ def rehearse(
     for rollout in rollouts:
         handle_overlong(rollout, algorithm.overlong, settings.max_tokens)
     rows, _ = pack_rollouts(rollouts, [1.0] * len(rollouts), 0, share_prompts)
-    loss.start(len(rows.token_ids), rollouts)
     rows_at_once = max(1, micro_batch_tokens // rows.token_ids.shape[1])
     training = batch_seconds(actor.model, loss, rows, rows_at_once, actor.model.embed_tokens.device)
     compared = groups if algorithm.compares_within_groups else [rollouts]

@@ -1,6 +1,6 @@
 """A server that samples from the policy as it is: weights are handed over before each batch, attempts made by ids.
 
-    served = ServedPolicy(server, tokenizer, end_ids=..., folder=work / "served", write=tuning.save_now, concurrency=64)
+    served = ServedPolicy(server, tokenizer, end_ids=..., folder=work / "served", write=write, concurrency=64)
     served.hand_over()
     for samples in served.sampler(settings).complete(requests): ...
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
-import time
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -16,27 +15,22 @@ from llmkit.config import (
     MOST_RATE,
     TrainingConfig,
     argument,
-    as_options,
     flag_of,
-    lasting_options,
     option,
     option_fields,
 )
 from llmkit.errors import UserError
 from llmkit.io.jsonl import check_inputs, names_of
 from llmkit.io.progress import counted, duration, say
-from llmkit.io.records import BadRecords
-from llmkit.io.run_folder import RunFolder, check_model_folder
+from llmkit.io.run_folder import check_model_folder
 
 if TYPE_CHECKING:
-    import torch
-
     from llmkit.data.shards import TokenShards
     from llmkit.model.config import ModelConfig
     from llmkit.tokenizer.encoding import Tokenizer
     from llmkit.training.plan import Plan, Wishes
+    from llmkit.training.run import Run
 
-STARTED = time.monotonic()  # a time budget covers the start-up, too
 LONGEST_ROW = 2048  # tokens, where the context of a model that is trained further is longer
 FIXED_BY_MODEL = (
     "tokenizer",
@@ -136,45 +130,43 @@ class Summary:
 
 def run(config: PretrainConfig) -> Summary | None:
     """Load, build, train, save, summarise. Raises UserError for the user's mistakes, Interrupted after a signal."""
+    from llmkit.training.run import Run
+
     # first what can be refused without the seconds that torch takes to import
-    folder = RunFolder(config.out, "base/", resume=config.resume, force=config.force, dry_run=config.dry_run)
-    if folder.is_finished:
-        return Summary(path=str(folder.out), **folder.results("pretrain", config))
-    config = replace(config, resume=folder.resume)
+    run = Run("pretrain", config, "base/")
+    if results := run.finished():
+        return Summary(**results)
     inputs = _checked_inputs(config)
 
     from llmkit.data.batches import Batches, EvaluationBatches
     from llmkit.data.overlap import Overlap
     from llmkit.generation.generator import continue_text
     from llmkit.kernels.dispatch import backend
-    from llmkit.model.devices import check_batch_memory, check_memory, choose_device, choose_dtype
+    from llmkit.model.devices import check_batch_memory, check_memory
     from llmkit.model.folder import load_config, load_model, save_model
     from llmkit.model.transformer import Transformer
     from llmkit.tokenizer.encoding import load_tokenizer
-    from llmkit.training import setup, speed
-    from llmkit.training.distributed import join
-    from llmkit.training.evaluation import held_out_loss, next_token_loss
+    from llmkit.training import speed
     from llmkit.training.finetuning import check_finite
-    from llmkit.training.optimizer import Schedule, warn_of_long_warmup
+    from llmkit.training.loss import held_out_loss, next_token_loss
+    from llmkit.training.optimizer import Schedule, build_optimizer, float32_copy, warn_of_long_warmup
     from llmkit.training.plan import Plan, check_wishes, plan_table
     from llmkit.training.sharding import shard, whole_model
+    from llmkit.training.trainer import TrainerSettings
 
     # load
-    device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, device)
-    world = join(device, config)
+    run.join()
     tokenizer = load_tokenizer(str(config.model or config.tokenizer))
     former = load_config(config.model) if config.model is not None else None
     if former is not None:
         tokenizer.check_fits(former.vocab_size)
         former = replace(former, max_position_embeddings=_row_tokens(config, former.max_position_embeddings))
-    backend(device.type)  # an unknown LLMKIT_KERNELS is refused before the work on the documents, as is a wrong shape
+    backend(run.device.type)  # an unknown LLMKIT_KERNELS is refused before the documents are read, as is a wrong shape
     check_wishes(_wishes(config), tokenizer.vocab_size)
-    bad = BadRecords(config.max_bad, config.quiet)
-    with world.in_turn():
-        shards, val_shards = _token_shards(config, inputs, tokenizer, folder.out, bad)
+    with run.world.in_turn():
+        shards, val_shards = _token_shards(config, inputs, tokenizer, run)
 
-    if val_shards is not None and world.leads:
+    if val_shards is not None and run.world.leads:
         overlap = Overlap(
             (val_shards[k] for k in range(len(val_shards))), run=8, every=4 if shards.tokens > MANY else 1
         )
@@ -182,13 +174,11 @@ def run(config: PretrainConfig) -> Summary | None:
         overlap.report(config.quiet)
 
     # build
-    identity = lasting_options(config) | {"the tokenizer": tokenizer.sha256, "the number of tokens": shards.tokens}
-    world.check_same(identity | {"the documents": shards.digest})
-    notes = folder.notes(identity)
-    plan = (
-        Plan.from_json(notes["plan"]) if notes else _plan(config, former, tokenizer, shards, val_shards, device, dtype)
-    )
-    world.check_rows(plan.batch_rows, f"--batch-tokens: rows of {plan.sequence_length} tokens")
+    run.world.check_same({"the documents": shards.digest})
+    identity = {"the tokenizer": tokenizer.sha256, "the number of tokens": shards.tokens}
+    notes = run.notes(identity)
+    plan = Plan.from_json(notes["plan"]) if notes else _plan(config, former, tokenizer, shards, val_shards, run)
+    run.world.check_rows(plan.batch_rows, f"--batch-tokens: rows of {plan.sequence_length} tokens")
     if shards.tokens < plan.sequence_length:
         raise UserError(
             f"{names_of(inputs)}: {counted(shards.tokens, 'token')} in {counted(shards.documents, 'document')} "
@@ -203,62 +193,62 @@ def run(config: PretrainConfig) -> Summary | None:
         say(f"--batch-tokens {config.batch_tokens:,}: {few}", config.quiet)
     say(plan_table(plan), config.quiet)
     warn_of_long_warmup(plan.warmup_steps, plan.total_steps, config.quiet)
-    check_memory(plan.training_memory(world.size), device)
+    check_memory(plan.training_memory(run.world.size), run.device)
     follows = "" if config.batch_tokens else ", which follows from the tokens of the whole training"
     check_batch_memory(plan.batch_tokens, f"lower --batch-tokens{follows}")
     if config.dry_run:
         shape = plan.model, plan.recipe, plan.micro_batch_rows, plan.sequence_length
-        rate, basis = speed.expected_tokens_per_second(*shape, device, dtype)
+        rate, basis = speed.expected_tokens_per_second(*shape, run.device, run.dtype)
         say(f"at {rate:,.0f} tokens/s, {duration(plan.tokens / rate)} of training; from {basis}", config.quiet)
         return None
-    folder.begin(identity, {"plan": plan.to_json()})  # not before: a plan may be refused
+    run.begin(identity, {"plan": plan.to_json()})  # not before: a plan may be refused
     if config.model is None:
-        model = Transformer(plan.model, seed=config.seed).to(device=device, dtype=dtype)
+        model = Transformer(plan.model, seed=config.seed).to(device=run.device, dtype=run.dtype)
     else:
-        model = load_model(config.model, dtype=dtype, device=device).train()
+        model = load_model(config.model, dtype=run.dtype, device=run.device).train()
         check_finite(model, config.model)
     shard(model)
-    optimizer = setup.build_optimizer(model, plan.recipe)
-    trainer = setup.build_trainer(
+    optimizer = build_optimizer(model, plan.recipe)
+    flops_per_token = plan.model.flops_per_token(plan.sequence_length)
+    trainer = run.trainer(
         model,
         optimizer,
         Schedule(plan.warmup_steps, plan.decay_fraction),
-        batches=lambda step: batches.prefetch(step, None, workers=config.workers),
-        loss=next_token_loss,
-        micro_batch_rows=plan.micro_batch_rows,
+        next_token_loss,
+        TrainerSettings(plan.micro_batch_rows, flops_per_token=flops_per_token),
         flops=plan.flops,
-        folder=folder.work,
-        options=config,
     )
 
     # train
     held_out = EvaluationBatches(val_shards, plan.sequence_length, plan.micro_batch_rows) if val_shards else None
-    with folder.training(lambda: trainer.has_begun):
+    with run.training(trainer):
         trainer.fit(
+            batches.prefetch(trainer.step, None, workers=config.workers),
             total_steps=plan.total_steps,
             seconds=plan.seconds,
             evaluate=partial(held_out_loss, model, held_out, config.quiet) if held_out else None,
             sample=lambda: continue_text(whole_model(model), tokenizer, config.prompt, max_tokens=40, seed=config.seed),
-            flops_per_token=plan.model.flops_per_token(plan.sequence_length),
-            peak_flops=speed.peak_flops(device, dtype) * world.size,
         )
 
     # save
-    trained = setup.float32_copy(model, optimizer)
+    trained = float32_copy(model, optimizer)
     if trained is None:
         return None
-    seconds = round(time.monotonic() - STARTED, 1)
-    results = trainer.results() | {"parameters": plan.model.parameter_count, "seconds": seconds, **bad.results}
-    options = as_options(config) | {"plan": plan.to_json()}
-    tokenizer.copy_to(folder.work)
-    folder.document(
-        "pretrain", options, inputs=inputs, parents=[str(config.model or config.tokenizer)], results=results
+
+    def write(folder: Path) -> None:
+        tokenizer.copy_to(folder)
+        save_model(trained, folder)
+
+    results = run.finish(
+        trainer.results() | {"parameters": plan.model.parameter_count},
+        inputs=inputs,
+        parents=[str(config.model or config.tokenizer)],
+        derived={"plan": plan.to_json()},
+        write=write,
     )
-    save_model(trained, folder.work)
-    folder.finish()
 
     # summarise
-    return Summary(path=str(folder.out), **results)
+    return Summary(**results)
 
 
 def _checked_inputs(config: PretrainConfig) -> list[str]:
@@ -300,12 +290,12 @@ def _row_tokens(config: PretrainConfig, context: int) -> int:
 
 
 def _token_shards(
-    config: PretrainConfig, inputs: list[str], tokenizer: Tokenizer, out: Path, bad: BadRecords
+    config: PretrainConfig, inputs: list[str], tokenizer: Tokenizer, run: Run
 ) -> tuple[TokenShards, TokenShards | None]:
     """The tokens of the documents and of the held-out ones; a dry run leaves none behind."""
     from llmkit.data.tokenize import tokenize_documents
 
-    cache = Path(config.token_cache) if config.token_cache else out.with_name(out.name + ".tokens")
+    cache = Path(config.token_cache) if config.token_cache else run.folder.with_name(run.folder.name + ".tokens")
     if config.dry_run:
         cache = Path(tempfile.mkdtemp(prefix="llmkit-"))
         atexit.register(shutil.rmtree, cache, ignore_errors=True)
@@ -314,8 +304,8 @@ def _token_shards(
         encoder=tokenizer,
         cache=cache,
         limit=config.limit,
-        resume=config.resume,
-        bad=bad,
+        resume=run.resume,
+        bad=run.bad,
         quiet=config.quiet,
     )
     return tokenize(inputs), tokenize(config.val, name="val") if config.val else None
@@ -333,38 +323,36 @@ def _plan(
     tokenizer: Tokenizer,
     shards: TokenShards,
     val_shards: TokenShards | None,
-    device: torch.device,
-    dtype: torch.dtype,
+    run: Run,
 ) -> Plan:
     """Derive what the options leave open, in the first process; under a time budget by measuring this machine."""
     from llmkit.model.devices import check_memory
     from llmkit.training import speed
-    from llmkit.training.distributed import world
     from llmkit.training.plan import Plan, make_plan
 
-    processes = world().size
-    if not world().leads:
-        return Plan.from_json(world().broadcast(None))
+    processes = run.world.size
+    if not run.world.leads:
+        return Plan.from_json(run.world.broadcast(None))
 
     def rate(*shape: Any) -> float:
         if config.dry_run:
-            own, _ = speed.expected_tokens_per_second(*shape, device=device, dtype=dtype)
+            own, _ = speed.expected_tokens_per_second(*shape, device=run.device, dtype=run.dtype)
         else:
-            own = speed.tokens_per_second(*shape, device=device, dtype=dtype)
+            own = speed.tokens_per_second(*shape, device=run.device, dtype=run.dtype)
         return processes * own
 
     plan = make_plan(
         _wishes(config),
         vocab_size=tokenizer.vocab_size,
         corpus_tokens=shards.tokens,
-        device=device.type,
+        device=run.device.type,
         speed=rate,
-        seconds_used=lambda: time.monotonic() - STARTED,
+        seconds_used=lambda: run.seconds,
         closing_tokens=val_shards.tokens if val_shards else 0,
-        check_fits=lambda plan: check_memory(plan.training_memory(processes), device),
+        check_fits=lambda plan: check_memory(plan.training_memory(processes), run.device),
         special_ids=tokenizer.document_bounds(),
         model=former,
         documents_within=lambda length: float((shards.lengths <= length).mean()),
     )
-    world().broadcast(plan.to_json())
+    run.world.broadcast(plan.to_json())
     return plan

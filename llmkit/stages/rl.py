@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from llmkit.config import (
@@ -15,26 +17,21 @@ from llmkit.config import (
     ToolConfig,
     TuningConfig,
     argument,
-    as_options,
-    lasting_options,
     option,
 )
 from llmkit.errors import UserError
 from llmkit.io.jsonl import check_inputs, open_output
 from llmkit.io.metrics import METRICS, last_figures, read_metrics
 from llmkit.io.progress import counted, quantity, say
-from llmkit.io.records import BadRecords
-from llmkit.io.run_folder import RunFolder, check_model_folder
+from llmkit.io.run_folder import check_model_folder
 
 if TYPE_CHECKING:
-    import torch
-
     from llmkit.rewards import Weighted
     from llmkit.rl.algorithms import Horizon
     from llmkit.rl.served_policy import ServedPolicy
-    from llmkit.training.finetuning import Finetuning
+    from llmkit.training.finetuning import Tuning
+    from llmkit.training.run import Run
 
-STARTED = time.monotonic()  # a time budget covers the start-up, too
 # of AdamW at a width of 256; docs/experiments.md, "Reinforcement learning"
 LEARNING_RATE, LORA_LEARNING_RATE = 2e-4, 1e-3
 ATTEMPT_BYTES = 100  # a token of an attempt: id and log-probabilities, as Python has them
@@ -175,19 +172,21 @@ class Summary:
 
 def run(config: RlConfig) -> Summary | None:
     """Load, build, train, save, summarise. Raises UserError for the user's mistakes, Interrupted after a signal."""
+    from llmkit.training.run import Run
+
     _check(config)
-    out = config.out or ("policy/" if config.dry_run else None)
-    folder = RunFolder(out, "policy/", resume=config.resume, force=config.force, dry_run=config.dry_run)
-    if folder.is_finished:
-        return Summary(path=str(folder.out), **folder.results("rl", config))
+    run = Run("rl", config, "policy/")
+    if results := run.finished():
+        return Summary(**results)
     with ExitStack() as stack:
-        return _run(replace(config, resume=folder.resume), folder, stack)
+        return _run(config, run, stack)
 
 
-def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | None:
+def _run(config: RlConfig, run: Run, stack: ExitStack) -> Summary | None:
     from llmkit.data.overlap import Overlap
     from llmkit.generation.tool_calls import open_tools, told_unavailable
-    from llmkit.model.devices import check_batch_memory, choose_device, choose_dtype
+    from llmkit.model.devices import check_batch_memory
+    from llmkit.model.folder import save_model
     from llmkit.rewards.reward_models import ModelReward
     from llmkit.rl.actor import Actor
     from llmkit.rl.algorithms import adapted, choose_horizon
@@ -198,27 +197,32 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     from llmkit.rl.problems import EncodedProblem, digest, load_problems
     from llmkit.rl.rehearsal import rehearse
     from llmkit.rl.rollouts import ROLLOUTS, RolloutLog, RolloutSettings
-    from llmkit.training import setup
-    from llmkit.training.distributed import join
+    from llmkit.training.finetuning import KeepBest
     from llmkit.training.optimizer import Schedule, warn_of_long_warmup
     from llmkit.training.scaling import training_bytes
+    from llmkit.training.trainer import TrainerSettings
 
     # load
-    device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, device)
-    world = join(device, config)
-    if config.is_served and world.size > 1:
+    run.join()
+    if config.is_served and run.world.size > 1:
         raise UserError("--engine: expected one process, for one server gets the weights; start it without torchrun")
     rewards, gold = _rewards(config, stack)  # whose names are looked at before the model is read
-    tuning = _load(config, device, dtype)
-    served = _served(config, folder, tuning, stack) if config.is_served else None
+    tuning = _load(config, run)
+
+    def write_policy(folder: Path) -> None:
+        """Write the policy as it is now, in the precision that it is trained in."""
+        tuning.write_tokenizer(folder)
+        tuning.save(folder, optimizer.masters(), write=partial(save_model, dtype=run.dtype))
+
+    served = _served(config, run.work, tuning, write_policy, stack) if config.is_served else None
     asked, system, quiet = config.data or ("-",), config.system, config.quiet
-    bad = BadRecords(config.max_bad, quiet)
-    problems, max_tokens = load_problems(asked, config.limit, tuning, rewards, system, config.max_tokens, bad, quiet)
+    problems, max_tokens = load_problems(
+        asked, config.limit, tuning, rewards, system, config.max_tokens, run.bad, quiet
+    )
     held_out: list[EncodedProblem] = []
     if config.val:
         judged_by = [*rewards, *gold]
-        held_out, _ = load_problems(config.val, config.limit, tuning, judged_by, system, max_tokens, bad, quiet)
+        held_out, _ = load_problems(config.val, config.limit, tuning, judged_by, system, max_tokens, run.bad, quiet)
         overlap = Overlap.of_texts(one.problem.prompt for one in held_out)
         overlap.compare_texts(one.problem.prompt for one in problems)
         overlap.report(quiet)
@@ -228,9 +232,10 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     options = {name: getattr(config, name) for name in names}
     horizon = choose_horizon(rewards, len(problems), config.batch_size, **options)
     algorithm = adapted(config.algo, config.overlong, config.clip_low, config.clip_high)
-    reference = tuning.frozen_copy() if horizon.kl_coef or config.max_kl is not None else None
-    if config.lora_rank is not None:
-        tuning.add_adapter(config.lora_rank, config.lora_alpha, config.seed)
+    reference = None
+    if horizon.kl_coef or config.max_kl is not None:
+        reference = deepcopy(tuning.model).eval().requires_grad_(False)
+    tuning = tuning.with_adapter(config.lora_rank, config.lora_alpha, config.seed)
     attempts = config.batch_size * config.group
     tuning.check_memory(min(config.micro_batch_size or 1, attempts) * max_tokens)
     check_batch_memory(attempts * max_tokens, "lower --batch-size or --group", ATTEMPT_BYTES)
@@ -241,116 +246,111 @@ def _run(config: RlConfig, folder: RunFolder, stack: ExitStack) -> Summary | Non
     actor = Actor(tuning.model, tuning.tokenizer, rewards, slots=config.slots, name=str(config.model), **made_by)
     loss = PolicyLoss(algorithm, config.temperature, horizon.kl_coef, reference is not None)
     settings = RolloutSettings(config.group, max_tokens, config.temperature, config.stop, config.seed)
-    share_prompts = device.type == "cpu"
+    share_prompts = run.device.type == "cpu"
     if config.dry_run:
         some = problems[: config.batch_size]
         rehearsal = rehearse(actor, some, settings, loss, algorithm, MICRO_BATCH_TOKENS, share_prompts)
         memory = training_bytes(tuning.model.config, MICRO_BATCH_TOKENS, tuning.trained_parameters)
-        memory += dtype.itemsize * tuning.model.config.parameter_count * (reference is not None)
+        memory += run.dtype.itemsize * tuning.model.config.parameter_count * (reference is not None)
         for line in rehearsal.lines(horizon.steps, config.updates, memory):
             say(line, config.quiet)
         return None
-    identity = lasting_options(config) | {"the data": digest(problems), "what is in --val": digest(held_out)}
-    world.check_same(identity)
-    folder.notes(identity)
-    folder.begin(identity)
+    run.begin({"the data": digest(problems), "what is in --val": digest(held_out)})
     collector = Collector(
         actor,
         problems,
         algorithm,
         settings,
         BatchSettings(config.batch_size, config.refill, horizon.kl_coef, share_prompts, config.seed),
-        loss=loss,
-        log=RolloutLog(folder.work / ROLLOUTS),
+        log=RolloutLog(run.work / ROLLOUTS),
         pad=tuning.pad_id,
         reference=reference,
     )
-    trainer = setup.build_trainer(
-        tuning.model,
-        tuning.build_optimizer(
-            config.learning_rate, config.weight_decay, anchor=LEARNING_RATE, lora_anchor=LORA_LEARNING_RATE
-        ),
-        Schedule(horizon.warmup_steps, DECAY_FRACTION),
-        batches=collector.batches,
-        loss=loss,
-        micro_batch_rows=config.micro_batch_size or MICRO_BATCH_TOKENS,
-        flops=0.0,
-        folder=folder.work,
-        options=config,
+    optimizer = tuning.build_optimizer(
+        config.learning_rate, config.weight_decay, anchor=LEARNING_RATE, lora_anchor=LORA_LEARNING_RATE
+    )
+    best = KeepBest(run.work, optimizer)
+    trainer_settings = TrainerSettings(
+        config.micro_batch_size or MICRO_BATCH_TOKENS,
         updates_per_batch=config.updates,
         micro_batch_tokens=None if config.micro_batch_size else MICRO_BATCH_TOKENS,
         memory_advice="lower --max-tokens",
         spike_nats=float("inf"),  # this loss does not measure progress
         shown="reward",
     )
-    difference = config.max_difference or (SERVED_DIFFERENCE if served else DIFFERENCES[str(dtype)])
+    schedule = Schedule(horizon.warmup_steps, DECAY_FRACTION)
+    trainer = run.trainer(tuning.model, optimizer, schedule, loss, trainer_settings)
+    difference = config.max_difference or (SERVED_DIFFERENCE if served else DIFFERENCES[str(run.dtype)])
     limits = Limits(difference, config.max_kl)
-    watch = Watch(trainer, collector, loss, limits, read_metrics(folder.work / METRICS))
+    watch = Watch(trainer, collector, reference is not None, limits, read_metrics(run.work / METRICS))
     likeliest = {} if config.eval_samples > 1 else {"temperature": 0.0}
     how = replace(settings, group_size=config.eval_samples, **likeliest)
     tried = HeldOut(actor, held_out, how, gold[0] if gold else None)
-    evaluate = None
-    if held_out:
-        figure = "val_gold" if gold else "val_reward"
-        evaluate = watch.evaluation(tried, config.stop_on_hack)
-        evaluate = tuning.keep_best(trainer, evaluate, lambda scores: scores[figure])
+    evaluate_held_out = watch.evaluation(tried, config.stop_on_hack)
 
-    def describe() -> dict[str, float]:
-        figures = watch.describe()
-        if not held_out and watch.at_its_best and trainer.step % KEEP_EVERY == 0:
-            tuning.keep_now(trainer)
-        return figures
+    def evaluate() -> dict[str, float]:
+        scores = evaluate_held_out()
+        best.offer(trainer.step, scores["val_gold" if gold else "val_reward"])
+        return scores
 
     # train
-    with folder.training(lambda: trainer.has_begun):
-        trainer.fit(
-            total_steps=horizon.steps,
-            seconds=None if config.time_budget is None else config.time_budget - (time.monotonic() - STARTED),
-            evaluate=evaluate,
-            evaluate_first=True,
-            sample=collector.example,
-            describe=describe,
-        )
+    batches = collector.batches(trainer.step)
+    session = trainer.session(
+        total_steps=horizon.steps,
+        seconds=run.seconds_left(config.time_budget),
+        evaluate=evaluate if held_out else None,
+        evaluate_first=True,
+        sample=collector.example,
+    )
+    with run.training(trainer), session:
+        while trainer.goes_on:
+            with trainer.interruptible():
+                batch = next(batches, None)
+            if batch is None:
+                break
+            metrics = trainer.train_step(batch) | watch.describe()
+            if not held_out and watch.at_its_best and trainer.step % KEEP_EVERY == 0:
+                best.keep(trainer.step)
+            trainer.end_step(metrics)
     if served is not None:
         served.close()
     if trainer.step == 0:
-        folder.abandon()
+        run.abandon()
         raise UserError(collector.ended or "no step was made")
-    for line in told_unavailable(world.gather(tools.unavailable_calls if tools else {})):
+    for line in told_unavailable(run.world.gather(tools.unavailable_calls if tools else {})):
         say(line, config.quiet)
     if collector.ended:
         say(f"stopping after step {trainer.step}: {collector.ended}")
     if not held_out and not watch.has_collapsed:
-        tuning.forget_kept()
+        best.forget()
 
     # save
-    values = tuning.trained_values()
-    if not world.leads:
+    values = best.values()
+    if not run.world.leads:
         return None
-    figures = last_figures(read_metrics(folder.work / METRICS), tuning.best_step)
+
+    def write(folder: Path) -> None:
+        if tried.gold_rewards:
+            with open_output(str(folder / "disagreements.jsonl"), force=True) as write_record:
+                for record in tried.disagreements(DISAGREEMENTS):
+                    write_record(record)
+        tuning.write_tokenizer(folder)
+        tuning.save(folder, values)
+
+    figures = last_figures(read_metrics(run.work / METRICS), best.step)
     results = {
         "steps": trainer.step,
         "attempts": collector.groups * config.group,
         **{name: figures[name] for name in RESULTS if name in figures},
-        "seconds": round(time.monotonic() - STARTED, 1),
-        "kept_step": tuning.best_step,
+        "kept_step": best.step,
         "stopped": watch.stopped,
-        **bad.results,
     }
     inputs = [path for path in (*config.data, *config.val) if path != "-"]
     judges = [weighted.reward.folder for weighted in (*rewards, *gold) if isinstance(weighted.reward, ModelReward)]
     parents = [str(config.model), *judges]
-    folder.document("rl", as_options(config), inputs=inputs, parents=parents, results=results, curves=CURVES)
-    if tried.gold_rewards:
-        with open_output(str(folder.work / "disagreements.jsonl"), force=True) as write:
-            for record in tried.disagreements(DISAGREEMENTS):
-                write(record)
-    tuning.write_tokenizer(folder.work)
-    tuning.save(folder.work, values)
-    folder.finish()
 
     # summarise
-    return Summary(path=str(folder.out), **results)
+    return Summary(**run.finish(results, inputs=inputs, parents=parents, curves=CURVES, write=write))
 
 
 # ---- what is asked for
@@ -402,11 +402,11 @@ def _say_plan(
 # ---- model, rewards, problems
 
 
-def _load(config: RlConfig, device: torch.device, dtype: torch.dtype) -> Finetuning:
+def _load(config: RlConfig, run: Run) -> Tuning:
     """The model, which stays what it is: an assistant, or with a warning a base model."""
-    from llmkit.training.finetuning import Finetuning
+    from llmkit.training.finetuning import load_unchanged
 
-    tuning = Finetuning.load_unchanged(str(config.model), device=device, dtype=dtype)
+    tuning = load_unchanged(str(config.model), device=run.device, dtype=run.dtype)
     if not tuning.is_assistant:
         if config.system is not None:
             raise UserError(f"--system: {config.model} is a base model, which knows no turns; tune it by llmkit sft")
@@ -434,16 +434,18 @@ def _rewards(config: RlConfig, stack: ExitStack) -> tuple[list[Weighted], list[W
     return rewards, gold
 
 
-def _served(config: RlConfig, folder: RunFolder, tuning: Finetuning, stack: ExitStack) -> ServedPolicy:
+def _served(
+    config: RlConfig, work: Path, tuning: Tuning, write: Callable[[Path], None], stack: ExitStack
+) -> ServedPolicy:
     """The server that samples; it is asked whether it is there."""
     from llmkit.generation.generator import end_tokens
     from llmkit.generation.served_models import OpenAIClient, parse_address
     from llmkit.rl.served_policy import ServedPolicy
 
     server = OpenAIClient(parse_address(config.engine, "--engine"), config.timeout)
-    ends, place = end_tokens(tuning.model.config, tuning.tokenizer), folder.work / "served"
+    ends, place = end_tokens(tuning.model.config, tuning.tokenizer), work / "served"
     policy = ServedPolicy(
-        server, tuning.tokenizer, end_ids=ends, folder=place, write=tuning.save_now, concurrency=config.concurrency
+        server, tuning.tokenizer, end_ids=ends, folder=place, write=write, concurrency=config.concurrency
     )
     stack.callback(policy.close)
     return policy

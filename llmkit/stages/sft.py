@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, ClassVar
 
@@ -14,8 +13,6 @@ from llmkit.config import (
     MICRO_BATCH_TOKENS,
     TuningConfig,
     argument,
-    as_options,
-    lasting_options,
     option,
 )
 from llmkit.errors import UserError
@@ -24,7 +21,7 @@ from llmkit.io.jsonl import check_inputs, name_of, read_jsonl
 from llmkit.io.metrics import METRICS, last_figures, read_metrics
 from llmkit.io.progress import Progress, counted, duration, quantity, say
 from llmkit.io.records import BadRecords
-from llmkit.io.run_folder import RunFolder, check_model_folder
+from llmkit.io.run_folder import check_model_folder
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,7 +33,6 @@ if TYPE_CHECKING:
 
 Observer = Callable[[list[str]], object] | None  # receives the texts of the data
 
-STARTED = time.monotonic()  # a time budget covers the start-up, too
 PROMPTS = ("Hello, who are you?", "What is the capital of France?")
 LONGEST_CONTEXT = 2048  # tokens of a row, where the model's context is longer
 EPOCHS = 2.0
@@ -131,39 +127,34 @@ class Summary:
 
 def run(config: SftConfig) -> Summary | None:
     """Load, build, train, save, summarise. Raises UserError for the user's mistakes, Interrupted after a signal."""
+    from llmkit.training.run import Run
+
     files = _checked(config)
-    looks = config.dry_run or config.inspect is not None
-    folder = RunFolder(
-        config.out or ("chat/" if looks else None), "chat/", resume=config.resume, force=config.force, dry_run=looks
-    )
-    if folder.is_finished:
-        return Summary(path=str(folder.out), **folder.results("sft", config))
-    config = replace(config, resume=folder.resume)
+    run = Run("sft", config, "chat/", dry=config.inspect is not None)
+    if results := run.finished():
+        return Summary(**results)
 
     from llmkit.data.mixture import Mixture, PackedEvaluation
     from llmkit.data.overlap import Overlap
-    from llmkit.model.devices import check_batch_memory, choose_device, choose_dtype
-    from llmkit.training import setup, speed
-    from llmkit.training.distributed import join
-    from llmkit.training.evaluation import masked_loss, next_token_loss
-    from llmkit.training.finetuning import Finetuning, answer
+    from llmkit.model.devices import check_batch_memory
+    from llmkit.training import speed
+    from llmkit.training.finetuning import EarlyStop, KeepBest, answer, load_for_tuning
     from llmkit.training.inspection import show_examples
+    from llmkit.training.loss import masked_loss, next_token_loss
     from llmkit.training.optimizer import Schedule, warn_of_long_warmup
     from llmkit.training.scaling import training_bytes
     from llmkit.training.sharding import whole_model
+    from llmkit.training.trainer import TrainerSettings
 
     # load
-    device = choose_device(config.device)
-    world = join(device, config)
-    dtype = choose_dtype(config.dtype, device)
-    tuning = Finetuning.load(str(config.model), device=device, dtype=dtype)
+    run.join()
+    tuning = load_for_tuning(str(config.model), device=run.device, dtype=run.dtype)
     row_tokens = _row_tokens(config, tuning.context)
-    bad = BadRecords(config.max_bad, config.quiet)
     texts: list[str] = []
-    held_out = [_read_file(config, path, tuning.chat, row_tokens, bad, texts.extend)[0] for path in config.val]
+    held_out = [_read_file(config, path, tuning.chat, row_tokens, run.bad, texts.extend)[0] for path in config.val]
     overlap = Overlap.of_texts(texts)
     observe = overlap.compare_texts if held_out else None
-    sources, digests = _read_sources(config, files, tuning.chat, row_tokens, bad, observe)
+    sources, digests = _read_sources(config, files, tuning.chat, row_tokens, run.bad, observe)
     overlap.report(config.quiet)
     if config.inspect is not None:
         show_examples([source.examples for source in sources], tuning.tokenizer, config.inspect)
@@ -171,8 +162,7 @@ def run(config: SftConfig) -> Summary | None:
 
     # build
     rows = _batch_rows(config, sources, row_tokens)
-    if config.lora_rank is not None:
-        tuning.add_adapter(config.lora_rank, config.lora_alpha, config.seed)
+    tuning = tuning.with_adapter(config.lora_rank, config.lora_alpha, config.seed)
     tuning.check_memory(min(config.micro_batch_size or 1, rows) * row_tokens)
     check_batch_memory(rows * row_tokens, "lower --batch-tokens")
     mixture = Mixture(sources, row_tokens, rows, tuning.pad_id, config.seed)
@@ -183,70 +173,64 @@ def run(config: SftConfig) -> Summary | None:
     micro_rows = config.micro_batch_size or max(1, MICRO_BATCH_TOKENS // row_tokens)
     if config.dry_run:
         some = mixture.rows(0, 0, min(micro_rows, mixture.batch_size))
-        seconds = speed.batch_seconds(tuning.model, next_token_loss, some, len(some[0]), device)
+        seconds = speed.batch_seconds(tuning.model, next_token_loss, some, len(some[0]), run.device)
         memory = training_bytes(tuning.model.config, len(some[0]) * row_tokens, tuning.trained_parameters)
         whole = "" if steps is None else f", {duration(steps * seconds * mixture.batch_size / len(some[0]))} to train"
         say(f"about {memory / 1e9:.2f} GB of memory{whole}", config.quiet)
         return None
-    identity = lasting_options(config) | {"the data": digests}
-    world.check_same(identity)
-    world.check_rows(mixture.batch_size, f"--batch-tokens: rows of {row_tokens} tokens")
-    folder.notes(identity)
-    folder.begin(identity)
+    run.world.check_rows(mixture.batch_size, f"--batch-tokens: rows of {row_tokens} tokens")
+    run.begin({"the data": digests})
+    optimizer = tuning.build_optimizer(config.learning_rate, config.weight_decay)
+    best = KeepBest(run.work, optimizer)
     flops_per_token = tuning.model.config.flops_per_token(row_tokens)
-    trainer = setup.build_trainer(
+    trainer = run.trainer(
         tuning.model,
-        tuning.build_optimizer(config.learning_rate, config.weight_decay),
+        optimizer,
         Schedule(warmup_steps, DECAY_FRACTION),
-        batches=lambda step: mixture.prefetch(step, None, workers=config.workers),
-        loss=next_token_loss,
-        micro_batch_rows=micro_rows,
+        next_token_loss,
+        TrainerSettings(micro_rows, flops_per_token=flops_per_token),
         flops=flops_per_token * mixture.batch_size * row_tokens * (steps or STEPS_OF_A_RUN),
-        folder=folder.work,
-        options=config,
     )
 
     # train
-    evaluate = None
-    if held_out:
-        rows = trainer.micro_batch_rows
-        batches = [PackedEvaluation(examples, row_tokens, rows, tuning.pad_id) for examples in held_out]
-        evaluate = lambda: masked_loss(tuning.model, chain.from_iterable(batches), config.quiet)  # noqa: E731
-        if config.patience is not None:
-            evaluate = tuning.stop_early(trainer, evaluate, config.patience)
-    with folder.training(lambda: trainer.has_begun):
+    batches = [PackedEvaluation(examples, row_tokens, micro_rows, tuning.pad_id) for examples in held_out]
+    early = EarlyStop(trainer, best, config.patience) if config.patience is not None else None
+
+    def validate() -> dict[str, float]:
+        scores = masked_loss(tuning.model, chain.from_iterable(batches), config.quiet)
+        if early is not None:
+            early.note(scores)
+        return scores
+
+    with run.training(trainer):
         trainer.fit(
+            mixture.prefetch(trainer.step, None, workers=config.workers),
             total_steps=steps,
-            seconds=None if config.time_budget is None else config.time_budget - (time.monotonic() - STARTED),
-            evaluate=evaluate,
-            sample=lambda: answer(
-                whole_model(tuning.model), tuning.chat, tuning.tokenizer, config.prompt, ANSWER_TOKENS
-            ),
-            flops_per_token=flops_per_token,
-            peak_flops=speed.peak_flops(device, tuning.dtype) * world.size,
+            seconds=run.seconds_left(config.time_budget),
+            evaluate=validate if held_out else None,
+            sample=lambda: answer(tuning, whole_model(tuning.model), config.prompt, ANSWER_TOKENS),
         )
 
     # save
-    values = tuning.trained_values()
-    if not world.leads:
+    values = best.values()
+    if not run.world.leads:
         return None
+
+    def write(folder: Path) -> None:
+        tuning.write_tokenizer(folder)
+        tuning.save(folder, values, keep_adapter=config.keep_adapter)
+
     epochs = zip(sources, mixture.epochs(trainer.step), strict=True)
     results = {
         **trainer.results(),
-        **_kept(config, folder.work, tuning.best_step),
+        **_kept(config, run.work, best.step),
         "trained_parameters": tuning.trained_parameters,
         "epochs": {source.examples.name: round(count, 3) for source, count in epochs},
-        "seconds": round(time.monotonic() - STARTED, 1),
-        **bad.results,
     }
     inputs = [file.path for file in files if file.path != "-"]
-    folder.document("sft", as_options(config), inputs=inputs, parents=[str(config.model)], results=results)
-    tuning.write_tokenizer(folder.work)
-    tuning.save(folder.work, values, keep_adapter=config.keep_adapter)
-    folder.finish()
 
     # summarise
-    return Summary(path=str(folder.out), **results)
+    return Summary(**run.finish(results, inputs=inputs, parents=[str(config.model)], write=write))
 
 
 def _kept(config: SftConfig, work: Path, step: int | None) -> dict[str, float]:

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from llmkit.config import (
     DECAY_FRACTION,
     MICRO_BATCH_TOKENS,
     TuningConfig,
     argument,
-    as_options,
-    lasting_options,
     option,
 )
 from llmkit.errors import GateError, UserError
 from llmkit.io.jsonl import check_inputs, name_of, open_output, read_jsonl, write_json
 from llmkit.io.progress import Progress, counted, duration, quantity, say
 from llmkit.io.records import BadRecords
-from llmkit.io.run_folder import RunFolder, check_model_folder
+from llmkit.io.run_folder import check_model_folder
 
 if TYPE_CHECKING:
     from llmkit.data.sources import DataFile
     from llmkit.reward_model.comparisons import Comparisons
     from llmkit.tokenizer.chat import ChatFormat
     from llmkit.tokenizer.encoding import Tokenizer
-
-STARTED = time.monotonic()
 
 LEARNING_RATE = 1.5e-3  # of AdamW at a width of 256; docs/experiments.md, "Reward models"
 EVALUATION = "evaluation.json"
@@ -129,45 +124,37 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
     """Load, build, train, save, summarise. Raises UserError for the user's mistakes, Interrupted after a signal."""
     if config.score is not None:
         return _score(config)
+    from llmkit.training.run import Run
+
     files = _checked(config)
-    folder = RunFolder(
-        config.out or ("judge/" if config.dry_run else None),
-        "judge/",
-        resume=config.resume,
-        force=config.force,
-        dry_run=config.dry_run,
-    )
-    if folder.is_finished:
-        results = folder.results("train-reward", config)
+    run = Run("train-reward", config, "judge/")
+    if results := run.finished():
         _check_gate(config, results["val_accuracy"])
-        return Summary(path=str(folder.out), **results)
-    config = replace(config, resume=folder.resume)
+        return Summary(**results)
 
     import numpy as np
 
     from llmkit.data.mixture import Mixture, Source
-    from llmkit.model.devices import choose_device, choose_dtype
     from llmkit.reward_model.comparisons import packed_comparisons
     from llmkit.reward_model.evaluation import check_unequal, judge
     from llmkit.reward_model.head import RewardModel, save_reward_model
     from llmkit.reward_model.loss import ComparisonLoss, row_length
-    from llmkit.training import setup, speed
-    from llmkit.training.distributed import join
-    from llmkit.training.finetuning import Finetuning
+    from llmkit.training import speed
+    from llmkit.training.finetuning import load_for_tuning, never_last_id
     from llmkit.training.optimizer import Schedule, warn_of_long_warmup
     from llmkit.training.scaling import training_bytes
+    from llmkit.training.trainer import TrainerSettings
 
     # load
-    device = choose_device(config.device)
-    world = join(device, config)
-    tuning = Finetuning.load(str(config.inputs[0]), device=device, dtype=choose_dtype(config.dtype, device))
-    pad = tuning.never_last_id
-    model = tuning.become(
-        lambda base: RewardModel.of(base, config.ensemble, config.seed),
-        lambda trained, place: save_reward_model(trained, place, pad),
+    run.join()
+    tuning = load_for_tuning(
+        str(config.inputs[0]),
+        device=run.device,
+        dtype=run.dtype,
+        reshape=lambda base: RewardModel.of(base, config.ensemble, config.seed),
     )
-    bad = BadRecords(config.max_bad, config.quiet)
-    training, held_out, digests = _read_all(config, files, tuning.chat, tuning.context, bad)
+    model, pad = cast(RewardModel, tuning.model), never_last_id(tuning)
+    training, held_out, digests = _read_all(config, files, tuning.chat, tuning.context, run.bad)
     check_unequal(held_out)
 
     # build
@@ -177,8 +164,7 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
         say(f"--batch-size {config.batch_size:,} becomes {batch:,}, for there are no more comparisons", config.quiet)
     rows = max(1, round(batch * sum(source.inputs for source in training) / comparisons / row_tokens))
     sources = [Source(one, file.weight or float(one.inputs)) for one, file in zip(training, files, strict=True)]
-    if config.lora_rank is not None:
-        tuning.add_adapter(config.lora_rank, config.lora_alpha, config.seed)
+    tuning = tuning.with_adapter(config.lora_rank, config.lora_alpha, config.seed)
     tuning.check_memory(min(config.micro_batch_size or 1, rows) * row_tokens)
     mixture = Mixture(sources, row_tokens, rows, pad, config.seed, packed_comparisons)
     steps = config.max_steps or mixture.steps_for((config.epochs or 1) * mixture.inputs)
@@ -196,45 +182,38 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
     flops = flops_per_token * rows * row_tokens * steps
     if config.dry_run:
         memory = training_bytes(tuning.model.config, micro_rows * row_tokens, tuning.trained_parameters)
-        seconds = steps * speed.batch_seconds(model, loss, mixture.batch(0), micro_rows, device)
+        seconds = steps * speed.batch_seconds(model, loss, mixture.batch(0), micro_rows, run.device)
         say(f"about {memory / 1e9:.2f} GB of memory, {flops:.3g} FLOPs, {duration(seconds)} to train", config.quiet)
         return None
-    identity = lasting_options(config) | {"the data": digests}
-    world.check_same(identity)
-    world.check_rows(rows, f"--batch-size: rows of {row_tokens} tokens")
-    folder.notes(identity)
-    folder.begin(identity)
-    trainer = setup.build_trainer(
-        model,
-        tuning.build_optimizer(config.learning_rate, config.weight_decay, anchor=LEARNING_RATE),
-        Schedule(warmup_steps, DECAY_FRACTION),
-        batches=lambda step: mixture.prefetch(step, None, workers=config.workers),
-        loss=loss,
-        micro_batch_rows=micro_rows,
-        flops=flops,
-        folder=folder.work,
-        # torch.compile has not been tried on rows of branches
-        options=replace(config, compile="off") if config.compile == "auto" else config,
-    )
+    run.world.check_rows(rows, f"--batch-size: rows of {row_tokens} tokens")
+    run.begin({"the data": digests})
+    optimizer = tuning.build_optimizer(config.learning_rate, config.weight_decay, anchor=LEARNING_RATE)
+    settings = TrainerSettings(micro_rows, flops_per_token=flops_per_token)
+    trainer = run.trainer(model, optimizer, Schedule(warmup_steps, DECAY_FRACTION), loss, settings)
 
     # train
     def validate() -> dict[str, float]:
         overall = judge(model, held_out, pad)["overall"]
         return {"val_loss": overall["loss"], "val_accuracy": overall["accuracy"]}
 
-    with folder.training(lambda: trainer.has_begun):
+    with run.training(trainer):
         trainer.fit(
+            mixture.prefetch(trainer.step, None, workers=config.workers),
             total_steps=steps,
             evaluate=validate if config.eval_every else None,
-            flops_per_token=flops_per_token,
-            peak_flops=speed.peak_flops(device, tuning.dtype) * world.size,
         )
 
     # save
     evaluation = judge(model, held_out, pad, **_asked_for(config, tuning.tokenizer))
-    values = tuning.trained_values()
-    if not world.leads:
+    values = optimizer.whole_masters()
+    if not run.world.leads:
         return None
+
+    def write(folder: Path) -> None:
+        write_json(folder / EVALUATION, evaluation)
+        tuning.write_tokenizer(folder, pad_id=pad)
+        tuning.save(folder, values, write=lambda trained, folder: save_reward_model(trained, folder, pad))
+
     _say_evaluation(evaluation, config.quiet)
     overall = evaluation["overall"]
     results = {
@@ -242,19 +221,13 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
         "comparisons": comparisons,
         "trained_parameters": tuning.trained_parameters,
         **{f"val_{name}": overall[name] for name in ("comparisons", "accuracy", "accuracy_95", "loss")},
-        "seconds": round(time.monotonic() - STARTED, 1),
-        **bad.results,
     }
     inputs = [file.path for file in files if file.path != "-"]
-    folder.document("train-reward", as_options(config), inputs=inputs, parents=[str(config.inputs[0])], results=results)
-    write_json(folder.work / EVALUATION, evaluation)
-    tuning.write_tokenizer(folder.work, pad_id=pad)
-    tuning.save(folder.work, values)
-    folder.finish()
+    results = run.finish(results, inputs=inputs, parents=[str(config.inputs[0])], write=write)
     _check_gate(config, overall["accuracy"])
 
     # summarise
-    return Summary(path=str(folder.out), **results)
+    return Summary(**results)
 
 
 # ---- what is asked for

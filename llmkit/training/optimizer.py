@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from llmkit.io.progress import counted, say
 from llmkit.kernels.linear import matmul_nn, matmul_nt
+from llmkit.model.transformer import Transformer
 from llmkit.training.distributed import world
+from llmkit.training.scaling import Recipe
 from llmkit.training.sharding import (
     full_tensor,
     is_sharded,
@@ -316,3 +318,37 @@ class Optimizer:
         self.count = int(tensors["count"])
         for stack in self.stacks:
             stack.refresh()
+
+
+def build_optimizer(model: Transformer, recipe: Recipe) -> Optimizer:
+    """Muon for the blocks' matrices, AdamW for embedding, head, gains and biases; by the recipe, AdamW for all."""
+    matrices = {name: blocks for name, _, blocks in model.matrices()}
+    groups = []
+    for name, parameter in model.named_parameters():
+        if name in matrices:
+            blocks = matrices[name] if recipe.optimizer == "muon" else ()
+            settings = GroupSettings(recipe.optimizer, recipe.matrix_learning_rate, recipe.weight_decay, blocks=blocks)
+        elif name == "embed_tokens":
+            rate = recipe.head_learning_rate if model.lm_head is None else recipe.embedding_learning_rate
+            settings = GroupSettings("adamw", rate)
+        elif name == "lm_head":
+            settings = GroupSettings("adamw", recipe.head_learning_rate)
+        else:
+            settings = GroupSettings("adamw", recipe.gain_learning_rate)
+        groups.append((name, parameter, settings))
+    return Optimizer(groups)
+
+
+def float32_copy(model: Transformer, optimizer: Optimizer) -> Transformer | None:
+    """Copy the model to the CPU with the optimizer's fp32 masters for parameters, for the first process to save.
+
+    All processes call it; the others get None.
+    """
+    masters = optimizer.whole_masters()
+    if not masters:
+        return None
+    copy = Transformer(model.config)
+    with torch.no_grad():
+        for name, parameter in copy.named_parameters():
+            parameter.copy_(masters[name])
+    return copy.eval()

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from llmkit.data.batches import TokenRows
 from llmkit.io.progress import counted, quantity
 from llmkit.model.config import ModelConfig
 from llmkit.model.devices import keep_freed_memory
 from llmkit.model.transformer import Transformer
-from llmkit.training.evaluation import next_token_loss
+from llmkit.training.loss import Batch, Loss, next_token_loss, rows_of
+from llmkit.training.optimizer import build_optimizer
 from llmkit.training.scaling import Recipe
-from llmkit.training.setup import build_optimizer
-from llmkit.training.trainer import Batch, Loss
 
 LONGEST = 3.0  # seconds of timing before an estimate
 SHARE = 0.4  # of the rate of large products is about what steps reach
@@ -56,10 +56,10 @@ def tokens_per_second(
     model = Transformer(config, seed=0).to(device=device, dtype=dtype)
     optimizer = build_optimizer(model, recipe)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (rows, sequence_length))
-    batch = (tokens, tokens, np.zeros_like(tokens, dtype=np.int32))
+    batch = TokenRows(tokens, tokens, np.zeros_like(tokens, dtype=np.int32))
 
     def step() -> None:
-        next_token_loss(model, batch)[0].backward()
+        next_token_loss(model, batch).total.backward()
         optimizer.accumulate()
         optimizer.step(factor=0.0, scale=1e-6)
 
@@ -86,7 +86,7 @@ def expected_tokens_per_second(
     length = min(sequence_length, max(16, int(affordable)))
     tokens = np.random.default_rng(0).integers(0, layer.vocab_size, (1, length))
     model = Transformer(layer, seed=0).to(device=device, dtype=dtype)
-    batch = (tokens, tokens, np.zeros_like(tokens, dtype=np.int32))
+    batch = TokenRows(tokens, tokens, np.zeros_like(tokens, dtype=np.int32))
     rate = length * layer.flops_per_token(length) / batch_seconds(model, next_token_loss, batch, 1, device)
     step_flops = recipe.batch_tokens * config.flops_per_token(sequence_length) + update_flops(config, recipe)
     return (
@@ -110,13 +110,12 @@ def batch_seconds(model: nn.Module, loss: Loss, batch: Batch, micro_batch_rows: 
     """Seconds of the forward and backward pass of a batch, by one that comes after a first of a micro-batch."""
     keep_freed_memory()
     micro_batches = [
-        tuple(array[start : start + micro_batch_rows] for array in batch)
-        for start in range(0, len(batch[0]), micro_batch_rows)
+        rows_of(batch, start, start + micro_batch_rows) for start in range(0, len(batch[0]), micro_batch_rows)
     ]
     for timed in (micro_batches[:1], micro_batches):
         started = time.perf_counter()
         for rows in timed:
-            loss(model, rows)[0].backward()
+            loss(model, rows).total.backward()
         synchronize(device)
         model.zero_grad()
     return time.perf_counter() - started

@@ -1,12 +1,21 @@
 """The training loop under pretrain, sft, train-reward and rl: batches in, an updated model and metrics out.
 
-It knows a model, an optimizer, batches from a step on and a folder for its state. It does not know what a document
-or a conversation is, nor what the loss means: `loss(model, rows)` returns a sum and the number of its targets. In a job
-of several processes each takes its share of a batch's rows, and the first decides all that depends on a clock.
+It knows a model, an optimizer, a loss and a folder for its state. It does not know what a document or a conversation
+is, nor what the loss means. In a job of several processes each takes its share of a batch's rows, and the first decides
+all that depends on a clock.
 
-    trainer = Trainer(model, optimizer, schedule, batches=from_step, loss=next_token_loss, folder=work, settings=...)
+    trainer = Trainer(model, optimizer, schedule, next_token_loss, folder=work, settings=...)
     trainer.resume()
-    trainer.fit(total_steps=1000, evaluate=bits_per_byte)
+    trainer.fit(batches.prefetch(trainer.step), total_steps=1000, evaluate=bits_per_byte)
+
+A stage whose batches depend on the model as it is writes the loop itself:
+
+    with trainer.session(total_steps=1000, evaluate=evaluate):
+        while trainer.goes_on:
+            with trainer.interruptible():          # a signal ends this at once
+                batch = sample_and_reward(...)
+            metrics = trainer.train_step(batch)
+            trainer.end_step({**metrics, **policy_figures(trainer.figures)})
 """
 
 from __future__ import annotations
@@ -17,13 +26,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from llmkit.display import write_message
 from llmkit.errors import Interrupted, LlmkitError, SavedError, SharedError, UserError
@@ -34,6 +43,7 @@ from llmkit.model.devices import keep_freed_memory
 from llmkit.training.checkpoint import Checkpoints
 from llmkit.training.distributed import world
 from llmkit.training.failures import is_lost
+from llmkit.training.loss import Batch, Loss, rows_of
 from llmkit.training.optimizer import Optimizer, Schedule
 from llmkit.training.sharding import begin_backward
 from llmkit.training.threads import StepThreads
@@ -46,12 +56,7 @@ ABSURD_NATS = 10.0  # above the beginning: worse than a guess among the tokens o
 GROWN_NATS = 0.5  # above the beginning, at the end: what a note is worth
 RESTART = "start again with --force and a lower --learning-rate, or look at the data"
 
-# A batch is a tuple of arrays whose first dimension is rows; the trainer cuts it into micro-batches along that. Where
-# several processes share it, it has a method `nothing()`: one row that predicts nothing.
-Batch = tuple[Any, ...]
-# The summed loss of some rows, and over how many targets it was summed. One that keeps figures of a batch has a method
-# `forget()`, called before the batch is begun again.
-Loss = Callable[[nn.Module, Any], tuple[Tensor, int]]
+Evaluate = Callable[[], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -62,17 +67,18 @@ class TrainerSettings:
     max_grad_norm: float | None = 1.0
     momentum: float = 0.95
     momentum_warmup_steps: int = 300
-    log_every: int = 1
     eval_every: int | None = None
     save_every: int | None = None
     sample_every: int | None = None
     save_seconds: float | None = 600.0
-    spike_nats: float = 1.5
+    spike_nats: float = 1.5  # infinite for a loss that does not measure progress
     spike_patience: int = 20
     updates_per_batch: int = 1
     micro_batch_tokens: int | None = None  # fewer rows at a time where rows are so long that these are exceeded
     memory_advice: str = "lower --sequence-length or --depth"
     shown: str = "loss"  # the metric beside the progress bar
+    flops_per_token: float | None = None  # with peak_flops, `mfu` is in the metrics
+    peak_flops: float | None = None
     mirrors: tuple[Callable[[], Any], ...] = ()  # of the metrics
     most_threads: int = 1  # to choose from; 1 leaves what torch has
     quiet: bool = False
@@ -82,6 +88,9 @@ class Trainer:
     """See the module. Raises UserError when the loss is not a number or stays far above its average or its beginning,
     or a weight outgrows half precision, and Interrupted when SIGINT, SIGTERM or SIGHUP arrives: the step in which it
     comes is given up. Whatever ends a run, the steps that it made are saved first, where their weights are fit for it.
+
+    `figures` has those of the loss in the last step: a list for each update, of an item for each micro-batch of this
+    process. `stopping` is set by an evaluation that has seen enough.
     """
 
     def __init__(
@@ -89,15 +98,14 @@ class Trainer:
         model: nn.Module,
         optimizer: Optimizer,
         schedule: Schedule,
-        *,
-        batches: Callable[[int], Iterator[Batch]],
         loss: Loss,
+        *,
         folder: Path,
         settings: TrainerSettings,
     ) -> None:
         keep_freed_memory()
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
-        self.batches, self.loss, self.folder, self.settings = batches, loss, folder, settings
+        self.loss, self.folder, self.settings = loss, folder, settings
         self.threads = StepThreads(settings.most_threads)
         self.checkpoints = Checkpoints(folder / "state")
         self.step, self.tokens, self.elapsed = 0, 0, 0.0
@@ -106,13 +114,18 @@ class Trainer:
         self.first_losses: list[float] = []
         self.recent_losses: deque[float] = deque(maxlen=settings.spike_patience)
         self.high_steps = 0
+        self.figures: list[list[Mapping[str, float]]] = []
         self.scores: dict[str, float] = {}  # of the last evaluation
         self.evaluated_step = self.sampled_step = -1
         self.saved_step, self.saved_at = -1, time.monotonic()
+        self.stopping = False
+        self._total_steps: int | None = None
+        self._seconds: float | None = None
+        self._evaluate: Evaluate | None = None
+        self._sample: Callable[[], str] | None = None
         self._writing = threading.RLock()  # writes in two threads would mix their messages to the other processes
         self._updates = 0  # of the optimizer, when the last step was whole
         self._signals = Signals()
-        self.stopping = False  # set by an evaluation that has seen enough
 
     @property
     def has_begun(self) -> bool:
@@ -121,25 +134,36 @@ class Trainer:
 
     # ---- one step
 
-    def train_step(self, batch: Batch, progress: float) -> dict[str, float]:
-        """Forward, backward and update on one batch at a progress in [0, 1], as often as the settings say; returns
-        the metrics of the last update."""
+    @property
+    def progress(self) -> float:
+        """The part of the horizon that is done, from 0 to 1, which the learning rate follows.
+
+        Under a time budget that is the clock: a machine that slows down half-way still ends in time with the rate at
+        its end, but no two runs are equal.
+        """
+        if self._seconds is not None:
+            return self.elapsed / max(self._seconds, 1e-9)
+        return self.step / (self._total_steps or 1) if self._total_steps is not None else 0.0
+
+    def train_step(self, batch: Batch) -> dict[str, float]:
+        """Forward, backward and update on one batch, as often as the settings say; the metrics of the last update."""
         metrics: dict[str, float] = {}
-        size = getattr(batch, "tokens", batch[0].size)
+        self.figures, size = [], batch.tokens
+        factor = self.schedule.factor(self.step, self.progress)
         with self.threads.step(size):
             for _ in range(self.settings.updates_per_batch):
-                metrics = self._update(batch, self.schedule.factor(self.step, progress))
+                metrics = self._update(batch, factor)
         self.step += 1
         self.tokens += size
         self.last_loss = metrics["loss"]
         self.recent_losses.append(self.last_loss)
         if len(self.first_losses) < FIRST_STEPS:
             self.first_losses.append(self.last_loss)
+        self._updates = self.optimizer.count
         return metrics
 
     def _update(self, batch: Batch, factor: float) -> dict[str, float]:
-        own_total, own_targets = self._backward(batch)
-        total, targets = world().sum(own_total, own_targets)
+        total, targets = world().sum(*self._backward(batch))
         loss, norm = total / max(1, targets), float(self.optimizer.gradient_norm(max(1, targets)))
         self._guard(loss, norm)
         limit = self.settings.max_grad_norm
@@ -158,26 +182,28 @@ class Trainer:
             at_once = max(1, min(at_once, self.settings.micro_batch_tokens // batch[0].shape[1]))
         while True:
             try:
-                totals, targets = [], 0
+                totals, targets, figures = [], 0, []
                 for done in range(0, rows, at_once):
-                    self._heed_signals()
+                    if self.optimizer.count == self._updates:  # else the step has updated the weights, and is finished
+                        self._heed_signals()
                     start, last = first + done, done + at_once >= rows
-                    part = tuple(array[start : min(start + at_once, stop)] for array in batch)
+                    part = rows_of(batch, start, min(start + at_once, stop))
                     if not len(part[0]):  # FSDP wants all processes to compute as often
-                        part = tuple(batch.nothing())  # type: ignore[attr-defined]
+                        part = batch.nothing()
                     begin_backward(self.model, last)
-                    loss, count = self.loss(self.model, part)
-                    loss.backward()
+                    summed = self.loss(self.model, part)
+                    summed.total.backward()
                     self.optimizer.accumulate(last)
-                    totals.append(loss.detach())
-                    targets += count
-                return float(torch.stack(totals).sum()), targets
+                    totals.append(summed.total.detach())
+                    targets += summed.targets
+                    figures.append(summed.figures or {})
+                total = float(torch.stack(totals).sum())
+                self.figures.append(figures)
+                return total, targets
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
                 self.optimizer.discard()
-                if forget := getattr(self.loss, "forget", None):
-                    forget()
                 if world().size > 1:  # the others go on with more rows at a time
                     raise UserError(
                         f"memory runs out with {counted(at_once, 'row')} at a time; lower --micro-batch-size, or use "
@@ -189,14 +215,11 @@ class Trainer:
                         "or use --activation-checkpointing"
                     ) from error
                 at_once = self.micro_batch_rows = max(1, min(at_once, rows) // 2)
-                say(
-                    f"memory ran out; micro-batch is now {counted(self.micro_batch_rows, 'sequence')}",
-                    self.settings.quiet,
-                )
+                say(f"memory ran out; micro-batch is now {counted(at_once, 'sequence')}", self.settings.quiet)
 
     def _heed_signals(self) -> None:
-        """Give the step up where a signal has come to any process, unless it has updated the weights already."""
-        if self.optimizer.count == self._updates and world().sum(float(self._signals.arrived))[0] > 0:
+        """Give the step up where a signal has come to any process."""
+        if world().sum(float(self._signals.arrived))[0] > 0:
             raise StepGivenUp
 
     def _guard(self, loss: float, norm: float) -> None:
@@ -248,119 +271,116 @@ class Trainer:
 
     def fit(
         self,
+        batches: Iterator[Batch],
         *,
         total_steps: int | None = None,
         seconds: float | None = None,
-        evaluate: Callable[[], Mapping[str, float]] | None = None,
+        evaluate: Evaluate | None = None,
         sample: Callable[[], str] | None = None,
-        describe: Callable[[], Mapping[str, float]] | None = None,
-        evaluate_first: bool = False,
-        flops_per_token: float | None = None,
-        peak_flops: float | None = None,
-    ) -> dict[str, float]:
-        """Train to `total_steps`, until `seconds` of this run have passed (after a step at least), or to the end of
-        the batches, and return the last metrics. `describe` gives more metrics of the step just made.
-
-        With `seconds`, the clock is the progress that the learning rate follows: a machine that slows down half-way
-        still ends in time with the rate at its end, but no two runs are equal.
-        """
-
-        seconds = world().broadcast(seconds)
-
-        def progress() -> float:
-            return self.elapsed / max(seconds, 1e-9) if seconds is not None else self.step / (total_steps or 1)
-
-        started, before = time.monotonic(), self.elapsed
-        log = MetricsLog(self.folder / METRICS, self.settings.mirrors)
-        since, since_tokens, last = started, self.tokens, {}
-        batches = self.batches(self.step)
-        bar = Progress("training", 1.0, quiet=self.settings.quiet)
-        with log, self._signals.noted(), self._saving(), bar:
-            bar.advance(progress())
-            if evaluate is not None and self._evaluation_due(evaluate_first) and self.evaluated_step != self.step:
-                self._evaluate(evaluate, log)
-            if sample is not None and self.step > 0 and self._due(self.settings.sample_every):
-                self._sample(sample, log)
-            while not self.stopping and (reached := progress()) < 1:
-                with self._signals.at_once():
+    ) -> None:
+        """Train on the batches from `step` on, until the horizon of `session` or their end."""
+        with self.session(total_steps=total_steps, seconds=seconds, evaluate=evaluate, sample=sample):
+            while self.goes_on:
+                with self.interruptible():
                     batch = next(batches, None)
                 if batch is None:
                     break
-                last = self.train_step(batch, reached)
-                self._updates = self.optimizer.count
-                last |= describe() if describe is not None else {}
-                now = time.monotonic()
-                stopped, late = self._agree(self._signals.arrived, before + now - started)
-                if self.step % self.settings.log_every == 0:
-                    rate = (self.tokens - since_tokens) / max(now - since, 1e-9)
-                    since, since_tokens = now, self.tokens
-                    last |= {"step": self.step, "tokens": self.tokens, "seconds": round(self.elapsed, 3)}
-                    last["tokens_per_second"] = round(rate, 1)
-                    if flops_per_token and peak_flops:
-                        last["mfu"] = round(rate * flops_per_token / peak_flops, 4)
-                    log.write(last)
-                bar.advance(progress() - reached, step=self.step, **{self.settings.shown: last[self.settings.shown]})
-                self._between_steps(stopped, late, evaluate, sample, log)
+                self.end_step(self.train_step(batch))
+
+    @contextmanager
+    def session(
+        self,
+        *,
+        total_steps: int | None = None,
+        seconds: float | None = None,
+        evaluate: Evaluate | None = None,
+        evaluate_first: bool = False,
+        sample: Callable[[], str] | None = None,
+    ) -> Iterator[None]:
+        """Note signals, log, evaluate, sample and save around the steps that are made inside: to `total_steps`, or
+        until `seconds` of this run have passed, after a step at least."""
+        self._total_steps, self._seconds = total_steps, world().broadcast(seconds)
+        self._evaluate, self._sample = evaluate, sample
+        self._started, self._before = time.monotonic(), self.elapsed
+        self._logged, self._logged_tokens = self._started, self.tokens
+        self._log = MetricsLog(self.folder / METRICS, self.settings.mirrors)
+        self._bar = Progress("training", 1.0, quiet=self.settings.quiet)
+        with self._log, self._signals.noted(), self._saving(), self._bar:
+            self._bar.advance(self.progress)
+            if evaluate_first if self.step == 0 else self._due(self.settings.eval_every):
+                self.evaluate()  # which a kill has prevented, or that of step 0
+            if self.step > 0 and self._due(self.settings.sample_every):
+                self._look()
+            yield
             self._check_growth()
             self.save(wait=True)
-            if evaluate is not None and self.evaluated_step != self.step:
-                self._evaluate(evaluate, log)
+            self.evaluate()
         self.checkpoints.wait()
-        return last
 
-    def _evaluation_due(self, first: bool) -> bool:
-        """True if an evaluation belongs before the next step: one that a kill has prevented, or that of step 0."""
-        return first if self.step == 0 else self._due(self.settings.eval_every)
+    @property
+    def goes_on(self) -> bool:
+        """True while there is a step to make."""
+        return not self.stopping and self.progress < 1
+
+    def interruptible(self) -> AbstractContextManager[None]:
+        """Let a signal end at once what is inside, which may take hours and changes no weights."""
+        return self._signals.at_once()
+
+    def end_step(self, metrics: Mapping[str, float]) -> None:
+        """Log the metrics of the step just made, and save, evaluate and sample where it is time to."""
+        now, settings, before = time.monotonic(), self.settings, self._bar.done
+        signalled, save_due = self._agree(self._before + now - self._started)
+        rate = (self.tokens - self._logged_tokens) / max(now - self._logged, 1e-9)
+        self._logged, self._logged_tokens = now, self.tokens
+        row = {**metrics, "step": self.step, "tokens": self.tokens, "seconds": round(self.elapsed, 3)}
+        row["tokens_per_second"] = round(rate, 1)
+        if settings.flops_per_token and settings.peak_flops:
+            row["mfu"] = round(rate * settings.flops_per_token / settings.peak_flops, 4)
+        self._log.write(row)
+        self._bar.advance(self.progress - before, step=self.step, **{settings.shown: row[settings.shown]})
+        if signalled:
+            raise StepGivenUp  # the next one
+
+        evaluates = self._evaluate is not None and self._due(settings.eval_every)
+        # a run that dies in its evaluation must not lose its training: save first (nanochat #446)
+        if evaluates or save_due or self._due(settings.save_every):
+            self.save(wait=evaluates)
+        if evaluates:
+            self.evaluate()
+        if self._due(settings.sample_every):
+            self._look()
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
 
-    def _agree(self, interrupted: bool, elapsed: float) -> tuple[bool, bool]:
+    def _agree(self, elapsed: float) -> tuple[bool, bool]:
         """Tell if a signal has come to any process, and if a checkpoint is due, by the clock of the first."""
         limit = self.settings.save_seconds
         if limit is not None and self.saved_step < 0:
             limit = min(limit, FIRST_SAVE_SECONDS)
         late = limit is not None and time.monotonic() - self.saved_at > limit
         clock = (elapsed, late) if world().leads else (0.0, 0.0)
-        signals, self.elapsed, late = world().sum(float(interrupted), *clock)
+        signals, self.elapsed, late = world().sum(float(self._signals.arrived), *clock)
         return signals > 0, late > 0
 
-    def _between_steps(
-        self,
-        interrupted: bool,
-        late: bool,
-        evaluate: Callable[[], Mapping[str, float]] | None,
-        sample: Callable[[], str] | None,
-        log: MetricsLog,
-    ) -> None:
-        settings = self.settings
-        if interrupted:
-            raise StepGivenUp  # the next one
-
-        evaluates = evaluate is not None and self._due(settings.eval_every)
-        # a run that dies in its evaluation must not lose its training: save first (nanochat #446)
-        if evaluates or late or self._due(settings.save_every):
-            self.save(wait=evaluates)
-        if evaluates and evaluate is not None:
-            self._evaluate(evaluate, log)
-        if sample is not None and self._due(settings.sample_every):
-            self._sample(sample, log)
-
-    def _evaluate(self, evaluate: Callable[[], Mapping[str, float]], log: MetricsLog) -> None:
-        with self._signals.at_once():
-            scores = dict(evaluate())
+    def evaluate(self) -> None:
+        """Evaluate the model as it is and log the scores, unless that is done."""
+        if self._evaluate is None or self.evaluated_step == self.step:
+            return
+        with self.interruptible():
+            scores = dict(self._evaluate())
         self.scores, self.evaluated_step = scores, self.step
-        log.write({"step": self.step, "tokens": self.tokens, **self.scores})
-        figures = ", ".join(f"{name} {value:.4f}" for name, value in self.scores.items())
+        self._log.write({"step": self.step, "tokens": self.tokens, **scores})
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
         say(f"step {self.step}: {figures}", self.settings.quiet)
 
-    def _sample(self, sample: Callable[[], str], log: MetricsLog) -> None:
-        if self.sampled_step == self.step:
+    def _look(self) -> None:
+        if self._sample is None or self.sampled_step == self.step:
             return
-        with self._signals.at_once():
-            text = sample()
+        with self.interruptible():
+            text = self._sample()
         self.sampled_step = self.step
-        log.write({"step": self.step, "sample": text})
+        self._log.write({"step": self.step, "sample": text})
         say(f"step {self.step} sample: {text!r}", self.settings.quiet)
 
     def results(self) -> dict[str, Any]:

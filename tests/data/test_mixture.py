@@ -17,7 +17,7 @@ from llmkit.data.mixture import Mixture, PackedEvaluation, Source, best_fit, pac
 from llmkit.errors import UserError
 from llmkit.model.config import ModelConfig
 from llmkit.model.transformer import Transformer
-from llmkit.training.evaluation import next_token_loss
+from llmkit.training.loss import next_token_loss
 
 PAD = 0
 
@@ -121,10 +121,10 @@ def test_packed_loss_is_that_of_each_alone():
     held = examples([2, 4, 2, 6, 4])
     together = packed([[held[i] for i in row] for row in best_fit((held.lengths - 1).tolist(), 32)], 32, PAD)
     assert len(together.token_ids_BT) < len(held)
-    loss, count = next_token_loss(model, together)
+    loss, count, _ = next_token_loss(model, together)
     alone = [next_token_loss(model, packed([[held[i]]], int(held.lengths[i]) - 1, PAD)) for i in range(len(held))]
-    assert count == sum(n for _, n in alone) == held.targets
-    assert abs(float(loss.detach()) - sum(float(one.detach()) for one, _ in alone)) / count < 1e-5
+    assert count == sum(one.targets for one in alone) == held.targets
+    assert abs(float(loss.detach()) - sum(float(one.total.detach()) for one in alone)) / count < 1e-5
 
 
 # ---- the mixture

@@ -22,6 +22,7 @@ from llmkit.reward_model.loss import (
     row_length,
     score_comparisons,
 )
+from llmkit.training.loss import rows_of
 
 PAD = 0
 
@@ -101,7 +102,7 @@ def test_the_loss_counts_comparisons_and_does_not_depend_on_their_rows(model):
     comparisons = some_comparisons(8)
     losses = []
     for rows in ([comparisons], [comparisons[:3], comparisons[3:]]):
-        loss, count = ComparisonLoss(seed=0)(model, packed_comparisons(rows, 700, PAD))
+        loss, count, _ = ComparisonLoss(seed=0)(model, packed_comparisons(rows, 700, PAD))
         assert count == 8
         losses.append(loss)
     torch.testing.assert_close(*losses)
@@ -119,10 +120,10 @@ def test_one_long_comparison_makes_no_other_row_long(model):
     assert any(width[-1] == 409 for width in widths) and all(width[:-1] < [129] for width in widths)
     batch = next(one for one in batches if 90 in one.numbers)
     assert batch.tokens == sum(comparisons[i if i < 90 else -1].size for i in batch.numbers[batch.numbers >= 0])
-    whole, count = ComparisonLoss(seed=0)(model, batch)
-    apart = [ComparisonLoss(seed=0)(model, tuple(array[row : row + 1] for array in batch)) for row in range(4)]
-    assert count == sum(one for _, one in apart) == (batch.numbers >= 0).sum()
-    torch.testing.assert_close(whole, sum(loss for loss, _ in apart))
+    whole, count, _ = ComparisonLoss(seed=0)(model, batch)
+    apart = [ComparisonLoss(seed=0)(model, rows_of(batch, row, row + 1)) for row in range(4)]
+    assert count == sum(one.targets for one in apart) == (batch.numbers >= 0).sum()
+    torch.testing.assert_close(whole, sum(one.total for one in apart))
 
 
 def test_a_row_is_as_long_as_most_comparisons_need():

@@ -12,7 +12,6 @@ from llmkit.errors import UserError
 from llmkit.rewards import Reward, Weighted
 from llmkit.rl.algorithms import ALGORITHMS
 from llmkit.rl.batches import BatchSettings, Collector, describe, handle_overlong
-from llmkit.rl.policy_loss import PolicyLoss
 from llmkit.rl.problems import EncodedProblem
 from llmkit.rl.rollouts import RolloutLog, RolloutSettings
 
@@ -52,8 +51,8 @@ def collector(worth, tmp_path, *, problems=4, refill=1.0, of=100, algo="grpo"):
     algorithm, actor = ALGORITHMS[algo], Actor(worth)
     settings = BatchSettings(problems, refill, 0.0, True, 0)
     encoded = [EncodedProblem(problem(f"{i}?"), [1, 2]) for i in range(of)]
-    loss, log = PolicyLoss(algorithm, 1.0, 0.0, False), RolloutLog(tmp_path / "rollouts.jsonl")
-    made = Collector(actor, encoded, algorithm, RolloutSettings(2, 8), settings, loss=loss, log=log, pad=0)
+    log = RolloutLog(tmp_path / "rollouts.jsonl")
+    made = Collector(actor, encoded, algorithm, RolloutSettings(2, 8), settings, log=log, pad=0)
     return made, actor
 
 

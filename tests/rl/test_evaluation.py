@@ -8,11 +8,9 @@ import pytest
 from attempts import attempt
 
 from llmkit.rewards import parse_rewards
-from llmkit.rl.algorithms import ALGORITHMS
 from llmkit.rl.batches import describe
 from llmkit.rl.evaluation import HeldOut
 from llmkit.rl.monitor import Limits, Watch
-from llmkit.rl.policy_loss import PolicyLoss
 from llmkit.rl.rollouts import RolloutSettings
 
 REWARDS = [0.1, 0.9, 0.8, 0.5]  # of attempts of 2, 4, 6 and 8 tokens
@@ -54,7 +52,7 @@ def test_most_is_shown_of_what_the_rewards_like_and_the_gold_one_does_not():
 @pytest.mark.parametrize("stop", [False, True])
 def test_gaming_is_told_once_and_stops_where_that_is_wanted(capsys, stop):
     trainer = SimpleNamespace(step=7, stopping=False)
-    watch = Watch(trainer, SimpleNamespace(ended=None), PolicyLoss(ALGORITHMS["grpo"], 1.0, 0.0, False), Limits(1e-3))
+    watch = Watch(trainer, SimpleNamespace(ended=None), False, Limits(1e-3))
     golds = iter([0.5, 0.1, 0.1, 0.1, 0.1, 0.6])
     looked = SimpleNamespace(
         evaluate=lambda: {"val_reward": trainer.step, "val_gold": next(golds), "val_gold_se": 0.01}

@@ -13,8 +13,9 @@ from tiny import make_model
 
 from llmkit.rl import policy_loss
 from llmkit.rl.algorithms import ALGORITHMS, token_weights
-from llmkit.rl.policy_loss import PolicyLoss, reference_logprobs, target_logprobs
+from llmkit.rl.policy_loss import PolicyLoss, policy_figures, reference_logprobs, target_logprobs
 from llmkit.rl.rows import PolicyRows, pack_rollouts
+from llmkit.training.loss import rows_of
 from llmkit.training.optimizer import GroupSettings, Optimizer, Schedule
 from llmkit.training.trainer import Trainer, TrainerSettings
 
@@ -79,12 +80,12 @@ def packed_loss(name, kl_coef, model, rollouts, share, rows_at_once=100):
     lengths = [sum(one.completion.sampled) for one in rollouts]
     rows, _ = pack_rollouts(rollouts, token_weights(algorithm.weighting, lengths, 16).tolist(), 0, share)
     loss = PolicyLoss(algorithm, TEMPERATURE, kl_coef, True)
-    loss.start(len(rows.token_ids), rollouts)
-    total, targets = 0.0, 0
+    total, targets, figures = 0.0, 0, []
     for start in range(0, len(rows.token_ids), rows_at_once):
-        part, count = loss(model, tuple(array[start : start + rows_at_once] for array in rows))
-        total, targets = total + part, targets + count
-    return total / targets, loss.figures
+        summed = loss(model, rows_of(rows, start, start + rows_at_once))
+        total, targets = total + summed.total, targets + summed.targets
+        figures.append(summed.figures)
+    return total / targets, policy_figures([figures], len(rollouts), True)
 
 
 def gradients(model, loss):
@@ -131,14 +132,12 @@ def figures_of_training(model, rollouts, folder, monkeypatch, out_of_memory_at=N
         model,
         Optimizer((name, parameter, settings) for name, parameter in model.named_parameters()),
         Schedule(0, 0.5),
-        batches=lambda step: iter([batch]),
-        loss=loss,
+        loss,
         folder=folder,
         settings=TrainerSettings(micro_batch_rows=2, updates_per_batch=2, quiet=True),
     )
-    loss.start(len(batch.token_ids), rollouts)
-    trainer.train_step(batch, 0.0)
-    return loss.figures
+    trainer.train_step(batch)
+    return policy_figures(trainer.figures, len(rollouts), True)
 
 
 @pytest.mark.parametrize("call", [2, 4])

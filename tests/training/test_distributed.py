@@ -236,12 +236,11 @@ def failing(function):
     return call
 
 class Trainer(trainer.Trainer):
-    def fit(self, **options):
+    def fit(self, batches, **options):
         running.append(self)
         if where == "next":
-            batches = self.batches
-            self.batches = lambda step: map(failing(lambda batch: batch), batches(step))
-        return super().fit(**options)
+            batches = map(failing(lambda batch: batch), batches)
+        return super().fit(batches, **options)
 
 if where == "_backward":
     torch.Tensor.backward = failing(torch.Tensor.backward)

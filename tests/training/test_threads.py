@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from llmkit.data.batches import TokenRows
 from llmkit.model.transformer import Transformer
 from llmkit.training import scaling
-from llmkit.training.evaluation import next_token_loss
-from llmkit.training.optimizer import Schedule
-from llmkit.training.setup import build_optimizer
+from llmkit.training.loss import next_token_loss
+from llmkit.training.optimizer import Schedule, build_optimizer
 from llmkit.training.threads import StepThreads, most_threads
 from llmkit.training.trainer import Trainer, TrainerSettings
 
@@ -28,12 +28,11 @@ def weights_after(steps: list[int], folder: Path) -> bytes:
     model = Transformer(config, seed=0)
     optimizer = build_optimizer(model, scaling.recipe(1e6, config.hidden_size, 100, 500))
     settings = TrainerSettings(micro_batch_rows=3, max_grad_norm=0.01, quiet=True)
-    unused = {"batches": lambda step: iter(()), "folder": folder}
-    trainer = Trainer(model, optimizer, Schedule(0, 0.5), loss=next_token_loss, settings=settings, **unused)
+    trainer = Trainer(model, optimizer, Schedule(0, 0.5), next_token_loss, folder=folder, settings=settings)
     tokens = np.random.default_rng(0).integers(0, 777, (5, 100))
     for count in steps:
         torch.set_num_threads(count)
-        trainer.train_step((tokens, np.roll(tokens, -1, 1), np.zeros_like(tokens, dtype=np.int32)), 0.0)
+        trainer.train_step(TokenRows(tokens, np.roll(tokens, -1, 1), np.zeros_like(tokens, dtype=np.int32)))
     return b"".join(value.numpy().tobytes() for value in optimizer.masters().values())
 
 
