@@ -63,7 +63,7 @@ class Shape:
     def our_options(self, steps: int) -> list[str]:
         options = {
             "depth": self.layers, "hidden-size": self.dim, "num-attention-heads": self.heads,
-            "intermediate-size": self.ffn, "sequence-length": self.block, "batch-tokens": self.batch * self.block,
+            "sequence-length": self.block, "batch-tokens": self.batch * self.block,
             "max-steps": steps,
         }  # fmt: skip
         pairs = [text for name, value in options.items() for text in (f"--{name}", str(value))]
@@ -71,7 +71,7 @@ class Shape:
 
 
 SHAPES = {
-    "tiny": Shape(layers=4, dim=128, heads=4, ffn=344, vocab=512, block=64, batch=12, tied=True),
+    "tiny": Shape(layers=4, dim=128, heads=4, ffn=384, vocab=512, block=64, batch=12, tied=True),
     "17m": Shape(layers=6, dim=384, heads=6, ffn=1024, vocab=8192, block=256, batch=16, tied=False),
 }
 # name: (who, precision, optimizer, options of the worker or the peer's script)
@@ -101,23 +101,22 @@ def work(name: str, shape: Shape, steps: int, shards: str, tokenizer_vocab: int,
     from llmkit.data.shards import TokenShards
     from llmkit.model.devices import choose_device, choose_dtype
     from llmkit.model.transformer import Transformer
+    from llmkit.stages.pretrain import PretrainConfig
     from llmkit.training.loss import next_token_loss
     from llmkit.training.optimizer import GroupSettings, Optimizer, Schedule, build_optimizer
-    from llmkit.training.plan import Wishes, make_plan
+    from llmkit.training.plan import Planner
     from llmkit.training.trainer import Trainer, TrainerSettings
 
     _, precision, rule, options = CONTENDERS[name]
     if "--plain" in options:
         _plain_kernels()
     tokens = TokenShards(Path(shards))
-    wishes = Wishes(
-        depth=shape.layers, hidden_size=shape.dim, num_attention_heads=shape.heads, intermediate_size=shape.ffn,
+    options = PretrainConfig(
+        depth=shape.layers, hidden_size=shape.dim, num_attention_heads=shape.heads,
         sequence_length=shape.block, batch_tokens=shape.batch * shape.block, tie_word_embeddings=shape.tied,
         max_steps=steps,
     )  # fmt: skip
-    plan = make_plan(
-        wishes, vocab_size=tokenizer_vocab, corpus_tokens=tokens.tokens, device="cpu", speed=lambda *_: 0.0
-    )
+    plan = Planner(options=options, vocab_size=tokenizer_vocab, corpus_tokens=tokens.tokens).plan()
     device = choose_device("cpu")
     dtype = choose_dtype(precision, device)
     model = Transformer(plan.model, seed=0).to(device=device, dtype=dtype)
@@ -136,7 +135,7 @@ def work(name: str, shape: Shape, steps: int, shards: str, tokenizer_vocab: int,
         folder=out,
         settings=TrainerSettings(micro_batch_rows=plan.micro_batch_rows, quiet=True),
     )
-    trainer.fit(batches.prefetch(0, steps), total_steps=steps)
+    trainer.fit(batches.prefetch(0), total_steps=steps)
 
 
 def _plain_kernels() -> None:

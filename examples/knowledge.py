@@ -21,7 +21,7 @@ from pathlib import Path
 from running import llmkit, print_shares, run_seeds, write
 
 SHAPE = ["--depth", "3", "--hidden-size", "128", "--sequence-length", "64"]
-READING = ["--batch-tokens", "1024", "--learning-rate", "0.02", "--head-learning-rate", "0.005"]
+READING = ["--batch-tokens", "1024", "--learning-rate", "0.02"]
 TUNING = ["--learning-rate", "1e-3", "--batch-tokens", "1024"]
 KINDS = ("known", "named", "unseen")
 DEEDS_OF_KNOWN = 6  # documents about each known person that tell no fact, so that deeds do not mark the named

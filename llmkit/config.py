@@ -68,6 +68,9 @@ DROPPED = {
     "pii": ("CrawlFilterConfig", "set [pii] mode in a recipe, or leave the step out: --skip pii"),
     "min_language_score": ("CrawlFilterConfig", "set [language] min_score in a recipe: --recipe FILE.toml"),
     "embedding_learning_rate": ("PretrainConfig", "it follows from the plan; --learning-rate can be set"),
+    "head_learning_rate": ("PretrainConfig", "it is a quarter of --learning-rate"),
+    "intermediate_size": ("PretrainConfig", "it is 8/3 of the width"),
+    "workers": ("TrainingConfig", "one thread prepares the batches"),
     "lora_targets": ("TuningConfig", "every projection gets an adapter"),
     "decay_fraction": ("PretrainConfig TuningConfig", "the rate decays over the last 0.6 of pretrain, 0.9 of others"),
     "max_reward": ("RlConfig", "--max-steps, --time-budget and --max-kl end a run"),
@@ -147,7 +150,6 @@ class TrainingConfig(RecordsConfig, CommonConfig):
     max_grad_norm: float | None = option(1.0, "Gradient norm to clip at.", group="Training", above=0)
     activation_checkpointing: bool = option(False, "Recomputation of activations, a third slower.", group="Training")
     compile: str = option("auto", "torch.compile; auto: on GPUs.", group="Training", choices=("auto", "on", "off"))
-    workers: int = option(1, "Threads that prepare batches.", group="Training", at_least=0, at_most=256, free=True)
 
     eval_every: int | None = option(None, "Steps between validations [at the end].", group="Log", at_least=1, free=True)
     save_every: int | None = option(None, "Steps between checkpoints [10 minutes].", group="Log", at_least=1, free=True)

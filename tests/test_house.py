@@ -37,7 +37,7 @@ ROOMS = {
     "rewards": (1400, 2160),
     "rl": (1350, 1660),
     "export": (600, 640),
-    "stages": (2400, 3200),
+    "stages": (2400, 3160),
     "cli": (380, 0),
     "__main__": (40, 0),
 }
@@ -64,21 +64,21 @@ LONG = {
     "sft.run",
     "train_reward.run",
 }
-SPLATS = {"llmkit.stages.pretrain", "llmkit.stages.rl"}
-STARS = 74  # names and attributes unpacked into positional arguments; may only fall
+SPLATS = {"llmkit.stages.rl"}
+STARS = 69  # names and attributes unpacked into positional arguments; may only fall
 OPTIONS = {
     "crawl-filter": 20,
     "train-bpe": 13,
-    "pretrain": 43,
-    "sft": 43,
+    "pretrain": 40,
+    "sft": 42,
     "probe-knowledge": 28,
-    "train-reward": 38,
+    "train-reward": 37,
     "rl": 56,
     "sample": 34,
     "export": 9,
     "report": 10,
 }
-DISTINCT = 127
+DISTINCT = 125
 
 
 def modules() -> dict[str, str]:

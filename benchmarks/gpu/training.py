@@ -88,7 +88,7 @@ def work(name: str, kernels: str, steps: int) -> dict:
     from llmkit.model.transformer import Transformer
     from llmkit.training.loss import next_token_loss
     from llmkit.training.optimizer import Schedule, build_optimizer
-    from llmkit.training.scaling import recipe
+    from llmkit.training.plan import recipe
     from llmkit.training.speed import peak_flops, synchronize
     from llmkit.training.trainer import Trainer, TrainerSettings
 

@@ -12,23 +12,22 @@ the row at the end of an epoch runs into the next epoch.
 
 So in every epoch each token is an input once; each token but the `start` of a document is predicted once,
 from its own document; and so is the `end` of each document. A document that continues in another row loses its
-context there. Nothing depends on the number of processes, micro-batches or workers: a process takes
+context there. Nothing depends on the number of processes or micro-batches: a process takes
 `rows(step, start, stop)`, and a run resumes by asking for its next step.
 """
 
 from __future__ import annotations
 
-import sys
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import count
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
 from llmkit.data.shards import TokenShards
-from llmkit.errors import UserError
-from llmkit.io.progress import counted
 
 _64_BITS = (1 << 64) - 1
 IGNORED = -100  # the target where nothing is predicted, as in torch's cross_entropy
@@ -62,15 +61,10 @@ class Batches:
     seed:            draws the order of the documents
 
     A row is found by binary search: step 1,000,000 costs what step 0 costs. Memory: 16 bytes a document for
-    each of the last two epochs asked for. Raises UserError when the corpus is shorter than one row.
+    each of the last two epochs asked for. The corpus has a row at least.
     """
 
     def __init__(self, shards: TokenShards, sequence_length: int, batch_size: int, seed: int = 0) -> None:
-        if shards.tokens < sequence_length:
-            raise UserError(
-                f"{shards.folder}: {counted(shards.tokens, 'token')} in {counted(shards.documents, 'document')} "
-                f"are fewer than one context of {sequence_length:,}; give more text or a shorter context"
-            )
         self.shards, self.seed = shards, seed
         self.sequence_length, self.batch_size = sequence_length, batch_size
         self._order = lru_cache(maxsize=2)(self._draw_order)
@@ -105,17 +99,9 @@ class Batches:
         """Return the number of passes through the corpus before this step."""
         return step * self.batch_size * self.sequence_length / self.shards.tokens
 
-    def prefetch(
-        self, first_step: int, last_step: int | None, start: int = 0, stop: int | None = None, workers: int = 1
-    ) -> Iterator[TokenRows]:
-        """`rows(step, start, stop)` of steps first_step ... last_step - 1, made ahead of time by threads.
-
-        None for the last step, which nobody knows under a time budget, goes on without an end.
-
-        The batches are the same for every number of workers; 0 makes each when it is asked for.
-        """
-        stop = self.batch_size if stop is None else stop
-        return prefetched(lambda step: self.rows(step, start, stop), first_step, last_step, workers)
+    def prefetch(self, first_step: int) -> Iterator[TokenRows]:
+        """The batches from a step on, without an end, made ahead of time."""
+        return prefetched(self.batch, first_step)
 
     def _draw_order(self, epoch: int) -> Order:
         order = shuffled(self.shards.documents, self.seed, epoch)
@@ -166,21 +152,14 @@ class EvaluationBatches:
         return self._documents if epoch == 0 else None
 
 
-def prefetched(
-    make: Callable[[int], TokenRows], first_step: int, last_step: int | None, workers: int
-) -> Iterator[TokenRows]:
-    """`make(step)` of steps first_step ... last_step - 1, in order, made ahead of time by threads (0: by none)."""
-    last_step = sys.maxsize if last_step is None else last_step
-    if workers == 0:
-        yield from map(make, range(first_step, last_step))
-        return
-    with ThreadPoolExecutor(workers, thread_name_prefix="batches") as pool:
-        ahead: list[Future[TokenRows]] = []
+def prefetched(make: Callable[[int], TokenRows], first_step: int) -> Iterator[TokenRows]:
+    """`make(step)` of all steps from the first on, in order; a thread makes two of them ahead of time."""
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        ahead = deque(pool.submit(make, first_step + number) for number in range(3))
         try:
-            for step in range(first_step, last_step):
-                while len(ahead) <= 2 * workers and step + len(ahead) < last_step:
-                    ahead.append(pool.submit(make, step + len(ahead)))
-                yield ahead.pop(0).result()
+            for step in count(first_step + 3):
+                yield ahead.popleft().result()
+                ahead.append(pool.submit(make, step))
         finally:
             for future in ahead:
                 future.cancel()

@@ -4,7 +4,7 @@ Examples are drawn one after another from the source that is furthest behind its
 order of its own, drawn anew for each epoch. Windows of about 64 rows of them are packed best-fit, longest first; no
 example is cut, none sees another, and what stays empty is padding that predicts nothing. An example that is longer
 than a row stands alone in one, for `pack` to make as long as it needs. Batches are those of
-llmkit.data.batches, and like those do not depend on the number of processes, micro-batches or workers.
+llmkit.data.batches, and like those do not depend on the number of processes or micro-batches.
 """
 
 from __future__ import annotations
@@ -116,9 +116,9 @@ class Mixture:
         rows = [[self.sources[s].examples[i] for s, i in row] for row in planned]
         return self._pack(rows, self.sequence_length, self._pad)
 
-    def prefetch(self, first_step: int, last_step: int | None, workers: int = 1) -> Iterator[TokenRows]:
-        """The batches of steps first_step ... last_step - 1, made ahead of time by threads; equal for any number."""
-        return prefetched(self.batch, first_step, last_step, workers)
+    def prefetch(self, first_step: int) -> Iterator[TokenRows]:
+        """The batches from a step on, without an end, made ahead of time."""
+        return prefetched(self.batch, first_step)
 
     def _planned(self, rows: int) -> list[Row]:
         with self._lock:

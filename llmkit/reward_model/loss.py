@@ -13,8 +13,8 @@ from llmkit.data.batches import splitmix64
 from llmkit.kernels.attention import Branching
 from llmkit.reward_model.comparisons import Candidates, ComparisonRows, evaluation_rows
 from llmkit.reward_model.head import RewardModel
+from llmkit.training.distributed import is_sharded
 from llmkit.training.loss import Summed
-from llmkit.training.sharding import is_sharded
 
 ROW_TOKENS = 512  # of a row, unless many comparisons are longer
 FITTING = 0.9  # of the comparisons that should fit a row; each of the others has one of its own

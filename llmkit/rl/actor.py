@@ -26,8 +26,7 @@ from llmkit.rl.problems import EncodedProblem
 from llmkit.rl.rollouts import Rollout, RolloutSettings
 from llmkit.rl.served_policy import ServedPolicy
 from llmkit.tokenizer.encoding import Tokenizer
-from llmkit.training.distributed import world
-from llmkit.training.sharding import whole_model
+from llmkit.training.distributed import whole_model, world
 
 
 class Actor:

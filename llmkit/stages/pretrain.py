@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -27,21 +27,20 @@ from llmkit.io.run_folder import check_model_folder
 if TYPE_CHECKING:
     from llmkit.data.shards import TokenShards
     from llmkit.model.config import ModelConfig
+    from llmkit.model.transformer import Transformer
     from llmkit.tokenizer.encoding import Tokenizer
-    from llmkit.training.plan import Plan, Wishes
+    from llmkit.training.plan import Plan, Planner, Recipe
     from llmkit.training.run import Run
 
 LONGEST_ROW = 2048  # tokens, where the context of a model that is trained further is longer
-FIXED_BY_MODEL = (
+FIXED_BY_MODEL = [
     "tokenizer",
     "depth",
     "hidden_size",
-    "intermediate_size",
     "num_attention_heads",
     "num_key_value_heads",
     "tie_word_embeddings",
-    "head_learning_rate",
-)
+]
 MANY = 20_000_000  # tokens, of which not every run is compared with those of --val: half the time
 
 
@@ -71,7 +70,6 @@ class PretrainConfig(TrainingConfig):
 
     depth: int | None = option(None, "Transformer layers; width and the rest follow.", group="Model", at_least=1)
     hidden_size: int | None = option(None, "Width [64 x depth].", group="Model", at_least=32)
-    intermediate_size: int | None = option(None, "SwiGLU width [8/3 x width].", group="Model", at_least=32)
     num_attention_heads: int | None = option(None, "Query heads [width / 64].", group="Model", at_least=1)
     num_key_value_heads: int | None = option(None, "Key and value heads [query heads].", group="Model", at_least=1)
     sequence_length: int | None = option(None, "Tokens of context [by the plan].", group="Model", at_least=8)
@@ -91,13 +89,11 @@ class PretrainConfig(TrainingConfig):
     )
     learning_rate: float | None = option(
         None,
-        "Learning rate: Muon's of the matrices; with --from, AdamW's of all parameters [by the plan].",
+        "Muon learning rate of the matrices, and 4 times AdamW's of the output head; with --from, AdamW's of all "
+        "parameters [by the plan].",
         group="Training",
         above=0,
         at_most=10,
-    )
-    head_learning_rate: float | None = option(
-        None, "AdamW learning rate of the output head [by the plan].", group="Training", above=0, at_most=MOST_RATE
     )
     weight_decay: float | None = option(
         None, "Weight decay of the matrices [by the plan].", group="Training", at_least=0, at_most=MOST_DECAY
@@ -139,91 +135,40 @@ def run(config: PretrainConfig) -> Summary | None:
     inputs = _checked_inputs(config)
 
     from llmkit.data.batches import Batches, EvaluationBatches
-    from llmkit.data.overlap import Overlap
     from llmkit.generation.generator import continue_text
-    from llmkit.kernels.dispatch import backend
-    from llmkit.model.devices import check_batch_memory, check_memory
-    from llmkit.model.folder import load_config, load_model, save_model
-    from llmkit.model.transformer import Transformer
+    from llmkit.model.folder import save_model
     from llmkit.tokenizer.encoding import load_tokenizer
-    from llmkit.training import speed
-    from llmkit.training.finetuning import check_finite
+    from llmkit.training.distributed import whole_model
     from llmkit.training.loss import held_out_loss, next_token_loss
-    from llmkit.training.optimizer import Schedule, build_optimizer, float32_copy, warn_of_long_warmup
-    from llmkit.training.plan import Plan, check_wishes, plan_table
-    from llmkit.training.sharding import shard, whole_model
+    from llmkit.training.optimizer import Schedule, build_optimizer, float32_copy
     from llmkit.training.trainer import TrainerSettings
 
     # load
     run.join()
-    tokenizer = load_tokenizer(str(config.model or config.tokenizer))
-    former = load_config(config.model) if config.model is not None else None
-    if former is not None:
-        tokenizer.check_fits(former.vocab_size)
-        former = replace(former, max_position_embeddings=_row_tokens(config, former.max_position_embeddings))
-    backend(run.device.type)  # an unknown LLMKIT_KERNELS is refused before the documents are read, as is a wrong shape
-    check_wishes(_wishes(config), tokenizer.vocab_size)
-    with run.world.in_turn():
-        shards, val_shards = _token_shards(config, inputs, tokenizer, run)
-
-    if val_shards is not None and run.world.leads:
-        overlap = Overlap(
-            (val_shards[k] for k in range(len(val_shards))), run=8, every=4 if shards.tokens > MANY else 1
-        )
-        overlap.compare_shards(shards)
-        overlap.report(config.quiet)
+    source = str(config.model or config.tokenizer)
+    tokenizer = load_tokenizer(source)
+    planner = _planner(config, tokenizer, run)
+    shards, val_shards = _token_shards(config, inputs, tokenizer, run)
 
     # build
-    run.world.check_same({"the documents": shards.digest})
     identity = {"the tokenizer": tokenizer.sha256, "the number of tokens": shards.tokens}
-    notes = run.notes(identity)
-    plan = Plan.from_json(notes["plan"]) if notes else _plan(config, former, tokenizer, shards, val_shards, run)
-    run.world.check_rows(plan.batch_rows, f"--batch-tokens: rows of {plan.sequence_length} tokens")
-    if shards.tokens < plan.sequence_length:
-        raise UserError(
-            f"{names_of(inputs)}: {counted(shards.tokens, 'token')} in {counted(shards.documents, 'document')} "
-            f"are fewer than one context of {plan.sequence_length:,}; give more text or a shorter --sequence-length"
-        )
-    batches = Batches(shards, plan.sequence_length, plan.batch_rows, config.seed)
-    if config.batch_tokens not in (None, plan.batch_tokens):
-        whole = f"whole rows of {plan.sequence_length:,}"
-        say(f"--batch-tokens {config.batch_tokens:,} becomes {plan.batch_tokens:,}, {whole}", config.quiet)
-    if (config.batch_tokens or 0) > shards.tokens:
-        few = f"more than the {counted(shards.tokens, 'token')} of the documents, so a step repeats some"
-        say(f"--batch-tokens {config.batch_tokens:,}: {few}", config.quiet)
-    say(plan_table(plan), config.quiet)
-    warn_of_long_warmup(plan.warmup_steps, plan.total_steps, config.quiet)
-    check_memory(plan.training_memory(run.world.size), run.device)
-    follows = "" if config.batch_tokens else ", which follows from the tokens of the whole training"
-    check_batch_memory(plan.batch_tokens, f"lower --batch-tokens{follows}")
+    plan = _plan(planner, run, identity, shards, val_shards)
+    _say_plan(config, plan, inputs, shards, run)
     if config.dry_run:
-        shape = plan.model, plan.recipe, plan.micro_batch_rows, plan.sequence_length
-        rate, basis = speed.expected_tokens_per_second(*shape, run.device, run.dtype)
-        say(f"at {rate:,.0f} tokens/s, {duration(plan.tokens / rate)} of training; from {basis}", config.quiet)
         return None
     run.begin(identity, {"plan": plan.to_json()})  # not before: a plan may be refused
-    if config.model is None:
-        model = Transformer(plan.model, seed=config.seed).to(device=run.device, dtype=run.dtype)
-    else:
-        model = load_model(config.model, dtype=run.dtype, device=run.device).train()
-        check_finite(model, config.model)
-    shard(model)
+    model = _model(config, plan, run)
     optimizer = build_optimizer(model, plan.recipe)
-    flops_per_token = plan.model.flops_per_token(plan.sequence_length)
-    trainer = run.trainer(
-        model,
-        optimizer,
-        Schedule(plan.warmup_steps, plan.decay_fraction),
-        next_token_loss,
-        TrainerSettings(plan.micro_batch_rows, flops_per_token=flops_per_token),
-        flops=plan.flops,
-    )
+    settings = TrainerSettings(plan.micro_batch_rows, flops_per_token=plan.model.flops_per_token(plan.sequence_length))
+    schedule = Schedule(plan.warmup_steps, plan.decay_fraction)
+    trainer = run.trainer(model, optimizer, schedule, next_token_loss, settings, flops=plan.flops)
 
     # train
+    batches = Batches(shards, plan.sequence_length, plan.batch_rows, config.seed)
     held_out = EvaluationBatches(val_shards, plan.sequence_length, plan.micro_batch_rows) if val_shards else None
     with run.training(trainer):
         trainer.fit(
-            batches.prefetch(trainer.step, None, workers=config.workers),
+            batches.prefetch(trainer.step),
             total_steps=plan.total_steps,
             seconds=plan.seconds,
             evaluate=partial(held_out_loss, model, held_out, config.quiet) if held_out else None,
@@ -239,16 +184,11 @@ def run(config: PretrainConfig) -> Summary | None:
         tokenizer.copy_to(folder)
         save_model(trained, folder)
 
-    results = run.finish(
-        trainer.results() | {"parameters": plan.model.parameter_count},
-        inputs=inputs,
-        parents=[str(config.model or config.tokenizer)],
-        derived={"plan": plan.to_json()},
-        write=write,
-    )
-
     # summarise
-    return Summary(**results)
+    results = trainer.results() | {"parameters": plan.model.parameter_count}
+    return Summary(
+        **run.finish(results, inputs=inputs, parents=[source], derived={"plan": plan.to_json()}, write=write)
+    )
 
 
 def _checked_inputs(config: PretrainConfig) -> list[str]:
@@ -260,10 +200,7 @@ def _checked_inputs(config: PretrainConfig) -> list[str]:
     if config.model is not None:
         for item in option_fields(PretrainConfig):
             if item.name in FIXED_BY_MODEL and getattr(config, item.name) not in (None, False):
-                fixed = f"comes from the model of --from {config.model}"
-                if item.name.endswith("learning_rate"):
-                    fixed = "with --from one --learning-rate is AdamW's for all parameters"
-                raise UserError(f"{flag_of(item)}: {fixed}; leave it out")
+                raise UserError(f"{flag_of(item)}: comes from the model of --from {config.model}; leave it out")
         if config.learning_rate is not None and config.learning_rate > MOST_RATE:
             raise UserError(
                 f"--learning-rate: expected at most {MOST_RATE} with --from, for it is AdamW's, "
@@ -281,18 +218,40 @@ def _checked_inputs(config: PretrainConfig) -> list[str]:
     return inputs
 
 
-def _row_tokens(config: PretrainConfig, context: int) -> int:
-    if config.sequence_length is not None and config.sequence_length > context:
-        raise UserError(
-            f"--sequence-length: the context of --from {config.model} is {context}, found {config.sequence_length}"
-        )
-    return config.sequence_length or min(context, LONGEST_ROW)
+def _planner(config: PretrainConfig, tokenizer: Tokenizer, run: Run) -> Planner:
+    """What the options leave open follows later, from the documents; a wrong shape is refused before they are read."""
+    from llmkit.kernels.dispatch import backend
+    from llmkit.model.folder import load_config
+    from llmkit.training.plan import Planner
+
+    model = None
+    if config.model is not None:
+        model = load_config(config.model)
+        tokenizer.check_fits(model.vocab_size)
+        context = model.max_position_embeddings
+        if config.sequence_length is not None and config.sequence_length > context:
+            raise UserError(
+                f"--sequence-length: the context of --from {config.model} is {context}, found {config.sequence_length}"
+            )
+        model = replace(model, max_position_embeddings=config.sequence_length or min(context, LONGEST_ROW))
+    backend(run.device.type)  # an unknown LLMKIT_KERNELS
+    planner = Planner(
+        options=config,
+        vocab_size=tokenizer.vocab_size,
+        device=run.device.type,
+        seconds_used=lambda: run.seconds,
+        special_ids=tokenizer.document_bounds(),
+        model=model,
+    )
+    planner.shape(config.depth or 4)
+    return planner
 
 
 def _token_shards(
     config: PretrainConfig, inputs: list[str], tokenizer: Tokenizer, run: Run
 ) -> tuple[TokenShards, TokenShards | None]:
     """The tokens of the documents and of the held-out ones; a dry run leaves none behind."""
+    from llmkit.data.overlap import Overlap
     from llmkit.data.tokenize import tokenize_documents
 
     cache = Path(config.token_cache) if config.token_cache else run.folder.with_name(run.folder.name + ".tokens")
@@ -308,51 +267,91 @@ def _token_shards(
         bad=run.bad,
         quiet=config.quiet,
     )
-    return tokenize(inputs), tokenize(config.val, name="val") if config.val else None
-
-
-def _wishes(config: PretrainConfig) -> Wishes:
-    from llmkit.training.plan import Wishes
-
-    return Wishes(**{item.name: getattr(config, item.name) for item in fields(Wishes)})
+    with run.world.in_turn():
+        shards, val_shards = tokenize(inputs), tokenize(config.val, name="val") if config.val else None
+    if val_shards is not None and run.world.leads:
+        overlap = Overlap(
+            (val_shards[k] for k in range(len(val_shards))), run=8, every=4 if shards.tokens > MANY else 1
+        )
+        overlap.compare_shards(shards)
+        overlap.report(config.quiet)
+    run.world.check_same({"the documents": shards.digest})
+    return shards, val_shards
 
 
 def _plan(
-    config: PretrainConfig,
-    former: ModelConfig | None,
-    tokenizer: Tokenizer,
-    shards: TokenShards,
-    val_shards: TokenShards | None,
-    run: Run,
+    planner: Planner, run: Run, identity: dict[str, Any], shards: TokenShards, val_shards: TokenShards | None
 ) -> Plan:
-    """Derive what the options leave open, in the first process; under a time budget by measuring this machine."""
+    """The plan of the run that is resumed, or a new one of the first process, which may measure this machine."""
     from llmkit.model.devices import check_memory
     from llmkit.training import speed
-    from llmkit.training.plan import Plan, make_plan
+    from llmkit.training.plan import Plan
 
-    processes = run.world.size
-    if not run.world.leads:
-        return Plan.from_json(run.world.broadcast(None))
+    if notes := run.notes(identity):
+        return Plan.from_json(notes["plan"])
 
-    def rate(*shape: Any) -> float:
-        if config.dry_run:
-            own, _ = speed.expected_tokens_per_second(*shape, device=run.device, dtype=run.dtype)
+    def rate(model: ModelConfig, recipe: Recipe, rows: int, length: int) -> float:
+        """Measure tokens/s; a dry run times no more than a layer."""
+        if run.config.dry_run:
+            own, _ = speed.expected_tokens_per_second(model, recipe, rows, length, run.device, run.dtype)
         else:
-            own = speed.tokens_per_second(*shape, device=run.device, dtype=run.dtype)
-        return processes * own
+            own = speed.tokens_per_second(model, recipe, rows, length, run.device, run.dtype)
+        return run.world.size * own
 
-    plan = make_plan(
-        _wishes(config),
-        vocab_size=tokenizer.vocab_size,
-        corpus_tokens=shards.tokens,
-        device=run.device.type,
-        speed=rate,
-        seconds_used=lambda: run.seconds,
-        closing_tokens=val_shards.tokens if val_shards else 0,
-        check_fits=lambda plan: check_memory(plan.training_memory(processes), run.device),
-        special_ids=tokenizer.document_bounds(),
-        model=former,
-        documents_within=lambda length: float((shards.lengths <= length).mean()),
-    )
-    run.world.broadcast(plan.to_json())
-    return plan
+    if run.world.leads:
+        plan = replace(
+            planner,
+            corpus_tokens=shards.tokens,
+            speed=rate,
+            closing_tokens=val_shards.tokens if val_shards else 0,
+            check_fits=lambda plan: check_memory(plan.training_memory(run.world.size), run.device),
+            documents_within=lambda length: float((shards.lengths <= length).mean()),
+        ).plan()
+    return Plan.from_json(run.world.broadcast(plan.to_json() if run.world.leads else None))
+
+
+def _say_plan(config: PretrainConfig, plan: Plan, inputs: list[str], shards: TokenShards, run: Run) -> None:
+    """Say what will be done. Raises UserError for what cannot be."""
+    from llmkit.model.devices import check_batch_memory, check_memory
+    from llmkit.training.optimizer import warn_of_long_warmup
+    from llmkit.training.plan import plan_table
+    from llmkit.training.speed import expected_tokens_per_second
+
+    run.world.check_rows(plan.batch_rows, f"--batch-tokens: rows of {plan.sequence_length} tokens")
+    if shards.tokens < plan.sequence_length:
+        raise UserError(
+            f"{names_of(inputs)}: {counted(shards.tokens, 'token')} in {counted(shards.documents, 'document')} "
+            f"are fewer than one context of {plan.sequence_length:,}; give more text or a shorter --sequence-length"
+        )
+    if config.batch_tokens not in (None, plan.batch_tokens):
+        whole = f"whole rows of {plan.sequence_length:,}"
+        say(f"--batch-tokens {config.batch_tokens:,} becomes {plan.batch_tokens:,}, {whole}", config.quiet)
+    if (config.batch_tokens or 0) > shards.tokens:
+        few = f"more than the {counted(shards.tokens, 'token')} of the documents, so a step repeats some"
+        say(f"--batch-tokens {config.batch_tokens:,}: {few}", config.quiet)
+    say(plan_table(plan), config.quiet)
+    warn_of_long_warmup(plan.warmup_steps, plan.total_steps, config.quiet)
+    check_memory(plan.training_memory(run.world.size), run.device)
+    follows = "" if config.batch_tokens else ", which follows from the tokens of the whole training"
+    check_batch_memory(plan.batch_tokens, f"lower --batch-tokens{follows}")
+    if config.dry_run:
+        rate, basis = expected_tokens_per_second(
+            plan.model, plan.recipe, plan.micro_batch_rows, plan.sequence_length, run.device, run.dtype
+        )
+        say(f"at {rate:,.0f} tokens/s, {duration(plan.tokens / rate)} of training; from {basis}", config.quiet)
+
+
+def _model(config: PretrainConfig, plan: Plan, run: Run) -> Transformer:
+    """The model to train, divided among the processes: a new one, or that of --from."""
+    from llmkit.model.folder import load_model
+    from llmkit.model.transformer import Transformer
+    from llmkit.training.distributed import shard
+    from llmkit.training.finetuning import check_finite
+
+    if config.model is None:
+        model = Transformer(plan.model, seed=config.seed).to(device=run.device, dtype=run.dtype)
+    else:
+        model = load_model(config.model, dtype=run.dtype, device=run.device).train()
+        check_finite(model, config.model)
+    shard(model)
+    return model

@@ -144,7 +144,6 @@ class RlConfig(TuningConfig, ToolConfig, ServedConfig):
     time_budget: float | None = option(None, "Wall-clock limit.", group="Horizon", unit="duration", above=0)
 
     compile: str = "off"  # of the trainer's options: rows differ in length from step to step, and it was never tried
-    workers: None = None  # of those, too: batches are made of the model as it is, not ahead of time
 
     def reads_stdin(self) -> bool:
         """True if stdin is the input."""
@@ -199,7 +198,7 @@ def _run(config: RlConfig, run: Run, stack: ExitStack) -> Summary | None:
     from llmkit.rl.rollouts import ROLLOUTS, RolloutLog, RolloutSettings
     from llmkit.training.finetuning import KeepBest
     from llmkit.training.optimizer import Schedule, warn_of_long_warmup
-    from llmkit.training.scaling import training_bytes
+    from llmkit.training.plan import training_memory
     from llmkit.training.trainer import TrainerSettings
 
     # load
@@ -250,7 +249,7 @@ def _run(config: RlConfig, run: Run, stack: ExitStack) -> Summary | None:
     if config.dry_run:
         some = problems[: config.batch_size]
         rehearsal = rehearse(actor, some, settings, loss, algorithm, MICRO_BATCH_TOKENS, share_prompts)
-        memory = training_bytes(tuning.model.config, MICRO_BATCH_TOKENS, tuning.trained_parameters)
+        memory = sum(training_memory(tuning.model.config, MICRO_BATCH_TOKENS, tuning.trained_parameters))
         memory += run.dtype.itemsize * tuning.model.config.parameter_count * (reference is not None)
         for line in rehearsal.lines(horizon.steps, config.updates, memory):
             say(line, config.quiet)

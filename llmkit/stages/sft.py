@@ -138,12 +138,11 @@ def run(config: SftConfig) -> Summary | None:
     from llmkit.data.overlap import Overlap
     from llmkit.model.devices import check_batch_memory
     from llmkit.training import speed
-    from llmkit.training.finetuning import EarlyStop, KeepBest, answer, load_for_tuning
-    from llmkit.training.inspection import show_examples
+    from llmkit.training.distributed import whole_model
+    from llmkit.training.finetuning import EarlyStop, KeepBest, answer, load_for_tuning, show_examples
     from llmkit.training.loss import masked_loss, next_token_loss
     from llmkit.training.optimizer import Schedule, warn_of_long_warmup
-    from llmkit.training.scaling import training_bytes
-    from llmkit.training.sharding import whole_model
+    from llmkit.training.plan import training_memory
     from llmkit.training.trainer import TrainerSettings
 
     # load
@@ -174,7 +173,7 @@ def run(config: SftConfig) -> Summary | None:
     if config.dry_run:
         some = mixture.rows(0, 0, min(micro_rows, mixture.batch_size))
         seconds = speed.batch_seconds(tuning.model, next_token_loss, some, len(some[0]), run.device)
-        memory = training_bytes(tuning.model.config, len(some[0]) * row_tokens, tuning.trained_parameters)
+        memory = sum(training_memory(tuning.model.config, len(some[0]) * row_tokens, tuning.trained_parameters))
         whole = "" if steps is None else f", {duration(steps * seconds * mixture.batch_size / len(some[0]))} to train"
         say(f"about {memory / 1e9:.2f} GB of memory{whole}", config.quiet)
         return None
@@ -204,7 +203,7 @@ def run(config: SftConfig) -> Summary | None:
 
     with run.training(trainer):
         trainer.fit(
-            mixture.prefetch(trainer.step, None, workers=config.workers),
+            mixture.prefetch(trainer.step),
             total_steps=steps,
             seconds=run.seconds_left(config.time_budget),
             evaluate=validate if held_out else None,

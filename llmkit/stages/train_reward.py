@@ -142,7 +142,7 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
     from llmkit.training import speed
     from llmkit.training.finetuning import load_for_tuning, never_last_id
     from llmkit.training.optimizer import Schedule, warn_of_long_warmup
-    from llmkit.training.scaling import training_bytes
+    from llmkit.training.plan import training_memory
     from llmkit.training.trainer import TrainerSettings
 
     # load
@@ -181,7 +181,7 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
     flops_per_token = tuning.model.config.flops_per_token(row_tokens)
     flops = flops_per_token * rows * row_tokens * steps
     if config.dry_run:
-        memory = training_bytes(tuning.model.config, micro_rows * row_tokens, tuning.trained_parameters)
+        memory = sum(training_memory(tuning.model.config, micro_rows * row_tokens, tuning.trained_parameters))
         seconds = steps * speed.batch_seconds(model, loss, mixture.batch(0), micro_rows, run.device)
         say(f"about {memory / 1e9:.2f} GB of memory, {flops:.3g} FLOPs, {duration(seconds)} to train", config.quiet)
         return None
@@ -198,7 +198,7 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
 
     with run.training(trainer):
         trainer.fit(
-            mixture.prefetch(trainer.step, None, workers=config.workers),
+            mixture.prefetch(trainer.step),
             total_steps=steps,
             evaluate=validate if config.eval_every else None,
         )

@@ -28,8 +28,7 @@ from llmkit.io.progress import counted, say
 from llmkit.io.resume import read_sealed, write_sealed
 from llmkit.io.run_folder import CHECKPOINTS_KEPT, checkpoint_place, checkpoint_steps, keep_checkpoints
 from llmkit.model.folder import write_tensors
-from llmkit.training.distributed import new_group, world
-from llmkit.training.sharding import is_sharded, local, mesh, part_of
+from llmkit.training.distributed import is_sharded, local, mesh, part_of, world
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 
@@ -48,13 +47,12 @@ class Checkpoints:
         """The steps at which checkpoints stand, ascending."""
         return checkpoint_steps(self.folder)
 
-    def _place(self, step: int) -> Path:
-        return checkpoint_place(self.folder, step)
-
     def prepare(self, tensors: Mapping[str, Tensor]) -> None:
         """Make what writing them needs of all processes, which may not answer when it is wanted."""
         if any(map(is_sharded, tensors.values())):
-            self._group = self._group or new_group()
+            import torch.distributed as dist
+
+            self._group = self._group or dist.new_group(backend="gloo")
             mesh("cpu")
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], wait: bool = False) -> None:
@@ -99,7 +97,7 @@ class Checkpoints:
         if not world().leads:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic_folder(self._place(step), force=True) as partial:
+        with atomic_folder(checkpoint_place(self.folder, step), force=True) as partial:
             write_tensors(partial / TENSORS, tensors)
             digests = {TENSORS: file_sha256(partial / TENSORS)}
             write_sealed(partial / STATE, {**state, "step": step, "sha256": digests})
@@ -110,7 +108,7 @@ class Checkpoints:
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
         from torch.distributed.checkpoint.state_dict_saver import save
 
-        partial, group = Path(f"{self._place(step)}{PARTIAL}"), self._group
+        partial, group = Path(f"{checkpoint_place(self.folder, step)}{PARTIAL}"), self._group
         if world().leads:
             remove(partial)  # left by a run that was killed
             partial.mkdir(parents=True)
@@ -131,7 +129,7 @@ class Checkpoints:
         if world().leads:
             noted = {**state, "step": step, "parts": len(digests), "sha256": digests}
             write_sealed(partial / STATE, noted)
-            replace_folder(partial, self._place(step))
+            replace_folder(partial, checkpoint_place(self.folder, step))
         dist.barrier(group)
 
     def state(self) -> dict[str, Any] | None:
@@ -146,7 +144,7 @@ class Checkpoints:
         """
         damaged: list[str] = []
         for step in reversed(self.steps()):
-            folder = self._place(step)
+            folder = checkpoint_place(self.folder, step)
             try:
                 if step not in self._whole:
                     self._whole[step] = _checked(folder, step)
@@ -175,7 +173,7 @@ class Checkpoints:
         newest = newest if like is None else world().broadcast(newest)
         if newest is None:
             return None
-        folder, state = self._place(newest[0]), newest[1]
+        folder, state = checkpoint_place(self.folder, newest[0]), newest[1]
         try:
             divided = like is not None and any(map(is_sharded, like.values()))
             if divided or "parts" in state:

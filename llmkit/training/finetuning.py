@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmkit.display import check_stdout, printable
 from llmkit.errors import UserError
 from llmkit.formats.conversations import message
 from llmkit.generation.generator import Generator
@@ -32,18 +35,77 @@ from llmkit.model.devices import check_memory
 from llmkit.model.folder import load_model, save_model
 from llmkit.model.lora import LoraAdapter
 from llmkit.model.transformer import Transformer, grow_vocabulary
-from llmkit.tokenizer.chat import CHAT_SPECIALS, ChatFormat, has_own_template, write_chat_tokenizer
+from llmkit.tokenizer.chat import CHAT_SPECIALS, ChatFormat, has_chat_tokens, has_own_template, write_chat_tokenizer
 from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
 from llmkit.tokenizer.templates import chat_format
 from llmkit.training.checkpoint import Checkpoints
-from llmkit.training.distributed import world
+from llmkit.training.distributed import shard, world
 from llmkit.training.optimizer import GroupSettings, Optimizer
-from llmkit.training.scaling import ADAMW_RATE, ADAMW_WIDTH, training_memory
-from llmkit.training.sharding import shard
+from llmkit.training.plan import ADAMW_RATE, ADAMW_WIDTH, training_memory
 from llmkit.training.trainer import Trainer
 
+if TYPE_CHECKING:
+    from llmkit.data.mixture import Packable
+    from llmkit.tokenizer.encoding import Tokenizer
+
+
+COLOURS = {"system": "magenta", "user": "cyan", "assistant": "green", "result": "yellow", "": "white"}
 # AdamW's rate of adapters at a width of 256, as ADAMW_RATE; docs/experiments.md, "Fine-tuning"
 LORA_LEARNING_RATE = 3e-3
+
+
+def show_examples(sources: Sequence[Packable], tokenizer: Tokenizer, count: int) -> None:
+    """Print `count` examples, taken from the sources in turn, on stdout.
+
+    On a terminal each role has a colour, and what is trained on is bold and underlined; elsewhere it stands between
+    « and ». Each token is followed by a thin bar on a terminal, so that one sees where words are cut.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    check_stdout()
+    console = Console(file=sys.stdout, soft_wrap=True, highlight=False, markup=False)
+    shown = printable if console.is_terminal else str
+    for number in range(count):
+        source, index = sources[number % len(sources)], number // len(sources)
+        if index >= len(source):
+            continue
+        ids, trained = source[index]
+        heading = (
+            f"==> {source.name}, example {index + 1}: {counted(len(ids), 'token')}, {int(trained.sum())} trained on <=="
+        )
+        text = Text()
+        pieces = zip(_roles(ids.tolist(), trained.tolist(), tokenizer), trained.tolist(), ids.tolist(), strict=True)
+        stream = tokenizer.stream()  # a character of several tokens is shown with the last of them
+        for (role, learnt), group in groupby(pieces, key=lambda piece: (piece[0], piece[1])):
+            words = [shown(word) for _, _, token in group if (word := stream.push([token]))]
+            if console.is_terminal:
+                text.append("\u2009".join(words), f"{COLOURS[role]}{' bold underline' if learnt else ''}")
+            else:
+                text.append(f"\u00ab{''.join(words)}\u00bb" if learnt else "".join(words))
+        text.append(shown(stream.finish()))
+        console.print(shown(heading), style="bold" if console.is_terminal else None)
+        console.print(text, "")
+
+
+def _roles(ids: Sequence[int], trained: Sequence[bool], tokenizer: Tokenizer) -> list[str]:
+    """Name the role of each token; under a foreign template, trained tokens count as the assistant's."""
+    if not has_chat_tokens(tokenizer):
+        return ["assistant" if learnt else "" for learnt in trained]
+    start, separator, end = (tokenizer.specials[name] for name in ("<|im_start|>", "<|im_sep|>", "<|im_end|>"))
+    result = tokenizer.specials["<|result_start|>"], tokenizer.specials["<|result_end|>"]
+    roles, role, inside = [], "", False
+    for index, token in enumerate(ids):
+        if token == start:
+            until = next((i for i in range(index, len(ids)) if ids[i] == separator), index)
+            role = tokenizer.decode(ids[index + 1 : until])
+        inside = inside or token == result[0]
+        roles.append("result" if inside else role if role in COLOURS else "")
+        if token == result[1]:
+            inside = False
+        if token == end:
+            role = ""
+    return roles
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Parameters of one shape are stacked, so that a step is a few batched operations whatever the depth: at 4 layers of
 128 on a CPU, a step per parameter spends more time in dispatch than in arithmetic. The model may hold a
 lower-precision working copy (bfloat16); masters and moments stay fp32 and the copy is written after each step. Of
-parameters that several processes divide among them (llmkit/training/sharding.py) each has masters of its own rows.
+parameters that several processes divide among them (llmkit/training/distributed.py) each has masters of its own rows.
 
 Shapes: K parameters of a group, each M x N.
 Sources: Muon, Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon); the orthogonalisation's coefficients,
@@ -23,15 +23,15 @@ from torch import Tensor, nn
 from llmkit.io.progress import counted, say
 from llmkit.kernels.linear import matmul_nn, matmul_nt
 from llmkit.model.transformer import Transformer
-from llmkit.training.distributed import world
-from llmkit.training.scaling import Recipe
-from llmkit.training.sharding import (
+from llmkit.training.distributed import (
     full_tensor,
     is_sharded,
     local,
     on_whole_matrices,
     part_of,
+    world,
 )
+from llmkit.training.plan import Recipe
 
 # Each row (a, b, c) is one odd polynomial a x + b x^3 + c x^5 of the singular values: the paper's optimal composition
 # for values in [1e-3, 1]. The argument is divided by 1.01, so that rounding in bfloat16 cannot push a value past the
@@ -193,13 +193,8 @@ class _Stack:
     def _directions(self, update_KMN: Tensor) -> Tensor:
         blocks = self.settings.blocks or (update_KMN.shape[1],)
         if len(set(blocks)) > 1:
-            return torch.cat([self._direction(part) for part in update_KMN.split(blocks, dim=1)], dim=1)
-        return self._direction(update_KMN.reshape(-1, blocks[0], update_KMN.shape[2])).reshape(update_KMN.shape)
-
-    @staticmethod
-    def _direction(update_KMN: Tensor) -> Tensor:
-        rows, columns = update_KMN.shape[-2:]
-        return orthogonalise(update_KMN) * max(1.0, rows / columns) ** 0.5
+            return torch.cat([_direction(part) for part in update_KMN.split(blocks, dim=1)], dim=1)
+        return _direction(update_KMN.reshape(-1, blocks[0], update_KMN.shape[2])).reshape(update_KMN.shape)
 
     def _adamw(self, gradient: Tensor, rate: float, count: int) -> None:
         settings = self.settings
@@ -219,6 +214,11 @@ class _Stack:
             amsgrad=False,
             maximize=False,
         )
+
+
+def _direction(update_KMN: Tensor) -> Tensor:
+    rows, columns = update_KMN.shape[-2:]
+    return orthogonalise(update_KMN) * max(1.0, rows / columns) ** 0.5
 
 
 class Optimizer:

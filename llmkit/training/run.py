@@ -134,9 +134,8 @@ class Run:
         """
         import torch
 
-        from llmkit.training.sharding import is_sharded
-        from llmkit.training.speed import peak_flops
-        from llmkit.training.threads import most_threads
+        from llmkit.training.distributed import is_sharded
+        from llmkit.training.speed import most_threads, peak_flops
         from llmkit.training.trainer import Trainer
 
         config = self.config

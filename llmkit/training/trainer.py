@@ -21,6 +21,7 @@ A stage whose batches depend on the model as it is writes the loop itself:
 from __future__ import annotations
 
 import math
+import re
 import signal
 import threading
 import time
@@ -41,12 +42,11 @@ from llmkit.io.metrics import METRICS, MetricsLog, read_metrics, trim_metrics
 from llmkit.io.progress import Progress, counted, say
 from llmkit.model.devices import keep_freed_memory
 from llmkit.training.checkpoint import Checkpoints
-from llmkit.training.distributed import world
+from llmkit.training.distributed import begin_backward, world
 from llmkit.training.failures import is_lost
 from llmkit.training.loss import Batch, Loss, rows_of
 from llmkit.training.optimizer import Optimizer, Schedule
-from llmkit.training.sharding import begin_backward
-from llmkit.training.threads import StepThreads
+from llmkit.training.speed import StepThreads
 
 LAST_UPDATE_SECONDS = 10.0  # to finish one that other processes have finished
 FIRST_SAVE_SECONDS = 60.0  # a run that has nothing on disk loses all of itself
@@ -184,8 +184,9 @@ class Trainer:
             try:
                 totals, targets, figures = [], 0, []
                 for done in range(0, rows, at_once):
-                    if self.optimizer.count == self._updates:  # else the step has updated the weights, and is finished
-                        self._heed_signals()
+                    # a step that has updated the weights is finished
+                    if self.optimizer.count == self._updates and world().sum(float(self._signals.arrived))[0] > 0:
+                        raise StepGivenUp
                     start, last = first + done, done + at_once >= rows
                     part = rows_of(batch, start, min(start + at_once, stop))
                     if not len(part[0]):  # FSDP wants all processes to compute as often
@@ -201,7 +202,7 @@ class Trainer:
                 self.figures.append(figures)
                 return total, targets
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                if isinstance(error, RuntimeError) and not re.search("can't allocate memory|out of memory", str(error)):
                     raise
                 self.optimizer.discard()
                 if world().size > 1:  # the others go on with more rows at a time
@@ -216,11 +217,6 @@ class Trainer:
                     ) from error
                 at_once = self.micro_batch_rows = max(1, min(at_once, rows) // 2)
                 say(f"memory ran out; micro-batch is now {counted(at_once, 'sequence')}", self.settings.quiet)
-
-    def _heed_signals(self) -> None:
-        """Give the step up where a signal has come to any process."""
-        if world().sum(float(self._signals.arrived))[0] > 0:
-            raise StepGivenUp
 
     def _guard(self, loss: float, norm: float) -> None:
         """Stop before the update that would spoil the weights."""
@@ -329,7 +325,12 @@ class Trainer:
     def end_step(self, metrics: Mapping[str, float]) -> None:
         """Log the metrics of the step just made, and save, evaluate and sample where it is time to."""
         now, settings, before = time.monotonic(), self.settings, self._bar.done
-        signalled, save_due = self._agree(self._before + now - self._started)
+        limit = settings.save_seconds
+        if limit is not None and self.saved_step < 0:
+            limit = min(limit, FIRST_SAVE_SECONDS)
+        late = limit is not None and now - self.saved_at > limit
+        clock = (self._before + now - self._started, late) if world().leads else (0.0, 0.0)
+        signals, self.elapsed, late = world().sum(float(self._signals.arrived), *clock)
         rate = (self.tokens - self._logged_tokens) / max(now - self._logged, 1e-9)
         self._logged, self._logged_tokens = now, self.tokens
         row = {**metrics, "step": self.step, "tokens": self.tokens, "seconds": round(self.elapsed, 3)}
@@ -338,12 +339,12 @@ class Trainer:
             row["mfu"] = round(rate * settings.flops_per_token / settings.peak_flops, 4)
         self._log.write(row)
         self._bar.advance(self.progress - before, step=self.step, **{settings.shown: row[settings.shown]})
-        if signalled:
+        if signals > 0:
             raise StepGivenUp  # the next one
 
         evaluates = self._evaluate is not None and self._due(settings.eval_every)
         # a run that dies in its evaluation must not lose its training: save first (nanochat #446)
-        if evaluates or save_due or self._due(settings.save_every):
+        if evaluates or late > 0 or self._due(settings.save_every):
             self.save(wait=evaluates)
         if evaluates:
             self.evaluate()
@@ -352,16 +353,6 @@ class Trainer:
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
-
-    def _agree(self, elapsed: float) -> tuple[bool, bool]:
-        """Tell if a signal has come to any process, and if a checkpoint is due, by the clock of the first."""
-        limit = self.settings.save_seconds
-        if limit is not None and self.saved_step < 0:
-            limit = min(limit, FIRST_SAVE_SECONDS)
-        late = limit is not None and time.monotonic() - self.saved_at > limit
-        clock = (elapsed, late) if world().leads else (0.0, 0.0)
-        signals, self.elapsed, late = world().sum(float(self._signals.arrived), *clock)
-        return signals > 0, late > 0
 
     def evaluate(self) -> None:
         """Evaluate the model as it is and log the scores, unless that is done."""
@@ -434,22 +425,20 @@ class Trainer:
         if not self._writing.acquire(timeout=max(0.0, deadline - time.monotonic())):
             all_have(None)
             return False
-        try:
-            return self._write_agreed(all_have)
-        finally:
-            self._writing.release()
-
-    def _write_agreed(self, all_have: Callable[[Any], bool]) -> bool:
         device = next(self.model.parameters()).device
         # what waits for the process that failed is in the way of all that follows it in its own stream
-        with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext():
-            sound = self.step > 0 and self.optimizer.largest_weight() <= LARGEST_WEIGHT
-            whole = sound and self.optimizer.count == self._updates
-            if not all_have([self.step, self.saved_step] if whole else None):
-                return False
-            self._write()
-            self.checkpoints.wait()
-        return True
+        stream = torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
+        try:
+            with stream:
+                sound = self.step > 0 and self.optimizer.largest_weight() <= LARGEST_WEIGHT
+                whole = sound and self.optimizer.count == self._updates
+                if not all_have([self.step, self.saved_step] if whole else None):
+                    return False
+                self._write()
+                self.checkpoints.wait()
+                return True
+        finally:
+            self._writing.release()
 
     def save(self, wait: bool = False) -> None:
         """Write a checkpoint of the state after the last whole step, unless it stands already. Raises SavedError for
@@ -461,25 +450,22 @@ class Trainer:
             self.checkpoints.wait()
 
     def _write(self) -> None:
-        """Begin to write the state after the last whole step, unless it stands already."""
         with self._writing:
-            if self.saved_step != self.step:
-                self._begin_to_write()
-
-    def _begin_to_write(self) -> None:
-        state = {
-            "tokens": self.tokens,
-            "elapsed": self.elapsed,
-            "last_loss": self.last_loss,
-            "average_loss": self.average_loss,
-            "high_steps": self.high_steps,
-            "first_losses": self.first_losses,
-            "recent_losses": list(self.recent_losses),
-        }
-        if world().leads and (self.folder / METRICS).exists():
-            sync(self.folder / METRICS)  # what a checkpoint goes on from tells of all the steps before it
-        self.checkpoints.save(self.step, self.optimizer.state_dict(), state)
-        self.saved_step, self.saved_at = self.step, time.monotonic()
+            if self.saved_step == self.step:
+                return
+            state = {
+                "tokens": self.tokens,
+                "elapsed": self.elapsed,
+                "last_loss": self.last_loss,
+                "average_loss": self.average_loss,
+                "high_steps": self.high_steps,
+                "first_losses": self.first_losses,
+                "recent_losses": list(self.recent_losses),
+            }
+            if world().leads and (self.folder / METRICS).exists():
+                sync(self.folder / METRICS)  # what a checkpoint goes on from tells of all the steps before it
+            self.checkpoints.save(self.step, self.optimizer.state_dict(), state)
+            self.saved_step, self.saved_at = self.step, time.monotonic()
 
     def resume(self) -> bool:
         """Load the newest checkpoint, if any. Raises UserError when it is of another model."""
@@ -498,8 +484,8 @@ class Trainer:
             math.nan if state[name] is None else state[name] for name in ("last_loss", "average_loss")
         )
         self.high_steps, self.saved_step = state["high_steps"], self.step
-        self.first_losses = list(state.get("first_losses", []))
-        self.recent_losses.extend(state.get("recent_losses", []))
+        self.first_losses = list(state["first_losses"])
+        self.recent_losses.extend(state["recent_losses"])
         self._restore_evaluation(self.step)
         return True
 
@@ -514,12 +500,6 @@ class Trainer:
                     self.scores, self.evaluated_step = scores, int(row.get("step", -1))
                 if "sample" in row:
                     self.sampled_step = int(row.get("step", -1))
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return "can't allocate memory" in str(error) or "out of memory" in str(error)
 
 
 class StepGivenUp(KeyboardInterrupt):

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from llmkit.data.batches import IGNORED, Batches, EvaluationBatches, permuted, shuffled
 from llmkit.data.shards import ShardInfo, ShardWriter, TokenShards
-from llmkit.errors import UserError
 
 START, END = 1, 2
 
@@ -126,19 +125,16 @@ def test_the_permutation_is_unbiased():
     assert abs(places - 400).max() < 95
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
-def test_prefetch_gives_the_same_batches_for_any_number_of_workers(tmp_path, workers):
-    shards = corpus(tmp_path, [30, 7, 19, 4, 25])
-    batches = Batches(shards, 8, 4, seed=5)
-    got = list(batches.prefetch(3, 20, 1, 3, workers=workers))
-    assert len(got) == 17
-    for step, batch in enumerate(got, start=3):
-        assert all(np.array_equal(a, b) for a, b in zip(batch, batches.rows(step, 1, 3), strict=True))
+def test_prefetch_gives_the_same_batches(tmp_path):
+    shards = corpus(tmp_path, [30, 7, 25])
+    batches = Batches(shards, 8, 4, 5)
+    for step, batch in zip(range(3, 20), batches.prefetch(3), strict=False):
+        assert all(np.array_equal(a, b) for a, b in zip(batch, batches.batch(step), strict=True))
 
 
 def test_prefetch_may_be_left_early(tmp_path):
     shards = corpus(tmp_path, [30, 7])
-    for batch in Batches(shards, 8, 2).prefetch(0, 10**9, workers=2):
+    for batch in Batches(shards, 8, 2).prefetch(0):
         assert batch.token_ids_BT.shape == (2, 8)
         break
 
@@ -147,13 +143,6 @@ def test_types_are_those_that_torch_takes(tmp_path):
     batch = Batches(corpus(tmp_path, [30, 7]), 8, 2).batch(0)
     assert [array.dtype for array in batch] == [np.int64, np.int64, np.int32]
     assert all(array.shape == (2, 8) and array.flags.c_contiguous and array.flags.writeable for array in batch)
-
-
-def test_a_corpus_shorter_than_one_context_is_the_users_mistake(tmp_path):
-    shards = corpus(tmp_path, [5, 6])
-    Batches(shards, 13, 1)
-    with pytest.raises(UserError, match="13 tokens in 2 documents are fewer than one context of 14"):
-        Batches(shards, 14, 1)
 
 
 @settings(max_examples=60, deadline=None)

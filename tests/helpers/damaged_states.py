@@ -26,7 +26,7 @@ COMMANDS = {
     "crawl-filter": "crawl-filter a.jsonl b.jsonl c.jsonl --only extract,exact_duplicates,near_duplicates --workers 1 "
     "--rejects OUT.rejects.jsonl -o OUT",
     "pretrain": "pretrain docs.jsonl --tokenizer tok --val val.jsonl --depth 1 --hidden-size 64 --sequence-length 64 "
-    "--batch-tokens 256 --max-steps 9 --save-every 2 --eval-every 3 --sample-every 4 --dtype float32 --workers 0 "
+    "--batch-tokens 256 --max-steps 9 --save-every 2 --eval-every 3 --sample-every 4 --dtype float32 "
     "--quiet -o OUT",
     "sft": "sft base --data chats.jsonl --val chats.jsonl --batch-tokens 384 --sequence-length 96 --patience 5 "
     f"{TUNING}",

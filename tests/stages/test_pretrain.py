@@ -127,15 +127,15 @@ def test_transformers_loads_it_and_scores_as_we_do(base, corpus):
 
 
 def test_a_run_killed_at_any_moment_and_resumed_equals_one_that_was_not(base, corpus, llmkit, tmp_path):
-    """Three kills -9, with another number of worker threads after each."""
+    """Three kills -9."""
     out, generator = tmp_path / "base", random.Random(1)
     more = ["--max-steps", "40", "--val", f"{corpus}/val.jsonl", "--save-every", "3"]
     command = [sys.executable, "-m", "llmkit", *arguments(corpus, out, *more)]
     state = tmp_path / "base.partial" / "state"
-    for workers in (0, 1, 3):
+    for _ in range(3):
         resume = ["--resume"] if state.exists() else []
         before = {path.name for path in state.glob("step-*")}
-        process = subprocess.Popen([*command, "--workers", str(workers), *resume], stderr=subprocess.DEVNULL)
+        process = subprocess.Popen([*command, *resume], stderr=subprocess.DEVNULL)
         while process.poll() is None and {path.name for path in state.glob("step-*")} <= before:
             time.sleep(0.001)
         time.sleep(generator.random() * 0.1)
@@ -326,7 +326,7 @@ def test_a_second_run_and_a_resume_with_other_options_are_refused(corpus, llmkit
     done = llmkit(*arguments(corpus, out, "--max-steps", "100000"))
     assert done.returncode == 2 and f"{out}.partial: an unfinished run; --resume goes on with it" in done.stderr
     assert not (tmp_path / "base.tokens").exists()  # it was said before the documents were read
-    more = ["--max-steps", "100000", "--resume", "--dry-run", "--workers", "0", "--save-every", "9"]
+    more = ["--max-steps", "100000", "--resume", "--dry-run", "--save-every", "9"]
     done = llmkit(*arguments(corpus, out, *more))
     assert done.returncode == 0 and "100,000, 50 warm-up" in done.stderr, done.stderr
 
@@ -446,7 +446,6 @@ def test_a_model_from_elsewhere_stays_of_its_family(corpus, llmkit, tmp_path, fa
         (["--depth", "1"], "--depth: comes from the model"),
         (["--tie-word-embeddings"], "--tie-word-embeddings: comes from the model"),
         (["--tokenizer", "tok/"], "--tokenizer: comes from the model"),
-        (["--head-learning-rate", "1"], "--head-learning-rate: with --from one --learning-rate is AdamW's for all"),
         (["--learning-rate", "1.5"], "--learning-rate: expected at most 1 with --from, for it is AdamW's, found 1.5"),
         (["--sequence-length", "64"], "is 32, found 64"),
         (["--from", "nowhere/"], "nowhere/: expected a model folder, found nothing"),
@@ -473,7 +472,7 @@ def test_a_model_in_the_place_of_documents_says_what_it_is_for(base, corpus, llm
     [
         (["--batch-tokens", "1e13"], "about 800,000 GB of memory, and cpu has "),
         (["--batch-tokens", "1e13"], "; lower --batch-tokens\n"),
-        (["--hidden-size", "1e9"], "; lower --depth, --hidden-size or --intermediate-size"),
+        (["--hidden-size", "1e9"], "; lower --depth or --hidden-size"),
         (["--micro-batch-size", "1e9", "--batch-tokens", "1e10"], "; lower --micro-batch-size or --sequence-length"),
         (["--tokens", "1e30"], "--tokens: expected at most 9,223,372,036,854,775,807, found '1e30'"),
     ],

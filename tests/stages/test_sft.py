@@ -194,7 +194,7 @@ def test_killed_and_resumed_it_is_the_run_that_was_not(base, chats, llmkit, tmp_
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "cut").exists()
-    resumed = llmkit("sft", base, *options, "-o", tmp_path / "cut", "--resume", "--workers", "0")
+    resumed = llmkit("sft", base, *options, "-o", tmp_path / "cut", "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming after step" in resumed.stderr
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")

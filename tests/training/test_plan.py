@@ -3,24 +3,25 @@
 import pytest
 
 from llmkit.errors import UserError
-from llmkit.training import scaling
-from llmkit.training.plan import Plan, Wishes, check_wishes, make_plan, plan_table
+from llmkit.stages.pretrain import PretrainConfig
+from llmkit.training import plan as rules
+from llmkit.training.plan import Plan, Planner, plan_table
 
 
-def plan(speed=None, used=0.0, closing=0, **wishes):
-    return make_plan(
-        Wishes(**wishes),
+def no_measurement(*shape):
+    raise AssertionError("the machine is measured for time budgets alone")
+
+
+def plan(speed=no_measurement, used=0.0, closing=0, within=lambda length: 1.0, **options):
+    return Planner(
+        options=PretrainConfig(**options),
         vocab_size=4096,
         corpus_tokens=20_000_000,
-        device="cpu",
-        speed=speed or _no_measurement,
+        speed=speed,
         seconds_used=lambda: used,
         closing_tokens=closing,
-    )
-
-
-def _no_measurement(*shape):
-    raise AssertionError("the machine is measured for time budgets alone")
+        documents_within=within,
+    ).plan()
 
 
 def machine(flops_per_second):
@@ -31,20 +32,29 @@ def machine(flops_per_second):
 def test_depth_sets_the_rest():
     found = plan(depth=6)
     assert (found.model.hidden_size, found.model.num_attention_heads) == (384, 6)
-    assert found.tokens == pytest.approx(20 * scaling.active_parameters(found.model), rel=0.01)
+    assert found.tokens == pytest.approx(20 * rules.active_parameters(found.model), rel=0.01)
 
 
 def test_what_the_user_fixed_stays():
     found = plan(
-        depth=3, hidden_size=96, num_attention_heads=4, num_key_value_heads=2, intermediate_size=100,
-        sequence_length=64, batch_tokens=640, learning_rate=0.5, weight_decay=0.25, warmup_steps=7,
-        micro_batch_size=3, max_steps=11,
-    )  # fmt: skip
+        depth=3,
+        hidden_size=96,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sequence_length=64,
+        batch_tokens=640,
+        learning_rate=0.5,
+        weight_decay=0.25,
+        warmup_steps=7,
+        micro_batch_size=3,
+        max_steps=11,
+    )
     model = found.model
-    assert (model.num_hidden_layers, model.hidden_size, model.intermediate_size) == (3, 96, 100)
+    assert (model.num_hidden_layers, model.hidden_size, model.intermediate_size) == (3, 96, 256)
     assert (model.num_attention_heads, model.num_key_value_heads, model.head_dim) == (4, 2, 24)
     assert (found.sequence_length, found.batch_rows, found.micro_batch_rows) == (64, 10, 3)
-    assert (found.recipe.matrix_learning_rate, found.recipe.weight_decay) == (0.5, 0.25)
+    rates = found.recipe.matrix_learning_rate, found.recipe.head_learning_rate
+    assert (rates, found.recipe.weight_decay) == ((0.5, 0.125), 0.25)
     assert (found.warmup_steps, found.total_steps) == (7, 11)
 
 
@@ -63,7 +73,7 @@ def test_steps_are_exactly_those_asked_for():
     found = plan(depth=4, max_steps=123)
     assert found.total_steps == 123
     assert found.batch_tokens == pytest.approx(
-        scaling.recipe(found.tokens, found.model.hidden_size, 256).batch_tokens, rel=0.1
+        rules.recipe(found.tokens, found.model.hidden_size, 256).batch_tokens, rel=0.1
     )
 
 
@@ -94,23 +104,25 @@ def test_a_plan_survives_the_file_of_a_checkpoint():
 
 
 def test_a_small_corpus_seen_over_and_over_asks_for_a_smaller_model():
-    large = scaling.predicted_loss(2e6, 100e6, corpus_tokens=1e9)
-    small = scaling.predicted_loss(2e6, 100e6, corpus_tokens=1e6)
-    assert large == scaling.predicted_loss(2e6, 100e6, corpus_tokens=100e6)  # seen once is seen once
+    large = rules.predicted_loss(2e6, 100e6, corpus_tokens=1e9)
+    small = rules.predicted_loss(2e6, 100e6, corpus_tokens=1e6)
+    assert large == rules.predicted_loss(2e6, 100e6, corpus_tokens=100e6)  # seen once is seen once
     assert small > large
-    assert small == pytest.approx(scaling.predicted_loss(2e6, 1000e6, corpus_tokens=1e6), abs=1e-2)
+    assert small == pytest.approx(rules.predicted_loss(2e6, 1000e6, corpus_tokens=1e6), abs=1e-2)
 
 
 @pytest.mark.parametrize(
-    "wishes, said",
+    "options, message",
     [
         ({"depth": 1, "hidden_size": 33}, "--hidden-size 33: expected heads of an even .* 1 head of 33; .* of 2"),
         ({"depth": 1, "num_attention_heads": 64}, "--num-attention-heads 64: expected .* 64 heads of 1; .* of 128"),
+        ({"hidden_size": 100, "num_attention_heads": 3}, "--hidden-size 100: not a multiple of 3 attention heads"),
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "--num-key-value-heads 3: 4 attention heads"),
     ],
 )
-def test_a_head_of_an_odd_width_is_told_by_the_option_that_asks_for_it(wishes, said):
-    with pytest.raises(UserError, match=said):
-        check_wishes(Wishes(**wishes), vocab_size=500)
+def test_a_shape_that_no_model_can_have_is_refused_by_its_option(options, message):
+    with pytest.raises(UserError, match=message):
+        Planner(options=PretrainConfig(**options), vocab_size=500).shape(options.get("depth", 4))
 
 
 def test_a_budget_that_is_over_before_training_is_refused():
@@ -119,48 +131,42 @@ def test_a_budget_that_is_over_before_training_is_refused():
 
 
 def test_rates_grow_with_the_root_of_the_batch():
-    small, large = (scaling.recipe(20e6, 256, 256, batch) for batch in (8192, 4 * 8192))
+    small, large = (rules.recipe(20e6, 256, 256, batch) for batch in (8192, 4 * 8192))
     assert large.matrix_learning_rate == pytest.approx(2 * small.matrix_learning_rate)
 
 
 def test_no_number_of_tokens_makes_a_batch_of_a_hundred_million() -> None:
-    assert scaling.recipe(15e12, 256, 256).batch_tokens < scaling.LARGEST_BATCH
-    assert scaling.recipe(1e18, 256, 256).batch_tokens == scaling.LARGEST_BATCH
-    assert scaling.recipe(1e18, 256, 256, 2**23).batch_tokens == 2**23  # what is asked for is asked for
+    assert rules.recipe(15e12, 256, 256).batch_tokens < rules.LARGEST_BATCH
+    assert rules.recipe(1e18, 256, 256).batch_tokens == rules.LARGEST_BATCH
+    assert rules.recipe(1e18, 256, 256, 2**23).batch_tokens == 2**23  # what is asked for is asked for
 
 
 def test_active_parameters_are_those_of_the_matrices():
     from llmkit.model.transformer import Transformer
 
-    config = scaling.shape_for_depth(2, 512, 64)
+    config = rules.shape_for_depth(2, 512, 64)
     model = Transformer(config, seed=0)
     matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and name != "embed_tokens")
-    assert scaling.active_parameters(config) == matrices
-
-
-def test_a_shape_that_no_model_can_have_is_refused_before_the_work():
-    for wishes, expected in (
-        (Wishes(hidden_size=100, num_attention_heads=3), "--hidden-size 100: not a multiple of 3 attention heads"),
-        (Wishes(num_attention_heads=4, num_key_value_heads=3), "--num-key-value-heads 3: 4 attention heads"),
-    ):
-        with pytest.raises(UserError, match=expected):
-            check_wishes(wishes, 512)
+    assert rules.active_parameters(config) == matrices
 
 
 def test_a_model_that_the_memory_cannot_hold_is_not_measured():
     def refuse(plan):
-        assert plan.training_bytes() > 1e12
+        assert sum(plan.training_memory().values()) > 1e12
         raise UserError("too large")
 
     with pytest.raises(UserError, match="too large"):
-        make_plan(
-            Wishes(depth=200, time_budget=60), vocab_size=512, corpus_tokens=10**6, device="cpu",
-            speed=lambda *shape: pytest.fail("measured"), check_fits=refuse,
-        )  # fmt: skip
+        Planner(
+            options=PretrainConfig(depth=200, time_budget=60),
+            vocab_size=512,
+            corpus_tokens=10**6,
+            speed=lambda *shape: pytest.fail("measured"),
+            check_fits=refuse,
+        ).plan()
 
 
 @pytest.mark.parametrize(
-    "wishes, longest, context",
+    "options, longest, context",
     [
         ({"depth": 4, "tokens": 20_000_000}, 100, 256),  # all documents fit
         ({"depth": 4, "tokens": 20_000_000}, 400, 512),
@@ -171,16 +177,9 @@ def test_a_model_that_the_memory_cannot_hold_is_not_measured():
         ({"depth": 10, "tokens": 20_000_000}, 100, 1024),
     ],
 )
-def test_the_context_follows_from_the_documents_as_far_as_a_step_has_room(wishes, longest, context):
+def test_the_context_follows_from_the_documents_as_far_as_a_step_has_room(options, longest, context):
     """Documents of all lengths up to the longest, each as often."""
-    found = make_plan(
-        Wishes(**wishes),
-        vocab_size=4096,
-        corpus_tokens=20_000_000,
-        device="cpu",
-        speed=_no_measurement,
-        documents_within=lambda length: min(1.0, length / longest),
-    )
+    found = plan(within=lambda length: min(1.0, length / longest), **options)
     assert found.sequence_length == found.model.max_position_embeddings == context
     told = [reason for reason in found.reasons if "sft cuts answers there; --sequence-length" in reason]
     assert len(told) == (context < longest)

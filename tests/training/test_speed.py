@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llmkit.training import scaling, speed
+from llmkit.training import plan, speed
 
 CPU = torch.device("cpu")
 
@@ -17,8 +17,8 @@ def test_the_speed_of_a_layer_is_that_of_its_products(monkeypatch):
     timed = []
     monkeypatch.setattr(speed, "peak_flops", lambda device, dtype: 1e10)
     monkeypatch.setattr(speed, "batch_seconds", lambda model, loss, batch, rows, device: timed.append(model) or 1.0)
-    config = scaling.shape_for_depth(12, 8192, 1024)
-    recipe = scaling.recipe(20 * scaling.active_parameters(config), config.hidden_size, 1024)
+    config = plan.shape_for_depth(12, 8192, 1024)
+    recipe = plan.recipe(20 * plan.active_parameters(config), config.hidden_size, 1024)
     rate, basis = speed.expected_tokens_per_second(config, recipe, 8, 1024, CPU, torch.float32)
     (model,) = timed
     length = int(basis.split(" tokens ")[0].split()[-1])
@@ -36,7 +36,7 @@ def test_the_speed_of_a_layer_is_that_of_its_products(monkeypatch):
 
 def test_the_flops_of_an_update_are_those_of_its_products():
     """By hand for one layer of width 64: four matrices of 64 x 64 and three of 64 x 192."""
-    config = scaling.shape_for_depth(1, 512, 256)
+    config = plan.shape_for_depth(1, 512, 256)
     square, wide = 2 * 64**3 * 3, 2 * 64**3 + 2 * 2 * 64 * 64 * 192
-    recipe = scaling.recipe(1e6, config.hidden_size, 256)
+    recipe = plan.recipe(1e6, config.hidden_size, 256)
     assert speed.update_flops(config, recipe) == 5 * (4 * square + 3 * wide)

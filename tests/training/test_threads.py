@@ -13,10 +13,10 @@ import torch
 
 from llmkit.data.batches import TokenRows
 from llmkit.model.transformer import Transformer
-from llmkit.training import scaling
+from llmkit.training import plan
 from llmkit.training.loss import next_token_loss
 from llmkit.training.optimizer import Schedule, build_optimizer
-from llmkit.training.threads import StepThreads, most_threads
+from llmkit.training.speed import StepThreads, most_threads
 from llmkit.training.trainer import Trainer, TrainerSettings
 
 CPU = torch.device("cpu")
@@ -24,9 +24,9 @@ CPU = torch.device("cpu")
 
 def weights_after(steps: list[int], folder: Path) -> bytes:
     """The weights after steps on so many threads each."""
-    config = scaling.shape_for_depth(2, 777, 100)
+    config = plan.shape_for_depth(2, 777, 100)
     model = Transformer(config, seed=0)
-    optimizer = build_optimizer(model, scaling.recipe(1e6, config.hidden_size, 100, 500))
+    optimizer = build_optimizer(model, plan.recipe(1e6, config.hidden_size, 100, 500))
     settings = TrainerSettings(micro_batch_rows=3, max_grad_norm=0.01, quiet=True)
     trainer = Trainer(model, optimizer, Schedule(0, 0.5), next_token_loss, folder=folder, settings=settings)
     tokens = np.random.default_rng(0).integers(0, 777, (5, 100))
