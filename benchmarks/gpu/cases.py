@@ -95,7 +95,7 @@ class Makers:
             pairs = (query, heads), (key, first), (value, first)
             parts = [x[:1, part].detach().float().requires_grad_() for x, part in pairs]
             mask = attention_mask(T, T, None if documents is None else documents[:1], window, self.device)
-            out, _ = attention_reference(*parts, scale=D**-0.5, mask=mask)
+            out = attention_reference(*parts, scale=D**-0.5, mask=mask)
             return [out.detach(), *torch.autograd.grad(out, parts, upstream[:1, heads].float())]
 
         def error(found: list[Tensor]) -> float:
