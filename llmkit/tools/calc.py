@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable
 from decimal import Context, Decimal, localcontext
 from fractions import Fraction
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 LONGEST_EXPRESSION = 1000  # characters
@@ -116,29 +116,18 @@ def _number(text: str) -> Number:
 
 
 def _power(base: Number, exponent: Number) -> Number:
-    if isinstance(exponent, Fraction) and exponent.denominator == 1 and isinstance(base, Fraction):
-        if base == 0 and exponent < 0:
-            raise CalculationError("division by zero")
-        size = max(base.numerator.bit_length(), base.denominator.bit_length())
-        if abs(base) not in (0, 1) and abs(exponent) * (size - 1) > LARGEST_BITS:
-            raise CalculationError("the result is too large")
-        # bounded above; 0, 1 and -1 are decided by the exponent's parity alone
-        times = int(exponent) if abs(base) not in (0, 1) else int(exponent != 0) * (2 - int(exponent) % 2)
-        return base**times
-    if base < 0:
-        raise CalculationError("a negative number has no such power")
     if base == 0 and exponent < 0:
         raise CalculationError("division by zero")
-    return _of_floats(math.pow, base, exponent)
-
-
-def _of_floats(function: Callable[..., float], *values: Number) -> float:
-    try:
-        return function(*map(float, values))
-    except (ValueError, ZeroDivisionError):
-        raise CalculationError("no value there") from None
-    except OverflowError:
-        raise CalculationError("the result is too large") from None
+    if isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1:
+        if abs(base) in (0, 1):  # decided by the exponent's parity alone
+            return base ** (2 - int(exponent) % 2) if exponent else Fraction(1)
+        size = max(base.numerator.bit_length(), base.denominator.bit_length())
+        if abs(exponent) * (size - 1) > LARGEST_BITS:
+            raise CalculationError("the result is too large")
+        return base ** int(exponent)
+    if base < 0:
+        raise CalculationError("a negative number has no such power")
+    return math.pow(base, exponent)
 
 
 def _divided(left: Number, right: Number, floor: bool = False) -> Number:
@@ -166,7 +155,7 @@ def _square_root(value: Number) -> Number:
         roots = math.isqrt(value.numerator), math.isqrt(value.denominator)
         if roots[0] ** 2 == value.numerator and roots[1] ** 2 == value.denominator:
             return Fraction(*roots)
-    return _of_floats(math.sqrt, value)
+    return math.sqrt(value)
 
 
 def _rounded(value: Number, digits: Number = Fraction(0)) -> Number:
@@ -192,15 +181,15 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], int, int]] = {
     "factorial": (_factorial, 1, 1),
     "gcd": (lambda *values: Fraction(math.gcd(*map(_whole, values))), 1, 100),
     "lcm": (lambda *values: Fraction(math.lcm(*map(_whole, values))), 1, 8),
-    "ln": (partial(_of_floats, math.log), 1, 1),
-    "log": (partial(_of_floats, math.log), 1, 2),
-    **{name: (partial(_of_floats, getattr(math, name)), 1, 1) for name in FLOAT_FUNCTIONS},
+    "ln": (math.log, 1, 1),
+    "log": (math.log, 1, 2),
+    **{name: (getattr(math, name), 1, 1) for name in FLOAT_FUNCTIONS},
 }
 
 
 def _call(name: str, *values: Number) -> Number:
     if name not in FUNCTIONS:
-        raise CalculationError(f"no function {str(name)!r}; there are {', '.join(sorted(FUNCTIONS))}")
+        raise CalculationError(f"no function '{name}'; there are {', '.join(sorted(FUNCTIONS))}")
     function, fewest, most = FUNCTIONS[name]
     if not fewest <= len(values) <= most:
         raise CalculationError(f"{name}: expected {fewest} to {most} values, found {len(values)}")
@@ -209,7 +198,7 @@ def _call(name: str, *values: Number) -> Number:
 
 def _constant(name: str) -> Number:
     if name not in CONSTANTS:
-        raise CalculationError(f"no constant {str(name)!r}; there are pi and e")
+        raise CalculationError(f"no constant '{name}'; there are pi and e")
     return CONSTANTS[name]
 
 
@@ -237,8 +226,12 @@ def _parser() -> Any:
         def value(transformer: Any, children: list[Any]) -> Number:
             try:
                 return _bounded(step(*children))
+            except CalculationError:
+                raise
             except OverflowError:  # exact values beyond a float's range meet floats in any step
                 raise CalculationError("the result is too large") from None
+            except (ValueError, ZeroDivisionError):  # of math's functions
+                raise CalculationError("no value there") from None
 
         return value
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from selectolax.lexbor import LexborHTMLParser, LexborNode
 
 from llmkit.crawl.extract.markup import check_size, inline_formulas, plain_html, visible
 
+_BREAK = "\v"  # <br>; `split` and `isspace` take it for a space
 MAX_CELL_BLOCKS = 3  # a cell of more is a part of the page
 FOLDED_CHARS = 200  # undisplayed text as long is a tab or an accordion: on dev pages all of it dropped costs F1 .013
 
@@ -137,7 +139,8 @@ def cut_blocks(html: bytes) -> BlockTree:
     walk = _Walk()
     if tree.body is not None:  # a <frameset> has none
         walk.run(tree.body)
-    blocks, elements = walk.blocks(), walk.elements()
+    blocks = Blocks(walk.texts, *np.frombuffer(walk.counts, np.int32).reshape(-1, 5).T.copy())
+    elements = walk.elements()
     tags = [key.tag for key in elements.keys]
     cells = None
     if "td" in tags or "th" in tags:
@@ -163,7 +166,7 @@ class _Walk:
         kind_of: dict[object, int] = {}
         open_elements: list[int] = []
         addresses: list[int] = []  # where they lie in memory, which is what tells them apart
-        parts: list[str] = []  # of the block being read
+        strings: list[str] = []  # of the block being read
         leaf = link = pre = -1  # the element of its first letter; the open <a href>; the open <pre>
         unseen = folded = -1  # the open elements that are not displayed: an inline one, and one of blocks
         link_chars = links = pieces = breaks = 0
@@ -173,11 +176,19 @@ class _Walk:
         def end_block() -> None:
             nonlocal leaf, link_chars, links, pieces, breaks
             if leaf >= 0:
-                texts.append(_preformatted(parts) if pre >= 0 else _flowing(parts, breaks))
+                whole = "".join(strings)
+                if pre >= 0:
+                    lines = [line.rstrip() for line in whole.replace(_BREAK, "\n").expandtabs().splitlines()]
+                    texts.append("\n".join(lines).strip("\n"))
+                elif breaks:
+                    lines = [" ".join(line.split()) for line in whole.split(_BREAK)]
+                    texts.append("\n".join(filter(None, lines)))
+                else:
+                    texts.append(" ".join(whole.split()))
                 self.counts.extend((leaf, link_chars, links, pieces, breaks))
                 leaf = -1
                 link_chars = links = pieces = breaks = 0
-            parts.clear()
+            strings.clear()
 
         for node in body.traverse(include_text=True):
             if resume:
@@ -191,7 +202,7 @@ class _Walk:
                     text = visible(text)
                 if text.isspace() or not text:
                     if leaf >= 0:
-                        parts.append(text)
+                        strings.append(text)
                     continue
             elif tag is None or tag == "-comment":
                 continue
@@ -203,7 +214,7 @@ class _Walk:
                 while addresses[-1] != above:
                     addresses.pop()
                     closed = open_elements.pop()
-                    if parts and not inlines[kinds[closed]]:
+                    if strings and not inlines[kinds[closed]]:
                         end_block()
                     ends[closed] = len(texts)
                     if closed == link:
@@ -220,21 +231,21 @@ class _Walk:
             if tag == "-text":
                 if leaf < 0:
                     leaf = open_elements[-1]
-                parts.append(text)
+                strings.append(text)
                 pieces += 1
                 if link >= 0:
                     link_chars += len(text.strip())
                 continue
             if tag == "br":
                 if leaf >= 0:
-                    if breaks and _ends_in_break(parts):
+                    if breaks and _BREAK in takewhile(str.isspace, reversed(strings)):
                         end_block()  # two in a row part paragraphs on pages that know no <p>
                     else:
-                        parts.append(_BREAK)
+                        strings.append(_BREAK)
                         breaks += 1
                 continue
             inline = tag in _INLINE
-            if parts and not inline:
+            if strings and not inline:
                 end_block()
             kind: object = tag
             attributes = node.attributes
@@ -244,8 +255,7 @@ class _Walk:
                     resume = _following(node)
                     continue
                 kind = (tag, get("class"), get("id"), get("role"), get("itemprop"), get("aria-hidden") == "true")
-                is_styled = "style" in attributes or "hidden" in attributes
-                if is_styled and unseen < 0 and parents and _is_undisplayed(attributes):
+                if unseen < 0 and parents and _is_undisplayed(attributes):
                     if inline:
                         unseen = len(parents)
                     elif folded < 0:
@@ -257,14 +267,21 @@ class _Walk:
                 pre = len(parents)
             number = kind_of.get(kind)
             if number is None:
-                number = kind_of[kind] = self._new_kind(tag, kind)
+                number = kind_of[kind] = len(kind_of)
+                names, bits = "", TAG_BITS.get(tag, 0)
+                if isinstance(kind, tuple):
+                    names = " ".join(filter(None, kind[1:5]))
+                    bits |= TAG_BITS["(hidden)"] if kind[5] else 0
+                self.keys.append(ElementKey(tag, names))
+                self.bits.append(bits)
+                inlines.append(inline)
             kinds.append(number)
             parents.append(open_elements[-1] if open_elements else 0)
             open_elements.append(len(firsts))
             firsts.append(len(texts))
             ends.append(0)
             addresses.append(node.mem_id)
-        if parts:
+        if strings:
             end_block()
         for number in open_elements:
             ends[number] = len(texts)
@@ -278,20 +295,6 @@ class _Walk:
         for number in range(element, len(self.firsts)):
             self.firsts[number] = first
             self.ends[number] = min(self.ends[number], first)
-
-    def _new_kind(self, tag: str, kind: object) -> int:
-        names, bits = "", TAG_BITS.get(tag, 0)
-        if isinstance(kind, tuple):
-            *values, hidden = kind[1:]
-            names = " ".join(filter(None, values))
-            bits |= TAG_BITS["(hidden)"] if hidden else 0
-        self.keys.append(ElementKey(tag, names))
-        self.bits.append(bits)
-        self.inlines.append(tag in _INLINE)
-        return len(self.bits) - 1
-
-    def blocks(self) -> Blocks:
-        return Blocks(self.texts, *np.frombuffer(self.counts, np.int32).reshape(-1, 5).T.copy())
 
     def elements(self) -> Elements:
         """Follow the parents of all elements at once, in steps that double the way: log2(depth) of them."""
@@ -320,30 +323,7 @@ def _following(node: LexborNode) -> int:
     return -1
 
 
-_BREAK = "\v"  # <br>; `split` takes it for a space
-
-
-def _ends_in_break(parts: list[str]) -> bool:
-    for part in reversed(parts):
-        if part == _BREAK:
-            return True
-        if not part.isspace():
-            return False
-    return False
-
-
 def _is_undisplayed(attributes: dict[str, str | None]) -> bool:
     if "style" in attributes and "display:none" in (attributes["style"] or "").replace(" ", "").lower():
         return True
     return "hidden" in attributes and attributes["hidden"] != "until-found"
-
-
-def _flowing(parts: list[str], breaks: int) -> str:
-    if not breaks:
-        return " ".join("".join(parts).split())
-    return "\n".join(line for part in "".join(parts).split(_BREAK) if (line := " ".join(part.split())))
-
-
-def _preformatted(parts: list[str]) -> str:
-    lines = [line.rstrip() for line in "".join(parts).replace(_BREAK, "\n").expandtabs().splitlines()]
-    return "\n".join(lines).strip("\n")
