@@ -109,8 +109,7 @@ class PythonResult:
 
 def check_sandbox() -> None:
     """Raise UserError where no program runs to its end in the sandbox, with what is missing. Tried once a process."""
-    missing = _missing()
-    if missing:
+    if missing := _missing():
         raise UserError(
             f"the Python sandbox cannot be closed on this machine: {missing}; --sandbox none runs without one"
         )
@@ -234,16 +233,18 @@ def _run(data: bytes, limits: Limits, status: int, folder: str, descriptors: tup
         finally:
             _end_group(child)
     if ended == "done" and child.returncode:
-        out_of_time = child.returncode == 128 + signal.SIGXCPU
-        ended = "timeout" if out_of_time else "killed" if child.returncode > 128 or child.returncode < 0 else "error"
+        ended = "error"
+        if child.returncode == 128 + signal.SIGXCPU:
+            ended = "timeout"
+        elif not 0 < child.returncode <= 128:
+            ended = "killed"
     return PythonResult(output[:most].decode("utf-8", "replace"), ended)
 
 
 def _end_group(child: subprocess.Popen[bytes]) -> None:
-    try:
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        child.kill()
+    child.kill()
     child.wait()
     with suppress(ChildProcessError):  # where this is process 1 of a container, what the child leaves becomes its own
         while True:

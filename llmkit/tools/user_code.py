@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -40,9 +39,20 @@ class UserFunction:
 
     def __init__(self, spec: str, where: str) -> None:
         """Raises UserError as `check_spelling` does, for code that raises, and where there is no such function."""
-        path, function = check_spelling(spec, where)
+        path, name = check_spelling(spec, where)
         self._where, self._path = where, os.path.realpath(path)
-        self._function = self._load(path, function)
+        module_spec = spec_from_file_location("llmkit_user_" + Path(path).stem, path)
+        assert module_spec is not None and module_spec.loader is not None, "its name ends in .py"
+        module = module_from_spec(module_spec)
+        sys.modules[module_spec.name] = module  # dataclasses and pickle look for it there
+        try:
+            module_spec.loader.exec_module(module)
+        except (Exception, SystemExit) as error:
+            raise self._failed(error) from None
+        self._function: Any = getattr(module, name, None)
+        if not callable(self._function):
+            names = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
+            raise UserError(f"{where}: expected a function {name!r} in {path}, found {names}")
 
     def __call__(self, argument: Any, record: object) -> Any:
         """Call the function. Raises UserError with file and line of the user's code where it raises.
@@ -53,21 +63,6 @@ class UserFunction:
             return self._function(argument)
         except (Exception, SystemExit) as error:
             raise self._failed(error, f" for {record}") from None
-
-    def _load(self, path: str, function: str) -> Callable[..., Any]:
-        spec = spec_from_file_location("llmkit_user_" + Path(path).stem, path)
-        assert spec is not None and spec.loader is not None, "its name ends in .py"
-        module = module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses and pickle look for it there
-        try:
-            spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:
-            raise self._failed(error) from None
-        loaded = getattr(module, function, None)
-        if not callable(loaded):
-            names = sorted(name for name, value in vars(module).items() if callable(value) and not name.startswith("_"))
-            raise UserError(f"{self._where}: expected a function {function!r} in {path}, found {names}")
-        return loaded
 
     def _failed(self, error: BaseException, of_record: str = "") -> UserError:
         frames = traceback.extract_tb(error.__traceback__)
