@@ -313,7 +313,7 @@ def restrict_calls():
 
 
 def run(code):
-    """Run the code as a script; the value of a last expression is printed, as an interpreter would."""
+    """Run the code as a script and return its exit status; the value of a last expression is printed, too."""
     import ast
     import linecache
     import traceback
@@ -332,8 +332,10 @@ def run(code):
             value = eval(compile(last, name, "eval"), module.__dict__)
             if value is not None:
                 print(value)
-    except SystemExit:
-        raise
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            sys.stderr.write(stop.code + "\n")
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BaseException as error:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == name]
         lines = traceback.format_list(frames) if frames else []
@@ -354,10 +356,6 @@ def main():
     ended = 1
     try:
         ended = run(code)
-    except SystemExit as stop:
-        ended = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        if isinstance(stop.code, str):
-            sys.stderr.write(stop.code + "\n")
     finally:
         try:
             sys.stdout.flush()
