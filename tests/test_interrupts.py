@@ -22,7 +22,8 @@ def held(pid: int) -> bool:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc here")
 def test_a_process_that_we_start_never_sees_ctrl_c() -> None:
     """One that was still importing ended with a traceback between our messages."""
-    child = pool.Child(dict)
+    child = pool.Worker(dict)
+    child.start()
     try:
         assert held(child.process.pid)
     finally:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
-from typing import IO, Any
+from typing import Any
 
 from llmkit.errors import LlmkitError, UserError
 from llmkit.io.ranks import interrupts_held
@@ -84,7 +84,7 @@ def in_order(
         if rest and work:
             yield None, iter(work(None))
         return
-    children: list[Child] = []
+    processes: list[Worker] = []
     threads: list[Thread] = []
     tasks: SimpleQueue[tuple[Any, SimpleQueue] | None] = SimpleQueue()
     waiting: deque[tuple[Any, SimpleQueue]] = deque()
@@ -95,9 +95,10 @@ def in_order(
             if finished(item):
                 answers.put(END)
             else:
-                if len(children) < workers:
-                    children.append(Child(make, name, advice))
-                    threads.append(Thread(target=_work_on, args=(tasks, children[-1]), daemon=True))
+                if len(processes) < workers:
+                    processes.append(Worker(make, name=name, advice=advice, silent=False))
+                    processes[-1].start()
+                    threads.append(Thread(target=_work_on, args=(tasks, processes[-1]), daemon=True))
                     threads[-1].start()
                 tasks.put((item, answers))
             # what is ready goes out before more is read: the input may be a slow pipe
@@ -106,11 +107,11 @@ def in_order(
                 yield item, _results(answers)
         for item, answers in waiting:
             yield item, _results(answers)
-        for child in children if rest else ():
-            yield None, child.work(None)
+        for worker in processes if rest else ():
+            yield None, worker.results(None)
     finally:
-        for child in children:
-            child.process.kill()
+        for worker in processes:
+            worker.process.kill()
         while not tasks.empty():
             with suppress(Empty):
                 tasks.get_nowait()
@@ -118,16 +119,16 @@ def in_order(
             tasks.put(None)
         for thread in threads:
             thread.join()
-        for child in children:
-            child.close()
+        for worker in processes:
+            worker.close()
 
 
-def _work_on(tasks: SimpleQueue[tuple[Any, SimpleQueue] | None], child: Child) -> None:
-    """Have a child work on items; the queue of each gets its results, then END or an exception."""
+def _work_on(tasks: SimpleQueue[tuple[Any, SimpleQueue] | None], worker: Worker) -> None:
+    """Have a process work on items; the queue of each gets its results, then END or an exception."""
     while (task := tasks.get()) is not None:
         item, answers = task
         try:
-            for result in child.work(item):
+            for result in worker.results(item):
                 answers.put(result)
             answers.put(END)
         except BaseException as error:
@@ -142,84 +143,68 @@ def _results(answers: SimpleQueue) -> Iterator[Any]:
 
 
 class Worker:
-    """A process for one item at a time, started for the first and replaced after it ended, or in a fork of this one.
+    """A process for one item at a time; `call` starts it, also after it ended, and in a fork of this process.
 
-    make: as of `in_order`; its work yields one result. What it prints goes nowhere.
+    make, name, advice: as of `in_order`; silent: what the work prints goes nowhere.
     seconds: processor time of an item, so that a busy machine does not change results; None: no limit.
     """
 
-    def __init__(
-        self, make: Callable[[], Work], seconds: float | None = None, name: Callable[[Any], str] = str
-    ) -> None:
-        self._make, self._seconds, self._name = make, seconds, name
-        self._child: Child | None = None
-        self._lock = Lock()
-
-    def call(self, item: Any) -> Any:
-        """Return the result of an item.
-
-        Raises UserError of the work, RuntimeError for its bugs; WorkerDied, naming the item, when the process ends,
-        TimeLimitError at the limit of time.
-        """
-        with self._lock:
-            if self._child is None or self._child.owner != os.getpid():
-                self._child = Child(self._make, self._name, seconds=self._seconds, silent=True)
-                weakref.finalize(self, self._child.close)
-            try:
-                (result,) = self._child.work(item)
-            except UserError:
-                raise
-            except BaseException:  # the answer may be on its way, and belongs to no later item
-                self._child.close()
-                self._child = None
-                raise
-        return result
-
-    def close(self) -> None:
-        """End the process; another call starts a new one."""
-        with self._lock:
-            if self._child is not None:
-                self._child.close()
-                self._child = None
-
-
-class Child:
-    """A process that works on one item after another."""
+    process: subprocess.Popen[bytes]
 
     def __init__(
         self,
         make: Callable[[], Work],
+        seconds: float | None = None,
         name: Callable[[Any], str] = str,
         advice: str = "",
-        seconds: float | None = None,
-        silent: bool = False,
+        silent: bool = True,
     ) -> None:
-        self.name, self.advice, self.seconds, self.owner = name, advice, seconds, os.getpid()
-        command = [sys.executable, "-c", CHILD]
-        environment = {**os.environ, **ONE_THREAD}
+        self._make, self._seconds, self._name, self._advice, self._silent = make, seconds, name, advice, silent
+        self._owner = 0  # the process that has started it
+        self._lock = Lock()
+
+    def start(self) -> None:
+        """Start the process."""
+        errors = subprocess.DEVNULL if self._silent else None
+        command, environment = [sys.executable, "-c", CHILD], {**os.environ, **ONE_THREAD}
         with interrupts_held():
             self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL if silent else None,
-                env=environment,
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment
             )
-        assert self.process.stdin and self.process.stdout
-        self._requests: IO[bytes] = self.process.stdin
-        self._answers: IO[bytes] = self.process.stdout
+        self._owner = os.getpid()
+        weakref.finalize(self, _end, self.process, self._owner)
+        assert self.process.stdin
         with suppress(BrokenPipeError):  # told better by the exit code at the first item
-            pickle.dump(sys.path, self._requests)
-            pickle.dump((make, seconds), self._requests)
+            pickle.dump(sys.path, self.process.stdin)
+            pickle.dump((self._make, self._seconds), self.process.stdin)
 
-    def work(self, item: Any) -> Iterator[Any]:
-        """Yield the results of an item."""
+    def call(self, item: Any) -> Any:
+        """Return the only result of an item; errors are those of `results`."""
+        with self._lock:
+            if self._owner != os.getpid():
+                self.start()
+            try:
+                (result,) = self.results(item)
+            except UserError:
+                raise
+            except BaseException:  # the answer may be on its way, and belongs to no later item
+                self.close()
+                raise
+        return result
+
+    def results(self, item: Any) -> Iterator[Any]:
+        """Yield the results of an item.
+
+        Raises UserError of the work, RuntimeError for its bugs; WorkerDied, naming the item, when the process ends,
+        TimeLimitError at the limit of time.
+        """
+        assert self.process.stdin and self.process.stdout
         with suppress(BrokenPipeError):
-            pickle.dump(item, self._requests, protocol=5)
-            self._requests.flush()
+            pickle.dump(item, self.process.stdin, protocol=5)
+            self.process.stdin.flush()
         while True:
             try:
-                kind, content = pickle.load(self._answers)
+                kind, content = pickle.load(self.process.stdout)
             except (EOFError, pickle.UnpicklingError):
                 raise self._death(item) from None
             if kind == "end":
@@ -227,29 +212,34 @@ class Child:
             if kind == "user error":
                 raise UserError(content)
             if kind == "error":
-                raise RuntimeError(f"in the process that worked on {self.name(item)}:\n{content}")
+                raise RuntimeError(f"in the process that worked on {self._name(item)}:\n{content}")
             yield content
 
     def _death(self, item: Any) -> WorkerDied:
         code = self.process.wait()
         if code == -signal.SIGPROF:
-            return TimeLimitError(f"{self.name(item)}: took more than {self.seconds:g} s")
+            return TimeLimitError(f"{self._name(item)}: took more than {self._seconds:g} s")
         ending = f"exit code {code}"
         if code < 0:
             with suppress(ValueError):
                 ending = signal.Signals(-code).name
-        cause = f"; not enough memory? {self.advice}" if code == -signal.SIGKILL else ""
-        return WorkerDied(f"{self.name(item)}: the process that worked on this was ended by {ending}{cause}")
+        cause = f"; not enough memory? {self._advice}" if code == -signal.SIGKILL else ""
+        return WorkerDied(f"{self._name(item)}: the process that worked on this was ended by {ending}{cause}")
 
     def close(self) -> None:
-        """End the process, if it is ours and not that of the process which we are a fork of."""
-        if self.owner != os.getpid():
-            return
-        self.process.kill()
-        with suppress(OSError):
-            self._requests.close()
-        self._answers.close()
-        self.process.wait()
+        """End the process; another call starts a new one."""
+        if self._owner:
+            _end(self.process, self._owner)
+            self._owner = 0
+
+
+def _end(process: subprocess.Popen[bytes], owner: int) -> None:
+    if os.getpid() == owner:
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            with suppress(OSError):
+                pipe.close()  # type: ignore[union-attr]
 
 
 def serve(make: Callable[[], Work], seconds: float | None) -> None:
