@@ -74,15 +74,24 @@ def test_pipes_and_process_substitution_work(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["records"] == 6
 
 
-def test_the_version_and_help_go_to_stdout(llmkit) -> None:
-    assert llmkit("--version").stdout == f"llmkit {__version__}\n"
-    assert llmkit("--version").returncode == llmkit("--help").returncode == llmkit("-h").returncode == 0
-
-
-def test_no_arguments_give_the_help_on_stderr_and_exit_2(llmkit) -> None:
-    done = llmkit()
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "Usage: llmkit" in done.stderr
+@pytest.mark.parametrize(
+    ("words", "code", "shown"),
+    [
+        (["--version"], 0, f"llmkit {__version__}"),
+        (["-h"], 0, "Usage: llmkit"),
+        (["help"], 0, "Usage: llmkit"),
+        (["help", "sft"], 0, "Usage: llmkit sft"),
+        (["crawl-filter", "--help"], 0, "[INPUT...]"),
+        ([], 2, "Usage: llmkit"),
+        (["crawl-filte"], 2, "no such command 'crawl-filte'; did you mean 'crawl-filter'? See --help"),
+        (["chat", "m/"], 2, "no such command 'chat'; see llmkit sample MODEL --chat"),
+        (["dpo"], 2, "train-reward"),
+    ],
+)
+def test_help_and_the_version_go_to_stdout_and_hints_to_stderr(llmkit, words, code, shown) -> None:
+    done = llmkit(*words)
+    assert done.returncode == code and (done.stderr if code else done.stdout).find(shown) >= 0
+    assert not (done.stdout if code else done.stderr)
 
 
 def test_help_shows_brackets_as_they_are_off_and_on_a_terminal(on_terminal) -> None:
@@ -96,6 +105,7 @@ def test_help_shows_brackets_as_they_are_off_and_on_a_terminal(on_terminal) -> N
 
 
 def test_the_exit_codes(tmp_path: Path) -> None:
+    assert toy("-", "--act", "fork").stderr == ""  # processes of a pool end in silence
     assert mistake(toy("-", "--act", "gate"), 3) == "accuracy 0.2 is under 0.5"
     assert "not enough memory" in mistake(toy("-", "--act", "memory"))
     for act, words in (("bug", "RuntimeError: oops"), ("eof", "EOFError: not an interrupt")):
@@ -110,13 +120,9 @@ def test_the_exit_codes(tmp_path: Path) -> None:
 def test_a_reader_that_goes_away_ends_it_in_silence(tmp_path: Path, script: str) -> None:
     done = shell(f"{script}; echo ${{PIPESTATUS[@]: -2:1}}", tmp_path)
     assert (done.stdout, done.stderr) == (RECORD + "141\n", "")
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"]])
-def test_a_reader_of_the_help_that_goes_away_does_so_in_silence(arguments: list[str]) -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run([sys.executable, "-m", "llmkit", *arguments], stdout=writing, stderr=subprocess.PIPE)
+    done = subprocess.run([sys.executable, "-m", "llmkit", "--help"], stdout=writing, stderr=subprocess.PIPE)
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, b"")
 
@@ -136,11 +142,6 @@ def test_a_signal_cleans_up_and_exits_130(tmp_path: Path, number: signal.Signals
     assert (tmp_path / "out.jsonl").read_text() == "old"
 
 
-def test_worker_processes_are_ended_in_silence() -> None:
-    done = toy("-", "--act", "fork")
-    assert (done.returncode, done.stdout, done.stderr) == (0, RECORD, "")
-
-
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     assert mistake(toy("-", "-o", "/dev/full")) == "/dev/full: no space left there; make room and run it again"
@@ -154,11 +155,6 @@ def test_closed_streams_are_one_line(tmp_path: Path) -> None:
     assert shell("toy d.jsonl -o out.jsonl >&-", tmp_path).returncode == 0
 
 
-def test_a_person_at_the_terminal_gets_the_help_instead_of_waiting(on_terminal) -> None:
-    shown = on_terminal(*TOY, "-")
-    assert "Usage: llmkit toy" in shown
-
-
 # ---- mistakes
 
 
@@ -167,12 +163,8 @@ def test_a_person_at_the_terminal_gets_the_help_instead_of_waiting(on_terminal) 
     [
         (["--sise", "3"], ["no such option: --sise", "--size", "--help"]),
         (["--size"], ["--size", "argument"]),
-        (["--size", "many"], ["--size: expected a count such as 20000, 20k or 1.5M, found 'many'"]),
-        (["--size", "2"], ["--size: expected at least 10, found '2'"]),
         (["--size", "2M"], ["--size: expected at most 1,000,000, found '2M'"]),
-        (["--seed", "-1"], ["--seed: expected at least 0, found '-1'"]),
-        (["--limit", "0"], ["--limit: expected at least 1"]),
-        (["--act", "dance"], ["--act: expected one of copy, folder, ", "found 'dance'"]),
+        (["--config", "no.toml"], ["no.toml: cannot read the config file: no such file or directory"]),
         (["--force=yes"], ["--force", "does not take a value"]),
         (["no such.jsonl"], ["no such.jsonl: expected a file that can be read: no such file"]),
         (["."], [".: expected a file that can be read: found a folder"]),
@@ -187,18 +179,6 @@ def test_a_mistake_is_one_line_that_says_what_to_do(tmp_path: Path, arguments: l
     for word in words:
         assert word in message
     assert os.listdir(tmp_path) == ["thesis.tex"]
-
-
-def test_an_unknown_command_is_named_with_a_guess(llmkit) -> None:
-    message = mistake(llmkit("pretrian", "docs.jsonl"))
-    assert "pretrian" in message and "pretrain" in message
-
-
-def test_bad_records_are_named_and_nothing_is_written(tmp_path: Path) -> None:
-    (tmp_path / "d.jsonl").write_text(RECORD * 2 + "not json\n")
-    message = mistake(toy("d.jsonl", "-o", "out.jsonl", cwd=tmp_path))
-    assert message.startswith("d.jsonl:3: expected one JSON object a line")
-    assert os.listdir(tmp_path) == ["d.jsonl"]
 
 
 def test_an_existing_output_needs_force(tmp_path: Path) -> None:
@@ -263,25 +243,6 @@ def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path)
     assert (found["size"], found["stop"], found["quiet"], found["tie"]) == (30_000, ["z"], False, True)
     assert "rate" not in found
     assert "exists already" in mistake(toy("-", "--config", toml, "--no-force"))
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("sise = 3", "unknown key 'sise'; did you mean 'size'?"),
-        ('size = "many"', "size: expected a count"),
-        ("quiet = 1", "quiet: expected true or false, found 1"),
-        ("seed = [3]", "seed: expected a whole number"),
-        ("= 3", "not TOML"),
-        (None, "cannot read the config file: no such file or directory"),
-    ],
-)
-def test_a_mistake_in_the_file_is_named(tmp_path: Path, text: str | None, words: str) -> None:
-    if text is not None:
-        (tmp_path / "c.toml").write_text(text)
-    message = mistake(toy("-", "--config", tmp_path / "c.toml"))
-    assert message.startswith(f"{tmp_path}/c.toml: ")
-    assert words in message
 
 
 @pytest.mark.parametrize("given", [["--gpu-price", "2"], ["--gpu-price=2"], ["--config", "old.toml"]])
@@ -359,18 +320,6 @@ def test_every_command_that_reads_documents_gives_help_at_a_terminal(on_terminal
     assert f"Usage: llmkit {name}" in on_terminal(sys.executable, "-m", "llmkit", name)
 
 
-@pytest.mark.parametrize(("words", "hint"), [(["chat", "m/"], "sample MODEL --chat"), (["dpo"], "train-reward")])
-def test_a_command_that_other_programs_have_gets_a_hint(words, hint):
-    done = subprocess.run([sys.executable, "-m", "llmkit", *words], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and hint in done.stderr and len(done.stderr.splitlines()) == 1
-
-
-@pytest.mark.parametrize("words", [["help"], ["help", "sft"]])
-def test_help_is_a_word_too(words):
-    done = subprocess.run([sys.executable, "-m", "llmkit", *words], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and f"Usage: {' '.join(['llmkit', *words[1:]])}" in done.stdout
-
-
 # ---- what is read stays
 
 READING = [
@@ -382,61 +331,35 @@ READING = [
 WAYS = {"reward": "rm:{}", "gold": "rm:{}:2", "tools": "calc,search:py:{}:answer", "data": "{}:0.5"}
 
 
-@pytest.mark.parametrize("way", ["the same", "a link to it", "what holds it"])
-@pytest.mark.parametrize("command, name", READING)
-def test_no_command_writes_over_what_an_option_reads(command, name, way, tmp_path):
-    (tmp_path / "held").mkdir()
-    read = tmp_path / "held" / "in.jsonl"
-    read.write_text("{}")
-    out = {"the same": read, "a link to it": tmp_path / "link", "what holds it": tmp_path / "held"}[way]
-    if way == "a link to it":
-        out.symlink_to(read)
-    module, config_name, _ = COMMANDS[command]
-    config_class = getattr(import_module(module), config_name)
-    text = WAYS.get(name, "{}").format(read)
-    value = (text,) if value_type(get_type_hints(config_class)[name])[2] else text
-    values = {name: value, "out": str(out), "force": True}
-    with pytest.raises(UserError, match=f"{out}: is an input, and would be lost; choose another --out"):
-        cli._run_alone(lambda config: None, config_class(**values))
-    assert read.read_text() == "{}"
-
-
-@pytest.mark.parametrize("command, name", READING)
-def test_no_command_writes_over_a_file_in_the_folder_of_a_model_that_it_reads(command, name, tmp_path):
+@pytest.mark.parametrize(("command", "name"), READING)
+def test_no_command_writes_over_what_an_option_reads(command: str, name: str, tmp_path: Path) -> None:
     model = tmp_path / "model"
     (model / "deeper").mkdir(parents=True)
-    for file in ("config.json", "tokenizer.json", "deeper/notes.txt"):
+    (tmp_path / "link").symlink_to(model)
+    for file in ("config.json", "deeper/notes.txt"):
         (model / file).write_text("{}")
     module, config_name, _ = COMMANDS[command]
     config_class = getattr(import_module(module), config_name)
     text = WAYS.get(name, "{}").format(model)
     value = (text,) if value_type(get_type_hints(config_class)[name])[2] else text
-    for file in ("tokenizer.json", "deeper/notes.txt"):
-        config = config_class(**{name: value, "out": str(model / file), "force": True})
-        with pytest.raises(UserError, match=f"{model / file}: lies in the input {model}, and would be lost"):
+    for out, words in (
+        (model, "is an input"),
+        (tmp_path / "link", "is an input"),
+        (tmp_path, "is an input"),
+        (model / "deeper/notes.txt", f"lies in the input {model}"),
+    ):
+        config = config_class(**{name: value, "out": str(out), "force": True})
+        with pytest.raises(UserError, match=f"{out}: {words}, and would be lost; choose another --out"):
             cli._run_alone(lambda config: None, config)
 
 
-def test_a_new_file_in_the_folder_of_a_model_is_written(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    config = import_module("llmkit.stages.sample").SampleConfig(model=str(tmp_path), out=str(tmp_path / "said.jsonl"))
-    cli._run_alone(lambda config: None, config)
-
-
-def test_what_only_looks_like_a_path_is_no_input(tmp_path, monkeypatch):
+def test_what_reads_nothing_and_a_new_file_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
-    config = import_module("llmkit.stages.sft").SftConfig
-    cli._run_alone(lambda config: None, config(model="base", system="out", prompt=("out",), out="out", force=True))
-
-
-def test_help_shows_which_arguments_may_be_several_and_one_hint_for_a_wrong_name():
-    def said(*words: str) -> str:
-        done = subprocess.run([sys.executable, "-m", "llmkit", *words], capture_output=True, text=True, timeout=60)
-        return (done.stdout + done.stderr).splitlines()[0]
-
-    assert "[INPUT...]" in said("crawl-filter", "--help") and "[MODEL]" in said("sft", "--help")
-    assert (
-        said("crawl-filte") == "llmkit: error: no such command 'crawl-filte'; did you mean 'crawl-filter'? See --help"
-    )
-    assert said("chat") == "llmkit: error: no such command 'chat'; see llmkit sample MODEL --chat"
+    (tmp_path / "config.json").write_text("{}")
+    sft, sample = (import_module(f"llmkit.stages.{name}") for name in ("sft", "sample"))
+    for config in (
+        sft.SftConfig(model="base", system="out", prompt=("out",), out="out", force=True),
+        sample.SampleConfig(model=str(tmp_path), out=str(tmp_path / "said.jsonl")),
+    ):
+        cli._run_alone(lambda config: None, config)

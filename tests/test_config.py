@@ -64,24 +64,17 @@ def write(folder: Path, text: str) -> Path:
     ("text", "unit", "value"),
     [
         ("2k", "count", 2000),
-        ("10M", "count", 10_000_000),
         ("1.15M", "count", 1_150_000),  # 1.15 * 1e6 is 1149999.9999999998
-        ("1e9", "count", 10**9),
         ("1_000", "count", 1000),
         ("3B", "count", 3 * 10**9),
-        (20000, "count", 20000),
         (1e22, "count", 10**22),
         ("9007199254740993", "count", 2**53 + 1),
         ("100MB", "bytes", 10**8),
         ("2GiB", "bytes", 2**31),
         ("64 kib", "bytes", 65536),
-        ("512", "bytes", 512),
         ("90s", "duration", 90),
-        ("10m", "duration", 600),
-        ("1h", "duration", 3600),
         ("1.5h", "duration", 5400),
         ("2d", "duration", 172800),
-        (".5m", "duration", 30),
         ("0.25s", "duration", 0.25),
     ],
 )
@@ -101,20 +94,7 @@ def test_what_is_no_quantity_is_refused_with_an_example(text: str | float, unit)
         parse_quantity(text, unit)
 
 
-@given(st.integers(0, 10**15), st.sampled_from([("", 1), ("k", 10**3), ("M", 10**6), ("T", 10**12)]))
-def test_whole_numbers_survive_every_unit(number: int, scale: tuple[str, int]) -> None:
-    assert parse_quantity(f"{number}{scale[0]}", "count") == number * scale[1]
-
-
 # ---- where values come from
-
-
-def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path) -> None:
-    toml = write(tmp_path, 'vocab-size = "3k"\nlayers = 2\nforce = true\ntie = false\nstop = ["a", "b"]\n')
-    config = resolve(Config, {"layers": "7", "force": False, "stop": []}, str(toml))
-    assert (config.vocab_size, config.layers, config.force, config.tie) == (3000, 7, False, False)
-    assert (config.stop, config.rate) == (("a", "b"), 0.1)
-    assert resolve(Config, {"stop": ["z"]}, str(toml)).stop == ("z",)
 
 
 def test_none_can_be_said_where_it_has_a_meaning(tmp_path: Path) -> None:
@@ -135,10 +115,6 @@ def test_flags_are_text_and_become_typed_values() -> None:
         config.seed = 4
 
 
-def test_one_value_in_the_file_does_for_a_list(tmp_path: Path) -> None:
-    assert resolve(Config, {}, str(write(tmp_path, 'stop = "x"'))).stop == ("x",)
-
-
 def test_an_option_without_default_is_required() -> None:
     @dataclass(frozen=True, kw_only=True)
     class Needs(CommonConfig):
@@ -147,10 +123,6 @@ def test_an_option_without_default_is_required() -> None:
     Needs.__annotations__["size"] = int
     with pytest.raises(UserError, match="--size is required; see --help"):
         resolve(Needs, {})
-
-
-def test_an_empty_path_is_a_mistake() -> None:
-    assert fails({"inputs": ["a"], "out": ""}) == "--out: expected a path, found ''"
 
 
 def _options_of_text() -> list[tuple[type, str]]:
@@ -176,28 +148,9 @@ def test_an_option_given_nothing_as_by_a_variable_that_is_not_set_is_a_mistake(c
         assert str(caught.value).startswith(flag_of(item)) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft", "train-reward", "rl"])
-def test_two_ways_to_say_how_long_to_train_are_a_mistake_before_any_work(stage: str) -> None:
-    module, config_name, _ = COMMANDS[stage]
-    with pytest.raises(UserError, match=r"--epochs.*: expected one way to say how long to train, found 2"):
-        resolve(getattr(importlib.import_module(module), config_name), {"epochs": "1", "max_steps": "3"})
-
-
-def test_a_file_whose_name_is_not_utf8_is_told_by_its_name() -> None:
-    for flags in ({"inputs": ["a\udcff.jsonl"]}, {"inputs": ["a"], "out": "b\udcff/"}):
-        assert ": expected a file whose name is in UTF-8, found" in fails(flags)
-
-
 def test_a_flag_that_the_class_does_not_have_is_a_programming_error() -> None:
     with pytest.raises(TypeError, match="no option dpeth"):
         resolve(Config, {"dpeth": "4"})
-
-
-def test_the_common_options_come_last() -> None:
-    names = [item.name for item in option_fields(Config)]
-    assert names[0] == "inputs"
-    assert names[-6:] == ["out", "seed", "limit", "force", "dry_run", "quiet"]
-    assert [flag_of(item) for item in option_fields(Config)][:2] == ["INPUT...", "--vocab-size"]
 
 
 # ---- mistakes
@@ -211,11 +164,8 @@ def test_the_common_options_come_last() -> None:
         ({"vocab_size": "300.5"}, "--vocab-size: expected a whole number, found '300.5'"),
         ({"vocab_size": "big"}, "--vocab-size: expected a count such as 20000, 20k or 1.5M, found 'big'"),
         ({"rate": "0"}, "--rate: expected more than 0, found '0'"),
-        ({"rate": "nan"}, "--rate: expected a number, found 'nan'"),
         ({"rate": "inf"}, "--rate: expected a number, found 'inf'"),
-        ({"seed": "1.5"}, "--seed: expected a whole number, found '1.5'"),
         ({"seed": ""}, "--seed: expected a whole number, found ''"),
-        ({"seed": "-1"}, "--seed: expected at least 0, found '-1'"),
         ({"seed": str(2**63)}, f"--seed: expected at most {2**63 - 1:,}, found '{2**63}'"),
         ({"sizes": "1e30"}, "--sizes: expected at most 9,223,372,036,854,775,807, found '1e30'"),
         ({"seed": "1e400"}, "--seed: expected a whole number, found '1e400'"),
@@ -223,6 +173,8 @@ def test_the_common_options_come_last() -> None:
         ({"sizes": ["3", "0"]}, "--sizes: expected at least 1, found '0'"),
         ({"budget": "soon"}, "--budget: expected a duration such as 90s, 10m or 2h, found 'soon'"),
         ({"name": "\udcff"}, "--called: expected text in UTF-8, found '\\udcff'"),
+        ({"inputs": ["a\udcff"]}, "INPUT...: expected a file whose name is in UTF-8, found 'a\\udcff'"),
+        ({"inputs": ["a"], "out": ""}, "--out: expected a path, found ''"),
     ],
 )
 def test_a_wrong_flag_is_named_with_what_was_expected(flags: dict[str, object], message: str) -> None:
@@ -236,34 +188,22 @@ def test_a_wrong_flag_is_named_with_what_was_expected(flags: dict[str, object], 
         ("zzz = 3", "unknown key 'zzz'; known are budget"),
         ("[model]\nlayers = 3", "unknown key 'model'"),
         ("vocab-size = 300\nvocab_size = 300", "'vocab_size' is given twice"),
-        ("seed = true", "seed: expected a whole number, found True"),
         ('seed = "x"', "seed: expected a whole number, found 'x'"),
         ("seed = [1]", "seed: expected a whole number, found [1]"),
         ("rate = inf", "rate: expected a number, found inf"),
         ("vocab_size = inf", "vocab_size: expected a count such as"),
-        ("vocab_size = true", "vocab_size: expected a count such as"),
         ('force = "yes"', "force: expected true or false, found 'yes'"),
-        ("force = 1", "force: expected true or false, found 1"),
         ("out = 5", "out: expected text in UTF-8, found 5"),
-        ("stop = [1]", "stop: expected text in UTF-8, found 1"),
         ("name = 2026-01-01", "name: expected text in UTF-8, found datetime.date"),
         ("a = ", "not TOML"),
     ],
 )
 def test_a_wrong_line_in_the_file_is_named(tmp_path: Path, line: str, message: str) -> None:
     toml = write(tmp_path, line)
-    found = fails({}, toml)
-    assert found.startswith(f"{toml}: ")
-    assert message in found
-
-
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    assert (
-        fails({}, tmp_path / "no.toml") == f"{tmp_path}/no.toml: cannot read the config file: no such file or directory"
-    )
-    assert "is a directory" in fails({}, tmp_path)
-    (tmp_path / "latin.toml").write_bytes(b'out = "\xe9"')
-    assert "not TOML" in fails({}, tmp_path / "latin.toml")
+    error = fails({}, toml)
+    assert error.startswith(f"{toml}: ") and message in error
+    toml.write_bytes(b'out = "\xe9"')
+    assert "not TOML" in fails({}, toml)
 
 
 @given(st.one_of(st.text(), st.integers(), st.floats(), st.booleans(), st.lists(st.text()), st.dates()))
@@ -306,8 +246,15 @@ def test_the_options_of_a_manifest_make_the_same_config_again(tmp_path_factory, 
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "train-reward", "rl"])
-@pytest.mark.parametrize("flags", [{"learning_rate": "1e30"}, {"learning_rate": "50"}, {"weight_decay": "1000"}])
-def test_a_rate_that_no_training_survives_is_refused_by_its_option(stage: str, flags: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"learning_rate": "1e30"}, "--learning-rate: expected at most 10?, found"),
+        ({"weight_decay": "1000"}, "--weight-decay: expected at most 10, found"),
+        ({"epochs": "1", "max_steps": "3"}, "--epochs.*: expected one way to say how long to train, found 2"),
+    ],
+)
+def test_what_no_training_survives_is_refused_before_any_work(stage: str, flags: dict[str, str], message: str) -> None:
     module, config, _ = COMMANDS[stage]
-    with pytest.raises(UserError, match=f"--{next(iter(flags)).replace('_', '-')}: expected at most 10?, found"):
+    with pytest.raises(UserError, match=message):
         resolve(getattr(importlib.import_module(module), config), flags)

@@ -33,7 +33,7 @@ def run(folder: Path, *arguments: str, key: str | None = None, stdin: str = "") 
 # ---- secrets
 
 
-@pytest.mark.parametrize("end", ["\n", "\r\n", " ", "\t"])
+@pytest.mark.parametrize("end", ["\r\n", " "])
 def test_a_key_may_end_as_the_file_it_came_from(tmp_path, end):
     with ChatServer(lambda prompt, seed: f"a {prompt}") as server:
         (tmp_path / "in.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "Hi"}]}) + "\n")
@@ -59,11 +59,11 @@ def test_a_key_that_a_server_repeats_is_not_shown(tmp_path):
     with ChatServer(lambda prompt, seed: "") as server:
         server.faults, server.refusal = ["401"] * 9, {"error": {"message": f"Incorrect API key provided: {SECRET}"}}
         done = run(tmp_path, "sample", "--engine", server.spec, "-p", "Hi", key=SECRET)
-        server.faults, server.refusal = ["400"], {"error": {"message": f"no {SECRET} here"}}
+        server.faults, server.refusal = ["400"], {"error": {"message": f"no {SECRET} here {EVIL}"}}
         other = run(tmp_path, "sample", "--engine", server.spec, "-p", "Hi", key=SECRET)
     assert (done.returncode, other.returncode) == (2, 2)
     assert SECRET not in done.stderr + other.stderr
-    assert "no *** here" in other.stderr
+    assert "no *** here \\u001b]0;PWNED" in other.stderr and "\x1b" not in other.stderr
 
 
 def test_a_secret_in_an_option_is_in_no_file_and_no_message(tmp_path):
@@ -78,8 +78,6 @@ def test_a_secret_in_an_option_is_in_no_file_and_no_message(tmp_path):
         run(tmp_path, "sample", "none/", "--tools", tools, "-p", "Hi"),
         run(tmp_path, "sample", "none/", "--config", "bad.toml", "-p", "Hi"),
         run(tmp_path, "sample", "--engine", model, "-p", "Hi"),
-        run(tmp_path, "sample", "--engine", model.removesuffix("#m"), "-p", "Hi"),
-        run(tmp_path, "sample", "--engine", f"openai:http://127.0.0.1:1/v1?token={SECRET}#m", "-p", "Hi"),
         run(tmp_path, "sample", tools, "-p", "Hi"),
         run(tmp_path, "probe-knowledge", "none/", "--judge", model, "--questions", "docs.jsonl", "-o", "x.jsonl"),
         run(tmp_path, "rl", "none/", "--data", "docs.jsonl", "--tools", tools, "-o", "rl"),
@@ -105,20 +103,12 @@ def test_a_manifest_has_no_secret_of_the_command_or_its_options(tmp_path, monkey
     ]
 
 
-def test_addresses_without_secrets_stay_as_they_are():
-    for text in (
-        "http://a.b/c?page=2&id=7",
-        "a@b.c, x://y",
-        "openai:http://h:1/v1#m",
-        "mail me@x.org http://x.org/~me",
-    ):
-        assert redacted(text) == text
-
-
 # ---- control characters
 
 
-def test_newlines_tabs_and_every_script_stay():
+def test_what_is_no_secret_and_no_control_stays() -> None:
+    for text in ("http://a.b/c?page=2", "a@b.c, x://y", "openai:http://h:1/v1#m", "mail me@x.org http://x.org/~me"):
+        assert redacted(text) == text
     text = "a\tb\nc é 日本 🦙 👩\u200d👧 עברית"
     assert printable(text) == text
     assert printable("\r\x7f\x9b\u202e\ud800") == "\\u000d\\u007f\\u009b\\u202e\\ud800"
@@ -151,22 +141,16 @@ def test_what_others_wrote_moves_nothing_on_a_terminal(tmp_path, on_terminal, mo
             )
 
 
-def test_a_servers_words_are_readable_in_errors(tmp_path):
-    with ChatServer(lambda prompt, seed: "") as server:
-        server.faults, server.refusal = ["400"], {"error": {"message": f"bad {EVIL}"}}
-        done = run(tmp_path, "sample", "--engine", server.spec, "-p", "Hi")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "\\u001b]0;PWNED" in done.stderr
-    assert "\x1b" not in done.stderr
-
-
 # ---- closed streams
 
 
 @pytest.mark.parametrize("closed", ["2>&-", "2>&- <&-", "2>&- >&-", ">&-"])
 def test_messages_do_not_go_where_data_belong(tmp_path, closed):
     (tmp_path / "docs.jsonl").write_text('{"text": "Good text."}\n')
-    for arguments in ("crawl-filter docs.jsonl --only pii", "crawl-filter none.jsonl", "sample none/ -p Hi", "sample"):
+    line = f"{' '.join(COMMAND)} crawl-filter docs.jsonl --only pii -o out.jsonl 2>&- >&- <&-"
+    assert subprocess.run(["bash", "-c", line], cwd=tmp_path, timeout=60).returncode == 0
+    assert json.loads((tmp_path / "out.jsonl").read_text())["text"] == "Good text."  # not the number of stderr
+    for arguments in ("crawl-filter docs.jsonl --only pii", "sample none/ -p Hi", "sample"):
         line = f"{' '.join(COMMAND)} {arguments} {closed}"
         done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=60)
         is_good = "docs" in arguments and ">&-" not in closed.replace("2>&-", "")
@@ -174,10 +158,3 @@ def test_messages_do_not_go_where_data_belong(tmp_path, closed):
         assert [json.loads(row)["text"] for row in done.stdout.splitlines()] == (["Good text."] if is_good else [])
         assert (done.stderr == "") == ("2>&-" in closed), done.stderr
         assert "Traceback" not in done.stderr
-
-
-def test_a_file_does_not_get_the_number_of_a_closed_stderr(tmp_path):
-    (tmp_path / "docs.jsonl").write_text('{"text": "Good text."}\n')
-    line = f"{' '.join(COMMAND)} crawl-filter docs.jsonl --only pii -o out.jsonl 2>&- >&- <&-"
-    assert subprocess.run(["bash", "-c", line], cwd=tmp_path, timeout=60).returncode == 0
-    assert json.loads((tmp_path / "out.jsonl").read_text())["text"] == "Good text."

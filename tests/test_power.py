@@ -159,7 +159,7 @@ def test_a_power_cut_leaves_what_was_finished_and_two_checkpoints(disk: Path) ->
     assert found is not None and found[1]["step"] == last
 
 
-def test_sighup_saves_resume_starts_or_goes_on_and_inputs_stay(tmp_path: Path) -> None:
+def test_sighup_saves_and_resume_starts_or_goes_on(tmp_path: Path) -> None:
     write_inputs(tmp_path)
     run(tmp_path, "train-bpe", "docs.jsonl", "--vocab-size", "300", "-o", "made/here/tok")  # parents are made
     os.rename(tmp_path / "made" / "here" / "tok", tmp_path / "tok")
@@ -177,13 +177,3 @@ def test_sighup_saves_resume_starts_or_goes_on_and_inputs_stay(tmp_path: Path) -
     assert "--resume: nothing stands at base.partial yet, so the run starts" in said
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "resuming after step" in done.stderr, done.stderr
-    for lost in (
-        ["sft", "base", "--data", "chats.jsonl", "-o", "base"],
-        ["sft", "base", "--data", "base/README.md", "-o", "base"],
-        ["sample", "base", "--jsonl", "chats.jsonl", "-o", "chats.jsonl"],
-        ["pretrain", "docs.jsonl", "--val", "tok/tokenizer.json", "--tokenizer", "tok", "-o", "tok"],
-    ):
-        command = [sys.executable, "-m", "llmkit", *lost, "--force"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 2
-        assert done.stderr == f"llmkit: error: {lost[-1]}: is an input, and would be lost; choose another --out\n"

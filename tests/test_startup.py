@@ -6,23 +6,16 @@ import os
 import subprocess
 import sys
 from dataclasses import MISSING
+from importlib import import_module
+from typing import get_type_hints
 
 import pytest
 
 from llmkit.cli import COMMANDS
 from llmkit.config import Option, option_fields, option_of, resolve, value_type
 
-HEAVY = (
-    "torch",
-    "numpy",
-    "triton",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "selectolax",
-    "fasttext",
-    "prompt_toolkit",
-)
+HEAVY = ["torch", "numpy", "triton", "transformers", "tokenizers", "safetensors", "selectolax", "fasttext"]
+HEAVY += ["prompt_toolkit"]
 LIST_MODULES = f"""
 import sys
 from llmkit.cli import run_command_line
@@ -50,18 +43,13 @@ def test_help_on_a_terminal_is_drawn_by_rich(on_terminal) -> None:
     assert "╭─" in shown and "train-bpe" in shown
 
 
-def configs() -> list[tuple[str, type]]:
-    found = []
-    for name, (module, config_name, _) in COMMANDS.items():
-        found.append((name, getattr(__import__(module, fromlist=[config_name]), config_name)))
-    return found
+def configs() -> list[type]:
+    return [getattr(import_module(module), config) for module, config, _ in COMMANDS.values()]
 
 
 def test_an_option_means_the_same_in_every_command() -> None:
-    from typing import get_type_hints
-
     kinds: dict[str, set[tuple[object, ...]]] = {}
-    for _, config_class in configs():
+    for config_class in configs():
         for item in option_fields(config_class):
             details: Option = option_of(item)
             if not details.positional and item.name != "engine":  # Ray for a crawl, a server for a model
@@ -74,7 +62,7 @@ def test_an_option_means_the_same_in_every_command() -> None:
 
 
 def test_the_defaults_of_every_command_are_values_that_it_accepts() -> None:
-    for _, config_class in configs():
+    for config_class in configs():
         defaults = {item.name: item.default for item in option_fields(config_class)}
         required = {name: "x" for name, value in defaults.items() if value is MISSING}
         given = {name: value for name, value in defaults.items() if value is not None and value != ()}

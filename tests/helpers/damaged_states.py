@@ -17,9 +17,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from kills import ended, forked
 
 TUNING = "--learning-rate 0.001 --max-steps 9 --save-every 2 --eval-every 3 --quiet -o OUT"
 COMMANDS = {
@@ -72,44 +73,11 @@ def arguments(command: str, out: str, *more: str) -> list[str]:
     return [*COMMANDS[command].replace("OUT", out).split(), *more]
 
 
-def started(words: list[str], log: str) -> int:
-    """The process id of a command that has begun, its stderr in a file."""
-    process = os.fork()
-    if process:
-        return process
-    code = 70
-    try:
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-        os.dup2(os.open("stdout", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
-        sys.argv = ["llmkit", *words]
-        from llmkit.cli import run_command_line
-
-        code = run_command_line(words)
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(code)
-
-
-def ended(process: int) -> int | None:
-    """The exit status, negative for a signal; None where it had to be killed."""
-    begun = time.monotonic()
-    while time.monotonic() - begun < LIMIT:
-        found, status = os.waitpid(process, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.005)
-    os.kill(process, signal.SIGKILL)
-    os.waitpid(process, 0)
-    return None
-
-
 def leave_unfinished(command: str, out: str) -> None:
     """Kill a command when it has a state that is worth to be resumed."""
     state, enough = STATES[command]
     place = Path(state.replace("OUT", out))
-    process = started(arguments(command, out), f"{out}.log")
+    process = forked(arguments(command, out), Path("."), f"{out}.log")
     while True:
         try:
             there = place.stat().st_size >= enough if isinstance(enough, int) else (place / enough).exists()
@@ -253,7 +221,11 @@ def main(folder: Path, command: str, every: int, first: int) -> None:
             one for count, one in enumerate(damages(Path(state.replace("OUT", "case/out")))) if count == number
         )
         damage()
-        code = ended(started(arguments(command, "case/out", "--resume"), "log"))
+        Path("log").unlink(missing_ok=True)
+        process = forked(arguments(command, "case/out", "--resume"), Path("."), "log")
+        if (code := ended(process, LIMIT)) is None:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
         said = Path("log").read_text(errors="replace")
         named = outcome(code, said, (str(place), place.parent.name, "case/out"))
         last = said.strip().splitlines()[-1:] or [""]

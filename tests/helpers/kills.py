@@ -62,27 +62,32 @@ def make_inputs(folder: Path) -> None:
 
 def start(stage: str, place: Path, inputs: Path) -> int:
     """The process of a stage in a folder of its own, which links to the inputs."""
+    place.mkdir(exist_ok=True)
+    for path in inputs.iterdir():
+        if not os.path.lexists(place / path.name):
+            os.symlink(path, place / path.name)
+    more = ["--force"] if stage in STARTS_ANEW else ["--resume"]
+    return forked([stage, *STAGES[stage].split(), "--quiet", *more], place, "log")
+
+
+def forked(words: list[str], place: Path, log: str) -> int:
+    """The process of a command in a folder, what it prints at the end of a file there."""
     child = os.fork()
     if child:
         return child
     code = 70
     try:
         os.setsid()  # none of the terminal's signals
-        place.mkdir(exist_ok=True)
         os.chdir(place)
-        for one in inputs.iterdir():
-            if not os.path.lexists(one.name):
-                os.symlink(one, one.name)
-        log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        more = ["--force"] if stage in STARTS_ANEW else ["--resume"]
-        sys.argv = ["llmkit", stage, *STAGES[stage].split(), "--quiet", *more]
+        sys.argv = ["llmkit", *words]
 
         from llmkit.cli import run_command_line
 
-        code = run_command_line(sys.argv[1:])
+        code = run_command_line(words)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -110,15 +115,12 @@ def contents(place: Path) -> dict[str, bytes]:
         if path.is_file():
             name, data = str(path.relative_to(place)), path.read_bytes()
             if path.suffix in (".json", ".jsonl") and path.name != "out.jsonl":
-                data = b"\n".join(json.dumps(without_seconds(json.loads(line))).encode() for line in parts(path, data))
+                lines = data.splitlines() if path.suffix == ".jsonl" else [data]
+                data = b"\n".join(json.dumps(without_seconds(json.loads(line))).encode() for line in lines)
             elif path.suffix == ".md":
                 data = b"\n".join(line for line in data.splitlines() if b"seconds" not in line)
             found[name] = data
     return found
-
-
-def parts(path: Path, data: bytes) -> list[bytes]:
-    return data.splitlines() if path.suffix == ".jsonl" else [data]
 
 
 def without_seconds(value: Any) -> Any:

@@ -12,6 +12,10 @@ from pathlib import Path
 import pytest
 from odd_values import MORE_KEYS
 
+from llmkit.errors import UserError
+from llmkit.model.folder import load_model
+from llmkit.tokenizer.encoding import load_tokenizer
+
 HELPERS = Path(__file__).parents[1] / "helpers"
 
 
@@ -61,9 +65,6 @@ def test_odd_values_in_a_folder_from_elsewhere_are_a_line(folder: Path, name: st
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_what_is_no_file_of_the_model_is_named(folder: Path, name: str) -> None:
-    from llmkit.errors import UserError
-    from llmkit.model.folder import load_model
-
     place = folder / name
     place.unlink()
     os.mkfifo(place)
@@ -81,9 +82,6 @@ def test_what_is_no_file_of_the_model_is_named(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("odd", [5, None, "", ".", "..", "a\0b", "a" * 5000, ["model.safetensors"], {}])
 def test_an_index_of_wrong_kinds_is_named(folder: Path, odd: object) -> None:
-    from llmkit.errors import UserError
-    from llmkit.model.folder import load_model
-
     (folder / "model.safetensors").rename(folder / "one.safetensors")
     index = {"weight_map": {"model.norm.weight": "one.safetensors", "lm_head.weight": odd}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -95,24 +93,9 @@ def test_an_index_of_wrong_kinds_is_named(folder: Path, odd: object) -> None:
     ("name", "words"), [("model-q4.gguf", "llama.cpp's; download"), ("consolidated.safetensors", "rename it to")]
 )
 def test_other_weights_say_the_way_on(folder: Path, name: str, words: str) -> None:
-    from llmkit.errors import UserError
-    from llmkit.model.folder import load_model
-
     (folder / "model.safetensors").rename(folder / name)
     with pytest.raises(UserError, match=f"found neither, but {name}.*{words}"):
         load_model(folder)
-
-
-def test_rope_scaling_wins_over_rope_parameters_as_in_transformers(folder: Path) -> None:
-    from llmkit.model.config import RopeScaling
-    from llmkit.model.folder import load_config
-
-    values = json.loads((folder / "config.json").read_text())
-    values |= {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
-    values["rope_scaling"] = {"type": "linear", "factor": 4.0}
-    (folder / "config.json").write_text(json.dumps(values))
-    config = load_config(folder)
-    assert config.rope_scaling == RopeScaling("linear", 4.0) and config.rope_theta == values["rope_theta"]
 
 
 @pytest.mark.slow
@@ -156,24 +139,12 @@ def _replaced(times: int) -> dict:
     ],
 )
 def test_a_tokenizer_that_would_end_the_process_is_named(folder: Path, change, words: str) -> None:
-    from llmkit.errors import UserError
-    from llmkit.tokenizer.encoding import load_tokenizer
-
     place = folder / "tokenizer.json"
     spec = json.loads(place.read_text())
     change(spec)
     place.write_text(json.dumps(spec))
     with pytest.raises(UserError, match=words):
         load_tokenizer(folder).encode("a" * 40 + "! hello")
-
-
-def test_a_tokenizer_without_a_decoder_gives_its_text(folder: Path) -> None:
-    from llmkit.tokenizer.encoding import load_tokenizer
-
-    place = folder / "tokenizer.json"
-    place.write_text(json.dumps({**json.loads(place.read_text()), "decoder": None}))
-    tokenizer = load_tokenizer(folder)
-    assert tokenizer.decode(tokenizer.encode("hello"))
 
 
 def test_a_pattern_that_panics_is_a_line(tmp_path: Path, llmkit) -> None:
@@ -186,9 +157,25 @@ def test_a_pattern_that_panics_is_a_line(tmp_path: Path, llmkit) -> None:
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "model.gguf", "tekken.json"])
 def test_another_form_of_tokenizer_says_the_way_on(folder: Path, name: str) -> None:
-    from llmkit.errors import UserError
-    from llmkit.tokenizer.encoding import load_tokenizer
-
     (folder / "tokenizer.json").rename(folder / name)
     with pytest.raises(UserError, match=r"expected tokenizer\.json, found .*; transformers makes one: python -c"):
         load_tokenizer(folder)
+
+
+def test_rope_scaling_wins_over_rope_parameters_as_in_transformers(folder: Path) -> None:
+    from llmkit.model.config import RopeScaling
+    from llmkit.model.folder import load_config
+
+    values = json.loads((folder / "config.json").read_text())
+    values |= {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    values["rope_scaling"] = {"type": "linear", "factor": 4.0}
+    (folder / "config.json").write_text(json.dumps(values))
+    config = load_config(folder)
+    assert config.rope_scaling == RopeScaling("linear", 4.0) and config.rope_theta == values["rope_theta"]
+
+
+def test_a_tokenizer_without_a_decoder_gives_its_text(folder: Path) -> None:
+    place = folder / "tokenizer.json"
+    place.write_text(json.dumps({**json.loads(place.read_text()), "decoder": None}))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.decode(tokenizer.encode("hello"))

@@ -34,26 +34,6 @@ def test_lines_come_every_so_often_with_rate_and_time_left(monkeypatch, capsys) 
     assert lines[1] == "llmkit: encode 50% 100k B/s loss 2.346 source web, 20s left"
 
 
-def test_without_a_total_there_is_no_time_left(monkeypatch, capsys) -> None:
-    clock = Clock(monkeypatch)
-    with Progress("count", unit="docs") as bar:
-        clock.now += 11
-        bar.advance(22)
-        bar.advance(22)
-    assert capsys.readouterr().err == "llmkit: count 2 docs/s\n"
-
-
-def test_quiet_says_nothing(monkeypatch, capsys) -> None:
-    clock = Clock(monkeypatch)
-    with Progress("count", quiet=True) as bar:
-        clock.now += 100
-        bar.advance()
-    say("hello", quiet=True)
-    assert capsys.readouterr() == ("", "")
-    say("hello")
-    assert capsys.readouterr() == ("", "llmkit: hello\n")
-
-
 BAR = r"""
 import sys, time
 from llmkit.io.progress import Progress, say
@@ -87,18 +67,22 @@ def test_a_bar_on_the_terminal_leaves_the_data_on_stdout_alone() -> None:
     assert b"llmkit: a word" in shown and b"loss 1.5" in shown
 
 
-@pytest.mark.parametrize(
-    ("number", "text"), [(0, "0"), (999, "999"), (999.6, "1k"), (1234567, "1.23M"), (2.5e9, "2.5G"), (0.012, "0.012")]
-)
-def test_quantities_are_short(number: float, text: str) -> None:
-    assert quantity(number) == text
+def test_numbers_as_people_say_them(monkeypatch, capsys) -> None:
+    numbers = {0: "0", 999: "999", 999.6: "1k", 1234567: "1.23M", 2.5e9: "2.5G", 0.012: "0.012"}
+    assert {number: quantity(number) for number in numbers} == numbers
+    times = {0.4: "0s", 99: "99s", 100: "1m40s", 3599.6: "1h00m", 3725: "1h02m", 49 * 3600: "2d01h"}
+    assert {seconds: duration(seconds) for seconds in times} == times and duration(1.2e17) == "over 1000 days"
+    assert counted(1, "process") == "1 process" and counted(1200, "page") == "1,200 pages"
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0s"), (99, "99s"), (100, "1m40s"), (3599.6, "1h00m"), (3725, "1h02m")]
-)
-def test_durations_are_short(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+def test_quiet_says_nothing_and_without_a_total_there_is_no_time_left(monkeypatch, capsys) -> None:
+    clock = Clock(monkeypatch)
+    for quiet in (True, False):
+        with Progress("count", unit="docs", quiet=quiet) as bar:
+            clock.now += 11
+            bar.advance(44)
+        say("hello", quiet)
+    assert capsys.readouterr() == ("", "llmkit: count 4 docs/s\nllmkit: hello\n")
 
 
 def test_progress_ends_at_all_of_it_and_guesses_nothing_from_nothing(monkeypatch, capsys) -> None:
@@ -109,13 +93,3 @@ def test_progress_ends_at_all_of_it_and_guesses_nothing_from_nothing(monkeypatch
             bar.advance(amount, loss=2.5)
     first, last = capsys.readouterr().err.splitlines()
     assert (first, last) == ("llmkit: training 0% loss 2.5", "llmkit: training 100% loss 2.5, 0s left")
-
-
-def test_times_and_counts_as_people_say_them():
-    assert [duration(seconds) for seconds in (99, 3725, 49 * 3600, 1.2e17)] == [
-        "99s",
-        "1h02m",
-        "2d01h",
-        "over 1000 days",
-    ]
-    assert counted(1, "process") == "1 process" and counted(1200, "page") == "1,200 pages"

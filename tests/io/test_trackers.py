@@ -31,25 +31,17 @@ def in_tensorboard(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def in_the_file(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    found: dict[str, list[tuple[int, float]]] = {}
+    curves: dict[str, list[tuple[int, float]]] = {}
     for row in read_metrics(folder / "metrics.jsonl"):
         for name, value in numbers(row).items():
-            found.setdefault(name, []).append((row["step"], pytest.approx(value, rel=1e-6)))
-    return found
+            curves.setdefault(name, []).append((row["step"], pytest.approx(value, rel=1e-6)))
+    return curves
 
 
 def write(folder: Path, rows: list[dict], mirror) -> None:
     with MetricsLog(folder / "metrics.jsonl", [partial(mirror, folder)]) as log:
         for row in rows:
             log.write(row)
-
-
-def test_tensorboard_shows_what_the_file_has(tmp_path):
-    pytest.importorskip("tensorboard")
-    write(tmp_path, ROWS, TensorBoard)
-    shown = in_tensorboard(tmp_path)
-    assert shown == in_the_file(tmp_path) and set(shown) == {"loss", "seconds", "tokens", "val_loss"}
-    assert len(shown["loss"]) == 7 and shown["val_loss"] == [(3, 1.25)]
 
 
 def test_a_killed_run_goes_on_without_steps_that_are_doubled_or_torn(tmp_path):
