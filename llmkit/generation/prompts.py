@@ -1,7 +1,7 @@
 """Requests from the records of a run, and records from their completions.
 
 A request's number comes from its tokens, not from its position: other records do not change its text. Prompt or
-messages and the seed identify a record; a resumed run finds by these which records an unfinished output already holds.
+messages and the seed identify a record, by which a resumed run knows what is made already.
 
 A base model continues the document that it sees. Given a document of questions and answers (`with_shots`), it continues
 with an answer.
@@ -9,24 +9,21 @@ with an answer.
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from llmkit.errors import Interrupted, UserError, naming
+from llmkit.errors import UserError, naming
 from llmkit.formats.conversations import Conversation, find_prompt, read_conversation, read_messages
 from llmkit.generation.next_token import request_number, seed_of_repeat
-from llmkit.generation.requests import Completion, Prompt, Request
+from llmkit.generation.requests import OnText, Prompt, Request
 from llmkit.generation.sampler import Sampler
-from llmkit.io.files import PARTIAL, check_file, create, cut_torn_line, errors_name, replace_file
-from llmkit.io.jsonl import PACKED, dump_json, json_row, open_bytes, read_jsonl
+from llmkit.io.jsonl import dump_json, open_bytes, read_jsonl
 from llmkit.io.progress import counted, say
 from llmkit.io.records import (
     CHOICES,
@@ -40,7 +37,7 @@ from llmkit.io.records import (
     not_used,
     with_made,
 )
-from llmkit.io.resume import Kept
+from llmkit.io.resume import Kept, resumable
 
 ASKED, ANSWERED = "Question: ", "Answer: "
 STOP = "\n" + ASKED.rstrip()  # where the model would ask the next question itself
@@ -101,7 +98,7 @@ def with_shots(shots: Sequence[tuple[str, str]], question: str) -> str:
 
 
 class Prompts:
-    """The requests of a run, made as they are asked for; `waiting` has the records of those not completed.
+    """The requests of a run, made as they are asked for, and the records of what they complete.
 
     rows        with `prompt` or `messages`; their own `seed` is used where `own_seeds` says so
     sampler     encodes them; a prompt, with the `shots` before it, that is longer than its context is a bad record
@@ -126,8 +123,8 @@ class Prompts:
         self._given, self._sampler, self._shots = rows, sampler, shots
         self._samples, self._max_tokens, self._seed, self._own_seeds = samples, max_tokens, seed, own_seeds
         self._bad = BadRecords() if bad is None else bad
-        self.kept: _Former | None = None  # what is made already
-        self.waiting: deque[tuple[Row, int]] = deque()  # the record and the seed of each request not completed
+        self.kept: Iterator[tuple[str, bytes]] = iter(())  # prompts of a former run, with their lines
+        self._waiting: deque[tuple[Row, int]] = deque()  # record and seed of each request under way
         self._seen: Counter[int] = Counter()
         self.count = self.passed = self.kept_tokens = 0  # prompts made, prompts kept, and tokens of these
 
@@ -143,16 +140,51 @@ class Prompts:
                 self._bad.skip(error, row.path, was_good=True)
                 continue
             self._bad.count_unused(row.path, losses)
-            if self.kept is not None and self.kept.has({**row.value, "seed": seed}, where):
-                self.passed += 1
+            if self._is_kept(row, seed):
                 continue
-            self.waiting.append((row, seed))
+            self._waiting.append((row, seed))
             self.count += 1
             yield Request(ids, self._samples, self._max_tokens, seed, number, where)
         for name in {tally.name: None for tally in self._bad.tallies}:
             self._bad.report(name)
-        if self.kept is not None:
-            self.kept.check_all_found()
+        if next(self.kept, None) is not None:
+            raise UserError("the unfinished run has prompts that the input does not have; start again with --force")
+
+    def completed(
+        self, *, logprobs: bool = False, tools: bool = False, on_text: OnText | None = None
+    ) -> Iterator[list[dict[str, Any]]]:
+        """The records of each prompt that is not kept, one for each sample. Raises UserError where a server finds it
+        too long."""
+        for samples in self._sampler.complete(self, on_text=on_text):
+            row, seed = self._waiting.popleft()
+            if not samples:
+                raise UserError(
+                    f"{row.where}: the prompt, with --max-tokens {self._max_tokens}, is longer than the context of "
+                    f"{self._sampler.name}; shorten the prompt"
+                )
+            records = []
+            for number, completion in enumerate(samples):
+                fields: dict[str, Any] = {"completion": completion.text}
+                known = {"token_ids": completion.token_ids}
+                if logprobs:
+                    known |= {"logprobs": completion.logprobs, "truncated_logprobs": completion.truncated_logprobs}
+                fields |= {name: values for name, values in known.items() if values}  # a server need not tell
+                if tools:
+                    fields |= {"sampled": completion.sampled, "tool_calls": completion.tool_calls}
+                fields |= {"finish_reason": completion.finish_reason, "seed": seed}
+                records.append(with_made(row.value, fields | ({"sample": number} if len(samples) > 1 else {})))
+            yield records
+
+    def _is_kept(self, row: Row, seed: int) -> bool:
+        """True if a former run has completed a prompt. Raises UserError where it has another one in this place."""
+        key, lines = next(self.kept, (None, b""))
+        if key is None:
+            return False
+        if key != _key({**row.value, "seed": seed}):
+            raise UserError(f"{row.where}: the unfinished run has another prompt or --seed; start again with --force")
+        self.passed += 1
+        self.kept_tokens += sum(len(orjson.loads(line).get("token_ids", ())) for line in lines.splitlines())
+        return True
 
     @property
     def left_out(self) -> dict[str, Any]:
@@ -200,146 +232,31 @@ class Prompts:
         return ids, (*lost, *not_used(row.value, prompt.used, (*PROMPT_FIELDS, *CHOICES, *SAMPLING)))
 
 
-def completion_record(
-    row: Row, completion: Completion, seed: int, sample: int | None, logprobs: bool, tools: bool
-) -> dict[str, Any]:
-    """Join the record of a prompt with one completion (`with_made`)."""
-    fields: dict[str, Any] = {"completion": completion.text}
-    known = {"token_ids": completion.token_ids}
-    if logprobs:
-        known |= {"logprobs": completion.logprobs, "truncated_logprobs": completion.truncated_logprobs}
-    fields |= {name: values for name, values in known.items() if values}  # a server need not tell
-    if tools:
-        fields |= {"sampled": completion.sampled, "tool_calls": completion.tool_calls}
-    fields |= {"finish_reason": completion.finish_reason, "seed": seed}
-    return with_made(row.value, fields if sample is None else {**fields, "sample": sample})
-
-
-# ---- an output that outlives a kill
-
-
-class _Former:
-    """Records of an unfinished file, in the order of its input."""
-
-    def __init__(self, records: Iterator[dict[str, Any]], partial: Path) -> None:
-        self._records, self._partial = records, partial
-
-    def has(self, record: dict[str, Any], where: str) -> bool:
-        """True if a record has been made; `record` names its seed. Raises UserError where another one stands."""
-        existing = next(self._records, None)
-        if existing is not None and _identity(existing) != _identity(record):
-            raise UserError(f"{where}: {self._partial} was made of another prompt or --seed; start again with --force")
-        return existing is not None
-
-    def check_all_found(self) -> None:
-        """Raises UserError where the file holds what was not asked for."""
-        if next(self._records, None) is not None:
-            raise UserError(
-                f"{self._partial}: holds completions of prompts that the input does not have; start again with --force"
-            )
-
-
-def _identity(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: record[name] for name in IDENTITY if name in record}
-
-
 @contextmanager
 def lasting_output(
-    out: str, prompts: Prompts, samples: int, resume: bool, identity: Mapping[str, Any]
-) -> Iterator[Callable[[dict[str, Any]], object]]:
-    """Write a file `out` + ".partial" that becomes `out` at the end; its whole lines stay if this run ends early.
+    out: str, path: Path, prompts: Prompts, resume: bool, identity: Mapping[str, Any]
+) -> Iterator[Callable[[Sequence[dict[str, Any]]], object]]:
+    """Write `out` at the end; until then the records of each prompt are kept in the file `path`.
 
-    With `resume` the whole prompts of a former one are kept. `identity` decides the text beside the prompts,
-    JSON values by the names that a user knows: noted beside the file, with a checksum of its lines, and compared
-    on resuming. Raises UserError where one of them differs, Interrupted where Ctrl-C ends the run.
+    With `resume` those of a former run are kept. `identity` decides the text beside the prompts, by the names that a
+    user knows. Raises UserError where one of them differs, Interrupted where Ctrl-C ends the run.
     """
-    partial, notes = Path(out + PARTIAL), Path(out + PARTIAL + ".state")
-    if resume and partial.exists():
-        check_file(partial)
-        if partial.stat().st_size and not (notes.exists() and notes.stat().st_size):
-            raise UserError(f"{partial}: no notes of this unfinished run stand at {notes}; start again with --force")
-        resume = notes.exists()
-    else:
-        if resume:
-            say(f"--resume: nothing stands at {partial} yet, so the run starts")
-        resume = False
-        create(partial).close()
-        Path(out + PARTIAL + ".json").unlink(missing_ok=True)  # the notes of an older version
-    state = Kept(notes, identity, resume=resume)
-    try:
-        with errors_name(out, partial), _whole_prompts(partial, state, prompts, samples) as write:
-            yield write
-    except BaseException as error:
-        if not partial.stat().st_size:
-            partial.unlink()
-            state.remove()
-        elif isinstance(error, (KeyboardInterrupt, UserError)) and "start again with --force" not in str(error):
-            interrupted = isinstance(error, KeyboardInterrupt)
-            text = f"{'interrupted' if interrupted else error}; the same command with --resume goes on ({partial})"
-            raise (Interrupted if interrupted else UserError)(text) from None
-        raise
-    if out.lower().endswith(PACKED):
-        packed = f"{out}.packed{Path(out).suffix}"
-        with errors_name(out, packed), open_bytes(packed) as handle, partial.open("rb") as plain:
-            shutil.copyfileobj(plain, handle)
-        replace_file(packed, out)
-        partial.unlink()
-    else:
-        replace_file(partial, out)
+    with resumable(path):
+        state = Kept(path, identity, resume=resume)
+        prompts.kept = state.items()
+        try:
+            yield lambda records: state.add(_key(records[0]), b"".join(dump_json(one) + b"\n" for one in records))
+        except BaseException:
+            if not state:
+                state.remove()
+            raise
+        with open_bytes(out) as handle:
+            for _, lines in state.items():
+                handle.write(lines)
     state.remove()
 
 
-@contextmanager
-def _whole_prompts(
-    partial: Path, state: Kept, prompts: Prompts, samples: int
-) -> Iterator[Callable[[dict[str, Any]], object]]:
-    """Write behind the prompts all of whose samples are in the file, each line before its checksum is noted.
-
-    Lines without one are kept where nothing is noted, else not: a kill came between.
-    """
-    checksums: dict[int, str] = {}  # of the first lines, by their number
-    for lines, noted in state.items():
-        while checksums and next(reversed(checksums)) >= int(lines):  # a resumed run has cut the file there
-            checksums.popitem()
-        checksums[int(lines)] = noted.decode()
-    most = max(checksums, default=0)
-    with partial.open("r+b") as handle:
-        cut_torn_line(handle)
-        handle.seek(0)
-        end = whole = count = tokens = 0
-        checksum = digest = ""
-        for number, line in enumerate(handle, 1):
-            if state and number > most:
-                break
-            digest = _checksum(digest, line)
-            if checksums.get(number, digest) != digest:
-                raise UserError(
-                    f"{partial}:{number}: damaged or edited; keep the lines before it alone, "
-                    "or start again with --force"
-                )
-            end += len(line)
-            tokens += len(orjson.loads(line).get("token_ids", ()))
-            if number % samples == 0:
-                whole, count, checksum, prompts.kept_tokens = end, number, digest, tokens
-        handle.truncate(whole)
-        handle.seek(whole)
-        state.add(str(count), checksum.encode())
-
-        def write(record: dict[str, Any]) -> None:
-            nonlocal count, checksum
-            line = dump_json(record) + b"\n"
-            handle.write(line)
-            handle.flush()
-            count, checksum = count + 1, _checksum(checksum, line)
-            state.add(str(count), checksum.encode())
-
-        with partial.open("rb") as former:
-            firsts = islice(former, 0, None, samples)
-            records = (row.value for line in firsts if (row := json_row(line, str(partial), 2)) is not None)
-            prompts.kept = _Former(records, partial)
-            yield write
-
-
-def _checksum(before: str, line: bytes) -> str:
-    """Return the checksum of a line chained to the one before it."""
-    return blake2b(before.encode() + line, digest_size=8).hexdigest()
+def _key(record: Mapping[str, Any]) -> str:
+    """Tell the prompt and the seed of a record, of the input or of the output, from others."""
+    identity = {name: record[name] for name in IDENTITY if name in record}
+    return blake2b(dump_json(identity, orjson.OPT_SORT_KEYS), digest_size=8).hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, fields
 from hashlib import sha256
 from pathlib import Path
@@ -22,7 +22,7 @@ from llmkit.config import (
     option,
 )
 from llmkit.errors import UserError
-from llmkit.io.files import PARTIAL, check_output, check_unfinished
+from llmkit.io.files import check_output, check_unfinished
 from llmkit.io.jsonl import names_of, open_bytes, open_input, open_output, read_jsonl, read_text
 from llmkit.io.progress import Progress, counted, say
 from llmkit.io.records import BadRecords, Row
@@ -30,9 +30,9 @@ from llmkit.io.run_folder import check_model_folder
 
 if TYPE_CHECKING:
     from llmkit.generation.prompts import Prompts
-    from llmkit.generation.requests import Completion
     from llmkit.generation.sampler import Sampler
 
+STATE = ".state"  # what a killed run leaves beside --out
 KNOWN_OTHERWISE = ("MODEL", "INPUT...", "--limit")  # a resumed run compares the model's content, and its prompts
 OURS, THEIRS = ("device", "dtype", "batch_size", "tools"), ("concurrency", "timeout")  # here, on a server
 
@@ -53,8 +53,8 @@ class SampleConfig(RecordsConfig, CommonConfig, ToolConfig, ServedConfig):
         model's beginning token. The continuation goes to stdout; several have headings such as ==> 1/3 <==.
         --jsonl reads {"prompt", ...}, or {"messages"}, {"question"} ... for the assistant to answer, adds completion,
         token_ids, finish_reason and seed, in the order of the input; -n 3 writes three lines per record, with
-        `sample` 0 to 2. A record may have its own seed. --resume keeps the whole records of OUT.partial and makes the
-        rest. --tools runs the tool calls that the model writes, and shows it the results.
+        `sample` 0 to 2. A record may have its own seed. --resume keeps the records of OUT.state and makes the rest.
+        --tools runs the tool calls that the model writes, and shows it the results.
         The same prompt and seed give the same text, whatever else is in the batch (exactly so in float32 and int8 on
         a CPU); a repeated prompt gets another seed, which the output names.
         --engine openai:URL#NAME: an OpenAI-compatible server generates. With MODEL, prompts are made here, as token
@@ -129,7 +129,7 @@ def run(config: SampleConfig) -> Summary | None:
     """Load, build, generate, summarise. Raises UserError for the user's mistakes."""
     out = config.out or "-"
     _check_options(config, out)
-    if config.resume and Path(out).exists() and not Path(out + PARTIAL).exists():
+    if config.resume and Path(out).exists() and not Path(out + STATE).exists():
         say(f"{out}: finished, so there is nothing to do; without --resume, --force makes it again", config.quiet)
         sizes = [len(row.value.get("token_ids", ())) for row in read_jsonl([out])]
         return Summary(out, len(sizes) // config.samples, len(sizes), sum(sizes), 0.0)
@@ -168,9 +168,9 @@ def run(config: SampleConfig) -> Summary | None:
 
         # generate
         if config.jsonl:
-            _write_records(sampler, prompts, config, out, {**sampler.identity, **_identity(config, shots)})
+            _write_records(prompts, config, out, {**sampler.identity, **_identity(config, shots)})
         else:
-            _write_text(sampler, prompts, config, out)
+            _write_text(prompts, config, out)
 
         # summarise
         seconds = time.monotonic() - started
@@ -245,7 +245,7 @@ def _check_options(config: SampleConfig, out: str) -> None:
         raise UserError("--system: expected --chat; in JSONL, put a system message into the record's messages")
     check_output(out, config.force, config.resume)
     if config.jsonl and not config.dry_run:
-        check_unfinished(config.force, config.resume, out + PARTIAL)
+        check_unfinished(config.force, config.resume, out + STATE)
 
 
 def _wanted(config: SampleConfig) -> str:
@@ -275,28 +275,23 @@ def _identity(config: SampleConfig, shots: Sequence[tuple[str, str]]) -> dict[st
     return {"what is in --shots": shown} | kept
 
 
-def _write_records(
-    sampler: Sampler, prompts: Prompts, config: SampleConfig, out: str, identity: Mapping[str, Any]
-) -> None:
-    from llmkit.generation.prompts import completion_record, lasting_output
+def _write_records(prompts: Prompts, config: SampleConfig, out: str, identity: Mapping[str, Any]) -> None:
+    from llmkit.generation.prompts import lasting_output
 
-    several, details = config.samples > 1, (config.logprobs, bool(config.tools))
     lasting = out != "-" and (Path(out).is_file() or not Path(out).exists())  # not a pipe or device
-    with (
-        lasting_output(out, prompts, config.samples, config.resume, identity)
-        if lasting
-        else open_output(out, config.force) as write,
-        Progress("sample", unit="tok", quiet=config.quiet) as progress,
-    ):
-        for done, samples in enumerate(sampler.complete(prompts), 1):
-            row, seed = prompts.waiting.popleft()
-            _check_room(row, samples, sampler, config)
-            for number, completion in enumerate(samples):
-                write(completion_record(row, completion, seed, number if several else None, *details))
-                progress.advance(len(completion.token_ids), prompts=done)
+    with ExitStack() as stack:
+        if lasting:
+            write_all = stack.enter_context(lasting_output(out, Path(out + STATE), prompts, config.resume, identity))
+        else:
+            write = stack.enter_context(open_output(out, config.force))
+            write_all = lambda records: [write(record) for record in records]  # noqa: E731
+        progress = stack.enter_context(Progress("sample", unit="tok", quiet=config.quiet))
+        for done, records in enumerate(prompts.completed(logprobs=config.logprobs, tools=bool(config.tools)), 1):
+            write_all(records)
+            progress.advance(sum(len(record.get("token_ids", ())) for record in records), prompts=done)
 
 
-def _write_text(sampler: Sampler, prompts: Prompts, config: SampleConfig, out: str) -> None:
+def _write_text(prompts: Prompts, config: SampleConfig, out: str) -> None:
     with open_bytes(out) as handle:
 
         def write(text: str) -> None:
@@ -305,20 +300,10 @@ def _write_text(sampler: Sampler, prompts: Prompts, config: SampleConfig, out: s
 
         streams = out == "-" and config.samples == 1 and sys.stdout.isatty()
         on_text = (lambda request, sample, text: write(text)) if streams else None
-        (samples,) = sampler.complete(prompts, on_text=on_text)
-        _check_room(prompts.waiting.popleft()[0], samples, sampler, config)
+        (records,) = prompts.completed(on_text=on_text)
         if streams:
             write("\n")
             return
-        for number, completion in enumerate(samples, 1):
-            heading = f"==> {number}/{len(samples)} <==\n" if len(samples) > 1 else ""
-            write(f"{'' if number == 1 or not heading else chr(10)}{heading}{completion.text}\n")
-
-
-def _check_room(row: Row, samples: Sequence[Completion], sampler: Sampler, config: SampleConfig) -> None:
-    """Raise UserError for a prompt that a server finds too long."""
-    if not samples:
-        raise UserError(
-            f"{row.where}: the prompt, with --max-tokens {config.max_tokens}, is longer than the context of "
-            f"{sampler.name}; shorten the prompt"
-        )
+        for number, record in enumerate(records, 1):
+            heading = f"==> {number}/{len(records)} <==\n" if len(records) > 1 else ""
+            write(f"{'' if number == 1 or not heading else chr(10)}{heading}{record['completion']}\n")

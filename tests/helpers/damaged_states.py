@@ -44,7 +44,7 @@ STATES = {  # where a command leaves its state, and how many bytes or checkpoint
     "sft": ("OUT.partial", "state/step-00000004"),
     "train-reward": ("OUT.partial", "state/step-00000004"),
     "rl": ("OUT.partial", "state/step-00000004"),
-    "sample": ("OUT.partial", 2500),
+    "sample": ("OUT.state", 2500),
     "probe-knowledge": ("OUT.state", 2500),
 }
 LIMIT = 40  # seconds for a command that takes one

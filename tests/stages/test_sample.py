@@ -6,8 +6,10 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -329,86 +331,64 @@ def test_a_base_model_has_no_conversations_and_no_tools(folder, tmp_path):
             sample(folder, tmp_path / "out.jsonl", **options)
 
 
-def test_a_killed_run_is_resumed_to_the_same_bytes(folder, tmp_path):
-    import signal
-    import time
-
-    given = write_lines(tmp_path / "prompts.jsonl", [{"prompt": PROMPTS[n % 8], "id": n} for n in range(160)])
-    out, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
-    partial = tmp_path / "out.jsonl.partial"
-    options = ["--max-tokens", "6", "-n", "2", "--seed", "5", "--quiet"]
-    command = [sys.executable, "-m", "llmkit", "sample", str(folder), str(given), "--jsonl", *options, "-o", str(out)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        while not (partial.exists() and partial.stat().st_size > 8000) and process.poll() is None:
+def killed(words: list, state: Path, number: int) -> tuple[int, str]:
+    """Exit status and stderr of a command that gets a signal when its state has some records."""
+    command = [sys.executable, "-m", "llmkit", *map(str, words)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while not (state.exists() and state.stat().st_size > 8000) and process.poll() is None:
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
+        process.send_signal(number)
+        _, said = process.communicate()
+    return process.returncode, said
+
+
+def test_a_killed_run_is_resumed_to_the_same_bytes(folder, tmp_path, llmkit):
+    given = write_lines(tmp_path / "prompts.jsonl", [{"prompt": PROMPTS[n % 8], "id": n} for n in range(160)])
+    out, state = tmp_path / "out.jsonl", tmp_path / "out.jsonl.state"
+    words = ["sample", folder, given, "--jsonl", "--max-tokens", "6", "-n", "2", "--seed", "5", "--quiet", "-o"]
+    killed([*words, out], state, signal.SIGKILL)
     assert not out.exists()
-    with partial.open("ab") as handle:
-        handle.write(b'{"prompt": "cut in two')
-    kept = partial.read_bytes()
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True)
+    with state.open("ab") as handle:
+        handle.write(b'["key", 900, "checksum"]\n{"prompt": "cut in two')
+    done = llmkit(*words, out, "--resume")
     assert done.returncode == 0, done.stderr
     summary, tokens = json.loads(done.stdout), sum(len(record["token_ids"]) for record in read_lines(out))
     assert [summary[name] for name in ("prompts", "completions", "tokens")] == [160, 320, tokens]
-    assert not partial.exists()
-    assert out.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1][:15000])
-    subprocess.run([*command[:-1], str(whole)], check=True, capture_output=True)
-    assert out.read_bytes() == whole.read_bytes()
+    assert llmkit(*words, tmp_path / "whole.jsonl").returncode == 0
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not list(tmp_path.glob("*.state"))
 
 
 def test_an_interrupted_run_says_how_to_go_on_and_is_not_thrown_away(folder, tmp_path, llmkit):
-    import signal
-    import time
-
     given = write_lines(tmp_path / "prompts.jsonl", [{"prompt": PROMPTS[n % 8], "id": n} for n in range(400)])
-    out, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
-    words = ["sample", str(folder), str(given), "--jsonl", "--max-tokens", "20", "--quiet", "-o", str(out)]
-    with subprocess.Popen([sys.executable, "-m", "llmkit", *words], stderr=subprocess.PIPE, text=True) as process:
-        while not (partial.exists() and partial.stat().st_size > 8000) and process.poll() is None:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        _, said = process.communicate()
-    assert process.returncode == 130 and "the same command with --resume goes on" in said
-    kept = partial.read_bytes()
+    out, state = tmp_path / "out.jsonl", tmp_path / "out.jsonl.state"
+    words = ["sample", folder, given, "--jsonl", "--max-tokens", "20", "--quiet", "-o", out]
+    code, said = killed(words, state, signal.SIGTERM)
+    assert code == 130 and "out.jsonl.state has what was asked, and --resume goes on" in said
+    kept = state.read_bytes()
     again = llmkit(*words)
     assert again.returncode == 2 and "an unfinished run; --resume goes on with it" in again.stderr
-    assert partial.read_bytes() == kept and not out.exists()
+    assert state.read_bytes() == kept and not out.exists()
 
 
-@pytest.mark.parametrize(
-    ("what", "edit"),
-    [
-        ("a text", lambda lines: [lines[0], lines[1].replace(b'"completion":"', b'"completion":"No. ', 1), *lines[2:]]),
-        ("a line", lambda lines: [lines[0], *lines[2:]]),
-        ("an order", lambda lines: [lines[0], lines[2], lines[1], *lines[3:]]),
-    ],
-)
-def test_an_unfinished_output_that_was_edited_is_not_gone_on_with(folder, tmp_path, what, edit):
+def test_an_unfinished_output_that_was_edited_is_not_gone_on_with(folder, tmp_path, monkeypatch):
     """The text went into the finished file, as if the model had said it."""
+    keep_state(monkeypatch)
     given = write_lines(tmp_path / "prompts.jsonl", [{"prompt": PROMPTS[n % 8]} for n in range(6)])
-    out, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
-    whole = sample_jsonl(folder, out, given)
+    out, state = tmp_path / "out.jsonl", tmp_path / "out.jsonl.state"
+    sample_jsonl(folder, out, given)
     out.unlink()
-    good = given.read_text()
-    given.write_text(good + '{"prompt": 3}\n')
-    with pytest.raises(UserError, match=r"prompts\.jsonl:7"):
-        sample_jsonl(folder, out, given, batch_size="1", max_bad="0")
-    given.write_text(good)
-    lines = partial.read_bytes().splitlines(keepends=True)
-    assert len(lines) > 3
-    partial.write_bytes(b"".join(edit(lines)))
-    with pytest.raises(
-        UserError, match=r"out\.jsonl\.partial:2: damaged or edited; keep the lines before it alone, or"
-    ):
+    state.write_bytes(state.read_bytes().replace(b'"completion":"', b'"completion":"N', 1))
+    with pytest.raises(UserError, match=r"out\.jsonl\.state: record \d+: damaged or edited"):
         sample_jsonl(folder, out, given, resume=True)
-    partial.unlink()
-    os.mkfifo(partial)
-    with pytest.raises(UserError, match=r"out\.jsonl\.partial: expected a file, found a pipe"):
+    state.unlink()
+    os.mkfifo(state)
+    with pytest.raises(UserError, match=r"out\.jsonl\.state: expected a file, found a pipe"):
         sample_jsonl(folder, out, given, resume=True)
-    partial.unlink()
-    partial.write_bytes(lines[0])  # as it says
-    sample_jsonl(folder, out, given, resume=True)
-    assert read_lines(out) == whole and not list(tmp_path.glob("out.jsonl.partial*"))
+
+
+def keep_state(monkeypatch):
+    """The records of what is finished stay, so that it can be made unfinished again."""
+    monkeypatch.setattr("llmkit.io.resume.Kept.remove", lambda state: state._file.close())
 
 
 def test_a_base_model_is_not_asked_in_turns(tmp_path, llmkit):
@@ -449,42 +429,12 @@ def test_a_full_disk_is_told_with_the_name_of_the_file(folder, tmp_path):
     limited = ["bash", "-c", 'ulimit -f 8; exec "$@"', "bash", *words]
     done = subprocess.run(limited, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert f"{out}: no space left there; make room" in done.stderr
+    assert f"{out}.state: no space left there; make room" in done.stderr
     done = subprocess.run([*words, "--resume"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and len(read_lines(out)) == 200, done.stderr
     words = [sys.executable, "-c", NOTES_ON_A_FULL_DISK, str(notes)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert done.stdout == f"{notes}: no space left there; make room and run it again\n" and not done.stderr
-
-
-@pytest.mark.parametrize("notes", [None, b""])
-def test_an_unfinished_output_without_notes_is_not_gone_on_with(folder, tmp_path, llmkit, notes):
-    """It was kept, whatever had made it, after "nothing stands there yet, so the run starts"."""
-    given = write_lines(tmp_path / "prompts.jsonl", [{"prompt": text} for text in PROMPTS])
-    out, partial, older = (tmp_path / f"out.jsonl{end}" for end in ("", ".partial", ".partial.json"))
-    whole = sample_jsonl(folder, out, given)
-    out.rename(partial)
-    older.write_text("{}")
-    if notes is not None:
-        (tmp_path / "out.jsonl.partial.state").write_bytes(notes)
-    words = ["sample", folder, given, "--jsonl", "--max-tokens", "20", "--quiet", "-o", out]
-    done = llmkit(*words, "--resume")
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert f"no notes of this unfinished run stand at {partial}.state; start again with --force" in done.stderr
-    assert len(read_lines(partial)) == len(whole)
-    done = llmkit(*words, "--force")
-    assert done.returncode == 0 and read_lines(out) == whole and not list(tmp_path.glob("out.jsonl.*"))
-
-
-def keep_notes(monkeypatch):
-    """The notes of what is finished stay, so that it can be made unfinished again."""
-    monkeypatch.setattr("llmkit.io.resume.Kept.remove", lambda state: state._file.close())
-
-
-def forget_lines(partial):
-    """Leave of its notes what the run is alone, as a kill before the first line does: what stands is believed."""
-    notes = partial.with_name(partial.name + ".state")
-    notes.write_bytes(notes.read_bytes().splitlines(keepends=True)[0])
 
 
 def test_a_finished_run_has_nothing_to_resume(folder, prompts, tmp_path, llmkit):
@@ -518,10 +468,10 @@ def test_narrow_weights_make_text_too(folder, prompts, tmp_path):
 
 
 def test_a_run_of_other_prompts_is_not_resumed(folder, prompts, tmp_path, monkeypatch):
-    keep_notes(monkeypatch)
+    keep_state(monkeypatch)
     out = tmp_path / "out.jsonl"
     records = sample_jsonl(folder, out, prompts)
-    out.rename(tmp_path / "out.jsonl.partial")
+    out.unlink()
     for other in ({"seed": "3"}, {"inputs": [str(write_lines(tmp_path / "other.jsonl", [{"prompt": "x"}]))]}):
         with pytest.raises(UserError, match=r"--seed was 0 and is now 3|other.jsonl:1"):
             sample(
@@ -535,7 +485,7 @@ def test_a_run_of_other_prompts_is_not_resumed(folder, prompts, tmp_path, monkey
 def test_a_run_of_another_model_or_other_options_is_not_resumed(folder, tmp_path, llmkit):
     good, bad = [{"prompt": PROMPTS[n % 8], "id": n} for n in range(40)], '{"prompt": 3}\n'
     given, out = write_lines(tmp_path / "prompts.jsonl", good), tmp_path / "out.jsonl"
-    partial, notes = tmp_path / "out.jsonl.partial", tmp_path / "out.jsonl.partial.state"
+    partial = tmp_path / "out.jsonl.state"
     whole = sample_jsonl(folder, out, given)
     out.unlink()
     given.write_text(given.read_text() + bad)
@@ -558,7 +508,7 @@ def test_a_run_of_another_model_or_other_options_is_not_resumed(folder, tmp_path
         assert partial.read_bytes() == kept
     done = llmkit("sample", folder, *words, "--batch-size", "3")
     assert done.returncode == 0, done.stderr
-    assert read_lines(out) == whole and not partial.exists() and not notes.exists()
+    assert read_lines(out) == whole and not partial.exists()
 
 
 # ---- bad input

@@ -99,15 +99,15 @@ def test_a_server_that_dies_is_resumed_to_the_same_bytes(folder, prompts, tmp_pa
     out, options = tmp_path / "out.jsonl", {"inputs": [str(prompts)], "samples": "2", "concurrency": "2"}
     with ModelServer(folder) as server:
         server.dies_after = dies_after
-        with pytest.raises(UserError, match=r"cannot be reached after 1 retry.*--resume goes on \(.*out.jsonl.part"):
+        with pytest.raises(UserError, match=r"cannot be reached after 1 retry.*out.jsonl.state has what was asked"):
             sample(folder, out, engine=server.spec, **options)
-        assert not out.exists() and len(read_lines(tmp_path / "out.jsonl.partial")) >= 1
+        assert not out.exists() and (tmp_path / "out.jsonl.state").read_bytes().count(b"completion") >= 1
     with ModelServer(folder) as server:  # at another port
         sample(folder, out, engine=server.spec, resume=True, **options)
         assert len(server.requests) < 2 * len(PROMPTS)
         sample(folder, tmp_path / "whole.jsonl", engine=server.spec, **options)
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert not list(tmp_path.glob("*.partial*"))
+    assert not list(tmp_path.glob("*.state"))
 
 
 def test_a_run_is_not_resumed_with_another_model(folder, prompts, tmp_path):
