@@ -62,6 +62,8 @@ DROPPED = {
     "match_f1": ("ProbeKnowledgeConfig", "0.7 is fixed; --judge MODEL judges otherwise"),
     "top_p": ("ProbeKnowledgeConfig", "answers are sampled at --temperature alone"),
     "center": ("TrainRewardConfig", "the weight is fixed at 0.01"),
+    "baseline": ("TrainRewardConfig", "evaluation.json always has the baseline of length"),
+    "probe_biases": ("TrainRewardConfig", "evaluation.json always has the biases"),
     "print_recipe": ("CrawlFilterConfig", "--dry-run prints the recipe on stdout"),
     "precision": ("CrawlFilterConfig", "set [extract] favour in a recipe: --recipe FILE.toml"),
     "recall": ("CrawlFilterConfig", "set [extract] favour in a recipe: --recipe FILE.toml"),

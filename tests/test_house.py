@@ -32,12 +32,12 @@ ROOMS = {
     "data": (1100, 1480),
     "generation": (2100, 3120),
     "training": (2500, 3100),
-    "reward_model": (800, 820),
+    "reward_model": (800, 0),
     "probing": (900, 980),
     "rewards": (1400, 2160),
     "rl": (1350, 1660),
     "export": (600, 640),
-    "stages": (2400, 3140),
+    "stages": (2400, 3100),
     "cli": (380, 0),
     "__main__": (40, 0),
 }
@@ -62,7 +62,6 @@ LONG = {
     "probe_knowledge.run",
     "rl._run",
     "sft.run",
-    "train_reward.run",
 }
 SPLATS = {"llmkit.stages.rl"}
 STARS = 68  # names and attributes unpacked into positional arguments; may only fall
@@ -72,13 +71,13 @@ OPTIONS = {
     "pretrain": 40,
     "sft": 42,
     "probe-knowledge": 28,
-    "train-reward": 37,
+    "train-reward": 35,
     "rl": 56,
     "sample": 34,
     "export": 9,
     "report": 10,
 }
-DISTINCT = 125
+DISTINCT = 123
 
 
 def modules() -> dict[str, str]:

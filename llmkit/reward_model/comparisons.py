@@ -22,29 +22,19 @@ from llmkit.data.batches import shuffled
 from llmkit.data.mixture import best_fit
 from llmkit.data.sources import encode_good
 from llmkit.errors import UserError, naming
-from llmkit.formats.conversations import Message
-from llmkit.formats.preferences import Comparison
-from llmkit.io.progress import counted
+from llmkit.formats.preferences import Comparison, read_comparison
+from llmkit.io.jsonl import name_of, read_jsonl
+from llmkit.io.progress import Progress, counted, quantity, say
 from llmkit.io.records import OUTSIDE, BadRecords
+from llmkit.tokenizer.chat import ChatFormat
 
 READ_AT_ONCE = 1024  # comparisons: enough for the tokenizer's threads, little memory
-Turns = tuple[Message, ...]
-# the ids of prompts, each with those of the answers that may follow it (llmkit/tokenizer/chat.py)
-EncodeBranches = Callable[
-    [Sequence[tuple[Turns, Sequence[Turns]]]], Sequence[tuple[np.ndarray, tuple[np.ndarray, ...]]]
-]
 NO_RANK = np.inf  # where a comparison has fewer answers than its neighbours
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """A prompt and its answers in tokens.
-
-    prompt, answers  int32, each
-    ranks            of the answers, the smaller the better
-    margin           of a pair
-    number           of the comparison in its source
-    """
+    """A prompt and its answers as int32 ids; `ranks` of the answers, the smaller the better; `number` in the source."""
 
     prompt: np.ndarray
     answers: tuple[np.ndarray, ...]
@@ -165,10 +155,10 @@ class ComparisonRows(NamedTuple):
                 first = stop
 
 
-def encode_comparisons(comparisons: Sequence[Comparison], encode: EncodeBranches) -> list[Candidates]:
-    """Prompts and answers in tokens."""
+def encode_comparisons(comparisons: Sequence[Comparison], chat: ChatFormat) -> list[Candidates]:
+    """Encode prompts and answers."""
     with naming(comparisons[0].where if len(comparisons) == 1 else ""):
-        encoded = encode([(comparison.prompt, comparison.candidates) for comparison in comparisons])
+        encoded = chat.encode_branches([(comparison.prompt, comparison.candidates) for comparison in comparisons])
     return [
         Candidates(prompt, answers, comparison.ranks, comparison.margin)
         for comparison, (prompt, answers) in zip(comparisons, encoded, strict=True)
@@ -176,47 +166,52 @@ def encode_comparisons(comparisons: Sequence[Comparison], encode: EncodeBranches
 
 
 def read_comparisons(
-    name: str,
-    comparisons: Iterator[Comparison | str],
-    encode: EncodeBranches,
+    path: str,
+    chat: ChatFormat,
     context: int,
-    on_long: str,
     bad: BadRecords,
-    unknown: int | None = None,
+    *,
+    on_long: str,
+    limit: int | None = None,
+    quiet: bool = False,
     observe: Callable[[list[str]], object] | None = None,
-    progress: Callable[[int], object] = lambda count: None,
 ) -> tuple[Comparisons, str]:
-    """The comparisons of one source, and a digest of what they are made of.
+    """Read the comparisons of one file, and a digest of what they are made of.
 
     Those with an answer that is longer than the context, prompt included, lose the beginning of the prompt where that
-    is enough ("truncate"), or are left out; a record that `encode` refuses is bad. `observe` receives the texts. Raises
+    is enough ("truncate"), or are left out; a record that `chat` refuses is bad. `observe` receives the texts. Raises
     UserError for one that is too long under "error", and where nothing is left.
     """
-    source, digest = Comparisons(name), sha256()
-    while chunk := list(islice(comparisons, READ_AT_ONCE)):
-        source.counts["read"] += len(chunk)
-        source.counts.update(f"skipped: {item}" for item in chunk if isinstance(item, str))
-        usable = [item for item in chunk if not isinstance(item, str)]
-        if observe is not None:
-            observe([item.said for item in usable])
-        encoded = encode_good(usable, lambda some: encode_comparisons(some, encode), name, bad)
-        for comparison, candidates in encoded:
-            if unknown is not None and any((ids == unknown).any() for ids in (candidates.prompt, *candidates.answers)):
-                bad.count_unused(name, (OUTSIDE,))
-            fitting = fitted(candidates, context, on_long, comparison.where, source.counts)
-            if fitting is None:
-                continue
-            for ids in (fitting.prompt, *fitting.answers):
-                digest.update(ids.tobytes())
-            digest.update(repr((fitting.ranks, fitting.margin)).encode())
-            source.held.append(replace(fitting, number=len(source.held)))
-        progress(len(chunk))
-    bad.report(name)
+    source, digest = Comparisons(name_of(path)), sha256()
+    comparisons = read_jsonl([path], limit, read_comparison, bad)
+    with Progress(f"read {source.name}", unit="comparisons", quiet=quiet) as progress:
+        while chunk := list(islice(comparisons, READ_AT_ONCE)):
+            source.counts["read"] += len(chunk)
+            source.counts.update(f"skipped: {item}" for item in chunk if isinstance(item, str))
+            usable = [item for item in chunk if not isinstance(item, str)]
+            if observe is not None:
+                observe([item.said for item in usable])
+            encoded = encode_good(usable, lambda some: encode_comparisons(some, chat), source.name, bad)
+            for comparison, candidates in encoded:
+                texts = (candidates.prompt, *candidates.answers)
+                if chat.unk_id is not None and any((ids == chat.unk_id).any() for ids in texts):
+                    bad.count_unused(source.name, (OUTSIDE,))
+                fitting = fitted(candidates, context, on_long, comparison.where, source.counts)
+                if fitting is None:
+                    continue
+                for ids in (fitting.prompt, *fitting.answers):
+                    digest.update(ids.tobytes())
+                digest.update(repr((fitting.ranks, fitting.margin)).encode())
+                source.held.append(replace(fitting, number=len(source.held)))
+            progress.advance(len(chunk))
+    bad.report(source.name)
+    others = ", ".join(f"{key} {count}" for key, count in source.counts.items() if key != "read")
+    records = counted(source.counts["read"], "record")
     if not source.held:
-        reasons = ", ".join(f"{key} {count}" for key, count in source.counts.items() if key != "read")
-        raise UserError(
-            f"{name}: nothing to learn from in {counted(source.counts['read'], 'record')} ({reasons or 'it is empty'})"
-        )
+        raise UserError(f"{source.name}: nothing to learn from in {records} ({others or 'it is empty'})")
+    others = f", {others}" if others else ""
+    tokens = quantity(source.inputs)
+    say(f"{source.name}: {records}{others}; {counted(len(source), 'comparison')}, {tokens} tokens", quiet)
     return source, digest.hexdigest()
 
 

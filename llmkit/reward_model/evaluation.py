@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
@@ -15,11 +15,11 @@ from llmkit.errors import UserError
 from llmkit.reward_model.comparisons import Candidates, Comparisons
 from llmkit.reward_model.head import RewardModel
 from llmkit.reward_model.loss import ROW_TOKENS, score_comparisons
+from llmkit.tokenizer.encoding import Tokenizer
 
 STANDARD_ERRORS = 1.959964  # of a 95% interval
 BINS = 10  # of confidence: Guo et al. 2017 use 15 for 10,000 answers, ours are fewer
 MARKDOWN = re.compile(r"\*\*|__|`|^#{1,6} |^[^\S\n]*(?:[-*+]|\d+[.)]) |^\|", re.MULTILINE)
-FEATURES = ("length", "formatting")
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
@@ -57,31 +57,32 @@ def judge(
     sources: Sequence[Comparisons],
     pad: int,
     *,
-    baseline: bool = False,
-    read: Callable[[np.ndarray], str] | None = None,
+    tokenizer: Tokenizer | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The evaluation of a reward model on held-out comparisons: "overall", "by_source" and what is asked for.
+    """Evaluate a reward model on held-out comparisons: "overall" and "by_source".
 
-    With `baseline`, "baseline_length" evaluates the number of tokens of an answer (or its negative, where that is
-    right more often) as its score. `read` turns the tokens of an answer into text, and asks for "biases". Raises
-    UserError where no comparison has a better and a worse answer.
+    With a tokenizer, "baseline_length" evaluates the number of tokens of an answer (or its negative, where that is
+    right more often) as its score, and "biases" is that of `biases`. Raises UserError where no comparison has a better
+    and a worse answer.
     """
     check_unequal(sources)
     shuffled = [shuffled_answers(source.held, seed) for source in sources]
-    scores = [_rewards(model, comparisons, pad) for comparisons in shuffled]
+    scores = []  # for each source (K,) of each comparison, the mean of the heads
+    for part in shuffled:
+        scored = dict(score_comparisons(model, part, ROW_TOKENS, pad))
+        scores.append([scored[number].mean(-1) for number in range(len(part))])
     comparisons = [candidates for part in shuffled for candidates in part]
     rewards = [reward for part in scores for reward in part]
     figures: dict[str, Any] = {"overall": evaluate(rewards, comparisons), "by_source": {}}
     for source, part, its_scores in zip(sources, shuffled, scores, strict=True):
         if any(len(set(candidates.ranks)) > 1 for candidates in part):
             figures["by_source"][source.name] = evaluate(its_scores, part)
-    if baseline:
+    if tokenizer is not None:
         lengths = [np.array([len(answer) for answer in candidates.answers], float) for candidates in comparisons]
         both = [evaluate([sign * length for length in lengths], comparisons) for sign in (1, -1)]
         figures["baseline_length"] = max(both, key=lambda scored: scored["accuracy"])
-    if read is not None:
-        figures["biases"] = biases(rewards, comparisons, read, seed)
+        figures["biases"] = biases(rewards, comparisons, tokenizer, seed)
     return figures
 
 
@@ -90,12 +91,6 @@ def check_unequal(sources: Sequence[Comparisons]) -> None:
     if not any(len(set(candidates.ranks)) > 1 for source in sources for candidates in source.held):
         names = ", ".join(source.name for source in sources)
         raise UserError(f"{names}: nothing to evaluate on: no held-out comparison has a better and a worse answer")
-
-
-def _rewards(model: RewardModel, comparisons: Sequence[Candidates], pad: int) -> list[np.ndarray]:
-    """(K,) of each comparison: the mean of the heads."""
-    scored = dict(score_comparisons(model, comparisons, ROW_TOKENS, pad))
-    return [scored[number].mean(-1) for number in range(len(comparisons))]
 
 
 def evaluate(scores: Sequence[np.ndarray], comparisons: Sequence[Candidates]) -> dict[str, Any]:
@@ -157,18 +152,21 @@ def shuffled_answers(comparisons: Sequence[Candidates], seed: int) -> list[Candi
 
 
 def biases(
-    scores: Sequence[np.ndarray], comparisons: Sequence[Candidates], read: Callable[[np.ndarray], str], seed: int
+    scores: Sequence[np.ndarray], comparisons: Sequence[Candidates], tokenizer: Tokenizer, seed: int
 ) -> dict[str, Any]:
     """Correlate differences of scores with length and formatting (Spearman), over the pairs of unequal rank.
 
-    `length` is in tokens, `formatting` counts Markdown's marks in the text that `read` makes of an answer. Beside each
+    `length` is in tokens, `formatting` counts Markdown's marks in the text of an answer. Beside each
     the same correlation of the labels, which a perfect judge would show. The place of an answer needs no figure: its
     score is computed as if it stood alone.
     """
     rng = np.random.default_rng(seed)
     rows: list[tuple[float, ...]] = []
     for scored, candidates in zip(scores, comparisons, strict=True):
-        features = [(len(ids), len(MARKDOWN.findall(read(ids)))) for ids in candidates.answers]
+        texts = [tokenizer.decode(ids.tolist(), skip_specials=True) for ids in candidates.answers]
+        features = [
+            (len(ids), len(MARKDOWN.findall(text))) for ids, text in zip(candidates.answers, texts, strict=True)
+        ]
         for i, j in combinations(range(len(candidates.answers)), 2):
             if candidates.ranks[i] != candidates.ranks[j]:
                 i, j = (i, j) if rng.random() < 0.5 else (j, i)  # else a place would always be taken from a later one
@@ -178,5 +176,5 @@ def biases(
     score, label, *columns = np.array(rows).T
     return {
         name: {"score": correlation(score, column), "label": correlation(label, column)}
-        for name, column in zip(FEATURES, columns, strict=True)
+        for name, column in zip(("length", "formatting"), columns, strict=True)
     }

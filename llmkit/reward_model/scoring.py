@@ -25,8 +25,8 @@ RECORDS_AT_ONCE = 256  # records: enough to fill batches, few enough to answer s
 
 
 @dataclass
-class _Asked:
-    """Neighbouring records with the same prompt: `answers` of all of them, as many of each as `counts` says."""
+class _Group:
+    """Neighbouring records with the same prompt, and the answers of all of them, `counts` of each."""
 
     prompt: tuple[Message, ...]
     rows: list[Row]
@@ -64,13 +64,13 @@ class Scorer:
                     self.chat.encode_branches([(prompt, [answer])])
         return row
 
-    def _scores(self, groups: Sequence[_Asked]) -> list[list[np.ndarray | None]]:
+    def _scores(self, groups: Sequence[_Group]) -> list[list[np.ndarray | None]]:
         """(heads,) of each answer of each group, None for one that is too long."""
         context = self.model.config.max_position_embeddings
         compared = [Comparison(group.prompt, tuple(group.answers), (0,) * len(group.answers)) for group in groups]
         scores: list[list[np.ndarray | None]] = [[None] * len(group.answers) for group in groups]
         units: list[tuple[Candidates, list[tuple[int, int]]]] = []  # what is scored, and where its scores go
-        for group, whole in enumerate(encode_comparisons(compared, self.chat.encode_branches)):
+        for group, whole in enumerate(encode_comparisons(compared, self.chat)):
             for first, last in whole.spans(max(ROW_TOKENS, context)):  # attention costs the square of a row
                 part = Candidates(whole.prompt, whole.answers[first:last], whole.ranks[first:last])
                 places = [(group, answer) for answer in range(first, last)]
@@ -87,18 +87,18 @@ class Scorer:
         return scores
 
 
-def _grouped(rows: Iterable[Row]) -> Iterator[_Asked]:
+def _grouped(rows: Iterable[Row]) -> Iterator[_Group]:
     """Neighbours with the same prompt, and of the same form: one completion a record, or several."""
     read = ((read_prompt(row), "completions" in row.value, row, read_answers(row)) for row in rows)
     for (prompt, _), neighbours in groupby(read, key=itemgetter(0, 1)):
         records = list(neighbours)
         answers = [answer for *_, some in records for answer in some]
-        yield _Asked(prompt, [row for _, _, row, _ in records], answers, [len(some) for *_, some in records])
+        yield _Group(prompt, [row for _, _, row, _ in records], answers, [len(some) for *_, some in records])
 
 
-def _chunks(groups: Iterator[_Asked]) -> Iterator[list[_Asked]]:
+def _chunks(groups: Iterator[_Group]) -> Iterator[list[_Group]]:
     """Whole prompts, of RECORDS_AT_ONCE records or a few more."""
-    chunk: list[_Asked] = []
+    chunk: list[_Group] = []
     for group in groups:
         chunk.append(group)
         if sum(len(each.rows) for each in chunk) >= RECORDS_AT_ONCE:
@@ -108,7 +108,7 @@ def _chunks(groups: Iterator[_Asked]) -> Iterator[list[_Asked]]:
         yield chunk
 
 
-def _records(group: _Asked, scores: Sequence[np.ndarray | None], rank: bool) -> Iterator[dict[str, Any]]:
+def _records(group: _Group, scores: Sequence[np.ndarray | None], rank: bool) -> Iterator[dict[str, Any]]:
     remaining = iter(scores)
     records = []
     for row, count in zip(group.rows, group.counts, strict=True):

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from llmkit.config import (
-    DECAY_FRACTION,
-    MICRO_BATCH_TOKENS,
-    TuningConfig,
-    argument,
-    option,
-)
+from llmkit.config import DECAY_FRACTION, MICRO_BATCH_TOKENS, TuningConfig, argument, option
 from llmkit.errors import GateError, UserError
-from llmkit.io.jsonl import check_inputs, name_of, open_output, read_jsonl, write_json
+from llmkit.io.jsonl import check_inputs, open_output, read_jsonl, write_json
 from llmkit.io.progress import Progress, counted, duration, quantity, say
 from llmkit.io.records import BadRecords
 from llmkit.io.run_folder import check_model_folder
 
 if TYPE_CHECKING:
+    from llmkit.data.mixture import Mixture
     from llmkit.data.sources import DataFile
     from llmkit.reward_model.comparisons import Comparisons
     from llmkit.tokenizer.chat import ChatFormat
-    from llmkit.tokenizer.encoding import Tokenizer
+    from llmkit.training.finetuning import Tuning
+    from llmkit.training.run import Run
+    from llmkit.training.trainer import Trainer
 
 LEARNING_RATE = 1.5e-3  # of AdamW at a width of 256; docs/experiments.md, "Reward models"
 EVALUATION = "evaluation.json"
@@ -38,10 +36,10 @@ class TrainRewardConfig(TuningConfig):
     examples: ClassVar[str] = """
         Examples:
           llmkit train-reward chat/ --data prefs.jsonl --val held-out.jsonl -o judge/
-          llmkit train-reward chat/ --data hh.jsonl.gz:0.7 --data ours.jsonl:0.3 --ensemble 4 --probe-biases -o judge/
+          llmkit train-reward chat/ --data hh.jsonl.gz:0.7 --data ours.jsonl:0.3 --ensemble 4 -o judge/
           llmkit sample chat/ --jsonl -n 8 < prompts.jsonl | llmkit train-reward --score judge/ - | jq .reward
           llmkit train-reward --score judge/ --rank completions.jsonl | jq -c 'select(.rank == 1)'
-          llmkit train-reward --score judge/ --val held-out.jsonl --probe-biases
+          llmkit train-reward --score judge/ --val held-out.jsonl --fail-under 0.6
 
         A record is {"prompt", "chosen", "rejected"}, if you like with the "margin" between them; two conversations
         with the same beginning; a transcript of hh-rlhf; or {"prompt", "completions", "ranking"}, 1 for the best and
@@ -68,12 +66,6 @@ class TrainRewardConfig(TuningConfig):
 
     ensemble: int = option(
         1, "Heads of the ensemble; their spread is the uncertainty.", group="Judge", at_least=1, at_most=64
-    )
-    baseline: str = option(
-        "length", "Simple judge to compare with.", group="Judge", choices=("length", "none"), free=True
-    )
-    probe_biases: bool = option(
-        False, "Correlation of the scores with length and formatting.", group="Judge", free=True
     )
     fail_under: float | None = option(
         None, "Least accuracy; exit code 3 below it.", group="Judge", at_least=0, at_most=1, free=True
@@ -132,80 +124,37 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
         _check_gate(config, results["val_accuracy"])
         return Summary(**results)
 
-    import numpy as np
-
-    from llmkit.data.mixture import Mixture, Source
-    from llmkit.reward_model.comparisons import packed_comparisons
     from llmkit.reward_model.evaluation import check_unequal, judge
     from llmkit.reward_model.head import RewardModel, save_reward_model
-    from llmkit.reward_model.loss import ComparisonLoss, row_length
-    from llmkit.training import speed
     from llmkit.training.finetuning import load_for_tuning, never_last_id
-    from llmkit.training.optimizer import Schedule, warn_of_long_warmup
-    from llmkit.training.plan import training_memory
-    from llmkit.training.trainer import TrainerSettings
 
     # load
     run.join()
-    tuning = load_for_tuning(
-        str(config.inputs[0]),
-        device=run.device,
-        dtype=run.dtype,
-        reshape=lambda base: RewardModel.of(base, config.ensemble, config.seed),
-    )
+    of_base = partial(RewardModel.of, heads=config.ensemble, seed=config.seed)
+    tuning = load_for_tuning(str(config.inputs[0]), device=run.device, dtype=run.dtype, reshape=of_base)
     model, pad = cast(RewardModel, tuning.model), never_last_id(tuning)
-    training, held_out, digests = _read_all(config, files, tuning.chat, tuning.context, run.bad)
+    training, held_out, digests = _read_all(config, files, tuning, run.bad)
     check_unequal(held_out)
 
     # build
-    row_tokens = row_length(np.concatenate([source.sizes for source in training]))
-    comparisons = sum(map(len, training))
-    if (batch := min(config.batch_size, comparisons)) < config.batch_size:
-        say(f"--batch-size {config.batch_size:,} becomes {batch:,}, for there are no more comparisons", config.quiet)
-    rows = max(1, round(batch * sum(source.inputs for source in training) / comparisons / row_tokens))
-    sources = [Source(one, file.weight or float(one.inputs)) for one, file in zip(training, files, strict=True)]
     tuning = tuning.with_adapter(config.lora_rank, config.lora_alpha, config.seed)
-    tuning.check_memory(min(config.micro_batch_size or 1, rows) * row_tokens)
-    mixture = Mixture(sources, row_tokens, rows, pad, config.seed, packed_comparisons)
-    steps = config.max_steps or mixture.steps_for((config.epochs or 1) * mixture.inputs)
-    say(
-        f"{counted(steps, 'step')} of {counted(rows, 'row')} of {row_tokens} tokens, "
-        f"{counted(comparisons * rows * row_tokens // mixture.inputs, 'comparison')} or so each; "
-        f"{quantity(tuning.trained_parameters)} parameters trained",
-        config.quiet,
-    )
-    warmup_steps = steps // 20 if config.warmup_steps is None else config.warmup_steps
-    warn_of_long_warmup(warmup_steps, steps, config.quiet)
-    loss = ComparisonLoss(config.seed)
-    micro_rows = config.micro_batch_size or max(1, MICRO_BATCH_TOKENS // row_tokens)
-    flops_per_token = tuning.model.config.flops_per_token(row_tokens)
-    flops = flops_per_token * rows * row_tokens * steps
-    if config.dry_run:
-        memory = sum(training_memory(tuning.model.config, micro_rows * row_tokens, tuning.trained_parameters))
-        seconds = steps * speed.batch_seconds(model, loss, mixture.batch(0), micro_rows, run.device)
-        say(f"about {memory / 1e9:.2f} GB of memory, {flops:.3g} FLOPs, {duration(seconds)} to train", config.quiet)
+    mixture, steps = _plan(config, files, training, tuning, pad)
+    trainer = _trainer(run, tuning, mixture, steps, digests)
+    if trainer is None:
         return None
-    run.world.check_rows(rows, f"--batch-size: rows of {row_tokens} tokens")
-    run.begin({"the data": digests})
-    optimizer = tuning.build_optimizer(config.learning_rate, config.weight_decay, anchor=LEARNING_RATE)
-    settings = TrainerSettings(micro_rows, flops_per_token=flops_per_token)
-    trainer = run.trainer(model, optimizer, Schedule(warmup_steps, DECAY_FRACTION), loss, settings)
 
     # train
     def validate() -> dict[str, float]:
         overall = judge(model, held_out, pad)["overall"]
         return {"val_loss": overall["loss"], "val_accuracy": overall["accuracy"]}
 
+    evaluate = validate if config.eval_every else None
     with run.training(trainer):
-        trainer.fit(
-            mixture.prefetch(trainer.step),
-            total_steps=steps,
-            evaluate=validate if config.eval_every else None,
-        )
+        trainer.fit(mixture.prefetch(trainer.step), total_steps=steps, evaluate=evaluate)
 
     # save
-    evaluation = judge(model, held_out, pad, **_asked_for(config, tuning.tokenizer))
-    values = optimizer.whole_masters()
+    evaluation = judge(model, held_out, pad, tokenizer=tuning.tokenizer, seed=config.seed)
+    values = trainer.optimizer.whole_masters()
     if not run.world.leads:
         return None
 
@@ -215,22 +164,13 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
         tuning.save(folder, values, write=lambda trained, folder: save_reward_model(trained, folder, pad))
 
     _say_evaluation(evaluation, config.quiet)
-    overall = evaluation["overall"]
-    results = {
-        **trainer.results(),
-        "comparisons": comparisons,
-        "trained_parameters": tuning.trained_parameters,
-        **{f"val_{name}": overall[name] for name in ("comparisons", "accuracy", "accuracy_95", "loss")},
-    }
+    results = _results(trainer, training, tuning, evaluation)
     inputs = [file.path for file in files if file.path != "-"]
     results = run.finish(results, inputs=inputs, parents=[str(config.inputs[0])], write=write)
-    _check_gate(config, overall["accuracy"])
+    _check_gate(config, evaluation["overall"]["accuracy"])
 
     # summarise
     return Summary(**results)
-
-
-# ---- what is asked for
 
 
 def _checked(config: TrainRewardConfig) -> list[DataFile]:
@@ -249,23 +189,19 @@ def _checked(config: TrainRewardConfig) -> list[DataFile]:
     return parse_data(config.data)
 
 
-# ---- data
-
-
 def _read_all(
-    config: TrainRewardConfig, files: Sequence[DataFile], chat: ChatFormat, context: int, bad: BadRecords
+    config: TrainRewardConfig, files: Sequence[DataFile], tuning: Tuning, bad: BadRecords
 ) -> tuple[list[Comparisons], list[Comparisons], list[str]]:
     """Comparisons to learn from, those held out, and a digest of each source."""
     from llmkit.data.overlap import Overlap
 
+    read = _reader(config, tuning.chat, tuning.context, bad)
     texts: list[str] = []
-    held_out = [_read(config, path, chat, context, bad, texts.extend)[0] for path in config.val]
+    held_out = [read(path, observe=texts.extend)[0] for path in config.val]
     overlap = Overlap.of_texts(texts)
-    observe = overlap.compare_texts if held_out else None
-    read = [_read(config, file.path, chat, context, bad, observe) for file in files]
+    encoded = [read(file.path, observe=overlap.compare_texts if held_out else None) for file in files]
     overlap.report(config.quiet)
-    digests = [digest for _, digest in read]
-    sources = [source for source, _ in read]
+    sources, digests = [source for source, _ in encoded], [digest for _, digest in encoded]
     if config.val:
         return sources, held_out, digests
     parts = [source.split(config.val_fraction, config.seed) for source in sources]
@@ -273,36 +209,81 @@ def _read_all(
     return [training for training, _ in parts], [part for _, part in parts], digests
 
 
-def _read(
-    config: TrainRewardConfig,
-    path: str,
-    chat: ChatFormat,
-    context: int,
-    bad: BadRecords,
-    observe: Callable[[list[str]], object] | None = None,
-) -> tuple[Comparisons, str]:
-    from llmkit.formats.preferences import read_comparison
+def _reader(
+    config: TrainRewardConfig, chat: ChatFormat, context: int, bad: BadRecords
+) -> Callable[..., tuple[Comparisons, str]]:
+    """`read_comparisons` with the options of the command; it is called with a path."""
     from llmkit.reward_model.comparisons import read_comparisons
 
-    with Progress(f"read {name_of(path)}", unit="comparisons", quiet=config.quiet) as progress:
-        source, digest = read_comparisons(
-            name_of(path),
-            read_jsonl([path], config.limit, read_comparison, bad),
-            chat.encode_branches,
-            context,
-            config.on_long,
-            bad,
-            chat.unk_id,
-            observe,
-            progress.advance,
-        )
-    others = "".join(f", {key} {count}" for key, count in source.counts.items() if key != "read")
+    options = {"on_long": config.on_long, "limit": config.limit, "quiet": config.quiet}
+    return partial(read_comparisons, chat=chat, context=context, bad=bad, **options)
+
+
+def _plan(
+    config: TrainRewardConfig, files: Sequence[DataFile], training: list[Comparisons], tuning: Tuning, pad: int
+) -> tuple[Mixture, int]:
+    """The batches and the number of steps."""
+    import numpy as np
+
+    from llmkit.data.mixture import Mixture, Source
+    from llmkit.reward_model.comparisons import packed_comparisons
+    from llmkit.reward_model.loss import row_length
+
+    row_tokens = row_length(np.concatenate([source.sizes for source in training]))
+    comparisons = sum(map(len, training))
+    if (batch := min(config.batch_size, comparisons)) < config.batch_size:
+        say(f"--batch-size {config.batch_size:,} becomes {batch:,}, for there are no more comparisons", config.quiet)
+    rows = max(1, round(batch * sum(source.inputs for source in training) / comparisons / row_tokens))
+    tuning.check_memory(min(config.micro_batch_size or 1, rows) * row_tokens)
+    sources = [Source(one, file.weight or float(one.inputs)) for one, file in zip(training, files, strict=True)]
+    mixture = Mixture(sources, row_tokens, rows, pad, config.seed, packed_comparisons)
+    steps = config.max_steps or mixture.steps_for((config.epochs or 1) * mixture.inputs)
     say(
-        f"{source.name}: {counted(source.counts['read'], 'record')}{others}; {counted(len(source), 'comparison')}, "
-        f"{quantity(source.inputs)} tokens",
+        f"{counted(steps, 'step')} of {counted(rows, 'row')} of {row_tokens} tokens, "
+        f"{counted(comparisons * rows * row_tokens // mixture.inputs, 'comparison')} or so each; "
+        f"{quantity(tuning.trained_parameters)} parameters trained",
         config.quiet,
     )
-    return source, digest
+    return mixture, steps
+
+
+def _trainer(run: Run, tuning: Tuning, mixture: Mixture, steps: int, digests: list[str]) -> Trainer | None:
+    """The trainer; of a dry run none, but what training would cost is said."""
+    from llmkit.reward_model.loss import ComparisonLoss
+    from llmkit.training.optimizer import Schedule, warn_of_long_warmup
+    from llmkit.training.plan import training_memory
+    from llmkit.training.speed import batch_seconds
+    from llmkit.training.trainer import TrainerSettings
+
+    config, row_tokens = cast(TrainRewardConfig, run.config), mixture.sequence_length
+    warmup_steps = steps // 20 if config.warmup_steps is None else config.warmup_steps
+    warn_of_long_warmup(warmup_steps, steps, config.quiet)
+    loss = ComparisonLoss(config.seed)
+    micro_rows = config.micro_batch_size or max(1, MICRO_BATCH_TOKENS // row_tokens)
+    flops_per_token = tuning.model.config.flops_per_token(row_tokens)
+    if config.dry_run:
+        flops = flops_per_token * mixture.batch_size * row_tokens * steps
+        memory = sum(training_memory(tuning.model.config, micro_rows * row_tokens, tuning.trained_parameters))
+        seconds = steps * batch_seconds(tuning.model, loss, mixture.batch(0), micro_rows, run.device)
+        say(f"about {memory / 1e9:.2f} GB of memory, {flops:.3g} FLOPs, {duration(seconds)} to train", config.quiet)
+        return None
+    run.world.check_rows(mixture.batch_size, f"--batch-size: rows of {row_tokens} tokens")
+    run.begin({"the data": digests})
+    optimizer = tuning.build_optimizer(config.learning_rate, config.weight_decay, anchor=LEARNING_RATE)
+    settings = TrainerSettings(micro_rows, flops_per_token=flops_per_token)
+    return run.trainer(tuning.model, optimizer, Schedule(warmup_steps, DECAY_FRACTION), loss, settings)
+
+
+def _results(
+    trainer: Trainer, training: Sequence[Comparisons], tuning: Tuning, evaluation: dict[str, Any]
+) -> dict[str, Any]:
+    overall = evaluation["overall"]
+    return {
+        **trainer.results(),
+        "comparisons": sum(map(len, training)),
+        "trained_parameters": tuning.trained_parameters,
+        **{f"val_{name}": overall[name] for name in ("comparisons", "accuracy", "accuracy_95", "loss")},
+    }
 
 
 # ---- scores
@@ -340,16 +321,14 @@ def _score(config: TrainRewardConfig) -> Scored | None:
             config.quiet,
         )
         return None
-    pad = chat.end_id
+    pad, bad = chat.end_id, BadRecords(config.max_bad, config.quiet)
     if config.val:
-        context = model.config.max_position_embeddings
-        bad = BadRecords(config.max_bad, config.quiet)
-        held_out = [_read(config, path, chat, context, bad)[0] for path in config.val]
-        evaluation = judge(model, held_out, pad, **_asked_for(config, tokenizer))
+        read = _reader(config, chat, model.config.max_position_embeddings, bad)
+        held_out = [read(path)[0] for path in config.val]
+        evaluation = judge(model, held_out, pad, tokenizer=tokenizer, seed=config.seed)
         _say_evaluation(evaluation, config.quiet)
         _check_gate(config, evaluation["overall"]["accuracy"])
         return Scored(evaluation=evaluation)
-    bad = BadRecords(config.max_bad, config.quiet)
     scorer = Scorer(model, chat, pad)
     out = config.out or "-"
     rows = read_jsonl(config.inputs or ["-"], config.limit, scorer.checked, bad)
@@ -359,15 +338,6 @@ def _score(config: TrainRewardConfig) -> Scored | None:
             progress.advance()
     say(", ".join(f"{what} {count}" for what, count in scorer.counts.items()) or "nothing to score", config.quiet)
     return None if out == "-" else Scored(path=out, counts=dict(scorer.counts), **bad.results)
-
-
-# ---- how good it is
-
-
-def _asked_for(config: TrainRewardConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Collect the options of an evaluation."""
-    read = (lambda ids: tokenizer.decode(ids.tolist(), skip_specials=True)) if config.probe_biases else None
-    return {"baseline": config.baseline == "length", "read": read, "seed": config.seed}
 
 
 def _say_evaluation(evaluation: dict[str, Any], quiet: bool) -> None:

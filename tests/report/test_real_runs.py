@@ -40,7 +40,7 @@ def made(llmkit, tmp_path_factory) -> Path:
         "sft base/ --data chats.jsonl --val chats.jsonl --eval-every 2 --sample-every 2 --max-steps 4 "
         "--sequence-length 64 --batch-tokens 256 -o chat/",
         "probe-knowledge chat/ --questions q.jsonl -n 2 --max-tokens 4 --balance none -o taught.jsonl --report p.jsonl",
-        "train-reward chat/ --data prefs.jsonl --max-steps 3 --eval-every 2 --probe-biases -o judge/",
+        "train-reward chat/ --data prefs.jsonl --max-steps 3 --eval-every 2 -o judge/",
         "rl chat/ --data problems.jsonl --val problems.jsonl --limit 8 --eval-every 2 --reward rm:judge/ "
         "--reward length:-0.1 --gold verifier --group 4 --batch-size 4 --max-tokens 4 --max-steps 3 "
         "--sample-every 1 -o policy/",

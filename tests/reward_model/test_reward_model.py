@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import permutations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -177,7 +178,7 @@ def test_calibration_of_a_judge_that_is_too_sure():
 def test_a_judge_that_counts_tokens_is_seen_through():
     comparisons = Comparisons("c", some_comparisons(200, seed=4))
     lengths = [np.array([len(answer) for answer in one.answers], float) for one in comparisons.held]
-    found = biases(lengths, comparisons.held, lambda ids: "", seed=0)
+    found = biases(lengths, comparisons.held, SimpleNamespace(decode=lambda ids, skip_specials: ""), seed=0)
     assert found["length"]["score"] > 0.99 and abs(found["length"]["label"]) < 0.2
     assert found["formatting"] == {"score": 0.0, "label": 0.0}
 

@@ -56,9 +56,7 @@ def data(tmp_path_factory) -> Path:
 def trained(base, data, llmkit, tmp_path_factory) -> tuple[Path, dict, str]:
     """A judge of three heads, the summary and what was said on the way."""
     out = tmp_path_factory.mktemp("judge") / "judge"
-    done = llmkit(
-        "train-reward", base, "--data", data, "--ensemble", "3", "--epochs", "3", "--probe-biases", *SPEED, "-o", out
-    )
+    done = llmkit("train-reward", base, "--data", data, "--ensemble", "3", "--epochs", "3", *SPEED, "-o", out)
     assert done.returncode == 0, done.stderr
     return out, json.loads(done.stdout), done.stderr
 
