@@ -195,14 +195,6 @@ def conversation(*turns: str) -> list[dict]:
     return [{"role": role, "content": said} for role, said in zip(("user", "assistant") * 2, turns, strict=False)]
 
 
-FINETUNING = {
-    "prompt and completion": [{"prompt": "The sky is", "completion": " blue."}],
-    "conversational prompt and completion": [
-        {"prompt": conversation("What is it?"), "completion": [{"role": "assistant", "content": "Blue."}]}
-    ],
-    "messages": [{"messages": conversation("What is it?", "Blue.", "Sure?", "Yes.")}],
-    "language modelling": [{"text": "The sky is blue."}],
-}
 PREFERENCES = {
     "explicit prompt": {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."},
     "implicit prompt": {"chosen": "The sky is blue.", "rejected": "The sky is green."},
@@ -216,17 +208,6 @@ PREFERENCES = {
         "rejected": conversation("What is it?", "Green."),
     },
 }
-
-
-@pytest.mark.parametrize("form", FINETUNING)
-def test_sft_reads_trl_s_forms(made: Path, form: str, tmp_path: Path) -> None:
-    from llmkit.stages import sft
-
-    data = (pipeline.write(tmp_path / "data.jsonl", FINETUNING[form] * 4),)
-    sizes = {"sequence_length": 96, "batch_tokens": 96, "max_steps": 1}
-    config = sft.SftConfig(model=str(made / "chat"), data=data, out=str(tmp_path / "out"), **sizes, **pipeline.TUNING)
-    summary = sft.run(config)
-    assert summary is not None and summary.loss > 0
 
 
 @pytest.mark.parametrize("form", PREFERENCES)

@@ -29,7 +29,6 @@ def row(**value) -> Row:
         {"chosen": "\n\nHuman: 2 + 2?\n\nAssistant: 4", "rejected": "\n\nHuman: 2 + 2?\n\nAssistant: 5"},
         {"conversations": [{"from": "human", "value": "2 + 2?"}], "chosen": {"from": "gpt", "value": "4"},
          "rejected": {"from": "gpt", "value": "5"}},
-        {"instruction": "2 + 2?", "input": "", "chosen": "4", "rejected": "5"},
         {"prompt": "2 + 2?", "completions": ["4", "5"], "ranking": [1, 2]},
     ],
 )  # fmt: skip
@@ -43,12 +42,6 @@ def test_margin_and_ranks_with_ties():
     assert read_comparison(row(prompt="?", completions=["a", "b"], ranking=[9, 4.5])).ranks == (2, 1)
     assert read_comparison(row(prompt="?", chosen="a", rejected="b", margin=None)).margin == 0
     assert ranked.ranks == (2, 1, 2) and len(ranked.candidates) == 3
-
-
-def test_a_prompt_of_several_turns_ends_where_the_answers_differ():
-    begin = [USER, GOOD, {"role": "user", "content": "And 3 + 3?"}]
-    found = read_comparison(row(chosen=[*begin, {**GOOD, "content": "6"}], rejected=[*begin, {**BAD, "content": "7"}]))
-    assert len(found.prompt) == 3 and [side[0].text for side in found.candidates] == ["6", "7"]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +70,6 @@ def test_equal_answers_teach_nothing():
     [
         ({"prompt": "?"}, "expected 'chosen' and 'rejected', or 'completions' and 'ranking'"),
         ({"prompt": "?", "chosen": "a"}, "found no 'rejected'"),
-        ({"prompt": "?", "chosen": "a", "rejected": None}, "found no 'rejected'"),
         ({"prompt": "?", "chosen": "a", "rejected": 5}, "'rejected' to be text or messages, found a number"),
         (
             {"prompt": "?", "chosen": "a", "rejected": "b", "margin": "big"},
@@ -85,12 +77,10 @@ def test_equal_answers_teach_nothing():
         ),
         ({"prompt": "?", "chosen": "a", "rejected": "b", "margin": 1e300}, "from 0 to 10000, found 1e+300"),
         ({"prompt": "?", "completions": ["a", "b"], "ranking": [1]}, "2 ranks, one a completion, found 1"),
-        ({"prompt": "?", "completions": ["a", "b"]}, "2 ranks, one a completion, found null"),
         ({"prompt": "?", "completions": ["a"], "ranking": [1]}, "a list of answers, found 1"),
         ({"prompt": "?", "completions": ["a", "b"], "ranking": [1, "x"]}, "numbers, 1 the best, found 'x'"),
         ({"prompt": [USER], "chosen": [{**USER, "content": "9?"}, GOOD], "rejected": BAD}, "begin with the prompt"),
         ({"chosen": [USER], "rejected": [USER, BAD]}, "an answer of its own in 'chosen'"),
-        ({"chosen": "4", "rejected": "5"}, "to begin with '\\n\\nHuman:'"),
         ({"chosen": "forty", "rejected": "four"}, "to begin with '\\n\\nHuman:'"),
         ({"chosen": [USER, GOOD], "rejected": [{**USER, "content": "9?"}, BAD]}, "begin with the same prompt"),
         ({"chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, {**USER, "content": "9?"}, BAD]}, "the same prompt"),

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from scripted import ScriptedSampler
 
-from llmkit.errors import UserError
-from llmkit.formats.conversations import Message, Part, message, read_conversation
+from llmkit.formats.conversations import message, read_conversation
 from llmkit.formats.preferences import read_answers, read_comparison, read_prompt
 from llmkit.formats.problems import read_problem
 from llmkit.formats.questions import read_question
@@ -82,56 +81,33 @@ def test_thoughts_stand_before_the_answer():
         assert read_conversation(flat).messages[1].text == thought and read_conversation(flat).losses == ()
 
 
-def test_a_call_of_the_old_form_is_kept():
-    call = {"name": "get_weather", "arguments": '{"city": "Bergen"}'}
-    turns = [
-        {"role": "user", "content": "Weather?"},
-        {"role": "assistant", "content": "", "function_call": call},
-        {"role": "function", "name": "get_weather", "content": "rain"},
-        {"role": "assistant", "content": "It rains."},
-    ]
-    parts = read_conversation(row(messages=turns)).messages[1].parts
-    assert parts[0].text == '{"name": "get_weather", "arguments": {"city": "Bergen"}}' and len(parts) == 3
+TURNS = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "It is 4."}]
+TOOLS = [{"type": "function", "function": {"name": "weather"}}]
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "expected"),
+    ("read", "value", "losses"),
     [
-        ("f", "{broken}", "expected the arguments of 'f' in JSON, found '{broken}'"),
-        ("calculator", "{broken", "expected the arguments of 'calculator' in JSON"),
-        ("calculator", "{}", "expected an argument of 'calculator', found none"),
+        (read_conversation, {"prompt": "a", "completion": "b", "text": "a b", "images": ["x"]}, "text images"),
+        (read_conversation, {"messages": TURNS, "prompt": "2 + 2?", "answer": "4", "choices": ["3", "4"]}, "choices"),
+        (read_conversation, {"text": "Once", "prompt": "Tell."}, "prompt"),
+        (read_conversation, {"prompt": "a", "completion": "b", "label": "other"}, "label"),
+        (check_document, {"text": "Once", "id": 3, "messages": [1]}, "messages"),
+        (read_comparison, {"prompt": "a", "chosen": "b", "rejected": "c", "messages": [1]}, "messages"),
+        (read_question, {"question": "Who?", "answer": "I", "prompt": "?"}, "prompt"),
+        (read_question, {"question": "Who?", "answer": "I", "id": 3}, ""),
+        (read_problem, {"prompt": "a", "answer": "b", "images": ["x.png"]}, "images"),
+        (read_problem, {"question": "Who?", "context": "It was Ada.", "answer": "Ada"}, "context"),
+        (read_problem, {"instruction": "Add.", "input": "2 + 2", "output": "4"}, ""),
     ],
 )
-def test_broken_arguments_make_a_bad_record(name, arguments, expected):
-    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": name, "arguments": arguments}}]}
-    with pytest.raises(UserError, match=f"d.jsonl:3: {expected}"):
-        read_conversation(row(messages=[{"role": "user", "content": "?"}, call]))
+def test_what_is_known_and_not_used_is_named(read, value, losses):
+    assert read(row(**value)).losses == tuple(f"{name!r} not used" for name in losses.split())
 
 
-def test_plain_arguments_and_nulls_are_read():
-    call = {"function": {"name": "calculator", "arguments": "2+2"}}
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
-    assert read_conversation(row(messages=turns)).messages[1] == Message("assistant", (Part("calc", "2+2"),))
-    nulls = {"tool_calls": None, "function_call": None, "name": None, "weight": None, "reasoning_content": None}
-    turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4", **nulls}]
-    assert read_conversation(row(messages=turns)).messages == (ASKED, ANSWERED)
-
-
-def test_what_is_known_and_not_used_is_named():
-    assert read_conversation(row(prompt="a", completion="b", text="a b", images=["x"])).losses == (
-        "'text' not used",
-        "'images' not used",
-    )
-    turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "It is 4."}]
-    assert read_conversation(row(messages=turns, prompt="2 + 2?", answer="4", choices=["3", "4"])).losses == (
-        "'choices' not used",
-    )
-    assert read_conversation(row(text="Once", prompt="Tell.")).losses == ("'prompt' not used",)
-    assert read_conversation(row(prompt="a", completion="b", label="other")).losses == ("'label' not used",)
-    assert check_document(row(text="Once", id=3, messages=[1])).losses == ("'messages' not used",)
-    assert read_comparison(row(prompt="a", chosen="b", rejected="c", messages=[1])).losses == ("'messages' not used",)
-    asked = read_question(row(question="Who?", answer="I", prompt="?"))
-    assert not isinstance(asked, str) and asked.losses == ("'prompt' not used",)
+def test_definitions_of_tools_are_left_out():
+    assert read_conversation(row(messages=TURNS, tools=TOOLS)).losses == ("tool definitions left out",)
+    assert read_conversation(row(messages=TURNS, tools=[])).losses == ()
 
 
 def test_other_forms_of_pairs_and_questions():
@@ -185,7 +161,6 @@ def test_a_weight_in_a_comparison_and_options_of_a_server_are_named():
     assert len(list(prompts)) == 1
     unused = ("choices", "images", "temperature", "tools")
     assert sorted(prompts.left_out["not_used"]) == [f"{name!r} not used" for name in unused]
-    assert read_problem(row(prompt="a", answer="b", images=["x.png"])).losses == ("'images' not used",)
 
 
 def test_what_is_not_used_is_told_and_counted(capsys):

@@ -144,14 +144,6 @@ def test_train_reward_and_rl_train_it(foreign: Path) -> None:
     transformers.AutoModelForCausalLM.from_pretrained(place / "policy")
 
 
-def test_probe_knowledge_asks_the_assistant(chat: Path) -> None:
-    questions = pipeline.write(chat.parent / "q.jsonl", [{"question": "Who?", "answer": "Ada"}])
-    config = probe_knowledge.ProbeKnowledgeConfig(
-        model=str(chat), questions=(questions,), samples=1, max_tokens=4, out=str(chat.parent / "r.jsonl"), **RUN
-    )
-    assert probe_knowledge.run(config) is not None
-
-
 # ---- folders with a chat template of their own: every stage speaks it, in the tokens of `apply_chat_template`
 
 
@@ -259,35 +251,6 @@ def test_the_way_to_convert_pickles_works(tmp_path: Path) -> None:
     sample.run(
         sample.SampleConfig(model=str(tmp_path / "NEW_FOLDER"), prompt="The", max_tokens=2, out=str(tmp_path / "said"))
     )
-
-
-def test_the_real_folder_enters_every_stage(shared_data: Path, tmp_path: Path) -> None:
-    story = str(shared_data / "ckpt" / "story-llama")
-    data = pipeline.write(tmp_path / "chats.jsonl", [{"prompt": "Who?", "completion": "Lily."}] * 4)
-    prefs = pipeline.write(
-        tmp_path / "p.jsonl", [{"prompt": f"Say {i}", "chosen": "a", "rejected": "b"} for i in range(12)]
-    )
-    problems = pipeline.write(tmp_path / "q.jsonl", [{"prompt": f"Once {i}", "answer": "1"} for i in range(4)])
-    chat = str(tmp_path / "chat")
-    sft.run(sft.SftConfig(model=story, data=(data,), out=chat, max_steps=1, batch_tokens=256, **RUN))
-    train = train_reward.TrainRewardConfig(
-        inputs=(story,), data=(prefs,), max_steps=1, batch_size=4, out=str(tmp_path / "judge"), **RUN
-    )
-    assert train_reward.run(train) is not None
-    config = rl.RlConfig(
-        model=story, data=(problems,), reward=("format:(?s).*b.*",), group=8, batch_size=2, max_tokens=8, max_steps=1,
-        out=str(tmp_path / "policy"), **RUN,
-    )  # fmt: skip
-    assert rl.run(config) is not None
-    questions = pipeline.write(tmp_path / "questions.jsonl", [{"question": "Who?", "answer": "Lily"}])
-    config = probe_knowledge.ProbeKnowledgeConfig(
-        model=chat, questions=(questions,), samples=1, max_tokens=4, out=str(tmp_path / "r.jsonl"), **RUN
-    )
-    assert probe_knowledge.run(config) is not None
-    for model in (story, chat):
-        for form, out in (("hf", "wide"), ("gguf", "model.gguf")):
-            done = export.run(export.ExportConfig(model=model, format=form, out=str(tmp_path / out), **RUN))
-            assert done is not None and done.bytes > 2_000_000
 
 
 def test_the_folder_of_an_adapter_is_told_in_every_command(tmp_path):

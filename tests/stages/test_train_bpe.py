@@ -82,25 +82,6 @@ def test_transformers_loads_it(trained: Path) -> None:
     assert chat[0] == theirs.convert_tokens_to_ids("<|im_start|>") and theirs.bos_token_id not in chat
 
 
-def test_the_chat_template_renders_and_marks_what_the_assistant_says(trained: Path) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(trained)
-    parts = [{"type": "text", "text": "A fox"}, {"type": "text", "text": ".\n"}]
-    chat = [
-        {"role": "system", "content": " Be brief."},
-        {"role": "user", "content": "Who?\n"},
-        {"role": "assistant", "content": parts},
-    ]
-    question = "<|im_start|>system<|im_sep|> Be brief.<|im_end|><|im_start|>user<|im_sep|>Who?\n<|im_end|>"
-    opened = question + "<|im_start|>assistant<|im_sep|>"
-    assert tokenizer.apply_chat_template(chat[:2], tokenize=False, add_generation_prompt=True) == opened
-    assert tokenizer.apply_chat_template(chat, tokenize=False) == opened + "A fox.\n<|im_end|>"
-    found = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
-    said = [i for i, mask in zip(found["input_ids"], found["assistant_masks"], strict=True) if mask]
-    assert tokenizer.decode(said) == "A fox.\n<|im_end|>"
-
-
 def test_text_that_spells_special_tokens_is_text(tmp_path: Path) -> None:
     text = "<|im_start|>user<|endoftext|>\n" * 50 + "<|endoftext|>\n" * 50
     (tmp_path / "docs.jsonl").write_text(json.dumps({"text": text}) + "\n")
@@ -135,7 +116,7 @@ def test_a_small_corpus_gives_a_smaller_vocabulary_padded_to_a_multiple_of_64(ll
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"", "no text to train on"),
+        (b"", "docs.jsonl: no text to train on"),
         (b'{"text": ""}\n', "no text to train on"),
         (b'{"text": "a"}\n\nhello\n', "docs.jsonl:3: expected one JSON object a line"),
         (b'{"text": "a"}\n{"body": "b"}\n', "docs.jsonl:2: expected field 'text' (a document), found ['body']"),
@@ -152,20 +133,13 @@ def test_bad_documents_are_refused_in_one_line(llmkit, tmp_path: Path, content: 
     assert [path.name for path in tmp_path.iterdir()] == ["docs.jsonl"]
 
 
-def test_a_web_archive_is_no_text(llmkit, tmp_path: Path) -> None:
-    done = llmkit("train-bpe", "-", "-o", tmp_path / "tok", stdin="WARC/1.0\r\nWARC-Type: response\r\n\r\n")
-    assert done.returncode == 2
-    assert done.stderr == (
-        "llmkit: error: stdin: expected text, found a web archive; run llmkit crawl-filter on it first\n"
-    )
-
-
-def test_an_empty_stdin_is_called_stdin(llmkit, tmp_path: Path) -> None:
-    done = llmkit("train-bpe", "-", "-o", tmp_path / "tok", stdin="")
-    assert (done.returncode, done.stderr.splitlines()[-1].split(";")[0]) == (
-        2,
-        "llmkit: error: stdin: no text to train on",
-    )
+@pytest.mark.parametrize(
+    "content, message",
+    [("", "no text to train on"), ("WARC/1.0\r\nWARC-Type: response\r\n\r\n", "expected text, found a web archive")],
+)
+def test_what_is_no_text_on_stdin_is_called_stdin(llmkit, tmp_path: Path, content: str, message: str) -> None:
+    done = llmkit("train-bpe", "-", "-o", tmp_path / "tok", stdin=content)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(f"llmkit: error: stdin: {message}; ")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from hypothesis import strategies as st
 from llmkit.errors import UserError
 from llmkit.formats.conversations import Conversation, Message, Part, as_record, message, read_conversation
 from llmkit.io.records import Row
-from llmkit.tokenizer.chat import CHAT_SPECIALS, ChatFormat, write_chat_tokenizer
+from llmkit.tokenizer.chat import ChatFormat, write_chat_tokenizer
 from llmkit.tokenizer.encoding import load_tokenizer
 from llmkit.tokenizer.folder import SPECIALS
 
@@ -66,27 +69,21 @@ def test_ids_and_mask_are_those_of_the_template(chat, stranger, messages, prompt
         assert ours.trained.astype(int).tolist() == theirs["assistant_masks"]
 
 
-@pytest.fixture(scope="module")
-def foreign(tmp_path_factory):
+@cache
+def foreign(kind: str, strips: bool) -> tuple:
     """(ours, theirs) for a base with a tokenizer of some kind, which got the tokens of conversations."""
     from transformers import AutoTokenizer
 
-    known = {}
-
-    def get(kind: str, strips: bool):
-        if (kind, strips) not in known:
-            named = {"tokenizer_class": "LlamaTokenizer", "legacy": False}  # which transformers builds otherwise
-            base = load_tokenizer(save(tmp_path_factory.mktemp("base"), None, kind, strips, **named))
-            folder = tmp_path_factory.mktemp("grown")
-            known[kind, strips] = ChatFormat(write_chat_tokenizer(base, folder)), AutoTokenizer.from_pretrained(folder)
-        return known[kind, strips]
-
-    return get
+    with TemporaryDirectory() as base, TemporaryDirectory() as folder:
+        # a class which transformers builds otherwise
+        save(Path(base), None, kind, strips, tokenizer_class="LlamaTokenizer", legacy=False)
+        grown = write_chat_tokenizer(load_tokenizer(base), Path(folder))
+        return ChatFormat(grown), AutoTokenizer.from_pretrained(folder)
 
 
 @settings(deadline=None, max_examples=200)
 @given(st.sampled_from(KINDS), st.booleans(), st.lists(turns, min_size=1, max_size=6), st.booleans())
-def test_ids_are_those_of_the_template_for_other_tokenizers(foreign, kind, strips, messages, prompt):
+def test_ids_are_those_of_the_template_for_other_tokenizers(kind, strips, messages, prompt):
     chat, theirs = foreign(kind, strips)
     ours = chat.encode(messages, prompt=prompt)
     assert ours.token_ids.tolist() == rendered(theirs, as_record(messages), add_generation_prompt=prompt)["input_ids"]
@@ -99,7 +96,7 @@ def test_ids_are_those_of_the_template_for_other_tokenizers(foreign, kind, strip
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_result_of_a_tool_becomes_the_tokens_that_are_trained_on(foreign, kind):
+def test_a_result_of_a_tool_becomes_the_tokens_that_are_trained_on(kind):
     chat, _ = foreign(kind, False)
     parts = (Part("calc", "2+2"), Part("result", "Four. Yes"), Part("text", "4"))
     ids = chat.encode([Message("assistant", parts)]).token_ids.tolist()
@@ -146,18 +143,12 @@ def test_what_is_trained(chat):
     assert trained("assistant", [message("user", "a"), message("assistant", "b", weight=0)]) == ""
 
 
-def test_the_end_token_is_trained_and_turns_end_there(chat):
+def test_a_document_and_the_end_of_a_turn_are_trained_on(chat):
     encoded = chat.encode([message("user", "a"), message("assistant", "b")])
     assert encoded.token_ids[-1] == chat.end_id and encoded.trained[-1]
     assert [encoded.token_ids[end - 1] for end in encoded.turn_ends] == [chat.end_id] * 2
-    assert encoded.turn_ends[-1] == len(encoded)
-
-
-def test_a_document_is_trained_on_from_its_beginning(chat):
-    (encoded,) = chat.encode_many([Conversation((), "", "the cat sat")])
-    start, end = chat._tokenizer.document_bounds()
-    assert encoded.token_ids[0] == start and encoded.token_ids[-1] == end
-    assert encoded.trained.tolist() == [False] + [True] * (len(encoded) - 1)
+    (document,) = chat.encode_many([Conversation((), "", "the cat sat")])
+    assert document.trained.tolist() == [False] + [True] * (len(document) - 1)
 
 
 def test_many_are_encoded_as_one_by_one(chat):
@@ -174,27 +165,6 @@ def test_a_tokenizer_without_the_tokens_is_refused(folder, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(UserError, match=r"found no <\|im_sep\|>; fine-tune"):
         ChatFormat(load_tokenizer(tmp_path))
-
-
-# ---- a tokenizer that lacks them
-
-
-@pytest.mark.shared
-def test_a_foreign_base_gets_the_tokens_and_the_template(shared_data, tmp_path):
-    from transformers import AutoTokenizer
-
-    base = load_tokenizer(shared_data / "ckpt" / "story-llama")
-    grown = write_chat_tokenizer(base, tmp_path)
-    assert grown.vocab_size == base.vocab_size + len(CHAT_SPECIALS)
-    assert grown.encode("Once upon a time") == base.encode("Once upon a time")
-    messages = [message("user", "Tell me."), message("assistant", "Once upon a time")]
-    ours = ChatFormat(grown).encode(messages, prompt=True)
-    theirs = rendered(AutoTokenizer.from_pretrained(tmp_path), as_record(messages), add_generation_prompt=True)
-    assert ours.token_ids.tolist() == theirs["input_ids"]
-    assert ours.token_ids[ours.trained].tolist()[-1] == grown.specials["<|im_end|>"]
-    assert [i for i in theirs["input_ids"] if i in grown.specials.values()] == [
-        i for i in ours.token_ids.tolist() if i in grown.specials.values()
-    ]
 
 
 def test_a_tokenizer_that_has_them_is_kept(folder, tmp_path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from foreign_templates import KINDS, TEMPLATES, save
@@ -25,22 +27,6 @@ TURNS = [
 
 def messages(count: int, system: bool = False) -> list:
     return [message(*turn) for turn in [*([("system", "Be brief.")] if system else []), *TURNS[:count]]]
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_the_tokens_are_those_of_transformers(tmp_path: Path, name: str) -> None:
-    from transformers import AutoTokenizer
-
-    folder = save(tmp_path, TEMPLATES[name])
-    chat, theirs = chat_format(load_tokenizer(folder)), AutoTokenizer.from_pretrained(folder)
-    for system in (False, name not in ("llama2", "mistral")):
-        for count in (1, 2, 3, 4):
-            turns = messages(count, system)
-            asked = turns[-1].role == "user"
-            rows = [{"role": turn.role, "content": turn.text} for turn in turns]
-            expected = theirs.apply_chat_template(rows, add_generation_prompt=asked, return_dict=False)
-            end = [chat.end_id] if name == "apertus" and not asked else []  # learnt, though not written
-            assert chat.encode(turns, prompt=asked).token_ids.tolist() == expected + end
 
 
 FACE = "\N{GRINNING FACE}"
@@ -95,26 +81,6 @@ def test_text_that_spells_a_special_token_stays_text(tmp_path: Path) -> None:
     assert tokenizer.specials["<|end|>"] not in ids and said in tokenizer.decode(ids)
 
 
-@pytest.mark.parametrize(
-    ("template", "turns", "words"),
-    [
-        (TEMPLATES["llama2"], messages(1, system=True), "its chat template refuses this: Only user and assistant"),
-        ("{% for m in messages %}{{ m.content", messages(1), "its chat template is no valid Jinja"),
-        ("{% for m in messages %}{{ m.content }}{% endfor %}", messages(1), "ends an answer with no special token"),
-        (
-            "{% for m in messages[-2:] %}{{ m.content + '<|im_end|>' }}{% endfor %}",
-            messages(3),
-            "leaves messages out or changes them",
-        ),
-    ],
-)
-def test_a_template_that_cannot_be_used_is_one_line(tmp_path: Path, template: str, turns: list, words: str) -> None:
-    tokenizer = load_tokenizer(save(tmp_path / "model", template))
-    with pytest.raises(UserError) as raised:
-        chat_format(tokenizer).encode(turns)
-    assert words in str(raised.value) and str(raised.value).startswith(f"{tmp_path}/model: ")
-
-
 def test_an_assistant_from_elsewhere_is_tuned_and_answers_in_its_own_form(tmp_path: Path, llmkit) -> None:
     import torch
     from tiny import make_model
@@ -152,37 +118,37 @@ def test_an_assistant_from_elsewhere_is_tuned_and_answers_in_its_own_form(tmp_pa
 # ---- templates that are hostile, or change what is said
 
 SHOWN = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}"
+CHANGED = r"leaves messages out or changes them: turn \d|ends an answer with no special"
 
 
 @pytest.mark.parametrize(
-    ("template", "words"),
+    ("template", "turns", "words"),
     [
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "does not end within"),
-        ("{{ ('a' * 20000000000) | length }}", "needs more than 1024 MB"),
-        ("{{ 'a' * 50000000 }}", "it makes 50000"),
-        ("{{ 1 / 0 }}", "fails: ZeroDivisionError: division by zero"),
-        ("{{ 'a' + 1 }}", "fails: TypeError"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails: RecursionError"),
-        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "no valid Jinja"),
-        ("{{ messages[0].update({'role': 'x'}) }}", "refuses this"),
-        ("{% include '/etc/passwd' %}", "fails"),
+        (TEMPLATES["llama2"], messages(1, system=True), "its chat template refuses this: Only user and assistant"),
+        ("{% for m in messages %}{{ m.content", messages(1), "its chat template is no valid Jinja"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", messages(1), "ends an answer with no special token"),
+        (SHOWN.replace("in messages", "in messages[-2:]"), messages(3), "leaves messages out or changes them"),
+        (SHOWN.replace("in messages", "in messages | reverse"), messages(3), "changes them: turn"),
+        *[(SHOWN.replace("m.content", shown), messages(3), CHANGED)
+          for shown in ("m.content | upper", "m.content | reverse", "m.content + m.content", "'x'")],
+        *[(template + SHOWN, messages(1), words) for template, words in [
+            ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "does not end within"),
+            ("{{ ('a' * 20000000000) | length }}", "needs more than 1024 MB"),
+            ("{{ 'a' * 50000000 }}", "it makes 50000"),
+            ("{{ 1 / 0 }}", "fails: ZeroDivisionError: division by zero"),
+            ("{{ 'a' + 1 }}", "fails: TypeError"),
+            ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails: RecursionError"),
+            ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "no valid Jinja"),
+            ("{{ messages[0].update({'role': 'x'}) }}", "refuses this"),
+            ("{% include '/etc/passwd' %}", "fails"),
+        ]],
     ],
-)
-def test_a_template_without_bounds_is_one_line(tmp_path: Path, template: str, words: str) -> None:
-    tokenizer = load_tokenizer(save(tmp_path / "model", template + SHOWN))
-    with pytest.raises(UserError) as raised:
-        chat_format(tokenizer).encode(messages(1))
-    assert words in str(raised.value) and str(raised.value).startswith(f"{tmp_path}/model: ")
-    assert "\n" not in str(raised.value)
-
-
-@pytest.mark.parametrize("shown", ["m.content | upper", "m.content | reverse", "m.content + m.content", "'x'"])
-def test_a_template_that_changes_the_text_is_refused(tmp_path: Path, shown: str) -> None:
-    with pytest.raises(UserError, match=r"leaves messages out or changes them: turn \d|ends an answer with no special"):
-        chat_format(load_tokenizer(save(tmp_path, SHOWN.replace("m.content", shown)))).encode(messages(3))
-    with pytest.raises(UserError, match="leaves messages out or changes them: turn "):
-        backwards = SHOWN.replace("in messages", "in messages | reverse")
-        chat_format(load_tokenizer(save(tmp_path, backwards))).encode(messages(3))
+)  # fmt: skip
+def test_a_template_that_cannot_be_used_is_one_line(tmp_path: Path, template: str, turns: list, words: str) -> None:
+    tokenizer = load_tokenizer(save(tmp_path / "model", template))
+    with pytest.raises(UserError, match=words) as raised:
+        chat_format(tokenizer).encode(turns)
+    assert str(raised.value).startswith(f"{tmp_path}/model: ") and "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("said", ["Sum it. /no_think", "/think Sum it.", "Explain </think> tags", "/no_think"])
@@ -236,39 +202,18 @@ def test_a_model_that_thinks_goes_on_after_its_first_answer(tmp_path: Path) -> N
     assert tokenizer.decode(found.token_ids[found.trained]) == f"Four.<|im_end|>{said}<|im_end|>"
 
 
-@pytest.fixture(scope="module")
-def read(tmp_path_factory):
+@cache
+def read(name: str, kind: str, strips: bool) -> tuple:
     """(ours, theirs) for a template and a kind of tokenizer."""
     from transformers import AutoTokenizer
 
-    known = {}
-
-    def get(name: str, kind: str, strips: bool):
-        key = name, kind, strips
-        if key not in known:
-            folder = save(tmp_path_factory.mktemp("model"), TEMPLATES[name], kind, strips)
-            known[key] = chat_format(load_tokenizer(folder)), AutoTokenizer.from_pretrained(folder)
-        return known[key]
-
-    return get
+    with TemporaryDirectory() as folder:
+        save(Path(folder), TEMPLATES[name], kind, strips)
+        return chat_format(load_tokenizer(folder)), AutoTokenizer.from_pretrained(folder)
 
 
-said = st.text(st.characters(codec="utf-8", exclude_categories=["Cn", "Cs"]), max_size=8) | st.sampled_from(
-    [
-        "",
-        " ",
-        "a",
-        "user",
-        "Four.",
-        " Sure?\n",
-        "\n\n",
-        "▁x",
-        "日本",
-        "\U000f0001 \U0010abcd \ue0f1",
-        "{{ 1 }}",
-        "[INST]",
-    ]
-)
+ODD = ["", " ", "a", "user", "Four.", " Sure?\n", "\n\n", "▁x", "日本", "\U000f0001 \U0010abcd \ue0f1", "{{ 1 }}"]
+said = st.text(st.characters(codec="utf-8", exclude_categories=["Cn", "Cs"]), max_size=8) | st.sampled_from(ODD)
 
 
 @settings(deadline=None, max_examples=250)
@@ -279,7 +224,7 @@ said = st.text(st.characters(codec="utf-8", exclude_categories=["Cn", "Cs"]), ma
     st.booleans(),
     st.lists(said, min_size=1, max_size=4),
 )
-def test_the_tokens_of_any_conversation_are_those_of_transformers(read, name, kind, strips, system, texts) -> None:
+def test_the_tokens_of_any_conversation_are_those_of_transformers(name, kind, strips, system, texts) -> None:
     chat, theirs = read(name, kind, strips)
     rows = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     if system and name != "llama2" and any(text.strip() for text in texts):
