@@ -1,4 +1,5 @@
-"""From JSONL documents to tokens on disk on one thread: llmkit with each backend, tiktoken, Hugging Face.
+"""From documents (JSONL or Parquet) to tokens on disk on one thread: llmkit with each backend, tiktoken, Hugging Face,
+datatrove.
 
     python benchmarks/tokens.py docs.jsonl --tokenizer tok/ --peer-python peers/bin/python
 
@@ -6,8 +7,9 @@ Every contender reads the same file, encodes with the same vocabulary, puts the 
 document and writes 16 or 32-bit ids and document ends; it runs in its own process on one CPU, with one thread
 for each library's pool. The rate is bytes of text by CPU second, from opening the file to the closed output;
 llmkit's includes the hash of the input, the proof of the ids and the start of the backend. `same` compares the
-ids with those of Hugging Face. The slow ones read the first --slow-megabytes only. The peers' Python needs
-tiktoken, tokenizers, numpy and orjson; without --peer-python this one is used.
+ids with those of Hugging Face. The slow ones read the first --slow-megabytes only. The peers' Python needs tiktoken,
+tokenizers, numpy, pyarrow, orjson and datatrove[io,processing]; without --peer-python this one is used. datatrove puts
+its token behind each document; its ids are compared with the last one moved to the front.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -26,8 +29,9 @@ import tempfile
 import time
 from pathlib import Path
 
-CONTENDERS = ("llmkit", "llmkit-fastokens", "llmkit-tokenizers", "tiktoken", "hf")
-SLOW = ("llmkit-tokenizers", "hf")
+CONTENDERS = ("llmkit", "llmkit-fastokens", "llmkit-tokenizers", "tiktoken", "hf", "datatrove")
+PEERS = ("tiktoken", "hf", "datatrove")
+SLOW = ("llmkit-tokenizers", "hf", "datatrove")
 ONE_THREAD = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
 
@@ -37,6 +41,12 @@ ONE_THREAD = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_
 def texts(path: str, limit: int | None):
     import orjson
 
+    if path.endswith(".parquet"):
+        from pyarrow import parquet
+
+        batches = parquet.ParquetFile(path).iter_batches(columns=["text"])
+        yield from itertools.islice((text for batch in batches for text in batch["text"].to_pylist()), limit)
+        return
     with (gzip.open if path.endswith(".gz") else open)(path, "rb") as lines:
         for number, line in enumerate(lines):
             if number == limit:
@@ -97,6 +107,27 @@ def run_hf(path: str, limit: int | None, tokenizer_json: str, folder: Path):
     return started, write_arrays(folder, parts, start, dtype)
 
 
+def run_datatrove(path: str, limit: int | None, tokenizer_json: str, folder: Path):
+    import numpy as np
+    from datatrove.executor.local import LocalPipelineExecutor
+    from datatrove.pipeline.readers import JsonlReader, ParquetReader
+    from datatrove.pipeline.tokens import DocumentTokenizer
+
+    reader = ParquetReader if path.endswith(".parquet") else JsonlReader
+    started = time.process_time(), time.perf_counter()
+    LocalPipelineExecutor(
+        [
+            reader(os.path.dirname(path) or ".", glob_pattern=os.path.basename(path), limit=limit or -1),
+            DocumentTokenizer(str(folder / "ids"), tokenizer_json, eos_token="<|endoftext|>", shuffle_documents=False),
+        ],
+        logging_dir=str(folder / "logs"),
+    ).run()
+    ids = next((folder / "ids").glob("*.ds"))
+    ends = np.fromfile(f"{ids}.index", np.uint64).astype(np.int64)
+    tokens = np.fromfile(ids, np.uint16 if ids.stat().st_size == 2 * ends[-1] else np.uint32)
+    return started, np.concatenate([tokens[-1:], tokens[:-1]])  # its token in front of the first, as others have it
+
+
 def run_llmkit(path: str, limit: int | None, tokenizer_json: str, folder: Path, backend: str | None):
     import numpy as np
 
@@ -126,7 +157,7 @@ def worker(name: str, path: str, limit: int | None, head: int, tokenizer_json: s
             times, tokens, library = run_llmkit(path, limit, tokenizer_json, Path(folder), backend or None)
             (cpu, wall), (cpu_end, wall_end) = times
         else:
-            run = run_tiktoken if name == "tiktoken" else run_hf
+            run = {"tiktoken": run_tiktoken, "hf": run_hf, "datatrove": run_datatrove}[name]
             (cpu, wall), tokens = run(path, limit, tokenizer_json, Path(folder))
             cpu_end, wall_end = time.process_time(), time.perf_counter()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if sys.platform == "darwin" else 1024)
@@ -151,7 +182,7 @@ def text_sizes(path: str) -> list[int]:
 
 
 def measure(name: str, arguments: argparse.Namespace, limit: int | None, head: int) -> dict:
-    python = arguments.peer_python if name in ("tiktoken", "hf") and arguments.peer_python else sys.executable
+    python = arguments.peer_python if name in PEERS and arguments.peer_python else sys.executable
     command = [python, __file__, arguments.documents, "--tokenizer", arguments.tokenizer, "--worker", name]
     command += ["--head", str(head), *(["--limit", str(limit)] if limit else [])]
     path = os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")])
@@ -167,9 +198,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("documents", help="JSONL, plain or gzip")
+    parser.add_argument("documents", help="JSONL, plain or gzip, or Parquet")
     parser.add_argument("--tokenizer", required=True, help="folder of a byte-level BPE with <|endoftext|>")
-    parser.add_argument("--peer-python", help="Python with tiktoken")
+    parser.add_argument("--peer-python", help="Python with the peers")
     parser.add_argument("--only", nargs="*", default=CONTENDERS, choices=CONTENDERS)
     parser.add_argument("--rounds", type=int, default=3, help="the median counts; slow ones run once")
     parser.add_argument("--slow-megabytes", type=float, default=20)
@@ -201,14 +232,14 @@ def main() -> None:
     reference = runs.get("hf", [{"ids": None}])[0]["ids"]
     corpus = f"{len(sizes):,} documents, {sum(sizes) / 1e6:.1f} MB of text"
     print(f"{arguments.documents}: {corpus}; {platform.machine()}, Python {platform.python_version()}")
-    heads = f"{'MB':>6} {'CPU s':>7} {'MB/s':>7} {'/tiktoken':>9} {'/hf':>6} {'peak MB':>8}  same"
+    heads = f"{'MB':>6} {'CPU s':>7} {'MB/s':>7} {'/tiktoken':>9} {'/hf':>6} {'/datatrove':>10} {'peak MB':>8}  same"
     print(f"{'':18} {'library':10} {heads}")
     for name, some in runs.items():
-        ratios = [f"{rate[name] / rate[peer]:.1f}" if peer in rate else "-" for peer in ("tiktoken", "hf")]
+        ratios = [f"{rate[name] / rate[peer]:.1f}" if peer in rate else "-" for peer in PEERS]
         same = "-" if reference is None else "yes" if all(run["ids"] == reference for run in some) else "NO"
         print(
             f"{name:18} {some[0]['library']:10} {megabytes[name]:6.1f} {cpu[name]:7.2f} {rate[name]:7.1f} "
-            f"{ratios[0]:>9} {ratios[1]:>6} {max(run['peak_mb'] for run in some):8.0f}  {same}"
+            f"{ratios[0]:>9} {ratios[1]:>6} {ratios[2]:>10} {max(run['peak_mb'] for run in some):8.0f}  {same}"
         )
 
 
