@@ -27,7 +27,7 @@ from llmkit.errors import UserError
 from llmkit.io.progress import counted
 
 FORMAT = "llmkit-tokens-1"
-TOKENS_PER_SHARD = 100_000_000  # a shard ends with the first document that reaches it
+TOKENS_PER_SHARD = 15_000_000  # a shard ends with the first document that reaches it
 DIGEST_TOKENS = 4096  # of either end of a shard
 DTYPES = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4"), "I64": np.dtype("<i8")}
 

@@ -27,7 +27,7 @@ from llmkit.io.jsonl import name_of, names_of, read_documents, write_json
 from llmkit.io.progress import Progress
 from llmkit.io.records import OUTSIDE, BadRecords
 
-GROUP_CHARACTERS = 4 << 20  # documents encoded together: enough for all cores, little to hold
+GROUP_CHARACTERS = 1 << 20  # documents encoded together: enough for all cores, little to hold
 HASHES = "inputs.json"
 LEFT_OUT = "left-out.json"  # beside the shards: what of the documents they do not have
 
