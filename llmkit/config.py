@@ -44,14 +44,15 @@ _EXAMPLES = {"count": "20000, 20k or 1.5M", "bytes": "1000000, 100MB or 2GiB", "
 PATHS = ("PATH", "FILE", "FOLDER")
 _NAMES = {"count": "count", "bytes": "number of bytes", "duration": "duration"}
 
-# Options of the version before, for one version: the configs that had them, and what to give in their place
+# Options of the version before, for one version, as fields: the configs that had them, and what to give instead
 DROPPED = {
-    "gpu_kind": ("PretrainConfig", "--dry-run has parameters, FLOPs and memory; docs/scale.md estimates with them"),
-    "gpus": ("PretrainConfig", "start several processes with torchrun (docs/scale.md)"),
-    "nodes": ("PretrainConfig", "start several processes with torchrun (docs/scale.md)"),
+    "gpu_kind gpu_price": (
+        "PretrainConfig",
+        "--dry-run has parameters, FLOPs and memory; docs/scale.md estimates with them",
+    ),
+    "gpus nodes": ("PretrainConfig", "start several processes with torchrun (docs/scale.md)"),
     "tensor_parallel": ("TrainingConfig", "FSDP2 divides a model among the processes of torchrun (docs/scale.md)"),
-    "scores": ("CrawlFilterConfig", "give the documents of `crawl-filter --only url,extract`, and try recipes on them"),
-    "write_scores": ("CrawlFilterConfig", "write the documents of `--only url,extract`, and try recipes on them"),
+    "scores write_scores": ("CrawlFilterConfig", "try recipes on the documents of `crawl-filter --only url,extract`"),
     "judge_check": ("ProbeKnowledgeConfig", "compare the judgements of --report with labels of your own"),
     "calibration": ("ProbeKnowledgeConfig", "--report has the log-probability of each answer and its judgement"),
     "retries": ("ServedConfig", "6 is fixed: 0.5 to 8 seconds lie between them, or as long as the server asks for"),
@@ -65,8 +66,7 @@ DROPPED = {
     "baseline": ("TrainRewardConfig", "evaluation.json always has the baseline of length"),
     "probe_biases": ("TrainRewardConfig", "evaluation.json always has the biases"),
     "print_recipe": ("CrawlFilterConfig", "--dry-run prints the recipe on stdout"),
-    "precision": ("CrawlFilterConfig", "set [extract] favour in a recipe: --recipe FILE.toml"),
-    "recall": ("CrawlFilterConfig", "set [extract] favour in a recipe: --recipe FILE.toml"),
+    "precision recall": ("CrawlFilterConfig", "set [extract] favour in a recipe: --recipe FILE.toml"),
     "pii": ("CrawlFilterConfig", "set [pii] mode in a recipe, or leave the step out: --skip pii"),
     "min_language_score": ("CrawlFilterConfig", "set [language] min_score in a recipe: --recipe FILE.toml"),
     "embedding_learning_rate": ("PretrainConfig", "it follows from the plan; --learning-rate can be set"),
@@ -76,9 +76,7 @@ DROPPED = {
     "lora_targets": ("TuningConfig", "every projection gets an adapter"),
     "decay_fraction": ("PretrainConfig TuningConfig", "the rate decays over the last 0.6 of pretrain, 0.9 of others"),
     "max_reward": ("RlConfig", "--max-steps, --time-budget and --max-kl end a run"),
-    "tensorboard": ("TrainingConfig", "--log-to tensorboard"),
-    "wandb": ("TrainingConfig", "--log-to wandb"),
-    "gpu_price": ("PretrainConfig", "--dry-run has the FLOPs; docs/scale.md estimates with them"),
+    "tensorboard wandb": ("TrainingConfig", "--log-to tensorboard or wandb"),
 }
 
 
@@ -388,8 +386,9 @@ def resolve(config_class: type, flags: Mapping[str, Any], config_file: str | Non
 
 def dropped(name: str, config_class: type) -> str | None:
     """Advice for an option that this config class had in the version before; None if it had none."""
-    owners, advice = DROPPED.get(name, ("", None))
-    return advice if {cls.__name__ for cls in config_class.__mro__} & set(owners.split()) else None
+    classes = {cls.__name__ for cls in config_class.__mro__}
+    entries = [entry for names, entry in DROPPED.items() if name in names.split()]
+    return next((advice for owners, advice in entries if classes & set(owners.split())), None)
 
 
 def _read_toml(config_file: str, config_class: type) -> dict[str, Any]:

@@ -158,34 +158,32 @@ def create(path: str | os.PathLike[str], mode: str = "wb") -> IO[Any]:
 
 
 def _lock(path: str, lock: str) -> IO[bytes] | None:
-    while True:
-        try:
-            handle = open(lock, "a+b", buffering=0, opener=_never_through_a_link)  # noqa: SIM115
-        except OSError as error:  # no such folder, or it cannot be written: whoever writes the output says so
-            if error.errno == errno.ELOOP:
-                raise UserError(f"{lock}: a link, which no run has made; remove it, or choose another --out") from None
-            return None
-        status = os.fstat(handle.fileno())
-        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-            raise UserError(f"{lock}: not a file that a run has made; remove it, or choose another --out")
-        try:
-            # of this process alone: flock's would pass to its forked workers, which may outlive it
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.stat(lock).st_ino == os.fstat(handle.fileno()).st_ino:
-                handle.truncate(0)
-                handle.write(b"%d" % os.getpid())
-                return handle
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                return handle  # a file system without locks, or a full one
-            handle.seek(0)
-            number = handle.read().decode() or "unknown"
-            raise UserError(
-                f"{path}: another run is writing it (process {number}); wait for it, or choose another --out"
-            ) from None
-        handle.close()  # its holder has removed it: begin again with a new one
+    try:
+        handle = open(lock, "a+b", buffering=0, opener=_never_through_a_link)  # noqa: SIM115
+    except OSError as error:  # no such folder, or it cannot be written: whoever writes the output says so
+        if error.errno == errno.ELOOP:
+            raise UserError(f"{lock}: a link, which no run has made; remove it, or choose another --out") from None
+        return None
+    status = os.fstat(handle.fileno())
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        raise UserError(f"{lock}: not a file that a run has made; remove it, or choose another --out")
+    try:
+        # of this process alone: flock's would pass to its forked workers, which may outlive it
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.exists(lock) and os.path.samestat(os.stat(lock), status):
+            handle.truncate(0)
+            handle.write(b"%d" % os.getpid())
+            return handle
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return handle  # a file system without locks, or a full one
+        handle.seek(0)
+        number = handle.read().decode() or "unknown"
+        raise UserError(
+            f"{path}: another run is writing it (process {number}); wait for it, or choose another --out"
+        ) from None
+    handle.close()
+    return _lock(path, lock)  # its holder has removed it
 
 
 # ---- a file, a folder

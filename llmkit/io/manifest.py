@@ -162,11 +162,7 @@ def write_manifest(
     packages: Sequence[str] = PACKAGES,
     output: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write `manifest.json`, and return it.
-
-    name: of the manifest of a single file, which stands beside it, and output: its size and hash; packages: those
-    whose versions matter.
-    """
+    """Write `manifest.json`, or `name` beside a single file with the size and hash `output`, and return it."""
     from importlib.metadata import PackageNotFoundError, version  # 11 ms that no --help need pay
 
     versions = {"python": platform.python_version()}

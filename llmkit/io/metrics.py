@@ -94,8 +94,7 @@ def scan_metrics(path: Path, unreadable: Callable[[str], object] | None = None) 
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The figures of all whole rows of a metrics file, NaN for null, and the text of samples; none where there is no
-    file. Errors are those of `scan_metrics`."""
+    """The figures and samples of all whole rows of a metrics file, which may be missing; NaN for null."""
     return [
         {
             name: math.nan if value is None else value

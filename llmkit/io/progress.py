@@ -64,7 +64,8 @@ class Progress:
 
     def _show(self, now: float) -> None:
         values = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.fields.items()]
-        note = " ".join([self.rate(now), *values] if self.unit else values)
+        rate = f"{quantity(self.done / max(now - self.started, 1e-9))} {self.unit}/s"
+        note = " ".join([rate, *values] if self.unit else values)
         if self._bar:
             self._bar.update(self._task, completed=self.done, note=printable(redacted(note)))
         elif self.total:
@@ -73,10 +74,6 @@ class Progress:
             say(f"{self.description} {share:.0%} {note}{rest}")
         else:
             say(f"{self.description} {note}")
-
-    def rate(self, now: float) -> str:
-        """The mean rate since the start, such as `1.2M tok/s`."""
-        return f"{quantity(self.done / max(now - self.started, 1e-9))} {self.unit}/s"
 
     def __exit__(self, *exception: object) -> None:
         if self._bar:

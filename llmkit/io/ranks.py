@@ -1,9 +1,6 @@
-"""Rank and world size of this process, as torchrun sets them: the one place where the environment is read.
+"""Rank and world size of this process, as torchrun sets them; without torchrun, 0 and 1.
 
-    torchrun --nproc-per-node 8 -m llmkit pretrain docs.jsonl --tokenizer tok/ --depth 12 -o base/
-
-Without torchrun, rank is 0 and world size is 1. Source: the variables that torchrun sets,
-https://docs.pytorch.org/docs/stable/elastic/run.html
+Source: the variables of https://docs.pytorch.org/docs/stable/elastic/run.html
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""A run folder, from the check of --out to its place, and what stands in it beside the model.
-
-That is the manifest (manifest.py), the model card, and the metrics with their curves (metrics.py). `RunFolder` is what
-a stage that trains uses; the functions serve other outputs, too.
-"""
+"""A run folder, from the check of --out to its place, with manifest, model card, metrics and checkpoints."""
 
 from __future__ import annotations
 
@@ -83,25 +79,14 @@ def check_finished(folder: str | Path, config: Any) -> None:
 class RunFolder:
     """The folder of a training run: it is made as `out` + ".partial" and takes its place, whole, at the end.
 
-        folder = RunFolder(config.out, "base/", resume=config.resume, force=config.force)
-        if folder.is_finished: ...
-        notes = folder.notes(identity) or {"plan": make_plan()}  # those of the run that is resumed
-        folder.begin(identity, notes)
-        with folder.training(lambda: trainer.has_begun):
-            ...  # the trainer works in folder.work
-        folder.document("pretrain", options, inputs=inputs, parents=[tokenizer], results=results)
-        ...  # the model is saved in folder.work
-        folder.finish()
-
-    identity: what a run and its resumption must have in common, by the name that the user knows it by: flags
-    (`lasting_options`), and what was in the files that they name. JSON values.
+    identity: what a run and its resumption have in common, JSON values by names that the user knows: flags, and what
+    was in the files that they name.
 
     The first process alone writes. A job that torchrun starts again resumes the run that it had begun, always.
     """
 
     def __init__(self, out: str | None, example: str, *, resume: bool, force: bool, dry_run: bool = False) -> None:
-        """Raises UserError when --out is missing, when something stands there or a run is unfinished and neither
-        --resume nor --force was given. With nothing to resume the run starts. A dry run may stand anywhere."""
+        """Raises UserError for an --out that cannot be had; with nothing to resume the run starts."""
         self.out = output_folder(out, example)
         # beside what a link leads to: the folder there is replaced, not the link
         self.work = Path(f"{os.path.realpath(self.out) if self.out.is_symlink() else self.out}{PARTIAL}")
@@ -133,10 +118,7 @@ class RunFolder:
         return manifest["results"]
 
     def notes(self, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return the notes of `begin` for the run that is resumed; None for a new run.
-
-        Raises UserError naming the first part of the identity that is not what it was.
-        """
+        """Return the notes of `begin` for a run that is resumed, else None. Raises UserError for another identity."""
         if not self.resume or not (self.work / NOTES).exists():
             if self.resume and checkpoint_steps(self.work / STATE):
                 path = self.work / NOTES
