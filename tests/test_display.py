@@ -43,8 +43,14 @@ def test_a_key_may_end_as_the_file_it_came_from(tmp_path, end):
     assert SECRET not in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("key", [f"{SECRET}\nX-Other: 1", f"a\x00{SECRET}", f"{SECRET}é"])
-@pytest.mark.parametrize("name", ["OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"])
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("OPENAI_API_KEY", f"{SECRET}\nX-Other: 1"),
+        ("OPENAI_ORG_ID", f"a\x00{SECRET}"),
+        ("OPENAI_PROJECT_ID", f"{SECRET}é"),
+    ],
+)
 def test_a_key_that_no_header_holds_is_refused_by_its_name(monkeypatch, name, key):
     from llmkit.errors import UserError
     from llmkit.generation.served_models import parse_address

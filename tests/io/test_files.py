@@ -18,11 +18,11 @@ import pytest
 
 from llmkit.errors import UserError
 from llmkit.io.files import (
+    _exchange,
     atomic_file,
     atomic_folder,
     check_output,
     cut_torn_line,
-    replace_folder,
     sole_writer,
 )
 from llmkit.io.jsonl import open_output, read_object, write_json
@@ -106,15 +106,19 @@ def test_a_missing_parent_is_made_and_goes_when_nothing_came(tmp_path: Path) -> 
     assert os.listdir(tmp_path / "a" / "b") == ["out.jsonl"]
 
 
-def test_a_link_is_followed(tmp_path: Path) -> None:
+def test_a_link_is_followed(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "real.txt").write_text("old")
     (tmp_path / "real").mkdir()
     os.symlink("real.txt", tmp_path / "link.txt")
     os.symlink("real", tmp_path / "link")
     with atomic_file(tmp_path / "link.txt", "w") as handle:
         handle.write("new")
-    with atomic_folder(f"{tmp_path}/link/", force=True) as folder:
-        (folder / "x").write_text("new")
+    for exchange in (_exchange, lambda first, second: False):  # a file system that cannot exchange two names
+        monkeypatch.setattr("llmkit.io.files._exchange", exchange)
+        (tmp_path / "real" / "former").write_text("old")
+        with atomic_folder(f"{tmp_path}/link/", force=True) as folder:
+            (folder / "x").write_text("new")
+        assert os.listdir(tmp_path / "real") == ["x"]
     assert (tmp_path / "real.txt").read_text() == (tmp_path / "real" / "x").read_text() == "new"
     assert os.path.islink(tmp_path / "link.txt") and os.path.islink(tmp_path / "link")
     assert len(os.listdir(tmp_path)) == 4
@@ -133,16 +137,6 @@ def test_a_device_or_pipe_is_written_in_place(tmp_path: Path) -> None:
         put({"a": 1})
     reader.join()
     assert got == [b'{"a":1}\n']
-
-
-def test_without_an_exchange_of_names_the_folder_is_still_replaced(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("llmkit.io.files._exchange", lambda first, second: False)
-    for name in ("new", "old", "old.former"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / name).write_text("")
-    replace_folder(tmp_path / "new", tmp_path / "old")
-    assert os.listdir(tmp_path) == ["old"]
-    assert os.listdir(tmp_path / "old") == ["new"]
 
 
 SAVE_UNDER_A_LIMIT = """

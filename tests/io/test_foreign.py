@@ -89,15 +89,6 @@ def test_an_index_of_wrong_kinds_is_named(folder: Path, odd: object) -> None:
         load_model(folder)
 
 
-@pytest.mark.parametrize(
-    ("name", "words"), [("model-q4.gguf", "llama.cpp's; download"), ("consolidated.safetensors", "rename it to")]
-)
-def test_other_weights_say_the_way_on(folder: Path, name: str, words: str) -> None:
-    (folder / "model.safetensors").rename(folder / name)
-    with pytest.raises(UserError, match=f"found neither, but {name}.*{words}"):
-        load_model(folder)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MORE_KEYS)
 def test_every_odd_value_in_a_folder_from_elsewhere_is_a_line(folder: Path, name: str) -> None:
@@ -155,13 +146,6 @@ def test_a_pattern_that_panics_is_a_line(tmp_path: Path, llmkit) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("name", ["tokenizer.model", "model.gguf", "tekken.json"])
-def test_another_form_of_tokenizer_says_the_way_on(folder: Path, name: str) -> None:
-    (folder / "tokenizer.json").rename(folder / name)
-    with pytest.raises(UserError, match=r"expected tokenizer\.json, found .*; transformers makes one: python -c"):
-        load_tokenizer(folder)
-
-
 def test_rope_scaling_wins_over_rope_parameters_as_in_transformers(folder: Path) -> None:
     from llmkit.model.config import RopeScaling
     from llmkit.model.folder import load_config
@@ -179,3 +163,19 @@ def test_a_tokenizer_without_a_decoder_gives_its_text(folder: Path) -> None:
     place.write_text(json.dumps({**json.loads(place.read_text()), "decoder": None}))
     tokenizer = load_tokenizer(folder)
     assert tokenizer.decode(tokenizer.encode("hello"))
+
+
+@pytest.mark.parametrize(
+    ("former", "name", "words"),
+    [
+        ("model.safetensors", "model-q4.gguf", r"found neither, but model-q4\.gguf.*llama.cpp's; download"),
+        ("model.safetensors", "consolidated.safetensors", "found neither, but consolidated.*rename it to"),
+        ("tokenizer.json", "tokenizer.model", r"expected tokenizer\.json, found .*; transformers makes one: python -c"),
+        ("tokenizer.json", "model.gguf", r"expected tokenizer\.json, found .*; transformers makes one: python -c"),
+        ("tokenizer.json", "tekken.json", r"expected tokenizer\.json, found .*; transformers makes one: python -c"),
+    ],
+)
+def test_another_form_of_weights_or_tokenizer_says_the_way_on(folder: Path, former: str, name: str, words: str) -> None:
+    (folder / former).rename(folder / name)
+    with pytest.raises(UserError, match=words):
+        (load_model if former.startswith("model") else load_tokenizer)(folder)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 import sys
-import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny import save_folder
@@ -71,47 +70,20 @@ def test_a_stage_writes_it_into_its_folder(tmp_path):
     assert shown == in_the_file(tmp_path / "chat") and [step for step, _ in shown["loss"]] == [1, 2, 3]
 
 
-def test_weights_and_biases_has_it_offline(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    mirror = partial(WeightsAndBiases, options={"seed": 3}, quiet=True)
-    write(tmp_path, ROWS[:6], mirror)
-    trim_metrics(tmp_path / "metrics.jsonl", 2)
-    write(tmp_path, ROWS[2:], mirror)
-    former, later = sorted((tmp_path / "wandb").glob("offline-run-*"))
-    assert former.name.rpartition("-")[2] == later.name.rpartition("-")[2]  # one run to Weights & Biases
-    rows = read_wandb(later)
-    assert [row["_step"] for row in rows] == [1, 2, 3, 4, 5, 6, 7]
-    assert [row["loss"] for row in rows] == [pytest.approx(3 / step) for step in range(1, 8)]
-    assert rows[2]["val_loss"] == 1.25
-
-
-def read_wandb(folder: Path) -> list[dict]:
-    """The rows of an offline run, once its last record is there: its package's other process writes them."""
-    rows: list[dict] = []
-    for _ in range(600):
-        (file,) = folder.glob("*.wandb")
-        records = list(wandb_records(file.read_bytes()))
-        if records and records[-1].WhichOneof("record_type") == "exit":
-            histories = [one.history.item for one in records if one.WhichOneof("record_type") == "history"]
-            rows = [{".".join(item.nested_key): json.loads(item.value_json) for item in items} for items in histories]
-            break
-        time.sleep(0.1)
-    return rows
-
-
-def wandb_records(data: bytes):
-    """Records in the format of LevelDB's log, none of them beyond its first block here."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    at = 7
-    while at + 7 <= len(data) < 32768:
-        _, length, kind = struct.unpack_from("<IHB", data, at)
-        assert kind == 1
-        if at + 7 + length > len(data):
-            return
-        yield Record.FromString(data[at + 7 : at + 7 + length])
-        at += 7 + length
+def test_weights_and_biases_has_one_run_over_resumptions(tmp_path, monkeypatch):
+    logged, opened = [], []
+    run = SimpleNamespace(log=lambda row, step: logged.append((step, row)), finish=lambda: logged.append("end"))
+    wandb = SimpleNamespace(init=lambda **details: opened.append(details) or run, Settings=lambda **details: details)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for rows in (ROWS[:6], ROWS[2:]):
+        trim_metrics(tmp_path / "metrics.jsonl", 2)
+        write(tmp_path, rows, partial(WeightsAndBiases, options={"seed": 3}, quiet=True))
+    first, second = opened
+    assert first["id"] == second["id"] and first["resume"] == "allow" and first["config"] == {"seed": 3}
+    assert logged.count("end") == 2
+    again = logged[logged.index("end") + 1 : -1]
+    assert [step for step, row in again if "loss" in row] == [1, 2, 3, 4, 5, 6, 7]
+    assert (3, {"tokens": 27, "val_loss": 1.25}) in again
 
 
 @pytest.mark.parametrize("package", ["tensorboard", "wandb"])
