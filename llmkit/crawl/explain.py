@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TextIO
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import orjson
 
 from llmkit.crawl.judge import DUPLICATES, Judge, Reason, Worker
 from llmkit.crawl.output import Collector, parts_of
-from llmkit.crawl.page import Document, Dropped, Page, Part, Skipped
+from llmkit.crawl.page import READ, Document, Dropped, Page, Part, Skipped
 from llmkit.crawl.read.frames import Reader
 from llmkit.crawl.read.pages import page_of
 from llmkit.crawl.recipe import Recipe
 from llmkit.display import printable
 from llmkit.errors import UserError
+from llmkit.io.jsonl import JSON_LINE, open_bytes
 from llmkit.io.progress import counted
 
 SHOWN_MEASURES = 4  # on the terminal; the JSON has all
@@ -27,30 +29,39 @@ def explain(
     wanted: str,
     workers: int,
     on_bad: Callable[[UserError], object] | None = None,
-) -> Iterator[dict[str, Any]]:
-    """Yield what became of each page whose address or id is `wanted`.
+    quiet: bool = False,
+) -> None:
+    """Write what became of each page whose address or id is `wanted`: a JSON line on stdout, and a table on stderr.
 
     `{"id", "url", "source", "offset", "kept", "step"?, "reason"?, "steps": [{"step", "verdict", "score"?,
     "measures"?, "characters", "seconds"}], "text"?}`. Duplicates depend on all earlier documents: for a page that
     comes so far they are filtered too, which takes as long as a run up to there, unless the input is stdin. `make`
-    makes a worker of the recipe that writes rejects.
+    makes a worker of the recipe that writes rejects. Raises UserError where there is no such page.
     """
-    judge = make().judge
+    judge, pages = make().judge, 0
     duplicates = [step for step in DUPLICATES if step in recipe.steps]
     for number, frame in enumerate(Reader(inputs, on_bad=on_bad)):
         page = page_of(frame)
+        if wanted not in ((page.url,) if isinstance(page, Skipped) else (page.url, Document(page).identity)):
+            continue
+        pages += 1
         if isinstance(page, Skipped):
-            if page.url == wanted:
-                entry = {"url": page.url, "source": page.path, "offset": page.offset, "kept": False, "step": "read"}
-                yield {**entry, "reason": page.reason, "steps": [{"step": "read", "verdict": page.reason}]}
-        elif wanted in (page.url, Document(page).identity):
+            entry = {"url": page.url, "source": page.path, "offset": page.offset, "kept": False, "step": READ}
+            entry |= {"reason": page.reason, "steps": [{"step": READ, "verdict": page.reason}]}
+        else:
             entry = _judged(page, judge)
-            if entry["kept"] and "-" not in inputs:
-                parts = parts_of(inputs, make, workers, on_bad=on_bad)
-                _add_duplicates(entry, duplicates, recipe, parts, number)
-            elif entry["kept"]:
-                entry["steps"] += [{"step": step, "verdict": "not looked for: read once"} for step in duplicates]
-            yield entry
+        if entry["kept"] and "-" in inputs:
+            entry["steps"] += [{"step": step, "verdict": "not looked for: read once"} for step in duplicates]
+        elif entry["kept"]:
+            parts = parts_of(inputs, make, workers, on_bad=on_bad)
+            _add_duplicates(entry, duplicates, recipe, parts, number)
+        if not quiet:
+            _show(entry)
+        with open_bytes("-") as handle:
+            handle.write(orjson.dumps(entry, option=JSON_LINE))
+            handle.flush()
+    if not pages:
+        raise UserError(f"--explain: no page with the address or id {wanted!r} in {' '.join(inputs)}")
 
 
 def _judged(page: Page, judge: Judge) -> dict[str, Any]:
@@ -100,9 +111,9 @@ def _add_duplicates(
         return
 
 
-def show_explanation(entry: dict[str, Any], to: TextIO) -> None:
-    """A readable table of one explanation."""
-    print(printable(f"{entry.get('url') or entry.get('id')}  ({entry['source']}, {entry['offset']})"), file=to)
+def _show(entry: dict[str, Any]) -> None:
+    """Print a readable table of one explanation."""
+    lines = [f"{entry.get('url') or entry.get('id')}  ({entry['source']}, {entry['offset']})"]
     for row in entry["steps"]:
         details = [f"{row['language']} {row['language_score']}"] if "language" in row else []
         details += [f"score {row['score']:.4g}"] if "score" in row else []
@@ -111,7 +122,7 @@ def show_explanation(entry: dict[str, Any], to: TextIO) -> None:
         details += [f"{key} {value:.4g}" for key, value in measures[:SHOWN_MEASURES]]
         details += ["..."] if len(measures) > SHOWN_MEASURES else []
         size = counted(row["characters"], "character") if "characters" in row else ""
-        line = f"  {row['step']:<18} {row['verdict']:<24} {size:>18}  {', '.join(details)}"
-        print(printable(line.rstrip()), file=to)
-    verdict = "kept" if entry["kept"] else f"dropped by {entry['step']}: {entry['reason']}"
-    print(printable(f"  {verdict}"), file=to, flush=True)
+        lines.append(f"  {row['step']:<18} {row['verdict']:<24} {size:>18}  {', '.join(details)}".rstrip())
+    lines.append("  kept" if entry["kept"] else f"  dropped by {entry['step']}: {entry['reason']}")
+    for line in lines:
+        print(printable(line), file=sys.stderr, flush=True)

@@ -5,29 +5,27 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
-
-import orjson
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmkit import __version__
 from llmkit.config import CommonConfig, argument, as_options, option
 from llmkit.display import check_stdout
 from llmkit.errors import Interrupted, UserError
 from llmkit.io.files import check_output, check_unfinished
-from llmkit.io.jsonl import JSON_LINE, check_inputs, name_of, open_bytes, open_input
+from llmkit.io.jsonl import check_inputs, name_of, open_bytes, open_input
 from llmkit.io.manifest import file_sha256, write_file_manifest
 from llmkit.io.progress import Progress, counted, duration, quantity, say
 from llmkit.io.ranks import available_cores
 from llmkit.io.resume import Kept
 
 if TYPE_CHECKING:
-    from llmkit.crawl.judge import Worker
     from llmkit.crawl.output import Funnel
+    from llmkit.crawl.page import Part
     from llmkit.crawl.recipe import Recipe
 
 PAGES_PER_SECOND = 100  # of one core, with the model
@@ -58,11 +56,7 @@ class CrawlFilterConfig(CommonConfig):
         "WARC, WET, HTML files or folders, JSONL with `html` or `text`, or - for stdin.", metavar="INPUT..."
     )
     recipe: str = option(
-        "fineweb",
-        "Thresholds; --dry-run prints them.",
-        group="Recipe",
-        metavar="fineweb|llmkit|FILE.toml",
-        reads=True,
+        "fineweb", "Thresholds; --dry-run prints them.", group="Recipe", metavar="fineweb|llmkit|FILE.toml", reads=True
     )
     only: tuple[str, ...] = option((), "Steps to take, and no others.", group="Recipe", metavar="STEP,...")
     skip: tuple[str, ...] = option((), "Steps to leave out.", group="Recipe", metavar="STEP,...")
@@ -87,10 +81,7 @@ class CrawlFilterConfig(CommonConfig):
         None, "Folder for the index of duplicates, on disk and not in memory.", group="Running", metavar="FOLDER"
     )
     strict: bool = option(
-        False,
-        "End at the first bad file or record, which is skipped and counted otherwise.",
-        group="Running",
-        free=True,
+        False, "End at the first bad file or record; others are skipped and counted.", group="Running", free=True
     )
     resume: bool = option(False, "Resume a killed run.", group="Running")
 
@@ -114,30 +105,35 @@ class Summary:
 
 def run(config: CrawlFilterConfig) -> Summary | None:
     """Load, build, do, save, summarise. Raises UserError for the user's mistakes."""
+    from llmkit.crawl.explain import explain
     from llmkit.crawl.filters.urls import UrlFilter
     from llmkit.crawl.judge import Worker
+    from llmkit.crawl.output import parts_of
     from llmkit.crawl.recipe import as_json
 
     # load
     started = time.monotonic()
-    recipe = _recipe(config)
+    recipe, recipe_name = _recipe(config)
     inputs, out = _checked(config)
     total = _bytes_of(inputs)
     workers = config.workers or (1 if total is not None and total < ALONE_BYTES else available_cores())
     if config.dry_run:
-        _show_plan(config, recipe, inputs, workers, total)
+        _show_plan(config, recipe, recipe_name, inputs, workers, total)
         return None
     # the blocklists are read once for all processes, and checked so before anything is written
     url_filter = UrlFilter(recipe.url.blocklists, recipe.url) if "url" in recipe.steps else None
     make = partial(Worker, recipe, url_filter, rejects=config.rejects is not None or config.explain is not None)
+    ends = config.strict or (len(inputs) == 1 and not os.path.isdir(inputs[0]))  # the run, at a bad file
+    on_bad_file = None if ends else lambda error: say(f"skipped: {error}", config.quiet)
     if config.explain is not None:
-        _explain(config, recipe, inputs, make, workers)
+        explain(inputs, recipe, make, config.explain, workers, on_bad_file, config.quiet)
         return None
 
     # build and do
     state = _state(config, recipe)
+    parts = parts_of(inputs, make, workers, state=state, engine=config.engine, on_bad=on_bad_file)
     with _unfinished_is_told(state):
-        funnel = _filter(config, recipe, inputs, make, workers, state, total)
+        funnel = _collected(config, recipe, inputs, parts, total)
 
     # save
     dropped = {step: counts.total() for step, counts in funnel.dropped.items() if counts}
@@ -152,7 +148,7 @@ def run(config: CrawlFilterConfig) -> Summary | None:
     # summarise
     seconds = round(time.monotonic() - started, 2)
     if not config.quiet:
-        funnel.show(sys.stderr, _recipe_name(config, recipe))
+        funnel.show(sys.stderr, recipe_name)
     rate = f"{funnel.pages / seconds:.1f} pages/s on {counted(workers, 'process')}"
     say(f"{counted(funnel.kept, 'document')} of {counted(funnel.pages, 'page')}, {rate}", config.quiet)
     return None if out == "-" else Summary(out, config.rejects, **results, workers=workers, seconds=seconds)
@@ -161,12 +157,12 @@ def run(config: CrawlFilterConfig) -> Summary | None:
 # ---- load
 
 
-def _recipe(config: CrawlFilterConfig) -> Recipe:
-    """The recipe of that name or file, with what the flags say."""
+def _recipe(config: CrawlFilterConfig) -> tuple[Recipe, str]:
+    """The recipe of that name or file, with what the flags say, and how it is called."""
     from llmkit.crawl.recipe import check_steps, read_recipe
     from llmkit.text.language import check_languages
 
-    recipe = read_recipe(config.recipe)
+    recipe = given_recipe = read_recipe(config.recipe)
     # `a,b` and `a`, `b` are the same
     only, skip, languages = (
         tuple(name.strip() for text in given for name in text.split(",") if name.strip())
@@ -184,14 +180,7 @@ def _recipe(config: CrawlFilterConfig) -> Recipe:
         recipe = recipe.changed("extract", extractor=config.extractor)
     if config.blocklist:
         recipe = recipe.changed("url", blocklists=config.blocklist)
-    return recipe
-
-
-def _recipe_name(config: CrawlFilterConfig, recipe: Recipe) -> str:
-    """The name or file of the recipe, and whether flags changed it."""
-    from llmkit.crawl.recipe import read_recipe
-
-    return config.recipe + " with changes by flags" * (recipe != read_recipe(config.recipe))
+    return recipe, config.recipe + " with changes by flags" * (recipe != given_recipe)
 
 
 def _checked(config: CrawlFilterConfig) -> tuple[list[str], str]:
@@ -236,7 +225,7 @@ def _bytes_of(inputs: Sequence[str]) -> int | None:
 
 
 def _show_plan(
-    config: CrawlFilterConfig, recipe: Recipe, inputs: Sequence[str], workers: int, total: int | None
+    config: CrawlFilterConfig, recipe: Recipe, name: str, inputs: Sequence[str], workers: int, total: int | None
 ) -> None:
     """Print the plan of the run, after opening each input once, and the recipe as TOML on stdout."""
     from llmkit.crawl.recipe import recipe_toml
@@ -250,27 +239,9 @@ def _show_plan(
     about = f", about {duration(1 + total / BYTES_PER_PAGE / PAGES_PER_SECOND / workers)}" if total else ""
     names = " ".join(map(name_of, inputs))
     say(f"from {names}{size} to {config.out or 'stdout'} on {counted(workers, 'process')}{about}")
-    say(f"recipe {_recipe_name(config, recipe)}")
+    say(f"recipe {name}")
     say(f"steps: {', '.join(recipe.taken) or 'none'}")
     sys.stdout.write(recipe_toml(recipe))
-
-
-def _explain(
-    config: CrawlFilterConfig, recipe: Recipe, inputs: Sequence[str], make: Callable[[], Worker], workers: int
-) -> None:
-    """A table on stderr and a JSON line on stdout for each page with the address asked for."""
-    from llmkit.crawl.explain import explain, show_explanation
-
-    pages = 0
-    for page in explain(inputs, recipe, make, config.explain or "", workers, _on_bad_file(config, inputs)):
-        pages += 1
-        if not config.quiet:
-            show_explanation(page, sys.stderr)
-        with open_bytes("-") as handle:
-            handle.write(orjson.dumps(page, option=JSON_LINE))
-            handle.flush()
-    if not pages:
-        raise UserError(f"--explain: no page with the address or id {config.explain!r} in {' '.join(inputs)}")
 
 
 # ---- build and do
@@ -278,17 +249,21 @@ def _explain(
 
 def _state(config: CrawlFilterConfig, recipe: Recipe) -> Kept | None:
     """Open the file of finished parts; None when the output is no file."""
+    from llmkit.crawl.read.frames import sources
     from llmkit.crawl.recipe import as_json
 
     if config.out is None or not _is_file(config.out):
         return None
     path = Path(f"{config.out}{SUFFIX}")
     check_unfinished(config.force, config.resume, path)
+    blocklists, own = (
+        [source.path for source in sources(paths)] for paths in (recipe.url.blocklists, recipe.own_files())
+    )
     identity = {
         "llmkit": __version__,
         "recipe": as_json(recipe),
-        "blocklists": _hashes(recipe.url.blocklists),
-        "own filters": _hashes(recipe.own_files()),
+        "blocklists": {path: file_sha256(path) for path in blocklists},
+        "own filters": {path: file_sha256(path) for path in own},
         "--rejects": config.rejects is not None,
         "--engine": config.engine,
     }
@@ -298,29 +273,15 @@ def _state(config: CrawlFilterConfig, recipe: Recipe) -> Kept | None:
     return state
 
 
-def _hashes(paths: Sequence[str]) -> dict[str, str]:
-    """The SHA-256 of files, and of those in folders."""
-    files = [file for path in map(Path, paths) for file in ([path] if path.is_file() else sorted(path.rglob("*")))]
-    return {str(file): file_sha256(file) for file in files if file.is_file()}
-
-
-def _on_bad_file(config: CrawlFilterConfig, inputs: Sequence[str]) -> Callable[[UserError], object] | None:
-    """Return what tells of a file that gives nothing; None where it ends the run."""
-    alone = len(inputs) == 1 and not os.path.isdir(inputs[0])
-    return None if config.strict or alone else lambda error: say(f"skipped: {error}", config.quiet)
-
-
-def _filter(
+def _collected(
     config: CrawlFilterConfig,
     recipe: Recipe,
     inputs: Sequence[str],
-    make: Callable[[], Worker],
-    workers: int,
-    state: Kept | None,
+    parts: Iterable[tuple[Any, Part]],
     total: int | None,
 ) -> Funnel:
     """Take all parts in order, and write what becomes of them. Raises UserError where no record is as it should be."""
-    from llmkit.crawl.output import Collector, parts_of
+    from llmkit.crawl.output import Collector
     from llmkit.crawl.page import READ
 
     def on_bad(where: str, reason: str, count: int) -> None:
@@ -333,7 +294,6 @@ def _filter(
     spill = Path(config.spill) if config.spill else None
     if spill:
         spill.mkdir(parents=True, exist_ok=True)
-    parts = parts_of(inputs, make, workers, state=state, engine=config.engine, on_bad=_on_bad_file(config, inputs))
     with ExitStack() as files:
         documents = files.enter_context(open_bytes(config.out or "-"))
         rejects = files.enter_context(open_bytes(config.rejects)) if config.rejects else None
