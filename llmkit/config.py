@@ -356,7 +356,7 @@ def resolve(config_class: type, flags: Mapping[str, Any], config_file: str | Non
     known = {item.name: item for item in option_fields(config_class)}
     if strange := set(flags) - set(known):
         raise TypeError(f"{config_class.__name__} has no option {', '.join(sorted(strange))}")
-    from_file = _read_toml(config_file, config_class) if config_file is not None else {}
+    from_file = _values_of_file(config_file, config_class) if config_file is not None else {}
     hints = get_type_hints(config_class)
     values: dict[str, Any] = {}
     for name, item in known.items():
@@ -391,23 +391,27 @@ def dropped(name: str, config_class: type) -> str | None:
     return next((advice for owners, advice in entries if classes & set(owners.split())), None)
 
 
-def _read_toml(config_file: str, config_class: type) -> dict[str, Any]:
-    """The values of a TOML file by field names; dashes and underscores are the same."""
+def read_toml(path: str, name: str) -> dict[str, Any]:
+    """The content of a TOML file, such as a recipe. Raises UserError where it cannot be read or is none."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
         import tomli as tomllib  # pyright: ignore[reportMissingImports]
     try:
-        with open(config_file, "rb") as handle:
-            content = tomllib.load(handle)
+        with open(path, "rb") as handle:
+            return tomllib.load(handle)
     except OSError as error:
-        raise UserError(f"{config_file}: cannot read the config file: {str(error.strerror).lower()}") from error
+        raise UserError(f"{path}: cannot read the {name}: {str(error.strerror).lower()}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{config_file}: not TOML: {error}") from error
+        raise UserError(f"{path}: not TOML: {error}") from error
+
+
+def _values_of_file(config_file: str, config_class: type) -> dict[str, Any]:
+    """The values of a TOML file by field names; dashes and underscores are the same."""
     known = {item.name: item for item in option_fields(config_class)}
     by_flag = {flag.removeprefix("--"): name for name, item in known.items() if (flag := option_of(item).flag)}
     values: dict[str, Any] = {}
-    for key, value in content.items():
+    for key, value in read_toml(config_file, "config file").items():
         name = key.replace("-", "_")
         name = by_flag.get(name, name)
         if name not in known:

@@ -216,7 +216,7 @@ class Funnel:
         return rows
 
     def show(self, to: TextIO, recipe: str) -> None:
-        """Print the recipe's name and the table: with rich on a terminal, plain columns elsewhere."""
+        """Print the recipe's name and the table."""
         rows: list[tuple[str, ...]] = [("step", "in", "kept", "dropped", "share", "seconds")]
         for step in self.as_json():
             share = lambda count, step=step: f"{count / step['in']:.1%}" if step["in"] else ""  # noqa: E731
@@ -226,17 +226,6 @@ class Funnel:
             for reason, count in step["dropped"].items():
                 rows.append((f"  {printable(reason)}", "", "", f"{count:,}", share(count), ""))
         print(f"recipe {printable(recipe)}", file=to)
-        if to.isatty():
-            from rich.console import Console
-            from rich.table import Table
-
-            table = Table(box=None, pad_edge=False, header_style="bold")
-            for number, name in enumerate(rows[0]):
-                table.add_column(name, justify="right" if number else "left", no_wrap=True)
-            for row in rows[1:]:
-                table.add_row(*row, style="dim" if row[0].startswith(" ") else "")
-            Console(file=to, markup=False).print(table)
-            return
         first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for name, *cells in rows:
             cells = [cell.rjust(width) for cell, width in zip(cells, others, strict=True)]

@@ -13,12 +13,11 @@ import inspect
 import json
 import math
 import re
-import sys
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from typing import Any, get_type_hints
 
-from llmkit.config import value_type
+from llmkit.config import read_toml, value_type
 from llmkit.crawl.filters.quality import C4, FineWebQuality, GopherQuality, GopherRepetition
 from llmkit.crawl.filters.urls import UrlRules
 from llmkit.errors import UserError
@@ -96,9 +95,9 @@ class NearDuplicates:
 
 OWN_FILTERS = "[own] filters"  # as errors name them
 CHOICES = {
-    ("extract", "extractor"): ("model", "fast", "trafilatura"),
-    ("extract", "favour"): ("balance", "precision", "recall"),
-    ("pii", "mode"): ("redact", "drop"),
+    "extractor": ("model", "fast", "trafilatura"),
+    "favour": ("balance", "precision", "recall"),
+    "mode": ("redact", "drop"),
 }
 
 
@@ -175,18 +174,7 @@ def read_recipe(path: str) -> Recipe:
     """The recipe of that name, or of a TOML file over FineWeb's. Raises UserError naming file, table and key."""
     if path in NAMED:
         return NAMED[path]()
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib  # pyright: ignore[reportMissingImports]
-    try:
-        with open(path, "rb") as handle:
-            content = tomllib.load(handle)
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the recipe: {str(error.strerror).lower()}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not TOML: {error}") from error
-    return _with_values(Recipe(), content, path)
+    return _with_values(Recipe(), read_toml(path, "recipe"), path)
 
 
 def _with_values(target: Any, content: dict[str, Any], prefix: str) -> Any:
@@ -204,7 +192,9 @@ def _with_values(target: Any, content: dict[str, Any], prefix: str) -> Any:
             values[key] = _with_values(own, value, f"{prefix}: [{key}]")
         else:
             values[key] = _value(value, hints[key], where)
-            _check_choice(type(target), key, values[key], where)
+            choices = CHOICES.get(key)
+            if choices and value not in choices:
+                raise UserError(f"{where}: expected one of {', '.join(choices)}, found {value!r}")
     return replace(target, **values)
 
 
@@ -223,13 +213,6 @@ def _value(value: Any, hint: Any, where: str) -> Any:
         expected = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}[base]
         raise UserError(f"{where}: expected {expected + ' or none' * optional}, found {value!r}")
     return value
-
-
-def _check_choice(owner: type, key: str, value: Any, where: str) -> None:
-    for (table, name), choices in CHOICES.items():
-        owns = get_type_hints(Recipe)[table] is owner
-        if owns and name == key and value not in choices:
-            raise UserError(f"{where}: expected one of {', '.join(choices)}, found {value!r}")
 
 
 def _nearest(name: str, known: Any) -> str:

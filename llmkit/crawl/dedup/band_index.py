@@ -23,14 +23,14 @@ from typing import NamedTuple
 import numpy as np
 
 BLOCK = 1 << 16  # rows that are in memory before they go to a file: 8 MiB of 128 bytes
-TOUCHED_ROWS = 1 << 10  # rows read between two calls of `release`; the system maps 64 KiB around each, at most 64 MiB
+TOUCHED_ROWS = 1 << 10  # rows read before their pages are released; the system maps 64 KiB around each, at most 64 MiB
 NOBODY = np.uint32(0xFFFFFFFF)
 RATIO = 4  # a run is merged into the one before it where that has fewer than 4 times its keys
 IN_FILE = 1 << 18  # keys from which a run is worth a file
 CHUNK = 1 << 18  # keys merged at once
 BUCKET = 4  # keys between two entries of a run's table, on average; the fullest bucket of millions has 20
 LOOKED_UP = 1 << 11  # keys at once
-TOUCHED = 1 << 11  # keys looked up between two calls of `release`; the system maps 64 KiB around each that is read
+TOUCHED = 1 << 11  # keys looked up before their pages are released; the system maps 64 KiB around each that is read
 
 
 class ArrayWriter:
@@ -59,25 +59,16 @@ class ArrayWriter:
                 self._file.flush()
                 pages = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
             self._array = np.frombuffer(pages, self._array.dtype)
-            _advise(self._array, "MADV_RANDOM")  # or a lookup reads 16 pages around the one that it needs
+            advise([self._array], "MADV_RANDOM")  # or a lookup reads 16 pages around the one that it needs
         return self._array
 
 
-def read_through(arrays: Iterable[np.ndarray]) -> None:
-    """Say that arrays are about to be read from front to back."""
+def advise(arrays: Iterable[np.ndarray], advice: str) -> None:
+    """Say how those arrays that lie in files are about to be read; MADV_DONTNEED takes their pages out of memory."""
     for array in arrays:
-        _advise(array, "MADV_SEQUENTIAL")
-
-
-def release(arrays: Iterable[np.ndarray]) -> None:
-    """Take the pages of those arrays that lie in files out of this process's memory; they come back when read."""
-    for array in arrays:
-        _advise(array, "MADV_DONTNEED")
-
-
-def _advise(array: np.ndarray, advice: str) -> None:
-    if isinstance(pages := getattr(array.base, "obj", None), mmap.mmap) and hasattr(mmap, advice):  # not on Windows
-        pages.madvise(getattr(mmap, advice))
+        pages = getattr(array.base, "obj", None)
+        if isinstance(pages, mmap.mmap) and hasattr(mmap, advice):  # not on Windows
+            pages.madvise(getattr(mmap, advice))
 
 
 class Rows:
@@ -113,7 +104,7 @@ class Rows:
             taken[wanted] = rows[numbers[wanted] % BLOCK]
             self._touched += np.count_nonzero(wanted)
             if self._touched >= TOUCHED_ROWS:
-                release(self._blocks)
+                advise(self._blocks, "MADV_DONTNEED")
                 self._touched = 0
         return taken
 
@@ -158,7 +149,7 @@ class BandIndex:
                 firsts[start + index] = documents
             self._touched += len(some)
             if self._touched >= TOUCHED:
-                release(array for run in self._runs for array in run.pairs)
+                advise((array for run in self._runs for array in run.pairs), "MADV_DONTNEED")
                 self._touched = 0
         return firsts
 
@@ -194,7 +185,7 @@ def _buckets(keys: np.ndarray, count: int) -> np.ndarray:
 
 def _merging(large: Pairs, small: Pairs) -> Iterator[Pairs]:
     """Two runs as one, in pieces, so that the memory for it is bounded."""
-    read_through([*large, *small])
+    advise([*large, *small], "MADV_SEQUENTIAL")
     at = 0
     for start in range(0, len(large.keys), CHUNK):
         stop, before = start + CHUNK, at
@@ -202,4 +193,4 @@ def _merging(large: Pairs, small: Pairs) -> Iterator[Pairs]:
         keys = np.concatenate([large.keys[start:stop], small.keys[before:at]])
         order = np.argsort(keys, kind="stable")  # merges what is sorted: 4 times as fast as numpy's default
         yield Pairs(keys[order], np.concatenate([large.documents[start:stop], small.documents[before:at]])[order])
-        release([*large, *small])
+        advise([*large, *small], "MADV_DONTNEED")

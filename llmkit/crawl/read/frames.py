@@ -35,6 +35,7 @@ from llmkit.crawl.read.pages import (
     STEP,
     WARC_START,
     header_of,
+    inflated,
     inflating,
     looks_like_html,
 )
@@ -65,8 +66,8 @@ _ARC_LINE = re.compile(rb"(?<=\n)" + ARC_START.pattern, re.MULTILINE)  # not fro
 class Window(io.RawIOBase):
     """The bytes of a stream from `position` on: looked at before they are passed over. Not seekable."""
 
-    def __init__(self, handle: Any, position: int = 0) -> None:
-        self.position, self.cut = position, False  # cut: the compressed stream ended early or is damaged
+    def __init__(self, handle: Any) -> None:
+        self.position, self.cut = 0, False  # cut: the compressed stream ended early or is damaged
         self._handle, self._ahead, self._ended = handle, bytearray(), False
         self._read = handle.read1 if hasattr(handle, "read1") else handle.read
 
@@ -114,38 +115,29 @@ class Window(io.RawIOBase):
         return len(data)
 
 
-class GzipStream:
-    """The unpacked bytes of gzip members that follow one another.
+def gzip_blocks(window: Window) -> Iterator[bytes]:
+    """Yield the unpacked bytes of gzip members that follow one another; EOFError at a cut, after all that can be had.
 
-    It gives all that can be had before it raises EOFError at a cut; Python's GzipFile loses the last 256 KB.
+    Python's GzipFile loses the last 256 KB there.
     """
-
-    def __init__(self, window: Window) -> None:
-        self._window = window
-        self._inflater: Any = None
-
-    def read1(self, size: int) -> bytes:
-        """Some of the bytes, none at the end; `size` is not heeded."""
-        while self._inflater or self._next_member():
-            step = bytes(self._window.look(1)[:4096])  # of one with an error inside, all is lost
-            if not step:
-                raise EOFError
-            data = self._inflater.decompress(step)
-            self._window.skip(len(step) - len(self._inflater.unused_data))
-            if self._inflater.eof:
-                self._inflater = None
-            if data:
-                return data
-        return b""
-
-    def _next_member(self) -> bool:
-        self._window.skip_over(b"\0")
-        if self._window.look(1):
-            self._inflater = inflating.decompressobj(31)
-        return self._inflater is not None
+    inflater: Any = None
+    while True:
+        if inflater is None:
+            window.skip_over(b"\0")
+            inflater = inflating.decompressobj(31)
+            if not window.look(1):
+                return
+        step = bytes(window.look(1)[:4096])  # of one with an error inside, all is lost
+        if not step:
+            raise EOFError
+        data = inflater.decompress(step)
+        window.skip(len(step) - len(inflater.unused_data))
+        inflater = None if inflater.eof else inflater
+        if data:
+            yield data
 
 
-def find(window: Window, stop: int, start: re.Pattern[bytes], bytes_without: Callable[[Window], int]) -> bool:
+def find(window: Window, stop: int, start: re.Pattern[bytes], bytes_without: Callable[[], int]) -> bool:
     """Move the window to the first record at its position or after, if it begins before `stop`, else no further.
 
     bytes_without: how many bytes there are ahead in which no record begins; 0 where one does
@@ -158,42 +150,17 @@ def find(window: Window, stop: int, start: re.Pattern[bytes], bytes_without: Cal
             count = match.start()
             if window.position + count < stop:
                 window.skip(count)
-                count = bytes_without(window)
+                count = bytes_without()
                 if not count:
                     return True
         window.skip(min(count, stop - window.position))
     return False
 
 
-def bytes_without_record(window: Window, arc: bool) -> int:
-    """Count the bytes ahead in which no record begins; 0 where one does, by its whole header: pages quote first lines.
-
-    Of text that begins like records ten thousand times, each is not searched to the end of its header: what the first
-    lacks is missing behind it, too, up to the blank line that ends it.
-    """
-    header = header_of(window.look(MAX_HEADER), arc)
-    if arc:
-        return 0 if header else 1
-    ahead = window.look(BLOCK)
-    if header and _WARC_TYPE.search(ahead, 0, header[0]):
-        return 0
-    end = BLANK_LINE.search(ahead)
-    behind = end.end() if end else len(ahead)
-    return max(1, behind if behind <= MAX_HEADER else behind - MAX_HEADER)
-
-
 def beginning(window: Window) -> bytes:
     """The first bytes ahead, a kilobyte or more where there is so much, unpacked where they begin a gzip member."""
-    ahead = window.look(OVERLAP)
-    if not ahead.startswith(GZIP_MAGIC):
-        return bytes(ahead[:STEP])
-    unpacked, inflater = b"", inflating.decompressobj(31)
-    with suppress(*GZIP_ERRORS):
-        for begin in range(0, min(len(ahead), OVERLAP), 512):
-            unpacked += inflater.decompress(ahead[begin : begin + 512])
-            if inflater.eof or len(unpacked) > OVERLAP:
-                break
-    return unpacked
+    ahead = bytes(window.look(OVERLAP)[:STEP])
+    return inflated(ahead[:OVERLAP], 31, OVERLAP, 512) if ahead.startswith(GZIP_MAGIC) else ahead
 
 
 class Records:
@@ -255,15 +222,27 @@ class Records:
     def _pass_over(self, header: int, block: int) -> str:
         """Pass over a record that is too large; where a length is wrong, as far as the next record alone."""
         window, stop = self.window, self.window.position + header + block
-
-        def bytes_without(window: Window) -> int:
-            return bytes_without_record(window, self.arc) or int(not self._is_record(0))
-
         window.skip(header)
-        if find(window, stop, self._start, bytes_without):
+        if find(window, stop, self._start, lambda: self._bytes_without_record() or int(not self._is_record(0))):
             return "damaged"
         window.skip(stop - window.position)
         return "too_large" if window.position == stop else "truncated"
+
+    def _bytes_without_record(self) -> int:
+        """Count the bytes ahead in which no record begins; 0 where one does, by its header: pages quote first lines.
+
+        Of text that begins like records ten thousand times, each is not searched to the end of its header: what the
+        first lacks is missing behind it, too, up to the blank line that ends it.
+        """
+        header = header_of(self.window.look(MAX_HEADER), self.arc)
+        if self.arc:
+            return 0 if header else 1
+        ahead = self.window.look(BLOCK)
+        if header and _WARC_TYPE.search(ahead, 0, header[0]):
+            return 0
+        end = BLANK_LINE.search(ahead)
+        behind = end.end() if end else len(ahead)
+        return max(1, behind if behind <= MAX_HEADER else behind - MAX_HEADER)
 
     def _is_record(self, at: int) -> bool:
         """True if a record begins so many bytes ahead, and is followed by another."""
@@ -332,26 +311,26 @@ class Records:
             self._wasted += max(ahead, unpacked)
         self._unpacked_to = max(self._unpacked_to, self.window.position + ahead)
 
-    def _bytes_without_member(self, window: Window) -> int:
+    def _bytes_without_member(self) -> int:
         """0 where a gzip member starts ahead that begins with a record, else how many bytes are passed over."""
-        self._wasted = max(0, self._wasted - WASTE * (window.position - self._wasted_until))
-        self._wasted_until = window.position
+        position = self.window.position
+        self._wasted = max(0, self._wasted - WASTE * (position - self._wasted_until))
+        self._wasted_until = position
         if self._wasted > FIRST_WASTE:
             self._unsearched = True
             return 1 + (self._wasted - FIRST_WASTE) // WASTE
-        if (ARC_START if self.arc else WARC_START).match(beginning(window)):
+        if (ARC_START if self.arc else WARC_START).match(beginning(self.window)):
             return 0
         self._wasted += LEAST_WASTE
         return 1
 
     def _resume(self) -> Iterator[str]:
         """Look for the next record, past a byte that starts none, and tell of bytes that were not searched."""
-        window = self.window
-        window.skip(1)
+        self.window.skip(1)
         if self.packed:
-            find(window, FOREVER, GZIP_START, self._bytes_without_member)
+            find(self.window, FOREVER, GZIP_START, self._bytes_without_member)
         else:
-            find(window, FOREVER, self._start, lambda window: bytes_without_record(window, self.arc))
+            find(self.window, FOREVER, self._start, self._bytes_without_record)
         if self._unsearched:
             self._unsearched = False
             yield "unsearched"
@@ -468,7 +447,7 @@ class Reader:
             if packed and kind in ("warc", "arc") and not is_one_stream(window, kind == "arc", self.max_bytes):
                 kind += ".gz"
             elif packed:
-                window = Window(GzipStream(window))
+                window = Window(Lines(gzip_blocks(window)))
             if kind == "jsonl":
                 records = _lines(window, self.max_bytes)
             elif kind == "html":

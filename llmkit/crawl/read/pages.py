@@ -167,14 +167,10 @@ def _read_response(page: Page, content_type: str, block: memoryview, max_bytes: 
         return "empty"
     fields = fields_of(bytes(block[: end.start()]))
     content_type = fields.get("content-type", "")
-    if not _may_be_html(content_type):
+    if _media_type(content_type) not in (*HTML_TYPES, *UNSURE_TYPES):
         return "not_html"
     body = decoded(bytes(block[end.end() :]), fields, max_bytes)
     return "too_large" if len(body) > max_bytes else _read_html(page, content_type, body)
-
-
-def _may_be_html(content_type: str) -> bool:
-    return _media_type(content_type) in (*HTML_TYPES, *UNSURE_TYPES)
 
 
 def _media_type(content_type: str) -> str:
@@ -246,21 +242,22 @@ def without_chunks(body: bytes) -> bytes:
 def _unpacked(body: bytes, name: str, most: int) -> bytes:
     """The body unpacked, about `most` bytes at most, of a cut one what there is; as it is where it is not packed so."""
     if body.startswith(GZIP_MAGIC):  # whatever the header says
-        return _inflated(body, 31, most)
+        return inflated(body, 31, most)
     if body.startswith(ZSTD_MAGIC):
         return _unpacked_zstd(body, most)
     if name == "deflate":  # with the header of zlib, as RFC 9110 says, or without, as many servers do
-        return _inflated(body, 15, most) or _inflated(body, -15, most) or body
+        return inflated(body, 15, most) or inflated(body, -15, most) or body
     if name == "br":
         return _unpacked_brotli(body, most) or body
     return body
 
 
-def _inflated(body: bytes, format: int, most: int) -> bytes:
+def inflated(body: bytes, format: int, most: int, step: int = STEP) -> bytes:
+    """What can be unpacked of a body, about `most` bytes at most; format: the `wbits` of zlib."""
     inflater, chunks, size = inflating.decompressobj(format), [], 0
     with suppress(*GZIP_ERRORS):
-        for begin in range(0, len(body), STEP):
-            chunks.append(inflater.decompress(body[begin : begin + STEP]))
+        for begin in range(0, len(body), step):
+            chunks.append(inflater.decompress(body[begin : begin + step]))
             size += len(chunks[-1])
             if inflater.eof or size > most:
                 break
