@@ -174,16 +174,14 @@ class Worker:
         """Return the part of a batch."""
         part, texts = Part([], seconds={READ: batch.seconds}), []
 
-        def spend(step: str, seconds: float) -> None:
+        def on_step(step: str, document: Document | None, reason: Reason, seconds: float) -> None:
             part.seconds[step] = part.seconds.get(step, 0.0) + seconds
 
         for frame in batch.frames:
             started = thread_time()
             page = page_of(frame)
-            spend(READ, thread_time() - started)
-            judged = page
-            if isinstance(page, Page):
-                judged = self.judge(page, lambda step, document, reason, seconds: spend(step, seconds))
+            on_step(READ, None, None, thread_time() - started)
+            judged = self.judge(page, on_step) if isinstance(page, Page) else page
             if isinstance(judged, Document):
                 texts.append(judged.text or "")
                 line = _line(judged.record(self.tell_language))
@@ -197,7 +195,7 @@ class Worker:
 
             started = thread_time()
             part.signatures = signatures(texts, self.near.bands, self.near.rows)
-            spend(self.duplicates[-1], thread_time() - started)
+            on_step(self.duplicates[-1], None, None, thread_time() - started)
         return (part,)
 
 

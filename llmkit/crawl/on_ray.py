@@ -85,7 +85,7 @@ def in_order(
     Raises UserError where Ray is not installed, and what the work raises.
     """
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError("--engine ray: Ray is not installed; pip install 'ray>=2.60', or leave --engine out") from None
 
@@ -145,7 +145,7 @@ _works: dict[Any, Work] = {}
 
 def _work_on(item: Any, pickled: list[Any], folder: str) -> list[Any] | str:
     """The task: the results of an item, or a user's mistake, to be raised again in the driver."""
-    import ray
+    import ray  # pyright: ignore[reportMissingImports]
 
     os.chdir(folder)  # the driver's: paths are relative to it
     try:

