@@ -25,65 +25,64 @@ except ImportError:  # Python 3.10
 
 SECONDS = 1.0  # of the processor: a pattern that parts a text in 2^n ways takes hours
 LENGTHS = (60, 2000)
-FUNCTIONS = ("compile", "match", "search", "fullmatch", "sub", "split", "findall", "finditer")
+FUNCTIONS = {f"re.{name}" for name in "compile match search fullmatch sub split findall finditer".split()}  # noqa: SIM905
 PLAIN = (codes.LITERAL, codes.RANGE)
+REPEATS = ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT")
+SAMPLES = {"NOT_SPACE": "a", "SPACE": " ", "NOT_DIGIT": "a", "DIGIT": "1", "NOT_WORD": " "}
 
 
 def patterns() -> dict[str, re.Pattern]:
     """Every pattern of the package, by the place where it stands: those of modules, and those inside functions."""
-    found: dict[str, re.Pattern] = {}
+    taken: dict[str, re.Pattern] = {}
 
     def take(where: str, value: Any, depth: int = 0) -> None:
         if isinstance(value, re.Pattern):
-            found[f"{where}: {value.pattern!r:.40}"] = value
-        elif depth < 4 and isinstance(value, (list, tuple, set, frozenset)):
-            for part in value:
-                take(where, part, depth + 1)
-        elif depth < 4 and isinstance(value, dict):
-            for part in value.values():
-                take(where, part, depth + 1)
+            taken[f"{where}: {value.pattern!r:.40}"] = value
+        elif depth < 4 and isinstance(value, (list, tuple, set, frozenset, dict)):
+            for item in value.values() if isinstance(value, dict) else value:
+                take(where, item, depth + 1)
 
     for name, source in modules().items():
-        tree = ast.parse(source)
-        if not any(isinstance(node, (ast.Import, ast.ImportFrom)) and "re" in _names(node) for node in ast.walk(tree)):
+        if not re.search(r"^\s*import re$", source, re.MULTILINE):
             continue
         with suppress(ImportError):
-            module = importlib.import_module(name)
-            for key, value in vars(module).items():
+            for key, value in vars(importlib.import_module(name)).items():
                 take(f"{name}.{key}", value)
-        for node in ast.walk(tree):
-            if not (isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant)):
+        for node in ast.walk(ast.parse(source)):
+            if not isinstance(node, ast.Call) or ast.unparse(node.func) not in FUNCTIONS:
                 continue
-            if ast.unparse(node.func).removeprefix("re.") in FUNCTIONS and ast.unparse(node.func).startswith("re."):
+            if node.args and isinstance(node.args[0], ast.Constant):
                 flags = re.I if any("I" in ast.unparse(rest) for rest in node.args[1:]) else 0
                 take(f"{name}:{node.lineno}", re.compile(node.args[0].value, flags))
-    return found
+    return taken
 
 
-def _names(node: ast.Import | ast.ImportFrom) -> list[str]:
-    return [alias.name for alias in node.names]
+def inner(code: Any, value: Any) -> list[Any]:
+    """The parsed patterns within one node of a parsed pattern."""
+    if str(code) in REPEATS:
+        return [value[2]]
+    if code is codes.BRANCH:
+        return value[1]
+    if code is codes.SUBPATTERN:
+        return [value[-1]]
+    return [value] if str(code) == "ATOMIC_GROUP" else []
 
 
-def one(tree: Any, more: int = 0) -> str:
+def match_of(tree: Any, more: int = 0) -> str:
     """A text that a parsed pattern may match, with `more` rounds in each of its loops."""
-    told = ""
+    text = ""
     for code, value in tree:
         if code in (codes.LITERAL, codes.NOT_LITERAL):
-            told += chr(value) if code is codes.LITERAL else "\u00a1" if value < 161 else "a"
+            text += chr(value) if code is codes.LITERAL else "\u00a1" if value < 161 else "a"
         elif code is codes.ANY:
-            told += "a"
+            text += "a"
         elif code is codes.IN:
-            told += member(value)
-        elif code is codes.BRANCH:
-            told += one(value[1][0], more)
-        elif code is codes.SUBPATTERN:
-            told += one(value[-1], more)
-        elif code in (codes.MAX_REPEAT, codes.MIN_REPEAT) or str(code) == "POSSESSIVE_REPEAT":
-            low, high, inside = value
-            told += one(inside, more) * min(max(low, more), high)
-        elif str(code) == "ATOMIC_GROUP":
-            told += one(value, more)
-    return told
+            text += member(value)
+        elif str(code) in REPEATS:
+            text += match_of(value[2], more) * min(max(value[0], more), value[1])
+        else:
+            text += "".join(match_of(tree, more) for tree in inner(code, value)[:1])
+    return text
 
 
 def member(choices: list) -> str:
@@ -93,53 +92,36 @@ def member(choices: list) -> str:
         spared = [text for text in "a1 <-.\u00a1" if not any(low <= ord(text) <= high for low, high in excluded)]
         return spared[0] if spared else "a"
     code, value = choices[0]
-    if code is codes.LITERAL:
-        return chr(value)
-    if code is codes.RANGE:
-        return chr(value[0])
-    category = str(value)
-    for name, character in (("NOT_SPACE", "a"), ("SPACE", " "), ("NOT_DIGIT", "a"), ("DIGIT", "1"), ("NOT_WORD", " ")):
-        if name in category:
-            return character
-    return "a"
+    if code in PLAIN:
+        return chr(value if code is codes.LITERAL else value[0])
+    return next((character for name, character in SAMPLES.items() if name in str(value)), "a")
 
 
 def loops(tree: Any) -> Iterator[Any]:
     """The insides of a parsed pattern's loops, outer ones first."""
     for code, value in tree:
-        if code in (codes.MAX_REPEAT, codes.MIN_REPEAT) or str(code) == "POSSESSIVE_REPEAT":
-            if value[1] > 1:
-                yield value[2]
-            yield from loops(value[2])
-        elif code is codes.BRANCH:
-            for branch in value[1]:
-                yield from loops(branch)
-        elif code is codes.SUBPATTERN:
-            yield from loops(value[-1])
-        elif str(code) == "ATOMIC_GROUP":
-            yield from loops(value)
+        if str(code) in REPEATS and value[1] > 1:
+            yield value[2]
+        for within in inner(code, value):
+            yield from loops(within)
 
 
 def branches(tree: Any) -> Iterator[str]:
     """A text of each alternative in a loop, alone."""
-    yield one(tree)
-    yield one(tree, 1)
+    yield from (match_of(tree), match_of(tree, 1))
     for code, value in tree:
-        inner = value[-1] if code is codes.SUBPATTERN else None
-        for branch in value[1] if code is codes.BRANCH else ():
-            yield from branches(branch)
-        if inner is not None:
-            yield from branches(inner)
+        for within in inner(code, value) if code in (codes.BRANCH, codes.SUBPATTERN) else ():
+            yield from branches(within)
 
 
 def seeds(pattern: re.Pattern) -> Iterator[str]:
     """Texts over which a loop of the pattern can run in many ways, with an end that it does not take."""
-    text = pattern.pattern.decode("latin-1") if isinstance(pattern.pattern, bytes) else pattern.pattern
-    tree = parser.parse(text, pattern.flags & ~re.UNICODE if isinstance(pattern.pattern, bytes) else pattern.flags)
-    whole = one(tree, 1)
+    is_bytes = isinstance(pattern.pattern, bytes)
+    text = pattern.pattern.decode("latin-1") if is_bytes else pattern.pattern
+    tree = parser.parse(text, pattern.flags & ~re.UNICODE if is_bytes else pattern.flags)
+    whole = match_of(tree, 1)
     for inside in loops(tree):
-        pieces = {piece for piece in branches(inside) if piece}
-        for piece in pieces:
+        for piece in filter(None, set(branches(inside))):
             for before in {"", whole.partition(piece)[0]}:
                 for length in LENGTHS:
                     for end in ("", "\0!"):
@@ -190,9 +172,8 @@ def test_the_seeds_find_the_patterns_that_run_for_ever(clock) -> None:
 
 
 def test_no_pattern_of_the_package_runs_for_ever(clock) -> None:
-    found = patterns()
-    assert len(found) > 100
-    slow = {where: slowest(pattern) for where, pattern in found.items()}
+    assert len(patterns()) > 100
+    slow = {where: slowest(pattern) for where, pattern in patterns().items()}
     assert not {where: worst for where, worst in slow.items() if worst[0] >= SECONDS / 2}
 
 

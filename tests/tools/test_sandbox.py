@@ -37,15 +37,11 @@ def ran(code, limits=LIMITS):
 def nothing_is_left_behind():
     """No process of ours, and none of the files that these programs make, where they would like to."""
 
-    def found():
-        places = (tempfile.gettempdir(), Path.home(), Path.cwd(), "/")
-        return {
-            (str(place), name) for place in places for name in {"a", "d", "x", "f0", "escaped"} & set(os.listdir(place))
-        }
-
-    before = found()
+    places = (tempfile.gettempdir(), Path.home(), Path.cwd(), Path("/"))
+    candidates = [Path(place, name) for place in places for name in ("a", "d", "x", "f0", "escaped")]
+    before = set(filter(Path.exists, candidates))
     yield
-    assert found() <= before
+    assert set(filter(Path.exists, candidates)) == before
     assert not left_after(60)
 
 
