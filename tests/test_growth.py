@@ -37,38 +37,27 @@ SHORT, LONG = (4_000, 16_000, 64_000), (16_000, 64_000, 256_000)
 FEW = 5  # seeds of a function in the quick tier; other functions take others
 
 PIECES = json.loads(Path(__file__).parent.joinpath("helpers", "fragments.json").read_text())
-PAIRS = (
-    "()",
-    "[]",
-    "{}",
-    "<>",
-    "((",
-    "\\boxed{ }",
-    "<div> </div>",
-    "<!-- -->",
-    "<think> </think>",
-    "{% %}",
-    '[" "]',
-    "[ ]",
-    "<b> </a>",
-)
+PAIRS = [
+    *("()", "[]", "{}", "<>", "((", ("\\boxed{", "}"), ("{%", "%}"), ('["', '"]'), ("[", "]")),
+    *(("<div>", "</div>"), ("<!--", "-->"), ("<think>", "</think>"), ("<b>", "</a>")),
+]
+Seed = tuple[str, str, str]  # before, repeated, after
 
 
-def seeds() -> list[tuple[str, str, str]]:
-    """Texts as (before, repeated, after): pieces alone, with an end that they do not take, two, opened and closed."""
+def seeds() -> list[Seed]:
+    """Pieces alone, with an end that they do not take, two, opened and closed."""
     rng = random.Random(0)
-    found = [("", piece, "") for piece in PIECES]
-    found += [("", piece, "\0!") for piece in rng.sample(PIECES, 20)]
-    found += [("a ", piece, " x") for piece in rng.sample(PIECES, 20)]
-    found += [("", rng.choice(PIECES) + rng.choice(PIECES), rng.choice(PIECES)) for _ in range(40)]
-    found += [("OPEN", *pair.partition(" ")[::2]) if " " in pair else ("OPEN", *pair) for pair in PAIRS]
-    return found
+    chosen = [("", piece, "") for piece in PIECES]
+    chosen += [("", piece, "\0!") for piece in rng.sample(PIECES, 20)]
+    chosen += [("a ", piece, " x") for piece in rng.sample(PIECES, 20)]
+    chosen += [("", rng.choice(PIECES) + rng.choice(PIECES), rng.choice(PIECES)) for _ in range(40)]
+    return chosen + [("OPEN", *pair) for pair in PAIRS]
 
 
 SEEDS = seeds()
 
 
-def text_of(seed: tuple[str, str, str], size: int) -> str:
+def text_of(seed: Seed, size: int) -> str:
     """A text of so many characters; one that opens has as many ends as beginnings."""
     before, piece, after = seed
     if before == "OPEN":
@@ -92,7 +81,7 @@ def exponent(times: dict[int, float]) -> float:
     return math.log(max(times[longest], FLOOR) / max(times[shortest], FLOOR)) / math.log(longest / shortest)
 
 
-def measured(name: str, seed: tuple[str, str, str], sizes: tuple[int, ...]) -> dict[int, float]:
+def measured(name: str, seed: Seed, sizes: tuple[int, ...]) -> dict[int, float]:
     """The times by length, the least of several tries where they are beyond the limit."""
     times: dict[int, float] = {}
     limit = EXPONENTS.get(name, EXPONENT)
@@ -108,8 +97,8 @@ def measured(name: str, seed: tuple[str, str, str], sizes: tuple[int, ...]) -> d
     return times
 
 
-def in_child(name: str, chosen: list[tuple[str, str, str]], sizes: tuple[int, ...]) -> Iterator[tuple]:
-    """(seed, its times, or why there are none) of each seed, measured in a child that is killed in time."""
+def in_child(name: str, chosen: list[Seed], sizes: tuple[int, ...]) -> Iterator[tuple[Seed, dict[int, float] | str]]:
+    """Each seed with its times, or why there are none, measured in a child that is killed in time."""
     ours, theirs = os.pipe()
     child = os.fork()
     if child == 0:
@@ -126,37 +115,37 @@ def in_child(name: str, chosen: list[tuple[str, str, str]], sizes: tuple[int, ..
                 used = math.ceil(time.process_time())
                 resource.setrlimit(resource.RLIMIT_CPU, (used + SECONDS, resource.RLIM_INFINITY))
                 try:
-                    told = measured(name, seed, sizes)
+                    result: object = measured(name, seed, sizes)
                 except Exception as error:
-                    told = f"{type(error).__name__}: {error}"[:200]
-                os.write(theirs, json.dumps(told).encode() + b"\n")
+                    result = f"{type(error).__name__}: {error}"[:200]
+                os.write(theirs, json.dumps(result).encode() + b"\n")
             code = 0
         finally:
             os._exit(code)
     os.close(theirs)
     with open(ours) as lines:
-        told = [json.loads(line) for line in lines]
+        results = [json.loads(line) for line in lines]
     os.waitpid(child, 0)
-    for seed, found in zip(chosen, told, strict=False):
-        yield seed, {int(size): value for size, value in found.items()} if isinstance(found, dict) else found
-    if len(told) < len(chosen):
-        yield chosen[len(told)], f"no end within {SECONDS} s of the processor"
-        yield from in_child(name, chosen[len(told) + 1 :], sizes) if len(told) + 1 < len(chosen) else ()
+    for seed, result in zip(chosen, results, strict=False):
+        yield seed, {int(size): value for size, value in result.items()} if isinstance(result, dict) else result
+    if len(results) < len(chosen):
+        yield chosen[len(results)], f"no end within {SECONDS} s of the processor"
+        yield from in_child(name, chosen[len(results) + 1 :], sizes) if len(results) + 1 < len(chosen) else ()
 
 
-def faults(name: str, chosen: list[tuple[str, str, str]], sizes: tuple[int, ...]) -> list[str]:
+def faults(name: str, chosen: list[Seed], sizes: tuple[int, ...]) -> list[str]:
     """What is beyond the limit; prints the slowest."""
-    found, slowest, steepest = [], (0.0, ""), (0.0, "")
-    for seed, told in in_child(name, chosen, sizes):
-        if isinstance(told, str):
-            found.append(f"{name}: {seed!r}: {told}")
+    wrong, slowest, steepest = [], (0.0, ""), (0.0, "")
+    for seed, result in in_child(name, chosen, sizes):
+        if isinstance(result, str):
+            wrong.append(f"{name}: {seed!r}: {result}")
             continue
-        slowest = max(slowest, (told[max(told)], repr(seed)))
-        steepest = max(steepest, (exponent(told), repr(seed)))
-        if exponent(told) > EXPONENTS.get(name, EXPONENT):
-            found.append(f"{name}: {seed!r}: exponent {exponent(told):.2f}, seconds by length {told}")
+        slowest = max(slowest, (result[max(result)], repr(seed)))
+        steepest = max(steepest, (exponent(result), repr(seed)))
+        if exponent(result) > EXPONENTS.get(name, EXPONENT):
+            wrong.append(f"{name}: {seed!r}: exponent {exponent(result):.2f}, seconds by length {result}")
     print(f"{name}: slowest {slowest[0]:.3f} s {slowest[1]}, exponent at most {steepest[0]:.2f} {steepest[1]}")
-    return found
+    return wrong
 
 
 def test_the_measurement_finds_what_grows_with_the_square(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,15 +181,11 @@ def test_every_module_with_patterns_is_measured_or_exempt() -> None:
 
 
 def test_time_grows_with_the_length() -> None:
-    found = []
-    for place, name in enumerate(readers()):
-        chosen = random.Random(place).sample(SEEDS, FEW)
-        found += faults(name, chosen, SHORT)
-    assert not found, "\n".join(found)
+    chosen = {name: random.Random(number).sample(SEEDS, FEW) for number, name in enumerate(readers())}
+    assert not [fault for name, few in chosen.items() for fault in faults(name, few, SHORT)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(readers()))
 def test_time_grows_with_the_length_of_all_seeds(name: str) -> None:
-    found = faults(name, SEEDS, LONG)
-    assert not found, "\n".join(found)
+    assert not faults(name, SEEDS, LONG)

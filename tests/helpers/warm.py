@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
 from contextlib import suppress
@@ -59,29 +60,14 @@ class WarmPrograms:
         self._server.wait()
 
 
-def serve(address: str) -> None:
-    """Fork for each connection, until SIGTERM."""
-    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(address)
-    listener.listen(64)
-    print("ready", flush=True)
-    while True:
-        caller, _ = listener.accept()
-        if os.fork() == 0:
-            listener.close()
-            answer(caller)
-        caller.close()
-        while children_ended():
-            pass
+class Server(socketserver.ForkingMixIn, socketserver.UnixStreamServer):
+    request_queue_size = 64
 
 
-def children_ended() -> bool:
-    """Whether a forked process has ended since, which is forgotten then."""
-    try:
-        return os.waitpid(-1, os.WNOHANG)[0] > 0
-    except ChildProcessError:
-        return False
+class Handler(socketserver.BaseRequestHandler):
+    def handle(self) -> None:
+        self.server.socket.close()
+        answer(self.request)
 
 
 def answer(caller: socket.socket) -> None:
@@ -136,4 +122,7 @@ def warm_up() -> None:
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     warm_up()
-    serve(sys.argv[1])
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
+    with Server(sys.argv[1], Handler) as server:
+        print("ready", flush=True)
+        server.serve_forever()
