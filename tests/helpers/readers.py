@@ -25,11 +25,9 @@ EXEMPT = {
     "llmkit.generation.chat",  # what is typed
     "llmkit.generation.terminal",  # the same
     "llmkit.text.answer_spans",  # by way of matching
-    "llmkit.training.checkpoint",  # names of files
-    "llmkit.rewards.numbers",  # by way of numbers
-    "llmkit.rewards",
+    "llmkit.training.trainer",  # names of files
+    "llmkit.io.remote",  # addresses of the user's
     "llmkit.io.run_folder",  # steps of checkpoints
-    "llmkit.stages.crawl_filter",
 }
 
 
@@ -40,7 +38,7 @@ def octets(text: str) -> bytes:
 def crawl_readers() -> dict[str, Reader]:
     from selectolax.lexbor import LexborHTMLParser
 
-    from llmkit.crawl.dedup import minhash
+    from llmkit.crawl.dedup import duplicates
     from llmkit.crawl.extract import features, markup
     from llmkit.crawl.extract.main_text import Extractor
     from llmkit.crawl.filters import personal_data, quality, urls
@@ -119,7 +117,7 @@ def crawl_readers() -> dict[str, Reader]:
         ),
         "markup.plain_html": lambda text: markup.plain_html(b"<?xml shadowroot" + octets(text)),
         "markup.visible": markup.visible,
-        "minhash": lambda text: minhash.signatures([text.encode("utf-8", "replace").decode()]),
+        "minhash": lambda text: duplicates.signatures([text.encode("utf-8", "replace").decode()]),
         "personal_data.find": personal_data.find,
         "personal_data.redact": personal_data.redact,
         "reading of a line": lambda text: pages.page_of(Frame("a.jsonl", "jsonl", 1, b"{" + octets(text))),
@@ -142,7 +140,7 @@ def data_readers() -> dict[str, Reader]:
     from llmkit.io import jsonl
     from llmkit.io.records import Row
     from llmkit.probing import question_rules
-    from llmkit.report import excerpts, page
+    from llmkit.report import page, records
     from llmkit.text import passages
 
     def row(**value: Any) -> Row:
@@ -171,7 +169,7 @@ def data_readers() -> dict[str, Reader]:
         "question_rules.sentences": lambda text: list(question_rules.sentences(text)),
         "questions": lambda text: questions.read_question(row(question=text, answer=text)),
         "questions of a context": lambda text: questions.read_question(row(context=text, answer="a")),
-        "report excerpts": lambda text: excerpts.excerpt(
+        "report excerpts": lambda text: records._excerpt(
             {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]},
             "conversations",
             1,
