@@ -10,13 +10,13 @@ A reply that cannot be read, twice, is no verdict.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from llmkit.errors import UserError
 from llmkit.generation.served_models import shortened
 from llmkit.io.progress import counted
 from llmkit.probing.chat_model import ChatModel, Missing
-from llmkit.text.matching import EVASIVE, RIGHT, UNREADABLE, WRONG, Answered, MatchJudge
+from llmkit.text.matching import EVASIVE, RIGHT, UNREADABLE, WRONG, Answered, Judge, MatchJudge
 
 TEMPERATURE = 0.3  # not 0: the second try must be able to say something else
 JUDGE_PROMPT = """\
@@ -69,6 +69,12 @@ class ModelJudge:
 
 def _verdict(reply: str | Missing) -> str:
     return UNREADABLE if isinstance(reply, Missing) else reply
+
+
+def judge_of(model: ChatModel | None, refusals: Sequence[str]) -> Judge:
+    """The judge that a model is, or that of words; `refusals` are answers that say nothing."""
+    words = MatchJudge(refusals=refusals)
+    return words if model is None else ModelJudge(model, words)
 
 
 def check_verdicts(counts: Mapping[str, int], model: ChatModel) -> None:

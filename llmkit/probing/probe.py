@@ -10,7 +10,7 @@ Llama 3 Herd of Models" (arXiv:2407.21783), section 4.3.6.
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from llmkit.errors import naming
@@ -21,6 +21,7 @@ from llmkit.generation.requests import Completion, Request
 from llmkit.generation.sampler import Sampler
 from llmkit.io.progress import Progress, counted, say
 from llmkit.io.resume import Kept
+from llmkit.probing.chat_model import ChatModel
 from llmkit.probing.judges import JUDGE_PROMPT
 from llmkit.probing.model_questions import WRITER_PROMPT
 from llmkit.probing.refusals import language_of
@@ -123,16 +124,24 @@ def ask_all(probe: Probe, state: Kept, questions: Sequence[Question], quiet: boo
 
 
 def plan(
-    most: int, samples: int, max_tokens: int | None, temperature: float, writer: str | None, left_out: Mapping[str, int]
-) -> list[str]:
-    """Describe the run in two lines: the questions and their answers, and the tokens that these take."""
+    questions: Sequence[Question],
+    most: int,
+    samples: int,
+    max_tokens: int | None,
+    models: Mapping[str, ChatModel],
+    left_out: Mapping[str, int],
+) -> Iterator[str]:
+    """Describe the run in lines, the most important first, with some questions and what models are asked."""
     others = "".join(f"; left out: {reason} {count}" for reason, count in left_out.items())
-    written = f", written by {writer} at most" if writer is not None else ""
+    written = f", written by {models['writer'].sampler.name} at most" if "writer" in models else ""
     limit = "a context of tokens each" if max_tokens is None else counted(most * samples * max_tokens, "token")
-    return [
-        f"{counted(most, 'question')}{written}, {counted(samples, 'answer')} each{others}",
-        f"at most {limit} to be sampled, at temperature {temperature:g}; for example",
-    ]
+    yield f"{counted(most, 'question')}{written}, {counted(samples, 'answer')} each{others}"
+    yield f"at most {limit} to be sampled; for example"
+    for question in questions[:3]:
+        yield f"  {question.question} [{question.kind}: {' | '.join(question.answers)}]"
+    for name, prompt in (("writer", WRITER_PROMPT), ("judge", JUDGE_PROMPT)):
+        if name in models:
+            yield f"what the {name} is asked:\n{prompt}"
 
 
 # ---- what was found
@@ -173,12 +182,3 @@ def describe(
     yield f"conversations: {counted(taught['no'], 'refusal')}, {counted(taught['yes'], 'confirmation')}{more}"
     if balance is not None and taught["no"] and not taught["yes"]:
         yield "nothing is known, so the refusals stand alone: mix them with other conversations in sft"
-
-
-def examples(questions: Sequence[Question], models: Collection[str]) -> Iterator[str]:
-    """Some of the questions, and the prompts of the models, "writer" and "judge"."""
-    for question in questions[:3]:
-        yield f"  {question.question} [{question.kind}: {' | '.join(question.answers)}]"
-    for name, prompt in (("writer", WRITER_PROMPT), ("judge", JUDGE_PROMPT)):
-        if name in models:
-            yield f"what the {name} is asked:\n{prompt}"

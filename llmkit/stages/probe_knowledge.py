@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,12 +21,12 @@ from llmkit.io.records import BadRecords
 from llmkit.io.run_folder import check_finished, check_model_folder
 
 if TYPE_CHECKING:
+    from llmkit.generation.requests import Usage
     from llmkit.generation.sampler import Sampler
     from llmkit.io.resume import Kept
     from llmkit.probing.chat_model import ChatModel
     from llmkit.probing.recitation import Recited
     from llmkit.probing.refusals import Refusals
-    from llmkit.text.matching import Judge
     from llmkit.text.passages import Passage
 
 STARTED = time.monotonic()
@@ -153,38 +153,33 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Recited | None:
 
     # load
     from llmkit.io.resume import Kept, resumable
-    from llmkit.probing.judges import TEMPERATURE as JUDGE_TEMPERATURE
-    from llmkit.probing.model_questions import TEMPERATURE as WRITER_TEMPERATURE
+    from llmkit.probing.judges import judge_of
     from llmkit.probing.model_questions import write_all
-    from llmkit.probing.probe import Probe, ask_all, examples, plan
+    from llmkit.probing.probe import Probe, ask_all, plan
     from llmkit.probing.refusals import Refusals
 
-    refusals = Refusals(config.refusals)
+    refusals, bad = Refusals(config.refusals), BadRecords(config.max_bad, config.quiet)
     with ExitStack() as stack, ExitStack() as until_written:
         sampler = stack.enter_context(_sampler(config, config.temperature))
-        models: dict[str, ChatModel] = {}
-        if config.writer is not None:
-            models["writer"] = _chat_model(config, config.writer, "writer", WRITER_TEMPERATURE, until_written)
-        if config.judge != WORDS:
-            models["judge"] = _chat_model(config, config.judge, "judge", JUDGE_TEMPERATURE, stack)
-        _ = sampler.chat  # a base model has none, and says so now
         sampler.check()
-        bad = BadRecords(config.max_bad, config.quiet)
+        models = _models(config, stack, until_written)
+        _ = [asked.chat for asked in (sampler, *(model.sampler for model in models.values()))]  # base models say so now
         passages, questions, left_out = _read(config, bad)
-        most = len(passages) * config.per_passage if "writer" in models else len(questions)
         writer = models["writer"].sampler.name if "writer" in models else None
-        lines = plan(most, config.samples, config.max_tokens, config.temperature, writer, left_out)
-        for line in [*lines, *examples(questions, models)] if config.dry_run else lines[:1]:
+        most = len(passages) * config.per_passage if writer else len(questions)
+        lines = [*plan(questions, most, config.samples, config.max_tokens, models, left_out)]
+        for line in lines if config.dry_run else lines[:1]:
             say(line, config.quiet)
         if config.dry_run:
             return None
-
-        # build
         for model in models.values():
             model.sampler.check()
-        identity = lasting_options(config) | {**sampler.identity}
-        identity |= {f"--{name}": model.sampler.identity["the model"] for name, model in models.items()}
-        judge, written_by = _judge(models, refusals), writer or ("embedded" if passages else "given")
+
+        # build
+        others = {f"--{name}": model.sampler.identity["the model"] for name, model in models.items()}
+        identity = {**lasting_options(config), **others, **sampler.identity}
+        judge = judge_of(models.get("judge"), refusals.texts())
+        written_by = writer or ("embedded" if passages else "given")
         probe = Probe(sampler, judge, config.samples, config.max_tokens, config.seed, written_by)
 
         # ask
@@ -194,35 +189,42 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Recited | None:
                 questions, left_out = write_all(models["writer"], passages, config.per_passage, written, config.quiet)
                 until_written.close()
             state = Kept(state_path, identity, resume=config.resume)
-            asked = ask_all(probe, state, questions, config.quiet)
+            too_long = len(questions) - ask_all(probe, state, questions, config.quiet)
 
     # save and summarise
-    if asked < len(questions):
-        left_out["longer than the context"] += len(questions) - asked
+    left_out += Counter({"longer than the context": too_long})
     names = {"written_by": written_by, "judged_by": judge.name, **bad.results}
-    summary = _save(config, out, state, refusals, models, names, left_out)
+    summary = _save(config, state, refusals, models, names, left_out, sampler.usage if config.is_served else None)
     state.remove()
     if written is not None:
         written.remove()
-    usage = {name: model.sampler.usage for name, model in models.items()}
-    for name, model in models.items():
-        say(f"{name} {model.cost()}", config.quiet)
-    if config.is_served:
-        say(f"answers: {sampler.usage}", config.quiet)
-        usage["answers"] = sampler.usage
-    seconds = round(time.monotonic() - STARTED, 1)
-    usage = {name: asdict(used) for name, used in usage.items()} or None
-    return None if out == "-" else replace(summary, usage=usage, seconds=seconds)
+    return None if out == "-" else summary
+
+
+def _models(config: ProbeKnowledgeConfig, stack: ExitStack, until_written: ExitStack) -> dict[str, ChatModel]:
+    """The "writer" and the "judge", where they are models; not asked yet."""
+    from llmkit.probing.chat_model import ChatModel
+    from llmkit.probing.judges import TEMPERATURE as JUDGE
+    from llmkit.probing.model_questions import TEMPERATURE as WRITER
+
+    models: dict[str, ChatModel] = {}
+    if config.writer is not None:
+        sampler = until_written.enter_context(_sampler(config, WRITER, "--writer", config.writer))
+        models["writer"] = ChatModel(sampler, config.seed)
+    if config.judge != WORDS:
+        sampler = stack.enter_context(_sampler(config, JUDGE, "--judge", config.judge))
+        models["judge"] = ChatModel(sampler, config.seed)
+    return models
 
 
 def _save(
     config: ProbeKnowledgeConfig,
-    out: str,
     state: Kept,
     refusals: Refusals,
     models: Mapping[str, ChatModel],
     names: Mapping[str, Any],
     left_out: Counter[str],
+    answers: Usage | None,
 ) -> Summary:
     """Write the report, the conversations and their manifest, and say what was found."""
     from llmkit.probing.judges import check_verdicts
@@ -230,7 +232,7 @@ def _save(
     from llmkit.probing.refusals import write_lessons
     from llmkit.text.matching import UNREADABLE
 
-    kinds = count_by_kind(state.values())
+    out, kinds = config.out or "-", count_by_kind(state.values())
     verdicts = Counter(verdict for record in state.values() for verdict in record["judgements"])
     if "judge" in models:
         check_verdicts(verdicts, models["judge"])
@@ -255,6 +257,12 @@ def _save(
         say("the questions were made by patterns: some are clumsy (written_by: embedded)", config.quiet)
     if verdicts[UNREADABLE]:
         say(f"judgements that could not be read: {verdicts[UNREADABLE]} of {verdicts.total()}", config.quiet)
+    for name, model in models.items():
+        say(f"{name} {model.cost()}", config.quiet)
+    usage = {name: asdict(model.sampler.usage) for name, model in models.items()}
+    if answers is not None:
+        say(f"answers: {answers}", config.quiet)
+        usage["answers"] = asdict(answers)
     return Summary(
         path=out,
         report=config.report,
@@ -262,6 +270,8 @@ def _save(
         by_kind={kind: dict(counts) for kind, counts in kinds.items()},
         left_out=dict(left_out) or None,
         unreadable_judgements=verdicts[UNREADABLE] or None,
+        usage=usage or None,
+        seconds=round(time.monotonic() - STARTED, 1),
     )
 
 
@@ -295,17 +305,23 @@ def _checked(config: ProbeKnowledgeConfig, out: str) -> Path | None:
 
 
 def _sampler(
-    config: ProbeKnowledgeConfig, temperature: float, end_ids: Collection[int] | None = None
+    config: ProbeKnowledgeConfig,
+    temperature: float,
+    flag: str = "MODEL",
+    source: str | None = None,
+    end_ids: Collection[int] | None = None,
 ) -> AbstractContextManager[Sampler]:
-    """The model under test."""
+    """The model under test, or that of another option."""
     from llmkit.generation.next_token import Sampling
     from llmkit.generation.sampler import open_sampler
 
+    if source is None and config.is_served:
+        flag = "--engine"
     return open_sampler(
-        config.engine if config.is_served else str(config.model),
+        source or (config.engine if config.is_served else str(config.model)),
         Sampling(temperature),
-        flag="--engine" if config.is_served else "MODEL",
-        folder=config.model,
+        flag=flag,
+        folder=config.model if source is None else None,
         device=config.device,
         dtype=config.dtype,
         slots=config.batch_size,
@@ -313,37 +329,6 @@ def _sampler(
         concurrency=config.concurrency,
         timeout=config.timeout,
     )
-
-
-def _chat_model(
-    config: ProbeKnowledgeConfig, source: str, name: str, temperature: float, stack: ExitStack
-) -> ChatModel:
-    """The model that writes or judges, by `name`; not asked yet."""
-    from llmkit.generation.next_token import Sampling
-    from llmkit.generation.sampler import open_sampler
-    from llmkit.probing.chat_model import ChatModel
-
-    sampler = open_sampler(
-        source,
-        Sampling(temperature),
-        flag=f"--{name}",
-        device=config.device,
-        dtype=config.dtype,
-        slots=config.batch_size,
-        concurrency=config.concurrency,
-        timeout=config.timeout,
-    )
-    model = ChatModel(stack.enter_context(sampler), config.seed)
-    _ = model.sampler.chat  # a base model has none, and says so now
-    return model
-
-
-def _judge(models: Mapping[str, ChatModel], refusals: Refusals) -> Judge:
-    from llmkit.probing.judges import ModelJudge
-    from llmkit.text.matching import MatchJudge
-
-    by_words = MatchJudge(refusals=refusals.texts())
-    return ModelJudge(models["judge"], by_words) if "judge" in models else by_words
 
 
 def _read(config: ProbeKnowledgeConfig, bad: BadRecords) -> tuple[list[Passage], list[Question], Counter[str]]:
