@@ -18,8 +18,9 @@ Tokens in, tokens out: `token_ids` are what the model saw and chose; text is onl
 from __future__ import annotations
 
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,7 +35,7 @@ from llmkit.generation.decode import Decoder, Prefix
 from llmkit.generation.next_token import Sampling, choose_tokens, uniforms
 from llmkit.generation.requests import Completion, OnCall, OnText, Request, StopMatcher, Usage, finished
 from llmkit.generation.step_graphs import Record
-from llmkit.generation.tool_calls import CallQueue, OpenCall, ToolUse, told_unavailable
+from llmkit.generation.tool_calls import ToolUse, told_unavailable
 from llmkit.io.progress import counted, quantity
 from llmkit.model.config import ModelConfig
 from llmkit.model.devices import Precision, is_small, threads
@@ -48,6 +49,7 @@ from llmkit.tools.toolbox import ToolResult
 
 OPEN_REQUESTS = 16  # times the slots: how far reading may run ahead of a completion that is not done
 DRAWS = 128  # random numbers made at a time
+THREADS = 8  # of tools, which are mostly waited for
 KEPT_PROMPTS = 4  # whose keys and values wait for an equal prompt
 BEYOND_CACHES = 64 * 2**20  # bytes of weights: fewer stay in a processor's cache, and memory is not what they wait for
 WORTH_MEASURING = 1.0  # seconds of decoding
@@ -162,7 +164,7 @@ class Generator:
                     more = pool.advance()
                 yield from finished(pool.done)
         finally:
-            pool.calls.close()
+            pool.close()
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
@@ -224,7 +226,7 @@ class _Sequence:
     sampled: list[bool] = field(default_factory=list)
     own: int = 0  # tokens sampled
     texts: list[str] = field(default_factory=list)
-    call: OpenCall | None = None
+    call: tuple[str, list[int]] | None = None  # the tool, and the tokens of its input so far
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     _draws: tuple[int, np.ndarray] | None = None
 
@@ -264,20 +266,21 @@ class _Pool:
         self._on_text, self._on_call = on_text, on_call
         self._running: list[_Sequence] = []  # slot i holds running[i]
         self.done: dict[int, list[Completion | None]] = {}  # by request: its samples, None for those not done
-        self.calls = CallQueue[tuple[_Sequence, Prefix]](generator.tools, generator.slots)
-        self._answered: deque[tuple[tuple[_Sequence, Prefix], ToolResult]] = deque()
+        self._workers: ThreadPoolExecutor | None = None
+        self._calls: dict[Future[ToolResult], tuple[_Sequence, Prefix]] = {}  # under way
         self._fresh = self._begin(requests)
         self._more = True  # requests
 
     def advance(self) -> bool:
         """Fill the slots that are free and take a step; False after the last one."""
         slots = self._of.slots
-        idle = not self._running and not self._answered and not self._more
-        self._answered.extend(self.calls.answered(at_least_one=idle))
+        may_begin = self._more and len(self.done) < OPEN_REQUESTS * slots and len(self._calls) < slots
+        if self._calls and not self._running and not may_begin:
+            wait(self._calls, return_when=FIRST_COMPLETED)
         while len(self._running) < slots:
-            if self._answered:
-                entry = self._resume(*self._answered.popleft())
-            elif self._more and len(self.done) < OPEN_REQUESTS * slots and len(self.calls) < slots:
+            if (answered := next((call for call in self._calls if call.done()), None)) is not None:
+                entry = self._resume(*self._calls.pop(answered), answered.result())
+            elif self._more and len(self.done) < OPEN_REQUESTS * slots and len(self._calls) < slots:
                 entry = next(self._fresh, None)
                 self._more = entry is not None
             else:
@@ -286,7 +289,12 @@ class _Pool:
                 self._enter(*entry)
         if self._running:
             self._step()
-        return bool(self._running or self._more or self.calls or self._answered)
+        return bool(self._running or self._more or self._calls)
+
+    def close(self) -> None:
+        """Begin no call any more; those under way end by their own limits."""
+        if self._workers is not None:
+            self._workers.shutdown(wait=False, cancel_futures=True)
 
     def _begin(self, requests: Iterable[Request]) -> Iterator[tuple[_Sequence, Prefix]]:
         """Every sample of every request with its prefilled prompt; equal prompts that follow closely share one."""
@@ -357,16 +365,17 @@ class _Pool:
         if ended:
             text = ""
         elif tools is not None and token in tools.starts:
-            sequence.call = OpenCall(tools.starts[token], [])
+            sequence.call = tools.starts[token], []
             text = sequence.stops.push(sequence.decoding.finish())
         elif tools is not None and open_call is not None:
-            if token == tools.ends[open_call.tool]:
-                if not tools.has(open_call.tool):
+            tool, input_ids = open_call
+            if token == tools.ends[tool]:
+                if tool not in tools.toolbox.names:
                     return self._last_text(sequence, "no_tool")
                 if len(sequence.tool_calls) >= tools.max_calls:
                     return self._last_text(sequence, "tool_limit")
                 return self._last_text(sequence, "length") if sequence.full else CALL
-            open_call.token_ids.append(token)
+            input_ids.append(token)
             text = ""
         else:
             if tools is not None and token in tools.others:
@@ -405,16 +414,17 @@ class _Pool:
             )
             return
         assert self._tools is not None and sequence.call is not None and prefix is not None
-        text = self._tools.input_of(sequence.call)
-        sequence.tool_calls.append({"tool": sequence.call.tool, "input": text})
+        (tool, input_ids), sequence.call = sequence.call, None
+        text = self._of.tokenizer.decode(input_ids, skip_specials=True)
+        sequence.tool_calls.append({"tool": tool, "input": text})
         if self._on_call is not None:
             self._on_call(sequence.index, sequence.sample, sequence.tool_calls[-1], None)
-        self.calls.submit(sequence.call.tool, text, (sequence, prefix))
-        sequence.call = None
+        if self._workers is None:
+            self._workers = ThreadPoolExecutor(min(self._of.slots, THREADS), thread_name_prefix="tool")
+        self._calls[self._workers.submit(self._tools.toolbox.run, tool, text)] = sequence, prefix
 
-    def _resume(self, waiting: tuple[_Sequence, Prefix], result: ToolResult) -> tuple[_Sequence, Prefix] | None:
+    def _resume(self, sequence: _Sequence, earlier: Prefix, result: ToolResult) -> tuple[_Sequence, Prefix] | None:
         """Prefill a tool's result behind the call; None where it leaves no room for a token more."""
-        sequence, earlier = waiting
         assert self._tools is not None
         sequence.tool_calls[-1] |= {"result": result.text, **({"failed": True} if result.failed else {})}
         ids = self._tools.result_ids(result, sequence.room - len(sequence.token_ids) - 1)

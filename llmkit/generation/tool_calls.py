@@ -1,4 +1,4 @@
-"""Tool calls in what a model writes: found token by token, answered in threads while other sequences go on.
+"""Tool calls in what a model writes: their tokens, the tools, and what is shown of the results.
 
 The text of a result is encoded as text: whatever it spells, it holds no special token but the two around it.
 """
@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from itertools import groupby, takewhile
 from operator import itemgetter
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any
 
 from llmkit.config import ToolConfig
 from llmkit.formats.conversations import RESULT, TOOLS, Part
@@ -20,16 +19,6 @@ from llmkit.tokenizer.chat import has_chat_tokens, has_own_template
 from llmkit.tokenizer.encoding import Tokenizer
 from llmkit.tokenizer.templates import chat_format
 from llmkit.tools.toolbox import Toolbox, ToolResult
-
-THREADS = 8  # at most; a tool is mostly waited for
-Waiting = TypeVar("Waiting")
-
-
-class OpenCall(NamedTuple):
-    """A call being written: the tool and the tokens so far, without the start token."""
-
-    tool: str
-    token_ids: list[int]
 
 
 class ToolUse:
@@ -61,24 +50,12 @@ class ToolUse:
         self.others = {tokens[tool][0]: tool for tool in TOOLS if tool not in noticed}
         self.unavailable_calls: Counter[str] = Counter()
         self.max_calls, self._result_tokens = max_calls, result_tokens
-        self._toolbox, self._tokenizer, self._bounds = toolbox, tokenizer, tokens[RESULT]
-
-    def has(self, tool: str) -> bool:
-        """True if it is there."""
-        return tool in self._toolbox.names
+        self.toolbox, self._tokenizer, self._bounds = toolbox, tokenizer, tokens[RESULT]
 
     def last_call(self, token_ids: Sequence[int]) -> tuple[str, str]:
         """The tool and the input of the last call in some tokens, which its end token ends."""
         start = max(index for index, token in enumerate(token_ids) if token in self.starts)
         return self.starts[token_ids[start]], self._tokenizer.decode(token_ids[start + 1 : -1], skip_specials=True)
-
-    def input_of(self, call: OpenCall) -> str:
-        """Return the input that the model wrote for the tool."""
-        return self._tokenizer.decode(call.token_ids, skip_specials=True)
-
-    def run(self, tool: str, text: str) -> ToolResult:
-        """The tool's answer."""
-        return self._toolbox.run(tool, text)
 
     def result_ids(self, result: ToolResult, room: int) -> list[int]:
         """A result between its tokens, at most `room` ids in all; none where not even the two tokens fit."""
@@ -142,34 +119,3 @@ def told_unavailable(counts: Sequence[Mapping[str, int]]) -> Iterator[str]:
                 f"{counted(count, 'call')} of {tool} {'is' if count == 1 else 'are'} text in the completions, "
                 f"for it was not given; {tools_flag(tool)} runs them"
             )
-
-
-class CallQueue(Generic[Waiting]):
-    """Calls under way, each with whatever waits for its answer."""
-
-    def __init__(self, use: ToolUse | None, threads: int) -> None:
-        self._use, self._threads = use, min(threads, THREADS)
-        self._pool: ThreadPoolExecutor | None = None
-        self._waiting: dict[Future[ToolResult], Waiting] = {}
-
-    def __len__(self) -> int:
-        return len(self._waiting)
-
-    def submit(self, tool: str, text: str, waiting: Waiting) -> None:
-        """Let a tool begin."""
-        assert self._use is not None
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="tool")
-        self._waiting[self._pool.submit(self._use.run, tool, text)] = waiting
-
-    def answered(self, at_least_one: bool) -> Iterator[tuple[Waiting, ToolResult]]:
-        """Yield the calls whose answers have come; with `at_least_one`, wait for the first."""
-        if at_least_one and self._waiting:
-            wait(self._waiting, return_when=FIRST_COMPLETED)
-        for future in [future for future in self._waiting if future.done()]:
-            yield self._waiting.pop(future), future.result()
-
-    def close(self) -> None:
-        """Begin no call any more; those under way end by their own limits."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
