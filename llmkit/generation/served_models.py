@@ -9,22 +9,29 @@
 The package `openai` does the talking: it tries again after a timeout, a cut connection, a rate limit (429) and an
 error of the server (5xx), at intervals that double from half a second to eight, or as Retry-After says. The key is
 that of OPENAI_API_KEY, if there is one.
+
+That package bounds each read by its timeout, so that a server that drips may hold a call for ever; here each attempt
+ends when its time is over. A host of this machine is asked past the proxies of the environment. A redirect that would
+turn a POST into a GET is not followed, so that the server's answer to it is told.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from llmkit.display import redacted
 from llmkit.errors import ServerError, UserError
-from llmkit.generation.http import MOVED, open_http_client, text_of
 from llmkit.generation.requests import Prompt, Usage
 from llmkit.io.progress import counted
+from llmkit.tools.search import is_this_machine
 
 SCHEME = "openai:"
 EXAMPLE = "openai:http://localhost:8000/v1#model-name"
@@ -35,6 +42,8 @@ RETRIES = 6  # of a request, with 0.5 to 8 seconds between
 CHECK_SECONDS = 10.0  # to answer whether it is there
 IN_HEADERS = ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID")  # of the environment: what headers hold
 LOAD_SECONDS = 1800.0  # to load weights
+LOST_POST = (301, 302, 303)  # after which a POST comes again as a GET
+MOVED = "x-llmkit-moved-to"  # a header of ours in such a response
 NEWER_LENGTH = "max_completion_tokens"
 # how others than OpenAI say why an answer ended: Anthropic's, Google's and TGI's words
 FINISHES = {
@@ -143,7 +152,7 @@ class OpenAIClient:
             api_key=key or "none",  # local servers want none, the client wants one
             timeout=timeout,
             max_retries=retries,
-            http_client=open_http_client(address.url, address.flag),
+            http_client=_http_client(address.url, address.flag),
         )
         self._length = "max_tokens"  # of an answer: OpenAI's newer models refuse that name
         self._client.organization, self._client.project = organization, project  # stripped
@@ -218,11 +227,13 @@ class OpenAIClient:
                 raise
             except MALFORMED as error:  # a body of JSON that is none, or of other kinds
                 response = error
-            if (fault := _error_in(response)) is not None:
+            content = _plain(response)
+            if (error := content.get("error")) and not content.get("choices"):  # with status 200
+                fault = shortened(str(error.get("message") or error if isinstance(error, dict) else error))
                 raise ServerError(f"{self.place}: fails: {fault}")
-            reply = _read(response)
+            reply = _read(content)
             if reply is not None:
-                self._count(getattr(response, "usage", None), reply.left_out)
+                self._count(content.get("usage"), reply.left_out)
                 if on_text is not None and reply.text:
                     on_text(reply.text)
                 return reply
@@ -238,15 +249,13 @@ class OpenAIClient:
         came = False
         try:
             for chunk in chunks:
-                came = True
-                reported = getattr(chunk, "usage", None) or reported
-                for choice in getattr(chunk, "choices", None) or ():
-                    delta = getattr(choice, "delta", None)
-                    text = text_of(getattr(choice, "text", None) if delta is None else delta.content)
-                    text = text or text_of(getattr(delta, "refusal", None))
+                came, content = True, _plain(chunk)
+                reported = content.get("usage") or reported
+                for choice in filter(None, map(_object, content.get("choices") or ())):
+                    delta = _object(choice.get("delta"))
                     left_out |= {*_beside_text(delta)}
-                    reason = getattr(choice, "finish_reason", None) or reason
-                    if text:
+                    reason = choice.get("finish_reason") or reason
+                    if text := text_of(delta.get("content")) or text_of(delta.get("refusal") or choice.get("text")):
                         pieces.append(text)
                         on_text(text)
         except Exception as error:
@@ -316,47 +325,54 @@ class OpenAIClient:
         return f"{self.place}: {shortened(str(error))}"
 
 
-def _read(response: Any) -> Reply | None:
-    """The first choice of a completion; None where it is none."""
+def _plain(response: Any) -> dict[str, Any]:
+    """The JSON object of which `openai` has made one of its own; empty where it is none."""
     try:
-        choice = response.choices[0]
-        message = getattr(choice, "message", None)
-        text = text_of(choice.text if message is None else message.content)
-    except (AttributeError, IndexError, TypeError):
+        return _object(response.to_dict(warnings=False))
+    except MALFORMED:
+        return {}
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def text_of(content: Any) -> str:
+    """The text of a message's content: text, or a list of parts of it; halves of characters are replaced."""
+    if isinstance(content, list):
+        content = "".join(text_of(_object(part).get("text")) for part in content)
+    return content.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(content, str) else ""
+
+
+def _read(content: Mapping[str, Any]) -> Reply | None:
+    """The first choice of a completion; None where it is none."""
+    choices = content.get("choices")
+    choice = _object(choices[0] if isinstance(choices, list) and choices else None)
+    message = _object(choice.get("message"))
+    if not message and not isinstance(choice.get("text"), str):
         return None
-    token_ids, logprobs = _tokens(getattr(choice, "logprobs", None))
-    if (given := _ids(getattr(choice, "token_ids", None))) is not None:
+    token_ids, logprobs = _tokens(_object(choice.get("logprobs")))
+    if (given := _ids(choice.get("token_ids"))) is not None:
         token_ids = given
-    count = _count_of(getattr(response, "usage", None), "completion_tokens")
-    seen = getattr(choice, "prompt_token_ids", None) or getattr(response, "prompt_token_ids", None)
-    metadata = getattr(response, "metadata", None)
-    version = metadata.get("weight_version") if isinstance(metadata, Mapping) else None
+    version = _object(content.get("metadata")).get("weight_version")
     return Reply(
-        text=text or text_of(getattr(message, "refusal", None)),
-        finish_reason=_finish(getattr(choice, "finish_reason", None)),
-        tokens=count or len(token_ids or ()),
+        text=text_of(message.get("content")) or text_of(message.get("refusal") or choice.get("text")),
+        finish_reason=_finish(choice.get("finish_reason")),
+        tokens=_count_of(content.get("usage"), "completion_tokens") or len(token_ids or ()),
         token_ids=token_ids,
         logprobs=logprobs,
-        prompt_ids=_ids(seen),
+        prompt_ids=_ids(choice.get("prompt_token_ids") or content.get("prompt_token_ids")),
         weights=None if version is None else str(version),
         left_out=tuple(_beside_text(message)),
     )
 
 
-def _beside_text(message: Any) -> Iterator[str]:
+def _beside_text(message: Mapping[str, Any]) -> Iterator[str]:
     """Yield the kinds of content that a message has beside the text of the answer."""
-    if getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None):
+    if message.get("reasoning_content") or message.get("reasoning"):
         yield "reasoning"
-    if getattr(message, "tool_calls", None) or getattr(message, "function_call", None):
+    if message.get("tool_calls") or message.get("function_call"):
         yield "tool calls"
-
-
-def _error_in(response: Any) -> str | None:
-    """The server's words where the body of an error came with status 200."""
-    error = getattr(response, "error", None)
-    if not error or getattr(response, "choices", None):
-        return None
-    return shortened(str(error.get("message") or error if isinstance(error, dict) else error))
 
 
 def _finish(reason: Any) -> str:
@@ -367,23 +383,16 @@ def _finish(reason: Any) -> str:
 
 def _count_of(reported: Any, name: str) -> int:
     """A number of tokens; 0 where the server does not tell a plausible one."""
-    count = getattr(reported, name, None)
+    count = _object(reported).get(name)
     return count if isinstance(count, int) and 0 <= count < 2**53 else 0
 
 
-def _tokens(given: Any) -> tuple[list[int] | None, list[float] | None]:
+def _tokens(given: Mapping[str, Any]) -> tuple[list[int] | None, list[float] | None]:
     """Ids and log-probabilities of tokens: in OpenAI's form for completions, or in that for messages, which llama.cpp
     has for both, with ids."""
-    if isinstance(given, Mapping):
-        names, values = given.get("tokens"), given.get("token_logprobs")
-        each = given.get("content")
-    else:
-        names, values = getattr(given, "tokens", None), getattr(given, "token_logprobs", None)
-        each = getattr(given, "content", None)
+    names, values, each = given.get("tokens"), given.get("token_logprobs"), given.get("content")
     if isinstance(each, list) and each and values is None:
-        each = [
-            one if isinstance(one, Mapping) else vars(one) | (getattr(one, "model_extra", None) or {}) for one in each
-        ]
+        each = [_object(entry) for entry in each]
         names, values = [entry.get("token") for entry in each], [entry.get("logprob") for entry in each]
         if (ids := _ids([entry.get("id") for entry in each])) is not None:
             return ids, _numbers(values)
@@ -415,3 +424,77 @@ def shortened(text: str) -> str:
     """The beginning of a text, on one line."""
     text = " ".join(text.split())
     return text if len(text) <= SHOWN else text[:SHOWN] + "..."
+
+
+# ---- HTTP, bounded as a whole
+
+
+def _http_client(url: str, flag: str) -> Any:
+    """The HTTP client for a server, for `openai.OpenAI`. Raises UserError for a proxy that cannot be used."""
+    import openai
+
+    attempt = threading.local()  # requests are made in the thread that asks
+
+    def begin(request: Any) -> None:
+        seconds = (request.extensions.get("timeout") or {}).get("read")
+        attempt.ends = None if seconds is None else time.monotonic() + seconds
+
+    def keep(response: Any) -> None:
+        if response.status_code in LOST_POST and response.request.method == "POST" and "location" in response.headers:
+            response.headers[MOVED] = response.headers.pop("location")
+
+    host = urlsplit(url).hostname or ""
+    hooks: Any = {"request": [begin], "response": [keep]}
+    try:
+        client = openai.DefaultHttpxClient(trust_env=not is_this_machine(host), event_hooks=hooks)
+    except (ImportError, ValueError) as error:
+        reason = redacted(str(error)).partition("'socksio'")[0]
+        raise UserError(
+            f"{flag} {url}: cannot be asked by the proxy of the environment ({reason.strip()}...); pip install socksio "
+            "for one of SOCKS, or name the host in NO_PROXY"
+        ) from None
+    for transport in (client._transport, *client._mounts.values()):
+        if (pool := getattr(transport, "_pool", None)) is not None:  # httpx hands on no backend by its public names
+            pool._network_backend = _Backend(pool._network_backend, attempt, type(pool).__module__.partition(".")[0])
+    return client
+
+
+class _Backend:
+    """A network backend whose streams end with the attempt that reads them."""
+
+    def __init__(self, inner: Any, attempt: threading.local, package: str) -> None:
+        self._inner, self._attempt, self._package = inner, attempt, package
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def connect_tcp(self, *arguments: Any, **named: Any) -> _Stream:
+        return self._wrapped(self._inner.connect_tcp(*arguments, **named))
+
+    def connect_unix_socket(self, *arguments: Any, **named: Any) -> _Stream:
+        return self._wrapped(self._inner.connect_unix_socket(*arguments, **named))
+
+    def _wrapped(self, stream: Any) -> _Stream:
+        return _Stream(stream, self._attempt, sys.modules[self._package].ReadTimeout)
+
+
+class _Stream:
+    """A connection that is not read from after the end of the attempt."""
+
+    def __init__(self, inner: Any, attempt: threading.local, late: type[Exception]) -> None:
+        self._inner, self._attempt, self._late = inner, attempt, late
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        ends = getattr(self._attempt, "ends", None)
+        if ends is None:
+            return self._inner.read(max_bytes, timeout)
+        left = ends - time.monotonic()
+        if left <= 0:
+            raise self._late("the time of the whole call is over")
+        return self._inner.read(max_bytes, left if timeout is None else min(timeout, left))
+
+    def start_tls(self, *arguments: Any, **named: Any) -> _Stream:
+        return _Stream(self._inner.start_tls(*arguments, **named), self._attempt, self._late)

@@ -185,7 +185,7 @@ def data_readers() -> dict[str, Reader]:
 
 def reply_readers() -> dict[str, Reader]:
     from llmkit.formats.questions import Question
-    from llmkit.generation import http, requests, served_models
+    from llmkit.generation import requests, served_models
     from llmkit.probing import chat_model, judges, refusals
     from llmkit.reward_model import evaluation
     from llmkit.text import matching, normalize
@@ -234,7 +234,7 @@ def reply_readers() -> dict[str, Reader]:
         "search a query": lambda text: index().search(text),
         "search an engine's answer": searched,
         "search.cut_passages": lambda text: list(search.cut_passages(text)),
-        "served a message": http.text_of,
+        "served a message": served_models.text_of,
         "served_models.shortened": served_models.shortened,
         "stopping": stopped,
         "thoughts": lambda text: chat_model.THOUGHTS.sub("", text),
