@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import count as count_from
+from operator import itemgetter
 
 from llmkit.io.records import Row
 
@@ -48,23 +50,19 @@ def cut_passages(text: str, characters: int = CHARACTERS) -> Iterator[str]:
 
 
 def sample_passages(documents: Iterable[Row], count: int, seed: int) -> list[Passage]:
-    """`count` passages of all that the documents have, each as likely as another, in the order of the documents.
+    """Draw `count` passages of all that the documents have, each as likely as another, in the order of the documents.
 
     What is drawn depends on the seed, the texts and their order alone; no more than `count` are held.
     """
-    sample: list[tuple[bytes, int, Passage]] = []
-    for order, passage in enumerate(_passages(documents)):
-        key = blake2b(f"{seed} {order} {passage.text}".encode(), digest_size=8).digest()
-        entry = (bytes(255 - byte for byte in key), -order, passage)  # the heap's first is the next to go
-        if len(sample) < count:
-            heapq.heappush(sample, entry)
-        else:
-            heapq.heappushpop(sample, entry)
-    return [passage for _, _, passage in sorted(sample, key=lambda entry: -entry[1])]
 
+    def keyed() -> Iterator[tuple[bytes, int, Passage]]:
+        order = count_from(0)
+        for number, row in enumerate(documents, 1):
+            document = row.value.get("id") or row.value.get("url") or number
+            for place, text in enumerate(cut_passages(row.value["text"]), 1):
+                index = next(order)
+                key = blake2b(f"{seed} {index} {text}".encode(), digest_size=8).digest()
+                yield key, index, Passage(text, f"{document}/{place}", row.where)
 
-def _passages(documents: Iterable[Row]) -> Iterator[Passage]:
-    for number, row in enumerate(documents, 1):
-        document = row.value.get("id") or row.value.get("url") or number
-        for order, text in enumerate(cut_passages(row.value["text"]), 1):
-            yield Passage(text, f"{document}/{order}", row.where)
+    sample = heapq.nsmallest(count, keyed())
+    return [passage for _, _, passage in sorted(sample, key=itemgetter(1))]
