@@ -5,7 +5,8 @@
 PEERS holds `make_tiny.py OUT` (a Llama of 4 x 128 with a chat template, and sums as problems) and
 `trl_grpo.py OUT STEPS MAX_NEW`, which prints CPU seconds a step of 8 prompts x 8 samples; both run under --peer-python.
 Rounds go peer, ours, peer, ours; each is a process of its own. Ours is the command itself: the CPU seconds of a long
-run less those of a short one, over the steps between, so that start-up cancels on both sides.
+run less those of a short one, over the steps between, so that start-up cancels on both sides; ours are of 64 attempts,
+of which a step samples more where groups teach nothing.
 
 equal work  a random model, 10 tokens an attempt, a reward that tells all attempts apart: nothing can be skipped
 in use      a model that answers in words of very unequal length, prompts with four worked examples, and a reward for
@@ -35,16 +36,17 @@ def llmkit(*arguments: object) -> list[str]:
 
 
 def ours(model: Path, folder: Path, number: int, max_tokens: int, reward: str) -> tuple[float, dict[str, float]]:
-    """CPU seconds a step of `llmkit rl`, and the metrics of its last step."""
-    spent, out = [], folder / "none"
+    """CPU seconds of `llmkit rl` for `ROLLOUTS` attempts, and the metrics of its last step."""
+    spent, attempts, out = [], [], folder / "none"
     for steps in (SHORT, LONG):
         out = folder / f"ours-{model.name}-{number}-{steps}"
         command = llmkit("rl", model, "--data", model / "rl.jsonl", "--reward", reward, "--max-steps", steps)
-        command += ["--batch-size", "8", "--group", "8", "--max-tokens", str(max_tokens), "--refill", "0"]
+        command += ["--batch-size", "8", "--group", "8", "--max-tokens", str(max_tokens)]
         command += ["--dtype", "float32", "--learning-rate", "1e-4", "--quiet", "-o", str(out)]
         spent.append(cpu_seconds(command, folder)[0])
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return (spent[1] - spent[0]) / (LONG - SHORT), rows[-1]
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        attempts.append(8 * sum(row["groups"] for row in rows))
+    return (spent[1] - spent[0]) / (attempts[1] - attempts[0]) * ROLLOUTS, rows[-1]
 
 
 def peer(python: str, script: Path, model: Path, folder: Path, max_tokens: int) -> tuple[float, float]:
@@ -57,7 +59,7 @@ def peer(python: str, script: Path, model: Path, folder: Path, max_tokens: int) 
 def first_update(model: Path, folder: Path) -> float:
     """CPU seconds of a whole run of one step, saving included."""
     command = llmkit("rl", model, "--data", model / "rl.jsonl", "--reward", "py:reward.py:score", "--max-steps", 1)
-    command += ["--batch-size", "8", "--max-tokens", "10", "--refill", "0", "--quiet", "-o", str(folder / "first")]
+    command += ["--batch-size", "8", "--max-tokens", "10", "--quiet", "-o", str(folder / "first")]
     return cpu_seconds(command, folder)[0]
 
 

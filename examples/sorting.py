@@ -18,7 +18,7 @@ from pathlib import Path
 from learning import Rows, cpu_seconds, dialogue, evaluations, main, success, train
 
 SHAPE = ["--depth", "4", "--hidden-size", "64", "--sequence-length", "64", "--batch-tokens", "4096"]
-ATTEMPTS = ["--batch-size", "64", "--group", "8", "--max-tokens", "12", "--slots", "256"]
+ATTEMPTS = ["--batch-size", "64", "--group", "8", "--max-tokens", "12"]
 
 
 def sorting(count: int, seed: int) -> list[tuple[str, str]]:

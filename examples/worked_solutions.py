@@ -20,7 +20,7 @@ from pathlib import Path
 from learning import Rows, cpu_seconds, dialogue, evaluations, main, success, train
 
 SHAPE = ["--depth", "2", "--hidden-size", "64", "--num-attention-heads", "4", "--sequence-length", "64"]
-ATTEMPTS = ["--batch-size", "32", "--group", "8", "--max-tokens", "16", "--slots", "256"]
+ATTEMPTS = ["--batch-size", "32", "--group", "8", "--max-tokens", "16"]
 STEPS = 8
 ROOMS = 5
 

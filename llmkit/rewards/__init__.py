@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 
 from llmkit.errors import UserError
-from llmkit.rewards.reward import LARGEST, Attempt, Reward, Weighted, total
+from llmkit.rewards.reward import LARGEST, Attempt, Reward, Weighted, judge, total
 from llmkit.tools.user_code import check_spelling
 
-__all__ = ["Attempt", "Reward", "Weighted", "parse_rewards", "total"]
+__all__ = ["Attempt", "Reward", "Weighted", "judge", "parse_rewards", "total"]
 
 EXPECTED = "verifier, verifier=NAME, rm:FOLDER, spread:FOLDER, cmd:COMMAND, py:FILE.py:FUNCTION, format:REGEX or length"
 WEIGHT = re.compile(

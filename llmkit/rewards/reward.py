@@ -81,6 +81,15 @@ def total(parts: Sequence[Mapping[str, float | None]], weighted: Sequence[Weight
     ]
 
 
+def judge(
+    attempts: Sequence[Attempt], weighted: Sequence[Weighted]
+) -> list[tuple[dict[str, float | None], float | None]]:
+    """For each attempt, what each reward gives it, by its name, and their `total`."""
+    columns = {one.reward.name: one.reward.score(attempts) for one in weighted}
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return list(zip(rows, total(rows, weighted), strict=True))
+
+
 def finite(values: Sequence[float | None], what: str) -> list[float | None]:
     """The values. Raises UserError that names the first which is NaN, infinite or beyond `LARGEST`."""
     for place, value in enumerate(values, 1):

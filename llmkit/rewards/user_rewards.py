@@ -74,9 +74,9 @@ class CommandReward(Reward):
                 raise UserError(f"{where}: expected at most {LONGEST_LINE} bytes, found more")
             return False
 
-        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        pipe = subprocess.PIPE
         try:
-            process = subprocess.Popen(self._words, start_new_session=True, **pipes)
+            process = subprocess.Popen(self._words, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
         except OSError as error:
             raise UserError(f"--reward {self.name}: expected a command that runs: {error.strerror}") from None
         with process:

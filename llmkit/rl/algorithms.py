@@ -10,7 +10,7 @@ and the loss of a batch is a mean over tokens, weighted by `weighting`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 
 import numpy as np
@@ -18,12 +18,16 @@ import numpy as np
 from llmkit.errors import UserError
 from llmkit.rewards import Weighted
 from llmkit.rewards.reward_models import ModelReward
+from llmkit.rl.rollouts import Rollout, rewards_of
 
 KL_COEF = 0.05  # against a reward model
 STEPS = 300  # against a reward model: beyond a few hundred it is gamed
 EPOCHS = 1.0
 WARMUP_STEPS = 10  # at least: Adam's first steps go by signs alone, and cost a model two thirds of its success
 SMALLEST_DEVIATION = 1e-6  # of rewards; below it, all are equal
+LENGTH_BUFFER = 0.2  # share of the longest attempt over which a penalty grows to 1: DAPO's 4,096 of 20,480
+ROUNDS_WITHOUT_SIGNAL = 8  # of attempts, all worth the same within their groups, after which a run ends
+REFILL = 1.0  # of the groups of a step: how many more are sampled at most, for those whose rewards are all equal
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,6 @@ def choose_horizon(
     rewards: Sequence[Weighted],
     problems: int,
     batch_size: int,
-    *,
     max_steps: int | None,
     epochs: float | None,
     time_budget: float | None,
@@ -72,7 +75,7 @@ class Algorithm:
     ratio      of one "token", or the geometric mean over its "sequence"
     clip       (low, high), or None
     kl         whether the divergence from the reference is part of the "loss" or of the "reward"
-    overlong   what becomes of attempts that were cut, unless the user says otherwise
+    penalises_length  whether attempts near the longest lose up to 1 of their reward
     """
 
     baseline: str
@@ -81,7 +84,7 @@ class Algorithm:
     ratio: str = "token"
     clip: tuple[float, float] | None = (0.2, 0.2)
     kl: str = "loss"
-    overlong: str = "keep"
+    penalises_length: bool = False
 
     @property
     def compares_within_groups(self) -> bool:
@@ -96,7 +99,7 @@ ALGORITHMS = {
     # and problems that are too easy or too hard
     "dr-grpo": Algorithm("group", None, "constant"),
     # Yu et al. 2025 (arXiv 2503.14476), section 3
-    "dapo": Algorithm("group", "group", "token", clip=(0.2, 0.28), overlong="penalise"),
+    "dapo": Algorithm("group", "group", "token", clip=(0.2, 0.28), penalises_length=True),
     # Ahmadian et al. 2024 (arXiv 2402.14740), section 3: REINFORCE on whole sequences
     "rloo": Algorithm("others", None, "sum", clip=None, kl="reward"),
     # Hu et al. 2025 (arXiv 2501.03262), section 3: normalised over the batch, so that one attempt at a problem will do
@@ -106,20 +109,15 @@ ALGORITHMS = {
 }
 
 
-def adapted(name: str, overlong: str, clip_low: float | None, clip_high: float | None) -> Algorithm:
-    """An algorithm as the user wants it: `overlong` "auto" and bounds of None leave it as it is.
-
-    Raises UserError for a bound where nothing is clipped.
-    """
-    algorithm = ALGORITHMS[name]
-    if overlong != "auto":
-        algorithm = replace(algorithm, overlong=overlong)
-    if clip_low is None and clip_high is None:
-        return algorithm
-    if algorithm.clip is None:
-        raise UserError(f"--clip-low, --clip-high: --algo {name} does not clip")
-    low, high = algorithm.clip
-    return replace(algorithm, clip=(clip_low or low, clip_high or high))
+def check_group(algo: str, group: int, batch_size: int) -> None:
+    """Raise UserError for so few attempts that an algorithm compares nothing."""
+    if group == 1 and ALGORITHMS[algo].compares_within_groups:
+        raise UserError(
+            f"--group 1: --algo {algo} compares the attempts at a problem with one another and needs 2 or more; "
+            "--algo reinforce++ compares those of a step"
+        )
+    if group == batch_size == 1:
+        raise UserError("--group 1 --batch-size 1: expected two attempts a step at least, to compare")
 
 
 def advantages(algorithm: Algorithm, rewards: Sequence[Sequence[float]]) -> list[np.ndarray]:
@@ -140,6 +138,38 @@ def advantages(algorithm: Algorithm, rewards: Sequence[Sequence[float]]) -> list
         # equal rewards differ by their mean's rounding, which a division would blow up
         normalised.append(centred / deviation if deviation > SMALLEST_DEVIATION else np.zeros_like(centred))
     return normalised
+
+
+def set_advantages(algorithm: Algorithm, groups: Sequence[Sequence[Rollout]], kl_coef: float) -> None:
+    """Give every attempt its advantage, from rewards less the divergence from the reference where that is in them."""
+    penalty = kl_coef if algorithm.kl == "reward" else 0.0
+    worth = [[rollout.reward - penalty * rollout.divergence for rollout in group] for group in groups]
+    for group, values in zip(groups, advantages(algorithm, worth), strict=True):
+        for rollout, advantage in zip(group, values.tolist(), strict=True):
+            rollout.advantage = advantage
+
+
+def penalise_length(rollout: Rollout, max_tokens: int) -> None:
+    """Take up to 1 away over the last fifth of the length (Yu et al. 2025, arXiv 2503.14476, equation 13)."""
+    buffer = max(1.0, LENGTH_BUFFER * max_tokens)
+    rollout.reward -= min(1.0, max(0.0, (rollout.token_count - (max_tokens - buffer)) / buffer))
+
+
+def teaches(algorithm: Algorithm, group: Sequence[Rollout]) -> bool:
+    """True if a group has advantages other than 0."""
+    apart = not algorithm.compares_within_groups or is_informative(rewards_of(group))
+    return apart and any(rollout.trained for rollout in group)
+
+
+def groups_missing(wanted: int, useful: int, sampled: int) -> int:
+    """How many groups more to sample where some of those sampled taught nothing; none where none was useful.
+
+    >>> groups_missing(4, useful=2, sampled=4), groups_missing(4, useful=1, sampled=4), groups_missing(4, 3, sampled=8)
+    (4, 4, 0)
+    """
+    if useful == 0:
+        return 0
+    return max(0, min(round(wanted * (1 + REFILL)) - sampled, ceil((wanted - useful) * sampled / useful)))
 
 
 def is_informative(rewards: Sequence[float]) -> bool:

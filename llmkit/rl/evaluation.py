@@ -1,86 +1,198 @@
-"""Evaluate a policy on held-out problems, by its own rewards and by a gold reward that it never sees."""
+"""Figures of attempts: what a step or an evaluation was worth, by the rewards and by a gold one that never trains."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from llmkit.config import MICRO_BATCH_TOKENS
 from llmkit.errors import UserError
-from llmkit.rewards import Weighted, total
-from llmkit.rl.actor import Actor, score
-from llmkit.rl.batches import describe
-from llmkit.rl.problems import EncodedProblem
-from llmkit.rl.rollouts import Rollout, RolloutSettings
-from llmkit.training.distributed import world
+from llmkit.io.jsonl import open_output
+from llmkit.io.progress import counted, duration, quantity, say
+from llmkit.rewards import Weighted, judge
+from llmkit.rl.algorithms import Algorithm, is_informative, penalise_length, teaches
+from llmkit.rl.policy_loss import PolicyLoss
+from llmkit.rl.rollouts import Rollout, map_shares, pack_rollouts, rewards_of
+from llmkit.training.finetuning import Tuning
+from llmkit.training.plan import training_memory
+from llmkit.training.speed import batch_seconds
 
-FIRST_GROUP = 1 << 62  # request numbers of an evaluation, which no group in training has
+Groups = Sequence[Sequence[Rollout]]
+HELD_OUT_GROUP = 1 << 62  # number of the first group of an evaluation, which no group in training has
+CURVES = {
+    "reward.svg": {"training": "reward", "held out": "val_reward", "gold": "val_gold"},
+    "success.svg": {"training": "success", "held out": "val_success", "calling": "called"},
+    "length.svg": {"training": "length", "held out": "val_length"},
+}
 
 
-class HeldOut:
-    """Problems held out, tried the same way at each evaluation.
+def describe(groups: Groups, rewards: Sequence[Weighted]) -> dict[str, float]:
+    """Figures of groups of attempts: the mean `reward` and its parts, `length` in tokens, `cut` (share that was),
+    `called` (share that called a tool) and `calls_failed` (share of the calls that failed) where any did, and where a
+    reward verifies `success` and `pass_at_group` (share of groups with a right attempt). Attempts that a reward could
+    not judge count only in `length`, `cut`, and `unjudged`, their share where there are any.
 
-    gold  a reward that is not trained on, by which one that is can be seen to be gamed
-    `rollouts` and `gold_rewards` are those of the last evaluation.
+    Raises UserError where none could be judged.
+    """
+    every = [rollout for group in groups for rollout in group]
+    judged = [rollout for rollout in every if rollout.judged]
+    if not judged:
+        names = [
+            weighted.reward.name
+            for weighted in rewards
+            if None in (rollout.rewards[weighted.reward.name] for rollout in every)
+        ]
+        raise UserError(
+            f"--reward {' and '.join(names)}: expected a number for some of {counted(len(every), 'attempt')}, found "
+            "None, which says that it cannot judge, for all"
+        )
+    figures: dict[str, Any] = {
+        "reward": np.mean(rewards_of(every)),
+        "length": np.mean([rollout.token_count for rollout in every]),
+        "cut": np.mean([rollout.completion.finish_reason == "length" for rollout in every]),
+    }
+    if len(judged) < len(every):
+        figures["unjudged"] = 1 - len(judged) / len(every)
+    called = [bool(rollout.completion.tool_calls) for rollout in every]
+    if any(called):
+        figures["called"] = np.mean(called)
+        calls = [call for rollout in every for call in rollout.completion.tool_calls]
+        figures["calls_failed"] = np.mean([call.get("failed", False) for call in calls])
+    for weighted in rewards:
+        name = weighted.reward.name
+        figures[f"reward/{name}"] = np.mean([rollout.rewards[name] or 0.0 for rollout in judged])
+    verifier = next((weighted.reward.name for weighted in rewards if weighted.reward.verifies), None)
+    if verifier is not None:
+        right = [[(rollout.rewards[verifier] or 0.0) >= 1.0 for rollout in group if rollout.judged] for group in groups]
+        figures["success"] = np.mean([solved for group in right for solved in group])
+        figures["pass_at_group"] = np.mean([any(group) for group in right])
+    return {name: round(float(value), 5) for name, value in figures.items()}
+
+
+def nothing_to_learn(groups: Groups, rewards: Sequence[Weighted], algorithm: Algorithm) -> str:
+    """Say why a run ends whose attempts are all worth the same, and what would help."""
+    figures = describe(groups, rewards)
+    advice = "harder problems, or more attempts (--group)"
+    lowest = min(reward for group in groups for reward in rewards_of(group))
+    if figures["reward"] <= lowest and figures.get("success", 0.0) < 0.5:
+        advice = "problems that are sometimes solved, or more attempts (--group)"
+    if figures["cut"] > 0:
+        advice += ", or more --max-tokens"
+    each = "each of " if algorithm.compares_within_groups else ""
+    return (
+        f"nothing left to learn: all attempts at {each}{counted(len(groups), 'problem')} were worth the same "
+        f"(the mean reward is {figures['reward']:.3g}); give {advice}"
+    )
+
+
+def costs(groups: Groups, algorithm: Algorithm, spent: Mapping[str, float]) -> dict[str, float]:
+    """How many groups were sampled and how many teach nothing, the tokens, and the seconds of sampling and judging."""
+    return {
+        "groups": len(groups),
+        "groups_without_signal": sum(not teaches(algorithm, group) for group in groups),
+        "sampled_tokens": int(spent["tokens"]),
+        "sampled_tokens_per_second": round(spent["tokens"] / max(spent["sampling"], 1e-9), 1),
+        "sampling_seconds": round(spent["sampling"], 3),
+        "judging_seconds": round(spent["judging"], 3),
+    }
+
+
+def gold_rewards(rollouts: Sequence[Rollout], gold: Weighted, max_tokens: int) -> list[float]:
+    """What a reward that is not trained on gives each attempt; NaN where it cannot judge."""
+    attempts = [rollout.as_attempt(max_tokens) for rollout in rollouts]
+    judged = map_shares(attempts, partial(judge, weighted=[gold]))
+    return [math.nan if reward is None else reward for _, reward in judged]
+
+
+def gold_figures(rewards: Sequence[float], groups: int, name: str) -> dict[str, float]:
+    """`val_gold`, the mean gold reward, and its standard error over problems, `val_gold_se`.
+
+    Raises UserError where nothing was judged.
+    """
+    by_group = np.array(rewards).reshape(groups, -1)
+    counts = (~np.isnan(by_group)).sum(1)
+    means = np.nansum(by_group[counts > 0], 1) / counts[counts > 0]
+    if not len(means):
+        raise UserError(f"--gold {name}: expected a number for some attempt, found None for all")
+    error = float(means.std() / math.sqrt(len(means)))
+    return {"val_gold": round(float(means.mean()), 5), "val_gold_se": round(error, 5)}
+
+
+def disagreements(rollouts: Sequence[Rollout], gold: Sequence[float], count: int = 20) -> list[dict[str, Any]]:
+    """The attempts that the rewards think most of in comparison with the gold one.
+
+    Both are measured in deviations from their means, and the records are ordered by the difference.
     """
 
-    def __init__(
-        self,
-        actor: Actor,
-        problems: Sequence[EncodedProblem],
-        settings: RolloutSettings,
-        gold: Weighted | None = None,
-    ) -> None:
-        self._actor, self._problems, self._settings, self._gold = actor, list(problems), settings, gold
-        self.rollouts: list[Rollout] = []
-        self.gold_rewards: list[float] = []
+    def standardised(values: Sequence[float]) -> np.ndarray:
+        array = np.array(values, np.float64)
+        return (array - np.nanmean(array)) / max(float(np.nanstd(array)), 1e-9)
 
-    def evaluate(self) -> dict[str, float]:
-        """`val_reward`, `val_success`, `val_length` and others of `describe`; with a gold reward `val_gold` and its
-        standard error over problems, `val_gold_se`."""
-        self._actor.renew()
-        groups = self._actor.attempt(self._problems, self._settings, step=0, first_group=FIRST_GROUP)
-        self.rollouts = [rollout for group in groups for rollout in group]
-        figures = {f"val_{name}": value for name, value in describe(groups, self._actor.rewards).items()}
-        if self._gold is not None:
-            self.gold_rewards = world().broadcast(self._gold_rewards(self._gold) if world().leads else None)
-            by_group = np.array(self.gold_rewards).reshape(len(groups), -1)
-            counts = (~np.isnan(by_group)).sum(1)
-            means = np.nansum(by_group[counts > 0], 1) / counts[counts > 0]  # of attempts that it could judge
-            if not len(means):
-                raise UserError(
-                    f"--gold {self._gold.reward.name}: expected a number for some attempt, found None for all"
-                )
-            figures["val_gold"] = round(float(means.mean()), 5)
-            figures["val_gold_se"] = round(float(means.std() / math.sqrt(len(means))), 5)
-        return figures
-
-    def _gold_rewards(self, gold: Weighted) -> list[float]:
-        rewards = total(score(self.rollouts, [gold], self._settings.max_tokens), [gold])
-        return [math.nan if value is None else value for value in rewards]
-
-    def disagreements(self, count: int) -> list[dict[str, Any]]:
-        """The attempts of the last evaluation that the rewards think most of in comparison with the gold one.
-
-        Both are measured in deviations from their means, and the records are ordered by the difference.
-        """
-        rewards = _standardised([rollout.reward for rollout in self.rollouts])
-        difference = rewards - _standardised(self.gold_rewards)
-        order = np.argsort(-difference, kind="stable")[:count]  # NaN, what one could not judge, comes last
-        order = order[~np.isnan(difference[order])].tolist()
-        return [
-            {**_brief(self.rollouts[i]), "gold": self.gold_rewards[i], "difference": round(float(difference[i]), 3)}
-            for i in order
-        ]
+    difference = standardised([rollout.reward for rollout in rollouts]) - standardised(gold)
+    order = np.argsort(-difference, kind="stable")[:count]  # NaN, what one could not judge, comes last
+    records = []
+    for i in order[~np.isnan(difference[order])].tolist():
+        record = rollouts[i].record()
+        brief = {name: record[name] for name in ("prompt", "completion", "reward", "rewards", "finish_reason")}
+        records.append({**brief, "gold": gold[i], "difference": round(float(difference[i]), 3)})
+    return records
 
 
-def _brief(rollout: Rollout) -> dict[str, Any]:
-    record = rollout.record()
-    return {name: record[name] for name in ("prompt", "completion", "reward", "rewards", "finish_reason")}
+def write_disagreements(folder: Path, rollouts: Sequence[Rollout], gold: Sequence[float]) -> None:
+    """Write disagreements.jsonl, where a gold reward was watched."""
+    if gold:
+        with open_output(str(folder / "disagreements.jsonl"), force=True) as write:
+            for record in disagreements(rollouts, gold):
+                write(record)
 
 
-def _standardised(values: Sequence[float]) -> np.ndarray:
-    array = np.array(values, np.float64)
-    return (array - np.nanmean(array)) / max(float(np.nanstd(array)), 1e-9)
+def rehearse(
+    groups: Groups,
+    rewards: Sequence[Weighted],
+    tuning: Tuning,
+    loss: PolicyLoss,
+    max_tokens: int,
+    sampling_seconds: float,
+    updates: int,
+    steps: int | None,
+    quiet: bool,
+) -> None:
+    """Compute the gradient of a step, and change nothing; say, for --dry-run, what came of it and what a run takes.
+
+    sampling_seconds: of its attempts, judging them included
+    """
+    rollouts = [rollout for group in groups for rollout in group]
+    if loss.algorithm.penalises_length:
+        for rollout in rollouts:
+            penalise_length(rollout, max_tokens)
+    model, device = tuning.model, tuning.model.embed_tokens.device
+    batch, _ = pack_rollouts(rollouts, [1.0] * len(rollouts), 0, device.type == "cpu")
+    rows_at_once = max(1, MICRO_BATCH_TOKENS // batch.token_ids.shape[1])
+    training_seconds = updates * batch_seconds(model, loss, batch, rows_at_once, device)
+    memory = sum(training_memory(model.config, MICRO_BATCH_TOKENS, tuning.trained_parameters))
+    memory += model.embed_tokens.dtype.itemsize * model.config.parameter_count * loss.with_reference
+    figures = describe(groups, rewards)
+    solved = ""
+    if "success" in figures:
+        solved = (
+            f"; {figures['success']:.1%} of the attempts are right, and {figures['pass_at_group']:.1%} of the "
+            "problems are solved by one of them"
+        )
+    compared = groups if loss.algorithm.compares_within_groups else [rollouts]
+    informative = sum(is_informative(rewards_of(group)) for group in compared)
+    seconds = sampling_seconds + training_seconds
+    whole = "" if steps is None else f", {duration(steps * seconds)} or more for {counted(steps, 'step')}"
+    lines = [
+        f"a step tried: mean reward {figures['reward']:.3g}, length {figures['length']:.1f} tokens, "
+        f"{figures['cut']:.0%} cut{solved}",
+        f"{informative} of {counted(len(compared), 'group')} tell attempts apart",
+        f"about {memory / 1e9:.2f} GB of memory for training; a step takes {sampling_seconds:.1f} s of sampling and "
+        f"judging and {training_seconds:.1f} s of training on {quantity(batch.tokens)} tokens{whole}",
+    ]
+    for line in lines:
+        say(line, quiet)

@@ -6,7 +6,6 @@ N targets, B rows of T tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,7 @@ from llmkit.kernels.attention import Branching
 from llmkit.kernels.logprobs import linear_logprobs
 from llmkit.model.transformer import Transformer
 from llmkit.rl.algorithms import Algorithm
-from llmkit.rl.rollouts import Rollout
-from llmkit.rl.rows import PolicyRows, pack_rollouts
+from llmkit.rl.rollouts import PolicyRows, Rollout, map_shares, pack_rollouts
 from llmkit.training.distributed import world
 from llmkit.training.loss import Summed
 
@@ -39,9 +37,8 @@ class PolicyLoss:
     """
 
     def __init__(self, algorithm: Algorithm, temperature: float, kl_coef: float, with_reference: bool) -> None:
-        self.temperature, self.clip, self.with_reference = temperature, algorithm.clip, with_reference
+        self.algorithm, self.temperature, self.with_reference = algorithm, temperature, with_reference
         self.kl_coef = kl_coef if algorithm.kl == "loss" else 0.0
-        self._by_sequence = algorithm.ratio == "sequence"
 
     def __call__(self, model: Any, batch: PolicyRows) -> Summed:
         logprobs, entropy, where = target_logprobs(model, batch, self.temperature)
@@ -51,10 +48,11 @@ class PolicyLoss:
 
         sampled, advantage, weight = picked(batch.logprobs), picked(batch.advantages), picked(batch.weights)
         log_ratio = (logprobs - sampled).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
-        ratio = (_sequence_means(log_ratio, batch, where) if self._by_sequence else log_ratio).exp()
+        by_sequence, clip = self.algorithm.ratio == "sequence", self.algorithm.clip
+        ratio = (_sequence_means(log_ratio, batch, where) if by_sequence else log_ratio).exp()
         gain = ratio * advantage
-        if self.clip is not None:
-            gain = torch.minimum(gain, ratio.clamp(1 - self.clip[0], 1 + self.clip[1]) * advantage)
+        if clip is not None:
+            gain = torch.minimum(gain, ratio.clamp(1 - clip[0], 1 + clip[1]) * advantage)
         loss = -gain
         divergence = torch.zeros_like(loss)
         if self.with_reference:
@@ -96,7 +94,8 @@ def policy_figures(
     if with_reference:
         figures |= {"kl": kl / first, "kl_per_attempt": kl / max(1, attempts)}
     largest = world().largest(max((figures["largest"] for figures in updates[0]), default=0.0))[0]
-    return {**figures, "logprob_difference_max": largest}
+    figures["logprob_difference_max"] = largest
+    return {name: float(f"{value:.6g}") for name, value in figures.items()}
 
 
 def target_logprobs(model: Transformer, batch: PolicyRows, temperature: float) -> tuple[Tensor, Tensor, np.ndarray]:
@@ -114,32 +113,26 @@ def target_logprobs(model: Transformer, batch: PolicyRows, temperature: float) -
     return logprobs, entropy.detach(), where
 
 
-@torch.no_grad()
 def reference_logprobs(
     reference: Transformer, rollouts: Sequence[Rollout], temperature: float, share_prompts: bool
 ) -> None:
     """Give every attempt the log-probabilities of its tokens under another model; each process computes its share."""
-    first, stop = world().share(len(rollouts))
-    _own_reference_logprobs(reference, rollouts[first:stop], temperature, share_prompts)
-    everywhere = world().gather([rollout.reference_logprobs for rollout in rollouts[first:stop]])
-    for rollout, logprobs in zip(rollouts, chain.from_iterable(everywhere), strict=True):
+
+    @torch.no_grad()
+    def computed(own: Sequence[Rollout]) -> list[np.ndarray]:
+        if not own:
+            return []
+        rows, places = pack_rollouts(own, [1.0] * len(own), 0, share_prompts)
+        filled = np.zeros_like(rows.logprobs)
+        rows_at_once = max(1, TOKENS_AT_ONCE // rows.token_ids.shape[1])
+        for start in range(0, len(filled), rows_at_once):
+            part = PolicyRows(*(array[start : start + rows_at_once] for array in rows))
+            logprobs, _, where = target_logprobs(reference, part, temperature)
+            filled[start : start + rows_at_once][where] = logprobs.float().cpu().numpy()
+        return [filled[place.row, place.completion] for place in places]
+
+    for rollout, logprobs in zip(rollouts, map_shares(rollouts, computed), strict=True):
         rollout.reference_logprobs = logprobs
-
-
-def _own_reference_logprobs(
-    reference: Transformer, rollouts: Sequence[Rollout], temperature: float, share_prompts: bool
-) -> None:
-    if not rollouts:
-        return
-    rows, places = pack_rollouts(rollouts, [1.0] * len(rollouts), 0, share_prompts)
-    filled = np.zeros_like(rows.logprobs)
-    rows_at_once = max(1, TOKENS_AT_ONCE // rows.token_ids.shape[1])
-    for start in range(0, len(filled), rows_at_once):
-        part = PolicyRows(*(array[start : start + rows_at_once] for array in rows))
-        logprobs, _, where = target_logprobs(reference, part, temperature)
-        filled[start : start + rows_at_once][where] = logprobs.float().cpu().numpy()
-    for rollout, place in zip(rollouts, places, strict=True):
-        rollout.reference_logprobs = filled[place.row, place.completion]
 
 
 def _k3(log_ratio: Tensor) -> Tensor:

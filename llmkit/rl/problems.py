@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 
+from llmkit.data.overlap import Overlap
 from llmkit.errors import UserError, naming
 from llmkit.formats.conversations import message
 from llmkit.formats.problems import Problem, answer_text, read_problem
@@ -104,3 +105,10 @@ def digest(encoded: Iterable[EncodedProblem]) -> str:
     for item in encoded:
         hasher.update(dump_json([list(item.prompt_ids), item.problem.record], default=str))
     return hasher.hexdigest()
+
+
+def report_overlap(problems: Sequence[EncodedProblem], held_out: Sequence[EncodedProblem], quiet: bool) -> None:
+    """Say how many of the problems are held out, too, exactly or nearly."""
+    overlap = Overlap.of_texts(encoded.problem.prompt for encoded in held_out)
+    overlap.compare_texts(encoded.problem.prompt for encoded in problems)
+    overlap.report(quiet)

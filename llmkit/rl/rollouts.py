@@ -1,4 +1,4 @@
-"""Rollouts: attempts at problems, and their log.
+"""Rollouts: attempts at problems, the rows in which they are trained on, and their log.
 
 `rollouts.jsonl` has a line for each attempt, {"prompt", "completion", ...}, which sft and `train-reward --score` read
 as they read any other file; sft reads the `messages` of an attempt that called tools.
@@ -6,47 +6,39 @@ as they read any other file; sft reads the `messages` of an attempt that called 
 
 from __future__ import annotations
 
+import math
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from llmkit.errors import UserError
+from llmkit.data.batches import IGNORED
+from llmkit.data.mixture import best_fit
+from llmkit.errors import SharedError, UserError
 from llmkit.formats.conversations import Message, Part, as_record, message
 from llmkit.formats.problems import Problem
-from llmkit.generation.requests import Completion
+from llmkit.generation.requests import Completion, Request
+from llmkit.generation.tool_calls import ToolUse
 from llmkit.io.files import BLOCK, check_file
 from llmkit.io.foreign import integer
 from llmkit.io.jsonl import dump_json
 from llmkit.io.metrics import trim_metrics
 from llmkit.io.resume import read_sealed, write_sealed
+from llmkit.rewards import Attempt
+from llmkit.rl.problems import EncodedProblem
 from llmkit.training.distributed import world
 
+T = TypeVar("T")
+R = TypeVar("R")
 ROLLOUTS = "rollouts.jsonl"
-
-
-@dataclass(frozen=True)
-class RolloutSettings:
-    """Settings of rollouts.
-
-    group_size   attempts at each problem
-    max_tokens   of an attempt
-    temperature  of sampling; nothing is truncated, so that log-probabilities are those of what was drawn from
-    stop         strings that end an attempt, beside the model's end tokens
-    seed         with a group's number and a sample's, of the random numbers
-    """
-
-    group_size: int
-    max_tokens: int
-    temperature: float = 1.0
-    stop: tuple[str, ...] = ()
-    seed: int = 0
+SHORTEST_ROW, LONGEST_ROW = 128, 512  # tokens; attention costs the square of a row, and padding grows in short ones
 
 
 @dataclass
@@ -88,6 +80,19 @@ class Rollout:
         """Tokens that the policy chose."""
         return sum(self.completion.sampled)
 
+    @property
+    def divergence(self) -> float:
+        """log(policy / reference) of the whole attempt, whose mean is the divergence; 0 without a reference."""
+        if self.reference_logprobs is None:
+            return 0.0
+        chosen = np.array(self.completion.sampled, bool)
+        return float((np.array(self.completion.logprobs) - self.reference_logprobs)[chosen].sum())
+
+    def as_attempt(self, max_tokens: int) -> Attempt:
+        """Return what rewards take."""
+        completion = self.completion
+        return Attempt(self.problem, completion.text, self.token_count, completion.finish_reason, max_tokens)
+
     def record(self) -> dict[str, Any]:
         """The line of the log. Where a tool was called it has `messages`, which teach sft the call, as the text of
         the completion would not."""
@@ -118,11 +123,68 @@ class Rollout:
         }
 
 
+def map_shares(items: Sequence[T], work: Callable[[Sequence[T]], list[R]]) -> list[R]:
+    """Have each process work on its share of the items; the results of all, in every process.
+
+    A UserError that one raises is raised in all, as a SharedError.
+    """
+    if world().size == 1:
+        return work(items)
+    first, stop = world().share(len(items))
+    own: list[R] | UserError
+    try:
+        own = work(items[first:stop])
+    except UserError as error:  # the others wait for this process's results
+        own = error
+    gathered = world().gather(own)
+    if failed := next((part for part in gathered if isinstance(part, UserError)), None):
+        raise SharedError(str(failed))
+    return [result for part in gathered for result in part]
+
+
+def requests_for(
+    problems: Sequence[EncodedProblem], group: int, max_tokens: int, seed: int, first: int
+) -> list[Request]:
+    """Requests for a group of attempts at each problem, numbered from `first`."""
+    return [
+        Request(encoded.prompt_ids, group, max_tokens, seed, number, encoded.problem.where)
+        for number, encoded in enumerate(problems, first)
+    ]
+
+
+def as_group(
+    encoded: EncodedProblem, number: int, completions: Sequence[Completion], step: int, tools: ToolUse | None
+) -> list[Rollout]:
+    """The attempts at a problem. Raises UserError where there are none, for want of room."""
+    if not completions:
+        raise UserError(f"{encoded.problem.where}: the prompt is longer than the context of the server's model")
+    group = []
+    for sample, completion in enumerate(completions):
+        parts: tuple[Part, ...] = ()
+        if tools is not None and completion.tool_calls:
+            parts = tools.parts(completion.token_ids, completion.sampled, completion.tool_calls)
+        group.append(Rollout(encoded.problem, encoded.prompt_ids, completion, step, number, sample, parts=parts))
+    return group
+
+
+def set_rewards(rollouts: Sequence[Rollout], judged: Sequence[tuple[dict[str, float | None], float | None]]) -> None:
+    """Give every attempt its rewards and their total; one without a total has no part in the loss."""
+    for rollout, (rewards, reward) in zip(rollouts, judged, strict=True):
+        rollout.rewards, rollout.judged = rewards, reward is not None
+        rollout.trained, rollout.reward = rollout.judged, math.nan if reward is None else reward
+
+
+def rewards_of(rollouts: Iterable[Rollout]) -> list[float]:
+    """The rewards of those attempts that could be judged."""
+    return [rollout.reward for rollout in rollouts if rollout.judged]
+
+
 class RolloutLog:
     """The log of a run. A step's lines are on disk before its update is, and their checksum stands in state/."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._note = path, path.parent / "state" / "rollouts.json"
+        self._example = ""
         self._size, self._digest = 0, blake2b(digest_size=16)
 
     def trim(self, steps: int) -> int:
@@ -158,8 +220,14 @@ class RolloutLog:
         self._note.parent.mkdir(exist_ok=True)
         write_sealed(self._note, {"bytes": self._size, "checksum": self._digest.hexdigest()})
 
-    def write(self, rollouts: Iterable[Rollout]) -> None:
+    def example(self) -> str:
+        """Return the first attempt of the last step, for a look at a run."""
+        return self._example
+
+    def write(self, rollouts: Sequence[Rollout]) -> None:
         """Add the attempts of a step; the first process does."""
+        first = rollouts[0]
+        self._example = f"{first.problem.prompt} -> {first.completion.text} ({first.reward:g})"
         if not world().leads:
             return
         lines = b"".join(dump_json(rollout.record()) + b"\n" for rollout in rollouts)
@@ -170,3 +238,124 @@ class RolloutLog:
         self._size += len(lines)
         self._digest.update(lines)
         self._write_note()
+
+
+class PolicyRows(NamedTuple):
+    """Rows of attempts, each [B, T].
+
+    token_ids, targets   int64; the target is the next token where the policy has chosen it, else -100
+    doc_ids, branch_ids  int32, for `Branching`: prompts from 1, 0 for padding; attempts of a prompt from 1, 0 for what
+                         they share of it, which is all but its last token
+    position_ids         int64, of each token in its attempt
+    attempts             int32, the number of the attempt in the batch, from 0
+    logprobs             float32, of each target as it was sampled
+    advantages           float32
+    weights              float32, of each target in the mean over all targets of the batch
+    reference_logprobs   float32, under the reference; 0 where there is none
+    """
+
+    token_ids: np.ndarray
+    targets: np.ndarray
+    doc_ids: np.ndarray
+    branch_ids: np.ndarray
+    position_ids: np.ndarray
+    attempts: np.ndarray
+    logprobs: np.ndarray
+    advantages: np.ndarray
+    weights: np.ndarray
+    reference_logprobs: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are computed, without padding."""
+        return int((self.doc_ids > 0).sum())
+
+    def nothing(self) -> PolicyRows:
+        """One row that predicts nothing, for a process that has no more rows where others have."""
+        row = PolicyRows(*(array[:1] for array in self))
+        return row._replace(targets=np.full_like(row.targets, IGNORED))
+
+
+class Place(NamedTuple):
+    """Where an attempt stands: its row, and where the tokens of its completion are predicted."""
+
+    row: int
+    completion: slice
+
+
+def pack_rollouts(
+    rollouts: Sequence[Rollout], weights: Sequence[float], pad: int, share_prompts: bool
+) -> tuple[PolicyRows, list[Place]]:
+    """Whole attempts in rows, and the place of each; `weights` of the tokens of each.
+
+    With `share_prompts` a prompt stands once before neighbouring attempts at it, else before each of them.
+    """
+    units, length = _units(rollouts, share_prompts)
+    bins = best_fit([_size([rollouts[i] for i in unit]) for unit in units], length)
+    shape = len(bins), length
+    integers = (np.zeros(shape, dtype) for dtype in (np.int32, np.int32, np.int64, np.int32))
+    rows = PolicyRows(
+        np.full(shape, pad, np.int64),
+        np.full(shape, IGNORED, np.int64),
+        *integers,
+        *(np.zeros(shape, np.float32) for _ in range(4)),
+    )
+    places: dict[int, Place] = {}
+    for row, members in enumerate(bins):
+        at = 0
+        for document, unit in enumerate((units[member] for member in members), 1):
+            prompt = np.array(rollouts[unit[0]].prompt_ids, np.int64)
+            shared, begin = len(prompt) - 1, at
+            rows.token_ids[row, at : at + shared] = prompt[:-1]
+            rows.position_ids[row, at : at + shared] = np.arange(shared)
+            at += shared
+            for branch, index in enumerate(unit, 1):
+                place = Place(row, slice(at, at + len(rollouts[index].completion.token_ids)))
+                places[index] = place
+                rows.token_ids[row, at] = prompt[-1]
+                rows.branch_ids[place] = branch
+                rows.position_ids[place] = shared + np.arange(place.completion.stop - at)
+                rows.attempts[place] = index
+                _fill(rows, place, rollouts[index], weights[index])
+                at = place.completion.stop
+            rows.doc_ids[row, begin:at] = document
+    return rows, [places[index] for index in range(len(rollouts))]
+
+
+def _fill(rows: PolicyRows, place: Place, rollout: Rollout, weight: float) -> None:
+    """Write the tokens of a completion, and the values of each, at their place in the rows."""
+    ids, chosen = np.array(rollout.completion.token_ids, np.int64), np.array(rollout.completion.sampled, bool)
+    row, where = place
+    rows.token_ids[row, where.start + 1 : where.stop] = ids[:-1]
+    rows.targets[place] = np.where(chosen, ids, IGNORED)
+    rows.logprobs[place] = rollout.completion.logprobs
+    rows.advantages[place] = rollout.advantage
+    rows.weights[place] = weight
+    if rollout.reference_logprobs is not None:
+        rows.reference_logprobs[place] = rollout.reference_logprobs
+
+
+def _units(rollouts: Sequence[Rollout], share_prompts: bool) -> tuple[list[list[int]], int]:
+    """Attempts by number that stand behind one prompt, and the length of a row."""
+    longest = max(_size([rollout]) for rollout in rollouts)
+    if not share_prompts:
+        return [[index] for index in range(len(rollouts))], max(longest, LONGEST_ROW)
+    groups = [list(group) for _, group in groupby(range(len(rollouts)), key=lambda index: rollouts[index].group)]
+    largest = max(_size([rollouts[i] for i in group]) for group in groups)
+    length = max(longest, SHORTEST_ROW, min(2 * largest, LONGEST_ROW))
+    units: list[list[int]] = []
+    for group in groups:
+        unit: list[int] = []
+        for index in group:
+            if unit and _size([rollouts[i] for i in (*unit, index)]) > length:
+                units.append(unit)
+                unit = []
+            unit.append(index)
+        units.append(unit)
+    return units, length
+
+
+def _size(rollouts: Sequence[Rollout]) -> int:
+    """Tokens of a row that attempts at one prompt take."""
+    shared = len(rollouts[0].prompt_ids) - 1
+    return shared + sum(len(rollout.completion.token_ids) for rollout in rollouts)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from copy import deepcopy
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -20,31 +22,23 @@ from llmkit.config import (
     option,
 )
 from llmkit.errors import UserError
-from llmkit.io.jsonl import check_inputs, open_output
+from llmkit.io.jsonl import check_inputs
 from llmkit.io.metrics import METRICS, last_figures, read_metrics
 from llmkit.io.progress import counted, quantity, say
 from llmkit.io.run_folder import check_model_folder
 
 if TYPE_CHECKING:
+    from llmkit.generation.sampler import Sampler
     from llmkit.rewards import Weighted
-    from llmkit.rl.algorithms import Horizon
-    from llmkit.rl.served_policy import ServedPolicy
-    from llmkit.training.finetuning import Tuning
+    from llmkit.rl.problems import EncodedProblem
+    from llmkit.rl.rollouts import Rollout
     from llmkit.training.run import Run
+    from llmkit.training.trainer import Trainer
 
 # of AdamW at a width of 256; docs/experiments.md, "Reinforcement learning"
 LEARNING_RATE, LORA_LEARNING_RATE = 2e-4, 1e-3
 ATTEMPT_BYTES = 100  # a token of an attempt: id and log-probabilities, as Python has them
-KEEP_EVERY = 10  # steps between parameters kept against a collapse, where nothing is held out
-# usual are 1e-6 and 5e-3 nats a token; another program computes otherwise
-DIFFERENCES, SERVED_DIFFERENCE = {"torch.float32": 1e-3, "torch.bfloat16": 0.05}, 0.05
-DISAGREEMENTS = 20  # attempts shown that a reward and the gold one differ about
 RESULTS = ("reward", "success", "val_reward", "val_success", "val_gold")
-CURVES = {
-    "reward.svg": {"training": "reward", "held out": "val_reward", "gold": "val_gold"},
-    "success.svg": {"training": "success", "held out": "val_success", "calling": "called"},
-    "length.svg": {"training": "length", "held out": "val_length"},
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +64,7 @@ class RlConfig(TuningConfig, ToolConfig, ServedConfig):
     model: str | None = argument("Model folder: an assistant, or a base model.", metavar="MODEL", default=None)
     data: tuple[str, ...] = option((), "Problems; repeatable [stdin].", metavar="FILE", reads=True)
     val: tuple[str, ...] = option((), "Held-out problems.", metavar="FILE", reads=True)
-    reward: tuple[str, ...] = option(
-        ("verifier",), "Reward of the attempts; repeatable.", metavar="KIND[:WEIGHT]", reads=True
-    )
+    reward: tuple[str, ...] = option(("verifier",), "Reward; repeatable.", metavar="KIND[:WEIGHT]", reads=True)
 
     algo: str = option(
         "grpo",
@@ -80,67 +72,27 @@ class RlConfig(TuningConfig, ToolConfig, ServedConfig):
         group="Algorithm",
         choices=("grpo", "dr-grpo", "dapo", "rloo", "reinforce++", "gspo"),
     )
-    updates: int = option(
-        1, "Optimizer updates per step, all on the same attempts.", group="Algorithm", at_least=1, at_most=100
-    )
-    clip_low: float | None = option(
-        None, "Lower clip bound: 1 - VALUE [by algorithm].", group="Algorithm", above=0, at_most=1
-    )
-    clip_high: float | None = option(
-        None, "Upper clip bound: 1 + VALUE [by algorithm].", group="Algorithm", above=0, at_most=1000
-    )
+    updates: int = option(1, "Updates per step, on the same attempts.", group="Algorithm", at_least=1, at_most=100)
     kl_coef: float | None = option(
-        None, "Weight of the KL divergence from MODEL [0; 0.05 with rm:].", group="Algorithm", at_least=0, at_most=1000
-    )
-    max_difference: float | None = option(
-        None,
-        "Largest difference of log-probabilities between sampler and trainer [0.001; bfloat16, a server 0.05].",
-        group="Algorithm",
-        above=0,
-        free=True,
+        None, "KL coefficient [0; 0.05 with rm:].", group="Algorithm", at_least=0, at_most=1000
     )
 
     group: int = option(8, "Attempts per problem.", group="Attempts", at_least=1, at_most=4096)
     batch_size: int = option(16, "Problems per step.", group="Attempts", at_least=1)
     max_tokens: int | None = option(
-        None,
-        "Tokens per attempt [twice the data's answers, 256 at least, within the context].",
-        group="Attempts",
-        unit="count",
-        at_least=1,
+        None, "Tokens per attempt [by the data's answers, at least 256].", group="Attempts", unit="count", at_least=1
     )
     temperature: float = option(1.0, "Sampling temperature.", group="Attempts", at_least=0.05, at_most=10)
     stop: tuple[str, ...] = option((), "Stop string; repeatable.", group="Attempts", metavar="TEXT")
     system: str | None = option(None, "System message for problems without one.", group="Attempts")
-    refill: float = option(
-        1.0,
-        "Extra batches a step, at most, to replace groups whose rewards are all equal.",
-        group="Attempts",
-        at_least=0,
-    )
-    overlong: str = option(
-        "auto",
-        "Treatment of truncated attempts; auto: by algorithm.",
-        group="Attempts",
-        choices=("auto", "keep", "mask", "penalise"),
-    )
-    slots: int = option(64, "Sequences decoded at a time.", group="Attempts", at_least=1, at_most=4096, free=True)
-    concurrency: int = option(
-        64, "Requests to a server at a time.", group="Servers", at_least=1, at_most=999, free=True
-    )
+    concurrency: int = option(64, "Requests at a time.", group="Servers", at_least=1, at_most=999, free=True)
 
-    gold: str | None = option(
-        None, "Reward to watch without training on it.", group="Watch", metavar="KIND", reads=True
-    )
-    stop_on_hack: bool = option(
-        False, "Early stop where the reward rises and the gold one falls.", group="Watch", free=True
-    )
-    max_kl: float | None = option(
-        None, "Early stop at this KL from MODEL, in nats per attempt [never].", group="Watch", above=0, free=True
-    )
+    gold: str | None = option(None, "Reward to watch, never trained on.", group="Watch", metavar="KIND", reads=True)
+    stop_on_hack: bool = option(False, "Stop where the reward rises and the gold one falls.", group="Watch", free=True)
+    max_kl: float | None = option(None, "Largest KL from MODEL, nats an attempt.", group="Watch", above=0, free=True)
     eval_samples: int = option(1, "Samples per held-out problem; with 1, greedy decoding.", group="Watch", at_least=1)
 
-    epochs: float | None = option(None, "Passes over the problems, without --refill [1].", group="Horizon", above=0)
+    epochs: float | None = option(None, "Passes over the problems [1].", group="Horizon", above=0)
     time_budget: float | None = option(None, "Wall-clock limit.", group="Horizon", unit="duration", above=0)
 
     compile: str = "off"  # of the trainer's options: rows differ in length from step to step, and it was never tried
@@ -170,7 +122,7 @@ class Summary:
 
 
 def run(config: RlConfig) -> Summary | None:
-    """Load, build, train, save, summarise. Raises UserError for the user's mistakes, Interrupted after a signal."""
+    """Load, build, learn, save, summarise. Raises UserError for the user's mistakes, Interrupted after a signal."""
     from llmkit.training.run import Run
 
     _check(config)
@@ -178,273 +130,343 @@ def run(config: RlConfig) -> Summary | None:
     if results := run.finished():
         return Summary(**results)
     with ExitStack() as stack:
-        return _run(config, run, stack)
+        learner = Learner(config, run)
+        learner.load(stack)
+        if config.dry_run:
+            return learner.rehearse()
+        learner.learn()
+        return learner.save()
 
 
-def _run(config: RlConfig, run: Run, stack: ExitStack) -> Summary | None:
-    from llmkit.data.overlap import Overlap
-    from llmkit.generation.tool_calls import open_tools, told_unavailable
-    from llmkit.model.devices import check_batch_memory
-    from llmkit.model.folder import save_model
-    from llmkit.rewards.reward_models import ModelReward
-    from llmkit.rl.actor import Actor
-    from llmkit.rl.algorithms import adapted, choose_horizon
-    from llmkit.rl.batches import BatchSettings, Collector
-    from llmkit.rl.evaluation import HeldOut
-    from llmkit.rl.monitor import Limits, Watch
-    from llmkit.rl.policy_loss import PolicyLoss
-    from llmkit.rl.problems import EncodedProblem, digest, load_problems
-    from llmkit.rl.rehearsal import rehearse
-    from llmkit.rl.rollouts import ROLLOUTS, RolloutLog, RolloutSettings
-    from llmkit.training.finetuning import KeepBest
-    from llmkit.training.optimizer import Schedule, warn_of_long_warmup
-    from llmkit.training.plan import training_memory
-    from llmkit.training.trainer import TrainerSettings
+class Learner:
+    """A policy that learns: what the options ask for is loaded, then attempts are made and trained on step by step.
 
-    # load
-    run.join()
-    if config.is_served and run.world.size > 1:
-        raise UserError("--engine: expected one process, for one server gets the weights; start it without torchrun")
-    rewards, gold = _rewards(config, stack)  # whose names are looked at before the model is read
-    tuning = _load(config, run)
+    group  number of the next group of attempts
+    ended  says in words why there is nothing more to learn
+    spent  tokens sampled, and seconds of sampling and judging, in this step
+    """
 
-    def write_policy(folder: Path) -> None:
-        """Write the policy as it is now, in the precision that it is trained in."""
-        tuning.write_tokenizer(folder)
-        tuning.save(folder, optimizer.masters(), write=partial(save_model, dtype=run.dtype))
+    def __init__(self, config: RlConfig, run: Run) -> None:
+        self.config, self.run, self.group, self.ended = config, run, 0, ""
+        self.spent: defaultdict[str, float] = defaultdict(float)
 
-    served = _served(config, run.work, tuning, write_policy, stack) if config.is_served else None
-    asked, system, quiet = config.data or ("-",), config.system, config.quiet
-    problems, max_tokens = load_problems(
-        asked, config.limit, tuning, rewards, system, config.max_tokens, run.bad, quiet
-    )
-    held_out: list[EncodedProblem] = []
-    if config.val:
-        judged_by = [*rewards, *gold]
-        held_out, _ = load_problems(config.val, config.limit, tuning, judged_by, system, max_tokens, run.bad, quiet)
-        overlap = Overlap.of_texts(one.problem.prompt for one in held_out)
-        overlap.compare_texts(one.problem.prompt for one in problems)
-        overlap.report(quiet)
+    def load(self, stack: ExitStack) -> None:
+        """Load rewards, the policy and problems, and choose how it learns."""
+        from llmkit.generation.tool_calls import open_tools
+        from llmkit.rl.algorithms import ALGORITHMS, choose_horizon
+        from llmkit.rl.policy import OwnPolicy, ServedPolicy, load_policy
+        from llmkit.rl.policy_loss import PolicyLoss
+        from llmkit.rl.problems import load_problems, report_overlap
 
-    # build
-    names = ("max_steps", "epochs", "time_budget", "warmup_steps", "kl_coef")
-    options = {name: getattr(config, name) for name in names}
-    horizon = choose_horizon(rewards, len(problems), config.batch_size, **options)
-    algorithm = adapted(config.algo, config.overlong, config.clip_low, config.clip_high)
-    reference = None
-    if horizon.kl_coef or config.max_kl is not None:
-        reference = deepcopy(tuning.model).eval().requires_grad_(False)
-    tuning = tuning.with_adapter(config.lora_rank, config.lora_alpha, config.seed)
-    attempts = config.batch_size * config.group
-    tuning.check_memory(min(config.micro_batch_size or 1, attempts) * max_tokens)
-    check_batch_memory(attempts * max_tokens, "lower --batch-size or --group", ATTEMPT_BYTES)
-    _say_plan(config, horizon, rewards, len(problems), max_tokens, tuning.trained_parameters)
-    warn_of_long_warmup(horizon.warmup_steps, horizon.steps, config.quiet)
-    tools = open_tools(config, tuning.tokenizer, stack, tuning.model.config.eos_token_ids)
-    made_by = {"tools": tools, "served": None if config.dry_run else served}
-    actor = Actor(tuning.model, tuning.tokenizer, rewards, slots=config.slots, name=str(config.model), **made_by)
-    loss = PolicyLoss(algorithm, config.temperature, horizon.kl_coef, reference is not None)
-    settings = RolloutSettings(config.group, max_tokens, config.temperature, config.stop, config.seed)
-    share_prompts = run.device.type == "cpu"
-    if config.dry_run:
-        some = problems[: config.batch_size]
-        rehearsal = rehearse(actor, some, settings, loss, algorithm, MICRO_BATCH_TOKENS, share_prompts)
-        memory = sum(training_memory(tuning.model.config, MICRO_BATCH_TOKENS, tuning.trained_parameters))
-        memory += run.dtype.itemsize * tuning.model.config.parameter_count * (reference is not None)
-        for line in rehearsal.lines(horizon.steps, config.updates, memory):
-            say(line, config.quiet)
-        return None
-    run.begin({"the data": digest(problems), "what is in --val": digest(held_out)})
-    collector = Collector(
-        actor,
-        problems,
-        algorithm,
-        settings,
-        BatchSettings(config.batch_size, config.refill, horizon.kl_coef, share_prompts, config.seed),
-        log=RolloutLog(run.work / ROLLOUTS),
-        pad=tuning.pad_id,
-        reference=reference,
-    )
-    optimizer = tuning.build_optimizer(
-        config.learning_rate, config.weight_decay, anchor=LEARNING_RATE, lora_anchor=LORA_LEARNING_RATE
-    )
-    best = KeepBest(run.work, optimizer)
-    trainer_settings = TrainerSettings(
-        config.micro_batch_size or MICRO_BATCH_TOKENS,
-        updates_per_batch=config.updates,
-        micro_batch_tokens=None if config.micro_batch_size else MICRO_BATCH_TOKENS,
-        memory_advice="lower --max-tokens",
-        spike_nats=float("inf"),  # this loss does not measure progress
-        shown="reward",
-    )
-    schedule = Schedule(horizon.warmup_steps, DECAY_FRACTION)
-    trainer = run.trainer(tuning.model, optimizer, schedule, loss, trainer_settings)
-    difference = config.max_difference or (SERVED_DIFFERENCE if served else DIFFERENCES[str(run.dtype)])
-    limits = Limits(difference, config.max_kl)
-    watch = Watch(trainer, collector, reference is not None, limits, read_metrics(run.work / METRICS))
-    likeliest = {} if config.eval_samples > 1 else {"temperature": 0.0}
-    how = replace(settings, group_size=config.eval_samples, **likeliest)
-    tried = HeldOut(actor, held_out, how, gold[0] if gold else None)
-    evaluate_held_out = watch.evaluation(tried, config.stop_on_hack)
+        config, run = self.config, self.run
+        run.join()
+        if config.is_served and run.world.size > 1:
+            raise UserError("--engine: expected one process, for one server gets the weights; start without torchrun")
+        self.rewards, self.gold = _rewards(config, stack)  # whose names are looked at before the model is read
+        tuning = load_policy(str(config.model), config.system, run.device, run.dtype, config.quiet)
+        read = partial(
+            load_problems, limit=config.limit, tuning=tuning, system=config.system, bad=run.bad, quiet=config.quiet
+        )
+        self.problems, self.max_tokens = read(config.data or ("-",), rewards=self.rewards, max_tokens=config.max_tokens)
+        self.held_out: list[EncodedProblem] = []
+        if config.val:
+            self.held_out, _ = read(config.val, rewards=[*self.rewards, *self.gold], max_tokens=self.max_tokens)
+            report_overlap(self.problems, self.held_out, config.quiet)
+        self.algorithm = ALGORITHMS[config.algo]
+        self.horizon = choose_horizon(
+            self.rewards,
+            len(self.problems),
+            config.batch_size,
+            config.max_steps,
+            config.epochs,
+            config.time_budget,
+            config.warmup_steps,
+            config.kl_coef,
+        )
+        compared = self.horizon.kl_coef or config.max_kl is not None
+        self.reference = deepcopy(tuning.model).eval().requires_grad_(False) if compared else None
+        self.tuning = tuning.with_adapter(config.lora_rank, config.lora_alpha, config.seed)
+        self._check_plan()
+        self.tools = open_tools(config, tuning.tokenizer, stack, tuning.model.config.eos_token_ids)
+        self.policy = OwnPolicy(tuning.model, tuning.tokenizer, config.stop, str(config.model), self.tools)
+        if config.is_served:
+            folder, write = run.work / "served", self.write_policy
+            served = ServedPolicy(config.engine, tuning, config.timeout, config.stop, folder, write, config.concurrency)
+            self.policy = self.policy if config.dry_run else stack.enter_context(closing(served))
+        self.loss = PolicyLoss(self.algorithm, config.temperature, self.horizon.kl_coef, self.reference is not None)
 
-    def evaluate() -> dict[str, float]:
-        scores = evaluate_held_out()
-        best.offer(trainer.step, scores["val_gold" if gold else "val_reward"])
+    def _check_plan(self) -> None:
+        """Say what will be done. Raises UserError where the memory does not hold it."""
+        from llmkit.model.devices import check_batch_memory
+        from llmkit.training.optimizer import warn_of_long_warmup
+
+        config, horizon, tokens = self.config, self.horizon, self.max_tokens
+        attempts = config.batch_size * config.group
+        self.tuning.check_memory(min(config.micro_batch_size or 1, attempts) * tokens)
+        check_batch_memory(attempts * tokens, "lower --batch-size or --group", ATTEMPT_BYTES)
+        length = f"{config.time_budget:.0f} s" if horizon.steps is None else counted(horizon.steps, "step")
+        parts = ", ".join(f"{weighted.weight:g} x {weighted.reward.name}" for weighted in self.rewards)
+        say(
+            f"{length} of {counted(config.batch_size, 'problem')} of {len(self.problems):,}, "
+            f"{counted(config.group, 'attempt')} at each, of {tokens} tokens at most; reward: {parts}; {config.algo}, "
+            f"KL weight {horizon.kl_coef:g}; {quantity(self.tuning.trained_parameters)} parameters are trained",
+            config.quiet,
+        )
+        if config.batch_size > len(self.problems):
+            more = f"--batch-size {config.batch_size}: more than the {counted(len(self.problems), 'problem')}"
+            say(f"{more}, so a step repeats some", config.quiet)
+        warn_of_long_warmup(horizon.warmup_steps, horizon.steps, config.quiet)
+
+    def learn(self) -> None:
+        """Make attempts and train on them, until the horizon or until there is a reason to stop."""
+        from llmkit.rl.algorithms import set_advantages, token_weights
+        from llmkit.rl.evaluation import costs, describe, nothing_to_learn
+        from llmkit.rl.policy_loss import policy_figures, reference_logprobs
+        from llmkit.rl.rollouts import pack_rollouts
+
+        config, run, algorithm, rewards = self.config, self.run, self.algorithm, self.rewards
+        self.trainer = trainer = self._begin()
+        session = trainer.session(
+            total_steps=self.horizon.steps,
+            seconds=run.seconds_left(config.time_budget),
+            evaluate=self.evaluate if self.held_out else None,
+            evaluate_first=True,
+            sample=self.log.example,
+        )
+        compared, share_prompts = self.reference is not None, run.device.type == "cpu"  # with a mask for torch alone
+        with run.training(trainer), session:
+            while trainer.goes_on:
+                with trainer.interruptible():
+                    self.spent.clear()
+                    # problems are drawn, attempts at them sampled and rewarded
+                    useful, every = self.sample_groups(trainer.step + 1)
+                    if not useful:
+                        self.ended = nothing_to_learn(every, rewards, algorithm)
+                        break
+                    # attempts are compared with the reference, and with one another
+                    groups = [[rollout for rollout in group if rollout.judged] for group in useful]
+                    rollouts = [rollout for group in groups for rollout in group]
+                    if self.reference is not None:
+                        reference_logprobs(self.reference, rollouts, config.temperature, share_prompts)
+                    set_advantages(algorithm, groups, self.horizon.kl_coef)
+                    # packed into rows, and logged
+                    trained = [rollout for rollout in rollouts if rollout.trained]
+                    lengths = [rollout.token_count for rollout in trained]
+                    weights = token_weights(algorithm.weighting, lengths, self.max_tokens)
+                    batch, _ = pack_rollouts(trained, weights.tolist(), self.tuning.pad_id, share_prompts)
+                    self.log.write([rollout for group in every for rollout in group])
+                    figures = describe(every, rewards) | costs(every, algorithm, self.spent)
+                # trained on
+                started = time.monotonic()
+                metrics = trainer.train_step(batch)
+                seconds = max(time.monotonic() - started, 1e-9)
+                figures |= {"batch_tokens": batch.tokens, **policy_figures(trainer.figures, len(trained), compared)}
+                figures["training_seconds"] = round(seconds, 3)
+                figures["trained_tokens_per_second"] = round(config.updates * batch.tokens / seconds, 1)
+                self.watch.note_step(figures)
+                if not self.held_out and self.watch.keeps:
+                    self.best.keep(trainer.step)
+                trainer.end_step(metrics | figures)  # evaluates where it is time to
+        self.policy.close()
+        self._end()
+
+    def _begin(self) -> Trainer:
+        """Begin the folder, or go on with it: the trainer, the log of attempts and the guards."""
+        from llmkit.rl.monitor import MOST_DIFFERENCE, Watch
+        from llmkit.rl.problems import digest
+        from llmkit.rl.rollouts import ROLLOUTS, RolloutLog
+        from llmkit.training.finetuning import KeepBest
+        from llmkit.training.optimizer import Schedule
+        from llmkit.training.trainer import TrainerSettings
+
+        config, run, tuning = self.config, self.run, self.tuning
+        run.begin({"the data": digest(self.problems), "what is in --val": digest(self.held_out)})
+        self.optimizer = tuning.build_optimizer(
+            config.learning_rate, config.weight_decay, anchor=LEARNING_RATE, lora_anchor=LORA_LEARNING_RATE
+        )
+        settings = TrainerSettings(
+            config.micro_batch_size or MICRO_BATCH_TOKENS,
+            updates_per_batch=config.updates,
+            micro_batch_tokens=None if config.micro_batch_size else MICRO_BATCH_TOKENS,
+            memory_advice="lower --max-tokens",
+            spike_nats=float("inf"),  # this loss does not measure progress
+            shown="reward",
+        )
+        schedule = Schedule(self.horizon.warmup_steps, DECAY_FRACTION)
+        trainer = run.trainer(tuning.model, self.optimizer, schedule, self.loss, settings)
+        difference = MOST_DIFFERENCE["a server" if self.config.is_served else str(run.dtype)]
+        self.watch = Watch(trainer, difference, config.max_kl, read_metrics(run.work / METRICS))
+        self.best, self.log = KeepBest(run.work, self.optimizer), RolloutLog(run.work / ROLLOUTS)
+        self.evaluated: list[Rollout] = []
+        self.gold_rewards: list[float] = []  # of the last evaluation
+        self.group = self.log.trim(trainer.step)
+        return trainer
+
+    def sample_groups(self, step: int) -> tuple[list[list[Rollout]], list[list[Rollout]]]:
+        """The groups to train on, none where no round had one, and all that were sampled for them."""
+        from llmkit.data.batches import shuffled
+        from llmkit.rl.algorithms import ROUNDS_WITHOUT_SIGNAL, groups_missing, is_informative, penalise_length, teaches
+        from llmkit.rl.rollouts import rewards_of
+
+        wanted, size = self.config.batch_size, len(self.problems)
+        sampler = self.policy.sampler(self.config.temperature)
+        order = cache(partial(shuffled, size, self.config.seed))  # of an epoch
+        every: list[list[Rollout]] = []
+        useful: list[list[Rollout]] = []
+        for _ in range(ROUNDS_WITHOUT_SIGNAL):
+            useful, count = [], wanted
+            while count > 0:  # groups that teach nothing are replaced by those of the next problems
+                numbers = range(self.group, self.group + count)
+                drawn = [self.problems[order(number // size)[number % size]] for number in numbers]
+                groups = self.attempt(drawn, sampler, self.config.group, step=step, first=self.group)
+                self.group += count
+                if self.algorithm.penalises_length:
+                    for rollout in (rollout for group in groups for rollout in group):
+                        penalise_length(rollout, self.max_tokens)
+                every += groups
+                useful += [group for group in groups if teaches(self.algorithm, group)]
+                count = groups_missing(wanted, len(useful), len(every))
+            if is_informative(rewards_of(rollout for group in useful for rollout in group)):
+                break
+            useful = []  # a batch all of whose attempts are worth the same
+        used = {group[0].group for group in useful[:wanted]}
+        for rollout in (rollout for group in every for rollout in group):
+            rollout.trained &= rollout.group in used
+        return useful[:wanted], every
+
+    def attempt(
+        self, problems: Sequence[EncodedProblem], sampler: Sampler, group: int, *, step: int, first: int
+    ) -> list[list[Rollout]]:
+        """Sample a group of attempts at each problem, numbered from `first`, and have them rewarded.
+
+        Random numbers are those of a group and a sample, whoever draws them. Raises UserError where a reward fails.
+        """
+        import torch
+
+        from llmkit.model.devices import is_small, one_thread
+        from llmkit.rewards import judge
+        from llmkit.rl.rollouts import as_group, map_shares, requests_for, set_rewards
+
+        started, size = time.monotonic(), self.tuning.model.config.parameter_count
+        requests = requests_for(problems, group, self.max_tokens, self.config.seed, first)
+        with torch.inference_mode(), one_thread(is_small(size, self.run.device)):
+            sampled = map_shares(requests, lambda own: list(sampler.complete(own)))
+        groups = [
+            as_group(encoded, number, completions, step, self.tools)
+            for number, (encoded, completions) in enumerate(zip(problems, sampled, strict=True), first)
+        ]
+        rollouts = [rollout for group in groups for rollout in group]
+        self.spent["tokens"] += sum(rollout.token_count for rollout in rollouts)
+        self.spent["sampling"] += time.monotonic() - started
+
+        started = time.monotonic()
+        attempts = [rollout.as_attempt(self.max_tokens) for rollout in rollouts]
+        set_rewards(rollouts, map_shares(attempts, partial(judge, weighted=self.rewards)))
+        self.spent["judging"] += time.monotonic() - started
+        return groups
+
+    def evaluate(self) -> dict[str, float]:
+        """Try the held-out problems: `val_reward` and others of `describe`; with --gold `val_gold`, `val_gold_se`."""
+        from llmkit.rl.evaluation import HELD_OUT_GROUP, describe, gold_figures, gold_rewards
+
+        samples = self.config.eval_samples
+        sampler = self.policy.sampler(self.config.temperature if samples > 1 else 0.0)
+        groups = self.attempt(self.held_out, sampler, samples, step=0, first=HELD_OUT_GROUP)
+        self.evaluated = [rollout for group in groups for rollout in group]
+        scores = {f"val_{name}": value for name, value in describe(groups, self.rewards).items()}
+        if self.gold:
+            self.gold_rewards = gold_rewards(self.evaluated, self.gold[0], self.max_tokens)
+            scores |= gold_figures(self.gold_rewards, len(groups), self.gold[0].reward.name)
+        self.watch.note_evaluation(scores, self.config.stop_on_hack)
+        self.best.offer(self.trainer.step, scores["val_gold" if self.gold else "val_reward"])
         return scores
 
-    # train
-    batches = collector.batches(trainer.step)
-    session = trainer.session(
-        total_steps=horizon.steps,
-        seconds=run.seconds_left(config.time_budget),
-        evaluate=evaluate if held_out else None,
-        evaluate_first=True,
-        sample=collector.example,
-    )
-    with run.training(trainer), session:
-        while trainer.goes_on:
-            with trainer.interruptible():
-                batch = next(batches, None)
-            if batch is None:
-                break
-            metrics = trainer.train_step(batch) | watch.describe()
-            if not held_out and watch.at_its_best and trainer.step % KEEP_EVERY == 0:
-                best.keep(trainer.step)
-            trainer.end_step(metrics)
-    if served is not None:
-        served.close()
-    if trainer.step == 0:
-        run.abandon()
-        raise UserError(collector.ended or "no step was made")
-    for line in told_unavailable(run.world.gather(tools.unavailable_calls if tools else {})):
-        say(line, config.quiet)
-    if collector.ended:
-        say(f"stopping after step {trainer.step}: {collector.ended}")
-    if not held_out and not watch.has_collapsed:
-        best.forget()
+    def _end(self) -> None:
+        """Say why the loop has ended. Raises UserError where no step was made."""
+        from llmkit.generation.tool_calls import told_unavailable
 
-    # save
-    values = best.values()
-    if not run.world.leads:
-        return None
+        if self.trainer.step == 0:
+            self.run.abandon()
+            raise UserError(self.ended or "no step was made")
+        for line in told_unavailable(self.run.world.gather(self.tools.unavailable_calls if self.tools else {})):
+            say(line, self.config.quiet)
+        if self.ended:
+            say(f"stopping after step {self.trainer.step}: {self.ended}")
+        if not self.held_out and not self.watch.has_collapsed:
+            self.best.forget()
 
-    def write(folder: Path) -> None:
-        if tried.gold_rewards:
-            with open_output(str(folder / "disagreements.jsonl"), force=True) as write_record:
-                for record in tried.disagreements(DISAGREEMENTS):
-                    write_record(record)
-        tuning.write_tokenizer(folder)
-        tuning.save(folder, values)
+    def rehearse(self) -> None:
+        """Try one step, for --dry-run: where the policy stands, and what a step takes; nothing is changed."""
+        from llmkit.rl.evaluation import rehearse
 
-    figures = last_figures(read_metrics(run.work / METRICS), best.step)
-    results = {
-        "steps": trainer.step,
-        "attempts": collector.groups * config.group,
-        **{name: figures[name] for name in RESULTS if name in figures},
-        "kept_step": best.step,
-        "stopped": watch.stopped,
-    }
-    inputs = [path for path in (*config.data, *config.val) if path != "-"]
-    judges = [weighted.reward.folder for weighted in (*rewards, *gold) if isinstance(weighted.reward, ModelReward)]
-    parents = [str(config.model), *judges]
+        config, started = self.config, time.monotonic()
+        some, sampler = self.problems[: config.batch_size], self.policy.sampler(config.temperature)
+        groups = self.attempt(some, sampler, config.group, step=0, first=0)
+        seconds, updates, steps = time.monotonic() - started, config.updates, self.horizon.steps
+        rehearse(groups, self.rewards, self.tuning, self.loss, self.max_tokens, seconds, updates, steps, config.quiet)
 
-    # summarise
-    return Summary(**run.finish(results, inputs=inputs, parents=parents, curves=CURVES, write=write))
+    def write_policy(self, folder: Path) -> None:
+        """Write the policy as it is now, in the precision that it is trained in."""
+        from llmkit.model.folder import save_model
 
+        self.tuning.write_tokenizer(folder)
+        self.tuning.save(folder, self.optimizer.masters(), write=partial(save_model, dtype=self.run.dtype))
 
-# ---- what is asked for
+    def save(self) -> Summary | None:
+        """Write the folder, in the first process; the best parameters where they are known, else the last."""
+        from llmkit.rewards.reward_models import ModelReward
+        from llmkit.rl.evaluation import CURVES, write_disagreements
+
+        config, values = self.config, self.best.values()
+        if not self.run.world.leads:
+            return None
+
+        def write(folder: Path) -> None:
+            write_disagreements(folder, self.evaluated, self.gold_rewards)
+            self.tuning.write_tokenizer(folder)
+            self.tuning.save(folder, values)
+
+        figures = last_figures(read_metrics(self.run.work / METRICS), self.best.step)
+        results = {
+            "steps": self.trainer.step,
+            "attempts": self.group * config.group,
+            **{name: figures[name] for name in RESULTS if name in figures},
+            "kept_step": self.best.step,
+            "stopped": self.watch.stopped or self.ended or None,
+        }
+        inputs = [path for path in (*config.data, *config.val) if path != "-"]
+        judges = [one.reward.folder for one in (*self.rewards, *self.gold) if isinstance(one.reward, ModelReward)]
+        parents = [str(config.model), *judges]
+        return Summary(**self.run.finish(results, inputs=inputs, parents=parents, curves=CURVES, write=write))
 
 
 def _check(config: RlConfig) -> None:
     """Raise UserError for what can be known to be wrong before the work."""
     check_model_folder(config.model, "llmkit rl chat/ --data problems.jsonl")
-    if not config.val and (config.gold or config.eval_every):
-        raise UserError(f"{'--gold' if config.gold else '--eval-every'}: needs --val, problems to look at")
+    needing = {"--gold": config.gold, "--eval-every": config.eval_every, "--eval-samples": config.eval_samples > 1}
+    if not config.val and any(needing.values()):
+        raise UserError(f"{next(flag for flag, given in needing.items() if given)}: needs --val, problems to look at")
     if config.stop_on_hack and not (config.gold and config.eval_every):
         raise UserError("--stop-on-hack: needs --gold, a reward to watch, and --eval-every, how often to look")
-    if not config.val and config.eval_samples > 1:
-        raise UserError("--eval-samples: needs --val, problems to try")
     if config.is_served and config.tools:
         raise UserError("--tools: expected no --engine beside it; tools are called where attempts are made here")
     check_inputs([*config.data, *config.val])
 
-    from llmkit.rl.algorithms import ALGORITHMS, adapted  # brings numpy, which --help does without
+    from llmkit.rl.algorithms import check_group  # brings numpy, which --help does without
 
-    adapted(config.algo, config.overlong, config.clip_low, config.clip_high)
-    if config.group == 1 and ALGORITHMS[config.algo].compares_within_groups:
-        raise UserError(
-            f"--group 1: --algo {config.algo} compares the attempts at a problem with one another and needs 2 or more; "
-            "--algo reinforce++ compares those of a step"
-        )
-    if config.group == config.batch_size == 1:
-        raise UserError("--group 1 --batch-size 1: expected two attempts a step at least, to compare")
-
-
-def _say_plan(
-    config: RlConfig, horizon: Horizon, rewards: Sequence[Weighted], problems: int, max_tokens: int, parameters: int
-) -> None:
-    length = f"{config.time_budget:.0f} s" if horizon.steps is None else counted(horizon.steps, "step")
-    parts = ", ".join(f"{weighted.weight:g} x {weighted.reward.name}" for weighted in rewards)
-    say(
-        f"{length} of {counted(config.batch_size, 'problem')} of {problems:,}, {counted(config.group, 'attempt')} at "
-        f"each, of {max_tokens} tokens at most; reward: {parts}; "
-        f"{config.algo}, KL weight {horizon.kl_coef:g}; {quantity(parameters)} parameters are trained",
-        config.quiet,
-    )
-    if config.batch_size > problems:
-        say(
-            f"--batch-size {config.batch_size}: more than the {counted(problems, 'problem')}, so a step repeats some",
-            config.quiet,
-        )
-
-
-# ---- model, rewards, problems
-
-
-def _load(config: RlConfig, run: Run) -> Tuning:
-    """The model, which stays what it is: an assistant, or with a warning a base model."""
-    from llmkit.training.finetuning import load_unchanged
-
-    tuning = load_unchanged(str(config.model), device=run.device, dtype=run.dtype)
-    if not tuning.is_assistant:
-        if config.system is not None:
-            raise UserError(f"--system: {config.model} is a base model, which knows no turns; tune it by llmkit sft")
-        say(
-            f"{config.model}: a base model: prompts are continued as text, and an attempt may never stop; "
-            "llmkit sft teaches turns, --stop ends attempts at a text",
-            config.quiet,
-        )
-    return tuning
+    check_group(config.algo, config.group, config.batch_size)
 
 
 def _rewards(config: RlConfig, stack: ExitStack) -> tuple[list[Weighted], list[Weighted]]:
     """The rewards of training, and that which is watched."""
     from llmkit.rewards import parse_rewards
 
-    details = {"sandbox": config.sandbox, "timeout": config.tool_timeout}
-    details |= {"device": config.device, "dtype": config.dtype}
-    rewards = parse_rewards(config.reward, **details)
-    gold = parse_rewards([config.gold], flag="--gold", **details) if config.gold else []
+    parse = partial(
+        parse_rewards, sandbox=config.sandbox, timeout=config.tool_timeout, device=config.device, dtype=config.dtype
+    )
+    rewards, gold = parse(config.reward), parse([config.gold], flag="--gold") if config.gold else []
     for weighted in (*rewards, *gold):
         stack.callback(weighted.reward.close)
-    for watched in gold:
-        if watched.reward.name in {weighted.reward.name for weighted in rewards}:
-            raise UserError(f"--gold {config.gold}: expected a reward that is not trained on")
+    if {weighted.reward.name for weighted in rewards} & {weighted.reward.name for weighted in gold}:
+        raise UserError(f"--gold {config.gold}: expected a reward that is not trained on")
     return rewards, gold
-
-
-def _served(
-    config: RlConfig, work: Path, tuning: Tuning, write: Callable[[Path], None], stack: ExitStack
-) -> ServedPolicy:
-    """The server that samples; it is asked whether it is there."""
-    from llmkit.generation.generator import end_tokens
-    from llmkit.generation.served_models import OpenAIClient, parse_address
-    from llmkit.rl.served_policy import ServedPolicy
-
-    server = OpenAIClient(parse_address(config.engine, "--engine"), config.timeout)
-    ends, place = end_tokens(tuning.model.config, tuning.tokenizer), work / "served"
-    policy = ServedPolicy(
-        server, tuning.tokenizer, end_ids=ends, folder=place, write=write, concurrency=config.concurrency
-    )
-    stack.callback(policy.close)
-    return policy

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import doctest
+
 import numpy as np
 import pytest
+from attempts import attempt
 
-from llmkit.rl.algorithms import ALGORITHMS, advantages, is_informative, token_weights
+from llmkit.rl import algorithms
+from llmkit.rl.algorithms import ALGORITHMS, advantages, is_informative, penalise_length, token_weights
 
 REWARDS = [[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 3.0]]
 
@@ -39,6 +43,17 @@ def test_reinforce_plus_plus_takes_mean_and_deviation_of_the_batch():
 def test_equal_rewards_give_no_advantage(name):
     for found in advantages(ALGORITHMS[name], [[0.1 + 0.2] * 3, [0.3] * 3]):
         assert found.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("length", "penalty"), [(80, 0.0), (90, 0.5), (100, 1.0)])
+def test_long_attempts_are_penalised_by_equation_13_of_dapo(length, penalty):
+    rollout = attempt([1], [2] * length, reward=1.0, finish_reason="length" if length == 100 else "stop")
+    penalise_length(rollout, max_tokens=100)
+    assert rollout.reward == pytest.approx(1.0 - penalty) and rollout.trained
+
+
+def test_the_examples_of_the_documentation_hold():
+    assert doctest.testmod(algorithms).failed == 0
 
 
 def test_which_groups_tell_attempts_apart():

@@ -1,36 +1,48 @@
-"""A policy looked at between steps: the gold reward with its weight, what is shown of it, and what is said."""
+"""A policy looked at between steps: figures of attempts, the gold reward, what is shown of it, and what is said."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from attempts import attempt
 
-from llmkit.rewards import parse_rewards
-from llmkit.rl.batches import describe
-from llmkit.rl.evaluation import HeldOut
-from llmkit.rl.monitor import Limits, Watch
-from llmkit.rl.rollouts import RolloutSettings
+from llmkit.rewards import Reward, Weighted, judge, parse_rewards
+from llmkit.rl.evaluation import describe, disagreements, gold_figures
+from llmkit.rl.monitor import Watch
 
-REWARDS = [0.1, 0.9, 0.8, 0.5]  # of attempts of 2, 4, 6 and 8 tokens
-HOW = RolloutSettings(1, 8)
+# rewards of attempts of 2, 4, 6 and 8 tokens
+ROLLOUTS = [
+    attempt([1], [65] * n, reward=reward) for n, reward in zip(range(2, 10, 2), [0.1, 0.9, 0.8, 0.5], strict=True)
+]
 
 
-def held_out(gold: str) -> HeldOut:
-    def attempts(*_, **__):
-        lengths = range(2, 10, 2)
-        return [[attempt([1], [65] * n, reward=worth)] for n, worth in zip(lengths, REWARDS, strict=True)]
-
-    actor = SimpleNamespace(attempt=attempts, renew=lambda: None, rewards=[])
-    return HeldOut(actor, [], HOW, parse_rewards([gold])[0])
+def judged_by(spec: str) -> list[float]:
+    return [reward for _, reward in judge([rollout.as_attempt(8) for rollout in ROLLOUTS], parse_rewards([spec]))]
 
 
 def test_the_gold_reward_has_its_weight():
-    looked = held_out("length:-2")
-    found = looked.evaluate()
-    assert looked.gold_rewards == [-0.5, -1, -1.5, -2] and found["val_gold"] == -1.25
-    assert found["val_gold_se"] == pytest.approx(0.3125**0.5 / 2, abs=1e-4)
+    gold = judged_by("length:-2")
+    figures = gold_figures(gold, 4, "length")
+    assert gold == [-0.5, -1, -1.5, -2] and figures["val_gold"] == -1.25
+    assert figures["val_gold_se"] == pytest.approx(0.3125**0.5 / 2, abs=1e-4)
+
+
+def test_most_is_shown_of_what_the_rewards_like_and_the_gold_one_does_not():
+    shown = disagreements(ROLLOUTS, judged_by("length:-1"), 2)
+    assert [(row["reward"], row["gold"]) for row in shown] == [(0.8, -0.75), (0.5, -1)]  # 1.17 and 1.10 deviations
+    assert shown[0]["difference"] > shown[1]["difference"] > 0
+
+
+def test_figures_of_groups():
+    class Verifier(Reward):
+        name, verifies = "verifier", True
+
+    groups = [[attempt([1], [2], reward=1.0), attempt([1], [2, 3])], [attempt([1], [2]), attempt([1], [2])]]
+    figures = describe(groups, [Weighted(Verifier(), 1.0)])
+    assert figures["reward"] == figures["success"] == figures["reward/verifier"] == 0.25
+    assert figures["pass_at_group"] == 0.5 and figures["length"] == 1.25 and np.isfinite(list(figures.values())).all()
 
 
 def test_the_share_of_attempts_with_a_call_is_told():
@@ -41,26 +53,13 @@ def test_the_share_of_attempts_with_a_call_is_told():
     assert "called" not in describe([[plain]], [])
 
 
-def test_most_is_shown_of_what_the_rewards_like_and_the_gold_one_does_not():
-    looked = held_out("length:-1")
-    looked.evaluate()
-    shown = looked.disagreements(2)
-    assert [(row["reward"], row["gold"]) for row in shown] == [(0.8, -0.75), (0.5, -1)]  # 1.17 and 1.10 deviations
-    assert shown[0]["difference"] > shown[1]["difference"] > 0
-
-
 @pytest.mark.parametrize("stop", [False, True])
 def test_gaming_is_told_once_and_stops_where_that_is_wanted(capsys, stop):
     trainer = SimpleNamespace(step=7, stopping=False)
-    watch = Watch(trainer, SimpleNamespace(ended=None), False, Limits(1e-3))
-    golds = iter([0.5, 0.1, 0.1, 0.1, 0.1, 0.6])
-    looked = SimpleNamespace(
-        evaluate=lambda: {"val_reward": trainer.step, "val_gold": next(golds), "val_gold_se": 0.01}
-    )
-    evaluate = watch.evaluation(looked, stop)
-    for _ in range(6):
+    watch = Watch(trainer, 1e-3, None)
+    for gold in (0.5, 0.1, 0.1, 0.1, 0.1, 0.6):
         trainer.step += 1
-        evaluate()
+        watch.note_evaluation({"val_reward": trainer.step, "val_gold": gold, "val_gold_se": 0.01}, stop)
     said = capsys.readouterr().err
     assert said.count("the reward is gamed: it has gone from 8 to 10") == 1 and said.count("gamed") == 1
     assert trainer.stopping is stop and (watch.stopped is not None) is stop

@@ -11,7 +11,7 @@ from llmkit.rl.monitor import CollapseGuard, HackWatch, difference_beyond
 def test_a_difference_above_the_bound_is_told():
     assert difference_beyond({"logprob_difference": 1e-4}, 1e-3) is None
     for found in (2e-3, float("nan")):
-        assert "--max-difference is 0.001" in str(difference_beyond({"logprob_difference": found}, 1e-3))
+        assert "at most 0.001 is expected" in str(difference_beyond({"logprob_difference": found}, 1e-3))
 
 
 def steps(rewards):

@@ -14,7 +14,7 @@ from tiny import make_model
 from llmkit.rl import policy_loss
 from llmkit.rl.algorithms import ALGORITHMS, token_weights
 from llmkit.rl.policy_loss import PolicyLoss, policy_figures, reference_logprobs, target_logprobs
-from llmkit.rl.rows import PolicyRows, pack_rollouts
+from llmkit.rl.rollouts import PolicyRows, pack_rollouts
 from llmkit.training.loss import rows_of
 from llmkit.training.optimizer import GroupSettings, Optimizer, Schedule
 from llmkit.training.trainer import Trainer, TrainerSettings

@@ -140,8 +140,8 @@ def test_the_folder_has_its_curves(policy):
         {"algo": "rloo", "kl_coef": 0.1},
         {"algo": "reinforce++", "kl_coef": 0.1},
         {"algo": "reinforce++", "group": 1, "batch_size": 32, "warmup_steps": 0},
-        {"algo": "dr-grpo", "kl_coef": 0.1, "lora_rank": 4, "overlong": "mask"},
-        {"reward": ("verifier", "length:-0.1"), "temperature": 0.8, "refill": 0.0},
+        {"algo": "dr-grpo", "kl_coef": 0.1, "lora_rank": 4},
+        {"reward": ("verifier", "length:-0.1"), "temperature": 0.8},
     ],
 )
 def test_every_algorithm_runs(coin, problems, tmp_path, more):
@@ -149,6 +149,66 @@ def test_every_algorithm_runs(coin, problems, tmp_path, more):
     steps = [row for row in lines(tmp_path / "p" / "metrics.jsonl") if "reward" in row]
     assert len(steps) == 2 and all(row["logprob_difference_max"] < 1e-4 for row in steps)
     assert ("kl_per_attempt" in steps[0]) == ("kl_coef" in more)
+
+
+# ---- which groups are trained on
+
+
+def scripted(coin: Path, folder: Path, worth: str, **options):
+    """Train a step on groups whose rewards are `worth`, by the number of the group; its metrics, and all attempts."""
+    problems = write(folder / "p.jsonl", *({"prompt": f"Throw {i}", "answer": "heads"} for i in range(100)))
+    size = options.setdefault("group", 2)
+    (folder / "score.py").write_text(
+        f"CALLS = []\ndef reward(record):\n    number, sample = divmod(len(CALLS), {size})\n    CALLS.append(1)\n"
+        f"    return ({worth})[sample]\n"
+    )
+    reward = (f"py:{folder / 'score.py'}:reward",)
+    train(coin, problems, folder / "p", reward=reward, **{"max_steps": 1, "warmup_steps": 0} | options)
+    (step,) = [row for row in lines(folder / "p" / "metrics.jsonl") if "reward" in row]
+    return step, lines(folder / "p" / "rollouts.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("worth", "groups", "silent", "trained"),
+    [
+        ("(0, number % 2)", 8, 4, 4),  # those without signal are replaced
+        ("(0, number % 4 == 0)", 8, 6, 2),  # by as many at most
+        ("(0, number != 1)", 6, 2, 4),  # one more than is needed is logged, not trained on, and counted with them
+    ],
+)
+def test_groups_without_signal_are_replaced(coin, tmp_path, worth, groups, silent, trained):
+    step, rollouts = scripted(coin, tmp_path, worth)
+    assert (step["groups"], step["groups_without_signal"]) == (groups, silent)
+    assert len({row["group"] for row in rollouts}) == groups
+    assert len({row["group"] for row in rollouts if row["trained"]}) == trained
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_a_baseline_of_the_batch_learns_from_groups_whose_rewards_are_all_equal(coin, tmp_path, group):
+    """REINFORCE++ (arXiv 2501.03262) normalises over the batch: a problem solved is worth more than others."""
+    step, rollouts = scripted(coin, tmp_path, f"(number % 2,) * {group}", algo="reinforce++", group=group)
+    assert (step["groups"], step["groups_without_signal"]) == (4, 0)
+    assert [row["advantage"] for row in rollouts] == ([-1] * group + [1] * group) * 2
+
+
+def test_a_run_ends_where_nothing_is_left_to_learn(coin, tmp_path, capsys):
+    scripted(coin, tmp_path, "(1, 0 if number in (1, 3) else 1)", max_steps=3)
+    said = "stopping after step 1: nothing left to learn: all attempts at each of 32 problems were worth the same (the"
+    assert said in capsys.readouterr().err
+
+
+def test_an_attempt_that_cannot_be_judged_has_no_part_in_its_group(coin, tmp_path):
+    step, rollouts = scripted(coin, tmp_path, "(1.0, None, 0.0, 0.0)", group=4, batch_size=2)
+    assert step["unjudged"] == 0.25 and step["reward"] == pytest.approx(1 / 3, abs=1e-4)
+    assert step["groups_without_signal"] == 0
+    assert [row["reward"] for row in rollouts[:4]] == [1, None, 0, 0]
+    assert [row["trained"] for row in rollouts[:4]] == [True, False, True, True]
+    assert sum(row["advantage"] for row in rollouts[:4]) == pytest.approx(0, abs=1e-4)
+
+
+def test_a_reward_that_can_judge_nothing_ends_the_run(coin, tmp_path):
+    with pytest.raises(UserError, match=r"score.py:reward: expected a number for some of \d+ attempts, found None"):
+        scripted(coin, tmp_path, "(None, None)")
 
 
 # ---- tools
@@ -346,7 +406,6 @@ MISTAKES = [
     ({"gold": "length"}, "--gold: needs --val"),
     ({"val": ("{problems}",), "gold": "verifier"}, "not trained on"),
     ({"epochs": 1.0}, "expected one way to say"),
-    ({"algo": "rloo", "clip_low": 0.1}, "rloo does not clip"),
     ({"model": "{base}", "system": "Be kind."}, "is a base model, which knows no turns"),
     ({"reward": ("rm:{judge}",)}, "expected the vocabulary of"),
     ({"val": ("{problems}",), "gold": "spread:{judge}"}, "expected a reward model of several heads, found one"),
@@ -394,33 +453,20 @@ def test_a_reward_that_is_mended_trains_by_the_same_command(coin, problems, tmp_
     assert train(coin, problems, tmp_path / "p", **more).steps == 2
 
 
-def test_attempts_that_cannot_be_judged_are_left_out_and_counted(coin, problems, tmp_path):
-    score = tmp_path / "score.py"
-    score.write_text(
-        "CALLS = []\ndef reward(record):\n    CALLS.append(1)\n"
-        "    return None if len(CALLS) % 4 == 0 else record['completion'] == 'heads'\n"
-    )
-    train(coin, problems, tmp_path / "p", reward=(f"py:{score}:reward",))
-    steps = [row for row in lines(tmp_path / "p" / "metrics.jsonl") if "reward" in row]
-    assert steps and all(row["unjudged"] == pytest.approx(0.25, abs=0.1) for row in steps)
-    unjudged = [row for row in lines(tmp_path / "p" / "rollouts.jsonl") if row["reward"] is None]
-    assert unjudged and not any(row["trained"] for row in unjudged)
-
-
 def test_a_reward_that_fails_in_the_second_step_leaves_the_first(coin, problems, tmp_path):
     score = tmp_path / "score.py"
     body = "CALLS = []\ndef reward(record):\n    CALLS.append(1)\n    return (record['completion'] == 'heads')"
-    score.write_text(f"{body} / (len(CALLS) <= 40)\n")
-    more = {"reward": (f"py:{score}:reward",), "refill": 0.0}
-    told = r"ZeroDivisionError: division by zero for .*; saved after step 1 in .*; go on with --resume"
+    score.write_text(f"{body} / (len(CALLS) <= 70)\n")
+    more = {"reward": (f"py:{score}:reward",), "max_steps": 3}
+    told = r"ZeroDivisionError: division by zero for .*; saved after step [12] in .*; go on with --resume"
     with pytest.raises(UserError, match=told):
         train(coin, problems, tmp_path / "p", **more)
-    assert [row["step"] for row in lines(tmp_path / "p.partial" / "metrics.jsonl") if "reward" in row] == [1]
+    assert next(row["step"] for row in lines(tmp_path / "p.partial" / "metrics.jsonl") if "reward" in row) == 1
     score.write_text(body + "\n")
     with pytest.raises(UserError, match="an unfinished run"):
         train(coin, problems, tmp_path / "p", **more)
-    assert train(coin, problems, tmp_path / "p", resume=True, **more).steps == 2
-    assert [row["step"] for row in lines(tmp_path / "p" / "metrics.jsonl") if "reward" in row] == [1, 2]
+    assert train(coin, problems, tmp_path / "p", resume=True, **more).steps == 3
+    assert [row["step"] for row in lines(tmp_path / "p" / "metrics.jsonl") if "reward" in row] == [1, 2, 3]
 
 
 def test_a_base_model_is_warned_of(base, tmp_path, capsys):

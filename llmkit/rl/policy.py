@@ -1,0 +1,162 @@
+"""Samplers of the policy as it is: here, or by a server, to which its weights are handed over before each batch.
+
+    policy = ServedPolicy("openai:http://localhost:8000/v1#chat", tuning, 120.0, (), work / "served", write, 64)
+    for samples in policy.sampler(temperature=1.0).complete(requests): ...
+
+A server's weights go through the server's own mechanism, from a folder that it must see under the same path: SGLang's
+`/update_weights_from_disk`, vLLM's `reload_weights` by `/collective_rpc` (with VLLM_SERVER_DEV_MODE=1) and
+`/reset_prefix_cache`. Where a server does not say that it has loaded them, the run ends. Where it says so and has not,
+its log-probabilities differ from the trainer's, which ends the run; SGLang also names the version of the
+weights in every answer, which is compared.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from llmkit.errors import ServerError, UserError
+from llmkit.generation.generator import Generator, end_tokens
+from llmkit.generation.next_token import Sampling
+from llmkit.generation.served_models import OpenAIClient, parse_address, shortened
+from llmkit.generation.served_sampler import ServedSampler
+from llmkit.generation.tool_calls import ToolUse
+from llmkit.io.files import remove
+from llmkit.io.progress import say
+from llmkit.model.devices import is_small
+from llmkit.model.transformer import Transformer
+from llmkit.tokenizer.encoding import Tokenizer
+from llmkit.training.distributed import whole_model
+from llmkit.training.finetuning import Tuning, load_unchanged
+
+KINDS = ("vllm", "sglang")  # by the owner of the model in the list of a server's models
+SLOTS, SMALL_MODEL_SLOTS = 64, 256  # sequences decoded at a time
+
+
+def load_policy(folder: str, system: str | None, device: torch.device, dtype: torch.dtype, quiet: bool) -> Tuning:
+    """The model, which stays what it is: an assistant, or with a warning a base model, which takes no `system`."""
+    tuning = load_unchanged(folder, device=device, dtype=dtype)
+    if not tuning.is_assistant:
+        if system is not None:
+            raise UserError(f"--system: {folder} is a base model, which knows no turns; tune it by llmkit sft")
+        say(
+            f"{folder}: a base model: prompts are continued as text, and an attempt may never stop; llmkit sft teaches "
+            "turns, --stop ends attempts at a text",
+            quiet,
+        )
+    return tuning
+
+
+class OwnPolicy:
+    """A policy that samples here; `name` is the model's, in errors, `stop` are strings that end an attempt."""
+
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, stop: Sequence[str], name: str, tools: ToolUse | None
+    ) -> None:
+        self._model, self._tokenizer, self._stop, self._name, self._tools = model, tokenizer, stop, name, tools
+        small = is_small(model.config.parameter_count, model.embed_tokens.device)
+        self._slots = SMALL_MODEL_SLOTS if small else SLOTS
+
+    def sampler(self, temperature: float) -> Generator:
+        """Return a sampler of the policy as it is now."""
+        model = whole_model(self._model)
+        with torch.inference_mode():
+            return Generator(
+                model,
+                self._tokenizer,
+                Sampling(temperature),
+                slots=self._slots,
+                stop=self._stop,
+                name=self._name,
+                tools=self._tools,
+            )
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+
+
+class ServedPolicy:
+    """A policy that a server samples.
+
+    engine       openai:URL#NAME; `timeout` seconds of an answer
+    stop         strings that end an attempt, beside the end tokens
+    folder       where the weights are written, each time into another folder, which replaces the former
+    write        saves the policy as it is now in a folder
+    concurrency  attempts under way at most
+
+    Raises UserError for a server that is none of those that load weights, ServerError where it does not answer.
+    """
+
+    def __init__(
+        self,
+        engine: str,
+        tuning: Tuning,
+        timeout: float,
+        stop: Sequence[str],
+        folder: Path,
+        write: Callable[[Path], None],
+        concurrency: int,
+    ) -> None:
+        server = self._server = OpenAIClient(parse_address(engine, "--engine"), timeout)
+        self._tokenizer, self._stop, self._concurrency = tuning.tokenizer, stop, concurrency
+        self._end_ids = end_tokens(tuning.model.config, tuning.tokenizer)  # one of them ends an attempt by itself
+        self._folder, self._write = folder, write
+        self._held: Path | None = None  # what the server has loaded
+        self.kind = server.check()
+        if self.kind not in KINDS:
+            raise UserError(
+                f"{server.place}: expected vLLM or SGLang, which load new weights, found a server of "
+                f"{self.kind or 'unknown kind'}; sample from the folder instead, without --engine"
+            )
+
+    def sampler(self, temperature: float) -> ServedSampler:
+        """Return a sampler of the policy as it is now. Raises ServerError unless the server says it has loaded that."""
+        self._hand_over()
+        sampler = ServedSampler(
+            self._server,
+            Sampling(temperature),
+            tokenizer=self._tokenizer,
+            concurrency=self._concurrency,
+            stop=self._stop,
+            logprobs=True,
+            token_ids=True,
+            end_ids=self._end_ids,
+        )
+        if self.kind == "sglang" and self._held is not None:
+            sampler.weights = self._held.name
+        return sampler
+
+    def _hand_over(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="policy-", dir=self._folder.resolve()))
+        folder.chmod(0o755)  # the server may be another user's
+        self._write(folder)
+        try:
+            self._load(folder)
+        except ServerError as error:
+            dev_mode = "was it started with VLLM_SERVER_DEV_MODE=1, and " if self.kind == "vllm" else ""
+            raise ServerError(
+                f"{error}: it did not load the policy, and would sample from an older one; {dev_mode}does it see "
+                f"{folder}?"
+            ) from None
+        if self._held is not None:
+            remove(self._held)
+        self._held = folder
+
+    def _load(self, folder: Path) -> None:
+        command = self._server.command
+        if self.kind == "vllm":
+            command("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+            # without the flag vLLM keeps a prefix that a request still holds
+            command("/reset_prefix_cache?reset_running_requests=true")
+            return
+        answer = command("/update_weights_from_disk", {"model_path": str(folder), "weight_version": folder.name})
+        if not isinstance(answer, dict) or not answer.get("success"):
+            raise ServerError(f"{self._server.place}: refuses the weights: {shortened(str(answer))}")
+
+    def close(self) -> None:
+        """Remove what was written for the server."""
+        remove(self._folder)
