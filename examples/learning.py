@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import shutil
 import statistics
 import sys
 import tempfile
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from running import llmkit, write
 
-from llmkit.io.metrics import write_curve
+from llmkit.report.page import curve_svg
 
 Rows = list[dict]
 
@@ -65,11 +64,7 @@ def cpu_seconds() -> float:
 
 def draw(path: Path, key: str, seeds: list[Rows]) -> None:
     """Draw a figure of every seed's evaluations into one curve."""
-    with tempfile.TemporaryDirectory(prefix="llmkit-curves-") as folder:
-        rows = [{"step": row["step"], f"seed {i}": row[key]} for i, seed in enumerate(seeds) for row in seed]
-        write(Path(folder) / "metrics.jsonl", rows)
-        write_curve(Path(folder), path.name, {f"seed {i}": f"seed {i}" for i in range(len(seeds))})
-        shutil.copy(Path(folder) / path.name, path)
+    path.write_text(curve_svg({f"seed {i}": [(row["step"], row[key]) for row in seed] for i, seed in enumerate(seeds)}))
 
 
 def main(

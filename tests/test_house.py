@@ -21,7 +21,7 @@ ROOMS = {
     "display": (90, 0),
     "config": (420, 460),
     "kernels": (3000, 0),
-    "io": (2150, 3060),
+    "io": (2150, 3000),
     "formats": (950, 1040),
     "text": (600, 1310),
     "tokenizer": (1900, 2320),
@@ -59,7 +59,7 @@ LONGEST = 60  # lines of a function in stages/
 # What still breaks a law; each entry goes when its cause does
 LONG = {"pretrain.run", "sft.run"}
 SPLATS = set[str]()
-STARS = 66  # names and attributes unpacked into positional arguments; may only fall
+STARS = 65  # names and attributes unpacked into positional arguments; may only fall
 OPTIONS = {
     "crawl-filter": 20,
     "train-bpe": 13,

@@ -1,8 +1,7 @@
-"""`metrics.jsonl` of a run: a row for each step that has figures, copies for trackers, and curves of them.
+"""`metrics.jsonl` of a run: a row for each step that has figures, and copies for trackers.
 
 with MetricsLog(folder / METRICS) as log:
     log.write({"step": 1, "loss": 2.5})
-write_curve(folder, "loss.svg", LOSS_CURVE)
 """
 
 from __future__ import annotations
@@ -26,9 +25,6 @@ from llmkit.io.ranks import launch
 from llmkit.io.records import kind_of
 
 METRICS = "metrics.jsonl"
-LOSS_CURVE = {"training": "loss", "validation": "val_loss"}
-COLOURS = ("#3b6fb6", "#d1495b", "#3c9d6b", "#b07d2b", "#7a5ba8")
-FARTHEST = 1e300  # drawn of a value: differences of larger ones are no floats
 
 
 class MetricsLog:
@@ -123,59 +119,6 @@ def trim_metrics(path: Path, step: int) -> dict[str, Any] | None:
                     handle.write(orjson.dumps(row, option=JSON_LINE))
                     last = row
     return last
-
-
-def write_curve(folder: Path, name: str, lines: Mapping[str, str]) -> None:
-    """Draw `name` from `metrics.jsonl`: a line for each key of `lines`, by the name that people read."""
-    rows = read_metrics(folder / METRICS)
-    curves = {label: _curve(rows, key) for label, key in lines.items()}
-    with atomic_file(folder / name, "w") as handle:
-        handle.write(_svg({label: points for label, points in curves.items() if points}))
-
-
-def _curve(rows: Iterable[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    """(step, value) where the value is a finite number; JSON holds NaN and infinity as null."""
-    return [(row["step"], row[key]) for row in rows if "step" in row and math.isfinite(row.get(key, math.nan))]
-
-
-def _svg(curves: Mapping[str, list[tuple[float, float]]], width: int = 720, height: int = 360) -> str:
-    colours = dict(zip(curves, COLOURS, strict=False))
-    left, right, top, bottom = 56, 28, 12, 40
-    curves = {
-        name: [(step, max(-FARTHEST, min(FARTHEST, loss))) for step, loss in line] for name, line in curves.items()
-    }
-    points = [point for line in curves.values() for point in line] or [(0, 0)]
-    losses = sorted(loss for _, loss in points)
-    low, high = losses[0], losses[int(0.98 * (len(losses) - 1))]  # the first steps would flatten the rest
-    high = high if high > low else low + max(1, abs(low))
-    last = max(step for step, _ in points) or 1
-
-    def place(step: float, loss: float) -> tuple[float, float]:
-        x = left + step / last * (width - left - right)
-        y = top + (1 - (min(loss, high) - low) / (high - low)) * (height - top - bottom)
-        return round(x, 1), round(y, 1)
-
-    elements = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        'font-family="sans-serif" font-size="12">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-    ]
-    for quarter in range(5):
-        step, loss = quarter / 4 * last, low + quarter / 4 * (high - low)
-        x, y = place(step, loss)
-        elements.append(f'<line x1="{left}" x2="{width - right}" y1="{y}" y2="{y}" stroke="#ddd"/>')
-        elements.append(
-            f'<text x="{left - 6}" y="{y}" dy="4" text-anchor="end">{loss:{".2f" if abs(loss) < 1e6 else ".2g"}}</text>'
-        )
-        elements.append(f'<text x="{x}" y="{height - 22}" text-anchor="middle">{step:,.0f}</text>')
-    for number, (name, line) in enumerate(curves.items()):
-        thin = [*line[:-1][:: max(1, len(line) // 1000)], line[-1]]
-        path = " ".join(f"{x},{y}" for x, y in (place(*point) for point in thin))
-        mark = f'fill="none" stroke="{colours[name]}" stroke-width="1.5" points="{path}"'
-        elements.append(f"<polyline {mark}/>")
-        elements.append(f'<text x="{width - 90}" y="{28 + 16 * number}" fill="{colours[name]}">{name}</text>')
-    elements.append(f'<text x="{width / 2}" y="{height - 6}" text-anchor="middle">step</text></svg>')
-    return "\n".join(elements) + "\n"
 
 
 # ---- trackers

@@ -23,7 +23,6 @@ from llmkit.io.files import (
 )
 from llmkit.io.jsonl import read_object
 from llmkit.io.manifest import describe_inputs, read_manifest, write_manifest, write_model_card
-from llmkit.io.metrics import LOSS_CURVE, write_curve
 from llmkit.io.progress import say
 from llmkit.io.ranks import launch
 from llmkit.io.resume import check_identity, read_sealed, write_sealed
@@ -150,13 +149,10 @@ class RunFolder:
         inputs: Sequence[str],
         parents: Sequence[str],
         results: Mapping[str, Any],
-        curves: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
-        """Write all that stands beside the model: manifest, loss curve and others (see `write_curve`), model card."""
+        """Write the manifest and the model card beside the model."""
         described = describe_inputs(inputs)
         manifest = write_manifest(self.work, stage, options, inputs=described, parents=parents, results=results)
-        for name, lines in {"loss.svg": LOSS_CURVE, **(curves or {})}.items():
-            write_curve(self.work, name, lines)
         write_model_card(self.work, manifest)
 
     @contextmanager

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llmkit.io.manifest import flattened, manifest_digest
-from llmkit.report.records import KINDS, RecordsFile, objects
+from llmkit.report.records import KINDS, RecordsFile, as_object, objects
 from llmkit.report.runs import Run, changed
 
 
@@ -66,7 +66,8 @@ def ancestry(runs: Sequence[Run], files: Iterable[RecordsFile]) -> list[Node]:
                 node.parents.append(parent.name)
             if len(nodes) > known:
                 queue.append(parent)
-    reports = {_name_of_report(node) for node in nodes.values()}
+    # the report that a run of probe-knowledge has written beside its conversations
+    reports = {os.path.basename(str(as_object(node.manifest.get("options")).get("report"))) for node in nodes.values()}
     for file in files:
         stage = KINDS[file.kind].stage
         if file.run is None and stage is not None and os.path.basename(file.path) not in reports:
@@ -97,12 +98,6 @@ def _identity(item: Mapping[str, Any]) -> tuple[str, int]:
     return os.path.basename(str(item.get("path"))), size if isinstance(size, int) else -1
 
 
-def _name_of_report(node: Node) -> str:
-    """The name of the file that a run of probe-knowledge has written beside its conversations."""
-    options = node.manifest.get("options")
-    return os.path.basename(str(options.get("report"))) if isinstance(options, dict) else ""
-
-
 def _in_order(nodes: Mapping[str, Node]) -> list[Node]:
     """Parents first; of those that are free, a child of the latest, so that a chain stays together, else the oldest."""
     position = {name: number for number, name in enumerate(nodes)}
@@ -125,15 +120,9 @@ def _in_order(nodes: Mapping[str, Node]) -> list[Node]:
 # ---- the drawing: a column of nodes, with lanes beside it, as `git log --graph` has them
 
 
-@dataclass(frozen=True)
-class Rail:
-    """Lines beside one node of the graph, by lanes from 0.
-
-    lane      of the node
-    incoming  lanes of its parents, from above
-    passing   lanes that go by
-    leaving   True if a line goes on from the node
-    """
+class Rail(NamedTuple):
+    """Lines beside one node, by lanes from 0: its own, those of its parents above, those that go by, and whether a line
+    goes on from it."""
 
     lane: int
     incoming: tuple[int, ...]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llmkit.io.metrics import scan_metrics
 from llmkit.io.progress import duration, quantity
@@ -91,8 +91,7 @@ class Series:
         }
 
 
-@dataclass(frozen=True)
-class Metrics:
+class Metrics(NamedTuple):
     """Metrics of one run: series by key, samples over the training, and the number of rows."""
 
     series: dict[str, Series]
@@ -171,6 +170,7 @@ SHARES = ("accuracy", "val_accuracy", "success", "val_success", "called", "val_c
 FORMS = {"seconds": "seconds", **dict.fromkeys(SHARES, "share")}  # of figures, by their keys
 WIDTH, HEIGHT = 360, 232  # of a frame, in pixels where it is drawn at its own size
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 20, 36
+FARTHEST = 1e300  # drawn of a value: differences of larger ones are no floats
 MOST_BANDS = 90  # stripes to be pointed at: 3 pixels each
 CLIPPED = ("loss", "val_loss")  # whose first steps would flatten the rest
 QUANTILE = 0.95
@@ -206,21 +206,11 @@ def figure_text(value: Any, form: str = "") -> str:
     return f"{value:,.4f}".rstrip("0").rstrip(".") if abs(value) < 1000 else f"{value:,.1f}"
 
 
-def words(key: str) -> str:
-    """Return a key of results in words for people."""
-    return WORDS.get(key, key.replace("_", " "))
-
-
-def percent(part: float, whole: float) -> str:
-    """Write a share, such as 12.5%; nothing of nothing."""
-    return f"{part / whole:.1%}" if whole else ""
-
-
 def draw(chart: Mapping[str, Any]) -> dict[str, Any]:
     """A chart of `charts_of` as coordinates: `lines` with `path` and `dots`, `bands` that tell the values at a
     step when they are pointed at, and the ticks of both axes."""
     lines = chart["lines"][:MOST_LINES]
-    points = [point for line in lines for point in line["points"]]
+    points = [(step, max(-FARTHEST, min(FARTHEST, value))) for line in lines for step, value in line["points"]]
     first, last = min(step for step, _ in points), max(step for step, _ in points)
     low, high = _range([value for _, value in points], clip=lines[0]["metric"] in CLIPPED)
     x_of = _scale(first, last, LEFT, WIDTH - RIGHT)
@@ -229,7 +219,7 @@ def draw(chart: Mapping[str, Any]) -> dict[str, Any]:
     runs = chart["runs"]  # of all charts of the stage, so that a run has one colour in them
     drawn = []
     for number, line in enumerate(lines):
-        values = [value for _, value in line["points"]]
+        values = [max(-FARTHEST, min(FARTHEST, value)) for _, value in line["points"]]
         xs, ys = [x_of(step) for step, _ in line["points"]], list(map(y_of, values))
         own_style = line["label"] in STYLES
         smooth = line["label"] == "training" and len(values) >= SMOOTHED_FROM

@@ -131,6 +131,8 @@ def _run(node: Node) -> dict[str, Any]:
     manifest = node.manifest
     results = as_object(manifest.get("results"))
     options = as_object(manifest.get("options"))
+    numeric = _numbers(results)
+    names = [name for name in KEY_FIGURES.get(node.stage, ()) if name in numeric] or list(numeric)
     return {
         "name": node.name,
         "stage": node.stage,
@@ -140,7 +142,7 @@ def _run(node: Node) -> dict[str, Any]:
         "created": as_text(manifest.get("created")),
         "machine": as_text(manifest.get("machine")),
         "parents": node.parents,
-        "key_figures": _key_figures(node.stage, results),
+        "key_figures": {name: numeric[name] for name in names[:MOST_KEY_FIGURES]},
         "results": {name: value for name, value in results.items() if not isinstance(value, (list, dict))},
         # off and empty options say nothing; nested ones (a recipe, a plan) are too long to be shown
         "options": {
@@ -154,13 +156,6 @@ def _run(node: Node) -> dict[str, Any]:
             for item in objects(manifest.get("inputs"))
         ],
     }
-
-
-def _key_figures(stage: str, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Choose a few figures among a run's results."""
-    numeric = _numbers(results)
-    names = [name for name in KEY_FIGURES.get(stage, ()) if name in numeric] or list(numeric)
-    return {name: numeric[name] for name in names[:MOST_KEY_FIGURES]}
 
 
 # ---- what each stage has done

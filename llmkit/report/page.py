@@ -1,27 +1,33 @@
-"""The page: one HTML file that holds all it needs, made of the figures by templates that escape what they are given."""
+"""What templates write, escaping what they are given: the page, one HTML file that holds all it needs, and curves."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import json
+import math
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from llmkit.errors import UserError
+from llmkit.io.files import atomic_file
+from llmkit.io.metrics import METRICS, read_metrics
 from llmkit.io.progress import counted
 from llmkit.report.ancestry import rails
-from llmkit.report.charts import COLOURS, FORMS, STYLES, draw, figure_text, percent, words
+from llmkit.report.charts import COLOURS, FORMS, MOST_POINTS, STYLES, WORDS, draw, figure_text
 from llmkit.report.figures import given_runs, shorten
+from llmkit.report.records import thinned
 
 TEMPLATES = Path(__file__).with_name("templates")
 MOST_BYTES = 1_000_000
+LOSS_CURVE = {"training": "loss", "validation": "val_loss"}
+PALETTE = ("#3b6fb6", "#d1495b", "#3c9d6b", "#b07d2b", "#7a5ba8")  # of curves outside of the page
 # characters that no page may hold, or that turn the direction of what follows
 CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
@@ -43,7 +49,7 @@ def render_page(figures: Mapping[str, Any], title: str) -> tuple[bytes, dict[str
     )
 
 
-def _render(figures: Mapping[str, Any], title: str) -> bytes:
+def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -52,25 +58,59 @@ def _render(figures: Mapping[str, Any], title: str) -> bytes:
         lstrip_blocks=True,
         finalize=lambda value: clean(value) if type(value) is str else value,
     )
-    environment.filters.update(figure=figure_text, words=words, percent=percent, json=json.dumps)
-    environment.globals.update(draw=draw, forms=FORMS, styles=STYLES, colours=COLOURS)
+    environment.filters.update(
+        figure=figure_text,
+        words=lambda key: WORDS.get(key, key.replace("_", " ")),
+        percent=lambda part, whole: f"{part / whole:.1%}" if whole else "",
+        json=json.dumps,
+    )
+    environment.globals.update(draw=draw, forms=FORMS, styles=STYLES, colours=COLOURS, palette=PALETTE)
+    return environment
+
+
+def _render(figures: Mapping[str, Any], title: str) -> bytes:
     figures, folder = relative_to_folder(figures)
     style, script = ((TEMPLATES / name).read_text("utf-8") for name in ("page.css", "page.js"))
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
-    text = environment.get_template("page.html").render(
-        figures=figures,
-        given=given_runs(figures),
-        title=title,
-        folder=folder,
-        style=style,
-        script=script,
-        # this script, this style, and nothing else
-        policy=f"default-src 'none'; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; "
-        "img-src data:; base-uri 'none'; form-action 'none'",
-        rails=rails({run["name"]: run["parents"] for run in figures["runs"]}),
-        path_of={run["name"]: run["path"] for run in figures["runs"]},
+    text = (
+        _environment()
+        .get_template("page.html")
+        .render(
+            figures=figures,
+            given=given_runs(figures),
+            title=title,
+            folder=folder,
+            style=style,
+            script=script,
+            # this script, this style, and nothing else
+            policy=f"default-src 'none'; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; "
+            "img-src data:; base-uri 'none'; form-action 'none'",
+            rails=rails({run["name"]: run["parents"] for run in figures["runs"]}),
+            path_of={run["name"]: run["path"] for run in figures["runs"]},
+        )
     )
     return text.encode("utf-8", "replace")
+
+
+def curve_svg(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    """Draw lines of (step, value), by their names, as an SVG of its own. Values that are not finite are left out."""
+    lines = []
+    for name, line in curves.items():
+        if points := [point for point in line if math.isfinite(point[1])]:
+            points = thinned(points, MOST_POINTS)
+            lines.append({"run": "", "name": name, "metric": "loss", "label": name, "points": points})
+    empty = {"run": "", "name": "", "metric": "", "label": "", "points": [(0, 0)]}
+    drawn = draw({"unit": "", "runs": [""], "lines": lines or [empty]})
+    return _environment().get_template("curve.svg").render(drawn=drawn)
+
+
+def write_curves(folder: Path, curves: Mapping[str, Mapping[str, str]]) -> None:
+    """Draw loss.svg, and others by the name of their file, from `metrics.jsonl`: keys of rows by the names of lines."""
+    rows = [row for row in read_metrics(folder / METRICS) if "step" in row]
+    for name, lines in {"loss.svg": LOSS_CURVE, **curves}.items():
+        points = {label: [(row["step"], row[key]) for row in rows if key in row] for label, key in lines.items()}
+        with atomic_file(folder / name, "w") as handle:
+            handle.write(curve_svg(points))
 
 
 def relative_to_folder(figures: Mapping[str, Any]) -> tuple[dict[str, Any], str]:

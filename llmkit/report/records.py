@@ -24,13 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Kind:
-    """Fields by which a record is known and shown.
-
-    has     all of which a record of the kind has
-    input, output, worth  what went in, what came out, what it was worth
-    about   shown beside them, by their names
-    stage   that alone writes such files
-    """
+    """Fields by which a record is known (`has`) and shown; `stage` alone writes such files."""
 
     has: tuple[str, ...]
     input: str

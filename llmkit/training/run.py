@@ -197,15 +197,15 @@ class Run:
     ) -> dict[str, Any]:
         """Document the run, have `write` put the model beside that, and rename the folder. The first process calls it.
 
-        inputs   files that were read
-        derived  what follows from the options, to stand beside them in the manifest
-        curves   see `write_curve`
-
-        Returns `path` and results, with the seconds of the run and its bad records.
+        `derived` stands beside the options in the manifest; `curves` are those of `write_curves`. Returns `path` and
+        results, with the seconds of the run and its bad records.
         """
+        from llmkit.report.page import write_curves  # brings jinja2
+
         results = {**results, "seconds": round(self.seconds, 1), **self.bad.results}
         options = as_options(self.config) | dict(derived or {})
-        self._folder.document(self.stage, options, inputs=inputs, parents=parents, results=results, curves=curves)
+        self._folder.document(self.stage, options, inputs=inputs, parents=parents, results=results)
+        write_curves(self.work, curves or {})
         write(self.work)
         self._folder.finish()
         return {"path": str(self.folder), **results}
