@@ -59,7 +59,7 @@ LONGEST = 60  # lines of a function in stages/
 # What still breaks a law; each entry goes when its cause does
 LONG = {"pretrain.run", "sft.run"}
 SPLATS = set[str]()
-STARS = 65  # names and attributes unpacked into positional arguments; may only fall
+STARS = 61  # names and attributes unpacked into positional arguments; may only fall
 OPTIONS = {
     "crawl-filter": 20,
     "train-bpe": 13,

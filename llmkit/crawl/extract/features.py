@@ -12,6 +12,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -84,17 +85,6 @@ def _character_classes() -> np.ndarray:
     return classes
 
 
-class _Sums:
-    """Sums of a value over ranges of blocks."""
-
-    def __init__(self, values: np.ndarray) -> None:
-        self.running = np.concatenate([[0.0], np.cumsum(values)])
-        self.total = max(float(self.running[-1]), 1e-9)
-
-    def over(self, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
-        return self.running[stop] - self.running[start]
-
-
 class _Text:
     """Counts of each block's text, float64 (blocks,), from one pass over the joined text."""
 
@@ -119,6 +109,17 @@ class _Text:
         self.link_chars = np.minimum(link_chars.astype(np.float64), self.chars)
         self.link_share = self.link_chars / self.chars
         self.prose = np.where((self.words >= 12) & (self.link_share < 0.4), self.words, 0.0)
+        self.pauses = self.stops + self.commas
+        summed = ("words", "prose", "link_chars", "chars", "pauses")
+        self.running = {name: np.concatenate([[0.0], np.cumsum(getattr(self, name))]) for name in summed}
+
+    def total(self, name: str) -> float:
+        """The sum of a count over the page, more than 0."""
+        return max(float(self.running[name][-1]), 1e-9)
+
+    def over(self, name: str, start: Any, stop: Any) -> np.ndarray:
+        """The sums of a count over ranges of blocks."""
+        return self.running[name][stop] - self.running[name][start]
 
 
 def block_features(tree: BlockTree, weights: NameWeights) -> Columns:
@@ -160,24 +161,27 @@ def _of_text(tree: BlockTree, text: _Text) -> Columns:
 def _of_place(text: _Text) -> Columns:
     n = len(text.words)
     index = np.arange(n)
-    words, prose, links, chars = (_Sums(values) for values in (text.words, text.prose, text.link_chars, text.chars))
     columns: Columns = {
         "index": np.log1p(index),
         "index_from_end": np.log1p(n - index),
         "place": index / n,
-        "words_before": words.running[:-1] / words.total,
-        "prose_before": prose.running[:-1] / prose.total,
+        "words_before": text.running["words"][:-1] / text.total("words"),
+        "prose_before": text.running["prose"][:-1] / text.total("prose"),
     }
     width = np.array(WINDOWS)[:, None]
-    before = (np.maximum(index - width, 0), np.broadcast_to(index, (len(WINDOWS), n)))
-    after = (np.broadcast_to(index + 1, (len(WINDOWS), n)), np.minimum(index + 1 + width, n))
-    for side, span in (("before", before), ("after", after)):
-        near_words, near_prose = np.log1p(words.over(*span)), np.log1p(prose.over(*span))
-        near_links = links.over(*span) / np.maximum(chars.over(*span), 1)
+    here = np.broadcast_to(index, (len(WINDOWS), n))
+    before, after = (
+        ("before", np.maximum(index - width, 0), here),
+        ("after", here + 1, np.minimum(index + 1 + width, n)),
+    )
+    for side, start, stop in (before, after):
+        measures = {
+            "words": np.log1p(text.over("words", start, stop)),
+            "prose": np.log1p(text.over("prose", start, stop)),
+            "links": text.over("link_chars", start, stop) / np.maximum(text.over("chars", start, stop), 1),
+        }
         for row, blocks in enumerate(WINDOWS):
-            columns[f"{blocks}_{side}_words"] = near_words[row]
-            columns[f"{blocks}_{side}_prose"] = near_prose[row]
-            columns[f"{blocks}_{side}_links"] = near_links[row]
+            columns |= {f"{blocks}_{side}_{name}": values[row] for name, values in measures.items()}
     return columns
 
 
@@ -228,17 +232,15 @@ def _of_ancestors(
         ancestors.append(wider[ancestors[-1]])
     above = np.stack(ancestors)
     start, stop = first[above], end[above]
-    words, prose = _Sums(text.words), _Sums(text.prose)
-    held_words = words.over(start, stop)
-    blocks = np.maximum(stop - start, 1)
+    words, blocks = text.over("words", start, stop), np.maximum(stop - start, 1)
     measures = {
-        "words": np.log1p(held_words),
-        "share": held_words / words.total,
-        "prose_share": prose.over(start, stop) / prose.total,
-        "links": _Sums(text.link_chars).over(start, stop) / np.maximum(_Sums(text.chars).over(start, stop), 1),
+        "words": np.log1p(words),
+        "share": words / text.total("words"),
+        "prose_share": text.over("prose", start, stop) / text.total("prose"),
+        "links": text.over("link_chars", start, stop) / np.maximum(text.over("chars", start, stop), 1),
         "blocks": np.log1p(blocks),
-        "words_per_block": np.log1p(held_words / blocks),
-        "stops": _Sums(text.stops + text.commas).over(start, stop) / np.maximum(held_words, 1),
+        "words_per_block": np.log1p(words / blocks),
+        "stops": text.over("pauses", start, stop) / np.maximum(words, 1),
         "weight": path[above],
         "place": (np.arange(len(holder)) - start) / blocks,
     }
@@ -248,17 +250,16 @@ def _of_ancestors(
 def _of_main(first: np.ndarray, end: np.ndarray, depth: np.ndarray, own_depth: np.ndarray, text: _Text) -> Columns:
     """Where the block stands to the deepest element that holds half, or four fifths, of the page's prose."""
     index = np.arange(len(own_depth))
-    words = _Sums(text.words)
-    sums = _Sums(text.prose) if text.prose.any() else words
+    sought = "prose" if text.prose.any() else "words"
     columns: Columns = {}
     for name, portion in (("half", 0.5), ("most", 0.8)):
-        holds = np.flatnonzero(sums.over(first, end) >= portion * sums.total)
+        holds = np.flatnonzero(text.over(sought, first, end) >= portion * text.total(sought))
         main = holds[np.argmax(depth[holds])] if len(holds) else 0
         start, stop = int(first[main]), int(end[main])
         columns[f"{name}_inside"] = (index >= start) & (index < stop)
         columns[f"{name}_place"] = (index - start) / max(stop - start, 1)
         columns[f"{name}_depth"] = own_depth - depth[main]
-        columns[f"{name}_share"] = float(words.running[stop] - words.running[start]) / words.total
+        columns[f"{name}_share"] = float(text.over("words", start, stop)) / text.total("words")
     return columns
 
 
