@@ -126,7 +126,7 @@ class CommonConfig:
     seed: int = option(0, "Random seed.", group="Common", at_least=0, at_most=LARGEST_INTEGER)
     limit: int | None = option(None, "Records to read, at most [all].", group="Common", unit="count", at_least=1)
     force: bool = option(False, "Replace an existing output.", group="Common", free=True)
-    dry_run: bool = option(False, "Plan of the run without the run.", group="Common", free=True)
+    dry_run: bool = option(False, "Plan of the run, without running it.", group="Common", free=True)
     quiet: bool = option(False, "No progress on stderr.", group="Common", free=True)
 
 
@@ -154,14 +154,20 @@ class TrainingConfig(RecordsConfig, CommonConfig):
         600.0, "With torchrun: longest wait for another process.", unit="duration", above=0, free=True
     )
     max_grad_norm: float | None = option(1.0, "Gradient norm to clip at.", group="Training", above=0)
-    activation_checkpointing: bool = option(False, "Recomputation of activations, a third slower.", group="Training")
+    activation_checkpointing: bool = option(
+        False, "Recomputation of activations: less memory, a third slower.", group="Training"
+    )
     compile: str = option("auto", "torch.compile; auto: on GPUs.", group="Training", choices=("auto", "on", "off"))
 
     eval_every: int | None = option(None, "Steps between validations [at the end].", group="Log", at_least=1, free=True)
     save_every: int | None = option(None, "Steps between checkpoints [10 minutes].", group="Log", at_least=1, free=True)
     sample_every: int | None = option(None, "Steps between samples [never].", group="Log", at_least=1, free=True)
     log_to: tuple[str, ...] = option(
-        (), "Copy of the metrics; repeatable.", group="Log", choices=("tensorboard", "wandb"), free=True
+        (),
+        "Tracker that gets a copy of the metrics; repeatable.",
+        group="Log",
+        choices=("tensorboard", "wandb"),
+        free=True,
     )
 
     def __post_init__(self) -> None:

@@ -51,12 +51,18 @@ class CrawlFilterConfig(CommonConfig):
 
     inputs: tuple[str, ...] = argument("WARC, WET, HTML, JSONL, folders of them, or - for stdin.", metavar="INPUT...")
     recipe: str = option(
-        "fineweb", "Thresholds; --dry-run prints them.", group="Recipe", metavar="fineweb|llmkit|FILE.toml", reads=True
+        "fineweb",
+        "Recipe of steps and thresholds; --dry-run prints it.",
+        group="Recipe",
+        metavar="fineweb|llmkit|FILE.toml",
+        reads=True,
     )
-    only: tuple[str, ...] = option((), "Steps to take, and no others.", group="Recipe", metavar="STEP,...")
+    only: tuple[str, ...] = option((), "The only steps to take.", group="Recipe", metavar="STEP,...")
     skip: tuple[str, ...] = option((), "Steps to leave out.", group="Recipe", metavar="STEP,...")
     language: tuple[str, ...] = option((), "Languages to keep, or all [en].", group="Recipe", metavar="en[,de]|all")
-    extractor: str | None = option(None, "Extractor [model].", group="Recipe", choices=("model", "fast", "trafilatura"))
+    extractor: str | None = option(
+        None, "Extractor of the main text [model].", group="Recipe", choices=("model", "fast", "trafilatura")
+    )
     blocklist: tuple[str, ...] = option(
         (),
         "Hosts file, list or UT1 folder of addresses to drop; repeatable.",
@@ -65,12 +71,14 @@ class CrawlFilterConfig(CommonConfig):
         reads=True,
     )
     rejects: str | None = option(None, "Dropped records, with their reasons.", group="Reports", metavar="FILE")
-    explain: str | None = option(None, "Page to explain, and nothing else.", group="Reports", metavar="URL")
+    explain: str | None = option(
+        None, "Page to explain: what each step makes of it; nothing is written.", group="Reports", metavar="URL"
+    )
     workers: int | None = option(None, "Processes [all cores].", group="Running", at_least=1)
     engine: str = option("local", "Scheduler of the processes.", group="Running", choices=("local", "ray"))
     spill: str | None = option(None, "Folder for the index of duplicates.", group="Running", metavar="FOLDER")
     strict: bool = option(
-        False, "End at the first bad file or record; others are skipped and counted.", group="Running", free=True
+        False, "Stop at the first bad file or record, instead of skipping and counting it.", group="Running", free=True
     )
     resume: bool = option(False, "Resume a killed run.", group="Running")
 

@@ -57,7 +57,7 @@ class ProbeKnowledgeConfig(RecordsConfig, CommonConfig, ServedConfig):
     following: ClassVar[str] = "llmkit sft base/ --data chats.jsonl:0.9 --data refusals.jsonl:0.1 -o chat2/"
 
     model: str | None = argument(
-        "Folder of an assistant; with --engine of its tokenizer, or none.", metavar="MODEL", default=None
+        "Assistant's folder; with --engine its tokenizer's, or none.", metavar="MODEL", default=None
     )
     questions: tuple[str, ...] = option((), "Questions with answers; repeatable [stdin].", metavar="FILE", reads=True)
     passages: tuple[str, ...] = option((), "Documents to make questions from; repeatable.", metavar="FILE", reads=True)
@@ -65,7 +65,7 @@ class ProbeKnowledgeConfig(RecordsConfig, CommonConfig, ServedConfig):
         None, "File for every question with its answers and verdicts.", metavar="FILE", free=True
     )
     recite: str | None = option(
-        None, "Documents to test for memorisation, and nothing else.", metavar="FILE", reads=True
+        None, "Documents to test for memorisation, instead of questions.", metavar="FILE", reads=True
     )
     device: str = option("auto", "Compute device.", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = option(
@@ -95,7 +95,7 @@ class ProbeKnowledgeConfig(RecordsConfig, CommonConfig, ServedConfig):
     )
     balance: float | None = option(
         1.0,
-        "Ratio of known to unknown questions, reached by leaving some out; none: all stay.",
+        "Ratio of known to unknown questions, by leaving some out; none: keep all.",
         group="Lessons",
         above=0,
         free=True,

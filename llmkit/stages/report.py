@@ -34,7 +34,7 @@ class ReportConfig(CommonConfig):
     runs: tuple[str, ...] = argument("Run folders, and files that stages have written.", metavar="RUN...")
     title: str = option("What every stage did", "Heading of the page.")
     records: int = option(40, "Records shown of each file.", at_least=2, at_most=100_000)
-    json: bool = option(False, "The figures, as one JSON object, in place of the page.")
+    json: bool = option(False, "Figures as one JSON object, instead of the page.")
 
     def reads_stdin(self) -> bool:
         """True if help is wanted: without a run there is nothing to do."""

@@ -89,7 +89,9 @@ class RlConfig(TuningConfig, ToolConfig, ServedConfig):
 
     gold: str | None = option(None, "Reward to watch, never trained on.", group="Watch", metavar="KIND", reads=True)
     stop_on_hack: bool = option(False, "Stop where the reward rises and the gold one falls.", group="Watch", free=True)
-    max_kl: float | None = option(None, "Largest KL from MODEL, nats an attempt.", group="Watch", above=0, free=True)
+    max_kl: float | None = option(
+        None, "Largest KL from MODEL, in nats per attempt.", group="Watch", above=0, free=True
+    )
     eval_samples: int = option(1, "Samples per held-out problem; with 1, greedy decoding.", group="Watch", at_least=1)
 
     epochs: float | None = option(None, "Passes over the problems [1].", group="Horizon", above=0)

@@ -65,7 +65,7 @@ class SampleConfig(RecordsConfig, CommonConfig, ToolConfig, ServedConfig):
     model: str | None = argument("Model folder: from llmkit, or a Hugging Face one.", metavar="MODEL", default=None)
     inputs: tuple[str, ...] = argument("With --jsonl: files of prompts, or - for stdin.", metavar="INPUT...")
     prompt: str | None = option(None, "Text to continue.", short="-p")
-    jsonl: bool = option(False, "JSONL records as prompts and completions.")
+    jsonl: bool = option(False, "JSONL in and out: records with prompts, then with completions.")
     chat: bool = option(False, "Conversation on the terminal, or with a turn on each line of stdin.")
     system: str | None = option(None, "With --chat: the system message.")
     shots: str | None = option(

@@ -82,7 +82,7 @@ class SftConfig(TuningConfig):
         None, "System message of conversations without one; `identity`: made of --identity.", group="Data"
     )
     inspect: int | None = option(
-        None, "Examples to show token by token, and nothing else.", group="Data", at_least=1, free=True
+        None, "Examples to show token by token, instead of training.", group="Data", at_least=1, free=True
     )
 
     keep_adapter: bool = option(False, "Copy of the adapter, in PEFT's format, beside the merged model.", group="LoRA")
