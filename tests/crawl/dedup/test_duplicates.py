@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import llmkit.crawl.dedup.band_index as band_index
-from llmkit.crawl.dedup.band_index import NOBODY, BandIndex
 from llmkit.crawl.dedup.duplicates import (
     BANDS,
     ROWS,
@@ -23,7 +22,6 @@ from llmkit.crawl.dedup.duplicates import (
     signatures,
     similarity,
 )
-from llmkit.crawl.recipe import NearDuplicates
 
 Words = list[str]
 
@@ -130,11 +128,6 @@ def test_of_pairs_with_2_percent_of_words_edited_97_of_100_are_found() -> None:
     assert found >= 0.97 * 700
 
 
-def test_the_recipe_asks_for_the_bands_that_find_these() -> None:
-    assert (NearDuplicates().bands, NearDuplicates().rows) == (BANDS, ROWS)
-    assert NearDuplicates().min_similarity == THRESHOLD
-
-
 def test_no_pair_below_half_is_joined() -> None:
     rng = random.Random(8)
     pairs = []
@@ -198,21 +191,6 @@ def test_many_signatures_spilled_and_in_memory(tmp_path, small_files) -> None:
     online = in_batches(found, (400,), Duplicates(**asked))
     assert {repeat.kind for repeat in online if repeat} == {"exact", "near"}
     assert in_batches(found, (13, 101), Duplicates(tmp_path, **asked)) == online
-
-
-@pytest.mark.parametrize("spilled", [False, True])
-def test_the_index_is_a_dictionary(tmp_path, small_files, spilled) -> None:
-    rng = np.random.default_rng(3)
-    index, known = BandIndex(tmp_path if spilled else None), {}
-    for _ in range(60):
-        asked = np.unique(rng.integers(0, 4000, rng.integers(0, 200), np.uint64) << np.uint64(rng.choice((0, 52))))
-        found = index.find(asked)
-        assert found.tolist() == [known.get(key, NOBODY) for key in asked.tolist()]
-        new = asked[found == NOBODY]
-        documents = rng.integers(0, 1 << 20, len(new), np.uint32)
-        index.insert(new, documents)
-        known.update(zip(new.tolist(), documents.tolist(), strict=True))
-    assert len(known) > 3000
 
 
 def test_a_signature_depends_on_its_text_alone() -> None:
@@ -305,10 +283,6 @@ def test_empty_and_short_texts(first: str, second: str, kind: str | None) -> Non
     repeats = Duplicates().seen(signatures([first, second]))
     assert repeats[0] is None
     assert (repeats[1] and repeats[1].kind) == kind
-
-
-def test_no_documents() -> None:
-    assert Duplicates().seen(signatures([])) == []
 
 
 def test_scripts_without_spaces_are_compared_by_letters() -> None:
