@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import Any
 
 import orjson
 
-from llmkit.crawl.judge import DUPLICATES, Judge, Reason, Worker
-from llmkit.crawl.output import Collector, parts_of
-from llmkit.crawl.page import READ, Document, Dropped, Page, Part, Skipped
+from llmkit.crawl.judge import Judge, Reason, Worker
+from llmkit.crawl.output import Collector, Parts, parts_of
+from llmkit.crawl.page import READ, Document, Dropped, Page, Skipped
 from llmkit.crawl.read.frames import Reader
 from llmkit.crawl.read.pages import page_of
-from llmkit.crawl.recipe import Recipe
+from llmkit.crawl.recipe import DUPLICATES, Recipe
 from llmkit.display import printable
 from llmkit.errors import UserError
 from llmkit.io.jsonl import JSON_LINE, open_bytes
@@ -52,9 +53,15 @@ def explain(
             entry = _judged(page, judge)
         if entry["kept"] and "-" in inputs:
             entry["steps"] += [{"step": step, "verdict": "not looked for: read once"} for step in duplicates]
-        elif entry["kept"]:
-            parts = parts_of(inputs, make, workers, on_bad=on_bad)
-            _add_duplicates(entry, duplicates, recipe, parts, number)
+        elif entry["kept"] and duplicates:
+            outcome = _outcome(recipe, parts_of(inputs, make, workers, on_bad=on_bad), number)
+            for step in duplicates:
+                dropped = outcome.get("step") == step
+                row = {"step": step, "verdict": outcome["reason"] if dropped else "kept"}
+                entry["steps"].append(row | {key: outcome[key] for key in ("score", "repeats") if dropped})
+                if dropped:
+                    entry |= {key: outcome[key] for key in ("step", "reason", "score", "repeats")} | {"kept": False}
+                    break
         if not quiet:
             _show(entry)
         with open_bytes("-") as handle:
@@ -85,30 +92,23 @@ def _judged(page: Page, judge: Judge) -> dict[str, Any]:
     return {**entry, "kept": isinstance(judged, Document), "steps": rows, **text}
 
 
-def _add_duplicates(
-    entry: dict[str, Any], steps: list[str], recipe: Recipe, parts: Iterable[tuple[Any, Part]], number: int
-) -> None:
-    """Collect everything up to record `number`, and note whether that one repeats an earlier document."""
+def _outcome(recipe: Recipe, parts: Parts, number: int) -> dict[str, Any]:
+    """Collect everything up to record `number`: its line in the output or among the rejects."""
     last = b""
 
     def keep_last(line: bytes) -> None:
         nonlocal last
         last = line
 
-    collector = Collector(recipe, keep_last, keep_last, records=number + 1)
-    for _, part in parts:
-        collector.add(part)
-        if collector.full:
-            break
-    outcome = orjson.loads(last)
-    for step in steps:
-        if outcome.get("step") != step:
-            entry["steps"].append({"step": step, "verdict": "kept"})
-            continue
-        entry |= {key: outcome[key] for key in ("step", "reason", "score", "repeats")} | {"kept": False}
-        row = {"step": step, "verdict": outcome["reason"]}
-        entry["steps"].append(row | {key: outcome[key] for key in ("score", "repeats")})
-        return
+    collector, left = Collector(recipe, keep_last, keep_last), number + 1
+    with closing(parts):
+        for _, part in parts:
+            part.outcomes = part.outcomes[:left]
+            collector.add(part)
+            left -= len(part.outcomes)
+            if not left:
+                break
+    return orjson.loads(last)
 
 
 def _show(entry: dict[str, Any]) -> None:

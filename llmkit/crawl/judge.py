@@ -22,13 +22,12 @@ from llmkit.crawl.filters.quality import Verdict, c4, fineweb_quality, gopher_qu
 from llmkit.crawl.filters.urls import UrlFilter
 from llmkit.crawl.page import READ, Batch, Document, Dropped, Outcome, Page, Part, Skipped, TooMuchWork, work_limit
 from llmkit.crawl.read.pages import page_of
-from llmkit.crawl.recipe import OWN_FILTERS, Recipe
+from llmkit.crawl.recipe import ALONE, DUPLICATES, OWN_FILTERS, Recipe
 from llmkit.errors import UserError
 from llmkit.io.jsonl import JSON_LINE
 from llmkit.text.words import Split
 from llmkit.tools.user_code import UserFunction
 
-DUPLICATES = ("exact_duplicates", "near_duplicates")
 Reason = tuple[str, float | None] | None  # why a page goes, and the measure that broke a threshold; None: it stays
 OnStep = Callable[[str, Document, Reason, float], object]  # step, the document after it, its verdict, seconds
 
@@ -40,7 +39,7 @@ class Judge:
         """url_filter: the blocklists of the recipe, where they are loaded already."""
         self.recipe, self.url_filter = recipe, url_filter
         self.steps: list[tuple[str, Callable[[Document], Reason]]] = [
-            (name, getattr(self, name)) for name in recipe.taken if name not in DUPLICATES
+            (name, getattr(self, name)) for name in recipe.taken if name in ALONE
         ]
 
     def __call__(self, page: Page, on_step: OnStep = lambda *of_step: None) -> Document | Dropped:

@@ -14,10 +14,9 @@ from typing import IO, Any, TextIO
 
 import orjson
 
-from llmkit.crawl.judge import DUPLICATES
 from llmkit.crawl.page import READ, Outcome, Part
 from llmkit.crawl.read.frames import Reader, batches
-from llmkit.crawl.recipe import Recipe
+from llmkit.crawl.recipe import DUPLICATES, Recipe
 from llmkit.display import printable
 from llmkit.errors import UserError
 from llmkit.io.jsonl import JSON_LINE, dump_json, load_json
@@ -82,15 +81,11 @@ class Collector:
         reject: Write | None = None,
         spill: Path | None = None,
         limit: int | None = None,
-        records: int | None = None,
         on_bad: Callable[[str, str, int], object] = lambda where, reason, count: None,
     ) -> None:
-        """`limit`: take so many pages; `records`: so many records, those that are no pages among them.
-
-        on_bad is told the place and the reason of each record that is not what it should be, and how many there were.
-        """
+        """on_bad is told of each record that is not what it should be: where it is, why, and how many there were."""
         self.funnel = Funnel([READ, *recipe.taken])
-        self.bad, self.limit, self.records, self.on_bad = 0, limit, records, on_bad
+        self.bad, self.limit, self.on_bad = 0, limit, on_bad
         self._document, self._reject = document, reject
         self._names = Names(spill) if reject else None
         self._last_step = recipe.taken[-1] if recipe.taken else READ
@@ -102,9 +97,7 @@ class Collector:
 
     @property
     def full(self) -> bool:
-        """True if as many pages or records were taken as are wanted."""
-        if self.records is not None and self.funnel.records >= self.records:
-            return True
+        """True if as many pages were taken as are wanted."""
         return self.limit is not None and self.funnel.pages >= self.limit
 
     def add(self, part: Part) -> None:

@@ -24,19 +24,9 @@ from llmkit.errors import UserError
 from llmkit.io.records import kind_of
 from llmkit.tools.user_code import check_spelling
 
-STEPS = (
-    "url",
-    "extract",
-    "language",
-    "gopher_repetition",
-    "gopher_quality",
-    "c4",
-    "fineweb",
-    "own",
-    "pii",
-    "exact_duplicates",
-    "near_duplicates",
-)
+ALONE = ("url", "extract", "language", "gopher_repetition", "gopher_quality", "c4", "fineweb", "own", "pii")
+DUPLICATES = ("exact_duplicates", "near_duplicates")  # steps that look at other pages, too
+STEPS = (*ALONE, *DUPLICATES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,9 +79,6 @@ class Rows:
         self._blocks: list[np.ndarray] = []  # BLOCK rows each
         self._last = np.empty(BLOCK, dtype)
 
-    def __len__(self) -> int:
-        return self._count
-
     def append(self, rows: np.ndarray) -> None:
         """Add rows (n,) at the end."""
         while len(rows):

@@ -22,10 +22,8 @@ in a row; the similarity of two documents is the Jaccard similarity of their set
 of the hashes keeps its minimum, which two documents share with a probability of just that similarity (Broder, "On the
 resemblance and containment of documents", 1997). 16 bands of 7 minima find the pairs: similarity s shares a band with
 probability 1 - (1 - s^7)^16, which is .99 at .82. Of each minimum 8 bits are kept to estimate the similarity (Li and
-König, "b-Bit Minwise Hashing", 2010), where 32 would take 4 times the disk.
-
-16 bands of 7 and not FineWeb's 14 of 8: with 2% of its words replaced a document keeps a similarity of .82, and of such
-pairs 14 of 8 find .957, 16 of 7 .989 [measured on 3,000]; both have 112 permutations.
+König, "b-Bit Minwise Hashing", 2010), where 32 would take 4 times the disk. With 2% of its words replaced a document
+keeps a similarity of .82, and of such pairs FineWeb's 14 bands of 8 find .957, these .989 [measured on 3,000].
 """
 
 from __future__ import annotations
@@ -113,11 +111,15 @@ class Duplicates:
         if stop > len(self._roots):
             self._roots = np.concatenate([self._roots, np.empty(max(stop, len(self._roots)), np.uint32)])
         own[row] = other[pairs]
-        self._follow(own, start)
+        # union-find without the union: a document has one parent for ever, and each round halves the chains
+        self._roots[start:stop] = own
+        roots = self._roots[:stop]
+        while not np.array_equal(further := roots[roots[start:]], roots[start:]):
+            roots[start:] = further
         repeats: list[Repeat | None] = [None] * len(signatures)
         for number, pair in zip(row.tolist(), pairs.tolist(), strict=True):
             kind = "exact" if exact[pair] else "near"
-            repeats[number] = Repeat(int(self._roots[start + number]), kind, float(alike[pair]))
+            repeats[number] = Repeat(int(roots[start + number]), kind, float(alike[pair]))
         return repeats
 
     def _firsts(self, keys: np.ndarray) -> np.ndarray:
@@ -128,16 +130,6 @@ class Duplicates:
         documents[new] = self._count + at[new] // keys.shape[1]
         self._index.insert(distinct[new], documents[new])
         return documents[inverse].astype(np.int64).reshape(keys.shape)
-
-    def _follow(self, parents: np.ndarray, start: int) -> None:
-        """Note the end of the chain of each document from number `start` on, given its parent.
-
-        Union-find without the union: a document has one parent for ever, and each round halves the chains.
-        """
-        roots = self._roots[: start + len(parents)]
-        roots[start:] = parents
-        while not np.array_equal(further := roots[roots[start:]], roots[start:]):
-            roots[start:] = further
 
 
 def keys(signatures: np.ndarray) -> np.ndarray:
@@ -171,11 +163,13 @@ def signatures(texts: Sequence[str], bands: int = BANDS, rows: int = ROWS) -> np
     minima = np.empty((len(texts), bands * rows), np.uint32)
     for row, text in enumerate(texts):
         normal = unicodedata.normalize("NFC", text)
-        digest = _digest(normal)
+        digest = hashlib.blake2b(" ".join(normal.split()).encode("utf-8", "surrogatepass"), digest_size=16).digest()
         records["exact"][row] = np.frombuffer(digest, "<u8")
         minima[row] = _minima(_shingles(normal, digest), bands * rows)
     records["minima"] = (minima * np.uint32(0x9E3779B1)) >> np.uint32(24)  # the low bits of a minimum, mixed
-    records["bands"] = _band_keys(minima.reshape(-1, bands, rows))
+    totals = (minima.reshape(-1, bands, rows) * (_numbers("bands", rows) | np.uint64(1))).sum(2, dtype=np.uint64)
+    totals = (totals ^ (totals >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
+    records["bands"] = numbered(totals ^ (totals >> np.uint64(32)), np.arange(bands, dtype=np.uint64))
     return records
 
 
@@ -186,11 +180,6 @@ def similarity(some: np.ndarray, others: np.ndarray) -> np.ndarray:
     """
     equal = (some["minima"] == others["minima"]).mean(1)
     return (equal - CHANCE) / (1 - CHANCE)
-
-
-def _digest(text: str) -> bytes:
-    """128 bits of a text, white space apart."""
-    return hashlib.blake2b(" ".join(text.split()).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 class _WordHashes(dict[str, int]):
@@ -231,22 +220,12 @@ def _minima(shingles: np.ndarray, permutations: int) -> np.ndarray:
     factors = _numbers("permutations", permutations)
     odd = (factors >> np.uint64(32)).astype(np.uint32)[:, None] | np.uint32(1)
     shift = factors.astype(np.uint32)[:, None]
-    minima = None
+    minima = np.full(permutations, 0xFFFFFFFF, np.uint32)
     for start in range(0, len(shingles), CHUNK):
         permuted = odd * shingles[start : start + CHUNK]
         permuted += shift
-        lowest = permuted.min(1)
-        minima = lowest if minima is None else np.minimum(minima, lowest)
-    assert minima is not None, "a text has a shingle"
+        np.minimum(minima, permuted.min(1), out=minima)
     return minima
-
-
-def _band_keys(minima: np.ndarray) -> np.ndarray:
-    """A key for each band (documents, bands, rows) of minima, its lowest byte the band: (documents, bands) uint64."""
-    _, bands, rows = minima.shape
-    totals = (minima * (_numbers("bands", rows) | np.uint64(1))).sum(2, dtype=np.uint64)
-    totals = (totals ^ (totals >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
-    return numbered(totals ^ (totals >> np.uint64(32)), np.arange(bands, dtype=np.uint64))
 
 
 def numbered(keys: np.ndarray, column: np.ndarray | np.uint64) -> np.ndarray:

@@ -1,17 +1,15 @@
 """From what a user names to the bytes of records: WARC, ARC, WET, HTML files and folders of them, JSONL, stdin.
 
-    for frame in Reader(["crawl.warc.gz", "pages/", "-"]):
-        frame.path, frame.offset, frame.data    # data: the bytes of one record, or why there are none
-    for batch in batches(Reader(paths)):
-        ...
+    for batch in batches(Reader(["crawl.warc.gz", "pages/", "-"])):
+        for path, kind, offset, data in batch.frames:    # data: the bytes of one record, or why there are none
+            ...
 
-A record that cannot be read, and bytes that are no record, become one frame with a reason: `truncated` (the file
-ends inside of it), `damaged`, `too_large` or `garbage`; reading goes on at the next record, and bytes that are not
-searched for one, since that would take minutes, become a frame `unsearched`. The libraries for WARC
-do not do this: FastWARC 2.0 takes a record cut at the end of its file for a whole one, and ends for good at garbage.
+What cannot be read is one frame with a reason: `truncated` (the file ends inside of a record), `damaged`, `too_large`,
+`garbage` (bytes that are no record) or `unsearched` (to search them for records would take minutes). Reading goes on at
+the next record. The libraries for WARC do not do this: FastWARC 2.0 takes a record cut at the end of its file for a
+whole one, and ends for good at garbage.
 
-One process reads for all: 1,360 pages of 118 kB took 0.4 s of the processor where all steps take 16 s, so that one
-reader feeds 35 others, and spares the search for records in the midst of a file.
+One process reads for all: 1,360 pages of 118 kB take 0.4 s of the processor and all steps 16 s, so one reader feeds 35.
 """
 
 from __future__ import annotations
@@ -441,7 +439,7 @@ class Reader:
         with open_packed(path) as handle:
             window = self._window = Window(handle)
             if is_zstd(window.look(4)[:4]):
-                window = Window(Lines(zstd_frames(_buffered(window), name)))
+                window = Window(Lines(zstd_frames(io.BufferedReader(window, BLOCK), name)))
             head, packed = beginning(window), window.look(2).startswith(GZIP_MAGIC)
             kind = _kind_of(name, head)
             if packed and kind in ("warc", "arc") and not is_one_stream(window, kind == "arc", self.max_bytes):
@@ -457,10 +455,6 @@ class Reader:
             kind = kind.removesuffix(".gz")
             for offset, data in chain(_first_record(records, name, kind, head), records):
                 yield Frame(name, kind, offset, data)
-
-
-def _buffered(window: Window) -> io.BufferedReader:
-    return io.BufferedReader(window, 1 << 18)
 
 
 def _kind_of(name: str, head: bytes) -> str:
@@ -497,7 +491,7 @@ def _first_record(records: Iterator[Record], name: str, kind: str, head: bytes) 
 
 def _lines(window: Window, max_bytes: int) -> Iterator[Record]:
     """The lines of a file that are not blank, by number; the last of a cut file is `truncated`."""
-    source, number = _buffered(window), 0
+    source, number = io.BufferedReader(window, BLOCK), 0
     while line := source.readline(max_bytes + 1):
         number += 1
         if len(line) > max_bytes:
