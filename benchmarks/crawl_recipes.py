@@ -1,6 +1,6 @@
 """Both recipes beside 637 hand-labelled pages: which good and which bad ones each keeps.
 
-    llmkit crawl-filter PAGES.warc.gz --only extract,language -o texts.jsonl
+    llmkit crawl-filter PAGES.warc.gz --only url,extract,language -o texts.jsonl
     python benchmarks/crawl_recipes.py texts.jsonl
 
 Good is prose, a thread or documentation that a careful person would train on. recipe_labels.jsonl has two sets of four
