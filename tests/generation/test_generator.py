@@ -8,15 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import END, certain, make_model, save_tokenizer
+from tiny import END, certain, make_model
 
 from llmkit.errors import UserError
 from llmkit.generation import decode
 from llmkit.generation.decode import Decoder
-from llmkit.generation.generator import Generator, continue_text, end_tokens, prompt_ids
+from llmkit.generation.generator import Generator, continue_text, prompt_ids
 from llmkit.generation.next_token import Sampling
 from llmkit.generation.requests import Request, StopMatcher
-from llmkit.model.devices import one_thread
 from llmkit.tokenizer.encoding import load_tokenizer
 
 SHAPES = {
@@ -29,20 +28,6 @@ SHAPES = {
     "in training": {"normalize_embedding": True, "residual_scales": True, "norm_gains": False, "qk_gain": 1.3},
     "wide feed-forward": {"intermediate_size": 1376, "head_dim": 64},
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def on_one_thread():
-    """A tiny model on two threads beside other processes waits 50 times as long as it computes."""
-    with one_thread(True):
-        yield
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(folder)
-    return load_tokenizer(folder)
 
 
 @pytest.fixture(scope="module")
@@ -265,37 +250,28 @@ def speller(tokenizer):
     return complete_with
 
 
-def test_the_end_token_ends_a_text_and_is_kept_among_the_tokens(speller):
-    completion, pieces, ids = speller("wax, the")
-    assert completion.text == "wax, the" and completion.finish_reason == "stop"
-    assert completion.token_ids == [*ids, END]
-    assert pieces == list("wax, the")  # given out as soon as it is known
-
-
-def test_the_number_of_tokens_ends_a_text(speller):
-    completion, _, ids = speller("wax, the", max_tokens=3)
-    assert (completion.text, completion.token_ids, completion.finish_reason) == ("wax", ids[:3], "length")
-
-
-def test_a_stop_string_over_several_tokens_is_left_out_and_never_shown(speller):
-    completion, pieces, ids = speller("one, twi", stop=["zz", ", t"])
-    assert (completion.text, completion.finish_reason) == ("one", "stop")
-    assert completion.token_ids == ids[: len("one, t")]
-    assert pieces == ["o", "n", "e"]
-
-
-def test_a_beginning_of_a_stop_string_is_given_out_when_it_comes_to_nothing(speller):
-    completion, _, _ = speller("one, twi", stop=[", x", "i!"])
-    assert (completion.text, completion.finish_reason) == ("one, twi", "stop")
-
-
-def test_characters_of_several_tokens_come_whole(speller):
-    completion, pieces, _ = speller("aé√z")
-    assert completion.text == "aé√z" and pieces == ["a", "é", "√", "z"]
-
-
-def test_a_character_cut_by_the_limit_is_told(speller):
-    assert speller("aé", max_tokens=2)[0].text == "a\ufffd"
+@pytest.mark.parametrize(
+    ("says", "options", "pieces", "tokens", "reason"),
+    [
+        ("wax, the", {}, list("wax, the"), None, "stop"),  # given out as soon as it is known, with the end token
+        ("wax, the", {"max_tokens": 3}, ["w", "a", "x"], 3, "length"),
+        (
+            "one, twi",
+            {"stop": ["zz", ", t"]},
+            ["o", "n", "e"],
+            6,
+            "stop",
+        ),  # a stop string of several tokens is left out
+        ("one, twi", {"stop": [", x", "i!"]}, ["o", "n", "e", ",", " ", "t", "w", "i"], None, "stop"),
+        ("aé√z", {}, ["a", "é", "√", "z"], None, "stop"),  # characters of several tokens come whole
+        ("aé", {"max_tokens": 2}, ["a", "\ufffd"], 2, "length"),
+    ],
+)
+def test_where_a_text_ends_and_how_it_comes(speller, says, options, pieces, tokens, reason):
+    completion, given, ids = speller(says, **options)
+    assert (completion.text, completion.finish_reason) == ("".join(pieces), reason)
+    assert completion.token_ids == ([*ids, END] if tokens is None else ids[:tokens])
+    assert "".join(given) == "".join(pieces) and len(given) <= len(pieces)
 
 
 @settings(max_examples=200, deadline=None)
@@ -357,11 +333,6 @@ def test_a_prompt_begins_once_and_an_empty_one_is_the_beginning(tokenizer):
     assert prompt_ids(tokenizer, "a") == [END, *tokenizer.encode("a")]
     assert prompt_ids(tokenizer, "") == [END]
     assert END not in prompt_ids(tokenizer, "<|endoftext|>")[1:]
-
-
-def test_end_tokens_are_those_of_model_and_tokenizer(tokenizer):
-    assert end_tokens(make_model(eos_token_id=(3, 4)).config, tokenizer) == {3, 4, END}
-    assert end_tokens(make_model(eos_token_id=None).config, tokenizer) == {END}
 
 
 def test_the_trainers_sample_leaves_a_model_that_trains_on(tokenizer):

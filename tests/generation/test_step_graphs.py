@@ -3,28 +3,13 @@
 import pytest
 import torch
 from recorder import Counting, Recorder
-from tiny import END, make_model, save_tokenizer
+from tiny import END, make_model
 
 from llmkit.generation import step_graphs
 from llmkit.generation.decode import Decoder
 from llmkit.generation.generator import Generator
 from llmkit.generation.next_token import Sampling
 from llmkit.generation.requests import Request
-from llmkit.model.devices import one_thread
-from llmkit.tokenizer.encoding import load_tokenizer
-
-
-@pytest.fixture(autouse=True)
-def on_one_thread():
-    with one_thread(True):
-        yield
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(folder)
-    return load_tokenizer(folder)
 
 
 def texts(tokenizer, record, **shape):

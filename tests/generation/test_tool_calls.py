@@ -24,10 +24,8 @@ VOCABULARY = 257 + len(CHAT_SPECIALS)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(folder, *CHAT_SPECIALS)
-    return load_tokenizer(folder)
+def tokenizer(chat_tokenizer):
+    return chat_tokenizer
 
 
 @pytest.fixture

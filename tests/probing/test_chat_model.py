@@ -115,28 +115,9 @@ def test_a_refusal_is_told_in_the_servers_words(body, told):
             ask(server, "a")
 
 
-def test_a_server_that_hangs_is_not_waited_for():
-    with ChatServer(shout) as server:
-        server.faults, server.slow = ["slow"] * 9, 3.0
-        started = time.monotonic()
-        with pytest.raises(ServerError, match=r"no answer within 0.3 s after 1 retry; is it overloaded\?"):
-            ask(server, *"abcdefgh", timeout=0.3, concurrency=2)
-        assert time.monotonic() - started < 2.9
-
-
 def check(server: ChatServer) -> None:
     with opened(server.spec) as model:
         model.sampler.check()
-
-
-def test_a_server_that_is_down_is_found_before_the_work():
-    with ChatServer(shout) as server:
-        check(server)
-        server.faults = ["401"]
-        with pytest.raises(ServerError, match="refuses the key"):
-            check(server)
-    with pytest.raises(ServerError, match=r"cannot be reached after 1 retry: .*refused"):
-        check(server)
 
 
 def test_the_key_is_the_users_or_none(monkeypatch):

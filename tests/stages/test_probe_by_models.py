@@ -122,21 +122,6 @@ def test_a_server_that_dies_in_the_middle_is_resumed_to_the_same_bytes(babbler, 
     assert out.read_bytes() == whole[0].read_bytes() and report.read_bytes() == whole[1].read_bytes()
 
 
-def test_faults_that_pass_change_nothing(babbler, documents, tmp_path, monkeypatch):
-    monkeypatch.setattr("llmkit.generation.served_models.RETRIES", 5)  # one request may meet all the faults
-    options = {"passages": documents, "samples": 2, "max_tokens": 9, "max_passages": 5}
-    made = []
-    for faults in ([], ["429", "500", "cut", "429", "page"]):
-        with ChatServer(clever) as server:
-            server.faults = faults
-            report = tmp_path / f"p{len(made)}.jsonl"
-            models = {"writer": server.spec, "judge": server.spec}
-            probe(babbler, tmp_path / f"r{len(made)}.jsonl", report=str(report), **options, **models)
-            made.append(report.read_bytes())
-            assert server.faults == []
-    assert made[0] == made[1] and made[0].count(b"\n") == 10
-
-
 def test_garbage_is_counted_and_never_right(parrot, documents, tmp_path, llmkit):
     asked = questions(tmp_path / "q.jsonl")
     with ChatServer(lambda prompt, seed: "right right right {]") as server:

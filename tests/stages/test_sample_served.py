@@ -110,18 +110,6 @@ def test_a_server_that_dies_is_resumed_to_the_same_bytes(folder, prompts, tmp_pa
     assert not list(tmp_path.glob("*.state"))
 
 
-def test_a_run_is_not_resumed_with_another_model(folder, prompts, tmp_path):
-    out, options = tmp_path / "out.jsonl", {"inputs": [str(prompts)], "concurrency": "1"}
-    with ModelServer(folder) as server:
-        server.dies_after = 3
-        with pytest.raises(UserError):
-            sample(folder, out, engine=server.spec, **options)
-        other = server.spec.replace("#tiny", "#other")
-        server.dies_after = None
-        with pytest.raises(UserError, match=r"the model was openai:#tiny and is now openai:#other"):
-            sample(folder, out, engine=other, resume=True, **options)
-
-
 def test_faults_that_pass_change_nothing(folder, prompts, tmp_path, monkeypatch):
     monkeypatch.setattr("llmkit.generation.served_models.RETRIES", 8)
     made = []

@@ -1,0 +1,29 @@
+"""What the tests of generation share."""
+
+import pytest
+from tiny import save_tokenizer
+
+from llmkit.model.devices import one_thread
+from llmkit.tokenizer.chat import CHAT_SPECIALS
+from llmkit.tokenizer.encoding import load_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def on_one_thread():
+    """A tiny model on two threads beside other processes waits 50 times as long as it computes."""
+    with one_thread(True):
+        yield
+
+
+@pytest.fixture(scope="package")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(folder)
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="package")
+def chat_tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chat-tokenizer")
+    save_tokenizer(folder, *CHAT_SPECIALS)
+    return load_tokenizer(folder)
