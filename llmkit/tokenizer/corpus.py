@@ -79,7 +79,8 @@ class Corpus:
 
         Bad records are skipped as `bad` has it; without that, the first raises UserError.
         """
-        block = bytearray()
+        pieces: list[bytes] = []
+        size = 0
         for text, source in self._texts():
             data = text.encode()
             last = self.limit_bytes is not None and self.bytes + len(data) >= self.limit_bytes
@@ -93,14 +94,16 @@ class Corpus:
                 head = text[:SAMPLE_OF_DOCUMENT]
                 self.sample.setdefault(source, []).append(head)
                 self._sampled[source] += len(head.encode())
-            block += data + END
+            pieces += (data, END)
+            size += len(data)
             if last:
                 break
-            if len(block) >= BLOCK:
-                yield bytes(block)
-                block.clear()
-        if block:
-            yield bytes(block)
+            if size >= BLOCK:
+                yield b"".join(pieces)
+                pieces.clear()
+                size = 0
+        if size:
+            yield b"".join(pieces)
 
     def _texts(self) -> Iterator[tuple[str, str]]:
         for path in self.paths:
@@ -293,6 +296,7 @@ class PieceCounter:
         self._head, self._tail, self._count = _add_up(head, tail, count)
 
     def _cut_long(self) -> None:
+        self._long.pop(END, None)
         self._cut(self._long.items())
         self._long.clear()
         self._long_bytes = 0
@@ -300,16 +304,16 @@ class PieceCounter:
     def _cut(self, chunks: Iterable[tuple[bytes, int]]) -> None:
         find, pieces, known = self._find, self._pieces, self._pieces.get
         for chunk, count in chunks:
-            if chunk != END:
-                for piece in find(chunk):
-                    pieces[piece] = known(piece, 0) + count
+            for piece in find(chunk):
+                pieces[piece] = known(piece, 0) + count
 
     def result(self) -> tuple[list[bytes], Ints]:
         """The different pieces, and how often each occurs. The counter is empty afterwards."""
         self._add_pending()
         self._cut_long()
-        chunks = np.stack([self._head, self._tail], axis=1).astype("<u8", copy=False).view("S16")[:, 0]
-        counts, pieces = self._count, self._pieces
+        text = self._head != END[0]
+        chunks = np.stack([self._head[text], self._tail[text]], axis=1).astype("<u8", copy=False).view("S16")[:, 0]
+        counts, pieces = self._count[text], self._pieces
         self._head = self._tail = np.empty(0, np.uint64)  # memory for the pieces
         self._count = np.empty(0, np.int64)
         for i in range(0, len(chunks), PENDING):  # S16 drops the zero bytes at the end

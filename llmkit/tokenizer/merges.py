@@ -62,26 +62,21 @@ class PairQueue:
         self.size = 0
         self.key = np.empty(1024, np.int64)  # left id << 32 | right id, which orders pairs as (left, right)
         self.count = np.empty(1024, np.int64)  # 0 once merged
-        self.start = np.empty(1024, np.int64)  # it may stand at positions[start:stop]
-        self.stop = np.empty(1024, np.int64)
+        self.start = np.zeros(1024, np.int64)  # pair i may stand at positions[start[i] : start[i + 1]]
         self.positions = np.empty(1024, position_type)
-        self.noted = 0
         self.threshold = np.iinfo(np.int64).max
         self.front = np.empty(0, np.int64)
 
     def file(self, keys: Ints, counts: Ints, lengths: Ints, positions: Ints) -> Ints:
         """Add pairs, each with the next `length` of the positions; return their ids."""
         first, end = self.size, self.size + len(keys)
-        self.key, self.count = _grown(self.key, end), _grown(self.count, end)
-        self.start, self.stop = _grown(self.start, end), _grown(self.stop, end)
-        self.positions = _grown(self.positions, self.noted + len(positions))
+        noted = int(self.start[first])
+        self.key, self.count, self.start = _grown(self.key, end), _grown(self.count, end), _grown(self.start, end + 1)
+        self.positions = _grown(self.positions, noted + len(positions))
         self.key[first:end] = keys
         self.count[first:end] = counts
-        stops = self.noted + np.cumsum(lengths)
-        self.start[first:end] = stops - lengths
-        self.stop[first:end] = stops
-        self.positions[self.noted : self.noted + len(positions)] = positions
-        self.noted += len(positions)
+        self.start[first + 1 : end + 1] = noted + np.cumsum(lengths)
+        self.positions[noted : noted + len(positions)] = positions
         self.size = end
         self.front = np.concatenate([self.front, first + np.flatnonzero(counts >= self.threshold)])
         return np.arange(first, end)
@@ -236,7 +231,7 @@ class _Trainer:
         top = self.queue.top(min(self.batch, room), self.least_count) if room > 0 else ()
         if len(top) == 0:
             return 0
-        work = np.cumsum(self.queue.stop[top] - self.queue.start[top])
+        work = np.cumsum(self.queue.start[top + 1] - self.queue.start[top])
         top = top[: max(1, int(np.searchsorted(work, LARGEST_WORK)))]
         keys = self.queue.key[top]
         pairs = np.stack([keys >> 32, keys & 0xFFFFFFFF], axis=1)
@@ -251,7 +246,7 @@ class _Trainer:
     def _merge(self, top: Ints, pairs: Ints) -> int:
         """Merge as many of the top pairs (ids: pairs[:, 0], pairs[:, 1]) as are certain, at least one."""
         base = len(self.tokens)
-        start, stop = self.queue.start[top], self.queue.stop[top]
+        start, stop = self.queue.start[top], self.queue.start[top + 1]
         noted = [self.queue.positions[i:j] for i, j in zip(start.tolist(), stop.tolist(), strict=True)]
         position, round_ = np.concatenate(noted).astype(np.int64), np.repeat(np.arange(len(top)), stop - start)
         there = self.pair_at[position] == top[round_]  # a pair may have gone from there since
