@@ -67,8 +67,12 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 
 def read_manifest(output: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The manifest of a folder or of a single file, or None where one of foreign origin has none."""
-    path = Path(f"{os.fspath(output)}{OF_FILE}") if os.path.isfile(output) else Path(output) / MANIFEST
+    path = _manifest_path(output)
     return read_object(path, LARGEST_MANIFEST) if path.exists() else None
+
+
+def _manifest_path(output: str | os.PathLike[str]) -> Path:
+    return Path(f"{os.fspath(output)}{OF_FILE}") if os.path.isfile(output) else Path(output) / MANIFEST
 
 
 def sources(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -146,23 +150,21 @@ def describe_inputs(paths: Iterable[str]) -> list[dict[str, Any]]:
     return described
 
 
-def _content(path: str) -> dict[str, Any]:
+def _content(path: str | os.PathLike[str]) -> dict[str, Any]:
     return {"bytes": os.path.getsize(path), "sha256": file_sha256(path)}
 
 
 def write_manifest(
-    folder: Path,
+    output: str | os.PathLike[str],
     stage: str,
     options: Mapping[str, Any],
     *,
-    inputs: Sequence[Mapping[str, Any]] = (),
+    inputs: Iterable[str] = (),
     parents: Sequence[str] = (),
     results: Mapping[str, Any] | None = None,
-    name: str = MANIFEST,
     packages: Sequence[str] = PACKAGES,
-    output: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write `manifest.json`, or `name` beside a single file with the size and hash `output`, and return it."""
+    """Write the manifest of a folder into it, of a single file beside it, and return it."""
     from importlib.metadata import PackageNotFoundError, version  # 11 ms that no --help need pay
 
     versions = {"python": platform.python_version()}
@@ -186,39 +188,15 @@ def write_manifest(
             "options": dict(options),
             "versions": versions,
             "machine": f"{platform.machine()} {platform.system()}, {counted(os.cpu_count() or 1, 'core')}",
-            "inputs": [dict(item) for item in inputs],
+            "inputs": describe_inputs(inputs),
             "parents": above,
-            **({"output": dict(output)} if output else {}),
+            **({"output": _content(output)} if os.path.isfile(output) else {}),
             "results": dict(results or {}),
         }
     )
     manifest = {**own, "ancestors": ancestors}
-    write_json(folder / name, manifest)
+    write_json(_manifest_path(output), manifest)
     return manifest
-
-
-def write_file_manifest(
-    out: str,
-    stage: str,
-    options: Mapping[str, Any],
-    *,
-    inputs: Iterable[str],
-    parents: Sequence[str] = (),
-    results: Mapping[str, Any],
-    packages: Sequence[str] = PACKAGES,
-) -> None:
-    """Write `out` + ".manifest.json", the manifest of a single file, which is there."""
-    write_manifest(
-        Path(out).absolute().parent,
-        stage,
-        options,
-        inputs=describe_inputs(inputs),
-        parents=parents,
-        results=results,
-        name=Path(out).name + OF_FILE,
-        packages=packages,
-        output=_content(out),
-    )
 
 
 def write_model_card(folder: Path, manifest: Mapping[str, Any]) -> None:

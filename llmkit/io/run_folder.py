@@ -22,7 +22,7 @@ from llmkit.io.files import (
     sync,
 )
 from llmkit.io.jsonl import read_object
-from llmkit.io.manifest import describe_inputs, read_manifest, write_manifest, write_model_card
+from llmkit.io.manifest import read_manifest, write_manifest, write_model_card
 from llmkit.io.progress import say
 from llmkit.io.ranks import launch
 from llmkit.io.resume import check_identity, read_sealed, write_sealed
@@ -151,8 +151,7 @@ class RunFolder:
         results: Mapping[str, Any],
     ) -> None:
         """Write the manifest and the model card beside the model."""
-        described = describe_inputs(inputs)
-        manifest = write_manifest(self.work, stage, options, inputs=described, parents=parents, results=results)
+        manifest = write_manifest(self.work, stage, options, inputs=inputs, parents=parents, results=results)
         write_model_card(self.work, manifest)
 
     @contextmanager

@@ -18,7 +18,7 @@ from llmkit.display import check_stdout
 from llmkit.errors import Interrupted, UserError
 from llmkit.io.files import check_output, check_unfinished, remove
 from llmkit.io.jsonl import check_inputs, name_of, open_bytes
-from llmkit.io.manifest import file_sha256, write_file_manifest
+from llmkit.io.manifest import file_sha256, write_manifest
 from llmkit.io.progress import Progress, counted, duration, quantity, say
 from llmkit.io.ranks import available_cores
 from llmkit.io.resume import Kept
@@ -142,7 +142,7 @@ def run(config: CrawlFilterConfig) -> Summary | None:
         options = {**as_options(config), "recipe": as_json(recipe), "recipe_name": config.recipe}
         read = [*inputs, *recipe.url.blocklists, *recipe.own_files()]
         figures = {**results, "funnel": funnel.as_json()}
-        write_file_manifest(out, "crawl-filter", options, inputs=read, results=figures, packages=PACKAGES)
+        write_manifest(out, "crawl-filter", options, inputs=read, results=figures, packages=PACKAGES)
         state.remove()
 
     # summarise

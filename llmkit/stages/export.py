@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from llmkit.config import CommonConfig, argument, as_options, option
 from llmkit.errors import UserError
 from llmkit.io.files import atomic_folder, check_output, output_folder, remove
-from llmkit.io.manifest import write_file_manifest, write_manifest, write_model_card
+from llmkit.io.manifest import write_manifest, write_model_card
 from llmkit.io.progress import Progress, quantity, say
 from llmkit.io.run_folder import check_model_folder
 
@@ -138,7 +138,7 @@ def _export_gguf(config: ExportConfig, out: Path, source: Source, dtype: str) ->
     results = {"parameters": source.parameters, "dtype": dtype, "notes": list(plan.notes)}
     parents = [str(config.model)]
     try:
-        write_file_manifest(str(out), "export", as_options(config), inputs=(), parents=parents, results=results)
+        write_manifest(str(out), "export", as_options(config), inputs=(), parents=parents, results=results)
     except BaseException:
         remove(out)
         raise

@@ -15,7 +15,7 @@ from llmkit.errors import UserError
 from llmkit.formats.questions import Question, read_questions
 from llmkit.io.files import check_output, check_unfinished
 from llmkit.io.jsonl import check_inputs, name_of, names_of, open_output, read_documents
-from llmkit.io.manifest import write_file_manifest
+from llmkit.io.manifest import write_manifest
 from llmkit.io.progress import counted, say
 from llmkit.io.records import BadRecords
 from llmkit.io.run_folder import check_finished, check_model_folder
@@ -250,7 +250,7 @@ def _save(
     results |= {"confirmations": taught["yes"], "refusals": taught["no"], **names}
     if Path(out).is_file():
         inputs, parents = [*config.questions, *config.passages], [config.model] if config.model else []
-        write_file_manifest(out, "probe-knowledge", as_options(config), inputs=inputs, parents=parents, results=results)
+        write_manifest(out, "probe-knowledge", as_options(config), inputs=inputs, parents=parents, results=results)
     for line in describe(kinds, left_out, taught, config.balance):
         say(line, config.quiet)
     if names["written_by"] == "embedded":

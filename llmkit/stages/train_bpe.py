@@ -11,7 +11,7 @@ from llmkit.config import CommonConfig, RecordsConfig, argument, as_options, opt
 from llmkit.errors import UserError
 from llmkit.io.files import atomic_folder, check_output, output_folder
 from llmkit.io.jsonl import PACKED, check_inputs, names_of, write_json
-from llmkit.io.manifest import describe_inputs, write_manifest
+from llmkit.io.manifest import write_manifest
 from llmkit.io.progress import Progress, counted, duration, quantity, say
 from llmkit.io.ranks import available_cores
 from llmkit.io.records import BadRecords
@@ -112,7 +112,7 @@ def run(config: TrainBpeConfig) -> Summary | None:
         folder.write_tokenizer(partial, text)
         report = folder.make_report(text, merges, folder.choose_sample(corpus.sample, corpus.bytes_of_source), others)
         write_json(partial / "report.json", {"pattern": pattern.regex, **results, **report})
-        write_manifest(partial, "train-bpe", as_options(config), inputs=describe_inputs(inputs), results=results)
+        write_manifest(partial, "train-bpe", as_options(config), inputs=inputs, results=results)
 
     # summarise
     for path, other in report["compared"].items():

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llmkit.io.manifest import write_file_manifest, write_manifest
+from llmkit.io.manifest import write_manifest
 from llmkit.io.metrics import MetricsLog
 
 
@@ -20,11 +20,15 @@ def write_lines(path: Path, rows: Iterable[Any]) -> Path:
 
 
 def make_run(folder: Path, stage: str, *parents: Path, rows: Iterable[Mapping] = (), command="", **details) -> Path:
-    """The folder of a finished run with its manifest and metrics."""
+    """The folder of a finished run with its manifest and metrics; inputs may be paths or stand as in the manifest."""
     folder.mkdir()
+    inputs = details.pop("inputs", ())
+    details["inputs"] = [item for item in inputs if isinstance(item, str)]
     with _as_command(command or f"{stage} in.jsonl -o {folder.name}/"):
         options = {"seed": 1, "out": str(folder), **details.pop("options", {})}
-        write_manifest(folder, stage, options, parents=[str(parent) for parent in parents], **details)
+        manifest = write_manifest(folder, stage, options, parents=[str(parent) for parent in parents], **details)
+    manifest["inputs"] += [item for item in inputs if not isinstance(item, str)]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     with MetricsLog(folder / "metrics.jsonl") as log:
         for row in rows:
             log.write(row)
@@ -36,7 +40,7 @@ def make_file_run(out: Path, stage: str, rows: Iterable[Any], *, results: Mappin
     write_lines(out, rows)
     with _as_command(f"{stage} in.jsonl -o {out.name}"):
         options = {"out": str(out), **details.pop("options", {})}
-        write_file_manifest(str(out), stage, options, inputs=details.pop("inputs", ()), results=results, **details)
+        write_manifest(str(out), stage, options, inputs=details.pop("inputs", ()), results=results, **details)
     return out
 
 

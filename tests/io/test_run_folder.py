@@ -20,7 +20,6 @@ from llmkit.io.manifest import (
     manifest_digest,
     read_manifest,
     sources,
-    write_file_manifest,
     write_manifest,
     write_model_card,
 )
@@ -43,7 +42,7 @@ def test_a_manifest_tells_how_the_folder_was_made(tmp_path: Path) -> None:
     data = tmp_path / "d.jsonl"
     data.write_bytes(b'{"text":"x"}\n')
     os.mkfifo(tmp_path / "pipe")
-    inputs = describe_inputs([str(data), "-", str(tmp_path / "pipe")])
+    inputs = [str(data), "-", str(tmp_path / "pipe")]
     results = {"loss": np.float32(1.5), "worst": math.nan, "steps": 7}
     make(tmp_path / "m", "pretrain", inputs=inputs, results=results, command="pretrain 'a b' -o m/")
     manifest = json.loads((tmp_path / "m" / "manifest.json").read_text())
@@ -83,7 +82,7 @@ def test_the_ancestry_goes_back_to_the_first_generation(tmp_path: Path) -> None:
 def make_file(path: Path, stage: str, *inputs: Path, parents: tuple[Path, ...] = ()) -> Path:
     path.write_text(f'{{"text": "{path.name}"}}\n')
     given, above = [str(one) for one in inputs], [str(one) for one in parents]
-    write_file_manifest(str(path), stage, {}, inputs=given, parents=above, results={})
+    write_manifest(str(path), stage, {}, inputs=given, parents=above, results={})
     return path
 
 
@@ -91,15 +90,14 @@ def test_the_ancestry_goes_through_the_files_that_stages_wrote(tmp_path: Path) -
     crawl = tmp_path / "c.warc.gz"
     crawl.write_bytes(b"WARC")
     docs = make_file(tmp_path / "docs.jsonl", "crawl-filter", crawl)
-    make(tmp_path / "base", "pretrain", inputs=describe_inputs([str(docs)]))
+    make(tmp_path / "base", "pretrain", inputs=[str(docs)])
     (item,) = (read_manifest(tmp_path / "base") or {})["inputs"]
     assert item["sha256"] == hashlib.sha256(docs.read_bytes()).hexdigest()
     (told,) = (read_manifest(tmp_path / "base") or {})["ancestors"].values()
     assert told["output"]["sha256"] == item["sha256"] and told["inputs"][0]["path"] == str(crawl)
 
     lessons = make_file(tmp_path / "refusals.jsonl", "probe-knowledge", docs, parents=(tmp_path / "base",))
-    inputs = describe_inputs([str(lessons)])
-    make(tmp_path / "chat", "sft", tmp_path / "base", inputs=inputs, command="sft base -o chat")
+    make(tmp_path / "chat", "sft", tmp_path / "base", inputs=[str(lessons)], command="sft base -o chat")
     chat = read_manifest(tmp_path / "chat") or {}
     told = chat["ancestors"]
     assert [told[one["manifest_sha256"]]["stage"] for one in sources(chat)] == ["pretrain", "probe-knowledge"]
@@ -116,8 +114,7 @@ def test_two_hundred_generations_tell_each_ancestor_once(tmp_path: Path) -> None
     for number in range(200):
         before = tmp_path / f"m{number}"
         lessons = make_file(tmp_path / f"r{number}.jsonl", "probe-knowledge", parents=(before,))
-        inputs = describe_inputs([str(lessons)])
-        make(tmp_path / f"m{number + 1}", "sft", before, inputs=inputs, command=f"sft m{number}")
+        make(tmp_path / f"m{number + 1}", "sft", before, inputs=[str(lessons)], command=f"sft m{number}")
         sizes.append((tmp_path / f"m{number + 1}" / "manifest.json").stat().st_size)
     last = read_manifest(tmp_path / "m200") or {}
     assert len(last["ancestors"]) == 400
@@ -191,7 +188,7 @@ def test_a_file_that_is_no_longer_what_a_stage_wrote_has_no_ancestors(tmp_path: 
 
 
 def test_a_model_card_tells_how_to_use_what_it_is(tmp_path: Path) -> None:
-    make(tmp_path / "base", "pretrain", results={"val_bits_per_byte": 1.7, "curve": [1]}, inputs=[{"path": "-"}])
+    make(tmp_path / "base", "pretrain", results={"val_bits_per_byte": 1.7, "curve": [1]}, inputs=["-"])
     make(tmp_path / "chat", "sft", tmp_path / "base")
     make(tmp_path / "policy", "rl", tmp_path / "chat")
     make(tmp_path / "judge", "train-reward", tmp_path / "chat")

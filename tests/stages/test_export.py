@@ -359,7 +359,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(chat: Path, tmp_path: Path, 
     def full(*arguments, **details):
         raise UserError("chat.gguf.manifest.json: no space left there") from OSError(errno.ENOSPC, "full")
 
-    monkeypatch.setattr(export, "write_file_manifest", full)
+    monkeypatch.setattr(export, "write_manifest", full)
     assert "manifest.json: no space" in refused(chat, tmp_path / "out" / "chat.gguf", dtype=dtype)
 
 

@@ -14,7 +14,6 @@ from made_runs import attempt, judged, make_file_run, make_pipeline, make_run, p
 from selectolax.lexbor import LexborHTMLParser
 
 from llmkit.errors import UserError
-from llmkit.io.manifest import describe_inputs
 from llmkit.report.charts import figure_text
 from llmkit.stages.report import ReportConfig, run
 
@@ -268,13 +267,13 @@ def test_a_policy_alone_leads_back_to_the_crawl(tmp_path):
     docs = make_file_run(
         tmp_path / "docs.jsonl", "crawl-filter", [{"text": "A."}], inputs=[str(crawl)], results=results
     )
-    inputs = describe_inputs([str(docs)])
+    inputs = [str(docs)]
     tok = make_run(tmp_path / "tok", "train-bpe", inputs=inputs, results={})
     base = make_run(tmp_path / "base", "pretrain", tok, inputs=inputs, results={})
     chat = make_run(tmp_path / "chat", "sft", base, results={})
     taught = {"inputs": [str(docs)], "parents": [str(chat)], "results": {"questions": 1}}
     refusals = make_file_run(tmp_path / "refusals.jsonl", "probe-knowledge", [{"messages": []}], **taught)
-    careful = make_run(tmp_path / "careful", "sft", chat, inputs=describe_inputs([str(refusals)]), results={})
+    careful = make_run(tmp_path / "careful", "sft", chat, inputs=[str(refusals)], results={})
     policy = make_run(tmp_path / "policy", "rl", careful, results={})
 
     figures = figures_of([policy], tmp_path / "r.json")
