@@ -25,6 +25,7 @@ from llmkit.io.files import check_file, create, errors_name
 from llmkit.io.jsonl import JSON_LINE, read_object, write_json
 from llmkit.io.progress import say
 
+STATE = ".state"  # after --out: what a killed run of a command that writes a file leaves
 WEIGHTS_READ = 1 << 20  # bytes at the end of a file of weights that tell it from another
 
 T = TypeVar("T")

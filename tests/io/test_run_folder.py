@@ -244,7 +244,7 @@ def test_a_run_is_made_beside_its_place_and_can_be_resumed(tmp_path: Path, capsy
     resumed.document("pretrain", {}, inputs=[], parents=[], results={"steps": 1})
     resumed.finish()
     assert os.listdir(tmp_path) == ["base"]
-    assert set(os.listdir(out)) == {"README.md", "loss.svg", "manifest.json", "metrics.jsonl", "state"}
+    assert set(os.listdir(out)) == {"README.md", "manifest.json", "metrics.jsonl", "state"}
     with pytest.raises(UserError, match="exists already"):
         folder_of(out)
     again = folder_of(out, force=True)

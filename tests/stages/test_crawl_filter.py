@@ -140,7 +140,7 @@ def test_the_same_bytes_with_any_number_of_workers(crawl, many, llmkit, tmp_path
 def test_a_run_that_was_ended_early_goes_on_and_leaves_no_half_output(crawl, many, llmkit, tmp_path, number):
     archive = crawl / "many.warc.gz"
     more = ["-o", tmp_path / "docs.jsonl", "--rejects", tmp_path / "rejects.jsonl"]
-    state = tmp_path / "docs.jsonl.partial-state"
+    state = tmp_path / "docs.jsonl.state"
     with subprocess.Popen([*LLMKIT, archive, *more, "--workers", "2"], stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None and not (state.exists() and state.stat().st_size > 10_000):
             time.sleep(0.01)
@@ -161,7 +161,7 @@ def test_a_run_that_was_ended_early_goes_on_and_leaves_no_half_output(crawl, man
     done = llmkit("crawl-filter", archive, *more, "--resume", "--workers", "1")
     assert done.returncode == 0, done.stderr
     assert "done already" in done.stderr and same(many, tmp_path)
-    assert not list(tmp_path.glob("*.partial*"))
+    assert not list(tmp_path.glob("*.partial*")) and not state.exists()
     again = llmkit("crawl-filter", archive, *more, "--resume")
     assert again.returncode == 2 and "exists already" in again.stderr
 
@@ -424,7 +424,7 @@ def test_a_strict_run_ends_at_a_bad_file_and_what_was_done_stays(llmkit, tmp_pat
     command = ["-o", tmp_path / "out", "--only", "exact_duplicates", "--workers", "1"]
     ended = llmkit("crawl-filter", *sorted(tmp_path.glob("*.jsonl")), *command, "--strict")
     assert ended.returncode == 2 and "z.jsonl: no JSON lines: the file is empty" in ended.stderr
-    assert f"the same command with --resume goes on ({tmp_path}/out.partial-state)" in ended.stderr
+    assert f"the same command with --resume goes on ({tmp_path}/out.state)" in ended.stderr
     if mend == "leave out":
         (tmp_path / "z.jsonl").unlink()
     else:
