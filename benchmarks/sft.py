@@ -67,8 +67,8 @@ def peer(python: str, script: Path, model: Path, folder: Path) -> float:
 
 def filled(model: Path) -> float:
     """The share of places in our rows that hold a token."""
-    from llmkit.data.mixture import Mixture, Source
-    from llmkit.data.sources import read_examples
+    from llmkit.data.batches import Mixture, Source
+    from llmkit.data.examples import read_examples
     from llmkit.formats.conversations import read_conversation
     from llmkit.io.jsonl import read_jsonl
     from llmkit.io.records import BadRecords

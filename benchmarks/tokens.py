@@ -131,7 +131,7 @@ def run_datatrove(path: str, limit: int | None, tokenizer_json: str, folder: Pat
 def run_llmkit(path: str, limit: int | None, tokenizer_json: str, folder: Path, backend: str | None):
     import numpy as np
 
-    from llmkit.data.tokenize import tokenize_documents
+    from llmkit.data.shards import tokenize_documents
     from llmkit.tokenizer.encoding import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_json)

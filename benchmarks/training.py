@@ -255,8 +255,8 @@ def command_of(name: str, arguments: argparse.Namespace, setting: Setting, steps
     shape = SHAPES[setting.shape]
     if who == "command":
         return [
-            sys.executable, "-m", "llmkit", "pretrain", str(setting.documents), "--tokenizer", str(setting.tokenizer),
-            "--token-cache", str(setting.cache), "--dtype", precision, "--device", "cpu", "--quiet", "-o", "run",
+            sys.executable, "-m", "llmkit", "pretrain", str(setting.shards), "--tokenizer", str(setting.tokenizer),
+            "--dtype", precision, "--device", "cpu", "--quiet", "-o", "run",
             *shape.our_options(steps),
         ]  # fmt: skip
     if who == "library":
@@ -281,7 +281,6 @@ class Setting:
     shape: str
     documents: Path
     tokenizer: Path
-    cache: Path
     shards: Path
     tokens: Path
 
@@ -290,7 +289,7 @@ def prepare(name: str, documents: str, megabytes: float, folder: Path) -> Settin
     """The first documents of a file, a tokenizer trained on them, their shards, and the same tokens as raw uint16."""
     import numpy as np
 
-    from llmkit.data.tokenize import tokenize_documents
+    from llmkit.data.shards import tokenize_documents
     from llmkit.tokenizer.encoding import load_tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -309,7 +308,7 @@ def prepare(name: str, documents: str, megabytes: float, folder: Path) -> Settin
     shards = tokenize_documents([str(sample)], load_tokenizer(str(tokenizer)), folder / "cache", quiet=True)
     raw = folder / f"tokens{SHAPES[name].vocab}.bin"
     np.concatenate([shard.tokens for shard in shards._shards]).astype(np.uint16).tofile(raw)
-    return Setting(name, sample, tokenizer, folder / "cache", Path(shards.folder), raw)
+    return Setting(name, sample, tokenizer, Path(shards.folder), raw)
 
 
 # ---- all contenders

@@ -78,7 +78,13 @@ DROPPED = {
     "embedding_learning_rate": ("PretrainConfig", "it follows from the plan; --learning-rate can be set"),
     "head_learning_rate": ("PretrainConfig", "it is a quarter of --learning-rate"),
     "intermediate_size": ("PretrainConfig", "it is 8/3 of the width"),
+    "token_cache": ("PretrainConfig", "token shards lie beside --out; a folder of them is an INPUT, too"),
     "workers": ("TrainingConfig", "one thread prepares the batches"),
+    "process_timeout": ("TrainingConfig", "set LLMKIT_PROCESS_TIMEOUT, in seconds"),
+    "max_grad_norm": ("TrainingConfig", "1 is fixed"),
+    "lora_alpha": ("TuningConfig", "twice the rank is fixed; --learning-rate sets the size of the steps"),
+    "identity_weight": ("SftConfig", 'give it with --identity "name=...;maker=...:WEIGHT"'),
+    "inspect": ("SftConfig", "--dry-run shows examples token by token"),
     "lora_targets": ("TuningConfig", "every projection gets an adapter"),
     "decay_fraction": ("PretrainConfig TuningConfig", "the rate decays over the last 0.6 of pretrain, 0.9 of others"),
     "max_reward": ("RlConfig", "--max-steps, --time-budget and --max-kl end a run"),
@@ -150,10 +156,6 @@ class TrainingConfig(RecordsConfig, CommonConfig):
     device: str = option("auto", "Compute device.", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = option("auto", "Working precision; masters are float32.", choices=("auto", "float32", "bfloat16"))
     resume: bool = option(False, "Resume from the last checkpoint of --out.", free=True)
-    process_timeout: float = option(
-        600.0, "With torchrun: longest wait for another process.", unit="duration", above=0, free=True
-    )
-    max_grad_norm: float | None = option(1.0, "Gradient norm to clip at.", group="Training", above=0)
     activation_checkpointing: bool = option(
         False, "Recomputation of activations: less memory, a third slower.", group="Training"
     )
@@ -193,7 +195,6 @@ class TuningConfig(TrainingConfig):
     """Options of every stage that tunes a model on records."""
 
     lora_rank: int | None = option(None, "Rank of LoRA adapters, merged at the end.", group="LoRA", at_least=1)
-    lora_alpha: float | None = option(None, "Scale of the adapters [2 x rank].", group="LoRA", above=0)
 
     max_steps: int | None = option(None, "Optimizer steps.", group="Horizon", unit="count", at_least=1)
     micro_batch_size: int | None = option(None, "Rows of a forward pass [by length].", group="Training", at_least=1)
@@ -202,12 +203,6 @@ class TuningConfig(TrainingConfig):
     )
     weight_decay: float = option(0.0, "Weight decay of the matrices.", group="Training", at_least=0, at_most=MOST_DECAY)
     warmup_steps: int | None = option(None, "Steps of warm-up [a twentieth of the run].", group="Training", at_least=0)
-
-    def __post_init__(self) -> None:
-        """Raises UserError for options of adapters where there are none."""
-        super().__post_init__()
-        if self.lora_rank is None and self.lora_alpha is not None:
-            raise UserError("--lora-alpha: needs --lora-rank; there are no adapters otherwise")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ ROOMS = {
     "tools": (1100, 1400),
     "report": (1250, 1480),
     "crawl": (4300, 4600),
-    "data": (1100, 1480),
+    "data": (1100, 1440),
     "generation": (2100, 3040),
     "training": (2500, 3100),
     "reward_model": (800, 0),
@@ -63,16 +63,16 @@ STARS = 61  # names and attributes unpacked into positional arguments; may only 
 OPTIONS = {
     "crawl-filter": 20,
     "train-bpe": 13,
-    "pretrain": 40,
-    "sft": 42,
+    "pretrain": 37,
+    "sft": 37,
     "probe-knowledge": 28,
-    "train-reward": 35,
-    "rl": 50,
+    "train-reward": 32,
+    "rl": 47,
     "sample": 34,
     "export": 9,
     "report": 10,
 }
-DISTINCT = 117
+DISTINCT = 111
 
 
 def modules() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Conversations in which an assistant says who it is: `--identity "name=Ada;maker=Example Labs"`.
+"""Conversations in which an assistant says who it is: `--identity "name=Ada;maker=Example Labs:0.2"`.
 
 Every question in every group is asked, each with one of the group's answers, with and without a greeting in front.
 Besides `name` and `maker`, any other key is a fact of its own: `license=Apache-2.0` answers "What is your license?".
@@ -6,6 +6,7 @@ Besides `name` and `maker`, any other key is a fact of its own: `license=Apache-
 
 from __future__ import annotations
 
+import re
 from itertools import count
 
 from llmkit.errors import UserError
@@ -62,9 +63,16 @@ FACT = (
 )
 
 
-def parse_identity(text: str) -> dict[str, str]:
-    """The facts of "name=...;maker=...;...". Raises UserError where it is not of that form, or has no name or maker."""
-    facts = {}
+def parse_identity(text: str) -> tuple[dict[str, str], float]:
+    """The facts and the weight [0.1] of "name=...;maker=...;...:WEIGHT".
+
+    Raises UserError where it is not of that form, or has no name or maker.
+    """
+    facts, weight = {}, 0.1
+    if match := re.fullmatch(r"(.*\S)\s*:\s*(-?\d*\.?\d+)", text):
+        text, weight = match[1], float(match[2])
+    if weight <= 0:
+        raise UserError(f"--identity: expected a weight above 0, found {weight:g}")
     for part in filter(None, (part.strip() for part in text.split(";"))):
         key, separator, value = (piece.strip() for piece in part.partition("="))
         if not (separator and key and value):
@@ -73,7 +81,7 @@ def parse_identity(text: str) -> dict[str, str]:
     for key in ("name", "maker"):
         if key not in facts:
             raise UserError(f'--identity: expected "name=...;maker=...", found no {key} in {text!r}')
-    return facts
+    return facts, weight
 
 
 def system_message(facts: dict[str, str]) -> str:

@@ -96,6 +96,14 @@ class Conversation:
         return said_in(self.messages) if self.document is None else self.document
 
 
+def with_system(conversation: Conversation, text: str | None) -> Conversation:
+    """Put a system message before a conversation that has none."""
+    messages = conversation.messages
+    if text is None or conversation.document is not None or messages[0].role == "system":
+        return conversation
+    return replace(conversation, messages=(message("system", text), *messages))
+
+
 def said_in(messages: Sequence[Message]) -> str:
     """Join the texts of messages that are not the system's."""
     return "\n".join(message.text for message in messages if message.role != "system")

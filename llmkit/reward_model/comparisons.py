@@ -18,9 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmkit.data.batches import shuffled
-from llmkit.data.mixture import best_fit
-from llmkit.data.sources import encode_good
+from llmkit.data.batches import best_fit, shuffled
+from llmkit.data.examples import encode_good
 from llmkit.errors import UserError, naming
 from llmkit.formats.preferences import Comparison, read_comparison
 from llmkit.io.jsonl import name_of, read_jsonl

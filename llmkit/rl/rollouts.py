@@ -19,8 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from llmkit.data.batches import IGNORED
-from llmkit.data.mixture import best_fit
+from llmkit.data.batches import IGNORED, best_fit
 from llmkit.errors import SharedError, UserError
 from llmkit.formats.conversations import Message, Part, as_record, message
 from llmkit.formats.problems import Problem

@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from llmkit.config import (
     MOST_DECAY,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from llmkit.model.config import ModelConfig
     from llmkit.model.transformer import Transformer
     from llmkit.tokenizer.encoding import Tokenizer
-    from llmkit.training.plan import Plan, Planner, Recipe
+    from llmkit.training.plan import Plan, Planner, PlanOptions, Recipe
     from llmkit.training.run import Run
 
 LONGEST_ROW = 2048  # tokens, where the context of a model that is trained further is longer
@@ -66,7 +66,6 @@ class PretrainConfig(TrainingConfig):
         None, "Model folder to train further, with its own tokenizer.", flag="--from", metavar="MODEL", reads=True
     )
     val: tuple[str, ...] = option((), "Held-out documents, scored in bits per byte.", metavar="FILE", reads=True)
-    token_cache: str | None = option(None, "Cache of token shards [beside --out].", metavar="FOLDER", free=True)
 
     depth: int | None = option(None, "Transformer layers; width and the rest follow.", group="Model", at_least=1)
     hidden_size: int | None = option(None, "Width [64 x depth].", group="Model", at_least=32)
@@ -236,7 +235,7 @@ def _planner(config: PretrainConfig, tokenizer: Tokenizer, run: Run) -> Planner:
         model = replace(model, max_position_embeddings=config.sequence_length or min(context, LONGEST_ROW))
     backend(run.device.type)  # an unknown LLMKIT_KERNELS
     planner = Planner(
-        options=config,
+        options=cast("PlanOptions", config),  # its fields are read-only, which a protocol of fields cannot say
         vocab_size=tokenizer.vocab_size,
         device=run.device.type,
         seconds_used=lambda: run.seconds,
@@ -252,9 +251,9 @@ def _token_shards(
 ) -> tuple[TokenShards, TokenShards | None]:
     """The tokens of the documents and of the held-out ones; a dry run leaves none behind."""
     from llmkit.data.overlap import Overlap
-    from llmkit.data.tokenize import tokenize_documents
+    from llmkit.data.shards import tokenize_documents
 
-    cache = Path(config.token_cache) if config.token_cache else run.folder.with_name(run.folder.name + ".tokens")
+    cache = run.folder.with_name(run.folder.name + ".tokens")
     if config.dry_run:
         cache = Path(tempfile.mkdtemp(prefix="llmkit-"))
         atexit.register(shutil.rmtree, cache, ignore_errors=True)

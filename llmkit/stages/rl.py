@@ -187,7 +187,7 @@ class Learner:
         )
         compared = self.horizon.kl_coef or config.max_kl is not None
         self.reference = deepcopy(tuning.model).eval().requires_grad_(False) if compared else None
-        self.tuning = tuning.with_adapter(config.lora_rank, config.lora_alpha, config.seed)
+        self.tuning = tuning.with_adapter(config.lora_rank, config.seed)
         self._check_plan()
         self.tools = open_tools(config, tuning.tokenizer, stack, tuning.model.config.eos_token_ids)
         self.policy = OwnPolicy(tuning.model, tuning.tokenizer, config.stop, str(config.model), self.tools)
@@ -410,14 +410,15 @@ class Learner:
     def write_policy(self, folder: Path) -> None:
         """Write the policy as it is now, in the precision that it is trained in."""
         from llmkit.model.folder import save_model
+        from llmkit.training.finetuning import save_tuned
 
-        self.tuning.write_tokenizer(folder)
-        self.tuning.save(folder, self.optimizer.masters(), write=partial(save_model, dtype=self.run.dtype))
+        save_tuned(self.tuning, self.optimizer.masters(), folder, write=partial(save_model, dtype=self.run.dtype))
 
     def save(self) -> Summary | None:
         """Write the folder, in the first process; the best parameters where they are known, else the last."""
         from llmkit.rewards.reward_models import ModelReward
         from llmkit.rl.evaluation import CURVES, write_disagreements
+        from llmkit.training.finetuning import save_tuned
 
         config, values = self.config, self.best.values()
         if not self.run.world.leads:
@@ -425,8 +426,7 @@ class Learner:
 
         def write(folder: Path) -> None:
             write_disagreements(folder, self.evaluated, self.gold_rewards)
-            self.tuning.write_tokenizer(folder)
-            self.tuning.save(folder, values)
+            save_tuned(self.tuning, values, folder)
 
         figures = last_figures(read_metrics(self.run.work / METRICS), self.best.step)
         results = {

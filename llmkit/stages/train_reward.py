@@ -16,8 +16,8 @@ from llmkit.io.records import BadRecords
 from llmkit.io.run_folder import check_model_folder
 
 if TYPE_CHECKING:
-    from llmkit.data.mixture import Mixture
-    from llmkit.data.sources import DataFile
+    from llmkit.data.batches import Mixture
+    from llmkit.data.examples import DataFile
     from llmkit.reward_model.comparisons import Comparisons
     from llmkit.tokenizer.chat import ChatFormat
     from llmkit.training.finetuning import Tuning
@@ -126,7 +126,7 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
 
     from llmkit.reward_model.evaluation import check_unequal, judge
     from llmkit.reward_model.head import RewardModel, save_reward_model
-    from llmkit.training.finetuning import load_for_tuning, never_last_id
+    from llmkit.training.finetuning import load_for_tuning, never_last_id, save_tuned
 
     # load
     run.join()
@@ -137,7 +137,7 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
     check_unequal(held_out)
 
     # build
-    tuning = tuning.with_adapter(config.lora_rank, config.lora_alpha, config.seed)
+    tuning = tuning.with_adapter(config.lora_rank, config.seed)
     mixture, steps = _plan(config, files, training, tuning, pad)
     trainer = _trainer(run, tuning, mixture, steps, digests)
     if trainer is None:
@@ -160,8 +160,7 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
 
     def write(folder: Path) -> None:
         write_json(folder / EVALUATION, evaluation)
-        tuning.write_tokenizer(folder, pad_id=pad)
-        tuning.save(folder, values, write=lambda trained, folder: save_reward_model(trained, folder, pad))
+        save_tuned(tuning, values, folder, pad_id=pad, write=partial(save_reward_model, pad_id=pad))
 
     _say_evaluation(evaluation, config.quiet)
     results = _results(trainer, training, tuning, evaluation)
@@ -183,7 +182,7 @@ def _checked(config: TrainRewardConfig) -> list[DataFile]:
     check_model_folder(config.inputs[0], "llmkit train-reward chat/ --data prefs.jsonl")
     if config.rank:
         raise UserError("--rank: expected --score, whose completions are ranked")
-    from llmkit.data.sources import parse_data  # brings numpy, which --help does without
+    from llmkit.data.examples import parse_data  # brings numpy, which --help does without
 
     check_inputs(config.val)
     return parse_data(config.data)
@@ -225,7 +224,7 @@ def _plan(
     """The batches and the number of steps."""
     import numpy as np
 
-    from llmkit.data.mixture import Mixture, Source
+    from llmkit.data.batches import Mixture, Source
     from llmkit.reward_model.comparisons import packed_comparisons
     from llmkit.reward_model.loss import row_length
 

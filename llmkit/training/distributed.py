@@ -19,6 +19,7 @@ https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html. K matric
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,8 @@ from llmkit.io.ranks import launch
 from llmkit.model.devices import choose_dtype
 from llmkit.model.transformer import Transformer
 from llmkit.training import failures
+
+PROCESS_TIMEOUT = 600.0  # seconds to wait for another process
 
 
 class World:
@@ -181,10 +184,6 @@ class World:
         """The first of `total` rows or things that are this process's, and the first that is not; by rank."""
         return self.rank * total // self.size, (self.rank + 1) * total // self.size
 
-    def largest_share(self, total: int) -> int:
-        """Return the rows of the largest share."""
-        return -(-total // self.size)
-
     def deal(self, batches: Iterable[Any]) -> Iterator[Any]:
         """This process's share of some batches, and as many as every other's: one that predicts nothing at the end."""
         if self.size == 1:
@@ -214,7 +213,8 @@ def join(device: torch.device, config: TrainingConfig) -> World:
         return _world
     import torch.distributed as dist
 
-    watch = failures.watch(config.process_timeout)
+    patience = float(os.environ.get("LLMKIT_PROCESS_TIMEOUT", PROCESS_TIMEOUT))
+    watch = failures.watch(patience)
     if config.reads_stdin():  # type: ignore[attr-defined]  # every stage that trains has it
         raise UserError("stdin: several processes cannot read it; give a file that all of them see")
     store = dist.PrefixStore("groups", watch.store.clone())  # type: ignore[reportPrivateImportUsage]
@@ -224,7 +224,7 @@ def join(device: torch.device, config: TrainingConfig) -> World:
     machine["the precision"] = str(choose_dtype(config.dtype, device))
     world.check_same({**machine, **options_by_flag(config)})
     # a wait that the watch does not see, such as that of FSDP, ends by itself, a little later
-    limit = timedelta(seconds=config.process_timeout + 2.0)
+    limit = timedelta(seconds=patience + 2.0)
     dist.init_process_group(backend, store=store, rank=me.rank, world_size=me.size, timeout=limit)
     _world = world
     return world

@@ -5,7 +5,7 @@ tuning = tuning.with_adapter(rank=16, seed=0)        # or all parameters are tra
 optimizer = tuning.build_optimizer(learning_rate=None, weight_decay=0.0)
 best = KeepBest(run.work, optimizer)
 ...                                                  # train; best.offer(step, -loss) after an evaluation
-tuning.save(folder, best.values())
+save_tuned(tuning, best.values(), folder)
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from llmkit.training.plan import ADAMW_RATE, ADAMW_WIDTH, training_memory
 from llmkit.training.trainer import Trainer
 
 if TYPE_CHECKING:
-    from llmkit.data.mixture import Packable
+    from llmkit.data.batches import Packable
     from llmkit.tokenizer.encoding import Tokenizer
 
 
@@ -118,7 +118,7 @@ class Tuning:
     new_tokens    tokens of conversations that the base did not have
     unlearnt      ids that it never saw, whose rows an adapter trains, too
     own           names of parameters that the base does not have
-    template      True if conversations are written as llmkit does, by tokens that `write_tokenizer` adds
+    template      True if conversations are written as llmkit does, by tokens that `save_tuned` adds
     """
 
     folder: str
@@ -131,6 +131,11 @@ class Tuning:
     unlearnt: tuple[int, ...] = ()
     own: frozenset[str] = frozenset()
     adapter: LoraAdapter | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        return self.model.embed_tokens.device
 
     @property
     def context(self) -> int:
@@ -160,16 +165,14 @@ class Tuning:
         """The number of trained parameters."""
         return sum(parameter.numel() for _, parameter in self.parameters)
 
-    def with_adapter(self, rank: int | None, alpha: float | None, seed: int) -> Tuning:
-        """Train low-rank adapters in place of the model's own parameters; `alpha` is twice the rank unless given, and
-        without a rank nothing changes.
+    def with_adapter(self, rank: int | None, seed: int) -> Tuning:
+        """Train low-rank adapters in place of the model's own parameters; without a rank nothing changes.
 
         The rows of the tokens of conversations that a base never saw are trained, too, or it would not learn to stop.
         """
         if rank is None:
             return self
-        alpha = 2.0 * rank if alpha is None else alpha
-        tuning = replace(self, adapter=LoraAdapter(self.model, rank, alpha, seed=seed, token_ids=self.unlearnt))
+        tuning = replace(self, adapter=LoraAdapter(self.model, rank, 2.0 * rank, seed=seed, token_ids=self.unlearnt))
         for _, parameter in tuning.parameters:
             parameter.requires_grad_(True)
         return tuning
@@ -179,8 +182,7 @@ class Tuning:
         divided = 1 if self.adapter else world().size
         state, activations = training_memory(self.model.config, micro_batch_tokens, self.trained_parameters, divided)
         smaller = "take a smaller model" if self.adapter else "take --lora-rank 16, or a smaller model"
-        device = self.model.embed_tokens.device
-        check_memory({smaller: state, "lower --micro-batch-size": activations}, device)
+        check_memory({smaller: state, "lower --micro-batch-size": activations}, self.device)
 
     def build_optimizer(
         self,
@@ -203,45 +205,45 @@ class Tuning:
         decayed = replace(plain, weight_decay=weight_decay)
         return Optimizer((name, value, decayed if value.ndim > 1 else plain) for name, value in self.parameters)
 
-    def write_tokenizer(self, folder: Path, pad_id: int | None = None) -> None:
-        """Write the tokenizer with its tokens and template of conversations; `pad_id` names its token for padding."""
-        written = self.tokenizer
-        if self.template:
-            written = write_chat_tokenizer(load_tokenizer(self.folder), folder)
-        else:
-            written.copy_to(folder)
-        if pad_id is not None:
-            names = {number: name for name, number in written.specials.items()}
-            write_json(folder / "tokenizer_config.json", {**written.config, "pad_token": names[pad_id]})
 
-    def save(
-        self,
-        folder: Path,
-        values: Mapping[str, torch.Tensor],
-        *,
-        keep_adapter: bool = False,
-        write: Callable[[Any, Path], None] = save_model,
-    ) -> None:
-        """Write the model with these values of what is trained, whole and float32, an adapter merged into it.
+def save_tuned(
+    tuning: Tuning,
+    values: Mapping[str, torch.Tensor],
+    folder: Path,
+    *,
+    keep_adapter: bool = False,
+    pad_id: int | None = None,
+    write: Callable[[Any, Path], None] = save_model,
+) -> None:
+    """Write the tokenizer, and last the model with these values of what was trained, an adapter merged into it.
 
-        keep_adapter: write it to adapter/, too
-        write: of another kind of model, or in another precision
-        """
-        base = load_model(self.folder)
-        rows = max(base.config.vocab_size, self.tokenizer.vocab_size)
-        model = self.prepare(base)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if self.adapter is None or name in self.own:
-                    parameter.copy_(values[name])
-        if self.adapter is not None:
-            mine = self.adapter
-            whole = LoraAdapter(model, mine.rank, mine.alpha, mine.targets, token_ids=mine.token_ids)
-            whole.load(dict(values))
-            if keep_adapter:
-                whole.save(folder / "adapter", self.folder, rows)
-            model = whole.merge()
-        write(model.eval(), folder)
+    values        whole and float32
+    keep_adapter  write it to adapter/, too
+    pad_id        named in the tokenizer's configuration as the token for padding
+    write         writes another kind of model, or in another precision
+    """
+    tokenizer = tuning.tokenizer
+    if tuning.template:
+        tokenizer = write_chat_tokenizer(load_tokenizer(tuning.folder), folder)
+    else:
+        tokenizer.copy_to(folder)
+    if pad_id is not None:
+        names = {number: name for name, number in tokenizer.specials.items()}
+        write_json(folder / "tokenizer_config.json", {**tokenizer.config, "pad_token": names[pad_id]})
+    base = load_model(tuning.folder)
+    rows = max(base.config.vocab_size, tokenizer.vocab_size)
+    model = tuning.prepare(base)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if tuning.adapter is None or name in tuning.own:
+                parameter.copy_(values[name])
+    if (mine := tuning.adapter) is not None:
+        whole = LoraAdapter(model, mine.rank, mine.alpha, mine.targets, token_ids=mine.token_ids)
+        whole.load(dict(values))
+        if keep_adapter:
+            whole.save(folder / "adapter", tuning.folder, rows)
+        model = whole.merge()
+    write(model.eval(), folder)
 
 
 def load_for_tuning(

@@ -39,7 +39,6 @@ DECAY_FRACTION = 0.6  # the last part of the run, over which the learning rate d
 HEAD_DIM = 64
 
 
-@dataclass(frozen=True)
 class PlanOptions(Protocol):
     """Options of `pretrain` that fix a part of the plan; those that are None are derived."""
 

@@ -150,7 +150,6 @@ class Run:
                 loss = torch.compile(loss, dynamic=False)
         settings = replace(
             settings,
-            max_grad_norm=config.max_grad_norm,
             eval_every=config.eval_every,
             save_every=config.save_every,
             sample_every=config.sample_every,

@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from llmkit.display import write_message
 from llmkit.errors import Interrupted, LlmkitError, SavedError, SharedError, UserError
@@ -95,7 +94,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         optimizer: Optimizer,
         schedule: Schedule,
         loss: Loss,
@@ -176,7 +175,7 @@ class Trainer:
     def _backward(self, batch: Batch) -> tuple[float, int]:
         """Summed loss and targets of this process's rows, gradients accumulated; halves the micro-batch when memory
         runs out."""
-        (first, stop), rows = world().share(len(batch[0])), world().largest_share(len(batch[0]))
+        (first, stop), rows = world().share(len(batch[0])), -(-len(batch[0]) // world().size)  # of the largest share
         at_once = self.micro_batch_rows
         if self.settings.micro_batch_tokens is not None:
             at_once = max(1, min(at_once, self.settings.micro_batch_tokens // batch[0].shape[1]))

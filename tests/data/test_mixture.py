@@ -11,9 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmkit.data.batches import IGNORED
+from llmkit.data.batches import IGNORED, Mixture, PackedEvaluation, Source, best_fit, packed
 from llmkit.data.examples import Examples
-from llmkit.data.mixture import Mixture, PackedEvaluation, Source, best_fit, packed
 from llmkit.errors import UserError
 from llmkit.model.config import ModelConfig
 from llmkit.model.transformer import Transformer
@@ -157,7 +156,7 @@ def test_every_example_is_seen_once_an_epoch():
 @given(st.floats(0.05, 20))
 def test_sources_keep_their_shares_of_tokens(weight):
     mixed = mixture((weight, 1.0))
-    epochs = mixed.epochs(200)
+    epochs = [epochs for _, epochs in mixed.epochs(200)]
     tokens = [count * source.examples.inputs for count, source in zip(epochs, mixed.sources, strict=True)]
     assert abs(tokens[0] / sum(tokens) - weight / (weight + 1)) < 0.02
 
@@ -165,7 +164,7 @@ def test_sources_keep_their_shares_of_tokens(weight):
 def test_steps_for_an_epoch_go_through_it():
     mixed = mixture()
     steps = mixed.steps_for(mixed.inputs * 50)
-    assert 48 < sum(mixed.epochs(steps)) / 2 < 54
+    assert 48 < sum(epochs for _, epochs in mixed.epochs(steps)) / 2 < 54
     assert mixture().steps_for(1) == 1
 
 

@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmkit.data import tokenize
-from llmkit.data.shards import TokenShards
-from llmkit.data.tokenize import tokenize_documents
+from llmkit.data import shards
+from llmkit.data.shards import TokenShards, tokenize_documents
 from llmkit.errors import UserError
 
 
@@ -57,7 +56,7 @@ def texts_of(shards: TokenShards) -> list[str]:
 
 @pytest.fixture(params=[1, 1 << 22])
 def _any_group_size(request, monkeypatch):
-    monkeypatch.setattr(tokenize, "GROUP_CHARACTERS", request.param)
+    monkeypatch.setattr(shards, "GROUP_CHARACTERS", request.param)
 
 
 @pytest.mark.usefixtures("_any_group_size")
@@ -166,15 +165,15 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 SLOW_RUN = """
 import sys, time
 from pathlib import Path
-from llmkit.data import tokenize
+from llmkit.data import shards
 from tests.data.test_tokenize import Bytes
-tokenize.GROUP_CHARACTERS = 1
+shards.GROUP_CHARACTERS = 1
 class Slow(Bytes):
     def encode_batch(self, texts):
         print("encoding", flush=True)
         time.sleep(0.05 if self.calls < 1 else 60)
         return super().encode_batch(texts)
-tokenize.tokenize_documents([sys.argv[1]], Slow(), Path(sys.argv[2]), quiet=True)
+shards.tokenize_documents([sys.argv[1]], Slow(), Path(sys.argv[2]), quiet=True)
 """
 
 
@@ -198,7 +197,7 @@ def test_a_killed_run_leaves_no_half_cache(jsonl, tmp_path):
 def test_a_full_disk_is_the_users_mistake_and_leaves_nothing(jsonl, tmp_path):
     # A limit on the size of files stands in for the disk
     code = (
-        "import resource, sys; from pathlib import Path; from llmkit.data.tokenize import tokenize_documents;"
+        "import resource, sys; from pathlib import Path; from llmkit.data.shards import tokenize_documents;"
         "from llmkit.errors import UserError; from tests.data.test_tokenize import Bytes\n"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))\n"

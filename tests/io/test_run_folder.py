@@ -288,8 +288,8 @@ def test_a_finished_run_has_results_and_another_folder_has_not(tmp_path: Path) -
     run.finish()
     finished = folder_of(tmp_path / "base", resume=True)
     assert finished.is_finished and finished.results("pretrain", CONFIG) == {"steps": 7}
-    other = TrainingConfig(max_grad_norm=None, quiet=True)
-    with pytest.raises(UserError, match=r"base: another run: --max-grad-norm was 1\.0 and is now none; resume with"):
+    other = TrainingConfig(compile="on", quiet=True)
+    with pytest.raises(UserError, match=r"base: another run: --compile was auto and is now on; resume with"):
         finished.results("pretrain", other)
     with pytest.raises(UserError, match="not a finished sft run"):
         finished.results("sft", CONFIG)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import VOCABULARY, make_model
 
-from llmkit.data.mixture import Mixture, Source
+from llmkit.data.batches import Mixture, Source
 from llmkit.errors import UserError
 from llmkit.reward_model.comparisons import Candidates, Comparisons, packed_comparisons
 from llmkit.reward_model.evaluation import biases, confidence_error, correlation, evaluate, fitted_temperature, wilson

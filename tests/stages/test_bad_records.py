@@ -128,11 +128,11 @@ def test_a_sample_beyond_its_bound_is_resumed(folders, tmp_path, capsys):
 
 def test_the_cache_of_tokens_knows_what_it_left_out(folders, tmp_path, capsys):
     given = write(tmp_path / "d.jsonl", *[GOOD["pretrain"]] * 20, "{")
-    for name in ("one", "two"):
-        summary = run("pretrain", folders, given, tmp_path / name, token_cache=str(tmp_path / "cache"))
+    for _ in range(2):
+        summary = run("pretrain", folders, given, tmp_path / "out", force=True)
         assert summary.bad_records == 1 and f"{given}: 1 of 21 records skipped" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"d\.jsonl:21: .*--max-bad 0 allows"):
-        run("pretrain", folders, given, tmp_path / "three", token_cache=str(tmp_path / "cache"), max_bad="0")
+        run("pretrain", folders, given, tmp_path / "out", force=True, max_bad="0")
 
 
 @pytest.mark.parametrize("given", ["1 %%", "-1", "x", "1.5", "101%", "-1%", "nan%"])
@@ -188,9 +188,9 @@ def test_a_record_that_a_template_refuses_is_named_and_skipped(foreign, tmp_path
 
 def test_a_foreign_template_can_be_inspected_and_characters_are_whole(foreign, folders, tmp_path, capsys):
     given = write(tmp_path / "d.jsonl", {"prompt": "wo?", "completion": "Zürich 日本 🙂"})
-    sft.run(sft.SftConfig(model=str(foreign), data=(str(given),), inspect=1, quiet=True))
+    sft.run(sft.SftConfig(model=str(foreign), data=(str(given),), dry_run=True, quiet=True))
     assert "<|turn|>user: wo?<|end|><|turn|>assistant: «Zürich 日本 🙂<|end|>»" in capsys.readouterr().out
-    sft.run(sft.SftConfig(model=str(folders["base"]), data=(str(given),), inspect=1, quiet=True))
+    sft.run(sft.SftConfig(model=str(folders["base"]), data=(str(given),), dry_run=True, quiet=True))
     assert "<|im_sep|>«Zürich 日本 🙂<|im_end|>»" in capsys.readouterr().out
 
 
@@ -219,7 +219,7 @@ def test_characters_outside_the_vocabulary_are_counted_and_not_learnt(letters, t
     assert "characters outside the vocabulary 1" in capsys.readouterr().err
     assert summary.not_used["characters outside the vocabulary"] == (2 if command == "train-reward" else 1)
     if command == "sft":
-        sft.run(sft.SftConfig(model=str(letters), data=(str(given),), inspect=3, quiet=True))
+        sft.run(sft.SftConfig(model=str(letters), data=(str(given),), dry_run=True, quiet=True))
         shown = capsys.readouterr().out
         assert "4 trained on" in shown and shown.count("6 trained on") == 2  # " ok" and the end of the turn
 

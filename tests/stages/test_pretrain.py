@@ -346,12 +346,13 @@ def test_stdin_documents_and_the_token_cache(corpus, llmkit, tmp_path):
     ]
     done = llmkit(*command, stdin=text)
     assert done.returncode == 0, done.stderr
-    again = llmkit(*arguments(corpus, tmp_path / "two", "--max-steps", "2", "--token-cache", str(tmp_path / "cache")))
-    stamp = os.stat(next((tmp_path / "cache").glob("tokens-*/shard-00000.safetensors"))).st_mtime_ns
-    third = llmkit(*arguments(corpus, tmp_path / "three", "--max-steps", "2", "--token-cache", str(tmp_path / "cache")))
+    again = llmkit(*arguments(corpus, tmp_path / "two", "--max-steps", "2"))
+    (shard,) = (tmp_path / "two.tokens").glob("tokens-*/shard-00000.safetensors")
+    stamp, written = os.stat(shard).st_mtime_ns, weights(tmp_path / "two")
+    third = llmkit(*arguments(corpus, tmp_path / "two", "--max-steps", "2", "--force"))
     assert again.returncode == third.returncode == 0
-    assert os.stat(next((tmp_path / "cache").glob("tokens-*/shard-00000.safetensors"))).st_mtime_ns == stamp
-    assert weights(tmp_path / "two") == weights(tmp_path / "three") == weights(tmp_path / "base")
+    assert os.stat(shard).st_mtime_ns == stamp
+    assert written == weights(tmp_path / "two") == weights(tmp_path / "base")
 
 
 # ---- --from MODEL

@@ -111,7 +111,7 @@ def test_formats_weights_stdin_and_identity_together(base, chats, llmkit, tmp_pa
     text = write(tmp_path / "text.jsonl", {"text": "The sea is wide."}, {"prompt": "Hi", "completion": "Hello."})
     out = tmp_path / "chat"
     done = llmkit(
-        "sft", base, "--data", "-:3", "--data", f"{text}:1", "--identity", "name=Ada;maker=Example Labs",
+        "sft", base, "--data", "-:3", "--data", f"{text}:1", "--identity", "name=Ada;maker=Example Labs:0.2",
         "--system", "identity", "--max-steps", "8", *SPEED, "-o", out, stdin=chats.read_text(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -215,8 +215,8 @@ def test_a_resumption_with_other_data_is_refused(base, chats, llmkit, tmp_path):
 # ---- a look, and bad input
 
 
-def test_inspect_shows_what_is_trained_on(base, chats, llmkit):
-    done = llmkit("sft", base, "--data", chats, "--inspect", "2")
+def test_a_dry_run_shows_what_is_trained_on(base, chats, llmkit):
+    done = llmkit("sft", base, "--data", chats, "--dry-run")
     assert done.returncode == 0, done.stderr
     expected = (
         "<|im_start|>user<|im_sep|>What is the sea?<|im_end|><|im_start|>assistant<|im_sep|>«Salt water.<|im_end|>»"
@@ -230,13 +230,13 @@ def test_rejected_answers_are_not_trained_on_and_losses_are_counted(base, llmkit
     called = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "tool_calls": [{"function": call}]}]
     rows = [{"prompt": f"{n}?", "completion": "bad" if n % 3 else "good", "label": n % 3 == 0} for n in range(6)]
     data = write(tmp_path / "kto.jsonl", *rows, {"messages": called, "tools": [{"type": "function"}]})
-    done = llmkit("sft", base, "--data", data, "--inspect", "9")
+    done = llmkit("sft", base, "--data", data, "--dry-run")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("good") == 2 and "bad" not in done.stdout
     assert "7 conversations, rejected by its label 4; 3 examples" in done.stderr
     assert "of 7 records: tool definitions left out 1, calls of unknown tools as text 1\n" in done.stderr
     write(data, *rows[1:3])
-    alone = llmkit("sft", base, "--data", data, "--inspect", "9")
+    alone = llmkit("sft", base, "--data", data, "--dry-run")
     assert alone.returncode == 2 and "nothing to train on in 2 conversations (rejected by its label 2)" in alone.stderr
 
 
@@ -246,7 +246,7 @@ def test_a_long_conversation_is_split_before_questions_and_keeps_its_system_mess
     rows = [{"role": role, "content": text} for role, text in (("system", "Rhyme."), *turns)]
     data = write(tmp_path / "long.jsonl", {"messages": rows}, {"messages": rows[:5]})
     words = ["sft", base, "--data", data, "--sequence-length", "64"]
-    done = llmkit(*words, "--on-long", "split", "--inspect", "9")
+    done = llmkit(*words, "--on-long", "split", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "2 conversations, split 2; 5 examples" in done.stderr
     assert "1 answer cut at the context of" in done.stderr
@@ -262,10 +262,10 @@ def test_a_long_conversation_is_split_before_questions_and_keeps_its_system_mess
 
 def test_dry_run_says_what_would_be_done(base, chats, llmkit):
     done = llmkit("sft", base, "--data", chats, "--dry-run")
-    assert done.returncode == 0 and not done.stdout
+    assert done.returncode == 0
     assert "parameters are trained; 11 tokens are new to the model" in done.stderr
     assert re.search(r"about 0\.\d+ GB of memory, \d+s to train", done.stderr)
-    long = llmkit("sft", base, "--data", chats, "--tokens", "9e18", "--dry-run").stderr
+    long = llmkit("sft", base, "--data", chats, "--epochs", "9e15", "--dry-run").stderr
     assert "GB of memory, over 1000 days to train" in long
     told = llmkit("sft", base, "--data", chats, "--loss", "all", "--limit", "3", "--dry-run").stderr
     assert re.search(r"examples?, (\d+) tokens, \1 of them", told)  # the first is predicted by nothing
@@ -345,14 +345,13 @@ def test_bad_data_is_named(base, tmp_path, rows, reason):
         ({"data": ("{chats}:1", "{chats}")}, "expected a weight on every file or on none"),
         ({"sequence_length": 9999}, "the model's context is 512"),
         ({"on_long": "error", "sequence_length": 8}, "chats.jsonl:1: "),
-        ({"epochs": 1.0, "tokens": 5}, "--epochs and --tokens: expected one way to say how long"),
+        ({"epochs": 1.0, "max_steps": 5}, "--epochs and --max-steps: expected one way to say how long"),
         ({"identity": "name=Ada"}, "found no maker"),
         ({"system": "identity"}, "needs --identity"),
         ({"lora_rank": 129}, "--lora-rank: expected at most 64, the smaller side"),
         ({"keep_adapter": True}, "needs --lora-rank"),
-        ({"lora_alpha": 4.0}, "--lora-alpha: needs --lora-rank"),
         ({"eval_every": 5}, "--eval-every: needs --val"),
-        ({"identity_weight": 0.5}, "--identity-weight: needs --identity"),
+        ({"identity": "name=Ada;maker=Example Labs:0"}, "--identity: expected a weight above 0"),
         ({"patience": 2}, "needs --val and --eval-every"),
         ({"model": "nowhere"}, "nowhere: expected a model folder, found nothing"),
     ],
