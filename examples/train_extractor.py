@@ -30,8 +30,8 @@ from urllib.parse import urlsplit
 import numpy as np
 from safetensors.numpy import save_file
 
-from llmkit.crawl.extract.blocks import BlockTree, cut_blocks
-from llmkit.crawl.extract.features import NameWeights, block_features, key_tokens
+from llmkit.crawl.extract.blocks import BlockTree, ElementKey, cut_blocks
+from llmkit.crawl.extract.features import NameWeights, block_features, name_words
 from llmkit.crawl.extract.main_text import FAVOURS, BlockModel, Extractor, best_blocks, feature_rows, text_of
 from llmkit.crawl.extract.markup import PageLimitError, utf8_html
 from llmkit.crawl.page import Page
@@ -129,6 +129,11 @@ def block_labels(blocks: list[list[str]], truth: list[str]) -> np.ndarray:
                 labels[number] = found
                 unmatched.subtract(grams)
     return labels
+
+
+def key_tokens(key: ElementKey) -> list[str]:
+    """Return tokens for or against an element's text: its tag, and the words of its class, id, role and itemprop."""
+    return [f"<{key.tag}", *(word for name in key.names.split() for word in name_words(name))]
 
 
 def path_tokens(tree: BlockTree) -> list[Counter[str]]:

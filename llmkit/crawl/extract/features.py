@@ -32,11 +32,6 @@ def name_words(name: str) -> list[str]:
     return [word.lower() for word in _WORD_OF_NAME.findall(name)]
 
 
-def key_tokens(key: ElementKey) -> list[str]:
-    """Return tokens for or against an element's text: its tag, and the words of its class, id, role and itemprop."""
-    return [f"<{key.tag}", *(word for name in key.names.split() for word in name_words(name))]
-
-
 class NameWeights(dict[str, float]):
     """Learnt log-odds of the tags (`<p`) and of the names that elements bear; a name's are its words' sum, kept."""
 
@@ -52,7 +47,7 @@ class NameWeights(dict[str, float]):
         return weight
 
     def of(self, keys: list[ElementKey]) -> list[float]:
-        """The sum over `key_tokens` of each key."""
+        """The sum over the tag and the names of each key."""
         weights = []
         for tag, names in keys:
             weight = self["<" + tag]

@@ -260,7 +260,12 @@ def _n_gram_characters(split: Split) -> tuple[dict[int, int], dict[int, int]]:
     ends = np.concatenate(([0], np.cumsum(split.lengths[ids])))  # where each word ends, with no space between
     letters = split.letters_per_word
     space = int(letters == 1)
-    top = {n: _first(ends, n * letters, space) for n in TOP_N_GRAMS}
+
+    def size(start: int, length: int) -> int:
+        return int(ends[start + length] - ends[start]) + space * (length - 1)
+
+    # where all n-grams are equally frequent, the first counts
+    top = {n: size(0, n * letters) if len(ids) >= n * letters else 0 for n in TOP_N_GRAMS}
     duplicate = dict.fromkeys(DUPLICATE_N_GRAMS, 0)
     starts = (split.counts[ids] > 1).nonzero()[0]  # of the n-grams that occur twice: the first word,
     names = ids[starts]  # and a number for each
@@ -269,8 +274,8 @@ def _n_gram_characters(split: Split) -> tuple[dict[int, int], dict[int, int]]:
         names, first, counts = _group(names[pairs] * len(ids) + names[pairs + 1])
         starts = starts[pairs]
         n = length // letters if length % letters == 0 else 0
-        if n in top:
-            top[n] = _top(starts, first, counts, ends, length, space)
+        if n in top and (most := int(counts.max(initial=1))) > 1:
+            top[n] = most * size(int(starts[first[counts == most].min()]), length)
         again = counts[names] > 1
         starts, names = starts[again], names[again]
         if not len(starts):  # by n = 8 on half of all pages
@@ -294,22 +299,7 @@ def _group(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     bounds = new.nonzero()[0]
     names = np.empty(len(keys), np.int64)
     names[order] = new.cumsum() - 1
-    ends = np.append(bounds[1:], len(keys))
-    return names, order[bounds], (ends - bounds)[: len(bounds)]
-
-
-def _first(ends: np.ndarray, n: int, space: int) -> int:
-    """The characters of the first n-gram, where all are equally frequent; 0 for fewer than n words."""
-    return int(ends[n]) + space * (n - 1) if len(ends) > n else 0
-
-
-def _top(starts: np.ndarray, first: np.ndarray, counts: np.ndarray, ends: np.ndarray, n: int, space: int) -> int:
-    """The characters of all occurrences of the most frequent n-gram; of several, the one that comes first."""
-    most = counts.max(initial=1)
-    if most == 1:
-        return _first(ends, n, space)
-    start = starts[first[counts == most].min()]
-    return int(most * (ends[start + n] - ends[start] + space * (n - 1)))
+    return names, order[bounds], np.diff(np.append(bounds, len(keys)))
 
 
 def _duplicate(starts: list[int], names: list[int], ends: np.ndarray, n: int) -> int:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llmkit.crawl.extract.blocks import TAG_BITS, ElementKey, cut_blocks
-from llmkit.crawl.extract.features import NameWeights, block_features, key_tokens, name_words
+from llmkit.crawl.extract.features import NameWeights, block_features, name_words
 from llmkit.crawl.extract.markup import MAX_DEPTH
 
 CONSENT = "<div id=onetrust-consent-sdk><div><p>We value your privacy</p><button>Accept</button></div></div>"
@@ -114,7 +114,6 @@ def test_a_block_knows_its_elements() -> None:
 def test_words_of_names() -> None:
     assert name_words("postBody-12_XMLView") == ["post", "body", "xml", "view"]
     assert name_words("post-body__item") == ["post", "body", "", "item"]
-    assert key_tokens(ElementKey("p", "postBody nav")) == ["<p", "post", "body", "nav"]
     weights = NameWeights({"<p": 1.0, "post": 0.5, "nav": -2.0})
     assert weights.of([ElementKey("p", "postBody nav"), ElementKey("my-tag", "unknown")]) == [-0.5, 0.0]
 
