@@ -2,10 +2,7 @@
 
     @dataclass(frozen=True, kw_only=True)
     class PretrainConfig(CommonConfig):
-        inputs: tuple[str, ...] = argument("Documents.", metavar="INPUT...")
         depth: int | None = option(None, "Transformer layers; sets the rest.", group="Model", at_least=1)
-
-    config = resolve(PretrainConfig, {"depth": "4"}, config_file=None)
 
 Values come from a flag, else the TOML file, else the default; `None` means off or automatic.
 """
@@ -140,12 +137,9 @@ class CommonConfig:
 class RecordsConfig:
     """Options of every stage that reads users' records."""
 
-    max_bad: str = option(
-        "1%", "Bad records skipped in each file, at most.", group="Common", metavar="SHARE|COUNT", free=True
-    )
+    max_bad: str = option("1%", "Bad records of a file, at most.", group="Common", metavar="SHARE|COUNT", free=True)
 
     def __post_init__(self) -> None:
-        """Raises UserError for a --max-bad that is neither a share nor a count."""
         parse_max_bad(self.max_bad)
 
 
@@ -156,24 +150,17 @@ class TrainingConfig(RecordsConfig, CommonConfig):
     device: str = option("auto", "Compute device.", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = option("auto", "Working precision; masters are float32.", choices=("auto", "float32", "bfloat16"))
     resume: bool = option(False, "Resume from the last checkpoint of --out.", free=True)
-    activation_checkpointing: bool = option(
-        False, "Recomputation of activations: less memory, a third slower.", group="Training"
-    )
+    activation_checkpointing: bool = option(False, "Less memory for a third more time.", group="Training")
     compile: str = option("auto", "torch.compile; auto: on GPUs.", group="Training", choices=("auto", "on", "off"))
 
     eval_every: int | None = option(None, "Steps between validations [at the end].", group="Log", at_least=1, free=True)
     save_every: int | None = option(None, "Steps between checkpoints [10 minutes].", group="Log", at_least=1, free=True)
     sample_every: int | None = option(None, "Steps between samples [never].", group="Log", at_least=1, free=True)
     log_to: tuple[str, ...] = option(
-        (),
-        "Tracker that gets a copy of the metrics; repeatable.",
-        group="Log",
-        choices=("tensorboard", "wandb"),
-        free=True,
+        (), "Tracker for a copy of the metrics; repeatable.", group="Log", choices=("tensorboard", "wandb"), free=True
     )
 
     def __post_init__(self) -> None:
-        """Raises UserError for two options of the length of training, and for a missing package."""
         super().__post_init__()
         lengths = [item for item in option_fields(type(self)) if option_of(item).group == "Horizon"]
         given = [flag_of(item) for item in lengths if getattr(self, item.name) is not None and item.name != "patience"]
@@ -184,8 +171,7 @@ class TrainingConfig(RecordsConfig, CommonConfig):
                 raise UserError(f"--log-to {name}: needs the package {name}; pip install 'llmkit[{name}]'")
 
 
-MOST_RATE = 1  # of AdamW: a step of it moves each weight by as much
-MOST_DECAY = 10
+MOST_RATE, MOST_DECAY = 1, 10  # of AdamW: a step at the rate 1 moves each weight by as much
 DECAY_FRACTION = 0.9  # of tuning: the last part of the run, over which the learning rate decays
 MICRO_BATCH_TOKENS = 8192  # of tuning, where --micro-batch-size is not given
 
@@ -295,8 +281,7 @@ def parse_max_bad(text: str) -> tuple[float | None, int]:
 def value_type(annotation: Any) -> tuple[type, bool, bool]:
     """Split an annotation into (base type, may be None, is a tuple of many)."""
     if get_origin(annotation) in (Union, types.UnionType):
-        parts = [part for part in get_args(annotation) if part is not type(None)]
-        base, _, many = value_type(parts[0])
+        base, _, many = value_type(next(kind for kind in get_args(annotation) if kind is not type(None)))
         return base, True, many
     if get_origin(annotation) is tuple:
         return get_args(annotation)[0], False, True

@@ -31,7 +31,7 @@ def printable(text: str) -> str:
     >>> printable("\x1b[31mred\ttwo\n")
     '\\u001b[31mred\ttwo\n'
     """
-    return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def redacted(text: str) -> str:

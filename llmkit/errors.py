@@ -44,11 +44,11 @@ class Interrupted(LlmkitError):
 
 
 @contextmanager
-def naming(place: str) -> Iterator[None]:
-    """Put a place before the message of a UserError that does not begin with it."""
+def naming(where: str) -> Iterator[None]:
+    """Put `where` before the message of a UserError that does not begin with it."""
     try:
         yield
     except UserError as error:
-        if not place or str(error).startswith(place):
+        if not where or str(error).startswith(where):
             raise
-        raise UserError(f"{place}: {error}") from None
+        raise UserError(f"{where}: {error}") from None

@@ -180,7 +180,7 @@ def resumable(*paths: Path | None) -> Iterator[None]:
 # ---- what identifies a run
 
 
-def check_identity(place: str | Path, noted: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_identity(path: str | Path, noted: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise UserError naming the first value of a resumed run's identity, which may be nested, that is not as noted."""
     now = orjson.loads(orjson.dumps(now))  # as JSON has given back what was noted
     for name in now:
@@ -192,7 +192,7 @@ def check_identity(place: str | Path, noted: Mapping[str, Any], now: Mapping[str
             name, former, new = f"{name}.{inner}", former.get(inner), new.get(inner)
         former, new = ("none" if value is None else str(value)[:200] for value in (former, new))
         raise UserError(
-            f"{place}: another run: {name} was {former} and is now {new}; "
+            f"{path}: another run: {name} was {former} and is now {new}; "
             "resume with the same options and inputs, or start again with --force"
         )
 
