@@ -73,9 +73,11 @@ def read_questions(
 
     def rows_of(handle: io.BufferedReader, path: str) -> Iterator[Row | UserError]:
         for row in json_rows(handle, path):
-            if isinstance(row, Row) and "paragraphs" in row.value:  # SQuAD over many lines
+            if isinstance(row, UserError) or first_of(row.value, FACTS) is not None:
+                yield row
+            elif "paragraphs" in row.value:  # an article of SQuAD's, where its object stands on many lines
                 yield from _squad([row.value], row.path, row.line)
-            elif isinstance(row, Row) and "data" in row.value and "question" not in row.value:
+            elif "data" in row.value:
                 yield from _squad(_listed(row.value, "data", row.path), row.path)
             else:
                 yield row

@@ -76,7 +76,7 @@ def test_squad_in_one_line_or_many_plain_or_packed(tmp_path, indent, pack):
 
 
 def test_jsonl_arrays_and_a_limit(tmp_path):
-    rows = [{"question": f"What is {n}?", "answer": n} for n in range(4)]
+    rows = [{"question": f"What is {n}?", "answer": n, "data": [n]} for n in range(4)]
     lines, array = tmp_path / "q.jsonl", tmp_path / "q.json"
     lines.write_text("".join(json.dumps(one) + "\n\n" for one in rows))
     array.write_text(json.dumps(rows, indent=1))
