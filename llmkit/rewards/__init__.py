@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 
 from llmkit.errors import UserError
-from llmkit.rewards.reward import LARGEST, Attempt, Reward, Weighted, judge, total
+from llmkit.rewards.reward import LARGEST, Attempt, Reward, Weighted, judge
 from llmkit.tools.user_code import check_spelling
 
-__all__ = ["Attempt", "Reward", "Weighted", "judge", "parse_rewards", "total"]
+__all__ = ["Attempt", "Reward", "Weighted", "judge", "parse_rewards"]
 
 EXPECTED = "verifier, verifier=NAME, rm:FOLDER, spread:FOLDER, cmd:COMMAND, py:FILE.py:FUNCTION, format:REGEX or length"
 WEIGHT = re.compile(
@@ -65,8 +65,8 @@ def parse_rewards(
             raise UserError(f"{flag} {text or repr(text)}: expected {EXPECTED}")
         elif kind in ("rm", "spread"):
             if not Path(rest).is_dir():
-                found = "a file" if Path(rest).exists() else "nothing"
-                raise UserError(f"{flag} {text}: expected a reward model's folder, found {found}")
+                actual = "a file" if Path(rest).exists() else "nothing"
+                raise UserError(f"{flag} {text}: expected a reward model's folder, found {actual}")
             build = partial(_model, rest, device, dtype, kind == "spread")
         elif kind == "cmd":
             from llmkit.rewards.user_rewards import CommandReward, split_command
@@ -90,15 +90,15 @@ def parse_rewards(
 
 
 def _weighted(text: str, flag: str) -> tuple[str, float]:
-    found = WEIGHT.fullmatch(text)
-    if not found or re.fullmatch(r"py:[^:]+:(nan|inf)", text):  # a function of that name
+    match = WEIGHT.fullmatch(text)
+    if not match or re.fullmatch(r"py:[^:]+:(nan|inf)", text):  # a function of that name
         return text, 1.0
-    weight = float(found[2])
+    weight = float(match[2])
     if not math.isfinite(weight) or weight == 0:
-        raise UserError(f"{flag} {text}: expected a weight that is finite and not 0, found {found[2]}")
+        raise UserError(f"{flag} {text}: expected a weight that is finite and not 0, found {match[2]}")
     if abs(weight) > LARGEST:
-        raise UserError(f"{flag} {text}: expected a weight from {-LARGEST:g} to {LARGEST:g}, found {found[2]}")
-    return found[1], weight
+        raise UserError(f"{flag} {text}: expected a weight from {-LARGEST:g} to {LARGEST:g}, found {match[2]}")
+    return match[1], weight
 
 
 def _model(folder: str, device: str, dtype: str, spread: bool) -> Reward:

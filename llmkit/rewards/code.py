@@ -87,18 +87,18 @@ def code_of(completion: str, names: Sequence[str] = ()) -> str:
     >>> code_of("```python\ndef f(): pass\n```\nUsage:\n```python\nprint(f())\n```", ["f"])
     'def f(): pass\n'
     """
-    found = list(FENCE.finditer(completion))
-    if not found:
+    fences = list(FENCE.finditer(completion))
+    if not fences:
         return _without_words(completion, names)
-    marked = [one for one in found[-MOST_BLOCKS:] if one["language"].lower() in LANGUAGES]
-    blocks = [_code(one) for one in found[-MOST_BLOCKS:] if one in marked or not one["language"]]
+    marked = [fence for fence in fences[-MOST_BLOCKS:] if fence["language"].lower() in LANGUAGES]
+    blocks = [_code(fence) for fence in fences[-MOST_BLOCKS:] if fence in marked or not fence["language"]]
     if not blocks:
         return ""
     chosen = (
         [block for block in blocks if names and all(defines(block, name) for name in names)]
         or [block for block in blocks if any(defines(block, name) for name in names)]
         or [block for block in blocks if not names and READS.search(block)]
-        or [_code(one) for one in marked]
+        or [_code(fence) for fence in marked]
         or blocks
     )[-1]
     return "".join(f"{block}\n" for block in _taken(chosen, blocks)) + chosen
@@ -112,8 +112,8 @@ def defines(code: str, name: str) -> bool:
 def _defined(code: str) -> set[str]:
     names = set()
     for function, variable, imported in DEFINED.findall(code):
-        parts = [part.split() for part in imported.strip(" ()").split(",")]
-        names |= {function or variable, *(part[-1].split(".")[0] for part in parts if part)}
+        pieces = [part.split() for part in imported.strip(" ()").split(",")]
+        names |= {function or variable, *(part[-1].split(".")[0] for part in pieces if part)}
     return names - {""}
 
 
@@ -131,9 +131,9 @@ def _taken(chosen: str, blocks: Sequence[str]) -> list[str]:
     return taken
 
 
-def _code(found: re.Match[str]) -> str:
-    indent = found["indent"]
-    return re.sub(f"^{indent}", "", found["code"], flags=re.MULTILINE) if indent else found["code"]
+def _code(fence: re.Match[str]) -> str:
+    indent = fence["indent"]
+    return re.sub(f"^{indent}", "", fence["code"], flags=re.MULTILINE) if indent else fence["code"]
 
 
 def _without_words(text: str, names: Sequence[str]) -> str:
@@ -177,7 +177,7 @@ class CodeTests:
         if not code.strip():
             return False
         if isinstance(tests, list):
-            return all(self._prints(code, one["input"], one["output"]) for one in tests)
+            return all(self._prints(code, test["input"], test["output"]) for test in tests)
         if entry_point is None:
             return self._passes(code, "", tests, names, None)
         given = _whole(code_of(problem.prompt, names))
@@ -188,10 +188,10 @@ class CodeTests:
     def _passes(self, program: str, prompt: str, tests: str, names: list[str], entry_point: str | None) -> bool:
         word = secrets.token_hex(16)
         with room_for(self.limits, 2), ThreadPoolExecutor(1) as other:
-            asked, requests = os.pipe()  # each pair: the end that is read, the end that is written
+            incoming, requests = os.pipe()  # each pair: the end that is read, the end that is written
             answered, replies = os.pipe()
-            served = f"{CALLING}\nserve({program!r}, {asked}, {replies})\n"
-            serving = other.submit(self._run_with, served, (asked, replies))
+            served = f"{CALLING}\nserve({program!r}, {incoming}, {replies})\n"
+            serving = other.submit(self._run_with, served, (incoming, replies))
             arguments = f"{prompt!r}, {tests!r}, {names!r}, {entry_point!r}, {word!r}, {requests}, {answered}"
             result = self._run_with(f"{CALLING}\ntest({arguments})\n", (requests, answered))
             serving.result()
@@ -233,8 +233,8 @@ def names_called(tests: str) -> list[str]:
         if isinstance(node, (ast.Import, ast.ImportFrom))
         for alias in node.names
     }
-    asked = {node.id for node in nodes if isinstance(node, ast.Name)}
-    return sorted(name for name in asked - known if not hasattr(builtins, name))
+    used = {node.id for node in nodes if isinstance(node, ast.Name)}
+    return sorted(name for name in used - known if not hasattr(builtins, name))
 
 
 def _whole(prompt: str) -> str:
@@ -279,10 +279,10 @@ def _tests_of(problem: Problem) -> str | list[dict[str, str]]:
         expected = "expected 'test' and 'entry_point', or 'tests', for the verifier 'tests'"
         raise UserError(f"{where}: {expected}, found {sorted(record)}")
     tests = record[field]
-    if isinstance(tests, list) and tests and all(_is_input_output(one) for one in tests):
+    if isinstance(tests, list) and tests and all(_is_input_output(test) for test in tests):
         return tests
     lines = [tests] if isinstance(tests, str) else tests
-    if not isinstance(lines, list) or not lines or not all(isinstance(one, str) for one in lines):
+    if not isinstance(lines, list) or not lines or not all(isinstance(test, str) for test in lines):
         raise UserError(f"{where}: expected {field!r} to be assertions, or objects of input and output, all of text")
     setup = record.get("test_setup_code") or ""
     text = _parsed("\n".join([setup, *lines]), where, field)

@@ -61,8 +61,8 @@ class FormatReward(Reward):
 
     def score(self, attempts: Sequence[Attempt]) -> list[float]:
         """1.0 or 0.0 for each attempt."""
-        said = [one.completion.strip() for one in attempts]
-        return [float(bool(text) and matches_whole(self._pattern, text)) for text in said]
+        texts = [attempt.completion.strip() for attempt in attempts]
+        return [float(bool(text) and matches_whole(self._pattern, text)) for text in texts]
 
 
 class LengthReward(Reward):
@@ -72,7 +72,7 @@ class LengthReward(Reward):
 
     def score(self, attempts: Sequence[Attempt]) -> list[float]:
         """Sampled tokens over those that could have been."""
-        return [one.token_count / one.max_tokens for one in attempts]
+        return [attempt.token_count / attempt.max_tokens for attempt in attempts]
 
 
 # ---- the verifier regex
@@ -155,8 +155,8 @@ def is_schema_met(problem: Problem, completion: str) -> bool:
 
     fenced = FENCED.fullmatch(completion)
     try:
-        said = fenced[1] if fenced else completion
-        value = json.loads(said, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+        text = fenced[1] if fenced else completion
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
         _deadline.at = time.thread_time() + LONGEST_CHECK
         return _validator(problem.record["schema"]).is_valid(value)
     # ArithmeticError: a quotient beyond floats of multipleOf
@@ -227,10 +227,10 @@ def _finite(text: str) -> float:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
         raise ValueError("a key twice")
-    return made
+    return value
 
 
 def _no_constant(name: str) -> Any:

@@ -39,8 +39,8 @@ QUOTES = " \t\r\n\"'`*_\u201c\u201d\u2018\u2019\u00ab\u00bb"
 
 def unasked(completion: str, prompt: str) -> str:
     """The completion without repetitions of the whole prompt, where that is three words or more."""
-    asked = prompt.strip()
-    return completion.replace(asked, "\n") if len(asked.split()) >= 3 else completion
+    question = prompt.strip()
+    return completion.replace(question, "\n") if len(question.split()) >= 3 else completion
 
 
 def after_thinking(completion: str) -> str:
@@ -61,8 +61,8 @@ def final(completion: str) -> str:
     ('5', '5')
     """
     text = after_thinking(completion)
-    found = tagged(text)
-    return text if found is None else found
+    answer = tagged(text)
+    return text if answer is None else answer
 
 
 def marked(completion: str, numeric: bool = False) -> str | None:
@@ -73,27 +73,27 @@ def marked(completion: str, numeric: bool = False) -> str | None:
     >>> marked("2 + 2 = 4\\n#### 4"), marked("#### 4\\n#### 5"), marked(r"\\boxed{3} \\boxed{4}"), marked("four")
     ('4', '', '4', None)
     """
-    parts = [part.strip(" \t").partition("\n") for part in MARK.split(completion)[1:]]
+    pieces = [part.strip(" \t").partition("\n") for part in MARK.split(completion)[1:]]
     lines = [
         line.strip()
-        for place, (line, _, rest) in enumerate(parts, 1)
+        for number, (line, _, rest) in enumerate(pieces, 1)
         if not (
-            (rest.strip() or place < len(parts))
+            (rest.strip() or number < len(pieces))
             and (HEADING.match(line) or (numeric and line.strip() and not any(map(str.isdecimal, line))))
         )
     ]
     if not lines:
-        said = last_boxed(completion)
-        return None if said is None else TEXT.sub(r"\1", said)
-    found = {line[start.end() :] if (start := ANNOUNCED.search(line)) else line for line in lines}
-    return found.pop() if len(found) == 1 else ""
+        boxed = last_boxed(completion)
+        return None if boxed is None else TEXT.sub(r"\1", boxed)
+    answers = {line[start.end() :] if (start := ANNOUNCED.search(line)) else line for line in lines}
+    return answers.pop() if len(answers) == 1 else ""
 
 
 def statement(completion: str) -> str:
     """Return the final statement: the marked text, else what "the answer is" announces, else the last line."""
-    said = marked(completion)
-    if said is not None:
-        return said
+    text = marked(completion)
+    if text is not None:
+        return text
     places = deque(ANNOUNCED.finditer(completion), maxlen=1)
     if places:
         rest = completion[places[-1].end() :].strip()
@@ -108,9 +108,9 @@ def last_sentence(completion: str) -> str:
     >>> last_sentence("2 + 3 = 5. The answer is five. "), last_sentence("Six.")
     ('five.', 'Six.')
     """
-    said = statement(completion)[-1000:]
-    ends = [one.end() for one in SENTENCE_END.finditer(said) if said[one.end() :].strip()]
-    return said[ends[-1] :] if ends else said
+    text = statement(completion)[-1000:]
+    ends = [end.end() for end in SENTENCE_END.finditer(text) if text[end.end() :].strip()]
+    return text[ends[-1] :] if ends else text
 
 
 def plain(text: str) -> str:
@@ -138,26 +138,26 @@ def chosen(completion: str, options: Sequence[tuple[str, str]]) -> str | None:
     Accepted are the letter ("B", "(b)", "B)", "B. text", "The answer is B"), and the text of an option alone. Of the
     last statement only one letter may be named, and nothing denied: "A or B", "not A, but B" choose nothing.
     """
-    said = unicodedata.normalize("NFKC", statement(completion)).strip(QUOTES)
-    said = INSTEAD.sub("", said)
-    ending = last_sentence(said).strip(QUOTES)
-    said = ending if CONCLUSION.match(ending) else said
-    alone = re.fullmatch(r"(?i:(?:the )?(?:option|choice|letter|answer)\s+)?[(\[]?([A-Za-z])[)\].:\u3002]{0,2}", said)
+    choice = unicodedata.normalize("NFKC", statement(completion)).strip(QUOTES)
+    choice = INSTEAD.sub("", choice)
+    ending = last_sentence(choice).strip(QUOTES)
+    choice = ending if CONCLUSION.match(ending) else choice
+    alone = re.fullmatch(r"(?i:(?:the )?(?:option|choice|letter|answer)\s+)?[(\[]?([A-Za-z])[)\].:\u3002]{0,2}", choice)
     letters = [letter for letter, _ in options]
     if alone:
         return alone[1].upper() if alone[1].upper() in letters else None
-    texts = [letter for letter, text in options if plain(text) and plain(text) == plain(said)]
+    texts = [letter for letter, text in options if plain(text) and plain(text) == plain(choice)]
     if texts:
         return texts[0] if len(texts) == 1 else None
-    labelled = re.match(r"[(\[]?([A-Za-z])[)\].:]{1,2}\s*(.+)", said, re.DOTALL)
+    labelled = re.match(r"[(\[]?([A-Za-z])[)\].:]{1,2}\s*(.+)", choice, re.DOTALL)
     if labelled and any(
         letter == labelled[1].upper() and plain(text) == plain(labelled[2]) for letter, text in options
     ):
         return labelled[1].upper()
-    reasoned = re.match(r"[(\[*]*([A-Z])[)\]*.:]*[ \t]*,?[ \t]*(?:because|since|as|for)\b", said)
+    reasoned = re.match(r"[(\[*]*([A-Z])[)\]*.:]*[ \t]*,?[ \t]*(?:because|since|as|for)\b", choice)
     if reasoned and reasoned[1] in letters:
         return reasoned[1]
     # an A before a word in small letters is an article, and an I a pronoun
-    named = NAMED.findall(said)
-    found = {letter for letter in named if letter in letters}
-    return found.pop() if len(found) == 1 and not DENIAL.search(said) else None
+    named = NAMED.findall(choice)
+    candidates = {letter for letter in named if letter in letters}
+    return candidates.pop() if len(candidates) == 1 and not DENIAL.search(choice) else None

@@ -193,7 +193,7 @@ LATEX = (
     (r"(?<![0-9.,])(?<![0-9.,] )([1-9][0-9]{0,2}) ([0-9]{3})(?: ([0-9]{3}))?(?![0-9]| [0-9])", r"\1\2\3"),
     (
         r"(?<=10)[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]{1,4}",
-        lambda found: "^" + unicodedata.normalize("NFKC", found[0]),
+        lambda match: "^" + unicodedata.normalize("NFKC", match[0]),
     ),
     # per second: m s^{-1}
     (
@@ -260,18 +260,18 @@ def sign_before(before: str, alone: bool) -> tuple[bool, int] | None:
                 signs = signs[1:]
         elif not STATES.search(head):
             return None
-    negative = sum(NEGATIVE.fullmatch(one["word"] or one["mark"]) is not None for one in signs) % 2 == 1
+    negative = sum(NEGATIVE.fullmatch(sign["word"] or sign["mark"]) is not None for sign in signs) % 2 == 1
     return negative, len(head)
 
 
-def is_no_statement(head: str, before: str, after: str, asked: str) -> bool:
+def is_no_statement(head: str, before: str, after: str, question: str) -> bool:
     """True if a number is denied, bounded, taken back, one of several or part of an expression.
 
     head    what stands before its signs, currencies and brackets
     before  what stands before the number
     """
     for bound in (BOUND.search(head), BOUND_BEHIND.match(after)):
-        if bound and not (bound["words"] and bound["words"].casefold() in asked.casefold()):
+        if bound and not (bound["words"] and bound["words"].casefold() in question.casefold()):
             return True
     if SUPPOSED.search(head) and re.match(r"[^.\n]{0,20}\b(?:if|were|had)\b", after):
         return True
@@ -300,7 +300,7 @@ class Number:
     unit: str = ""
 
 
-def last_number(text: str, asked: str = "") -> Number | None:
+def last_number(text: str, question: str = "") -> Number | None:
     """The last number of a text, where it is a statement: not denied, not one of a list, no operand, no bound.
 
     Deliberately strict: "10:30", "3-4" and dates are none, and a text whose last number is none has none,
@@ -309,50 +309,50 @@ def last_number(text: str, asked: str = "") -> Number | None:
     """
     text = _plain(text[-READ_FROM_END:])
     text = text[:-BEFORE] + CONTRAST.sub(r"\1", text[-BEFORE:])
-    found = deque(RUN.finditer(text), maxlen=8)
-    if not found:
+    runs = deque(RUN.finditer(text), maxlen=8)
+    if not runs:
         return None
     worked_out = next(
-        (one for one in reversed(found) if RESULT.search(text[max(0, one.start() - 9) : one.start()])), None
+        (run for run in reversed(runs) if RESULT.search(text[max(0, run.start() - 9) : run.start()])), None
     )
     if worked_out and CIRCUMSTANCES.fullmatch(text, worked_out.end()):
-        return _number(text, worked_out, asked)
-    return _number(text, found[-1], asked)
+        return _number(text, worked_out, question)
+    return _number(text, runs[-1], question)
 
 
-def announced_number(text: str, asked: str = "") -> Number | None:
+def announced_number(text: str, question: str = "") -> Number | None:
     """The number that closely follows the last "the answer is"; None where what follows is open, or reasoning."""
     plain = _plain(text[-READ_FROM_END:])
     places = deque(ANNOUNCED.finditer(plain), maxlen=1)
     if not places:
         called = deque(CALLED.finditer(plain), maxlen=1)
-        found = deque(RUN.finditer(plain, 0, called[0].start()), maxlen=1) if called else None
-        close = found and found[0].end() == called[0].start()
-        return _number(plain, found[0], asked) if found and close else None
+        run = deque(RUN.finditer(plain, 0, called[0].start()), maxlen=1) if called else None
+        close = run and run[0].end() == called[0].start()
+        return _number(plain, run[0], question) if run and close else None
     start = places[0].end()
     end = SENTENCE_END.search(plain, start)
     stop = end.start() if end else len(plain)
-    for found in RUN.finditer(plain, start, min(stop, start + 1000)):
-        if len(re.findall(r"[^\W\d_]+", plain[start : found.start()])) > 3:
+    for run in RUN.finditer(plain, start, min(stop, start + 1000)):
+        if len(re.findall(r"[^\W\d_]+", plain[start : run.start()])) > 3:
             return None
-        rest, sentence = plain[found.end() : found.end() + AFTER], plain[found.end() : stop]
-        number = _number(plain, found, asked)
+        rest, sentence = plain[run.end() : run.end() + AFTER], plain[run.end() : stop]
+        number = _number(plain, run, question)
         if number is not None and not GOES_ON.match(rest) and not re.match(r"[^,.;]{0,40}=", sentence):
             begins = not plain[: places[0].start()].strip(" \t\r\n*#")
             return None if begins and len(sentence.split()) > 3 and RUN.search(plain, stop) else number
         if "=" not in sentence:
             return None
-        start = plain.rindex("=", found.end(), stop)
+        start = plain.rindex("=", run.end(), stop)
     return None
 
 
-def only_number(text: str, asked: str = "") -> Number | None:
+def only_number(text: str, question: str = "") -> Number | None:
     """The number of a text that holds one, and nothing that could be another."""
     plain = _plain(text)
-    found = list(islice(RUN.finditer(plain), 3)) if len(plain) <= READ_FROM_END else []
-    if len(found) == 2 and MIXED.search(plain[: found[1].start()]):
-        found = found[1:]
-    return _number(plain, found[0], asked, alone=True) if len(found) == 1 else None
+    runs = list(islice(RUN.finditer(plain), 3)) if len(plain) <= READ_FROM_END else []
+    if len(runs) == 2 and MIXED.search(plain[: runs[1].start()]):
+        runs = runs[1:]
+    return _number(plain, runs[0], question, alone=True) if len(runs) == 1 else None
 
 
 def whole_number(text: str) -> Number | None:
@@ -365,13 +365,13 @@ def whole_number(text: str) -> Number | None:
     """
     plain = _plain(in_digits(VARIABLE.sub("", text.strip().removesuffix(".")))).strip()
     plain = plain.strip("$").strip() if plain.endswith("$") else plain
-    found = list(islice(RUN.finditer(plain), 3))
-    if not found or not _is_unit(plain[found[-1].end() :]):
+    runs = list(islice(RUN.finditer(plain), 3))
+    if not runs or not _is_unit(plain[runs[-1].end() :]):
         return None
-    before = plain[: found[-1].start()]
+    before = plain[: runs[-1].start()]
     mixed = MIXED.search(before)
-    before = before[: mixed.start()] if mixed and len(found) == 2 else before
-    return _number(plain, found[-1], "", alone=True) if not before.strip(f"{CURRENCY}+{MINUS} ") else None
+    before = before[: mixed.start()] if mixed and len(runs) == 2 else before
+    return _number(plain, runs[-1], "", alone=True) if not before.strip(f"{CURRENCY}+{MINUS} ") else None
 
 
 def in_digits(text: str) -> str:
@@ -382,49 +382,49 @@ def in_digits(text: str) -> str:
     """
     if len(text) > LONGEST_STATEMENT or any(map(str.isdecimal, text)):
         return text
-    if found := HAN.match(text):
-        return f"{text[: found.start(1)]}{_han(found[1])}{text[found.end(1) :]}"
+    if numeral := HAN.match(text):
+        return f"{text[: numeral.start(1)]}{_han(numeral[1])}{text[numeral.end(1) :]}"
     every = tokens(f"{text}\nend")
-    made = []
+    pieces = []
     for token in every[:-1]:
         other = token.written.casefold() in ("second", "seconds") or (
             token.written.casefold() == "one" and len(every) > 2
         )
         is_word = is_number(token.word) and not other and not ROMAN.fullmatch(token.written)
-        made.append(token.before + (token.word[1:] if is_word else token.written))
-    return "".join(made) + every[-1].before.removesuffix("\n") if made else text
+        pieces.append(token.before + (token.word[1:] if is_word else token.written))
+    return "".join(pieces) + every[-1].before.removesuffix("\n") if pieces else text
 
 
-def same_number(said: Number, answer: Number) -> bool:
+def same_number(number: Number, answer: Number) -> bool:
     """True if two numbers are the same: whole ones exactly, others to a millionth of the answer.
 
     >>> half, fifty, percent = Number(Fraction(1, 2)), Number(Fraction(50)), Number(Fraction(50), percent=True)
     >>> same_number(percent, half), same_number(percent, fifty), same_number(fifty, half)
     (True, True, False)
     """
-    if said.unit and answer.unit and said.unit != answer.unit:
-        one, other = FACTORS.get(said.unit), FACTORS.get(answer.unit)
-        if not one or not other or one[0] != other[0]:
+    if number.unit and answer.unit and number.unit != answer.unit:
+        factor, other = FACTORS.get(number.unit), FACTORS.get(answer.unit)
+        if not factor or not other or factor[0] != other[0]:
             return False
-        return _close(said.value * one[1], answer.value * other[1])
-    if said.percent == answer.percent:
-        return _close(said.value, answer.value)
-    written = said.value if said.percent else answer.value
-    other = answer.value if said.percent else said.value
+        return _close(number.value * factor[1], answer.value * other[1])
+    if number.percent == answer.percent:
+        return _close(number.value, answer.value)
+    written = number.value if number.percent else answer.value
+    other = answer.value if number.percent else number.value
     return _close(written, other) or _close(written / 100, other)
 
 
-def unscaled(number: Number, asked: str) -> Number:
+def unscaled(number: Number, question: str) -> Number:
     """The number without "million", where the question has that word: how many millions are there?"""
     words = [word for word, scale in SCALES.items() if scale == number.scale and len(word) > 2]
-    named = any(word in asked.casefold() for word in words)
+    named = any(word in question.casefold() for word in words)
     return Number(number.value / number.scale, number.percent) if named else number
 
 
-def _close(said: Fraction, answer: Fraction) -> bool:
-    if said.denominator == answer.denominator == 1:
-        return said == answer
-    return abs(said - answer) <= TOLERANCE * abs(answer)
+def _close(value: Fraction, answer: Fraction) -> bool:
+    if value.denominator == answer.denominator == 1:
+        return value == answer
+    return abs(value - answer) <= TOLERANCE * abs(answer)
 
 
 def _plain(text: str) -> str:
@@ -441,8 +441,8 @@ def _plain(text: str) -> str:
     return text
 
 
-def _fraction(found: re.Match[str]) -> str:
-    above, below = (found[1] or found[2]), (found[3] or found[4])
+def _fraction(match: re.Match[str]) -> str:
+    above, below = (match[1] or match[2]), (match[3] or match[4])
     negative = sum(part[0] in MINUS for part in (above, below)) == 1
     return f"{JOINED}{'-' if negative else ''}{above.strip(MINUS + ' ')}/{below.strip(MINUS + ' ')}"
 
@@ -493,29 +493,29 @@ def _ascii(character: str) -> str:
     return "/" if character in "\u2044\u2215" else character
 
 
-def _number(text: str, found: re.Match[str], asked: str, alone: bool = False) -> Number | None:
+def _number(text: str, match: re.Match[str], question: str, alone: bool = False) -> Number | None:
     """The number of a match in `text`; None where it is malformed, denied, or part of something larger."""
-    before, after = text[max(0, found.start() - BEFORE) : found.start()], text[found.end() : found.end() + AFTER]
-    mixed = MIXED.search(before) if "/" in found["run"] else None
+    before, after = text[max(0, match.start() - BEFORE) : match.start()], text[match.end() : match.end() + AFTER]
+    mixed = MIXED.search(before) if "/" in match["run"] else None
     whole = 0
     if mixed:
         if len(mixed[0]) > LONGEST:
             return None
         whole, before = int(mixed[0]), before[: mixed.start()]
-    alone = alone or not (text[: found.start()].strip(f" {CURRENCY}{MINUS}") or after.strip(" .$\n"))
+    alone = alone or not (text[: match.start()].strip(f" {CURRENCY}{MINUS}") or after.strip(" .$\n"))
     signed = sign_before(before, alone)
-    if signed is None or is_no_statement(before[: signed[1]], before, after, asked):
+    if signed is None or is_no_statement(before[: signed[1]], before, after, question):
         return None
     negative, start = signed
-    value = _value(found["run"])
+    value = _value(match["run"])
     if value is None:
         return None
-    scale = SCALE.match(after) if found["percent"] is None else None
+    scale = SCALE.match(after) if match["percent"] is None else None
     factor = SCALES[scale[0].strip().lower().removesuffix("s")] if scale else 1
     value = (value + whole) * factor
     currency = next((sign for sign in before[max(0, start - 4) :] if sign in CURRENCY), "")
     unit = currency or _unit(after[scale.end() :] if scale else after)
-    return Number(-value if negative else value, found["percent"] is not None, factor, unit)
+    return Number(-value if negative else value, match["percent"] is not None, factor, unit)
 
 
 def _value(run: str) -> Fraction | None:

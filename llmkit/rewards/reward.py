@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -68,32 +68,23 @@ class Weighted:
     weight: float
 
 
-def total(parts: Sequence[Mapping[str, float | None]], weighted: Sequence[Weighted]) -> list[float | None]:
-    """The weighted sum for each attempt of what each reward gave it, by its name; None where one could not judge it.
-
-    Raises UserError for a number that is not finite, or too large.
-    """
-    for one in weighted:
-        finite([given[one.reward.name] for given in parts], f"--reward {one.reward.name}")
-    return [
-        None if None in given.values() else math.fsum(one.weight * (given[one.reward.name] or 0.0) for one in weighted)
-        for given in parts
-    ]
-
-
 def judge(
     attempts: Sequence[Attempt], weighted: Sequence[Weighted]
 ) -> list[tuple[dict[str, float | None], float | None]]:
-    """For each attempt, what each reward gives it, by its name, and their `total`."""
-    columns = {one.reward.name: one.reward.score(attempts) for one in weighted}
-    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    return list(zip(rows, total(rows, weighted), strict=True))
+    """For each attempt, what each reward gives it, by its name, and the weighted sum; None where one cannot judge."""
+    columns = {item.reward.name: item.reward.score(attempts) for item in weighted}
+    judged = []
+    for values in zip(*columns.values(), strict=True):
+        known = [item.weight * value for item, value in zip(weighted, values, strict=True) if value is not None]
+        total = math.fsum(known) if len(known) == len(values) else None
+        judged.append((dict(zip(columns, values, strict=True)), total))
+    return judged
 
 
 def finite(values: Sequence[float | None], what: str) -> list[float | None]:
     """The values. Raises UserError that names the first which is NaN, infinite or beyond `LARGEST`."""
-    for place, value in enumerate(values, 1):
+    for number, value in enumerate(values, 1):
         if value is not None and not abs(value) <= LARGEST:
             expected = f"rewards from {-LARGEST:g} to {LARGEST:g}" if math.isfinite(value) else "finite rewards"
-            raise UserError(f"{what}: expected {expected}, found {value} for completion {place} of {len(values)}")
+            raise UserError(f"{what}: expected {expected}, found {value} for completion {number} of {len(values)}")
     return list(values)

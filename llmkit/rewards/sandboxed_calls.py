@@ -29,10 +29,10 @@ def pack(value):
     if isinstance(value, (bytes, bytearray)):
         return ["bytes", bytes(value).hex()]
     if isinstance(value, dict):
-        return ["dict", [[pack(key), pack(one)] for key, one in value.items()]]
+        return ["dict", [[pack(key), pack(item)] for key, item in value.items()]]
     for name, kind in BUILT.items():
         if isinstance(value, kind):
-            return [name, [pack(one) for one in value]]
+            return [name, [pack(item) for item in value]]
     raise TypeError(f"a value of type {type(value).__name__} cannot be compared by a test; give back plain values")
 
 
@@ -40,24 +40,24 @@ def unpack(value):
     """Reverse `pack`. Raises ValueError or TypeError for anything else."""
     if value is None or isinstance(value, (bool, str)):
         return value
-    kind, *held = value
+    kind, *content = value
     if kind in ("int", "float", "complex", "bytes"):
         make = {"int": int, "float": float, "complex": complex, "bytes": bytes.fromhex}[kind]
-        if any(isinstance(one, (str, list)) != (kind == "bytes") for one in held):
+        if any(isinstance(item, (str, list)) != (kind == "bytes") for item in content):
             raise ValueError("no plain value")
-        return make(*held)
-    (items,) = held
+        return make(*content)
+    (items,) = content
     if kind == "dict":
-        return {unpack(key): unpack(one) for key, one in items}
-    return BUILT[kind](unpack(one) for one in items)
+        return {unpack(key): unpack(item) for key, item in items}
+    return BUILT[kind](unpack(item) for item in items)
 
 
 def serve(source, requests, replies):
     """Run a program, then its functions as they are asked for; ends with the requests."""
-    with os.fdopen(requests, "rb") as asked, os.fdopen(replies, "wb") as answered:
+    with os.fdopen(requests, "rb") as incoming, os.fdopen(replies, "wb") as answered:
         module = sys.modules["solution"] = types.ModuleType("solution")
         exec(compile(source, "<solution>", "exec"), module.__dict__)
-        for line in asked:
+        for line in incoming:
             name, positional, keywords = json.loads(line)
             positional, keywords = map(unpack, (positional, keywords))
             try:
@@ -71,19 +71,19 @@ def serve(source, requests, replies):
 
 def test(prompt, tests, names, entry_point, word, requests, replies):
     """Run tests whose `names` are functions of the program, after the code of the prompt; then `word` is printed."""
-    asked, answered = os.fdopen(requests, "wb"), os.fdopen(replies, "rb")
+    outgoing, answered = os.fdopen(requests, "wb"), os.fdopen(replies, "rb")
 
     def function(name):
         def call(*positional, **keywords):
-            asked.write(json.dumps([name, pack(positional), pack(keywords)]).encode() + b"\n")
-            asked.flush()
+            outgoing.write(json.dumps([name, pack(positional), pack(keywords)]).encode() + b"\n")
+            outgoing.flush()
             line = answered.readline(1 << 24)
             if not line.endswith(b"\n"):
                 raise RuntimeError("the program ended")
-            kind, *found = json.loads(line)
+            kind, *content = json.loads(line)
             if kind == "error":
-                raise error_of(*found)
-            value, changed = map(unpack, found)
+                raise error_of(*content)
+            value, changed = map(unpack, content)
             put_back(positional, changed)
             return value
 
@@ -113,7 +113,7 @@ def put_back(given, changed):
     for mine, theirs in zip(given, changed, strict=True):
         if type(mine) is not type(theirs) or mine == theirs:
             continue
-        if any(isinstance(one, ITERATORS) for one in gc.get_referrers(mine)):
+        if any(isinstance(referrer, ITERATORS) for referrer in gc.get_referrers(mine)):
             raise RuntimeError("the program changed what a test goes through")
         if isinstance(mine, list):
             mine[:] = theirs

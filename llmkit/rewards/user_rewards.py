@@ -82,8 +82,8 @@ class CommandReward(Reward):
         with process:
             try:
                 out, err, ending = exchange(process, data, self.seconds, check_size)
-                said = err.decode("utf-8", "replace").strip().splitlines()[-1:]
-                last_words = f": {said[0].strip()[:300]}" if said else ""
+                lines = err.decode("utf-8", "replace").strip().splitlines()[-1:]
+                last_words = f": {lines[0].strip()[:300]}" if lines else ""
                 if ending == "timeout":
                     late = f"no answer within {counted(self.seconds, 'second')}{last_words}"
                     raise UserError(f"--reward {self.name}: {late}")
@@ -99,8 +99,8 @@ class CommandReward(Reward):
             raise UserError(f"--reward {self.name}: expected exit status 0, found {ended}{last_words}")
         return out
 
-    def _miscounted(self, lines: int, found: str) -> UserError:
-        return UserError(f"--reward {self.name}: expected {counted(lines, 'line')}, one a completion, found {found}")
+    def _miscounted(self, lines: int, actual: str) -> UserError:
+        return UserError(f"--reward {self.name}: expected {counted(lines, 'line')}, one a completion, found {actual}")
 
     def _number(self, line: bytes, number: int) -> float | None:
         expected = f'--reward {self.name}: line {number}: expected a number or {{"reward": number}}, found'
@@ -125,8 +125,8 @@ def split_command(command: str) -> list[str]:
     if not words:
         raise UserError("--reward cmd: expected a command, such as cmd:./score.py")
     if shutil.which(words[0]) is None:
-        found = "a file that is not executable; chmod +x it" if os.path.isfile(words[0]) else "none of that name"
-        raise UserError(f"--reward cmd:{command}: expected a program {words[0]!r}, found {found}")
+        actual = "a file that is not executable; chmod +x it" if os.path.isfile(words[0]) else "none of that name"
+        raise UserError(f"--reward cmd:{command}: expected a program {words[0]!r}, found {actual}")
     return words
 
 

@@ -61,20 +61,20 @@ def is_number_right(problem: Problem, completion: str) -> bool:
     """
     if len(completion.split()) >= 3 and completion in problem.prompt:
         return False
-    said, asked, answer = marked(completion, numeric=True), problem.prompt, _number(problem.answer or "")
-    ending = last_sentence(completion) if said is None else said
+    boxed, question, answer = marked(completion, numeric=True), problem.prompt, _number(problem.answer or "")
+    ending = last_sentence(completion) if boxed is None else boxed
     if not ending.strip() and completion.rstrip().endswith((":", "=", "\uff1a")):
         return False
     in_words = in_digits(ending)
     if in_words != ending:
-        number = last_number(in_words, asked)
-    elif said is None:
-        number = announced_number(completion, asked) or last_number(completion, asked)
+        number = last_number(in_words, question)
+    elif boxed is None:
+        number = announced_number(completion, question) or last_number(completion, question)
     else:
-        number = only_number(said, asked) or only_number(said.rpartition("=")[2], asked)
+        number = only_number(boxed, question) or only_number(boxed.rpartition("=")[2], question)
     if number is None or answer is None:
         return False
-    return same_number(number, answer) or same_number(unscaled(number, asked), answer)
+    return same_number(number, answer) or same_number(unscaled(number, question), answer)
 
 
 def _number(answer: str) -> Number | None:
@@ -195,32 +195,34 @@ class VerifierReward(Reward):
 
     def check(self, problem: Problem) -> None:
         """Raise UserError for a problem without what its verifier needs."""
-        for one in _each_answer(problem):
-            name = self._forced or verifier_of(one)
-            (self._tests if name == "tests" else self._verifiers[name]).check(one)
+        for alternative in _each_answer(problem):
+            name = self._forced or verifier_of(alternative)
+            (self._tests if name == "tests" else self._verifiers[name]).check(alternative)
 
     def score(self, attempts: Sequence[Attempt]) -> list[float | None]:
         """1.0, 0.0 or None for each attempt; equal completions of a problem are judged once."""
-        problems = {id(one.problem): one.problem for one in attempts}
-        asked = list(dict.fromkeys((id(one.problem), one.completion) for one in attempts if one.completion.strip()))
-        tested = [key for key in asked if (self._forced or verifier_of(problems[key[0]])) == "tests"]
-        found: dict[tuple[int, str], bool | None]
-        found = dict(zip(tested, self._tests.judge_all([(problems[key], said) for key, said in tested]), strict=True))
-        for key in asked:
-            if key not in found:
-                found[key] = self._judge(problems[key[0]], key[1])
-        verdicts = [found.get((id(one.problem), one.completion), False) for one in attempts]
-        return [None if verdict is None else float(verdict) for verdict in verdicts]
+        keys = [(id(attempt.problem), attempt.completion) for attempt in attempts]
+        verdicts: dict[tuple[int, str], bool | None] = {}
+        tested: dict[tuple[int, str], tuple[Problem, str]] = {}
+        for key, attempt in zip(keys, attempts, strict=True):
+            if not attempt.completion.strip():
+                verdicts[key] = False
+            elif (self._forced or verifier_of(attempt.problem)) == "tests":
+                tested[key] = attempt.problem, attempt.completion
+            elif key not in verdicts:
+                verdicts[key] = self._judge(attempt.problem, attempt.completion)
+        verdicts.update(zip(tested, self._tests.judge_all(list(tested.values())), strict=True))
+        return [None if verdicts[key] is None else float(bool(verdicts[key])) for key in keys]
 
     def _judge(self, problem: Problem, completion: str) -> bool | None:
-        asked, verdict = unasked(completion, problem.prompt).strip(), False
-        for one in _each_answer(problem):
-            name = self._forced or verifier_of(one)
-            said = asked if name in WHOLE else final(asked).strip()
-            found = bool(said) and self._verifiers[name].judge(one, said)
-            if found:
+        text, verdict = unasked(completion, problem.prompt).strip(), False
+        for alternative in _each_answer(problem):
+            name = self._forced or verifier_of(alternative)
+            answer = text if name in WHOLE else final(text).strip()
+            is_right = bool(answer) and self._verifiers[name].judge(alternative, answer)
+            if is_right:
                 return True
-            verdict = None if found is None else verdict
+            verdict = None if is_right is None else verdict
         return verdict
 
     def close(self) -> None:
@@ -230,16 +232,16 @@ class VerifierReward(Reward):
 
 def _each_answer(problem: Problem) -> list[Problem]:
     """Return the problem with each of its answers alone."""
-    return [problem, *(replace(problem, answer=one) for one in problem.alternatives)]
+    return [problem, *(replace(problem, answer=alternative) for alternative in problem.alternatives)]
 
 
 def _answer(problem: Problem) -> str:
     if problem.answer is None:
-        found = "null" if "answer" in problem.record else sorted(problem.record)
-        expected = f"expected field 'answer' for the verifier, found {found}"
+        actual = "null" if "answer" in problem.record else sorted(problem.record)
+        expected = f"expected field 'answer' for the verifier, found {actual}"
         raise UserError(f"{problem.where}: {expected}; add one, or use another --reward")
     return problem.answer
 
 
-def _unfit(problem: Problem, name: str, expected: str, found: str | None) -> UserError:
-    return UserError(f"{problem.where}: expected {expected} for the verifier {name!r}, found {(found or '')[:80]!r}")
+def _unfit(problem: Problem, name: str, expected: str, actual: str | None) -> UserError:
+    return UserError(f"{problem.where}: expected {expected} for the verifier {name!r}, found {(actual or '')[:80]!r}")

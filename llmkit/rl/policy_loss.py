@@ -129,7 +129,7 @@ def reference_logprobs(
             part = PolicyRows(*(array[start : start + rows_at_once] for array in rows))
             logprobs, _, where = target_logprobs(reference, part, temperature)
             filled[start : start + rows_at_once][where] = logprobs.float().cpu().numpy()
-        return [filled[place.row, place.completion] for place in places]
+        return [filled[spot.row, spot.completion] for spot in places]
 
     for rollout, logprobs in zip(rollouts, map_shares(rollouts, computed), strict=True):
         rollout.reference_logprobs = logprobs

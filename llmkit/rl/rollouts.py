@@ -309,29 +309,29 @@ def pack_rollouts(
             rows.position_ids[row, at : at + shared] = np.arange(shared)
             at += shared
             for branch, index in enumerate(unit, 1):
-                place = Place(row, slice(at, at + len(rollouts[index].completion.token_ids)))
-                places[index] = place
+                spot = Place(row, slice(at, at + len(rollouts[index].completion.token_ids)))
+                places[index] = spot
                 rows.token_ids[row, at] = prompt[-1]
-                rows.branch_ids[place] = branch
-                rows.position_ids[place] = shared + np.arange(place.completion.stop - at)
-                rows.attempts[place] = index
-                _fill(rows, place, rollouts[index], weights[index])
-                at = place.completion.stop
+                rows.branch_ids[spot] = branch
+                rows.position_ids[spot] = shared + np.arange(spot.completion.stop - at)
+                rows.attempts[spot] = index
+                _fill(rows, spot, rollouts[index], weights[index])
+                at = spot.completion.stop
             rows.doc_ids[row, begin:at] = document
     return rows, [places[index] for index in range(len(rollouts))]
 
 
-def _fill(rows: PolicyRows, place: Place, rollout: Rollout, weight: float) -> None:
+def _fill(rows: PolicyRows, spot: Place, rollout: Rollout, weight: float) -> None:
     """Write the tokens of a completion, and the values of each, at their place in the rows."""
     ids, chosen = np.array(rollout.completion.token_ids, np.int64), np.array(rollout.completion.sampled, bool)
-    row, where = place
+    row, where = spot
     rows.token_ids[row, where.start + 1 : where.stop] = ids[:-1]
-    rows.targets[place] = np.where(chosen, ids, IGNORED)
-    rows.logprobs[place] = rollout.completion.logprobs
-    rows.advantages[place] = rollout.advantage
-    rows.weights[place] = weight
+    rows.targets[spot] = np.where(chosen, ids, IGNORED)
+    rows.logprobs[spot] = rollout.completion.logprobs
+    rows.advantages[spot] = rollout.advantage
+    rows.weights[spot] = weight
     if rollout.reference_logprobs is not None:
-        rows.reference_logprobs[place] = rollout.reference_logprobs
+        rows.reference_logprobs[spot] = rollout.reference_logprobs
 
 
 def _units(rollouts: Sequence[Rollout], share_prompts: bool) -> tuple[list[list[int]], int]:

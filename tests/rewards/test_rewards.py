@@ -15,7 +15,7 @@ from llmkit.errors import UserError
 from llmkit.formats.problems import Problem, read_problem
 from llmkit.io.records import Row
 from llmkit.reward_model.head import RewardModel, save_reward_model
-from llmkit.rewards import Attempt, Weighted, parse_rewards, total
+from llmkit.rewards import Attempt, Weighted, parse_rewards, reward
 from llmkit.tokenizer.chat import CHAT_SPECIALS
 from llmkit.tokenizer.encoding import load_tokenizer
 
@@ -104,13 +104,8 @@ def test_no_user_code_runs_and_no_model_loads_before_every_spec_is_right(tmp_pat
 
 def test_the_total_is_the_weighted_sum():
     weighted = parse_rewards(["verifier", "length:-0.5"])
-    attempts = [attempt("4"), attempt("5", token_count=20)]
-    columns = {one.reward.name: one.reward.score(attempts) for one in weighted}
-    assert columns == {"verifier": [1, 0], "length": [0.25, 1]}
-    parts = [{name: column[i] for name, column in columns.items()} for i in range(2)]
-    assert total(parts, weighted) == [0.875, -0.5]
-    with pytest.raises(UserError, match="finite rewards, found nan for completion 2 of 2"):
-        total([{"verifier": 0, "length": 1}, {"verifier": float("nan"), "length": 1}], weighted)
+    judged = reward.judge([attempt("4"), attempt("5", token_count=20)], weighted)
+    assert judged == [({"verifier": 1, "length": 0.25}, 0.875), ({"verifier": 0, "length": 1}, -0.5)]
 
 
 # ---- format and length
@@ -257,13 +252,9 @@ def test_a_function_that_fails_is_told_of_with_its_line(tmp_path: Path, body, me
 
 
 @pytest.mark.parametrize("body", ["print('null'); print(2)", "print('{\"reward\": null}'); print(2)"])
-def test_a_command_may_say_that_it_cannot_judge(tmp_path: Path, body):
-    spec = script(tmp_path, body)
-    assert scores(spec, attempt("4"), attempt("")) == [None, 2]
-
-
-def test_a_function_may_say_that_it_cannot_judge(tmp_path: Path):
-    path = tmp_path / "score.py"
+def test_a_command_or_a_function_may_say_that_it_cannot_judge(tmp_path: Path, body):
+    assert scores(script(tmp_path, body), attempt("4"), attempt("")) == [None, 2]
+    path = tmp_path / "own.py"
     path.write_text("def reward(record): return 1.0 if record['completion'] else None\n")
     assert scores(f"py:{path}:reward", attempt("4"), attempt("")) == [1, None]
 
