@@ -30,7 +30,7 @@ ROOMS = {
     "report": (1250, 1480),
     "crawl": (4300, 4600),
     "data": (1100, 1440),
-    "generation": (2100, 3040),
+    "generation": (2100, 3020),
     "training": (2500, 3100),
     "reward_model": (800, 0),
     "probing": (900, 980),

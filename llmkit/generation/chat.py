@@ -91,88 +91,80 @@ class Chat:
         An interrupted answer stays in the conversation as far as it came, and so does the interrupt. Raises UserError
         for a message that alone is longer than the context.
         """
-        self._tries = 0
-        return self._ask(text, write, say)
+        return self._ask(text, 0, write, say)
 
     def retry(self, write: Say, say: Say) -> str:
         """Ask the last message again, with other random numbers. Raises UserError where there is none."""
         if self._greedy and self._answered:
             say("at --temperature 0 the answer is always the same; a higher one gives others")
-        text, tries = self.take_back(), self._tries + 1
-        self._tries = tries
-        return self._ask(text, write, say)
+        return self._ask(self.take_back(), self._tries + 1, write, say)
 
     def take_back(self) -> str:
         """Take the last message and its answer out of the conversation. Raises UserError where there is none."""
         if self.asked is None:
             raise UserError("nothing was asked yet")
-        last = max((place for place, turn in enumerate(self.turns) if turn.role == "user"), default=0)
+        last = max((index for index, turn in enumerate(self.turns) if turn.role == "user"), default=0)
         if self._answered:
             del self.turns[last:]
             self._answered = False
         return self.asked
 
-    def _ask(self, text: str, write: Say, say: Say) -> str:
-        self.asked = text
+    def _ask(self, text: str, tries: int, write: Say, say: Say) -> str:
+        self.asked, self._tries = text, tries
         self.turns.append(message("user", text))
-        parts: list[Part] = []
+        answer: list[Part] = []
 
         def take(request: int, sample: int, piece: str) -> None:
-            if parts and parts[-1].kind == "text":
-                parts[-1] = Part("text", parts[-1].text + piece)
+            if answer and answer[-1].kind == "text":
+                answer[-1] = Part("text", answer[-1].text + piece)
             else:
-                parts.append(Part("text", piece))
+                answer.append(Part("text", piece))
             write(piece)
 
-        def call(request: int, sample: int, one: Mapping[str, Any], seen: str | None) -> None:
+        def show_call(request: int, sample: int, call: Mapping[str, Any], seen: str | None) -> None:
             if seen is None:
-                say(f"calls {one['tool']}: {_shortened(one['input'])}")
+                say(f"calls {call['tool']}: {_shortened(call['input'])}")
             else:
-                parts.extend((Part(one["tool"], one["input"]), Part(RESULT, seen)))
-                say(f"{one['tool']} {'fails' if one.get('failed') else 'answers'}: {_shortened(one['result'])}")
+                answer.extend((Part(call["tool"], call["input"]), Part(RESULT, seen)))
+                say(f"{call['tool']} {'fails' if call.get('failed') else 'answers'}: {_shortened(call['result'])}")
 
         number = sum(turn.role == "user" for turn in self.turns)
+        left_out = self._sampler.usage.left_out
+        before = dict(left_out)
         try:
-            prompt = self._prompt(say)
-            request = Request(prompt, max_tokens=self.max_tokens, seed=self.seed + self._tries, number=number)
-            left_out = self._sampler.usage.left_out
-            before = dict(left_out)
-            (samples,) = self._sampler.complete([request], on_text=take, on_call=call)
+            request = Request(self._prompt(say), 1, self.max_tokens, self.seed + tries, number)
+            (samples,) = self._sampler.complete([request], on_text=take, on_call=show_call)
             if not samples:
-                raise UserError(
-                    f"{request.where}: the prompt, with --max-tokens {self.max_tokens}, is longer than the context of "
-                    f"{self._sampler.name}; shorten the prompt"
-                )
-            (made,) = samples
+                raise UserError(f"the conversation is longer than the context of {self._sampler.name}")
             for kind in left_out:
                 if left_out[kind] > before.get(kind, 0):
                     say(f"left out: the server's {kind}")
-            if reason := self._reason(made, bool(parts)):
+            if reason := self._reason(samples[0], bool(answer)):
                 say(reason)
         finally:
-            self._answered = bool(parts)
-            if parts:
-                self.turns.append(Message("assistant", tuple(parts)))
+            self._answered = bool(answer)
+            if answer:
+                self.turns.append(Message("assistant", tuple(answer)))
             else:
                 self.turns.pop()
-        return self.turns[-1].text if parts else ""
+        return self.turns[-1].text if answer else ""
 
-    def _reason(self, made: Completion, answered: bool) -> str | None:
+    def _reason(self, completion: Completion, answered: bool) -> str | None:
         """Why an answer ended, where the model did not end it, or said nothing."""
         tools = self._sampler.tools
-        if made.finish_reason == "no_tool" and tools is not None:
-            tool, text = tools.last_call(made.token_ids)
+        if completion.finish_reason == "no_tool" and tools is not None:
+            tool, text = tools.last_call(completion.token_ids)
             return f"calls {tool}, which it was not given: {_shortened(text)}; start it with {tools_flag(tool)}"
-        if made.finish_reason == "tool_limit" and tools is not None:
+        if completion.finish_reason == "tool_limit" and tools is not None:
             return f"stopped at its call {tools.max_calls + 1} of a tool; --max-tool-calls allows more"
-        if made.finish_reason == "length":
-            if self.max_tokens is not None and sum(made.sampled) >= self.max_tokens:
+        if completion.finish_reason == "length":
+            if self.max_tokens is not None and sum(completion.sampled) >= self.max_tokens:
                 return f"cut after {counted(self.max_tokens, 'token')}; --max-tokens allows more"
             if self._context is None:
                 return f"cut by --max-tokens {self.max_tokens}, or by a limit of the server"
             return f"cut: {self._context} tokens of context"
-        if made.finish_reason != "stop":
-            return f"ended by {made.finish_reason or 'the server, for no reason given'}"
+        if completion.finish_reason != "stop":
+            return f"ended by {completion.finish_reason or 'the server, for no reason given'}"
         return None if answered else "no answer, so the message is taken back; /retry asks it again"
 
     def _shown(self, first: int) -> list[Message]:
@@ -228,12 +220,12 @@ class Chat:
             raise UserError("expected a JSONL file of conversations, or none; choose another name")
         if former and not former.endswith(b"\n"):
             former += b"\n"
-        lines, place = former.splitlines(keepends=True), os.path.realpath(path)
-        if (saved := self._saved.get(place)) in lines:
+        lines, real = former.splitlines(keepends=True), os.path.realpath(path)
+        if (saved := self._saved.get(real)) in lines:
             lines.remove(saved)
         with atomic_file(path) as handle:
             handle.write(b"".join([*lines, line]))
-        self._saved[place] = line
+        self._saved[real] = line
 
 
 def _is_of_conversations(content: bytes) -> bool:
@@ -272,8 +264,7 @@ def talk(
             say(f"error: {error}")
         write("\n")
 
-    for line in lines:
-        text = line
+    for text in lines:
         while text.endswith("\\"):
             text = text[:-1] + "\n" + next(lines, "")
         if not text.strip():
@@ -289,32 +280,28 @@ def talk(
             return
         elif command == "/retry":
             answer(lambda: chat.retry(write, say))
-        elif command == "/edit":
-            if (changed := _edited(chat, rest, edit, say)) is not None:
-                answer(lambda text=changed: chat.ask(text, write, say))
         else:
-            _obey(chat, command, rest, say)
+            try:
+                changed = _obey(chat, command, rest, edit, say)
+            except UserError as error:
+                say(f"error: {error}")
+            else:
+                if changed is not None:
+                    answer(lambda text=changed: chat.ask(text, write, say))
 
 
-def _edited(chat: Chat, text: str, edit: Callable[[str], str | None] | None, say: Say) -> str | None:
-    """Take the last message back and return its replacement; None without one."""
-    try:
+def _obey(chat: Chat, command: str, rest: str, edit: Callable[[str], str | None] | None, say: Say) -> str | None:
+    """Carry out a command; return the message that is to be asked after it, None for nothing."""
+    if command == "/edit":
         if chat.asked is None:
             raise UserError("nothing was asked yet")
-        if not text and edit is None:
+        if not rest and edit is None:
             raise UserError("/edit TEXT: expected the message to send in place of the last one")
-        changed = text or (edit(chat.asked) if edit is not None else None)
+        changed = rest or (edit(chat.asked) if edit is not None else None)
         if changed is None or not changed.strip():
             return None
         chat.take_back()
         return changed
-    except UserError as error:
-        say(f"error: {error}")
-        return None
-
-
-def _obey(chat: Chat, command: str, rest: str, say: Say) -> None:
-    """Carry out a command that asks the model nothing."""
     if command == "/reset":
         chat.reset(chat.system)
         say("a new conversation")
@@ -333,6 +320,7 @@ def _obey(chat: Chat, command: str, rest: str, say: Say) -> None:
             chat.save(path)
             say(f"saved in {path}")
         except (OSError, UserError) as error:
-            say(f"error: /save{' ' * bool(rest)}{rest}: {getattr(error, 'strerror', None) or error}")
+            raise UserError(f"/save{' ' * bool(rest)}{rest}: {getattr(error, 'strerror', None) or error}") from None
     else:
-        say(f"error: there is no command {command}; /help lists them, and a space before it sends it as a message")
+        raise UserError(f"there is no command {command}; /help lists them, and a space before it sends it as a message")
+    return None

@@ -109,7 +109,9 @@ class StopMatcher:
         if matches:
             self.stopped, self._tail = True, ""
             return text[: min(matches)[1]]
-        hold = max(_overlap(text, stop) for stop in self._stops)
+        # the longest end of the text that is a beginning of a stop string, short of all of it
+        longest = min(len(text), max(map(len, self._stops)) - 1)
+        hold = next((n for n in range(longest, 0, -1) if any(stop[:n] == text[-n:] != stop for stop in self._stops)), 0)
         self._tail = text[len(text) - hold :]
         return text[: len(text) - hold]
 
@@ -117,9 +119,3 @@ class StopMatcher:
         """Return the text that was held back, after the last piece."""
         rest, self._tail = self._tail, ""
         return rest
-
-
-def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that is a beginning of `stop`, short of all of it."""
-    longest = min(len(stop) - 1, len(text))
-    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)

@@ -52,7 +52,8 @@ class ModelJudge:
         """Each question with the verdicts on its responses, one of `VERDICTS` or `UNREADABLE`, in order."""
         for (item, judged), replies in self._model.ask(map(self._prompts, answered), read_verdict):
             verdicts = dict(zip(judged, replies, strict=True))
-            yield item, [_verdict(verdicts.get(response.strip(), EVASIVE)) for response in item.responses]
+            replies = (verdicts.get(response.strip(), EVASIVE) for response in item.responses)
+            yield item, [UNREADABLE if isinstance(reply, Missing) else reply for reply in replies]
 
     def _prompts(self, answered: Answered) -> tuple[tuple[Answered, list[str]], list[str]]:
         """Build a judge's prompts for the distinct responses to a question, and list these responses."""
@@ -65,10 +66,6 @@ class ModelJudge:
             "reference": " | ".join(question.answers),
         }
         return (answered, judged), [JUDGE_PROMPT.format(answer=text, **shown) for text in judged]
-
-
-def _verdict(reply: str | Missing) -> str:
-    return UNREADABLE if isinstance(reply, Missing) else reply
 
 
 def judge_of(model: ChatModel | None, refusals: Sequence[str]) -> Judge:

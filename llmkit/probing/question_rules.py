@@ -9,8 +9,7 @@ meaning stands elsewhere, is left alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -55,14 +54,6 @@ class Written(NamedTuple):
     question: str
     answer: str
     kind: str
-
-
-@dataclass(frozen=True)
-class _Build:
-    """A sentence's pattern, and the question and the answer that its match gives."""
-
-    pattern: re.Pattern[str]
-    write: Callable[[re.Match[str]], Written]
 
 
 def ask_about(passages: Sequence[Passage], source: str, most: int, seed: int) -> list[Question]:
@@ -126,20 +117,18 @@ answer='50,000', kind='cloze: number')
     """
     if not FEWEST <= len(sentence.split()) <= MOST or POINTING.match(sentence) or QUOTED.search(sentence):
         return None
-    for build in BUILDS:
-        if match := build.pattern.fullmatch(sentence):
-            written = build.write(match)
+    for kind, template, pattern in BUILDS:
+        if match := pattern.fullmatch(sentence):
+            fields = {name: value or "" for name, value in match.groupdict().items()}
+            fields["thing"] = ARTICLE.sub(lambda article: article[0].lower(), fields.get("thing", ""))
+            fields["does"] = {"has": "does", "have": "do", "had": "did"}.get(fields["verb"], "")
+            written = Written(template.format_map(fields), fields["answer"], kind)
             if _keeps_its_answer(written):
                 return written
-    return _blanked(sentence)
-
-
-def _blanked(sentence: str) -> Written | None:
     for kind, pattern in BLANKS:
         for match in pattern.finditer(sentence):
-            answer = match["answer"]
             text = f"{CLOZE}{sentence[: match.start('answer')]}{BLANK}{sentence[match.end('answer') :]}."
-            written = Written(text, answer, f"cloze: {kind}")
+            written = Written(text, match["answer"], f"cloze: {kind}")
             if _keeps_its_answer(written):
                 return written
     return None
@@ -150,47 +139,35 @@ def _keeps_its_answer(written: Written) -> bool:
     return re.search(rf"(?<!\w){re.escape(written.answer)}(?!\w)", written.question, re.IGNORECASE) is None
 
 
-def _inside(subject: str) -> str:
-    """A subject in the middle of a sentence: "The tower" becomes "the tower"."""
-    return re.sub(r"\A(?:The|An?)\b", lambda match: match[0].lower(), subject)
-
-
-def _when(match: re.Match[str]) -> Written:
-    return Written(f"When {match['verb']} {_inside(match['thing'])} {match['rest']}?", match["answer"], "when")
-
-
-def _where(match: re.Match[str]) -> Written:
-    return Written(f"Where {match['verb']} {_inside(match['thing'])} {match['rest']}?", match["answer"], "where")
-
-
-def _who(match: re.Match[str]) -> Written:
-    return Written(f"Who or what {match['verb']} {match['rest']}?", match["answer"], "who")
-
-
-def _how_many(match: re.Match[str]) -> Written:
-    did = {"has": "does", "have": "do", "had": "did"}[match["verb"]]
-    return Written(f"How many {match['rest']} {did} {_inside(match['thing'])} have?", match["answer"], "how many")
-
-
-def _how_many_there(match: re.Match[str]) -> Written:
-    return Written(f"How many {match['rest']} {match['verb']} there{match['more']}?", match["answer"], "how many")
-
-
+ARTICLE = re.compile(r"\A(?:The|An?)\b")
 REST = r"(?P<rest>[a-z][^,;:()]*?)"
-BUILDS = (
-    _Build(re.compile(rf"(?P<thing>{THING}) (?P<verb>was|were) {REST} (?:in|on) (?P<answer>{DATE}|{YEAR})"), _when),
-    _Build(
-        re.compile(rf"(?P<thing>{THING}) (?P<verb>was|were|is|are) {REST} (?:in|at|near) (?P<answer>{NAME})"), _where
-    ),
-    _Build(
-        re.compile(
-            rf"There (?P<verb>are|were) (?:about )?(?P<answer>{NUMBER}) {REST}(?P<more> (?:in|on|at) [^,;:()]+)?"
+# kind, question and sentence; "does" is the verb of a question about what has something
+BUILDS = tuple(
+    (kind, template, re.compile(pattern))
+    for kind, template, pattern in (
+        (
+            "when",
+            "When {verb} {thing} {rest}?",
+            rf"(?P<thing>{THING}) (?P<verb>was|were) {REST} (?:in|on) (?P<answer>{DATE}|{YEAR})",
         ),
-        _how_many_there,
-    ),
-    _Build(re.compile(rf"(?P<thing>{THING}) (?P<verb>has|have|had) (?:about )?(?P<answer>{NUMBER}) {REST}"), _how_many),
-    _Build(re.compile(rf"(?P<answer>{NAME}) (?P<verb>was|is) (?P<rest>the [^,;:()]+)"), _who),
-    _Build(re.compile(rf"(?P<answer>{NAME}) (?P<verb>{PAST}) (?P<rest>[^,;:()]+)"), _who),
+        (
+            "where",
+            "Where {verb} {thing} {rest}?",
+            rf"(?P<thing>{THING}) (?P<verb>was|were|is|are) {REST} (?:in|at|near) (?P<answer>{NAME})",
+        ),
+        (
+            "how many",
+            "How many {rest} {verb} there{more}?",
+            rf"There (?P<verb>are|were) (?:about )?(?P<answer>{NUMBER}) {REST}(?P<more> (?:in|on|at) [^,;:()]+)?",
+        ),
+        (
+            "how many",
+            "How many {rest} {does} {thing} have?",
+            rf"(?P<thing>{THING}) (?P<verb>has|have|had) (?:about )?(?P<answer>{NUMBER}) {REST}",
+        ),
+        ("who", "Who or what {verb} {rest}?", rf"(?P<answer>{NAME}) (?P<verb>was|is) (?P<rest>the [^,;:()]+)"),
+        ("who", "Who or what {verb} {rest}?", rf"(?P<answer>{NAME}) (?P<verb>{PAST}) (?P<rest>[^,;:()]+)"),
+    )
 )
 BLANKS = (
     ("date", re.compile(rf"\b(?P<answer>{DATE})\b")),

@@ -26,6 +26,7 @@ def test_the_examples_of_the_documentation_hold():
         ("Clara Weiss painted the ceiling of the chapel.", "Who or what painted the ceiling of the chapel?",
          "Clara Weiss"),
         ("There are 14 bridges in Norden.", "How many bridges are there in Norden?", "14"),
+        ("There were 14 old bridges left then.", "How many old bridges left then were there?", "14"),
         ("The town of Norden has three theatres.", "How many theatres does the town of Norden have?",
          "three"),
         ("After long talks, the treaty was signed on May 3, 1721 by all.",
