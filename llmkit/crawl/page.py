@@ -11,6 +11,7 @@ disk.
 from __future__ import annotations
 
 import io
+import json
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +23,6 @@ from typing import Any, NamedTuple
 from zlib import crc32
 
 import numpy as np
-import orjson
 
 from llmkit.text.words import Split
 
@@ -184,7 +184,7 @@ class Part:
         True
         """
         outcomes = [(o.step, o.reason, o.path, o.offset, len(o.line)) for o in self.outcomes]
-        head = orjson.dumps({"outcomes": outcomes, "seconds": self.seconds})
+        head = json.dumps({"outcomes": outcomes, "seconds": self.seconds}).encode()  # names of files may be no UTF-8
         packed = io.BytesIO()
         packed.write(len(head).to_bytes(8, "little") + head)
         packed.writelines(outcome.line for outcome in self.outcomes)
@@ -196,7 +196,7 @@ class Part:
     def unpack(cls, packed: bytes) -> Part:
         """The part that `pack` made."""
         at = 8 + int.from_bytes(packed[:8], "little")
-        header = orjson.loads(packed[8:at])
+        header = json.loads(packed[8:at])
         outcomes = []
         for step, reason, path, offset, size in header["outcomes"]:
             outcomes.append(Outcome(step, reason, path, offset, packed[at : at + size]))

@@ -156,15 +156,17 @@ def edited_json(whole: bytes) -> Iterator[tuple[str, bytes]]:
         for kind, value in edits(first):
             yield kind, json.dumps(value).encode()
         return
-    except json.JSONDecodeError:
+    except ValueError:
         pass
     for number in sorted({0, min(1, len(lines) - 1), len(lines) - 1}):
-        if not lines[number].endswith(b"\n"):
+        try:
+            value = json.loads(lines[number])
+        except ValueError:  # of a crawl: bytes
             continue
         for content in (b"{}\n", b"[]\n", b"null\n", b"\xff{\n", b"\n"):
             yield f"line {number + 1} {content!r}", b"".join([*lines[:number], content, *lines[number + 1 :]])
-        for kind, value in edits(json.loads(lines[number])):
-            line = json.dumps(value).encode() + b"\n"
+        for kind, edited in edits(value):
+            line = json.dumps(edited).encode() + b"\n"
             yield f"line {number + 1} {kind}", b"".join([*lines[:number], line, *lines[number + 1 :]])
     yield "line 1 doubled", b"".join([lines[0], *lines])
 
