@@ -37,8 +37,8 @@ def main() -> None:
         labels = {row["url"]: row for row in map(json.loads, lines)}
     heads = f"{'set':7}{'recipe':9}{'good kept':>10}{'bad kept':>9}{'precision':>10}{'recall':>7}"
     print(heads + f"{'weighted precision':>20}{'recall':>7}")
-    for name, make in NAMED.items():
-        judge = Judge(make())
+    for name, recipe in NAMED.items():
+        judge = Judge(recipe)
         kept = {}
         for url in labels.keys() & texts.keys():
             page = Document(Page("", 0, url, None, None, texts[url], {}), texts[url])

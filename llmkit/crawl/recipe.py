@@ -91,6 +91,19 @@ CHOICES = {
 }
 
 
+def _nearest(name: str, known: Any) -> str:
+    near = get_close_matches(name, known, 1)
+    return f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}"
+
+
+def check_steps(names: tuple[str, ...], prefix: str) -> tuple[str, ...]:
+    """The names, each of a step; raises UserError with the nearest name otherwise."""
+    for name in names:
+        if name not in STEPS:
+            raise UserError(f"{prefix}: unknown step '{name}'; {_nearest(name, STEPS)}")
+    return names
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Every choice that decides what comes out. The order of the fields is that of the steps."""
@@ -125,31 +138,18 @@ class Recipe:
         return replace(self, **{table: replace(getattr(self, table), **values)})
 
 
-def own_recipe() -> Recipe:
-    """The recipe called llmkit: documentation and threads stay that FineWeb's drops, lists and menus go.
-
-    Numbers, code and quoted lines are no reason to drop a page, lists are (benchmarks/crawl_recipes.py).
-    """
-    recipe = (
-        Recipe().changed("gopher_quality", min_alphabetic_word_fraction=0.75).changed("c4", drop_curly_bracket=False)
-    )
-    return recipe.changed(
-        "fineweb",
-        min_terminal_line_fraction=0.3,
-        max_short_line_fraction=0.5,
-        max_duplicate_line_character_fraction=0.05,
-    )
-
-
-NAMED = {"fineweb": Recipe, "llmkit": own_recipe}
-
-
-def check_steps(names: tuple[str, ...], prefix: str) -> tuple[str, ...]:
-    """The names, each of a step; raises UserError with the nearest name otherwise."""
-    for name in names:
-        if name not in STEPS:
-            raise UserError(f"{prefix}: unknown step '{name}'; {_nearest(name, STEPS)}")
-    return names
+NAMED = {
+    "fineweb": Recipe(),
+    # Documentation and threads stay that FineWeb's drops, lists and menus go: numbers, code and quoted lines are no
+    # reason to drop a page, lists are (benchmarks/crawl_recipes.py)
+    "llmkit": Recipe(
+        gopher_quality=GopherQuality(min_alphabetic_word_fraction=0.75),
+        c4=C4(drop_curly_bracket=False),
+        fineweb=FineWebQuality(
+            min_terminal_line_fraction=0.3, max_short_line_fraction=0.5, max_duplicate_line_character_fraction=0.05
+        ),
+    ),
+}
 
 
 def as_json(recipe: Recipe) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def as_json(recipe: Recipe) -> dict[str, Any]:
 def read_recipe(path: str) -> Recipe:
     """The recipe of that name, or of a TOML file over FineWeb's. Raises UserError naming file, table and key."""
     if path in NAMED:
-        return NAMED[path]()
+        return NAMED[path]
     return _with_values(Recipe(), read_toml(path, "recipe"), path)
 
 
@@ -203,11 +203,6 @@ def _value(value: Any, hint: Any, where: str) -> Any:
         expected = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}[base]
         raise UserError(f"{where}: expected {expected + ' or none' * optional}, found {value!r}")
     return value
-
-
-def _nearest(name: str, known: Any) -> str:
-    near = get_close_matches(name, known, 1)
-    return f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}"
 
 
 # ---- to TOML

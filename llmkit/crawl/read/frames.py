@@ -61,12 +61,12 @@ _WARC_TYPE = re.compile(rb"(?im)^warc-type:")
 _ARC_LINE = re.compile(rb"(?<=\n)" + ARC_START.pattern, re.MULTILINE)  # not from the midst of a line
 
 
-class Window(io.RawIOBase):
+class Window:
     """The bytes of a stream from `position` on: looked at before they are passed over. Not seekable."""
 
     def __init__(self, handle: Any) -> None:
         self.position, self.cut = 0, False  # cut: the compressed stream ended early or is damaged
-        self._handle, self._ahead, self._ended = handle, bytearray(), False
+        self._ahead, self._ended = bytearray(), False
         self._read = handle.read1 if hasattr(handle, "read1") else handle.read
 
     def look(self, size: int) -> bytearray:
@@ -80,21 +80,13 @@ class Window(io.RawIOBase):
             self._ended = not block
         return self._ahead
 
-    def take(self, size: int) -> bytes:
-        """Pass over `size` bytes (fewer where the stream ends) and return them."""
-        taken = bytes(memoryview(self.look(size))[:size])
-        self.skip(len(taken))
-        return taken
-
-    def skip(self, size: int) -> int:
-        """Pass over `size` bytes without keeping them; the number there were."""
-        left = size
-        while left and self.look(1):
-            count = min(left, len(self._ahead))
+    def skip(self, size: int) -> None:
+        """Pass over `size` bytes, or as many as there are, without keeping them."""
+        while size and self.look(1):
+            count = min(size, len(self._ahead))
             del self._ahead[:count]
-            left -= count
-        self.position += size - left
-        return size - left
+            self.position += count
+            size -= count
 
     def skip_over(self, what: bytes) -> None:
         """Pass over all bytes ahead that are among `what`."""
@@ -104,13 +96,15 @@ class Window(io.RawIOBase):
             if count < len(head):
                 return
 
-    def readable(self) -> bool:
-        return True
+    def as_file(self) -> io.BufferedReader:
+        """The bytes ahead, for readers of files."""
 
-    def readinto(self, buffer: Any) -> int:
-        data = self.take(min(len(buffer), len(self.look(1))))
-        buffer[: len(data)] = data
-        return len(data)
+        def blocks() -> Iterator[bytes]:
+            while block := bytes(self.look(1)):
+                self.skip(len(block))
+                yield block
+
+        return io.BufferedReader(Lines(blocks()), BLOCK)
 
 
 def gzip_blocks(window: Window) -> Iterator[bytes]:
@@ -215,7 +209,9 @@ class Records:
                 yield "damaged"
                 window.skip(at)
                 return
-        yield window.take(size)
+        data = bytes(memoryview(window.look(size))[:size])
+        window.skip(size)
+        yield data
 
     def _pass_over(self, header: int, block: int) -> str:
         """Pass over a record that is too large; where a length is wrong, as far as the next record alone."""
@@ -439,7 +435,7 @@ class Reader:
         with open_packed(path) as handle:
             window = self._window = Window(handle)
             if is_zstd(window.look(4)[:4]):
-                window = Window(Lines(zstd_frames(io.BufferedReader(window, BLOCK), name)))
+                window = Window(Lines(zstd_frames(window.as_file(), name)))
             head, packed = beginning(window), window.look(2).startswith(GZIP_MAGIC)
             kind = _kind_of(name, head)
             if packed and kind in ("warc", "arc") and not is_one_stream(window, kind == "arc", self.max_bytes):
@@ -491,7 +487,7 @@ def _first_record(records: Iterator[Record], name: str, kind: str, head: bytes) 
 
 def _lines(window: Window, max_bytes: int) -> Iterator[Record]:
     """The lines of a file that are not blank, by number; the last of a cut file is `truncated`."""
-    source, number = io.BufferedReader(window, BLOCK), 0
+    source, number = window.as_file(), 0
     while line := source.readline(max_bytes + 1):
         number += 1
         if len(line) > max_bytes:
