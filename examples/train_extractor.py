@@ -89,7 +89,7 @@ def read_samples(truth_path: str, archives: list[str]) -> list[Sample]:
             print(f"{page.url}: {limit}", file=sys.stderr)
             continue
         true_words = WORD.findall(row["main_content"].lower())
-        block_words = [WORD.findall(text.lower()) for text in tree.blocks.text]
+        block_words = [WORD.findall(text.lower()) for text in tree.text]
         if block_words:
             words = np.array([max(len(block), 1) for block in block_words])
             sample = Sample(
@@ -146,7 +146,7 @@ def path_tokens(tree: BlockTree) -> list[Counter[str]]:
         if path not in known:
             known[path] = bags[parent] + of_kind[kind]
         bags.append(known[path])
-    return [bags[leaf] for leaf in tree.blocks.leaf]
+    return [bags[leaf] for leaf in tree.leaf]
 
 
 # ---- fitting
@@ -280,7 +280,7 @@ def cross_validate(samples: list[Sample], folds: int) -> dict[str, list[tuple[fl
         for at in np.flatnonzero(part == fold).tolist():
             sample = samples[at]
             probabilities = model.probabilities(sample.tree)
-            words = np.array([1 + text.count(" ") for text in sample.tree.blocks.text])
+            words = np.array([1 + text.count(" ") for text in sample.tree.text])
             for name, rule in rules.items():
                 results[name][at] = f1(text_of(sample.tree, rule(probabilities, words)), sample.truth)
         print(f"fold {fold + 1} of {folds}: {time.process_time() - start:.0f} CPU s", file=sys.stderr)

@@ -107,8 +107,8 @@ class Elements:
 
 
 @dataclass(frozen=True, slots=True)
-class Blocks:
-    """The blocks of a page in document order: int32 arrays of their number, but for `text`."""
+class BlockTree:
+    """The blocks of a page in document order, int32 arrays of their number but for `text`, and its elements."""
 
     text: list[str]
     leaf: np.ndarray  # the element that holds the block's first letter
@@ -116,16 +116,9 @@ class Blocks:
     links: np.ndarray
     pieces: np.ndarray  # text nodes
     breaks: np.ndarray  # <br> within
-
-
-@dataclass(frozen=True, slots=True)
-class BlockTree:
-    """A page's blocks, its elements and its title."""
-
-    blocks: Blocks
+    cells: np.ndarray | None  # `table_cells`: the table, row and column of each block in a table of data
     elements: Elements
     title: str | None
-    cells: np.ndarray | None = None  # `table_cells`: the table, row and column of each block in a table of data
 
 
 def cut_blocks(html: bytes) -> BlockTree:
@@ -139,13 +132,12 @@ def cut_blocks(html: bytes) -> BlockTree:
     walk = _Walk()
     if tree.body is not None:  # a <frameset> has none
         walk.run(tree.body)
-    blocks = Blocks(walk.texts, *np.frombuffer(walk.counts, np.int32).reshape(-1, 5).T.copy())
+    leaf, link_chars, links, pieces, breaks = np.frombuffer(walk.counts, np.int32).reshape(-1, 5).T.copy()
     elements = walk.elements()
     tags = [key.tag for key in elements.keys]
-    cells = None
-    if "td" in tags or "th" in tags:
-        cells = table_cells(np.array(tags)[elements.kind], elements.parent, blocks.leaf)
-    return BlockTree(blocks, elements, title or None, cells)
+    has_cells = "td" in tags or "th" in tags
+    cells = table_cells(np.array(tags)[elements.kind], elements.parent, leaf) if has_cells else None
+    return BlockTree(walk.texts, leaf, link_chars, links, pieces, breaks, cells, elements, title or None)
 
 
 class _Walk:

@@ -119,23 +119,23 @@ class _Text:
 
 def block_features(tree: BlockTree, weights: NameWeights) -> Columns:
     """The features of a page of at least one block, by name: float (blocks,), or one number for the whole page."""
-    text = _Text(tree.blocks.text, tree.blocks.link_chars)
+    text = _Text(tree.text, tree.link_chars)
     return {**_of_text(tree, text), **_of_place(text), **_of_tree(tree, text, weights)}
 
 
 def _of_text(tree: BlockTree, text: _Text) -> Columns:
-    blocks, words, chars = tree.blocks, text.words, text.chars
+    words, chars = text.words, text.chars
     times: dict[str, int] = {}
     again = []
-    for block in blocks.text:
+    for block in tree.text:
         again.append(block in times)
         times[block] = times.get(block, 0) + 1
     return {
         "words": np.log1p(words),
         "link_share": text.link_share,
-        "links": np.log1p(blocks.links),
-        "pieces": np.log1p(blocks.pieces),
-        "breaks": np.log1p(blocks.breaks),
+        "links": np.log1p(tree.links),
+        "pieces": np.log1p(tree.pieces),
+        "breaks": np.log1p(tree.breaks),
         "chars_per_word": chars / words,
         "upper_share": text.upper / text.letters,
         "stops": np.log1p(text.stops),
@@ -143,7 +143,7 @@ def _of_text(tree: BlockTree, text: _Text) -> Columns:
         "mark_share": text.marks / chars,
         "ends_in_stop": text.ends_in_stop,
         "again": np.array(again),
-        "times": np.array([times[block] for block in blocks.text]),
+        "times": np.array([times[block] for block in tree.text]),
         "page_blocks": np.log1p(len(words)),
         "page_words": np.log1p(words.sum()),
         "page_prose": np.log1p(text.prose.sum()),
@@ -184,7 +184,7 @@ def _of_tree(tree: BlockTree, text: _Text, weights: NameWeights) -> Columns:
     elements = tree.elements
     parent, kind, depth = elements.parent, elements.kind, elements.depth
     first, end = elements.first_block, elements.end_block
-    leaf = tree.blocks.leaf
+    leaf = tree.leaf
     holder, tags = elements.holder[leaf], elements.tags[leaf]
     own = np.array(weights.of(elements.keys))[kind]
     path = _path_sums(parent, own)

@@ -82,13 +82,13 @@ class BlockModel:
         The blocks of a table of data share the highest mean of its rows, so that it is kept or dropped whole; chosen
         for themselves, cells went missing in 82 of 222 pages with such tables.
         """
-        n = len(tree.blocks.text)
+        n = len(tree.text)
         if n == 0:
             return np.zeros(0)
         rows = feature_rows(block_features(tree, self.names), self.feature_names, n)
         probabilities = self.of_features(rows)
         if tree.cells is not None:
-            _even_tables(probabilities, tree.cells, np.fromiter(map(len, tree.blocks.text), np.int64, n))
+            _even_tables(probabilities, tree.cells, np.fromiter(map(len, tree.text), np.int64, n))
         return probabilities
 
     def of_features(self, rows_FN: np.ndarray) -> np.ndarray:
@@ -189,10 +189,10 @@ class Extractor:
         """
         if self.threshold is not None or len(probabilities) == 0:
             return probabilities >= (self.threshold or 0)
-        words = np.array([1 + text.count(" ") for text in tree.blocks.text])
+        words = np.array([1 + text.count(" ") for text in tree.text])
         keep = best_blocks(probabilities, words, FAVOURS[self.favour])
         if keep.sum() <= _FEW_BLOCKS:
-            heading = tree.elements.tags[tree.blocks.leaf] & _HEADINGS > 0
+            heading = tree.elements.tags[tree.leaf] & _HEADINGS > 0
             keep[:-1] |= heading[:-1] & keep[1:] & ~heading[1:]
         return keep
 
@@ -209,7 +209,7 @@ def text_of(tree: BlockTree, keep: np.ndarray) -> str:
     An empty cell before another leaves its place, so that what stands below it can be told: `| Q1 | Q2`, `a | | c`.
     """
     numbers = np.flatnonzero(keep)
-    texts = tree.blocks.text
+    texts = tree.text
     if tree.cells is None:
         return "\n".join([texts[number] for number in numbers.tolist()])
     pieces: list[str] = []

@@ -16,7 +16,7 @@ XHTML = "<?xml version='1.0'?><html xmlns='http://www.w3.org/1999/xhtml'><head>"
 
 
 def texts(html: str) -> list[str]:
-    return cut_blocks(html.encode()).blocks.text
+    return cut_blocks(html.encode()).text
 
 
 @pytest.mark.parametrize(
@@ -99,16 +99,16 @@ def test_a_formula_comes_once_and_in_its_line(formula: str) -> None:
 
 def test_a_block_knows_its_elements() -> None:
     tree = cut_blocks(b'<title> A\n title </title><nav><a href=x>Home</a></nav><article class="post Body"><p>Text')
-    nav, paragraph = (tree.elements.tags[leaf] for leaf in tree.blocks.leaf)
+    nav, paragraph = (tree.elements.tags[leaf] for leaf in tree.leaf)
     assert tree.title == "A title"
     assert nav & TAG_BITS["nav"] and not paragraph & TAG_BITS["nav"]
     assert paragraph & TAG_BITS["article"] and paragraph & TAG_BITS["p"]
-    assert list(tree.blocks.link_chars) == [4, 0]
+    assert list(tree.link_chars) == [4, 0]
     assert ElementKey("article", "post Body") in tree.elements.keys
     body = 0
     assert (tree.elements.first_block[body], tree.elements.end_block[body]) == (0, 2)
     hidden = cut_blocks(b"<p aria-hidden=true>a<p>b")
-    assert [bool(hidden.elements.tags[leaf] & TAG_BITS["(hidden)"]) for leaf in hidden.blocks.leaf] == [True, False]
+    assert [bool(hidden.elements.tags[leaf] & TAG_BITS["(hidden)"]) for leaf in hidden.leaf] == [True, False]
 
 
 def test_words_of_names() -> None:
@@ -121,7 +121,7 @@ def test_words_of_names() -> None:
 def test_a_page_of_the_greatest_depth_is_cut() -> None:
     depth = MAX_DEPTH - 2
     tree = cut_blocks(b"<div>" * depth + b"deep" + b"</div>" * depth)
-    assert tree.blocks.text == ["deep"]
+    assert tree.text == ["deep"]
     assert max(tree.elements.depth) == depth
     columns = block_features(tree, NameWeights({"<div": 1.0}))
     assert columns["path_weight"] == depth  # summed in 10 doublings, the body left out
