@@ -92,47 +92,40 @@ def check_logprobs(tokens, vocab, dtype=torch.float32, *, hidden=32, ignored=0.3
     assert_as_good_as_torch(found, values_and_gradients(reference, inputs, upstream), expected, 1 + entropy)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("vocab", [123, 507, 2048])
-def test_loss_and_gradients_of_any_vocabulary(dtype, vocab):
-    check_loss(65, vocab, dtype)
+COUNTS = [(tokens, 123, torch.float32, {"ignored": part}) for tokens in (1, 63, 64, 128) for part in (0.0, 0.5, 1.0)]
 
 
-@pytest.mark.parametrize("tokens", [1, 63, 64, 128])
-@pytest.mark.parametrize("ignored", [0.0, 0.5, 1.0])
-def test_loss_and_gradients_of_any_number_of_tokens(tokens, ignored):
-    check_loss(tokens, 123, ignored=ignored)
+@pytest.mark.parametrize(
+    ("tokens", "vocab", "dtype", "options"),
+    [
+        *((65, vocab, dtype, {}) for vocab in (123, 507, 2048) for dtype in DTYPES),
+        *((100, 123, dtype, {"reduction": reduction}) for dtype in DTYPES for reduction in ("mean", "sum")),
+        *COUNTS,
+    ],
+)
+def test_loss_and_gradients(tokens, vocab, dtype, options):
+    check_loss(tokens, vocab, dtype, **options)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_loss_and_gradients_of_any_reduction(dtype, reduction):
-    check_loss(100, 123, dtype, reduction=reduction)
+@pytest.mark.parametrize(
+    ("tokens", "vocab", "dtype", "options"),
+    [
+        *((65, vocab, dtype, {}) for vocab in (123, 507, 2048) for dtype in DTYPES),
+        *((*count, {**options, "entropy": False}) for *count, options in COUNTS),
+        *(
+            (40, 300, dtype, {"hidden": hidden, "temperature": temperature})
+            for dtype in DTYPES for hidden in (48, 72, 160) for temperature in (0.6, 1.7)
+        ),
+    ],
+)  # fmt: skip
+def test_logprobs_and_gradients(tokens, vocab, dtype, options):
+    check_logprobs(tokens, vocab, dtype, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_over_many_examples_16_bits_cost_no_more_than_they_cost_torch(dtype):
     ratios = [check_loss(24, 60, dtype, seed=1000 * n)[1:] for n in range(16)]
     assert torch.tensor(ratios).log().mean(0).exp().max() < 1.005
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("vocab", [123, 507, 2048])
-def test_logprobs_and_gradients_of_any_vocabulary(dtype, vocab):
-    check_logprobs(65, vocab, dtype)
-
-
-@pytest.mark.parametrize("tokens", [1, 63, 64, 128])
-@pytest.mark.parametrize("ignored", [0.0, 0.5, 1.0])
-def test_logprobs_and_gradients_of_any_number_of_tokens(tokens, ignored):
-    check_logprobs(tokens, 123, ignored=ignored, entropy=False)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("hidden", [48, 72, 160])
-@pytest.mark.parametrize("temperature", [0.6, 1.7])
-def test_logprobs_and_gradients_at_any_temperature(dtype, hidden, temperature):
-    check_logprobs(40, 300, dtype, hidden=hidden, temperature=temperature)
 
 
 def test_every_number_of_the_results_is_written():

@@ -6,11 +6,10 @@ from dataclasses import asdict
 import pytest
 import torch
 from families import FAMILIES, make, save, tokens
-from llmkit.kernels.cross_entropy import linear_cross_entropy
 
 from llmkit.errors import UserError
 from llmkit.model.config import ModelConfig, RopeScaling
-from llmkit.model.transformer import Transformer
+from llmkit.model.transformer import Transformer, grow_vocabulary
 
 
 def small(**options):
@@ -111,21 +110,26 @@ def test_a_tiny_model_learns_a_batch_by_heart(tied, dtype):
     assert loss < 0.5
 
 
-def test_matrices_name_every_stacked_projection():
-    model = Transformer(small(), seed=0)
-    parameters = dict(model.named_parameters())
-    for name, parameter, rows in model.matrices():
-        assert parameters[name] is parameter and sum(rows) == parameter.shape[0]
-    named = {name for name, _, _ in model.matrices()}
-    assert {n for n, p in parameters.items() if p.ndim == 2} - named == {"embed_tokens", "lm_head"}
-
-
-def test_the_loss_is_that_of_its_logits():
-    model, ids = shaken(small()), tokens()
-    logits = model.logits(model(ids))
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.roll(-1, 1).flatten())
-    assert abs(model.loss(ids, ids.roll(-1, 1)) - expected) < 1e-6
-    assert torch.equal(linear_cross_entropy(model(ids), model.head_weight, ids), model.loss(ids, ids))
+@pytest.mark.parametrize(
+    ("rows", "known", "wanted", "grown_to", "tied"),
+    [
+        (100, 100, 112, 112, False),
+        (100, 100, 112, 112, True),
+        (100, 100, 140, 140, False),
+        (128, 128, 140, 192, False),  # a multiple of 64 stays one
+        (128, 100, 112, 128, False),  # rows that no token used are taken first
+        (100, 100, 100, 100, False),
+    ],
+)
+def test_new_tokens_start_from_the_mean_and_known_ones_keep_their_logits(rows, known, wanted, grown_to, tied):
+    base, ids = shaken(small(vocab_size=rows, tie_word_embeddings=tied)), torch.arange(90).view(3, 30)
+    before = base.logits(base(ids)).detach()
+    grown = grow_vocabulary(base, known, wanted)
+    assert grown.config.vocab_size == grown_to and (grown.lm_head is None) == tied
+    assert (grown is base) == (rows == grown_to)
+    torch.testing.assert_close(grown.logits(grown(ids))[..., :known], before[..., :known])
+    for table in (grown.embed_tokens, grown.head_weight):
+        torch.testing.assert_close(table[known:wanted], table[:known].mean(0).expand(wanted - known, -1))
 
 
 @pytest.mark.slow

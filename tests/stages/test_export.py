@@ -100,18 +100,14 @@ def test_matrices_are_narrowed_and_vectors_are_not(
     exact = load_file(chat / "model.safetensors")["model.embed_tokens.weight"]
     near = values(reader)["token_embd.weight"]
     assert 0 < (near - exact).abs().max() <= off * exact.abs().max()
-
-
-def test_rows_that_q8_0_cannot_cut_become_float16(tmp_path: Path) -> None:
-    folder = save_assistant(tmp_path / "chat", intermediate_size=168)
-    kinds = {one.name: one.tensor_type.name for one in written(folder, tmp_path / "m.gguf", dtype="q8_0").tensors}
-    assert kinds["blk.0.ffn_down.weight"] == "F16" and kinds["blk.0.ffn_up.weight"] == "Q8_0"
-
-
-def test_auto_keeps_the_precision_of_the_folder(tmp_path: Path) -> None:
-    folder = save_assistant(tmp_path / "chat")
+    folder = save_assistant(tmp_path / "odd", intermediate_size=168)  # rows that q8_0 cannot cut become float16
     save_model(load_model(folder), folder, dtype=torch.bfloat16)
-    assert keys(written(folder, tmp_path / "m.gguf"))["general.file_type"] == gguf.LlamaFileType.MOSTLY_BF16
+    kinds = {one.name: one.tensor_type.name for one in written(folder, tmp_path / "odd.gguf", dtype=dtype).tensors}
+    assert (
+        kinds["blk.0.ffn_down.weight"] == ("F16" if kind == "Q8_0" else kind) and kinds["blk.0.ffn_up.weight"] == kind
+    )
+    auto = keys(written(folder, tmp_path / "auto.gguf"))  # keeps the precision of the folder
+    assert auto["general.file_type"] == gguf.LlamaFileType.MOSTLY_BF16
 
 
 def test_scaled_frequencies_and_windows(tmp_path: Path, capsys) -> None:
@@ -148,25 +144,18 @@ def test_the_vocabulary_says_what_every_token_is(chat: Path, tmp_path: Path) -> 
     end, turn = tokenizer.specials["<|endoftext|>"], tokenizer.specials["<|im_end|>"]
     assert ids == {"bos": end, "eos": end, "eot": turn, "padding": end}
     assert not stated["tokenizer.ggml.add_bos_token"]  # conversations begin without it
-
-
-def test_an_end_that_the_tokenizers_config_alone_names_ends_there_too(chat: Path, tmp_path: Path) -> None:
-    folder, tokenizer = tmp_path / "chat", load_tokenizer(chat)
-    shutil.copytree(chat, folder)
-    end, turn = tokenizer.specials["<|endoftext|>"], tokenizer.specials["<|im_end|>"]
+    base = keys(written(save_assistant(tmp_path / "base", "llama3", assistant=False), tmp_path / "base.gguf"))
+    assert base["tokenizer.ggml.add_bos_token"] is True and base["tokenizer.ggml.pre"] == "smaug-bpe"
+    assert "tokenizer.chat_template" not in base and "tokenizer.ggml.eot_token_id" not in base
+    folder = save_assistant(tmp_path / "ends", "gpt2")  # an end that the tokenizer's configuration alone names
+    end, turn = (load_tokenizer(folder).specials[name] for name in ("<|endoftext|>", "<|im_end|>"))
     for name, value in (("config.json", end), ("tokenizer_config.json", "<|im_end|>")):
         key = "eos_token_id" if name == "config.json" else "eos_token"
         (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), key: value}))
     (folder / "generation_config.json").unlink(missing_ok=True)
-    stated = keys(written(folder, tmp_path / "chat.gguf"))
+    stated = keys(written(folder, tmp_path / "ends.gguf"))
     assert [stated[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot")] == [turn, end]
-
-
-def test_a_base_model_begins_with_bos_and_has_no_conversations(tmp_path: Path) -> None:
-    folder = save_assistant(tmp_path / "base", assistant=False)
-    stated = keys(written(folder, tmp_path / "base.gguf"))
-    assert stated["tokenizer.ggml.add_bos_token"] is True
-    assert "tokenizer.chat_template" not in stated and "tokenizer.ggml.eot_token_id" not in stated
+    assert stated["tokenizer.ggml.pre"] == "gpt-2"
 
 
 @pytest.mark.parametrize("writes", [True, False])
@@ -214,12 +203,6 @@ def test_the_chat_template_needs_no_extension_and_renders_the_same(chat: Path, t
             assert plain.render(messages=messages[:count], add_generation_prompt=asked) == expected
 
 
-@pytest.mark.parametrize(("pattern", "name"), [("gpt2", "gpt-2"), ("llama3", "smaug-bpe")])
-def test_the_splits_that_llama_cpp_knows(tmp_path: Path, pattern: str, name: str) -> None:
-    folder = save_assistant(tmp_path / "chat", pattern)
-    assert keys(written(folder, tmp_path / "m.gguf"))["tokenizer.ggml.pre"] == name
-
-
 def edit(path: Path, change) -> None:
     content = json.loads(path.read_text())
     change(content)
@@ -247,11 +230,6 @@ def test_a_tokenizer_that_llama_cpp_would_not_follow_is_refused(tmp_path: Path, 
     edit(folder / "tokenizer.json", change)
     message = refused(folder, tmp_path / "m.gguf")
     assert words in message and message.startswith(f"{folder}/tokenizer.json: ")
-
-
-def test_o200k_is_refused(tmp_path: Path) -> None:
-    folder = save_assistant(tmp_path / "chat", "o200k")
-    assert "expected text to be split as llama.cpp" in refused(folder, tmp_path / "m.gguf")
 
 
 # ---- hf
@@ -337,6 +315,10 @@ def test_one_line_on_stdout_and_the_output_whole(chat: Path, tmp_path: Path, llm
     assert json.loads((tmp_path / "chat.gguf.manifest.json").read_text())["stage"] == "export"
     assert sorted(os.listdir(tmp_path)) == ["chat.gguf", "chat.gguf.manifest.json"]
     assert "exists already" in refused(chat, out)
+    for form in ("gguf", "hf"):
+        dry = llmkit("export", chat, "--format", form, "--dtype", "bfloat16", "-o", tmp_path / "dry", "--dry-run")
+        assert (dry.returncode, dry.stdout) == (0, "") and "parameters of qwen3, float32; to " in dry.stderr
+    assert not (tmp_path / "dry").exists()
     assert export.run(ExportConfig(model=str(chat), format="gguf", out=str(out), force=True, quiet=True)) is not None
 
 
@@ -363,14 +345,6 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(chat: Path, tmp_path: Path, 
     assert "manifest.json: no space" in refused(chat, tmp_path / "out" / "chat.gguf", dtype=dtype)
 
 
-def test_a_dry_run_writes_nothing(chat: Path, tmp_path: Path, capsys) -> None:
-    for form in ("gguf", "hf"):
-        options = {"model": str(chat), "format": form, "dtype": "bfloat16", "out": str(tmp_path / "out")}
-        assert export.run(ExportConfig(dry_run=True, **options)) is None
-        assert "parameters of qwen3, float32; to " in capsys.readouterr().err
-    assert os.listdir(tmp_path) == []
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -392,12 +366,10 @@ def test_mistakes_are_one_line(chat: Path, tmp_path: Path, options: dict, words:
     assert words in str(raised.value) and os.listdir(tmp_path) == []
 
 
-def test_the_missing_package_is_named(chat: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(export, "find_spec", lambda name: None)
-    assert "pip install 'llmkit[gguf]'" in refused(chat, tmp_path / "m.gguf")
-
-
-def test_what_llama_cpp_has_no_form_for_is_refused(tmp_path: Path) -> None:
+def test_what_llama_cpp_has_no_form_for_is_refused(tmp_path: Path, monkeypatch) -> None:
+    o200k = save_assistant(tmp_path / "o200k", "o200k")
+    assert "expected text to be split as llama.cpp" in refused(o200k, tmp_path / "m.gguf")
+    assert "is the model itself" in refused(o200k, o200k, format="hf", force=True)
     biased = save_assistant(tmp_path / "biased", attention_bias=True, attention_out_bias=True)
     assert "llama.cpp's qwen3 has no attention_bias; --format hf keeps it" in refused(biased, tmp_path / "m.gguf")
     wide = save_assistant(tmp_path / "wide", **FAMILIES["qwen2"], head_dim=24)
@@ -405,8 +377,5 @@ def test_what_llama_cpp_has_no_form_for_is_refused(tmp_path: Path) -> None:
     foreign = save_folder(tmp_path / "foreign")
     edit(foreign / "config.json", lambda config: config.update(model_type="gpt2"))
     assert "expected model_type to be one of llama, mistral, qwen2, qwen3" in refused(foreign, tmp_path / "m.gguf")
-
-
-def test_a_model_is_not_replaced_by_itself(tmp_path: Path) -> None:
-    folder = save_assistant(tmp_path / "chat")
-    assert "is the model itself" in refused(folder, folder, format="hf", force=True)
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    assert "pip install 'llmkit[gguf]'" in refused(foreign, tmp_path / "m.gguf")
