@@ -71,6 +71,7 @@ DROPPED = {
     "overlong": ("RlConfig", "--algo decides: dapo takes reward away from attempts near --max-tokens"),
     "refill": ("RlConfig", "as many groups again are sampled at most; --group and --batch-size set their number"),
     "max_difference": ("RlConfig", "0.001 is allowed in float32, 0.05 in bfloat16 and with a server"),
+    "concurrency": ("RlConfig", "64 requests are under way at a time"),
     "slots": ("RlConfig", "256 sequences are decoded at a time by a small model on a CPU, else 64"),
     "embedding_learning_rate": ("PretrainConfig", "it follows from the plan; --learning-rate can be set"),
     "head_learning_rate": ("PretrainConfig", "it is a quarter of --learning-rate"),

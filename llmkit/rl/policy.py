@@ -1,6 +1,6 @@
 """Samplers of the policy as it is: here, or by a server, to which its weights are handed over before each batch.
 
-    policy = ServedPolicy("openai:http://localhost:8000/v1#chat", tuning, 120.0, (), work / "served", write, 64)
+    policy = ServedPolicy("openai:http://localhost:8000/v1#chat", tuning, 120.0, (), work / "served", write)
     for samples in policy.sampler(temperature=1.0).complete(requests): ...
 
 A server's weights go through the server's own mechanism, from a folder that it must see under the same path: SGLang's
@@ -34,6 +34,7 @@ from llmkit.training.finetuning import Tuning, load_unchanged
 
 KINDS = ("vllm", "sglang")  # by the owner of the model in the list of a server's models
 SLOTS, SMALL_MODEL_SLOTS = 64, 256  # sequences decoded at a time
+CONCURRENCY = 64  # requests to a server at a time
 
 
 def load_policy(folder: str, system: str | None, device: torch.device, dtype: torch.dtype, quiet: bool) -> Tuning:
@@ -85,7 +86,6 @@ class ServedPolicy:
     stop         strings that end an attempt, beside the end tokens
     folder       where the weights are written, each time into another folder, which replaces the former
     write        saves the policy as it is now in a folder
-    concurrency  attempts under way at most
 
     Raises UserError for a server that is none of those that load weights, ServerError where it does not answer.
     """
@@ -98,10 +98,9 @@ class ServedPolicy:
         stop: Sequence[str],
         folder: Path,
         write: Callable[[Path], None],
-        concurrency: int,
     ) -> None:
         server = self._server = OpenAIClient(parse_address(engine, "--engine"), timeout)
-        self._tokenizer, self._stop, self._concurrency = tuning.tokenizer, stop, concurrency
+        self._tokenizer, self._stop = tuning.tokenizer, stop
         self._end_ids = end_tokens(tuning.model.config, tuning.tokenizer)  # one of them ends an attempt by itself
         self._folder, self._write = folder, write
         self._held: Path | None = None  # what the server has loaded
@@ -119,7 +118,7 @@ class ServedPolicy:
             self._server,
             Sampling(temperature),
             tokenizer=self._tokenizer,
-            concurrency=self._concurrency,
+            concurrency=CONCURRENCY,
             stop=self._stop,
             logprobs=True,
             token_ids=True,

@@ -85,7 +85,6 @@ class RlConfig(TuningConfig, ToolConfig, ServedConfig):
     temperature: float = option(1.0, "Sampling temperature.", group="Attempts", at_least=0.05, at_most=10)
     stop: tuple[str, ...] = option((), "Stop string; repeatable.", group="Attempts", metavar="TEXT")
     system: str | None = option(None, "System message for problems without one.", group="Attempts")
-    concurrency: int = option(64, "Requests at a time.", group="Servers", at_least=1, at_most=999, free=True)
 
     gold: str | None = option(None, "Reward to watch, never trained on.", group="Watch", metavar="KIND", reads=True)
     stop_on_hack: bool = option(False, "Stop where the reward rises and the gold one falls.", group="Watch", free=True)
@@ -192,8 +191,8 @@ class Learner:
         self.tools = open_tools(config, tuning.tokenizer, stack, tuning.model.config.eos_token_ids)
         self.policy = OwnPolicy(tuning.model, tuning.tokenizer, config.stop, str(config.model), self.tools)
         if config.is_served:
-            folder, write = run.work / "served", self.write_policy
-            served = ServedPolicy(config.engine, tuning, config.timeout, config.stop, folder, write, config.concurrency)
+            folder = run.work / "served"
+            served = ServedPolicy(config.engine, tuning, config.timeout, config.stop, folder, self.write_policy)
             self.policy = self.policy if config.dry_run else stack.enter_context(closing(served))
         self.loss = PolicyLoss(self.algorithm, config.temperature, self.horizon.kl_coef, self.reference is not None)
 

@@ -14,7 +14,7 @@ from llmkit.stages.rl import RlConfig, run
 
 QUICK = {"group": 4, "batch_size": 4, "max_tokens": 6, "learning_rate": 0.01, "warmup_steps": 0, "max_steps": 3}
 pytestmark = pytest.mark.usefixtures("one_retry")
-SERVED = {"timeout": 120.0, "concurrency": 4, "quiet": True}
+SERVED = {"timeout": 120.0, "quiet": True}
 
 
 @pytest.fixture(scope="module")
