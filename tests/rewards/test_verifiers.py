@@ -113,33 +113,16 @@ def test_the_marker_is_demanded_by_gsm8k_alone():
     assert score("#### 72", "gsm8k", answer="48 + 24 = 72\n#### 72") == 1
 
 
-@pytest.mark.parametrize("text", ["12 + 3", "2 Apples", "3 4", "a", "", "x1", "1.2.3", "3-4", "ab 5"])
-def test_what_is_more_than_a_number_is_no_whole_number(text):
-    assert whole_number(text) is None
-
-
 @pytest.mark.parametrize(
-    "text",
+    ("texts", "whole"),
     [
-        "5",
-        " 5. ",
-        "$5",
-        "$5$",
-        "-5",
-        "5%",
-        "1,000",
-        "2 1/2",
-        "1/2",
-        "\\frac{1}{2}",
-        "1e5",
-        "2 apples",
-        "x = 5",
-        "1.2 million",
-        "six",
+        (["12 + 3", "2 Apples", "3 4", "a", "", "x1", "1.2.3", "3-4", "ab 5"], False),
+        (["5", " 5. ", "$5", "$5$", "-5", "5%", "1,000", "2 1/2", "1/2", "\\frac{1}{2}", "1e5"], True),
+        (["2 apples", "x = 5", "1.2 million", "six"], True),
     ],
 )
-def test_what_is_a_whole_number(text):
-    assert whole_number(text) is not None
+def test_what_is_more_than_a_number_is_no_whole_number(texts, whole):
+    assert {text for text in texts if (whole_number(text) is not None) != whole} == set()
 
 
 def test_a_percentage_keeps_both_readings():
@@ -206,17 +189,19 @@ def test_choice(completion, right):
     assert score(completion, options=OPTIONS, answer=None, correct="B") == right
 
 
-@pytest.mark.parametrize(("completion", "right"), [("B", 1), ("(B)", 1), ("So it is (B).", 1), ("A", 0), ("A or B", 0)])
-def test_a_letter_in_brackets_is_a_choice_whose_options_the_prompt_holds(completion, right):
-    assert score(completion, prompt="Which is it?\n(A) three\n(B) four", answer="(B)") == right
-
-
 @pytest.mark.parametrize(
-    ("completion", "right"),
-    [("It is Paris.", 1), ("Paris", 1), ("", 0), ("Not Paris", 0), ("Paris or Rome", 0), ("I do not know", 0)],
-)
-def test_match_compares_words(completion, right):
-    assert score(completion, "match", prompt="What is the capital of France?", answer="Paris") == right
+    ("name", "value", "right", "wrong"),
+    [
+        (None, {"prompt": "Which is it?\n(A) three\n(B) four", "answer": "(B)"}, ["B", "(B)", "So it is (B)."],
+         ["A", "A or B"]),  # a letter in brackets is a choice, whose options the prompt holds
+        ("match", {"prompt": "What is the capital of France?", "answer": "Paris"}, ["It is Paris.", "Paris"],
+         ["", "Not Paris", "Paris or Rome", "I do not know"]),
+    ],
+)  # fmt: skip
+def test_choices_in_the_prompt_and_words(name, value, right, wrong):
+    assert {text: score(text, name, **value) for text in right + wrong} == dict.fromkeys(right, 1) | dict.fromkeys(
+        wrong, 0
+    )
 
 
 # ---- regular expressions, JSON, LaTeX
@@ -306,11 +291,11 @@ def test_latex_compares_what_is_boxed(answer, completion, right):
     assert score(completion, "latex", answer=answer) == right
 
 
-@pytest.mark.parametrize(("completion", "right"), [("\\boxed{\\frac{7}}", 1), ("\\boxed{7}", None), ("7", 0), ("", 0)])
-def test_what_math_verify_cannot_read_is_not_judged(completion, right):
+def test_what_math_verify_cannot_read_is_not_judged():
     """An answer that is damaged in the data is right where it is said letter by letter, and else leaves it open."""
     pytest.importorskip("math_verify")
-    assert score(completion, "latex", answer="\\frac{7}") == right
+    right = {"\\boxed{\\frac{7}}": 1, "\\boxed{7}": None, "7": 0, "": 0}
+    assert {text: score(text, "latex", answer="\\frac{7}") for text in right} == right
 
 
 @pytest.mark.parametrize(
@@ -491,12 +476,9 @@ def test_a_schema_that_cannot_be_used_is_refused_before_the_run(schema: dict, wo
         quickly_met(schema, "5")
 
 
-@pytest.mark.parametrize("pattern", ["(a" * 3000 + ")" * 3000, "(?:" * 3000 + "a" + ")" * 3000])
-def test_a_pattern_too_deep_is_refused_on_one_short_line(pattern: str) -> None:
-    with pytest.raises(UserError, match="expected a regular expression, found") as refused:
-        score("a", pattern=pattern, verifier="regex")
-    assert len(str(refused.value)) < 200
-
-
-def test_a_pattern_that_recurs_for_ever_is_not_met() -> None:
+def test_a_pattern_too_deep_is_refused_on_one_short_line_and_one_that_recurs_is_not_met() -> None:
+    for pattern in ("(a" * 3000 + ")" * 3000, "(?:" * 3000 + "a" + ")" * 3000):
+        with pytest.raises(UserError, match="expected a regular expression, found") as refused:
+            score("a", pattern=pattern, verifier="regex")
+        assert len(str(refused.value)) < 200
     assert score("a" * 50, pattern="(?R)", verifier="regex") == 0.0

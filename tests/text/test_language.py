@@ -29,16 +29,7 @@ SAMPLES = {
 # What fastText's model never learnt: it gives these sentences to other languages.
 UNKNOWN_TO_FASTTEXT = {"lg", "mi", "sn", "st", "tn", "ts", "xh", "zu"}
 # ISO 639-3 counts each of these groups as one macrolanguage (hbs, msa, nor).
-MACROLANGUAGES = {
-    "bs": "hbs",
-    "hr": "hbs",
-    "sr": "hbs",
-    "sh": "hbs",
-    "id": "msa",
-    "ms": "msa",
-    "nn": "nor",
-    "no": "nor",
-}
+MACROLANGUAGES = dict.fromkeys(("bs", "hr", "sr", "sh"), "hbs") | {"id": "msa", "ms": "msa", "nn": "nor", "no": "nor"}
 
 
 @pytest.mark.parametrize("code", SAMPLES)
