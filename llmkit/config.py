@@ -43,10 +43,7 @@ _NAMES = {"count": "count", "bytes": "number of bytes", "duration": "duration"}
 
 # Options of the version before, for one version, as fields: the configs that had them, and what to give instead
 DROPPED = {
-    "gpu_kind gpu_price": (
-        "PretrainConfig",
-        "--dry-run has parameters, FLOPs and memory; docs/scale.md estimates with them",
-    ),
+    "gpu_kind gpu_price": ("PretrainConfig", "--dry-run has FLOPs and memory; docs/scale.md estimates with them"),
     "gpus nodes": ("PretrainConfig", "start several processes with torchrun (docs/scale.md)"),
     "tensor_parallel": ("TrainingConfig", "FSDP2 divides a model among the processes of torchrun (docs/scale.md)"),
     "scores write_scores": ("CrawlFilterConfig", "try recipes on the documents of `crawl-filter --only url,extract`"),
@@ -66,8 +63,7 @@ DROPPED = {
     "precision recall": ("CrawlFilterConfig", "set [extract] favour in a recipe: --recipe FILE.toml"),
     "pii": ("CrawlFilterConfig", "set [pii] mode in a recipe, or leave the step out: --skip pii"),
     "min_language_score": ("CrawlFilterConfig", "set [language] min_score in a recipe: --recipe FILE.toml"),
-    "clip_low": ("RlConfig", "--algo decides (docs/rl.md has the bounds of each)"),
-    "clip_high": ("RlConfig", "--algo decides (docs/rl.md has the bounds of each)"),
+    "clip_low clip_high": ("RlConfig", "--algo decides (docs/rl.md has the bounds of each)"),
     "overlong": ("RlConfig", "--algo decides: dapo takes reward away from attempts near --max-tokens"),
     "refill": ("RlConfig", "as many groups again are sampled at most; --group and --batch-size set their number"),
     "max_difference": ("RlConfig", "0.001 is allowed in float32, 0.05 in bfloat16 and with a server"),

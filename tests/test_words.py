@@ -34,7 +34,7 @@ NEVER_ONE_HERE |= {
     "{length - 1} tokens are more than the ",
 }
 NEVER_ONE_HERE |= {"{len(AS_ASSISTANT)} built-in examples fit the model's context of "}
-NEVER_ONE_HERE |= {"{results['bytes_per_token']} bytes per token over ", "{smallest - 256} special tokens), found "}
+NEVER_ONE_HERE |= {"{results['bytes_per_token']} bytes per token over "}
 VERBS = {
     "is",
     "as",

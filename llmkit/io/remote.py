@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from llmkit import __version__
 from llmkit.errors import UserError
+from llmkit.io.progress import counted
 
 BLOCK = 8 << 20  # bytes asked for at once from a bucket, while the block before is read
 TRIES = 6  # in a row, with pauses of 1/4 s to 4 s between them
@@ -187,7 +188,7 @@ class _Bucket:
         end = min(start + BLOCK, self.now[0] or 0)
         data = self._system.cat_file(self._path, start=start, end=end)
         if len(data) != end - start:
-            raise ConnectionError(f"{len(data):,} bytes came of {end - start:,}")
+            raise ConnectionError(f"it ended at byte {len(data):,} of {end - start:,}")
         return data
 
     def close(self) -> None:
@@ -226,13 +227,13 @@ def _retried(address: str, ask: Callable[[], T]) -> T:
             raise UserError(f"{address}: expected a file, found {what}") from None
         except Exception as error:  # each library has errors of its own
             status = getattr(error, "code", getattr(error, "status", None))
-            told = (str(error).splitlines() or [""])[0] or type(error).__name__
+            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
             if status == 404:
                 raise UserError(f"{address}: expected a file, found none there (404)") from None
             if status in (401, 403) or isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
-                raise UserError(f"{address}: not allowed ({told}); check the credentials") from None
+                raise UserError(f"{address}: not allowed ({reason}); check the credentials") from None
             if status in LASTING or attempt + 1 == TRIES:
-                raise UserError(f"{address}: cannot be read, tried {attempt + 1} times ({told})") from None
-            asked = (getattr(error, "headers", None) or {}).get("Retry-After") or ""
-            time.sleep(min(int(asked), LONGEST_PAUSE) if asked.isdigit() else PAUSE * 2**attempt)
+                raise UserError(f"{address}: cannot be read, tried {counted(attempt + 1, 'time')} ({reason})") from None
+            wait = (getattr(error, "headers", None) or {}).get("Retry-After") or ""
+            time.sleep(min(int(wait), LONGEST_PAUSE) if wait.isdigit() else PAUSE * 2**attempt)
     raise AssertionError

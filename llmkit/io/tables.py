@@ -16,7 +16,7 @@ from typing import IO, Any
 import orjson
 
 from llmkit.errors import UserError
-from llmkit.io.progress import say
+from llmkit.io.progress import counted, say
 
 PARQUET_MAGIC = b"PAR1"
 NOT_UTF8 = b'"\xff"\n'
@@ -112,10 +112,8 @@ def csv_lines(raw: IO[bytes], name: str, delimiter: str) -> Iterator[bytes]:
         columns = next(rows, [])
         for number, row in enumerate(rows, 1):
             if len(row) not in (0, len(columns)):
-                raise UserError(
-                    f"{name}:{number}: expected {len(columns)} fields, as the first line has, found {len(row)}; "
-                    "quote fields that hold the separator"
-                )
+                wanted = f"expected {counted(len(columns), 'field')}, as the first line has, found {len(row)}"
+                raise UserError(f"{name}:{number}: {wanted}; quote fields that hold the separator")
             if row:
                 yield orjson.dumps(dict(zip(columns, row, strict=True)), option=orjson.OPT_APPEND_NEWLINE)
     except (csv.Error, UnicodeDecodeError) as error:

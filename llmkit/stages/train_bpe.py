@@ -77,7 +77,7 @@ def run(config: TrainBpeConfig) -> Summary | None:
     specials, total = len(folder.SPECIALS), _megabytes_of(inputs, config.limit_bytes)
     wanted = size - specials - 256  # merges
     if config.dry_run:
-        say(f"vocabulary {size}: 256 bytes, {counted(wanted, 'merge')}, {specials} special tokens", config.quiet)
+        say(f"vocabulary {size}: 256 bytes, {counted(wanted, 'merge')}, special tokens: {specials}", config.quiet)
         say(f"pattern {pattern.name}: {pattern.regex}", config.quiet)
         time_needed = f", about {duration(1 + total * 1e6 / BYTES_PER_SECOND)}" if total else ""
         say(f"from {' '.join(inputs)} on {counted(available_cores(), 'core')} to {out}{time_needed}", config.quiet)
@@ -130,7 +130,7 @@ def _checked(config: TrainBpeConfig, smallest: int, multiple: int) -> tuple[Path
     inputs = list(config.inputs) or ["-"]
     check_inputs(inputs)
     if config.vocab_size < smallest:
-        needed = f"(256 bytes and {smallest - 256} special tokens)"
+        needed = f"(256 bytes and {counted(smallest - 256, 'special token')})"
         raise UserError(f"--vocab-size: expected at least {smallest} {needed}, found {config.vocab_size}")
     size = -(-config.vocab_size // multiple) * multiple
     if size != config.vocab_size:

@@ -66,7 +66,7 @@ class Template:
             self._compiled = self._compiled or _compiled(self._source)
             text = "" if values is None else self._compiled.render(**values)
             most = MORE_TEXT + TIMES_TEXT * len(repr(values))
-            yield ("text", text) if len(text) <= most else ("fault", f"it makes {len(text)} characters")
+            yield ("text", text) if len(text) <= most else ("fault", f"it makes a text of length {len(text)}")
         except MemoryError:
             yield "fault", f"it needs more than {MEMORY >> 20} MB"
         except TemplateError as error:

@@ -134,7 +134,7 @@ CHANGED = r"leaves messages out or changes them: turn \d|ends an answer with no 
         *[(template + SHOWN, messages(1), words) for template, words in [
             ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "does not end within"),
             ("{{ ('a' * 20000000000) | length }}", "needs more than 1024 MB"),
-            ("{{ 'a' * 50000000 }}", "it makes 50000"),
+            ("{{ 'a' * 50000000 }}", "it makes a text of length 50000"),
             ("{{ 1 / 0 }}", "fails: ZeroDivisionError: division by zero"),
             ("{{ 'a' + 1 }}", "fails: TypeError"),
             ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails: RecursionError"),
