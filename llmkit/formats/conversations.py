@@ -92,7 +92,7 @@ class Conversation:
 
     @property
     def said(self) -> str:
-        """All its words but those of the system message, which many have in common."""
+        """Text without the system message, which many have in common."""
         return said_in(self.messages) if self.document is None else self.document
 
 
@@ -110,7 +110,7 @@ def said_in(messages: Sequence[Message]) -> str:
 
 
 def message(role: str, text: str, weight: int = 1) -> Message:
-    """A message of one text."""
+    """Make a message of one text."""
     return Message(role, (Part("text", text),), weight)
 
 
@@ -248,7 +248,7 @@ def _label(value: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
 
 
 def _named(entry: dict[str, Any]) -> dict[str, Any]:
-    """An entry of role and content, of ShareGPT's from and value, too."""
+    """Name role and content of an entry that has ShareGPT's from and value."""
     if "role" in entry and "content" in entry:
         return entry
     role, content = first_of(entry, ("role", "from")), first_of(entry, ("content", "value"))

@@ -54,7 +54,7 @@ class Comparison:
 
     @property
     def said(self) -> str:
-        """All its words but those of a system message."""
+        """Text without the system message."""
         return "\n".join(map(said_in, (self.prompt, *self.candidates)))
 
 
@@ -78,7 +78,7 @@ def read_comparison(row: Row) -> Comparison | str:
 
 @placed
 def read_prompt(row: Row, lost: list[str] | None = None) -> Messages:
-    """The prompt of a record: `messages`, or a `prompt` of text or messages, or what else asks. Raises UserError."""
+    """Read the prompt of a record: `messages`, a `prompt` of text or messages, or what else asks. Raises UserError."""
     prompt = find_prompt(row, PROMPT_FIRST)
     if prompt is None:
         raise UserError(f"expected field 'prompt' or 'messages', found {fields_of(row.value)}")
@@ -87,7 +87,7 @@ def read_prompt(row: Row, lost: list[str] | None = None) -> Messages:
 
 @placed
 def read_answers(row: Row) -> list[Messages]:
-    """The answer of a record, `completion` or `response`, or all its `completions`. Raises UserError."""
+    """Read the answer of a record, `completion` or `response`, or all its `completions`. Raises UserError."""
     if row.value.get("completions") is not None:
         return _completions(row)
     name = first_of(row.value, ANSWERS)
@@ -175,7 +175,7 @@ def _completions(row: Row, lost: list[str] | None = None) -> list[Messages]:
 
 
 def _continuations(chosen: Any, rejected: Any) -> tuple[str, str, str] | None:
-    """Prompt and answers of two texts that begin alike: TRL's implicit prompt, up to a word. None for other values."""
+    """Split two texts that begin alike, up to a word, as TRL's implicit prompt. None for other values."""
     if not (isinstance(chosen, str) and isinstance(rejected, str)) or TURN.search(chosen) or TURN.search(rejected):
         return None
     end = WORD_END.search(commonprefix([chosen, rejected]))  # noqa: RUF071  (of characters, as it should be)
@@ -183,7 +183,7 @@ def _continuations(chosen: Any, rejected: Any) -> tuple[str, str, str] | None:
 
 
 def _transcript(row: Row, name: str, text: str) -> Messages:
-    """The turns of "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
+    """Read the turns of "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
     begin, *turns = TURN.split(text)
     if begin.strip() or not turns:
         raise UserError(
@@ -203,7 +203,7 @@ def _messages(row: Row, name: str, value: Any, role: str, lost: list[str] | None
 
 
 def _after(side: Messages, prompt: Messages, name: str) -> Messages:
-    """A side without the prompt, which it may repeat."""
+    """Take the prompt, which a side may repeat, from its beginning."""
     if side and side[0].role == "assistant":
         return side
     if prompt[0].role == "system" and side[0].role != "system":  # that of the record, which the side does not repeat

@@ -60,14 +60,14 @@ class Problem:
 
 
 def answer_text(record: Mapping[str, Any]) -> str:
-    """The longest text under which a record has an answer or solution, "" where none is text."""
+    """Return the longest text under which a record has an answer or solution, "" where none is text."""
     texts = [record[name] for name in SOLVED_BY if isinstance(record.get(name), str)]
     return max(texts, key=len, default="")
 
 
 @placed
 def read_problem(row: Row) -> Problem:
-    """The problem in a record of any format. Raises UserError that names the place and what was expected."""
+    """Read the problem in a record of any format. Raises UserError that names the place and what was expected."""
     value = row.value
     request = find_prompt(row)
     if request is None:
@@ -89,7 +89,7 @@ def read_problem(row: Row) -> Problem:
 
 
 def read_options(record: dict[str, Any]) -> tuple[tuple[str, str], ...]:
-    """The options of a multiple choice as (letter, text), none where the record is no choice.
+    """Read the options of a multiple choice as (letter, text), none where the record is no choice.
 
     >>> read_options({"options": ["A)3", "B)4"]}), read_options({"choices": ["3"]})
     ((('A', '3'), ('B', '4')), (('A', '3'),))
@@ -197,7 +197,7 @@ def _as_text(field: str, value: Any) -> str:
 
 
 def _letter(row: Row, options: tuple[tuple[str, str], ...]) -> str | None:
-    """The letter of the right choice, from a letter, a place counted from 0, or the text of an option."""
+    """Find the letter of the right choice, from a letter, a place counted from 0, or the text of an option."""
     field = first_of(row.value, SOLVED_BY)
     if field is None:
         return None

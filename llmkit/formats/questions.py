@@ -160,7 +160,7 @@ def read_question(row: Row) -> Question | str:
 
 
 def answers_of(value: Any, field: str) -> tuple[str, ...]:
-    """The answers of a field: text, a number, a list of them, SQuAD's {"text": ...} and lists of it, or TriviaQA's
+    """Read the answers of a field: text, number, a list of them, SQuAD's {"text": ...} and lists of it, or TriviaQA's
     {"value": ..., "aliases": [...]}. Raises UserError for others."""
     if isinstance(value, dict) and "text" in value:
         value = value["text"]

@@ -123,7 +123,7 @@ def run(config: TrainBpeConfig) -> Summary | None:
 
 
 def _checked(config: TrainBpeConfig, smallest: int, multiple: int) -> tuple[Path, list[str], int]:
-    """The output, the inputs and the vocabulary size, as they will be used."""
+    """Return the output, the inputs and the vocabulary size, as they will be used."""
     out = output_folder(config.out, example="tok/")
     if not config.dry_run:
         check_output(str(out), config.force)

@@ -29,7 +29,7 @@ class Passage:
 
 
 def cut_passages(text: str, characters: int = CHARACTERS) -> Iterator[str]:
-    """Neighbouring paragraphs, together at most so long; a longer paragraph stands alone.
+    """Join neighbouring paragraphs, together at most so long; a longer paragraph stands alone.
 
     A text with blank lines has its paragraphs between them, any other a paragraph a line.
 

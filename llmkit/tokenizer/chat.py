@@ -76,11 +76,11 @@ class ChatFormat:
 
     @property
     def unk_id(self) -> int | None:
-        """The token of characters outside the vocabulary, if there is one."""
+        """Token of characters outside the vocabulary, if there is one."""
         return self._tokenizer.unk_id
 
     def encode(self, messages: Sequence[Message], *, loss: str = "assistant", prompt: bool = False) -> Encoded:
-        """The ids of some messages; with `prompt`, what comes before the assistant's answer to them.
+        """Encode messages; with `prompt`, also what comes before the assistant's answer to them.
 
         `loss` says what is trained on: all that the assistant says and does ("assistant"), its last turn only
         ("last"), or every token ("all"). An assistant's tool results and turns of weight 0 never are, but by "all".
@@ -94,7 +94,7 @@ class ChatFormat:
         return replace(encoded, token_ids=ids, trained=trained)
 
     def encode_many(self, conversations: Iterable[Conversation], *, loss: str = "assistant") -> list[Encoded]:
-        """The ids of many conversations, their texts encoded together by the fastest backend.
+        """Encode many conversations, their texts together by the fastest backend.
 
         A record of plain text becomes a document: its beginning token, its text and its end, all of it trained on.
         """
@@ -108,14 +108,14 @@ class ChatFormat:
     def encode_branches(
         self, branches: Sequence[tuple[Sequence[Message], Sequence[Sequence[Message]]]]
     ) -> list[tuple[np.ndarray, tuple[np.ndarray, ...]]]:
-        """The ids of prompts, each with those of the answers that may follow it; of no turns, there are none."""
+        """Encode prompts, each with the answers that may follow it; no turns have no ids."""
         turns = [tuple(messages) for prompt, answers in branches for messages in (prompt, *answers)]
         encoded = iter(self.encode_many(Conversation(turn) for turn in turns if turn))
         ids = iter([next(encoded).token_ids if turn else np.zeros(0, np.int32) for turn in turns])
         return [(next(ids), tuple(next(ids) for _ in answers)) for _, answers in branches]
 
     def encode_result(self, text: str) -> list[int]:
-        """The ids of what a tool answered, between the tokens of a result."""
+        """Encode what a tool answered, as it stands between the tokens of a result."""
         return self._encode_texts([(f"<|{RESULT}_start|>", text, f"<|{RESULT}_end|>")])[0].tolist()
 
     def _encode_texts(self, texts: list[EnclosedText]) -> list[np.ndarray]:
@@ -162,7 +162,7 @@ class ChatFormat:
         return turns
 
     def tool_tokens(self) -> dict[str, tuple[int, int]]:
-        """The start and end ids of each tool's call, and of `result`."""
+        """Return the start and end ids of each tool's call, and of `result`."""
         ids = self._tokenizer.specials
         return {kind: (ids[f"<|{kind}_start|>"], ids[f"<|{kind}_end|>"]) for kind in (*TOOLS, RESULT)}
 

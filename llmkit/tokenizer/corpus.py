@@ -308,7 +308,7 @@ class PieceCounter:
                 pieces[piece] = known(piece, 0) + count
 
     def result(self) -> tuple[list[bytes], Ints]:
-        """The different pieces, and how often each occurs. The counter is empty afterwards."""
+        """Return the different pieces, and how often each occurs; empty the counter."""
         self._add_pending()
         self._cut_long()
         text = self._head != END[0]

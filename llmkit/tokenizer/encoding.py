@@ -204,7 +204,7 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> list[bytes] | None:
-        """The bytes that each id stands for, or None where the decoder is not a concatenation of bytes."""
+        """Bytes that each id stands for, or None where the decoder is not a concatenation of bytes."""
         kinds = {step.get("type") for step in self._decoders}
         byte_level = kinds == {"ByteLevel"}
         if not byte_level and not (kinds and kinds <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}):
@@ -281,7 +281,7 @@ class StandIns:
         return ids[keep], kept_before[ends] - kept_before[ends - lengths]
 
     def placed_tokens(self, text: str) -> list[tuple[int, int, int]]:
-        """(first character, end, id) of each token of a text; the tokens of one character have the same place."""
+        """Encode a text to (first character, end, id); the tokens of one character have the same place."""
         encoding = self._backend.encode(check_text(text))
         return [(start, stop, token) for (start, stop), token in zip(encoding.offsets, encoding.ids, strict=True)]
 
@@ -311,7 +311,7 @@ class DecodeStream:
         return self._trimmed(self._utf8.decode(data))
 
     def finish(self) -> str:
-        """The rest: U+FFFD for bytes that never became a character."""
+        """Return the rest: U+FFFD for bytes that never became a character."""
         return "" if self._table is None else self._trimmed(self._utf8.decode(b"", final=True))
 
     def _trimmed(self, text: str) -> str:
@@ -392,7 +392,7 @@ def copy_companions(source: Path, folder: Path) -> None:
 
 
 def bos_post_processor(token: str, number: int) -> dict[str, Any]:
-    """The post_processor of a tokenizer.json that puts a special token in front of each text."""
+    """Make the post_processor of a tokenizer.json that puts a special token in front of each text."""
 
     def text(name: str, kind: int) -> list[dict[str, Any]]:
         return [{"SpecialToken": {"id": token, "type_id": kind}}, {"Sequence": {"id": name, "type_id": kind}}]
@@ -406,7 +406,7 @@ def bos_post_processor(token: str, number: int) -> dict[str, Any]:
 
 
 def _template_bos(post_processor: dict[str, Any] | None, where: Path) -> int | None:
-    """The id of the special token that the tokenizer.json itself puts in front of a text, if it does."""
+    """Find the special token that the tokenizer.json itself puts in front of a text, if it does."""
     for step in (post_processor or {}).get("processors", [post_processor or {}]):
         first = step["single"][0] if step.get("type") == "TemplateProcessing" and step["single"] else {}
         if "SpecialToken" in first:

@@ -51,7 +51,7 @@ LARGEST_WORK = 1 << 18  # places in the text that a batch looks at, unless its f
 
 
 def rank_order(counts: Ints, keys: Ints) -> Ints:
-    """Indices that sort pairs by rank."""
+    """Return indices that sort pairs by rank."""
     return np.lexsort((keys, -counts))
 
 
@@ -82,7 +82,7 @@ class PairQueue:
         return np.arange(first, end)
 
     def top(self, size: int, at_least: int) -> Ints:
-        """The first `size` pairs by rank that count `at_least` (> 0): fewer, but not none while there are any."""
+        """Return the first `size` pairs by rank that count `at_least` (> 0): fewer, but none only when all are gone."""
         while True:
             counts = self.count[self.front]
             if not (counts >= self.threshold).all():
@@ -103,7 +103,7 @@ class PairQueue:
 
 
 def _grown(array: NDArray, size: int) -> NDArray:
-    """The array, or a copy with room for `size` elements: at least half as many again, so that appending is O(1)."""
+    """Make room for `size` elements, in a copy of at least half as many again, so that appending is O(1)."""
     if size <= len(array):
         return array
     larger = np.empty(max(size, len(array) * 3 // 2), array.dtype)
@@ -291,7 +291,7 @@ class _Trainer:
         return rounds
 
     def _without_overlaps(self, occurrences: _Occurrences, top: Ints) -> tuple[_Occurrences, Ints]:
-        """The longest prefix of the batch in which no occurrence overlaps another."""
+        """Cut the batch to its longest prefix in which no occurrence overlaps another."""
         if self.queue.size >= len(self.round_of_pair):
             self.round_of_pair = np.full(self.queue.size * 3 // 2, NO_PAIR, np.int32)
         self.round_of_pair[top] = np.arange(len(top))
@@ -374,7 +374,7 @@ def _every_other(occurrences: _Occurrences, step: int) -> NDArray[np.bool_]:
 
 
 def _group_starts(ordered: NDArray) -> Ints:
-    """Where each run of equal values begins."""
+    """Find where each run of equal values begins."""
     return np.flatnonzero(np.concatenate([np.ones(min(1, len(ordered)), bool), ordered[1:] != ordered[:-1]]))
 
 

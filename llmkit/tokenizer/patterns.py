@@ -24,7 +24,7 @@ from llmkit.io.foreign import no_panic
 
 
 def byte_alphabet() -> list[tuple[str, int]]:
-    """The (character, byte) pairs of byte-level BPE, by character: the order of Hugging Face's ids.
+    """List the (character, byte) pairs of byte-level BPE, by character: the order of Hugging Face's ids.
 
     Printable bytes stand for themselves, the others for U+0100 and up (GPT-2's bytes_to_unicode).
 
@@ -88,7 +88,7 @@ PATTERNS = {
 
 
 def find_pattern(text: str) -> Pattern:
-    """A pattern by its name, or from a regular expression. Raises UserError when tokenizers cannot read it."""
+    """Find a pattern by its name, or make it from a regular expression. UserError when tokenizers cannot read it."""
     if text in PATTERNS:
         return PATTERNS[text]
     if not text or re.fullmatch(r"[\w.-]+", text):  # a name, and none of ours: as a regex it would match itself
@@ -105,7 +105,7 @@ def find_pattern(text: str) -> Pattern:
 
 
 def piece_finder(pattern: Pattern) -> Callable[[bytes], list[bytes]]:
-    """A function that cuts a text in UTF-8 into its pieces, none of them empty."""
+    """Return a function that cuts a text in UTF-8 into its pieces, none of them empty."""
     from tokenizers import Regex, pre_tokenizers
 
     split = pre_tokenizers.Split(Regex(pattern.regex), "isolated").pre_tokenize_str

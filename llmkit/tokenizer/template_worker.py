@@ -76,7 +76,7 @@ class Template:
 
 
 def _compiled(template: str) -> Any:
-    """The template in the environment that transformers gives it; SOURCE_DATE_EPOCH is today where it is set."""
+    """Compile a template as transformers does; SOURCE_DATE_EPOCH is today where it is set."""
     from jinja2 import TemplateError
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment

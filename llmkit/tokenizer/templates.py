@@ -284,7 +284,7 @@ class TemplateFormat(ChatFormat):
         return text
 
     def _events(self, rendered: str) -> Iterator[tuple[str, int]]:
-        """A mark, or "special" or "text" with a token's id, in the order of the text, which is encoded whole."""
+        """Yield marks, and "special" or "text" with a token's id, in the order of the text, which is encoded whole."""
         text = self._special.sub(lambda match: self._whole.stand_ins[match[0]], rendered)
         marks = [(match.start() - count, match[0]) for count, match in enumerate(_MARKS.finditer(text))]
         waiting = deque((position, mark) for position, mark in marks if mark != BREAK)
@@ -301,7 +301,7 @@ class TemplateFormat(ChatFormat):
 
 
 def _any_of(names: Iterable[str]) -> re.Pattern[str]:
-    """Finds the names in a text; of two at one place the longer."""
+    """Compile a pattern that finds the names in a text; of two at one place the longer."""
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
 
 
@@ -318,7 +318,7 @@ def _changed(turns: Sequence[_Turn], rendered: str, bare: Collection[int]) -> in
 
 
 def portable_template(template: str) -> str:
-    """A chat template without transformers' `generation` tags, which other readers of Jinja do not know.
+    """Replace transformers' `generation` tags in a chat template, which other readers of Jinja do not know.
 
     An `if` that is always true leaves white space as it is.
     """
