@@ -28,7 +28,7 @@ ROOMS = {
     "model": (1350, 1500),
     "tools": (1100, 1400),
     "report": (1250, 1480),
-    "crawl": (4300, 4580),
+    "crawl": (4640, 4880),
     "data": (1100, 1440),
     "generation": (2100, 3020),
     "training": (2500, 3100),
@@ -37,7 +37,7 @@ ROOMS = {
     "rewards": (1400, 2160),
     "rl": (1350, 0),
     "export": (600, 640),
-    "stages": (2400, 3020),
+    "stages": (2430, 3060),
     "cli": (380, 0),
     "__main__": (40, 0),
 }
@@ -61,7 +61,7 @@ LONG = {"pretrain.run", "sft.run"}
 SPLATS = set[str]()
 STARS = 61  # names and attributes unpacked into positional arguments; may only fall
 OPTIONS = {
-    "crawl-filter": 20,
+    "crawl-filter": 23,
     "train-bpe": 13,
     "pretrain": 37,
     "sft": 37,
@@ -72,7 +72,7 @@ OPTIONS = {
     "export": 9,
     "report": 10,
 }
-DISTINCT = 111
+DISTINCT = 114
 
 
 def modules() -> dict[str, str]:

@@ -18,6 +18,8 @@ from typing import Any
 
 import orjson
 
+from llmkit.crawl.filters.classifier import Classifier
+from llmkit.crawl.filters.contamination import Contamination
 from llmkit.crawl.filters.quality import Verdict, c4, fineweb_quality, gopher_quality, gopher_repetition
 from llmkit.crawl.filters.urls import UrlFilter
 from llmkit.crawl.page import READ, Batch, Document, Dropped, Outcome, Page, Part, Skipped, TooMuchWork, work_limit
@@ -35,9 +37,9 @@ OnStep = Callable[[str, Document, Reason, float], object]  # step, the document 
 class Judge:
     """The steps of a recipe, each a method from a document to the reason for dropping it."""
 
-    def __init__(self, recipe: Recipe, url_filter: UrlFilter | None = None) -> None:
-        """url_filter: the blocklists of the recipe, where they are loaded already."""
-        self.recipe, self.url_filter = recipe, url_filter
+    def __init__(self, recipe: Recipe, url_filter: UrlFilter | None = None, items: Contamination | None = None) -> None:
+        """url_filter, items: the blocklists and evaluations of the recipe, where they are loaded already."""
+        self.recipe, self.url_filter, self.items = recipe, url_filter, items
         self.steps: list[tuple[str, Callable[[Document], Reason]]] = [
             (name, getattr(self, name)) for name in recipe.taken if name in ALONE
         ]
@@ -126,6 +128,20 @@ class Judge:
         """Its lines are those of a list, a menu or a copy."""
         return _noted(document, "fineweb", fineweb_quality(document.words(), self.recipe.fineweb))
 
+    def classifier(self, document: Document) -> Reason:
+        """A fastText model finds the text too little of what is wanted, or too much of what is not."""
+        for classifier in self._classifiers:
+            score = classifier.score(document.text or "")
+            scores = document.measures.get("classifier", {})
+            document.measures["classifier"] = {**scores, classifier.label.removeprefix("__label__"): round(score, 4)}
+            if not classifier.keeps(score):
+                return classifier.label.removeprefix("__label__"), score
+        return None
+
+    @cached_property
+    def _classifiers(self) -> list[Classifier]:
+        return [Classifier(spec) for spec in self.recipe.classifier.models]
+
     def own(self, document: Document) -> Reason:
         """The user's own filters, each shown the document as it would be written now."""
         for spec, reason_of in self._own:
@@ -140,6 +156,19 @@ class Judge:
     @cached_property
     def _own(self) -> list[tuple[str, UserFunction]]:
         return [(spec, UserFunction(spec, f"{OWN_FILTERS}: {spec}")) for spec in self.recipe.own.filters]
+
+    def contamination(self, document: Document) -> Reason:
+        """The text has an item of an evaluation, whose file is the reason."""
+        if self.items is None:
+            self.items = Contamination(self.recipe.contamination)
+        match = self.items.find(document.text or "")
+        if match is None:
+            return None
+        document.contamination = match.item
+        if self.recipe.contamination.mode == "redact":
+            document.text = self.items.redact(document.text or "")
+            return None
+        return match.item.rpartition(":")[0], match.score
 
     def pii(self, document: Document) -> Reason:
         """Personal data is replaced, or its page dropped."""
@@ -162,9 +191,15 @@ def _noted(document: Document, step: str, verdict: Verdict) -> Reason:
 class Worker:
     """Makes a batch of frames a part: what became of each record, and the signatures of the documents."""
 
-    def __init__(self, recipe: Recipe, url_filter: UrlFilter | None = None, rejects: bool = False) -> None:
-        """rejects: entries of --rejects are wanted."""
-        self.judge, self.rejects = Judge(recipe, url_filter), rejects
+    def __init__(
+        self,
+        recipe: Recipe,
+        url_filter: UrlFilter | None = None,
+        items: Contamination | None = None,
+        rejects: bool = False,
+    ) -> None:
+        """rejects: entries of --rejects are wanted; the others as for `Judge`."""
+        self.judge, self.rejects = Judge(recipe, url_filter, items), rejects
         self.near = recipe.near_duplicates
         self.duplicates = [step for step in DUPLICATES if step in recipe.steps]
         self.tell_language = "language" in recipe.steps

@@ -82,6 +82,7 @@ class Document:
     title: str | None = None
     language: str | None = None
     language_score: float | None = None
+    contamination: str | None = None  # the item of an evaluation that it holds, or held
     measures: dict[str, Mapping[str, float]] = field(default_factory=dict)  # by step
     split: Split | None = None
 
@@ -104,7 +105,7 @@ class Document:
         if tell_language:
             record |= {"language": self.language, "language_score": self.language_score}
             own = {key: value for key, value in own.items() if key not in record or key in ("id", "url", "source")}
-        record["title"] = self.title
+        record |= {"title": self.title, "contamination": self.contamination}
         return {key: value for key, value in record.items() if value is not None} | own
 
     def entry(self, step: str | None = None, reason: str | None = None, score: float | None = None) -> dict[str, Any]:
@@ -112,6 +113,7 @@ class Document:
         record = self.record()
         entry = {key: record[key] for key in ("id", "url", "source") if key in record}
         entry |= {"offset": self.page.offset, "step": step, "reason": reason, "score": score}
+        entry |= {"contamination": self.contamination}
         entry |= {"language": self.language, "language_score": self.language_score, "text": self.text}
         return {key: value for key, value in entry.items() if value is not None}
 

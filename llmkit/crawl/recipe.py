@@ -18,13 +18,15 @@ from difflib import get_close_matches
 from typing import Any, get_type_hints
 
 from llmkit.config import read_toml, value_type
+from llmkit.crawl.filters.contamination import ContaminationRules
 from llmkit.crawl.filters.quality import C4, FineWebQuality, GopherQuality, GopherRepetition
 from llmkit.crawl.filters.urls import UrlRules
 from llmkit.errors import UserError
 from llmkit.io.records import kind_of
 from llmkit.tools.user_code import check_spelling
 
-ALONE = ("url", "extract", "language", "gopher_repetition", "gopher_quality", "c4", "fineweb", "own", "pii")
+QUALITY = ("gopher_repetition", "gopher_quality", "c4", "fineweb")
+ALONE = ("url", "extract", "language", *QUALITY, "classifier", "own", "contamination", "pii")
 DUPLICATES = ("exact_duplicates", "near_duplicates")  # steps that look at other pages, too
 STEPS = (*ALONE, *DUPLICATES)
 
@@ -51,6 +53,13 @@ class Language:
 
     languages: tuple[str, ...] = ("en",)  # ISO 639 codes as lid.176 gives them; none: all stay
     min_score: float | None = 0.65  # of lid.176 on the first 4,000 characters
+
+
+@dataclass(frozen=True, slots=True)
+class Classifier:
+    """Which texts fastText models must find good."""
+
+    models: tuple[str, ...] = ()  # MODEL.bin:LABEL>=SCORE each; < in the place of >= keeps what scores below
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +125,9 @@ class Recipe:
     gopher_quality: GopherQuality = field(default_factory=GopherQuality)
     c4: C4 = field(default_factory=C4)
     fineweb: FineWebQuality = field(default_factory=FineWebQuality)
+    classifier: Classifier = field(default_factory=Classifier)
     own: Own = field(default_factory=Own)
+    contamination: ContaminationRules = field(default_factory=ContaminationRules)
     pii: PersonalData = field(default_factory=PersonalData)
     near_duplicates: NearDuplicates = field(default_factory=NearDuplicates)
 
@@ -126,12 +137,22 @@ class Recipe:
     @property
     def taken(self) -> tuple[str, ...]:
         """The steps that there is something to do in."""
-        return tuple(step for step in self.steps if step != "own" or self.own.filters)
+        given = {
+            "classifier": self.classifier.models,
+            "own": self.own.filters,
+            "contamination": self.contamination.files,
+        }
+        return tuple(step for step in self.steps if given.get(step, True))
 
-    def own_files(self) -> list[str]:
-        """The files of the user's filters, where these are taken. Raises UserError for one that is not there."""
-        specs = self.own.filters if "own" in self.steps else ()
-        return [check_spelling(spec, OWN_FILTERS)[0] for spec in specs]
+    def files(self) -> list[str]:
+        """The files that steps read: of the user's filters, classifiers and evaluations.
+
+        Raises UserError for a filter that is not there.
+        """
+        filters = [check_spelling(spec, OWN_FILTERS)[0] for spec in self.own.filters]
+        models = [spec.rpartition(":")[0] for spec in self.classifier.models]
+        read = {"own": filters, "classifier": models, "contamination": self.contamination.files}
+        return [path for step in self.taken for path in read.get(step, ())]
 
     def changed(self, table: str, **values: Any) -> Recipe:
         """The recipe with some values of one table replaced."""

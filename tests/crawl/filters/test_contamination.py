@@ -1,0 +1,103 @@
+"""Evaluation items in texts: found however they are set, and not where they are not."""
+
+from __future__ import annotations
+
+import json
+import random
+import string
+from pathlib import Path
+
+import pytest
+
+from llmkit.crawl.filters.contamination import Contamination, ContaminationRules
+
+ITEMS = [
+    {"query": "Which gas do plants take in from the air to feed on?", "choices": ["the first", "none"], "gold": 1},
+    {"context": "The harbour master rang the bell twice, for the ship was", "continuation": "late"},
+    {"context_options": ["The ball broke the window because the ball", "The ball broke the window because the window"],
+     "gold": 0, "continuation": "was made of steel."},
+    {"question": "Who wrote it?", "answer": ["Nathaniel Hawthorne of Salem", "Hawthorne"]},
+    {"sentence_good": "Many old sailors were helping Caroline home.", "sentence_bad": "Many old sailors was helping."},
+    {"messages": [{"role": "user", "content": "Name the river that runs through the town of Durham."}]},
+    {"prompt": "Здесь корабль стоит вдоль причала уже три дня", "answer": "да"},
+    {"question": "2+2?", "answer": "4"},
+]  # fmt: skip
+PLANTED = [
+    "which gas do plants take in from the air to feed on",
+    "THE HARBOUR MASTER RANG THE BELL TWICE FOR THE SHIP WAS",
+    "The ball\nbroke the window\nbecause the ball\nwas made of steel",
+    "Who wrote it?   Nathaniel   Hawthorne -- of Salem",
+    "Many old sailors, were helping; Caroline: home!",
+    "Name the river — that runs through the town of Dürham?",
+    "здесь, корабль. стоит вдоль причала: уже три дня",
+]
+BEFORE, AFTER = "It was a bright cold day in April. ", " And so the clocks were striking thirteen."
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory) -> Contamination:
+    path = tmp_path_factory.mktemp("eval") / "e.jsonl"
+    path.write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
+    return Contamination(ContaminationRules((str(path),)))
+
+
+@pytest.mark.parametrize("number", range(len(PLANTED)))
+def test_an_item_is_found_in_a_longer_text_however_it_is_set(index: Contamination, number: int) -> None:
+    match = index.find(BEFORE + PLANTED[number] + AFTER)
+    assert match is not None and match.item.endswith(f"e.jsonl:{number + 1}") and match.score >= 0.8
+    assert index.redact(BEFORE + PLANTED[number] + AFTER).startswith(BEFORE)
+    assert index.find(index.redact(BEFORE + PLANTED[number] + AFTER)) is None
+
+
+def test_a_text_without_an_item_is_left_as_it_is(index: Contamination, capsys) -> None:
+    for text in (
+        BEFORE + AFTER,
+        "",
+        "2+2? 4",
+        "Which gas do plants take in",
+        "Who wrote it? Melville wrote it, of New York",
+    ):
+        assert index.find(text) is None and index.redact(text) == text
+
+
+def test_what_is_too_short_to_be_found_is_counted(tmp_path: Path, capsys) -> None:
+    (tmp_path / "e.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
+    assert len(Contamination(ContaminationRules((str(tmp_path / "e.jsonl"),))).items) == len(ITEMS) - 1
+    assert "1 item of 8 left out" in capsys.readouterr().err
+
+
+def test_redaction_takes_the_item_alone(index: Contamination) -> None:
+    assert index.redact(BEFORE + PLANTED[0].upper() + "?" + AFTER) == BEFORE + "?" + AFTER
+
+
+@pytest.mark.shared
+def test_planted_items_of_public_sets_are_found_and_documents_without_are_kept(shared_data: Path) -> None:
+    """Recall of at least .98, and false positives of at most .1%, with six ways to set an item."""
+    from llmkit.io.jsonl import read_jsonl
+
+    names = "arc_easy arc_challenge piqa boolq openbook_qa winogrande copa lambada_openai HumanEval".split()  # noqa: SIM905
+    paths = [str(shared_data / "eval" / f"{name}.jsonl.gz") for name in names]
+    index = Contamination(ContaminationRules(tuple(paths)), quiet=True)
+    documents = [row.value["text"] for row in read_jsonl([str(shared_data / "corpus" / "english.train.jsonl.gz")])]
+    assert sum(index.find(text) is not None for text in documents) <= 5
+    chance, missed, tried = random.Random(0), 0, 0
+    rows = [row.value for row in read_jsonl(paths)]
+    to_spaces = str.maketrans(string.punctuation, " " * len(string.punctuation))
+    for value in chance.sample(rows, 300):
+        question = next(value[key] for key in ("prompt", "query", "context", "context_options") if key in value)
+        question = f"{question[value['gold']]} {value['continuation']}" if isinstance(question, list) else question
+        answer = value["choices"][value["gold"]] if "choices" in value else value.get("continuation", "")
+        item = f"{question} {answer}"
+        words = item.split()
+        for changed in (
+            item,
+            "\n".join(" ".join(words[place : place + 8]) for place in range(0, len(words), 8)),
+            item.replace("\n", " "),
+            item.upper(),
+            item.translate(str.maketrans("", "", string.punctuation)),
+            item.translate(to_spaces),
+        ):
+            text = chance.choice(documents)[: chance.randrange(100, 5000)]
+            missed += index.find(f"{text[: len(text) // 2]} {changed} {text[len(text) // 2 :]}") is None
+            tried += 1
+    assert missed <= 0.02 * tried
