@@ -137,22 +137,22 @@ def decode(query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tenso
     chosen = decode_tiles(size, query.dtype)
     splits = max(1, triton.cdiv(capacity, chosen.split_keys))
     block_r = min(64, max(16, triton.next_power_of_2(new * group)))
-    parts = lse = None
+    pieces = lse = None
     if splits > 1:
-        parts = query.new_empty((batch, kv_heads, new * group, splits, size), dtype=torch.float32)
-        lse = query.new_empty(parts.shape[:-1], dtype=torch.float32)
+        pieces = query.new_empty((batch, kv_heads, new * group, splits, size), dtype=torch.float32)
+        lse = query.new_empty(pieces.shape[:-1], dtype=torch.float32)
     counts = kv_heads, new, capacity, splits, size, window
     constants = {"GROUP": group, "SPLIT_KEYS": chosen.split_keys, "BLOCK_D": padded, "WINDOWED": window > 0}
     launch(
         attention_decode, (splits, triton.cdiv(new * group, block_r), batch * kv_heads), query, key_cache, value_cache,
-        lengths, out, parts, lse, *query.stride()[:3], *key_cache.stride()[:3], *value_cache.stride()[:3],
+        lengths, out, pieces, lse, *query.stride()[:3], *key_cache.stride()[:3], *value_cache.stride()[:3],
         *out.stride()[:3], *counts, scale * LOG2_E, BLOCK_R=block_r, BLOCK_N=chosen.block_n, EVEN_D=padded == size,
         PRECISION="ieee", ONE_SPLIT=splits == 1, **constants, num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
     )  # fmt: skip
     if splits > 1:
         launch(
-            attention_merge, (new * group, batch * kv_heads), parts, lse, lengths, out, *out.stride()[:3], *counts,
+            attention_merge, (new * group, batch * kv_heads), pieces, lse, lengths, out, *out.stride()[:3], *counts,
             BLOCK_S=min(16, triton.next_power_of_2(splits)), **constants, num_warps=2,
         )  # fmt: skip
     return out

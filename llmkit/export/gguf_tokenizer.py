@@ -33,15 +33,11 @@ ENDS_BY_NAME = (
 
 @dataclass(frozen=True)
 class GgufTokenizer:
-    """Values of the keys `tokenizer.*` of a GGUF file.
+    """Values of the keys `tokenizer.*` of a GGUF file, and notes where llama.cpp will not do as the folder does.
 
-    model    "gpt2", byte-level BPE, or "llama", SentencePiece's
-    pre      llama.cpp's name of the split
-    tokens   text of every id, as the vocabulary spells it, and `types` of it
-    merges   "left right" of byte-level BPE, in order
-    scores   of SentencePiece's tokens: higher is merged earlier
-    ends     tokens that end a generation: eos first, then the turn's end, at most three
-    notes    where llama.cpp will not do as the folder does
+    model   "gpt2", byte-level BPE with `merges`, or "llama", SentencePiece's with `scores`: higher is merged earlier
+    pre     llama.cpp's name of the split
+    ends    tokens that end a generation: eos first, then the turn's end, at most three
     """
 
     model: str
@@ -128,8 +124,7 @@ def _split_name(spec: dict[str, Any], name: str) -> str:
     steps = _steps(spec.get("pre_tokenizer"), "pretokenizers")
     if any(step.get("add_prefix_space") for step in steps):
         raise UserError(f"{name}: add_prefix_space has no equal in llama.cpp")
-    split = _recognised(steps)
-    if split is None:
+    if (split := _recognised(steps)) is None:
         raise UserError(
             f"{name}: expected text to be split as llama.cpp knows it ({', '.join(_NAMES)} of llmkit train-bpe "
             "--pattern, or starcoder's), found another expression; --format hf needs no such name"
@@ -195,9 +190,7 @@ def _tokens(spec: dict[str, Any], vocab_size: int, pieces: bool) -> tuple[list[s
 
 def _scores(tokens: list[str], types: list[int], merges: list[str]) -> list[float]:
     """SentencePiece merges the neighbours that make the token of the highest score: here, of the earliest merge."""
-    rank: dict[str, int] = {}
-    for order, merge in enumerate(merges):
-        rank.setdefault(merge.replace(" ", "", 1), order)
+    rank = {merge.replace(" ", "", 1): order for order, merge in reversed([*enumerate(merges)])}
     lowest = -float(len(merges) + 1)
     return [
         -float(rank.get(token, len(merges))) if kind == NORMAL else 0.0 if kind == BYTE else lowest

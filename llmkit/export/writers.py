@@ -37,11 +37,8 @@ _COPIED = ("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", G
 
 @dataclass(frozen=True)
 class Source:
-    """A model folder that is to be exported: its headers read and checked, its tensors not yet.
-
-    heads    scores of a reward model, None for a language model
-    stored   precision of its matrices: float32, bfloat16 or float16
-    """
+    """A model folder to be exported, its headers read and checked: `heads` are the scores of a reward model, None for a
+    language model; `stored` is the precision of its matrices."""
 
     folder: Path
     config: ModelConfig
@@ -51,7 +48,6 @@ class Source:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor, in the order of the layers."""
         shapes = stock_shapes(self.config)
         if self.heads is not None:
             shapes[SCORE] = (self.heads, self.config.hidden_size)
@@ -59,7 +55,6 @@ class Source:
 
     @property
     def parameters(self) -> int:
-        """Numbers that the folder holds."""
         return sum(int(np.prod(shape)) for shape in self.shapes.values())
 
 
@@ -103,7 +98,7 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
 def write_folder(
     work: Path, source: Source, dtype: str, max_shard_size: int, advance: Callable[[float], object]
 ) -> None:
-    """Write the model folder in another precision or in other shards, with all that stands beside its weights."""
+    """Write the model folder in another precision or in other shards, with what stands beside its weights."""
     values = read_object(source.folder / CONFIG)
     values["dtype" if "dtype" in values else "torch_dtype"] = dtype
     _copy_tokenizer(source.folder, work)
@@ -128,7 +123,6 @@ class Adapter:
 
     @property
     def stored(self) -> str:
-        """Its precision, as --dtype names it."""
         return str(next(iter(self.tensors.values())).dtype).removeprefix("torch.")
 
     @property

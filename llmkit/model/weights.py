@@ -93,7 +93,7 @@ def export_state_dict(model: Transformer, dtype: torch.dtype | None = None) -> d
     out: dict[str, Tensor] = {}
     for tensor in stock_tensors(config):
         owner = model if tensor.layer is None else model.layers[tensor.layer]
-        parameter = getattr(owner, tensor.attribute)
+        parameter, scales = getattr(owner, tensor.attribute), getattr(owner, "residual_scale", None)
         if parameter is None:  # a norm without gains
             value = torch.ones(tensor.shape, dtype=wide)
         else:
@@ -102,8 +102,8 @@ def export_state_dict(model: Transformer, dtype: torch.dtype | None = None) -> d
             value = rms_norm_reference(value, None, config.rms_norm_eps)
         elif tensor.attribute == "q_norm":
             value = value * config.qk_gain
-        elif tensor.attribute in ("out", "down") and owner.residual_scale is not None:
-            value = value * owner.residual_scale.detach().to("cpu", wide)[int(tensor.attribute == "down")]
+        elif tensor.attribute in ("out", "down") and scales is not None:
+            value = value * scales.detach().to("cpu", wide)[int(tensor.attribute == "down")]
         if tensor.pairs:
             value = pairs_apart(value, config.head_dim)
         # a copy where nothing was computed: the file must not share storage with the model, nor tensors with others

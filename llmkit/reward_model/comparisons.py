@@ -67,19 +67,19 @@ class Comparisons:
     """The comparisons of one source, each answer of which fits the context; `counts` says what became of the others."""
 
     name: str
-    held: list[Candidates] = field(default_factory=list)
+    candidates: list[Candidates] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
     def __len__(self) -> int:
-        return len(self.held)
+        return len(self.candidates)
 
     def __getitem__(self, index: int) -> Candidates:
-        return self.held[index]
+        return self.candidates[index]
 
     @property
     def sizes(self) -> np.ndarray:
         """Tokens that each takes of a row, (N,) int64."""
-        return np.array([candidates.size for candidates in self.held], np.int64)
+        return np.array([candidates.size for candidates in self.candidates], np.int64)
 
     @property
     def inputs(self) -> int:
@@ -91,14 +91,14 @@ class Comparisons:
 
         Raises UserError where there is one prompt alone.
         """
-        prompts = {candidates.prompt.tobytes(): number for number, candidates in enumerate(self.held)}
+        prompts = {candidates.prompt.tobytes(): number for number, candidates in enumerate(self.candidates)}
         if len(prompts) < 2:
             raise UserError(f"{self.name}: the comparisons of one prompt cannot be split; name held-out ones by --val")
         drawn = shuffled(len(prompts), seed, 0)[: min(max(1, round(fraction * len(prompts))), len(prompts) - 1)]
         names = list(prompts)
         chosen = {names[index] for index in drawn}
         halves: tuple[list[Candidates], list[Candidates]] = [], []
-        for candidates in self.held:
+        for candidates in self.candidates:
             halves[candidates.prompt.tobytes() in chosen].append(candidates)
         return Comparisons(self.name, halves[0], self.counts), Comparisons(self.name, halves[1])
 
@@ -201,12 +201,12 @@ def read_comparisons(
                 for ids in (fitting.prompt, *fitting.answers):
                     digest.update(ids.tobytes())
                 digest.update(repr((fitting.ranks, fitting.margin)).encode())
-                source.held.append(replace(fitting, number=len(source.held)))
+                source.candidates.append(replace(fitting, number=len(source.candidates)))
             progress.advance(len(chunk))
     bad.report(source.name)
     others = ", ".join(f"{key} {count}" for key, count in source.counts.items() if key != "read")
     records = counted(source.counts["read"], "record")
-    if not source.held:
+    if not source.candidates:
         raise UserError(f"{source.name}: nothing to learn from in {records} ({others or 'it is empty'})")
     others = f", {others}" if others else ""
     tokens = quantity(source.inputs)

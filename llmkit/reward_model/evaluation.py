@@ -67,7 +67,7 @@ def judge(
     and a worse answer.
     """
     check_unequal(sources)
-    shuffled = [shuffled_answers(source.held, seed) for source in sources]
+    shuffled = [shuffled_answers(source.candidates, seed) for source in sources]
     scores = []  # for each source (K,) of each comparison, the mean of the heads
     for part in shuffled:
         scored = dict(score_comparisons(model, part, ROW_TOKENS, pad))
@@ -88,7 +88,7 @@ def judge(
 
 def check_unequal(sources: Sequence[Comparisons]) -> None:
     """Raise UserError unless some comparison has a better and a worse answer."""
-    if not any(len(set(candidates.ranks)) > 1 for source in sources for candidates in source.held):
+    if not any(len(set(candidates.ranks)) > 1 for source in sources for candidates in source.candidates):
         names = ", ".join(source.name for source in sources)
         raise UserError(f"{names}: nothing to evaluate on: no held-out comparison has a better and a worse answer")
 

@@ -58,16 +58,16 @@ def run(config: ReportConfig) -> Summary | None:
 
     # load
     out = _checked(config)
-    found = gather(config.runs)
+    gathered = gather(config.runs)
     if config.dry_run:
-        runs = counted(sum(run.state != "foreign" for run in found.runs), "run")
-        say(f"{runs} and {counted(len(found.files), 'file')} of records to {out}", config.quiet)
-        for note in found.notes:
+        runs = counted(sum(run.state != "foreign" for run in gathered.runs), "run")
+        say(f"{runs} and {counted(len(gathered.files), 'file')} of records to {out}", config.quiet)
+        for note in gathered.notes:
             say(note, config.quiet)
         return None
 
     # build
-    figures = report_figures(found, samples=config.records, limit=config.limit)
+    figures = report_figures(gathered, samples=config.records, limit=config.limit)
     if config.json:
         page = orjson.dumps(figures, option=JSON_LINE)
     else:
@@ -97,6 +97,6 @@ def _checked(config: ReportConfig) -> str:
     out = config.out or "-"
     if not config.dry_run:
         check_output(out, config.force)
-    if out != "-" and (Path(out).is_dir() or any(Path(out).resolve() == Path(one).resolve() for one in config.runs)):
+    if out != "-" and (Path(out).is_dir() or any(Path(out).resolve() == Path(run).resolve() for run in config.runs)):
         raise UserError(f"{out}: expected a file of its own for the page; choose another --out")
     return out

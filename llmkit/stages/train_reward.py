@@ -203,9 +203,9 @@ def _read_all(
     sources, digests = [source for source, _ in encoded], [digest for _, digest in encoded]
     if config.val:
         return sources, held_out, digests
-    parts = [source.split(config.val_fraction, config.seed) for source in sources]
-    say(f"held out: {counted(sum(len(part) for _, part in parts), 'comparison')} (--val-fraction)", config.quiet)
-    return [training for training, _ in parts], [part for _, part in parts], digests
+    halves = [source.split(config.val_fraction, config.seed) for source in sources]
+    say(f"held out: {counted(sum(len(part) for _, part in halves), 'comparison')} (--val-fraction)", config.quiet)
+    return [training for training, _ in halves], [part for _, part in halves], digests
 
 
 def _reader(
@@ -234,7 +234,7 @@ def _plan(
         say(f"--batch-size {config.batch_size:,} becomes {batch:,}, for there are no more comparisons", config.quiet)
     rows = max(1, round(batch * sum(source.inputs for source in training) / comparisons / row_tokens))
     tuning.check_memory(min(config.micro_batch_size or 1, rows) * row_tokens)
-    sources = [Source(one, file.weight or float(one.inputs)) for one, file in zip(training, files, strict=True)]
+    sources = [Source(part, file.weight or float(part.inputs)) for part, file in zip(training, files, strict=True)]
     mixture = Mixture(sources, row_tokens, rows, pad, config.seed, packed_comparisons)
     steps = config.max_steps or mixture.steps_for((config.epochs or 1) * mixture.inputs)
     say(
@@ -351,8 +351,9 @@ def _say_evaluation(evaluation: dict[str, Any], quiet: bool) -> None:
             f"{scores['ece_at_temperature']:.3f} at temperature {scores['temperature']:g}{doubt}",
             quiet,
         )
-    for name, found in evaluation.get("biases", {}).items():
-        say(f"correlation with {name}: scores {found['score']:+.3f}, labels {found['label']:+.3f}", quiet)
+    for name, with_feature in evaluation.get("biases", {}).items():
+        score, label = with_feature["score"], with_feature["label"]
+        say(f"correlation with {name}: scores {score:+.3f}, labels {label:+.3f}", quiet)
 
 
 def _check_gate(config: TrainRewardConfig, accuracy: float) -> None:

@@ -137,8 +137,8 @@ def test_no_prompt_is_both_learnt_and_held_out():
     held = [Candidates(prompt, (np.ones(1), np.zeros(2)), (1, 2), 0.0, n) for n, prompt in enumerate(of_prompts)]
     learnt, kept = Comparisons("c", held).split(0.3, seed=1)
     assert len(learnt) + len(kept) == 50
-    assert not {one.prompt.tobytes() for one in learnt.held} & {one.prompt.tobytes() for one in kept.held}
-    assert len({one.prompt.tobytes() for one in kept.held}) == 2
+    assert not {one.prompt.tobytes() for one in learnt.candidates} & {one.prompt.tobytes() for one in kept.candidates}
+    assert len({one.prompt.tobytes() for one in kept.candidates}) == 2
     with pytest.raises(UserError, match="the comparisons of one prompt cannot be split"):
         Comparisons("c", held[:1]).split(0.3, seed=1)
 
@@ -177,8 +177,8 @@ def test_calibration_of_a_judge_that_is_too_sure():
 
 def test_a_judge_that_counts_tokens_is_seen_through():
     comparisons = Comparisons("c", some_comparisons(200, seed=4))
-    lengths = [np.array([len(answer) for answer in one.answers], float) for one in comparisons.held]
-    found = biases(lengths, comparisons.held, SimpleNamespace(decode=lambda ids, skip_specials: ""), seed=0)
+    lengths = [np.array([len(answer) for answer in one.answers], float) for one in comparisons.candidates]
+    found = biases(lengths, comparisons.candidates, SimpleNamespace(decode=lambda ids, skip_specials: ""), seed=0)
     assert found["length"]["score"] > 0.99 and abs(found["length"]["label"]) < 0.2
     assert found["formatting"] == {"score": 0.0, "label": 0.0}
 
