@@ -14,6 +14,7 @@ import io
 import json
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 from zlib import crc32
 
 import numpy as np
+import orjson
 
 from llmkit.text.words import Split
 
@@ -186,7 +188,11 @@ class Part:
         True
         """
         outcomes = [(o.step, o.reason, o.path, o.offset, len(o.line)) for o in self.outcomes]
-        head = json.dumps({"outcomes": outcomes, "seconds": self.seconds}).encode()  # names of files may be no UTF-8
+        header = {"outcomes": outcomes, "seconds": self.seconds}
+        try:
+            head = orjson.dumps(header)
+        except TypeError:  # the name of a file is no UTF-8
+            head = json.dumps(header).encode()
         packed = io.BytesIO()
         packed.write(len(head).to_bytes(8, "little") + head)
         packed.writelines(outcome.line for outcome in self.outcomes)
@@ -210,12 +216,11 @@ class Part:
     def joined(cls, parts: Sequence[Part]) -> Part:
         """Several parts, in order, as one."""
         signatures = [part.signatures for part in parts if part.signatures is not None]
-        seconds: dict[str, float] = {}
+        seconds = Counter[str]()
         for part in parts:
-            for step, amount in part.seconds.items():
-                seconds[step] = seconds.get(step, 0.0) + amount
+            seconds.update(part.seconds)  # pyright: ignore[reportArgumentType]
         outcomes = [outcome for part in parts for outcome in part.outcomes]
-        return cls(outcomes, np.concatenate(signatures) if signatures else None, seconds)
+        return cls(outcomes, np.concatenate(signatures) if signatures else None, dict(seconds))
 
 
 # ---- no page stops a crawl

@@ -453,3 +453,11 @@ def test_documents_and_rejects_are_packed_by_their_names(llmkit, tmp_path):
     assert parquet.read_table(tmp_path / "d.parquet")["text"].to_pylist() == ["one"]
     refused = llmkit("crawl-filter", "-", "-o", tmp_path / "d.arrow", stdin='{"text": "one"}\n')
     assert refused.returncode == 2 and "d.arrow: .arrow is not written" in refused.stderr
+
+
+def test_a_name_that_is_no_utf8_ends_no_run(llmkit, tmp_path):
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / os.fsdecode(b"\xff.jsonl")).write_text('{"text": "one"}\n{"text": 1}\n')
+    done = llmkit("crawl-filter", tmp_path / "web", "-o", tmp_path / "out", "--only", "exact_duplicates")
+    assert done.returncode == 0, done.stderr
+    assert [document["source"] for document in read(tmp_path / "out")] == ["?.jsonl"]
