@@ -90,16 +90,19 @@ def open_input(path: str) -> Iterator[io.BufferedReader]:
     Raises UserError when it cannot be opened, when stdin is asked for a second time, and when the reading
     meets a damaged or cut archive.
     """
-    with open_packed(path) as raw:
+    with open_packed(path) as packed:
+        raw: Any = packed
         magic = raw.peek(4)[:4]
         chunks = parquet_lines(raw, name_of(path)) if magic == PARQUET_MAGIC else None
         if magic.startswith(GZIP_MAGIC):
-            raw = io.BufferedReader(gzip.GzipFile(fileobj=raw), BLOCK)  # type: ignore[arg-type]
+            raw = io.BufferedReader(gzip.GzipFile(fileobj=raw), BLOCK)
         elif is_zstd(magic):
             raw = io.BufferedReader(Lines(zstd_frames(raw, name_of(path))), BLOCK)
         if delimiter := DELIMITERS.get(os.path.splitext(path.lower().removesuffix(".gz").removesuffix(".zst"))[1]):
             chunks = chunks or csv_lines(raw, path, delimiter)
-        yield raw if chunks is None else io.BufferedReader(Lines(chunks), BLOCK)
+        if chunks is not None:
+            raw = io.BufferedReader(Lines(chunks), BLOCK)
+        yield raw
 
 
 @contextmanager
@@ -109,10 +112,11 @@ def open_packed(path: str) -> Iterator[io.BufferedReader]:
         if path == "-":
             yield _take_stdin()
         elif is_remote(path):
-            with open_remote(path) as raw:
-                yield raw
+            with open_remote(path) as remote:
+                yield remote
         else:
-            with open(path, "rb", buffering=BLOCK) as raw:
+            with open(path, "rb", buffering=BLOCK) as handle:
+                raw: Any = handle
                 yield raw
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         reason = str(error).lower()

@@ -137,8 +137,9 @@ def describe_inputs(paths: Iterable[str]) -> list[dict[str, Any]]:
     for path in paths:
         if is_remote(path):
             described.append({"path": path})
-            with suppress(UserError), open_remote(path) as file:
-                described[-1] |= {"bytes": file.raw.size, "version": file.raw.version}
+            with suppress(UserError), open_remote(path) as handle:
+                remote: Any = handle.raw
+                described[-1] |= {"bytes": remote.size, "version": remote.version}
             continue
         content = _content(path) if os.path.isfile(path) else {}
         described.append({"path": path, **content})

@@ -171,7 +171,7 @@ class WeightsAndBiases:
     """
 
     def __init__(self, folder: Path, options: Mapping[str, Any], quiet: bool) -> None:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         known = folder / "state/wandb-id.txt"
         if not known.exists():

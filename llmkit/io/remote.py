@@ -111,12 +111,11 @@ class _Http:
             return b""
         if self._response is None or self._position != position:
             self._ask(position)
+        response: Any = self._response
         try:
-            while self._position < position and (
-                passed := self._response.read(min(position - self._position, 1 << 20))
-            ):
+            while self._position < position and (passed := response.read(min(position - self._position, 1 << 20))):
                 self._position += len(passed)
-            data = self._response.read(count)
+            data = response.read(count)
         except Exception:
             self.close()
             raise
