@@ -12,8 +12,8 @@ the row at the end of an epoch runs into the next epoch.
 
 So in every epoch each token is an input once; each token but the `start` of a document is predicted once,
 from its own document; and so is the `end` of each document. A document that continues in another row loses its
-context there. Nothing depends on the number of processes or micro-batches: a process takes
-`rows(step, start, stop)`, and a run resumes by asking for its next step.
+context there. Nothing depends on the number of processes or micro-batches, and a run resumes by asking for its next
+step.
 
 A `Mixture` packs examples whole. They are drawn one after another from the source that is furthest behind its share of
 tokens, each source in an order of its own, drawn anew for each epoch. Windows of about 64 rows of them are packed
@@ -84,16 +84,14 @@ class Batches:
         self._order = lru_cache(maxsize=2)(self._draw_order)
 
     def batch(self, step: int) -> TokenRows:
-        """All rows of a step."""
-        return self.rows(step, 0, self.batch_size)
-
-    def rows(self, step: int, start: int, stop: int) -> TokenRows:
-        """Rows start:stop of a step: the share of one process or one micro-batch."""
-        shape = stop - start, self.sequence_length
+        """The rows of a step."""
+        shape = self.batch_size, self.sequence_length
         batch = TokenRows(np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, np.int32))
-        for row in range(stop - start):
-            row_batch = self._row(self.place(step * self.batch_size + start + row))
-            for whole, part in zip(batch, row_batch, strict=True):
+        shards, length = self.shards, self.sequence_length
+        for row in range(self.batch_size):
+            index = self.place(step * self.batch_size + row)
+            packed_row = _pack(shards, shards.tokens, self._order, index, 1, length, shards.info.end)
+            for whole, part in zip(batch, packed_row, strict=True):
                 whole[row] = part[0]
         return batch
 
@@ -104,14 +102,6 @@ class Batches:
         first = -(-epoch * tokens // length)  # the first row that begins in the epoch
         count = -(-(epoch + 1) * tokens // length) - first
         return first + permuted(index - first, count, self.seed, epoch)
-
-    def _row(self, index: int) -> TokenRows:
-        end = self.shards.info.end
-        return _pack(self.shards, self.shards.tokens, self._order, index, 1, self.sequence_length, end)
-
-    def epoch(self, step: int) -> float:
-        """Return the number of passes through the corpus before this step."""
-        return step * self.batch_size * self.sequence_length / self.shards.tokens
 
     def prefetch(self, first_step: int) -> Iterator[TokenRows]:
         """The batches from a step on, without an end, made ahead of time."""
@@ -129,41 +119,20 @@ class EvaluationBatches:
     document is no text and is not predicted here, nor is the padding that fills the last row. The last batch
     has only the rows that it needs.
 
-    max_tokens: evaluate the first whole documents that hold so many tokens (at least one document)
-    bytes:      UTF-8 bytes of the text of those documents
-    targets:    number of tokens predicted
-
-    `len(batches)`, `batches[k]` and iteration are over TokenRows; process r of w takes the k with k % w == r.
+    bytes: UTF-8 bytes of the text
     """
 
-    def __init__(
-        self, shards: TokenShards, sequence_length: int, batch_size: int, max_tokens: int | None = None
-    ) -> None:
-        ends = np.cumsum(shards.lengths)
-        documents = shards.documents
-        if max_tokens is not None:
-            documents = min(documents, int(np.searchsorted(ends, max_tokens)) + 1)
+    def __init__(self, shards: TokenShards, sequence_length: int, batch_size: int) -> None:
         self.shards, self.sequence_length, self.batch_size = shards, sequence_length, batch_size
-        self._documents = np.arange(documents), ends[:documents]
-        self.tokens = int(ends[documents - 1])
-        self.targets = self.tokens - documents
-        self.bytes = int(shards.doc_bytes[:documents].sum())
-
-    def __len__(self) -> int:
-        return -(-self.tokens // (self.sequence_length * self.batch_size))
-
-    def __getitem__(self, index: int) -> TokenRows:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        first_row = index * self.batch_size
-        rows = min(self.batch_size, -(-self.tokens // self.sequence_length) - first_row)
-        return _pack(self.shards, self.tokens, self._order, first_row, rows, self.sequence_length, IGNORED)
+        self._documents = np.arange(shards.documents), np.cumsum(shards.lengths)
+        self.bytes = int(shards.doc_bytes.sum())
 
     def __iter__(self) -> Iterator[TokenRows]:
-        return (self[index] for index in range(len(self)))
-
-    def _order(self, epoch: int) -> Order | None:
-        return self._documents if epoch == 0 else None
+        tokens, length = self.shards.tokens, self.sequence_length
+        order = lambda epoch: self._documents if epoch == 0 else None  # noqa: E731
+        rows = -(-tokens // length)
+        for first in range(0, rows, self.batch_size):
+            yield _pack(self.shards, tokens, order, first, min(self.batch_size, rows - first), length, IGNORED)
 
 
 def prefetched(make: Callable[[int], TokenRows], first_step: int) -> Iterator[TokenRows]:
@@ -346,14 +315,10 @@ class Mixture:
         ]
 
     def batch(self, step: int) -> TokenRows:
-        """All rows of a step."""
-        return self.rows(step, 0, self.batch_size)
-
-    def rows(self, step: int, start: int, stop: int) -> TokenRows:
-        """Rows start:stop of a step: the share of one process or one micro-batch."""
+        """The rows of a step."""
         first = step * self.batch_size
-        planned = self._planned(first + stop)[first + start : first + stop]
-        rows = [[self.sources[s].examples[i] for s, i in row] for row in planned]
+        planned = self._planned(first + self.batch_size)[first : first + self.batch_size]
+        rows = [[self.sources[source].examples[number] for source, number in row] for row in planned]
         return self._pack(rows, self.sequence_length, self.pad)
 
     def prefetch(self, first_step: int) -> Iterator[TokenRows]:

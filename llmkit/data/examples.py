@@ -11,10 +11,10 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -23,31 +23,12 @@ from llmkit.formats.conversations import Conversation
 from llmkit.io.progress import counted
 from llmkit.io.records import OUTSIDE, BadRecords
 from llmkit.io.remote import is_remote, open_remote
+from llmkit.tokenizer.chat import Encoded
 
 CUT = "cut within a turn"  # a count: answers too long by themselves
 T = TypeVar("T")
 E = TypeVar("E")
 READ_AT_ONCE = 2048  # conversations: enough for the tokenizer's threads, little memory
-
-
-class Encoded(Protocol):
-    """A conversation in tokens: int32 (T,), bool (T,), the positions at which a turn has just ended and those at which
-    the user's begin, and the length of the system message in front."""
-
-    @property
-    def token_ids(self) -> np.ndarray: ...
-
-    @property
-    def trained(self) -> np.ndarray: ...
-
-    @property
-    def turn_ends(self) -> tuple[int, ...]: ...
-
-    @property
-    def questions(self) -> tuple[int, ...]: ...
-
-    @property
-    def preamble(self) -> int: ...
 
 
 @dataclass
@@ -60,11 +41,11 @@ class Examples:
     """
 
     name: str
-    lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    counts: Counter[str] = field(default_factory=Counter)
-    _token_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    _trained: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
-    _ends: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    lengths: np.ndarray
+    counts: Counter[str]
+    _token_ids: np.ndarray
+    _trained: np.ndarray
+    _ends: np.ndarray
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -104,26 +85,22 @@ class Examples:
         `counts`, where given, is gone on with: those who yield the pairs may count in it what they leave out.
         Raises UserError for a conversation that is too long under "error", and where nothing at all is trained on.
         """
-        examples, ids, trained = cls(name, counts=Counter() if counts is None else counts), [], []
+        counts, ids, trained = Counter() if counts is None else counts, [], []
         for where, example in encoded:
-            examples.counts["read"] += 1
-            places = _places(example, longest, on_long, where, examples.counts)
+            counts["read"] += 1
+            places = _places(example, longest, on_long, where, counts)
             # the first token of an example is never a target
             taught = [positions for positions in places if example.trained[positions[1:]].any()]
             if places and not taught:
-                examples.counts["nothing trained"] += 1
+                counts["nothing trained"] += 1
             ids += [example.token_ids[positions] for positions in taught]
             trained += [example.trained[positions] for positions in taught]
         if not ids:
-            read = examples.counts["read"]
-            reasons = ", ".join(f"{key} {count}" for key, count in examples.counts.items() if key != "read")
-            raise UserError(
-                f"{name}: nothing to train on in {counted(read, 'conversation')} ({reasons or 'it is empty'})"
-            )
-        examples.lengths = np.array([len(part) for part in ids], np.int64)
-        examples._token_ids, examples._trained = np.concatenate(ids), np.concatenate(trained)
-        examples._ends = np.cumsum(examples.lengths)
-        return examples
+            read = counted(counts["read"], "conversation")
+            reasons = ", ".join(f"{key} {count}" for key, count in counts.items() if key != "read")
+            raise UserError(f"{name}: nothing to train on in {read} ({reasons or 'it is empty'})")
+        lengths = np.array([len(part) for part in ids], np.int64)
+        return cls(name, lengths, counts, np.concatenate(ids), np.concatenate(trained), np.cumsum(lengths))
 
 
 def _places(example: Encoded, longest: int, on_long: str, where: str, counts: Counter[str]) -> list[np.ndarray]:

@@ -31,7 +31,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -40,6 +40,9 @@ from llmkit.io.files import atomic_file, atomic_folder
 from llmkit.io.jsonl import name_of, names_of, read_documents, write_json
 from llmkit.io.progress import Progress, counted
 from llmkit.io.records import OUTSIDE, BadRecords
+
+if TYPE_CHECKING:
+    from llmkit.tokenizer.encoding import Tokenizer
 
 FORMAT = "llmkit-tokens-1"
 TOKENS_PER_SHARD = 15_000_000  # a shard ends with the first document that reaches it
@@ -222,11 +225,6 @@ class Shard:
         )
 
 
-def is_shard_folder(path: str | Path) -> bool:
-    """True if `path` is a folder of token shards (and not of documents to encode)."""
-    return (Path(path) / _shard_name(0)).is_file()
-
-
 class TokenShards:
     """A folder of shards as one sequence of documents.
 
@@ -284,22 +282,9 @@ class TokenShards:
         return shard.tokens[begin + start : begin + stop]
 
 
-class Encoder(Protocol):
-    """Part of a tokenizer that is needed here (llmkit.tokenizer.encoding.Tokenizer)."""
-
-    sha256: str
-    vocab_size: int
-    unk_id: int | None
-
-    @property
-    def backend(self) -> str: ...
-    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]: ...
-    def document_bounds(self) -> tuple[int, int]: ...
-
-
 def tokenize_documents(
     paths: Sequence[str],
-    encoder: Encoder,
+    encoder: Tokenizer,
     cache: Path,
     *,
     limit: int | None = None,
@@ -325,24 +310,30 @@ def tokenize_documents(
     bad = BadRecords() if bad is None else bad
     start, end = encoder.document_bounds()
     info = ShardInfo(tokenizer_sha256=encoder.sha256, vocab_size=encoder.vocab_size, start=start, end=end)
-    if len(paths) == 1 and is_shard_folder(paths[0]):
-        return _ready_shards(paths[0], info)
+    if len(paths) == 1 and (Path(paths[0]) / _shard_name(0)).is_file():
+        shards = TokenShards(paths[0])
+        if shards.info != info:
+            raise UserError(
+                f"{paths[0]}: these token shards were made with another tokenizer (sha256 "
+                f"{shards.info.tokenizer_sha256[:12]}, this one {info.tokenizer_sha256[:12]}); give the documents"
+            )
+        return shards
     is_new = not cache.exists()
     cache.mkdir(parents=True, exist_ok=True)
     if all(Path(path).is_file() for path in paths):
-        folder = cache / f"{name}-{_cache_key(paths, info, limit, cache)}"
+        inputs = [[hash_of_file(path, cache / HASHES), "".join(Path(path).suffixes)] for path in paths]
+        decides = json.dumps([FORMAT, inputs, [info.tokenizer_sha256, info.vocab_size, info.start, info.end], limit])
+        folder = cache / f"{name}-{hashlib.blake2b(decides.encode(), digest_size=8).hexdigest()}"
         keep = True
     else:  # stdin, a pipe, or a file that is not there: read_documents says so
         folder, keep = cache / f"{name}-stream", resume
-    known, left_out = False, []
     if keep:
-        with suppress(UserError, ValueError):  # absent, or damaged since
+        with suppress(UserError, ValueError, OSError):  # absent, or damaged since
             shards = TokenShards(folder)
-            known = shards.info == info
-            left_out = json.loads((folder / LEFT_OUT).read_bytes()) if (folder / LEFT_OUT).exists() else []
-    if known:
-        bad.restore(left_out)
-        return TokenShards(folder)
+            left_out = json.loads((folder / LEFT_OUT).read_bytes())
+            if shards.info == info:
+                bad.restore(left_out)
+                return shards
     shutil.rmtree(folder, ignore_errors=True)
     try:
         with atomic_folder(folder) as partial:
@@ -356,18 +347,8 @@ def tokenize_documents(
     return TokenShards(folder)
 
 
-def _ready_shards(path: str, info: ShardInfo) -> TokenShards:
-    shards = TokenShards(path)
-    if shards.info != info:
-        raise UserError(
-            f"{path}: these token shards were made with another tokenizer (sha256 "
-            f"{shards.info.tokenizer_sha256[:12]}, this one {info.tokenizer_sha256[:12]}); give the documents"
-        )
-    return shards
-
-
 def _write_shards(
-    paths: Sequence[str], encoder: Encoder, writer: ShardWriter, limit: int | None, bad: BadRecords, quiet: bool
+    paths: Sequence[str], encoder: Tokenizer, writer: ShardWriter, limit: int | None, bad: BadRecords, quiet: bool
 ) -> None:
     """Read, encode and write: groups of documents are encoded in a thread while the next group is read."""
     outside = 0
@@ -393,7 +374,7 @@ def _write_shards(
     writer.finish()
 
 
-def _encode(encoder: Encoder, texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _encode(encoder: Tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """ids, lengths and bytes of UTF-8 of some texts."""
     ids, lengths = encoder.encode_batch(texts)
     # After the encoding, for which CPython has made and kept the UTF-8 of each text: 10 times cheaper
@@ -414,14 +395,6 @@ def _groups(paths: Sequence[str], limit: int | None, bad: BadRecords) -> Iterato
                 group, size = [], 0
     if group:
         yield group
-
-
-def _cache_key(paths: Sequence[str], info: ShardInfo, limit: int | None, cache: Path) -> str:
-    """Hash of all that decides the shards: the inputs' bytes and kind, tokenizer, format, limit."""
-    inputs = [[hash_of_file(path, cache / HASHES), "".join(Path(path).suffixes)] for path in paths]
-    tokenizer = [info.tokenizer_sha256, info.vocab_size, info.start, info.end]
-    decides = json.dumps([FORMAT, inputs, tokenizer, limit])
-    return hashlib.blake2b(decides.encode(), digest_size=8).hexdigest()
 
 
 def hash_of_file(path: str, memory: Path) -> str:

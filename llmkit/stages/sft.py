@@ -216,14 +216,14 @@ def _rehearse(config: SftConfig, mixture: Mixture, steps: int | None, micro_rows
     """Show some examples on stdout, and say what memory and time a training takes."""
     from llmkit.training.distributed import world
     from llmkit.training.finetuning import show_examples
-    from llmkit.training.loss import next_token_loss
+    from llmkit.training.loss import next_token_loss, rows_of
     from llmkit.training.plan import training_memory
     from llmkit.training.speed import batch_seconds
 
     if world().leads:
         show_examples([source.examples for source in mixture.sources], tuning.tokenizer, SHOWN)
     rows = min(micro_rows, mixture.batch_size)
-    seconds = batch_seconds(tuning.model, next_token_loss, mixture.rows(0, 0, rows), rows, tuning.device)
+    seconds = batch_seconds(tuning.model, next_token_loss, rows_of(mixture.batch(0), 0, rows), rows, tuning.device)
     memory = training_memory(tuning.model.config, rows * mixture.sequence_length, tuning.trained_parameters)
     whole = "" if steps is None else f", {duration(steps * seconds * mixture.batch_size / rows)} to train"
     say(f"about {sum(memory) / 1e9:.2f} GB of memory{whole}", config.quiet)
