@@ -12,9 +12,10 @@ where its other form has a pickle. Any number of processes reads what any number
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int = CHECKPOINTS_KEPT) -> None:
         self.folder, self.keep = folder, keep
         self._whole: dict[int, dict[str, Any]] = {}  # states of those whose checksums were found right
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._pool = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
         self._group: Any = None  # the thread must not mix its messages with those of the training
 
     def steps(self) -> list[int]:
@@ -67,31 +68,23 @@ class Checkpoints:
             name: part_of(local(value.detach()).to("cpu", copy=True).contiguous(), value, "cpu")
             for name, value in tensors.items()
         }
-        write = self._write
-        if any(map(is_sharded, tensors.values())):
-            write = self._write_parts
-        self._thread = threading.Thread(target=self._safely, args=(write, step, copies, dict(state)), daemon=False)
-        self._thread.start()
+        write = self._write_parts if any(map(is_sharded, tensors.values())) else self._write
+        self._writing = self._pool.submit(self._written, write, step, copies, dict(state))
         if wait:
             self.wait()
 
     def wait(self) -> None:
         """Return when no write is under way; raises what it raised."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        if self._writing is not None:
+            wait_for([self._writing])
+            writing, self._writing = self._writing, None
+            writing.result()
 
-    def _safely(self, write: Callable[..., None], step: int, *what: Any) -> None:
-        try:
-            write(step, *what)
-            self._whole.pop(step, None)
-            if world().leads:
-                keep_checkpoints(self.folder, self.keep, step)
-        except BaseException as error:
-            self._error = error
+    def _written(self, write: Callable[..., None], step: int, tensors: dict[str, Tensor], state: dict) -> None:
+        write(step, tensors, state)
+        self._whole.pop(step, None)
+        if world().leads:
+            keep_checkpoints(self.folder, self.keep, step)
 
     def _write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         if not world().leads:

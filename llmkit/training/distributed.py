@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmkit.config import TrainingConfig, options_by_flag
 from llmkit.errors import UserError
@@ -49,7 +49,7 @@ class World:
 
     def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None, watch: Any = None) -> None:
         self.rank, self.size, self.device = rank, size, device or torch.device("cpu")
-        self._watch, self._numbers = watch, count()
+        self.watch, self._numbers = watch, count()
 
     @property
     def leads(self) -> bool:
@@ -58,17 +58,19 @@ class World:
 
     def sum(self, *values: float) -> tuple[float, ...]:
         """The sum over all processes of each number."""
-        return values if self.size == 1 else self._reduce(values, "SUM")
+        return self._reduce(values, "SUM")
 
     def largest(self, *values: float) -> tuple[float, ...]:
         """The largest of all processes of each number."""
-        return values if self.size == 1 else self._reduce(values, "MAX")
+        return self._reduce(values, "MAX")
 
     def _reduce(self, values: tuple[float, ...], operation: str) -> tuple[float, ...]:
+        if self.size == 1:
+            return values
         import torch.distributed as dist
 
         tensor = torch.tensor(values, dtype=torch.float64)
-        with self._watch.waiting():
+        with self.watch.waiting():
             dist.all_reduce(tensor, op=getattr(dist.ReduceOp, operation))
         return tuple(tensor.tolist())
 
@@ -87,7 +89,7 @@ class World:
 
         self.barrier()
         values: list[Any] = [None] * self.size
-        with self._watch.waiting():
+        with self.watch.waiting():
             dist.all_gather_object(values, value)
         return values
 
@@ -100,10 +102,10 @@ class World:
     def _publish(self, value: Any, number: int) -> Any:
         key = f"said/{number}"
         if self.leads:
-            self._watch.store.set(key, json.dumps(value))
+            self.watch.store.set(key, json.dumps(value))
             return value
         self._await([key])
-        return json.loads(self._watch.store.get(key))
+        return json.loads(self.watch.store.get(key))
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
@@ -119,12 +121,12 @@ class World:
         """Wait until all processes are here, however long that takes."""
         if self.size > 1:
             number = next(self._numbers)
-            self._watch.store.set(f"here/{number}/{self.rank}", "1")
+            self.watch.store.set(f"here/{number}/{self.rank}", "1")
             self._await([f"here/{number}/{rank}" for rank in range(self.size)])
 
     def _await(self, keys: list[str]) -> None:
         # no deadline: the watch ends this process where another one fails
-        while not self._watch.store.check(keys):
+        while not self.watch.store.check(keys):
             time.sleep(0.02)
 
     @contextmanager
@@ -133,14 +135,14 @@ class World:
         another thread. It gets a function that tells if all processes have the same; it gives True if it has written.
         """
         if self.size > 1:
-            self._watch.save = save
+            self.watch.save = save
         yield  # no try: where this process fails, too, its part is still to be written, by the watch, on the way out
         if self.size > 1:
-            self._watch.save = None
+            self.watch.save = None
 
     def call_for_saving(self) -> bool:
         """Have all processes of a job do so, for this one ends. False where that cannot be."""
-        return self._watch.call_for_saving()
+        return self.watch.call_for_saving()
 
     def check_same(self, what: Mapping[str, Any]) -> None:
         """Raise UserError where this process was given something else than the first: values of JSON, by a name that
@@ -236,7 +238,7 @@ def leave() -> None:
     if _world.size > 1:
         import torch.distributed as dist
 
-        failures.stop_watching()
+        _world.watch.stop()
         dist.destroy_process_group()
         _world = World()
 
@@ -287,12 +289,6 @@ def part_of(rows: Tensor, whole: Tensor, kind: str | None = None) -> Tensor:
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a tensor that is divided, in every process."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-
-
-def begin_backward(model: nn.Module, last: bool) -> None:
-    """Reduce gradients across processes only after the last micro-batch."""
-    if hasattr(model, "set_requires_gradient_sync"):
-        model.set_requires_gradient_sync(last)  # type: ignore[operator]
 
 
 @torch.no_grad()

@@ -60,7 +60,6 @@ class Watch(threading.Thread):
         # writes this process's part of what there is to save, if all agree on what that is
         self.save: Callable[[Callable[[Any], bool]], bool] | None = None
         self._saved: bool | None = None
-        self._agreed = False
         self._saving = threading.Lock()
 
     @contextmanager
@@ -96,23 +95,25 @@ class Watch(threading.Thread):
         """This process's part of it, once; False where not all have done theirs."""
         with self._saving:
             if self._saved is None:
-                self._saved = False
+                self._saved, agreed = False, threading.Event()
+
+                def agree_on_step(value: Any) -> bool:
+                    if same := self._agree("step", value, SAVING_SECONDS):
+                        agreed.set()
+                    return same
+
+                def save() -> None:
+                    with suppress(Exception):  # what ended the job says more
+                        done = self.save is not None and self.save(agree_on_step)
+                        self._saved = self._agree("saved", done or None, self.timeout)
+
                 # in a thread, which may be left behind: a device may wait for one that will never answer
-                thread = threading.Thread(target=self._save, daemon=True)
+                thread = threading.Thread(target=save, daemon=True)
                 thread.start()
                 thread.join(SAVING_SECONDS)
-                if self._agreed:  # on what to write, which takes long where it is much
+                if agreed.is_set():  # on what to write, which takes long where it is much
                     thread.join(self.timeout)
             return self._saved
-
-    def _save(self) -> None:
-        with suppress(Exception):  # what ended the job says more
-            done = self.save is not None and self.save(self._agree_on_step)
-            self._saved = self._agree("saved", done or None, self.timeout)
-
-    def _agree_on_step(self, value: Any) -> bool:
-        self._agreed = self._agree("step", value, SAVING_SECONDS)
-        return self._agreed
 
     def _agree(self, what: str, value: Any, seconds: float) -> bool:
         """True if all processes say the same within some seconds, and that is not None."""
@@ -126,8 +127,10 @@ class Watch(threading.Thread):
         return value is not None and {self.store.get(key) for key in keys} == {json.dumps(value).encode()}
 
     def stop(self) -> None:
-        """The job is done."""
+        """This process has done its part."""
         self._over.set()
+        self.join()  # a thread in torch's code while Python shuts down aborts the process
+        self.store.set(f"note/{self.me.rank}", json.dumps({"kind": "done"}))
 
 
 def watch(timeout: float) -> Watch:
@@ -136,14 +139,6 @@ def watch(timeout: float) -> Watch:
     _watch = Watch(launch(), timeout)
     _watch.start()
     return _watch
-
-
-def stop_watching() -> None:
-    """This process has done its part."""
-    if _watch is not None:
-        _watch.stop()
-        _watch.join()  # a thread in torch's code while Python shuts down aborts the process
-        _watch.store.set(f"note/{_watch.me.rank}", json.dumps({"kind": "done"}))
 
 
 def fail_together(message: str, code: int) -> NoReturn:

@@ -35,7 +35,7 @@ from llmkit.model.devices import check_memory
 from llmkit.model.folder import load_model, save_model
 from llmkit.model.lora import LoraAdapter
 from llmkit.model.transformer import Transformer, grow_vocabulary
-from llmkit.tokenizer.chat import CHAT_SPECIALS, ChatFormat, has_chat_tokens, has_own_template, write_chat_tokenizer
+from llmkit.tokenizer.chat import CHAT_SPECIALS, ChatFormat, has_own_template, write_chat_tokenizer
 from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
 from llmkit.tokenizer.templates import chat_format
 from llmkit.training.checkpoint import Checkpoints
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from llmkit.tokenizer.encoding import Tokenizer
 
 
-COLOURS = {"system": "magenta", "user": "cyan", "assistant": "green", "result": "yellow", "": "white"}
 # AdamW's rate of adapters at a width of 256, as ADAMW_RATE; docs/experiments.md, "Fine-tuning"
 LORA_LEARNING_RATE = 3e-3
 
@@ -57,8 +56,8 @@ LORA_LEARNING_RATE = 3e-3
 def show_examples(sources: Sequence[Packable], tokenizer: Tokenizer, count: int) -> None:
     """Print `count` examples, taken from the sources in turn, on stdout.
 
-    On a terminal each role has a colour, and what is trained on is bold and underlined; elsewhere it stands between
-    « and ». Each token is followed by a thin bar on a terminal, so that one sees where words are cut.
+    On a terminal what is trained on is green and underlined, and a thin space follows each token, so that one sees
+    where words are cut; elsewhere it stands between « and ».
     """
     from rich.console import Console
     from rich.text import Text
@@ -74,38 +73,16 @@ def show_examples(sources: Sequence[Packable], tokenizer: Tokenizer, count: int)
         heading = (
             f"==> {source.name}, example {index + 1}: {counted(len(ids), 'token')}, {int(trained.sum())} trained on <=="
         )
-        text = Text()
-        pieces = zip(_roles(ids.tolist(), trained.tolist(), tokenizer), trained.tolist(), ids.tolist(), strict=True)
-        stream = tokenizer.stream()  # a character of several tokens is shown with the last of them
-        for (role, learnt), group in groupby(pieces, key=lambda piece: (piece[0], piece[1])):
-            words = [shown(word) for _, _, token in group if (word := stream.push([token]))]
+        text, stream = Text(), tokenizer.stream()  # a character of several tokens is shown with the last of them
+        for learnt, group in groupby(zip(ids.tolist(), trained.tolist(), strict=True), key=lambda pair: pair[1]):
+            words = [shown(word) for token, _ in group if (word := stream.push([token]))]
             if console.is_terminal:
-                text.append("\u2009".join(words), f"{COLOURS[role]}{' bold underline' if learnt else ''}")
+                text.append("\u2009".join(words), "green underline" if learnt else None)
             else:
-                text.append(f"\u00ab{''.join(words)}\u00bb" if learnt else "".join(words))
+                text.append(f"«{''.join(words)}»" if learnt else "".join(words))
         text.append(shown(stream.finish()))
         console.print(shown(heading), style="bold" if console.is_terminal else None)
         console.print(text, "")
-
-
-def _roles(ids: Sequence[int], trained: Sequence[bool], tokenizer: Tokenizer) -> list[str]:
-    """Name the role of each token; under a foreign template, trained tokens count as the assistant's."""
-    if not has_chat_tokens(tokenizer):
-        return ["assistant" if learnt else "" for learnt in trained]
-    start, separator, end = (tokenizer.specials[name] for name in ("<|im_start|>", "<|im_sep|>", "<|im_end|>"))
-    result = tokenizer.specials["<|result_start|>"], tokenizer.specials["<|result_end|>"]
-    roles, role, inside = [], "", False
-    for index, token in enumerate(ids):
-        if token == start:
-            until = next((i for i in range(index, len(ids)) if ids[i] == separator), index)
-            role = tokenizer.decode(ids[index + 1 : until])
-        inside = inside or token == result[0]
-        roles.append("result" if inside else role if role in COLOURS else "")
-        if token == result[1]:
-            inside = False
-        if token == end:
-            role = ""
-    return roles
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from llmkit.io.metrics import METRICS, MetricsLog, read_metrics, trim_metrics
 from llmkit.io.progress import Progress, counted, say
 from llmkit.model.devices import keep_freed_memory
 from llmkit.training.checkpoint import Checkpoints
-from llmkit.training.distributed import begin_backward, world
+from llmkit.training.distributed import world
 from llmkit.training.failures import is_lost
 from llmkit.training.loss import Batch, Loss, rows_of
 from llmkit.training.optimizer import Optimizer, Schedule
@@ -190,7 +190,8 @@ class Trainer:
                     part = rows_of(batch, start, min(start + at_once, stop))
                     if not len(part[0]):  # FSDP wants all processes to compute as often
                         part = batch.nothing()
-                    begin_backward(self.model, last)
+                    if hasattr(self.model, "set_requires_gradient_sync"):  # FSDP
+                        self.model.set_requires_gradient_sync(last)  # gradients are summed after the last micro-batch
                     summed = self.loss(self.model, part)
                     summed.total.backward()
                     self.optimizer.accumulate(last)

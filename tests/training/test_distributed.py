@@ -150,10 +150,12 @@ def test_processes_try_problems_as_one(data, tmp_path, count):
 class Running:
     """A job in the background that is to be ended at a step."""
 
-    def __init__(self, count: int, out: Path, arguments: list[object], launcher: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, count: int, out: Path, arguments: list[object], launcher: tuple[str, ...] = (), **more: object
+    ) -> None:
         command = processes(count, *arguments, launcher=launcher)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        self.process, self.out = subprocess.Popen(command, env=environment(), **pipes), out
+        self.process, self.out = subprocess.Popen(command, env=environment(**more), **pipes), out
 
     def wait_for_step(self, step: int) -> None:
         log = Path(f"{self.out}.partial/metrics.jsonl")
@@ -282,7 +284,7 @@ def test_an_error_in_one_rank_saves_the_steps_of_all(data, tmp_path, twelve_step
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_is_named(data, tmp_path):
-    job = Running(2, tmp_path / "out", pretrain(data, tmp_path / "out", "--max-steps", 5000, "--process-timeout", 5))
+    job = Running(2, tmp_path / "out", pretrain(data, tmp_path / "out", "--max-steps", 5000), LLMKIT_PROCESS_TIMEOUT=5)
     job.wait_for_step(5)
     hanging = job.worker(1)
     os.kill(hanging, signal.SIGSTOP)
@@ -375,7 +377,7 @@ def test_what_is_said_of_the_notes_of_processes():
 
 
 def test_a_process_that_cannot_save_tells_soon_why_it_failed(monkeypatch):
-    """It waited for the thread that saves as long as --process-timeout."""
+    """It waited for the thread that saves as long as for another process."""
     monkeypatch.setattr(failures, "SAVING_SECONDS", 0.2)
     monkeypatch.setattr(failures, "connect", lambda me, timeout: None)
     watch, stuck = failures.Watch(Launch(0, 2), 600.0), threading.Event()
