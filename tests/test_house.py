@@ -29,9 +29,9 @@ ROOMS = {
     "tools": (1100, 1400),
     "report": (1250, 1480),
     "crawl": (4640, 4880),
-    "data": (1100, 1440),
+    "data": (1100, 1360),
     "generation": (2100, 3020),
-    "training": (2500, 3100),
+    "training": (2500, 3080),
     "reward_model": (800, 0),
     "probing": (900, 980),
     "rewards": (1400, 2160),
@@ -59,7 +59,7 @@ LONGEST = 60  # lines of a function in stages/
 # What still breaks a law; each entry goes when its cause does
 LONG = {"pretrain.run", "sft.run"}
 SPLATS = set[str]()
-STARS = 61  # names and attributes unpacked into positional arguments; may only fall
+STARS = 60  # names and attributes unpacked into positional arguments; may only fall
 OPTIONS = {
     "crawl-filter": 23,
     "train-bpe": 13,

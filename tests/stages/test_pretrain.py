@@ -16,18 +16,8 @@ import pytest
 
 WORDS = "the old ship sailed past a green island while small birds sang over warm grey stones and deep blue water"
 WORDS = WORDS.split(" ")
-SIZES = [
-    "--depth",
-    "1",
-    "--hidden-size",
-    "64",
-    "--sequence-length",
-    "32",
-    "--batch-tokens",
-    "256",
-    "--dtype",
-    "float32",
-]
+SHAPE = ["--depth", "1", "--hidden-size", "64", "--sequence-length", "32"]
+SIZES = [*SHAPE, "--batch-tokens", "256", "--dtype", "float32"]
 
 
 @pytest.fixture(scope="module")
@@ -148,21 +138,6 @@ def test_a_run_killed_at_any_moment_and_resumed_equals_one_that_was_not(base, co
     assert losses(out) == losses(base)
 
 
-def test_sigterm_saves_and_exits_130(corpus, llmkit, tmp_path):
-    out = tmp_path / "base"
-    command = [sys.executable, "-m", "llmkit", *arguments(corpus, out, "--max-steps", "100000")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    metrics = tmp_path / "base.partial" / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size > 1000):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode == 130
-    assert "saved after step" in error and "--resume" in error.splitlines()[-1] and "Traceback" not in error
-    assert list((tmp_path / "base.partial" / "state").glob("step-*"))
-    assert not out.exists()
-
-
 def test_sigterm_in_a_long_step_gives_it_up_and_the_resumed_run_is_equal(corpus, llmkit, tmp_path):
     """It waited for the end of the step, which a batch of millions of tokens made endless."""
     long = ["--max-steps", "2", "--batch-tokens", "40k", "--micro-batch-size", "8"]
@@ -190,12 +165,6 @@ def test_resuming_a_finished_run_is_no_work_and_no_mistake(base, corpus, llmkit)
     assert weights(base) == before
 
 
-def test_an_existing_output_stays_without_force(base, corpus, llmkit):
-    done = llmkit(*arguments(corpus, base, "--max-steps", "1"))
-    assert done.returncode == 2
-    assert f"llmkit: error: {base}: exists already" in done.stderr
-
-
 def test_dry_run_prints_the_plan_and_writes_nothing(corpus, llmkit, tmp_path):
     done = llmkit(*arguments(corpus, tmp_path / "base", "--tokens", "10k", "--dry-run"))
     assert done.returncode == 0 and done.stdout == ""
@@ -210,38 +179,6 @@ def test_what_a_batch_becomes_is_told(corpus, llmkit, tmp_path):
     assert "--batch-tokens 100 becomes 96, whole rows of 32" in done.stderr, done.stderr
     done = llmkit(*arguments(corpus, tmp_path / "base", "--max-steps", "2", "--batch-tokens", "64k", "--dry-run"))
     assert "tokens of the documents, so a step repeats some" in done.stderr, done.stderr
-
-
-def test_a_dry_run_of_a_large_model_times_one_layer(corpus, tmp_path, monkeypatch, capsys):
-    from llmkit.stages.pretrain import PretrainConfig, run
-    from llmkit.training import speed
-
-    built = []
-
-    class Recorded(speed.Transformer):
-        def __init__(self, config, **options):
-            built.append(config)
-            super().__init__(config, **options)
-
-    monkeypatch.setattr(speed, "Transformer", Recorded)
-    monkeypatch.setattr(speed, "peak_flops", lambda device, dtype: 2e10)
-    given = {"inputs": (f"{corpus}/docs.jsonl",), "tokenizer": f"{corpus}/tok", "dry_run": True, "dtype": "float32"}
-
-    def said(**options) -> str:
-        built.clear()
-        given.update(out=str(tmp_path / "base"), **options)
-        assert run(PretrainConfig(**given)) is None
-        return capsys.readouterr().err
-
-    words = said(depth=6, tokens=1_000_000)
-    assert [one.num_hidden_layers for one in built] == [1] and built[0].hidden_size == 384
-    assert "from one layer, timed here on " in words and " of training; " in words
-    given.pop("tokens")
-    said(depth=6, time_budget=86400.0)  # counted from the start of this process, which may be many tests ago
-    assert [one.num_hidden_layers for one in built] == [1, 1]  # for the plan, and for the estimate
-    given.pop("time_budget")
-    assert "from whole steps, timed here" in said(depth=1, hidden_size=64, sequence_length=32, max_steps=3)
-    assert [one.num_hidden_layers for one in built] == [1] and built[0].hidden_size == 64
 
 
 def test_a_time_budget_chooses_for_itself_and_keeps_to_it(corpus, llmkit, tmp_path):
@@ -290,9 +227,6 @@ def test_what_needs_no_documents_is_told_before_they_are_read(corpus, llmkit, tm
         (b"", "no document"),
         (b'{"text": "a"}\n{"text": "b"}\nnot json\n', ":3: "),
         (b'{"text": "a"}\n{"body": "b"}\n', ":2: expected field 'text'"),
-        (b'{"text": 5}\n', ":1: expected 'text' to be a string"),
-        (b'{"text": "\xff"}\n', ":1: "),
-        (b'{"text": "\\ud800"}\n', ":1: "),
     ],
 )
 def test_a_bad_record_is_named_and_leaves_nothing(corpus, llmkit, tmp_path, content, message):
@@ -393,20 +327,6 @@ def test_one_pass_over_the_documents_is_the_default_of_going_on(base, corpus, ll
     assert float(re.search(r"\((\S+) epochs of", done.stderr)[1]) == pytest.approx(1, abs=0.1)
 
 
-def test_what_goes_on_resumes_to_the_same_bytes(base, longer, corpus, llmkit, tmp_path):
-    out = tmp_path / "longer"
-    command = further(corpus, base, out, "--max-steps", "10", "--save-every", "1")
-    process = subprocess.Popen([sys.executable, "-m", "llmkit", *command], stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list((tmp_path / "longer.partial").glob("state/step-*")):
-        time.sleep(0.001)
-    process.kill()
-    process.wait()
-    assert not out.exists(), "the kill came too late: the test shows nothing"
-    done = llmkit(*command, "--resume")
-    assert done.returncode == 0, done.stderr
-    assert weights(out) == weights(longer)
-
-
 def test_two_processes_go_on_with_a_model(base, longer, corpus, tmp_path):
     out = tmp_path / "longer"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "llmkit"]
@@ -482,13 +402,3 @@ def test_a_size_that_no_memory_holds_is_refused_by_its_option(corpus, llmkit, tm
     done = llmkit(*arguments(corpus, tmp_path / "base", *change))
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not (tmp_path / "base.partial").exists()  # the corrected command is not refused
-
-
-def test_a_long_validation_is_not_silent(base, corpus, tmp_path, monkeypatch, capsys):
-    from llmkit.io import progress
-    from llmkit.stages.pretrain import PretrainConfig, run
-
-    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)  # between two lines
-    texts = {"inputs": (f"{corpus}/docs.jsonl",), "val": (f"{corpus}/val.jsonl",), "model": str(base)}
-    run(PretrainConfig(**texts, out=str(tmp_path / "out"), max_steps=1, dtype="float32", sequence_length=16))
-    assert "llmkit: validating " in capsys.readouterr().err

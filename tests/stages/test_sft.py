@@ -100,13 +100,6 @@ def test_the_folder_tells_its_ancestry(assistant, base, chats):
     assert (assistant / "loss.svg").exists() and "sft" in (assistant / "README.md").read_text()
 
 
-def test_it_can_be_tuned_again(assistant, chats, llmkit, tmp_path):
-    done = llmkit("sft", assistant, "--data", chats, "--max-steps", "2", *SPEED, "-o", tmp_path / "again")
-    assert done.returncode == 0, done.stderr
-    before, after = ((folder / "tokenizer.json").read_text() for folder in (assistant, tmp_path / "again"))
-    assert json.loads(before) == json.loads(after)
-
-
 def test_formats_weights_stdin_and_identity_together(base, chats, llmkit, tmp_path):
     text = write(tmp_path / "text.jsonl", {"text": "The sea is wide."}, {"prompt": "Hi", "completion": "Hello."})
     out = tmp_path / "chat"
@@ -319,13 +312,9 @@ def test_a_file_given_twice_has_figures_of_its_own_and_empty_answers_are_counted
     ("rows", "reason"),
     [
         (["{"], "chats.jsonl:1: expected one JSON object a line"),
-        ([{"title": "x"}], "chats.jsonl:1: expected messages"),
         ([{"prompt": "a", "completion": "b"}, {"messages": []}], "chats.jsonl:2: expected at least one message"),
-        ([{"messages": [{"role": "narrator", "content": "x"}]}], "found 'narrator'"),
         ([{"messages": [{"role": "user", "content": "x"}]}], "nothing to train on in 1 conversation"),
-        ([{"messages": [{"role": "assistant", "content": "x", "weight": 0}]}], "nothing to train on"),
         ([], "nothing to train on in 0 conversations (it is empty)"),
-        ([{"prompt": "a", "completion": "b\ud800"}], "no low surrogate"),
     ],
 )
 def test_bad_data_is_named(base, tmp_path, rows, reason):
@@ -386,11 +375,6 @@ def test_a_pipe_holds_a_conversation(assistant, llmkit):
     assert done.returncode == 0, done.stderr
     assert done.stdout == "Salt water.\nA ship.\n"
     assert "a new conversation" in done.stderr
-
-
-def test_one_message_by_p(assistant, llmkit):
-    done = llmkit("sample", assistant, "-p", "Who are you?", "--chat", "--temperature", "0")
-    assert (done.returncode, done.stdout) == (0, "A ship.\n"), done.stderr
 
 
 def test_a_base_model_holds_no_conversation_but_answers_by_examples(base, llmkit):

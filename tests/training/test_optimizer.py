@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from llmkit.training.optimizer import GroupSettings, Optimizer, orthogonalise
+from llmkit.training.optimizer import GroupSettings, Optimizer, Schedule, orthogonalise
 
 MUON = GroupSettings("muon", learning_rate=0.02)
 ADAMW = GroupSettings("adamw", learning_rate=0.01, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
@@ -125,3 +125,13 @@ def test_state_dict_restores_exactly():
 def test_muon_refuses_a_vector():
     with pytest.raises(ValueError, match=r"gain: Muon needs a matrix, found shape \(4,\)"):
         Optimizer([("gain", nn.Parameter(torch.ones(4)), MUON)])
+
+
+def test_factor_rises_stays_and_falls_to_the_end():
+    schedule = Schedule(warmup_steps=4, decay_fraction=0.5, final_factor=0.1)
+    factors = [schedule.factor(step, step / 20) for step in range(21)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert factors[4:11] == [1.0] * 7
+    assert factors[15] == pytest.approx(0.1 + 0.9 * 0.5)
+    assert factors[20] == pytest.approx(0.1)
+    assert sorted(factors[10:], reverse=True) == factors[10:]
