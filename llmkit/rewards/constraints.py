@@ -151,14 +151,16 @@ def is_schema_met(problem: Problem, completion: str) -> bool:
 
     Deliberately strict: text around it, a key twice, NaN and Infinity are no JSON. Nothing is fetched for a `$ref`.
     """
+    from jsonschema import Draft202012Validator, validators
+    from referencing import Registry
     from referencing.exceptions import Unresolvable
 
-    fenced = FENCED.fullmatch(completion)
+    fenced, schema = FENCED.fullmatch(completion), problem.record["schema"]
     try:
-        text = fenced[1] if fenced else completion
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+        value = strict_json(fenced[1] if fenced else completion)
         _deadline.at = time.thread_time() + LONGEST_CHECK
-        return _validator(problem.record["schema"]).is_valid(value)
+        validator = _bounded_validator(validators.validator_for(schema, Draft202012Validator))
+        return validator(schema, registry=Registry()).is_valid(value)
     # ArithmeticError: a quotient beyond floats of multipleOf
     except (ValueError, ArithmeticError, RecursionError, TimeoutError, MemoryError):
         return False
@@ -166,11 +168,21 @@ def is_schema_met(problem: Problem, completion: str) -> bool:
         raise UserError(f"{problem.where}: expected 'schema' to refer to its own parts: {error}") from None
 
 
-def _validator(schema: dict[str, Any]) -> Any:
-    from jsonschema import Draft202012Validator, validators
-    from referencing import Registry
+def strict_json(text: str) -> Any:
+    """Parse JSON in which no key stands twice and every number is finite. Raises ValueError for other."""
 
-    return _bounded_validator(validators.validator_for(schema, Draft202012Validator))(schema, registry=Registry())
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            raise ValueError("a key twice")
+        return value
+
+    def finite(number: str) -> float:
+        if not math.isfinite(value := float(number)):  # NaN and Infinity, too
+            raise ValueError(f"{number} is no finite number")
+        return value
+
+    return json.loads(text, object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
 
 
 @cache
@@ -180,16 +192,12 @@ def _bounded_validator(known: Any) -> Any:
 
     bounded = ModuleType("re")
     vars(bounded).update(vars(re))
-    bounded.search = _search  # type: ignore[attr-defined]
+    bounded.search = lambda pattern, text: _compiled(pattern).search(text, timeout=SECONDS, concurrent=True)  # type: ignore[attr-defined]
     for name, module in list(sys.modules.items()):
         if name.startswith("jsonschema.") and getattr(module, "re", None) is re:
             module.re = bounded  # type: ignore[attr-defined]
     keywords = {name: _with_deadline(keyword) for name, keyword in known.VALIDATORS.items()}
     return validators.extend(known, {**keywords, "uniqueItems": _unique_items})
-
-
-def _search(pattern: str, text: str) -> Any:
-    return _compiled(pattern).search(text, timeout=SECONDS, concurrent=True)
 
 
 def _with_deadline(keyword: Callable[..., Any]) -> Callable[..., Any]:
@@ -217,21 +225,3 @@ def _hashable(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(map(_hashable, value))
     return ("boolean", value) if isinstance(value, bool) else value
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if math.isinf(value):
-        raise ValueError(f"{text} is beyond a float")
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        raise ValueError("a key twice")
-    return value
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")

@@ -185,31 +185,24 @@ def _name_forms(answer: Sentence, names: Sequence[Token], question: Sentence) ->
 def gives_answer(reply: Sentence, question: Sentence, answer: Sentence) -> bool | None:
     """True if a sentence gives an answer by its place in it; None where its words are not there together."""
     wanted = bare_answer(answer)
-    every, before = [], ""
+    every: list[Token] = []
+    determined: set[int] = set()  # words before which an article or another determiner stands
+    before = last = ""
     for token in reply.tokens:
         before += token.before
         if token.word not in ARTICLES:
+            if last in DETERMINERS:
+                determined.add(len(every))
             every.append(token._replace(before=before))
             before = ""
+        last = token.word
     starts = places(tuple(token.word for token in every), wanted)
     if not starts:
         return None
     if len(starts) > MOST:
         return False
-    context = _Context(every, question, answer, _with_articles(reply))
+    context = _Context(every, question, answer, determined)
     return any(context.keeps_answer(start, start + len(wanted)) for start in starts)
-
-
-def _with_articles(reply: Sentence) -> set[int]:
-    """The places, articles not counted, before which an article or another determiner stands."""
-    determined, index = set(), 0
-    for before, token in zip((None, *reply.tokens), reply.tokens, strict=False):
-        if token.word in ARTICLES:
-            continue
-        if before is not None and before.word in DETERMINERS:
-            determined.add(index)
-        index += 1
-    return determined
 
 
 class _Context:
