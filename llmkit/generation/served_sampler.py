@@ -168,7 +168,8 @@ class ServedSampler:
             if self.tokenizer is None:
                 raise
             raise Refused(f"{error}; does it take token ids? Without MODEL it is sent text") from None
-        self._check(request, reply)
+        if (fault := self._fault(request, reply)) is not None:
+            raise ServerError(f"{self.server.place}: {fault}")
         ids, logprobs = reply.token_ids or [], reply.logprobs or []
         return Completion(
             reply.text, ids, reply.finish_reason, logprobs if self._needs_logprobs else [], [], [True] * len(ids), []
@@ -184,37 +185,33 @@ class ServedSampler:
         """Describe in a line what was asked."""
         yield f"{self.name}: {self.usage}, in {self._seconds:.1f} s"
 
-    def _check(self, request: Request, reply: Reply) -> None:
-        """Raise ServerError for an answer that is not what was asked for."""
-        ids, logprobs, where = reply.token_ids, reply.logprobs, self.server.place
+    def _fault(self, request: Request, reply: Reply) -> str | None:
+        """Why an answer is not what was asked for; None for one that is."""
+        ids, logprobs, tokenizer = reply.token_ids, reply.logprobs, self.tokenizer
         strange = reply.finish_reason not in ("stop", "length")
         if strange and (self._needs_ids or reply.finish_reason in ("abort", "error")):
-            raise ServerError(
-                f"{where}: {request.where}: expected a completion that ends by stop or length, found "
-                f"{reply.finish_reason or 'none'!r}"
-            )
+            ended = reply.finish_reason or "none"
+            return f"{request.where}: expected a completion that ends by stop or length, found {ended!r}"
         if self.weights is not None and reply.weights not in (None, self.weights):
-            raise ServerError(f"{where}: answers by weights {reply.weights!r}, expected {self.weights!r}")
+            return f"answers by weights {reply.weights!r}, expected {self.weights!r}"
         if self._needs_ids and not ids:
-            raise ServerError(
-                f"{where}: expected the ids of tokens, found none; serve the model by vLLM or SGLang of 2026, which "
-                "give them (return_token_ids)"
+            return (
+                "expected the ids of tokens, found none; serve the model by vLLM or SGLang of 2026, which give them "
+                "(return_token_ids)"
             )
-        if self.tokenizer is not None:
-            _check_tokenizer(self.tokenizer, request.prompt, reply, where)
+        if tokenizer is not None and (difference := _difference(tokenizer, request.prompt, reply)) is not None:
+            return f"has another tokenizer than {tokenizer.path.parent}: {difference}; serve that folder"
         if self._needs_logprobs and logprobs is None:
-            raise ServerError(f"{where}: expected log-probabilities, found none; the server does not give them")
+            return "expected log-probabilities, found none; the server does not give them"
         least = len(ids) if ids is not None else reply.tokens - 1  # some do not count the end token
         if self._needs_logprobs and logprobs is not None and len(logprobs) < least:
-            raise ServerError(
-                f"{where}: {request.where}: expected log-probabilities of {counted(least, 'token')}, found "
-                f"{len(logprobs)}"
-            )
+            return f"{request.where}: expected log-probabilities of {counted(least, 'token')}, found {len(logprobs)}"
         if self._end_ids and reply.finish_reason == "stop" and not self._stop and ids and ids[-1] not in self._end_ids:
-            raise ServerError(
-                f"{where}: {request.where}: expected an end token last ({sorted(self._end_ids)}), found {ids[-1]}: "
-                "a policy that never sees it does not learn to stop"
+            return (
+                f"{request.where}: expected an end token last ({sorted(self._end_ids)}), found {ids[-1]}: a policy "
+                "that never sees it does not learn to stop"
             )
+        return None
 
 
 def _details(sampling: Sampling, stop: Sequence[str], by_tokens: bool) -> dict[str, Any]:
@@ -227,36 +224,27 @@ def _details(sampling: Sampling, stop: Sequence[str], by_tokens: bool) -> dict[s
     details: dict[str, Any] = {"top_p": sampling.top_p, "stop": list(stop) or None}
     extra: dict[str, Any] = {"top_k": sampling.top_k, "min_p": sampling.min_p}
     if by_tokens:
-        off = {"top_k": -1, "min_p": 0.0}
         details["top_p"] = sampling.top_p or 1.0
-        extra = {name: off[name] if value is None else value for name, value in extra.items()}
-        extra |= {"repetition_penalty": 1.0, "return_token_ids": True, "return_tokens_as_token_ids": True}
-    extra = {name: value for name, value in extra.items() if value is not None}
-    details = {name: value for name, value in details.items() if value is not None}
-    return details | ({"extra_body": extra} if extra else {})
+        extra = {"top_k": sampling.top_k or -1, "min_p": sampling.min_p or 0.0, "repetition_penalty": 1.0}
+        extra |= {"return_token_ids": True, "return_tokens_as_token_ids": True}
+    details["extra_body"] = {name: value for name, value in extra.items() if value is not None} or None
+    return {name: value for name, value in details.items() if value is not None}
 
 
-def _check_tokenizer(tokenizer: Tokenizer, sent: Any, reply: Reply, where: str) -> None:
-    """Raise ServerError where the server's tokens are not those of the tokenizer here."""
-
-    def fault(reason: str) -> ServerError:
-        return ServerError(f"{where}: has another tokenizer than {tokenizer.path.parent}: {reason}; serve that folder")
-
+def _difference(tokenizer: Tokenizer, sent: Prompt, reply: Reply) -> str | None:
+    """What shows that the server's tokens are not those of a tokenizer; None for nothing."""
     if reply.prompt_ids is not None and reply.prompt_ids != list(sent):
-        raise fault(f"it saw a prompt of {counted(len(reply.prompt_ids), 'token')} where other {len(sent)} were sent")
+        return f"it saw a prompt of {counted(len(reply.prompt_ids), 'token')} where other {len(sent)} were sent"
     if reply.token_ids is None:
-        return
+        return None
     if strange := [token for token in reply.token_ids if not 0 <= token < tokenizer.vocab_size]:
-        raise fault(f"it answers with token {strange[0]} of {tokenizer.vocab_size}")
+        return f"it answers with token {strange[0]} of {tokenizer.vocab_size}"
     stream = tokenizer.stream(sent, skip_specials=True)
     ours, theirs = stream.push(reply.token_ids) + stream.finish(), reply.text
-    if not _plain(ours).startswith(_plain(theirs)):  # it ends before a stop string, whose tokens are there
-        raise fault(f"its tokens say {ours[:SHOWN]!r} here, and {theirs[:SHOWN]!r} there")
-
-
-def _plain(text: str) -> str:
-    """A text without what decoders treat differently: bytes that are no character, spaces at its ends."""
-    return text.replace(UNKNOWN, "").strip()
+    # decoders differ in bytes that are no character and in spaces at the ends; a text ends before a stop string
+    if not ours.replace(UNKNOWN, "").strip().startswith(theirs.replace(UNKNOWN, "").strip()):
+        return f"its tokens say {ours[:SHOWN]!r} here, and {theirs[:SHOWN]!r} there"
+    return None
 
 
 def sample_seed(seed: int, request: int, sample: int) -> int:
