@@ -20,7 +20,9 @@ from llmkit.errors import LlmkitError
 Reader = Callable[[str], Any]
 EXEMPT = {
     "llmkit.config",  # options
+    "llmkit.crawl.filters.classifier",  # an option
     "llmkit.crawl.recipe",
+    "llmkit.data.identity",  # an option
     "llmkit.data.overlap",  # words one by one
     "llmkit.generation.chat",  # what is typed
     "llmkit.generation.terminal",  # the same
