@@ -150,7 +150,6 @@ def _recognised(steps: list[dict[str, Any]]) -> str | None:
 
 
 def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer, one or a sequence of them."""
     return [] if part is None else part[key] if part.get("type") == "Sequence" else [part]
 
 

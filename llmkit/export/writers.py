@@ -125,10 +125,6 @@ class Adapter:
     def stored(self) -> str:
         return str(next(iter(self.tensors.values())).dtype).removeprefix("torch.")
 
-    @property
-    def parameters(self) -> int:
-        return sum(value.numel() for value in self.tensors.values())
-
 
 def open_adapter(folder: str) -> Adapter:
     """The adapter that `llmkit sft --keep-adapter` kept in a folder.

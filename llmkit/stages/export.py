@@ -176,9 +176,10 @@ def _export_adapter(config: ExportConfig, out: Path) -> tuple[int, str] | None:
     if config.dry_run:
         return None
     with atomic_folder(out, config.force) as partial:
-        _write_manifest(config, partial, {"parameters": adapter.parameters, "dtype": dtype})
+        parameters = sum(value.numel() for value in adapter.tensors.values())
+        _write_manifest(config, partial, {"parameters": parameters, "dtype": dtype})
         write_adapter(partial, adapter, dtype)
-    return adapter.parameters, dtype
+    return parameters, dtype
 
 
 def _write_manifest(config: ExportConfig, folder: Path, results: dict[str, Any]) -> dict[str, Any]:
