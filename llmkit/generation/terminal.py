@@ -46,7 +46,8 @@ def converse(chat: Chat, first: str | None, quiet: bool) -> None:
             write("\n")
         say(line)
 
-    keyboard = _keyboard()
+    streams = [stream for stream in (sys.stdout, sys.stderr) if stream is not None and stream.isatty()]
+    keyboard = _Keyboard(streams[0]) if streams and sys.stdin is not None and sys.stdin.isatty() else None
     if keyboard is None:
         typed = _piped_lines() if first is None else iter(())
     else:
@@ -63,16 +64,6 @@ def _piped_lines() -> Iterator[str]:
                 yield line.decode().rstrip("\r\n")
             except UnicodeDecodeError:
                 raise UserError(f"stdin:{number}: expected UTF-8; convert the text first") from None
-
-
-def _keyboard() -> _Keyboard | None:
-    """Open the terminal at which somebody types and sees the typing; None where there is none."""
-    if sys.stdin is None or not sys.stdin.isatty():
-        return None
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None and stream.isatty():
-            return _Keyboard(stream)
-    return None
 
 
 class _Keyboard:
@@ -140,12 +131,12 @@ def _typed_ahead() -> str:
     """Read what was typed or pasted during an answer, without control keys. Raises EOFError for Ctrl-D."""
     from prompt_toolkit.input.vt100 import raw_mode
 
-    waiting, found = sys.stdin.fileno(), b""
-    with raw_mode(waiting):  # or an unfinished line could not be read
-        while select.select([waiting], [], [], 0)[0] and (block := os.read(waiting, 65536)):
-            found += block
-    text = re.sub(r"\x1b(\[[0-9;?]*[ -/]*[@-~]|O.|.)?", "", found.decode("utf-8", "replace")).replace("\r", "\n")
+    terminal, typed = sys.stdin.fileno(), b""
+    with raw_mode(terminal):  # or an unfinished line could not be read
+        while select.select([terminal], [], [], 0)[0] and (block := os.read(terminal, 65536)):
+            typed += block
+    text = re.sub(r"\x1b(\[[0-9;?]*[ -/]*[@-~]|O.|.)?", "", typed.decode("utf-8", "replace")).replace("\r", "\n")
     text = "".join(letter for letter in text if letter in "\n\t" or letter.isprintable())
-    if not text and {0, 4} & set(found):  # a terminal keeps a Ctrl-D as the one or the other
+    if not text and {0, 4} & set(typed):  # a terminal keeps a Ctrl-D as the one or the other
         raise EOFError
     return text
