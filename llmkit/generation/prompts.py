@@ -37,7 +37,7 @@ from llmkit.io.records import (
     not_used,
     with_made,
 )
-from llmkit.io.resume import Kept, resumable
+from llmkit.io.resume import Kept
 
 ASKED, ANSWERED = "Question: ", "Answer: "
 STOP = "\n" + ASKED.rstrip()  # where the model would ask the next question itself
@@ -241,15 +241,10 @@ def lasting_output(
     With `resume` those of a former run are kept. `identity` decides the text beside the prompts, by the names that a
     user knows. Raises UserError where one of them differs, Interrupted where Ctrl-C ends the run.
     """
-    with resumable(path):
-        state = Kept(path, identity, resume=resume)
+    state = Kept(path, identity, resume=resume)
+    with state.resumable():
         prompts.kept = state.items()
-        try:
-            yield lambda records: state.add(_key(records[0]), b"".join(dump_json(one) + b"\n" for one in records))
-        except BaseException:
-            if not state:
-                state.remove()
-            raise
+        yield lambda records: state.add(_key(records[0]), b"".join(dump_json(one) + b"\n" for one in records))
         with open_bytes(out) as handle:
             for _, lines in state.items():
                 handle.write(lines)

@@ -20,7 +20,7 @@ from typing import IO, Any, TypeVar
 
 import orjson
 
-from llmkit.errors import Interrupted, ServerError, UserError
+from llmkit.errors import Interrupted, UserError
 from llmkit.io.files import check_file, create, errors_name
 from llmkit.io.jsonl import JSON_LINE, read_object, write_json
 from llmkit.io.progress import say
@@ -148,33 +148,36 @@ class Kept:
             self._file.write(content)
             self._file.flush()
 
+    @contextmanager
+    def resumable(self) -> Iterator[None]:
+        """Where the work ends early, keep a file with records and say how to go on; delete one without."""
+        try:
+            yield
+        except BaseException as error:
+            if not self:
+                self.remove()
+            advice = f"the same command with --resume goes on ({self.path})"
+            is_said = self.path is None or not self or any(word in str(error) for word in ("--resume goes", "--force"))
+            if isinstance(error, KeyboardInterrupt) and not is_said:
+                raise Interrupted(f"interrupted; {advice}") from None
+            if isinstance(error, UserError) and not is_said:
+                raise UserError(f"{error}; {advice}") from error
+            raise
+
     def remove(self) -> None:
         """Delete the file: the work is done."""
         with suppress(OSError):  # a full disk, which has been told
             self._file.close()
         if self.path is not None:
-            self.path.unlink()
+            self.path.unlink(missing_ok=True)
+        self._places.clear()
+        self._newest.clear()
 
 
 def _checksum(key: str, record: bytes) -> str:
     digest = hashlib.blake2b(key.encode() + b"\n", digest_size=8)
     digest.update(record)
     return digest.hexdigest()
-
-
-@contextmanager
-def resumable(*paths: Path | None) -> Iterator[None]:
-    """Say, where Ctrl-C or a server ends the work, how to resume from the first of the files that exists."""
-    try:
-        yield
-    except (KeyboardInterrupt, ServerError) as error:
-        there = [path for path in paths if path is not None and path.exists()]
-        if not there:
-            raise
-        advice = f"{there[0]} has what was asked, and --resume goes on with it"
-        if isinstance(error, KeyboardInterrupt):
-            raise Interrupted(f"interrupted; {advice}") from None
-        raise UserError(f"{error}; {advice}") from error
 
 
 # ---- what identifies a run

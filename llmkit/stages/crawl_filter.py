@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 from llmkit import __version__
 from llmkit.config import CommonConfig, argument, as_options, option
 from llmkit.display import check_stdout
-from llmkit.errors import Interrupted, UserError
+from llmkit.errors import UserError
 from llmkit.io.files import check_output, check_unfinished, remove
 from llmkit.io.jsonl import check_inputs, name_of, open_bytes
 from llmkit.io.manifest import file_sha256, write_manifest
@@ -152,7 +151,7 @@ def run(config: CrawlFilterConfig) -> Summary | None:
     state = _state(config, recipe)
     count = config.workers if config.engine == "ray" else workers  # on a cluster, all of its cores
     parts = parts_of(inputs, make, count, state=state, engine=config.engine, on_bad=on_bad_file)
-    with _unfinished_is_told(state):
+    with state.resumable() if state is not None else nullcontext():
         funnel = _collected(config, recipe, inputs, parts, total)
 
     # save
@@ -315,19 +314,3 @@ def _collected(config: CrawlFilterConfig, recipe: Recipe, inputs: list[str], par
             names = " ".join(map(name_of, inputs))
             raise UserError(f"{names}: expected records with `html` or `text`, found {reasons}; mend the input")
     return funnel
-
-
-@contextmanager
-def _unfinished_is_told(state: Kept | None) -> Iterator[None]:
-    """Where the work ends early, keep a state with parts and say so; delete one without."""
-    try:
-        yield
-    except (KeyboardInterrupt, UserError) as error:
-        if state is not None and not len(state):
-            state.remove()
-        if state is None or not len(state):
-            raise
-        advice = f"the same command with --resume goes on ({state.path})"
-        if isinstance(error, KeyboardInterrupt):
-            raise Interrupted(f"interrupted; {advice}") from None
-        raise UserError(f"{error}; {advice}") from error

@@ -18,13 +18,12 @@ from llmkit.io.jsonl import check_inputs, name_of, names_of, open_output, read_d
 from llmkit.io.manifest import write_manifest
 from llmkit.io.progress import counted, say
 from llmkit.io.records import BadRecords
-from llmkit.io.resume import STATE
+from llmkit.io.resume import STATE, Kept
 from llmkit.io.run_folder import check_finished, check_model_folder
 
 if TYPE_CHECKING:
     from llmkit.generation.requests import Usage
     from llmkit.generation.sampler import Sampler
-    from llmkit.io.resume import Kept
     from llmkit.probing.chat_model import ChatModel
     from llmkit.probing.recitation import Recited
     from llmkit.probing.refusals import Refusals
@@ -153,7 +152,6 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Recited | None:
         return Summary(out)
 
     # load
-    from llmkit.io.resume import Kept, resumable
     from llmkit.probing.judges import judge_of
     from llmkit.probing.model_questions import write_all
     from llmkit.probing.probe import Probe, ask_all, plan
@@ -184,13 +182,14 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Recited | None:
         probe = Probe(sampler, judge, config.samples, config.max_tokens, config.seed, written_by)
 
         # ask
-        with resumable(state_path, written_path):
-            written = Kept(written_path, identity, resume=config.resume) if writer else None
-            if written is not None:
-                questions, left_out = write_all(models["writer"], passages, config.per_passage, written, config.quiet)
-                until_written.close()
-            state = Kept(state_path, identity, resume=config.resume)
-            too_long = len(questions) - ask_all(probe, state, questions, config.quiet)
+        written = Kept(written_path, identity, resume=config.resume) if writer else None
+        if written is not None:
+            stack.enter_context(written.resumable())
+            questions, left_out = write_all(models["writer"], passages, config.per_passage, written, config.quiet)
+            until_written.close()
+        state = Kept(state_path, identity, resume=config.resume)
+        stack.enter_context(state.resumable())
+        too_long = len(questions) - ask_all(probe, state, questions, config.quiet)
 
     # save and summarise
     left_out += Counter({"longer than the context": too_long})

@@ -119,7 +119,7 @@ def test_a_sample_beyond_its_bound_is_resumed(folders, tmp_path, capsys):
     given = write(tmp_path / "p.jsonl", *[{"prompt": f"{n}"} for n in range(30)], *["{"] * 4)
     with pytest.raises(UserError, match=r"4 of 34 records .*--resume goes on"):
         run("sample", folders, given, tmp_path / "out.jsonl", batch_size=1)
-    kept = (tmp_path / "out.jsonl.state").read_bytes().count(b"\n") // 2  # a line before each record
+    kept = (tmp_path / "out.jsonl.state").read_bytes().count(b"\n") // 3  # of a record, its key and its end
     assert kept > 20
     summary = run("sample", folders, given, tmp_path / "out.jsonl", batch_size=1, max_bad="4", resume=True)
     assert f"kept the completions of {kept} prompts" in capsys.readouterr().err
