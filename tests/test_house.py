@@ -30,7 +30,7 @@ ROOMS = {
     "report": (1250, 1480),
     "crawl": (4640, 4880),
     "data": (1100, 1360),
-    "generation": (2100, 3000),
+    "generation": (2100, 2980),
     "training": (2500, 3080),
     "reward_model": (800, 0),
     "probing": (900, 980),

@@ -16,7 +16,10 @@ float32 on a CPU, and with int8 weights, a row's logits are the same bits whatev
 - the positions that are looked at are rounded up and masked: sums over exact zeros at the end change nothing, as
   long as the steps of summation stay the same. Values are therefore summed in blocks of 256 positions.
 
-On a GPU a step is recorded when it is first needed, and replayed as one launch (generation/step_graphs.py).
+On a GPU a step is recorded when it is first needed, and replayed as one launch: at few rows it waits for launches, a
+dozen a layer, not for memory. A recorded step knows nothing of the host but what it was recorded with, so it is a
+function of tensors that stay in their place: the tokens and positions fed, and what its decoder holds. One is recorded
+for each number of rows and of positions seen, both rounded up.
 
 L layers, R slots, B rows in use, H query heads, K key-value heads, G = H / K, S positions, D head size, V vocabulary.
 """
@@ -24,16 +27,17 @@ L layers, R slots, B rows in use, H query heads, K key-value heads, G = H / K, S
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from functools import cache, partial
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmkit.generation.step_graphs import CudaGraph, Record, StepGraphs, rounded_rows, rounded_seen
+from llmkit.io.progress import say
 from llmkit.kernels.attention import scaled_dot_product_attention
 from llmkit.kernels.decode import attention_decode
 from llmkit.kernels.dispatch import backend
@@ -41,9 +45,103 @@ from llmkit.kernels.packed import can_pack, packed_linear
 from llmkit.model.narrow_weights import Weights, narrow_linear
 from llmkit.model.transformer import RotaryTable, Transformer
 
+FEW_ROWS = 8  # up to it rows are rounded to powers of two, beyond it to its multiples, which cost a product no more
+LEAST_SEEN = 256
+MOST_GRAPHS = 48  # held at once: of a 48-layer model each has some 700 nodes, at about 1 KB
 _Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, queries, keys, values of the new tokens)
 BLOCK = 256  # positions whose values are summed at once
 PACKED_ROWS, MKL_ROWS = 2, 8  # the fewest rows, or their multiple, at which a row's bits do not depend on the number
+
+
+class Recording(Protocol):
+    """Recorded work of a function without arguments: `out` is its result; `replay` computes it again in place."""
+
+    out: Tensor
+
+    def replay(self) -> None: ...
+
+
+Record = Callable[[Callable[[], Tensor], Any], Recording]  # (what to record, another recording to share memory with)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings: each stream has a workspace of cuBLAS of its own, 32 MiB on sm_90."""
+    return torch.cuda.Stream(device)
+
+
+class CudaGraph:
+    """A recording by CUDA (or HIP)."""
+
+    def __init__(self, compute: Callable[[], Tensor], beside: CudaGraph | None) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        device = torch.device("cuda", torch.cuda.current_device())
+        stream = _side_stream(device)
+        stream.wait_stream(torch.cuda.current_stream())
+        pool = None if beside is None else beside._graph.pool()
+        # A failed capture leaves its stream the current one; this block puts the former back.
+        with torch.cuda.stream(stream):
+            # Once outside: kernels are compiled and loaded, handles and workspaces made, which no capture allows.
+            compute()
+            # Only this thread's calls may break the capture: others may copy or wait meanwhile.
+            with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                self.out = compute()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+class StepGraphs:
+    """The recorded steps of one decoder of `slots` slots.
+
+    The graphs share one pool of memory: a replay spoils what another has left there, but for logits, of which the
+    caller has a copy. The longest unused goes where there are too many.
+    """
+
+    def __init__(self, record: Record, slots: int, device: torch.device) -> None:
+        self._record: Record | None = record
+        self._fed_2R = torch.zeros((2, slots), dtype=torch.long, device=device)
+        self._graphs: OrderedDict[tuple[int, int], Recording] = OrderedDict()
+
+    def forget(self) -> None:
+        """Drop all recordings, after the tensors that they read were moved."""
+        self._graphs.clear()
+
+    def run(self, rows: int, seen: int, fed: list[list[int]], compute: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """`compute(token_B, position_B)` of what is `fed`, (2, rows), over `seen` positions: the caller's own logits.
+
+        A step that cannot be recorded, for want of memory or by its nature, is computed, now and from then on.
+        """
+        on_gpu = self._fed_2R.device.type == "cuda"
+        token_B, position_B = self._fed_2R[:, :rows]
+        # from pinned memory the copy waits for nothing, and torch keeps the memory until it is done
+        self._fed_2R[:, :rows].copy_(torch.tensor(fed, pin_memory=on_gpu), non_blocking=True)
+        graph = self._graphs.pop((rows, seen), None)
+        if graph is None and self._record is not None:
+            try:
+                graph = self._record(lambda: compute(token_B, position_B), next(iter(self._graphs.values()), None))
+            except RuntimeError as error:  # torch's for CUDA's errors and for want of memory
+                self._record = None
+                first = (str(error).strip() or type(error).__name__).splitlines()[0]
+                say(f"decoding without CUDA graphs, which is slower: {first}")
+        if graph is None:
+            return compute(token_B, position_B)
+        self._graphs[rows, seen] = graph
+        if len(self._graphs) > MOST_GRAPHS:
+            self._graphs.popitem(last=False)
+        graph.replay()
+        return graph.out.clone()
+
+
+def rounded_rows(used: int) -> int:
+    """1, 2, 4, 8, 16, 24, 32 ..."""
+    return 1 << (used - 1).bit_length() if used <= FEW_ROWS else -(-used // FEW_ROWS) * FEW_ROWS
+
+
+def rounded_seen(positions: int, context: int) -> int:
+    """256, 512, 1,024 ... `context`: a stretch of keys that no row has reached costs a program that ends at once."""
+    rounded = max(LEAST_SEEN, 1 << (positions - 1).bit_length())
+    return rounded if positions > context else min(rounded, context)
 
 
 @dataclass(frozen=True)
@@ -175,7 +273,7 @@ class Decoder:
 
     def hold(self, slot: int, length: int) -> Prefix:
         """A copy of the first `length` positions of a slot, to go on from later."""
-        keys, values = (cache[:, slot, :, :length].clone() for cache in (self._keys, self._values))
+        keys, values = (tensor[:, slot, :, :length].clone() for tensor in (self._keys, self._values))
         return Prefix(keys, values, keys.new_empty((0, self.config.vocab_size)))
 
     @torch.no_grad()
@@ -188,8 +286,8 @@ class Decoder:
     @torch.no_grad()
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of one slot into another."""
-        for cache in (self._keys, self._values):
-            cache[:, target, :, :length] = cache[:, source, :, :length]
+        for tensor in (self._keys, self._values):
+            tensor[:, target, :, :length] = tensor[:, source, :, :length]
 
     def _reserve(self, positions: int) -> None:
         capacity = self._keys.shape[3]

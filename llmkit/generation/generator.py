@@ -31,10 +31,9 @@ import torch
 
 from llmkit.errors import UserError
 from llmkit.formats.conversations import Message
-from llmkit.generation.decode import Decoder, Prefix
+from llmkit.generation.decode import Decoder, Prefix, Record
 from llmkit.generation.next_token import Sampling, choose_tokens, uniforms
 from llmkit.generation.requests import Completion, OnCall, OnText, Request, StopMatcher, Usage, finished
-from llmkit.generation.step_graphs import Record
 from llmkit.generation.tool_calls import ToolUse, told_unavailable
 from llmkit.io.progress import counted, quantity
 from llmkit.model.config import ModelConfig

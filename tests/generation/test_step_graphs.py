@@ -5,7 +5,7 @@ import torch
 from recorder import Counting, Recorder
 from tiny import END, make_model
 
-from llmkit.generation import step_graphs
+from llmkit.generation import decode
 from llmkit.generation.decode import Decoder
 from llmkit.generation.generator import Generator
 from llmkit.generation.next_token import Sampling
@@ -34,7 +34,7 @@ def test_what_is_replayed_is_what_is_computed(tokenizer, shape):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_are_the_callers_own_and_rows_beyond_those_in_use_do_no_harm(dtype, monkeypatch):
-    monkeypatch.setattr(step_graphs, "MOST_GRAPHS", 2)
+    monkeypatch.setattr(decode, "MOST_GRAPHS", 2)
     model = make_model().to(dtype)
     found = []
     for record in (None, counting := Counting()):
@@ -72,7 +72,7 @@ def test_memory_of_former_caches_is_not_read_again(monkeypatch):
         torch.testing.assert_close(decoder.step([1], [1]), first)
 
     grow()
-    monkeypatch.setattr(step_graphs.StepGraphs, "forget", lambda self: None)
+    monkeypatch.setattr(decode.StepGraphs, "forget", lambda self: None)
     with pytest.raises(AssertionError, match="given back"):
         grow()
 
@@ -100,6 +100,6 @@ def test_a_step_that_cannot_be_recorded_is_computed_and_one_line_says_so(tokeniz
 
 
 def test_rows_and_positions_are_rounded_to_few_sizes():
-    assert [step_graphs.rounded_rows(n) for n in (1, 2, 3, 5, 8, 9, 16, 17, 100)] == [1, 2, 4, 8, 8, 16, 16, 24, 104]
-    seen = {step_graphs.rounded_seen(n, 5120) for n in range(1, 5121)}
-    assert seen == {256, 512, 1024, 2048, 4096, 5120} and step_graphs.rounded_seen(5121, 5120) == 8192
+    assert [decode.rounded_rows(n) for n in (1, 2, 3, 5, 8, 9, 16, 17, 100)] == [1, 2, 4, 8, 8, 16, 16, 24, 104]
+    seen = {decode.rounded_seen(n, 5120) for n in range(1, 5121)}
+    assert seen == {256, 512, 1024, 2048, 4096, 5120} and decode.rounded_seen(5121, 5120) == 8192
