@@ -37,7 +37,7 @@ ROOMS = {
     "rewards": (1400, 2160),
     "rl": (1350, 0),
     "export": (600, 0),
-    "stages": (2430, 3060),
+    "stages": (2480, 3090),
     "cli": (380, 0),
     "__main__": (40, 0),
 }
@@ -61,7 +61,7 @@ LONG = {"pretrain.run", "sft.run"}
 SPLATS = set[str]()
 STARS = 60  # names and attributes unpacked into positional arguments; may only fall
 OPTIONS = {
-    "crawl-filter": 23,
+    "crawl-filter": 26,
     "train-bpe": 13,
     "pretrain": 37,
     "sft": 37,
@@ -72,7 +72,7 @@ OPTIONS = {
     "export": 9,
     "report": 10,
 }
-DISTINCT = 114
+DISTINCT = 117
 
 
 def modules() -> dict[str, str]:

@@ -29,7 +29,7 @@ from llmkit.errors import UserError
 from llmkit.io.files import atomic_file, check_output, read_file
 from llmkit.io.records import BadRecords, Row, check_document, good_records, kind_of
 from llmkit.io.remote import is_remote, open_remote
-from llmkit.io.tables import DELIMITERS, PARQUET_MAGIC, Lines, csv_lines, parquet_lines, write_parquet
+from llmkit.io.tables import Lines, table_lines, write_parquet
 
 GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 ZSTD_DICTIONARY_MAGIC = b"\x5d\x2a\x4d\x18"  # https://iipc.github.io/warc-specifications/ : WARC with zstd
@@ -93,16 +93,12 @@ def open_input(path: str) -> Iterator[io.BufferedReader]:
     with open_packed(path) as packed:
         raw: Any = packed
         magic = raw.peek(4)[:4]
-        chunks = parquet_lines(raw, name_of(path)) if magic == PARQUET_MAGIC else None
         if magic.startswith(GZIP_MAGIC):
             raw = io.BufferedReader(gzip.GzipFile(fileobj=raw), BLOCK)
         elif is_zstd(magic):
             raw = io.BufferedReader(Lines(zstd_frames(raw, name_of(path))), BLOCK)
-        if delimiter := DELIMITERS.get(os.path.splitext(path.lower().removesuffix(".gz").removesuffix(".zst"))[1]):
-            chunks = chunks or csv_lines(raw, path, delimiter)
-        if chunks is not None:
-            raw = io.BufferedReader(Lines(chunks), BLOCK)
-        yield raw
+        rows = table_lines(raw, name_of(path))
+        yield raw if rows is None else io.BufferedReader(Lines(rows), BLOCK)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import tempfile
 from collections.abc import Iterator
 from decimal import Decimal
@@ -101,6 +102,14 @@ def _json_value(value: Any) -> Any:
     if isinstance(value, bytes):
         return value.decode()
     return float(value) if isinstance(value, Decimal) else str(value)
+
+
+def table_lines(raw: io.BufferedReader, name: str) -> Iterator[bytes] | None:
+    """The rows of an open table as lines of JSON: of Parquet by its first bytes, of CSV and TSV by the name."""
+    if raw.peek(4)[:4] == PARQUET_MAGIC:
+        return parquet_lines(raw, name)
+    delimiter = DELIMITERS.get(os.path.splitext(name.lower().removesuffix(".gz").removesuffix(".zst"))[1])
+    return csv_lines(raw, name, delimiter) if delimiter else None
 
 
 def csv_lines(raw: IO[bytes], name: str, delimiter: str) -> Iterator[bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from contextlib import ExitStack, closing, nullcontext
@@ -10,16 +11,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
+from zlib import crc32
 
 from llmkit import __version__
 from llmkit.config import CommonConfig, argument, as_options, option
 from llmkit.display import check_stdout
 from llmkit.errors import UserError
 from llmkit.io.files import check_output, check_unfinished, remove
-from llmkit.io.jsonl import check_inputs, name_of, open_bytes
+from llmkit.io.jsonl import check_inputs, name_of, open_bytes, open_input, read_text
 from llmkit.io.manifest import file_sha256, write_manifest
 from llmkit.io.progress import Progress, counted, duration, quantity, say
 from llmkit.io.ranks import available_cores
+from llmkit.io.remote import is_remote
 from llmkit.io.resume import STATE, Kept
 
 if TYPE_CHECKING:
@@ -47,7 +50,19 @@ class CrawlFilterConfig(CommonConfig):
     """
     following: ClassVar[str] = "llmkit train-bpe docs.jsonl -o tok/"
 
-    inputs: tuple[str, ...] = argument("WARC, WET, HTML, JSONL, folders of them, or - for stdin.", metavar="INPUT...")
+    inputs: tuple[str, ...] = argument(
+        "WARC, WET, HTML, JSONL, Parquet, folders and addresses of them, or - for stdin.", metavar="INPUT..."
+    )
+    listed: str | None = option(
+        None,
+        "List of inputs, one a line, as Common Crawl's warc.paths.gz.",
+        flag="--list",
+        group="Input",
+        metavar="FILE",
+        reads=True,
+    )
+    base: str | None = option(None, "Folder or address in front of each line of --list.", group="Input", metavar="URL")
+    take: str | None = option(None, "Share of --list: always the same lines.", group="Input", metavar="1/100")
     recipe: str = option(
         "fineweb",
         "Recipe of steps and thresholds; --dry-run prints it.",
@@ -98,7 +113,7 @@ class CrawlFilterConfig(CommonConfig):
 
     def reads_stdin(self) -> bool:
         """True if stdin is the input."""
-        return "-" in self.inputs or not (self.inputs or self.dry_run)
+        return "-" in self.inputs or not (self.inputs or self.listed or self.dry_run)
 
 
 @dataclass(frozen=True)
@@ -117,7 +132,6 @@ class Summary:
 def run(config: CrawlFilterConfig) -> Summary | None:
     """Load, build, do, save, summarise. Raises UserError for the user's mistakes."""
     from llmkit.crawl.explain import explain
-    from llmkit.crawl.filters.classifier import Classifier
     from llmkit.crawl.filters.contamination import Contamination
     from llmkit.crawl.filters.urls import UrlFilter
     from llmkit.crawl.judge import Worker
@@ -138,10 +152,8 @@ def run(config: CrawlFilterConfig) -> Summary | None:
     # the blocklists are read once for all processes, and checked so before anything is written
     url_filter = UrlFilter(recipe.url.blocklists, recipe.url) if "url" in recipe.steps else None
     items = Contamination(recipe.contamination, config.quiet) if "contamination" in recipe.taken else None
-    for spec in recipe.classifier.models if "classifier" in recipe.steps else ():
-        Classifier(spec)
     make = partial(Worker, recipe, url_filter, items, rejects=config.rejects is not None or config.explain is not None)
-    ends = config.strict or (len(inputs) == 1 and not os.path.isdir(inputs[0]))  # the run, at a bad file
+    ends = config.strict or (len(paths) == 1 and not os.path.isdir(inputs[0]))  # the run, at a bad file
     on_bad_file = None if ends else lambda error: say(f"skipped: {error}", config.quiet)
     if config.explain is not None:
         explain(inputs, recipe, make, config.explain, workers, on_bad_file, config.quiet)
@@ -159,7 +171,11 @@ def run(config: CrawlFilterConfig) -> Summary | None:
     results = {"records": funnel.records, "documents": funnel.kept, "dropped": dropped}
     if state is not None:
         options = {**as_options(config), "recipe": as_json(recipe), "recipe_name": config.recipe}
-        read = [*inputs, *recipe.url.blocklists, *recipe.files()]
+        read = [
+            *([config.listed, *config.inputs] if config.listed else inputs),
+            *recipe.url.blocklists,
+            *recipe.files(),
+        ]
         figures = {**results, "funnel": funnel.as_json()}
         write_manifest(out, "crawl-filter", options, inputs=read, results=figures, packages=PACKAGES)
         state.remove()
@@ -178,6 +194,7 @@ def run(config: CrawlFilterConfig) -> Summary | None:
 
 def _recipe(config: CrawlFilterConfig) -> tuple[Recipe, str]:
     """The recipe of that name or file, with what the flags say, and how it is called."""
+    from llmkit.crawl.filters.classifier import Classifier
     from llmkit.crawl.recipe import check_steps, read_recipe
     from llmkit.text.language import check_languages
 
@@ -201,6 +218,8 @@ def _recipe(config: CrawlFilterConfig) -> tuple[Recipe, str]:
         recipe = recipe.changed("url", blocklists=config.blocklist)
     if config.classifier:
         recipe = recipe.changed("classifier", models=config.classifier)
+    for spec in recipe.classifier.models if "classifier" in recipe.steps else ():
+        Classifier(spec)  # one that cannot be loaded ends the run here
     if config.not_in:
         recipe = recipe.changed("contamination", files=config.not_in)
     if config.on_match:
@@ -222,8 +241,10 @@ def _checked(config: CrawlFilterConfig) -> tuple[list[str], str]:
     written = [path for path in (out, config.rejects) if path not in (None, "-")]
     if len(set(map(os.path.realpath, written))) < len(written):
         raise UserError("--out and --rejects: expected different files")
-    folders = [path for path in config.inputs if os.path.isdir(path)]
-    check_inputs([path for path in config.inputs if path not in folders])
+    inputs = [*config.inputs, *_listed(config)]
+    folders = [path for path in inputs if os.path.isdir(path)]
+    if not config.listed:  # the inputs of a list are many, and a bad one of them costs itself alone
+        check_inputs([path for path in inputs if path not in folders and not (is_remote(path) and "*" in path)])
     for path in written:
         for folder in folders:
             if os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), "")):
@@ -233,7 +254,27 @@ def _checked(config: CrawlFilterConfig) -> tuple[list[str], str]:
             check_output(path, config.force, config.resume and os.path.exists(f"{out}{STATE}"))
             if os.path.isdir(path):
                 raise UserError(f"{path}: expected a file, found a folder; choose another --out")
-    return list(config.inputs) or ["-"], out
+    return inputs or ["-"], out
+
+
+def _listed(config: CrawlFilterConfig) -> list[str]:
+    """The inputs of --list that --take takes."""
+    if config.listed is None:
+        if config.base or config.take:
+            raise UserError(f"{'--base' if config.base else '--take'}: needs --list")
+        return []
+    share = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", config.take or "1/1")
+    if share is None or int(share[1]) > int(share[2]):
+        raise UserError(f"--take {config.take}: expected a share such as 1/100")
+    with open_input(config.listed) as lines:
+        names = [line.strip() for line in read_text(lines, config.listed).splitlines() if line.strip()]
+    if not names:
+        raise UserError(f"{config.listed}: expected the name of an input on each line, found none")
+    taken = [name for name in names if crc32(name.encode()) % int(share[2]) < int(share[1])]
+    if not taken:
+        raise UserError(f"--take {config.take}: takes none of {counted(len(names), 'input')}; take more")
+    base = config.base.rstrip("/") + "/" if config.base else ""
+    return [base + name for name in taken]
 
 
 def _is_file(out: str) -> bool:

@@ -17,6 +17,7 @@ from llmkit.io.jsonl import check_inputs, read_jsonl
 from llmkit.io.manifest import describe_inputs
 from llmkit.io.remote import matching, open_remote
 from tests.helpers.file_server import FileServer, file_server
+from tests.helpers.web import mixed_pages, write_warc
 
 DATA = random.Random(0).randbytes(3_000_000)
 ROWS = [{"text": f"text {number}"} for number in range(2000)]
@@ -105,6 +106,39 @@ def test_records_are_read_from_addresses(server: FileServer, tmp_path) -> None:
     assert describe_inputs([server.address + "d.jsonl"]) == [
         {"path": server.address + "d.jsonl", "bytes": len(LINES), "version": "1"}
     ]
+
+
+def test_a_crawl_is_read_from_addresses_and_from_a_list_of_them(server: FileServer, tmp_path, llmkit) -> None:
+    """The same documents as from disk; a file of the list that is not there is counted."""
+    write_warc(tmp_path / "c.warc.gz", mixed_pages())
+    parquet.write_table(
+        pa.Table.from_pylist([{"text": "one page", "url": "http://a.example/"}]), tmp_path / "d.parquet"
+    )
+    names = ["c.warc.gz", "d.parquet"]
+    server.files = {name: (tmp_path / name).read_bytes() for name in names}
+    server.files["paths.gz"] = gzip.compress(b"c.warc.gz\nnone.warc.gz\nd.parquet\n")
+    server.ways = {"cut"}
+
+    def documents(*arguments: str) -> list[str]:
+        done = llmkit("crawl-filter", *arguments, "--only", "extract", "-o", "o.jsonl", "--force", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert ("bad_file" in done.stderr) == (arguments == tuple(listed))
+        lines = (tmp_path / "o.jsonl").read_text().splitlines()
+        return [json.loads(line)["text"] for line in lines]
+
+    listed = ["--list", server.address + "paths.gz", "--base", server.address]
+    from_disk = documents(*names)
+    assert from_disk[-1] == "one page"
+    assert documents(*(server.address + name for name in names)) == from_disk
+    assert documents(*listed) == from_disk
+    assert documents(*listed, "--take", "1/2") in (from_disk[:-1], from_disk[-1:])
+    for wrong, told in (
+        (["--take", "1/2"], "--take: needs --list"),
+        ([*listed, "--take", "2"], "--take 2: expected a share such as 1/100"),
+        ([server.address + "none"], "/none: expected a file, found none there (404)"),
+    ):
+        done = llmkit("crawl-filter", *wrong, "-o", "x.jsonl", cwd=tmp_path)
+        assert done.returncode == 2 and told in done.stderr and not (tmp_path / "x.jsonl").exists()
 
 
 @pytest.fixture(scope="module")

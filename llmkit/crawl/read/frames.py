@@ -39,7 +39,8 @@ from llmkit.crawl.read.pages import (
 )
 from llmkit.errors import UserError
 from llmkit.io.jsonl import BYTE_ORDER_MARK, GZIP_MAGIC, DamagedData, is_zstd, name_of, open_packed, zstd_frames
-from llmkit.io.tables import Lines
+from llmkit.io.remote import is_remote, matching
+from llmkit.io.tables import Lines, table_lines
 
 PACKING_ERRORS = (*GZIP_ERRORS, DamagedData)
 Record = tuple[int, bytes | str]  # where it begins, and its bytes or the reason why there are none
@@ -49,7 +50,7 @@ FIRST_STEP = 1 << 12  # of a member; those behind it in the file are no part of 
 FOREVER = 1 << 62
 BATCH_FRAMES, BATCH_BYTES = 64, 4 << 20  # in one batch; its bytes are those unpacked
 HTML_NAMES = (".html", ".htm", ".xhtml")
-_JSONL_NAME = re.compile(r"\.(jsonl|ndjson)(\.gz|\.zst)?$")
+_JSONL_NAME = re.compile(r"\.(jsonl|ndjson|parquet|csv|tsv)(\.gz|\.zst)?$")
 _ARCHIVE_NAME = re.compile(r"\.w?arc(\.w[ea]t)?(\.gz|\.zst)?$")
 # Budget for unpacking what turns out to be no gzip member: WASTE bytes for each byte passed over, beyond the first
 # 64 MB; each attempt counts as 16 kB at least. Otherwise input that looks like a member every ten bytes, or members
@@ -359,11 +360,14 @@ class Source(NamedTuple):
 
 
 def sources(paths: Iterable[str]) -> Iterator[Source]:
-    """Yield the files named, and those of the folders named, which are walked in sorted order.
+    """Yield the files named, those of the folders named, and those of patterns in buckets, in sorted order.
 
     Archives and JSONL in a folder are known by their names; what else lies there is a page or passed over.
     """
     for path in paths:
+        if is_remote(path) and "*" in path:
+            yield from map(Source, matching(path))
+            continue
         if path == "-" or not os.path.isdir(path):
             yield Source(path, path.lower().endswith(HTML_NAMES) and os.path.isfile(path))
             continue
@@ -433,7 +437,8 @@ class Reader:
         if path != "-" and os.path.isdir(path):
             raise UserError(f"{path}: expected files in this folder, found none that can be read")
         with open_packed(path) as handle:
-            window = self._window = Window(handle)
+            rows = table_lines(handle, name)
+            window = self._window = Window(handle if rows is None else Lines(rows))
             if is_zstd(window.look(4)[:4]):
                 window = Window(Lines(zstd_frames(window.as_file(), name)))
             head, packed = beginning(window), window.look(2).startswith(GZIP_MAGIC)
