@@ -27,10 +27,10 @@ from llmkit.io.run_folder import check_model_folder
 if TYPE_CHECKING:
     from llmkit.data.shards import TokenShards
     from llmkit.model.config import ModelConfig
-    from llmkit.model.transformer import Transformer
     from llmkit.tokenizer.encoding import Tokenizer
     from llmkit.training.plan import Plan, Planner, PlanOptions, Recipe
     from llmkit.training.run import Run
+    from llmkit.training.trainer import Trainer
 
 LONGEST_ROW = 2048  # tokens, where the context of a model that is trained further is longer
 FIXED_BY_MODEL = [
@@ -138,9 +138,8 @@ def run(config: PretrainConfig) -> Summary | None:
     from llmkit.model.folder import save_model
     from llmkit.tokenizer.encoding import load_tokenizer
     from llmkit.training.distributed import whole_model
-    from llmkit.training.loss import held_out_loss, next_token_loss
-    from llmkit.training.optimizer import Schedule, build_optimizer, float32_copy
-    from llmkit.training.trainer import TrainerSettings
+    from llmkit.training.loss import held_out_loss
+    from llmkit.training.optimizer import float32_copy
 
     # load
     run.join()
@@ -155,12 +154,10 @@ def run(config: PretrainConfig) -> Summary | None:
     _say_plan(config, plan, inputs, shards, run)
     if config.dry_run:
         return None
-    run.begin(identity, {"plan": plan.to_json()})  # not before: a plan may be refused
-    model = _model(config, plan, run)
-    optimizer = build_optimizer(model, plan.recipe)
-    settings = TrainerSettings(plan.micro_batch_rows, flops_per_token=plan.model.flops_per_token(plan.sequence_length))
-    schedule = Schedule(plan.warmup_steps, plan.decay_fraction)
-    trainer = run.trainer(model, optimizer, schedule, next_token_loss, settings, flops=plan.flops)
+    derived = {"plan": plan.to_json()}
+    run.begin(identity, derived)  # not before: a plan may be refused
+    trainer = _trainer(config, plan, run)
+    model = trainer.model
 
     # train
     batches = Batches(shards, plan.sequence_length, plan.batch_rows, config.seed)
@@ -175,7 +172,7 @@ def run(config: PretrainConfig) -> Summary | None:
         )
 
     # save
-    trained = float32_copy(model, optimizer)
+    trained = float32_copy(model, trainer.optimizer)
     if trained is None:
         return None
 
@@ -185,9 +182,7 @@ def run(config: PretrainConfig) -> Summary | None:
 
     # summarise
     results = trainer.results() | {"parameters": plan.model.parameter_count}
-    return Summary(
-        **run.finish(results, inputs=inputs, parents=[source], derived={"plan": plan.to_json()}, write=write)
-    )
+    return Summary(**run.finish(results, inputs=inputs, parents=[source], derived=derived, write=write))
 
 
 def _checked_inputs(config: PretrainConfig) -> list[str]:
@@ -340,12 +335,15 @@ def _say_plan(config: PretrainConfig, plan: Plan, inputs: list[str], shards: Tok
         say(f"at {rate:,.0f} tokens/s, {duration(plan.tokens / rate)} of training; from {basis}", config.quiet)
 
 
-def _model(config: PretrainConfig, plan: Plan, run: Run) -> Transformer:
-    """The model to train, divided among the processes: a new one, or that of --from."""
+def _trainer(config: PretrainConfig, plan: Plan, run: Run) -> Trainer:
+    """The trainer of a new model, or that of --from, divided among the processes."""
     from llmkit.model.folder import load_model
     from llmkit.model.transformer import Transformer
     from llmkit.training.distributed import shard
     from llmkit.training.finetuning import check_finite
+    from llmkit.training.loss import next_token_loss
+    from llmkit.training.optimizer import Schedule, build_optimizer
+    from llmkit.training.trainer import TrainerSettings
 
     if config.model is None:
         model = Transformer(plan.model, seed=config.seed).to(device=run.device, dtype=run.dtype)
@@ -353,4 +351,6 @@ def _model(config: PretrainConfig, plan: Plan, run: Run) -> Transformer:
         model = load_model(config.model, dtype=run.dtype, device=run.device).train()
         check_finite(model, config.model)
     shard(model)
-    return model
+    optimizer, schedule = build_optimizer(model, plan.recipe), Schedule(plan.warmup_steps, plan.decay_fraction)
+    settings = TrainerSettings(plan.micro_batch_rows, flops_per_token=plan.model.flops_per_token(plan.sequence_length))
+    return run.trainer(model, optimizer, schedule, next_token_loss, settings, flops=plan.flops)

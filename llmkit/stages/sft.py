@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from llmkit.data.examples import DataFile, Examples
     from llmkit.tokenizer.chat import ChatFormat
     from llmkit.training.finetuning import KeepBest, Tuning
+    from llmkit.training.run import Run
     from llmkit.training.trainer import Trainer
 
 PROMPTS = ("Hello, who are you?", "What is the capital of France?")
@@ -135,9 +136,6 @@ def run(config: SftConfig) -> Summary | None:
 
     from llmkit.training.distributed import whole_model
     from llmkit.training.finetuning import KeepBest, answer, load_for_tuning, save_tuned
-    from llmkit.training.loss import next_token_loss
-    from llmkit.training.optimizer import Schedule
-    from llmkit.training.trainer import TrainerSettings
 
     # load
     run.join()
@@ -156,13 +154,8 @@ def run(config: SftConfig) -> Summary | None:
         return _rehearse(config, mixture, steps, micro_rows, tuning)
     run.world.check_rows(mixture.batch_size, f"--batch-tokens: rows of {row_tokens} tokens")
     run.begin({"the data": digests})
-    optimizer = tuning.build_optimizer(config.learning_rate, config.weight_decay)
-    best = KeepBest(run.work, optimizer)
-    flops_per_token = tuning.model.config.flops_per_token(row_tokens)
-    settings = TrainerSettings(micro_rows, flops_per_token=flops_per_token)
-    schedule = Schedule(warmup_steps, DECAY_FRACTION)
-    flops = flops_per_token * mixture.batch_size * row_tokens * (steps or STEPS_OF_A_RUN)
-    trainer = run.trainer(tuning.model, optimizer, schedule, next_token_loss, settings, flops=flops)
+    trainer = _trainer(config, run, tuning, mixture, steps, warmup_steps, micro_rows)
+    best = KeepBest(run.work, trainer.optimizer)
 
     # train
     with run.training(trainer):
@@ -189,6 +182,21 @@ def run(config: SftConfig) -> Summary | None:
 
     # summarise
     return Summary(**run.finish(results, inputs=inputs, parents=[str(config.model)], write=write))
+
+
+def _trainer(
+    config: SftConfig, run: Run, tuning: Tuning, mixture: Mixture, steps: int | None, warmup_steps: int, micro_rows: int
+) -> Trainer:
+    from llmkit.training.loss import next_token_loss
+    from llmkit.training.optimizer import Schedule
+    from llmkit.training.trainer import TrainerSettings
+
+    flops_per_token = tuning.model.config.flops_per_token(mixture.sequence_length)
+    flops = flops_per_token * mixture.batch_size * mixture.sequence_length * (steps or STEPS_OF_A_RUN)
+    optimizer = tuning.build_optimizer(config.learning_rate, config.weight_decay)
+    settings = TrainerSettings(micro_rows, flops_per_token=flops_per_token)
+    schedule = Schedule(warmup_steps, DECAY_FRACTION)
+    return run.trainer(tuning.model, optimizer, schedule, next_token_loss, settings, flops=flops)
 
 
 def _validation(
