@@ -140,10 +140,6 @@ class World:
         if self.size > 1:
             self.watch.save = None
 
-    def call_for_saving(self) -> bool:
-        """Have all processes of a job do so, for this one ends. False where that cannot be."""
-        return self.watch.call_for_saving()
-
     def check_same(self, what: Mapping[str, Any]) -> None:
         """Raise UserError where this process was given something else than the first: values of JSON, by a name that
         the user knows."""

@@ -257,7 +257,7 @@ class Optimizer:
                 world().all_reduce(stack.gradient)
 
     def discard(self) -> None:
-        """Forget the gradients accumulated so far (after running out of memory in the middle of a batch)."""
+        """Forget the gradients accumulated so far."""
         for stack in self.stacks:
             stack.gradient = None
             for parameter in stack.parameters:

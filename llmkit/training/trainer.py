@@ -218,8 +218,7 @@ class Trainer:
                 at_once = self.micro_batch_rows = max(1, min(at_once, rows) // 2)
                 say(f"memory ran out; micro-batch is now {counted(at_once, 'sequence')}", self.settings.quiet)
 
-    def _guard(self, loss: float, norm: float) -> None:
-        """Stop before the update that would spoil the weights."""
+    def _guard(self, loss: float, norm: float) -> None:  # before the update that would spoil the weights
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._stop(f"the loss is {loss:.3g} and the gradient norm {norm:.3g} at step {self.step}")
         high = self.average_loss + self.settings.spike_nats
@@ -406,7 +405,7 @@ class Trainer:
                     raise
                 except Exception:  # a full disk: what ended the run says more
                     raise error from None
-            elif is_lost(error) or not world().call_for_saving():
+            elif is_lost(error) or not world().watch.call_for_saving():
                 raise
             saved = f"saved after step {self.step} in {self.checkpoints.folder}; go on with --resume"
             if isinstance(error, KeyboardInterrupt):
@@ -417,8 +416,8 @@ class Trainer:
             raise
 
     def _save_with_others(self, all_have: Callable[[Any], bool]) -> bool:
-        """Write this process's part of the steps that were made, where each process has as many and can go on from
-        them. Another thread may be in the middle of the next step, which does not come to its update."""
+        """Write this process's part of the steps, where each process has as many. Another thread may be in the middle
+        of the next step, which does not come to its update."""
         deadline = time.monotonic() + LAST_UPDATE_SECONDS
         while self.optimizer.count != self._updates and time.monotonic() < deadline:
             time.sleep(0.05)
