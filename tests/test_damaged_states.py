@@ -13,7 +13,7 @@ from damaged_states import COMMANDS
 
 from llmkit.errors import UserError
 from llmkit.io.metrics import read_metrics, scan_metrics, trim_metrics
-from llmkit.io.resume import Kept
+from llmkit.io.resume import Kept, check_identity
 
 EVERY = 29  # of a thousand kinds of damage to each command's state
 
@@ -75,3 +75,16 @@ def test_metrics_that_were_edited_are_named_or_read_as_far_as_they_are_figures(t
     os.mkfifo(place)
     with pytest.raises(UserError, match=r"metrics\.jsonl: expected a file, found a pipe"):
         trim_metrics(place, 5)
+
+
+def test_what_an_identity_differs_in_is_named_however_deep_it_stands() -> None:
+    now = {"recipe": {"c4": {"min_lines": 5, "threshold": None}, "steps": ["a"]}, "--seed": 0}
+    for same in (now, {**now, "older": 1}, {**now, "recipe": {"c4": {"min_lines": 5}, "steps": ["a"]}}):
+        check_identity("out.state", same, now)
+    for recipe, words in (
+        ({"c4": {"min_lines": 3}, "steps": ["a"]}, "recipe.c4.min_lines was 3 and is now 5"),
+        ({"c4": {"min_lines": 5}}, r"recipe.steps was none and is now \['a'\]"),
+        (None, "recipe was none and is now"),
+    ):
+        with pytest.raises(UserError, match=rf"^out.state: another run: {words}.*--force"):
+            check_identity("out.state", {**now, "recipe": recipe}, now)

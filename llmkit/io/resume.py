@@ -186,18 +186,16 @@ def _checksum(key: str, record: bytes) -> str:
 def check_identity(path: str | Path, noted: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise UserError naming the first value of a resumed run's identity, which may be nested, that is not as noted."""
     now = orjson.loads(orjson.dumps(now))  # as JSON has given back what was noted
-    for name in now:
-        former, new = noted.get(name), now.get(name)
-        if former == new:
-            continue
-        while isinstance(former, dict) and isinstance(new, dict):
-            inner = next(key for key in {**new, **former} if former.get(key) != new.get(key))
-            name, former, new = f"{name}.{inner}", former.get(inner), new.get(inner)
-        former, new = ("none" if value is None else str(value)[:200] for value in (former, new))
-        raise UserError(
-            f"{path}: another run: {name} was {former} and is now {new}; "
-            "resume with the same options and inputs, or start again with --force"
-        )
+    waiting = [(name, noted.get(name), new) for name, new in now.items()]
+    for name, former, new in waiting:
+        if isinstance(former, dict) and isinstance(new, dict):
+            waiting += [(f"{name}.{key}", former.get(key), new.get(key)) for key in {**new, **former}]
+        elif former != new:
+            former, new = ("none" if value is None else str(value)[:200] for value in (former, new))
+            raise UserError(
+                f"{path}: another run: {name} was {former} and is now {new}; "
+                "resume with the same options and inputs, or start again with --force"
+            )
 
 
 def fingerprint(folder: str) -> str:

@@ -458,7 +458,7 @@ class Trainer:
                 "last_loss": self.last_loss,
                 "average_loss": self.average_loss,
                 "high_steps": self.high_steps,
-                "first_losses": self.first_losses,
+                "first_losses": list(self.first_losses),  # a thread writes it, later
                 "recent_losses": list(self.recent_losses),
             }
             if world().leads and (self.folder / METRICS).exists():
