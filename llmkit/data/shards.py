@@ -327,13 +327,15 @@ def tokenize_documents(
         keep = True
     else:  # stdin, a pipe, or a file that is not there: read_documents says so
         folder, keep = cache / f"{name}-stream", resume
+    known, left_out = None, []
     if keep:
         with suppress(UserError, ValueError, OSError):  # absent, or damaged since
             shards = TokenShards(folder)
             left_out = json.loads((folder / LEFT_OUT).read_bytes())
-            if shards.info == info:
-                bad.restore(left_out)
-                return shards
+            known = shards
+    if known is not None and known.info == info:
+        bad.restore(left_out)
+        return known
     shutil.rmtree(folder, ignore_errors=True)
     try:
         with atomic_folder(folder) as partial:

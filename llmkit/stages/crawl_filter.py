@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import time
 from contextlib import ExitStack, closing, nullcontext
@@ -263,14 +262,14 @@ def _listed(config: CrawlFilterConfig) -> list[str]:
         if config.base or config.take:
             raise UserError(f"{'--base' if config.base else '--take'}: needs --list")
         return []
-    share = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", config.take or "1/1")
-    if share is None or int(share[1]) > int(share[2]):
+    part, _, whole = (config.take or "1/1").partition("/")
+    if not (part.isdecimal() and whole.isdecimal() and 0 < int(part) <= int(whole)):
         raise UserError(f"--take {config.take}: expected a share such as 1/100")
     with open_input(config.listed) as lines:
         names = [line.strip() for line in read_text(lines, config.listed).splitlines() if line.strip()]
     if not names:
         raise UserError(f"{config.listed}: expected the name of an input on each line, found none")
-    taken = [name for name in names if crc32(name.encode()) % int(share[2]) < int(share[1])]
+    taken = [name for name in names if crc32(name.encode()) % int(whole) < int(part)]
     if not taken:
         raise UserError(f"--take {config.take}: takes none of {counted(len(names), 'input')}; take more")
     base = config.base.rstrip("/") + "/" if config.base else ""
