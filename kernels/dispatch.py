@@ -75,7 +75,7 @@ def triton_module(name: str) -> ModuleType:
         interpret = os.environ.get("LLMKIT_KERNELS") == "interpret"
         _choose_mode(interpret)
         if interpret:
-            importlib.import_module("llmkit.kernels.triton.interpreter").repair_bfloat16()
+            importlib.import_module("llmkit.kernels.triton.launch").repair_bfloat16()
         module = importlib.import_module(f"llmkit.kernels.triton.{name}")
     return module
 

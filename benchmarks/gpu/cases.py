@@ -15,9 +15,15 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from llmkit.kernels.attention import Packing, attention_mask, attention_reference, scaled_dot_product_attention
+from llmkit.kernels.attention import (
+    Packing,
+    attention_decode,
+    attention_decode_reference,
+    attention_mask,
+    attention_reference,
+    scaled_dot_product_attention,
+)
 from llmkit.kernels.cross_entropy import linear_cross_entropy
-from llmkit.kernels.decode import attention_decode, attention_decode_reference
 from llmkit.kernels.logprobs import linear_logprobs
 from shapes import Attention, Decode, Linear, Shapes
 from torch import Tensor

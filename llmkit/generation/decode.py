@@ -5,10 +5,10 @@ use, so that a step computes no idle row. `prefill` runs a prompt through the mo
 left into as many slots as there are samples.
 
 The mathematics is the model's own (a test compares the two) with fewer, larger operations and weights packed as
-`model/narrow_weights.py` and `kernels/packed.py` have it, for prompts and for steps: the model itself may go. In
+`model/devices.py` and `kernels/linear.py` have it, for prompts and for steps: the model itself may go. In
 float32 on a CPU, and with int8 weights, a row's logits are the same bits whatever rows stand beside it:
 
-- packed products give a row the same bits among any number of rows but one (kernels/packed.py), so a single row gets
+- packed products give a row the same bits among any number of rows but one (kernels/linear.py), so a single row gets
   an idle neighbour; where weights cannot be packed, rows are filled up to a multiple of 8, as MKL wants it;
 - attention is a batched product over (row, head), not torch's flash kernel: that one has a scratch buffer per
   thread, whose alignment changes MKL's last bit, so that a row depends on the thread it falls to (2 threads,
@@ -38,11 +38,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmkit.io.progress import say
-from llmkit.kernels.attention import scaled_dot_product_attention
-from llmkit.kernels.decode import attention_decode
+from llmkit.kernels.attention import attention_decode, scaled_dot_product_attention
 from llmkit.kernels.dispatch import backend
-from llmkit.kernels.packed import can_pack, packed_linear
-from llmkit.model.narrow_weights import Weights, narrow_linear
+from llmkit.kernels.linear import can_pack, packed_linear
+from llmkit.model.devices import Weights, narrow_linear
 from llmkit.model.transformer import RotaryTable, Transformer
 
 FEW_ROWS = 8  # up to it rows are rounded to powers of two, beyond it to its multiples, which cost a product no more

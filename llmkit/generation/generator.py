@@ -37,9 +37,8 @@ from llmkit.generation.requests import Completion, OnCall, OnText, Request, Stop
 from llmkit.generation.tool_calls import ToolUse, told_unavailable
 from llmkit.io.progress import counted, quantity
 from llmkit.model.config import ModelConfig
-from llmkit.model.devices import Precision, is_small, threads
+from llmkit.model.devices import Precision, Weights, is_small, threads
 from llmkit.model.folder import load_model
-from llmkit.model.narrow_weights import Weights
 from llmkit.model.transformer import Transformer
 from llmkit.tokenizer.chat import ChatFormat
 from llmkit.tokenizer.encoding import DecodeStream, Tokenizer
@@ -74,7 +73,7 @@ class Generator:
     end_ids  tokens that end a completion; None takes those that the model and the tokenizer name
     name     of the model, in errors and reports
     tools    what it may call
-    weights  how the decoder has the matrices of `model` (model/narrow_weights.py)
+    weights  how the decoder has the matrices of `model` (model/devices.py)
     record   what records its steps, None for nothing (generation/decode.py)
     """
 

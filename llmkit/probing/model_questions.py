@@ -16,9 +16,9 @@ from llmkit.errors import UserError
 from llmkit.formats.questions import Question, kind_of_question
 from llmkit.io.progress import Progress, counted, say
 from llmkit.io.resume import Kept
-from llmkit.probing.chat_model import ChatModel, Missing
+from llmkit.probing.judges import ChatModel, Missing
+from llmkit.probing.question_rules import Passage
 from llmkit.text.normalize import places, words
-from llmkit.text.passages import Passage
 
 TEMPERATURE = 0.7
 WRITER_PROMPT = """\

@@ -21,8 +21,7 @@ from llmkit.generation.requests import Completion, Request
 from llmkit.generation.sampler import Sampler
 from llmkit.io.progress import Progress, counted, say
 from llmkit.io.resume import Kept
-from llmkit.probing.chat_model import ChatModel
-from llmkit.probing.judges import JUDGE_PROMPT
+from llmkit.probing.judges import JUDGE_PROMPT, ChatModel
 from llmkit.probing.model_questions import WRITER_PROMPT
 from llmkit.probing.refusals import language_of
 from llmkit.text.matching import RIGHT, UNREADABLE, WRONG, Answered, Judge

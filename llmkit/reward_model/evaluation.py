@@ -13,8 +13,7 @@ import numpy as np
 
 from llmkit.errors import UserError
 from llmkit.reward_model.comparisons import Candidates, Comparisons
-from llmkit.reward_model.head import RewardModel
-from llmkit.reward_model.loss import ROW_TOKENS, score_comparisons
+from llmkit.reward_model.head import ROW_TOKENS, RewardModel, score_comparisons
 from llmkit.tokenizer.encoding import Tokenizer
 
 STANDARD_ERRORS = 1.959964  # of a 95% interval

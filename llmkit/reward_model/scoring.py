@@ -17,8 +17,7 @@ from llmkit.formats.conversations import Message
 from llmkit.formats.preferences import Comparison, read_answers, read_prompt
 from llmkit.io.records import Row, with_made
 from llmkit.reward_model.comparisons import Candidates, encode_comparisons, fitted
-from llmkit.reward_model.head import RewardModel
-from llmkit.reward_model.loss import ROW_TOKENS, score_comparisons
+from llmkit.reward_model.head import ROW_TOKENS, RewardModel, score_comparisons
 from llmkit.tokenizer.chat import ChatFormat
 
 RECORDS_AT_ONCE = 256  # records: enough to fill batches, few enough to answer soon

@@ -102,6 +102,6 @@ def _weighted(text: str, flag: str) -> tuple[str, float]:
 
 
 def _model(folder: str, device: str, dtype: str, spread: bool) -> Reward:
-    from llmkit.rewards.reward_models import ModelReward  # brings torch
+    from llmkit.rewards.reward import ModelReward  # brings torch
 
     return ModelReward(folder, device, dtype, spread=spread)

@@ -17,7 +17,7 @@ import numpy as np
 
 from llmkit.errors import UserError
 from llmkit.rewards import Weighted
-from llmkit.rewards.reward_models import ModelReward
+from llmkit.rewards.reward import ModelReward
 from llmkit.rl.rollouts import Rollout, rewards_of
 
 KL_COEF = 0.05  # against a reward model

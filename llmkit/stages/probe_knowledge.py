@@ -24,10 +24,10 @@ from llmkit.io.run_folder import check_finished, check_model_folder
 if TYPE_CHECKING:
     from llmkit.generation.requests import Usage
     from llmkit.generation.sampler import Sampler
-    from llmkit.probing.chat_model import ChatModel
+    from llmkit.probing.judges import ChatModel
+    from llmkit.probing.question_rules import Passage
     from llmkit.probing.recitation import Recited
     from llmkit.probing.refusals import Refusals
-    from llmkit.text.passages import Passage
 
 STARTED = time.monotonic()
 WRITTEN = ".written.state"  # after --out: the questions that a model has written
@@ -203,8 +203,8 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Recited | None:
 
 def _models(config: ProbeKnowledgeConfig, stack: ExitStack, until_written: ExitStack) -> dict[str, ChatModel]:
     """The "writer" and the "judge", where they are models; not asked yet."""
-    from llmkit.probing.chat_model import ChatModel
     from llmkit.probing.judges import TEMPERATURE as JUDGE
+    from llmkit.probing.judges import ChatModel
     from llmkit.probing.model_questions import TEMPERATURE as WRITER
 
     models: dict[str, ChatModel] = {}
@@ -336,8 +336,7 @@ def _read(config: ProbeKnowledgeConfig, bad: BadRecords) -> tuple[list[Passage],
     if not config.passages:
         questions, left_out = read_questions(config.questions or ("-",), config.limit, bad)
         return [], questions, left_out
-    from llmkit.probing.question_rules import ask_about
-    from llmkit.text.passages import sample_passages
+    from llmkit.probing.question_rules import ask_about, sample_passages
 
     names = names_of(config.passages)
     passages = sample_passages(read_documents(config.passages, config.limit, bad), config.max_passages, config.seed)

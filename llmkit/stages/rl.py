@@ -415,7 +415,7 @@ class Learner:
 
     def save(self) -> Summary | None:
         """Write the folder, in the first process; the best parameters where they are known, else the last."""
-        from llmkit.rewards.reward_models import ModelReward
+        from llmkit.rewards.reward import ModelReward
         from llmkit.rl.evaluation import CURVES, write_disagreements
         from llmkit.training.finetuning import save_tuned
 

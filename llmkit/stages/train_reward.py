@@ -226,7 +226,7 @@ def _plan(
 
     from llmkit.data.batches import Mixture, Source
     from llmkit.reward_model.comparisons import packed_comparisons
-    from llmkit.reward_model.loss import row_length
+    from llmkit.reward_model.head import row_length
 
     row_tokens = row_length(np.concatenate([source.sizes for source in training]))
     comparisons = sum(map(len, training))
@@ -248,7 +248,7 @@ def _plan(
 
 def _trainer(run: Run, tuning: Tuning, mixture: Mixture, steps: int, digests: list[str]) -> Trainer | None:
     """The trainer; of a dry run none, but what training would cost is said."""
-    from llmkit.reward_model.loss import ComparisonLoss
+    from llmkit.reward_model.head import ComparisonLoss
     from llmkit.training.optimizer import Schedule, warn_of_long_warmup
     from llmkit.training.plan import training_memory
     from llmkit.training.speed import batch_seconds

@@ -88,7 +88,7 @@ def test_decoding_gives_the_logits_of_the_whole_forward(shape, dtype, weights, t
 def test_a_rows_logits_do_not_depend_on_its_neighbours(shape, packs, threads, weights, monkeypatch):
     torch.set_num_threads(threads)
     if not packs:
-        monkeypatch.setattr("llmkit.kernels.packed.can_pack", lambda dtype, device: False)
+        monkeypatch.setattr("llmkit.kernels.linear.can_pack", lambda dtype, device: False)
         monkeypatch.setattr(decode, "can_pack", lambda dtype, device: False)
     model = make_model(context=2048, **shape)
     lengths, steps = [3, 70, 250, 300, 600], 8

@@ -142,13 +142,12 @@ def data_readers() -> dict[str, Reader]:
     from llmkit.io.records import Row
     from llmkit.probing import question_rules
     from llmkit.report import page, records
-    from llmkit.text import passages
 
     def row(**value: Any) -> Row:
         return Row(value, "a.jsonl", 1)
 
-    def passage(text: str) -> passages.Passage:
-        return passages.Passage(text, "a", "a.jsonl:1")
+    def passage(text: str) -> question_rules.Passage:
+        return question_rules.Passage(text, "a", "a.jsonl:1")
 
     return {
         "conversations": lambda text: conversations.read_conversation(row(prompt=text, completion=text)),
@@ -159,7 +158,7 @@ def data_readers() -> dict[str, Reader]:
         "display.redacted": display.redacted,
         "display.redacted of a URL": lambda text: display.redacted(f"search:http://a.example/?{text}"),
         "display.redacted of URLs": lambda text: display.redacted(f"a://{text}"),
-        "passages.cut_passages": lambda text: list(passages.cut_passages(text)),
+        "passages.cut_passages": lambda text: list(question_rules.cut_passages(text)),
         "preferences of transcripts": lambda text: preferences.read_comparison(
             row(chosen=f"\n\nHuman: {text}\n\nAssistant: a", rejected=f"\n\nHuman: {text}\n\nAssistant: b")
         ),
@@ -187,7 +186,7 @@ def data_readers() -> dict[str, Reader]:
 def reply_readers() -> dict[str, Reader]:
     from llmkit.formats.questions import Question
     from llmkit.generation import requests, served_models
-    from llmkit.probing import chat_model, judges, refusals
+    from llmkit.probing import judges, refusals
     from llmkit.reward_model import evaluation
     from llmkit.text import matching, normalize
     from llmkit.tools import calc, search
@@ -238,8 +237,8 @@ def reply_readers() -> dict[str, Reader]:
         "served a message": served_models.text_of,
         "served_models.shortened": served_models.shortened,
         "stopping": stopped,
-        "thoughts": lambda text: chat_model.THOUGHTS.sub("", text),
-        "thoughts that end": lambda text: chat_model.THOUGHTS.sub("", f"<think>{text}</think> Yes."),
+        "thoughts": lambda text: judges.THOUGHTS.sub("", text),
+        "thoughts that end": lambda text: judges.THOUGHTS.sub("", f"<think>{text}</think> Yes."),
     }
 
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from llmkit.kernels.attention import scaled_dot_product_attention
-from llmkit.kernels.decode import attention_decode, attention_decode_reference
+from llmkit.kernels.attention import attention_decode, attention_decode_reference, scaled_dot_product_attention
 
 from llmkit.kernels import fused_attention
 

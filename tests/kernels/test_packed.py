@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from llmkit.kernels.packed import can_pack, packed_linear
+from llmkit.kernels.linear import can_pack, packed_linear
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -8,8 +8,7 @@ from tiny import make_model
 
 from llmkit.errors import UserError
 from llmkit.generation.decode import Decoder
-from llmkit.model.devices import Precision, choose_precision
-from llmkit.model.narrow_weights import can_narrow, narrow_linear
+from llmkit.model.devices import Precision, can_narrow, choose_precision, narrow_linear
 
 pytestmark = pytest.mark.skipif(not can_narrow(), reason="FBGEMM is not in this build of torch")
 

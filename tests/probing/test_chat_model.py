@@ -15,7 +15,7 @@ from llmkit.errors import ServerError, UserError
 from llmkit.generation.next_token import Sampling
 from llmkit.generation.sampler import open_sampler
 from llmkit.generation.served_models import parse_address
-from llmkit.probing.chat_model import ChatModel, Missing
+from llmkit.probing.judges import ChatModel, Missing
 
 pytestmark = pytest.mark.usefixtures("one_retry")
 

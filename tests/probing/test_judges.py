@@ -6,8 +6,7 @@ import pytest
 from scripted import ScriptedSampler
 
 from llmkit.formats.questions import Question
-from llmkit.probing.chat_model import ChatModel
-from llmkit.probing.judges import ModelJudge, read_verdict
+from llmkit.probing.judges import ChatModel, ModelJudge, read_verdict
 from llmkit.probing.probe import decide
 from llmkit.text.matching import Answered, MatchJudge
 

@@ -8,7 +8,7 @@ import pytest
 
 from llmkit.probing import judges, model_questions
 from llmkit.probing.model_questions import read_pairs, unfit, written_questions
-from llmkit.text.passages import Passage
+from llmkit.probing.question_rules import Passage
 
 MILL = Passage("The mill of Arden opened in 1889. It has 1,200 windows, and Ada Roe built it.", "d1/1", "docs.jsonl:1")
 

@@ -8,13 +8,18 @@ import pytest
 
 from llmkit.io.records import Row
 from llmkit.probing import question_rules
-from llmkit.probing.question_rules import sentences, write_question, write_questions
-from llmkit.text import passages
-from llmkit.text.passages import Passage, cut_passages, sample_passages
+from llmkit.probing.question_rules import (
+    Passage,
+    cut_passages,
+    sample_passages,
+    sentences,
+    write_question,
+    write_questions,
+)
 
 
 def test_the_examples_of_the_documentation_hold():
-    assert doctest.testmod(question_rules).failed == doctest.testmod(passages).failed == 0
+    assert doctest.testmod(question_rules).failed == doctest.testmod(question_rules).failed == 0
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from llmkit.data.batches import Mixture, Source
 from llmkit.errors import UserError
 from llmkit.reward_model.comparisons import Candidates, Comparisons, packed_comparisons
 from llmkit.reward_model.evaluation import biases, confidence_error, correlation, evaluate, fitted_temperature, wilson
-from llmkit.reward_model.head import RewardModel
-from llmkit.reward_model.loss import (
+from llmkit.reward_model.head import (
     ComparisonLoss,
+    RewardModel,
     answer_scores,
     bootstrap_weights,
     plackett_luce,

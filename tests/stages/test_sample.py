@@ -405,7 +405,7 @@ def test_a_finished_run_has_nothing_to_resume(folder, prompts, tmp_path, llmkit)
 
 
 def test_narrow_weights_make_text_too(folder, prompts, tmp_path):
-    from llmkit.model.narrow_weights import can_narrow
+    from llmkit.model.devices import can_narrow
 
     plain = sample_jsonl(folder, tmp_path / "out.jsonl", prompts, temperature="0", logprobs=True)
     texts = {}
