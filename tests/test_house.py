@@ -68,11 +68,11 @@ OPTIONS = {
     "probe-knowledge": 28,
     "train-reward": 32,
     "rl": 47,
-    "sample": 34,
+    "sample": 33,
     "export": 9,
     "report": 10,
 }
-DISTINCT = 117
+DISTINCT = 116
 
 
 def modules() -> dict[str, str]:

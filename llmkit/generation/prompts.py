@@ -44,6 +44,7 @@ STOP = "\n" + ASKED.rstrip()  # where the model would ask the next question itse
 
 # Lin et al. 2023 (arXiv 2312.01552): a few answers in the style of an assistant align a base model about as well as
 # tuning does; what they teach is the form.
+BUILT_IN = "assistant"  # in the place of a file; ./assistant is one
 AS_ASSISTANT = (
     ("What is the capital of France?", "The capital of France is Paris."),
     ("How do I keep bread fresh?", "Wrap it in a cloth or paper bag, and freeze what you will not eat in two days."),
@@ -54,16 +55,18 @@ AS_ASSISTANT = (
 IDENTITY = (*PROMPT_FIELDS, "seed")  # what a record that is kept has in common with its input
 
 
-def load_shots(path: str | None, as_assistant: bool, sampler: Sampler, quiet: bool) -> list[tuple[str, str]]:
-    """The examples in a file; or the built-in ones, as many as fit three quarters of the context; or none.
+def load_shots(shown: str | None, sampler: Sampler, quiet: bool) -> list[tuple[str, str]]:
+    """Read the examples of --shots: a file, or `assistant`, the built-in ones that fit three quarters of the context.
 
     Raises UserError where not one fits.
     """
-    if path is not None:
-        conversations = read_jsonl([path], None, read_conversation)
-        return shots_of([conversation for conversation in conversations if not conversation.rejected], path)
-    shots = list(AS_ASSISTANT) if as_assistant else []
-    if not shots or sampler.context is None:
+    if shown is None:
+        return []
+    if shown != BUILT_IN:
+        conversations = read_jsonl([shown], None, read_conversation)
+        return shots_of([conversation for conversation in conversations if not conversation.rejected], shown)
+    shots = list(AS_ASSISTANT)
+    if sampler.context is None:
         return shots
     while shots and len(sampler.encode(with_shots(shots, ""))) > 0.75 * sampler.context:
         shots.remove(max(shots, key=lambda shot: len("".join(shot))))
@@ -71,9 +74,11 @@ def load_shots(path: str | None, as_assistant: bool, sampler: Sampler, quiet: bo
         f"{len(shots)} of the {len(AS_ASSISTANT)} built-in examples fit the model's context of {sampler.context} tokens"
     )
     if not shots:
-        raise UserError(f"--as-assistant: {note}; give shorter ones by --shots, or take a model with a longer context")
+        raise UserError(
+            f"--shots {BUILT_IN}: {note}; give a file of shorter ones, or take a model with a longer context"
+        )
     if len(shots) < len(AS_ASSISTANT):
-        say(f"--as-assistant: {note}; --shots takes shorter ones", quiet)
+        say(f"--shots {BUILT_IN}: {note}; a file may have shorter ones", quiet)
     return shots
 
 

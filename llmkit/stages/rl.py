@@ -342,16 +342,12 @@ class Learner:
 
         Random numbers are those of a group and a sample, whoever draws them. Raises UserError where a reward fails.
         """
-        import torch
-
-        from llmkit.model.devices import is_small, one_thread
         from llmkit.rewards import judge
         from llmkit.rl.rollouts import as_group, map_shares, requests_for, set_rewards
 
-        started, size = time.monotonic(), self.tuning.model.config.parameter_count
+        started = time.monotonic()
         requests = requests_for(problems, group, self.max_tokens, self.config.seed, first)
-        with torch.inference_mode(), one_thread(is_small(size, self.run.device)):
-            sampled = map_shares(requests, lambda own: list(sampler.complete(own)))
+        sampled = map_shares(requests, lambda own: list(sampler.complete(own)))
         groups = [
             as_group(encoded, number, completions, step, self.tools)
             for number, (encoded, completions) in enumerate(zip(problems, sampled, strict=True), first)

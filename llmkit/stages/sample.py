@@ -70,12 +70,11 @@ class SampleConfig(RecordsConfig, CommonConfig, ToolConfig, ServedConfig):
     system: str | None = option(None, "With --chat: the system message.")
     shots: str | None = option(
         None,
-        "For base models: few-shot examples (prompt and completion).",
-        metavar="FILE",
+        "For base models: few-shot examples (prompt and completion), or built-in ones of an assistant.",
+        metavar="FILE|assistant",
         free=True,
         reads=True,
     )
-    as_assistant: bool = option(False, "For base models: built-in few-shot examples of an assistant.")
     device: str = option("auto", "Compute device.", choices=("auto", "cpu", "cuda", "mps"), free=True)
     dtype: str = option(
         "auto",
@@ -153,7 +152,7 @@ def run(config: SampleConfig) -> Summary | None:
 
         # build
         bad = BadRecords(config.max_bad if config.jsonl else "0", config.quiet)
-        shots = load_shots(config.shots, config.as_assistant, sampler, config.quiet)
+        shots = load_shots(config.shots, sampler, config.quiet)
         prompts = Prompts(
             _rows(config, bad),
             sampler,
@@ -194,7 +193,7 @@ def _sampler(config: SampleConfig) -> AbstractContextManager[Sampler]:
         device=config.device,
         dtype=config.dtype,
         slots=min(config.batch_size, config.samples) if one_prompt else config.batch_size,
-        stop=(*config.stop, *([STOP] if config.shots or config.as_assistant else [])),
+        stop=(*config.stop, *([STOP] if config.shots else [])),
         tools=None if config.dry_run else config,
         end_at_others=config.chat,
         concurrency=config.concurrency,
@@ -233,11 +232,9 @@ def _check_options(config: SampleConfig, out: str) -> None:
         raise UserError(f"-p and {config.inputs[0]}: expected one or the other, found both")
     if config.resume and (not config.jsonl or out == "-"):
         raise UserError("--resume: expected --jsonl and --out, whose unfinished file is gone on with")
-    if config.shots is not None and config.as_assistant:
-        raise UserError("--shots and --as-assistant: expected one or the other, found both")
     if config.logprobs and not config.jsonl:
         raise UserError("--logprobs: expected --jsonl beside it")
-    if config.chat and (config.jsonl or config.inputs or config.out or config.shots or config.as_assistant):
+    if config.chat and (config.jsonl or config.inputs or config.out or config.shots):
         raise UserError(
             "--chat: expected neither files, --jsonl, --out nor examples beside it; -p is its first message"
         )

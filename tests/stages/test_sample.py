@@ -63,11 +63,11 @@ def sample_jsonl(folder: Path, out: Path, prompts: Path, **options) -> list[dict
 def test_as_many_built_in_examples_are_shown_as_fit_the_context(tmp_path, llmkit):
     """A byte is a token here, so the five of them are some 480 tokens long."""
     folder = save_folder(tmp_path / "base", make_model(context=256))
-    done = llmkit("sample", folder, "--as-assistant", "-p", "Who are you?", "--max-tokens", "5")
+    done = llmkit("sample", folder, "--shots", "assistant", "-p", "Who are you?", "--max-tokens", "5")
     assert done.returncode == 0, done.stderr
-    assert "--as-assistant: 2 of the 5 built-in examples fit the model's context of 256 tokens" in done.stderr
+    assert "--shots assistant: 2 of the 5 built-in examples fit the model's context of 256 tokens" in done.stderr
     prompts = write_lines(tmp_path / "p.jsonl", [{"prompt": "Who?"}, {"prompt": "Where?"}, {"prompt": "Who are we?"}])
-    done = llmkit("sample", folder, prompts, "--jsonl", "--as-assistant", "--max-tokens", "5")
+    done = llmkit("sample", folder, prompts, "--jsonl", "--shots", "assistant", "--max-tokens", "5")
     assert len(done.stdout.splitlines()) == 3 and done.stderr.count("built-in examples fit") == 1
 
 
@@ -76,8 +76,8 @@ def test_where_the_examples_do_not_fit_they_are_blamed_and_not_the_prompt(tmp_pa
     shots = write_lines(tmp_path / "shots.jsonl", [{"prompt": "a?" * 20, "completion": "b" * 40}])
     for given, told in (
         (
-            ["--as-assistant"],
-            "--as-assistant: 0 of the 5 built-in examples fit the model's context of 64 tokens; give ",
+            ["--shots", "assistant"],
+            "--shots assistant: 0 of the 5 built-in examples fit the model's context of 64 tokens; give ",
         ),
         (["--shots", shots], "the prompt with its 1 example is 132 tokens long and the model's context is 64, a new "),
     ):
@@ -456,7 +456,7 @@ def test_a_run_of_another_model_or_other_options_is_not_resumed(folder, tmp_path
         (other, [], "the model was "),
         (folder, ["--temperature", "0"], "--temperature was 0.8 and is now 0"),
         (folder, ["--max-tokens", "9"], "--max-tokens was 20 and is now 9"),
-        (folder, ["--as-assistant"], "what is in --shots was none and is now "),
+        (folder, ["--shots", "assistant"], "what is in --shots was none and is now "),
         (folder, ["--dtype", "bfloat16"], "the precision was float32 and is now "),
     ):
         done = llmkit("sample", model, *words, *options)
@@ -549,7 +549,6 @@ def test_a_bad_model_folder_is_named(folder, tmp_path, how, message):
         ({"prompt": "a", "top_p": "0"}, "--top-p: expected more than 0"),
         ({"prompt": "a", "stop": [""]}, "--stop: expected text"),
         ({"prompt": "a", "seed": str(2**63)}, "--seed: expected at most 9,223,372,036,854,775,807"),
-        ({"prompt": "a", "shots": "x.jsonl", "as_assistant": True}, "--shots and --as-assistant: expected one or the"),
         ({"prompt": "a", "device": "cuda"}, "--device cuda: no GPU"),
     ],
 )

@@ -380,7 +380,7 @@ def test_a_pipe_holds_a_conversation(assistant, llmkit):
 def test_a_base_model_holds_no_conversation_but_answers_by_examples(base, llmkit):
     talk = llmkit("sample", base, "--chat", stdin="hi\n")
     assert talk.returncode == 2 and "expected the special tokens of conversations" in talk.stderr
-    asked = llmkit("sample", base, "-p", "What is tea?", "--as-assistant", "--max-tokens", "5")
+    asked = llmkit("sample", base, "-p", "What is tea?", "--shots", "assistant", "--max-tokens", "5")
     assert asked.returncode == 0, asked.stderr
 
 
