@@ -67,7 +67,7 @@ OPTIONS = {
     "sft": 37,
     "probe-knowledge": 28,
     "train-reward": 32,
-    "rl": 47,
+    "rl": 46,
     "sample": 33,
     "export": 9,
     "report": 10,

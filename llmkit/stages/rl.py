@@ -96,6 +96,7 @@ class RlConfig(TuningConfig, ToolConfig, ServedConfig):
     epochs: float | None = option(None, "Passes over the problems [1].", group="Horizon", above=0)
     time_budget: float | None = option(None, "Wall-clock limit.", group="Horizon", unit="duration", above=0)
 
+    concurrency: int = 64  # no option: a server queues what is more than it computes at once (rl/policy.py)
     compile: str = "off"  # of the trainer's options: rows differ in length from step to step, and it was never tried
 
     def reads_stdin(self) -> bool:
