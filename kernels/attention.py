@@ -129,15 +129,6 @@ def _query_blocks(length: int, dtype: torch.dtype, starts: Tensor | None, window
 _causal_blocks: dict = {}
 
 
-def _blocks_without_documents(length: int, dtype: torch.dtype, window: int | None) -> list[_Block]:
-    key = (length, dtype, window)
-    if key not in _causal_blocks:
-        if len(_causal_blocks) > 64:
-            _causal_blocks.clear()
-        _causal_blocks[key] = _query_blocks(length, dtype, None, window)
-    return _causal_blocks[key]
-
-
 def _grouped(x_BHTD: Tensor, block: _Block, kv_heads: int) -> Tensor:
     """Queries of a block with the heads that share keys side by side: (B*K, G*q, D)."""
     batch, heads, _, size = x_BHTD.shape
@@ -210,7 +201,12 @@ class _BlockAttention(torch.autograd.Function):
 def _block_attention(query, key, value, scale, packing: Packing | None, window) -> Tensor:
     length = query.shape[2]
     if packing is None or packing.is_single:
-        blocks = _blocks_without_documents(length, query.dtype, window)
+        shape = (length, query.dtype, window)
+        if shape not in _causal_blocks:
+            if len(_causal_blocks) > 64:
+                _causal_blocks.clear()
+            _causal_blocks[shape] = _query_blocks(length, query.dtype, None, window)
+        blocks = _causal_blocks[shape]
     else:
         blocks = packing.blocks(query.dtype, window)
     return _BlockAttention.apply(query, key, value, scale, blocks, length <= LONGEST_KEPT)

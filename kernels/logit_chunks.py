@@ -148,9 +148,16 @@ class _Chunks:
                 if whole is not None and piece is not None:
                     whole[part] = piece
             if grad_NV is not None:
-                self._add_gradients(gradients, part, grad_NV, input[part], need)
+                if gradients.input is not None and self.on_host:
+                    gradients.input[part] = matmul_nn(grad_NV, self.weight)
+                elif gradients.input is not None:
+                    torch.mm(grad_NV, self.weight, out=gradients.input[part])
+                if need[1]:
+                    gradients.weight = self._sum_of_products(gradients.weight, grad_NV, input[part])
         if self.plain and any(need):
-            self._repair(rows.loss, input, target)
+            unlikely = rows.loss > -math.log(LEAST_PROBABILITY)
+            if unlikely.any():
+                rows.loss[unlikely] = self.run(input[unlikely], target[unlikely], None, None, (False,) * 2)[0].loss
         if tokens == 0:
             gradients.weight = self.weight.new_zeros(self.weight.shape, dtype=self.dtype) if need[1] else None
         return rows, gradients
@@ -192,21 +199,6 @@ class _Chunks:
         if upstream is not None:
             grad_NV.mul_(upstream.unsqueeze(1).to(grad_NV.dtype))
         return Rows(-probability.to(self.dtype).log(), None), grad_NV
-
-    def _repair(self, losses: Tensor, input: Tensor, target: Tensor) -> None:
-        unlikely = losses > -math.log(LEAST_PROBABILITY)
-        if unlikely.any():
-            losses[unlikely] = self.run(input[unlikely], target[unlikely], None, None, (False,) * 2)[0].loss
-
-    def _add_gradients(self, gradients: Gradients, part: slice, grad_NV: Tensor, input: Tensor, need) -> None:
-        if need[0]:
-            assert gradients.input is not None
-            if self.on_host:
-                gradients.input[part] = matmul_nn(grad_NV, self.weight)
-            else:
-                torch.mm(grad_NV, self.weight, out=gradients.input[part])
-        if need[1]:
-            gradients.weight = self._sum_of_products(gradients.weight, grad_NV, input)
 
     def _sum_of_products(self, total: Tensor | None, grad_NV: Tensor, input: Tensor) -> Tensor:
         """`total` + grad_NV.T @ input in the accumulation dtype; total may be overwritten, None is zero."""

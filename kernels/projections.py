@@ -35,7 +35,7 @@ class _QKVRotary(torch.autograd.Function):
             rstd = inverse_rms(qk, eps)
             if q_gain is not None:
                 normed = qk.mul_(rstd)
-                gained = _gain_table(q_gain, k_gain, heads, kv_heads, qk.dtype)
+                gained = torch.cat([q_gain.expand(heads, -1), k_gain.expand(kv_heads, -1)]).to(qk.dtype)
                 qk = normed * gained
             else:
                 qk.mul_(rstd)
@@ -88,10 +88,6 @@ class _QKVRotary(torch.autograd.Function):
         grad_weight = matmul_tn(grad_qkv, x_NC) if ctx.needs_input_grad[1] else None
         grad_bias = grad_qkv.sum(0) if ctx.has_bias else None
         return grad_x, grad_weight, grad_bias, None, None, None, grad_q_gain, grad_k_gain, None
-
-
-def _gain_table(q_gain: Tensor, k_gain: Tensor, heads: int, kv_heads: int, dtype: torch.dtype) -> Tensor:
-    return torch.cat([q_gain.expand(heads, -1), k_gain.expand(kv_heads, -1)]).to(dtype)
 
 
 def qkv_rotary(

@@ -18,10 +18,6 @@ def by_hand(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _row_dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.linalg.vecdot(a, b).unsqueeze(-1)
-
-
 # RMSNorm: Zhang and Sennrich 2019, arXiv:1910.07467
 
 
@@ -59,7 +55,7 @@ def _rms_norm_gradients(ctx, grad: Tensor, need_weight: bool) -> tuple[Tensor, T
         if need_weight:
             grad_weight = (grad * normed).flatten(0, -2).sum(0)
         grad = grad * weight
-    mean = _row_dot(grad, normed).div_(grad.shape[-1])
+    mean = torch.linalg.vecdot(grad, normed).unsqueeze(-1).div_(grad.shape[-1])
     return torch.addcmul(grad, normed, mean, value=-1).mul_(rstd), grad_weight
 
 

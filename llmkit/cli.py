@@ -282,7 +282,8 @@ def _command(config_class: type, run: Callable[[Any], Any]) -> Callable[..., Any
         for negative, item in off.items():
             flags[item.name] = False if flags.pop(negative) else flags[item.name]
         config = resolve(config_class, flags, config_file)
-        if _waits_for_a_terminal(config):
+        reads = getattr(config, "reads_stdin", None)
+        if reads is not None and reads() and sys.stdin is not None and sys.stdin.isatty():
             print(context.get_help(), file=sys.stderr)
             raise typer.Exit(UserError.exit_code)
         return lambda: _run_alone(run, config)
@@ -371,8 +372,3 @@ def _annotation(item: Field, hint: Any) -> Any:
         autocompletion=(lambda incomplete: [word for word in words if word.startswith(incomplete)]) if words else None,
     )
     return Annotated[kind | None, info]
-
-
-def _waits_for_a_terminal(config: Any) -> bool:
-    reads = getattr(config, "reads_stdin", None)
-    return bool(reads is not None and reads() and sys.stdin is not None and sys.stdin.isatty())

@@ -34,7 +34,7 @@ ROOMS = {
     "training": (2500, 3080),
     "reward_model": (800, 0),
     "probing": (970, 1020),
-    "rewards": (1400, 2160),
+    "rewards": (1400, 2140),
     "rl": (1350, 0),
     "export": (600, 0),
     "stages": (2480, 3090),

@@ -112,17 +112,14 @@ class ShardWriter:
             ends = np.cumsum(lengths)
             count = int(np.searchsorted(ends, self.tokens_per_shard - self._held)) + 1
             cut = int(ends[min(count, len(ends)) - 1])
-            self._hold(part[:cut], lengths[:count], text_bytes[:count])
+            self._parts.append(part[:cut])
+            self._lengths.append(lengths[:count])
+            self._text_bytes.append(np.asarray(text_bytes[:count], np.int64))
+            self._held += cut
+            self.tokens += cut
+            self.documents += len(self._lengths[-1])
+            self.bytes += int(np.sum(self._text_bytes[-1]))
             part, lengths, text_bytes = part[cut:], lengths[count:], text_bytes[count:]
-
-    def _hold(self, part: np.ndarray, lengths: np.ndarray, text_bytes: np.ndarray) -> None:
-        self._parts.append(part)
-        self._lengths.append(lengths)
-        self._text_bytes.append(np.asarray(text_bytes, np.int64))
-        self._held += len(part)
-        self.tokens += len(part)
-        self.documents += len(lengths)
-        self.bytes += int(np.sum(text_bytes))
 
     def finish(self) -> None:
         """Write what is held as the last shard."""

@@ -89,7 +89,10 @@ class RunFolder:
         self.out = output_folder(out, example)
         # beside what a link leads to: the folder there is replaced, not the link
         self.work = Path(f"{os.path.realpath(self.out) if self.out.is_symlink() else self.out}{PARTIAL}")
-        self.resume = resume = resume or self._begun_by_this_job()
+        if not resume and launch().restarts > 0:  # a former attempt of this job, which failed, may have begun the run
+            notes = next((folder / NOTES for folder in (self.work, self.out) if (folder / NOTES).exists()), None)
+            resume = notes is not None and read_object(notes).get("job") == launch().job
+        self.resume = resume
         if dry_run:
             return
         check_output(str(self.out), force, resume)
@@ -97,11 +100,6 @@ class RunFolder:
             self.resume = resume = False
             say(f"--resume: nothing stands at {self.work} yet, so the run starts")
         check_unfinished(force, resume, self.work)
-
-    def _begun_by_this_job(self) -> bool:
-        """True if a former attempt of this job, which failed, has begun the run."""
-        notes = next((folder / NOTES for folder in (self.work, self.out) if (folder / NOTES).exists()), None)
-        return launch().restarts > 0 and notes is not None and read_object(notes).get("job") == launch().job
 
     @property
     def is_finished(self) -> bool:

@@ -78,8 +78,16 @@ class Gathered:
         """Add what is at a path; `listed`: it is in a folder that was given, and may be anything."""
         location = Path(path)
         if location.is_dir():
-            if not self._add_run(location, path) and not listed:
-                self._add_folder(location, path)
+            if self._add_run(location, path) or listed:
+                return
+            before = len(self.runs) + len(self.files)
+            for child in sorted(location.iterdir(), key=lambda child: (changed(child), child.name)):
+                if not child.name.startswith("."):
+                    with noting(self.notes):
+                        self.add(str(child), listed=True)
+            if len(self.runs) + len(self.files) == before:
+                check_no_adapter(path)
+                raise UserError(f"{path}: expected a run folder (with {MANIFEST}), or a folder of some; found none")
         elif not location.is_file():
             raise UserError(
                 f"{path}: expected a file or a folder, found a pipe or a device, which cannot be read twice"
@@ -94,17 +102,6 @@ class Gathered:
             self._add_file_run(Path(path + OF_FILE), path)
         elif not listed or location.name.endswith(RECORDS):
             self._add_records(path, None, listed)
-
-    def _add_folder(self, folder: Path, path: str) -> None:
-        """Add the runs and files in a folder that is no run."""
-        before = len(self.runs) + len(self.files)
-        for child in sorted(folder.iterdir(), key=lambda child: (changed(child), child.name)):
-            if not child.name.startswith("."):
-                with noting(self.notes):
-                    self.add(str(child), listed=True)
-        if len(self.runs) + len(self.files) == before:
-            check_no_adapter(path)
-            raise UserError(f"{path}: expected a run folder (with {MANIFEST}), or a folder of some; found none")
 
     def _add_run(self, folder: Path, path: str) -> bool:
         """Add the run whose folder this is; False where it is none."""

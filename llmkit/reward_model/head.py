@@ -122,23 +122,23 @@ class ComparisonLoss:
     def __call__(self, model: Any, batch: ComparisonRows) -> Summed:
         # FSDP wants all processes to compute as often
         batches = [batch] if is_sharded(model.embed_tokens) else batch.by_size()
-        losses, counts = zip(*(self._loss(model, part) for part in batches), strict=True)
-        return Summed(torch.stack(losses).sum(), sum(counts))
-
-    def _loss(self, model: Any, batch: ComparisonRows) -> tuple[Tensor, int]:
-        scores = answer_scores(model, batch)
-        present = torch.from_numpy(batch.numbers >= 0)
-        scores, heads = scores[present], scores.shape[-1]
-        ranks = torch.from_numpy(batch.ranks)[present].to(scores.device)
-        margins = torch.from_numpy(batch.margins)[present].to(scores.device)
-        loss = plackett_luce(scores, ranks, margins)
-        there = ranks.isfinite().unsqueeze(-1)
-        mean = torch.where(there, scores, 0.0).sum(1) / there.sum(1)
-        loss = loss + CENTER * (2 * mean).square()
-        if heads > 1:
-            weights = bootstrap_weights(batch.numbers[batch.numbers >= 0], heads, self.seed)
-            loss = loss * torch.from_numpy(weights).to(loss)
-        return loss.mean(-1).sum(), len(scores)
+        losses, count = [], 0
+        for rows in batches:
+            scores = answer_scores(model, rows)
+            present = torch.from_numpy(rows.numbers >= 0)
+            scores, heads = scores[present], scores.shape[-1]
+            ranks = torch.from_numpy(rows.ranks)[present].to(scores.device)
+            margins = torch.from_numpy(rows.margins)[present].to(scores.device)
+            loss = plackett_luce(scores, ranks, margins)
+            there = ranks.isfinite().unsqueeze(-1)
+            mean = torch.where(there, scores, 0.0).sum(1) / there.sum(1)
+            loss = loss + CENTER * (2 * mean).square()
+            if heads > 1:
+                weights = bootstrap_weights(rows.numbers[rows.numbers >= 0], heads, self.seed)
+                loss = loss * torch.from_numpy(weights).to(loss)
+            losses.append(loss.mean(-1).sum())
+            count += len(scores)
+        return Summed(torch.stack(losses).sum(), count)
 
 
 def answer_scores(model: RewardModel, batch: ComparisonRows) -> Tensor:

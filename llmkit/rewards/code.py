@@ -22,6 +22,7 @@ import re
 import secrets
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,12 @@ def code_of(completion: str, names: Sequence[str] = ()) -> str:
     """
     fences = list(FENCE.finditer(completion))
     if not fences:
-        return _without_words(completion, names)
+        start = FIRST_LINE.search(completion)
+        if not names or not start:
+            return completion
+        lines = takewhile(CODE_LINE.match, completion[start.start() :].splitlines(keepends=True))
+        code = "".join(lines)
+        return code if all(defines(code, name) for name in names) else completion
     marked = [fence for fence in fences[-MOST_BLOCKS:] if fence["language"].lower() in LANGUAGES]
     blocks = [_code(fence) for fence in fences[-MOST_BLOCKS:] if fence in marked or not fence["language"]]
     if not blocks:
@@ -134,20 +140,6 @@ def _taken(chosen: str, blocks: Sequence[str]) -> list[str]:
 def _code(fence: re.Match[str]) -> str:
     indent = fence["indent"]
     return re.sub(f"^{indent}", "", fence["code"], flags=re.MULTILINE) if indent else fence["code"]
-
-
-def _without_words(text: str, names: Sequence[str]) -> str:
-    """Text from its first definition to the last line of code behind it, where that defines all names."""
-    start = FIRST_LINE.search(text)
-    if not names or not start:
-        return text
-    lines = []
-    for line in text[start.start() :].splitlines(keepends=True):
-        if not CODE_LINE.match(line):
-            break
-        lines.append(line)
-    code = "".join(lines)
-    return code if all(defines(code, name) for name in names) else text
 
 
 class CodeTests:
@@ -279,7 +271,8 @@ def _tests_of(problem: Problem) -> str | list[dict[str, str]]:
         expected = "expected 'test' and 'entry_point', or 'tests', for the verifier 'tests'"
         raise UserError(f"{where}: {expected}, found {sorted(record)}")
     tests = record[field]
-    if isinstance(tests, list) and tests and all(_is_input_output(test) for test in tests):
+    is_list = isinstance(tests, list) and tests and all(isinstance(test, dict) for test in tests)
+    if is_list and all(isinstance(test.get(name), str) for test in tests for name in ("input", "output")):
         return tests
     lines = [tests] if isinstance(tests, str) else tests
     if not isinstance(lines, list) or not lines or not all(isinstance(test, str) for test in lines):
@@ -289,10 +282,6 @@ def _tests_of(problem: Problem) -> str | list[dict[str, str]]:
     if "assert" not in text or not names_called(text):
         raise UserError(f"{where}: expected {field!r} to assert something of a function of the program")
     return text
-
-
-def _is_input_output(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in ("input", "output"))
 
 
 def _parsed(text: str, where: str, field: str) -> str:

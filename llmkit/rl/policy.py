@@ -113,22 +113,6 @@ class ServedPolicy:
 
     def sampler(self, temperature: float) -> ServedSampler:
         """Return a sampler of the policy as it is now. Raises ServerError unless the server says it has loaded that."""
-        self._hand_over()
-        sampler = ServedSampler(
-            self._server,
-            Sampling(temperature),
-            tokenizer=self._tokenizer,
-            concurrency=CONCURRENCY,
-            stop=self._stop,
-            logprobs=True,
-            token_ids=True,
-            end_ids=self._end_ids,
-        )
-        if self.kind == "sglang" and self._held is not None:
-            sampler.weights = self._held.name
-        return sampler
-
-    def _hand_over(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix="policy-", dir=self._folder.resolve()))
         folder.chmod(0o755)  # the server may be another user's
@@ -144,6 +128,19 @@ class ServedPolicy:
         if self._held is not None:
             remove(self._held)
         self._held = folder
+        sampler = ServedSampler(
+            self._server,
+            Sampling(temperature),
+            tokenizer=self._tokenizer,
+            concurrency=CONCURRENCY,
+            stop=self._stop,
+            logprobs=True,
+            token_ids=True,
+            end_ids=self._end_ids,
+        )
+        if self.kind == "sglang":
+            sampler.weights = folder.name
+        return sampler
 
     def _load(self, folder: Path) -> None:
         command = self._server.command

@@ -189,10 +189,8 @@ class RolloutLog:
     def trim(self, steps: int) -> int:
         """Drop what a killed run has left of later steps, and half a line; the number of the next group. Raises
         UserError where lines are others than were written."""
-        last = self._trim(steps) if world().leads else None
-        return world().broadcast(0 if last is None else integer(last, "group", str(self.path), 0, at_least=0) + 1)
-
-    def _trim(self, steps: int) -> dict[str, Any] | None:
+        if not world().leads:
+            return world().broadcast(0)
         if self._note.exists():
             noted = read_sealed(self._note)
             if self.path.exists():
@@ -205,7 +203,7 @@ class RolloutLog:
         self._read()
         if self._size:
             self._write_note()
-        return last
+        return world().broadcast(0 if last is None else integer(last, "group", str(self.path), 0, at_least=0) + 1)
 
     def _read(self, most: int = sys.maxsize) -> None:
         """Take the size and checksum of the file's beginning."""
@@ -315,23 +313,18 @@ def pack_rollouts(
                 rows.branch_ids[spot] = branch
                 rows.position_ids[spot] = shared + np.arange(spot.completion.stop - at)
                 rows.attempts[spot] = index
-                _fill(rows, spot, rollouts[index], weights[index])
+                completion = rollouts[index].completion
+                ids, chosen = np.array(completion.token_ids, np.int64), np.array(completion.sampled, bool)
+                rows.token_ids[row, at + 1 : spot.completion.stop] = ids[:-1]
+                rows.targets[spot] = np.where(chosen, ids, IGNORED)
+                rows.logprobs[spot] = completion.logprobs
+                rows.advantages[spot] = rollouts[index].advantage
+                rows.weights[spot] = weights[index]
+                if (reference_logprobs := rollouts[index].reference_logprobs) is not None:
+                    rows.reference_logprobs[spot] = reference_logprobs
                 at = spot.completion.stop
             rows.doc_ids[row, begin:at] = document
     return rows, [places[index] for index in range(len(rollouts))]
-
-
-def _fill(rows: PolicyRows, spot: Place, rollout: Rollout, weight: float) -> None:
-    """Write the tokens of a completion, and the values of each, at their place in the rows."""
-    ids, chosen = np.array(rollout.completion.token_ids, np.int64), np.array(rollout.completion.sampled, bool)
-    row, where = spot
-    rows.token_ids[row, where.start + 1 : where.stop] = ids[:-1]
-    rows.targets[spot] = np.where(chosen, ids, IGNORED)
-    rows.logprobs[spot] = rollout.completion.logprobs
-    rows.advantages[spot] = rollout.advantage
-    rows.weights[spot] = weight
-    if rollout.reference_logprobs is not None:
-        rows.reference_logprobs[spot] = rollout.reference_logprobs
 
 
 def _units(rollouts: Sequence[Rollout], share_prompts: bool) -> tuple[list[list[int]], int]:

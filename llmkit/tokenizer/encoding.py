@@ -305,7 +305,10 @@ class DecodeStream:
     def push(self, ids: Iterable[int]) -> str:
         """Take more ids; return the text that is now complete (possibly none)."""
         if self._table is None:
-            return self._push_whole(ids)
+            # Decoders that are no concatenation (WordPiece and the like): decode all and give out what is new.
+            self._ids.extend(map(int, ids))  # numpy's, too
+            before, self._given = self._given, self._tokenizer._reference.decode(self._ids, bool(self._skipped))
+            return self._given[len(before) :]
         table, size = self._table, len(self._table)
         data = b"".join(table[i] for i in ids if 0 <= i < size and i not in self._skipped)
         return self._trimmed(self._utf8.decode(data))
@@ -318,12 +321,6 @@ class DecodeStream:
         strips = self._at_start and self._tokenizer._strips_first_space and text[:1] == " "
         self._at_start = self._at_start and not text
         return text[1:] if strips else text
-
-    def _push_whole(self, ids: Iterable[int]) -> str:
-        # Decoders that are no concatenation (WordPiece and the like): decode all and give out what is new.
-        self._ids.extend(map(int, ids))  # numpy's, too
-        before, self._given = self._given, self._tokenizer._reference.decode(self._ids, bool(self._skipped))
-        return self._given[len(before) :]
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -141,7 +141,10 @@ class Run:
         config = self.config
         model.checkpoint_layers = config.activation_checkpointing
         self.world.check_folder(self.work, NOTES, fresh=not self.resume)
-        compiled = self._is_compiled(flops)
+        if config.compile != "auto" or flops is None:
+            compiled = config.compile == "on"
+        else:  # by default on a GPU, or for a long run on a CPU
+            compiled = self.device.type == "cuda" or (flops > LONG_RUN_FLOPS and shutil.which("c++") is not None)
         if compiled:
             say("torch.compile: the first step takes a minute or so (--compile off does without)", config.quiet)
             if is_sharded(model.embed_tokens):  # FSDP puts a layer together outside of what is compiled
@@ -167,12 +170,6 @@ class Run:
                 f"--resume: no checkpoint in {trainer.checkpoints.folder} yet, so the training starts at its first step"
             )
         return trainer
-
-    def _is_compiled(self, flops: float | None) -> bool:
-        """True if to train through torch.compile: asked for, or by default on a GPU or for a long run on a CPU."""
-        if self.config.compile != "auto" or flops is None:
-            return self.config.compile == "on"
-        return self.device.type == "cuda" or (flops > LONG_RUN_FLOPS and shutil.which("c++") is not None)
 
     @contextmanager
     def training(self, trainer: Trainer) -> Iterator[None]:

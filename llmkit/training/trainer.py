@@ -151,7 +151,15 @@ class Trainer:
         factor = self.schedule.factor(self.step, self.progress)
         with self.threads.step(size):
             for _ in range(self.settings.updates_per_batch):
-                metrics = self._update(batch, factor)
+                total, targets = world().sum(*self._backward(batch))
+                loss, norm = total / max(1, targets), float(self.optimizer.gradient_norm(max(1, targets)))
+                self._guard(loss, norm)
+                limit = self.settings.max_grad_norm
+                clip = 1.0 if limit is None or norm <= limit else limit / norm
+                ramp = min(1.0, self.step / max(1, self.settings.momentum_warmup_steps))
+                momentum = self.settings.momentum - 0.1 * (1 - ramp)
+                self.optimizer.step(factor, momentum, clip / max(1, targets))
+                metrics = {"loss": loss, "grad_norm": norm, "lr_factor": factor, "targets": int(targets)}
         self.step += 1
         self.tokens += size
         self.last_loss = metrics["loss"]
@@ -160,17 +168,6 @@ class Trainer:
             self.first_losses.append(self.last_loss)
         self._updates = self.optimizer.count
         return metrics
-
-    def _update(self, batch: Batch, factor: float) -> dict[str, float]:
-        total, targets = world().sum(*self._backward(batch))
-        loss, norm = total / max(1, targets), float(self.optimizer.gradient_norm(max(1, targets)))
-        self._guard(loss, norm)
-        limit = self.settings.max_grad_norm
-        clip = 1.0 if limit is None or norm <= limit else limit / norm
-        ramp = min(1.0, self.step / max(1, self.settings.momentum_warmup_steps))
-        momentum = self.settings.momentum - 0.1 * (1 - ramp)
-        self.optimizer.step(factor, momentum, clip / max(1, targets))
-        return {"loss": loss, "grad_norm": norm, "lr_factor": factor, "targets": int(targets)}
 
     def _backward(self, batch: Batch) -> tuple[float, int]:
         """Summed loss and targets of this process's rows, gradients accumulated; halves the micro-batch when memory

@@ -89,7 +89,13 @@ class Duplicates:
         start, stop = self._count, self._count + len(signatures)
         if stop > int(NOBODY):
             raise UserError(f"expected at most {int(NOBODY):,} documents, found more; filter them in several runs")
-        firsts = self._firsts(keys(signatures))
+        signature_keys = keys(signatures)
+        distinct, at, inverse = np.unique(signature_keys.ravel(), return_index=True, return_inverse=True)
+        holders = self._index.find(distinct)
+        new = holders == NOBODY
+        holders[new] = start + at[new] // signature_keys.shape[1]
+        self._index.insert(distinct[new], holders[new])
+        firsts = holders[inverse].astype(np.int64).reshape(signature_keys.shape)  # the first document with each key
         if self._rows is None:
             fields = ("exact", "minima")
             self._rows = Rows(np.dtype([(name, signatures.dtype[name]) for name in fields]), self._spill)
@@ -121,15 +127,6 @@ class Duplicates:
             kind = "exact" if exact[pair] else "near"
             repeats[number] = Repeat(int(roots[start + number]), kind, float(alike[pair]))
         return repeats
-
-    def _firsts(self, keys: np.ndarray) -> np.ndarray:
-        """The first document with each of the batch's keys (n, columns): int64."""
-        distinct, at, inverse = np.unique(keys.ravel(), return_index=True, return_inverse=True)
-        documents = self._index.find(distinct)
-        new = documents == NOBODY
-        documents[new] = self._count + at[new] // keys.shape[1]
-        self._index.insert(distinct[new], documents[new])
-        return documents[inverse].astype(np.int64).reshape(keys.shape)
 
 
 def keys(signatures: np.ndarray) -> np.ndarray:

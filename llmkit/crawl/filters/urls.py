@@ -71,7 +71,9 @@ class UrlFilter:
         host, path = split_url(url[:LONGEST_URL])
         if (number := self._domains.find(_parents(host))) is not None:
             return f"blocked_domain:{self.categories[number]}"
-        if (number := self._urls.find(_prefixes(host, path))) is not None:
+        ends = [end.start() for end, _ in zip(_BOUNDARY.finditer(path), range(MOST_PREFIXES), strict=False)]
+        prefixes = [host + path[:end].rstrip("/") for end in dict.fromkeys([*ends, len(path)])]
+        if (number := self._urls.find(prefixes)) is not None:
             return f"blocked_url:{self.categories[number]}"
         words = _NO_LETTER.split(host + path)
         soft: dict[int, set[str]] = {}
@@ -124,12 +126,6 @@ def _parents(host: str) -> list[str]:
     if ":" in host or labels[-1].isdecimal():
         return [host]
     return [".".join(labels[start:]) for start in range(max(0, len(labels) - 16), len(labels))]
-
-
-def _prefixes(host: str, path: str) -> list[str]:
-    """Host and path up to each place where a listed URL may end."""
-    ends = [end.start() for end, _ in zip(_BOUNDARY.finditer(path), range(MOST_PREFIXES), strict=False)]
-    return [host + path[:end].rstrip("/") for end in dict.fromkeys([*ends, len(path)])]
 
 
 # ---- reading lists

@@ -244,7 +244,11 @@ def _unpacked(body: bytes, name: str, most: int) -> bytes:
     if body.startswith(GZIP_MAGIC):  # whatever the header says
         return inflated(body, 31, most)
     if body.startswith(ZSTD_MAGIC):
-        return _unpacked_zstd(body, most)
+        from zstandard import ZstdDecompressor, ZstdError
+
+        with suppress(ZstdError):
+            return ZstdDecompressor().stream_reader(body, read_across_frames=True).read(most)
+        return b""
     if name == "deflate":  # with the header of zlib, as RFC 9110 says, or without, as many servers do
         return inflated(body, 15, most) or inflated(body, -15, most) or body
     if name == "br":
@@ -273,11 +277,3 @@ def _unpacked_brotli(body: bytes, most: int) -> bytes:
         while chunks[-1] and not unpacker.is_finished() and (size := size + len(chunks[-1])) < most:
             chunks.append(unpacker.process(b"", output_buffer_limit=most))  # of a cut body it gives 32 kB at a time
     return b"".join(chunks)
-
-
-def _unpacked_zstd(body: bytes, most: int) -> bytes:
-    from zstandard import ZstdDecompressor, ZstdError
-
-    with suppress(ZstdError):
-        return ZstdDecompressor().stream_reader(body, read_across_frames=True).read(most)
-    return b""
