@@ -32,6 +32,8 @@ AHEAD = 2  # items in flight for each process, so that a slow item does not leav
 Work = Callable[[Any], Iterable[Any]]  # on one item; None, after the last, asks for what is left
 END = object()  # after the results of an item
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+# what a worker of single items sees of our environment: a chat template that broke out of its sandbox finds no keys
+SEEN = ("PATH", "LD_LIBRARY_PATH", "PYTHONHOME", "TZ", "LANG", "LC_ALL", "SOURCE_DATE_EPOCH", "HOME")
 CHILD = """
 import pickle, sys
 try:
@@ -96,7 +98,7 @@ def in_order(
                 answers.put(END)
             else:
                 if len(processes) < workers:
-                    processes.append(Worker(make, name=name, advice=advice, silent=False))
+                    processes.append(Worker(make, name=name, advice=advice, alone=False))
                     processes[-1].start()
                     threads.append(Thread(target=_work_on, args=(tasks, processes[-1]), daemon=True))
                     threads[-1].start()
@@ -145,7 +147,8 @@ def _results(answers: SimpleQueue) -> Iterator[Any]:
 class Worker:
     """A process for one item at a time; `call` starts it, also after it ended, and in a fork of this process.
 
-    make, name, advice: as of `in_order`; silent: what the work prints goes nowhere.
+    make, name, advice: as of `in_order`.
+    alone: not of a pool; what the work prints goes nowhere, and of the environment it sees no more than it needs.
     seconds: processor time of an item, so that a busy machine does not change results; None: no limit.
     """
 
@@ -157,16 +160,17 @@ class Worker:
         seconds: float | None = None,
         name: Callable[[Any], str] = str,
         advice: str = "",
-        silent: bool = True,
+        alone: bool = True,
     ) -> None:
-        self._make, self._seconds, self._name, self._advice, self._silent = make, seconds, name, advice, silent
+        self._make, self._seconds, self._name, self._advice, self._alone = make, seconds, name, advice, alone
         self._owner = 0  # the process that has started it
         self._lock = Lock()
 
     def start(self) -> None:
         """Start the process."""
-        errors = subprocess.DEVNULL if self._silent else None
-        command, environment = [sys.executable, "-c", CHILD], {**os.environ, **ONE_THREAD}
+        errors = subprocess.DEVNULL if self._alone else None
+        seen = {name: value for name, value in os.environ.items() if name in SEEN or not self._alone}
+        command, environment = [sys.executable, "-c", CHILD], {**seen, **ONE_THREAD}
         with interrupts_held():
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment

@@ -7,6 +7,7 @@ import signal
 import time
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -105,6 +106,19 @@ class Division:
         if item == 97:
             raise UserError("no 97")
         yield os.getpid(), 10 / item
+
+
+def environment():
+    """A work that tells what it sees of the environment."""
+    return lambda item: [Path("/proc/self/environ").read_text() + repr(dict(os.environ))]
+
+
+def test_a_worker_of_single_items_sees_no_secrets(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "a secret")
+    worker = Worker(environment)
+    seen = worker.call(None)
+    assert "a secret" not in seen and os.environ["PATH"] in seen
+    worker.close()
 
 
 def test_a_worker_that_ends_is_replaced():
