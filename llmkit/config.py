@@ -135,7 +135,9 @@ class CommonConfig:
 class RecordsConfig:
     """Options of every stage that reads users' records."""
 
-    max_bad: str = option("1%", "Bad records of a file, at most.", group="Common", metavar="SHARE|COUNT", free=True)
+    max_bad: str = option(
+        "1%", "Bad records to skip in each file, at most.", group="Common", metavar="SHARE|COUNT", free=True
+    )
 
     def __post_init__(self) -> None:
         parse_max_bad(self.max_bad)
@@ -146,7 +148,9 @@ class TrainingConfig(RecordsConfig, CommonConfig):
     """Options of every stage that trains."""
 
     device: str = option("auto", "Compute device.", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = option("auto", "Working precision; masters are float32.", choices=("auto", "float32", "bfloat16"))
+    dtype: str = option(
+        "auto", "Working precision; master weights are float32.", choices=("auto", "float32", "bfloat16")
+    )
     resume: bool = option(False, "Resume from the last checkpoint of --out.", free=True)
     activation_checkpointing: bool = option(False, "Less memory for a third more time.", group="Training")
     compile: str = option("auto", "torch.compile; auto: on GPUs.", group="Training", choices=("auto", "on", "off"))
@@ -186,7 +190,9 @@ class TuningConfig(TrainingConfig):
         None, "AdamW learning rate [by the width].", group="Training", above=0, at_most=MOST_RATE
     )
     weight_decay: float = option(0.0, "Weight decay of the matrices.", group="Training", at_least=0, at_most=MOST_DECAY)
-    warmup_steps: int | None = option(None, "Steps of warm-up [a twentieth of the run].", group="Training", at_least=0)
+    warmup_steps: int | None = option(
+        None, "Steps of learning-rate warm-up [a twentieth of the run].", group="Training", at_least=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,10 +216,16 @@ class ServedConfig:
     """Options of every stage that may have a server generate."""
 
     engine: str = option(
-        "local", "Generator: this program or a server.", group="Servers", metavar="local|openai:URL#NAME", free=True
+        "local",
+        "Generator of text: this program or a server.",
+        group="Servers",
+        metavar="local|openai:URL#NAME",
+        free=True,
     )
     concurrency: int = option(8, "Requests to a server at a time.", group="Servers", at_least=1, at_most=999, free=True)
-    timeout: float = option(120, "Longest wait for a reply.", group="Servers", unit="duration", above=0, free=True)
+    timeout: float = option(
+        120, "Longest wait for a server's reply.", group="Servers", unit="duration", above=0, free=True
+    )
 
     @property
     def is_served(self) -> bool:

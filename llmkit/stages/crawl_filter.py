@@ -61,7 +61,9 @@ class CrawlFilterConfig(CommonConfig):
         reads=True,
     )
     base: str | None = option(None, "Folder or address in front of each line of --list.", group="Input", metavar="URL")
-    take: str | None = option(None, "Share of --list: always the same lines.", group="Input", metavar="1/100")
+    take: str | None = option(
+        None, "Share of the lines of --list, the same in each run [all].", group="Input", metavar="1/100"
+    )
     recipe: str = option(
         "fineweb",
         "Recipe of steps and thresholds; --dry-run prints it.",
@@ -84,19 +86,19 @@ class CrawlFilterConfig(CommonConfig):
     )
     classifier: tuple[str, ...] = option(
         (),
-        "fastText model and the probability of a label that a text must have, or stay below; repeatable.",
+        "fastText model and the probability of LABEL in a text to keep: at least (>=) or below (<) SCORE; repeatable.",
         group="Recipe",
         metavar="MODEL.bin:LABEL>=SCORE",
     )
     not_in: tuple[str, ...] = option(
         (),
-        "Items of an evaluation that no document may hold; repeatable.",
+        "Evaluation items that no document may contain; repeatable.",
         group="Recipe",
         metavar="FILE.jsonl",
         reads=True,
     )
     on_match: str | None = option(
-        None, "Treatment of a document that holds one [drop].", group="Recipe", choices=("drop", "redact")
+        None, "Treatment of a document that matches --not-in [drop].", group="Recipe", choices=("drop", "redact")
     )
     rejects: str | None = option(None, "Dropped records, with their reasons.", group="Reports", metavar="FILE")
     explain: str | None = option(
@@ -104,7 +106,9 @@ class CrawlFilterConfig(CommonConfig):
     )
     workers: int | None = option(None, "Processes [all cores].", group="Running", at_least=1)
     engine: str = option("local", "Scheduler of the processes.", group="Running", choices=("local", "ray"))
-    spill: str | None = option(None, "Folder for the index of duplicates.", group="Running", metavar="FOLDER")
+    spill: str | None = option(
+        None, "Folder for the index of duplicates [in memory].", group="Running", metavar="FOLDER"
+    )
     strict: bool = option(
         False, "Stop at the first bad file or record, instead of skipping and counting it.", group="Running", free=True
     )

@@ -60,7 +60,7 @@ class PretrainConfig(TrainingConfig):
 
     inputs: tuple[str, ...] = argument("Documents: JSONL with `text`, plain text, or - for stdin.", metavar="INPUT...")
     tokenizer: str | None = option(
-        None, "Tokenizer folder, from train-bpe [required, or --from].", metavar="FOLDER", reads=True
+        None, "Tokenizer folder, from train-bpe [required without --from].", metavar="FOLDER", reads=True
     )
     model: str | None = option(
         None, "Model folder to train further, with its own tokenizer.", flag="--from", metavar="MODEL", reads=True
@@ -74,7 +74,7 @@ class PretrainConfig(TrainingConfig):
     sequence_length: int | None = option(None, "Tokens of context [by the plan].", group="Model", at_least=8)
     tie_word_embeddings: bool = option(False, "Embedding shared with the output head.", group="Model")
 
-    tokens: int | None = option(None, "Tokens of training in all.", group="Horizon", unit="count", at_least=1)
+    tokens: int | None = option(None, "Training tokens in all.", group="Horizon", unit="count", at_least=1)
     flops: float | None = option(None, "FLOPs of training in all.", group="Horizon", unit="count", above=0)
     time_budget: float | None = option(None, "Wall-clock limit.", group="Horizon", unit="duration", above=0)
     max_steps: int | None = option(None, "Optimizer steps.", group="Horizon", unit="count", at_least=1)
@@ -88,7 +88,7 @@ class PretrainConfig(TrainingConfig):
     )
     learning_rate: float | None = option(
         None,
-        "Muon learning rate of the matrices, and 4 times AdamW's of the output head; with --from, AdamW's of all "
+        "Muon learning rate of the matrices, AdamW's of the output head a quarter of it; with --from, AdamW's of all "
         "parameters [by the plan].",
         group="Training",
         above=0,

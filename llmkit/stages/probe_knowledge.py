@@ -57,7 +57,7 @@ class ProbeKnowledgeConfig(RecordsConfig, CommonConfig, ServedConfig):
     following: ClassVar[str] = "llmkit sft base/ --data chats.jsonl:0.9 --data refusals.jsonl:0.1 -o chat2/"
 
     model: str | None = argument(
-        "Assistant's folder; with --engine its tokenizer's, or none.", metavar="MODEL", default=None
+        "Assistant's folder; with --engine: for its tokenizer, or left out.", metavar="MODEL", default=None
     )
     questions: tuple[str, ...] = option((), "Questions with answers; repeatable [stdin].", metavar="FILE", reads=True)
     passages: tuple[str, ...] = option((), "Documents to make questions from; repeatable.", metavar="FILE", reads=True)
@@ -95,13 +95,13 @@ class ProbeKnowledgeConfig(RecordsConfig, CommonConfig, ServedConfig):
     )
     balance: float | None = option(
         1.0,
-        "Ratio of known to unknown questions, by leaving some out; none: keep all.",
+        "Known questions for each unknown one, the rest left out; none: all questions.",
         group="Lessons",
         above=0,
         free=True,
     )
     refusals: str | None = option(
-        None, 'Wordings of refusals: {"en": [...], ...} [ours].', group="Lessons", metavar="FILE", reads=True
+        None, 'Wordings of refusals: {"en": [...], ...} [built-in].', group="Lessons", metavar="FILE", reads=True
     )
 
     def reads_stdin(self) -> bool:

@@ -87,9 +87,9 @@ class RlConfig(TuningConfig, ToolConfig, ServedConfig):
     system: str | None = option(None, "System message for problems without one.", group="Attempts")
 
     gold: str | None = option(None, "Reward to watch, never trained on.", group="Watch", metavar="KIND", reads=True)
-    stop_on_hack: bool = option(False, "Stop where the reward rises and the gold one falls.", group="Watch", free=True)
+    stop_on_hack: bool = option(False, "Early stop once the reward rises while --gold falls.", group="Watch", free=True)
     max_kl: float | None = option(
-        None, "Largest KL from MODEL, in nats per attempt.", group="Watch", above=0, free=True
+        None, "KL from MODEL at which the run ends, in nats per attempt.", group="Watch", above=0, free=True
     )
     eval_samples: int = option(1, "Samples per held-out problem; with 1, greedy decoding.", group="Watch", at_least=1)
 

@@ -62,9 +62,9 @@ class SampleConfig(RecordsConfig, CommonConfig, ToolConfig, ServedConfig):
     """
     following: ClassVar[str] = "llmkit sample base/ --jsonl < prompts.jsonl | jq -r .completion"
 
-    model: str | None = argument("Model folder: from llmkit, or a Hugging Face one.", metavar="MODEL", default=None)
+    model: str | None = argument("Model folder, ours or one of Hugging Face's.", metavar="MODEL", default=None)
     inputs: tuple[str, ...] = argument("With --jsonl: files of prompts, or - for stdin.", metavar="INPUT...")
-    prompt: str | None = option(None, "Text to continue.", short="-p")
+    prompt: str | None = option(None, "Text to continue; with --chat: the first message.", short="-p")
     jsonl: bool = option(False, "JSONL in and out: records with prompts, then with completions.")
     chat: bool = option(False, "Conversation on the terminal, or with a turn on each line of stdin.")
     system: str | None = option(None, "With --chat: the system message.")

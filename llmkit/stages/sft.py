@@ -63,7 +63,7 @@ class SftConfig(TuningConfig):
     """
     following: ClassVar[str] = 'llmkit sample chat/ -p "Hello, who are you?" --chat'
 
-    model: str = argument("Model folder: a base model, or one to tune on.", metavar="MODEL", default=None)
+    model: str = argument("Model folder: a base model, or an assistant to tune further.", metavar="MODEL", default=None)
     data: tuple[str, ...] = option((), "Conversations; repeatable [stdin].", metavar="FILE[:WEIGHT]", reads=True)
     val: tuple[str, ...] = option((), "Held-out conversations, for the validation loss.", metavar="FILE", reads=True)
 
@@ -78,7 +78,7 @@ class SftConfig(TuningConfig):
     sequence_length: int | None = option(None, "Tokens of a row [the model's context].", group="Data", at_least=8)
     identity: str | None = option(
         None,
-        "Name and maker that the assistant learns to give, and their weight beside all data, which weigh 1 [0.1].",
+        "Name and maker that the assistant learns to give; their weight, where all data have 1 [0.1].",
         group="Data",
         metavar='"name=...;maker=...[:WEIGHT]"',
     )
@@ -88,7 +88,7 @@ class SftConfig(TuningConfig):
     keep_adapter: bool = option(False, "Copy of the adapter, in PEFT's format, beside the merged model.", group="LoRA")
 
     epochs: float | None = option(None, "Passes over the data [2].", group="Horizon", above=0)
-    tokens: int | None = option(None, "Tokens of training in all.", group="Horizon", unit="count", at_least=1)
+    tokens: int | None = option(None, "Training tokens in all.", group="Horizon", unit="count", at_least=1)
     time_budget: float | None = option(None, "Wall-clock limit.", group="Horizon", unit="duration", above=0)
     patience: int | None = option(
         None,

@@ -37,8 +37,8 @@ class TrainBpeConfig(RecordsConfig, CommonConfig):
     )
     pattern: str = option("qwen2", "Pre-tokenization pattern.", metavar="qwen2|llama3|gpt2|o200k|REGEX")
     min_frequency: int = option(0, "Least frequency of a merged pair.", at_least=0)
-    limit_bytes: int | None = option(None, "Bytes of text to read, at most.", unit="bytes", at_least=1)
-    compare: tuple[str, ...] = option((), "Tokenizer to report beside ours; repeatable.", metavar="PATH", reads=True)
+    limit_bytes: int | None = option(None, "Bytes of text to read, at most [all].", unit="bytes", at_least=1)
+    compare: tuple[str, ...] = option((), "Tokenizer to compare with; repeatable.", metavar="PATH", reads=True)
 
     def reads_stdin(self) -> bool:
         """True if stdin is the input."""

@@ -41,9 +41,9 @@ class TrainRewardConfig(TuningConfig):
           llmkit train-reward --score judge/ --rank completions.jsonl | jq -c 'select(.rank == 1)'
           llmkit train-reward --score judge/ --val held-out.jsonl --fail-under 0.6
 
-        A record is {"prompt", "chosen", "rejected"}, if you like with the "margin" between them; two conversations
-        with the same beginning; a transcript of hh-rlhf; or {"prompt", "completions", "ranking"}, 1 for the best and
-        equal ranks for ties. Without --val, --val-fraction of the data is held out.
+        A record is {"prompt", "chosen", "rejected"}, optionally with their "margin"; two conversations with the same
+        beginning; a transcript of hh-rlhf; or {"prompt", "completions", "ranking"}, 1 for the best and equal ranks
+        for ties. Without --val, --val-fraction of the data is held out.
         --score FOLDER is a filter: it reads {"prompt" or "messages", "completion"} and adds `reward`, in order.
     """
     following: ClassVar[str] = "llmkit sample chat/ --jsonl -n 8 < prompts.jsonl | llmkit train-reward --score judge/ -"
@@ -53,7 +53,9 @@ class TrainRewardConfig(TuningConfig):
     )
     data: tuple[str, ...] = option((), "Preferences; repeatable [stdin].", metavar="FILE[:WEIGHT]", reads=True)
     val: tuple[str, ...] = option((), "Held-out preferences.", metavar="FILE", reads=True)
-    score: str | None = option(None, "Score completions with this reward model.", metavar="FOLDER", reads=True)
+    score: str | None = option(
+        None, "Reward model to score completions with, instead of training one.", metavar="FOLDER", reads=True
+    )
     rank: bool = option(False, "With --score: completions sorted best first within each prompt, with ranks.")
 
     val_fraction: float = option(0.1, "Share held out where there is no --val.", group="Data", above=0, at_most=0.5)
@@ -68,7 +70,12 @@ class TrainRewardConfig(TuningConfig):
         1, "Heads of the ensemble; their spread is the uncertainty.", group="Judge", at_least=1, at_most=64
     )
     fail_under: float | None = option(
-        None, "Least accuracy; exit code 3 below it.", group="Judge", at_least=0, at_most=1, free=True
+        None,
+        "Least accuracy on held-out preferences; exit code 3 below it.",
+        group="Judge",
+        at_least=0,
+        at_most=1,
+        free=True,
     )
 
     epochs: float | None = option(None, "Passes over the data [1].", group="Horizon", above=0)
