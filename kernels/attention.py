@@ -198,20 +198,6 @@ class _BlockAttention(torch.autograd.Function):
         return grad_query, grad_key.view(shape), grad_value.view(shape), None, None, None
 
 
-def _block_attention(query, key, value, scale, packing: Packing | None, window) -> Tensor:
-    length = query.shape[2]
-    if packing is None or packing.is_single:
-        shape = (length, query.dtype, window)
-        if shape not in _causal_blocks:
-            if len(_causal_blocks) > 64:
-                _causal_blocks.clear()
-            _causal_blocks[shape] = _query_blocks(length, query.dtype, None, window)
-        blocks = _causal_blocks[shape]
-    else:
-        blocks = packing.blocks(query.dtype, window)
-    return _BlockAttention.apply(query, key, value, scale, blocks, length <= LONGEST_KEPT)
-
-
 def attention_mask(queries: int, keys: int, doc_ids: Tensor | None, window: int | None, device=None) -> Tensor:
     """Boolean mask, true where a key is seen: (T, S), or (B, 1, T, S) with documents. Queries are the last keys."""
     key = torch.arange(keys, device=device)
@@ -345,7 +331,16 @@ def _attention_by_torch(query, key, value, is_causal, scale, enable_gqa, doc_ids
     if packing is not None and length > (LONGEST_DENSE_MASK if blocks_pay else LONGEST_FLASH_MASK):
         return _attention_by_segments(query, key, value, scale, packing, window)
     if blocks_pay:
-        return _block_attention(query, key, value, scale, packing, window)
+        if packing is not None:
+            blocks = packing.blocks(query.dtype, window)
+        else:
+            shape = (length, query.dtype, window)
+            if shape not in _causal_blocks:
+                if len(_causal_blocks) > 64:
+                    _causal_blocks.clear()
+                _causal_blocks[shape] = _query_blocks(length, query.dtype, None, window)
+            blocks = _causal_blocks[shape]
+        return _BlockAttention.apply(query, key, value, scale, blocks, length <= LONGEST_KEPT)
     if packing is None and window is None:
         return _torch_attention(query, key, value, None, 0.0, True, scale, enable_gqa)
     mask = attention_mask(length, keys, None if packing is None else packing.doc_ids, window)

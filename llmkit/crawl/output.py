@@ -14,7 +14,7 @@ from typing import IO, Any, TextIO
 
 import orjson
 
-from llmkit.crawl.page import READ, Outcome, Part
+from llmkit.crawl.page import READ, Part
 from llmkit.crawl.read.frames import Reader, batches
 from llmkit.crawl.recipe import DUPLICATES, Recipe
 from llmkit.display import printable
@@ -111,29 +111,25 @@ class Collector:
         for outcome in part.outcomes:
             if self.full:
                 return
-            if outcome.step is None:
-                self._add_document(outcome, next(repeats, None))
-            else:
+            if outcome.step is not None:
                 self._drop(outcome.step, outcome.reason, outcome.line)
+            elif (repeat := next(repeats, None)) is None:
+                self.funnel.count(None, None)
+                self._document(outcome.line)
+            else:
+                step, line = f"{repeat.kind}_duplicates", b""
+                if self._names is not None:
+                    document = load_json(outcome.line)
+                    entry = {key: document[key] for key in ("id", "url", "source") if key in document}
+                    entry |= {"offset": outcome.offset, "step": step, "reason": "repeats"}
+                    entry |= {"score": round(repeat.similarity, 4), "repeats": self._names[repeat.index]}
+                    line = dump_json({**entry, "text": document["text"]}, JSON_LINE)
+                self._drop(step, "repeats", line)
+            if outcome.step is None and self._names is not None:
+                self._names.add(outcome.line)
             if outcome.step == READ and outcome.reason in BAD:
                 self.bad += 1
                 self.on_bad(f"{outcome.path}:{outcome.offset}", outcome.reason, self.bad)
-
-    def _add_document(self, outcome: Outcome, repeat: Any) -> None:
-        if repeat is None:
-            self.funnel.count(None, None)
-            self._document(outcome.line)
-        else:
-            step, line = f"{repeat.kind}_duplicates", b""
-            if self._names is not None:
-                document = load_json(outcome.line)
-                entry = {key: document[key] for key in ("id", "url", "source") if key in document}
-                entry |= {"offset": outcome.offset, "step": step, "reason": "repeats"}
-                entry |= {"score": round(repeat.similarity, 4), "repeats": self._names[repeat.index]}
-                line = dump_json({**entry, "text": document["text"]}, JSON_LINE)
-            self._drop(step, "repeats", line)
-        if self._names is not None:
-            self._names.add(outcome.line)
 
     def _drop(self, step: str, reason: str | None, line: bytes) -> None:
         self.funnel.count(step, reason)

@@ -61,7 +61,11 @@ def narrow_linear(weight: Tensor, bias: Tensor | None, weights: Weights) -> Call
     engine = torch.backends.quantized.engine
     torch.backends.quantized.engine = "fbgemm"  # torch's own choice depends on the processor
     try:
-        return _half_linear(weight, bias) if weights == "half" else _int8_linear(weight, bias)
+        if weights != "half":
+            return _int8_linear(weight, bias)
+        packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
+        product = _without_checks(torch.ops.quantized.linear_dynamic_fp16.default)
+        return lambda x_BK: product(x_BK, packed)
     finally:
         torch.backends.quantized.engine = engine
 
@@ -69,12 +73,6 @@ def narrow_linear(weight: Tensor, bias: Tensor | None, weights: Weights) -> Call
 def _without_checks(op: Any) -> Callable[..., Tensor]:
     """The op itself: torch looks through the arguments of such ops for fake ones first, 13 us of 67."""
     return getattr(op, "_op", op)
-
-
-def _half_linear(weight_NK: Tensor, bias_N: Tensor | None) -> Callable[[Tensor], Tensor]:
-    packed = torch.ops.quantized.linear_prepack_fp16(weight_NK, bias_N)
-    product = _without_checks(torch.ops.quantized.linear_dynamic_fp16.default)
-    return lambda x_BK: product(x_BK, packed)
 
 
 def _int8_linear(weight_NK: Tensor, bias_N: Tensor | None) -> Callable[[Tensor], Tensor]:

@@ -200,7 +200,16 @@ class SavedTensors:
             )
         shapes = {**stock_shapes(config), **(others or {})}
         if config.tie_word_embeddings and HEAD in self.where:
-            self._find_tied_embedding(shapes[EMBEDDING])
+            if EMBEDDING in self.where:
+                self._check_shape(EMBEDDING, shapes[EMBEDDING])
+                self._check_shape(HEAD, shapes[EMBEDDING])
+                if not torch.equal(self.read(EMBEDDING), self.read(HEAD)):
+                    raise UserError(
+                        f"{self.where[HEAD]}: {EMBEDDING} and {HEAD} differ, but {CONFIG} has tie_word_embeddings true"
+                    )
+            else:
+                self.where[EMBEDDING], self.stored_as[EMBEDDING] = self.where[HEAD], HEAD
+            del self.where[HEAD]
         if SCORE in self.where and SCORE not in shapes:
             raise UserError(
                 f"{self.folder}: expected a model that writes, found a reward model, which scores; "
@@ -216,19 +225,6 @@ class SavedTensors:
             )
         for name, shape in shapes.items():
             self._check_shape(name, shape)
-
-    def _find_tied_embedding(self, shape: tuple[int, ...]) -> None:
-        """Let the one matrix of a tied model be found as the embedding, though the file calls it the head."""
-        if EMBEDDING in self.where:
-            self._check_shape(EMBEDDING, shape)
-            self._check_shape(HEAD, shape)
-            if not torch.equal(self.read(EMBEDDING), self.read(HEAD)):
-                raise UserError(
-                    f"{self.where[HEAD]}: {EMBEDDING} and {HEAD} differ, but {CONFIG} has tie_word_embeddings true"
-                )
-        else:
-            self.where[EMBEDDING], self.stored_as[EMBEDDING] = self.where[HEAD], HEAD
-        del self.where[HEAD]
 
     def _check_shape(self, name: str, expected: tuple[int, ...]) -> None:
         where, shape = self.where[name], self.shape(name)

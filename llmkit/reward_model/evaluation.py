@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
@@ -103,8 +103,11 @@ def evaluate(scores: Sequence[np.ndarray], comparisons: Sequence[Candidates]) ->
     scores: (K,) for each comparison. A comparison of several answers counts once, by the share of its pairs that are
     in order; equal scores are half right. Comparisons of ties alone are left out.
     """
-    differences = [np.array(list(_differences(s, group))) for s, group in zip(scores, comparisons, strict=True)]
-    differences = [d for d in differences if len(d)]
+    differences = []  # the better candidate's score minus the worse one's, of each pair of unequal rank
+    for values, group in zip(scores, comparisons, strict=True):
+        ranks = np.array(group.ranks)
+        pairs = np.subtract.outer(values, values)[np.less.outer(ranks, ranks)].astype(np.float64)
+        differences += [pairs] if len(pairs) else []
     right = float(np.mean([np.mean((d > 0) + 0.5 * (d == 0)) for d in differences]))
     low, high = wilson(right, len(differences))
     every = np.concatenate(differences)
@@ -118,12 +121,6 @@ def evaluate(scores: Sequence[np.ndarray], comparisons: Sequence[Candidates]) ->
         "temperature": round(temperature, 3),
         "ece_at_temperature": round(confidence_error(every / temperature), 4),
     }
-
-
-def _differences(scores: np.ndarray, candidates: Candidates) -> Iterator[float]:
-    """Yield the better candidate's score minus the worse one's, for each pair of unequal rank."""
-    for i, rank in enumerate(candidates.ranks):
-        yield from (float(scores[i] - scores[j]) for j, other in enumerate(candidates.ranks) if rank < other)
 
 
 def confidence_error(differences: np.ndarray) -> float:

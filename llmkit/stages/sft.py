@@ -140,7 +140,9 @@ def run(config: SftConfig) -> Summary | None:
     # load
     run.join()
     tuning = load_for_tuning(str(config.model), device=run.device, dtype=run.dtype)
-    row_tokens = _row_tokens(config, tuning.context)
+    if config.sequence_length is not None and config.sequence_length > tuning.context:
+        raise UserError(f"--sequence-length: the model's context is {tuning.context}, found {config.sequence_length}")
+    row_tokens = config.sequence_length or min(tuning.context, LONGEST_CONTEXT)
     sources, held_out, digests = _read_all(config, files, tuning, row_tokens, run.bad)
     tuning = tuning.with_adapter(config.lora_rank, config.seed)
 
@@ -268,12 +270,6 @@ def _checked(config: SftConfig) -> list[DataFile]:
         parse_identity(config.identity)
     check_inputs(config.val)
     return parse_data(config.data)
-
-
-def _row_tokens(config: SftConfig, context: int) -> int:
-    if config.sequence_length is not None and config.sequence_length > context:
-        raise UserError(f"--sequence-length: the model's context is {context}, found {config.sequence_length}")
-    return config.sequence_length or min(context, LONGEST_CONTEXT)
 
 
 def _mixture(config: SftConfig, sources: list[Source], row_tokens: int, tuning: Tuning) -> Mixture:

@@ -203,10 +203,16 @@ class MatchJudge:
                 return True
         if TAKEN_BACK & reply.known - answer.known - question.known or not _same_numbers(reply, question, answer):
             return False
-        given = gives_answer(reply, question, answer)
-        if answer.known <= question.known:  # "the Tarn is longer", but not both of them
-            return bool(given) and _is_offered_alone(reply, question, answer)
-        return bool(given)
+        if not gives_answer(reply, question, answer):
+            return False
+        if not answer.known <= question.known:
+            return True
+        start = bare_answer(answer)  # a choice that the question offers: "the Tarn is longer", but not both of them
+        return (
+            reply.words[: len(start)] == start
+            and "and" not in reply.known
+            and any(word not in SMALL for word in reply.words[len(start) :])
+        )
 
     def _has_words(self, words: tuple[str, ...], question: Sentence, answer: Sentence) -> bool:
         """True if the words said are those of an answer, all but for small words and the question's."""
@@ -269,16 +275,6 @@ def _agrees(reply: Sentence, question: Sentence, answer: Sentence) -> bool:
     if not opposed and not any(question.echoes(word) for word in reply.words if word not in SMALL):
         return False
     return (bool(DENIALS & reply.known - question.known) != opposed) == (answer.known <= NO)
-
-
-def _is_offered_alone(reply: Sentence, question: Sentence, answer: Sentence) -> bool:
-    """True if a sentence begins with a choice that the question offers, and does not join it to another."""
-    start = bare_answer(answer)
-    return (
-        reply.words[: len(start)] == start
-        and "and" not in reply.known
-        and any(word not in SMALL for word in reply.words[len(start) :])
-    )
 
 
 @cache

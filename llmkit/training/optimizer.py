@@ -172,7 +172,21 @@ class _Stack:
         if settings.kind == "muon":
             self._muon(gradient.mul_(scale), rate, momentum)
         else:
-            self._adamw(gradient.mul_(scale), rate, count)
+            torch._fused_adamw_(  # type: ignore[reportPrivateImportUsage]
+                [self.master],
+                [gradient.mul_(scale)],
+                [self.state["momentum"]],
+                [self.state["second_moment"]],
+                [],
+                [torch.tensor(float(count))],
+                lr=rate,
+                beta1=settings.betas[0],
+                beta2=settings.betas[1],
+                weight_decay=settings.weight_decay,
+                eps=settings.eps,
+                amsgrad=False,
+                maximize=False,
+            )
         self.refresh()
         self.gradient = None
 
@@ -195,25 +209,6 @@ class _Stack:
         if len(set(blocks)) > 1:
             return torch.cat([_direction(part) for part in update_KMN.split(blocks, dim=1)], dim=1)
         return _direction(update_KMN.reshape(-1, blocks[0], update_KMN.shape[2])).reshape(update_KMN.shape)
-
-    def _adamw(self, gradient: Tensor, rate: float, count: int) -> None:
-        settings = self.settings
-        first, second = self.state["momentum"], self.state["second_moment"]
-        torch._fused_adamw_(  # type: ignore[reportPrivateImportUsage]
-            [self.master],
-            [gradient],
-            [first],
-            [second],
-            [],
-            [torch.tensor(float(count))],
-            lr=rate,
-            beta1=settings.betas[0],
-            beta2=settings.betas[1],
-            weight_decay=settings.weight_decay,
-            eps=settings.eps,
-            amsgrad=False,
-            maximize=False,
-        )
 
 
 def _direction(update_KMN: Tensor) -> Tensor:

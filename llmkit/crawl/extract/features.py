@@ -187,36 +187,27 @@ def _of_tree(tree: BlockTree, text: _Text, weights: NameWeights) -> Columns:
     leaf = tree.leaf
     holder, tags = elements.holder[leaf], elements.tags[leaf]
     own = np.array(weights.of(elements.keys))[kind]
-    path = _path_sums(parent, own)
+    # each element's weight and those above it but the body's, in log2(depth) steps that double the way
+    path, above = own.copy(), parent
+    path[0] = 0.0
+    while above.any():
+        path += path[above]
+        above = above[above]
+    # the nearest ancestor of each element that holds more blocks than it; the body where there is none
+    size, wider = end - first, parent.copy()
+    while len(same := np.flatnonzero((size[wider] == size) & (wider > 0))):
+        wider[same] = wider[wider[same]]
     marked = tags & np.fromiter(TAG_BITS.values(), np.int32, len(TAG_BITS))[:, None] > 0
     columns: Columns = {f"in_{tag}": row for tag, row in zip(TAG_BITS, marked, strict=True)}
     columns["path_weight"], columns["leaf_weight"], columns["holder_weight"] = path[leaf], own[leaf], own[holder]
     columns["depth"] = depth[holder]
-    columns.update(_of_ancestors(holder, _wider(parent, end - first), first, end, path, text))
+    columns.update(_of_ancestors(holder, wider, first, end, path, text))
     columns.update(_of_main(first, end, depth, depth[holder], text))
     makes = kind[holder].astype(np.int64) * len(elements.keys) + kind[leaf]
     columns.update(_of_kin("kin", makes, text))
     columns.update(_of_kin("near_kin", makes * len(elements.keys) + kind[parent[holder]], text))
     columns.update(_of_headings(tags, text))
     return columns
-
-
-def _path_sums(parent: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Sum each element's value and those above it but the body's, in log2(depth) steps that double the way."""
-    sums = values.copy()
-    sums[0] = 0.0
-    while parent.any():
-        sums += sums[parent]
-        parent = parent[parent]
-    return sums
-
-
-def _wider(parent: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """The nearest ancestor of each element that holds more blocks than it; the body where there is none."""
-    wider = parent.copy()
-    while len(same := np.flatnonzero((size[wider] == size) & (wider > 0))):
-        wider[same] = wider[wider[same]]
-    return wider
 
 
 def _of_ancestors(

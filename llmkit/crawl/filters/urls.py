@@ -69,7 +69,10 @@ class UrlFilter:
         if not url:
             return None
         host, path = split_url(url[:LONGEST_URL])
-        if (number := self._domains.find(_parents(host))) is not None:
+        labels = host.split(".")
+        is_address = ":" in host or labels[-1].isdecimal()  # which is under no domain
+        starts = [0] if is_address else range(max(0, len(labels) - 16), len(labels))
+        if (number := self._domains.find([".".join(labels[start:]) for start in starts])) is not None:
             return f"blocked_domain:{self.categories[number]}"
         ends = [end.start() for end, _ in zip(_BOUNDARY.finditer(path), range(MOST_PREFIXES), strict=False)]
         prefixes = [host + path[:end].rstrip("/") for end in dict.fromkeys([*ends, len(path)])]
@@ -118,14 +121,6 @@ def _plain_host(host: str) -> str:
         return host.encode("idna").decode("ascii")
     except UnicodeError:
         return host
-
-
-def _parents(host: str) -> list[str]:
-    """The host and every domain that it is under; an IP address is under none."""
-    labels = host.split(".")
-    if ":" in host or labels[-1].isdecimal():
-        return [host]
-    return [".".join(labels[start:]) for start in range(max(0, len(labels) - 16), len(labels))]
 
 
 # ---- reading lists

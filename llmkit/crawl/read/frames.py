@@ -192,8 +192,14 @@ class Records:
             yield from self._resume()
             return
         size = sum(header)
-        if header[1] > self.max_bytes:
-            yield self._pass_over(*header)
+        if header[1] > self.max_bytes:  # pass over it; where a length is wrong, as far as the next record alone
+            stop = window.position + size
+            window.skip(header[0])
+            if find(window, stop, self._start, lambda: self._bytes_without_record() or int(not self._is_record(0))):
+                yield "damaged"
+                return
+            window.skip(stop - window.position)
+            yield "too_large" if window.position == stop else "truncated"
             return
         ahead = window.look(size + 1)
         if len(ahead) < size:
@@ -213,15 +219,6 @@ class Records:
         data = bytes(memoryview(window.look(size))[:size])
         window.skip(size)
         yield data
-
-    def _pass_over(self, header: int, block: int) -> str:
-        """Pass over a record that is too large; where a length is wrong, as far as the next record alone."""
-        window, stop = self.window, self.window.position + header + block
-        window.skip(header)
-        if find(window, stop, self._start, lambda: self._bytes_without_record() or int(not self._is_record(0))):
-            return "damaged"
-        window.skip(stop - window.position)
-        return "too_large" if window.position == stop else "truncated"
 
     def _bytes_without_record(self) -> int:
         """Count the bytes ahead in which no record begins; 0 where one does, by its header: pages quote first lines.

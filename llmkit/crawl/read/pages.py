@@ -57,26 +57,22 @@ def page_of(frame: Frame, max_bytes: int = MAX_PAGE_BYTES) -> Page | Skipped:
     if kind == "html":
         return Page(path, offset, None, data, None, None, {})
     if kind == "jsonl":
-        return _page_of_line(path, offset, data)
+        try:
+            row = json_row(data, path, offset)
+        except UserError:
+            return Skipped(path, offset, "bad_json")
+        assert row is not None, "blank lines are no frames"
+        values = dict(row.value)
+        html, text = values.pop("html", None), values.pop("text", None)
+        if not isinstance(text if html is None else html, str):
+            return Skipped(path, offset, "no_text")
+        url = values.pop("url") if isinstance(values.get("url"), str) else None
+        return Page(path, offset, url, html, None, None if html is not None else text, values)
     try:
         with work_limit(len(data)):
             return page_of_record(path, offset, data, max_bytes)
     except TooMuchWork:
         return Skipped(path, offset, "too_slow")
-
-
-def _page_of_line(path: str, number: int, line: bytes) -> Page | Skipped:
-    try:
-        row = json_row(line, path, number)
-    except UserError:
-        return Skipped(path, number, "bad_json")
-    assert row is not None, "blank lines are no frames"
-    values = dict(row.value)
-    html, text = values.pop("html", None), values.pop("text", None)
-    if not isinstance(text if html is None else html, str):
-        return Skipped(path, number, "no_text")
-    url = values.pop("url") if isinstance(values.get("url"), str) else None
-    return Page(path, number, url, html, None, None if html is not None else text, values)
 
 
 def page_of_record(path: str, offset: int, data: bytes, max_bytes: int) -> Page | Skipped:
@@ -97,7 +93,9 @@ def page_of_record(path: str, offset: int, data: bytes, max_bytes: int) -> Page 
     elif kind == "resource":
         reason = _read_html(page, fields.get("content-type", ""), bytes(block))
     elif kind == "conversion":
-        reason = _read_text(page, fields.get("content-type", "text/plain"), block)
+        page.text = bytes(block).decode("utf-8", "replace").strip("\r\n")
+        is_plain = _media_type(fields.get("content-type", "text/plain")) == "text/plain"
+        reason = "not_html" if not is_plain else None if page.text else "empty"
     else:
         reason = kind if kind in KNOWN_TYPES else "unknown_type"
     return Skipped(path, offset, reason, url) if reason else page
@@ -185,16 +183,6 @@ def _read_html(page: Page, content_type: str, body: bytes) -> str | None:
     if not body or body.isspace():
         return "empty"
     page.html, page.content_type = body, content_type or None
-    return None
-
-
-def _read_text(page: Page, content_type: str, block: memoryview) -> str | None:
-    if _media_type(content_type) != "text/plain":
-        return "not_html"
-    text = bytes(block).decode("utf-8", "replace").strip("\r\n")
-    if not text:
-        return "empty"
-    page.text = text
     return None
 
 
