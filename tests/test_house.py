@@ -25,10 +25,10 @@ ROOMS = {
     "formats": (950, 1040),
     "text": (530, 1230),
     "tokenizer": (1900, 2320),
-    "model": (1350, 1500),
+    "model": (1350, 1480),
     "tools": (1100, 1400),
     "report": (1250, 1480),
-    "crawl": (4640, 4880),
+    "crawl": (4640, 4840),
     "data": (1100, 1360),
     "generation": (2100, 2980),
     "training": (2500, 3080),
@@ -59,7 +59,7 @@ LONGEST = 60  # lines of a function in stages/
 # What still breaks a law; each entry goes when its cause does
 LONG = set[str]()
 SPLATS = set[str]()
-STARS = 60  # names and attributes unpacked into positional arguments; may only fall
+STARS = 59  # names and attributes unpacked into positional arguments; may only fall
 OPTIONS = {
     "crawl-filter": 26,
     "train-bpe": 13,

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from llmkit.errors import UserError
-from llmkit.rewards.reward import LARGEST, Attempt, Reward, Weighted, judge
+from llmkit.rewards.reward import LARGEST, Attempt, ModelReward, Reward, Weighted, judge
 from llmkit.tools.user_code import check_spelling
 
 __all__ = ["Attempt", "Reward", "Weighted", "judge", "parse_rewards"]
@@ -67,7 +67,7 @@ def parse_rewards(
             if not Path(rest).is_dir():
                 actual = "a file" if Path(rest).exists() else "nothing"
                 raise UserError(f"{flag} {text}: expected a reward model's folder, found {actual}")
-            build = partial(_model, rest, device, dtype, kind == "spread")
+            build = partial(ModelReward, rest, device, dtype, kind == "spread")
         elif kind == "cmd":
             from llmkit.rewards.user_rewards import CommandReward, split_command
 
@@ -99,9 +99,3 @@ def _weighted(text: str, flag: str) -> tuple[str, float]:
     if abs(weight) > LARGEST:
         raise UserError(f"{flag} {text}: expected a weight from {-LARGEST:g} to {LARGEST:g}, found {match[2]}")
     return match[1], weight
-
-
-def _model(folder: str, device: str, dtype: str, spread: bool) -> Reward:
-    from llmkit.rewards.reward import ModelReward  # brings torch
-
-    return ModelReward(folder, device, dtype, spread=spread)

@@ -8,21 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmkit.errors import UserError
+from llmkit.formats.conversations import as_record
 from llmkit.formats.problems import Problem
+from llmkit.io.records import Row
 
 if TYPE_CHECKING:
     from llmkit.tokenizer.encoding import Tokenizer  # brings numpy, which a mistyped SPEC does without
-
-
-import torch
-
-from llmkit.formats.conversations import as_record
-from llmkit.io.records import Row
-from llmkit.model.devices import choose_device, choose_dtype
-from llmkit.reward_model.head import load_reward_model
-from llmkit.reward_model.scoring import Scorer
-from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
-from llmkit.tokenizer.templates import chat_format
 
 LARGEST = 1e9  # of rewards and weights: squares of their sums stay finite in float32
 
@@ -109,6 +100,12 @@ class ModelReward(Reward):
     """
 
     def __init__(self, folder: str, device: str = "auto", dtype: str = "auto", spread: bool = False) -> None:
+        from llmkit.model.devices import choose_device, choose_dtype
+        from llmkit.reward_model.head import load_reward_model
+        from llmkit.reward_model.scoring import Scorer
+        from llmkit.tokenizer.encoding import load_tokenizer
+        from llmkit.tokenizer.templates import chat_format
+
         self.name, self.folder, self._spread = f"{'spread' if spread else 'rm'}:{folder}", folder, spread
         processor = choose_device(device)
         self.tokenizer = load_tokenizer(folder)
@@ -133,6 +130,8 @@ class ModelReward(Reward):
 
     def score(self, attempts: Sequence[Attempt]) -> list[float | None]:
         """Return the reward of each. Raises UserError for a completion that does not fit the model's context."""
+        import torch
+
         problems = [attempt.problem for attempt in attempts]
         prompts = [as_record(problem.messages) if problem.messages else problem.prompt for problem in problems]
         rows = [
