@@ -117,4 +117,4 @@ def test_a_filter_that_has_changed_is_no_resumption(filtered):
     config = resolve(CrawlFilterConfig, {"inputs": ["pages.jsonl"], "recipe": "mine.toml", "out": "docs.jsonl"})
     assert crawl_filter._state(config, read_recipe("mine.toml")) is not None
     changed = filtered(body + "# another\n", "-o", "docs.jsonl", "--resume")
-    assert changed.returncode == 2 and "own filters" in changed.stderr
+    assert changed.returncode == 2 and "mine.py was" in changed.stderr
