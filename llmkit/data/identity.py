@@ -6,7 +6,9 @@ Besides `name` and `maker`, any other key is a fact of its own: `license=Apache-
 
 from __future__ import annotations
 
+import math
 import re
+from contextlib import suppress
 from itertools import count
 
 from llmkit.errors import UserError
@@ -69,9 +71,10 @@ def parse_identity(text: str) -> tuple[dict[str, str], float]:
     Raises UserError where it is not of that form, or has no name or maker.
     """
     facts, weight = {}, 0.1
-    if match := re.fullmatch(r"(.*\S)\s*:\s*(-?\d*\.?\d+)", text):
-        text, weight = match[1], float(match[2])
-    if weight <= 0:
+    if match := re.fullmatch(r"(.*\S)\s*:\s*([-+]?(?:[\d.]+(?:e[-+]?\d+)?|nan|inf))", text, re.IGNORECASE):
+        with suppress(ValueError):  # 1.2.3, a version
+            text, weight = match[1], float(match[2])
+    if not 0 < weight < math.inf:
         raise UserError(f"--identity: expected a weight above 0, found {weight:g}")
     for part in filter(None, (part.strip() for part in text.split(";"))):
         key, separator, value = (piece.strip() for piece in part.partition("="))

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from llmkit.errors import UserError
+from llmkit.io.remote import is_remote
 
 PARTIAL = ".partial"
 _POINTER = b"version https://git-lfs.github.com/spec/"
@@ -41,6 +42,8 @@ def check_output(path: str, force: bool, resume: bool = False) -> None:
     """
     if path == "-" or _is_special(path):
         return
+    if is_remote(path):
+        raise UserError(f"{path}: nothing is written to an address; write a file, and copy it there")
     if path.lower().endswith(NOT_WRITTEN):
         kind = os.path.splitext(path)[1]
         raise UserError(f"{path}: {kind} is not written; choose .jsonl, .jsonl.gz, .jsonl.zst or .parquet")

@@ -1,4 +1,4 @@
-"""Files at addresses, `https:// s3:// gs:// hf://` and what else fsspec knows, read forward or by seeking.
+"""Files at addresses, `https:// s3:// gs:// hf://`, read forward or by seeking.
 
     with open_remote("s3://commoncrawl/crawl-data/.../CC-MAIN-...warc.gz") as file:
         file.read(1 << 20)
@@ -21,6 +21,7 @@ from llmkit import __version__
 from llmkit.errors import UserError
 from llmkit.io.progress import counted
 
+BUCKETS = ("s3", "s3a", "gs", "gcs", "hf")  # whose file systems fsspec has
 BLOCK = 8 << 20  # bytes asked for at once from a bucket, while the block before is read
 TRIES = 6  # in a row, with pauses of 1/4 s to 4 s between them
 PAUSE, LONGEST_PAUSE, TIMEOUT = 0.25, 30.0, 60.0  # s; the second where a server asks for more
@@ -94,8 +95,15 @@ class _Http:
     """A web server: one request from a position on, read as far as it comes."""
 
     def __init__(self, address: str) -> None:
+        import urllib.parse
         import urllib.request  # .03 s of the start, for those alone who use it
 
+        try:
+            parts = urllib.parse.urlsplit(address)
+            if not parts.hostname or parts.port == 0:
+                raise ValueError("no host")
+        except ValueError as error:  # a port beyond 65,535 too
+            raise UserError(f"{address}: no such address ({error})") from None
         self._request = urllib.request
         self._address = address
         self._response: Any = None
@@ -197,6 +205,8 @@ class _Bucket:
 def _file_system(address: str) -> tuple[Any, str]:
     """The file system of fsspec that an address names, and the path in it."""
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it tells of each connection that a server has cut
+    if address.partition("://")[0] not in BUCKETS:
+        raise UserError(f"{address}: expected https:// s3:// gs:// or hf:// in front")
     try:
         import fsspec
 
@@ -209,7 +219,7 @@ def _file_system(address: str) -> tuple[Any, str]:
     except ImportError as error:
         raise UserError(f'{address}: {error}; pip install "llmkit[remote]"') from None
     except ValueError as error:
-        raise UserError(f"{address}: expected https:// s3:// gs:// or hf:// in front ({error})") from None
+        raise UserError(f"{address}: no such address ({error})") from None
 
 
 def _retried(address: str, ask: Callable[[], T]) -> T:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
 from collections.abc import Iterator
 
 import pyarrow as pa
@@ -13,7 +14,7 @@ from pyarrow import parquet
 
 from llmkit.errors import UserError
 from llmkit.io import remote
-from llmkit.io.jsonl import check_inputs, read_jsonl
+from llmkit.io.jsonl import check_inputs, open_output, read_jsonl
 from llmkit.io.manifest import describe_inputs
 from llmkit.io.remote import matching, open_remote
 from tests.helpers.file_server import FileServer, file_server
@@ -85,9 +86,16 @@ def test_no_server_and_no_such_kind_of_address(monkeypatch) -> None:
     monkeypatch.setattr(remote, "PAUSE", 0.001)
     with pytest.raises(UserError, match=r"^http://127.0.0.1:9/f: cannot be read, tried 6 times"):
         check_inputs(["http://127.0.0.1:9/f"])
-    pytest.importorskip("fsspec")
-    with pytest.raises(UserError, match=r"^ftpx://a/b: expected https:// s3:// gs:// or hf://"):
-        check_inputs(["ftpx://a/b"])
+    for address, told in (
+        ("ftp://127.0.0.1:9/a", "expected https:// s3:// gs:// or hf:// in front"),
+        ("http://127.0.0.1:99999/a", "no such address"),
+        ("https://[bad/x", "no such address"),
+        ("http://", "no such address"),
+    ):
+        with pytest.raises(UserError, match=f"^{re.escape(address)}: {told}"):
+            check_inputs([address])
+    with pytest.raises(UserError, match="nothing is written to an address"), open_output("s3://bucket/out.jsonl"):
+        pass
 
 
 def test_records_are_read_from_addresses(server: FileServer, tmp_path) -> None:

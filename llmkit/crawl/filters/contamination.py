@@ -20,6 +20,7 @@ from functools import cache
 
 import numpy as np
 
+from llmkit.errors import UserError
 from llmkit.io.jsonl import read_jsonl
 from llmkit.io.progress import counted, say
 from llmkit.io.records import ANSWERS, CHOICES, CONVERSATIONS, QUESTIONS, Row
@@ -64,8 +65,9 @@ class Contamination:
                 runs.append(np.unique(_runs(letters)))
         if short := read - len(self.items):
             say(f"--not-in: {counted(short, 'item')} of {read} left out: under {SHORT} letters with the answer", quiet)
-        self._sizes = np.array([len(some) for some in runs])
-        keys = np.concatenate(runs) if runs else np.zeros(0, np.uint64)
+        if not runs:
+            raise UserError(f"--not-in {' '.join(rules.files)}: expected items of {SHORT} letters or more, found none")
+        self._sizes, keys = np.array([len(some) for some in runs]), np.concatenate(runs)
         order = np.argsort(keys, kind="stable")
         self._keys, self._owners = keys[order], np.repeat(np.arange(len(runs)), self._sizes)[order]
         self._seen = np.zeros((2, 1 << _BITS), bool)
@@ -111,7 +113,8 @@ def _item(row: Row) -> tuple[str, str]:
         return chosen, str(value.get("continuation", ""))
     question = next((value[name] for name in QUESTIONS if isinstance(value.get(name), str) and value[name]), None)
     for name in CONVERSATIONS:
-        turns = [turn for turn in value.get(name) or [] if isinstance(turn, dict)]
+        listed = value[name] if isinstance(value.get(name), list) else []
+        turns = [turn for turn in listed if isinstance(turn, dict)]
         said = [
             turn.get("content", turn.get("value")) for turn in turns if turn.get("role", turn.get("from")) in ASKERS
         ]

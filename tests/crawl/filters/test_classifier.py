@@ -71,6 +71,8 @@ def test_a_text_with_an_item_of_an_evaluation_goes_or_loses_the_item(filtered, t
         (["--classifier", "none.bin:en>=0.5"], "none.bin: cannot read the classifier"),
         (["--classifier", "empty.bin:en>=0.5"], "empty.bin: expected a fastText model"),
         (["--on-match", "drop"], "--on-match: needs --not-in"),
+        (["--not-in", "empty.bin"], "--not-in empty.bin: expected items of 24 letters or more, found none"),
+        (["--not-in", "short.jsonl"], "--not-in short.jsonl: expected items of 24 letters or more, found none"),
         (["--not-in", "none.jsonl"], "none.jsonl: expected a file"),
         (["--not-in", "bad.jsonl"], "bad.jsonl:1: expected one JSON object"),
     ],
@@ -78,6 +80,8 @@ def test_a_text_with_an_item_of_an_evaluation_goes_or_loses_the_item(filtered, t
 def test_what_cannot_be_used_is_one_line(filtered, tmp_path, options, told) -> None:
     (tmp_path / "empty.bin").write_bytes(b"")
     (tmp_path / "bad.jsonl").write_text("no\n")
+    odd = [{"question": "short"}, {"text": 3}, {"messages": 3}, {"messages": [3]}, {"choices": [1], "answer": 5}, {}]
+    (tmp_path / "short.jsonl").write_text("".join(json.dumps(item) + "\n" for item in odd))
     done = filtered(*options)
     assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "d.jsonl").exists()
