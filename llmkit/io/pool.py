@@ -144,6 +144,14 @@ def _results(answers: SimpleQueue) -> Iterator[Any]:
         yield answer
 
 
+class PlainValues(pickle.Unpickler):
+    """Reads what is made of strings, numbers, lists and the like alone, so that no answer can run code here."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Refuse a class or function."""
+        raise WorkerDied(f"the answer of a process has {module}.{name} in it, and is not read")
+
+
 class Worker:
     """A process for one item at a time; `call` starts it, also after it ended, and in a fork of this process.
 
@@ -208,7 +216,8 @@ class Worker:
             self.process.stdin.flush()
         while True:
             try:
-                kind, content = pickle.load(self.process.stdout)
+                reader = PlainValues if self._alone else pickle.Unpickler
+                kind, content = reader(self.process.stdout).load()
             except (EOFError, pickle.UnpicklingError):
                 raise self._death(item) from None
             if kind == "end":

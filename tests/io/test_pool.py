@@ -147,3 +147,21 @@ def test_a_worker_that_ends_is_replaced():
     del worker
     with pytest.raises(ProcessLookupError):
         os.kill(third, 0)
+
+
+def evil():
+    """A work whose answer runs code where it is read as any pickle."""
+    return lambda item: [Evil()] if item else ["good"]
+
+
+class Evil:
+    def __reduce__(self):
+        return os.putenv, ("LLMKIT_WAS_HERE", "1")
+
+
+def test_an_answer_of_a_worker_of_single_items_runs_no_code():
+    worker = Worker(evil)
+    assert worker.call(0) == "good"
+    with pytest.raises(WorkerDied, match="is not read"):
+        worker.call(1)
+    assert worker.call(0) == "good"  # a new process
