@@ -146,7 +146,7 @@ def _are_counted(written: Sequence[str]) -> bool:
 
 def _other_units(answer: Sentence) -> Iterator[Sentence]:
     """Yield a number in other units: 4.5 t as 4500 kg, 1/2 as 50%."""
-    if not answer.words or not is_number(answer.words[0]) or len(answer.words) > 2 or len(answer.words[0]) > 30:
+    if len(answer.words) not in (1, 2) or not is_number(answer.words[0]) or len(answer.words[0]) > 30:
         return
     value, unit = Decimal(answer.words[0][1:]), answer.words[1:]
     if unit == ("percent",):

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -291,7 +292,8 @@ class PieceCounter:
 
     def _add_pending(self) -> None:
         self._pending.insert(0, (self._head, self._tail, self._count))
-        head, tail, count = (np.concatenate([table[column] for table in self._pending]) for column in range(3))
+        columns: Iterator[Any] = (np.concatenate([table[column] for table in self._pending]) for column in range(3))
+        head, tail, count = columns
         self._pending.clear()  # before more memory is needed, which is 15% of the time otherwise
         self._head, self._tail, self._count = _add_up(head, tail, count)
 

@@ -263,7 +263,7 @@ def test_a_rejected_answer_is_no_shot(tmp_path):
     path.write_text(
         '{"prompt": "a?", "completion": "b", "label": false}\n{"prompt": "c?", "completion": "d", "label": true}\n'
     )
-    assert load_shots(str(path), False, ScriptedSampler(), True) == [("c?", "d")]
+    assert load_shots(str(path), ScriptedSampler(), True) == [("c?", "d")]
 
 
 def test_shots_make_a_document_of_questions_and_answers():
