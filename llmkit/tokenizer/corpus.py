@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -292,10 +291,9 @@ class PieceCounter:
 
     def _add_pending(self) -> None:
         self._pending.insert(0, (self._head, self._tail, self._count))
-        columns: Iterator[Any] = (np.concatenate([table[column] for table in self._pending]) for column in range(3))
-        head, tail, count = columns
+        head, tail, count = (np.concatenate([table[column] for table in self._pending]) for column in range(3))
         self._pending.clear()  # before more memory is needed, which is 15% of the time otherwise
-        self._head, self._tail, self._count = _add_up(head, tail, count)
+        self._head, self._tail, self._count = _add_up(head, tail, count)  # pyright: ignore[reportArgumentType]
 
     def _cut_long(self) -> None:
         self._long.pop(END, None)
