@@ -115,10 +115,13 @@ def table_lines(raw: io.BufferedReader, name: str) -> Iterator[bytes] | None:
 def csv_lines(raw: IO[bytes], name: str, delimiter: str) -> Iterator[bytes]:
     """Yield each row of an open CSV or TSV file, the first of which names the columns, as a line of JSON."""
     text = io.TextIOWrapper(raw, "utf-8-sig", newline="")  # type: ignore[type-var]
+    csv.field_size_limit((1 << 31) - 1)  # of 131,072 characters otherwise, which a document may exceed
     number = 0
     try:
         rows = csv.reader(text, delimiter=delimiter, strict=True)
         columns = next(rows, [])
+        if len(set(columns)) < len(columns):
+            raise UserError(f"{name}: expected names of columns on the first line, each once, found {columns}")
         for number, row in enumerate(rows, 1):
             if len(row) not in (0, len(columns)):
                 wanted = f"expected {counted(len(columns), 'field')}, as the first line has, found {len(row)}"
@@ -152,7 +155,9 @@ def write_parquet(lines: IO[bytes], out: IO[bytes], name: str) -> None:
     schema = pa.schema([])
     try:
         for group in groups():
-            schema = pa.unify_schemas([schema, pa.Table.from_pylist(group).schema], promote_options="permissive")
+            names = dict.fromkeys(name for row in group for name in row)  # from_pylist: the first row
+            table = pa.table({name: [row.get(name) for row in group] for name in names})
+            schema = pa.unify_schemas([schema, table.schema], promote_options="permissive")
         with parquet.ParquetWriter(out, schema, compression="zstd") as writer:
             for group in groups():
                 writer.write_table(pa.Table.from_pylist(group, schema=schema))

@@ -48,6 +48,19 @@ def test_what_is_written_as_parquet_is_read_again_by_us_and_by_pyarrow(tmp_path:
     assert values(tmp_path / "none.parquet") == []
 
 
+def test_a_field_that_only_later_records_have_is_written(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("llmkit.io.tables.GROUP_BYTES", 40)
+    rows = [{"a": 1}, {"a": 2, "b": "x"}, {"c": {"d": 1}}, {"c": {"e": [2.5]}}, {"a": 3.5}]
+    with open_output(str(tmp_path / "d.parquet")) as write_record:
+        for row in rows:
+            write_record(row)
+    assert parquet.ParquetFile(tmp_path / "d.parquet").num_row_groups > 1
+    found = values(tmp_path / "d.parquet")
+    assert [row["a"] for row in found] == [1, 2, None, None, 3.5]
+    assert [row["b"] for row in found] == [None, "x", None, None, None]
+    assert found[2]["c"] == {"d": 1, "e": None} and found[3]["c"] == {"d": None, "e": [2.5]}
+
+
 def test_the_types_of_columns_become_json(tmp_path: Path) -> None:
     path = write(
         tmp_path / "d.parquet",
@@ -138,6 +151,11 @@ def test_csv_and_tsv(tmp_path: Path, name: str, separator: str) -> None:
     path.write_text(f"text{separator}n\na{separator}1\nb{separator}2{separator}3\n")
     with pytest.raises(UserError, match=rf"{name}:2: expected 2 fields"):
         values(path)
+    path.write_text(f"text{separator}text\na{separator}b\n")
+    with pytest.raises(UserError, match=rf"{name}: expected names of columns on the first line, each once"):
+        values(path)
+    path.write_text("text\n" + "a" * 1_000_000 + "\n")
+    assert len(values(path)[0]["text"]) == 1_000_000
     path.write_bytes(b"text\n\xff\n")
     with pytest.raises(UserError, match=rf"{name}: damaged after row"):
         values(path)
