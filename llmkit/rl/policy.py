@@ -1,6 +1,6 @@
 """Samplers of the policy as it is: here, or by a server, to which its weights are handed over before each batch.
 
-    policy = ServedPolicy("openai:http://localhost:8000/v1#chat", tuning, 120.0, (), work / "served", write)
+    policy = ServedPolicy("openai:http://localhost:8000/v1#chat", tuning, 120.0, 64, (), work / "served", write)
     for samples in policy.sampler(temperature=1.0).complete(requests): ...
 
 A server's weights go through the server's own mechanism, from a folder that it must see under the same path: SGLang's
@@ -34,7 +34,6 @@ from llmkit.training.finetuning import Tuning, load_unchanged
 
 KINDS = ("vllm", "sglang")  # by the owner of the model in the list of a server's models
 SLOTS, SMALL_MODEL_SLOTS = 64, 256  # sequences decoded at a time
-CONCURRENCY = 64  # requests to a server at a time
 
 
 def load_policy(folder: str, system: str | None, device: torch.device, dtype: torch.dtype, quiet: bool) -> Tuning:
@@ -82,7 +81,7 @@ class OwnPolicy:
 class ServedPolicy:
     """A policy that a server samples.
 
-    engine       openai:URL#NAME; `timeout` seconds of an answer
+    engine       openai:URL#NAME; `timeout` seconds of an answer, `concurrency` requests at a time
     stop         strings that end an attempt, beside the end tokens
     folder       where the weights are written, each time into another folder, which replaces the former
     write        saves the policy as it is now in a folder
@@ -95,6 +94,7 @@ class ServedPolicy:
         engine: str,
         tuning: Tuning,
         timeout: float,
+        concurrency: int,
         stop: Sequence[str],
         folder: Path,
         write: Callable[[Path], None],
@@ -102,7 +102,7 @@ class ServedPolicy:
         server = self._server = OpenAIClient(parse_address(engine, "--engine"), timeout)
         self._tokenizer, self._stop = tuning.tokenizer, stop
         self._end_ids = end_tokens(tuning.model.config, tuning.tokenizer)  # one of them ends an attempt by itself
-        self._folder, self._write = folder, write
+        self._concurrency, self._folder, self._write = concurrency, folder, write
         self._held: Path | None = None  # what the server has loaded
         self.kind = server.check()
         if self.kind not in KINDS:
@@ -132,7 +132,7 @@ class ServedPolicy:
             self._server,
             Sampling(temperature),
             tokenizer=self._tokenizer,
-            concurrency=CONCURRENCY,
+            concurrency=self._concurrency,
             stop=self._stop,
             logprobs=True,
             token_ids=True,

@@ -96,7 +96,7 @@ class RlConfig(TuningConfig, ToolConfig, ServedConfig):
     epochs: float | None = option(None, "Passes over the problems [1].", group="Horizon", above=0)
     time_budget: float | None = option(None, "Wall-clock limit.", group="Horizon", unit="duration", above=0)
 
-    concurrency: int = 64  # no option: a server queues what is more than it computes at once (rl/policy.py)
+    concurrency: int = 64  # no option: a server queues what is more than it computes at once
     compile: str = "off"  # of the trainer's options: rows differ in length from step to step, and it was never tried
 
     def reads_stdin(self) -> bool:
@@ -193,7 +193,9 @@ class Learner:
         self.policy = OwnPolicy(tuning.model, tuning.tokenizer, config.stop, str(config.model), self.tools)
         if config.is_served:
             folder = run.work / "served"
-            served = ServedPolicy(config.engine, tuning, config.timeout, config.stop, folder, self.write_policy)
+            served = ServedPolicy(
+                config.engine, tuning, config.timeout, config.concurrency, config.stop, folder, self.write_policy
+            )
             self.policy = self.policy if config.dry_run else stack.enter_context(closing(served))
         self.loss = PolicyLoss(self.algorithm, config.temperature, self.horizon.kl_coef, self.reference is not None)
 
