@@ -24,7 +24,7 @@ import ctypes
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
@@ -118,11 +118,6 @@ def choose_device(name: str) -> torch.device:
 def is_small(parameters: int, device: torch.device) -> bool:
     """True if the model is too small for a second thread to pay off."""
     return device.type == "cpu" and parameters < ONE_THREAD_PARAMETERS
-
-
-def one_thread(wanted: bool) -> AbstractContextManager[None]:
-    """Compute on one thread if `wanted`."""
-    return threads(1 if wanted else torch.get_num_threads())
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import pytest
 from tiny import save_tokenizer
 
-from llmkit.model.devices import one_thread
+from llmkit.model.devices import threads
 from llmkit.tokenizer.chat import CHAT_SPECIALS
 from llmkit.tokenizer.encoding import load_tokenizer
 
@@ -11,7 +11,7 @@ from llmkit.tokenizer.encoding import load_tokenizer
 @pytest.fixture(autouse=True)
 def on_one_thread():
     """A tiny model on two threads beside other processes waits 50 times as long as it computes."""
-    with one_thread(True):
+    with threads(1):
         yield
 
 

@@ -15,9 +15,9 @@ os.environ["TRITON_INTERPRET"] = "1"
 @pytest.fixture(autouse=True)
 def on_one_thread():
     """The arrays are small: two threads beside other processes wait longer than they compute."""
-    from llmkit.model.devices import one_thread  # brings torch, and so Triton, which reads the variable above
+    from llmkit.model.devices import threads  # brings torch, and so Triton, which reads the variable above
 
-    with one_thread(True):
+    with threads(1):
         yield
 
 

@@ -28,7 +28,6 @@ from llmkit.io.records import ANSWERS, CHOICES, CONVERSATIONS, QUESTIONS, Row
 RUN = 16  # letters, a power of 2
 SHORT = 24  # letters of a question that says little without its answer, and of an item that says too little
 ASKERS = ("user", "human")
-_NUMBERS = np.random.default_rng(0).integers(0, 2**64, 1 << 16, np.uint64)  # one for each letter
 _BITS = 26  # of a hash, for two tables that tell 98% of other runs apart from those of 57,000 items
 _SHIFT, _LOW = np.uint64(64 - _BITS), np.uint64((1 << _BITS) - 1)
 
@@ -131,6 +130,12 @@ def _item(row: Row) -> tuple[str, str]:
 
 
 @cache
+def _numbers() -> np.ndarray:
+    """A random number for each letter: uint64, (2^16,)."""
+    return np.random.default_rng(0).integers(0, 2**64, 1 << 16, np.uint64)
+
+
+@cache
 def _folded() -> np.ndarray:
     """The letter or digit that each of the first 2^16 characters stands for, without case and accents; 0 for none."""
     table = np.zeros(1 << 16, np.uint16)
@@ -151,7 +156,7 @@ def _letters(text: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _runs(letters: np.ndarray) -> np.ndarray:
     """The hash of each run of RUN letters: uint64, (letters - RUN + 1,)."""
-    hashes, size = _NUMBERS[letters], 1
+    hashes, size = _numbers()[letters], 1
     while size < RUN:
         hashes = hashes[:-size] * np.uint64(2 * size + 1) + hashes[size:]
         size *= 2
