@@ -110,6 +110,7 @@ def open_packed(path: str) -> Iterator[io.BufferedReader]:
         elif is_remote(path):
             with open_remote(path) as remote:
                 yield remote
+                remote.raw.check()  # type: ignore[attr-defined]
         else:
             with open(path, "rb", buffering=BLOCK) as handle:
                 raw: Any = handle

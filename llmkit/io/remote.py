@@ -46,9 +46,18 @@ def open_remote(address: str) -> io.BufferedReader:
 
 
 def matching(pattern: str) -> list[str]:
-    """The addresses of the files that a pattern such as `hf://datasets/org/name/**/*.parquet` names, sorted."""
+    """The addresses of the files that a pattern such as `hf://datasets/org/name/**/*.parquet` names, sorted.
+
+    Raises UserError where it names none.
+    """
+    if pattern.startswith(("http://", "https://")):
+        raise UserError(f"{pattern}: a web server does not list its files; name each of them")
     system, path = _file_system(pattern)
-    return sorted(map(system.unstrip_protocol, _retried(pattern, lambda: system.glob(path))))
+    entries = _retried(pattern, lambda: system.glob(path, detail=True))
+    files = sorted(system.unstrip_protocol(name) for name, entry in entries.items() if entry.get("type") == "file")
+    if not files:
+        raise UserError(f"{pattern}: expected files of such names, found none")
+    return files
 
 
 class RemoteFile(io.RawIOBase):
@@ -62,7 +71,7 @@ class RemoteFile(io.RawIOBase):
         return True
 
     def seekable(self) -> bool:
-        return self._can_seek
+        return self._can_seek and self.size is not None
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size or 0}[whence]
@@ -79,12 +88,23 @@ class RemoteFile(io.RawIOBase):
         return len(data)
 
     def _read(self, count: int) -> bytes:
-        data = self._source.read(self._position, count)
-        if self._source.now != (self.size, self.version):
-            raise UserError(f"{self.address}: changed while it was read; start again")
+        try:
+            data = self._source.read(self._position, count)
+        finally:
+            self._check_version()  # which may be why it cannot be read
         if not data and self.size is not None and self._position < self.size:
             raise ConnectionError(f"it ended at byte {self._position:,} of {self.size:,}")
         return data
+
+    def check(self) -> None:
+        """Raise UserError where another file lies there now than when this one was opened."""
+        if isinstance(self._source, _Bucket):  # of a web server each answer has told
+            _retried(self.address, self._source.describe)
+        self._check_version()
+
+    def _check_version(self) -> None:
+        if self._source.now != (self.size, self.version):
+            raise UserError(f"{self.address}: changed while it was read; start again")
 
     def close(self) -> None:
         self._source.close()
@@ -177,25 +197,32 @@ class _Bucket:
         return *self.now, True
 
     def read(self, position: int, count: int) -> bytes:
-        size = self.now[0] or 0
         if not self._start <= position < self._start + len(self._data):
-            if position >= size:
-                self.describe()  # whether it is still the same
-                return b""
             start, ahead = self._ahead or (-1, None)
             self._ahead = None
-            self._data = ahead.result() if ahead is not None and start == position else self._block(position)
-            self._start = position
-            if (after := position + len(self._data)) < size:
-                self._ahead = after, self._threads.submit(self._block, after)
+            data = ahead.result() if ahead is not None and start == position else self._block(position)
+            self._start, self._data = position, data
+            if len(data) == BLOCK:
+                self._ahead = position + BLOCK, self._threads.submit(self._block, position + BLOCK)
         first = position - self._start
         return self._data[first : first + count]
 
     def _block(self, start: int) -> bytes:
-        end = min(start + BLOCK, self.now[0] or 0)
-        data = self._system.cat_file(self._path, start=start, end=end)
-        if len(data) != end - start:
-            raise ConnectionError(f"it ended at byte {len(data):,} of {end - start:,}")
+        """The bytes from `start` on, fewer than BLOCK at the end alone, wherever that is."""
+        size = self.now[0]
+        end = start + BLOCK if size is None else min(start + BLOCK, size)
+        if end <= start:
+            return b""
+        try:
+            data = self._system.cat_file(self._path, start=start, end=end)
+        except Exception as error:
+            if size is None and ("range" in str(error).lower() or _status(error) == 416):  # it has ended there
+                return b""
+            self.describe()
+            raise
+        if size is not None and len(data) != end - start:
+            self.describe()
+            raise ConnectionError(f"it ended at byte {start + len(data):,} of {size:,}")
         return data
 
     def close(self) -> None:
@@ -235,7 +262,7 @@ def _retried(address: str, ask: Callable[[], T]) -> T:
             what = "a folder" if isinstance(error, IsADirectoryError) else "none there"
             raise UserError(f"{address}: expected a file, found {what}") from None
         except Exception as error:  # each library has errors of its own
-            status = getattr(error, "code", getattr(error, "status", None))
+            status = _status(error)
             reason = (str(error).splitlines() or [""])[0] or type(error).__name__
             if status == 404:
                 raise UserError(f"{address}: expected a file, found none there (404)") from None
@@ -246,3 +273,8 @@ def _retried(address: str, ask: Callable[[], T]) -> T:
             wait = (getattr(error, "headers", None) or {}).get("Retry-After") or ""
             time.sleep(min(int(wait), LONGEST_PAUSE) if wait.isdigit() else PAUSE * 2**attempt)
     raise AssertionError
+
+
+def _status(error: Exception) -> Any:
+    """The number of a server's answer, where the error of a library has it."""
+    return getattr(error, "code", getattr(error, "status", None))

@@ -7,6 +7,7 @@ import json
 import random
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -14,7 +15,7 @@ from pyarrow import parquet
 
 from llmkit.errors import UserError
 from llmkit.io import remote
-from llmkit.io.jsonl import check_inputs, open_output, read_jsonl
+from llmkit.io.jsonl import check_inputs, open_output, open_packed, read_jsonl
 from llmkit.io.manifest import describe_inputs
 from llmkit.io.remote import matching, open_remote
 from tests.helpers.file_server import FileServer, file_server
@@ -149,18 +150,28 @@ def test_a_crawl_is_read_from_addresses_and_from_a_list_of_them(server: FileServ
         assert done.returncode == 2 and told in done.stderr and not (tmp_path / "x.jsonl").exists()
 
 
+def client_of(address: str) -> Any:
+    import boto3
+
+    keys = {"aws_access_key_id": "a", "aws_secret_access_key": "b"}
+    return boto3.client("s3", endpoint_url=address, region_name="us-east-1", **keys)
+
+
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
     """The address of an S3 server that has read.bin and two tables in a bucket that is not public."""
-    boto3, moto = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
+    moto = pytest.importorskip("moto.server")
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     address = "http://{}:{}".format(*server.get_host_and_port())
-    client = boto3.client(
-        "s3", endpoint_url=address, aws_access_key_id="a", aws_secret_access_key="b", region_name="us-east-1"
-    )
+    client = client_of(address)
     client.create_bucket(Bucket="bucket")
-    for name, data in (("read.bin", DATA), ("t/a.jsonl", LINES), ("t/u/b.jsonl", LINES)):
+    for name, data in (
+        ("read.bin", DATA),
+        ("blocks.bin", DATA[: 2 << 20]),
+        ("t/a.jsonl", LINES),
+        ("t/u/b.jsonl", LINES),
+    ):
         client.put_object(Bucket="bucket", Key=name, Body=data)
     yield address
     server.stop()
@@ -189,6 +200,33 @@ def test_a_bucket_is_read_in_blocks(credentials) -> None:
     assert [row.value for row in read_jsonl(["s3://bucket/t/a.jsonl"])] == ROWS
 
 
+def test_a_bucket_that_does_not_tell_sizes_is_read_to_the_end(credentials, monkeypatch) -> None:
+    from s3fs import S3FileSystem
+
+    info = S3FileSystem._info
+
+    async def without_size(system: S3FileSystem, path: str, **details) -> dict:
+        return {**await info(system, path, **details), "size": None}
+
+    monkeypatch.setattr(S3FileSystem, "_info", without_size)
+    assert read("s3://bucket/read.bin") == DATA
+    assert read("s3://bucket/blocks.bin") == DATA[: 2 << 20]  # its last block is a whole one
+    with open_remote("s3://bucket/read.bin") as file:
+        assert not file.seekable()  # from its end
+
+
+@pytest.mark.parametrize("size", [3_000_000, 1_500_000])
+def test_a_file_in_a_bucket_that_changes_while_it_is_read(credentials, bucket: str, size: int) -> None:
+    client_of(bucket).put_object(Bucket="bucket", Key="new.bin", Body=DATA)
+    with (
+        pytest.raises(UserError, match=r"^s3://bucket/new.bin: changed while it was read"),
+        open_packed("s3://bucket/new.bin") as file,
+    ):
+        file.read(1 << 18)
+        client_of(bucket).put_object(Bucket="bucket", Key="new.bin", Body=bytes(size))
+        file.read()
+
+
 @pytest.mark.parametrize(
     ("address", "message"),
     [("s3://bucket/none", "found none there"), ("s3://no-bucket/a", "found none there"), ("s3://bucket/t", "a folder")],
@@ -196,6 +234,10 @@ def test_a_bucket_is_read_in_blocks(credentials) -> None:
 def test_what_a_bucket_has_not(credentials, address: str, message: str) -> None:
     with pytest.raises(UserError, match=rf"^{address}: expected a file, .*{message}"):
         check_inputs([address])
+    with pytest.raises(UserError, match=r"^s3://bucket/none/.*: expected files of such names, found none"):
+        matching("s3://bucket/none/*")
+    with pytest.raises(UserError, match=r"^https://a.example/\*: a web server does not list its files"):
+        matching("https://a.example/*")
 
 
 def test_a_bucket_without_credentials_is_asked_for_as_anybody(credentials, monkeypatch) -> None:
