@@ -1,0 +1,287 @@
+"""Log-likelihoods of continuations: what sequences share at their beginning is computed once.
+
+    scorer = Scorer(load_model("base/"))
+    pairs = [("The sea is", " blue"), ("The sea is", " made of cheese")]
+    for likelihood in scorer.score(encode_pairs(load_tokenizer("base/"), pairs)):
+        print(likelihood.logprob, likelihood.is_greedy)
+
+Sequences are sorted, and neighbours that share most of their tokens become one row: a tree of tokens laid out depth
+first, in which a token sees those on its way from the root. The options of a question are such a row, and so are the
+questions behind one list of examples. Rows of about one length are a batch. Logits are computed only where a token is
+scored, once for all options that ask there.
+
+Tokens are cut between context and continuation as lm-evaluation-harness 0.4.13 does it (`TemplateLM._encode_pair` and
+`HFLM._loglikelihood_tokens`), so that the numbers are those of its `--model hf`.
+
+B rows, T tokens of a row, N scored positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmkit.errors import UserError
+from llmkit.kernels.attention import Branching
+from llmkit.model.devices import is_small, threads
+from llmkit.model.transformer import Transformer
+from llmkit.tokenizer.encoding import Tokenizer
+
+LONGEST_ROW = 1024  # tokens of a tree; beyond it attention to what is masked costs more than sharing saves
+SHARED = 3  # a sequence joins the tree of its neighbour if it shares one of so many of its tokens
+BATCH_TOKENS = {"cpu": 4096}  # of a batch, padding among them; fewer stay in a processor's cache
+BATCH_TOKENS_ELSEWHERE = 1 << 16
+LOGITS = 1 << 24  # computed at once: 64 MB in float32
+
+Tokens = tuple[list[int], int]  # ids of a sequence, and where the continuation in it begins: at least 1
+
+
+@dataclass(frozen=True, slots=True)
+class Likelihood:
+    """Likelihood of a continuation behind its context.
+
+    logprob    natural logarithm, the sum over its tokens
+    is_greedy  whether each of its tokens is the likeliest
+    tokens     how many they are
+    truncated  whether the context was cut on the left
+    """
+
+    logprob: float
+    is_greedy: bool
+    tokens: int
+    truncated: bool = False
+
+
+# ---- text to tokens
+
+
+def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Tokens]:
+    """Encode contexts with their continuations, each pair as one text.
+
+    White space at the end of a context goes to the continuation; an empty context is the beginning token, or the end
+    token where there is none. Raises UserError for a continuation without tokens.
+    """
+    split = [(context.rstrip(), context[len(context.rstrip()) :] + continuation) for context, continuation in pairs]
+    texts = list(dict.fromkeys(text for context, rest in split for text in (context, context + rest)))
+    ids, lengths = tokenizer.encode_batch(texts)
+    ids_of = {text: some.tolist() for text, some in zip(texts, np.split(ids, np.cumsum(lengths)[:-1]), strict=True)}
+    begin = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+    encoded: list[Tokens] = []
+    for context, rest in split:
+        whole = ids_of[context + rest]
+        if context:
+            start = len(_with(begin, ids_of[context]))
+            whole = _with(begin, whole)
+        else:
+            start, whole = 1, _with([beginning(tokenizer)], whole)
+        if start >= len(whole):
+            raise UserError(f"expected a continuation of a token or more, found {rest[:40]!r} behind {context[-40:]!r}")
+        encoded.append((whole, start))
+    return encoded
+
+
+def beginning(tokenizer: Tokenizer) -> int:
+    """Return the token that stands for an empty context. Raises UserError where the tokenizer names none."""
+    known = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.end_of_text_id)
+    first = next((token for token in known if token is not None), None)
+    if first is None:
+        raise UserError(
+            f"{tokenizer.path}: expected a beginning or end token, which an empty context needs, found none"
+        )
+    return first
+
+
+def _with(begin: list[int], ids: list[int]) -> list[int]:
+    return ids if ids[:1] == begin else begin + ids
+
+
+def windows(tokens: Tokens, context: int) -> list[Tokens]:
+    """Cut a sequence to a model's context: its beginning goes.
+
+    A continuation that is longer than the context is scored in pieces that do not overlap, each behind one token.
+
+    >>> windows(([0, 1, 2, 3, 4], 3), 3), windows(([0, 1, 2, 3, 4], 1), 3)
+    ([([1, 2, 3, 4], 2)], [([0, 1, 2, 3], 1), ([1, 2, 3, 4], 3)])
+    """
+    ids, start = tokens
+    continuation = len(ids) - start
+    if continuation <= context:
+        kept = ids[-(context + 1) :]
+        return [(kept, len(kept) - continuation)]
+    pieces = []
+    for first in range(start, len(ids), context):
+        end = min(first + context, len(ids))
+        seen = ids[max(0, end - context - 1) : end] if first > start else ids[first - 1 : end]
+        pieces.append((seen, len(seen) - (end - first)))
+    return pieces
+
+
+# ---- rows
+
+
+@dataclass
+class _Row:
+    """Tree of tokens: the ids, how deep each stands, and where its subtree ends; and what is scored.
+
+    scored   (request, positions of the row whose logits predict, tokens to be predicted)
+    """
+
+    ids: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+    scored: list[tuple[int, list[int], list[int]]] = field(default_factory=list)
+    path: list[int] = field(default_factory=list)  # positions of the sequence that came last
+    branches: bool = False
+
+    def add(self, ids: list[int], shared: int) -> None:
+        """Add a sequence whose first `shared` tokens are those of the sequence before."""
+        self.close(shared)
+        self.branches |= bool(self.ids)
+        for depth in range(shared, len(ids)):
+            self.path.append(len(self.ids))
+            self.ids.append(ids[depth])
+            self.depths.append(depth)
+            self.ends.append(-1)
+
+    def close(self, depth: int = 0) -> None:
+        """End the subtrees of all that stands at `depth` or deeper on the way to the last token."""
+        for position in self.path[depth:]:
+            self.ends[position] = len(self.ids)
+        del self.path[depth:]
+
+
+def _rows(requests: Sequence[Tokens]) -> list[_Row]:
+    """Lay out all sequences but for their last tokens, of which nothing is asked."""
+    order = sorted(range(len(requests)), key=lambda index: requests[index][0])
+    rows: list[_Row] = []
+    before: list[int] = []
+    for index in order:
+        ids, start = requests[index]
+        inputs = ids[:-1]
+        shared = _common(before, inputs)
+        row = rows[-1] if rows else _Row()
+        room = max(LONGEST_ROW, 2 * len(inputs)) - len(row.ids)
+        if not rows or SHARED * shared < len(inputs) or len(inputs) - shared > room:
+            row, shared = _Row(), 0
+            rows.append(row)
+        if len(inputs) > shared or not row.ids:
+            row.add(inputs, shared)
+        else:
+            row.close(len(inputs))
+        row.scored.append((index, row.path[start - 1 :], ids[start:]))
+        before = inputs
+    for row in rows:
+        row.close()
+    return rows
+
+
+def _common(first: list[int], second: list[int]) -> int:
+    """Number of tokens that two sequences share at their beginning."""
+    most = min(len(first), len(second))
+    if first[:most] == second[:most]:
+        return most
+    return next(place for place in range(most) if first[place] != second[place])
+
+
+class _Trees(Branching):
+    """Mask of rows that are trees. A query sees the keys before it whose subtree it stands in.
+
+    ends (B, T)    position behind the last token of each token's subtree
+    depths (B, T)  of each token: its position in its sequence
+    """
+
+    def __init__(self, ends: Tensor, depths: Tensor) -> None:
+        super().__init__(ends, ends, depths)
+
+    @cached_property
+    def _seen(self) -> Tensor:
+        position = torch.arange(self.doc_ids.shape[1], device=self.doc_ids.device)
+        query = position.unsqueeze(1)
+        return (position <= query) & (query < self.doc_ids.unsqueeze(1))
+
+
+# ---- scores
+
+
+class Scorer:
+    """Scores continuations by a model. `computed` counts tokens of its passes, padding among them."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.model, self.device = model, model.embed_tokens.device
+        self.context = model.config.max_position_embeddings
+        self._threads = 1 if is_small(model.config.parameter_count, self.device) else torch.get_num_threads()
+        self._batch_tokens = BATCH_TOKENS.get(self.device.type, BATCH_TOKENS_ELSEWHERE)
+        self.computed = 0
+
+    def score(self, requests: Sequence[Tokens]) -> list[Likelihood]:
+        """Return the likelihood of each continuation. Raises UserError for logits that are no numbers."""
+        pieces = [(number, piece) for number, tokens in enumerate(requests) for piece in windows(tokens, self.context)]
+        logprobs = np.zeros(len(requests))
+        greedy = np.ones(len(requests), bool)
+        with torch.inference_mode(), threads(self._threads):
+            for batch in _batches(_rows([piece for _, piece in pieces]), self._batch_tokens):
+                for index, logprob, is_greedy in self._score_batch(batch):
+                    logprobs[pieces[index][0]] += logprob
+                    greedy[pieces[index][0]] &= is_greedy
+        if not np.isfinite(logprobs).all():
+            raise UserError("the model's logits are no numbers: its weights are damaged, or too large for its dtype")
+        return [
+            Likelihood(float(logprob), bool(is_greedy), len(ids) - start, len(ids) > self.context + 1)
+            for (ids, start), logprob, is_greedy in zip(requests, logprobs, greedy, strict=True)
+        ]
+
+    def _score_batch(self, rows: Sequence[_Row]) -> Iterator[tuple[int, float, bool]]:
+        width = max(len(row.ids) for row in rows)
+        filled = np.zeros((3, len(rows), width), np.int64)
+        filled[2] = width  # a token of padding sees itself
+        for number, row in enumerate(rows):
+            filled[:, number, : len(row.ids)] = row.ids, row.depths, row.ends
+        self.computed += len(rows) * width
+        ids_BT, depths_BT, ends_BT = torch.from_numpy(filled).to(self.device)
+        trees = _Trees(ends_BT, depths_BT) if any(row.branches for row in rows) else None
+        hidden_BTC = self.model(ids_BT, doc_ids=trees)
+        scored = [
+            (index, [number * width + position for position in positions], targets)
+            for number, row in enumerate(rows)
+            for index, positions, targets in row.scored
+        ]
+        places, where = np.unique(np.concatenate([positions for _, positions, _ in scored]), return_inverse=True)
+        targets = np.concatenate([targets for *_, targets in scored])
+        logprob, is_best = self._score_tokens(hidden_BTC.flatten(0, 1)[torch.from_numpy(places)], where, targets)
+        end = 0
+        for index, positions, _ in scored:
+            start, end = end, end + len(positions)
+            yield index, float(logprob[start:end].sum()), bool(is_best[start:end].all())
+
+    def _score_tokens(self, hidden_NC: Tensor, where: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Log-probability of each target behind the hidden state `where` it is asked, and whether it is the likeliest.
+
+        float32, then summed in float64.
+        """
+        logprobs, best = np.empty(len(targets)), np.empty(len(targets), bool)
+        step = max(1, LOGITS // self.model.config.vocab_size)
+        for first in range(0, len(hidden_NC), step):
+            logits_NV = self.model.logits(hidden_NC[first : first + step]).float()
+            asked = np.flatnonzero((where >= first) & (where < first + step))
+            row, target = (torch.from_numpy(x[asked]).to(self.device) for x in (where - first, targets))
+            logprobs[asked] = (logits_NV[row, target] - torch.logsumexp(logits_NV, -1)[row]).cpu().numpy()
+            best[asked] = (logits_NV.argmax(-1)[row] == target).cpu().numpy()
+        return logprobs, best
+
+
+def _batches(rows: list[_Row], tokens: int) -> Iterator[list[_Row]]:
+    """Rows of about one length, the longest first; those that branch apart from others."""
+    for branches in (True, False):
+        batch: list[_Row] = []
+        for row in sorted((row for row in rows if row.branches is branches), key=lambda row: -len(row.ids)):
+            if batch and (len(batch) + 1) * len(batch[0].ids) > tokens:
+                yield batch
+                batch = []
+            batch.append(row)
+        if batch:
+            yield batch
