@@ -13,7 +13,7 @@ import math
 import re
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from decimal import Decimal
@@ -132,7 +132,22 @@ class CommonConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecordsConfig:
+class ColumnsConfig:
+    """Options of every stage that reads users' data."""
+
+    columns: tuple[str, ...] = option(
+        (),
+        "Fields that have other names in the input, as text=content; repeatable.",
+        group="Common",
+        metavar="FIELD=COLUMN,...",
+    )
+
+    def __post_init__(self) -> None:
+        parse_columns(self.columns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordsConfig(ColumnsConfig):
     """Options of every stage that reads users' records."""
 
     max_bad: str = option(
@@ -140,6 +155,7 @@ class RecordsConfig:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         parse_max_bad(self.max_bad)
 
 
@@ -286,6 +302,25 @@ def parse_max_bad(text: str) -> tuple[float | None, int]:
     except ValueError:
         pass
     raise UserError(f"--max-bad: expected a share such as 1% or a count such as 10, found {text!r}")
+
+
+def parse_columns(texts: Sequence[str]) -> dict[str, str]:
+    """The column of each field that `--columns` names.
+
+    >>> parse_columns(["text=content,id=doc", "messages=chat.turns"])
+    {'text': 'content', 'id': 'doc', 'messages': 'chat.turns'}
+
+    Raises UserError for what names none, and for a field that is named twice.
+    """
+    columns: dict[str, str] = {}
+    for pair in (pair.strip() for text in texts for pair in text.split(",")):
+        field_name, _, column = (word.strip() for word in pair.partition("="))
+        if not field_name or not column:
+            raise UserError(f"--columns: expected FIELD=COLUMN, such as text=content, found {pair!r}")
+        if field_name in columns:
+            raise UserError(f"--columns: expected one column for {field_name!r}, found two")
+        columns[field_name] = column
+    return columns
 
 
 def value_type(annotation: Any) -> tuple[type, bool, bool]:

@@ -62,18 +62,18 @@ LONG = set[str]()
 SPLATS = set[str]()
 STARS = 59  # names and attributes unpacked into positional arguments; may only fall
 OPTIONS = {
-    "crawl-filter": 26,
-    "train-bpe": 13,
-    "pretrain": 37,
-    "sft": 37,
-    "probe-knowledge": 28,
-    "train-reward": 32,
-    "rl": 46,
-    "sample": 33,
+    "crawl-filter": 27,
+    "train-bpe": 14,
+    "pretrain": 38,
+    "sft": 38,
+    "probe-knowledge": 29,
+    "train-reward": 33,
+    "rl": 47,
+    "sample": 34,
     "export": 9,
     "report": 10,
 }
-DISTINCT = 116
+DISTINCT = 117
 
 
 def modules() -> dict[str, str]:

@@ -39,10 +39,10 @@ def explain(
     comes so far they are filtered too, which takes as long as a run up to there, unless the input is stdin. `make`
     makes a worker of the recipe that writes rejects. Raises UserError where there is no such page.
     """
-    judge, pages = make().judge, 0
+    worker, pages = make(), 0
     duplicates = [step for step in DUPLICATES if step in recipe.steps]
-    for number, frame in enumerate(Reader(inputs, on_bad=on_bad)):
-        page = page_of(frame)
+    for number, frame in enumerate(Reader(inputs, on_bad=on_bad, columns=worker.columns)):
+        page = page_of(frame, columns=worker.columns)
         if wanted not in ((page.url,) if isinstance(page, Skipped) else (page.url, Document(page).identity)):
             continue
         pages += 1
@@ -50,7 +50,7 @@ def explain(
             entry = {"url": page.url, "source": page.path, "offset": page.offset, "kept": False, "step": READ}
             entry |= {"reason": page.reason, "steps": [{"step": READ, "verdict": page.reason}]}
         else:
-            entry = _judged(page, judge)
+            entry = _judged(page, worker.judge)
         if entry["kept"] and "-" in inputs:
             entry["steps"] += [{"step": step, "verdict": "not looked for: read once"} for step in duplicates]
         elif entry["kept"] and duplicates:

@@ -197,9 +197,10 @@ class Worker:
         url_filter: UrlFilter | None = None,
         items: Contamination | None = None,
         rejects: bool = False,
+        columns: Mapping[str, str] = {},
     ) -> None:
-        """rejects: entries of --rejects are wanted; the others as for `Judge`."""
-        self.judge, self.rejects = Judge(recipe, url_filter, items), rejects
+        """rejects: entries of --rejects are wanted; columns: as in `page_of`; the others as for `Judge`."""
+        self.judge, self.rejects, self.columns = Judge(recipe, url_filter, items), rejects, columns
         self.near = recipe.near_duplicates
         self.duplicates = [step for step in DUPLICATES if step in recipe.steps]
         self.tell_language = "language" in recipe.steps
@@ -213,7 +214,7 @@ class Worker:
 
         for frame in batch.frames:
             started = thread_time()
-            page = page_of(frame)
+            page = page_of(frame, columns=self.columns)
             on_step(READ, None, None, thread_time() - started)
             judged = self.judge(page, on_step) if isinstance(page, Page) else page
             if isinstance(judged, Document):

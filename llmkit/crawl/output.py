@@ -39,13 +39,14 @@ def parts_of(
     state: Kept | None = None,
     engine: str = "local",
     on_bad: Callable[[UserError], object] | None = None,
+    columns: Mapping[str, str] = {},
 ) -> Parts:
     """Yield the parts of the input.
 
     make: makes the worker of batches. state: keeps the parts, and has those of an earlier run.
-    on_bad: as in `Reader`; with Ray, what it would be told is in the part alone.
+    on_bad, columns: as in `Reader`; with Ray, what it would be told is in the part alone.
     """
-    works: Iterable[Any] = batches(Reader(inputs, on_bad=on_bad))
+    works: Iterable[Any] = batches(Reader(inputs, on_bad=on_bad, columns=columns))
     pool: Any = in_order
     if engine == "ray":
         from llmkit.crawl import on_ray

@@ -25,7 +25,7 @@ import hashlib
 import json
 import mmap
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ from llmkit.errors import UserError
 from llmkit.io.files import atomic_file, atomic_folder
 from llmkit.io.jsonl import name_of, names_of, read_documents, write_json
 from llmkit.io.progress import Progress, counted
-from llmkit.io.records import OUTSIDE, BadRecords
+from llmkit.io.records import OF_DOCUMENT, OUTSIDE, BadRecords, Row
 
 if TYPE_CHECKING:
     from llmkit.tokenizer.encoding import Tokenizer
@@ -288,6 +288,7 @@ def tokenize_documents(
     name: str = "tokens",
     resume: bool = False,
     bad: BadRecords | None = None,
+    columns: Mapping[str, str] = {},
     quiet: bool = False,
 ) -> TokenShards:
     """The token shards of some documents, from the cache where it has them.
@@ -298,6 +299,7 @@ def tokenize_documents(
     limit:  the number of documents to take
     resume: take the shards of a pipe that the resumed run read; without this a pipe is read and encoded anew each
             time
+    columns: the column of each field that has another name in the files
     bad:    skips bad records, also those that the cache has left out; without it, the first raises UserError
 
     In a job of several processes let one call this, and the others after it. A killed call leaves nothing
@@ -319,7 +321,9 @@ def tokenize_documents(
     cache.mkdir(parents=True, exist_ok=True)
     if all(Path(path).is_file() for path in paths):
         inputs = [[hash_of_file(path, cache / HASHES), "".join(Path(path).suffixes)] for path in paths]
-        decides = json.dumps([FORMAT, inputs, [info.tokenizer_sha256, info.vocab_size, info.start, info.end], limit])
+        named = [dict(columns)] if columns else []
+        of_tokenizer = [info.tokenizer_sha256, info.vocab_size, info.start, info.end]
+        decides = json.dumps([FORMAT, inputs, of_tokenizer, limit, *named])
         folder = cache / f"{name}-{hashlib.blake2b(decides.encode(), digest_size=8).hexdigest()}"
         keep = True
     else:  # stdin, a pipe, or a file that is not there: read_documents says so
@@ -337,7 +341,8 @@ def tokenize_documents(
     try:
         with atomic_folder(folder) as partial:
             before = len(bad.tallies)
-            _write_shards(paths, encoder, ShardWriter(partial, info), limit, bad, quiet)
+            documents = read_documents(paths, limit, bad, columns, OF_DOCUMENT)
+            _write_shards(documents, encoder, ShardWriter(partial, info), paths, bad, quiet)
             write_json(partial / LEFT_OUT, bad.as_json(before))
     except UserError:
         if is_new:  # a mistake leaves nothing behind
@@ -347,13 +352,18 @@ def tokenize_documents(
 
 
 def _write_shards(
-    paths: Sequence[str], encoder: Tokenizer, writer: ShardWriter, limit: int | None, bad: BadRecords, quiet: bool
+    documents: Iterable[Row],
+    encoder: Tokenizer,
+    writer: ShardWriter,
+    paths: Sequence[str],
+    bad: BadRecords,
+    quiet: bool,
 ) -> None:
     """Read, encode and write: groups of documents are encoded in a thread while the next group is read."""
     outside = 0
     waiting: list[Future[tuple[np.ndarray, np.ndarray, np.ndarray]]] = []
     with Progress("tokenize", unit="MB", quiet=quiet) as progress, ThreadPoolExecutor(1) as pool:
-        for texts in chain(_groups(paths, limit, bad), [None]):
+        for texts in chain(_groups(documents), [None]):
             if texts is not None:
                 waiting.append(pool.submit(_encode, encoder, texts))
             while waiting and (len(waiting) > 2 or texts is None):
@@ -380,11 +390,11 @@ def _encode(encoder: Tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarra
     return ids, lengths, np.array([len(text.encode()) for text in texts], np.int64)
 
 
-def _groups(paths: Sequence[str], limit: int | None, bad: BadRecords) -> Iterator[list[str]]:
+def _groups(documents: Iterable[Row]) -> Iterator[list[str]]:
     """Texts of documents in groups of about GROUP_CHARACTERS; documents without text are left out."""
     group: list[str] = []
     size = 0
-    for row in read_documents(paths, limit, bad):
+    for row in documents:
         text = row.value["text"]
         if text:
             group.append(text)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, TypeVar, cast
@@ -63,7 +63,10 @@ class Question:
 
 
 def read_questions(
-    paths: Sequence[str], limit: int | None = None, bad: BadRecords | None = None
+    paths: Sequence[str],
+    limit: int | None = None,
+    bad: BadRecords | None = None,
+    columns: Mapping[str, str] = {},
 ) -> tuple[list[Question], Counter[str]]:
     """Read the questions of files, `-` for stdin, at most `limit` records in all; count by reason those left out.
 
@@ -71,8 +74,8 @@ def read_questions(
     without that, the first raises UserError that names file and record. Raises UserError where no question is left.
     """
 
-    def rows_of(handle: io.BufferedReader, path: str) -> Iterator[Row | UserError]:
-        for row in json_rows(handle, path):
+    def rows_of(handle: io.BufferedReader, path: str, columns: Mapping[str, str]) -> Iterator[Row | UserError]:
+        for row in json_rows(handle, path, columns):
             if isinstance(row, UserError) or first_of(row.value, FACTS) is not None:
                 yield row
             elif "paragraphs" in row.value:  # an article of SQuAD's, where its object stands on many lines
@@ -82,7 +85,7 @@ def read_questions(
             else:
                 yield row
 
-    read = list(records_of(paths, rows_of, read_question, limit, bad))
+    read = list(records_of(paths, rows_of, read_question, limit, bad, columns))
     questions = [item for item in read if not isinstance(item, str)]
     if not questions:
         raise UserError(f"{names_of(paths)}: expected questions, found none that has an answer")

@@ -27,7 +27,8 @@ import orjson
 from llmkit.display import stdout_bytes
 from llmkit.errors import UserError
 from llmkit.io.files import atomic_file, check_output, read_file
-from llmkit.io.records import BadRecords, Row, check_document, good_records, kind_of
+from llmkit.io.progress import say
+from llmkit.io.records import BadRecords, Row, check_document, good_records, kind_of, with_columns
 from llmkit.io.remote import is_remote, open_remote
 from llmkit.io.tables import Lines, table_lines, write_parquet
 
@@ -83,8 +84,12 @@ def _unreadable(path: str, number: int | None) -> UserError:
 
 
 @contextmanager
-def open_input(path: str) -> Iterator[io.BufferedReader]:
+def open_input(path: str, columns: Mapping[str, str] = {}, fields: Sequence[str] = ()) -> Iterator[io.BufferedReader]:
     """Open a file, an address, or stdin for `-`: what gzip and zstd hold, and the rows of a table as lines of JSON.
+
+    columns: the column of each field that has another name in the file (`--columns`); a table without it is refused,
+             and `json_rows` renames the fields
+    fields:  those that the reader uses, if it is not all: others are not read from Parquet
 
     Compression and Parquet are known by the first bytes, CSV and TSV by the name.
     Raises UserError when it cannot be opened, when stdin is asked for a second time, and when the reading
@@ -97,7 +102,7 @@ def open_input(path: str) -> Iterator[io.BufferedReader]:
             raw = io.BufferedReader(gzip.GzipFile(fileobj=raw), BLOCK)
         elif is_zstd(magic):
             raw = io.BufferedReader(Lines(zstd_frames(raw, name_of(path))), BLOCK)
-        rows = table_lines(raw, name_of(path))
+        rows = table_lines(raw, name_of(path), columns, fields)
         yield raw if rows is None else io.BufferedReader(Lines(rows), BLOCK)
 
 
@@ -210,48 +215,59 @@ def read_jsonl(
     limit: int | None = None,
     read: Callable[[Row], T] = lambda row: row,  # type: ignore[assignment,return-value]
     bad: BadRecords | None = None,
+    columns: Mapping[str, str] = {},
 ) -> Iterator[T]:
     """Yield what `read` makes of the objects of JSONL files, blank lines left out, at most `limit` in all.
+
+    `columns` names the column of each field that has another name in the files (`--columns`).
 
     A bad record is one that `read` refuses by a UserError, or a line that is not a JSON object, is not UTF-8, or holds
     a lone surrogate. It is skipped as `bad` has it; without that, the first raises UserError naming file and line.
     """
-    yield from records_of(paths, json_rows, read, limit, bad)
+    yield from records_of(paths, json_rows, read, limit, bad, columns)
 
 
-def read_documents(paths: Sequence[str], limit: int | None = None, bad: BadRecords | None = None) -> Iterator[Row]:
+def read_documents(
+    paths: Sequence[str],
+    limit: int | None = None,
+    bad: BadRecords | None = None,
+    columns: Mapping[str, str] = {},
+    fields: Sequence[str] = (),
+) -> Iterator[Row]:
     """Yield documents `{"text", ...}` from JSONL, or from plain text: a file of plain text is one document.
 
     `.jsonl`, `.json` and `.ndjson` are JSONL, `.txt` and `.md` are text; stdin and files of other names are
     JSONL when their first character is `{`. A record whose `text` is missing or no string is bad, as in `read_jsonl`.
-    Raises UserError for plain text that is not UTF-8.
+    `columns` and `fields` are those of `open_input`. Raises UserError for plain text that is not UTF-8.
     """
 
-    def rows(handle: io.BufferedReader, path: str) -> Iterator[Row | UserError]:
+    def rows(handle: io.BufferedReader, path: str, columns: Mapping[str, str]) -> Iterator[Row | UserError]:
         if is_jsonl(handle, path):
-            yield from json_rows(handle, path)
+            yield from json_rows(handle, path, columns)
             return
         check_no_archive(handle, path)
         if text := read_text(handle, path):
             yield Row({"text": text, "source": Path(name_of(path)).name}, name_of(path), 1)
 
-    yield from records_of(paths, rows, check_document, limit, bad)
+    yield from records_of(paths, rows, check_document, limit, bad, columns, fields)
 
 
 def records_of(
     paths: Sequence[str],
-    rows_of: Callable[[io.BufferedReader, str], Iterator[Row | UserError]],
+    rows_of: Callable[[io.BufferedReader, str, Mapping[str, str]], Iterator[Row | UserError]],
     read: Callable[[Row], T],
     limit: int | None,
     bad: BadRecords | None,
+    columns: Mapping[str, str] = {},
+    fields: Sequence[str] = (),
 ) -> Iterator[T]:
     """Yield what `read` makes of the rows of files, at most `limit` in all; bad ones are skipped as `bad` has it."""
     left = limit
     for path in paths:
         if left == 0:
             return
-        with open_input(path) as handle:
-            for record in good_records(rows_of(handle, path), read, name_of(path), bad, left):
+        with open_input(path, columns, fields) as handle:
+            for record in good_records(rows_of(handle, path, columns), read, name_of(path), bad, left):
                 yield record
                 left = None if left is None else left - 1
 
@@ -267,11 +283,30 @@ def is_jsonl(handle: io.BufferedReader, path: str) -> bool:
     return head[:1] in (b"{", b"") or (head[:1] == b"[" and head[1:].lstrip()[:1] == b"{")
 
 
-def json_rows(handle: io.BufferedReader, path: str) -> Iterator[Row | UserError]:
+def json_rows(handle: io.BufferedReader, path: str, columns: Mapping[str, str] = {}) -> Iterator[Row | UserError]:
+    """The objects of an open file of JSONL, or of one that is one JSON array, with the fields that `columns` names.
+
+    In the place of a record that cannot be read stands a UserError; for a file that is none of these it is raised.
+    """
+    is_first = True
+    for row in _rows(handle, path):
+        if columns and isinstance(row, Row):
+            for field, column in columns.items() if is_first else ():
+                if field in row.value and column.partition(".")[0] not in row.value and column not in row.value:
+                    say(f"{row.path}: no {column!r} (--columns), so that its own {field!r} is read")
+            is_first = False
+            try:
+                row = with_columns(row, columns)
+            except UserError as error:
+                row = error
+        yield row
+
+
+def _rows(handle: io.BufferedReader, path: str) -> Iterator[Row | UserError]:
     """The objects of an open file of JSONL, or of one that is one JSON array (numbered from 1 as lines are).
 
-    The array may stand under `examples` or `data` of an object that begins on a line of its own. In the place of a
-    record that cannot be read stands a UserError; for a file that is none of these it is raised.
+
+    The array may stand under `examples` or `data` of an object that begins on a line of its own.
     """
     if handle.peek(1)[:1] not in (b"{", b"["):
         check_no_archive(handle, path)

@@ -45,6 +45,7 @@ CHOICES = ("choices", "options")
 OTHERS = ("text", *CHOICES)
 OUTSIDE = "characters outside the vocabulary"  # of the tokenizer, which become <unk>; told as what is not used
 KNOWN = frozenset((*PROMPT_FIELDS, *ANSWERS, *THOUGHTS, *COMPARED, *OTHERS))
+OF_DOCUMENT = ("text", "source", *KNOWN)  # fields of a document that training on its text looks at
 REPORTED_EACH = 3  # skipped records of a file that are reported one by one
 SAVED_FIELDS = ("name", "good", "bad", "first", "losses")  # of a tally, in JSON
 EARLY = 1000  # records of a file, from which on a share of them is judged while reading
@@ -107,6 +108,30 @@ def check_document(row: Row) -> Row:
         raise UserError(f"{row.where}: expected 'source' to be a string, found {kind_of(row.value['source'])}")
     losses = not_used(row.value, ("text",)) if len(row.value) > 1 else ()
     return replace(row, losses=losses) if losses else row
+
+
+def with_columns(row: Row, columns: Mapping[str, str]) -> Row:
+    """Name the fields of a record as `--columns` has it: each takes the value of its column, which goes.
+
+    A column may be a field within a field, `chat.turns`, whose outer field stays. A record that has the field already
+    and not the column is left as it is. Raises UserError where it has neither.
+
+    >>> with_columns(Row({"id": 1, "content": "Once"}, "d.jsonl", 1), {"text": "content"}).value
+    {'text': 'Once', 'id': 1}
+    """
+    taken: dict[str, Any] = {}
+    for name, column in columns.items():
+        value: Any = row.value
+        for part in (column,) if column in row.value else column.split("."):
+            if value is not None and not (isinstance(value, dict) and part in value):
+                value = row.value.get(name, row)
+                break
+            value = value and value[part]
+        if value is row:
+            raise UserError(f"{row.where}: expected field {column!r} (--columns), found {sorted(row.value)}")
+        taken[name] = value
+    gone = {*columns, *columns.values()}
+    return replace(row, value=taken | {name: value for name, value in row.value.items() if name not in gone})
 
 
 def fields_of(value: dict[str, Any]) -> list[str]:

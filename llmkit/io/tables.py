@@ -10,7 +10,7 @@ import csv
 import io
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import IO, Any
 
@@ -47,12 +47,18 @@ class Lines(io.RawIOBase):
         return count
 
 
-def parquet_lines(raw: IO[bytes], name: str) -> Iterator[bytes]:
+def parquet_lines(
+    raw: IO[bytes], name: str, columns: Mapping[str, str] = {}, fields: Sequence[str] = ()
+) -> Iterator[bytes]:
     """Yield each row of an open Parquet file as a line of JSON; `name` is for errors.
+
+    columns: of fields, as `--columns` names them; the lines have the names of the file
+    fields:  those that the reader uses, if it is not all; other columns are not read where the file has the first field
 
     Nested lists, structs and maps become arrays and objects, times ISO 8601, decimals numbers, NaN null. Bytes are read
     as UTF-8; columns with bytes inside lists or structs, as of images, are left out, which is told. A row that is not
-    UTF-8 is a line that is none, which its reader counts. Raises UserError for a damaged or cut file.
+    UTF-8 is a line that is none, which its reader counts. Raises UserError for a damaged or cut file, and where it has
+    neither a field nor its column.
     """
     import pyarrow as pa
     from pyarrow import parquet
@@ -65,17 +71,34 @@ def parquet_lines(raw: IO[bytes], name: str) -> Iterator[bytes]:
     number = 0
     try:
         file = parquet.ParquetFile(raw, buffer_size=READ_BYTES, pre_buffer=False)
-        inner_bytes = [field.name for field in file.schema_arrow if _has_inner_bytes(field.type)]
+        names = file.schema_arrow.names
+        check_columns(names, columns, name)
+        used = [_column_in(names, columns.get(field, field)) or field for field in fields]
+        read = [column for column in names if column in used] if used and used[0] in names else names
+        inner_bytes = [column for column in read if _has_inner_bytes(file.schema_arrow.field(column).type)]
         if inner_bytes:
             say(f"{name}: left out what holds bytes, the columns {', '.join(inner_bytes)}")
-        columns = [column for column in file.schema_arrow.names if column not in inner_bytes]
-        for batch in file.iter_batches(READ_ROWS, columns=columns, use_threads=False):
+        read = [column for column in read if column not in inner_bytes]
+        for batch in file.iter_batches(READ_ROWS, columns=read, use_threads=False):
             for line in _lines_of(batch):
                 yield line
                 number += 1
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(f"{name}: damaged or cut Parquet after row {number} ({reason}); fetch it again") from error
+
+
+def check_columns(names: Sequence[str], columns: Mapping[str, str], table: str) -> None:
+    """Raise UserError where a table has neither a field of `--columns` nor its column."""
+    for field, column in columns.items():
+        if field not in names and _column_in(names, column) is None:
+            raise UserError(f"{table}: expected column {column!r} (--columns), found {', '.join(names)}")
+
+
+def _column_in(names: Collection[str], column: str) -> str | None:
+    """The column of a table in which a column or a field within one, `chat.turns`, lies."""
+    outer = column.partition(".")[0]
+    return column if column in names else outer if outer in names else None
 
 
 def _lines_of(batch: Any) -> list[bytes]:
@@ -104,30 +127,36 @@ def _json_value(value: Any) -> Any:
     return float(value) if isinstance(value, Decimal) else str(value)
 
 
-def table_lines(raw: io.BufferedReader, name: str) -> Iterator[bytes] | None:
-    """The rows of an open table as lines of JSON: of Parquet by its first bytes, of CSV and TSV by the name."""
+def table_lines(
+    raw: io.BufferedReader, name: str, columns: Mapping[str, str] = {}, fields: Sequence[str] = ()
+) -> Iterator[bytes] | None:
+    """The rows of an open table as lines of JSON: of Parquet by its first bytes, of CSV and TSV by the name.
+
+    columns, fields: as in `parquet_lines`
+    """
     if raw.peek(4)[:4] == PARQUET_MAGIC:
-        return parquet_lines(raw, name)
+        return parquet_lines(raw, name, columns, fields)
     delimiter = DELIMITERS.get(os.path.splitext(name.lower().removesuffix(".gz").removesuffix(".zst"))[1])
-    return csv_lines(raw, name, delimiter) if delimiter else None
+    return csv_lines(raw, name, delimiter, columns) if delimiter else None
 
 
-def csv_lines(raw: IO[bytes], name: str, delimiter: str) -> Iterator[bytes]:
+def csv_lines(raw: IO[bytes], name: str, delimiter: str, columns: Mapping[str, str] = {}) -> Iterator[bytes]:
     """Yield each row of an open CSV or TSV file, the first of which names the columns, as a line of JSON."""
     text = io.TextIOWrapper(raw, "utf-8-sig", newline="")  # type: ignore[type-var]
     csv.field_size_limit((1 << 31) - 1)  # of 131,072 characters otherwise, which a document may exceed
     number = 0
     try:
         rows = csv.reader(text, delimiter=delimiter, strict=True)
-        columns = next(rows, [])
-        if len(set(columns)) < len(columns):
-            raise UserError(f"{name}: expected names of columns on the first line, each once, found {columns}")
+        names = next(rows, [])
+        if len(set(names)) < len(names):
+            raise UserError(f"{name}: expected names of columns on the first line, each once, found {names}")
+        check_columns(names, columns, name)
         for number, row in enumerate(rows, 1):
-            if len(row) not in (0, len(columns)):
-                wanted = f"expected {counted(len(columns), 'field')}, as the first line has, found {len(row)}"
+            if len(row) not in (0, len(names)):
+                wanted = f"expected {counted(len(names), 'field')}, as the first line has, found {len(row)}"
                 raise UserError(f"{name}:{number}: {wanted}; quote fields that hold the separator")
             if row:
-                yield orjson.dumps(dict(zip(columns, row, strict=True)), option=orjson.OPT_APPEND_NEWLINE)
+                yield orjson.dumps(dict(zip(names, row, strict=True)), option=orjson.OPT_APPEND_NEWLINE)
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{name}: damaged after row {number} ({error}); write it again as UTF-8") from error
 

@@ -10,7 +10,7 @@ A score is read at the last token of each answer. Nothing is padded but the end 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import islice
@@ -172,6 +172,7 @@ def read_comparisons(
     *,
     on_long: str,
     limit: int | None = None,
+    columns: Mapping[str, str] = {},
     quiet: bool = False,
     observe: Callable[[list[str]], object] | None = None,
 ) -> tuple[Comparisons, str]:
@@ -182,7 +183,7 @@ def read_comparisons(
     UserError for one that is too long under "error", and where nothing is left.
     """
     source, digest = Comparisons(name_of(path)), sha256()
-    comparisons = read_jsonl([path], limit, read_comparison, bad)
+    comparisons = read_jsonl([path], limit, read_comparison, bad, columns)
     with Progress(f"read {source.name}", unit="comparisons", quiet=quiet) as progress:
         while chunk := list(islice(comparisons, READ_AT_ONCE)):
             source.counts["read"] += len(chunk)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 
@@ -39,6 +39,7 @@ def load_problems(
     max_tokens: int | None,
     bad: BadRecords,
     quiet: bool,
+    columns: Mapping[str, str] = {},
 ) -> tuple[list[EncodedProblem], int]:
     """The problems of files in tokens, and the tokens of an attempt. These are, where `max_tokens` is None, twice those
     of the answers, 256 at least, as far as the context has room for them.
@@ -60,7 +61,7 @@ def load_problems(
         outside = (OUTSIDE,) if tuning.tokenizer.unk_id in encoded.prompt_ids else ()
         return replace(encoded, losses=problem.losses + outside)
 
-    read = list(read_jsonl(paths, limit, encoded_problem, bad))
+    read = list(read_jsonl(paths, limit, encoded_problem, bad, columns))
     if max_tokens is None:
         _, counts = tuning.tokenizer.encode_batch([answer_text(item.problem.record) for item in read])
         longest = _at_share(counts.tolist())

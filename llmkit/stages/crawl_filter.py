@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from zlib import crc32
 
 from llmkit import __version__
-from llmkit.config import CommonConfig, argument, as_options, option
+from llmkit.config import ColumnsConfig, CommonConfig, argument, as_options, option, parse_columns
 from llmkit.display import check_stdout
 from llmkit.errors import UserError
 from llmkit.io.files import check_output, check_unfinished, remove
@@ -34,7 +34,7 @@ PACKAGES = ("llmkit", "numpy", "selectolax", "fasttext-predict", "fast-langdetec
 
 
 @dataclass(frozen=True, kw_only=True)
-class CrawlFilterConfig(CommonConfig):
+class CrawlFilterConfig(ColumnsConfig, CommonConfig):
     """Options of `llmkit crawl-filter`."""
 
     examples: ClassVar[str] = """
@@ -155,7 +155,8 @@ def run(config: CrawlFilterConfig) -> Summary | None:
     # the blocklists are read once for all processes, and checked so before anything is written
     url_filter = UrlFilter(recipe.url.blocklists, recipe.url) if "url" in recipe.steps else None
     items = Contamination(recipe.contamination, config.quiet) if "contamination" in recipe.taken else None
-    make = partial(Worker, recipe, url_filter, items, rejects=config.rejects is not None or config.explain is not None)
+    columns, rejects = parse_columns(config.columns), config.rejects is not None or config.explain is not None
+    make = partial(Worker, recipe, url_filter, items, rejects=rejects, columns=columns)
     ends = config.strict or (len(paths) == 1 and not os.path.isdir(inputs[0]))  # the run, at a bad file
     on_bad_file = None if ends else lambda error: say(f"skipped: {error}", config.quiet)
     if config.explain is not None:
@@ -165,7 +166,7 @@ def run(config: CrawlFilterConfig) -> Summary | None:
     # build and do
     state = _state(config, recipe)
     count = config.workers if config.engine == "ray" else workers  # on a cluster, all of its cores
-    parts = parts_of(inputs, make, count, state=state, engine=config.engine, on_bad=on_bad_file)
+    parts = parts_of(inputs, make, count, state=state, engine=config.engine, on_bad=on_bad_file, columns=columns)
     with state.resumable() if state is not None else nullcontext():
         funnel = _collected(config, recipe, inputs, parts, total)
 
@@ -317,6 +318,7 @@ def _state(config: CrawlFilterConfig, recipe: Recipe) -> Kept | None:
         "files": {path: file_sha256(path) for path in recipe.files()},
         "--rejects": config.rejects is not None,
         "--engine": config.engine,
+        "--columns": parse_columns(config.columns),
     }
     state = Kept(path, identity, resume=config.resume)
     if config.resume:

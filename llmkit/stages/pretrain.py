@@ -18,6 +18,7 @@ from llmkit.config import (
     flag_of,
     option,
     option_fields,
+    parse_columns,
 )
 from llmkit.errors import UserError
 from llmkit.io.jsonl import check_inputs, names_of
@@ -257,6 +258,7 @@ def _token_shards(
         encoder=tokenizer,
         cache=cache,
         limit=config.limit,
+        columns=parse_columns(config.columns),
         resume=run.resume,
         bad=run.bad,
         quiet=config.quiet,

@@ -10,7 +10,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmkit.config import CommonConfig, RecordsConfig, ServedConfig, argument, as_options, lasting_options, option
+from llmkit.config import (
+    CommonConfig,
+    RecordsConfig,
+    ServedConfig,
+    argument,
+    as_options,
+    lasting_options,
+    option,
+    parse_columns,
+)
 from llmkit.errors import UserError
 from llmkit.formats.questions import Question, read_questions
 from llmkit.io.files import check_output, check_unfinished
@@ -333,13 +342,15 @@ def _sampler(
 
 def _read(config: ProbeKnowledgeConfig, bad: BadRecords) -> tuple[list[Passage], list[Question], Counter[str]]:
     """The passages, the questions unless a model is to write them, and why others are left out. Raises UserError."""
+    columns = parse_columns(config.columns)
     if not config.passages:
-        questions, left_out = read_questions(config.questions or ("-",), config.limit, bad)
+        questions, left_out = read_questions(config.questions or ("-",), config.limit, bad, columns)
         return [], questions, left_out
     from llmkit.probing.question_rules import ask_about, sample_passages
 
     names = names_of(config.passages)
-    passages = sample_passages(read_documents(config.passages, config.limit, bad), config.max_passages, config.seed)
+    documents = read_documents(config.passages, config.limit, bad, columns)
+    passages = sample_passages(documents, config.max_passages, config.seed)
     if not passages:
         raise UserError(f"{names}: expected documents with text to ask about, found none")
     if config.writer is not None:
@@ -363,7 +374,8 @@ def _recite(config: ProbeKnowledgeConfig, path: str) -> Recited | None:
     out = config.out or "-"
     _checked(config, out)
     check_inputs([path])
-    documents = read_documents([path], config.limit, BadRecords(config.max_bad, config.quiet))
+    bad = BadRecords(config.max_bad, config.quiet)
+    documents = read_documents([path], config.limit, bad, parse_columns(config.columns))
     with _sampler(config, temperature=0.0, end_ids=()) as sampler:
         recital = Recital(documents, sampler, config.max_tokens, name_of(path))
         beginnings = counted(len(recital), "document")

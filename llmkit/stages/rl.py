@@ -20,6 +20,7 @@ from llmkit.config import (
     TuningConfig,
     argument,
     option,
+    parse_columns,
 )
 from llmkit.errors import UserError
 from llmkit.io.jsonl import check_inputs
@@ -167,7 +168,13 @@ class Learner:
         self.rewards, self.gold = _rewards(config, stack)  # whose names are looked at before the model is read
         tuning = load_policy(str(config.model), config.system, run.device, run.dtype, config.quiet)
         read = partial(
-            load_problems, limit=config.limit, tuning=tuning, system=config.system, bad=run.bad, quiet=config.quiet
+            load_problems,
+            limit=config.limit,
+            tuning=tuning,
+            system=config.system,
+            bad=run.bad,
+            quiet=config.quiet,
+            columns=parse_columns(config.columns),
         )
         self.problems, self.max_tokens = read(config.data or ("-",), rewards=self.rewards, max_tokens=config.max_tokens)
         self.held_out: list[EncodedProblem] = []

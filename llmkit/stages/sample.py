@@ -20,6 +20,7 @@ from llmkit.config import (
     as_options,
     lasting_options,
     option,
+    parse_columns,
 )
 from llmkit.errors import UserError
 from llmkit.io.files import check_output, check_unfinished
@@ -258,7 +259,7 @@ def _rows(config: SampleConfig, bad: BadRecords) -> Iterator[Row]:
     if config.prompt is not None:
         yield Row({"prompt": config.prompt}, "--prompt", 0)
     elif config.jsonl:
-        yield from read_jsonl(config.inputs or ["-"], config.limit, bad=bad)
+        yield from read_jsonl(config.inputs or ["-"], config.limit, bad=bad, columns=parse_columns(config.columns))
     else:
         with open_input("-") as handle:
             text = read_text(handle, "-")

@@ -15,6 +15,7 @@ from llmkit.config import (
     TuningConfig,
     argument,
     option,
+    parse_columns,
 )
 from llmkit.errors import UserError
 from llmkit.formats.conversations import Conversation, read_conversation, with_system
@@ -325,7 +326,7 @@ def _read_all(
 
 
 def _conversations(config: SftConfig, path: str, bad: BadRecords) -> Iterator[Conversation]:
-    return read_jsonl([path], config.limit, read_conversation, bad)
+    return read_jsonl([path], config.limit, read_conversation, bad, parse_columns(config.columns))
 
 
 def _read(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from llmkit.config import CommonConfig, RecordsConfig, argument, as_options, option
+from llmkit.config import CommonConfig, RecordsConfig, argument, as_options, option, parse_columns
 from llmkit.errors import UserError
 from llmkit.io.files import atomic_folder, check_output, output_folder
 from llmkit.io.jsonl import PACKED, check_inputs, names_of, write_json
@@ -73,7 +73,7 @@ def run(config: TrainBpeConfig) -> Summary | None:
     pattern = find_pattern(config.pattern)
     others = {path: folder.load_other(path) for path in config.compare}
     bad = BadRecords(config.max_bad, config.quiet)
-    corpus = Corpus(inputs, pattern, config.limit, config.limit_bytes, bad)
+    corpus = Corpus(inputs, pattern, config.limit, config.limit_bytes, bad, parse_columns(config.columns))
     specials, total = len(folder.SPECIALS), _megabytes_of(inputs, config.limit_bytes)
     wanted = size - specials - 256  # merges
     if config.dry_run:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from llmkit.config import DECAY_FRACTION, MICRO_BATCH_TOKENS, TuningConfig, argument, option
+from llmkit.config import DECAY_FRACTION, MICRO_BATCH_TOKENS, TuningConfig, argument, option, parse_columns
 from llmkit.errors import GateError, UserError
 from llmkit.io.jsonl import check_inputs, open_output, read_jsonl, write_json
 from llmkit.io.progress import Progress, counted, duration, quantity, say
@@ -222,7 +222,8 @@ def _reader(
     from llmkit.reward_model.comparisons import read_comparisons
 
     options = {"on_long": config.on_long, "limit": config.limit, "quiet": config.quiet}
-    return partial(read_comparisons, chat=chat, context=context, bad=bad, **options)
+    columns = parse_columns(config.columns)
+    return partial(read_comparisons, chat=chat, context=context, bad=bad, columns=columns, **options)
 
 
 def _plan(
@@ -337,7 +338,7 @@ def _score(config: TrainRewardConfig) -> Scored | None:
         return Scored(evaluation=evaluation)
     scorer = Scorer(model, chat, pad)
     out = config.out or "-"
-    rows = read_jsonl(config.inputs or ["-"], config.limit, scorer.checked, bad)
+    rows = read_jsonl(config.inputs or ["-"], config.limit, scorer.checked, bad, parse_columns(config.columns))
     with open_output(out, config.force) as write, Progress("score", unit="records", quiet=config.quiet) as progress:
         for record in scorer.score(rows, rank=config.rank):
             write(record)

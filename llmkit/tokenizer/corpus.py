@@ -17,7 +17,7 @@ from __future__ import annotations
 import io
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from llmkit.errors import UserError
 from llmkit.io.jsonl import BYTE_ORDER_MARK, check_no_archive, is_jsonl, json_rows, name_of, open_input
 from llmkit.io.pool import in_order
 from llmkit.io.ranks import available_cores
-from llmkit.io.records import BadRecords, check_document, good_records
+from llmkit.io.records import OF_DOCUMENT, BadRecords, check_document, good_records
 from llmkit.tokenizer.patterns import Pattern, piece_finder
 
 BLOCK = 4 << 20  # bytes of text sent to a process at a time
@@ -67,8 +67,10 @@ class Corpus:
         limit: int | None = None,
         limit_bytes: int | None = None,
         bad: BadRecords | None = None,
+        columns: Mapping[str, str] = {},
     ) -> None:
         self.paths, self.pattern, self.limit, self.limit_bytes, self._bad = paths, pattern, limit, limit_bytes, bad
+        self._columns = columns
         self.documents = self.bytes = 0
         self.bytes_of_source: Counter[str] = Counter()
         self.sample: dict[str, list[str]] = {}
@@ -110,10 +112,11 @@ class Corpus:
             left = None if self.limit is None else self.limit - self.documents
             if left == 0:
                 return
-            with open_input(path) as handle:
+            with open_input(path, self._columns, OF_DOCUMENT) as handle:
                 name = name_of(path)
                 if is_jsonl(handle, path):
-                    for row in good_records(json_rows(handle, path), check_document, name, self._bad, left):
+                    rows = json_rows(handle, path, self._columns)
+                    for row in good_records(rows, check_document, name, self._bad, left):
                         self.documents += 1
                         if text := row.value["text"]:
                             yield text, row.value.get("source") or NO_SOURCE

@@ -15,9 +15,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from llmkit.config import parse_columns
 from llmkit.errors import UserError
 from llmkit.io.jsonl import open_output, read_documents, read_jsonl
-from llmkit.io.records import BadRecords
+from llmkit.io.records import OF_DOCUMENT, BadRecords
 
 ROWS = [{"text": "one", "n": 1, "messages": [{"role": "user", "content": "a"}]}, {"text": "zwei ß", "n": None}]
 
@@ -190,3 +191,62 @@ def test_the_layout_of_fineweb_is_documents(tmp_path: Path) -> None:
     path = tmp_path / "d.parquet"
     parquet.write_table(pa.Table.from_pylist([LAYOUTS["train-bpe"]]), path)
     assert [row.value for row in read_documents([str(path)])] == [LAYOUTS["train-bpe"]]
+
+
+# ---- --columns
+
+
+def named(folder: Path, kind: str, rows: list[dict]) -> Path:
+    path = folder / f"d.{kind}"
+    if kind == "parquet":
+        parquet.write_table(pa.Table.from_pylist(rows), path)
+    elif kind == "json":
+        path.write_text(json.dumps(rows))
+    elif kind == "csv":
+        names = list(rows[0])
+        path.write_text("\n".join([",".join(names), *(",".join(row[name] for name in names) for row in rows)]))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl", "json"])
+def test_columns_give_the_fields_their_names(tmp_path: Path, kind: str, capsys) -> None:
+    path = named(tmp_path, kind, [{"content": "one", "text": "old", "id": "7"}])
+    columns = parse_columns(["text=content"])
+    assert values(path, columns=columns) == [{"text": "one", "id": "7"}]
+    assert values(path, columns=parse_columns(["text=id, id=text"])) == [{"text": "7", "id": "old", "content": "one"}]
+    assert values(path, columns={"a": "id", "b": "id"})[0] == {"a": "7", "b": "7", "content": "one", "text": "old"}
+    assert values(path, columns={"text": "body"}) == values(path)  # one of several files has the field itself
+    assert "no 'body' (--columns), so that its own 'text' is read" in capsys.readouterr().err
+    with pytest.raises(UserError, match=rf"d\.{kind}.*: expected (column|field) 'body' \(--columns\), found .*content"):
+        values(path, columns={"prompt": "body"})
+    assert [row.value["text"] for row in read_documents([str(path)], columns=columns, fields=OF_DOCUMENT)] == ["one"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_a_column_within_a_column(tmp_path: Path, kind: str) -> None:
+    turns = [{"role": "user", "content": "Hi"}]
+    path = named(tmp_path, kind, [{"chat": {"turns": turns, "n": 1}, "a.b": "x"}, {"chat": None, "a.b": "y"}])
+    assert values(path, columns={"messages": "chat.turns", "id": "a.b"}) == [
+        {"messages": turns, "id": "x", "chat": {"turns": turns, "n": 1}},
+        {"messages": None, "id": "y", "chat": None},
+    ]
+    with pytest.raises(UserError, match=r"expected field 'chat.said' \(--columns\)"):
+        values(path, columns={"messages": "chat.said"})
+
+
+def test_only_the_columns_of_a_document_are_read(tmp_path: Path, monkeypatch) -> None:
+    """The rest of a wide table is neither unpacked nor made JSON; without its text, all columns are named."""
+    path = tmp_path / "d.parquet"
+    parquet.write_table(pa.Table.from_pylist([{"content": "one", "prompt": "p", "junk": "j", "source": "s"}]), path)
+    read = lambda columns: next(read_documents([str(path)], None, None, columns, OF_DOCUMENT))  # noqa: E731
+    assert read({"text": "content"}).value == {"text": "one", "prompt": "p", "source": "s"}
+    with pytest.raises(UserError, match=r"expected field 'text' .* found \['content', 'junk', 'prompt', 'source'\]"):
+        read({})
+
+
+@pytest.mark.parametrize("text", ["text", "=content", "text=", "text=a,text=b", ""])
+def test_columns_that_name_nothing(text: str) -> None:
+    with pytest.raises(UserError, match="--columns: expected"):
+        parse_columns([text])

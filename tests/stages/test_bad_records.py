@@ -6,7 +6,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 from tiny import make_model, save_assistant, save_folder, save_tokenizer
 
 from llmkit.errors import UserError
@@ -258,3 +260,17 @@ def test_a_limit_bounds_the_held_out_records_too(folders, tmp_path, capsys, comm
     with pytest.raises(UserError, match=r"v\.jsonl:10: "):
         run(command, folders, given, tmp_path / "out", val=(str(held_out),), dry_run=True, max_bad="0")
     run(command, folders, given, tmp_path / "out", val=(str(held_out),), dry_run=True, max_bad="0", limit=9)
+
+
+@pytest.mark.parametrize("command", GOOD)
+def test_fields_of_other_names_are_read_by_columns(folders, tmp_path, command):
+    renamed = {f"their {name}": value for name, value in GOOD[command].items()}
+    given = tmp_path / "d.parquet"
+    parquet.write_table(pa.Table.from_pylist([renamed] * 20), given)
+    columns = tuple(f"{name}=their {name}" for name in GOOD[command])
+    run(command, folders, given, tmp_path / "out", max_bad="0", columns=columns)
+    with pytest.raises(UserError, match=r"expected"):
+        run(command, folders, given, tmp_path / "none")
+    with pytest.raises(UserError, match=r"d\.parquet: expected column 'content' \(--columns\), found their "):
+        run(command, folders, given, tmp_path / "none", columns=("text=content",))
+    assert not (tmp_path / "none").exists()

@@ -17,7 +17,7 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import chain
 from time import thread_time
@@ -383,6 +383,7 @@ class Reader:
     max_page_bytes: larger records are passed over as `too_large`.
     on_bad: is told of a missing file, a folder without files, a file of a kind that is not read, and one that holds
     no records; each gives one frame `bad_file`. Without it the UserError is raised.
+    columns: of `--columns`; a table without one of them is refused, and `page_of` renames the fields.
     """
 
     def __init__(
@@ -390,8 +391,9 @@ class Reader:
         paths: Iterable[str | Source],
         max_page_bytes: int = MAX_PAGE_BYTES,
         on_bad: Callable[[UserError], object] | None = None,
+        columns: Mapping[str, str] = {},
     ) -> None:
-        self.paths, self.max_bytes, self.on_bad = paths, max_page_bytes, on_bad
+        self.paths, self.max_bytes, self.on_bad, self._columns = paths, max_page_bytes, on_bad, columns
         self._read, self._window = 0, None
 
     @property
@@ -434,7 +436,7 @@ class Reader:
         if path != "-" and os.path.isdir(path):
             raise UserError(f"{path}: expected files in this folder, found none that can be read")
         with open_packed(path) as handle:
-            rows = table_lines(handle, name)
+            rows = table_lines(handle, name, self._columns)
             window = self._window = Window(handle if rows is None else Lines(rows))
             if is_zstd(window.look(4)[:4]):
                 window = Window(Lines(zstd_frames(window.as_file(), name)))

@@ -14,6 +14,7 @@ from contextlib import suppress
 from llmkit.crawl.page import MAX_PAGE_BYTES, Frame, Page, Skipped, TooMuchWork, work_limit
 from llmkit.errors import UserError
 from llmkit.io.jsonl import GZIP_MAGIC, ZSTD_MAGIC, json_row
+from llmkit.io.records import with_columns
 
 try:
     from isal import isal_zlib as inflating  # unpacks twice as fast as zlib
@@ -45,11 +46,12 @@ _HTML = re.compile(
 _CHUNK = re.compile(rb"(?:\r?\n)?[ \t]*([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r?\n")
 
 
-def page_of(frame: Frame, max_bytes: int = MAX_PAGE_BYTES) -> Page | Skipped:
+def page_of(frame: Frame, max_bytes: int = MAX_PAGE_BYTES, columns: Mapping[str, str] = {}) -> Page | Skipped:
     """Read a frame as a page, or the reason why it is none.
 
-    A line of JSONL that is no JSON object in UTF-8 is skipped as `bad_json`, one without a string under `html` or
-    `text` as `no_text`. For records of archives see `page_of_record`.
+    The fields of a line of JSONL are renamed as `columns` (of `--columns`) has it. One that is no JSON object in UTF-8
+    is skipped as `bad_json`, one without a string under `html` or `text` as `no_text`. For records of archives see
+    `page_of_record`.
     """
     path, kind, offset, data = frame
     if isinstance(data, str):
@@ -62,7 +64,10 @@ def page_of(frame: Frame, max_bytes: int = MAX_PAGE_BYTES) -> Page | Skipped:
         except UserError:
             return Skipped(path, offset, "bad_json")
         assert row is not None, "blank lines are no frames"
-        values = dict(row.value)
+        try:
+            values = dict(with_columns(row, columns).value)
+        except UserError:
+            return Skipped(path, offset, "no_text")
         html, text = values.pop("html", None), values.pop("text", None)
         if not isinstance(text if html is None else html, str):
             return Skipped(path, offset, "no_text")
