@@ -16,31 +16,36 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 from llmkit.crawl.page import Part
 from llmkit.crawl.read.frames import Reader, Source, batches, sources
 from llmkit.errors import UserError
 from llmkit.io.pool import AHEAD, Work, WorkerDied
 from llmkit.io.ranks import available_cores
+from llmkit.io.remote import is_remote, size_and_version
 
 RETRIES = 3
 TASK_BYTES = 4 << 20  # of small files in one task
 
 
-class Files(NamedTuple):
+@dataclass(frozen=True)
+class Files:
     """The work of one task."""
 
     sources: tuple[Source, ...]
-    size: int  # bytes
+    size: int  # bytes, of files here
 
-    @property
+    @cached_property
     def key(self) -> str:
-        """What tells the files from others: paths, sizes and times of change."""
+        """What tells the files from others: paths, sizes, and times of change or the versions at addresses."""
         digest = hashlib.blake2b(digest_size=16)
         for path, _ in self.sources:
             status = os.stat(path) if os.path.exists(path) else None
-            digest.update(repr((path, status and (status.st_size, status.st_mtime_ns))).encode())
+            version = status and (status.st_size, status.st_mtime_ns)
+            digest.update(repr((path, size_and_version(path) if is_remote(path) else version)).encode())
         return digest.hexdigest()
 
     def __str__(self) -> str:
@@ -56,7 +61,7 @@ def files_of(paths: Iterable[str]) -> Iterator[Files]:
     for source in sources(paths):
         some.append(source)
         size += os.path.getsize(source.path) if os.path.isfile(source.path) else 0
-        if size >= TASK_BYTES:
+        if size >= TASK_BYTES or is_remote(source.path):
             yield Files(tuple(some), size)
             some, size = [], 0
     if some:

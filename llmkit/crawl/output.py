@@ -5,22 +5,25 @@ from __future__ import annotations
 import io
 import tempfile
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from time import thread_time
-from typing import IO, Any, TextIO
+from typing import IO, Any, NamedTuple, TextIO
 
 import orjson
 
-from llmkit.crawl.page import READ, Part
-from llmkit.crawl.read.frames import Reader, batches
+from llmkit.crawl.page import READ, Batch, Frame, Part
+from llmkit.crawl.read.frames import Reader, Source, batches, sources
 from llmkit.crawl.recipe import DUPLICATES, Recipe
 from llmkit.display import printable
 from llmkit.errors import UserError
 from llmkit.io.jsonl import JSON_LINE, dump_json, load_json
 from llmkit.io.pool import Work, in_order
+from llmkit.io.remote import is_remote, size_and_version
 from llmkit.io.resume import Kept
 
 BAD = ("bad_json", "no_text", "bad_file", "truncated", "damaged")  # reasons of records that were to be read
@@ -46,7 +49,8 @@ def parts_of(
     make: makes the worker of batches. state: keeps the parts, and has those of an earlier run.
     on_bad, columns: as in `Reader`; with Ray, what it would be told is in the part alone.
     """
-    works: Iterable[Any] = batches(Reader(inputs, on_bad=on_bad, columns=columns))
+    whole: deque[tuple[str, list[str]]] = deque()  # files at addresses that were read to their end, and their batches
+    works: Iterable[Any] = _batches(inputs, state, whole, partial(Reader, on_bad=on_bad, columns=columns))
     pool: Any = in_order
     if engine == "ray":
         from llmkit.crawl import on_ray
@@ -58,7 +62,7 @@ def parts_of(
     def is_done(work: Any) -> bool:
         nonlocal is_first
         done = state is not None and work.key in state
-        if state and is_first and not done:
+        if state and is_first and not done and not _failed_before(work, state):
             raise UserError(f"{state.path}: {work}: not what the unfinished run has read; start again with --force")
         is_first = False
         return done
@@ -70,6 +74,62 @@ def parts_of(
         elif state is not None:
             state.add(work.key, parts[0].pack())
         yield work, parts[0]
+        _keep_whole(state, whole)
+
+
+def _failed_before(work: Any, state: Kept) -> bool:
+    """True if the file of a batch could not be opened by an earlier run."""
+    return isinstance(work, Batch) and Batch([Frame(work.frames[0].path, "bad", 0, "bad_file")], 0, 0.0).key in state
+
+
+class DoneBefore(NamedTuple):
+    """A batch, by its key, of a file that an earlier run has read to its end and this one does not read again."""
+
+    key: str
+    size: int = 0
+
+
+def _batches(
+    inputs: Sequence[str],
+    state: Kept | None,
+    whole: deque[tuple[str, list[str]]],
+    reader_of: Callable[[Iterable[Source]], Reader],
+) -> Iterator[Batch | DoneBefore]:
+    """Yield the batches of the input, those of a file at an address apart from others.
+
+    whole: gets the identity and the keys of each file at an address that was read to its end, for `state` to keep.
+    """
+    resumed = bool(state)
+    for at_address, group in groupby(sources(inputs), key=lambda source: is_remote(source.path)):
+        if not at_address:
+            yield from batches(reader_of(group))
+            continue
+        for source in group:
+            identity = ""
+            with suppress(UserError):  # which the reader raises, too
+                identity = _identity(source.path, size_and_version(source.path)) if resumed else ""
+            if state is not None and identity in state:
+                yield from map(DoneBefore, orjson.loads(state[identity]))
+                continue
+            reader, keys = reader_of([source]), []
+            for batch in batches(reader):
+                keys.append(batch.key)
+                yield batch
+            if (identity := _identity(source.path, reader.version)) and keys:
+                whole.append((identity, keys))
+                _keep_whole(state, whole)
+
+
+def _keep_whole(state: Kept | None, whole: deque[tuple[str, list[str]]]) -> None:
+    """Note the files whose last part has arrived."""
+    while state is not None and whole and whole[0][1][-1] in state:
+        identity, keys = whole.popleft()
+        state.add(identity, orjson.dumps(keys))
+
+
+def _identity(address: str, of: tuple[int | None, str]) -> str:
+    """What tells the file at an address, of a size and a version, from a later one; "" where its server does not."""
+    return f"{address} {of[0]} {of[1]}" if of[1] else ""
 
 
 class Collector:

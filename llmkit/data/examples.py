@@ -22,7 +22,7 @@ from llmkit.errors import UserError
 from llmkit.formats.conversations import Conversation
 from llmkit.io.progress import counted
 from llmkit.io.records import OUTSIDE, BadRecords
-from llmkit.io.remote import is_remote, open_remote
+from llmkit.io.remote import is_remote, size_and_version
 from llmkit.tokenizer.chat import Encoded
 
 CUT = "cut within a turn"  # a count: answers too long by themselves
@@ -175,7 +175,7 @@ def parse_data(wanted: Sequence[str]) -> list[DataFile]:
         files.append(DataFile(path, value))
     for file in files:
         if is_remote(file.path):
-            open_remote(file.path).close()
+            size_and_version(file.path)
             continue
         if os.path.isdir(file.path):
             raise UserError(f"--data {file.path}: expected a file, found a folder")

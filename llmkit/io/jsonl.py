@@ -29,7 +29,7 @@ from llmkit.errors import UserError
 from llmkit.io.files import atomic_file, check_output, read_file
 from llmkit.io.progress import say
 from llmkit.io.records import BadRecords, Row, check_document, good_records, kind_of, with_columns
-from llmkit.io.remote import is_remote, open_remote
+from llmkit.io.remote import is_remote, open_remote, size_and_version
 from llmkit.io.tables import Lines, table_lines, write_parquet
 
 GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
@@ -70,7 +70,7 @@ def check_inputs(paths: Sequence[str]) -> None:
         raise UserError(STDIN_ONCE)
     for path in paths:
         if is_remote(path):
-            open_remote(path).close()
+            size_and_version(path)
             continue
         if path != "-" and not os.path.exists(path):
             raise _unreadable(path, errno.ENOENT)

@@ -25,7 +25,7 @@ from llmkit.errors import UserError
 from llmkit.io.files import PARTIAL, atomic_file
 from llmkit.io.jsonl import read_object, write_json
 from llmkit.io.progress import counted, say
-from llmkit.io.remote import is_remote, open_remote
+from llmkit.io.remote import is_remote, size_and_version
 
 MANIFEST_VERSION, MANIFEST = 2, "manifest.json"
 OF_FILE = ".manifest.json"  # after the name of the file whose manifest it is
@@ -137,9 +137,9 @@ def describe_inputs(paths: Iterable[str]) -> list[dict[str, Any]]:
     for path in paths:
         if is_remote(path):
             described.append({"path": path})
-            with suppress(UserError), open_remote(path) as handle:
-                remote: Any = handle.raw
-                described[-1] |= {"bytes": remote.size, "version": remote.version}
+            with suppress(UserError):
+                size, version = size_and_version(path)
+                described[-1] |= {"bytes": size, "version": version}
             continue
         content = _content(path) if os.path.isfile(path) else {}
         described.append({"path": path, **content})

@@ -15,6 +15,7 @@ import logging
 import re
 import time
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any, TypeVar
 
 from llmkit import __version__
@@ -43,6 +44,17 @@ def open_remote(address: str) -> io.BufferedReader:
     """
     source = _Http(address) if address.startswith(("http://", "https://")) else _Bucket(address)
     return io.BufferedReader(RemoteFile(address, source), 1 << 20)
+
+
+def size_and_version(address: str) -> tuple[int | None, str]:
+    """Bytes and version (ETag or time) of the file at an address, where its server tells them; nothing is read.
+
+    Raises UserError where nothing lies there, or it cannot be read.
+    """
+    source = _Http(address, last="0") if address.startswith(("http://", "https://")) else _Bucket(address)
+    with closing(source):
+        _retried(address, source.describe)
+    return source.now
 
 
 def matching(pattern: str) -> list[str]:
@@ -112,9 +124,9 @@ class RemoteFile(io.RawIOBase):
 
 
 class _Http:
-    """A web server: one request from a position on, read as far as it comes."""
+    """A web server: one request from a position on, to the end or to byte `last`, read as far as it comes."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, last: str = "") -> None:
         import urllib.parse
         import urllib.request  # .03 s of the start, for those alone who use it
 
@@ -125,7 +137,7 @@ class _Http:
         except ValueError as error:  # a port beyond 65,535 too
             raise UserError(f"{address}: no such address ({error})") from None
         self._request = urllib.request
-        self._address = address
+        self._address, self._last = address, last
         self._response: Any = None
         self._position = 0  # of the response's next byte
         self.now: tuple[int | None, str] = (None, "")
@@ -154,7 +166,11 @@ class _Http:
 
     def _ask(self, position: int) -> None:
         self.close()
-        headers = {"Range": f"bytes={position}-", "User-Agent": f"llmkit/{__version__}", "Accept-Encoding": "identity"}
+        headers = {
+            "Range": f"bytes={position}-{self._last}",
+            "User-Agent": f"llmkit/{__version__}",
+            "Accept-Encoding": "identity",
+        }
         request = self._request.Request(self._address, headers=headers)
         try:
             self._response = self._request.urlopen(request, timeout=TIMEOUT)  # a redirection is followed

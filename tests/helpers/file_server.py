@@ -10,7 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class FileServer(ThreadingHTTPServer):
-    """Serves `files` (path to bytes) at `address`; `ways` say how, `requests` has the Range of each GET.
+    """Serves `files` (path to bytes) at `address`; `requests` and `paths` have the Range and the path of each GET.
+
+    `ways` say how it answers:
 
     norange  sends all, whatever range is asked for
     cut      every other answer ends after two thirds
@@ -27,6 +29,7 @@ class FileServer(ThreadingHTTPServer):
         self.version = "1"
         self.ways: set[str] = set()
         self.requests: list[str] = []
+        self.paths: list[str] = []
         self.address = f"http://127.0.0.1:{self.server_port}/"
 
     def handle_error(self, request: object, client_address: object) -> None:
@@ -42,16 +45,17 @@ class _Answer(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         server, asked = self.server, self.headers.get("Range", "")
         server.requests.append(asked)
+        server.paths.append(self.path)
         data = server.files.get(self.path.lstrip("/"))
         if data is None or ("busy" in server.ways and len(server.requests) % 3):
             self.send_response(404 if data is None else 503)
             self.send_header("Retry-After", "0")
             self.end_headers()
             return
-        size, start = len(data), re.match(r"bytes=(\d+)-", asked)
+        size, start = len(data), re.match(r"bytes=(\d+)-(\d*)", asked)
         ranged = start is not None and "norange" not in server.ways
         if ranged:
-            data = data[int(start[1]) :]
+            data = data[int(start[1]) : int(start[2]) + 1 if start[2] else None]
         self.send_response(416 if ranged and not data else 206 if ranged else 200)
         self.send_header("ETag", f'"{server.version}"')
         self.send_header("Content-Length", str(len(data) + 1000 * ("lie" in server.ways)))
@@ -69,6 +73,6 @@ class _Answer(BaseHTTPRequestHandler):
 def file_server() -> Iterator[FileServer]:
     """Run a server in a thread."""
     with FileServer() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.shutdown()

@@ -13,13 +13,17 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from llmkit.crawl.output import parts_of
+from llmkit.crawl.page import Outcome, Part
 from llmkit.errors import UserError
 from llmkit.io import remote
 from llmkit.io.jsonl import check_inputs, open_output, open_packed, read_jsonl
 from llmkit.io.manifest import describe_inputs
+from llmkit.io.pool import Work
 from llmkit.io.remote import matching, open_remote
+from llmkit.io.resume import Kept
 from tests.helpers.file_server import FileServer, file_server
-from tests.helpers.web import mixed_pages, write_warc
+from tests.helpers.web import Record, html, mixed_pages, prose, write_warc
 
 DATA = random.Random(0).randbytes(3_000_000)
 ROWS = [{"text": f"text {number}"} for number in range(2000)]
@@ -155,6 +159,38 @@ def client_of(address: str) -> Any:
 
     keys = {"aws_access_key_id": "a", "aws_secret_access_key": "b"}
     return boto3.client("s3", endpoint_url=address, region_name="us-east-1", **keys)
+
+
+def test_a_resumed_crawl_reads_no_address_again_that_it_has_finished(server: FileServer, tmp_path) -> None:
+    """What could not be opened is taken up again, also where it is the first; what has changed is read again."""
+    inputs = []
+    for seed in range(3):
+        pages = [Record(f"https://{seed}.example/{n}", html("A", prose(20 * seed + n))) for n in range(9)]
+        write_warc(tmp_path / "pages.warc.gz", pages)
+        server.files[f"{seed}.warc.gz"] = (tmp_path / "pages.warc.gz").read_bytes()
+        inputs.append(f"{server.address}{seed}.warc.gz")
+
+    def run(resume: bool = True) -> tuple[list[tuple[str, int]], dict[str, str]]:
+        """The records, and what was asked for by file; a run whose state stays as if it had been killed."""
+        server.paths.clear(), server.requests.clear()
+        state = Kept(tmp_path / "state", {}, resume=resume)
+        parts = parts_of(inputs, echo, 1, state=state, on_bad=lambda error: None)
+        records = [(outcome.path, outcome.offset) for _, part in parts for outcome in part.outcomes]
+        return records, dict(zip(server.paths, server.requests, strict=True))
+
+    whole, _ = run(resume=False)
+    assert run() == (whole, dict.fromkeys(("/0.warc.gz", "/1.warc.gz", "/2.warc.gz"), "bytes=0-0"))
+    first, last = server.files.pop("0.warc.gz"), server.files.pop("2.warc.gz")
+    run(resume=False)
+    server.files |= {"0.warc.gz": first, "2.warc.gz": last}
+    assert run() == (whole, {"/0.warc.gz": "bytes=0-", "/1.warc.gz": "bytes=0-0", "/2.warc.gz": "bytes=0-"})
+    server.version = "2"
+    assert run() == (whole, dict.fromkeys(("/0.warc.gz", "/1.warc.gz", "/2.warc.gz"), "bytes=0-"))
+
+
+def echo() -> Work:
+    """A worker that keeps the place of each frame."""
+    return lambda batch: [Part([Outcome(None, None, frame.path, frame.offset) for frame in batch.frames])]
 
 
 @pytest.fixture(scope="module")

@@ -395,6 +395,7 @@ class Reader:
     ) -> None:
         self.paths, self.max_bytes, self.on_bad, self._columns = paths, max_page_bytes, on_bad, columns
         self._read, self._window = 0, None
+        self.version: tuple[int | None, str] = None, ""  # of a file at an address that has been read, size and ETag
 
     @property
     def position(self) -> int:
@@ -410,6 +411,7 @@ class Reader:
                     if self.on_bad is None:
                         raise
                     self.on_bad(error)
+                    self.version = None, ""
                     yield Frame(name_of(source.path), "bad", 0, "bad_file")
                 self._read, self._window = self.position, None
 
@@ -436,6 +438,7 @@ class Reader:
         if path != "-" and os.path.isdir(path):
             raise UserError(f"{path}: expected files in this folder, found none that can be read")
         with open_packed(path) as handle:
+            self.version = getattr(handle.raw, "size", None), getattr(handle.raw, "version", "")
             rows = table_lines(handle, name, self._columns)
             window = self._window = Window(handle if rows is None else Lines(rows))
             if is_zstd(window.look(4)[:4]):
