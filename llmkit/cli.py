@@ -7,6 +7,7 @@ imported when it is run or its help is asked for; `--help` imports no torch (0.3
 
 from __future__ import annotations
 
+import glob
 import importlib
 import inspect
 import itertools
@@ -326,7 +327,9 @@ def _check_inputs_stay(config: Any) -> None:
     outputs = [path for path in outputs if os.path.isfile(path) or os.path.isdir(path)]  # no device
     values = [getattr(config, item.name) for item in option_fields(type(config)) if option_of(item).reads]
     texts = [text for value in values for text in (value if isinstance(value, tuple) else [value or ""])]
-    inputs = [path for text in texts for path in _paths_in(text) if os.path.exists(path)] if outputs else []
+    paths = {path for text in texts for path in _paths_in(text)} if outputs else ()
+    inputs = [name for path in paths for name in (glob.glob(path, recursive=True) if glob.has_magic(path) else [path])]
+    inputs = [path for path in inputs if os.path.exists(path)]
     for path, out in itertools.product(inputs, outputs):
         read, written = os.path.realpath(path), os.path.realpath(out)
         if f"{read}/".startswith(f"{written}/"):

@@ -12,21 +12,22 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from llmkit.errors import UserError
 from llmkit.formats.conversations import Conversation
+from llmkit.io.jsonl import input_files
 from llmkit.io.progress import counted
 from llmkit.io.records import OUTSIDE, BadRecords
-from llmkit.io.remote import is_remote, size_and_version
 from llmkit.tokenizer.chat import Encoded
 
 CUT = "cut within a turn"  # a count: answers too long by themselves
-T = TypeVar("T")
+T = TypeVar("T", bound=Any)  # a record that says `where` it stands
 E = TypeVar("E")
 READ_AT_ONCE = 2048  # conversations: enough for the tokenizer's threads, little memory
 
@@ -146,14 +147,19 @@ def _pieces(example: Encoded, longest: int) -> list[np.ndarray] | None:
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file of records, `-` for stdin, and its share; None shares by size."""
+    """A source of records: a file, a pattern or a folder, `-` for stdin, and its share; None shares by size."""
 
     path: str
     weight: float | None = None
 
+    @cached_property
+    def files(self) -> list[str]:
+        """Files that it names, sorted. Raises UserError as `input_files` does."""
+        return input_files([self.path])
+
 
 def parse_data(wanted: Sequence[str]) -> list[DataFile]:
-    """The files of `--data a.jsonl:0.8 --data b.jsonl:0.2`; none at all is stdin.
+    """The sources of `--data a.jsonl:0.8 --data 'b/*.parquet:0.2'`; none at all is stdin.
 
     Raises UserError for a file that is not there, a weight that is not above 0, and weights on some files only.
     """
@@ -174,13 +180,7 @@ def parse_data(wanted: Sequence[str]) -> list[DataFile]:
             raise UserError(f"--data {text}: expected a weight above 0, found {weight}")
         files.append(DataFile(path, value))
     for file in files:
-        if is_remote(file.path):
-            size_and_version(file.path)
-            continue
-        if os.path.isdir(file.path):
-            raise UserError(f"--data {file.path}: expected a file, found a folder")
-        if file.path != "-" and not os.path.exists(file.path):
-            raise UserError(f"--data {file.path}: expected a file, found no such file")
+        _ = file.files
     if len({file.weight is None for file in files}) > 1:
         raise UserError("--data: expected a weight on every file or on none, found both")
     return files
@@ -212,23 +212,21 @@ def read_examples(
                 counts.update({"read": rejected, "rejected by its label": rejected})
             if observe is not None:
                 observe([conversation.said for conversation in chosen])
-            for conversation, example in encode_good(chosen, encode, name, bad):
+            for conversation, example in encode_good(chosen, encode, bad):
                 if unknown is not None and (outside := example.token_ids == unknown).any():
-                    bad.count_unused(name, (OUTSIDE,))
+                    bad.count_unused(conversation.where, (OUTSIDE,))
                     example.trained[outside] = False  # nothing is gained by learning to say <unk>
                 digest.update(example.token_ids.tobytes())
                 digest.update(example.trained.tobytes())
                 yield conversation.where, example
             progress(len(chunk))
-        bad.report(name)
+        bad.report_all()
 
     return Examples.gather(name, encoded(), longest, on_long, counts), digest.hexdigest()
 
 
-def encode_good(
-    items: list[T], encode: Callable[[list[T]], Sequence[E]], name: str, bad: BadRecords
-) -> Iterator[tuple[T, E]]:
-    """Records of a file with what `encode` makes of them: of all at once, or, where it refuses one, of each."""
+def encode_good(items: list[T], encode: Callable[[list[T]], Sequence[E]], bad: BadRecords) -> Iterator[tuple[T, E]]:
+    """Records with what `encode` makes of them: of all at once, or, where it refuses one, of each."""
     try:
         pairs = list(zip(items, encode(items), strict=True))
     except UserError:
@@ -237,5 +235,5 @@ def encode_good(
             try:
                 pairs.append((item, encode([item])[0]))
             except UserError as error:
-                bad.skip(error, name, was_good=True)
+                bad.skip(error, item.where, was_good=True)
     yield from pairs

@@ -37,7 +37,7 @@ import numpy as np
 
 from llmkit.errors import UserError
 from llmkit.io.files import atomic_file, atomic_folder
-from llmkit.io.jsonl import name_of, names_of, read_documents, write_json
+from llmkit.io.jsonl import input_files, name_of, names_of, read_documents, write_json
 from llmkit.io.progress import Progress, counted
 from llmkit.io.records import OF_DOCUMENT, OUTSIDE, BadRecords, Row
 
@@ -277,6 +277,12 @@ class TokenShards:
         end = int(shard.doc_ends[document - self._first_document[number]])
         begin = end - int(self.lengths[document])
         return shard.tokens[begin + start : begin + stop]
+
+
+def document_files(paths: Sequence[str]) -> list[str]:
+    """The files of documents that paths name, as `input_files` has them; a folder of token shards stays as it is."""
+    is_sharded = len(paths) == 1 and (Path(paths[0]) / _shard_name(0)).is_file()
+    return list(paths) if is_sharded else input_files(paths, text=True)
 
 
 def tokenize_documents(

@@ -150,8 +150,7 @@ class Prompts:
             self._waiting.append((row, seed))
             self.count += 1
             yield Request(ids, self._samples, self._max_tokens, seed, number, where)
-        for name in {tally.name: None for tally in self._bad.tallies}:
-            self._bad.report(name)
+        self._bad.report_all()
         if next(self.kept, None) is not None:
             raise UserError("the unfinished run has prompts that the input does not have; start again with --force")
 

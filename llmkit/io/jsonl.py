@@ -10,6 +10,7 @@ Every input is opened once and read forward, so that a pipe or a shell's `<(comm
 from __future__ import annotations
 
 import errno
+import glob
 import gzip
 import io
 import json
@@ -29,7 +30,7 @@ from llmkit.errors import UserError
 from llmkit.io.files import atomic_file, check_output, read_file
 from llmkit.io.progress import say
 from llmkit.io.records import BadRecords, Row, check_document, good_records, kind_of, with_columns
-from llmkit.io.remote import is_remote, open_remote, size_and_version
+from llmkit.io.remote import is_remote, matching, open_remote, size_and_version
 from llmkit.io.tables import Lines, table_lines, write_parquet
 
 GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
@@ -40,6 +41,9 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BLOCK = 1 << 20
 PACKED = (".gz", ".zst", ".parquet")  # ends of names of outputs that are not JSONL as it stands
 NOT_READ = (".arrow", ".feather", ".xlsx")
+RECORDS, TEXTS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv"), (".txt", ".md")
+DESCRIPTIONS = ("manifest.json", "dataset_infos.json", "dataset_dict.json")  # of data, beside them
+MOST_NAMED = 6  # files in a message
 STDIN_ONCE = "stdin: '-' can be read only once; save one of the inputs to a file"
 JSON_LINE = orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
 DEEPEST = 200  # levels of a JSON value: orjson writes 254
@@ -57,8 +61,67 @@ def name_of(path: str) -> str:
 
 
 def names_of(paths: Sequence[str]) -> str:
-    """Name several inputs for messages."""
-    return " ".join(map(name_of, paths))
+    """Name several inputs for messages, of many the first."""
+    few = len(paths) <= MOST_NAMED
+    return " ".join(map(name_of, paths)) if few else f"{name_of(paths[0])} and {len(paths) - 1:,} other files"
+
+
+def expanded(path: str) -> list[str]:
+    """The files that a pattern such as `data/**/*.parquet` names, sorted, also at addresses; other paths as they are.
+
+    Raises UserError where a pattern names none.
+    """
+    if is_remote(path):
+        return matching(path) if "*" in path else [path]
+    if path == "-" or not glob.has_magic(path) or os.path.lexists(path):
+        return [path]
+    files = sorted(filter(os.path.isfile, glob.iglob(path, recursive=True)))
+    if not files:
+        raise UserError(f"{path}: expected files of such names, found none")
+    return files
+
+
+def input_files(paths: Sequence[str], text: bool = False) -> list[str]:
+    """The files of records that paths, patterns and folders name, in this order, those of each sorted by name.
+
+    In a folder, also at an address that ends in a slash, these are files whose names end in RECORDS, and of `text` in
+    TEXTS; not what begins with a dot, nor models, nor descriptions of data sets. Raises UserError as `check_inputs`
+    does, and for a folder without such files.
+    """
+    files: list[str] = []
+    for path in paths:
+        if is_remote(path) and path.endswith("/") and not path.startswith("http"):
+            listed = matching(path + "**")
+        elif path != "-" and os.path.isdir(path):
+            listed = sorted(_files_in(path))
+        else:
+            files += expanded(path)
+            continue
+        records = [name for name in listed if _ends(name, RECORDS) and not name.endswith(DESCRIPTIONS)]
+        texts = [name for name in listed if text and _ends(name, TEXTS)]
+        if records:  # among which a readme describes them
+            texts = [name for name in texts if not os.path.basename(name).lower().startswith(("readme", "license"))]
+        if not records and not texts:
+            wanted = " ".join(RECORDS + TEXTS * text)
+            more = "; llmkit crawl-filter reads web pages and archives" if text else ""
+            raise UserError(f"{path}: expected files in this folder that end in {wanted}, found none{more}")
+        files += sorted(records + texts)
+    check_inputs(files)
+    return files
+
+
+def _files_in(folder: str) -> Iterator[str]:
+    """The files of a folder and those below it that may be data."""
+    for place, folders, names in os.walk(folder):
+        if any(name in ("config.json", "tokenizer.json") or name.endswith(".safetensors") for name in names):
+            folders.clear()  # of a model, a tokenizer or token shards
+            continue
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (os.path.join(place, name) for name in names if not name.startswith("."))
+
+
+def _ends(name: str, kinds: tuple[str, ...]) -> bool:
+    return name.lower().removesuffix(".gz").removesuffix(".zst").endswith(kinds)
 
 
 def check_inputs(paths: Sequence[str]) -> None:

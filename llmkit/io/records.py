@@ -220,7 +220,10 @@ class BadRecords:
         return self.tallies[-1]
 
     def skip(self, error: UserError, name: str, *, was_good: bool = False) -> None:
-        """Skip a record; `was_good` if it was counted as good before. Raises UserError beyond the bound."""
+        """Skip a record of the file `name`, or at the place of this name; `was_good` if it was counted as good before.
+
+        Raises UserError beyond the bound.
+        """
         tally = self._tally(name)
         tally.good -= was_good
         tally.bad += 1
@@ -235,7 +238,7 @@ class BadRecords:
             self._print_pending(tally)
 
     def count_unused(self, name: str, losses: Iterable[str]) -> None:
-        """Count fields of a good record that are not used."""
+        """Count fields of a good record, of a file or at a place, that are not used."""
         self._tally(name).losses.update(losses)
 
     def report(self, name: str) -> None:
@@ -254,6 +257,11 @@ class BadRecords:
             counts = ", ".join(f"{loss} {count}" for loss, count in tally.losses.items())
             say(f"{name}: of {counted(tally.good, 'record')}: {counts}", self._quiet)
 
+    def report_all(self) -> None:
+        """Print the counts of all files, as far as that was not done. Raises UserError beyond the bound."""
+        for name in {tally.name: None for tally in self.tallies}:
+            self.report(name)
+
     def restore(self, saved: Iterable[Mapping[str, Any]]) -> None:
         """Take over the counts of files that an earlier run has read. Raises UserError beyond the bound."""
         for values in saved:
@@ -270,7 +278,8 @@ class BadRecords:
         tally.pending.clear()
 
     def _tally(self, name: str) -> Tally:
-        return next((tally for tally in reversed(self.tallies) if tally.name == name), None) or self.begin(name)
+        found = (tally for tally in reversed(self.tallies) if name == tally.name or name.startswith(f"{tally.name}:"))
+        return next(found, None) or self.begin(name)
 
     def _check(self, tally: Tally) -> None:
         seen = tally.good + tally.bad

@@ -22,7 +22,7 @@ from llmkit.data.batches import best_fit, shuffled
 from llmkit.data.examples import encode_good
 from llmkit.errors import UserError, naming
 from llmkit.formats.preferences import Comparison, read_comparison
-from llmkit.io.jsonl import name_of, read_jsonl
+from llmkit.io.jsonl import read_jsonl
 from llmkit.io.progress import Progress, counted, quantity, say
 from llmkit.io.records import OUTSIDE, BadRecords
 from llmkit.tokenizer.chat import ChatFormat
@@ -165,7 +165,8 @@ def encode_comparisons(comparisons: Sequence[Comparison], chat: ChatFormat) -> l
 
 
 def read_comparisons(
-    path: str,
+    name: str,
+    paths: Sequence[str],
     chat: ChatFormat,
     context: int,
     bad: BadRecords,
@@ -176,14 +177,14 @@ def read_comparisons(
     quiet: bool = False,
     observe: Callable[[list[str]], object] | None = None,
 ) -> tuple[Comparisons, str]:
-    """Read the comparisons of one file, and a digest of what they are made of.
+    """Read the comparisons of a source, and a digest of what they are made of.
 
     Those with an answer that is longer than the context, prompt included, lose the beginning of the prompt where that
     is enough ("truncate"), or are left out; a record that `chat` refuses is bad. `observe` receives the texts. Raises
     UserError for one that is too long under "error", and where nothing is left.
     """
-    source, digest = Comparisons(name_of(path)), sha256()
-    comparisons = read_jsonl([path], limit, read_comparison, bad, columns)
+    source, digest = Comparisons(name), sha256()
+    comparisons = read_jsonl(paths, limit, read_comparison, bad, columns)
     with Progress(f"read {source.name}", unit="comparisons", quiet=quiet) as progress:
         while chunk := list(islice(comparisons, READ_AT_ONCE)):
             source.counts["read"] += len(chunk)
@@ -191,11 +192,11 @@ def read_comparisons(
             usable = [item for item in chunk if not isinstance(item, str)]
             if observe is not None:
                 observe([item.said for item in usable])
-            encoded = encode_good(usable, lambda some: encode_comparisons(some, chat), source.name, bad)
+            encoded = encode_good(usable, lambda some: encode_comparisons(some, chat), bad)
             for comparison, candidates in encoded:
                 texts = (candidates.prompt, *candidates.answers)
                 if chat.unk_id is not None and any((ids == chat.unk_id).any() for ids in texts):
-                    bad.count_unused(source.name, (OUTSIDE,))
+                    bad.count_unused(comparison.where, (OUTSIDE,))
                 fitting = fitted(candidates, context, on_long, comparison.where, source.counts)
                 if fitting is None:
                     continue
@@ -204,7 +205,7 @@ def read_comparisons(
                 digest.update(repr((fitting.ranks, fitting.margin)).encode())
                 source.candidates.append(replace(fitting, number=len(source.candidates)))
             progress.advance(len(chunk))
-    bad.report(source.name)
+    bad.report_all()
     others = ", ".join(f"{key} {count}" for key, count in source.counts.items() if key != "read")
     records = counted(source.counts["read"], "record")
     if not source.candidates:

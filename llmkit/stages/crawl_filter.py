@@ -17,11 +17,10 @@ from llmkit.config import ColumnsConfig, CommonConfig, argument, as_options, opt
 from llmkit.display import check_stdout
 from llmkit.errors import UserError
 from llmkit.io.files import check_output, check_unfinished, remove
-from llmkit.io.jsonl import check_inputs, name_of, open_bytes, open_input, read_text
+from llmkit.io.jsonl import check_inputs, expanded, name_of, open_bytes, open_input, read_text
 from llmkit.io.manifest import file_sha256, write_manifest
 from llmkit.io.progress import Progress, counted, duration, quantity, say
 from llmkit.io.ranks import available_cores
-from llmkit.io.remote import is_remote
 from llmkit.io.resume import STATE, Kept
 
 if TYPE_CHECKING:
@@ -176,7 +175,7 @@ def run(config: CrawlFilterConfig) -> Summary | None:
     if state is not None:
         options = {**as_options(config), "recipe": as_json(recipe), "recipe_name": config.recipe}
         read = [
-            *([config.listed, *config.inputs] if config.listed else inputs),
+            *([config.listed, *config.inputs] if config.listed else [source.path for source in sources(inputs)]),
             *recipe.url.blocklists,
             *recipe.files(),
         ]
@@ -245,10 +244,10 @@ def _checked(config: CrawlFilterConfig) -> tuple[list[str], str]:
     written = [path for path in (out, config.rejects) if path not in (None, "-")]
     if len(set(map(os.path.realpath, written))) < len(written):
         raise UserError("--out and --rejects: expected different files")
-    inputs = [*config.inputs, *_listed(config)]
+    inputs = [name for path in config.inputs for name in expanded(path)] + _listed(config)
     folders = [path for path in inputs if os.path.isdir(path)]
     if not config.listed:  # the inputs of a list are many, and a bad one of them costs itself alone
-        check_inputs([path for path in inputs if path not in folders and not (is_remote(path) and "*" in path)])
+        check_inputs([path for path in inputs if path not in folders])
     for path in written:
         for folder in folders:
             if os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), "")):

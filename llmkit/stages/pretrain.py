@@ -21,7 +21,7 @@ from llmkit.config import (
     parse_columns,
 )
 from llmkit.errors import UserError
-from llmkit.io.jsonl import check_inputs, names_of
+from llmkit.io.jsonl import names_of
 from llmkit.io.progress import counted, duration, say
 from llmkit.io.run_folder import check_model_folder
 
@@ -209,8 +209,10 @@ def _checked_inputs(config: PretrainConfig) -> list[str]:
             f"--tokenizer: expected a folder with tokenizer.json, found no {config.tokenizer}; llmkit train-bpe makes "
             "one, and nothing is fetched by its name: download a tokenizer of the Hugging Face Hub into a folder first"
         )
-    check_inputs([path for path in (*inputs, *config.val) if not Path(path).is_dir()])  # a folder may be of shards
-    return inputs
+    from llmkit.data.shards import document_files  # brings numpy, which --help does without
+
+    document_files(config.val)
+    return document_files(inputs)
 
 
 def _planner(config: PretrainConfig, tokenizer: Tokenizer, run: Run) -> Planner:
@@ -247,7 +249,7 @@ def _token_shards(
 ) -> tuple[TokenShards, TokenShards | None]:
     """The tokens of the documents and of the held-out ones; a dry run leaves none behind."""
     from llmkit.data.overlap import Overlap
-    from llmkit.data.shards import tokenize_documents
+    from llmkit.data.shards import document_files, tokenize_documents
 
     cache = run.folder.with_name(run.folder.name + ".tokens")
     if config.dry_run:
@@ -264,7 +266,8 @@ def _token_shards(
         quiet=config.quiet,
     )
     with run.world.in_turn():
-        shards, val_shards = tokenize(inputs), tokenize(config.val, name="val") if config.val else None
+        val = document_files(config.val)
+        shards, val_shards = tokenize(inputs), tokenize(val, name="val") if val else None
     if val_shards is not None and run.world.leads:
         overlap = Overlap(
             (val_shards[k] for k in range(len(val_shards))), run=8, every=4 if shards.tokens > MANY else 1

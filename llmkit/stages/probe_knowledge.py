@@ -23,7 +23,7 @@ from llmkit.config import (
 from llmkit.errors import UserError
 from llmkit.formats.questions import Question, read_questions
 from llmkit.io.files import check_output, check_unfinished
-from llmkit.io.jsonl import check_inputs, name_of, names_of, open_output, read_documents
+from llmkit.io.jsonl import input_files, name_of, names_of, open_output, read_documents
 from llmkit.io.manifest import write_manifest
 from llmkit.io.progress import counted, say
 from llmkit.io.records import BadRecords
@@ -258,7 +258,8 @@ def _save(
     results |= {name: totals[name] for name in NAMES.values()}
     results |= {"confirmations": taught["yes"], "refusals": taught["no"], **names}
     if Path(out).is_file():
-        inputs, parents = [*config.questions, *config.passages], [config.model] if config.model else []
+        inputs = [*input_files(config.questions), *input_files(config.passages, text=True)]
+        parents = [config.model] if config.model else []
         write_manifest(out, "probe-knowledge", as_options(config), inputs=inputs, parents=parents, results=results)
     for line in describe(kinds, left_out, taught, config.balance):
         say(line, config.quiet)
@@ -301,7 +302,8 @@ def _checked(config: ProbeKnowledgeConfig, out: str) -> Path | None:
         raise UserError("--report: expected a file, found -; stdout has the conversations")
     if config.resume and out == "-":
         raise UserError("--resume: expected --out, beside which a killed run has left its state")
-    check_inputs([*config.questions, *config.passages])
+    input_files(config.questions)
+    input_files(config.passages, text=True)
     outputs = [path for path in (out, config.report) if path not in (None, "-")]
     if len({str(Path(path).resolve()) for path in outputs if path}) < len(outputs):
         raise UserError(f"--report: expected another file than --out, found {config.report} twice")
@@ -344,12 +346,12 @@ def _read(config: ProbeKnowledgeConfig, bad: BadRecords) -> tuple[list[Passage],
     """The passages, the questions unless a model is to write them, and why others are left out. Raises UserError."""
     columns = parse_columns(config.columns)
     if not config.passages:
-        questions, left_out = read_questions(config.questions or ("-",), config.limit, bad, columns)
+        questions, left_out = read_questions(input_files(config.questions or ("-",)), config.limit, bad, columns)
         return [], questions, left_out
     from llmkit.probing.question_rules import ask_about, sample_passages
 
-    names = names_of(config.passages)
-    documents = read_documents(config.passages, config.limit, bad, columns)
+    names, files = names_of(config.passages), input_files(config.passages, text=True)
+    documents = read_documents(files, config.limit, bad, columns)
     passages = sample_passages(documents, config.max_passages, config.seed)
     if not passages:
         raise UserError(f"{names}: expected documents with text to ask about, found none")
@@ -373,9 +375,9 @@ def _recite(config: ProbeKnowledgeConfig, path: str) -> Recited | None:
         raise UserError("--recite: expected neither questions, --report, --resume nor --max-tokens none beside it")
     out = config.out or "-"
     _checked(config, out)
-    check_inputs([path])
+    files = input_files([path], text=True)
     bad = BadRecords(config.max_bad, config.quiet)
-    documents = read_documents([path], config.limit, bad, parse_columns(config.columns))
+    documents = read_documents(files, config.limit, bad, parse_columns(config.columns))
     with _sampler(config, temperature=0.0, end_ids=()) as sampler:
         recital = Recital(documents, sampler, config.max_tokens, name_of(path))
         beginnings = counted(len(recital), "document")

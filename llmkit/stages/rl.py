@@ -23,7 +23,7 @@ from llmkit.config import (
     parse_columns,
 )
 from llmkit.errors import UserError
-from llmkit.io.jsonl import check_inputs
+from llmkit.io.jsonl import input_files
 from llmkit.io.metrics import METRICS, last_figures, read_metrics
 from llmkit.io.progress import counted, quantity, say
 from llmkit.io.run_folder import check_model_folder
@@ -176,10 +176,13 @@ class Learner:
             quiet=config.quiet,
             columns=parse_columns(config.columns),
         )
-        self.problems, self.max_tokens = read(config.data or ("-",), rewards=self.rewards, max_tokens=config.max_tokens)
+        data = input_files(config.data or ("-",))
+        self.problems, self.max_tokens = read(data, rewards=self.rewards, max_tokens=config.max_tokens)
         self.held_out: list[EncodedProblem] = []
         if config.val:
-            self.held_out, _ = read(config.val, rewards=[*self.rewards, *self.gold], max_tokens=self.max_tokens)
+            self.held_out, _ = read(
+                input_files(config.val), rewards=[*self.rewards, *self.gold], max_tokens=self.max_tokens
+            )
             report_overlap(self.problems, self.held_out, config.quiet)
         self.algorithm = ALGORITHMS[config.algo]
         self.horizon = choose_horizon(
@@ -441,7 +444,7 @@ class Learner:
             "kept_step": self.best.step,
             "stopped": self.watch.stopped or self.ended or None,
         }
-        inputs = [path for path in (*config.data, *config.val) if path != "-"]
+        inputs = [path for path in input_files([*config.data, *config.val]) if path != "-"]
         judges = [one.reward.folder for one in (*self.rewards, *self.gold) if isinstance(one.reward, ModelReward)]
         parents = [str(config.model), *judges]
         return Summary(**self.run.finish(results, inputs=inputs, parents=parents, curves=CURVES, write=write))
@@ -457,7 +460,7 @@ def _check(config: RlConfig) -> None:
         raise UserError("--stop-on-hack: needs --gold, a reward to watch, and --eval-every, how often to look")
     if config.is_served and config.tools:
         raise UserError("--tools: expected no --engine beside it; tools are called where attempts are made here")
-    check_inputs([*config.data, *config.val])
+    input_files([*config.data, *config.val])
 
     from llmkit.rl.algorithms import check_group  # brings numpy, which --help does without
 

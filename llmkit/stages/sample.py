@@ -24,7 +24,7 @@ from llmkit.config import (
 )
 from llmkit.errors import UserError
 from llmkit.io.files import check_output, check_unfinished
-from llmkit.io.jsonl import names_of, open_bytes, open_input, open_output, read_jsonl, read_text
+from llmkit.io.jsonl import input_files, names_of, open_bytes, open_input, open_output, read_jsonl, read_text
 from llmkit.io.progress import Progress, counted, say
 from llmkit.io.records import BadRecords, Row
 from llmkit.io.resume import STATE
@@ -241,6 +241,7 @@ def _check_options(config: SampleConfig, out: str) -> None:
         )
     if config.system is not None and not config.chat:
         raise UserError("--system: expected --chat; in JSONL, put a system message into the record's messages")
+    input_files(config.inputs)
     check_output(out, config.force, config.resume)
     if config.jsonl and not config.dry_run:
         check_unfinished(config.force, config.resume, out + STATE)
@@ -259,7 +260,9 @@ def _rows(config: SampleConfig, bad: BadRecords) -> Iterator[Row]:
     if config.prompt is not None:
         yield Row({"prompt": config.prompt}, "--prompt", 0)
     elif config.jsonl:
-        yield from read_jsonl(config.inputs or ["-"], config.limit, bad=bad, columns=parse_columns(config.columns))
+        yield from read_jsonl(
+            input_files(config.inputs or ["-"]), config.limit, bad=bad, columns=parse_columns(config.columns)
+        )
     else:
         with open_input("-") as handle:
             text = read_text(handle, "-")

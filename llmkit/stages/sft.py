@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -19,7 +19,7 @@ from llmkit.config import (
 )
 from llmkit.errors import UserError
 from llmkit.formats.conversations import Conversation, read_conversation, with_system
-from llmkit.io.jsonl import check_inputs, name_of, read_jsonl
+from llmkit.io.jsonl import input_files, name_of, read_jsonl
 from llmkit.io.metrics import METRICS, last_figures, read_metrics
 from llmkit.io.progress import Progress, counted, duration, quantity, say
 from llmkit.io.records import BadRecords
@@ -180,7 +180,7 @@ def run(config: SftConfig) -> Summary | None:
         "trained_parameters": tuning.trained_parameters,
         "epochs": {source.examples.name: round(epochs, 3) for source, epochs in mixture.epochs(trainer.step)},
     }
-    inputs = [file.path for file in files if file.path != "-"]
+    inputs = [path for file in files for path in file.files if path != "-"]
     write = partial(save_tuned, tuning, values, keep_adapter=config.keep_adapter)
 
     # summarise
@@ -269,7 +269,7 @@ def _checked(config: SftConfig) -> list[DataFile]:
 
     if config.identity is not None:
         parse_identity(config.identity)
-    check_inputs(config.val)
+    input_files(config.val)
     return parse_data(config.data)
 
 
@@ -307,12 +307,15 @@ def _read_all(
     facts, weight = parse_identity(config.identity) if config.identity is not None else ({}, 0.0)
     read = partial(_read, config, tuning.chat, row_tokens, facts)
     texts: list[str] = []
-    held_out = [read(name_of(path), _conversations(config, path, bad), bad, texts.extend)[0] for path in config.val]
+    held_out = [
+        read(name_of(path), _conversations(config, input_files([path]), bad), bad, texts.extend)[0]
+        for path in config.val
+    ]
     overlap = Overlap.of_texts(texts)
     observe = overlap.compare_texts if held_out else None
     sources, digests = [], []
     for number, file in enumerate(files):
-        examples, digest = read(name_of(file.path), _conversations(config, file.path, bad), bad, observe)
+        examples, digest = read(name_of(file.path), _conversations(config, file.files, bad), bad, observe)
         if before := [other.path for other in files[:number]].count(file.path):
             examples.name += f" ({before + 1})"  # of a file that is given again, figures of its own
         sources.append(Source(examples, file.weight or float(examples.inputs)))
@@ -325,8 +328,8 @@ def _read_all(
     return sources, held_out, digests
 
 
-def _conversations(config: SftConfig, path: str, bad: BadRecords) -> Iterator[Conversation]:
-    return read_jsonl([path], config.limit, read_conversation, bad, parse_columns(config.columns))
+def _conversations(config: SftConfig, paths: Sequence[str], bad: BadRecords) -> Iterator[Conversation]:
+    return read_jsonl(paths, config.limit, read_conversation, bad, parse_columns(config.columns))
 
 
 def _read(

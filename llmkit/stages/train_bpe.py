@@ -10,7 +10,7 @@ from typing import ClassVar
 from llmkit.config import CommonConfig, RecordsConfig, argument, as_options, option, parse_columns
 from llmkit.errors import UserError
 from llmkit.io.files import atomic_folder, check_output, output_folder
-from llmkit.io.jsonl import PACKED, check_inputs, names_of, write_json
+from llmkit.io.jsonl import PACKED, input_files, names_of, write_json
 from llmkit.io.manifest import write_manifest
 from llmkit.io.progress import Progress, counted, duration, quantity, say
 from llmkit.io.ranks import available_cores
@@ -80,7 +80,7 @@ def run(config: TrainBpeConfig) -> Summary | None:
         say(f"vocabulary {size}: 256 bytes, {counted(wanted, 'merge')}, special tokens: {specials}", config.quiet)
         say(f"pattern {pattern.name}: {pattern.regex}", config.quiet)
         time_needed = f", about {duration(1 + total * 1e6 / BYTES_PER_SECOND)}" if total else ""
-        say(f"from {' '.join(inputs)} on {counted(available_cores(), 'core')} to {out}{time_needed}", config.quiet)
+        say(f"from {names_of(inputs)} on {counted(available_cores(), 'core')} to {out}{time_needed}", config.quiet)
         return None
 
     # count
@@ -127,8 +127,7 @@ def _checked(config: TrainBpeConfig, smallest: int, multiple: int) -> tuple[Path
     out = output_folder(config.out, example="tok/")
     if not config.dry_run:
         check_output(str(out), config.force)
-    inputs = list(config.inputs) or ["-"]
-    check_inputs(inputs)
+    inputs = input_files(config.inputs or ["-"], text=True)
     if config.vocab_size < smallest:
         needed = f"(256 bytes and {counted(smallest - 256, 'special token')})"
         raise UserError(f"--vocab-size: expected at least {smallest} {needed}, found {config.vocab_size}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from llmkit.config import DECAY_FRACTION, MICRO_BATCH_TOKENS, TuningConfig, argument, option, parse_columns
 from llmkit.errors import GateError, UserError
-from llmkit.io.jsonl import check_inputs, open_output, read_jsonl, write_json
+from llmkit.io.jsonl import input_files, name_of, open_output, read_jsonl, write_json
 from llmkit.io.progress import Progress, counted, duration, quantity, say
 from llmkit.io.records import BadRecords
 from llmkit.io.run_folder import check_model_folder
@@ -171,7 +171,7 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
 
     _say_evaluation(evaluation, config.quiet)
     results = _results(trainer, training, tuning, evaluation)
-    inputs = [file.path for file in files if file.path != "-"]
+    inputs = [path for file in files for path in file.files if path != "-"]
     results = run.finish(results, inputs=inputs, parents=[str(config.inputs[0])], write=write)
     _check_gate(config, evaluation["overall"]["accuracy"])
 
@@ -191,7 +191,7 @@ def _checked(config: TrainRewardConfig) -> list[DataFile]:
         raise UserError("--rank: expected --score, whose completions are ranked")
     from llmkit.data.examples import parse_data  # brings numpy, which --help does without
 
-    check_inputs(config.val)
+    input_files(config.val)
     return parse_data(config.data)
 
 
@@ -203,9 +203,11 @@ def _read_all(
 
     read = _reader(config, tuning.chat, tuning.context, bad)
     texts: list[str] = []
-    held_out = [read(path, observe=texts.extend)[0] for path in config.val]
+    held_out = [read(name_of(path), input_files([path]), observe=texts.extend)[0] for path in config.val]
     overlap = Overlap.of_texts(texts)
-    encoded = [read(file.path, observe=overlap.compare_texts if held_out else None) for file in files]
+    encoded = [
+        read(name_of(file.path), file.files, observe=overlap.compare_texts if held_out else None) for file in files
+    ]
     overlap.report(config.quiet)
     sources, digests = [source for source, _ in encoded], [digest for _, digest in encoded]
     if config.val:
@@ -218,7 +220,7 @@ def _read_all(
 def _reader(
     config: TrainRewardConfig, chat: ChatFormat, context: int, bad: BadRecords
 ) -> Callable[..., tuple[Comparisons, str]]:
-    """`read_comparisons` with the options of the command; it is called with a path."""
+    """`read_comparisons` with the options of the command; it is called with a name and its files."""
     from llmkit.reward_model.comparisons import read_comparisons
 
     options = {"on_long": config.on_long, "limit": config.limit, "quiet": config.quiet}
@@ -331,14 +333,16 @@ def _score(config: TrainRewardConfig) -> Scored | None:
     pad, bad = chat.end_id, BadRecords(config.max_bad, config.quiet)
     if config.val:
         read = _reader(config, chat, model.config.max_position_embeddings, bad)
-        held_out = [read(path)[0] for path in config.val]
+        held_out = [read(name_of(path), input_files([path]))[0] for path in config.val]
         evaluation = judge(model, held_out, pad, tokenizer=tokenizer, seed=config.seed)
         _say_evaluation(evaluation, config.quiet)
         _check_gate(config, evaluation["overall"]["accuracy"])
         return Scored(evaluation=evaluation)
     scorer = Scorer(model, chat, pad)
     out = config.out or "-"
-    rows = read_jsonl(config.inputs or ["-"], config.limit, scorer.checked, bad, parse_columns(config.columns))
+    rows = read_jsonl(
+        input_files(config.inputs or ["-"]), config.limit, scorer.checked, bad, parse_columns(config.columns)
+    )
     with open_output(out, config.force) as write, Progress("score", unit="records", quiet=config.quiet) as progress:
         for record in scorer.score(rows, rank=config.rank):
             write(record)

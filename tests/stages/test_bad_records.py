@@ -263,6 +263,29 @@ def test_a_limit_bounds_the_held_out_records_too(folders, tmp_path, capsys, comm
 
 
 @pytest.mark.parametrize("command", GOOD)
+def test_patterns_and_folders_stand_for_their_files(folders, tmp_path, capsys, command):
+    """Both kinds of files are read, in each the bad record is counted, and the manifest names each file."""
+    (tmp_path / "d").mkdir()
+    rows = [GOOD[command]] * 20
+    write(tmp_path / "d" / "b.jsonl", *rows, BAD[command])
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "d" / "a.parquet")
+    (tmp_path / "d" / ".b.jsonl.swp").write_bytes(b"\0")
+    for given in (tmp_path / "d", tmp_path / "d" / "*"):
+        out = tmp_path / f"out{given.name}".replace("*", "s")
+        summary = run(command, folders, given, out)
+        assert summary.bad_records == (2 if command == "train-reward" else 1)  # its --val is the same
+        assert f"{tmp_path}/d/b.jsonl: 1 of 21 records skipped" in capsys.readouterr().err
+        if command not in ("sample", "score"):
+            inputs = [entry["path"] for entry in (read_manifest(out) or {})["inputs"]]
+            assert inputs[:2] == [f"{tmp_path}/d/a.parquet", f"{tmp_path}/d/b.jsonl"]
+    with pytest.raises(UserError, match=r"none\*: expected files of such names, found none"):
+        run(command, folders, tmp_path / "none*", tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty: expected files in this folder that end in \.jsonl"):
+        run(command, folders, tmp_path / "empty", tmp_path / "none")
+
+
+@pytest.mark.parametrize("command", GOOD)
 def test_fields_of_other_names_are_read_by_columns(folders, tmp_path, command):
     renamed = {f"their {name}": value for name, value in GOOD[command].items()}
     given = tmp_path / "d.parquet"

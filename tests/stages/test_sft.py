@@ -328,8 +328,8 @@ def test_bad_data_is_named(base, tmp_path, rows, reason):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"data": ("none.jsonl",)}, "--data none.jsonl: expected a file, found no such file"),
-        ({"data": (".",)}, "found a folder"),
+        ({"data": ("none.jsonl",)}, "none.jsonl: expected a file that can be read: no such file"),
+        ({"data": ("kernels/*/",)}, "kernels/*/: expected files of such names, found none"),
         ({"data": ("{chats}:0",)}, "expected a weight above 0, found 0"),
         ({"data": ("{chats}:1", "{chats}")}, "expected a weight on every file or on none"),
         ({"sequence_length": 9999}, "the model's context is 512"),

@@ -38,8 +38,16 @@ from llmkit.crawl.read.pages import (
     looks_like_html,
 )
 from llmkit.errors import UserError
-from llmkit.io.jsonl import BYTE_ORDER_MARK, GZIP_MAGIC, DamagedData, is_zstd, name_of, open_packed, zstd_frames
-from llmkit.io.remote import is_remote, matching
+from llmkit.io.jsonl import (
+    BYTE_ORDER_MARK,
+    GZIP_MAGIC,
+    DamagedData,
+    expanded,
+    is_zstd,
+    name_of,
+    open_packed,
+    zstd_frames,
+)
 from llmkit.io.tables import Lines, table_lines
 
 PACKING_ERRORS = (*GZIP_ERRORS, DamagedData)
@@ -357,16 +365,14 @@ class Source(NamedTuple):
 
 
 def sources(paths: Iterable[str]) -> Iterator[Source]:
-    """Yield the files named, those of the folders named, and those of patterns in buckets, in sorted order.
+    """Yield the files named, those of the folders named, and those of patterns, in sorted order.
 
     Archives and JSONL in a folder are known by their names; what else lies there is a page or passed over.
     """
     for path in paths:
-        if is_remote(path) and "*" in path:
-            yield from map(Source, matching(path))
-            continue
         if path == "-" or not os.path.isdir(path):
-            yield Source(path, path.lower().endswith(HTML_NAMES) and os.path.isfile(path))
+            for name in expanded(path):
+                yield Source(name, name.lower().endswith(HTML_NAMES) and os.path.isfile(name))
             continue
         closed: list[str] = []
         walk = os.walk(path, onerror=lambda error, closed=closed: closed.append(error.filename))
