@@ -1,6 +1,6 @@
 """The two halves of a decoder layer around attention, each as one autograd node on CPU.
 
-`qkv_rotary`: hidden states to the queries, keys and values of attention. `swiglu_mlp`: the feed-forward layer.
+`qkv_rotary`: hidden states to the queries, keys and values of attention. `feed_forward`: the feed-forward layer.
 Merging the products with the row-wise steps between them keeps every elementwise operand contiguous (reading half of
 a fused row costs 2.2x a contiguous read), saves what backward needs once, and a tiny model's time is spent in
 nodes as much as in products.
@@ -8,10 +8,12 @@ nodes as much as in products.
 B batch, T tokens, C hidden, H query heads, K key-value heads, D head size, F intermediate size, N = B * T.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from llmkit.kernels.linear import linear, matmul_nn, matmul_nt, matmul_tn
-from llmkit.kernels.rowwise import by_hand, inverse_rms, rms_norm_reference, rotary, rotate_, swiglu
+from llmkit.kernels.rowwise import by_hand, inverse_rms, rms_norm, rms_norm_reference, rotary, rotate_, swiglu
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -101,23 +103,26 @@ def qkv_rotary(
     q_gain: Tensor | None = None,
     k_gain: Tensor | None = None,
     eps: float | None = None,
+    whole: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Project hidden states to rotated queries and keys, and values: (B, H, T, D), (B, K, T, D), (B, K, T, D).
 
     weight ((H + 2K) D, C) stacks the three projections; within a head the rotated pairs are neighbours. `cos_sin`
-    (T, D/2, 2) or (B, T, D/2, 2) is float32. With `eps` queries and keys are RMS-normed per head before the
-    rotation, times `q_gain` and `k_gain` (D,) if given.
+    (T, D/2, 2) or (B, T, D/2, 2) is float32. With `eps` queries and keys are RMS-normed before the rotation, times
+    `q_gain` and `k_gain` if given: each head, with gains (D,), or, `whole`, all heads at once, (H D,) and (K D,).
     """
-    if by_hand(x_BTC) and torch.is_grad_enabled():
+    if by_hand(x_BTC) and torch.is_grad_enabled() and not whole:
         return _QKVRotary.apply(x_BTC, weight, bias, cos_sin, heads, kv_heads, q_gain, k_gain, eps)
-    return qkv_rotary_reference(x_BTC, weight, cos_sin, heads, kv_heads, bias, q_gain, k_gain, eps)
+    return qkv_rotary_reference(x_BTC, weight, cos_sin, heads, kv_heads, bias, q_gain, k_gain, eps, whole)
 
 
-def qkv_rotary_reference(x_BTC, weight, cos_sin, heads, kv_heads, bias, q_gain, k_gain, eps):
+def qkv_rotary_reference(x_BTC, weight, cos_sin, heads, kv_heads, bias, q_gain, k_gain, eps, whole=False):
     """The same step by step."""
     qkv = linear(x_BTC, weight, bias).unflatten(-1, (heads + 2 * kv_heads, -1))
     query, key, value = qkv.split((heads, kv_heads, kv_heads), 2)
-    if eps is not None:
+    if eps is not None and whole:
+        query, key = (rms_norm(x.flatten(2), gain, eps).view_as(x) for x, gain in ((query, q_gain), (key, k_gain)))
+    elif eps is not None:
         query, key = rms_norm_reference(query, q_gain, eps), rms_norm_reference(key, k_gain, eps)
     query, key = rotary(query, cos_sin), rotary(key, cos_sin)
     return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -156,3 +161,32 @@ def swiglu_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     if by_hand(x) and torch.is_grad_enabled():
         return _SwiGLUMLP.apply(x, gate_up, down)
     return linear(swiglu(linear(x, gate_up)), down)
+
+
+ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+
+
+def feed_forward(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    activation: str = "silu",
+    gated: bool = True,
+) -> Tensor:
+    """down @ (activation(gate @ x) * (up @ x)): x (..., C), gate_up (2F, C) with the gate first, down (C, F).
+
+    A plain one has no gate: down @ activation(up @ x), with gate_up (F, C). `activation` is "silu" or "gelu_tanh", the
+    approximation of GELU by tanh (Hendrycks and Gimpel 2016, arXiv:1606.08415).
+    """
+    if activation == "silu" and gated and gate_up_bias is None and down_bias is None:
+        return swiglu_mlp(x, gate_up, down)
+    hidden = linear(x, gate_up, gate_up_bias)
+    if gated:
+        gate, up = hidden.chunk(2, -1)
+        hidden = ACTIVATIONS[activation](gate) * up
+    else:
+        hidden = ACTIVATIONS[activation](hidden)
+    return linear(hidden, down, down_bias)

@@ -62,13 +62,13 @@ def plan_gguf(source: Source, dtype: str) -> GgufPlan:
             f"{source.folder}: a reward model: llama.cpp has no scores of this kind; --format hf exports it"
         )
     config = source.config
+    _check_family(config, str(source.folder / CONFIG))
     tokenizer = load_tokenizer(source.folder)
     tokenizer.check_fits(config.vocab_size)
     ends = [end for end in config.eos_token_ids if 0 <= end < config.vocab_size]
     if tokenizer.eos_id is not None:  # some folders name one there alone
         ends.append(tokenizer.eos_id)
     vocabulary = gguf_tokenizer(tokenizer, config.vocab_size, ends)
-    _check_family(config, str(source.folder / CONFIG))
     notes = []
     windows = [window for window in config.layer_windows or () if window is not None]
     context = min([config.max_position_embeddings, *windows])
@@ -82,6 +82,13 @@ def plan_gguf(source: Source, dtype: str) -> GgufPlan:
 
 def _check_family(config: ModelConfig, where: str) -> None:
     """Raise UserError, naming `where`, unless llama.cpp computes this model as we do."""
+    if config.model_type not in ARCHITECTURES:
+        raise UserError(
+            f"{where}: no GGUF of {config.model_type} is written here, but of {', '.join(ARCHITECTURES)}; "
+            "--format hf, and llama.cpp's convert_hf_to_gguf.py of that folder"
+        )
+    if config.mlp_bias:
+        raise UserError(f"{where}: mlp_bias true: llama.cpp's files of this family are written without; --format hf")
     if config.model_type == "qwen3" and (config.attention_bias or config.attention_out_bias):
         raise UserError(f"{where}: llama.cpp's qwen3 has no attention_bias; --format hf keeps it")
     if config.model_type == "qwen2" and config.num_attention_heads * config.head_dim != config.hidden_size:
@@ -224,5 +231,5 @@ def read_tensors(config: ModelConfig, tensors: SavedTensors) -> Iterator[tuple[s
             continue
         value = tensors.read(name).to(torch.float32)
         if permuted and (".q_proj." in name or ".k_proj." in name):
-            value = pairs_together(value, config.head_dim)
+            value = pairs_together(value, config)
         yield theirs, value.contiguous()

@@ -66,8 +66,8 @@ def open_source(folder: str) -> Source:
         config = replace(config, tie_word_embeddings=True)  # no head for words
         heads = tensors.rows(SCORE, "a reward model")
     tensors.check(config, {} if heads is None else {SCORE: (heads, config.hidden_size)})
-    sample = "model.layers.0.mlp.down_proj.weight"
-    return Source(Path(folder), config, tensors, heads, _STORED[tensors.stored_dtype(sample)])
+    matrix = next(name for name, shape in stock_shapes(config).items() if len(shape) == 2)
+    return Source(Path(folder), config, tensors, heads, _STORED[tensors.stored_dtype(matrix)])
 
 
 def narrowed(value: Tensor, dtype: str, where: str) -> Tensor:

@@ -41,8 +41,9 @@ from llmkit.io.progress import say
 from llmkit.kernels.attention import attention_decode, scaled_dot_product_attention
 from llmkit.kernels.dispatch import backend
 from llmkit.kernels.linear import can_pack, packed_linear
+from llmkit.kernels.projections import ACTIVATIONS
 from llmkit.model.devices import Weights, narrow_linear
-from llmkit.model.transformer import RotaryTable, Transformer
+from llmkit.model.transformer import Layer, Transformer, normalize, rotary_tables
 
 FEW_ROWS = 8  # up to it rows are rounded to powers of two, beyond it to its multiples, which cost a product no more
 LEAST_SEEN = 256
@@ -159,17 +160,22 @@ class Prefix:
 
 
 class _Layer:
-    def __init__(self, layer, weights: Weights) -> None:
+    def __init__(self, layer: Layer, table: int, weights: Weights) -> None:
         config = layer.config
+        self.table = table
         out, down = layer.out.detach(), layer.down.detach()
         if layer.residual_scale is not None:
             out, down = out * layer.residual_scale[0], down * layer.residual_scale[1]
         self.input_norm, self.mlp_norm, self.window = layer.input_norm, layer.mlp_norm, layer.window
+        self.input_norm_bias, self.mlp_norm_bias = layer.input_norm_bias, layer.mlp_norm_bias
+        self.attention_post_norm, self.mlp_post_norm = layer.attention_post_norm, layer.mlp_post_norm
         self.qkv = _product(layer.qkv, layer.qkv_bias, weights)
         self.out = _product(out, layer.out_bias, weights)
-        self.gate_up, self.down = _product(layer.gate_up, None, weights), _product(down, None, weights)
+        self.gate_up = _product(layer.gate_up, layer.gate_up_bias, weights)
+        self.down = _product(down, layer.down_bias, weights)
         self.head_gains: Tensor | None = None  # (H + K, D)
-        if layer.q_norm is not None:
+        self.q_norm, self.k_norm = layer.q_norm, layer.k_norm
+        if layer.q_norm is not None and layer.k_norm is not None and not config.qk_norm_whole:
             heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
             self.head_gains = torch.cat([layer.q_norm.expand(heads, -1), layer.k_norm.expand(kv_heads, -1)])
 
@@ -197,9 +203,11 @@ class Decoder:
     ) -> None:
         self.config, self._embedding, self._final_norm = model.config, model.embed_tokens.detach(), model.norm
         self.device, self.dtype, self._weights = self._embedding.device, self._embedding.dtype, weights
-        self._layers = [_Layer(layer, weights) for layer in model.layers]
+        self._tables, table_of = rotary_tables(model.config)
+        self._layers = [_Layer(layer, i, weights) for layer, i in zip(model.layers, table_of, strict=True)]
+        self._positions, self._final_bias = model.embed_positions, model.norm_bias
+        self._embedding_scale = model.embedding_scales[self.dtype]
         self._head = _product(model.head_weight, None, weights)
-        self._rotary = RotaryTable(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         self._scale = self.config.attention_scale
         self._eps = torch.tensor(self.config.rms_norm_eps, device=self.device)
         self._fused = backend(self.device.type) != "torch"
@@ -266,9 +274,10 @@ class Decoder:
                 out_1HTD = scaled_dot_product_attention(query_1HTD, *seen, is_causal=True, enable_gqa=gqa, **details)
             return out_1HTD[0].transpose(0, 1)
 
-        turns = torch.view_as_complex(self._rotary(past + new, self.device))
-        hidden_TC = self._forward(torch.tensor(token_ids, device=self.device), turns[past:].unsqueeze(1), attend)
-        return hidden_TC, keys, values
+        turns = [torch.view_as_complex(table(past + new, self.device)) for table in self._tables]
+        tokens_T, position_T = torch.tensor(token_ids, device=self.device), torch.arange(past, past + new)
+        turn_N1D = [turn[past:].unsqueeze(1) for turn in turns]
+        return self._forward(tokens_T, position_T.to(self.device), turn_N1D, attend), keys, values
 
     def hold(self, slot: int, length: int) -> Prefix:
         """A copy of the first `length` positions of a slot, to go on from later."""
@@ -301,7 +310,7 @@ class Decoder:
             setattr(self, name, new)
         kv_heads = self.config.num_key_value_heads
         self._all_first_RK = torch.arange(self._slots * kv_heads, device=self.device).view(-1, kv_heads) * grown
-        self._turns = torch.view_as_complex(self._rotary(grown, self.device))
+        self._turns = [torch.view_as_complex(table(grown, self.device, decoding=True)) for table in self._tables]
         self._viewed = None
         if self._graphs is not None:
             self._graphs.forget()
@@ -349,30 +358,58 @@ class Decoder:
             scores_XGS = torch.baddbmm(masks[window], query_XGD, seen_keys, alpha=self._scale)
             return _weighted_sum(torch.softmax(scores_XGS, -1), seen_values)
 
-        return self._head(self._forward(token_B, self._turns[position_B].unsqueeze(1), attend))
+        turns = [turn[position_B].unsqueeze(1) for turn in self._turns]
+        return self._head(self._forward(token_B, position_B, turns, attend))
 
-    def _forward(self, token_N: Tensor, turn_N1D: Tensor, attend: _Attend) -> Tensor:
-        """The hidden states (N, hidden) of N tokens, turned by `turn_N1D`, who see what `attend` lets them see."""
+    def _forward(self, token_N: Tensor, position_N: Tensor, turns_N1D: list[Tensor], attend: _Attend) -> Tensor:
+        """The hidden states (N, hidden) of N tokens, turned by their layers' tables, who see what `attend` lets them
+        see."""
         config, heads = self.config, self.config.num_attention_heads
+        activate = ACTIVATIONS[config.activation]
         rotated, rows, size = heads + config.num_key_value_heads, len(token_N), config.head_dim
         x_NC = F.embedding(token_N, self._embedding)
         if config.normalize_embedding:
             x_NC = self._norm(x_NC, None)
+        if config.embedding_scale != 1.0:
+            x_NC = x_NC * self._embedding_scale
+        if self._positions is not None:
+            x_NC = x_NC + F.embedding(position_N, self._positions)
         for i, layer in enumerate(self._layers):
-            qkv_NJD = layer.qkv(self._norm(x_NC, layer.input_norm)).view(rows, -1, size)
+            normed_NC = self._normed(x_NC, layer.input_norm, layer.input_norm_bias) if config.pre_norms else x_NC
+            qkv_NJD = layer.qkv(normed_NC).view(rows, -1, size)
             qk_NJD = qkv_NJD[:, :rotated]
-            if config.qk_norm:
+            if config.qk_norm_whole:
+                both = (qk_NJD[:, :heads], layer.q_norm), (qk_NJD[:, heads:], layer.k_norm)
+                qk_NJD = torch.cat([self._norm(x_NJD.flatten(1), gain).view(x_NJD.shape) for x_NJD, gain in both], 1)
+            elif config.qk_norm:
                 qk_NJD = self._norm(qk_NJD, None)
                 if layer.head_gains is not None:
                     qk_NJD = qk_NJD * layer.head_gains
             qk_NJD = qk_NJD.float().contiguous()
-            torch.view_as_complex(qk_NJD.view(rows, rotated, -1, 2)).mul_(turn_N1D)
+            torch.view_as_complex(qk_NJD.view(rows, rotated, -1, 2)).mul_(turns_N1D[layer.table])
             qk_NJD = qk_NJD.to(self.dtype)
             attended = attend(i, qk_NJD[:, :heads], qk_NJD[:, heads:], qkv_NJD[:, rotated:])
-            x_NC = x_NC.add_(layer.out(attended.reshape(rows, -1)))
-            gate, up = layer.gate_up(self._norm(x_NC, layer.mlp_norm)).chunk(2, -1)
-            x_NC = x_NC.add_(layer.down(F.silu(gate).mul_(up)))
-        return self._norm(x_NC, self._final_norm)
+            x_NC = x_NC.add_(self._finish(layer.out(attended.reshape(rows, -1)), layer.attention_post_norm))
+            normed_NC = self._normed(x_NC, layer.mlp_norm, layer.mlp_norm_bias) if config.pre_norms else x_NC
+            gate_NF = layer.gate_up(normed_NC)
+            if config.gated_mlp:
+                gate_NF, up_NF = gate_NF.chunk(2, -1)
+                hidden_NF = activate(gate_NF).mul_(up_NF)
+            else:
+                hidden_NF = activate(gate_NF)
+            x_NC = x_NC.add_(self._finish(layer.down(hidden_NF), layer.mlp_post_norm))
+        x_NC = self._normed(x_NC, self._final_norm, self._final_bias)
+        return x_NC if config.logits_scaling == 1.0 else x_NC / config.logits_scaling
+
+    def _finish(self, branch_NC: Tensor, post_norm: Tensor | None) -> Tensor:
+        """What a branch gives to the residual stream."""
+        if self.config.post_norms:
+            branch_NC = self._norm(branch_NC, post_norm)
+        multiplier = self.config.residual_multiplier
+        return branch_NC if multiplier == 1.0 else branch_NC * multiplier
+
+    def _normed(self, x_NC: Tensor, gain: Tensor | None, bias: Tensor | None) -> Tensor:
+        return normalize(x_NC, gain, bias, self.config) if self.config.layer_norm else self._norm(x_NC, gain)
 
     def _norm(self, x_NC: Tensor, gain: Tensor | None) -> Tensor:
         """RMSNorm. On a CPU torch's own is 8 operations, 13 us for a row of 384; these are 5, and 9 us."""

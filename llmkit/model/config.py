@@ -10,48 +10,27 @@ from typing import Any
 from llmkit.errors import UserError
 from llmkit.io.foreign import integer, number, shown, switch
 from llmkit.io.progress import counted
+from llmkit.model.families import FAMILIES, PLAIN, Family
+from llmkit.model.rope import Rope, RopeScaling, rope_to_hf, ropes_from_hf, scaling_from_dict
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-# What each family takes for granted when its config.json is silent (transformers' own defaults).
-_DEFAULT_ROPE_THETA = 10000.0
-_DEFAULT_WINDOW = 4096
-_DEFAULT_HEAD_DIM = {"qwen3": 128}
-_DEFAULT_KEY_VALUE_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Stretched rotary frequencies: "linear" divides all by `factor`, "llama3" and "yarn" those of long wavelengths.
-
-    "dynamic" divides only beyond `max_position_embeddings`, where no sequence of ours goes: it is kept for who reads
-    what we save. `attention_factor` multiplies cosines and sines.
-    """
-
-    rope_type: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-    attention_factor: float = 1.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-
-
-# What each kind of scaling has in a config.json beside its name.
-_SCALING_FIELDS = {
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": (
-        "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "truncate",
-    ),
-}  # fmt: skip
+SLIDING, FULL = "sliding_attention", "full_attention"
+ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new")}  # and their names there
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder of the Llama and Qwen family. The defaults are those of a model trained from scratch.
+    """A decoder, by its sizes and by the choices in which families differ. The defaults are those of one trained from
+    scratch, a Qwen3.
+
+    layer_windows  sliding window of each layer; None is none at all
+    rotary_dim     channels of a head that are rotated, the first ones; None is all
+    sliding_rope   rotation of the layers with a window, where it is not that of the others
+    no_rope_layers layers without a rotation
+    pre_norms      norms of what attention and feed-forward read
+    post_norms     norms of what they add to the residual stream
+    layer_norm     norms take the mean away and have biases
+    qk_norm_whole  queries and keys are normed over all heads at once
+    query_pre_attn_scalar  whose root divides attention's scores, in place of the head size
 
     The last four fields exist while we train and fold away on export (`Transformer.export_state_dict`):
     `normalize_embedding` feeds the first layer RMSNorm(E[token]); `residual_scales` learns one factor for each
@@ -69,12 +48,29 @@ class ModelConfig:
     max_position_embeddings: int = 2048
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
+    rotary_dim: int | None = None
+    sliding_rope: Rope | None = None
+    no_rope_layers: tuple[int, ...] = ()
+    learned_positions: bool = False
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     attention_bias: bool = False  # on the query, key and value projections
     attention_out_bias: bool = False
+    mlp_bias: bool = False
+    gated_mlp: bool = True
+    activation: str = "silu"  # or gelu_tanh
+    pre_norms: bool = True
+    post_norms: bool = False
+    layer_norm: bool = False
     qk_norm: bool = True
-    layer_windows: tuple[int | None, ...] | None = None  # sliding window of each layer; None is none at all
+    qk_norm_whole: bool = False
+    layer_windows: tuple[int | None, ...] | None = None
+    scale_embedding: bool = False  # by the root of the hidden size
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    query_pre_attn_scalar: float | None = None
+    logits_scaling: float = 1.0  # divides the logits
     model_type: str = "qwen3"
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
@@ -84,8 +80,8 @@ class ModelConfig:
     qk_gain: float = 1.0
 
     def __post_init__(self):
-        if self.model_type not in MODEL_TYPES:
-            raise UserError(f"model_type: expected one of {', '.join(MODEL_TYPES)}, found {self.model_type!r}")
+        if self.model_type not in FAMILIES:
+            raise UserError(f"model_type: expected one of {', '.join(FAMILIES)}, found {self.model_type!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"num_attention_heads: expected a multiple of num_key_value_heads={self.num_key_value_heads}, "
@@ -93,8 +89,10 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"head_dim: expected an even number, found {self.head_dim}")
-        if self.qk_norm != (self.model_type == "qwen3"):
-            raise UserError(f"qk_norm: {self.model_type} has {'none' if self.qk_norm else 'it always'}")
+        family = FAMILIES[self.model_type]
+        for name in PLAIN.keys() - family.options.keys():
+            if getattr(self, name) != (expected := family.choices.get(name, PLAIN[name])):
+                raise UserError(f"{name}: expected {expected} of {self.model_type}, found {getattr(self, name)}")
         if self.qk_gain != 1.0 and not self.qk_norm:
             raise UserError("qk_gain: needs qk_norm")
         if self.layer_windows is not None and len(self.layer_windows) != self.num_hidden_layers:
@@ -109,20 +107,72 @@ class ModelConfig:
         return ends if isinstance(ends, tuple) else () if ends is None else (ends,)
 
     @property
+    def layer_ropes(self) -> tuple[Rope, ...]:
+        """The rotation of each layer."""
+        channels = 0 if self.learned_positions else self.rotary_dim
+        main = Rope(self.rope_theta, self.rope_scaling, channels)
+        local = main if self.sliding_rope is None else replace(self.sliding_rope, channels=channels)
+        ropes = [main if window is None else local for window in self.layer_windows or (None,) * self.num_hidden_layers]
+        for layer in self.no_rope_layers:
+            ropes[layer] = replace(main, channels=0)
+        return tuple(ropes)
+
+    @property
     def attention_scale(self) -> float:
-        """The factor of queries times keys, once they are rotated; yarn's stands in both of them."""
+        """The factor of queries times keys, once they are rotated; yarn's and longrope's stands in both of them."""
         turned = 1.0 if self.rope_scaling is None else self.rope_scaling.attention_factor
-        return self.qk_gain * turned**2 * self.head_dim**-0.5
+        scale = self.attention_multiplier or (self.query_pre_attn_scalar or self.head_dim) ** -0.5
+        return self.qk_gain * turned**2 * scale
+
+    @property
+    def embedding_scale(self) -> float:
+        """The factor of what is looked up in the embedding."""
+        return self.embedding_multiplier * (self.hidden_size**0.5 if self.scale_embedding else 1.0)
+
+    @property
+    def stacked_rows(self) -> dict[str, tuple[int, ...]]:
+        """The rows of each of the matrices that a layer's matrix stacks: queries, keys, values; gate, up."""
+        query, key = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        return {
+            "qkv": (query, key, key),
+            "out": (self.hidden_size,),
+            "gate_up": (self.intermediate_size,) * (2 if self.gated_mlp else 1),
+            "down": (self.hidden_size,),
+        }
+
+    def layer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every parameter of a layer, in the saved model."""
+        hidden, query = self.hidden_size, self.num_attention_heads * self.head_dim
+        key = self.num_key_value_heads * self.head_dim
+        rows = {name: sum(sizes) for name, sizes in self.stacked_rows.items()}
+        whole = self.qk_norm_whole
+        shapes = {
+            "input_norm": self.pre_norms and (hidden,),
+            "input_norm_bias": self.layer_norm and (hidden,),
+            "qkv": (rows["qkv"], hidden),
+            "qkv_bias": self.attention_bias and (rows["qkv"],),
+            "q_norm": self.qk_norm and (query if whole else self.head_dim,),
+            "k_norm": self.qk_norm and (key if whole else self.head_dim,),
+            "out": (hidden, query),
+            "out_bias": self.attention_out_bias and (hidden,),
+            "attention_post_norm": self.post_norms and (hidden,),
+            "mlp_norm": self.pre_norms and (hidden,),
+            "mlp_norm_bias": self.layer_norm and (hidden,),
+            "gate_up": (rows["gate_up"], hidden),
+            "gate_up_bias": self.mlp_bias and (rows["gate_up"],),
+            "down": (hidden, self.intermediate_size),
+            "down_bias": self.mlp_bias and (hidden,),
+            "mlp_post_norm": self.post_norms and (hidden,),
+        }
+        return {name: shape for name, shape in shapes.items() if shape}
 
     @property
     def parameter_count(self) -> int:
         """Parameters of the saved model."""
-        query, key = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        layer = self.hidden_size * (2 * query + 2 * key + 3 * self.intermediate_size + 2)
-        layer += self.attention_bias * (query + 2 * key) + self.attention_out_bias * self.hidden_size
-        layer += 2 * self.head_dim * self.qk_norm
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_on_disk else 2)
-        return self.num_hidden_layers * layer + embeddings + self.hidden_size
+        layer = sum(math.prod(shape) for shape in self.layer_shapes().values())
+        tables = self.vocab_size * (1 if self.tied_on_disk else 2)
+        tables += self.max_position_embeddings * self.learned_positions + 1 + self.layer_norm
+        return self.num_hidden_layers * layer + tables * self.hidden_size
 
     @property
     def tied_on_disk(self) -> bool:
@@ -131,9 +181,9 @@ class ModelConfig:
 
     def flops_per_token(self, context: int) -> float:
         """Training FLOPs (forward and backward) a token: 6 a matrix weight, 12 H D T for causal-free attention."""
-        query, key = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        layer = self.hidden_size * (2 * query + 2 * key + 3 * self.intermediate_size)
+        layer = sum(math.prod(shape) for shape in self.layer_shapes().values() if len(shape) == 2)
         weights = self.num_hidden_layers * layer + self.vocab_size * self.hidden_size
+        query = self.num_attention_heads * self.head_dim
         return 6 * weights + 12 * self.num_hidden_layers * query * context / 2
 
     def folded(self) -> "ModelConfig":
@@ -152,8 +202,10 @@ class ModelConfig:
         """Read back what `dataclasses.asdict` made of a configuration, and JSON of that."""
         values = dict(values)
         if values.get("rope_scaling"):
-            values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
-        for name in ("layer_windows", "eos_token_id"):
+            values["rope_scaling"] = scaling_from_dict(values["rope_scaling"])
+        if rope := values.get("sliding_rope"):
+            values["sliding_rope"] = Rope(**{**rope, "scaling": rope["scaling"] and scaling_from_dict(rope["scaling"])})
+        for name in ("layer_windows", "no_rope_layers", "eos_token_id"):
             if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
@@ -163,22 +215,19 @@ class ModelConfig:
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
         """The `config.json` of the exported model, as transformers writes it, readable by releases 4 and 5."""
-        config, ends = self.folded(), self.eos_token_id
+        config, family, ends = self.folded(), FAMILIES[self.model_type], self.eos_token_id
+        main = Rope(self.rope_theta, self.rope_scaling, self.rotary_dim)
+        activation = family.names.get("activation", "hidden_act")
+        assert activation is not None
+        sizes = (*_SIZES, "num_key_value_heads", "head_dim", "activation", "max_position_embeddings", "rms_norm_eps")
+        written = {name: getattr(config, name) for name in sizes}
+        written["activation"] = family.defaults.get(activation, ACTIVATIONS[self.activation][0])
+        names = {"activation": activation, **family.names}
         out: dict[str, Any] = {
-            "architectures": [f"{config.model_type.capitalize()}ForCausalLM"],
+            "architectures": [f"{family.architecture}ForCausalLM"],
             "model_type": config.model_type,
-            "vocab_size": config.vocab_size,
-            "hidden_size": config.hidden_size,
-            "intermediate_size": config.intermediate_size,
-            "num_hidden_layers": config.num_hidden_layers,
-            "num_attention_heads": config.num_attention_heads,
-            "num_key_value_heads": config.num_key_value_heads,
-            "head_dim": config.head_dim,
-            "hidden_act": "silu",
-            "max_position_embeddings": config.max_position_embeddings,
-            "rms_norm_eps": config.rms_norm_eps,
-            "rope_theta": config.rope_theta,
-            "rope_scaling": None,
+            **{key: value for name, value in written.items() if (key := names.get(name, name)) is not None},
+            **rope_to_hf(main, config.sliding_rope or main, config.head_dim, family),
             "tie_word_embeddings": config.tie_word_embeddings,
             "attention_dropout": 0.0,
             "initializer_range": 0.02,
@@ -187,61 +236,61 @@ class ModelConfig:
             "eos_token_id": list(ends) if isinstance(ends, tuple) else ends,
             "torch_dtype": dtype,
         }
-        if scaling := config.rope_scaling:
-            names = ("rope_type", *_SCALING_FIELDS[scaling.rope_type])
-            out["rope_scaling"] = {name: getattr(scaling, name) for name in names}
-        if config.model_type in ("llama", "qwen3"):
-            out["attention_bias"] = config.attention_bias
-        windows = self.layer_windows or (None,) * self.num_hidden_layers
-        width = next((window for window in windows if window is not None), None)
-        if self.model_type == "mistral":
-            out["sliding_window"] = width
-        elif self.model_type != "llama":
-            out |= {
-                "use_sliding_window": width is not None,
-                "sliding_window": width,
-                "max_window_layers": self.num_hidden_layers,
-                "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
-            }
-        return out
+        for name, key in family.options.items():
+            value = getattr(config, name)
+            if value != PLAIN[name] or key == "attention_bias":  # the others are a silent file's
+                out[key] = int(value) if isinstance(value, float) and value.is_integer() else value
+        return out | _windows_to_hf(config, family)
 
     @classmethod
     def from_hf(cls, values: dict[str, Any], where: str = "config.json") -> "ModelConfig":
         """From a parsed `config.json`; `where` names it in errors. Refuses what the model would not reproduce."""
         model_type = values.get("model_type")
-        if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
+        family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+        if family is None or not isinstance(model_type, str):
             raise UserError(
-                f"{where}: expected model_type to be one of {', '.join(MODEL_TYPES)}, found {shown(model_type)}"
+                f"{where}: expected model_type to be one of {', '.join(FAMILIES)}, found {shown(model_type)}"
             )
-        missing = [name for name in _REQUIRED if values.get(name) is None]
-        if missing:
+        values = {**family.defaults, **values}
+        names = {name: family.names.get(name) or name for name in _SIZES}
+        if family.mlp_ratio and values.get(names["intermediate_size"]) is None:
+            hidden = integer(values, names["hidden_size"], where, 0, at_most=_WIDEST)
+            values[names["intermediate_size"]] = family.mlp_ratio * hidden or None
+        if missing := [names[name] for name in _SIZES if values.get(names[name]) is None]:
             raise UserError(f"{where}: expected integers for {', '.join(missing)}")
-        sizes = {name: integer(values, name, where, at_most=most) for name, most in _REQUIRED.items()}
-        if values.get("hidden_act", "silu") not in ("silu", "swish"):
-            hidden_act = shown(values["hidden_act"])
-            raise UserError(f"{where}: expected hidden_act 'silu', which the four families have, found {hidden_act}")
-        if values.get("mlp_bias"):
-            raise UserError(f"{where}: expected mlp_bias false: no biases in feed-forward layers are supported")
-        theta, scaling = _rope_from_hf(values, where)
-        heads = sizes["num_attention_heads"]
-        without = "num_key_value_heads" not in values  # null is as many as there are heads
-        kv_heads = _DEFAULT_KEY_VALUE_HEADS.get(model_type, heads) if without else heads
-        width = _DEFAULT_HEAD_DIM.get(model_type) or sizes["hidden_size"] // heads
-        bias = switch(values, "attention_bias", where) and model_type in ("llama", "qwen3")
+        sizes = {name: integer(values, names[name], where, at_most=most) for name, most in _SIZES.items()}
+        heads, layers = sizes["num_attention_heads"], sizes["num_hidden_layers"]
+        activation = family.choices.get("activation", PLAIN["activation"])
+        key = family.names.get("activation") or "hidden_act"
+        if values.get(key, ACTIVATIONS[activation][0]) not in ACTIVATIONS[activation]:
+            raise UserError(
+                f"{where}: expected {key} {ACTIVATIONS[activation][0]!r}, which {model_type} has, "
+                f"found {shown(values[key])}"
+            )
+        for key, value in family.refused.items():
+            if values.get(key, value) not in (value, None):
+                raise UserError(f"{where}: expected {key} {value}, which alone is computed, found {shown(values[key])}")
+        values = {name: one for name, one in values.items() if family.names.get(name, name) is not None}
+        own_width = family.defaults.get("head_dim") or max(1, sizes["hidden_size"] // heads)
+        head_dim = integer(values, "head_dim", where, own_width, at_most=_WIDEST)
+        chosen = {**PLAIN, **family.choices}
+        for name, key in family.options.items():
+            read = switch if isinstance(PLAIN[name], bool) else number
+            chosen[name] = PLAIN[name] if values.get(key) is None else read(values, key, where)
         try:
             return cls(
                 **sizes,
-                num_key_value_heads=integer(values, "num_key_value_heads", where, kv_heads, at_most=_WIDEST),
-                head_dim=integer(values, "head_dim", where, width, at_most=_WIDEST),
-                max_position_embeddings=integer(values, "max_position_embeddings", where, 2048),
-                rope_theta=theta,
-                rope_scaling=scaling,
-                rms_norm_eps=number(values, "rms_norm_eps", where, 1e-6),
+                **chosen,
+                num_key_value_heads=integer(values, "num_key_value_heads", where, heads, at_most=_WIDEST),
+                head_dim=head_dim,
+                max_position_embeddings=integer(
+                    values, family.names.get("max_position_embeddings") or "max_position_embeddings", where, 2048
+                ),
+                **ropes_from_hf(values, family, head_dim, where),
+                rms_norm_eps=number(values, family.names.get("rms_norm_eps") or "rms_norm_eps", where, 1e-6),
                 tie_word_embeddings=switch(values, "tie_word_embeddings", where),
-                attention_bias=bias or model_type == "qwen2",
-                attention_out_bias=bias,
-                qk_norm=model_type == "qwen3",
-                layer_windows=_windows_from_hf(values, model_type, where),
+                layer_windows=_windows_from_hf(values, family, layers, where),
+                no_rope_layers=_no_rope_from_hf(values, family, layers, where),
                 model_type=model_type,
                 bos_token_id=_token_id(values, "bos_token_id", where),
                 eos_token_id=token_ids(values, "eos_token_id", where),
@@ -251,9 +300,8 @@ class ModelConfig:
 
 
 _WIDEST = 2**24
-LEAST_TURNS = 1e-6  # of yarn's; a context divided by much less is beyond all numbers
 # the sizes that every config.json has, and the most of each: what is larger is a mistake, and would be built first
-_REQUIRED = {
+_SIZES = {
     "vocab_size": _WIDEST,
     "hidden_size": _WIDEST,
     "intermediate_size": _WIDEST,
@@ -277,75 +325,50 @@ def token_ids(values: dict[str, Any], name: str, where: str) -> int | tuple[int,
     return tuple(token_id for token_id in ids if token_id is not None)
 
 
-def _rope_from_hf(values: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
-    """Base and scaling from `rope_scaling` and `rope_theta` (transformers 4) or `rope_parameters` (5).
-
-    Where a file has both, version 5 lets `rope_scaling` win.
-    """
-    name = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
-    parameters = values.get(name) or {}
-    if not isinstance(parameters, dict):
-        raise UserError(f"{where}: expected an object for {name}, found {shown(parameters)}")
-    if any(isinstance(value, dict) for value in parameters.values()):
-        raise UserError(f"{where}: {name} that differ from layer to layer are not supported")
-    theta = number(parameters, "rope_theta", where) or number(values, "rope_theta", where, _DEFAULT_ROPE_THETA)
-    rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
-    if rope_type == "default":
-        return theta, None
-    if rope_type not in _SCALING_FIELDS:
-        known = ", ".join(("default", *_SCALING_FIELDS))
-        raise UserError(f"{where}: expected rope scaling {known}, found {shown(rope_type)}")
-    needed = _SCALING_FIELDS[rope_type][: 3 if rope_type == "llama3" else 1]
-    numbers = {name: number(parameters, name, where) for name in needed}
-    if rope_type in ("llama3", "yarn"):
-        field, context = "original_max_position_embeddings", integer(values, "max_position_embeddings", where, 2048)
-        numbers[field] = integer(values, field, where, integer(parameters, field, where, context))  # as transformers
-        if rope_type == "yarn":
-            if theta <= 1:
-                raise UserError(f"{where}: expected a number above 1 for rope_theta with yarn, found {shown(theta)}")
-            if numbers["factor"] is None and numbers[field] == context:
-                raise UserError(f"{where}: rope scaling yarn needs factor, or {field} other than {context}")
-            numbers["factor"] = numbers["factor"] or context / numbers[field]
-            numbers |= _yarn_from_hf(parameters, numbers["factor"], where)
-    missing = [name for name, value in numbers.items() if value is None]
-    if missing:
-        raise UserError(f"{where}: rope scaling {rope_type} needs {', '.join(missing)}")
-    if rope_type == "llama3" and numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
-        raise UserError(f"{where}: expected low_freq_factor below high_freq_factor in {name}")
-    return theta, RopeScaling(rope_type, **numbers)
-
-
-def _yarn_from_hf(parameters: dict[str, Any], factor: float, where: str) -> dict[str, Any]:
-    """Read yarn's parameters, with transformers' defaults. Raises UserError."""
-
-    def grown(name: str) -> float:
-        return max(1.0, 0.1 * number(parameters, name, where, 1.0) * math.log(factor) + 1.0)
-
-    both = parameters.get("mscale") and parameters.get("mscale_all_dim")  # DeepSeek's; they may be 0
-    default = grown("mscale") / grown("mscale_all_dim") if both else max(1.0, 0.1 * math.log(factor) + 1.0)
-    return {
-        "attention_factor": number(parameters, "attention_factor", where, default),
-        "beta_fast": number(parameters, "beta_fast", where, 32.0, above=LEAST_TURNS),
-        "beta_slow": number(parameters, "beta_slow", where, 1.0, above=LEAST_TURNS),
-        "truncate": parameters.get("truncate") is None or switch(parameters, "truncate", where),
-    }
-
-
-def _windows_from_hf(values: dict[str, Any], model_type: str, where: str) -> tuple[int | None, ...] | None:
-    layers = values["num_hidden_layers"]
-    if model_type == "llama":
+def _windows_from_hf(values: dict[str, Any], family: Family, layers: int, where: str) -> tuple[int | None, ...] | None:
+    window = integer(values, "sliding_window", where) if family.windows else None
+    if window is None or (family.windows == "switch" and not switch(values, "use_sliding_window", where)):
         return None
-    window = integer(values, "sliding_window", where, None if "sliding_window" in values else _DEFAULT_WINDOW)
-    if model_type == "mistral":
-        return None if window is None else (window,) * layers
-    if not switch(values, "use_sliding_window", where) or window is None:
-        return None
+    if family.windows == "all":
+        return (window,) * layers
     kinds = values.get("layer_types")
-    if kinds is None:
+    if kinds is None and family.rope_every:  # smollm3: those without a rotation
+        unrotated = _no_rope_from_hf(values, family, layers, where)
+        kinds = [SLIDING if i in unrotated else FULL for i in range(layers)]
+    elif kinds is None and family.window_every:
+        every = integer(values, "sliding_window_pattern", where, family.window_every)
+        kinds = [SLIDING if (i + 1) % every else FULL for i in range(layers)]
+    elif kinds is None:
         first = integer(values, "max_window_layers", where, 28, at_least=0)
-        kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
-    if not isinstance(kinds, list) or any(kind not in ("sliding_attention", "full_attention") for kind in kinds):
-        raise UserError(
-            f"{where}: expected full_attention or sliding_attention for each layer in layer_types, found {shown(kinds)}"
-        )
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+        kinds = [SLIDING if i >= first else FULL for i in range(layers)]
+    if not isinstance(kinds, list) or any(kind not in (SLIDING, FULL) for kind in kinds):
+        raise UserError(f"{where}: expected {FULL} or {SLIDING} for each layer in layer_types, found {shown(kinds)}")
+    return tuple(window if kind == SLIDING else None for kind in kinds)
+
+
+def _windows_to_hf(config: ModelConfig, family: Family) -> dict[str, Any]:
+    windows = config.layer_windows or (None,) * config.num_hidden_layers
+    width = next((window for window in windows if window is not None), None)
+    if family.windows is None:
+        return {}
+    out: dict[str, Any] = {"use_sliding_window": width is not None} if family.windows == "switch" else {}
+    out["sliding_window"] = width
+    if family.windows == "switch":
+        out["max_window_layers"] = config.num_hidden_layers
+    if family.windows != "all":
+        out["layer_types"] = [FULL if window is None else SLIDING for window in windows]
+    if family.rope_every:
+        out["no_rope_layers"] = [int(i not in config.no_rope_layers) for i in range(config.num_hidden_layers)]
+    return out
+
+
+def _no_rope_from_hf(values: dict[str, Any], family: Family, layers: int, where: str) -> tuple[int, ...]:
+    if not family.rope_every:
+        return ()
+    rotated = values.get("no_rope_layers")  # 1 where a layer is rotated, in spite of its name
+    if rotated is None:
+        every = integer(values, "no_rope_layer_interval", where, family.rope_every)
+        rotated = [int((i + 1) % every != 0) for i in range(layers)]
+    if not isinstance(rotated, list) or len(rotated) < layers or any(one not in (0, 1) for one in rotated):
+        raise UserError(f"{where}: expected 0 or 1 for each layer in no_rope_layers, found {shown(rotated)}")
+    return tuple(i for i in range(layers) if not rotated[i])

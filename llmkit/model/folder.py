@@ -22,7 +22,7 @@ from llmkit.io.jsonl import read_object, write_json
 from llmkit.io.progress import counted
 from llmkit.model.config import ModelConfig, token_ids
 from llmkit.model.transformer import Transformer
-from llmkit.model.weights import EMBEDDING, HEAD, export_state_dict, import_state_dict, stock_shapes
+from llmkit.model.weights import HEAD, embedding_name, export_state_dict, import_state_dict, stock_shapes
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 SCORE = "score.weight"  # of a reward model
@@ -59,7 +59,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Transformer:
-    """Load a `llama`, `mistral`, `qwen2` or `qwen3` folder, of one safetensors file or several with an index."""
+    """Load a folder of a family in model/families.py, of one safetensors file or several with an index."""
     folder = Path(folder)
     config = load_config(folder)
     tensors = SavedTensors(folder)
@@ -198,17 +198,17 @@ class SavedTensors:
                 f"{self.folder}: expected the tensors of num_hidden_layers {config.num_hidden_layers}, "
                 f"found {counted(len(self.where), 'tensor')} in all"
             )
-        shapes = {**stock_shapes(config), **(others or {})}
+        shapes, embedding = {**stock_shapes(config), **(others or {})}, embedding_name(config)
         if config.tie_word_embeddings and HEAD in self.where:
-            if EMBEDDING in self.where:
-                self._check_shape(EMBEDDING, shapes[EMBEDDING])
-                self._check_shape(HEAD, shapes[EMBEDDING])
-                if not torch.equal(self.read(EMBEDDING), self.read(HEAD)):
+            if embedding in self.where:
+                self._check_shape(embedding, shapes[embedding])
+                self._check_shape(HEAD, shapes[embedding])
+                if not torch.equal(self.read(embedding), self.read(HEAD)):
                     raise UserError(
-                        f"{self.where[HEAD]}: {EMBEDDING} and {HEAD} differ, but {CONFIG} has tie_word_embeddings true"
+                        f"{self.where[HEAD]}: {embedding} and {HEAD} differ, but {CONFIG} has tie_word_embeddings true"
                     )
             else:
-                self.where[EMBEDDING], self.stored_as[EMBEDDING] = self.where[HEAD], HEAD
+                self.where[embedding], self.stored_as[embedding] = self.where[HEAD], HEAD
             del self.where[HEAD]
         if SCORE in self.where and SCORE not in shapes:
             raise UserError(

@@ -23,20 +23,29 @@ from torch.nn.utils import parametrize
 
 from llmkit.errors import UserError
 from llmkit.io.files import atomic_file
+from llmkit.model.config import ModelConfig
+from llmkit.model.families import FAMILIES
 from llmkit.model.folder import write_tensors
 from llmkit.model.transformer import Transformer
-from llmkit.model.weights import pairs_apart
+from llmkit.model.weights import embedding_name, pairs_apart, stacked_modules
 
-# parameter of a layer: (name of a target, its module in a Hugging Face model) of each of the matrices that it stacks
-STACKED = {
-    "qkv": (("q", "self_attn.q_proj"), ("k", "self_attn.k_proj"), ("v", "self_attn.v_proj")),
-    "out": (("o", "self_attn.o_proj"),),
-    "gate_up": (("gate", "mlp.gate_proj"), ("up", "mlp.up_proj")),
-    "down": (("down", "mlp.down_proj"),),
-}
-TARGETS = tuple(name for projections in STACKED.values() for name, _ in projections)
-MODULES = dict(part for projections in STACKED.values() for part in projections)
-PEFT_TABLES = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
+# the names of the matrices that a layer's matrices stack
+PROJECTIONS = {"qkv": ("q", "k", "v"), "out": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
+TARGETS = tuple(name for names in PROJECTIONS.values() for name in names)
+
+
+def projections(config: ModelConfig) -> dict[str, dict[str, tuple[str, int]]]:
+    """The module in a Hugging Face model, and its rows, by parameter of a layer and name of a target.
+
+    Where the checkpoint has one module for several, as phi3's qkv_proj, that is one target, "qkv".
+    """
+    out = {}
+    for stacked, names in PROJECTIONS.items():
+        modules = stacked_modules(config)[stacked]
+        if len(modules) < len(names):
+            names = ("up",) if stacked == "gate_up" and not config.gated_mlp else (stacked,)
+        out[stacked] = dict(zip(names, modules, strict=True))
+    return out
 
 
 class _LowRankSum(nn.Module):
@@ -80,7 +89,7 @@ class LoraAdapter:
     """Adapters on a model, whose own parameters are frozen.
 
     rank, alpha  of every adapter
-    targets      among TARGETS: the projections that get one, in every layer
+    targets      the projections that get one, in every layer, by the names in `projections`; None is all
     token_ids    tokens whose rows of the embedding, and of a head of its own, are trained as well; ascending
     """
 
@@ -89,14 +98,15 @@ class LoraAdapter:
         model: Transformer,
         rank: int,
         alpha: float,
-        targets: Sequence[str] = TARGETS,
+        targets: Sequence[str] | None = None,
         seed: int = 0,
         token_ids: Sequence[int] = (),
     ):
-        matrices = []
-        for name, weight, rows in model.matrices():
+        matrices, known = [], projections(model.config)
+        targets = [name for names in known.values() for name in names] if targets is None else targets
+        for name, weight, _ in model.matrices():
             _, index, stacked = name.split(".")
-            sizes = dict(zip((target for target, _ in STACKED[stacked]), rows, strict=True))
+            sizes = {target: rows for target, (_, rows) in known[stacked].items()}
             adapted = [target for target in sizes if target in targets]
             matrices += [(model.layers[int(index)], stacked, weight, sizes, adapted)] if adapted else []
         largest = max(
@@ -132,7 +142,7 @@ class LoraAdapter:
         """(name, parameter) of every A, (rank, in), and B, (out, rank): `layers.0.q.down` and `layers.0.q.up`; and of
         the rows of tokens, `embed_tokens.rows` and `lm_head.rows`."""
         for index, layer in enumerate(self.model.layers):
-            for stacked in STACKED:
+            for stacked in PROJECTIONS:
                 if not parametrize.is_parametrized(layer, stacked):
                     continue
                 low_rank = cast("_LowRankSum", layer.parametrizations[stacked][0])  # type: ignore[index]
@@ -151,7 +161,7 @@ class LoraAdapter:
     def merge(self) -> Transformer:
         """Make the sums the weights of a plain model, and return it."""
         for layer in self.model.layers:
-            for stacked in STACKED:
+            for stacked in PROJECTIONS:
                 if parametrize.is_parametrized(layer, stacked):
                     parametrize.remove_parametrizations(layer, stacked, leave_parametrized=True)
         for table in self._tables:
@@ -163,22 +173,24 @@ class LoraAdapter:
 
         Rows of ids from `tokens` on, which PEFT's model has not, are left out.
         """
-        tensors = {}
+        tensors, config = {}, self.model.config
+        family = FAMILIES[config.model_type]
+        modules = {name: module for names in projections(config).values() for name, (module, _) in names.items()}
         saved_ids = [token for token in self.token_ids if tokens is None or token < tokens]
         for name, parameter in self.parameters():
             value = parameter.detach().to("cpu", torch.float32)
             if name.endswith(".rows"):
-                module = PEFT_TABLES[name.removesuffix(".rows")]
+                module = "lm_head" if name.startswith("lm_head") else embedding_name(config).removesuffix(".weight")
                 tensors[f"base_model.model.{module}.token_adapter.trainable_tokens_delta"] = value[: len(saved_ids)]
                 continue
             _, index, target, side = name.split(".")
-            if side == "up" and target in ("q", "k"):
-                value = pairs_apart(value, self.model.config.head_dim)
+            if side == "up" and target in ("q", "k", "qkv") and not config.learned_positions:
+                turned = sum(config.stacked_rows["qkv"][:2]) if target == "qkv" else len(value)
+                value = torch.cat([pairs_apart(value[:turned], config), value[turned:]])
             letter = "A" if side == "down" else "B"
-            tensors[f"base_model.model.model.layers.{index}.{MODULES[target]}.lora_{letter}.weight"] = (
-                value.contiguous()
-            )
-        config = {
+            module = f"{family.prefix}{family.layers}.{index}.{modules[target]}"
+            tensors[f"base_model.model.{module}.lora_{letter}.weight"] = value.contiguous()
+        peft_config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": base,
@@ -186,11 +198,14 @@ class LoraAdapter:
             "lora_alpha": self.alpha,
             "lora_dropout": 0.0,
             "bias": "none",
-            "target_modules": [MODULES[name].split(".")[1] for name in self.targets],
+            "target_modules": list(dict.fromkeys(modules[name].split(".")[-1] for name in self.targets)),
         }
+        if family.transposed:
+            peft_config["fan_in_fan_out"] = True
         if saved_ids:
-            config["trainable_token_indices"] = {table: saved_ids for table in self._tables}
+            names = {"embed_tokens": family.tables["embed_tokens"], "lm_head": "lm_head"}
+            peft_config["trainable_token_indices"] = {names[table]: saved_ids for table in self._tables}
         folder.mkdir(exist_ok=True)
         with atomic_file(folder / "adapter_config.json", "w") as handle:
-            json.dump(config, handle, indent=2)
+            json.dump(peft_config, handle, indent=2)
         write_tensors(folder / "adapter_model.safetensors", tensors)

@@ -1,8 +1,9 @@
-"""The decoder that every stage trains and samples: the Llama and Qwen family in one file.
+"""The decoder that every stage trains and samples, of any family in model/families.py: its configuration describes it.
 
-Token ids come in, hidden states go out; `logits` and `loss` finish them. RMSNorm, rotary positions, grouped queries,
-SwiGLU, optional per-head norm of queries and keys, optional projection biases, tied or untied embeddings, and
-`rope_scaling` linear, dynamic, yarn and llama3 for longer contexts. `grow_vocabulary` adds tokens to a trained model.
+Token ids come in, hidden states go out; `logits` and `loss` finish them. RMSNorm or LayerNorm, before or after
+attention and feed-forward or both; rotary positions of every kind, by layer, or learned ones; grouped queries, norms
+of queries and keys, sliding windows by layer; a gated feed-forward or a plain one; biases; scales of embedding,
+residual stream, attention and logits; tied or untied embeddings. `grow_vocabulary` adds tokens to a trained model.
 The model computes in the dtype of its parameters; float32 masters are kept by the trainer.
 
 Query, key and value projections are one matrix, so are gate and up: one product each. `export_state_dict` takes them
@@ -23,19 +24,26 @@ from torch.utils.checkpoint import checkpoint
 
 from llmkit.kernels.attention import Branching, Packing, scaled_dot_product_attention
 from llmkit.kernels.cross_entropy import linear_cross_entropy
+from llmkit.kernels.fused_attention import document_starts
 from llmkit.kernels.linear import linear
-from llmkit.kernels.projections import qkv_rotary, swiglu_mlp
+from llmkit.kernels.projections import feed_forward, qkv_rotary
 from llmkit.kernels.rowwise import add_rms_norm, rms_norm
-from llmkit.model.config import ModelConfig, RopeScaling
+from llmkit.model.config import ModelConfig, Rope, RopeScaling
 
 MULTIPLE = 64  # of rows, where the base kept it: 16-byte loads of the output matrix
 
 
-def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
-    """Radians per position of each of the head_dim / 2 pairs, float64. Scaling as transformers defines it."""
+def rotary_frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | None = None, *, long: bool = False
+) -> Tensor:
+    """Radians per position of each of the head_dim / 2 pairs, float64. Scaling as transformers defines it; `long` in
+    a sequence beyond the first context of longrope."""
     frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
     if scaling is None or scaling.rope_type == "dynamic":
         return frequencies
+    if scaling.rope_type == "longrope":
+        factors = scaling.long_factor if long else scaling.short_factor
+        return frequencies / torch.tensor(factors, dtype=torch.float64)
     if scaling.rope_type == "linear":
         return frequencies / scaling.factor
     if scaling.rope_type == "yarn":
@@ -67,52 +75,113 @@ def _yarn_kept(head_dim: int, theta: float, scaling: RopeScaling) -> Tensor:
 class RotaryTable:
     """Cosines and sines of positions 0 ... length - 1, grown on demand and kept on each device asked for.
 
+    Channels of a head that are not rotated turn by nothing. `ModelConfig.attention_scale` has the factor of the main
+    rotation's scaling, squared: what is rotated otherwise, or not at all, is divided by it here.
+
     Float32 whatever the model computes in: bfloat16 would round every cosine by up to 0.4%.
     """
 
-    def __init__(self, head_dim: int, theta: float, scaling: RopeScaling | None = None):
-        self._frequencies = rotary_frequencies(head_dim, theta, scaling)
-        self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+    def __init__(self, config: ModelConfig, rope: Rope):
+        self._rope, self._head_dim = rope, config.head_dim
+        scaling = rope.scaling
+        self._long_from = scaling.original_max_position_embeddings if scaling and scaling.long_factor else None
+        channels = config.head_dim if rope.channels is None else rope.channels
+        factor = config.rope_scaling.attention_factor if config.rope_scaling else 1.0
+        magnitudes = torch.full((config.head_dim // 2, 1), 1 / factor, dtype=torch.float64)
+        magnitudes[: channels // 2] = (scaling.attention_factor if scaling else 1.0) / factor
+        self._magnitudes = magnitudes if bool((magnitudes != 1).any()) else None
+        self._channels = channels
+        self._tables: dict[tuple[torch.device, torch.dtype, bool], Tensor] = {}
 
-    def __call__(self, length: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(length, head_dim / 2, 2): cosine and sine side by side."""
-        key = (device, torch.float64 if dtype == torch.float64 else torch.float32)
+    def __call__(
+        self, length: int, device: torch.device, dtype: torch.dtype = torch.float32, *, decoding: bool = False
+    ) -> Tensor:
+        """(length, head_dim / 2, 2): cosine and sine side by side.
+
+        Longrope turns a sequence beyond its first context otherwise, from its first position on; `decoding`: but the
+        table is of sequences that are each as long as the position.
+        """
+        first = self._long_from
+        if first is None or length <= first:
+            return self._rows(length, device, dtype, False)
+        rows = self._rows(length, device, dtype, True)
+        return torch.cat([self._rows(first, device, dtype, False), rows[first:]]) if decoding else rows
+
+    def _rows(self, length: int, device: torch.device, dtype: torch.dtype, long: bool) -> Tensor:
+        key = (device, torch.float64 if dtype == torch.float64 else torch.float32, long)
         if key not in self._tables or self._tables[key].shape[0] < length:
             rows = 256 * math.ceil(length / 256)
-            angles = torch.arange(rows, dtype=torch.float64, device="cpu").unsqueeze(1) * self._frequencies
-            self._tables[key] = torch.stack((angles.cos(), angles.sin()), -1).to(*key)
+            frequencies = torch.zeros(self._head_dim // 2, dtype=torch.float64, device="cpu")
+            if self._channels:
+                turning = rotary_frequencies(self._channels, self._rope.theta, self._rope.scaling, long=long)
+                frequencies[: len(turning)] = turning
+            angles = torch.arange(rows, dtype=torch.float64, device="cpu").unsqueeze(1) * frequencies
+            table = torch.stack((angles.cos(), angles.sin()), -1)
+            self._tables[key] = (table if self._magnitudes is None else table * self._magnitudes).to(*key[:2])
         return self._tables[key][:length]
 
 
+def rotary_tables(config: ModelConfig) -> tuple[list[RotaryTable], list[int]]:
+    """The tables of a model's rotations, and for each layer which of them is its own."""
+    ropes = list(dict.fromkeys(config.layer_ropes))
+    return [RotaryTable(config, rope) for rope in ropes], [ropes.index(rope) for rope in config.layer_ropes]
+
+
 class Layer(nn.Module):
-    """Attention and feed-forward, each normed before and added to the residual stream after."""
+    """Attention and feed-forward, each added to the residual stream, and normed before, after or both."""
+
+    input_norm: Tensor | None
+    input_norm_bias: Tensor | None
+    qkv: nn.Parameter
+    qkv_bias: nn.Parameter | None
+    q_norm: nn.Parameter | None
+    k_norm: nn.Parameter | None
+    out: nn.Parameter
+    out_bias: nn.Parameter | None
+    attention_post_norm: nn.Parameter | None
+    mlp_norm: nn.Parameter | None
+    mlp_norm_bias: nn.Parameter | None
+    gate_up: nn.Parameter
+    gate_up_bias: nn.Parameter | None
+    down: nn.Parameter
+    down_bias: nn.Parameter | None
+    mlp_post_norm: nn.Parameter | None
 
     def __init__(self, config: ModelConfig, index: int, new: Callable[..., nn.Parameter]):
         super().__init__()
         self.config = config
-        query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        hidden, intermediate = config.hidden_size, config.intermediate_size
-        gain = new if config.norm_gains else (lambda size: None)
         self.window = config.layer_windows[index] if config.layer_windows else None
-        self.input_norm = gain(hidden)
-        self.qkv = new(query + 2 * key, hidden)
-        self.qkv_bias = new(query + 2 * key) if config.attention_bias else None
-        self.q_norm = gain(config.head_dim) if config.qk_norm else None
-        self.k_norm = gain(config.head_dim) if config.qk_norm else None
-        self.out = new(hidden, query)
-        self.out_bias = new(hidden) if config.attention_out_bias else None
-        self.mlp_norm = gain(hidden)
-        self.gate_up = new(2 * intermediate, hidden)
-        self.down = new(hidden, intermediate)
+        shapes = config.layer_shapes()
+        for name in Layer.__annotations__:
+            shape = shapes.get(name) if config.norm_gains or not name.endswith("_norm") else None
+            self.register_parameter(name, None if shape is None else new(*shape))
         self.residual_scale = new(2) if config.residual_scales else None
 
     def forward(self, x_BTC: Tensor, cos_sin: Tensor, doc_ids) -> Tensor:
-        eps, out, down = self.config.rms_norm_eps, self.out, self.down
+        config, eps, out, down = self.config, self.config.rms_norm_eps, self.out, self.down
         if self.residual_scale is not None:  # a product of the weight's size costs less than one of the batch's
             out, down = out * self.residual_scale[0], down * self.residual_scale[1]
-        attended = self._attend(rms_norm(x_BTC, self.input_norm, eps), cos_sin, doc_ids)
-        normed, x_BTC = add_rms_norm(linear(attended, out, self.out_bias), x_BTC, self.mlp_norm, eps)
-        return x_BTC + swiglu_mlp(normed, self.gate_up, down)
+        normed = normalize(x_BTC, self.input_norm, self.input_norm_bias, config) if config.pre_norms else x_BTC
+        branch = linear(self._attend(normed, cos_sin, doc_ids), out, self.out_bias)
+        branch = self._finish(branch, self.attention_post_norm)
+        if config.pre_norms and not config.layer_norm:
+            normed, x_BTC = add_rms_norm(branch, x_BTC, self.mlp_norm, eps)
+        else:
+            normed = x_BTC = x_BTC + branch
+            if config.pre_norms:
+                normed = normalize(x_BTC, self.mlp_norm, self.mlp_norm_bias, config)
+        branch = feed_forward(
+            normed, self.gate_up, down, self.gate_up_bias, self.down_bias,
+            activation=config.activation, gated=config.gated_mlp,
+        )  # fmt: skip
+        return x_BTC + self._finish(branch, self.mlp_post_norm)
+
+    def _finish(self, branch_BTC: Tensor, post_norm: Tensor | None) -> Tensor:
+        """What a branch gives to the residual stream."""
+        config = self.config
+        if config.post_norms:
+            branch_BTC = rms_norm(branch_BTC, post_norm, config.rms_norm_eps)
+        return branch_BTC if config.residual_multiplier == 1.0 else branch_BTC * config.residual_multiplier
 
     def _attend(self, x_BTC: Tensor, cos_sin: Tensor, doc_ids) -> Tensor:
         config = self.config
@@ -121,7 +190,7 @@ class Layer(nn.Module):
         query_BHTD, key_BKTD, value_BKTD = qkv_rotary(
             x_BTC, self.qkv, cos_sin, heads=heads, kv_heads=kv_heads, bias=self.qkv_bias,
             q_gain=self.q_norm, k_gain=self.k_norm,
-            eps=config.rms_norm_eps if config.qk_norm else None,
+            eps=config.rms_norm_eps if config.qk_norm else None, whole=config.qk_norm_whole,
         )  # fmt: skip
         scale = config.attention_scale
         gqa = heads != kv_heads
@@ -135,6 +204,13 @@ class Layer(nn.Module):
                 doc_ids=doc_ids, window=self.window,
             )  # fmt: skip
         return attended_BHTD.transpose(1, 2).reshape(batch, length, heads * config.head_dim)
+
+
+def normalize(x: Tensor, gain: Tensor | None, bias: Tensor | None, config: ModelConfig) -> Tensor:
+    """The configuration's norm over the last dimension: x (..., hidden), gain and bias (hidden,)."""
+    if config.layer_norm:
+        return F.layer_norm(x, x.shape[-1:], gain, bias, config.rms_norm_eps)
+    return rms_norm(x, gain, config.rms_norm_eps)
 
 
 class Transformer(nn.Module):
@@ -163,11 +239,17 @@ class Transformer(nn.Module):
             return nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
 
         self.embed_tokens = new(config.vocab_size, config.hidden_size)
+        positions = config.max_position_embeddings
+        self.embed_positions = new(positions, config.hidden_size) if config.learned_positions else None
         layers = nn.ModuleList(Layer(config, i, new) for i in range(config.num_hidden_layers))
         self.layers = cast("Sequence[Layer]", layers)  # what iterating a ModuleList gives, for the type checker
         self.norm = new(config.hidden_size) if config.norm_gains else None
+        self.norm_bias = new(config.hidden_size) if config.layer_norm else None
         self.lm_head = None if config.tie_word_embeddings else new(config.vocab_size, config.hidden_size)
-        self._rotary = RotaryTable(config.head_dim, config.rope_theta, config.rope_scaling)
+        self._tables, self._table_of = rotary_tables(config)
+        # as transformers has it, in the precision of the model: 34 for the root of 1152 in bfloat16
+        kinds = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        self.embedding_scales = {dtype: torch.tensor(config.embedding_scale, dtype=dtype).item() for dtype in kinds}
         self.checkpoint_layers = False  # recompute each layer in backward: less memory, a third more time
         self._compiled_layers = False
         if seed is not None:
@@ -200,14 +282,17 @@ class Transformer(nn.Module):
         for layer in self.layers:
             uniform(layer.qkv, hidden**-0.5)
             uniform(layer.gate_up, hidden**-0.5)
-            for zero in (layer.out, layer.down, layer.qkv_bias, layer.out_bias):
-                if zero is not None:
-                    zero.data.zero_()
-            for scale in (layer.input_norm, layer.mlp_norm, layer.q_norm, layer.k_norm, layer.residual_scale):
-                if scale is not None:
-                    scale.data.fill_(1.0)
+            for name, parameter in layer.named_parameters():
+                if name in ("out", "down") or name.endswith("_bias"):
+                    parameter.data.zero_()
+                elif name.endswith("_norm") or name == "residual_scale":
+                    parameter.data.fill_(1.0)
         if self.norm is not None:
             self.norm.data.fill_(1.0)
+        if self.norm_bias is not None:
+            self.norm_bias.data.zero_()
+        if self.embed_positions is not None:
+            normal(self.embed_positions, 0.02)
 
     def compile_layers(self) -> None:
         """Run every layer through torch.compile, each by itself: where the whole cannot be one graph."""
@@ -222,38 +307,44 @@ class Transformer(nn.Module):
 
     def matrices(self) -> Iterator[tuple[str, nn.Parameter, tuple[int, ...]]]:
         """The matrices for Muon: (name, parameter, rows of each of the matrices that it stacks)."""
-        config = self.config
-        query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        rows = self.config.stacked_rows
         for i, layer in enumerate(self.layers):
-            yield f"layers.{i}.qkv", layer.qkv, (query, key, key)
-            yield f"layers.{i}.out", layer.out, (config.hidden_size,)
-            yield f"layers.{i}.gate_up", layer.gate_up, (config.intermediate_size,) * 2
-            yield f"layers.{i}.down", layer.down, (config.hidden_size,)
+            yield f"layers.{i}.qkv", layer.qkv, rows["qkv"]
+            yield f"layers.{i}.out", layer.out, rows["out"]
+            yield f"layers.{i}.gate_up", layer.gate_up, rows["gate_up"]
+            yield f"layers.{i}.down", layer.down, rows["down"]
 
     def forward(self, token_ids_BT: Tensor, *, doc_ids: Tensor | Packing | Branching | None = None) -> Tensor:
         """Hidden states (B, T, hidden), normed, ready for the head.
 
         `doc_ids` (B, T): equal neighbours are one document, and attention stays within it; a `Branching` of them lets
-        several answers share a prompt. Positions do not restart at documents: rotary attention depends on differences
-        alone.
+        several answers share a prompt. Rotary positions do not restart at documents, for rotary attention depends on
+        differences alone; learned ones do.
         """
+        config = self.config
         eager = not (self._compiled_layers or torch.compiler.is_compiling())
         x_BTC = F.embedding(token_ids_BT, self.embed_tokens)
-        if self.config.normalize_embedding:
-            x_BTC = rms_norm(x_BTC, None, self.config.rms_norm_eps)
+        if config.normalize_embedding:
+            x_BTC = rms_norm(x_BTC, None, config.rms_norm_eps)
+        if config.embedding_scale != 1.0:
+            x_BTC = x_BTC * self.embedding_scales[x_BTC.dtype]
         if isinstance(doc_ids, Branching):
             positions = doc_ids.position_ids
-            cos_sin = self._rotary(int(positions.max()) + 1, x_BTC.device, x_BTC.dtype)[positions]
+            length = int(positions.max()) + 1
+            turns = [table(length, x_BTC.device, x_BTC.dtype)[positions] for table in self._tables]
         else:
-            cos_sin = self._rotary(x_BTC.shape[1], x_BTC.device, x_BTC.dtype)
+            turns = [table(x_BTC.shape[1], x_BTC.device, x_BTC.dtype) for table in self._tables]
             if eager and isinstance(doc_ids, Tensor):
                 doc_ids = Packing(doc_ids)
-        for layer in self.layers:
+        if self.embed_positions is not None:
+            x_BTC = x_BTC + F.embedding(_positions(token_ids_BT, doc_ids), self.embed_positions)
+        for layer, table in zip(self.layers, self._table_of, strict=True):
             if self.checkpoint_layers and self.training and torch.is_grad_enabled():
-                x_BTC = checkpoint(layer, x_BTC, cos_sin, doc_ids, use_reentrant=False, preserve_rng_state=False)
+                x_BTC = checkpoint(layer, x_BTC, turns[table], doc_ids, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_BTC = layer(x_BTC, cos_sin, doc_ids)
-        return rms_norm(x_BTC, self.norm, self.config.rms_norm_eps)
+                x_BTC = layer(x_BTC, turns[table], doc_ids)
+        x_BTC = normalize(x_BTC, self.norm, self.norm_bias, config)
+        return x_BTC if config.logits_scaling == 1.0 else x_BTC / config.logits_scaling
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., hidden) -> (..., V)."""
@@ -274,6 +365,16 @@ class Transformer(nn.Module):
             self(token_ids_BT, doc_ids=doc_ids), self.head_weight, targets_BT,
             reduction=reduction, ignore_index=ignore_index, chunk_tokens=chunk_tokens,
         )  # fmt: skip
+
+
+def _positions(token_ids_BT: Tensor, doc_ids: Tensor | Packing | Branching | None) -> Tensor:
+    """The position of each token in its document, (T,) or (B, T)."""
+    if isinstance(doc_ids, Branching):
+        return doc_ids.position_ids
+    position = torch.arange(token_ids_BT.shape[1], device=token_ids_BT.device)
+    if doc_ids is None:
+        return position
+    return position - (doc_ids.starts if isinstance(doc_ids, Packing) else document_starts(doc_ids))
 
 
 @torch.no_grad()

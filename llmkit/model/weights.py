@@ -1,12 +1,13 @@
 """Between our parameters and the tensors of a stock Hugging Face checkpoint: names, shapes, order, folding.
 
-Three things differ. Projections that read the same input are one matrix here and two or three there. The rotated
-pairs of a head are neighbours here, (2i, 2i + 1), and half a head apart there, (i, i + D/2). And what exists only
-while we train (`ModelConfig`) is folded into stock tensors on the way out, exactly.
+Projections that read the same input are one matrix here and in some families two or three there. The rotated pairs of
+a head are neighbours here, (2i, 2i + 1), and half of what is rotated apart there, (i, i + D/2). gpt2 stores matrices as
+(in, out), gemma gains of norms less one. And what exists only while we train (`ModelConfig`) is folded into stock
+tensors on the way out, exactly.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,18 +15,23 @@ from torch import Tensor
 from llmkit.errors import UserError
 from llmkit.kernels.rowwise import rms_norm_reference
 from llmkit.model.config import ModelConfig
+from llmkit.model.families import FAMILIES
 from llmkit.model.transformer import Transformer
 
-EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
 class StockTensor:
     """A tensor of the checkpoint, and where it stands in our model.
 
-    layer, attribute  of the parameter; None for one of the model itself
-    first             row of the parameter where it begins
-    pairs             True if its rows are rotated
+    shape       in the checkpoint
+    layer       None for one of the model itself
+    attribute   the parameter
+    first       row of the parameter where it begins
+    pairs       how many of its rows are rotated, the first ones
+    transposed  True if it is stored as (in, out)
+    offset      what is added to it
     """
 
     name: str
@@ -33,38 +39,89 @@ class StockTensor:
     layer: int | None
     attribute: str
     first: int = 0
-    pairs: bool = False
+    pairs: int = 0
+    transposed: bool = False
+    offset: float = 0.0
+
+    @property
+    def rows(self) -> slice:
+        """Where it stands in the parameter."""
+        return slice(self.first, self.first + self.shape[-1 if self.transposed else 0])
 
 
 def stock_tensors(config: ModelConfig) -> list[StockTensor]:
     """List every tensor of the checkpoint, in the order of the layers; the head of a tied one is absent."""
-    query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    hidden, wide = config.hidden_size, config.intermediate_size
-    tensors = [StockTensor(EMBEDDING, (config.vocab_size, hidden), None, "embed_tokens")]
+    family = FAMILIES[config.model_type]
+    prefix, hidden, offset = family.prefix, config.hidden_size, family.gain_offset
+
+    def table(attribute: str, shape: tuple[int, ...]) -> StockTensor:
+        kind = "bias" if attribute.endswith("_bias") else "weight"
+        name = f"{prefix}{family.tables[attribute.removesuffix('_bias')]}.{kind}"
+        return StockTensor(name, shape, None, attribute, offset=offset if attribute == "norm" else 0.0)
+
+    tensors = [table("embed_tokens", (config.vocab_size, hidden))]
+    if config.learned_positions:
+        tensors.append(table("embed_positions", (config.max_position_embeddings, hidden)))
+    layer = _layer_tensors(config)
     for i in range(config.num_hidden_layers):
-
-        def add(name: str, shape: tuple[int, ...], attribute: str, first: int = 0, pairs: bool = False, i=i) -> None:
-            tensors.append(StockTensor(f"model.layers.{i}.{name}", shape, i, attribute, first, pairs))
-
-        add("input_layernorm.weight", (hidden,), "input_norm")
-        for name, rows, first in (("q", query, 0), ("k", key, query), ("v", key, query + key)):
-            add(f"self_attn.{name}_proj.weight", (rows, hidden), "qkv", first, name != "v")
-            if config.attention_bias:
-                add(f"self_attn.{name}_proj.bias", (rows,), "qkv_bias", first, name != "v")
-        add("self_attn.o_proj.weight", (hidden, query), "out")
-        if config.attention_out_bias:
-            add("self_attn.o_proj.bias", (hidden,), "out_bias")
-        if config.qk_norm:
-            add("self_attn.q_norm.weight", (config.head_dim,), "q_norm", pairs=True)
-            add("self_attn.k_norm.weight", (config.head_dim,), "k_norm", pairs=True)
-        add("post_attention_layernorm.weight", (hidden,), "mlp_norm")
-        add("mlp.gate_proj.weight", (wide, hidden), "gate_up")
-        add("mlp.up_proj.weight", (wide, hidden), "gate_up", wide)
-        add("mlp.down_proj.weight", (hidden, wide), "down")
-    tensors.append(StockTensor(FINAL_NORM, (hidden,), None, "norm"))
+        tensors += [replace(one, name=f"{prefix}{family.layers}.{i}.{one.name}", layer=i) for one in layer]
+    tensors.append(table("norm", (hidden,)))
+    if config.layer_norm:
+        tensors.append(table("norm_bias", (hidden,)))
     if not config.tied_on_disk:
         tensors.append(StockTensor(HEAD, (config.vocab_size, hidden), None, "head_weight"))
     return tensors
+
+
+def _layer_tensors(config: ModelConfig) -> list[StockTensor]:
+    """The tensors of a layer, by their names within it; each bias behind its matrix."""
+    family, shapes = FAMILIES[config.model_type], config.layer_shapes()
+    rotated = 0 if config.learned_positions else sum(config.stacked_rows["qkv"][:2])
+    tensors = []
+    for attribute, modules in stacked_modules(config).items():
+        matrix = shapes[attribute]
+        first = 0
+        for module, size in modules:
+            pairs = 0
+            if attribute in ("qkv", "q_norm", "k_norm"):
+                turned = size if attribute != "qkv" else rotated
+                pairs = max(0, min(size, turned - first))
+            transposed = family.transposed and len(matrix) == 2
+            shape = (size, *matrix[1:])
+            offset = family.gain_offset if attribute.endswith("_norm") else 0.0
+            tensors.append(
+                StockTensor(
+                    f"{module}.weight",
+                    shape[::-1] if transposed else shape,
+                    None,
+                    attribute,
+                    first,
+                    pairs,
+                    transposed,
+                    offset,
+                )
+            )
+            if (bias := f"{attribute}_bias") in shapes:
+                tensors.append(StockTensor(f"{module}.bias", (size,), None, bias, first, pairs))
+            first += size
+    return tensors
+
+
+def stacked_modules(config: ModelConfig) -> dict[str, list[tuple[str, int]]]:
+    """The modules of a layer and their rows, by the parameter that stacks them."""
+    family, shapes, stacked = FAMILIES[config.model_type], config.layer_shapes(), config.stacked_rows
+    out = {}
+    for attribute, modules in family.layer.items():
+        if attribute in shapes:
+            rows = stacked.get(attribute, shapes[attribute][:1])
+            out[attribute] = list(zip(modules, rows if len(modules) > 1 else (sum(rows),), strict=True))
+    return out
+
+
+def embedding_name(config: ModelConfig) -> str:
+    """The tensor of the checkpoint that is the embedding."""
+    family = FAMILIES[config.model_type]
+    return f"{family.prefix}{family.tables['embed_tokens']}.weight"
 
 
 def stock_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -72,14 +129,20 @@ def stock_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {tensor.name: tensor.shape for tensor in stock_tensors(config)}
 
 
-def pairs_apart(rows: Tensor, head_dim: int) -> Tensor:
+def pairs_apart(rows: Tensor, config: ModelConfig) -> Tensor:
     """Rows (H * D, ...) from neighbouring pairs to Hugging Face's order."""
-    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).reshape(rows.shape)
+    heads = rows.unflatten(0, (-1, config.head_dim))
+    turned = config.rotary_dim or config.head_dim
+    apart = heads[:, :turned].unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+    return torch.cat([apart, heads[:, turned:]], 1).view(rows.shape)
 
 
-def pairs_together(rows: Tensor, head_dim: int) -> Tensor:
+def pairs_together(rows: Tensor, config: ModelConfig) -> Tensor:
     """Rows (H * D, ...) from Hugging Face's order to neighbouring pairs."""
-    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(rows.shape)
+    heads = rows.unflatten(0, (-1, config.head_dim))
+    turned = config.rotary_dim or config.head_dim
+    together = heads[:, :turned].unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+    return torch.cat([together, heads[:, turned:]], 1).view(rows.shape)
 
 
 def export_state_dict(model: Transformer, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -97,15 +160,19 @@ def export_state_dict(model: Transformer, dtype: torch.dtype | None = None) -> d
         if parameter is None:  # a norm without gains
             value = torch.ones(tensor.shape, dtype=wide)
         else:
-            value = parameter.detach()[tensor.first : tensor.first + tensor.shape[0]].to("cpu", wide)
-        if tensor.name == EMBEDDING and config.normalize_embedding:
+            value = parameter.detach()[tensor.rows].to("cpu", wide)
+        if tensor.attribute == "embed_tokens" and config.normalize_embedding:
             value = rms_norm_reference(value, None, config.rms_norm_eps)
         elif tensor.attribute == "q_norm":
             value = value * config.qk_gain
         elif tensor.attribute in ("out", "down") and scales is not None:
             value = value * scales.detach().to("cpu", wide)[int(tensor.attribute == "down")]
         if tensor.pairs:
-            value = pairs_apart(value, config.head_dim)
+            value = torch.cat([pairs_apart(value[: tensor.pairs], config), value[tensor.pairs :]])
+        if tensor.offset:
+            value = value - tensor.offset
+        if tensor.transposed:
+            value = value.T
         # a copy where nothing was computed: the file must not share storage with the model, nor tensors with others
         out[tensor.name] = value.to(dtype, copy=True).contiguous()
     return out
@@ -119,5 +186,8 @@ def import_state_dict(model: Transformer, read: Callable[[str], Tensor]) -> None
     for tensor in stock_tensors(model.config):
         value = read(tensor.name)
         parameter = getattr(model if tensor.layer is None else model.layers[tensor.layer], tensor.attribute)
-        rows = pairs_together(value, model.config.head_dim) if tensor.pairs else value
-        parameter[tensor.first : tensor.first + tensor.shape[0]].copy_(rows)
+        if tensor.transposed:
+            value = value.T
+        if tensor.pairs:
+            value = torch.cat([pairs_together(value[: tensor.pairs], model.config), value[tensor.pairs :]])
+        parameter[tensor.rows].copy_(value.to(torch.float32) + tensor.offset if tensor.offset else value)

@@ -165,10 +165,10 @@ def expected_tokens_per_second(
     step_flops = rows * sequence_length * config.flops_per_token(sequence_length) + update_flops(config, recipe)
     if 3 * step_flops < LONGEST * reachable:  # one step to warm up, and the best of two
         return tokens_per_second(config, recipe, rows, sequence_length, device, dtype), "whole steps, timed here"
-    windows = config.layer_windows and config.layer_windows[:1]
     layer = replace(
-        config, num_hidden_layers=1, vocab_size=256, bos_token_id=None, eos_token_id=None, layer_windows=windows
-    )
+        config, num_hidden_layers=1, vocab_size=256, bos_token_id=None, eos_token_id=None, no_rope_layers=(),
+        layer_windows=config.layer_windows and config.layer_windows[:1],
+    )  # fmt: skip
     affordable = LONGEST / 2 * reachable / layer.flops_per_token(sequence_length)
     length = min(sequence_length, max(16, int(affordable)))
     tokens = np.random.default_rng(0).integers(0, layer.vocab_size, (1, length))
@@ -187,9 +187,9 @@ def update_flops(config: ModelConfig, recipe: Recipe) -> float:
     by M x N and one of M x M by M x M each. AdamW has none to speak of."""
     if recipe.optimizer != "muon":
         return 0.0
-    hidden, wide = config.hidden_size, config.intermediate_size
-    query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    sides = [(min(hidden, other), max(hidden, other)) for other in (query, query, key, key, wide, wide, wide)]
+    rows, hidden = config.stacked_rows, config.hidden_size
+    others = (*rows["qkv"], rows["qkv"][0], *rows["gate_up"], config.intermediate_size)
+    sides = [(min(hidden, other), max(hidden, other)) for other in others]
     return config.num_hidden_layers * 5.0 * sum(m * m * (4 * n + 2 * m) for m, n in sides)
 
 

@@ -7,12 +7,13 @@ import transformers
 
 SMALL = dict(
     vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+    num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=None,
 )  # fmt: skip
 LLAMA3_ROPE = dict(
     rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
     original_max_position_embeddings=16,
 )  # fmt: skip
+YARN_ROPE = dict(rope_type="yarn", rope_theta=5e5, factor=4.0, original_max_position_embeddings=16)
 FAMILIES = {
     "llama": ("Llama", {}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
@@ -24,6 +25,9 @@ FAMILIES = {
     "qwen3-biases": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
     "mistral-window": ("Mistral", {"sliding_window": 8, "head_dim": 24}),
     "mistral": ("Mistral", {"sliding_window": None}),
+    "llama-mlp-biases": ("Llama", {"mlp_bias": True}),
+    "olmo2": ("Olmo2", {}),
+    "olmo2-biases-and-yarn": ("Olmo2", {"attention_bias": True, "rope_parameters": YARN_ROPE}),
 }
 
 

@@ -164,7 +164,7 @@ def test_configurations_survive_the_trip_through_hugging_face(name):
         ({"num_key_value_heads": 3}, "num_attention_heads"),
         ({"head_dim": 7}, "head_dim"),
         ({"qk_norm": False}, "qk_norm"),
-        ({"model_type": "gpt2"}, "model_type"),
+        ({"model_type": "bloom"}, "model_type"),
         ({"layer_windows": (4,)}, "layer_windows"),
     ],
 )

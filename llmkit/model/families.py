@@ -1,0 +1,122 @@
+"""The families of decoders that we load, train and save, as transformers has them: a row of names and choices each.
+
+One decoder computes them all (model/transformer.py). A row says which of its choices every member of a family makes,
+which ones a member's config.json makes and under which names, what holds where config.json is silent, and what the
+tensors are called. Checked against transformers 5.24.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+# parameter of a layer -> the modules of a checkpoint that it stacks
+LLAMA_LAYER = {
+    "input_norm": ("input_layernorm",),
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "out": ("self_attn.o_proj",),
+    "q_norm": ("self_attn.q_norm",),
+    "k_norm": ("self_attn.k_norm",),
+    "mlp_norm": ("post_attention_layernorm",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+LLAMA_TABLES = {"embed_tokens": "embed_tokens", "norm": "norm"}
+# fields of ModelConfig in which families differ, and the choice of most
+PLAIN: Mapping[str, Any] = {
+    "activation": "silu",
+    "gated_mlp": True,
+    "mlp_bias": False,
+    "attention_bias": False,
+    "attention_out_bias": False,
+    "qk_norm": False,
+    "qk_norm_whole": False,
+    "pre_norms": True,
+    "post_norms": False,
+    "layer_norm": False,
+    "learned_positions": False,
+    "scale_embedding": False,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "attention_multiplier": None,
+    "query_pre_attn_scalar": None,
+    "logits_scaling": 1.0,
+}
+BIASES = {"attention_bias": "attention_bias", "attention_out_bias": "attention_bias"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How transformers spells a family.
+
+    architecture  of its classes, such as "Llama" of LlamaForCausalLM
+    choices       fields of ModelConfig that every member has, where they are not the plain ones
+    options       fields of ModelConfig in which members differ, and their names in config.json
+    refused       what a config.json may ask for and we do not compute: name, and the value that we do
+    names         names in config.json of fields that are called otherwise there; None for those that it lacks
+    defaults      values where config.json is silent, by its names
+    windows       which layers have `sliding_window`: none, "all", by `layer_types`, or by these if `use_sliding_window`
+    window_every  where config.json has no `layer_types`, every such layer sees everything
+    layer_ropes   True if layers with a window may have a rotation of their own
+    rope_every    where config.json has no `no_rope_layers`, every such layer is not rotated
+    partial_rotary  True if `partial_rotary_factor` counts
+    mlp_ratio     intermediate size over hidden size where config.json is silent
+    prefix        of the tensors of the model without its head
+    tables        names of what stands outside of the layers
+    layers        name of the list of layers
+    layer         modules of a layer
+    transposed    True if matrices are stored as (in, out), as gpt2's Conv1D has them
+    gain_offset   what the arithmetic adds to a stored gain of a norm
+    """
+
+    architecture: str
+    choices: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, Any] = field(default_factory=dict)
+    names: Mapping[str, str | None] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    windows: Literal["all", "layers", "switch"] | None = None
+    window_every: int | None = None
+    layer_ropes: bool = False
+    rope_every: int | None = None
+    partial_rotary: bool = False
+    mlp_ratio: int | None = None
+    prefix: str = "model."
+    tables: Mapping[str, str] = field(default_factory=lambda: LLAMA_TABLES)
+    layers: str = "layers"
+    layer: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: LLAMA_LAYER)
+    transposed: bool = False
+    gain_offset: float = 0.0
+
+
+FAMILIES = {
+    "llama": Family(architecture="Llama", options={**BIASES, "mlp_bias": "mlp_bias"}),
+    "mistral": Family(
+        architecture="Mistral", windows="all", defaults={"num_key_value_heads": 8, "sliding_window": 4096}
+    ),
+    "qwen2": Family(
+        architecture="Qwen2",
+        choices={"attention_bias": True},
+        windows="switch",
+        defaults={"num_key_value_heads": 32, "sliding_window": 4096},
+    ),
+    "qwen3": Family(
+        architecture="Qwen3",
+        choices={"qk_norm": True},
+        options=BIASES,
+        windows="switch",
+        defaults={"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096},
+    ),
+    "olmo2": Family(
+        architecture="Olmo2",
+        choices={"qk_norm": True, "qk_norm_whole": True, "pre_norms": False, "post_norms": True},
+        options=BIASES,
+        defaults={"rms_norm_eps": 1e-5, "eos_token_id": 50279},
+        layer={
+            **{name: modules for name, modules in LLAMA_LAYER.items() if name not in ("input_norm", "mlp_norm")},
+            "attention_post_norm": ("post_attention_layernorm",),
+            "mlp_post_norm": ("post_feedforward_layernorm",),
+        },
+    ),
+}
