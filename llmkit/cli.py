@@ -96,7 +96,7 @@ ELSEWHERE = {
         ("demo example examples tutorial quickstart", "README.md, and make demo in a clone"),
         (
             "download pull push upload login fetch",
-            "the program hf of huggingface_hub, for no command of ours uses a network",
+            "hf://ORG/MODEL in the place of a model folder; to upload, the program hf of huggingface_hub",
         ),
         ("resume", "--resume of each command"),
     )
@@ -312,6 +312,9 @@ def _command(config_class: type, run: Callable[[Any], Any]) -> Callable[..., Any
 
 def _run_alone(run: Callable[[Any], Any], config: Any) -> Any:
     """Run a stage while no other run writes its --out; of several processes the first sees to it."""
+    from llmkit.io.remote import settings
+
+    settings.quiet = config.quiet
     _check_inputs_stay(config)
     if config.out in (None, "-") or config.dry_run or not launch().leads:
         return run(config)

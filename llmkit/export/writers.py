@@ -60,14 +60,14 @@ class Source:
 
 def open_source(folder: str) -> Source:
     """Read the headers of a model folder of any kind. Raises UserError for one that is damaged or of another family."""
-    config, tensors = load_config(folder), SavedTensors(Path(folder))
+    config, tensors = load_config(folder), SavedTensors(folder)
     heads = None
     if SCORE in tensors.where:
         config = replace(config, tie_word_embeddings=True)  # no head for words
         heads = tensors.rows(SCORE, "a reward model")
     tensors.check(config, {} if heads is None else {SCORE: (heads, config.hidden_size)})
     matrix = next(name for name, shape in stock_shapes(config).items() if len(shape) == 2)
-    return Source(Path(folder), config, tensors, heads, _STORED[tensors.stored_dtype(matrix)])
+    return Source(tensors.folder, config, tensors, heads, _STORED[tensors.stored_dtype(matrix)])
 
 
 def narrowed(value: Tensor, dtype: str, where: str) -> Tensor:

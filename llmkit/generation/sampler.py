@@ -22,6 +22,8 @@ from llmkit.generation.requests import Completion, OnCall, OnText, Prompt, Reque
 from llmkit.generation.served_models import EXAMPLE, SCHEME, OpenAIClient, parse_address
 from llmkit.generation.served_sampler import ServedSampler
 from llmkit.generation.tool_calls import ToolUse, open_tools
+from llmkit.io.hub import local_folder
+from llmkit.io.remote import is_remote
 from llmkit.io.resume import fingerprint
 from llmkit.model.devices import choose_device, choose_precision
 from llmkit.model.folder import load_config
@@ -119,7 +121,7 @@ def open_sampler(
             server, sampling, tokenizer=tokenizer, concurrency=concurrency, stop=stop, logprobs=logprobs
         )
         return
-    if not Path(source).is_dir():
+    if not is_remote(source) and not Path(source).is_dir():
         raise UserError(f"{flag}: expected the folder of a model, or {EXAMPLE}, found {source}")
     chosen = choose_device(device)
     config, tokenizer = load_config(source), load_tokenizer(source)
@@ -132,6 +134,7 @@ def open_sampler(
         generator = Generator(
             model, tokenizer, sampling, slots=slots, stop=stop, end_ids=end_ids, name=source, tools=use
         )
-        generator.identity = {"the model": fingerprint(source), "the precision": model.precision.name}
+        identity = fingerprint(local_folder(source, weights=True))
+        generator.identity = {"the model": identity, "the precision": model.precision.name}
         yield generator
     generator.__dict__.pop("decoder", None)  # the weights go; what was counted stays

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 import stat
@@ -357,6 +358,15 @@ def check_file(path: str | os.PathLike[str], largest: int | None = None) -> None
                 f"{path}: a Git LFS pointer, which stands for a file that was not downloaded; "
                 "run git lfs pull in its folder"
             )
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file's bytes, as hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_file(path: Path, largest: int = 16 << 20) -> bytes:

@@ -22,7 +22,8 @@ import orjson
 
 from llmkit.display import redacted
 from llmkit.errors import UserError
-from llmkit.io.files import PARTIAL, atomic_file
+from llmkit.io.files import PARTIAL, atomic_file, file_sha256
+from llmkit.io.hub import fetched, local_folder
 from llmkit.io.jsonl import read_object, write_json
 from llmkit.io.progress import counted, say
 from llmkit.io.remote import is_remote, size_and_version
@@ -54,15 +55,6 @@ USES = {
         "`apply_chat_template` writes it. It has the tastes of its inputs.",
     ),
 }
-
-
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file's bytes, as hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def read_manifest(output: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -177,7 +169,9 @@ def write_manifest(
     above: list[dict[str, Any]] = [{"path": path, "manifest": None} for path in parents]
     for parent in above:
         try:
-            parent["manifest"] = read_manifest(parent["path"])
+            if is_remote(parent["path"]):
+                parent |= fetched(parent["path"])
+            parent["manifest"] = read_manifest(local_folder(parent["path"]))
         except (UserError, OSError) as error:  # after the work, which it is no reason to lose
             say(f"{error}; so the manifest does not tell how {parent['path']} was made")
     own, ancestors = flattened(

@@ -10,12 +10,14 @@ pauses.
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import re
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from llmkit import __version__
@@ -29,7 +31,30 @@ PAUSE, LONGEST_PAUSE, TIMEOUT = 0.25, 30.0, 60.0  # s; the second where a server
 LASTING = {400, 401, 403, 404, 405, 410, 416, 451}  # answers that asking again does not change
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://")
 
+# the hub's errors, by the names of their classes
+HUB = {
+    "GatedRepoError": "its terms must be accepted: open its page on the hub, then log in (hf auth login, or HF_TOKEN)",
+    "RepositoryNotFoundError": "no such repository on the hub, or a private one: log in (hf auth login, or HF_TOKEN)",
+    "RevisionNotFoundError": "no such revision on the hub",
+    "HFValidationError": "no such repository on the hub; expected ORG/NAME",
+}
+_commits: dict[tuple[str, str, str], str] = {}  # of a kind of repository, its name and a revision
+
 T = TypeVar("T")
+
+
+class Unreachable(UserError):
+    """A server does not answer, or not as it should."""
+
+
+@dataclass
+class Settings:
+    """What a command says of everything that it reads from addresses."""
+
+    quiet: bool = False
+
+
+settings = Settings()
 
 
 def is_remote(path: str) -> bool:
@@ -53,7 +78,7 @@ def size_and_version(address: str) -> tuple[int | None, str]:
     """
     source = _Http(address, last="0") if address.startswith(("http://", "https://")) else _Bucket(address)
     with closing(source):
-        _retried(address, source.describe)
+        retried(address, source.describe)
     return source.now
 
 
@@ -65,7 +90,7 @@ def matching(pattern: str) -> list[str]:
     if pattern.startswith(("http://", "https://")):
         raise UserError(f"{pattern}: a web server does not list its files; name each of them")
     system, path = _file_system(pattern)
-    entries = _retried(pattern, lambda: system.glob(path, detail=True))
+    entries = retried(pattern, lambda: system.glob(path, detail=True))
     files = sorted(system.unstrip_protocol(name) for name, entry in entries.items() if entry.get("type") == "file")
     if not files:
         raise UserError(f"{pattern}: expected files of such names, found none")
@@ -77,7 +102,7 @@ class RemoteFile(io.RawIOBase):
 
     def __init__(self, address: str, source: _Http | _Bucket) -> None:
         self.address, self._source, self._position = address, source, 0
-        self.size, self.version, self._can_seek = _retried(address, source.describe)
+        self.size, self.version, self._can_seek = retried(address, source.describe)
 
     def readable(self) -> bool:
         return True
@@ -94,7 +119,7 @@ class RemoteFile(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        data = _retried(self.address, lambda: self._read(len(buffer)))
+        data = retried(self.address, lambda: self._read(len(buffer)))
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
@@ -111,7 +136,7 @@ class RemoteFile(io.RawIOBase):
     def check(self) -> None:
         """Raise UserError where another file lies there now than when this one was opened."""
         if isinstance(self._source, _Bucket):  # of a web server each answer has told
-            _retried(self.address, self._source.describe)
+            retried(self.address, self._source.describe)
         self._check_version()
 
     def _check_version(self) -> None:
@@ -197,16 +222,21 @@ class _Bucket:
         from concurrent.futures import Future, ThreadPoolExecutor
 
         self._system, self._path = _file_system(address)
+        if address.startswith("hf://"):
+            self._path = retried(address, lambda: _at_commit(self._system, self._path))
         self._threads = ThreadPoolExecutor(1)
         self._ahead: tuple[int, Future[bytes]] | None = None
         self._start, self._data = 0, b""  # of the block that is read
         self.now: tuple[int | None, str] = (None, "")
 
     def describe(self) -> tuple[int | None, str, bool]:
-        self._system.invalidate_cache()
+        if "hf" not in self._system.protocol:  # of a commit a listing stays true: one request for all of a folder
+            self._system.invalidate_cache()
         info = self._system.info(self._path)
         if info.get("type") == "directory":
             raise IsADirectoryError("a folder")
+        if info.get("lfs"):
+            info = {"etag": info["lfs"]["sha256"], **info}
         names = ("ETag", "etag", "blob_id", "LastModified", "last_commit")
         version = next((str(info[name]) for name in names if info.get(name)), "")
         self.now = info.get("size"), version.strip('"')
@@ -247,7 +277,8 @@ class _Bucket:
 
 def _file_system(address: str) -> tuple[Any, str]:
     """The file system of fsspec that an address names, and the path in it."""
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it tells of each connection that a server has cut
+    for name in ("asyncio", "huggingface_hub"):  # they tell of each connection that a server has cut
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     if address.partition("://")[0] not in BUCKETS:
         raise UserError(f"{address}: expected https:// s3:// gs:// or hf:// in front")
     try:
@@ -265,7 +296,25 @@ def _file_system(address: str) -> tuple[Any, str]:
         raise UserError(f"{address}: no such address ({error})") from None
 
 
-def _retried(address: str, ask: Callable[[], T]) -> T:
+def _at_commit(system: Any, path: str) -> str:
+    """A path of the hub at the commit that its revision has now, which is asked for once a process."""
+    try:
+        resolved = system.resolve_path(path)
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"hf://{path}: no such address ({str(error).splitlines()[0]})") from None
+    if not hasattr(resolved, "repo_id"):  # a bucket of the hub has no commits
+        return path
+    key = resolved.repo_type, resolved.repo_id, resolved.revision
+    if key not in _commits:
+        from huggingface_hub import HfApi
+
+        kind, name, revision = key
+        _commits[key] = HfApi().repo_info(name, repo_type=kind, revision=revision).sha or revision
+    kind = "" if resolved.repo_type == "model" else f"{resolved.repo_type}s/"
+    return f"{kind}{resolved.repo_id}@{_commits[key]}/{resolved.path_in_repo}".rstrip("/")
+
+
+def retried(address: str, ask: Callable[[], T]) -> T:
     """What `ask` returns, asked again where network or server may be better soon. Raises UserError."""
     for attempt in range(TRIES):
         try:
@@ -274,23 +323,30 @@ def _retried(address: str, ask: Callable[[], T]) -> T:
             raise
         except ImportError as error:
             raise UserError(f'{address}: {error}; pip install "llmkit[remote]"') from None
-        except (FileNotFoundError, IsADirectoryError) as error:
-            what = "a folder" if isinstance(error, IsADirectoryError) else "none there"
-            raise UserError(f"{address}: expected a file, found {what}") from None
         except Exception as error:  # each library has errors of its own
-            status = _status(error)
+            for cause in (error, error.__cause__):
+                if hint := HUB.get(type(cause).__name__):
+                    raise UserError(f"{address}: {hint}") from None
+            if isinstance(error, FileNotFoundError | IsADirectoryError):
+                what = "a folder" if isinstance(error, IsADirectoryError) else "none there"
+                raise UserError(f"{address}: expected a file, found {what}") from None
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            status, response = _status(error), getattr(error, "response", None)
             reason = (str(error).splitlines() or [""])[0] or type(error).__name__
             if status == 404:
                 raise UserError(f"{address}: expected a file, found none there (404)") from None
             if status in (401, 403) or isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
                 raise UserError(f"{address}: not allowed ({reason}); check the credentials") from None
             if status in LASTING or attempt + 1 == TRIES:
-                raise UserError(f"{address}: cannot be read, tried {counted(attempt + 1, 'time')} ({reason})") from None
-            wait = (getattr(error, "headers", None) or {}).get("Retry-After") or ""
+                failure = f"{address}: cannot be read, tried {counted(attempt + 1, 'time')} ({reason})"
+                raise (UserError if status in LASTING else Unreachable)(failure) from None
+            wait = (getattr(error, "headers", getattr(response, "headers", None)) or {}).get("Retry-After") or ""
             time.sleep(min(int(wait), LONGEST_PAUSE) if wait.isdigit() else PAUSE * 2**attempt)
     raise AssertionError
 
 
 def _status(error: Exception) -> Any:
     """The number of a server's answer, where the error of a library has it."""
-    return getattr(error, "code", getattr(error, "status", None))
+    response = getattr(error, "response", None)  # of the hub's errors; of others a dictionary
+    return getattr(error, "code", getattr(error, "status", getattr(response, "status_code", None)))

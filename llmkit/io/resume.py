@@ -198,10 +198,10 @@ def check_identity(path: str | Path, noted: Mapping[str, Any], now: Mapping[str,
             )
 
 
-def fingerprint(folder: str) -> str:
+def fingerprint(folder: Path) -> str:
     """Hash a model's configuration, tokenizer and the ends of its weights, which tell it from another model."""
     digest = hashlib.sha256()
-    for path in sorted(Path(folder).iterdir()):
+    for path in sorted(folder.iterdir()):
         if path.name in ("config.json", "tokenizer.json") or path.suffix == ".safetensors":
             digest.update(f"{path.name} {path.stat().st_size} ".encode())
             with path.open("rb") as handle:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from llmkit.io.files import (
     replace_folder,
     sync,
 )
+from llmkit.io.hub import check_weights, commits, pin
 from llmkit.io.jsonl import read_object
 from llmkit.io.manifest import read_manifest, write_manifest, write_model_card
 from llmkit.io.progress import say
 from llmkit.io.ranks import launch
+from llmkit.io.remote import is_remote
 from llmkit.io.resume import check_identity, read_sealed, write_sealed
 
 STATE = "state"  # in a run folder: its checkpoints, and
@@ -36,9 +38,12 @@ def check_model_folder(path: str | None, example: str) -> None:
     """Raise UserError where no model folder is given, or none stands there; `example` is a command that has one."""
     if path is None:
         raise UserError(f"MODEL is missing: a model folder, such as {example}")
-    if not Path(path).is_dir():
+    if is_remote(path):
+        check_weights(path)
+    elif not Path(path).is_dir():
         instead = "a file" if Path(path).exists() else "nothing"
-        raise UserError(f"{path}: expected a model folder, found {instead}")
+        of_hub = f"; a model of the hub: hf://{path}" if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", path) else ""
+        raise UserError(f"{path}: expected a model folder, found {instead}{of_hub}")
 
 
 # ---- checkpoints, which training/checkpoint.py writes and reads
@@ -100,6 +105,9 @@ class RunFolder:
             self.resume = resume = False
             say(f"--resume: nothing stands at {self.work} yet, so the run starts")
         check_unfinished(force, resume, self.work)
+        if resume and (self.work / NOTES).exists():
+            with suppress(UserError):  # `notes` tells of it
+                pin(read_sealed(self.work / NOTES).get("commits", {}))
 
     @property
     def is_finished(self) -> bool:
@@ -135,7 +143,9 @@ class RunFolder:
         if not self.resume:
             remove(self.work)
         (self.work / NOTES).parent.mkdir(parents=True, exist_ok=True)
-        write_sealed(self.work / NOTES, {"identity": identity, "notes": notes, "job": launch().job})
+        write_sealed(
+            self.work / NOTES, {"identity": identity, "notes": notes, "job": launch().job, "commits": commits()}
+        )
         sync(self.work)  # and its own name: the checkpoints are lost without them
         sync(self.work.absolute().parent)
 

@@ -18,13 +18,14 @@ from torch import Tensor
 from llmkit.errors import UserError
 from llmkit.io.files import atomic_file, check_file
 from llmkit.io.foreign import check_no_adapter, shown
+from llmkit.io.hub import INDEX, WEIGHTS, local_folder
 from llmkit.io.jsonl import read_object, write_json
 from llmkit.io.progress import counted
 from llmkit.model.config import ModelConfig, token_ids
 from llmkit.model.transformer import Transformer
 from llmkit.model.weights import HEAD, embedding_name, export_state_dict, import_state_dict, stock_shapes
 
-WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+CONFIG = "config.json"
 SCORE = "score.weight"  # of a reward model
 GENERATION = "generation_config.json"
 # Buffers that old checkpoints carry and nobody reads.
@@ -34,9 +35,10 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
-    """The configuration of a model folder."""
-    path = Path(folder) / CONFIG
-    if not Path(folder).is_dir():
+    """The configuration of a model folder, or of a model at an address."""
+    folder = local_folder(folder)
+    path = folder / CONFIG
+    if not folder.is_dir():
         raise UserError(f"{folder}: expected a model folder, found {'a file' if path.parent.exists() else 'nothing'}")
     try:
         values = read_object(path)
@@ -60,7 +62,6 @@ def load_model(
     device: torch.device | str = "cpu",
 ) -> Transformer:
     """Load a folder of a family in model/families.py, of one safetensors file or several with an index."""
-    folder = Path(folder)
     config = load_config(folder)
     tensors = SavedTensors(folder)
     tensors.check(config)
@@ -133,8 +134,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 class SavedTensors:
     """The tensors of a folder by name, wherever they lie; only headers are read before `read`."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: str | os.PathLike[str]):
+        self.folder = folder = local_folder(folder, weights=True)
         self._open_files: dict[Path, Any] = {}
         self.where: dict[str, Path] = {}
         self.stored_as: dict[str, str] = {}  # for a tensor that is asked for by another name than its own

@@ -91,7 +91,7 @@ def load_reward_model(
 ) -> RewardModel:
     """Load a folder of one or more scores. Raises UserError for one of another kind, or damaged."""
     config = replace(load_config(folder), tie_word_embeddings=True)
-    tensors = SavedTensors(Path(folder))
+    tensors = SavedTensors(folder)
     heads = tensors.rows(SCORE, "a reward model, as llmkit train-reward makes it")
     tensors.check(config, {SCORE: (heads, config.hidden_size)})
     model = RewardModel(config, heads, dtype=dtype, device=device)

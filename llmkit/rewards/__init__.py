@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from llmkit.errors import UserError
+from llmkit.io.remote import is_remote
 from llmkit.rewards.reward import LARGEST, Attempt, ModelReward, Reward, Weighted, judge
 from llmkit.tools.user_code import check_spelling
 
@@ -64,7 +65,7 @@ def parse_rewards(
         elif mark != ":" or not rest:
             raise UserError(f"{flag} {text or repr(text)}: expected {EXPECTED}")
         elif kind in ("rm", "spread"):
-            if not Path(rest).is_dir():
+            if not is_remote(rest) and not Path(rest).is_dir():
                 actual = "a file" if Path(rest).exists() else "nothing"
                 raise UserError(f"{flag} {text}: expected a reward model's folder, found {actual}")
             build = partial(ModelReward, rest, device, dtype, kind == "spread")

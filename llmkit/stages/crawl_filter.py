@@ -16,9 +16,9 @@ from llmkit import __version__
 from llmkit.config import ColumnsConfig, CommonConfig, argument, as_options, option, parse_columns
 from llmkit.display import check_stdout
 from llmkit.errors import UserError
-from llmkit.io.files import check_output, check_unfinished, remove
+from llmkit.io.files import check_output, check_unfinished, file_sha256, remove
 from llmkit.io.jsonl import check_inputs, expanded, name_of, open_bytes, open_input, read_text
-from llmkit.io.manifest import file_sha256, write_manifest
+from llmkit.io.manifest import write_manifest
 from llmkit.io.progress import Progress, counted, duration, quantity, say
 from llmkit.io.ranks import available_cores
 from llmkit.io.resume import STATE, Kept

@@ -23,6 +23,7 @@ from llmkit.config import (
 from llmkit.errors import UserError
 from llmkit.io.jsonl import names_of
 from llmkit.io.progress import counted, duration, say
+from llmkit.io.remote import is_remote
 from llmkit.io.run_folder import check_model_folder
 
 if TYPE_CHECKING:
@@ -204,10 +205,10 @@ def _checked_inputs(config: PretrainConfig) -> list[str]:
         check_model_folder(config.model, "llmkit pretrain docs.jsonl --from base/")
     elif config.tokenizer is None:
         raise UserError("--tokenizer is required: a folder from llmkit train-bpe, such as --tokenizer tok/")
-    elif not Path(config.tokenizer).exists():
+    elif not is_remote(config.tokenizer) and not Path(config.tokenizer).exists():
         raise UserError(
             f"--tokenizer: expected a folder with tokenizer.json, found no {config.tokenizer}; llmkit train-bpe makes "
-            "one, and nothing is fetched by its name: download a tokenizer of the Hugging Face Hub into a folder first"
+            "one, and hf://ORG/MODEL names one of the Hugging Face Hub"
         )
     from llmkit.data.shards import document_files  # brings numpy, which --help does without
 

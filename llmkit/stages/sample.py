@@ -24,6 +24,7 @@ from llmkit.config import (
 )
 from llmkit.errors import UserError
 from llmkit.io.files import check_output, check_unfinished
+from llmkit.io.hub import is_model
 from llmkit.io.jsonl import input_files, names_of, open_bytes, open_input, open_output, read_jsonl, read_text
 from llmkit.io.progress import Progress, counted, say
 from llmkit.io.records import BadRecords, Row
@@ -103,7 +104,7 @@ class SampleConfig(RecordsConfig, CommonConfig, ToolConfig, ServedConfig):
     def __post_init__(self) -> None:
         """Take a first argument that is no folder for an input where a server generates: MODEL may be left out then."""
         super().__post_init__()
-        if self.is_served and self.model is not None and not Path(self.model).is_dir():
+        if self.is_served and self.model is not None and not is_model(self.model):
             object.__setattr__(self, "inputs", (self.model, *self.inputs))
             object.__setattr__(self, "model", None)
 

@@ -13,6 +13,7 @@ from llmkit.errors import GateError, UserError
 from llmkit.io.jsonl import input_files, name_of, open_output, read_jsonl, write_json
 from llmkit.io.progress import Progress, counted, duration, quantity, say
 from llmkit.io.records import BadRecords
+from llmkit.io.remote import is_remote
 from llmkit.io.run_folder import check_model_folder
 
 if TYPE_CHECKING:
@@ -315,7 +316,7 @@ def _score(config: TrainRewardConfig) -> Scored | None:
     from llmkit.tokenizer.templates import chat_format
 
     folder = str(config.score)
-    if not Path(folder).is_dir():
+    if not is_remote(folder) and not Path(folder).is_dir():
         raise UserError(
             f"{folder}: expected a reward model's folder, found {'a file' if Path(folder).exists() else 'nothing'}"
         )

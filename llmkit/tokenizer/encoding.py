@@ -26,6 +26,7 @@ import orjson
 from llmkit.errors import UserError
 from llmkit.io.files import atomic_file, check_file, read_file
 from llmkit.io.foreign import LARGEST_TOKENIZER, check_no_adapter, check_tokenizer, shown, switch
+from llmkit.io.hub import local_folder
 from llmkit.io.jsonl import read_object
 from llmkit.tokenizer.backends import TokenizersBackend, fastest_proven, proof_texts
 from llmkit.tokenizer.patterns import byte_alphabet
@@ -324,11 +325,11 @@ class DecodeStream:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a tokenizer.json, or the folder that holds it, with the tokenizer_config.json beside it.
+    """Load a tokenizer.json, or the folder or address that holds it, with the tokenizer_config.json beside it.
 
     Raises UserError when there is none, or when tokenizers cannot read it.
     """
-    path = Path(path)
+    path = local_folder(path)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         if file.exists():

@@ -17,6 +17,7 @@ import numpy as np
 
 from llmkit.errors import UserError
 from llmkit.io.files import atomic_file
+from llmkit.io.hub import local_folder
 from llmkit.tokenizer.backends import TokenizersBackend
 from llmkit.tokenizer.encoding import END_OF_TEXT, bos_post_processor
 from llmkit.tokenizer.merges import Merges
@@ -167,12 +168,12 @@ def choose_sample(texts_of_source: Mapping[str, list[str]], bytes_of_source: Map
 def load_other(path: str) -> Measured:
     """Load a tokenizer to compare with, of any common form.
 
-    path: a tokenizer.json or its folder, GPT-2's encoder.json (vocab.bpe beside it), a SentencePiece .model.
+    path: a tokenizer.json, its folder or address, GPT-2's encoder.json (vocab.bpe beside it), a SentencePiece .model.
     Raises UserError when it cannot be read.
     """
     from tokenizers import ByteLevelBPETokenizer
 
-    file = Path(path)
+    file = local_folder(path)
     if file.is_dir():
         file /= "tokenizer.json"
     if not file.is_file():

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from llmkit.errors import UserError
-from llmkit.io.files import PARTIAL, atomic_folder, remove, replace_folder, sync
-from llmkit.io.manifest import file_sha256
+from llmkit.io.files import PARTIAL, atomic_folder, file_sha256, remove, replace_folder, sync
 from llmkit.io.progress import counted, say
 from llmkit.io.resume import read_sealed, write_sealed
 from llmkit.io.run_folder import CHECKPOINTS_KEPT, checkpoint_place, checkpoint_steps, keep_checkpoints

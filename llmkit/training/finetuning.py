@@ -29,6 +29,7 @@ from llmkit.formats.conversations import message
 from llmkit.generation.generator import Generator
 from llmkit.generation.next_token import Sampling
 from llmkit.generation.requests import Request
+from llmkit.io.hub import hub_name
 from llmkit.io.jsonl import write_json
 from llmkit.io.progress import counted, say
 from llmkit.model.devices import check_memory
@@ -218,7 +219,7 @@ def save_tuned(
         whole = LoraAdapter(model, mine.rank, mine.alpha, mine.targets, token_ids=mine.token_ids)
         whole.load(dict(values))
         if keep_adapter:
-            whole.save(folder / "adapter", tuning.folder, rows)
+            whole.save(folder / "adapter", hub_name(tuning.folder), rows)
         model = whole.merge()
     write(model.eval(), folder)
 

@@ -28,7 +28,8 @@ EXEMPT = {
     "llmkit.generation.terminal",  # the same
     "llmkit.text.answer_spans",  # by way of matching
     "llmkit.training.trainer",  # names of files
-    "llmkit.io.remote",  # addresses of the user's
+    "llmkit.io.hub",  # addresses of the user's
+    "llmkit.io.remote",  # the same
     "llmkit.io.run_folder",  # steps of checkpoints
 }
 

@@ -1,0 +1,246 @@
+"""Models and data sets of the hub, from a stub of its API."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llmkit.errors import UserError
+from llmkit.io import hub, remote
+from llmkit.io.hub import commits, local_folder
+from llmkit.io.manifest import describe_inputs, write_manifest
+from llmkit.io.remote import matching, open_remote
+from llmkit.io.run_folder import RunFolder, check_model_folder
+from tests.helpers.hub_server import HubServer, Repo, hub_server
+
+constants = pytest.importorskip("huggingface_hub.constants")
+TEXTS = {"config.json": b"{}", "tokenizer.json": b"{}", "LICENSE": b"terms", "chat_template.jinja": b"x"}
+OTHERS = {"model.py": b"import os", "onnx/config.json": b"{}", "pytorch_model.bin": b"x", ".gitattributes": b"x"}
+WEIGHTS = {"model.safetensors": bytes(300_000)}
+LINES = b'{"text": "a document"}\n' * 20_000
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path) -> Iterator[HubServer]:
+    """A hub with org/model and a data set, and an empty cache."""
+    with hub_server() as server:
+        server.repos["models/org/model"] = Repo({"main": {**TEXTS, **OTHERS, **WEIGHTS}})
+        server.repos["datasets/org/data"] = Repo(
+            {
+                "main": {"data/a.jsonl": LINES, "data/more/b.jsonl": b"{}\n", "c.jsonl": b"{}\n", "d.jsonl.gz": b"x"},
+                "refs/convert/jsonl": {"train/0.jsonl": LINES},
+            }
+        )
+        monkeypatch.setattr(remote, "PAUSE", 0.001)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        use(server.address, monkeypatch)
+        yield server
+
+
+def use(address: str, monkeypatch) -> None:
+    """Take another hub, as a process of its own would."""
+    from huggingface_hub import HfFileSystem
+
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(hub, "_models", {})
+    monkeypatch.setattr(hub, "_pinned", {})
+    monkeypatch.setattr(remote, "_commits", {})
+    HfFileSystem.clear_instance_cache()
+
+
+def names(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_model_is_fetched_without_pickles_and_code_and_its_weights_when_asked_for(server: HubServer) -> None:
+    folder = local_folder("hf://org/model")
+    assert names(folder) == TEXTS.keys()
+    assert local_folder("hf://org/model@main/", weights=True) == folder
+    assert names(folder) == TEXTS.keys() | WEIGHTS.keys()
+    assert folder.name == server.repos["models/org/model"].commit("main")
+    requests = len(server.requests)
+    local_folder("hf://org/model", weights=True)
+    assert len(server.requests) == requests  # asked for once
+
+
+def test_of_several_files_of_weights_those_of_the_index_are_fetched(server: HubServer) -> None:
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    files = {name: b"x" for name in ("model-1.safetensors", "model-2.safetensors", "consolidated.safetensors")}
+    server.repos["models/org/large"] = Repo({"main": {**TEXTS, hub.INDEX: json.dumps(index).encode(), **files}})
+    assert names(local_folder("hf://org/large", weights=True)) - TEXTS.keys() == {
+        hub.INDEX,
+        "model-1.safetensors",
+        "model-2.safetensors",
+    }
+
+
+@pytest.mark.parametrize("ways", ["busy", "cut", "busy cut"])
+def test_a_model_comes_whole_from_a_flaky_hub(server: HubServer, ways: str, monkeypatch) -> None:
+    import huggingface_hub.utils._http as http
+
+    monkeypatch.setattr(http.time, "sleep", lambda _: None)  # its own pauses are seconds
+    server.ways = set(ways.split())
+    folder = local_folder("hf://org/model", weights=True)
+    assert (folder / "model.safetensors").read_bytes() == WEIGHTS["model.safetensors"]
+
+
+def test_what_the_cache_has_is_read_without_a_network(server: HubServer, monkeypatch, capsys) -> None:
+    folder = local_folder("hf://org/model", weights=True)
+    server.repos["models/org/other"] = Repo({"main": {**TEXTS, **WEIGHTS}})
+    local_folder("hf://org/other")
+    capsys.readouterr()
+    use("http://127.0.0.1:9", monkeypatch)
+    assert local_folder("hf://org/model", weights=True) == folder
+    assert re.fullmatch(
+        r"llmkit: hf://org/model: cannot be read, tried 6 times .*; so it is read from the hub.s cache, .*\n",
+        capsys.readouterr().err,
+    )
+    use("http://127.0.0.1:9", monkeypatch)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert local_folder("hf://org/model", weights=True) == folder
+    assert not capsys.readouterr().err
+    for address, told in (
+        ("hf://org/new", "not in the hub's cache, and HF_HUB_OFFLINE is set"),
+        ("hf://org/model@v2", "not in the hub's cache, and HF_HUB_OFFLINE is set"),
+        ("hf://org/other", "HF_HUB_OFFLINE is set; the cache has its texts alone, without weights"),
+    ):
+        with pytest.raises(UserError, match=f"^{address}: .*{told}"):
+            local_folder(address, weights=True)
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("hf://org/none", "no such repository on the hub, or a private one: log in"),
+        ("hf://org/private", "no such repository on the hub, or a private one: log in"),
+        ("hf://org/model@v2", "no such revision on the hub"),
+        ("hf://org/gated", "its terms must be accepted: open its page on the hub, then log in"),
+        (
+            "hf://org/pickled",
+            "expected model.safetensors, found pytorch_model.bin, a pickle, .* hf://org/pickled@refs/pr/1",
+        ),
+        ("hf://org/gguf", "expected model.safetensors or model.safetensors.index.json, found README.md, a.gguf"),
+        ("hf://org/adapter", "expected a whole model, found an adapter without its base"),
+        ("hf://org/empty", "expected a model, found nothing"),
+        ("hf://org/model/onnx", "expected the address of a model, hf://ORG/MODEL"),
+        ("hf://gpt2", "expected the address of a model, hf://ORG/MODEL"),
+        ("hf://datasets/org/data", "expected the address of a model, hf://ORG/MODEL"),
+        ("https://huggingface.co/org/model/tree/main", "write hf://org/model"),
+        ("https://example.org/model/", "expected a model folder of this machine, or hf://ORG/MODEL"),
+        ("org/model", "expected a model folder, found nothing; a model of the hub: hf://org/model"),
+    ],
+)
+def test_what_is_no_model_is_one_line(server: HubServer, address: str, told: str) -> None:
+    whole = {**TEXTS, **WEIGHTS}
+    server.repos |= {
+        "models/org/private": Repo({"main": whole}, private=True),
+        "models/org/gated": Repo({"main": whole}, terms=True),
+        "models/org/pickled": Repo({"main": {**TEXTS, "pytorch_model.bin": b"x"}}),
+        "models/org/gguf": Repo({"main": {"a.gguf": b"x", "README.md": b"x"}}),
+        "models/org/adapter": Repo({"main": {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"}}),
+        "models/org/empty": Repo({"main": {".gitattributes": b""}}),
+    }
+    with pytest.raises(UserError, match=f"^{address}: .*{told}") as error:
+        check_model_folder(address, "llmkit")
+    assert "\n" not in str(error.value)
+
+
+def test_a_package_that_is_missing_is_named(server: HubServer, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match=r'hf://org/model: needs the .* pip install "llmkit\[remote\]"'):
+        local_folder("hf://org/model")
+
+
+def test_a_manifest_tells_commit_and_hashes_and_a_resumed_run_stays_with_the_commit(
+    server: HubServer, monkeypatch, tmp_path
+) -> None:
+    address, repo = "hf://org/model", server.repos["models/org/model"]
+    repo.main["manifest.json"] = json.dumps({"manifest_version": 2, "stage": "sft"}).encode()
+    first = local_folder(address, weights=True)
+    (tmp_path / "out").mkdir()
+    parent = write_manifest(tmp_path / "out", "sft", {}, parents=[address])["parents"][0]
+    assert parent["path"] == address and parent["revision"] == repo.commit("main") == commits()[address]
+    assert {"path": "config.json", "bytes": 2, "sha256": hub.file_sha256(first / "config.json")} in parent["files"]
+    assert parent["files"][-2]["sha256"] == hub.file_sha256(first / "model.safetensors")
+    assert parent["manifest_sha256"]
+
+    run = RunFolder(str(tmp_path / "run"), "run/", resume=False, force=False)
+    run.begin({})
+    repo.revisions = {"main": {**repo.main, "README.md": b"new"}, "old": repo.main}
+    use(server.address, monkeypatch)
+    assert local_folder(address) != first
+    use(server.address, monkeypatch)
+    RunFolder(str(tmp_path / "run"), "run/", resume=True, force=False)
+    assert local_folder(address) == first
+
+
+def test_files_of_a_data_set(server: HubServer) -> None:
+    """By a pattern, at a revision whose name has slashes, and of a repository that is a model's."""
+    assert matching("hf://datasets/org/data/**/*.jsonl") == [
+        f"hf://datasets/org/data/{name}" for name in ("c.jsonl", "data/a.jsonl", "data/more/b.jsonl")
+    ]
+    for server.ways in (set(), {"cut"}):
+        for address, data in (
+            ("hf://datasets/org/data/data/a.jsonl", LINES),
+            ("hf://datasets/org/data@refs/convert/jsonl/train/0.jsonl", LINES),
+            ("hf://org/model/LICENSE", b"terms"),
+        ):
+            with open_remote(address) as file:
+                assert file.read() == data
+    asked = [request for request in server.requests if "/api/" in request]
+    in_manifest = describe_inputs(
+        [f"hf://datasets/org/data/{name}" for name in ("data/a.jsonl", "data/more/b.jsonl", "c.jsonl", "d.jsonl.gz")]
+    )
+    assert in_manifest[-1] == {
+        "path": "hf://datasets/org/data/d.jsonl.gz",
+        "bytes": 1,
+        "version": hashlib.sha256(b"x").hexdigest(),
+    }
+    read_again = [request for request in server.requests if "/api/" in request][len(asked) :]
+    assert len(read_again) <= 3  # listings of folders that were not read in
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("hf://datasets/org/none/a.jsonl", "no such repository on the hub"),
+        ("hf://datasets/org/data@v2/a.jsonl", "no such revision on the hub"),
+        ("hf://datasets/org/data/none.jsonl", "expected a file, found none there"),
+        ("hf://datasets/org/data/data", "expected a file, found a folder"),
+        ("hf://datasets/org/data", "expected a file, found a folder"),
+        ("hf://datasets/org/gated/a.jsonl", "its terms must be accepted"),
+        ("hf://data", "no such address"),
+    ],
+)
+def test_what_is_no_file_of_a_data_set_is_one_line(server: HubServer, address: str, told: str) -> None:
+    server.repos["datasets/org/gated"] = Repo({"main": {"a.jsonl": LINES}}, terms=True)
+    with pytest.raises(UserError, match=f"^{address}: .*{told}"), open_remote(address) as file:
+        file.read()
+
+
+def test_commands_take_models_of_the_hub(tmp_path, llmkit) -> None:
+    """By HF_ENDPOINT and HF_HOME, as their users know them; the second one without a network."""
+    from tests.helpers.tiny import save_assistant
+
+    def run(*arguments: str, **more: str):
+        done = llmkit(*arguments, cwd=tmp_path, env={**os.environ, "HF_HOME": str(tmp_path / "home"), **more})
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    with hub_server() as server:
+        server.repos["models/org/chat"] = Repo().add(save_assistant(tmp_path / "chat", "Bob."))
+        server.repos["datasets/org/data"] = Repo({"main": {"p/0.jsonl": b'{"question": "Who?"}\n'}})
+        answers = run(
+            "sample", "hf://org/chat", "--jsonl", "hf://datasets/org/data/p/0.jsonl", HF_ENDPOINT=server.address
+        )
+        assert json.loads(answers)["completion"] == "Bob."
+    run("export", "hf://org/chat", "--format", "hf", "--dtype", "bfloat16", "-o", "x/", HF_HUB_OFFLINE="1")
+    assert json.loads((tmp_path / "x" / "manifest.json").read_text())["parents"][0]["path"] == "hf://org/chat"
