@@ -125,7 +125,7 @@ def work(name: str, shape: Shape, steps: int, shards: str, tokenizer_vocab: int,
         optimizer = Optimizer((key, parameter, settings) for key, parameter in model.named_parameters())
     else:
         optimizer = build_optimizer(model, plan.recipe)
-    batches = Batches(tokens, plan.sequence_length, plan.batch_rows, seed=0)
+    batches = Batches([tokens], plan.sequence_length, plan.batch_rows, seed=0)
     out.mkdir()
     trainer = Trainer(
         model,

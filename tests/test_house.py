@@ -29,7 +29,7 @@ ROOMS = {
     "tools": (1100, 1400),
     "report": (1250, 1480),
     "crawl": (4640, 5000),
-    "data": (1100, 1500),
+    "data": (1100, 1600),
     "generation": (2250, 3150),
     "training": (2500, 3150),
     "reward_model": (800, 0),
@@ -64,7 +64,7 @@ STARS = 59  # names and attributes unpacked into positional arguments; may only 
 OPTIONS = {
     "crawl-filter": 27,
     "train-bpe": 14,
-    "pretrain": 38,
+    "pretrain": 39,
     "sft": 38,
     "probe-knowledge": 29,
     "train-reward": 33,
@@ -73,7 +73,7 @@ OPTIONS = {
     "export": 9,
     "report": 10,
 }
-DISTINCT = 117
+DISTINCT = 118
 
 
 def modules() -> dict[str, str]:

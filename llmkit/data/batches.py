@@ -15,6 +15,10 @@ from its own document; and so is the `end` of each document. A document that con
 context there. Nothing depends on the number of processes or micro-batches, and a run resumes by asking for its next
 step.
 
+Several sources have such a stream each, and give every step their share of its tokens, to a token. Their whole rows
+come first; what is left of each, less than a row at either end, is laid end to end in the rows behind. A source that
+runs out goes on with its next epoch.
+
 A `Mixture` packs examples whole. They are drawn one after another from the source that is furthest behind its share of
 tokens, each source in an order of its own, drawn anew for each epoch. Windows of about 64 rows of them are packed
 best-fit, longest first; no example is cut, none sees another, and what stays empty is padding that predicts nothing.
@@ -25,7 +29,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -38,6 +42,7 @@ import numpy as np
 
 from llmkit.data.examples import Examples
 from llmkit.data.shards import TokenShards
+from llmkit.errors import UserError
 
 _64_BITS = (1 << 64) - 1
 IGNORED = -100  # the target where nothing is predicted, as in torch's cross_entropy
@@ -45,6 +50,7 @@ IGNORED = -100  # the target where nothing is predicted, as in torch's cross_ent
 # Documents in the order of an epoch, and where each ends in it
 Order: TypeAlias = tuple[np.ndarray, np.ndarray]
 WINDOW_ROWS = 64
+SOURCE_SEEDS = 7919  # from one source's seed to the next one's
 COUNTED_ROWS = 2**18  # whose contents say how many are needed; the need of more is in proportion
 
 Row = list[tuple[int, int]]  # of a row: (source, example) pairs, side by side
@@ -67,33 +73,16 @@ class TokenRows(NamedTuple):
         return TokenRows(self.token_ids_BT[:1], np.full_like(self.targets_BT[:1], IGNORED), self.doc_ids_BT[:1])
 
 
-class Batches:
-    """The training batches of a corpus.
+class Stream:
+    """The documents of one source without an end, dealt out in rows from all over an epoch.
 
-    sequence_length: tokens in a row, T
-    batch_size:      rows in a step, B, over all processes
-    seed:            draws the order of the documents
-
-    A row is found by binary search: step 1,000,000 costs what step 0 costs. Memory: 16 bytes a document for
-    each of the last two epochs asked for. The corpus has a row at least.
+    A row is found by binary search: row 1,000,000 costs what row 0 costs. Memory: 16 bytes a document for
+    each of the last two epochs asked for.
     """
 
-    def __init__(self, shards: TokenShards, sequence_length: int, batch_size: int, seed: int = 0) -> None:
-        self.shards, self.seed = shards, seed
-        self.sequence_length, self.batch_size = sequence_length, batch_size
+    def __init__(self, shards: TokenShards, sequence_length: int, seed: int) -> None:
+        self.shards, self.sequence_length, self.seed = shards, sequence_length, seed
         self._order = lru_cache(maxsize=2)(self._draw_order)
-
-    def batch(self, step: int) -> TokenRows:
-        """The rows of a step."""
-        shape = self.batch_size, self.sequence_length
-        batch = TokenRows(np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, np.int32))
-        shards, length = self.shards, self.sequence_length
-        for row in range(self.batch_size):
-            index = self.place(step * self.batch_size + row)
-            packed_row = _pack(shards, shards.tokens, self._order, index, 1, length, shards.info.end)
-            for whole, part in zip(batch, packed_row, strict=True):
-                whole[row] = part[0]
-        return batch
 
     def place(self, index: int) -> int:
         """Where the row that is dealt out as number `index` stands in the stream, in rows."""
@@ -103,13 +92,90 @@ class Batches:
         count = -(-(epoch + 1) * tokens // length) - first
         return first + permuted(index - first, count, self.seed, epoch)
 
-    def prefetch(self, first_step: int) -> Iterator[TokenRows]:
-        """The batches from a step on, without an end, made ahead of time."""
-        return prefetched(self.batch, first_step)
+    def fill(self, rows: TokenRows, position: int) -> None:
+        """Write the tokens from `position` of the dealt rows on into flat rows, which end where the dealt row does."""
+        index, offset = divmod(position, self.sequence_length)
+        position = self.place(index) * self.sequence_length + offset
+        _fill(rows, self.shards, self._order, position, self.shards.info.end)
 
     def _draw_order(self, epoch: int) -> Order:
         order = shuffled(self.shards.documents, self.seed, epoch)
         return order, np.cumsum(self.shards.lengths[order])
+
+
+class Batches:
+    """The training batches of some sources.
+
+    sequence_length: tokens in a row, T
+    batch_size:      rows in a step, B, over all processes
+    seed:            draws the order of the documents
+    shares:          of the tokens, one a source, by the first step for which they hold; each sums to 1 [equal shares]
+
+    Raises UserError where the tokens of a step are fewer than the square of the number of sources: each has as many as
+    its share is, but for one token, and the largest source the rest.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[TokenShards],
+        sequence_length: int,
+        batch_size: int,
+        seed: int = 0,
+        shares: Mapping[int, Sequence[float]] | None = None,
+    ) -> None:
+        self.sources, self.sequence_length, self.batch_size = list(sources), sequence_length, batch_size
+        self.shares = dict(sorted((shares or {0: [1 / len(self.sources)] * len(self.sources)}).items()))
+        self._streams = [
+            Stream(shards, sequence_length, seed + SOURCE_SEEDS * number) for number, shards in enumerate(self.sources)
+        ]
+        if (fewest := len(self.sources) ** 2) > batch_size * sequence_length:
+            raise UserError(
+                f"--batch-tokens: expected at least {fewest} for the shares of {len(self.sources)} inputs, found "
+                f"{batch_size * sequence_length}"
+            )
+
+    def batch(self, step: int) -> TokenRows:
+        """The rows of a step."""
+        shape = self.batch_size, self.sequence_length
+        batch = TokenRows(np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, np.int32))
+        flat = [array.reshape(-1) for array in batch]
+        filled = 0
+        for position, size, stream in sorted(self._pieces(step), key=lambda piece: piece[1] < self.sequence_length):
+            stream.fill(TokenRows._make(array[filled : filled + size] for array in flat), position)
+            filled += size
+        _number_documents(batch.doc_ids_BT)
+        return batch
+
+    def taken(self, step: int) -> list[int]:
+        """The tokens of each source before a step, within one of its share in each phase; the largest has the rest."""
+        taken = [0] * len(self.sources)
+        for (first, shares), stop in zip(self.shares.items(), [*list(self.shares)[1:], step], strict=True):
+            tokens = max(0, min(stop, step) - first) * self.batch_size * self.sequence_length
+            counts = [int(share * tokens) for share in shares]
+            counts[int(np.argmax(shares))] += tokens - sum(counts)
+            taken = [before + more for before, more in zip(taken, counts, strict=True)]
+        return taken
+
+    def realised(self, first: int, stop: int) -> list[float]:
+        """The share that each source has in the tokens of some steps."""
+        counts = np.subtract(self.taken(stop), self.taken(first))
+        return (counts / max(1, counts.sum())).round(6).tolist()
+
+    def epochs(self, step: int) -> list[float]:
+        """The epochs over each source before a step."""
+        return [round(taken / shards.tokens, 3) for taken, shards in zip(self.taken(step), self.sources, strict=True)]
+
+    def prefetch(self, first_step: int) -> Iterator[TokenRows]:
+        """The batches from a step on, without an end, made ahead of time."""
+        return prefetched(self.batch, first_step)
+
+    def _pieces(self, step: int) -> Iterator[tuple[int, int, Stream]]:
+        """Each part of a dealt row that the step takes: its first token, its tokens, and whose it is."""
+        for stream, position, stop in zip(self._streams, self.taken(step), self.taken(step + 1), strict=True):
+            while position < stop:
+                size = min(self.sequence_length - position % self.sequence_length, stop - position)
+                yield position, size, stream
+                position += size
 
 
 class EvaluationBatches:
@@ -128,11 +194,17 @@ class EvaluationBatches:
         self.bytes = int(shards.doc_bytes.sum())
 
     def __iter__(self) -> Iterator[TokenRows]:
-        tokens, length = self.shards.tokens, self.sequence_length
+        length = self.sequence_length
         order = lambda epoch: self._documents if epoch == 0 else None  # noqa: E731
-        rows = -(-tokens // length)
+        rows = -(-self.shards.tokens // length)
         for first in range(0, rows, self.batch_size):
-            yield _pack(self.shards, tokens, order, first, min(self.batch_size, rows - first), length, IGNORED)
+            shape = min(self.batch_size, rows - first), length
+            token_ids, targets = np.full(shape, self.shards.info.end, np.int64), np.full(shape, IGNORED, np.int64)
+            batch = TokenRows(token_ids, targets, np.zeros(shape, np.int32))
+            flat = TokenRows._make(array.reshape(-1) for array in batch)
+            _fill(flat, self.shards, order, first * length, IGNORED)
+            _number_documents(batch.doc_ids_BT)
+            yield batch
 
 
 def prefetched(make: Callable[[int], TokenRows], first_step: int) -> Iterator[TokenRows]:
@@ -148,20 +220,15 @@ def prefetched(make: Callable[[int], TokenRows], first_step: int) -> Iterator[To
                 future.cancel()
 
 
-def _pack(
-    shards: TokenShards,
-    epoch_tokens: int,
-    order_of: Callable[[int], Order | None],
-    first_row: int,
-    rows: int,
-    sequence_length: int,
-    end_target: int,
-) -> TokenRows:
-    """Rows first_row ... of the stream of all epochs; after the last epoch, padding that predicts nothing."""
-    token_ids = np.full(rows * sequence_length, shards.info.end, np.int64)
-    targets = np.full_like(token_ids, IGNORED)
-    doc_ids = np.zeros_like(token_ids, np.int32)
-    epoch, position = divmod(first_row * sequence_length, epoch_tokens)
+def _fill(
+    rows: TokenRows, shards: TokenShards, order_of: Callable[[int], Order | None], position: int, end_target: int
+) -> None:
+    """Write the tokens from `position` of the stream of all epochs on into flat rows, with 1 in the place of document
+    numbers where one begins; after the last epoch tokens and targets stay as they are."""
+    token_ids, targets, doc_ids = rows
+    doc_ids[:] = 0
+    doc_ids[0] = 1
+    epoch, position = divmod(position, shards.tokens)
     current = order_of(epoch)
     index = 0 if current is None else int(np.searchsorted(current[1], position, side="right"))
     filled = 0
@@ -179,14 +246,16 @@ def _pack(
             targets[filled + size - 1] = end_target
         filled, position, index = filled + size, position + size, index + 1
         if filled < len(token_ids):
-            doc_ids[filled] = 1  # another document begins: summed up along each row below
+            doc_ids[filled] = 1
         if index == len(order):
             epoch, position, index = epoch + 1, 0, 0
             current = order_of(epoch)
-    doc_ids_BT = doc_ids.reshape(rows, sequence_length)
+
+
+def _number_documents(doc_ids_BT: np.ndarray) -> None:
+    """Turn the 1 at each document's beginning into its number in the row, in place."""
     doc_ids_BT[:, 0] = 0
     np.cumsum(doc_ids_BT, axis=1, out=doc_ids_BT)
-    return TokenRows(token_ids.reshape(doc_ids_BT.shape), targets.reshape(doc_ids_BT.shape), doc_ids_BT)
 
 
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -358,7 +427,7 @@ class Mixture:
     def _in_epochs(self, number: int) -> Iterator[int]:
         count, epoch = len(self.sources[number].examples), 0
         while True:
-            yield from shuffled(count, self._seed + 7919 * number, epoch).tolist()
+            yield from shuffled(count, self._seed + SOURCE_SEEDS * number, epoch).tolist()
             epoch += 1
 
 

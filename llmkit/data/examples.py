@@ -163,8 +163,19 @@ def parse_data(wanted: Sequence[str]) -> list[DataFile]:
 
     Raises UserError for a file that is not there, a weight that is not above 0, and weights on some files only.
     """
+    files = parse_weights(wanted or ("-",), "--data")
+    for file in files:
+        _ = file.files
+    return files
+
+
+def parse_weights(wanted: Sequence[str], flag: str, *, zero: bool = False) -> list[DataFile]:
+    """The files of FILE:WEIGHT, which `flag` gives, unopened; a weight may be 0 where `zero` is true.
+
+    Raises UserError for another weight that is not above 0, and for weights on some files only.
+    """
     files = []
-    for text in wanted or ("-",):
+    for text in wanted:
         path, separator, weight = text.rpartition(":")
         if not separator or os.path.exists(text):
             files.append(DataFile(text))
@@ -173,16 +184,14 @@ def parse_data(wanted: Sequence[str]) -> list[DataFile]:
             value = float(weight)
         except ValueError:
             if os.path.exists(path):
-                raise UserError(f"--data {text}: expected FILE:WEIGHT with a number, found {weight!r}") from None
+                raise UserError(f"{flag} {text}: expected FILE:WEIGHT with a number, found {weight!r}") from None
             files.append(DataFile(text))
             continue
-        if not (value > 0 and math.isfinite(value)):
-            raise UserError(f"--data {text}: expected a weight above 0, found {weight}")
+        if not (value > 0 or (zero and value == 0)) or math.isinf(value):
+            raise UserError(f"{flag} {text}: expected a weight above 0, found {weight}")
         files.append(DataFile(path, value))
-    for file in files:
-        _ = file.files
     if len({file.weight is None for file in files}) > 1:
-        raise UserError("--data: expected a weight on every file or on none, found both")
+        raise UserError(f"{flag}: expected a weight on every file or on none, found both")
     return files
 
 

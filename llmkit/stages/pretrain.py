@@ -27,8 +27,11 @@ from llmkit.io.remote import is_remote
 from llmkit.io.run_folder import check_model_folder
 
 if TYPE_CHECKING:
+    from llmkit.data.batches import Batches
     from llmkit.data.shards import TokenShards
+    from llmkit.data.shares import Sources
     from llmkit.model.config import ModelConfig
+    from llmkit.model.transformer import Transformer
     from llmkit.tokenizer.encoding import Tokenizer
     from llmkit.training.plan import Plan, Planner, PlanOptions, Recipe
     from llmkit.training.run import Run
@@ -57,10 +60,14 @@ class PretrainConfig(TrainingConfig):
           zcat docs.jsonl.gz | llmkit pretrain - --tokenizer tok/ --depth 2 --tokens 5M -o base/
           llmkit pretrain docs.jsonl --tokenizer tok/ --depth 4 -o base/ --resume
           llmkit pretrain docs.jsonl --from base/ -o longer/
+          llmkit pretrain docs.jsonl:0.7 books.jsonl:0.3 --phase 0.9:docs=0.2,books=0.8 --tokenizer tok/ -o base/
     """
     following: ClassVar[str] = 'llmkit sample base/ -p "Once upon a time"'
 
-    inputs: tuple[str, ...] = argument("Documents: JSONL with `text`, plain text, or - for stdin.", metavar="INPUT...")
+    inputs: tuple[str, ...] = argument(
+        "Documents: JSONL with `text`, plain text, or - for stdin; a weight is a share of the training tokens.",
+        metavar="INPUT[:WEIGHT]...",
+    )
     tokenizer: str | None = option(
         None, "Tokenizer folder, from train-bpe [required without --from].", metavar="FOLDER", reads=True
     )
@@ -68,6 +75,9 @@ class PretrainConfig(TrainingConfig):
         None, "Model folder to train further, with its own tokenizer.", flag="--from", metavar="MODEL", reads=True
     )
     val: tuple[str, ...] = option((), "Held-out documents, scored in bits per byte.", metavar="FILE", reads=True)
+    phase: tuple[str, ...] = option(
+        (), "Other shares of the inputs from a part of the run on; repeatable.", metavar="START:NAME=SHARE,..."
+    )
 
     depth: int | None = option(None, "Transformer layers; width and the rest follow.", group="Model", at_least=1)
     hidden_size: int | None = option(None, "Width [64 x depth].", group="Model", at_least=32)
@@ -106,12 +116,12 @@ class PretrainConfig(TrainingConfig):
 
     def reads_stdin(self) -> bool:
         """True if stdin is the input."""
-        return not self.inputs or "-" in self.inputs
+        return not self.inputs or any(text == "-" or text.startswith("-:") for text in self.inputs)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Figures that the command prints."""
+    """Figures that the command prints; of each source of a mixture its share of the tokens, and the epochs over it."""
 
     path: str
     steps: int
@@ -121,6 +131,8 @@ class Summary:
     seconds: float
     val_loss: float | None = None
     val_bits_per_byte: float | None = None
+    shares: dict[str, float] | None = None
+    epochs: dict[str, float] | None = None
     bad_records: int = 0
     not_used: dict[str, int] | None = None
 
@@ -133,11 +145,10 @@ def run(config: PretrainConfig) -> Summary | None:
     run = Run("pretrain", config, "base/")
     if results := run.finished():
         return Summary(**results)
-    inputs = _checked_inputs(config)
+    sources = _checked_sources(config)
 
-    from llmkit.data.batches import Batches, EvaluationBatches
+    from llmkit.data.batches import EvaluationBatches
     from llmkit.generation.generator import continue_text
-    from llmkit.model.folder import save_model
     from llmkit.tokenizer.encoding import load_tokenizer
     from llmkit.training.distributed import whole_model
     from llmkit.training.loss import held_out_loss
@@ -145,15 +156,16 @@ def run(config: PretrainConfig) -> Summary | None:
 
     # load
     run.join()
-    source = str(config.model or config.tokenizer)
-    tokenizer = load_tokenizer(source)
+    parent = str(config.model or config.tokenizer)
+    tokenizer = load_tokenizer(parent)
     planner = _planner(config, tokenizer, run)
-    shards, val_shards = _token_shards(config, inputs, tokenizer, run)
+    corpus, val_shards = _token_shards(config, sources, tokenizer, run)
 
     # build
-    identity = {"the tokenizer": tokenizer.sha256, "the number of tokens": shards.tokens}
-    plan = _plan(planner, run, identity, shards, val_shards)
-    _say_plan(config, plan, inputs, shards, run)
+    identity = {"the tokenizer": tokenizer.sha256, "the number of tokens": sum(shards.tokens for shards in corpus)}
+    plan = _plan(planner, run, identity, corpus, sources, val_shards)
+    batches = _batches(config, plan, corpus, sources)
+    _say_plan(config, plan, sources, batches, run)
     if config.dry_run:
         return None
     derived = {"plan": plan.to_json()}
@@ -162,7 +174,6 @@ def run(config: PretrainConfig) -> Summary | None:
     model = trainer.model
 
     # train
-    batches = Batches(shards, plan.sequence_length, plan.batch_rows, config.seed)
     held_out = EvaluationBatches(val_shards, plan.sequence_length, plan.micro_batch_rows) if val_shards else None
     with run.training(trainer):
         trainer.fit(
@@ -171,26 +182,30 @@ def run(config: PretrainConfig) -> Summary | None:
             seconds=plan.seconds,
             evaluate=partial(held_out_loss, model, held_out, config.quiet) if held_out else None,
             sample=lambda: continue_text(whole_model(model), tokenizer, config.prompt, max_tokens=40, seed=config.seed),
+            figures=lambda step: sources.named(batches.realised(step - 1, step), "share_"),
         )
 
     # save
     trained = float32_copy(model, trainer.optimizer)
     if trained is None:
         return None
-
-    def write(folder: Path) -> None:
-        tokenizer.copy_to(folder)
-        save_model(trained, folder)
+    write = partial(_write, tokenizer, trained)
 
     # summarise
     results = trainer.results() | {"parameters": plan.model.parameter_count}
-    return Summary(**run.finish(results, inputs=inputs, parents=[source], derived=derived, write=write))
+    if sources.names:
+        results["shares"] = sources.named(batches.realised(0, trainer.step))
+        results["epochs"] = sources.named(batches.epochs(trainer.step))
+    return Summary(**run.finish(results, inputs=sources.paths, parents=[parent], derived=derived, write=write))
 
 
-def _checked_inputs(config: PretrainConfig) -> list[str]:
+def _checked_sources(config: PretrainConfig) -> Sources:
     """The documents. Raises UserError for files that are not there, also those of the other options."""
-    inputs = list(config.inputs) or ["-"]
-    for path in (*inputs, *config.val):
+    from llmkit.data.shards import document_files  # brings numpy, which --help does without
+    from llmkit.data.shares import parse_sources
+
+    sources = parse_sources(config.inputs, config.phase)
+    for path in (*(source.path for source in sources.inputs), *config.val):
         if (Path(path) / "config.json").exists():
             raise UserError(f"{path}: expected documents, found a model folder; to train it further: --from {path}")
     if config.model is not None:
@@ -210,10 +225,11 @@ def _checked_inputs(config: PretrainConfig) -> list[str]:
             f"--tokenizer: expected a folder with tokenizer.json, found no {config.tokenizer}; llmkit train-bpe makes "
             "one, and hf://ORG/MODEL names one of the Hugging Face Hub"
         )
-    from llmkit.data.shards import document_files  # brings numpy, which --help does without
-
+    if config.phase and config.time_budget is not None:
+        raise UserError("--phase: expected a run of known length, found --time-budget; choose --tokens or --max-steps")
     document_files(config.val)
-    return document_files(inputs)
+    _ = sources.files
+    return sources
 
 
 def _planner(config: PretrainConfig, tokenizer: Tokenizer, run: Run) -> Planner:
@@ -246,9 +262,9 @@ def _planner(config: PretrainConfig, tokenizer: Tokenizer, run: Run) -> Planner:
 
 
 def _token_shards(
-    config: PretrainConfig, inputs: list[str], tokenizer: Tokenizer, run: Run
-) -> tuple[TokenShards, TokenShards | None]:
-    """The tokens of the documents and of the held-out ones; a dry run leaves none behind."""
+    config: PretrainConfig, sources: Sources, tokenizer: Tokenizer, run: Run
+) -> tuple[list[TokenShards], TokenShards | None]:
+    """The tokens of each source of documents, and of the held-out ones; a dry run leaves none behind."""
     from llmkit.data.overlap import Overlap
     from llmkit.data.shards import document_files, tokenize_documents
 
@@ -267,20 +283,29 @@ def _token_shards(
         quiet=config.quiet,
     )
     with run.world.in_turn():
+        corpus = []
+        for number, paths in enumerate(sources.files):  # streams are cached by name, files by their content
+            name = "tokens" if number == 0 or all(Path(path).is_file() for path in paths) else f"tokens-{number}"
+            corpus.append(tokenize(paths, name=name))
         val = document_files(config.val)
-        shards, val_shards = tokenize(inputs), tokenize(val, name="val") if val else None
+        val_shards = tokenize(val, name="val") if val else None
     if val_shards is not None and run.world.leads:
-        overlap = Overlap(
-            (val_shards[k] for k in range(len(val_shards))), run=8, every=4 if shards.tokens > MANY else 1
-        )
-        overlap.compare_shards(shards)
+        many = sum(shards.tokens for shards in corpus) > MANY
+        overlap = Overlap((val_shards[k] for k in range(len(val_shards))), run=8, every=4 if many else 1)
+        for shards in corpus:
+            overlap.compare_shards(shards)
         overlap.report(config.quiet)
-    run.world.check_same({"the documents": shards.digest})
-    return shards, val_shards
+    run.world.check_same({"the documents": " ".join(shards.digest for shards in corpus)})
+    return corpus, val_shards
 
 
 def _plan(
-    planner: Planner, run: Run, identity: dict[str, Any], shards: TokenShards, val_shards: TokenShards | None
+    planner: Planner,
+    run: Run,
+    identity: dict[str, Any],
+    corpus: list[TokenShards],
+    sources: Sources,
+    val_shards: TokenShards | None,
 ) -> Plan:
     """The plan of the run that is resumed, or a new one of the first process, which may measure this machine."""
     from llmkit.model.devices import check_memory
@@ -298,38 +323,57 @@ def _plan(
             own = speed.tokens_per_second(model, recipe, rows, length, run.device, run.dtype)
         return run.world.size * own
 
+    sizes = [shards.tokens for shards in corpus]
+    parts = list(zip(sources.mean_shares(sizes), corpus, strict=True))
     if run.world.leads:
         plan = replace(
             planner,
-            corpus_tokens=shards.tokens,
+            corpus_tokens=sum(sizes),
             speed=rate,
             closing_tokens=val_shards.tokens if val_shards else 0,
             check_fits=lambda plan: check_memory(plan.training_memory(run.world.size), run.device),
-            documents_within=lambda length: float((shards.lengths <= length).mean()),
+            documents_within=lambda n: sum(share * float((one.lengths <= n).mean()) for share, one in parts),
         ).plan()
     return Plan.from_json(run.world.broadcast(plan.to_json() if run.world.leads else None))
 
 
-def _say_plan(config: PretrainConfig, plan: Plan, inputs: list[str], shards: TokenShards, run: Run) -> None:
+def _batches(config: PretrainConfig, plan: Plan, corpus: list[TokenShards], sources: Sources) -> Batches:
+    from llmkit.data.batches import Batches
+
+    by_part = sources.shares([shards.tokens for shards in corpus])
+    # without the last bits of a product of floats, which would begin .29 of 100 steps at 28
+    shares = {int(round(start * plan.total_steps, 6)): shares for start, shares in by_part.items()}
+    return Batches(corpus, plan.sequence_length, plan.batch_rows, config.seed, shares)
+
+
+def _say_plan(config: PretrainConfig, plan: Plan, sources: Sources, batches: Batches, run: Run) -> None:
     """Say what will be done. Raises UserError for what cannot be."""
+    from llmkit.data.shares import shares_table
     from llmkit.model.devices import check_batch_memory, check_memory
     from llmkit.training.optimizer import warn_of_long_warmup
     from llmkit.training.plan import plan_table
     from llmkit.training.speed import expected_tokens_per_second
 
     run.world.check_rows(plan.batch_rows, f"--batch-tokens: rows of {plan.sequence_length} tokens")
-    if shards.tokens < plan.sequence_length:
+    sizes = [shards.tokens for shards in batches.sources]
+    if sum(sizes) < plan.sequence_length:
+        documents = sum(shards.documents for shards in batches.sources)
         raise UserError(
-            f"{names_of(inputs)}: {counted(shards.tokens, 'token')} in {counted(shards.documents, 'document')} "
+            f"{names_of(sources.paths)}: {counted(sum(sizes), 'token')} in {counted(documents, 'document')} "
             f"are fewer than one context of {plan.sequence_length:,}; give more text or a shorter --sequence-length"
         )
     if config.batch_tokens not in (None, plan.batch_tokens):
         whole = f"whole rows of {plan.sequence_length:,}"
         say(f"--batch-tokens {config.batch_tokens:,} becomes {plan.batch_tokens:,}, {whole}", config.quiet)
-    if (config.batch_tokens or 0) > shards.tokens:
-        few = f"more than the {counted(shards.tokens, 'token')} of the documents, so a step repeats some"
+    if (config.batch_tokens or 0) > sum(sizes):
+        few = f"more than the {counted(sum(sizes), 'token')} of the documents, so a step repeats some"
         say(f"--batch-tokens {config.batch_tokens:,}: {few}", config.quiet)
     say(plan_table(plan), config.quiet)
+    if sources.names:
+        say(shares_table(sources.names, sizes, batches.shares, batches.taken(plan.total_steps)), config.quiet)
+    for name, epochs in sources.named(batches.epochs(plan.total_steps)).items():
+        if epochs > 1:
+            say(f"{name} runs out and repeats: {epochs:.2f} epochs", config.quiet)
     warn_of_long_warmup(plan.warmup_steps, plan.total_steps, config.quiet)
     check_memory(plan.training_memory(run.world.size), run.device)
     follows = "" if config.batch_tokens else ", which follows from the tokens of the whole training"
@@ -360,3 +404,10 @@ def _trainer(config: PretrainConfig, plan: Plan, run: Run) -> Trainer:
     optimizer, schedule = build_optimizer(model, plan.recipe), Schedule(plan.warmup_steps, plan.decay_fraction)
     settings = TrainerSettings(plan.micro_batch_rows, flops_per_token=plan.model.flops_per_token(plan.sequence_length))
     return run.trainer(model, optimizer, schedule, next_token_loss, settings, flops=plan.flops)
+
+
+def _write(tokenizer: Tokenizer, model: Transformer, folder: Path) -> None:
+    from llmkit.model.folder import save_model
+
+    tokenizer.copy_to(folder)
+    save_model(model, folder)

@@ -269,15 +269,19 @@ class Trainer:
         seconds: float | None = None,
         evaluate: Evaluate | None = None,
         sample: Callable[[], str] | None = None,
+        figures: Callable[[int], Mapping[str, float]] = lambda step: {},
     ) -> None:
-        """Train on the batches from `step` on, until the horizon of `session` or their end."""
+        """Train on the batches from `step` on, until the horizon of `session` or their end.
+
+        figures: to log beside the metrics of a step, by its number from 1
+        """
         with self.session(total_steps=total_steps, seconds=seconds, evaluate=evaluate, sample=sample):
             while self.goes_on:
                 with self.interruptible():
                     batch = next(batches, None)
                 if batch is None:
                     break
-                self.end_step(self.train_step(batch))
+                self.end_step({**self.train_step(batch), **figures(self.step)})
 
     @contextmanager
     def session(

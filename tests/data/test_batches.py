@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmkit.data.batches import IGNORED, Batches, EvaluationBatches, permuted, shuffled
+from llmkit.data.batches import IGNORED, Batches, EvaluationBatches, Stream, permuted, shuffled
 from llmkit.data.shards import ShardInfo, ShardWriter, TokenShards
 
 START, END = 1, 2
@@ -43,11 +43,11 @@ def check_row(token_ids: np.ndarray, targets: np.ndarray, doc_ids: np.ndarray, f
 def test_every_token_is_an_input_once_and_predicted_once_an_epoch(tmp_path_factory, lengths, shape, seed):
     shards = corpus(tmp_path_factory.mktemp("c"), lengths)
     sequence_length, batch_size = shape
-    batches = Batches(shards, sequence_length, batch_size, seed)
+    batches = Batches([shards], sequence_length, batch_size, seed)
     epochs = 3
     count = -(-epochs * shards.tokens // sequence_length)  # rows that begin in these epochs
     parts = [batches.batch(step) for step in range(-(-count // batch_size))]
-    places = [batches.place(index) for index in range(count)]
+    places = [Stream(shards, sequence_length, seed).place(index) for index in range(count)]
     assert sorted(places) == list(range(count))
     dealt = [np.concatenate([part[k] for part in parts])[:count] for k in range(3)]
     inputs, targets, doc_ids = (arrays[np.argsort(places)].reshape(-1) for arrays in dealt)
@@ -74,11 +74,11 @@ def test_every_token_is_an_input_once_and_predicted_once_an_epoch(tmp_path_facto
 
 def test_another_process_and_a_resumed_run_see_the_same_batch(tmp_path):
     shards = corpus(tmp_path, [30, 7, 19, 4, 25])
-    first = Batches(shards, 8, 4, seed=5)
+    first = Batches([shards], 8, 4, seed=5)
     for step in range(12):
         first.batch(step)
     for step in (12, 1_000_000):
-        again = Batches(TokenShards(tmp_path), 8, 4, seed=5).batch(step)
+        again = Batches([TokenShards(tmp_path)], 8, 4, seed=5).batch(step)
         assert all(np.array_equal(a, b) for a, b in zip(first.batch(step), again, strict=True))
 
 
@@ -89,14 +89,14 @@ def test_a_drawn_permutation_is_one(count, seed, epoch):
 
 
 def test_rows_of_a_step_come_from_all_over_the_corpus(tmp_path):
-    batches = Batches(corpus(tmp_path, [64] * 64), 8, 16, seed=1)
-    spread = [np.ptp([batches.place(16 * step + row) for row in range(16)]) for step in range(20)]
+    stream = Stream(corpus(tmp_path, [64] * 64), 8, seed=1)
+    spread = [np.ptp([stream.place(16 * step + row) for row in range(16)]) for step in range(20)]
     assert min(spread) > 0.6 * 520  # rows in the epoch; side by side it would be 15
 
 
 def test_seed_and_epoch_change_the_order(tmp_path):
     shards = corpus(tmp_path, [5] * 40)
-    rows = [Batches(shards, shards.tokens, 1, seed).batch(epoch)[0] for seed in (0, 1) for epoch in (0, 1)]
+    rows = [Batches([shards], shards.tokens, 1, seed).batch(epoch)[0] for seed in (0, 1) for epoch in (0, 1)]
     assert len({row.tobytes() for row in rows}) == 4
 
 
@@ -114,20 +114,20 @@ def test_the_permutation_is_unbiased():
 
 def test_prefetch_gives_the_same_batches(tmp_path):
     shards = corpus(tmp_path, [30, 7, 25])
-    batches = Batches(shards, 8, 4, 5)
+    batches = Batches([shards], 8, 4, 5)
     for step, batch in zip(range(3, 20), batches.prefetch(3), strict=False):
         assert all(np.array_equal(a, b) for a, b in zip(batch, batches.batch(step), strict=True))
 
 
 def test_prefetch_may_be_left_early(tmp_path):
     shards = corpus(tmp_path, [30, 7])
-    for batch in Batches(shards, 8, 2).prefetch(0):
+    for batch in Batches([shards], 8, 2).prefetch(0):
         assert batch.token_ids_BT.shape == (2, 8)
         break
 
 
 def test_types_are_those_that_torch_takes(tmp_path):
-    batch = Batches(corpus(tmp_path, [30, 7]), 8, 2).batch(0)
+    batch = Batches([corpus(tmp_path, [30, 7])], 8, 2).batch(0)
     assert [array.dtype for array in batch] == [np.int64, np.int64, np.int32]
     assert all(array.shape == (2, 8) and array.flags.c_contiguous and array.flags.writeable for array in batch)
 

@@ -19,7 +19,7 @@ WORDS = "the old ship sailed past a green island while small birds sang over war
 RUNS = """
 python examples/tinyworld/make.py world/ --quick
 mkdir crawl && cp world/crawl-[01].warc.gz crawl/ && cp crawl/crawl-0.warc.gz page.warc.gz
-cp world/school.jsonl val.jsonl
+cp world/school.jsonl val.jsonl && cp val.jsonl books.jsonl
 cp p.jsonl world/problems.jsonl && cp v.jsonl world/problems-val.jsonl
 cp world/blocklist.txt world/chats.jsonl world/tools.jsonl world/prefs.jsonl .
 cp world/exam.jsonl questions.jsonl && cp world/questions.jsonl q.jsonl && cp world/prefs.jsonl ours.jsonl

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.file_server import file_server
+
 WORDS = "the old ship sailed past a green island while small birds sang over warm grey stones and deep blue water"
 WORDS = WORDS.split(" ")
 SHAPE = ["--depth", "1", "--hidden-size", "64", "--sequence-length", "32"]
@@ -195,7 +197,7 @@ def test_a_time_budget_chooses_for_itself_and_keeps_to_it(corpus, llmkit, tmp_pa
         (["--hidden-size", "100", "--num-attention-heads", "3"], "--hidden-size 100: not a multiple of 3"),
         (["--sequence-length", "100000"], "fewer than one context of 100,000"),
         (["--learning-rate", "0"], "--learning-rate: expected more than 0"),
-        (["--tokenizer", "gpt2"], "found no gpt2; llmkit train-bpe makes one, and nothing is fetched by its name: "),
+        (["--tokenizer", "gpt2"], "found no gpt2; llmkit train-bpe makes one, and hf://ORG/MODEL names one"),
         (["--out", "-"], "--out: expected a folder, such as -o base/, found -"),
     ],
 )
@@ -287,6 +289,103 @@ def test_stdin_documents_and_the_token_cache(corpus, llmkit, tmp_path):
     assert again.returncode == third.returncode == 0
     assert os.stat(shard).st_mtime_ns == stamp
     assert written == weights(tmp_path / "two") == weights(tmp_path / "base")
+
+
+# ---- sources with shares
+
+
+def mixed(corpus: Path, out: Path, *more: str) -> list[str]:
+    inputs = [f"{corpus}/docs.jsonl:0.75", f"{corpus}/val.jsonl:0.25", "--phase", "0.5:docs=0.4,val=0.6"]
+    steps = ["--max-steps", "20", "--val", f"{corpus}/val.jsonl"]
+    return ["pretrain", *inputs, "--tokenizer", f"{corpus}/tok", "-o", str(out), *SIZES, *steps, *more]
+
+
+@pytest.fixture(scope="module")
+def mixture(corpus, llmkit, tmp_path_factory) -> Path:
+    """A model of two sources after 20 steps, in one go."""
+    out = tmp_path_factory.mktemp("runs") / "mixture"
+    done = llmkit(*mixed(corpus, out))
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"source +tokens +share +from step 10 +trained on +epochs", done.stderr), done.stderr
+    assert re.search(r"docs +\S+ +75.0% +40.0% +2,944 +0.\d\d$", done.stderr, re.MULTILINE), done.stderr
+    assert re.search(r"val runs out and repeats: [3-9]\.\d\d epochs", done.stderr), done.stderr
+    assert json.loads(done.stdout)["shares"] == {"docs": 0.575, "val": 0.425}
+    return out
+
+
+def shares(folder: Path) -> list[tuple[float, float]]:
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [(row["share_docs"], row["share_val"]) for row in rows if "share_docs" in row]
+
+
+def test_the_shares_realised_are_in_metrics_and_manifest(mixture):
+    assert shares(mixture) == [(0.75, 0.25)] * 10 + [pytest.approx((0.4, 0.6), abs=1 / 256)] * 10
+    manifest = json.loads((mixture / "manifest.json").read_text())
+    assert manifest["results"]["shares"] == {"docs": 0.575, "val": 0.425}
+    assert 3 < manifest["results"]["epochs"]["val"] < 10 and manifest["results"]["epochs"]["docs"] < 1
+    assert [Path(one["path"]).name for one in manifest["inputs"]] == ["docs.jsonl", "val.jsonl"]
+
+
+def test_a_mixture_killed_and_resumed_equals_one_that_was_not(mixture, corpus, llmkit, tmp_path):
+    out = tmp_path / "base"
+    command = [sys.executable, "-m", "llmkit", *mixed(corpus, out, "--save-every", "2")]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list((tmp_path / "base.partial").glob("state/step-*4")):
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    assert not out.exists(), "the kill came too late: the test shows nothing"
+    other = llmkit(*mixed(corpus, out, "--resume", "--phase", "0.7:docs=1"))
+    assert other.returncode == 2 and "--phase was ['0.5:docs=0.4,val=0.6'] and is now" in other.stderr, other.stderr
+    done = llmkit(*mixed(corpus, out, "--resume"))
+    assert done.returncode == 0, done.stderr
+    assert weights(out) == weights(mixture) and losses(out) == losses(mixture) and shares(out) == shares(mixture)
+
+
+@pytest.mark.slow
+def test_two_processes_keep_the_shares(mixture, corpus, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "llmkit"]
+    out = tmp_path / "base"
+    done = subprocess.run([*launcher, *mixed(corpus, out)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert shares(out) == shares(mixture) and losses(out) == pytest.approx(losses(mixture), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "inputs, message",
+    [
+        (["{docs}:0.7", "{docs}:0.3"], "docs.jsonl: expected each input once where there are shares; add up its weig"),
+        (["{docs}:half"], "docs.jsonl:half: expected FILE:WEIGHT with a number, found 'half'"),
+        (["{docs}:1", "nowhere.jsonl:1"], "nowhere.jsonl: expected a file that can be read: no such file"),
+        (["{docs}:1", "--phase", "0.9:web=1"], "--phase 0.9:web=1: expected NAME=SHARE with a name of docs, found"),
+        (["{docs}:1", "--phase", "0.9:docs=1", "--time-budget", "1m"], "--phase: expected a run of known length, fou"),
+        (["{docs}:0.7", "ftp://host:21/x.parquet:0.3"], "ftp://host:21/x.parquet: expected https:// s3:// gs:// or hf"),
+        (["--", "-:0.5", "-:0.5"], "stdin: expected each input once"),
+    ],
+)
+def test_a_mistake_in_the_shares_is_one_line(corpus, llmkit, tmp_path, inputs, message):
+    inputs = [text.format(docs=f"{corpus}/docs.jsonl") for text in inputs]
+    done = llmkit("pretrain", "--tokenizer", f"{corpus}/tok", "-o", tmp_path / "base", *inputs)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and message in done.stderr, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_streams_patterns_and_folders_may_be_sources(corpus, llmkit, tmp_path):
+    """The tokens of each stream are kept apart."""
+    (tmp_path / "more").mkdir()
+    for name in "ab":
+        (tmp_path / "more" / f"{name}.jsonl").write_bytes((corpus / "val.jsonl").read_bytes())
+    with file_server() as server:
+        server.files["docs.jsonl"] = (corpus / "docs.jsonl").read_bytes()
+        command = ["pretrain", "--tokenizer", f"{corpus}/tok", *SIZES, "--max-steps", "2", "-o", tmp_path / "base"]
+        text = (corpus / "val.jsonl").read_text()
+        more = [f"{tmp_path}/more:0.125", f"{tmp_path}/more/*.jsonl:0.125"]
+        done = llmkit(*command, "--", *more, f"{server.address}docs.jsonl:0.5", "-:0.25", stdin=text)
+    assert done.returncode == 0, done.stderr
+    summary, more = json.loads(done.stdout), f"{tmp_path}/more"
+    assert summary["shares"] == {more: 0.125, f"{more}/*.jsonl": 0.125, "docs": 0.5, "stdin": 0.25}
+    assert summary["epochs"]["docs"] < summary["epochs"]["stdin"]
+    assert summary["epochs"]["stdin"] == pytest.approx(4 * summary["epochs"][more], abs=0.01)  # of half the tokens
 
 
 # ---- --from MODEL
