@@ -224,12 +224,12 @@ class ModelConfig:
         written["activation"] = family.defaults.get(activation, ACTIVATIONS[self.activation][0])
         names = {"activation": activation, **family.names}
         out: dict[str, Any] = {
-            "architectures": [f"{family.architecture}ForCausalLM"],
+            "architectures": [family.architecture + family.head],
             "model_type": config.model_type,
             **{key: value for name, value in written.items() if (key := names.get(name, name)) is not None},
             **rope_to_hf(main, config.sliding_rope or main, config.head_dim, family),
             "tie_word_embeddings": config.tie_word_embeddings,
-            "attention_dropout": 0.0,
+            **dict.fromkeys(family.dropouts, 0.0),
             "initializer_range": 0.02,
             "use_cache": True,
             "bos_token_id": config.bos_token_id,

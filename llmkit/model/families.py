@@ -51,6 +51,7 @@ class Family:
     """How transformers spells a family.
 
     architecture  of its classes, such as "Llama" of LlamaForCausalLM
+    head          what ends the name of the class that writes
     choices       fields of ModelConfig that every member has, where they are not the plain ones
     options       fields of ModelConfig in which members differ, and their names in config.json
     refused       what a config.json may ask for and we do not compute: name, and the value that we do
@@ -62,6 +63,7 @@ class Family:
     rope_every    where config.json has no `no_rope_layers`, every such layer is not rotated
     partial_rotary  True if `partial_rotary_factor` counts
     mlp_ratio     intermediate size over hidden size where config.json is silent
+    dropouts      names of its dropouts in config.json, which are written as 0: none is applied
     prefix        of the tensors of the model without its head
     tables        names of what stands outside of the layers
     layers        name of the list of layers
@@ -71,6 +73,7 @@ class Family:
     """
 
     architecture: str
+    head: str = "ForCausalLM"
     choices: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, str] = field(default_factory=dict)
     refused: Mapping[str, Any] = field(default_factory=dict)
@@ -82,6 +85,7 @@ class Family:
     rope_every: int | None = None
     partial_rotary: bool = False
     mlp_ratio: int | None = None
+    dropouts: tuple[str, ...] = ("attention_dropout",)
     prefix: str = "model."
     tables: Mapping[str, str] = field(default_factory=lambda: LLAMA_TABLES)
     layers: str = "layers"
@@ -107,6 +111,54 @@ FAMILIES = {
         options=BIASES,
         windows="switch",
         defaults={"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096},
+    ),
+    "gpt2": Family(
+        architecture="GPT2",
+        head="LMHeadModel",
+        choices={
+            "learned_positions": True,
+            "layer_norm": True,
+            "gated_mlp": False,
+            "activation": "gelu_tanh",
+            "attention_bias": True,
+            "attention_out_bias": True,
+            "mlp_bias": True,
+        },
+        refused={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+        names={
+            "hidden_size": "n_embd",
+            "intermediate_size": "n_inner",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "num_key_value_heads": None,
+            "head_dim": None,
+            "activation": "activation_function",
+            "max_position_embeddings": "n_positions",
+            "rms_norm_eps": "layer_norm_epsilon",
+            "rope_theta": None,
+        },
+        defaults={
+            "activation_function": "gelu_new",
+            "n_positions": 1024,
+            "layer_norm_epsilon": 1e-5,
+            "tie_word_embeddings": True,
+            "bos_token_id": 50256,
+            "eos_token_id": 50256,
+        },
+        mlp_ratio=4,
+        dropouts=("attn_pdrop", "embd_pdrop", "resid_pdrop"),
+        prefix="transformer.",
+        tables={"embed_tokens": "wte", "embed_positions": "wpe", "norm": "ln_f"},
+        layers="h",
+        layer={
+            "input_norm": ("ln_1",),
+            "qkv": ("attn.c_attn",),
+            "out": ("attn.c_proj",),
+            "mlp_norm": ("ln_2",),
+            "gate_up": ("mlp.c_fc",),
+            "down": ("mlp.c_proj",),
+        },
+        transposed=True,
     ),
     "olmo2": Family(
         architecture="Olmo2",

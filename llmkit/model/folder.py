@@ -22,6 +22,7 @@ from llmkit.io.hub import INDEX, WEIGHTS, local_folder
 from llmkit.io.jsonl import read_object, write_json
 from llmkit.io.progress import counted
 from llmkit.model.config import ModelConfig, token_ids
+from llmkit.model.families import FAMILIES
 from llmkit.model.transformer import Transformer
 from llmkit.model.weights import HEAD, embedding_name, export_state_dict, import_state_dict, stock_shapes
 
@@ -200,6 +201,7 @@ class SavedTensors:
                 f"found {counted(len(self.where), 'tensor')} in all"
             )
         shapes, embedding = {**stock_shapes(config), **(others or {})}, embedding_name(config)
+        self._add_prefix(config)
         if config.tie_word_embeddings and HEAD in self.where:
             if embedding in self.where:
                 self._check_shape(embedding, shapes[embedding])
@@ -226,6 +228,14 @@ class SavedTensors:
             )
         for name, shape in shapes.items():
             self._check_shape(name, shape)
+
+    def _add_prefix(self, config: ModelConfig) -> None:
+        """Give the names of a model with a head to the tensors of one without, as gpt2's own folder has them."""
+        prefix = FAMILIES[config.model_type].prefix
+        bare = [name for name in self.where if name not in (HEAD, SCORE)]
+        if not any(name.startswith(prefix) for name in bare):
+            for name in bare:
+                self.where[prefix + name], self.stored_as[prefix + name] = self.where.pop(name), name
 
     def _check_shape(self, name: str, expected: tuple[int, ...]) -> None:
         where, shape = self.where[name], self.shape(name)

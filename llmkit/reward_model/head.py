@@ -19,6 +19,7 @@ from llmkit.data.batches import splitmix64
 from llmkit.kernels.attention import Branching
 from llmkit.kernels.linear import linear
 from llmkit.model.config import ModelConfig
+from llmkit.model.families import FAMILIES
 from llmkit.model.folder import SCORE, SavedTensors, load_config, save_tensors
 from llmkit.model.transformer import Transformer
 from llmkit.model.weights import export_state_dict, import_state_dict
@@ -47,7 +48,9 @@ class RewardModel(Transformer):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ):
-        super().__init__(replace(config, tie_word_embeddings=True), dtype=dtype, device=device)  # no head for words
+        # no head for words
+        config = replace(config, tie_word_embeddings=True, logits_scaling=1.0)
+        super().__init__(config, dtype=dtype, device=device)
         self.score = nn.Parameter(torch.empty(heads, config.hidden_size, dtype=dtype, device=device))
 
     @classmethod
@@ -57,7 +60,8 @@ class RewardModel(Transformer):
         Stiennon et al. 2020 (arXiv 2009.01325), appendix B.1: scores then begin near 0.
         """
         reward = cls(model.config, heads, dtype=model.embed_tokens.dtype, device="meta")
-        reward.embed_tokens, reward.layers, reward.norm = model.embed_tokens, model.layers, model.norm
+        for name in ("embed_tokens", "embed_positions", "layers", "norm", "norm_bias"):
+            setattr(reward, name, getattr(model, name))
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randn(heads, model.config.hidden_size, generator=generator)
         drawn /= math.sqrt(model.config.hidden_size + 1)
@@ -72,7 +76,7 @@ class RewardModel(Transformer):
 def save_reward_model(model: RewardModel, folder: str | os.PathLike[str], pad_id: int | None) -> None:
     """Write the folder in float32; `pad_id` is the token that transformers takes for padding."""
     config = model.config.to_hf("float32")
-    family = config["architectures"][0].removesuffix("ForCausalLM")
+    family = FAMILIES[model.config.model_type].architecture
     labels = {str(head): f"reward_{head}" if len(model.score) > 1 else "reward" for head in range(len(model.score))}
     config |= {
         "architectures": [family + ARCHITECTURE],

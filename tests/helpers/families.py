@@ -26,6 +26,8 @@ FAMILIES = {
     "mistral-window": ("Mistral", {"sliding_window": 8, "head_dim": 24}),
     "mistral": ("Mistral", {"sliding_window": None}),
     "llama-mlp-biases": ("Llama", {"mlp_bias": True}),
+    "gpt2": ("GPT2", {"n_inner": 80}),
+    "gpt2-untied": ("GPT2", {"tie_word_embeddings": False}),
     "olmo2": ("Olmo2", {}),
     "olmo2-biases-and-yarn": ("Olmo2", {"attention_bias": True, "rope_parameters": YARN_ROPE}),
 }
@@ -36,7 +38,7 @@ def make(name: str):
     cls, options = FAMILIES[name]
     torch.manual_seed(0)
     config = getattr(transformers, cls + "Config")(**SMALL, **options)
-    model = getattr(transformers, cls + "ForCausalLM")(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

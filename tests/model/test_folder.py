@@ -107,6 +107,21 @@ def test_a_tied_checkpoint_may_store_either_name(tmp_path, stored):
         load_model(tmp_path)
 
 
+@torch.no_grad()
+def test_the_tensors_of_a_model_without_its_head_load(tmp_path):
+    """As they lie in openai-community/gpt2, whose masks are no weights."""
+    theirs = save("gpt2", tmp_path)
+
+    def strip(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        tensors["h.0.attn.bias"] = torch.ones(1, 1, 64, 64)
+
+    edit_tensors(tmp_path, strip)
+    ours = load_model(tmp_path)
+    assert (ours.logits(ours(tokens())) - theirs(tokens()).logits).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -73,6 +73,25 @@ def test_packed_documents_give_the_loss_and_gradients_of_separate_ones(dtype):
         assert (gradients[name] - parameter.grad).norm() < 2 * tolerance * parameter.grad.norm() + 1e-6, name
 
 
+@pytest.mark.parametrize("name", ["gpt2", "olmo2", "mistral-window"])
+@torch.no_grad()
+def test_documents_of_a_row_and_branches_are_as_if_alone(name, tmp_path):
+    from llmkit.kernels.attention import Branching
+    from llmkit.model.folder import load_model
+
+    save(name, tmp_path)
+    model, ids = load_model(tmp_path), tokens(1, 30)
+    alone = torch.cat([model(ids[:, :12]), model(ids[:, 12:])], 1)
+    doc_ids = torch.tensor([[0] * 12 + [1] * 18])
+    assert (model(ids, doc_ids=doc_ids) - alone).abs().max() < 1e-4
+    branches = torch.tensor([[0] * 12 + [1] * 9 + [2] * 9])
+    positions = torch.tensor([[*range(21), *range(12, 21)]])
+    both = model(ids, doc_ids=Branching(torch.zeros_like(ids), branches, positions))
+    second = model(torch.cat([ids[:, :12], ids[:, 21:]], 1))[:, 12:]
+    assert (both[:, :21] - model(ids[:, :21])).abs().max() < 1e-4
+    assert (both[:, 21:] - second).abs().max() < 1e-4
+
+
 def test_activation_checkpointing_changes_no_gradient():
     model, ids = shaken(small(residual_scales=True)).train(), tokens(2, 20)
     model.loss(ids, ids.roll(-1, 1)).backward()
