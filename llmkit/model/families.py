@@ -22,6 +22,12 @@ LLAMA_LAYER = {
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
+POST_NORMS = {
+    "attention_post_norm": ("post_attention_layernorm",),
+    "mlp_post_norm": ("post_feedforward_layernorm",),
+}
+GEMMA_LAYER = {**LLAMA_LAYER, **POST_NORMS, "mlp_norm": ("pre_feedforward_layernorm",)}
+OLMO_LAYER = {**LLAMA_LAYER, **POST_NORMS}  # which has no norms before
 LLAMA_TABLES = {"embed_tokens": "embed_tokens", "norm": "norm"}
 # fields of ModelConfig in which families differ, and the choice of most
 PLAIN: Mapping[str, Any] = {
@@ -52,6 +58,7 @@ class Family:
 
     architecture  of its classes, such as "Llama" of LlamaForCausalLM
     head          what ends the name of the class that writes
+    scorer        what begins the name of the class that scores, where it is not `architecture`
     choices       fields of ModelConfig that every member has, where they are not the plain ones
     options       fields of ModelConfig in which members differ, and their names in config.json
     refused       what a config.json may ask for and we do not compute: name, and the value that we do
@@ -74,6 +81,7 @@ class Family:
 
     architecture: str
     head: str = "ForCausalLM"
+    scorer: str | None = None
     choices: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, str] = field(default_factory=dict)
     refused: Mapping[str, Any] = field(default_factory=dict)
@@ -111,6 +119,38 @@ FAMILIES = {
         options=BIASES,
         windows="switch",
         defaults={"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096},
+    ),
+    "gemma3_text": Family(
+        architecture="Gemma3",
+        scorer="Gemma3Text",
+        choices={
+            "activation": "gelu_tanh",
+            "post_norms": True,
+            "qk_norm": True,
+            "scale_embedding": True,
+        },
+        options={**BIASES, "query_pre_attn_scalar": "query_pre_attn_scalar"},
+        refused={"use_bidirectional_attention": False, "attn_logit_softcapping": None, "final_logit_softcapping": None},
+        names={"activation": "hidden_activation"},
+        defaults={
+            "vocab_size": 262208,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "max_position_embeddings": 131072,
+            "query_pre_attn_scalar": 256,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+            "sliding_window": 4096,
+            "tie_word_embeddings": True,
+            "bos_token_id": 2,
+            "eos_token_id": 1,
+        },
+        windows="layers",
+        window_every=6,
+        layer_ropes=True,
+        layer=GEMMA_LAYER,
+        gain_offset=1.0,
     ),
     "gpt2": Family(
         architecture="GPT2",
@@ -165,10 +205,6 @@ FAMILIES = {
         choices={"qk_norm": True, "qk_norm_whole": True, "pre_norms": False, "post_norms": True},
         options=BIASES,
         defaults={"rms_norm_eps": 1e-5, "eos_token_id": 50279},
-        layer={
-            **{name: modules for name, modules in LLAMA_LAYER.items() if name not in ("input_norm", "mlp_norm")},
-            "attention_post_norm": ("post_attention_layernorm",),
-            "mlp_post_norm": ("post_feedforward_layernorm",),
-        },
+        layer=OLMO_LAYER,
     ),
 }

@@ -76,10 +76,10 @@ class RewardModel(Transformer):
 def save_reward_model(model: RewardModel, folder: str | os.PathLike[str], pad_id: int | None) -> None:
     """Write the folder in float32; `pad_id` is the token that transformers takes for padding."""
     config = model.config.to_hf("float32")
-    family = FAMILIES[model.config.model_type].architecture
+    family = FAMILIES[model.config.model_type]
     labels = {str(head): f"reward_{head}" if len(model.score) > 1 else "reward" for head in range(len(model.score))}
     config |= {
-        "architectures": [family + ARCHITECTURE],
+        "architectures": [(family.scorer or family.architecture) + ARCHITECTURE],
         "id2label": labels,
         "label2id": {name: int(head) for head, name in labels.items()},
         "num_labels": len(labels),

@@ -14,6 +14,11 @@ LLAMA3_ROPE = dict(
     original_max_position_embeddings=16,
 )  # fmt: skip
 YARN_ROPE = dict(rope_type="yarn", rope_theta=5e5, factor=4.0, original_max_position_embeddings=16)
+GEMMA = dict(head_dim=16, query_pre_attn_scalar=24, sliding_window=8)
+GEMMA_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
+}
 FAMILIES = {
     "llama": ("Llama", {}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
@@ -26,6 +31,8 @@ FAMILIES = {
     "mistral-window": ("Mistral", {"sliding_window": 8, "head_dim": 24}),
     "mistral": ("Mistral", {"sliding_window": None}),
     "llama-mlp-biases": ("Llama", {"mlp_bias": True}),
+    "gemma3": ("Gemma3Text", {**GEMMA, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "gemma3-scaled-rope": ("Gemma3Text", {**GEMMA, "rope_parameters": GEMMA_ROPE, "attention_bias": True}),
     "gpt2": ("GPT2", {"n_inner": 80}),
     "gpt2-untied": ("GPT2", {"tie_word_embeddings": False}),
     "olmo2": ("Olmo2", {}),
