@@ -205,6 +205,8 @@ class Decoder:
         self.device, self.dtype, self._weights = self._embedding.device, self._embedding.dtype, weights
         self._tables, table_of = rotary_tables(model.config)
         self._layers = [_Layer(layer, i, weights) for layer, i in zip(model.layers, table_of, strict=True)]
+        scaling = model.config.rope_scaling
+        self._first_context = scaling.original_max_position_embeddings if scaling and scaling.long_factor else None
         self._positions, self._final_bias = model.embed_positions, model.norm_bias
         self._embedding_scale = model.embedding_scales[self.dtype]
         self._head = _product(model.head_weight, None, weights)
@@ -241,6 +243,13 @@ class Decoder:
         """Run more tokens through the model, by themselves again."""
         hidden_TC, keys, values = self._run(prefix, token_ids)
         return Prefix(keys, values, self._head(hidden_TC[-1:]))
+
+    def turns_anew(self, before: int, after: int) -> bool:
+        """True where a sequence that grows from `before` to `after` tokens needs its keys again, by `prefill`.
+
+        Longrope turns all positions of a sequence otherwise once it is longer than the first context.
+        """
+        return self._first_context is not None and before <= self._first_context < after
 
     def logits(self, token_ids: list[int]) -> Tensor:
         """The logits (T, V) behind each of T tokens."""

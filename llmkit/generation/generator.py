@@ -327,6 +327,9 @@ class _Pool:
     def _step(self) -> None:
         """One token for each running sequence; the last slot moves into one that is left."""
         running = self._running
+        for slot, sequence in enumerate(running):
+            if self._decoder.turns_anew(sequence.position, sequence.position + 1):
+                self._decoder.load(slot, self._decoder.prefill([*sequence.request.prompt, *sequence.token_ids]))
         logits = self._decoder.step([s.token_ids[-1] for s in running], [s.position for s in running])
         self._of.steps += 1
         self._of.rows += len(running)
@@ -432,7 +435,10 @@ class _Pool:
         if not ids:
             self._leave(sequence, self._last_text(sequence, "length"), None)
             return None
-        prefix = self._decoder.extend(earlier, [sequence.token_ids[-1], *ids])
+        if self._decoder.turns_anew(len(earlier), len(earlier) + 1 + len(ids)):
+            prefix = self._decoder.prefill([*sequence.request.prompt, *sequence.token_ids, *ids])
+        else:
+            prefix = self._decoder.extend(earlier, [sequence.token_ids[-1], *ids])
         for token in ids:
             sequence.append(token, 0.0, 0.0, sampled=False)
         return sequence, prefix

@@ -240,6 +240,8 @@ class ModelConfig:
             value = getattr(config, name)
             if value != PLAIN[name] or key == "attention_bias":  # the others are a silent file's
                 out[key] = int(value) if isinstance(value, float) and value.is_integer() else value
+        if "pad_token_id" in family.defaults:  # an id of its own vocabulary, whose row transformers would not train
+            out["pad_token_id"] = None
         return out | _windows_to_hf(config, family)
 
     @classmethod
@@ -353,7 +355,7 @@ def _windows_to_hf(config: ModelConfig, family: Family) -> dict[str, Any]:
         return {}
     out: dict[str, Any] = {"use_sliding_window": width is not None} if family.windows == "switch" else {}
     out["sliding_window"] = width
-    if family.windows == "switch":
+    if family.windows == "switch" and not family.rope_every:
         out["max_window_layers"] = config.num_hidden_layers
     if family.windows != "all":
         out["layer_types"] = [FULL if window is None else SLIDING for window in windows]

@@ -16,6 +16,7 @@ from llmkit.generation.decode import Decoder
 from llmkit.generation.generator import Generator, continue_text, prompt_ids
 from llmkit.generation.next_token import Sampling
 from llmkit.generation.requests import Request, StopMatcher
+from llmkit.model.config import Rope, RopeScaling
 from llmkit.tokenizer.encoding import load_tokenizer
 
 SHAPES = {
@@ -26,6 +27,20 @@ SHAPES = {
     },
     "windows": {"layer_windows": (None, 24)},
     "in training": {"normalize_embedding": True, "residual_scales": True, "norm_gains": False, "qk_gain": 1.3},
+    "gpt2": {
+        "model_type": "gpt2", "qk_norm": False, "num_key_value_heads": 4, "learned_positions": True,
+        "layer_norm": True, "gated_mlp": False, "activation": "gelu_tanh", "attention_bias": True,
+        "attention_out_bias": True, "mlp_bias": True,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text", "post_norms": True, "activation": "gelu_tanh", "scale_embedding": True,
+        "query_pre_attn_scalar": 24.0, "layer_windows": (None, 24), "sliding_rope": Rope(1e3),
+    },
+    "olmo2": {"model_type": "olmo2", "qk_norm_whole": True, "pre_norms": False, "post_norms": True},
+    "phi3 and granite": {
+        "model_type": "granite", "qk_norm": False, "rotary_dim": 8, "residual_multiplier": 0.5,
+        "logits_scaling": 2.0, "embedding_multiplier": 3.0,
+    },
     "wide feed-forward": {"intermediate_size": 1376, "head_dim": 64},
 }  # fmt: skip
 
@@ -74,6 +89,21 @@ def test_decoding_gives_the_logits_of_the_whole_forward(shape, dtype, weights, t
             with torch.no_grad():
                 whole = model.logits(model(torch.tensor([text[: i + 1]])))[0, -1]
             torch.testing.assert_close(logits[row], whole, rtol=0, atol=tolerance)
+
+
+def test_longrope_turns_all_positions_anew_beyond_its_first_context(tokenizer):
+    factors = {"short_factor": (1.0,) * 8, "long_factor": (1.0, 1.5, *(4.0,) * 6), "attention_factor": 1.2}
+    scaling = RopeScaling("longrope", 4.0, original_max_position_embeddings=20, **factors)
+    model = make_model(model_type="phi3", qk_norm=False, rope_scaling=scaling, spread=1.5)
+    prompts = [[65, 66, 67], [70 + i % 9 for i in range(19)], [80 + i % 9 for i in range(26)]]
+    requests = [Request(prompt, max_tokens=12, number=number) for number, prompt in enumerate(prompts)]
+    given = complete(model, tokenizer, requests, Sampling(0.0), slots=2)
+    for number, prompt in enumerate(prompts):
+        ids = list(prompt)
+        while len(ids) < len(prompt) + len(given[number, 0].token_ids):
+            with torch.no_grad():
+                ids.append(int(model.logits(model(torch.tensor([ids]))[0, -1]).argmax()))
+        assert given[number, 0].token_ids == ids[len(prompt) :]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,14 @@ GEMMA_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
 }
+GRANITE = dict(embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.2, logits_scaling=8.0)
+OLMO_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
+OLMO_ROPE = {"full_attention": YARN_ROPE, "sliding_attention": {"rope_type": "default", "rope_theta": 5e5}}
+PHI_ROPE = dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)
+LONG_ROPE = dict(
+    rope_type="longrope", rope_theta=1e4, partial_rotary_factor=2 / 3, short_factor=[1.0, 1.1, 1.2, 1.5],
+    long_factor=[1.0, 2.0, 3.0, 4.0],
+)  # fmt: skip
 FAMILIES = {
     "llama": ("Llama", {}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
@@ -35,8 +43,24 @@ FAMILIES = {
     "gemma3-scaled-rope": ("Gemma3Text", {**GEMMA, "rope_parameters": GEMMA_ROPE, "attention_bias": True}),
     "gpt2": ("GPT2", {"n_inner": 80}),
     "gpt2-untied": ("GPT2", {"tie_word_embeddings": False}),
+    "granite": ("Granite", {**GRANITE, "tie_word_embeddings": True}),
+    "granite-biases": ("Granite", {**GRANITE, "attention_bias": True, "mlp_bias": True}),
     "olmo2": ("Olmo2", {}),
     "olmo2-biases-and-yarn": ("Olmo2", {"attention_bias": True, "rope_parameters": YARN_ROPE}),
+    "olmo3": ("Olmo3", {"sliding_window": 8, "layer_types": OLMO_LAYERS}),
+    "olmo3-yarn": ("Olmo3", {"sliding_window": 8, "layer_types": OLMO_LAYERS, "rope_parameters": OLMO_ROPE}),
+    "phi3": ("Phi3", {}),
+    "phi3-window-and-part-of-the-head": ("Phi3", {"sliding_window": 8, "rope_parameters": PHI_ROPE}),
+    "phi3-longrope": ("Phi3", {"original_max_position_embeddings": 64, "rope_parameters": LONG_ROPE}),
+    "phi3-longrope-beyond-its-first-context": (
+        "Phi3",
+        {"original_max_position_embeddings": 16, "rope_parameters": LONG_ROPE},
+    ),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1], "rope_parameters": YARN_ROPE}),
+    "smollm3-window": (
+        "SmolLM3",
+        {"use_sliding_window": True, "sliding_window": 8, "no_rope_layer_interval": 2, "tie_word_embeddings": False},
+    ),
 }
 
 

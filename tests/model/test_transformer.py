@@ -76,10 +76,11 @@ def test_packed_documents_give_the_loss_and_gradients_of_separate_ones(dtype):
         assert (gradients[name] - parameter.grad).norm() < 2 * tolerance * parameter.grad.norm() + 1e-6, name
 
 
-@pytest.mark.parametrize("name", ["gpt2", "olmo2", "gemma3", "mistral-window"])
+@pytest.mark.parametrize("name", ["gpt2", "olmo3-yarn", "gemma3", "phi3-longrope", "mistral-window"])
 @torch.no_grad()
 def test_documents_of_a_row_and_branches_are_as_if_alone(name, tmp_path):
     from llmkit.kernels.attention import Branching
+
     from llmkit.model.folder import load_model
 
     save(name, tmp_path)
