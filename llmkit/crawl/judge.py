@@ -161,14 +161,14 @@ class Judge:
         """The text has an item of an evaluation, whose file is the reason."""
         if self.items is None:
             self.items = Contamination(self.recipe.contamination)
-        match = self.items.find(document.text or "")
-        if match is None:
+        document.items = self.items.find(document.text or "")
+        if not document.items:
             return None
-        document.contamination = match.item
         if self.recipe.contamination.mode == "redact":
             document.text = self.items.redact(document.text or "")
             return None
-        return match.item.rpartition(":")[0], match.score
+        item, score = document.items[0]
+        return item.rpartition(":")[0], score
 
     def pii(self, document: Document) -> Reason:
         """Personal data is replaced, or its page dropped."""
@@ -220,11 +220,19 @@ class Worker:
             if isinstance(judged, Document):
                 texts.append(judged.text or "")
                 line = _line(judged.record(self.tell_language))
-                part.outcomes.append(Outcome(None, None, frame.path, frame.offset, line))
+                outcome = Outcome(None, None, frame.path, frame.offset, line)
             else:
                 step = READ if isinstance(judged, Skipped) else judged.step
                 line = _line(judged.reject()) if self.rejects else b""
-                part.outcomes.append(Outcome(step, judged.reason, frame.path, frame.offset, line))
+                outcome = Outcome(step, judged.reason, frame.path, frame.offset, line)
+            if not isinstance(judged, Skipped):
+                document = judged.document if isinstance(judged, Dropped) else judged
+                if document.items:
+                    outcome.identity, outcome.items = (
+                        document.identity,
+                        [(item, score) for item, score in document.items],
+                    )
+            part.outcomes.append(outcome)
         if self.duplicates and texts:
             from llmkit.crawl.dedup.duplicates import signatures
 

@@ -16,6 +16,7 @@ from typing import IO, Any, NamedTuple, TextIO
 
 import orjson
 
+from llmkit.crawl.filters.contamination import Findings
 from llmkit.crawl.page import READ, Batch, Frame, Part
 from llmkit.crawl.read.frames import Reader, Source, batches, sources
 from llmkit.crawl.recipe import DUPLICATES, Recipe
@@ -145,7 +146,7 @@ class Collector:
         on_bad: Callable[[str, str, int], object] = lambda where, reason, count: None,
     ) -> None:
         """on_bad is told of each record that is not what it should be: where it is, why, and how many there were."""
-        self.funnel = Funnel([READ, *recipe.taken])
+        self.funnel, self.findings = Funnel([READ, *recipe.taken]), Findings()
         self.bad, self.limit, self.on_bad = 0, limit, on_bad
         self._document, self._reject = document, reject
         self._names = Names(spill) if reject else None
@@ -172,6 +173,10 @@ class Collector:
         for outcome in part.outcomes:
             if self.full:
                 return
+            if outcome.items:
+                self.findings.add(outcome.identity, outcome.items)
+                if outcome.step != "contamination":
+                    self.funnel.redacted["contamination"] += 1
             if outcome.step is not None:
                 self._drop(outcome.step, outcome.reason, outcome.line)
             elif (repeat := next(repeats, None)) is None:
@@ -232,6 +237,7 @@ class Funnel:
         self.kept = 0
         self.dropped: dict[str, Counter[str]] = {step: Counter() for step in steps}
         self.seconds = dict.fromkeys(steps, 0.0)
+        self.redacted = Counter[str]()  # records that a step changed and did not drop
 
     @property
     def records(self) -> int:
@@ -257,12 +263,13 @@ class Funnel:
             self.seconds[step] += amount
 
     def as_json(self) -> list[dict[str, Any]]:
-        """One object a step, in order: `{"step", "in", "kept", "dropped": {reason: count}, "seconds"}`."""
+        """One object a step, in order: `{"step", "in", "kept", "dropped": {reason: count}, "redacted"?, "seconds"}`."""
         rows, left = [], self.records
         for step, counts in self.dropped.items():
             passed = left - counts.total()
             reasons = dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
             rows.append({"step": step, "in": left, "kept": passed, "dropped": reasons})
+            rows[-1] |= {"redacted": self.redacted[step]} if self.redacted[step] else {}
             rows[-1]["seconds"] = round(self.seconds[step], 3)
             left = passed
         assert left == self.kept, f"{left} records left the last step, {self.kept} were kept"
@@ -278,6 +285,8 @@ class Funnel:
             rows.append((step["step"], *counts, share(dropped), f"{step['seconds']:.2f}"))
             for reason, count in step["dropped"].items():
                 rows.append((f"  {printable(reason)}", "", "", f"{count:,}", share(count), ""))
+            if redacted := step.get("redacted"):
+                rows.append(("  redacted", "", f"{redacted:,}", "", share(redacted), ""))
         print(f"recipe {printable(recipe)}", file=to)
         first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for name, *cells in rows:

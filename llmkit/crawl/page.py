@@ -84,7 +84,7 @@ class Document:
     title: str | None = None
     language: str | None = None
     language_score: float | None = None
-    contamination: str | None = None  # the item of an evaluation that it holds, or held
+    items: Sequence[tuple[str, float]] = ()  # of evaluations, that it holds or held, with scores, the highest first
     measures: dict[str, Mapping[str, float]] = field(default_factory=dict)  # by step
     split: Split | None = None
 
@@ -93,6 +93,11 @@ class Document:
         if self.split is None or self.split.text is not self.text:
             self.split = Split(self.text or "")
         return self.split
+
+    @property
+    def contamination(self) -> str | None:
+        """The item of the highest score."""
+        return self.items[0][0] if self.items else None
 
     @property
     def identity(self) -> Any:
@@ -170,6 +175,8 @@ class Outcome:
     path: str
     offset: int
     line: bytes = b""  # JSON and a newline: the document, or the entry of --rejects; empty where nobody asked
+    identity: Any = None  # of a document that holds or held
+    items: Sequence[tuple[str, float]] = ()  # of evaluations: each with its score
 
 
 @dataclass(slots=True)
@@ -187,7 +194,10 @@ class Part:
         >>> Part.unpack(part.pack()) == part
         True
         """
-        outcomes = [(o.step, o.reason, o.path, o.offset, len(o.line)) for o in self.outcomes]
+        outcomes = [
+            (o.step, o.reason, o.path, o.offset, len(o.line), *([o.identity, o.items] if o.items else []))
+            for o in self.outcomes
+        ]
         header = {"outcomes": outcomes, "seconds": self.seconds}
         try:
             head = orjson.dumps(header)
@@ -206,8 +216,9 @@ class Part:
         at = 8 + int.from_bytes(packed[:8], "little")
         header = json.loads(packed[8:at])
         outcomes = []
-        for step, reason, path, offset, size in header["outcomes"]:
-            outcomes.append(Outcome(step, reason, path, offset, packed[at : at + size]))
+        for step, reason, path, offset, size, *found in header["outcomes"]:
+            identity, items = found or (None, ())
+            outcomes.append(Outcome(step, reason, path, offset, packed[at : at + size], identity, items))
             at += size
         signatures = np.load(io.BytesIO(packed[at:]), allow_pickle=False) if at < len(packed) else None
         return cls(outcomes, signatures, header["seconds"])

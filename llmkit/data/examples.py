@@ -205,12 +205,13 @@ def read_examples(
     bad: BadRecords,
     unknown: int | None = None,
     observe: Callable[[list[str]], object] | None = None,
+    contaminated: Callable[[Conversation], bool] | None = None,
     progress: Callable[[int], object] = lambda count: None,
 ) -> tuple[Examples, str]:
     """The examples of one source, and a digest of what they are made of.
 
-    Rejected conversations are left out, and what `encode` refuses is a bad record; the token `unknown` is no target.
-    `observe` receives the texts.
+    Rejected and contaminated conversations are left out, and what `encode` refuses is a bad record; the token `unknown`
+    is no target. `observe` receives the texts.
     """
     digest, counts = sha256(), Counter()
 
@@ -219,6 +220,10 @@ def read_examples(
             chosen = [conversation for conversation in chunk if not conversation.rejected]
             if rejected := len(chunk) - len(chosen):
                 counts.update({"read": rejected, "rejected by its label": rejected})
+            if contaminated is not None:
+                read, chosen = len(chosen), [conversation for conversation in chosen if not contaminated(conversation)]
+                if dropped := read - len(chosen):
+                    counts.update({"read": dropped, "contaminated": dropped})
             if observe is not None:
                 observe([conversation.said for conversation in chosen])
             for conversation, example in encode_good(chosen, encode, bad):

@@ -42,7 +42,12 @@ BLOCK = 1 << 20
 PACKED = (".gz", ".zst", ".parquet")  # ends of names of outputs that are not JSONL as it stands
 NOT_READ = (".arrow", ".feather", ".xlsx")
 RECORDS, TEXTS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv"), (".txt", ".md")
-DESCRIPTIONS = ("manifest.json", "dataset_infos.json", "dataset_dict.json")  # of data, beside them
+DESCRIPTIONS = (
+    "manifest.json",
+    "contamination.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+)  # of data, beside them
 MOST_NAMED = 6  # files in a message
 STDIN_ONCE = "stdin: '-' can be read only once; save one of the inputs to a file"
 JSON_LINE = orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY

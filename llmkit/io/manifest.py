@@ -123,8 +123,9 @@ def _with_sources(manifest: Mapping[str, Any], change: Callable[[Mapping[str, An
 
 
 def describe_inputs(paths: Iterable[str]) -> list[dict[str, Any]]:
-    """Path, size in bytes and SHA-256 of each input file, and the manifest of what a stage has written; stdin and
-    pipes are named alone, addresses with size and version (ETag)."""
+    """Path, size in bytes and SHA-256 of each input file, and of what a stage has written the manifest and the
+    evaluations that it has no items of (`not_in`); stdin and pipes are named alone, addresses with size and version
+    (ETag)."""
     described = []
     for path in paths:
         if is_remote(path):
@@ -140,6 +141,7 @@ def describe_inputs(paths: Iterable[str]) -> list[dict[str, Any]]:
             # another file may have taken the place of what the stage had written
             if manifest and manifest.get("output") == content:
                 described[-1]["manifest"] = manifest
+                described[-1] |= {"not_in": manifest["not_in"]} if isinstance(manifest.get("not_in"), list) else {}
     return described
 
 
@@ -156,8 +158,13 @@ def write_manifest(
     parents: Sequence[str] = (),
     results: Mapping[str, Any] | None = None,
     packages: Sequence[str] = PACKAGES,
+    not_in: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Write the manifest of a folder into it, of a single file beside it, and return it."""
+    """Write the manifest of a folder into it, of a single file beside it, and return it.
+
+    not_in: evaluations among the inputs, whose items were taken out of the others. The manifest names them, and those
+    that all other inputs had been rid of before.
+    """
     from importlib.metadata import PackageNotFoundError, version  # 11 ms that no --help need pay
 
     versions = {"python": platform.python_version()}
@@ -174,6 +181,10 @@ def write_manifest(
             parent["manifest"] = read_manifest(local_folder(parent["path"]))
         except (UserError, OSError) as error:  # after the work, which it is no reason to lose
             say(f"{error}; so the manifest does not tell how {parent['path']} was made")
+    described = describe_inputs(inputs)
+    before = [item.get("not_in", []) for item in described if item["path"] not in not_in]
+    absent = [{"path": item["path"], "sha256": item.get("sha256")} for item in described if item["path"] in not_in]
+    absent += [item for item in (before or [[]])[0] if item not in absent and all(item in others for others in before)]
     own, ancestors = flattened(
         {
             "manifest_version": MANIFEST_VERSION,
@@ -183,8 +194,9 @@ def write_manifest(
             "options": dict(options),
             "versions": versions,
             "machine": f"{platform.machine()} {platform.system()}, {counted(os.cpu_count() or 1, 'core')}",
-            "inputs": describe_inputs(inputs),
+            "inputs": described,
             "parents": above,
+            **({"not_in": absent} if absent else {}),
             **({"output": _content(output)} if os.path.isfile(output) else {}),
             "results": dict(results or {}),
         }
@@ -202,14 +214,17 @@ def write_model_card(folder: Path, manifest: Mapping[str, Any]) -> None:
     }
     table = [f"| {key} | {value} |" for key, value in results.items()]
     commands = [f"1. `{command}`" for command in dict.fromkeys(_commands(manifest))]
-    inputs = [f"- `{item['path']}` {item.get('sha256', '')[:12]}" for item in manifest.get("inputs", [])]
+    absent = [item["path"] for item in manifest.get("not_in", [])]
+    read = [item for item in manifest.get("inputs", []) if item["path"] not in absent]
+    inputs = [f"- `{item['path']}` {item.get('sha256', '')[:12]}" for item in read]
+    without = f", without the items of {', '.join(f'`{path}`' for path in absent)}" if absent else ""
     task, command, model_class, meaning = USES[_kind(manifest)]
     sections = [
         f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags: [llmkit]\n---\n# " + name,
         f"Made by `llmkit {manifest.get('stage', '?')}` on {manifest.get('created', '?')[:10]}.",
         "\n".join(["| | |", "|---|---|", *table]) if table else "",
         "\n".join(["## How it was made", *commands]),
-        "\n".join(["Inputs of the last step:", *inputs]) if inputs else "",
+        "\n".join([f"Inputs of the last step{without}:", *inputs]) if inputs else "",
         f"""## Use
 
     {command.format(name=name)}

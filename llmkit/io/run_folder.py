@@ -157,9 +157,12 @@ class RunFolder:
         inputs: Sequence[str],
         parents: Sequence[str],
         results: Mapping[str, Any],
+        not_in: Sequence[str] = (),
     ) -> None:
         """Write the manifest and the model card beside the model."""
-        manifest = write_manifest(self.work, stage, options, inputs=inputs, parents=parents, results=results)
+        manifest = write_manifest(
+            self.work, stage, options, inputs=inputs, parents=parents, results=results, not_in=not_in
+        )
         write_model_card(self.work, manifest)
 
     @contextmanager

@@ -9,7 +9,7 @@ from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 from zlib import crc32
 
 from llmkit import __version__
@@ -17,13 +17,14 @@ from llmkit.config import ColumnsConfig, CommonConfig, argument, as_options, opt
 from llmkit.display import check_stdout
 from llmkit.errors import UserError
 from llmkit.io.files import check_output, check_unfinished, file_sha256, remove
-from llmkit.io.jsonl import check_inputs, expanded, name_of, open_bytes, open_input, read_text
+from llmkit.io.jsonl import check_inputs, expanded, input_files, name_of, open_bytes, open_input, read_jsonl, read_text
 from llmkit.io.manifest import write_manifest
 from llmkit.io.progress import Progress, counted, duration, quantity, say
 from llmkit.io.ranks import available_cores
 from llmkit.io.resume import STATE, Kept
 
 if TYPE_CHECKING:
+    from llmkit.crawl.filters.contamination import Findings
     from llmkit.crawl.output import Funnel, Parts
     from llmkit.crawl.recipe import Recipe
 
@@ -134,12 +135,11 @@ class Summary:
 def run(config: CrawlFilterConfig) -> Summary | None:
     """Load, build, do, save, summarise. Raises UserError for the user's mistakes."""
     from llmkit.crawl.explain import explain
-    from llmkit.crawl.filters.contamination import Contamination
+    from llmkit.crawl.filters.contamination import OF_FILE, Contamination
     from llmkit.crawl.filters.urls import UrlFilter
     from llmkit.crawl.judge import Worker
     from llmkit.crawl.output import parts_of
     from llmkit.crawl.read.frames import sources
-    from llmkit.crawl.recipe import as_json
 
     # load
     started = time.monotonic()
@@ -161,26 +161,25 @@ def run(config: CrawlFilterConfig) -> Summary | None:
     if config.explain is not None:
         explain(inputs, recipe, make, config.explain, workers, on_bad_file, config.quiet)
         return None
+    if items is not None and workers > 1 and config.engine == "local":
+        items.share()
 
     # build and do
     state = _state(config, recipe)
     count = config.workers if config.engine == "ray" else workers  # on a cluster, all of its cores
     parts = parts_of(inputs, make, count, state=state, engine=config.engine, on_bad=on_bad_file, columns=columns)
     with state.resumable() if state is not None else nullcontext():
-        funnel = _collected(config, recipe, inputs, parts, total)
+        funnel, findings = _collected(config, recipe, inputs, parts, total)
 
     # save
     dropped = {step: counts.total() for step, counts in funnel.dropped.items() if counts}
     results = {"records": funnel.records, "documents": funnel.kept, "dropped": dropped}
     if state is not None:
-        options = {**as_options(config), "recipe": as_json(recipe), "recipe_name": config.recipe}
-        read = [
-            *([config.listed, *config.inputs] if config.listed else [source.path for source in sources(inputs)]),
-            *recipe.url.blocklists,
-            *recipe.files(),
-        ]
         figures = {**results, "funnel": funnel.as_json()}
-        write_manifest(out, "crawl-filter", options, inputs=read, results=figures, packages=PACKAGES)
+        if items is not None:
+            figures["contamination"] = findings.write(f"{out}{OF_FILE}")
+            say(f"--not-in: {findings}, listed in {out}{OF_FILE}", config.quiet)
+        _document(config, recipe, inputs, figures)
         state.remove()
 
     # summarise
@@ -190,6 +189,20 @@ def run(config: CrawlFilterConfig) -> Summary | None:
     rate = f"{funnel.pages / seconds:.1f} pages/s on {counted(workers, 'process')}"
     say(f"{counted(funnel.kept, 'document')} of {counted(funnel.pages, 'page')}, {rate}", config.quiet)
     return None if out == "-" else Summary(out, config.rejects, **results, workers=workers, seconds=seconds)
+
+
+def _document(config: CrawlFilterConfig, recipe: Recipe, inputs: list[str], figures: dict[str, Any]) -> None:
+    """Write the manifest beside the output."""
+    from llmkit.crawl.read.frames import sources
+    from llmkit.crawl.recipe import as_json
+
+    options = {**as_options(config), "recipe": as_json(recipe), "recipe_name": config.recipe}
+    pages = [config.listed, *config.inputs] if config.listed else [source.path for source in sources(inputs)]
+    read = [*pages, *recipe.url.blocklists, *recipe.files()]
+    not_in = recipe.contamination.files if "contamination" in recipe.taken else ()
+    write_manifest(
+        str(config.out), "crawl-filter", options, inputs=read, results=figures, packages=PACKAGES, not_in=not_in
+    )
 
 
 # ---- load
@@ -224,12 +237,28 @@ def _recipe(config: CrawlFilterConfig) -> tuple[Recipe, str]:
     for spec in recipe.classifier.models if "classifier" in recipe.steps else ():
         Classifier(spec)  # one that cannot be loaded ends the run here
     if config.not_in:
-        recipe = recipe.changed("contamination", files=config.not_in)
+        recipe = recipe.changed("contamination", files=tuple(input_files(config.not_in)))
+        _check_shell(config)
     if config.on_match:
         if not recipe.contamination.files:
             raise UserError("--on-match: needs --not-in")
         recipe = recipe.changed("contamination", mode=config.on_match)
     return recipe, config.recipe + " with changes by flags" * (recipe != given_recipe)
+
+
+def _check_shell(config: CrawlFilterConfig) -> None:
+    """Raise UserError where a shell has made the second file of `--not-in eval/*.jsonl` an input."""
+    folders = {os.path.dirname(path): path for path in config.not_in}
+    for path in config.inputs:
+        if os.path.isfile(path) and (other := folders.get(os.path.dirname(path))):
+            row = (
+                next(read_jsonl([path], 1, columns=parse_columns(config.columns)), None)
+                if path.endswith(os.path.splitext(other)[1])
+                else None
+            )
+            if row is not None and not {"text", "html"} & row.value.keys():
+                wanted = f"'{os.path.join(os.path.dirname(path), '*')}'"
+                raise UserError(f"{path}: an input without `text` or `html`; if --not-in is meant, quote it: {wanted}")
 
 
 def _checked(config: CrawlFilterConfig) -> tuple[list[str], str]:
@@ -325,7 +354,9 @@ def _state(config: CrawlFilterConfig, recipe: Recipe) -> Kept | None:
     return state
 
 
-def _collected(config: CrawlFilterConfig, recipe: Recipe, inputs: list[str], parts: Parts, total: int | None) -> Funnel:
+def _collected(
+    config: CrawlFilterConfig, recipe: Recipe, inputs: list[str], parts: Parts, total: int | None
+) -> tuple[Funnel, Findings]:
     """Take all parts in order, and write what becomes of them. Raises UserError where no record is as it should be."""
     from llmkit.crawl.output import Collector
 
@@ -358,4 +389,4 @@ def _collected(config: CrawlFilterConfig, recipe: Recipe, inputs: list[str], par
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in funnel.dropped["read"].items())
             names = " ".join(map(name_of, inputs))
             raise UserError(f"{names}: expected records with `html` or `text`, found {reasons}; mend the input")
-    return funnel
+    return funnel, collector.findings

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, ClassVar
@@ -28,6 +28,9 @@ from llmkit.io.run_folder import check_model_folder
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from torch import Tensor
+
+    from llmkit.crawl.filters.contamination import Findings
     from llmkit.data.batches import Mixture, Source
     from llmkit.data.examples import DataFile, Examples
     from llmkit.tokenizer.chat import ChatFormat
@@ -39,7 +42,7 @@ PROMPTS = ("Hello, who are you?", "What is the capital of France?")
 LONGEST_CONTEXT = 2048  # tokens of a row, where the model's context is longer
 EPOCHS = 2.0
 ANSWER_TOKENS = 64  # of an answer while training
-SHOWN = 5  # examples of a dry run
+SHOWN = 5  # examples of a dry run, and conversations that --not-in left out
 STEPS_OF_A_RUN = 200  # from which the batch follows, within its bounds
 SMALLEST_BATCH, LARGEST_BATCH = 1024, 32768  # tokens
 MUCH_MORE = 1.25  # times the epochs that were asked for, which the last step may go beyond
@@ -75,6 +78,13 @@ class SftConfig(TuningConfig):
         "Documents are always split.",
         group="Data",
         choices=("truncate", "drop", "split", "error"),
+    )
+    not_in: tuple[str, ...] = option(
+        (),
+        "Evaluation items that no conversation may contain; repeatable.",
+        group="Data",
+        metavar="FILE.jsonl",
+        reads=True,
     )
     sequence_length: int | None = option(None, "Tokens of a row [the model's context].", group="Data", at_least=8)
     identity: str | None = option(
@@ -124,27 +134,27 @@ class Summary:
     kept_step: int | None = None
     bad_records: int = 0
     not_used: dict[str, int] | None = None
+    contaminated: int | None = None  # conversations left out by --not-in
 
 
 def run(config: SftConfig) -> Summary | None:
     """Load, build, train, save, summarise. Raises UserError for the user's mistakes, Interrupted after a signal."""
     from llmkit.training.run import Run
 
-    files = _checked(config)
+    config, files = _checked(config)
     run = Run("sft", config, "chat/")
     if results := run.finished():
         return Summary(**results)
 
+    from llmkit.crawl.filters.contamination import Findings
     from llmkit.training.distributed import whole_model
-    from llmkit.training.finetuning import KeepBest, answer, load_for_tuning, save_tuned
+    from llmkit.training.finetuning import KeepBest, answer, load_for_tuning
 
     # load
     run.join()
     tuning = load_for_tuning(str(config.model), device=run.device, dtype=run.dtype)
-    if config.sequence_length is not None and config.sequence_length > tuning.context:
-        raise UserError(f"--sequence-length: the model's context is {tuning.context}, found {config.sequence_length}")
-    row_tokens = config.sequence_length or min(tuning.context, LONGEST_CONTEXT)
-    sources, held_out, digests = _read_all(config, files, tuning, row_tokens, run.bad)
+    row_tokens = _row_tokens(config, tuning.context)
+    sources, held_out, digests = _read_all(config, files, tuning, row_tokens, run.bad, findings := Findings())
     tuning = tuning.with_adapter(config.lora_rank, config.seed)
 
     # build
@@ -179,12 +189,22 @@ def run(config: SftConfig) -> Summary | None:
         **_kept(config, run.work, best.step),
         "trained_parameters": tuning.trained_parameters,
         "epochs": {source.examples.name: round(epochs, 3) for source, epochs in mixture.epochs(trainer.step)},
+        **({"contaminated": findings.documents} if config.not_in else {}),
     }
-    inputs = [path for file in files for path in file.files if path != "-"]
-    write = partial(save_tuned, tuning, values, keep_adapter=config.keep_adapter)
+    inputs, parents = [path for file in files for path in file.files], [str(config.model)]
+    write = partial(_write, config, tuning, values, findings)
 
     # summarise
-    return Summary(**run.finish(results, inputs=inputs, parents=[str(config.model)], write=write))
+    return Summary(**run.finish(results, inputs=inputs, parents=parents, write=write, not_in=config.not_in))
+
+
+def _write(config: SftConfig, tuning: Tuning, values: Mapping[str, Tensor], findings: Findings, folder: Path) -> None:
+    from llmkit.crawl.filters.contamination import REPORT
+    from llmkit.training.finetuning import save_tuned
+
+    if config.not_in:
+        findings.write(folder / REPORT)
+    save_tuned(tuning, values, folder, keep_adapter=config.keep_adapter)
 
 
 def _trainer(
@@ -252,8 +272,8 @@ def _kept(config: SftConfig, work: Path, step: int | None) -> dict[str, float]:
 # ---- what is asked for
 
 
-def _checked(config: SftConfig) -> list[DataFile]:
-    """The files of --data, once all that can be known before the work is in order."""
+def _checked(config: SftConfig) -> tuple[SftConfig, list[DataFile]]:
+    """The config with the files of --not-in, and those of --data, once all that can be known before is in order."""
     check_model_folder(config.model, "llmkit sft base/ --data chats.jsonl")
     if config.patience is not None and not (config.val and config.eval_every):
         raise UserError("--patience: needs --val and --eval-every, to see whether there is a gain")
@@ -270,7 +290,15 @@ def _checked(config: SftConfig) -> list[DataFile]:
     if config.identity is not None:
         parse_identity(config.identity)
     input_files(config.val)
-    return parse_data(config.data)
+    config = replace(config, not_in=tuple(input_files(config.not_in)))
+    return config, parse_data(config.data)
+
+
+def _row_tokens(config: SftConfig, context: int) -> int:
+    """The length of a row, which the model's context bounds."""
+    if config.sequence_length is not None and config.sequence_length > context:
+        raise UserError(f"--sequence-length: the model's context is {context}, found {config.sequence_length}")
+    return config.sequence_length or min(context, LONGEST_CONTEXT)
 
 
 def _mixture(config: SftConfig, sources: list[Source], row_tokens: int, tuning: Tuning) -> Mixture:
@@ -297,9 +325,9 @@ def _total_steps(config: SftConfig, mixture: Mixture) -> int | None:
 
 
 def _read_all(
-    config: SftConfig, files: list[DataFile], tuning: Tuning, row_tokens: int, bad: BadRecords
+    config: SftConfig, files: list[DataFile], tuning: Tuning, row_tokens: int, bad: BadRecords, findings: Findings
 ) -> tuple[list[Source], list[Examples], list[str]]:
-    """The sources of the mixture, the examples held out, and a digest of each source."""
+    """The sources of the mixture, the examples held out, and a digest of each source; what --not-in left out."""
     from llmkit.data.batches import Source
     from llmkit.data.identity import identity_conversations, parse_identity
     from llmkit.data.overlap import Overlap
@@ -313,9 +341,11 @@ def _read_all(
     ]
     overlap = Overlap.of_texts(texts)
     observe = overlap.compare_texts if held_out else None
+    contaminated = _contaminated(config, findings) if config.not_in else None
     sources, digests = [], []
     for number, file in enumerate(files):
-        examples, digest = read(name_of(file.path), _conversations(config, file.files, bad), bad, observe)
+        conversations = _conversations(config, file.files, bad)
+        examples, digest = read(name_of(file.path), conversations, bad, observe, contaminated)
         if before := [other.path for other in files[:number]].count(file.path):
             examples.name += f" ({before + 1})"  # of a file that is given again, figures of its own
         sources.append(Source(examples, file.weight or float(examples.inputs)))
@@ -325,7 +355,29 @@ def _read_all(
         sources.append(Source(examples, weight * sum(source.weight for source in sources)))
         digests.append(digest)
     overlap.report(config.quiet)
+    if config.not_in:
+        say(f"--not-in: {findings} left out", config.quiet)
     return sources, held_out, digests
+
+
+def _contaminated(config: SftConfig, findings: Findings) -> Callable[[Conversation], bool]:
+    """Return a function that says whether a conversation holds an item of --not-in, and notes that."""
+    from llmkit.crawl.filters.contamination import Contamination, ContaminationRules
+
+    index = Contamination(ContaminationRules(config.not_in), config.quiet)
+
+    def holds_item(conversation: Conversation) -> bool:
+        said = "\n".join(part.text for message in conversation.messages for part in message.parts)
+        matches = index.find(conversation.document or said)
+        if not matches:
+            return False
+        findings.add(conversation.where, matches)
+        if findings.documents <= SHOWN:
+            item, score = matches[0]
+            say(f"left out: {conversation.where}: holds {item}, score {score:.2f}", config.quiet)
+        return True
+
+    return holds_item
 
 
 def _conversations(config: SftConfig, paths: Sequence[str], bad: BadRecords) -> Iterator[Conversation]:
@@ -341,6 +393,7 @@ def _read(
     conversations: Iterator[Conversation],
     bad: BadRecords,
     observe: Callable[[list[str]], object] | None = None,
+    contaminated: Callable[[Conversation], bool] | None = None,
 ) -> tuple[Examples, str]:
     from llmkit.data.examples import CUT, read_examples
     from llmkit.data.identity import system_message
@@ -356,6 +409,7 @@ def _read(
             bad=bad,
             unknown=chat.unk_id,
             observe=observe,
+            contaminated=contaminated,
             progress=progress.advance,
         )
     others = "".join(f", {key} {count}" for key, count in examples.counts.items() if key not in ("read", CUT))

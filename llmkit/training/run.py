@@ -190,17 +190,21 @@ class Run:
         write: Callable[[Path], None],
         derived: Mapping[str, Any] | None = None,
         curves: Mapping[str, Mapping[str, str]] | None = None,
+        not_in: Sequence[str] = (),
     ) -> dict[str, Any]:
         """Document the run, have `write` put the model beside that, and rename the folder. The first process calls it.
 
-        `derived` stands beside the options in the manifest; `curves` are those of `write_curves`. Returns `path` and
-        results, with the seconds of the run and its bad records.
+        `derived` stands beside the options in the manifest; `curves` are those of `write_curves`, `not_in` the
+        evaluations whose items were taken out of the inputs. Returns `path` and results, with the seconds of the run
+        and its bad records.
         """
         from llmkit.report.page import write_curves  # brings jinja2
 
         results = {**results, "seconds": round(self.seconds, 1), **self.bad.results}
         options = as_options(self.config) | dict(derived or {})
-        self._folder.document(self.stage, options, inputs=inputs, parents=parents, results=results)
+        self._folder.document(
+            self.stage, options, inputs=[*inputs, *not_in], parents=parents, results=results, not_in=not_in
+        )
         write_curves(self.work, curves or {})
         write(self.work)
         self._folder.finish()

@@ -113,6 +113,37 @@ def test_formats_weights_stdin_and_identity_together(base, chats, llmkit, tmp_pa
     assert "--identity: 329 conversations" in done.stderr
 
 
+def test_conversations_with_items_of_an_evaluation_are_left_out(base, chats, llmkit, tmp_path):
+    item = "Which gas do plants take in from the air to feed on?"
+    write(tmp_path / "e.jsonl", {"query": item, "choices": ["carbon dioxide", "neon"], "gold": 0})
+    held = [
+        {"messages": [{"role": "user", "content": item.upper()}, {"role": "assistant", "content": "Neon."}]},
+        {"prompt": "A riddle, please.", "completion": f"Well:\n{item.replace(' ', chr(10))}"},
+        {"text": f"A quiz. {item} Carbon dioxide."},
+    ]
+    data = write(tmp_path / "more.jsonl", chats.read_text().strip(), *held, {"prompt": "Hi", "completion": "Hello."})
+    out = tmp_path / "chat"
+    options = ["--not-in", tmp_path / "e.jsonl", "--max-steps", "2", *SPEED, "-o", out]
+    done = llmkit("sft", base, "--data", data, *options)
+    assert done.returncode == 0, done.stderr
+    assert f"left out: {data}:3: holds {tmp_path}/e.jsonl:1, score 1.00" in done.stderr
+    assert "6 conversations, contaminated 3; 3 examples" in done.stderr
+    assert json.loads(done.stdout)["contaminated"] == 3
+    report = json.loads((out / "contamination.json").read_text())
+    assert [(row["item"], row["documents"]) for row in report["items"]] == [(f"{tmp_path}/e.jsonl:1", 3)]
+    assert [place["id"] for place in report["items"][0]["in"]] == [f"{data}:{line}" for line in (3, 4, 5)]
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert [item["path"] for item in manifest["not_in"]] == [f"{tmp_path}/e.jsonl"]
+    assert f"without the items of `{tmp_path}/e.jsonl`" in (out / "README.md").read_text()
+    clean = write(tmp_path / "clean.jsonl", chats.read_text().strip(), {"prompt": "Hi", "completion": "Hello."})
+    assert llmkit("sft", base, "--data", clean, "--max-steps", "2", *SPEED, "-o", tmp_path / "same").returncode == 0
+    assert weights(out) == weights(tmp_path / "same")
+    only = write(tmp_path / "only.jsonl", *held)
+    with pytest.raises(UserError, match=r"nothing to train on in 3 conversations \(contaminated 3\)"):
+        run(SftConfig(model=str(base), data=(str(only),), not_in=(f"{tmp_path}/e.jsonl",), out=f"{tmp_path}/none"))
+    assert not (tmp_path / "none").exists() and not (tmp_path / "none.partial").exists()
+
+
 def test_a_validation_that_no_longer_gains_ends_the_run_with_its_best(base, chats, llmkit, tmp_path):
     held_out = write(tmp_path / "val.jsonl", {"prompt": "Quite another thing?", "completion": "zzzzzzzzzzzz"})
     done = llmkit(

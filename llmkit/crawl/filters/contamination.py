@@ -1,35 +1,48 @@
 """Evaluation items that stand in a text: what is trained on must not hold what is tested with.
 
     index = Contamination(ContaminationRules(("eval.jsonl",)))
-    match = index.find("... What is the capital of France? It is Paris. ...")
-    match.item, match.score  # 'eval.jsonl:7', 1.0
+    index.find("... What is the capital of France? It is Paris. ...")  # [Match('eval.jsonl:7', 1.0)]
 
 An item is its question, with the right answer where the question is short. Of item and text only letters and digits
 count, so that line ends, punctuation and case do not. The score is the share of the item's runs of RUN letters
-(overlapping) that stand in the text. Of 57,474 items of 26 public sets, planted into documents with punctuation removed
-or replaced, in capitals, or wrapped anew, .98 are found at a score of .8 (the others are too short), and 2 of 5,167
-documents that hold none are taken for contaminated. 13-grams of words, as GPT-3 has it (arXiv:2005.14165, appendix C),
-do not find items of fewer words.
+(overlapping) that stand together in the text. Of 3,000 of 70,851 items of 26 public sets, planted into documents as
+they are, in capitals, wrapped anew, with punctuation removed or replaced, .988 are found at a score of .8 (most of the
+others are too short); of 5,167 documents 2 are taken for contaminated, 3 with 88,684 items of 45 sets. 13-grams of
+words, as GPT-3 has it (arXiv:2005.14165, appendix C), do not find items of fewer words.
 """
 
 from __future__ import annotations
 
+import math
+import os
+import tempfile
 import unicodedata
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from llmkit.errors import UserError
-from llmkit.io.jsonl import read_jsonl
+from llmkit.io.jsonl import read_jsonl, write_json
 from llmkit.io.progress import counted, say
 from llmkit.io.records import ANSWERS, CHOICES, CONVERSATIONS, QUESTIONS, Row
 
 RUN = 16  # letters, a power of 2
-SHORT = 24  # letters of a question that says little without its answer, and of an item that says too little
+SHORT = 24  # letters of a question that says little without its answer
+SHORTEST = 18  # letters of an item, with its answer
+MORE_QUESTIONS = ("goal", "sentence_good")  # of PIQA and BLiMP as they were published
 ASKERS = ("user", "human")
 _BITS = 26  # of a hash, for two tables that tell 98% of other runs apart from those of 57,000 items
 _SHIFT, _LOW = np.uint64(64 - _BITS), np.uint64((1 << _BITS) - 1)
+_BYTE, _BIT = np.uint64(3), np.uint64(7)
+APART = 200  # letters that may stand between a short question and its answer
+ARRAYS = ("_lengths", "_sizes", "_keys", "_owners", "_seen")  # of an index
+LISTED = 100  # documents of an item, in a report
+REPORT = "contamination.json"  # in a run folder, and
+OF_FILE = f".{REPORT}"  # after the name of an output
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,65 +54,178 @@ class ContaminationRules:
     mode: str = "drop"  # drop: the text goes; redact: what it has of the item goes
 
 
-@dataclass(frozen=True, slots=True)
-class Match:
-    """The item that a text has most of, as FILE:LINE, and the share of it that the text has."""
+class Match(NamedTuple):
+    """An item that a text has, as FILE:LINE, and the share of it that the text has."""
 
     item: str
     score: float
 
 
+@dataclass
+class Findings:
+    """The items that were found in documents, for a report."""
+
+    documents: int = 0
+    counts: Counter[str] = field(default_factory=Counter)  # documents, by item
+    _listed: dict[str, list[tuple[Any, float]]] = field(default_factory=dict)
+    _highest: dict[str, float] = field(default_factory=dict)
+
+    def add(self, document: Any, matches: Iterable[tuple[str, float]]) -> None:
+        """Note what was found in a document, which goes by its id or place."""
+        self.documents += 1
+        for item, score in matches:
+            self.counts[item] += 1
+            self._highest[item] = max(score, self._highest.get(item, 0.0))
+            if self.counts[item] <= LISTED:
+                self._listed.setdefault(item, []).append((document, score))
+
+    def __str__(self) -> str:
+        """The figures in words."""
+        return f"{counted(len(self.counts), 'item')} in {counted(self.documents, 'document')}"
+
+    def write(self, path: str | os.PathLike[str]) -> dict[str, int]:
+        """Write a report, the items of most documents first, and return how many documents and items it has."""
+        items = [
+            {
+                "item": item,
+                "documents": count,
+                "score": round(self._highest[item], 4),
+                "in": [{"id": document, "score": round(score, 4)} for document, score in self._listed[item]],
+            }
+            for item, count in self.counts.most_common()
+        ]
+        write_json(path, {"documents": self.documents, "items": items})
+        return {"documents": self.documents, "items": len(items)}
+
+
 class Contamination:
     """The runs of all items of some files of JSONL."""
+
+    _folder: tempfile.TemporaryDirectory[str] | str | None = None  # of the arrays, once they are shared
 
     def __init__(self, rules: ContaminationRules, quiet: bool = False) -> None:
         self.rules = rules
         self.items: list[str] = []
         runs: list[np.ndarray] = []
+        lengths: list[int] = []
         read = 0
         for row in read_jsonl(rules.files):
             read += 1
-            if len(letters := _letters(" ".join(_item(row)))[0]) >= SHORT:
+            if len(letters := _letters(" ".join(_item(row)))[0]) >= SHORTEST:
                 self.items.append(row.where)
+                lengths.append(len(letters))
                 runs.append(np.unique(_runs(letters)))
         if short := read - len(self.items):
-            say(f"--not-in: {counted(short, 'item')} of {read} left out: under {SHORT} letters with the answer", quiet)
+            say(
+                f"--not-in: {counted(short, 'item')} of {read} left out: under {SHORTEST} letters with the answer",
+                quiet,
+            )
         if not runs:
-            raise UserError(f"--not-in {' '.join(rules.files)}: expected items of {SHORT} letters or more, found none")
+            raise UserError(
+                f"--not-in {' '.join(rules.files)}: expected items of {SHORTEST} letters or more, found none"
+            )
+        self._lengths = np.array(lengths)
         self._sizes, keys = np.array([len(some) for some in runs]), np.concatenate(runs)
         order = np.argsort(keys, kind="stable")
-        self._keys, self._owners = keys[order], np.repeat(np.arange(len(runs)), self._sizes)[order]
-        self._seen = np.zeros((2, 1 << _BITS), bool)
-        self._seen[0, self._keys >> _SHIFT] = self._seen[1, self._keys & _LOW] = True
+        self._keys = keys[order]
+        self._owners = np.repeat(np.arange(len(runs), dtype=np.int32), self._sizes)[order]
+        seen = np.zeros((2, 1 << _BITS), bool)
+        seen[0, self._keys >> _SHIFT] = seen[1, self._keys & _LOW] = True
+        self._seen = np.packbits(seen, axis=1, bitorder="little")
 
-    def find(self, text: str) -> Match | None:
-        """Return the item of the highest score in a text, if it reaches min_score."""
-        scores = self._scores(_runs(_letters(text)[0]))
-        item = max(scores, key=lambda item: (scores[item], -item), default=None)
-        return None if item is None or scores[item] < self.rules.min_score else Match(self.items[item], scores[item])
+    def share(self) -> None:
+        """Move the arrays into temporary files, which other processes of this machine map, without copies of theirs."""
+        self._folder = tempfile.TemporaryDirectory(prefix="llmkit-")
+        for name in ARRAYS:
+            np.save(f"{self._folder.name}/{name}.npy", getattr(self, name))
+        self._map(self._folder.name)
 
-    def _scores(self, runs: np.ndarray) -> dict[int, float]:
-        """The share of each item, by its number, that some runs of a text have; items that have none are left out."""
-        runs = runs[self._seen[0, runs >> _SHIFT]]
-        runs = np.unique(runs[self._seen[1, runs & _LOW]])
-        first = np.searchsorted(self._keys, runs)
-        lengths = np.searchsorted(self._keys, runs, "right") - first
-        places = np.repeat(first - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
-        items, counts = np.unique(self._owners[places], return_counts=True)
-        return dict(zip(items.tolist(), (counts / self._sizes[items]).tolist(), strict=True))
+    def _map(self, folder: str) -> None:
+        for name in ARRAYS:
+            setattr(self, name, np.asarray(np.load(f"{folder}/{name}.npy", mmap_mode="r")))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process is sent: of shared arrays their folder."""
+        if not isinstance(self._folder, tempfile.TemporaryDirectory):
+            return self.__dict__
+        return {**{name: self.__dict__[name] for name in ("rules", "items")}, "_folder": self._folder.name}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if isinstance(self._folder, str):
+            self._map(self._folder)
+
+    def find(self, text: str) -> list[Match]:
+        """Return the items that a text has at min_score or above, that of the highest score first."""
+        found = self._found(_letters(text)[0])
+        matches = [Match(self.items[item], score) for item, score, _ in found]
+        return sorted(matches, key=lambda match: -match.score)
 
     def redact(self, text: str) -> str:
         """Return a text without what it has of items at min_score or above."""
         letters, places = _letters(text)
-        runs = _runs(letters)
-        items = [item for item, score in self._scores(runs).items() if score >= self.rules.min_score]
-        starts = np.flatnonzero(np.isin(runs, self._keys[np.isin(self._owners, items)]))
+        found = self._found(letters)
+        starts = np.unique(np.concatenate([starts for _, _, starts in found])) if found else places[:0]
         pieces, end = [], 0
         for start in starts.tolist():
             first, last = int(places[start]), int(places[start + RUN - 1]) + 1
             pieces.append(text[end:first])
             end = max(end, last)
         return "".join([*pieces, text[end:]])
+
+    def _found(self, letters: np.ndarray) -> list[tuple[int, float, np.ndarray]]:
+        """The items that stand among some letters, by number, with scores, and where the runs of each begin."""
+        runs = _runs(letters)
+        places = np.flatnonzero(self._may_have(0, runs >> _SHIFT))
+        places = places[self._may_have(1, runs[places] & _LOW)]
+        places = places[np.argsort(runs[places], kind="stable")]
+        known, starts, repeats = np.unique(runs[places], return_index=True, return_counts=True)
+        first = np.searchsorted(self._keys, known)
+        counts = np.searchsorted(self._keys, known, "right") - first
+        owners = self._owners[np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())]
+        items, counts_of = np.unique(owners, return_counts=True)
+        items = items[counts_of / self._sizes[items] >= self.rules.min_score]
+        if not len(items):
+            return []
+        by_owner = np.argsort(owners, kind="stable")
+        owned = np.repeat(np.arange(len(known)), counts)[by_owner]  # numbers of runs, those of an item together
+        ends = np.searchsorted(owners[by_owner], items, "right")
+        found = []
+        for item, begin, end in zip(items.tolist(), np.searchsorted(owners[by_owner], items), ends, strict=True):
+            own = owned[begin:end]
+            hits = np.concatenate([places[starts[run] : starts[run] + repeats[run]] for run in own])
+            order = np.argsort(hits)
+            most, dense = _densest(
+                hits[order].tolist(),
+                np.repeat(own, repeats[own])[order].tolist(),
+                2 * int(self._lengths[item]) + APART,
+                math.ceil(self.rules.min_score * int(self._sizes[item]) - 1e-9),
+            )
+            if dense:
+                found.append((item, most / float(self._sizes[item]), np.array(dense)))
+        return found
+
+    def _may_have(self, table: int, hashes: np.ndarray) -> np.ndarray:
+        return (self._seen[table, hashes >> _BYTE] >> (hashes & _BIT).astype(np.uint8) & 1).astype(bool)
+
+
+def _densest(places: list[int], runs: list[int], width: int, enough: int) -> tuple[int, list[int]]:
+    """The most different runs that begin within `width` letters, and the places in stretches that have enough."""
+    most, start, within = 0, 0, Counter[int]()
+    dense: list[int] = []
+    listed = 0  # places before it are dense, or left behind
+    for end, run in enumerate(runs):
+        within[run] += 1
+        while places[end] - places[start] > width:
+            within[runs[start]] -= 1
+            if not within[runs[start]]:
+                del within[runs[start]]
+            start += 1
+        most = max(most, len(within))
+        if len(within) >= enough:
+            dense += places[max(start, listed) : end + 1]
+            listed = end + 1
+    return most, dense
 
 
 def _item(row: Row) -> tuple[str, str]:
@@ -110,7 +236,10 @@ def _item(row: Row) -> tuple[str, str]:
     chosen = str(options[right]) if right is not None and 0 <= right < len(options) else ""
     if "context_options" in value:
         return chosen, str(value.get("continuation", ""))
-    question = next((value[name] for name in QUESTIONS if isinstance(value.get(name), str) and value[name]), None)
+    question = next(
+        (value[name] for name in (*QUESTIONS, *MORE_QUESTIONS) if isinstance(value.get(name), str) and value[name]),
+        None,
+    )
     for name in CONVERSATIONS:
         listed = value[name] if isinstance(value.get(name), list) else []
         turns = [turn for turn in listed if isinstance(turn, dict)]

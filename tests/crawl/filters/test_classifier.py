@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import struct
 from pathlib import Path
 
@@ -51,14 +52,40 @@ def test_a_classifier_keeps_what_scores_enough(filtered, tmp_path) -> None:
 
 
 def test_a_text_with_an_item_of_an_evaluation_goes_or_loses_the_item(filtered, tmp_path) -> None:
-    assert filtered("--not-in", "e.jsonl").returncode == 0
+    done = filtered("--not-in", "e.jsonl")
     assert [row["text"] for row in lines(tmp_path / "d.jsonl")] == list(TEXTS[:2])
     (reject,) = lines(tmp_path / "r.jsonl")
     wanted = {"step": "contamination", "reason": "e.jsonl", "contamination": "e.jsonl:1", "score": 1.0}
     assert wanted.items() <= reject.items()
-    assert filtered("--not-in", "e.jsonl", "--on-match", "redact").returncode == 0
+    assert "  e.jsonl " in done.stderr and "redacted" not in done.stderr
+    done = filtered("--not-in", "e.jsonl", "--on-match", "redact")
     row = lines(tmp_path / "d.jsonl")[2]
     assert (row["text"], row["contamination"]) == ("Quiz: ? Good luck!", "e.jsonl:1")
+    manifest = json.loads((tmp_path / "d.jsonl.manifest.json").read_text())
+    (step,) = [step for step in manifest["results"]["funnel"] if step["step"] == "contamination"]
+    assert (step["kept"], step["dropped"], step["redacted"]) == (3, {}, 1)
+    assert re.search(r"  redacted +1 +33.3%\n", done.stderr)
+
+
+def test_what_was_found_is_reported_by_item(filtered, llmkit, tmp_path) -> None:
+    (tmp_path / "f.jsonl").write_text('{"question": "The clocks were striking what?", "answer": "thirteen"}\n' * 2)
+    (tmp_path / "t.jsonl").write_text((tmp_path / "t.jsonl").read_text() + json.dumps({"text": TEXTS[2], "id": "x"}))
+    reports = []
+    for workers in ("1", "2"):
+        done = filtered("--not-in", "[ef].jsonl", "--workers", workers)
+        assert done.returncode == 0 and "--not-in: 1 item in 2 documents" in done.stderr, done.stderr
+        reports.append(json.loads((tmp_path / "d.jsonl.contamination.json").read_text()))
+    found = {"item": "e.jsonl:1", "documents": 2, "score": 1.0}
+    assert reports[0] == reports[1] == {
+        "documents": 2, "items": [found | {"in": [{"id": "t.jsonl:3", "score": 1.0}, {"id": "x", "score": 1.0}]}],
+    }  # fmt: skip
+    # what is made of the output has been rid of the items, too
+    assert llmkit("crawl-filter", "d.jsonl", "--only", "pii", "-o", "again.jsonl", cwd=tmp_path).returncode == 0
+    for name in ("d", "again"):
+        manifest = json.loads((tmp_path / f"{name}.jsonl.manifest.json").read_text())
+        assert [item["path"] for item in manifest["not_in"]] == ["e.jsonl", "f.jsonl"]
+    assert llmkit("crawl-filter", "d.jsonl", "t.jsonl", "-o", "mixed.jsonl", cwd=tmp_path).returncode == 0
+    assert "not_in" not in json.loads((tmp_path / "mixed.jsonl.manifest.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -71,8 +98,13 @@ def test_a_text_with_an_item_of_an_evaluation_goes_or_loses_the_item(filtered, t
         (["--classifier", "none.bin:en>=0.5"], "none.bin: cannot read the classifier"),
         (["--classifier", "empty.bin:en>=0.5"], "empty.bin: expected a fastText model"),
         (["--on-match", "drop"], "--on-match: needs --not-in"),
-        (["--not-in", "empty.bin"], "--not-in empty.bin: expected items of 24 letters or more, found none"),
-        (["--not-in", "short.jsonl"], "--not-in short.jsonl: expected items of 24 letters or more, found none"),
+        (["--not-in", "empty.bin"], "--not-in empty.bin: expected items of 18 letters or more, found none"),
+        (["--not-in", "short.jsonl"], "--not-in short.jsonl: expected items of 18 letters or more, found none"),
+        (["--not-in", "none/*.jsonl"], "none/*.jsonl: expected files of such names, found none"),
+        (
+            ["--not-in", "e.jsonl", "short.jsonl"],
+            "short.jsonl: an input without `text` or `html`; if --not-in is meant",
+        ),
         (["--not-in", "none.jsonl"], "none.jsonl: expected a file"),
         (["--not-in", "bad.jsonl"], "bad.jsonl:1: expected one JSON object"),
     ],

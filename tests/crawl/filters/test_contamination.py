@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import pickle
 import random
 import string
 from pathlib import Path
@@ -43,10 +45,10 @@ def index(tmp_path_factory) -> Contamination:
 
 @pytest.mark.parametrize("number", range(len(PLANTED)))
 def test_an_item_is_found_in_a_longer_text_however_it_is_set(index: Contamination, number: int) -> None:
-    match = index.find(BEFORE + PLANTED[number] + AFTER)
-    assert match is not None and match.item.endswith(f"e.jsonl:{number + 1}") and match.score >= 0.8
+    (match,) = index.find(BEFORE + PLANTED[number] + AFTER)
+    assert match.item.endswith(f"e.jsonl:{number + 1}") and match.score >= 0.8
     assert index.redact(BEFORE + PLANTED[number] + AFTER).startswith(BEFORE)
-    assert index.find(index.redact(BEFORE + PLANTED[number] + AFTER)) is None
+    assert not index.find(index.redact(BEFORE + PLANTED[number] + AFTER))
 
 
 def test_a_text_without_an_item_is_left_as_it_is(index: Contamination, capsys) -> None:
@@ -57,7 +59,7 @@ def test_a_text_without_an_item_is_left_as_it_is(index: Contamination, capsys) -
         "Which gas do plants take in",
         "Who wrote it? Melville wrote it, of New York",
     ):
-        assert index.find(text) is None and index.redact(text) == text
+        assert not index.find(text) and index.redact(text) == text
 
 
 def test_what_is_too_short_to_be_found_is_counted(tmp_path: Path, capsys) -> None:
@@ -70,6 +72,30 @@ def test_redaction_takes_the_item_alone(index: Contamination) -> None:
     assert index.redact(BEFORE + PLANTED[0].upper() + "?" + AFTER) == BEFORE + "?" + AFTER
 
 
+def test_pieces_of_an_item_all_over_a_text_are_no_item(index: Contamination) -> None:
+    question = ITEMS[0]["query"]
+    pieces = [question[place : place + 30] for place in range(0, len(question) - 26, 4)]
+    assert index.find(" ".join(pieces))
+    text = (BEFORE * 20).join(pieces)
+    assert not index.find(text) and index.redact(text) == text
+    assert index.redact(f"{pieces[0]}. {BEFORE * 20}{question}") == f"{pieces[0]}. {BEFORE * 20}?"
+
+
+def test_processes_share_one_index(tmp_path: Path) -> None:
+    (tmp_path / "e.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
+    index = Contamination(ContaminationRules((str(tmp_path / "e.jsonl"),)), quiet=True)
+    whole = len(pickle.dumps(index))
+    index.share()
+    sent = pickle.dumps(index)
+    assert len(sent) < 1000 < whole
+    assert pickle.loads(sent).find(PLANTED[0]) == index.find(PLANTED[0]) != []
+    (folder,) = {Path(pickle.loads(sent).__dict__["_folder"])}
+    assert folder.is_dir()
+    del index
+    gc.collect()
+    assert not folder.exists()
+
+
 @pytest.mark.shared
 def test_planted_items_of_public_sets_are_found_and_documents_without_are_kept(shared_data: Path) -> None:
     """Recall of at least .98, and false positives of at most .1%, with six ways to set an item."""
@@ -78,12 +104,13 @@ def test_planted_items_of_public_sets_are_found_and_documents_without_are_kept(s
     names = "arc_easy arc_challenge piqa boolq openbook_qa winogrande copa lambada_openai HumanEval".split()  # noqa: SIM905
     paths = [str(shared_data / "eval" / f"{name}.jsonl.gz") for name in names]
     index = Contamination(ContaminationRules(tuple(paths)), quiet=True)
-    documents = [row.value["text"] for row in read_jsonl([str(shared_data / "corpus" / "english.train.jsonl.gz")])]
-    assert sum(index.find(text) is not None for text in documents) <= 5
+    # a quarter of the 5,167 documents
+    documents = [row.value["text"] for row in read_jsonl([str(shared_data / "corpus" / "english.train.jsonl.gz")])][::4]
+    assert sum(bool(index.find(text)) for text in documents) <= 1
     chance, missed, tried = random.Random(0), 0, 0
     rows = [row.value for row in read_jsonl(paths)]
     to_spaces = str.maketrans(string.punctuation, " " * len(string.punctuation))
-    for value in chance.sample(rows, 300):
+    for value in chance.sample(rows, 150):
         question = next(value[key] for key in ("prompt", "query", "context", "context_options") if key in value)
         question = f"{question[value['gold']]} {value['continuation']}" if isinstance(question, list) else question
         answer = value["choices"][value["gold"]] if "choices" in value else value.get("continuation", "")
@@ -98,6 +125,6 @@ def test_planted_items_of_public_sets_are_found_and_documents_without_are_kept(s
             item.translate(to_spaces),
         ):
             text = chance.choice(documents)[: chance.randrange(100, 5000)]
-            missed += index.find(f"{text[: len(text) // 2]} {changed} {text[len(text) // 2 :]}") is None
+            missed += not index.find(f"{text[: len(text) // 2]} {changed} {text[len(text) // 2 :]}")
             tried += 1
     assert missed <= 0.02 * tried
