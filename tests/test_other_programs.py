@@ -191,6 +191,75 @@ def test_trl_takes_what_we_write_for_its_own_forms(made: Path) -> None:
     assert text == expected
 
 
+def calc(calc: str) -> str:
+    """Compute an expression.
+
+    Args:
+        calc: The expression.
+    """
+    return f"{calc} is 42"
+
+
+def test_trl_trains_on_our_template_and_runs_its_calls(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    datasets = pytest.importorskip("datasets", reason="Hugging Face datasets is not installed")
+    import torch
+    from tiny import certain, save_assistant
+    from transformers import AutoTokenizer
+    from trl import chat_template_utils as checks
+
+    from llmkit.model.folder import load_model, save_model
+    from llmkit.tokenizer.chat import write_chat_tokenizer
+    from llmkit.tokenizer.encoding import load_tokenizer
+
+    folder = save_assistant(tmp_path / "chat", "6", context=2048)
+    ours = write_chat_tokenizer(load_tokenizer(folder), folder)
+    special, (six, said) = ours.specials, ours.encode("6!")
+    model = certain(load_model(folder), special["<|im_sep|>"], special["<|calc_start|>"], six, special["<|calc_end|>"])
+    with torch.no_grad():  # after the result it says "!" and ends
+        for row, (token, following) in enumerate([(special["<|result_end|>"], said), (said, special["<|im_end|>"])], 9):
+            model.embed_tokens[token, row], model.lm_head[following, row] = 1.0, 10.0
+    save_model(model, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert checks.supports_tool_calling(tokenizer) and checks.is_chat_template_prefix_preserving(tokenizer)
+    assert checks.is_chat_template_stop_token_trained(tokenizer)
+    assert checks.get_training_chat_template(tokenizer) is None  # TRL has nothing to mend
+    settings = {"output_dir": str(tmp_path / "out"), "max_steps": 1, "report_to": [], "use_cpu": True, "bf16": False}
+    rows = datasets.Dataset.from_list([{"messages": conversation("6?", "42")}] * 2)
+    options = trl.SFTConfig(assistant_only_loss=True, **settings)
+    trainer = trl.SFTTrainer(model=str(folder), args=options, train_dataset=rows, processing_class=tokenizer)
+    labels = next(iter(trainer.get_train_dataloader()))["labels"][0]
+    assert tokenizer.decode(labels[labels >= 0]) == "42<|im_end|>"
+    trainer.train()
+    answers: list = []
+
+    def reward(completions, **_) -> list[float]:
+        answers.extend(completions)
+        return [1.0] * len(completions)
+
+    ends = [special["<|im_end|>"], special["<|calc_end|>"]]
+    options = trl.GRPOConfig(
+        per_device_train_batch_size=2, num_generations=2, max_completion_length=64, temperature=0.01,
+        generation_kwargs={"eos_token_id": ends}, **settings,
+    )  # fmt: skip
+    rows = datasets.Dataset.from_list([{"prompt": conversation("6?")}] * 2)
+    trainer = trl.GRPOTrainer(
+        model=str(folder),
+        args=options,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        reward_funcs=reward,
+        tools=[calc],
+    )
+    trainer.train()
+    call = {"type": "function", "function": {"name": "calc", "arguments": {"calc": "6"}}}
+    assert answers[0] == [
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "calc", "content": "6 is 42"},
+        {"role": "assistant", "content": "!"},
+    ]
+
+
 def conversation(*turns: str) -> list[dict]:
     return [{"role": role, "content": said} for role, said in zip(("user", "assistant") * 2, turns, strict=False)]
 

@@ -26,6 +26,7 @@ from llmkit.model.config import ModelConfig
 from llmkit.model.folder import CONFIG, GENERATION, SavedTensors, load_config, save_tensors, write_tensors
 from llmkit.model.weights import stock_shapes
 from llmkit.reward_model.head import SCORE
+from llmkit.tokenizer.chat import renew_template
 from llmkit.tokenizer.encoding import copy_companions, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -93,14 +94,20 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
     copy_companions(source, folder)
     if (source / "tokenizer.json").is_file():
         load_tokenizer(source).copy_to(folder)
+        renew_template(load_tokenizer(folder))
 
 
 def write_folder(
     work: Path, source: Source, dtype: str, max_shard_size: int, advance: Callable[[float], object]
 ) -> None:
-    """Write the model folder in another precision or in other shards, with what stands beside its weights."""
+    """Write the model folder in another precision or in other shards, with what stands beside its weights.
+
+    An older form of our chat template and of the rotation's settings becomes that of today.
+    """
     values = read_object(source.folder / CONFIG)
     values["dtype" if "dtype" in values else "torch_dtype"] = dtype
+    if rope := source.config.to_hf().get("rope_parameters"):
+        values.setdefault("rope_parameters", rope)
     _copy_tokenizer(source.folder, work)
     for name in _COPIED:
         if (source.folder / name).is_file():

@@ -7,16 +7,17 @@
     {"text": "Once upon a time ..."}                            plain text, all of it trained on
 
 A message's content is a string or a list of parts, {"type": "text", "text": ...}. What the assistant writes to a tool
-is a part of type `calc`, `python` or `search`, what the tool answers one of type `result`; OpenAI's `tool_calls` and
-messages of role `tool` become such parts. An assistant that calls a tool, reads its result and goes on is one turn.
-Neighbours of the same role are merged, with a blank line between. Other names of the fields stand in io/records.py, and
-what they mean in docs/records.md.
+is a part of type `calc`, `python` or `search`, a call of any other function one of type `tool_call`, what the tool
+answers one of type `result`; OpenAI's `tool_calls` and messages of role `tool` become such parts. An assistant
+that calls a tool, reads its result and goes on is one turn. Neighbours of the same role are merged, with a blank line
+between. Other names of the fields stand in io/records.py, and what they mean in docs/records.md.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,9 +37,9 @@ from llmkit.io.records import (
 )
 
 EMPTY = "empty answers, learnt as such"  # counted with what of a record is lost
-UNKNOWN_TOOLS = "calls of unknown tools as text"
 TOOLS = ("calc", "python", "search")
-RESULT = "result"
+TOOL_FIELDS = ("tools", "functions")  # of a record: what may be called
+CALL, RESULT = "tool_call", "result"
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -55,7 +56,11 @@ ACCEPTED = ("true", "1", "1.0", "yes", "good", "desirable")
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A stretch of a message: `kind` is "text", a tool that is called with `text`, or "result", what it answered."""
+    """A stretch of a message.
+
+    kind  "text"; a tool of TOOLS, called with `text`; "tool_call", of any other function, as {"name", "arguments"} in
+          JSON; or "result", what a tool answered
+    """
 
     kind: str
     text: str
@@ -82,6 +87,7 @@ class Conversation:
     where     its place in a file
     rejected  whether its record calls the answer a bad one
     losses    what of its record is not in the messages as it was meant, to be counted
+    tools     JSON schemas of the functions that the assistant may call
     """
 
     messages: tuple[Message, ...]
@@ -89,6 +95,7 @@ class Conversation:
     document: str | None = None
     rejected: bool = False
     losses: tuple[str, ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
 
     @property
     def said(self) -> str:
@@ -183,14 +190,24 @@ def read_conversation(row: Row) -> Conversation:
         thoughts = {name: value[name] for name in THOUGHTS if value.get(name)}
         used += [answer, *thoughts]
         entries = [*entries, *_answering(row, answer, thoughts)]
-    lost = ["tool definitions left out"] if value.get("tools") or value.get("functions") else []
+    lost, tools = list[str](), definitions_of(value)
     of_messages: list[str] = []
     messages = read_messages(row, entries, of_messages)
     if any(turn.role == "assistant" and not any(part.text.strip() for part in turn.parts) for turn in messages):
         lost.append(EMPTY)
     rejected, label = _label(value)
-    others = not_used(value, (*used, "tools", "functions"), shown_text=said_in(messages))
-    return Conversation(messages, row.where, rejected=rejected, losses=(*lost, *of_messages, *others, *label))
+    used += TOOL_FIELDS if tools is not None else ()
+    losses = (*lost, *of_messages, *not_used(value, used, shown_text=said_in(messages)), *label)
+    return Conversation(messages, row.where, rejected=rejected, losses=losses, tools=tools or ())
+
+
+def definitions_of(value: dict[str, Any]) -> tuple[dict[str, Any], ...] | None:
+    """Read the functions that a record offers: a list of JSON schemas, perhaps in a string; None for anything else."""
+    found = value.get(first_of(value, TOOL_FIELDS) or "")
+    if isinstance(found, str):
+        with suppress(ValueError):
+            found = json.loads(found)
+    return tuple(found) if isinstance(found, list) and all(isinstance(tool, dict) for tool in found) else None
 
 
 # ---- formats
@@ -303,7 +320,6 @@ def read_messages(row: Row, entries: list[dict[str, Any]], lost: list[str] | Non
                 messages.append(Message(speaker, parts, int(weight)))
         after_result = role == "tool"
     if lost is not None:
-        losses.sort(key=UNKNOWN_TOOLS.__ne__)  # first
         lost += (loss for loss in dict.fromkeys(losses) if loss not in lost)
     return tuple(messages)
 
@@ -326,7 +342,7 @@ def _joined(parts: list[Part]) -> tuple[Part, ...]:
 def _parts(entry: dict[str, Any], role: str, lost: list[str]) -> tuple[Part, ...]:
     content, calls = entry.get("content"), entry.get("tool_calls") or []
     if role == "function_call":
-        return (_call(content, lost),)
+        return (_call(content),)
     if entry.get("function_call") and not calls:  # what OpenAI called it before there could be several
         calls = [entry["function_call"]]
     if content is None and role == "assistant":
@@ -351,17 +367,15 @@ def _parts(entry: dict[str, Any], role: str, lost: list[str]) -> tuple[Part, ...
             parts = [Part("text", f"<think>\n{thought}\n</think>\n\n"), *parts]
     if calls and (role != "assistant" or not isinstance(calls, list)):
         raise UserError("expected 'tool_calls' to be a list, in an assistant's message")
-    for call in calls:
-        request = _call(call.get("function", call) if isinstance(call, dict) else call, lost)
-        parts += [Part("text", "\n"), request] if request.kind == "text" and parts else [request]
+    parts += (_call(call.get("function", call) if isinstance(call, dict) else call) for call in calls)
     return _joined(parts)
 
 
 def _part(part: Any, role: str, lost: list[str]) -> Part:
     kind = part.get("type") if isinstance(part, dict) else None
     text = part.get("text", part.get("value")) if isinstance(part, dict) else part
-    if kind == "tool_call" and role == "assistant":
-        return _call(text, lost)
+    if kind == CALL and role == "assistant":
+        return _call(text)
     if kind in (*TOOLS, RESULT) and role != "assistant":
         raise UserError(f"expected a part of type {kind!r} in an assistant's message only, found one in {role}'s")
     if kind not in ("text", "input_text", "output_text", "reasoning", *TOOLS, RESULT) or not isinstance(text, str):
@@ -372,8 +386,8 @@ def _part(part: Any, role: str, lost: list[str]) -> Part:
     return Part(kind if kind in (*TOOLS, RESULT) else "text", text)
 
 
-def _call(call: Any, lost: list[str]) -> Part:
-    """Read a call {"name", "arguments"}: to a tool of ours with its only argument, else in JSON as a line of text."""
+def _call(call: Any) -> Part:
+    """Read a call {"name", "arguments"}: of a tool of ours with its only argument, of another function in JSON."""
     if isinstance(call, str):
         try:
             call = json.loads(call)
@@ -390,9 +404,7 @@ def _call(call: Any, lost: list[str]) -> Part:
             instead = f"found {arguments[:40]!r}"
             raise UserError(f"expected the arguments of {name!r} in JSON, {instead}") from None
     if tool is None:
-        text = (call["arguments"] or "{}") if written else json.dumps(arguments, ensure_ascii=False)
-        lost.append(UNKNOWN_TOOLS)
-        return Part("text", f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": {text}}}')
+        return Part(CALL, json.dumps({"name": name, "arguments": arguments or {}}, ensure_ascii=False))
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)

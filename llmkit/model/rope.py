@@ -177,7 +177,7 @@ def _longrope_from_hf(
 
 
 def rope_to_hf(main: Rope, local: Rope, head_dim: int, family: Family) -> dict[str, Any]:
-    """Fields of `config.json`: the spelling of version 4, which 5 reads too, unless only 5 can say it.
+    """Fields of `config.json`: the spelling of version 4 beside that of 5, unless only 5 can say it.
 
     `local` is the rotation of the layers with a window.
     """
@@ -193,6 +193,8 @@ def rope_to_hf(main: Rope, local: Rope, head_dim: int, family: Family) -> dict[s
     if scaling and "original_max_position_embeddings" in scaling and family.partial_rotary:
         out["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]  # phi3 reads it there
     if not family.layer_ropes:
+        if main.channels is None:
+            out["rope_parameters"] = {"rope_theta": main.theta, **(scaling or {"rope_type": "default"})}
         return out
     if local.scaling is None and "rope_local_base_freq" in family.defaults:
         return out | {"rope_local_base_freq": local.theta}

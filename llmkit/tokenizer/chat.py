@@ -1,8 +1,9 @@
 """Conversations to token ids and back: `<|im_start|>role<|im_sep|>text<|im_end|>` for each turn, nothing between.
 
-What the assistant writes to a tool stands in the tool's tokens, what comes back in `<|result_start|>...<|result_end|>`,
-in the same turn. Text never becomes a special token, whatever it spells; transformers' `apply_chat_template` on the
-folder's template gives the same ids for text that spells none.
+What the assistant writes to a tool stands in the tool's tokens, a call of any other function as JSON between
+`<tool_call>` and `</tool_call>`, what comes back in `<|result_start|>...<|result_end|>`, in the same turn. The
+functions that it may call stand behind the system message. Text never becomes a special token, whatever it spells;
+transformers' `apply_chat_template` on the folder's template gives the same ids for text that spells none.
 """
 
 from __future__ import annotations
@@ -16,14 +17,22 @@ from pathlib import Path
 import numpy as np
 
 from llmkit.errors import UserError
-from llmkit.formats.conversations import RESULT, TOOLS, Conversation, Message
+from llmkit.formats.conversations import CALL, RESULT, TOOLS, Conversation, Message, Part
 from llmkit.io.jsonl import atomic_file
 from llmkit.tokenizer.encoding import EnclosedText, Tokenizer, load_tokenizer
-from llmkit.tokenizer.folder import CHAT_TEMPLATE, END_OF_TEXT, SPECIALS
+from llmkit.tokenizer.folder import END_OF_TEXT, SPECIALS, write_template
 
 CHAT_SPECIALS = tuple(name for name in SPECIALS if name != END_OF_TEXT)
 LOSSES = ("assistant", "last", "all")
 ENCODED_AT_ONCE = 4096  # texts
+# about the functions that may be called, as chat_template.jinja has it
+TOOLS_BEFORE = "# Tools\n\nFunctions that you may call, as JSON schemas:\n<tools>"
+TOOLS_AFTER = """
+</tools>
+A call is written as:
+<tool_call>
+{"name": FUNCTION, "arguments": {ARGUMENT: VALUE}}
+</tool_call>"""
 Turn = list[tuple[np.ndarray | EnclosedText, bool]]  # ids or a text between special tokens, and whether it is learnt
 
 
@@ -82,6 +91,8 @@ class ChatFormat:
     def encode(self, messages: Sequence[Message], *, loss: str = "assistant", prompt: bool = False) -> Encoded:
         """Encode messages; with `prompt`, also what comes before the assistant's answer to them.
 
+        A last turn of the assistant that ends in a call or in its result is left open: the answer goes on with it.
+
         `loss` says what is trained on: all that the assistant says and does ("assistant"), its last turn only
         ("last"), or every token ("all"). An assistant's tool results and turns of weight 0 never are, but by "all".
         """
@@ -89,6 +100,8 @@ class ChatFormat:
         if not prompt:
             return encoded
         header = self._headers["assistant"]
+        if messages and _goes_on(messages[-1]):
+            return replace(encoded, turn_ends=encoded.turn_ends[:-1])
         ids = np.concatenate([encoded.token_ids, header])
         trained = np.concatenate([encoded.trained, np.zeros(len(header), bool)])
         return replace(encoded, token_ids=ids, trained=trained)
@@ -100,7 +113,8 @@ class ChatFormat:
         """
         if loss not in LOSSES:
             raise ValueError(f"loss: expected one of {LOSSES}, found {loss!r}")
-        listed = [(conversation, self._turns(conversation, loss)) for conversation in conversations]
+        shown = map(with_definitions, conversations)
+        listed = [(conversation, self._turns(conversation, loss)) for conversation in shown]
         texts = [piece for _, turns in listed for turn in turns for piece, _ in turn if isinstance(piece, tuple)]
         encoded = iter(self._encode_texts(texts))
         return [_joined(conversation.messages, turns, encoded) for conversation, turns in listed]
@@ -112,7 +126,11 @@ class ChatFormat:
         turns = [tuple(messages) for prompt, answers in branches for messages in (prompt, *answers)]
         encoded = iter(self.encode_many(Conversation(turn) for turn in turns if turn))
         ids = iter([next(encoded).token_ids if turn else np.zeros(0, np.int32) for turn in turns])
-        return [(next(ids), tuple(next(ids) for _ in answers)) for _, answers in branches]
+        skipped = [len(self._headers["assistant"]) if prompt and _goes_on(prompt[-1]) else 0 for prompt, _ in branches]
+        return [
+            (next(ids), tuple(next(ids)[skip:] for _ in answers))
+            for skip, (_, answers) in zip(skipped, branches, strict=True)
+        ]
 
     def encode_result(self, text: str) -> list[int]:
         """Encode what a tool answered, as it stands between the tokens of a result."""
@@ -144,8 +162,8 @@ class ChatFormat:
             trained = said or loss == "all"
             turn: Turn = [(self._headers[message.role], loss == "all")]
             stretches: list[tuple[str, str]] = []  # neighbouring texts as one
-            for kind, run in groupby(message.parts, key=lambda part: part.kind):
-                texts = [part.text for part in run]
+            for kind, run in groupby(message.parts, key=lambda part: "text" if part.kind == CALL else part.kind):
+                texts = [f"<tool_call>\n{part.text}\n</tool_call>" if part.kind == CALL else part.text for part in run]
                 stretches += [(kind, "".join(texts))] if kind == "text" else [(kind, text) for text in texts]
             before = "<|im_sep|>"
             for (kind, text), (following, _) in pairwise([*stretches, ("im", "")]):
@@ -157,7 +175,8 @@ class ChatFormat:
                     flag = trained and (kind != RESULT or loss == "all")
                     turn += [(self._tokens[start], flag), ((start, text, end), flag), (self._tokens[end], flag)]
                 before = end
-            turn.append((self._tokens["<|im_end|>"], trained))
+            if message is not conversation.messages[-1] or not _goes_on(message):
+                turn.append((self._tokens["<|im_end|>"], trained))
             turns.append(turn)
         return turns
 
@@ -165,6 +184,11 @@ class ChatFormat:
         """Return the start and end ids of each tool's call, and of `result`."""
         ids = self._tokenizer.specials
         return {kind: (ids[f"<|{kind}_start|>"], ids[f"<|{kind}_end|>"]) for kind in (*TOOLS, RESULT)}
+
+
+def _goes_on(message: Message) -> bool:
+    """True for a turn of the assistant that ends in a call of a tool or in its result."""
+    return message.role == "assistant" and message.parts[-1:] != () and message.parts[-1].kind != "text"
 
 
 def _joined(messages: Sequence[Message], turns: Sequence[Turn], encoded: Iterator[np.ndarray]) -> Encoded:
@@ -184,6 +208,17 @@ def _joined(messages: Sequence[Message], turns: Sequence[Turn], encoded: Iterato
     return Encoded(np.concatenate(pieces), trained, tuple(ends), questions, preamble)
 
 
+def with_definitions(conversation: Conversation) -> Conversation:
+    """Put the functions that a conversation offers behind its system message."""
+    if not conversation.tools:
+        return conversation
+    listed = "".join("\n" + json.dumps(tool, ensure_ascii=False) for tool in conversation.tools)
+    messages, text = conversation.messages, f"{TOOLS_BEFORE}{listed}{TOOLS_AFTER}"
+    if messages[:1] and messages[0].role == "system":
+        messages, text = messages[1:], f"{messages[0].text}\n\n{text}"
+    return replace(conversation, messages=(Message("system", (Part("text", text),)), *messages), tools=())
+
+
 def has_own_template(tokenizer: Tokenizer) -> bool:
     """True if a folder from elsewhere brings a chat template, and not our format."""
     if tokenizer.chat_template is None:
@@ -197,10 +232,16 @@ def has_chat_tokens(tokenizer: Tokenizer) -> bool:
     return tokenizer.specials.keys() >= set(CHAT_SPECIALS)
 
 
+def renew_template(tokenizer: Tokenizer) -> None:
+    """Write the chat template of today into a tokenizer's folder, where it has ours, perhaps in an older form."""
+    if tokenizer.chat_template is not None and not has_own_template(tokenizer):
+        write_template(tokenizer.path.parent, tokenizer.config)
+
+
 def write_chat_tokenizer(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
     """Write a tokenizer into `folder` with the special tokens and the template of conversations, and load it.
 
-    Tokens that it lacks come after all that it has.
+    Tokens that it lacks come after all that it has. An older form of the template becomes that of today.
     """
     tokenizer.copy_to(folder)
     spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
@@ -211,9 +252,9 @@ def write_chat_tokenizer(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
         {"id": tokenizer.vocab_size + i, "content": name, **flags, "special": True} for i, name in enumerate(missing)
     ]
     # other classes of transformers put steps of their own in place of those in tokenizer.json
-    config = {**tokenizer.config, "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT_TEMPLATE}
+    config = {**tokenizer.config, "tokenizer_class": "PreTrainedTokenizerFast"}
     config.pop("added_tokens_decoder", None)  # what transformers 4 wrote of the tokens in tokenizer.json
-    for name, content in (("tokenizer.json", spec), ("tokenizer_config.json", config)):
-        with atomic_file(folder / name, "w") as handle:
-            json.dump(content, handle, indent=2, ensure_ascii=False)
+    write_template(folder, config)
+    with atomic_file(folder / "tokenizer.json", "w") as handle:
+        json.dump(spec, handle, indent=2, ensure_ascii=False)
     return load_tokenizer(folder)

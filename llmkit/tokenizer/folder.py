@@ -33,6 +33,42 @@ SPECIALS = (
 MULTIPLE = 64
 SMALLEST_VOCABULARY = 256 + len(SPECIALS)
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8").strip()
+_OWN = "calc|python|search"
+# What transformers' `parse_response` makes of an answer: text, thoughts, calls. A call of our tools has one argument,
+# of the tool's name, for keys come of the text alone. JSON is read member by member, strings and nested values whole.
+_MEMBER = (
+    r"""(?(DEFINE)(?P<string>"(?:[^"\\]|\\.)*+")(?P<nested>[\[{](?:[^\[\]{}"]++|(?&string)|(?&nested))*+[\]}]))"""
+    rf"""^(?P<key>{_OWN})(?P<value>_start\|>.*<\|(?P=key)_end\|>)$"""
+    r"""|"(?P<key>(?:[^"\\]|\\.)*+)"\s*:\s*(?P<value>(?&string)|(?&nested)|[^\s,\[\]{}"]+)"""
+)
+_VERBATIM = {"content": "text", "content_args": {"strip": False}, "repeats": True}
+RESPONSE_TEMPLATE = {
+    "version": 1,
+    "defaults": {"role": "assistant", "content": ""},
+    "start_anchor": ["<|im_start|>assistant<|im_sep|>", "<|result_end|>"],
+    "fields": {
+        "reasoning_content": {
+            "open_pattern": r"<think>\n?", "close_pattern": r"\n?</think>\n{0,2}", **_VERBATIM, "join": "\n\n",
+        },
+        "tool_calls": {
+            "open_pattern": rf"""<\|(?=(?P<name>{_OWN})_start\|>)"""
+            r"""|<tool_call>\s*\{\s*"name":\s*"(?P<name>[^"\\]+)",\s*"arguments":\s*(?=\{)""",
+            "close_pattern": rf"(?<=<\|(?:{_OWN})_end\|>)|\}}\s*</tool_call>",
+            "repeats": True,
+            "content": "xml-inline",
+            "content_args": {
+                "tag_pattern": _MEMBER,
+                "value_parser": {
+                    "name": "json",
+                    "args": {"string_delims": [["_start|>", f"<|{tool}_end|>"] for tool in _OWN.split("|")]},
+                },
+            },
+            "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
+        },
+        "tool_responses": {"open": "<|result_start|>", "close": "<|result_end|>", **_VERBATIM},
+        "content": {"close": ["<|im_end|>", END_OF_TEXT], **_VERBATIM, "join": ""},
+    },
+}  # fmt: skip
 CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "bos_token": END_OF_TEXT,
@@ -40,7 +76,6 @@ CONFIG = {
     "pad_token": END_OF_TEXT,
     "add_bos_token": True,
     "clean_up_tokenization_spaces": False,
-    "chat_template": CHAT_TEMPLATE,
 }
 
 # Half a CPU second a tokenizer, where training takes 4 for 100 MB. Of less than 32 MB a 32nd part, 64 KB at least.
@@ -83,9 +118,26 @@ def tokenizer_json(merges: Merges, pattern: Pattern) -> str:
 
 
 def write_tokenizer(folder: Path, tokenizer: str) -> None:
-    """Write tokenizer_config.json, then tokenizer.json."""
-    config = json.dumps(CONFIG, indent=2, ensure_ascii=False)
-    for name, text in (("tokenizer_config.json", config), ("tokenizer.json", tokenizer)):
+    """Write tokenizer_config.json and the chat template, then tokenizer.json."""
+    write_template(folder, CONFIG)
+    with atomic_file(folder / "tokenizer.json", "w") as handle:
+        handle.write(tokenizer + "\n")
+
+
+def write_template(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write our chat template, and tokenizer_config.json with the tokens of conversations and what reads an answer."""
+    names = {f"{name.strip('<|>')}_token": name for name in SPECIALS if name != END_OF_TEXT}
+    known = config.get("extra_special_tokens") or {}
+    # a table, which transformers 4 and 5 both read; version 5 takes a list, too, at which version 4 fails
+    extra = dict.fromkeys((*known, *names.values())) if isinstance(known, list) else {**known, **names}
+    beside = {**config, "extra_special_tokens": extra if isinstance(known, dict) else list(extra)}
+    beside["response_template"] = RESPONSE_TEMPLATE
+    beside.pop("chat_template", None)  # transformers 5 reads it from a file of its own, and other programs with it
+    texts = {
+        "chat_template.jinja": CHAT_TEMPLATE,
+        "tokenizer_config.json": json.dumps(beside, indent=2, ensure_ascii=False),
+    }
+    for name, text in texts.items():
         with atomic_file(folder / name, "w") as handle:
             handle.write(text + "\n")
 

@@ -8,17 +8,19 @@ tokens are learnt.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from os.path import commonprefix
+from typing import Any
 
 import numpy as np
 
 from llmkit.errors import UserError, naming
-from llmkit.formats.conversations import Conversation, Message, message
+from llmkit.formats.conversations import CALL, RESULT, Conversation, Message, message
 from llmkit.tokenizer.chat import LOSSES, ChatFormat, Encoded, has_own_template
 from llmkit.tokenizer.encoding import RESERVED, THOUGHTS, Tokenizer
 from llmkit.tokenizer.template_worker import TemplateFault, renderer
@@ -140,12 +142,13 @@ class TemplateFormat(ChatFormat):
     # ---- text
 
     def _turn(self, turn: Message, late: bool = False) -> _Turn:
-        if any(part.kind != "text" for part in turn.parts):
+        if any(part.kind not in ("text", CALL) for part in turn.parts):
             raise UserError(
                 f"{self._folder}: calls of tools need llmkit's own chat format, "
                 "and this model has a chat template of its own"
             )
-        text = _RESERVED.sub("", turn.text)
+        calls = ["\n" * (index > 0 and part.kind == CALL) + part.text for index, part in enumerate(turn.parts)]
+        text = _RESERVED.sub("", "".join(calls))
         text = self._escaped[turn.role].sub(lambda match: match[0][:1] + BREAK + match[0][1:], text)
         at = text.rindex(_THOUGHT) + len(_THOUGHT) if late else 0
         core = left = text[at:].strip()  # within white space, which some templates strip
@@ -155,31 +158,33 @@ class TemplateFormat(ChatFormat):
                 left = left.replace(switch, "")
         return _Turn(turn.role, text[:start], core, text[start + len(core) :], left.strip(), late)
 
-    def _render(self, turns: Sequence[_Turn], prompt: bool, bare: Collection[int] = ()) -> str:
-        """Render turns, marked but for those that are `bare`."""
+    def _render(self, turns: Sequence[_Turn], prompt: bool, bare: Collection[int] = (), tools: Any = None) -> str:
+        """Render turns, marked but for those that are `bare`, with the functions that they may call, or None."""
         messages = []
         for index, turn in enumerate(turns):
             content = turn.core if index in bare else f"{BEGIN}{turn.core}{END}"
             messages.append({"role": turn.role, "content": turn.before + content + turn.after})
         # transformers gives both, and a template may ask whether they are defined
-        given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": prompt}
+        given = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompt}
         try:
             return self._template(given | self._names)
         except TemplateFault as error:
             last = f"turn {len(turns)} ({turns[-1].role})" if turns else "no turn"
             verb = "refuses this" if error.refused else "fails"
             if len(turns) > 1 and not error.ended:
-                self._render(turns[:-1], prompt=False)  # where an earlier turn is at fault, that is named
+                self._render(turns[:-1], False, tools=tools)  # where an earlier turn is at fault, that is named
             raise UserError(f"{self._folder}: its chat template {verb}: {error} (at {last})") from None
 
-    def _rendered(self, messages: Sequence[Message], prompt: bool) -> tuple[list[_Turn], str, list[tuple[int, int]]]:
+    def _rendered(
+        self, messages: Sequence[Message], prompt: bool, tools: Any
+    ) -> tuple[list[_Turn], str, list[tuple[int, int]]]:
         """Return the turns, the text, and from where to where in it stands what each of them says.
 
         Raises UserError for a template that changes what they say.
         """
         turns, everyone = list(map(self._turn, messages)), range(len(messages))
         bare = {index for index in everyone if not turns[index].core}  # marks would fill them
-        marked = self._render(turns, prompt, bare)
+        marked = self._render(turns, prompt, bare, tools)
         while (wrong := _changed(turns, marked, bare)) is not None:
             turn = turns[wrong]
             if turn.role == "assistant" and _THOUGHT in messages[wrong].text and not turn.late:  # it moves thoughts
@@ -189,14 +194,14 @@ class TemplateFormat(ChatFormat):
                 bare.add(wrong)
             else:
                 raise self._leaves_out(turns, wrong)
-            marked = self._render(turns, prompt, bare)
-        text = self._render(turns, prompt, everyone)
+            marked = self._render(turns, prompt, bare, tools)
+        text = self._render(turns, prompt, everyone, tools)
         if _EDGES.sub("", marked) != text:  # it looks at what is said
             bare = set(everyone)
         edges = [match.start() - count for count, match in enumerate(_EDGES.finditer(marked))]
         about = zip(edges[::2], edges[1::2], strict=True)
         places = dict(zip((i for i in everyone if i not in bare), about, strict=False))
-        places |= {index: self._place(turns, prompt, index, text) for index in bare}
+        places |= {index: self._place(turns, prompt, index, text, tools) for index in bare}
         for index in everyone[1:]:
             if places[index][0] < places[index - 1][1]:
                 if index > 1 or turns[0].role != "system":
@@ -210,9 +215,9 @@ class TemplateFormat(ChatFormat):
             f"turn {index + 1} ({turns[index].role}); use conversations that it shows whole"
         )
 
-    def _place(self, turns: Sequence[_Turn], prompt: bool, index: int, text: str) -> tuple[int, int]:
+    def _place(self, turns: Sequence[_Turn], prompt: bool, index: int, text: str, tools: Any) -> tuple[int, int]:
         """Find where in the text an unmarked message stands: from where the text differs if it alone is marked."""
-        alone = self._render(turns, prompt, [i for i in range(len(turns)) if i != index])
+        alone = self._render(turns, prompt, [i for i in range(len(turns)) if i != index], tools)
         start = len(commonprefix([text, alone]))  # noqa: RUF071  (of characters)
         core = turns[index].core
         begin = text.find(core, start)
@@ -235,14 +240,15 @@ class TemplateFormat(ChatFormat):
         if not prompt and self._ended == NONE:
             raise UserError(self._endless)
         messages = conversation.messages
-        turns, text, places = self._rendered(messages, prompt)
+        tools = list(conversation.tools) or None
+        turns, text, places = self._rendered(messages, prompt, tools)
         answers = [index for index, turn in enumerate(messages) if turn.role == "assistant"]
         learnt = {i for i in answers if messages[i].weight > 0 and (loss != "last" or i == answers[-1])}
         ids: list[int] = []
         trained: list[bool] = []
         ends: list[int] = []  # of turns: after the special token that follows a text, or where the next text begins
         current, learning, done = -1, False, False  # the message, whether it is learnt, whether its text is over
-        for kind, token in self._events(self._marked(text, places, turns)):
+        for kind, token in self._events(self._marked(text, places, turns, tools)):
             if kind == CUT:
                 learning = current + 1 in learnt
             elif kind == BEGIN:
@@ -270,12 +276,12 @@ class TemplateFormat(ChatFormat):
         flags = np.ones(len(ids), bool) if loss == "all" else np.array(trained, bool)
         return Encoded(np.array(ids, np.int32), flags, tuple(ends), questions, preamble)
 
-    def _marked(self, text: str, places: Sequence[tuple[int, int]], turns: Sequence[_Turn]) -> str:
+    def _marked(self, text: str, places: Sequence[tuple[int, int]], turns: Sequence[_Turn], tools: Any) -> str:
         """Put marks about each message, and CUT before each answer that the text asks for with the same words."""
         marks: list[tuple[int, str]] = []
         for index, (begin, end) in enumerate(places):
             if index and turns[index].role == "assistant":
-                opening = self._render(turns[:index], prompt=True, bare=range(index))
+                opening = self._render(turns[:index], True, range(index), tools)
                 if opening and text.startswith(opening) and len(opening) <= begin:
                     marks.append((len(opening), CUT))
             marks += [(begin, BEGIN), (end, END)]
@@ -298,6 +304,31 @@ class TemplateFormat(ChatFormat):
             yield ("text", token) if special is None else ("special", special)
         for _, mark in waiting:
             yield mark, 0
+
+
+def as_openai(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Write messages as transformers' templates and OpenAI's interface have them, with `tool_calls` and role `tool`.
+
+    Calls stand behind the text between two results, wherever they were in it.
+    """
+    entries: list[dict[str, Any]] = []
+    for turn in messages:
+        entries.append(entry := {"role": turn.role, "content": ""})
+        for part in turn.parts:
+            if part.kind == RESULT:
+                entries.append({"role": "tool", "content": part.text})
+            elif entries[-1]["role"] == "tool":
+                entries.append(entry := {"role": turn.role, "content": ""})
+            if part.kind == "text":
+                entry["content"] += part.text
+            elif part.kind != RESULT:
+                call = (
+                    json.loads(part.text)
+                    if part.kind == CALL
+                    else {"name": part.kind, "arguments": {part.kind: part.text}}
+                )
+                entry.setdefault("tool_calls", []).append({"type": "function", "function": call})
+    return entries
 
 
 def _any_of(names: Iterable[str]) -> re.Pattern[str]:

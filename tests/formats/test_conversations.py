@@ -67,20 +67,23 @@ WRITTEN = '{"name": "weather", "arguments": {"city": "Zürich"}}'
         ({"messages": [USER, calling("calc", "2+2")]}, (ASKED, Message("assistant", (Part("calc", "2+2"),)))),
         (  # a call of another function
             {"messages": [USER, calling("weather", WEATHER, content="Wait.")]},
-            (ASKED, message("assistant", f"Wait.\n{WRITTEN}")),
+            (ASKED, Message("assistant", (Part("text", "Wait."), Part("tool_call", WRITTEN)))),
         ),
         (  # OpenAI's older form
             {"messages": [USER, {"role": "assistant", "content": "",
                                  "function_call": {"name": "weather", "arguments": json.dumps(WEATHER)}},
                           {"role": "function", "name": "weather", "content": "sunny"}]},
-            (ASKED, Message("assistant", (Part("text", WRITTEN.replace("ü", "\\u00fc")), Part("result", "sunny")))),
+            (ASKED, Message("assistant", (Part("tool_call", WRITTEN), Part("result", "sunny")))),
         ),
         (  # ShareGPT's
             {"conversations": [
                 {"from": role, "value": text} for role, text in [
                     ("human", "2 + 2?"), ("function_call", json.dumps({"name": "weather", "arguments": WEATHER})),
                     ("observation", "sunny"), ("gpt", "Sunny.")]]},
-            (ASKED, Message("assistant", (Part("text", WRITTEN), Part("result", "sunny"), Part("text", "Sunny.")))),
+            (
+                ASKED,
+                Message("assistant", (Part("tool_call", WRITTEN), Part("result", "sunny"), Part("text", "Sunny."))),
+            ),
         ),
     ],
 )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from scripted import ScriptedSampler
 
@@ -105,9 +107,14 @@ def test_what_is_known_and_not_used_is_named(read, value, losses):
     assert read(row(**value)).losses == tuple(f"{name!r} not used" for name in losses.split())
 
 
-def test_definitions_of_tools_are_left_out():
-    assert read_conversation(row(messages=TURNS, tools=TOOLS)).losses == ("tool definitions left out",)
-    assert read_conversation(row(messages=TURNS, tools=[])).losses == ()
+@pytest.mark.parametrize("name", ["tools", "functions"])
+def test_definitions_of_tools_belong_to_a_conversation(name):
+    for given, expected in ((TOOLS, tuple(TOOLS)), (json.dumps(TOOLS), tuple(TOOLS)), ([], ()), ("[]", ())):
+        found = read_conversation(row(messages=TURNS, **{name: given}))
+        assert found.tools == expected and found.losses == ()
+    for given in ("weather", ["weather"], {"name": "weather"}, "[1"):
+        found = read_conversation(row(messages=TURNS, **{name: given}))
+        assert found.tools == () and found.losses == (f"{name!r} not used",)
 
 
 def test_other_forms_of_pairs_and_questions():
@@ -127,12 +134,6 @@ MESSAGES = {  # what of messages is not used, whichever command reads them
     "'name' of a message not used": [{"role": "user", "content": "a?", "name": "Ada"}],
     "'reasoning_content' of others than the assistant not used": [
         {"role": "user", "content": "a?", "reasoning_content": "Hm."}
-    ],
-    "calls of unknown tools as text": [
-        {"role": "user", "content": "Rain?"},
-        {"role": "assistant", "tool_calls": [{"function": {"name": "weather", "arguments": "{}"}}]},
-        {"role": "tool", "content": "yes"},
-        {"role": "user", "content": "a?"},
     ],
 }
 

@@ -249,16 +249,29 @@ def test_a_dry_run_shows_what_is_trained_on(base, chats, llmkit):
     assert done.stdout.count("==> ") == 2
 
 
-def test_rejected_answers_are_not_trained_on_and_losses_are_counted(base, llmkit, tmp_path):
+def test_functions_that_may_be_called_are_shown_and_their_calls_learnt(base, llmkit, tmp_path):
     call = {"name": "weather", "arguments": {"city": "Oslo"}}
     called = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "tool_calls": [{"function": call}]}]
+    answered = [{"role": "tool", "content": "No."}, {"role": "assistant", "content": "It is dry."}]
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    data = write(tmp_path / "calls.jsonl", {"messages": called + answered, "tools": tools})
+    done = llmkit("sft", base, "--data", data, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    written = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+    result = "<|result_start|>No.<|result_end|>«It is dry.<|im_end|>»"
+    assert f"assistant<|im_sep|>«{written}»{result}" in done.stdout.replace("\\n", "\n")
+    assert f"<tools>\n{json.dumps(tools[0])}\n</tools>" in done.stdout and "not used" not in done.stderr
+
+
+def test_rejected_answers_are_not_trained_on_and_losses_are_counted(base, llmkit, tmp_path):
+    called = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": "No."}]
     rows = [{"prompt": f"{n}?", "completion": "bad" if n % 3 else "good", "label": n % 3 == 0} for n in range(6)]
-    data = write(tmp_path / "kto.jsonl", *rows, {"messages": called, "tools": [{"type": "function"}]})
+    data = write(tmp_path / "kto.jsonl", *rows, {"messages": called, "tools": "weather"})
     done = llmkit("sft", base, "--data", data, "--dry-run")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("good") == 2 and "bad" not in done.stdout
     assert "7 conversations, rejected by its label 4; 3 examples" in done.stderr
-    assert "of 7 records: tool definitions left out 1, calls of unknown tools as text 1\n" in done.stderr
+    assert "of 7 records: 'tools' not used 1\n" in done.stderr
     write(data, *rows[1:3])
     alone = llmkit("sft", base, "--data", data, "--dry-run")
     assert alone.returncode == 2 and "nothing to train on in 2 conversations (rejected by its label 2)" in alone.stderr

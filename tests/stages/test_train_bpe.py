@@ -45,7 +45,7 @@ def test_stdin_to_a_folder_and_one_json_line(llmkit, corpus: Path, trained: Path
     assert summary["path"] == str(tmp_path / "tok") and summary["vocab_size"] == 320
     assert summary["merges"] == 320 - 256 - len(SPECIALS) and summary["documents"] == len(STORIES)
     assert summary["bytes"] == len("".join(STORIES).encode())
-    names = ["manifest.json", "report.json", "tokenizer.json", "tokenizer_config.json"]
+    names = ["chat_template.jinja", "manifest.json", "report.json", "tokenizer.json", "tokenizer_config.json"]
     assert sorted(path.name for path in (tmp_path / "tok").iterdir()) == names
     assert (tmp_path / "tok/tokenizer.json").read_bytes() == (trained / "tokenizer.json").read_bytes()
     manifest = json.loads((tmp_path / "tok/manifest.json").read_text())

@@ -14,11 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkit.errors import UserError
-from llmkit.formats.conversations import Conversation, Message, Part, as_record, message, read_conversation
+from llmkit.formats.conversations import (
+    Conversation,
+    Message,
+    Part,
+    as_record,
+    message,
+    read_conversation,
+)
 from llmkit.io.records import Row
-from llmkit.tokenizer.chat import ChatFormat, write_chat_tokenizer
+from llmkit.tokenizer.chat import ChatFormat, has_own_template, write_chat_tokenizer
 from llmkit.tokenizer.encoding import load_tokenizer
 from llmkit.tokenizer.folder import SPECIALS
+from llmkit.tokenizer.templates import as_openai
 
 
 @pytest.fixture(scope="module")
@@ -52,16 +60,22 @@ def rendered(stranger, record, **options):
 
 texts = st.text(st.characters(codec="utf-8"), max_size=20) | st.sampled_from([" Four.", "\nYes, ", "user", " ", "▁a"])
 texts = texts.filter(lambda text: "<|" not in text and not any("\ufdd0" <= one <= "\ufdef" for one in text))
-answers = st.lists(st.builds(Part, st.sampled_from(["text", "calc", "python", "search", "result"]), texts), max_size=5)
+kinds = st.sampled_from(["text", "calc", "python", "search", "result", "tool_call"])
+answers = st.lists(st.builds(Part, kinds, texts), max_size=5)
 turns = st.builds(message, st.sampled_from(["system", "user"]), texts) | st.builds(
     lambda parts: Message("assistant", tuple(parts)), answers
 )
+
+
+TOOLS = ({"type": "function", "function": {"name": "rain", "parameters": {"properties": {"city": "Zürich"}}}}, {"a": 1})
 
 
 @settings(deadline=None, max_examples=150)
 @given(st.lists(turns, min_size=1, max_size=6), st.booleans())
 def test_ids_and_mask_are_those_of_the_template(chat, stranger, messages, prompt):
     ours = chat.encode(messages, prompt=prompt)
+    (with_tools,) = chat.encode_many([Conversation(tuple(messages), tools=TOOLS)])
+    assert with_tools.token_ids.tolist() == rendered(stranger, as_record(messages), tools=list(TOOLS))["input_ids"]
     theirs = rendered(stranger, as_record(messages), add_generation_prompt=prompt, return_assistant_tokens_mask=True)
     assert ours.token_ids.tolist() == theirs["input_ids"]
     said = "".join(part.text for one in messages for part in one.parts)
@@ -117,6 +131,101 @@ def test_openai_tool_calls_are_rendered_alike(chat, stranger):
     ]
     ours = chat.encode(read_conversation(Row({"messages": record}, "x", 1)).messages)
     assert ours.token_ids.tolist() == rendered(stranger, record)["input_ids"]
+
+
+values = st.recursive(st.none() | st.booleans() | st.integers() | texts, lambda some: st.lists(some, max_size=3))
+names = st.sampled_from(["rain", "sum-up"])
+objects = st.dictionaries(st.sampled_from("abc"), values | st.dictionaries(texts, values, max_size=2), max_size=3)
+calls = st.builds(
+    lambda name, given: Part("tool_call", json.dumps({"name": name, "arguments": given}, ensure_ascii=False)),
+    names,
+    objects,
+)
+# transformers' reader takes two control characters for itself
+readable = texts.filter(lambda text: not {"\x01", "\x02"} & set(text))
+own_calls = st.builds(Part, st.sampled_from(["calc", "python", "search"]), readable)
+said = texts.filter(lambda text: "<" not in text)
+called = st.lists(calls | own_calls, min_size=1, max_size=3)
+segments = st.lists(st.builds(lambda text, calls: [Part("text", text), *calls], said, called), max_size=2)
+
+
+@settings(deadline=None, max_examples=80)
+@given(segments, called | st.just([]), said.filter(bool), st.booleans())
+def test_conversations_in_openais_form_begin_alike_and_answers_are_read_back(
+    chat, stranger, segments, called, said, more
+):
+    parts = [part for one in segments for part in (*one, Part("result", "42"))]
+    parts = [part for part in parts if part.text or part.kind != "text"]
+    parts = (*parts, Part("text", said), *called)
+    messages = [message("user", "hi"), Message("assistant", parts), *([message("user", "so?")] if more else [])]
+    entries = as_openai(messages)
+    whole = stranger.apply_chat_template(entries, tools=list(TOOLS), tokenize=False)
+    assert rendered(stranger, entries)["input_ids"] == chat.encode(messages).token_ids.tolist()
+    for count, entry in enumerate(entries[1:], 1):
+        asked, answered = (
+            stranger.apply_chat_template(
+                entries[:end], tools=list(TOOLS), add_generation_prompt=end == count, tokenize=False
+            )
+            for end in (count, count + 1)
+        )
+        assert whole.startswith(answered)
+        if entry["role"] == "assistant" and answered.startswith(asked):
+            assert stranger.parse_response(answered[len(asked) :], prefix=asked) == entry
+
+
+def test_thoughts_and_what_a_tool_answered_are_read_apart(stranger):
+    thought = {"role": "assistant", "reasoning_content": "Two\nand two.", "content": "Four."}
+    for name in ("reasoning_content", "reasoning", "thinking"):
+        entry = {"role": "assistant", name: "\nTwo\nand two.\n", "content": "Four."}
+        said = stranger.apply_chat_template([entry], tokenize=False)
+        assert said.endswith("<think>\nTwo\nand two.\n</think>\n\nFour.<|im_end|>")
+        assert stranger.parse_response(said.removeprefix("<|im_start|>assistant<|im_sep|>"), prefix="") == thought
+    turn = "It is <|calc_start|> 6*7 <|calc_end|><|result_start|>42\n<|result_end|>42.<|im_end|>"
+    call = {"type": "function", "function": {"name": "calc", "arguments": {"calc": " 6*7 "}}}
+    expected = {"content": "It is 42.", "tool_calls": [call], "tool_responses": ["42\n"]}
+    assert stranger.parse_response(turn, prefix="") == {"role": "assistant", **expected}
+
+
+def test_an_older_folder_of_ours_is_read_and_gets_the_template_of_today(folder, tmp_path):
+    from transformers import AutoTokenizer
+
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    del config["response_template"], config["extra_special_tokens"]
+    older = "{% for m in messages %}{{ '<|im_start|>' + m.role + '<|im_sep|>' + m.content + '<|im_end|>' }}{% endfor %}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": older}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.chat_template == older and not has_own_template(tokenizer)
+    write_chat_tokenizer(tokenizer, tmp_path)
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    assert "chat_template" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
+    found = AutoTokenizer.from_pretrained(tmp_path)
+    assert found.im_end_token == "<|im_end|>" and set(SPECIALS) == set(found.all_special_tokens)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("glaive_toolcall_en_demo.json", 300), ("reason_tool_use_demo_50.jsonl", 50), ("v1_sft_demo.jsonl", 150)],
+)
+def test_real_conversations_are_those_of_transformers_and_read_back(chat, stranger, shared_data, name, count):
+    from itertools import islice
+
+    from llmkit.io.jsonl import read_jsonl
+
+    path = str(shared_data / "sft" / f"llamafactory.{name}.gz")
+    conversations = [read_conversation(row) for row in islice(read_jsonl([path]), count)]
+    assert len(conversations) == count
+    for conversation, ours in zip(conversations, chat.encode_many(conversations), strict=True):
+        entries, tools = as_openai(conversation.messages), list(conversation.tools) or None
+        assert ours.token_ids.tolist() == rendered(stranger, entries, tools=tools)["input_ids"]
+        whole = stranger.apply_chat_template(entries, tools=tools, tokenize=False)
+        for end in [end for end, entry in enumerate(entries) if entry["role"] == "assistant"]:
+            asked = stranger.apply_chat_template(entries[:end], tools=tools, add_generation_prompt=True, tokenize=False)
+            answered = stranger.apply_chat_template(entries[: end + 1], tools=tools, tokenize=False)
+            assert answered.startswith(asked) and whole.startswith(answered)
+            assert stranger.parse_response(answered[len(asked) :], prefix=asked) == entries[end]
 
 
 def test_text_that_spells_a_special_token_stays_text(chat):

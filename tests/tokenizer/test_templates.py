@@ -308,6 +308,20 @@ def test_thoughts_between_special_tokens_are_said_and_read(tmp_path: Path) -> No
     assert tokenizer.specials["</think>"] not in asked  # what a user writes is text
 
 
+def test_the_functions_that_may_be_called_are_shown_to_a_template(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    template = "{% if tools %}{{ '<|im_start|>tools\n' + tools | tojson + '<|im_end|>' }}{% endif %}" + SHOWN
+    folder = save(tmp_path, template)
+    tools = [{"type": "function", "function": {"name": "rain", "description": "Whether it rains."}}]
+    rows = [{"role": turn.role, "content": turn.text} for turn in messages(2)]
+    theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(rows, tools=tools, return_dict=False)
+    chat = chat_format(load_tokenizer(folder))
+    (found,) = chat.encode_many([Conversation(tuple(messages(2)), tools=tuple(tools))])
+    assert found.token_ids.tolist() == theirs
+    assert chat._tokenizer.decode(found.token_ids[found.trained]).endswith("Four. \n<|im_end|>")
+
+
 def test_the_names_of_a_template_are_those_of_transformers(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
     text = "{{ bos_token }}{{ strftime_now('%Y-%m-%d') }}" + SHOWN + "{# <|im_sep|> #}"
