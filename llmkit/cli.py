@@ -314,7 +314,7 @@ def _run_alone(run: Callable[[Any], Any], config: Any) -> Any:
     """Run a stage while no other run writes its --out; of several processes the first sees to it."""
     from llmkit.io.remote import settings
 
-    settings.quiet = config.quiet
+    settings.quiet, settings.cache = config.quiet, config.cache
     _check_inputs_stay(config)
     if config.out in (None, "-") or config.dry_run or not launch().leads:
         return run(config)

@@ -129,6 +129,9 @@ class CommonConfig:
     force: bool = option(False, "Replace an existing output.", group="Common", free=True)
     dry_run: bool = option(False, "Plan of the run, without running it.", group="Common", free=True)
     quiet: bool = option(False, "No progress on stderr.", group="Common", free=True)
+    cache: str | None = option(
+        None, "Folder that keeps what is read from addresses.", group="Common", metavar="FOLDER", free=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ ROOMS = {
     "display": (90, 0),
     "config": (420, 500),
     "kernels": (3000, 0),
-    "io": (2150, 3550),
+    "io": (2150, 3750),
     "formats": (950, 1120),
     "text": (530, 1230),
     "tokenizer": (1900, 2450),
@@ -62,18 +62,18 @@ LONG = set[str]()
 SPLATS = set[str]()
 STARS = 59  # names and attributes unpacked into positional arguments; may only fall
 OPTIONS = {
-    "crawl-filter": 27,
-    "train-bpe": 14,
-    "pretrain": 39,
-    "sft": 39,
-    "probe-knowledge": 29,
-    "train-reward": 33,
-    "rl": 47,
-    "sample": 34,
-    "export": 9,
-    "report": 10,
+    "crawl-filter": 28,
+    "train-bpe": 15,
+    "pretrain": 40,
+    "sft": 40,
+    "probe-knowledge": 30,
+    "train-reward": 34,
+    "rl": 48,
+    "sample": 35,
+    "export": 10,
+    "report": 11,
 }
-DISTINCT = 118
+DISTINCT = 119
 
 
 def modules() -> dict[str, str]:

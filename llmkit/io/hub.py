@@ -10,6 +10,7 @@ texts are fetched: no pickle, no code. What the cache has is not fetched again, 
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import logging
 import os
@@ -24,7 +25,7 @@ from llmkit.errors import UserError
 from llmkit.io.files import file_sha256
 from llmkit.io.progress import counted, quantity, say
 from llmkit.io.ranks import launch
-from llmkit.io.remote import Unreachable, is_remote, retried, settings
+from llmkit.io.remote import Unreachable, cached_file, is_remote, listing, retried, settings
 
 EXAMPLE = "hf://ORG/MODEL or hf://ORG/MODEL@REVISION, such as hf://Qwen/Qwen3-0.6B"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -69,18 +70,18 @@ def check_weights(address: str) -> None:
 def fetched(address: str) -> dict[str, Any]:
     """The commit of a model at an address, and its files that were read, with size in bytes and SHA-256."""
     model = _model(address)
-    files = []
+    files: list[dict[str, Any]] = []
     for name in sorted(model.read):
         path = model.folder / name
         stored = path.resolve().name  # of a large file the SHA-256 in the hub's cache
         digest = stored if re.fullmatch("[0-9a-f]{64}", stored) else file_sha256(path)
         files.append({"path": name, "bytes": path.stat().st_size, "sha256": digest})
-    return {"revision": model.commit, "files": files}
+    return {"revision": model.commit, "files": files} if model.repo else {"files": files}
 
 
 def commits() -> dict[str, str]:
     """The commit of each model's address that was read so far."""
-    return {address: model.commit for address, model in _models.items()}
+    return {address: model.commit for address, model in _models.items() if model.repo}
 
 
 def pin(commits: Mapping[str, str]) -> None:
@@ -89,13 +90,14 @@ def pin(commits: Mapping[str, str]) -> None:
 
 
 def _model(address: str) -> HubModel:
-    if address.startswith("hf://"):
-        if address not in _models:
-            _models[address] = HubModel(address)
+    if address in _models:
         return _models[address]
     if match := re.match(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/]+/[^/?#]+)", address):
         raise UserError(f"{address}: expected {EXAMPLE}; write hf://{match[1]}")
-    raise UserError(f"{address}: expected a model folder of this machine, or {EXAMPLE}")
+    if address.startswith(("http://", "https://")):  # which do not list their files
+        raise UserError(f"{address}: expected a model folder of this machine or of a bucket, or {EXAMPLE}")
+    _models[address] = HubModel(address) if address.startswith("hf://") else BucketModel(address)
+    return _models[address]
 
 
 class HubModel:
@@ -203,6 +205,32 @@ class HubModel:
         if folder.name != self.commit or not all((folder / name).is_file() for name in names):
             raise ConnectionError("not all files came")
         return folder
+
+
+class BucketModel(HubModel):
+    """A model folder of a bucket: its files stand in the cache, links to them in `folder`."""
+
+    def __init__(self, address: str) -> None:
+        """Fetch all but the weights. Raises UserError."""
+        if settings.cache is None:
+            raise UserError(f"{address}: expected --cache DIR beside it, a folder into which the model is fetched")
+        entries = listing(address)
+        if not entries:
+            raise UserError(f"{address}: expected a model folder, found nothing")
+        self.address, self.repo, self.offline, self.read = address.rstrip("/"), "", None, set()
+        self.sizes = {name: size for name, (size, _) in entries.items()}
+        self.commit = hashlib.sha256(json.dumps([address, *sorted(entries.items())]).encode()).hexdigest()[:12]
+        self.folder = Path(settings.cache) / f"{self.commit}-{self.address.rpartition('/')[2]}"
+        self.fetch([name for name in self.sizes if _is_text(name)])
+
+    def fetch(self, names: list[str], revision: str | None = None) -> None:
+        """Have these files in `folder`. Raises UserError."""
+        self.read.update(names)
+        for name in names:
+            file = cached_file(f"{self.address}/{name}")
+            self.folder.mkdir(exist_ok=True)
+            with suppress(FileExistsError):
+                (self.folder / name).symlink_to(Path("..") / file.name)
 
 
 @contextmanager

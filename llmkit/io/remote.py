@@ -5,29 +5,36 @@
 
 Credentials are those that the libraries behind an address find by themselves; a bucket is read without, where there are
 none. After a cut connection, or where a server is busy, the bytes that are missing are asked for again, with growing
-pauses.
+pauses. With `settings.cache` a file is fetched before its first byte is read, and read from there the next time.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
+import hashlib
 import io
+import json
 import logging
+import os
 import re
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import IO, Any, TypeVar
 
 from llmkit import __version__
+from llmkit.display import redacted
 from llmkit.errors import UserError
-from llmkit.io.progress import counted
+from llmkit.io.progress import Progress, counted, say
 
 BUCKETS = ("s3", "s3a", "gs", "gcs", "hf")  # whose file systems fsspec has
 BLOCK = 8 << 20  # bytes asked for at once from a bucket, while the block before is read
 TRIES = 6  # in a row, with pauses of 1/4 s to 4 s between them
 PAUSE, LONGEST_PAUSE, TIMEOUT = 0.25, 30.0, 60.0  # s; the second where a server asks for more
+DESCRIPTION, WAIT = ".json", 0.2  # of a file in a cache; s between two looks at a file that another run fetches
 LASTING = {400, 401, 403, 404, 405, 410, 416, 451}  # answers that asking again does not change
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://")
 
@@ -38,6 +45,7 @@ HUB = {
     "RevisionNotFoundError": "no such revision on the hub",
     "HFValidationError": "no such repository on the hub; expected ORG/NAME",
 }
+_away: dict[str, tuple[int | None, str]] = {}  # size and last version of addresses that cannot be reached
 _commits: dict[tuple[str, str, str], str] = {}  # of a kind of repository, its name and a revision
 
 T = TypeVar("T")
@@ -49,8 +57,9 @@ class Unreachable(UserError):
 
 @dataclass
 class Settings:
-    """What a command says of everything that it reads from addresses."""
+    """Options of a command for all that it reads from addresses; `cache` is a folder that keeps it."""
 
+    cache: str | None = None
     quiet: bool = False
 
 
@@ -67,8 +76,27 @@ def open_remote(address: str) -> io.BufferedReader:
 
     Raises UserError, also while it is read, where nothing lies there, where it cannot be read, and where it changes.
     """
-    source = _Http(address) if address.startswith(("http://", "https://")) else _Bucket(address)
-    return io.BufferedReader(RemoteFile(address, source), 1 << 20)
+    return io.BufferedReader(RemoteFile(address, _source(address)), 1 << 20)
+
+
+def _source(address: str, last: str = "") -> _Http | _Bucket | _Cached:
+    return _server(address, last) if settings.cache is None else _Cached(address, Path(settings.cache))
+
+
+def _server(address: str, last: str = "") -> _Http | _Bucket:
+    return _Http(address, last) if address.startswith(("http://", "https://")) else _Bucket(address)
+
+
+def cached_file(address: str) -> Path:
+    """The file of `settings.cache` that has what lies at an address, fetched where it is not there yet.
+
+    Raises UserError as `open_remote` does, and where there is no such folder.
+    """
+    if settings.cache is None:
+        raise UserError(f"{address}: expected --cache DIR beside it, a folder into which it is fetched")
+    with closing(_Cached(address, Path(settings.cache))) as cached:
+        retried(address, cached.describe)
+        return cached.fetch()
 
 
 def size_and_version(address: str) -> tuple[int | None, str]:
@@ -76,8 +104,7 @@ def size_and_version(address: str) -> tuple[int | None, str]:
 
     Raises UserError where nothing lies there, or it cannot be read.
     """
-    source = _Http(address, last="0") if address.startswith(("http://", "https://")) else _Bucket(address)
-    with closing(source):
+    with closing(_source(address, last="0")) as source:
         retried(address, source.describe)
     return source.now
 
@@ -97,10 +124,30 @@ def matching(pattern: str) -> list[str]:
     return files
 
 
+def listing(folder: str) -> dict[str, tuple[int, str]]:
+    """Size and version of each file that stands in a folder of a bucket, by name; none where there is no folder."""
+    system, path = _file_system(folder)
+
+    def entries() -> list[dict[str, Any]]:
+        system.invalidate_cache()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return system.ls(path.rstrip("/"), detail=True)
+        return []
+
+    files = [entry for entry in retried(folder, entries) if entry.get("type") == "file"]
+    return {entry["name"].rpartition("/")[2]: (entry.get("size") or 0, _version(entry)) for entry in files}
+
+
+def _version(entry: dict[str, Any]) -> str:
+    """What tells a file from others that have been at its place."""
+    names = ("ETag", "etag", "blob_id", "LastModified", "last_commit")
+    return next((str(entry[name]) for name in names if entry.get(name)), "").strip('"')
+
+
 class RemoteFile(io.RawIOBase):
     """A file at an address; `size` in bytes and `version` (ETag or time), where its server tells them."""
 
-    def __init__(self, address: str, source: _Http | _Bucket) -> None:
+    def __init__(self, address: str, source: _Http | _Bucket | _Cached) -> None:
         self.address, self._source, self._position = address, source, 0
         self.size, self.version, self._can_seek = retried(address, source.describe)
 
@@ -237,9 +284,7 @@ class _Bucket:
             raise IsADirectoryError("a folder")
         if info.get("lfs"):
             info = {"etag": info["lfs"]["sha256"], **info}
-        names = ("ETag", "etag", "blob_id", "LastModified", "last_commit")
-        version = next((str(info[name]) for name in names if info.get(name)), "")
-        self.now = info.get("size"), version.strip('"')
+        self.now = info.get("size"), _version(info)
         return *self.now, True
 
     def read(self, position: int, count: int) -> bytes:
@@ -273,6 +318,118 @@ class _Bucket:
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+class _Cached:
+    """A file of a folder, which keeps what it has read from addresses.
+
+    The names tell address, size and version apart, so that nothing old is read; beside each stands a description, by
+    which the last version is found where there is no network. A file that was cut is gone on with. It appears whole;
+    of several runs one fetches it.
+    """
+
+    def __init__(self, address: str, folder: Path) -> None:
+        self._address, self._folder = address, folder
+        self._open: _Http | _Bucket | IO[bytes] | None = None  # what is read
+        self.now: tuple[int | None, str] = (None, "")
+
+    @property
+    def path(self) -> Path:
+        """Where this version is, or will be."""
+        digest = lambda text: hashlib.sha256(text.encode()).hexdigest()[:12]  # noqa: E731
+        name = re.sub(r"[^\w.-]", "_", self._address.partition("?")[0].rstrip("/").rpartition("/")[2])[-100:]
+        return self._folder / f"{digest(self._address)}-{digest(repr(self.now))}-{name}"
+
+    def describe(self) -> tuple[int | None, str, bool]:
+        can_seek = True
+        if self._address in _away:
+            self.now = _away[self._address]
+        else:
+            try:
+                with closing(_server(self._address, last="0")) as server:
+                    *_, can_seek = retried(self._address, server.describe)
+                    self.now = server.now
+            except Unreachable as error:
+                known = self._folder.glob(f"{self.path.name[:12]}-*{DESCRIPTION}")
+                last = max(known, key=lambda path: path.stat().st_mtime, default=None)
+                if last is None:
+                    raise
+                values = json.loads(last.read_text())
+                self.now = _away[self._address] = values["bytes"], values["version"]
+                say(f"{error}; so it is read from {self._folder}", settings.quiet)
+        return *self.now, can_seek or self.now != (None, "")
+
+    def read(self, position: int, count: int) -> bytes:
+        if self._open is None:  # where nothing tells whether it is the same the next time, it is not kept
+            self._open = _server(self._address) if self.now == (None, "") else self.fetch().open("rb")
+        if isinstance(self._open, _Http | _Bucket):
+            return self._open.read(position, count)
+        self._open.seek(position)
+        return self._open.read(count)
+
+    def fetch(self) -> Path:
+        """Return the path of the whole file, once it is there."""
+        path = self.path
+        if path.exists():
+            return path
+        partial = path.with_name(path.name + ".partial")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with _sole(partial, path) as handle:
+                if handle is not None:
+                    self._copy(handle)
+                    self._describe(path)
+                    os.replace(partial, path)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(f"--cache {self._folder}: cannot be written: {str(error.strerror).lower()}") from None
+        return path
+
+    def _copy(self, handle: IO[bytes]) -> None:
+        with RemoteFile(self._address, _server(self._address)) as remote:
+            if (remote.size, remote.version) != self.now:
+                raise UserError(f"{self._address}: changed while it was read; start again")
+            start = handle.seek(0, io.SEEK_END)
+            remote.seek(start)
+            name = self._address.rpartition("/")[2]
+            total = None if remote.size is None else remote.size - start
+            with Progress(f"fetch {name}", total=total, unit="B", quiet=settings.quiet) as progress:
+                while data := remote.read(1 << 20):
+                    handle.write(data)
+                    progress.advance(len(data))
+            remote.check()
+        handle.flush()
+        os.fsync(handle.fileno())
+
+    def _describe(self, path: Path) -> None:
+        size, version = self.now
+        text = json.dumps({"address": redacted(self._address), "bytes": size, "version": version})
+        path.with_name(path.name + DESCRIPTION).write_text(text + "\n")
+
+    def close(self) -> None:
+        if self._open is not None:
+            self._open.close()
+
+
+@contextmanager
+def _sole(partial: Path, path: Path) -> Iterator[IO[bytes] | None]:
+    """Open a file to append to while no other run does; None where `path`, made of it by another run, stands there."""
+    while True:
+        with open(partial, "ab") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EAGAIN, errno.EACCES):
+                    time.sleep(WAIT)
+                    continue
+            if path.exists():
+                partial.unlink(missing_ok=True)
+                yield None
+                return
+            if partial.exists() and os.path.samestat(partial.stat(), os.fstat(handle.fileno())):
+                yield handle
+                return
 
 
 def _file_system(address: str) -> tuple[Any, str]:

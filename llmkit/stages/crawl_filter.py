@@ -210,7 +210,7 @@ def _document(config: CrawlFilterConfig, recipe: Recipe, inputs: list[str], figu
 
 def _recipe(config: CrawlFilterConfig) -> tuple[Recipe, str]:
     """The recipe of that name or file, with what the flags say, and how it is called."""
-    from llmkit.crawl.filters.classifier import Classifier
+    from llmkit.crawl.filters.classifier import Classifier, local_spec
     from llmkit.crawl.recipe import check_steps, read_recipe
     from llmkit.text.language import check_languages
 
@@ -232,8 +232,8 @@ def _recipe(config: CrawlFilterConfig) -> tuple[Recipe, str]:
         recipe = recipe.changed("extract", extractor=config.extractor)
     if config.blocklist:
         recipe = recipe.changed("url", blocklists=config.blocklist)
-    if config.classifier:
-        recipe = recipe.changed("classifier", models=config.classifier)
+    models = tuple(map(local_spec, config.classifier or recipe.classifier.models))
+    recipe = recipe.changed("classifier", models=models)
     for spec in recipe.classifier.models if "classifier" in recipe.steps else ():
         Classifier(spec)  # one that cannot be loaded ends the run here
     if config.not_in:
@@ -266,6 +266,8 @@ def _checked(config: CrawlFilterConfig) -> tuple[list[str], str]:
     out = config.out or "-"
     if config.engine == "ray" and (config.reads_stdin() or not _is_file(out)):
         raise UserError("--engine ray: expected inputs and an --out on storage that all machines share, and no pipes")
+    if config.engine == "ray" and config.cache is not None:
+        raise UserError("--cache: expected no --engine ray beside it, whose tasks read addresses themselves")
     if config.resume and out == "-":
         raise UserError("--resume: needs the --out of the unfinished run")
     if config.rejects == "-":

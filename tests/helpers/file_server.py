@@ -18,6 +18,7 @@ class FileServer(ThreadingHTTPServer):
     cut      every other answer ends after two thirds
     short    every answer ends after 700 kB
     busy     of three requests two are answered by 503
+    down     every request is answered by 503
     lie      promises 1,000 bytes more than there are
     """
 
@@ -47,7 +48,8 @@ class _Answer(BaseHTTPRequestHandler):
         server.requests.append(asked)
         server.paths.append(self.path)
         data = server.files.get(self.path.lstrip("/"))
-        if data is None or ("busy" in server.ways and len(server.requests) % 3):
+        busy = "down" in server.ways or ("busy" in server.ways and len(server.requests) % 3)
+        if data is None or busy:
             self.send_response(404 if data is None else 503)
             self.send_header("Retry-After", "0")
             self.end_headers()

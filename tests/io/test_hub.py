@@ -134,7 +134,7 @@ def test_what_the_cache_has_is_read_without_a_network(server: HubServer, monkeyp
         ("hf://gpt2", "expected the address of a model, hf://ORG/MODEL"),
         ("hf://datasets/org/data", "expected the address of a model, hf://ORG/MODEL"),
         ("https://huggingface.co/org/model/tree/main", "write hf://org/model"),
-        ("https://example.org/model/", "expected a model folder of this machine, or hf://ORG/MODEL"),
+        ("https://example.org/model/", "expected a model folder of this machine or of a bucket, or hf://ORG/MODEL"),
         ("org/model", "expected a model folder, found nothing; a model of the hub: hf://org/model"),
     ],
 )

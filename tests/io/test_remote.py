@@ -27,6 +27,7 @@ from tests.helpers.web import Record, html, mixed_pages, prose, write_warc
 
 DATA = random.Random(0).randbytes(3_000_000)
 ROWS = [{"text": f"text {number}"} for number in range(2000)]
+MODEL = {"config.json": b"{}", "model.safetensors": bytes(100)}
 LINES = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
 
 
@@ -207,6 +208,7 @@ def bucket() -> Iterator[str]:
         ("blocks.bin", DATA[: 2 << 20]),
         ("t/a.jsonl", LINES),
         ("t/u/b.jsonl", LINES),
+        *((f"model/{name}", data) for name, data in MODEL.items()),
     ):
         client.put_object(Bucket="bucket", Key=name, Body=data)
     yield address
@@ -261,6 +263,29 @@ def test_a_file_in_a_bucket_that_changes_while_it_is_read(credentials, bucket: s
         file.read(1 << 18)
         client_of(bucket).put_object(Bucket="bucket", Key="new.bin", Body=bytes(size))
         file.read()
+
+
+def test_a_model_folder_of_a_bucket_is_kept_in_the_cache(credentials, monkeypatch, tmp_path) -> None:
+    from llmkit.io import hub
+
+    monkeypatch.setattr(hub, "_models", {})
+    with pytest.raises(UserError, match=r"^s3://bucket/model/: expected --cache DIR beside it"):
+        hub.local_folder("s3://bucket/model/")
+    monkeypatch.setattr(remote.settings, "cache", str(tmp_path))
+    folder = hub.local_folder("s3://bucket/model/")
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert hub.local_folder("s3://bucket/model/", weights=True) == folder
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == MODEL
+    assert hub.fetched("s3://bucket/model/")["files"][0] == {
+        "path": "config.json",
+        "bytes": 2,
+        "sha256": hub.file_sha256(folder / "config.json"),
+    }
+    for address in ("s3://bucket/none/", "s3://no-bucket/model"):
+        with pytest.raises(UserError, match=f"^{address}: expected a model folder, found nothing"):
+            hub.local_folder(address)
+    with pytest.raises(UserError, match=r"^s3://bucket/t: expected model.safetensors or .*, found a.jsonl"):
+        hub.check_weights("s3://bucket/t")
 
 
 @pytest.mark.parametrize(

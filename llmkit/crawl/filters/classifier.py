@@ -8,6 +8,7 @@ from struct import error as StructError
 from struct import unpack_from
 
 from llmkit.errors import UserError
+from llmkit.io.remote import cached_file, is_remote
 
 _SPEC = re.compile(r"(?P<path>.+):(?P<label>[^:<>=]+)(?P<relation>>=|<)(?P<bound>[0-9.eE+-]+)")
 PREFIX = "__label__"
@@ -44,6 +45,12 @@ class Classifier:
     def keeps(self, score: float) -> bool:
         """True if a text with that score stays."""
         return score >= self._bound if self._at_least else score < self._bound
+
+
+def local_spec(spec: str) -> str:
+    """A spec whose model lies on this machine: one at an address is fetched into --cache. Raises UserError."""
+    path, colon, rest = spec.rpartition(":")
+    return f"{cached_file(path)}:{rest}" if colon and is_remote(path) and "/" in path.partition("://")[2] else spec
 
 
 def labels_of(path: str) -> set[str]:
