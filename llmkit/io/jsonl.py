@@ -19,7 +19,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -27,11 +27,11 @@ import orjson
 
 from llmkit.display import stdout_bytes
 from llmkit.errors import UserError
-from llmkit.io.files import atomic_file, check_output, read_file
+from llmkit.io.files import atomic_file, atomic_folder, check_output, create, read_file
 from llmkit.io.progress import say
 from llmkit.io.records import BadRecords, Row, check_document, good_records, kind_of, with_columns
 from llmkit.io.remote import is_remote, matching, open_remote, size_and_version
-from llmkit.io.tables import Lines, table_lines, write_parquet
+from llmkit.io.tables import FOLDER_GROUPS, Lines, dump_json, load_json, table_lines, write_parquet
 
 GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 ZSTD_DICTIONARY_MAGIC = b"\x5d\x2a\x4d\x18"  # https://iipc.github.io/warc-specifications/ : WARC with zstd
@@ -453,9 +453,17 @@ def open_output(path: str, force: bool = False) -> Iterator[Callable[[Mapping[st
 
 @contextmanager
 def open_bytes(path: str) -> Iterator[IO[bytes]]:
-    """Open a file that appears when all is written, packed as its name says (.gz .zst .parquet); stdout for `-`."""
+    """Open a file that appears when all is written, packed as its name says (.gz .zst .parquet); stdout for `-`.
+
+    A name that ends in a slash is that of a folder, in which lines of JSON become Parquet files.
+    """
     if path == "-":
         yield stdout_bytes()
+        return
+    if path.endswith("/"):
+        with atomic_folder(path, force=True) as folder, tempfile.TemporaryFile(dir=folder.parent) as lines:
+            yield lines
+            write_parquet(lines, lambda number: create(folder / f"part-{number:05d}.parquet"), path, FOLDER_GROUPS)
         return
     with atomic_file(path) as handle:
         if path.lower().endswith(".gz"):
@@ -469,44 +477,12 @@ def open_bytes(path: str) -> Iterator[IO[bytes]]:
         elif path.lower().endswith(".parquet"):
             with tempfile.TemporaryFile(dir=os.path.dirname(path) or ".") as lines:
                 yield lines
-                write_parquet(lines, handle, path)
+                write_parquet(lines, lambda number: nullcontext(handle), path)
         else:
             yield handle
 
 
 # ---- values
-
-
-def load_json(data: bytes) -> Any:
-    """The value of JSON, its integers exact: orjson makes floats of those beyond 64 bits."""
-    value = orjson.loads(data)
-    waiting = [value]
-    for item in waiting:
-        if type(item) is float and abs(item) >= 2**63:
-            with suppress(RecursionError):
-                return json.loads(data)
-        inner = item.values() if type(item) is dict else item if type(item) is list else ()
-        waiting += [another for another in inner if type(another) in (dict, list, float)]
-    return value
-
-
-def dump_json(value: Any, option: int = 0, default: Callable[[Any], Any] | None = None) -> bytes:
-    """A value as JSON by orjson, also where an integer is beyond its 64 bits. Raises TypeError as orjson does."""
-    try:
-        return orjson.dumps(value, default, option)
-    except TypeError as error:
-        if "64-bit" not in str(error):
-            raise
-        return orjson.dumps(_exact(value), default, option)
-
-
-def _exact(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _exact(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_exact(item) for item in value]
-    large = type(value) is int and not -(2**63) <= value < 2**64
-    return orjson.Fragment(str(value)) if large else value
 
 
 def _found(error: json.JSONDecodeError) -> str:

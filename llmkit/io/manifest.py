@@ -135,14 +135,22 @@ def describe_inputs(paths: Iterable[str]) -> list[dict[str, Any]]:
                 described[-1] |= {"bytes": size, "version": version}
             continue
         content = _content(path) if os.path.isfile(path) else {}
-        described.append({"path": path, **content})
+        described.append({"path": path.encode(errors="replace").decode(), **content})  # a name may be no UTF-8
         with suppress(UserError, OSError):  # after the work: what stands beside a file is no reason to lose it
             manifest = read_manifest(path) if content else None
             # another file may have taken the place of what the stage had written
-            if manifest and manifest.get("output") == content:
+            if not manifest or manifest.get("output") != content:
+                manifest = _described_folder(path, content) if content else None
+            if manifest:
                 described[-1]["manifest"] = manifest
                 described[-1] |= {"not_in": manifest["not_in"]} if isinstance(manifest.get("not_in"), list) else {}
     return described
+
+
+def _described_folder(path: str, content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The manifest of the folder that a stage has written this file into, if it is still the same."""
+    manifest = read_manifest(os.path.dirname(path) or ".")
+    return manifest if (manifest or {}).get("outputs", {}).get(os.path.basename(path)) == content else None
 
 
 def _content(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -185,6 +193,7 @@ def write_manifest(
     before = [item.get("not_in", []) for item in described if item["path"] not in not_in]
     absent = [{"path": item["path"], "sha256": item.get("sha256")} for item in described if item["path"] in not_in]
     absent += [item for item in (before or [[]])[0] if item not in absent and all(item in others for others in before)]
+    parts = sorted(Path(output).glob("part-*.parquet"))
     own, ancestors = flattened(
         {
             "manifest_version": MANIFEST_VERSION,
@@ -198,6 +207,7 @@ def write_manifest(
             "parents": above,
             **({"not_in": absent} if absent else {}),
             **({"output": _content(output)} if os.path.isfile(output) else {}),
+            **({"outputs": {path.name: _content(path) for path in parts}} if parts else {}),
             "results": dict(results or {}),
         }
     )

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from decimal import Decimal
+from itertools import chain, count, islice
 from typing import IO, Any
 
 import orjson
@@ -25,6 +28,8 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 READ_ROWS = 256  # at once: of 1 MB each they are 256 MB
 READ_BYTES = 1 << 20  # of a column at once, so that a row group of any size is streamed
 GROUP_BYTES = 1 << 26  # of JSON in a row group that is written; https://huggingface.co/docs/hub/datasets-streaming
+FOLDER_GROUPS = 8  # of a file of a folder: 512 MB of JSON, some 200 MB of Parquet
+DEEPEST_COLUMN, MOST_LEAVES = 24, 1000  # of a column's type; Arrow reads no more than some 60 levels
 
 
 class Lines(io.RawIOBase):
@@ -161,35 +166,152 @@ def csv_lines(raw: IO[bytes], name: str, delimiter: str, columns: Mapping[str, s
         raise UserError(f"{name}: damaged after row {number} ({error}); write it again as UTF-8") from error
 
 
-def write_parquet(lines: IO[bytes], out: IO[bytes], name: str) -> None:
+def write_parquet(
+    lines: IO[bytes],
+    open_file: Callable[[int], AbstractContextManager[IO[bytes]]],
+    name: str,
+    groups: int | None = None,
+) -> None:
     """Write a file of lines of JSON as Parquet: zstd, in row groups of GROUP_BYTES, a column for each field.
 
-    The lines are read twice: first for the columns of all. Raises UserError where a field has values that no column
-    holds together, as a string and a list.
+    A field whose values no column holds together (a string and a list, integers beyond 64 bits) is text: strings as
+    they are, others as JSON, which is told. An object that is empty wherever its field has one is null.
+
+    open_file: opens the file of a number, from 0; name: of the output, for messages
+    groups:    row groups in a file; all in one without
     """
     import pyarrow as pa
     from pyarrow import parquet
 
-    def groups() -> Iterator[list[dict[str, Any]]]:
-        lines.seek(0)
-        group, size = [], 0
-        for line in lines:
-            group.append(orjson.loads(line))
-            size += len(line)
-            if size >= GROUP_BYTES:
-                yield group
-                group, size = [], 0
+    kinds, texts = _kinds_of(lines)
+    if texts:
+        fields = ", ".join(map(repr, sorted(texts)))
+        say(f"{name}: values that no column holds together are text, others than strings as JSON: {fields}")
+    hollow = {field for field, kind in kinds.items() if _filled(kind) != kind}
+    # DuckDB takes a table without columns for none, and `datasets` a row group without rows
+    schema = pa.schema([(field, _filled(kind)) for field, kind in kinds.items()] or [("text", pa.string())])
+
+    def column(group: list[dict[str, Any]], field: str) -> Any:
+        values = [row.get(field) for row in group]
+        if field in texts:
+            values = [_as_text(value) for value in values]
+        return pa.array(map(_without_empty, values) if field in hollow else values, schema.field(field).type)
+
+    rest = _groups(lines)
+    for number in count():
+        first = next(rest, None)
+        if first is None and number:
+            return
+        with open_file(number) as handle, parquet.ParquetWriter(handle, schema, compression="zstd") as writer:
+            for group in chain([first] if first else [], islice(rest, groups and groups - 1)):
+                writer.write_table(pa.table([column(group, field) for field in schema.names], schema=schema))
+
+
+def _groups(lines: IO[bytes]) -> Iterator[list[dict[str, Any]]]:
+    """The rows of lines of JSON, from the first on, by row group."""
+    lines.seek(0)
+    group, size = [], 0
+    for line in lines:
+        group.append(load_json(line))
+        size += len(line)
+        if size >= GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
         yield group
 
-    schema = pa.schema([])
+
+def _kinds_of(lines: IO[bytes]) -> tuple[dict[str, Any], set[str]]:
+    """The Arrow type of each field of lines of JSON, and the fields that are text because none holds their values."""
+    import pyarrow as pa
+
+    kinds: dict[str, Any] = {}
+    texts, widened = set[str](), set[str]()
+    for check in (False, True):  # an integer may not be among the floats that its column has come to be of
+        for group in _groups(lines):
+            for field in dict.fromkeys(field for row in group for field in row if field not in texts):
+                before = kinds.get(field, pa.null())
+                try:
+                    if check:
+                        pa.array([row.get(field) for row in group], before)
+                        continue
+                    kind = pa.array([row.get(field) for row in group]).type
+                    both = pa.schema([(field, before)]), pa.schema([(field, kind)])
+                    kinds[field] = pa.unify_schemas(both, promote_options="permissive").field(0).type
+                    if before not in (pa.null(), kinds[field]) or kind not in (pa.null(), kinds[field]):
+                        widened.add(field)
+                except (pa.ArrowException, OverflowError):
+                    texts.add(field)
+        texts |= {field for field, kind in kinds.items() if not _fits(kind)}
+        if not widened - texts:
+            break
+    kinds |= dict.fromkeys(texts, pa.string())
+    return kinds, texts
+
+
+def _fits(kind: Any) -> bool:
+    """True for a type that readers of Parquet take: not as deep as a tree, nor with a field for each word."""
+    level, leaves = [kind], 0
+    for _ in range(DEEPEST_COLUMN):
+        leaves += sum(not inner.num_fields for inner in level)
+        level = [inner.field(index).type for inner in level for index in range(inner.num_fields)]
+        if leaves + len(level) > MOST_LEAVES:
+            return False
+    return not level
+
+
+def _filled(kind: Any) -> Any:
+    """A type with null in the place of each object without fields, which Parquet has not."""
+    import pyarrow as pa
+
+    if pa.types.is_list(kind):
+        return pa.list_(_filled(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, _filled(field.type)) for field in kind]) if kind.num_fields else pa.null()
+    return kind
+
+
+def _without_empty(value: Any) -> Any:
+    """A value with None in the place of each empty object."""
+    if isinstance(value, dict):
+        return {name: _without_empty(inner) for name, inner in value.items()} or None
+    return [_without_empty(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _as_text(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else dump_json(value).decode()
+
+
+# ---- values
+
+
+def load_json(data: bytes) -> Any:
+    """The value of JSON, its integers exact: orjson makes floats of those beyond 64 bits."""
+    value = orjson.loads(data)
+    waiting = [value]
+    for item in waiting:
+        if type(item) is float and abs(item) >= 2**63:
+            with suppress(RecursionError):
+                return json.loads(data)
+        inner = item.values() if type(item) is dict else item if type(item) is list else ()
+        waiting += [another for another in inner if type(another) in (dict, list, float)]
+    return value
+
+
+def dump_json(value: Any, option: int = 0, default: Callable[[Any], Any] | None = None) -> bytes:
+    """A value as JSON by orjson, also where an integer is beyond its 64 bits. Raises TypeError as orjson does."""
     try:
-        for group in groups():
-            names = dict.fromkeys(name for row in group for name in row)  # from_pylist: the first row
-            table = pa.table({name: [row.get(name) for row in group] for name in names})
-            schema = pa.unify_schemas([schema, table.schema], promote_options="permissive")
-        with parquet.ParquetWriter(out, schema, compression="zstd") as writer:
-            for group in groups():
-                writer.write_table(pa.Table.from_pylist(group, schema=schema))
-    except (pa.ArrowException, OverflowError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{name}: values of one field that no column holds ({reason}); write .jsonl") from error
+        return orjson.dumps(value, default, option)
+    except TypeError as error:
+        if "64-bit" not in str(error):
+            raise
+        return orjson.dumps(_exact(value), default, option)
+
+
+def _exact(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _exact(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_exact(item) for item in value]
+    large = type(value) is int and not -(2**63) <= value < 2**64
+    return orjson.Fragment(str(value)) if large else value

@@ -16,7 +16,7 @@ from llmkit import __version__
 from llmkit.config import ColumnsConfig, CommonConfig, argument, as_options, option, parse_columns
 from llmkit.display import check_stdout
 from llmkit.errors import UserError
-from llmkit.io.files import check_output, check_unfinished, file_sha256, remove
+from llmkit.io.files import check_output, check_unfinished, file_sha256, output_folder, remove
 from llmkit.io.jsonl import check_inputs, expanded, input_files, name_of, open_bytes, open_input, read_jsonl, read_text
 from llmkit.io.manifest import write_manifest
 from llmkit.io.progress import Progress, counted, duration, quantity, say
@@ -41,7 +41,7 @@ class CrawlFilterConfig(ColumnsConfig, CommonConfig):
         Examples:
           llmkit crawl-filter crawl/*.warc.gz -o docs.jsonl --rejects rejects.jsonl
           llmkit crawl-filter page.warc.gz | head -1 | jq -r .text
-          llmkit crawl-filter crawl/ --language en,de --skip c4,pii -o docs.jsonl
+          llmkit crawl-filter crawl/ --language en,de --skip c4,pii -o docs/
           llmkit crawl-filter crawl.warc.gz --explain https://example.org/page
 
         Bad files and records are skipped, and the funnel counts them by reason, as it counts the dropped pages; there
@@ -177,8 +177,8 @@ def run(config: CrawlFilterConfig) -> Summary | None:
     if state is not None:
         figures = {**results, "funnel": funnel.as_json()}
         if items is not None:
-            figures["contamination"] = findings.write(f"{out}{OF_FILE}")
-            say(f"--not-in: {findings}, listed in {out}{OF_FILE}", config.quiet)
+            figures["contamination"] = findings.write(f"{out.rstrip('/')}{OF_FILE}")
+            say(f"--not-in: {findings}, listed in {out.rstrip('/')}{OF_FILE}", config.quiet)
         _document(config, recipe, inputs, figures)
         state.remove()
 
@@ -193,11 +193,10 @@ def run(config: CrawlFilterConfig) -> Summary | None:
 
 def _document(config: CrawlFilterConfig, recipe: Recipe, inputs: list[str], figures: dict[str, Any]) -> None:
     """Write the manifest beside the output."""
-    from llmkit.crawl.read.frames import sources
     from llmkit.crawl.recipe import as_json
 
     options = {**as_options(config), "recipe": as_json(recipe), "recipe_name": config.recipe}
-    pages = [config.listed, *config.inputs] if config.listed else [source.path for source in sources(inputs)]
+    pages = [config.listed, *config.inputs] if config.listed else _read_files(inputs)
     read = [*pages, *recipe.url.blocklists, *recipe.files()]
     not_in = recipe.contamination.files if "contamination" in recipe.taken else ()
     write_manifest(
@@ -285,9 +284,11 @@ def _checked(config: CrawlFilterConfig) -> tuple[list[str], str]:
                 raise UserError(f"{path}: lies in the input {folder}, and would be read; choose another place for it")
         if not config.dry_run and config.explain is None:
             # a finished run has left no state, and is not made again by --resume
-            check_output(path, config.force, config.resume and os.path.exists(f"{out}{STATE}"))
-            if os.path.isdir(path):
-                raise UserError(f"{path}: expected a file, found a folder; choose another --out")
+            check_output(path, config.force, config.resume and os.path.exists(f"{out.rstrip('/')}{STATE}"))
+            if path.endswith("/"):
+                output_folder(path, "docs/")
+            elif os.path.isdir(path):
+                raise UserError(f"{path}: expected a file, found a folder; a slash at its end asks for one, {path}/")
     return inputs or ["-"], out
 
 
@@ -311,9 +312,17 @@ def _listed(config: CrawlFilterConfig) -> list[str]:
     return [base + name for name in taken]
 
 
+def _read_files(inputs: list[str]) -> list[str]:
+    """The files of the inputs, but the folder where they are pages, for these are many."""
+    from llmkit.crawl.read.frames import sources
+
+    found = ((path, source) for path in inputs for source in sources([path]))
+    return list(dict.fromkeys(path if source.page else source.path for path, source in found))
+
+
 def _is_file(out: str) -> bool:
-    """True if the output is or becomes a file, and no pipe or device."""
-    return out != "-" and (not os.path.exists(out) or os.path.isfile(out))
+    """True if the output is or becomes a file or a folder, and no pipe or device."""
+    return out != "-" and (not os.path.exists(out) or os.path.isfile(out) or os.path.isdir(out))
 
 
 def _show_plan(config: CrawlFilterConfig, recipe: Recipe, name: str, workers: int, total: int | None) -> None:
@@ -337,7 +346,7 @@ def _state(config: CrawlFilterConfig, recipe: Recipe) -> Kept | None:
 
     if config.out is None or not _is_file(config.out):
         return None
-    path = Path(f"{config.out}{STATE}")
+    path = Path(f"{config.out.rstrip('/')}{STATE}")
     check_unfinished(config.force, config.resume, path)
     if not config.resume:
         remove(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import io
 import json
+import os
 import random
 import sys
 from decimal import Decimal
@@ -134,13 +135,79 @@ def test_a_row_group_of_any_size_is_streamed(tmp_path: Path) -> None:
     assert most < 20e6 < path.stat().st_size / 1.2
 
 
-@pytest.mark.parametrize("values_of_one", [["a", ["b"]], [{"k": 1}, 2], ["a", 1]])
-def test_a_field_of_several_types_has_no_column(tmp_path: Path, values_of_one) -> None:
+def deep(levels: int) -> dict:
+    return {"a": deep(levels - 1)} if levels else {}
+
+
+OF_SEVERAL_KINDS = [
+    (["a", ["b"], None], ["a", '["b"]', None]),
+    ([{"k": 1}, 2, True], ['{"k":1}', "2", "true"]),
+    ([2**64, -1], ["18446744073709551616", "-1"]),
+    ([{"n": 10**30}], ['{"n":1000000000000000000000000000000}']),
+    ([2**60 + 1, 0.5], ["1152921504606846977", "0.5"]),  # no double is that integer
+    ([{str(n): n for n in range(2000)}], None),  # a column for each word of a count
+    ([deep(100)], None),
+]
+
+
+@pytest.mark.parametrize(("given", "expected"), OF_SEVERAL_KINDS)
+def test_values_that_no_column_holds_are_text(tmp_path: Path, monkeypatch, capsys, given: list, expected: list) -> None:
+    """Nothing is lost or rounded, and no run fails at its end, in one row group or in several."""
+    expected = expected or [json.dumps(value, separators=(",", ":")) for value in given]
+    for size in (1 << 26, 10):
+        monkeypatch.setattr("llmkit.io.tables.GROUP_BYTES", size)
+        out = tmp_path / f"{size}.parquet"
+        with open_output(str(out)) as write_record:
+            for value in given:
+                write_record({"field": value, "id": 7})
+        assert parquet.read_table(out).to_pylist() == [{"field": value, "id": 7} for value in expected]
+        assert "are text, others than strings as JSON: 'field'" in capsys.readouterr().err
+
+
+def test_empty_objects_and_columns_of_nothing(tmp_path: Path) -> None:
     out = tmp_path / "d.parquet"
-    with pytest.raises(UserError, match=r"d\.parquet: .*write \.jsonl"), open_output(str(out)) as write_record:
-        for value in values_of_one:
-            write_record({"field": value})
-    assert not list(tmp_path.iterdir())
+    rows = [{"a": {}, "b": [{"c": {}, "d": 1}], "e": None, "f": [], "g": "\0é"}, {"a": None, "b": [], "h": {"i": {}}}]
+    with open_output(str(out)) as write_record:
+        for row in rows:
+            write_record(row)
+    expected = [
+        {"a": None, "b": [{"c": None, "d": 1}], "e": None, "f": [], "g": "\0é", "h": None},
+        {"a": None, "b": [], "e": None, "f": None, "g": None, "h": {"i": None}},
+    ]
+    assert parquet.read_table(out).to_pylist() == values(out) == expected
+
+
+def test_a_folder_of_parquet_appears_whole(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("llmkit.io.tables.GROUP_BYTES", 100)
+    rows = [{"text": f"text {number}", "only": 1} if number else {"text": "text 0"} for number in range(100)]
+    with open_output(f"{tmp_path}/docs/") as write_record:
+        for row in rows:
+            write_record(row)
+        assert not (tmp_path / "docs").exists()
+    files = sorted((tmp_path / "docs").iterdir())
+    assert [path.name for path in files] == [f"part-0000{number}.parquet" for number in range(len(files))]
+    schemas = [parquet.read_schema(path) for path in files]
+    assert len(files) > 3 and all(schema == schemas[0] for schema in schemas)
+    assert [row["text"] for path in files for row in values(path)] == [row["text"] for row in rows]
+    with pytest.raises(RuntimeError), open_output(f"{tmp_path}/new/") as write_record:
+        raise RuntimeError
+    assert os.listdir(tmp_path) == ["docs"]
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_other_programs_read_what_is_written(tmp_path: Path, count: int) -> None:
+    duckdb, datasets = pytest.importorskip("duckdb"), pytest.importorskip("datasets")
+    out = tmp_path / "d.parquet"
+    turns = [{"role": "user", "content": "Hi", "tool_calls": []}, {"role": "assistant", "content": "Hello", "n": {}}]
+    with open_output(str(out)) as write_record:
+        for number in range(count):
+            write_record({"messages": turns, "text": f"ß {number}", "none": None, "big": 2**70, "empty": {}})
+    found = duckdb.sql(f"select text from '{out}'").fetchall()
+    assert found == [(f"ß {number}",) for number in range(count)]
+    if count:  # datasets has no word for a table without rows
+        read = datasets.Dataset.from_parquet(str(out), cache_dir=str(tmp_path / "cache"))
+        assert found == [(row["text"],) for row in read]
+        assert read[2]["messages"][1]["content"] == "Hello" and read[0]["big"] == str(2**70)
 
 
 @pytest.mark.parametrize(("name", "separator"), [("d.csv", ","), ("d.tsv", "\t"), ("D.CSV", ",")])

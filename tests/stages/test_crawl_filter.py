@@ -455,6 +455,29 @@ def test_documents_and_rejects_are_packed_by_their_names(llmkit, tmp_path):
     assert refused.returncode == 2 and "d.arrow: .arrow is not written" in refused.stderr
 
 
+def test_a_slash_asks_for_a_folder_of_parquet(llmkit, tmp_path):
+    """It is read as a folder by the next command, whose manifest has that of this one as an ancestor."""
+    write_warc(tmp_path / "a.warc.gz", mixed_pages())
+    docs, text = tmp_path / "docs", (tmp_path / "*.warc.gz")
+    command = ("crawl-filter", text, "--skip", "gopher_quality,fineweb", "-o", f"{docs}/")
+    done = llmkit(*command)
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(docs)) == ["manifest.json", "part-00000.parquet"]
+    assert sorted(os.listdir(tmp_path)) == ["a.warc.gz", "docs"]
+    rows = parquet.read_table(docs / "part-00000.parquet").to_pylist()
+    assert len(rows) == json.loads(done.stdout)["documents"] > 0
+    assert [entry["path"] for entry in json.loads((docs / "manifest.json").read_bytes())["inputs"]] == [
+        str(tmp_path / "a.warc.gz")
+    ]
+    assert "exists already" in llmkit(*command).stderr and llmkit(*command, "--force").returncode == 0
+    trained = llmkit("train-bpe", docs, "--vocab-size", "320", "-o", tmp_path / "tok")
+    assert trained.returncode == 0 and json.loads(trained.stdout)["documents"] == len(rows)
+    made = json.loads((tmp_path / "tok" / "manifest.json").read_bytes())
+    assert made["ancestors"][made["inputs"][0]["manifest_sha256"]]["stage"] == "crawl-filter"
+    refused = llmkit("crawl-filter", text, "-o", docs, "--force")
+    assert refused.returncode == 2 and f"found a folder; a slash at its end asks for one, {docs}/" in refused.stderr
+
+
 def test_a_name_that_is_no_utf8_ends_no_run(llmkit, tmp_path):
     (tmp_path / "web").mkdir()
     (tmp_path / "web" / os.fsdecode(b"\xff.jsonl")).write_text('{"text": "one"}\n{"text": 1}\n')
