@@ -1,7 +1,7 @@
 """A GGUF file of a model: the keys and tensors that llama.cpp's own converter writes for its family.
 
-llama and mistral become llama.cpp's `llama`, whose rotated pairs are neighbours, (2i, 2i + 1), as ours are; qwen2 and
-qwen3 keep half a head between them. What llama.cpp would compute otherwise than we do is refused, or said in a note.
+In some architectures of llama.cpp rotated pairs are neighbours, (2i, 2i + 1), as ours are; others keep half a head
+between them, as Hugging Face does. What llama.cpp would compute otherwise than we do is refused, or said in a note.
 Tensors are read, changed and written one at a time.
 Source: llama.cpp's convert_hf_to_gguf.py and src/models/.
 """
@@ -9,6 +9,7 @@ Source: llama.cpp's convert_hf_to_gguf.py and src/models/.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,14 +25,49 @@ from llmkit.io.files import atomic_file
 from llmkit.model.config import ModelConfig
 from llmkit.model.folder import CONFIG, SavedTensors
 from llmkit.model.transformer import rotary_frequencies
-from llmkit.model.weights import pairs_together, stock_shapes
+from llmkit.model.weights import StockTensor, pairs_together, stock_tensors
 from llmkit.tokenizer.encoding import load_tokenizer
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
 
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-ROPE_FACTORS = "rope_freqs.weight"
+ATTENTION_BIASES, MLP_BIASES = ("qkv_bias", "out_bias"), ("gate_up_bias", "down_bias")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What llama.cpp has of a family.
+
+    neighbours    True if rotated pairs are neighbours there
+    biases        of a layer's matrices that it knows
+    scalings      kinds of rope scaling that it computes as we do
+    square        True if the heads must add up to the hidden size
+    window_every  the layers that have no window; None where it knows no windows
+    """
+
+    name: str
+    neighbours: bool = False
+    biases: tuple[str, ...] = ()
+    scalings: tuple[str, ...] = ("linear", "yarn", "dynamic")
+    square: bool = False
+    window_every: int | None = None
+
+
+ARCHITECTURES = {
+    "llama": Architecture(
+        "llama", True, ATTENTION_BIASES + MLP_BIASES, scalings=("linear", "yarn", "dynamic", "llama3")
+    ),
+    "mistral": Architecture("llama", True, scalings=("linear", "yarn", "dynamic", "llama3")),
+    "qwen2": Architecture("qwen2", biases=("qkv_bias",), square=True),
+    "qwen3": Architecture("qwen3"),
+    "gemma3_text": Architecture("gemma3", scalings=("linear", "dynamic"), window_every=6),
+    "gpt2": Architecture("gpt2", biases=ATTENTION_BIASES + MLP_BIASES),
+    "granite": Architecture("granite", True, ATTENTION_BIASES + MLP_BIASES),
+    "olmo2": Architecture("olmo2", square=True),
+    "olmo3": Architecture("olmo2", square=True, window_every=4),
+    "phi3": Architecture("phi3", scalings=("longrope",), square=True),
+    "smollm3": Architecture("smollm3", True),
+}
 # name of --dtype -> the types of a file and of its matrices, in gguf's words
 TYPES = {
     "float32": ("ALL_F32", "F32"),
@@ -71,36 +107,65 @@ def plan_gguf(source: Source, dtype: str) -> GgufPlan:
     vocabulary = gguf_tokenizer(tokenizer, config.vocab_size, ends)
     notes = []
     windows = [window for window in config.layer_windows or () if window is not None]
+    if ARCHITECTURES[config.model_type].window_every:
+        windows = []
     context = min([config.max_position_embeddings, *windows])
     if context < config.max_position_embeddings:
         notes.append(
             f"a context of {context} tokens, of {config.max_position_embeddings}: within its sliding window, "
             "which llama.cpp does not know in this family"
         )
+    if config.rope_scaling is not None and config.rope_scaling.rope_type == "longrope":
+        first = config.rope_scaling.original_max_position_embeddings
+        notes.append(
+            f"llama.cpp turns positions by the context that it is started with: up to {first} tokens "
+            f"start it with -c {first}"
+        )
     return GgufPlan(vocabulary, context, dtype, (*notes, *vocabulary.notes))
 
 
 def _check_family(config: ModelConfig, where: str) -> None:
     """Raise UserError, naming `where`, unless llama.cpp computes this model as we do."""
-    if config.model_type not in ARCHITECTURES:
+    theirs = ARCHITECTURES.get(config.model_type)
+    if theirs is None:
         raise UserError(
             f"{where}: no GGUF of {config.model_type} is written here, but of {', '.join(ARCHITECTURES)}; "
             "--format hf, and llama.cpp's convert_hf_to_gguf.py of that folder"
         )
-    if config.mlp_bias:
-        raise UserError(f"{where}: mlp_bias true: llama.cpp's files of this family are written without; --format hf")
-    if config.model_type == "qwen3" and (config.attention_bias or config.attention_out_bias):
-        raise UserError(f"{where}: llama.cpp's qwen3 has no attention_bias; --format hf keeps it")
-    if config.model_type == "qwen2" and config.num_attention_heads * config.head_dim != config.hidden_size:
+    name, every, layers = theirs.name, theirs.window_every, range(config.num_hidden_layers)
+    for bias in config.layer_shapes().keys() & {*ATTENTION_BIASES, *MLP_BIASES} - {*theirs.biases}:
+        kind = "attention_bias" if bias in ATTENTION_BIASES else "mlp_bias"
+        raise UserError(f"{where}: llama.cpp's {name} has no {kind}; --format hf keeps it")
+    if theirs.square and config.num_attention_heads * config.head_dim != config.hidden_size:
         raise UserError(
-            f"{where}: llama.cpp's qwen2 expects head_dim {config.hidden_size // config.num_attention_heads}, "
+            f"{where}: llama.cpp's {name} expects head_dim {config.hidden_size // config.num_attention_heads}, "
             f"found {config.head_dim}"
         )
     scaling = config.rope_scaling
-    if scaling is not None and scaling.rope_type == "llama3" and ARCHITECTURES[config.model_type] != "llama":
-        raise UserError(f"{where}: llama.cpp's {config.model_type} has no rope scaling llama3")
+    if scaling is not None and scaling.rope_type not in theirs.scalings:
+        raise UserError(f"{where}: llama.cpp's {name} has no rope scaling {scaling.rope_type}")
     if scaling is not None and (scaling.beta_fast, scaling.beta_slow, scaling.truncate) != (32.0, 1.0, True):
         raise UserError(f"{where}: llama.cpp has yarn with beta_fast 32, beta_slow 1 and truncate alone")
+    if every is not None:
+        windows = config.layer_windows or (None,) * config.num_hidden_layers
+        without = [i for i, window in enumerate(windows) if window is None]
+        if (name == "gemma3" or config.layer_windows) and without != [i for i in layers if (i + 1) % every == 0]:
+            raise UserError(f"{where}: llama.cpp's {name} has windows in all layers but every {every}th alone")
+        local = config.sliding_rope
+        if (local is None and scaling is not None) or (
+            local is not None and (local.scaling or (name == "olmo2" and local.theta != config.rope_theta))
+        ):
+            raise UserError(f"{where}: llama.cpp's {name} does not rotate the layers with a window so")
+    if name == "smollm3" and config.no_rope_layers != tuple(i for i in layers if (i + 1) % 4 == 0):
+        raise UserError(f"{where}: llama.cpp's smollm3 rotates all layers but every 4th alone")
+    if name == "gemma3":
+        largest = config.num_hidden_layers == 62  # Gemma 3 27B, by which llama.cpp knows it
+        divisor = config.hidden_size // config.num_attention_heads if largest else config.head_dim
+        if config.query_pre_attn_scalar != divisor:
+            raise UserError(
+                f"{where}: llama.cpp's gemma3 expects query_pre_attn_scalar {divisor}, "
+                f"found {config.query_pre_attn_scalar:g}"
+            )
 
 
 def write_gguf(path: str, source: Source, plan: GgufPlan, advance: Callable[[float], object]) -> None:
@@ -113,11 +178,12 @@ def write_gguf(path: str, source: Source, plan: GgufPlan, advance: Callable[[flo
 
     plain = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
     with atomic_file(path) as handle:
-        writer = GGUFWriter(handle.name, ARCHITECTURES[source.config.model_type])
+        writer = GGUFWriter(handle.name, ARCHITECTURES[source.config.model_type].name)
         try:
             _add_keys(writer, source, plan)
             kinds = {}
-            for name, (_, shape) in tensor_shapes(source.config).items():
+            for name, tensor in gguf_tensors(source.config).items():
+                shape = tensor.shape
                 kind = kinds[name] = _tensor_type(shape, plan.dtype)
                 # as gguf.quants gives it: bytes where numpy has no such type
                 stored = shape if kind in plain else quant_shape_to_byte_shape(shape, kind)
@@ -147,7 +213,10 @@ def _add_keys(writer: GGUFWriter, source: Source, plan: GgufPlan) -> None:
 
     config, words = source.config, plan.tokenizer
     writer.add_type("model")
-    writer.add_name(source.folder.resolve().name)
+    name = source.folder.resolve().name
+    # llama.cpp takes a file of this name for Phi-3 itself, and does not load it without its tokens
+    if not re.search("phi-?3", name.lower()) or {"<unk>", "</s>", "<|endoftext|>"} <= {*words.tokens}:
+        writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType[TYPES[plan.dtype][0]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
@@ -159,17 +228,17 @@ def _add_keys(writer: GGUFWriter, source: Source, plan: GgufPlan) -> None:
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    scaling = config.rope_scaling
-    if scaling is not None and scaling.rope_type in ("linear", "yarn"):
-        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling.rope_type))
-        writer.add_rope_scaling_factor(scaling.factor)
-        if scaling.rope_type == "yarn":
-            writer.add_rope_scaling_orig_ctx_len(scaling.original_max_position_embeddings)
-            its_own = max(1.0, 0.1 * math.log(scaling.factor) + 1.0)  # by which llama.cpp multiplies what is stated
-            writer.add_rope_scaling_attn_factors(scaling.attention_factor / its_own)
+    (writer.add_layer_norm_eps if config.layer_norm else writer.add_layer_norm_rms_eps)(config.rms_norm_eps)
+    if not config.learned_positions:
+        _add_rope(writer, config)
+    if ARCHITECTURES[config.model_type].window_every and config.layer_windows is not None:
+        writer.add_sliding_window(next(window for window in config.layer_windows if window is not None))
+        writer.add_rope_freq_base_swa(config.sliding_rope.theta if config.sliding_rope else config.rope_theta)
+    if config.model_type == "granite":
+        writer.add_attention_scale(config.attention_multiplier or config.head_dim**-0.5)
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
     writer.add_tokenizer_model(words.model)
     writer.add_tokenizer_pre(words.pre)
     writer.add_token_list(words.tokens)
@@ -194,6 +263,24 @@ def _add_keys(writer: GGUFWriter, source: Source, plan: GgufPlan) -> None:
         writer.add_chat_template(words.chat_template)
 
 
+def _add_rope(writer: GGUFWriter, config: ModelConfig) -> None:
+    import gguf
+
+    writer.add_rope_dimension_count(config.rotary_dim or config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    scaling = config.rope_scaling
+    if scaling is None or scaling.rope_type not in ("linear", "yarn", "longrope"):
+        return
+    writer.add_rope_scaling_type(gguf.RopeScalingType(scaling.rope_type))
+    if scaling.rope_type != "longrope":
+        writer.add_rope_scaling_factor(scaling.factor)
+    if scaling.rope_type != "linear":
+        writer.add_rope_scaling_orig_ctx_len(scaling.original_max_position_embeddings)
+        # by its own llama.cpp multiplies what is stated
+        own = max(1.0, 0.1 * math.log(scaling.factor) + 1.0) if scaling.rope_type == "yarn" else 1.0
+        writer.add_rope_scaling_attn_factors(scaling.attention_factor / own)
+
+
 def _tensor_type(shape: tuple[int, ...], dtype: str) -> GGMLQuantizationType:
     """Matrices in the type of --dtype, vectors in float32, as llama.cpp expects them."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -205,31 +292,56 @@ def _tensor_type(shape: tuple[int, ...], dtype: str) -> GGMLQuantizationType:
     return wanted if fits else GGMLQuantizationType.F16
 
 
-def tensor_shapes(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Map GGUF's name of every tensor of the file to its name in the folder and its shape."""
+@dataclass(frozen=True)
+class GgufTensor:
+    """A tensor of the file: of the folder's, or where `stock` is None factors of the frequencies."""
+
+    shape: tuple[int, ...]
+    stock: StockTensor | None
+
+
+def gguf_tensors(config: ModelConfig) -> dict[str, GgufTensor]:
+    """Map GGUF's name of every tensor of the file to what it is made of."""
     from gguf import MODEL_ARCH, get_tensor_name_map
 
-    architecture = MODEL_ARCH[ARCHITECTURES[config.model_type].upper()]
-    names = get_tensor_name_map(architecture, config.num_hidden_layers)
-    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
-    if config.rope_scaling is not None and config.rope_scaling.rope_type == "llama3":
-        shapes[ROPE_FACTORS] = (ROPE_FACTORS, (config.head_dim // 2,))
-    for name, shape in stock_shapes(config).items():
-        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert theirs is not None, f"gguf has no name for {name}"
-        shapes[theirs] = (name, shape)
-    return shapes
+    theirs = ARCHITECTURES[config.model_type]
+    names = get_tensor_name_map(MODEL_ARCH[theirs.name.upper()], config.num_hidden_layers)
+    tensors = {}
+    for name in _rope_factors(config):
+        tensors[name] = GgufTensor(((config.rotary_dim or config.head_dim) // 2,), None)
+    for stock in stock_tensors(config):
+        found = names.get_name(stock.name, try_suffixes=(".weight", ".bias"))
+        assert found is not None, f"gguf has no name for {stock.name}"
+        tensors[found] = GgufTensor(stock.shape[::-1] if stock.transposed else stock.shape, stock)
+    if theirs.name == "olmo2" and config.tied_on_disk:  # which has no other way to say that the head is the embedding
+        tensors["output.weight"] = tensors["token_embd.weight"]
+    return tensors
+
+
+def _rope_factors(config: ModelConfig) -> dict[str, Tensor]:
+    """Divisors of the frequencies, by name, in float32."""
+    scaling, channels, theta = config.rope_scaling, config.rotary_dim or config.head_dim, config.rope_theta
+    if scaling is None or scaling.rope_type not in ("llama3", "longrope"):
+        return {}
+    plain = rotary_frequencies(channels, theta)
+    if scaling.rope_type == "llama3":
+        return {"rope_freqs.weight": (plain / rotary_frequencies(channels, theta, scaling)).float()}
+    return {
+        "rope_factors_long.weight": torch.tensor(scaling.long_factor),
+        "rope_factors_short.weight": torch.tensor(scaling.short_factor),
+    }
 
 
 def read_tensors(config: ModelConfig, tensors: SavedTensors) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, values in float32), one at a time, in the order of `tensor_shapes`."""
-    permuted = ARCHITECTURES[config.model_type] == "llama"
-    for theirs, (name, _) in tensor_shapes(config).items():
-        if name == ROPE_FACTORS:
-            plain = rotary_frequencies(config.head_dim, config.rope_theta)
-            yield name, (plain / rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)).float()
+    """Yield (name, values in float32), one at a time, in the order of `gguf_tensors`."""
+    factors = _rope_factors(config)
+    for name, tensor in gguf_tensors(config).items():
+        stock = tensor.stock
+        if stock is None:
+            yield name, factors[name]
             continue
-        value = tensors.read(name).to(torch.float32)
-        if permuted and (".q_proj." in name or ".k_proj." in name):
+        value = tensors.read(stock.name).to(torch.float32) + stock.offset
+        value = value.T if stock.transposed else value
+        if stock.pairs and ARCHITECTURES[config.model_type].neighbours:
             value = pairs_together(value, config)
-        yield theirs, value.contiguous()
+        yield name, value.contiguous()

@@ -19,7 +19,10 @@ from safetensors.torch import load_file, save_file
 from tiny import save_folder
 
 from llmkit.errors import UserError
+from llmkit.export.gguf_file import ARCHITECTURES
+from llmkit.model.config import RopeScaling
 from llmkit.model.folder import load_model, save_model
+from llmkit.model.weights import embedding_name, stock_tensors
 from llmkit.stages import export
 from llmkit.stages.export import ExportConfig
 from llmkit.tokenizer.encoding import load_tokenizer
@@ -65,25 +68,35 @@ def test_a_file_has_every_tensor_of_its_family(tmp_path: Path, name: str) -> Non
     folder = save_assistant(tmp_path / "chat", **FAMILIES[name])
     reader = written(folder, tmp_path / "chat.gguf")
     config, found = load_model(folder).config, values(reader)
-    family = {"mistral": "llama"}.get(config.model_type, config.model_type)
+    family = ARCHITECTURES[config.model_type].name
     stated = keys(reader)
     assert stated["general.architecture"] == family
     sizes = {
-        "embedding_length": 64, "block_count": 2, "feed_forward_length": 160, "context_length": 512, "vocab_size": 384,
-        "attention.head_count": 4, "attention.head_count_kv": 2, "attention.key_length": config.head_dim,
-        "rope.dimension_count": config.head_dim, "rope.freq_base": 10000.0,
+        "embedding_length": 64, "block_count": config.num_hidden_layers, "feed_forward_length": 160,
+        "context_length": 512, "vocab_size": 384, "attention.head_count": 4,
+        "attention.head_count_kv": config.num_key_value_heads, "attention.key_length": config.head_dim,
     }  # fmt: skip
+    if not config.learned_positions:
+        sizes |= {"rope.dimension_count": config.rotary_dim or config.head_dim, "rope.freq_base": config.rope_theta}
     assert {key: stated[f"{family}.{key}"] for key in sizes} == sizes
-    assert stated[f"{family}.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-6)
+    epsilon = "layer_norm_epsilon" if config.layer_norm else "layer_norm_rms_epsilon"
+    assert stated[f"{family}.attention.{epsilon}"] == pytest.approx(1e-6)
     stock = load_file(folder / "model.safetensors")
-    assert len(found) == len(stock) and ("output.weight" in found) != config.tie_word_embeddings
-    same = {"blk.1.ffn_down.weight": "mlp.down_proj.weight", "blk.1.attn_v.weight": "self_attn.v_proj.weight"}
-    for theirs, ours in same.items():
-        assert torch.equal(found[theirs], stock[f"model.layers.1.{ours}"])
-    query = stock["model.layers.1.self_attn.q_proj.weight"]
-    if family == "llama":  # llama.cpp rotates neighbours there: its own `permute`
-        query = query.view(4, 2, config.head_dim // 2, 64).transpose(1, 2).reshape(query.shape)
-    assert torch.equal(found["blk.1.attn_q.weight"], query)
+    made = {name for name in found if name.startswith("rope_")} | ({"output.weight"} if name == "olmo2-tied" else set())
+    assert (
+        len(found) == len(stock) + len(made) and ("output.weight" in found.keys() - made) != config.tie_word_embeddings
+    )
+    assert torch.equal(found["token_embd.weight"], stock[embedding_name(config)])
+    query = stock.get("model.layers.1.self_attn.q_proj.weight")
+    if query is not None:
+        if ARCHITECTURES[config.model_type].neighbours:  # llama.cpp's own `permute`
+            query = query.view(4, 2, config.head_dim // 2, 64).transpose(1, 2).reshape(query.shape)
+        assert torch.equal(found["blk.1.attn_q.weight"], query)
+    down = next(one for one in stock_tensors(config) if (one.layer, one.attribute) == (1, "down"))
+    expected = stock[down.name].T if down.transposed else stock[down.name]
+    assert torch.equal(found["blk.1.ffn_down.weight"], expected)
+    if family == "gemma3":
+        assert torch.equal(found["output_norm.weight"], stock["model.norm.weight"] + 1)
 
 
 @pytest.mark.parametrize(
@@ -111,8 +124,6 @@ def test_matrices_are_narrowed_and_vectors_are_not(
 
 
 def test_scaled_frequencies_and_windows(tmp_path: Path, capsys) -> None:
-    from llmkit.model.config import RopeScaling
-
     llama3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
     folder = save_assistant(tmp_path / "llama3", **FAMILIES["llama"], rope_scaling=llama3)
     factors = values(written(folder, tmp_path / "llama3.gguf"))["rope_freqs.weight"]
@@ -394,6 +405,15 @@ def test_what_llama_cpp_has_no_form_for_is_refused(tmp_path: Path, monkeypatch) 
     assert "llama.cpp's qwen3 has no attention_bias; --format hf keeps it" in refused(biased, tmp_path / "m.gguf")
     wide = save_assistant(tmp_path / "wide", **FAMILIES["qwen2"], head_dim=24)
     assert "llama.cpp's qwen2 expects head_dim 16, found 24" in refused(wide, tmp_path / "m.gguf")
+    for name, change, message in (
+        ("gemma3", {"query_pre_attn_scalar": 24.0}, "gemma3 expects query_pre_attn_scalar 16, found 24"),
+        ("gemma3", {"layer_windows": (64, None) * 3 + (64,)}, "gemma3 has windows in all layers but every 6th alone"),
+        ("olmo3", {"sliding_rope": None}, "olmo2 does not rotate the layers with a window so"),
+        ("phi3", {"rope_scaling": RopeScaling("linear", 2.0)}, "phi3 has no rope scaling linear"),
+        ("smollm3", {"no_rope_layers": (1,)}, "smollm3 rotates all layers but every 4th alone"),
+    ):
+        other = save_assistant(tmp_path / f"{name}{len(message)}", **FAMILIES[name] | change)
+        assert f"llama.cpp's {message}" in refused(other, tmp_path / "m.gguf")
     foreign = save_folder(tmp_path / "foreign")
     edit(foreign / "config.json", lambda config: config.update(model_type="bloom"))
     assert "expected model_type to be one of llama, mistral, qwen2, " in refused(foreign, tmp_path / "m.gguf")

@@ -27,6 +27,7 @@ from llmkit.tokenizer.encoding import load_tokenizer
 SMALL = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16,
     "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 319, "eos_token_id": 319,
+    "pad_token_id": 319, "query_pre_attn_scalar": 16,
 }  # fmt: skip
 # name: (family, tied, precision, size of a shard, under which name a tied matrix is stored)
 FOLDERS = {
@@ -34,6 +35,12 @@ FOLDERS = {
     "mistral, float16": ("Mistral", False, torch.float16, None, None),
     "qwen2, tied, stored as lm_head": ("Qwen2", True, torch.float32, None, "lm_head.weight"),
     "qwen3, bfloat16, shards": ("Qwen3", False, torch.bfloat16, "40KB", None),
+    "gemma3, tied": ("Gemma3Text", True, torch.float32, None, None),
+    "gpt2, tied": ("GPT2", True, torch.float32, None, None),
+    "granite": ("Granite", False, torch.float32, None, None),
+    "olmo3, shards": ("Olmo3", False, torch.float32, "40KB", None),
+    "phi3, bfloat16": ("Phi3", False, torch.bfloat16, None, None),
+    "smollm3, tied": ("SmolLM3", True, torch.float32, None, None),
 }
 RUN = {"quiet": True, "force": True}
 
@@ -55,7 +62,7 @@ def save_foreign(folder: Path, name: str) -> Path:
     fast.save_pretrained(folder)
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(vocab_size=320, tie_word_embeddings=tied, **SMALL)
-    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -134,7 +141,8 @@ def test_train_reward_and_rl_train_it(foreign: Path) -> None:
         inputs=(str(foreign),), data=(prefs,), max_steps=1, batch_size=4, out=str(place / "judge"), **RUN
     )
     assert train_reward.run(train) is not None
-    transformers.AutoModelForSequenceClassification.from_pretrained(place / "judge")
+    if "granite" not in json.loads((place / "judge/config.json").read_text())["model_type"]:  # it has no such class
+        transformers.AutoModelForSequenceClassification.from_pretrained(place / "judge")
     problems = pipeline.write(place / "problems.jsonl", [{"prompt": f"The {i}", "answer": "1"} for i in range(4)])
     config = rl.RlConfig(
         model=str(foreign), data=(problems,), reward=("format:(?s).*e.*",), group=8, batch_size=2, max_tokens=8,
