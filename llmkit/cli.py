@@ -312,14 +312,13 @@ def _command(config_class: type, run: Callable[[Any], Any]) -> Callable[..., Any
 
 def _run_alone(run: Callable[[Any], Any], config: Any) -> Any:
     """Run a stage while no other run writes its --out; of several processes the first sees to it."""
-    from llmkit.io.remote import settings
+    from llmkit.io.files import sole_writer
+    from llmkit.io.remote import is_remote, settings
 
     settings.quiet, settings.cache = config.quiet, config.cache
     _check_inputs_stay(config)
-    if config.out in (None, "-") or config.dry_run or not launch().leads:
+    if config.out in (None, "-") or is_remote(config.out) or config.dry_run or not launch().leads:
         return run(config)
-    from llmkit.io.files import sole_writer
-
     with sole_writer(config.out):
         return run(config)
 
@@ -327,12 +326,12 @@ def _run_alone(run: Callable[[Any], Any], config: Any) -> Any:
 def _check_inputs_stay(config: Any) -> None:
     """Raise UserError where an output would replace an input, or lies in the folder of a model that is read."""
     outputs = [value for name in OUTPUTS if (value := getattr(config, name, None)) not in (None, "-")]
-    outputs = [path for path in outputs if os.path.isfile(path) or os.path.isdir(path)]  # no device
+    outputs = [path for path in outputs if os.path.isfile(path) or os.path.isdir(path) or "://" in path]  # no device
     values = [getattr(config, item.name) for item in option_fields(type(config)) if option_of(item).reads]
     texts = [text for value in values for text in (value if isinstance(value, tuple) else [value or ""])]
     paths = {path for text in texts for path in _paths_in(text)} if outputs else ()
     inputs = [name for path in paths for name in (glob.glob(path, recursive=True) if glob.has_magic(path) else [path])]
-    inputs = [path for path in inputs if os.path.exists(path)]
+    inputs = [path for path in inputs if os.path.exists(path) or "://" in path]
     for path, out in itertools.product(inputs, outputs):
         read, written = os.path.realpath(path), os.path.realpath(out)
         if f"{read}/".startswith(f"{written}/"):

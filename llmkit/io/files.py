@@ -44,7 +44,7 @@ def check_output(path: str, force: bool, resume: bool = False) -> None:
     if path == "-" or _is_special(path):
         return
     if is_remote(path):
-        raise UserError(f"{path}: nothing is written to an address; write a file, and copy it there")
+        raise UserError(f"{path}: records alone are written to addresses; write the file here, and copy it there")
     if path.lower().endswith(NOT_WRITTEN):
         kind = os.path.splitext(path)[1]
         raise UserError(f"{path}: {kind} is not written; choose .jsonl, .jsonl.gz, .jsonl.zst or .parquet")
@@ -97,6 +97,8 @@ def output_folder(out: str | None, example: str) -> Path:
         raise UserError(f"--out is required: the folder for the result, such as -o {example}")
     if out == "-":
         raise UserError(f"--out: expected a folder, such as -o {example}, found -")
+    if is_remote(out):
+        raise UserError(f"{out}: records alone are written to addresses; write the folder here, and copy it there")
     folder = Path(out.rstrip("/") or "/")
     if folder.exists() and not folder.is_dir():  # which --force does not allow either
         raise UserError(f"{folder}: expected a folder, found a file; choose another --out")

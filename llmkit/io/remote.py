@@ -1,4 +1,4 @@
-"""Files at addresses, `https:// s3:// gs:// hf://`, read forward or by seeking.
+"""Files at addresses, `https:// s3:// gs:// hf://`, read forward or by seeking; to buckets files are uploaded.
 
     with open_remote("s3://commoncrawl/crawl-data/.../CC-MAIN-...warc.gz") as file:
         file.read(1 << 20)
@@ -31,6 +31,7 @@ from llmkit.errors import UserError
 from llmkit.io.progress import Progress, counted, say
 
 BUCKETS = ("s3", "s3a", "gs", "gcs", "hf")  # whose file systems fsspec has
+WRITABLE = ("s3", "s3a", "gs", "gcs")  # where an upload appears whole, at its end
 BLOCK = 8 << 20  # bytes asked for at once from a bucket, while the block before is read
 TRIES = 6  # in a row, with pauses of 1/4 s to 4 s between them
 PAUSE, LONGEST_PAUSE, TIMEOUT = 0.25, 30.0, 60.0  # s; the second where a server asks for more
@@ -142,6 +143,52 @@ def _version(entry: dict[str, Any]) -> str:
     """What tells a file from others that have been at its place."""
     names = ("ETag", "etag", "blob_id", "LastModified", "last_commit")
     return next((str(entry[name]) for name in names if entry.get(name)), "").strip('"')
+
+
+def check_upload(address: str, replaces: bool) -> None:
+    """Raise UserError where no file can be uploaded to an address, or one lies there that is not to be replaced."""
+    if address.partition("://")[0] not in WRITABLE:
+        raise UserError(f"{address}: records are written to s3:// and gs:// alone; write a file, and copy it there")
+    system, path = _file_system(address)
+    bucket, _, key = path.partition("/")
+    if not bucket or not key or key.endswith("/"):
+        raise UserError(f"{address}: expected the name of a file in a bucket, such as s3://bucket/docs.jsonl.gz")
+    if getattr(system, "anon", False):
+        raise UserError(f"{address}: found no credentials to write with; set AWS_ACCESS_KEY_ID, or run aws configure")
+
+    def there() -> str | None:
+        system.invalidate_cache()
+        with suppress(FileNotFoundError, PermissionError):  # who may write need not be allowed to list
+            return system.info(path)["type"]
+
+    def begin() -> None:
+        upload = system.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
+        system.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload["UploadId"])
+
+    kind = retried(address, there, "written")
+    if kind == "directory":
+        raise UserError(f"{address}: expected a file, found a folder; choose another --out")
+    if kind is not None and not replaces:
+        raise UserError(f"{address}: exists already; --force replaces it, or choose another --out")
+    if address.startswith("s3"):
+        retried(address, begin, "written")  # what the upload after the work will need; nothing of it can be seen
+
+
+def upload(path: str, address: str, quiet: bool = False) -> None:
+    """Put a file at an address, where it appears whole, in the place of one that lies there. Raises UserError."""
+    system, remote_path = _file_system(address)
+    from fsspec.callbacks import Callback
+
+    # 4 parts of 16 MB at once, where s3fs would hold 10 of 50 MB in memory
+    details: dict[str, Any] = {"chunksize": 16 << 20, **({"max_concurrency": 4} if address.startswith("s3") else {})}
+    total = os.path.getsize(path)
+
+    def put() -> None:
+        with Progress(f"upload {address}", total=total, unit="B", quiet=quiet) as progress:
+            advance = lambda size, value, **_: progress.advance(value - progress.done)  # noqa: E731
+            system.put_file(path, remote_path, callback=Callback(hooks={"progress": advance}), **details)
+
+    retried(address, put, "written")
 
 
 class RemoteFile(io.RawIOBase):
@@ -471,8 +518,9 @@ def _at_commit(system: Any, path: str) -> str:
     return f"{kind}{resolved.repo_id}@{_commits[key]}/{resolved.path_in_repo}".rstrip("/")
 
 
-def retried(address: str, ask: Callable[[], T]) -> T:
+def retried(address: str, ask: Callable[[], T], action: str = "read") -> T:
     """What `ask` returns, asked again where network or server may be better soon. Raises UserError."""
+    wanted = "a file" if action == "read" else "a bucket"
     for attempt in range(TRIES):
         try:
             return ask()
@@ -486,17 +534,17 @@ def retried(address: str, ask: Callable[[], T]) -> T:
                     raise UserError(f"{address}: {hint}") from None
             if isinstance(error, FileNotFoundError | IsADirectoryError):
                 what = "a folder" if isinstance(error, IsADirectoryError) else "none there"
-                raise UserError(f"{address}: expected a file, found {what}") from None
+                raise UserError(f"{address}: expected {wanted}, found {what}") from None
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise
             status, response = _status(error), getattr(error, "response", None)
             reason = (str(error).splitlines() or [""])[0] or type(error).__name__
             if status == 404:
-                raise UserError(f"{address}: expected a file, found none there (404)") from None
+                raise UserError(f"{address}: expected {wanted}, found none there (404)") from None
             if status in (401, 403) or isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
                 raise UserError(f"{address}: not allowed ({reason}); check the credentials") from None
             if status in LASTING or attempt + 1 == TRIES:
-                failure = f"{address}: cannot be read, tried {counted(attempt + 1, 'time')} ({reason})"
+                failure = f"{address}: cannot be {action}, tried {counted(attempt + 1, 'time')} ({reason})"
                 raise (UserError if status in LASTING else Unreachable)(failure) from None
             wait = (getattr(error, "headers", getattr(response, "headers", None)) or {}).get("Retry-After") or ""
             time.sleep(min(int(wait), LONGEST_PAUSE) if wait.isdigit() else PAUSE * 2**attempt)

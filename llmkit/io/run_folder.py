@@ -1,4 +1,7 @@
-"""A run folder, from the check of --out to its place, with manifest, model card, metrics and checkpoints."""
+"""A run folder, from the check of --out to its place, with manifest, model card, metrics and checkpoints.
+
+Files of records that are to lie at addresses have a folder here, too, from which they are uploaded: `uploaded`.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,13 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from llmkit.config import flag_of, lasting_options, option_fields
-from llmkit.errors import UserError
+from llmkit.errors import Interrupted, UserError
 from llmkit.io.files import (
     PARTIAL,
     check_output,
@@ -19,18 +24,22 @@ from llmkit.io.files import (
     output_folder,
     remove,
     replace_folder,
+    sole_writer,
     sync,
 )
 from llmkit.io.hub import check_weights, commits, pin
-from llmkit.io.jsonl import read_object
-from llmkit.io.manifest import read_manifest, write_manifest, write_model_card
+from llmkit.io.jsonl import read_object, write_json
+from llmkit.io.manifest import MANIFEST, OF_FILE, read_manifest, write_manifest, write_model_card
 from llmkit.io.progress import say
 from llmkit.io.ranks import launch
-from llmkit.io.remote import is_remote
+from llmkit.io.remote import check_upload, is_remote, upload
+from llmkit.io.resume import STATE as KEPT
 from llmkit.io.resume import check_identity, read_sealed, write_sealed
 
 STATE = "state"  # in a run folder: its checkpoints, and
 NOTES = "state/run.json"  # what a resumption asks for
+UPLOAD = ".upload"  # after an address: the folder here of what is to be uploaded there,
+OPTIONS = "options.json"  # in which these are
 CHECKPOINTS_KEPT = 2  # while a run goes on: the newest may be damaged
 
 
@@ -184,3 +193,76 @@ class RunFolder:
         """Put the finished folder in its place, whole; of the checkpoints the last stays."""
         replace_folder(self.work, Path(os.path.realpath(self.out)))
         keep_checkpoints(self.out / STATE, 1)
+
+
+# ---- outputs at addresses
+
+
+def uploaded(*names: str) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
+    """Let the options of these names, files that a stage writes, be addresses too: a decorator of its `run`.
+
+    The stage writes in a folder ADDRESS.upload, in which a killed run leaves its state; when all is done its files are
+    uploaded, `--out` and its manifest last. Raises UserError where that fails: the files stay, and `--resume` uploads
+    them.
+    """
+
+    def decorate(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        @wraps(run)
+        def run_and_upload(config: Any) -> Any:
+            addresses = {name: path for name in names if is_remote(path := getattr(config, name) or "")}
+            return _at_addresses(run, config, addresses) if addresses else run(config)
+
+        return run_and_upload
+
+    return decorate
+
+
+def _at_addresses(run: Callable[[Any], Any], config: Any, addresses: Mapping[str, str]) -> Any:
+    folder = Path(re.sub(r"[^\w.=-]+", "-", next(iter(addresses.values())).partition("://")[2])[-200:] + UPLOAD)
+    files = {name: folder / name / address.rpartition("/")[2] for name, address in addresses.items()}
+    here = replace(config, **{name: str(path) for name, path in files.items()})
+    if config.dry_run:
+        return run(here)
+    with sole_writer(str(folder)):
+        resume = getattr(config, "resume", False) and folder.exists()
+        check_unfinished(config.force, resume, folder)
+        for address in addresses.values():
+            check_upload(address, replaces=config.force or resume)
+        options = {flag: value for flag, value in lasting_options(config).items() if flag != "--resume"}
+        out, summary = files.get("out"), None
+        if resume and out is not None and out.is_file() and not list(out.parent.glob(f"*{KEPT}")):  # all is made
+            check_identity(folder, read_sealed(folder / OPTIONS), options)
+        else:
+            if not resume:
+                remove(folder)
+            for path in files.values():
+                path.parent.mkdir(parents=True, exist_ok=True)
+            write_sealed(folder / OPTIONS, options)
+            try:
+                summary = run(here)
+            finally:
+                if not any(path.is_file() for path in folder.glob("*/*")):
+                    remove(folder)
+        _upload(config, files, addresses, folder)
+        remove(folder)
+    shown = {str(path): addresses[name] for name, path in files.items()}
+    values = {name: shown.get(str(value)) for name, value in asdict(summary).items()} if summary is not None else {}
+    return summary and replace(summary, **{name: address for name, address in values.items() if address})
+
+
+def _upload(config: Any, files: Mapping[str, Path], addresses: Mapping[str, str], folder: Path) -> None:
+    try:
+        for name, address in reversed(list(addresses.items())):
+            if files[name].is_file():
+                upload(str(files[name]), address, config.quiet)
+            if manifest := read_manifest(files[name]) if files[name].is_file() else None:
+                noted = folder / MANIFEST
+                write_json(noted, {**manifest, "options": manifest["options"] | dict(addresses)})
+                upload(str(noted), address + OF_FILE, quiet=True)
+            say(f"{address}: uploaded", config.quiet)
+    except (UserError, KeyboardInterrupt) as error:
+        way = "the same command with --resume uploads it" if hasattr(config, "resume") else "copy it to its address"
+        advice = f"all that was made is in {folder}/; {way}"
+        if isinstance(error, UserError):
+            raise UserError(f"{error}; {advice}") from error
+        raise Interrupted(f"interrupted; {advice}") from None

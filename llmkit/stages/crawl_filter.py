@@ -22,6 +22,7 @@ from llmkit.io.manifest import write_manifest
 from llmkit.io.progress import Progress, counted, duration, quantity, say
 from llmkit.io.ranks import available_cores
 from llmkit.io.resume import STATE, Kept
+from llmkit.io.run_folder import uploaded
 
 if TYPE_CHECKING:
     from llmkit.crawl.filters.contamination import Findings
@@ -132,6 +133,7 @@ class Summary:
     seconds: float
 
 
+@uploaded("out", "rejects")
 def run(config: CrawlFilterConfig) -> Summary | None:
     """Load, build, do, save, summarise. Raises UserError for the user's mistakes."""
     from llmkit.crawl.explain import explain

@@ -121,7 +121,7 @@ def _checked(config: ExportConfig) -> Path:
     if out.resolve() == Path(str(config.model)).resolve():
         raise UserError(f"{out}: is the model itself; choose another --out")
     if not config.dry_run:
-        check_output(str(out), config.force)
+        check_output(config.out or str(out), config.force)
     return out
 
 

@@ -28,7 +28,7 @@ from llmkit.io.manifest import write_manifest
 from llmkit.io.progress import counted, say
 from llmkit.io.records import BadRecords
 from llmkit.io.resume import STATE, Kept
-from llmkit.io.run_folder import check_finished, check_model_folder
+from llmkit.io.run_folder import check_finished, check_model_folder, uploaded
 
 if TYPE_CHECKING:
     from llmkit.generation.requests import Usage
@@ -148,6 +148,7 @@ class Summary:
     seconds: float | None = None
 
 
+@uploaded("out", "report")
 def run(config: ProbeKnowledgeConfig) -> Summary | Recited | None:
     """Load, build, ask, save, summarise. Raises UserError for the user's mistakes."""
     if config.recite is not None:

@@ -29,7 +29,7 @@ from llmkit.io.jsonl import input_files, names_of, open_bytes, open_input, open_
 from llmkit.io.progress import Progress, counted, say
 from llmkit.io.records import BadRecords, Row
 from llmkit.io.resume import STATE
-from llmkit.io.run_folder import check_model_folder
+from llmkit.io.run_folder import check_model_folder, uploaded
 
 if TYPE_CHECKING:
     from llmkit.generation.prompts import Prompts
@@ -126,6 +126,7 @@ class Summary:
     not_used: dict[str, int] | None = None
 
 
+@uploaded("out")
 def run(config: SampleConfig) -> Summary | None:
     """Load, build, generate, summarise. Raises UserError for the user's mistakes."""
     out = config.out or "-"

@@ -14,7 +14,7 @@ from llmkit.io.jsonl import input_files, name_of, open_output, read_jsonl, write
 from llmkit.io.progress import Progress, counted, duration, quantity, say
 from llmkit.io.records import BadRecords
 from llmkit.io.remote import is_remote
-from llmkit.io.run_folder import check_model_folder
+from llmkit.io.run_folder import check_model_folder, uploaded
 
 if TYPE_CHECKING:
     from llmkit.data.batches import Mixture
@@ -299,6 +299,7 @@ def _results(
 # ---- scores
 
 
+@uploaded("out")
 def _score(config: TrainRewardConfig) -> Scored | None:
     """`--score FOLDER`: completions in, the same with rewards out; with --val, how good the judge is."""
     for flag, given in (("--data", config.data), ("--resume", config.resume), ("--lora-rank", config.lora_rank)):

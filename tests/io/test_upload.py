@@ -1,0 +1,187 @@
+"""Files of records that stages write to addresses: they appear there whole, or stay here and are uploaded later."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llmkit.errors import Interrupted, UserError
+from llmkit.io import remote
+from llmkit.io.jsonl import open_output, read_jsonl
+from llmkit.io.remote import upload
+from llmkit.stages import crawl_filter, train_bpe
+from tests.helpers.object_store import ObjectStore, object_store
+
+ROWS = [{"text": f"Text {number}, by ann@example.com.", "id": number} for number in range(50)]
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[ObjectStore]:
+    pytest.importorskip("moto.server")
+    with object_store() as store:
+        yield store
+
+
+@pytest.fixture
+def store(running: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
+    """An empty bucket, and a current folder with docs.jsonl alone."""
+    pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()
+    monkeypatch.setattr(remote, "PAUSE", 0.001)
+    for name, value in running.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    running.refuse = lambda method, path: None
+    for name in running.objects():
+        running.client().delete_object(Bucket="bucket", Key=name)
+    Path("docs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return running
+
+
+def crawl(out: str = "s3://bucket/a/out.jsonl", **options) -> crawl_filter.Summary | None:
+    config = {"inputs": ("docs.jsonl",), "only": ("pii", "exact_duplicates"), "workers": 1, "quiet": True, **options}
+    return crawl_filter.run(crawl_filter.CrawlFilterConfig(out=out, **config))
+
+
+def test_records_appear_at_addresses(store: ObjectStore) -> None:
+    """The bytes are those of a local run; the manifest lies beside them and nothing is left here."""
+    Path("twice.jsonl").write_bytes(Path("docs.jsonl").read_bytes() * 2)
+    local = {"inputs": ("twice.jsonl",), "rejects": "rejects.jsonl"}
+    crawl("local.jsonl.gz", **local)
+    summary = crawl("s3://bucket/a/out.jsonl.gz", **{**local, "rejects": "s3://bucket/b/out.jsonl.gz"})
+    assert summary is not None and (summary.path, summary.rejects) == (
+        "s3://bucket/a/out.jsonl.gz",
+        "s3://bucket/b/out.jsonl.gz",
+    )
+    made = store.objects()
+    assert made["a/out.jsonl.gz"] == Path("local.jsonl.gz").read_bytes()
+    assert gzip.decompress(made["b/out.jsonl.gz"]) == Path("rejects.jsonl").read_bytes()
+    manifest = json.loads(made.pop("a/out.jsonl.gz.manifest.json"))
+    assert manifest["options"]["out"] == "s3://bucket/a/out.jsonl.gz"
+    assert manifest["output"] == json.loads(Path("local.jsonl.gz.manifest.json").read_bytes())["output"]
+    assert sorted(made) == ["a/out.jsonl.gz", "b/out.jsonl.gz"]
+    assert not list(Path().glob("*bucket*"))
+
+
+def test_tables_too_and_what_lies_there_is_replaced_by_force_alone(store: ObjectStore) -> None:
+    crawl("s3://bucket/out.parquet")
+    assert [row.value["id"] for row in read_jsonl(["s3://bucket/out.parquet"])] == list(range(50))
+    with pytest.raises(UserError, match=r"^s3://bucket/out.parquet: exists already; --force replaces it"):
+        crawl("s3://bucket/out.parquet")
+    crawl("s3://bucket/out.parquet", limit=10, force=True)
+    assert len(list(read_jsonl(["s3://bucket/out.parquet"]))) == 10
+
+
+def test_what_cannot_be_uploaded_stays_here_until_resume_uploads_it(store: ObjectStore) -> None:
+    store.refuse = lambda method, path: 403 if method == "PUT" else None
+    advice = r"all that was made is in bucket-a-out\.jsonl\.upload/; the same command with --resume uploads it$"
+    with pytest.raises(UserError, match=rf"^s3://bucket/a/out\.jsonl: not allowed .*check the credentials; {advice}"):
+        crawl()
+    assert store.objects() == {}
+    with pytest.raises(UserError, match="upload: an unfinished run; --resume goes on with it, --force starts again"):
+        crawl()
+    store.refuse = lambda method, path: None
+    with pytest.raises(UserError, match="another run: --limit was none and is now 5"):
+        crawl(resume=True, limit=5)
+    os.rename("docs.jsonl", "read.jsonl")  # which it has no need of
+    assert crawl(resume=True) is None
+    os.rename("read.jsonl", "docs.jsonl")
+    crawl("local.jsonl")
+    assert store.objects()["a/out.jsonl"] == Path("local.jsonl").read_bytes()
+    assert not list(Path().glob("*bucket*"))
+
+
+def test_a_busy_server_is_asked_again(store: ObjectStore) -> None:
+    refused = []
+
+    def refuse(method: str, path: str) -> int | None:
+        if method == "PUT" and len(refused) < 2:
+            refused.append(path)
+            return 503
+        return None
+
+    store.refuse = refuse
+    crawl()
+    assert len(refused) == 2 and "a/out.jsonl" in store.objects()
+
+
+def test_a_run_that_was_interrupted_goes_on(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its state lies beside what is to be uploaded; without any, nothing is left."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("llmkit.crawl.output.Collector.add", interrupt)
+        with pytest.raises(Interrupted, match=r"--resume goes on \(bucket-a-out.jsonl.upload/out/out.jsonl.state\)"):
+            crawl()
+    assert store.objects() == {}
+    crawl(resume=True)
+    assert len(store.objects()["a/out.jsonl"].splitlines()) == 50
+    with pytest.raises(UserError, match=r"^none\.jsonl: expected a file"):
+        crawl("s3://bucket/b.jsonl", inputs=("none.jsonl",))
+    assert not list(Path().glob("*bucket*"))
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("https://a.example/out.jsonl", "records are written to s3:// and gs:// alone"),
+        ("hf://datasets/org/name/out.jsonl", "records are written to s3:// and gs:// alone"),
+        ("s3://bucket", "expected the name of a file in a bucket"),
+        ("s3://none/out.jsonl", "expected a bucket, found none there"),
+        ("s3://bucket/folder", "expected a file, found a folder"),
+        ("s3://secret/out.jsonl", "not allowed .*check the credentials"),
+    ],
+)
+def test_addresses_that_cannot_be_written(store: ObjectStore, address: str, message: str) -> None:
+    """The run ends before its work, and nothing is written here or there."""
+    store.client().put_object(Bucket="bucket", Key="folder/file", Body=b"")
+    store.refuse = lambda method, path: 403 if path.startswith("/secret") else None
+    with pytest.raises(UserError, match=rf"^{re.escape(address)}: {message}"):
+        crawl(address)
+    assert list(store.objects()) == ["folder/file"] and os.listdir() == ["docs.jsonl"]
+
+
+def test_nothing_is_written_without_credentials(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(UserError, match=r"^s3://bucket/a/out\.jsonl: found no credentials to write with"):
+        crawl()
+
+
+def test_folders_stay_here(store: ObjectStore, llmkit) -> None:
+    with pytest.raises(UserError, match=r"^s3://bucket/tok: records alone are written to addresses"):
+        train_bpe.run(train_bpe.TrainBpeConfig(inputs=("docs.jsonl",), vocab_size=300, out="s3://bucket/tok"))
+    with pytest.raises(UserError, match="records alone are written"), open_output("s3://bucket/out.jsonl"):
+        pass
+    done = llmkit("crawl-filter", "s3://bucket/a.jsonl", "-o", "s3://bucket/a.jsonl", "--force")
+    assert done.returncode == 2 and "s3://bucket/a.jsonl: is an input, and would be lost" in done.stderr
+    assert os.listdir() == ["docs.jsonl"]
+
+
+@pytest.mark.parametrize("status", [None, 403])
+def test_a_large_file_appears_when_its_last_part_is_there(store: ObjectStore, status: int | None) -> None:
+    """Parts of an upload that fails are removed."""
+    Path("large").write_bytes(os.urandom(40 << 20))
+    visible: list[int] = []
+
+    def refuse(method: str, path: str) -> int | None:
+        if "partNumber" in path:
+            visible.append(store.client().list_objects_v2(Bucket="bucket")["KeyCount"])
+        return status if "partNumber=3" in path else None
+
+    store.refuse = refuse
+    if status is None:
+        upload("large", "s3://bucket/large", quiet=True)
+        assert store.objects() == {"large": Path("large").read_bytes()}
+    else:
+        with pytest.raises(UserError, match="not allowed"):
+            upload("large", "s3://bucket/large", quiet=True)
+        assert store.objects() == {} and "Uploads" not in store.client().list_multipart_uploads(Bucket="bucket")
+    assert len(visible) == 3 and not any(visible)
