@@ -105,6 +105,8 @@ def write_folder(
     An older form of our chat template and of the rotation's settings becomes that of today.
     """
     values = read_object(source.folder / CONFIG)
+    if values.get("model_type") != source.config.model_type:  # a model that reads pictures, of which this is the text's
+        values = source.config.to_hf()
     values["dtype" if "dtype" in values else "torch_dtype"] = dtype
     if rope := source.config.to_hf().get("rope_parameters"):
         values.setdefault("rope_parameters", rope)

@@ -250,8 +250,10 @@ class ModelConfig:
         model_type = values.get("model_type")
         family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
         if family is None or not isinstance(model_type, str):
+            code = ", whose code (auto_map) is never run" if values.get("auto_map") else ""
             raise UserError(
-                f"{where}: expected model_type to be one of {', '.join(FAMILIES)}, found {shown(model_type)}"
+                f"{where}: expected model_type to be one of {', '.join(FAMILIES)}, found {shown(model_type)}{code}; "
+                "choose a model of one of these families"
             )
         values = {**family.defaults, **values}
         names = {name: family.names.get(name) or name for name in _SIZES}

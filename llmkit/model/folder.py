@@ -31,6 +31,26 @@ SCORE = "score.weight"  # of a reward model
 GENERATION = "generation_config.json"
 # Buffers that old checkpoints carry and nobody reads.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+# ends of names in folders of gptq, awq, fp8, compressed-tensors, bitsandbytes and mxfp4
+_QUANTIZED = (
+    ".qweight",
+    ".qzeros",
+    ".weight_scale",
+    ".weight_scale_inv",
+    ".weight_packed",
+    ".SCB",
+    ".absmax",
+    "_blocks",
+)
+ORIGINAL = "take the model's folder that is not quantized"
+# of a model that reads pictures as well: what its parts have in common, where its text model is, and what is left out
+_SHARED = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "auto_map")
+_TEXT_MODEL = {
+    "model.language_model.": "model.",
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+}
+_PICTURES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 LARGEST_INDEX = 64 << 20  # bytes
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -46,8 +66,14 @@ def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
     except FileNotFoundError:
         check_no_adapter(folder)
         raise UserError(f"{path}: not found; expected a model folder with {CONFIG}") from None
-    if values.get("quantization_config"):
-        raise UserError(f"{path}: a quantized checkpoint is not supported; load the original")
+    if quantization := values.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise UserError(
+            f"{path}: expected weights as they were trained, found quantization {shown(method)}; {ORIGINAL}"
+        )
+    text = values.get("text_config")
+    if isinstance(text, dict) and values.get("model_type") not in FAMILIES:  # that of a model with pictures
+        values = {name: values[name] for name in _SHARED if name in values} | text
     config = ModelConfig.from_hf(values, str(path))
     generation = path.with_name(GENERATION)
     if not generation.exists():
@@ -201,7 +227,7 @@ class SavedTensors:
                 f"found {counted(len(self.where), 'tensor')} in all"
             )
         shapes, embedding = {**stock_shapes(config), **(others or {})}, embedding_name(config)
-        self._add_prefix(config)
+        self._name_as_ours(config)
         if config.tie_word_embeddings and HEAD in self.where:
             if embedding in self.where:
                 self._check_shape(embedding, shapes[embedding])
@@ -219,6 +245,8 @@ class SavedTensors:
                 f"llmkit train-reward --score {self.folder}"
             )
         missing = [name for name in shapes if name not in self.where]
+        if quantized := next((name for name in self.where if name.endswith(_QUANTIZED)), None):
+            raise UserError(f"{self.where[quantized]}: found the quantized tensor {quantized}; {ORIGINAL}")
         if missing:
             raise UserError(f"{self.folder}: missing tensor {_first(missing)}")
         extra = [name for name in self.where if name not in shapes and not name.endswith(_IGNORED_SUFFIXES)]
@@ -229,21 +257,30 @@ class SavedTensors:
         for name, shape in shapes.items():
             self._check_shape(name, shape)
 
-    def _add_prefix(self, config: ModelConfig) -> None:
-        """Give the names of a model with a head to the tensors of one without, as gpt2's own folder has them."""
-        prefix = FAMILIES[config.model_type].prefix
-        bare = [name for name in self.where if name not in (HEAD, SCORE)]
-        if not any(name.startswith(prefix) for name in bare):
-            for name in bare:
-                self.where[prefix + name], self.stored_as[prefix + name] = self.where.pop(name), name
+    def _name_as_ours(self, config: ModelConfig) -> None:
+        """Give tensors the names of a text model with its head: to those of the text model within one that reads
+        pictures, and to those of a model without its head, as gpt2's own folder has them."""
+        prefix, names = FAMILIES[config.model_type].prefix, {name: name for name in self.where}
+        for theirs, ours in _TEXT_MODEL.items():
+            names |= {name: ours + name.removeprefix(theirs) for name in self.where if name.startswith(theirs)}
+        if any(name != ours for name, ours in names.items()):
+            names = {name: ours for name, ours in names.items() if not name.startswith(_PICTURES)}
+        elif not any(name.startswith(prefix) for name in names):
+            names = {name: name if name in (HEAD, SCORE) else prefix + name for name in names}
+        self.stored_as |= {ours: self.stored_as.get(name, name) for name, ours in names.items() if name != ours}
+        self.where = {ours: self.where[name] for name, ours in names.items()}
 
     def _check_shape(self, name: str, expected: tuple[int, ...]) -> None:
         where, shape = self.where[name], self.shape(name)
         if shape != expected:
-            raise UserError(f"{where}: tensor {name}: expected shape {list(expected)}, found {list(shape)}")
+            raise UserError(
+                f"{where}: tensor {name}: expected shape {list(expected)}, found {list(shape)}; "
+                f"are {CONFIG} and weights of one model?"
+            )
         if self.stored_dtype(name) not in _FLOATS:
             raise UserError(
-                f"{where}: tensor {name}: expected dtype {', '.join(_FLOATS)}, found {self.stored_dtype(name)}"
+                f"{where}: tensor {name}: expected dtype {', '.join(_FLOATS)}, found {self.stored_dtype(name)}; "
+                f"{ORIGINAL}"
             )
 
 

@@ -85,8 +85,11 @@ def ropes_from_hf(values: dict[str, Any], family: Family, head_dim: int, where: 
     if any(isinstance(value, dict) for value in parameters.values()):
         if not family.layer_ropes:
             raise UserError(f"{where}: {name} that differ from layer to layer are not supported")
-        local |= parameters.get("sliding_attention") or {}
-        parameters = parameters.get("full_attention") or {}
+        kinds = [parameters.get(kind) or {} for kind in ("sliding_attention", "full_attention")]
+        if not all(isinstance(kind, dict) for kind in kinds):
+            raise UserError(f"{where}: expected an object for each kind of layer in {name}, found {shown(parameters)}")
+        local |= kinds[0]
+        parameters = kinds[1]
     rotary_dim = None
     if family.partial_rotary:
         share = number(parameters, "partial_rotary_factor", where) or number(

@@ -30,7 +30,10 @@ ODD = (
 MORE_KEYS = {
     "config.json": (
         "rope_theta rope_scaling rope_parameters sliding_window use_sliding_window max_window_layers layer_types "
-        "attention_bias mlp_bias quantization_config head_dim num_key_value_heads rms_norm_eps hidden_act"
+        "attention_bias mlp_bias quantization_config head_dim num_key_value_heads rms_norm_eps hidden_act "
+        "partial_rotary_factor original_max_position_embeddings no_rope_layers no_rope_layer_interval text_config "
+        "query_pre_attn_scalar logits_scaling attention_multiplier rope_local_base_freq sliding_window_pattern n_inner "
+        "hidden_activation activation_function auto_map model_type tie_word_embeddings"
     ),
     "generation_config.json": "eos_token_id bos_token_id temperature max_length",
     "tokenizer_config.json": "bos_token eos_token pad_token unk_token add_bos_token chat_template added_tokens_decoder",

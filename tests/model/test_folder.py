@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import transformers
-from families import FAMILIES, save, tokens
+from families import FAMILIES, SMALL, save, tokens
 from safetensors.torch import load_file, save_file
 
 from llmkit.errors import UserError
@@ -122,6 +122,33 @@ def test_the_tensors_of_a_model_without_its_head_load(tmp_path):
     assert (ours.logits(ours(tokens())) - theirs(tokens()).logits).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("release", [4, 5])
+@torch.no_grad()
+def test_the_text_model_of_one_with_pictures_loads_and_is_saved_alone(tmp_path, release):
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = Gemma3TextConfig(**SMALL, **FAMILIES["gemma3"][1])
+    vision = SiglipVisionConfig(**sizes, image_size=28, patch_size=14)
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=96)
+    torch.manual_seed(0)
+    theirs = Gemma3ForConditionalGeneration(config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+
+    def as_written_by_4(tensors):
+        for name in list(tensors):
+            old = name.replace("model.language_model.", "language_model.model.").removeprefix("model.")
+            tensors[old] = tensors.pop(name)
+
+    if release == 4:
+        edit_tensors(tmp_path / "theirs", as_written_by_4)
+    ours, expected = load_model(tmp_path / "theirs"), theirs(tokens()).logits
+    assert (ours.logits(ours(tokens())) - expected).abs().max() < 1e-4
+    save_model(ours, tmp_path / "ours")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert type(again).__name__ == "Gemma3ForCausalLM" and (again(tokens()).logits - expected).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -129,7 +156,11 @@ def test_the_tensors_of_a_model_without_its_head_load(tmp_path):
         (lambda t: t.update({"model.extra": torch.ones(1)}), r"unexpected tensor model\.extra for model_type llama"),
         (
             lambda t: t.update({"model.layers.1.mlp.up_proj.weight": torch.ones(80, 47)}),
-            r"model\.layers\.1\.mlp\.up_proj\.weight: expected shape \[80, 48\], found \[80, 47\]",
+            r"model\.layers\.1\.mlp\.up_proj\.weight: expected shape \[80, 48\], found \[80, 47\]; are",
+        ),
+        (
+            lambda t: t.update({"model.layers.0.mlp.up_proj.qweight": t.pop("model.layers.0.mlp.up_proj.weight")}),
+            r"found the quantized tensor model\.layers\.0\.mlp\.up_proj\.qweight; take",
         ),
         (
             lambda t: t.update({"model.norm.weight": torch.ones(48, dtype=torch.int8)}),
@@ -160,7 +191,8 @@ def test_a_folder_with_a_wrong_tensor_is_refused_by_name(folder, change, message
         ),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 1e-320}}, "above 1e-06 for beta_fast, found"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": 1}}, "expected true or false for truncate"),
-        ({"quantization_config": {"bits": 4}}, "quantized"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "found quantization 'gptq'; take the model's folder that"),
+        ({"model_type": "x", "auto_map": {"AutoModelForCausalLM": "x.X"}}, "found 'x', whose code .* is never run"),
         ({"num_key_value_heads": 3}, "expected a multiple of num_key_value_heads=3, found 4"),
         ({"hidden_size": None}, "expected integers for hidden_size"),
     ],

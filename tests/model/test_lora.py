@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from families import save
 from safetensors.torch import load_file
 
 from llmkit.model.config import ModelConfig
@@ -120,3 +121,23 @@ def test_rows_of_tokens_are_trained_alone_and_merged(tmp_path, tied):
         changed = (getattr(merged, table) != getattr(base, table)).any(1).nonzero().flatten().tolist()
         assert changed == [5, 63]
     assert {name for name, _ in merged.named_parameters()} == {name for name, _ in base.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "phi3-window-and-part-of-the-head", "gemma3"])
+def test_peft_puts_an_adapter_on_the_base_of_any_family(tmp_path, name):
+    """Modules that are stacked in the checkpoint, stored as (in, out) or rotated in part get one adapter each."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    save(name, tmp_path / "base")
+    adapter = LoraAdapter(load_model(tmp_path / "base").train(), rank=4, alpha=8, seed=3, token_ids=(5, 63))
+    optimizer = torch.optim.SGD([parameter for _, parameter in adapter.parameters()], lr=0.5)
+    for _ in range(2):
+        adapter.model.loss(TOKENS[:, :-1], TOKENS[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    adapter.save(tmp_path / "adapter", str(tmp_path / "base"))
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    expected = logits(adapter.model)
+    assert (expected - logits(load_model(tmp_path / "base"))).abs().max() > 0.1
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(TOKENS).logits, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits(adapter.merge()), expected)
