@@ -46,6 +46,7 @@ COMMANDS = {
     "train-reward": ("llmkit.stages.train_reward", "TrainRewardConfig", "Preferences to a judge of answers."),
     "rl": ("llmkit.stages.rl", "RlConfig", "Problems and rewards to a policy better than its examples."),
     "sample": ("llmkit.stages.sample", "SampleConfig", "Text from a model: from a prompt, stdin or JSONL."),
+    "evaluate": ("llmkit.stages.evaluate", "EvaluateConfig", "Scores of models on the tasks of the field."),
     "export": ("llmkit.stages.export", "ExportConfig", "A model for other programs: GGUF, another precision, PEFT."),
     "report": ("llmkit.stages.report", "ReportConfig", "Runs to one page: what every stage did."),
 }
@@ -63,10 +64,7 @@ ELSEWHERE = {
     for names, hint in (
         ("chat talk run repl interactive", "llmkit sample MODEL --chat"),
         ("generate infer inference complete completion predict prompt", "llmkit sample MODEL -p PROMPT"),
-        (
-            "eval evaluate evaluation test validate benchmark bench",
-            "--val of llmkit pretrain, sft, train-reward and rl, or llmkit probe-knowledge",
-        ),
+        ("eval evaluation test validate benchmark bench lm-eval lighteval", "llmkit evaluate MODEL --tasks TASK,..."),
         ("serve server api deploy", "docs/serving.md: a server of your own loads the folders that are made here"),
         ("dpo orpo kto ipo simpo rlhf align", "llmkit train-reward and then llmkit rl, which learn from preferences"),
         ("grpo ppo rloo dapo gspo reinforce rlvr rft", "llmkit rl, whose --algo chooses"),

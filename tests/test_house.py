@@ -35,10 +35,10 @@ ROOMS = {
     "reward_model": (800, 0),
     "probing": (970, 1020),
     "rewards": (1400, 2140),
-    "evaluation": (900, 0),
+    "evaluation": (900, 1250),
     "rl": (1350, 0),
     "export": (600, 850),
-    "stages": (2480, 3500),
+    "stages": (2480, 3800),
     "cli": (380, 0),
     "__main__": (40, 0),
 }
@@ -70,10 +70,11 @@ OPTIONS = {
     "train-reward": 34,
     "rl": 48,
     "sample": 35,
+    "evaluate": 31,
     "export": 10,
     "report": 11,
 }
-DISTINCT = 119
+DISTINCT = 126
 
 
 def modules() -> dict[str, str]:

@@ -64,7 +64,7 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list
     """Encode contexts with their continuations, each pair as one text.
 
     White space at the end of a context goes to the continuation; an empty context is the beginning token, or the end
-    token where there is none. Raises UserError for a continuation without tokens.
+    token where there is none. Raises UserError for an empty continuation.
     """
     split = [(context.rstrip(), context[len(context.rstrip()) :] + continuation) for context, continuation in pairs]
     texts = list(dict.fromkeys(text for context, rest in split for text in (context, context + rest)))
@@ -79,9 +79,33 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list
             whole = _with(begin, whole)
         else:
             start, whole = 1, _with([beginning(tokenizer)], whole)
-        if start >= len(whole):
-            raise UserError(f"expected a continuation of a token or more, found {rest[:40]!r} behind {context[-40:]!r}")
-        encoded.append((whole, start))
+        if not rest.strip():
+            raise UserError(f"expected a continuation with text, found {rest[:40]!r} behind {context[-40:]!r}")
+        # a merge may take all of it into the context's tokens, where lm-evaluation-harness fails: the last one counts
+        encoded.append((whole, min(start, len(whole) - 1)))
+    return encoded
+
+
+def encode_core(
+    tokenizer: Tokenizer, groups: Sequence[Sequence[str]], contexts: Sequence[str] | None, is_schema: bool
+) -> list[Tokens]:
+    """Encode whole texts, those of each item's options together, as nanochat's core_eval does for CORE.
+
+    Scored is what an item's options do not share at their beginning; of a schema what all share at their end; or, where
+    there are `contexts`, what follows them.
+    """
+    begin, encoded = beginning(tokenizer), []
+    for number, texts in enumerate(groups):
+        ids = [[begin, *tokenizer.encode(text)] for text in texts]
+        if contexts is not None:
+            starts = [_common([begin, *tokenizer.encode(contexts[number])], ids[0])]
+        elif is_schema:
+            backwards = [some[::-1] for some in ids]
+            shared = min(_common(backwards[0], other) for other in backwards[1:])
+            starts = [len(some) - shared for some in ids]
+        else:
+            starts = [min(_common(ids[0], other) for other in ids[1:])] * len(ids)
+        encoded += [(some, max(1, min(start, len(some) - 1))) for some, start in zip(ids, starts, strict=True)]
     return encoded
 
 

@@ -73,8 +73,8 @@ def test_pairs_are_encoded_as_one_text(tokenizer, context, continuation, expecte
     assert encode_pairs(tokenizer, [(context, continuation)]) == [([END, *tokenizer.encode(expected)], start)]
 
 
-def test_a_continuation_needs_a_token(tokenizer):
-    with pytest.raises(UserError, match="expected a continuation of a token or more, found '' behind 'a'"):
+def test_a_continuation_needs_text(tokenizer):
+    with pytest.raises(UserError, match="expected a continuation with text, found '' behind 'a'"):
         encode_pairs(tokenizer, [("a", "")])
 
 

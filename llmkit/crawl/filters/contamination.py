@@ -103,7 +103,7 @@ class Contamination:
 
     _folder: tempfile.TemporaryDirectory[str] | str | None = None  # of the arrays, once they are shared
 
-    def __init__(self, rules: ContaminationRules, quiet: bool = False) -> None:
+    def __init__(self, rules: ContaminationRules, quiet: bool = False, flag: str = "--not-in") -> None:
         self.rules = rules
         self.items: list[str] = []
         runs: list[np.ndarray] = []
@@ -117,13 +117,11 @@ class Contamination:
                 runs.append(np.unique(_runs(letters)))
         if short := read - len(self.items):
             say(
-                f"--not-in: {counted(short, 'item')} of {read} left out: under {SHORTEST} letters with the answer",
+                f"{flag}: {counted(short, 'item')} of {read} left out: under {SHORTEST} letters with the answer",
                 quiet,
             )
         if not runs:
-            raise UserError(
-                f"--not-in {' '.join(rules.files)}: expected items of {SHORTEST} letters or more, found none"
-            )
+            raise UserError(f"{flag} {' '.join(rules.files)}: expected items of {SHORTEST} letters or more, found none")
         self._lengths = np.array(lengths)
         self._sizes, keys = np.array([len(some) for some in runs]), np.concatenate(runs)
         order = np.argsort(keys, kind="stable")

@@ -1,0 +1,278 @@
+"""Models asked the items of tasks: each item becomes a record of likelihoods or completions, and what they are worth.
+
+with open_model("base/", Asking()) as model:
+    loaded = load_items(load_tasks(["arc_easy=arc_easy.jsonl"])[0])
+    records = [record for chunk in chunks(loaded.items) for record in model.evaluate(loaded.task, chunk)]
+    summarise(loaded, records)["score"]
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llmkit.config import ToolConfig
+from llmkit.errors import UserError, naming
+from llmkit.evaluation.likelihood import Likelihood, Scorer, Tokens, encode_core, encode_pairs
+from llmkit.evaluation.tasks import Item, Task
+from llmkit.formats.conversations import Message, message
+from llmkit.generation.generator import Generator, end_tokens
+from llmkit.generation.next_token import Sampling, request_number
+from llmkit.generation.requests import Request
+from llmkit.generation.sampler import Sampler, open_sampler
+from llmkit.generation.tool_calls import open_tools
+from llmkit.io.hub import local_folder
+from llmkit.io.resume import fingerprint
+from llmkit.model.devices import Precision, choose_device, choose_precision
+from llmkit.model.folder import load_model
+from llmkit.model.transformer import Transformer
+from llmkit.rewards.reward import Attempt
+from llmkit.rewards.verifiers import VerifierReward
+from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
+
+CHUNK = 512  # items evaluated, and kept for --resume, together
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How items are asked.
+
+    chat         as a turn of the user, in the model's chat format
+    system       the system message; without `chat` it is text before all else
+    samples, temperature, max_tokens, seed  of generation; None takes the task's `max_tokens`
+    tools        what the model may call
+    """
+
+    chat: bool = False
+    system: str | None = None
+    samples: int = 1
+    temperature: float = 0.0
+    max_tokens: int | None = None
+    seed: int = 0
+    tools: ToolConfig | None = None
+
+
+class Model:
+    """A model under evaluation, here or behind a server.
+
+    score    likelihoods of continuations; None where they cannot be had
+    sampler  opens a sampler that ends completions at some strings
+    """
+
+    def __init__(
+        self,
+        name: str,
+        sha256: str,
+        tokenizer: Tokenizer | None,
+        asking: Asking,
+        score: Callable[[Sequence[Tokens]], list[Likelihood]] | None,
+        sampler: Callable[[Sequence[str]], AbstractContextManager[Sampler]],
+    ) -> None:
+        self.name, self.sha256, self._tokenizer, self._asking = name, sha256, tokenizer, asking
+        self._score, self._sampler = score, sampler
+        self._verifier = VerifierReward()
+
+    def evaluate(self, task: Task, items: Sequence[Item]) -> list[dict[str, Any]]:
+        """Return a record of each item: what the model made of it, and its `metrics`.
+
+        Raises UserError for a task that this model cannot be asked.
+        """
+        return self._generate(task, items) if task.kind == "generation" else self._weigh(task, items)
+
+    def _weigh(self, task: Task, items: Sequence[Item]) -> list[dict[str, Any]]:
+        if self._score is None or self._tokenizer is None:
+            raise UserError("log-likelihoods behind --engine need MODEL beside it, whose tokenizer makes the tokens")
+        scores = iter(self._score(self._encoded(task, items)))
+        return [_judged(task, item, [next(scores) for _ in item.pairs("")]) for item in items]
+
+    def _encoded(self, task: Task, items: Sequence[Item]) -> list[Tokens]:
+        assert self._tokenizer is not None
+        if task.tokens == "core":
+            groups = [[context + rest for context, rest in item.pairs(task.delimiter)] for item in items]
+            contexts = [item.contexts[0].strip() for item in items] if task.kind == "language_modeling" else None
+            return encode_core(self._tokenizer, groups, contexts, task.kind == "schema")
+        if not self._asking.chat or task.kind == "text":
+            delimiter = "" if task.kind == "text" else task.delimiter
+            pairs = [pair for item in items for pair in item.pairs(delimiter)]
+            before = [self._before(task, item) for item in items for _ in item.pairs("")]
+            with naming(f"--tasks {task.name}"):
+                return encode_pairs(self._tokenizer, [(a + b, c) for a, (b, c) in zip(before, pairs, strict=True)])
+        with self._sampler(()) as sampler:
+            if sampler.chat is None:
+                raise UserError("--chat: expected a model whose chat format is here")
+            turns = [(self._turns(item, context), rest) for item in items for context, rest in item.pairs("")]
+            asked = [sampler.chat.encode(messages, prompt=True).token_ids.tolist() for messages, _ in turns]
+        rests = [self._tokenizer.encode(rest) for _, rest in turns]
+        return [(ids + rest, len(ids)) for ids, rest in zip(asked, rests, strict=True)]
+
+    def _before(self, task: Task, item: Item) -> str:
+        """What stands before an item's text: the system message and the task's description."""
+        system = self._asking.system or ""
+        joint = task.separator if system and item.description and not system[-1].isspace() else ""
+        return "" if task.kind == "text" else system + joint + item.description
+
+    def _turns(self, item: Item, text: str) -> list[Message]:
+        system = "\n\n".join(filter(None, (self._asking.system, item.description.strip())))
+        return [*([message("system", system)] if system else []), message("user", text)]
+
+    def _generate(self, task: Task, items: Sequence[Item]) -> list[dict[str, Any]]:
+        asking, records = self._asking, []
+        for item in items:
+            assert item.problem is not None
+            self._verifier.check(item.problem)
+        with self._sampler(task.stop) as sampler:
+            limit = asking.max_tokens or task.max_tokens
+            asked = [self._prompt(task, item, sampler, limit) for item in items]
+            requests = [
+                Request(prompt, asking.samples, limit, asking.seed, request_number(prompt), item.where)
+                for item, (prompt, _) in zip(items, asked, strict=True)
+            ]
+            completed = list(sampler.complete(requests))
+        attempts = [
+            Attempt(item.problem, sample.text, len(sample.token_ids), sample.finish_reason, limit)
+            for item, samples in zip(items, completed, strict=True)
+            for sample in samples
+            if item.problem is not None
+        ]
+        verdicts = iter(self._verifier.score(attempts))
+        for item, samples, (_, truncated) in zip(items, completed, asked, strict=True):
+            if not samples:
+                raise UserError(f"{item.where}: the prompt is longer than the context of {sampler.name}")
+            right = [next(verdicts) for _ in samples]
+            solved = sum(verdict == 1.0 for verdict in right)
+            metrics = {f"pass@{k}": pass_at(k, len(right), solved) for k in sorted({1, len(right)})}
+            texts = [sample.text for sample in samples]
+            ends = [sample.finish_reason for sample in samples]
+            records.append(
+                {"completions": texts, "right": right, "ends": ends, "truncated": truncated, "metrics": metrics}
+            )
+        return records
+
+    def _prompt(self, task: Task, item: Item, sampler: Sampler, limit: int) -> tuple[Any, bool]:
+        """A prompt as the sampler takes it, and whether its beginning was cut to make room for a completion."""
+        assert item.problem is not None
+        messages = item.problem.messages
+        text = item.contexts[0]
+        with naming(item.where):
+            if self._asking.chat or messages:
+                turns = self._turns(item, text)
+                asked = sampler.encode([*turns[:-1], *(messages or turns[-1:])])
+            else:
+                asked = sampler.encode(self._before(task, item) + text)
+        if sampler.context is None:
+            return asked, False
+        room = max(sampler.context - limit, sampler.context // 2)
+        return asked[-room:], len(asked) > room
+
+    def close(self) -> None:
+        """End what judges completions."""
+        self._verifier.close()
+
+
+def _judged(task: Task, item: Item, scores: Sequence[Likelihood]) -> dict[str, Any]:
+    logprobs, tokens = [score.logprob for score in scores], [score.tokens for score in scores]
+    record: dict[str, Any] = {"logprobs": logprobs, "tokens": tokens, "truncated": any(x.truncated for x in scores)}
+    if item.gold is None:
+        text = item.continuations[0]
+        record |= {"bytes": len(text.encode()), "words": len(re.split(r"\s+", text))}
+        return {**record, "metrics": {} if task.kind == "text" else {"acc": float(scores[0].is_greedy)}}
+    lengths = {"acc": [1] * len(scores)}
+    if task.tokens == "core":
+        lengths["acc"] = tokens
+    elif task.kind == "multiple_choice":  # acc_norm is lm-evaluation-harness's: by characters
+        lengths["acc_norm"] = [len(option) for option in item.options]
+        lengths["acc_bytes"] = [len(option.encode()) for option in item.options]
+        lengths["acc_tokens"] = tokens
+    chosen = {name: int(np.argmax(np.array(logprobs) / np.array(length))) for name, length in lengths.items()}
+    return {
+        **record,
+        "chosen": chosen["acc"],
+        "metrics": {name: float(option == item.gold) for name, option in chosen.items()},
+    }
+
+
+def pass_at(k: int, samples: int, right: int) -> float:
+    """Estimate without bias the chance that one of k samples is right (Chen et al. 2021, arXiv:2107.03374).
+
+    >>> pass_at(1, 4, 1), pass_at(2, 4, 1), pass_at(4, 4, 1)
+    (0.25, 0.5, 1.0)
+    """
+    return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
+
+
+# ---- models
+
+
+def model_here(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    asking: Asking,
+    *,
+    name: str = "the model",
+    sha256: str = "",
+    precision: Precision | None = None,
+    slots: int = 16,
+) -> Model:
+    """Evaluate a model that is loaded, or in training."""
+
+    @contextmanager
+    def sampler(stop: Sequence[str]) -> Iterator[Sampler]:
+        with ExitStack() as stack:
+            ends = end_tokens(model.config, tokenizer)
+            tools = None if asking.tools is None else open_tools(asking.tools, tokenizer, stack, ends)
+            weights = "dense" if precision is None else precision.weights
+            yield Generator(
+                model, tokenizer, Sampling(asking.temperature), slots=slots, stop=stop, name=name, tools=tools,
+                weights=weights,
+            )  # fmt: skip
+
+    return Model(name, sha256, tokenizer, asking, Scorer(model).score, sampler)
+
+
+@contextmanager
+def open_model(
+    folder: str | None,
+    asking: Asking,
+    *,
+    engine: str = "local",
+    device: str = "auto",
+    dtype: str = "auto",
+    slots: int = 16,
+    concurrency: int = 8,
+    timeout: float = 120.0,
+) -> Iterator[Model]:
+    """The model of a folder, or of a server; a folder beside a server has its tokenizer.
+
+    Raises UserError for what is no model.
+    """
+    if engine == "local":
+        assert folder is not None
+        place, tokenizer, chosen = local_folder(folder, weights=True), load_tokenizer(folder), choose_device(device)
+        precision = choose_precision(dtype, chosen)
+        weights = load_model(place, dtype=precision.dtype, device=chosen)
+        tokenizer.check_fits(weights.config.vocab_size)
+        model = model_here(
+            weights, tokenizer, asking, name=folder, sha256=fingerprint(place), precision=precision, slots=slots
+        )
+    else:
+
+        def sampler(stop: Sequence[str]) -> AbstractContextManager[Sampler]:
+            return open_sampler(
+                engine, Sampling(asking.temperature), flag="--engine", folder=folder, stop=stop,
+                concurrency=concurrency, timeout=timeout,
+            )  # fmt: skip
+
+        with sampler(()) as asked:
+            asked.check()
+            name, tokenizer = asked.name, asked.tokenizer
+        model = Model(name, "", tokenizer, asking, None, sampler)
+    try:
+        yield model
+    finally:
+        model.close()

@@ -1,0 +1,165 @@
+"""Scores of tasks from the records of their items, and of CORE from those of its tasks."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmkit.errors import UserError
+from llmkit.evaluation.tasks import FILE_FORMS, KINDS, Loaded, Task
+
+CORE_KINDS = {kind: form for kind, form in FILE_FORMS if kind != "text"}
+LIKELY = 0.05  # a difference that chance alone makes less often is called one
+
+
+def values_of(kind: str, records: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Return a value of each item by metric; the mean of a metric's values is its score."""
+    values = {name: np.array([record["metrics"][name] for record in records]) for name in records[0]["metrics"]}
+    if kind in ("text", "language_modeling"):
+        bits = np.array([-record["logprobs"][0] for record in records]) / math.log(2)
+        values["bits_per_byte"] = bits / np.mean([record["bytes"] for record in records])
+    return values
+
+
+def metric_of(task: Task) -> str:
+    """Return the metric that is the score of a task."""
+    return task.metric or KINDS[task.kind][1]
+
+
+def summarise(loaded: Loaded, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return score, standard error and all metrics of a task, and what they are of.
+
+    The standard error is that of a mean over items, by their sample's variance, as lm-evaluation-harness has it.
+    """
+    task = loaded.task
+    values = values_of(task.kind, records)
+    metric = metric_of(task)
+    metrics: dict[str, float | None] = {}
+    for name, each in values.items():
+        metrics |= {name: float(each.mean()), f"{name}_stderr": _stderr(task.kind, name, each, records)}
+    if task.kind in ("text", "language_modeling"):
+        logprobs = np.array([record["logprobs"][0] for record in records])
+        words = [record["words"] for record in records]
+        if task.kind == "text":
+            metrics["word_perplexity"] = math.exp(min(-logprobs.sum() / sum(words), 700))
+        else:
+            metrics["perplexity"] = math.exp(min(-logprobs.mean(), 700))
+    summary: dict[str, Any] = {
+        "score": metrics[metric],
+        "stderr": metrics[f"{metric}_stderr"],
+        "metric": metric,
+        "items": len(records),
+        "metrics": metrics,
+        "shots": task.shots,
+        "truncated": sum(record["truncated"] for record in records),
+        "source": task.source or task.path,
+        "version": task.version,
+        "data_sha256": loaded.data_sha256,
+    }
+    unjudged = sum(verdict is None for record in records for verdict in record.get("right", ()))
+    if unjudged:
+        summary["unjudged"] = unjudged
+    if task.group:
+        groups: dict[str, list[float]] = defaultdict(list)
+        for item, value in zip(loaded.items, values[metric].tolist(), strict=True):
+            groups[item.group].append(value)
+        summary["groups"] = {name: {"score": float(np.mean(some)), "items": len(some)} for name, some in groups.items()}
+    return summary
+
+
+def _stderr(kind: str, name: str, values: np.ndarray, records: Sequence[Mapping[str, Any]]) -> float | None:
+    if len(values) < 2:
+        return None
+    if name == "bits_per_byte":  # a ratio of two sums: what each item has beyond it
+        sizes = np.array([record["bytes"] for record in records])
+        values = values - values.mean() * sizes / sizes.mean()
+    return float(values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def summarise_apart(loaded: Loaded, records: Sequence[Mapping[str, Any]], places: set[str]) -> dict[str, Any]:
+    """Return the scores of the items that stand in training text, at these places of their files, and of the others."""
+    values = values_of(loaded.task.kind, records)[metric_of(loaded.task)]
+    inside = np.array([item.where in places for item in loaded.items])
+    return {
+        name: {"score": float(values[chosen].mean()) if chosen.any() else None, "items": int(chosen.sum())}
+        for name, chosen in (("in_training", inside), ("not_in_training", ~inside))
+    }
+
+
+# ---- two models
+
+
+def compare(task: Task, first: Sequence[Mapping], second: Sequence[Mapping]) -> dict[str, Any]:
+    """Compare two models on the same items: mean difference, second less first, its standard error, and p.
+
+    p is the chance of so large a difference between equal models: of right and wrong answers by the exact sign test
+    (McNemar), of others by the normal distribution of the paired differences (Miller 2024, arXiv:2411.00640).
+    """
+    metric = metric_of(task)
+    difference = values_of(task.kind, second)[metric] - values_of(task.kind, first)[metric]
+    mean = float(difference.mean())
+    error = float(difference.std(ddof=1) / math.sqrt(len(difference))) if len(difference) > 1 else 0.0
+    if set(np.unique(difference)) <= {-1.0, 0.0, 1.0}:
+        wins, losses = int((difference > 0).sum()), int((difference < 0).sum())
+        either = sum(math.comb(wins + losses, k) for k in range(min(wins, losses) + 1))
+        p = min(1.0, 2 * either / 2 ** (wins + losses))
+    else:
+        p = math.erfc(abs(mean) / error / math.sqrt(2)) if error else float(mean == 0)
+    return {"difference": mean, "stderr": error, "p": p, "beyond_chance": p < LIKELY}
+
+
+# ---- CORE
+
+
+def core_tasks(bundle: str) -> list[Task]:
+    """Return the tasks of CORE, from the folder `eval_bundle` that DCLM and nanochat evaluate.
+
+    core.yaml names the tasks, eval_meta_data.csv has the score of a guess, in percent, and eval_data/ the items.
+    Raises UserError where one of these is not there, or not as it is there.
+    """
+    import yaml
+
+    folder = Path(bundle)
+    for name in ("core.yaml", "eval_meta_data.csv", "eval_data"):
+        if not (folder / name).exists():
+            raise UserError(f"--core {bundle}: expected core.yaml, eval_meta_data.csv and eval_data/, found no {name}")
+    try:
+        described = yaml.safe_load((folder / "core.yaml").read_text())["icl_tasks"]
+        with (folder / "eval_meta_data.csv").open(newline="") as handle:
+            guesses = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(handle)}
+        return [_core_task(folder, values, guesses) for values in described]
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise UserError(f"--core {bundle}: not a bundle of CORE: {type(error).__name__}: {error}") from None
+
+
+def _core_task(folder: Path, values: Mapping[str, Any], guesses: Mapping[str, float]) -> Task:
+    kind, label = values["icl_task_type"], values["label"]
+    form = CORE_KINDS[kind]
+    if kind == "language_modeling":
+        form = replace(form, prompt="{{context | trim}}")
+    return Task(
+        f"core/{label}",
+        kind,
+        (form,),
+        source="CORE (DCLM; nanochat core_eval.py)",
+        version="1",
+        baseline=guesses[label],
+        delimiter=values.get("continuation_delimiter", " "),
+        shots=values["num_fewshot"][0],
+        shots_order="core",
+        tokens="core",
+        path=str(folder / "eval_data" / values["dataset_uri"]),
+    )
+
+
+def core_score(tasks: Iterable[tuple[Task, float]]) -> float | None:
+    """Return the CORE metric: the mean over its tasks of scores between a guess (0) and all right (1)."""
+    centred = [(score - task.baseline) / (1 - task.baseline) for task, score in tasks if task.tokens == "core"]
+    return sum(centred) / len(centred) if centred else None

@@ -1,0 +1,427 @@
+"""Tasks: one TOML file each, in tasks/ beside this module or of the user's own, and the items that records become.
+
+    source = "lm-evaluation-harness 0.4.13, arc_easy"     where prompts and metric come from
+    version = "1.0"                                       of the task there
+    kind = "multiple_choice"
+    metric = "acc"                                        the score; others of the kind are reported beside it
+    baseline = 0.25                                       score of a guess
+    hub = "hf://datasets/allenai/ai2_arc/ARC-Easy/test-00000-of-00001.parquet"    read without --data-dir
+
+    [[form]]                                              the first whose fields a file has
+    prompt = "Question: {{question}}\\nAnswer:"
+    choices = "choices.text"
+    gold = "choices.label.index(answerKey)"
+
+`prompt`, `continuation`, `text` and `answer` are Jinja templates over a record's fields; `choices`, `contexts` and
+`gold` are Jinja expressions, or values. Kinds, by what their forms have:
+
+    multiple_choice    prompt, choices, gold           the likeliest choice behind the prompt
+    schema             contexts, continuation, gold    the context behind which one continuation is likeliest
+    language_modeling  prompt, continuation            the continuation token by token
+    text               text                            bits per byte of whole texts
+    generation         prompt, answer?                 completions, judged by the verifiers of rl
+
+A JSONL file needs no TOML where its records have such fields by the names of llm-foundry (FILE_FORMS), or are problems
+that `rl` reads (formats/problems.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from llmkit.config import read_toml
+from llmkit.errors import UserError, naming
+from llmkit.formats.problems import Problem, read_problem
+from llmkit.io.jsonl import dump_json, read_jsonl
+from llmkit.io.records import Row, fields_of
+from llmkit.io.remote import is_remote
+
+TASKS = Path(__file__).with_name("tasks")
+KINDS = {  # kind: what its forms have, and the metric that is its score
+    "multiple_choice": (("prompt", "choices", "gold"), "acc"),
+    "schema": (("contexts", "continuation", "gold"), "acc"),
+    "language_modeling": (("prompt", "continuation"), "acc"),
+    "text": (("text",), "bits_per_byte"),
+    "generation": (("prompt",), "pass@1"),
+}
+ENDINGS = ("", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet", ".csv", ".tsv")
+SHOT_SEED = 1234  # of lm-evaluation-harness and nanochat
+CORE_SEED = 1337  # of nanochat: the order of a task's items
+
+
+@dataclass(frozen=True)
+class Form:
+    """Templates and expressions of the records of one form; None where a kind has no use for one."""
+
+    prompt: str | None = None
+    choices: Any = None
+    contexts: Any = None
+    continuation: str | None = None
+    text: str | None = None
+    answer: str | None = None
+    gold: Any = None
+
+
+FORM_FIELDS = [item.name for item in fields(Form)]
+FILE_FORMS = (
+    ("schema", Form(contexts="context_options", continuation="{{continuation}}", gold="gold")),
+    ("multiple_choice", Form(prompt="{{query}}", choices="choices", gold="gold")),
+    ("language_modeling", Form(prompt="{{context}}", continuation="{{continuation}}")),
+    ("text", Form(text="{{text}}")),
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task; `path` is the file of its items.
+
+    delimiter    between prompt and continuation; none in chats
+    description  before the examples, a template; in chats the system message
+    separator    behind each example
+    shots        examples before the question
+    shots_file   stem of the file that they come from; else the other items
+    shots_order  "random" draws them for each item, "first" takes the first, "core" is nanochat's draw
+    group        an expression: items are scored apart by it, and examples are of the item's own group
+    tokens       how continuations are cut: "harness", or "core": what the options' tokens do not share
+    stop, max_tokens, verifier  of generation
+    """
+
+    name: str
+    kind: str = "generation"
+    form: tuple[Form, ...] = ()
+    source: str = ""
+    version: str = ""
+    metric: str = ""
+    baseline: float = 0.0
+    file: str = ""
+    hub: str = ""
+    delimiter: str = " "
+    description: str = ""
+    separator: str = "\n\n"
+    shots: int = 0
+    shots_file: str = ""
+    shots_hub: str = ""
+    shots_order: str = "random"
+    group: str = ""
+    tokens: str = "harness"
+    stop: tuple[str, ...] = ()
+    max_tokens: int = 256
+    verifier: str = ""
+    path: str = ""
+    shots_path: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A question as it is asked.
+
+    contexts, continuations  one for all options, or one for each
+    gold     index of the right option; None where there are no options
+    problem  what a completion is judged by
+    """
+
+    where: str
+    record: Mapping[str, Any]
+    description: str
+    contexts: tuple[str, ...]
+    continuations: tuple[str, ...] = ()
+    gold: int | None = None
+    group: str = ""
+    problem: Problem | None = None
+
+    def pairs(self, delimiter: str) -> list[tuple[str, str]]:
+        """Each context with each continuation: one pair for each option."""
+        return [(context, delimiter + rest) for context in self.contexts for rest in self.continuations]
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """What is chosen from."""
+        return self.contexts if len(self.contexts) > 1 else self.continuations
+
+
+# ---- which tasks
+
+
+def load_tasks(specs: Sequence[str], data_dir: str | None = None) -> list[Task]:
+    """Load the tasks of `--tasks`: NAME, NAME=FILE, FILE.toml, or FILE of items; nothing is read but TOML.
+
+    Raises UserError for a task that there is not, with the nearest names, and for data that cannot be found.
+    """
+    tasks = [_task(spec, data_dir) for spec in specs]
+    for task in tasks:
+        if sum(other.name == task.name for other in tasks) > 1:
+            raise UserError(f"--tasks: expected each task once, found {task.name} twice")
+    return tasks
+
+
+def _task(spec: str, data_dir: str | None) -> Task:
+    name, _, path = spec.partition("=")
+    known = sorted(path.stem for path in TASKS.glob("*.toml"))
+    if name in known:
+        task = read_task(TASKS / f"{name}.toml")
+        return _with_data(task, path, data_dir)
+    if path:
+        raise UserError(f"--tasks {spec}: {_unknown(name, known)}")
+    if spec.endswith(".toml"):
+        return _with_data(read_task(Path(spec)), "", data_dir or str(Path(spec).parent))
+    if not (is_remote(spec) or Path(spec).is_file()):
+        raise UserError(f"--tasks {spec}: {_unknown(spec, known)}")
+    stem = re.sub(r"(\.(jsonl|json|ndjson|gz|zst|parquet|csv|tsv))+$", "", spec.rpartition("/")[2])
+    return Task(stem, path=spec)  # its kind is known when its first record is read
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+    near = get_close_matches(name, known, 3, 0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"tasks: {', '.join(known)}"
+    return f"expected a task or a file of items, found neither; {hint}"
+
+
+def _with_data(task: Task, path: str, data_dir: str | None) -> Task:
+    """The task with the paths of its data."""
+    if not path:
+        path = _find(task.name, task.file or task.name, task.hub, data_dir)
+    shots = (
+        _find(task.name, task.shots_file, task.shots_hub, data_dir or str(Path(path).parent)) if task.shots_file else ""
+    )
+    return replace(task, path=path, shots_path=shots)
+
+
+def _find(name: str, stem: str, hub: str, data_dir: str | None) -> str:
+    if data_dir is None:
+        if hub:
+            return hub
+        raise UserError(
+            f"--tasks {name}: its data has no address; give --data-dir DIR with {stem}.jsonl, or {name}=FILE"
+        )
+    for ending in ENDINGS:
+        if (path := Path(data_dir) / f"{stem}{ending}").is_file():
+            return str(path)
+    raise UserError(f"--tasks {name}: expected {stem}.jsonl (or .jsonl.gz, .parquet ...) in {data_dir}, found none")
+
+
+def read_task(path: Path) -> Task:
+    """Read a task's TOML. Raises UserError that names file and key."""
+    values = read_toml(str(path), "task")
+    forms = values.get("form")
+    if not isinstance(forms, list) or not forms:
+        raise UserError(f"{path}: expected a table [[form]] or more, found none")
+    kinds = {item.name: type(item.default) for item in fields(Task) if item.name not in ("name", "path", "shots_path")}
+    for table, known, place in [(values, kinds, ""), *((form, FORM_FIELDS, "[[form]]: ") for form in forms)]:
+        if unknown := [key for key in table if key not in known]:
+            near = get_close_matches(unknown[0], known, 1) or sorted(known)
+            raise UserError(f"{path}: {place}expected {' or '.join(near)}, found {unknown[0]!r}")
+    values["stop"] = tuple(values.get("stop", ()))
+    values["form"] = tuple(Form(**form) for form in forms)
+    for key, value in values.items():
+        if not isinstance(value, (int, float) if kinds[key] is float else kinds[key]):
+            raise UserError(f"{path}: {key}: expected {kinds[key].__name__}, found {value!r}")
+    if values.get("kind") not in KINDS:
+        raise UserError(f"{path}: kind: expected {', '.join(KINDS)}, found {values.get('kind')!r}")
+    for form in forms:
+        if missing := [key for key in KINDS[values["kind"]][0] if key not in form]:
+            raise UserError(f"{path}: [[form]]: expected {missing[0]!r}, which kind {values['kind']} needs")
+    return Task(path.stem, **values)
+
+
+# ---- items
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A task with its items, and the SHA-256 of the records that they come from."""
+
+    task: Task
+    items: list[Item]
+    data_sha256: str
+
+
+def load_items(task: Task, limit: int | None = None, shots: int | None = None, seed: int = 0) -> Loaded:
+    """Read a task's items, `limit` at most, each with its examples before it.
+
+    shots  how many examples, in place of the task's own number
+    seed   added to the one that draws them
+    Raises UserError for records in no form of the task, options that are empty and a gold that is none of them.
+    """
+    rows = list(read_jsonl([task.path]))
+    if not rows:
+        raise UserError(f"{task.path}: expected items, found none")
+    if not task.form:
+        task = _by_form(task, rows[0])
+    digest = sha256()
+    for row in rows:
+        digest.update(dump_json(row.value) + b"\n")
+    if task.shots_order == "core":
+        Random(CORE_SEED).shuffle(rows)
+        rows = rows[:limit]
+    count = task.shots if shots is None else shots
+    pool = [_parse(task, row) for row in (rows if task.group or (count and not task.shots_path) else rows[:limit])]
+    items = _first(pool, limit)
+    if count and task.shots_path:
+        pool = [_parse(task, row) for row in read_jsonl([task.shots_path])]
+        digest.update("".join(item.where for item in pool).encode())
+    if count:
+        draw = Random(SHOT_SEED + seed)
+        whole, by_group = pool, dict[str, list[Item]]()
+        for item in pool:
+            by_group.setdefault(item.group, []).append(item)
+        drawn = []
+        for number, item in enumerate(items):
+            pool = by_group.get(item.group, []) if task.group else whole
+            chosen = _examples(task, item, number, pool, count, draw, bool(task.shots_path))
+            drawn.append(_with_examples(task, item, chosen))
+        items = drawn
+    return Loaded(task, items, digest.hexdigest())
+
+
+def _first(items: list[Item], limit: int | None) -> list[Item]:
+    """Return the first items, at most `limit`, as many of each group as there are."""
+    if limit is None or len(items) <= limit:
+        return items
+    seen = Counter[str]()
+    ranks = []
+    for number, item in enumerate(items):
+        ranks.append((seen[item.group], number))
+        seen[item.group] += 1
+    return [items[number] for _, number in sorted(sorted(ranks)[:limit], key=lambda rank: rank[1])]
+
+
+def _by_form(task: Task, row: Row) -> Task:
+    """The task of a file without TOML, by its first record."""
+    for kind, form in FILE_FORMS:
+        task = replace(task, kind=kind, form=(form,))
+        with suppress(_OtherForm):
+            _item(task, form, row)
+            return task
+    try:
+        read_problem(row)
+    except UserError as error:
+        known = "query, choices, gold; context_options, continuation, gold; context, continuation; text; prompt, answer"
+        raise UserError(f"{row.where}: expected an item ({known}), found {fields_of(row.value)}; {error}") from None
+    return replace(task, kind="generation", form=())
+
+
+class _OtherForm(Exception):
+    """A record lacks what the templates of a form ask for."""
+
+
+@lru_cache(maxsize=256)
+def _compiled(source: str, is_expression: bool) -> Any:
+    from jinja2 import StrictUndefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    if is_expression:
+        return environment.compile_expression(source, undefined_to_none=False)
+    return environment.from_string(source).render
+
+
+def _made(source: Any, record: Mapping[str, Any], is_expression: bool = False) -> Any:
+    """What a template or an expression makes of a record. Raises _OtherForm where it lacks a field."""
+    from jinja2 import TemplateError, Undefined
+
+    if not isinstance(source, str):
+        return source
+    try:
+        value = _compiled(source, is_expression)(**{key: field for key, field in record.items() if key.isidentifier()})
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        raise _OtherForm(f"{source!r}: {error}") from None
+    if isinstance(value, Undefined):
+        raise _OtherForm(f"{source!r}: a field that is not there")
+    return value
+
+
+def _parse(task: Task, row: Row) -> Item:
+    """The item of a record, without examples."""
+    if not task.form:
+        problem = read_problem(row)
+        return Item(row.where, row.value, "", (problem.prompt,), (problem.answer or "",), problem=problem)
+    reasons = []
+    for form in task.form:
+        try:
+            return _item(task, form, row)
+        except _OtherForm as error:
+            reasons.append(str(error))
+    raise UserError(f"{row.where}: expected an item of {task.name}, found {fields_of(row.value)}: {'; '.join(reasons)}")
+
+
+def _item(task: Task, form: Form, row: Row) -> Item:
+    record = row.value
+    group = str(_made(task.group, record, True)) if task.group else ""
+    description = _made(task.description, record) if task.description else ""
+    prompt, continuation = (_made(text, record) for text in (form.prompt, form.continuation))
+    common = {"where": row.where, "record": record, "description": description, "group": group}
+    if task.kind == "text":
+        return Item(contexts=("",), continuations=(_text(row, "text", _made(form.text, record)),), **common)
+    if task.kind == "language_modeling":
+        return Item(contexts=(prompt,), continuations=(_text(row, "continuation", continuation),), **common)
+    if task.kind == "generation":
+        answer = None if form.answer is None else _made(form.answer, record)
+        asked = {**record, "prompt": prompt, **({} if answer is None else {"answer": answer})}
+        asked |= {"verifier": task.verifier} if task.verifier else {}
+        with naming(row.where):
+            problem = read_problem(Row(asked, row.path, row.line))
+        return Item(contexts=(prompt,), continuations=(str(answer or problem.answer or ""),), problem=problem, **common)
+    options = _made(form.contexts if task.kind == "schema" else form.choices, record, True)
+    gold = _made(form.gold, record, True)
+    if not isinstance(options, (list, tuple)) or len(options) < 2:
+        raise UserError(f"{row.where}: expected two choices or more, found {options!r}")
+    options = tuple(_text(row, "choice", option) for option in options)
+    if isinstance(gold, str) and gold in options:
+        gold = options.index(gold)
+    if not isinstance(gold, int) or not 0 <= gold < len(options):
+        raise UserError(f"{row.where}: expected a right choice from 0 to {len(options) - 1}, found {gold!r}")
+    if task.kind == "schema":
+        rest = _text(row, "continuation", continuation)
+        return Item(contexts=options, continuations=(rest,), gold=int(gold), **common)
+    return Item(contexts=(prompt,), continuations=options, gold=int(gold), **common)
+
+
+def _text(row: Row, name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(
+            f"{row.where}: expected {'an' if name[0] in 'aeiou' else 'a'} {name} with text, found {value!r}"
+        )
+    return value
+
+
+# ---- examples
+
+
+def _examples(
+    task: Task, item: Item, number: int, pool: Sequence[Item], count: int, draw: Random, elsewhere: bool
+) -> list[Item]:
+    """Examples for an item; they are never the item itself. Raises UserError where they are too few."""
+    others = pool if elsewhere else [other for other in pool if other.record != item.record]
+    if len(others) < count:
+        raise UserError(f"{item.where}: expected {count} examples (--shots) for {task.name}, found {len(others)}")
+    if task.shots_order == "first":
+        return list(others[:count])
+    if task.shots_order == "core":
+        return Random(SHOT_SEED + number).sample(others, count)
+    if elsewhere:
+        return draw.sample(pool, count)
+    # as lm-evaluation-harness: one more than wanted, of which the item itself goes
+    chosen = [other for other in draw.sample(pool, count + 1) if other.record != item.record][:count]
+    return chosen if len(chosen) == count else draw.sample(others, count)
+
+
+def _with_examples(task: Task, item: Item, examples: Sequence[Item]) -> Item:
+    said = "".join(f"{_answered(task, example)}{task.separator}" for example in examples)
+    return replace(item, contexts=tuple(said + context for context in item.contexts))
+
+
+def _answered(task: Task, item: Item) -> str:
+    """An item with its right answer."""
+    pairs = item.pairs(task.delimiter)
+    context, rest = pairs[item.gold or 0]
+    return (context.strip() if task.tokens == "core" and task.kind == "language_modeling" else context) + rest

@@ -1,0 +1,346 @@
+"""`llmkit evaluate`: what models can do, in the numbers that the field compares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from llmkit.config import CommonConfig, ServedConfig, ToolConfig, argument, as_options, lasting_options, option
+from llmkit.errors import GateError, UserError
+from llmkit.io.files import check_output, check_unfinished
+from llmkit.io.jsonl import open_output, read_documents, write_json
+from llmkit.io.manifest import write_manifest
+from llmkit.io.progress import Progress, counted, say
+from llmkit.io.resume import STATE, Kept
+from llmkit.io.run_folder import check_model_folder
+
+if TYPE_CHECKING:
+    from llmkit.evaluation.evaluator import Asking
+    from llmkit.evaluation.tasks import Loaded
+
+SHOWN = ("acc_norm", "perplexity", "bits_per_byte", "word_perplexity")  # beside the score; all are in the JSON
+Records = dict[tuple[str, str], list[dict[str, Any]]]  # of each item, by model and task
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(CommonConfig, ToolConfig, ServedConfig):
+    """Options of `llmkit evaluate`."""
+
+    examples: ClassVar[str] = """
+        Examples:
+          llmkit evaluate base/ --tasks arc_easy,piqa,lambada --data-dir eval/ -o scores.json
+          llmkit evaluate base/ chat/ --tasks arc_easy=arc_easy.jsonl.gz --limit 500
+          llmkit evaluate chat/ --tasks gsm8k.jsonl --chat --tools calc --samples 4 --temperature 0.7
+          llmkit evaluate base/ --core eval_bundle/ -o core.json --resume
+          llmkit evaluate policy/ --tasks problems.jsonl --chat --fail-under problems=0.2
+
+        A task is a name (--tasks help lists them) whose data lies in --data-dir, NAME=FILE, a FILE.toml of your own,
+        or a FILE of items: {"query", "choices", "gold"}, {"context_options", "continuation", "gold"}, {"context",
+        "continuation"}, {"text"}, or problems {"prompt", "answer"}, judged by the verifiers of llmkit rl.
+        The table goes to stderr; the scores, as JSON, to stdout or --out. Prompts and scores are those of
+        lm-evaluation-harness (docs/evaluate.md).
+    """
+    following: ClassVar[str] = "llmkit report base/ scores.json -o report.html"
+
+    models: tuple[str, ...] = argument("Model folders, ours or Hugging Face's.", metavar="MODEL...")
+    tasks: tuple[str, ...] = option((), "Tasks and files of items.", metavar="TASK,...", reads=True)
+    data_dir: str | None = option(None, "Folder of the tasks' data.", metavar="DIR", reads=True, free=True)
+    core: str | None = option(None, "Folder of CORE, of DCLM and nanochat.", metavar="BUNDLE", reads=True)
+    device: str = option("auto", "Compute device.", choices=("auto", "cpu", "cuda", "mps"), free=True)
+    dtype: str = option(
+        "auto", "Precision; auto: bfloat16 on GPUs, else float32.", choices=("auto", "float32", "bfloat16")
+    )
+    resume: bool = option(False, "Resume a killed run of --out.", free=True)
+    report: str | None = option(None, "JSONL of all items: prompts, likelihoods, verdicts.", metavar="FILE", free=True)
+    gates: tuple[str, ...] = option(
+        (), "Score under which the exit code is 3; repeatable.", flag="--fail-under", metavar="TASK=SCORE", free=True
+    )
+    trained_on: tuple[str, ...] = option(
+        (), "Training documents; items that they hold are scored apart.", metavar="DOCS", reads=True
+    )
+
+    few_shot: int | None = option(
+        None, "Examples before each item [the task's].", flag="--shots", group="Items", at_least=0, at_most=1000
+    )
+    chat: bool = option(False, "Items as turns of a conversation.", group="Items")
+    system: str | None = option(None, "System message, or text before all else.", group="Items")
+    samples: int = option(1, "Completions per item, for pass@k.", short="-n", group="Text", at_least=1, at_most=10**4)
+    temperature: float = option(0.0, "Sampling temperature; 0 is greedy.", group="Text", at_least=0, at_most=100)
+    max_tokens: int | None = option(
+        None, "Tokens of a completion [the task's].", group="Text", unit="count", at_least=1
+    )
+    batch_size: int = option(16, "Sequences decoded at a time.", at_least=1, at_most=4096, free=True)
+
+    def reads_stdin(self) -> bool:
+        """True if help is wanted: without a model there is nothing to do."""
+        return not self.models and not self.is_served
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Scores of each model, as printed or written, and comparisons of the others with the first."""
+
+    path: str | None
+    models: list[dict[str, Any]]
+    comparisons: list[dict[str, Any]] | None
+
+
+def run(config: EvaluateConfig) -> Summary | None:
+    """Load, ask, summarise, save. Raises UserError for the user's mistakes, GateError for a score under its gate."""
+    out, gates = config.out or "-", _checked(config)
+
+    # load
+    loaded = _load(config, gates)
+    if config.dry_run:
+        for one in loaded:
+            say(f"{one.task.name}: {one.task.kind}, {counted(len(one.items), 'item')} of {one.task.path}", config.quiet)
+            shown = one.items[0].contexts[0] if one.task.kind != "text" else one.items[0].continuations[0][:500]
+            say(f"first item:\n{one.items[0].description}{shown}", config.quiet)
+        return None
+    contaminated = _contaminated(config, loaded)
+
+    # ask
+    records, hashes = _records(config, loaded, out)
+
+    # summarise
+    models = [_model_scores(config, name, hashes[name], loaded, records, contaminated) for name in hashes]
+    comparisons = _comparisons(list(hashes), loaded, records)
+    for line in _table(models, comparisons):
+        say(line, config.quiet)
+
+    # save
+    if config.report is not None:
+        with open_output(config.report, config.force) as write:
+            for line in _report(list(hashes), loaded, records, contaminated):
+                write(line)
+    scores = {"models": models, **({"comparisons": comparisons} if comparisons else {})}
+    if out != "-":
+        write_json(out, scores)
+        inputs = list(dict.fromkeys(one.task.path for one in loaded))
+        results = {model["model"]: {name: task["score"] for name, task in model["tasks"].items()} for model in models}
+        write_manifest(out, "evaluate", as_options(config), inputs=inputs, parents=config.models, results=results)
+        Path(out + STATE).unlink(missing_ok=True)
+    _check_gates(gates, models)
+    return Summary(None if out == "-" else out, models, comparisons or None)
+
+
+# ---- before
+
+
+def _checked(config: EvaluateConfig) -> dict[str, float]:
+    """Check the options; return the gates of --fail-under by task."""
+    if config.engine == "local" and not config.models:
+        check_model_folder(None, "llmkit evaluate base/ --tasks arc_easy --data-dir eval/")
+    for folder in config.models:
+        check_model_folder(folder, "llmkit evaluate base/ --tasks arc_easy --data-dir eval/")
+    if config.is_served and len(config.models) > 1:
+        raise UserError(f"--engine: expected one MODEL at most beside it, found {len(config.models)}")
+    if len(set(config.models)) < len(config.models):
+        raise UserError("MODEL...: expected each model once")
+    if not config.tasks and config.core is None:
+        raise UserError("--tasks: expected a task, such as --tasks arc_easy --data-dir eval/, or --core BUNDLE")
+    if config.samples > 1 and config.temperature == 0:
+        raise UserError(f"--samples {config.samples}: expected --temperature above 0; greedy samples are all the same")
+    if config.tools and not config.chat:
+        raise UserError("--tools: expected --chat beside it; tools are called within an answer")
+    if config.resume and config.out in (None, "-"):
+        raise UserError("--resume: expected --out, beside which a killed run has left its state")
+    for path in filter(None, (config.out, config.report)):
+        check_output(path, config.force, config.resume)
+    if config.out not in (None, "-") and not config.dry_run:
+        check_unfinished(config.force, config.resume, f"{config.out}{STATE}")
+    gates = {}
+    for text in config.gates:
+        name, _, least = text.rpartition("=")
+        try:
+            gates[name] = float(least)
+        except ValueError:
+            raise UserError(f"--fail-under {text}: expected TASK=SCORE, such as arc_easy=0.3") from None
+    return gates
+
+
+def _load(config: EvaluateConfig, gates: Mapping[str, float]) -> list[Loaded]:
+    from llmkit.evaluation.scores import core_tasks
+    from llmkit.evaluation.tasks import load_items, load_tasks
+
+    tasks = load_tasks([name for spec in config.tasks for name in spec.split(",") if name], config.data_dir)
+    tasks += [] if config.core is None else core_tasks(config.core)
+    names = [task.name for task in tasks] + ["core"] * (config.core is not None)
+    for name in gates:
+        if name not in names:
+            raise UserError(f"--fail-under {name}: expected a task among {', '.join(names)}")
+    return [load_items(task, config.limit, config.few_shot, config.seed) for task in tasks]
+
+
+def _contaminated(config: EvaluateConfig, loaded: Sequence[Loaded]) -> set[str] | None:
+    """Places of the items that stand in --trained-on; None where nothing is given."""
+    if not config.trained_on:
+        return None
+    from llmkit.crawl.filters.contamination import Contamination, ContaminationRules
+
+    files = tuple(dict.fromkeys(one.task.path for one in loaded))
+    index = Contamination(ContaminationRules(files), config.quiet, flag="--trained-on")
+    with Progress("contamination", unit="documents", quiet=config.quiet) as progress:
+        places: set[str] = set()
+        for row in read_documents(config.trained_on):
+            places |= {match.item for match in index.find(row.value["text"])}
+            progress.advance()
+    return places
+
+
+# ---- asking
+
+
+def _asking(config: EvaluateConfig) -> Asking:
+    from llmkit.evaluation.evaluator import Asking
+
+    tools = config if config.tools else None
+    return Asking(config.chat, config.system, config.samples, config.temperature, config.max_tokens, config.seed, tools)
+
+
+def _records(config: EvaluateConfig, loaded: Sequence[Loaded], out: str) -> tuple[Records, dict[str, str]]:
+    """Ask each model all items; the records, and the hash of each model by its name."""
+    from llmkit.evaluation.evaluator import CHUNK, open_model
+
+    records: Records = {}
+    hashes: dict[str, str] = {}
+    identity = {**lasting_options(config), "data": {one.task.name: one.data_sha256 for one in loaded}}
+    state = Kept(None if out == "-" else Path(out + STATE), identity, resume=config.resume)
+    total = sum(len(one.items) for one in loaded) * max(1, len(config.models))
+    with state.resumable(), Progress("evaluate", total=total, unit="items", quiet=config.quiet) as progress:
+        for folder in config.models or (None,):
+            with open_model(
+                folder,
+                _asking(config),
+                engine=config.engine,
+                device=config.device,
+                dtype=config.dtype,
+                slots=config.batch_size,
+                concurrency=config.concurrency,
+                timeout=config.timeout,
+            ) as model:
+                hashes[model.name] = model.sha256
+                for one in loaded:
+                    done = records[model.name, one.task.name] = []
+                    for first in range(0, len(one.items), CHUNK):
+                        chunk = one.items[first : first + CHUNK]
+                        key = f"{model.sha256} {model.name} {one.task.name} {first}"
+                        if key not in state:
+                            state.add(key, {"records": model.evaluate(one.task, chunk)})
+                        done += read_records(state[key])
+                        progress.advance(len(chunk), task=one.task.name)
+    return records, hashes
+
+
+def read_records(line: bytes) -> list[dict[str, Any]]:
+    """Return the records of a chunk as they were kept."""
+    import orjson
+
+    return orjson.loads(line)["records"]
+
+
+# ---- scores
+
+
+def _model_scores(
+    config: EvaluateConfig,
+    name: str,
+    sha256: str,
+    loaded: Sequence[Loaded],
+    records: Records,
+    contaminated: set[str] | None,
+) -> dict[str, Any]:
+    from llmkit.evaluation.scores import core_score, summarise, summarise_apart
+
+    tasks = {}
+    for one in loaded:
+        summary = summarise(one, records[name, one.task.name])
+        if contaminated is not None:
+            summary |= summarise_apart(one, records[name, one.task.name], contaminated)
+        tasks[one.task.name] = summary
+    core = core_score((one.task, tasks[one.task.name]["score"]) for one in loaded)
+    return {"model": name, "sha256": sha256, **({} if core is None else {"core": core}), "tasks": tasks}
+
+
+def _comparisons(names: Sequence[str], loaded: Sequence[Loaded], records: Records) -> list[dict[str, Any]]:
+    from llmkit.evaluation.scores import compare
+
+    return [
+        {
+            "task": one.task.name,
+            "models": [names[0], other],
+            **compare(one.task, records[names[0], one.task.name], records[other, one.task.name]),
+        }
+        for other in names[1:]
+        for one in loaded
+    ]
+
+
+def _report(
+    names: Sequence[str], loaded: Sequence[Loaded], records: Records, contaminated: set[str] | None
+) -> Iterator[dict[str, Any]]:
+    for name in names:
+        for one in loaded:
+            for item, record in zip(one.items, records[name, one.task.name], strict=True):
+                asked = {
+                    "description": item.description,
+                    "contexts": item.contexts,
+                    "continuations": item.continuations,
+                }
+                if contaminated is not None:
+                    asked["in_training"] = item.where in contaminated
+                yield {"model": name, "task": one.task.name, "where": item.where, "gold": item.gold, **asked, **record}
+
+
+def _table(models: Sequence[Mapping[str, Any]], comparisons: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Scores as lines: a task and metric each, a column for each model; then what there is to say of them."""
+    first = models[0]["tasks"]
+    rows = [
+        (task, metric)
+        for task in first
+        for metric in first[task]["metrics"]
+        if metric in (first[task]["metric"], *SHOWN)
+    ]
+    wide = max(len(task) for task, _ in rows) + 2
+    columns = [max(20, len(model["model"]) + 2) for model in models]
+    heads = "".join(f"{model['model']:>{width}}" for model, width in zip(models, columns, strict=True))
+    yield f"{'task':{wide}}{'metric':14}{'items':>6}{heads}"
+    for task, metric in rows:
+        cells = ""
+        for model, width in zip(models, columns, strict=True):
+            metrics = model["tasks"][task]["metrics"]
+            value, error = metrics[metric], metrics.get(f"{metric}_stderr")
+            shown = f"{value:.4f}" if value < 1e4 else f"{value:.3g}"
+            cells += f"{shown + ('' if error is None else f' ± {error:.4f}'):>{width}}"
+        yield f"{task:{wide}}{metric:14}{first[task]['items']:>6}{cells}"
+    for model in models:
+        if "core" in model:
+            yield f"{model['model']}: CORE {model['core']:.4f}"
+        for task, summary in model["tasks"].items():
+            if count := summary["truncated"]:
+                yield f"{model['model']}, {task}: {counted(count, 'prompt')} cut on the left, to the model's context"
+            if count := summary.get("unjudged"):
+                yield f"{model['model']}, {task}: {counted(count, 'completion')} not judged, which counts as wrong"
+            for name in ("in_training", "not_in_training"):
+                if one := summary.get(name):
+                    score = "" if one["score"] is None else f", {summary['metric']} {one['score']:.4f}"
+                    yield f"{model['model']}, {task}: {counted(one['items'], 'item')} {name.replace('_', ' ')}{score}"
+    for one in comparisons:
+        verdict = "more than chance" if one["beyond_chance"] else "within chance"
+        yield (
+            f"{one['task']}: {one['models'][1]} less {one['models'][0]} is {one['difference']:+.4f} ± "
+            f"{one['stderr']:.4f} (p = {one['p']:.2g}), {verdict}"
+        )
+
+
+def _check_gates(gates: Mapping[str, float], models: Sequence[Mapping[str, Any]]) -> None:
+    failures = []
+    for model in models:
+        for name, least in gates.items():
+            score = model["core"] if name == "core" else model["tasks"][name]["score"]
+            if score < least:
+                failures.append(f"{model['model']}: {name} {score:.4f} is under --fail-under {least:g}")
+    if failures:
+        raise GateError("; ".join(failures))

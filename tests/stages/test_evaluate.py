@@ -1,0 +1,365 @@
+"""`llmkit evaluate` as a user runs it: tasks and files in, scores, a report and gates out."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from random import Random
+
+import pytest
+from tiny import END, certain, make_model, save_folder
+
+from llmkit.config import resolve
+from llmkit.errors import UserError
+from llmkit.evaluation import evaluator
+from llmkit.evaluation.likelihood import Scorer, encode_pairs
+from llmkit.evaluation.tasks import TASKS, load_items, load_tasks, read_task
+from llmkit.model.folder import load_model
+from llmkit.stages.evaluate import EvaluateConfig, run
+from llmkit.tokenizer.encoding import load_tokenizer
+
+CHOICES = [
+    {"query": f"The {thing} is", "choices": ["blue", "made of cheese", "öd"], "gold": number % 3}
+    for number, thing in enumerate(["sea", "sky", "moon", "sun", "fire", "wood"])
+]
+SCHEMAS = [
+    {"context_options": ["The dog that Ann", "The dog that Ben"], "continuation": "saw barks.", "gold": 1},
+    {"context_options": ["The key of the", "The keys of the"], "continuation": "door is lost.", "gold": 0},
+]
+WORDS = [{"context": "one two three", "continuation": "four"}, {"context": "a b c", "continuation": "d"}]
+TEXTS = [{"text": "It was a dark and stormy night."}, {"text": "The rain fell in torrents, except at times."}]
+PROBLEMS = [{"prompt": "1 + 1 =", "answer": "2"}, {"prompt": "3 + 4 =", "answer": "7"}]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("models")
+    save_folder(place / "base", make_model(context=256))
+    save_folder(place / "other", make_model(context=256, seed=1))
+    save_folder(place / "seven", certain(make_model(), *(ord(letter) - 33 for letter in "=7"), END))
+    return place
+
+
+def write_lines(path: Path, records: list[dict]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def evaluate(*models: Path, tasks: str = "", **options):
+    given = {"models": [str(model) for model in models], "tasks": [tasks] if tasks else [], "quiet": True, **options}
+    return run(resolve(EvaluateConfig, {name: value for name, value in given.items()}))
+
+
+# ---- kinds
+
+
+def test_choices_are_scored_by_their_likelihoods(models, tmp_path, llmkit):
+    file, out, report = write_lines(tmp_path / "things.jsonl", CHOICES), tmp_path / "scores.json", tmp_path / "i.jsonl"
+    done = llmkit("evaluate", models / "base", "--tasks", file, "-o", out, "--report", report)
+    assert done.returncode == 0, done.stderr
+    assert "things  acc" in done.stderr
+    scores = json.loads(out.read_text())["models"][0]
+    summary, items = scores["tasks"]["things"], read_lines(report)
+    tokenizer, scorer = load_tokenizer(models / "base"), Scorer(load_model(models / "base"))
+    right = {"acc": 0, "acc_norm": 0, "acc_bytes": 0, "acc_tokens": 0}
+    for row, item in zip(CHOICES, items, strict=True):
+        found = scorer.score(encode_pairs(tokenizer, [(row["query"], " " + choice) for choice in row["choices"]]))
+        assert item["logprobs"] == pytest.approx([likelihood.logprob for likelihood in found], abs=1e-4)
+        lengths = {
+            "acc": [1] * 3,
+            "acc_norm": [len(choice) for choice in row["choices"]],  # characters, as lm-evaluation-harness has it
+            "acc_bytes": [len(choice.encode()) for choice in row["choices"]],
+            "acc_tokens": [likelihood.tokens for likelihood in found],
+        }
+        for name, each in lengths.items():
+            best = max(range(3), key=lambda i, each=each: item["logprobs"][i] / each[i])
+            right[name] += best == row["gold"]
+            assert item["metrics"][name] == (best == row["gold"])
+    assert {name: summary["metrics"][name] * 6 for name in right} == pytest.approx(right)
+    p = summary["score"]
+    assert summary["stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 5))
+    assert (summary["items"], summary["truncated"], len(summary["data_sha256"])) == (6, 0, 64)
+    assert json.loads((tmp_path / "scores.json.manifest.json").read_text())["results"]
+
+
+def test_schemas_language_modelling_and_texts(models, tmp_path):
+    files = [
+        write_lines(tmp_path / f"{name}.jsonl", rows)
+        for name, rows in (("schemas", SCHEMAS), ("words", WORDS), ("texts", TEXTS))
+    ]
+    report = tmp_path / "report.jsonl"
+    tasks = evaluate(models / "base", tasks=",".join(files), report=str(report)).models[0]["tasks"]
+    items = read_lines(report)
+    assert all(
+        item["metrics"]["acc"] == (item["logprobs"][item["gold"]] == max(item["logprobs"])) for item in items[:2]
+    )
+    words = tasks["words"]["metrics"]
+    logprobs = [item["logprobs"][0] for item in items if item["task"] == "words"]
+    assert words["perplexity"] == pytest.approx(math.exp(-sum(logprobs) / 2))
+    texts = [item for item in items if item["task"] == "texts"]
+    total = sum(len(row["text"].encode()) for row in TEXTS)
+    bits = -sum(item["logprobs"][0] for item in texts) / math.log(2) / total
+    assert tasks["texts"]["score"] == pytest.approx(bits)
+    assert [item["tokens"] for item in texts] == [[len(row["text"])] for row in TEXTS]  # a token for each byte
+
+
+def test_completions_are_judged_as_rl_judges_them(models, tmp_path):
+    file, report = write_lines(tmp_path / "sums.jsonl", PROBLEMS), tmp_path / "report.jsonl"
+    summary = evaluate(models / "seven", tasks=file, report=str(report)).models[0]["tasks"]["sums"]
+    assert (summary["score"], summary["metric"], summary["items"]) == (0.5, "pass@1", 2)
+    assert [(item["completions"], item["right"]) for item in read_lines(report)] == [(["7"], [0.0]), (["7"], [1.0])]
+
+
+def test_pass_at_k_counts_samples_of_each_problem(models, tmp_path):
+    file, report = write_lines(tmp_path / "sums.jsonl", PROBLEMS * 3), tmp_path / "report.jsonl"
+    options = {"samples": 4, "temperature": 1.0, "max_tokens": 4, "report": str(report)}
+    metrics = evaluate(models / "base", tasks=file, **options).models[0]["tasks"]["sums"]["metrics"]
+    items = read_lines(report)
+    assert metrics["pass@1"] == pytest.approx(sum(sum(item["right"]) for item in items) / 24)
+    assert metrics["pass@4"] == pytest.approx(sum(any(item["right"]) for item in items) / 6)
+
+
+# ---- tasks
+
+
+@pytest.mark.parametrize("path", sorted(TASKS.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_task_that_is_shipped_is_read(path):
+    task = read_task(path)
+    assert task.source and task.version and 0 <= task.baseline < 1
+
+
+def test_a_task_of_ones_own_takes_its_data_from_beside_it(models, tmp_path):
+    write_lines(
+        tmp_path / "facts.jsonl", [{"subject": "Snow", "says": "white", "lies": ["red", "hot"], "topic": "t"}] * 2
+    )
+    (tmp_path / "facts.toml").write_text(
+        'kind = "multiple_choice"\nversion = "1"\nmetric = "acc_norm"\nbaseline = 0.3\ngroup = "topic"\n'
+        'description = "Facts.\\n\\n"\n[[form]]\nprompt = "{{subject}} is"\nchoices = "[says] + lies"\ngold = 0\n'
+    )
+    (task,) = load_tasks([str(tmp_path / "facts.toml")])
+    (item, _) = load_items(task).items
+    assert (item.contexts, item.continuations, item.gold, item.group) == (("Snow is",), ("white", "red", "hot"), 0, "t")
+    summary = evaluate(models / "base", tasks=str(tmp_path / "facts.toml")).models[0]["tasks"]["facts"]
+    assert summary["metric"] == "acc_norm" and summary["groups"]["t"]["items"] == 2
+
+
+def test_both_forms_of_a_task_ask_the_same(tmp_path):
+    hub = {"question": "Why?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}
+    foundry = {"query": "Question: Why?", "choices": ["a", "b"], "gold": 1}
+    asked = []
+    for row in (hub, foundry):
+        write_lines(tmp_path / "arc_easy.jsonl", [row])
+        (task,) = load_tasks(["arc_easy"], str(tmp_path))
+        (item,) = load_items(task).items
+        asked.append((item.contexts, item.continuations, item.gold))
+    assert asked[0] == asked[1] == (("Question: Why?\nAnswer:",), ("a", "b"), 1)
+
+
+def test_examples_are_drawn_as_lm_evaluation_harness_draws_them(tmp_path):
+    (task,) = load_tasks([write_lines(tmp_path / "things.jsonl", CHOICES)])
+    items, draw = load_items(task, shots=2).items, Random(1234)
+    for row, item in zip(CHOICES, items, strict=True):
+        examples = [other for other in draw.sample(CHOICES, 3) if other != row][:2]
+        said = "".join(f"{other['query']} {other['choices'][other['gold']]}\n\n" for other in examples)
+        assert item.contexts == (said + row["query"],)
+
+
+def test_a_limit_takes_as_many_items_of_each_group(tmp_path):
+    rows = [{"sentence_good": f"good {i}", "sentence_bad": f"bad {i}", "UID": "ab"[i > 3]} for i in range(8)]
+    write_lines(tmp_path / "blimp.jsonl", rows)
+    (task,) = load_tasks(["blimp"], str(tmp_path))
+    assert [item.continuations[0] for item in load_items(task, limit=4).items] == [
+        "good 0",
+        "good 1",
+        "good 4",
+        "good 5",
+    ]
+
+
+# ---- CORE
+
+
+def write_bundle(folder: Path) -> Path:
+    write_lines(folder / "eval_data" / "a" / "things.jsonl", CHOICES)
+    write_lines(folder / "eval_data" / "schemas.jsonl", SCHEMAS)
+    write_lines(folder / "eval_data" / "words.jsonl", WORDS)
+    (folder / "core.yaml").write_text(
+        "icl_tasks:\n"
+        "- {label: things, dataset_uri: a/things.jsonl, num_fewshot: [2], icl_task_type: multiple_choice}\n"
+        "- {label: schemas, dataset_uri: schemas.jsonl, num_fewshot: [0], icl_task_type: schema}\n"
+        "- {label: words, dataset_uri: words.jsonl, num_fewshot: [1], icl_task_type: language_modeling,\n"
+        '   continuation_delimiter: "\\nAnswer: "}\n'
+    )
+    with (folder / "eval_meta_data.csv").open("w", newline="") as handle:
+        csv.writer(handle).writerows(
+            [["Eval Task", "Random baseline"], ["things", "33"], ["schemas", "50.0"], ["words", 0]]
+        )
+    return folder
+
+
+def test_core_is_the_mean_of_centred_scores(models, tmp_path):
+    bundle, report = write_bundle(tmp_path / "bundle"), tmp_path / "report.jsonl"
+    (scores,) = evaluate(models / "base", core=str(bundle), report=str(report)).models
+    tasks = {name: task["score"] for name, task in scores["tasks"].items()}
+    guesses = {"core/things": 0.33, "core/schemas": 0.5, "core/words": 0.0}
+    centred = [(tasks[name] - guess) / (1 - guess) for name, guess in guesses.items()]
+    assert scores["core"] == pytest.approx(sum(centred) / 3)
+    items = read_lines(report)
+    shuffled = CHOICES.copy()
+    Random(1337).shuffle(shuffled)
+    for number, (row, item) in enumerate(zip(shuffled, items, strict=False)):
+        others = [shuffled[i] for i in range(6) if i != number]
+        examples = Random(1234 + number).sample(others, 2)
+        said = "".join(f"{other['query']} {other['choices'][other['gold']]}\n\n" for other in examples)
+        assert item["contexts"] == [said + row["query"]]
+        means = [logprob / tokens for logprob, tokens in zip(item["logprobs"], item["tokens"], strict=True)]
+        assert item["chosen"] == means.index(max(means))
+    assert items[-1]["contexts"][0].count("\nAnswer: ") == 1
+
+
+# ---- many models, gates, training text
+
+
+def test_models_are_compared_in_pairs(models, tmp_path):
+    file = write_lines(tmp_path / "things.jsonl", CHOICES)
+    report = tmp_path / "report.jsonl"
+    done = evaluate(models / "base", models / "other", tasks=file, report=str(report))
+    items = read_lines(report)
+    right = [[item["metrics"]["acc"] for item in items if item["model"].endswith(name)] for name in ("base", "other")]
+    (comparison,) = done.comparisons
+    assert comparison["difference"] == pytest.approx((sum(right[1]) - sum(right[0])) / 6)
+    assert not comparison["beyond_chance"]
+    (same,) = evaluate(models / "base", f"{models}/./base", tasks=file).comparisons
+    assert (same["difference"], same["p"]) == (0, 1)
+
+
+@pytest.mark.parametrize(("right", "beyond"), [(10, True), (4, False)])
+def test_a_difference_is_more_than_chance_by_the_sign_test(right, beyond):
+    from llmkit.evaluation.scores import compare
+    from llmkit.evaluation.tasks import Task
+
+    records = [[{"metrics": {"acc": float(value and i < right)}} for i in range(20)] for value in (0, 1)]
+    found = compare(Task("t", "multiple_choice"), *records)
+    assert found["p"] == pytest.approx(2 * 0.5**right)
+    assert found["beyond_chance"] is beyond
+
+
+def test_a_gate_that_is_not_met_ends_with_code_3_and_the_scores(models, tmp_path, llmkit):
+    file, out = write_lines(tmp_path / "sums.jsonl", PROBLEMS), tmp_path / "scores.json"
+    done = llmkit("evaluate", models / "seven", "--tasks", file, "--fail-under", "sums=0.6", "-o", out, "--quiet")
+    assert (done.returncode, out.exists()) == (3, True)
+    assert "sums 0.5000 is under --fail-under 0.6" in done.stderr
+    assert evaluate(models / "seven", tasks=file, gates=["sums=0.5"])
+
+
+def test_items_of_the_training_text_are_scored_apart(models, tmp_path):
+    items = [
+        {"context": f"{letter}: it was the best of {letter} times, it was the worst of", "continuation": "times"}
+        for letter in "abcd"
+    ]
+    file = write_lines(tmp_path / "words.jsonl", items)
+    docs = write_lines(
+        tmp_path / "docs.jsonl", [{"text": f"... {items[1]['context'].upper()} times!"}, {"text": "Nothing."}]
+    )
+    report = tmp_path / "report.jsonl"
+    task = evaluate(models / "base", tasks=file, trained_on=[docs], report=str(report)).models[0]["tasks"]["words"]
+    assert (task["in_training"]["items"], task["not_in_training"]["items"]) == (1, 3)
+    assert [item["in_training"] for item in read_lines(report)] == [False, True, False, False]
+
+
+# ---- resume
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluator, "CHUNK", 2)
+    file, out, other = write_lines(tmp_path / "things.jsonl", CHOICES), tmp_path / "a.json", tmp_path / "b.json"
+    evaluate(models / "base", models / "other", tasks=file, out=str(other))
+    asked, whole = [], evaluator.Model.evaluate
+
+    def dies(model, task, items):
+        asked.append(items[0].where)
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+        return whole(model, task, items)
+
+    monkeypatch.setattr(evaluator.Model, "evaluate", dies)
+    with pytest.raises(BaseException, match="--resume goes on"):
+        evaluate(models / "base", models / "other", tasks=file, out=str(out))
+    with pytest.raises(UserError, match="an unfinished run"):
+        evaluate(models / "base", models / "other", tasks=file, out=str(out))
+    evaluate(models / "base", models / "other", tasks=file, out=str(out), resume=True)
+    assert len(asked) == 7
+    assert out.read_text() == other.read_text()
+    assert not list(tmp_path.glob("*.state"))
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([{"query": "a", "choices": ["b", "c"], "gold": 2}], "1: expected a right choice from 0 to 1, found 2"),
+        ([{"query": "a", "choices": ["b", " "], "gold": 0}], "1: expected a choice with text, found ' '"),
+        ([{"query": "a", "choices": ["b"], "gold": 0}], "1: expected two choices or more, found ['b']"),
+        ([*CHOICES, {"query": "a"}], "7: expected an item of bad, found ['query']"),
+        ([{"id": 7}], "1: expected an item (query, choices, gold;"),
+        ([{"prompt": "2 + 2?"}], "expected field 'answer' for the verifier"),
+        ([], "expected items, found none"),
+    ],
+)
+def test_bad_items_are_named(models, tmp_path, rows, expected):
+    with pytest.raises(UserError) as error:
+        evaluate(models / "base", tasks=write_lines(tmp_path / "bad.jsonl", rows))
+    assert expected in str(error.value) and "bad.jsonl" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            {"tasks": "arc_esy"},
+            "--tasks arc_esy: expected a task or a file of items, found neither; did you mean arc_easy",
+        ),
+        ({"tasks": "arc_easy", "data_dir": "."}, "--tasks arc_easy: expected arc_easy.jsonl"),
+        ({"tasks": ""}, "--tasks: expected a task"),
+        ({"samples": 2}, "--samples 2: expected --temperature above 0"),
+        ({"gates": ["thing=1"]}, "--fail-under thing: expected a task among things"),
+        ({"gates": ["things"]}, "--fail-under things: expected TASK=SCORE"),
+        ({"few_shot": 6}, "expected 6 examples (--shots) for things, found 5"),
+        ({"chat": True}, "llmkit sft"),
+        ({"tools": ["calc"]}, "--tools: expected --chat"),
+        ({"core": "."}, "--core .: expected core.yaml, eval_meta_data.csv and eval_data/, found no core.yaml"),
+        ({"resume": True}, "--resume: expected --out"),
+    ],
+)
+def test_mistakes_are_named(models, tmp_path, monkeypatch, options, expected):
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "things.jsonl", CHOICES)
+    with pytest.raises(UserError) as error:
+        evaluate(models / "base", **{"tasks": "things.jsonl", **options})
+    assert expected in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("toml", "expected"),
+    [
+        ('kind = "choice"\n[[form]]\nprompt = ""\n', "kind: expected multiple_choice"),
+        ('kind = "text"\nbasline = 1\n[[form]]\ntext = ""\n', "expected baseline, found 'basline'"),
+        ('kind = "text"\n[[form]]\nprompt = ""\n', "[[form]]: expected 'text', which kind text needs"),
+        ('kind = "text"\nshots = "2"\n[[form]]\ntext = ""\n', "shots: expected int, found '2'"),
+        ('kind = "text"\n', "expected a table [[form]] or more"),
+    ],
+)
+def test_mistakes_in_a_toml_are_named(tmp_path, toml, expected):
+    (tmp_path / "own.toml").write_text(toml)
+    with pytest.raises(UserError) as error:
+        read_task(tmp_path / "own.toml")
+    assert expected in str(error.value) and "own.toml" in str(error.value)
