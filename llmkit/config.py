@@ -441,7 +441,8 @@ def read_toml(path: str, name: str) -> dict[str, Any]:
         with open(path, "rb") as handle:
             return tomllib.load(handle)
     except OSError as error:
-        raise UserError(f"{path}: cannot read the {name}: {str(error.strerror).lower()}") from error
+        reason = "an address; download it first" if "://" in path else str(error.strerror).lower()
+        raise UserError(f"{path}: cannot read the {name}: {reason}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not TOML: {error}") from error
 

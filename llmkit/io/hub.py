@@ -9,30 +9,32 @@ texts are fetched: no pickle, no code. What the cache has is not fetched again, 
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import logging
 import os
 import re
-import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections import deque
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from llmkit.errors import UserError
 from llmkit.io.files import file_sha256
-from llmkit.io.progress import counted, quantity, say
-from llmkit.io.ranks import launch
+from llmkit.io.progress import Progress, counted, quantity, say
 from llmkit.io.remote import Unreachable, cached_file, is_remote, listing, retried, settings
 
 EXAMPLE = "hf://ORG/MODEL or hf://ORG/MODEL@REVISION, such as hf://Qwen/Qwen3-0.6B"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TEXTS = ("", ".json", ".jinja", ".model", ".md", ".txt")  # ends of names: configuration, tokenizers, terms of use
 TEMPLATES = "additional_chat_templates/"
+THREADS = 4  # files of a model that come at a time
 OTHER_KINDS = ("datasets/", "spaces/", "buckets/")
 _ADDRESS = re.compile(r"hf://(?:models/)?(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>.+?))?/?")
+_NAME = re.compile(r"(?:hf:/*|(?:www\.)?(?:huggingface\.co|hf\.co)/)?([\w.-]+/[\w.-]+(?:@[\w./-]+)?)", re.IGNORECASE)
 _models: dict[str, HubModel] = {}
 _pinned: dict[str, str] = {}  # the commit of an address
 
@@ -54,6 +56,12 @@ def is_model(path: str) -> bool:
     """True for a folder, and for an address that is the form of a model's."""
     match = _ADDRESS.fullmatch(path)
     return os.path.isdir(path) if match is None else not match["repo"].startswith(OTHER_KINDS)
+
+
+def hub_hint(path: str) -> str:
+    """The end of a message on a folder that is not there: the address that was meant, where its form tells."""
+    match = _NAME.fullmatch(path)
+    return f"; a model of the hub: hf://{match[1]}" if match else ""
 
 
 def hub_name(path: str) -> str:
@@ -179,32 +187,73 @@ class HubModel:
 
         self.read.update(names)
         paths = {name: try_to_load_from_cache(self.repo, name, revision=self.commit) for name in names}
-        for name, path in paths.items():
-            if isinstance(path, str):
-                self.folder = Path(path).parents[name.count("/")]
-        missing = [name for name, path in paths.items() if not isinstance(path, str)]
+        missing = {name: self.commit for name, path in paths.items() if not isinstance(path, str)}
+        for name in paths.keys() - missing.keys():
+            self.folder = Path(str(paths[name])).parents[name.count("/")]
+        if missing and self.offline:
+            raise UserError(f"{self.offline}; the cache lacks {min(missing)}")
+        size = sum(self.sizes[name] for name in missing)
         if missing:
-            if self.offline:
-                raise UserError(f"{self.offline}; the cache lacks {missing[0]}")
-            size = quantity(sum(self.sizes[name] for name in missing))
-            what = f"{counted(len(missing), 'file')}, {size}B"
+            what = f"{counted(len(missing), 'file')}, {quantity(size)}B"
             say(f"{self.address}: fetching {what}, of commit {self.commit[:12]}", settings.quiet)
-        if missing or (revision and not self.offline):
-            with _bars_on_terminal():
-                self.folder = retried(self.address, lambda: self._download(names, revision or self.commit))
+        if revision and not self.offline:  # the cache notes the commit of a revision that a file was asked by
+            missing[names[0]] = revision
+        if missing:
+            self._download(missing, size)
 
-    def _download(self, names: list[str], revision: str) -> Path:
-        from huggingface_hub import snapshot_download
+    def _download(self, revisions: Mapping[str, str], size: int) -> None:
+        """Fetch files by name and revision, `size` bytes in all, in threads that an interrupted process leaves behind.
+
+        Those of the hub's snapshot_download would go on to the end of their files.
+        """
+        from huggingface_hub import constants
+        from huggingface_hub.file_download import repo_folder_name
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()  # each would stay on the screen
+        waiting, errors = deque(revisions.items()), list[BaseException]()
+        blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=self.repo, repo_type="model") / "blobs"
+
+        def stored() -> int:
+            with suppress(OSError):  # none there yet, or one is renamed
+                return sum(entry.stat().st_size for entry in os.scandir(blobs))
+            return 0
+
+        def work() -> None:
+            with suppress(IndexError):
+                while not errors:
+                    name, revision = waiting.popleft()
+                    try:
+                        self.folder = retried(self.address, partial(self._file, name, revision)).parents[
+                            name.count("/")
+                        ]
+                    except BaseException as error:
+                        errors.append(error)
+
+        threads = [Thread(target=work, daemon=True) for _ in range(min(THREADS, len(waiting)))]
+        before = stored()
+        with Progress(f"fetch {self.repo}", total=size, unit="B", quiet=settings.quiet) as progress:
+            for thread in threads:
+                thread.start()
+            while any(thread.is_alive() for thread in threads):
+                threads[0].join(0.1)
+                threads = [thread for thread in threads if thread.is_alive()] or threads
+                progress.advance(max(0, stored() - before - progress.done))
+        if errors:
+            raise errors[0]
+
+    def _file(self, name: str, revision: str) -> Path:
+        """Fetch a file into the hub's cache."""
+        from huggingface_hub import hf_hub_download
         from huggingface_hub.utils import LocalEntryNotFoundError
 
         try:
-            folder = Path(snapshot_download(self.repo, revision=revision, allow_patterns=[*map(glob.escape, names)]))
+            path = Path(hf_hub_download(self.repo, name, revision=revision))
         except LocalEntryNotFoundError as error:  # the hub went away
             raise (error.__cause__ or ConnectionError(str(error))) from None
-        # it gives back what it has, where the hub goes away; and the revision may be that of another commit now
-        if folder.name != self.commit or not all((folder / name).is_file() for name in names):
-            raise ConnectionError("not all files came")
-        return folder
+        if self.commit not in path.parts:
+            raise ConnectionError(f"{revision} is another commit now")
+        return path
 
 
 class BucketModel(HubModel):
@@ -231,22 +280,6 @@ class BucketModel(HubModel):
             self.folder.mkdir(exist_ok=True)
             with suppress(FileExistsError):
                 (self.folder / name).symlink_to(Path("..") / file.name)
-
-
-@contextmanager
-def _bars_on_terminal() -> Iterator[None]:
-    """Hide the hub's progress bars where none of ours would be shown."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    shown = sys.stderr is not None and sys.stderr.isatty() and launch().leads and not settings.quiet
-    if shown or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -255,6 +255,10 @@ class _Http:
                 raise ValueError("no host")
         except ValueError as error:  # a port beyond 65,535 too
             raise UserError(f"{address}: no such address ({error})") from None
+        if page := re.match(r"https://(?:huggingface|hf)\.co/(.+?)/(?:blob|tree)/([^/]+)/?(.*)", address):
+            raise UserError(
+                f"{address}: expected a file, found a page about it; write hf://{page[1]}@{page[2]}/{page[3]}"
+            )
         self._request = urllib.request
         self._address, self._last = address, last
         self._response: Any = None
@@ -533,7 +537,8 @@ def retried(address: str, ask: Callable[[], T], action: str = "read") -> T:
                 if hint := HUB.get(type(cause).__name__):
                     raise UserError(f"{address}: {hint}") from None
             if isinstance(error, FileNotFoundError | IsADirectoryError):
-                what = "a folder" if isinstance(error, IsADirectoryError) else "none there"
+                what = "a folder, whose files are read where its name ends in /"
+                what = what if isinstance(error, IsADirectoryError) else "none there"
                 raise UserError(f"{address}: expected {wanted}, found {what}") from None
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise

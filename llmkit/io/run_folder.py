@@ -27,7 +27,7 @@ from llmkit.io.files import (
     sole_writer,
     sync,
 )
-from llmkit.io.hub import check_weights, commits, pin
+from llmkit.io.hub import check_weights, commits, hub_hint, pin
 from llmkit.io.jsonl import read_object, write_json
 from llmkit.io.manifest import MANIFEST, OF_FILE, read_manifest, write_manifest, write_model_card
 from llmkit.io.progress import say
@@ -51,8 +51,7 @@ def check_model_folder(path: str | None, example: str) -> None:
         check_weights(path)
     elif not Path(path).is_dir():
         instead = "a file" if Path(path).exists() else "nothing"
-        of_hub = f"; a model of the hub: hf://{path}" if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", path) else ""
-        raise UserError(f"{path}: expected a model folder, found {instead}{of_hub}")
+        raise UserError(f"{path}: expected a model folder, found {instead}{hub_hint(path)}")
 
 
 # ---- checkpoints, which training/checkpoint.py writes and reads

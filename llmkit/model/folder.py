@@ -162,6 +162,7 @@ class SavedTensors:
     """The tensors of a folder by name, wherever they lie; only headers are read before `read`."""
 
     def __init__(self, folder: str | os.PathLike[str]):
+        self.name = os.fspath(folder)  # in errors
         self.folder = folder = local_folder(folder, weights=True)
         self._open_files: dict[Path, Any] = {}
         self.where: dict[str, Path] = {}
@@ -207,7 +208,7 @@ class SavedTensors:
     def rows(self, name: str, what: str) -> int:
         """The first dimension of a tensor. Raises UserError, which names what has it, where there is none."""
         if name not in self.where:
-            raise UserError(f"{self.folder}: expected {what}, found no tensor {name}")
+            raise UserError(f"{self.name}: expected {what}, found no tensor {name}")
         return self.shape(name)[0]
 
     def _slice(self, name: str) -> Any:
@@ -223,7 +224,7 @@ class SavedTensors:
         """
         if self.where and config.num_hidden_layers > len(self.where):  # before names are made for all of them
             raise UserError(
-                f"{self.folder}: expected the tensors of num_hidden_layers {config.num_hidden_layers}, "
+                f"{self.name}: expected the tensors of num_hidden_layers {config.num_hidden_layers}, "
                 f"found {counted(len(self.where), 'tensor')} in all"
             )
         shapes, embedding = {**stock_shapes(config), **(others or {})}, embedding_name(config)
@@ -241,14 +242,14 @@ class SavedTensors:
             del self.where[HEAD]
         if SCORE in self.where and SCORE not in shapes:
             raise UserError(
-                f"{self.folder}: expected a model that writes, found a reward model, which scores; "
-                f"llmkit train-reward --score {self.folder}"
+                f"{self.name}: expected a model that writes, found a reward model, which scores; "
+                f"llmkit train-reward --score {self.name}"
             )
         missing = [name for name in shapes if name not in self.where]
         if quantized := next((name for name in self.where if name.endswith(_QUANTIZED)), None):
             raise UserError(f"{self.where[quantized]}: found the quantized tensor {quantized}; {ORIGINAL}")
         if missing:
-            raise UserError(f"{self.folder}: missing tensor {_first(missing)}")
+            raise UserError(f"{self.name}: missing tensor {_first(missing)}")
         extra = [name for name in self.where if name not in shapes and not name.endswith(_IGNORED_SUFFIXES)]
         if extra:
             raise UserError(

@@ -16,6 +16,7 @@ from llmkit.io.foreign import check_no_adapter
 from llmkit.io.jsonl import read_object
 from llmkit.io.manifest import LARGEST_MANIFEST, MANIFEST, OF_FILE, read_manifest
 from llmkit.io.metrics import METRICS
+from llmkit.io.remote import is_remote
 from llmkit.io.run_folder import NOTES
 from llmkit.report.records import KINDS, RecordsFile, is_number, noting, objects, parsed, raw_lines
 
@@ -50,6 +51,8 @@ def gather(paths: Sequence[str]) -> Gathered:
     """
     gathered = Gathered()
     for path in paths:
+        if is_remote(path):
+            raise UserError(f"{path}: expected a run folder of this machine, found an address; download it first")
         if not os.path.exists(path):
             raise UserError(f"{path}: expected a run folder, or a file that a stage has written; found nothing there")
         with noting(gathered.notes):

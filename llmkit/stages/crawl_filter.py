@@ -21,6 +21,7 @@ from llmkit.io.jsonl import check_inputs, expanded, input_files, name_of, open_b
 from llmkit.io.manifest import write_manifest
 from llmkit.io.progress import Progress, counted, duration, quantity, say
 from llmkit.io.ranks import available_cores
+from llmkit.io.remote import is_remote
 from llmkit.io.resume import STATE, Kept
 from llmkit.io.run_folder import uploaded
 
@@ -231,6 +232,8 @@ def _recipe(config: CrawlFilterConfig) -> tuple[Recipe, str]:
         recipe = recipe.changed("language", languages=languages)
     if config.extractor:
         recipe = recipe.changed("extract", extractor=config.extractor)
+    if away := next(filter(is_remote, config.blocklist), None):
+        raise UserError(f"--blocklist {away}: expected a file of this machine, found an address; download it first")
     if config.blocklist:
         recipe = recipe.changed("url", blocklists=config.blocklist)
     models = tuple(map(local_spec, config.classifier or recipe.classifier.models))

@@ -21,6 +21,7 @@ from llmkit.config import (
     parse_columns,
 )
 from llmkit.errors import UserError
+from llmkit.io.hub import hub_hint, is_model
 from llmkit.io.jsonl import names_of
 from llmkit.io.progress import counted, duration, say
 from llmkit.io.remote import is_remote
@@ -206,7 +207,7 @@ def _checked_sources(config: PretrainConfig) -> Sources:
 
     sources = parse_sources(config.inputs, config.phase)
     for path in (*(source.path for source in sources.inputs), *config.val):
-        if (Path(path) / "config.json").exists():
+        if (Path(path) / "config.json").exists() or (is_remote(path) and is_model(path)):
             raise UserError(f"{path}: expected documents, found a model folder; to train it further: --from {path}")
     if config.model is not None:
         for item in option_fields(PretrainConfig):
@@ -223,7 +224,7 @@ def _checked_sources(config: PretrainConfig) -> Sources:
     elif not is_remote(config.tokenizer) and not Path(config.tokenizer).exists():
         raise UserError(
             f"--tokenizer: expected a folder with tokenizer.json, found no {config.tokenizer}; llmkit train-bpe makes "
-            "one, and hf://ORG/MODEL names one of the Hugging Face Hub"
+            f"one{hub_hint(config.tokenizer) or ', and hf://ORG/MODEL names one of the Hugging Face Hub'}"
         )
     if config.phase and config.time_budget is not None:
         raise UserError("--phase: expected a run of known length, found --time-budget; choose --tokens or --max-steps")

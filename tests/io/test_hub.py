@@ -135,7 +135,10 @@ def test_what_the_cache_has_is_read_without_a_network(server: HubServer, monkeyp
         ("hf://datasets/org/data", "expected the address of a model, hf://ORG/MODEL"),
         ("https://huggingface.co/org/model/tree/main", "write hf://org/model"),
         ("https://example.org/model/", "expected a model folder of this machine or of a bucket, or hf://ORG/MODEL"),
-        ("org/model", "expected a model folder, found nothing; a model of the hub: hf://org/model"),
+        *(
+            (path, "expected a model folder, found nothing; a model of the hub: hf://org/model")
+            for path in ("org/model", "hf:org/model", "HF://org/model", "huggingface.co/org/model")
+        ),
     ],
 )
 def test_what_is_no_model_is_one_line(server: HubServer, address: str, told: str) -> None:
@@ -218,6 +221,7 @@ def test_files_of_a_data_set(server: HubServer) -> None:
         ("hf://datasets/org/data", "expected a file, found a folder"),
         ("hf://datasets/org/gated/a.jsonl", "its terms must be accepted"),
         ("hf://data", "no such address"),
+        ("https://huggingface.co/datasets/org/data/blob/main/a/b.jsonl", "write hf://datasets/org/data@main/a/b.jsonl"),
     ],
 )
 def test_what_is_no_file_of_a_data_set_is_one_line(server: HubServer, address: str, told: str) -> None:
