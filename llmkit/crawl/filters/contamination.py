@@ -6,9 +6,9 @@
 An item is its question, with the right answer where the question is short. Of item and text only letters and digits
 count, so that line ends, punctuation and case do not. The score is the share of the item's runs of RUN letters
 (overlapping) that stand together in the text. Of 3,000 of 70,851 items of 26 public sets, planted into documents as
-they are, in capitals, wrapped anew, with punctuation removed or replaced, .988 are found at a score of .8 (most of the
-others are too short); of 5,167 documents 2 are taken for contaminated, 3 with 88,684 items of 45 sets. 13-grams of
-words, as GPT-3 has it (arXiv:2005.14165, appendix C), do not find items of fewer words.
+they are, in capitals, wrapped anew, with punctuation removed or replaced, .992 are found at a score of .8 (the others
+are too short); of 5,167 documents 2 are taken for contaminated, 3 with 89,009 items of 45 sets. 13-grams of words, as
+GPT-3 has it (arXiv:2005.14165, appendix C), do not find items of fewer words.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llmkit.errors import UserError
+from llmkit.formats.questions import answers_of
 from llmkit.io.jsonl import read_jsonl, write_json
 from llmkit.io.progress import counted, say
 from llmkit.io.records import ANSWERS, CHOICES, CONVERSATIONS, QUESTIONS, Row
@@ -33,7 +35,8 @@ from llmkit.io.records import ANSWERS, CHOICES, CONVERSATIONS, QUESTIONS, Row
 RUN = 16  # letters, a power of 2
 SHORT = 24  # letters of a question that says little without its answer
 SHORTEST = 18  # letters of an item, with its answer
-MORE_QUESTIONS = ("goal", "sentence_good")  # of PIQA and BLiMP as they were published
+OF_PIQA = ("goal", "sol1")  # question and an answer, which may be the wrong one: no label stands beside them
+OF_BLIMP = "sentence_good"
 ASKERS = ("user", "human")
 _BITS = 26  # of a hash, for two tables that tell 98% of other runs apart from those of 57,000 items
 _SHIFT, _LOW = np.uint64(64 - _BITS), np.uint64((1 << _BITS) - 1)
@@ -111,15 +114,15 @@ class Contamination:
         read = 0
         for row in read_jsonl(rules.files):
             read += 1
-            if len(letters := _letters(" ".join(_item(row)))[0]) >= SHORTEST:
+            question, answer = _item(row)
+            letters = _letters(f"{question} {answer}")[0]
+            if len(letters) >= (SHORTEST if answer else SHORT):
                 self.items.append(row.where)
                 lengths.append(len(letters))
                 runs.append(np.unique(_runs(letters)))
         if short := read - len(self.items):
-            say(
-                f"{flag}: {counted(short, 'item')} of {read} left out: under {SHORTEST} letters with the answer",
-                quiet,
-            )
+            least = f"under {SHORTEST} letters with the answer, or {SHORT} without one"
+            say(f"{flag}: {counted(short, 'item')} of {read} left out: {least}", quiet)
         if not runs:
             raise UserError(f"{flag} {' '.join(rules.files)}: expected items of {SHORTEST} letters or more, found none")
         self._lengths = np.array(lengths)
@@ -234,10 +237,10 @@ def _item(row: Row) -> tuple[str, str]:
     chosen = str(options[right]) if right is not None and 0 <= right < len(options) else ""
     if "context_options" in value:
         return chosen, str(value.get("continuation", ""))
-    question = next(
-        (value[name] for name in (*QUESTIONS, *MORE_QUESTIONS) if isinstance(value.get(name), str) and value[name]),
-        None,
-    )
+    if OF_BLIMP in value:
+        return "", str(value[OF_BLIMP])
+    named = (*QUESTIONS, OF_PIQA[0])
+    question = next((value[name] for name in named if isinstance(value.get(name), str) and value[name]), None)
     for name in CONVERSATIONS:
         listed = value[name] if isinstance(value.get(name), list) else []
         turns = [turn for turn in listed if isinstance(turn, dict)]
@@ -249,11 +252,12 @@ def _item(row: Row) -> tuple[str, str]:
         question = max((text for text in value.values() if isinstance(text, str)), key=len, default="")
     if len(_letters(question)[0]) >= SHORT:
         return question, ""
-    answers = [value[name] for name in ANSWERS if value.get(name) is not None and not isinstance(value[name], int)]
-    answer = (
-        answers[0][0] if answers and isinstance(answers[0], list) and answers[0] else "".join(map(str, answers[:1]))
-    )
-    return question, chosen or str(answer)
+    for name in (*ANSWERS, OF_PIQA[1]) if not chosen else ():
+        if value.get(name) is not None and not isinstance(value[name], int):
+            with suppress(UserError):
+                chosen = answers_of(value[name], name)[0]
+            break
+    return question, chosen
 
 
 @cache

@@ -22,6 +22,8 @@ ITEMS = [
     {"sentence_good": "Many old sailors were helping Caroline home.", "sentence_bad": "Many old sailors was helping."},
     {"messages": [{"role": "user", "content": "Name the river that runs through the town of Durham."}]},
     {"prompt": "Здесь корабль стоит вдоль причала уже три дня", "answer": "да"},
+    {"goal": "Mixing the batter", "sol1": "Stir it with a wooden spoon.", "sol2": "Stir it with a wooden door."},
+    {"question": "Whose is it?", "answer": {"value": "Melville's", "aliases": ["Herman Melville's"]}},
     {"question": "2+2?", "answer": "4"},
 ]  # fmt: skip
 PLANTED = [
@@ -32,6 +34,8 @@ PLANTED = [
     "Many old sailors, were helping; Caroline: home!",
     "Name the river — that runs through the town of Dürham?",
     "здесь, корабль. стоит вдоль причала: уже три дня",
+    "Mixing the batter\n\nStir it with a wooden spoon",
+    "whose is it? MELVILLE'S",
 ]
 BEFORE, AFTER = "It was a bright cold day in April. ", " And so the clocks were striking thirteen."
 
@@ -57,6 +61,7 @@ def test_a_text_without_an_item_is_left_as_it_is(index: Contamination, capsys) -
         "",
         "2+2? 4",
         "Which gas do plants take in",
+        "Mixing the batter takes long.",
         "Who wrote it? Melville wrote it, of New York",
     ):
         assert not index.find(text) and index.redact(text) == text
@@ -65,7 +70,7 @@ def test_a_text_without_an_item_is_left_as_it_is(index: Contamination, capsys) -
 def test_what_is_too_short_to_be_found_is_counted(tmp_path: Path, capsys) -> None:
     (tmp_path / "e.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
     assert len(Contamination(ContaminationRules((str(tmp_path / "e.jsonl"),))).items) == len(ITEMS) - 1
-    assert "1 item of 8 left out" in capsys.readouterr().err
+    assert f"1 item of {len(ITEMS)} left out" in capsys.readouterr().err
 
 
 def test_redaction_takes_the_item_alone(index: Contamination) -> None:
