@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llmkit.errors import UserError
-from llmkit.formats.questions import answers_of, placed
+from llmkit.formats.questions import answers_of, chosen, placed
 from llmkit.io.records import (
     ANSWERS,
     ASKING,
@@ -147,7 +147,7 @@ def find_prompt(row: Row, fields: Sequence[str] = ASKING) -> RecordPrompt | None
     Raises UserError that names the place and what was expected.
     """
     value = row.value
-    name = first_of(value, fields)
+    name = first_of(value, fields) or ("data" if _are_turns(value.get("data")) else None)
     if name is None:
         return None
     used, prompt = [name], value[name]
@@ -220,6 +220,8 @@ def entries_of(name: str, value: Any, role: str) -> list[dict[str, Any]]:
     """
     if isinstance(value, str) and name not in CONVERSATIONS:
         return [{"role": role, "content": value}]
+    if name in CONVERSATIONS and _are_turns(value):
+        return [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(value)]
     if not isinstance(value, list):
         expected = "a list of messages" if name in CONVERSATIONS else "text or messages"
         raise UserError(f"expected {name!r} to be {expected}, found {kind_of(value)}")
@@ -229,8 +231,13 @@ def entries_of(name: str, value: Any, role: str) -> list[dict[str, Any]]:
     return value
 
 
+def _are_turns(value: Any) -> bool:
+    """True for a list of texts, said by user and assistant in turn, as in UltraChat and LIMA."""
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(text, str) for text in value)
+
+
 def _answering(row: Row, name: str, thoughts: dict[str, Any]) -> list[dict[str, Any]]:
-    value = row.value[name]
+    value = chosen(row.value, name)
     turns = value if isinstance(value, list) else [None]
     are_messages = all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns)
     may_be_right = name in ("answer", "answers", "target", "continuation", "output")  # a number, or right answers

@@ -18,17 +18,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from string import ascii_uppercase
 from typing import Any
 
 from llmkit.errors import UserError
 from llmkit.formats.conversations import Message, RecordPrompt, find_prompt, read_messages
-from llmkit.formats.questions import FRAME, answers_of, placed
+from llmkit.formats.questions import FRAME, MARKER, answers_of, placed
 from llmkit.io.progress import counted
-from llmkit.io.records import PROMPT_FIELDS, SOLVED_BY, Row, fields_of, first_of, kind_of, not_used
+from llmkit.io.records import (
+    CONVERSATIONS,
+    PROMPT_FIELDS,
+    QUESTIONS,
+    SOLVED_BY,
+    Row,
+    fields_of,
+    first_of,
+    kind_of,
+    not_used,
+)
 
-MARKER = "####"
 BRACES = re.compile(
     r"(?P<box>\\(?:boxed|(?P<frame>fbox|fboxed))\s*)(?:(?P<brace>\{)|(?P<bare>[^\s\\{}$.,]+))|\\.|[{}]", re.DOTALL
 )
@@ -70,6 +79,14 @@ def read_problem(row: Row) -> Problem:
     """Read the problem in a record of any format. Raises UserError that names the place and what was expected."""
     value = row.value
     request = find_prompt(row)
+    other = find_prompt(row, QUESTIONS)
+    if (
+        request is not None
+        and other is not None
+        and request.name in CONVERSATIONS
+        and read_messages(row, request.entries)[-1].role == "assistant"  # they hold the answer, too
+    ):
+        request = replace(other, used=(*other.used, request.name))
     if request is None:
         raise UserError(f"expected field 'prompt', 'question' or 'messages' (a problem), found {fields_of(value)}")
     verifier = value.get("verifier")

@@ -21,9 +21,10 @@ from typing import Any, TypeVar, cast
 
 from llmkit.errors import UserError, naming
 from llmkit.io.jsonl import json_rows, names_of, records_of
-from llmkit.io.records import FACTS, BadRecords, Row, fields_of, first_of, kind_of, not_used
+from llmkit.io.records import CHOICES, FACTS, BadRecords, Row, fields_of, first_of, kind_of, not_used
 
 F = TypeVar("F", bound=Callable[..., Any])
+MARKER = "####"  # before the short form of an answer of GSM8K
 EXPECTED = "'question' and 'answer', or 'context' and 'continuation'"
 # what a prompt for base models puts around its question
 FRAME = re.compile(r"\A\s*(?:question|q):[ \t]*|\s*\n\s*(?:answer|a):\s*\Z", re.IGNORECASE)
@@ -143,7 +144,7 @@ def read_question(row: Row) -> Question | str:
     if asking == "context":
         text = _text(FRAME.sub("", text), asking)
     aliases = value.get("aliases") or []
-    answers = answers_of(value[field], field) + (answers_of(aliases, "aliases") if aliases else ())
+    answers = answers_of(chosen(value, field), field) + (answers_of(aliases, "aliases") if aliases else ())
     named = first_of(value, ("passage", "context") if asking == "question" else ("passage",))
     passage = None if named is None else _text(value[named], named)
     name = value.get("passage_id", value.get("id"))
@@ -152,7 +153,7 @@ def read_question(row: Row) -> Question | str:
         raise UserError(f"expected 'language' to be a code such as \"en\", found {kind_of(language)}")
     return Question(
         text,
-        tuple(dict.fromkeys(answers)),
+        tuple(dict.fromkeys(answer.rpartition(MARKER)[2].strip() or answer for answer in answers)),
         passage or "",
         "" if name is None else str(name),
         kind_of_question(text) if asking == "question" or text.endswith("?") else "completion",
@@ -160,6 +161,16 @@ def read_question(row: Row) -> Question | str:
         row.where,
         not_used(value, ("context", asking, field)),
     )
+
+
+def chosen(value: dict[str, Any], field: str) -> Any:
+    """The answer of a field of a record; of a place among its choices, from 0, the choice.
+
+    >>> chosen({"choices": ["3", "4"], "answer": 1}, "answer"), chosen({"answer": 1}, "answer")
+    ('4', 1)
+    """
+    answer, choices = value[field], next((value[name] for name in CHOICES if isinstance(value.get(name), list)), [])
+    return choices[answer] if type(answer) is int and 0 <= answer < len(choices) else answer
 
 
 def answers_of(value: Any, field: str) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from llmkit.errors import UserError
 from llmkit.io.remote import is_remote
 
 PARTIAL = ".partial"
-_POINTER = b"version https://git-lfs.github.com/spec/"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 BLOCK = 1 << 16  # bytes read at a time
 OURS = ("manifest.json", "tokenizer.json")  # one of them stands in every folder that a stage writes
 # formats that a name may promise and no stage writes
@@ -355,7 +355,7 @@ def check_file(path: str | os.PathLike[str], largest: int | None = None) -> None
     if largest is not None and status.st_size > largest:
         raise UserError(f"{path}: expected at most {largest >> 20} MB, found {status.st_size >> 20} MB")
     with open(path, "rb") as handle:
-        if handle.read(len(_POINTER)) == _POINTER:
+        if handle.read(len(LFS_POINTER)) == LFS_POINTER:
             raise UserError(
                 f"{path}: a Git LFS pointer, which stands for a file that was not downloaded; "
                 "run git lfs pull in its folder"

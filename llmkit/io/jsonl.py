@@ -15,13 +15,14 @@ import gzip
 import io
 import json
 import os
+import stat
 import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, TypeVar, cast
 
 import orjson
 
@@ -186,8 +187,16 @@ def open_packed(path: str) -> Iterator[io.BufferedReader]:
                 remote.raw.check()  # type: ignore[attr-defined]
         else:
             with open(path, "rb", buffering=BLOCK) as handle:
-                raw: Any = handle
-                yield raw
+                number, raw = os.dup(handle.fileno()), cast(Any, handle)  # readers of tables close it
+                try:
+                    before = os.fstat(number)
+                    yield raw
+                    after = os.fstat(number)
+                finally:
+                    os.close(number)
+                changed = (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns)
+                if changed and stat.S_ISREG(before.st_mode):
+                    raise UserError(f"{path}: changed while it was read; start again when it is whole")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         reason = str(error).lower()
         raise UserError(f"{name_of(path)}: damaged or cut gzip data: {reason}; fetch or write it again") from error

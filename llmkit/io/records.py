@@ -25,9 +25,9 @@ from llmkit.errors import UserError
 from llmkit.io.progress import counted, say
 
 # The one table of the fields that hold what is said, for all readers; of several the first is taken
-CONVERSATIONS = ("messages", "conversations")
+CONVERSATIONS = ("messages", "conversations", "data")  # the last as UltraChat's, a list of texts
 QUESTIONS = ("prompt", "question", "problem", "query", "instruction", "context", "input", "sQuestion")
-ASKING = (*CONVERSATIONS, *QUESTIONS)
+ASKING = (*CONVERSATIONS[:2], *QUESTIONS)
 PROMPT_FIRST = ("prompt", *ASKING)  # of records with an answer, whose `messages` may hold it, too
 SYSTEM = ("system", "system_prompt")  # in front of what is asked, as is "history"
 SHOWN = ("tools", "functions", "images", "image", "audio", "videos")  # beside a prompt, to models of another kind

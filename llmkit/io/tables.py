@@ -20,6 +20,7 @@ from typing import IO, Any
 import orjson
 
 from llmkit.errors import UserError
+from llmkit.io.files import LFS_POINTER
 from llmkit.io.progress import counted, say
 
 PARQUET_MAGIC = b"PAR1"
@@ -79,11 +80,12 @@ def parquet_lines(
         names = file.schema_arrow.names
         check_columns(names, columns, name)
         used = [_column_in(names, columns.get(field, field)) or field for field in fields]
-        read = [column for column in names if column in used] if used and used[0] in names else names
-        inner_bytes = [column for column in read if _has_inner_bytes(file.schema_arrow.field(column).type)]
-        if inner_bytes:
+        inner_bytes = [field.name for field in file.schema_arrow if _has_inner_bytes(field.type)]
+        read = [column for column in names if column not in inner_bytes]
+        if used and used[0] in read:
+            read = [column for column in read if column in used]
+        elif inner_bytes:
             say(f"{name}: left out what holds bytes, the columns {', '.join(inner_bytes)}")
-        read = [column for column in read if column not in inner_bytes]
         for batch in file.iter_batches(READ_ROWS, columns=read, use_threads=False):
             for line in _lines_of(batch):
                 yield line
@@ -139,8 +141,14 @@ def table_lines(
 
     columns, fields: as in `parquet_lines`
     """
-    if raw.peek(4)[:4] == PARQUET_MAGIC:
+    head = raw.peek(64)[:64]
+    if head.startswith(PARQUET_MAGIC):
         return parquet_lines(raw, name, columns, fields)
+    if head.startswith(LFS_POINTER):
+        raise UserError(f"{name}: a Git LFS pointer in the place of the file; run git lfs pull in its folder")
+    if name.lower().endswith(".parquet"):
+        instead = f"a file that begins with {head[:16]!r}" if head else "an empty file"
+        raise UserError(f"{name}: expected Parquet, found {instead}; fetch it again")
     delimiter = DELIMITERS.get(os.path.splitext(name.lower().removesuffix(".gz").removesuffix(".zst"))[1])
     return csv_lines(raw, name, delimiter, columns) if delimiter else None
 
@@ -162,8 +170,11 @@ def csv_lines(raw: IO[bytes], name: str, delimiter: str, columns: Mapping[str, s
                 raise UserError(f"{name}:{number}: {wanted}; quote fields that hold the separator")
             if row:
                 yield orjson.dumps(dict(zip(names, row, strict=True)), option=orjson.OPT_APPEND_NEWLINE)
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{name}: damaged after row {number} ({error}); write it again as UTF-8") from error
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.object[error.start]:#x}"
+        raise UserError(f"{name}: not UTF-8 after row {number} ({byte}); convert the file first") from error
+    except csv.Error as error:
+        raise UserError(f"{name}: damaged after row {number} ({error}); look for a quote that is not closed") from error
 
 
 def write_parquet(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gzip
 import io
 import json
 import os
@@ -225,39 +226,11 @@ def test_csv_and_tsv(tmp_path: Path, name: str, separator: str) -> None:
     path.write_text("text\n" + "a" * 1_000_000 + "\n")
     assert len(values(path)[0]["text"]) == 1_000_000
     path.write_bytes(b"text\n\xff\n")
-    with pytest.raises(UserError, match=rf"{name}: damaged after row"):
+    with pytest.raises(UserError, match=rf"{name}: not UTF-8 after row 0 \(byte 0xff\)"):
         values(path)
-
-
-LAYOUTS = {  # of the hub: FineWeb; messages with calls; UltraChat; GSM8K
-    "train-bpe": {"text": "a text of the web", "id": "<urn:uuid:1>", "dump": "CC-MAIN-2013-20", "url": "http://a.b/",
-                  "date": "2013-05-18T05:48:54Z", "language_score": 0.98, "token_count": 42},
-    "sft": [
-        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]},
-        {"prompt": "Hi", "prompt_id": "1f", "messages": [{"content": "Hi", "role": "user"},
-                                                       {"content": "Hello!", "role": "assistant"}]},
-        {"question": "2 + 2?", "answer": "It is <<2+2=4>>4.\n#### 4"},
-    ],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("layout", LAYOUTS["sft"])
-def test_layouts_of_the_hub_are_conversations_with_no_option(tmp_path: Path, layout) -> None:
-    from llmkit.formats.conversations import read_conversation
-
-    path = tmp_path / "d.parquet"
-    parquet.write_table(pa.Table.from_pylist([layout] * 3), path)
-    (tmp_path / "d.jsonl").write_text(json.dumps(layout) + "\n")
-    of_table, of_lines = (
-        list(read_jsonl([str(tmp_path / name)], read=read_conversation)) for name in ("d.parquet", "d.jsonl")
-    )
-    assert len(of_table) == 3 and of_table[0].messages == of_lines[0].messages
-
-
-def test_the_layout_of_fineweb_is_documents(tmp_path: Path) -> None:
-    path = tmp_path / "d.parquet"
-    parquet.write_table(pa.Table.from_pylist([LAYOUTS["train-bpe"]]), path)
-    assert [row.value for row in read_documents([str(path)])] == [LAYOUTS["train-bpe"]]
+    path.write_text('text\n"a\n')
+    with pytest.raises(UserError, match=rf"{name}: damaged after row 0 .* a quote that is not closed"):
+        values(path)
 
 
 # ---- --columns
@@ -317,3 +290,62 @@ def test_only_the_columns_of_a_document_are_read(tmp_path: Path, monkeypatch) ->
 def test_columns_that_name_nothing(text: str) -> None:
     with pytest.raises(UserError, match="--columns: expected"):
         parse_columns([text])
+
+
+# ---- what cannot be read
+
+
+def grow(path: Path) -> None:
+    with open(path, "ab") as handle:
+        handle.write(b'{"text": "late"}\n')
+
+
+def replace_content(path: Path) -> None:
+    status = path.stat()
+    path.write_bytes(path.read_bytes().replace(b"1", b"2"))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1_000_000))
+
+
+@pytest.mark.parametrize("change", [grow, replace_content])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "jsonl.gz"])
+def test_a_file_that_changes_while_it_is_read(tmp_path: Path, kind: str, change) -> None:
+    path = named(tmp_path, kind.removesuffix(".gz"), [{"text": f"text {number}"} for number in range(50)])
+    if kind.endswith(".gz"):
+        path = tmp_path / "d.jsonl.gz"
+        path.write_bytes(gzip.compress((tmp_path / "d.jsonl").read_bytes()))
+    rows = read_jsonl([str(path)])
+    next(rows)
+    change(path)
+    with pytest.raises(UserError, match=rf"{kind}.*: (changed while it was read|damaged)"):
+        list(rows)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"text": [{"en": "one"}]}, "expected 'text' to be a string, found an object"),
+        ({"text": [["one", "two"]]}, "expected 'text' to be a string, found a list"),
+        ({"text": [1.5]}, "expected 'text' to be a string, found a number"),
+        ({"text": [[b"one"]], "id": [1]}, r"expected field 'text' \(a document\), found \['id'\]"),
+        ({"body": ["one"], "id": [1]}, r"expected field 'text' \(a document\), found \['body', 'id'\]"),
+    ],
+)
+def test_a_column_that_is_no_text(tmp_path: Path, table: dict, message: str) -> None:
+    path = write(tmp_path / "d.parquet", **table)
+    with pytest.raises(UserError, match=rf"^{path}:1: {message}"):
+        list(read_documents([path], None, BadRecords("1%"), {}, OF_DOCUMENT))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "expected Parquet, found an empty file"),
+        (b"<html>404", r"expected Parquet, found a file that begins with b'<html>404'"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "a Git LFS pointer .* git lfs pull"),
+        (b"PAR1", "damaged or cut Parquet"),
+    ],
+)
+def test_what_is_no_parquet_is_no_text_either(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "d.parquet").write_bytes(content)
+    with pytest.raises(UserError, match=rf"d\.parquet: {message}"):
+        list(read_documents([str(tmp_path / "d.parquet")]))

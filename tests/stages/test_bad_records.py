@@ -12,6 +12,7 @@ from pyarrow import parquet
 from tiny import make_model, save_assistant, save_folder, save_tokenizer
 
 from llmkit.errors import UserError
+from llmkit.io.jsonl import read_jsonl
 from llmkit.io.manifest import read_manifest
 from llmkit.model.folder import save_model
 from llmkit.stages import pretrain, probe_knowledge, rl, sample, sft, train_bpe, train_reward
@@ -297,3 +298,34 @@ def test_fields_of_other_names_are_read_by_columns(folders, tmp_path, command):
     with pytest.raises(UserError, match=r"d\.parquet: expected column 'content' \(--columns\), found their "):
         run(command, folders, given, tmp_path / "none", columns=("text=content",))
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("command", ["sample", "score", "probe-knowledge", "recite"])
+def test_records_are_written_as_parquet_by_name(folders, tmp_path, command):
+    """The same records as in JSONL, but for fields that a record does not have, which are null."""
+    rows = [
+        {"prompt": "2 + 2?", "completion": "4", "big": 2**70},
+        {"prompt": "1 + 1?", "completion": "2", "mixed": [1]},
+    ]
+    rows = [*rows, {**rows[0], "mixed": "text"}] if command in ("sample", "score") else [GOOD["probe-knowledge"]] * 3
+    rows = [{"text": "The lighthouse of Port Ellis was opened in 1889. " * 9}] * 3 if command == "recite" else rows
+    given, made = write(tmp_path / "d.jsonl", *rows), {}
+    for kind in ("jsonl", "parquet"):
+        out, options = tmp_path / f"o.{kind}", {}
+        if command == "probe-knowledge":
+            options = {"report": str(tmp_path / f"report.{kind}"), "balance": None}
+        if command == "recite":
+            recite = {"model": str(folders["chat"]), "recite": str(given), "max_tokens": 4, "out": str(out)}
+            probe_knowledge.run(probe_knowledge.ProbeKnowledgeConfig(**recite))
+        else:
+            run(command, folders, given, out, **options)
+        paths = [out, tmp_path / f"report.{kind}"] if command == "probe-knowledge" else [out]
+        made[kind] = [row.value for path in paths for row in read_jsonl([str(path)])]
+    assert len(made["jsonl"]) == len(made["parquet"]) > 0
+    for record, row in zip(made["jsonl"], made["parquet"], strict=True):
+        assert {name: value for name, value in row.items() if value is not None} == {
+            name: str(value) if name == "big" else "[1]" if value == [1] else value
+            for name, value in record.items()
+            if value not in (None, {})
+        }
+    assert sorted(path.name for path in tmp_path.iterdir() if "state" in path.name or "partial" in path.name) == []
