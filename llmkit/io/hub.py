@@ -268,7 +268,7 @@ class BucketModel(HubModel):
             raise UserError(f"{address}: expected a model folder, found nothing")
         self.address, self.repo, self.offline, self.read = address.rstrip("/"), "", None, set()
         self.sizes = {name: size for name, (size, _) in entries.items()}
-        self.commit = hashlib.sha256(json.dumps([address, *sorted(entries.items())]).encode()).hexdigest()[:12]
+        self.commit = hashlib.sha256(json.dumps([self.address, *sorted(entries.items())]).encode()).hexdigest()[:12]
         self.folder = Path(settings.cache) / f"{self.commit}-{self.address.rpartition('/')[2]}"
         self.fetch([name for name in self.sizes if _is_text(name)])
 

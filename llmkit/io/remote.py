@@ -135,7 +135,7 @@ def listing(folder: str) -> dict[str, tuple[int, str]]:
             return system.ls(path.rstrip("/"), detail=True)
         return []
 
-    files = [entry for entry in retried(folder, entries) if entry.get("type") == "file"]
+    files = [entry for entry in retried(folder, entries) if entry.get("type") == "file" and entry["name"] != path]
     return {entry["name"].rpartition("/")[2]: (entry.get("size") or 0, _version(entry)) for entry in files}
 
 

@@ -60,6 +60,7 @@ class HubServer(ThreadingHTTPServer):
     busy   the first two requests of each file or listing are answered by 503
     cut    every other file ends after two thirds
     down   every request is answered by 503
+    stall  a file ends after two thirds, when the server does
     """
 
     daemon_threads = True
@@ -71,6 +72,7 @@ class HubServer(ThreadingHTTPServer):
         self.ways: set[str] = set()
         self.requests: list[str] = []
         self.asked = Counter[str]()
+        self.ended = threading.Event()
         self.address = f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request: object, client_address: object) -> None:
@@ -195,7 +197,8 @@ class _Answer(BaseHTTPRequestHandler):
             start, end = int(span[1]), min(int(span[2] or size - 1), size - 1)
             data = data[start : end + 1]
             headers = {**headers, "Content-Range": f"bytes {start}-{end}/{size}"}
-        is_cut = "cut" in self.server.ways and self.command == "GET" and len(self.server.requests) % 2 == 1
+        is_cut = "cut" in self.server.ways and len(self.server.requests) % 2 == 1
+        is_cut = self.command == "GET" and (is_cut or "stall" in self.server.ways)
         self._send(206 if span else 200, data, headers, is_cut)
 
     def _send(self, status: int, data: bytes, headers: dict[str, str] | None = None, is_cut: bool = False) -> None:
@@ -206,6 +209,8 @@ class _Answer(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data[: len(data) * 2 // 3] if is_cut else data)
+            if is_cut and "stall" in self.server.ways:
+                self.server.ended.wait()
         if is_cut:
             self.close_connection = True
 
@@ -216,4 +221,5 @@ def hub_server() -> Iterator[HubServer]:
     with HubServer() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
+        server.ended.set()
         server.shutdown()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import hashlib
 import json
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,6 +92,15 @@ def test_a_model_comes_whole_from_a_flaky_hub(server: HubServer, ways: str, monk
     server.ways = set(ways.split())
     folder = local_folder("hf://org/model", weights=True)
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS["model.safetensors"]
+
+
+def test_a_fetch_ends_with_an_interrupt(server: HubServer) -> None:
+    """And not with its file, of which minutes may be missing."""
+    local_folder("hf://org/model")
+    server.ways = {"stall"}
+    threading.Timer(0.3, _thread.interrupt_main).start()
+    with pytest.raises(KeyboardInterrupt):
+        local_folder("hf://org/model", weights=True)
 
 
 def test_what_the_cache_has_is_read_without_a_network(server: HubServer, monkeypatch, capsys) -> None:

@@ -256,14 +256,14 @@ def test_a_model_folder_of_a_bucket_is_kept_in_the_cache(bucket: ObjectStore, mo
     monkeypatch.setattr(remote.settings, "cache", str(tmp_path))
     folder = hub.local_folder("s3://bucket/model/")
     assert [path.name for path in folder.iterdir()] == ["config.json"]
-    assert hub.local_folder("s3://bucket/model/", weights=True) == folder
+    assert hub.local_folder("s3://bucket/model", weights=True) == folder
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == MODEL
     assert hub.fetched("s3://bucket/model/")["files"][0] == {
         "path": "config.json",
         "bytes": 2,
         "sha256": hub.file_sha256(folder / "config.json"),
     }
-    for address in ("s3://bucket/none/", "s3://no-bucket/model"):
+    for address in ("s3://bucket/none/", "s3://no-bucket/model", "s3://bucket/model/config.json"):
         with pytest.raises(UserError, match=f"^{address}: expected a model folder, found nothing"):
             hub.local_folder(address)
     with pytest.raises(UserError, match=r"^s3://bucket/t: expected model.safetensors or .*, found a.jsonl"):
