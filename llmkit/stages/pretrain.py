@@ -77,7 +77,7 @@ class PretrainConfig(TrainingConfig):
     )
     val: tuple[str, ...] = option((), "Held-out documents, scored in bits per byte.", metavar="FILE", reads=True)
     phase: tuple[str, ...] = option(
-        (), "Other shares of the inputs from a part of the run on; repeatable.", metavar="START:NAME=SHARE,..."
+        (), "Shares of the inputs from START (0 to 1) of the run on; repeatable.", metavar="START:NAME=SHARE,..."
     )
 
     depth: int | None = option(None, "Transformer layers; width and the rest follow.", group="Model", at_least=1)
