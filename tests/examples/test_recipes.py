@@ -16,7 +16,7 @@ from llmkit.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLES = ROOT / "examples"
-RECIPES = ["fineweb", "foreign", "gsm8k", "helpful-harmless"]
+RECIPES = ["fineweb", "foreign", "gsm8k", "helpful-harmless", "quality"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
 
@@ -70,8 +70,13 @@ def test_the_lines_of_the_first_two_stages_print_what_the_page_says(tmp_path):
 def test_runs_at_its_smallest(recipe, tmp_path):
     if shutil.which("jq") is None:
         pytest.skip("jq is not installed")
+    if recipe == "quality":
+        pytest.importorskip("floret")
     said = make(f"smoke-{recipe}", f"OUT={tmp_path}")
     if recipe == "gsm8k":
         before, after = json.loads((tmp_path / recipe / "accuracy.json").read_text())
         assert before["asked"] == after["asked"] == 8
         assert f"{before['right']} of 8" in said
+    if recipe == "quality":
+        seed, *scores = (tmp_path / recipe / "bits-per-byte.tsv").read_text().split()[-3:]
+        assert seed == "0" and all(0 < float(score) < 8 for score in scores)

@@ -61,6 +61,8 @@ def make_small_world(folder: Path, environment: dict[str, str]) -> None:
     ]
     for name in ("held-out.jsonl", "prompts.jsonl", "problems.jsonl", "p.jsonl", "v.jsonl"):
         write(folder / name, asked)
+    (folder / "eval").mkdir()
+    write(folder / "eval" / "arc.jsonl", [{"query": "Which gas do plants take in?", "choices": ["air"], "gold": 0}])
     questions = [{"question": f"Who is {word}?", "answers": {"text": [word]}, "id": "1"} for word in words]
     squad = {"data": [{"title": "A", "paragraphs": [{"context": "The ship.", "qas": questions}]}]}
     (folder / "squad.json.gz").write_bytes(gzip.compress(json.dumps(squad).encode()))
