@@ -220,7 +220,7 @@ class ToolConfig:
 
     tools: tuple[str, ...] = option(
         (),
-        "Tools of the model: calc, python, search:DOCS.jsonl, search:URL, search:py:FILE.py:FUNCTION.",
+        "Tools of the model: calc, python, search:DOCS.jsonl|URL|py:FILE.py:FUNCTION, py:FILE.py:FUNCTION.",
         group="Tools",
         metavar="TOOL,...",
         reads=True,

@@ -47,11 +47,15 @@ ROLES = {
     **dict.fromkeys(("tool", "function", "observation", "function_response", "ipython"), "tool"),
     "function_call": "function_call",  # ShareGPT's: the assistant's, its value a call in JSON
 }
+ARGUMENT = {"calc": "expression", "python": "code", "search": "query"}  # of a tool, where a call names it
 TOOL_OF_FUNCTION = {"calc": "calc", "calculator": "calc", "python": "python", "search": "search"}
 FORMATS = "messages, conversations, prompt and completion, instruction and output, or text"
 ANSWERED_BY = {"instruction": ("output", *(name for name in ANSWERS if name != "output"))}  # else ANSWERS, in order
 REJECTED = ("false", "0", "0.0", "no", "bad", "undesirable")  # a label of KTO's, and the other ones
 ACCEPTED = ("true", "1", "1.0", "yes", "good", "desirable")
+
+
+Definitions = Sequence[dict[str, Any]]  # of functions, JSON schemas
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +99,7 @@ class Conversation:
     document: str | None = None
     rejected: bool = False
     losses: tuple[str, ...] = ()
-    tools: tuple[dict[str, Any], ...] = ()
+    tools: Definitions = ()
 
     @property
     def said(self) -> str:

@@ -21,7 +21,7 @@ from llmkit.errors import UserError
 from llmkit.formats.conversations import RESULT, Message, Part, as_record, message
 from llmkit.generation.requests import Completion, Prompt, Request
 from llmkit.generation.sampler import Sampler
-from llmkit.generation.tool_calls import tools_flag
+from llmkit.generation.tool_calls import call_part, tools_flag
 from llmkit.io.files import atomic_file
 from llmkit.io.jsonl import PACKED
 from llmkit.io.progress import counted
@@ -113,6 +113,7 @@ class Chat:
         self.asked, self._tries = text, tries
         self.turns.append(message("user", text))
         answer: list[Part] = []
+        calls: list[Part] = []  # that wait for their results
 
         def take(request: int, sample: int, piece: str) -> None:
             if answer and answer[-1].kind == "text":
@@ -123,9 +124,11 @@ class Chat:
 
         def show_call(request: int, sample: int, call: Mapping[str, Any], seen: str | None) -> None:
             if seen is None:
+                calls.append(call_part(call["tool"], call["input"]))
                 say(f"calls {call['tool']}: {_shortened(call['input'])}")
             else:
-                answer.extend((Part(call["tool"], call["input"]), Part(RESULT, seen)))
+                answer.extend((*calls, Part(RESULT, seen)))
+                calls.clear()
                 say(f"{call['tool']} {'fails' if call.get('failed') else 'answers'}: {_shortened(call['result'])}")
 
         number = sum(turn.role == "user" for turn in self.turns)

@@ -143,7 +143,8 @@ class Generator:
         """The tokens of a text to continue, or of a conversation to answer."""
         if isinstance(prompt, str):
             return prompt_ids(self.tokenizer, prompt)
-        return self.chat.encode(prompt, prompt=True).token_ids.tolist()
+        tools = self.tools.schemas if self.tools is not None else ()
+        return self.chat.encode(prompt, prompt=True, tools=tools).token_ids.tolist()
 
     def complete(
         self,
@@ -225,6 +226,11 @@ class _Sequence:
     own: int = 0  # tokens sampled
     texts: list[str] = field(default_factory=list)
     call: tuple[str, list[int]] | None = None  # the tool, and the tokens of its input so far
+    calls: list[tuple[str, str]] = field(default_factory=list)  # whose results it waits for: the tools, their inputs
+    opening: StopMatcher | None = None  # of calls in text, since the last result:
+    begin: int = 0  # the tokens from here on,
+    said: str = ""  # as text,
+    given: int = 0  # of which so many characters were given out
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     _draws: tuple[int, np.ndarray] | None = None
 
@@ -265,7 +271,7 @@ class _Pool:
         self._running: list[_Sequence] = []  # slot i holds running[i]
         self.done: dict[int, list[Completion | None]] = {}  # by request: its samples, None for those not done
         self._workers: ThreadPoolExecutor | None = None
-        self._calls: dict[Future[ToolResult], tuple[_Sequence, Prefix]] = {}  # under way
+        self._calls: dict[Future[list[ToolResult]], tuple[_Sequence, Prefix]] = {}  # under way
         self._fresh = self._begin(requests)
         self._more = True  # requests
 
@@ -312,7 +318,10 @@ class _Pool:
             generator.usage.prompt_tokens += len(prompt)
             for sample in range(request.samples):
                 decoding = generator.tokenizer.stream(request.prompt, skip_specials=True)
-                yield _Sequence(index, sample, request, limit, room, decoding, StopMatcher(generator.stop)), prefix
+                sequence = _Sequence(index, sample, request, limit, room, decoding, StopMatcher(generator.stop))
+                if self._tools is not None and self._tools.form is not None:
+                    sequence.opening = StopMatcher(self._tools.openers)
+                yield sequence, prefix
 
     def _enter(self, sequence: _Sequence, prefix: Prefix) -> None:
         """Choose a sequence's next token, and give it a slot if it goes on."""
@@ -363,19 +372,27 @@ class _Pool:
         """Append a token; why the sequence ends with it, or `CALL`, or None where it goes on."""
         sequence.append(token, logprob, truncated)
         ended, tools, open_call = token in self._of.end_ids, self._tools, sequence.call
-        if ended:
+        if tools is not None and sequence.opening is not None and open_call is None and token not in tools.starts:
+            if (reason := self._take_text(sequence, tools, token, ended)) is not None:
+                return reason
+            text = ""
+        elif ended:
             text = ""
         elif tools is not None and token in tools.starts:
             sequence.call = tools.starts[token], []
-            text = sequence.stops.push(sequence.decoding.finish())
+            text = sequence.decoding.finish()
+            if sequence.opening is not None:  # which may have held something back
+                sequence.said += text
+                text, sequence.given = sequence.said[sequence.given :], len(sequence.said)
+            text = sequence.stops.push(text)
         elif tools is not None and open_call is not None:
             tool, input_ids = open_call
             if token == tools.ends[tool]:
                 if tool not in tools.toolbox.names:
                     return self._last_text(sequence, "no_tool")
-                if len(sequence.tool_calls) >= tools.max_calls:
-                    return self._last_text(sequence, "tool_limit")
-                return self._last_text(sequence, "length") if sequence.full else CALL
+                text = self._of.tokenizer.decode(input_ids, skip_specials=True)
+                sequence.call = None
+                return self._call(sequence, tools, [(tool, text)])
             input_ids.append(token)
             text = ""
         else:
@@ -388,6 +405,33 @@ class _Pool:
         if ended or sequence.full:
             return self._last_text(sequence, "stop" if ended else "length")
         return None
+
+    def _take_text(self, sequence: _Sequence, tools: ToolUse, token: int, ended: bool) -> str | None:
+        """Take a token of a turn in which calls are text: give out what is none, and look for calls that are over."""
+        assert sequence.opening is not None
+        if token in tools.others:
+            tools.unavailable_calls[tools.others[token]] += 1
+        over = ended or sequence.full
+        piece = sequence.decoding.finish() if ended else sequence.decoding.push([token])
+        piece += sequence.decoding.finish() if over and not ended else ""
+        sequence.opening.stopped |= token in tools.opener_ids
+        text, sequence.said = sequence.opening.push(piece), sequence.said + piece
+        calls: list[tuple[str, str]] = []
+        if tools.may_be_over(sequence.said, token, ended):
+            before, calls = tools.read(sequence.token_ids[sequence.begin :], sequence.said)
+            text = before[sequence.given :] if calls else text
+        if over and not calls:
+            text = sequence.said[sequence.given :]
+        sequence.given += len(text)
+        self._give(sequence, sequence.stops.push(text))
+        return self._call(sequence, tools, calls) if calls and not sequence.stops.stopped else None
+
+    def _call(self, sequence: _Sequence, tools: ToolUse, calls: list[tuple[str, str]]) -> str:
+        """Have a sequence wait for calls, or say why it ends with them."""
+        if len(sequence.tool_calls) + len(calls) > tools.max_calls:
+            return self._last_text(sequence, "tool_limit")
+        sequence.calls = calls
+        return self._last_text(sequence, "length") if sequence.full else CALL
 
     def _last_text(self, sequence: _Sequence, reason: str) -> str:
         """Give out what was held back at the end; a stop string in it is the reason of the end."""
@@ -414,24 +458,25 @@ class _Pool:
                 sequence.tool_calls,
             )
             return
-        assert self._tools is not None and sequence.call is not None and prefix is not None
-        (tool, input_ids), sequence.call = sequence.call, None
-        text = self._of.tokenizer.decode(input_ids, skip_specials=True)
-        sequence.tool_calls.append({"tool": tool, "input": text})
-        if self._on_call is not None:
-            self._on_call(sequence.index, sequence.sample, sequence.tool_calls[-1], None)
+        assert self._tools is not None and prefix is not None
+        for tool, text in sequence.calls:
+            sequence.tool_calls.append({"tool": tool, "input": text})
+            if self._on_call is not None:
+                self._on_call(sequence.index, sequence.sample, sequence.tool_calls[-1], None)
         if self._workers is None:
             self._workers = ThreadPoolExecutor(min(self._of.slots, THREADS), thread_name_prefix="tool")
-        self._calls[self._workers.submit(self._tools.toolbox.run, tool, text)] = sequence, prefix
+        self._calls[self._workers.submit(self._tools.run, sequence.calls)] = sequence, prefix
 
-    def _resume(self, sequence: _Sequence, earlier: Prefix, result: ToolResult) -> tuple[_Sequence, Prefix] | None:
-        """Prefill a tool's result behind the call; None where it leaves no room for a token more."""
+    def _resume(
+        self, sequence: _Sequence, earlier: Prefix, results: list[ToolResult]
+    ) -> tuple[_Sequence, Prefix] | None:
+        """Prefill the results of tools behind their calls; None where they leave no room for a token more."""
         assert self._tools is not None
-        sequence.tool_calls[-1] |= {"result": result.text, **({"failed": True} if result.failed else {})}
-        ids = self._tools.result_ids(result, sequence.room - len(sequence.token_ids) - 1)
-        if self._on_call is not None:
-            seen = self._of.tokenizer.decode(ids, skip_specials=True)
-            self._on_call(sequence.index, sequence.sample, sequence.tool_calls[-1], seen)
+        ids, seen = self._tools.result_ids(sequence.calls, results, sequence.room - len(sequence.token_ids) - 1)
+        for call, result, text in zip(sequence.tool_calls[-len(results) :], results, seen, strict=True):
+            call |= {"result": result.text, **({"failed": True} if result.failed else {})}
+            if self._on_call is not None:
+                self._on_call(sequence.index, sequence.sample, call, text)
         if not ids:
             self._leave(sequence, self._last_text(sequence, "length"), None)
             return None
@@ -441,6 +486,9 @@ class _Pool:
             prefix = self._decoder.extend(earlier, [sequence.token_ids[-1], *ids])
         for token in ids:
             sequence.append(token, 0.0, 0.0, sampled=False)
+        if sequence.opening is not None:
+            sequence.begin, sequence.said, sequence.given = len(sequence.token_ids), "", 0
+            sequence.opening = StopMatcher(self._tools.openers)
         return sequence, prefix
 
 

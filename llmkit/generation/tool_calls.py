@@ -1,10 +1,14 @@
-"""Tool calls in what a model writes: their tokens, the tools, and what is shown of the results.
+"""Tool calls in what a model writes: their tokens or text, the tools, and what is shown of the results.
 
-The text of a result is encoded as text: whatever it spells, it holds no special token but the two around it.
+Our own tools have tokens that begin and end a call, in the models that llmkit taught them. Calls of other functions,
+and all calls of models with a chat template from elsewhere, are text, which is read when it may be over: behind
+`</tool_call>`, or at the end of the turn. The text of a result is encoded as text: whatever it spells, it holds no
+special token.
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -13,17 +17,21 @@ from operator import itemgetter
 from typing import Any
 
 from llmkit.config import ToolConfig
-from llmkit.formats.conversations import RESULT, TOOLS, Part
+from llmkit.formats.conversations import ARGUMENT, CALL, RESULT, TOOLS, Part
 from llmkit.io.progress import counted
+from llmkit.tokenizer.calls import TAGGED, Call, CallForm
 from llmkit.tokenizer.chat import has_chat_tokens, has_own_template
 from llmkit.tokenizer.encoding import Tokenizer
-from llmkit.tokenizer.templates import chat_format
+from llmkit.tokenizer.templates import TemplateFormat, chat_format
 from llmkit.tools.toolbox import Toolbox, ToolResult
 
 
 class ToolUse:
     """The tools of a generator, and their tokens.
 
+    form               how calls are written as text, None where there are none such
+    openers            texts with which these begin, and `opener_ids`, tokens
+    schemas            of the tools that a prompt has to describe
     starts             start token -> tool, of calls that are no text
     ends               tool -> end token
     others             start token -> tool, of calls that are text, for the tool is not there
@@ -42,28 +50,95 @@ class ToolUse:
         *,
         end_at_others: bool = False,
     ) -> None:
-        self._chat = chat_format(tokenizer)
-        tokens = self._chat.tool_tokens()
-        noticed = TOOLS if end_at_others else toolbox.names
+        self._chat = chat = chat_format(tokenizer)
+        self.form: CallForm | None
+        if isinstance(chat, TemplateFormat):
+            self._closer, self.form, noticed, tokens = None, chat.call_form, (), {}
+            self.call_end: int | None = chat.call_end
+            self.schemas = tuple(toolbox.schemas.values())
+        else:
+            tokens, self._closer, self.call_end = chat.tool_tokens(), "</tool_call>", None
+            self.schemas = tuple(schema for name, schema in toolbox.schemas.items() if name not in TOOLS)
+            self.form = TAGGED if self.schemas else None
+            noticed = TOOLS if end_at_others else tuple(name for name in toolbox.names if name in TOOLS)
+        openers = self.form.openers if self.form is not None else ()
+        self.opener_ids = {tokenizer.specials[text] for text in openers if text in tokenizer.specials}
+        self.openers = tuple(text for text in openers if text not in tokenizer.specials)
         self.starts = {tokens[tool][0]: tool for tool in noticed}
         self.ends = {tool: tokens[tool][1] for tool in noticed}
-        self.others = {tokens[tool][0]: tool for tool in TOOLS if tool not in noticed}
+        self.others = {tokens[tool][0]: tool for tool in TOOLS if tokens and tool not in noticed}
         self.unavailable_calls: Counter[str] = Counter()
         self.max_calls, self._result_tokens = max_calls, result_tokens
-        self.toolbox, self._tokenizer, self._bounds = toolbox, tokenizer, tokens[RESULT]
+        self.toolbox, self._tokenizer, self._bounds = toolbox, tokenizer, tokens.get(RESULT, (0, 0))
 
     def last_call(self, token_ids: Sequence[int]) -> tuple[str, str]:
         """The tool and the input of the last call in some tokens, which its end token ends."""
         start = max(index for index, token in enumerate(token_ids) if token in self.starts)
         return self.starts[token_ids[start]], self._tokenizer.decode(token_ids[start + 1 : -1], skip_specials=True)
 
-    def result_ids(self, result: ToolResult, room: int) -> list[int]:
-        """A result between its tokens, at most `room` ids in all; none where not even the two tokens fit."""
+    def may_be_over(self, said: str, token: int, ended: bool) -> bool:
+        """True if calls in the text of a turn so far may be whole, with this token as the last."""
+        return ended or token == self.call_end or (self._closer is not None and said.endswith(self._closer))
+
+    def read(self, token_ids: Sequence[int], said: str) -> tuple[str, list[tuple[str, str]]]:
+        """Read the calls in a stretch of a turn: the text before them, and the tool and the input of each.
+
+        said  the stretch as text without special tokens
+        """
+        if self.form is None:
+            return said, []
+        after = said.rfind("</think>") + 1  # what is only thought of is not called
+        written = self._tokenizer.decode(token_ids).rpartition("</think>")[2]
+        calls = [] if "<think>" in written else self.form.read(written.removesuffix(self._end_text(token_ids)))
+        if not calls:
+            return said, []
+        found = [at for text in self.openers if (at := said.find(text, after)) >= 0]
+        before = said[: min(found)] if found else said if self.opener_ids else said[:after]
+        return before, [(call.name, self._input(call)) for call in calls]
+
+    def _end_text(self, token_ids: Sequence[int]) -> str:
+        """The text of the special token at the end, if there is one."""
+        last = self._tokenizer.decode(token_ids[-1:])
+        return last if last in self._tokenizer.specials else ""
+
+    def _input(self, call: Call) -> str:
+        """What a tool is given: of ours its text, else the arguments in JSON."""
+        if call.name not in TOOLS:
+            return json.dumps(call.arguments, ensure_ascii=False)
+        value = call.arguments.get(ARGUMENT[call.name], next(iter(call.arguments.values()), ""))
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+    def run(self, calls: Sequence[tuple[str, str]]) -> list[ToolResult]:
+        """Run calls, one after the other."""
+        names = ", ".join(self.toolbox.names)
+        return [
+            self.toolbox.run(tool, text)
+            if tool in self.toolbox.names
+            else ToolResult(f"error: there is no function {tool!r}; there are {names}", failed=True)
+            for tool, text in calls
+        ]
+
+    def result_ids(
+        self, calls: Sequence[tuple[str, str]], results: Sequence[ToolResult], room: int
+    ) -> tuple[list[int], list[str]]:
+        """Encode what answers calls in at most `room` ids, none where it does not fit; and what the model sees of each.
+
+        A result of our own format is cut where there is less room.
+        """
+        # a lone surrogate, which JSON may spell, becomes ?
+        texts = [result.text.encode("utf-8", "replace").decode() for result in results]
+        if isinstance(self._chat, TemplateFormat):
+            seen = list(map(self._cut, texts))
+            ids = self._chat.encode_results([call_part(tool, text) for tool, text in calls], seen)
+            return (ids, seen) if len(ids) <= room else ([], [""] * len(calls))
         if room < 2:
-            return []
-        text = result.text.encode("utf-8", "replace").decode()  # a lone surrogate, which JSON may spell, becomes ?
-        ids = self._chat.encode_result(text)[: min(self._result_tokens, room - 2)]
-        return [self._bounds[0], *ids, self._bounds[1]]
+            return [], [""]
+        ids = self._chat.encode_result(texts[0])[: min(self._result_tokens, room - 2)]
+        return [self._bounds[0], *ids, self._bounds[1]], [self._tokenizer.decode(ids, skip_specials=True)]
+
+    def _cut(self, text: str) -> str:
+        ids = self._tokenizer.encode(text)
+        return text if len(ids) <= self._result_tokens else self._tokenizer.decode(ids[: self._result_tokens])
 
     def parts(
         self, token_ids: Sequence[int], sampled: Sequence[bool], calls: Sequence[Mapping[str, Any]]
@@ -73,17 +148,27 @@ class ToolUse:
         A result is what was not sampled, whatever tokens the model writes around words of its own. A call that has no
         result is left out: it was cut, or one too many.
         """
-        answered, parts = iter(calls), []
+        answered, parts, waiting = iter(calls), [], 1
         for own, run in groupby(zip(token_ids, sampled, strict=True), key=itemgetter(1)):
             ids = [token for token, _ in run]
             if own:
                 written = list(takewhile(lambda token: token not in self.starts, ids))
-                parts.append(Part("text", self._tokenizer.decode(written, skip_specials=True)))
+                said, calling = self.read(written, self._tokenizer.decode(written, skip_specials=True))
+                parts.append(Part("text", said))
+                waiting = len(calling) or 1
             else:
-                call = next(answered)
-                parts.append(Part(call["tool"], call["input"]))
-                parts.append(Part(RESULT, self._tokenizer.decode(ids, skip_specials=True)))
+                these = [next(answered) for _ in range(waiting)]
+                parts += [call_part(call["tool"], call["input"]) for call in these]
+                if self.call_end is None:
+                    parts.append(Part(RESULT, self._tokenizer.decode(ids, skip_specials=True)))
+                else:
+                    parts += [Part(RESULT, self._cut(call["result"])) for call in these]
         return tuple(part for part in parts if part.text or part.kind != "text")
+
+
+def call_part(tool: str, text: str) -> Part:
+    """Make the part of a message that a call is, of the tool and its input."""
+    return Part(tool, text) if tool in TOOLS else Part(CALL, f'{{"name": {json.dumps(tool)}, "arguments": {text}}}')
 
 
 def tools_flag(tool: str) -> str:

@@ -8,7 +8,7 @@ from hashlib import sha256
 
 from llmkit.data.overlap import Overlap
 from llmkit.errors import UserError, naming
-from llmkit.formats.conversations import message
+from llmkit.formats.conversations import Definitions, message
 from llmkit.formats.problems import Problem, answer_text, read_problem
 from llmkit.generation.generator import prompt_ids
 from llmkit.io.jsonl import dump_json, names_of, read_jsonl
@@ -40,13 +40,15 @@ def load_problems(
     bad: BadRecords,
     quiet: bool,
     columns: Mapping[str, str] = {},
+    tools: Definitions = (),
 ) -> tuple[list[EncodedProblem], int]:
     """The problems of files in tokens, and the tokens of an attempt. These are, where `max_tokens` is None, twice those
     of the answers, 256 at least, as far as the context has room for them.
 
     An assistant is asked in its format, with `system` before problems that have no system message; a base model's
-    prompt is text. A problem that with its attempt is longer than the context is left out, and counted. Bad records are
-    those that a reward cannot judge, and conversations with a base model, too.
+    prompt is text. `tools` are JSON schemas of functions that it may call. A problem that with its attempt is longer
+    than the context is left out, and counted. Bad records are those that a reward cannot judge, and conversations with
+    a base model, too.
 
     Raises UserError for a reward that cannot judge this policy, and where no problem is left.
     """
@@ -57,7 +59,7 @@ def load_problems(
         problem = read_problem(row)
         for weighted in rewards:
             weighted.reward.check(problem)
-        encoded = _encode(problem, tuning, system)
+        encoded = _encode(problem, tuning, system, tools)
         outside = (OUTSIDE,) if tuning.tokenizer.unk_id in encoded.prompt_ids else ()
         return replace(encoded, losses=problem.losses + outside)
 
@@ -85,7 +87,7 @@ def _at_share(lengths: Sequence[int]) -> int:
     return sorted(lengths)[int(MAX_TOKENS_SHARE * (len(lengths) - 1))] if lengths else 0
 
 
-def _encode(problem: Problem, tuning: Tuning, system: str | None) -> EncodedProblem:
+def _encode(problem: Problem, tuning: Tuning, system: str | None, tools: Definitions) -> EncodedProblem:
     if not tuning.is_assistant:
         if problem.messages:
             raise UserError(
@@ -97,7 +99,7 @@ def _encode(problem: Problem, tuning: Tuning, system: str | None) -> EncodedProb
         messages = (message("system", system), *messages)
         problem = replace(problem, messages=messages)
     with naming(problem.where):
-        return EncodedProblem(problem, tuning.chat.encode(messages, prompt=True).token_ids.tolist())
+        return EncodedProblem(problem, tuning.chat.encode(messages, prompt=True, tools=tools).token_ids.tolist())
 
 
 def digest(encoded: Iterable[EncodedProblem]) -> str:

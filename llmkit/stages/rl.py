@@ -167,8 +167,10 @@ class Learner:
             raise UserError("--engine: expected one process, for one server gets the weights; start without torchrun")
         self.rewards, self.gold = _rewards(config, stack)  # whose names are looked at before the model is read
         tuning = load_policy(str(config.model), config.system, run.device, run.dtype, config.quiet)
+        self.tools = open_tools(config, tuning.tokenizer, stack, tuning.model.config.eos_token_ids)
         read = partial(
             load_problems,
+            tools=self.tools.schemas if self.tools is not None else (),
             limit=config.limit,
             tuning=tuning,
             system=config.system,
@@ -199,7 +201,6 @@ class Learner:
         self.reference = deepcopy(tuning.model).eval().requires_grad_(False) if compared else None
         self.tuning = tuning.with_adapter(config.lora_rank, config.seed)
         self._check_plan()
-        self.tools = open_tools(config, tuning.tokenizer, stack, tuning.model.config.eos_token_ids)
         self.policy = OwnPolicy(tuning.model, tuning.tokenizer, config.stop, str(config.model), self.tools)
         if config.is_served:
             folder = run.work / "served"

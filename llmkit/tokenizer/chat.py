@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from llmkit.errors import UserError
-from llmkit.formats.conversations import CALL, RESULT, TOOLS, Conversation, Message, Part
+from llmkit.formats.conversations import CALL, RESULT, TOOLS, Conversation, Definitions, Message, Part
 from llmkit.io.jsonl import atomic_file
 from llmkit.tokenizer.encoding import EnclosedText, Tokenizer, load_tokenizer
 from llmkit.tokenizer.folder import END_OF_TEXT, SPECIALS, write_template
@@ -88,15 +88,19 @@ class ChatFormat:
         """Token of characters outside the vocabulary, if there is one."""
         return self._tokenizer.unk_id
 
-    def encode(self, messages: Sequence[Message], *, loss: str = "assistant", prompt: bool = False) -> Encoded:
+    def encode(
+        self, messages: Sequence[Message], *, loss: str = "assistant", prompt: bool = False, tools: Definitions = ()
+    ) -> Encoded:
         """Encode messages; with `prompt`, also what comes before the assistant's answer to them.
+
+        `tools` are functions that may be called, as JSON schemas.
 
         A last turn of the assistant that ends in a call or in its result is left open: the answer goes on with it.
 
         `loss` says what is trained on: all that the assistant says and does ("assistant"), its last turn only
         ("last"), or every token ("all"). An assistant's tool results and turns of weight 0 never are, but by "all".
         """
-        (encoded,) = self.encode_many([Conversation(tuple(messages))], loss=loss)
+        (encoded,) = self.encode_many([Conversation(tuple(messages), tools=tuple(tools))], loss=loss)
         if not prompt:
             return encoded
         header = self._headers["assistant"]

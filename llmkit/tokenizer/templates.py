@@ -14,13 +14,15 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from os.path import commonprefix
 from typing import Any
 
 import numpy as np
 
 from llmkit.errors import UserError, naming
-from llmkit.formats.conversations import CALL, RESULT, Conversation, Message, message
+from llmkit.formats.conversations import ARGUMENT, CALL, RESULT, Conversation, Definitions, Message, Part, message
+from llmkit.tokenizer.calls import Call, CallForm, form_of, response_form
 from llmkit.tokenizer.chat import LOSSES, ChatFormat, Encoded, has_own_template
 from llmkit.tokenizer.encoding import RESERVED, THOUGHTS, Tokenizer
 from llmkit.tokenizer.template_worker import TemplateFault, renderer
@@ -41,8 +43,10 @@ _GENERATION = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
 class _Turn:
     """A message as text: what is marked in it, within white space and perhaps after thoughts, and what is about that.
 
-    left   the marked text without words that the template takes out
-    late   whether the marked text begins after the thoughts
+    left     the marked text without words that the template takes out
+    late     whether the marked text begins after the thoughts
+    calls    what the assistant calls behind the text, as templates read it
+    results  messages of role "tool" that answer
     """
 
     role: str
@@ -51,6 +55,8 @@ class _Turn:
     after: str
     left: str
     late: bool
+    calls: Sequence[dict[str, Any]] = ()
+    results: Sequence[dict[str, Any]] = ()
 
 
 def chat_format(tokenizer: Tokenizer) -> ChatFormat:
@@ -103,9 +109,11 @@ class TemplateFormat(ChatFormat):
             raise UserError(self._endless)
         return self._tokenizer.specials[special], ends
 
-    def encode(self, messages: Sequence[Message], *, loss: str = "assistant", prompt: bool = False) -> Encoded:
+    def encode(
+        self, messages: Sequence[Message], *, loss: str = "assistant", prompt: bool = False, tools: Definitions = ()
+    ) -> Encoded:
         """As `ChatFormat.encode`. Raises UserError for what the template refuses."""
-        encoded = self._encode(Conversation(tuple(messages)), loss, prompt=prompt)
+        encoded = self._encode(Conversation(tuple(messages), tools=tuple(tools)), loss, prompt=prompt)
         return replace(encoded, trained=np.zeros(len(encoded), bool)) if prompt and loss != "all" else encoded
 
     def encode_many(self, conversations: Iterable[Conversation], *, loss: str = "assistant") -> list[Encoded]:
@@ -132,24 +140,96 @@ class TemplateFormat(ChatFormat):
             encoded_branches.append((wholes[0].token_ids[:shared], branch))
         return encoded_branches
 
-    def tool_tokens(self) -> dict[str, tuple[int, int]]:
-        """Raises UserError: the tokens of calls are those of our own format."""
-        raise UserError(
-            f"{self._folder}: --tools needs the special tokens of llmkit's own chat format, "
-            "and this model has a chat template of its own"
-        )
+    # ---- calls
+
+    @cached_property
+    def call_form(self) -> CallForm:
+        """How the model writes calls: by its response template, or as its chat template writes one."""
+        return self._calling[0]
+
+    @property
+    def call_end(self) -> int:
+        """The token that ends a turn with calls."""
+        return self._calling[1]
+
+    @cached_property
+    def _calling(self) -> tuple[CallForm, int]:
+        asked, call = self._turn(message("user", "Hello")), Call("probe", {"argument": "value"})
+        form, special = None, None
+        with suppress(UserError):
+            (calling,) = self._turns(Message("assistant", (Part(CALL, json.dumps(call._asdict())),)))
+            asking, text = self._render([asked], True, [0]), self._render([asked, calling], False, [0, 1])
+            written = text[len(asking) :] if text.startswith(asking) else text.partition(asked.core)[2]
+            *_, special = self._special.finditer(written)
+            response = self._tokenizer.config.get("response_template")
+            form = response_form(response) if isinstance(response, dict) else None
+            if form is None or form.read(written) != [call]:
+                form = form_of(written[: special.start()], call) or form_of(written[: special.end()], call)
+        if form is None or special is None:
+            raise UserError(
+                f"{self._folder}: its chat template has no calls of tools in a form that llmkit knows; "
+                "ask it without --tools"
+            )
+        return form, self._tokenizer.specials[special[0]]
+
+    def encode_results(self, calls: Sequence[Part], results: Sequence[str]) -> list[int]:
+        """Encode what answers calls, from behind the token that ends them to where the assistant goes on."""
+        parts = (*calls, *(Part(RESULT, text) for text in results))
+        (turn,) = self._turns(Message("assistant", parts))
+        first, *others = turn.results
+        turn = replace(turn, results=[{**first, "content": f"{BEGIN}{first['content']}"}, *others])
+        before, mark, after = self._render([self._turn(message("user", "Hello")), turn], True, [0, 1]).partition(BEGIN)
+        end = next(name for name, number in self._tokenizer.specials.items() if number == self.call_end)
+        _, ended, between = before.rpartition(end)
+        if not (mark and ended):
+            raise UserError(f"{self._folder}: its chat template does not show what a tool answered")
+        return [token for kind, token in self._events(between + after) if kind in ("special", "text")]
 
     # ---- text
 
+    def _turns(self, turn: Message) -> list[_Turn]:
+        """Divide a message at the results of tools, which templates take for messages of their own."""
+        groups: list[tuple[list[Part], list[Part], list[str]]] = [([], [], [])]
+        for part in turn.parts:
+            if part.kind != RESULT and groups[-1][2]:
+                groups.append(([], [], []))
+            texts, calls, results = groups[-1]
+            if part.kind == RESULT:
+                results.append(part.text)
+            else:
+                (texts if part.kind == "text" else calls).append(part)
+        turns = []
+        for text, parts, results in groups:
+            calls = [self._call(part, number) for number, part in enumerate(parts)]
+            answers = []
+            for number, result in enumerate(results):
+                of = calls[min(number, len(calls) - 1)] if calls else {"id": "call00000", "function": {"name": "tool"}}
+                content = self._escape(result, "user")
+                answers.append(
+                    {"role": "tool", "name": of["function"]["name"], "tool_call_id": of["id"], "content": content}
+                )
+            turns.append(replace(self._turn(replace(turn, parts=tuple(text))), calls=calls, results=answers))
+        return turns
+
+    def _call(self, part: Part, number: int) -> dict[str, Any]:
+        own = part.kind != CALL
+        call = {"name": part.kind, "arguments": {ARGUMENT[part.kind]: part.text}} if own else json.loads(part.text)
+        # an id of nine characters, which Mistral's templates ask for
+        return {"id": f"call{number:05d}", "type": "function", "function": self._escape_all(call)}
+
+    def _escape_all(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {self._escape_all(key): self._escape_all(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._escape_all(item) for item in value]
+        return self._escape(value, "assistant") if isinstance(value, str) else value
+
+    def _escape(self, text: str, role: str) -> str:
+        """Break what spells special tokens that this role may not write."""
+        return self._escaped[role].sub(lambda match: match[0][:1] + BREAK + match[0][1:], _RESERVED.sub("", text))
+
     def _turn(self, turn: Message, late: bool = False) -> _Turn:
-        if any(part.kind not in ("text", CALL) for part in turn.parts):
-            raise UserError(
-                f"{self._folder}: calls of tools need llmkit's own chat format, "
-                "and this model has a chat template of its own"
-            )
-        calls = ["\n" * (index > 0 and part.kind == CALL) + part.text for index, part in enumerate(turn.parts)]
-        text = _RESERVED.sub("", "".join(calls))
-        text = self._escaped[turn.role].sub(lambda match: match[0][:1] + BREAK + match[0][1:], text)
+        text = self._escape(turn.text, turn.role)
         at = text.rindex(_THOUGHT) + len(_THOUGHT) if late else 0
         core = left = text[at:].strip()  # within white space, which some templates strip
         start = text.index(core, at) if core else len(text)
@@ -163,7 +243,8 @@ class TemplateFormat(ChatFormat):
         messages = []
         for index, turn in enumerate(turns):
             content = turn.core if index in bare else f"{BEGIN}{turn.core}{END}"
-            messages.append({"role": turn.role, "content": turn.before + content + turn.after})
+            entry: dict[str, Any] = {"role": turn.role, "content": turn.before + content + turn.after}
+            messages += [entry | ({"tool_calls": list(turn.calls)} if turn.calls else {}), *turn.results]
         # transformers gives both, and a template may ask whether they are defined
         given = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompt}
         try:
@@ -182,13 +263,16 @@ class TemplateFormat(ChatFormat):
 
         Raises UserError for a template that changes what they say.
         """
-        turns, everyone = list(map(self._turn, messages)), range(len(messages))
+        turns = [turn for said in messages for turn in self._turns(said)]
+        everyone = range(len(turns))
         bare = {index for index in everyone if not turns[index].core}  # marks would fill them
         marked = self._render(turns, prompt, bare, tools)
         while (wrong := _changed(turns, marked, bare)) is not None:
             turn = turns[wrong]
-            if turn.role == "assistant" and _THOUGHT in messages[wrong].text and not turn.late:  # it moves thoughts
-                turns[wrong] = self._turn(messages[wrong], late=True)
+            said = turn.before + turn.core + turn.after
+            if turn.role == "assistant" and _THOUGHT in said and not turn.late:  # it moves thoughts
+                late = self._turn(message(turn.role, said.replace(BREAK, "")), late=True)
+                turns[wrong] = replace(late, calls=turn.calls, results=turn.results)
                 bare |= {wrong} if not turns[wrong].core else set()
             elif turn.role == "system" and wrong not in bare:  # some put it into a turn of the user, as Mistral's
                 bare.add(wrong)
@@ -217,6 +301,10 @@ class TemplateFormat(ChatFormat):
 
     def _place(self, turns: Sequence[_Turn], prompt: bool, index: int, text: str, tools: Any) -> tuple[int, int]:
         """Find where in the text an unmarked message stands: from where the text differs if it alone is marked."""
+        if turns[index].calls and not turns[index].core:  # some show no text beside calls
+            opening = self._render(turns[:index], True, range(index), tools)
+            if text.startswith(opening):
+                return len(opening), len(opening)
         alone = self._render(turns, prompt, [i for i in range(len(turns)) if i != index], tools)
         start = len(commonprefix([text, alone]))  # noqa: RUF071  (of characters)
         core = turns[index].core
@@ -242,8 +330,10 @@ class TemplateFormat(ChatFormat):
         messages = conversation.messages
         tools = list(conversation.tools) or None
         turns, text, places = self._rendered(messages, prompt, tools)
-        answers = [index for index, turn in enumerate(messages) if turn.role == "assistant"]
-        learnt = {i for i in answers if messages[i].weight > 0 and (loss != "last" or i == answers[-1])}
+        of = [index for index, said in enumerate(messages) for _ in self._turns(said)]  # the message of each turn
+        answers = [index for index, said in enumerate(messages) if said.role == "assistant"]
+        taught = {i for i in answers if messages[i].weight > 0 and (loss != "last" or i == answers[-1])}
+        learnt = {turn for turn, index in enumerate(of) if index in taught}
         ids: list[int] = []
         trained: list[bool] = []
         ends: list[int] = []  # of turns: after the special token that follows a text, or where the next text begins
@@ -260,16 +350,20 @@ class TemplateFormat(ChatFormat):
                 done = True
             else:
                 ids.append(token)
+                calls = bool(done and turns[current].calls)
                 says_nothing = done and places[current][0] == places[current][1]  # then another turn may begin here
-                trained.append(learning and not (kind == "special" and says_nothing and token != self.end_id))
-                if kind == "special" and done:
+                other = kind == "special" and says_nothing and not calls and token != self.end_id
+                trained.append(learning and not other)
+                if kind == "special" and done and (not calls or token == self.call_end):
                     ends.append(len(ids))
                     learning = done = False
         if not prompt:
             if self._ended == BETWEEN and done and messages[-1].role == "assistant":
                 ids.append(self.end_id)
                 trained.append(learning)
-            ends[len(messages) - 1 :] = [len(ids)]  # what follows the last end token belongs to it
+            ends[len(turns) - 1 :] = [len(ids)]  # what follows the last end token belongs to it
+        last_turns = [turn for turn in range(len(of)) if of[turn : turn + 2] != [of[turn]] * 2]
+        ends = [ends[turn] for turn in last_turns if turn < len(ends)]
         starts = [0, *ends]
         questions = tuple(starts[i] for i, turn in enumerate(messages) if turn.role == "user" and i < len(starts))
         preamble = ends[0] if messages[0].role == "system" and ends else 0
@@ -325,7 +419,7 @@ def as_openai(messages: Sequence[Message]) -> list[dict[str, Any]]:
                 call = (
                     json.loads(part.text)
                     if part.kind == CALL
-                    else {"name": part.kind, "arguments": {part.kind: part.text}}
+                    else {"name": part.kind, "arguments": {ARGUMENT[part.kind]: part.text}}
                 )
                 entry.setdefault("tool_calls", []).append({"type": "function", "function": call})
     return entries

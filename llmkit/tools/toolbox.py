@@ -1,7 +1,8 @@
 """The tools that a model may use in one run, by the name of their special tokens.
 
-    with Toolbox.parse(["calc,python", "search:docs.jsonl"]) as toolbox:
+    with Toolbox.parse(["calc,python", "search:docs.jsonl", "py:weather.py:rain"]) as toolbox:
         toolbox.run("calc", "2 + 2")  ->  "4"
+        toolbox.run("rain", '{"city": "Oslo"}')
 
 A mistake of the model's is no error of ours: what went wrong is the result, for the model to read.
 """
@@ -10,18 +11,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llmkit.errors import UserError
-from llmkit.formats.conversations import TOOLS
+from llmkit.formats.conversations import ARGUMENT, TOOL_OF_FUNCTION, TOOLS
 from llmkit.io.progress import counted
 from llmkit.io.records import kind_of
 from llmkit.tools.calc import CalculationError, calculate
+from llmkit.tools.functions import answer_of, schema_of
 from llmkit.tools.python import Limits, check_sandbox, run_python
 from llmkit.tools.search import SearchEngine, SearchError, SearchIndex
-from llmkit.tools.user_code import PREFIX, UserFunction
+from llmkit.tools.user_code import PREFIX, UserFunction, check_spelling
 
 RESULT_CHARACTERS = 4000  # of any result; a model's context is small
+DESCRIPTIONS = {  # of a tool and of its argument
+    "calc": ("Calculate the value of an arithmetic expression.", "An expression, such as (783 - 389) * 2."),
+    "python": ("Run a Python program and return what it prints.", "The program."),
+    "search": ("Search documents and return the passages that fit best.", "What to look for."),
+}
 
 
 class ToolResult(NamedTuple):
@@ -35,28 +42,44 @@ Tool = Callable[[str], str | ToolResult]
 
 
 class Toolbox:
-    """Tools by name, each a function from what the model wrote to a result. Safe to use from several threads."""
+    """Tools by name, each a function from what the model wrote to a result. Safe to use from several threads.
 
-    def __init__(self, tools: dict[str, Tool], stack: ExitStack) -> None:
-        self._tools, self._stack = tools, stack
+    schemas  of each tool, as OpenAI's `tools` describe it
+    """
+
+    def __init__(self, tools: dict[str, Tool], stack: ExitStack, schemas: dict[str, dict[str, Any]]) -> None:
+        self._tools, self._stack, self.schemas = tools, stack, schemas
 
     @classmethod
     def parse(cls, specs: Sequence[str], *, sandbox: str = "auto", timeout: float = 10.0) -> Toolbox:
-        """The tools of `--tools calc,python,search:docs.jsonl`.
+        """The tools of `--tools calc,python,search:docs.jsonl,py:weather.py:rain`.
 
         `timeout` in seconds bounds each call of python and of a search engine; `sandbox` is "auto" or "none". Raises
         UserError for a tool that there is not, documents and functions that cannot be read, and a machine without the
         sandbox.
         """
         tools: dict[str, Tool] = {}
+        schemas: dict[str, dict[str, Any]] = {}
         stack = ExitStack()
         for spec in (word.strip() for text in specs for word in text.split(",")):
             name, _, source = spec.partition(":")
-            if name not in TOOLS or (name == "search") != bool(source):
-                expected = "calc, python, search:DOCS.jsonl, search:URL or search:py:FILE.py:FUNCTION"
+            if spec.startswith(PREFIX):
+                name = check_spelling(spec, f"--tools {spec}")[1]
+                if name in TOOL_OF_FUNCTION:
+                    raise UserError(
+                        f"--tools {spec}: expected another name than that of a tool of llmkit, found {name}"
+                    )
+            elif name not in TOOLS or (name == "search") != bool(source):
+                expected = (
+                    "calc, python, search:DOCS.jsonl, search:URL, search:py:FILE.py:FUNCTION or py:FILE.py:FUNCTION"
+                )
                 raise UserError(f"--tools: expected {expected}, found {spec or 'nothing'!r}")
             if name in tools:
                 raise UserError(f"--tools: expected each tool once, found {name} twice")
+            if spec.startswith(PREFIX):
+                tools[name], schemas[name] = _user_function(spec)
+                continue
+            schemas[name] = _schema(name)
             if name == "calc":
                 tools[name] = calculate
             elif name == "python":
@@ -69,7 +92,7 @@ class Toolbox:
                 tools[name] = SearchEngine(source, timeout).search
             else:
                 tools[name] = stack.enter_context(closing(SearchIndex(source))).search
-        return cls(tools, stack)
+        return cls(tools, stack, schemas)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -110,6 +133,20 @@ def _python(sandbox: bool, seconds: float) -> Tool:
         return ToolResult(f"{output}\nerror: {reason.get(result.ended, 'killed')}".lstrip("\n"), failed=True)
 
     return run
+
+
+def _schema(tool: str) -> dict[str, Any]:
+    """Describe a tool of llmkit to a model that was not taught its tokens."""
+    about, argument = DESCRIPTIONS[tool], ARGUMENT[tool]
+    properties = {argument: {"type": "string", "description": about[1]}}
+    parameters = {"type": "object", "properties": properties, "required": [argument]}
+    return {"type": "function", "function": {"name": tool, "description": about[0], "parameters": parameters}}
+
+
+def _user_function(spec: str) -> tuple[Tool, dict[str, Any]]:
+    """A function of the user's with arguments, and its schema."""
+    function = UserFunction(spec, f"--tools {spec}").function
+    return lambda text: ToolResult(*answer_of(function, text)), schema_of(function, f"--tools {spec}")
 
 
 def _user_search(spec: str, where: str) -> Tool:

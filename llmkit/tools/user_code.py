@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,11 @@ class UserFunction:
         if not callable(self._function):
             names = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
             raise UserError(f"{where}: expected a function {name!r} in {path}, found {names}")
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The function itself."""
+        return self._function
 
     def __call__(self, argument: Any, record: object) -> Any:
         """Call the function. Raises UserError with file and line of the user's code where it raises.

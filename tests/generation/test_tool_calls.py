@@ -1,6 +1,7 @@
 """Tools in the generation engine: a call pauses its sequence, the result enters it, and nothing else is disturbed."""
 
 import itertools
+import json
 import random
 import threading
 import time
@@ -104,13 +105,109 @@ def test_a_result_that_a_model_makes_up_is_its_own_text(tokenizer, calculator):
 class Echo:
     """A tool that answers with a given text."""
 
-    names = ("calc",)
+    names, schemas = ("calc",), {}
 
     def __init__(self, answer):
         self._answer = answer
 
     def run(self, tool, text):
         return ToolResult(self._answer)
+
+
+CALLED = '<tool_call>\n{"name": "rain", "arguments": {"city": "Oslo"}}\n</tool_call>'
+FOREIGN = (
+    "{% if tools %}{{ '<|tools|>' + tools | tojson }}{% endif %}{% for m in messages %}{% if m.role == 'tool' %}"
+    "{{ '<|tool|>' + m.content }}{% else %}{{ '<|' + m.role + '|>' + m.content }}{% for c in m.tool_calls or [] %}"
+    '{{ \'<tool_call>\n{"name": "\' + c.function.name + \'", "arguments": \' + c.function.arguments | tojson '
+    "+ '}\n</tool_call>' }}{% endfor %}{{ '<|im_end|>' }}{% endif %}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|go on|>' if messages[-1].role == 'tool' else '<|assistant|>' }}{% endif %}"
+)
+NAMES = ("<|user|>", "<|assistant|>", "<|tool|>", "<|go on|>", "<|tools|>", "<|im_end|>")
+
+
+@pytest.fixture
+def weather(tmp_path):
+    path = tmp_path / "weather.py"
+    path.write_text('def rain(city: str) -> str:\n    "Whether it rains."\n    return f"no rain in {city}"\n')
+    with Toolbox.parse([f"py:{path}:rain"]) as toolbox:
+        yield toolbox
+
+
+def writing(folder, own, *calls):
+    """A tokenizer, of our own format or with a template, that has a token for each of these texts."""
+    save_tokenizer(folder, *(CHAT_SPECIALS if own else NAMES))
+    spec, config = (json.loads((folder / name).read_text()) for name in ("tokenizer.json", "tokenizer_config.json"))
+    last = spec["added_tokens"][-1]
+    spec["added_tokens"] += [
+        {**last, "id": last["id"] + 1 + i, "content": text, "special": False} for i, text in enumerate(calls)
+    ]
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    if not own:
+        (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": FOREIGN}))
+    return load_tokenizer(folder), [last["id"] + 1 + i for i in range(len(calls))]
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("before", ["", "say "])
+def test_a_function_of_ones_own_is_called_in_the_words_of_the_model(tmp_path, weather, own, before):
+    tokenizer, (called,) = writing(tmp_path, own, CALLED)
+    special = tokenizer.specials
+    first = special["<|im_sep|>" if own else "<|assistant|>"]
+    chain = [first, *tokenizer.encode(before), called, *([] if own else [special["<|im_end|>"]])]
+    model = certain(make_model(vocab_size=called + 1), *chain)
+    going_on = special["<|result_end|>" if own else "<|go on|>"]
+    second = [going_on, *tokenizer.encode("well"[:3]), special["<|im_end|>"]]
+    with torch.no_grad():
+        for i, (token, following) in enumerate(itertools.pairwise(second), len(chain)):
+            model.embed_tokens[token, i], model.lm_head[following, i] = 1.0, 10.0
+    tools = ToolUse(weather, tokenizer)
+    ends = [special["<|im_end|>"]]
+    generator = Generator(model, tokenizer, Sampling(0.0), tools=tools, end_ids=ends)
+    prompt = generator.encode([message("user", "Rain?")])
+    assert "Whether it rains." in tokenizer.decode(prompt)
+    pieces, heard = [], []
+    ((completion,),) = generator.complete(
+        [Request(prompt, max_tokens=300)],
+        on_text=lambda index, sample, piece: pieces.append(piece),
+        on_call=lambda index, sample, call, seen: heard.append(seen),
+    )
+    assert completion.text == "".join(pieces) == f"{before}wel" and completion.finish_reason == "stop"
+    assert completion.tool_calls == [{"tool": "rain", "input": '{"city": "Oslo"}', "result": "no rain in Oslo"}]
+    assert heard == [None, "no rain in Oslo"]
+    answered = [token for token, own in zip(completion.token_ids, completion.sampled, strict=True) if not own]
+    expected = "<|result_start|>no rain in Oslo<|result_end|>" if own else "<|tool|>no rain in Oslo<|go on|>"
+    assert tokenizer.decode(answered) == expected
+    parts = tools.parts(completion.token_ids, completion.sampled, completion.tool_calls)
+    called_part = Part("tool_call", '{"name": "rain", "arguments": {"city": "Oslo"}}')
+    said = (Part("text", before),) if before else ()
+    assert parts == (*said, called_part, Part("result", "no rain in Oslo"), Part("text", "wel"))
+    none = ToolUse(weather, tokenizer, max_calls=0)
+    ((limited,),) = Generator(model, tokenizer, Sampling(0.0), tools=none, end_ids=ends).complete([Request(prompt)])
+    assert (limited.text, limited.finish_reason, limited.tool_calls) == (before, "tool_limit", [])
+
+
+@pytest.mark.parametrize(
+    ("written", "text", "result"),
+    [
+        ("<tool_call>\n{'name'}\n</tool_call>", "<tool_call>\n{'name'}\n</tool_call>", None),
+        (f"<think>{CALLED}</think>No.", f"<think>{CALLED}</think>No.", None),
+        (f"<think>{CALLED}</think>{CALLED}", f"<think>{CALLED}</think>", "no rain in Oslo"),
+        ("<tool_call", "<tool_call", None),
+        (CALLED.replace("rain", "snow"), "", "error: there is no function 'snow'; there are rain"),
+        (CALLED.replace("city", "town"), "", "error: missing a required argument: 'city'"),
+    ],
+)
+def test_what_is_no_call_is_text_and_a_mistake_is_answered(tmp_path, weather, written, text, result):
+    tokenizer, (token,) = writing(tmp_path, False, written)
+    special = tokenizer.specials
+    model = certain(make_model(vocab_size=token + 1), special["<|assistant|>"], token, special["<|im_end|>"])
+    with torch.no_grad():
+        model.embed_tokens[special["<|go on|>"], 9], model.lm_head[special["<|im_end|>"], 9] = 1.0, 10.0
+    tools = ToolUse(weather, tokenizer)
+    generator = Generator(model, tokenizer, Sampling(0.0), tools=tools, end_ids=[special["<|im_end|>"]])
+    ((found,),) = generator.complete([Request(generator.encode([message("user", "Rain?")]), max_tokens=300)])
+    assert found.text == text and found.finish_reason == "stop"
+    assert [call["result"] for call in found.tool_calls] == ([] if result is None else [result])
 
 
 def test_special_tokens_that_a_result_spells_are_text(tokenizer):
@@ -165,7 +262,7 @@ def test_a_call_without_an_end_says_nothing(tokenizer, calculator):
 class Slow:
     """A tool whose answer takes some time, another one each time."""
 
-    names = ("calc", "search")
+    names, schemas = ("calc", "search"), {}
 
     def __init__(self):
         self._random = random.Random()

@@ -170,6 +170,9 @@ def test_conversations_in_openais_form_begin_alike_and_answers_are_read_back(
         )
         assert whole.startswith(answered)
         if entry["role"] == "assistant" and answered.startswith(asked):
+            for call in [call["function"] for call in entry.get("tool_calls", ())]:
+                if call["name"] in ("calc", "python", "search"):  # whose argument bears the tool's name
+                    call["arguments"] = {call["name"]: next(iter(call["arguments"].values()))}
             assert stranger.parse_response(answered[len(asked) :], prefix=asked) == entry
 
 

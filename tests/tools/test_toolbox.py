@@ -53,7 +53,7 @@ def test_a_long_result_is_cut():
 @pytest.mark.parametrize(
     ("wanted", "reason"),
     [
-        ("clac", "expected calc, python, search:DOCS.jsonl, search:URL or search:py:FILE.py:FUNCTION, found 'clac'"),
+        ("clac", "search:py:FILE.py:FUNCTION or py:FILE.py:FUNCTION, found 'clac'"),
         ("", "found 'nothing'"),
         ("search", "found 'search'"),
         ("calc:x", "found 'calc:x'"),
