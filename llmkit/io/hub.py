@@ -9,6 +9,7 @@ texts are fetched: no pickle, no code. What the cache has is not fetched again, 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -31,6 +32,7 @@ EXAMPLE = "hf://ORG/MODEL or hf://ORG/MODEL@REVISION, such as hf://Qwen/Qwen3-0.
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TEXTS = ("", ".json", ".jinja", ".model", ".md", ".txt")  # ends of names: configuration, tokenizers, terms of use
 TEMPLATES = "additional_chat_templates/"
+FULL = (errno.ENOSPC, errno.EDQUOT)
 THREADS = 4  # files of a model that come at a time
 OTHER_KINDS = ("datasets/", "spaces/", "buckets/")
 _ADDRESS = re.compile(r"hf://(?:models/)?(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>.+?))?/?")
@@ -244,13 +246,18 @@ class HubModel:
 
     def _file(self, name: str, revision: str) -> Path:
         """Fetch a file into the hub's cache."""
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import constants, hf_hub_download
         from huggingface_hub.utils import LocalEntryNotFoundError
 
         try:
             path = Path(hf_hub_download(self.repo, name, revision=revision))
         except LocalEntryNotFoundError as error:  # the hub went away
             raise (error.__cause__ or ConnectionError(str(error))) from None
+        except OSError as error:
+            if error.errno is None or (error.filename is None and error.errno not in FULL):  # no error of this machine
+                raise
+            reason = f"cannot be written: {str(error.strerror).lower()}; HF_HOME names another place"
+            raise UserError(f"{error.filename or constants.HF_HUB_CACHE}: {reason} for the hub's cache") from None
         if self.commit not in path.parts:
             raise ConnectionError(f"{revision} is another commit now")
         return path
@@ -288,5 +295,5 @@ def _listed(names: Iterable[str]) -> str:
 
 def _is_text(name: str) -> bool:
     if "/" in name:
-        return name.startswith(TEMPLATES) and name.endswith(".jinja")
+        return name.startswith(TEMPLATES) and name.endswith(".jinja") and name.count("/") == 1
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in TEXTS

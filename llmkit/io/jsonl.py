@@ -149,7 +149,9 @@ def check_inputs(paths: Sequence[str]) -> None:
 
 def _unreadable(path: str, number: int | None) -> UserError:
     reason = "found a folder" if number == errno.EISDIR else os.strerror(number or 0).lower()
-    return UserError(f"{name_of(path)}: expected a file that can be read: {reason}")
+    is_name = number == errno.ENOENT and path.count("/") == 1 and "." not in path and path[0] != "/" != path[-1]
+    of_hub = f"; a data set of the hub: hf://datasets/{path}/" if is_name else ""
+    return UserError(f"{name_of(path)}: expected a file that can be read: {reason}{of_hub}")
 
 
 @contextmanager

@@ -420,7 +420,9 @@ class _Cached:
 
     def fetch(self) -> Path:
         """Return the path of the whole file, once it is there."""
-        path = self.path
+        path, size = self.path, self.now[0]
+        if path.exists() and size not in (None, path.stat().st_size):
+            path.unlink()  # it was cut after it was whole
         if path.exists():
             return path
         partial = path.with_name(path.name + ".partial")
@@ -432,8 +434,6 @@ class _Cached:
                     self._describe(path)
                     os.replace(partial, path)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise
             raise UserError(f"--cache {self._folder}: cannot be written: {str(error.strerror).lower()}") from None
         return path
 

@@ -67,6 +67,12 @@ def test_a_file_that_was_cut_is_gone_on_with(server: FileServer) -> None:
     assert server.requests[-1] == "bytes=2000000-"
 
 
+def test_a_file_that_was_cut_after_it_was_whole_is_fetched_anew(server: FileServer) -> None:
+    with cached_file(server.address + "f").open("r+b") as handle:
+        handle.truncate(1000)
+    assert read(server.address + "f") == DATA
+
+
 def test_a_file_that_has_changed_is_fetched_anew(server: FileServer, tmp_path) -> None:
     read(server.address + "f")
     server.files["f"], server.version = DATA[::-1], "2"

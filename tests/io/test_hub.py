@@ -24,7 +24,13 @@ from tests.helpers.hub_server import HubServer, Repo, hub_server
 
 constants = pytest.importorskip("huggingface_hub.constants")
 TEXTS = {"config.json": b"{}", "tokenizer.json": b"{}", "LICENSE": b"terms", "chat_template.jinja": b"x"}
-OTHERS = {"model.py": b"import os", "onnx/config.json": b"{}", "pytorch_model.bin": b"x", ".gitattributes": b"x"}
+OTHERS = {
+    "model.py": b"import os",
+    "additional_chat_templates/../../x.jinja": b"",
+    "onnx/config.json": b"{}",
+    "pytorch_model.bin": b"x",
+    ".gitattributes": b"x",
+}
 WEIGHTS = {"model.safetensors": bytes(300_000)}
 LINES = b'{"text": "a document"}\n' * 20_000
 
@@ -165,6 +171,12 @@ def test_what_is_no_model_is_one_line(server: HubServer, address: str, told: str
     with pytest.raises(UserError, match=f"^{address}: .*{told}") as error:
         check_model_folder(address, "llmkit")
     assert "\n" not in str(error.value)
+
+
+def test_a_cache_that_cannot_be_written_is_named(server: HubServer, monkeypatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "/proc/hub")
+    with pytest.raises(UserError, match=r"^/proc/hub.*: cannot be written: .*; HF_HOME names another place"):
+        local_folder("hf://org/model")
 
 
 def test_a_package_that_is_missing_is_named(server: HubServer, monkeypatch) -> None:

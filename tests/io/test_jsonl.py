@@ -125,6 +125,7 @@ def test_inputs_are_checked_before_anything_is_opened(tmp_path: Path) -> None:
     for paths, message in (
         ([str(tmp_path)], "found a folder"),
         ([str(tmp_path / "nowhere")], "no such file"),
+        (["openai/gsm8k"], "no such file or directory; a data set of the hub: hf://datasets/openai/gsm8k/"),
         (["-", "-"], "stdin: '-' can be read only once"),
     ):
         with pytest.raises(UserError, match=message):
