@@ -162,16 +162,19 @@ def check_upload(address: str, replaces: bool) -> None:
             return system.info(path)["type"]
 
     def begin() -> None:
-        upload = system.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
-        system.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload["UploadId"])
+        if address.startswith("s3"):  # by what the upload after the work will begin with, of which nothing is seen
+            upload = system.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
+            system.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload["UploadId"])
+        else:
+            with suppress(PermissionError):
+                system.info(bucket)
 
     kind = retried(address, there, "written")
     if kind == "directory":
         raise UserError(f"{address}: expected a file, found a folder; choose another --out")
     if kind is not None and not replaces:
         raise UserError(f"{address}: exists already; --force replaces it, or choose another --out")
-    if address.startswith("s3"):
-        retried(address, begin, "written")  # what the upload after the work will need; nothing of it can be seen
+    retried(address, begin, "written")
 
 
 def upload(path: str, address: str, quiet: bool = False) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.config import flag_of, lasting_options, option_fields
-from llmkit.errors import Interrupted, UserError
+from llmkit.errors import GateError, Interrupted, UserError
 from llmkit.io.files import (
     PARTIAL,
     check_output,
@@ -228,7 +228,7 @@ def _at_addresses(run: Callable[[Any], Any], config: Any, addresses: Mapping[str
         for address in addresses.values():
             check_upload(address, replaces=config.force or resume)
         options = {flag: value for flag, value in lasting_options(config).items() if flag != "--resume"}
-        out, summary = files.get("out"), None
+        out, summary, gate = files.get("out"), None, None
         if resume and out is not None and out.is_file() and not list(out.parent.glob(f"*{KEPT}")):  # all is made
             check_identity(folder, read_sealed(folder / OPTIONS), options)
         else:
@@ -239,11 +239,15 @@ def _at_addresses(run: Callable[[Any], Any], config: Any, addresses: Mapping[str
             write_sealed(folder / OPTIONS, options)
             try:
                 summary = run(here)
+            except GateError as error:  # when all is made
+                gate = error
             finally:
                 if not any(path.is_file() for path in folder.glob("*/*")):
                     remove(folder)
         _upload(config, files, addresses, folder)
         remove(folder)
+    if gate is not None:
+        raise gate
     shown = {str(path): addresses[name] for name, path in files.items()}
     values = {name: shown.get(str(value)) for name, value in asdict(summary).items()} if summary is not None else {}
     return summary and replace(summary, **{name: address for name, address in values.items() if address})

@@ -14,7 +14,7 @@ from llmkit.io.jsonl import open_output, read_documents, write_json
 from llmkit.io.manifest import write_manifest
 from llmkit.io.progress import Progress, counted, say
 from llmkit.io.resume import STATE, Kept
-from llmkit.io.run_folder import check_model_folder
+from llmkit.io.run_folder import check_model_folder, uploaded
 
 if TYPE_CHECKING:
     from llmkit.evaluation.evaluator import Asking
@@ -87,6 +87,7 @@ class Summary:
     comparisons: list[dict[str, Any]] | None
 
 
+@uploaded("out", "report")
 def run(config: EvaluateConfig) -> Summary | None:
     """Load, ask, summarise, save. Raises UserError for the user's mistakes, GateError for a score under its gate."""
     out, gates = config.out or "-", _checked(config)

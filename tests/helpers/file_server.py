@@ -1,12 +1,19 @@
-"""A web server that behaves as servers do: it has no ranges, is busy, cuts connections, and lies about lengths."""
+"""A web server that behaves as servers do: it has no ranges, is busy, cuts connections, and lies about lengths.
+
+python tests/helpers/file_server.py --ways cut FILE...    # prints its address, and serves
+"""
 
 from __future__ import annotations
 
+import argparse
+import os
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 
 class FileServer(ThreadingHTTPServer):
@@ -19,6 +26,7 @@ class FileServer(ThreadingHTTPServer):
     short    every answer ends after 700 kB
     busy     of three requests two are answered by 503
     down     every request is answered by 503
+    changes  every answer has an ETag of its own
     lie      promises 1,000 bytes more than there are
     """
 
@@ -59,7 +67,7 @@ class _Answer(BaseHTTPRequestHandler):
         if ranged:
             data = data[int(start[1]) : int(start[2]) + 1 if start[2] else None]
         self.send_response(416 if ranged and not data else 206 if ranged else 200)
-        self.send_header("ETag", f'"{server.version}"')
+        self.send_header("ETag", f'"{len(server.requests) if "changes" in server.ways else server.version}"')
         self.send_header("Content-Length", str(len(data) + 1000 * ("lie" in server.ways)))
         if ranged:
             self.send_header("Content-Range", f"bytes {start[1]}-{size - 1}/{size}")
@@ -78,3 +86,21 @@ def file_server() -> Iterator[FileServer]:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.shutdown()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--ways", default="")
+    parser.add_argument("files", nargs="*", type=Path)
+    asked = parser.parse_args()
+    with file_server() as server:
+        server.ways = set(asked.ways.split())
+        server.files = {path.name: path.read_bytes() for path in asked.files}
+        print(server.address, flush=True)
+        parent = os.getppid()
+        while os.getppid() == parent:
+            time.sleep(0.5)
+
+
+if __name__ == "__main__":
+    main()

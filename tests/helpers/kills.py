@@ -3,6 +3,8 @@
     python tests/helpers/kills.py 20              # moments of each stage: kill -9, then --resume
     python tests/helpers/kills.py 20 pretrain rl --seed 7
 
+Two of them read from addresses and write to a bucket, of servers that run meanwhile.
+
 Each run is a fork of a process that has imported everything, so that the moments lie in the work and not in the start.
 Compared are the bytes of all that a run leaves, but for seconds, rates, the time of day and that it was resumed. Exits
 with 1 where a trial differs, leaves something behind or ends with an error.
@@ -16,13 +18,17 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+
+from object_store import bucket_of, empty_bucket, environment
 
 ROOT = Path(__file__).parents[2]
 OFTEN = "--max-steps 12 --save-every 1"
@@ -41,12 +47,20 @@ STAGES = {
     "probe-knowledge": "chat --questions questions.jsonl --samples 2 --max-tokens 8 --batch-size 4 "
     "--report out.report.jsonl -o out.jsonl",
 }
+AT_ADDRESSES = {
+    "crawl-filter": "s3://inputs/0.warc.gz WEB/1.warc.gz s3://inputs/2.jsonl --workers 2 "
+    f"--only {CHOSEN} --rejects s3://bucket/out.rejects.jsonl -o s3://bucket/out.jsonl.gz",
+    "sample": "chat --jsonl s3://inputs/prompts.jsonl -n 2 --batch-size 4 --max-tokens 24 -o s3://bucket/out.jsonl",
+}
+REMOTE = "-at-addresses"
+STAGES |= {f"{stage}{REMOTE}": words for stage, words in AT_ADDRESSES.items()}
 STARTS_ANEW = ("train-bpe",)  # has no --resume: a killed run is begun again
 
 
 def make_inputs(folder: Path) -> None:
     """What the stages read, a little more than tests/helpers/pipeline.py makes."""
     from pipeline import WORDS, documents, make_models, page, write
+    from web import Record, write_warc
 
     make_models(folder)
     write(folder / "pages.jsonl", [page(number % 350) for number in range(400)])
@@ -58,16 +72,25 @@ def make_inputs(folder: Path) -> None:
     write(folder / "problems.jsonl", [{"prompt": f"1+{i}", "answer": str(1 + i)} for i in range(8)])
     write(folder / "questions.jsonl", [{"question": f"Who is {word}?", "answer": "Ada"} for word in 3 * WORDS.split()])
     write(folder / "prompts.jsonl", [{"prompt": f"The {word}", "id": i} for i, word in enumerate(4 * WORDS.split())])
+    (folder / "remote").mkdir()
+    for number in range(2):
+        records = [Record(row["url"], row["html"]) for row in map(page, range(150 * number, 150 * number + 200))]
+        write_warc(folder / "remote" / f"{number}.warc.gz", records)
+    write(folder / "remote" / "2.jsonl", [page(number % 350) for number in range(300, 400)])
+    shutil.copy(folder / "prompts.jsonl", folder / "remote")
 
 
 def start(stage: str, place: Path, inputs: Path) -> int:
     """The process of a stage in a folder of its own, which links to the inputs."""
+    if REMOTE in stage and not place.exists():
+        empty_bucket(os.environ["AWS_ENDPOINT_URL"])
     place.mkdir(exist_ok=True)
     for path in inputs.iterdir():
         if not os.path.lexists(place / path.name):
             os.symlink(path, place / path.name)
     more = ["--force"] if stage in STARTS_ANEW else ["--resume"]
-    return forked([stage, *STAGES[stage].split(), "--quiet", *more], place, "log")
+    words = STAGES[stage].replace("WEB/", os.environ.get("WEB", "")).split()
+    return forked([stage.removesuffix(REMOTE), *words, "--quiet", *more], place, "log")
 
 
 def forked(words: list[str], place: Path, log: str) -> int:
@@ -110,6 +133,9 @@ def ended(child: int, seconds: float) -> int | None:
 
 def contents(place: Path) -> dict[str, bytes]:
     """The files that a run left, without seconds."""
+    for name, data in (bucket_of(os.environ["AWS_ENDPOINT_URL"]) if REMOTE in place.name else {}).items():
+        (place / "out").mkdir(exist_ok=True)
+        (place / "out" / name).write_bytes(data)
     found = {}
     for path in sorted(place.rglob("out*")) + sorted((place / "out").rglob("*")):
         if path.is_file():
@@ -179,6 +205,24 @@ def trials(stage: str, moments: int, seed: int, folder: Path, say: Callable[[str
     return faults
 
 
+@contextmanager
+def servers(folder: Path) -> Iterator[None]:
+    """Run an S3 and a web server, each a process of its own, that have the files of a folder."""
+    files = sorted(map(str, folder.iterdir()))
+    commands = [["object_store.py", "inputs", *files], ["file_server.py", "--ways", "cut", *files]]
+    with ExitStack() as stack:
+        addresses = []
+        for name, *arguments in commands:
+            command = [sys.executable, str(Path(__file__).with_name(name)), *arguments]
+            process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+            stack.callback(process.kill)
+            addresses.append(process.stdout.readline().strip())
+        os.environ |= environment(addresses[0]) | {"WEB": addresses[1]}
+        import s3fs  # noqa: F401 -- so that no trial waits for it
+
+        yield
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("moments", type=int, help="moments of each stage")
@@ -198,11 +242,13 @@ def main() -> int:
     if ended(maker, 600) != 0:
         return 1
     print(f"seed {asked.seed}", flush=True)
-    faults = [
-        fault
-        for stage in asked.stages or STAGES
-        for fault in trials(stage, asked.moments, asked.seed, folder, lambda line: print(line, flush=True))
-    ]
+    stages = asked.stages or list(STAGES)
+    with servers(folder / "inputs" / "remote") if any(REMOTE in stage for stage in stages) else nullcontext():
+        faults = [
+            fault
+            for stage in stages
+            for fault in trials(stage, asked.moments, asked.seed, folder, lambda line: print(line, flush=True))
+        ]
     for fault in faults:
         print(fault)
     if not faults:

@@ -48,20 +48,41 @@ class ObjectStore:
 
     def client(self) -> Any:
         """A client of boto3."""
-        import boto3
+        return client_of(self.address)
 
-        keys = {"aws_access_key_id": "a", "aws_secret_access_key": "b", "region_name": "us-east-1"}
-        return boto3.client("s3", endpoint_url=self.address, **keys)
-
-    def objects(self, bucket: str = "bucket") -> dict[str, bytes]:
-        """All that lies in a bucket."""
-        client = self.client()
-        listed = client.list_objects_v2(Bucket=bucket).get("Contents", [])
-        return {item["Key"]: client.get_object(Bucket=bucket, Key=item["Key"])["Body"].read() for item in listed}
+    def objects(self) -> dict[str, bytes]:
+        """All that lies in the bucket `bucket`."""
+        return bucket_of(self.address)
 
     def environment(self) -> dict[str, str]:
         """What s3fs finds the server and its credentials by."""
-        return {"AWS_ENDPOINT_URL": self.address, **CREDENTIALS}
+        return environment(self.address)
+
+
+def client_of(address: str) -> Any:
+    """A client of boto3 for the server at an address."""
+    import boto3
+
+    keys = {"aws_access_key_id": "a", "aws_secret_access_key": "b", "region_name": "us-east-1"}
+    return boto3.client("s3", endpoint_url=address, **keys)
+
+
+def bucket_of(address: str) -> dict[str, bytes]:
+    """All that lies in the bucket `bucket` of a server."""
+    client = client_of(address)
+    listed = client.list_objects_v2(Bucket="bucket").get("Contents", [])
+    return {item["Key"]: client.get_object(Bucket="bucket", Key=item["Key"])["Body"].read() for item in listed}
+
+
+def empty_bucket(address: str) -> None:
+    """Delete all that lies in the bucket `bucket` of a server."""
+    for name in bucket_of(address):
+        client_of(address).delete_object(Bucket="bucket", Key=name)
+
+
+def environment(address: str) -> dict[str, str]:
+    """What s3fs finds a server and its credentials by."""
+    return {"AWS_ENDPOINT_URL": address, **CREDENTIALS}
 
 
 @contextmanager
@@ -88,7 +109,8 @@ def main() -> None:
             client.put_object(Bucket=asked.bucket, Key=path.name, Body=path.read_bytes())
         store.delay = asked.delay
         print(store.address, flush=True)
-        while os.getppid() != 1:  # until who has started it ends
+        parent = os.getppid()
+        while os.getppid() == parent:
             time.sleep(0.5)
 
 

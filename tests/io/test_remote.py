@@ -7,6 +7,7 @@ import json
 import random
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -21,6 +22,7 @@ from llmkit.io.manifest import describe_inputs
 from llmkit.io.pool import Work
 from llmkit.io.remote import matching, open_remote
 from llmkit.io.resume import Kept
+from llmkit.stages.crawl_filter import CrawlFilterConfig, run
 from tests.helpers.file_server import FileServer, file_server
 from tests.helpers.object_store import ObjectStore, object_store
 from tests.helpers.web import Record, html, mixed_pages, prose, write_warc
@@ -183,6 +185,59 @@ def test_a_resumed_crawl_reads_no_address_again_that_it_has_finished(server: Fil
 def echo() -> Work:
     """A worker that keeps the place of each frame."""
     return lambda batch: [Part([Outcome(None, None, frame.path, frame.offset) for frame in batch.frames])]
+
+
+def test_a_crawl_of_a_file_that_changes_ends_and_is_resumed(server: FileServer, tmp_path, monkeypatch) -> None:
+    """Of one file it ends the run, of several it is counted; nothing half-written stands where the output will."""
+    monkeypatch.chdir(tmp_path)
+    noise = random.Random(0)
+    pages = [
+        Record(f"https://a.example/{n}", html("A", prose(n), f"<!-- {noise.randbytes(60_000).hex()} -->"))
+        for n in range(20)
+    ]
+    write_warc(tmp_path / "a.warc.gz", pages)
+    server.files = {"a.warc.gz": (tmp_path / "a.warc.gz").read_bytes(), "b.jsonl": LINES}
+    options = {"only": ("extract",), "workers": 1, "quiet": True, "out": "out.jsonl"}
+    archive, lines = server.address + "a.warc.gz", server.address + "b.jsonl"
+    run(CrawlFilterConfig(**{**options, "out": "whole.jsonl"}, inputs=("a.warc.gz",)))
+    server.ways = {"short", "changes"}
+    with pytest.raises(UserError, match=r"a.warc.gz: changed while it was read; .*--resume goes on"):
+        run(CrawlFilterConfig(**options, inputs=(archive,)))
+    assert not list(tmp_path.glob("out.jsonl")) and not list(tmp_path.glob("*.partial"))
+    server.ways = {"short"}
+    run(CrawlFilterConfig(**options, inputs=(archive,), resume=True))
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    server.ways = {"short", "changes"}
+    summary = run(CrawlFilterConfig(**options, inputs=(archive, lines), force=True))
+    assert summary is not None and summary.dropped["read"] == 2 and summary.documents > len(ROWS)  # warcinfo, and this
+
+
+def test_the_same_bytes_come_from_disk_from_the_web_and_from_a_bucket(
+    server: FileServer, bucket: ObjectStore, tmp_path, monkeypatch
+) -> None:
+    """Archives, one cut off, JSONL and Parquet; documents, rejects and counts."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"text": f"Page {number}. " * 5, "id": number} for number in range(300)]
+    write_warc(tmp_path / "a.warc.gz", mixed_pages())
+    (tmp_path / "b.warc.gz").write_bytes((tmp_path / "a.warc.gz").read_bytes()[:-300])
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(b"".join(json.dumps(row).encode() + b"\n" for row in rows)))
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
+    names = sorted(path.name for path in tmp_path.iterdir())
+    server.files = {name: (tmp_path / name).read_bytes() for name in names}
+    server.ways = {"cut"}
+    for name, data in server.files.items():
+        bucket.client().put_object(Bucket="bucket", Key=f"crawl/{name}", Body=data)
+
+    def crawled(place: str) -> tuple[bytes, bytes, dict[str, int]]:
+        inputs = tuple(place + name for name in names)
+        options = {"only": ("extract", "c4", "exact_duplicates"), "workers": 1, "quiet": True, "force": True}
+        summary = run(CrawlFilterConfig(inputs=inputs, out="out.jsonl", rejects="rejects.jsonl", **options))
+        assert summary is not None and summary.documents > 0
+        return Path("out.jsonl").read_bytes(), Path("rejects.jsonl").read_bytes(), summary.dropped
+
+    from_disk = crawled("")
+    assert crawled(server.address) == from_disk
+    assert crawled("s3://bucket/crawl/") == from_disk
 
 
 @pytest.fixture(scope="module")

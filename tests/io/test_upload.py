@@ -6,17 +6,23 @@ import gzip
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from llmkit.errors import Interrupted, UserError
+from llmkit.config import resolve
+from llmkit.errors import GateError, Interrupted, UserError
 from llmkit.io import remote
 from llmkit.io.jsonl import open_output, read_jsonl
 from llmkit.io.remote import upload
-from llmkit.stages import crawl_filter, train_bpe
-from tests.helpers.object_store import ObjectStore, object_store
+from llmkit.stages import crawl_filter, evaluate, train_bpe
+from tests.helpers.object_store import ObjectStore, empty_bucket, object_store
+from tests.helpers.tiny import make_model, save_folder
+from tests.helpers.web import Record, html, prose, write_warc
 
 ROWS = [{"text": f"Text {number}, by ann@example.com.", "id": number} for number in range(50)]
 
@@ -37,8 +43,7 @@ def store(running: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
     running.refuse = lambda method, path: None
-    for name in running.objects():
-        running.client().delete_object(Bucket="bucket", Key=name)
+    empty_bucket(running.address)
     Path("docs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return running
 
@@ -125,6 +130,56 @@ def test_a_run_that_was_interrupted_goes_on(store: ObjectStore, monkeypatch: pyt
     assert len(store.objects()["a/out.jsonl"].splitlines()) == 50
     with pytest.raises(UserError, match=r"^none\.jsonl: expected a file"):
         crawl("s3://bucket/b.jsonl", inputs=("none.jsonl",))
+    assert not list(Path().glob("*bucket*"))
+
+
+def test_scores_are_uploaded_before_a_gate_ends_the_run(store: ObjectStore) -> None:
+    save_folder(Path("base"), make_model(context=256))
+    Path("things.jsonl").write_text(json.dumps({"query": "The sea is", "choices": ["blue", "red"], "gold": 0}))
+    outputs = {"out": "s3://bucket/scores.json", "report": "s3://bucket/items.jsonl"}
+    given = {"models": ["base"], "tasks": ["things.jsonl"], "gates": ["things=2"], "quiet": True, **outputs}
+    with pytest.raises(GateError):
+        evaluate.run(resolve(evaluate.EvaluateConfig, given))
+    assert sorted(store.objects()) == ["items.jsonl", "scores.json", "scores.json.manifest.json"]
+
+
+def test_killed_at_moments_that_the_server_sees_and_resumed_it_leaves_the_same_bytes(store: ObjectStore) -> None:
+    """While it reads the second archive, while it uploads, and between the documents and their manifest."""
+    for number in range(2):
+        pages = [
+            Record(f"https://a.example/{n}", html(f"Page {n}", prose(n))) for n in range(12 * number, 12 * number + 16)
+        ]
+        write_warc(Path(f"{number}.warc.gz"), pages)
+        store.client().put_object(Bucket="bucket", Key=f"{number}.warc.gz", Body=Path(f"{number}.warc.gz").read_bytes())
+    command = [sys.executable, "-m", "llmkit", "crawl-filter", "--workers", "1", "--only", "extract,exact_duplicates"]
+    subprocess.run([*command, "0.warc.gz", "1.warc.gz", "-o", "local.jsonl", "--quiet"], check=True)
+    command += ["s3://bucket/0.warc.gz", "s3://bucket/1.warc.gz", "-o", "s3://bucket/out.jsonl", "--resume"]
+    gets = []
+
+    def killed(moment: tuple[str, str]) -> bool:
+        """Run the command, killed when the server gets this request; True if it was."""
+
+        def refuse(method: str, path: str) -> int | None:
+            gets.append(path) if method == "GET" else None
+            if (method, path) == moment:
+                process.kill()
+                process.wait()
+                return 503
+            return None
+
+        store.refuse = refuse
+        with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            errors = process.communicate()[1]
+        store.refuse = lambda method, path: None
+        assert process.returncode == -signal.SIGKILL or not process.returncode, errors
+        return process.returncode < 0
+
+    for path in ("1.warc.gz", "out.jsonl", "out.jsonl.manifest.json"):
+        assert killed(("GET" if "warc" in path else "PUT", f"/bucket/{path}"))
+        assert ("out.jsonl" in store.objects()) == ("manifest" in path)
+    assert not killed(("", ""))
+    assert store.objects()["out.jsonl"] == Path("local.jsonl").read_bytes()
+    assert gets.count("/bucket/0.warc.gz") == 1 and "out.jsonl.manifest.json" in store.objects()
     assert not list(Path().glob("*bucket*"))
 
 
