@@ -77,14 +77,7 @@ def read_questions(
 
     def rows_of(handle: io.BufferedReader, path: str, columns: Mapping[str, str]) -> Iterator[Row | UserError]:
         for row in json_rows(handle, path, columns):
-            if isinstance(row, UserError) or first_of(row.value, FACTS) is not None:
-                yield row
-            elif "paragraphs" in row.value:  # an article of SQuAD's, where its object stands on many lines
-                yield from _squad([row.value], row.path, row.line)
-            elif "data" in row.value:
-                yield from _squad(_listed(row.value, "data", row.path), row.path)
-            else:
-                yield row
+            yield from [row] if isinstance(row, UserError) else unfolded(row)
 
     read = list(records_of(paths, rows_of, read_question, limit, bad, columns))
     questions = [item for item in read if not isinstance(item, str)]
@@ -104,6 +97,16 @@ def kind_of_question(text: str) -> str:
 
 
 # ---- SQuAD
+
+
+def unfolded(row: Row) -> Iterator[Row]:
+    """Yield a record, or each of the questions in an article of SQuAD's, or in all of its articles."""
+    if first_of(row.value, FACTS) is None and "paragraphs" in row.value:  # where the object stands on many lines
+        yield from _squad([row.value], row.path, row.line)
+    elif first_of(row.value, FACTS) is None and "data" in row.value:
+        yield from _squad(_listed(row.value, "data", row.path), row.path)
+    else:
+        yield row
 
 
 def _squad(articles: Iterable[dict[str, Any]], name: str, first: int = 1) -> Iterator[Row]:

@@ -7,7 +7,7 @@ An item is its question, with the right answer where the question is short. Of i
 count, so that line ends, punctuation and case do not. The score is the share of the item's runs of RUN letters
 (overlapping) that stand together in the text. Of 3,000 of 70,851 items of 26 public sets, planted into documents as
 they are, in capitals, wrapped anew, with punctuation removed or replaced, .992 are found at a score of .8 (the others
-are too short); of 5,167 documents 2 are taken for contaminated, 3 with 89,009 items of 45 sets. 13-grams of words, as
+are too short); of 5,167 documents 2 are taken for contaminated, 3 with 99,623 items of 45 sets. 13-grams of words, as
 GPT-3 has it (arXiv:2005.14165, appendix C), do not find items of fewer words.
 """
 
@@ -18,16 +18,17 @@ import os
 import tempfile
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from llmkit.errors import UserError
-from llmkit.formats.questions import answers_of
+from llmkit.formats.questions import answers_of, unfolded
 from llmkit.io.jsonl import read_jsonl, write_json
 from llmkit.io.progress import counted, say
 from llmkit.io.records import ANSWERS, CHOICES, CONVERSATIONS, QUESTIONS, Row
@@ -112,7 +113,7 @@ class Contamination:
         runs: list[np.ndarray] = []
         lengths: list[int] = []
         read = 0
-        for row in read_jsonl(rules.files):
+        for row in chain.from_iterable(map(_questions, read_jsonl(rules.files))):
             read += 1
             question, answer = _item(row)
             letters = _letters(f"{question} {answer}")[0]
@@ -229,12 +230,15 @@ def _densest(places: list[int], runs: list[int], width: int, enough: int) -> tup
     return most, dense
 
 
+def _questions(row: Row) -> Iterable[Row]:
+    """A record, or the questions of SQuAD's articles in it."""
+    return unfolded(row) if isinstance(row.value.get("paragraphs", row.value.get("data")), list) else [row]
+
+
 def _item(row: Row) -> tuple[str, str]:
     """The question of a record of an evaluation, and its right answer where the question is short."""
     value = row.value
-    right = next((value[name] for name in ("gold", "answer", "label") if isinstance(value.get(name), int)), None)
-    options = next((value[name] for name in ("context_options", *CHOICES) if isinstance(value.get(name), list)), [])
-    chosen = str(options[right]) if right is not None and 0 <= right < len(options) else ""
+    chosen = _choice(value)
     if "context_options" in value:
         return chosen, str(value.get("continuation", ""))
     if OF_BLIMP in value:
@@ -258,6 +262,23 @@ def _item(row: Row) -> tuple[str, str]:
                 chosen = answers_of(value[name], name)[0]
             break
     return question, chosen
+
+
+def _choice(value: Mapping[str, Any]) -> str:
+    """The right one of the choices of a record, which tells it by its place, from 0, or by its letter."""
+    listed = next((value[name] for name in ("context_options", *CHOICES) if value.get(name)), None)
+    labels: Any = "ABCDEFGHIJ"
+    if isinstance(listed, dict):  # ARC's columns
+        labels = listed["label"] if isinstance(listed.get("label"), list) else labels
+        listed = listed.get("text")
+    choices = listed if isinstance(listed, list) else [value[letter] for letter in labels[:5] if letter in value]
+    for name in ("gold", "answer", "label", "answerKey", "correct"):
+        key = value.get(name)
+        if isinstance(key, str) and key in list(labels):
+            key = list(labels).index(key)
+        if type(key) is int and 0 <= key < len(choices):
+            return str(choices[key].get("text", "") if isinstance(choices[key], dict) else choices[key])
+    return ""
 
 
 @cache

@@ -24,6 +24,9 @@ ITEMS = [
     {"prompt": "Здесь корабль стоит вдоль причала уже три дня", "answer": "да"},
     {"goal": "Mixing the batter", "sol1": "Stir it with a wooden spoon.", "sol2": "Stir it with a wooden door."},
     {"question": "Whose is it?", "answer": {"value": "Melville's", "aliases": ["Herman Melville's"]}},
+    {"question": "Which gas?", "choices": {"text": ["neon of space", "carbon of coal"], "label": ["1", "2"]},
+     "answerKey": "2"},
+    {"question": "Which bird?", "A": "the old heron", "B": "the grey wagtail", "answer": "B"},
     {"question": "2+2?", "answer": "4"},
 ]  # fmt: skip
 PLANTED = [
@@ -36,6 +39,8 @@ PLANTED = [
     "здесь, корабль. стоит вдоль причала: уже три дня",
     "Mixing the batter\n\nStir it with a wooden spoon",
     "whose is it? MELVILLE'S",
+    "Which gas? Carbon of coal",
+    "Which bird? -- The Grey Wagtail",
 ]
 BEFORE, AFTER = "It was a bright cold day in April. ", " And so the clocks were striking thirteen."
 
@@ -73,6 +78,17 @@ def test_what_is_too_short_to_be_found_is_counted(tmp_path: Path, capsys) -> Non
     assert f"1 item of {len(ITEMS)} left out" in capsys.readouterr().err
 
 
+def test_the_questions_of_a_whole_squad_are_items(tmp_path: Path) -> None:
+    asked = [
+        {"question": text, "answers": [{"text": "in Durham"}], "id": "q"} for text in ("Where is it now?", PLANTED[0])
+    ]
+    article = {"title": "A", "paragraphs": [{"context": BEFORE + AFTER, "qas": asked}]}
+    (tmp_path / "s.json").write_text(json.dumps({"version": "1.1", "data": [article]}))
+    index = Contamination(ContaminationRules((str(tmp_path / "s.json"),)))
+    assert len(index.items) == 2 and not index.find(BEFORE + AFTER)
+    assert index.find("Where is it now? In Durham!")[0].item == f"{tmp_path}/s.json:1.1, id q"
+
+
 def test_redaction_takes_the_item_alone(index: Contamination) -> None:
     assert index.redact(BEFORE + PLANTED[0].upper() + "?" + AFTER) == BEFORE + "?" + AFTER
 
@@ -92,7 +108,7 @@ def test_processes_share_one_index(tmp_path: Path) -> None:
     whole = len(pickle.dumps(index))
     index.share()
     sent = pickle.dumps(index)
-    assert len(sent) < 1000 < whole
+    assert len(sent) < 2000 < whole
     assert pickle.loads(sent).find(PLANTED[0]) == index.find(PLANTED[0]) != []
     (folder,) = {Path(pickle.loads(sent).__dict__["_folder"])}
     assert folder.is_dir()
