@@ -250,6 +250,12 @@ def small(**options):
     )  # fmt: skip
 
 
+GEMMA = {"rope_parameters": None, "layer_types": None, "sliding_window_pattern": 2, "sliding_window": 8}
+OLD_OLMO = {"rope_parameters": None, "rope_theta": 5e5, "layer_types": ["full_attention", "sliding_attention"]}
+OLD_PHI = {
+    "rope_parameters": None, "rope_theta": 1e4, "partial_rotary_factor": 0.5, "original_max_position_embeddings": 16,
+}  # fmt: skip
+LONGROPE = {"short_factor": [1.0, 1.1, 1.5], "long_factor": [1.0, 2.0, 4.0]}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 EXTRAS = dict(normalize_embedding=True, residual_scales=True, norm_gains=False, qk_gain=1.3)
@@ -291,14 +297,25 @@ def test_what_we_train_becomes_a_stock_qwen3_with_the_same_logits(tmp_path, tied
         ("Mistral", {"rope_scaling": {"type": "yarn", **YARN, "attention_factor": 0.8, "truncate": False}}),
         ("Llama", {"rope_scaling": {"type": "yarn", **YARN, "beta_fast": 4, "beta_slow": 0.5}}),
         ("Llama", {"rope_scaling": {"type": "yarn", **YARN, "mscale": 0.7, "mscale_all_dim": 1.3}}),
+        ("Gemma3Text", {**GEMMA, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+        ("Gemma3Text", {**GEMMA, "rope_theta": 2e4, "rope_local_base_freq": 500.0, "query_pre_attn_scalar": 24}),
+        ("GPT2", {"n_inner": None}),
+        ("Granite", {"rope_parameters": None, "rope_theta": 1e7}),
+        ("Olmo2", {"rope_parameters": None, "rope_theta": 5e5}),
+        ("Olmo3", {**OLD_OLMO, "rope_scaling": {"rope_type": "yarn", **YARN, "beta_fast": 4}}),
+        ("Olmo3", {"rope_parameters": None, "layer_types": None, "sliding_window": 8}),
+        ("Phi3", {**OLD_PHI, "rope_scaling": {"type": "longrope", **LONGROPE}}),
+        ("Phi3", {**OLD_PHI, "partial_rotary_factor": 1.0, "rope_scaling": None, "sliding_window": 8}),
+        ("SmolLM3", {"rope_parameters": None, "rope_theta": 5e6, "no_rope_layers": None, "no_rope_layer_interval": 2}),
     ],
 )
 @torch.no_grad()
 def test_what_a_config_leaves_out_is_as_in_transformers(tmp_path, family, edit):
     sizes = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4)
-    config = getattr(transformers, f"{family}Config")(**sizes, num_key_value_heads=4, max_position_embeddings=64)
+    sizes |= {"num_key_value_heads": 4, "max_position_embeddings": 64, "pad_token_id": None}
+    config = getattr(transformers, f"{family}Config")(**sizes)
     torch.manual_seed(0)
-    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.3)
     model.save_pretrained(tmp_path)
