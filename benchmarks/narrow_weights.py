@@ -51,7 +51,7 @@ def main() -> None:
     first, best = math.nan, []
     for name, (weights, head) in contenders.items():
         decoder = decode.Decoder(model, 1, weights)
-        decoder._head = decode._product(model.head_weight, None, head)
+        decoder._product = decode._product(model.head_weight, None, head)
         total, choices = 0.0, []
         with torch.inference_mode():
             for ids in texts:

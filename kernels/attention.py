@@ -228,7 +228,7 @@ def _attention_by_segments(query, key, value, scale, packing: Packing, window) -
 
 
 def attention_reference(
-    query: Tensor, key: Tensor, value: Tensor, *, scale: float, mask: Tensor | None = None
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float, mask: Tensor | None = None, softcap: float | None = None
 ) -> Tensor:
     """Attention (B, H, T, D) step by step: the truth for the tests.
 
@@ -240,6 +240,8 @@ def attention_reference(
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     dtype = torch.promote_types(query.dtype, torch.float32)
     scores_BHTS = query.to(dtype) @ key.to(dtype).mT * scale
+    if softcap is not None:
+        scores_BHTS = torch.tanh(scores_BHTS / softcap) * softcap
     if mask is not None:
         scores_BHTS = scores_BHTS.masked_fill(~mask, -math.inf)
     lse = torch.logsumexp(scores_BHTS, -1, keepdim=True)
@@ -285,15 +287,21 @@ def scaled_dot_product_attention(
     *,
     doc_ids: "Tensor | Packing | None" = None,
     window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Attention with torch's names and order, and packed documents and sliding windows besides.
 
     query (B, H, T, D), key and value (B, K, S, D) -> (B, H, T, D). With `doc_ids` (B, T), or a `Packing` of them, a
     query sees its own document only; with `window` only the last `window` positions, itself among them. Both need
     `is_causal` and T = S. `attn_mask` and `dropout_p` are torch's own business; with one of the two additions they
-    raise NotImplementedError by name.
+    raise NotImplementedError by name. With a `softcap` c scores are c * tanh(score / c), all of them held.
     """
     length, keys = query.shape[2], key.shape[2]
+    if softcap is not None:
+        ids = doc_ids.doc_ids if isinstance(doc_ids, Packing) else doc_ids
+        mask = attention_mask(length, keys, ids, window, query.device) if attn_mask is None else attn_mask
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        return attention_reference(query, key, value, scale=factor, mask=mask, softcap=softcap)
     if attn_mask is not None or dropout_p > 0:
         given = {"doc_ids": doc_ids, "window": window}
         added = " and ".join(name for name, value in given.items() if value is not None)
@@ -365,6 +373,7 @@ def attention_decode(
     *,
     scale: float | None = None,
     window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Attention of the last T tokens of each row to all tokens of their row up to themselves: (B, H, T, D).
 
@@ -380,9 +389,9 @@ def attention_decode(
     if window is not None and window < 1:
         raise ValueError(f"window: expected at least 1, found {window}")
     factor = query.shape[-1] ** -0.5 if scale is None else scale
-    if fused_attention.can_run(query, key_cache, value_cache, factor):
+    if softcap is None and fused_attention.can_run(query, key_cache, value_cache, factor):
         return fused_attention.attention_decode(query, key_cache, value_cache, lengths, factor, window or 0)
-    return attention_decode_reference(query, key_cache, value_cache, lengths, factor, window)
+    return attention_decode_reference(query, key_cache, value_cache, lengths, factor, window, softcap)
 
 
 def attention_decode_reference(
@@ -392,6 +401,7 @@ def attention_decode_reference(
     lengths: Tensor,
     scale: float,
     window: int | None,
+    softcap: float | None = None,
 ) -> Tensor:
     """The same step by step, with all scores held."""
     new, capacity = query.shape[2], key_cache.shape[2]
@@ -403,5 +413,5 @@ def attention_decode_reference(
     mask = seen.unsqueeze(1)
     # a query with no key: let it see all, for a softmax over nothing is NaN, and blank its output
     empty = ~mask.any(-1, keepdim=True)
-    out = attention_reference(query, key_cache, value_cache, scale=scale, mask=mask | empty)
+    out = attention_reference(query, key_cache, value_cache, scale=scale, mask=mask | empty, softcap=softcap)
     return out.masked_fill(empty, 0.0)

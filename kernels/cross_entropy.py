@@ -26,9 +26,11 @@ def linear_cross_entropy_reference(
     *,
     reduction: str = "mean",
     ignore_index: int = -100,
+    softcap: float | None = None,
 ) -> Tensor:
     """The loss by torch's own functions, with all logits held: the truth for the tests. input is (N, D)."""
     logits = F.linear(input, linear_weight)
+    logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
     losses = F.cross_entropy(
         logits.to(accumulation_dtype(logits.dtype)), target, reduction="none", ignore_index=ignore_index
     )
@@ -42,6 +44,7 @@ def _compute(
     reduction: str,
     ignore_index: int,
     chunk_tokens: int,
+    softcap: float,
     need_input: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -61,7 +64,7 @@ def _compute(
         else:
             later = scale  # in eager to divide at once costs a pass over the logits
     rows, gradients = rows_and_gradients(
-        input, linear_weight, target, Objective(ignore_index), chunk_tokens, upstream=upstream,
+        input, linear_weight, target, Objective(ignore_index, softcap=softcap), chunk_tokens, upstream=upstream,
         need=(need_input, need_weight),
     )  # fmt: skip
     loss = rows.loss.sum() if scale is None else rows.loss.sum() * scale
@@ -79,7 +82,7 @@ _loss_and_gradients = torch.library.custom_op("llmkit::linear_cross_entropy", _c
 
 @_loss_and_gradients.register_fake
 def _(
-    input, linear_weight, target, reduction, ignore_index, chunk_tokens, need_input, need_weight,
+    input, linear_weight, target, reduction, ignore_index, chunk_tokens, softcap, need_input, need_weight,
 ):  # fmt: skip
     dtype = accumulation_dtype(input.dtype)
     return (
@@ -113,12 +116,12 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, grad, *_):
     if grad is None:
-        return (None,) * 8
+        return (None,) * 9
     linear_weight, grad_input, grad_weight, scale = ctx.saved_tensors
     known = (grad_input, grad_input), (grad_weight, linear_weight)
     factor, scaled = grad * scale, _scaled if by_hand(grad) else _scaled_in_a_graph
     grads = (scaled(x, factor, like) if need else None for (x, like), need in zip(known, ctx.needs, strict=True))
-    return *grads, *(None,) * 6
+    return *grads, *(None,) * 7
 
 
 _loss_and_gradients.register_autograd(_backward, setup_context=_save)
@@ -147,6 +150,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     ignore_index: int = -100,
     chunk_tokens: int | str = "auto",
+    softcap: float | None = None,
 ) -> Tensor:
     """Cross-entropy of `input @ linear_weight.T` against `target`, holding one chunk of logits at most.
 
@@ -154,6 +158,8 @@ def linear_cross_entropy(
     inputs are (float64 for float64).
 
     Where every token is ignored the loss is 0, and the gradients are zeros, not NaN as in torch.
+
+    With a `softcap` c the logits are c * tanh(logit / c).
 
     `chunk_tokens` is the number of tokens a chunk; at least 4,096 on a GPU, or adding up the gradient of the weight
     dominates. A target outside [0, V) that is not ignored raises IndexError on CPU and
@@ -166,6 +172,6 @@ def linear_cross_entropy(
     compute = _Eagerly.apply if by_hand(input) else _loss_and_gradients
     loss, *_ = compute(
         input.reshape(-1, input.shape[-1]), linear_weight, target.reshape(-1), reduction, ignore_index, chunk,
-        grad and input.requires_grad, grad and linear_weight.requires_grad,
+        softcap or 0.0, grad and input.requires_grad, grad and linear_weight.requires_grad,
     )  # fmt: skip
     return loss

@@ -33,11 +33,15 @@ TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Objective:
-    """Loss of a row of logits z with the target y: logsumexp(z / t) - z[y] / t, t the temperature."""
+    """Loss of a row of logits z with the target y: logsumexp(z / t) - z[y] / t, t the temperature.
+
+    With a `softcap` c, 0 for none, z is c * tanh(logit / c) (Gemma 2, arXiv:2408.00118, section 2).
+    """
 
     ignore_index: int = -100
     temperature: float = 1.0
     with_entropy: bool = False
+    softcap: float = 0.0
 
 
 class Rows(NamedTuple):
@@ -143,7 +147,14 @@ class _Chunks:
         for start in range(0, tokens, self.chunk_tokens):
             part = slice(start, min(start + self.chunk_tokens, tokens))
             above, above_entropy = (None if x is None else x[part] for x in (upstream, grad_entropy))
-            pieces, grad_NV = turn(self._logits(input[part]), target[part], above, above_entropy, any(need))
+            logits_NV, slope_NV = self._logits(input[part]), None
+            if cap := self.objective.softcap:
+                logits_NV.div_(cap).tanh_()
+                slope_NV = 1 - logits_NV.square() if any(need) else None
+                logits_NV.mul_(cap)
+            pieces, grad_NV = turn(logits_NV, target[part], above, above_entropy, any(need))
+            if grad_NV is not None and slope_NV is not None:
+                grad_NV.mul_(slope_NV)
             for whole, piece in zip(rows, pieces, strict=True):
                 if whole is not None and piece is not None:
                     whole[part] = piece

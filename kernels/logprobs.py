@@ -29,10 +29,12 @@ def linear_logprobs_reference(
     *,
     temperature: float = 1.0,
     ignore_index: int = -100,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies with all logits held, differentiable: the truth for the tests."""
     logits = F.linear(input, linear_weight)
     logits = logits.to(accumulation_dtype(logits.dtype))
+    logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
     log_p = torch.log_softmax(logits / temperature, -1)
     counted = target != ignore_index
     picked = log_p.gather(-1, (target * counted).unsqueeze(-1)).squeeze(-1)
@@ -47,11 +49,12 @@ def _compute(
     temperature: float,
     ignore_index: int,
     chunk_tokens: int,
+    softcap: float,
     return_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities (N,) and entropies (N,), the latter empty unless asked for."""
-    objective = Objective(ignore_index, temperature, with_entropy=return_entropy)
-    if uses_triton(input) and input.shape[1] % 16 == 0:  # else rows begin at no 16-byte boundary
+    objective = Objective(ignore_index, temperature, return_entropy, softcap)
+    if uses_triton(input) and input.shape[1] % 16 == 0 and not softcap:  # else rows begin at no 16-byte boundary
         picked, entropy = triton_module("logprobs").logprobs(input, linear_weight, target, objective)
     else:
         rows, _ = rows_and_gradients(input, linear_weight, target, objective, chunk_tokens)
@@ -63,7 +66,7 @@ _logprobs = torch.library.custom_op("llmkit::linear_logprobs", _compute, mutates
 
 
 @_logprobs.register_fake
-def _(input, linear_weight, target, temperature, ignore_index, chunk_tokens, return_entropy):
+def _(input, linear_weight, target, temperature, ignore_index, chunk_tokens, softcap, return_entropy):
     picked = input.new_empty(target.shape, dtype=accumulation_dtype(input.dtype))
     return picked, torch.empty_like(picked) if return_entropy else picked.new_empty(0)
 
@@ -77,12 +80,13 @@ def _gradients(
     temperature: float,
     ignore_index: int,
     chunk_tokens: int,
+    softcap: float,
     need_input: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of input and weight in their dtypes, empty where not needed."""
     with_entropy = grad_entropy is not None
-    objective = Objective(ignore_index, temperature, with_entropy=with_entropy)
+    objective = Objective(ignore_index, temperature, with_entropy, softcap)
     dtype = accumulation_dtype(input.dtype)
     upstream = input.new_zeros(target.shape, dtype=dtype) if grad is None else -grad.to(dtype)
     _, gradients = rows_and_gradients(
@@ -98,7 +102,7 @@ _gradients_in_a_graph = torch.library.custom_op("llmkit::linear_logprobs_backwar
 
 @_gradients_in_a_graph.register_fake
 def _(
-    grad, grad_entropy, input, linear_weight, target, temperature, ignore_index, chunk_tokens, need_input,
+    grad, grad_entropy, input, linear_weight, target, temperature, ignore_index, chunk_tokens, softcap, need_input,
     need_weight,
 ):  # fmt: skip
     pairs = (input.shape, need_input), (linear_weight.shape, need_weight)
@@ -117,9 +121,9 @@ def _backward(ctx, grad, grad_entropy, gradients: Callable = _gradients_in_a_gra
     if not ctx.return_entropy:
         grad_entropy = None
     if grad is None and grad_entropy is None:
-        return (None,) * 7
+        return (None,) * 8
     grads = gradients(grad, grad_entropy, *ctx.saved_tensors, *ctx.options, *need)
-    return *(x if each else None for x, each in zip(grads, need, strict=True)), *(None,) * 5
+    return *(x if each else None for x, each in zip(grads, need, strict=True)), *(None,) * 6
 
 
 _logprobs.register_autograd(_backward, setup_context=_save)
@@ -148,21 +152,23 @@ def linear_logprobs(
     temperature: float = 1.0,
     ignore_index: int = -100,
     return_entropy: bool = False,
+    softcap: float | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each target under softmax(`input @ linear_weight.T` / temperature).
 
     input (..., D), linear_weight (V, D), target (...) of integers -> float32 of the shape of `target` (float64 for
     float64).
     With `return_entropy` the entropies of the whole distributions, in nats, come second. Both are differentiable in
-    input and linear_weight, once. Ignored positions give 0.0 and no gradient. A target outside [0, V) that is not
-    ignored raises IndexError on CPU and gives NaN on a GPU.
+    input and linear_weight, once. With a `softcap` c the logits are c * tanh(logit / c), before the temperature.
+    Ignored positions give 0.0 and no gradient. A target outside [0, V) that is not ignored raises IndexError on CPU and
+    gives NaN on a GPU.
     """
     if temperature <= 0:
         raise ValueError(f"linear_logprobs: expected a positive temperature, found {temperature}")
     compute = _Eagerly.apply if by_hand(input) else _logprobs
     picked, entropy = compute(
         input.reshape(-1, input.shape[-1]), linear_weight, target.reshape(-1), float(temperature), ignore_index,
-        auto_chunk_tokens(linear_weight), return_entropy,
+        auto_chunk_tokens(linear_weight), softcap or 0.0, return_entropy,
     )  # fmt: skip
     picked = picked.view(target.shape)
     return (picked, entropy.view(target.shape)) if return_entropy else picked

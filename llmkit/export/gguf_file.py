@@ -60,6 +60,7 @@ ARCHITECTURES = {
     "mistral": Architecture("llama", True, scalings=("linear", "yarn", "dynamic", "llama3")),
     "qwen2": Architecture("qwen2", biases=("qkv_bias",), square=True),
     "qwen3": Architecture("qwen3"),
+    "gemma2": Architecture("gemma2", scalings=("dynamic",), window_every=2),
     "gemma3_text": Architecture("gemma3", scalings=("linear", "dynamic"), window_every=6),
     "gpt2": Architecture("gpt2", biases=ATTENTION_BIASES + MLP_BIASES),
     "granite": Architecture("granite", True, ATTENTION_BIASES + MLP_BIASES),
@@ -149,7 +150,7 @@ def _check_family(config: ModelConfig, where: str) -> None:
     if every is not None:
         windows = config.layer_windows or (None,) * config.num_hidden_layers
         without = [i for i, window in enumerate(windows) if window is None]
-        if (name == "gemma3" or config.layer_windows) and without != [i for i in layers if (i + 1) % every == 0]:
+        if (name != "olmo2" or config.layer_windows) and without != [i for i in layers if (i + 1) % every == 0]:
             raise UserError(f"{where}: llama.cpp's {name} has windows in all layers but every {every}th alone")
         local = config.sliding_rope
         if (local is None and scaling is not None) or (
@@ -158,13 +159,17 @@ def _check_family(config: ModelConfig, where: str) -> None:
             raise UserError(f"{where}: llama.cpp's {name} does not rotate the layers with a window so")
     if name == "smollm3" and config.no_rope_layers != tuple(i for i in layers if (i + 1) % 4 == 0):
         raise UserError(f"{where}: llama.cpp's smollm3 rotates all layers but every 4th alone")
-    if name == "gemma3":
-        largest = config.num_hidden_layers == 62  # Gemma 3 27B, by which llama.cpp knows it
+    if name == "gemma2" and None in (config.attention_softcap, config.logits_softcap):
+        raise UserError(f"{where}: llama.cpp's gemma2 has softcaps always")
+    if name == "gemma3" and config.logits_softcap is not None:
+        raise UserError(f"{where}: llama.cpp's gemma3 has no softcaps")
+    if name in ("gemma2", "gemma3"):
+        largest = config.num_hidden_layers == {"gemma2": 46, "gemma3": 62}[name]  # 27B, by which llama.cpp knows it
         divisor = config.hidden_size // config.num_attention_heads if largest else config.head_dim
         if config.query_pre_attn_scalar != divisor:
             raise UserError(
-                f"{where}: llama.cpp's gemma3 expects query_pre_attn_scalar {divisor}, "
-                f"found {config.query_pre_attn_scalar:g}"
+                f"{where}: llama.cpp's {name} expects query_pre_attn_scalar {divisor}, "
+                f"found {config.query_pre_attn_scalar}"
             )
 
 
@@ -234,6 +239,9 @@ def _add_keys(writer: GGUFWriter, source: Source, plan: GgufPlan) -> None:
     if ARCHITECTURES[config.model_type].window_every and config.layer_windows is not None:
         writer.add_sliding_window(next(window for window in config.layer_windows if window is not None))
         writer.add_rope_freq_base_swa(config.sliding_rope.theta if config.sliding_rope else config.rope_theta)
+    if config.attention_softcap is not None and config.logits_softcap is not None:
+        writer.add_attn_logit_softcapping(config.attention_softcap)
+        writer.add_final_logit_softcapping(config.logits_softcap)
     if config.model_type == "granite":
         writer.add_attention_scale(config.attention_multiplier or config.head_dim**-0.5)
         writer.add_embedding_scale(config.embedding_multiplier)

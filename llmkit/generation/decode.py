@@ -209,7 +209,7 @@ class Decoder:
         self._first_context = scaling.original_max_position_embeddings if scaling and scaling.long_factor else None
         self._positions, self._final_bias = model.embed_positions, model.norm_bias
         self._embedding_scale = model.embedding_scales[self.dtype]
-        self._head = _product(model.head_weight, None, weights)
+        self._product = _product(model.head_weight, None, weights)
         self._scale = self.config.attention_scale
         self._eps = torch.tensor(self.config.rms_norm_eps, device=self.device)
         self._fused = backend(self.device.type) != "torch"
@@ -244,6 +244,10 @@ class Decoder:
         hidden_TC, keys, values = self._run(prefix, token_ids)
         return Prefix(keys, values, self._head(hidden_TC[-1:]))
 
+    def _head(self, hidden_NC: Tensor) -> Tensor:
+        cap = self.config.logits_softcap
+        return self._product(hidden_NC) if cap is None else torch.tanh(self._product(hidden_NC) / cap) * cap
+
     def turns_anew(self, before: int, after: int) -> bool:
         """True where a sequence that grows from `before` to `after` tokens needs its keys again, by `prefill`.
 
@@ -275,7 +279,7 @@ class Decoder:
             query_1HTD = query_TJD.transpose(0, 1).unsqueeze(0)
             seen, details = (
                 (keys[i : i + 1], values[i : i + 1]),
-                {"scale": self._scale, "window": self._layers[i].window},
+                {"scale": self._scale, "window": self._layers[i].window, "softcap": config.attention_softcap},
             )
             if past:
                 out_1HTD = attention_decode(query_1HTD, *seen, length_1, **details)
@@ -349,7 +353,7 @@ class Decoder:
     def _advance(self, rows: int, seen: int, token_B: Tensor, position_B: Tensor) -> Tensor:
         """The step itself, which may be recorded: but for `rows` and `seen` it knows no number of the host's."""
         self._view(rows, seen)
-        kv_heads, size = self.config.num_key_value_heads, self.config.head_dim
+        kv_heads, size, cap = self.config.num_key_value_heads, self.config.head_dim, self.config.attention_softcap
         write_at = (position_B.unsqueeze(1) + self._first_RK).view(-1)
         windows = set() if self._fused else {layer.window for layer in self._layers}
         masks = {window: self._mask(position_B, seen, window) for window in windows}
@@ -362,9 +366,14 @@ class Decoder:
             window = self._layers[i].window
             if self._fused:
                 seen_cache = seen_keys, seen_values, length_B
-                return attention_decode(query_BHD.unsqueeze(2), *seen_cache, scale=self._scale, window=window)
+                details = {"scale": self._scale, "window": window, "softcap": cap}
+                return attention_decode(query_BHD.unsqueeze(2), *seen_cache, **details)
             query_XGD = query_BHD.reshape(rows * kv_heads, -1, size)
-            scores_XGS = torch.baddbmm(masks[window], query_XGD, seen_keys, alpha=self._scale)
+            if cap is None:
+                scores_XGS = torch.baddbmm(masks[window], query_XGD, seen_keys, alpha=self._scale)
+            else:
+                scores_XGS = torch.bmm(query_XGD, seen_keys).mul_(self._scale / cap).tanh_().mul_(cap)
+                scores_XGS += masks[window]
             return _weighted_sum(torch.softmax(scores_XGS, -1), seen_values)
 
         turns = [turn[position_B].unsqueeze(1) for turn in self._turns]

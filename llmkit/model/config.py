@@ -71,6 +71,8 @@ class ModelConfig:
     attention_multiplier: float | None = None
     query_pre_attn_scalar: float | None = None
     logits_scaling: float = 1.0  # divides the logits
+    attention_softcap: float | None = None  # c of c * tanh(score / c)
+    logits_softcap: float | None = None
     model_type: str = "qwen3"
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
@@ -239,7 +241,8 @@ class ModelConfig:
         for name, key in family.options.items():
             value = getattr(config, name)
             if value != PLAIN[name] or key == "attention_bias":  # the others are a silent file's
-                out[key] = int(value) if isinstance(value, float) and value.is_integer() else value
+                # transformers wants this one whole, and softcaps as floats
+                out[key] = int(value) if name == "query_pre_attn_scalar" and value.is_integer() else value
         if "pad_token_id" in family.defaults:  # an id of its own vocabulary, whose row transformers would not train
             out["pad_token_id"] = None
         return out | _windows_to_hf(config, family)

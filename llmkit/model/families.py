@@ -48,6 +48,8 @@ PLAIN: Mapping[str, Any] = {
     "attention_multiplier": None,
     "query_pre_attn_scalar": None,
     "logits_scaling": 1.0,
+    "attention_softcap": None,
+    "logits_softcap": None,
 }
 BIASES = {"attention_bias": "attention_bias", "attention_out_bias": "attention_bias"}
 
@@ -120,6 +122,35 @@ FAMILIES = {
         windows="switch",
         defaults={"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096},
     ),
+    "gemma2": Family(
+        architecture="Gemma2",
+        choices={"activation": "gelu_tanh", "post_norms": True, "scale_embedding": True},
+        options={
+            **BIASES,
+            "query_pre_attn_scalar": "query_pre_attn_scalar",
+            "attention_softcap": "attn_logit_softcapping",
+            "logits_softcap": "final_logit_softcapping",
+        },
+        refused={"use_bidirectional_attention": False},
+        names={"activation": "hidden_activation"},
+        defaults={
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "max_position_embeddings": 8192,
+            "query_pre_attn_scalar": 256,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "sliding_window": 4096,
+            "tie_word_embeddings": True,
+            "bos_token_id": 2,
+            "eos_token_id": 1,
+            "pad_token_id": 0,
+        },
+        windows="layers",
+        window_every=2,
+        layer=GEMMA_LAYER,
+        gain_offset=1.0,
+    ),
     "gemma3_text": Family(
         architecture="Gemma3",
         scorer="Gemma3Text",
@@ -129,8 +160,12 @@ FAMILIES = {
             "qk_norm": True,
             "scale_embedding": True,
         },
-        options={**BIASES, "query_pre_attn_scalar": "query_pre_attn_scalar"},
-        refused={"use_bidirectional_attention": False, "attn_logit_softcapping": None, "final_logit_softcapping": None},
+        options={
+            **BIASES,
+            "query_pre_attn_scalar": "query_pre_attn_scalar",
+            "logits_softcap": "final_logit_softcapping",
+        },
+        refused={"use_bidirectional_attention": False, "attn_logit_softcapping": None},
         names={"activation": "hidden_activation"},
         defaults={
             "vocab_size": 262208,

@@ -196,12 +196,13 @@ class Layer(nn.Module):
         gqa = heads != kv_heads
         if isinstance(doc_ids, Branching):
             attended_BHTD = scaled_dot_product_attention(
-                query_BHTD, key_BKTD, value_BKTD, doc_ids.mask(self.window), scale=scale, enable_gqa=gqa
-            )
+                query_BHTD, key_BKTD, value_BKTD, doc_ids.mask(self.window), scale=scale, enable_gqa=gqa,
+                softcap=config.attention_softcap,
+            )  # fmt: skip
         else:
             attended_BHTD = scaled_dot_product_attention(
                 query_BHTD, key_BKTD, value_BKTD, is_causal=True, scale=scale, enable_gqa=gqa,
-                doc_ids=doc_ids, window=self.window,
+                doc_ids=doc_ids, window=self.window, softcap=config.attention_softcap,
             )  # fmt: skip
         return attended_BHTD.transpose(1, 2).reshape(batch, length, heads * config.head_dim)
 
@@ -348,7 +349,8 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., hidden) -> (..., V)."""
-        return linear(hidden, self.head_weight)
+        logits, cap = linear(hidden, self.head_weight), self.config.logits_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def loss(
         self,
@@ -364,6 +366,7 @@ class Transformer(nn.Module):
         return linear_cross_entropy(
             self(token_ids_BT, doc_ids=doc_ids), self.head_weight, targets_BT,
             reduction=reduction, ignore_index=ignore_index, chunk_tokens=chunk_tokens,
+            softcap=self.config.logits_softcap,
         )  # fmt: skip
 
 

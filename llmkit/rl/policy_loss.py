@@ -108,8 +108,9 @@ def target_logprobs(model: Transformer, batch: PolicyRows, temperature: float) -
     hidden_NC = hidden_BTC[torch.from_numpy(where).to(device)]
     target_N = torch.from_numpy(batch.targets[where]).to(device)
     logprobs, entropy = linear_logprobs(
-        hidden_NC, model.head_weight, target_N, temperature=temperature, return_entropy=True
-    )
+        hidden_NC, model.head_weight, target_N, temperature=temperature, return_entropy=True,
+        softcap=model.config.logits_softcap,
+    )  # fmt: skip
     return logprobs, entropy.detach(), where
 
 

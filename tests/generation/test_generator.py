@@ -32,6 +32,11 @@ SHAPES = {
         "layer_norm": True, "gated_mlp": False, "activation": "gelu_tanh", "attention_bias": True,
         "attention_out_bias": True, "mlp_bias": True,
     },
+    "gemma2": {
+        "model_type": "gemma2", "qk_norm": False, "post_norms": True, "activation": "gelu_tanh",
+        "scale_embedding": True, "query_pre_attn_scalar": 24.0, "layer_windows": (24, None),
+        "attention_softcap": 2.0, "logits_softcap": 3.0,
+    },
     "gemma3": {
         "model_type": "gemma3_text", "post_norms": True, "activation": "gelu_tanh", "scale_embedding": True,
         "query_pre_attn_scalar": 24.0, "layer_windows": (None, 24), "sliding_rope": Rope(1e3),

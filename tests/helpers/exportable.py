@@ -21,6 +21,11 @@ FAMILIES = {
     "llama-biases": {"model_type": "llama", "qk_norm": False, "attention_bias": True, "attention_out_bias": True},
     "llama-mlp-biases": {"model_type": "llama", "qk_norm": False, "mlp_bias": True},
     "mistral": {"model_type": "mistral", "qk_norm": False, "head_dim": 24},
+    "gemma2": {
+        "model_type": "gemma2", "qk_norm": False, "activation": "gelu_tanh", "post_norms": True,
+        "scale_embedding": True, "query_pre_attn_scalar": 16.0, "layer_windows": (64, None),
+        "attention_softcap": 2.0, "logits_softcap": 3.0, "tie_word_embeddings": True,
+    },
     "gemma3": {
         "model_type": "gemma3_text", "activation": "gelu_tanh", "post_norms": True, "scale_embedding": True,
         "query_pre_attn_scalar": 16.0, "num_hidden_layers": 7, "layer_windows": (*(64,) * 5, None, 64),

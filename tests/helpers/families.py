@@ -39,6 +39,7 @@ FAMILIES = {
     "mistral-window": ("Mistral", {"sliding_window": 8, "head_dim": 24}),
     "mistral": ("Mistral", {"sliding_window": None}),
     "llama-mlp-biases": ("Llama", {"mlp_bias": True}),
+    "gemma2": ("Gemma2", {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
     "gemma3": ("Gemma3Text", {**GEMMA, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
     "gemma3-scaled-rope": ("Gemma3Text", {**GEMMA, "rope_parameters": GEMMA_ROPE, "attention_bias": True}),
     "gpt2": ("GPT2", {"n_inner": 80}),
@@ -69,7 +70,7 @@ def make(name: str):
     cls, options = FAMILIES[name]
     torch.manual_seed(0)
     config = getattr(transformers, cls + "Config")(**SMALL, **options)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -25,15 +25,15 @@ def relative_error(found, expected):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("ignored", [0.0, 0.4])
-@pytest.mark.parametrize("chunk_tokens", ["auto", 64])
-def test_loss_and_gradients_match_torch(dtype, reduction, ignored, chunk_tokens):
+@pytest.mark.parametrize(("chunk_tokens", "softcap"), [("auto", None), (64, None), (64, 2.0)])
+def test_loss_and_gradients_match_torch(dtype, reduction, ignored, chunk_tokens, softcap):
     x, weight, target = example(dtype, ignored=ignored)
     exact = [x.double().clone().requires_grad_(), weight.double().clone().requires_grad_()]
-    expected = linear_cross_entropy_reference(*exact, target, reduction=reduction)
+    expected = linear_cross_entropy_reference(*exact, target, reduction=reduction, softcap=softcap)
     upstream = torch.randn(expected.shape, dtype=torch.float64)
     expected.backward(upstream)
     ours = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
-    found = linear_cross_entropy(*ours, target, reduction=reduction, chunk_tokens=chunk_tokens)
+    found = linear_cross_entropy(*ours, target, reduction=reduction, chunk_tokens=chunk_tokens, softcap=softcap)
     found.backward(upstream.to(found.dtype))
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert relative_error(found, expected) < TOLERANCE[dtype]

@@ -18,7 +18,7 @@ def example(dtype, tokens=90, hidden=24, vocab=123):
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("entropy", [True, False])
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"temperature": 1.4}])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"temperature": 1.4, "softcap": 2.0}])
 def test_values_and_gradients_match_torch(dtype, entropy, options):
     x, weight, target = example(dtype)
     exact, ours = [[t.to(d).requires_grad_() for t in (x, weight)] for d in (torch.float64, dtype)]

@@ -406,7 +406,7 @@ def test_what_llama_cpp_has_no_form_for_is_refused(tmp_path: Path, monkeypatch) 
     wide = save_assistant(tmp_path / "wide", **FAMILIES["qwen2"], head_dim=24)
     assert "llama.cpp's qwen2 expects head_dim 16, found 24" in refused(wide, tmp_path / "m.gguf")
     for name, change, message in (
-        ("gemma3", {"query_pre_attn_scalar": 24.0}, "gemma3 expects query_pre_attn_scalar 16, found 24"),
+        ("gemma3", {"query_pre_attn_scalar": 24.0}, "gemma3 expects query_pre_attn_scalar 16, found 24.0"),
         ("gemma3", {"layer_windows": (64, None) * 3 + (64,)}, "gemma3 has windows in all layers but every 6th alone"),
         ("olmo3", {"sliding_rope": None}, "olmo2 does not rotate the layers with a window so"),
         ("phi3", {"rope_scaling": RopeScaling("linear", 2.0)}, "phi3 has no rope scaling linear"),

@@ -35,6 +35,7 @@ FOLDERS = {
     "mistral, float16": ("Mistral", False, torch.float16, None, None),
     "qwen2, tied, stored as lm_head": ("Qwen2", True, torch.float32, None, "lm_head.weight"),
     "qwen3, bfloat16, shards": ("Qwen3", False, torch.bfloat16, "40KB", None),
+    "gemma2, tied": ("Gemma2", True, torch.float32, None, None),
     "gemma3, tied": ("Gemma3Text", True, torch.float32, None, None),
     "gpt2, tied": ("GPT2", True, torch.float32, None, None),
     "granite": ("Granite", False, torch.float32, None, None),
