@@ -140,10 +140,19 @@ def run_llmkit(path: str, limit: int | None, tokenizer_json: str, folder: Path, 
         tokenizer.choose_backend([], only=backend)
     shards = tokenize_documents([path], tokenizer, folder, limit=limit, quiet=True)
     stopped = time.process_time(), time.perf_counter()
+    peak = peak_megabytes()  # before all tokens are held for the comparison, as no run does
     if backend not in (None, tokenizer.backend):
         raise SystemExit(f"{backend}: {tokenizer.passed_over}")
     tokens = np.concatenate([shard.tokens for shard in shards._shards])
-    return (started, stopped), tokens, tokenizer.backend
+    return (started, stopped), peak, tokens, tokenizer.backend
+
+
+def peak_megabytes() -> float:
+    """Of this process alone: on Linux getrusage counts what its parent had when it was forked, too."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
 def worker(name: str, path: str, limit: int | None, head: int, tokenizer_json: str) -> dict:
@@ -154,13 +163,13 @@ def worker(name: str, path: str, limit: int | None, head: int, tokenizer_json: s
     with tempfile.TemporaryDirectory() as folder:
         if name.startswith("llmkit"):
             _, _, backend = name.partition("-")
-            times, tokens, library = run_llmkit(path, limit, tokenizer_json, Path(folder), backend or None)
+            times, peak, tokens, library = run_llmkit(path, limit, tokenizer_json, Path(folder), backend or None)
             (cpu, wall), (cpu_end, wall_end) = times
         else:
             run = {"tiktoken": run_tiktoken, "hf": run_hf, "datatrove": run_datatrove}[name]
             (cpu, wall), tokens = run(path, limit, tokenizer_json, Path(folder))
             cpu_end, wall_end = time.process_time(), time.perf_counter()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if sys.platform == "darwin" else 1024)
+            peak = peak_megabytes()
     start_at = np.flatnonzero(tokens == tokens[0])
     first = tokens[: start_at[head] if head < len(start_at) else len(tokens)].astype(np.uint32)
     digest = hashlib.sha256(first.tobytes()).hexdigest()[:12]

@@ -455,7 +455,7 @@ def open_output(path: str, force: bool = False) -> Iterator[Callable[[Mapping[st
     """Yield a function that writes one record. A file appears when all is written; `-` is stdout, at once."""
     import jsonlines  # with what it needs .03 s of the start, for those alone who write by it
 
-    check_output(path, force)
+    check_output(path, force, is_file=True)
     dumps: Any = lambda record: dump_json(record, orjson.OPT_SERIALIZE_NUMPY)  # noqa: E731
     # flushed, so that the reader of a pipe sees each record as it comes
     with open_bytes(path) as handle, jsonlines.Writer(handle, dumps=dumps, flush=path == "-") as writer:  # type: ignore

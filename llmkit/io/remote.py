@@ -151,7 +151,7 @@ def check_upload(address: str, replaces: bool) -> None:
         raise UserError(f"{address}: records are written to s3:// and gs:// alone; write a file, and copy it there")
     system, path = _file_system(address)
     bucket, _, key = path.partition("/")
-    if not bucket or not key or key.endswith("/"):
+    if not bucket or not key or address.endswith("/"):
         raise UserError(f"{address}: expected the name of a file in a bucket, such as s3://bucket/docs.jsonl.gz")
     if getattr(system, "anon", False):
         raise UserError(f"{address}: found no credentials to write with; set AWS_ACCESS_KEY_ID, or run aws configure")

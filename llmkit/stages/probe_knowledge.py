@@ -309,7 +309,7 @@ def _checked(config: ProbeKnowledgeConfig, out: str) -> Path | None:
     if len({str(Path(path).resolve()) for path in outputs if path}) < len(outputs):
         raise UserError(f"--report: expected another file than --out, found {config.report} twice")
     for path in outputs:
-        check_output(str(path), config.force, config.resume)
+        check_output(str(path), config.force, config.resume, is_file=True)
     if out == "-":
         return None
     check_unfinished(config.force, config.resume, out + STATE, out + WRITTEN)

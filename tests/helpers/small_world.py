@@ -33,6 +33,7 @@ llmkit train-reward chat/ --data prefs.jsonl -o judge/
 llmkit rl chat/ --data p.jsonl --reward verifier -o policy/
 cp -r base base.partial && rm base.partial/{config.json,generation_config.json,model.safetensors,tokenizer*}
 rm -r base/state chat/state policy/state
+mkdir ours && cp chats.jsonl ours/
 mkdir seed1 seed2 demo runs && ln -s ../chat seed1/ && ln -s ../chat seed2/
 cp -r tok base demo/ && cp -r tok judge runs/
 llmkit sample chat/ --jsonl -n 2 prompts.jsonl -o completions.jsonl && gzip -k prompts.jsonl
@@ -49,7 +50,9 @@ def write(path: Path, rows: list[dict]) -> None:
 
 def make_small_world(folder: Path, environment: dict[str, str]) -> None:
     """Fill `folder`; raises CalledProcessError where a command fails."""
+    import pyarrow as pa
     import zstandard
+    from pyarrow import parquet
 
     (folder / "examples").symlink_to(ROOT / "examples")
     (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
@@ -69,6 +72,9 @@ def make_small_world(folder: Path, environment: dict[str, str]) -> None:
     more = "".join(json.dumps({"text": " ".join(words)}) + "\n" for _ in range(9)).encode()
     (folder / "more.jsonl.zst").write_bytes(zstandard.compress(more))
     (folder / "docs.jsonl.zst").write_bytes(zstandard.compress(more))
+    (folder / "more").mkdir()
+    parquet.write_table(pa.table({"text": [" ".join(words)] * 9}), folder / "more" / "part.parquet")
+    parquet.write_table(pa.table({"content": [" ".join(words)] * 9}), folder / "more.parquet")
     page = record(http(f"<html><body><p>{' '.join(words)}.</p></body></html>".encode()), url="https://example.org/page")
     (folder / "crawl.warc.gz").write_bytes(members([page]))
     subprocess.run(

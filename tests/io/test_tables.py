@@ -19,7 +19,7 @@ from pyarrow import parquet
 
 from llmkit.config import parse_columns
 from llmkit.errors import UserError
-from llmkit.io.jsonl import open_output, read_documents, read_jsonl
+from llmkit.io.jsonl import open_bytes, open_output, read_documents, read_jsonl
 from llmkit.io.records import OF_DOCUMENT, BadRecords
 
 ROWS = [{"text": "one", "n": 1, "messages": [{"role": "user", "content": "a"}]}, {"text": "zwei ß", "n": None}]
@@ -181,17 +181,18 @@ def test_empty_objects_and_columns_of_nothing(tmp_path: Path) -> None:
 def test_a_folder_of_parquet_appears_whole(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("llmkit.io.tables.GROUP_BYTES", 100)
     rows = [{"text": f"text {number}", "only": 1} if number else {"text": "text 0"} for number in range(100)]
-    with open_output(f"{tmp_path}/docs/") as write_record:
-        for row in rows:
-            write_record(row)
+    with open_bytes(f"{tmp_path}/docs/") as handle:
+        handle.writelines(json.dumps(row).encode() + b"\n" for row in rows)
         assert not (tmp_path / "docs").exists()
     files = sorted((tmp_path / "docs").iterdir())
     assert [path.name for path in files] == [f"part-0000{number}.parquet" for number in range(len(files))]
     schemas = [parquet.read_schema(path) for path in files]
     assert len(files) > 3 and all(schema == schemas[0] for schema in schemas)
     assert [row["text"] for path in files for row in values(path)] == [row["text"] for row in rows]
-    with pytest.raises(RuntimeError), open_output(f"{tmp_path}/new/") as write_record:
+    with pytest.raises(RuntimeError), open_bytes(f"{tmp_path}/new/"):
         raise RuntimeError
+    with pytest.raises(UserError, match=r"new/: expected the name of a file"), open_output(f"{tmp_path}/new/"):
+        pass
     assert os.listdir(tmp_path) == ["docs"]
 
 
