@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
@@ -84,3 +85,16 @@ def test_logits_that_are_no_numbers_are_named():
         model.norm.fill_(float("nan"))
     with pytest.raises(UserError, match="logits are no numbers"):
         Scorer(model).score([([1, 2, 3], 1)])
+
+
+def test_a_merge_across_the_boundary_leaves_the_context_as_it_stands_alone(tmp_path):
+    folder = save_folder(tmp_path / "base", make_model(vocab_size=258))
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec["model"]["vocab"]["bc"] = 257
+    spec["model"]["merges"] = [["b", "c"]]
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = load_tokenizer(folder)
+    begin, (a, b, merged, d) = tokenizer.bos_id, (tokenizer.encode(text)[0] for text in ("a", "b", "bc", "d"))
+    assert tokenizer.encode("abcd") == [a, merged, d]
+    # lm-evaluation-harness: the context's own tokens, then those of the whole behind as many
+    assert encode_pairs(tokenizer, [("ab", "cd"), ("ab", "c")]) == [([begin, a, b, d], 3), ([begin, a, merged], 2)]
