@@ -228,6 +228,9 @@ class ToolConfig:
     max_tool_calls: int = option(8, "Tool calls per completion, at most.", group="Tools", at_least=0)
     tool_timeout: float = option(10.0, "Longest tool call, in seconds.", group="Tools", above=0, at_most=86400)
     sandbox: str = option("auto", "Sandbox of python; none: unprotected.", group="Tools", choices=("auto", "none"))
+    thinking: str = option(
+        "auto", "Thoughts before answers, by the chat template's switch.", group="Tools", choices=("on", "off", "auto")
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ ROOMS = {
     "report": (1250, 1480),
     "crawl": (4640, 5200),
     "data": (1100, 1600),
-    "generation": (2250, 3150),
+    "generation": (2250, 3250),
     "training": (2500, 3150),
     "reward_model": (800, 0),
     "probing": (970, 1020),
@@ -68,13 +68,13 @@ OPTIONS = {
     "sft": 40,
     "probe-knowledge": 30,
     "train-reward": 34,
-    "rl": 48,
-    "sample": 35,
-    "evaluate": 31,
+    "rl": 49,
+    "sample": 36,
+    "evaluate": 32,
     "export": 10,
     "report": 11,
 }
-DISTINCT = 126
+DISTINCT = 127
 
 
 def modules() -> dict[str, str]:

@@ -35,6 +35,7 @@ from llmkit.model.transformer import Transformer
 from llmkit.rewards.reward import Attempt
 from llmkit.rewards.verifiers import VerifierReward
 from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
+from llmkit.tokenizer.templates import choose_thinking
 
 CHUNK = 512  # items evaluated, and kept for --resume, together
 
@@ -47,6 +48,7 @@ class Asking:
     system       the system message; without `chat` it is text before all else
     samples, temperature, max_tokens, seed  of generation; None takes the task's `max_tokens`
     tools        what the model may call
+    thinking     whether it is asked for thoughts: "on", "off" or "auto", by the chat template
     """
 
     chat: bool = False
@@ -56,6 +58,7 @@ class Asking:
     max_tokens: int | None = None
     seed: int = 0
     tools: ToolConfig | None = None
+    thinking: str = "auto"
 
 
 class Model:
@@ -254,6 +257,7 @@ def open_model(
     if engine == "local":
         assert folder is not None
         place, tokenizer, chosen = local_folder(folder, weights=True), load_tokenizer(folder), choose_device(device)
+        choose_thinking(tokenizer, asking.thinking)
         precision = choose_precision(dtype, chosen)
         weights = load_model(place, dtype=precision.dtype, device=chosen)
         tokenizer.check_fits(weights.config.vocab_size)

@@ -40,6 +40,7 @@ EMPTY = "empty answers, learnt as such"  # counted with what of a record is lost
 TOOLS = ("calc", "python", "search")
 TOOL_FIELDS = ("tools", "functions")  # of a record: what may be called
 CALL, RESULT = "tool_call", "result"
+REASONING = ("reasoning", "thinking")  # parts of a message, too
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -373,9 +374,7 @@ def _parts(entry: dict[str, Any], role: str, lost: list[str]) -> tuple[Part, ...
     if thoughts is not None and not any("</think>" in part.text for part in parts):
         if not isinstance(entry[thoughts], str):
             raise UserError(f"expected {thoughts!r} to be a string, found {kind_of(entry[thoughts])}")
-        # as the templates of Qwen and DeepSeek write it
-        if thought := entry[thoughts].strip("\n"):
-            parts = [Part("text", f"<think>\n{thought}\n</think>\n\n"), *parts]
+        parts = [Part("text", _thought(entry[thoughts])), *parts]
     if calls and (role != "assistant" or not isinstance(calls, list)):
         raise UserError("expected 'tool_calls' to be a list, in an assistant's message")
     parts += (_call(call.get("function", call) if isinstance(call, dict) else call) for call in calls)
@@ -384,17 +383,22 @@ def _parts(entry: dict[str, Any], role: str, lost: list[str]) -> tuple[Part, ...
 
 def _part(part: Any, role: str, lost: list[str]) -> Part:
     kind = part.get("type") if isinstance(part, dict) else None
-    text = part.get("text", part.get("value")) if isinstance(part, dict) else part
+    text = part.get("text", part.get("value", part.get("thinking"))) if isinstance(part, dict) else part
     if kind == CALL and role == "assistant":
         return _call(text)
     if kind in (*TOOLS, RESULT) and role != "assistant":
         raise UserError(f"expected a part of type {kind!r} in an assistant's message only, found one in {role}'s")
-    if kind not in ("text", "input_text", "output_text", "reasoning", *TOOLS, RESULT) or not isinstance(text, str):
+    if kind not in ("text", "input_text", "output_text", *REASONING, *TOOLS, RESULT) or not isinstance(text, str):
         instead = f"type {kind!r}" if isinstance(part, dict) else kind_of(part)
         raise UserError(f"expected content of text, found {instead}; leave the record out")
-    if kind == "reasoning":  # before the answer, and apart from it
-        return Part("text", text + "\n\n")
+    if kind in REASONING:
+        return Part("text", _thought(text))
     return Part(kind if kind in (*TOOLS, RESULT) else "text", text)
+
+
+def _thought(text: str) -> str:
+    """Write a thought before an answer, as the templates of Qwen and DeepSeek do."""
+    return f"<think>\n{text}\n</think>\n\n" if (text := text.strip("\n")) else ""
 
 
 def _call(call: Any) -> Part:

@@ -21,7 +21,7 @@ import orjson
 from llmkit.errors import UserError, naming
 from llmkit.formats.conversations import Conversation, find_prompt, read_conversation, read_messages
 from llmkit.generation.next_token import request_number, seed_of_repeat
-from llmkit.generation.requests import OnText, Prompt, Request
+from llmkit.generation.requests import OnText, Prompt, Request, split_thoughts
 from llmkit.generation.sampler import Sampler
 from llmkit.io.jsonl import dump_json, open_bytes, read_jsonl
 from llmkit.io.progress import counted, say
@@ -168,7 +168,8 @@ class Prompts:
                 )
             records = []
             for number, completion in enumerate(samples):
-                fields: dict[str, Any] = {"completion": completion.text}
+                thought, answer = split_thoughts(completion.text)
+                fields: dict[str, Any] = {"completion": answer} | ({"reasoning_content": thought} if thought else {})
                 known = {"token_ids": completion.token_ids}
                 if logprobs:
                     known |= {"logprobs": completion.logprobs, "truncated_logprobs": completion.truncated_logprobs}

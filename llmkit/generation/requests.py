@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llmkit.io.progress import counted
 
+_THOUGHTS = re.compile(r"<think>(.*?)(?:</think>\n*|\Z)", re.DOTALL)
 Prompt = Sequence[Any]  # token ids; where a server makes them text to continue, or messages to answer
 OnText = Callable[[int, int, str], object]  # (request, sample, text), as text is decided
 # (request, sample, call, what the model sees of its result): as a tool is called, None, and as it has answered
@@ -59,6 +61,20 @@ class Completion:
     truncated_logprobs: list[float]
     sampled: list[bool]
     tool_calls: list[dict[str, Any]]
+
+
+def split_thoughts(text: str) -> tuple[str, str]:
+    """Divide an answer from the thoughts before it, between <think> and </think>; a prompt may have begun them.
+
+    >>> split_thoughts("<think>\\nTwo and two.\\n</think>\\n\\nFour.")
+    ('Two and two.', 'Four.')
+    """
+    begin, end = text.find("<think>"), text.find("</think>")
+    if begin < 0 and end < 0:
+        return "", text
+    text = f"<think>{text}" if end >= 0 and not 0 <= begin < end else text
+    thoughts = [thought.strip("\n") for thought in _THOUGHTS.findall(text)]
+    return "\n\n".join(filter(None, thoughts)), _THOUGHTS.sub("", text)
 
 
 @dataclass

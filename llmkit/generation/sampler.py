@@ -29,6 +29,7 @@ from llmkit.model.devices import choose_device, choose_precision
 from llmkit.model.folder import load_config
 from llmkit.tokenizer.chat import ChatFormat
 from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
+from llmkit.tokenizer.templates import choose_thinking
 
 
 class Sampler(Protocol):
@@ -130,6 +131,7 @@ def open_sampler(
     with ExitStack() as stack:
         use = None
         if tools is not None:
+            choose_thinking(tokenizer, tools.thinking)
             use = open_tools(tools, tokenizer, stack, end_tokens(config, tokenizer), end_at_others)
         generator = Generator(
             model, tokenizer, sampling, slots=slots, stop=stop, end_ids=end_ids, name=source, tools=use

@@ -17,7 +17,7 @@ from llmkit.errors import naming
 from llmkit.formats.conversations import message
 from llmkit.formats.questions import Question
 from llmkit.generation.next_token import request_number
-from llmkit.generation.requests import Completion, Request
+from llmkit.generation.requests import Completion, Request, split_thoughts
 from llmkit.generation.sampler import Sampler
 from llmkit.io.progress import Progress, counted, say
 from llmkit.io.resume import Kept
@@ -73,7 +73,7 @@ class Probe:
         completed = self._sampler.complete(self._requests(questions, waiting))
         finished = ((waiting.popleft(), completions) for completions in completed)
         answered = (
-            Answered(question, [reply.text.strip() for reply in completions], completions)
+            Answered(question, [split_thoughts(reply.text)[1].strip() for reply in completions], completions)
             for question, completions in finished
             if completions  # there are none where it is too long
         )

@@ -23,7 +23,7 @@ from llmkit.data.batches import IGNORED, best_fit
 from llmkit.errors import SharedError, UserError
 from llmkit.formats.conversations import Message, Part, as_record, message
 from llmkit.formats.problems import Problem
-from llmkit.generation.requests import Completion, Request
+from llmkit.generation.requests import Completion, Request, split_thoughts
 from llmkit.generation.tool_calls import ToolUse
 from llmkit.io.files import BLOCK, check_file
 from llmkit.io.foreign import integer
@@ -96,6 +96,7 @@ class Rollout:
         """The line of the log. Where a tool was called it has `messages`, which teach sft the call, as the text of
         the completion would not."""
         problem, completion = self.problem, self.completion
+        thought, answer = split_thoughts(completion.text)
         prompt: Any = problem.prompt
         if len(problem.messages) > 1:
             prompt = as_record(problem.messages)
@@ -108,7 +109,8 @@ class Rollout:
             **known,
             "prompt": prompt,
             "answer": problem.answer,
-            "completion": completion.text,
+            "completion": answer,
+            **({"reasoning_content": thought} if thought else {}),
             **({"messages": as_record(messages)} if self.parts else {}),
             "reward": round(self.reward, 6) if self.judged else None,
             "rewards": {name: None if value is None else round(value, 6) for name, value in self.rewards.items()},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -146,6 +146,8 @@ def _checked(config: EvaluateConfig) -> dict[str, float]:
         raise UserError(f"--samples {config.samples}: expected --temperature above 0; greedy samples are all the same")
     if config.tools and not config.chat:
         raise UserError("--tools: expected --chat beside it; tools are called within an answer")
+    if config.thinking != "auto" and (config.is_served or not config.chat):
+        raise UserError("--thinking: expected --chat and a model here, whose chat template it switches")
     if config.resume and config.out in (None, "-"):
         raise UserError("--resume: expected --out, beside which a killed run has left its state")
     for path in filter(None, (config.out, config.report)):
@@ -198,7 +200,10 @@ def _asking(config: EvaluateConfig) -> Asking:
     from llmkit.evaluation.evaluator import Asking
 
     tools = config if config.tools else None
-    return Asking(config.chat, config.system, config.samples, config.temperature, config.max_tokens, config.seed, tools)
+    asking = Asking(
+        config.chat, config.system, config.samples, config.temperature, config.max_tokens, config.seed, tools
+    )
+    return replace(asking, thinking=config.thinking)
 
 
 def _records(config: EvaluateConfig, loaded: Sequence[Loaded], out: str) -> tuple[Records, dict[str, str]]:

@@ -160,6 +160,7 @@ class Learner:
         from llmkit.rl.policy import OwnPolicy, ServedPolicy, load_policy
         from llmkit.rl.policy_loss import PolicyLoss
         from llmkit.rl.problems import load_problems, report_overlap
+        from llmkit.tokenizer.templates import choose_thinking
 
         config, run = self.config, self.run
         run.join()
@@ -167,6 +168,7 @@ class Learner:
             raise UserError("--engine: expected one process, for one server gets the weights; start without torchrun")
         self.rewards, self.gold = _rewards(config, stack)  # whose names are looked at before the model is read
         tuning = load_policy(str(config.model), config.system, run.device, run.dtype, config.quiet)
+        choose_thinking(tuning.tokenizer, config.thinking)
         self.tools = open_tools(config, tuning.tokenizer, stack, tuning.model.config.eos_token_ids)
         read = partial(
             load_problems,

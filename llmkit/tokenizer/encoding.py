@@ -60,6 +60,7 @@ class Tokenizer:
     eos_id, pad_id   what the config names as the end of a text or turn, and as padding
     end_of_text_id   the end of a document
     chat_template    Jinja text, or None
+    template_values  variables that the template is given beside messages, such as enable_thinking
     sha256           of the bytes of tokenizer.json
     backend          the library that encodes batches: `tokenizers` until a faster one has proved its ids on a batch
     passed_over      why each faster library is not taken
@@ -75,6 +76,7 @@ class Tokenizer:
         except Exception as error:  # tokenizers raises bare Exception
             raise UserError(f"{path}: not a tokenizer.json that tokenizers can read: {str(error)[:200]}") from None
         self.path, self.config, self.chat_template = path, config, chat_template
+        self.template_values: dict[str, Any] = {}
         self.sha256 = hashlib.sha256(data).hexdigest()
         self._data, self._encode_batch, self.backend, self.passed_over = data, None, "tokenizers", dict[str, str]()
         added = spec.get("added_tokens") or []

@@ -36,6 +36,7 @@ _THOUGHT = "</think>"
 EACH, BETWEEN, NONE = "each answer", "an answer before another turn", "none"  # what a template ends by a special token
 _TAKEN_OUT = re.compile(r"""\breplace\(\s*(['"])([^'"]+)\1\s*,\s*(['"])\3\s*\)""")
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_SWITCHES = ("enable_thinking", "thinking")  # of templates, for thoughts before an answer
 _GENERATION = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
 
 
@@ -64,6 +65,24 @@ def chat_format(tokenizer: Tokenizer) -> ChatFormat:
     return TemplateFormat(tokenizer) if has_own_template(tokenizer) else ChatFormat(tokenizer)
 
 
+def choose_thinking(tokenizer: Tokenizer, wanted: str) -> None:
+    """Have prompts ask for thoughts ("on") or for none ("off"), or leave that to the chat template ("auto").
+
+    The switch is the template's `enable_thinking` (Qwen 3, SmolLM 3, GLM, Gemma 4) or `thinking` (DeepSeek 3.1,
+    Granite). Raises UserError for a template without one.
+    """
+    if wanted == "auto":
+        return
+    template = (tokenizer.chat_template or "") if has_own_template(tokenizer) else ""
+    switch = next((name for name in _SWITCHES if re.search(rf"""(?<![\w.'"]){name}(?![\w'"])""", template)), None)
+    if switch is None:
+        raise UserError(
+            f"--thinking {wanted}: expected a chat template with the switch enable_thinking or thinking in "
+            f"{tokenizer.path.parent}, found none; leave the option out"
+        )
+    tokenizer.template_values = {switch: wanted == "on"}
+
+
 class TemplateFormat(ChatFormat):
     """The chat format of a tokenizer with a template of its own.
 
@@ -85,6 +104,7 @@ class TemplateFormat(ChatFormat):
         named = {key: tokenizer.config.get(key) for key in _NAMED}
         texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
         self._names = {key: value for key, value in texts.items() if value is not None}  # null is undefined
+        self._names |= tokenizer.template_values
         self._endless = f"{self._folder}: its chat template ends an answer with no special token"
         self.end_id, self._ended = self._end()
 

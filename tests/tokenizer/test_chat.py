@@ -183,6 +183,12 @@ def test_thoughts_and_what_a_tool_answered_are_read_apart(stranger):
         said = stranger.apply_chat_template([entry], tokenize=False)
         assert said.endswith("<think>\nTwo\nand two.\n</think>\n\nFour.<|im_end|>")
         assert stranger.parse_response(said.removeprefix("<|im_start|>assistant<|im_sep|>"), prefix="") == thought
+    for kind in ("reasoning", "thinking"):
+        parts = [{"type": kind, "text": "Two\nand two."}, {"type": "text", "text": "Four."}]
+        turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": parts}]
+        read = read_conversation(Row({"messages": turns}, "x", 1)).messages
+        assert as_openai(read)[1]["content"] == "<think>\nTwo\nand two.\n</think>\n\nFour."
+        assert stranger.apply_chat_template(turns, tokenize=False).endswith(said.partition("<|im_sep|>")[2])
     turn = "It is <|calc_start|> 6*7 <|calc_end|><|result_start|>42\n<|result_end|>42.<|im_end|>"
     call = {"type": "function", "function": {"name": "calc", "arguments": {"calc": " 6*7 "}}}
     expected = {"content": "It is 42.", "tool_calls": [call], "tool_responses": ["42\n"]}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from llmkit.errors import UserError
 from llmkit.formats.conversations import Conversation, message
 from llmkit.tokenizer.encoding import load_tokenizer
-from llmkit.tokenizer.templates import chat_format
+from llmkit.tokenizer.templates import chat_format, choose_thinking
 
 TURNS = [
     ("user", "What is 2+2?"),
@@ -320,6 +320,30 @@ def test_the_functions_that_may_be_called_are_shown_to_a_template(tmp_path: Path
     (found,) = chat.encode_many([Conversation(tuple(messages(2)), tools=tuple(tools))])
     assert found.token_ids.tolist() == theirs
     assert chat._tokenizer.decode(found.token_ids[found.trained]).endswith("Four. \n<|im_end|>")
+
+
+@pytest.mark.parametrize("switch", ["enable_thinking", "thinking"])
+def test_thoughts_are_asked_for_by_the_switch_of_a_template(tmp_path: Path, switch: str) -> None:
+    from transformers import AutoTokenizer
+
+    none = f"{{% if {switch} is defined and not {switch} %}}{{{{ 'None. ' }}}}{{% endif %}}"
+    asks = "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}" + none + "{% endif %}"
+    folder = save(tmp_path, SHOWN + asks)
+    theirs, rows = AutoTokenizer.from_pretrained(folder), [{"role": "user", "content": "Sure?"}]
+    for wanted, values in (("auto", {}), ("on", {switch: True}), ("off", {switch: False})):
+        tokenizer = load_tokenizer(folder)
+        choose_thinking(tokenizer, wanted)
+        found = chat_format(tokenizer).encode([message("user", "Sure?")], prompt=True).token_ids.tolist()
+        assert found == theirs.apply_chat_template(rows, add_generation_prompt=True, return_dict=False, **values)
+        assert tokenizer.decode(found).endswith("None. ") == (wanted == "off")
+
+
+@pytest.mark.parametrize("template", [SHOWN, SHOWN + "{{ m.thinking }}{{ m['enable_thinking'] }}", None])
+def test_a_template_without_a_switch_for_thoughts_is_told_of(tmp_path: Path, template: str | None) -> None:
+    tokenizer = load_tokenizer(save(tmp_path, template))
+    choose_thinking(tokenizer, "auto")
+    with pytest.raises(UserError, match="--thinking off: expected a chat template with the switch enable_thinking or"):
+        choose_thinking(tokenizer, "off")
 
 
 def test_the_names_of_a_template_are_those_of_transformers(tmp_path: Path, monkeypatch) -> None:
