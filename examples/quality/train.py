@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from llmkit.crawl.filters.classifier import Classifier
+from llmkit.crawl.filters.classifier import PREFIX, Classifier
 from llmkit.errors import LlmkitError, UserError
 from llmkit.io.files import atomic_file
 from llmkit.io.jsonl import read_documents
@@ -41,7 +41,7 @@ def train(good: Sequence[str], ordinary: Sequence[str], out: str, seed: int) -> 
     chance = random.Random(seed)
     size = max(len(good), len(ordinary))
     lines = [
-        f"__label__{label} {' '.join(text.split())}\n"
+        f"{PREFIX}{label} {' '.join(text.replace(PREFIX, ' ').split())}\n"  # a text may name a label
         for label, texts in zip(LABELS, (good, ordinary), strict=True)
         for text in [*texts] * (size // len(texts)) + chance.sample(texts, size % len(texts))
     ]

@@ -31,7 +31,10 @@ def trained(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_classifier_of_ones_own_keeps_what_is_like_the_good_text(llmkit, tmp_path):
-    good, plain = texts(tmp_path / "good.jsonl", GOOD, 40), texts(tmp_path / "plain.jsonl", PLAIN, 90)
+    good, plain = (
+        texts(tmp_path / "good.jsonl", [*GOOD, "__label__ordinary"], 40),
+        texts(tmp_path / "p.jsonl", PLAIN, 90),
+    )
     models = [tmp_path / "a.bin", tmp_path / "b.bin"]
     for model in models:
         done = trained(good, plain, "-o", model)

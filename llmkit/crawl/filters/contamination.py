@@ -30,7 +30,7 @@ import numpy as np
 from llmkit.errors import UserError
 from llmkit.formats.questions import answers_of, unfolded
 from llmkit.io.jsonl import read_jsonl, write_json
-from llmkit.io.progress import counted, say
+from llmkit.io.progress import Progress, counted, say
 from llmkit.io.records import ANSWERS, CHOICES, CONVERSATIONS, QUESTIONS, Row
 
 RUN = 16  # letters, a power of 2
@@ -112,15 +112,16 @@ class Contamination:
         self.items: list[str] = []
         runs: list[np.ndarray] = []
         lengths: list[int] = []
-        read = 0
-        for row in chain.from_iterable(map(_questions, read_jsonl(rules.files))):
-            read += 1
-            question, answer = _item(row)
-            letters = _letters(f"{question} {answer}")[0]
-            if len(letters) >= (SHORTEST if answer else SHORT):
-                self.items.append(row.where)
-                lengths.append(len(letters))
-                runs.append(np.unique(_runs(letters)))
+        with Progress(f"read {flag}", unit="items", quiet=quiet) as progress:
+            for row in chain.from_iterable(map(_questions, read_jsonl(rules.files))):
+                progress.advance()
+                question, answer = _item(row)
+                letters = _letters(f"{question} {answer}")[0]
+                if len(letters) >= (SHORTEST if answer else SHORT):
+                    self.items.append(row.where)
+                    lengths.append(len(letters))
+                    runs.append(np.unique(_runs(letters)))
+        read = int(progress.done)
         if short := read - len(self.items):
             least = f"under {SHORTEST} letters with the answer, or {SHORT} without one"
             say(f"{flag}: {counted(short, 'item')} of {read} left out: {least}", quiet)
