@@ -62,7 +62,8 @@ def check_output(path: str, force: bool, resume: bool = False, is_file: bool = F
     if os.path.exists(path) and not resume and not is_empty_folder(path):
         if not force:
             raise UserError(f"{path}: exists already; --force replaces it, or choose another --out")
-        if os.path.isdir(path) and os.listdir(path) and not any(os.path.exists(f"{path}/{name}") for name in OURS):
+        ours = [*(f"{path}/{name}" for name in OURS), f"{path.rstrip('/')}.manifest.json"]
+        if os.path.isdir(path) and os.listdir(path) and not any(map(os.path.exists, ours)):
             raise UserError(f"{path}: not a folder that llmkit wrote, so --force leaves it alone; choose another --out")
     while not os.path.lexists(parent):
         parent = os.path.dirname(parent)

@@ -49,6 +49,7 @@ DESCRIPTIONS = (
     "dataset_infos.json",
     "dataset_dict.json",
 )  # of data, beside them
+PARTS = "part-{:05d}.parquet"  # of a folder of Parquet
 MOST_NAMED = 6  # files in a message
 STDIN_ONCE = "stdin: '-' can be read only once; save one of the inputs to a file"
 JSON_LINE = orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
@@ -474,7 +475,7 @@ def open_bytes(path: str) -> Iterator[IO[bytes]]:
     if path.endswith("/"):
         with atomic_folder(path, force=True) as folder, tempfile.TemporaryFile(dir=folder.parent) as lines:
             yield lines
-            write_parquet(lines, lambda number: create(folder / f"part-{number:05d}.parquet"), path, FOLDER_GROUPS)
+            write_parquet(lines, lambda number: create(folder / PARTS.format(number)), path, FOLDER_GROUPS)
         return
     with atomic_file(path) as handle:
         if path.lower().endswith(".gz"):

@@ -24,7 +24,7 @@ from llmkit.display import redacted
 from llmkit.errors import UserError
 from llmkit.io.files import PARTIAL, atomic_file, file_sha256
 from llmkit.io.hub import fetched, local_folder
-from llmkit.io.jsonl import read_object, write_json
+from llmkit.io.jsonl import PARTS, read_object, write_json
 from llmkit.io.progress import counted, say
 from llmkit.io.remote import is_remote, size_and_version
 
@@ -64,7 +64,10 @@ def read_manifest(output: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def _manifest_path(output: str | os.PathLike[str]) -> Path:
-    return Path(f"{os.fspath(output)}{OF_FILE}") if os.path.isfile(output) else Path(output) / MANIFEST
+    """Beside a file or a folder of Parquet, which readers of such folders take to hold nothing else; within others."""
+    path = os.fspath(output).rstrip("/")
+    beside = os.path.isfile(path) or os.path.isfile(f"{path}/{PARTS.format(0)}")
+    return Path(f"{path}{OF_FILE}") if beside else Path(output) / MANIFEST
 
 
 def sources(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:

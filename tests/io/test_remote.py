@@ -17,7 +17,7 @@ from llmkit.crawl.output import parts_of
 from llmkit.crawl.page import Outcome, Part
 from llmkit.errors import UserError
 from llmkit.io import remote
-from llmkit.io.jsonl import check_inputs, open_packed, read_jsonl
+from llmkit.io.jsonl import check_inputs, input_files, open_packed, read_jsonl
 from llmkit.io.manifest import describe_inputs
 from llmkit.io.pool import Work
 from llmkit.io.remote import matching, open_remote
@@ -273,6 +273,13 @@ def test_a_bucket_is_read_in_blocks(bucket: ObjectStore) -> None:
         assert file.read(10) == DATA[1_500_000:1_500_010]
     assert matching("s3://bucket/**/*.jsonl") == ["s3://bucket/t/a.jsonl", "s3://bucket/t/u/b.jsonl"]
     assert [row.value for row in read_jsonl(["s3://bucket/t/a.jsonl"])] == ROWS
+    assert (
+        input_files(["s3://bucket/t/"])
+        == input_files(["s3://bucket/t/**/*.jsonl"])
+        == matching("s3://bucket/**/*.jsonl")
+    )
+    with pytest.raises(UserError, match=r"^s3://bucket/none/"):
+        input_files(["s3://bucket/none/"])
 
 
 def test_a_bucket_that_does_not_tell_sizes_is_read_to_the_end(bucket: ObjectStore, monkeypatch) -> None:

@@ -462,13 +462,12 @@ def test_a_slash_asks_for_a_folder_of_parquet(llmkit, tmp_path):
     command = ("crawl-filter", text, "--skip", "gopher_quality,fineweb", "-o", f"{docs}/")
     done = llmkit(*command)
     assert done.returncode == 0, done.stderr
-    assert sorted(os.listdir(docs)) == ["manifest.json", "part-00000.parquet"]
-    assert sorted(os.listdir(tmp_path)) == ["a.warc.gz", "docs"]
-    rows = parquet.read_table(docs / "part-00000.parquet").to_pylist()
+    assert os.listdir(docs) == ["part-00000.parquet"]
+    assert sorted(os.listdir(tmp_path)) == ["a.warc.gz", "docs", "docs.manifest.json"]
+    rows = parquet.read_table(docs).to_pylist()  # which takes all files of a folder for Parquet
     assert len(rows) == json.loads(done.stdout)["documents"] > 0
-    assert [entry["path"] for entry in json.loads((docs / "manifest.json").read_bytes())["inputs"]] == [
-        str(tmp_path / "a.warc.gz")
-    ]
+    manifest = json.loads((tmp_path / "docs.manifest.json").read_bytes())
+    assert [entry["path"] for entry in manifest["inputs"]] == [str(tmp_path / "a.warc.gz")]
     assert "exists already" in llmkit(*command).stderr and llmkit(*command, "--force").returncode == 0
     trained = llmkit("train-bpe", docs, "--vocab-size", "320", "-o", tmp_path / "tok")
     assert trained.returncode == 0 and json.loads(trained.stdout)["documents"] == len(rows)
