@@ -323,16 +323,19 @@ def _run_alone(run: Callable[[Any], Any], config: Any) -> Any:
 
 def _check_inputs_stay(config: Any) -> None:
     """Raise UserError where an output would replace an input, or lies in the folder of a model that is read."""
+    from llmkit.io.remote import is_named
+
     outputs = [value for name in OUTPUTS if (value := getattr(config, name, None)) not in (None, "-")]
     outputs = [path for path in outputs if os.path.isfile(path) or os.path.isdir(path) or "://" in path]  # no device
     values = [getattr(config, item.name) for item in option_fields(type(config)) if option_of(item).reads]
     texts = [text for value in values for text in (value if isinstance(value, tuple) else [value or ""])]
     paths = {path for text in texts for path in _paths_in(text)} if outputs else ()
     inputs = [name for path in paths for name in (glob.glob(path, recursive=True) if glob.has_magic(path) else [path])]
-    inputs = [path for path in inputs if os.path.exists(path) or "://" in path]
+    inputs = [path for path in inputs if os.path.exists(path)]
+    inputs += [path for path in paths if any(is_named(out, path) for out in outputs)]
     for path, out in itertools.product(inputs, outputs):
         read, written = os.path.realpath(path), os.path.realpath(out)
-        if f"{read}/".startswith(f"{written}/"):
+        if f"{read}/".startswith(f"{written}/") or is_named(out, path):
             raise UserError(f"{out}: is an input, and would be lost; choose another --out")
         if written.startswith(f"{read}/") and any(os.path.isfile(f"{read}/{name}") for name in OF_A_RUN):
             raise UserError(f"{out}: lies in the input {path}, and would be lost; choose another --out")

@@ -37,7 +37,7 @@ TRIES = 6  # in a row, with pauses of 1/4 s to 4 s between them
 PAUSE, LONGEST_PAUSE, TIMEOUT = 0.25, 30.0, 60.0  # s; the second where a server asks for more
 DESCRIPTION, WAIT = ".json", 0.2  # of a file in a cache; s between two looks at a file that another run fetches
 LASTING = {400, 401, 403, 404, 405, 410, 416, 451}  # answers that asking again does not change
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://")
+_ADDRESS, _STARS = re.compile(r"[a-z][a-z0-9+.-]+://"), re.compile(r"(\*+)")
 
 # the hub's errors, by the names of their classes
 HUB = {
@@ -108,6 +108,17 @@ def size_and_version(address: str) -> tuple[int | None, str]:
     with closing(_source(address, last="0")) as source:
         retried(address, source.describe)
     return source.now
+
+
+def is_named(address: str, pattern: str) -> bool:
+    """True if a path of an input, which may be a pattern or a folder, names an address.
+
+    >>> is_named("s3://bucket/a/b.jsonl", "s3://bucket/*.jsonl"), is_named("s3://bucket/a/b.jsonl", "s3://bucket/a/")
+    (False, True)
+    """
+    pattern = f"{pattern}**" if pattern.endswith("/") else pattern
+    parts = [".*" if part == "**" else "[^/]*" if part == "*" else re.escape(part) for part in _STARS.split(pattern)]
+    return is_remote(address) and re.fullmatch("".join(parts), address) is not None
 
 
 def matching(pattern: str) -> list[str]:
@@ -495,11 +506,12 @@ def _file_system(address: str) -> tuple[Any, str]:
     try:
         import fsspec
 
-        options = {}
+        options: dict[str, Any] = {}
         if address.startswith("s3"):
             import botocore.session
 
             options["anon"] = botocore.session.get_session().get_credentials() is None
+            options["config_kwargs"] = {"retries": {"total_max_attempts": 1}}  # of each of s3fs's 5, and of ours
         return fsspec.core.url_to_fs(address, **options)
     except ImportError as error:
         raise UserError(f'{address}: {error}; pip install "llmkit[remote]"') from None

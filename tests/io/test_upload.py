@@ -18,7 +18,7 @@ from llmkit.config import resolve
 from llmkit.errors import GateError, Interrupted, UserError
 from llmkit.io import remote
 from llmkit.io.jsonl import open_output, read_jsonl
-from llmkit.io.remote import upload
+from llmkit.io.remote import is_named, upload
 from llmkit.stages import crawl_filter, evaluate, train_bpe
 from tests.helpers.object_store import ObjectStore, empty_bucket, object_store
 from tests.helpers.tiny import make_model, save_folder
@@ -152,7 +152,7 @@ def test_killed_at_moments_that_the_server_sees_and_resumed_it_leaves_the_same_b
         write_warc(Path(f"{number}.warc.gz"), pages)
         store.client().put_object(Bucket="bucket", Key=f"{number}.warc.gz", Body=Path(f"{number}.warc.gz").read_bytes())
     command = [sys.executable, "-m", "llmkit", "crawl-filter", "--workers", "1", "--only", "extract,exact_duplicates"]
-    subprocess.run([*command, "0.warc.gz", "1.warc.gz", "-o", "local.jsonl", "--quiet"], check=True)
+    crawl("local.jsonl", inputs=("0.warc.gz", "1.warc.gz"), only=("extract", "exact_duplicates"))
     command += ["s3://bucket/0.warc.gz", "s3://bucket/1.warc.gz", "-o", "s3://bucket/out.jsonl", "--resume"]
     gets = []
 
@@ -215,9 +215,25 @@ def test_folders_stay_here(store: ObjectStore, llmkit) -> None:
         train_bpe.run(train_bpe.TrainBpeConfig(inputs=("docs.jsonl",), vocab_size=300, out="s3://bucket/tok"))
     with pytest.raises(UserError, match="records alone are written"), open_output("s3://bucket/out.jsonl"):
         pass
-    done = llmkit("crawl-filter", "s3://bucket/a.jsonl", "-o", "s3://bucket/a.jsonl", "--force")
+    done = llmkit("crawl-filter", "s3://bucket/*.jsonl", "-o", "s3://bucket/a.jsonl", "--force")
     assert done.returncode == 2 and "s3://bucket/a.jsonl: is an input, and would be lost" in done.stderr
     assert os.listdir() == ["docs.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "named"),
+    [
+        ("s3://bucket/a/b.jsonl", True),
+        ("s3://bucket/a/", True),
+        ("s3://bucket/**/*.jsonl", True),
+        ("s3://bucket/*/b.*", True),
+        ("s3://bucket/*.jsonl", False),
+        ("s3://bucket/a", False),
+        ("bucket/a/b.jsonl", False),
+    ],
+)
+def test_which_inputs_an_output_would_replace(pattern: str, named: bool) -> None:
+    assert is_named("s3://bucket/a/b.jsonl", pattern) == named
 
 
 @pytest.mark.parametrize("status", [None, 403])
