@@ -140,7 +140,7 @@ class ColumnsConfig:
 
     columns: tuple[str, ...] = option(
         (),
-        "Fields that have other names in the input, as text=content; repeatable.",
+        "Fields that have other names in the input, as text=content or 'text=content|text'; repeatable.",
         group="Common",
         metavar="FIELD=COLUMN,...",
     )

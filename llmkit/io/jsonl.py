@@ -29,7 +29,6 @@ import orjson
 from llmkit.display import stdout_bytes
 from llmkit.errors import UserError
 from llmkit.io.files import atomic_file, atomic_folder, check_output, create, read_file
-from llmkit.io.progress import say
 from llmkit.io.records import BadRecords, Row, check_document, good_records, kind_of, with_columns
 from llmkit.io.remote import is_remote, matching, open_remote, size_and_version
 from llmkit.io.tables import FOLDER_GROUPS, Lines, dump_json, load_json, table_lines, write_parquet
@@ -368,13 +367,8 @@ def json_rows(handle: io.BufferedReader, path: str, columns: Mapping[str, str] =
 
     In the place of a record that cannot be read stands a UserError; for a file that is none of these it is raised.
     """
-    is_first = True
     for row in _rows(handle, path):
         if columns and isinstance(row, Row):
-            for field, column in columns.items() if is_first else ():
-                if field in row.value and column.partition(".")[0] not in row.value and column not in row.value:
-                    say(f"{row.path}: no {column!r} (--columns), so that its own {field!r} is read")
-            is_first = False
             try:
                 row = with_columns(row, columns)
             except UserError as error:

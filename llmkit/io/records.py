@@ -113,25 +113,34 @@ def check_document(row: Row) -> Row:
 def with_columns(row: Row, columns: Mapping[str, str]) -> Row:
     """Name the fields of a record as `--columns` has it: each takes the value of its column, which goes.
 
-    A column may be a field within a field, `chat.turns`, whose outer field stays. A record that has the field already
-    and not the column is left as it is. Raises UserError where it has neither.
+    A column may be a field within a field, `chat.turns`, whose outer field stays; of `content|text` the first is taken
+    that the record has. Raises UserError where it has none.
 
     >>> with_columns(Row({"id": 1, "content": "Once"}, "d.jsonl", 1), {"text": "content"}).value
     {'text': 'Once', 'id': 1}
     """
     taken: dict[str, Any] = {}
+    gone = set(columns)
     for name, column in columns.items():
-        value: Any = row.value
-        for part in (column,) if column in row.value else column.split("."):
-            if value is not None and not (isinstance(value, dict) and part in value):
-                value = row.value.get(name, row)
+        for choice in choices_of(column, row.value):
+            value: Any = row.value
+            for part in (choice,) if choice in row.value else choice.split("."):
+                if value is not None and not (isinstance(value, dict) and part in value):
+                    value = row
+                    break
+                value = value and value[part]
+            if value is not row:
                 break
-            value = value and value[part]
-        if value is row:
+        else:
             raise UserError(f"{row.where}: expected field {column!r} (--columns), found {sorted(row.value)}")
         taken[name] = value
-    gone = {*columns, *columns.values()}
+        gone.add(choice)
     return replace(row, value=taken | {name: value for name, value in row.value.items() if name not in gone})
+
+
+def choices_of(column: str, names: Collection[str]) -> list[str]:
+    """The columns between which the value of `--columns` leaves the choice, where it is none itself."""
+    return [column] if column in names else column.split("|")
 
 
 def fields_of(value: dict[str, Any]) -> list[str]:

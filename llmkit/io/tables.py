@@ -22,6 +22,7 @@ import orjson
 from llmkit.errors import UserError
 from llmkit.io.files import LFS_POINTER
 from llmkit.io.progress import counted, say
+from llmkit.io.records import choices_of
 
 PARQUET_MAGIC = b"PAR1"
 NOT_UTF8 = b'"\xff"\n'
@@ -63,8 +64,8 @@ def parquet_lines(
 
     Nested lists, structs and maps become arrays and objects, times ISO 8601, decimals numbers, NaN null. Bytes are read
     as UTF-8; columns with bytes inside lists or structs, as of images, are left out, which is told. A row that is not
-    UTF-8 is a line that is none, which its reader counts. Raises UserError for a damaged or cut file, and where it has
-    neither a field nor its column.
+    UTF-8 is a line that is none, which its reader counts. Raises UserError for a damaged or cut file, and for one
+    without a column.
     """
     import pyarrow as pa
     from pyarrow import parquet
@@ -96,16 +97,19 @@ def parquet_lines(
 
 
 def check_columns(names: Sequence[str], columns: Mapping[str, str], table: str) -> None:
-    """Raise UserError where a table has neither a field of `--columns` nor its column."""
-    for field, column in columns.items():
-        if field not in names and _column_in(names, column) is None:
+    """Raise UserError where a table has not a column of `--columns`."""
+    for column in columns.values():
+        if _column_in(names, column) is None:
             raise UserError(f"{table}: expected column {column!r} (--columns), found {', '.join(names)}")
 
 
 def _column_in(names: Collection[str], column: str) -> str | None:
-    """The column of a table in which a column or a field within one, `chat.turns`, lies."""
-    outer = column.partition(".")[0]
-    return column if column in names else outer if outer in names else None
+    """The column of a table in which a column or a field within one, `chat.turns`, lies; None without one."""
+    for choice in choices_of(column, names):
+        for name in (choice, choice.partition(".")[0]):
+            if name in names:
+                return name
+    return None
 
 
 def _lines_of(batch: Any) -> list[bytes]:
