@@ -158,8 +158,9 @@ def open_adapter(folder: str) -> Adapter:
     if os.path.isfile(f"{base}/{CONFIG}"):
         known, tokens = load_config(base).vocab_size, load_tokenizer(folder).vocab_size
         rows = config.get("trainable_token_indices") or {}
-        trained_rows = rows.get("embed_tokens", ()) if isinstance(rows, dict) else rows
-        if not {*range(known, tokens)} <= {*trained_rows}:
+        if isinstance(rows, dict):  # by the name of the embedding, which families call otherwise, and the head's
+            rows = next((ids for name, ids in rows.items() if name != "lm_head"), ())
+        if not {*range(known, tokens)} <= {*rows}:
             raise UserError(
                 f"{folder}: its base {base} has {known} tokens and it has {tokens}, whose rows the adapter does not "
                 "hold; --format hf exports the whole model"
