@@ -19,6 +19,7 @@ import logging
 import os
 import re
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from llmkit.io.progress import Progress, counted, say
 
 BUCKETS = ("s3", "s3a", "gs", "gcs", "hf")  # whose file systems fsspec has
 WRITABLE = ("s3", "s3a", "gs", "gcs")  # where an upload appears whole, at its end
-BLOCK = 8 << 20  # bytes asked for at once from a bucket, while the block before is read
+BLOCK, KEPT_BLOCKS = 4 << 20, 8  # bytes asked for at once from a bucket; how many such are in memory
 TRIES = 6  # in a row, with pauses of 1/4 s to 4 s between them
 PAUSE, LONGEST_PAUSE, TIMEOUT = 0.25, 30.0, 60.0  # s; the second where a server asks for more
 DESCRIPTION, WAIT = ".json", 0.2  # of a file in a cache; s between two looks at a file that another run fetches
@@ -328,7 +329,10 @@ class _Http:
 
 
 class _Bucket:
-    """A file system of fsspec: blocks, each asked for while the one before is read."""
+    """A file system of fsspec: blocks, each asked for while the one before is read.
+
+    The last KEPT_BLOCKS of them stay in memory: a reader of Parquet takes turns between columns that lie far apart.
+    """
 
     def __init__(self, address: str) -> None:
         from concurrent.futures import Future, ThreadPoolExecutor
@@ -336,9 +340,8 @@ class _Bucket:
         self._system, self._path = _file_system(address)
         if address.startswith("hf://"):
             self._path = retried(address, lambda: _at_commit(self._system, self._path))
-        self._threads = ThreadPoolExecutor(1)
-        self._ahead: tuple[int, Future[bytes]] | None = None
-        self._start, self._data = 0, b""  # of the block that is read
+        self._threads = ThreadPoolExecutor(2)
+        self._blocks: OrderedDict[int, Future[bytes]] = OrderedDict()  # by number, that asked for last at the end
         self.now: tuple[int | None, str] = (None, "")
 
     def describe(self) -> tuple[int | None, str, bool]:
@@ -353,15 +356,23 @@ class _Bucket:
         return *self.now, True
 
     def read(self, position: int, count: int) -> bytes:
-        if not self._start <= position < self._start + len(self._data):
-            start, ahead = self._ahead or (-1, None)
-            self._ahead = None
-            data = ahead.result() if ahead is not None and start == position else self._block(position)
-            self._start, self._data = position, data
-            if len(data) == BLOCK:
-                self._ahead = position + BLOCK, self._threads.submit(self._block, position + BLOCK)
-        first = position - self._start
-        return self._data[first : first + count]
+        number, first = divmod(position, BLOCK)
+        self._ask(number)
+        try:
+            data = self._blocks[number].result()
+        except BaseException:
+            del self._blocks[number]  # so that it is asked for again
+            raise
+        if len(data) == BLOCK and (number == 0 or number - 1 in self._blocks):
+            self._ask(number + 1)
+        return data[first : first + count]
+
+    def _ask(self, number: int) -> None:
+        if number not in self._blocks:
+            self._blocks[number] = self._threads.submit(self._block, number * BLOCK)
+        self._blocks.move_to_end(number)
+        if len(self._blocks) > KEPT_BLOCKS:
+            self._blocks.popitem(last=False)[1].cancel()
 
     def _block(self, start: int) -> bytes:
         """The bytes from `start` on, fewer than BLOCK at the end alone, wherever that is."""

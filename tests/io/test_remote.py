@@ -282,6 +282,18 @@ def test_a_bucket_is_read_in_blocks(bucket: ObjectStore) -> None:
         input_files(["s3://bucket/none/"])
 
 
+def test_columns_of_a_table_in_a_bucket_are_fetched_once(bucket: ObjectStore, tmp_path) -> None:
+    """Their values lie megabytes from one another, and are read by turns."""
+    noise = random.Random(0)
+    rows = [{"text": noise.randbytes(1500).hex(), "id": noise.randbytes(1500).hex()} for _ in range(2000)]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet", compression="zstd")
+    data = (tmp_path / "t.parquet").read_bytes()
+    bucket.client().put_object(Bucket="bucket", Key="t.parquet", Body=data)
+    bucket.requests.clear()
+    assert [row.value for row in read_jsonl(["s3://bucket/t.parquet"])] == rows
+    assert bucket.requests.count(("GET", "/bucket/t.parquet")) == -(-len(data) // remote.BLOCK) >= 5
+
+
 def test_a_bucket_that_does_not_tell_sizes_is_read_to_the_end(bucket: ObjectStore, monkeypatch) -> None:
     from s3fs import S3FileSystem
 
