@@ -399,10 +399,16 @@ def _read(
     from llmkit.data.identity import system_message
 
     system = system_message(facts) if config.system == "identity" else config.system
+
+    def shown(conversation: Conversation) -> Conversation:
+        if conversation.tools and not chat.shows_tools:
+            bad.count_unused(name, ("'tools' not shown by the chat template",))
+        return with_system(conversation, system)
+
     with Progress(f"read {name}", unit="conversations", quiet=config.quiet) as progress:
         examples, digest = read_examples(
             name,
-            (with_system(conversation, system) for conversation in conversations),
+            map(shown, conversations),
             partial(chat.encode_many, loss=config.loss),
             row_tokens + 1,
             config.on_long,

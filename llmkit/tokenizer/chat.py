@@ -60,8 +60,11 @@ class Encoded:
 class ChatFormat:
     """The chat format of a tokenizer that has its special tokens.
 
-    end_id   the token that ends a turn
+    end_id       the token that ends a turn
+    shows_tools  whether functions that may be called are described to the model
     """
+
+    shows_tools = True
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         missing = [name for name in CHAT_SPECIALS if name not in tokenizer.specials]

@@ -36,6 +36,7 @@ _THOUGHT = "</think>"
 EACH, BETWEEN, NONE = "each answer", "an answer before another turn", "none"  # what a template ends by a special token
 _TAKEN_OUT = re.compile(r"""\breplace\(\s*(['"])([^'"]+)\1\s*,\s*(['"])\3\s*\)""")
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_PROBE = Call("probe", {"argument": "value"})
 _SWITCHES = ("enable_thinking", "thinking")  # of templates, for thoughts before an answer
 _GENERATION = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
 
@@ -91,6 +92,7 @@ class TemplateFormat(ChatFormat):
 
     def __init__(self, tokenizer: Tokenizer) -> None:  # not that of our format, which asks for its special tokens
         self._tokenizer, self._folder, template = tokenizer, tokenizer.path.parent, tokenizer.chat_template or ""
+        self.shows_tools = "tools" in template
         self._special = _any_of(tokenizer.specials)
         self._escaped = {role: self._special for role in ("system", "user")}  # what a text may not make a token of
         self._escaped["assistant"] = _any_of(name for name in tokenizer.specials if name not in THOUGHTS)
@@ -164,33 +166,45 @@ class TemplateFormat(ChatFormat):
 
     @cached_property
     def call_form(self) -> CallForm:
-        """How the model writes calls: by its response template, or as its chat template writes one."""
-        return self._calling[0]
+        """How the model writes calls: by its response template, or as its chat template writes one.
+
+        Raises UserError for a template without calls, and for a form that is not known.
+        """
+        written, response = self._calling[0], self._tokenizer.config.get("response_template")
+        form = response_form(response) if isinstance(response, dict) else None
+        if form is not None and form.read(written) == [_PROBE]:
+            return form
+        closed = written + self._name_of(self.call_end)  # a token that ends a call may belong to its form
+        form = form_of(written, _PROBE) or form_of(closed, _PROBE)
+        if form is None:
+            raise UserError(
+                f"{self._folder}: its chat template writes calls in a form that llmkit does not know, "
+                f"{written[:80]!r}; ask it without --tools"
+            )
+        return form
 
     @property
     def call_end(self) -> int:
-        """The token that ends a turn with calls."""
+        """The token that ends a turn with calls. Raises UserError for a template without calls."""
         return self._calling[1]
 
     @cached_property
-    def _calling(self) -> tuple[CallForm, int]:
-        asked, call = self._turn(message("user", "Hello")), Call("probe", {"argument": "value"})
-        form, special = None, None
+    def _calling(self) -> tuple[str, int]:
+        """A call as the template writes it, and the special token behind it."""
+        asked, parts = self._turn(message("user", "Hello")), (Part(CALL, json.dumps(_PROBE._asdict())),)
         with suppress(UserError):
-            (calling,) = self._turns(Message("assistant", (Part(CALL, json.dumps(call._asdict())),)))
+            (calling,) = self._turns(Message("assistant", parts))
+            (answered,) = self._turns(Message("assistant", (*parts, Part(RESULT, "answer"))))
             asking, text = self._render([asked], True, [0]), self._render([asked, calling], False, [0, 1])
             written = text[len(asking) :] if text.startswith(asking) else text.partition(asked.core)[2]
-            *_, special = self._special.finditer(written)
-            response = self._tokenizer.config.get("response_template")
-            form = response_form(response) if isinstance(response, dict) else None
-            if form is None or form.read(written) != [call]:
-                form = form_of(written[: special.start()], call) or form_of(written[: special.end()], call)
-        if form is None or special is None:
-            raise UserError(
-                f"{self._folder}: its chat template has no calls of tools in a form that llmkit knows; "
-                "ask it without --tools"
-            )
-        return form, self._tokenizer.specials[special[0]]
+            specials = list(self._special.finditer(written))
+            shown = all(word in written for word in (_PROBE.name, *_PROBE.arguments, *_PROBE.arguments.values()))
+            if specials and shown and "answer" in self._render([asked, answered], True, [0, 1]):
+                return written[: specials[-1].start()], self._tokenizer.specials[specials[-1][0]]
+        raise UserError(f"{self._folder}: its chat template has no calls of tools and their results")
+
+    def _name_of(self, special: int) -> str:
+        return next(name for name, number in self._tokenizer.specials.items() if number == special)
 
     def encode_results(self, calls: Sequence[Part], results: Sequence[str]) -> list[int]:
         """Encode what answers calls, from behind the token that ends them to where the assistant goes on."""
@@ -199,8 +213,7 @@ class TemplateFormat(ChatFormat):
         first, *others = turn.results
         turn = replace(turn, results=[{**first, "content": f"{BEGIN}{first['content']}"}, *others])
         before, mark, after = self._render([self._turn(message("user", "Hello")), turn], True, [0, 1]).partition(BEGIN)
-        end = next(name for name, number in self._tokenizer.specials.items() if number == self.call_end)
-        _, ended, between = before.rpartition(end)
+        _, ended, between = before.rpartition(self._name_of(self.call_end))
         if not (mark and ended):
             raise UserError(f"{self._folder}: its chat template does not show what a tool answered")
         return [token for kind, token in self._events(between + after) if kind in ("special", "text")]
@@ -284,6 +297,8 @@ class TemplateFormat(ChatFormat):
         Raises UserError for a template that changes what they say.
         """
         turns = [turn for said in messages for turn in self._turns(said)]
+        if any(turn.calls or turn.results for turn in turns):
+            _ = self.call_end  # or the template would leave them out in silence
         everyone = range(len(turns))
         bare = {index for index in everyone if not turns[index].core}  # marks would fill them
         marked = self._render(turns, prompt, bare, tools)

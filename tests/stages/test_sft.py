@@ -263,6 +263,21 @@ def test_functions_that_may_be_called_are_shown_and_their_calls_learnt(base, llm
     assert f"<tools>\n{json.dumps(tools[0])}\n</tools>" in done.stdout and "not used" not in done.stderr
 
 
+def test_functions_that_a_template_does_not_show_are_counted(llmkit, tmp_path):
+    from foreign_templates import TEMPLATES, save
+    from tiny import make_model
+
+    from llmkit.model.folder import save_model
+
+    folder = save(tmp_path / "model", TEMPLATES["zephyr"])
+    save_model(make_model(vocab_size=320, bos_token_id=300, eos_token_id=300), folder)
+    said = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": "No."}]
+    data = write(tmp_path / "calls.jsonl", {"messages": said, "tools": [{"name": "rain"}]})
+    done = llmkit("sft", folder, "--data", data, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "of 1 record: 'tools' not shown by the chat template 1\n" in done.stderr
+
+
 def test_rejected_answers_are_not_trained_on_and_losses_are_counted(base, llmkit, tmp_path):
     called = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": "No."}]
     rows = [{"prompt": f"{n}?", "completion": "bad" if n % 3 else "good", "label": n % 3 == 0} for n in range(6)]

@@ -154,6 +154,17 @@ def test_a_response_template_says_how_calls_are_written(tmp_path: Path) -> None:
 def test_a_template_without_calls_is_told_of(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ " + START + " + m.content + '<|im_end|>' }}{% endfor %}"
     chat = chat_format(load_tokenizer(save(tmp_path, template)))
-    assert isinstance(chat, TemplateFormat)
-    with pytest.raises(UserError, match="no calls of tools in a form that llmkit knows; ask it without --tools"):
+    assert isinstance(chat, TemplateFormat) and not chat.shows_tools
+    call = Part("tool_call", '{"name": "rain", "arguments": {}}')
+    with pytest.raises(UserError, match="its chat template has no calls of tools and their results"):
+        assert chat.call_form
+    with pytest.raises(UserError, match="its chat template has no calls of tools and their results"):
+        chat.encode([message("user", "Rain?"), Message("assistant", (call, Part("result", "no")))])
+    other = TEMPLATES["qwen"].replace('<tool_call>\n{"name": ', "CALL ").replace("<tool_call>", "CALL")
+    folder = save(tmp_path / "other", other.replace('{"name": ', "CALL "))
+    chat = chat_format(load_tokenizer(folder))
+    assert isinstance(chat, TemplateFormat) and chat.encode([Message("assistant", (call,))]).trained.any()
+    with pytest.raises(
+        UserError, match=r"writes calls in a form that llmkit does not know, .*; ask it without --tools"
+    ):
         assert chat.call_form
