@@ -25,6 +25,7 @@ from llmkit.io.progress import counted, say
 from llmkit.io.records import choices_of
 
 PARQUET_MAGIC = b"PAR1"
+ANY_KEYS = orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS  # of maps
 NOT_UTF8 = b'"\xff"\n'
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 READ_ROWS = 256  # at once: of 1 MB each they are 256 MB
@@ -112,15 +113,40 @@ def _column_in(names: Collection[str], column: str) -> str | None:
     return None
 
 
-def _lines_of(batch: Any) -> list[bytes]:
+def _lines_of(batch: Any, option: int = orjson.OPT_APPEND_NEWLINE) -> list[bytes]:
     """Each row of an Arrow batch as a line of JSON, one that is not UTF-8 as NOT_UTF8."""
     try:
         rows = batch.to_pylist(maps_as_pydicts="lossy")
-        return [orjson.dumps(row, _json_value, orjson.OPT_APPEND_NEWLINE) for row in rows]
+        return [orjson.dumps(row, _json_value, option) for row in rows]
     except (TypeError, UnicodeDecodeError):
+        if option != ANY_KEYS:
+            return _lines_of(batch, ANY_KEYS)
         if batch.num_rows == 1:
             return [NOT_UTF8]
-        return [line for row in range(batch.num_rows) for line in _lines_of(batch.slice(row, 1))]
+        return [line for row in range(batch.num_rows) for line in _lines_of(batch.slice(row, 1), ANY_KEYS)]
+    except (ValueError, OverflowError):  # times in nanoseconds, dates beyond the year 9999: Python has none of these
+        import pyarrow as pa
+
+        columns = list(map(_readable, batch.columns))
+        if columns == batch.columns:
+            raise
+        return _lines_of(pa.record_batch(columns, batch.schema.names), option)
+
+
+def _readable(column: Any) -> Any:
+    """An Arrow array; of times that Python has not, ISO 8601, and of durations their number."""
+    import pyarrow as pa
+    from pyarrow import compute
+
+    try:
+        column.to_pylist(maps_as_pydicts="lossy")
+    except (ValueError, OverflowError):
+        if pa.types.is_duration(column.type):
+            return column.cast(pa.int64())
+        if pa.types.is_temporal(column.type):
+            text = column.cast(pa.string())
+            return compute.replace_substring(text, " ", "T")  # pyright: ignore[reportAttributeAccessIssue]
+    return column
 
 
 def _has_inner_bytes(kind: Any, inner: bool = False) -> bool:

@@ -73,6 +73,9 @@ def test_the_types_of_columns_become_json(tmp_path: Path) -> None:
         score=[float("nan")],
         map=pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64())),
         kind=pa.array(["x"]).dictionary_encode(),
+        counts=pa.array([[(1, 2)]], pa.map_(pa.int64(), pa.int64())),
+        nanoseconds=pa.array([1_700_000_000_123_456_789], pa.timestamp("ns", "UTC")),
+        duration=pa.array([1_500_000_001], pa.duration("ns")),
         large=pa.array(["l"], pa.large_string()),
     )
     assert values(path) == [
@@ -83,6 +86,9 @@ def test_the_types_of_columns_become_json(tmp_path: Path) -> None:
             "score": None,
             "map": {"k": 1},
             "kind": "x",
+            "counts": {"1": 2},
+            "nanoseconds": "2023-11-14T22:13:20.123456789Z",
+            "duration": 1500000001,
             "large": "l",
         }
     ]
