@@ -93,6 +93,8 @@ def parquet_lines(
                 yield line
                 number += 1
     except (pa.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(f"{name}: damaged or cut Parquet after row {number} ({reason}); fetch it again") from error
 

@@ -295,7 +295,7 @@ def test_fields_of_other_names_are_read_by_columns(folders, tmp_path, command):
     run(command, folders, given, tmp_path / "out", max_bad="0", columns=columns)
     with pytest.raises(UserError, match=r"expected"):
         run(command, folders, given, tmp_path / "none")
-    with pytest.raises(UserError, match=r"d\.parquet: expected column 'content' \(--columns\), found their "):
+    with pytest.raises(UserError, match=rf"^{given}: expected column 'content' \(--columns\), found their "):
         run(command, folders, given, tmp_path / "none", columns=("text=content",))
     assert not (tmp_path / "none").exists()
 
