@@ -189,10 +189,8 @@ def rope_to_hf(main: Rope, local: Rope, head_dim: int, family: Family) -> dict[s
     scaling = _scaling_to_hf(main.scaling)
     out: dict[str, Any] = {"rope_theta": main.theta, "rope_scaling": scaling}
     if main.channels is not None:
-        share = main.channels / head_dim
-        out["partial_rotary_factor"] = (
-            share if int(head_dim * share) == main.channels else (main.channels + 0.5) / head_dim
-        )
+        share, rounded_up = main.channels / head_dim, (main.channels + 0.5) / head_dim
+        out["partial_rotary_factor"] = share if int(head_dim * share) == main.channels else rounded_up
     if scaling and "original_max_position_embeddings" in scaling and family.partial_rotary:
         out["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]  # phi3 reads it there
     if not family.layer_ropes:
@@ -201,9 +199,8 @@ def rope_to_hf(main: Rope, local: Rope, head_dim: int, family: Family) -> dict[s
         return out
     if local.scaling is None and "rope_local_base_freq" in family.defaults:
         return out | {"rope_local_base_freq": local.theta}
-    if (
-        local.scaling is None and local.theta == main.theta == family.defaults["rope_theta"]
-    ):  # transformers takes it for what is usual
+    usual = family.defaults["rope_theta"]  # what transformers takes for the layers with a window
+    if local.scaling is None and local.theta == main.theta == usual:
         return out
     del out["rope_scaling"]
     ropes = {"full_attention": main, "sliding_attention": local}

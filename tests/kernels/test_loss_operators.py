@@ -30,7 +30,7 @@ def example(tokens=20, vocab=37, hidden=16, dtype=torch.float32):
 def test_torch_accepts_the_loss(kernels):
     (x, w), target = example()
     for weight, needs in ((w, (True, True)), (w.detach(), (True, False))):
-        torch.library.opcheck(cross_entropy._loss_and_gradients, (x, weight, target, "mean", -100, 8, *needs))
+        torch.library.opcheck(cross_entropy._loss_and_gradients, (x, weight, target, "mean", -100, 8, 2.0, *needs))
     x = x.detach()
     torch.library.opcheck(cross_entropy._scaled_in_a_graph, (x, torch.tensor(2.0), x.half()))
 
@@ -38,7 +38,7 @@ def test_torch_accepts_the_loss(kernels):
 @pytest.mark.parametrize("entropy", [True, False])
 def test_torch_accepts_the_logprobs(kernels, entropy):
     (x, w), target = example()
-    options = 0.8, -100, 8
+    options = 0.8, -100, 8, 2.0
     torch.library.opcheck(logprobs_module._logprobs, (x, w, target, *options, entropy))
     grads = torch.randn(20), torch.randn(20) if entropy else None
     torch.library.opcheck(
