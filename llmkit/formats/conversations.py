@@ -207,12 +207,19 @@ def read_conversation(row: Row) -> Conversation:
 
 
 def definitions_of(value: dict[str, Any]) -> tuple[dict[str, Any], ...] | None:
-    """Read the functions that a record offers: a list of JSON schemas, perhaps in a string; None for anything else."""
+    """Read the functions that a record offers: a list of JSON schemas, perhaps in a string; None for anything else.
+
+    A schema without OpenAI's {"type", "function"} about it gets that, which some templates ask for.
+    """
     found = value.get(first_of(value, TOOL_FIELDS) or "")
     if isinstance(found, str):
         with suppress(ValueError):
             found = json.loads(found)
-    return tuple(found) if isinstance(found, list) and all(isinstance(tool, dict) for tool in found) else None
+    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
+        return None
+    return tuple(
+        {"type": "function", "function": tool} if "name" in tool and "function" not in tool else tool for tool in found
+    )
 
 
 # ---- formats

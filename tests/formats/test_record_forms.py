@@ -109,9 +109,10 @@ def test_what_is_known_and_not_used_is_named(read, value, losses):
 
 @pytest.mark.parametrize("name", ["tools", "functions"])
 def test_definitions_of_tools_belong_to_a_conversation(name):
-    for given, expected in ((TOOLS, tuple(TOOLS)), (json.dumps(TOOLS), tuple(TOOLS)), ([], ()), ("[]", ())):
+    bare = [TOOLS[0]["function"]]
+    for given, expected in ((TOOLS, TOOLS), (json.dumps(TOOLS), TOOLS), (bare, TOOLS), ([], []), ("[]", [])):
         found = read_conversation(row(messages=TURNS, **{name: given}))
-        assert found.tools == expected and found.losses == ()
+        assert list(found.tools) == expected and found.losses == ()
     for given in ("weather", ["weather"], {"name": "weather"}, "[1"):
         found = read_conversation(row(messages=TURNS, **{name: given}))
         assert found.tools == () and found.losses == (f"{name!r} not used",)
