@@ -185,8 +185,13 @@ def open_packed(path: str) -> Iterator[io.BufferedReader]:
             yield _take_stdin()
         elif is_remote(path):
             with open_remote(path) as remote:
-                yield remote
-                remote.raw.check()  # type: ignore[attr-defined]
+                file = cast(Any, remote.raw)
+                try:
+                    yield remote
+                except (EOFError, zlib.error, gzip.BadGzipFile, UserError):
+                    file.check()  # which may be why it looks damaged
+                    raise
+                file.check()
         else:
             with open(path, "rb", buffering=BLOCK) as handle:
                 number, raw = os.dup(handle.fileno()), cast(Any, handle)  # readers of tables close it

@@ -17,7 +17,7 @@ from llmkit.crawl.output import parts_of
 from llmkit.crawl.page import Outcome, Part
 from llmkit.errors import UserError
 from llmkit.io import remote
-from llmkit.io.jsonl import check_inputs, input_files, open_packed, read_jsonl
+from llmkit.io.jsonl import check_inputs, input_files, open_output, open_packed, read_jsonl
 from llmkit.io.manifest import describe_inputs
 from llmkit.io.pool import Work
 from llmkit.io.remote import matching, open_remote
@@ -307,6 +307,20 @@ def test_a_bucket_that_does_not_tell_sizes_is_read_to_the_end(bucket: ObjectStor
     assert read("s3://bucket/blocks.bin") == DATA[: 2 << 20]  # its last block is a whole one
     with open_remote("s3://bucket/read.bin") as file:
         assert not file.seekable()  # from its end
+
+
+@pytest.mark.parametrize("name", ["n.jsonl.gz", "n.jsonl.zst", "n.parquet"])
+def test_what_changes_while_it_is_read_is_not_called_damaged(bucket: ObjectStore, tmp_path, name: str) -> None:
+    noise = random.Random(0)
+    with open_output(str(tmp_path / name)) as write:
+        for _ in range(3000):
+            write({"text": noise.randbytes(1500).hex()})
+    data = (tmp_path / name).read_bytes()
+    bucket.client().put_object(Bucket="bucket", Key=name, Body=data)
+    with pytest.raises(UserError, match=rf"^s3://bucket/{name}: changed while it was read"):
+        for row in read_jsonl([f"s3://bucket/{name}"]):
+            if row.line == 1:
+                bucket.client().put_object(Bucket="bucket", Key=name, Body=data[::-1])
 
 
 @pytest.mark.parametrize("size", [3_000_000, 1_500_000])
