@@ -13,7 +13,7 @@ from typing import Any
 from llmkit.errors import UserError
 from llmkit.io.files import PARTIAL
 from llmkit.io.foreign import check_no_adapter
-from llmkit.io.jsonl import read_object
+from llmkit.io.jsonl import PARTS, read_object
 from llmkit.io.manifest import LARGEST_MANIFEST, MANIFEST, OF_FILE, read_manifest
 from llmkit.io.metrics import METRICS
 from llmkit.io.remote import is_remote
@@ -21,7 +21,7 @@ from llmkit.io.run_folder import NOTES
 from llmkit.report.records import KINDS, RecordsFile, is_number, noting, objects, parsed, raw_lines
 
 LOOKED_AT = 100  # lines, for one that tells what a file holds
-RECORDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson")
+RECORDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".parquet")
 # an option that one stage alone has, by which a run that is not finished is known
 STAGE_OF_FLAG = {"--depth": "pretrain", "--identity": "sft", "--ensemble": "train-reward", "--algo": "rl"}
 
@@ -81,6 +81,9 @@ class Gathered:
         """Add what is at a path; `listed`: it is in a folder that was given, and may be anything."""
         location = Path(path)
         if location.is_dir():
+            if os.path.isfile(beside := path.rstrip("/") + OF_FILE):  # a folder of Parquet
+                self._add_file_run(Path(beside), path.rstrip("/"))
+                return
             if self._add_run(location, path) or listed:
                 return
             before = len(self.runs) + len(self.files)
@@ -139,8 +142,9 @@ class Gathered:
         """Add a run that wrote a single file."""
         content = _checked(read_object(manifest, LARGEST_MANIFEST), manifest)
         self.runs.append(Run(output, content, "finished", None, Path(output)))
-        if output.endswith(RECORDS) and os.path.isfile(output):  # not a .gguf, whose lines have no end
-            self._add_records(output, output, listed=True)
+        first = os.path.join(output, PARTS.format(0)) if os.path.isdir(output) else output
+        if first.endswith(RECORDS) and os.path.isfile(first):  # not a .gguf, whose lines have no end
+            self._add_records(first, output, listed=True)
 
     def _add_json(self, location: Path, path: str, listed: bool) -> None:
         value = read_object(location)

@@ -473,6 +473,8 @@ def test_a_slash_asks_for_a_folder_of_parquet(llmkit, tmp_path):
     assert trained.returncode == 0 and json.loads(trained.stdout)["documents"] == len(rows)
     made = json.loads((tmp_path / "tok" / "manifest.json").read_bytes())
     assert made["ancestors"][made["inputs"][0]["manifest_sha256"]]["stage"] == "crawl-filter"
+    shown = json.loads(llmkit("report", docs, "--json").stdout)
+    assert shown["runs"][0]["stage"] == "crawl-filter"
     refused = llmkit("crawl-filter", text, "-o", docs, "--force")
     assert refused.returncode == 2 and f"found a folder; a slash at its end asks for one, {docs}/" in refused.stderr
 
