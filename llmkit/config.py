@@ -198,6 +198,15 @@ MICRO_BATCH_TOKENS = 8192  # of tuning, where --micro-batch-size is not given
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """Options of every stage that trains a model that writes."""
+
+    evaluate: tuple[str, ...] = option(
+        (), "Tasks scored at each validation.", group="Log", metavar="TASK,...", reads=True, free=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TuningConfig(TrainingConfig):
     """Options of every stage that tunes a model on records."""
 

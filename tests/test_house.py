@@ -35,7 +35,7 @@ ROOMS = {
     "reward_model": (800, 0),
     "probing": (970, 1020),
     "rewards": (1400, 2140),
-    "evaluation": (900, 1250),
+    "evaluation": (900, 1300),
     "rl": (1350, 0),
     "export": (600, 850),
     "stages": (2480, 3800),
@@ -64,17 +64,17 @@ STARS = 59  # names and attributes unpacked into positional arguments; may only 
 OPTIONS = {
     "crawl-filter": 28,
     "train-bpe": 15,
-    "pretrain": 40,
-    "sft": 40,
+    "pretrain": 41,
+    "sft": 41,
     "probe-knowledge": 30,
     "train-reward": 34,
-    "rl": 49,
+    "rl": 50,
     "sample": 36,
     "evaluate": 32,
     "export": 10,
     "report": 11,
 }
-DISTINCT = 127
+DISTINCT = 128
 
 
 def modules() -> dict[str, str]:

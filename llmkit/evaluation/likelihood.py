@@ -246,7 +246,8 @@ class Scorer:
         pieces = [(number, piece) for number, tokens in enumerate(requests) for piece in windows(tokens, self.context)]
         logprobs = np.zeros(len(requests))
         greedy = np.ones(len(requests), bool)
-        with torch.inference_mode(), threads(self._threads):
+        # not inference_mode: rotary tables that are made here serve training, too
+        with torch.no_grad(), threads(self._threads):
             for batch in _batches(_rows([piece for _, piece in pieces]), self._batch_tokens):
                 for index, logprob, is_greedy in self._score_batch(batch):
                     logprobs[pieces[index][0]] += logprob

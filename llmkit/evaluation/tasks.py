@@ -152,30 +152,31 @@ class Item:
 # ---- which tasks
 
 
-def load_tasks(specs: Sequence[str], data_dir: str | None = None) -> list[Task]:
-    """Load the tasks of `--tasks`: NAME, NAME=FILE, FILE.toml, or FILE of items; nothing is read but TOML.
+def load_tasks(specs: Sequence[str], data_dir: str | None = None, flag: str = "--tasks") -> list[Task]:
+    """Load the tasks of `--tasks`, or of another flag: NAME, NAME=FILE, FILE.toml, or FILE of items.
 
-    Raises UserError for a task that there is not, with the nearest names, and for data that cannot be found.
+    Nothing is read but TOML. Raises UserError for a task that there is not, with the nearest names, and for data that
+    cannot be found.
     """
-    tasks = [_task(spec, data_dir) for spec in specs]
+    tasks = [_task(spec, data_dir, flag) for several in specs for spec in several.split(",") if spec]
     for task in tasks:
         if sum(other.name == task.name for other in tasks) > 1:
-            raise UserError(f"--tasks: expected each task once, found {task.name} twice")
+            raise UserError(f"{flag}: expected each task once, found {task.name} twice")
     return tasks
 
 
-def _task(spec: str, data_dir: str | None) -> Task:
+def _task(spec: str, data_dir: str | None, flag: str) -> Task:
     name, _, path = spec.partition("=")
     known = sorted(path.stem for path in TASKS.glob("*.toml"))
     if name in known:
         task = read_task(TASKS / f"{name}.toml")
-        return _with_data(task, path, data_dir)
+        return _with_data(task, path, data_dir, flag)
     if path:
-        raise UserError(f"--tasks {spec}: {_unknown(name, known)}")
+        raise UserError(f"{flag} {spec}: {_unknown(name, known)}")
     if spec.endswith(".toml"):
-        return _with_data(read_task(Path(spec)), "", data_dir or str(Path(spec).parent))
+        return _with_data(read_task(Path(spec)), "", data_dir or str(Path(spec).parent), flag)
     if not (is_remote(spec) or Path(spec).is_file()):
-        raise UserError(f"--tasks {spec}: {_unknown(spec, known)}")
+        raise UserError(f"{flag} {spec}: {_unknown(spec, known)}")
     stem = re.sub(r"(\.(jsonl|json|ndjson|gz|zst|parquet|csv|tsv))+$", "", spec.rpartition("/")[2])
     return Task(stem, path=spec)  # its kind is known when its first record is read
 
@@ -186,27 +187,29 @@ def _unknown(name: str, known: Sequence[str]) -> str:
     return f"expected a task or a file of items, found neither; {hint}"
 
 
-def _with_data(task: Task, path: str, data_dir: str | None) -> Task:
+def _with_data(task: Task, path: str, data_dir: str | None, flag: str) -> Task:
     """The task with the paths of its data."""
     if not path:
-        path = _find(task.name, task.file or task.name, task.hub, data_dir)
-    shots = (
-        _find(task.name, task.shots_file, task.shots_hub, data_dir or str(Path(path).parent)) if task.shots_file else ""
-    )
-    return replace(task, path=path, shots_path=shots)
+        path = _find(task.name, task.file or task.name, task.hub, data_dir, flag)
+    if not task.shots_file:
+        return replace(task, path=path)
+    beside = data_dir or (None if path == task.hub else str(Path(path).parent))
+    with suppress(UserError):  # it may not be needed
+        task = replace(task, shots_path=_find(task.name, task.shots_file, task.shots_hub, beside, flag))
+    return replace(task, path=path)
 
 
-def _find(name: str, stem: str, hub: str, data_dir: str | None) -> str:
+def _find(name: str, stem: str, hub: str, data_dir: str | None, flag: str) -> str:
     if data_dir is None:
         if hub:
             return hub
         raise UserError(
-            f"--tasks {name}: its data has no address; give --data-dir DIR with {stem}.jsonl, or {name}=FILE"
+            f"{flag} {name}: its data has no address; give --data-dir DIR with {stem}.jsonl, or {name}=FILE"
         )
     for ending in ENDINGS:
         if (path := Path(data_dir) / f"{stem}{ending}").is_file():
             return str(path)
-    raise UserError(f"--tasks {name}: expected {stem}.jsonl (or .jsonl.gz, .parquet ...) in {data_dir}, found none")
+    raise UserError(f"{flag} {name}: expected {stem}.jsonl (or .jsonl.gz, .parquet ...) in {data_dir}, found none")
 
 
 def read_task(path: Path) -> Task:
@@ -264,6 +267,8 @@ def load_items(task: Task, limit: int | None = None, shots: int | None = None, s
         Random(CORE_SEED).shuffle(rows)
         rows = rows[:limit]
     count = task.shots if shots is None else shots
+    if count and task.shots_file and not task.shots_path:
+        raise UserError(f"{task.path}: expected {task.shots_file}.jsonl beside it, which has the examples, found none")
     pool = [_parse(task, row) for row in (rows if task.group or (count and not task.shots_path) else rows[:limit])]
     items = _first(pool, limit)
     if count and task.shots_path:

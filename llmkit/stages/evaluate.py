@@ -168,7 +168,7 @@ def _load(config: EvaluateConfig, gates: Mapping[str, float]) -> list[Loaded]:
     from llmkit.evaluation.scores import core_tasks
     from llmkit.evaluation.tasks import load_items, load_tasks
 
-    tasks = load_tasks([name for spec in config.tasks for name in spec.split(",") if name], config.data_dir)
+    tasks = load_tasks(config.tasks, config.data_dir)
     tasks += [] if config.core is None else core_tasks(config.core)
     names = [task.name for task in tasks] + ["core"] * (config.core is not None)
     for name in gates:

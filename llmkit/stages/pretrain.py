@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from llmkit.config import (
     MOST_DECAY,
     MOST_RATE,
+    TaskConfig,
     TrainingConfig,
     argument,
     flag_of,
@@ -51,7 +52,7 @@ MANY = 20_000_000  # tokens, of which not every run is compared with those of --
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(TrainingConfig):
+class PretrainConfig(TrainingConfig, TaskConfig):
     """Options of `llmkit pretrain`."""
 
     examples: ClassVar[str] = """
@@ -132,6 +133,7 @@ class Summary:
     seconds: float
     val_loss: float | None = None
     val_bits_per_byte: float | None = None
+    tasks: dict[str, float] | None = None  # the last scores of --evaluate
     shares: dict[str, float] | None = None
     epochs: dict[str, float] | None = None
     bad_records: int = 0
@@ -147,8 +149,8 @@ def run(config: PretrainConfig) -> Summary | None:
     if results := run.finished():
         return Summary(**results)
     sources = _checked_sources(config)
-
     from llmkit.data.batches import EvaluationBatches
+    from llmkit.evaluation.in_training import TaskScores
     from llmkit.generation.generator import continue_text
     from llmkit.tokenizer.encoding import load_tokenizer
     from llmkit.training.distributed import whole_model
@@ -157,8 +159,8 @@ def run(config: PretrainConfig) -> Summary | None:
 
     # load
     run.join()
-    parent = str(config.model or config.tokenizer)
-    tokenizer = load_tokenizer(parent)
+    tokenizer = load_tokenizer(parent := str(config.model or config.tokenizer))
+    tasks = TaskScores(config.evaluate, tokenizer)
     planner = _planner(config, tokenizer, run)
     corpus, val_shards = _token_shards(config, sources, tokenizer, run)
 
@@ -171,17 +173,17 @@ def run(config: PretrainConfig) -> Summary | None:
         return None
     derived = {"plan": plan.to_json()}
     run.begin(identity, derived)  # not before: a plan may be refused
-    trainer = _trainer(config, plan, run)
-    model = trainer.model
+    model = (trainer := _trainer(config, plan, run)).model
 
     # train
     held_out = EvaluationBatches(val_shards, plan.sequence_length, plan.micro_batch_rows) if val_shards else None
+    validate = partial(held_out_loss, model, held_out, config.quiet) if held_out else None
     with run.training(trainer):
         trainer.fit(
             batches.prefetch(trainer.step),
             total_steps=plan.total_steps,
             seconds=plan.seconds,
-            evaluate=partial(held_out_loss, model, held_out, config.quiet) if held_out else None,
+            evaluate=tasks.beside(validate, model),
             sample=lambda: continue_text(whole_model(model), tokenizer, config.prompt, max_tokens=40, seed=config.seed),
             figures=lambda step: sources.named(batches.realised(step - 1, step), "share_"),
         )

@@ -16,6 +16,7 @@ from llmkit.config import (
     DECAY_FRACTION,
     MICRO_BATCH_TOKENS,
     ServedConfig,
+    TaskConfig,
     ToolConfig,
     TuningConfig,
     argument,
@@ -43,7 +44,7 @@ RESULTS = ("reward", "success", "val_reward", "val_success", "val_gold")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RlConfig(TuningConfig, ToolConfig, ServedConfig):
+class RlConfig(TuningConfig, TaskConfig, ToolConfig, ServedConfig):
     """Options of `llmkit rl`."""
 
     examples: ClassVar[str] = """
@@ -119,6 +120,7 @@ class Summary:
     val_success: float | None = None
     val_gold: float | None = None
     kept_step: int | None = None
+    tasks: dict[str, float] | None = None  # the last scores of --evaluate
     stopped: str | None = None
     bad_records: int = 0
     not_used: dict[str, int] | None = None
@@ -155,6 +157,7 @@ class Learner:
 
     def load(self, stack: ExitStack) -> None:
         """Load rewards, the policy and problems, and choose how it learns."""
+        from llmkit.evaluation.in_training import TaskScores
         from llmkit.generation.tool_calls import open_tools
         from llmkit.rl.algorithms import ALGORITHMS, choose_horizon
         from llmkit.rl.policy import OwnPolicy, ServedPolicy, load_policy
@@ -169,6 +172,7 @@ class Learner:
         self.rewards, self.gold = _rewards(config, stack)  # whose names are looked at before the model is read
         tuning = load_policy(str(config.model), config.system, run.device, run.dtype, config.quiet)
         choose_thinking(tuning.tokenizer, config.thinking)
+        self.tasks = TaskScores(config.evaluate, tuning.tokenizer, chat=True)
         self.tools = open_tools(config, tuning.tokenizer, stack, tuning.model.config.eos_token_ids)
         read = partial(
             load_problems,
@@ -243,10 +247,11 @@ class Learner:
 
         config, run, algorithm, rewards = self.config, self.run, self.algorithm, self.rewards
         self.trainer = trainer = self._begin()
+        validate = self.evaluate if self.held_out else None
         session = trainer.session(
             total_steps=self.horizon.steps,
             seconds=run.seconds_left(config.time_budget),
-            evaluate=self.evaluate if self.held_out else None,
+            evaluate=self.tasks.beside(validate, self.tuning.model),
             evaluate_first=True,
             sample=self.log.example,
         )
@@ -445,6 +450,7 @@ class Learner:
             "attempts": self.group * config.group,
             **{name: figures[name] for name in RESULTS if name in figures},
             "kept_step": self.best.step,
+            "tasks": self.trainer.results().get("tasks"),
             "stopped": self.watch.stopped or self.ended or None,
         }
         inputs = [path for path in input_files([*config.data, *config.val]) if path != "-"]
@@ -456,7 +462,8 @@ class Learner:
 def _check(config: RlConfig) -> None:
     """Raise UserError for what can be known to be wrong before the work."""
     check_model_folder(config.model, "llmkit rl chat/ --data problems.jsonl")
-    needing = {"--gold": config.gold, "--eval-every": config.eval_every, "--eval-samples": config.eval_samples > 1}
+    looks_often = config.eval_every and not config.evaluate
+    needing = {"--gold": config.gold, "--eval-every": looks_often, "--eval-samples": config.eval_samples > 1}
     if not config.val and any(needing.values()):
         raise UserError(f"{next(flag for flag, given in needing.items() if given)}: needs --val, problems to look at")
     if config.stop_on_hack and not (config.gold and config.eval_every):

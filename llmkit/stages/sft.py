@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 from llmkit.config import (
     DECAY_FRACTION,
     MICRO_BATCH_TOKENS,
+    TaskConfig,
     TuningConfig,
     argument,
     option,
@@ -49,7 +50,7 @@ MUCH_MORE = 1.25  # times the epochs that were asked for, which the last step ma
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftConfig(TuningConfig):
+class SftConfig(TuningConfig, TaskConfig):
     """Options of `llmkit sft`."""
 
     examples: ClassVar[str] = """
@@ -131,6 +132,7 @@ class Summary:
     loss: float
     seconds: float
     val_loss: float | None = None
+    tasks: dict[str, float] | None = None  # the last scores of --evaluate
     kept_step: int | None = None
     bad_records: int = 0
     not_used: dict[str, int] | None = None
@@ -145,14 +147,15 @@ def run(config: SftConfig) -> Summary | None:
     run = Run("sft", config, "chat/")
     if results := run.finished():
         return Summary(**results)
-
     from llmkit.crawl.filters.contamination import Findings
+    from llmkit.evaluation.in_training import TaskScores
     from llmkit.training.distributed import whole_model
     from llmkit.training.finetuning import KeepBest, answer, load_for_tuning
 
     # load
     run.join()
     tuning = load_for_tuning(str(config.model), device=run.device, dtype=run.dtype)
+    tasks = TaskScores(config.evaluate, tuning.tokenizer, chat=True)
     row_tokens = _row_tokens(config, tuning.context)
     sources, held_out, digests = _read_all(config, files, tuning, row_tokens, run.bad, findings := Findings())
     tuning = tuning.with_adapter(config.lora_rank, config.seed)
@@ -176,7 +179,7 @@ def run(config: SftConfig) -> Summary | None:
             mixture.prefetch(trainer.step),
             total_steps=steps,
             seconds=run.seconds_left(config.time_budget),
-            evaluate=_validation(config, held_out, mixture, trainer, best) if held_out else None,
+            evaluate=tasks.beside(_validation(config, held_out, mixture, trainer, best), tuning.model),
             sample=lambda: answer(tuning, whole_model(tuning.model), config.prompt, ANSWER_TOKENS),
         )
 
@@ -224,8 +227,10 @@ def _trainer(
 
 def _validation(
     config: SftConfig, held_out: list[Examples], mixture: Mixture, trainer: Trainer, best: KeepBest
-) -> Callable[[], dict[str, float]]:
+) -> Callable[[], dict[str, float]] | None:
     """Return a function that evaluates the model on the held-out examples, and with --patience may stop the run."""
+    if not held_out:
+        return None
     from llmkit.data.batches import PackedEvaluation
     from llmkit.training.finetuning import EarlyStop
     from llmkit.training.loss import masked_loss
@@ -277,8 +282,8 @@ def _checked(config: SftConfig) -> tuple[SftConfig, list[DataFile]]:
     check_model_folder(config.model, "llmkit sft base/ --data chats.jsonl")
     if config.patience is not None and not (config.val and config.eval_every):
         raise UserError("--patience: needs --val and --eval-every, to see whether there is a gain")
-    if config.eval_every is not None and not config.val:
-        raise UserError("--eval-every: needs --val, conversations to look at")
+    if config.eval_every is not None and not (config.val or config.evaluate):
+        raise UserError("--eval-every: needs --val, conversations to look at, or --evaluate, tasks")
     if config.keep_adapter and config.lora_rank is None:
         raise UserError("--keep-adapter: needs --lora-rank; there is no adapter otherwise")
     if config.system == "identity" and config.identity is None:

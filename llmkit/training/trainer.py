@@ -376,8 +376,9 @@ class Trainer:
 
     def results(self) -> dict[str, Any]:
         """Return figures for the summary of a stage: steps, tokens, last loss, last scores."""
-        figures = {"loss": self.last_loss, **self.scores}
-        return {"steps": self.step, "tokens": self.tokens, **{k: round(v, 4) for k, v in figures.items()}}
+        figures = {k: round(v, 4) for k, v in {"loss": self.last_loss, **self.scores}.items()}
+        tasks = {k.removeprefix("task/"): figures.pop(k) for k in list(figures) if k.startswith("task/")}
+        return {"steps": self.step, "tokens": self.tokens, **figures, **({"tasks": tasks} if tasks else {})}
 
     # ---- state
 

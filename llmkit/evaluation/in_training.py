@@ -1,0 +1,64 @@
+"""Scores of tasks during training: `--evaluate TASK,...` of pretrain, sft and rl."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from llmkit.errors import UserError
+from llmkit.evaluation.evaluator import CHUNK, Asking, model_here
+from llmkit.evaluation.scores import summarise
+from llmkit.evaluation.tasks import load_items, load_tasks
+from llmkit.io.ranks import launch
+from llmkit.model.transformer import Transformer
+from llmkit.tokenizer.encoding import Tokenizer
+
+ITEMS = 500  # of a task, at most: a standard error of 0.022 at a score of 0.5
+
+Validation = Callable[[], Mapping[str, float]]
+
+
+class TaskScores:
+    """Tasks whose scores stand beside those of a validation, as `task/NAME`. No task, nothing is added.
+
+    chat  whether items are asked in the model's chat format
+    Raises UserError for tasks that cannot be loaded, and in a job of several processes.
+    """
+
+    def __init__(self, specs: Sequence[str], tokenizer: Tokenizer, *, chat: bool = False) -> None:
+        if specs and launch().size > 1:
+            raise UserError("--evaluate: expected one process; leave it out, and run llmkit evaluate on the result")
+        self._loaded = [load_items(task, ITEMS) for task in load_tasks(specs, flag="--evaluate")]
+        self._tokenizer, self._chat = tokenizer, chat
+
+    def beside(self, validate: Validation | None, model: Transformer) -> Validation | None:
+        """Return a validation that has the scores of both."""
+        if not self._loaded:
+            return validate
+
+        def evaluate() -> dict[str, float]:
+            scores = {} if validate is None else dict(validate())
+            watched = model_here(model, self._tokenizer, Asking(chat=self._chat))
+            try:
+                with _eager(model):
+                    for one in self._loaded:
+                        chunks = [one.items[first : first + CHUNK] for first in range(0, len(one.items), CHUNK)]
+                        records = [record for chunk in chunks for record in watched.evaluate(one.task, chunk)]
+                        scores[f"task/{one.task.name}"] = round(summarise(one, records)["score"], 5)
+            finally:
+                watched.close()
+            return scores
+
+        return evaluate
+
+
+@contextmanager
+def _eager(model: Transformer) -> Iterator[None]:
+    """Leave torch.compile out: each of the many shapes of an evaluation would be compiled."""
+    compiled = [(layer, layer.__dict__.pop("forward", None)) for layer in model.layers]
+    try:
+        yield
+    finally:
+        for layer, forward in compiled:
+            if forward is not None:
+                layer.forward = forward
