@@ -134,6 +134,15 @@ def test_openai_tool_calls_are_rendered_alike(chat, stranger):
     assert ours.token_ids.tolist() == rendered(stranger, record)["input_ids"]
 
 
+def read_back(entry):
+    """An assistant's message as `parse_response` has it: thoughts apart, the argument of our tools with their names."""
+    thought, content = split_thoughts(entry["content"])
+    for call in [call["function"] for call in entry.get("tool_calls", ())]:
+        if call["name"] in ("calc", "python", "search"):
+            call["arguments"] = {call["name"]: next(iter(call["arguments"].values()))}
+    return {**entry, "content": content} | ({"reasoning_content": thought} if thought else {})
+
+
 values = st.recursive(st.none() | st.booleans() | st.integers() | texts, lambda some: st.lists(some, max_size=3))
 names = st.sampled_from(["rain", "sum-up"])
 objects = st.dictionaries(st.sampled_from("abc"), values | st.dictionaries(texts, values, max_size=2), max_size=3)
@@ -171,10 +180,7 @@ def test_conversations_in_openais_form_begin_alike_and_answers_are_read_back(
         )
         assert whole.startswith(answered)
         if entry["role"] == "assistant" and answered.startswith(asked):
-            for call in [call["function"] for call in entry.get("tool_calls", ())]:
-                if call["name"] in ("calc", "python", "search"):  # whose argument bears the tool's name
-                    call["arguments"] = {call["name"]: next(iter(call["arguments"].values()))}
-            assert stranger.parse_response(answered[len(asked) :], prefix=asked) == entry
+            assert stranger.parse_response(answered[len(asked) :], prefix=asked) == read_back(entry)
 
 
 def test_thoughts_and_what_a_tool_answered_are_read_apart(stranger):
@@ -235,9 +241,7 @@ def test_real_conversations_are_those_of_transformers_and_read_back(chat, strang
             asked = stranger.apply_chat_template(entries[:end], tools=tools, add_generation_prompt=True, tokenize=False)
             answered = stranger.apply_chat_template(entries[: end + 1], tools=tools, tokenize=False)
             assert answered.startswith(asked) and whole.startswith(answered)
-            thought, content = split_thoughts(entries[end]["content"])
-            expected = {**entries[end], "content": content} | ({"reasoning_content": thought} if thought else {})
-            assert stranger.parse_response(answered[len(asked) :], prefix=asked) == expected
+            assert stranger.parse_response(answered[len(asked) :], prefix=asked) == read_back(entries[end])
 
 
 def test_text_that_spells_a_special_token_stays_text(chat):
