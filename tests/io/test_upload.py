@@ -213,8 +213,9 @@ def test_nothing_is_written_without_credentials(store: ObjectStore, monkeypatch:
 def test_folders_stay_here(store: ObjectStore, llmkit) -> None:
     with pytest.raises(UserError, match=r"^s3://bucket/tok: records alone are written to addresses"):
         train_bpe.run(train_bpe.TrainBpeConfig(inputs=("docs.jsonl",), vocab_size=300, out="s3://bucket/tok"))
-    with pytest.raises(UserError, match="records alone are written"), open_output("s3://bucket/out.jsonl"):
-        pass
+    for address in ("s3://bucket/out.jsonl", "S3://bucket/out.jsonl", "s3:/bucket/out.jsonl"):
+        with pytest.raises(UserError, match=rf"^{address}: records alone are written"), open_output(address):
+            pass
     done = llmkit("crawl-filter", "s3://bucket/*.jsonl", "-o", "s3://bucket/a.jsonl", "--force")
     assert done.returncode == 2 and "s3://bucket/a.jsonl: is an input, and would be lost" in done.stderr
     assert os.listdir() == ["docs.jsonl"]
