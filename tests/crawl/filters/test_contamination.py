@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from llmkit.crawl.filters import contamination
 from llmkit.crawl.filters.contamination import Contamination, ContaminationRules
 
 ITEMS = [
@@ -100,6 +101,22 @@ def test_pieces_of_an_item_all_over_a_text_are_no_item(index: Contamination) -> 
     text = (BEFORE * 20).join(pieces)
     assert not index.find(text) and index.redact(text) == text
     assert index.redact(f"{pieces[0]}. {BEFORE * 20}{question}") == f"{pieces[0]}. {BEFORE * 20}?"
+
+
+def test_a_list_of_items_of_one_form_is_searched_in_bounded_time(tmp_path: Path, monkeypatch) -> None:
+    """Each item is looked at where its rarest pieces stand: their common form stands everywhere."""
+    looked_at = []
+    around = contamination._around
+    monkeypatch.setattr(
+        contamination, "_around", lambda *places: looked_at.append(len(near := around(*places))) or near
+    )
+    names = ["".join(random.Random(number).choices(string.ascii_lowercase, k=25)) for number in range(150)]
+    items = [f"Answer in one word, without any other words. What is the colour of {name}?" for name in names]
+    (tmp_path / "e.jsonl").write_text("".join(json.dumps({"question": item}) + "\n" for item in items))
+    index = Contamination(ContaminationRules((str(tmp_path / "e.jsonl"),)))
+    text = "\n".join(items)
+    assert len(index.find(text)) == 150 and max(looked_at) < 0.1 * len(text)
+    assert not index.find(index.redact(text))
 
 
 def test_processes_share_one_index(tmp_path: Path) -> None:
