@@ -112,7 +112,7 @@ def input_files(paths: Sequence[str], text: bool = False) -> list[str]:
             more = "; llmkit crawl-filter reads web pages and archives" if text else ""
             raise UserError(f"{path}: expected files in this folder that end in {wanted}, found none{more}")
         files += sorted(records + texts)
-    check_inputs(files)
+    check_inputs([file for file in files if file in paths or not is_remote(file)])  # a listing has the others
     return files
 
 

@@ -282,7 +282,9 @@ def _checked(config: CrawlFilterConfig) -> tuple[list[str], str]:
     inputs = [name for path in config.inputs for name in expanded(path)] + _listed(config)
     folders = [path for path in inputs if os.path.isdir(path)]
     if not config.listed:  # the inputs of a list are many, and a bad one of them costs itself alone
-        check_inputs([path for path in inputs if path not in folders])
+        check_inputs(
+            [path for path in inputs if path not in folders and (path in config.inputs or not is_remote(path))]
+        )
     for path in written:
         for folder in folders:
             if os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), "")):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkit.data.batches import IGNORED, Mixture, PackedEvaluation, Source, best_fit, packed
-from llmkit.data.examples import Examples
+from llmkit.data.examples import Examples, parse_data
 from llmkit.errors import UserError
 from llmkit.model.config import ModelConfig
 from llmkit.model.transformer import Transformer
@@ -172,3 +172,16 @@ def test_evaluation_predicts_every_target_once():
     batches = list(PackedEvaluation(held, 32, 2, PAD))
     assert len(batches) == len(PackedEvaluation(held, 32, 2, PAD))
     assert sum(int((batch.targets_BT != IGNORED).sum()) for batch in batches) == held.targets
+
+
+@pytest.mark.parametrize(("named", "files"), [("*.jsonl", ["a.jsonl", "b.jsonl"]), ("d/", ["d/c.jsonl", "d/e/f.csv"])])
+def test_a_pattern_or_a_folder_is_one_source(tmp_path, monkeypatch, named, files):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d" / "e").mkdir(parents=True)
+    for name in ("a.jsonl", "b.jsonl", "d/c.jsonl", "d/e/f.csv", "other.json"):
+        (tmp_path / name).touch()
+    first, second = parse_data([f"{named}:0.3", "other.json:0.7"])
+    assert (first.path, first.weight, first.files) == (named, 0.3, files)
+    assert (second.path, second.weight, second.files) == ("other.json", 0.7, ["other.json"])
+    with pytest.raises(UserError, match=r"none/\*: expected files of such names, found none"):
+        parse_data(["none/*:0.3"])
