@@ -228,10 +228,8 @@ class Worker:
             if not isinstance(judged, Skipped):
                 document = judged.document if isinstance(judged, Dropped) else judged
                 if document.items:
-                    outcome.identity, outcome.items = (
-                        document.identity,
-                        [(item, score) for item, score in document.items],
-                    )
+                    outcome.identity = document.identity
+                    outcome.items = [(item, score) for item, score in document.items]
             part.outcomes.append(outcome)
         if self.duplicates and texts:
             from llmkit.crawl.dedup.duplicates import signatures

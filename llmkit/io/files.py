@@ -46,7 +46,7 @@ def check_output(path: str, force: bool, resume: bool = False, is_file: bool = F
     if path == "-" or _is_special(path):
         return
     if re.match(r"[A-Za-z][\w+.-]+:/", path):  # also S3:// and s3:/, which would become folders here
-        where = "to addresses, of s3:// and gs:// (docs/records.md)"
+        where = "to addresses, of s3:// and gs:// (docs/own-data.md)"
         raise UserError(f"{path}: records alone are written {where}; write the file here, and copy it there")
     if is_file and path.endswith("/"):
         raise UserError(f"{path}: expected the name of a file, such as {path.rstrip('/')}.jsonl or .parquet")

@@ -162,9 +162,8 @@ class HubModel:
         if WEIGHTS in self.sizes:
             return [WEIGHTS]
         if INDEX in self.sizes:
-            with suppress(
-                OSError, ValueError, AttributeError, TypeError, KeyError
-            ):  # whoever loads it says what is wrong
+            # whoever loads it says what is wrong
+            with suppress(OSError, ValueError, AttributeError, TypeError, KeyError):
                 names = set(json.loads((self.folder / INDEX).read_bytes())["weight_map"].values())
                 return sorted(names & self.sizes.keys())
             return []
@@ -226,9 +225,8 @@ class HubModel:
                 while not errors:
                     name, revision = waiting.popleft()
                     try:
-                        self.folder = retried(self.address, partial(self._file, name, revision)).parents[
-                            name.count("/")
-                        ]
+                        path = retried(self.address, partial(self._file, name, revision))
+                        self.folder = path.parents[name.count("/")]
                     except BaseException as error:
                         errors.append(error)
 

@@ -42,12 +42,8 @@ BLOCK = 1 << 20
 PACKED = (".gz", ".zst", ".parquet")  # ends of names of outputs that are not JSONL as it stands
 NOT_READ = (".arrow", ".feather", ".xlsx")
 RECORDS, TEXTS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv"), (".txt", ".md")
-DESCRIPTIONS = (
-    "manifest.json",
-    "contamination.json",
-    "dataset_infos.json",
-    "dataset_dict.json",
-)  # of data, beside them
+# Ends of names: what describes data and stands beside them
+DESCRIPTIONS = ("manifest.json", "contamination.json", "dataset_infos.json", "dataset_dict.json")
 PARTS = "part-{:05d}.parquet"  # of a folder of Parquet
 MOST_NAMED = 6  # files in a message
 STDIN_ONCE = "stdin: '-' can be read only once; save one of the inputs to a file"
@@ -383,7 +379,6 @@ def json_rows(handle: io.BufferedReader, path: str, columns: Mapping[str, str] =
 
 def _rows(handle: io.BufferedReader, path: str) -> Iterator[Row | UserError]:
     """The objects of an open file of JSONL, or of one that is one JSON array (numbered from 1 as lines are).
-
 
     The array may stand under `examples` or `data` of an object that begins on a line of its own.
     """

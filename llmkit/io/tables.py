@@ -136,7 +136,7 @@ def _lines_of(batch: Any, option: int = orjson.OPT_APPEND_NEWLINE) -> list[bytes
 
 
 def _readable(column: Any) -> Any:
-    """An Arrow array; of times that Python has not, ISO 8601, and of durations their number."""
+    """Write times that Python's datetime cannot hold as ISO 8601, and such durations as integers."""
     import pyarrow as pa
     from pyarrow import compute
 
@@ -237,7 +237,9 @@ def write_parquet(
     def column(group: list[dict[str, Any]], field: str) -> Any:
         values = [row.get(field) for row in group]
         if field in texts:
-            values = [_as_text(value) for value in values]
+            values = [
+                value if value is None or isinstance(value, str) else dump_json(value).decode() for value in values
+            ]
         return pa.array(map(_without_empty, values) if field in hollow else values, schema.field(field).type)
 
     rest = _groups(lines)
@@ -293,7 +295,7 @@ def _kinds_of(lines: IO[bytes]) -> tuple[dict[str, Any], set[str]]:
 
 
 def _fits(kind: Any) -> bool:
-    """True for a type that readers of Parquet take: not as deep as a tree, nor with a field for each word."""
+    """True for a type that other readers accept: up to DEEPEST_COLUMN levels and MOST_LEAVES fields."""
     level, leaves = [kind], 0
     for _ in range(DEEPEST_COLUMN):
         leaves += sum(not inner.num_fields for inner in level)
@@ -304,7 +306,7 @@ def _fits(kind: Any) -> bool:
 
 
 def _filled(kind: Any) -> Any:
-    """A type with null in the place of each object without fields, which Parquet has not."""
+    """Replace each struct without fields, which Parquet cannot store, by null."""
     import pyarrow as pa
 
     if pa.types.is_list(kind):
@@ -319,10 +321,6 @@ def _without_empty(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _without_empty(inner) for name, inner in value.items()} or None
     return [_without_empty(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _as_text(value: Any) -> str | None:
-    return value if value is None or isinstance(value, str) else dump_json(value).decode()
 
 
 # ---- values

@@ -254,12 +254,9 @@ def _check_shell(config: CrawlFilterConfig) -> None:
     """Raise UserError where a shell has made the second file of `--not-in eval/*.jsonl` an input."""
     folders = {os.path.dirname(path): path for path in config.not_in}
     for path in config.inputs:
-        if os.path.isfile(path) and (other := folders.get(os.path.dirname(path))):
-            row = (
-                next(read_jsonl([path], 1, columns=parse_columns(config.columns)), None)
-                if path.endswith(os.path.splitext(other)[1])
-                else None
-            )
+        other = folders.get(os.path.dirname(path))
+        if other and os.path.isfile(path) and path.endswith(os.path.splitext(other)[1]):
+            row = next(read_jsonl([path], 1, columns=parse_columns(config.columns)), None)
             if row is not None and not {"text", "html"} & row.value.keys():
                 wanted = f"'{os.path.join(os.path.dirname(path), '*')}'"
                 raise UserError(f"{path}: an input without `text` or `html`; if --not-in is meant, quote it: {wanted}")
