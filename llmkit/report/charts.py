@@ -53,6 +53,7 @@ CHARTS = {
     ),
 }
 PART = "reward/"  # of a reward's name, where several are added up
+TASK = "task/"  # before the names of tasks that --evaluate scores
 
 
 class Series:
@@ -115,7 +116,7 @@ def read_series(path: Path, stage: str, note: Callable[[str], object], limit: in
             samples.add({"step": step, "text": row["sample"]})
         else:
             for key, value in row.items():
-                if key in drawn or key.startswith(PART):
+                if key in drawn or key.startswith((PART, TASK)):
                     series[key].add(step, value)
         if rows == limit:
             break
@@ -139,6 +140,9 @@ def charts_of(stage: str, runs: Sequence[tuple[str, str, Metrics]]) -> list[dict
     if part_keys:
         lines = {key: key.removeprefix(PART) for key in part_keys}
         known = (*known, Chart("Parts of the reward", "before their weights", lines))
+    task_keys = sorted({key for _, _, metrics in runs for key in metrics.series if key.startswith(TASK)})
+    if task_keys:
+        known = (*known, Chart("Tasks", "score", {key: key.removeprefix(TASK) for key in task_keys}))
     for chart in known:
         lines = []
         for node, name, metrics in runs:

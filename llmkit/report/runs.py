@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from itertools import islice
@@ -155,11 +155,12 @@ class Gathered:
             self.evaluations[path] = evaluation
         elif "bytes_per_token" in value and "sample" in value:
             self.tokenizers[path] = value
-        elif scores := [effect for effect in objects(value.get("effects")) if _is_score(effect)]:
+        elif scores := [*filter(_is_score, objects(value.get("effects"))), *_task_scores(value)]:
             self.scores[path] = scores
         elif not listed:
             raise UserError(
-                f"{path}: expected a manifest, evaluation.json, report.json or effects.json, found {sorted(value)[:8]}"
+                f"{path}: expected a manifest, evaluation.json, report.json, effects.json or scores, "
+                f"found {sorted(value)[:8]}"
             )
 
     def _add_records(self, path: str, run: str | None, listed: bool) -> None:
@@ -191,6 +192,21 @@ def _checked(manifest: Any, path: Path) -> dict[str, Any]:
     if not isinstance(manifest.get("stage"), str):
         raise UserError(f"{path}: expected a manifest that llmkit wrote, with 'stage', found {sorted(manifest)[:8]}")
     return manifest
+
+
+def _task_scores(value: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the scores that `llmkit evaluate` has written, and their standard errors, as rows of effects.json."""
+    for model in objects(value.get("models")):
+        tasks = model.get("tasks")
+        for name, task in tasks.items() if isinstance(tasks, dict) else ():
+            if isinstance(task, dict) and is_number(task.get("score")):
+                error = task.get("stderr") if is_number(task.get("stderr")) else None
+                row = {
+                    "stage": str(model.get("model")),
+                    "figure": f"{name}, {task.get('metric')}",
+                    "value": task["score"],
+                }
+                yield {**row, "against": "standard error", "beside": error}
 
 
 def _is_score(effect: dict[str, Any]) -> bool:

@@ -363,3 +363,15 @@ def test_mistakes_in_a_toml_are_named(tmp_path, toml, expected):
     with pytest.raises(UserError) as error:
         read_task(tmp_path / "own.toml")
     assert expected in str(error.value) and "own.toml" in str(error.value)
+
+
+def test_report_shows_scores_and_the_curves_of_tasks(models, tmp_path, llmkit):
+    out = tmp_path / "scores.json"
+    evaluate(models / "base", tasks=write_lines(tmp_path / "things.jsonl", CHOICES), out=str(out))
+    done = llmkit("report", out, "--json")
+    assert done.returncode == 0, done.stderr
+    (file,) = json.loads(done.stdout)["scores"]
+    score = json.loads(out.read_text())["models"][0]["tasks"]["things"]
+    assert [(row["figure"], row["value"], row["beside"]) for row in file["effects"]] == [
+        ("things, acc", score["score"], score["stderr"])
+    ]
