@@ -64,7 +64,7 @@ def read_manifest(output: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def _manifest_path(output: str | os.PathLike[str]) -> Path:
-    """Beside a file or a folder of Parquet, which readers of such folders take to hold nothing else; within others."""
+    """Beside a file or a folder of Parquet, whose readers expect nothing else in it; inside any other folder."""
     path = os.fspath(output).rstrip("/")
     beside = os.path.isfile(path) or os.path.isfile(f"{path}/{PARTS.format(0)}")
     return Path(f"{path}{OF_FILE}") if beside else Path(output) / MANIFEST
@@ -126,9 +126,10 @@ def _with_sources(manifest: Mapping[str, Any], change: Callable[[Mapping[str, An
 
 
 def describe_inputs(paths: Iterable[str]) -> list[dict[str, Any]]:
-    """Path, size in bytes and SHA-256 of each input file, and of what a stage has written the manifest and the
-    evaluations that it has no items of (`not_in`); stdin and pipes are named alone, addresses with size and version
-    (ETag)."""
+    """Path, bytes and SHA-256 of each input file; stdin and pipes have a path alone, addresses bytes and version.
+
+    The output of a stage has its manifest, too, and the evaluations whose items were taken out of it (`not_in`).
+    """
     described = []
     for path in paths:
         if is_remote(path):

@@ -3,8 +3,8 @@
     with open_remote("s3://commoncrawl/crawl-data/.../CC-MAIN-...warc.gz") as file:
         file.read(1 << 20)
 
-Credentials are those that the libraries behind an address find by themselves; a bucket is read without, where there are
-none. After a cut connection, or where a server is busy, the bytes that are missing are asked for again, with growing
+Credentials are those that the libraries behind an address find by themselves; without any, a bucket is read as an
+anonymous user. After a cut connection, or where a server is busy, the missing bytes are requested again, with growing
 pauses. With `settings.cache` a file is fetched before its first byte is read, and read from there the next time.
 """
 
@@ -152,7 +152,7 @@ def listing(folder: str) -> dict[str, tuple[int, str]]:
 
 
 def _version(entry: dict[str, Any]) -> str:
-    """What tells a file from others that have been at its place."""
+    """The ETag, hash or time of a file, which tells it from others that have been at its address."""
     names = ("ETag", "etag", "blob_id", "LastModified", "last_commit")
     return next((str(entry[name]) for name in names if entry.get(name)), "").strip('"')
 
@@ -400,8 +400,8 @@ class _Cached:
     """A file of a folder, which keeps what it has read from addresses.
 
     The names tell address, size and version apart, so that nothing old is read; beside each stands a description, by
-    which the last version is found where there is no network. A file that was cut is gone on with. It appears whole;
-    of several runs one fetches it.
+    which the last version is found where there is no network. A fetch that was cut is resumed. A file appears whole;
+    of several runs that want it, one fetches it and the others wait.
     """
 
     def __init__(self, address: str, folder: Path) -> None:
@@ -549,7 +549,7 @@ def _at_commit(system: Any, path: str) -> str:
 
 
 def retried(address: str, ask: Callable[[], T], action: str = "read") -> T:
-    """What `ask` returns, asked again where network or server may be better soon. Raises UserError."""
+    """Return what `ask` returns, called again after errors that may pass, such as a busy server. Raises UserError."""
     wanted = "a file" if action == "read" else "a bucket"
     for attempt in range(TRIES):
         try:

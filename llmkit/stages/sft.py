@@ -278,7 +278,7 @@ def _kept(config: SftConfig, work: Path, step: int | None) -> dict[str, float]:
 
 
 def _checked(config: SftConfig) -> tuple[SftConfig, list[DataFile]]:
-    """The config with the files of --not-in, and those of --data, once all that can be known before is in order."""
+    """Check the options; return them, with the files that --not-in names, and the sources of --data."""
     check_model_folder(config.model, "llmkit sft base/ --data chats.jsonl")
     if config.patience is not None and not (config.val and config.eval_every):
         raise UserError("--patience: needs --val and --eval-every, to see whether there is a gain")
