@@ -157,6 +157,12 @@ def _version(entry: dict[str, Any]) -> str:
     return next((str(entry[name]) for name in names if entry.get(name)), "").strip('"')
 
 
+def place_of(address: str) -> tuple[str, str]:
+    """Return what two addresses of one file have in common: a store, and the path in it."""
+    system, path = _file_system(address)
+    return str(system.protocol), path
+
+
 def check_upload(address: str, replaces: bool) -> None:
     """Raise UserError where no file can be uploaded to an address, or one lies there that is not to be replaced."""
     if address.partition("://")[0] not in WRITABLE:

@@ -32,7 +32,7 @@ from llmkit.io.jsonl import read_object, write_json
 from llmkit.io.manifest import MANIFEST, OF_FILE, read_manifest, write_manifest, write_model_card
 from llmkit.io.progress import say
 from llmkit.io.ranks import launch
-from llmkit.io.remote import check_upload, is_remote, upload
+from llmkit.io.remote import check_upload, is_remote, place_of, upload
 from llmkit.io.resume import STATE as KEPT
 from llmkit.io.resume import check_identity, read_sealed, write_sealed
 
@@ -200,9 +200,9 @@ class RunFolder:
 def uploaded(*names: str) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
     """Let the options of these names, files that a stage writes, be addresses too: a decorator of its `run`.
 
-    The stage writes in a folder ADDRESS.upload, in which a killed run leaves its state; when all is done its files are
-    uploaded, `--out` and its manifest last. Raises UserError where that fails: the files stay, and `--resume` uploads
-    them.
+    The stage writes in a folder ADDRESS.upload, in which a killed run leaves its state; when all is done its files and
+    the reports beside them are uploaded, `--out` and its manifest last. Raises UserError where that fails: the files
+    stay, and `--resume` uploads them.
     """
 
     def decorate(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -227,6 +227,9 @@ def _at_addresses(run: Callable[[Any], Any], config: Any, addresses: Mapping[str
         check_unfinished(config.force, resume, folder)
         for address in addresses.values():
             check_upload(address, replaces=config.force or resume)
+        if len(set(map(place_of, addresses.values()))) < len(addresses):
+            flags = " and ".join(f"--{name}" for name in addresses)
+            raise UserError(f"{flags}: expected different files, found {next(iter(addresses.values()))} twice")
         options = {flag: value for flag, value in lasting_options(config).items() if flag != "--resume"}
         out, summary, gate = files.get("out"), None, None
         if resume and out is not None and out.is_file() and not list(out.parent.glob(f"*{KEPT}")):  # all is made
@@ -256,9 +259,14 @@ def _at_addresses(run: Callable[[Any], Any], config: Any, addresses: Mapping[str
 def _upload(config: Any, files: Mapping[str, Path], addresses: Mapping[str, str], folder: Path) -> None:
     try:
         for name, address in reversed(list(addresses.items())):
-            if files[name].is_file():
-                upload(str(files[name]), address, config.quiet)
-            if manifest := read_manifest(files[name]) if files[name].is_file() else None:
+            path = files[name]
+            if not path.is_file():
+                continue
+            for report in sorted(path.parent.glob("*.json")):  # as FILE.contamination.json
+                if report.name not in (path.name, path.name + OF_FILE):
+                    upload(str(report), address + report.name.removeprefix(path.name), quiet=True)
+            upload(str(path), address, config.quiet)
+            if manifest := read_manifest(path):
                 noted = folder / MANIFEST
                 write_json(noted, {**manifest, "options": manifest["options"] | dict(addresses)})
                 upload(str(noted), address + OF_FILE, quiet=True)

@@ -180,8 +180,9 @@ def run(config: CrawlFilterConfig) -> Summary | None:
     if state is not None:
         figures = {**results, "funnel": funnel.as_json()}
         if items is not None:
-            figures["contamination"] = findings.write(f"{out.rstrip('/')}{OF_FILE}")
-            say(f"--not-in: {findings}, listed in {out.rstrip('/')}{OF_FILE}", config.quiet)
+            report = f"{out.rstrip('/')}{OF_FILE}"
+            figures["contamination"] = findings.write(report)
+            say(f"--not-in: {findings}, listed in {os.path.basename(report)} beside --out", config.quiet)
         _document(config, recipe, inputs, figures)
         state.remove()
 

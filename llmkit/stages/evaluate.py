@@ -150,6 +150,9 @@ def _checked(config: EvaluateConfig) -> dict[str, float]:
         raise UserError("--thinking: expected --chat and a model here, whose chat template it switches")
     if config.resume and config.out in (None, "-"):
         raise UserError("--resume: expected --out, beside which a killed run has left its state")
+    written = [Path(path).resolve() for path in (config.out, config.report) if path not in (None, "-")]
+    if len(set(written)) < len(written):
+        raise UserError(f"--out and --report: expected different files, found {config.report} twice")
     for path in filter(None, (config.out, config.report)):
         check_output(path, config.force, config.resume)
     if config.out not in (None, "-") and not config.dry_run:

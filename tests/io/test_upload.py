@@ -73,6 +73,24 @@ def test_records_appear_at_addresses(store: ObjectStore) -> None:
     assert not list(Path().glob("*bucket*"))
 
 
+def test_the_report_beside_the_documents_lies_there_too(store: ObjectStore, capsys) -> None:
+    Path("items.jsonl").write_text(json.dumps({"question": "Who wrote the text about the sea?"}))
+    Path("docs.jsonl").write_text(json.dumps({"text": "Who wrote the text about the sea? Ann did."}) + "\n")
+    crawl(only=("contamination",), not_in=("items.jsonl",), quiet=False)
+    names = ["a/out.jsonl", "a/out.jsonl.contamination.json", "a/out.jsonl.manifest.json"]
+    assert sorted(store.objects()) == names
+    assert json.loads(store.objects()[names[1]])["items"][0]["item"] == "items.jsonl:1"
+    assert "listed in out.jsonl.contamination.json beside --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rejects", ["s3://bucket/a/out.jsonl", "s3a://bucket/a/out.jsonl"])
+def test_two_outputs_at_one_address_are_refused(store: ObjectStore, rejects: str) -> None:
+    message = r"^--out and --rejects: expected different files, found s3://bucket/a/out\.jsonl twice$"
+    with pytest.raises(UserError, match=message):
+        crawl(rejects=rejects)
+    assert store.objects() == {} and os.listdir() == ["docs.jsonl"]
+
+
 def test_tables_too_and_what_lies_there_is_replaced_by_force_alone(store: ObjectStore) -> None:
     crawl("s3://bucket/out.parquet")
     assert [row.value["id"] for row in read_jsonl(["s3://bucket/out.parquet"])] == list(range(50))
@@ -191,6 +209,7 @@ def test_killed_at_moments_that_the_server_sees_and_resumed_it_leaves_the_same_b
         ("s3://bucket", "expected the name of a file in a bucket"),
         ("s3://none/out.jsonl", "expected a bucket, found none there"),
         ("s3://bucket/folder", "expected a file, found a folder"),
+        ("s3://bucket/docs/", "expected the name of a file in a bucket"),
         ("s3://secret/out.jsonl", "not allowed .*check the credentials"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 from pathlib import Path
 from random import Random
 
@@ -375,3 +376,10 @@ def test_report_shows_scores_and_the_curves_of_tasks(models, tmp_path, llmkit):
     assert [(row["figure"], row["value"], row["beside"]) for row in file["effects"]] == [
         ("things, acc", score["score"], score["stderr"])
     ]
+
+
+def test_scores_and_items_need_files_of_their_own(models, tmp_path):
+    things, out = write_lines(tmp_path / "things.jsonl", CHOICES), str(tmp_path / "scores.json")
+    with pytest.raises(UserError, match="--out and --report: expected different files"):
+        evaluate(models / "base", tasks=things, out=out, report=out)
+    assert not os.path.exists(out)
