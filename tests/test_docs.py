@@ -88,6 +88,7 @@ def test_every_option_and_file_that_a_page_names_exists(page):
 
 NOT_RUN = {
     r"^docs/extending.md": "tests/test_extending.py runs them, with the files of that page",
+    r"py:weather\.py": "a function of one's own; tests/generation/test_tool_calls.py calls one",
     r"torchrun ": "several processes; tests/training/test_distributed.py runs such",
     r"--engine ray": "a cluster; tests/crawl/test_on_ray.py runs one where Ray is installed",
     r"llama-cli": "a program of another project",
