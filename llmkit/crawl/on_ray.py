@@ -14,7 +14,7 @@ import os
 import pickle
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -69,14 +69,17 @@ def files_of(paths: Iterable[str]) -> Iterator[Files]:
 
 
 class FilesWorker:
-    """Makes some files one part. make: makes the worker of batches; strict: a bad file is a UserError."""
+    """Makes some files one part.
 
-    def __init__(self, make: Callable[[], Work], strict: bool) -> None:
-        self.work, self.on_bad = make(), None if strict else lambda error: None
+    make: makes the worker of batches; strict: a bad file is a UserError; columns: as in `Reader`
+    """
+
+    def __init__(self, make: Callable[[], Work], strict: bool, columns: Mapping[str, str] = {}) -> None:
+        self.work, self.on_bad, self.columns = make(), None if strict else lambda error: None, columns
 
     def __call__(self, files: Files) -> tuple[Part]:
         """Return the part of some files."""
-        reader = Reader(files.sources, on_bad=self.on_bad)
+        reader = Reader(files.sources, on_bad=self.on_bad, columns=self.columns)
         return (Part.joined([part for batch in batches(reader) for part in self.work(batch)]),)
 
 

@@ -57,7 +57,7 @@ def parts_of(
         from llmkit.crawl import on_ray
 
         works, pool = on_ray.files_of(inputs), on_ray.in_order
-        make = partial(on_ray.FilesWorker, make, strict=on_bad is None)
+        make = partial(on_ray.FilesWorker, make, strict=on_bad is None, columns=columns)
     is_first = True
 
     def is_done(work: Any) -> bool:

@@ -137,6 +137,14 @@ def test_a_ray_that_is_not_there_or_does_not_start_is_named(monkeypatch, module,
         next(on_ray.in_order(range(1), pytest.fail, None, finished=bool))
 
 
+def test_a_table_without_the_column_is_refused_as_by_the_local_engine(tmp_path):
+    (tmp_path / "docs.csv").write_text("content\nOnce upon a time\n")
+    (files,) = on_ray.files_of([str(tmp_path / "docs.csv")])
+    worker = on_ray.FilesWorker(lambda: lambda batch: [], strict=True, columns={"text": "body"})
+    with pytest.raises(UserError, match=r"docs\.csv: expected column 'body' \(--columns\), found content"):
+        worker(files)
+
+
 def test_ray_needs_files_on_both_ends(tmp_path, llmkit):
     write_warc(tmp_path / "mixed.warc.gz", mixed_pages())
     for arguments in ((tmp_path / "mixed.warc.gz",), ("-", "-o", tmp_path / "docs.jsonl")):
