@@ -40,8 +40,8 @@ DESCRIPTION, WAIT = ".json", 0.2  # of a file in a cache; s between two looks at
 LASTING = {400, 401, 403, 404, 405, 410, 416, 451}  # answers that asking again does not change
 _ADDRESS, _STARS = re.compile(r"[a-z][a-z0-9+.-]+://"), re.compile(r"(\*+)")
 
-# the hub's errors, by the names of their classes
-HUB = {
+# what to do, by the names of the classes
+HUB_ERRORS = {
     "GatedRepoError": "its terms must be accepted: open its page on the hub, then log in (hf auth login, or HF_TOKEN)",
     "RepositoryNotFoundError": "no such repository on the hub, or a private one: log in (hf auth login, or HF_TOKEN)",
     "RevisionNotFoundError": "no such revision on the hub",
@@ -566,7 +566,7 @@ def retried(address: str, ask: Callable[[], T], action: str = "read") -> T:
             raise UserError(f'{address}: {error}; pip install "llmkit[remote]"') from None
         except Exception as error:  # each library has errors of its own
             for cause in (error, error.__cause__):
-                if hint := HUB.get(type(cause).__name__):
+                if hint := HUB_ERRORS.get(type(cause).__name__):
                     raise UserError(f"{address}: {hint}") from None
             if isinstance(error, FileNotFoundError | IsADirectoryError):
                 what = "a folder, whose files are read where its name ends in /"

@@ -183,7 +183,7 @@ def run(config: CrawlFilterConfig) -> Summary | None:
             report = f"{out.rstrip('/')}{OF_FILE}"
             figures["contamination"] = findings.write(report)
             say(f"--not-in: {findings}, listed in {os.path.basename(report)} beside --out", config.quiet)
-        _document(config, recipe, inputs, figures)
+        _save_manifest(config, recipe, inputs, figures)
         state.remove()
 
     # summarise
@@ -195,12 +195,12 @@ def run(config: CrawlFilterConfig) -> Summary | None:
     return None if out == "-" else Summary(out, config.rejects, **results, workers=workers, seconds=seconds)
 
 
-def _document(config: CrawlFilterConfig, recipe: Recipe, inputs: list[str], figures: dict[str, Any]) -> None:
-    """Write the manifest beside the output."""
+def _save_manifest(config: CrawlFilterConfig, recipe: Recipe, inputs: list[str], figures: dict[str, Any]) -> None:
+    """Write the manifest of the output, whose `results` are the figures."""
     from llmkit.crawl.recipe import as_json
 
     options = {**as_options(config), "recipe": as_json(recipe), "recipe_name": config.recipe}
-    pages = [config.listed, *config.inputs] if config.listed else _read_files(inputs)
+    pages = [config.listed, *config.inputs] if config.listed else _input_files(inputs)
     read = [*pages, *recipe.url.blocklists, *recipe.files()]
     not_in = recipe.contamination.files if "contamination" in recipe.taken else ()
     write_manifest(
@@ -266,7 +266,7 @@ def _check_shell(config: CrawlFilterConfig) -> None:
 def _checked(config: CrawlFilterConfig) -> tuple[list[str], str]:
     """The inputs and the output, which can be written."""
     out = config.out or "-"
-    if config.engine == "ray" and (config.reads_stdin() or not _is_file(out)):
+    if config.engine == "ray" and (config.reads_stdin() or not _is_on_disk(out)):
         raise UserError("--engine ray: expected inputs and an --out on storage that all machines share, and no pipes")
     if config.engine == "ray" and config.cache is not None:
         raise UserError("--cache: expected no --engine ray beside it, whose tasks read addresses themselves")
@@ -317,15 +317,15 @@ def _listed(config: CrawlFilterConfig) -> list[str]:
     return [base + name for name in taken]
 
 
-def _read_files(inputs: list[str]) -> list[str]:
-    """The files of the inputs, but the folder where they are pages, for these are many."""
+def _input_files(inputs: list[str]) -> list[str]:
+    """The files of the inputs, for the manifest; pages, which may be many, go by their folder."""
     from llmkit.crawl.read.frames import sources
 
     found = ((path, source) for path in inputs for source in sources([path]))
     return list(dict.fromkeys(path if source.page else source.path for path, source in found))
 
 
-def _is_file(out: str) -> bool:
+def _is_on_disk(out: str) -> bool:
     """True if the output is or becomes a file or a folder, and no pipe or device."""
     return out != "-" and (not os.path.exists(out) or os.path.isfile(out) or os.path.isdir(out))
 
@@ -349,7 +349,7 @@ def _state(config: CrawlFilterConfig, recipe: Recipe) -> Kept | None:
     from llmkit.crawl.read.frames import sources
     from llmkit.crawl.recipe import as_json
 
-    if config.out is None or not _is_file(config.out):
+    if config.out is None or not _is_on_disk(config.out):
         return None
     path = Path(f"{config.out.rstrip('/')}{STATE}")
     check_unfinished(config.force, config.resume, path)
