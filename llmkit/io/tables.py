@@ -29,6 +29,7 @@ ANY_KEYS = orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS  # of maps
 NOT_UTF8 = b'"\xff"\n'
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 READ_ROWS = 256  # at once: of 1 MB each they are 256 MB
+FIRST_ROWS = 32  # of a column of bytes, by which it is text or not
 READ_BYTES = 1 << 20  # of a column at once, so that a row group of any size is streamed
 GROUP_BYTES = 1 << 26  # of JSON in a row group that is written; https://huggingface.co/docs/hub/datasets-streaming
 FOLDER_GROUPS = 8  # of a file of a folder: 512 MB of JSON, some 200 MB of Parquet
@@ -64,9 +65,9 @@ def parquet_lines(
     fields:  those that the reader uses, if it is not all; other columns are not read where the file has the first field
 
     Nested lists, structs and maps become arrays and objects, times ISO 8601, decimals numbers, NaN null. Bytes are read
-    as UTF-8; columns with bytes inside lists or structs, as of images, are left out, which is told. A row that is not
-    UTF-8 is a line that is none, which its reader counts. Raises UserError for a damaged or cut file, and for one
-    without a column.
+    as UTF-8; columns whose bytes are mostly none, as hashes, and those with bytes inside lists or structs, as images,
+    are left out, which is told, but not `text` and those of `columns`. A row that is not UTF-8 is a line that is none,
+    which its reader counts. Raises UserError for a damaged or cut file, and for one without a column.
     """
     import pyarrow as pa
     from pyarrow import parquet
@@ -82,12 +83,14 @@ def parquet_lines(
         names = file.schema_arrow.names
         check_columns(names, columns, name)
         used = [_column_in(names, columns.get(field, field)) or field for field in fields]
-        inner_bytes = [field.name for field in file.schema_arrow if _has_inner_bytes(field.type)]
-        read = [column for column in names if column not in inner_bytes]
+        left_out = [field.name for field in file.schema_arrow if _has_inner_bytes(field.type)]
+        read = [column for column in names if column not in left_out]
         if used and used[0] in read:
-            read = [column for column in read if column in used]
-        elif inner_bytes:
-            say(f"{name}: left out what holds bytes, the columns {', '.join(inner_bytes)}")
+            read, left_out = [column for column in read if column in used], []
+        left_out += _without_text(file, [column for column in read if column not in ("text", *columns.values())])
+        if left_out:
+            say(f"{name}: left out what holds bytes, the columns {', '.join(left_out)}")
+            read = [column for column in read if column not in left_out]
         for batch in file.iter_batches(READ_ROWS, columns=read, use_threads=False):
             for line in _lines_of(batch):
                 yield line
@@ -151,12 +154,31 @@ def _readable(column: Any) -> Any:
     return column
 
 
-def _has_inner_bytes(kind: Any, inner: bool = False) -> bool:
+def _has_inner_bytes(kind: Any) -> bool:
+    inner = [kind.field(index).type for index in range(kind.num_fields)]
+    return any(map(_is_bytes, inner)) or any(map(_has_inner_bytes, inner))
+
+
+def _is_bytes(kind: Any) -> bool:
     import pyarrow as pa
 
-    if pa.types.is_nested(kind):
-        return any(_has_inner_bytes(kind.field(index).type, True) for index in range(kind.num_fields))
-    return inner and (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+
+
+def _without_text(file: Any, columns: Sequence[str]) -> list[str]:
+    """Those columns of bytes of an open Parquet file of which most of the first values are not UTF-8."""
+    columns = [column for column in columns if _is_bytes(file.schema_arrow.field(column).type)]
+    first = next(file.iter_batches(FIRST_ROWS, columns=columns, use_threads=False), None) if columns else None
+    if first is None:
+        return []
+
+    def is_text(value: bytes) -> bool:
+        with suppress(UnicodeDecodeError):
+            return value.decode() is not None
+        return False
+
+    values = {column: first.column(column).drop_null().to_pylist() for column in columns}
+    return [column for column, some in values.items() if 2 * sum(map(is_text, some)) < len(some)]
 
 
 def _json_value(value: Any) -> Any:

@@ -102,6 +102,18 @@ def test_bytes_that_are_no_text(tmp_path: Path, capsys) -> None:
     assert "the columns image" in printed and f"{path}:2" in printed
 
 
+def test_a_column_of_hashes_costs_no_record(tmp_path: Path, capsys) -> None:
+    """Bytes that are no text are left out with their column; named by `--columns`, they are bad records."""
+    hashes = [bytes([200 + number] * 20) for number in range(50)]
+    columns = {"text": ["a good row"] * 50, "sha": hashes, "id": [b"%d" % number for number in range(50)]}
+    kind = pa.schema([("text", pa.string()), ("sha", pa.binary(20)), ("id", pa.binary())])
+    parquet.write_table(pa.table(columns, schema=kind), tmp_path / "d.parquet")
+    assert values(tmp_path / "d.parquet") == [{"text": "a good row", "id": f"{number}"} for number in range(50)]
+    assert "d.parquet: left out what holds bytes, the columns sha" in capsys.readouterr().err
+    with pytest.raises(UserError, match="not UTF-8"):
+        values(tmp_path / "d.parquet", columns={"text": "sha"})
+
+
 def test_a_parquet_from_a_pipe_and_under_any_name(tmp_path: Path, monkeypatch) -> None:
     data = Path(write(tmp_path / "d.parquet", text=["one", "two"])).read_bytes()
     (tmp_path / "nameless").write_bytes(data)
