@@ -40,6 +40,7 @@ from llmkit.io.files import atomic_file, atomic_folder
 from llmkit.io.jsonl import input_files, name_of, names_of, read_documents, write_json
 from llmkit.io.progress import Progress, counted
 from llmkit.io.records import OF_DOCUMENT, OUTSIDE, BadRecords, Row
+from llmkit.io.remote import is_remote, size_and_version
 
 if TYPE_CHECKING:
     from llmkit.tokenizer.encoding import Tokenizer
@@ -325,14 +326,14 @@ def tokenize_documents(
         return shards
     is_new = not cache.exists()
     cache.mkdir(parents=True, exist_ok=True)
-    if all(Path(path).is_file() for path in paths):
-        inputs = [[hash_of_file(path, cache / HASHES), "".join(Path(path).suffixes)] for path in paths]
+    inputs = [_content_of(path, cache / HASHES) for path in paths]
+    if all(inputs):
         named = [dict(columns)] if columns else []
         of_tokenizer = [info.tokenizer_sha256, info.vocab_size, info.start, info.end]
         decides = json.dumps([FORMAT, inputs, of_tokenizer, limit, *named])
         folder = cache / f"{name}-{hashlib.blake2b(decides.encode(), digest_size=8).hexdigest()}"
         keep = True
-    else:  # stdin, a pipe, or a file that is not there: read_documents says so
+    else:  # stdin, a pipe, an address without a version, or a file that is not there: read_documents says so
         folder, keep = cache / f"{name}-stream", resume
     known, left_out = None, []
     if keep:
@@ -410,6 +411,14 @@ def _groups(documents: Iterable[Row]) -> Iterator[list[str]]:
                 group, size = [], 0
     if group:
         yield group
+
+
+def _content_of(path: str, memory: Path) -> list[Any] | None:
+    """What tells the content of a file or an address from others, and its kind; None where nothing does."""
+    if is_remote(path):
+        size, version = size_and_version(path)
+        return [path, size, version] if version else None
+    return [hash_of_file(path, memory), "".join(Path(path).suffixes)] if Path(path).is_file() else None
 
 
 def hash_of_file(path: str, memory: Path) -> str:

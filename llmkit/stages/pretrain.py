@@ -165,7 +165,7 @@ def run(config: PretrainConfig) -> Summary | None:
     corpus, val_shards = _token_shards(config, sources, tokenizer, run)
 
     # build
-    identity = {"the tokenizer": tokenizer.sha256, "the number of tokens": sum(shards.tokens for shards in corpus)}
+    identity = {"the tokenizer": tokenizer.sha256, "the data": [f"{one.tokens} tokens, {one.digest}" for one in corpus]}
     plan = _plan(planner, run, identity, corpus, sources, val_shards)
     batches = _batches(config, plan, corpus, sources)
     _say_plan(config, plan, sources, batches, run)

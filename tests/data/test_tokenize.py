@@ -18,6 +18,7 @@ import pytest
 from llmkit.data import shards
 from llmkit.data.shards import TokenShards, tokenize_documents
 from llmkit.errors import UserError
+from tests.helpers.file_server import file_server
 
 
 class Bytes:
@@ -208,3 +209,15 @@ def test_a_full_disk_is_the_users_mistake_and_leaves_nothing(jsonl, tmp_path):
     done = subprocess.run(run, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
     assert "no space left" in done.stdout
     assert not (tmp_path / "cache").exists()
+
+
+def test_an_address_is_encoded_once_until_another_file_lies_there(tmp_path):
+    encoder = Bytes()
+    with file_server() as server:
+        server.files["docs.jsonl"] = b'{"text": "old"}\n'
+        paths = [f"{server.address}docs.jsonl"]
+        for resume in (False, True):
+            shards = tokenize_documents(paths, encoder, tmp_path / "cache", resume=resume)
+            assert texts_of(shards) == ["old"] and encoder.calls == 1
+        server.files["docs.jsonl"], server.version = b'{"text": "new"}\n', "2"
+        assert texts_of(tokenize_documents(paths, encoder, tmp_path / "cache", resume=True)) == ["new"]

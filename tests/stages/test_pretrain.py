@@ -388,6 +388,23 @@ def test_streams_patterns_and_folders_may_be_sources(corpus, llmkit, tmp_path):
     assert summary["epochs"]["stdin"] == pytest.approx(4 * summary["epochs"][more], abs=0.01)  # of half the tokens
 
 
+def test_other_documents_at_an_address_end_a_resumption(corpus, llmkit, tmp_path):
+    """Also such of as many tokens: the same ones in another order."""
+    with file_server() as server:
+        server.files["docs.jsonl"] = data = (corpus / "docs.jsonl").read_bytes()
+        out = tmp_path / "base"
+        command = ["pretrain", f"{server.address}docs.jsonl", "--tokenizer", f"{corpus}/tok", "-o", str(out), *SIZES]
+        command += ["--max-steps", "100000", "--save-every", "2"]
+        process = subprocess.Popen([sys.executable, "-m", "llmkit", *command], stderr=subprocess.DEVNULL)
+        while process.poll() is None and not list((tmp_path / "base.partial").glob("state/step-*")):
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        server.files["docs.jsonl"], server.version = b"".join(data.splitlines(keepends=True)[::-1]), "2"
+        done = llmkit(*command, "--resume")
+    assert done.returncode == 2 and "another run: the data was " in done.stderr, done.stderr
+
+
 # ---- --from MODEL
 
 
