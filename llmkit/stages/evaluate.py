@@ -30,9 +30,9 @@ class EvaluateConfig(CommonConfig, ToolConfig, ServedConfig):
 
     examples: ClassVar[str] = """
         Examples:
-          llmkit evaluate base/ --tasks arc_easy,piqa,lambada --data-dir eval/ -o scores.json
+          llmkit evaluate base/ --tasks arc_easy,piqa,lambada_openai --data-dir eval/ -o scores.json --force
           llmkit evaluate base/ chat/ --tasks arc_easy=arc_easy.jsonl.gz --limit 500
-          llmkit evaluate chat/ --tasks gsm8k.jsonl --chat --tools calc --samples 4 --temperature 0.7
+          llmkit evaluate chat/ --tasks problems.jsonl --chat --tools calc --samples 4 --temperature 0.7
           llmkit evaluate base/ --core eval_bundle/ -o core.json --resume
           llmkit evaluate policy/ --tasks problems.jsonl --chat --fail-under problems=0.2
 
@@ -310,9 +310,9 @@ def _table(models: Sequence[Mapping[str, Any]], comparisons: Sequence[Mapping[st
         (task, metric)
         for task in first
         for metric in first[task]["metrics"]
-        if metric in (first[task]["metric"], *SHOWN)
+        if metric in (first[task]["metric"], *SHOWN) or (metric.startswith("pass@") and "_" not in metric)
     ]
-    wide = max(len(task) for task, _ in rows) + 2
+    wide = max(4, *(len(task) for task, _ in rows)) + 2
     columns = [max(20, len(model["model"]) + 2) for model in models]
     heads = "".join(f"{model['model']:>{width}}" for model, width in zip(models, columns, strict=True))
     yield f"{'task':{wide}}{'metric':14}{'items':>6}{heads}"

@@ -65,6 +65,21 @@ def make_small_world(folder: Path, environment: dict[str, str]) -> None:
     for name in ("held-out.jsonl", "prompts.jsonl", "problems.jsonl", "p.jsonl", "v.jsonl"):
         write(folder / name, asked)
     (folder / "eval").mkdir()
+    choices = [{"query": "Question: Is it so?", "choices": ["yes", "no"], "gold": 0}] * 2
+    lambada = [{"context": "one two", "continuation": "three"}] * 2
+    mmlu = [{"subject": "law", "question": "Is it so?", "choices": ["a", "b", "c", "d"], "answer": 0}] * 2
+    for name, rows in (("arc_easy", choices), ("piqa", choices), ("lambada_openai", lambada), ("mmlu.test", mmlu)):
+        write(folder / "eval" / f"{name}.jsonl", rows)
+    write(folder / "arc_easy.jsonl.gz", choices)
+    (folder / "eval_bundle" / "eval_data").mkdir(parents=True)
+    write(folder / "eval_bundle" / "eval_data" / "words.jsonl", lambada)
+    described = (
+        "icl_tasks:\n- {label: w, dataset_uri: words.jsonl, num_fewshot: [0], icl_task_type: language_modeling}\n"
+    )
+    (folder / "eval_bundle" / "core.yaml").write_text(described)
+    (folder / "eval_bundle" / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nw,0\n")
+    scores = {"models": [{"model": "base/", "tasks": {"piqa": {"score": 0.5, "stderr": 0.1, "metric": "acc"}}}]}
+    (folder / "scores.json").write_text(json.dumps(scores))
     write(folder / "eval" / "arc.jsonl", [{"query": "Which gas do plants take in?", "choices": ["air"], "gold": 0}])
     questions = [{"question": f"Who is {word}?", "answers": {"text": [word]}, "id": "1"} for word in words]
     squad = {"data": [{"title": "A", "paragraphs": [{"context": "The ship.", "qas": questions}]}]}
