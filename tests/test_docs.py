@@ -65,12 +65,12 @@ def test_every_page_stands_in_the_navigation():
     assert [path.name for path in DOCS.glob("*.md") if f": {path.name}\n" not in navigation] == []
 
 
-# options of other programs, which pages name: torchrun's, servers', Ray's, llama.cpp's, those of our benchmarks and of
-# an example of a reward, pip's, and that of a script which makes a small world
+# options of other programs, which pages name: torchrun's, servers', Ray's, llama.cpp's, nanochat's, those of our
+# benchmarks and of an example of a reward, pip's, and that of a script which makes a small world
 FOREIGN = """--config --help --install-completion --no- --index-url --quick
     --nnodes --nproc-per-node --rdzv-backend --rdzv-endpoint --max-restarts --address --head --port
     --alias --enable-deterministic-inference --logprobs-mode --model --model-path --served-model-name
-    --cache-type-k --cache-type-v --fast
+    --cache-type-k --cache-type-v --max-per-task --fast
     --hf-trainer --litgpt-python --models --peer-python --peers --rounds --seeds --steps --folds"""
 
 
