@@ -27,6 +27,7 @@ NEVER_ONE_HERE = {
     "{longest} tokens of long answers",
     "{most} values, found ",
     "{value} degrees",
+    "{one.tokens} tokens, ",
     "{plan.batch_rows} rows in a batch are fewer than ",
 }
 NEVER_ONE_HERE |= {
@@ -53,6 +54,7 @@ VERBS = {
     "runs",
 }
 VERBS |= {"holds", "leaves", "compares", "promises", "becomes", "tells", "left", "process", "others"}
+VERBS |= {"expects"}
 
 
 def bare_plurals(source: str) -> list[tuple[int, str]]:

@@ -43,6 +43,7 @@ import numpy as np
 from llmkit.data.examples import Examples
 from llmkit.data.shards import TokenShards
 from llmkit.errors import UserError
+from llmkit.io.progress import counted
 
 _64_BITS = (1 << 64) - 1
 IGNORED = -100  # the target where nothing is predicted, as in torch's cross_entropy
@@ -130,8 +131,8 @@ class Batches:
         ]
         if (fewest := len(self.sources) ** 2) > batch_size * sequence_length:
             raise UserError(
-                f"--batch-tokens: expected at least {fewest} for the shares of {len(self.sources)} inputs, found "
-                f"{batch_size * sequence_length}"
+                f"--batch-tokens: expected at least {fewest} for the shares of "
+                f"{counted(len(self.sources), 'input')}, found {batch_size * sequence_length}"
             )
 
     def batch(self, step: int) -> TokenRows:

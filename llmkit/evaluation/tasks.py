@@ -43,6 +43,7 @@ from llmkit.config import read_toml
 from llmkit.errors import UserError, naming
 from llmkit.formats.problems import Problem, read_problem
 from llmkit.io.jsonl import dump_json, read_jsonl
+from llmkit.io.progress import counted
 from llmkit.io.records import Row, fields_of
 from llmkit.io.remote import is_remote
 
@@ -411,7 +412,9 @@ def _examples(
     """Examples for an item; they are never the item itself. Raises UserError where they are too few."""
     others = pool if elsewhere else [other for other in pool if other.record != item.record]
     if len(others) < count:
-        raise UserError(f"{item.where}: expected {count} examples (--shots) for {task.name}, found {len(others)}")
+        raise UserError(
+            f"{item.where}: expected {counted(count, 'example')} (--shots) for {task.name}, found {len(others)}"
+        )
     if task.shots_order == "first":
         return list(others[:count])
     if task.shots_order == "core":

@@ -22,6 +22,7 @@ from llmkit.errors import UserError
 from llmkit.export.gguf_tokenizer import GgufTokenizer, gguf_tokenizer
 from llmkit.export.writers import Source, check_range
 from llmkit.io.files import atomic_file
+from llmkit.io.progress import counted
 from llmkit.model.config import ModelConfig
 from llmkit.model.folder import CONFIG, SavedTensors
 from llmkit.model.transformer import rotary_frequencies
@@ -119,8 +120,8 @@ def plan_gguf(source: Source, dtype: str) -> GgufPlan:
     if config.rope_scaling is not None and config.rope_scaling.rope_type == "longrope":
         first = config.rope_scaling.original_max_position_embeddings
         notes.append(
-            f"llama.cpp turns positions by the context that it is started with: up to {first} tokens "
-            f"start it with -c {first}"
+            f"llama.cpp turns positions by the context that it is started with: "
+            f"up to {counted(first, 'token')} start it with -c {first}"
         )
     return GgufPlan(vocabulary, context, dtype, (*notes, *vocabulary.notes))
 
@@ -151,7 +152,7 @@ def _check_family(config: ModelConfig, where: str) -> None:
         windows = config.layer_windows or (None,) * config.num_hidden_layers
         without = [i for i, window in enumerate(windows) if window is None]
         if (name != "olmo2" or config.layer_windows) and without != [i for i in layers if (i + 1) % every == 0]:
-            raise UserError(f"{where}: llama.cpp's {name} has windows in all layers but every {every}th alone")
+            raise UserError(f"{where}: llama.cpp's {name} has a window in every layer but each {every}th")
         local = config.sliding_rope
         if (local is None and scaling is not None) or (
             local is not None and (local.scaling or (name == "olmo2" and local.theta != config.rope_theta))

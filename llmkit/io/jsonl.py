@@ -29,6 +29,7 @@ import orjson
 from llmkit.display import stdout_bytes
 from llmkit.errors import UserError
 from llmkit.io.files import atomic_file, atomic_folder, check_output, create, read_file
+from llmkit.io.progress import counted
 from llmkit.io.records import BadRecords, Row, check_document, good_records, kind_of, with_columns
 from llmkit.io.remote import is_remote, matching, open_remote, size_and_version
 from llmkit.io.tables import FOLDER_GROUPS, Lines, dump_json, load_json, table_lines, write_parquet
@@ -65,7 +66,7 @@ def name_of(path: str) -> str:
 def names_of(paths: Sequence[str]) -> str:
     """Name several inputs for messages, of many the first."""
     few = len(paths) <= MOST_NAMED
-    return " ".join(map(name_of, paths)) if few else f"{name_of(paths[0])} and {len(paths) - 1:,} other files"
+    return " ".join(map(name_of, paths)) if few else f"{name_of(paths[0])} and {counted(len(paths) - 1, 'other file')}"
 
 
 def expanded(path: str) -> list[str]:

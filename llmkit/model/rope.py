@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import UserError
 from llmkit.io.foreign import integer, number, shown, switch
+from llmkit.io.progress import counted
 
 if TYPE_CHECKING:
     from llmkit.model.families import Family
@@ -97,9 +98,7 @@ def ropes_from_hf(values: dict[str, Any], family: Family, head_dim: int, where: 
         )
         rotary_dim = int(head_dim * share)
         if not 0 < rotary_dim <= head_dim or rotary_dim % 2:
-            raise UserError(
-                f"{where}: expected a partial_rotary_factor of an even number of {head_dim} channels, found {share:g}"
-            )
+            raise UserError(f"{where}: expected partial_rotary_factor of an even number of channels, found {share:g}")
     theta, scaling = _rope_from_hf(parameters, name, values, rotary_dim or head_dim, where)
     out: dict[str, Any] = {"rope_theta": theta, "rope_scaling": scaling}
     if rotary_dim != head_dim:
@@ -170,7 +169,7 @@ def _longrope_from_hf(
     for name in ("short_factor", "long_factor"):
         factors = parameters.get(name)
         if not isinstance(factors, list) or len(factors) != channels // 2:
-            raise UserError(f"{where}: expected {channels // 2} numbers for {name}, found {shown(factors)}")
+            raise UserError(f"{where}: expected {counted(channels // 2, 'number')} for {name}, found {shown(factors)}")
         out[name] = tuple(number({name: one}, name, where, 0.0) for one in factors)
         if 0.0 in out[name]:
             raise UserError(f"{where}: expected numbers above 0 for {name}, found null")

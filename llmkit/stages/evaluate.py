@@ -339,7 +339,7 @@ def _table(models: Sequence[Mapping[str, Any]], comparisons: Sequence[Mapping[st
     for one in comparisons:
         verdict = "more than chance" if one["beyond_chance"] else "within chance"
         yield (
-            f"{one['task']}: {one['models'][1]} less {one['models'][0]} is {one['difference']:+.4f} ± "
+            f"{one['task']}: {one['models'][1]}, compared with {one['models'][0]}, is {one['difference']:+.4f} ± "
             f"{one['stderr']:.4f} (p = {one['p']:.2g}), {verdict}"
         )
 

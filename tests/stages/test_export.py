@@ -407,7 +407,7 @@ def test_what_llama_cpp_has_no_form_for_is_refused(tmp_path: Path, monkeypatch) 
     assert "llama.cpp's qwen2 expects head_dim 16, found 24" in refused(wide, tmp_path / "m.gguf")
     for name, change, message in (
         ("gemma3", {"query_pre_attn_scalar": 24.0}, "gemma3 expects query_pre_attn_scalar 16, found 24.0"),
-        ("gemma3", {"layer_windows": (64, None) * 3 + (64,)}, "gemma3 has windows in all layers but every 6th alone"),
+        ("gemma3", {"layer_windows": (64, None) * 3 + (64,)}, "gemma3 has a window in every layer but each 6th"),
         ("olmo3", {"sliding_rope": None}, "olmo2 does not rotate the layers with a window so"),
         ("phi3", {"rope_scaling": RopeScaling("linear", 2.0)}, "phi3 has no rope scaling linear"),
         ("smollm3", {"no_rope_layers": (1,)}, "smollm3 rotates all layers but every 4th alone"),
