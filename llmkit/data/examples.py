@@ -188,7 +188,7 @@ def parse_weights(wanted: Sequence[str], flag: str, *, zero: bool = False) -> li
             files.append(DataFile(text))
             continue
         if not (value > 0 or (zero and value == 0)) or math.isinf(value):
-            raise UserError(f"{flag} {text}: expected a weight above 0, found {weight}")
+            raise UserError(f"{flag} {text}: expected a weight {'of at least' if zero else 'above'} 0, found {weight}")
         files.append(DataFile(path, value))
     if len({file.weight is None for file in files}) > 1:
         raise UserError(f"{flag}: expected a weight on every file or on none, found both")

@@ -386,7 +386,7 @@ def _write_shards(
         bad.count_unused(name, [OUTSIDE] * outside)
         bad.report(name)
     if not writer.documents:
-        raise UserError(f"{names_of(paths)}: no document with text; expected JSONL with 'text', or plain text")
+        raise UserError(f"{names_of(paths)}: no document with text; expected records with 'text', or plain text")
     writer.finish()
 
 

@@ -10,6 +10,7 @@ A share is relative to those of the other sources, and that of an input without 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ from pathlib import Path
 from llmkit.data.examples import DataFile, parse_weights
 from llmkit.data.shards import document_files
 from llmkit.errors import UserError
+from llmkit.io.files import file_path
 from llmkit.io.jsonl import name_of
 
 ENDINGS = {".jsonl", ".ndjson", ".json", ".txt", ".md", ".csv", ".tsv", ".parquet", ".gz", ".zst"}
@@ -80,13 +82,15 @@ def source_names(paths: Sequence[str]) -> list[str]:
 
     >>> source_names(["web.jsonl.gz", "s3://bucket/books-*.parquet", "data/**/*.csv", "en/chats.txt", "de/chats.txt"])
     ['web', 'books', 'data', 'en/chats.txt', 'de/chats.txt']
+    >>> source_names(["https://host/web.csv?version=1"])
+    ['web']
     """
     stems = [_stem(path) for path in paths]
     return [stem if stems.count(stem) == 1 else path for stem, path in zip(stems, paths, strict=True)]
 
 
 def _stem(path: str) -> str:
-    for name in reversed(Path(name_of(path)).parts):
+    for name in reversed(Path(file_path(name_of(path))).parts):
         while (ending := Path(name).suffix) in ENDINGS:
             name = name.removesuffix(ending)
         if name := name.strip("*?-_."):
@@ -110,7 +114,8 @@ def parse_sources(inputs: Sequence[str], phases: Sequence[str]) -> Sources:
     sources = Sources(weighed, by_start)
     if not sources.names:
         return sources
-    if twice := next((path for path in paths if paths.count(path) > 1), None):
+    files = list(map(os.path.realpath, paths))
+    if twice := next((path for path, file in zip(paths, files, strict=True) if files.count(file) > 1), None):
         raise UserError(f"{name_of(twice)}: expected each input once where there are shares; add up its weights")
     weights = [1.0 if source.weight is None else source.weight for source in weighed]
     if not 0 < sum(weights) < math.inf:

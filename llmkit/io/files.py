@@ -35,12 +35,21 @@ OURS = ("manifest.json", "tokenizer.json")  # one of them stands in every folder
 NOT_WRITTEN = (".arrow", ".feather", ".csv", ".tsv", ".xlsx", ".bz2", ".xz", ".lz4", ".br", ".zip", ".7z")
 
 
+def file_path(path: str) -> str:
+    """An address without the query of a web server; other paths as they are.
+
+    >>> file_path("https://host/docs.csv?version=1"), file_path("what?.csv")
+    ('https://host/docs.csv', 'what?.csv')
+    """
+    return re.split("[?#]", path)[0] if path.startswith(("http://", "https://")) else path
+
+
 def check_output(path: str, force: bool, resume: bool = False, is_file: bool = False) -> None:
     """Raise UserError when `path` cannot become the output: call it before the work, not after.
 
     It exists, is no empty folder, and neither `--force` nor `--resume` says what to do with it; or `--force` would
     delete a folder that no stage has written; or it cannot be renamed to: a mount point, a link to nothing, a place
-    that cannot be written; or its name is that of a format that is not written, or, where `is_file`, of a folder. A
+    that cannot be written; or, where `is_file`, its name is that of a format that is not written, or of a folder. A
     missing parent folder is made later.
     """
     if path == "-" or _is_special(path):
@@ -50,7 +59,7 @@ def check_output(path: str, force: bool, resume: bool = False, is_file: bool = F
         raise UserError(f"{path}: records alone are written {where}; write the file here, and copy it there")
     if is_file and path.endswith("/"):
         raise UserError(f"{path}: expected the name of a file, such as {path.rstrip('/')}.jsonl or .parquet")
-    if path.lower().endswith(NOT_WRITTEN):
+    if is_file and path.lower().endswith(NOT_WRITTEN):
         kind = os.path.splitext(path)[1]
         raise UserError(f"{path}: {kind} is not written; choose .jsonl, .jsonl.gz, .jsonl.zst or .parquet")
     if os.path.basename(os.path.normpath(path)) in ("", ".", ".."):

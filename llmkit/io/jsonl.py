@@ -28,7 +28,7 @@ import orjson
 
 from llmkit.display import stdout_bytes
 from llmkit.errors import UserError
-from llmkit.io.files import atomic_file, atomic_folder, check_output, create, read_file
+from llmkit.io.files import atomic_file, atomic_folder, check_output, create, file_path, read_file
 from llmkit.io.progress import counted
 from llmkit.io.records import BadRecords, Row, check_document, good_records, kind_of, with_columns
 from llmkit.io.remote import is_remote, matching, open_remote, size_and_version
@@ -223,8 +223,8 @@ def _take_stdin() -> io.BufferedReader:
 
 def check_no_archive(handle: io.BufferedReader, path: str) -> None:
     """Raise UserError for a web archive or a table of another kind, which may be text by its bytes and is none."""
-    if path.lower().endswith(NOT_READ):
-        kind = os.path.splitext(path)[1].lower()
+    if file_path(path).lower().endswith(NOT_READ):
+        kind = os.path.splitext(file_path(path))[1].lower()
         raise UserError(f"{name_of(path)}: expected JSONL, a table or text, found {kind}; convert it to Parquet first")
     if handle.peek(5)[:5] == b"WARC/":
         raise UserError(f"{name_of(path)}: expected text, found a web archive; run llmkit crawl-filter on it first")
@@ -328,7 +328,7 @@ def read_documents(
             return
         check_no_archive(handle, path)
         if text := read_text(handle, path):
-            yield Row({"text": text, "source": Path(name_of(path)).name}, name_of(path), 1)
+            yield Row({"text": text, "source": Path(file_path(name_of(path))).name}, name_of(path), 1)
 
     yield from records_of(paths, rows, check_document, limit, bad, columns, fields)
 
@@ -355,7 +355,7 @@ def records_of(
 
 def is_jsonl(handle: io.BufferedReader, path: str) -> bool:
     """True if an open file is JSONL, by its name or, where that says nothing, by its first character."""
-    name = path.removesuffix(".gz").removesuffix(".zst")
+    name = file_path(path).removesuffix(".gz").removesuffix(".zst")
     if name.endswith((".jsonl", ".json", ".ndjson")):
         return True
     if name.endswith((".txt", ".md")):

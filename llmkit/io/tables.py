@@ -20,7 +20,7 @@ from typing import IO, Any
 import orjson
 
 from llmkit.errors import UserError
-from llmkit.io.files import LFS_POINTER
+from llmkit.io.files import LFS_POINTER, file_path
 from llmkit.io.progress import counted, say
 from llmkit.io.records import choices_of
 
@@ -200,10 +200,11 @@ def table_lines(
         return parquet_lines(raw, name, columns, fields)
     if head.startswith(LFS_POINTER):
         raise UserError(f"{name}: a Git LFS pointer in the place of the file; run git lfs pull in its folder")
-    if name.lower().endswith(".parquet"):
+    path = file_path(name).lower()
+    if path.endswith(".parquet"):
         instead = f"a file that begins with {head[:16]!r}" if head else "an empty file"
         raise UserError(f"{name}: expected Parquet, found {instead}; fetch it again")
-    delimiter = DELIMITERS.get(os.path.splitext(name.lower().removesuffix(".gz").removesuffix(".zst"))[1])
+    delimiter = DELIMITERS.get(os.path.splitext(path.removesuffix(".gz").removesuffix(".zst"))[1])
     return csv_lines(raw, name, delimiter, columns) if delimiter else None
 
 

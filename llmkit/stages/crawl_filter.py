@@ -52,7 +52,7 @@ class CrawlFilterConfig(ColumnsConfig, CommonConfig):
     following: ClassVar[str] = "llmkit train-bpe docs.jsonl -o tok/"
 
     inputs: tuple[str, ...] = argument(
-        "WARC, WET, HTML, JSONL, Parquet, folders and addresses of them, or - for stdin.", metavar="INPUT..."
+        "WARC, WET, HTML, JSONL, Parquet, CSV, folders and addresses of them, or - for stdin.", metavar="INPUT..."
     )
     listed: str | None = option(
         None,
@@ -96,7 +96,7 @@ class CrawlFilterConfig(ColumnsConfig, CommonConfig):
         (),
         "Evaluation items that no document may contain; repeatable.",
         group="Recipe",
-        metavar="FILE.jsonl",
+        metavar="FILE",
         reads=True,
     )
     on_match: str | None = option(
@@ -244,6 +244,11 @@ def _recipe(config: CrawlFilterConfig) -> tuple[Recipe, str]:
     if config.not_in:
         recipe = recipe.changed("contamination", files=tuple(input_files(config.not_in)))
         _check_shell(config)
+    steps_of = {"blocklist": "url", "extractor": "extract", "classifier": "classifier", "not_in": "contamination"}
+    for name, step in steps_of.items():
+        if getattr(config, name) and step not in recipe.steps:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag}: expected its step {step} to be taken; name it in --only, or leave out {flag}")
     if config.on_match:
         if not recipe.contamination.files:
             raise UserError("--on-match: needs --not-in")
@@ -289,7 +294,12 @@ def _checked(config: CrawlFilterConfig) -> tuple[list[str], str]:
                 raise UserError(f"{path}: lies in the input {folder}, and would be read; choose another place for it")
         if not config.dry_run and config.explain is None:
             # a finished run has left no state, and is not made again by --resume
-            check_output(path, config.force, config.resume and os.path.exists(f"{out.rstrip('/')}{STATE}"))
+            check_output(
+                path,
+                config.force,
+                config.resume and os.path.exists(f"{out.rstrip('/')}{STATE}"),
+                not path.endswith("/"),
+            )
             if path.endswith("/"):
                 output_folder(path, "docs/")
             elif os.path.isdir(path):

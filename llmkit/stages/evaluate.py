@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from llmkit.config import CommonConfig, ServedConfig, ToolConfig, argument, as_options, lasting_options, option
 from llmkit.errors import GateError, UserError
 from llmkit.io.files import check_output, check_unfinished
-from llmkit.io.jsonl import open_output, read_documents, write_json
+from llmkit.io.jsonl import input_files, open_output, read_documents, write_json
 from llmkit.io.manifest import write_manifest
 from llmkit.io.progress import Progress, counted, say
 from llmkit.io.resume import STATE, Kept
@@ -154,9 +154,10 @@ def _checked(config: EvaluateConfig) -> dict[str, float]:
     if len(set(written)) < len(written):
         raise UserError(f"--out and --report: expected different files, found {config.report} twice")
     for path in filter(None, (config.out, config.report)):
-        check_output(path, config.force, config.resume)
+        check_output(path, config.force, config.resume, is_file=True)
     if config.out not in (None, "-") and not config.dry_run:
         check_unfinished(config.force, config.resume, f"{config.out}{STATE}")
+    input_files(config.trained_on, text=True)
     gates = {}
     for text in config.gates:
         name, _, least = text.rpartition("=")
@@ -190,7 +191,7 @@ def _contaminated(config: EvaluateConfig, loaded: Sequence[Loaded]) -> set[str] 
     index = Contamination(ContaminationRules(files), config.quiet, flag="--trained-on")
     with Progress("contamination", unit="documents", quiet=config.quiet) as progress:
         places: set[str] = set()
-        for row in read_documents(config.trained_on):
+        for row in read_documents(input_files(config.trained_on, text=True)):
             places |= {match.item for match in index.find(row.value["text"])}
             progress.advance()
     return places

@@ -67,7 +67,7 @@ class PretrainConfig(TrainingConfig, TaskConfig):
     following: ClassVar[str] = 'llmkit sample base/ -p "Once upon a time"'
 
     inputs: tuple[str, ...] = argument(
-        "Documents: JSONL with `text`, plain text, or - for stdin; a weight is a share of the training tokens.",
+        "Documents: JSONL, Parquet or CSV with `text`, plain text, or - for stdin; a weight is a share of the tokens.",
         metavar="INPUT[:WEIGHT]...",
     )
     tokenizer: str | None = option(

@@ -96,7 +96,7 @@ def _checked(config: ReportConfig) -> str:
         raise UserError("--out is required: the page, such as -o report.html")
     out = config.out or "-"
     if not config.dry_run:
-        check_output(out, config.force)
+        check_output(out, config.force, is_file=True)
     if out != "-" and (Path(out).is_dir() or any(Path(out).resolve() == Path(run).resolve() for run in config.runs)):
         raise UserError(f"{out}: expected a file of its own for the page; choose another --out")
     return out

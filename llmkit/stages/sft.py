@@ -84,7 +84,7 @@ class SftConfig(TuningConfig, TaskConfig):
         (),
         "Evaluation items that no conversation may contain; repeatable.",
         group="Data",
-        metavar="FILE.jsonl",
+        metavar="FILE",
         reads=True,
     )
     sequence_length: int | None = option(None, "Tokens of a row [the model's context].", group="Data", at_least=8)

@@ -31,7 +31,9 @@ class TrainBpeConfig(RecordsConfig, CommonConfig):
     """
     following: ClassVar[str] = "llmkit pretrain docs.jsonl --tokenizer tok/ --time-budget 10m -o base/"
 
-    inputs: tuple[str, ...] = argument("Documents: JSONL with `text`, plain text, or - for stdin.", metavar="INPUT...")
+    inputs: tuple[str, ...] = argument(
+        "Documents: JSONL, Parquet or CSV with `text`, plain text, or - for stdin.", metavar="INPUT..."
+    )
     vocab_size: int = option(
         32768, "Vocabulary size, special tokens included; rounded up to a multiple of 64.", unit="count", at_most=2**24
     )
@@ -87,7 +89,7 @@ def run(config: TrainBpeConfig) -> Summary | None:
     with Progress("count", total=total, unit="MB", quiet=config.quiet) as progress:
         pieces, counts = count_pieces(corpus.blocks(), pattern, on_progress=lambda size: progress.advance(size / 1e6))
     if not pieces:
-        raise UserError(f"{names_of(inputs)}: no text to train on; expected JSONL with 'text', or plain text")
+        raise UserError(f"{names_of(inputs)}: no text to train on; expected records with 'text', or plain text")
 
     # merge
     with Progress("merge", total=wanted, unit="merges", quiet=config.quiet) as progress:

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmkit.errors import UserError
+from llmkit.io.files import file_path
 from llmkit.io.jsonl import BYTE_ORDER_MARK, check_no_archive, is_jsonl, json_rows, name_of, open_input
 from llmkit.io.pool import in_order
 from llmkit.io.ranks import available_cores
@@ -124,7 +125,7 @@ class Corpus:
                     check_no_archive(handle, path)
                     self.documents += 1
                     for text in plain_text(handle, name, self.pattern):
-                        yield text, Path(name).name
+                        yield text, Path(file_path(name)).name
 
 
 def plain_text(handle: io.BufferedReader, name: str, pattern: Pattern) -> Iterator[str]:

@@ -21,6 +21,7 @@ from llmkit.config import parse_columns
 from llmkit.errors import UserError
 from llmkit.io.jsonl import open_bytes, open_output, read_documents, read_jsonl
 from llmkit.io.records import OF_DOCUMENT, BadRecords
+from tests.helpers.file_server import file_server
 
 ROWS = [{"text": "one", "n": 1, "messages": [{"role": "user", "content": "a"}]}, {"text": "zwei ß", "n": None}]
 
@@ -370,3 +371,13 @@ def test_what_is_no_parquet_is_no_text_either(tmp_path: Path, content: bytes, me
     (tmp_path / "d.parquet").write_bytes(content)
     with pytest.raises(UserError, match=rf"d\.parquet: {message}"):
         list(read_documents([str(tmp_path / "d.parquet")]))
+
+
+@pytest.mark.parametrize("name", ["d.csv?version=1", "d.csv.gz?a=b/c.txt#part"])
+def test_a_query_is_no_part_of_a_name(name: str) -> None:
+    """A CSV file under such an address was one document of plain text."""
+    with file_server() as server:
+        data = b"text\none\ntwo\n"
+        server.files[name.partition("#")[0]] = gzip.compress(data) if ".gz" in name else data
+        documents = [row.value for row in read_documents([server.address + name])]
+    assert documents == [{"text": "one"}, {"text": "two"}]

@@ -266,11 +266,10 @@ def test_items_of_the_training_text_are_scored_apart(models, tmp_path):
         for letter in "abcd"
     ]
     file = write_lines(tmp_path / "words.jsonl", items)
-    docs = write_lines(
-        tmp_path / "docs.jsonl", [{"text": f"... {items[1]['context'].upper()} times!"}, {"text": "Nothing."}]
-    )
+    write_lines(tmp_path / "docs.jsonl", [{"text": f"... {items[1]['context'].upper()} times!"}, {"text": "Nothing."}])
     report = tmp_path / "report.jsonl"
-    task = evaluate(models / "base", tasks=file, trained_on=[docs], report=str(report)).models[0]["tasks"]["words"]
+    task = evaluate(models / "base", tasks=file, trained_on=[str(tmp_path / "d*.jsonl")], report=str(report))
+    task = task.models[0]["tasks"]["words"]
     assert (task["in_training"]["items"], task["not_in_training"]["items"]) == (1, 3)
     assert [item["in_training"] for item in read_lines(report)] == [False, True, False, False]
 

@@ -38,6 +38,7 @@ from llmkit.crawl.read.pages import (
     looks_like_html,
 )
 from llmkit.errors import UserError
+from llmkit.io.files import file_path
 from llmkit.io.jsonl import (
     BYTE_ORDER_MARK,
     GZIP_MAGIC,
@@ -468,12 +469,13 @@ class Reader:
 
 def _kind_of(name: str, head: bytes) -> str:
     """The kind of a file by its name or, where that says nothing, by its first bytes (unpacked)."""
-    archive = _ARCHIVE_NAME.search(name.lower())
+    path = file_path(name).lower()
+    archive = _ARCHIVE_NAME.search(path)
     if WARC_START.match(head) or ARC_START.match(head) or archive:
         arc = ARC_START.match(head) or (archive and archive[0].startswith(".arc") and not WARC_START.match(head))
         return "arc" if arc else "warc"
     begins = head.removeprefix(BYTE_ORDER_MARK).lstrip()
-    if _JSONL_NAME.search(name.lower()) or begins.startswith(b"{"):
+    if _JSONL_NAME.search(path) or begins.startswith(b"{"):
         return "jsonl"
     if begins.startswith(b"<") or looks_like_html(head):
         return "html"
@@ -490,7 +492,7 @@ def _first_record(records: Iterator[Record], name: str, kind: str, head: bytes) 
             return first
     what = {"jsonl": "JSON lines", "html": "page"}.get(kind, kind.upper() + " records")
     if not head:
-        reason = "the file is empty"
+        reason = "the file is empty, or a table without rows"
     elif first and first[0][1] == "truncated":
         reason = "it is cut off inside the first"
     else:
