@@ -159,8 +159,7 @@ class Gathered:
             self.scores[path] = scores
         elif not listed:
             raise UserError(
-                f"{path}: expected a manifest, evaluation.json, report.json, effects.json or scores, "
-                f"found {sorted(value)[:8]}"
+                f"{path}: expected a manifest, evaluation.json, report.json or effects.json, found {sorted(value)[:8]}"
             )
 
     def _add_records(self, path: str, run: str | None, listed: bool) -> None:
