@@ -49,7 +49,7 @@ def check_output(path: str, force: bool, resume: bool = False, is_file: bool = F
 
     It exists, is no empty folder, and neither `--force` nor `--resume` says what to do with it; or `--force` would
     delete a folder that no stage has written; or it cannot be renamed to: a mount point, a link to nothing, a place
-    that cannot be written; or, where `is_file`, its name is that of a format that is not written, or of a folder. A
+    that cannot be written; or, where `is_file`, its name is that of a folder or of a format that is not written. A
     missing parent folder is made later.
     """
     if path == "-" or _is_special(path):
@@ -59,9 +59,8 @@ def check_output(path: str, force: bool, resume: bool = False, is_file: bool = F
         raise UserError(f"{path}: records alone are written {where}; write the file here, and copy it there")
     if is_file and path.endswith("/"):
         raise UserError(f"{path}: expected the name of a file, such as {path.rstrip('/')}.jsonl or .parquet")
-    if is_file and path.lower().endswith(NOT_WRITTEN):
-        kind = os.path.splitext(path)[1]
-        raise UserError(f"{path}: {kind} is not written; choose .jsonl, .jsonl.gz, .jsonl.zst or .parquet")
+    if is_file:
+        check_format(path)
     if os.path.basename(os.path.normpath(path)) in ("", ".", ".."):
         raise UserError(f"{path}: the result needs a name of its own; choose another --out")
     final = os.path.realpath(path)
@@ -82,6 +81,13 @@ def check_output(path: str, force: bool, resume: bool = False, is_file: bool = F
         raise UserError(f"{path}: expected a folder at {parent}, found a file; choose another --out")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"{path}: cannot be written: permission denied in {parent}; choose another --out")
+
+
+def check_format(path: str) -> None:
+    """Raise UserError where the name of a file promises a format that no stage writes."""
+    if path.lower().endswith(NOT_WRITTEN):
+        kind = os.path.splitext(path)[1]
+        raise UserError(f"{path}: {kind} is not written; choose .jsonl, .jsonl.gz, .jsonl.zst or .parquet")
 
 
 def is_empty_folder(path: str | os.PathLike[str]) -> bool:

@@ -133,6 +133,7 @@ def matching(pattern: str) -> list[str]:
     entries = retried(pattern, lambda: system.glob(path, detail=True))
     files = sorted(system.unstrip_protocol(name) for name, entry in entries.items() if entry.get("type") == "file")
     if not files:
+        _check_bucket(pattern)
         raise UserError(f"{pattern}: expected files of such names, found none")
     return files
 
@@ -151,16 +152,21 @@ def listing(folder: str) -> dict[str, tuple[int, str]]:
     return {entry["name"].rpartition("/")[2]: (entry.get("size") or 0, _version(entry)) for entry in files}
 
 
+def _check_bucket(address: str) -> None:
+    """Raise UserError where the bucket of an address is not there; who may read need not be allowed to ask."""
+    if address.startswith(WRITABLE):
+        system, path = _file_system(address)
+        try:
+            system.info(path.partition("/")[0])
+        except Exception as error:  # each library has errors of its own
+            if isinstance(error, FileNotFoundError):
+                raise UserError(f"{address}: expected a bucket, found none there") from None
+
+
 def _version(entry: dict[str, Any]) -> str:
     """The ETag, hash or time of a file, which tells it from others that have been at its address."""
     names = ("ETag", "etag", "blob_id", "LastModified", "last_commit")
     return next((str(entry[name]) for name in names if entry.get(name)), "").strip('"')
-
-
-def place_of(address: str) -> tuple[str, str]:
-    """Return what two addresses of one file have in common: a store, and the path in it."""
-    system, path = _file_system(address)
-    return str(system.protocol), path
 
 
 def check_upload(address: str, replaces: bool) -> None:
@@ -169,7 +175,7 @@ def check_upload(address: str, replaces: bool) -> None:
         raise UserError(f"{address}: records are written to s3:// and gs:// alone; write a file, and copy it there")
     system, path = _file_system(address)
     bucket, _, key = path.partition("/")
-    if not bucket or not key or address.endswith("/"):
+    if not bucket or not key or address.endswith(("/", "/.", "/..")):
         raise UserError(f"{address}: expected the name of a file in a bucket, such as s3://bucket/docs.jsonl.gz")
     if getattr(system, "anon", False):
         raise UserError(f"{address}: found no credentials to write with; set AWS_ACCESS_KEY_ID, or run aws configure")
@@ -184,8 +190,7 @@ def check_upload(address: str, replaces: bool) -> None:
             upload = system.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
             system.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload["UploadId"])
         else:
-            with suppress(PermissionError):
-                system.info(bucket)
+            _check_bucket(address)
 
     kind = retried(address, there, "written")
     if kind == "directory":
@@ -202,10 +207,9 @@ def upload(path: str, address: str, quiet: bool = False) -> None:
 
     # 4 parts of 16 MB at once, where s3fs would hold 10 of 50 MB in memory
     details: dict[str, Any] = {"chunksize": 16 << 20, **({"max_concurrency": 4} if address.startswith("s3") else {})}
-    total = os.path.getsize(path)
 
     def put() -> None:
-        with Progress(f"upload {address}", total=total, unit="B", quiet=quiet) as progress:
+        with Progress(f"upload {address}", total=os.path.getsize(path), unit="B", quiet=quiet) as progress:
             advance = lambda size, value, **_: progress.advance(value - progress.done)  # noqa: E731
             system.put_file(path, remote_path, callback=Callback(hooks={"progress": advance}), **details)
 
@@ -569,6 +573,7 @@ def retried(address: str, ask: Callable[[], T], action: str = "read") -> T:
                 if hint := HUB_ERRORS.get(type(cause).__name__):
                     raise UserError(f"{address}: {hint}") from None
             if isinstance(error, FileNotFoundError | IsADirectoryError):
+                _check_bucket(address)
                 what = "a folder, whose files are read where its name ends in /"
                 what = what if isinstance(error, IsADirectoryError) else "none there"
                 raise UserError(f"{address}: expected {wanted}, found {what}") from None

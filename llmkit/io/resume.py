@@ -52,7 +52,8 @@ class Kept:
             say(f"--resume: nothing stands at {path} yet, so the run starts")
         self._file: IO[bytes] = io.BytesIO()
         if path is not None:
-            self._file = path.open("r+b") if begun else create(path, "w+b")
+            with errors_name(path, path):
+                self._file = path.open("r+b") if begun else create(path, "w+b")
         if not (begun and self._take_over(identity)):
             self._write(orjson.dumps({"run": identity}) + b"\n")
 

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, make_dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from llmkit.config import flag_of, lasting_options, option_fields
 from llmkit.errors import GateError, Interrupted, UserError
 from llmkit.io.files import (
     PARTIAL,
+    check_format,
     check_output,
     check_unfinished,
     is_empty_folder,
@@ -32,14 +33,14 @@ from llmkit.io.jsonl import read_object, write_json
 from llmkit.io.manifest import MANIFEST, OF_FILE, read_manifest, write_manifest, write_model_card
 from llmkit.io.progress import say
 from llmkit.io.ranks import launch
-from llmkit.io.remote import check_upload, is_remote, place_of, upload
+from llmkit.io.remote import check_upload, is_remote, upload
 from llmkit.io.resume import STATE as KEPT
 from llmkit.io.resume import check_identity, read_sealed, write_sealed
 
 STATE = "state"  # in a run folder: its checkpoints, and
 NOTES = "state/run.json"  # what a resumption asks for
 UPLOAD = ".upload"  # after an address: the folder here of what is to be uploaded there,
-OPTIONS = "options.json"  # in which these are
+OPTIONS, SUMMARY = "options.json", "summary.json"  # in which these are, and what a run that was not uploaded ends with
 CHECKPOINTS_KEPT = 2  # while a run goes on: the newest may be damaged
 
 
@@ -226,14 +227,22 @@ def _at_addresses(run: Callable[[Any], Any], config: Any, addresses: Mapping[str
         resume = getattr(config, "resume", False) and folder.exists()
         check_unfinished(config.force, resume, folder)
         for address in addresses.values():
+            check_format(address)
             check_upload(address, replaces=config.force or resume)
-        if len(set(map(place_of, addresses.values()))) < len(addresses):
+        distinct = {address.replace("s3a://", "s3://").replace("gcs://", "gs://") for address in addresses.values()}
+        if len(distinct) < len(addresses):
             flags = " and ".join(f"--{name}" for name in addresses)
             raise UserError(f"{flags}: expected different files, found {next(iter(addresses.values()))} twice")
         options = {flag: value for flag, value in lasting_options(config).items() if flag != "--resume"}
-        out, summary, gate = files.get("out"), None, None
+        out = files.get("out")
+        summary: Any = None
+        gate: GateError | None = None
         if resume and out is not None and out.is_file() and not list(out.parent.glob(f"*{KEPT}")):  # all is made
             check_identity(folder, read_sealed(folder / OPTIONS), options)
+            noted = read_object(folder / SUMMARY) if (folder / SUMMARY).exists() else {}
+            gate = GateError(noted["gate"]) if noted.get("gate") else None
+            if noted.get("summary"):
+                summary = make_dataclass("Summary", noted["summary"])(**noted["summary"])
         else:
             if not resume:
                 remove(folder)
@@ -247,13 +256,18 @@ def _at_addresses(run: Callable[[Any], Any], config: Any, addresses: Mapping[str
             finally:
                 if not any(path.is_file() for path in folder.glob("*/*")):
                     remove(folder)
+            if summary is not None:
+                shown = {str(path): addresses[name] for name, path in files.items()}
+                values = {name: shown.get(str(value)) for name, value in asdict(summary).items()}
+                summary = replace(summary, **{name: address for name, address in values.items() if address})
+            if folder.exists():
+                noted = {"gate": gate and str(gate), "summary": summary and asdict(summary)}
+                write_json(folder / SUMMARY, noted)
         _upload(config, files, addresses, folder)
         remove(folder)
     if gate is not None:
         raise gate
-    shown = {str(path): addresses[name] for name, path in files.items()}
-    values = {name: shown.get(str(value)) for name, value in asdict(summary).items()} if summary is not None else {}
-    return summary and replace(summary, **{name: address for name, address in values.items() if address})
+    return summary
 
 
 def _upload(config: Any, files: Mapping[str, Path], addresses: Mapping[str, str], folder: Path) -> None:

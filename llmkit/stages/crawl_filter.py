@@ -21,7 +21,7 @@ from llmkit.io.jsonl import check_inputs, expanded, input_files, name_of, open_b
 from llmkit.io.manifest import write_manifest
 from llmkit.io.progress import Progress, counted, duration, quantity, say
 from llmkit.io.ranks import available_cores
-from llmkit.io.remote import is_remote
+from llmkit.io.remote import is_remote, size_and_version
 from llmkit.io.resume import STATE, Kept
 from llmkit.io.run_folder import uploaded
 
@@ -172,7 +172,7 @@ def run(config: CrawlFilterConfig) -> Summary | None:
     count = config.workers if config.engine == "ray" else workers  # on a cluster, all of its cores
     parts = parts_of(inputs, make, count, state=state, engine=config.engine, on_bad=on_bad_file, columns=columns)
     with state.resumable() if state is not None else nullcontext():
-        funnel, findings = _collected(config, recipe, inputs, parts, total)
+        funnel, findings = _collected(config, recipe, inputs, parts, total, state)
 
     # save
     dropped = {step: counts.total() for step, counts in funnel.dropped.items() if counts}
@@ -227,6 +227,15 @@ def _recipe(config: CrawlFilterConfig) -> tuple[Recipe, str]:
         raise UserError(f"--only and --skip: both name {both[0]}; drop it from one of them")
     steps = [step for step in check_steps(only, "--only") or recipe.steps if step not in check_steps(skip, "--skip")]
     recipe = replace(recipe, steps=tuple(steps))
+    for flag, value, step in (
+        ("--not-in", config.not_in, "contamination"),
+        ("--classifier", config.classifier, "classifier"),
+        ("--blocklist", config.blocklist, "url"),
+        ("--language", languages if languages != ("all",) else (), "language"),
+        ("--extractor", config.extractor, "extract"),
+    ):
+        if value and step not in steps:
+            raise UserError(f"{flag}: needs the step {step}, which is not taken; add it to --only, or leave out {flag}")
     if languages:
         languages = () if languages == ("all",) else languages
         check_languages(languages)
@@ -294,12 +303,10 @@ def _checked(config: CrawlFilterConfig) -> tuple[list[str], str]:
                 raise UserError(f"{path}: lies in the input {folder}, and would be read; choose another place for it")
         if not config.dry_run and config.explain is None:
             # a finished run has left no state, and is not made again by --resume
-            check_output(
-                path,
-                config.force,
-                config.resume and os.path.exists(f"{out.rstrip('/')}{STATE}"),
-                not path.endswith("/"),
-            )
+            state = f"{out.rstrip('/')}{STATE}"
+            check_unfinished(config.force, config.resume, *([state] if path == out else []))
+            is_unfinished = config.resume and os.path.exists(state)
+            check_output(path, config.force, is_unfinished, is_file=not path.endswith("/"))
             if path.endswith("/"):
                 output_folder(path, "docs/")
             elif os.path.isdir(path):
@@ -317,7 +324,8 @@ def _listed(config: CrawlFilterConfig) -> list[str]:
     if not (part.isdecimal() and whole.isdecimal() and 0 < int(part) <= int(whole)):
         raise UserError(f"--take {config.take}: expected a share such as 1/100")
     with open_input(config.listed) as lines:
-        names = [line.strip() for line in read_text(lines, config.listed).splitlines() if line.strip()]
+        names = [line.strip() for line in read_text(lines, config.listed).splitlines()]
+    names = [name for name in names if name and not name.startswith("#")]
     if not names:
         raise UserError(f"{config.listed}: expected the name of an input on each line, found none")
     taken = [name for name in names if crc32(name.encode()) % int(whole) < int(part)]
@@ -362,14 +370,13 @@ def _state(config: CrawlFilterConfig, recipe: Recipe) -> Kept | None:
     if config.out is None or not _is_on_disk(config.out):
         return None
     path = Path(f"{config.out.rstrip('/')}{STATE}")
-    check_unfinished(config.force, config.resume, path)
     if not config.resume:
         remove(path)
     identity = {
         "llmkit": __version__,
         "recipe": as_json(recipe),
         "blocklists": {source.path: file_sha256(source.path) for source in sources(recipe.url.blocklists)},
-        "files": {path: file_sha256(path) for path in recipe.files()},
+        "files": {path: size_and_version(path) if is_remote(path) else file_sha256(path) for path in recipe.files()},
         "--rejects": config.rejects is not None,
         "--engine": config.engine,
         "--columns": parse_columns(config.columns),
@@ -381,7 +388,7 @@ def _state(config: CrawlFilterConfig, recipe: Recipe) -> Kept | None:
 
 
 def _collected(
-    config: CrawlFilterConfig, recipe: Recipe, inputs: list[str], parts: Parts, total: int | None
+    config: CrawlFilterConfig, recipe: Recipe, inputs: list[str], parts: Parts, total: int | None, state: Kept | None
 ) -> tuple[Funnel, Findings]:
     """Take all parts in order, and write what becomes of them. Raises UserError where no record is as it should be."""
     from llmkit.crawl.output import Collector
@@ -414,5 +421,7 @@ def _collected(
         if funnel.records == collector.bad:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in funnel.dropped["read"].items())
             names = " ".join(map(name_of, inputs))
+            if state is not None:
+                state.remove()  # there is nothing to go on with
             raise UserError(f"{names}: expected records with `html` or `text`, found {reasons}; mend the input")
     return funnel, collector.findings

@@ -154,9 +154,9 @@ def _checked(config: EvaluateConfig) -> dict[str, float]:
     if len(set(written)) < len(written):
         raise UserError(f"--out and --report: expected different files, found {config.report} twice")
     for path in filter(None, (config.out, config.report)):
+        if path == config.out != "-" and not config.dry_run:
+            check_unfinished(config.force, config.resume, f"{path}{STATE}")
         check_output(path, config.force, config.resume, is_file=True)
-    if config.out not in (None, "-") and not config.dry_run:
-        check_unfinished(config.force, config.resume, f"{config.out}{STATE}")
     input_files(config.trained_on, text=True)
     gates = {}
     for text in config.gates:

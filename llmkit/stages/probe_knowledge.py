@@ -308,12 +308,11 @@ def _checked(config: ProbeKnowledgeConfig, out: str) -> Path | None:
     outputs = [path for path in (out, config.report) if path not in (None, "-")]
     if len({str(Path(path).resolve()) for path in outputs if path}) < len(outputs):
         raise UserError(f"--report: expected another file than --out, found {config.report} twice")
+    if out != "-":
+        check_unfinished(config.force, config.resume, out + STATE, out + WRITTEN)
     for path in outputs:
         check_output(str(path), config.force, config.resume, is_file=True)
-    if out == "-":
-        return None
-    check_unfinished(config.force, config.resume, out + STATE, out + WRITTEN)
-    return Path(out + STATE)
+    return None if out == "-" else Path(out + STATE)
 
 
 def _sampler(

@@ -244,9 +244,9 @@ def _check_options(config: SampleConfig, out: str) -> None:
     if config.system is not None and not config.chat:
         raise UserError("--system: expected --chat; in JSONL, put a system message into the record's messages")
     input_files(config.inputs)
-    check_output(out, config.force, config.resume, is_file=True)
     if config.jsonl and not config.dry_run:
         check_unfinished(config.force, config.resume, out + STATE)
+    check_output(out, config.force, config.resume, is_file=True)
 
 
 def _wanted(config: SampleConfig) -> str:

@@ -251,3 +251,9 @@ def test_kill_9_while_saving_leaves_the_output_whole(tmp_path: Path) -> None:
             assert len(turns) == 200
             assert all(row == turns[0] for row in turns)
     assert len(seen) > 1  # it was killed at different moments
+
+
+def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
+    check_output(str(tmp_path / "tok_a.csv"), force=False)
+    with pytest.raises(UserError, match=r"a\.csv: \.csv is not written"):
+        check_output(str(tmp_path / "a.csv"), force=False, is_file=True)

@@ -17,7 +17,7 @@ import pytest
 from llmkit.config import resolve
 from llmkit.errors import GateError, Interrupted, UserError
 from llmkit.io import remote
-from llmkit.io.jsonl import open_output, read_jsonl
+from llmkit.io.jsonl import input_files, open_output, read_jsonl
 from llmkit.io.remote import is_named, upload
 from llmkit.stages import crawl_filter, evaluate, train_bpe
 from tests.helpers.object_store import ObjectStore, empty_bucket, object_store
@@ -112,7 +112,8 @@ def test_what_cannot_be_uploaded_stays_here_until_resume_uploads_it(store: Objec
     with pytest.raises(UserError, match="another run: --limit was none and is now 5"):
         crawl(resume=True, limit=5)
     os.rename("docs.jsonl", "read.jsonl")  # which it has no need of
-    assert crawl(resume=True) is None
+    summary = crawl(resume=True)
+    assert summary is not None and (summary.path, summary.documents) == ("s3://bucket/a/out.jsonl", 50)
     os.rename("read.jsonl", "docs.jsonl")
     crawl("local.jsonl")
     assert store.objects()["a/out.jsonl"] == Path("local.jsonl").read_bytes()
@@ -156,8 +157,12 @@ def test_scores_are_uploaded_before_a_gate_ends_the_run(store: ObjectStore) -> N
     Path("things.jsonl").write_text(json.dumps({"query": "The sea is", "choices": ["blue", "red"], "gold": 0}))
     outputs = {"out": "s3://bucket/scores.json", "report": "s3://bucket/items.jsonl"}
     given = {"models": ["base"], "tasks": ["things.jsonl"], "gates": ["things=2"], "quiet": True, **outputs}
-    with pytest.raises(GateError):
+    store.refuse = lambda method, path: 403 if method == "PUT" else None
+    with pytest.raises(UserError, match="--resume uploads it"):
         evaluate.run(resolve(evaluate.EvaluateConfig, given))
+    store.refuse = lambda method, path: None
+    with pytest.raises(GateError, match=r"things .* under"):
+        evaluate.run(resolve(evaluate.EvaluateConfig, {**given, "resume": True}))
     assert sorted(store.objects()) == ["items.jsonl", "scores.json", "scores.json.manifest.json"]
 
 
@@ -210,6 +215,8 @@ def test_killed_at_moments_that_the_server_sees_and_resumed_it_leaves_the_same_b
         ("s3://none/out.jsonl", "expected a bucket, found none there"),
         ("s3://bucket/folder", "expected a file, found a folder"),
         ("s3://bucket/docs/", "expected the name of a file in a bucket"),
+        ("s3://bucket/docs/..", "expected the name of a file in a bucket"),
+        ("s3://bucket/docs.csv", r"\.csv is not written; choose \.jsonl"),
         ("s3://secret/out.jsonl", "not allowed .*check the credentials"),
     ],
 )
@@ -227,6 +234,20 @@ def test_nothing_is_written_without_credentials(store: ObjectStore, monkeypatch:
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(UserError, match=r"^s3://bucket/a/out\.jsonl: found no credentials to write with"):
         crawl()
+
+
+def test_evaluation_items_are_read_from_addresses(store: ObjectStore) -> None:
+    items = json.dumps({"question": "Who wrote the text about the sea?"}).encode()
+    store.client().put_object(Bucket="bucket", Key="items.jsonl", Body=items)
+    Path("docs.jsonl").write_text(json.dumps({"text": "Who wrote the text about the sea? Ann did."}) + "\n")
+    summary = crawl("out.jsonl", only=("contamination",), not_in=("s3://bucket/items.jsonl",))
+    assert summary is not None and summary.dropped == {"contamination": 1}
+
+
+@pytest.mark.parametrize("path", ["a.jsonl", "*.jsonl", "docs/"])
+def test_a_bucket_that_is_not_there_is_told_from_a_file(store: ObjectStore, path: str) -> None:
+    with pytest.raises(UserError, match=rf"^s3://none/{re.escape(path)}.*: expected a bucket, found none there$"):
+        input_files([f"s3://none/{path}"])
 
 
 def test_folders_stay_here(store: ObjectStore, llmkit) -> None:

@@ -444,7 +444,55 @@ def test_an_input_in_which_all_is_bad_is_an_error(llmkit, tmp_path):
     (tmp_path / "x.jsonl").write_text('{"body": "x"}\n' * 3)
     done = llmkit("crawl-filter", tmp_path / "x.jsonl", "-o", tmp_path / "out")
     assert done.returncode == 2 and "expected records with `html` or `text`, found 3 no_text" in done.stderr
-    assert not (tmp_path / "out").exists()
+    assert os.listdir(tmp_path) == ["x.jsonl"]  # no state either
+
+
+@pytest.mark.parametrize("out", ["docs/", "docs.jsonl"])
+def test_a_run_killed_before_its_manifest_is_an_unfinished_one(llmkit, tmp_path, monkeypatch, out):
+    """The output stands in its place already, and is not what is told of."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text('{"text": "one"}\n')
+    command = ("crawl-filter", "a.jsonl", "--only", "pii", "-o", out)
+    kill = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    start = f"import llmkit.stages.crawl_filter as stage, runpy; stage._document = lambda *_: exec({kill!r})"
+    code = f"{start}; runpy.run_module('llmkit', run_name='__main__')"
+    killed = subprocess.run([sys.executable, "-c", code, *command[:]], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL and os.path.exists(out)
+    again = llmkit(*command)
+    assert again.returncode == 2 and ".state: an unfinished run; --resume goes on with it" in again.stderr
+    assert llmkit(*command, "--resume").returncode == 0
+    assert sorted(os.listdir()) == ["a.jsonl", out.rstrip("/"), out.rstrip("/") + ".manifest.json"]
+
+
+def test_comments_of_a_list_are_passed_over(llmkit, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text('{"text": "one"}\n')
+    Path("list").write_text("# what to read\n\na.jsonl\n")
+    done = llmkit("crawl-filter", "--list", "list", "--only", "pii", "-o", "out.jsonl")
+    assert done.returncode == 0 and json.loads(done.stdout)["records"] == 1
+    assert "skipped" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "step"),
+    [
+        ("--not-in", "a.jsonl", "contamination"),
+        ("--classifier", "m.bin:good>=0.5", "classifier"),
+        ("--blocklist", "a.jsonl", "url"),
+        ("--language", "de", "language"),
+        ("--extractor", "fast", "extract"),
+    ],
+)
+def test_a_flag_of_a_step_that_is_not_taken_is_refused(llmkit, tmp_path, monkeypatch, flag, value, step):
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text('{"text": "one"}\n')
+    done = llmkit("crawl-filter", "a.jsonl", "--only", "pii", flag, value)
+    assert done.returncode == 2 and f"{flag}: needs the step {step}, which is not taken" in done.stderr
+
+
+def test_a_folder_that_cannot_be_written_is_named(llmkit):
+    done = llmkit("crawl-filter", "-", "--only", "pii", "-o", "/proc/d.jsonl", stdin='{"text": "one"}\n')
+    assert done.returncode == 2 and "error: /proc/d.jsonl.state: cannot be written: " in done.stderr
 
 
 def test_documents_and_rejects_are_packed_by_their_names(llmkit, tmp_path):
