@@ -200,7 +200,9 @@ def _save_manifest(config: CrawlFilterConfig, recipe: Recipe, inputs: list[str],
     from llmkit.crawl.recipe import as_json
 
     options = {**as_options(config), "recipe": as_json(recipe), "recipe_name": config.recipe}
-    pages = [config.listed, *config.inputs] if config.listed else _input_files(inputs)
+    pages = _input_files(inputs if config.listed is None else [path for path in inputs if not is_remote(path)])
+    if config.listed is not None:  # its addresses, up to 90,000, are not asked for their versions again
+        pages = list(dict.fromkeys([config.listed, *config.inputs, *pages]))
     read = [*pages, *recipe.url.blocklists, *recipe.files()]
     not_in = recipe.contamination.files if "contamination" in recipe.taken else ()
     write_manifest(

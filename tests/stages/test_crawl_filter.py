@@ -454,7 +454,7 @@ def test_a_run_killed_before_its_manifest_is_an_unfinished_one(llmkit, tmp_path,
     Path("a.jsonl").write_text('{"text": "one"}\n')
     command = ("crawl-filter", "a.jsonl", "--only", "pii", "-o", out)
     kill = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    start = f"import llmkit.stages.crawl_filter as stage, runpy; stage._document = lambda *_: exec({kill!r})"
+    start = f"import llmkit.stages.crawl_filter as stage, runpy; stage.write_manifest = lambda *_, **__: exec({kill!r})"
     code = f"{start}; runpy.run_module('llmkit', run_name='__main__')"
     killed = subprocess.run([sys.executable, "-c", code, *command[:]], capture_output=True)
     assert killed.returncode == -signal.SIGKILL and os.path.exists(out)
@@ -471,6 +471,8 @@ def test_comments_of_a_list_are_passed_over(llmkit, tmp_path, monkeypatch):
     done = llmkit("crawl-filter", "--list", "list", "--only", "pii", "-o", "out.jsonl")
     assert done.returncode == 0 and json.loads(done.stdout)["records"] == 1
     assert "skipped" not in done.stderr
+    inputs = json.loads(Path("out.jsonl.manifest.json").read_text())["inputs"]
+    assert [(item["path"], len(item["sha256"])) for item in inputs] == [("list", 64), ("a.jsonl", 64)]
 
 
 @pytest.mark.parametrize(
