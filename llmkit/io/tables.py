@@ -11,7 +11,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from decimal import Decimal
 from itertools import chain, count, islice
@@ -303,7 +303,11 @@ def _kinds_of(lines: IO[bytes]) -> tuple[dict[str, Any], set[str]]:
                     if check:
                         pa.array([row.get(field) for row in group], before)
                         continue
-                    kind = pa.array([row.get(field) for row in group]).type
+                    values = [row.get(field) for row in group]
+                    kind = pa.array(values).type
+                    if _hides_booleans(kind, values):
+                        texts.add(field)
+                        continue
                     both = pa.schema([(field, before)]), pa.schema([(field, kind)])
                     kinds[field] = pa.unify_schemas(both, promote_options="permissive").field(0).type
                     if before not in (pa.null(), kinds[field]) or kind not in (pa.null(), kinds[field]):
@@ -315,6 +319,21 @@ def _kinds_of(lines: IO[bytes]) -> tuple[dict[str, Any], set[str]]:
             break
     kinds |= dict.fromkeys(texts, pa.string())
     return kinds, texts
+
+
+def _hides_booleans(kind: Any, values: Iterable[Any]) -> bool:
+    """True where booleans stand among the floats of an Arrow type, which takes them for 1.0 and 0.0 after a float."""
+    import pyarrow as pa
+
+    if pa.types.is_floating(kind):
+        return any(isinstance(value, bool) for value in values)
+    values = [value for value in values if value is not None] if "double" in str(kind) else []
+    if pa.types.is_list(kind):
+        return _hides_booleans(kind.value_type, chain.from_iterable(values))
+    return any(
+        _hides_booleans(kind.field(number).type, [value.get(kind.field(number).name) for value in values])
+        for number in range(kind.num_fields if values else 0)
+    )
 
 
 def _fits(kind: Any) -> bool:

@@ -381,3 +381,16 @@ def test_a_query_is_no_part_of_a_name(name: str) -> None:
         server.files[name.partition("#")[0]] = gzip.compress(data) if ".gz" in name else data
         documents = [row.value for row in read_documents([server.address + name])]
     assert documents == [{"text": "one"}, {"text": "two"}]
+
+
+@pytest.mark.parametrize(
+    ("some", "other"), [(2.5, True), ([2.5], [True]), ([2.5, False], None), ({"b": [1.5]}, {"b": [2.5, True]})]
+)
+def test_booleans_among_floats_are_written_as_they_are(tmp_path: Path, some: object, other: object) -> None:
+    """They became 1.0 and 0.0 where a float came first."""
+    for rows in ([some, other], [other, some]):
+        with open_output(str(tmp_path / "d.parquet"), force=True) as write:
+            for value in rows:
+                write({"a": value})
+        read = [row["a"] and json.loads(row["a"]) for row in values(tmp_path / "d.parquet")]
+        assert json.dumps(read) == json.dumps(rows)
