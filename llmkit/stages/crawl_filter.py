@@ -255,11 +255,6 @@ def _recipe(config: CrawlFilterConfig) -> tuple[Recipe, str]:
     if config.not_in:
         recipe = recipe.changed("contamination", files=tuple(input_files(config.not_in)))
         _check_shell(config)
-    steps_of = {"blocklist": "url", "extractor": "extract", "classifier": "classifier", "not_in": "contamination"}
-    for name, step in steps_of.items():
-        if getattr(config, name) and step not in recipe.steps:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag}: expected its step {step} to be taken; name it in --only, or leave out {flag}")
     if config.on_match:
         if not recipe.contamination.files:
             raise UserError("--on-match: needs --not-in")

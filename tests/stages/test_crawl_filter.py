@@ -381,11 +381,6 @@ def test_no_page_stops_the_run(llmkit, tmp_path):
         (["missing.warc.gz", "-o", "docs.jsonl"], "can be read: no such file or directory\n"),
         (["in.jsonl", "--only", "extract,c4", "--skip", "c4"], "both name c4"),
         (["in.jsonl", "--only", "extrac"], "--only: unknown step 'extrac'; did you mean 'extract'?"),
-        (
-            ["in.jsonl", "--only", "pii", "--not-in", "in.jsonl"],
-            "--not-in: expected its step contamination to",
-        ),
-        (["in.jsonl", "--skip", "url", "--blocklist", "in.jsonl"], "--blocklist: expected its step url to be taken;"),
         (["in.jsonl", "--precision"], "--precision"),
         (["in.jsonl", "--rejects", "-"], "--rejects: expected a file"),
         (["in.jsonl", "-o", "a", "--rejects", "a"], "expected different files"),
