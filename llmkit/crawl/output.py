@@ -30,6 +30,7 @@ from llmkit.io.resume import Kept
 BAD = ("bad_json", "no_text", "bad_file", "truncated", "damaged")  # reasons of records that were to be read
 
 Write = Callable[[bytes], object]
+Versions = dict[str, tuple[int | None, str]]  # size and version of files at addresses
 Parts = Generator[
     tuple[Any, Part], None, None
 ]  # all work, which has a `size` in bytes, with its part, in the order of the input
@@ -44,14 +45,17 @@ def parts_of(
     engine: str = "local",
     on_bad: Callable[[UserError], object] | None = None,
     columns: Mapping[str, str] = {},
+    versions: Versions | None = None,
 ) -> Parts:
     """Yield the parts of the input.
 
     make: makes the worker of batches. state: keeps the parts, and has those of an earlier run.
     on_bad, columns: as in `Reader`; with Ray, what it would be told is in the part alone.
+    versions: gets size and version of each file at an address that was read, but for Ray
     """
     whole: deque[tuple[str, list[str]]] = deque()  # files at addresses that were read to their end, and their batches
-    works: Iterable[Any] = _batches(inputs, state, whole, partial(Reader, on_bad=on_bad, columns=columns))
+    reader_of = partial(Reader, on_bad=on_bad, columns=columns)
+    works: Iterable[Any] = _batches(inputs, state, whole, reader_of, {} if versions is None else versions)
     pool: Any = in_order
     if engine == "ray":
         from llmkit.crawl import on_ray
@@ -95,6 +99,7 @@ def _batches(
     state: Kept | None,
     whole: deque[tuple[str, list[str]]],
     reader_of: Callable[[Iterable[Source]], Reader],
+    versions: Versions,
 ) -> Iterator[Batch | DoneBefore]:
     """Yield the batches of the input, those of a file at an address apart from others.
 
@@ -106,16 +111,17 @@ def _batches(
             yield from batches(reader_of(group))
             continue
         for source in group:
-            identity = ""
+            versions[source.path] = None, ""
             with suppress(UserError):  # which the reader raises, too
-                identity = _identity(source.path, size_and_version(source.path)) if resumed else ""
-            if state is not None and identity in state:
-                yield from map(DoneBefore, orjson.loads(state[identity]))
+                versions[source.path] = size_and_version(source.path) if resumed else (None, "")
+            if state is not None and _identity(source.path, versions[source.path]) in state:
+                yield from map(DoneBefore, orjson.loads(state[_identity(source.path, versions[source.path])]))
                 continue
             reader, keys = reader_of([source]), []
             for batch in batches(reader):
                 keys.append(batch.key)
                 yield batch
+            versions[source.path] = reader.version
             if (identity := _identity(source.path, reader.version)) and keys:
                 whole.append((identity, keys))
                 _keep_whole(state, whole)

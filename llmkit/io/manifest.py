@@ -125,9 +125,10 @@ def _with_sources(manifest: Mapping[str, Any], change: Callable[[Mapping[str, An
 # ---- writing
 
 
-def describe_inputs(paths: Iterable[str]) -> list[dict[str, Any]]:
+def describe_inputs(paths: Iterable[str], known: Mapping[str, tuple[int | None, str]] = {}) -> list[dict[str, Any]]:
     """Path, bytes and SHA-256 of each input file; stdin and pipes have a path alone, addresses bytes and version.
 
+    known: size and version of addresses, which are not asked again
     The output of a stage has its manifest, too, and the evaluations whose items were taken out of it (`not_in`).
     """
     described = []
@@ -135,7 +136,7 @@ def describe_inputs(paths: Iterable[str]) -> list[dict[str, Any]]:
         if is_remote(path):
             described.append({"path": path})
             with suppress(UserError):
-                size, version = size_and_version(path)
+                size, version = known[path] if path in known else size_and_version(path)
                 described[-1] |= {"bytes": size, "version": version}
             continue
         content = _content(path) if os.path.isfile(path) else {}
@@ -171,11 +172,13 @@ def write_manifest(
     results: Mapping[str, Any] | None = None,
     packages: Sequence[str] = PACKAGES,
     not_in: Sequence[str] = (),
+    known: Mapping[str, tuple[int | None, str]] = {},
 ) -> dict[str, Any]:
     """Write the manifest of a folder into it, of a single file beside it, and return it.
 
     not_in: evaluations among the inputs, whose items were taken out of the others. The manifest names them, and those
     that all other inputs had been rid of before.
+    known: as in `describe_inputs`
     """
     from importlib.metadata import PackageNotFoundError, version  # 11 ms that no --help need pay
 
@@ -193,7 +196,7 @@ def write_manifest(
             parent["manifest"] = read_manifest(local_folder(parent["path"]))
         except (UserError, OSError) as error:  # after the work, which it is no reason to lose
             say(f"{error}; so the manifest does not tell how {parent['path']} was made")
-    described = describe_inputs(inputs)
+    described = describe_inputs(inputs, known)
     before = [item.get("not_in", []) for item in described if item["path"] not in not_in]
     absent = [{"path": item["path"], "sha256": item.get("sha256")} for item in described if item["path"] in not_in]
     absent += [item for item in (before or [[]])[0] if item not in absent and all(item in others for others in before)]

@@ -27,7 +27,7 @@ from llmkit.io.run_folder import uploaded
 
 if TYPE_CHECKING:
     from llmkit.crawl.filters.contamination import Findings
-    from llmkit.crawl.output import Funnel, Parts
+    from llmkit.crawl.output import Funnel, Parts, Versions
     from llmkit.crawl.recipe import Recipe
 
 BYTES_PER_SECOND = 1_700_000  # of WARC.gz, by one core with the model: 100 pages
@@ -170,7 +170,9 @@ def run(config: CrawlFilterConfig) -> Summary | None:
     # build and do
     state = _state(config, recipe)
     count = config.workers if config.engine == "ray" else workers  # on a cluster, all of its cores
-    parts = parts_of(inputs, make, count, state=state, engine=config.engine, on_bad=on_bad_file, columns=columns)
+    versions: Versions = {}
+    read = partial(parts_of, engine=config.engine, on_bad=on_bad_file, columns=columns, versions=versions)
+    parts = read(inputs, make, count, state=state)
     with state.resumable() if state is not None else nullcontext():
         funnel, findings = _collected(config, recipe, inputs, parts, total, state)
 
@@ -183,7 +185,7 @@ def run(config: CrawlFilterConfig) -> Summary | None:
             report = f"{out.rstrip('/')}{OF_FILE}"
             figures["contamination"] = findings.write(report)
             say(f"--not-in: {findings}, listed in {os.path.basename(report)} beside --out", config.quiet)
-        _save_manifest(config, recipe, inputs, figures)
+        _save_manifest(config, recipe, inputs, versions, figures)
         state.remove()
 
     # summarise
@@ -195,18 +197,28 @@ def run(config: CrawlFilterConfig) -> Summary | None:
     return None if out == "-" else Summary(out, config.rejects, **results, workers=workers, seconds=seconds)
 
 
-def _save_manifest(config: CrawlFilterConfig, recipe: Recipe, inputs: list[str], figures: dict[str, Any]) -> None:
+def _save_manifest(
+    config: CrawlFilterConfig, recipe: Recipe, inputs: list[str], versions: Versions, figures: dict[str, Any]
+) -> None:
     """Write the manifest of the output, whose `results` are the figures."""
     from llmkit.crawl.recipe import as_json
 
     options = {**as_options(config), "recipe": as_json(recipe), "recipe_name": config.recipe}
-    pages = _input_files(inputs if config.listed is None else [path for path in inputs if not is_remote(path)])
-    if config.listed is not None:  # its addresses, up to 90,000, are not asked for their versions again
-        pages = list(dict.fromkeys([config.listed, *config.inputs, *pages]))
+    pages = _input_files(inputs)
+    if config.listed is not None:  # of its addresses, up to 90,000, those that Ray has read are not asked again
+        known = [path for path in pages if path in versions or not is_remote(path)]
+        pages = list(dict.fromkeys([config.listed, *config.inputs, *known]))
     read = [*pages, *recipe.url.blocklists, *recipe.files()]
     not_in = recipe.contamination.files if "contamination" in recipe.taken else ()
     write_manifest(
-        str(config.out), "crawl-filter", options, inputs=read, results=figures, packages=PACKAGES, not_in=not_in
+        str(config.out),
+        "crawl-filter",
+        options,
+        inputs=read,
+        results=figures,
+        packages=PACKAGES,
+        not_in=not_in,
+        known=versions,
     )
 
 

@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import ANY
 
 import pyarrow as pa
 import pytest
@@ -145,6 +146,10 @@ def test_a_crawl_is_read_from_addresses_and_from_a_list_of_them(server: FileServ
     assert from_disk[-1] == "one page"
     assert documents(*(server.address + name for name in names)) == from_disk
     assert documents(*listed) == from_disk
+    read = json.loads((tmp_path / "o.jsonl.manifest.json").read_text())["inputs"]
+    sizes = {item["path"].rpartition("/")[2]: item["bytes"] for item in read}
+    assert sizes == {"paths.gz": ANY, **{name: len(server.files[name]) for name in names}, "none.warc.gz": None}
+    assert all(item["version"] for item in read if item["bytes"])
     assert documents(*listed, "--take", "1/2") in (from_disk[:-1], from_disk[-1:])
     for wrong, told in (
         (["--take", "1/2"], "--take: needs --list"),
