@@ -66,7 +66,7 @@ def _calls(values: Any) -> list[Call]:
     for value in values if isinstance(values, list) else [values]:
         arguments = value.get("arguments", value.get("parameters", {})) if isinstance(value, dict) else None
         if isinstance(arguments, str):  # OpenAI's
-            with suppress(ValueError):
+            with suppress(ValueError, RecursionError):
                 arguments = json.loads(arguments)
         if not isinstance(arguments, dict) or not isinstance(value.get("name"), str):
             return []
@@ -81,18 +81,20 @@ def _json_calls(text: str) -> list[Call]:
     while at < len(text):
         try:
             value, at = decoder.raw_decode(text, at)
-        except ValueError:
+        except (ValueError, RecursionError):  # the latter of a thousand brackets
             return []
         if not (calls := _calls(value)):
             return []
         found += calls
-        at += len(text[at:]) - len(text[at:].lstrip("; \t\r\n"))
+        while text[at : at + 1] in tuple("; \t\r\n"):
+            at += 1
     return found
 
 
 def _tagged(text: str) -> list[Call]:
     found = []
-    for body in re.findall(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", text, re.DOTALL):
+    for body in re.findall(r"<tool_call>(.*?)(?:</tool_call>|\Z)", text, re.DOTALL):
+        body = body.strip()
         function = re.fullmatch(r"<function=([^>\n]+)>(.*?)(?:</function>)?", body, re.DOTALL)
         if function is None:
             calls = _json_calls(body)
@@ -107,7 +109,7 @@ def _tagged(text: str) -> list[Call]:
 
 def _value(text: str) -> Any:
     """Read a value that is written without quotes: a number, a list or an object as such, else the text."""
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         value = json.loads(text)
         return text if isinstance(value, str) else value
     return text
@@ -127,19 +129,18 @@ def _mistral(text: str) -> list[Call]:
         match = re.fullmatch(r"\s*([\w.-]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*(\{.*\})\s*", piece, re.DOTALL)
         if match is None:
             return []
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             found.append(Call(match[1], json.loads(match[2], strict=False)))
     return found
 
 
 def _listed(text: str) -> list[Call]:
-    match = re.search(r"<\|tool_call\|>\s*(.*?)\s*(?:<\|/tool_call\|>|\Z)", text, re.DOTALL)
-    return _json_calls(match[1]) if match else []
+    _, opener, rest = text.partition("<|tool_call|>")
+    return _json_calls(rest.partition("<|/tool_call|>")[0]) if opener else []
 
 
 _GEMMA = re.compile(
-    r"(?:<\|tool_call>|<start_function_call>)call:([\w.-]+)(\{.*?\})(?=<|\Z)",
-    re.DOTALL,
+    r"(?:<\|tool_call>|<start_function_call>)call:([\w.-]+)(\{[^<]*\})(?=<|\Z)",  # the strings are gone
 )
 
 
@@ -157,7 +158,7 @@ def _gemma(text: str) -> list[Call]:
         body = re.sub(r'"\ufde0(\d+)"', lambda match: json.dumps(strings[int(match[1])]), body)
         try:
             found.append(Call(name, json.loads(body, strict=False)))
-        except ValueError:
+        except (ValueError, RecursionError):
             return []
     return found
 

@@ -28,9 +28,14 @@ EXEMPT = {
     "llmkit.generation.terminal",  # the same
     "llmkit.text.answer_spans",  # by way of matching
     "llmkit.training.trainer",  # names of files
-    "llmkit.io.hub",  # addresses of the user's
+    "llmkit.evaluation.evaluator",  # runs of white space
+    "llmkit.evaluation.tasks",  # an option
+    "llmkit.export.gguf_file",  # a name
+    "llmkit.io.files",  # addresses of the user's
+    "llmkit.io.hub",  # the same
     "llmkit.io.remote",  # the same
     "llmkit.io.run_folder",  # steps of checkpoints
+    "llmkit.tools.functions",  # a docstring of the user's
 }
 
 
@@ -303,7 +308,7 @@ def tokenizer_readers() -> dict[str, Reader]:
     from tiny import save_tokenizer
 
     from llmkit.formats.conversations import message
-    from llmkit.tokenizer import corpus, patterns, templates
+    from llmkit.tokenizer import calls, corpus, patterns, templates
     from llmkit.tokenizer.chat import CHAT_SPECIALS
     from llmkit.tokenizer.encoding import load_tokenizer
 
@@ -345,6 +350,7 @@ def tokenizer_readers() -> dict[str, Reader]:
         "pieces llama3": counted("llama3"),
         "corpus.plain_text": plain,
         "templates.portable_template": templates.portable_template,
+        "calls": lambda text: [form.read(start + text) for form in calls.FORMS for start in form.openers],
     }
 
 
