@@ -1,9 +1,9 @@
 """Models asked the items of tasks: each item becomes a record of likelihoods or completions, and what they are worth.
 
+loaded = load_items(load_tasks(["arc_easy=arc_easy.jsonl"])[0])  # of tasks
 with open_model("base/", Asking()) as model:
-    loaded = load_items(load_tasks(["arc_easy=arc_easy.jsonl"])[0])
     records = [record for chunk in chunks(loaded.items) for record in model.evaluate(loaded.task, chunk)]
-    summarise(loaded, records)["score"]
+summarise(loaded, records)["score"]  # of scores
 """
 
 from __future__ import annotations
@@ -59,6 +59,11 @@ class Asking:
     seed: int = 0
     tools: ToolConfig | None = None
     thinking: str = "auto"
+
+
+def chunks(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
+    """Yield the items in the numbers that are evaluated together."""
+    return (items[first : first + CHUNK] for first in range(0, len(items), CHUNK))
 
 
 class Model:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from llmkit.errors import UserError
-from llmkit.evaluation.evaluator import CHUNK, Asking, model_here
+from llmkit.evaluation.evaluator import Asking, chunks, model_here
 from llmkit.evaluation.scores import summarise
 from llmkit.evaluation.tasks import load_items, load_tasks
 from llmkit.io.ranks import launch
@@ -42,8 +42,9 @@ class TaskScores:
             try:
                 with _eager(model):
                     for one in self._loaded:
-                        chunks = [one.items[first : first + CHUNK] for first in range(0, len(one.items), CHUNK)]
-                        records = [record for chunk in chunks for record in watched.evaluate(one.task, chunk)]
+                        records = [
+                            record for chunk in chunks(one.items) for record in watched.evaluate(one.task, chunk)
+                        ]
                         scores[f"task/{one.task.name}"] = round(summarise(one, records)["score"], 5)
             finally:
                 watched.close()

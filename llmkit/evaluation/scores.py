@@ -43,7 +43,7 @@ def summarise(loaded: Loaded, records: Sequence[Mapping[str, Any]]) -> dict[str,
     metric = metric_of(task)
     metrics: dict[str, float | None] = {}
     for name, each in values.items():
-        metrics |= {name: float(each.mean()), f"{name}_stderr": _stderr(task.kind, name, each, records)}
+        metrics |= {name: float(each.mean()), f"{name}_stderr": _stderr(name, each, records)}
     if task.kind in ("text", "language_modeling"):
         logprobs = np.array([record["logprobs"][0] for record in records])
         words = [record["words"] for record in records]
@@ -74,7 +74,7 @@ def summarise(loaded: Loaded, records: Sequence[Mapping[str, Any]]) -> dict[str,
     return summary
 
 
-def _stderr(kind: str, name: str, values: np.ndarray, records: Sequence[Mapping[str, Any]]) -> float | None:
+def _stderr(name: str, values: np.ndarray, records: Sequence[Mapping[str, Any]]) -> float | None:
     if len(values) < 2:
         return None
     if name == "bits_per_byte":  # a ratio of two sums: what each item has beyond it

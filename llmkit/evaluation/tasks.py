@@ -42,7 +42,7 @@ from typing import Any
 from llmkit.config import read_toml
 from llmkit.errors import UserError, naming
 from llmkit.formats.problems import Problem, read_problem
-from llmkit.io.jsonl import dump_json, read_jsonl
+from llmkit.io.jsonl import RECORDS, dump_json, read_jsonl
 from llmkit.io.progress import counted
 from llmkit.io.records import Row, fields_of
 from llmkit.io.remote import is_remote
@@ -55,7 +55,7 @@ KINDS = {  # kind: what its forms have, and the metric that is its score
     "text": (("text",), "bits_per_byte"),
     "generation": (("prompt",), "pass@1"),
 }
-ENDINGS = ("", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet", ".csv", ".tsv")
+ENDINGS = ("", *(kind + packed for kind in RECORDS for packed in ("", ".gz", ".zst")))
 SHOT_SEED = 1234  # of lm-evaluation-harness and nanochat
 CORE_SEED = 1337  # of nanochat: the order of a task's items
 
@@ -274,7 +274,8 @@ def load_items(task: Task, limit: int | None = None, shots: int | None = None, s
     items = _first(pool, limit)
     if count and task.shots_path:
         pool = [_parse(task, row) for row in read_jsonl([task.shots_path])]
-        digest.update("".join(item.where for item in pool).encode())
+        for item in pool:
+            digest.update(dump_json(item.record) + b"\n")
     if count:
         draw = Random(SHOT_SEED + seed)
         whole, by_group = pool, dict[str, list[Item]]()
@@ -286,7 +287,7 @@ def load_items(task: Task, limit: int | None = None, shots: int | None = None, s
             chosen = _examples(task, item, number, pool, count, draw, bool(task.shots_path))
             drawn.append(_with_examples(task, item, chosen))
         items = drawn
-    return Loaded(task, items, digest.hexdigest())
+    return Loaded(replace(task, shots=count), items, digest.hexdigest())
 
 
 def _first(items: list[Item], limit: int | None) -> list[Item]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -106,7 +106,7 @@ def run(config: EvaluateConfig) -> Summary | None:
     records, hashes = _records(config, loaded, out)
 
     # summarise
-    models = [_model_scores(config, name, hashes[name], loaded, records, contaminated) for name in hashes]
+    models = [_model_scores(name, hashes[name], loaded, records, contaminated) for name in hashes]
     comparisons = _comparisons(list(hashes), loaded, records)
     for line in _table(models, comparisons):
         say(line, config.quiet)
@@ -203,16 +203,21 @@ def _contaminated(config: EvaluateConfig, loaded: Sequence[Loaded]) -> set[str] 
 def _asking(config: EvaluateConfig) -> Asking:
     from llmkit.evaluation.evaluator import Asking
 
-    tools = config if config.tools else None
-    asking = Asking(
-        config.chat, config.system, config.samples, config.temperature, config.max_tokens, config.seed, tools
+    return Asking(
+        chat=config.chat,
+        system=config.system,
+        samples=config.samples,
+        temperature=config.temperature,
+        max_tokens=config.max_tokens,
+        seed=config.seed,
+        tools=config if config.tools else None,
+        thinking=config.thinking,
     )
-    return replace(asking, thinking=config.thinking)
 
 
 def _records(config: EvaluateConfig, loaded: Sequence[Loaded], out: str) -> tuple[Records, dict[str, str]]:
     """Ask each model all items; the records, and the hash of each model by its name."""
-    from llmkit.evaluation.evaluator import CHUNK, open_model
+    from llmkit.evaluation.evaluator import chunks, open_model
 
     records: Records = {}
     hashes: dict[str, str] = {}
@@ -234,17 +239,16 @@ def _records(config: EvaluateConfig, loaded: Sequence[Loaded], out: str) -> tupl
                 hashes[model.name] = model.sha256
                 for one in loaded:
                     done = records[model.name, one.task.name] = []
-                    for first in range(0, len(one.items), CHUNK):
-                        chunk = one.items[first : first + CHUNK]
-                        key = f"{model.sha256} {model.name} {one.task.name} {first}"
+                    for number, chunk in enumerate(chunks(one.items)):
+                        key = f"{model.sha256} {model.name} {one.task.name} {number}"
                         if key not in state:
                             state.add(key, {"records": model.evaluate(one.task, chunk)})
-                        done += read_records(state[key])
+                        done += _kept_records(state[key])
                         progress.advance(len(chunk), task=one.task.name)
     return records, hashes
 
 
-def read_records(line: bytes) -> list[dict[str, Any]]:
+def _kept_records(line: bytes) -> list[dict[str, Any]]:
     """Return the records of a chunk as they were kept."""
     import orjson
 
@@ -255,7 +259,6 @@ def read_records(line: bytes) -> list[dict[str, Any]]:
 
 
 def _model_scores(
-    config: EvaluateConfig,
     name: str,
     sha256: str,
     loaded: Sequence[Loaded],

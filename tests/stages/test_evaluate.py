@@ -274,6 +274,19 @@ def test_items_of_the_training_text_are_scored_apart(models, tmp_path):
     assert [item["in_training"] for item in read_lines(report)] == [False, True, False, False]
 
 
+def test_examples_are_counted_and_are_part_of_the_data(models, tmp_path):
+    write_lines(tmp_path / "things.jsonl", CHOICES)
+    form = '[[form]]\nprompt = "{{query}}"\nchoices = "choices"\ngold = "gold"\n'
+    (tmp_path / "own.toml").write_text(f'kind = "multiple_choice"\nfile = "things"\nshots_file = "shown"\n{form}')
+    hashes = []
+    for shown in (CHOICES[0], CHOICES[1], CHOICES[1]):
+        write_lines(tmp_path / "shown.jsonl", [shown])
+        task = evaluate(models / "base", tasks=str(tmp_path / "own.toml"), few_shot=1).models[0]["tasks"]["own"]
+        hashes.append(task["data_sha256"])
+        assert task["shots"] == 1
+    assert hashes[0] != hashes[1] == hashes[2]
+
+
 # ---- resume
 
 
