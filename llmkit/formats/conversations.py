@@ -315,7 +315,7 @@ def read_messages(row: Row, entries: list[dict[str, Any]], lost: list[str] | Non
         if role is None:
             instead = repr(entry["role"]) if entry.get("role") is not None else f"no role in {sorted(entry)}"
             raise UserError(f"expected a role among system, user, assistant, tool; found {instead}")
-        parts = _parts(entry, role, losses)
+        parts = _parts(entry, role)
         for part in parts:
             _check_unicode(part.text)
         if role != "assistant":
@@ -358,7 +358,7 @@ def _joined(parts: list[Part]) -> tuple[Part, ...]:
     return tuple(joined)
 
 
-def _parts(entry: dict[str, Any], role: str, lost: list[str]) -> tuple[Part, ...]:
+def _parts(entry: dict[str, Any], role: str) -> tuple[Part, ...]:
     content, calls = entry.get("content"), entry.get("tool_calls") or []
     if role == "function_call":
         return (_call(content),)
@@ -370,7 +370,7 @@ def _parts(entry: dict[str, Any], role: str, lost: list[str]) -> tuple[Part, ...
         instead = "null" if "content" in entry else sorted(entry)
         raise UserError(f"expected a message with 'content', found {instead}")
     if isinstance(content, list):
-        parts = [_part(part, role, lost) for part in content]
+        parts = [_part(part, role) for part in content]
     elif content is None or isinstance(content, str):
         parts = [Part("text", content)] if content else []
     else:
@@ -388,7 +388,7 @@ def _parts(entry: dict[str, Any], role: str, lost: list[str]) -> tuple[Part, ...
     return _joined(parts)
 
 
-def _part(part: Any, role: str, lost: list[str]) -> Part:
+def _part(part: Any, role: str) -> Part:
     kind = part.get("type") if isinstance(part, dict) else None
     text = part.get("text", part.get("value", part.get("thinking"))) if isinstance(part, dict) else part
     if kind == CALL and role == "assistant":

@@ -372,6 +372,8 @@ class _Pool:
         """Append a token; why the sequence ends with it, or `CALL`, or None where it goes on."""
         sequence.append(token, logprob, truncated)
         ended, tools, open_call = token in self._of.end_ids, self._tools, sequence.call
+        if tools is not None and open_call is None and token in tools.others:
+            tools.unavailable_calls[tools.others[token]] += 1
         if tools is not None and sequence.opening is not None and open_call is None and token not in tools.starts:
             if (reason := self._take_text(sequence, tools, token, ended)) is not None:
                 return reason
@@ -396,8 +398,6 @@ class _Pool:
             input_ids.append(token)
             text = ""
         else:
-            if tools is not None and token in tools.others:
-                tools.unavailable_calls[tools.others[token]] += 1
             text = sequence.stops.push(sequence.decoding.push([token]))
         self._give(sequence, text)
         if sequence.stops.stopped:
@@ -409,8 +409,6 @@ class _Pool:
     def _take_text(self, sequence: _Sequence, tools: ToolUse, token: int, ended: bool) -> str | None:
         """Take a token of a turn in which calls are text: give out what is none, and look for calls that are over."""
         assert sequence.opening is not None
-        if token in tools.others:
-            tools.unavailable_calls[tools.others[token]] += 1
         over = ended or sequence.full
         piece = sequence.decoding.finish() if ended else sequence.decoding.push([token])
         piece += sequence.decoding.finish() if over and not ended else ""

@@ -26,6 +26,16 @@ POST_NORMS = {
     "attention_post_norm": ("post_attention_layernorm",),
     "mlp_post_norm": ("post_feedforward_layernorm",),
 }
+GEMMA_DEFAULTS = {
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
 GEMMA_LAYER = {**LLAMA_LAYER, **POST_NORMS, "mlp_norm": ("pre_feedforward_layernorm",)}
 OLMO_LAYER = {**LLAMA_LAYER, **POST_NORMS}  # which has no norms before
 LLAMA_TABLES = {"embed_tokens": "embed_tokens", "norm": "norm"}
@@ -134,17 +144,10 @@ FAMILIES = {
         refused={"use_bidirectional_attention": False},
         names={"activation": "hidden_activation"},
         defaults={
-            "num_key_value_heads": 4,
-            "head_dim": 256,
+            **GEMMA_DEFAULTS,
             "max_position_embeddings": 8192,
-            "query_pre_attn_scalar": 256,
             "attn_logit_softcapping": 50.0,
             "final_logit_softcapping": 30.0,
-            "sliding_window": 4096,
-            "tie_word_embeddings": True,
-            "bos_token_id": 2,
-            "eos_token_id": 1,
-            "pad_token_id": 0,
         },
         windows="layers",
         window_every=2,
@@ -168,19 +171,12 @@ FAMILIES = {
         refused={"use_bidirectional_attention": False, "attn_logit_softcapping": None},
         names={"activation": "hidden_activation"},
         defaults={
+            **GEMMA_DEFAULTS,
             "vocab_size": 262208,
             "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-            "head_dim": 256,
             "max_position_embeddings": 131072,
-            "query_pre_attn_scalar": 256,
             "rope_theta": 1e6,
             "rope_local_base_freq": 1e4,
-            "sliding_window": 4096,
-            "tie_word_embeddings": True,
-            "bos_token_id": 2,
-            "eos_token_id": 1,
-            "pad_token_id": 0,
         },
         windows="layers",
         window_every=6,

@@ -245,10 +245,8 @@ class TemplateFormat(ChatFormat):
         return turns
 
     def _call(self, part: Part, number: int) -> dict[str, Any]:
-        own = part.kind != CALL
-        call = {"name": part.kind, "arguments": {ARGUMENT[part.kind]: part.text}} if own else json.loads(part.text)
         # an id of nine characters, which Mistral's templates ask for
-        return {"id": f"call{number:05d}", "type": "function", "function": self._escape_all(call)}
+        return {"id": f"call{number:05d}", "type": "function", "function": self._escape_all(_function(part))}
 
     def _escape_all(self, value: Any) -> Any:
         if isinstance(value, dict):
@@ -289,14 +287,11 @@ class TemplateFormat(ChatFormat):
                 self._render(turns[:-1], False, tools=tools)  # where an earlier turn is at fault, that is named
             raise UserError(f"{self._folder}: its chat template {verb}: {error} (at {last})") from None
 
-    def _rendered(
-        self, messages: Sequence[Message], prompt: bool, tools: Any
-    ) -> tuple[list[_Turn], str, list[tuple[int, int]]]:
-        """Return the turns, the text, and from where to where in it stands what each of them says.
+    def _rendered(self, turns: list[_Turn], prompt: bool, tools: Any) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text, and from where to where in it stands what each turn says; thoughts that it moves, in place.
 
         Raises UserError for a template that changes what they say.
         """
-        turns = [turn for said in messages for turn in self._turns(said)]
         if any(turn.calls or turn.results for turn in turns):
             _ = self.call_end  # or the template would leave them out in silence
         everyone = range(len(turns))
@@ -326,7 +321,7 @@ class TemplateFormat(ChatFormat):
                 if index > 1 or turns[0].role != "system":
                     raise self._leaves_out(turns, index)
                 places[0] = (0, 0)
-        return turns, text, [places[index] for index in everyone]
+        return text, [places[index] for index in everyone]
 
     def _leaves_out(self, turns: Sequence[_Turn], index: int) -> UserError:
         return UserError(
@@ -364,8 +359,10 @@ class TemplateFormat(ChatFormat):
             raise UserError(self._endless)
         messages = conversation.messages
         tools = list(conversation.tools) or None
-        turns, text, places = self._rendered(messages, prompt, tools)
-        of = [index for index, said in enumerate(messages) for _ in self._turns(said)]  # the message of each turn
+        divided = [self._turns(said) for said in messages]
+        of = [index for index, some in enumerate(divided) for _ in some]  # the message of each turn
+        turns = [turn for some in divided for turn in some]
+        text, places = self._rendered(turns, prompt, tools)
         answers = [index for index, said in enumerate(messages) if said.role == "assistant"]
         taught = {i for i in answers if messages[i].weight > 0 and (loss != "last" or i == answers[-1])}
         learnt = {turn for turn, index in enumerate(of) if index in taught}
@@ -451,13 +448,15 @@ def as_openai(messages: Sequence[Message]) -> list[dict[str, Any]]:
             if part.kind == "text":
                 entry["content"] += part.text
             elif part.kind != RESULT:
-                call = (
-                    json.loads(part.text)
-                    if part.kind == CALL
-                    else {"name": part.kind, "arguments": {ARGUMENT[part.kind]: part.text}}
-                )
-                entry.setdefault("tool_calls", []).append({"type": "function", "function": call})
+                entry.setdefault("tool_calls", []).append({"type": "function", "function": _function(part)})
     return entries
+
+
+def _function(part: Part) -> dict[str, Any]:
+    """The name and the arguments of a call."""
+    if part.kind == CALL:
+        return json.loads(part.text)
+    return {"name": part.kind, "arguments": {ARGUMENT[part.kind]: part.text}}
 
 
 def _any_of(names: Iterable[str]) -> re.Pattern[str]:
