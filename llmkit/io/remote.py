@@ -11,7 +11,6 @@ pauses. With `settings.cache` a file is fetched before its first byte is read, a
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -20,8 +19,8 @@ import os
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -460,14 +459,20 @@ class _Cached:
             path.unlink()  # it was cut after it was whole
         if path.exists():
             return path
+        from filelock import FileLock
+
         partial = path.with_name(path.name + ".partial")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with _sole(partial, path) as handle:
-                if handle is not None:
-                    self._copy(handle)
-                    self._describe(path)
+            with FileLock(f"{partial}.lock", poll_interval=WAIT):
+                if not path.exists():  # made meanwhile by another run
+                    with open(partial, "ab") as handle:
+                        self._copy(handle)
+                    size, version = self.now
+                    text = json.dumps({"address": redacted(self._address), "bytes": size, "version": version})
+                    path.with_name(path.name + DESCRIPTION).write_text(text + "\n")
                     os.replace(partial, path)
+                Path(f"{partial}.lock").unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"--cache {self._folder}: cannot be written: {str(error.strerror).lower()}") from None
         return path
@@ -488,34 +493,9 @@ class _Cached:
         handle.flush()
         os.fsync(handle.fileno())
 
-    def _describe(self, path: Path) -> None:
-        size, version = self.now
-        text = json.dumps({"address": redacted(self._address), "bytes": size, "version": version})
-        path.with_name(path.name + DESCRIPTION).write_text(text + "\n")
-
     def close(self) -> None:
         if self._open is not None:
             self._open.close()
-
-
-@contextmanager
-def _sole(partial: Path, path: Path) -> Iterator[IO[bytes] | None]:
-    """Open a file to append to while no other run does; None where `path`, made of it by another run, stands there."""
-    while True:
-        with open(partial, "ab") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EAGAIN, errno.EACCES):
-                    time.sleep(WAIT)
-                    continue
-            if path.exists():
-                partial.unlink(missing_ok=True)
-                yield None
-                return
-            if partial.exists() and os.path.samestat(partial.stat(), os.fstat(handle.fileno())):
-                yield handle
-                return
 
 
 def _file_system(address: str) -> tuple[Any, str]:
