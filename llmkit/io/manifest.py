@@ -144,18 +144,13 @@ def describe_inputs(paths: Iterable[str], known: Mapping[str, tuple[int | None, 
         with suppress(UserError, OSError):  # after the work: what stands beside a file is no reason to lose it
             manifest = read_manifest(path) if content else None
             # another file may have taken the place of what the stage had written
-            if not manifest or manifest.get("output") != content:
-                manifest = _described_folder(path, content) if content else None
+            if content and (manifest or {}).get("output") != content:
+                manifest = read_manifest(os.path.dirname(path) or ".") or {}  # of a folder of files
+                manifest = manifest if manifest.get("outputs", {}).get(os.path.basename(path)) == content else None
             if manifest:
                 described[-1]["manifest"] = manifest
                 described[-1] |= {"not_in": manifest["not_in"]} if isinstance(manifest.get("not_in"), list) else {}
     return described
-
-
-def _described_folder(path: str, content: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The manifest of the folder that a stage has written this file into, if it is still the same."""
-    manifest = read_manifest(os.path.dirname(path) or ".")
-    return manifest if (manifest or {}).get("outputs", {}).get(os.path.basename(path)) == content else None
 
 
 def _content(path: str | os.PathLike[str]) -> dict[str, Any]:

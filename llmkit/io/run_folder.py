@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, make_dataclass, replace
 from functools import wraps
@@ -30,7 +30,7 @@ from llmkit.io.files import (
 )
 from llmkit.io.hub import check_weights, commits, hub_hint, pin
 from llmkit.io.jsonl import read_object, write_json
-from llmkit.io.manifest import MANIFEST, OF_FILE, read_manifest, write_manifest, write_model_card
+from llmkit.io.manifest import MANIFEST, OF_FILE, read_manifest
 from llmkit.io.progress import say
 from llmkit.io.ranks import launch
 from llmkit.io.remote import check_upload, is_remote, upload
@@ -100,17 +100,17 @@ class RunFolder:
 
     def __init__(self, out: str | None, example: str, *, resume: bool, force: bool, dry_run: bool = False) -> None:
         """Raises UserError for an --out that cannot be had; with nothing to resume the run starts."""
-        self.out = output_folder(out, example)
+        self.folder = output_folder(out, example)
         # beside what a link leads to: the folder there is replaced, not the link
-        self.work = Path(f"{os.path.realpath(self.out) if self.out.is_symlink() else self.out}{PARTIAL}")
+        self.work = Path(f"{os.path.realpath(self.folder) if self.folder.is_symlink() else self.folder}{PARTIAL}")
         if not resume and launch().restarts > 0:  # a former attempt of this job, which failed, may have begun the run
-            notes = next((folder / NOTES for folder in (self.work, self.out) if (folder / NOTES).exists()), None)
+            notes = next((folder / NOTES for folder in (self.work, self.folder) if (folder / NOTES).exists()), None)
             resume = notes is not None and read_object(notes).get("job") == launch().job
         self.resume = resume
         if dry_run:
             return
-        check_output(str(self.out), force, resume)
-        if resume and not self.work.is_dir() and (not self.out.is_dir() or is_empty_folder(self.out)):
+        check_output(str(self.folder), force, resume)
+        if resume and not self.work.is_dir() and (not self.folder.is_dir() or is_empty_folder(self.folder)):
             self.resume = resume = False
             say(f"--resume: nothing stands at {self.work} yet, so the run starts")
         check_unfinished(force, resume, self.work)
@@ -121,14 +121,15 @@ class RunFolder:
     @property
     def is_finished(self) -> bool:
         """True if the run to be resumed is done: that is no work, and no mistake."""
-        return self.resume and self.out.is_dir() and not self.work.is_dir()
+        return self.resume and self.folder.is_dir() and not self.work.is_dir()
 
     def results(self, stage: str, config: Any) -> dict[str, Any]:
         """The results of the finished run. Raises UserError for a folder from elsewhere, and for other options."""
-        manifest = read_manifest(self.out) or {}
+        manifest = read_manifest(self.folder) or {}
         if manifest.get("stage") != stage:
-            raise UserError(f"{self.out}: not a finished {stage} run; choose another --out, or replace it with --force")
-        check_finished(self.out, config)
+            instead = "choose another --out, or replace it with --force"
+            raise UserError(f"{self.folder}: not a finished {stage} run; {instead}")
+        check_finished(self.folder, config)
         return manifest["results"]
 
     def notes(self, identity: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -158,29 +159,16 @@ class RunFolder:
         sync(self.work)  # and its own name: the checkpoints are lost without them
         sync(self.work.absolute().parent)
 
-    def document(
-        self,
-        stage: str,
-        options: Mapping[str, Any],
-        *,
-        inputs: Sequence[str],
-        parents: Sequence[str],
-        results: Mapping[str, Any],
-        not_in: Sequence[str] = (),
-    ) -> None:
-        """Write the manifest and the model card beside the model."""
-        manifest = write_manifest(
-            self.work, stage, options, inputs=inputs, parents=parents, results=results, not_in=not_in
-        )
-        write_model_card(self.work, manifest)
-
     @contextmanager
-    def training(self, has_begun: Callable[[], bool]) -> Iterator[None]:
-        """Abandon a new run that a UserError ends before it has begun: the mended command shall not be refused."""
+    def training(self, trainer: Any) -> Iterator[None]:
+        """Around the steps: abandon a new run that a UserError ends before its trainer `has_begun`.
+
+        The mended command shall not be refused.
+        """
         try:
             yield
         except UserError:
-            if not self.resume and not has_begun():
+            if not self.resume and not trainer.has_begun:
                 self.abandon()
             raise
 
@@ -189,10 +177,10 @@ class RunFolder:
         if launch().leads:
             remove(self.work)
 
-    def finish(self) -> None:
+    def put_in_place(self) -> None:
         """Put the finished folder in its place, whole; of the checkpoints the last stays."""
-        replace_folder(self.work, Path(os.path.realpath(self.out)))
-        keep_checkpoints(self.out / STATE, 1)
+        replace_folder(self.work, Path(os.path.realpath(self.folder)))
+        keep_checkpoints(self.folder / STATE, 1)
 
 
 # ---- outputs at addresses

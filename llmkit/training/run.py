@@ -23,13 +23,13 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmkit.config import TrainingConfig, as_options, lasting_options
+from llmkit.io.manifest import write_manifest, write_model_card
 from llmkit.io.metrics import mirrors
 from llmkit.io.progress import say
 from llmkit.io.records import BadRecords
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 LONG_RUN_FLOPS = 1e16  # on a CPU, torch.compile costs 20-50 s and a C++ compiler: worth it for hours
 
 
-class Run:
+class Run(RunFolder):
     """See the module.
 
     stage    of the command, as the manifest names it
@@ -66,20 +66,16 @@ class Run:
         self.started = time.monotonic()  # a time budget covers the start-up, too
         self.stage, dry = stage, dry or config.dry_run
         out = config.out or (example if dry else None)
-        self._folder = RunFolder(out, example, resume=config.resume, force=config.force, dry_run=dry)
-        self.resume = self._folder.resume
+        super().__init__(out, example, resume=config.resume, force=config.force, dry_run=dry)
         self.config = replace(config, resume=self.resume)
         self.bad = BadRecords(config.max_bad, config.quiet)
-        self.folder, self.work = self._folder.out, self._folder.work
 
     def finished(self) -> dict[str, Any] | None:
         """Return the results of the run that --resume finds finished, else None.
 
         Raises UserError for a folder from elsewhere, and for other options.
         """
-        if not self._folder.is_finished:
-            return None
-        return {"path": str(self.folder), **self._folder.results(self.stage, self.config)}
+        return {"path": str(self.folder), **self.results(self.stage, self.config)} if self.is_finished else None
 
     def join(self) -> None:
         """Choose device and precision, and join the other processes of the job. Raises UserError where that fails."""
@@ -110,12 +106,12 @@ class Run:
         """
         identity = self._identity(identity)
         self.world.check_same(identity)
-        return self._folder.notes(identity)
+        return super().notes(identity)
 
     def begin(self, identity: Mapping[str, Any], notes: Mapping[str, Any] | None = None) -> None:
         """Make the folder, empty, or as it is for a resumed run; errors are those of `notes`."""
         self.notes(identity)
-        self._folder.begin(self._identity(identity), notes)
+        super().begin(self._identity(identity), notes)
 
     def trainer(
         self,
@@ -171,16 +167,6 @@ class Run:
             )
         return trainer
 
-    @contextmanager
-    def training(self, trainer: Trainer) -> Iterator[None]:
-        """Around the steps: remove a new run that a UserError ends before it has begun."""
-        with self._folder.training(lambda: trainer.has_begun):
-            yield
-
-    def abandon(self) -> None:
-        """Remove what was begun and holds nothing."""
-        self._folder.abandon()
-
     def finish(
         self,
         results: Mapping[str, Any],
@@ -202,10 +188,11 @@ class Run:
 
         results = {**results, "seconds": round(self.seconds, 1), **self.bad.results}
         options = as_options(self.config) | dict(derived or {})
-        self._folder.document(
-            self.stage, options, inputs=[*inputs, *not_in], parents=parents, results=results, not_in=not_in
+        manifest = write_manifest(
+            self.work, self.stage, options, inputs=[*inputs, *not_in], parents=parents, results=results, not_in=not_in
         )
+        write_model_card(self.work, manifest)
         write_curves(self.work, curves or {})
         write(self.work)
-        self._folder.finish()
+        self.put_in_place()
         return {"path": str(self.folder), **results}

@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -221,6 +222,11 @@ def folder_of(out: Path, resume: bool = False, force: bool = False, dry_run: boo
     return RunFolder(str(out), "base/", resume=resume, force=force, dry_run=dry_run)
 
 
+def finish(run: RunFolder, results: dict) -> None:
+    write_manifest(run.work, "pretrain", as_options(CONFIG), results=results)
+    run.put_in_place()
+
+
 def test_a_run_is_made_beside_its_place_and_can_be_resumed(tmp_path: Path, capsys) -> None:
     out = tmp_path / "base"
     out.write_text("mine")
@@ -241,10 +247,9 @@ def test_a_run_is_made_beside_its_place_and_can_be_resumed(tmp_path: Path, capsy
     assert not resumed.is_finished
     resumed.begin({})
     assert (run.work / "metrics.jsonl").exists() and not os.listdir(out)
-    resumed.document("pretrain", {}, inputs=[], parents=[], results={"steps": 1})
-    resumed.finish()
+    finish(resumed, {"steps": 1})
     assert os.listdir(tmp_path) == ["base"]
-    assert set(os.listdir(out)) == {"README.md", "manifest.json", "metrics.jsonl", "state"}
+    assert set(os.listdir(out)) == {"manifest.json", "metrics.jsonl", "state"}
     with pytest.raises(UserError, match="exists already"):
         folder_of(out)
     again = folder_of(out, force=True)
@@ -274,8 +279,7 @@ def test_a_link_to_a_folder_stays_and_what_it_leads_to_is_replaced(tmp_path: Pat
     run = folder_of(tmp_path / "base")
     for _ in range(2):
         run.begin({})
-        run.document("pretrain", {}, inputs=[], parents=[], results={"steps": 1})
-        run.finish()
+        finish(run, {"steps": 1})
         assert (tmp_path / "base").is_symlink() and (tmp_path / "disk" / "base" / "manifest.json").exists()
         assert sorted(os.listdir(tmp_path)) == ["base", "disk"] and os.listdir(tmp_path / "disk") == ["base"]
         run = folder_of(tmp_path / "base", force=True)
@@ -284,8 +288,7 @@ def test_a_link_to_a_folder_stays_and_what_it_leads_to_is_replaced(tmp_path: Pat
 def test_a_finished_run_has_results_and_another_folder_has_not(tmp_path: Path) -> None:
     run = folder_of(tmp_path / "base")
     run.begin({})
-    run.document("pretrain", as_options(CONFIG), inputs=[], parents=[], results={"steps": 7})
-    run.finish()
+    finish(run, {"steps": 7})
     finished = folder_of(tmp_path / "base", resume=True)
     assert finished.is_finished and finished.results("pretrain", CONFIG) == {"steps": 7}
     other = TrainingConfig(compile="on", quiet=True)
@@ -314,6 +317,6 @@ def test_a_mistake_before_the_first_step_leaves_nothing(tmp_path: Path, resume, 
     run = folder_of(tmp_path / "base", resume=resume)
     run.begin({})
     (run.work / "metrics.jsonl").write_text("")
-    with pytest.raises(error), run.training(lambda: has_begun):
+    with pytest.raises(error), run.training(SimpleNamespace(has_begun=has_begun)):
         raise error("a reward that raises")
     assert os.listdir(tmp_path) == left
