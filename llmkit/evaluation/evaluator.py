@@ -20,7 +20,7 @@ import numpy as np
 from llmkit.config import ToolConfig
 from llmkit.errors import UserError, naming
 from llmkit.evaluation.likelihood import Likelihood, Scorer, Tokens, encode_core, encode_pairs
-from llmkit.evaluation.tasks import Item, Task
+from llmkit.evaluation.tasks import EXACT_MATCH, Item, Task, is_exact_match
 from llmkit.formats.conversations import Message, message
 from llmkit.generation.generator import Generator, end_tokens
 from llmkit.generation.next_token import Sampling, request_number
@@ -133,7 +133,8 @@ class Model:
         asking, records = self._asking, []
         for item in items:
             assert item.problem is not None
-            self._verifier.check(item.problem)
+            if task.verifier != EXACT_MATCH:
+                self._verifier.check(item.problem)
         with self._sampler(task.stop) as sampler:
             limit = asking.max_tokens or task.max_tokens
             asked = [self._prompt(task, item, sampler, limit) for item in items]
@@ -148,7 +149,10 @@ class Model:
             for sample in samples
             if item.problem is not None
         ]
-        verdicts = iter(self._verifier.score(attempts))
+        if task.verifier == EXACT_MATCH:
+            verdicts = iter([float(is_exact_match(task, one.completion, one.problem)) for one in attempts])
+        else:
+            verdicts = iter(self._verifier.score(attempts))
         for item, samples, (_, truncated) in zip(items, completed, asked, strict=True):
             if not samples:
                 raise UserError(f"{item.where}: the prompt is longer than the context of {sampler.name}")

@@ -12,14 +12,16 @@
     choices = "choices.text"
     gold = "choices.label.index(answerKey)"
 
-`prompt`, `continuation`, `text` and `answer` are Jinja templates over a record's fields; `choices`, `contexts` and
-`gold` are Jinja expressions, or values. Kinds, by what their forms have:
+`prompt`, `continuation`, `text` and `answer` are Jinja templates over a record's fields; `choices`, `contexts`, `gold`
+and `answers` are Jinja expressions, or values. Beside Jinja's own filters there is `regex_replace(pattern, by)`. Kinds,
+by what their forms have:
 
     multiple_choice    prompt, choices, gold           the likeliest choice behind the prompt
     schema             contexts, continuation, gold    the context behind which one continuation is likeliest
     language_modeling  prompt, continuation            the continuation token by token
     text               text                            bits per byte of whole texts
-    generation         prompt, answer?                 completions, judged by the verifiers of rl
+    generation         prompt, answer? or answers?     completions, judged by the verifiers of rl, or by exact_match;
+                                                       `continuation` is what an example shows, if not the answer
 
 A JSONL file needs no TOML where its records have such fields by the names of llm-foundry (FILE_FORMS), or are problems
 that `rl` reads (formats/problems.py).
@@ -42,7 +44,7 @@ from typing import Any
 from llmkit.config import read_toml
 from llmkit.errors import UserError, naming
 from llmkit.formats.problems import Problem, read_problem
-from llmkit.io.jsonl import RECORDS, dump_json, read_jsonl
+from llmkit.io.jsonl import RECORDS, dump_json, expanded, read_jsonl
 from llmkit.io.progress import counted
 from llmkit.io.records import Row, fields_of
 from llmkit.io.remote import is_remote
@@ -58,6 +60,7 @@ KINDS = {  # kind: what its forms have, and the metric that is its score
 ENDINGS = ("", *(kind + packed for kind in RECORDS for packed in ("", ".gz", ".zst")))
 SHOT_SEED = 1234  # of lm-evaluation-harness and nanochat
 CORE_SEED = 1337  # of nanochat: the order of a task's items
+EXACT_MATCH = "exact_match"  # verifier of tasks whose answers are compared as lm-evaluation-harness compares them
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Form:
     continuation: str | None = None
     text: str | None = None
     answer: str | None = None
+    answers: Any = None
     gold: Any = None
 
 
@@ -90,11 +94,14 @@ class Task:
     description  before the examples, a template; in chats the system message
     separator    behind each example
     shots        examples before the question
-    shots_file   stem of the file that they come from; else the other items
-    shots_order  "random" draws them for each item, "first" takes the first, "core" is nanochat's draw
+    shots_file   stem of the file that they come from; else they are `example`, records in the TOML, or the other items
+    shots_order  "random" draws them for each item, "spare" one more than is shown, as lm-evaluation-harness does for
+                 tasks without a test split, "first" takes the first, "core" is nanochat's draw
     group        an expression: items are scored apart by it, and examples are of the item's own group
     tokens       how continuations are cut: "harness", or "core": what the options' tokens do not share
     stop, max_tokens, verifier  of generation
+    extract, ignore, ignore_case  of the verifier exact_match: the expression that finds an answer in a completion,
+                 expressions whose matches are left out of both answers
     """
 
     name: str
@@ -118,6 +125,10 @@ class Task:
     stop: tuple[str, ...] = ()
     max_tokens: int = 256
     verifier: str = ""
+    extract: str = ""
+    ignore: tuple[str, ...] = ()
+    ignore_case: bool = False
+    example: tuple[dict[str, Any], ...] = ()
     path: str = ""
     shots_path: str = ""
 
@@ -224,11 +235,17 @@ def read_task(path: Path) -> Task:
         if unknown := [key for key in table if key not in known]:
             near = get_close_matches(unknown[0], known, 1) or sorted(known)
             raise UserError(f"{path}: {place}expected {' or '.join(near)}, found {unknown[0]!r}")
-    values["stop"] = tuple(values.get("stop", ()))
     values["form"] = tuple(Form(**form) for form in forms)
+    values |= {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
     for key, value in values.items():
         if not isinstance(value, (int, float) if kinds[key] is float else kinds[key]):
-            raise UserError(f"{path}: {key}: expected {kinds[key].__name__}, found {value!r}")
+            expected = "list" if kinds[key] is tuple else kinds[key].__name__
+            raise UserError(f"{path}: {key}: expected {expected}, found {value!r}")
+    for pattern in filter(None, (values.get("extract"), *values.get("ignore", ()))):
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise UserError(f"{path}: expected a regular expression, found {pattern!r}: {error}") from None
     if values.get("kind") not in KINDS:
         raise UserError(f"{path}: kind: expected {', '.join(KINDS)}, found {values.get('kind')!r}")
     for form in forms:
@@ -256,7 +273,7 @@ def load_items(task: Task, limit: int | None = None, shots: int | None = None, s
     seed   added to the one that draws them
     Raises UserError for records in no form of the task, options that are empty and a gold that is none of them.
     """
-    rows = list(read_jsonl([task.path]))
+    rows = list(read_jsonl(expanded(task.path)))
     if not rows:
         raise UserError(f"{task.path}: expected items, found none")
     if not task.form:
@@ -270,10 +287,12 @@ def load_items(task: Task, limit: int | None = None, shots: int | None = None, s
     count = task.shots if shots is None else shots
     if count and task.shots_file and not task.shots_path:
         raise UserError(f"{task.path}: expected {task.shots_file}.jsonl beside it, which has the examples, found none")
-    pool = [_parse(task, row) for row in (rows if task.group or (count and not task.shots_path) else rows[:limit])]
+    elsewhere = bool(task.shots_path or task.example)
+    pool = [_parse(task, row) for row in (rows if task.group or (count and not elsewhere) else rows[:limit])]
     items = _first(pool, limit)
-    if count and task.shots_path:
-        pool = [_parse(task, row) for row in read_jsonl([task.shots_path])]
+    if count and elsewhere:
+        shown = [Row(record, f"{task.name}.toml, [[example]]", n) for n, record in enumerate(task.example, 1)]
+        pool = [_parse(task, row) for row in (read_jsonl(expanded(task.shots_path)) if task.shots_path else shown)]
         for item in pool:
             digest.update(dump_json(item.record) + b"\n")
     if count:
@@ -283,8 +302,8 @@ def load_items(task: Task, limit: int | None = None, shots: int | None = None, s
             by_group.setdefault(item.group, []).append(item)
         drawn = []
         for number, item in enumerate(items):
-            pool = by_group.get(item.group, []) if task.group else whole
-            chosen = _examples(task, item, number, pool, count, draw, bool(task.shots_path))
+            pool = by_group.get(item.group, []) if task.group and not task.example else whole
+            chosen = _examples(task, item, number, pool, count, draw, elsewhere)
             drawn.append(_with_examples(task, item, chosen))
         items = drawn
     return Loaded(replace(task, shots=count), items, digest.hexdigest())
@@ -327,6 +346,7 @@ def _compiled(source: str, is_expression: bool) -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    environment.filters["regex_replace"] = lambda text, pattern, by: re.sub(pattern, by, text)
     if is_expression:
         return environment.compile_expression(source, undefined_to_none=False)
     return environment.from_string(source).render
@@ -375,12 +395,15 @@ def _item(task: Task, form: Form, row: Row) -> Item:
     if task.kind == "language_modeling":
         return Item(contexts=(prompt,), continuations=(_text(row, "continuation", continuation),), **common)
     if task.kind == "generation":
-        answer = None if form.answer is None else _made(form.answer, record)
+        answer = _made(form.answer, record) if form.answers is None else _made(form.answers, record, True)
         asked = {**record, "prompt": prompt, **({} if answer is None else {"answer": answer})}
         asked |= {"verifier": task.verifier} if task.verifier else {}
         with naming(row.where):
             problem = read_problem(Row(asked, row.path, row.line))
-        return Item(contexts=(prompt,), continuations=(str(answer or problem.answer or ""),), problem=problem, **common)
+        if task.verifier == EXACT_MATCH and not problem.answer:
+            raise UserError(f"{row.where}: expected an answer for {EXACT_MATCH}, found {fields_of(record)}")
+        shown = str(continuation or (problem.answer if form.answers else answer or problem.answer) or "")
+        return Item(contexts=(prompt,), continuations=(shown,), problem=problem, **common)
     options = _made(form.contexts if task.kind == "schema" else form.choices, record, True)
     gold = _made(form.gold, record, True)
     if not isinstance(options, (list, tuple)) or len(options) < 2:
@@ -404,6 +427,27 @@ def _text(row: Row, name: str, value: Any) -> str:
     return value
 
 
+# ---- answers
+
+
+def is_exact_match(task: Task, completion: str, problem: Problem) -> bool:
+    """Return whether a completion is one of a problem's answers, compared as lm-evaluation-harness's exact_match does.
+
+    What `extract` finds first is compared, of an expression with groups the first that is not empty.
+    """
+    if task.extract:
+        match = re.search(task.extract, completion)
+        if match is None:
+            return False
+        completion = next(filter(None, match.groups()), "") if match.groups() else match[0]
+    compared = []
+    for text in (completion.strip(), problem.answer or "", *problem.alternatives):
+        for pattern in task.ignore:
+            text = re.sub(pattern, "", text)
+        compared.append(text.lower() if task.ignore_case else text)
+    return compared[0] in compared[1:]
+
+
 # ---- examples
 
 
@@ -420,10 +464,10 @@ def _examples(
         return list(others[:count])
     if task.shots_order == "core":
         return Random(SHOT_SEED + number).sample(others, count)
-    if elsewhere:
+    if elsewhere and task.shots_order != "spare":
         return draw.sample(pool, count)
     # as lm-evaluation-harness: one more than wanted, of which the item itself goes
-    chosen = [other for other in draw.sample(pool, count + 1) if other.record != item.record][:count]
+    chosen = [other for other in draw.sample(pool, min(count + 1, len(pool))) if other.record != item.record][:count]
     return chosen if len(chosen) == count else draw.sample(others, count)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from llmkit.config import CommonConfig, ServedConfig, ToolConfig, argument, as_options, lasting_options, option
 from llmkit.errors import GateError, UserError
 from llmkit.io.files import check_output, check_unfinished
-from llmkit.io.jsonl import input_files, open_output, read_documents, write_json
+from llmkit.io.jsonl import expanded, input_files, open_output, read_documents, write_json
 from llmkit.io.manifest import write_manifest
 from llmkit.io.progress import Progress, counted, say
 from llmkit.io.resume import STATE, Kept
@@ -119,7 +119,7 @@ def run(config: EvaluateConfig) -> Summary | None:
     scores = {"models": models, **({"comparisons": comparisons} if comparisons else {})}
     if out != "-":
         write_json(out, scores)
-        inputs = list(dict.fromkeys(one.task.path for one in loaded))
+        inputs = list(dict.fromkeys(path for one in loaded for path in expanded(one.task.path)))
         results = {model["model"]: {name: task["score"] for name, task in model["tasks"].items()} for model in models}
         write_manifest(out, "evaluate", as_options(config), inputs=inputs, parents=config.models, results=results)
         Path(out + STATE).unlink(missing_ok=True)
@@ -187,7 +187,7 @@ def _contaminated(config: EvaluateConfig, loaded: Sequence[Loaded]) -> set[str] 
         return None
     from llmkit.crawl.filters.contamination import Contamination, ContaminationRules
 
-    files = tuple(dict.fromkeys(one.task.path for one in loaded))
+    files = tuple(dict.fromkeys(path for one in loaded for path in expanded(one.task.path)))
     index = Contamination(ContaminationRules(files), config.quiet, flag="--trained-on")
     with Progress("contamination", unit="documents", quiet=config.quiet) as progress:
         places: set[str] = set()

@@ -1,0 +1,434 @@
+"""Tasks that are shipped: a record as it is published becomes the prompt that lm-evaluation-harness makes of it.
+
+Beside the prompts that stand here, those of lm-evaluation-harness are made where it is installed (`pip install lm-eval`
+and, for minerva_math, what its extra `math` names).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from llmkit.errors import UserError
+from llmkit.evaluation.scores import metric_of
+from llmkit.evaluation.tasks import TASKS, Item, Loaded, is_exact_match, load_items, load_tasks, read_task
+
+DOCS = Path(__file__).parents[2] / "docs" / "evaluate.md"
+ALGEBRA = "abstract_algebra"
+LETTERS = ["A", "B", "C", "D"]
+ASKED = "Answer these questions:\n\n"
+
+
+class Case(NamedTuple):
+    """Records of a task's files, by stem, and what is asked of the last of the first file.
+
+    texts  each context with each continuation, or for generation with the answer of an example
+    right  the index of the right one, or the answers
+    peer   file in lm_eval/tasks that defines the task, the splits of `files`, in their order, and examples
+    """
+
+    task: str
+    files: dict[str, list[dict[str, Any]]]
+    texts: list[str]
+    right: int | tuple[str, ...]
+    peer: tuple[str, tuple[str, ...], int] | None = None
+
+
+def choice(answer: str, *texts: str) -> dict[str, Any]:
+    return {"choices": {"text": list(texts), "label": LETTERS[: len(texts)]}, "answerKey": answer}
+
+
+TRIVIA = {"question": "Who wrote of Avonlea", "answer": {"aliases": ["L. M. Montgomery", "Montgomery"], "value": "LM"}}
+QUESTIONS = [{"question": f"what is {word}", "answer": [word, word.upper()]} for word in ("rain", "snow", "hail")]
+MATHS = "Problem:\n{}\n\nSolution:"
+TERRELL = "\nFinal Answer: The final answer is $16$. I hope it is correct.\n\nProblem:\nIf the system of equations"
+BOOLEANS = [
+    {"task": "boolean_expressions", "input": f"not {word} is", "target": f"It is. So the answer is {other}."}
+    for word, other in (("True", "False"), ("False", "True"), ("not True", "True"))
+]
+STEPS = "A: Let's think step by step.\n"
+SHOWN = "".join(f"Q: {row['input']}\n{STEPS}{row['target']}\n\n" for row in BOOLEANS)
+CASES = [
+    Case(
+        "hellaswag",
+        {
+            "hellaswag": [
+                {
+                    "activity_label": "Making tea",
+                    "ctx_a": "[header] How to make tea [title] Boil water.",
+                    "ctx_b": "the Pot",
+                    "endings": ["is  hot. [step] Pour. ", "sings.", "runs [x] away.", "is blue."],
+                    "label": "0",
+                }
+            ]
+        },
+        [
+            f"Making tea: How to make tea. Boil water. The pot {end}"
+            for end in ("is hot. Pour.", "sings.", "runs away.", "is blue.")
+        ],
+        0,
+        ("hellaswag/hellaswag.yaml", ("validation",), 0),
+    ),
+    Case(
+        "wsc",
+        {
+            "wsc": [
+                {
+                    "text": "Ann ( the aunt ) did n't thank Beth , because she had paid .",
+                    "span1_text": "Ann",
+                    "label": 0,
+                    "span2_text": "she",
+                    "span1_index": 0,
+                    "span2_index": 11,
+                }
+            ]
+        },
+        [
+            "Passage: Ann (the aunt) didn't thank Beth, because *she* had paid.\nQuestion: In the passage above, does "
+            f'the pronoun "*she*" refer to "*Ann*"?\nAnswer: {word}'
+            for word in ("no", "yes")
+        ],
+        0,
+        ("super_glue/wsc/default.yaml", ("validation",), 0),
+    ),
+    Case(
+        "wsc273",
+        {
+            "winograd_wsc": [
+                {
+                    "context_options": ["The dog bit Ann; the dog", "The dog bit Ann; Ann"],
+                    "continuation": "fled.",
+                    "gold": 1,
+                }
+            ]
+        },
+        ["The dog bit Ann; the dog fled.", "The dog bit Ann; Ann fled."],
+        1,
+    ),
+    Case(
+        "social_iqa",
+        {
+            "siqa": [
+                {
+                    "context": "Kim fell.",
+                    "question": "Why?",
+                    "answerA": "ice",
+                    "answerB": "fun",
+                    "answerC": "tea",
+                    "label": "1",
+                }
+            ]
+        },
+        [f"Q: Kim fell. Why?\nA: {word}" for word in ("ice", "fun", "tea")],
+        0,
+        ("siqa/siqa.yaml", ("validation",), 0),
+    ),
+    Case(
+        "commonsense_qa",
+        {
+            "commonsense_qa": [
+                {
+                    "question": " Where is ice? ",
+                    "choices": {"text": list("vwxyz"), "label": list("ABCDE")},
+                    "answerKey": "D",
+                }
+            ]
+        },
+        [f"Question: Where is ice?\nA. v\nB. w\nC. x\nD. y\nE. z\nAnswer: {letter}" for letter in "ABCDE"],
+        3,
+        ("commonsense_qa/default.yaml", ("validation",), 0),
+    ),
+    Case(
+        "arc_easy",
+        {"arc_easy": [{"question": "Why?", **choice("B", "So.", "No.")}]},
+        ["Question: Why?\nAnswer: So.", "Question: Why?\nAnswer: No."],
+        1,
+        ("arc/arc_easy.yaml", ("test",), 0),
+    ),
+    Case(
+        "openbookqa",
+        {"openbook_qa": [{"question_stem": "Snow is", **choice("A", "cold", "hot", "red", "old")}]},
+        [f"Snow is {word}" for word in ("cold", "hot", "red", "old")],
+        0,
+        ("openbookqa/openbookqa.yaml", ("test",), 0),
+    ),
+    Case(
+        "boolq",
+        {"boolq": [{"passage": "Ice floats.", "question": "does ice float", "label": 1}]},
+        [f"Ice floats.\nQuestion: does ice float?\nAnswer: {word}" for word in ("no", "yes")],
+        1,
+        ("super_glue/boolq/default.yaml", ("validation",), 0),
+    ),
+    Case(
+        "copa",
+        {
+            "copa": [
+                {
+                    "premise": "It rained.",
+                    "question": "effect",
+                    "choice1": "We got wet.",
+                    "choice2": "We sang.",
+                    "label": 0,
+                }
+            ]
+        },
+        ["It rained therefore  we got wet.", "It rained therefore  we sang."],
+        0,
+        ("super_glue/copa/default.yaml", ("validation",), 0),
+    ),
+    Case(
+        "winogrande",
+        {
+            "winogrande": [
+                {"sentence": "Ann thanked Beth, for _ had paid.", "option1": "Ann", "option2": "Beth", "answer": "2"}
+            ]
+        },
+        ["Ann thanked Beth, for Ann had paid.", "Ann thanked Beth, for Beth had paid."],
+        1,
+        ("winogrande/default.yaml", ("validation",), 0),
+    ),
+    Case(
+        "piqa",
+        {"piqa": [{"goal": "Boil water", "sol1": "Use a pot.", "sol2": "Use a hat.", "label": 0}]},
+        ["Question: Boil water\nAnswer: Use a pot.", "Question: Boil water\nAnswer: Use a hat."],
+        0,
+        ("piqa/piqa.yaml", ("validation",), 0),
+    ),
+    Case(
+        "mmlu",
+        {
+            "mmlu.test": [{"question": " 1 + 1? ", "choices": list("1234"), "answer": 1, "subject": ALGEBRA}],
+            "mmlu.dev": [{"question": "2 + 2?", "choices": list("1234"), "answer": 3, "subject": ALGEBRA}],
+        },
+        [
+            "The following are multiple choice questions (with answers) about abstract algebra.\n\n2 + 2?\n"
+            f"A. 1\nB. 2\nC. 3\nD. 4\nAnswer: D\n\n1 + 1?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer: {letter}"
+            for letter in LETTERS
+        ],
+        1,
+        ("mmlu/default/mmlu_abstract_algebra.yaml", ("test", "dev"), 1),
+    ),
+    Case(
+        "triviaqa",
+        {"triviaqa": [TRIVIA]},
+        ["Question: Who wrote of Avonlea?\nAnswer: L. M. Montgomery"],
+        ("L. M. Montgomery", "Montgomery"),
+        ("triviaqa/default.yaml", ("validation",), 0),
+    ),
+    Case(
+        "nq_open",
+        {"nq_open": QUESTIONS[:1], "nq_open.train": QUESTIONS[1:]},
+        [f"{ASKED}Q: what is hail?\nA: hail\nQ: what is rain?\nA: rain"],
+        ("rain", "RAIN"),
+        ("nq_open/nq_open.yaml", ("validation", "train"), 1),
+    ),
+    Case(
+        "gsm8k",
+        {
+            "gsm8k": [{"question": "1 + 1?", "answer": "It is 2.\n#### 2"}],
+            "gsm8k.train": [{"question": "2 + 2?", "answer": "#### 4"}],
+        },
+        ["Question: 2 + 2?\nAnswer: #### 4\n\nQuestion: 1 + 1?\nAnswer: It is 2.\n#### 2"],
+        ("2",),
+        ("gsm8k/gsm8k.yaml", ("test", "train"), 1),
+    ),
+    Case(
+        "bbh",
+        {"bbh": [{"task": "boolean_expressions", "input": "True is", "target": "True"}], "bbh.cot": BOOLEANS},
+        [f"Evaluate the result of a random Boolean expression.\n\n{SHOWN}Q: True is\n{STEPS}True"],
+        ("True",),
+        ("bbh/cot_fewshot/boolean_expressions.yaml", ("test",), 3),
+    ),
+    Case(
+        "minerva_math",
+        {
+            "math.test": [
+                {"problem": "What is $1 + 1$?", "level": "1", "type": "Algebra", "solution": "It is $\\boxed{2}$."}
+            ]
+        },
+        [MATHS.format("What is $1 + 1$?") + " It is $\\boxed{2}$."],
+        ("2",),
+        ("minerva_math/minerva_math_algebra.yaml", ("test",), 4),
+    ),
+    Case(
+        "svamp",
+        {
+            "svamp": [
+                {"Body": "Ann has 3 pens. ", "Question": "How many are 2 more?", "Answer": 5.0, "Equation": "( 3 + 2 )"}
+            ]
+        },
+        ["Question: Ann has 3 pens. How many are 2 more?\nAnswer: 5.0"],
+        ("5.0",),
+    ),
+    Case(
+        "jeopardy",
+        {
+            "jeopardy_all": [
+                {"context": f"SEAS: It is number {n}", "continuation": str(n), "category": "seas"} for n in range(12)
+            ]
+        },
+        ["SEAS: It is number 11\nAnswer: 11"],
+        (),
+    ),
+]
+
+
+def loaded(case: Case, folder: Path, shots: int | None) -> Loaded:
+    for stem, rows in case.files.items():
+        (folder / f"{stem}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (task,) = load_tasks([case.task], str(folder))
+    return load_items(task, shots=shots)
+
+
+def texts_of(item: Item, delimiter: str) -> list[str]:
+    return [item.description + context + rest for context, rest in item.pairs(delimiter)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.task)
+def test_a_published_record_is_asked_as_the_field_asks_it(case, tmp_path):
+    one = loaded(case, tmp_path, case.peer[2] if case.peer else None)
+    item = one.items[-1]
+    ends = [text[-len(wanted) :] for text, wanted in zip(texts_of(item, one.task.delimiter), case.texts, strict=True)]
+    assert ends == case.texts
+    if isinstance(case.right, int):
+        assert item.gold == case.right
+    elif item.problem is not None:
+        assert (item.problem.answer, *item.problem.alternatives) == case.right
+
+
+def test_the_page_lists_every_task_with_its_version_kind_and_examples():
+    listed = re.findall(r"^\| `(\w+)` \| ([\d.]+)[^|]*\| (\w+) \| (\d+) \| ([\w@]+) \|", DOCS.read_text(), re.MULTILINE)
+    tasks = [read_task(path) for path in sorted(TASKS.glob("*.toml"))]
+    assert sorted(listed) == [(task.name, task.version, task.kind, str(task.shots), metric_of(task)) for task in tasks]
+
+
+def test_the_page_makes_the_files_of_bbh_from_its_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (case,) = (case for case in CASES if case.task == "bbh")
+    for place in ("bbh", "cot-prompts"):
+        (tmp_path / "BIG-Bench-Hard" / place).mkdir(parents=True)
+    items = [{name: row[name] for name in ("input", "target")} for row in case.files["bbh"]]
+    (tmp_path / "BIG-Bench-Hard/bbh/boolean_expressions.json").write_text(json.dumps({"examples": items}))
+    shown = f"A warning.\n-----\nEvaluate it.\n\n{SHOWN.strip()}"
+    (tmp_path / "BIG-Bench-Hard/cot-prompts/boolean_expressions.txt").write_text(shown)
+    (program,) = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(), re.MULTILINE | re.DOTALL)
+    exec(program, {})
+    for stem, rows in case.files.items():
+        assert [json.loads(line) for line in (tmp_path / f"{stem}.jsonl").read_text().splitlines()] == rows
+
+
+def test_examples_in_the_toml_come_before_every_group(tmp_path):
+    one = loaded(next(case for case in CASES if case.task == "minerva_math"), tmp_path, None)
+    (item,) = one.items
+    assert item.contexts[0].startswith("Problem:\nFind the domain of the expression  $")
+    assert TERRELL in item.contexts[0] and item.contexts[0].count("Problem:\n") == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "completion", "is_right"),
+    [
+        ("triviaqa", " l m montgomery", True),  # punctuation and case aside
+        ("triviaqa", " the Montgomery", False),  # articles count
+        ("nq_open", " the rain", True),
+        ("nq_open", " rain or snow", False),
+        ("bbh", "not is. So the answer is True.", True),
+        ("bbh", "So the answer is true.", False),
+        ("bbh", "True", False),
+    ],
+)
+def test_answers_are_compared_as_lm_evaluation_harness_compares_them(name, completion, is_right, tmp_path):
+    case = next(case for case in CASES if case.task == name)
+    one = loaded(case, tmp_path, 0)
+    problem = one.items[0].problem
+    assert problem is not None and is_exact_match(one.task, completion, problem) is is_right
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('ignore = ["("]', "own.toml: expected a regular expression, found '('"),
+        ('stop = "a"', "own.toml: stop: expected list, found 'a'"),
+        ('example = [{query = "a"}]\nshots = 1', "own.toml, [[example]]:1: expected an item of own, found ['query']"),
+        ("shots = 0", "own.jsonl:2: expected an answer for exact_match, found ['question']"),
+    ],
+)
+def test_mistakes_in_answers_are_named(line, expected, tmp_path):
+    toml = f'kind = "generation"\nverifier = "exact_match"\n{line}\n[[form]]\nprompt = "{{{{question}}}}"\n'
+    (tmp_path / "own.toml").write_text(toml)
+    (tmp_path / "own.jsonl").write_text('{"question": "Why?", "answer": "So."}\n{"question": "Why?"}\n')
+    with pytest.raises(UserError) as error:
+        load_items(load_tasks([str(tmp_path / "own.toml")])[0], limit=1 if "example" in line else None)
+    assert expected in str(error.value)
+
+
+# ---- beside lm-evaluation-harness
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm-evaluation-harness: pip install lm-eval")
+@pytest.mark.parametrize("case", [case for case in CASES if case.peer], ids=lambda case: case.task)
+def test_prompts_and_verdicts_are_those_of_lm_evaluation_harness(case, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    assert case.peer is not None
+    path, splits, shots = case.peer
+    one = loaded(case, tmp_path, shots)
+    task = harness_task(Path(path), dict(zip(splits, case.files, strict=False)), tmp_path, case)
+    task.set_fewshot_seed(1234)  # as simple_evaluate does
+    document = list(task.eval_docs)[-1]
+    context = task.fewshot_context(document, shots)
+    item = one.items[-1]
+    if item.problem is None:
+        asked = task.construct_requests(document, context)
+        assert ["".join(request.args) for request in asked] == texts_of(item, one.task.delimiter)
+        return
+    assert context == item.description + item.contexts[0]
+    until = task.config.generation_kwargs["until"]
+    assert (tuple(until), task.config.generation_kwargs.get("max_gen_toks", 256)) == (
+        one.task.stop,
+        one.task.max_tokens,
+    )
+    if one.task.verifier == "exact_match":
+        wrong = [
+            "",
+            "rain",
+            "the answer is True.",
+            "the answer is true.",
+            "Montgomery",
+            "The L.M. montgomery",
+            "a RAIN ",
+        ]
+        for completion in (*wrong, item.problem.answer):
+            (request,) = [task.construct_requests(document, context)]
+            request.resps = [completion]
+            task._instances = [request]
+            task.apply_filters()
+            (name,) = request.filtered_resps
+            judged = task.process_results(document, [request.filtered_resps[name]])["exact_match"]
+            assert float(judged) == is_exact_match(one.task, completion, item.problem), completion
+
+
+def harness_task(path: Path, files: dict[str, str], folder: Path, case: Case) -> Any:
+    """The task of lm-evaluation-harness, over local files: {split: stem}."""
+    import lm_eval.tasks
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    try:
+        config = load_yaml(Path(os.path.dirname(lm_eval.tasks.__file__)) / path, resolve_func=True)
+    except (ImportError, AssertionError) as error:
+        pytest.skip(f"needs lm-eval[math]: {error}")
+    for name in ("tag", "group", "dataset_name"):
+        config.pop(name, None)
+    data = {split: str(folder / f"{stem}.jsonl") for split, stem in files.items()}
+    for split in ("training", "validation", "test", "fewshot"):
+        if config.get(f"{split}_split") not in data:
+            config.pop(f"{split}_split", None)
+    if case.task == "bbh":
+        config["fewshot_config"] = {"sampler": "first_n", "samples": case.files["bbh.cot"]}
+    return ConfigurableTask(config={**config, "dataset_path": "json", "dataset_kwargs": {"data_files": data}})
