@@ -314,11 +314,13 @@ def read_documents(
     bad: BadRecords | None = None,
     columns: Mapping[str, str] = {},
     fields: Sequence[str] = (),
+    read: Callable[[Row], Row] | None = None,
 ) -> Iterator[Row]:
     """Yield documents `{"text", ...}` from JSONL, or from plain text: a file of plain text is one document.
 
     `.jsonl`, `.json` and `.ndjson` are JSONL, `.txt` and `.md` are text; stdin and files of other names are
-    JSONL when their first character is `{`. A record whose `text` is missing or no string is bad, as in `read_jsonl`.
+    JSONL when their first character is `{`. A record whose `text` is missing or no string is bad, as in `read_jsonl`,
+    unless `read` takes it.
     `columns` and `fields` are those of `open_input`. Raises UserError for plain text that is not UTF-8.
     """
 
@@ -330,7 +332,7 @@ def read_documents(
         if text := read_text(handle, path):
             yield Row({"text": text, "source": Path(file_path(name_of(path))).name}, name_of(path), 1)
 
-    yield from records_of(paths, rows, check_document, limit, bad, columns, fields)
+    yield from records_of(paths, rows, read or check_document, limit, bad, columns, fields)
 
 
 def records_of(

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from llmkit.io.remote import is_remote, size_and_version
 MANIFEST_VERSION, MANIFEST = 2, "manifest.json"
 OF_FILE = ".manifest.json"  # after the name of the file whose manifest it is
 SOURCES = ("parents", "inputs")  # of a manifest: what may have manifests of their own
+TRAINING = ("pretrain", "sft", "rl")  # stages whose inputs a model learns
 PACKAGES = ("llmkit", "torch", "triton", "numpy", "tokenizers", "safetensors")
 LARGEST_MANIFEST = 64 << 20  # bytes; of a run 2 to 4 kB, and 250 for each input
 # By kind of model: the task, by the Hub's name; a command; what loads it in transformers, and what it is used for
@@ -111,6 +113,43 @@ def flattened(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, di
             within += [(name, other) for name, other in listed.items() if isinstance(other, dict)]
         waiting += reversed(within)
     return ancestors.pop(""), ancestors
+
+
+def training_files(model: str) -> tuple[list[str], list[str]]:
+    """Return the files that a model and its ancestors were trained on, and what of that cannot be read: files that are
+    gone or have changed, and models without a manifest.
+
+    Raises UserError where the model has no manifest.
+    """
+    manifest = read_manifest(local_folder(model))
+    if manifest is None:
+        expected = f"expected {MANIFEST}, which names what a model was trained on, found none"
+        raise UserError(f"{model}: {expected}; name the training documents themselves")
+    own, ancestors = flattened(manifest)
+    found: dict[str, bool] = {}  # by path: whether it is as it was
+    for run in (own, *ancestors.values()):
+        options = run.get("options", {})
+        if run.get("stage") not in TRAINING:
+            continue
+        validation = tuple(map(str, options.get("val") or ()))
+        for item in sources({"inputs": run.get("inputs")}):
+            path = str(item.get("path"))
+            if not any(path.startswith(f"{name.rstrip('/')}/") or fnmatch(path, name) for name in validation):
+                found[path] = _is_unchanged(item)
+        if options.get("model") is not None:
+            parents = sources({"parents": run.get("parents")})
+            found |= {str(item.get("path")): False for item in parents if "manifest_sha256" not in item}
+    return [path for path, same in found.items() if same], [path for path, same in found.items() if not same]
+
+
+def _is_unchanged(item: Mapping[str, Any]) -> bool:
+    """True if an input of a manifest is still there, with the same content."""
+    path = str(item.get("path"))
+    with suppress(UserError, OSError):
+        if is_remote(path):
+            return size_and_version(path) == (item.get("bytes"), item.get("version"))
+        return os.path.getsize(path) == item.get("bytes") and file_sha256(path) == item.get("sha256")
+    return False
 
 
 def _with_sources(manifest: Mapping[str, Any], change: Callable[[Mapping[str, Any]], Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from llmkit.config import CommonConfig, ServedConfig, ToolConfig, argument, as_o
 from llmkit.errors import GateError, UserError
 from llmkit.io.files import check_output, check_unfinished
 from llmkit.io.jsonl import expanded, input_files, open_output, read_documents, write_json
-from llmkit.io.manifest import write_manifest
+from llmkit.io.manifest import training_files, write_manifest
 from llmkit.io.progress import Progress, counted, say
 from llmkit.io.resume import STATE, Kept
 from llmkit.io.run_folder import check_model_folder, uploaded
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from llmkit.evaluation.tasks import Loaded
 
 SHOWN = ("acc_norm", "perplexity", "bits_per_byte", "word_perplexity")  # beside the score; all are in the JSON
+LABELS = ("role", "from", "source", "id")  # of records and messages: no text that a model learns
 Records = dict[tuple[str, str], list[dict[str, Any]]]  # of each item, by model and task
 
 
@@ -58,7 +60,7 @@ class EvaluateConfig(CommonConfig, ToolConfig, ServedConfig):
         (), "Score under which the exit code is 3; repeatable.", flag="--fail-under", metavar="TASK=SCORE", free=True
     )
     trained_on: tuple[str, ...] = option(
-        (), "Training documents; items that they hold are scored apart.", metavar="DOCS", reads=True
+        (), "Training documents, or a model's; items that they hold are scored apart.", metavar="DOCS", reads=True
     )
 
     few_shot: int | None = option(
@@ -100,7 +102,8 @@ def run(config: EvaluateConfig) -> Summary | None:
             shown = one.items[0].contexts[0] if one.task.kind != "text" else one.items[0].continuations[0][:500]
             say(f"first item:\n{one.items[0].description}{shown}", config.quiet)
         return None
-    contaminated = _contaminated(config, loaded)
+    documents, missing = _training_documents(config)
+    contaminated = _contaminated(config, loaded, documents)
 
     # ask
     records, hashes = _records(config, loaded, out)
@@ -117,6 +120,8 @@ def run(config: EvaluateConfig) -> Summary | None:
             for line in _report(list(hashes), loaded, records, contaminated):
                 write(line)
     scores = {"models": models, **({"comparisons": comparisons} if comparisons else {})}
+    if config.trained_on:
+        scores["trained_on"] = {"files": documents, "missing": missing}
     if out != "-":
         write_json(out, scores)
         inputs = list(dict.fromkeys(path for one in loaded for path in expanded(one.task.path)))
@@ -157,7 +162,6 @@ def _checked(config: EvaluateConfig) -> dict[str, float]:
         if path == config.out != "-" and not config.dry_run:
             check_unfinished(config.force, config.resume, f"{path}{STATE}")
         check_output(path, config.force, config.resume, is_file=True)
-    input_files(config.trained_on, text=True)
     gates = {}
     for text in config.gates:
         name, _, least = text.rpartition("=")
@@ -181,7 +185,23 @@ def _load(config: EvaluateConfig, gates: Mapping[str, float]) -> list[Loaded]:
     return [load_items(task, config.limit, config.few_shot, config.seed) for task in tasks]
 
 
-def _contaminated(config: EvaluateConfig, loaded: Sequence[Loaded]) -> set[str] | None:
+def _training_documents(config: EvaluateConfig) -> tuple[list[str], list[str]]:
+    """Return the files of --trained-on, and what a model there was trained on and cannot be read."""
+    files, missing = [], []
+    for path in config.trained_on:
+        if not os.path.isfile(f"{path}/config.json"):
+            files += input_files([path], text=True)
+            continue
+        there, gone = training_files(path)
+        files, missing = files + there, missing + gone
+        if not there:
+            raise UserError(f"--trained-on {path}: expected what it was trained on, found none of {', '.join(gone)}")
+        if gone:
+            say(f"--trained-on {path}: not there as it was trained on: {', '.join(gone)}", config.quiet)
+    return list(dict.fromkeys(files)), list(dict.fromkeys(missing))
+
+
+def _contaminated(config: EvaluateConfig, loaded: Sequence[Loaded], documents: Sequence[str]) -> set[str] | None:
     """Places of the items that stand in --trained-on; None where nothing is given."""
     if not config.trained_on:
         return None
@@ -191,10 +211,22 @@ def _contaminated(config: EvaluateConfig, loaded: Sequence[Loaded]) -> set[str] 
     index = Contamination(ContaminationRules(files), config.quiet, flag="--trained-on")
     with Progress("contamination", unit="documents", quiet=config.quiet) as progress:
         places: set[str] = set()
-        for row in read_documents(input_files(config.trained_on, text=True)):
-            places |= {match.item for match in index.find(row.value["text"])}
+        for row in read_documents(documents, read=lambda row: row):
+            text = row.value.get("text")
+            said = text if isinstance(text, str) else "\n".join(_strings(row.value))
+            places |= {match.item for match in index.find(said)}
             progress.advance()
     return places
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yield the texts of a conversation or a problem, in their order."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        each = value if isinstance(value, list) else [item for name, item in value.items() if name not in LABELS]
+        for item in each:
+            yield from _strings(item)
 
 
 # ---- asking

@@ -17,6 +17,7 @@ from llmkit.errors import UserError
 from llmkit.evaluation import evaluator
 from llmkit.evaluation.likelihood import Scorer, encode_pairs
 from llmkit.evaluation.tasks import TASKS, load_items, load_tasks, read_task
+from llmkit.io.manifest import write_manifest
 from llmkit.model.folder import load_model
 from llmkit.stages.evaluate import EvaluateConfig, run
 from llmkit.tokenizer.encoding import load_tokenizer
@@ -272,6 +273,43 @@ def test_items_of_the_training_text_are_scored_apart(models, tmp_path):
     task = task.models[0]["tasks"]["words"]
     assert (task["in_training"]["items"], task["not_in_training"]["items"]) == (1, 3)
     assert [item["in_training"] for item in read_lines(report)] == [False, True, False, False]
+
+
+def test_the_manifest_of_a_model_names_what_it_was_trained_on(models, tmp_path, llmkit):
+    items = [
+        {
+            "query": f"What is the {word} sea that lies to the {word} of the island?",
+            "choices": ["Deep.", "Dry."],
+            "gold": 0,
+        }
+        for word in ("white", "black", "yellow", "red")
+    ]
+    file = write_lines(tmp_path / "seas.jsonl", items)
+    docs = write_lines(tmp_path / "docs.jsonl", [{"text": items[0]["query"] + " Deep."}])
+    chat = [{"role": "user", "content": items[1]["query"]}, {"role": "assistant", "content": "Deep."}]
+    chats = write_lines(tmp_path / "chats.jsonl", [{"messages": chat, "source": "seas"}])
+    val = write_lines(tmp_path / "val.jsonl", [{"prompt": items[2]["query"], "answer": "Deep."}])
+    base, policy = save_folder(tmp_path / "base", make_model()), save_folder(tmp_path / "policy", make_model())
+    write_manifest(base, "pretrain", {}, inputs=[docs])
+    options = {"model": str(base), "val": [str(tmp_path / "v*.jsonl")]}
+    write_manifest(policy, "rl", options, inputs=[chats, val], parents=[str(base)])
+    report, out = tmp_path / "report.jsonl", tmp_path / "scores.json"
+
+    def found() -> list[bool]:
+        options = {"report": str(report), "out": str(out), "force": True, "trained_on": [str(policy)]}
+        evaluate(policy, tasks=file, **options)
+        return [item["in_training"] for item in read_lines(report)]
+
+    assert found() == [True, True, False, False]
+    assert json.loads(out.read_text())["trained_on"] == {"files": [chats, docs], "missing": []}
+    write_lines(tmp_path / "docs.jsonl", [{"text": "Other words."}])
+    assert found() == [False, True, False, False]
+    assert json.loads(out.read_text())["trained_on"] == {"files": [chats], "missing": [docs]}
+    (tmp_path / "chats.jsonl").unlink()
+    done = llmkit("evaluate", policy, "--tasks", file, "--trained-on", policy)
+    assert done.returncode == 2 and f"found none of {chats}, {docs}" in done.stderr
+    done = llmkit("evaluate", policy, "--tasks", file, "--trained-on", models / "base")
+    assert done.returncode == 2 and "base: expected manifest.json" in done.stderr
 
 
 def test_examples_are_counted_and_are_part_of_the_data(models, tmp_path):
